@@ -1,0 +1,34 @@
+"""Which code this is: a version and a hash of the sources that both sides share.
+
+The one place in core that reads files: its own package's sources.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from pathlib import Path
+
+from mlxops import __version__
+
+PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def shipped() -> list[Path]:
+    """What an agent consists of, sorted: this package's `__init__`, core and agent."""
+    return [
+        PACKAGE / "__init__.py",
+        *sorted((PACKAGE / "core").rglob("*.py")),
+        *sorted((PACKAGE / "agent").rglob("*.py")),
+    ]
+
+
+@cache
+def build_id() -> str:
+    """`<version>+<12 hex digits>`; equal exactly when version and shipped sources are equal."""
+    digest = hashlib.sha256()
+    for path in shipped():
+        data = path.read_bytes()
+        digest.update(f"{path.relative_to(PACKAGE).as_posix()}\0{len(data)}\0".encode())
+        digest.update(data)
+    return f"{__version__}+{digest.hexdigest()[:12]}"

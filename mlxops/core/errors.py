@@ -1,0 +1,144 @@
+"""The error tree: every way in which mlxops says no, with its exit status.
+
+An error has a stable `code` for programs, one line of *what* happened (`message`), one of *why*, and one of
+what to do next (`hint`). It travels from agent to control node as data, so both sides render the same thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """Process exit statuses. With several hosts the largest counts, but a bug (1) wins over all."""
+
+    DONE = 0
+    BUG = 1
+    USAGE = 2
+    REFUSED = 3
+    NOT_STARTED = 4
+    UNREACHABLE = 5
+    AGENT = 6
+    OUTCOME_UNKNOWN = 7
+    DOWNLOAD = 8
+    BUSY = 75
+    INTERRUPTED = 130
+
+
+class MlxopsError(Exception):
+    """Anything that a user, a host or a network can cause. Never a bug in mlxops."""
+
+    exit: Exit = Exit.REFUSED
+
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        why: str = "",
+        hint: str = "",
+        details: Mapping[str, object] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.why = why
+        self.hint = hint
+        self.details: dict[str, object] = dict(details or {})
+
+    def to_wire(self) -> dict[str, object]:
+        """`{"code", "exit", "message", "why", "hint"}` and, where there are any, `details`."""
+        wire: dict[str, object] = {
+            "code": self.code,
+            "exit": int(self.exit),
+            "message": self.message,
+            "why": self.why,
+            "hint": self.hint,
+        }
+        if self.details:
+            wire["details"] = self.details
+        return wire
+
+
+class UsageError(MlxopsError):
+    exit = Exit.USAGE
+
+
+class Refused(MlxopsError):
+    exit = Exit.REFUSED
+
+
+class NotStarted(MlxopsError):
+    exit = Exit.NOT_STARTED
+
+
+class Unreachable(MlxopsError):
+    """`code` is the class: host_down, connection_refused, host_key_unknown, host_key_changed,
+    authentication_failed, host_locked, connection_timeout."""
+
+    exit = Exit.UNREACHABLE
+
+
+class AgentProblem(MlxopsError):
+    exit = Exit.AGENT
+
+
+class OutcomeUnknown(MlxopsError):
+    exit = Exit.OUTCOME_UNKNOWN
+
+
+class DownloadFailed(MlxopsError):
+    exit = Exit.DOWNLOAD
+
+
+class Busy(MlxopsError):
+    exit = Exit.BUSY
+
+
+class Interrupted(MlxopsError):
+    exit = Exit.INTERRUPTED
+
+
+class Bug(MlxopsError):
+    """An unexpected exception, caught at the outermost boundary; `details` may hold the traceback."""
+
+    exit = Exit.BUG
+
+
+_BY_EXIT: dict[int, type[MlxopsError]] = {
+    int(kind.exit): kind
+    for kind in (
+        UsageError,
+        Refused,
+        NotStarted,
+        Unreachable,
+        AgentProblem,
+        OutcomeUnknown,
+        DownloadFailed,
+        Busy,
+        Interrupted,
+        Bug,
+    )
+}
+
+
+def error_from_wire(wire: Mapping[str, object]) -> MlxopsError:
+    """The error that `to_wire` described. An unknown exit status becomes a `Bug`: it is one."""
+    exit_status = wire.get("exit")
+    kind = _BY_EXIT.get(exit_status, Bug) if isinstance(exit_status, int) else Bug
+    details = wire.get("details")
+    return kind(
+        str(wire.get("code", "bug")),
+        str(wire.get("message", "the agent reported an error without a message")),
+        why=str(wire.get("why", "")),
+        hint=str(wire.get("hint", "")),
+        details=details if isinstance(details, dict) else None,
+    )
+
+
+def worst(exits: list[Exit]) -> Exit:
+    """The exit status of a command that asked several hosts."""
+    if Exit.BUG in exits:
+        return Exit.BUG
+    return max(exits, default=Exit.DONE)

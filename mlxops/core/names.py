@@ -1,0 +1,90 @@
+"""What may be typed: names, repositories, ports, durations. Validated once, at the edge, before anything is asked."""
+
+from __future__ import annotations
+
+import re
+
+from mlxops.core.errors import UsageError
+from mlxops.core.settings import PortRange
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_REPO_PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
+_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
+AUTO = "auto"
+
+
+def is_name(text: str) -> bool:
+    """A model name or alias: `[A-Za-z0-9][A-Za-z0-9._-]{0,63}`."""
+    return _NAME.fullmatch(text) is not None
+
+
+def is_repo_id(text: str) -> bool:
+    """`org/name` as the Hugging Face hub allows it: at most 96 characters, no `..`, no `--`, no leading or
+    trailing `-` or `.` (huggingface_hub's `validate_repo_id`)."""
+    parts = text.split("/")
+    return (
+        len(parts) == 2
+        and len(text) <= 96
+        and all(_REPO_PART.fullmatch(part) for part in parts)
+        and "--" not in text
+        and ".." not in text
+        and not text.endswith(".git")
+    )
+
+
+def is_revision(text: str) -> bool:
+    """A branch, tag or commit, in a form that can be neither an option nor a way out of a folder."""
+    return _REVISION.fullmatch(text) is not None and ".." not in text
+
+
+def shown(text: str) -> str:
+    """User-supplied text, safe to print: quoted, escaped, of bounded length."""
+    return ascii(text if len(text) <= 80 else text[:77] + "...")
+
+
+def model_name(text: str) -> str:
+    if is_name(text) or is_repo_id(text):
+        return text
+    raise UsageError(
+        "bad_name",
+        f"{shown(text)} is not a model name",
+        why="a name is 1-64 letters, digits, '.', '_' or '-', beginning with a letter or digit; or a repo id org/name",
+        hint="see the registered names: mlxctl list",
+    )
+
+
+def repo(text: str) -> tuple[str, str | None]:
+    """`org/name[@revision]` -> (repo id, revision or None)."""
+    repo_id, at, revision = text.partition("@")
+    if not is_repo_id(repo_id) or (at and not is_revision(revision)):
+        raise UsageError(
+            "bad_repo",
+            f"{shown(text)} is not a repository",
+            why="a repository is org/name or org/name@revision",
+            hint="for example: --repo mlx-community/Qwen3-4B-4bit",
+        )
+    return repo_id, revision if at else None
+
+
+def port(text: str, ports: PortRange) -> int:
+    number = int(text) if re.fullmatch(r"[0-9]{1,5}", text, re.ASCII) else None
+    if number is None or number not in ports:
+        raise UsageError(
+            "bad_port",
+            f"{shown(text)} is not a port of this host",
+            why=f"its range is {ports}",
+            hint="see the slots: mlxctl status",
+        )
+    return number
+
+
+def seconds(text: str, flag: str) -> float:
+    """A duration in seconds, more than 0 and at most a day."""
+    if re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,3})?", text, re.ASCII) and 0 < float(text) <= 86400:
+        return float(text)
+    raise UsageError(
+        "bad_duration",
+        f"{shown(text)} is not a duration for {flag}",
+        why="a duration is a number of seconds, more than 0 and at most 86400",
+        hint=f"for example: {flag} 600",
+    )

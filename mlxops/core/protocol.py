@@ -1,0 +1,193 @@
+"""What control node and agent say to each other.
+
+The control node writes one request, a JSON document, to the agent's standard input. The agent writes one event
+a line to its standard output: first `hello`, then any number of `note`, `phase` and `progress`, and one `done`
+or `failed` at the end. Every line begins with the same marker, so that what a login shell prints is told from
+what the agent says. The events of a mutating request are also the record that it keeps on the host.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from mlxops.core.errors import MlxopsError, error_from_wire
+from mlxops.core.settings import Settings, settings_from_wire
+
+PROTOCOL = 1
+MARKER = '{"mlxops":'
+MAX_LINE = 4 * 1024 * 1024
+"""Bytes; longer lines are not ours."""
+
+READS = frozenset({"list", "status"})
+CHANGES = frozenset({"init", "load", "unload", "unload-all", "reconcile", "deploy"})
+
+
+@dataclass(frozen=True)
+class Asker:
+    """Who asks, as told by the control node; for messages and the history, never for permission."""
+
+    user: str = "?"
+    host: str = "?"
+
+    def __str__(self) -> str:
+        return f"{self.user}@{self.host}"
+
+
+@dataclass(frozen=True)
+class Request:
+    """`command` with its arguments, the settings of the host that it is meant for, and the asker's build."""
+
+    command: str
+    args: Mapping[str, object]
+    settings: Settings
+    build: str
+    asker: Asker = field(default_factory=Asker)
+    agreed: bool = False
+    """The settings are the host's own agreed ones: `--local` without a hosts.yaml."""
+
+    @property
+    def dry_run(self) -> bool:
+        return self.args.get("dry_run") is True
+
+    @property
+    def changes(self) -> bool:
+        return self.command in CHANGES and not self.dry_run
+
+    def text(self, key: str) -> str | None:
+        value = self.args.get(key)
+        return value if isinstance(value, str) else None
+
+    def number(self, key: str) -> float | None:
+        value = self.args.get(key)
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+    def flag(self, key: str) -> bool:
+        return self.args.get(key) is True
+
+    def encode(self) -> bytes:
+        return json.dumps(
+            {
+                "mlxops": PROTOCOL,
+                "command": self.command,
+                "args": dict(self.args),
+                "settings": self.settings.to_wire(),
+                "build": self.build,
+                "asker": {"user": self.asker.user, "host": self.asker.host},
+                "agreed": self.agreed,
+            },
+            ensure_ascii=True,
+        ).encode()
+
+
+def decode_request(data: bytes) -> Request:
+    """Raises `ValueError` for anything that is not a request of this protocol."""
+    wire = json.loads(data)
+    if not isinstance(wire, dict) or wire.get("mlxops") != PROTOCOL:
+        raise ValueError(f"not a request of protocol {PROTOCOL}")
+    command, args, settings, asker = (wire.get(key) for key in ("command", "args", "settings", "asker"))
+    if not isinstance(command, str) or not isinstance(args, dict) or not isinstance(settings, dict):
+        raise ValueError("a request has a command, args and settings")
+    who = asker if isinstance(asker, dict) else {}
+    return Request(
+        command=command,
+        args=args,
+        settings=settings_from_wire(settings),
+        build=str(wire.get("build", "")),
+        asker=Asker(str(who.get("user", "?")), str(who.get("host", "?"))),
+        agreed=wire.get("agreed") is True,
+    )
+
+
+@dataclass(frozen=True)
+class Hello:
+    """The agent's first words."""
+
+    version: str
+    build: str
+
+
+@dataclass(frozen=True)
+class Note:
+    """A sentence for people. `level`: info or warning."""
+
+    message: str
+    level: str = "info"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """An operation enters a phase: resolve, download, check, stop, start, proof, commit."""
+
+    name: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Bytes done of a total; `total` 0 where it is not known."""
+
+    name: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Done:
+    """The one result of a request; its shape is the command's."""
+
+    result: Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Failed:
+    error: MlxopsError
+
+
+Event = Hello | Note | Phase | Progress | Done | Failed
+
+
+def encode_event(event: Event) -> str:
+    """One line, without its end. Pure ASCII: nothing in it can be a terminal's escape sequence."""
+    body: dict[str, object] = {"mlxops": PROTOCOL}
+    match event:
+        case Hello(version, build):
+            body |= {"event": "hello", "version": version, "build": build}
+        case Note(message, level):
+            body |= {"event": "note", "level": level, "message": message}
+        case Phase(name, message):
+            body |= {"event": "phase", "name": name, "message": message}
+        case Progress(name, done, total):
+            body |= {"event": "progress", "name": name, "done": done, "total": total}
+        case Done(result):
+            body |= {"event": "done", "result": dict(result)}
+        case Failed(error):
+            body |= {"event": "failed", "error": error.to_wire()}
+    return json.dumps(body, ensure_ascii=True, separators=(",", ":"))
+
+
+def decode_event(line: str) -> Event | None:
+    """The event of a line; None for a line that is noise, or an event of a later version that we do not know."""
+    if not line.startswith(MARKER):
+        return None
+    try:
+        body = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(body, dict):
+        return None
+    match body.get("event"):
+        case "hello":
+            return Hello(str(body.get("version")), str(body.get("build")))
+        case "note":
+            return Note(str(body.get("message")), str(body.get("level", "info")))
+        case "phase":
+            return Phase(str(body.get("name")), str(body.get("message")))
+        case "progress" if isinstance(body.get("done"), int) and isinstance(body.get("total"), int):
+            return Progress(str(body.get("name")), body["done"], body["total"])
+        case "done" if isinstance(body.get("result"), dict):
+            return Done(body["result"])
+        case "failed" if isinstance(body.get("error"), dict):
+            return Failed(error_from_wire(body["error"]))
+    return None
