@@ -102,9 +102,7 @@ def settings_from_wire(wire: Mapping[str, object]) -> Settings:
         registry=_optional(wire, "registry"),
         state=_string(wire, "state"),
         engine=_string(wire, "engine"),
-        launch={
-            engine: tuple(map(str, _as_list(argv, "launch"))) for engine, argv in _map(wire, "launch").items()
-        },
+        launch={engine: tuple(map(str, _as_list(argv, "launch"))) for engine, argv in _map(wire, "launch").items()},
         env={key: str(value) for key, value in _map(wire, "env").items()},
         ports=PortRange(_as_int(ports[0], "ports"), _as_int(ports[1], "ports")),
         slots={int(port): str(alias) for port, alias in _map(wire, "slots").items()},

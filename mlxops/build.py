@@ -1,6 +1,6 @@
 """Which code this is: a version and a hash of the sources that both sides share.
 
-The one place in core that reads files: its own package's sources.
+Beside core, which reads no files, because both sides use it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mlxops import __version__
 
-PACKAGE = Path(__file__).resolve().parent.parent
+PACKAGE = Path(__file__).resolve().parent
 
 
 def shipped() -> list[Path]:
