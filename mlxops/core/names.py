@@ -48,7 +48,7 @@ def model_name(text: str) -> str:
     raise UsageError(
         "bad_name",
         f"{shown(text)} is not a model name",
-        why="a name is 1-64 letters, digits, '.', '_' or '-', beginning with a letter or digit; or a repo id org/name",
+        why="a name is 1-64 letters, digits, '.', '_' or '-', a letter or digit first; or a repo id org/name",
         hint="see the registered names: mlxctl list",
     )
 
