@@ -21,7 +21,7 @@ MAX_LINE = 4 * 1024 * 1024
 """Bytes; longer lines are not ours."""
 
 READS = frozenset({"list", "status"})
-CHANGES = frozenset({"init", "load", "unload", "unload-all", "reconcile", "deploy"})
+CHANGES = frozenset({"init", "load", "unload", "unload-all", "reconcile"})
 
 
 @dataclass(frozen=True)

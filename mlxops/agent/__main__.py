@@ -1,0 +1,188 @@
+"""The agent: one request on standard input, events on standard output.
+
+python -P -m mlxops.agent             a request, its events
+python -P -m mlxops.agent --build     which code this is
+python -P -m mlxops.agent --worker D  the worker of the operation whose record is D
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlxops import __version__
+from mlxops.agent.place import Place, differences, place, settings_differ
+from mlxops.agent.store import Store
+from mlxops.build import build_id
+from mlxops.core.errors import AgentProblem, Busy, MlxopsError
+from mlxops.core.protocol import (
+    Done,
+    Event,
+    Failed,
+    Hello,
+    Note,
+    Request,
+    decode_request,
+    encode_event,
+)
+
+if TYPE_CHECKING:
+    from mlxops.agent.journal import Journal
+
+BEAT_SECONDS = 5.0
+"""How often an empty line says that the connection lives while there is nothing to tell."""
+MAX_REQUEST = 1024 * 1024
+
+
+def main(argv: list[str]) -> int:
+    match argv:
+        case []:
+            os.umask(0o077)
+            return _answer()
+        case ["--build"]:
+            _write(build_id())
+            return 0
+        case ["--worker", folder]:
+            from mlxops.agent.worker import run
+
+            return run(Path(folder))
+    sys.stderr.write("mlxops.agent is run by mlxops, not by hand\n")
+    return 2
+
+
+def _answer() -> int:
+    try:
+        _emit(Hello(__version__, build_id()))
+        return _serve()
+    except BrokenPipeError:
+        # Nobody listens any more. A worker goes on without us.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+    except KeyboardInterrupt:
+        return 130
+    except MlxopsError as error:
+        _emit(Failed(error))
+        return int(error.exit)
+    except Exception as error:  # noqa: BLE001 - the boundary of the agent
+        from mlxops.agent.worker import bug
+
+        _emit(Failed(bug(error)))
+        return 1
+
+
+def _serve() -> int:
+    request = _request()
+    _agree_on_code(request)
+    where = place(request.settings, os.environ)
+    store = Store(where.state, where.registry)
+    agreed = store.agreed()
+    if request.agreed and agreed is not None:
+        # `--local` without a hosts.yaml: the host knows itself best.
+        request = replace(request, settings=agreed)
+        where = place(agreed, os.environ)
+        store = Store(where.state, where.registry)
+    if request.command == "agree":
+        store.ready()
+        store.agree(request.settings)
+        _emit(Done({"agreed": True}))
+        return 0
+    _agree_on_settings(request, store, where, place(agreed, os.environ) if agreed else None)
+    return _change(request, store) if request.changes else _look(request, store, where)
+
+
+def _request() -> Request:
+    data = sys.stdin.buffer.read(MAX_REQUEST + 1)
+    try:
+        if len(data) > MAX_REQUEST:
+            raise ValueError("the request is too long")
+        return decode_request(data)
+    except ValueError as error:
+        raise AgentProblem(
+            "protocol_mismatch",
+            "the agent does not understand the request",
+            why=str(error)[:200],
+            hint="make both sides equal: inv deploy",
+        ) from None
+
+
+def _agree_on_code(request: Request) -> None:
+    """Changes are made only by the code that the asker has too; looking is allowed, and said."""
+    if request.build == build_id():
+        return
+    problem = AgentProblem(
+        "agent_differs",
+        "the agent on the host is not this mlxops",
+        why=f"the host has {build_id()}, this is {request.build}",
+        hint="make both sides equal: inv deploy",
+    )
+    if request.changes or request.command == "agree":
+        raise problem
+    _emit(Note(f"{problem.message}: {problem.why}; {problem.hint}", "warning"))
+
+
+def _agree_on_settings(request: Request, store: Store, where: Place, agreed: Place | None) -> None:
+    found = differences(agreed, where) if agreed else {}
+    if found:
+        raise settings_differ(found)
+    if request.changes and (agreed is None or agreed.settings != request.settings):
+        store.ready()
+        store.agree(request.settings)
+
+
+def _look(request: Request, store: Store, where: Place) -> int:
+    from mlxops.agent.operations.context import Context
+    from mlxops.agent.system import this_system
+    from mlxops.agent.worker import finish
+
+    return finish(Context(request, where, store, this_system(), _emit, dict(os.environ)), _emit)
+
+
+def _change(request: Request, store: Store) -> int:
+    """Start a worker and follow its record; if the very same operation runs already, follow that one."""
+    from mlxops.agent.journal import named
+    from mlxops.agent.worker import begin
+
+    journal, child = begin(store, request)
+    final = _follow(journal, lambda: child.poll() is None)
+    if isinstance(final, Failed) and isinstance(final.error, Busy):
+        other = named(store.state / "ops", str(final.error.details.get("attach", "")))
+        if other is not None:
+            _emit(Note(f"this load is running already ({other.id}); following it"))
+            final = _follow(other, lambda: False)
+    _emit(final)
+    # The result is out; the worker is only a moment from its end, and the last to hold its locks.
+    child.wait()
+    return int(final.error.exit) if isinstance(final, Failed) else 0
+
+
+def _follow(journal: Journal, starting: Callable[[], bool]) -> Done | Failed:
+    """Pass on the events of an operation's record; its last one is returned, not passed on."""
+    spoke = time.monotonic()
+    for event in journal.follow(starting):
+        if isinstance(event, Done | Failed):
+            return event
+        if event is not None:
+            _emit(event)
+            spoke = time.monotonic()
+        elif time.monotonic() - spoke > BEAT_SECONDS:
+            _write("")
+            spoke = time.monotonic()
+    raise AssertionError("a record that is followed has an end")
+
+
+def _emit(event: Event) -> None:
+    _write(encode_event(event))
+
+
+def _write(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,209 @@
+"""What the host's Hugging Face caches hold. Reads only, needs no network, imports no huggingface_hub.
+
+A cache is a folder of `models--org--name`, each with `refs/<branch>` (a file with a commit), `snapshots/<commit>/`
+(symlinks) and `blobs/` (what they lead to; since 2.x often one more symlink, into the cache's own `blobs/`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlxops.agent.snapshot import Damaged, ModelFacts, completeness, inspect, judge, printable, read
+from mlxops.core.names import is_repo_id, is_revision
+
+__all__ = [
+    "ModelFacts",
+    "Scan",
+    "Skipped",
+    "Snapshot",
+    "completeness",
+    "default_hub",
+    "find",
+    "inspect",
+    "roots",
+    "scan",
+]
+
+_PREFIX = "models--"
+_COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_COMMIT_PREFIX = re.compile(r"[0-9a-f]{7,64}")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A complete MLX snapshot."""
+
+    repo_id: str
+    revision: str
+    """The commit: the snapshot folder's name."""
+    path: Path
+    """As it is called in the cache; symlinks are not resolved."""
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A repository that is there and cannot be registered."""
+
+    repo_id: str
+    """Or the folder's name, where that is none of a repository."""
+    path: Path
+    why: str
+    incomplete: bool
+
+
+@dataclass(frozen=True)
+class Scan:
+    snapshots: tuple[Snapshot, ...]
+    skipped: tuple[Skipped, ...]
+
+
+def default_hub(environ: Mapping[str, str]) -> Path:
+    """Where huggingface_hub keeps its cache in this environment (its `constants.py`)."""
+    home = environ.get("HOME") or str(Path.home())
+    cache = environ.get("XDG_CACHE_HOME", f"{home}/.cache")
+    hf_home = _expanded(environ.get("HF_HOME", f"{cache}/huggingface"), home, environ)
+    hub = environ.get("HF_HUB_CACHE", environ.get("HUGGINGFACE_HUB_CACHE", f"{hf_home}/hub"))
+    return Path(_expanded(hub, home, environ))
+
+
+def roots(hub: Path) -> tuple[Path, ...]:
+    """The folders in which models are looked for, those that are there: the hub, and the folder that it lies in if
+    that holds models too (a download with `cache_dir=$HF_HOME` puts them beside the hub)."""
+    found = [hub] if hub.is_dir() else []
+    if hub.parent != hub and next(_repos(hub.parent), None) is not None:
+        found.append(hub.parent)
+    return tuple(found)
+
+
+def scan(hub: Path) -> Scan:
+    """Every repository of both roots, once: as its main branch, else as its newest complete snapshot."""
+    snapshots: dict[str, Snapshot] = {}
+    skipped: dict[str, Skipped] = {}
+    for root in roots(hub):
+        for folder in sorted(_repos(root)):
+            repo_id = _repo_id(folder)
+            key = repo_id or f"{root}/{folder}"
+            if key in snapshots:
+                continue
+            match _best(root, folder, repo_id):
+                case Snapshot() as snapshot:
+                    snapshots[key] = snapshot
+                    skipped.pop(key, None)
+                case Skipped() as skip:
+                    skipped.setdefault(key, skip)
+    return Scan(tuple(snapshots.values()), tuple(skipped.values()))
+
+
+def find(hub: Path, repo_id: str, revision: str | None = None) -> Snapshot | Skipped | None:
+    """What the caches hold of a repository, or of one revision of it: a commit, the beginning of one (7 or more
+    digits, if there is only one such), a branch or a tag. None: nothing of it is here."""
+    folder = _PREFIX + repo_id.replace("/", "--")
+    if _repo_id(folder) != repo_id:
+        return None
+    fallback: Skipped | None = None
+    for root in roots(hub):
+        if not (root / folder).is_dir():
+            continue
+        found = _best(root, folder, repo_id) if revision is None else _at(root / folder, repo_id, revision)
+        if isinstance(found, Snapshot):
+            return found
+        fallback = fallback or found
+    return fallback
+
+
+def is_commit(text: str) -> bool:
+    """The full name of a commit, in git's SHA-1 or SHA-256."""
+    return _COMMIT.fullmatch(text) is not None
+
+
+def _repos(root: Path) -> Iterator[str]:
+    """The names of the model folders in a root; none if it cannot be read."""
+    try:
+        with os.scandir(root) as entries:
+            for entry in entries:
+                if entry.name.startswith(_PREFIX) and entry.is_dir():
+                    yield entry.name
+    except OSError:
+        return
+
+
+def _repo_id(folder: str) -> str | None:
+    """`models--org--name` -> `org/name`; None where that is not certain (`models--a--b--c`) or not allowed."""
+    repo_id = folder.removeprefix(_PREFIX).replace("--", "/")
+    return repo_id if is_repo_id(repo_id) else None
+
+
+def _best(root: Path, folder: str, repo_id: str | None) -> Snapshot | Skipped:
+    """The repository's main snapshot if it is complete, else the newest that is; else why there is none."""
+    repo = f"{root}/{folder}"
+    if repo_id is None:
+        return Skipped(printable(folder), Path(repo), "not the folder of a repository org/name", incomplete=False)
+    try:
+        commits = _commits(repo)
+    except OSError as error:
+        return Skipped(repo_id, Path(repo), f"cannot be read: {error.strerror}", incomplete=True)
+    main = _ref(repo, "main")
+    if main in commits:
+        commits.remove(main)
+        commits.insert(0, main)
+    fallback: Skipped | None = None
+    for commit in commits:
+        judged = _judged(repo, repo_id, commit)
+        if isinstance(judged, Snapshot) or not judged.incomplete:
+            return judged
+        fallback = fallback or judged
+    return fallback or Skipped(repo_id, Path(repo), "incomplete: no snapshot", incomplete=True)
+
+
+def _at(repo: Path, repo_id: str, revision: str) -> Snapshot | Skipped | None:
+    """The snapshot that `revision` means in this repository's folder, if it is there."""
+    try:
+        commits = _commits(str(repo))
+    except OSError as error:
+        return Skipped(repo_id, repo, f"cannot be read: {error.strerror}", incomplete=True)
+    commit = _ref(str(repo), revision) if is_revision(revision) else None
+    if commit is None and _COMMIT_PREFIX.fullmatch(revision):
+        matching = [name for name in commits if name.startswith(revision)]
+        commit = matching[0] if len(matching) == 1 else None
+    return _judged(str(repo), repo_id, commit) if commit in commits and commit is not None else None
+
+
+def _judged(repo: str, repo_id: str, commit: str) -> Snapshot | Skipped:
+    path = f"{repo}/snapshots/{commit}"
+    verdict = judge(path, repo_id.partition("/")[0])
+    if verdict.why is None:
+        return Snapshot(repo_id, commit, Path(path), verdict.size_bytes)
+    return Skipped(repo_id, Path(path), verdict.why, verdict.incomplete)
+
+
+def _commits(repo: str) -> list[str]:
+    """The commits of which there is a folder, the newest first. Raises `OSError` if that cannot be read."""
+    try:
+        with os.scandir(f"{repo}/snapshots") as entries:
+            found = [entry for entry in entries if is_commit(entry.name) and entry.is_dir()]
+    except FileNotFoundError:
+        return []
+    if len(found) > 1:
+        found.sort(key=lambda entry: entry.stat().st_mtime_ns, reverse=True)
+    return [entry.name for entry in found]
+
+
+def _ref(repo: str, name: str) -> str | None:
+    """The commit that a branch or tag stood for when it was last downloaded."""
+    try:
+        commit = read(f"{repo}/refs/{name}", 128).decode("ascii").strip()
+    except (OSError, Damaged, ValueError):
+        return None
+    return commit if is_commit(commit) else None
+
+
+def _expanded(path: str, home: str, environ: Mapping[str, str]) -> str:
+    """`~` and `$NAME`, as os.path.expanduser and expandvars would in that environment."""
+    if path == "~" or path.startswith("~/"):
+        path = home + path[1:]
+    return re.sub(r"\$(?:(\w+)|\{([^}]*)\})", lambda m: environ.get(m[1] or m[2], m[0]), path, flags=re.ASCII)

@@ -1,0 +1,213 @@
+"""What mlxops knows of a server program. A further engine is one more file like `mlx_lm.py`, named in `__init__`."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import shlex
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol
+
+from mlxops.core.errors import Refused
+from mlxops.core.registry import Model
+
+MAX_BODY = 1024 * 1024
+USUAL_FOLDERS = ("/opt/homebrew/bin", "/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin", "/sbin")
+
+
+class Health(StrEnum):
+    """What a probe that costs nothing learned."""
+
+    SERVING = "serving"
+    LOADING = "loading"
+    BROKEN = "broken"
+    SILENT = "silent"
+
+
+@dataclass(frozen=True)
+class Command:
+    """How an engine is started: the argv before its options, and where that was found."""
+
+    argv: tuple[str, ...]
+    source: str
+
+
+@dataclass(frozen=True)
+class Serving:
+    """One model to be served: everything that an engine's options are made of."""
+
+    model: Model
+    alias: str
+    path: Path
+    bind: str
+    port: int
+    folder: Path
+    """A folder of the server's own; its working directory."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A server recognised by its argv in the process list."""
+
+    port: int
+    model: str
+    """As the argv names it: a path, a repo id or an alias."""
+    host: str | None
+
+
+class Engine(Protocol):
+    name: str
+    reserved: frozenset[str]
+    """Options that belong to mlxops; refused in a model's `args`."""
+
+    def command(self, launch: Sequence[str], environ: Mapping[str, str]) -> Command:
+        """Where it is. `launch` is the configured argv, empty for none. Raises `Refused` (engine_not_found)."""
+
+    def argv(self, command: Command, serving: Serving) -> tuple[str, ...]:
+        """The complete argv. Raises `Refused` for options that it cannot be given."""
+
+    def prepare(self, serving: Serving) -> None:
+        """What must be in the server's folder before it starts."""
+
+    def environment(self) -> Mapping[str, str]:
+        """Variables that it needs beyond the plain ones."""
+
+    def recognise(self, argv: Sequence[str]) -> Seen | None:
+        """Whether this argv is a server of this engine."""
+
+    def health(self, host: str, port: int, timeout: float) -> Health:
+        """The cheap probe. Never loads, evicts or generates anything."""
+
+    def fatal(self, log: str) -> str | None:
+        """The line of a log's end that says that loading failed, for servers that stay up all the same."""
+
+
+def search_path(environ: Mapping[str, str]) -> str:
+    """The folders in which a program is looked for. SSH gives next to nothing, so the usual ones are added."""
+    home = environ.get("HOME", "")
+    own = [f"{home}/.local/bin", f"{home}/bin"] if home else []
+    return os.pathsep.join(dict.fromkeys([*environ.get("PATH", "").split(os.pathsep), *own, *USUAL_FOLDERS]))
+
+
+def which(program: str, environ: Mapping[str, str]) -> str | None:
+    return shutil.which(program, path=search_path(environ))
+
+
+def expand(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[str, ...]:
+    """A configured argv with `~/` expanded and its program made absolute."""
+    home = environ.get("HOME", "~")
+    parts = [f"{home}/{part[2:]}" if part.startswith("~/") else part for part in argv]
+    if "/" not in parts[0]:
+        parts[0] = which(parts[0], environ) or parts[0]
+    return tuple(parts)
+
+
+def runnable(argv: Sequence[str], source: str) -> Command:
+    """Raises `Refused` if the program of `argv` is not an executable file."""
+    if not (os.path.isfile(argv[0]) and os.access(argv[0], os.X_OK)):
+        raise Refused(
+            "engine_not_found",
+            f"the engine's program {argv[0]!r} is not there",
+            why=f"it is what {source} says",
+            hint="correct it, or install the program there",
+        )
+    return Command(tuple(argv), source)
+
+
+def split(text: str, variable: str) -> list[str]:
+    try:
+        parts = shlex.split(text)
+    except ValueError as error:
+        parts, why = [], str(error)
+    else:
+        why = "it is empty"
+    if not parts:
+        raise Refused(
+            "bad_launch_command",
+            f"{variable} on the host is not a command",
+            why=why,
+            hint=f"set {variable} to a complete command, or unset it",
+        )
+    return parts
+
+
+def options(argv: Sequence[str]) -> dict[str, str]:
+    """The long options of an argv with their values, `--a b` and `--a=b` alike; the last one wins."""
+    found: dict[str, str] = {}
+    for index, word in enumerate(argv):
+        if word.startswith("--"):
+            key, equals, value = word.partition("=")
+            following = argv[index + 1] if index + 1 < len(argv) else ""
+            found[key] = value if equals else following
+    return found
+
+
+def check_args(engine: str, args: Sequence[str], reserved: frozenset[str]) -> None:
+    """Raises `Refused` if a model's own arguments take what belongs to mlxops, or abbreviate it."""
+    for word in args:
+        key = word.partition("=")[0]
+        taken = next((r for r in reserved if key == r or (len(key) > 3 and r.startswith(key))), None)
+        if taken:
+            raise Refused(
+                "reserved_argument",
+                f"the model's args contain {key!r}",
+                why=f"{taken} of {engine} is set by mlxops",
+                hint="take it out of the entry's args in registry.json",
+            )
+
+
+def get_status(host: str, port: int, path: str, timeout: float) -> int | None:
+    """The HTTP status of a GET; None if there was no answer within `timeout` seconds."""
+    connection = http.client.HTTPConnection(host, port, timeout=timeout)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        response.read(MAX_BODY)
+        return response.status
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
+
+
+class NoCompletion(Exception):
+    """The server answered, but not with a completion; the text says with what."""
+
+
+def complete(host: str, port: int, model: str, timeout: float) -> dict[str, object]:
+    """One small chat completion. What is generated does not matter (reasoning alone is an answer): that it is does.
+
+    Raises `OSError` when there was no answer, `NoCompletion` when it was another one.
+    """
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": "Say hi."}],
+        "max_tokens": 4,
+        "temperature": 0,
+        "stream": False,
+    }
+    connection = http.client.HTTPConnection(host, port, timeout=timeout)
+    try:
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        data = response.read(MAX_BODY)
+        status = response.status
+    except http.client.HTTPException as error:
+        raise NoCompletion(f"it does not speak HTTP: {type(error).__name__}") from None
+    finally:
+        connection.close()
+    if status != 200:
+        raise NoCompletion(f"it answered {status}: {data[:300].decode(errors='replace')}")
+    try:
+        answer = json.loads(data)
+        usable = isinstance(answer["choices"][0]["message"], dict)
+    except (ValueError, LookupError, TypeError):
+        usable = False
+    if not usable:
+        raise NoCompletion(f"it answered 200 without a completion: {data[:300].decode(errors='replace')}")
+    return dict(answer)

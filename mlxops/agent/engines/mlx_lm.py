@@ -1,0 +1,111 @@
+"""mlx-lm's server, `mlx_lm.server` (behaviour read in and tried with 0.32.2; failed loads also with 0.31.3's source).
+
+It has no option for the name that it serves under: any name but the exact `--model` string makes it drop its
+weights and try to load that name. So it is started in a folder where the alias is a link to the snapshot.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mlxops.agent.engines.base import (
+    Command,
+    Health,
+    Seen,
+    Serving,
+    check_args,
+    expand,
+    get_status,
+    options,
+    runnable,
+    which,
+)
+from mlxops.core.errors import Refused
+
+_FATAL = re.compile(
+    r"^(?:\S+ )*.*generation thread died: .*$|^(?:[A-Za-z_][\w.]*(?:Error|Exception|Interrupt)): .*$", re.MULTILINE
+)
+
+
+class MlxLm:
+    name = "mlx-lm"
+    reserved = frozenset({"--model", "--host", "--port", "--trust-remote-code", "--adapter-path"})
+
+    def command(self, launch: Sequence[str], environ: Mapping[str, str]) -> Command:
+        if launch:
+            return runnable(expand(launch, environ), "`launch` in hosts.yaml")
+        program = which("mlx_lm.server", environ)
+        if program is None:
+            raise Refused(
+                "engine_not_found",
+                "the engine mlx-lm is not installed on the host",
+                why="mlx_lm.server is neither on PATH nor in a usual folder",
+                hint="install it there (uv tool install mlx-lm), or set launch: {mlx-lm: [...]} in hosts.yaml",
+            )
+        return Command((program,), "PATH")
+
+    def argv(self, command: Command, serving: Serving) -> tuple[str, ...]:
+        model = serving.model
+        check_args(self.name, model.args, self.reserved)
+        unusable = [key for key, value in model.options.items() if value is not None and key != "chat_template"]
+        if unusable:
+            raise Refused(
+                "unsupported_option",
+                f"mlx-lm has no option for {', '.join(unusable)}",
+                why=f"the entry {model.name!r} sets it; only mlx-openai-server knows it",
+                hint="take it out of the entry, or give the entry another engine",
+            )
+        template = model.options.get("chat_template")
+        return (
+            *command.argv,
+            *("--model", serving.alias, "--host", serving.bind, "--port", str(serving.port)),
+            *(("--chat-template", template) if template else ()),
+            *(("--trust-remote-code",) if model.trust_remote_code else ()),
+            *model.args,
+        )
+
+    def prepare(self, serving: Serving) -> None:
+        link = serving.folder / serving.alias
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(serving.path, target_is_directory=True)
+
+    def environment(self) -> Mapping[str, str]:
+        # Without it, a request under a wrong name would start a download.
+        return {"HF_HUB_OFFLINE": "1"}
+
+    def recognise(self, argv: Sequence[str]) -> Seen | None:
+        if not _is_server(argv):
+            return None
+        given = options(argv)
+        port = given.get("--port", "8080")
+        if not port.isdecimal():
+            return None
+        return Seen(int(port), given.get("--model", ""), given.get("--host", "127.0.0.1"))
+
+    def health(self, host: str, port: int, timeout: float) -> Health:
+        # 200 also while loading; 503 once the thread that generates has died.
+        match get_status(host, port, "/health", timeout):
+            case None:
+                return Health.SILENT
+            case 200:
+                return Health.SERVING
+            case _:
+                return Health.BROKEN
+
+    def fatal(self, log: str) -> str | None:
+        if "generation thread died" not in log and "Exception in thread" not in log:
+            return None
+        found = _FATAL.findall(log)
+        return str(found[-1]).strip() if found else None
+
+
+def _is_server(argv: Sequence[str]) -> bool:
+    """The console script, plain or through its interpreter; `-m mlx_lm.server`; `mlx_lm server`."""
+    for index, word in enumerate(argv[:12]):
+        following = argv[index + 1] if index + 1 < len(argv) else ""
+        if Path(word).name in {"mlx_lm.server", "mlx_lm"} and (word.endswith("server") or following == "server"):
+            return True
+    return False

@@ -1,0 +1,106 @@
+"""mlx-openai-server: where it is found, in the order that its users rely on, and its options (1.8)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mlxops.agent.engines.base import (
+    Command,
+    Health,
+    Seen,
+    Serving,
+    check_args,
+    expand,
+    get_status,
+    options,
+    runnable,
+    split,
+    which,
+)
+from mlxops.core.errors import Refused
+
+VARIABLE = "MLX_LAUNCH_CMD"
+PROJECT = "/opt/mlx-launch"
+HOMEBREW_UV = "/opt/homebrew/bin/uv"
+
+_FLAGS = {
+    "model_type": "--model-type",
+    "chat_template": "--chat-template-file",
+    "tool_call_parser": "--tool-call-parser",
+    "reasoning_parser": "--reasoning-parser",
+}
+
+
+class MlxOpenAIServer:
+    name = "mlx-openai-server"
+    reserved = frozenset(
+        {
+            *("--model-path", "--host", "--port", "--served-model-name", "--config"),
+            *("--log-file", "--no-log-file", "--trust-remote-code"),
+        }
+    )
+
+    def command(self, launch: Sequence[str], environ: Mapping[str, str]) -> Command:
+        if launch:
+            return runnable(expand(launch, environ), "`launch` in hosts.yaml")
+        if VARIABLE in environ:
+            return runnable(expand(split(environ[VARIABLE], VARIABLE), environ), VARIABLE)
+        program = which(self.name, environ)
+        if program:
+            return Command((program, "launch"), "PATH")
+        for uv in (which("uv", environ), HOMEBREW_UV):
+            if uv and Path(uv).is_file() and Path(PROJECT).is_dir():
+                return Command((uv, "run", "--project", PROJECT, self.name, "launch"), f"{uv} run")
+        raise Refused(
+            "engine_not_found",
+            "the engine mlx-openai-server is not installed on the host",
+            why=f"looked at {VARIABLE}, for {self.name} on PATH and in the usual folders, and for uv with {PROJECT}",
+            hint=f"install it there, set {VARIABLE} there, or set `launch` or `engine: mlx-lm` in hosts.yaml",
+        )
+
+    def argv(self, command: Command, serving: Serving) -> tuple[str, ...]:
+        model = serving.model
+        check_args(self.name, model.args, self.reserved)
+        given = {"model_type": "lm", **model.options}
+        flags = [word for key, flag in _FLAGS.items() if (value := given.get(key)) for word in (flag, value)]
+        return (
+            *command.argv,
+            *("--model-path", str(serving.path), "--served-model-name", serving.alias),
+            *("--host", serving.bind, "--port", str(serving.port), "--no-log-file"),
+            *flags,
+            *(("--context-length", str(model.context_length)) if model.context_length else ()),
+            *(("--trust-remote-code",) if model.trust_remote_code else ()),
+            *model.args,
+        )
+
+    def prepare(self, serving: Serving) -> None:
+        """It needs nothing in its folder."""
+
+    def environment(self) -> Mapping[str, str]:
+        return {"HF_HUB_OFFLINE": "1"}
+
+    def recognise(self, argv: Sequence[str]) -> Seen | None:
+        for index, word in enumerate(argv[:12]):
+            if Path(word).name == self.name and "launch" in argv[index + 1 : index + 3]:
+                given = options(argv[index:])
+                port = given.get("--port", "8000")
+                model = given.get("--model-path", "")
+                return Seen(int(port), model, given.get("--host", "0.0.0.0")) if port.isdecimal() else None
+        return None
+
+    def health(self, host: str, port: int, timeout: float) -> Health:
+        # It binds only after its start-up. /health stays 200 when the process with the weights has died, and
+        # /v1/queue/stats would start that one anew, so this says only that the front answers.
+        match get_status(host, port, "/health", timeout):
+            case None:
+                return Health.SILENT
+            case 200:
+                return Health.SERVING
+            case _:
+                return Health.BROKEN
+
+    def fatal(self, log: str) -> str | None:
+        found = re.findall(r"^.*Application startup failed.*$", log, re.MULTILINE)
+        return str(found[-1]).strip() if found else None

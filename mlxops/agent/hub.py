@@ -1,0 +1,242 @@
+"""Downloads from the Hugging Face hub into the host's cache, by huggingface_hub, of a commit that is fixed first.
+
+What huggingface_hub leaves to its caller is added here: when to try again and when not, a deadline for a download
+that stands still, disk space before the first byte, proof of completeness after the last, and one line of what,
+why and what to do for each way in which a hub says no. The token is huggingface_hub's business: it finds and
+sends it; nothing here reads it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlxops.agent.cache import Snapshot, find, is_commit
+from mlxops.agent.hubline import Asked, Bytes, Emit, Line, Patience, failure, open_line, persistently
+from mlxops.agent.snapshot import NOT_SERVED, completeness, damaged_weights, is_served, is_weight, printable
+from mlxops.core.errors import Refused
+from mlxops.core.names import is_repo_id, is_revision
+from mlxops.core.protocol import Note
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoFile, RepoSibling
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a repository, as the hub describes it."""
+
+    name: str
+    size: int
+    etag: str
+    """The name under which the cache keeps its content in `blobs/`: the SHA-256 of an LFS file, git's of others."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a download consists of: a commit, and the files of it that an engine may need."""
+
+    repo_id: str
+    commit: str
+    files: tuple[HubFile, ...]
+
+    @property
+    def total(self) -> int:
+        return sum(file.size for file in self.files)
+
+
+def download(repo_id: str, revision: str | None, hub: Path, emit: Emit, patience: Patience | None = None) -> Snapshot:
+    """Bring `revision` (a branch, a tag, a commit; None: main) of a repository into the cache `hub`.
+
+    Emits notes, and `Progress("download", done, total)` in bytes, which never goes back and ends at the total.
+    Raises `Refused` (disk_full, not_mlx) and `DownloadFailed` (repo_not_found, revision_not_found, gated_repo,
+    unauthorized, rate_limited, hub_unreachable, hub_error, download_stalled, cache_not_writable,
+    incomplete_download).
+    """
+    asked = Asked(repo_id, revision)
+    folder = hub / ("models--" + repo_id.replace("/", "--"))
+    _refuse_impossible(asked)
+    with open_line(patience or Patience()) as line:
+        plan = persistently(lambda: _plan(line, asked), asked, emit, line)
+        _refuse_other_formats(plan)
+        _drop_wrong_sizes(folder, plan, emit)
+        _announce(folder, plan, emit)
+        progress = Bytes(emit, plan.total, line)
+        persistently(lambda: _fetch(line, plan, folder, progress), asked, emit, line)
+    _prove(folder, plan, asked)
+    progress.finish()
+    if not plan.commit.startswith(asked.branch):
+        _write_ref(folder, asked.branch, plan.commit, asked)
+    return _found(hub, plan)
+
+
+def _refuse_impossible(asked: Asked) -> None:
+    if not is_repo_id(asked.repo_id):
+        raise failure("repo_not_found", asked, "this cannot be the name of a repository")
+    if asked.revision is not None and not is_revision(asked.revision):
+        raise failure("revision_not_found", asked, "this cannot be the name of a revision")
+
+
+def _plan(line: Line, asked: Asked) -> Plan:
+    try:
+        commit, files = _described(line, asked)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, OSError):  # huggingface_hub's exception for a 400 is both
+            raise
+        raise failure("hub_error", asked, "its answer is not that of a Hugging Face hub", line.host) from None
+    return Plan(asked.repo_id, commit, tuple(file for file in files if is_served(file.name)))
+
+
+def _described(line: Line, asked: Asked) -> tuple[str, list[HubFile]]:
+    """(the commit that was asked for, its files), with any of a dozen exceptions for an answer of another form."""
+    from huggingface_hub.hf_api import RepoFile
+
+    api = line.api()
+    info = api.model_info(asked.repo_id, revision=asked.branch, timeout=line.patience.answer, files_metadata=True)
+    commit = info.sha or ""
+    if not is_commit(commit):
+        raise ValueError("no commit")
+    files: list[RepoSibling | RepoFile] = [*(info.siblings or ())]
+    if any(file.size is None for file in files):  # a mirror, perhaps; huggingface.co tells them
+        listing = api.list_repo_tree(asked.repo_id, recursive=True, revision=commit)
+        files = [entry for entry in listing if isinstance(entry, RepoFile)]
+    return commit, [_hub_file(file) for file in files]
+
+
+def _hub_file(file: RepoSibling | RepoFile) -> HubFile:
+    size, etag = (file.size, file.blob_id) if file.lfs is None else (file.lfs.size, file.lfs.sha256)
+    if not isinstance(size, int) or not isinstance(etag, str) or not etag.isalnum():
+        raise ValueError("no size, or no name of its content")
+    return HubFile(file.rfilename, size, etag)
+
+
+def _refuse_other_formats(plan: Plan) -> None:
+    if not any(is_weight(file.name) for file in plan.files):
+        raise _not_mlx(plan, f"none of its files at {plan.commit[:12]} is a *.safetensors that an MLX engine loads")
+
+
+def _not_mlx(plan: Plan, why: str) -> Refused:
+    return Refused(
+        "not_mlx",
+        f"{plan.repo_id} is not a model that an MLX engine can serve",
+        why=why,
+        hint="choose a repository with MLX weights, for example of https://huggingface.co/mlx-community",
+    )
+
+
+def _drop_wrong_sizes(folder: Path, plan: Plan, emit: Emit) -> None:
+    """huggingface_hub takes whatever lies under the right name for the right file: what was cut off would stay so."""
+    for file in plan.files:
+        for place in _places(folder, plan, file):
+            actual = _size(place)
+            if actual is not None and actual != file.size:
+                what = f"{printable(file.name)} has {actual} of {file.size} bytes in the cache"
+                emit(Note(f"{what}: downloading it anew", "warning"))
+                _drop(folder, place)
+
+
+def _drop(folder: Path, pointer: Path) -> None:
+    """Remove a file of a snapshot and what it leads to in the repository's own `blobs/`, and nothing else."""
+    blob = pointer.parent / pointer.readlink() if pointer.is_symlink() else pointer
+    pointer.unlink(missing_ok=True)
+    if blob.parent.resolve() == (folder / "blobs").resolve():
+        blob.unlink(missing_ok=True)
+
+
+def _announce(folder: Path, plan: Plan, emit: Emit) -> None:
+    """Say what will be downloaded; refuse what the disk cannot hold."""
+    missing = plan.total - _present(folder, plan)
+    here = f", {_amount(plan.total - missing)} of it already here" if missing < plan.total else ""
+    what = f"{_amount(plan.total)} in {len(plan.files)} files{here}"
+    emit(Note(f"downloading {plan.repo_id} at {plan.commit[:12]}: {what}"))
+    free = shutil.disk_usage(_existing(folder)).free
+    if missing > free:
+        raise Refused(
+            "disk_full",
+            f"{plan.repo_id} does not fit on the disk: {_amount(missing)} to download, {_amount(free)} free",
+            why=f"the disk of {folder.parent} has {_amount(missing - free)} too little",
+            hint="make room, for example with: mlxctl remove --model NAME (sizes: mlxctl list)",
+            details={"needed_bytes": missing, "free_bytes": free},
+        )
+
+
+def _present(folder: Path, plan: Plan) -> int:
+    """Bytes of the plan that the cache holds: in this snapshot or, by content, in another one of the repository."""
+    return sum(file.size for file in plan.files if file.size in map(_size, _places(folder, plan, file)))
+
+
+def _places(folder: Path, plan: Plan, file: HubFile) -> tuple[Path, Path]:
+    """Where a file of the plan is looked for before it is downloaded."""
+    return folder / "snapshots" / plan.commit / file.name, folder / "blobs" / file.etag
+
+
+def _fetch(line: Line, plan: Plan, folder: Path, progress: Bytes) -> None:
+    from huggingface_hub import snapshot_download
+
+    snapshot_download(
+        plan.repo_id,
+        revision=plan.commit,
+        cache_dir=folder.parent,
+        ignore_patterns=list(NOT_SERVED),
+        endpoint=line.endpoint,
+        tqdm_class=progress.bars(_present(folder, plan)),  # as much of tqdm as it calls
+    )
+
+
+def _prove(folder: Path, plan: Plan, asked: Asked) -> None:
+    """Raises `DownloadFailed` unless all of it is there. Damaged weights are removed, or they would be taken for
+    downloaded the next time."""
+    snapshot = folder / "snapshots" / plan.commit
+    why = completeness(snapshot)
+    if why is None:
+        return
+    for name in damaged_weights(snapshot):
+        _drop(folder, snapshot / name)
+    raise failure("incomplete_download", asked, why)
+
+
+def _write_ref(folder: Path, name: str, commit: str, asked: Asked) -> None:
+    """`refs/<branch>`, as huggingface_hub writes it for a branch (`file_download.py`), whole or not at all. It comes
+    after the download, so that an interrupted one leaves the branch where it was."""
+    ref = folder / "refs" / name
+    try:
+        if ref.is_file() and ref.read_bytes() == commit.encode():
+            return
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        temporary = ref.with_name(f"{ref.name}.{os.getpid()}.tmp")
+        temporary.write_text(commit)
+        temporary.replace(ref)
+    except OSError as error:
+        raise failure("cache_not_writable", asked, f"{ref}: {error.strerror}") from error
+
+
+def _found(hub: Path, plan: Plan) -> Snapshot:
+    """The cache's own view of what was downloaded. Raises `Refused` (not_mlx)."""
+    found = find(hub, plan.repo_id, plan.commit)
+    if isinstance(found, Snapshot):
+        return found
+    raise _not_mlx(plan, found.why if found is not None else "it is not in the cache after its download")
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def _existing(path: Path) -> Path:
+    return next(parent for parent in (path, *path.parents) if parent.exists())
+
+
+def _amount(size: int) -> str:
+    """Bytes for people, in powers of ten, as disks and hubs count."""
+    amount = float(size)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if amount < 999.5:
+            return f"{amount:.0f} {unit}" if unit == "bytes" or amount >= 99.5 else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return f"{amount:.1f} TB"

@@ -1,0 +1,437 @@
+"""The line to a Hugging Face hub: huggingface_hub made quiet, watched byte by byte, and asked again where that helps.
+
+huggingface_hub 2.4 reports a postponed request (429, 5xx) as a file that is missing from the cache, sleeps on a 429
+for as long as the hub likes, notices a stall after about 65 seconds, and draws on stderr. Here its HTTP client gets
+hooks that leave postponed requests to us, and its progress bars are ours. It is imported only when a download
+begins: the import takes half a second.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import urlsplit
+
+from mlxops.agent.snapshot import printable
+from mlxops.core.errors import DownloadFailed, MlxopsError, Refused
+from mlxops.core.protocol import Event, Note, Progress
+
+if TYPE_CHECKING:
+    import httpx2
+    from huggingface_hub import HfApi
+
+Emit = Callable[[Event], None]
+T = TypeVar("T")
+
+TRY_AGAIN = frozenset({408, 429, 500, 502, 503, 504})
+"""HTTP statuses with which a hub does not refuse, only postpones."""
+REPORT_EVERY = 0.2
+"""Seconds between two reports of progress."""
+_QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_VERBOSITY": "critical"}
+"""huggingface_hub reads its settings once, when it is imported."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a hub is waited for; in seconds, but for `tries`."""
+
+    stall: float = 120.0
+    """Without a single byte."""
+    answer: float = 30.0
+    """For an answer to a question about the repository."""
+    tries: int = 4
+    backoff: float = 2.0
+    """Before the second try; doubled before each further one."""
+    longest_wait: float = 60.0
+    """However much later the hub says that we should come back."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What somebody wants: a repository, and a branch, tag or commit of it, if they said which."""
+
+    repo_id: str
+    revision: str | None
+
+    @property
+    def branch(self) -> str:
+        """The revision that is meant; unsaid, it is the hub's default, main."""
+        return self.revision or "main"
+
+    def __str__(self) -> str:
+        return self.repo_id if self.revision is None else f"{self.repo_id}@{self.revision}"
+
+
+@dataclass
+class Line:
+    """Whether anything still comes from the hub, and where it is."""
+
+    patience: Patience
+    endpoint: str | None
+    _last: float = field(default_factory=time.monotonic)
+
+    def api(self) -> HfApi:
+        from huggingface_hub import HfApi
+
+        return HfApi(endpoint=self.endpoint, library_name="mlxops")
+
+    def heard(self) -> None:
+        self._last = time.monotonic()
+
+    @property
+    def stalled(self) -> bool:
+        return time.monotonic() - self._last > self.patience.stall
+
+    @property
+    def host(self) -> str:
+        return urlsplit(self.endpoint or "https://huggingface.co").hostname or "the hub"
+
+
+class _Later(Exception):
+    """The hub postpones: an HTTP status of `TRY_AGAIN`, and after how many seconds, where it says so."""
+
+    def __init__(self, status: int, after: float | None) -> None:
+        super().__init__(f"HTTP {status}")
+        self.status, self.after = status, after
+
+
+class _Stalled(Exception):
+    """Nothing has come for too long."""
+
+
+@contextmanager
+def open_line(patience: Patience) -> Iterator[Line]:
+    """huggingface_hub with a client that tells us of every byte, leaves postponed requests to us, and begins no
+    request once nothing comes any more. Its own client is back in place afterwards."""
+    _import_quietly()
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
+
+    line = Line(patience, os.environ.get("HF_ENDPOINT") or None)
+    set_client_factory(lambda: _hooked(default_client_factory(), line))
+    try:
+        with _xet_watched(line):
+            yield line
+    finally:
+        set_client_factory(default_client_factory)
+
+
+def _hooked(client: httpx2.Client, line: Line) -> httpx2.Client:
+    import httpx2
+
+    class Heard(httpx2.SyncByteStream):
+        def __init__(self, stream: httpx2.SyncByteStream) -> None:
+            self._stream = stream
+
+        def __iter__(self) -> Iterator[bytes]:
+            for chunk in self._stream:
+                line.heard()
+                yield chunk
+
+        def close(self) -> None:
+            self._stream.close()
+
+    def before(request: httpx2.Request) -> None:
+        if line.stalled:
+            raise _Stalled
+        timeouts = request.extensions.get("timeout", {})
+        timeouts["read"] = min(timeouts.get("read") or line.patience.stall, line.patience.stall)
+
+    def after(response: httpx2.Response) -> None:
+        if response.status_code in TRY_AGAIN:
+            seconds = response.headers.get("Retry-After", "")
+            raise _Later(response.status_code, float(seconds) if re.fullmatch("[0-9]{1,9}", seconds) else None)
+        if isinstance(response.stream, httpx2.SyncByteStream):
+            response.stream = Heard(response.stream)
+
+    client.event_hooks = {
+        "request": [*client.event_hooks.get("request", []), before],
+        "response": [*client.event_hooks.get("response", []), after],
+    }
+    return client
+
+
+@contextmanager
+def _xet_watched(line: Line) -> Iterator[None]:
+    """Xet transfers happen in a library of their own, past our client: one that stands still is ended from outside,
+    the way huggingface_hub ends it on Ctrl-C."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(min(1.0, line.patience.stall)):
+            if line.stalled:
+                try:
+                    from huggingface_hub.utils._xet import abort_xet_session
+                except ImportError:
+                    return  # no Xet, no need
+                abort_xet_session()  # type: ignore[no-untyped-call]
+
+    watcher = threading.Thread(target=watch, name="download-watch", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
+
+
+def _import_quietly() -> None:
+    before = {key: os.environ.get(key) for key in _QUIET}
+    os.environ.update(_QUIET)
+    try:
+        import huggingface_hub.constants
+        import huggingface_hub.utils.logging  # noqa: F401
+    finally:
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
+
+
+# --- progress -----------------------------------------------------------------------------------------------------
+
+
+class Bytes:
+    """The progress of one download in bytes, taken from the bars that huggingface_hub believes to draw.
+
+    It makes a bar of the bytes that reach the disk, one of those that come over the network, and one that counts
+    files, and moves them from several threads (2.4, `_snapshot_download.py`).
+    """
+
+    def __init__(self, emit: Emit, total: int, line: Line) -> None:
+        self._emit, self._total, self._line = emit, total, line
+        self._lock = threading.Lock()
+        self._shown = -1
+        self._next = 0.0
+
+    def bars(self, base: int) -> type[_Bar]:
+        """The class of bars for one try that begins with `base` bytes already there."""
+        bytes_ = self
+        self._report(base)
+
+        class Bar(_Bar):
+            def moved(self) -> None:
+                bytes_._line.heard()
+                if self.counts_written:
+                    bytes_._report(base + self.n)
+
+        return Bar
+
+    def finish(self) -> None:
+        self._emit(Progress("download", self._total, self._total))
+
+    def _report(self, done: int) -> None:
+        """Never backwards, though a repeated try begins anew, and the total only once it is proven."""
+        with self._lock:
+            now = time.monotonic()
+            if self._shown < done < self._total and now >= self._next:
+                self._shown, self._next = done, now + REPORT_EVERY
+                self._emit(Progress("download", done, self._total))
+
+
+class _Bar:
+    """As much of tqdm as huggingface_hub calls."""
+
+    def __init__(self, *_: object, total: float | None = None, desc: str = "", unit: str = "", **__: object) -> None:
+        self.n = 0
+        self.total = total
+        self.format_dict: dict[str, float] = {}
+        self.counts_bytes = unit == "B"
+        self.counts_written = self.counts_bytes and not desc.startswith("Downloading")
+
+    def moved(self) -> None:
+        """Bytes came, or were rolled back."""
+
+    def update(self, n: float | None = 1) -> None:
+        self.n += int(n or 0)
+        if self.counts_bytes and n:
+            self.moved()
+
+    def refresh(self, *_: object, **__: object) -> None: ...
+    def close(self) -> None: ...
+    def set_description(self, *_: object, **__: object) -> None: ...
+    def set_description_str(self, *_: object, **__: object) -> None: ...
+    def set_postfix_str(self, *_: object, **__: object) -> None: ...
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+# --- when the hub says no -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _No:
+    """What an exception means: the error's code, why it came, and whether asking again may help."""
+
+    code: str
+    why: str
+    again: bool = False
+    after: float | None = None
+    """Seconds that the hub asked us to wait."""
+
+
+_WHAT = {
+    "repo_not_found": "{asked}: the hub has no such repository",
+    "revision_not_found": "{asked}: the repository has no such revision",
+    "gated_repo": "{asked} is gated: its authors want to know who downloads it",
+    "unauthorized": "{asked}: the hub refuses us",
+    "rate_limited": "{asked}: the hub limits how much we may ask",
+    "hub_unreachable": "{asked}: {host} cannot be reached",
+    "hub_error": "{asked}: {host} does not work as a hub should",
+    "download_stalled": "{asked}: the download stands still",
+    "cache_not_writable": "{asked} cannot be written to the cache",
+    "incomplete_download": "{asked}: the download is not complete",
+}
+_LOGIN = "on the host that downloads, as the user that runs mlxops: hf auth login"
+_AGAIN = "try again: mlxctl pull --repo {asked} (what has arrived is kept)"
+_HINT = {
+    "repo_not_found": f"check the spelling; if it is private, log in {_LOGIN}",
+    "revision_not_found": "see its branches, tags and commits: https://huggingface.co/{repo_id}/commits/main",
+    "gated_repo": f"accept its terms at https://huggingface.co/{{repo_id}}, then log in {_LOGIN}",
+    "unauthorized": f"log in with a token that may read it, {_LOGIN}",
+    "rate_limited": f"wait some minutes, or log in for a higher limit, {_LOGIN}",
+    "hub_unreachable": "check the network, HF_ENDPOINT and HF_HUB_OFFLINE on the host that downloads, then " + _AGAIN,
+    "hub_error": f"see https://status.huggingface.co; later, {_AGAIN}",
+    "download_stalled": f"check the host's network, then {_AGAIN}",
+    "cache_not_writable": "check the owner and permissions of the cache folder",
+    "incomplete_download": _AGAIN,
+}
+
+
+def failure(code: str, asked: Asked, why: str, host: str = "the hub") -> DownloadFailed:
+    names = {"asked": str(asked), "repo_id": asked.repo_id, "host": host}
+    return DownloadFailed(code, _WHAT[code].format(**names), why=why, hint=_HINT[code].format(**names))
+
+
+def persistently(attempt: Callable[[], T], asked: Asked, emit: Emit, line: Line) -> T:
+    """The attempt's result; repeated, with growing pauses, while the hub only postpones.
+
+    Raises `DownloadFailed` or `Refused`; what no hub and no disk can have caused passes as it is.
+    """
+    pause = line.patience.backoff
+    for left in reversed(range(line.patience.tries)):
+        try:
+            return attempt()
+        except MlxopsError:
+            raise
+        except Exception as error:
+            no = _meaning(error, line)
+            if no is None:
+                raise
+            if no.code == "disk_full":
+                raise _disk_full(asked, no) from None
+            if not no.again or not left:
+                # The exception is not chained: it may hold headers, and with them the token.
+                raise failure(no.code, asked, no.why, line.host) from None
+            wait = min(max(pause, no.after or 0.0), line.patience.longest_wait)
+            pause *= 2
+            emit(Note(f"{asked}: {no.why}; trying again in {wait:.0f} s", "warning"))
+        time.sleep(wait)
+        line.heard()  # it was we who paused
+    raise AssertionError("the last try returns or raises")
+
+
+def _disk_full(asked: Asked, no: _No) -> Refused:
+    hint = "make room, for example with: mlxctl remove --model NAME (sizes: mlxctl list)"
+    return Refused("disk_full", f"{asked}: the disk is full", why=no.why, hint=hint)
+
+
+def _meaning(error: BaseException, line: Line) -> _No | None:
+    """What an exception of huggingface_hub's means; None if it is none of a download.
+
+    It wraps what happened in a `LocalEntryNotFoundError`: the cause counts.
+    """
+    if line.stalled or any(isinstance(cause, _Stalled) for cause in _causes(error)):
+        return _No("download_stalled", f"nothing has come from {line.host} for {line.patience.stall:.0f} s")
+    meanings = (_meaning_of_one(cause) for cause in _causes(error))
+    return next((no for no in meanings if no is not None), None)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
+def _meaning_of_one(error: BaseException) -> _No | None:
+    import httpx2
+    from huggingface_hub import errors
+
+    match error:
+        case _Later(status=429):
+            return _No("rate_limited", "it answers 429 Too Many Requests", again=True, after=error.after)
+        case _Later():
+            return _No("hub_error", f"it answers {error.status}", again=True, after=error.after)
+        case errors.HfHubHTTPError():
+            return _meaning_of_answer(error)
+        case errors.OfflineModeIsEnabled():
+            return _No("hub_unreachable", "HF_HUB_OFFLINE is set there")
+        case httpx2.TransportError():
+            return _No("hub_unreachable", _said(error), again=True)
+        case httpx2.InvalidURL() | httpx2.TooManyRedirects():
+            return _No("hub_error", _said(error))
+        case errors.FileMetadataError():
+            return _No("hub_error", _said(error))
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+            return _No("disk_full", _said(error))
+        case OSError(errno=errno.EACCES | errno.EPERM | errno.EROFS):
+            return _No("cache_not_writable", _said(error))
+        case OSError() if "Consistency check failed" in str(error):
+            return _No("hub_error", "a file arrived with another length than announced", again=True)
+    if type(error).__module__.partition(".")[0] == "hf_xet":
+        return _No("hub_error", _said(error), again=True)
+    return None
+
+
+def _meaning_of_answer(error: httpx2.HTTPError) -> _No:
+    """An answer that is final. A hub says 401 of gated, private and unknown repositories alike, and tells them apart
+    by headers of its own (huggingface_hub, `hf_raise_for_status`)."""
+    from huggingface_hub import errors
+
+    assert isinstance(error, errors.HfHubHTTPError)
+    status = error.response.status_code
+    said = error.server_message or error.response.headers.get("X-Error-Message") or ""
+    why = f"it answers {status}" + (f": {_without_token(said)}" if said else "")
+    if isinstance(error, errors.GatedRepoError):
+        return _No("gated_repo", why)
+    if isinstance(error, errors.RevisionNotFoundError):
+        return _No("revision_not_found", why)
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return _No("repo_not_found", why)
+    if status in (401, 403):
+        return _No("unauthorized", why)
+    if status == 404 and not isinstance(error, errors.EntryNotFoundError):
+        return _No("repo_not_found", why)
+    return _No("hub_error", why)
+
+
+def _said(error: BaseException) -> str:
+    text = str(error).strip().partition("\n")[0]
+    return _without_token(f"{type(error).__name__}: {text}" if text else type(error).__name__)
+
+
+def _without_token(text: str) -> str:
+    """Text of the hub's, for people: one bounded line, and should it echo the token, without it."""
+    from huggingface_hub import get_token
+
+    token = get_token()
+    if token:
+        text = text.replace(token, "***")
+    return printable(re.sub(r"\bhf_[A-Za-z0-9]{8,}", "hf_***", text))

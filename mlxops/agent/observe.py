@@ -1,0 +1,185 @@
+"""Look at every port of the host, once, and say what is there. Changes nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import re
+import shlex
+import socket
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from mlxops.agent import processes
+from mlxops.agent.engines import ENGINES, recognise
+from mlxops.agent.place import Place
+from mlxops.agent.store import Store
+from mlxops.agent.system import Listener, Look, System, collides
+from mlxops.core.registry import Registry
+from mlxops.core.world import Answer, Run, Server, Signals, World, drift, judge
+
+PROBE_SECONDS = 2.0
+_TERMINAL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[@-_]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def observe(
+    where: Place,
+    store: Store,
+    registry: Registry,
+    system: System,
+    *,
+    own: str | None = None,
+    only: Iterable[int] | None = None,
+) -> World:
+    """All ports of the range and those that the registry names, in one pass.
+
+    `own` is the operation that asks: it is not in its own way. `only` restricts the ports.
+    """
+    assigned = {model.port for model in registry.models.values() if model.port is not None}
+    ports = sorted(set(only) if only is not None else set(where.settings.ports) | assigned)
+    look = _with_unseen(system, system.look(frozenset(ports)), where, ports)
+    hand = _hand_started(where, look, ports)
+    signals = [_signals(where, store, system, look, hand, port, own) for port in ports]
+    answers = _ask(where, [each for each in signals if each.listening and (each.run or each.hand)])
+    views = {
+        each.port: judge(replace(each, answer=answers.get(each.port, Answer.NOT_ASKED)), registry) for each in signals
+    }
+    return World(views, drift(where.settings.ports, views, registry))
+
+
+def _with_unseen(system: System, look: Look, where: Place, ports: Iterable[int]) -> Look:
+    """Where the listeners of other users cannot be seen, a connect tells that there is one."""
+    if system.sees_all_listeners:
+        return look
+    unseen = []
+    for port in ports:
+        if not look.on(where.settings.bind, port):
+            with contextlib.suppress(OSError), socket.create_connection((where.connect_host, port), 0.5):
+                unseen.append(Listener(where.connect_host, port))
+    return replace(look, listeners=(*look.listeners, *unseen))
+
+
+def _hand_started(where: Place, look: Look, ports: Iterable[int]) -> Mapping[int, Server]:
+    """Servers of this user that an engine recognises by their argv, by port; the outermost process of each."""
+    found: dict[int, Server] = {}
+    wanted = set(ports)
+    for process in sorted(look.processes.values(), key=lambda p: p.pid):
+        if process.uid != os.getuid() or process.zombie or not process.argv:
+            continue
+        known = recognise(process.argv)
+        if known is None:
+            continue
+        engine, seen = known
+        if seen.port in wanted and seen.port not in found and _same_address(seen.host, where.settings.bind):
+            found[seen.port] = Server(process.pid, process.pgid, engine, seen.model, process.argv, process.start)
+    return found
+
+
+def _same_address(host: str | None, bind: str) -> bool:
+    try:
+        address = str(ipaddress.ip_address(host or "0.0.0.0"))
+    except ValueError:
+        address = "127.0.0.1" if host == "localhost" else "0.0.0.0"
+    return collides(address, bind)
+
+
+def _signals(
+    where: Place,
+    store: Store,
+    system: System,
+    look: Look,
+    hand: Mapping[int, Server],
+    port: int,
+    own: str | None,
+) -> Signals:
+    run, broken = _run_record(store, port)
+    holder = store.holder(f"port-{port}")
+    listeners = look.on(where.settings.bind, port)
+    pids = frozenset(pid for each in listeners for pid in each.pids)
+    members = processes.members(system, look, run) if run else ()
+    others = pids - set(members)
+    server = hand.get(port)
+    return Signals(
+        port=port,
+        alias=where.settings.slots.get(port),
+        run=run,
+        broken_record=broken,
+        leader_proven=run is not None and processes.leader(system, look.processes, run) is not None,
+        members=members,
+        listening=bool(listeners),
+        listener_pids=pids,
+        hand=server if server is not None and server.pid not in members else None,
+        boot=_is_boot(where, look, port, listeners),
+        operation=None if holder is None or holder.id == own else holder,
+        stranger=_describe(look, others) if listeners and (others or not pids) else "",
+        memory_bytes=system.memory(members) if members else None,
+        last_words=last_line(store.log_path(port)) if run is not None and not members else "",
+    )
+
+
+def _run_record(store: Store, port: int) -> tuple[Run | None, bool]:
+    try:
+        return store.run(port), False
+    except (ValueError, OSError):
+        return None, True
+
+
+def _is_boot(where: Place, look: Look, port: int, listeners: tuple[Listener, ...]) -> bool:
+    """The boot job's port is held by what it started, or by somebody whose processes this user cannot see."""
+    boot = where.settings.boot
+    if boot is None or boot.port != port or not listeners:
+        return False
+    pids = [pid for each in listeners for pid in each.pids]
+    return not pids or any(boot.script in process.argv for pid in pids for process in look.ancestors(pid))
+
+
+def _describe(look: Look, pids: Iterable[int]) -> str:
+    named = [
+        f"pid {pid}: {clean(shlex.join(look.processes[pid].argv))[:160]}"
+        for pid in sorted(pids)
+        if pid in look.processes
+    ]
+    return "; ".join(named) or "another user's process"
+
+
+def _ask(where: Place, signals: list[Signals]) -> dict[int, Answer]:
+    """The cheap probes, all at once: whatever hangs, this takes no longer than one probe."""
+    answers: dict[int, Answer] = {}
+
+    def ask(port: int, engine: str) -> None:
+        health = ENGINES[engine].health(where.connect_host, port, PROBE_SECONDS)
+        answers[port] = Answer(health.value)
+
+    threads = []
+    for each in signals:
+        engine = each.run.engine if each.run and each.members else each.hand.engine if each.hand else None
+        if engine in ENGINES:
+            threads.append(threading.Thread(target=ask, args=(each.port, engine), daemon=True))
+            threads[-1].start()
+    for thread in threads:
+        thread.join(PROBE_SECONDS * 2)
+    return {each.port: answers.get(each.port, Answer.SILENT) for each in signals}
+
+
+def clean(text: str) -> str:
+    """Text from outside without control characters and terminal escapes."""
+    return _TERMINAL.sub("", text)
+
+
+def tail(path: Path, size: int = 8192) -> str:
+    """The end of a log, made harmless; empty if there is none."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - size))
+            return "\n".join(clean(line) for line in file.read().decode(errors="replace").splitlines())
+    except OSError:
+        return ""
+
+
+def last_line(path: Path) -> str:
+    lines = [line.strip() for line in tail(path).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else ""

@@ -1,0 +1,97 @@
+"""What every operation works with, and how it holds the ports that it touches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from mlxops.agent.observe import observe
+from mlxops.agent.place import Place
+from mlxops.agent.store import Lock, Store, now
+from mlxops.agent.system import System
+from mlxops.core.errors import Busy
+from mlxops.core.protocol import Event, Note, Request
+from mlxops.core.registry import Registry, refusal
+from mlxops.core.world import Operation, World
+
+DRAIN_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an operation works with. `operation` is its id; empty for reads and dry runs."""
+
+    request: Request
+    where: Place
+    store: Store
+    system: System
+    emit: Callable[[Event], None]
+    environ: Mapping[str, str]
+    operation: str = ""
+
+    def registry(self) -> Registry:
+        return self.store.registry.read()
+
+    def usable_registry(self) -> Registry:
+        """For a change. Raises `Refused` before anything is done if it could not be written in the end."""
+        if not self.request.dry_run:
+            self.store.registry.check_writable()
+        registry = self.registry()
+        if registry.unwritable:
+            raise refusal(registry.unwritable)
+        return registry
+
+    def observe(self, registry: Registry) -> World:
+        return observe(self.where, self.store, registry, self.system, own=self.operation or None)
+
+    def note(self, message: str, level: str = "info") -> None:
+        self.emit(Note(message, level))
+
+    def remember(self, **what: object) -> None:
+        """The history is worth a warning, not a failure."""
+        try:
+            self.store.remember(operation=self.operation, by=str(self.request.asker), **what)
+        except OSError as error:
+            self.note(f"the history could not be written: {error.strerror}", "warning")
+
+    def holder(self, port: int | None = None) -> Operation:
+        """How this operation presents itself in the locks that it holds."""
+        request = self.request
+        return Operation(
+            id=self.operation,
+            command=request.command,
+            model=request.text("model"),
+            port=port,
+            asker=str(request.asker),
+            since=now(),
+            repo=request.text("repo"),
+        )
+
+    @contextmanager
+    def locked(self, port: int, *more: str) -> Iterator[None]:
+        """The locks of a port and of whatever else; raises `Busy` naming who holds one. None for a dry run."""
+        with ExitStack() as stack:
+            for name in () if self.request.dry_run else (f"port-{port}", *more):
+                held = self.store.lock(name, self.holder(port))
+                if isinstance(held, Operation):
+                    raise busy(self.request, port, held)
+                stack.callback(Lock.release, held)
+            yield
+
+
+def busy(request: Request, port: int, holder: Operation) -> Busy:
+    """`details.attach` is the operation to follow, if it is the very one that is asked for."""
+    same = (
+        request.command == "load" == holder.command
+        and holder.model == request.text("model")
+        and holder.port == port
+        and request.text("repo") in (None, holder.repo)
+    )
+    return Busy(
+        "busy",
+        f"another operation holds port {port}: {holder}",
+        why="one operation at a time on a port",
+        hint="wait for it, or see: mlxctl status",
+        details={"operation": holder.id} | ({"attach": holder.id} if same else {}),
+    )

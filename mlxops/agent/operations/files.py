@@ -1,0 +1,60 @@
+"""The files of a model in the cache, as much of them as the operations need to know."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlxops.agent.operations.context import Context
+from mlxops.core.errors import Refused
+from mlxops.core.planner import Target
+from mlxops.core.registry import Model
+
+
+@dataclass(frozen=True)
+class Files:
+    """A complete snapshot, as much of it as a load needs to know."""
+
+    revision: str
+    path: Path
+    size_bytes: int
+
+
+def cached(ctx: Context, target: Target) -> Files | None:
+    """The target's files, if all of them are here: no network is asked. None: they have to be downloaded."""
+    from mlxops.agent.cache import Snapshot, find
+
+    if target.entry is not None and not target.repoint:
+        own = registered(target.entry)
+        if own is not None:
+            return own
+    found = find(ctx.where.hub, target.repo_id, target.revision)
+    if isinstance(found, Snapshot):
+        return Files(found.revision, found.path, found.size_bytes)
+    if found is not None and not found.incomplete:
+        raise Refused(
+            "not_servable",
+            f"{target.repo_id} cannot be served",
+            why=found.why,
+            hint="choose a repository with MLX weights, for example of mlx-community",
+        )
+    return None
+
+
+def registered(model: Model) -> Files | None:
+    """The entry's own cache_path, if it is a complete snapshot of the revision that the entry names."""
+    from mlxops.agent.snapshot import completeness
+
+    if model.cache_path is None or not os.path.isabs(model.cache_path):
+        return None
+    path = Path(model.cache_path)
+    if model.revision is not None and not path.name.startswith(model.revision):
+        return None
+    try:
+        if not path.is_dir() or completeness(path) is not None:
+            return None
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    except (OSError, ValueError):
+        return None
+    return Files(path.name, path, size)

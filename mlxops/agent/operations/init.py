@@ -1,0 +1,33 @@
+"""`init`: register what the cache holds."""
+
+from __future__ import annotations
+
+from mlxops.agent.operations.context import Context
+from mlxops.core import planner
+from mlxops.core.registry import Registry
+
+
+def init(ctx: Context) -> dict[str, object]:
+    from mlxops.agent.cache import scan
+
+    registry = ctx.usable_registry()
+    found = scan(ctx.where.hub)
+    rows = [(each.repo_id, each.revision, str(each.path)) for each in found.snapshots]
+    new = planner.init_entries(registry, rows)
+
+    def add(current: Registry) -> Registry:
+        for name, fields in planner.init_entries(current, rows).items():
+            current = current.set_fields(name, fields)
+        return current
+
+    if new and not ctx.request.dry_run:
+        ctx.store.registry.update(add)
+        ctx.remember(command="init", added=sorted(new))
+    return {
+        "added": sorted(new),
+        "existing": sorted(repo_id for repo_id, _, _ in rows if repo_id not in new),
+        "skipped": [{"repo_id": each.repo_id, "path": str(each.path), "why": each.why} for each in found.skipped],
+        "changed": bool(new) and not ctx.request.dry_run,
+        "dry_run": ctx.request.dry_run,
+        "hub": str(ctx.where.hub),
+    }

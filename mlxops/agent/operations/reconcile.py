@@ -1,0 +1,50 @@
+"""`reconcile`: clear what nothing serves, stop what belongs to nothing."""
+
+from __future__ import annotations
+
+from mlxops.agent.observe import observe
+from mlxops.agent.operations.context import DRAIN_SECONDS, Context
+from mlxops.agent.operations.stopping import stop
+from mlxops.core import planner
+from mlxops.core.errors import Busy
+
+
+def reconcile(ctx: Context) -> dict[str, object]:
+    registry = ctx.usable_registry()
+    plan = planner.plan_reconcile(registry, ctx.observe(registry))
+    ports = sorted({*(plan.clear or {}).values(), *plan.forget, *(view.port for view in plan.stops)})
+    stopped, cleared, kept = [], [], list(plan.kept)
+    for port in ports:
+        try:
+            with ctx.locked(port):
+                now_stopped, now_cleared = _reconcile_port(ctx, port)
+        except Busy as busy:
+            kept.append(f"{port}: {busy.message}")
+            continue
+        stopped += now_stopped
+        cleared += now_cleared
+    changed = bool(stopped or cleared) and not ctx.request.dry_run
+    if changed:
+        ctx.remember(command="reconcile", cleared=cleared, stopped=stopped)
+    return {"cleared": cleared, "stopped": stopped, "kept": kept, "changed": changed, "dry_run": ctx.request.dry_run}
+
+
+def _reconcile_port(ctx: Context, port: int) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
+    """Looked at once more under the port's lock: what was absent a moment ago may be loading by now."""
+    registry = ctx.registry()
+    world = observe(ctx.where, ctx.store, registry, ctx.system, own=ctx.operation or None, only=[port])
+    plan = planner.plan_reconcile(registry, world)
+    clear = {name: at for name, at in (plan.clear or {}).items() if at == port}
+    if not ctx.request.dry_run:
+        for view in plan.stops:
+            stop(ctx, view, DRAIN_SECONDS)
+        if clear:
+            ctx.store.registry.update(
+                lambda current: current.clear(m.name for m in current.on_port(port) if m.name in clear)
+            )
+        if plan.forget:
+            ctx.store.forget_run(port)
+    stopped: list[dict[str, object]] = [
+        {"port": view.port, "model": view.model, "pid": view.pid, "why": view.detail} for view in plan.stops
+    ]
+    return stopped, [{"model": name, "port": at} for name, at in clear.items()]

@@ -1,0 +1,109 @@
+"""`unload` and `unload-all`."""
+
+from __future__ import annotations
+
+import time
+
+from mlxops.agent.journal import named
+from mlxops.agent.operations.context import DRAIN_SECONDS, Context, busy
+from mlxops.agent.operations.stopping import stop
+from mlxops.core import names, planner
+from mlxops.core.errors import MlxopsError, UsageError
+from mlxops.core.planner import UnloadPlan
+
+CANCEL_SECONDS = 60.0
+
+
+def unload(ctx: Context) -> dict[str, object]:
+    began = time.monotonic()
+    registry = ctx.usable_registry()
+    port_text, model = ctx.request.text("port"), ctx.request.text("model")
+    if (port_text is None) == (model is None):
+        raise UsageError("port_or_model", "unload takes a port or a model", hint="mlxctl unload 8100")
+    if port_text is not None:
+        port: int | None = names.port(port_text, ctx.where.settings.ports)
+    else:
+        port = planner.port_of(registry, ctx.observe(registry), names.model_name(model or ""))
+    if port is None:
+        return _unload_result(ctx, UnloadPlan(0, model=model), began)
+    if not ctx.request.dry_run:
+        _cancel_load(ctx, port)
+    with ctx.locked(port):
+        return _unload_result(ctx, _unload_port(ctx, port, force=ctx.request.flag("force")), began)
+
+
+def _unload_port(ctx: Context, port: int, *, force: bool) -> UnloadPlan:
+    """Plan and apply for one port whose lock is held."""
+    registry = ctx.registry()
+    plan = planner.plan_unload(registry, ctx.observe(registry), port, force=force)
+    if ctx.request.dry_run:
+        return plan
+    if plan.stop is not None:
+        stop(ctx, plan.stop, ctx.request.number("drain") or DRAIN_SECONDS)
+    ctx.store.forget_run(port)
+    ctx.store.registry.update(lambda current: current.clear(model.name for model in current.on_port(port)))
+    if plan.changed:
+        ctx.remember(command="unload", model=plan.model, port=port)
+    return plan
+
+
+def _cancel_load(ctx: Context, port: int) -> None:
+    """A load that is running on the port is asked to end; it cleans up after itself and gives the lock back."""
+    holder = ctx.store.holder(f"port-{port}")
+    journal = named(ctx.store.state / "ops", holder.id) if holder and holder.command == "load" else None
+    if holder is None or journal is None:
+        return
+    ctx.note(f"cancelling {holder}")
+    journal.cancel()
+    deadline = time.monotonic() + CANCEL_SECONDS
+    while ctx.store.holder(f"port-{port}") == holder:
+        if time.monotonic() > deadline:
+            raise busy(ctx.request, port, holder)
+        time.sleep(0.02)
+
+
+def _unload_result(ctx: Context, plan: UnloadPlan, began: float) -> dict[str, object]:
+    port = plan.port or None
+    return {
+        "model": plan.model,
+        "port": port,
+        "alias": ctx.where.settings.slots.get(plan.port),
+        "url": ctx.where.url(plan.port) if port else None,
+        "state": "idle",
+        "changed": plan.changed and not ctx.request.dry_run,
+        "seconds": round(time.monotonic() - began, 3),
+        "downtime_seconds": None,
+        "log_path": plan.stop.run.log_path if plan.stop and plan.stop.run else None,
+        "notes": list(plan.notes),
+        **({"dry_run": True, "plan": _shown_unload(plan)} if ctx.request.dry_run else {}),
+    }
+
+
+def _shown_unload(plan: UnloadPlan) -> dict[str, object]:
+    stop = plan.stop
+    return {
+        "stops": [f"{stop.model} on {stop.port}, pid {stop.pid}, owner {stop.owner}"] if stop else [],
+        "clears": list(plan.clear),
+    }
+
+
+def unload_all(ctx: Context) -> dict[str, object]:
+    """Every port on its own: one that cannot be unloaded does not keep the others."""
+    began = time.monotonic()
+    registry = ctx.usable_registry()
+    plans = planner.plan_unload_all(registry, ctx.observe(registry))
+    done: list[dict[str, object]] = []
+    errors: list[MlxopsError] = []
+    for plan in plans:
+        if not plan.changed:
+            done.append(_unload_result(ctx, plan, began))
+            continue
+        try:
+            with ctx.locked(plan.port):
+                done.append(_unload_result(ctx, _unload_port(ctx, plan.port, force=True), began))
+        except MlxopsError as error:
+            ctx.note(f"{plan.port}: {error.message}", "warning")
+            errors.append(error)
+    if errors:
+        raise planner.merge_refusals(errors)
+    return {"ports": done, "changed": any(row["changed"] for row in done), "dry_run": ctx.request.dry_run}

@@ -1,0 +1,73 @@
+"""Where things are on this host: the settings of a request with their paths made absolute."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlxops.agent.cache import default_hub
+from mlxops.core.errors import Refused
+from mlxops.core.settings import AGREED, Settings
+
+
+@dataclass(frozen=True)
+class Place:
+    settings: Settings
+    hub: Path
+    registry: Path
+    state: Path
+
+    @property
+    def connect_host(self) -> str:
+        """Where a server of this host is asked from the host itself."""
+        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.settings.bind, self.settings.bind)
+
+    def url(self, port: int) -> str:
+        """Where the gateway reaches a server, as far as the host knows."""
+        host = self.settings.address or self.connect_host
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+
+
+def place(settings: Settings, environ: Mapping[str, str]) -> Place:
+    """Raises `Refused` (no_home) if a path needs a home directory and there is none."""
+    hub = _absolute(settings.hub, environ) if settings.hub else default_hub(environ)
+    registry = _absolute(settings.registry, environ) if settings.registry else hub / "registry.json"
+    return Place(settings, hub, registry, _absolute(settings.state, environ))
+
+
+def _absolute(path: str, environ: Mapping[str, str]) -> Path:
+    if path != "~" and not path.startswith("~/"):
+        return Path(path)
+    home = environ.get("HOME")
+    if not home:
+        raise Refused(
+            "no_home",
+            f"{path} cannot be found",
+            why="the host gave no HOME to this session",
+            hint="give absolute paths in hosts.yaml",
+        )
+    return Path(home, path[2:])
+
+
+def differences(agreed: Place, asked: Place) -> dict[str, tuple[str, str]]:
+    """The settings on which all control nodes must agree and do not: key -> (agreed, asked)."""
+    return {key: (mine, theirs) for key in AGREED if (mine := _shown(agreed, key)) != (theirs := _shown(asked, key))}
+
+
+def _shown(where: Place, key: str) -> str:
+    if key in {"registry", "hub"}:
+        return str(getattr(where, key))
+    value = getattr(where.settings, key)
+    return ", ".join(f"{port} {value[port]}" for port in sorted(value)) if key == "slots" else str(value)
+
+
+def settings_differ(found: Mapping[str, tuple[str, str]]) -> Refused:
+    listed = "; ".join(f"{key}: agreed {mine!r}, asked {theirs!r}" for key, (mine, theirs) in found.items())
+    return Refused(
+        "settings_differ",
+        "this request and the host do not agree on the host's settings",
+        why=listed,
+        hint="correct hosts.yaml, or agree anew: inv deploy",
+        details={"differences": {key: list(pair) for key, pair in found.items()}},
+    )

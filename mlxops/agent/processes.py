@@ -1,0 +1,201 @@
+"""Server processes: the only code that starts, identifies and signals them.
+
+A server is started behind a gate (`gate.py`): it exists, in a session and group of its own, and waits; its record
+is written; then it becomes the engine. A process is signalled only as a group, and only after its identity was
+proven: boot, raw start time, group and the tail of its command agree with the record. Where the leader is gone,
+each member must carry the run's own mark in its environment, which children inherit.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlxops.agent.system import Look, Process, System
+from mlxops.core.errors import MlxopsError, NotStarted, Refused
+from mlxops.core.world import Run
+
+MARK = "MLXOPS_RUN"
+"""The variable of a server's environment that names the run it belongs to."""
+
+GATE = Path(__file__).with_name("gate.py")
+_KEPT = ("HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "LC_CTYPE", "TMPDIR", "TZ", "HF_HOME", "HF_HUB_CACHE")
+_FOLDERS = "/opt/homebrew/bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
+
+
+def environment(environ: Mapping[str, str], extra: Mapping[str, str], run_id: str) -> dict[str, str]:
+    """A server's environment: built from these, so that no token and nothing of the asker's shell is in it."""
+    built = {key: environ[key] for key in _KEPT if key in environ}
+    built |= {"PATH": _FOLDERS, "PYTHONUNBUFFERED": "1"}
+    built |= {key: value for key, value in extra.items() if "TOKEN" not in key.upper()}
+    return built | {MARK: run_id}
+
+
+@dataclass
+class Gated:
+    """A process that waits at the gate. `open` lets it become the engine; `abandon` ends it."""
+
+    child: subprocess.Popen[bytes]
+    pipe: int | None
+    start: str
+
+    @property
+    def pid(self) -> int:
+        return self.child.pid
+
+    def open(self) -> None:
+        assert self.pipe is not None
+        os.write(self.pipe, b"\n")
+        self._shut()
+
+    def abandon(self) -> None:
+        self._shut()
+        self.child.wait()
+
+    def _shut(self) -> None:
+        if self.pipe is not None:
+            os.close(self.pipe)
+            self.pipe = None
+
+
+def spawn(system: System, argv: Sequence[str], env: Mapping[str, str], folder: Path, log: Path) -> Gated:
+    """Start `argv` behind the gate, as leader of a new session, both streams appended to `log`.
+
+    Raises `NotStarted` if the system refuses another process.
+    """
+    reader, writer = os.pipe()
+    try:
+        with open(log, "ab", buffering=0) as output:
+            os.chmod(log, 0o600)
+            child = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(GATE), str(reader), *argv],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                cwd=folder,
+                env=dict(env),
+                start_new_session=True,
+                pass_fds=(reader,),
+            )
+    except OSError as error:
+        os.close(writer)
+        raise NotStarted(
+            "spawn_failed",
+            "the server's process could not be started",
+            why=error.strerror or str(error),
+            hint="see the host's process and file limits, and its disk",
+        ) from None
+    finally:
+        os.close(reader)
+    process = system.process(child.pid)
+    if process is None:
+        os.close(writer)
+        child.wait()
+        raise NotStarted("spawn_failed", "the server's process ended at once", why="it was gone before it was seen")
+    return Gated(child, writer, process.start)
+
+
+def leader(system: System, processes: Mapping[int, Process], run: Run) -> Process | None:
+    """The recorded leader, if the process with its pid is proven to be it; else None."""
+    process = processes.get(run.pid)
+    if process is None or process.zombie or run.boot_id != system.boot_id():
+        return None
+    tail = run.argv[1:]
+    same = process.start == run.start and process.pgid == run.pgid
+    if same and (not tail or process.argv[len(process.argv) - len(tail) :] == tail):
+        return process
+    return None
+
+
+def members(system: System, look: Look, run: Run) -> tuple[int, ...]:
+    """The living processes of the recorded group that are proven ours."""
+    if run.boot_id != system.boot_id():
+        return ()
+    group = look.group(run.pgid)
+    if leader(system, look.processes, run) is not None:
+        return tuple(sorted(p.pid for p in group if not run.adopted or _related(look, p.pid, run.pid)))
+    return tuple(sorted(p.pid for p in group if system.environment(p.pid, MARK) == run.run_id and run.run_id))
+
+
+def _related(look: Look, one: int, other: int) -> bool:
+    """One is the other's ancestor, or both are the same. A group that we did not make may hold more than the server:
+    the script that started it belongs to it, what else that script started does not."""
+    return other in {p.pid for p in look.ancestors(one)} or one in {p.pid for p in look.ancestors(other)}
+
+
+@dataclass(frozen=True)
+class Stopped:
+    seconds: float
+    killed: bool
+    """It did not end when asked and was killed."""
+
+
+KILL_SECONDS = 30.0
+"""How long the kernel may take to remove a killed group: returning hundreds of GB of memory takes a while."""
+
+
+def stop(system: System, run: Run, *, grace: float, reap: Callable[[], object] = lambda: None) -> Stopped:
+    """Stop the recorded group: ask, wait up to `grace` seconds, kill, and prove that nothing of it is left.
+
+    `reap` collects zombies that are this process's own children. Raises `Refused` (not_ours) if what lives in the
+    group is not proven ours: it is then not signalled; `MlxopsError` (will_not_die) if it survives being killed.
+    """
+    began = time.monotonic()
+    killed = False
+    for number, seconds in ((signal.SIGTERM, grace), (signal.SIGKILL, KILL_SECONDS)):
+        if not _signal(system, run, number):
+            break
+        killed = number == signal.SIGKILL
+        if _ended(system, run, seconds, reap):
+            break
+    else:
+        raise MlxopsError(
+            "will_not_die",
+            f"the server's processes are still there {time.monotonic() - began:.0f} s after they were asked to end",
+            why="they were killed and the kernel keeps them, most often for a disk or a driver that does not answer",
+            hint="mlxctl status; if it stays so, the host needs a reboot",
+        )
+    return Stopped(time.monotonic() - began, killed)
+
+
+def _ended(system: System, run: Run, seconds: float, reap: Callable[[], object]) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        reap()
+        if not members(system, system.look(()), run):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def _signal(system: System, run: Run, number: signal.Signals) -> bool:
+    """Signal the group if it is proven ours; False if nothing of it lives."""
+    look = system.look(())
+    ours = members(system, look, run)
+    if not ours:
+        return False
+    strangers = {process.pid for process in look.group(run.pgid)} - set(ours)
+    if strangers:
+        raise _not_ours(run, f"pids {', '.join(map(str, sorted(strangers)))} are not proven ours")
+    try:
+        os.killpg(run.pgid, number)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        raise _not_ours(run, "the system says that it is another user's") from None
+    return True
+
+
+def _not_ours(run: Run, why: str) -> Refused:
+    return Refused(
+        "not_ours",
+        f"process group {run.pgid} on port {run.port} may not be signalled",
+        why=why,
+        hint="nothing was signalled; look at it on the host, and stop it yourself",
+    )

@@ -1,0 +1,214 @@
+"""From an argv to a proven server: start, record, wait for either the proof or the end, and never leave anything.
+
+The proof is one bounded completion under the alias, answered by a listener of the very group that was started.
+Open ports, health checks and exit statuses prove nothing: engines exit 0 on failure, are healthy without a model,
+and answer with somebody else's model.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from mlxops.agent import processes
+from mlxops.agent.engines.base import Command, Engine, Health, NoCompletion, Serving, complete
+from mlxops.agent.observe import clean
+from mlxops.agent.place import Place
+from mlxops.agent.processes import Gated
+from mlxops.agent.store import Store, now
+from mlxops.agent.system import System
+from mlxops.core.errors import MlxopsError, NotStarted
+from mlxops.core.protocol import Event, Phase
+from mlxops.core.world import Run
+
+POLL_SECONDS = 0.1
+COMPLETION_SECONDS = 30.0
+"""How long a server that is up may take for one small completion, unless the load's own deadline is later."""
+
+
+def deadline_for(size_bytes: int) -> float:
+    """Seconds that a load may take unless told otherwise: big models need minutes.
+
+    Three minutes, and one more for each 8 GB: the 190 GB of a large model then have 27 minutes.
+    """
+    return 180.0 + 60.0 * size_bytes / 8e9
+
+
+def prove(where: Place, alias: str, run: Run, system: System, timeout: float) -> None:
+    """A completion under `alias` from the recorded group, within `timeout` seconds.
+
+    Raises `OSError` when nobody answers, `NoCompletion` when the answer is another one or not that group's.
+    """
+    _check_listener(where, run, system)
+    complete(where.connect_host, run.port, alias, timeout)
+    _check_listener(where, run, system)
+
+
+def _check_listener(where: Place, run: Run, system: System) -> None:
+    look = system.look(frozenset([run.port]))
+    listeners = look.on(where.settings.bind, run.port)
+    ours = set(processes.members(system, look, run))
+    if not listeners:
+        raise ConnectionRefusedError(f"nothing listens on {run.port} yet")
+    if not all(each.pids and each.pids <= ours for each in listeners):
+        raise NoCompletion(f"port {run.port} is answered by a process that this load did not start")
+
+
+class Start:
+    """One server being started. Used once: `launch`, then `wait`; `abort` undoes whatever was done."""
+
+    def __init__(
+        self, where: Place, store: Store, system: System, engine: Engine, command: Command, serving: Serving
+    ) -> None:
+        self.where = where
+        self.store = store
+        self.system = system
+        self.engine = engine
+        self.serving = serving
+        self.argv = engine.argv(command, serving)
+        self.log = store.log_path(serving.port)
+        self._gated: Gated | None = None
+        self._run: Run | None = None
+        self._log_from = 0
+
+    def launch(self, environ: dict[str, str], repo_id: str, revision: str, operation: str) -> Run:
+        """Start it behind the gate, record it durably, let it through. Raises `NotStarted`, `OSError`."""
+        run_id = secrets.token_hex(8)
+        self.store.clean_run_folder(self.serving.port)
+        self.engine.prepare(self.serving)
+        self._head_log()
+        extra = {**self.engine.environment(), **self.where.settings.env}
+        env = processes.environment(environ, extra, run_id)
+        self._gated = processes.spawn(self.system, self.argv, env, self.serving.folder, self.log)
+        self._run = Run(
+            port=self.serving.port,
+            model=self.serving.model.name,
+            alias=self.serving.alias,
+            repo_id=repo_id,
+            revision=revision,
+            engine=self.engine.name,
+            argv=self.argv,
+            run_id=run_id,
+            pid=self._gated.pid,
+            pgid=self._gated.pid,
+            start=self._gated.start,
+            boot_id=self.system.boot_id(),
+            operation=operation,
+            log_path=str(self.log),
+            started_at=now(),
+        )
+        try:
+            self.store.save_run(self._run)
+        except OSError:
+            self._gated.abandon()
+            self._gated = None
+            raise
+        self._gated.open()
+        return self._run
+
+    def wait(self, timeout: float, emit: Callable[[Event], None]) -> Run:
+        """Until the proof. Raises `NotStarted`, with the engine's last words: it ended, hung, broke, or differs."""
+        run, gated = self._run, self._gated
+        assert run is not None and gated is not None
+        emit(Phase("proof", f"waiting for an answer as {run.alias} (at most {timeout:.0f} s)"))
+        deadline = time.monotonic() + timeout
+        attempt = _Attempt(self.where, run, self.system)
+        while time.monotonic() < deadline:
+            if gated.child.poll() is not None:
+                raise self._failed(f"the server ended with status {gated.child.returncode} before it answered")
+            outcome = attempt.poll(deadline)
+            if outcome is None:
+                run = replace(run, proven_at=now())
+                return run
+            if isinstance(outcome, NoCompletion):
+                raise self._failed(str(outcome))
+            if self._says_broken():
+                raise self._failed("the server could not load the model")
+            time.sleep(POLL_SECONDS)
+        raise self._failed(f"the server did not answer within {timeout:.0f} s")
+
+    def _says_broken(self) -> bool:
+        if self.engine.fatal(self._own_log()) is not None:
+            return True
+        health = self.engine.health(self.where.connect_host, self.serving.port, 1.0)
+        return health is Health.BROKEN
+
+    def abort(self) -> None:
+        """Nothing of it stays: no process, no record."""
+        run, gated = self._run, self._gated
+        if run is None or gated is None:
+            return
+        child = gated.child
+        processes.stop(self.system, run, grace=1.0, reap=child.poll)
+        child.wait()
+        self.store.forget_run(run.port)
+
+    def detach(self) -> None:
+        """It serves, and is on its own: this process will end before it."""
+        if self._gated is not None:
+            # Popen's own finaliser would warn of a child that still runs: that is what it is for.
+            self._gated.child.returncode = 0
+
+    def _head_log(self) -> None:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.log, "ab") as file:
+            os.chmod(self.log, 0o600)
+            file.write(f"--- mlxops {now()} {' '.join(map(repr, self.argv))}\n".encode())
+            self._log_from = file.tell()
+
+    def _own_log(self) -> str:
+        try:
+            with open(self.log, "rb") as file:
+                file.seek(0, 2)
+                file.seek(max(self._log_from, file.tell() - 65536))
+                return "\n".join(clean(line) for line in file.read().decode(errors="replace").splitlines())
+        except OSError:
+            return ""
+
+    def _failed(self, why: str) -> NotStarted:
+        log = self._own_log()
+        words = self.engine.fatal(log) or next((line for line in reversed(log.splitlines()) if line.strip()), "")
+        return NotStarted(
+            "server_did_not_start",
+            f"{self.serving.model.name} did not start on port {self.serving.port}: {why}",
+            why=f"its last words: {words.strip()[:400]}" if words else "it wrote nothing to its log",
+            hint=f"read its log on the host: {self.log}",
+            details={"log_path": str(self.log), "last_lines": log.splitlines()[-20:]},
+        )
+
+
+class _Attempt:
+    """The proof, tried in a thread, so that a server that hangs is noticed by the deadline and one that ends at once.
+
+    A completion that is sent while a model loads waits for it, so the answer comes at the first possible moment.
+    """
+
+    def __init__(self, where: Place, run: Run, system: System) -> None:
+        self._where = where
+        self._run = run
+        self._system = system
+        self._thread: threading.Thread | None = None
+        self._outcome: BaseException | None = None
+
+    def poll(self, deadline: float) -> BaseException | None:
+        """None: proven. Else the latest failure, `OSError` standing for "not yet"."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._try, args=(deadline,), daemon=True)
+            self._thread.start()
+        self._thread.join(POLL_SECONDS)
+        if self._thread.is_alive():
+            return OSError("no answer yet")
+        self._thread = None
+        return self._outcome
+
+    def _try(self, deadline: float) -> None:
+        try:
+            timeout = max(0.1, deadline - time.monotonic())
+            prove(self._where, self._run.alias, self._run, self._system, timeout)
+            self._outcome = None
+        except (OSError, NoCompletion, MlxopsError) as error:
+            self._outcome = error

@@ -1,0 +1,332 @@
+"""What mlxops keeps on a host: the registry, locks, run records, settings, history. The only code that writes them.
+
+<state>/            0700
+  host.json         the settings last agreed on
+  history.jsonl     what changed, by whom, when
+  registry.previous.json
+  locks/            one file a port or model; the flock is the truth, the content says who
+  run/<port>.json   the run record; run/<port>/ the server's working directory
+  ops/<id>/         one operation: request.json, events.jsonl, lock
+  logs/<port>.log
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlxops.core import registry as registries
+from mlxops.core.errors import Busy, Refused
+from mlxops.core.registry import Registry
+from mlxops.core.settings import Settings, settings_from_wire
+from mlxops.core.world import Operation, Run, run_from_wire
+
+LOCK_SECONDS = 10.0
+"""How long a registry transaction waits for another: they take milliseconds, so this is never a queue."""
+
+
+def now() -> str:
+    """Wall time for display, UTC, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Replace a file's content at once and for good: temporary file, flush, rename, flush of the folder.
+
+    A reader sees the old or the new content; after the return, power loss does not undo it. Raises `OSError`.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(fd, view) :]
+            _flush(fd)
+        finally:
+            os.close(fd)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _flush(fd: int) -> None:
+    if sys.platform == "darwin":
+        # fsync(2) on macOS leaves the data in the drive's cache; F_FULLFSYNC does not.
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+    else:
+        os.fsync(fd)
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+class RegistryFile:
+    """registry.json at its configured path: one reader, one writer."""
+
+    def __init__(self, path: Path, previous: Path) -> None:
+        # Through a symlink: the link stays, the file behind it changes.
+        self.path = Path(os.path.realpath(path))
+        self._previous = previous
+
+    def read(self) -> Registry:
+        """The registry as it is now. Unreadable is not empty: it is `unwritable`."""
+        try:
+            return registries.parse(_read(self.path))
+        except OSError as error:
+            return Registry(raw={}, models={}, unwritable=f"it cannot be read: {error.strerror}")
+
+    def update(self, change: Callable[[Registry], Registry]) -> Registry:
+        """One transaction: lock, read, `change`, and if that changed anything, write. Returns what is then on disk.
+
+        Raises `Refused` (registry_unusable, registry_unwritable) and `Busy` (registry_locked).
+        """
+        try:
+            with self._locked():
+                data = _read(self.path)
+                old = registries.parse(data)
+                if old.unwritable:
+                    raise registries.refusal(old.unwritable)
+                new = change(old)
+                if new.raw == old.raw:
+                    return old
+                self._remove_leftovers()
+                if data is not None:
+                    write_durably(self._previous, data)
+                mode = self.path.stat().st_mode & 0o777 if data is not None else 0o644
+                write_durably(self.path, new.encode(), mode)
+                return new
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def check_writable(self) -> None:
+        """Before anything is started or stopped: would a write succeed? Raises `Refused`."""
+        current = self.read()
+        if current.unwritable:
+            raise registries.refusal(current.unwritable)
+        probe = self.path.with_name(f".{self.path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists() and not self.path.is_file():
+                raise OSError(errno.EISDIR, "it is not a file")
+            with open(probe, "xb") as file:
+                file.write(b" " * 4096)
+                _flush(file.fileno())
+        except OSError as error:
+            raise self._unwritable(error) from None
+        finally:
+            with contextlib.suppress(OSError):
+                probe.unlink()
+
+    def _unwritable(self, error: OSError) -> Refused:
+        return Refused(
+            "registry_unwritable",
+            f"the registry {self.path} cannot be written",
+            why=error.strerror or str(error),
+            hint="free disk space or mend the permissions on the host, then try again",
+        )
+
+    def _remove_leftovers(self) -> None:
+        """Temporary files of writers that were killed: nobody else is writing while we hold the lock."""
+        for leftover in self.path.parent.glob(f".{self.path.name}.*.tmp"):
+            with contextlib.suppress(OSError):
+                leftover.unlink()
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        # The folder is locked, not the file: the file is replaced by every write.
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            deadline = time.monotonic() + LOCK_SECONDS
+            while not _try_flock(fd):
+                if time.monotonic() > deadline:
+                    raise Busy(
+                        "registry_locked",
+                        "another program holds the registry's lock",
+                        why=f"it has been held for {LOCK_SECONDS:.0f} s; a transaction takes milliseconds",
+                        hint=f"find it on the host: lsof +D {self.path.parent}",
+                    )
+                time.sleep(0.005)
+            yield
+        finally:
+            os.close(fd)
+
+
+def _try_flock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Lock:
+    """A held lock. It ends with this process at the latest; no child inherits it."""
+
+    path: Path
+    fd: int
+
+    def release(self) -> None:
+        with contextlib.suppress(OSError):
+            os.ftruncate(self.fd, 0)
+        os.close(self.fd)
+
+
+class Store:
+    """One host's state folder. Nothing is made until something is written."""
+
+    def __init__(self, state: Path, registry: Path) -> None:
+        self.state = state
+        self.registry = RegistryFile(registry, state / "registry.previous.json")
+
+    def ready(self) -> None:
+        """Make the folders. Raises `Refused` (state_unwritable)."""
+        try:
+            self.state.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.state.chmod(0o700)
+            for name in ("locks", "run", "ops", "logs"):
+                (self.state / name).mkdir(exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise state_unwritable(self.state, error) from None
+
+    # Locks
+
+    def lock(self, name: str, holder: Operation) -> Lock | Operation:
+        """The lock `name` (port-8100, model-x), or the operation that holds it."""
+        path = self.state / "locks" / name
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        # `holder` has it for microseconds; an operation has it for long. A quarter of a second tells them apart.
+        deadline = time.monotonic() + 0.25
+        while not _try_flock(fd):
+            if time.monotonic() > deadline:
+                os.close(fd)
+                return self._holder(path) or Operation(id="?", command="?")
+            time.sleep(0.005)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, json.dumps(holder.__dict__).encode(), 0)
+        return Lock(path, fd)
+
+    def holder(self, name: str) -> Operation | None:
+        """Who holds the lock now; None if nobody does. It tries the lock, shared, and gives it back at once."""
+        path = self.state / "locks" / name
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return self._holder(path) or Operation(id="?", command="?")
+        finally:
+            os.close(fd)
+        return None
+
+    def _holder(self, path: Path) -> Operation | None:
+        # Between taking a lock and writing into it there is an instant: look again for a moment.
+        for _ in range(20):
+            try:
+                return Operation(**json.loads(path.read_bytes()))
+            except (OSError, ValueError, TypeError):
+                time.sleep(0.005)
+        return None
+
+    # Run records
+
+    def run(self, port: int) -> Run | None:
+        """The run record of a port. Raises `ValueError` if there is one that cannot be read."""
+        data = _read(self.state / "run" / f"{port}.json")
+        if data is None:
+            return None
+        wire = json.loads(data)
+        if not isinstance(wire, dict):
+            raise ValueError("not an object")
+        return run_from_wire(wire)
+
+    def save_run(self, run: Run) -> None:
+        write_durably(self.state / "run" / f"{run.port}.json", json.dumps(run.to_wire()).encode())
+
+    def forget_run(self, port: int) -> None:
+        (self.state / "run" / f"{port}.json").unlink(missing_ok=True)
+
+    def run_folder(self, port: int) -> Path:
+        """The working directory of the port's server."""
+        return self.state / "run" / str(port)
+
+    def clean_run_folder(self, port: int) -> None:
+        """Make it, without the links that a server before left there."""
+        folder = self.run_folder(port)
+        folder.mkdir(exist_ok=True, mode=0o700)
+        for path in folder.rglob("*"):
+            if path.is_symlink():
+                path.unlink()
+
+    def log_path(self, port: int) -> Path:
+        return self.state / "logs" / f"{port}.log"
+
+    # Agreed settings
+
+    def agreed(self) -> Settings | None:
+        """The settings that this host was last agreed with; None if it never was. Raises `Refused`."""
+        path = self.state / "host.json"
+        data = _read(path)
+        if data is None:
+            return None
+        try:
+            wire = json.loads(data)
+            if not isinstance(wire, dict):
+                raise ValueError("not an object")
+            return settings_from_wire(wire)
+        except ValueError as error:
+            raise Refused(
+                "host_json_unusable",
+                f"the host's agreed settings {path} cannot be read",
+                why=str(error)[:200],
+                hint="agree anew: inv deploy",
+            ) from None
+
+    def agree(self, settings: Settings) -> None:
+        write_durably(self.state / "host.json", json.dumps(settings.to_wire(), indent=2).encode())
+
+    # History
+
+    def remember(self, **what: object) -> None:
+        """Append a line to the history, whole or not at all as far as one write(2) is."""
+        line = (json.dumps({"at": now(), **what}) + "\n").encode()
+        fd = os.open(self.state / "history.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(fd, line)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def state_unwritable(state: Path, error: OSError) -> Refused:
+    return Refused(
+        "state_unwritable",
+        f"the state folder {state} cannot be written",
+        why=error.strerror or str(error),
+        hint="free disk space or mend the permissions on the host, then try again",
+    )

@@ -1,0 +1,271 @@
+"""The operating system as the agent sees it: processes, listeners, the boot's identity. Reads only.
+
+One seam with two sides. On Linux /proc is read directly: one pass, raw kernel numbers. Elsewhere, which means
+macOS, psutil looks. Both sides run in the tests on Linux and are compared there; on macOS itself they were not run.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Process:
+    """One row of the process table.
+
+    `start` is the kernel's raw start time as text: clock ticks since boot on Linux, the kernel's own time stamp
+    on macOS. It never moves when the wall clock is stepped, so it is compared and never calculated with.
+    """
+
+    pid: int
+    ppid: int
+    pgid: int
+    uid: int
+    start: str
+    zombie: bool
+    argv: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Listener:
+    """A listening TCP socket. `pids` is empty when its owner cannot be seen: that is not the same as free."""
+
+    address: str
+    port: int
+    pids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Look:
+    """Processes and listeners, looked at once."""
+
+    processes: Mapping[int, Process] = field(default_factory=dict)
+    listeners: tuple[Listener, ...] = ()
+
+    def group(self, pgid: int) -> tuple[Process, ...]:
+        """The living members of a process group: a zombie holds no memory, port or file, so it does not count."""
+        return tuple(p for p in self.processes.values() if p.pgid == pgid and not p.zombie)
+
+    def on(self, bind: str, port: int) -> tuple[Listener, ...]:
+        """The listeners that a server bound to `bind:port` would collide with."""
+        return tuple(each for each in self.listeners if each.port == port and collides(each.address, bind))
+
+    def ancestors(self, pid: int) -> Iterable[Process]:
+        seen: set[int] = set()
+        while pid in self.processes and pid not in seen:
+            seen.add(pid)
+            yield self.processes[pid]
+            pid = self.processes[pid].ppid
+
+
+def collides(one: str, other: str) -> bool:
+    """Two listening addresses cannot share a port: they are equal, or one of them means every address."""
+    return one == other or any(ipaddress.ip_address(each).is_unspecified for each in (one, other))
+
+
+class System(Protocol):
+    sees_all_listeners: bool
+    """Also those of other users; where not, only a connect tells that something listens."""
+
+    def boot_id(self) -> str:
+        """What identifies this boot; another after a reboot."""
+
+    def look(self, ports: Container[int]) -> Look:
+        """Every process, and the listeners on `ports`."""
+
+    def process(self, pid: int) -> Process | None: ...
+
+    def environment(self, pid: int, key: str) -> str | None:
+        """A variable of another process's environment; None if it is not there or must not be seen."""
+
+    def memory(self, pids: Iterable[int]) -> int:
+        """Resident bytes of these processes together; shared pages count more than once."""
+
+
+@cache
+def this_system() -> System:
+    return LinuxSystem() if sys.platform == "linux" else PsutilSystem()
+
+
+class LinuxSystem:
+    """/proc, as proc(5) describes it."""
+
+    root = Path("/proc")
+    sees_all_listeners = True
+
+    def boot_id(self) -> str:
+        return (self.root / "sys/kernel/random/boot_id").read_text().strip()
+
+    def process(self, pid: int) -> Process | None:
+        try:
+            stat = _read(f"{self.root}/{pid}/stat")
+            argv = _read(f"{self.root}/{pid}/cmdline")
+            uid = os.stat(f"{self.root}/{pid}").st_uid
+        except OSError:
+            return None
+        # The name in parentheses may hold anything, so the fields are counted from the last parenthesis.
+        fields = stat[stat.rindex(b")") + 2 :].split()
+        return Process(
+            pid=pid,
+            ppid=int(fields[1]),
+            pgid=int(fields[2]),
+            uid=uid,
+            start=fields[19].decode(),
+            zombie=fields[0] in (b"Z", b"X"),
+            argv=tuple(os.fsdecode(arg) for arg in argv.rstrip(b"\0").split(b"\0")) if argv else (),
+        )
+
+    def look(self, ports: Container[int]) -> Look:
+        # Listeners first: a server that comes up in between is then seen as a process without a port, which
+        # decides nothing, and not as a port without a process.
+        sockets = [socket for table in ("tcp", "tcp6") for socket in self._listening(table, ports)]
+        processes = {p.pid: p for p in map(self.process, self._pids()) if p is not None}
+        owners = self._owners({inode for _, _, inode in sockets}) if sockets else {}
+        return Look(
+            processes,
+            tuple(Listener(address, port, frozenset(owners.get(inode, ()))) for address, port, inode in sockets),
+        )
+
+    def environment(self, pid: int, key: str) -> str | None:
+        try:
+            block = _read(f"{self.root}/{pid}/environ")
+        except OSError:
+            return None
+        wanted = os.fsencode(key) + b"="
+        return next((os.fsdecode(v[len(wanted) :]) for v in block.split(b"\0") if v.startswith(wanted)), None)
+
+    def memory(self, pids: Iterable[int]) -> int:
+        total = 0
+        for pid in pids:
+            try:
+                total += int(_read(f"{self.root}/{pid}/statm").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            except (OSError, IndexError):
+                continue
+        return total
+
+    def _pids(self) -> Iterable[int]:
+        return (int(name) for name in os.listdir(self.root) if name.isdigit())
+
+    def _listening(self, table: str, ports: Container[int]) -> Iterable[tuple[str, int, str]]:
+        try:
+            lines = _read(f"{self.root}/net/{table}").decode().splitlines()[1:]
+        except OSError:
+            return
+        for line in lines:
+            fields = line.split()
+            address, _, port = fields[1].partition(":")
+            if fields[3] == "0A" and int(port, 16) in ports:
+                yield _address(address), int(port, 16), fields[9]
+
+    def _owners(self, inodes: set[str]) -> dict[str, set[int]]:
+        wanted = {f"socket:[{inode}]": inode for inode in inodes}
+        owners: dict[str, set[int]] = {}
+        for pid in self._pids():
+            folder = f"{self.root}/{pid}/fd"
+            try:
+                for name in os.listdir(folder):
+                    inode = wanted.get(os.readlink(f"{folder}/{name}"))
+                    if inode is not None:
+                        owners.setdefault(inode, set()).add(pid)
+            except OSError:
+                continue  # ended meanwhile, or not ours to see
+        return owners
+
+
+class PsutilSystem:
+    """psutil, for macOS. It sees listeners of the user's own processes only."""
+
+    sees_all_listeners = False
+
+    def boot_id(self) -> str:
+        if platform.system() != "Darwin":
+            return LinuxSystem().boot_id()
+        # kern.bootsessionuuid: a UUID for each boot (XNU, bsd/kern/kern_sysctl.c).
+        command = ["/usr/sbin/sysctl", "-n", "kern.bootsessionuuid"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    def process(self, pid: int) -> Process | None:
+        import psutil
+
+        try:
+            process = psutil.Process(pid)
+            with process.oneshot():
+                zombie = process.status() == psutil.STATUS_ZOMBIE
+                # Its identity holds the kernel's start time without the correction for a stepped clock.
+                start = repr(process._ident[1])  # type: ignore[attr-defined]
+                try:
+                    argv = tuple(process.cmdline())
+                except (psutil.AccessDenied, psutil.ZombieProcess):
+                    argv = ()
+                return Process(pid, process.ppid(), os.getpgid(pid), process.uids().real, start, zombie, argv)
+        except (psutil.Error, OSError):
+            return None
+
+    def look(self, ports: Container[int]) -> Look:
+        import psutil
+
+        sockets: dict[tuple[str, int], set[int]] = {}
+        processes: dict[int, Process] = {}
+        for pid in psutil.pids():
+            process = self.process(pid)
+            if process is None:
+                continue
+            processes[pid] = process
+            try:
+                for connection in psutil.Process(pid).net_connections(kind="tcp"):
+                    if connection.status == psutil.CONN_LISTEN and connection.laddr.port in ports:
+                        sockets.setdefault((connection.laddr.ip, connection.laddr.port), set()).add(pid)
+            except (psutil.Error, OSError):
+                continue
+        return Look(
+            processes,
+            tuple(Listener(address, port, frozenset(pids)) for (address, port), pids in sockets.items()),
+        )
+
+    def environment(self, pid: int, key: str) -> str | None:
+        import psutil
+
+        try:
+            return psutil.Process(pid).environ().get(key)
+        except (psutil.Error, OSError):
+            return None
+
+    def memory(self, pids: Iterable[int]) -> int:
+        import psutil
+
+        total = 0
+        for pid in pids:
+            try:
+                total += psutil.Process(pid).memory_info().rss
+            except (psutil.Error, OSError):
+                continue
+        return total
+
+
+def _address(text: str) -> str:
+    """An address as /proc/net/tcp writes it: 32-bit words in the machine's byte order."""
+    raw = bytes.fromhex(text)
+    words = [raw[i : i + 4] for i in range(0, len(raw), 4)]
+    if sys.byteorder == "little":
+        words = [word[::-1] for word in words]
+    address = ipaddress.ip_address(b"".join(words))
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
+        return str(address.ipv4_mapped)
+    return str(address)
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        parts = []
+        while part := file.read(65536):
+            parts.append(part)
+        return b"".join(parts)

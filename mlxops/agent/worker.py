@@ -1,0 +1,117 @@
+"""The process that carries out one change, detached from the connection that asked for it.
+
+It holds its operation's lock for as long as it lives and writes its events into the record; whoever asked only
+follows that record. A broken connection, a closed terminal or a killed asker do not touch it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+from mlxops.agent import journal as journals
+from mlxops.agent.journal import Journal
+from mlxops.agent.operations import command
+from mlxops.agent.operations.context import Context
+from mlxops.agent.place import place
+from mlxops.agent.store import Store, state_unwritable
+from mlxops.agent.system import this_system
+from mlxops.core.errors import Bug, Interrupted, MlxopsError
+from mlxops.core.protocol import Done, Event, Failed, Request
+
+CANCEL_POLL_SECONDS = 0.1
+
+
+def begin(store: Store, request: Request) -> tuple[Journal, subprocess.Popen[bytes]]:
+    """Start a worker for `request`. Raises `Refused` when the state folder cannot be written."""
+    store.ready()
+    try:
+        journal = journals.create(store.state / "ops", request)
+        with open(journal.folder / "stderr", "xb") as errors:
+            child = subprocess.Popen(
+                [sys.executable, "-P", "-m", "mlxops.agent", "--worker", str(journal.folder)],
+                stdin=subprocess.DEVNULL,
+                stdout=errors,
+                stderr=errors,
+                cwd="/",
+                start_new_session=True,
+            )
+    except OSError as error:
+        raise state_unwritable(store.state, error) from None
+    return journal, child
+
+
+def run(folder: Path) -> int:
+    """The worker itself: `python -m mlxops.agent --worker FOLDER`. Its result is the last event of the record."""
+    os.umask(0o077)
+    journal = Journal(folder)
+    journal.hold()
+    emit = journal.emitter()
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    threading.Thread(target=_watch_for_cancel, args=(journal,), daemon=True).start()
+    request = journal.request()
+    where = place(request.settings, os.environ)
+    context = Context(
+        request=request,
+        where=where,
+        store=Store(where.state, where.registry),
+        system=this_system(),
+        emit=emit,
+        environ=dict(os.environ),
+        operation=journal.id,
+    )
+    return finish(context, emit)
+
+
+def finish(context: Context, emit: Callable[[Event], None]) -> int:
+    """Carry out the request of `context`; its outcome becomes one event and the exit status."""
+    try:
+        operation = command(context.request.command)
+        if operation is None:
+            raise Bug("unknown_command", f"the agent knows no command {context.request.command!r}")
+        emit(Done(operation(context)))
+    except MlxopsError as error:
+        emit(Failed(error))
+        return int(error.exit)
+    except Exception as error:  # noqa: BLE001 - the boundary: what nobody foresaw is a bug, and is told as one
+        emit(Failed(bug(error)))
+        return 1
+    return 0
+
+
+def bug(error: BaseException) -> MlxopsError:
+    return Bug(
+        "bug",
+        f"mlxops failed: {type(error).__name__}: {str(error)[:300]}",
+        why="this is a bug in mlxops, not something that you did",
+        hint="run it again with --debug and report what it prints",
+        details={"traceback": traceback.format_exc()},
+    )
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    # Once is enough: what follows is the cleaning up, which must not be interrupted.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Interrupted(
+        "cancelled",
+        "the operation was cancelled",
+        why="somebody asked for it, or the host is shutting down",
+        hint="mlxctl status",
+    )
+
+
+def _watch_for_cancel(journal: Journal) -> None:
+    """Turns the wish to end, which is a file so that it needs no pid, into the signal that the main thread hears."""
+    never = threading.Event()
+    while not never.wait(CANCEL_POLL_SECONDS):
+        if journal.cancelled:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return

@@ -1,0 +1,465 @@
+"""The one place that makes connections, and the runner that needs none.
+
+An SSH connection is Fabric's, on a socket of our own: without TCP_NODELAY every command waits 40 ms, and only
+whoever holds the socket can keep a deadline over all of connecting. Fabric itself checks no host key and reads
+the ambient Invoke configuration; here it is given a policy that checks, and a configuration that is empty.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shlex
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING
+
+from mlxops.control import known_hosts, ssh_config
+from mlxops.control.lines import Lines, Tail
+from mlxops.control.local import LocalTransport, reap
+from mlxops.control.login import Login, host_key_policy, preferred
+from mlxops.control.session import ConnectionLost, Ended, Session, Transport
+from mlxops.control.ssh_config import Destination, words
+from mlxops.core.errors import Unreachable
+
+if TYPE_CHECKING:
+    import fabric
+    import paramiko
+
+KEEPALIVE_SECONDS = 15
+MAX_JUMPS = 8
+_SMALL = 32 * 1024
+"""Bytes that a pipe, and the window of an SSH channel, take without anybody reading at the other end."""
+_LOOK = 0.25
+"""Seconds between looks at standard error while standard output says nothing."""
+
+
+def open_ssh(ssh_name: str, *, connect_timeout: float = 10.0) -> Transport:
+    """Connect to what `ssh SSH_NAME` would connect to, within `connect_timeout` seconds altogether.
+
+    Raises `Unreachable`, and `UsageError` where OpenSSH's configuration is unusable. Never prompts.
+    """
+    deadline = time.monotonic() + connect_timeout
+    destination = ssh_config.resolve(ssh_name, connect_timeout)
+    if destination.connect_timeout is not None:
+        deadline = min(deadline, time.monotonic() + destination.connect_timeout)
+    path = _Path(deadline)
+    try:
+        return _SshTransport(path, path.connect(destination), ssh_name)
+    except BaseException:
+        path.close()
+        raise
+
+
+def open_local() -> Transport:
+    return LocalTransport()
+
+
+def command_line(argv: Sequence[str]) -> str:
+    """`argv` as a login shell must be told, whichever it is: sh, bash, zsh, fish, and csh but for backslashes.
+
+    Raises `ValueError` for what no line can hold.
+    """
+    return "exec " + " ".join(_quoted(argument) for argument in argv)
+
+
+def _quoted(argument: str) -> str:
+    if re.search(r"[\0\r\n]", argument):
+        raise ValueError("an argument with a line end or NUL cannot be sent through a login shell")
+    if argument.startswith("~/"):
+        return '"$HOME"/' + _quoted(argument[2:])
+    # fish gives meaning to a backslash between single quotes, so each stands between double ones.
+    return '"\\\\"'.join(shlex.quote(part) if part else "" for part in argument.split("\\")) or "''"
+
+
+# -- a path to a host ---------------------------------------------------------------------------------------------
+
+
+class _Path:
+    """The socket, proxy process and connections that lead to one host, while they are made and after."""
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+        self._base: socket.socket | None = None
+        self._proxy: subprocess.Popen[bytes] | None = None
+        self._proxy_words: IO[bytes] | None = None
+        self._connections: list[fabric.Connection] = []
+
+    def connect(self, destination: Destination) -> fabric.Connection:
+        if not destination.jumps:
+            return self._handshake(destination, self._socket(destination))
+        via: fabric.Connection | None = None
+        for number, jump in enumerate(destination.jumps):
+            hop = ssh_config.resolve_jump(jump, self._left(destination))
+            if len(self._connections) >= MAX_JUMPS:
+                raise destination.unreachable("host_down", f"more than {MAX_JUMPS} jump hosts: is there a loop?")
+            # Only the first hop is reached by the ways of its own configuration, like `ssh -J first second`.
+            if number == 0 and hop.jumps:
+                if jump in hop.jumps:
+                    raise destination.unreachable("host_down", f"{jump} is its own jump host", "correct ProxyJump")
+                via = self.connect(hop)
+            elif via is None:
+                via = self._handshake(hop, self._socket(hop))
+            else:
+                via = self._handshake(hop, self._through(via, hop))
+        assert via is not None
+        return self._handshake(destination, self._through(via, destination))
+
+    def abort(self) -> None:
+        """Cut it off, from any thread; whoever waits on it is woken. Never blocks."""
+        if self._base is not None:
+            try:
+                self._base.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # not connected any more
+        if self._proxy is not None and self._proxy.poll() is None:
+            self._proxy.terminate()
+
+    def close(self) -> None:
+        self.abort()
+        for connection in reversed(self._connections):
+            _hang_up(connection)
+        self._connections.clear()
+        if self._base is not None:
+            self._base.close()
+        if self._proxy is not None:
+            reap(self._proxy)
+        if self._proxy_words is not None:
+            self._proxy_words.close()
+
+    def _left(self, destination: Destination) -> float:
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise destination.timeout("nothing but the name could be resolved in time")
+        return left
+
+    def _socket(self, destination: Destination) -> socket.socket:
+        if destination.proxy_command is not None:
+            self._base = self._start_proxy(destination.proxy_command)
+        else:
+            self._base = _tcp(destination, self.deadline)
+        return self._base
+
+    def _start_proxy(self, command: str) -> socket.socket:
+        ours, theirs = socket.socketpair()
+        self._proxy_words = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the connection
+        with theirs:
+            # The user's own configuration asks for a shell here, and OpenSSH gives it the user's.
+            self._proxy = subprocess.Popen(
+                [os.environ.get("SHELL") or "/bin/sh", "-c", f"exec {command}"],
+                stdin=theirs.fileno(),
+                stdout=theirs.fileno(),
+                stderr=self._proxy_words,
+                process_group=0,
+            )
+        return ours
+
+    def _through(self, via: fabric.Connection, destination: Destination) -> paramiko.Channel:
+        import paramiko
+
+        with self._watched(destination):
+            try:
+                transport: paramiko.Transport = via.client.get_transport()
+                channel: paramiko.Channel = transport.open_channel(
+                    "direct-tcpip",
+                    (destination.hostname, destination.port),
+                    ("", 0),
+                    timeout=self._left(destination),
+                )
+            except (paramiko.SSHException, EOFError, OSError) as error:
+                code = "connection_refused" if getattr(error, "code", None) == 1 else "host_down"
+                raise destination.unreachable(code, f"its jump host cannot reach it: {words(error)}") from error
+        return channel
+
+    def _handshake(self, destination: Destination, sock: socket.socket | paramiko.Channel) -> fabric.Connection:
+        """Everything from the greeting to the authentication."""
+        import fabric
+        import paramiko
+        from paramiko.config import SSHConfig
+
+        _silence_paramiko()
+        known = known_hosts.lookup(
+            destination.known_hosts, destination.hostname, destination.port, destination.host_key_alias
+        )
+        left = self._left(destination)
+
+        def transport_factory(sock: socket.socket, **options: object) -> paramiko.Transport:
+            transport = paramiko.Transport(sock)
+            algorithms = transport.get_security_options()
+            algorithms.key_types = preferred(known.kinds(), algorithms.key_types)
+            return transport
+
+        connection = fabric.Connection(
+            destination.hostname,
+            user=destination.user,
+            port=destination.port,
+            config=fabric.Config(lazy=True, ssh_config=SSHConfig()),
+            gateway=False,
+            forward_agent=False,
+            connect_kwargs={
+                "sock": sock,
+                "timeout": left,
+                "banner_timeout": left,
+                "auth_timeout": left,
+                "channel_timeout": left,
+                "transport_factory": transport_factory,
+                "auth_strategy": Login(destination, self.deadline),
+            },
+        )
+        connection.client.set_missing_host_key_policy(host_key_policy(destination, known))
+        self._connections.append(connection)
+        with self._watched(destination):
+            try:
+                connection.open()
+            except (paramiko.SSHException, EOFError, OSError) as error:
+                raise self._broken_off(destination, error) from error
+        connection.transport.set_keepalive(KEEPALIVE_SECONDS)
+        return connection
+
+    def _broken_off(self, destination: Destination, error: Exception) -> Unreachable:
+        if isinstance(error, TimeoutError):
+            return destination.timeout("it did not finish the handshake")
+        said = words(error)
+        if self._proxy_words is not None:
+            self._proxy_words.seek(0)
+            said = " ".join(self._proxy_words.read().decode(errors="replace").split())[-300:] or said
+        return destination.unreachable(
+            "connection_refused",
+            f"the connection ended during the handshake: {said}",
+            f"try `ssh {destination.name}`; if it works, run this again",
+        )
+
+    @contextmanager
+    def _watched(self, destination: Destination) -> Iterator[None]:
+        """Paramiko's timeouts are one per step, some steps have none, and none covers the whole."""
+        expired = threading.Event()
+
+        def expire() -> None:
+            expired.set()
+            self.abort()
+
+        watchdog = threading.Timer(self._left(destination), expire)
+        watchdog.start()
+        try:
+            yield
+        except Unreachable as error:
+            if expired.is_set() and error.code in ("connection_refused", "host_down", "authentication_failed"):
+                raise destination.timeout("it accepted the connection and then did not answer") from error
+            raise
+        finally:
+            watchdog.cancel()
+            watchdog.join()
+        if expired.is_set():
+            raise destination.timeout("it accepted the connection and then did not answer")
+
+
+def _tcp(destination: Destination, deadline: float) -> socket.socket:
+    """Connected, with TCP_NODELAY; every address is tried, none may use up all the time that is left."""
+    addresses = _addresses(destination, deadline)
+    problem: OSError = TimeoutError()
+    for tried, (family, kind, protocol, _, address) in enumerate(addresses):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(max(0.001, (deadline - time.monotonic()) / (len(addresses) - tried)))
+            sock.connect(address)
+        except OSError as error:
+            problem = error
+            sock.close()
+            continue
+        sock.settimeout(None)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if os.environ.get("QA"): sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        return sock
+    if isinstance(problem, TimeoutError):
+        raise destination.timeout("it did not answer at all", "is it switched on, awake, and the network between up?")
+    if problem.errno == errno.ECONNREFUSED:
+        raise destination.unreachable(
+            "connection_refused",
+            "the machine is there, and nothing listens on that port",
+            "switch on Remote Login on a Mac, or start sshd",
+        )
+    raise destination.unreachable("host_down", words(problem), "is it switched on, and the network between up?")
+
+
+_Address = tuple[
+    socket.AddressFamily, socket.SocketKind, int, str, tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]
+]
+
+
+def _addresses(destination: Destination, deadline: float) -> list[_Address]:
+    """getaddrinfo has no timeout, so it runs beside us, and is left behind when it takes too long."""
+    found: list[_Address] = []
+    problems: list[OSError] = []
+
+    def ask() -> None:
+        try:
+            found.extend(
+                socket.getaddrinfo(destination.hostname, destination.port, destination.family, socket.SOCK_STREAM)
+            )
+        except (OSError, UnicodeError) as error:
+            problems.append(error if isinstance(error, OSError) else OSError(str(error)))
+
+    asking = threading.Thread(target=ask, name="resolve", daemon=True)
+    asking.start()
+    asking.join(max(0.0, deadline - time.monotonic()))
+    if asking.is_alive():
+        raise destination.timeout("the name service did not answer")
+    if not found:
+        said = words(problems[0]) if problems else "no addresses"
+        raise destination.unreachable(
+            "host_down",
+            f"its name has no address: {said}",
+            "correct `ssh:` in hosts.yaml, or HostName in the ssh configuration",
+        )
+    return found
+
+
+def _hang_up(connection: fabric.Connection) -> None:
+    """Close a connection whose socket was shut down before, and see its thread end.
+
+    Not `connection.close()`: that does nothing to a connection which has just broken.
+    """
+    import paramiko
+
+    transport: paramiko.Transport | None = connection.client.get_transport()
+    try:
+        connection.client.close()
+    except (paramiko.SSHException, EOFError, OSError):
+        pass  # a goodbye through a jump host that is gone
+    if transport is not None:
+        transport.join(1.0)
+
+
+def _silence_paramiko() -> None:
+    """What it logs, it also raises; unconfigured, logging would print its tracebacks to standard error."""
+    import logging
+
+    logger = logging.getLogger("paramiko")
+    if logger.propagate:
+        logger.addHandler(logging.NullHandler())
+        logger.propagate = False
+
+
+# -- commands over SSH --------------------------------------------------------------------------------------------
+
+
+class _SshTransport:
+    def __init__(self, path: _Path, connection: fabric.Connection, name: str) -> None:
+        self._path = path
+        self._connection = connection
+        self._name = name
+
+    def start(self, argv: Sequence[str], data: bytes) -> Session:
+        import paramiko
+
+        line = command_line(argv)
+        watchdog = threading.Timer(60.0, self._path.abort)  # exec_command waits for its answer without a limit
+        watchdog.start()
+        try:
+            channel: paramiko.Channel = self._connection.create_session()
+            channel.exec_command(line)
+        except (paramiko.SSHException, EOFError, OSError) as error:
+            raise ConnectionLost(f"the connection to {self._name} broke: {words(error)}") from error
+        finally:
+            watchdog.cancel()
+            watchdog.join()
+        return _SshSession(self._path, channel, data, self._name)
+
+    def close(self) -> None:
+        self._path.close()
+
+
+class _SshSession:
+    def __init__(self, path: _Path, channel: paramiko.Channel, data: bytes, name: str) -> None:
+        self._path = path
+        self._channel = channel
+        self._name = name
+        self._stderr = Tail()
+        self._sender: threading.Thread | None = None
+        if len(data) <= _SMALL:
+            self._send(data)
+        else:
+            # Who sends more than a window must read meanwhile: the other side may be writing, too.
+            self._sender = threading.Thread(target=self._send, args=(data,), name="send", daemon=True)
+            self._sender.start()
+
+    def lines(self, silence: float) -> Iterator[str]:
+        lines = Lines()
+        heard = time.monotonic()
+        while True:
+            self._channel.settimeout(max(0.0, min(_LOOK, heard + silence - time.monotonic())))
+            try:
+                data = self._channel.recv(65536)
+            except TimeoutError:
+                if self._drain():
+                    heard = time.monotonic()
+                elif time.monotonic() - heard >= silence:
+                    raise ConnectionLost(f"{self._name} was silent for {silence:.0f} s") from None
+                continue
+            heard = time.monotonic()
+            self._drain()
+            if not data:
+                break
+            yield from lines.feed(data)
+        if not self._channel.eof_received and self._channel.exit_status == -1:
+            raise self._lost()
+        yield from lines.end()
+
+    def wait(self, timeout: float) -> Ended:
+        deadline = time.monotonic() + timeout
+        while not self._channel.status_event.wait(min(_LOOK, max(0.0, deadline - time.monotonic()))):
+            self._drain()
+            if time.monotonic() >= deadline:
+                raise ConnectionLost(f"{self._name} did not say within {timeout:.0f} s how the command ended")
+        self._drain()
+        status = self._channel.exit_status
+        if status == -1 and not self._alive(max(0.1, deadline - time.monotonic())):
+            raise self._lost()
+        return Ended(status, str(self._stderr))
+
+    def close(self) -> None:
+        if self._sender is not None and self._sender.is_alive():
+            # Half a request was sent and cannot be finished; closing the channel would queue behind it.
+            self._path.abort()
+            return
+        self._channel.close()
+
+    def _send(self, data: bytes) -> None:
+        try:
+            if data:
+                self._channel.sendall(data)
+            self._channel.shutdown_write()
+        except (OSError, EOFError):
+            pass  # the command does not read, or the connection broke: its end tells which
+
+    def _drain(self) -> bool:
+        """Take what is there of standard error; left alone, it would fill the window and stop the command."""
+        found = False
+        while self._channel.recv_stderr_ready():
+            self._stderr.add(self._channel.recv_stderr(65536))
+            found = True
+        return found
+
+    def _alive(self, timeout: float) -> bool:
+        """A command that a signal ended has no exit status, and neither has one whose connection broke.
+
+        Paramiko does not tell the two apart; an answer to a question does.
+        """
+        import paramiko
+
+        transport = self._channel.get_transport()
+        try:
+            transport.open_session(timeout=timeout).close()
+        except (paramiko.SSHException, EOFError, OSError):
+            return False
+        return True
+
+    def _lost(self) -> ConnectionLost:
+        return ConnectionLost(f"the connection to {self._name} broke before the command ended")

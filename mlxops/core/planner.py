@@ -1,0 +1,432 @@
+"""(registry, what was observed, what is asked) -> what to do. Pure: it looks at nothing and changes nothing.
+
+A plan is a value that can be shown (`--dry-run`) before it is carried out. What must not be done is a `Refused`.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from mlxops.core.errors import MlxopsError, Refused, UsageError
+from mlxops.core.names import AUTO, is_repo_id
+from mlxops.core.names import port as parse_port
+from mlxops.core.registry import Model, Registry
+from mlxops.core.settings import Settings
+from mlxops.core.world import Orphan, Owner, PortView, State, World
+
+
+@dataclass(frozen=True)
+class Target:
+    """The model that a load is about. `entry` is None if it has yet to be registered."""
+
+    name: str
+    repo_id: str
+    revision: str | None = None
+    entry: Model | None = None
+    repoint: bool = False
+    """The entry is to serve another repository or revision than it says."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How the target would be served: what a running server is compared with."""
+
+    repo_id: str
+    revision: str
+    engine: str
+    argv: tuple[str, ...]
+
+
+class Outcome(StrEnum):
+    ALREADY = "already"
+    ADOPT = "adopt"
+    START = "start"
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    target: Target
+    port: int
+    alias: str
+    outcome: Outcome
+    stops: tuple[PortView, ...] = ()
+    """What is stopped first, in this order."""
+    previous: PortView | None = None
+    """What serves the port now and is started again if the new one fails."""
+    cleared: tuple[str, ...] = ()
+    """Other entries that lose their claim on the port in the write that assigns it."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class UnloadPlan:
+    port: int
+    stop: PortView | None = None
+    clear: tuple[str, ...] = ()
+    model: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def changed(self) -> bool:
+        return self.stop is not None or bool(self.clear)
+
+
+@dataclass(frozen=True)
+class ReconcilePlan:
+    stops: tuple[PortView, ...] = ()
+    clear: Mapping[str, int] | None = None
+    """Model name -> the port that it loses."""
+    forget: tuple[int, ...] = ()
+    """Ports whose run record describes nothing that lives."""
+    kept: tuple[str, ...] = ()
+    """What was left alone, and why."""
+
+
+def unknown_model(name: str, registry: Registry) -> Refused:
+    import difflib
+
+    close = difflib.get_close_matches(name, registry.models, n=3)
+    return Refused(
+        "unknown_model",
+        f"there is no model {name!r} in the registry",
+        why="did you mean " + " or ".join(close) if close else "it was neither registered nor found by init",
+        hint=f"register it: mlxctl load {name} PORT --repo org/name; or see: mlxctl list",
+    )
+
+
+def resolve(registry: Registry, name: str, repo_id: str | None, revision: str | None) -> Target:
+    """Which entry and which repository `--model NAME [--repo ORG/NAME[@REVISION]]` means.
+
+    Raises `Refused`: unknown_model, ambiguous_model, entry_unusable.
+    """
+    entry = registry.models.get(name)
+    if entry is None and is_repo_id(name):
+        if repo_id not in (None, name):
+            raise Refused(
+                "ambiguous_model",
+                f"--model {name} and --repo {repo_id} are two repositories",
+                why="a model that is named by its repository cannot serve another one",
+                hint=f"give it a name of its own: --model NAME --repo {repo_id}",
+            )
+        named = registry.with_repo(name)
+        if len(named) > 1:
+            raise Refused(
+                "ambiguous_model",
+                f"several models are of {name}: {', '.join(model.name for model in named)}",
+                why="a repository is only then a model's name when one entry has it",
+                hint="name the one that you mean",
+            )
+        entry = named[0] if named else None
+        repo_id = name
+    if entry is None:
+        if repo_id is None:
+            raise unknown_model(name, registry)
+        return Target(name, repo_id, revision)
+    if repo_id is None and entry.repo_id is None:
+        raise Refused(
+            "entry_unusable",
+            f"the registry entry {entry.name!r} does not say what it is",
+            why="; ".join(entry.problems),
+            hint=f"repoint it: --model {entry.name} --repo org/name",
+        )
+    chosen = repo_id or entry.repo_id or ""
+    repoint = chosen != entry.repo_id or (revision is not None and revision != entry.revision)
+    kept = entry.revision if chosen == entry.repo_id else None
+    return Target(entry.name, chosen, revision or kept, entry, repoint)
+
+
+def choose_port(settings: Settings, registry: Registry, world: World, name: str, asked: str | None) -> int:
+    """The port of a load: as asked, or the model's own slot, or where it is now, or (auto) an idle one.
+
+    Raises `UsageError` for a malformed port and where none can be told, `Refused` (no_idle_port).
+    """
+    if asked is not None and asked != AUTO:
+        return parse_port(asked, settings.ports)
+    entry = registry.models.get(name)
+    current = entry.port if entry else None
+    for own in (settings.slot_of(name), current):
+        if own is not None and own in settings.ports:
+            return own
+    if asked is None:
+        raise UsageError(
+            "port_needed",
+            f"no port is given, and {name!r} has none of its own",
+            why="it is neither the alias of a slot nor assigned to a port",
+            hint="add --port PORT, or --port auto",
+        )
+    for port, view in sorted(world.ports.items()):
+        if port in settings.ports and port not in settings.slots and view.unserved and not registry.on_port(port):
+            return port
+    idle = [f"{port} ({view.alias})" for port, view in sorted(world.ports.items()) if view.unserved and view.alias]
+    raise Refused(
+        "no_idle_port",
+        "no port without an alias is idle",
+        why=f"idle slots with an alias: {', '.join(idle) or 'none'}",
+        hint="name one of them with --port, or unload a model first",
+    )
+
+
+def plan_load(
+    settings: Settings,
+    registry: Registry,
+    world: World,
+    target: Target,
+    port: int,
+    *,
+    wanted: Wanted | None,
+    force: bool,
+) -> LoadPlan:
+    """What loading `target` on `port` takes. `wanted` is None while its files are not here.
+
+    Raises `Refused`: alias_elsewhere, boot_port, foreign_port, unknown_port, port_in_use, model_elsewhere.
+    """
+    view = world.ports[port]
+    alias = settings.alias(port, target.name)
+    _refuse_alias_elsewhere(settings, target.name, port)
+    plan = _plan_for_port(settings, view, target, port, alias, wanted, force)
+    stops = [*plan.stops]
+    old = _elsewhere(world, target, port)
+    if old is not None and plan.outcome is Outcome.START:
+        if old.state not in {State.ORPHAN, State.FAILED} and not force:
+            raise Refused(
+                "model_elsewhere",
+                f"{target.name} is served on port {old.port}",
+                why="one model, one port",
+                hint=f"move it: add --force; or first: mlxctl unload {old.port}",
+            )
+        if old.owner is not Owner.MLXOPS:
+            raise Refused(
+                "model_elsewhere",
+                f"{target.name} is served on port {old.port} by a process that mlxops did not start",
+                why="only servers of ours are moved",
+                hint=f"first: mlxctl unload {old.port} --force",
+            )
+        stops.append(old)
+    cleared = tuple(model.name for model in registry.on_port(port) if model.name != target.name)
+    stale = [f"the assignment of {name} to {port} is cleared" for name in cleared]
+    return LoadPlan(
+        target,
+        port,
+        alias,
+        plan.outcome,
+        tuple(stops),
+        plan.previous,
+        cleared if plan.outcome is not Outcome.ALREADY else (),
+        (*plan.notes, *(stale if plan.outcome is not Outcome.ALREADY else ())),
+    )
+
+
+def _refuse_alias_elsewhere(settings: Settings, name: str, port: int) -> None:
+    own = settings.slot_of(name)
+    if own is not None and own != port:
+        raise Refused(
+            "alias_elsewhere",
+            f"{name} is the alias of port {own}",
+            why="an alias never changes its port: the gateway's entry for it is fixed",
+            hint=f"load it there: --port {own}; or another model on {port}",
+        )
+
+
+def _plan_for_port(
+    settings: Settings, view: PortView, target: Target, port: int, alias: str, wanted: Wanted | None, force: bool
+) -> LoadPlan:
+    start = LoadPlan(target, port, alias, Outcome.START)
+    if view.state is State.UNKNOWN:
+        raise Refused(
+            "unknown_port",
+            f"what is on port {port} could not be determined",
+            why=view.detail,
+            hint="nothing is changed while it is unknown; try again, then look on the host itself",
+        )
+    if view.owner is Owner.BOOT:
+        return _plan_on_boot(settings, view, target, start)
+    if view.owner is Owner.FOREIGN or view.state is State.FOREIGN:
+        raise Refused(
+            "foreign_port",
+            f"port {port} is held by a process that is not ours",
+            why=view.detail,
+            hint="stop it yourself, then try again; mlxops never signals it",
+        )
+    if view.owner is None:
+        return start
+    if view.owner is Owner.MLXOPS and view.run is not None and view.run.model == target.name:
+        return _plan_on_same(view, wanted, start, force)
+    if view.owner is Owner.HAND and view.server is not None and _is_as_wanted(view.server.argv, wanted):
+        return LoadPlan(target, port, alias, Outcome.ADOPT, notes=("it was started by hand and is adopted",))
+    if view.orphan in {Orphan.INTERRUPTED, Orphan.LEADERLESS, Orphan.PORTLESS}:
+        return LoadPlan(
+            target, port, alias, Outcome.START, stops=(view,), notes=(f"{port}: {view.detail}; it is stopped",)
+        )
+    if not force:
+        raise Refused(
+            "port_in_use",
+            f"port {port} serves {view.model or 'another model'}",
+            why=f"it is {view.state}, owner {view.owner}, pid {view.pid}",
+            hint=f"swap it: add --force; or first: mlxctl unload {port}",
+        )
+    return LoadPlan(target, port, alias, Outcome.START, stops=(view,), previous=view)
+
+
+def _plan_on_boot(settings: Settings, view: PortView, target: Target, start: LoadPlan) -> LoadPlan:
+    if view.model == target.name and view.state is State.READY:
+        return LoadPlan(target, start.port, start.alias, Outcome.ALREADY, notes=("served by the boot job",))
+    boot = settings.boot
+    label = boot.label if boot and boot.label else "LABEL"
+    raise Refused(
+        "boot_port",
+        f"port {start.port} belongs to the boot job {boot.script if boot else ''}".rstrip(),
+        why=f"the system starts it again when it is stopped; it serves {view.model or 'something unknown'}",
+        hint=f"as the operator of the host: sudo launchctl bootout system/{label}; then try again",
+    )
+
+
+def _plan_on_same(view: PortView, wanted: Wanted | None, start: LoadPlan, force: bool) -> LoadPlan:
+    """The port's server is of ours and serves this very model."""
+    run = view.run
+    assert run is not None
+    same = wanted is None or (run.repo_id, run.revision) == (wanted.repo_id, wanted.revision)
+    as_wanted = same and (wanted is None or (run.engine, run.argv) == (wanted.engine, wanted.argv))
+    if view.state is State.READY and not force:
+        if not same:
+            raise Refused(
+                "port_in_use",
+                f"port {view.port} serves {run.model} from {run.repo_id} at {run.revision[:12]}",
+                why="another repository or revision is asked for",
+                hint="swap it: add --force",
+            )
+        notes = () if as_wanted else ("its settings differ from those it was started with; --force restarts it",)
+        return LoadPlan(start.target, start.port, start.alias, Outcome.ALREADY, notes=notes)
+    if view.state is State.READY and as_wanted:
+        return LoadPlan(start.target, start.port, start.alias, Outcome.ALREADY)
+    if view.orphan is Orphan.UNASSIGNED and as_wanted:
+        return LoadPlan(
+            start.target, start.port, start.alias, Outcome.ADOPT, notes=("it serves; its assignment returns",)
+        )
+    proven = run.proven_at is not None
+    note = () if view.state is State.READY else (f"{view.port}: {view.detail}; it is started anew",)
+    return LoadPlan(
+        start.target, start.port, start.alias, Outcome.START, (view,), view if proven and force else None, notes=note
+    )
+
+
+def _is_as_wanted(argv: Sequence[str], wanted: Wanted | None) -> bool:
+    """A server's argv ends with what we would give it: how it was launched (a wrapper, a shell) may differ."""
+    if wanted is None:
+        return False
+    tail = wanted.argv[1:]
+    return len(argv) >= len(tail) and tuple(argv[len(argv) - len(tail) :]) == tail
+
+
+def _elsewhere(world: World, target: Target, port: int) -> PortView | None:
+    """Another port on which the target is served."""
+    for view in world.ports.values():
+        if view.port != port and view.owner is not None and view.model == target.name:
+            return view
+    return None
+
+
+def plan_unload(registry: Registry, world: World, port: int, *, force: bool) -> UnloadPlan:
+    """Raises `Refused`: boot_port, foreign_port, unknown_port, hand_started."""
+    view = world.ports[port]
+    clear = tuple(model.name for model in registry.on_port(port))
+    name = clear[0] if clear else view.model
+    if view.state is State.UNKNOWN:
+        raise Refused(
+            "unknown_port",
+            f"what is on port {port} could not be determined",
+            why=view.detail,
+            hint="nothing is changed while it is unknown; try again, then look on the host itself",
+        )
+    if view.owner is None:
+        return UnloadPlan(port, None, clear, name)
+    if view.owner in {Owner.BOOT, Owner.FOREIGN}:
+        raise Refused(
+            f"{view.owner}_port",
+            f"port {port} is held by {'the boot job' if view.owner is Owner.BOOT else 'a process that is not ours'}",
+            why=view.detail or f"its pid is {view.pid}",
+            hint="mlxops never signals it; stop it yourself as the operator of the host",
+        )
+    if view.owner is Owner.HAND and not force:
+        raise Refused(
+            "hand_started",
+            f"the server on port {port} was started by hand",
+            why=f"pid {view.pid}: {shlex.join(view.server.argv)[:200]}" if view.server else "",
+            hint="stop it all the same: add --force",
+        )
+    return UnloadPlan(port, view, clear, name)
+
+
+def port_of(registry: Registry, world: World, name: str) -> int | None:
+    """Where `unload --model NAME` has something to do: the assignment, else a server of it; None: nowhere.
+
+    Raises `Refused` (unknown_model).
+    """
+    entry = registry.models.get(name)
+    if entry is None and is_repo_id(name):
+        entry = next(iter(registry.with_repo(name)), None)
+    if entry is not None and entry.port is not None:
+        return entry.port
+    known_as = entry.name if entry is not None else name
+    for view in world.ports.values():
+        if view.owner in {Owner.MLXOPS, Owner.HAND} and view.model == known_as:
+            return view.port
+    if entry is None:
+        raise unknown_model(name, registry)
+    return None
+
+
+def plan_unload_all(registry: Registry, world: World) -> tuple[UnloadPlan, ...]:
+    """Every server of owner mlxops and hand, and every assignment; boot and foreign ones are left alone."""
+    plans = []
+    for port, view in sorted(world.ports.items()):
+        try:
+            plan = plan_unload(registry, world, port, force=True)
+        except Refused as refusal:
+            if registry.on_port(port) or view.owner is Owner.BOOT:
+                plans.append(UnloadPlan(port, notes=(f"{port} is left alone: {refusal.message}",)))
+            continue
+        if plan.changed:
+            plans.append(plan)
+    return tuple(plans)
+
+
+def plan_reconcile(registry: Registry, world: World) -> ReconcilePlan:
+    """Clear what is absent by every signal; stop what is proven ours and belongs to nothing."""
+    clear: dict[str, int] = {}
+    stops, forget, kept = [], [], []
+    for port, view in sorted(world.ports.items()):
+        claims = registry.on_port(port)
+        if view.unserved:
+            clear |= {model.name: port for model in claims}
+            if view.run is not None:
+                forget.append(port)
+        elif view.orphan is Orphan.UNASSIGNED:
+            kept.append(f"{port}: serves {view.model} without an assignment; load or unload it")
+        elif view.orphan is not None and view.operation is None:
+            stops.append(view)
+            clear |= {model.name: port for model in claims}
+        elif claims and view.state is not State.READY:
+            kept.append(f"{port}: {view.state}; {view.detail}".rstrip("; "))
+    return ReconcilePlan(tuple(stops), clear, tuple(forget), tuple(kept))
+
+
+def init_entries(registry: Registry, found: Iterable[tuple[str, str, str]]) -> dict[str, dict[str, object]]:
+    """New entries for (repo id, revision, cache path) rows whose repository has none. Existing ones never change."""
+    have = {model.repo_id for model in registry.models.values()} | set(registry.models)
+    return {repo_id: entry_fields(repo_id, cache_path) for repo_id, _, cache_path in found if repo_id not in have}
+
+
+def entry_fields(repo_id: str, cache_path: str) -> dict[str, object]:
+    """The five fields of version 1 for a model that is not assigned."""
+    return {"repo_id": repo_id, "model_id": repo_id, "cache_path": cache_path, "format": "mlx", "port": None}
+
+
+def merge_refusals(errors: Sequence[MlxopsError]) -> MlxopsError:
+    """One error for several: the first, naming the others."""
+    first = errors[0]
+    if len(errors) > 1:
+        first.why = "; ".join(filter(None, [first.why, *(error.message for error in errors[1:])]))
+    return first

@@ -1,0 +1,257 @@
+"""registry.json: which model is on which port. Parsing, validation and transitions; pure.
+
+Version 1 is `{"version": 1, "models": {name: {repo_id, model_id, cache_path, format, port}}}`. People and other
+programs edit the file too, so reading is generous (every oddity becomes a `problem`) and writing is strict: a
+document is only ever changed key by key, everything that we do not know stays, and what is not version 1 is
+never written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+from mlxops.core.errors import Refused
+from mlxops.core.names import is_name, is_repo_id, shown
+
+VERSION = 1
+MAX_BYTES = 16 * 1024 * 1024
+
+_TEXT_FIELDS = (
+    "revision",
+    "engine",
+    "model_type",
+    "chat_template",
+    "tool_call_parser",
+    "reasoning_parser",
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """One entry. Fields that are absent or unusable are None; why is in `problems`."""
+
+    name: str
+    repo_id: str | None = None
+    model_id: str | None = None
+    cache_path: str | None = None
+    format: str | None = None
+    port: int | None = None
+    revision: str | None = None
+    engine: str | None = None
+    context_length: int | None = None
+    trust_remote_code: bool = False
+    args: tuple[str, ...] = ()
+    options: Mapping[str, str | None] = field(default_factory=dict)
+    """The optional text fields that are present; a null is kept: it switches a default off."""
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Registry:
+    """A registry document: what the file says, and the typed view of it.
+
+    `raw` is the parsed document (never mutated); `unwritable` says why the file must not be written.
+    """
+
+    raw: Mapping[str, object]
+    models: Mapping[str, Model]
+    unwritable: str | None = None
+
+    def on_port(self, port: int) -> tuple[Model, ...]:
+        """Every model that claims `port`; more than one only after a hand edit."""
+        return tuple(model for model in self.models.values() if model.port == port)
+
+    def with_repo(self, repo_id: str) -> tuple[Model, ...]:
+        return tuple(model for model in self.models.values() if model.repo_id == repo_id)
+
+    def set_fields(self, name: str, fields: Mapping[str, object]) -> Registry:
+        """The entry `name`, made if missing, with these fields; its other keys stay as they are."""
+        old = self._entry(name)
+        return self._with_entries({name: {**old, **fields}})
+
+    def assign(self, name: str, port: int) -> Registry:
+        """`port` goes to `name` and to nobody else, in one document: no state between has two owners."""
+        entries: dict[str, dict[str, object]] = {
+            other.name: {**self._entry(other.name), "port": None}
+            for other in self.on_port(port)
+            if other.name != name
+        }
+        entries[name] = {**self._entry(name), "port": port}
+        return self._with_entries(entries)
+
+    def clear(self, names: Iterable[str]) -> Registry:
+        """These entries lose their port."""
+        return self._with_entries({name: {**self._entry(name), "port": None} for name in names})
+
+    def encode(self) -> bytes:
+        """The file's content: JSON, indented by 2, with a line end. Raises `Refused` if it must not be written."""
+        if self.unwritable:
+            raise refusal(self.unwritable)
+        return (json.dumps(self.raw, indent=2, ensure_ascii=False) + "\n").encode()
+
+    def _entry(self, name: str) -> dict[str, object]:
+        models = self.raw.get("models")
+        entry = models.get(name) if isinstance(models, dict) else None
+        return dict(entry) if isinstance(entry, dict) else {}
+
+    def _with_entries(self, entries: Mapping[str, Mapping[str, object]]) -> Registry:
+        if self.unwritable:
+            raise refusal(self.unwritable)
+        models = {**cast(dict[str, object], self.raw["models"]), **{k: dict(v) for k, v in entries.items()}}
+        return _view({**self.raw, "models": models}, None)
+
+
+def refusal(why: str) -> Refused:
+    return Refused(
+        "registry_unusable",
+        "the registry cannot be changed",
+        why=why,
+        hint="mend the file by hand (the generation before is kept beside the host's state), then try again",
+    )
+
+
+EMPTY = Registry(raw={"version": VERSION, "models": {}}, models={})
+
+
+def parse(data: bytes | None) -> Registry:
+    """The registry in a file's content; None (no file) is an empty one. Never raises: see `unwritable`."""
+    if data is None:
+        return EMPTY
+    if len(data) > MAX_BYTES:
+        return _broken(f"it is larger than {MAX_BYTES} bytes")
+    duplicates: list[str] = []
+
+    def pairs(items: list[tuple[str, object]]) -> dict[str, object]:
+        seen = dict(items)
+        if len(seen) != len(items):
+            duplicates.append(next(key for i, (key, _) in enumerate(items) if key in dict(items[:i])))
+        return seen
+
+    def constant(text: str) -> object:
+        raise ValueError(f"{text} is not JSON")
+
+    try:
+        document = json.loads(data.decode("utf-8-sig"), object_pairs_hook=pairs, parse_constant=constant)
+        json.dumps(document).encode()
+    except (ValueError, RecursionError) as error:
+        return _broken(f"it is not JSON: {str(error)[:120]}" if data.strip() else "it is empty")
+    if not isinstance(document, dict):
+        return _broken("it is not a JSON object")
+    return _view(document, _why_unwritable(document, duplicates))
+
+
+def _broken(why: str) -> Registry:
+    return Registry(raw={}, models={}, unwritable=why)
+
+
+def _why_unwritable(document: Mapping[str, object], duplicates: list[str]) -> str | None:
+    version = document.get("version")
+    if type(version) is not int or version != VERSION:
+        return f"its version is {shown(json.dumps(version))}; this mlxops writes only version {VERSION}"
+    models = document.get("models")
+    if not isinstance(models, dict):
+        return "its 'models' is not an object"
+    if duplicates:
+        return f"the key {shown(duplicates[0])} stands twice in one object"
+    for name, entry in models.items():
+        if not isinstance(entry, dict):
+            return f"the entry {shown(name)} is not an object"
+    try:
+        json.dumps(document, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return "it holds text that is not valid Unicode"
+    return None
+
+
+def _view(document: Mapping[str, object], unwritable: str | None) -> Registry:
+    entries = document.get("models")
+    models = {
+        name: _model(name, entry)
+        for name, entry in (entries.items() if isinstance(entries, dict) else ())
+        if isinstance(entry, dict)
+    }
+    return Registry(raw=document, models=_with_conflicts(models), unwritable=unwritable)
+
+
+def _with_conflicts(models: dict[str, Model]) -> dict[str, Model]:
+    by_port: dict[int, list[str]] = {}
+    for model in models.values():
+        if model.port is not None:
+            by_port.setdefault(model.port, []).append(model.name)
+    for port, names in by_port.items():
+        if len(names) > 1:
+            for name in names:
+                others = ", ".join(shown(other) for other in names if other != name)
+                models[name] = _with_problem(models[name], f"port {port} is also claimed by {others}")
+    return models
+
+
+def _with_problem(model: Model, problem: str) -> Model:
+    return replace(model, problems=(*model.problems, problem))
+
+
+def _model(name: str, entry: Mapping[str, object]) -> Model:
+    problems: list[str] = []
+
+    def text(key: str) -> str | None:
+        value = entry.get(key)
+        if value is None or (isinstance(value, str) and "\0" not in value):
+            return value
+        problems.append(f"{key} is not a string")
+        return None
+
+    if not (is_name(name) or is_repo_id(name)):
+        problems.append("its key is not a model name")
+    repo_id = text("repo_id")
+    if repo_id is None:
+        problems.append("repo_id is missing")
+    elif not is_repo_id(repo_id):
+        problems.append(f"repo_id {shown(repo_id)} is not org/name")
+        repo_id = None
+    args = entry.get("args", [])
+    if not isinstance(args, list) or not all(isinstance(arg, str) and "\0" not in arg for arg in args):
+        problems.append("args is not a list of strings")
+        args = []
+    context = entry.get("context_length")
+    if context is not None and (not isinstance(context, int) or isinstance(context, bool) or context < 1):
+        problems.append("context_length is not a positive integer")
+        context = None
+    trust = entry.get("trust_remote_code", False)
+    if not isinstance(trust, bool):
+        problems.append("trust_remote_code is not true or false")
+        trust = False
+    fields = {key: text(key) for key in _TEXT_FIELDS if key in entry}
+    return Model(
+        name=name,
+        repo_id=repo_id,
+        model_id=text("model_id"),
+        cache_path=text("cache_path"),
+        format=text("format"),
+        port=_port(entry.get("port"), problems),
+        revision=fields.pop("revision", None),
+        engine=fields.pop("engine", None),
+        context_length=context,
+        trust_remote_code=trust,
+        args=tuple(args),
+        options=fields,
+        problems=tuple(problems),
+    )
+
+
+def _port(value: object, problems: list[str]) -> int | None:
+    """A port as it was meant: a hand-written "8100" claims 8100, and is reported."""
+    if value is None:
+        return None
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 5:
+        problems.append(f"port {shown(value)} is a string")
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool):
+        problems.append("port is not an integer or null")
+        return None
+    if not 1 <= value <= 65535:
+        problems.append(f"port {value} is not a TCP port")
+        return None
+    return value

@@ -1,0 +1,402 @@
+"""What was observed on a host, and the one judgement of what it means. Pure.
+
+The agent collects `Signals` for each port; `judge` turns them into a `PortView`, the row that everybody sees and
+that the planner decides on. No signal decides alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+
+from mlxops.core.registry import Model, Registry
+from mlxops.core.settings import PortRange
+
+
+class State(StrEnum):
+    IDLE = "idle"
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    FAILED = "failed"
+    WEDGED = "wedged"
+    MISMATCH = "mismatch"
+    FOREIGN = "foreign"
+    ORPHAN = "orphan"
+    UNKNOWN = "unknown"
+
+
+class Owner(StrEnum):
+    MLXOPS = "mlxops"
+    HAND = "hand"
+    BOOT = "boot"
+    FOREIGN = "foreign"
+
+
+class Orphan(StrEnum):
+    """Why processes of ours on a port count as left over; the value is told to people."""
+
+    INTERRUPTED = "a load was interrupted before its proof"
+    LEADERLESS = "the server's leader is gone, some of its processes are not"
+    PORTLESS = "the server's processes live, but nothing listens"
+    UNASSIGNED = "it serves, and the registry has no assignment for it"
+
+
+class Answer(StrEnum):
+    """What the cheap probe of a server brought."""
+
+    SERVING = "serving"
+    LOADING = "loading"
+    BROKEN = "broken"
+    SILENT = "silent"
+    NOT_ASKED = "not asked"
+
+
+@dataclass(frozen=True)
+class Run:
+    """The run record: what is known of the process that was started, or adopted, for a port.
+
+    `start` and `boot_id` are the kernel's own marks (see the agent's `system`); with pid, pgid and the tail of
+    argv they prove that a process is the recorded one. `*_at` are wall time, for display only.
+    """
+
+    port: int
+    model: str
+    alias: str
+    repo_id: str
+    revision: str
+    engine: str
+    argv: tuple[str, ...]
+    run_id: str
+    pid: int
+    pgid: int
+    start: str
+    boot_id: str
+    operation: str
+    log_path: str
+    started_at: str
+    proven_at: str | None = None
+    engine_version: str | None = None
+    adopted: bool = False
+
+    def to_wire(self) -> dict[str, object]:
+        return {**asdict(self), "argv": list(self.argv)}
+
+
+def run_from_wire(wire: Mapping[str, object]) -> Run:
+    """Raises `ValueError` for anything that `to_wire` cannot have written."""
+    argv = wire.get("argv")
+    if not isinstance(argv, list):
+        raise ValueError("argv is not a list")
+    numbers = {key: wire.get(key) for key in ("port", "pid", "pgid")}
+    texts = {
+        key: wire.get(key)
+        for key in (
+            *("model", "alias", "repo_id", "revision", "engine", "run_id", "start", "boot_id"),
+            *("operation", "log_path", "started_at"),
+        )
+    }
+    optional = {key: wire.get(key) for key in ("proven_at", "engine_version")}
+    if not all(type(value) is int and value > 1 for value in numbers.values()):
+        raise ValueError("port, pid and pgid are not all numbers")
+    if not all(isinstance(value, str) for value in texts.values()):
+        raise ValueError("a text is missing")
+    if not all(value is None or isinstance(value, str) for value in optional.values()):
+        raise ValueError("proven_at or engine_version is not a text")
+    return Run(
+        **numbers,  # type: ignore[arg-type]
+        **texts,  # type: ignore[arg-type]
+        **optional,  # type: ignore[arg-type]
+        argv=tuple(str(word) for word in argv),
+        adopted=wire.get("adopted") is True,
+    )
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A running operation, as the lock that it holds describes it."""
+
+    id: str
+    command: str
+    model: str | None = None
+    port: int | None = None
+    asker: str = "?"
+    since: str = "?"
+    repo: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.command} {self.model or ''}".strip() + f", started by {self.asker} at {self.since} ({self.id})"
+
+
+@dataclass(frozen=True)
+class Server:
+    """A live server that is not recorded as ours: what its argv says."""
+
+    pid: int
+    pgid: int
+    engine: str
+    model: str
+    argv: tuple[str, ...]
+    start: str = ""
+
+
+@dataclass(frozen=True)
+class Signals:
+    """Everything that was seen about one port, before it is judged."""
+
+    port: int
+    alias: str | None
+    run: Run | None = None
+    broken_record: bool = False
+    leader_proven: bool = False
+    members: tuple[int, ...] = ()
+    """Living members of the recorded group that are proven ours."""
+    listening: bool = False
+    """Something listens that a server of this port would collide with."""
+    listener_pids: frozenset[int] = frozenset()
+    hand: Server | None = None
+    boot: bool = False
+    operation: Operation | None = None
+    answer: Answer = Answer.NOT_ASKED
+    stranger: str = ""
+    """For people: what listens there, if it is not ours."""
+    memory_bytes: int | None = None
+    error: str | None = None
+    """Why the port could not be looked at."""
+    last_words: str = ""
+
+
+@dataclass(frozen=True)
+class PortView:
+    """One row of the status; `run` and `operation` go with it for the planner."""
+
+    port: int
+    alias: str | None
+    state: State
+    owner: Owner | None = None
+    model: str | None = None
+    repo_id: str | None = None
+    revision: str | None = None
+    pid: int | None = None
+    pgid: int | None = None
+    engine: str | None = None
+    engine_version: str | None = None
+    since: str | None = None
+    proven_at: str | None = None
+    memory_bytes: int | None = None
+    detail: str = ""
+    run: Run | None = None
+    server: Server | None = None
+    operation: Operation | None = None
+    members: tuple[int, ...] = ()
+    orphan: Orphan | None = None
+
+    def to_wire(self) -> dict[str, object]:
+        """The row of the status document."""
+        hidden = {"run", "server", "operation", "members", "orphan"}
+        row = {key: value for key, value in asdict(self).items() if key not in hidden}
+        row["log_path"] = self.run.log_path if self.run else None
+        row["operation"] = self.operation.id if self.operation else None
+        return row
+
+    @property
+    def unserved(self) -> bool:
+        """Listener, process and operation all say that nothing is there."""
+        return (
+            self.state in {State.IDLE, State.FAILED}
+            and self.owner is None
+            and not self.members
+            and self.operation is None
+        )
+
+
+@dataclass(frozen=True)
+class Drift:
+    code: str
+    port: int | None
+    model: str | None
+    message: str
+    hint: str
+
+    def to_wire(self) -> dict[str, object]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class World:
+    """All ports of a host's range, observed in one pass."""
+
+    ports: Mapping[int, PortView] = field(default_factory=dict)
+    drift: tuple[Drift, ...] = ()
+
+
+def judge(signals: Signals, registry: Registry) -> PortView:
+    """What the signals of one port mean. `unknown` only where they could not be had."""
+    run = signals.run
+    assigned = registry.on_port(signals.port)
+    ours = _ours(signals)
+    if signals.error is not None:
+        return _view(signals, State.UNKNOWN, None, detail=signals.error)
+    operation = signals.operation
+    if operation is not None and operation.command == "load" and not (run and run.proven_at and ours):
+        return _loading(signals, operation)
+    if operation is not None and operation.command in {"unload", "unload-all"} and (ours or signals.hand):
+        return _view(signals, State.DRAINING, Owner.MLXOPS if ours else Owner.HAND, detail=f"{operation}")
+    if run is not None and ours:
+        return _judge_ours(signals, run, tuple(model.name for model in assigned))
+    if signals.boot and signals.listening:
+        return _stranger(signals, registry, Owner.BOOT)
+    if signals.hand is not None:
+        return _stranger(signals, registry, Owner.HAND)
+    if signals.listening:
+        return _view(signals, State.FOREIGN, Owner.FOREIGN, detail=signals.stranger)
+    if signals.broken_record:
+        return _view(signals, State.IDLE, None, detail="its run record is unreadable; nothing serves the port")
+    if run is not None and assigned:
+        why = "its server ended" + (f": {signals.last_words}" if signals.last_words else "")
+        return _view(signals, State.FAILED, None, model=assigned[0].name, detail=why)
+    return _view(signals, State.IDLE, None)
+
+
+def _ours(signals: Signals) -> bool:
+    return signals.run is not None and (signals.leader_proven or bool(signals.members))
+
+
+def _loading(signals: Signals, operation: Operation) -> PortView:
+    return _view(signals, State.LOADING, Owner.MLXOPS, model=operation.model, detail=f"{operation}")
+
+
+def _judge_ours(signals: Signals, run: Run, assigned: tuple[str, ...]) -> PortView:
+    """A port where processes of ours live and no load is running."""
+    owner = Owner.MLXOPS
+    orphan = _orphan(signals, run, assigned)
+    if orphan is not None:
+        return _view(signals, State.ORPHAN, owner, orphan.value, orphan=orphan)
+    if not signals.listener_pids <= set(signals.members):
+        return _view(signals, State.MISMATCH, owner, f"somebody else listens on its port: {signals.stranger}")
+    if run.model not in assigned:
+        return _view(signals, State.MISMATCH, owner, f"the registry says {assigned[0]}")
+    match signals.answer:
+        case Answer.SILENT:
+            return _view(signals, State.WEDGED, owner, "no answer to the probe")
+        case Answer.BROKEN:
+            return _view(signals, State.FAILED, owner, "the server says that it is unhealthy")
+        case _:
+            return _view(signals, State.READY, owner)
+
+
+def _orphan(signals: Signals, run: Run, assigned: tuple[str, ...]) -> Orphan | None:
+    if run.proven_at is None:
+        return Orphan.INTERRUPTED
+    if not signals.leader_proven:
+        return Orphan.LEADERLESS
+    if not signals.listening:
+        return Orphan.PORTLESS
+    return None if assigned else Orphan.UNASSIGNED
+
+
+def _stranger(signals: Signals, registry: Registry, owner: Owner) -> PortView:
+    """A server that we did not start: what it serves is matched with the registry by path, repo or name."""
+    server = signals.hand
+    model = next((m.name for m in registry.models.values() if server and server.model in _known_as(m)), None)
+    assigned = registry.on_port(signals.port)
+    if signals.answer is Answer.SILENT:
+        state, detail = (State.WEDGED, "no answer to the probe") if signals.listening else (State.LOADING, "")
+    elif not signals.listening:
+        state, detail = State.LOADING, "it does not listen yet"
+    elif assigned and model is not None and model not in {entry.name for entry in assigned}:
+        state, detail = State.MISMATCH, f"the registry says {assigned[0].name}"
+    else:
+        state, detail = State.READY, ""
+    entry = registry.models.get(model) if model else None
+    return PortView(
+        port=signals.port,
+        alias=signals.alias,
+        state=state,
+        owner=owner,
+        model=model or (server.model if server else None),
+        repo_id=entry.repo_id if entry else None,
+        revision=entry.revision if entry else None,
+        pid=server.pid if server else None,
+        pgid=server.pgid if server else None,
+        engine=server.engine if server else None,
+        memory_bytes=signals.memory_bytes,
+        detail=detail or signals.stranger,
+        run=signals.run,
+        server=server,
+        operation=signals.operation,
+    )
+
+
+def _known_as(model: Model) -> frozenset[str]:
+    names = (model.name, model.repo_id, model.model_id, model.cache_path)
+    return frozenset(name for name in names if name)
+
+
+def _view(
+    signals: Signals,
+    state: State,
+    owner: Owner | None,
+    detail: str = "",
+    *,
+    model: str | None = None,
+    orphan: Orphan | None = None,
+) -> PortView:
+    run = signals.run if owner is Owner.MLXOPS else None
+    return PortView(
+        port=signals.port,
+        alias=signals.alias,
+        state=state,
+        owner=owner,
+        model=model or (run.model if run else None),
+        repo_id=run.repo_id if run else None,
+        revision=run.revision if run else None,
+        pid=run.pid if run else (signals.hand.pid if signals.hand else min(signals.listener_pids, default=None)),
+        pgid=run.pgid if run else None,
+        engine=run.engine if run else None,
+        engine_version=run.engine_version if run else None,
+        since=run.started_at if run else None,
+        proven_at=run.proven_at if run else None,
+        memory_bytes=signals.memory_bytes,
+        detail=detail,
+        run=signals.run,
+        server=signals.hand,
+        operation=signals.operation,
+        members=signals.members,
+        orphan=orphan,
+    )
+
+
+def drift(ports: PortRange, views: Mapping[int, PortView], registry: Registry) -> tuple[Drift, ...]:
+    """Where registry and life disagree, each with the command that helps."""
+    found = [each for view in views.values() for each in _drift_of_port(view, registry.on_port(view.port))]
+    for model in registry.models.values():
+        port = model.port
+        if port is not None and port not in ports:
+            message = f"{model.name} is assigned to {port}, outside this host's range {ports}"
+            found.append(Drift("port_outside_range", port, model.name, message, "mlxctl reconcile"))
+        if port is not None and len(registry.on_port(port)) > 1:
+            message = f"{model.name} is not the only model that claims port {port}"
+            hint = f"mlxctl unload {port}, then load the right one"
+            found.append(Drift("port_claimed_twice", port, model.name, message, hint))
+    return tuple(found)
+
+
+def _drift_of_port(view: PortView, assigned: tuple[Model, ...]) -> Iterator[Drift]:
+    port, names = view.port, [model.name for model in assigned]
+    if view.unserved:
+        for name in names:
+            message = f"{name} is assigned to {port}, but nothing serves it"
+            yield Drift("assigned_not_served", port, name, message, f"mlxctl load {name} {port}, or mlxctl reconcile")
+    elif view.owner is Owner.MLXOPS and view.state in {State.ORPHAN, State.MISMATCH, State.WEDGED, State.FAILED}:
+        yield Drift(view.state.value, port, view.model, f"{port}: {view.detail}", f"mlxctl unload {port}")
+    elif view.owner in {Owner.HAND, Owner.BOOT} and view.model not in names:
+        message = f"{port} is served by a process that mlxops did not start, and the registry does not say so"
+        yield Drift("unregistered_server", port, view.model, message, f"mlxctl unload {port} --force, then load")
+    elif view.owner is Owner.FOREIGN and names:
+        message = f"{names[0]} is assigned to {port}, but a process that is not ours holds the port"
+        yield Drift("foreign", port, names[0], message, "stop that process; mlxops never signals it")
+    if view.run and view.owner is Owner.MLXOPS and view.alias and view.run.alias != view.alias:
+        message = f"{port} serves under {view.run.alias}, but its slot is {view.alias}"
+        yield Drift("alias_changed", port, view.model, message, f"mlxctl load {view.model} {port} --force")
