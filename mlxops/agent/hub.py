@@ -62,8 +62,7 @@ def download(repo_id: str, revision: str | None, hub: Path, emit: Emit, patience
     with open_line(patience or Patience()) as line:
         plan = persistently(lambda: _plan(line, asked), asked, emit, line)
         _refuse_other_formats(plan)
-        _drop_wrong_sizes(folder, plan, emit)
-        _announce(folder, plan, emit)
+        persistently(lambda: _prepare(folder, plan, emit), asked, emit, line)
         progress = Bytes(emit, plan.total, line)
         persistently(lambda: _fetch(line, plan, folder, progress), asked, emit, line)
     _prove(folder, plan, asked)
@@ -125,6 +124,11 @@ def _not_mlx(plan: Plan, why: str) -> Refused:
         why=why,
         hint="choose a repository with MLX weights, for example of https://huggingface.co/mlx-community",
     )
+
+
+def _prepare(folder: Path, plan: Plan, emit: Emit) -> None:
+    _drop_wrong_sizes(folder, plan, emit)
+    _announce(folder, plan, emit)
 
 
 def _drop_wrong_sizes(folder: Path, plan: Plan, emit: Emit) -> None:

@@ -355,10 +355,11 @@ def _meaning(error: BaseException, line: Line) -> _No | None:
 
     It wraps what happened in a `LocalEntryNotFoundError`: the cause counts.
     """
-    if line.stalled or any(isinstance(cause, _Stalled) for cause in _causes(error)):
-        return _No("download_stalled", f"nothing has come from {line.host} for {line.patience.stall:.0f} s")
     meanings = (_meaning_of_one(cause) for cause in _causes(error))
-    return next((no for no in meanings if no is not None), None)
+    no = next((no for no in meanings if no is not None), None)
+    if line.stalled and (no is None or no.again):
+        return _No("download_stalled", f"nothing has come from {line.host} for {line.patience.stall:.0f} s")
+    return no
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -391,10 +392,10 @@ def _meaning_of_one(error: BaseException) -> _No | None:
             return _No("hub_error", _said(error))
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             return _No("disk_full", _said(error))
-        case OSError(errno=errno.EACCES | errno.EPERM | errno.EROFS):
-            return _No("cache_not_writable", _said(error))
         case OSError() if "Consistency check failed" in str(error):
             return _No("hub_error", "a file arrived with another length than announced", again=True)
+        case OSError() if error.errno is not None and not isinstance(error, BrokenPipeError):
+            return _No("cache_not_writable", _said(error))
     if type(error).__module__.partition(".")[0] == "hf_xet":
         return _No("hub_error", _said(error), again=True)
     return None

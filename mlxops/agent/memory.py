@@ -56,9 +56,7 @@ def check_fits(where: Place, registry: Registry, world: World, plan: LoadPlan, w
         "does_not_fit",
         f"{plan.target.name} does not fit in memory: it needs about {_gb(need)} of {_gb(limit)}",
         why=f"already serving: {listed}",
-        hint=(
-            "make room: " + "; ".join(f"mlxctl unload {port}" for port in room) if room else "choose a smaller model"
-        )
+        hint=("make room: " + "; ".join(f"mlxctl unload {port}" for port in room) if room else "choose a smaller model")
         + "; or take the risk: --overcommit",
         details={"need_bytes": need, "used_bytes": used, "budget_bytes": limit},
     )

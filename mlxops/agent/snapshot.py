@@ -13,7 +13,7 @@ import re
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from fnmatch import translate
 from pathlib import Path
 
 MAX_JSON = 64 * 1024 * 1024
@@ -30,6 +30,7 @@ NOT_SERVED = (
 )
 """Names (fnmatch) of the same weights in forms that no MLX engine loads: neither downloaded nor missed."""
 
+_NOT_SERVED = re.compile("|".join(map(translate, NOT_SERVED)))
 _OTHER_FORMATS = {
     ".gguf": "GGUF",
     ".bin": "PyTorch weights",
@@ -47,6 +48,9 @@ _NEEDED = re.compile(
 )
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _INDEX = "model.safetensors.index.json"
+_ENDS = re.compile(rb'"data_offsets": ?\[\d{1,18}, ?(\d{1,18})\]')
+_FIRST = 64 * 1024
+"""Bytes of a weight file in the first read: most headers are shorter."""
 
 
 class Damaged(Exception):
@@ -158,7 +162,7 @@ def inspect(path: Path) -> ModelFacts:
 
 def is_served(name: str) -> bool:
     """Whether a repository's file belongs to what MLX engines load, or at least might."""
-    return not any(fnmatchcase(name, pattern) for pattern in NOT_SERVED)
+    return _NOT_SERVED.match(name) is None
 
 
 def is_weight(name: str) -> bool:
@@ -168,6 +172,8 @@ def is_weight(name: str) -> bool:
 
 def printable(text: str) -> str:
     """Text from outside in one bounded line of ASCII; control characters and undecodable bytes are escaped."""
+    if len(text) <= 200 and text.isascii() and text.isprintable():
+        return text
     escaped = text.encode("ascii", "backslashreplace").decode("ascii")
     escaped = "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in escaped)
     return escaped if len(escaped) <= 200 else escaped[:197] + "..."
@@ -242,7 +248,7 @@ def _missing(folder: str, files: Files, tree: Mapping[str, int] | None) -> str |
     if "config.json" not in files.sizes:
         return "config.json is missing"
     if tree is not None:
-        return _missing_of_tree(files, tree)
+        return _missing_of_tree(files, tree) or _no_weights(files)
     _json(f"{folder}/config.json", MAX_CONFIG)
     for name in sorted(files.dangling):
         if _NEEDED.fullmatch(name):
@@ -250,7 +256,11 @@ def _missing(folder: str, files: Files, tree: Mapping[str, int] | None) -> str |
     for name in sorted(_expected_weights(folder, files)):
         if name not in files.sizes:
             return f"{printable(name)} is missing"
-    return next(_wrong_lengths(folder, files), None)
+    return next(_wrong_lengths(folder, files), None) or _no_weights(files)
+
+
+def _no_weights(files: Files) -> str | None:
+    return None if _weights(files.sizes) else "no weights (*.safetensors)"
 
 
 def _missing_of_tree(files: Files, tree: Mapping[str, int]) -> str | None:
@@ -303,13 +313,23 @@ def _damage(folder: str, files: Files) -> Iterator[tuple[str, str]]:
     """(name, why) of each weight file that is not exactly as long as its header says."""
     for name in _weights(files.sizes):
         size = files.sizes[name]
+        path = f"{folder}/{name}"
         try:
-            _, length = _header(f"{folder}/{name}", size)
+            if _fits(_encoded_header(path, size), size):
+                continue
+            _, length = _header(path, size)
         except Damaged as error:
             yield name, f"{printable(name)} {error}"
             continue
         if size != length:
             yield name, f"{printable(name)} has {size} of {length} bytes"
+
+
+def _fits(header: bytes, size: int) -> bool:
+    """Whether the last tensor ends where the file does, without parsing thousands of tensors. A string cannot pass
+    for an offset: in JSON its quotes are escaped. What is written otherwise is parsed after all."""
+    ends = [int(end) for end in _ENDS.findall(header)]
+    return bool(ends) and max(ends) == size - 8 - len(header)
 
 
 def _header(path: str, size: int) -> tuple[str | None, int]:
@@ -318,11 +338,8 @@ def _header(path: str, size: int) -> tuple[str | None, int]:
     The format: 8 bytes, little endian, the length of the header; the header, JSON, each tensor with its
     `data_offsets` in what follows (https://github.com/huggingface/safetensors#format).
     """
-    with open(path, "rb", buffering=0) as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER):
-            raise Damaged(f"is cut off or not a safetensors file ({size} bytes)")
-        header = _parse(file.read(length), "the header")
+    encoded = _encoded_header(path, size)
+    header = _parse(encoded, "the header")
     end = 0
     for name, tensor in header.items():
         if name == "__metadata__":
@@ -333,7 +350,20 @@ def _header(path: str, size: int) -> tuple[str | None, int]:
         end = max(end, offsets[1])
     metadata = header.get("__metadata__")
     written_by = metadata.get("format") if isinstance(metadata, dict) else None
-    return (written_by if isinstance(written_by, str) else None), 8 + length + end
+    return (written_by if isinstance(written_by, str) else None), 8 + len(encoded) + end
+
+
+def _encoded_header(path: str, size: int) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        start = os.read(descriptor, _FIRST)
+        length = int.from_bytes(start[:8], "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER):
+            raise Damaged(f"is cut off or not a safetensors file ({size} bytes)")
+        rest = os.read(descriptor, length + 8 - len(start)) if length + 8 > len(start) else b""
+        return (start + rest)[8 : 8 + length]
+    finally:
+        os.close(descriptor)
 
 
 def _without_weights(files: Files, tree: Mapping[str, int] | None) -> Verdict:

@@ -265,9 +265,7 @@ class _Value:
                 "remove it",
             )
         if not node.value and not empty:
-            raise self.bad(
-                "is empty", "an empty value would be a silent default", "give it a value or remove the key"
-            )
+            raise self.bad("is empty", "an empty value would be a silent default", "give it a value or remove the key")
         return str(node.value)
 
     def number(self) -> int:
@@ -296,9 +294,7 @@ class _Value:
                 f"make it {wanted}, or remove the key",
             )
         if node.tag == _BOOL:
-            return self.bad(
-                f"YAML reads {raw} as true or false", _BOOL_WHY, f'it must be {wanted}; quote it: "{raw}"'
-            )
+            return self.bad(f"YAML reads {raw} as true or false", _BOOL_WHY, f'it must be {wanted}; quote it: "{raw}"')
         if node.tag == _STR:
             return self.bad(f"{shown(raw)} is text", f"it must be {wanted}", "see the annotated hosts.yaml of mlxops")
         kind = _KINDS.get(node.tag, f"of the YAML type {shown(node.tag.rpartition(':')[2])}")
@@ -481,9 +477,7 @@ def _program(value: _Value) -> str:
 def _argv(value: _Value, program: Callable[[_Value], str]) -> tuple[str, ...]:
     items = value.sequence()
     if not items:
-        raise value.bad(
-            "is empty", "without a program there is nothing to run", "name the program, or remove the key"
-        )
+        raise value.bad("is empty", "without a program there is nothing to run", "name the program, or remove the key")
     return (program(items[0]), *(item.text() for item in items[1:]))
 
 

@@ -58,13 +58,13 @@ def _bad_host_key(destination: Destination, known: known_hosts.Known, kind: str,
     elif known.keys:
         first = known.keys[0]
         expected = next((key for key in known.keys if key.kind == kind), first)
+        forget = shlex.join(["ssh-keygen", "-R", known.name, "-f", str(expected.file)])
         details["expected"] = known_hosts.fingerprint(expected.blob)
         error = destination.unreachable(
             "host_key_changed",
             f"it showed {kind} {shown}, but {expected.file}:{expected.line} has "
             f"{expected.kind} {details['expected']}: a reinstalled machine, or somebody in between",
-            f"compare with {compare}; only if that is {shown}: "
-            f"{shlex.join(['ssh-keygen', '-R', known.name, '-f', str(expected.file)])}, then `ssh {destination.name}`",
+            f"compare with {compare}; only if that is {shown}: {forget}, then `ssh {destination.name}`",
         )
     else:
         error = destination.unreachable(
@@ -145,8 +145,8 @@ class Login:
         return destination.unreachable(
             "authentication_failed",
             "; ".join([*tried, *dict.fromkeys(self._notes)])[:600] or "no key was accepted",
-            f"`ssh -o BatchMode=yes {destination.name} true` must work without a question: ssh-add the key, or add it "
-            "to authorized_keys there",
+            f"`ssh -o BatchMode=yes {destination.name} true` must work without a question: "
+            "ssh-add the key, or add it to authorized_keys there",
         )
 
     def _agent_keys(self, agent: AgentSSH) -> list[paramiko.PKey]:

@@ -75,9 +75,7 @@ class Registry:
     def assign(self, name: str, port: int) -> Registry:
         """`port` goes to `name` and to nobody else, in one document: no state between has two owners."""
         entries: dict[str, dict[str, object]] = {
-            other.name: {**self._entry(other.name), "port": None}
-            for other in self.on_port(port)
-            if other.name != name
+            other.name: {**self._entry(other.name), "port": None} for other in self.on_port(port) if other.name != name
         }
         entries[name] = {**self._entry(name), "port": port}
         return self._with_entries(entries)

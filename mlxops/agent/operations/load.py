@@ -175,9 +175,7 @@ def _apply_load(
         start = Start(ctx.where, ctx.store, ctx.system, prepared.engine, prepared.command, prepared.serving)
         timeout = ctx.request.number("timeout") or deadline_for(prepared.files.size_bytes)
         try:
-            ctx.emit(
-                Phase("start", f"{prepared.engine.name} on port {plan.port}, found by {prepared.command.source}")
-            )
+            ctx.emit(Phase("start", f"{prepared.engine.name} on port {plan.port}, found by {prepared.command.source}"))
             start.launch(dict(ctx.environ), plan.target.repo_id, prepared.files.revision, ctx.operation)
             run = start.wait(timeout, ctx.emit)
             ctx.store.save_run(run)
@@ -304,9 +302,9 @@ def _load_result(
     ctx: Context, plan: LoadPlan, began: float, *, changed: bool, downtime: float | None = None
 ) -> dict[str, object]:
     """Looked at again: what is told is what is there."""
-    view = observe(
-        ctx.where, ctx.store, ctx.registry(), ctx.system, own=ctx.operation or None, only=[plan.port]
-    ).ports[plan.port]
+    view = observe(ctx.where, ctx.store, ctx.registry(), ctx.system, own=ctx.operation or None, only=[plan.port]).ports[
+        plan.port
+    ]
     return {
         "model": view.model or plan.target.name,
         "port": plan.port,

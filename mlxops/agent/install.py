@@ -1,0 +1,246 @@
+"""Installs an agent on the host that it runs on. Sent there by `deploy`, before anything of mlxops is there.
+
+python -I -c '...' STATE BUILD REQUIREMENT...     the archive of the sources is what follows on standard input
+
+Standard library only, nothing of mlxops, Python 3.11. It answers with events of the protocol. An agent counts as
+installed when its stamp is there, which is written last; `<state>/venv` points to the one in use, and is turned
+to a new one by one rename. Whatever ends this in between leaves the old agent at work and the new one unstamped.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from collections import deque
+from pathlib import Path
+
+LOCK_SECONDS = 900.0
+STAMP = "installed.json"
+LAST_LINES = 12
+_DROPPED = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PIP_TARGET", "PIP_PREFIX", "PIP_REQUIRE_VIRTUALENV")
+_CHECK = "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))"
+
+
+class ProblemError(Exception):
+    """Installing failed: what, why, and what to do."""
+
+    def __init__(self, message: str, why: str, hint: str) -> None:
+        super().__init__(message)
+        self.message, self.why, self.hint = message, why, hint
+
+
+def main(arguments: list[str], archive: bytes) -> int:
+    uv, state, build, *requirements = arguments
+    os.umask(0o077)
+    try:
+        tell(event="done", result=install(uv or None, Path(state), build, requirements, archive))
+        return 0
+    except ProblemError as error:
+        failed(error.message, error.why, error.hint)
+    except OSError as error:
+        failed("the agent cannot be installed", str(error), f"check the disk and the permissions of {state}")
+    return 6
+
+
+def install(uv: str | None, state: Path, build: str, requirements: list[str], archive: bytes) -> dict[str, object]:
+    state.mkdir(parents=True, exist_ok=True)
+    state.chmod(0o700)
+    home = state / "agents" / build
+    link = state / "venv"
+    lock = os.open(state / "deploy.lock", os.O_RDWR | os.O_CREAT, 0o600)  # released with this process
+    wait_for(lock)
+    modules = [re.split(r"[^A-Za-z0-9_]", requirement)[0] for requirement in wanted(requirements)]
+    whole = (home / STAMP).is_file() and works(home, build, modules)
+    changed = not whole or not points_to(link, home)
+    if not whole:
+        build_agent(uv, home, build, requirements, modules, archive)
+    if not points_to(link, home):
+        turn(link, home)
+    python = subprocess.run(
+        [home / "bin" / "python", "-I", "-c", "import sys; print(sys.version.split()[0], sys._base_executable)"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {"build": build, "python": python.stdout.strip(), "changed": changed, "path": str(home)}
+
+
+def wait_for(lock: int) -> None:
+    deadline = time.monotonic() + LOCK_SECONDS
+    told = False
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if not told:
+                note("another deploy is at work on this host; waiting for it")
+                told = True
+            if time.monotonic() > deadline:
+                raise ProblemError(
+                    "another deploy is at work on this host",
+                    f"it has not ended within {LOCK_SECONDS:.0f} s",
+                    "see what it does: ps -ef | grep pip",
+                ) from None
+            time.sleep(0.1)
+
+
+def build_agent(
+    uv: str | None, home: Path, build: str, requirements: list[str], modules: list[str], archive: bytes
+) -> None:
+    """Everything up to the stamp. A virtual environment cannot be moved: it is made where it will be."""
+    if home.exists():
+        note("removing what an earlier deploy left unfinished")
+        shutil.rmtree(home)
+    home.parent.mkdir(parents=True, exist_ok=True)
+    python = home / "bin" / "python"
+    note("making the environment")
+    if uv:
+        run([uv, "venv", "--quiet", "--no-project", "--no-config", "--python", sys.executable, str(home)])
+    else:
+        run([sys.executable, "-I", "-m", "venv", str(home)])
+    unpack(archive, site_packages(python))
+    note(f"installing {', '.join(modules)}")
+    if uv:
+        run([uv, "pip", "install", "--compile-bytecode", "--python", str(python), *requirements])
+    else:
+        run([str(python), "-I", "-m", "pip", "install", "--no-input", "--disable-pip-version-check", *requirements])
+    run([str(python), "-I", "-m", "compileall", "-q", str(site_packages(python) / "mlxops")])
+    if not works(home, build, modules):
+        raise ProblemError(
+            "the new agent does not start",
+            f"{python} -m mlxops.agent --build does not answer {build}",
+            "run that on the host; the agent in use was left as it is",
+        )
+    os.sync()  # the stamp must not reach the disk before what it vouches for
+    stamp(home, {"build": build, "python": sys.version.split()[0], "requirements": requirements})
+
+
+def works(home: Path, build: str, modules: list[str]) -> bool:
+    """It is the build that it should be, and its dependencies are there."""
+    python = str(home / "bin" / "python")
+    try:
+        said = subprocess.run(
+            [python, "-I", "-m", "mlxops.agent", "--build"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+        found = subprocess.run(
+            [python, "-I", "-c", _CHECK, *modules],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return said.returncode == 0 and said.stdout.decode().strip() == build and found.returncode == 0
+
+
+def wanted(requirements: list[str]) -> list[str]:
+    """Those that hold for this system; the only markers there are name sys_platform."""
+    return [
+        each for each in requirements if "sys_platform" not in each or re.search(rf"['\"]{sys.platform}['\"]", each)
+    ]
+
+
+def site_packages(python: Path) -> Path:
+    answer = subprocess.run(
+        [python, "-I", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return Path(answer.stdout.strip())
+
+
+def unpack(archive: bytes, folder: Path) -> None:
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        for member in tar:
+            source = tar.extractfile(member)
+            parts = Path(member.name).parts
+            if source is None or not parts or parts[0] != "mlxops" or ".." in parts:
+                raise ProblemError("the archive is not mlxops's", member.name, "deploy again")
+            target = folder / member.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(source.read())
+
+
+def run(command: list[str]) -> None:
+    """Its last lines are the reason if it fails. What it says also keeps the connection from being silent."""
+    environ = {key: value for key, value in os.environ.items() if key not in _DROPPED} | {"PIP_USER": "0"}
+    last: deque[str] = deque(maxlen=LAST_LINES)
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environ
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            last.append(line.decode(errors="replace").strip())
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+    if process.returncode != 0:
+        raise ProblemError(
+            f"{Path(command[0]).name} {' '.join(command[1:5])} ended with {process.returncode}",
+            " | ".join(line for line in last if line) or "it said nothing",
+            "the agent in use was left as it is; put that right and deploy again",
+        )
+
+
+def stamp(home: Path, what: dict[str, object]) -> None:
+    with (home / f"{STAMP}.new").open("w") as file:
+        json.dump(what, file)
+        file.flush()
+        os.fsync(file.fileno())
+    (home / f"{STAMP}.new").replace(home / STAMP)
+    sync_folder(home)
+
+
+def points_to(link: Path, home: Path) -> bool:
+    return link.is_symlink() and (link.parent / os.readlink(link)) == home
+
+
+def turn(link: Path, home: Path) -> None:
+    if link.exists() and not link.is_symlink():
+        link.rename(link.with_name(f"venv.before-{time.time_ns()}"))  # somebody made it by hand
+    new = link.with_name("venv.new")
+    new.unlink(missing_ok=True)
+    new.symlink_to(home.relative_to(link.parent))
+    new.replace(link)
+    sync_folder(link.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def note(message: str) -> None:
+    tell(event="note", level="info", message=message)
+
+
+def failed(message: str, why: str, hint: str) -> None:
+    tell(event="failed", error={"code": "install_failed", "exit": 6, "message": message, "why": why, "hint": hint})
+
+
+def tell(**body: object) -> None:
+    sys.stdout.write(json.dumps({"mlxops": 1, **body}, separators=(",", ":")) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[2:], sys.stdin.buffer.read()))

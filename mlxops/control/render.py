@@ -1,0 +1,314 @@
+"""The one sink of output: data on standard output, talk on standard error; tables, progress, JSON.
+
+Text from a host is from outside: it is escaped before a terminal sees it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, TextIO
+
+from mlxops.control.client import Answer
+from mlxops.core.errors import Exit, MlxopsError, worst
+from mlxops.core.protocol import Event, Note, Phase, Progress
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
+
+SCHEMA = 1
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def harmless(text: object) -> str:
+    """Text that cannot steer a terminal: control and direction characters are escaped, tabs and ends of lines stay."""
+    return _CONTROL.sub(lambda found: ascii(found.group())[1:-1], str(text))
+
+
+def one_line(text: object) -> str:
+    return " ".join(harmless(text).split())
+
+
+def document(command: str, answers: Sequence[Answer], per_host: Mapping[str, Mapping[str, object]]) -> str:
+    """The JSON document of a command. `per_host` holds what each host's row shows beside its name and error."""
+    hosts = [
+        {
+            "host": answer.host,
+            "reachable": answer.reachable,
+            "error": answer.error.to_wire() if answer.error else None,
+            **per_host.get(answer.host, {}),
+        }
+        for answer in answers
+    ]
+    return _json({"schema": SCHEMA, "command": command, "ok": all(a.error is None for a in answers), "hosts": hosts})
+
+
+def error_document(command: str, error: MlxopsError) -> str:
+    """The JSON document of a command that came to no host."""
+    return _json({"schema": SCHEMA, "command": command, "ok": False, "hosts": [], "error": error.to_wire()})
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=True)
+
+
+def exit_of(answers: Sequence[Answer]) -> Exit:
+    return worst([answer.error.exit for answer in answers if answer.error])
+
+
+class Talk:
+    """Notes, phases, progress and errors on standard error, as they come; from several hosts at once, one line each.
+
+    On a terminal a download has a bar; elsewhere its progress is a line for every tenth.
+    """
+
+    def __init__(self, *, many: bool, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._many = many
+        self._lock = threading.Lock()
+        self._tenths: dict[str, int] = {}
+        self._bar: Bar | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._terminal = self._stream.isatty()
+
+    def __enter__(self) -> Talk:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def hear(self, host: str, event: Event) -> None:
+        """What an agent tells; the callback of `client.ask`."""
+        with self._lock:
+            match event:
+                case Note(message, level):
+                    self._line(host, f"warning: {message}" if level == "warning" else message)
+                case Phase(name, message):
+                    self._line(host, f"{name}: {message}")
+                case Progress(name, done, total):
+                    self._progress(host, name, done, total)
+
+    def note(self, message: str) -> None:
+        with self._lock:
+            self._line("", message)
+
+    def error(self, host: str, error: MlxopsError) -> None:
+        """What, why, what next: a line each."""
+        with self._lock:
+            self._line(host, f"error: {error.message}")
+            for word, text in (("why", error.why), ("next", error.hint)):
+                if text:
+                    self._line(host, f"  {word}: {text}")
+
+    def _line(self, host: str, text: str) -> None:
+        prefix = f"{host}: " if self._many and host else ""
+        words = prefix + (harmless(text).replace("\n", " "))
+        if self._bar is not None:
+            self._bar.console.print(words, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(words, file=self._stream, flush=True)
+
+    def _progress(self, host: str, name: str, done: int, total: int) -> None:
+        if not self._terminal:
+            tenth = done * 10 // total if total else 0
+            if tenth > self._tenths.get(host, -1):
+                self._tenths[host] = tenth
+                self._line(host, f"{name}: {size(done)} of {size(total)}" + (f", {tenth}0%" if total else ""))
+            return
+        if self._bar is None:
+            self._bar = self._new_bar()
+            self._bar.start()
+        key = f"{host} {name}"
+        if key not in self._tasks:
+            self._tasks[key] = self._bar.add_task(key if self._many else name, total=total or None)
+        self._bar.update(self._tasks[key], completed=done, total=total or None)
+
+    def _new_bar(self) -> Bar:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+        from rich.progress import Progress as RichProgress
+
+        return RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=Console(file=self._stream),
+        )
+
+
+def say(text: str) -> None:
+    """Data, on standard output."""
+    print(text, flush=True)  # noqa: T201
+
+
+def size(number: object) -> str:
+    if not isinstance(number, int):
+        return "-"
+    if number < 1000:
+        return f"{number} B"
+    value = float(number)
+    for unit in ("kB", "MB", "GB", "TB"):
+        value /= 1000
+        if value < 999.5 or unit == "TB":
+            break
+    return f"{value:.1f} {unit}"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Plain columns, aligned, without colours or borders: as readable in a pipe as on a terminal."""
+    cells = [[one_line(cell) if cell not in (None, "") else "-" for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [list(columns), *cells]
+    ]
+    return "\n".join(lines)
+
+
+def _rows(result: Mapping[str, object] | None, key: str) -> list[Mapping[str, object]]:
+    rows = (result or {}).get(key)
+    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+
+
+def status_table(answers: Sequence[Answer]) -> str:
+    many = len(answers) > 1
+    rows: list[list[object]] = []
+    for answer in answers:
+        if answer.error is not None:
+            rows.append([answer.host, "", "", answer.error.code, "", "", "", answer.error.message])
+        for row in _rows(answer.result, "ports"):
+            rows.append(
+                [
+                    answer.host,
+                    *(row.get(key) for key in ("port", "alias", "state", "owner", "model")),
+                    size(row.get("memory_bytes")),
+                    row.get("detail"),
+                ]
+            )
+    columns = ["HOST", "PORT", "ALIAS", "STATE", "OWNER", "MODEL", "MEMORY", "DETAIL"]
+    text = table(columns if many else columns[1:], rows if many else [row[1:] for row in rows])
+    drift = [
+        f"drift: {f'{answer.host}: ' if many else ''}{one_line(row.get('message'))}; {one_line(row.get('hint'))}"
+        for answer in answers
+        for row in _rows(answer.result, "drift")
+    ]
+    return "\n".join([text, *drift])
+
+
+def list_table(answers: Sequence[Answer]) -> str:
+    many = len(answers) > 1
+    rows: list[list[object]] = []
+    for answer in answers:
+        if answer.error is not None:
+            rows.append([answer.host, answer.error.code, "", "", "", "", answer.error.message])
+        for row in _rows(answer.result, "models"):
+            problems = row.get("problems")
+            rows.append(
+                [
+                    answer.host,
+                    row.get("name"),
+                    row.get("repo_id"),
+                    str(row.get("revision") or "")[:12],
+                    size(row.get("size_bytes")),
+                    row.get("port"),
+                    "; ".join(map(str, problems)) if isinstance(problems, list) else "",
+                ]
+            )
+    columns = ["HOST", "NAME", "REPO", "REVISION", "SIZE", "PORT", "PROBLEMS"]
+    return table(columns if many else columns[1:], rows if many else [row[1:] for row in rows])
+
+
+def change_lines(command: str, result: Mapping[str, object]) -> str:
+    """What a change came to, for people."""
+    match command:
+        case "init":
+            return _init_lines(result)
+        case "unload-all":
+            rows = _rows(result, "ports")
+            return "\n".join(_unload_line(row) for row in rows) or "nothing to unload"
+        case "reconcile":
+            return _reconcile_lines(result)
+        case "unload":
+            return _unload_line(result)
+        case "deploy":
+            verb = "installed" if result.get("changed") else "already installed"
+            return f"agent {one_line(result.get('build'))} {verb} at {one_line(result.get('path'))}"
+    return _load_line(result)
+
+
+def _load_line(result: Mapping[str, object]) -> str:
+    if result.get("dry_run"):
+        return _plan_lines(result)
+    verb = "is ready" if result.get("changed") else "was ready already"
+    if result.get("state") != "ready":
+        verb = f"is {result.get('state')}"
+    downtime = result.get("downtime_seconds")
+    down = f", {downtime:.1f} s of downtime" if isinstance(downtime, int | float) else ""
+    return one_line(
+        f"{result.get('model')} {verb} on {result.get('port')} as {result.get('alias')} "
+        f"({result.get('seconds')} s{down}): {result.get('url')}"
+    )
+
+
+def _unload_line(result: Mapping[str, object]) -> str:
+    if result.get("dry_run"):
+        return _plan_lines(result)
+    notes = result.get("notes")
+    if isinstance(notes, list) and notes:
+        return one_line("; ".join(map(str, notes)))
+    where = f"port {result.get('port')}" if result.get("port") else f"{result.get('model')}"
+    if not result.get("changed"):
+        return one_line(f"{where} had nothing to unload")
+    return one_line(f"{where} is idle; {result.get('model') or 'its server'} is unloaded ({result.get('seconds')} s)")
+
+
+def _plan_lines(result: Mapping[str, object]) -> str:
+    import shlex
+
+    plan = result.get("plan")
+    plan = plan if isinstance(plan, dict) else {}
+    lines = [
+        f"{result.get('model')} on {result.get('port')}: {plan.get('outcome', 'unload')} (dry run, nothing changed)"
+    ]
+    lines += [f"  download: {plan['download']}"] if plan.get("download") else []
+    lines += [f"  stop: {stop}" for stop in plan.get("stops") or []]
+    lines += [f"  clear: {name}" for name in plan.get("clears") or []]
+    lines += [f"  run: {shlex.join(map(str, plan['argv']))}"] if plan.get("argv") else []
+    return "\n".join(one_line(line) if not line.startswith("  ") else "  " + one_line(line) for line in lines)
+
+
+def _init_lines(result: Mapping[str, object]) -> str:
+    def names(key: str) -> list[str]:
+        value = result.get(key)
+        return [str(each) for each in value] if isinstance(value, list) else []
+
+    word = "would add" if result.get("dry_run") else "added"
+    lines = [f"{word} {name}" for name in names("added")]
+    lines += [f"skipped {row.get('repo_id')}: {row.get('why')}" for row in _rows(result, "skipped")]
+    lines.append(
+        f"{word} {len(names('added'))}, already registered {len(names('existing'))}, "
+        f"skipped {len(_rows(result, 'skipped'))} ({result.get('hub')})"
+    )
+    return "\n".join(map(one_line, lines))
+
+
+def _reconcile_lines(result: Mapping[str, object]) -> str:
+    would = "would be " if result.get("dry_run") else ""
+    lines = [f"{row.get('model')}: assignment to {row.get('port')} {would}cleared" for row in _rows(result, "cleared")]
+    lines += [
+        f"{row.get('port')}: {row.get('model')}, pid {row.get('pid')}, {would}stopped: {row.get('why')}"
+        for row in _rows(result, "stopped")
+    ]
+    kept = result.get("kept")
+    lines += [f"left alone: {each}" for each in kept] if isinstance(kept, list) else []
+    return "\n".join(map(one_line, lines)) or "nothing to reconcile"

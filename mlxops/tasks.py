@@ -1,0 +1,416 @@
+"""The Invoke collection: parse, call, render, exit code. What a command does is decided elsewhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from invoke.collection import Collection
+from invoke.context import Context
+from invoke.tasks import Task, task
+
+from mlxops.control import render
+from mlxops.control.client import Answer, Target, ask, ask_all, gateway_warning, local_python
+from mlxops.core import names
+from mlxops.core.errors import Bug, Exit, MlxopsError, UsageError
+from mlxops.core.settings import Settings
+
+HOST = "host in hosts.yaml"
+HOSTS = "host or hosts in hosts.yaml, separated by commas"
+LOCAL = "this machine itself, without SSH"
+JSON = "print one JSON document"
+DRY = "show the plan; change nothing"
+DEBUG = "print the traceback of a bug"
+COMMON = {"local": LOCAL, "json": JSON, "debug": DEBUG}
+
+
+@dataclass(frozen=True)
+class Call:
+    """What every command is told: where, and how to print."""
+
+    command: str
+    host: str | None
+    local: bool
+    json: bool
+    debug: bool
+
+    def targets(self, *, all_by_default: bool = False, only_one: bool = False) -> tuple[Target, ...]:
+        """Raises `UsageError`: bad_hosts_file, unknown_host, one_host."""
+        from mlxops.control import inventory
+
+        path = inventory.hosts_file(os.environ, _beside())
+        name = self.host or (os.environ.get("MLXOPS_HOST") if self.local else None)
+        if path is None:
+            if not self.local:
+                raise UsageError(
+                    "no_hosts_file",
+                    "there is no hosts.yaml",
+                    why="it is looked for in MLXOPS_HOSTS_FILE, ~/.config/mlxops/hosts.yaml and beside tasks.py",
+                    hint="write one (the repository has an example), or use --local on the host itself",
+                )
+            return (Target("local", None, local_python(), Settings(), agreed=True),)
+        hosts = inventory.load(path).select(name, all_by_default=all_by_default and not self.local)
+        if (only_one or self.local) and len(hosts) > 1:
+            raise UsageError("one_host", f"{self.command} takes one host", hint=f"--host {hosts[0].name}")
+        if self.local:
+            return (Target(hosts[0].name, None, local_python(), hosts[0].settings),)
+        return tuple(Target(host.name, host.ssh, host.interpreter(), host.settings) for host in hosts)
+
+
+def _beside() -> Path | None:
+    """The folder of the tasks.py that `inv` found; for `mlxctl`, the checkout that this package lies in, if it does."""
+    loaded = getattr(sys.modules.get("tasks"), "__file__", None)
+    folder = Path(loaded).parent if loaded else Path(__file__).resolve().parent.parent
+    return folder if (folder / "tasks.py").is_file() else None
+
+
+Show = Callable[[Sequence[Answer]], str]
+
+
+def _answer(
+    call: Call, run: Callable[[render.Talk], tuple[Answer, ...]], show: Show, key: str | None = None
+) -> NoReturn:
+    """The one boundary: run, print the data, tell the errors, exit."""
+    code: int = Exit.DONE
+    try:
+        with render.Talk(many=False) as talk:
+            answers = run(talk)
+        _print(call, answers, show, key)
+        code = render.exit_of(answers)
+        _tell(call, answers)
+    except MlxopsError as error:
+        code = _fail(call, error)
+    except KeyboardInterrupt:
+        code = _fail(call, _interrupted(call))
+    except BrokenPipeError:
+        # Whoever read our output went away; the interpreter must not complain about it at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = 141
+    except Exception as error:  # noqa: BLE001 - the boundary: what nobody foresaw is a bug, and is told as one
+        code = _fail(call, _bug(error))
+    raise SystemExit(code)
+
+
+def _print(call: Call, answers: Sequence[Answer], show: Show, key: str | None) -> None:
+    if call.json:
+        rows = {answer.host: _json_row(answer, key) for answer in answers}
+        render.say(render.document(call.command, answers, rows))
+        return
+    text = show(answers)
+    if text:
+        render.say(text)
+
+
+def _json_row(answer: Answer, key: str | None) -> Mapping[str, object]:
+    """Reads lay their result beside the host's name; changes put it under `result`."""
+    return {key: answer.result} if key else (answer.result or {})
+
+
+def _tell(call: Call, answers: Sequence[Answer]) -> None:
+    talk = render.Talk(many=len(answers) > 1)
+    for answer in answers:
+        if answer.error is not None:
+            talk.error(answer.host, answer.error)
+            _traceback(call, answer.error)
+
+
+def _fail(call: Call, error: MlxopsError) -> int:
+    if call.json:
+        render.say(render.error_document(call.command, error))
+    render.Talk(many=False).error("", error)
+    _traceback(call, error)
+    return int(error.exit)
+
+
+def _traceback(call: Call, error: MlxopsError) -> None:
+    if call.debug and "traceback" in error.details:
+        print(error.details["traceback"], file=sys.stderr)  # noqa: T201
+
+
+def _bug(error: Exception) -> Bug:
+    import traceback
+
+    return Bug(
+        "bug",
+        f"mlxops failed: {type(error).__name__}: {error}",
+        why="this is a bug in mlxops, not something that you did",
+        hint="run it again with --debug and report what it prints",
+        details={"traceback": traceback.format_exc()},
+    )
+
+
+def _interrupted(call: Call) -> MlxopsError:
+    from mlxops.core.errors import Interrupted
+    from mlxops.core.protocol import CHANGES
+
+    going_on = call.command in CHANGES
+    return Interrupted(
+        "interrupted",
+        "interrupted",
+        why="what was asked goes on on the host" if going_on else "",
+        hint="see: mlxctl status; asking for the same thing again follows it" if going_on else "",
+    )
+
+
+def _change(
+    call: Call,
+    given: Callable[[], Mapping[str, object]],
+    *,
+    before: Callable[[Target, render.Talk], None] | None = None,
+    after: Callable[[render.Talk, Answer], None] | None = None,
+) -> NoReturn:
+    """A command that changes one host, or shows what it would change. `given` may raise `UsageError`."""
+
+    def run(talk: render.Talk) -> tuple[Answer, ...]:
+        args = given()
+        (target,) = call.targets(only_one=True)
+        _check(target, args)
+        if before:
+            before(target, talk)
+        answer = ask(target, call.command, args, talk.hear)
+        if after and answer.result is not None:
+            after(talk, answer)
+        return (answer,)
+
+    _answer(call, run, lambda answers: _lines(call, answers), key="result")
+
+
+def _check(target: Target, args: Mapping[str, object]) -> None:
+    """What can be known to be wrong is said before anything is connected to. Raises `UsageError`."""
+    model, port, repo = args.get("model"), args.get("port"), args.get("repo")
+    if isinstance(model, str):
+        names.model_name(model)
+    if isinstance(repo, str):
+        names.repo(repo)
+    if isinstance(port, str) and port != names.AUTO and not target.agreed:
+        names.port(port, target.settings.ports)
+
+
+def _lines(call: Call, answers: Sequence[Answer]) -> str:
+    return "\n".join(render.change_lines(call.command, a.result) for a in answers if a.result is not None)
+
+
+def _seconds(text: str | None, flag: str) -> float | None:
+    return None if text is None else names.seconds(text, flag)
+
+
+def _command(**help: str) -> Callable[[Callable[..., None]], Task]:
+    """A task whose arguments are all flags: required positionals would swallow `--help`."""
+
+    def make(body: Callable[..., None]) -> Task[Callable[..., None]]:
+        made: Task[Callable[..., None]] = task(
+            positional=[], auto_shortflags=False, help={**help, **COMMON}, name=body.__name__.strip("_")
+        )(body)
+        return made
+
+    return make
+
+
+@_command(host=HOST, dry_run=DRY)
+def init(
+    c: Context,
+    host: str | None = None,
+    dry_run: bool = False,
+    local: bool = False,
+    json: bool = False,
+    debug: bool = False,
+) -> None:
+    """Scan the host's Hugging Face cache and register every complete MLX model that has no entry yet."""
+    _change(Call("init", host, local, json, debug), lambda: {"dry_run": dry_run})
+
+
+@_command(host=HOSTS)
+def list_(c: Context, host: str | None = None, local: bool = False, json: bool = False, debug: bool = False) -> None:
+    """Show the registered models: name, repository, size, port, problems."""
+    _read(Call("list", host, local, json, debug), render.list_table)
+
+
+@_command(host=HOSTS, strict="exit 3 if registry and life disagree anywhere")
+def status(
+    c: Context,
+    host: str | None = None,
+    strict: bool = False,
+    local: bool = False,
+    json: bool = False,
+    debug: bool = False,
+) -> None:
+    """Show what is really on each port, on all hosts, against the registry."""
+    _read(Call("status", host, local, json, debug), render.status_table, strict=strict)
+
+
+def _read(call: Call, show: Show, *, strict: bool = False) -> NoReturn:
+    def run(talk: render.Talk) -> tuple[Answer, ...]:
+        answers = ask_all(call.targets(all_by_default=True), call.command, {}, talk.hear)
+        if strict:
+            answers = tuple(_strict(answer) for answer in answers)
+        return answers
+
+    _answer(call, run, show)
+
+
+def _strict(answer: Answer) -> Answer:
+    from mlxops.core.errors import Refused
+
+    found = (answer.result or {}).get("drift")
+    if not isinstance(found, list) or not found:
+        return answer
+    error = Refused("drift", f"registry and life disagree in {len(found)} places", hint="each is named in the status")
+    return Answer(answer.host, answer.result, error)
+
+
+@_command(
+    host=HOST,
+    model="registered name, or repo id org/name",
+    port="port, or auto; left out: the model's own slot, else its present port",
+    repo="org/name[@revision] to register or repoint the name to",
+    timeout="seconds from the engine's start to the proof; never covers the download",
+    force="swap what is on the port, move the model, or restart it",
+    overcommit="load it even if it is estimated not to fit in memory",
+    dry_run=DRY,
+)
+def load(
+    c: Context,
+    model: str | None = None,
+    port: str | None = None,
+    repo: str | None = None,
+    host: str | None = None,
+    timeout: str | None = None,
+    force: bool = False,
+    overcommit: bool = False,
+    dry_run: bool = False,
+    local: bool = False,
+    json: bool = False,
+    debug: bool = False,
+) -> None:
+    """Serve a model on a port: download and register it if missing, start it, and wait for its proof."""
+
+    def given() -> Mapping[str, object]:
+        return {
+            "model": _need(model, "--model", "load --model NAME --port 8100"),
+            "port": port,
+            "repo": repo,
+            "timeout": _seconds(timeout, "--timeout"),
+            "force": force,
+            "overcommit": overcommit,
+            "dry_run": dry_run,
+        }
+
+    _change(Call("load", host, local, json, debug), given, after=_warn_if_unreachable)
+
+
+def _warn_if_unreachable(talk: render.Talk, answer: Answer) -> None:
+    """The gateway is where we are: what we cannot connect to, it cannot either."""
+    result = answer.result or {}
+    if result.get("state") == "ready" and not result.get("dry_run"):
+        warning = gateway_warning(str(result.get("url")))
+        if warning:
+            talk.note(f"warning: {warning}")
+
+
+@_command(
+    host=HOST,
+    model="the model to unload, wherever it is",
+    port="the port to unload",
+    force="also a server that was started by hand",
+    drain="seconds that open requests get before the server is killed (30)",
+    dry_run=DRY,
+)
+def unload(
+    c: Context,
+    port: str | None = None,
+    model: str | None = None,
+    host: str | None = None,
+    drain: str | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    local: bool = False,
+    json: bool = False,
+    debug: bool = False,
+) -> None:
+    """Stop the server on a port, prove that it is gone, and clear its assignment."""
+
+    def given() -> Mapping[str, object]:
+        _need(None if (port is None) == (model is None) else "one", "either --port or --model", "unload --port 8100")
+        return {
+            "port": port,
+            "model": model,
+            "force": force,
+            "drain": _seconds(drain, "--drain"),
+            "dry_run": dry_run,
+        }
+
+    _change(Call("unload", host, local, json, debug), given)
+
+
+@_command(host=HOST, yes="do not ask", dry_run=DRY)
+def unload_all(
+    c: Context,
+    host: str | None = None,
+    yes: bool = False,
+    dry_run: bool = False,
+    local: bool = False,
+    json: bool = False,
+    debug: bool = False,
+) -> None:
+    """Stop every MLX server on the host's ports and clear all assignments; lists them and asks first."""
+    call = Call("unload-all", host, local, json, debug)
+    _change(call, lambda: {"dry_run": dry_run}, before=None if yes or dry_run else _confirm)
+
+
+def _confirm(target: Target, talk: render.Talk) -> None:
+    """Show what would go and ask; where nobody can answer, `--yes` must."""
+    if not sys.stdin.isatty():
+        raise UsageError(
+            "confirmation_needed",
+            "unload-all stops every server of the host",
+            why="nothing is asked when standard input is not a terminal",
+            hint="add --yes; or --dry-run to see what it would stop",
+        )
+    answer = ask(target, "unload-all", {"dry_run": True}, talk.hear)
+    if answer.error is not None:
+        raise answer.error
+    talk.note(render.change_lines("unload-all", answer.result or {}))
+    sys.stderr.write("Unload all of this? [y/N] ")
+    sys.stderr.flush()
+    if sys.stdin.readline().strip().lower() not in {"y", "yes"}:
+        raise UsageError("not_confirmed", "nothing was unloaded", hint="answer y, or add --yes")
+
+
+@_command(host=HOST, dry_run=DRY)
+def reconcile(
+    c: Context,
+    host: str | None = None,
+    dry_run: bool = False,
+    local: bool = False,
+    json: bool = False,
+    debug: bool = False,
+) -> None:
+    """Clear assignments that nothing serves any more, and stop what a crash left behind."""
+    _change(Call("reconcile", host, local, json, debug), lambda: {"dry_run": dry_run})
+
+
+@_command(host=HOST)
+def deploy(c: Context, host: str | None = None, local: bool = False, json: bool = False, debug: bool = False) -> None:
+    """Install or upgrade the agent on a host, and agree with it on its settings."""
+    call = Call("deploy", host, local, json, debug)
+
+    def run(talk: render.Talk) -> tuple[Answer, ...]:
+        from mlxops.control.deploy import deploy_to
+
+        (target,) = call.targets(only_one=True)
+        return (deploy_to(target, talk.hear),)
+
+    _answer(call, run, lambda answers: _lines(call, answers), key="result")
+
+
+def _need(value: str | None, flag: str, example: str) -> str:
+    if value is None:
+        raise UsageError("missing_argument", f"{flag} is needed", hint=f"for example: {example}")
+    return value
+
+
+namespace = Collection(init, list_, status, load, unload, unload_all, reconcile, deploy)

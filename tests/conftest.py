@@ -1,0 +1,173 @@
+"""What every test runs in: a throwaway home directory, and a look at what it leaves behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+
+import pytest
+
+from tests.lab import cache, leaks, models, world
+from tests.lab.homelab import CHECKOUT, Homelab, LabUnavailable
+from tests.lab.hub import Hub
+from tests.lab.sshd import missing
+
+_FOREIGN = ("HF_", "HUGGING", "XDG_", "MLXOPS_", "MLX_", "INVOKE_", "FABRIC_", "SSH_", "GIT_", "LITELLM_")
+"""Variables with which the user's shell could change the outcome of a test."""
+
+
+def _move_out() -> Path:
+    """Give this process a home and a temporary directory of its own; returns the folder that holds them.
+
+    While this module is imported, and not later, because libraries compute their paths when they are imported.
+    """
+    real_home = os.environ.get(cache.REAL_HOME) or str(Path.home())
+    kept = str(cache.cache_folder())
+    # pytest's own folders stay where they always are, so that they can be looked at after a failure.
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+    folder = Path(tempfile.mkdtemp(prefix="mlxops-tests-"))
+    for name in list(os.environ):
+        if name.startswith(_FOREIGN):
+            del os.environ[name]
+    for name, part in (("HOME", "home"), ("TMPDIR", "tmp")):
+        (folder / part).mkdir(mode=0o700)
+        os.environ[name] = str(folder / part)
+    tempfile.tempdir = None  # forget what it was computed from
+    # For pytest-xdist's workers, which start from this environment.
+    os.environ["MLXOPS_TEST_CACHE"] = kept
+    os.environ[cache.REAL_HOME] = real_home
+    return folder
+
+
+_THROWAWAY = _move_out()
+leaks.become_subreaper()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--leak-patience", type=float, default=5.0, help="seconds that a test's processes and threads have to end"
+    )
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_THROWAWAY, ignore_errors=True)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Build what the collected tests need, before the first one: no test's time limit covers a download."""
+    builders = {
+        "engine": lambda: cache.engine_venv("mlx-lm"),
+        "tiny_models": models.tiny_models,
+        "hub": cache.hub_venv,
+    }
+    needed = {name for item in session.items for name in getattr(item, "fixturenames", ())}
+    if session.config.option.collectonly or not needed & builders.keys():
+        return
+    capture = session.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled() if capture else nullcontext():
+        for name in builders.keys() & needed:
+            try:
+                builders[name]()
+            except cache.BuildFailed as error:
+                pytest.exit(f"{name} could not be built: {error}", returncode=pytest.ExitCode.INTERNAL_ERROR)
+
+
+# -- nothing is left behind ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def watch(tmp_path_factory: pytest.TempPathFactory) -> leaks.Watch:
+    """What looks for leaks; `watch.spare(folder)` is for a lab that several tests share."""
+    return leaks.Watch((_THROWAWAY / "home", _THROWAWAY / "tmp"), lab=tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_left_by_the_run(watch: leaks.Watch, pytestconfig: pytest.Config) -> Iterator[None]:
+    checkout = _untracked()
+    yield from _checked(watch, "the run", pytestconfig)
+    assert _untracked() == checkout, "the run left files in the checkout"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_by_the_test(watch: leaks.Watch, pytestconfig: pytest.Config) -> Iterator[None]:
+    """Set up first and torn down last of all function-scoped fixtures; servers of wider ones are there before."""
+    yield from _checked(watch, "the test", pytestconfig)
+
+
+def _checked(watch: leaks.Watch, who: str, config: pytest.Config) -> Generator[None]:
+    before = watch.look()
+    yield
+    if found := watch.leaks(before, config.getoption("--leak-patience")):
+        # One failure, not one for each test that follows.
+        world.end(watch.look().processes - before.processes)
+        pytest.fail(f"{who} left behind {'; '.join(found)}", pytrace=False)
+
+
+def _untracked() -> str:
+    """What git does not know in the checkout. Asked for in CI only: elsewhere people edit while tests run."""
+    if os.environ.get("CI") != "true" or not (CHECKOUT / ".git").exists():
+        return ""
+    command = ["git", "-c", f"safe.directory={CHECKOUT}", "status", "--porcelain"]
+    return subprocess.run(command, cwd=CHECKOUT, check=True, capture_output=True, text=True).stdout
+
+
+# -- the lab ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def engine() -> Path:
+    """The virtual environment of the real mlx-lm."""
+    return cache.engine_venv("mlx-lm")
+
+
+@pytest.fixture(scope="session")
+def tiny_models() -> Path:
+    """The folder of the tiny models' directories."""
+    return models.tiny_models()
+
+
+@pytest.fixture(scope="session")
+def hub(tiny_models: Path, watch: leaks.Watch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """A running hub that has every tiny model as `tiny-org/<name>`. Tests that change a repository add their own."""
+    if shutil.which("git") is None:
+        missing("git (Debian and Ubuntu: apt-get install git)")
+    folder = tmp_path_factory.mktemp("hub")
+    with watch.spare(folder), Hub(folder) as running:
+        for name in (models.QWEN, models.QWEN_B, models.LLAMA, models.BROKEN):
+            running.add(f"tiny-org/{name}", tiny_models / name)
+        yield running
+
+
+@pytest.fixture
+def make_homelab(tiny_models: Path, tmp_path: Path) -> Iterator[Callable[..., Homelab]]:
+    """Starts homelabs, with the arguments of `Homelab` after the folder; all are stopped after the test."""
+    with ExitStack() as stack:
+        count = 0
+
+        def make(**how: object) -> Homelab:
+            nonlocal count
+            count += 1
+            try:
+                lab = Homelab(tmp_path / f"lab{count}", **how)  # type: ignore[arg-type]  # passed on as they are
+            except LabUnavailable as error:
+                missing(str(error))
+            return stack.enter_context(lab)
+
+        yield make
+
+
+@pytest.fixture
+def homelab(make_homelab: Callable[..., Homelab]) -> Homelab:
+    """A Mini and one Studio, without a hub: downloads fail at once."""
+    return make_homelab()
+
+
+@pytest.fixture
+def online_homelab(make_homelab: Callable[..., Homelab], hub: Hub) -> Homelab:
+    """A Mini and one Studio that downloads from the hub."""
+    return make_homelab(hub_url=hub.url)

@@ -1,0 +1,287 @@
+"""hosts.yaml: what is accepted, and that everything else is refused with its line and key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlxops.control.inventory import Inventory, hosts_file, load
+from mlxops.core.errors import Exit, UsageError
+from mlxops.core.settings import BootJob, PortRange
+
+EXAMPLE = Path(__file__).parents[2] / "hosts.yaml"
+
+
+def read(folder: Path, text: str | bytes) -> Inventory:
+    path = folder / "hosts.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return load(path)
+
+
+def refusal(folder: Path, text: str | bytes) -> UsageError:
+    with pytest.raises(UsageError) as caught:
+        read(folder, text)
+    error = caught.value
+    assert (error.code, error.exit) == ("bad_hosts_file", Exit.USAGE)
+    assert error.why and error.hint
+    assert error.message.startswith("hosts.yaml")
+    assert all("\n" not in part and part.isprintable() for part in (error.message, error.why, error.hint))
+    return error
+
+
+def one(setting: str) -> str:
+    """A file with one host and one setting, in line 3."""
+    return f"hosts:\n  studio:\n    {setting}\n"
+
+
+def test_the_example_describes_the_homelab() -> None:
+    inventory = load(EXAMPLE)
+    studio = inventory.host("studio")
+    assert inventory.default == "studio"
+    assert studio.ssh == "studio" and studio.python is None
+    assert studio.settings.ports == PortRange(8100, 8109)
+    assert studio.settings.slots[8100] == "jerry-xl" and len(studio.settings.slots) == 10
+    assert studio.settings.boot == BootJob(8100, "/opt/mlx-launch/bin/start.sh", "com.bebop.mlx-launch")
+    assert (studio.settings.bind, studio.settings.address) == ("0.0.0.0", "studio.local")
+    assert inventory.gateway is not None and inventory.gateway.key_env == "LITELLM_MASTER_KEY"
+
+
+def test_the_defaults_that_the_example_shows_as_comments_are_true(tmp_path: Path) -> None:
+    plain = load(EXAMPLE)
+    shown = EXAMPLE.read_text()
+    for key in ("state:", "python:", "engine:", "memory:"):
+        assert f"    # {key}" in shown
+        shown = shown.replace(f"    # {key}", f"    {key}")
+    explicit = read(tmp_path, shown)
+    assert explicit.host("studio").settings == plain.host("studio").settings
+    assert explicit.host("studio").python == plain.host("studio").interpreter()
+
+
+def test_a_host_without_settings_has_the_documented_defaults(tmp_path: Path) -> None:
+    inventory = read(tmp_path, "hosts: {studio: {}}")
+    host = inventory.host(inventory.default)
+    assert host.ssh == "studio"
+    assert host.settings.address is None and host.settings.bind == "127.0.0.1"
+    assert host.interpreter() == ("~/.mlxops/venv/bin/python",)
+
+
+def test_everything_that_can_be_said_is_read(tmp_path: Path) -> None:
+    host = read(
+        tmp_path,
+        """
+default: b
+hosts:
+  a: {}
+  b:
+    ssh: me@b.example
+    bind: "::"
+    address: b.example
+    state: /srv/mlxops
+    python: [/usr/bin/python3, -I]
+    engine: mlx-lm
+    launch: [/opt/x/mlx_lm.server, --trust]
+    env: {A_1: "1", EMPTY: ""}
+    ports: 9000-9000
+    slots: {"9000": b-xl}
+    memory: 1.5GiB
+""",
+    ).host("b")
+    assert host.ssh == "me@b.example"
+    assert host.interpreter() == ("/usr/bin/python3", "-I")
+    assert host.settings.launch == {"mlx-lm": ("/opt/x/mlx_lm.server", "--trust")}
+    assert host.settings.env == {"A_1": "1", "EMPTY": ""}
+    assert list(host.settings.ports) == [9000] and host.settings.slots == {9000: "b-xl"}
+    assert host.settings.memory == 1_610_612_736
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("auto", None),
+        ("200GB", 200 * 10**9),
+        ("186GiB", 186 * 2**30),
+        ("1 TB", 10**12),
+        ("241644000000", 241644000000),
+    ],
+)
+def test_memory_is_auto_or_a_size(tmp_path: Path, text: str, size: int | None) -> None:
+    assert read(tmp_path, one(f"memory: {text}")).host("studio").settings.memory == size
+
+
+def test_launch_can_be_told_for_each_engine(tmp_path: Path) -> None:
+    host = read(tmp_path, one("launch: {mlx-lm: [mlx_lm.server], mlx-openai-server: []}")).host("studio")
+    assert host.settings.launch == {"mlx-lm": ("mlx_lm.server",)}
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("prots: 8100-8109", "hosts.yaml:3: hosts.studio.prots: unknown key"),
+        ("ports: 8100", "hosts.yaml:3: hosts.studio.ports: is not a range of ports"),
+        ("ports: 0-10", "is not a range"),
+        ("ports: 8109-8100", "is not a range"),
+        ("ports: 65530-65536", "is not a range"),
+        ("ports: 8100-8200", "101 ports"),
+        ("ports: [8100, 8109]", "is not a range"),
+        ("slots: {8110: x}", "hosts.studio.slots.8110: is outside the host's ports"),
+        ("slots: {8100: a, 8101: a}", "the alias a is there twice"),
+        ("slots: {8100: a, 8100: b}", "hosts.studio.slots.8100: is there twice"),
+        ("slots: {8100: a b}", "is not an alias"),
+        ("slots: {8100: -a}", "is not an alias"),
+        ("slots: {8100: off}", "YAML reads off as true or false"),
+        ("slots: {8100: 123}", "hosts.studio.slots.8100: '123' is a number"),
+        ("slots: {08100: a}", "is not a port"),
+        ("slots: [a]", "hosts.studio.slots: is a list"),
+        ("slots:", "hosts.studio.slots: has no value"),
+        ("bind: studio.local", "is not an IP address"),
+        ("bind: 0", "'0' is a number"),
+        ("address: studio.local", "nobody can reach studio.local while the servers listen on 127.0.0.1"),
+        ("address: 192.168.1.2", "nobody can reach"),
+        ("address: http://studio", "is not an address"),
+        ("address: studio:8100", "is not an address"),
+        ("ssh: -oProxyCommand=touch", "is not a destination"),
+        ("ssh: studio rm", "is not a destination"),
+        ('ssh: "studio\\nrm"', "has a character that cannot be shown"),
+        ('hub: "/x\\0y"', "has a character that cannot be shown"),
+        ('hub: "/x\\u202Ey"', "has a character that cannot be shown"),
+        ('state: ""', "is empty"),
+        ("state: ~", "has no value"),
+        ("state: .mlxops", "is a relative path"),
+        ("state: ~root/x", "is a relative path"),
+        ("hub: models/hub", "hosts.yaml:3: hosts.studio.hub: 'models/hub' is a relative path"),
+        ("python: [python3]", "hosts.studio.python[0]: 'python3' is a relative path"),
+        ("python: []", "hosts.studio.python: is empty"),
+        ("python: /usr/bin/python3", "is text"),
+        ("engine: vllm", "'vllm' is not an engine"),
+        ("launch: [bin/engine]", "is a relative path"),
+        ("launch: {vllm: [x]}", "'vllm' is not an engine"),
+        ("launch: [engine, 8]", "hosts.studio.launch[1]: '8' is a number"),
+        ("env: {A: 1}", "hosts.studio.env.A: '1' is a number"),
+        ("env: {A: yes}", "YAML reads yes as true or false"),
+        ("env: {on: x}", "YAML reads the key on as true or false"),
+        ("env: {A B: x}", "is not a variable's name"),
+        ("env: {HF_TOKEN: hf_x}", "does not belong here"),
+        ('env: {A: "x\\ny"}', "has a character that cannot be shown"),
+        ("memory: lots", "is not a size"),
+        ("memory: 200", "200 bytes hold no model"),
+        ("memory: 1e9", "is not a size"),
+        ("memory: 3:20", "is not a plain decimal number"),
+        ("boot: {port: 8110, script: /x}", "hosts.studio.boot.port: 8110 is outside"),
+        ("boot: {port: 8100}", "hosts.studio.boot: script is missing"),
+        ("boot: {script: /x}", "hosts.studio.boot: port is missing"),
+        ('boot: {port: "8100", script: /x}', "is text"),
+        ("boot: {port: 8100, script: /x, lable: y}", "hosts.studio.boot.lable: unknown key"),
+        ("ssh: [a]", "hosts.studio.ssh: is a list"),
+        ("ssh: {a: b}", "hosts.studio.ssh: is a mapping"),
+        ("ssh: 2024-01-01", "is a date"),
+        ("ssh: !!python/object/apply:os.system [x]", "hosts.studio.ssh: is a list"),
+        ("? [a]\n    : b", "is not a key"),
+        ("<<: {ssh: a}", "is not a key"),
+        ("ssh: &x a", "anchors and aliases are not used here"),
+        ("ssh: *x", "anchors and aliases are not used here"),
+        ("ssh: 'a", "hosts.yaml:"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_with_its_place(tmp_path: Path, setting: str, expected: str) -> None:
+    error = refusal(tmp_path, one(setting))
+    assert expected in error.message
+    if setting.split(":")[0] in ("ports", "bind", "address", "hub", "memory", "engine"):
+        assert error.message.startswith(f"hosts.yaml:3: hosts.studio.{setting.split(':')[0]}: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "is empty"),
+        ("# only a comment\n", "is empty"),
+        ("[]", "is a list"),
+        ("default: studio\n", "no hosts"),
+        ("hosts: {}\n", "no hosts"),
+        ("hosts:\n", "hosts.yaml:1: hosts: has no value"),
+        ("host: {a: {}}\n", "hosts.yaml:1: host: unknown key"),
+        ("hosts: {a: {}, b: {}}\n", "no default host"),
+        ("default: c\nhosts: {a: {}, b: {}}\n", "hosts.yaml:1: default: 'c' is not a host"),
+        ("hosts:\n  a: {}\n  a: {}\n", "hosts.yaml:3: hosts.a: is there twice"),
+        ("hosts: {a,b: {}}\n", "hosts.yaml:1: hosts.a: has no value"),
+        ("hosts: {'a,b': {}}\n", "is not a host name"),
+        ("hosts: {'-a': {}}\n", "is not a host name"),
+        ("hosts: {no: {}}\n", "YAML reads the key no as true or false"),
+        ("hosts:\n\ta: {}\n", "hosts.yaml:2: a tab in the indentation"),
+        (b"hosts:\n  a: {ssh: \xff}\n", "hosts.yaml:2: is not UTF-8"),
+        (b"hosts:\n  a: {ssh: x\0y}\n", "hosts.yaml:2: the character U+0000"),
+        ("hosts: {a: {}}\n---\nhosts: {b: {}}\n", "hosts.yaml:2: "),
+        ("hosts: " + "[" * 5000, "nested too deeply"),
+        ("hosts: {a: {}}\n" + "#" * 1024 * 1024, "is larger than 1 MB"),
+        ("hosts: {a: {}}\ngateway: {url: ftp://x}\n", "hosts.yaml:2: gateway.url: 'ftp://x' is not a URL"),
+        ("hosts: {a: {}}\ngateway: {url: 'http://u:p@x'}\n", "gateway.url"),
+        ("hosts: {a: {}}\ngateway: {key_env: sk-1234}\n", "gateway.key_env"),
+        ("hosts: {a: {}}\ngateway: {config: router.yaml}\n", "gateway.config: 'router.yaml' is a relative path"),
+    ],
+)
+def test_a_file_that_is_not_a_hosts_file_is_refused(tmp_path: Path, text: str | bytes, expected: str) -> None:
+    assert expected in refusal(tmp_path, text).message
+
+
+def test_a_misspelt_key_is_answered_with_the_right_one(tmp_path: Path) -> None:
+    assert refusal(tmp_path, one("regsitry: /x")).hint == "did you mean registry?"
+
+
+def test_an_address_that_bind_allows_is_accepted(tmp_path: Path) -> None:
+    for setting in (
+        "bind: 0.0.0.0\n    address: studio.local",
+        "address: localhost",
+        "address: 127.0.0.2",
+        "address: '::1'",
+    ):
+        assert read(tmp_path, one(setting)).host("studio").settings.address is not None
+
+
+def test_a_file_that_cannot_be_read_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be read"):
+        load(tmp_path)
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_are_worse_than_a_refusal(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    try:
+        read(folder, b"hosts:\n  a:\n    env: {A: x}\n" + data)
+    except UsageError as error:
+        assert error.code == "bad_hosts_file"
+
+
+def test_hosts_are_selected_by_name_once_each(tmp_path: Path) -> None:
+    inventory = read(tmp_path, "default: b\nhosts: {a: {}, b: {}, c: {}}")
+
+    def names(text: str | None, every: bool) -> list[str]:
+        return [host.name for host in inventory.select(text, all_by_default=every)]
+
+    assert names("c, a,c", False) == ["c", "a"]
+    assert names(None, True) == ["a", "b", "c"]
+    assert names(None, False) == ["b"]
+    for text in ("d", "", "a,,b"):
+        with pytest.raises(UsageError) as caught:
+            names(text, True)
+        assert caught.value.code == "unknown_host" and "a, b, c" in caught.value.why
+
+
+def test_the_file_in_force_is_the_named_one_then_the_users_then_the_repositorys(tmp_path: Path) -> None:
+    home, beside = tmp_path / "home", tmp_path / "repo"
+    users = home / ".config" / "mlxops" / "hosts.yaml"
+    users.parent.mkdir(parents=True)
+    beside.mkdir()
+    named = tmp_path / "other.yaml"
+    environ = {"HOME": str(home)}
+    assert hosts_file(environ, beside) is None
+    (beside / "hosts.yaml").touch()
+    assert hosts_file(environ, beside) == beside / "hosts.yaml"
+    assert hosts_file(environ, None) is None
+    users.touch()
+    assert hosts_file(environ, beside) == users
+    with pytest.raises(UsageError, match="does not exist"):
+        hosts_file(environ | {"MLXOPS_HOSTS_FILE": str(named)}, beside)
+    named.touch()
+    assert hosts_file(environ | {"MLXOPS_HOSTS_FILE": str(named)}, beside) == named

@@ -1,0 +1,147 @@
+"""Where the big parts of the test lab live: built once, kept between runs, shared by parallel ones.
+
+Needs no pytest: `inv demo` uses it too.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+PYTHON = f"py{sys.version_info.major}.{sys.version_info.minor}"
+_STAMP = ".complete"
+
+ENGINES: Mapping[str, tuple[str, ...]] = {
+    # On Linux the plain mlx package has no backend of its own; its CPU build is an extra.
+    "mlx-lm": ("mlx==0.32.4" if sys.platform == "darwin" else "mlx[cpu]==0.32.4", "mlx-lm==0.32.2"),
+}
+HUB = ("olah==0.5.4",)
+
+REAL_HOME = "MLXOPS_TEST_REAL_HOME"
+"""The variable in which a test run that gives its processes a throwaway HOME passes on the real one."""
+
+_AMBIENT: Mapping[str, str] = {
+    name: value
+    for name, value in {**os.environ, "HOME": os.environ.get(REAL_HOME) or str(Path.home())}.items()
+    if name not in ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
+}
+"""The environment in which things are built: the user's own, as it was before tests take the home directory away.
+pip finds its configuration and its cache through it."""
+
+
+class BuildFailed(Exception):
+    """A part of the lab could not be built; the message ends with the last words of what failed."""
+
+
+def cache_folder(environ: Mapping[str, str] = _AMBIENT) -> Path:
+    """`MLXOPS_TEST_CACHE`, else `mlxops-test` in the user's cache directory."""
+    chosen = environ.get("MLXOPS_TEST_CACHE")
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    home = Path(environ["HOME"])
+    if sys.platform == "darwin":
+        return home / "Library" / "Caches" / "mlxops-test"
+    base = environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification: a relative path there is invalid and to be ignored.
+    return (Path(base) if base.startswith("/") else home / ".cache") / "mlxops-test"
+
+
+def engine_venv(engine: str) -> Path:
+    """The virtual environment of a real engine, with this Python. Raises `BuildFailed`."""
+    return _venv(engine, ENGINES[engine])
+
+
+def hub_venv() -> Path:
+    """The virtual environment of the Hugging Face hub's stand-in. Raises `BuildFailed`."""
+    return _venv("hub", HUB)
+
+
+def built(name: str, stamp: str, build: Callable[[Path], None]) -> Path:
+    """The folder `name` of the cache, made by `build` unless it is there and complete for `stamp`.
+
+    The stamp is written last: what an interrupted build left is removed and made again. Runs that come at the same
+    time wait for the one that builds. `build` gets the folder's final path (virtual environments cannot be moved);
+    the folder does not exist yet.
+    """
+    folder = cache_folder() / name
+    if _is_complete(folder, stamp):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(folder.with_name(f"{name}.lock")):
+        if _is_complete(folder, stamp):
+            return folder
+        (folder / _STAMP).unlink(missing_ok=True)
+        if folder.exists():
+            shutil.rmtree(folder)
+        _say(f"building {name} in {folder.parent} (once)")
+        build(folder)
+        partial = folder / f"{_STAMP}.partial"
+        partial.write_text(stamp, encoding="utf-8")
+        partial.replace(folder / _STAMP)
+    return folder
+
+
+def run(argv: Sequence[str], env: Mapping[str, str] = _AMBIENT) -> None:
+    """Run a step of a build. Raises `BuildFailed` with the last lines of its output."""
+    last: deque[str] = deque(maxlen=20)
+    with subprocess.Popen(
+        argv,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    ) as process:
+        assert process.stdout is not None
+        last.extend(process.stdout)
+    if process.returncode != 0:
+        raise BuildFailed(f"{' '.join(argv)}: exit status {process.returncode}\n{''.join(last)}")
+
+
+def _venv(name: str, pins: tuple[str, ...]) -> Path:
+    def build(folder: Path) -> None:
+        python = str(folder / "bin" / "python")
+        run([sys.executable, "-m", "venv", str(folder)])
+        run([python, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", *pins])
+
+    return built(f"{name}-{PYTHON}", _stamp(*pins), build)
+
+
+def _stamp(*parts: str) -> str:
+    return "\n".join([*parts, f"{platform.python_implementation()} {sys.platform} {platform.machine()}", ""])
+
+
+def _is_complete(folder: Path, stamp: str) -> bool:
+    try:
+        if (folder / _STAMP).read_text(encoding="utf-8") != stamp:
+            return False
+    except OSError:
+        return False
+    python = folder / "bin" / "python"
+    # A virtual environment whose interpreter was uninstalled is a dangling link.
+    return not python.is_symlink() or python.exists()
+
+
+def _say(progress: str) -> None:
+    sys.stderr.write(f"mlxops lab: {progress}\n")
+    sys.stderr.flush()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _say(f"another run is building; waiting for {path}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

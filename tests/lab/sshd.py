@@ -1,0 +1,266 @@
+"""Real OpenSSH servers and a client configuration of their own, in a folder that the test throws away."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import secrets
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn, Self
+
+import pytest
+
+START_SECONDS = 20.0
+
+
+def missing(what: str) -> NoReturn:
+    """A part that a test needs is not there: a skip on somebody's machine, a failure where CI promised it."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"{what} is missing, and CI=true promises it")
+    pytest.skip(f"{what} is missing")
+
+
+def program(name: str) -> str:
+    found = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin:/usr/bin")
+    return found or missing(f"{name} (Debian and Ubuntu: apt-get install openssh-server openssh-client)")
+
+
+def keygen(path: Path, kind: str = "ed25519", *, passphrase: str = "", replace: bool = False) -> Path:
+    """A new private key at `path`, the public one beside it."""
+    if replace:
+        path.unlink(missing_ok=True)
+    command = [program("ssh-keygen"), "-q", "-t", kind, "-N", passphrase, "-C", "lab", "-f", str(path)]
+    if kind == "rsa":
+        command += ["-b", "2048"]
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True)
+    return path
+
+
+def public(path: Path) -> str:
+    """`ssh-ed25519 AAAA...`, without the comment."""
+    return " ".join(path.with_name(f"{path.name}.pub").read_text().split()[:2])
+
+
+class Sshd:
+    """One sshd on a port that the system chose.
+
+    `env` is set for every session, over what the account says: HOME, for instance. `extra` goes to the top of
+    its configuration, where OpenSSH lets the first value win.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        address: str = "127.0.0.1",
+        env: Mapping[str, str] = {},
+        extra: str = "",
+        client_key: Path | None = None,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.address = address
+        self.port = 0
+        self.user = getpass.getuser()
+        self.log = folder / "log"
+        self.env = dict(env)
+        self.extra = extra
+        self.key_file = folder / "host_key"
+        self.client_key = client_key or keygen(folder / "client_key")
+        if not self.key_file.exists():
+            keygen(self.key_file)
+        self._mark = ("LAB_SSHD", secrets.token_hex(8))
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def host_key(self) -> str:
+        """The public line: `ssh-ed25519 AAAA...`."""
+        return public(self.key_file)
+
+    @property
+    def known_hosts(self) -> str:
+        """The line that a client's known_hosts would have."""
+        return f"[{self.address}]:{self.port} {self.host_key}"
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> None:
+        """Listen, on the same port as before if there was one. Returns when connections are accepted."""
+        if os.geteuid() == 0 and Path("/run").is_dir():
+            Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # the compiled-in privilege separation directory
+        for _ in range(10):
+            port = self.port or _free_port(self.address)
+            if self._start_on(port):
+                self.port = port
+                return
+        raise AssertionError(f"sshd does not start:\n{self.log.read_text()}")
+
+    def stop(self) -> None:
+        """End it and everything that its sessions started: what is below it, and orphans by their environment.
+
+        A process that built an environment of its own is not found; who tests one cleans it up.
+        """
+        process, self._process = self._process, None
+        if process is None:
+            return
+        if process.poll() is None:
+            process.send_signal(signal.SIGSTOP)  # no new sessions while the old ones are counted
+        children = {*descendants(process.pid), *_with_environment("=".join(self._mark))}
+        process.kill()
+        process.wait()
+        for pid in children:
+            _kill(pid)
+
+    def rekey(self) -> None:
+        """The same address with another host key, as after a reinstallation, or with an impostor."""
+        self.stop()
+        keygen(self.key_file, replace=True)
+        self.start()
+
+    def kill_sessions(self) -> None:
+        """SIGKILL to everything below the listener: connections break off, the listener goes on."""
+        for pid in descendants(self.pid):
+            _kill(pid)
+
+    def _start_on(self, port: int) -> bool:
+        config = self.folder / "sshd_config"
+        authorized = self.folder / "authorized_keys"
+        authorized.write_text(public(self.client_key) + "\n")
+        authorized.chmod(0o600)
+        lines = [
+            self.extra,
+            f"ListenAddress {self.address}",
+            f"Port {port}",
+            f"HostKey {self.key_file}",
+            f"AuthorizedKeysFile {authorized}",
+            "PidFile none",
+            "StrictModes no",
+            "UsePAM no",
+            "UseDNS no",
+            "PermitRootLogin prohibit-password",
+            "PasswordAuthentication no",
+            "KbdInteractiveAuthentication no",
+            "PrintLastLog no",
+            "LogLevel VERBOSE",
+            "MaxStartups 200",
+            "MaxAuthTries 20",
+        ]
+        lines.append("SetEnv " + " ".join(f'"{key}={value}"' for key, value in [*self.env.items(), self._mark]))
+        config.write_text("\n".join(lines) + "\n")
+        self.log.write_text("")
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [program("sshd"), "-D", "-f", str(config), "-E", str(self.log)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + START_SECONDS
+        while "Server listening on" not in self.log.read_text():
+            if self._process.poll() is not None:
+                if "Address already in use" in self.log.read_text():
+                    return False
+                raise AssertionError(f"sshd does not start:\n{self.log.read_text()}")
+            if time.monotonic() > deadline:
+                self.stop()
+                raise AssertionError(f"sshd does not listen:\n{self.log.read_text()}")
+            time.sleep(0.005)
+        return True
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+class SshClient:
+    """What `ssh NAME` means in a test: a configuration, a known_hosts file, and an `ssh` that uses them.
+
+    OpenSSH takes its files from the account's home directory and not from $HOME, so the `ssh` in `bin` is a
+    wrapper that adds `-F`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config = folder / "config"
+        self.known_hosts = folder / "known_hosts"
+        self.bin = folder / "bin"
+        self.bin.mkdir()
+        self.config.write_text("")
+        self.known_hosts.write_text("")
+        wrapper = self.bin / "ssh"
+        wrapper.write_text(f'#!/bin/sh\nexec {shlex.quote(program("ssh"))} -F {shlex.quote(str(self.config))} "$@"\n')
+        wrapper.chmod(0o755)
+
+    def host(self, name: str, sshd: Sshd, *lines: str, known: bool = True) -> None:
+        """Add an alias; `lines` come first, so they win. `known`: the host key was accepted before."""
+        block = [
+            f"Host {name}",
+            *lines,
+            f"HostName {sshd.address}",
+            f"Port {sshd.port}",
+            f"User {sshd.user}",
+            f"IdentityFile {sshd.client_key}",
+            "IdentitiesOnly yes",
+            "IdentityAgent none",
+            f"UserKnownHostsFile {self.known_hosts}",
+            "GlobalKnownHostsFile /dev/null",
+        ]
+        with self.config.open("a") as config:
+            config.write("\n  ".join(block) + "\n\n")
+        if known:
+            self.know(sshd.known_hosts)
+
+    def know(self, line: str) -> None:
+        with self.known_hosts.open("a") as known_hosts:
+            known_hosts.write(line + "\n")
+
+    @property
+    def path(self) -> str:
+        """A PATH on which `ssh` is the wrapper."""
+        return f"{self.bin}:{os.environ.get('PATH', '')}"
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes below `pid`, parents first."""
+    listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], check=True, capture_output=True, text=True).stdout
+    pairs = [(int(child), int(parent)) for child, parent in (line.split() for line in listing.splitlines())]
+    found = [pid]
+    for parent in found:
+        found += [child for child, above in pairs if above == parent]
+    return found[1:]
+
+
+def _with_environment(text: str) -> list[int]:
+    listing = subprocess.run(["ps", "axeww", "-o", "pid=,args="], check=True, capture_output=True).stdout
+    return [int(line.split()[0]) for line in listing.splitlines() if text.encode() in line]
+
+
+def _free_port(address: str) -> int:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.bind((address, 0))
+        return int(probe.getsockname()[1])
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass  # it ended by itself

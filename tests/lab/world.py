@@ -1,0 +1,183 @@
+"""Looking at the machine: processes, listeners, and waiting for a condition with a deadline.
+
+psutil where it can see everything without special rights, so that Linux and macOS are looked at in one way.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process that was alive when looked at; `started` tells it from a later one with the same pid."""
+
+    pid: int
+    started: float
+    command: str
+
+    def __str__(self) -> str:
+        return f"{self.pid} ({self.command})"
+
+
+def wait_until(condition: Callable[[], T], timeout: float, what: str) -> T:
+    """The first true value of `condition`. Raises `TimeoutError` that says what was waited for."""
+    deadline = time.monotonic() + timeout
+    pause = 0.002
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {timeout:g} s for {what}")
+        time.sleep(pause)
+        pause = min(pause * 1.5, 0.05)
+
+
+def listening(address: str, port: int) -> bool:
+    """Whether something accepts connections there."""
+    with socket.socket() as probe:
+        probe.settimeout(2)
+        return probe.connect_ex((address, port)) == 0
+
+
+def can_bind(address: str, port: int = 0) -> bool:
+    """Whether a server could listen there now: False also for an address that this machine does not have."""
+    with socket.socket() as probe:
+        # As servers do; otherwise a closed connection of a minute ago would still count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+        except OSError:
+            return False
+    return True
+
+
+def free_port(address: str = "127.0.0.1") -> int:
+    """A port that the system chose; it is free until someone takes it, so whoever uses it must be ready to retry."""
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        port = probe.getsockname()[1]
+    assert isinstance(port, int)
+    return port
+
+
+def free_ports(addresses: Iterable[str], count: int) -> range:
+    """`count` ports in a row that are free on every one of the addresses."""
+    every = list(addresses)
+    for _ in range(200):
+        first = free_port(every[0])
+        if first + count <= 65536 and all(
+            can_bind(address, port) for port in range(first, first + count) for address in every
+        ):
+            return range(first, first + count)
+    raise RuntimeError(f"no {count} free ports in a row on {', '.join(every)}")
+
+
+def alive(process: Process) -> bool:
+    """Whether it still runs; a zombie does not."""
+    return _seen(process.pid) == process
+
+
+def descendants(pid: int | None = None) -> set[Process]:
+    """The living children of a process (default: this one), their children, and so on."""
+    try:
+        children = psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return set()
+    return {seen for child in children if (seen := _seen(child.pid))}
+
+
+def processes_below(folder: Path) -> set[Process]:
+    """The living processes that belong to a folder: by their working directory, their arguments or their HOME.
+
+    This process and what it descends from are never among them.
+    """
+    spared = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
+    belongs = _belonging(folder)
+    return {
+        seen
+        for process in psutil.process_iter()
+        if process.pid not in spared and belongs(process.pid) and (seen := _seen(process.pid))
+    }
+
+
+def below(folder: Path, processes: Iterable[Process]) -> set[Process]:
+    """Those of the processes that belong to the folder, in the same sense."""
+    belongs = _belonging(folder)
+    return {process for process in processes if belongs(process.pid)}
+
+
+def listeners(pids: Iterable[int]) -> set[tuple[str, int, int]]:
+    """The TCP listeners of these processes: (address, port, pid)."""
+    found: set[tuple[str, int, int]] = set()
+    for pid in pids:
+        try:
+            for connection in psutil.Process(pid).net_connections(kind="tcp"):
+                if connection.status == psutil.CONN_LISTEN:
+                    found.add((connection.laddr.ip, connection.laddr.port, pid))
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def end(processes: Iterable[Process]) -> None:
+    """Kill them, each only if it is still the one that was seen, and wait until they are gone."""
+    doomed = list(processes)
+    for process in doomed:
+        if alive(process):
+            try:
+                os.kill(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+    wait_until(lambda: not any(map(alive, doomed)), 10, f"the end of {', '.join(map(str, doomed))}")
+
+
+def _seen(pid: int) -> Process | None:
+    try:
+        process = psutil.Process(pid)
+        with process.oneshot():
+            if process.status() == psutil.STATUS_ZOMBIE:
+                return None
+            # An ending process has no arguments any more.
+            return Process(pid, process.create_time(), " ".join(process.cmdline()) or process.name())
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return None
+
+
+def _belonging(folder: Path) -> Callable[[int], bool]:
+    """Tells of a pid whether its process belongs to the folder."""
+    top = os.path.realpath(folder)
+    # Not that of a neighbour whose name begins in the same way.
+    named = re.compile(re.escape(top) + r"(?![\w.-])")
+
+    def inside(path: str | None) -> bool:
+        return path is not None and (path == top or path.startswith(top + "/"))
+
+    def belongs(pid: int) -> bool:
+        try:
+            process = psutil.Process(pid)
+            arguments = process.cmdline()
+            if not arguments:  # the kernel's own, and zombies
+                return False
+            return (
+                any(named.search(argument) for argument in arguments)
+                or inside(process.cwd())
+                or inside(process.environ().get("HOME"))
+            )
+        except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
+            return False
+
+    return belongs
