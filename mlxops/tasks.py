@@ -13,7 +13,7 @@ from invoke.collection import Collection
 from invoke.context import Context
 from invoke.tasks import Task, task
 
-from mlxops.control import render
+from mlxops.control import client, render
 from mlxops.control.client import Answer, Target, ask, ask_all, gateway_warning, local_python
 from mlxops.core import names
 from mlxops.core.errors import Bug, Exit, MlxopsError, UsageError
@@ -198,7 +198,7 @@ def _seconds(text: str | None, flag: str) -> float | None:
     return None if text is None else names.seconds(text, flag)
 
 
-def _command(**help: str) -> Callable[[Callable[..., None]], Task]:
+def _command(**help: str) -> Callable[[Callable[..., None]], Task[Callable[..., None]]]:
     """A task whose arguments are all flags: required positionals would swallow `--help`."""
 
     def make(body: Callable[..., None]) -> Task[Callable[..., None]]:
@@ -219,13 +219,13 @@ def init(
     json: bool = False,
     debug: bool = False,
 ) -> None:
-    """Scan the host's Hugging Face cache and register every complete MLX model that has no entry yet."""
+    """Register every complete MLX model of the host's cache."""
     _change(Call("init", host, local, json, debug), lambda: {"dry_run": dry_run})
 
 
 @_command(host=HOSTS)
 def list_(c: Context, host: str | None = None, local: bool = False, json: bool = False, debug: bool = False) -> None:
-    """Show the registered models: name, repository, size, port, problems."""
+    """Show the registered models."""
     _read(Call("list", host, local, json, debug), render.list_table)
 
 
@@ -238,7 +238,7 @@ def status(
     json: bool = False,
     debug: bool = False,
 ) -> None:
-    """Show what is really on each port, on all hosts, against the registry."""
+    """Show what is on each port, on all hosts."""
     _read(Call("status", host, local, json, debug), render.status_table, strict=strict)
 
 
@@ -286,7 +286,7 @@ def load(
     json: bool = False,
     debug: bool = False,
 ) -> None:
-    """Serve a model on a port: download and register it if missing, start it, and wait for its proof."""
+    """Serve a model on a port; download it if missing."""
 
     def given() -> Mapping[str, object]:
         return {
@@ -331,7 +331,7 @@ def unload(
     json: bool = False,
     debug: bool = False,
 ) -> None:
-    """Stop the server on a port, prove that it is gone, and clear its assignment."""
+    """Stop a port's server and clear its assignment."""
 
     def given() -> Mapping[str, object]:
         _need(None if (port is None) == (model is None) else "one", "either --port or --model", "unload --port 8100")
@@ -356,7 +356,7 @@ def unload_all(
     json: bool = False,
     debug: bool = False,
 ) -> None:
-    """Stop every MLX server on the host's ports and clear all assignments; lists them and asks first."""
+    """Stop every MLX server of the host; asks first."""
     call = Call("unload-all", host, local, json, debug)
     _change(call, lambda: {"dry_run": dry_run}, before=None if yes or dry_run else _confirm)
 
@@ -389,20 +389,18 @@ def reconcile(
     json: bool = False,
     debug: bool = False,
 ) -> None:
-    """Clear assignments that nothing serves any more, and stop what a crash left behind."""
+    """Clear what nothing serves; stop what a crash left."""
     _change(Call("reconcile", host, local, json, debug), lambda: {"dry_run": dry_run})
 
 
 @_command(host=HOST)
 def deploy(c: Context, host: str | None = None, local: bool = False, json: bool = False, debug: bool = False) -> None:
-    """Install or upgrade the agent on a host, and agree with it on its settings."""
+    """Install or upgrade the agent on a host."""
     call = Call("deploy", host, local, json, debug)
 
     def run(talk: render.Talk) -> tuple[Answer, ...]:
-        from mlxops.control.deploy import deploy_to
-
         (target,) = call.targets(only_one=True)
-        return (deploy_to(target, talk.hear),)
+        return (client.deploy(target, talk.hear),)
 
     _answer(call, run, lambda answers: _lines(call, answers), key="result")
 
@@ -413,4 +411,64 @@ def _need(value: str | None, flag: str, example: str) -> str:
     return value
 
 
-namespace = Collection(init, list_, status, load, unload, unload_all, reconcile, deploy)
+@task(positional=[], auto_shortflags=False)
+def demo(c: Context) -> None:
+    """Show the main job here, with tiny real models."""
+
+    def run() -> None:
+        from tests.lab import demo as lab
+
+        lab.run()
+
+    _develop("demo", run)
+
+
+@task(
+    positional=[],
+    auto_shortflags=False,
+    help={"only": "pytest's -k: only tests whose names match", "fast": "only what needs neither engine, hub nor sshd"},
+)
+def test(c: Context, only: str | None = None, fast: bool = False) -> None:
+    """Check formatting, lint, types, and run the tests."""
+    _develop("test", lambda: _checks(only, fast))
+
+
+def _checks(only: str | None, fast: bool) -> None:
+    """Every check is run, so that one run tells all; the tests come last."""
+    import subprocess
+
+    tests = ["pytest", *(["-k", only] if only else []), *(["tests/core", "tests/test_arrows.py"] if fast else [])]
+    failed = []
+    for words in (["ruff", "format", "--check"], ["ruff", "check"], ["mypy"], tests):
+        print(f"$ {' '.join(words)}", flush=True)  # noqa: T201
+        if subprocess.run([sys.executable, "-m", *words], check=False).returncode != 0:
+            failed.append(words[0])
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+def _develop(name: str, run: Callable[[], None]) -> None:
+    """A task for those who work on mlxops: it needs the checkout, and says so."""
+    call = Call(name, None, local=True, json=False, debug=False)
+    folder = _beside()
+    try:
+        if folder is None or not (folder / "tests" / "lab").is_dir():
+            raise UsageError(
+                "checkout_needed", f"{name} needs the checkout of mlxops", hint=f"in its folder: inv {name}"
+            )
+        os.chdir(folder)
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
+        run()
+    except MlxopsError as error:
+        raise SystemExit(_fail(call, error)) from None
+    except KeyboardInterrupt:
+        raise SystemExit(_fail(call, _interrupted(call))) from None
+    except (RuntimeError, OSError, ModuleNotFoundError) as error:
+        failed = MlxopsError(
+            f"{name}_failed", f"{name} failed: {error}", hint="pip install -e '.[dev]' has what it needs"
+        )
+        raise SystemExit(_fail(call, failed)) from None
+
+
+namespace = Collection(init, list_, status, load, unload, unload_all, reconcile, deploy, demo, test)

@@ -1,6 +1,6 @@
 """Installs an agent on the host that it runs on. Sent there by `deploy`, before anything of mlxops is there.
 
-python -I -c '...' STATE BUILD REQUIREMENT...     the archive of the sources is what follows on standard input
+Arguments: LENGTH UV STATE BUILD REQUIREMENT... (UV is empty for pip). Standard input: the sources, as a tar.
 
 Standard library only, nothing of mlxops, Python 3.11. It answers with events of the protocol. An agent counts as
 installed when its stamp is there, which is written last; `<state>/venv` points to the one in use, and is turned
@@ -26,6 +26,7 @@ LOCK_SECONDS = 900.0
 STAMP = "installed.json"
 LAST_LINES = 12
 _DROPPED = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PIP_TARGET", "PIP_PREFIX", "PIP_REQUIRE_VIRTUALENV")
+_ABOUT = "import sys; print(sys.version.split()[0], sys._base_executable)"
 _CHECK = "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))"
 
 
@@ -57,20 +58,14 @@ def install(uv: str | None, state: Path, build: str, requirements: list[str], ar
     link = state / "venv"
     lock = os.open(state / "deploy.lock", os.O_RDWR | os.O_CREAT, 0o600)  # released with this process
     wait_for(lock)
-    modules = [re.split(r"[^A-Za-z0-9_]", requirement)[0] for requirement in wanted(requirements)]
-    whole = (home / STAMP).is_file() and works(home, build, modules)
+    modules = [re.split(r"[^\w-]", requirement)[0].replace("-", "_") for requirement in wanted(requirements)]
+    whole = (home / STAMP).is_file() and not fault(home, build, modules)
     changed = not whole or not points_to(link, home)
     if not whole:
         build_agent(uv, home, build, requirements, modules, archive)
     if not points_to(link, home):
         turn(link, home)
-    python = subprocess.run(
-        [home / "bin" / "python", "-I", "-c", "import sys; print(sys.version.split()[0], sys._base_executable)"],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    python = ask([str(home / "bin" / "python"), "-I", "-c", _ABOUT])
     return {"build": build, "python": python.stdout.strip(), "changed": changed, "path": str(home)}
 
 
@@ -109,43 +104,34 @@ def build_agent(
     else:
         run([sys.executable, "-I", "-m", "venv", str(home)])
     unpack(archive, site_packages(python))
-    note(f"installing {', '.join(modules)}")
-    if uv:
-        run([uv, "pip", "install", "--compile-bytecode", "--python", str(python), *requirements])
-    else:
-        run([str(python), "-I", "-m", "pip", "install", "--no-input", "--disable-pip-version-check", *requirements])
-    run([str(python), "-I", "-m", "compileall", "-q", str(site_packages(python) / "mlxops")])
-    if not works(home, build, modules):
-        raise ProblemError(
-            "the new agent does not start",
-            f"{python} -m mlxops.agent --build does not answer {build}",
-            "run that on the host; the agent in use was left as it is",
+    if requirements:
+        note(f"installing {', '.join(modules)}")
+        pip = (
+            [uv, "pip", "install", "--compile-bytecode", "--python", str(python)]
+            if uv
+            else [str(python), "-I", "-m", "pip", "install", "--no-input", "--disable-pip-version-check", "--compile"]
         )
+        run([*pip, *requirements])
+    run([str(python), "-I", "-m", "compileall", "-q", str(site_packages(python) / "mlxops")])
+    if found := fault(home, build, modules):
+        raise ProblemError("the new agent does not work", found, "the agent in use was left as it is; deploy again")
     os.sync()  # the stamp must not reach the disk before what it vouches for
     stamp(home, {"build": build, "python": sys.version.split()[0], "requirements": requirements})
 
 
-def works(home: Path, build: str, modules: list[str]) -> bool:
-    """It is the build that it should be, and its dependencies are there."""
+def fault(home: Path, build: str, modules: list[str]) -> str:
+    """Why it is not the agent of this build with its dependencies; empty if it is."""
     python = str(home / "bin" / "python")
     try:
-        said = subprocess.run(
-            [python, "-I", "-m", "mlxops.agent", "--build"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=60,
-            check=False,
-        )
-        found = subprocess.run(
-            [python, "-I", "-c", _CHECK, *modules],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=60,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return said.returncode == 0 and said.stdout.decode().strip() == build and found.returncode == 0
+        said = ask([python, "-I", "-m", "mlxops.agent", "--build"])
+        found = ask([python, "-I", "-c", _CHECK, *modules])
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    if said.returncode != 0:
+        return said.stderr.strip()[-300:] or f"it ended with {said.returncode}"
+    if said.stdout.strip() != build:
+        return f"it is {said.stdout.strip()}, not {build}: were the sources edited meanwhile?"
+    return "" if found.returncode == 0 else f"one of {', '.join(modules)} is missing"
 
 
 def wanted(requirements: list[str]) -> list[str]:
@@ -156,13 +142,11 @@ def wanted(requirements: list[str]) -> list[str]:
 
 
 def site_packages(python: Path) -> Path:
-    answer = subprocess.run(
-        [python, "-I", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    answer = ask([str(python), "-I", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"])
+    if answer.returncode != 0:
+        raise ProblemError(
+            "the new environment does not work", answer.stderr.strip()[-300:], "check Python on the host"
+        )
     return Path(answer.stdout.strip())
 
 
@@ -176,6 +160,12 @@ def unpack(archive: bytes, folder: Path) -> None:
             target = folder / member.name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(source.read())
+
+
+def ask(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=60, check=False
+    )
 
 
 def run(command: list[str]) -> None:

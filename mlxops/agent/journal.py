@@ -27,6 +27,9 @@ from mlxops.core.protocol import Done, Event, Failed, Request, decode_event, dec
 KEPT = 200
 """Operations whose records are kept."""
 POLL_SECONDS = 0.015
+PATIENT_POLL_SECONDS = 0.1
+"""After a few seconds without news: a download of an hour is not worth a core's attention."""
+PATIENT_AFTER_SECONDS = 3.0
 _ID = re.compile(r"[0-9]{8}T[0-9]{6}-[0-9a-f]{6}")
 
 
@@ -92,6 +95,7 @@ class Journal:
         """
         rest = b""
         position = 0
+        news = time.monotonic()
         while True:
             # Asked before reading: what a worker wrote before it ended is then never missed.
             alive = starting() or self.alive()
@@ -107,8 +111,10 @@ class Journal:
             if not alive and not data:
                 yield Failed(self._ended_silently())
                 return
+            news = time.monotonic() if data else news
             yield None
-            time.sleep(POLL_SECONDS)
+            patient = time.monotonic() - news > PATIENT_AFTER_SECONDS
+            time.sleep(PATIENT_POLL_SECONDS if patient else POLL_SECONDS)
 
     def _read_from(self, position: int) -> bytes:
         try:

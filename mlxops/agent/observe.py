@@ -41,7 +41,7 @@ def observe(
     assigned = {model.port for model in registry.models.values() if model.port is not None}
     ports = sorted(set(only) if only is not None else set(where.settings.ports) | assigned)
     look = _with_unseen(system, system.look(frozenset(ports)), where, ports)
-    hand = _hand_started(where, look, ports)
+    hand = _hand_started(where, system, look, ports)
     signals = [_signals(where, store, system, look, hand, port, own) for port in ports]
     answers = _ask(where, [each for each in signals if each.listening and (each.run or each.hand)])
     views = {
@@ -62,7 +62,7 @@ def _with_unseen(system: System, look: Look, where: Place, ports: Iterable[int])
     return replace(look, listeners=(*look.listeners, *unseen))
 
 
-def _hand_started(where: Place, look: Look, ports: Iterable[int]) -> Mapping[int, Server]:
+def _hand_started(where: Place, system: System, look: Look, ports: Iterable[int]) -> Mapping[int, Server]:
     """Servers of this user that an engine recognises by their argv, by port; the outermost process of each."""
     found: dict[int, Server] = {}
     wanted = set(ports)
@@ -74,8 +74,22 @@ def _hand_started(where: Place, look: Look, ports: Iterable[int]) -> Mapping[int
             continue
         engine, seen = known
         if seen.port in wanted and seen.port not in found and _same_address(seen.host, where.settings.bind):
-            found[seen.port] = Server(process.pid, process.pgid, engine, seen.model, process.argv, process.start)
+            path = _real_path(system.folder(process.pid), seen.model)
+            model = _repo_of(path) or seen.model
+            found[seen.port] = Server(process.pid, process.pgid, engine, model, process.argv, process.start, path=path)
     return found
+
+
+def _real_path(folder: str | None, model: str) -> str:
+    """Where a server's model argument leads from its working directory, through links; empty if nowhere."""
+    path = os.path.realpath(os.path.join(folder or "/", model))
+    return path if model and os.path.isdir(path) else ""
+
+
+def _repo_of(path: str) -> str | None:
+    """The repository whose snapshot a path of a Hugging Face cache is."""
+    found = re.search(r"/models--([^/]+)--([^/]+)/snapshots/[^/]+$", path)
+    return f"{found[1]}/{found[2]}" if found else None
 
 
 def _same_address(host: str | None, bind: str) -> bool:

@@ -22,7 +22,6 @@ MAX_CONFIG = 8 * 1024 * 1024
 MAX_HEADER = 100_000_000
 """Bytes; the limit of the safetensors format itself (`safetensors`, src/tensor.rs, MAX_HEADER_SIZE)."""
 MAX_README = 16 * 1024
-MAX_DEPTH = 8
 
 NOT_SERVED = (
     *("*.gguf", "*.bin", "*.pth", "*.pt", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.ot", "*.tflite"),
@@ -205,8 +204,7 @@ def _list(folder: str) -> Files:
             for entry in entries:
                 name = prefix + entry.name
                 if entry.is_dir(follow_symlinks=False):
-                    if prefix.count("/") < MAX_DEPTH:
-                        folders.append((name + "/", entry.path))
+                    folders.append((name + "/", entry.path))
                     continue
                 try:
                     status = entry.stat()

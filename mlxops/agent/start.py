@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mlxops.agent import processes
-from mlxops.agent.engines.base import Command, Engine, Health, NoCompletion, Serving, complete
+from mlxops.agent.engines.base import Command, Engine, Health, NoCompletion, Serving, complete, installed_version
 from mlxops.agent.observe import clean
 from mlxops.agent.place import Place
 from mlxops.agent.processes import Gated
@@ -26,6 +26,8 @@ from mlxops.core.protocol import Event, Phase
 from mlxops.core.world import Run
 
 POLL_SECONDS = 0.1
+HEALTH_SECONDS = 1.0
+"""How often the health of a loading server is asked: it is a line in its log each time."""
 COMPLETION_SECONDS = 30.0
 """How long a server that is up may take for one small completion, unless the load's own deadline is later."""
 
@@ -68,12 +70,14 @@ class Start:
         self.store = store
         self.system = system
         self.engine = engine
+        self.command = command
         self.serving = serving
         self.argv = engine.argv(command, serving)
         self.log = store.log_path(serving.port)
         self._gated: Gated | None = None
         self._run: Run | None = None
         self._log_from = 0
+        self._asked = 0.0
 
     def launch(self, environ: dict[str, str], repo_id: str, revision: str, operation: str) -> Run:
         """Start it behind the gate, record it durably, let it through. Raises `NotStarted`, `OSError`."""
@@ -100,6 +104,7 @@ class Start:
             operation=operation,
             log_path=str(self.log),
             started_at=now(),
+            engine_version=installed_version(self.command.argv, self.engine.distribution),
         )
         try:
             self.store.save_run(self._run)
@@ -117,6 +122,7 @@ class Start:
         emit(Phase("proof", f"waiting for an answer as {run.alias} (at most {timeout:.0f} s)"))
         deadline = time.monotonic() + timeout
         attempt = _Attempt(self.where, run, self.system)
+        self._asked = time.monotonic()
         while time.monotonic() < deadline:
             if gated.child.poll() is not None:
                 raise self._failed(f"the server ended with status {gated.child.returncode} before it answered")
@@ -134,8 +140,10 @@ class Start:
     def _says_broken(self) -> bool:
         if self.engine.fatal(self._own_log()) is not None:
             return True
-        health = self.engine.health(self.where.connect_host, self.serving.port, 1.0)
-        return health is Health.BROKEN
+        if time.monotonic() - self._asked < HEALTH_SECONDS:
+            return False
+        self._asked = time.monotonic()
+        return self.engine.health(self.where.connect_host, self.serving.port, 1.0) is Health.BROKEN
 
     def abort(self) -> None:
         """Nothing of it stays: no process, no record."""
@@ -171,7 +179,7 @@ class Start:
 
     def _failed(self, why: str) -> NotStarted:
         log = self._own_log()
-        words = self.engine.fatal(log) or next((line for line in reversed(log.splitlines()) if line.strip()), "")
+        words = self.engine.fatal(log) or _last_line(log)
         return NotStarted(
             "server_did_not_start",
             f"{self.serving.model.name} did not start on port {self.serving.port}: {why}",
@@ -179,6 +187,11 @@ class Start:
             hint=f"read its log on the host: {self.log}",
             details={"log_path": str(self.log), "last_lines": log.splitlines()[-20:]},
         )
+
+
+def _last_line(log: str) -> str:
+    """The last line that is not an answer to our own probes."""
+    return next((line for line in reversed(log.splitlines()) if line.strip() and "GET /health" not in line), "")
 
 
 class _Attempt:

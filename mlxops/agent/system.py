@@ -87,6 +87,9 @@ class System(Protocol):
     def environment(self, pid: int, key: str) -> str | None:
         """A variable of another process's environment; None if it is not there or must not be seen."""
 
+    def folder(self, pid: int) -> str | None:
+        """A process's working directory; None if it is gone or must not be seen."""
+
     def memory(self, pids: Iterable[int]) -> int:
         """Resident bytes of these processes together; shared pages count more than once."""
 
@@ -142,6 +145,12 @@ class LinuxSystem:
             return None
         wanted = os.fsencode(key) + b"="
         return next((os.fsdecode(v[len(wanted) :]) for v in block.split(b"\0") if v.startswith(wanted)), None)
+
+    def folder(self, pid: int) -> str | None:
+        try:
+            return os.readlink(f"{self.root}/{pid}/cwd")
+        except OSError:
+            return None
 
     def memory(self, pids: Iterable[int]) -> int:
         total = 0
@@ -236,6 +245,14 @@ class PsutilSystem:
 
         try:
             return psutil.Process(pid).environ().get(key)
+        except (psutil.Error, OSError):
+            return None
+
+    def folder(self, pid: int) -> str | None:
+        import psutil
+
+        try:
+            return psutil.Process(pid).cwd()
         except (psutil.Error, OSError):
             return None
 

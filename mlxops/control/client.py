@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from mlxops.build import build_id
 from mlxops.control.session import ConnectionLost, Ended, Session, Transport
 from mlxops.core.errors import AgentProblem, MlxopsError, OutcomeUnknown, Unreachable
-from mlxops.core.protocol import CHANGES, Asker, Done, Event, Failed, Hello, Request, decode_event
+from mlxops.core.protocol import CHANGES, Asker, Done, Event, Failed, Hello, Note, Request, decode_event
 from mlxops.core.settings import Settings
 
 SILENCE_SECONDS = 30.0
@@ -99,6 +99,24 @@ def ask_all(targets: Sequence[Target], command: str, args: Mapping[str, object],
     if broken:
         raise broken[0]
     return tuple(answers[index] for index in range(len(targets)))
+
+
+def deploy(target: Target, listen: Listen) -> Answer:
+    """Install this tree's agent on the host, then agree with it on the host's settings."""
+    from mlxops.control.deploy import install
+    from mlxops.control.inventory import Host
+
+    host = Host(target.name, target.ssh or target.name, target.python, target.settings)
+    try:
+        transport = connect(target)
+        try:
+            installed = install(transport, host, lambda text: listen(target.name, Note(text)))
+        finally:
+            transport.close()
+    except MlxopsError as error:
+        return Answer(target.name, error=error)
+    agreed = ask(target, "agree", {}, listen)
+    return Answer(target.name, {**installed, **(agreed.result or {})}, agreed.error)
 
 
 def connect(target: Target) -> Transport:

@@ -62,7 +62,7 @@ for place in "$@"; do
         for folder in $PATH; do here "$folder"; done
     else
         IFS=
-        for folder in $place; do [ -d "$folder" ] && here "$folder" || say looked "$folder"; done
+        for folder in $place; do here "$folder"; done
     fi
 done
 """

@@ -15,7 +15,7 @@ from mlxops.core.names import AUTO, is_repo_id
 from mlxops.core.names import port as parse_port
 from mlxops.core.registry import Model, Registry
 from mlxops.core.settings import Settings
-from mlxops.core.world import Orphan, Owner, PortView, State, World
+from mlxops.core.world import Orphan, Owner, PortView, Server, State, World
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class Wanted:
     revision: str
     engine: str
     argv: tuple[str, ...]
+    path: str = ""
+    """The real path of its snapshot."""
 
 
 class Outcome(StrEnum):
@@ -254,7 +256,7 @@ def _plan_for_port(
         return start
     if view.owner is Owner.MLXOPS and view.run is not None and view.run.model == target.name:
         return _plan_on_same(view, wanted, start, force)
-    if view.owner is Owner.HAND and view.server is not None and _is_as_wanted(view.server.argv, wanted):
+    if view.owner is Owner.HAND and view.server is not None and _is_as_wanted(view.server, wanted):
         return LoadPlan(target, port, alias, Outcome.ADOPT, notes=("it was started by hand and is adopted",))
     if view.orphan in {Orphan.INTERRUPTED, Orphan.LEADERLESS, Orphan.PORTLESS}:
         return LoadPlan(
@@ -312,11 +314,11 @@ def _plan_on_same(view: PortView, wanted: Wanted | None, start: LoadPlan, force:
     )
 
 
-def _is_as_wanted(argv: Sequence[str], wanted: Wanted | None) -> bool:
-    """A server's argv ends with what we would give it: how it was launched (a wrapper, a shell) may differ."""
-    if wanted is None:
+def _is_as_wanted(server: Server, wanted: Wanted | None) -> bool:
+    """The same files, and an argv that ends with what we would give it: how it was launched may differ."""
+    if wanted is None or (server.engine, server.path) != (wanted.engine, wanted.path):
         return False
-    tail = wanted.argv[1:]
+    argv, tail = server.argv, wanted.argv[1:]
     return len(argv) >= len(tail) and tuple(argv[len(argv) - len(tail) :]) == tail
 
 

@@ -139,6 +139,8 @@ class Server:
     model: str
     argv: tuple[str, ...]
     start: str = ""
+    path: str = ""
+    """The real path of the model that it was given, if that is a path on this host."""
 
 
 @dataclass(frozen=True)

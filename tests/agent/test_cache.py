@@ -318,6 +318,10 @@ class TestTheFormat:
         install_snapshot(hub, REPO, self.weights(source, **{name: b"x"}), trees=trees)
         assert why(hub) == (reason, False)
 
+    def test_of_mistrals_own_weights_is_no_engines(self, hub: Path, source: Path) -> None:
+        install_snapshot(hub, REPO, self.weights(source, consolidated__safetensors=safetensors()), trees=True)
+        assert why(hub) == ("not MLX: the repository has no weights (*.safetensors)", False)
+
     def test_without_weights_is_no_download_cut_short_if_the_hub_lists_none(self, hub: Path, source: Path) -> None:
         install_snapshot(hub, REPO, self.weights(source), trees=True)
         assert why(hub) == ("not MLX: the repository has no weights (*.safetensors)", False)

@@ -37,7 +37,7 @@ _AMBIENT: Mapping[str, str] = {
 pip finds its configuration and its cache through it."""
 
 
-class BuildFailed(Exception):
+class BuildFailed(RuntimeError):
     """A part of the lab could not be built; the message ends with the last words of what failed."""
 
 

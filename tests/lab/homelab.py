@@ -268,8 +268,7 @@ class Homelab:
         block = free_ports(addresses, ports)
         names = ["studio", *(f"studio{number}" for number in range(2, studios + 1))]
         self.studios = [
-            Studio(name, folder / name, address, block, aliases)
-            for name, address in zip(names, addresses, strict=True)
+            Studio(name, folder / name, address, block, aliases) for name, address in zip(names, addresses, strict=True)
         ]
         for studio in self.studios:
             # Port 9 is "discard", which nobody serves: a forgotten download fails at once instead of reaching out.

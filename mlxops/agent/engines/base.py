@@ -62,6 +62,8 @@ class Seen:
 
 class Engine(Protocol):
     name: str
+    distribution: str
+    """The name of its Python package, as its folder of metadata begins."""
     reserved: frozenset[str]
     """Options that belong to mlxops; refused in a model's `args`."""
 
@@ -85,6 +87,21 @@ class Engine(Protocol):
 
     def fatal(self, log: str) -> str | None:
         """The line of a log's end that says that loading failed, for servers that stay up all the same."""
+
+
+def installed_version(argv: Sequence[str], distribution: str) -> str | None:
+    """The version of the package beside the program that is run; None where it is not a plain installation.
+
+    Read from the name of its metadata folder (PyPA, "Recording installed projects"), because asking the program
+    itself takes as long as starting it.
+    """
+    for word in argv[:3]:
+        program = Path(word)
+        if program.is_absolute() and program.exists():
+            for top in (program.parent.parent, Path(os.path.realpath(program)).parent.parent):
+                for found in top.glob(f"lib/python3*/site-packages/{distribution}-*.dist-info"):
+                    return found.name.removeprefix(f"{distribution}-").removesuffix(".dist-info")
+    return None
 
 
 def search_path(environ: Mapping[str, str]) -> str:

@@ -24,13 +24,13 @@ from mlxops.agent.engines.base import (
 )
 from mlxops.core.errors import Refused
 
-_FATAL = re.compile(
-    r"^(?:\S+ )*.*generation thread died: .*$|^(?:[A-Za-z_][\w.]*(?:Error|Exception|Interrupt)): .*$", re.MULTILINE
-)
+_DIED = "generation thread died: "
+_EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(?:Error|Exception): .*$", re.MULTILINE)
 
 
 class MlxLm:
     name = "mlx-lm"
+    distribution = "mlx_lm"
     reserved = frozenset({"--model", "--host", "--port", "--trust-remote-code", "--adapter-path"})
 
     def command(self, launch: Sequence[str], environ: Mapping[str, str]) -> Command:
@@ -96,9 +96,13 @@ class MlxLm:
                 return Health.BROKEN
 
     def fatal(self, log: str) -> str | None:
-        if "generation thread died" not in log and "Exception in thread" not in log:
+        # 0.32: one message of one or more lines, then a traceback. Before: only the traceback of a thread.
+        died = log.rfind(_DIED)
+        if died >= 0:
+            return " ".join(log[died + len(_DIED) :].partition("\nTraceback")[0].split())
+        if "Exception in thread" not in log:
             return None
-        found = _FATAL.findall(log)
+        found = _EXCEPTION.findall(log)
         return str(found[-1]).strip() if found else None
 
 

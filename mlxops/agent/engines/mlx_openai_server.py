@@ -35,6 +35,7 @@ _FLAGS = {
 
 class MlxOpenAIServer:
     name = "mlx-openai-server"
+    distribution = "mlx_openai_server"
     reserved = frozenset(
         {
             *("--model-path", "--host", "--port", "--served-model-name", "--config"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -129,7 +130,9 @@ def _prepare(ctx: Context, target: Target, port: int, files: Files) -> Prepared:
         port=port,
         folder=ctx.store.run_folder(port),
     )
-    wanted = Wanted(target.repo_id, files.revision, engine.name, engine.argv(command, serving))
+    wanted = Wanted(
+        target.repo_id, files.revision, engine.name, engine.argv(command, serving), os.path.realpath(files.path)
+    )
     return Prepared(engine, command, serving, files, wanted)
 
 

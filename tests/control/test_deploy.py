@@ -1,0 +1,269 @@
+"""Deploying to a host that has nothing: a throwaway home behind a real sshd, real Python, real pip."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import threading
+from contextlib import closing, suppress
+from pathlib import Path
+
+import pytest
+
+from mlxops.build import PACKAGE, build_id
+from mlxops.control import deploy
+from mlxops.control.inventory import Host
+from mlxops.control.transport import open_local, open_ssh
+from mlxops.core.errors import AgentProblem, Exit, MlxopsError, OutcomeUnknown
+from mlxops.core.settings import Settings
+from tests.lab.sshd import SshClient, Sshd, descendants
+
+HERE = [str(Path(sys.base_prefix) / "bin")]
+"""Where the interpreter of the tests is; the places of a real host are searched in tests of their own."""
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    home = tmp_path / "home of the host"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    return home
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An agent without dependencies, which spares the minutes of a slow package index."""
+    monkeypatch.setattr(deploy, "DEPENDENCIES", ())
+
+
+def host(state: str = "~/.mlxops") -> Host:
+    return Host("studio", "studio", None, Settings(state=state))
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def program(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def build_of(home: Path) -> str:
+    python = home / ".mlxops" / "venv" / "bin" / "python"
+    answer = subprocess.run([python, "-I", "-m", "mlxops.agent", "--build"], capture_output=True, text=True, check=True)
+    return answer.stdout.strip()
+
+
+def refusal(*places: Path | str) -> AgentProblem:
+    with pytest.raises(AgentProblem) as caught:
+        deploy.install(open_local(), host(), quiet, places=[str(place) for place in places])
+    error = caught.value
+    assert error.exit == Exit.AGENT and error.why and error.hint
+    assert all("\n" not in part for part in (error.message, error.why, error.hint))
+    return error
+
+
+def test_a_fresh_host_gets_a_whole_agent_over_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "home of the host"
+    home.mkdir()
+    mirror = {key: value for key, value in os.environ.items() if key.startswith("PIP_")}
+    with Sshd(tmp_path / "sshd", env={"HOME": str(home), **mirror}) as sshd:
+        client = SshClient(tmp_path / "client")
+        client.host("studio", sshd)
+        monkeypatch.setenv("PATH", client.path)
+        said: list[str] = []
+        with closing(open_ssh("studio")) as transport:
+            first = deploy.install(transport, host(), said.append, places=HERE)
+            again = deploy.install(transport, host(), quiet, places=HERE)
+    state = home / ".mlxops"
+    assert (first["build"], first["changed"], first["path"]) == (build_id(), True, str(state / "agents" / build_id()))
+    assert str(first["python"]).startswith(sys.version.split()[0])
+    assert any("huggingface_hub" in note for note in said)
+    assert (again["changed"], again["path"]) == (False, first["path"])
+    assert isinstance(again["seconds"], float) and again["seconds"] < 5
+    assert build_of(home) == build_id()
+    assert stat.S_IMODE(state.stat().st_mode) == 0o700
+    assert not [path for path in state.rglob("*") if not path.is_symlink() and path.stat().st_mode & 0o077]
+    assert os.readlink(state / "venv") == f"agents/{build_id()}"
+    package = next((state / "venv" / "lib").glob("python*/site-packages/mlxops"))
+    assert sorted(path.name for path in package.iterdir()) == [
+        "__init__.py",
+        "__pycache__",
+        "agent",
+        "build.py",
+        "core",
+    ]
+    python = state / "venv" / "bin" / "python"
+    subprocess.run([python, "-I", "-c", "import huggingface_hub"], check=True)
+    for module in (package / "core", next((state / "venv").glob("lib/python*/site-packages/huggingface_hub"))):
+        assert list((module / "__pycache__").iterdir()), f"{module} was not compiled"
+
+
+def test_an_interrupted_deploy_leaves_the_old_agent_and_the_next_one_repairs(home: Path, bare: None) -> None:
+    deploy.install(open_local(), host(), quiet, places=HERE)
+    state = home / ".mlxops"
+    old = state / "agents" / "an-older-build"
+    new = state / "agents" / build_id()
+    shutil.copytree(new, old, symlinks=True)
+    shutil.rmtree(new)
+    (state / "venv").unlink()
+    (state / "venv").symlink_to("agents/an-older-build")
+
+    def kill(note: str) -> None:
+        if "making" in note:
+            for pid in descendants(os.getpid()):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    with pytest.raises(MlxopsError):
+        deploy.install(open_local(), host(), kill, places=HERE)
+    assert not (new / "installed.json").exists()
+    assert os.readlink(state / "venv") == "agents/an-older-build" and build_of(home) == build_id()
+
+    assert deploy.install(open_local(), host(), quiet, places=HERE)["changed"] is True
+    assert os.readlink(state / "venv") == f"agents/{build_id()}"
+    assert (new / "installed.json").exists() and old.exists()
+
+
+def test_a_damaged_agent_is_made_anew(home: Path, bare: None) -> None:
+    deploy.install(open_local(), host(), quiet, places=HERE)
+    package = next((home / ".mlxops" / "venv" / "lib").glob("python*/site-packages/mlxops"))
+    (package / "core" / "errors.py").write_text("")
+    said: list[str] = []
+    assert deploy.install(open_local(), host(), said.append, places=HERE)["changed"] is True
+    assert any("unfinished" in note for note in said)
+    assert build_of(home) == build_id()
+
+
+def test_two_deploys_at_once_wait_for_each_other(home: Path, bare: None) -> None:
+    results: list[object] = []
+    said: list[str] = []
+
+    def one() -> None:
+        results.append(deploy.install(open_local(), host(), said.append, places=HERE)["changed"])
+
+    threads = [threading.Thread(target=one) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(map(str, results)) == ["False", "True"]
+    assert any("waiting" in note for note in said)
+
+
+def test_pips_failure_is_told_in_its_own_words(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deploy, "requirements", lambda: ["no such requirement !!"])
+    error = refusal(*HERE)
+    assert error.code == "install_failed" and "no such requirement" in error.why
+    assert not (home / ".mlxops" / "venv").exists()
+
+
+def test_a_broken_connection_is_an_unknown_outcome(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bare: None
+) -> None:
+    with Sshd(tmp_path / "sshd", env={"HOME": str(home)}) as sshd:
+        client = SshClient(tmp_path / "client")
+        client.host("studio", sshd)
+        monkeypatch.setenv("PATH", client.path)
+        with closing(open_ssh("studio")) as transport, pytest.raises(OutcomeUnknown) as caught:
+            deploy.install(
+                transport, host(), lambda note: sshd.kill_sessions() if "making" in note else None, places=HERE
+            )
+    assert caught.value.exit == Exit.OUTCOME_UNKNOWN and "run deploy again" in caught.value.hint
+
+
+# -- looking for an interpreter -----------------------------------------------------------------------------------
+
+
+def test_without_python_it_says_where_it_looked_and_how_to_get_one(home: Path, tmp_path: Path) -> None:
+    error = refusal(tmp_path / "empty", "~/.pyenv/versions/*/bin")
+    assert error.code == "no_python" and str(tmp_path / "empty") in error.why and f"{home}/.pyenv" in error.why
+    assert "astral.sh/uv" in error.hint
+
+
+def test_python_that_is_too_old_or_broken_is_named(home: Path, tmp_path: Path) -> None:
+    old = program(tmp_path / "old" / "python3", "echo old")
+    broken = program(tmp_path / "broken" / "python3.12", "exit 1")
+    why = refusal(tmp_path / "old", tmp_path / "broken").why
+    assert f"older than 3.11: {old}" in why and f"does not start: {broken}" in why
+
+
+def test_python_without_venv_is_told_from_no_python(home: Path, tmp_path: Path) -> None:
+    python = program(tmp_path / "bin" / "python3", "echo bare")
+    error = refusal(tmp_path / "bin")
+    assert f"without venv or ensurepip: {python}" in error.why and "python3-venv" in error.hint
+
+
+def found(*places: str) -> list[str]:
+    return deploy._search(open_local(), places).whole
+
+
+def test_the_newest_python_of_a_folder_and_the_first_folder_win(home: Path, tmp_path: Path) -> None:
+    for name in ("one/python3", "one/python3.12", "two/python3.13"):
+        program(tmp_path / name, "echo whole")
+    assert found(str(tmp_path / "one"), str(tmp_path / "two")) == [str(tmp_path / "one" / "python3.12")]
+
+
+def test_patterns_and_path_are_searched(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = program(home / ".pyenv" / "versions" / "3.12 x" / "bin" / "python3", "echo whole")
+    assert found("~/.pyenv/versions/*/bin") == [str(python)]
+    on_path = program(tmp_path / "a b" / "python3.11", "echo whole")
+    monkeypatch.setenv("PATH", f"{on_path.parent}:/usr/bin:/bin")
+    assert found("PATH") == [str(on_path)]
+
+
+def test_a_python_that_reads_its_input_does_not_eat_the_script(home: Path, tmp_path: Path) -> None:
+    program(tmp_path / "one" / "python3", "cat >/dev/null; exit 1")
+    python = program(tmp_path / "two" / "python3", "echo whole")
+    assert found(str(tmp_path / "one"), str(tmp_path / "two")) == [str(python)]
+
+
+def test_hostile_folders_are_only_folders(home: Path, tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    found(f"$(touch {canary})", f"; touch {canary}", f"`touch {canary}`", "-n", "")
+    assert not canary.exists()
+
+
+def test_uv_fetches_a_python_where_there_is_none(home: Path, tmp_path: Path, bare: None) -> None:
+    calls = tmp_path / "calls"
+    real = Path(sys.base_prefix) / "bin" / "python3"
+    program(
+        tmp_path / "bin" / "uv",
+        f'echo "$@" >>"{calls}"\n'
+        f'case "$1 $2" in "python find") echo "{real}";; "python install") ;; esac\n'
+        f'case "$1" in venv) for last; do :; done; "{real}" -m venv --without-pip "$last";; esac',
+    )
+    result = deploy.install(open_local(), host(), quiet, places=[str(tmp_path / "bin")])
+    assert result["changed"] is True and build_of(home) == build_id()
+    assert [line.split()[1] for line in calls.read_text().splitlines()[:2]] == ["install", "find"]
+    assert "venv" in calls.read_text()
+
+
+def test_uv_that_cannot_fetch_one_is_quoted(home: Path, tmp_path: Path) -> None:
+    program(tmp_path / "bin" / "uv", "echo no network >&2; exit 2")
+    error = refusal(tmp_path / "bin")
+    assert error.code == "no_python" and "no network" in error.why
+
+
+# -- what is sent -------------------------------------------------------------------------------------------------
+
+
+def test_equal_sources_give_equal_archives() -> None:
+    first = deploy.archive()
+    assert first == deploy.archive()
+
+
+def test_the_agents_dependencies_are_pinned_as_the_projects() -> None:
+    hub, psutil = deploy.requirements()
+    pins = hub.replace("-", "_").removeprefix("huggingface_hub").split(",")
+    declared = (PACKAGE.parent / "pyproject.toml").read_text().splitlines()
+    line = next(each for each in declared if "huggingface_hub" in each)
+    assert len(pins) == 2 and all(pin in line for pin in pins)
+    assert "<" in psutil and "darwin" in psutil
