@@ -130,7 +130,7 @@ def _signals(
         operation=None if holder is None or holder.id == own else holder,
         stranger=_describe(look, others) if listeners and (others or not pids) else "",
         memory_bytes=system.memory(members) if members else None,
-        last_words=last_line(store.log_path(port)) if run is not None and not members else "",
+        last_words=last_line(tail(store.log_path(port))) if run is not None and not members else "",
     )
 
 
@@ -194,6 +194,7 @@ def tail(path: Path, size: int = 8192) -> str:
         return ""
 
 
-def last_line(path: Path) -> str:
-    lines = [line.strip() for line in tail(path).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else ""
+def last_line(text: str) -> str:
+    """The last line of a log that says something: answers to our own probes do not."""
+    lines = (line.strip() for line in reversed(text.splitlines()))
+    return next((line[:300] for line in lines if line and "GET /health" not in line), "")

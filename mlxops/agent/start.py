@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from mlxops.agent import processes
 from mlxops.agent.engines.base import Command, Engine, Health, NoCompletion, Serving, complete, installed_version
-from mlxops.agent.observe import clean
+from mlxops.agent.observe import clean, last_line
 from mlxops.agent.place import Place
 from mlxops.agent.processes import Gated
 from mlxops.agent.store import Store, now
@@ -179,7 +179,7 @@ class Start:
 
     def _failed(self, why: str) -> NotStarted:
         log = self._own_log()
-        words = self.engine.fatal(log) or _last_line(log)
+        words = self.engine.fatal(log) or last_line(log)
         return NotStarted(
             "server_did_not_start",
             f"{self.serving.model.name} did not start on port {self.serving.port}: {why}",
@@ -187,11 +187,6 @@ class Start:
             hint=f"read its log on the host: {self.log}",
             details={"log_path": str(self.log), "last_lines": log.splitlines()[-20:]},
         )
-
-
-def _last_line(log: str) -> str:
-    """The last line that is not an answer to our own probes."""
-    return next((line for line in reversed(log.splitlines()) if line.strip() and "GET /health" not in line), "")
 
 
 class _Attempt:

@@ -21,6 +21,8 @@ from mlxops.agent.engines.base import (
 )
 from mlxops.core.errors import Refused
 
+_EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(?:Error|Exception): .*(?:\n(?![A-Z]|\s*$).*)?", re.MULTILINE)
+
 VARIABLE = "MLX_LAUNCH_CMD"
 PROJECT = "/opt/mlx-launch"
 HOMEBREW_UV = "/opt/homebrew/bin/uv"
@@ -103,5 +105,7 @@ class MlxOpenAIServer:
                 return Health.BROKEN
 
     def fatal(self, log: str) -> str | None:
-        found = re.findall(r"^.*Application startup failed.*$", log, re.MULTILINE)
-        return str(found[-1]).strip() if found else None
+        if "Application startup failed" not in log:
+            return None
+        found = _EXCEPTION.findall(log)
+        return " ".join(str(found[-1]).split()) if found else "Application startup failed"

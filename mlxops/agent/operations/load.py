@@ -326,6 +326,7 @@ def _load_result(
 def _dry_load(ctx: Context, plan: LoadPlan, prepared: Prepared | None, began: float) -> dict[str, object]:
     result = _load_result(ctx, plan, began, changed=False)
     return result | {
+        "model": plan.target.name,
         "dry_run": True,
         "plan": {
             "outcome": plan.outcome.value,
