@@ -18,6 +18,8 @@ from mlxops.core.names import is_name, is_repo_id, shown
 
 VERSION = 1
 MAX_BYTES = 16 * 1024 * 1024
+MAX_DEPTH = 100
+"""Objects and lists within each other. What was read must never be too deep to be written."""
 
 _TEXT_FIELDS = (
     "revision",
@@ -133,12 +135,30 @@ def parse(data: bytes | None) -> Registry:
 
     try:
         document = json.loads(data.decode("utf-8-sig"), object_pairs_hook=pairs, parse_constant=constant)
-        json.dumps(document).encode()
+        # 1e999 is JSON and reads as infinity, which is not.
+        json.dumps(document, allow_nan=False)
     except (ValueError, RecursionError) as error:
         return _broken(f"it is not JSON: {str(error)[:120]}" if data.strip() else "it is empty")
     if not isinstance(document, dict):
         return _broken("it is not a JSON object")
+    if _too_deep(document):
+        return _broken(f"it is nested more than {MAX_DEPTH} levels deep")
     return _view(document, _why_unwritable(document, duplicates))
+
+
+def _too_deep(document: object) -> bool:
+    level = [document]
+    for _ in range(MAX_DEPTH):
+        if not level:
+            return False
+        level = [inner for each in level for inner in _inside(each)]
+    return bool(level)
+
+
+def _inside(value: object) -> Iterable[object]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def _broken(why: str) -> Registry:

@@ -43,9 +43,7 @@ def pull(cache: Path, repo_id: str = LLAMA, revision: str | None = None, patienc
     return events
 
 
-def refused(
-    cache: Path, repo_id: str = LLAMA, revision: str | None = None, patience: Patience = QUICK
-) -> MlxopsError:
+def refused(cache: Path, repo_id: str = LLAMA, revision: str | None = None, patience: Patience = QUICK) -> MlxopsError:
     with pytest.raises(MlxopsError) as caught:
         pull(cache, repo_id, revision, patience)
     error = caught.value
@@ -99,7 +97,7 @@ class TestADownload:
     def test_of_a_commit_moves_no_branch(self, hub: Hub, faulty: FaultyHub, cache: Path) -> None:
         sha = hub.sha(LLAMA)
         assert download(LLAMA, sha, cache, lambda _: None, QUICK).revision == sha
-        assert not ref(cache, LLAMA).exists()
+        assert not ref(cache, LLAMA).parent.exists()
 
     def test_repeated_downloads_nothing(self, faulty: FaultyHub, cache: Path) -> None:
         pull(cache)
@@ -214,16 +212,15 @@ class TestARefusal:
         faulty.fail(refusal(403, "GatedRepo"), part="/resolve/")
         assert refused(cache).code == "gated_repo"
 
+    @pytest.mark.parametrize("token", ["hf_" + "Canary0123456789", "a-mirrors-canary"])
     def test_never_repeats_the_token_nor_the_hubs_control_characters(
-        self, faulty: FaultyHub, cache: Path, monkeypatch: pytest.MonkeyPatch
+        self, faulty: FaultyHub, cache: Path, monkeypatch: pytest.MonkeyPatch, token: str
     ) -> None:
-        token = "hf_" + "Canary0123456789"
         monkeypatch.setenv("HF_TOKEN", token)
         faulty.fail(refusal(403, message=f"\x1b[31mno, {token} may not " + "x" * 5000))
         error = refused(cache)
         assert f"Bearer {token}" in faulty.requests[0].headers.values(), "the canary is the token"
-        said = repr(error.to_wire())
-        assert token not in said and "\\x1b" not in error.why.replace("\\x1b[31mno", "")
+        assert token not in repr(error.to_wire())
         assert len(error.why) < 300 and error.why.isprintable()
 
     @pytest.mark.parametrize(("repo_id", "revision"), [("../etc/x", None), ("org", None), (LLAMA, "../../x")])

@@ -412,9 +412,7 @@ def test_a_host_that_stalls_after_its_greeting_is_given_up_at_the_deadline(serve
         accepted[0].close()
 
 
-def test_a_slow_host_is_waited_for_only_as_long_as_all_steps_together_may_take(
-    server: Sshd, client: SshClient
-) -> None:
+def test_a_slow_host_is_waited_for_only_as_long_as_all_steps_together_may_take(server: Sshd, client: SshClient) -> None:
     with Wire((server.address, server.port), delay=0.4) as wire:
         client.host("studio", server, f"Port {wire.port}", known=False)
         client.know(f"[127.0.0.1]:{wire.port} {server.host_key}")

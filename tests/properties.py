@@ -1,0 +1,33 @@
+"""How property tests run: the same everywhere, without files, and repeatably where nobody watches.
+
+Use: `@given(...)` above `@PROPERTY`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.configuration import set_hypothesis_home_dir
+
+# Beside the throwaway home, which goes away with the run: what it computes once is no part of the checkout.
+set_hypothesis_home_dir(Path(os.environ["HOME"]).parent / "hypothesis")
+
+PROPERTY = settings(
+    max_examples=150,
+    deadline=None,
+    database=None,
+    derandomize=os.environ.get("CI") == "true",
+    suppress_health_check=[HealthCheck.too_slow],
+)
+
+json_scalars = (
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=12)
+)
+json_values = st.recursive(
+    json_scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
