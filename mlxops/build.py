@@ -15,9 +15,10 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def shipped() -> list[Path]:
-    """What an agent consists of, sorted: this package's `__init__`, core and agent."""
+    """What an agent consists of, in a fixed order: the package itself, this module, core and agent."""
     return [
         PACKAGE / "__init__.py",
+        PACKAGE / "build.py",
         *sorted((PACKAGE / "core").rglob("*.py")),
         *sorted((PACKAGE / "agent").rglob("*.py")),
     ]

@@ -128,7 +128,7 @@ def archive() -> bytes:
     """The agent's sources as a tar; equal sources give equal bytes."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        for path in sorted({*shipped(), PACKAGE / "build.py"}):
+        for path in shipped():
             data = path.read_bytes()
             member = tarfile.TarInfo(f"mlxops/{path.relative_to(PACKAGE).as_posix()}")
             member.size, member.mode = len(data), 0o600
