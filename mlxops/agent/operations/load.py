@@ -173,14 +173,18 @@ def _apply_load(
         for view in plan.stops:
             if view.port != plan.port:
                 stack.enter_context(ctx.locked(view.port))
-        for view in plan.stops:
-            stop(ctx, view, DRAIN_SECONDS)
+        with ctx.cancellation.shield():
+            for view in plan.stops:
+                stop(ctx, view, DRAIN_SECONDS)
         start = Start(ctx.where, ctx.store, ctx.system, prepared.engine, prepared.command, prepared.serving)
         timeout = ctx.request.number("timeout") or deadline_for(prepared.files.size_bytes)
         try:
+            ctx.cancellation.check()
             ctx.emit(Phase("start", f"{prepared.engine.name} on port {plan.port}, found by {prepared.command.source}"))
             start.launch(dict(ctx.environ), plan.target.repo_id, prepared.files.revision, ctx.operation)
             run = start.wait(timeout, ctx.emit)
+            # From here on it is quicker done than undone, and half of it would be an assignment without a server.
+            stack.enter_context(ctx.cancellation.shield())
             ctx.store.save_run(run)
             ctx.emit(Phase("commit", f"{plan.target.name} gets port {plan.port}"))
             ctx.store.registry.update(lambda current: _commit(current, plan, prepared.files))
@@ -189,16 +193,16 @@ def _apply_load(
             _recover(ctx, plan, previous, error)
             raise
         start.detach()
-    downtime = None if downtime_from is None else time.monotonic() - downtime_from
-    ctx.remember(
-        command="load",
-        model=plan.target.name,
-        port=plan.port,
-        repo_id=plan.target.repo_id,
-        revision=prepared.files.revision,
-        replaced=plan.previous.model if plan.previous else None,
-    )
-    return _load_result(ctx, plan, began, changed=True, downtime=downtime)
+        downtime = None if downtime_from is None else time.monotonic() - downtime_from
+        ctx.remember(
+            command="load",
+            model=plan.target.name,
+            port=plan.port,
+            repo_id=plan.target.repo_id,
+            revision=prepared.files.revision,
+            replaced=plan.previous.model if plan.previous else None,
+        )
+        return _load_result(ctx, plan, began, changed=True, downtime=downtime)
 
 
 def _commit(registry: Registry, plan: LoadPlan, files: Files) -> Registry:
