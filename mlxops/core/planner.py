@@ -15,7 +15,7 @@ from mlxops.core.names import AUTO, is_repo_id
 from mlxops.core.names import port as parse_port
 from mlxops.core.registry import Model, Registry
 from mlxops.core.settings import Settings
-from mlxops.core.world import Orphan, Owner, PortView, Server, State, World
+from mlxops.core.world import Orphan, Owner, PortView, Run, Server, State, World
 
 
 @dataclass(frozen=True)
@@ -357,8 +357,7 @@ def _elsewhere(world: World, target: Target, port: int) -> list[PortView]:
         for view in world.ports.values()
         if view.port != port
         and (
-            (view.owner is not None and view.model == target.name)
-            or (view.port == own and view.state is State.UNKNOWN)
+            (view.owner is not None and view.model == target.name) or (view.port == own and view.state is State.UNKNOWN)
         )
     ]
 

@@ -7,8 +7,10 @@ before it, the agent and the connection, is what the races through the agent and
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import pkgutil
 import shutil
 import signal
 import sys
@@ -17,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import mlxops.agent
 from mlxops.agent import journal as journals
 from mlxops.agent import worker
 from mlxops.agent.journal import Journal
@@ -30,6 +33,11 @@ from mlxops.core.protocol import Asker, Done, Event, Failed, Note, Phase, Reques
 from mlxops.core.settings import PortRange, Settings
 from tests.faults import children
 from tests.lab.world import free_ports
+
+for _module in pkgutil.walk_packages(mlxops.agent.__path__, "mlxops.agent."):
+    # Now, and not in every fork; and what is edited while a campaign runs does not mix with what it began with.
+    if not _module.name.endswith((".gate", ".__main__")):
+        importlib.import_module(_module.name)
 
 MODELS = ("org/alpha", "org/beta", "org/gamma")
 PORTS = 3
@@ -117,23 +125,26 @@ class Arena:
         assert operation is not None
         return operation(self.context(name, **args))
 
-    def begin(self, name: str, *, stopped: bool = False, **args: object) -> tuple[Journal, int]:
+    def begin(self, name: str, args: Mapping[str, object], *, stopped: bool = False) -> tuple[Journal, int]:
         """Start the worker of an operation; returns its record and its pid."""
         self.store.ready()
-        journal = journals.create(self.state / "ops", self.request(name, **args))
+        journal, lock = journals.create(self.state / "ops", self.request(name, **args))
+        assert lock is not None
         os.environ.update(self.environ)
-        return journal, children.fork(
-            lambda: worker.run(journal.folder), journal.folder / "stderr", stopped=stopped
-        )
+        output = journal.folder / "stderr"
+        try:
+            return journal, children.fork(lambda: worker.run(journal.folder, lock), output, stopped=stopped, keep=lock)
+        finally:
+            os.close(lock)
 
     def run(self, name: str, **args: object) -> Ended:
         """An operation without a fault."""
-        journal, pid = self.begin(name, **args)
+        journal, pid = self.begin(name, args)
         return self.ended(journal, pid)
 
     def struck(self, fault: Sequence[str], log: Path, name: str, **args: object) -> Ended:
         """An operation whose worker runs under strace with these options."""
-        journal, pid = self.begin(name, stopped=True, **args)
+        journal, pid = self.begin(name, args, stopped=True)
         tracer = children.traced(pid, fault, log)
         ended = self.ended(journal, pid)
         children.wait(tracer, 20)

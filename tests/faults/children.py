@@ -43,8 +43,11 @@ def wait(pid: int, seconds: float) -> int:
         time.sleep(0.002)
 
 
-def fork(body: Callable[[], int], output: Path, *, stopped: bool = False) -> int:
-    """A fork that runs `body` in a session of its own and ends with what it returns; `stopped` until SIGCONT."""
+def fork(body: Callable[[], int], output: Path, *, stopped: bool = False, keep: int = 2) -> int:
+    """A fork that runs `body` in a session of its own and ends with what it returns; `stopped` until SIGCONT.
+
+    Of this process's descriptors it has only `keep`.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -57,7 +60,8 @@ def fork(body: Callable[[], int], output: Path, *, stopped: bool = False) -> int
         null = os.open(os.devnull, os.O_RDONLY)
         for source, target in ((null, 0), (sink, 1), (sink, 2)):
             os.dup2(source, target)
-        os.closerange(3, 256)
+        os.closerange(3, max(3, keep))
+        os.closerange(max(3, keep + 1), 1024)
         if stopped:
             if sys.platform == "linux":
                 ctypes.CDLL(None).prctl(_PR_SET_PTRACER, ctypes.c_ulong(-1), 0, 0, 0)
@@ -80,7 +84,10 @@ def spawn(argv: Sequence[str], output: Path) -> int:
     sink = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
         return os.posix_spawnp(
-            argv[0], list(argv), os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, sink, 1), (os.POSIX_SPAWN_DUP2, sink, 2)]
+            argv[0],
+            list(argv),
+            os.environ,
+            file_actions=[(os.POSIX_SPAWN_DUP2, sink, 1), (os.POSIX_SPAWN_DUP2, sink, 2)],
         )
     finally:
         os.close(sink)

@@ -137,7 +137,7 @@ class Strikes:
         return name, self._judged(scenario, old, ended, follow)
 
     def _points_of(self, scenario: Scenario) -> list[tuple[str, int]]:
-        """(system call, its count in the worker) of everything that the operation changes; seen once, without a fault."""
+        """(system call, its count in the worker) of all that the operation changes; seen once, without a fault."""
         if scenario.name not in self._points:
             self.arena.sweep()
             scenario.prepare(self.arena)
