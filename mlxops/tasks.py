@@ -530,6 +530,48 @@ def _checks(only: str | None, fast: bool) -> None:
         raise SystemExit(f"failed: {', '.join(failed)}")
 
 
+def _whole(text: str, flag: str) -> int:
+    if not (text.isascii() and text.isdecimal()):
+        raise UsageError("bad_number", f"{names.shown(text)} is not a number for {flag}", hint=f"for example: {flag} 1")
+    return int(text)
+
+
+@task(
+    positional=[],
+    auto_shortflags=False,
+    help={
+        "minutes": "how long it goes on (10)",
+        "seed": "which faults: the same number gives the same ones (1)",
+        "state": "the file that counts; left out: faults.json in the test cache. The next run goes on with it",
+        "only": "kinds of fault, separated by commas",
+        "at": "with --only KIND: this one trial again, with all that it says",
+    },
+)
+def faults(
+    c: Context,
+    minutes: str = "10",
+    seed: str = "1",
+    state: str | None = None,
+    only: str | None = None,
+    at: str | None = None,
+) -> None:
+    """Cause fault after fault, and see what survives."""
+
+    def run() -> None:
+        from tests.faults import campaign
+
+        number = int(names.seconds(seed, "--seed"))
+        if at is not None:
+            campaign.replay(
+                _need(only, "--only", "faults --only kills --at 12"), int(names.seconds(at, "--at")), number
+            )
+        minutes_given = names.seconds(minutes, "--minutes")
+        if not campaign.run(minutes_given, number, Path(state) if state else None, only):
+            raise MlxopsError("faults_lost", "some faults were not survived", hint="inv faults --only KIND --at NUMBER")
+
+    _develop("faults", run)
+
+
 def _develop(name: str, run: Callable[[], None]) -> None:
     """A task for those who work on mlxops: it needs the checkout, and says so."""
     call = Call(name, None, local=True, json=False, debug=False)
@@ -554,4 +596,4 @@ def _develop(name: str, run: Callable[[], None]) -> None:
         raise SystemExit(_fail(call, failed)) from None
 
 
-namespace = Collection(init, list_, status, load, unload, unload_all, reconcile, ops, deploy, demo, test)
+namespace = Collection(init, list_, status, load, unload, unload_all, reconcile, ops, deploy, demo, test, faults)
