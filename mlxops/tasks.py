@@ -282,22 +282,27 @@ def list_(c: Context, host: str | None = None, local: bool = False, json: bool =
     _read(Call("list", host, local, json, debug), render.list_table)
 
 
-@_command(host=HOSTS, strict="exit 3 if registry and life disagree anywhere")
+@_command(
+    host=HOSTS,
+    probe="also ask each ready port for one small completion",
+    strict="exit 3 if registry and life disagree anywhere",
+)
 def status(
     c: Context,
     host: str | None = None,
+    probe: bool = False,
     strict: bool = False,
     local: bool = False,
     json: bool = False,
     debug: bool = False,
 ) -> None:
     """Show what is on each port, on all hosts."""
-    _read(Call("status", host, local, json, debug), render.status_table, strict=strict)
+    _read(Call("status", host, local, json, debug), render.status_table, {"probe": probe}, strict=strict)
 
 
-def _read(call: Call, show: Show, *, strict: bool = False) -> NoReturn:
+def _read(call: Call, show: Show, args: Mapping[str, object] = {}, *, strict: bool = False) -> NoReturn:
     def run(talk: render.Talk) -> tuple[Answer, ...]:
-        answers = ask_all(call.targets(all_by_default=True), call.command, {}, talk.hear)
+        answers = ask_all(call.targets(all_by_default=True), call.command, args, talk.hear)
         if strict:
             answers = tuple(_strict(answer) for answer in answers)
         return answers

@@ -211,7 +211,7 @@ def status_table(answers: Sequence[Answer]) -> str:
                     answer.host,
                     *(row.get(key) for key in ("port", "alias", "state", "owner", "model")),
                     size(row.get("memory_bytes")),
-                    row.get("detail"),
+                    _detail(row),
                 ]
             )
     columns = ["HOST", "PORT", "ALIAS", "STATE", "OWNER", "MODEL", "MEMORY", "DETAIL"]
@@ -234,6 +234,15 @@ def ops_table(answers: Sequence[Answer]) -> str:
             about = [answer.host, row.get("operation"), row.get("command"), what, row.get("port")]
             rows.append([*about, row.get("state"), row.get("detail")])
     return table(["HOST", "OPERATION", "COMMAND", "MODEL", "PORT", "STATE", "DETAIL"], rows)
+
+
+def _detail(row: Mapping[str, object]) -> object:
+    """A port's detail, and what came of the completion that was asked for."""
+    probe = row.get("probe")
+    if not isinstance(probe, dict):
+        return row.get("detail")
+    told = f"completion in {probe.get('seconds')} s" if probe.get("ok") else "no completion"
+    return "; ".join(filter(None, [str(row.get("detail") or ""), told]))
 
 
 def list_table(answers: Sequence[Answer]) -> str:
@@ -352,6 +361,11 @@ def _reconcile_lines(result: Mapping[str, object]) -> str:
         f"{row.get('port')}: {row.get('model')}, pid {row.get('pid')}, {would}stopped: {row.get('why')}"
         for row in _rows(result, "stopped")
     ]
-    kept = result.get("kept")
-    lines += [f"left alone: {each}" for each in kept] if isinstance(kept, list) else []
+    for key, words in (
+        ("interrupted", "closed" if not would else "would be closed"),
+        ("leftovers", f"{would}removed"),
+        ("kept", "left alone"),
+    ):
+        told = result.get(key)
+        lines += [f"{words}: {each}" for each in told] if isinstance(told, list) else []
     return "\n".join(map(one_line, lines)) or "nothing to reconcile"

@@ -149,8 +149,9 @@ def _through_command_line(arena: Arena, rng: random.Random, canary: Path) -> tup
         os.chdir(arena.folder)
         sys.argv = ["mlxctl", *line]
         # As a shell would have it: standard error apart, the text as bytes that any terminal takes.
-        with _stream(out) as sys.stdout, _stream(err) as sys.stderr:
-            main()
+        # The fork's end flushes them.
+        sys.stdout, sys.stderr = _stream(out), _stream(err)
+        main()
         return 0
 
     status = children.wait(children.fork(body, arena.folder / "cli"), 60)

@@ -107,7 +107,9 @@ def _cut(lab: Homelab, wire: Wire, number: int, seed: int) -> tuple[str, int, li
             timer.join()
     wire.cut_after = None
     wrong = []
-    if kind not in {"client killed", "Ctrl-C"} and process.returncode not in {0, 5, 7}:
+    # With the session, its whole tree of processes dies, the worker among them: that is told as what it is.
+    cut_short = kind == "session killed" and process.returncode == 3 and "was interrupted" in said
+    if kind not in {"client killed", "Ctrl-C"} and process.returncode not in {0, 5, 7} and not cut_short:
         wrong.append(f"exit {process.returncode}: {said[-300:]}")
     if "Traceback" in said:
         wrong.append(f"a traceback: {said[-600:]}")
