@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.faults import broken, children, hostile, power, races, reuse, strikes
-from tests.faults.arena import MODELS, Arena
+from tests.faults.arena import Arena
+from tests.faults.snapshots import MODELS
 from tests.lab.leaks import become_subreaper
 
 Trial = Callable[[int], tuple[str, int, list[str]]]

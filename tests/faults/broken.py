@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 from mlxops.core import registry as registries
 from tests.faults import oracle
-from tests.faults.arena import MODELS, Arena, entry
+from tests.faults.arena import Arena, entry
+from tests.faults.snapshots import MODELS
 
 
 def trial(arena: Arena, number: int, seed: int) -> tuple[str, list[str]]:

@@ -182,6 +182,7 @@ def read(path: Path) -> str:
 
 def _hosts(arena: Arena) -> str:
     entry = {
+        "bind": arena.address,
         "hub": str(arena.hub),
         "state": str(arena.state),
         "engine": "mlx-lm",

@@ -14,7 +14,8 @@ from pathlib import Path
 from mlxops.build import build_id
 from mlxops.core.protocol import Request
 from tests.faults import children, oracle, strikes
-from tests.faults.arena import MODELS, Arena
+from tests.faults.arena import Arena
+from tests.faults.snapshots import MODELS
 
 PROCESSES = 8
 ALLOWED = {0, 3, 75, 130}

@@ -6,7 +6,6 @@ import json
 import random
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.faults import hostile
+from tests.faults.lab import install_engine
+from tests.faults.snapshots import snapshot
 from tests.lab import leaks
 from tests.lab.homelab import Homelab, _script
 from tests.lab.wire import Wire
@@ -42,15 +43,9 @@ def trials(kind: str, folder: Path, seed: int) -> Iterator[Trial]:
 
 def _install(lab: Homelab) -> None:
     """The fake engine and a model without weights, on the Studio."""
-    from tests.faults.arena import _snapshot
-
-    program = lab.studio.folder / "bin" / "mlx_lm.server"
-    program.parent.mkdir()
-    source = Path(__file__).with_name("engine.py").read_text(encoding="utf-8")
-    program.write_text(f"#!{sys.executable} -IS\n{source}", encoding="utf-8")
-    program.chmod(0o755)
+    program = install_engine(lab.studio.folder / "bin")
     for name in (MODEL, "org/beta"):
-        _snapshot(lab.studio.hub, name)
+        snapshot(lab.studio.hub, name)
     lab.configure(launch={"mlx-lm": [str(program), "--fake-late", "0.4"]}, memory="1000 GB")
 
 

@@ -77,7 +77,7 @@ def _reuse(arena: Arena, rng: random.Random, number: int, naive: str) -> tuple[s
         os.kill(run.pid, signal.SIGTERM)
         ended = None
     elif naive == "by port":
-        _kill_listeners(port)
+        _kill_listeners(arena, port)
         ended = None
     elif command == "load":
         ended = arena.run("load", model="org/beta", port=str(port))
@@ -111,7 +111,7 @@ def _become(kind: str, arena: Arena, port: int, argv: tuple[str, ...]) -> None:
         case "leader":
             os.execv("/bin/sh", ["sh", "-c", "sleep 300 & sleep 300"])
         case "listener":
-            code = f"import socket,time; s=socket.create_server(('127.0.0.1',{port})); time.sleep(300)"
+            code = f"import socket,time; s=socket.create_server(('{arena.address}',{port})); time.sleep(300)"
             os.execv(sys.executable, [sys.executable, "-c", code])
         case _:
             os.chdir(arena.store.run_folder(port))
@@ -147,16 +147,16 @@ def _lives(pid: int) -> bool:
 
 def _until_listening(arena: Arena, port: int) -> None:
     deadline = time.monotonic() + 20
-    while not arena.context("status").system.look({port}).on("127.0.0.1", port):
+    while not arena.context("status").system.look({port}).on(arena.address, port):
         assert time.monotonic() < deadline, "the stranger does not listen"
         time.sleep(0.01)
 
 
-def _kill_listeners(port: int) -> None:
+def _kill_listeners(arena: Arena, port: int) -> None:
     """The script of the homelab's first days: whatever holds the port."""
     from mlxops.agent.system import this_system
 
-    for listener in this_system().look({port}).on("127.0.0.1", port):
+    for listener in this_system().look({port}).on(arena.address, port):
         for pid in listener.pids:
             os.kill(pid, signal.SIGTERM)
 

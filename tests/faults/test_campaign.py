@@ -30,14 +30,14 @@ def batch(kind: str, count: int, first: int = 0) -> Iterator[dict[str, object]]:
 @pytest.mark.parametrize(
     ("kind", "count"),
     [
-        ("kills", 6),
-        ("errors", 4),
+        ("kills", 5),
+        ("errors", 3),
         ("power", 3),
         ("races", 3),
         ("broken", 11),
         ("hostile", 20),
         ("reuse", 4),
-        ("cuts", 3),
+        ("cuts", 2),
         ("hostile over SSH", 4),
     ],
 )
