@@ -24,6 +24,7 @@ from pathlib import Path
 
 from mlxops.core.errors import Bug, MlxopsError, Refused
 from mlxops.core.protocol import (
+    PROTOCOL,
     Done,
     Event,
     Failed,
@@ -43,6 +44,7 @@ PATIENT_POLL_SECONDS = 0.1
 PATIENT_AFTER_SECONDS = 3.0
 ACTIVITY_BYTES = 65536
 """How much of a record's end tells where the operation is: some hundred events."""
+_ENDS = tuple(f'{{"mlxops":{PROTOCOL},"event":"{event}"'.encode() for event in ("done", "failed"))
 _ID = re.compile(r"[0-9]{8}T[0-9]{6}-[0-9a-f]{8}")
 
 
@@ -132,6 +134,17 @@ class Journal:
         finally:
             os.close(fd)
         return False
+
+    @property
+    def ended(self) -> bool:
+        """Whether its record has an end. Quick, for looking at all of them: the last line's first bytes tell."""
+        try:
+            with open(self.folder / "events.jsonl", "rb") as file:
+                file.seek(max(0, file.seek(0, 2) - ACTIVITY_BYTES))
+                last = file.read().rstrip().rpartition(b"\n")[2]
+        except OSError:
+            return False
+        return last.startswith(_ENDS)
 
     def stand(self) -> Stand:
         """Where it is, from the end of its record."""
