@@ -138,24 +138,25 @@ class Journal:
     @property
     def ended(self) -> bool:
         """Whether its record has an end. Quick, for looking at all of them: the last line's first bytes tell."""
+        return self._end().rstrip().rpartition(b"\n")[2].startswith(_ENDS)
+
+    def _end(self) -> bytes:
+        """The end of its events: at least the whole last line, which may be a long result."""
         try:
             with open(self.folder / "events.jsonl", "rb") as file:
                 file.seek(max(0, file.seek(0, 2) - ACTIVITY_BYTES))
-                last = file.read().rstrip().rpartition(b"\n")[2]
-        except OSError:
-            return False
-        return last.startswith(_ENDS)
+                data = file.read()
+                if b"\n" not in data.rstrip():
+                    file.seek(0)
+                    data = file.read()
+                return data
+        except FileNotFoundError:
+            return b""
 
     def stand(self) -> Stand:
         """Where it is, from the end of its record."""
         stand = Stand()
-        try:
-            with open(self.folder / "events.jsonl", "rb") as file:
-                file.seek(max(0, file.seek(0, 2) - ACTIVITY_BYTES))
-                lines = file.read().decode(errors="replace").splitlines()
-        except FileNotFoundError:
-            return stand
-        for line in lines:
+        for line in self._end().decode(errors="replace").splitlines():
             match decode_event(line):
                 case Phase() as phase:
                     stand = Stand(phase)
