@@ -44,7 +44,9 @@ class Call:
         from mlxops.control import inventory
 
         path = inventory.hosts_file(os.environ, _beside())
-        name = self.host or (os.environ.get("MLXOPS_HOST") if self.local else None)
+        name = self.host
+        if name is None and self.local:
+            name = os.environ.get("MLXOPS_HOST")
         if path is None:
             if not self.local:
                 raise UsageError(

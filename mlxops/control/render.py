@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 LINE_SECONDS = 60.0
 """How often progress is told at least, where there is no terminal to draw a bar on."""
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def harmless(text: object) -> str:
@@ -185,7 +185,7 @@ def size(number: object) -> str:
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Plain columns, aligned, without colours or borders: as readable in a pipe as on a terminal."""
-    cells = [[one_line(cell) if cell not in (None, "") else "-" for cell in row] for row in rows]
+    cells = [["-" if cell is None else one_line(cell) or "-" for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
