@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,7 +17,7 @@ from mlxops.control import client, render
 from mlxops.control.client import Answer, Target, ask, ask_all, gateway_warning, local_python
 from mlxops.core import names
 from mlxops.core.errors import Bug, Exit, MlxopsError, UsageError
-from mlxops.core.protocol import Event, Started
+from mlxops.core.protocol import Event, Line, Started
 from mlxops.core.settings import Settings
 
 HOST = "host in hosts.yaml"
@@ -447,6 +447,53 @@ def reconcile(
 
 
 @_command(
+    host=HOST,
+    port="port whose server's log it is",
+    lines="how many lines of its end (100)",
+    follow="stay, and show what comes",
+)
+def logs(
+    c: Context,
+    port: str | None = None,
+    lines: str | None = None,
+    follow: bool = False,
+    host: str | None = None,
+    local: bool = False,
+    json: bool = False,
+    debug: bool = False,
+) -> None:
+    """Show a server's log."""
+    call = Call("logs", host, local, json, debug)
+    kept: list[str] = []
+
+    def run(talk: render.Talk) -> tuple[Answer, ...]:
+        args = {"port": _need(port, "--port", "logs --port 8100"), "lines": _lines_asked(lines), "follow": follow}
+        (target,) = call.targets(only_one=True)
+        _check(target, args)
+
+        def hear(host: str, event: Event) -> None:
+            if isinstance(event, Line) and json and follow:
+                render.say(render.json_line({"host": host, "line": event.text}))
+            elif isinstance(event, Line) and json:
+                kept.append(event.text)
+            else:
+                talk.hear(host, event)
+
+        answer = ask(target, "logs", args, hear)
+        return (replace(answer, result={**answer.result, "lines": kept}) if answer.result else answer,)
+
+    _answer(call, run, lambda answers: "")
+
+
+def _lines_asked(text: str | None) -> int:
+    if text is None:
+        return 100
+    if not text.isascii() or not text.isdecimal() or int(text) > 100_000:
+        raise UsageError("bad_lines", f"--lines {text!r} is not a number of lines", hint="for example: --lines 100")
+    return int(text)
+
+
+@_command(
     host=HOSTS,
     follow="operation to follow to its end: its id, or the end of it",
     cancel="operation to end: its id, or the end of it; nothing of it stays",
@@ -554,4 +601,4 @@ def _develop(name: str, run: Callable[[], None]) -> None:
         raise SystemExit(_fail(call, failed)) from None
 
 
-namespace = Collection(init, list_, status, load, unload, unload_all, reconcile, ops, deploy, demo, test)
+namespace = Collection(init, list_, status, load, unload, unload_all, reconcile, ops, logs, deploy, demo, test)

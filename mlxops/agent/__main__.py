@@ -143,7 +143,8 @@ def _look(request: Request, store: Store, where: Place) -> int:
     from mlxops.agent.system import this_system
     from mlxops.agent.worker import finish
 
-    return finish(Context(request, where, store, this_system(), _emit, dict(os.environ)), _emit)
+    beat = _Beat()
+    return finish(Context(request, where, store, this_system(), _emit, dict(os.environ), beat=beat), _emit)
 
 
 def _change(request: Request, store: Store) -> int:
@@ -194,17 +195,27 @@ def _follow_same(store: Store, journal: Journal, heard: int) -> Done | Failed:
 def _follow(journal: Journal, heard: int) -> Done | Failed:
     """Pass on the events of an operation's record; its last one is returned, not passed on."""
     _emit(Started(journal.id))
-    spoke = time.monotonic()
+    beat = _Beat()
     for event in journal.follow(heard):
         if isinstance(event, Done | Failed):
             return event
         if event is not None:
             _emit(event)
-            spoke = time.monotonic()
-        elif time.monotonic() - spoke > BEAT_SECONDS:
-            _write("")
-            spoke = time.monotonic()
+        else:
+            beat()
     raise AssertionError("a record that is followed has an end")
+
+
+class _Beat:
+    """Called while there is nothing to tell; every few seconds it says that the connection lives."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def __call__(self) -> None:
+        if time.monotonic() - self._last > BEAT_SECONDS:
+            _write("")
+            self._last = time.monotonic()
 
 
 def _emit(event: Event) -> None:

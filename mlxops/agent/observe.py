@@ -16,6 +16,7 @@ from pathlib import Path
 from mlxops.agent import processes
 from mlxops.agent.engines import ENGINES, recognise
 from mlxops.agent.journal import activity
+from mlxops.agent.logs import clean
 from mlxops.agent.place import Place
 from mlxops.agent.store import Store
 from mlxops.agent.system import Listener, Look, System, collides
@@ -23,7 +24,6 @@ from mlxops.core.registry import Registry
 from mlxops.core.world import Answer, Run, Server, Signals, World, drift, judge
 
 PROBE_SECONDS = 2.0
-_TERMINAL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[@-_]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def observe(
@@ -178,11 +178,6 @@ def _ask(where: Place, signals: list[Signals]) -> dict[int, Answer]:
     for thread in threads:
         thread.join(PROBE_SECONDS * 2)
     return {each.port: answers.get(each.port, Answer.SILENT) for each in signals}
-
-
-def clean(text: str) -> str:
-    """Text from outside without control characters and terminal escapes."""
-    return _TERMINAL.sub("", text)
 
 
 def tail(path: Path, size: int = 8192) -> str:

@@ -6,6 +6,7 @@ follows that record. A broken connection, a closed terminal or a killed asker do
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from mlxops.agent.store import Store, state_unwritable
 from mlxops.agent.system import this_system
 from mlxops.core.errors import Bug, MlxopsError
 from mlxops.core.protocol import Done, Event, Failed, Request
+from mlxops.core.units import amount
 
 CANCEL_POLL_SECONDS = 0.1
 
@@ -82,7 +84,18 @@ def run(folder: Path, lock: int) -> int:
         operation=journal.id,
         cancellation=cancellation,
     )
+    _cut_logs(context)
     return finish(context, emit)
+
+
+def _cut_logs(context: Context) -> None:
+    """Servers write for months: whoever changes something looks whether a log has become too big."""
+    from mlxops.agent import logs
+
+    with contextlib.suppress(OSError):
+        for log, size in logs.too_big(context.store.state / "logs"):
+            logs.cut(log)
+            context.note(f"cut {log}: it had {amount(size)}; its end is in {log.name}.1")
 
 
 def finish(context: Context, emit: Callable[[Event], None]) -> int:

@@ -65,6 +65,11 @@ def _json(value: object) -> str:
     return json.dumps(value, indent=2, ensure_ascii=True)
 
 
+def json_line(value: object) -> str:
+    """One of many documents, on one line."""
+    return json.dumps(value, ensure_ascii=True)
+
+
 def exit_of(answers: Sequence[Answer]) -> Exit:
     return worst([answer.error.exit for answer in answers if answer.error])
 

@@ -63,6 +63,8 @@ class Context:
     emit: Callable[[Event], None]
     environ: Mapping[str, str]
     operation: str = ""
+    beat: Callable[[], None] = lambda: None
+    """Says that the connection lives, now and then, while there is nothing to tell; raises if nobody listens."""
     cancellation: Cancellation = field(default_factory=Cancellation)
 
     def registry(self) -> Registry:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from mlxops.agent import logs
 from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.files import Files, registered
 from mlxops.core.registry import Model, refusal
+from mlxops.core.units import amount
+from mlxops.core.world import Drift
 
 
 def status(ctx: Context) -> dict[str, object]:
@@ -15,7 +18,21 @@ def status(ctx: Context) -> dict[str, object]:
     if registry.unwritable:
         error = refusal(registry.unwritable)
         drift.insert(0, {"code": error.code, "port": None, "model": None, "message": error.why, "hint": error.hint})
+    drift += [each.to_wire() for each in _too_big(ctx)]
     return {"ports": rows, "drift": drift, "registry": str(ctx.where.registry)}
+
+
+def _too_big(ctx: Context) -> list[Drift]:
+    return [
+        Drift(
+            "log_too_big",
+            int(log.stem) if log.stem.isdecimal() else None,
+            None,
+            f"{log} has {amount(size)}",
+            "the next change on the host cuts it, for example: mlxctl reconcile",
+        )
+        for log, size in logs.too_big(ctx.store.state / "logs")
+    ]
 
 
 def list_models(ctx: Context) -> dict[str, object]:
