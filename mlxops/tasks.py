@@ -446,6 +446,61 @@ def reconcile(
     _change(Call("reconcile", host, local, json, debug), lambda: {"dry_run": dry_run})
 
 
+@_command(host=HOST, cleared="also what the latest reconcile has cleared", dry_run=DRY)
+def restore(
+    c: Context,
+    host: str | None = None,
+    cleared: bool = False,
+    dry_run: bool = False,
+    local: bool = False,
+    json: bool = False,
+    debug: bool = False,
+) -> None:
+    """Start what is assigned and nothing serves."""
+    _change(Call("restore", host, local, json, debug), lambda: {"cleared": cleared, "dry_run": dry_run})
+
+
+@_command(
+    host=HOST,
+    install="have the system run restore at boot",
+    every="minutes; also have it run that often, which brings crashed servers back (implies --install)",
+    remove="have it run it no more",
+    show="show what is installed; the default",
+)
+def boot(
+    c: Context,
+    host: str | None = None,
+    install: bool = False,
+    every: str | None = None,
+    remove: bool = False,
+    show: bool = False,
+    local: bool = False,
+    json: bool = False,
+    debug: bool = False,
+) -> None:
+    """Have the host start its models at boot."""
+
+    def given() -> Mapping[str, object]:
+        actions = [name for name, on in (("install", install or every), ("remove", remove), ("show", show)) if on] or [
+            "show"
+        ]
+        if len(actions) > 1:
+            raise UsageError(
+                "one_action", f"--{actions[0]} and --{actions[1]} exclude each other", hint="one after the other"
+            )
+        return {"action": actions[0], "every": _minutes(every), "dry_run": actions[0] == "show"}
+
+    _change(Call("boot", host, local, json, debug), given)
+
+
+def _minutes(text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not text.isascii() or not text.isdecimal() or not 1 <= int(text) <= 1440:
+        raise UsageError("bad_minutes", f"--every {text!r} is not a number of minutes", hint="for example: --every 5")
+    return int(text)
+
+
 @_command(
     host=HOST,
     port="port whose server's log it is",
@@ -601,4 +656,6 @@ def _develop(name: str, run: Callable[[], None]) -> None:
         raise SystemExit(_fail(call, failed)) from None
 
 
-namespace = Collection(init, list_, status, load, unload, unload_all, reconcile, ops, logs, deploy, demo, test)
+namespace = Collection(
+    init, list_, status, load, unload, unload_all, reconcile, restore, boot, ops, logs, deploy, demo, test
+)

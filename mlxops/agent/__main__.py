@@ -2,6 +2,7 @@
 
 python -P -m mlxops.agent             a request, its events
 python -P -m mlxops.agent --build     which code this is
+python -P -m mlxops.agent --restore S   restore, without anybody who asks; S is the state folder
 python -P -m mlxops.agent --worker D L  the worker of the operation whose record is D, its lock the descriptor L
 """
 
@@ -51,6 +52,10 @@ def main(argv: list[str]) -> int:
             from mlxops.agent.worker import run
 
             return run(Path(folder), int(lock))
+        case ["--restore", state]:
+            from mlxops.agent.unattended import run as restore
+
+            return restore(Path(state))
     sys.stderr.write("mlxops.agent is run by mlxops, not by hand\n")
     return 2
 

@@ -223,7 +223,15 @@ def recent(ops: Path) -> list[Journal]:
         names = [name for name in os.listdir(ops) if _ID.fullmatch(name)]
     except FileNotFoundError:
         return []
-    return [Journal(ops / name) for name in sorted(names, reverse=True)]
+    return [Journal(ops / name) for name in sorted(names, key=lambda name: _began(ops / name), reverse=True)]
+
+
+def _began(folder: Path) -> tuple[str, int]:
+    """The second is in the name; within one, the file that was written first tells."""
+    try:
+        return folder.name[:15], (folder / "request.json").stat().st_mtime_ns
+    except OSError:
+        return folder.name[:15], 0
 
 
 @contextmanager

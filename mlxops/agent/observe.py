@@ -18,7 +18,7 @@ from mlxops.agent.engines import ENGINES, recognise
 from mlxops.agent.journal import activity
 from mlxops.agent.logs import clean
 from mlxops.agent.place import Place
-from mlxops.agent.store import Store
+from mlxops.agent.store import Store, utc
 from mlxops.agent.system import Listener, Look, System, collides
 from mlxops.core.registry import Registry
 from mlxops.core.world import Answer, Run, Server, Signals, World, drift, judge
@@ -132,7 +132,8 @@ def _signals(
         activity="" if holder is None or holder.id == own else activity(store.state / "ops", holder.id),
         stranger=_describe(look, others) if listeners and (others or not pids) else "",
         memory_bytes=system.memory(members) if members else None,
-        last_words=last_line(tail(store.log_path(port))) if run is not None and not members else "",
+        last_words=_last_words(store.log_path(port)) if run is not None and not members else "",
+        rebooted=run is not None and run.boot_id != system.boot_id(),
     )
 
 
@@ -178,6 +179,14 @@ def _ask(where: Place, signals: list[Signals]) -> dict[int, Answer]:
     for thread in threads:
         thread.join(PROBE_SECONDS * 2)
     return {each.port: answers.get(each.port, Answer.SILENT) for each in signals}
+
+
+def _last_words(log: Path) -> str:
+    """What a server that ended said last, and when."""
+    words = last_line(tail(log))
+    with contextlib.suppress(OSError):
+        return f"{words} (its log ends at {utc(log.stat().st_mtime)})"
+    return words
 
 
 def tail(path: Path, size: int = 8192) -> str:

@@ -276,6 +276,10 @@ def change_lines(command: str, result: Mapping[str, object]) -> str:
             return _reconcile_lines(result)
         case "unload":
             return _unload_line(result)
+        case "restore":
+            return _restore_line(result)
+        case "boot":
+            return _boot_lines(result)
         case "ops":
             return _ops_line(result)
         case "deploy":
@@ -284,11 +288,35 @@ def change_lines(command: str, result: Mapping[str, object]) -> str:
     return _load_line(result)
 
 
+def _restore_line(result: Mapping[str, object]) -> str:
+    def named(key: str) -> str:
+        return ", ".join(f"{row.get('model')} on {row.get('port')}" for row in _rows(result, key))
+
+    verb = "would start" if result.get("dry_run") else "started"
+    left = f"; left: {named('skipped')}" if named("skipped") else ""
+    return one_line(f"{verb} {named('restored') or 'nothing'}{left}")
+
+
+def _boot_lines(result: Mapping[str, object]) -> str:
+    files = result.get("files")
+    files = files if isinstance(files, dict) else {}
+    lines = [f"restore at boot: {one_line(result.get('state'))}"]
+    lines += [f"{'' if text else 'not '}there: {one_line(path)}" for path, text in files.items()]
+    job = result.get("boot_job")
+    if isinstance(job, dict):
+        owns = "owns" if job.get("there") else "does not own any more"
+        lines.append(one_line(f"the host's own boot job {job.get('script')} {owns} port {job.get('port')}"))
+    told = result.get("told")
+    return "\n".join([*lines, *(map(harmless, told) if isinstance(told, list) else [])])
+
+
 def _ops_line(result: Mapping[str, object]) -> str:
     """What an operation that was followed or cancelled came to; whose command it was, its result tells."""
     if "cancelled" in result:
         end = "was cancelled; nothing of it is left" if result["cancelled"] else "was done before it could be cancelled"
         return one_line(f"operation {result.get('operation')} {end}")
+    if "restored" in result:
+        return _restore_line(result)
     if "url" in result:
         return _unload_line(result) if result.get("state") == "idle" else _load_line(result)
     return "it is done"

@@ -47,6 +47,14 @@ def command(name: str) -> Callable[[Context], dict[str, object]] | None:
             from mlxops.agent.operations.unload import unload_all
 
             return unload_all
+        case "restore":
+            from mlxops.agent.operations.restore import restore
+
+            return restore
+        case "boot":
+            from mlxops.agent.operations.boot import boot
+
+            return boot
         case "reconcile":
             from mlxops.agent.operations.reconcile import reconcile
 

@@ -201,6 +201,7 @@ def _apply_load(
             repo_id=plan.target.repo_id,
             revision=prepared.files.revision,
             replaced=plan.previous.model if plan.previous else None,
+            restore=ctx.request.flag("restore"),
         )
         return _load_result(ctx, plan, began, changed=True, downtime=downtime)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from mlxops.agent import logs
 from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.files import Files, registered
-from mlxops.core.registry import Model, refusal
+from mlxops.agent.store import utc
+from mlxops.core.registry import Model, Registry, refusal
 from mlxops.core.units import amount
-from mlxops.core.world import Drift
+from mlxops.core.world import Drift, World
 
 
 def status(ctx: Context) -> dict[str, object]:
@@ -19,7 +20,19 @@ def status(ctx: Context) -> dict[str, object]:
         error = refusal(registry.unwritable)
         drift.insert(0, {"code": error.code, "port": None, "model": None, "message": error.why, "hint": error.hint})
     drift += [each.to_wire() for each in _too_big(ctx)]
+    drift = [each.to_wire() for each in _rebooted(ctx, registry, world)] + drift
     return {"ports": rows, "drift": drift, "registry": str(ctx.where.registry)}
+
+
+def _rebooted(ctx: Context, registry: Registry, world: World) -> list[Drift]:
+    """Servers of before the host's last boot that are assigned and not back."""
+    down = [
+        view.port for view in world.ports.values() if view.rebooted and view.unserved and registry.on_port(view.port)
+    ]
+    if not down:
+        return []
+    message = f"rebooted {utc(ctx.system.booted_at())}; {len(down)} assignment{'s'[: len(down) != 1]} down"
+    return [Drift("rebooted", None, None, message, "mlxctl restore")]
 
 
 def _too_big(ctx: Context) -> list[Drift]:

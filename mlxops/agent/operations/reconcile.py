@@ -5,6 +5,7 @@ from __future__ import annotations
 from mlxops.agent.observe import observe
 from mlxops.agent.operations.context import DRAIN_SECONDS, Context
 from mlxops.agent.operations.stopping import stop
+from mlxops.agent.store import state_unwritable
 from mlxops.core import planner
 from mlxops.core.errors import Busy
 
@@ -24,8 +25,8 @@ def reconcile(ctx: Context) -> dict[str, object]:
         stopped += now_stopped
         cleared += now_cleared
     changed = bool(stopped or cleared) and not ctx.request.dry_run
-    if changed:
-        ctx.remember(command="reconcile", cleared=cleared, stopped=stopped)
+    if stopped and changed:
+        ctx.remember(command="reconcile", stopped=stopped)
     return {"cleared": cleared, "stopped": stopped, "kept": kept, "changed": changed, "dry_run": ctx.request.dry_run}
 
 
@@ -39,6 +40,7 @@ def _reconcile_port(ctx: Context, port: int) -> tuple[list[dict[str, object]], l
         for view in plan.stops:
             stop(ctx, view, DRAIN_SECONDS)
         if clear:
+            _remember_cleared(ctx, clear)
             ctx.store.registry.update(
                 lambda current: current.clear(m.name for m in current.on_port(port) if m.name in clear)
             )
@@ -48,3 +50,12 @@ def _reconcile_port(ctx: Context, port: int) -> tuple[list[dict[str, object]], l
         {"port": view.port, "model": view.model, "pid": view.pid, "why": view.detail} for view in plan.stops
     ]
     return stopped, [{"model": name, "port": at} for name, at in clear.items()]
+
+
+def _remember_cleared(ctx: Context, clear: dict[str, int]) -> None:
+    """Before it is cleared, and not to be done without: `restore --cleared` finds it here. Raises `Refused`."""
+    rows = [{"model": name, "port": at} for name, at in clear.items()]
+    try:
+        ctx.store.remember(operation=ctx.operation, by=str(ctx.request.asker), command="reconcile", cleared=rows)
+    except OSError as error:
+        raise state_unwritable(ctx.store.state, error) from None
