@@ -503,6 +503,48 @@ def _minutes(text: str | None) -> int | None:
 
 @_command(
     host=HOST,
+    repo="org/name[@revision] to download, or to refresh",
+    verify="compare the content of every file with the hub's hashes",
+    dry_run=DRY,
+)
+def pull(
+    c: Context,
+    repo: str | None = None,
+    host: str | None = None,
+    verify: bool = False,
+    dry_run: bool = False,
+    local: bool = False,
+    json: bool = False,
+    debug: bool = False,
+) -> None:
+    """Download a model, or refresh it; nothing is started."""
+
+    def given() -> Mapping[str, object]:
+        return {"repo": _need(repo, "--repo", "pull --repo org/name"), "verify": verify, "dry_run": dry_run}
+
+    _change(Call("pull", host, local, json, debug), given)
+
+
+@_command(host=HOST, model="the model whose files go; its registry entry stays", dry_run=DRY)
+def remove(
+    c: Context,
+    model: str | None = None,
+    host: str | None = None,
+    dry_run: bool = False,
+    local: bool = False,
+    json: bool = False,
+    debug: bool = False,
+) -> None:
+    """Delete a model's files from the cache."""
+
+    def given() -> Mapping[str, object]:
+        return {"model": _need(model, "--model", "remove --model NAME"), "dry_run": dry_run}
+
+    _change(Call("remove", host, local, json, debug), given)
+
+
+@_command(
+    host=HOST,
     port="port whose server's log it is",
     lines="how many lines of its end (100)",
     follow="stay, and show what comes",
@@ -657,5 +699,5 @@ def _develop(name: str, run: Callable[[], None]) -> None:
 
 
 namespace = Collection(
-    init, list_, status, load, unload, unload_all, reconcile, restore, boot, ops, logs, deploy, demo, test
+    init, list_, status, load, unload, unload_all, reconcile, restore, pull, remove, boot, ops, logs, deploy, demo, test
 )

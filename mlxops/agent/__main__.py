@@ -51,7 +51,10 @@ def main(argv: list[str]) -> int:
         case ["--worker", folder, lock]:
             from mlxops.agent.worker import run
 
-            return run(Path(folder), int(lock))
+            status = run(Path(folder), int(lock))
+            sys.stderr.flush()
+            # At once: a thread of a cancelled download may hang on a hub that says nothing.
+            os._exit(status)
         case ["--restore", state]:
             from mlxops.agent.unattended import run as restore
 

@@ -226,7 +226,12 @@ def status_table(answers: Sequence[Answer]) -> str:
         for answer in answers
         for row in _rows(answer.result, "drift")
     ]
-    return "\n".join([text, *drift])
+    running = [
+        one_line(f"running: {row.get('command')} {row.get('operation')}: {row.get('detail')}")
+        for answer in answers
+        for row in _rows(answer.result, "operations")
+    ]
+    return "\n".join([text, *running, *drift])
 
 
 def ops_table(answers: Sequence[Answer]) -> str:
@@ -276,6 +281,8 @@ def change_lines(command: str, result: Mapping[str, object]) -> str:
             return _reconcile_lines(result)
         case "unload":
             return _unload_line(result)
+        case "pull" | "remove":
+            return _files_line(result)
         case "restore":
             return _restore_line(result)
         case "boot":
@@ -286,6 +293,21 @@ def change_lines(command: str, result: Mapping[str, object]) -> str:
             verb = "installed" if result.get("changed") else "already installed"
             return f"agent {one_line(result.get('build'))} {verb} at {one_line(result.get('path'))}"
     return _load_line(result)
+
+
+def _files_line(result: Mapping[str, object]) -> str:
+    if "freed_bytes" in result:
+        verb = "would free" if result.get("dry_run") else "freed"
+        kept = result.get("kept")
+        rest = f"; {len(kept)} other revisions of it stay" if isinstance(kept, list) and kept else ""
+        return one_line(f"{result.get('model')}: {verb} {size(result.get('freed_bytes'))}{rest}")
+    if result.get("dry_run"):
+        return one_line(f"would ask the hub for {result.get('repo_id')}; here: {result.get('revision') or 'nothing'}")
+    verb = "is here" if result.get("changed") else "was here already"
+    checked = result.get("verified_files")
+    proof = f", the content of {checked} files verified" if checked is not None else ""
+    what = f"{result.get('repo_id')} at {str(result.get('revision'))[:12]} {verb}"
+    return one_line(f"{what}: {size(result.get('size_bytes'))}{proof} ({result.get('seconds')} s)")
 
 
 def _restore_line(result: Mapping[str, object]) -> str:
@@ -315,6 +337,8 @@ def _ops_line(result: Mapping[str, object]) -> str:
     if "cancelled" in result:
         end = "was cancelled; nothing of it is left" if result["cancelled"] else "was done before it could be cancelled"
         return one_line(f"operation {result.get('operation')} {end}")
+    if "size_bytes" in result:
+        return _files_line(result)
     if "restored" in result:
         return _restore_line(result)
     if "url" in result:

@@ -55,6 +55,14 @@ def command(name: str) -> Callable[[Context], dict[str, object]] | None:
             from mlxops.agent.operations.boot import boot
 
             return boot
+        case "pull":
+            from mlxops.agent.operations.pull import pull
+
+            return pull
+        case "remove":
+            from mlxops.agent.operations.pull import remove
+
+            return remove
         case "reconcile":
             from mlxops.agent.operations.reconcile import reconcile
 

@@ -26,6 +26,10 @@ class Cancellation:
         self._wished = self._raised = False
         self._shields = 0
 
+    @property
+    def wished(self) -> bool:
+        return self._wished
+
     def wish(self) -> None:
         """Called from a signal's handler."""
         self._wished = True

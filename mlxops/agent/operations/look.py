@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mlxops.agent import logs
+from mlxops.agent.journal import activity
 from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.files import Files, registered
 from mlxops.agent.store import utc
@@ -12,6 +13,8 @@ from mlxops.core.world import Drift, World
 
 
 def status(ctx: Context) -> dict[str, object]:
+    from mlxops.agent.operations.pull import downloads
+
     registry = ctx.registry()
     world = ctx.observe(registry)
     rows = [view.to_wire() for port, view in sorted(world.ports.items()) if port in ctx.where.settings.ports]
@@ -21,7 +24,11 @@ def status(ctx: Context) -> dict[str, object]:
         drift.insert(0, {"code": error.code, "port": None, "model": None, "message": error.why, "hint": error.hint})
     drift += [each.to_wire() for each in _too_big(ctx)]
     drift = [each.to_wire() for each in _rebooted(ctx, registry, world)] + drift
-    return {"ports": rows, "drift": drift, "registry": str(ctx.where.registry)}
+    running = [
+        {"operation": each.id, "command": each.command, "detail": activity(ctx.store.state / "ops", each.id)}
+        for each in downloads(ctx)
+    ]
+    return {"operations": running, "ports": rows, "drift": drift, "registry": str(ctx.where.registry)}
 
 
 def _rebooted(ctx: Context, registry: Registry, world: World) -> list[Drift]:
