@@ -69,7 +69,15 @@ class Look:
 
 def collides(one: str, other: str) -> bool:
     """Two listening addresses cannot share a port: they are equal, or one of them means every address."""
-    return one == other or any(ipaddress.ip_address(each).is_unspecified for each in (one, other))
+    addresses = [ipaddress.ip_address(_plain(each)) for each in (one, other)]
+    return addresses[0] == addresses[1] or any(address.is_unspecified for address in addresses)
+
+
+def _plain(text: str) -> str:
+    """An address in its one usual form; an IPv4 address that is written as IPv6 is that IPv4 address."""
+    address = ipaddress.ip_address(text)
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return str(mapped or address)
 
 
 class System(Protocol):
@@ -244,7 +252,7 @@ class PsutilSystem:
             try:
                 for connection in psutil.Process(pid).net_connections(kind="tcp"):
                     if connection.status == psutil.CONN_LISTEN and connection.laddr.port in ports:
-                        sockets.setdefault((connection.laddr.ip, connection.laddr.port), set()).add(pid)
+                        sockets.setdefault((_plain(connection.laddr.ip), connection.laddr.port), set()).add(pid)
             except (psutil.Error, OSError):
                 continue
         return Look(
@@ -286,10 +294,7 @@ def _address(text: str) -> str:
     words = [raw[i : i + 4] for i in range(0, len(raw), 4)]
     if sys.byteorder == "little":
         words = [word[::-1] for word in words]
-    address = ipaddress.ip_address(b"".join(words))
-    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
-        return str(address.ipv4_mapped)
-    return str(address)
+    return _plain(str(ipaddress.ip_address(b"".join(words))))
 
 
 def _read(path: str) -> bytes:

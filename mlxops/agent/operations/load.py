@@ -113,7 +113,10 @@ def _fields(target: Target, files: Files) -> dict[str, object]:
     """What the registry says of the target once it serves; `port` apart."""
     fields = planner.entry_fields(target.repo_id, str(files.path))
     del fields["port"]
-    return fields | ({"revision": files.revision} if target.revision else {})
+    if target.revision:
+        return fields | {"revision": files.revision}
+    # A revision that stands there is of the repository that the entry had before.
+    return fields | ({"revision": None} if target.entry and target.entry.revision else {})
 
 
 def _prepare(ctx: Context, target: Target, port: int, files: Files) -> Prepared:
