@@ -82,3 +82,7 @@ def main() -> None:
     )
     program = _Mlxctl(version=__version__, namespace=namespace, name="mlxctl", binary="mlxctl", config_class=_OwnConfig)
     program.run(["mlxctl", *with_flags(sys.argv[1:], takes_value)])
+
+
+if __name__ == "__main__":
+    main()

@@ -620,14 +620,29 @@ def ops(
     _answer(call, run, lambda answers: _lines(call, answers), key="result")
 
 
-@_command(host=HOST)
-def deploy(c: Context, host: str | None = None, local: bool = False, json: bool = False, debug: bool = False) -> None:
+@_command(
+    host=HOST,
+    rollback="go back to the build that was there before",
+    wheels="folder with all wheels that are needed, for a host without a package index",
+    mlxctl="also install mlxctl there, linked into ~/.local/bin",
+)
+def deploy(
+    c: Context,
+    host: str | None = None,
+    rollback: bool = False,
+    wheels: str | None = None,
+    mlxctl: bool = False,
+    local: bool = False,
+    json: bool = False,
+    debug: bool = False,
+) -> None:
     """Install or upgrade the agent on a host."""
     call = Call("deploy", host, local, json, debug)
 
     def run(talk: render.Talk) -> tuple[Answer, ...]:
         (target,) = call.targets(only_one=True)
-        return (client.deploy(target, talk.hear),)
+        folder = Path(wheels) if wheels else None
+        return (client.deploy(target, talk.hear, mlxctl=mlxctl, wheels=folder, rollback=rollback),)
 
     _answer(call, run, lambda answers: _lines(call, answers), key="result")
 

@@ -8,6 +8,8 @@ python -P -m mlxops.agent --worker D L  the worker of the operation whose record
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import sys
 import time
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 
 BEAT_SECONDS = 5.0
 """How often an empty line says that the connection lives while there is nothing to tell."""
+STAMP = f"{sys.prefix}/installed.json"
+"""Written by `install.py`."""
 MAX_REQUEST = 1024 * 1024
 
 
@@ -44,11 +48,13 @@ def main(argv: list[str]) -> int:
     match argv:
         case []:
             os.umask(0o077)
+            _use_build()
             return _answer()
         case ["--build"]:
             _write(build_id())
             return 0
         case ["--worker", folder, lock]:
+            _use_build()
             from mlxops.agent.worker import run
 
             status = run(Path(folder), int(lock))
@@ -61,6 +67,23 @@ def main(argv: list[str]) -> int:
             return restore(Path(state))
     sys.stderr.write("mlxops.agent is run by mlxops, not by hand\n")
     return 2
+
+
+def _use_build() -> None:
+    """A shared lock on this build's stamp, for as long as this process lives: deploy prunes no build that is in use."""
+    try:
+        fcntl.flock(os.open(STAMP, os.O_RDONLY | os.O_CLOEXEC), fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return  # not deployed but installed in another way; or being looked at by a deploy in this very instant
+
+
+def _deployed() -> str:
+    """Who has deployed this build and when, in parentheses; empty if nobody has."""
+    try:
+        stamp = json.loads(Path(STAMP).read_text())
+        return f" (deployed by {stamp['by']} at {stamp['at']})"
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
 
 
 def _answer() -> int:
@@ -129,7 +152,7 @@ def _agree_on_code(request: Request) -> None:
     problem = AgentProblem(
         "agent_differs",
         "the agent on the host is not this mlxops",
-        why=f"the host has {build_id()}, this is {request.build}",
+        why=f"the host has {build_id()}{_deployed()}, this is {request.build}",
         hint="make both sides equal: inv deploy",
     )
     if request.changes or request.command in {"agree", "cancel"}:

@@ -43,7 +43,7 @@ PATIENT_POLL_SECONDS = 0.1
 PATIENT_AFTER_SECONDS = 3.0
 ACTIVITY_BYTES = 65536
 """How much of a record's end tells where the operation is: some hundred events."""
-_ID = re.compile(r"[0-9]{8}T[0-9]{6}-[0-9a-f]{8}")
+_ID = re.compile(r"[0-9]{8}T[0-9]{6}-[0-9a-f]{6,8}")
 
 
 @dataclass(frozen=True)

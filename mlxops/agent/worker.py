@@ -47,7 +47,7 @@ def _start(journal: Journal, lock: int) -> subprocess.Popen[bytes]:
     try:
         with open(journal.folder / "stderr", "xb") as errors:
             return subprocess.Popen(
-                [sys.executable, "-P", "-m", "mlxops.agent", "--worker", str(journal.folder), str(lock)],
+                [_own_python(), "-P", "-m", "mlxops.agent", "--worker", str(journal.folder), str(lock)],
                 stdin=subprocess.DEVNULL,
                 stdout=errors,
                 stderr=errors,
@@ -57,6 +57,14 @@ def _start(journal: Journal, lock: int) -> subprocess.Popen[bytes]:
             )
     finally:
         os.close(lock)  # from now on it is the worker's alone
+
+
+def _own_python() -> str:
+    """This build's interpreter by its own path: `<state>/venv` may lead to another build before the worker ends, and
+    the worker imports what it needs when it needs it."""
+    if sys.prefix == sys.base_prefix:
+        return sys.executable
+    return str(Path(sys.prefix).resolve() / "bin" / Path(sys.executable).name)
 
 
 def run(folder: Path, lock: int) -> int:

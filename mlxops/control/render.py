@@ -290,9 +290,19 @@ def change_lines(command: str, result: Mapping[str, object]) -> str:
         case "ops":
             return _ops_line(result)
         case "deploy":
-            verb = "installed" if result.get("changed") else "already installed"
-            return f"agent {one_line(result.get('build'))} {verb} at {one_line(result.get('path'))}"
+            return _deploy_lines(result)
     return _load_line(result)
+
+
+def _deploy_lines(result: Mapping[str, object]) -> str:
+    verb = "installed" if result.get("changed") else "already installed"
+    build, own, pruned = result.get("build"), result.get("own_build"), result.get("pruned")
+    lines = [f"agent {build} {verb} at {result.get('path')}"]
+    if isinstance(pruned, list) and pruned:
+        lines.append(f"removed older builds: {', '.join(map(str, pruned))}")
+    if build != own:
+        lines.append(f"this mlxops is {own}: changes need the control node of {build}, or another deploy")
+    return "\n".join(map(one_line, lines))
 
 
 def _files_line(result: Mapping[str, object]) -> str:
