@@ -45,7 +45,7 @@ PATIENT_AFTER_SECONDS = 3.0
 ACTIVITY_BYTES = 65536
 """How much of a record's end tells where the operation is: some hundred events."""
 _ENDS = tuple(f'{{"mlxops":{PROTOCOL},"event":"{event}"'.encode() for event in ("done", "failed"))
-_ID = re.compile(r"[0-9]{8}T[0-9]{6}-[0-9a-f]{8}")
+_ID = re.compile(r"[0-9]{8}T[0-9]{6}-[0-9a-f]{6,8}")
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,15 @@ def recent(ops: Path) -> list[Journal]:
         names = [name for name in os.listdir(ops) if _ID.fullmatch(name)]
     except FileNotFoundError:
         return []
-    return [Journal(ops / name) for name in sorted(names, reverse=True)]
+    return [Journal(ops / name) for name in sorted(names, key=lambda name: _began(ops / name), reverse=True)]
+
+
+def _began(folder: Path) -> tuple[str, int]:
+    """The second is in the name; within one, the file that was written first tells."""
+    try:
+        return folder.name[:15], (folder / "request.json").stat().st_mtime_ns
+    except OSError:
+        return folder.name[:15], 0
 
 
 @contextmanager

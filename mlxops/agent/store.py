@@ -32,13 +32,18 @@ from mlxops.core.registry import Registry
 from mlxops.core.settings import Settings, settings_from_wire
 from mlxops.core.world import Operation, Run, run_from_wire
 
+HISTORY_BYTES = 4 * 1024 * 1024
 LOCK_SECONDS = 10.0
 """How long a registry transaction waits for another: they take milliseconds, so this is never a queue."""
 
 
 def now() -> str:
     """Wall time for display, UTC, to the second."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return utc(time.time())
+
+
+def utc(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
@@ -418,6 +423,23 @@ class Store:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+    def history(self) -> list[dict[str, object]]:
+        """The history's lines, oldest first; of a very long one the latest `HISTORY_BYTES`. Broken lines, as a full
+        disk leaves them, are not there."""
+        try:
+            with open(self.state / "history.jsonl", "rb") as file:
+                file.seek(max(0, file.seek(0, 2) - HISTORY_BYTES))
+                lines = file.read().split(b"\n")
+        except FileNotFoundError:
+            return []
+        found = []
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                value = json.loads(line)
+                if isinstance(value, dict):
+                    found.append(value)
+        return found
 
 
 def _ends_with_newline(path: Path) -> bool:

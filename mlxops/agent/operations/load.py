@@ -93,10 +93,10 @@ def _plan(ctx: Context, registry: Registry, target: Target, port: int, prepared:
 
 
 def _download(ctx: Context, target: Target) -> Files:
-    from mlxops.agent.hub import download
+    from mlxops.agent.operations.pull import fetch
 
     ctx.emit(Phase("download", f"{target.repo_id} is not in the cache"))
-    snapshot = download(target.repo_id, target.revision, ctx.where.hub, ctx.emit)
+    snapshot = fetch(ctx, target.repo_id, target.revision)
     return Files(snapshot.revision, snapshot.path, snapshot.size_bytes)
 
 
@@ -210,6 +210,7 @@ def _apply_load(
             repo_id=plan.target.repo_id,
             revision=prepared.files.revision,
             replaced=plan.previous.model if plan.previous else None,
+            restore=ctx.request.flag("restore"),
         )
         return _load_result(ctx, plan, began, changed=True, downtime=downtime)
 
