@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,9 +30,17 @@ def ops(tmp_path: Path) -> Path:
     return folder
 
 
+def recorded(ops: Path) -> Journal:
+    """A new record whose worker did not come: its lock is given back."""
+    journal, lock = create(ops, REQUEST)
+    assert lock is not None
+    os.close(lock)
+    return journal
+
+
 @pytest.fixture
 def journal(ops: Path) -> Journal:
-    return create(ops, REQUEST)
+    return recorded(ops)
 
 
 @pytest.fixture
@@ -164,11 +173,21 @@ def test_a_worker_that_broke_down_is_told_with_its_last_words(journal: Journal) 
     assert isinstance(error, Bug) and (error.code, error.why) == ("worker_failed", "MemoryError")
 
 
-def test_a_worker_that_is_about_to_start_is_waited_for(journal: Journal) -> None:
-    answers = iter([True, True, False])
-    found = journal.follow(lambda: next(answers))
+def test_a_worker_that_is_about_to_start_is_waited_for(ops: Path) -> None:
+    journal, lock = create(ops, REQUEST)
+    assert lock is not None
+    found = journal.follow()
     assert [next(found), next(found)] == [None, None]
-    assert isinstance(next(found), Failed)
+    os.close(lock)
+    assert isinstance(told(found), Failed)
+
+
+def test_the_same_ticket_is_the_same_operation(ops: Path) -> None:
+    request = replace(REQUEST, ticket="0a0b0c0d")
+    first, lock = create(ops, request)
+    assert lock is not None
+    os.close(lock)
+    assert create(ops, request) == (first, None)
 
 
 def test_only_one_worker_holds_a_record(journal: Journal, held: int) -> None:
@@ -217,15 +236,15 @@ def test_what_is_no_id_of_an_operation_finds_nothing(ops: Path, journal: Journal
 
 def test_old_records_go_but_for_those_whose_worker_lives(ops: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journals, "KEPT", 4)
-    old = [f"20200101T00000{number}-aaaaaa" for number in range(6)]
+    old = [f"20200101T00000{number}-aaaaaaaa" for number in range(6)]
     for name in old:
         (ops / name).mkdir()
     (ops / "somebody's").mkdir()
     fd = Journal(ops / old[0]).hold()
     try:
-        new = create(ops, REQUEST)
+        new = recorded(ops)
         assert sorted(os.listdir(ops)) == sorted([old[0], *old[3:], new.id, "somebody's"])
     finally:
         os.close(fd)
-    newest = create(ops, REQUEST)
+    newest = recorded(ops)
     assert sorted(os.listdir(ops)) == sorted([*old[4:], new.id, newest.id, "somebody's"])
