@@ -93,6 +93,12 @@ class System(Protocol):
     def memory(self, pids: Iterable[int]) -> int:
         """Resident bytes of these processes together; shared pages count more than once."""
 
+    def available(self) -> int | None:
+        """Bytes that a new program could have without anything being swapped out; None if that is not told."""
+
+    def connections(self, port: int, pids: Iterable[int]) -> frozenset[tuple[str, int]]:
+        """The far ends of the TCP connections that are open to `port`, which these processes serve."""
+
 
 @cache
 def this_system() -> System:
@@ -161,16 +167,33 @@ class LinuxSystem:
                 continue
         return total
 
+    def available(self) -> int | None:
+        for line in _read(f"{self.root}/meminfo").decode().splitlines():
+            key, _, value = line.partition(":")
+            if key == "MemAvailable":
+                return int(value.split()[0]) * 1024
+        return None
+
+    def connections(self, port: int, pids: Iterable[int]) -> frozenset[tuple[str, int]]:
+        return frozenset(
+            (_address(address), int(remote, 16))
+            for table in ("tcp", "tcp6")
+            for fields in self._sockets(table)
+            for address, _, remote in [fields[2].partition(":")]
+            if fields[3] == "01" and int(fields[1].rpartition(":")[2], 16) == port
+        )
+
+    def _sockets(self, table: str) -> Iterable[list[str]]:
+        try:
+            return [line.split() for line in _read(f"{self.root}/net/{table}").decode().splitlines()[1:]]
+        except OSError:
+            return []
+
     def _pids(self) -> Iterable[int]:
         return (int(name) for name in os.listdir(self.root) if name.isdigit())
 
     def _listening(self, table: str, ports: Container[int]) -> Iterable[tuple[str, int, str]]:
-        try:
-            lines = _read(f"{self.root}/net/{table}").decode().splitlines()[1:]
-        except OSError:
-            return
-        for line in lines:
-            fields = line.split()
+        for fields in self._sockets(table):
             address, _, port = fields[1].partition(":")
             if fields[3] == "0A" and int(port, 16) in ports:
                 yield _address(address), int(port, 16), fields[9]
@@ -266,6 +289,29 @@ class PsutilSystem:
             except (psutil.Error, OSError):
                 continue
         return total
+
+    def available(self) -> int | None:
+        import psutil
+
+        return int(psutil.virtual_memory().available)
+
+    def connections(self, port: int, pids: Iterable[int]) -> frozenset[tuple[str, int]]:
+        import psutil
+
+        found = set()
+        for pid in pids:
+            try:
+                for connection in psutil.Process(pid).net_connections(kind="tcp"):
+                    if connection.status == psutil.CONN_ESTABLISHED and connection.laddr.port == port:
+                        found.add((_plain(connection.raddr.ip), connection.raddr.port))
+            except (psutil.Error, OSError):
+                continue
+        return frozenset(found)
+
+
+def _plain(address: str) -> str:
+    """An IPv4 address as such, also where a socket for both families names it."""
+    return address.removeprefix("::ffff:")
 
 
 def _address(text: str) -> str:

@@ -74,6 +74,15 @@ class Registry:
         old = self._entry(name)
         return self._with_entries({name: {**old, **fields}})
 
+    def without_fields(self, name: str, keys: Iterable[str]) -> Registry:
+        """The entry `name` without these keys."""
+        gone = frozenset(keys)
+        models = {**cast(dict[str, object], self.raw.get("models", {}))}
+        models[name] = {key: value for key, value in self._entry(name).items() if key not in gone}
+        if self.unwritable:
+            raise refusal(self.unwritable)
+        return _view({**self.raw, "models": models}, None)
+
     def assign(self, name: str, port: int) -> Registry:
         """`port` goes to `name` and to nobody else, in one document: no state between has two owners."""
         entries: dict[str, dict[str, object]] = {

@@ -1,4 +1,9 @@
-"""mlx-openai-server: where it is found, in the order that its users rely on, and its options (1.8)."""
+"""mlx-openai-server: where it is found, in the order that its users rely on, and its options (tried with 1.4.2, 1.5.1,
+1.7.1 and 1.8.1).
+
+Until 1.6 it answers to any name, and has no option for one. Since 1.7 it has `--served-model-name`; since 1.8 that
+is the only name that it answers to.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +32,8 @@ VARIABLE = "MLX_LAUNCH_CMD"
 PROJECT = "/opt/mlx-launch"
 HOMEBREW_UV = "/opt/homebrew/bin/uv"
 
+_NAMED_SINCE = (1, 7)
+_PARSERS = ("tool_call_parser", "reasoning_parser")
 _FLAGS = {
     "model_type": "--model-type",
     "chat_template": "--chat-template-file",
@@ -44,6 +51,8 @@ class MlxOpenAIServer:
             *("--log-file", "--no-log-file", "--trust-remote-code"),
         }
     )
+    needs = frozenset({"tool_call_parser", "reasoning_parser", "chat_template"})
+    drains = True
 
     def command(self, launch: Sequence[str], environ: Mapping[str, str]) -> Command:
         if launch:
@@ -63,16 +72,29 @@ class MlxOpenAIServer:
             hint=f"install it there, set {VARIABLE} there, or set `launch` or `engine: mlx-lm` in hosts.yaml",
         )
 
+    def inquiry(self, command: Command, serving: Serving) -> tuple[str, ...]:
+        # Its names of parsers change from version to version, and it takes seconds to say which it has.
+        if command.version is None or any(serving.text(key) for key in _PARSERS):
+            return (*command.argv, "--help")
+        return ()
+
     def argv(self, command: Command, serving: Serving) -> tuple[str, ...]:
         model = serving.model
         check_args(self.name, model.args, self.reserved)
-        given = {"model_type": "lm", **model.options}
-        flags = [word for key, flag in _FLAGS.items() if (value := given.get(key)) for word in (flag, value)]
+        _check_parsers(command, serving)
+        own = {word.partition("=")[0] for word in model.args}
+        given = {key: serving.text(key) for key in _FLAGS} | {"model_type": serving.text("model_type") or "lm"}
+        flags = [
+            word for key, flag in _FLAGS.items() if flag not in own and (value := given[key]) for word in (flag, value)
+        ]
+        tools = "--tool-call-parser" in flags and "--enable-auto-tool-choice" not in own
         return (
             *command.argv,
-            *("--model-path", str(serving.path), "--served-model-name", serving.alias),
+            *("--model-path", str(serving.path)),
+            *(("--served-model-name", serving.alias) if _takes_a_name(command) else ()),
             *("--host", serving.bind, "--port", str(serving.port), "--no-log-file"),
             *flags,
+            *(("--enable-auto-tool-choice",) if tools else ()),
             *(("--context-length", str(model.context_length)) if model.context_length else ()),
             *(("--trust-remote-code",) if model.trust_remote_code else ()),
             *model.args,
@@ -109,3 +131,30 @@ class MlxOpenAIServer:
             return None
         found = _EXCEPTION.findall(log)
         return " ".join(str(found[-1]).split()) if found else "Application startup failed"
+
+
+def known_options(text: str) -> dict[str, tuple[str, ...]]:
+    """Its `launch --help` (Click's form): each option with the values that it can have; none where any will do."""
+    found = re.findall(r"^ +(--[a-z][a-z-]*)(?: \[([^\]]*)\])?", text, re.MULTILINE)
+    return {flag: tuple("".join(values.split()).split("|")) if values else () for flag, values in found}
+
+
+def _takes_a_name(command: Command) -> bool:
+    if command.help is not None:
+        return "--served-model-name" in known_options(command.help)
+    numbers = re.match(r"(\d+)\.(\d+)", command.version or "")
+    return numbers is None or (int(numbers[1]), int(numbers[2])) >= _NAMED_SINCE
+
+
+def _check_parsers(command: Command, serving: Serving) -> None:
+    """Raises `Refused` for a parser that the installed version does not have: it would not start."""
+    known = known_options(command.help) if command.help is not None else {}
+    for key in _PARSERS:
+        name, names = serving.text(key), known.get(_FLAGS[key], ())
+        if name and names and name not in names:
+            raise Refused(
+                "unknown_parser",
+                f"mlx-openai-server {command.version or ''} has no {key} {name!r}".replace("  ", " "),
+                why=f"it has {', '.join(names)}",
+                hint=f"choose one: mlxctl set --model {serving.model.name} --set {key}=NAME, or =null for none",
+            )
