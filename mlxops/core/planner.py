@@ -15,7 +15,7 @@ from mlxops.core.names import AUTO, is_repo_id
 from mlxops.core.names import port as parse_port
 from mlxops.core.registry import Model, Registry
 from mlxops.core.settings import Settings
-from mlxops.core.world import Orphan, Owner, PortView, Server, State, World
+from mlxops.core.world import Orphan, Owner, PortView, Run, Server, State, World
 
 
 @dataclass(frozen=True)
@@ -190,23 +190,10 @@ def plan_load(
     _refuse_alias_elsewhere(settings, target.name, port)
     plan = _plan_for_port(settings, view, target, port, alias, wanted, force)
     stops = [*plan.stops]
-    old = _elsewhere(world, target, port)
-    if old is not None and plan.outcome is Outcome.START:
-        if old.state not in {State.ORPHAN, State.FAILED} and not force:
-            raise Refused(
-                "model_elsewhere",
-                f"{target.name} is served on port {old.port}",
-                why="one model, one port",
-                hint=f"move it: add --force; or first: mlxctl unload {old.port}",
-            )
-        if old.owner is not Owner.MLXOPS:
-            raise Refused(
-                "model_elsewhere",
-                f"{target.name} is served on port {old.port} by a process that mlxops did not start",
-                why="only servers of ours are moved",
-                hint=f"first: mlxctl unload {old.port} --force",
-            )
-        stops.append(old)
+    if plan.outcome is not Outcome.ALREADY:
+        for old in _elsewhere(world, target, port):
+            _refuse_elsewhere(old, target, plan.outcome, force)
+            stops.append(old)
     cleared = tuple(model.name for model in registry.on_port(port) if model.name != target.name)
     stale = [f"the assignment of {name} to {port} is cleared" for name in cleared]
     return LoadPlan(
@@ -232,17 +219,48 @@ def _refuse_alias_elsewhere(settings: Settings, name: str, port: int) -> None:
         )
 
 
+def _refuse_elsewhere(old: PortView, target: Target, outcome: Outcome, force: bool) -> None:
+    """One model, one port: what is on another one is moved if that is wished, or cleaned up; never served twice."""
+    if old.state is State.UNKNOWN:
+        raise _unknown(old)
+    if outcome is Outcome.ADOPT:
+        raise Refused(
+            "model_elsewhere",
+            f"{target.name} is served on port {old.port} too",
+            why="one model, one port; a running server is adopted only where it is the only one",
+            hint=f"first: mlxctl unload {old.port}",
+        )
+    if old.state not in {State.ORPHAN, State.FAILED} and not force:
+        raise Refused(
+            "model_elsewhere",
+            f"{target.name} is served on port {old.port}",
+            why="one model, one port",
+            hint=f"move it: add --force; or first: mlxctl unload {old.port}",
+        )
+    if old.owner is not Owner.MLXOPS:
+        raise Refused(
+            "model_elsewhere",
+            f"{target.name} is served on port {old.port} by a process that mlxops did not start",
+            why="only servers of ours are moved",
+            hint=f"first: mlxctl unload {old.port} --force",
+        )
+
+
+def _unknown(view: PortView) -> Refused:
+    return Refused(
+        "unknown_port",
+        f"what is on port {view.port} could not be determined",
+        why=view.detail,
+        hint="nothing is changed while it is unknown; try again, then look on the host itself",
+    )
+
+
 def _plan_for_port(
     settings: Settings, view: PortView, target: Target, port: int, alias: str, wanted: Wanted | None, force: bool
 ) -> LoadPlan:
     start = LoadPlan(target, port, alias, Outcome.START)
     if view.state is State.UNKNOWN:
-        raise Refused(
-            "unknown_port",
-            f"what is on port {port} could not be determined",
-            why=view.detail,
-            hint="nothing is changed while it is unknown; try again, then look on the host itself",
-        )
+        raise _unknown(view)
     if view.owner is Owner.BOOT:
         return _plan_on_boot(settings, view, target, start)
     if view.owner is Owner.FOREIGN or view.state is State.FOREIGN:
@@ -289,7 +307,7 @@ def _plan_on_same(view: PortView, wanted: Wanted | None, start: LoadPlan, force:
     """The port's server is of ours and serves this very model."""
     run = view.run
     assert run is not None
-    same = wanted is None or (run.repo_id, run.revision) == (wanted.repo_id, wanted.revision)
+    same = _is_of_target(run, start.target) if wanted is None else _is_of(run, wanted)
     as_wanted = same and (wanted is None or (run.engine, run.argv) == (wanted.engine, wanted.argv))
     if view.state is State.READY and not force:
         if not same:
@@ -314,6 +332,15 @@ def _plan_on_same(view: PortView, wanted: Wanted | None, start: LoadPlan, force:
     )
 
 
+def _is_of(run: Run, wanted: Wanted) -> bool:
+    return (run.repo_id, run.revision) == (wanted.repo_id, wanted.revision)
+
+
+def _is_of_target(run: Run, target: Target) -> bool:
+    """The same, where the target's files are not here: its revision may be a branch, which then proves nothing."""
+    return run.repo_id == target.repo_id and run.revision.startswith(target.revision or "")
+
+
 def _is_as_wanted(server: Server, wanted: Wanted | None) -> bool:
     """The same files, and an argv that ends with what we would give it: how it was launched may differ."""
     if wanted is None or (server.engine, server.path) != (wanted.engine, wanted.path):
@@ -322,12 +349,18 @@ def _is_as_wanted(server: Server, wanted: Wanted | None) -> bool:
     return len(argv) >= len(tail) and tuple(argv[len(argv) - len(tail) :]) == tail
 
 
-def _elsewhere(world: World, target: Target, port: int) -> PortView | None:
-    """Another port on which the target is served."""
-    for view in world.ports.values():
-        if view.port != port and view.owner is not None and view.model == target.name:
-            return view
-    return None
+def _elsewhere(world: World, target: Target, port: int) -> list[PortView]:
+    """The other ports on which the target is served, and its own one if that could not be looked at."""
+    own = target.entry.port if target.entry else None
+    return [
+        view
+        for view in world.ports.values()
+        if view.port != port
+        and (
+            (view.owner is not None and view.model == target.name)
+            or (view.port == own and view.state is State.UNKNOWN)
+        )
+    ]
 
 
 def plan_unload(registry: Registry, world: World, port: int, *, force: bool) -> UnloadPlan:
@@ -336,12 +369,7 @@ def plan_unload(registry: Registry, world: World, port: int, *, force: bool) -> 
     clear = tuple(model.name for model in registry.on_port(port))
     name = clear[0] if clear else view.model
     if view.state is State.UNKNOWN:
-        raise Refused(
-            "unknown_port",
-            f"what is on port {port} could not be determined",
-            why=view.detail,
-            hint="nothing is changed while it is unknown; try again, then look on the host itself",
-        )
+        raise _unknown(view)
     if view.owner is None:
         return UnloadPlan(port, None, clear, name)
     if view.owner in {Owner.BOOT, Owner.FOREIGN}:

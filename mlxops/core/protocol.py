@@ -83,7 +83,10 @@ class Request:
 
 def decode_request(data: bytes) -> Request:
     """Raises `ValueError` for anything that is not a request of this protocol."""
-    wire = json.loads(data)
+    try:
+        wire = json.loads(data)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     if not isinstance(wire, dict) or wire.get("mlxops") != PROTOCOL:
         raise ValueError(f"not a request of protocol {PROTOCOL}")
     command, args, settings, asker = (wire.get(key) for key in ("command", "args", "settings", "asker"))
@@ -173,7 +176,7 @@ def decode_event(line: str) -> Event | None:
         return None
     try:
         body = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(body, dict):
         return None

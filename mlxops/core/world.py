@@ -275,7 +275,8 @@ def _judge_ours(signals: Signals, run: Run, assigned: tuple[str, ...]) -> PortVi
     orphan = _orphan(signals, run, assigned)
     if orphan is not None:
         return _view(signals, State.ORPHAN, owner, orphan.value, orphan=orphan)
-    if not signals.listener_pids <= set(signals.members):
+    if not signals.listener_pids or not signals.listener_pids <= set(signals.members):
+        # A listener whose process cannot be seen is another user's: our own are always seen.
         return _view(signals, State.MISMATCH, owner, f"somebody else listens on its port: {signals.stranger}")
     if run.model not in assigned:
         return _view(signals, State.MISMATCH, owner, f"the registry says {assigned[0]}")
@@ -284,7 +285,11 @@ def _judge_ours(signals: Signals, run: Run, assigned: tuple[str, ...]) -> PortVi
             return _view(signals, State.WEDGED, owner, "no answer to the probe")
         case Answer.BROKEN:
             return _view(signals, State.FAILED, owner, "the server says that it is unhealthy")
-        case _:
+        case Answer.LOADING:
+            return _view(signals, State.LOADING, owner, "the server says that it is loading")
+        case Answer.NOT_ASKED:
+            return _view(signals, State.UNKNOWN, None, detail="its server was not asked")
+        case Answer.SERVING:
             return _view(signals, State.READY, owner)
 
 
@@ -307,6 +312,10 @@ def _stranger(signals: Signals, registry: Registry, owner: Owner) -> PortView:
         state, detail = (State.WEDGED, "no answer to the probe") if signals.listening else (State.LOADING, "")
     elif not signals.listening:
         state, detail = State.LOADING, "it does not listen yet"
+    elif signals.answer is Answer.LOADING:
+        state, detail = State.LOADING, "the server says that it is loading"
+    elif signals.answer is Answer.BROKEN:
+        state, detail = State.FAILED, "the server says that it is unhealthy"
     elif assigned and model is not None and model not in {entry.name for entry in assigned}:
         state, detail = State.MISMATCH, f"the registry says {assigned[0].name}"
     else:

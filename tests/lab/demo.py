@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.lab import cache, models
-from tests.lab.world import free_ports
+from tests.lab.ports import free_ports
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 
