@@ -17,6 +17,7 @@ from mlxops.control import client, render
 from mlxops.control.client import Answer, Target, ask, ask_all, gateway_warning, local_python
 from mlxops.core import names
 from mlxops.core.errors import Bug, Exit, MlxopsError, UsageError
+from mlxops.core.protocol import Event, Started
 from mlxops.core.settings import Settings
 
 HOST = "host in hosts.yaml"
@@ -171,12 +172,64 @@ def _change(
         _check(target, args)
         if before:
             before(target, talk)
-        answer = ask(target, call.command, args, talk.hear)
+        answer = _attended(call, target, args, talk)
         if after and answer.result is not None:
             after(talk, answer)
         return (answer,)
 
     _answer(call, run, lambda answers: _lines(call, answers), key="result")
+
+
+def _attended(
+    call: Call, target: Target, args: Mapping[str, object], talk: render.Talk, command: str | None = None
+) -> Answer:
+    """Ask for a change, or follow one, and stay until its end or Ctrl-C."""
+    operation = ""
+
+    def hear(host: str, event: Event) -> None:
+        nonlocal operation
+        if isinstance(event, Started):
+            operation = event.operation
+        talk.hear(host, event)
+
+    try:
+        return ask(target, command or call.command, args, hear)
+    except KeyboardInterrupt:
+        if not operation:
+            raise
+        talk.close()
+        return Answer(target.name, error=_left_or_cancelled(target, operation, talk))
+
+
+def _left_or_cancelled(target: Target, operation: str, talk: render.Talk) -> MlxopsError:
+    """After Ctrl-C: whoever sits at a terminal is asked; else it goes on."""
+    from mlxops.core.errors import Interrupted
+
+    on = f" --host {target.name}" if target.ssh else " --local"
+    if _wants_cancel(operation):
+        answer = ask(target, "cancel", {"operation": operation}, talk.hear)
+        if answer.error is not None:
+            return answer.error
+        if (answer.result or {}).get("cancelled") is True:
+            return Interrupted("cancelled", f"operation {operation} was cancelled; nothing of it is left")
+        return Interrupted("interrupted", f"operation {operation} was done before it could be cancelled")
+    return Interrupted(
+        "interrupted",
+        f"operation {operation} was left running on {target.name}",
+        why="it does not need this connection",
+        hint=f"mlxctl ops{on} --follow {operation}; or --cancel {operation}",
+    )
+
+
+def _wants_cancel(operation: str) -> bool:
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    sys.stderr.write(f"\nOperation {operation}: leave it running (l) or cancel it (c)? [l] ")
+    sys.stderr.flush()
+    try:
+        return sys.stdin.readline().strip().lower() in {"c", "cancel"}
+    except KeyboardInterrupt:
+        return False
 
 
 def _check(target: Target, args: Mapping[str, object]) -> None:
@@ -393,6 +446,36 @@ def reconcile(
     _change(Call("reconcile", host, local, json, debug), lambda: {"dry_run": dry_run})
 
 
+@_command(
+    host=HOSTS,
+    follow="operation to follow to its end: its id, or the end of it",
+    cancel="operation to end: its id, or the end of it; nothing of it stays",
+)
+def ops(
+    c: Context,
+    host: str | None = None,
+    follow: str | None = None,
+    cancel: str | None = None,
+    local: bool = False,
+    json: bool = False,
+    debug: bool = False,
+) -> None:
+    """Show running and recent operations; follow or cancel one."""
+    call = Call("ops", host, local, json, debug)
+    if follow is None and cancel is None:
+        _read(call, render.ops_table)
+
+    def run(talk: render.Talk) -> tuple[Answer, ...]:
+        if follow is not None and cancel is not None:
+            raise UsageError("follow_or_cancel", "--follow and --cancel exclude each other", hint="one after the other")
+        (target,) = call.targets(only_one=True)
+        if cancel is not None:
+            return (ask(target, "cancel", {"operation": cancel}, talk.hear),)
+        return (_attended(call, target, {"operation": follow}, talk, "follow"),)
+
+    _answer(call, run, lambda answers: _lines(call, answers), key="result")
+
+
 @_command(host=HOST)
 def deploy(c: Context, host: str | None = None, local: bool = False, json: bool = False, debug: bool = False) -> None:
     """Install or upgrade the agent on a host."""
@@ -471,4 +554,4 @@ def _develop(name: str, run: Callable[[], None]) -> None:
         raise SystemExit(_fail(call, failed)) from None
 
 
-namespace = Collection(init, list_, status, load, unload, unload_all, reconcile, deploy, demo, test)
+namespace = Collection(init, list_, status, load, unload, unload_all, reconcile, ops, deploy, demo, test)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from mlxops.agent import processes
 from mlxops.agent.engines import ENGINES, recognise
+from mlxops.agent.journal import activity
 from mlxops.agent.place import Place
 from mlxops.agent.store import Store
 from mlxops.agent.system import Listener, Look, System, collides
@@ -128,6 +129,7 @@ def _signals(
         hand=server if server is not None and server.pid not in members else None,
         boot=_is_boot(where, look, port, listeners),
         operation=None if holder is None or holder.id == own else holder,
+        activity="" if holder is None or holder.id == own else activity(store.state / "ops", holder.id),
         stranger=_describe(look, others) if listeners and (others or not pids) else "",
         memory_bytes=system.memory(members) if members else None,
         last_words=last_line(tail(store.log_path(port))) if run is not None and not members else "",

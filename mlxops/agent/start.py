@@ -7,6 +7,7 @@ and answer with somebody else's model.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import threading
@@ -19,7 +20,7 @@ from mlxops.agent.engines.base import Command, Engine, Health, NoCompletion, Ser
 from mlxops.agent.observe import clean, last_line
 from mlxops.agent.place import Place
 from mlxops.agent.processes import Gated
-from mlxops.agent.store import Store, now
+from mlxops.agent.store import Store, now, state_unwritable
 from mlxops.agent.system import System
 from mlxops.core.errors import MlxopsError, NotStarted
 from mlxops.core.protocol import Event, Phase
@@ -89,7 +90,13 @@ class Start:
         self._asked = 0.0
 
     def launch(self, environ: dict[str, str], repo_id: str, revision: str, operation: str) -> Run:
-        """Start it behind the gate, record it durably, let it through. Raises `NotStarted`, `OSError`."""
+        """Start it behind the gate, record it durably, let it through. Raises `NotStarted`, `Refused`."""
+        try:
+            return self._launch(environ, repo_id, revision, operation)
+        except OSError as error:
+            raise state_unwritable(self.store.state, error) from None
+
+    def _launch(self, environ: dict[str, str], repo_id: str, revision: str, operation: str) -> Run:
         run_id = secrets.token_hex(8)
         self.store.clean_run_folder(self.serving.port)
         self.engine.prepare(self.serving)
@@ -117,9 +124,12 @@ class Start:
         )
         try:
             self.store.save_run(self._run)
-        except OSError:
+        except BaseException:
             self._gated.abandon()
             self._gated = None
+            # It may be there all the same, if only the last flush failed.
+            with contextlib.suppress(MlxopsError):
+                self.store.forget_run(self.serving.port)
             raise
         self._gated.open()
         return self._run

@@ -357,8 +357,7 @@ def _elsewhere(world: World, target: Target, port: int) -> list[PortView]:
         for view in world.ports.values()
         if view.port != port
         and (
-            (view.owner is not None and view.model == target.name)
-            or (view.port == own and view.state is State.UNKNOWN)
+            (view.owner is not None and view.model == target.name) or (view.port == own and view.state is State.UNKNOWN)
         )
     ]
 

@@ -160,6 +160,8 @@ class Signals:
     hand: Server | None = None
     boot: bool = False
     operation: Operation | None = None
+    activity: str = ""
+    """What that operation is doing."""
     answer: Answer = Answer.NOT_ASKED
     stranger: str = ""
     """For people: what listens there, if it is not ours."""
@@ -244,7 +246,7 @@ def judge(signals: Signals, registry: Registry) -> PortView:
     if operation is not None and operation.command == "load" and not (run and run.proven_at and ours):
         return _loading(signals, operation)
     if operation is not None and operation.command in {"unload", "unload-all"} and (ours or signals.hand):
-        return _view(signals, State.DRAINING, Owner.MLXOPS if ours else Owner.HAND, detail=f"{operation}")
+        return _view(signals, State.DRAINING, Owner.MLXOPS if ours else Owner.HAND, detail=_at_work(signals, operation))
     if run is not None and ours:
         return _judge_ours(signals, run, tuple(model.name for model in assigned))
     if signals.boot and signals.listening:
@@ -266,7 +268,11 @@ def _ours(signals: Signals) -> bool:
 
 
 def _loading(signals: Signals, operation: Operation) -> PortView:
-    return _view(signals, State.LOADING, Owner.MLXOPS, model=operation.model, detail=f"{operation}")
+    return _view(signals, State.LOADING, Owner.MLXOPS, model=operation.model, detail=_at_work(signals, operation))
+
+
+def _at_work(signals: Signals, operation: Operation) -> str:
+    return "; ".join(filter(None, [signals.activity, str(operation)]))
 
 
 def _judge_ours(signals: Signals, run: Run, assigned: tuple[str, ...]) -> PortView:

@@ -20,12 +20,17 @@ HELP_SECONDS = 120.0
 """An engine imports everything that it has before it prints its options; from a cold disk that takes a while."""
 
 
+class NotAsked(Exception):
+    """What is to be known has not been asked for yet, and must not be asked now."""
+
+
 def described(
-    engine: Engine, command: Command, serving: Serving, environ: Mapping[str, str], store: Store, *, keep: bool
+    engine: Engine, command: Command, serving: Serving, environ: Mapping[str, str] | None, store: Store, *, keep: bool
 ) -> Command:
     """`command` with its version and, if the engine wants to know, with its own help.
 
-    That is asked once for each installation, and with `keep` remembered. Raises `Refused` (engine_broken).
+    That is asked once for each installation, and with `keep` remembered. `environ` is what it then runs with; None: it
+    must not be run. Raises `Refused` (engine_broken), `NotAsked`.
     """
     site = site_packages(command.argv[:1], engine.distribution)
     command = replace(command, version=version_in(site, engine.distribution))
@@ -34,6 +39,8 @@ def described(
         key = _key(inquiry)
         text = store.engine_help(key)
         if text is None:
+            if environ is None:
+                raise NotAsked
             text = _ask(engine, inquiry, environ)
             if keep:
                 store.keep_engine_help(key, text)

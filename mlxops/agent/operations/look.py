@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mlxops.agent.operations.context import Context
+from mlxops.agent.operations.drift import further_drift
 from mlxops.agent.operations.files import Files, registered
 from mlxops.core.registry import Model, refusal
 
@@ -11,7 +12,7 @@ def status(ctx: Context) -> dict[str, object]:
     registry = ctx.registry()
     world = ctx.observe(registry)
     rows = [view.to_wire() for port, view in sorted(world.ports.items()) if port in ctx.where.settings.ports]
-    drift = [each.to_wire() for each in world.drift]
+    drift = [each.to_wire() for each in (*world.drift, *further_drift(ctx, registry, world))]
     if registry.unwritable:
         error = refusal(registry.unwritable)
         drift.insert(0, {"code": error.code, "port": None, "model": None, "message": error.why, "hint": error.hint})

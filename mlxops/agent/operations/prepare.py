@@ -31,8 +31,11 @@ class Prepared:
     wanted: Wanted
 
 
-def prepare(ctx: Context, target: Target, port: int, files: Files) -> Prepared:
-    """Raises `Refused` for an engine that is not there or does not run, and for options that it cannot be given."""
+def prepare(ctx: Context, target: Target, port: int, files: Files, *, ask: bool = True) -> Prepared:
+    """Raises `Refused` for an engine that is not there or does not run, and for options that it cannot be given.
+
+    `ask`: the engine may be run to learn its options, which takes seconds; without it, that raises `NotAsked`.
+    """
     settings = ctx.where.settings
     entry = target.entry or Model(target.name, target.repo_id)
     engine = engine_named(entry.engine or settings.engine)
@@ -47,7 +50,8 @@ def prepare(ctx: Context, target: Target, port: int, files: Files) -> Prepared:
         folder=ctx.store.run_folder(port),
         options=_with_template(entry, options(entry, settings.engine, files.path), files.path),
     )
-    command = described(engine, command, serving, environ, ctx.store, keep=not ctx.request.dry_run)
+    inquire = None if not ask else environ
+    command = described(engine, command, serving, inquire, ctx.store, keep=not ctx.request.dry_run)
     argv = engine.argv(command, serving)
     real = os.path.realpath(files.path)
     return Prepared(engine, command, serving, files, Wanted(target.repo_id, files.revision, engine.name, argv, real))

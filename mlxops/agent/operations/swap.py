@@ -19,7 +19,7 @@ from mlxops.core.errors import MlxopsError
 from mlxops.core.planner import LoadPlan, Target
 from mlxops.core.protocol import Phase
 from mlxops.core.registry import Model, Registry
-from mlxops.core.world import Owner, PortView, State
+from mlxops.core.world import Owner, PortView
 
 
 def start_in_place(ctx: Context, registry: Registry, plan: LoadPlan, prepared: Prepared) -> float | None:
@@ -32,39 +32,46 @@ def start_in_place(ctx: Context, registry: Registry, plan: LoadPlan, prepared: P
         for view in plan.stops:
             if view.port != plan.port:
                 stack.enter_context(ctx.locked(view.port))
-        returns = {view.port: _way_back(ctx, registry, view) for view in plan.stops}
+        serving = [(view, _way_back(ctx, registry, view)) for view in plan.stops if view.orphan is None]
         if plan.stops:
             warm(ctx, prepared.files.path, plan.target.name)
-        stopped: list[PortView] = []
         start = Start(ctx.where, ctx.store, ctx.system, prepared.engine, prepared.command, prepared.serving)
-        down_since: float | None = None
         try:
-            for view in plan.stops:
-                asked = stop(ctx, view, ctx.request.number("drain") or DRAIN_SECONDS)
-                down_since = asked if down_since is None else down_since
-                stopped.append(view)
+            with ctx.cancellation.shield():
+                asked = [stop(ctx, view, ctx.request.number("drain") or DRAIN_SECONDS) for view in plan.stops]
+            ctx.cancellation.check()
             ctx.emit(Phase("start", f"{prepared.engine.name} on port {plan.port}, found by {prepared.command.source}"))
             start.launch(dict(ctx.environ), plan.target.repo_id, prepared.files.revision, ctx.operation)
-            timeout = ctx.request.number("timeout") or deadline_for(prepared.files.size_bytes)
-            run = start.wait(timeout, ctx.emit)
-            downtime = None if down_since is None else time.monotonic() - down_since
+            run = start.wait(ctx.request.number("timeout") or deadline_for(prepared.files.size_bytes), ctx.emit)
+            downtime = time.monotonic() - asked[0] if asked else None
+            # From here on it is quicker done than undone, and half of it would be an assignment without a server.
+            stack.enter_context(ctx.cancellation.shield())
             ctx.store.save_run(run)
             ctx.emit(Phase("commit", f"{plan.target.name} gets port {plan.port}"))
             ctx.store.registry.update(lambda current: commit(current, plan, prepared.files))
         except BaseException as error:
-            start.abort()
-            _recover(ctx, [(view, returns[view.port]) for view in stopped], error)
+            with ctx.cancellation.shield():
+                _abort(ctx, start)
+                _recover(ctx, serving, error)
             raise
         start.detach()
-    ctx.remember(
-        command="load",
-        model=plan.target.name,
-        port=plan.port,
-        repo_id=plan.target.repo_id,
-        revision=prepared.files.revision,
-        replaced=plan.previous.model if plan.previous else None,
-    )
-    return downtime
+        ctx.remember(
+            command="load",
+            model=plan.target.name,
+            port=plan.port,
+            repo_id=plan.target.repo_id,
+            revision=prepared.files.revision,
+            replaced=plan.previous.model if plan.previous else None,
+        )
+        return downtime
+
+
+def _abort(ctx: Context, start: Start) -> None:
+    """Undo a start. What cannot be undone stays recorded, and is told: the reason of the failure matters more."""
+    try:
+        start.abort()
+    except (MlxopsError, OSError) as error:
+        ctx.note(f"what was started could not be removed: {error}", "warning")
 
 
 @dataclass(frozen=True)
@@ -79,9 +86,9 @@ class _WayBack:
 
 
 def _way_back(ctx: Context, registry: Registry, view: PortView) -> _WayBack | None:
-    """None for what did not serve, and for what is not known well enough to be started by us."""
+    """None for what is not known well enough to be started by us."""
     entry = registry.models.get(view.model or "")
-    if view.state is not State.READY or entry is None:
+    if entry is None:
         return None
     try:
         return _recorded(ctx, view, entry) if view.owner is Owner.MLXOPS else _registered(ctx, view, entry)
@@ -117,9 +124,9 @@ def _registered(ctx: Context, view: PortView, entry: Model) -> _WayBack | None:
     return _WayBack(entry.name, start, target.repo_id, files.revision, files.size_bytes)
 
 
-def _recover(ctx: Context, stopped: list[tuple[PortView, _WayBack | None]], error: BaseException) -> None:
-    """After a failed swap the old servers come back; the error tells both stories."""
-    stories = [_bring_back(ctx, view, back) for view, back in stopped]
+def _recover(ctx: Context, serving: list[tuple[PortView, _WayBack | None]], error: BaseException) -> None:
+    """After a failed swap or move the old servers come back; the error tells both stories."""
+    stories = [story for view, back in serving if (story := _bring_back(ctx, view, back))]
     for story in stories:
         ctx.note(story, "warning")
     if stories and isinstance(error, MlxopsError):
@@ -128,9 +135,13 @@ def _recover(ctx: Context, stopped: list[tuple[PortView, _WayBack | None]], erro
 
 
 def _bring_back(ctx: Context, view: PortView, back: _WayBack | None) -> str:
+    """Start again what was stopped; says what came of it. Nothing, if it was not stopped."""
+    look = ctx.system.look(())
+    if view.pid is not None and (there := look.processes.get(view.pid)) is not None and not there.zombie:
+        return ""
     if back is None:
         _clear(ctx, view.port)
-        return f"{view.model or 'what was there'} was not ready before, or is not known well enough to be started again"
+        return f"the old server of {view.model} could not be started again"
     ctx.emit(Phase("restart", f"{back.name} comes back to port {view.port}"))
     try:
         back.start.launch(dict(ctx.environ), back.repo_id, back.revision, ctx.operation)
@@ -141,13 +152,9 @@ def _bring_back(ctx: Context, view: PortView, back: _WayBack | None) -> str:
             )
         )
     except (MlxopsError, OSError) as second:
-        back.start.abort()
+        _abort(ctx, back.start)
         _clear(ctx, view.port)
         return f"{back.name} did not come back to port {view.port} either: {second}"
-    except BaseException:
-        back.start.abort()
-        _clear(ctx, view.port)
-        raise
     back.start.detach()
     return f"{back.name} serves port {view.port} again"
 
