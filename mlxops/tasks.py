@@ -15,7 +15,7 @@ from invoke.tasks import Task, task
 
 from mlxops.control import client, render
 from mlxops.control.client import Answer, Target, ask, ask_all, gateway_warning, local_python
-from mlxops.core import names
+from mlxops.core import fields, names
 from mlxops.core.errors import Bug, Exit, MlxopsError, UsageError
 from mlxops.core.protocol import Event, Started
 from mlxops.core.settings import Settings
@@ -25,6 +25,7 @@ HOSTS = "host or hosts in hosts.yaml, separated by commas"
 LOCAL = "this machine itself, without SSH"
 JSON = "print one JSON document"
 DRY = "show the plan; change nothing"
+DRAIN = "seconds that open requests get before the server is killed (30)"
 DEBUG = "print the traceback of a bug"
 COMMON = {"local": LOCAL, "json": JSON, "debug": DEBUG}
 
@@ -251,12 +252,16 @@ def _seconds(text: str | None, flag: str) -> float | None:
     return None if text is None else names.seconds(text, flag)
 
 
-def _command(**help: str) -> Callable[[Callable[..., None]], Task[Callable[..., None]]]:
+def _command(iterable: Sequence[str] = (), **help: str) -> Callable[[Callable[..., None]], Task[Callable[..., None]]]:
     """A task whose arguments are all flags: required positionals would swallow `--help`."""
 
     def make(body: Callable[..., None]) -> Task[Callable[..., None]]:
         made: Task[Callable[..., None]] = task(
-            positional=[], auto_shortflags=False, help={**help, **COMMON}, name=body.__name__.strip("_")
+            positional=[],
+            iterable=list(iterable),
+            auto_shortflags=False,
+            help={**help, **COMMON},
+            name=body.__name__.strip("_"),
         )(body)
         return made
 
@@ -276,10 +281,18 @@ def init(
     _change(Call("init", host, local, json, debug), lambda: {"dry_run": dry_run})
 
 
-@_command(host=HOSTS)
-def list_(c: Context, host: str | None = None, local: bool = False, json: bool = False, debug: bool = False) -> None:
+@_command(host=HOSTS, memory="estimate each model, and show the budget and what serves already")
+def list_(
+    c: Context,
+    host: str | None = None,
+    memory: bool = False,
+    local: bool = False,
+    json: bool = False,
+    debug: bool = False,
+) -> None:
     """Show the registered models."""
-    _read(Call("list", host, local, json, debug), render.list_table)
+    show = render.memory_table if memory else render.list_table
+    _read(Call("list", host, local, json, debug), show, {"memory": memory})
 
 
 @_command(host=HOSTS, strict="exit 3 if registry and life disagree anywhere")
@@ -295,9 +308,9 @@ def status(
     _read(Call("status", host, local, json, debug), render.status_table, strict=strict)
 
 
-def _read(call: Call, show: Show, *, strict: bool = False) -> NoReturn:
+def _read(call: Call, show: Show, args: Mapping[str, object] | None = None, *, strict: bool = False) -> NoReturn:
     def run(talk: render.Talk) -> tuple[Answer, ...]:
-        answers = ask_all(call.targets(all_by_default=True), call.command, {}, talk.hear)
+        answers = ask_all(call.targets(all_by_default=True), call.command, args or {}, talk.hear)
         if strict:
             answers = tuple(_strict(answer) for answer in answers)
         return answers
@@ -323,6 +336,7 @@ def _strict(answer: Answer) -> Answer:
     timeout="seconds from the engine's start to the proof; never covers the download",
     force="swap what is on the port, move the model, or restart it",
     overcommit="load it even if it is estimated not to fit in memory",
+    drain=DRAIN,
     dry_run=DRY,
 )
 def load(
@@ -334,6 +348,7 @@ def load(
     timeout: str | None = None,
     force: bool = False,
     overcommit: bool = False,
+    drain: str | None = None,
     dry_run: bool = False,
     local: bool = False,
     json: bool = False,
@@ -349,6 +364,7 @@ def load(
             "timeout": _seconds(timeout, "--timeout"),
             "force": force,
             "overcommit": overcommit,
+            "drain": _seconds(drain, "--drain"),
             "dry_run": dry_run,
         }
 
@@ -369,7 +385,7 @@ def _warn_if_unreachable(talk: render.Talk, answer: Answer) -> None:
     model="the model to unload, wherever it is",
     port="the port to unload",
     force="also a server that was started by hand",
-    drain="seconds that open requests get before the server is killed (30)",
+    drain=DRAIN,
     dry_run=DRY,
 )
 def unload(
@@ -397,6 +413,71 @@ def unload(
         }
 
     _change(Call("unload", host, local, json, debug), given)
+
+
+@_command(
+    host=HOST,
+    port="the port to bring back",
+    timeout="seconds from the engine's start to the proof; never covers the download",
+    overcommit="load it even if it is estimated not to fit in memory",
+    drain=DRAIN,
+    dry_run=DRY,
+)
+def rollback(
+    c: Context,
+    port: str | None = None,
+    host: str | None = None,
+    timeout: str | None = None,
+    overcommit: bool = False,
+    drain: str | None = None,
+    dry_run: bool = False,
+    local: bool = False,
+    json: bool = False,
+    debug: bool = False,
+) -> None:
+    """Go back to the model that a port served before."""
+
+    def given() -> Mapping[str, object]:
+        return {
+            "port": _need(port, "--port", "rollback --port 8100"),
+            "timeout": _seconds(timeout, "--timeout"),
+            "overcommit": overcommit,
+            "drain": _seconds(drain, "--drain"),
+            "dry_run": dry_run,
+        }
+
+    _change(Call("rollback", host, local, json, debug), given, after=_warn_if_unreachable)
+
+
+@_command(
+    iterable=["set"],
+    host=HOST,
+    model="the registered model",
+    set="KEY=VALUE; again for more; KEY= takes it out, KEY=null switches a family's default off",
+    dry_run=DRY,
+)
+def set_(
+    c: Context,
+    model: str | None = None,
+    set: list[str] | None = None,
+    host: str | None = None,
+    dry_run: bool = False,
+    local: bool = False,
+    json: bool = False,
+    debug: bool = False,
+) -> None:
+    """Change a model's own settings in the registry."""
+
+    def given() -> Mapping[str, object]:
+        words = list(set or ())
+        fields.parse(words)
+        return {
+            "model": _need(model, "--model", "set --model jerry-xl --set context_length=32768"),
+            "set": words,
+            "dry_run": dry_run,
+        }
+
+    _change(Call("set", host, local, json, debug), given)
 
 
 @_command(host=HOST, yes="do not ask", dry_run=DRY)
@@ -509,18 +590,23 @@ def demo(c: Context) -> None:
 @task(
     positional=[],
     auto_shortflags=False,
-    help={"only": "pytest's -k: only tests whose names match", "fast": "only what needs neither engine, hub nor sshd"},
+    help={
+        "only": "pytest's -k: only tests whose names match",
+        "fast": "only what needs neither engine, hub nor sshd",
+        "all_engines": "with every version of mlx-openai-server that is driven; builds 2 GB for each once",
+    },
 )
-def test(c: Context, only: str | None = None, fast: bool = False) -> None:
+def test(c: Context, only: str | None = None, fast: bool = False, all_engines: bool = False) -> None:
     """Check formatting, lint, types, and run the tests."""
-    _develop("test", lambda: _checks(only, fast))
+    chosen = [*(["-k", only] if only else []), *(["--all-engines"] if all_engines else [])]
+    _develop("test", lambda: _checks(chosen, fast))
 
 
-def _checks(only: str | None, fast: bool) -> None:
+def _checks(chosen: Sequence[str], fast: bool) -> None:
     """Every check is run, so that one run tells all; the tests come last."""
     import subprocess
 
-    tests = ["pytest", *(["-k", only] if only else []), *(["tests/core", "tests/test_arrows.py"] if fast else [])]
+    tests = ["pytest", *chosen, *(["tests/core", "tests/test_arrows.py"] if fast else [])]
     failed = []
     for words in (["ruff", "format", "--check"], ["ruff", "check"], ["mypy"], tests):
         print(f"$ {' '.join(words)}", flush=True)  # noqa: T201
@@ -554,4 +640,6 @@ def _develop(name: str, run: Callable[[], None]) -> None:
         raise SystemExit(_fail(call, failed)) from None
 
 
-namespace = Collection(init, list_, status, load, unload, unload_all, reconcile, ops, deploy, demo, test)
+namespace = Collection(
+    init, list_, status, load, rollback, unload, unload_all, set_, reconcile, ops, deploy, demo, test
+)

@@ -16,8 +16,9 @@ from mlxops.agent.snapshot import shape, weight_files
 from mlxops.agent.system import Look, Process, System
 from mlxops.core import memory
 from mlxops.core.errors import Refused
-from mlxops.core.memory import Estimate, Use, gb
+from mlxops.core.memory import Estimate, Use
 from mlxops.core.registry import Model
+from mlxops.core.units import amount
 from mlxops.core.world import World
 
 GPU_SHARE = 0.75
@@ -132,8 +133,8 @@ def check_fits(
     room = memory.smallest_room((use for use in staying if use.port in ports), missing)
     raise Refused(
         "does_not_fit",
-        f"{name} does not fit in memory: it needs about {gb(need.total)}, and {gb(max(0, limit.size - used))} "
-        f"of {gb(limit.size)} are left",
+        f"{name} does not fit in memory: it needs about {amount(need.total)}, and {amount(max(0, limit.size - used))} "
+        f"of {amount(limit.size)} are left",
         why=f"{need}; serving already: {'; '.join(map(str, staying)) or 'nothing'}; budget: {limit.source}",
         hint=_make_room(room),
         details={

@@ -10,8 +10,8 @@ from pathlib import Path
 from mlxops.agent.operations.context import Context
 from mlxops.agent.snapshot import weight_files
 from mlxops.core.errors import Refused
-from mlxops.core.memory import gb
 from mlxops.core.protocol import Phase, Progress
+from mlxops.core.units import amount
 
 SECONDS = 600.0
 """As long as a slow disk may take; a swap does not wait for more."""
@@ -27,10 +27,10 @@ def warm(ctx: Context, path: Path, name: str) -> None:
     total = sum(files.values())
     available = ctx.system.available()
     if available is None or total > available * SHARE:
-        room = "unknown" if available is None else gb(available)
-        ctx.note(f"the weights of {name} are not read ahead: {gb(total)} of them, {room} of memory to spare")
+        room = "unknown" if available is None else amount(available)
+        ctx.note(f"the weights of {name} are not read ahead: {amount(total)} of them, {room} of memory to spare")
         return
-    ctx.emit(Phase("warm", f"reading the weights of {name} ahead ({gb(total)})"))
+    ctx.emit(Phase("warm", f"reading the weights of {name} ahead ({amount(total)})"))
     deadline = time.monotonic() + SECONDS
     done, told = 0, time.monotonic()
     buffer = bytearray(CHUNK)
@@ -44,7 +44,7 @@ def warm(ctx: Context, path: Path, name: str) -> None:
                         told = time.monotonic()
                         ctx.emit(Progress("warm", done, total))
                     if time.monotonic() > deadline:
-                        ctx.note(f"{gb(done)} of {gb(total)} were read ahead in {SECONDS:.0f} s; that has to do")
+                        ctx.note(f"{amount(done)} of {amount(total)} are read ahead after {SECONDS:.0f} s: enough")
                         return
         except OSError as error:
             raise Refused(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from mlxops.core.registry import Model
+from mlxops.core.units import amount
 
 TEMPLATE = "chat_template.jinja"
 """The chat template as a file of its own in a repository, as transformers writes it since 4.43."""
@@ -102,7 +103,7 @@ def size_warning(alias: str, weight_bytes: int) -> str | None:
     if bounds is None:
         return None
     least, most = bounds
-    size = f"{weight_bytes / _GB:.1f} GB"
+    size = amount(weight_bytes)
     if weight_bytes < least:
         return f"the slot {alias} promises a model of class {suffix} ({least // _GB} GB or more); this one has {size}"
     if most is not None and weight_bytes > most:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 
+from mlxops.core.units import amount
+
 CONTEXT_TOKENS = 32768
 """Tokens of context that a model is given room for, unless its entry's context_length says otherwise. Servers keep
 one such cache for each conversation; one full conversation is the allowance, not the worst case."""
@@ -30,7 +32,7 @@ class Estimate:
 
     def __str__(self) -> str:
         what = f"{self.context_tokens} tokens of" if self.context_tokens else "an unknown"
-        return f"{gb(self.weight_bytes)} weights, {gb(self.context_bytes)} for {what} context"
+        return f"{amount(self.weight_bytes)} weights, {amount(self.context_bytes)} for {what} context"
 
     def to_wire(self) -> dict[str, object]:
         return {
@@ -114,7 +116,7 @@ class Use:
         return f"mlxctl unload {self.port}" + (" --force" if self.owner == "hand" else "")
 
     def __str__(self) -> str:
-        size = gb(self.counted) if self.known else "of unknown size"
+        size = amount(self.counted) if self.known else "of unknown size"
         where = f" on {self.port}" if self.port is not None else ""
         return f"{self.model}{where} {size}" + ("" if self.owner == "mlxops" else f" ({self.owner})")
 
@@ -141,7 +143,3 @@ def smallest_room(uses: Iterable[Use], missing: int) -> tuple[Use, ...] | None:
         if enough:
             return min(enough, key=lambda chosen: sum(use.counted for use in chosen))
     return None
-
-
-def gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"

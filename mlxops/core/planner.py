@@ -388,6 +388,31 @@ def plan_unload(registry: Registry, world: World, port: int, *, force: bool) -> 
     return UnloadPlan(port, view, clear, name)
 
 
+@dataclass(frozen=True)
+class Served:
+    """What a port served, or serves."""
+
+    model: str
+    repo_id: str
+    revision: str
+
+
+def served_before(history: Sequence[Mapping[str, object]], port: int, now: Served | None) -> Served | None:
+    """The latest load on `port` of something other than what it serves `now`; None: there was none.
+
+    `history` is oldest first. Twice in a row leads back to where it began, as with `cd -`.
+    """
+    for entry in reversed(history):
+        if entry.get("command") != "load" or entry.get("port") != port:
+            continue
+        model, repo_id, revision = (entry.get(key) for key in ("model", "repo_id", "revision"))
+        if isinstance(model, str) and isinstance(repo_id, str) and isinstance(revision, str):
+            served = Served(model, repo_id, revision)
+            if served != now:
+                return served
+    return None
+
+
 def port_of(registry: Registry, world: World, name: str) -> int | None:
     """Where `unload --model NAME` has something to do: the assignment, else a server of it; None: nowhere.
 

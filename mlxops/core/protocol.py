@@ -25,7 +25,7 @@ MAX_LINE = 4 * 1024 * 1024
 """Bytes; longer lines are not ours."""
 
 READS = frozenset({"list", "status", "ops", "logs", "follow"})
-CHANGES = frozenset({"init", "load", "unload", "unload-all", "reconcile"})
+CHANGES = frozenset({"init", "load", "unload", "unload-all", "reconcile", "rollback", "set"})
 
 
 @dataclass(frozen=True)

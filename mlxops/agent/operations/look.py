@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.drift import further_drift
 from mlxops.agent.operations.files import Files, registered
-from mlxops.core.registry import Model, refusal
+from mlxops.agent.operations.prepare import shown_options
+from mlxops.agent.snapshot import shape
+from mlxops.core.registry import Model, Registry, refusal
 
 
 def status(ctx: Context) -> dict[str, object]:
@@ -24,7 +28,24 @@ def list_models(ctx: Context) -> dict[str, object]:
     if registry.unwritable:
         ctx.note(f"the registry {ctx.where.registry}: {registry.unwritable}", "warning")
     rows = [_list_row(ctx, model) for model in registry.models.values()]
-    return {"models": rows, "registry": str(ctx.where.registry), "unusable": registry.unwritable}
+    result: dict[str, object] = {"models": rows, "registry": str(ctx.where.registry), "unusable": registry.unwritable}
+    return result | ({"memory": _memory(ctx, registry)} if ctx.request.flag("memory") else {})
+
+
+def _memory(ctx: Context, registry: Registry) -> dict[str, object]:
+    """The budget, what takes of it now, and what is left."""
+    from mlxops.agent.memory import budget, in_use
+
+    limit = budget(ctx.where)
+    uses = in_use(ctx.where, ctx.observe(registry), ctx.system)
+    used = sum(use.counted for use in uses)
+    return {
+        "budget_bytes": limit.size,
+        "budget_source": limit.source,
+        "used_bytes": used,
+        "left_bytes": limit.size - used,
+        "servers": [use.to_wire() for use in uses],
+    }
 
 
 def _list_row(ctx: Context, model: Model) -> dict[str, object]:
@@ -41,6 +62,8 @@ def _list_row(ctx: Context, model: Model) -> dict[str, object]:
             problems.append(f"cache_path is dead; its files are at {found.path}")
         else:
             problems.append(f"its files: {found.why}")
+    path = files.path if files else None
+    shaped = shape(path) if path else None
     return {
         "name": model.name,
         "repo_id": model.repo_id,
@@ -51,5 +74,15 @@ def _list_row(ctx: Context, model: Model) -> dict[str, object]:
         "port": model.port,
         "engine": model.engine or ctx.where.settings.engine,
         "size_bytes": files.size_bytes if files else None,
+        "context_length": model.context_length or (shaped.context_length if shaped else None),
+        "flags": shown_options(ctx, model, path),
+        **({"memory": _expected(path, model)} if ctx.request.flag("memory") else {}),
         "problems": problems,
     }
+
+
+def _expected(path: Path | None, model: Model) -> dict[str, object] | None:
+    from mlxops.agent.memory import estimate_of
+
+    expected = estimate_of(path, model) if path else None
+    return expected.to_wire() if expected else None

@@ -63,6 +63,15 @@ def options(entry: Model, default_engine: str, path: Path) -> tuple[Option, ...]
     return options_of(entry, default_engine, shape(path).model_type, _names(path), needed=engine.needs)
 
 
+def shown_options(ctx: Context, entry: Model, path: Path | None = None) -> list[dict[str, object]]:
+    """The options of an entry as `list` shows them, each with its origin; `path`: its files, if they are here."""
+    try:
+        found = options(entry, ctx.where.settings.engine, path or Path(entry.cache_path or os.devnull))
+    except Refused:  # an engine that is not known: told when it is loaded
+        found = options_of(entry, ctx.where.settings.engine, None, (), needed=())
+    return [each.to_wire() for each in found]
+
+
 def _names(path: Path) -> frozenset[str]:
     try:
         return frozenset(os.listdir(path))

@@ -8,8 +8,8 @@ from mlxops.agent import processes
 from mlxops.agent.engines import ENGINES
 from mlxops.agent.operations.context import Context
 from mlxops.core.errors import MlxopsError, Refused
-from mlxops.core.memory import gb
 from mlxops.core.protocol import Phase
+from mlxops.core.units import amount
 from mlxops.core.world import Owner, PortView, Run, State
 
 END_SECONDS = 5.0
@@ -103,6 +103,6 @@ def _see_memory_return(ctx: Context, before: int | None, held: int) -> None:
     deadline = time.monotonic() + RETURN_SECONDS
     while (ctx.system.available() or 0) < before + held // 2:
         if time.monotonic() > deadline:
-            ctx.note(f"its {gb(held)} of memory were not seen to return within {RETURN_SECONDS:.0f} s", "warning")
+            ctx.note(f"its {amount(held)} of memory were not seen to return within {RETURN_SECONDS:.0f} s", "warning")
             return
         time.sleep(0.1)
