@@ -195,7 +195,7 @@ def plan_load(
             _refuse_elsewhere(old, target, plan.outcome, force)
             stops.append(old)
     cleared = tuple(model.name for model in registry.on_port(port) if model.name != target.name)
-    stale = [f"the assignment of {name} to {port} is cleared" for name in cleared]
+    stale = [f"port {port} is taken over from {name}" for name in cleared]
     return LoadPlan(
         target,
         port,

@@ -265,7 +265,7 @@ UNWRITABLE: dict[str, bytes] = {
     "a huge integer": b'{"version": 1, "models": {}, "x": ' + b"9" * 5000 + b"}",
     "deep nesting": deep(100_000),
     "nesting that only a reader can take": deep(900),
-    "one level too deep": deep(99),
+    "one level too deep": deep(100),
     "a list": b"[]",
     "null": b"null",
     "a NUL": b'{"version": 1,\0 "models": {}}',

@@ -74,12 +74,17 @@ def hub_venv() -> Path:
     return _venv("hub", HUB)
 
 
+def has_openai_server() -> bool:
+    """Whether this Python is one that they run on."""
+    return OPENAI_SERVER_PYTHON[0] <= sys.version_info[:2] <= OPENAI_SERVER_PYTHON[1]
+
+
 def openai_server_venv(version: str = OPENAI_SERVERS[0], *, transformers: str = "") -> Path:
     """The virtual environment of a real mlx-openai-server. Raises `BuildFailed`.
 
     `transformers` is a requirement such as `transformers>=5`; without one, it is what the version works with.
     """
-    if not OPENAI_SERVER_PYTHON[0] <= sys.version_info[:2] <= OPENAI_SERVER_PYTHON[1]:
+    if not has_openai_server():
         raise BuildFailed(f"mlx-openai-server has no version for this Python, {PYTHON}")
     # 1.4 calls the tokenizer in a way that transformers 5 answers with another type.
     extra = transformers or ("transformers<5" if version.startswith("1.4.") else "")
