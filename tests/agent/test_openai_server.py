@@ -57,7 +57,10 @@ class Stream:
         }
         self.connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
         self.response = self.connection.getresponse()
-        assert self.response.readline().startswith(b"data:"), "it streams"
+        line = b"-"
+        while line and not line.startswith(b"data:"):  # before it, comments and empty lines
+            line = self.response.readline()
+        assert line, "it streams"
 
     def rest(self) -> bytes:
         """What came until its end, whichever that was."""

@@ -45,7 +45,6 @@ def test_an_empty_value_takes_the_key_out_and_null_is_written_where_it_means_som
             "args=[1]",
             'args="',
             "args=[",
-            "args=a\nb",
         ),
         *("chat_template=a\x1b[0m", "args=\x00", "engine=null", "context_length=null"),
     ],

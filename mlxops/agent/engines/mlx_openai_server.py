@@ -135,7 +135,7 @@ class MlxOpenAIServer:
 
 def known_options(text: str) -> dict[str, tuple[str, ...]]:
     """Its `launch --help` (Click's form): each option with the values that it can have; none where any will do."""
-    found = re.findall(r"^ +(--[a-z][a-z-]*)(?: \[([^\]]*)\])?", text, re.MULTILINE)
+    found = re.findall(r"^  (--[a-z][a-z-]*)(?: \[([^\]]*)\])?", text, re.MULTILINE)
     return {flag: tuple("".join(values.split()).split("|")) if values else () for flag, values in found}
 
 

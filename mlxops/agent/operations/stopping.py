@@ -35,7 +35,7 @@ def stop(ctx: Context, view: PortView, grace: float) -> float:
     if stopped.killed:
         what = f"{open_requests} open connections" if open_requests else "it"
         ctx.note(f"{what} did not end within {left:.0f} s, and the server was killed", "warning")
-    if ctx.system.look({view.port}).on(ctx.where.settings.bind, view.port):
+    if not _port_is_freed(ctx, view.port):
         raise MlxopsError(
             "port_still_held",
             f"the server on port {view.port} is gone, and something else listens there",
@@ -94,6 +94,17 @@ def _wait_for_requests(ctx: Context, view: PortView, run: Run, grace: float) -> 
     if waiting:
         ctx.note(f"{len(waiting)} open requests did not end within {grace:.0f} s and are cut off", "warning")
     return END_SECONDS
+
+
+def _port_is_freed(ctx: Context, port: int) -> bool:
+    """A killed program's threads end one by one, and the last one takes its sockets along: a moment after its first
+    thread, which is the one that is seen, is gone."""
+    deadline = time.monotonic() + END_SECONDS
+    while ctx.system.look({port}).on(ctx.where.settings.bind, port):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def _see_memory_return(ctx: Context, before: int | None, held: int) -> None:
