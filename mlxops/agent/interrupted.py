@@ -85,6 +85,7 @@ def settle(ctx: Context, operation: str, port: int | None) -> None:
     if cut is not None:
         ctx.note(f"{cut} ({cut.journal.id}); what it left is put right", "warning")
         _write_end(cut, ctx.operation)
+        ctx.store.remove_leftovers()
 
 
 def settle_all(ctx: Context) -> list[str]:

@@ -352,7 +352,7 @@ def test_a_damaged_file_never_makes_reading_fail_and_what_is_writable_stays_read
 
 
 @given(st.integers(1, 200))
-@example(98)
+@example(99)
 @PROPERTY
 def test_however_deep_a_file_is_what_is_taken_can_be_written_back(levels: int) -> None:
     registry = parse(deep(levels))

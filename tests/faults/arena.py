@@ -13,7 +13,6 @@ import os
 import pkgutil
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +31,9 @@ from mlxops.core.errors import MlxopsError
 from mlxops.core.protocol import Asker, Done, Event, Failed, Note, Phase, Request, decode_event
 from mlxops.core.settings import PortRange, Settings
 from tests.faults import children
+from tests.faults.lab import install_engine
+from tests.faults.snapshots import MODELS, snapshot
+from tests.lab.homelab import _addresses as loopback_addresses
 from tests.lab.world import free_ports
 
 for _module in pkgutil.walk_packages(mlxops.agent.__path__, "mlxops.agent."):
@@ -39,7 +41,6 @@ for _module in pkgutil.walk_packages(mlxops.agent.__path__, "mlxops.agent."):
     if not _module.name.endswith((".gate", ".__main__")):
         importlib.import_module(_module.name)
 
-MODELS = ("org/alpha", "org/beta", "org/gamma")
 PORTS = 3
 OPERATION_SECONDS = 90.0
 
@@ -92,12 +93,13 @@ class Arena:
         if self.engine:
             self.program.symlink_to(self.engine[0])
         else:
-            source = Path(__file__).with_name("engine.py").read_text(encoding="utf-8")
-            self.program.write_text(f"#!{sys.executable} -IS\n{source}", encoding="utf-8")
-            self.program.chmod(0o755)
-            self.snapshots = {name: _snapshot(self.hub, name) for name in MODELS}
-        self.ports = free_ports(["127.0.0.1"], PORTS)
+            install_engine(self.program.parent)
+            self.snapshots = {name: snapshot(self.hub, name) for name in MODELS}
+        # An address of its own: on 127.0.0.1 every other program's outgoing connection may take one of its ports.
+        (self.address,) = loopback_addresses(1)
+        self.ports = free_ports([self.address], PORTS)
         self.settings = Settings(
+            bind=self.address,
             hub=str(self.hub),
             state=str(self.state),
             engine="mlx-lm",
@@ -191,7 +193,7 @@ class Arena:
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.is_symlink():
             link.symlink_to(self.snapshots[model])
-        argv = [str(self.program), "--model", name, "--host", "127.0.0.1", "--port", str(port)]
+        argv = [str(self.program), "--model", name, "--host", self.address, "--port", str(port)]
 
         def serve() -> int:
             os.chdir(folder)
@@ -199,7 +201,7 @@ class Arena:
 
         pid = children.fork(serve, folder / "log")
         deadline = time.monotonic() + 20
-        while not this_system().look({port}).on("127.0.0.1", port):
+        while not this_system().look({port}).on(self.address, port):
             assert time.monotonic() < deadline, "the server by hand did not come up"
             time.sleep(0.005)
         return pid
@@ -225,20 +227,3 @@ class Arena:
 
 def entry(repo_id: str, path: Path, port: int | None = None, **more: object) -> dict[str, object]:
     return {"repo_id": repo_id, "model_id": repo_id, "cache_path": str(path), "format": "mlx", "port": port, **more}
-
-
-def _snapshot(hub: Path, repo_id: str) -> Path:
-    """A complete MLX snapshot without a model in it."""
-    repo = hub / f"models--{repo_id.replace('/', '--')}"
-    sha = repo_id.encode().hex().ljust(40, "0")[:40]
-    folder = repo / "snapshots" / sha
-    folder.mkdir(parents=True)
-    header = json.dumps({"w": {"dtype": "U8", "shape": [64], "data_offsets": [0, 64]}}).encode()
-    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
-    config = {"model_type": "qwen3", "architectures": ["X"], "quantization": {"group_size": 64, "bits": 4}}
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
-    (folder / "README.md").write_text("---\nlibrary_name: mlx\ntags:\n- mlx\n---\n", encoding="utf-8")
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text(sha, encoding="utf-8")
-    return folder

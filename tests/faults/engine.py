@@ -2,10 +2,11 @@
 
 Run under the name `mlx_lm.server`, isolated and without site packages, which is why it uses only what is built in. It
 answers `GET /health` and chat completions. `--fake-words TEXT` writes TEXT to its log; `--fake-late S` listens S
-seconds later; `--fake-exit N` ends with status N instead of listening; `--fake-stubborn 1` ignores SIGTERM.
+seconds later; `--fake-exit N` ends with status N instead of listening; `--fake-mute 1` accepts and never answers. While
+there is a file `broken` in its folder, it is healthy and completes nothing.
 """
 
-import signal
+import os
 import socket
 import sys
 import time
@@ -25,13 +26,14 @@ def respond(connection: socket.socket) -> None:
         if not part:
             return
         data += part
-    body = ANSWER if data.startswith(b"POST") else b'{"status":"ok"}'
-    connection.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+    status, body = b"200 OK", b'{"status":"ok"}'
+    if data.startswith(b"POST"):
+        status, body = (b"500 Broken", b"{}") if os.path.exists("broken") else (status, ANSWER)
+    head = b"HTTP/1.1 %s\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % (status, len(body))
+    connection.sendall(head + body)
 
 
 def main() -> None:
-    if option("--fake-stubborn"):
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if words := option("--fake-words"):
         sys.stderr.write(words + "\n")
         sys.stderr.flush()
@@ -42,8 +44,12 @@ def main() -> None:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((option("--host", "127.0.0.1"), int(option("--port", "8080"))))
     listener.listen(64)
+    silent = []
     while True:
         connection, _ = listener.accept()
+        if option("--fake-mute"):
+            silent.append(connection)
+            continue
         with connection:
             try:
                 respond(connection)

@@ -19,7 +19,8 @@ GATE_SECONDS = 15.0
 
 
 def registry_old_or_new(arena: Arena, old: bytes, new: bytes, *, whole: bool) -> list[str]:
-    """The document is one of the two; with `whole` off (several transactions) each of its entries is."""
+    """The document is one of the two; with `whole` off (several transactions) each of its entries is, or lost its port
+    with the server that it had."""
     data = arena.registry()
     if data in (old, new):
         return []
@@ -29,7 +30,7 @@ def registry_old_or_new(arena: Arena, old: bytes, new: bytes, *, whole: bool) ->
     if whole:
         return ["the registry is neither the old nor the new one"]
     before, after = _entries(old), _entries(new)
-    strange = [n for n, e in _entries(data).items() if e not in (before.get(n), after.get(n))]
+    strange = [n for n, e in _entries(data).items() if e not in _legal(before.get(n), after.get(n))]
     gone = [name for name in before.keys() & after.keys() if name not in _entries(data)]
     return [f"entries that are neither old nor new: {strange + gone}"] if strange or gone else []
 
@@ -135,6 +136,11 @@ def leftovers(arena: Arena) -> Iterable[Path]:
     yield from (arena.state / "run").glob("*.json")
 
 
+def _legal(*entries: dict[str, object] | None) -> list[dict[str, object]]:
+    known = [each for each in entries if each is not None]
+    return known + [{**each, "port": None} for each in known]
+
+
 def _is_json(line: str) -> bool:
     try:
         return isinstance(json.loads(line), dict)
@@ -142,5 +148,5 @@ def _is_json(line: str) -> bool:
         return False
 
 
-def _entries(data: bytes) -> dict[str, object]:
+def _entries(data: bytes) -> dict[str, dict[str, object]]:
     return dict(json.loads(data)["models"]) if data else {}

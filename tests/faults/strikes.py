@@ -158,7 +158,8 @@ class Strikes:
 
     def _judged(self, scenario: Scenario, old: bytes, ended: Ended, follow: str) -> list[str]:
         arena, new = self.arena, self._new[scenario.name]
-        wrong = oracle.registry_old_or_new(arena, old, new, whole=scenario.whole)
+        # A disk that fails in the recovery too keeps a swap from bringing the old server back.
+        wrong = oracle.registry_old_or_new(arena, old, new, whole=scenario.whole and not self.errors)
         wrong += oracle.registry_sound(arena) + oracle.locks_free(arena) + oracle.nothing_hidden(arena)
         wrong += oracle.no_bug(ended) + oracle.told_the_truth(arena, ended, new)
         if ended.exit < 0 and ended.events and ended.result is None and ended.error is None:

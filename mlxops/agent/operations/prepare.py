@@ -187,7 +187,10 @@ def entry_fields(target: Target, files: Files) -> dict[str, object]:
     """What the registry says of the target once it serves; `port` apart."""
     fields = planner.entry_fields(target.repo_id, str(files.path))
     del fields["port"]
-    return fields | ({"revision": files.revision} if target.revision else {})
+    if target.revision:
+        return fields | {"revision": files.revision}
+    # A revision that stands there is of the repository that the entry had before.
+    return fields | ({"revision": None} if target.entry and target.entry.revision else {})
 
 
 def commit(registry: Registry, plan: LoadPlan, files: Files) -> Registry:
