@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlxops.agent.engines import recognise
+from mlxops.agent.engines.base import options
 from mlxops.agent.observe import real_path, repo_of
 from mlxops.agent.place import Place
 from mlxops.agent.snapshot import shape, weight_files
@@ -17,7 +18,6 @@ from mlxops.agent.system import Look, Process, System
 from mlxops.core import memory
 from mlxops.core.errors import Refused
 from mlxops.core.memory import Estimate, Use
-from mlxops.core.registry import Model
 from mlxops.core.units import amount
 from mlxops.core.world import World
 
@@ -62,14 +62,13 @@ def _sysctl(name: str) -> str:
     return done.stdout if done.returncode == 0 else ""
 
 
-def estimate_of(path: Path, model: Model | None = None) -> Estimate | None:
-    """What the snapshot at `path` would take; None if there are no weights."""
+def estimate_of(path: Path, context_length: int | None = None) -> Estimate | None:
+    """What the snapshot at `path` would take; None if there are no weights. `context_length` is in tokens, if it is set."""
     weights = sum(weight_files(path).values())
     if not weights:
         return None
     shaped = shape(path)
-    asked = model.context_length if model else None
-    return memory.estimate(weights, shaped.cache_bytes_per_token, shaped.context_length, asked)
+    return memory.estimate(weights, shaped.cache_bytes_per_token, shaped.context_length, context_length)
 
 
 def in_use(where: Place, world: World, system: System) -> tuple[Use, ...]:
@@ -102,7 +101,8 @@ def _use(world: World, system: System, look: Look, process: Process) -> Use:
     path = real_path(system.folder(process.pid), seen.model)
     view = world.ports.get(seen.port)
     on_port = view is not None and bool(family & {view.pid, *view.members})
-    expected = estimate_of(Path(path)) if path else None
+    asked = options(process.argv).get("--context-length", "")
+    expected = estimate_of(Path(path), int(asked) if asked.isdecimal() else None) if path else None
     owner = "hand" if process.uid == os.getuid() else "foreign"
     return Use(
         port=seen.port,

@@ -257,6 +257,11 @@ def test_flags_that_belong_to_mlxops_are_refused_however_they_are_written(tmp_pa
         ENGINE.argv(Command(("x",), "PATH", "1.8.1"), serving(tmp_path, args=(word, "1")))
 
 
+def test_one_that_is_only_asked_for_its_options_is_no_server() -> None:
+    assert ENGINE.recognise(["python", "/x/mlx-openai-server", "launch", "--model-path", "/m", "--port", "8100"])
+    assert ENGINE.recognise(["python", "/x/mlx-openai-server", "launch", "--help"]) is None
+
+
 def test_other_flags_pass(tmp_path: Path) -> None:
     assert "--max-tokens=5 --seed 1" in argv(
         Command(("x",), "PATH", "1.8.1"), serving(tmp_path, args=("--max-tokens=5", "--seed", "1"))

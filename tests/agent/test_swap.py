@@ -164,18 +164,20 @@ def _spoil(studio: Studio, name: str, how: str) -> None:
 class TestStreams:
     """mlx_lm.server drops its open requests when it is asked to end; so it is asked later."""
 
-    def test_an_open_stream_is_let_to_its_end(self, studio: Studio) -> None:
+    def test_an_open_stream_is_waited_for(self, studio: Studio) -> None:
         port = studio.ports[0]
-        with serving(studio, QWEN, port):
-            stream = Stream(studio, port, 400)
-            read: list[bytes] = []
-            reader = threading.Thread(target=lambda: read.append(stream.rest()))
-            reader.start()
-            swapped = studio.mlxctl("load", LLAMA, str(port), "--force").ok()
-            reader.join()
+        with serving(studio, QWEN, port) as before:
+            stream = Stream(studio, port, 1_000_000)
+            ended: list[Completed] = []
+            swap = threading.Thread(
+                target=lambda: ended.append(studio.mlxctl("load", LLAMA, str(port), "--force", "--drain", "100"))
+            )
+            swap.start()
+            wait_until(lambda: "1 open requests get up to 100 s" in _told(studio), 60, "the swap to wait")
+            assert stream.response.readline() and row(studio, port)["pid"] == before["pid"]
             stream.close()
-            assert read[0].rstrip().endswith(b"[DONE]")
-            assert "1 open requests get up to 30 s" in swapped.stderr and "cut off" not in swapped.stderr
+            swap.join()
+            assert ended[0].ok() and "cut off" not in ended[0].stderr
             assert row(studio, port)["model"] == LLAMA
 
     def test_one_that_does_not_end_is_cut_off_and_that_is_said(self, studio: Studio) -> None:
@@ -188,6 +190,10 @@ class TestStreams:
             stream.close()
             # What was waited for, the old server still answered.
             assert result(swapped)["downtime_seconds"] < result(swapped)["seconds"] - 0.9
+
+
+def _told(studio: Studio) -> str:
+    return "".join(path.read_text(encoding="utf-8") for path in studio.state.glob("ops/*/events.jsonl"))
 
 
 class TestRollback:

@@ -90,5 +90,5 @@ def _list_row(ctx: Context, model: Model) -> dict[str, object]:
 def _expected(path: Path | None, model: Model) -> dict[str, object] | None:
     from mlxops.agent.memory import estimate_of
 
-    expected = estimate_of(path, model) if path else None
+    expected = estimate_of(path, model.context_length) if path else None
     return expected.to_wire() if expected else None
