@@ -63,7 +63,7 @@ def _sysctl(name: str) -> str:
 
 
 def estimate_of(path: Path, context_length: int | None = None) -> Estimate | None:
-    """What the snapshot at `path` would take; None if there are no weights. `context_length` is in tokens, if it is set."""
+    """What the snapshot at `path` would take; None if there are no weights. `context_length`: tokens, if it is set."""
     weights = sum(weight_files(path).values())
     if not weights:
         return None
