@@ -20,7 +20,7 @@ MARKER = '{"mlxops":'
 MAX_LINE = 4 * 1024 * 1024
 """Bytes; longer lines are not ours."""
 
-READS = frozenset({"list", "status"})
+READS = frozenset({"list", "status", "gateway"})
 CHANGES = frozenset({"init", "load", "unload", "unload-all", "reconcile"})
 
 

@@ -82,6 +82,9 @@ class Engine(Protocol):
     def recognise(self, argv: Sequence[str]) -> Seen | None:
         """Whether this argv is a server of this engine."""
 
+    def answers_to(self, argv: Sequence[str], version: str | None) -> str | None:
+        """The only name under which a server with this argv answers; None: any name, or not known."""
+
     def health(self, host: str, port: int, timeout: float) -> Health:
         """The cheap probe. Never loads, evicts or generates anything."""
 

@@ -1,10 +1,13 @@
-"""`status` and `list`: what is there. They change nothing."""
+"""`status`, `list` and `gateway`: what is there. They change nothing."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.files import Files, registered
-from mlxops.core.registry import Model, refusal
+from mlxops.core.registry import Model, Registry, refusal
+from mlxops.core.world import Owner, PortView
 
 
 def status(ctx: Context) -> dict[str, object]:
@@ -16,6 +19,54 @@ def status(ctx: Context) -> dict[str, object]:
         error = refusal(registry.unwritable)
         drift.insert(0, {"code": error.code, "port": None, "model": None, "message": error.why, "hint": error.hint})
     return {"ports": rows, "drift": drift, "registry": str(ctx.where.registry)}
+
+
+def answering(ctx: Context) -> dict[str, object]:
+    """`gateway`: what a gateway's entries have to agree with, port by port."""
+    registry = ctx.registry()
+    world = ctx.observe(registry)
+    rows = [
+        _answering_row(view, registry) for port, view in sorted(world.ports.items()) if port in ctx.where.settings.ports
+    ]
+    return {"ports": rows}
+
+
+def _answering_row(view: PortView, registry: Registry) -> dict[str, object]:
+    entry = registry.models.get(view.model or "")
+    return {
+        "port": view.port,
+        "alias": view.alias,
+        "state": view.state.value,
+        "owner": view.owner.value if view.owner else None,
+        "model": view.model,
+        "answers_to": _answers_to(view),
+        "context_length": _context_length(entry) if entry and view.owner else None,
+        "assigned": bool(registry.on_port(view.port)),
+        "detail": view.detail,
+    }
+
+
+def _answers_to(view: PortView) -> str | None:
+    """The only name that the live server answers to; None: any name, or not known."""
+    from mlxops.agent.engines import ENGINES
+    from mlxops.agent.engines.base import installed_version
+
+    run = view.run if view.owner is Owner.MLXOPS else None
+    served = run or view.server
+    engine = ENGINES.get(served.engine) if served else None
+    if served is None or engine is None:
+        return None
+    version = run.engine_version if run and run.engine_version else installed_version(served.argv, engine.distribution)
+    return engine.answers_to(served.argv, version)
+
+
+def _context_length(entry: Model) -> int | None:
+    """What the entry limits it to, else what the model's files say."""
+    from mlxops.agent.snapshot import inspect
+
+    if entry.context_length is not None or entry.cache_path is None:
+        return entry.context_length
+    return inspect(Path(entry.cache_path)).context_length
 
 
 def list_models(ctx: Context) -> dict[str, object]:
