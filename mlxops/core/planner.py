@@ -15,7 +15,7 @@ from mlxops.core.names import AUTO, is_repo_id, shown
 from mlxops.core.names import port as parse_port
 from mlxops.core.registry import Model, Registry
 from mlxops.core.settings import Settings
-from mlxops.core.world import Orphan, Owner, PortView, Server, State, World
+from mlxops.core.world import Orphan, Owner, PortView, Run, Server, State, World
 
 
 @dataclass(frozen=True)
