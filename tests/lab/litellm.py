@@ -9,6 +9,8 @@ import hashlib
 import json
 import os
 import subprocess
+import threading
+import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -83,15 +85,9 @@ class LiteLLM:
     def url(self) -> str:
         return f"http://127.0.0.1:{self._port}"
 
-    def ask(self, alias: str, *, max_tokens: int = 8, timeout: float = 60.0) -> Reply:
-        """One chat completion by alias, greedy: equal models give equal answers."""
-        body = {
-            "model": alias,
-            "messages": [{"role": "user", "content": "say hello"}],
-            "max_tokens": max_tokens,
-            "temperature": 0,
-        }
-        return self._request("/v1/chat/completions", json.dumps(body).encode(), timeout)
+    def ask(self, alias: str, *, timeout: float = 60.0) -> Reply:
+        """One chat completion by alias."""
+        return ask(f"{self.url}/v1", alias, key=self.key, timeout=timeout)
 
     def identity(self) -> Identity:
         assert self._process is not None
@@ -156,22 +152,10 @@ class LiteLLM:
             )
 
     def _settled(self) -> bool:
-        return not self._alive() or self._request("/health/liveliness", None, 2.0).status == 200
+        return not self._alive() or _request(f"{self.url}/health/liveliness", None, self.key, 2.0).status == 200
 
     def _alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
-
-    def _request(self, path: str, data: bytes | None, timeout: float) -> Reply:
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
-        request = urllib.request.Request(self.url + path, data, headers)
-        try:
-            with urllib.request.urlopen(request, timeout=timeout) as answer:
-                return Reply(answer.status, json.load(answer))
-        except urllib.error.HTTPError as error:
-            with error:
-                return Reply(error.code, error.read().decode(errors="replace"))
-        except (OSError, ValueError) as error:
-            return Reply(0, str(error))
 
     def _last_words(self) -> str:
         return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:])
@@ -179,3 +163,70 @@ class LiteLLM:
 
 def _as_it_is(path: Path) -> tuple[str, int, str]:
     return path.name, path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def ask(base: str, name: str, *, key: str = "none", timeout: float = 60.0) -> Reply:
+    """One chat completion from any OpenAI-compatible server, greedy: equal models give equal answers."""
+    body = {
+        "model": name,
+        "messages": [{"role": "user", "content": "say hello"}],
+        "max_tokens": 8,
+        "temperature": 0,
+    }
+    return _request(f"{base}/chat/completions", json.dumps(body).encode(), key, timeout)
+
+
+def _request(url: str, data: bytes | None, key: str, timeout: float) -> Reply:
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=timeout) as answer:
+            return Reply(answer.status, json.load(answer))
+    except urllib.error.HTTPError as error:
+        with error:
+            return Reply(error.code, error.read().decode(errors="replace"))
+    except (OSError, ValueError) as error:
+        return Reply(0, str(error))
+
+
+@dataclass(frozen=True)
+class Sent:
+    """One request of the traffic; times are monotonic."""
+
+    began: float
+    ended: float
+    reply: Reply
+
+
+class Traffic:
+    """A client that asks for an alias again and again, one request after the other, while it is entered.
+
+    Bounded in number and time, whatever happens to the test.
+    """
+
+    MOST = 3000
+    SECONDS = 240.0
+
+    def __init__(self, gateway: LiteLLM, alias: str) -> None:
+        self.sent: list[Sent] = []
+        self._gateway = gateway
+        self._alias = alias
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="traffic")
+
+    def _run(self) -> None:
+        first = time.monotonic()
+        while not self._stop.is_set() and len(self.sent) < self.MOST and time.monotonic() - first < self.SECONDS:
+            began = time.monotonic()
+            reply = self._gateway.ask(self._alias)
+            self.sent.append(Sent(began, time.monotonic(), reply))
+            self._stop.wait(0.02)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
