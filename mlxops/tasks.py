@@ -83,6 +83,7 @@ def _beside() -> Path | None:
 
 
 Show = Callable[[Sequence[Answer]], str]
+Send = Callable[[Mapping[str, object]], Answer]
 
 
 def _answer(
@@ -175,12 +176,12 @@ def _change(
     given: Callable[[], Mapping[str, object]],
     *,
     before: Callable[[Target, render.Talk], None] | None = None,
-    send: Callable[[Target, Mapping[str, object], render.Talk], Answer] | None = None,
+    around: Callable[[Target, Mapping[str, object], render.Talk, Send], Answer] | None = None,
     after: Callable[[render.Talk, Answer], None] | None = None,
 ) -> NoReturn:
     """A command that changes one host, or shows what it would change. `given` may raise `UsageError`.
 
-    `send`: how it is asked, where there is more to it than the one request.
+    `around`: what is done before and after the request itself, which it sends with its last argument.
     """
 
     def run(talk: render.Talk) -> tuple[Answer, ...]:
@@ -189,7 +190,11 @@ def _change(
         _check(target, args)
         if before:
             before(target, talk)
-        answer = send(target, args, talk) if send else ask(target, call.command, args, talk.hear)
+
+        def send(sent: Mapping[str, object]) -> Answer:
+            return ask(target, call.command, sent, talk.hear)
+
+        answer = around(target, args, talk, send) if around else send(args)
         if after and answer.result is not None:
             after(talk, answer)
         return (answer,)
@@ -318,15 +323,16 @@ def load(
         }
 
     call = Call("load", host, local, json, debug)
-    _change(call, given, send=lambda *asked: _load(call, *asked), after=_warn_if_unreachable)
+    _change(call, given, around=lambda *asked: _with_gateway(call, *asked), after=_warn_if_unreachable)
 
 
-def _load(call: Call, target: Target, args: Mapping[str, object], talk: render.Talk) -> Answer:
+def _with_gateway(call: Call, target: Target, args: Mapping[str, object], talk: render.Talk, send: Send) -> Answer:
+    """A change after which a port serves something else: the gateway's names first, its receipt last."""
     if call.gateway is None:
-        return ask(target, "load", args, talk.hear)
+        return send(args)
     from mlxops.control import gateway
 
-    return gateway.load(call.gateway, target, args, talk)
+    return gateway.load(call.gateway, target, args, talk, send)
 
 
 def _warn_if_unreachable(talk: render.Talk, answer: Answer) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from mlxops.control import through
-from mlxops.control.client import Answer, Target, ask, reached_at
+from mlxops.control.client import Answer, Target, reached_at
 from mlxops.control.gatewayfiles import Told, key_of, read
 from mlxops.control.inventory import Gateway
 from mlxops.control.render import Talk
@@ -178,15 +178,19 @@ def as_yaml(document: Mapping[str, object], environ: Mapping[str, str]) -> str:
 # -- a load, seen from the gateway --------------------------------------------------------------------------------
 
 
-def load(gateway: Gateway | None, target: Target, args: Mapping[str, object], talk: Talk) -> Answer:
+Send = Callable[[Mapping[str, object]], Answer]
+"""Sends a request with these arguments."""
+
+
+def load(gateway: Gateway | None, target: Target, args: Mapping[str, object], talk: Talk, send: Send) -> Answer:
     """A load that the gateway's names are checked against, and that ends with the receipt: `result.gateway`.
 
-    A receipt that fails is a warning: the server was proven on its port, and it is the gateway's side that is to be
+    `{"asked": bool, "why": str | None, "aliases": [{"alias", "ok", "code", "seconds", "attempts", ...}]}`. A receipt that fails is a warning: the server was proven on its port, and it is the gateway's side that is to be
     looked at. A configuration that cannot be read is one too: it must not keep anybody from serving.
     """
     told = _told(gateway, talk)
     sent = _sent_to(told, target) if told else {}
-    answer = ask(target, "load", {**args, **({"sent": sent} if sent else {})}, talk.hear)
+    answer = send({**args, **({"sent": sent} if sent else {})})
     if told and answer.error is not None and answer.error.code == "gateway_name":
         _name_the_edit(answer.error, told, target)
     result = answer.result

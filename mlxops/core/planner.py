@@ -208,13 +208,13 @@ def plan_load(
     )
 
 
-def check_sent_names(port: int, answers_to: str | None, sent: Sequence[str]) -> None:
-    """What the gateway sends for a port against the only name that the new server will answer to; None: any will do.
+def check_sent_names(port: int, answers_to: str, sent: Sequence[str]) -> None:
+    """What the gateway sends for a port against the only name that the new server will answer to.
 
     Raises `Refused` (gateway_name), with that name in `details`.
     """
     wrong = [name for name in sent if name != answers_to]
-    if answers_to is None or not wrong:
+    if not wrong:
         return
     raise Refused(
         "gateway_name",

@@ -85,8 +85,11 @@ class MlxLm:
             return None
         return Seen(int(port), given.get("--model", ""), given.get("--host", "127.0.0.1"))
 
-    def answers_to(self, argv: Sequence[str], version: str | None) -> str | None:
+    def served_name(self, argv: Sequence[str]) -> str | None:
         return options(argv).get("--model")
+
+    def any_name(self, version: str | None) -> bool:
+        return False
 
     def health(self, host: str, port: int, timeout: float) -> Health:
         # 200 also while loading; 503 once the thread that generates has died.

@@ -93,12 +93,14 @@ class MlxOpenAIServer:
                 return Seen(int(port), model, given.get("--host", "0.0.0.0")) if port.isdecimal() else None
         return None
 
-    def answers_to(self, argv: Sequence[str], version: str | None) -> str | None:
-        # Up to 1.6 the name in a request is not looked at; since then it is the served name, or the path.
-        if version is None or _numbers(version) < (1, 7):
-            return None
+    def served_name(self, argv: Sequence[str]) -> str | None:
         given = options(argv)
         return given.get("--served-model-name") or given.get("--model-path")
+
+    def any_name(self, version: str | None) -> bool:
+        # Since 1.8 the name in a request has to be the served one; before, it is not looked at.
+        numbers = re.match(r"(\d+)\.(\d+)", version or "")
+        return numbers is not None and (int(numbers[1]), int(numbers[2])) < (1, 8)
 
     def health(self, host: str, port: int, timeout: float) -> Health:
         # It binds only after its start-up. /health stays 200 when the process with the weights has died, and
@@ -116,7 +118,3 @@ class MlxOpenAIServer:
             return None
         found = _EXCEPTION.findall(log)
         return " ".join(str(found[-1]).split()) if found else "Application startup failed"
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())

@@ -7,13 +7,13 @@ import os
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from mlxops.agent.engines import engine_named
-from mlxops.agent.engines.base import Command, Engine, NoCompletion, Serving, installed_version
+from mlxops.agent.engines.base import Command, Engine, NoCompletion, Serving
 from mlxops.agent.observe import observe
 from mlxops.agent.operations.context import DRAIN_SECONDS, Context
 from mlxops.agent.operations.files import Files, cached
+from mlxops.agent.operations.gatewayname import check_name
 from mlxops.agent.operations.stopping import stop
 from mlxops.agent.store import now
 from mlxops.core import names, planner
@@ -58,7 +58,7 @@ def _load_locked(ctx: Context, target: Target, port: int, began: float) -> dict[
     prepared = _prepare(ctx, target, port, files) if files else None
     plan = _plan(ctx, registry, target, port, prepared)
     if plan.outcome is not Outcome.ALREADY:
-        _check_name(ctx, target, port)
+        check_name(ctx, target, port)
     if plan.outcome is Outcome.START and prepared is None:
         if ctx.request.dry_run:
             return _dry_load(ctx, plan, None, began)
@@ -88,25 +88,6 @@ def _plan(ctx: Context, registry: Registry, target: Target, port: int, prepared:
         wanted=prepared.wanted if prepared else None,
         force=ctx.request.flag("force"),
     )
-
-
-def _check_name(ctx: Context, target: Target, port: int) -> None:
-    """Before anything is downloaded or stopped: would the new server answer to the name that the gateway sends?
-
-    The control node says what that is, where it can read the gateway's configuration. Raises `Refused`.
-    """
-    sent = _sent(ctx, port)
-    if not sent:
-        return
-    prepared = _prepare(ctx, target, port, Files("", Path(os.devnull), 0))
-    version = installed_version(prepared.command.argv, prepared.engine.distribution)
-    planner.check_sent_names(port, prepared.engine.answers_to(prepared.wanted.argv, version), sent)
-
-
-def _sent(ctx: Context, port: int) -> list[str]:
-    sent = ctx.request.args.get("sent")
-    names = sent.get(str(port)) if isinstance(sent, dict) else None
-    return [str(name) for name in names] if isinstance(names, list) else []
 
 
 def _download(ctx: Context, target: Target) -> Files:

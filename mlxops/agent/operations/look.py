@@ -57,7 +57,9 @@ def _answers_to(view: PortView) -> str | None:
     if served is None or engine is None:
         return None
     version = run.engine_version if run and run.engine_version else installed_version(served.argv, engine.distribution)
-    return engine.answers_to(served.argv, version)
+    # What somebody else started in a way that hides its version may be an old one.
+    sure = run is not None or version is not None
+    return engine.served_name(served.argv) if sure and not engine.any_name(version) else None
 
 
 def _context_length(entry: Model) -> int | None:

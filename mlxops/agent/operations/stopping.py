@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import time
+
 from mlxops.agent import processes
 from mlxops.agent.operations.context import Context
 from mlxops.core.errors import MlxopsError, Refused
 from mlxops.core.protocol import Phase
 from mlxops.core.world import Owner, PortView, Run
+
+RELEASE_SECONDS = 10.0
+"""How long the port of an ended server may stay taken."""
 
 
 def stop(ctx: Context, view: PortView, grace: float) -> None:
@@ -34,7 +39,7 @@ def stop(ctx: Context, view: PortView, grace: float) -> None:
     stopped = processes.stop(ctx.system, run, grace=grace)
     if stopped.killed:
         ctx.note(f"it did not end within {grace:.0f} s and was killed", "warning")
-    if ctx.system.look({view.port}).on(ctx.where.settings.bind, view.port):
+    if not _free(ctx, view.port):
         raise MlxopsError(
             "port_still_held",
             f"the server on port {view.port} is gone, and something else listens there",
@@ -42,3 +47,18 @@ def stop(ctx: Context, view: PortView, grace: float) -> None:
             hint="mlxctl status names it",
         )
     ctx.store.forget_run(view.port)
+
+
+def _free(ctx: Context, port: int) -> bool:
+    """Whether nobody listens on the port, or within moments nobody does any more.
+
+    Linux calls a process a zombie once its first thread has ended; its sockets stay until the last one has, which
+    a server in the middle of an answer takes a while for. Such a listener has no owner that could be seen; one that
+    has is somebody else's, and there is nothing to wait for.
+    """
+    deadline = time.monotonic() + RELEASE_SECONDS
+    while listeners := ctx.system.look({port}).on(ctx.where.settings.bind, port):
+        if any(each.pids for each in listeners) or time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
