@@ -185,7 +185,8 @@ Send = Callable[[Mapping[str, object]], Answer]
 def load(gateway: Gateway | None, target: Target, args: Mapping[str, object], talk: Talk, send: Send) -> Answer:
     """A load that the gateway's names are checked against, and that ends with the receipt: `result.gateway`.
 
-    `{"asked": bool, "why": str | None, "aliases": [{"alias", "ok", "code", "seconds", "attempts", ...}]}`. A receipt that fails is a warning: the server was proven on its port, and it is the gateway's side that is to be
+    That is `{"asked": bool, "why": str | None, "aliases": [{"alias", "ok", "code", "seconds", "attempts", ...}]}`. A
+    receipt that fails is a warning: the server was proven on its port, and it is the gateway's side that is to be
     looked at. A configuration that cannot be read is one too: it must not keep anybody from serving.
     """
     told = _told(gateway, talk)

@@ -147,9 +147,9 @@ def _documents(first: str) -> Iterator[tuple[str, object, tuple[int, ...]]]:
     waiting, seen = [first], set[str]()
     while waiting:
         name = waiting.pop(0)
-        if name in seen:
+        if (real := os.path.realpath(os.path.expanduser(name))) in seen:
             continue
-        seen.add(name)
+        seen.add(real)
         if len(seen) > MAX_FILES:
             raise Refused(
                 "bad_gateway_config", f"{first} includes more than {MAX_FILES} files", hint="correct `include`"
@@ -169,10 +169,13 @@ def _load(name: str) -> tuple[object, tuple[int, ...]]:
         hint = "correct that file; LiteLLM could not read it either"
         return Refused("bad_gateway_config", f"{place} cannot be read as YAML", why=why, hint=hint)
 
-    loader = _Loader(text)
     try:
-        node = loader.get_single_node()
-        document = loader.construct_document(node) if node is not None else None
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            document = loader.construct_document(node) if node is not None else None
+        finally:
+            loader.dispose()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         why = ", ".join(part for part in (error.problem, error.context) if part)
@@ -184,8 +187,6 @@ def _load(name: str) -> tuple[object, tuple[int, ...]]:
         raise bad(None, "it is nested too deeply") from None
     except (_Bomb, ValueError, OverflowError, yaml.YAMLError) as error:
         raise bad(None, str(error)[:200]) from None
-    finally:
-        loader.dispose()
     return document, _lines(node)
 
 

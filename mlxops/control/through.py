@@ -74,7 +74,7 @@ def ask(
         if passage.code == "gateway_down" and _alive(url):
             detail = f"the gateway lives, and did not answer for {alias} in {over:.0f} s"
             passage = replace(passage, code="no_completion", detail=detail)
-        final = passage.ok or passage.code == "gateway_down" or passage.status in _FINAL
+        final = passage.code in {"ok", "gateway_down", "other_server"} or passage.status in _FINAL
         if final or over + PAUSE > seconds:
             return replace(passage, seconds=round(over, 3), attempts=attempts)
         pause(PAUSE)
