@@ -190,8 +190,7 @@ def load(gateway: Gateway | None, target: Target, args: Mapping[str, object], ta
     looked at. A configuration that cannot be read is one too: it must not keep anybody from serving.
     """
     told = _told(gateway, talk)
-    sent = _sent_to(told, target) if told else {}
-    answer = send({**args, **({"sent": sent} if sent else {})})
+    answer = send({**args, **_said_of(target, told)} if told else args)
     if told and answer.error is not None and answer.error.code == "gateway_name":
         _name_the_edit(answer.error, told, target)
     result = answer.result
@@ -211,10 +210,15 @@ def _told(gateway: Gateway | None, talk: Talk) -> Told | None:
         return None
 
 
-def _sent_to(told: Told, target: Target) -> dict[str, list[str]]:
-    """Port -> the names that the gateway sends there."""
-    sent = core.names_sent(told.entries, reached_at(target), same_host)
-    return {str(port): list(names) for port, names in sent.items() if port in target.settings.ports}
+def _said_of(target: Target, told: Told) -> dict[str, object]:
+    """What the agent is told of the gateway: by port, the names that it sends and the tokens that it promises."""
+    address, ports = reached_at(target), target.settings.ports
+    sent = core.names_sent(told.entries, address, same_host)
+    promised = core.tokens_promised(told.entries, address, same_host)
+    return {
+        "sent": {str(port): list(names) for port, names in sent.items() if port in ports},
+        "promised": {str(port): tokens for port, tokens in promised.items() if port in ports},
+    }
 
 
 def _name_the_edit(error: MlxopsError, told: Told, target: Target) -> None:

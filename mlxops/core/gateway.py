@@ -224,6 +224,16 @@ def names_sent(entries: Iterable[Entry], address: str, same_host: SameHost = sam
     return {port: tuple(dict.fromkeys(names)) for port, names in sent.items()}
 
 
+def tokens_promised(entries: Iterable[Entry], address: str, same_host: SameHost = same_name) -> dict[int, int]:
+    """Port of the host at `address` -> the most input tokens that an entry for it promises."""
+    promised: dict[int, int] = {}
+    for entry in entries:
+        where, tokens = entry.address, entry.max_input_tokens
+        if where is not None and tokens is not None and same_host(where[0], address):
+            promised[where[1]] = max(tokens, promised.get(where[1], 0))
+    return promised
+
+
 def aliases_for(entries: Iterable[Entry], address: str, port: int, same_host: SameHost = same_name) -> tuple[str, ...]:
     """The aliases whose requests the gateway sends to this port."""
     found = (e.alias for e in entries if e.address and e.address[1] == port and same_host(e.address[0], address))

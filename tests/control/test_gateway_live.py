@@ -11,6 +11,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -197,17 +198,10 @@ def test_a_load_that_would_not_know_the_gateways_name_is_refused_before_anything
     lab, port = empty.lab, str(empty.port)
     lab.mini.inv("load", "--model", QWEN, "--port", port).ok()
     before = lab.studio.processes()
-    wrong = tmp_path / "router.yaml"
-    wrong.write_text(empty.gateway.config.read_text().replace(f"openai/{ALIAS}", "openai/other-name"))
-    hosts = lab.mini.home / ".config" / "mlxops" / "hosts.yaml"
-    right = hosts.read_text(encoding="utf-8")
-    try:
-        hosts.write_text(right.replace(str(empty.gateway.config), str(wrong)), encoding="utf-8")
+    with _told(empty, tmp_path, f"openai/{ALIAS}", "openai/other-name") as wrong:
         done = lab.mini.inv("load", "--model", LLAMA, "--port", port, "--force", "--json")
         dry = lab.mini.inv("load", "--model", LLAMA, "--port", port, "--force", "--dry-run", "--json")
         again = lab.mini.inv("load", "--model", QWEN, "--port", port, "--json")
-    finally:
-        hosts.write_text(right, encoding="utf-8")
     assert (done.exit, dry.exit) == (3, 3), f"{done}\n{dry}"
     error = done.json["hosts"][0]["error"]
     assert error["code"] == "gateway_name"
@@ -215,6 +209,13 @@ def test_a_load_that_would_not_know_the_gateways_name_is_refused_before_anything
     assert lab.studio.processes() == before
     # What serves already is not refused for the gateway's sake.
     assert (again.exit, _result(again)["changed"]) == (0, False), str(again)
+
+
+def test_a_context_that_the_gateway_overstates_is_a_warning_at_the_load(empty: Place, tmp_path: Path) -> None:
+    with _told(empty, tmp_path, "api_key: none\n", "api_key: none\n  model_info: {max_input_tokens: 4096}\n"):
+        done = empty.lab.mini.inv("load", "--model", QWEN, "--port", str(empty.port)).ok()
+    said = f"warning: the gateway promises 4096 input tokens on port {empty.port}; this model takes 2048"
+    assert said in done.stderr
 
 
 def test_a_receipt_that_fails_is_a_warning_with_its_details(empty: Place) -> None:
@@ -227,6 +228,20 @@ def test_a_receipt_that_fails_is_a_warning_with_its_details(empty: Place) -> Non
     assert passage["detail"]
     assert f"warning: no answer for {ALIAS} through" in done.stderr
     assert "sk-not-the-key" not in done.stdout + done.stderr
+
+
+@contextmanager
+def _told(place: Place, folder: Path, old: str, new: str) -> Iterator[Path]:
+    """The Mini reads another configuration than the gateway's own, which stays as it is."""
+    other = folder / "router.yaml"
+    other.write_text(place.gateway.config.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+    hosts = place.lab.mini.home / ".config" / "mlxops" / "hosts.yaml"
+    right = hosts.read_text(encoding="utf-8")
+    hosts.write_text(right.replace(str(place.gateway.config), str(other)), encoding="utf-8")
+    try:
+        yield other
+    finally:
+        hosts.write_text(right, encoding="utf-8")
 
 
 def _result(done: Completed) -> Any:

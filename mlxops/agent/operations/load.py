@@ -13,7 +13,7 @@ from mlxops.agent.engines.base import Command, Engine, NoCompletion, Serving
 from mlxops.agent.observe import observe
 from mlxops.agent.operations.context import DRAIN_SECONDS, Context
 from mlxops.agent.operations.files import Files, cached
-from mlxops.agent.operations.gatewayname import check_name
+from mlxops.agent.operations.gatewayname import check_name, context_warning
 from mlxops.agent.operations.stopping import stop
 from mlxops.agent.store import now
 from mlxops.core import names, planner
@@ -161,6 +161,9 @@ def _preflight(ctx: Context, registry: Registry, plan: LoadPlan, prepared: Prepa
             why="; ".join(facts.runs_code)[:400],
             hint="read that code; then set trust_remote_code: true and a revision in its registry entry",
         )
+    warning = context_warning(ctx, plan.port, entry.context_length or facts.context_length)
+    if warning:
+        ctx.note(warning, "warning")
     if not ctx.request.flag("overcommit"):
         check_fits(ctx.where, registry, ctx.observe(registry), plan, facts.weight_bytes)
 
