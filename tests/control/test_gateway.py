@@ -249,8 +249,11 @@ class _Proxy:
                 self.send_response(status)
                 for key, value in {**headers, "Content-Length": str(len(body))}.items():
                     self.send_header(key, value)
-                self.end_headers()
-                self.wfile.write(body)
+                try:
+                    self.end_headers()
+                    self.wfile.write(body)
+                except BrokenPipeError:
+                    pass  # nobody waited for it
 
             def log_message(self, format: str, *args: object) -> None:
                 """Says nothing."""

@@ -108,9 +108,8 @@ class Story:
         assert done.exit == exit, str(done)
         assert self._on_port() == serves, str(done)
         self.steps.append(Step(name, began, ended, before, self.place.directly() if serves else None))
-        # Some requests that belong to this step alone.
-        sent = len(self.traffic.sent)
-        wait_until(lambda: len(self.traffic.sent) > sent + 2, 60, f"traffic after {name}")
+        # At least one request that came when it was over; the last ones tell.
+        wait_until(lambda: any(s.began > ended for s in self.traffic.sent[-2:]), 60, f"traffic after {name}")
         return done
 
     def _on_port(self) -> str | None:
