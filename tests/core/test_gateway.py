@@ -298,3 +298,18 @@ def test_the_form_with_variables_is_the_homelabs() -> None:
         "JERRY_XL_API_BASE": "http://studio.local:8100/v1",
         "JERRY_XL_API_KEY": "none",
     }
+
+
+def test_no_two_slots_share_a_variable() -> None:
+    ports = [idle("a-b", 8100), idle("a.b", 8101), served("a-b", 8100, host="studio2", address="studio2.local")]
+    document, environ = gateway.printed_env(ports)
+    assert len(environ) == 9
+    assert [e.sends for e in gateway.parse(document, environ, FILES)[0]] == ["a-b", "a.b", "a-b"]
+
+
+def test_an_alias_that_begins_with_a_digit_has_variables_all_the_same() -> None:
+    assert set(gateway.printed_env([idle("70b", 8100)])[1]) == {
+        "SLOT_70B_MODEL",
+        "SLOT_70B_API_BASE",
+        "SLOT_70B_API_KEY",
+    }
