@@ -18,6 +18,7 @@ from mlxops.control import client, render
 from mlxops.control.client import Answer, Target, ask, ask_all, gateway_warning, local_python
 from mlxops.core import names
 from mlxops.core.errors import Bug, Exit, MlxopsError, UsageError
+from mlxops.core.protocol import Event, Started
 from mlxops.core.settings import Settings
 
 if TYPE_CHECKING:
@@ -57,7 +58,9 @@ class Call:
 
     def targets(self, *, all_by_default: bool = False, only_one: bool = False) -> tuple[Target, ...]:
         """Raises `UsageError`: bad_hosts_file, unknown_host, one_host."""
-        name = self.host or (os.environ.get("MLXOPS_HOST") if self.local else None)
+        name = self.host
+        if name is None and self.local:
+            name = os.environ.get("MLXOPS_HOST")
         if self.inventory is None:
             if not self.local:
                 raise UsageError(
@@ -192,7 +195,7 @@ def _change(
             before(target, talk)
 
         def send(sent: Mapping[str, object]) -> Answer:
-            return ask(target, call.command, sent, talk.hear)
+            return _attended(call, target, sent, talk)
 
         answer = around(target, args, talk, send) if around else send(args)
         if after and answer.result is not None:
@@ -200,6 +203,58 @@ def _change(
         return (answer,)
 
     _answer(call, run, lambda answers: _lines(call, answers), key="result")
+
+
+def _attended(
+    call: Call, target: Target, args: Mapping[str, object], talk: render.Talk, command: str | None = None
+) -> Answer:
+    """Ask for a change, or follow one, and stay until its end or Ctrl-C."""
+    operation = ""
+
+    def hear(host: str, event: Event) -> None:
+        nonlocal operation
+        if isinstance(event, Started):
+            operation = event.operation
+        talk.hear(host, event)
+
+    try:
+        return ask(target, command or call.command, args, hear)
+    except KeyboardInterrupt:
+        if not operation:
+            raise
+        talk.close()
+        return Answer(target.name, error=_left_or_cancelled(target, operation, talk))
+
+
+def _left_or_cancelled(target: Target, operation: str, talk: render.Talk) -> MlxopsError:
+    """After Ctrl-C: whoever sits at a terminal is asked; else it goes on."""
+    from mlxops.core.errors import Interrupted
+
+    on = f" --host {target.name}" if target.ssh else " --local"
+    if _wants_cancel(operation):
+        answer = ask(target, "cancel", {"operation": operation}, talk.hear)
+        if answer.error is not None:
+            return answer.error
+        if (answer.result or {}).get("cancelled") is True:
+            return Interrupted("cancelled", f"operation {operation} was cancelled; nothing of it is left")
+        return Interrupted("interrupted", f"operation {operation} was done before it could be cancelled")
+    return Interrupted(
+        "interrupted",
+        f"operation {operation} was left running on {target.name}",
+        why="it does not need this connection",
+        hint=f"mlxctl ops{on} --follow {operation}; or --cancel {operation}",
+    )
+
+
+def _wants_cancel(operation: str) -> bool:
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    sys.stderr.write(f"\nOperation {operation}: leave it running (l) or cancel it (c)? [l] ")
+    sys.stderr.flush()
+    try:
+        return sys.stdin.readline().strip().lower() in {"c", "cancel"}
+    except KeyboardInterrupt:
+        return False
 
 
 def _check(target: Target, args: Mapping[str, object]) -> None:
@@ -252,22 +307,27 @@ def list_(c: Context, host: str | None = None, local: bool = False, json: bool =
     _read(Call("list", host, local, json, debug), render.list_table)
 
 
-@_command(host=HOSTS, strict="exit 3 if registry and life disagree anywhere")
+@_command(
+    host=HOSTS,
+    probe="also ask each ready port for one small completion",
+    strict="exit 3 if registry and life disagree anywhere",
+)
 def status(
     c: Context,
     host: str | None = None,
+    probe: bool = False,
     strict: bool = False,
     local: bool = False,
     json: bool = False,
     debug: bool = False,
 ) -> None:
     """Show what is on each port, on all hosts."""
-    _read(Call("status", host, local, json, debug), render.status_table, strict=strict)
+    _read(Call("status", host, local, json, debug), render.status_table, {"probe": probe}, strict=strict)
 
 
-def _read(call: Call, show: Show, *, strict: bool = False) -> NoReturn:
+def _read(call: Call, show: Show, args: Mapping[str, object] = {}, *, strict: bool = False) -> NoReturn:
     def run(talk: render.Talk) -> tuple[Answer, ...]:
-        answers = ask_all(call.targets(all_by_default=True), call.command, {}, talk.hear)
+        answers = ask_all(call.targets(all_by_default=True), call.command, args, talk.hear)
         if strict:
             answers = tuple(_strict(answer) for answer in answers)
         return answers
@@ -478,6 +538,36 @@ def reconcile(
     _change(Call("reconcile", host, local, json, debug), lambda: {"dry_run": dry_run})
 
 
+@_command(
+    host=HOSTS,
+    follow="operation to follow to its end: its id, or the end of it",
+    cancel="operation to end: its id, or the end of it; nothing of it stays",
+)
+def ops(
+    c: Context,
+    host: str | None = None,
+    follow: str | None = None,
+    cancel: str | None = None,
+    local: bool = False,
+    json: bool = False,
+    debug: bool = False,
+) -> None:
+    """Show running and recent operations; follow or cancel one."""
+    call = Call("ops", host, local, json, debug)
+    if follow is None and cancel is None:
+        _read(call, render.ops_table)
+
+    def run(talk: render.Talk) -> tuple[Answer, ...]:
+        if follow is not None and cancel is not None:
+            raise UsageError("follow_or_cancel", "--follow and --cancel exclude each other", hint="one after the other")
+        (target,) = call.targets(only_one=True)
+        if cancel is not None:
+            return (ask(target, "cancel", {"operation": cancel}, talk.hear),)
+        return (_attended(call, target, {"operation": follow}, talk, "follow"),)
+
+    _answer(call, run, lambda answers: _lines(call, answers), key="result")
+
+
 @_command(host=HOST)
 def deploy(c: Context, host: str | None = None, local: bool = False, json: bool = False, debug: bool = False) -> None:
     """Install or upgrade the agent on a host."""
@@ -532,6 +622,48 @@ def _checks(only: str | None, fast: bool) -> None:
         raise SystemExit(f"failed: {', '.join(failed)}")
 
 
+def _whole(text: str, flag: str) -> int:
+    if not (text.isascii() and text.isdecimal()):
+        raise UsageError("bad_number", f"{names.shown(text)} is not a number for {flag}", hint=f"for example: {flag} 1")
+    return int(text)
+
+
+@task(
+    positional=[],
+    auto_shortflags=False,
+    help={
+        "minutes": "how long it goes on (10)",
+        "seed": "which faults: the same number gives the same ones (1)",
+        "state": "the file that counts; left out: faults.json in the test cache. The next run goes on with it",
+        "only": "kinds of fault, separated by commas",
+        "at": "with --only KIND: this one trial again, with all that it says",
+    },
+)
+def faults(
+    c: Context,
+    minutes: str = "10",
+    seed: str = "1",
+    state: str | None = None,
+    only: str | None = None,
+    at: str | None = None,
+) -> None:
+    """Cause fault after fault, and see what survives."""
+
+    def run() -> None:
+        from tests.faults import campaign
+
+        number = int(names.seconds(seed, "--seed"))
+        if at is not None:
+            campaign.replay(
+                _need(only, "--only", "faults --only kills --at 12"), int(names.seconds(at, "--at")), number
+            )
+        minutes_given = names.seconds(minutes, "--minutes")
+        if not campaign.run(minutes_given, number, Path(state) if state else None, only):
+            raise MlxopsError("faults_lost", "some faults were not survived", hint="inv faults --only KIND --at NUMBER")
+
+    _develop("faults", run)
+
+
 def _develop(name: str, run: Callable[[], None]) -> None:
     """A task for those who work on mlxops: it needs the checkout, and says so."""
     call = Call(name, None, local=True, json=False, debug=False)
@@ -556,4 +688,6 @@ def _develop(name: str, run: Callable[[], None]) -> None:
         raise SystemExit(_fail(call, failed)) from None
 
 
-namespace = Collection(init, list_, status, load, unload, unload_all, reconcile, gateway, deploy, demo, test)
+namespace = Collection(
+    init, list_, status, load, unload, unload_all, reconcile, gateway, ops, deploy, demo, test, faults
+)

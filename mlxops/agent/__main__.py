@@ -2,7 +2,7 @@
 
 python -P -m mlxops.agent             a request, its events
 python -P -m mlxops.agent --build     which code this is
-python -P -m mlxops.agent --worker D  the worker of the operation whose record is D
+python -P -m mlxops.agent --worker D L  the worker of the operation whose record is D, its lock the descriptor L
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +26,7 @@ from mlxops.core.protocol import (
     Hello,
     Note,
     Request,
+    Started,
     decode_request,
     encode_event,
 )
@@ -47,10 +47,10 @@ def main(argv: list[str]) -> int:
         case ["--build"]:
             _write(build_id())
             return 0
-        case ["--worker", folder]:
+        case ["--worker", folder, lock]:
             from mlxops.agent.worker import run
 
-            return run(Path(folder))
+            return run(Path(folder), int(lock))
     sys.stderr.write("mlxops.agent is run by mlxops, not by hand\n")
     return 2
 
@@ -92,7 +92,11 @@ def _serve() -> int:
         _emit(Done({"agreed": True}))
         return 0
     _agree_on_settings(request, store, where, place(agreed, os.environ) if agreed else None)
-    return _change(request, store) if request.changes else _look(request, store, where)
+    match request.command:
+        case "follow" | "cancel":
+            return _attach(request, store)
+        case _:
+            return _change(request, store) if request.changes else _look(request, store, where)
 
 
 def _request() -> Request:
@@ -120,7 +124,7 @@ def _agree_on_code(request: Request) -> None:
         why=f"the host has {build_id()}, this is {request.build}",
         hint="make both sides equal: inv deploy",
     )
-    if request.changes or request.command == "agree":
+    if request.changes or request.command in {"agree", "cancel"}:
         raise problem
     _emit(Note(f"{problem.message}: {problem.why}; {problem.hint}", "warning"))
 
@@ -143,27 +147,55 @@ def _look(request: Request, store: Store, where: Place) -> int:
 
 
 def _change(request: Request, store: Store) -> int:
-    """Start a worker and follow its record; if the very same operation runs already, follow that one."""
-    from mlxops.agent.journal import named
+    """Start a worker and follow its record; one that this very request has started before is followed only."""
     from mlxops.agent.worker import begin
 
     journal, child = begin(store, request)
-    final = _follow(journal, lambda: child.poll() is None)
-    if isinstance(final, Failed) and isinstance(final.error, Busy):
-        other = named(store.state / "ops", str(final.error.details.get("attach", "")))
-        if other is not None:
-            _emit(Note(f"this load is running already ({other.id}); following it"))
-            final = _follow(other, lambda: False)
+    final = _follow_same(store, journal, request.heard)
     _emit(final)
-    # The result is out; the worker is only a moment from its end, and the last to hold its locks.
-    child.wait()
+    if child is not None:
+        # The result is out; the worker is only a moment from its end, and the last to hold its locks.
+        child.wait()
+    return _status(final)
+
+
+def _attach(request: Request, store: Store) -> int:
+    """Follow an operation that is there, from where the asker left it; before that, ask it to end if that is asked."""
+    from mlxops.agent.operations.ops import cancel, find
+
+    journal = find(store, request.text("operation") or "")
+    if request.command == "cancel":
+        cancel(journal)
+        final = _follow(journal, heard=sys.maxsize)
+        _emit(Done({"operation": journal.id, "cancelled": isinstance(final, Failed), "changed": True}))
+        return 0
+    final = _follow_same(store, journal, request.heard)
+    _emit(final)
+    return _status(final)
+
+
+def _status(final: Done | Failed) -> int:
     return int(final.error.exit) if isinstance(final, Failed) else 0
 
 
-def _follow(journal: Journal, starting: Callable[[], bool]) -> Done | Failed:
+def _follow_same(store: Store, journal: Journal, heard: int) -> Done | Failed:
+    """Follow an operation; if it finds that the very same one runs already, follow that one."""
+    from mlxops.agent.journal import named
+
+    final = _follow(journal, heard)
+    if isinstance(final, Failed) and isinstance(final.error, Busy):
+        other = named(store.state / "ops", str(final.error.details.get("attach", "")))
+        if other is not None:
+            _emit(Note(f"this is running already ({other.id}); following it"))
+            return _follow(other, 0)
+    return final
+
+
+def _follow(journal: Journal, heard: int) -> Done | Failed:
     """Pass on the events of an operation's record; its last one is returned, not passed on."""
+    _emit(Started(journal.id))
     spoke = time.monotonic()
-    for event in journal.follow(starting):
+    for event in journal.follow(heard):
         if isinstance(event, Done | Failed):
             return event
         if event is not None:

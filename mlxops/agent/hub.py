@@ -20,6 +20,7 @@ from mlxops.agent.snapshot import NOT_SERVED, completeness, damaged_weights, is_
 from mlxops.core.errors import Refused
 from mlxops.core.names import is_repo_id, is_revision
 from mlxops.core.protocol import Note
+from mlxops.core.units import amount
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile, RepoSibling
@@ -153,15 +154,15 @@ def _drop(folder: Path, pointer: Path) -> None:
 def _announce(folder: Path, plan: Plan, emit: Emit) -> None:
     """Say what will be downloaded; refuse what the disk cannot hold."""
     missing = plan.total - _present(folder, plan)
-    here = f", {_amount(plan.total - missing)} of it already here" if missing < plan.total else ""
-    what = f"{_amount(plan.total)} in {len(plan.files)} files{here}"
+    here = f", {amount(plan.total - missing)} of it already here" if missing < plan.total else ""
+    what = f"{amount(plan.total)} in {len(plan.files)} files{here}"
     emit(Note(f"downloading {plan.repo_id} at {plan.commit[:12]}: {what}"))
     free = shutil.disk_usage(_existing(folder)).free
     if missing > free:
         raise Refused(
             "disk_full",
-            f"{plan.repo_id} does not fit on the disk: {_amount(missing)} to download, {_amount(free)} free",
-            why=f"the disk of {folder.parent} has {_amount(missing - free)} too little",
+            f"{plan.repo_id} does not fit on the disk: {amount(missing)} to download, {amount(free)} free",
+            why=f"the disk of {folder.parent} has {amount(missing - free)} too little",
             hint="make room, for example with: mlxctl remove --model NAME (sizes: mlxctl list)",
             details={"needed_bytes": missing, "free_bytes": free},
         )
@@ -234,13 +235,3 @@ def _size(path: Path) -> int | None:
 
 def _existing(path: Path) -> Path:
     return next(parent for parent in (path, *path.parents) if parent.exists())
-
-
-def _amount(size: int) -> str:
-    """Bytes for people, in powers of ten, as disks and hubs count."""
-    amount = float(size)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if amount < 999.5:
-            return f"{amount:.0f} {unit}" if unit == "bytes" or amount >= 99.5 else f"{amount:.1f} {unit}"
-        amount /= 1000
-    return f"{amount:.1f} TB"

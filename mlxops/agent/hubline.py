@@ -13,6 +13,7 @@ import os
 import re
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,6 +36,8 @@ TRY_AGAIN = frozenset({408, 429, 500, 502, 503, 504})
 """HTTP statuses with which a hub does not refuse, only postpones."""
 REPORT_EVERY = 0.2
 """Seconds between two reports of progress."""
+RATE_OVER = 10.0
+"""Seconds over which the rate is an average."""
 _QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_VERBOSITY": "critical"}
 """huggingface_hub reads its settings once, when it is imported."""
 
@@ -212,6 +215,7 @@ class Bytes:
         self._lock = threading.Lock()
         self._shown = -1
         self._next = 0.0
+        self._lately: deque[tuple[float, int]] = deque()
 
     def bars(self, base: int) -> type[_Bar]:
         """The class of bars for one try that begins with `base` bytes already there."""
@@ -235,7 +239,15 @@ class Bytes:
             now = time.monotonic()
             if self._shown < done < self._total and now >= self._next:
                 self._shown, self._next = done, now + REPORT_EVERY
-                self._emit(Progress("download", done, self._total))
+                self._emit(Progress("download", done, self._total, self._rate(now, done)))
+
+    def _rate(self, now: float, done: int) -> int:
+        """Bytes a second over the last `RATE_OVER` seconds; 0 in the first one, when it would be a guess."""
+        self._lately.append((now, done))
+        while len(self._lately) > 2 and now - self._lately[0][0] > RATE_OVER:
+            self._lately.popleft()
+        since, before = self._lately[0]
+        return int((done - before) / (now - since)) if now - since >= 1.0 else 0
 
 
 class _Bar:

@@ -18,11 +18,22 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlxops.core.errors import Bug, MlxopsError, Refused
-from mlxops.core.protocol import Done, Event, Failed, Request, decode_event, decode_request, encode_event
+from mlxops.core.protocol import (
+    Done,
+    Event,
+    Failed,
+    Phase,
+    Progress,
+    Request,
+    decode_event,
+    decode_request,
+    encode_event,
+)
 
 KEPT = 200
 """Operations whose records are kept."""
@@ -30,7 +41,23 @@ POLL_SECONDS = 0.015
 PATIENT_POLL_SECONDS = 0.1
 """After a few seconds without news: a download of an hour is not worth a core's attention."""
 PATIENT_AFTER_SECONDS = 3.0
-_ID = re.compile(r"[0-9]{8}T[0-9]{6}-[0-9a-f]{6}")
+ACTIVITY_BYTES = 65536
+"""How much of a record's end tells where the operation is: some hundred events."""
+_ID = re.compile(r"[0-9]{8}T[0-9]{6}-[0-9a-f]{8}")
+
+
+@dataclass(frozen=True)
+class Stand:
+    """Where an operation is: its latest phase, the bytes of it, and how it ended."""
+
+    phase: Phase | None = None
+    progress: Progress | None = None
+    final: Done | Failed | None = None
+
+    def __str__(self) -> str:
+        if self.progress is not None:
+            return f"{self.progress.name} {self.progress}"
+        return f"{self.phase.name}: {self.phase.message}" if self.phase else ""
 
 
 @dataclass(frozen=True)
@@ -47,22 +74,41 @@ class Journal:
     # The worker's side
 
     def hold(self) -> int:
-        """Take the lock that says that the worker lives. Raises `BlockingIOError` if another worker has it."""
+        """The lock that says that the worker lives, as a descriptor for the worker to inherit: so there is no moment
+        at which the operation exists and seems dead."""
         fd = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return fd
 
     def emitter(self) -> Callable[[Event], None]:
-        fd = os.open(self.folder / "events.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        fd = self._open()
+        whole = True
 
         def emit(event: Event) -> None:
-            # A full disk must not end an operation because its diary cannot be kept.
+            nonlocal whole
+            # A full disk must not end an operation because its diary cannot be kept. What got in half is closed by
+            # a line's end, so that what follows can be read.
+            line = ("" if whole else "\n") + encode_event(event) + "\n"
+            whole = False
             with contextlib.suppress(OSError):
-                os.write(fd, (encode_event(event) + "\n").encode())
+                whole = os.write(fd, line.encode()) == len(line)
                 if isinstance(event, Done | Failed):
                     os.fsync(fd)
 
         return emit
+
+    def _open(self) -> int:
+        return os.open(self.folder / "events.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+
+    def append(self, event: Event) -> None:
+        """Write an event, the end, for a worker that cannot do it any more; nothing if it can."""
+        with contextlib.suppress(OSError), _closing(self.hold()), _closing(self._open()) as fd:
+            os.write(fd, f"\n{encode_event(event)}\n".encode())
+
+    @property
+    def since(self) -> str:
+        """When it was asked for: wall time, UTC."""
+        return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.strptime(self.id[:15], "%Y%m%dT%H%M%S"))
 
     @property
     def cancelled(self) -> bool:
@@ -87,27 +133,50 @@ class Journal:
             os.close(fd)
         return False
 
-    def follow(self, starting: Callable[[], bool] = lambda: False) -> Iterator[Event | None]:
-        """Its events from the first one to the last, as they come; None while there is nothing to tell.
+    def stand(self) -> Stand:
+        """Where it is, from the end of its record."""
+        stand = Stand()
+        try:
+            with open(self.folder / "events.jsonl", "rb") as file:
+                file.seek(max(0, file.seek(0, 2) - ACTIVITY_BYTES))
+                lines = file.read().decode(errors="replace").splitlines()
+        except FileNotFoundError:
+            return stand
+        for line in lines:
+            match decode_event(line):
+                case Phase() as phase:
+                    stand = Stand(phase)
+                case Progress() as progress:
+                    stand = replace(stand, progress=progress)
+                case Done() | Failed() as final:
+                    stand = replace(stand, final=final)
+        return stand
 
-        `starting` says that a worker that does not hold its lock yet is about to. A worker that ended without a
-        last word is told as a `Failed`.
+    def follow(self, heard: int = 0) -> Iterator[Event | None]:
+        """Its events after the first `heard` to the last, as they come; None while there is nothing to tell.
+
+        A worker that ended without a last word is told as a `Failed`.
         """
         rest = b""
         position = 0
         news = time.monotonic()
         while True:
             # Asked before reading: what a worker wrote before it ended is then never missed.
-            alive = starting() or self.alive()
+            alive = self.alive()
             data = self._read_from(position)
             position += len(data)
             *lines, rest = (rest + data).split(b"\n")
             for line in lines:
                 event = decode_event(line.decode(errors="replace"))
-                if event is not None:
-                    yield event
+                if event is None:
+                    continue
                 if isinstance(event, Done | Failed):
+                    yield event
                     return
+                if heard > 0:
+                    heard -= 1
+                else:
+                    yield event
             if not alive and not data:
                 yield Failed(self._ended_silently())
                 return
@@ -137,21 +206,61 @@ class Journal:
         )
 
 
-def create(ops: Path, request: Request) -> Journal:
-    """A new operation's record. Raises `OSError`."""
-    _prune(ops)
-    folder = ops / f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
-    folder.mkdir(mode=0o700)
-    fd = os.open(folder / "request.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with open(fd, "wb") as file:
-        file.write(request.encode())
-    return Journal(folder)
+def create(ops: Path, request: Request) -> tuple[Journal, int | None]:
+    """A new operation's record, and its lock for the worker; or the record that the same ticket has already, and
+    None. Raises `OSError`."""
+    with _alone(ops):
+        ticket = request.ticket or secrets.token_hex(4)
+        for folder in ops.glob(f"*-{ticket}"):
+            return Journal(folder), None
+        _prune(ops)
+        folder = ops / f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{ticket}"
+        folder.mkdir(mode=0o700)
+        fd = os.open(folder / "request.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with open(fd, "wb") as file:
+            file.write(request.encode())
+        journal = Journal(folder)
+        return journal, journal.hold()
 
 
 def named(ops: Path, operation: str) -> Journal | None:
     """The record of an operation by its id; None if there is none, or if that is no id."""
     folder = ops / operation
     return Journal(folder) if _ID.fullmatch(operation) and folder.is_dir() else None
+
+
+def activity(ops: Path, operation: str) -> str:
+    """What an operation is doing now, in a few words; empty if that is not known."""
+    journal = named(ops, operation)
+    return str(journal.stand()) if journal else ""
+
+
+def recent(ops: Path) -> list[Journal]:
+    """The records that are kept, the newest first."""
+    try:
+        names = [name for name in os.listdir(ops) if _ID.fullmatch(name)]
+    except FileNotFoundError:
+        return []
+    return [Journal(ops / name) for name in sorted(names, reverse=True)]
+
+
+@contextmanager
+def _closing(fd: int) -> Iterator[int]:
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _alone(ops: Path) -> Iterator[None]:
+    """Two requests with one ticket, from two connections, must not both find it new."""
+    fd = os.open(ops, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _prune(ops: Path) -> None:

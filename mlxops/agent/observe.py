@@ -9,12 +9,14 @@ import re
 import shlex
 import socket
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from mlxops.agent import processes
 from mlxops.agent.engines import ENGINES, recognise
+from mlxops.agent.journal import activity
 from mlxops.agent.place import Place
 from mlxops.agent.store import Store
 from mlxops.agent.system import Listener, Look, System, collides
@@ -44,8 +46,13 @@ def observe(
     hand = _hand_started(where, system, look, ports)
     signals = [_signals(where, store, system, look, hand, port, own) for port in ports]
     answers = _ask(where, [each for each in signals if each.listening and (each.run or each.hand)])
+    silent = {port for port, answer in answers.items() if answer is Answer.SILENT}
+    busy = system.connected(silent) if silent else frozenset()
     views = {
-        each.port: judge(replace(each, answer=answers.get(each.port, Answer.NOT_ASKED)), registry) for each in signals
+        each.port: judge(
+            replace(each, answer=answers.get(each.port, Answer.NOT_ASKED), busy=each.port in busy), registry
+        )
+        for each in signals
     }
     return World(views, drift(where.settings.ports, views, registry))
 
@@ -128,9 +135,10 @@ def _signals(
         hand=server if server is not None and server.pid not in members else None,
         boot=_is_boot(where, look, port, listeners),
         operation=None if holder is None or holder.id == own else holder,
+        activity="" if holder is None or holder.id == own else activity(store.state / "ops", holder.id),
         stranger=_describe(look, others) if listeners and (others or not pids) else "",
         memory_bytes=system.memory(members) if members else None,
-        last_words=last_line(tail(store.log_path(port))) if run is not None and not members else "",
+        last_words=_last_words(store.log_path(port)) if run is not None and not members else "",
     )
 
 
@@ -176,6 +184,16 @@ def _ask(where: Place, signals: list[Signals]) -> dict[int, Answer]:
     for thread in threads:
         thread.join(PROBE_SECONDS * 2)
     return {each.port: answers.get(each.port, Answer.SILENT) for each in signals}
+
+
+def _last_words(log: Path) -> str:
+    """When a server last wrote to its log, and what: how it ended, nobody saw who could tell."""
+    words = last_line(tail(log))
+    try:
+        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(log.stat().st_mtime))
+    except OSError:
+        return ""
+    return f"last sign of life {when}" + (f": {words}" if words else "")
 
 
 def clean(text: str) -> str:

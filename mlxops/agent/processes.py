@@ -108,7 +108,8 @@ def leader(system: System, processes: Mapping[int, Process], run: Run) -> Proces
         return None
     tail = run.argv[1:]
     same = process.start == run.start and process.pgid == run.pgid
-    if same and (not tail or process.argv[len(process.argv) - len(tail) :] == tail):
+    # While a process becomes another program, the kernel shows no arguments: for an instant it has none.
+    if same and (not tail or not process.argv or process.argv[len(process.argv) - len(tail) :] == tail):
         return process
     return None
 

@@ -14,47 +14,60 @@ import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 
 from mlxops.agent import journal as journals
 from mlxops.agent.journal import Journal
 from mlxops.agent.operations import command
-from mlxops.agent.operations.context import Context
+from mlxops.agent.operations.context import Cancellation, Context
 from mlxops.agent.place import place
-from mlxops.agent.store import Store, state_unwritable
+from mlxops.agent.store import Store, disk_failed, state_unwritable
 from mlxops.agent.system import this_system
-from mlxops.core.errors import Bug, Interrupted, MlxopsError
+from mlxops.core.errors import Bug, MlxopsError
 from mlxops.core.protocol import Done, Event, Failed, Request
 
 CANCEL_POLL_SECONDS = 0.1
 
 
-def begin(store: Store, request: Request) -> tuple[Journal, subprocess.Popen[bytes]]:
-    """Start a worker for `request`. Raises `Refused` when the state folder cannot be written."""
+def begin(store: Store, request: Request) -> tuple[Journal, subprocess.Popen[bytes] | None]:
+    """Start a worker for `request`; None if there is one for its ticket already.
+
+    Raises `Refused` when the state folder cannot be written.
+    """
     store.ready()
     try:
-        journal = journals.create(store.state / "ops", request)
+        journal, lock = journals.create(store.state / "ops", request)
+        return journal, None if lock is None else _start(journal, lock)
+    except OSError as error:
+        raise state_unwritable(store.state, error) from None
+
+
+def _start(journal: Journal, lock: int) -> subprocess.Popen[bytes]:
+    try:
         with open(journal.folder / "stderr", "xb") as errors:
-            child = subprocess.Popen(
-                [sys.executable, "-P", "-m", "mlxops.agent", "--worker", str(journal.folder)],
+            return subprocess.Popen(
+                [sys.executable, "-P", "-m", "mlxops.agent", "--worker", str(journal.folder), str(lock)],
                 stdin=subprocess.DEVNULL,
                 stdout=errors,
                 stderr=errors,
                 cwd="/",
                 start_new_session=True,
+                pass_fds=(lock,),
             )
-    except OSError as error:
-        raise state_unwritable(store.state, error) from None
-    return journal, child
+    finally:
+        os.close(lock)  # from now on it is the worker's alone
 
 
-def run(folder: Path) -> int:
-    """The worker itself: `python -m mlxops.agent --worker FOLDER`. Its result is the last event of the record."""
+def run(folder: Path, lock: int) -> int:
+    """The worker itself: `python -m mlxops.agent --worker FOLDER LOCK`. Its result is the last event of the record.
+
+    `lock` is the descriptor of the record's lock, held; what the worker starts must not inherit it.
+    """
+    os.set_inheritable(lock, False)
     os.umask(0o077)
     journal = Journal(folder)
-    journal.hold()
     emit = journal.emitter()
-    signal.signal(signal.SIGTERM, _interrupt)
+    cancellation = Cancellation()
+    signal.signal(signal.SIGTERM, lambda number, frame: cancellation.wish())
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     threading.Thread(target=_watch_for_cancel, args=(journal,), daemon=True).start()
     request = journal.request()
@@ -67,6 +80,7 @@ def run(folder: Path) -> int:
         emit=emit,
         environ=dict(os.environ),
         operation=journal.id,
+        cancellation=cancellation,
     )
     return finish(context, emit)
 
@@ -82,9 +96,15 @@ def finish(context: Context, emit: Callable[[Event], None]) -> int:
         emit(Failed(error))
         return int(error.exit)
     except Exception as error:  # noqa: BLE001 - the boundary: what nobody foresaw is a bug, and is told as one
-        emit(Failed(bug(error)))
-        return 1
+        told = _told(error, context.store)
+        emit(Failed(told))
+        return int(told.exit)
     return 0
+
+
+def _told(error: Exception, store: Store) -> MlxopsError:
+    """A disk that fails where nobody looked for it is the disk's fault; all else is ours."""
+    return state_unwritable(store.state, error) if disk_failed(error) else bug(error)
 
 
 def bug(error: BaseException) -> MlxopsError:
@@ -94,17 +114,6 @@ def bug(error: BaseException) -> MlxopsError:
         why="this is a bug in mlxops, not something that you did",
         hint="run it again with --debug and report what it prints",
         details={"traceback": traceback.format_exc()},
-    )
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    # Once is enough: what follows is the cleaning up, which must not be interrupted.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise Interrupted(
-        "cancelled",
-        "the operation was cancelled",
-        why="somebody asked for it, or the host is shutting down",
-        hint="mlxctl status",
     )
 
 

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import getpass
 import ipaddress
+import secrets
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mlxops.build import build_id
 from mlxops.control.session import ConnectionLost, Ended, Session, Transport
 from mlxops.core.errors import AgentProblem, MlxopsError, OutcomeUnknown, Unreachable
-from mlxops.core.protocol import CHANGES, Asker, Done, Event, Failed, Hello, Note, Request, decode_event
+from mlxops.core.protocol import Asker, Done, Event, Failed, Hello, Note, Request, Started, decode_event
 from mlxops.core.settings import Settings
 
 SILENCE_SECONDS = 30.0
 """The agent says something every five seconds while it follows an operation, and answers a question sooner."""
 GATEWAY_SECONDS = 3.0
+RECONNECT_SECONDS = 120.0
+"""How long a connection that broke during a change is tried again, after the last thing that was heard."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0
+"""Seconds between two tries."""
+PASSING = frozenset({"host_down", "connection_refused", "connection_timeout"})
+"""Reasons why a host is not reached that may pass by themselves."""
 
 
 @dataclass(frozen=True)
@@ -65,17 +73,9 @@ def this_asker() -> Asker:
 def ask(target: Target, command: str, args: Mapping[str, object], listen: Listen) -> Answer:
     """One request to one host. Never raises for what a host or a network can cause."""
     try:
-        transport = connect(target)
+        return Answer(target.name, result=_Conversation(target, command, args, listen).result())
     except MlxopsError as error:
         return Answer(target.name, error=error)
-    try:
-        settings = _with_address(target)
-        request = Request(command, args, settings, build_id(), this_asker(), target.agreed)
-        return Answer(target.name, result=_converse(transport, target, request, listen))
-    except MlxopsError as error:
-        return Answer(target.name, error=error)
-    finally:
-        transport.close()
 
 
 def ask_all(targets: Sequence[Target], command: str, args: Mapping[str, object], listen: Listen) -> tuple[Answer, ...]:
@@ -154,61 +154,123 @@ def _is_wildcard(address: str) -> bool:
     return ipaddress.ip_address(address).is_unspecified
 
 
-def _converse(transport: Transport, target: Target, request: Request, listen: Listen) -> Mapping[str, object]:
-    hello = False
-    try:
-        session = transport.start([*target.python, "-P", "-m", "mlxops.agent"], request.encode())
-        try:
-            for line in session.lines(SILENCE_SECONDS):
-                match decode_event(line):
-                    case None:
-                        continue
-                    case Hello():
-                        hello = True
-                    case Done(result):
-                        return result
-                    case Failed(error):
-                        raise error
-                    case event:
-                        listen(target.name, event)
-            raise _ended_early(target, request, hello, _end_of(session))
-        finally:
-            session.close()
-    except ConnectionLost as lost:
-        raise _lost(target, request, hello, str(lost)) from None
+class _Conversation:
+    """One request and what comes of it, over as many connections as that takes."""
 
-
-def _end_of(session: Session) -> Ended:
-    return session.wait(SILENCE_SECONDS)
-
-
-def _ended_early(target: Target, request: Request, hello: bool, ended: Ended) -> MlxopsError:
-    """The command ended without a result. Without the agent's first words there was no agent."""
-    words = [line.strip() for line in ended.stderr.splitlines() if line.strip()]
-    if not hello:
-        return AgentProblem(
-            "agent_missing",
-            f"there is no mlxops agent on {target.name}",
-            why=f"{' '.join(target.python)}: {words[-1] if words else f'status {ended.status}'}"[:300],
-            hint=f"install it: inv deploy --host {target.name}",
+    def __init__(self, target: Target, command: str, args: Mapping[str, object], listen: Listen) -> None:
+        self._target = target
+        self._listen = listen
+        self._request = Request(
+            command, args, target.settings, build_id(), this_asker(), target.agreed, ticket=secrets.token_hex(4)
         )
-    return _lost(target, request, hello, words[-1] if words else f"the agent ended with status {ended.status}")
+        self._hello = False
+        self._operation = ""
+        """The record that is followed, and how many of its events were heard."""
+        self._heard = 0
 
+    @property
+    def _lasting(self) -> bool:
+        """It goes on without us, so that we can come back to it."""
+        return self._request.changes or self._request.command == "follow"
 
-def _lost(target: Target, request: Request, hello: bool, why: str) -> MlxopsError:
-    if request.command in CHANGES and request.changes:
+    def result(self) -> Mapping[str, object]:
+        """Raises `MlxopsError`: what the host says, `Unreachable`, or `OutcomeUnknown` when nothing is heard of what
+        goes on there for `RECONNECT_SECONDS`."""
+        try:
+            return self._over_one_connection()
+        except ConnectionLost as lost:
+            if not self._lasting:
+                raise Unreachable(
+                    "connection_lost",
+                    f"the connection to {self._target.name} was lost",
+                    why=str(lost),
+                    hint="try again",
+                ) from None
+            return self._attached_again(str(lost))
+
+    def _attached_again(self, why: str) -> Mapping[str, object]:
+        name = self._target.name
+        self._listen(name, Note(f"the connection was lost ({why}); the operation goes on; reconnecting", "warning"))
+        pause, heard, deadline = FIRST_PAUSE, self._heard, time.monotonic() + RECONNECT_SECONDS
+        while True:
+            time.sleep(pause)
+            pause = min(pause * 2, LONGEST_PAUSE)
+            try:
+                return self._over_one_connection()
+            except ConnectionLost as lost:
+                why = str(lost)
+            except Unreachable as error:
+                why = error.message if not error.why else f"{error.message}: {error.why}"
+                if error.code not in PASSING:
+                    raise self._unknown(why) from None
+            if self._heard > heard:
+                # There was news: it broke anew, and has its time anew.
+                pause, heard, deadline = FIRST_PAUSE, self._heard, time.monotonic() + RECONNECT_SECONDS
+            if time.monotonic() > deadline:
+                raise self._unknown(why)
+
+    def _unknown(self, why: str) -> OutcomeUnknown:
+        name = self._target.name
+        follow = f"inv ops --host {name} --follow {self._operation}" if self._operation else f"inv ops --host {name}"
         return OutcomeUnknown(
             "outcome_unknown",
-            f"the connection to {target.name} was lost; what was asked may be going on there",
+            f"the connection to {name} was lost; what was asked may be going on there",
             why=why,
-            hint=f"see: inv status --host {target.name}; asking for the same thing again is safe",
+            hint=f"later: {follow}; asking for the same thing again is safe",
+            details={"operation": self._operation} if self._operation else None,
         )
-    return Unreachable(
-        "connection_lost",
-        f"the connection to {target.name} was lost",
-        why=why,
-        hint="try again",
-    )
+
+    def _over_one_connection(self) -> Mapping[str, object]:
+        transport = connect(self._target)
+        try:
+            request = replace(self._next_request(), settings=_with_address(self._target))
+            session = transport.start([*self._target.python, "-P", "-m", "mlxops.agent"], request.encode())
+            try:
+                return self._hear(session)
+            finally:
+                session.close()
+        finally:
+            transport.close()
+
+    def _next_request(self) -> Request:
+        """The request itself, until the host has named its record; then the rest of that record."""
+        if not self._operation:
+            return self._request
+        return replace(self._request, command="follow", args={"operation": self._operation}, heard=self._heard)
+
+    def _hear(self, session: Session) -> Mapping[str, object]:
+        self._hello = False
+        for line in session.lines(SILENCE_SECONDS):
+            match decode_event(line):
+                case None:
+                    continue
+                case Hello():
+                    self._hello = True
+                case Done(result):
+                    return result
+                case Failed(error):
+                    raise error
+                case Started(operation) as started:
+                    if operation != self._operation:
+                        self._operation, self._heard = operation, 0
+                    self._listen(self._target.name, started)
+                case event:
+                    self._heard += bool(self._operation)
+                    self._listen(self._target.name, event)
+        raise self._ended_early(session.wait(SILENCE_SECONDS))
+
+    def _ended_early(self, ended: Ended) -> Exception:
+        """The command ended without a result. Without the agent's first words there was no agent."""
+        words = [line.strip() for line in ended.stderr.splitlines() if line.strip()]
+        if self._hello:
+            return ConnectionLost(words[-1] if words else f"the agent ended with status {ended.status}")
+        name = self._target.name
+        return AgentProblem(
+            "agent_missing",
+            f"there is no mlxops agent on {name}",
+            why=f"{' '.join(self._target.python)}: {words[-1] if words else f'status {ended.status}'}"[:300],
+            hint=f"install it: inv deploy --host {name}",
+        )
 
 
 def gateway_warning(url: str, seconds: float = GATEWAY_SECONDS) -> str | None:

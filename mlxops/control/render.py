@@ -9,25 +9,33 @@ import json
 import re
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
 from mlxops.control.client import Answer
 from mlxops.core.errors import Exit, MlxopsError, worst
-from mlxops.core.protocol import Event, Note, Phase, Progress
+from mlxops.core.protocol import Event, Line, Note, Phase, Progress
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
 SCHEMA = 1
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+LINE_SECONDS = 60.0
+"""How often progress is told at least, where there is no terminal to draw a bar on."""
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def harmless(text: object) -> str:
     """Text that cannot steer a terminal: control and direction characters are escaped, tabs and ends of lines stay."""
     return _CONTROL.sub(lambda found: ascii(found.group())[1:-1], str(text))
+
+
+def one_log_line(text: object) -> str:
+    """A line of a log, its spaces kept."""
+    return harmless(text).replace("\n", " ")
 
 
 def one_line(text: object) -> str:
@@ -64,14 +72,15 @@ def exit_of(answers: Sequence[Answer]) -> Exit:
 class Talk:
     """Notes, phases, progress and errors on standard error, as they come; from several hosts at once, one line each.
 
-    On a terminal a download has a bar; elsewhere its progress is a line for every tenth.
+    On a terminal a download has a bar; elsewhere its progress is a line for every tenth, and at least every minute.
+    A log's lines are data.
     """
 
     def __init__(self, *, many: bool, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
         self._many = many
         self._lock = threading.Lock()
-        self._tenths: dict[str, int] = {}
+        self._tenths: dict[str, tuple[int, float]] = {}
         self._bar: Bar | None = None
         self._tasks: dict[str, TaskID] = {}
         self._terminal = self._stream.isatty()
@@ -82,8 +91,14 @@ class Talk:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar away; what follows is plain lines."""
         if self._bar is not None:
             self._bar.stop()
+            self._bar = None
+            self._tasks.clear()
 
     def hear(self, host: str, event: Event) -> None:
         """What an agent tells; the callback of `client.ask`."""
@@ -93,8 +108,10 @@ class Talk:
                     self._line(host, f"warning: {message}" if level == "warning" else message)
                 case Phase(name, message):
                     self._line(host, f"{name}: {message}")
-                case Progress(name, done, total):
-                    self._progress(host, name, done, total)
+                case Progress() as progress:
+                    self._progress(host, progress)
+                case Line(text):
+                    say(one_log_line(text))
 
     def note(self, message: str) -> None:
         with self._lock:
@@ -116,12 +133,14 @@ class Talk:
         else:
             print(words, file=self._stream, flush=True)
 
-    def _progress(self, host: str, name: str, done: int, total: int) -> None:
+    def _progress(self, host: str, progress: Progress) -> None:
+        name, done, total = progress.name, progress.done, progress.total
         if not self._terminal:
             tenth = done * 10 // total if total else 0
-            if tenth > self._tenths.get(host, -1):
-                self._tenths[host] = tenth
-                self._line(host, f"{name}: {size(done)} of {size(total)}" + (f", {tenth}0%" if total else ""))
+            told, at = self._tenths.get(host, (-1, 0.0))
+            if tenth > told or time.monotonic() - at > LINE_SECONDS:
+                self._tenths[host] = (tenth, time.monotonic())
+                self._line(host, f"{name}: {progress}")
             return
         if self._bar is None:
             self._bar = self._new_bar()
@@ -166,7 +185,7 @@ def size(number: object) -> str:
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Plain columns, aligned, without colours or borders: as readable in a pipe as on a terminal."""
-    cells = [[one_line(cell) if cell not in (None, "") else "-" for cell in row] for row in rows]
+    cells = [["-" if cell is None else one_line(cell) or "-" for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -192,7 +211,7 @@ def status_table(answers: Sequence[Answer]) -> str:
                     answer.host,
                     *(row.get(key) for key in ("port", "alias", "state", "owner", "model")),
                     size(row.get("memory_bytes")),
-                    row.get("detail"),
+                    _detail(row),
                 ]
             )
     columns = ["HOST", "PORT", "ALIAS", "STATE", "OWNER", "MODEL", "MEMORY", "DETAIL"]
@@ -203,6 +222,27 @@ def status_table(answers: Sequence[Answer]) -> str:
         for row in _rows(answer.result, "drift")
     ]
     return "\n".join([text, *drift])
+
+
+def ops_table(answers: Sequence[Answer]) -> str:
+    rows: list[list[object]] = []
+    for answer in answers:
+        if answer.error is not None:
+            rows.append([answer.host, "", "", "", "", answer.error.code, answer.error.message])
+        for row in _rows(answer.result, "operations"):
+            what = row.get("model") or row.get("repo")
+            about = [answer.host, row.get("operation"), row.get("command"), what, row.get("port")]
+            rows.append([*about, row.get("state"), row.get("detail")])
+    return table(["HOST", "OPERATION", "COMMAND", "MODEL", "PORT", "STATE", "DETAIL"], rows)
+
+
+def _detail(row: Mapping[str, object]) -> object:
+    """A port's detail, and what came of the completion that was asked for."""
+    probe = row.get("probe")
+    if not isinstance(probe, dict):
+        return row.get("detail")
+    told = f"completion in {probe.get('seconds')} s" if probe.get("ok") else "no completion"
+    return "; ".join(filter(None, [str(row.get("detail") or ""), told]))
 
 
 def list_table(answers: Sequence[Answer]) -> str:
@@ -262,10 +302,22 @@ def change_lines(command: str, result: Mapping[str, object]) -> str:
             return _reconcile_lines(result)
         case "unload":
             return _unload_line(result)
+        case "ops":
+            return _ops_line(result)
         case "deploy":
             verb = "installed" if result.get("changed") else "already installed"
             return f"agent {one_line(result.get('build'))} {verb} at {one_line(result.get('path'))}"
     return _load_line(result)
+
+
+def _ops_line(result: Mapping[str, object]) -> str:
+    """What an operation that was followed or cancelled came to; whose command it was, its result tells."""
+    if "cancelled" in result:
+        end = "was cancelled; nothing of it is left" if result["cancelled"] else "was done before it could be cancelled"
+        return one_line(f"operation {result.get('operation')} {end}")
+    if "url" in result:
+        return _unload_line(result) if result.get("state") == "idle" else _load_line(result)
+    return "it is done"
 
 
 def _load_line(result: Mapping[str, object]) -> str:
@@ -331,6 +383,11 @@ def _reconcile_lines(result: Mapping[str, object]) -> str:
         f"{row.get('port')}: {row.get('model')}, pid {row.get('pid')}, {would}stopped: {row.get('why')}"
         for row in _rows(result, "stopped")
     ]
-    kept = result.get("kept")
-    lines += [f"left alone: {each}" for each in kept] if isinstance(kept, list) else []
+    for key, words in (
+        ("interrupted", "closed" if not would else "would be closed"),
+        ("leftovers", f"{would}removed"),
+        ("kept", "left alone"),
+    ):
+        told = result.get(key)
+        lines += [f"{words}: {each}" for each in told] if isinstance(told, list) else []
     return "\n".join(map(one_line, lines)) or "nothing to reconcile"

@@ -1,26 +1,30 @@
 """What control node and agent say to each other.
 
 The control node writes one request, a JSON document, to the agent's standard input. The agent writes one event
-a line to its standard output: first `hello`, then any number of `note`, `phase` and `progress`, and one `done`
-or `failed` at the end. Every line begins with the same marker, so that what a login shell prints is told from
-what the agent says. The events of a mutating request are also the record that it keeps on the host.
+a line to its standard output: first `hello`, then any number of `note`, `phase`, `progress` and `line`, and one
+`done` or `failed` at the end. Every line begins with the same marker, so that what a login shell prints is told
+from what the agent says. The events of a mutating request are also the record that it keeps on the host: `started`
+names that record, and what follows it are its events, so that whoever loses the connection can ask for the rest.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from mlxops.core.errors import MlxopsError, error_from_wire
 from mlxops.core.settings import Settings, settings_from_wire
+from mlxops.core.units import amount, duration
 
 PROTOCOL = 1
 MARKER = '{"mlxops":'
+TICKET = re.compile(r"[0-9a-f]{8}")
 MAX_LINE = 4 * 1024 * 1024
 """Bytes; longer lines are not ours."""
 
-READS = frozenset({"list", "status", "gateway"})
+READS = frozenset({"list", "status", "gateway", "ops", "logs", "follow"})
 CHANGES = frozenset({"init", "load", "unload", "unload-all", "reconcile"})
 
 
@@ -46,6 +50,10 @@ class Request:
     asker: Asker = field(default_factory=Asker)
     agreed: bool = False
     """The settings are the host's own agreed ones: `--local` without a hosts.yaml."""
+    ticket: str = ""
+    """Names this wish: sent again under the same ticket, it is followed and not carried out twice."""
+    heard: int = 0
+    """Events of the operation's record that the asker has heard over an earlier connection."""
 
     @property
     def dry_run(self) -> bool:
@@ -76,6 +84,8 @@ class Request:
                 "build": self.build,
                 "asker": {"user": self.asker.user, "host": self.asker.host},
                 "agreed": self.agreed,
+                "ticket": self.ticket,
+                "heard": self.heard,
             },
             ensure_ascii=True,
         ).encode()
@@ -100,7 +110,17 @@ def decode_request(data: bytes) -> Request:
         build=str(wire.get("build", "")),
         asker=Asker(str(who.get("user", "?")), str(who.get("host", "?"))),
         agreed=wire.get("agreed") is True,
+        ticket=_ticket(wire.get("ticket")),
+        heard=_count(wire.get("heard")),
     )
+
+
+def _ticket(value: object) -> str:
+    return value if isinstance(value, str) and TICKET.fullmatch(value) else ""
+
+
+def _count(value: object) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
 
 
 @dataclass(frozen=True)
@@ -109,6 +129,20 @@ class Hello:
 
     version: str
     build: str
+
+
+@dataclass(frozen=True)
+class Started:
+    """What follows are the events of this operation's record, from the one that the asker has not heard."""
+
+    operation: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a log, without its end and without control characters."""
+
+    text: str
 
 
 @dataclass(frozen=True)
@@ -135,6 +169,18 @@ class Progress:
     done: int
     total: int
 
+    rate: int = 0
+    """Bytes a second, lately; 0 where it is not known."""
+
+    def __str__(self) -> str:
+        """`12.3 GB of 190 GB, 6%, 110 MB/s, 27 min left`, as much of it as is known."""
+        if not self.total:
+            return amount(self.done)
+        parts = [f"{amount(self.done)} of {amount(self.total)}", f"{self.done * 100 // self.total}%"]
+        if self.rate and self.done < self.total:
+            parts += [f"{amount(self.rate)}/s", f"{duration((self.total - self.done) / self.rate)} left"]
+        return ", ".join(parts)
+
 
 @dataclass(frozen=True)
 class Done:
@@ -148,7 +194,7 @@ class Failed:
     error: MlxopsError
 
 
-Event = Hello | Note | Phase | Progress | Done | Failed
+Event = Hello | Started | Line | Note | Phase | Progress | Done | Failed
 
 
 def encode_event(event: Event) -> str:
@@ -157,12 +203,16 @@ def encode_event(event: Event) -> str:
     match event:
         case Hello(version, build):
             body |= {"event": "hello", "version": version, "build": build}
+        case Started(operation):
+            body |= {"event": "started", "operation": operation}
+        case Line(text):
+            body |= {"event": "line", "text": text}
         case Note(message, level):
             body |= {"event": "note", "level": level, "message": message}
         case Phase(name, message):
             body |= {"event": "phase", "name": name, "message": message}
-        case Progress(name, done, total):
-            body |= {"event": "progress", "name": name, "done": done, "total": total}
+        case Progress(name, done, total, rate):
+            body |= {"event": "progress", "name": name, "done": done, "total": total, "rate": rate}
         case Done(result):
             body |= {"event": "done", "result": dict(result)}
         case Failed(error):
@@ -183,12 +233,16 @@ def decode_event(line: str) -> Event | None:
     match body.get("event"):
         case "hello":
             return Hello(str(body.get("version")), str(body.get("build")))
+        case "started":
+            return Started(str(body.get("operation")))
+        case "line":
+            return Line(str(body.get("text")))
         case "note":
             return Note(str(body.get("message")), str(body.get("level", "info")))
         case "phase":
             return Phase(str(body.get("name")), str(body.get("message")))
         case "progress" if isinstance(body.get("done"), int) and isinstance(body.get("total"), int):
-            return Progress(str(body.get("name")), body["done"], body["total"])
+            return Progress(str(body.get("name")), body["done"], body["total"], _count(body.get("rate")))
         case "done" if isinstance(body.get("result"), dict):
             return Done(body["result"])
         case "failed" if isinstance(body.get("error"), dict):

@@ -160,7 +160,11 @@ class Signals:
     hand: Server | None = None
     boot: bool = False
     operation: Operation | None = None
+    activity: str = ""
+    """What that operation is doing."""
     answer: Answer = Answer.NOT_ASKED
+    busy: bool = False
+    """Somebody is connected to it, so a probe without an answer may just have to wait."""
     stranger: str = ""
     """For people: what listens there, if it is not ours."""
     memory_bytes: int | None = None
@@ -244,7 +248,7 @@ def judge(signals: Signals, registry: Registry) -> PortView:
     if operation is not None and operation.command == "load" and not (run and run.proven_at and ours):
         return _loading(signals, operation)
     if operation is not None and operation.command in {"unload", "unload-all"} and (ours or signals.hand):
-        return _view(signals, State.DRAINING, Owner.MLXOPS if ours else Owner.HAND, detail=f"{operation}")
+        return _view(signals, State.DRAINING, Owner.MLXOPS if ours else Owner.HAND, detail=_at_work(signals, operation))
     if run is not None and ours:
         return _judge_ours(signals, run, tuple(model.name for model in assigned))
     if signals.boot and signals.listening:
@@ -266,7 +270,11 @@ def _ours(signals: Signals) -> bool:
 
 
 def _loading(signals: Signals, operation: Operation) -> PortView:
-    return _view(signals, State.LOADING, Owner.MLXOPS, model=operation.model, detail=f"{operation}")
+    return _view(signals, State.LOADING, Owner.MLXOPS, model=operation.model, detail=_at_work(signals, operation))
+
+
+def _at_work(signals: Signals, operation: Operation) -> str:
+    return "; ".join(filter(None, [signals.activity, str(operation)]))
 
 
 def _judge_ours(signals: Signals, run: Run, assigned: tuple[str, ...]) -> PortView:
@@ -281,6 +289,8 @@ def _judge_ours(signals: Signals, run: Run, assigned: tuple[str, ...]) -> PortVi
     if run.model not in assigned:
         return _view(signals, State.MISMATCH, owner, f"the registry says {assigned[0]}")
     match signals.answer:
+        case Answer.SILENT if signals.busy:
+            return _view(signals, State.READY, owner, "busy")
         case Answer.SILENT:
             return _view(signals, State.WEDGED, owner, "no answer to the probe")
         case Answer.BROKEN:
@@ -308,7 +318,9 @@ def _stranger(signals: Signals, registry: Registry, owner: Owner) -> PortView:
     server = signals.hand
     model = next((m.name for m in registry.models.values() if server and server.model in _known_as(m)), None)
     assigned = registry.on_port(signals.port)
-    if signals.answer is Answer.SILENT:
+    if signals.answer is Answer.SILENT and signals.busy:
+        state, detail = State.READY, "busy"
+    elif signals.answer is Answer.SILENT:
         state, detail = (State.WEDGED, "no answer to the probe") if signals.listening else (State.LOADING, "")
     elif not signals.listening:
         state, detail = State.LOADING, "it does not listen yet"

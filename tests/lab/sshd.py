@@ -133,6 +133,13 @@ class Sshd:
         for pid in descendants(self.pid):
             _kill(pid)
 
+    def kill_connections(self) -> None:
+        """SIGKILL to the processes that hold the connections, and not to what runs in them."""
+        for pid in descendants(self.pid):
+            listing = subprocess.run(["ps", "-o", "comm=", "-p", str(pid)], capture_output=True, text=True, check=False)
+            if "sshd" in listing.stdout:
+                _kill(pid)
+
     def _start_on(self, port: int) -> bool:
         config = self.folder / "sshd_config"
         authorized = self.folder / "authorized_keys"

@@ -170,6 +170,11 @@ def options(argv: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def port_number(text: str) -> int | None:
+    """The port that an option of somebody's process names; None if it is none."""
+    return int(text) if text.isdecimal() and len(text) <= 5 else None
+
+
 def check_args(engine: str, args: Sequence[str], reserved: frozenset[str]) -> None:
     """Raises `Refused` if a model's own arguments take what belongs to mlxops, or abbreviate it."""
     for word in args:

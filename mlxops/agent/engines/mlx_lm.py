@@ -19,6 +19,7 @@ from mlxops.agent.engines.base import (
     expand,
     get_status,
     options,
+    port_number,
     runnable,
     which,
 )
@@ -80,10 +81,10 @@ class MlxLm:
         if not _is_server(argv):
             return None
         given = options(argv)
-        port = given.get("--port", "8080")
-        if not port.isdecimal():
+        port = port_number(given.get("--port", "8080"))
+        if port is None:
             return None
-        return Seen(int(port), given.get("--model", ""), given.get("--host", "127.0.0.1"))
+        return Seen(port, given.get("--model", ""), given.get("--host", "127.0.0.1"))
 
     def served_name(self, argv: Sequence[str]) -> str | None:
         return options(argv).get("--model")

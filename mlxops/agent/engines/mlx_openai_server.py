@@ -15,6 +15,7 @@ from mlxops.agent.engines.base import (
     expand,
     get_status,
     options,
+    port_number,
     runnable,
     split,
     which,
@@ -88,9 +89,9 @@ class MlxOpenAIServer:
         for index, word in enumerate(argv[:12]):
             if Path(word).name == self.name and "launch" in argv[index + 1 : index + 3]:
                 given = options(argv[index:])
-                port = given.get("--port", "8000")
+                port = port_number(given.get("--port", "8000"))
                 model = given.get("--model-path", "")
-                return Seen(int(port), model, given.get("--host", "0.0.0.0")) if port.isdecimal() else None
+                return Seen(port, model, given.get("--host", "0.0.0.0")) if port is not None else None
         return None
 
     def served_name(self, argv: Sequence[str]) -> str | None:

@@ -27,6 +27,10 @@ def command(name: str) -> Callable[[Context], dict[str, object]] | None:
             from mlxops.agent.operations.look import answering
 
             return answering
+        case "ops":
+            from mlxops.agent.operations.ops import ops
+
+            return ops
         case "init":
             from mlxops.agent.operations.init import init
 

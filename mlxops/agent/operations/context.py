@@ -4,18 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from mlxops.agent import interrupted
 from mlxops.agent.observe import observe
 from mlxops.agent.place import Place
 from mlxops.agent.store import Lock, Store, now
 from mlxops.agent.system import System
-from mlxops.core.errors import Busy
+from mlxops.core.errors import Busy, Interrupted
 from mlxops.core.protocol import Event, Note, Request
 from mlxops.core.registry import Registry, refusal
 from mlxops.core.world import Operation, World
 
 DRAIN_SECONDS = 30.0
+
+
+class Cancellation:
+    """Somebody's wish that the operation ends: raised at once in the worker's main thread, but never twice, because
+    what follows is the cleaning up, and not within a `shield`."""
+
+    def __init__(self) -> None:
+        self._wished = self._raised = False
+        self._shields = 0
+
+    def wish(self) -> None:
+        """Called from a signal's handler."""
+        self._wished = True
+        self.check()
+
+    def check(self) -> None:
+        """Raises `Interrupted` (cancelled) if there is a wish that was not heard yet."""
+        if self._wished and not self._raised and not self._shields:
+            self._raised = True
+            raise Interrupted(
+                "cancelled",
+                "the operation was cancelled",
+                why="somebody asked for it, or the host is shutting down",
+                hint="mlxctl status",
+            )
+
+    @contextmanager
+    def shield(self) -> Iterator[None]:
+        """What is in it happens as a whole. A wish that comes meanwhile is heard at the next `check`."""
+        self._shields += 1
+        try:
+            yield
+        finally:
+            self._shields -= 1
 
 
 @dataclass(frozen=True)
@@ -29,6 +64,7 @@ class Context:
     emit: Callable[[Event], None]
     environ: Mapping[str, str]
     operation: str = ""
+    cancellation: Cancellation = field(default_factory=Cancellation)
 
     def registry(self) -> Registry:
         return self.store.registry.read()
@@ -77,6 +113,8 @@ class Context:
                 if isinstance(held, Operation):
                     raise busy(self.request, port, held)
                 stack.callback(Lock.release, held)
+                if held.left is not None:
+                    interrupted.settle(self, held.left.id, held.left.port)
             yield
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlxops.agent.operations.context import Context
+from mlxops.agent.operations.drift import further_drift
 from mlxops.agent.operations.files import Files, registered
+from mlxops.agent.operations.probe import failed, probe
 from mlxops.core.registry import Model, Registry, refusal
 from mlxops.core.world import Owner, PortView
 
@@ -14,7 +16,12 @@ def status(ctx: Context) -> dict[str, object]:
     registry = ctx.registry()
     world = ctx.observe(registry)
     rows = [view.to_wire() for port, view in sorted(world.ports.items()) if port in ctx.where.settings.ports]
-    drift = [each.to_wire() for each in world.drift]
+    found = [*world.drift, *further_drift(ctx, registry, world)]
+    if ctx.request.flag("probe"):
+        probes = probe(ctx, world)
+        rows = [row | {"probe": probes.get(row["port"])} for row in rows]
+        found += failed(world, probes)
+    drift = [each.to_wire() for each in found]
     if registry.unwritable:
         error = refusal(registry.unwritable)
         drift.insert(0, {"code": error.code, "port": None, "model": None, "message": error.why, "hint": error.hint})

@@ -1,0 +1,338 @@
+"""What mlxops knows of the two server programs, against real files and real command lines."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from mlxops.agent.engines import ENGINES, engine_named, mlx_openai_server, recognise
+from mlxops.agent.engines.base import Command, Engine, Seen, Serving, options, which
+from mlxops.agent.engines.mlx_lm import MlxLm
+from mlxops.agent.engines.mlx_openai_server import MlxOpenAIServer
+from mlxops.core.errors import Refused
+from mlxops.core.registry import Model
+
+OPENAI, LM = MlxOpenAIServer(), MlxLm()
+
+
+@pytest.fixture(autouse=True)
+def _no_engine_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is installed here must not decide."""
+    monkeypatch.setattr("mlxops.agent.engines.base.USUAL_FOLDERS", ())
+    monkeypatch.setattr(mlx_openai_server, "PROJECT", str(tmp_path / "opt" / "mlx-launch"))
+    monkeypatch.setattr(mlx_openai_server, "HOMEBREW_UV", str(tmp_path / "homebrew" / "uv"))
+
+
+def program(path: Path) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("#!/bin/sh\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def serving(**fields: object) -> Serving:
+    model = Model("jerry", "org/jerry", **fields)  # type: ignore[arg-type]  # as each test says
+    return Serving(model, "jerry-xl", Path("/hub/a b/sha"), "127.0.0.1", 8100, Path("/state/run/8100"))
+
+
+# -- where an engine is found ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def everywhere(tmp_path: Path) -> dict[str, str]:
+    """Every place of the seed has the engine; this is the host's environment."""
+    program(tmp_path / "path" / "mlx-openai-server")
+    program(tmp_path / "path" / "uv")
+    program(tmp_path / "homebrew" / "uv")
+    program(tmp_path / "mine" / "engine")
+    (tmp_path / "opt" / "mlx-launch").mkdir(parents=True)
+    return {
+        "PATH": str(tmp_path / "path"),
+        "HOME": str(tmp_path / "home"),
+        "MLX_LAUNCH_CMD": f"'{tmp_path}/mine/engine' launch --log-level 'a b'",
+    }
+
+
+def test_the_command_is_found_in_the_seeds_order(tmp_path: Path, everywhere: dict[str, str]) -> None:
+    uv_run = ("run", "--project", str(tmp_path / "opt" / "mlx-launch"), "mlx-openai-server", "launch")
+    configured = program(tmp_path / "configured")
+    assert OPENAI.command([configured, "go"], everywhere) == Command((configured, "go"), "`launch` in hosts.yaml")
+    mine = (f"{tmp_path}/mine/engine", "launch", "--log-level", "a b")
+    assert OPENAI.command([], everywhere) == Command(mine, "MLX_LAUNCH_CMD")
+    del everywhere["MLX_LAUNCH_CMD"]
+    assert OPENAI.command([], everywhere) == Command((f"{tmp_path}/path/mlx-openai-server", "launch"), "PATH")
+    (tmp_path / "path" / "mlx-openai-server").unlink()
+    assert OPENAI.command([], everywhere).argv == (f"{tmp_path}/path/uv", *uv_run)
+    (tmp_path / "path" / "uv").unlink()
+    assert OPENAI.command([], everywhere).argv == (f"{tmp_path}/homebrew/uv", *uv_run)
+    (tmp_path / "homebrew" / "uv").unlink()
+    with pytest.raises(Refused) as caught:
+        OPENAI.command([], everywhere)
+    assert caught.value.code == "engine_not_found"
+    assert "MLX_LAUNCH_CMD" in caught.value.why and "MLX_LAUNCH_CMD" in caught.value.hint
+
+
+def test_uv_without_its_project_is_no_engine(tmp_path: Path, everywhere: dict[str, str]) -> None:
+    del everywhere["MLX_LAUNCH_CMD"]
+    (tmp_path / "path" / "mlx-openai-server").unlink()
+    (tmp_path / "opt" / "mlx-launch").rmdir()
+    with pytest.raises(Refused):
+        OPENAI.command([], everywhere)
+
+
+@pytest.mark.parametrize("folder", [".local/bin", "bin"])
+def test_the_users_own_folders_are_looked_at_though_ssh_does_not_give_them(tmp_path: Path, folder: str) -> None:
+    found = program(tmp_path / "home" / folder / "mlx-openai-server")
+    assert OPENAI.command([], {"HOME": str(tmp_path / "home"), "PATH": "/nowhere"}).argv == (found, "launch")
+
+
+def test_the_usual_folders_are_looked_at_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = program(tmp_path / "usual" / "mlx_lm.server")
+    monkeypatch.setattr("mlxops.agent.engines.base.USUAL_FOLDERS", (str(tmp_path / "usual"),))
+    assert which("mlx_lm.server", {}) == usual
+    nearer = program(tmp_path / "path" / "mlx_lm.server")
+    assert LM.command([], {"PATH": str(tmp_path / "path")}) == Command((nearer,), "PATH")
+
+
+@pytest.mark.parametrize("text", ["", "   ", "'open", '"', "# comment only'"])
+def test_a_launch_command_that_is_none_is_told_and_not_passed_over(everywhere: dict[str, str], text: str) -> None:
+    with pytest.raises(Refused) as caught:
+        OPENAI.command([], {**everywhere, "MLX_LAUNCH_CMD": text})
+    assert (
+        caught.value.code in {"bad_launch_command", "engine_not_found"}
+        and "MLX_LAUNCH_CMD" in str(caught.value.hint) + caught.value.why
+    )
+
+
+def test_a_launch_command_is_split_like_a_shell_would_and_never_given_to_one(
+    tmp_path: Path, everywhere: dict[str, str]
+) -> None:
+    text = f"{tmp_path}/mine/engine 'a b' \"c d\" e\\ f $(touch {tmp_path}/canary) ; rm"
+    command = OPENAI.command([], {**everywhere, "MLX_LAUNCH_CMD": text})
+    assert command.argv[1:4] == ("a b", "c d", "e f")
+    assert command.argv[4:] == ("$(touch", f"{tmp_path}/canary)", ";", "rm")
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("engine", [OPENAI, LM], ids=lambda engine: engine.name)
+def test_a_configured_program_that_is_not_there_is_refused(tmp_path: Path, engine: Engine) -> None:
+    plain = tmp_path / "not-executable"
+    plain.write_text("")
+    for path in (str(tmp_path / "missing"), str(tmp_path), str(plain), "no-such-program"):
+        with pytest.raises(Refused) as caught:
+            engine.command([path, "launch"], {"PATH": "/nowhere"})
+        assert caught.value.code == "engine_not_found" and "hosts.yaml" in caught.value.why
+
+
+def test_a_configured_command_may_begin_in_the_home_directory_or_on_path(tmp_path: Path) -> None:
+    environ = {"HOME": str(tmp_path), "PATH": str(tmp_path / "path")}
+    at_home = program(tmp_path / "venv" / "bin" / "python")
+    assert LM.command(["~/venv/bin/python", "~/x"], environ).argv == (at_home, f"{tmp_path}/x")
+    on_path = program(tmp_path / "path" / "uv")
+    assert LM.command(["uv", "run"], environ).argv == (on_path, "run")
+
+
+def test_mlx_lm_that_is_not_installed_is_told_with_what_installs_it() -> None:
+    with pytest.raises(Refused) as caught:
+        LM.command([], {"PATH": "/nowhere"})
+    assert caught.value.code == "engine_not_found" and "uv tool install mlx-lm" in caught.value.hint
+
+
+def test_an_engine_that_nobody_knows_is_refused_with_those_that_are_known() -> None:
+    with pytest.raises(Refused) as caught:
+        engine_named("vllm")
+    assert caught.value.code == "unknown_engine" and "mlx-lm" in caught.value.why
+    assert set(ENGINES) == {"mlx-lm", "mlx-openai-server"} and engine_named("mlx-lm").name == "mlx-lm"
+
+
+# -- the argv -------------------------------------------------------------------------------------------------------
+
+
+def test_mlx_lm_serves_the_alias_as_a_link_in_a_folder_of_its_own() -> None:
+    assert LM.argv(Command(("/bin/mlx_lm.server",), ""), serving(args=("--temp", "0"))) == (
+        *("/bin/mlx_lm.server", "--model", "jerry-xl", "--host", "127.0.0.1", "--port", "8100"),
+        *("--temp", "0"),
+    )
+
+
+def test_the_link_points_to_the_snapshot_and_is_renewed(tmp_path: Path) -> None:
+    for number in (1, 2):
+        snapshot = tmp_path / f"snapshot{number}"
+        snapshot.mkdir()
+        for alias in ("jerry-xl", "org/name"):
+            LM.prepare(Serving(Model("m"), alias, snapshot, "127.0.0.1", 8100, tmp_path / "run"))
+            assert os.readlink(tmp_path / "run" / alias) == str(snapshot)
+
+
+def test_mlx_lm_is_given_its_options_and_refuses_those_that_it_has_not() -> None:
+    argv = LM.argv(
+        Command(("x",), ""),
+        serving(options={"chat_template": "{{ m }}", "reasoning_parser": None}, trust_remote_code=True),
+    )
+    assert argv[-3:] == ("--chat-template", "{{ m }}", "--trust-remote-code")
+    with pytest.raises(Refused) as caught:
+        LM.argv(Command(("x",), ""), serving(options={"tool_call_parser": "qwen3"}))
+    assert caught.value.code == "unsupported_option" and "tool_call_parser" in caught.value.message
+
+
+def test_mlx_openai_server_is_given_the_path_the_alias_and_the_entrys_options() -> None:
+    argv = OPENAI.argv(
+        Command(("/bin/uv", "run", "mlx-openai-server", "launch"), ""),
+        serving(
+            options={"tool_call_parser": "qwen3_moe", "reasoning_parser": "qwen3", "chat_template": "/t.jinja"},
+            context_length=4096,
+            trust_remote_code=True,
+            args=("--queue-size", "9"),
+        ),
+    )
+    assert argv[:4] == ("/bin/uv", "run", "mlx-openai-server", "launch")
+    assert argv[-2:] == ("--queue-size", "9") and "--trust-remote-code" in argv and "--no-log-file" in argv
+    given = options(argv)
+    assert {key: given[key] for key in given if key not in {"--trust-remote-code", "--no-log-file"}} == {
+        "--model-path": "/hub/a b/sha",
+        "--served-model-name": "jerry-xl",
+        "--host": "127.0.0.1",
+        "--port": "8100",
+        "--model-type": "lm",
+        "--chat-template-file": "/t.jinja",
+        "--tool-call-parser": "qwen3_moe",
+        "--reasoning-parser": "qwen3",
+        "--context-length": "4096",
+        "--queue-size": "9",
+    }
+
+
+def test_a_null_switches_a_default_flag_off_and_a_value_replaces_it() -> None:
+    bare = Command(("x",), "")
+    assert options(OPENAI.argv(bare, serving()))["--model-type"] == "lm"
+    assert options(OPENAI.argv(bare, serving(options={"model_type": "multimodal"})))["--model-type"] == "multimodal"
+    assert "--model-type" not in OPENAI.argv(bare, serving(options={"model_type": None}))
+
+
+@pytest.mark.parametrize("engine", [OPENAI, LM], ids=lambda engine: engine.name)
+def test_code_of_the_repository_runs_only_if_the_entry_says_so(engine: Engine) -> None:
+    assert "--trust-remote-code" not in engine.argv(Command(("x",), ""), serving())
+
+
+@pytest.mark.parametrize("engine", [OPENAI, LM], ids=lambda engine: engine.name)
+@pytest.mark.parametrize(
+    "word",
+    ["--port", "--port=1", "--por", "--po=1", "--host", "--hos=0.0.0.0", "--trust-remote-code", "--trust", "--trust-r"],
+)
+def test_a_models_own_arguments_cannot_take_what_belongs_to_mlxops(engine: Engine, word: str) -> None:
+    with pytest.raises(Refused) as caught:
+        engine.argv(Command(("x",), ""), serving(args=("--fine", word)))
+    assert caught.value.code == "reserved_argument"
+
+
+@pytest.mark.parametrize(
+    ("engine", "word"),
+    [
+        *((LM, word) for word in ("--model", "--mode=x", "--adapter-path", "--adapter")),
+        *(
+            (OPENAI, word)
+            for word in ("--model-path=/x", "--served-model-name", "--config", "--log-file", "--no-log-file")
+        ),
+    ],
+    ids=str,
+)
+def test_nor_what_belongs_to_mlxops_with_this_engine(engine: Engine, word: str) -> None:
+    with pytest.raises(Refused):
+        engine.argv(Command(("x",), ""), serving(args=(word,)))
+
+
+@pytest.mark.parametrize("word", ["--temp", "--max-tokens=9", "-x", "--log-level", "port", "--ports-of-call", "8100"])
+def test_other_arguments_are_passed_on(word: str) -> None:
+    assert LM.argv(Command(("x",), ""), serving(args=(word,)))[-1] == word
+
+
+@pytest.mark.parametrize("engine", [OPENAI, LM], ids=lambda engine: engine.name)
+def test_no_engine_downloads_by_itself(engine: Engine) -> None:
+    assert engine.environment()["HF_HUB_OFFLINE"] == "1"
+
+
+# -- recognised in the process list ---------------------------------------------------------------------------------
+
+LM_OPTIONS = ("--model", "jerry", "--host", "0.0.0.0", "--port", "8101")
+OPENAI_OPTIONS = ("--model-path", "/hub/x", "--host", "0.0.0.0", "--port", "8101")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("mlx_lm.server", *LM_OPTIONS),
+        ("/opt/homebrew/bin/mlx_lm.server", *LM_OPTIONS),
+        ("/venv/bin/python3.12", "/venv/bin/mlx_lm.server", *LM_OPTIONS),
+        ("python", "-m", "mlx_lm.server", *LM_OPTIONS),
+        ("python", "-u", "-m", "mlx_lm", "server", *LM_OPTIONS),
+        ("mlx_lm", "server", *LM_OPTIONS),
+        ("uv", "run", "--project", "/opt/x", "mlx_lm.server", *LM_OPTIONS),
+        ("/bin/bash", "/home/me/bin/mlx_lm.server", *LM_OPTIONS),
+        ("nohup", "caffeinate", "-i", "python", "-m", "mlx_lm.server", *LM_OPTIONS),
+    ],
+)
+def test_mlx_lm_is_recognised_however_it_was_started(argv: tuple[str, ...]) -> None:
+    assert recognise(argv) == ("mlx-lm", Seen(8101, "jerry", "0.0.0.0"))
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("mlx-openai-server", "launch", *OPENAI_OPTIONS),
+        ("/venv/bin/python", "/venv/bin/mlx-openai-server", "launch", *OPENAI_OPTIONS),
+        ("/opt/homebrew/bin/uv", "run", "--project", "/opt/mlx-launch", "mlx-openai-server", "launch", *OPENAI_OPTIONS),
+        ("/bin/sh", "/usr/local/bin/mlx-openai-server", "launch", *OPENAI_OPTIONS),
+    ],
+)
+def test_mlx_openai_server_is_recognised_however_it_was_started(argv: tuple[str, ...]) -> None:
+    assert recognise(argv) == ("mlx-openai-server", Seen(8101, "/hub/x", "0.0.0.0"))
+
+
+def test_what_the_engines_do_by_themselves_is_known() -> None:
+    assert recognise(["mlx_lm.server"]) == ("mlx-lm", Seen(8080, "", "127.0.0.1"))
+    assert recognise(["mlx-openai-server", "launch"]) == ("mlx-openai-server", Seen(8000, "", "0.0.0.0"))
+    assert recognise(["mlx_lm.server", "--port=8102", "--model=a"]) == ("mlx-lm", Seen(8102, "a", "127.0.0.1"))
+    assert recognise(["mlx_lm.server", "--port", "1", "--port", "2"]) == ("mlx-lm", Seen(2, "", "127.0.0.1"))
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        (),
+        ("",),
+        ("python",),
+        ("vim", "notes", "about", "servers"),
+        ("grep", "-r", "mlx_lm"),
+        ("mlx_lm.generate", "--model", "x", "--port", "8101"),
+        ("mlx_lm", "generate", "--port", "8101"),
+        ("mlx-openai-server",),
+        ("mlx-openai-server", "--help"),
+        ("mlx_lm.server", "--port", "abc"),
+        ("mlx_lm.server", "--port", "-1"),
+        ("mlx_lm.server", "--port"),
+        ("mlx-openai-server", "launch", "--port", "9" * 5000),
+        ("mlx_lm.server", "--port", "9" * 5000),
+        ("/opt/mlx_lm.server/python", "x.py"),
+        ("sleep", *("1",) * 20, "mlx_lm.server", *LM_OPTIONS),
+    ],
+)
+def test_nothing_else_is_recognised(argv: tuple[str, ...]) -> None:
+    assert recognise(argv) is None
+
+
+# -- what a log says ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", [OPENAI, LM], ids=lambda engine: engine.name)
+@pytest.mark.parametrize("log", ["", "INFO starting\nINFO ready\n", "ValueError: in a request\n"])
+def test_a_log_without_a_failed_start_is_not_fatal(engine: Engine, log: str) -> None:
+    assert engine.fatal(log) is None
+
+
+def test_a_failed_start_of_a_server_that_stays_up_is_found_in_its_log() -> None:
+    log = "Exception in thread Thread-1:\nTraceback (most recent call last):\n  File x\nValueError: no weights\n"
+    assert LM.fatal(log) == "ValueError: no weights"
+    said = OPENAI.fatal("INFO x\nERROR: Application startup failed. Exiting.\n")
+    assert said is not None and "startup failed" in said

@@ -1,0 +1,231 @@
+"""The record of an operation: followed from first to last, whoever follows and however its worker ends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mlxops.agent import journal as journals
+from mlxops.agent.journal import Journal, create, named
+from mlxops.core.errors import Bug, Exit, Refused
+from mlxops.core.protocol import Done, Event, Failed, Note, Phase, Request, encode_event
+from mlxops.core.settings import Settings
+
+pytestmark = pytest.mark.timeout(30)
+"""Following has no end of its own where a worker lives."""
+
+REQUEST = Request("load", {"model": "a\u202e", "port": "8100"}, Settings(), "build")
+
+
+@pytest.fixture
+def ops(tmp_path: Path) -> Path:
+    folder = tmp_path / "ops"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def journal(ops: Path) -> Journal:
+    return create(ops, REQUEST)
+
+
+@pytest.fixture
+def held(journal: Journal) -> Iterator[int]:
+    """This process is the worker."""
+    fd = journal.hold()
+    yield fd
+    try:
+        os.close(fd)
+    except OSError:
+        pass  # the test let go of it
+
+
+def told(found: Iterator[Event | None]) -> Event:
+    """The next event that there is."""
+    for event in found:
+        if event is not None:
+            return event
+    raise AssertionError("it has no further event")
+
+
+def write(journal: Journal, data: bytes) -> None:
+    with open(journal.folder / "events.jsonl", "ab") as file:
+        file.write(data)
+
+
+def line(event: Event) -> bytes:
+    return encode_event(event).encode() + b"\n"
+
+
+def test_a_record_keeps_the_request_and_is_the_users_alone(journal: Journal) -> None:
+    assert journal.request() == REQUEST
+    assert journal.folder.stat().st_mode & 0o777 == 0o700
+    assert (journal.folder / "request.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_who_follows_hears_every_event_in_order_and_then_the_result(journal: Journal, held: int) -> None:
+    emit = journal.emitter()
+    events: list[Event] = [Phase("start", "é\n\u2028"), Note("half"), Done({"port": 8100})]
+    for event in events:
+        emit(event)
+    assert list(journal.follow()) == events
+
+
+def test_events_are_heard_as_they_come(journal: Journal, held: int) -> None:
+    emit, found = journal.emitter(), journal.follow()
+    assert next(found) is None, "nothing yet"
+    for event in (Note("one"), Note("two"), Phase("proof", "three")):
+        emit(event)
+        assert told(found) == event
+        assert next(found) is None
+
+
+def test_a_line_that_is_half_written_is_heard_once_it_is_whole(journal: Journal, held: int) -> None:
+    found, whole = journal.follow(), line(Note("whole ü"))
+    for cut in (1, 10, len(whole) - 1):
+        write(journal, whole[:cut])
+        assert next(found) is None
+        write(journal, whole[cut:])
+        assert told(found) == Note("whole ü")
+        assert next(found) is None
+
+
+def test_who_comes_late_hears_everything_from_the_first_event(journal: Journal, held: int) -> None:
+    emit = journal.emitter()
+    emit(Note("one"))
+    first = journal.follow()
+    assert told(first) == Note("one")
+    emit(Done({}))
+    assert told(first) == Done({})
+    assert list(journal.follow()) == [Note("one"), Done({})]
+
+
+def test_nothing_after_the_result_counts(journal: Journal, held: int) -> None:
+    write(journal, line(Failed(Refused("no", "refused"))) + line(Note("later")) + line(Done({})))
+    (only,) = journal.follow()
+    assert isinstance(only, Failed) and only.error.code == "no"
+
+
+def test_what_is_no_event_is_passed_over(journal: Journal, held: int) -> None:
+    write(journal, b"noise\n\n\xff\xfe\n{}\n" + line(Done({})))
+    assert list(journal.follow()) == [Done({})]
+
+
+def last_of(journal: Journal) -> Failed:
+    *_, last = journal.follow()
+    assert isinstance(last, Failed)
+    return last
+
+
+def test_a_worker_that_ends_without_a_word_was_interrupted(journal: Journal, held: int) -> None:
+    write(journal, line(Note("begun")) + line(Done({}))[:-5])
+    os.close(held)
+    error = last_of(journal).error
+    assert (error.code, error.exit) == ("operation_interrupted", Exit.REFUSED)
+    assert journal.id in error.message and error.hint
+
+
+def test_a_worker_that_is_killed_was_interrupted(journal: Journal) -> None:
+    program = """
+import sys
+from pathlib import Path
+from mlxops.agent.journal import Journal
+from mlxops.core.protocol import Note
+journal = Journal(Path(sys.argv[1]))
+journal.hold()
+journal.emitter()(Note("begun"))
+print("held", flush=True)
+sys.stdin.readline()
+"""
+    worker = subprocess.Popen(
+        [sys.executable, "-P", "-c", program, str(journal.folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert worker.stdout is not None and worker.stdout.readline() == b"held\n"
+        assert journal.alive()
+        found = journal.follow()
+        assert told(found) == Note("begun")
+    finally:
+        worker.kill()
+        worker.communicate()
+    assert not journal.alive()
+    last = told(found)
+    assert isinstance(last, Failed) and last.error.code == "operation_interrupted"
+
+
+def test_a_worker_that_broke_down_is_told_with_its_last_words(journal: Journal) -> None:
+    (journal.folder / "stderr").write_text("Traceback:\n  File x\nMemoryError\n")
+    error = last_of(journal).error
+    assert isinstance(error, Bug) and (error.code, error.why) == ("worker_failed", "MemoryError")
+
+
+def test_a_worker_that_is_about_to_start_is_waited_for(journal: Journal) -> None:
+    answers = iter([True, True, False])
+    found = journal.follow(lambda: next(answers))
+    assert [next(found), next(found)] == [None, None]
+    assert isinstance(next(found), Failed)
+
+
+def test_only_one_worker_holds_a_record(journal: Journal, held: int) -> None:
+    assert journal.alive()
+    with pytest.raises(BlockingIOError):
+        journal.hold()
+    os.close(held)
+    assert not journal.alive()
+    os.close(journal.hold())
+
+
+def test_asking_whether_a_worker_lives_makes_nothing(journal: Journal) -> None:
+    before = sorted(os.listdir(journal.folder))
+    assert not journal.alive() and sorted(os.listdir(journal.folder)) == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_does_not_end_an_operation(journal: Journal) -> None:
+    (journal.folder / "events.jsonl").symlink_to("/dev/full")
+    emit = journal.emitter()
+    emit(Note("lost"))
+    emit(Done({}))
+
+
+def test_the_wish_to_end_is_seen_by_the_worker(journal: Journal) -> None:
+    assert not journal.cancelled
+    journal.cancel()
+    journal.cancel()
+    assert journal.cancelled
+
+
+def test_an_operation_is_found_by_its_id(ops: Path, journal: Journal) -> None:
+    assert named(ops, journal.id) == journal
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        *("", ".", "..", "/", "/etc", "../ops", "~", "*", "\0", "lock", "20260101T000000-abcdef", "-rf", "a" * 5000),
+        *("{id}/..", "{id}/", "{id}\n", "{id}\0", " {id}", "{id} ", "./{id}", "x/../{id}", "{id}/request.json"),
+    ],
+)
+def test_what_is_no_id_of_an_operation_finds_nothing(ops: Path, journal: Journal, hostile: str) -> None:
+    assert named(ops, hostile.replace("{id}", journal.id)) is None
+
+
+def test_old_records_go_but_for_those_whose_worker_lives(ops: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journals, "KEPT", 4)
+    old = [f"20200101T00000{number}-aaaaaa" for number in range(6)]
+    for name in old:
+        (ops / name).mkdir()
+    (ops / "somebody's").mkdir()
+    fd = Journal(ops / old[0]).hold()
+    try:
+        new = create(ops, REQUEST)
+        assert sorted(os.listdir(ops)) == sorted([old[0], *old[3:], new.id, "somebody's"])
+    finally:
+        os.close(fd)
+    newest = create(ops, REQUEST)
+    assert sorted(os.listdir(ops)) == sorted([*old[4:], new.id, newest.id, "somebody's"])

@@ -1,0 +1,391 @@
+"""Real processes: nothing runs unrecorded, nothing is signalled that is not proven ours, nothing of ours is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from mlxops.agent import processes
+from mlxops.agent.processes import MARK, Gated, environment, leader, members, spawn, stop
+from mlxops.agent.system import this_system
+from mlxops.core.errors import NotStarted, Refused
+from mlxops.core.world import Run
+from tests.core.worlds import run as sample_run
+from tests.lab.world import wait_until
+
+SYSTEM = this_system()
+SH = "/bin/sh"
+PYTHON = sys.executable
+
+
+def record(gated: Gated, argv: Sequence[str], run_id: str) -> Run:
+    return replace(
+        sample_run(),
+        argv=tuple(argv),
+        run_id=run_id,
+        pid=gated.pid,
+        pgid=gated.pid,
+        start=gated.start,
+        boot_id=SYSTEM.boot_id(),
+    )
+
+
+@dataclass
+class Lab:
+    """Starts servers as loads do, and kills the groups that a test left."""
+
+    folder: Path
+    started: list[Gated] = field(default_factory=list)
+
+    def gated(self, argv: Sequence[str], extra: Mapping[str, str] | None = None) -> tuple[Gated, Run]:
+        env = environment(os.environ, extra or {}, f"run-{len(self.started)}-{os.getpid()}")
+        gated = spawn(SYSTEM, argv, env, self.folder, self.folder / "log")
+        self.started.append(gated)
+        return gated, record(gated, argv, env[MARK])
+
+    def running(self, argv: Sequence[str], extra: Mapping[str, str] | None = None) -> tuple[Gated, Run]:
+        """The server has written `up` into its log, and nothing else."""
+        gated, run = self.gated(argv, extra)
+        gated.open()
+        wait_until(lambda: self.log.startswith("up"), 20, f"{argv} to say that it is up")
+        return gated, run
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log").read_text()
+
+    def script(self, text: str, name: str = "script") -> str:
+        path = self.folder / name
+        path.write_text(text)
+        path.chmod(0o755)
+        return str(path)
+
+    def end(self) -> None:
+        for gated in self.started:
+            gated._shut()
+            try:
+                os.killpg(gated.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            gated.child.wait()
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    made = Lab(tmp_path)
+    yield made
+    made.end()
+
+
+def group(run: Run) -> set[int]:
+    return {process.pid for process in SYSTEM.look(()).group(run.pgid)}
+
+
+def ours(run: Run) -> tuple[int, ...]:
+    return members(SYSTEM, SYSTEM.look(()), run)
+
+
+def proven(run: Run) -> bool:
+    return leader(SYSTEM, SYSTEM.look(()).processes, run) is not None
+
+
+WAIT = "import signal, sys; sys.stdout.write('up'); sys.stdout.flush(); signal.pause()"
+SERVE = (PYTHON, "-S", "-c", WAIT)
+STUBBORN = (PYTHON, "-S", "-c", "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + WAIT)
+
+
+# -- the gate -------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_of_the_engine_runs_before_the_gate_opens(lab: Lab) -> None:
+    gated, run = lab.gated([SH, "-c", "echo up > ran"])
+    wait_until(lambda: "gate.py" in " ".join(argv(gated.pid)), 10, "the gate")
+    assert proven(run) and ours(run) == (gated.pid,), "it can be recorded, found and stopped already"
+    assert not (lab.folder / "ran").exists()
+    gated.open()
+    assert gated.child.wait(10) == 0
+    assert (lab.folder / "ran").exists()
+
+
+def argv(pid: int) -> tuple[str, ...]:
+    process = SYSTEM.process(pid)
+    return process.argv if process else ()
+
+
+def test_a_start_that_is_abandoned_never_runs_the_engine(lab: Lab) -> None:
+    gated, run = lab.gated([SH, "-c", "echo up > ran"])
+    gated.abandon()
+    assert gated.child.returncode == 0
+    assert not (lab.folder / "ran").exists() and not group(run)
+
+
+def test_if_who_starts_it_is_killed_before_the_record_is_written_the_engine_never_runs(tmp_path: Path) -> None:
+    program = f"""
+import sys
+from pathlib import Path
+from mlxops.agent.processes import spawn
+from mlxops.agent.system import this_system
+folder = Path({str(tmp_path)!r})
+print(spawn(this_system(), ["/bin/sh", "-c", "echo > ran"], {{}}, folder, folder / "log").pid, flush=True)
+sys.stdin.readline()
+"""
+    starter = subprocess.Popen([PYTHON, "-P", "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert starter.stdout is not None
+        pid = int(starter.stdout.readline())
+    finally:
+        starter.kill()
+        starter.communicate()
+    wait_until(lambda: (found := SYSTEM.process(pid)) is None or found.zombie, 10, "the end of the gate")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_program_that_cannot_be_run_says_so_in_its_log(lab: Lab) -> None:
+    gated, _ = lab.gated(["/no/such/engine"])
+    gated.open()
+    assert gated.child.wait(10) == 127
+    assert "cannot run '/no/such/engine': No such file" in lab.log
+
+
+def test_a_start_that_the_system_refuses_leaves_no_descriptor_open(lab: Lab) -> None:
+    before = os.listdir("/dev/fd")
+    with pytest.raises(NotStarted) as caught:
+        spawn(SYSTEM, SERVE, {}, lab.folder, lab.folder / "missing" / "log")
+    assert caught.value.code == "spawn_failed" and caught.value.why
+    assert len(os.listdir("/dev/fd")) == len(before)
+
+
+# -- what a server is given -----------------------------------------------------------------------------------------
+
+TELL = """
+import json, os, sys
+def is_open(fd):
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+told = {"env": dict(os.environ), "fds": [fd for fd in range(1024) if is_open(fd)], "cwd": os.getcwd(),
+        "stdin": os.path.realpath("/dev/fd/0"), "sid": os.getsid(0), "pgid": os.getpgid(0), "pid": os.getpid()}
+json.dump(told, open("told", "w"))
+"""
+
+
+def told(lab: Lab) -> dict[str, object]:
+    answer = json.loads((lab.folder / "told").read_text())
+    assert isinstance(answer, dict)
+    return answer
+
+
+def test_a_servers_environment_is_built_and_holds_no_token(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "SSH_AUTH_SOCK", "PYTHONPATH", "ANY"):
+        monkeypatch.setenv(name, "canary")
+    extra = {"HF_HUB_OFFLINE": "1", "MINE": "a b", "HF_TOKEN": "canary", "my_token": "canary"}
+    gated, run = lab.gated([PYTHON, "-S", "-c", TELL], extra)
+    gated.open()
+    assert gated.child.wait(20) == 0
+    env = told(lab)["env"]
+    assert isinstance(env, dict)
+    assert "canary" not in json.dumps(env)
+    kept = {"HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "LC_CTYPE", "TMPDIR", "TZ"}
+    assert set(env) - kept == {"PATH", "PYTHONUNBUFFERED", "HF_HUB_OFFLINE", "MINE", MARK}
+    assert (env["HOME"], env["MINE"], env[MARK]) == (os.environ["HOME"], "a b", run.run_id)
+    assert set(env["PATH"].split(":")) >= {"/usr/bin", "/bin"}
+
+
+def test_a_server_holds_nothing_of_who_started_it(lab: Lab) -> None:
+    reader, writer = os.pipe()
+    os.set_inheritable(writer, True)
+    try:
+        gated, _ = lab.gated([PYTHON, "-S", "-c", TELL])
+        gated.open()
+        assert gated.child.wait(20) == 0
+    finally:
+        os.close(reader)
+        os.close(writer)
+    answer = told(lab)
+    assert answer["fds"] == [0, 1, 2]
+    assert answer["stdin"] == "/dev/null"
+    assert answer["cwd"] == str(lab.folder)
+    assert answer["sid"] == answer["pgid"] == answer["pid"] == gated.pid != os.getsid(0)
+
+
+def test_both_streams_go_to_the_end_of_a_log_that_is_the_users_alone(lab: Lab) -> None:
+    (lab.folder / "log").write_text("before\n")
+    gated, _ = lab.gated([SH, "-c", "echo out; echo err >&2"])
+    gated.open()
+    gated.child.wait(10)
+    assert lab.log == "before\nout\nerr\n"
+    assert (lab.folder / "log").stat().st_mode & 0o777 == 0o600
+
+
+# -- stopping -------------------------------------------------------------------------------------------------------
+
+
+def test_a_server_that_ends_when_asked_is_not_killed(lab: Lab) -> None:
+    gated, run = lab.running(SERVE)
+    stopped = stop(SYSTEM, run, grace=20, reap=gated.child.poll)
+    assert not stopped.killed and gated.child.wait(10) == -signal.SIGTERM
+    assert not group(run)
+
+
+def test_a_server_that_ignores_being_asked_is_killed(lab: Lab) -> None:
+    gated, run = lab.running(STUBBORN)
+    stopped = stop(SYSTEM, run, grace=0.2, reap=gated.child.poll)
+    assert stopped.killed and stopped.seconds >= 0.2
+    assert gated.child.wait(10) == -signal.SIGKILL and not group(run)
+
+
+def test_a_stubborn_child_goes_with_its_group(lab: Lab) -> None:
+    code = f"import subprocess, signal; subprocess.Popen({list(STUBBORN)!r}); signal.pause()"
+    gated, run = lab.running((PYTHON, "-S", "-c", code))
+    assert len(ours(run)) == 2
+    assert stop(SYSTEM, run, grace=0.3, reap=gated.child.poll).killed
+    assert not group(run)
+
+
+def test_a_child_that_outlived_its_leader_is_found_by_its_mark_and_stopped(lab: Lab) -> None:
+    gated, run = lab.running([SH, "-c", f'{PYTHON} -S -c "$0" & exit', WAIT])
+    gated.child.wait(10)
+    assert not proven(run)
+    (child,) = ours(run)
+    assert child != run.pid and SYSTEM.environment(child, MARK) == run.run_id
+    stop(SYSTEM, run, grace=20)
+    assert not group(run)
+
+
+def test_a_zombie_counts_as_gone(lab: Lab) -> None:
+    gated, run = lab.running(SERVE)
+    stopped = stop(SYSTEM, run, grace=20)  # nobody collects it
+    assert not stopped.killed and stopped.seconds < 10
+    found = SYSTEM.process(gated.pid)
+    assert found is not None and found.zombie
+    assert ours(run) == () and not proven(run)
+
+
+def test_stopping_what_is_gone_does_nothing(lab: Lab) -> None:
+    gated, run = lab.running(SERVE)
+    stop(SYSTEM, run, grace=20, reap=gated.child.poll)
+    assert not stop(SYSTEM, run, grace=20).killed
+
+
+# -- identity -------------------------------------------------------------------------------------------------------
+
+TAMPERED = {
+    "another start time": {"start": "1"},
+    "a start time that only begins alike": {"start": "0"},
+    "another command": {"argv": ("/bin/engine", "--port", "8103")},
+    "a longer command": {"argv": (*SERVE, "--more")},
+    "another group": {"pgid": 2**22 - 1},
+    "another pid": {"pid": 2**22 - 1},
+}
+
+
+@pytest.mark.parametrize("case", TAMPERED)
+def test_a_process_that_differs_from_the_record_and_has_no_mark_is_not_ours(lab: Lab, case: str) -> None:
+    gated, run = lab.running(SERVE)
+    other = replace(run, run_id="another", **TAMPERED[case])  # type: ignore[arg-type]  # as the table says
+    assert not proven(other) and ours(other) == ()
+    assert not stop(SYSTEM, other, grace=0.1).killed
+    assert gated.child.poll() is None
+
+
+def test_a_process_is_ours_also_in_the_instant_in_which_it_becomes_another_program(lab: Lab) -> None:
+    """The kernel then shows no arguments: who takes that for another process takes a living server for gone."""
+    gated, run = lab.running(SERVE)
+    seen = SYSTEM.look(()).processes
+    between = {**seen, gated.pid: replace(seen[gated.pid], argv=())}
+    assert leader(SYSTEM, between, run) is not None
+    assert leader(SYSTEM, between, replace(run, start="1")) is None
+
+
+def test_after_a_reboot_nothing_is_ours_whatever_the_numbers_and_marks_say(lab: Lab) -> None:
+    gated, run = lab.running(SERVE)
+    other = replace(run, boot_id="the boot before")
+    assert not proven(other) and ours(other) == ()
+    stop(SYSTEM, other, grace=0.1)
+    assert gated.child.poll() is None
+
+
+def test_an_adopted_server_has_no_mark_so_only_its_leader_proves_it(lab: Lab) -> None:
+    gated, run = lab.running(SERVE)
+    adopted = replace(run, run_id="", adopted=True)
+    assert proven(adopted) and ours(adopted) == (gated.pid,)
+    assert ours(replace(adopted, start="1")) == ()
+
+
+def test_a_process_without_a_mark_does_not_match_a_record_without_one(lab: Lab) -> None:
+    gated = lab_without_mark(lab)
+    unknown = replace(record(gated, ("x", "y"), ""), start="1")
+    assert ours(unknown) == ()
+
+
+def lab_without_mark(lab: Lab) -> Gated:
+    gated = spawn(SYSTEM, SERVE, {MARK: ""}, lab.folder, lab.folder / "log")
+    lab.started.append(gated)
+    gated.open()
+    wait_until(lambda: lab.log == "up", 20, "the server")
+    return gated
+
+
+WRAPPERS = {
+    "a script of a shell that becomes it": "#!/bin/sh\nexec {python} -S -c '{wait}' \"$@\"\n",
+    "a script of a shell that waits for it": "#!/bin/sh\n{python} -S -c '{wait}' \"$@\"\n:\n",
+    "a script of its own interpreter": "#!{python}\n{wait}\n",
+    "a script through env": "#!/usr/bin/env -S {python} -S\n{wait}\n",
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_wrapped_server_keeps_its_identity(lab: Lab, wrapper: str) -> None:
+    wait = WAIT.replace("'", '"')
+    program = lab.script(WRAPPERS[wrapper].format(python=PYTHON, wait=wait))
+    gated, run = lab.running([program, "--model", "a b", "--port", "8103"])
+    assert argv(gated.pid) != run.argv, "it is another command than the one that was started"
+    assert proven(run) and gated.pid in ours(run)
+    stop(SYSTEM, run, grace=20, reap=gated.child.poll)
+    assert not group(run)
+
+
+def adopted_from(lab: Lab, script: str) -> tuple[Run, subprocess.Popen[bytes]]:
+    """A server that a person's script started: the script leads the group, the server is one of it."""
+    program = lab.script("#!/bin/sh\n" + script)
+    starter, run = lab.running([program])
+    (server,) = (p for p in SYSTEM.look(()).group(run.pgid) if p.argv[-1:] == ("--server",))
+    return replace(run, run_id="", adopted=True, pid=server.pid, start=server.start, argv=server.argv), starter.child
+
+
+def test_a_stranger_in_the_group_of_an_adopted_server_saves_the_whole_group(lab: Lab) -> None:
+    run, starter = adopted_from(lab, f'sleep 1000 &\n{PYTHON} -S -c "{WAIT}" --server\n:\n')
+    everyone = group(run)
+    assert len(everyone) == 3 and len(ours(run)) == 2
+    with pytest.raises(Refused) as caught:
+        stop(SYSTEM, run, grace=5)
+    (sleeper,) = everyone - set(ours(run))
+    assert caught.value.code == "not_ours" and str(sleeper) in caught.value.why
+    assert group(run) == everyone and starter.poll() is None
+
+
+def test_an_adopted_server_goes_with_the_script_that_started_it(lab: Lab) -> None:
+    run, starter = adopted_from(lab, f'{PYTHON} -S -c "{WAIT}" --server\n:\n')
+    assert len(ours(run)) == 2
+    stop(SYSTEM, run, grace=20, reap=starter.poll)
+    assert not group(run)
+
+
+def test_what_survives_being_killed_is_told(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel can keep a process: here the signals go astray."""
+    _, run = lab.running(SERVE)
+    monkeypatch.setattr(processes, "KILL_SECONDS", 0.05)
+    monkeypatch.setattr(os, "killpg", lambda pgid, number: None)
+    with pytest.raises(Exception, match="still there") as caught:
+        stop(SYSTEM, run, grace=0.05)
+    assert getattr(caught.value, "code", "") == "will_not_die"

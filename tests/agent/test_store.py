@@ -1,0 +1,619 @@
+"""The state folder and the registry's file: one writer at a time, old or new and nothing between, locks that die."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mlxops.agent import store as stores
+from mlxops.agent.store import Lock, RegistryFile, Store, write_durably
+from mlxops.core.errors import Busy, MlxopsError, Refused
+from mlxops.core.registry import Registry, parse
+from mlxops.core.settings import Settings
+from mlxops.core.world import Operation
+from tests.core.worlds import run
+from tests.lab.sshd import missing
+from tests.lab.world import wait_until
+
+CONTENT = b'{"version": 1, "models": {"a": {"repo_id": "org/a", "port": 8100, "mine": [1]}}, "kept": true}'
+ME = Operation("op1", "load", "a", 8100, "me@mini", "2026-01-01T00:00:00Z", "org/a")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    made = Store(tmp_path / "state", tmp_path / "hub" / "registry.json")
+    made.ready()
+    made.registry.path.parent.mkdir()
+    made.registry.path.write_bytes(CONTENT)
+    return made
+
+
+def move(registry: Registry) -> Registry:
+    return registry.assign("b", 8100)
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name.endswith(".tmp"))
+
+
+PRELUDE = """
+import json, os, sys
+from pathlib import Path
+from mlxops.agent.store import Store, write_durably
+from mlxops.core.errors import MlxopsError
+from mlxops.core.world import Operation
+store = Store(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+def program(store: Store, text: str, *args: str, before: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+    """Another process with `store` on the same folders."""
+    return subprocess.Popen(
+        [*before, sys.executable, "-P", "-c", PRELUDE + text, str(store.state), str(store.registry.path), *args],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], "PYTHONDONTWRITEBYTECODE": "1"},
+    )
+
+
+@contextmanager
+def ended_after(*processes: subprocess.Popen[bytes]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def says(process: subprocess.Popen[bytes]) -> bytes:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+# -- one transaction ------------------------------------------------------------------------------------------------
+
+
+def test_a_change_is_on_disk_and_everything_else_is_as_it_was(store: Store) -> None:
+    returned = store.registry.update(move)
+    written = json.loads(store.registry.path.read_bytes())
+    assert written == returned.raw
+    assert written["models"] == {"a": {"repo_id": "org/a", "port": None, "mine": [1]}, "b": {"port": 8100}}
+    assert written["kept"] is True
+
+
+def test_the_generation_before_is_kept_byte_for_byte(store: Store) -> None:
+    store.registry.update(move)
+    previous = store.state / "registry.previous.json"
+    assert previous.read_bytes() == CONTENT
+    assert stat.S_IMODE(previous.stat().st_mode) == 0o600
+
+
+def test_a_change_that_changes_nothing_does_not_write(store: Store) -> None:
+    before = store.registry.path.stat()
+    store.registry.update(lambda registry: registry.assign("a", 8100))
+    after = store.registry.path.stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    assert not (store.state / "registry.previous.json").exists()
+
+
+def test_a_missing_file_is_made_with_its_folder_and_has_no_generation_before(tmp_path: Path) -> None:
+    store = Store(tmp_path / "state", tmp_path / "new" / "hub" / "registry.json")
+    store.ready()
+    assert store.registry.read().models == {}
+    store.registry.update(move)
+    assert parse(store.registry.path.read_bytes()).models["b"].port == 8100
+    assert not (store.state / "registry.previous.json").exists()
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o600, 0o664])
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_the_files_mode_stays_whatever_the_writers_umask_is(store: Store, mode: int, umask: int) -> None:
+    store.registry.path.chmod(mode)
+    before = os.umask(umask)
+    try:
+        store.registry.update(move)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(store.registry.path.stat().st_mode) == mode
+
+
+def test_a_registry_behind_a_link_is_changed_and_the_link_stays(tmp_path: Path) -> None:
+    real, link = tmp_path / "real.json", tmp_path / "registry.json"
+    real.write_bytes(CONTENT)
+    link.symlink_to(real)
+    store = Store(tmp_path / "state", link)
+    store.ready()
+    store.registry.update(move)
+    assert link.is_symlink() and os.readlink(link) == str(real)
+    assert parse(real.read_bytes()).models["b"].port == 8100
+
+
+def test_a_change_is_made_to_what_is_on_disk_now_and_not_to_what_was_read_before(store: Store) -> None:
+    store.registry.read()
+    store.registry.path.write_bytes(CONTENT.replace(b"8100", b"8105"))
+    seen: list[int | None] = []
+
+    def change(registry: Registry) -> Registry:
+        seen.append(registry.models["a"].port)
+        return move(registry)
+
+    store.registry.update(change)
+    assert seen == [8105]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b'{"version": 2, "models": {}, "lanes": {}}', b'{"version": 1, "models": {"a": 1}}']
+)
+def test_a_file_that_is_not_version_1_is_never_overwritten(store: Store, content: bytes) -> None:
+    store.registry.path.write_bytes(content)
+    for attempt in (lambda: store.registry.update(move), store.registry.check_writable):
+        with pytest.raises(Refused) as caught:
+            attempt()
+        assert caught.value.code == "registry_unusable" and caught.value.why
+    assert store.registry.path.read_bytes() == content
+
+
+def test_a_change_that_fails_leaves_no_trace_and_no_lock(store: Store) -> None:
+    def fail(registry: Registry) -> Registry:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError):
+        store.registry.update(fail)
+    assert store.registry.path.read_bytes() == CONTENT
+    store.registry.update(move)
+
+
+def test_a_folder_where_the_registry_should_be_is_told_and_left_alone(tmp_path: Path) -> None:
+    store = Store(tmp_path / "state", tmp_path / "registry.json")
+    store.ready()
+    store.registry.path.mkdir()
+    assert store.registry.read().unwritable
+    for attempt in (lambda: store.registry.update(move), store.registry.check_writable):
+        with pytest.raises(Refused):
+            attempt()
+    assert store.registry.path.is_dir() and not leftovers(tmp_path)
+
+
+def test_looking_whether_a_write_would_succeed_leaves_everything_as_it_was(store: Store) -> None:
+    before = store.registry.path.stat()
+    store.registry.check_writable()
+    assert os.listdir(store.registry.path.parent) == ["registry.json"]
+    assert store.registry.path.stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_what_killed_writers_left_is_removed_by_the_next_write_and_nothing_else_is(store: Store) -> None:
+    folder = store.registry.path.parent
+    (folder / ".registry.json.4711.abcdef01.tmp").write_bytes(b"half")
+    for name in (".other.json.1.ab.tmp", "registry.json.tmp", "models--org--a"):
+        (folder / name).write_bytes(b"somebody's")
+    store.registry.update(move)
+    assert sorted(os.listdir(folder)) == [
+        ".other.json.1.ab.tmp",
+        "models--org--a",
+        "registry.json",
+        "registry.json.tmp",
+    ]
+
+
+def test_a_write_that_fails_leaves_no_temporary_file(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    (target / "full").mkdir(parents=True)
+    with pytest.raises(OSError):
+        write_durably(target, b"new")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_transaction_waits_for_another_programs_lock_and_then_says_so(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "LOCK_SECONDS", 0.05)
+    fd = os.open(store.registry.path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        with pytest.raises(Busy) as caught:
+            store.registry.update(move)
+        assert caught.value.code == "registry_locked"
+        assert store.registry.read().models["a"].port == 8100, "reading needs no lock"
+    finally:
+        os.close(fd)
+    store.registry.update(move)
+
+
+# -- many at once ---------------------------------------------------------------------------------------------------
+
+WRITERS, EACH = 8, 25
+
+WRITE_MANY = f"""
+for i in range({EACH}):
+    store.registry.update(lambda r: r.set_fields(f"m-{{sys.argv[3]}}-{{i}}", {{"n": i}}))
+"""
+
+
+def test_of_many_writers_at_once_no_change_is_lost_and_no_reader_sees_a_broken_file(store: Store) -> None:
+    writers = [program(store, WRITE_MANY, str(number)) for number in range(WRITERS)]
+    counts: list[int] = []
+    with ended_after(*writers):
+        while any(writer.poll() is None for writer in writers):
+            registry = store.registry.read()
+            assert registry.unwritable is None
+            counts.append(len(registry.models))
+        assert [writer.returncode for writer in writers] == [0] * WRITERS
+    assert counts == sorted(counts), "no change is ever undone"
+    expected = {"a", *(f"m-{number}-{i}" for number in range(WRITERS) for i in range(EACH))}
+    assert set(store.registry.read().models) == expected
+    assert not leftovers(store.registry.path.parent)
+
+
+def test_the_history_of_many_writers_has_every_line_whole(store: Store) -> None:
+    text = 'for i in range(50): store.remember(who=sys.argv[3], i=i, text="x" * 500)'
+    writers = [program(store, text, str(number)) for number in range(3)]
+    with ended_after(*writers):
+        assert [writer.wait(30) for writer in writers] == [0, 0, 0]
+    lines = [json.loads(line) for line in (store.state / "history.jsonl").read_text().splitlines()]
+    assert sorted((line["who"], line["i"]) for line in lines) == [(str(n), i) for n in range(3) for i in range(50)]
+    assert all(line["at"].endswith("Z") for line in lines)
+
+
+# -- the disk says no -----------------------------------------------------------------------------------------------
+
+
+def refused_in(process: subprocess.Popen[bytes]) -> dict[str, str]:
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, out
+    answer = json.loads(out)
+    assert isinstance(answer, dict)
+    return answer
+
+
+TRY = """
+def attempt(what):
+    try:
+        what()
+        return "done"
+    except MlxopsError as error:
+        return error.code
+def content():
+    return Path(sys.argv[2]).read_text()
+"""
+
+
+def test_a_limit_on_file_sizes_is_told_and_the_old_content_stays(store: Store) -> None:
+    text = f"""{TRY}
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (40, 40))
+print(json.dumps({{
+    "update": attempt(lambda: store.registry.update(lambda r: r.assign("b", 8100))),
+    "check": attempt(store.registry.check_writable),
+}}))
+"""
+    answers = refused_in(program(store, text))
+    assert answers == {"update": "registry_unwritable", "check": "registry_unwritable"}
+    assert store.registry.path.read_bytes() == CONTENT
+    assert not leftovers(store.registry.path.parent) and not leftovers(store.state)
+    store.registry.update(move)
+
+
+def mounted(store: Store, mount: str, text: str) -> dict[str, str]:
+    """Run `text` in a process for which the registry's folder is mounted otherwise."""
+    if sys.platform != "linux":
+        pytest.skip("mounts of one's own are Linux's")
+    own = ["unshare", "-Urm", "sh", "-c"]
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run([*own, "mount -t tmpfs t /mnt"], check=False, capture_output=True).returncode
+    ):
+        missing("the right to make a mount namespace (unshare -Urm)")
+    folder = store.registry.path.parent
+    return refused_in(
+        program(store, TRY + text, before=["env", f"FOLDER={folder}", *own, f'{mount} && exec "$@"', "sh"])
+    )
+
+
+def test_a_full_disk_is_told_before_and_during_a_change_and_the_old_content_stays(store: Store) -> None:
+    text = """
+Path(sys.argv[2]).write_text('{"version": 1, "models": {}}')
+with open(Path(sys.argv[2]).with_name("filler"), "wb", buffering=0) as file:
+    try:
+        while True:
+            file.write(b"x" * 4096)
+    except OSError:
+        pass
+print(json.dumps({
+    "check": attempt(store.registry.check_writable),
+    "update": attempt(lambda: store.registry.update(lambda r: r.assign("b", 8100))),
+    "content": content(),
+    "files": ",".join(sorted(os.listdir(os.path.dirname(sys.argv[2])))),
+    "freed": attempt(Path(sys.argv[2]).with_name("filler").unlink),
+    "again": attempt(lambda: store.registry.update(lambda r: r.assign("b", 8100))),
+}))
+"""
+    assert mounted(store, 'mount -t tmpfs -o size=64k t "$FOLDER"', text) == {
+        "check": "registry_unwritable",
+        "update": "registry_unwritable",
+        "content": '{"version": 1, "models": {}}',
+        "files": "filler,registry.json",
+        "freed": "done",
+        "again": "done",
+    }
+
+
+def test_a_read_only_registry_is_told_before_anything_is_started_and_can_still_be_read(store: Store) -> None:
+    text = """
+print(json.dumps({
+    "read": str(store.registry.read().models["a"].port),
+    "check": attempt(store.registry.check_writable),
+    "update": attempt(lambda: store.registry.update(lambda r: r.assign("b", 8100))),
+    "content": content(),
+}))
+"""
+    assert mounted(store, 'mount --bind "$FOLDER" "$FOLDER" && mount -o remount,bind,ro "$FOLDER"', text) == {
+        "read": "8100",
+        "check": "registry_unwritable",
+        "update": "registry_unwritable",
+        "content": CONTENT.decode(),
+    }
+
+
+def test_a_read_only_state_folder_is_told(store: Store) -> None:
+    text = """
+print(json.dumps({"ready": attempt(lambda: Store(Path(os.environ["FOLDER"]) / "state", Path("/x")).ready())}))
+"""
+    mount = 'mount --bind "$FOLDER" "$FOLDER" && mount -o remount,bind,ro "$FOLDER"'
+    assert mounted(store, mount, text) == {"ready": "state_unwritable"}
+
+
+TRANSACTION = """
+try:
+    store.registry.update(lambda r: r.assign("b", 8100))
+except MlxopsError as error:
+    os._exit(3 if error.code == "registry_unwritable" else 1)
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="strace is Linux's")
+@pytest.mark.parametrize("call", ["write", "fsync", "rename"])
+@pytest.mark.parametrize("fault", ["signal=SIGKILL", "error=ENOSPC", "error=EIO"])
+def test_whichever_write_flush_or_rename_fails_or_is_the_last_the_file_is_old_or_new(
+    store: Store, fault: str, call: str
+) -> None:
+    new = parse(CONTENT).assign("b", 8100).encode()
+    changed = []
+    for number in range(1, 10):
+        store.registry.path.write_bytes(CONTENT)
+        ended = under_strace(store, f"inject={CALLS[call]}:{fault}:when={number}")
+        after = store.registry.path.read_bytes()
+        assert after in (CONTENT, new), f"{call} {number}"
+        if ended == 0:
+            assert after == new
+            break
+        assert ended in ((-9, 137) if "KILL" in fault else (3,)), f"{call} {number}"
+        changed.append(after == new)
+        if "error" in fault:
+            assert not leftovers(store.registry.path.parent)
+        store.registry.path.write_bytes(CONTENT)
+        assert store.registry.update(move).models["b"].port == 8100, "the lock is free"
+        assert not leftovers(store.registry.path.parent)
+    # The generation before and the new one, each: write, flush, rename, flush of the folder.
+    assert changed == {"write": [False, False], "fsync": [False, False, False, True], "rename": [False, False]}[call]
+
+
+CALLS = {"write": "write", "fsync": "fsync", "rename": "?rename,?renameat,?renameat2"}
+
+
+def under_strace(store: Store, fault: str) -> int:
+    """The exit status of one transaction with a fault."""
+    if shutil.which("strace") is None:
+        missing("strace (Debian and Ubuntu: apt-get install strace)")
+    before = ["strace", "-qq", "-o", os.devnull, "-e", f"trace={','.join(CALLS.values())}", "-e", fault]
+    process = program(store, TRANSACTION, before=before)
+    process.communicate(timeout=60)
+    return process.returncode
+
+
+# -- locks ----------------------------------------------------------------------------------------------------------
+
+
+def taken(store: Store, name: str = "port-8100", by: Operation = ME) -> Lock:
+    lock = store.lock(name, by)
+    assert isinstance(lock, Lock)
+    return lock
+
+
+def test_who_finds_a_lock_taken_is_told_by_whom(store: Store) -> None:
+    lock = taken(store)
+    assert store.lock("port-8100", replace(ME, id="op2")) == ME
+    assert store.holder("port-8100") == ME
+    taken(store, "port-8101").release()
+    lock.release()
+    assert store.holder("port-8100") is None
+    taken(store, by=replace(ME, id="op2")).release()
+
+
+def test_asking_who_holds_a_lock_changes_nothing(store: Store) -> None:
+    assert store.holder("port-8100") is None
+    assert os.listdir(store.state / "locks") == [], "not even a file is made"
+    lock = taken(store)
+    path = store.state / "locks" / "port-8100"
+    before = path.stat()
+    store.holder("port-8100")
+    assert (path.stat().st_mtime_ns, path.read_bytes()) == (before.st_mtime_ns, path.read_bytes())
+    assert store.lock("port-8100", replace(ME, id="op2")) == ME, "it is still held"
+    lock.release()
+
+
+def test_a_lock_whose_content_is_damaged_still_holds(store: Store) -> None:
+    lock = taken(store)
+    (store.state / "locks" / "port-8100").write_bytes(b"[")
+    assert store.holder("port-8100") == Operation("?", "?")
+    assert store.lock("port-8100", ME) == Operation("?", "?")
+    lock.release()
+
+
+HOLD = """
+store.lock("port-8100", Operation("op9", "load"))
+print("held", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_a_lock_ends_with_the_process_that_holds_it_however_it_ends(store: Store) -> None:
+    holder = program(store, HOLD)
+    with ended_after(holder):
+        assert says(holder) == b"held"
+        assert store.holder("port-8100") == Operation("op9", "load")
+        holder.kill()
+        holder.wait()
+        assert store.holder("port-8100") is None
+        taken(store).release()
+
+
+def test_a_child_does_not_inherit_a_lock(store: Store) -> None:
+    lock = taken(store)
+    child = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE, close_fds=False)
+    with ended_after(child):
+        lock.release()
+        assert child.poll() is None
+        taken(store).release()
+
+
+def test_a_child_does_not_inherit_the_registrys_lock(store: Store) -> None:
+    children: list[subprocess.Popen[bytes]] = []
+
+    def change(registry: Registry) -> Registry:
+        children.append(
+            subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE, close_fds=False)
+        )
+        return move(registry)
+
+    store.registry.update(change)
+    with ended_after(*children):
+        assert children[0].poll() is None
+        store.registry.update(lambda registry: registry.clear(["b"]))
+
+
+def test_a_transaction_that_is_killed_in_the_middle_frees_the_lock(store: Store) -> None:
+    text = """
+def change(registry):
+    print("in", flush=True)
+    sys.stdin.readline()
+    return registry
+store.registry.update(change)
+"""
+    holder = program(store, text)
+    with ended_after(holder):
+        assert says(holder) == b"in"
+        holder.kill()
+        holder.wait()
+        store.registry.update(move)
+
+
+def test_two_that_want_a_lock_at_once_do_not_both_get_it(store: Store) -> None:
+    text = """
+got = store.lock("port-8100", Operation(sys.argv[3], "load"))
+print(got.id if isinstance(got, Operation) else "mine", flush=True)
+sys.stdin.readline()
+"""
+    racers = [program(store, text, f"op{number}") for number in range(4)]
+    with ended_after(*racers):
+        told = [says(racer).decode() for racer in racers]
+    assert told.count("mine") == 1
+    assert set(told) - {"mine"} == {f"op{told.index('mine')}"}
+
+
+# -- the rest of the state folder -----------------------------------------------------------------------------------
+
+
+def test_the_state_folder_is_the_users_alone(tmp_path: Path) -> None:
+    store = Store(tmp_path / "state", tmp_path / "registry.json")
+    before = os.umask(0)
+    try:
+        store.ready()
+        store.save_run(run())
+        store.agree(Settings())
+        store.remember(what="x")
+        taken(store).release()
+    finally:
+        os.umask(before)
+    found = [store.state, *store.state.rglob("*")]
+    assert len(found) == 9
+    assert all(stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600) for path in found)
+
+
+def test_looking_makes_nothing(tmp_path: Path) -> None:
+    store = Store(tmp_path / "state", tmp_path / "registry.json")
+    assert (store.registry.read().models, store.holder("x"), store.run(8100), store.agreed()) == ({}, None, None, None)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_run_record_is_kept_until_it_is_forgotten(store: Store) -> None:
+    store.save_run(run(port=8103))
+    assert store.run(8103) == run(port=8103) and store.run(8104) is None
+    store.forget_run(8103)
+    store.forget_run(8103)
+    assert store.run(8103) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b"\xff", b'{"port": 8103, "argv": []}'])
+def test_a_damaged_run_record_is_not_taken_for_a_missing_one(store: Store, content: bytes) -> None:
+    (store.state / "run" / "8103.json").write_bytes(content)
+    with pytest.raises(ValueError):
+        store.run(8103)
+
+
+def test_agreed_settings_come_back_and_damaged_ones_are_told(store: Store) -> None:
+    settings = Settings(bind="::1", slots={8100: "jerry-xl"})
+    store.agree(settings)
+    assert store.agreed() == settings
+    for content in (b"", b"[]", b"{}", b'{"ports": 1}'):
+        (store.state / "host.json").write_bytes(content)
+        with pytest.raises(MlxopsError) as caught:
+            store.agreed()
+        assert caught.value.code == "host_json_unusable"
+
+
+def test_a_servers_folder_is_cleaned_of_links_and_never_through_them(store: Store, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "weights").write_bytes(b"w")
+    store.clean_run_folder(8103)
+    folder = store.run_folder(8103)
+    (folder / "org").mkdir()
+    for link in (folder / "jerry", folder / "org" / "name"):
+        link.symlink_to(model)
+    store.clean_run_folder(8103)
+    assert [path.name for path in folder.rglob("*")] == ["org"]
+    assert (model / "weights").read_bytes() == b"w"
+
+
+def test_a_lock_is_there_as_soon_as_it_is_reported(store: Store) -> None:
+    """Between taking a lock and writing who took it there is an instant; whoever asks then waits for the name."""
+    fd = os.open(store.state / "locks" / "port-8100", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        text = 'print(store.holder("port-8100").id, flush=True)'
+        asker = program(store, "print('ask', flush=True)\n" + text)
+        with ended_after(asker):
+            assert says(asker) == b"ask"
+            os.pwrite(fd, json.dumps(ME.__dict__).encode(), 0)
+            assert says(asker) == b"op1"
+    finally:
+        os.close(fd)
+
+
+def test_the_registry_file_is_the_only_thing_that_a_write_leaves_beside_it(store: Store) -> None:
+    RegistryFile(store.registry.path, store.state / "registry.previous.json").update(move)
+    assert os.listdir(store.registry.path.parent) == ["registry.json"]
+    wait_until(lambda: not leftovers(store.state), 1, "the end of temporary files")

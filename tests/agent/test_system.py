@@ -1,0 +1,239 @@
+"""Two ways of looking at one machine: /proc and psutil see the same."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from mlxops.agent.system import LinuxSystem, Listener, Look, Process, PsutilSystem, System, collides, this_system
+from tests.lab.world import wait_until
+
+both = pytest.mark.parametrize(
+    "system",
+    [
+        pytest.param(
+            LinuxSystem(), id="proc", marks=pytest.mark.skipif(sys.platform != "linux", reason="there is no /proc")
+        ),
+        pytest.param(PsutilSystem(), id="psutil"),
+    ],
+)
+linux = pytest.mark.skipif(sys.platform != "linux", reason="both ways can be compared only where there is /proc")
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as made:
+        yield made
+
+
+def child(stack: ExitStack, *argv: str, **how: object) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen(argv, stdin=subprocess.PIPE, **how)  # type: ignore[call-overload]  # passed on
+    assert isinstance(process, subprocess.Popen)
+    stack.callback(process.communicate)
+    stack.callback(process.kill)
+    return process
+
+
+def listen(stack: ExitStack, family: int, address: str, port: int = 0, *, only6: bool = False) -> int:
+    """A listener of this process; its port."""
+    sock = stack.enter_context(socket.socket(family))
+    if family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only6)
+    sock.bind((address, port))
+    sock.listen()
+    number = sock.getsockname()[1]
+    assert isinstance(number, int)
+    return number
+
+
+def zombie(stack: ExitStack) -> subprocess.Popen[bytes]:
+    process = child(stack, "/bin/sh", "-c", "exit 3")
+    wait_until(lambda: (seen := this_system().process(process.pid)) is not None and seen.zombie, 10, "a zombie")
+    return process
+
+
+# -- processes ------------------------------------------------------------------------------------------------------
+
+
+@both
+def test_a_process_is_seen_with_its_parent_group_and_command(system: System, stack: ExitStack) -> None:
+    sleeper = child(stack, "/bin/sleep", "1000", start_new_session=True)
+    wait_until(lambda: (p := system.process(sleeper.pid)) is not None and "1000" in p.argv, 10, "the sleeper")
+    seen = system.process(sleeper.pid)
+    assert seen is not None
+    assert (seen.pid, seen.ppid, seen.pgid, seen.uid) == (sleeper.pid, os.getpid(), sleeper.pid, os.getuid())
+    assert seen.argv == ("/bin/sleep", "1000") and not seen.zombie
+    assert system.look(()).processes[sleeper.pid] == seen, "its start time does not move between two looks"
+
+
+@both
+def test_a_process_that_is_gone_is_none(system: System, stack: ExitStack) -> None:
+    gone = child(stack, "/bin/sh", "-c", ":")
+    gone.wait()
+    assert system.process(gone.pid) is None and gone.pid not in system.look(()).processes
+    assert system.environment(gone.pid, "PATH") is None and system.memory([gone.pid]) == 0
+
+
+@both
+def test_a_zombie_is_one_and_no_member_of_its_group(system: System, stack: ExitStack) -> None:
+    dead = zombie(stack)
+    seen = system.process(dead.pid)
+    assert seen is not None and seen.zombie
+    assert dead.pid not in {process.pid for process in system.look(()).group(seen.pgid)}
+
+
+@both
+@pytest.mark.parametrize("name", ["a) S 1 1 (b", "with space", ") (", "(((", "1 (x) Z 0", "ü\u202e"])
+def test_a_program_may_be_called_anything(system: System, stack: ExitStack, tmp_path: Path, name: str) -> None:
+    program = tmp_path / name
+    shutil.copy("/bin/sleep", program)
+    odd = child(stack, str(program), "1000", start_new_session=True)
+    wait_until(lambda: (p := system.process(odd.pid)) is not None and p.argv[:1] == (str(program),), 10, "the program")
+    seen = system.process(odd.pid)
+    assert seen is not None
+    assert (seen.ppid, seen.pgid, seen.zombie) == (os.getpid(), odd.pid, False)
+
+
+@both
+def test_arguments_stay_apart_whatever_is_in_them(system: System, stack: ExitStack) -> None:
+    words = ("a b", "", "c\nd", "$(x)", "é")
+    waiting = child(stack, sys.executable, "-S", "-c", "input()", *words)
+    wait_until(lambda: (p := system.process(waiting.pid)) is not None and p.argv[-1:] == ("é",), 10, "the program")
+    seen = system.process(waiting.pid)
+    assert seen is not None and seen.argv[-5:] == words
+
+
+@both
+def test_a_variable_of_another_process_is_read_and_only_that_one(system: System, stack: ExitStack) -> None:
+    env = {"MARK_MORE": "no", "MARK": "a=b c", "EMPTY": ""}
+    waiting = child(stack, "/bin/sleep", "1000", env=env)
+    wait_until(lambda: system.environment(waiting.pid, "MARK"), 10, "the program")
+    assert system.environment(waiting.pid, "MARK") == "a=b c"
+    assert system.environment(waiting.pid, "EMPTY") == ""
+    assert system.environment(waiting.pid, "MAR") is None and system.environment(waiting.pid, "OTHER") is None
+
+
+@both
+def test_memory_is_told_in_bytes(system: System) -> None:
+    one = system.memory([os.getpid()])
+    assert 10_000_000 < one < 10_000_000_000
+    assert system.memory([]) == 0 and system.memory([os.getpid(), 2**22 - 1]) == pytest.approx(one, rel=0.2)
+
+
+@linux
+def test_both_ways_see_the_same_processes(stack: ExitStack) -> None:
+    program = "import subprocess; subprocess.Popen(['/bin/sleep', '1000']); print('up', flush=True); input()"
+    parent = child(stack, sys.executable, "-S", "-c", program, stdout=subprocess.PIPE, start_new_session=True)
+    stack.callback(os.killpg, parent.pid, signal.SIGKILL)
+    assert parent.stdout is not None and parent.stdout.readline()
+    dead = zombie(stack)
+
+    def rows(look: Look) -> dict[int, tuple[object, ...]]:
+        wanted = {os.getpid(), dead.pid, *(process.pid for process in look.group(parent.pid))}
+        return {pid: plain(look.processes[pid]) for pid in wanted}
+
+    def plain(p: Process) -> tuple[object, ...]:
+        return p.ppid, p.pgid, p.uid, p.zombie, p.argv
+
+    seen = rows(LinuxSystem().look(()))
+    assert len(seen) == 4 and rows(PsutilSystem().look(())) == seen
+    assert LinuxSystem().boot_id() == PsutilSystem().boot_id() != ""
+
+
+# -- listeners ------------------------------------------------------------------------------------------------------
+
+ADDRESSES = {
+    "127.0.0.1": (socket.AF_INET, "127.0.0.1"),
+    "0.0.0.0": (socket.AF_INET, "0.0.0.0"),
+    "::1": (socket.AF_INET6, "::1"),
+    "::": (socket.AF_INET6, "::"),
+    # An IPv4 address as IPv6 writes it is that IPv4 address.
+    "127.0.0.1 ": (socket.AF_INET6, "::ffff:127.0.0.1"),
+}
+
+
+@both
+@pytest.mark.parametrize("shown", ADDRESSES)
+def test_a_listener_is_seen_with_its_address_and_process(system: System, stack: ExitStack, shown: str) -> None:
+    port = listen(stack, *ADDRESSES[shown])
+    expected = (Listener(shown.strip(), port, frozenset({os.getpid()})),)
+    assert system.look({port}).listeners == expected
+    assert system.look({port + 1}).listeners == () and system.look(()).listeners == ()
+
+
+@both
+def test_what_is_connected_or_only_bound_does_not_listen(system: System, stack: ExitStack) -> None:
+    port = listen(stack, socket.AF_INET, "127.0.0.1")
+    client = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+    bound = stack.enter_context(socket.socket())
+    bound.bind(("127.0.0.1", 0))
+    assert system.look({client.getsockname()[1], bound.getsockname()[1]}).listeners == ()
+
+
+@both
+def test_every_process_that_shares_a_listener_is_named(system: System, stack: ExitStack) -> None:
+    sock = stack.enter_context(socket.socket())
+    sock.bind(("127.0.0.1", 0))
+    sock.listen()
+    port = sock.getsockname()[1]
+    heir = child(stack, "/bin/sleep", "1000", pass_fds=(sock.fileno(),))
+    (seen,) = system.look({port}).listeners
+    assert seen.pids == {os.getpid(), heir.pid}
+
+
+@linux
+def test_both_ways_see_the_same_listeners(stack: ExitStack) -> None:
+    ports = {listen(stack, family, address) for family, address in ADDRESSES.values()}
+
+    def rows(system: System) -> set[Listener]:
+        return set(system.look(ports).listeners)
+
+    assert rows(LinuxSystem()) == rows(PsutilSystem())
+    assert len(rows(LinuxSystem())) == 5
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        ("127.0.0.1", "127.0.0.1", True),
+        ("127.0.0.1", "127.0.0.2", False),
+        ("0.0.0.0", "127.0.0.1", True),
+        ("127.0.0.1", "0.0.0.0", True),
+        ("::", "127.0.0.1", True),
+        ("::", "::1", True),
+        ("::1", "127.0.0.1", False),
+        ("::1", "0:0:0:0:0:0:0:1", True),
+        ("::ffff:127.0.0.1", "127.0.0.1", True),
+        ("::ffff:0.0.0.0", "127.0.0.1", True),
+    ],
+)
+def test_two_addresses_cannot_share_a_port_if_they_are_one_or_one_of_them_is_every(
+    one: str, other: str, expected: bool
+) -> None:
+    assert collides(one, other) is expected and collides(other, one) is expected
+
+
+def test_of_the_listeners_on_a_port_only_those_in_the_way_count() -> None:
+    here, there = Listener("127.0.0.1", 8100), Listener("127.0.0.2", 8100)
+    look = Look({}, (here, there, Listener("127.0.0.1", 8101)))
+    assert look.on("127.0.0.1", 8100) == (here,)
+    assert look.on("0.0.0.0", 8100) == (here, there)
+
+
+def test_ancestors_end_even_where_parents_go_in_a_circle() -> None:
+    def process(pid: int, ppid: int) -> Process:
+        return Process(pid, ppid, pid, 0, "1", False)
+
+    look = Look({2: process(2, 3), 3: process(3, 2), 4: process(4, 99)})
+    assert [p.pid for p in look.ancestors(2)] == [2, 3]
+    assert [p.pid for p in look.ancestors(4)] == [4]
+    assert list(look.ancestors(77)) == []

@@ -1,0 +1,308 @@
+"""An operation outlives the connection, the client and the session that asked for it, and is found again."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxops.agent.journal import Journal
+from mlxops.build import build_id
+from mlxops.control import client as control
+from mlxops.control import inventory
+from mlxops.control.client import Target, ask
+from mlxops.core.errors import Exit
+from mlxops.core.protocol import Event, Phase, Progress, Request
+from mlxops.core.settings import PortRange, Settings
+from tests.lab import models
+from tests.lab.homelab import Completed, Homelab, _script
+from tests.lab.hub import Hub
+from tests.lab.wire import Wire
+
+QWEN = "tiny-org/tiny-qwen3"
+WAIT = 60.0
+
+
+@pytest.fixture
+def wired(make_homelab: Callable[..., Homelab], hub: Hub) -> Iterator[tuple[Homelab, Wire]]:
+    """A homelab whose Mini reaches the Studio over a wire that can be cut, and a hub that is slow enough to see."""
+    with Wire(("127.0.0.1", int(hub.url.rpartition(":")[2])), delay=0.05) as slow:
+        lab = make_homelab(hub_url=f"http://127.0.0.1:{slow.port}")
+        sshd = lab.studio.sshd
+        with Wire((sshd.address, sshd.port)) as wire:
+            reached = f"HostName {wire.address}", f"Port {wire.port}"
+            lab.mini.ssh.host("wired", sshd, *reached)
+            lab.mini.ssh.know(f"[{wire.address}]:{wire.port} {sshd.host_key}")
+            lab.configure(ssh="wired")
+            yield lab, wire
+
+
+@contextmanager
+def client(lab: Homelab, *words: str) -> Iterator[subprocess.Popen[str]]:
+    """`mlxctl` on the Mini, while it runs."""
+    with subprocess.Popen(
+        [_script("mlxctl"), *words],
+        cwd=lab.mini.elsewhere,
+        env=lab.mini.env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        yield process
+
+
+def load(lab: Homelab) -> list[str]:
+    return ["load", "jerry-xl", str(lab.studio.ports[0]), "--repo", QWEN]
+
+
+def operations(lab: Homelab) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = lab.mini.mlxctl("ops", "--json").ok().json["hosts"][0]["operations"]
+    return rows
+
+
+def assert_loaded_once(lab: Homelab) -> None:
+    """The end state that an undisturbed load has."""
+    port = lab.studio.ports[0]
+    assert lab.studio.completion(port, "jerry-xl")["model"] == "jerry-xl"
+    row = lab.mini.mlxctl("status", "--json").ok().json["hosts"][0]["ports"][0]
+    assert (row["state"], row["model"], row["owner"]) == ("ready", "jerry-xl", "mlxops")
+    assert lab.studio.registry()["models"]["jerry-xl"]["port"] == port
+    assert (lab.studio.state / "logs" / f"{port}.log").read_text().count("--- mlxops ") == 1, "it was started once"
+    assert not list(lab.studio.hub.rglob("*.incomplete"))
+
+
+def cut_by_wire(lab: Homelab, wire: Wire) -> None:
+    wire.cut()
+
+
+def cut_by_killing_the_session(lab: Homelab, wire: Wire) -> None:
+    lab.studio.sshd.kill_connections()
+
+
+class TestACutConnection:
+    @pytest.mark.parametrize("cut", [cut_by_wire, cut_by_killing_the_session])
+    def test_at_every_step_of_a_load_changes_nothing_in_the_end(
+        self, wired: tuple[Homelab, Wire], cut: Callable[[Homelab, Wire], None]
+    ) -> None:
+        lab, wire = wired
+        said: list[str] = []
+        with client(lab, *load(lab)) as process:
+            assert process.stderr is not None
+            for line in process.stderr:
+                said.append(line)
+                if line.startswith(("download", "check", "start", "proof")):
+                    cut(lab, wire)
+        text = "".join(said)
+        assert process.returncode == 0, text
+        assert "reconnecting" in text and wire.accepted > 4, "each cut was followed by another connection"
+        for phase in ("check: ", "start: ", "proof: ", "commit: "):
+            assert text.count(f"\n{phase}") == 1, f"each step is told once\n{text}"
+        assert_loaded_once(lab)
+        assert [row["state"] for row in operations(lab)] == ["done"]
+
+    def test_before_the_host_has_named_the_operation_starts_it_once(self, wired: tuple[Homelab, Wire]) -> None:
+        lab, wire = wired
+        lab.studio.install(QWEN, models.QWEN)
+        # Cut at a growing number of bytes: in the handshake, at the request, at the first words.
+        refused = 0
+        for size in (2500, 3500, 3900, 4200):
+            wire.passed, wire.cut_after = 0, size
+            done = lab.mini.mlxctl(*load(lab))
+            assert done.exit in (0, 5), str(done)
+            refused += done.exit == 5
+            wire.cut_after = None
+        lab.mini.mlxctl(*load(lab)).ok()
+        assert refused < 4, "the larger cuts came after the connection was made"
+        assert_loaded_once(lab)
+
+    def test_for_good_is_an_unknown_outcome_that_says_how_to_find_it(
+        self, wired: tuple[Homelab, Wire], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        lab, wire = wired
+        monkeypatch.setattr(control, "RECONNECT_SECONDS", 1.0)
+        for name, value in lab.mini.env.items():
+            monkeypatch.setenv(name, value)
+
+        def listen(host: str, event: Event) -> None:
+            if isinstance(event, Phase) and event.name == "download":
+                wire.stalled = True
+                wire.cut()
+
+        path = inventory.hosts_file(lab.mini.env, None)
+        assert path is not None
+        host = inventory.load(path).hosts["studio"]
+        target = Target(host.name, host.ssh, host.interpreter(), host.settings)
+        args = {"model": "jerry-xl", "port": str(lab.studio.ports[0]), "repo": QWEN}
+        answer = ask(target, "load", args, listen)
+        assert answer.error is not None and answer.error.exit == Exit.OUTCOME_UNKNOWN
+        assert "--follow" in answer.error.hint
+        wire.stalled = False
+        lab.mini.mlxctl("ops", "--follow", str(answer.error.details["operation"])).ok()
+        assert_loaded_once(lab)
+
+
+class TestAKilledClient:
+    def test_leaves_the_load_running_and_asking_again_follows_it(self, wired: tuple[Homelab, Wire]) -> None:
+        lab, _ = wired
+        with client(lab, *load(lab)) as process:
+            assert process.stderr is not None
+            next(line for line in process.stderr if line.startswith("download: 0"))
+            os.killpg(process.pid, signal.SIGKILL)
+        again = lab.mini.mlxctl(*load(lab)).ok()
+        assert "is running already" in again.stderr and "proof: " in again.stderr
+        assert_loaded_once(lab)
+
+    def test_is_seen_in_status_with_phase_and_progress(self, wired: tuple[Homelab, Wire]) -> None:
+        lab, _ = wired
+        with client(lab, *load(lab)) as process:
+            assert process.stderr is not None
+            next(line for line in process.stderr if line.startswith("download: 0"))
+            row = lab.mini.mlxctl("status", "--json").ok().json["hosts"][0]["ports"][0]
+            assert row["state"] == "loading"
+            assert row["detail"].startswith("download") and "load jerry-xl, started by " in row["detail"]
+            running = operations(lab)[0]
+            assert (running["state"], running["command"], running["model"]) == ("running", "load", "jerry-xl")
+            assert process.wait(WAIT) == 0
+        assert operations(lab)[0]["state"] == "done"
+
+
+class TestCtrlC:
+    def test_without_a_terminal_leaves_it_running_and_says_so(self, wired: tuple[Homelab, Wire]) -> None:
+        lab, _ = wired
+        with client(lab, *load(lab)) as process:
+            assert process.stderr is not None
+            next(line for line in process.stderr if line.startswith("download: 0"))
+            process.send_signal(signal.SIGINT)
+            said = process.stderr.read()
+            assert process.wait(WAIT) == 130
+        operation = operations(lab)[0]["operation"]
+        assert f"operation {operation} was left running on studio" in said
+        assert f"--follow {operation}" in said
+        lab.mini.mlxctl("ops", "--follow", operation).ok()
+        assert_loaded_once(lab)
+
+    @pytest.mark.parametrize(("answer", "state"), [("c\n", "failed"), ("\n", "done")])
+    def test_on_a_terminal_asks(self, wired: tuple[Homelab, Wire], answer: str, state: str) -> None:
+        lab, _ = wired
+        done = on_a_terminal(lab, load(lab), "downloading", answer)
+        assert done.exit == 130, str(done)
+        assert "leave it running (l) or cancel it (c)?" in done.stdout
+        if state == "failed":
+            assert "was cancelled; nothing of it is left" in done.stdout
+            assert operations(lab)[0]["error"] == "cancelled"
+            assert not list(lab.studio.hub.rglob("*.incomplete"))
+            assert lab.mini.mlxctl("list", "--json").ok().json["hosts"][0]["models"] == []
+        else:
+            lab.mini.mlxctl("ops", "--follow", operations(lab)[0]["operation"]).ok()
+            assert_loaded_once(lab)
+
+
+class TestCancel:
+    def test_of_a_load_that_waits_for_its_proof_leaves_nothing(self, wired: tuple[Homelab, Wire]) -> None:
+        lab, _ = wired
+        lab.studio.install(QWEN, models.QWEN)
+        with client(lab, *load(lab)) as process:
+            assert process.stderr is not None
+            next(line for line in process.stderr if line.startswith("proof: "))
+            operation = operations(lab)[0]["operation"]
+            cancelled = lab.mini.mlxctl("ops", "--cancel", operation[-8:])
+            said = process.stderr.read()
+            code = process.wait(WAIT)
+        if cancelled.exit == 0 and "nothing of it is left" in cancelled.stdout:
+            assert (code, operations(lab)[0]["error"]) == (130, "cancelled"), said
+            assert not lab.studio.processes()
+            assert lab.mini.mlxctl("list", "--json").ok().json["hosts"][0]["models"] == []
+        else:
+            # The tiny model was quicker than us; that must then be a whole load.
+            assert code == 0
+            assert_loaded_once(lab)
+
+    def test_of_what_has_ended_or_never_was_is_refused(self, homelab: Homelab) -> None:
+        homelab.studio.install(QWEN, models.QWEN)
+        homelab.mini.mlxctl("init").ok()
+        ended = homelab.mini.mlxctl("ops", "--cancel", operations(homelab)[0]["operation"], "--json")
+        assert (ended.exit, ended.json["hosts"][0]["error"]["code"]) == (3, "operation_ended")
+        unknown = homelab.mini.mlxctl("ops", "--follow", "../../etc", "--json")
+        assert (unknown.exit, unknown.json["hosts"][0]["error"]["code"]) == (3, "unknown_operation")
+
+
+def on_a_terminal(lab: Homelab, words: list[str], until: str, answer: str) -> Completed:
+    """Run `mlxctl` on a terminal of its own, press Ctrl-C when it has said `until`, answer what it then asks."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(lab.mini.elsewhere)
+        os.execve(_script("mlxctl"), ["mlxctl", *words], lab.mini.env | {"TERM": "xterm"})
+    shown = b""
+    pressed = answered = False
+    try:
+        while True:
+            try:
+                data = os.read(terminal, 4096)
+            except OSError:  # Linux: the other end is closed
+                break
+            if not data:
+                break
+            shown += data
+            if not pressed and until.encode() in shown:
+                os.write(terminal, b"\x03")
+                pressed = True
+            if not answered and b"cancel it (c)?" in shown:
+                os.write(terminal, answer.encode())
+                answered = True
+    finally:
+        os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    return Completed(tuple(words), os.waitstatus_to_exitcode(status), shown.decode(errors="replace"), "")
+
+
+def test_a_record_of_this_form_is_what_is_told(tmp_path: Path) -> None:
+    """The stand of an operation is read from the end of its record, whatever is before."""
+    (tmp_path / "events.jsonl").write_text("")
+    journal = Journal(tmp_path)
+    assert str(journal.stand()) == ""
+    emit = journal.emitter()
+    emit(Phase("download", "x is not in the cache"))
+    for done in range(2000):
+        emit(Progress("download", done * 10**8, 2 * 10**11, rate=10**8))
+    assert str(journal.stand()) == "download 200 GB of 200 GB, 99%, 100 MB/s, 1 s left"
+    emit(Phase("check", "x at abc"))
+    assert str(journal.stand()) == "check: x at abc"
+
+
+def test_the_same_ticket_is_carried_out_once(homelab: Homelab) -> None:
+    """What a control node sends again because it heard no answer gets the first one's answer."""
+    homelab.studio.install(QWEN, models.QWEN)
+    settings = homelab.studio.settings
+    wire = Settings(
+        bind=homelab.studio.address,
+        hub=str(settings["hub"]),
+        state=str(settings["state"]),
+        ports=PortRange(homelab.studio.ports[0], homelab.studio.ports[-1]),
+    )
+    request = Request("init", {}, wire, build_id(), ticket="0123abcd")
+
+    def ask_agent() -> list[dict[str, Any]]:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "mlxops.agent"],
+            input=request.encode(),
+            env=homelab.studio.env | {"PATH": os.defpath},
+            capture_output=True,
+            check=True,
+        )
+        return [json.loads(line) for line in done.stdout.splitlines() if line]
+
+    first, second = ask_agent(), ask_agent()
+    assert first[-1]["result"]["added"] == [QWEN]
+    assert second == first, "carried out again, it would have found nothing to add"
+    assert len(operations(homelab)) == 1

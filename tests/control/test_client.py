@@ -1,0 +1,285 @@
+"""One request to one host or many, over a transport of the test's own."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from mlxops.build import build_id
+from mlxops.control import client
+from mlxops.control.client import Answer, Target, ask, ask_all, gateway_warning
+from mlxops.control.render import exit_of
+from mlxops.control.session import ConnectionLost, Ended
+from mlxops.core.errors import Busy, Exit, MlxopsError, Refused, Unreachable
+from mlxops.core.protocol import (
+    CHANGES,
+    READS,
+    Done,
+    Event,
+    Failed,
+    Hello,
+    Note,
+    Phase,
+    Progress,
+    decode_request,
+    encode_event,
+)
+from mlxops.core.settings import Settings
+
+HELLO = encode_event(Hello("0", "b"))
+DONE = encode_event(Done({"ports": []}))
+NOISE = ["", "Last login: Mon", "\x1b[31mmotd", '{"mlxops":', "{}", "\ud83d not text"]
+
+
+@dataclass
+class Scripted:
+    """A session that says `words`, and then ends so, or breaks."""
+
+    words: Sequence[str]
+    end: Ended | ConnectionLost = field(default_factory=lambda: Ended(0, ""))
+    closed: int = 0
+
+    def lines(self, silence: float) -> Iterator[str]:
+        yield from self.words
+        if isinstance(self.end, ConnectionLost):
+            raise self.end
+
+    def wait(self, timeout: float) -> Ended:
+        assert isinstance(self.end, Ended)
+        return self.end
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@dataclass
+class Wire:
+    """A transport that starts one scripted session, or cannot."""
+
+    session: Scripted | Exception
+    started: list[tuple[list[str], bytes]] = field(default_factory=list)
+    closed: int = 0
+
+    def start(self, argv: Sequence[str], data: bytes) -> Scripted:
+        self.started.append((list(argv), data))
+        if isinstance(self.session, Exception):
+            raise self.session
+        return self.session
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@dataclass
+class Told:
+    answer: Answer
+    heard: list[tuple[str, Event]]
+    wire: Wire
+
+
+STUDIO = Target("studio", "studio", ("~/.mlxops/venv/bin/python",), Settings())
+Talk = Callable[..., Told]
+
+
+@pytest.fixture
+def converse(monkeypatch: pytest.MonkeyPatch) -> Talk:
+    """Asks a host that behaves as scripted."""
+
+    def run(session: Scripted | Exception, command: str = "status", **args: object) -> Told:
+        wire = Wire(session)
+        monkeypatch.setattr(client, "connect", lambda target: wire)
+        heard: list[tuple[str, Event]] = []
+        answer = ask(STUDIO, command, args, lambda host, event: heard.append((host, event)))
+        assert wire.closed == 1, "the connection is let go of, once"
+        assert not isinstance(session, Scripted) or session.closed == 1
+        return Told(answer, heard, wire)
+
+    return run
+
+
+def problem(told: Told) -> MlxopsError:
+    assert told.answer.error is not None and told.answer.result is None
+    assert told.answer.error.message and told.answer.error.hint
+    return told.answer.error
+
+
+def test_the_result_of_a_request_is_the_answer(converse: Talk) -> None:
+    told = converse(Scripted([HELLO, DONE]))
+    assert told.answer == Answer("studio", {"ports": []}) and told.answer.reachable
+    assert exit_of([told.answer]) is Exit.DONE
+
+
+def test_the_agent_is_started_without_a_shell_and_given_the_request_as_data(converse: Talk) -> None:
+    ((argv, data),) = converse(Scripted([HELLO, DONE]), "load", model="$(id)", port="8100").wire.started
+    assert argv == ["~/.mlxops/venv/bin/python", "-P", "-m", "mlxops.agent"]
+    request = decode_request(data)
+    assert (request.command, request.args) == ("load", {"model": "$(id)", "port": "8100"})
+    assert (request.settings, request.build) == (STUDIO.settings, build_id())
+    assert request.asker.host == socket.gethostname()
+
+
+def test_what_a_login_shell_prints_is_passed_over(converse: Talk) -> None:
+    told = converse(Scripted([*NOISE, HELLO, *NOISE, encode_event(Note("x")), *NOISE, DONE, *NOISE]))
+    assert told.answer.result == {"ports": []} and told.heard == [("studio", Note("x"))]
+
+
+def test_what_is_told_meanwhile_is_passed_on_in_order(converse: Talk) -> None:
+    events: list[Event] = [Phase("start", "x"), Progress("w", 1, 2), Note("n", "warning")]
+    told = converse(Scripted([HELLO, *map(encode_event, events), DONE]), "load")
+    assert told.heard == [("studio", event) for event in events]
+
+
+def test_a_refusal_of_the_agent_arrives_as_it_was_said(converse: Talk) -> None:
+    said = Busy("busy", "another operation holds port 8100", why="w", hint="h", details={"operation": "op1"})
+    told = converse(Scripted([HELLO, encode_event(Failed(said))], Ended(75, "")), "load")
+    assert problem(told).to_wire() == said.to_wire() and type(problem(told)) is Busy
+    assert told.answer.reachable and exit_of([told.answer]) is Exit.BUSY
+
+
+@pytest.mark.parametrize("noise", [[], NOISE])
+@pytest.mark.parametrize("command", ["status", "load"])
+def test_without_the_agents_first_words_there_is_no_agent(converse: Talk, noise: list[str], command: str) -> None:
+    told = converse(Scripted(noise, Ended(127, "warning: x\nbash: ~/.mlxops/venv/bin/python: No such file\n")), command)
+    error = problem(told)
+    assert (error.code, error.exit) == ("agent_missing", Exit.AGENT)
+    assert "No such file" in error.why and "inv deploy --host studio" in error.hint
+    assert told.answer.reachable
+
+
+def test_a_silent_end_without_an_agent_names_the_status(converse: Talk) -> None:
+    assert "status 126" in problem(converse(Scripted([], Ended(126, "")))).why
+
+
+LOSSES: dict[str, Callable[[], Scripted | Exception]] = {
+    "before its first words": lambda: Scripted([], ConnectionLost("reset")),
+    "after its first words": lambda: Scripted([HELLO], ConnectionLost("reset")),
+    "in the middle": lambda: Scripted([HELLO, encode_event(Phase("start", "x"))], ConnectionLost("reset")),
+    "by an end without a result": lambda: Scripted([HELLO], Ended(-1, "reset\n")),
+    "by a result that is cut": lambda: Scripted([HELLO, DONE[:-3]], Ended(-1, "reset\n")),
+    "before it started": lambda: ConnectionLost("reset"),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("command", sorted(CHANGES))
+def test_a_change_whose_connection_is_lost_has_an_unknown_outcome(converse: Talk, loss: str, command: str) -> None:
+    error = problem(converse(LOSSES[loss](), command))
+    assert (error.code, error.exit, error.why) == ("outcome_unknown", Exit.OUTCOME_UNKNOWN, "reset")
+    assert "inv status --host studio" in error.hint
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("command", "args"), [*((c, {}) for c in sorted(READS)), ("load", {"dry_run": True})])
+def test_a_question_whose_connection_is_lost_can_be_asked_again(
+    converse: Talk, loss: str, command: str, args: dict[str, object]
+) -> None:
+    told = converse(LOSSES[loss](), command, **args)
+    assert (problem(told).code, problem(told).exit) == ("connection_lost", Exit.UNREACHABLE)
+    assert not told.answer.reachable
+
+
+def test_a_host_that_cannot_be_reached_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(target: Target) -> Wire:
+        raise Unreachable("host_down", "no route", hint="is it on?")
+
+    monkeypatch.setattr(client, "connect", fail)
+    answer = ask(STUDIO, "status", {}, lambda host, event: None)
+    assert answer.error is not None and answer.error.code == "host_down" and not answer.reachable
+
+
+def test_whoever_listens_and_fails_does_not_keep_the_connection_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    wire = Wire(session := Scripted([HELLO, encode_event(Note("x")), DONE]))
+    monkeypatch.setattr(client, "connect", lambda target: wire)
+
+    def fail(host: str, event: Event) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ask(STUDIO, "status", {}, fail)
+    assert (wire.closed, session.closed) == (1, 1)
+
+
+def test_a_server_on_every_interface_of_this_machine_is_reached_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for bind in ("0.0.0.0", "::"):
+        wire = Wire(Scripted([HELLO, DONE]))
+        monkeypatch.setattr(client, "connect", lambda target, wire=wire: wire)
+        ask(replace(STUDIO, ssh=None, settings=Settings(bind=bind)), "status", {}, lambda host, event: None)
+        assert decode_request(wire.started[0][1]).settings.address == socket.gethostname()
+
+
+# -- several hosts --------------------------------------------------------------------------------------------------
+
+
+def hosts(count: int) -> list[Target]:
+    return [replace(STUDIO, name=f"host{number}") for number in range(count)]
+
+
+def test_all_hosts_are_asked_at_once_and_answer_in_the_order_in_which_they_were_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    everybody = threading.Barrier(8, timeout=20)
+
+    def connect(target: Target) -> Wire:
+        everybody.wait()  # passes only when all are here
+        return Wire(Scripted([HELLO, encode_event(Done({"name": target.name}))]))
+
+    monkeypatch.setattr(client, "connect", connect)
+    answers = ask_all(hosts(8), "status", {}, lambda host, event: None)
+    assert [answer.result for answer in answers] == [{"name": f"host{number}"} for number in range(8)]
+
+
+def test_a_dead_host_is_one_row_and_keeps_no_other_from_answering(monkeypatch: pytest.MonkeyPatch) -> None:
+    def connect(target: Target) -> Wire:
+        if target.name == "host1":
+            raise Unreachable("host_down", "no route")
+        return Wire(Scripted([HELLO, DONE]))
+
+    monkeypatch.setattr(client, "connect", connect)
+    answers = ask_all(hosts(3), "status", {}, lambda host, event: None)
+    assert [(answer.host, answer.reachable) for answer in answers] == [
+        ("host0", True),
+        ("host1", False),
+        ("host2", True),
+    ]
+    assert exit_of(answers) is Exit.UNREACHABLE
+
+
+def test_a_bug_in_one_thread_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    def connect(target: Target) -> Wire:
+        if target.name == "host1":
+            raise RuntimeError("a bug")
+        return Wire(Scripted([HELLO, DONE]))
+
+    monkeypatch.setattr(client, "connect", connect)
+    with pytest.raises(RuntimeError, match="a bug"):
+        ask_all(hosts(2), "status", {}, lambda host, event: None)
+
+
+@pytest.mark.parametrize(
+    ("errors", "status"),
+    [
+        ([None, None], Exit.DONE),
+        ([None, Refused("a", "b")], Exit.REFUSED),
+        ([Refused("a", "b"), Unreachable("a", "b")], Exit.UNREACHABLE),
+        ([MlxopsError("a", "b"), Busy("a", "b"), None], Exit.BUSY),
+    ],
+)
+def test_the_worst_answer_is_the_commands_exit_status(errors: list[MlxopsError | None], status: Exit) -> None:
+    assert exit_of([Answer("h", {} if error is None else None, error) for error in errors]) is status
+
+
+# -- the gateway's way ----------------------------------------------------------------------------------------------
+
+
+def test_the_way_that_the_gateway_takes_is_tried() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        refused = gateway_warning(f"http://127.0.0.1:{port}/v1")
+        assert refused is not None and f"127.0.0.1:{port} cannot be reached" in refused and "hosts.yaml" in refused
+        listener.listen()
+        assert gateway_warning(f"http://127.0.0.1:{port}/v1") is None

@@ -1,0 +1,708 @@
+"""(registry, world, request) -> plan or refusal, as data; and what holds for any plan at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlxops.core.errors import MlxopsError, Refused, UsageError
+from mlxops.core.planner import (
+    LoadPlan,
+    Outcome,
+    Target,
+    Wanted,
+    choose_port,
+    init_entries,
+    merge_refusals,
+    plan_load,
+    plan_reconcile,
+    plan_unload,
+    plan_unload_all,
+    port_of,
+    resolve,
+)
+from mlxops.core.registry import EMPTY, Registry, parse
+from mlxops.core.settings import Settings
+from mlxops.core.world import Answer, Operation, Owner, PortView, Signals, State, World
+from tests.core.worlds import (
+    MODELS,
+    OURS,
+    PORTS,
+    SETTINGS,
+    argv,
+    at_boot,
+    by_hand,
+    of_somebody,
+    registries,
+    registry,
+    run,
+    seen_ports,
+    serving,
+    signals,
+    world,
+)
+from tests.properties import PROPERTY
+
+UNSEEN = replace(signals(), error="permission denied")
+ENDED = replace(signals(), run=run())
+INTERRUPTED = replace(serving(), run=run(proven=False))
+LEADERLESS = replace(serving(), leader_proven=False)
+PORTLESS = replace(serving(), listening=False, listener_pids=frozenset())
+LOADING = replace(signals(), operation=Operation("op2", "load", "b", 8103))
+
+
+def wanted(name: str = "a", port: int = 8103) -> Wanted:
+    return Wanted(f"org/{name}", f"sha-{name}", "mlx-lm", argv(name, port))
+
+
+# -- load -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked, in which situation, and what comes of it: a plan's outcome, or the code of a refusal."""
+
+    outcome: Outcome | str
+    seen: tuple[Signals, ...] = ()
+    known: Registry = field(default_factory=lambda: registry(a=None, b=None))
+    model: str = "a"
+    port: int = 8103
+    force: bool = False
+    wanted: Wanted | str | None = "as usual"
+    repo: str | None = None
+    revision: str | None = None
+    stops: tuple[int, ...] = ()
+    previous: int | None = None
+    cleared: tuple[str, ...] = ()
+    says: str = ""
+
+    def plan(self) -> LoadPlan:
+        target = resolve(self.known, self.model, self.repo, self.revision)
+        how = wanted(self.model, self.port) if isinstance(self.wanted, str) else self.wanted
+        return plan_load(
+            SETTINGS, self.known, world(self.known, *self.seen), target, self.port, wanted=how, force=self.force
+        )
+
+
+START, ADOPT, ALREADY = Outcome.START, Outcome.ADOPT, Outcome.ALREADY
+OTHER_ARGV = replace(wanted(), argv=("/bin/engine", "--model", "a", "--port", "8103", "--context-length", "9"))
+OTHER_REVISION = replace(wanted(), revision="sha-new")
+
+LOADS: dict[str, Load] = {
+    "an idle port": Load(START),
+    "an idle port, files to be downloaded": Load(START, wanted=None),
+    "a name that has to be registered": Load(START, model="c", repo="org/c"),
+    "an alias on its own slot": Load(START, model="jerry-l", repo="org/x", port=8101),
+    # The name is the alias of another slot.
+    "an alias on another slot": Load("alias_elsewhere", model="jerry-l", repo="org/x", says="port 8101"),
+    "an alias on another slot, forced": Load("alias_elsewhere", model="jerry-l", repo="org/x", force=True),
+    "an alias on the slot of another alias": Load("alias_elsewhere", model="jerry-l", repo="org/x", port=8102),
+    # A boot job owns the port.
+    "the boot job serves this model": Load(
+        ALREADY, (at_boot("a"),), registry(a=8100), port=8100, says="served by the boot job"
+    ),
+    "the boot job serves this model, forced": Load(ALREADY, (at_boot("a"),), registry(a=8100), port=8100, force=True),
+    "the boot job serves another model": Load(
+        "boot_port", (at_boot("b"),), registry(a=None, b=8100), port=8100, says="launchctl bootout system/com.example"
+    ),
+    "the boot job serves another model, forced": Load(
+        "boot_port", (at_boot("b"),), registry(a=None, b=8100), port=8100, force=True
+    ),
+    "the boot job's server is silent": Load(
+        "boot_port", (replace(at_boot("a"), answer=Answer.SILENT),), registry(a=8100), port=8100
+    ),
+    "the boot job is another user's": Load(
+        "boot_port", (replace(at_boot(), hand=None, answer=Answer.NOT_ASKED),), registry(a=8100), port=8100
+    ),
+    # Somebody else holds the port.
+    "a foreign listener": Load("foreign_port", (of_somebody(),), says="pid 6000: nc -l"),
+    "a foreign listener, forced": Load("foreign_port", (of_somebody(),), force=True),
+    "a foreign listener where the registry has this model": Load("foreign_port", (of_somebody(),), registry(a=8103)),
+    "a foreign listener where our server ended": Load(
+        "foreign_port", (replace(of_somebody(), run=run()),), registry(a=8103), force=True
+    ),
+    "what cannot be seen": Load("unknown_port", (UNSEEN,), force=True, says="permission denied"),
+    # This model is ready there.
+    "this model is ready there": Load(ALREADY, (serving(),), registry(a=8103)),
+    "this model is ready there, forced": Load(ALREADY, (serving(),), registry(a=8103), force=True),
+    "this model is ready there, its files are not in the cache any more": Load(
+        ALREADY, (serving(),), registry(a=8103), wanted=None
+    ),
+    "ready with other settings": Load(
+        ALREADY, (serving(),), registry(a=8103), wanted=OTHER_ARGV, says="--force restarts it"
+    ),
+    "ready with other settings, forced": Load(
+        START, (serving(),), registry(a=8103), wanted=OTHER_ARGV, force=True, stops=(8103,), previous=8103
+    ),
+    "ready with another revision": Load("port_in_use", (serving(),), registry(a=8103), wanted=OTHER_REVISION),
+    "ready with another revision, forced": Load(
+        START, (serving(),), registry(a=8103), wanted=OTHER_REVISION, force=True, stops=(8103,), previous=8103
+    ),
+    "ready from another repository than is asked for, which is not in the cache": Load(
+        "port_in_use", (serving(),), registry(a=8103), wanted=None, repo="org/new"
+    ),
+    "ready at another revision than is asked for, which is not in the cache": Load(
+        "port_in_use", (serving(),), registry(a=8103), wanted=None, repo="org/a", revision="v2"
+    ),
+    "ready from another repository, to be downloaded, forced": Load(
+        START, (serving(),), registry(a=8103), wanted=None, repo="org/new", force=True, stops=(8103,), previous=8103
+    ),
+    "this model by hand, as we would start it": Load(ADOPT, (by_hand(),), registry(a=None), says="adopted"),
+    "this model by hand, as we would start it, and registered": Load(ADOPT, (by_hand(),), registry(a=8103)),
+    "this model by hand with other settings": Load("port_in_use", (by_hand(),), registry(a=8103), wanted=OTHER_ARGV),
+    "this model by hand with other settings, forced": Load(
+        START, (by_hand(),), registry(a=8103), wanted=OTHER_ARGV, force=True, stops=(8103,), previous=8103
+    ),
+    "this model by hand, its files not found": Load("port_in_use", (by_hand(),), registry(a=8103), wanted=None),
+    "ours, serving, without its assignment": Load(ADOPT, (serving(),), registry(a=None), says="assignment returns"),
+    "ours, serving, without its assignment, with other settings": Load(
+        START, (serving(),), registry(a=None), wanted=OTHER_ARGV, stops=(8103,)
+    ),
+    # Another model is there.
+    "another model of ours": Load("port_in_use", (serving("b"),), registry(a=None, b=8103), says="serves b"),
+    "another model of ours, forced": Load(
+        START, (serving("b"),), registry(a=None, b=8103), force=True, stops=(8103,), previous=8103, cleared=("b",)
+    ),
+    "another model by hand": Load("port_in_use", (by_hand("b"),), says="owner hand"),
+    "another model by hand, forced": Load(START, (by_hand("b"),), force=True, stops=(8103,), previous=8103),
+    "another model that is silent": Load(
+        "port_in_use", (replace(serving("b"), answer=Answer.SILENT),), registry(a=None, b=8103), says="wedged"
+    ),
+    # The model is served on another port.
+    "served on another port": Load(
+        "model_elsewhere", (serving(port=8104),), registry(a=8104), says="served on port 8104"
+    ),
+    "served on another port, forced": Load(START, (serving(port=8104),), registry(a=8104), force=True, stops=(8104,)),
+    "served on another port, and this one has another": Load(
+        START,
+        (serving(port=8104), serving("b")),
+        registry(a=8104, b=8103),
+        force=True,
+        stops=(8103, 8104),
+        previous=8103,
+        cleared=("b",),
+    ),
+    "served by hand on another port": Load("model_elsewhere", (by_hand(port=8104),), registry(a=8104)),
+    "served by hand on another port, forced": Load(
+        "model_elsewhere", (by_hand(port=8104),), registry(a=8104), force=True, says="did not start"
+    ),
+    "served by the boot job on another port, forced": Load(
+        "model_elsewhere", (at_boot("a"),), registry(a=8100), force=True
+    ),
+    "left over on another port": Load(START, (replace(LEADERLESS, port=8104, run=run(port=8104)),), stops=(8104,)),
+    "served on another port, and by hand here as we would": Load(
+        "model_elsewhere", (serving(port=8104), by_hand()), registry(a=8104)
+    ),
+    "served on another port, and by hand here as we would, forced": Load(
+        "model_elsewhere", (serving(port=8104), by_hand()), registry(a=8104), force=True
+    ),
+    "served on two other ports, forced": Load(
+        START, (serving(port=8104), serving(port=8102)), registry(a=8104), force=True, stops=(8102, 8104)
+    ),
+    "assigned to a port that cannot be seen": Load(
+        "unknown_port", (replace(UNSEEN, port=8104),), registry(a=8104), force=True
+    ),
+    # What an earlier life left.
+    "an assignment that nothing serves": Load(
+        START, known=registry(a=None, b=8103), cleared=("b",), says="the assignment of b to 8103 is cleared"
+    ),
+    "two assignments that nothing serves": Load(
+        START, known=registry(a=None, b=8103, c=8103), cleared=("b", "c"), says="the assignment of c"
+    ),
+    "an assignment whose server ended": Load(
+        START, (replace(ENDED, run=run("b")),), registry(a=None, b=8103), cleared=("b",)
+    ),
+    "this model assigned there and not served": Load(START, known=registry(a=8103)),
+    "this model's server ended": Load(START, (ENDED,), registry(a=8103)),
+    "an interrupted load of another model": Load(
+        START, (replace(INTERRUPTED, run=run("b", proven=False)),), stops=(8103,), says="interrupted"
+    ),
+    "an interrupted load of this model": Load(START, (INTERRUPTED,), stops=(8103,), says="interrupted"),
+    "processes without their leader": Load(START, (LEADERLESS,), registry(a=8103), stops=(8103,)),
+    "processes without their port": Load(START, (PORTLESS,), registry(a=8103), stops=(8103,)),
+    "another model's processes without their port": Load(
+        START, (replace(PORTLESS, run=run("b")),), registry(a=None, b=8103), stops=(8103,), cleared=("b",)
+    ),
+    "this model, unhealthy": Load(
+        START, (replace(serving(), answer=Answer.BROKEN),), registry(a=8103), stops=(8103,), says="started anew"
+    ),
+}
+
+
+@pytest.mark.parametrize("situation", LOADS)
+def test_load_when_there_is(situation: str) -> None:
+    case = LOADS[situation]
+    if isinstance(case.outcome, Outcome):
+        plan = case.plan()
+        assert plan.outcome is case.outcome
+        assert tuple(view.port for view in plan.stops) == case.stops
+        assert (plan.previous.port if plan.previous else None) == case.previous
+        assert plan.cleared == case.cleared
+        assert plan.alias == SETTINGS.slots.get(case.port, case.model)
+        assert case.says in "; ".join(plan.notes)
+        return
+    with pytest.raises(Refused) as caught:
+        case.plan()
+    error = caught.value
+    assert error.code == case.outcome
+    assert case.says in f"{error.message}\n{error.why}\n{error.hint}"
+    assert error.message and error.why and error.hint
+
+
+def test_every_outcome_and_every_refusal_of_load_is_in_the_table() -> None:
+    refusals = {"alias_elsewhere", "boot_port", "foreign_port", "unknown_port", "port_in_use", "model_elsewhere"}
+    assert {case.outcome for case in LOADS.values()} == {*Outcome, *refusals}
+
+
+# -- unload ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Unload:
+    seen: tuple[Signals, ...] = ()
+    known: Registry = EMPTY
+    port: int = 8103
+    force: bool = False
+    refused: str | None = None
+    stops: bool = False
+    clears: tuple[str, ...] = ()
+
+
+UNLOADS: dict[str, Unload] = {
+    "an idle port": Unload(),
+    "a stale assignment": Unload(known=registry(a=8103), clears=("a",)),
+    "two stale assignments": Unload(known=registry(a=8103, b=8103), clears=("a", "b")),
+    "a server that ended": Unload((ENDED,), registry(a=8103), clears=("a",)),
+    "our server": Unload((serving(),), registry(a=8103), stops=True, clears=("a",)),
+    "our server without an assignment": Unload((serving(),), stops=True),
+    "our server that hangs": Unload(
+        (replace(serving(), answer=Answer.SILENT),), registry(a=8103), stops=True, clears=("a",)
+    ),
+    "what an interrupted load left": Unload((INTERRUPTED,), stops=True),
+    "a server by hand": Unload((by_hand(),), registry(a=8103), refused="hand_started"),
+    "a server by hand, forced": Unload((by_hand(),), registry(a=8103), force=True, stops=True, clears=("a",)),
+    "the boot job": Unload((at_boot(),), registry(a=8100), port=8100, force=True, refused="boot_port"),
+    "somebody's listener": Unload((of_somebody(),), registry(a=8103), force=True, refused="foreign_port"),
+    "what cannot be seen": Unload((UNSEEN,), registry(a=8103), force=True, refused="unknown_port"),
+}
+
+
+@pytest.mark.parametrize("situation", UNLOADS)
+def test_unload_when_there_is(situation: str) -> None:
+    case = UNLOADS[situation]
+    seen = world(case.known, *case.seen)
+    if case.refused:
+        with pytest.raises(Refused) as caught:
+            plan_unload(case.known, seen, case.port, force=case.force)
+        assert caught.value.code == case.refused and caught.value.why and caught.value.hint
+        return
+    plan = plan_unload(case.known, seen, case.port, force=case.force)
+    assert (plan.stop is not None, plan.clear) == (case.stops, case.clears)
+    assert plan.stop in (None, seen.ports[case.port])
+    assert plan.changed == (case.stops or bool(case.clears))
+
+
+def test_a_server_by_hand_is_refused_with_its_pid_and_command() -> None:
+    with pytest.raises(Refused) as caught:
+        plan_unload(EMPTY, world(EMPTY, by_hand()), 8103, force=False)
+    assert "pid 5000" in caught.value.why and "--model a" in caught.value.why
+
+
+@pytest.mark.parametrize(
+    ("known", "seen", "name", "port"),
+    [
+        (registry(a=8104), (), "a", 8104),
+        (registry(a=8104), (), "org/a", 8104),
+        (registry(a=None), (serving(),), "a", 8103),
+        (registry(a=None), (by_hand(),), "org/a", 8103),
+        (registry(a=None), (), "a", None),
+        (EMPTY, (serving(),), "a", 8103),
+        (registry(a=None), (of_somebody(),), "a", None),
+    ],
+)
+def test_unload_of_a_model_finds_its_port(
+    known: Registry, seen: tuple[Signals, ...], name: str, port: int | None
+) -> None:
+    assert port_of(known, world(known, *seen), name) == port
+
+
+def test_unload_of_a_model_that_nobody_knows_is_refused_with_what_was_perhaps_meant() -> None:
+    known = registry(jerry_xl=None)
+    with pytest.raises(Refused) as caught:
+        port_of(known, world(known), "jery-xl")
+    assert (caught.value.code, caught.value.why) == ("unknown_model", "did you mean jerry-xl")
+
+
+def test_unload_all_takes_ours_and_those_by_hand_and_clears_what_is_stale() -> None:
+    known = registry(jerry_xl=8100, a=8101, b=8102, c=8103)
+    seen = (at_boot("jerry_xl"), serving("a", 8101), by_hand("b", 8102))
+    plans = plan_unload_all(known, world(known, *seen, of_somebody(8104)))
+    assert [(p.port, p.stop is not None, p.clear) for p in plans] == [
+        (8100, False, ()),
+        (8101, True, ("a",)),
+        (8102, True, ("b",)),
+        (8103, False, ("c",)),
+    ]
+    assert "left alone" in plans[0].notes[0] and not plans[0].changed
+
+
+def test_unload_all_says_which_assignments_it_had_to_leave() -> None:
+    known = registry(a=8103, b=8104)
+    (first, second) = plan_unload_all(known, world(known, of_somebody(), replace(UNSEEN, port=8104)))
+    assert not first.changed and "8103 is left alone" in first.notes[0]
+    assert not second.changed and "could not be determined" in second.notes[0]
+
+
+def test_unload_all_has_nothing_to_do_where_nothing_is() -> None:
+    assert plan_unload_all(registry(a=None), world(registry(a=None))) == ()
+
+
+def test_several_refusals_become_one_that_names_them_all() -> None:
+    errors: list[MlxopsError] = [Refused("a", "first", why="because"), Refused("b", "second"), Refused("c", "third")]
+    merged = merge_refusals(errors)
+    assert (merged.code, merged.message, merged.why) == ("a", "first", "because; second; third")
+
+
+# -- reconcile ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reconcile:
+    seen: tuple[Signals, ...] = ()
+    known: Registry = field(default_factory=lambda: registry(a=8103))
+    clears: tuple[str, ...] = ()
+    stops: tuple[int, ...] = ()
+    forgets: tuple[int, ...] = ()
+    keeps: str = ""
+
+
+RECONCILES: dict[str, Reconcile] = {
+    "nothing serves it": Reconcile(clears=("a",)),
+    "nothing serves two": Reconcile(known=registry(a=8103, b=8103), clears=("a", "b")),
+    "nothing serves a port outside the range": Reconcile((signals(9000),), registry(a=9000), clears=("a",)),
+    "its server ended": Reconcile((ENDED,), clears=("a",), forgets=(8103,)),
+    "a record without process and assignment": Reconcile((ENDED,), registry(a=None), forgets=(8103,)),
+    "an unreadable record": Reconcile((replace(signals(), broken_record=True),), clears=("a",)),
+    "it is ready": Reconcile((serving(),)),
+    "it is ready by hand": Reconcile((by_hand(),)),
+    "the boot job serves it": Reconcile((at_boot(),), registry(a=8100)),
+    "it is silent": Reconcile((replace(serving(), answer=Answer.SILENT),), keeps="wedged"),
+    "it is unhealthy": Reconcile((replace(serving(), answer=Answer.BROKEN),), keeps="failed"),
+    "it starts by hand": Reconcile((replace(by_hand(), listening=False),), keeps="loading"),
+    "it is being loaded": Reconcile((LOADING,), keeps="loading"),
+    "it is being unloaded": Reconcile(
+        (replace(serving(), operation=Operation("o", "unload", port=8103)),), keeps="draining"
+    ),
+    "another operation has an idle port": Reconcile(
+        (replace(signals(), operation=Operation("o", "unload")),), keeps="idle"
+    ),
+    "it cannot be seen": Reconcile((UNSEEN,), keeps="unknown"),
+    "somebody else listens": Reconcile((of_somebody(),), keeps="foreign"),
+    "somebody else listens where it ended": Reconcile((replace(of_somebody(), run=run()),), keeps="foreign"),
+    "ours serves without an assignment": Reconcile((serving(),), registry(a=None), keeps="without an assignment"),
+    "a load was interrupted": Reconcile((INTERRUPTED,), registry(a=None), stops=(8103,)),
+    "a load was interrupted after its commit": Reconcile((INTERRUPTED,), stops=(8103,), clears=("a",)),
+    "the leader is gone": Reconcile((LEADERLESS,), stops=(8103,), clears=("a",)),
+    "the port is gone": Reconcile((PORTLESS,), stops=(8103,), clears=("a",)),
+    "the leader is gone and an operation is at it": Reconcile(
+        (replace(LEADERLESS, operation=Operation("o", "reconcile", port=8103)),), keeps="orphan"
+    ),
+}
+
+
+@pytest.mark.parametrize("situation", RECONCILES)
+def test_reconcile_when(situation: str) -> None:
+    case = RECONCILES[situation]
+    plan = plan_reconcile(case.known, world(case.known, *case.seen))
+    assert tuple(plan.clear or ()) == case.clears
+    assert tuple(view.port for view in plan.stops) == case.stops
+    assert plan.forget == case.forgets
+    assert bool(plan.kept) == bool(case.keeps) and case.keeps in "; ".join(plan.kept)
+
+
+# -- resolve --------------------------------------------------------------------------------------------------------
+
+KNOWN = parse(
+    b"""{"version": 1, "models": {
+    "one": {"repo_id": "org/one"},
+    "pinned": {"repo_id": "org/pinned", "revision": "abc"},
+    "left": {"repo_id": "org/both"}, "right": {"repo_id": "org/both"},
+    "org/full": {"repo_id": "org/full"},
+    "org/taken": {"repo_id": "org/elsewhere"},
+    "broken": {"repo_id": 7}}}"""
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "repo", "revision", "expected"),
+    [
+        ("one", None, None, ("one", "org/one", None, True, False)),
+        ("one", "org/one", None, ("one", "org/one", None, True, False)),
+        ("one", "org/other", None, ("one", "org/other", None, True, True)),
+        ("one", "org/one", "v2", ("one", "org/one", "v2", True, True)),
+        ("one", None, "v2", ("one", "org/one", "v2", True, True)),
+        ("pinned", None, None, ("pinned", "org/pinned", "abc", True, False)),
+        ("pinned", "org/pinned", "abc", ("pinned", "org/pinned", "abc", True, False)),
+        ("pinned", "org/pinned", "def", ("pinned", "org/pinned", "def", True, True)),
+        ("pinned", "org/other", None, ("pinned", "org/other", None, True, True)),
+        ("org/one", None, None, ("one", "org/one", None, True, False)),
+        ("org/one", "org/one", "v2", ("one", "org/one", "v2", True, True)),
+        ("org/full", None, None, ("org/full", "org/full", None, True, False)),
+        ("org/taken", None, None, ("org/taken", "org/elsewhere", None, True, False)),
+        ("new", "org/new", "v1", ("new", "org/new", "v1", False, False)),
+        ("org/new", None, None, ("org/new", "org/new", None, False, False)),
+        ("broken", "org/mended", None, ("broken", "org/mended", None, True, True)),
+    ],
+)
+def test_a_name_means(
+    name: str, repo: str | None, revision: str | None, expected: tuple[str, str, str | None, bool, bool]
+) -> None:
+    target = resolve(KNOWN, name, repo, revision)
+    assert (target.name, target.repo_id, target.revision, target.entry is not None, target.repoint) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "repo", "code", "says"),
+    [
+        ("nobody", None, "unknown_model", "--repo org/name"),
+        ("on", None, "unknown_model", "one"),
+        ("org/both", None, "ambiguous_model", "left, right"),
+        ("org/new", "org/other", "ambiguous_model", "two repositories"),
+        ("broken", None, "entry_unusable", "repo_id is not a string"),
+    ],
+)
+def test_a_name_that_means_nothing_or_too_much_is_refused(name: str, repo: str | None, code: str, says: str) -> None:
+    with pytest.raises(Refused) as caught:
+        resolve(KNOWN, name, repo, None)
+    error = caught.value
+    assert error.code == code and says in f"{error.message} {error.why} {error.hint}"
+
+
+# -- choose_port ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "known", "seen", "port"),
+    [
+        ("a", "8104", registry(a=8103), (), 8104),
+        ("jerry-l", None, EMPTY, (), 8101),
+        ("jerry-l", None, registry(jerry_l=8103), (), 8101),
+        ("a", None, registry(a=8104), (), 8104),
+        ("jerry-l", "auto", EMPTY, (serving("b", 8101),), 8101),
+        ("a", "auto", registry(a=8104), (), 8104),
+        ("a", "auto", EMPTY, (), 8103),
+        ("a", "auto", EMPTY, (of_somebody(),), 8104),
+        ("a", "auto", EMPTY, (UNSEEN,), 8104),
+        ("a", "auto", EMPTY, (replace(signals(), operation=Operation("o", "load", "b", 8103)),), 8104),
+        ("a", "auto", registry(b=8103), (), 8104),
+        ("a", "auto", registry(a=9000), (), 8103),
+    ],
+)
+def test_the_port_of_a_load_is(
+    name: str, asked: str | None, known: Registry, seen: tuple[Signals, ...], port: int
+) -> None:
+    assert choose_port(SETTINGS, known, world(known, *seen), name, asked) == port
+
+
+@pytest.mark.parametrize("asked", ["8099", "8105", "abc", "", "-1", "8100 ", "0x1fa4", "８１００", "8100\n", "081000"])
+def test_a_port_that_is_none_of_this_hosts_is_a_usage_error(asked: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        choose_port(SETTINGS, EMPTY, world(EMPTY), "a", asked)
+    assert caught.value.code == "bad_port"
+
+
+def test_a_load_without_any_port_is_a_usage_error_that_names_the_flag() -> None:
+    with pytest.raises(UsageError) as caught:
+        choose_port(SETTINGS, registry(a=9000), world(EMPTY), "a", None)
+    assert caught.value.code == "port_needed" and "--port auto" in caught.value.hint
+
+
+def test_auto_never_takes_a_slot_that_has_an_alias_but_lists_the_idle_ones() -> None:
+    seen = (serving("a", 8103), serving("b", 8104), of_somebody(8101))
+    with pytest.raises(Refused) as caught:
+        choose_port(SETTINGS, EMPTY, world(EMPTY, *seen), "c", "auto")
+    assert caught.value.code == "no_idle_port"
+    assert caught.value.why == "idle slots with an alias: 8100 (jerry-xl), 8102 (jerry-m)"
+
+
+# -- init -----------------------------------------------------------------------------------------------------------
+
+
+def test_init_registers_what_has_no_entry_under_its_full_repository_and_no_port() -> None:
+    found = [("org/one", "s", "/c/one"), ("org/taken", "s", "/c/t"), ("org/new", "s", "/c/new")]
+    assert init_entries(KNOWN, found) == {
+        "org/new": {
+            "repo_id": "org/new",
+            "model_id": "org/new",
+            "cache_path": "/c/new",
+            "format": "mlx",
+            "port": None,
+        }
+    }
+
+
+# -- whatever the world is ------------------------------------------------------------------------------------------
+
+NEVER = {Owner.BOOT, Owner.FOREIGN, None}
+targets = st.builds(Target, st.sampled_from([*MODELS, "jerry-l", "c"]), st.sampled_from(["org/a", "org/b"]))
+wishes = st.none() | st.builds(wanted, st.sampled_from(["a", "b"]), st.sampled_from(PORTS))
+
+
+def touchable(view: PortView) -> bool:
+    return view.owner not in NEVER and view.state not in {State.UNKNOWN, State.FOREIGN}
+
+
+def planned(
+    known: Registry, seen: World, target: Target, port: int, how: Wanted | None, force: bool
+) -> LoadPlan | None:
+    target = replace(target, entry=known.models.get(target.name))
+    try:
+        return plan_load(SETTINGS, known, seen, target, port, wanted=how, force=force)
+    except Refused as error:
+        assert error.message and error.hint
+        return None
+
+
+@given(registries, seen_ports, targets, st.sampled_from(PORTS), wishes, st.booleans())
+@PROPERTY
+def test_no_load_ever_stops_what_is_foreign_booted_or_unknown(
+    known: Registry, seen: tuple[Signals, ...], target: Target, port: int, how: Wanted | None, force: bool
+) -> None:
+    plan = planned(known, world(known, *seen), target, port, how, force)
+    assert plan is None or all(touchable(view) for view in plan.stops)
+
+
+@given(registries, seen_ports, targets, st.sampled_from(PORTS), wishes)
+@PROPERTY
+def test_no_load_stops_a_server_that_is_ready_without_being_forced(
+    known: Registry, seen: tuple[Signals, ...], target: Target, port: int, how: Wanted | None
+) -> None:
+    plan = planned(known, world(known, *seen), target, port, how, False)
+    assert plan is None or all(view.state is not State.READY for view in plan.stops)
+
+
+@given(registries, seen_ports, targets, st.sampled_from(PORTS), wishes, st.booleans())
+@PROPERTY
+def test_no_load_gives_a_port_the_alias_of_another_slot(
+    known: Registry, seen: tuple[Signals, ...], target: Target, port: int, how: Wanted | None, force: bool
+) -> None:
+    plan = planned(known, world(known, *seen), target, port, how, force)
+    if plan is not None:
+        assert plan.alias not in {alias for slot, alias in SETTINGS.slots.items() if slot != port}
+        assert plan.alias == SETTINGS.slots.get(port, target.name)
+
+
+@given(registries, seen_ports, targets, st.sampled_from(PORTS), wishes, st.booleans())
+@PROPERTY
+def test_a_load_is_refused_or_leaves_one_model_on_the_port_and_one_port_for_the_model(
+    known: Registry, seen: tuple[Signals, ...], target: Target, port: int, how: Wanted | None, force: bool
+) -> None:
+    before = world(known, *seen)
+    plan = planned(known, before, target, port, how, force)
+    if plan is None or plan.outcome is Outcome.ALREADY:
+        return
+    after = known.set_fields(target.name, {"repo_id": target.repo_id}).assign(target.name, port)
+    assert [model.name for model in after.on_port(port)] == [target.name]
+    lost = {m.name for m in known.models.values() if m.port == port} - {target.name}
+    assert set(plan.cleared) == lost, "who loses the port is told"
+    stopped = {view.port for view in plan.stops}
+    left = {view.port: view.model for view in before.ports.values() if view.owner in OURS and view.port not in stopped}
+    if plan.outcome is Outcome.START:
+        assert port not in left, "what was on the port goes"
+    assert target.name not in [model for at, model in left.items() if at != port], "nowhere else is it served"
+
+
+@given(registries, seen_ports, targets, st.sampled_from(PORTS), wishes, st.booleans())
+@PROPERTY
+def test_what_comes_back_after_a_failed_swap_was_stopped_by_it(
+    known: Registry, seen: tuple[Signals, ...], target: Target, port: int, how: Wanted | None, force: bool
+) -> None:
+    plan = planned(known, world(known, *seen), target, port, how, force)
+    if plan is not None and plan.previous is not None:
+        assert force and plan.previous.port == port and plan.previous in plan.stops
+
+
+@given(registries, seen_ports, st.sampled_from(PORTS), st.booleans())
+@PROPERTY
+def test_no_unload_ever_stops_what_is_foreign_booted_or_unknown(
+    known: Registry, seen: tuple[Signals, ...], port: int, force: bool
+) -> None:
+    there = world(known, *seen)
+    try:
+        plan = plan_unload(known, there, port, force=force)
+    except Refused:
+        assert not touchable(there.ports[port]) or not force
+        return
+    assert plan.stop is None or (touchable(plan.stop) and plan.stop.port == port)
+    assert plan.stop is None or plan.stop.owner is Owner.MLXOPS or force
+    assert set(plan.clear) == {model.name for model in known.on_port(port)}
+
+
+@given(registries, seen_ports)
+@PROPERTY
+def test_unload_all_touches_only_ours_and_those_by_hand(known: Registry, seen: tuple[Signals, ...]) -> None:
+    there = world(known, *seen)
+    for plan in plan_unload_all(known, there):
+        assert plan.changed or plan.notes
+        assert plan.stop is None or touchable(plan.stop)
+        if plan.clear:
+            assert plan.stop is not None or there.ports[plan.port].owner is None
+            assert there.ports[plan.port].state is not State.UNKNOWN
+
+
+@given(registries, seen_ports)
+@PROPERTY
+def test_reconcile_clears_only_what_nothing_serves_or_what_it_stops_first(
+    known: Registry, seen: tuple[Signals, ...]
+) -> None:
+    there = world(known, *seen)
+    plan = plan_reconcile(known, there)
+    stopped = {view.port for view in plan.stops}
+    for name, port in (plan.clear or {}).items():
+        assert known.models[name].port == port
+        assert there.ports[port].unserved or port in stopped
+    assert all(there.ports[port].unserved for port in plan.forget)
+
+
+@given(registries, seen_ports)
+@PROPERTY
+def test_reconcile_stops_only_what_is_proven_ours_belongs_to_nothing_and_is_nobodys_work(
+    known: Registry, seen: tuple[Signals, ...]
+) -> None:
+    for view in plan_reconcile(known, world(known, *seen)).stops:
+        assert view.owner is Owner.MLXOPS and view.state is State.ORPHAN
+        assert view.operation is None and view.run is not None
+
+
+@given(registries)
+@PROPERTY
+def test_reconciling_twice_finds_nothing_the_second_time(known: Registry) -> None:
+    after = known.clear(plan_reconcile(known, world(known)).clear or {})
+    assert not plan_reconcile(after, world(after)).clear
+
+
+@given(registries, seen_ports, st.sampled_from(MODELS), st.sampled_from([None, "auto"]))
+@PROPERTY
+def test_a_port_that_is_chosen_by_itself_is_the_models_own_or_idle_and_without_an_alias(
+    known: Registry, seen: tuple[Signals, ...], name: str, asked: str | None
+) -> None:
+    there = world(known, *seen)
+    try:
+        port = choose_port(SETTINGS, known, there, name, asked)
+    except (Refused, UsageError):
+        return
+    entry = known.models.get(name)
+    own = {SETTINGS.slot_of(name), entry.port if entry else None}
+    assert port in own or (asked == "auto" and there.ports[port].unserved and port not in SETTINGS.slots)
+
+
+def test_planning_needs_no_settings_beyond_ports_and_slots() -> None:
+    plain = Settings()
+    make: Callable[[], LoadPlan] = lambda: plan_load(  # noqa: E731 - read as one sentence
+        plain, EMPTY, World({8100: world(EMPTY).ports[8100]}), Target("a", "org/a"), 8100, wanted=None, force=False
+    )
+    assert (make().alias, make().outcome) == ("a", Outcome.START)

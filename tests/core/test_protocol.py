@@ -1,0 +1,168 @@
+"""What control node and agent say to each other comes through as it was said, and nothing else does."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from mlxops.core.protocol import (
+    CHANGES,
+    MARKER,
+    READS,
+    Asker,
+    Done,
+    Event,
+    Failed,
+    Hello,
+    Note,
+    Phase,
+    Progress,
+    Request,
+    decode_event,
+    decode_request,
+    encode_event,
+)
+from mlxops.core.settings import Settings
+from tests.core.test_errors import any_error
+from tests.core.test_settings import settings
+from tests.properties import PROPERTY, hostile_texts, json_values
+
+texts = hostile_texts
+events: st.SearchStrategy[Event] = st.one_of(
+    st.builds(Hello, texts, texts),
+    st.builds(Note, texts, texts),
+    st.builds(Phase, texts, texts),
+    st.builds(Progress, texts, st.integers(), st.integers()),
+    st.builds(Done, st.dictionaries(texts, json_values, max_size=3)),
+    st.builds(Failed, any_error),
+)
+requests = st.builds(
+    Request,
+    command=texts,
+    args=st.dictionaries(texts, json_values, max_size=3),
+    settings=settings,
+    build=texts,
+    asker=st.builds(Asker, texts, texts),
+    agreed=st.booleans(),
+)
+
+
+def said(event: Event | None) -> object:
+    """Errors are compared by what they say."""
+    return ("failed", event.error.to_wire()) if isinstance(event, Failed) else event
+
+
+@given(events)
+@example(Note("\ud800 \x1b[31m \u202e \0 \r\n \x85 \u2028"))
+@PROPERTY
+def test_an_event_comes_back_as_it_went(event: Event) -> None:
+    assert said(decode_event(encode_event(event))) == said(event)
+
+
+@given(events)
+@example(Note("\ud800 \x1b[31m \u202e \0 \r\n \x85 \u2028 \x7f"))
+@PROPERTY
+def test_an_event_is_one_line_of_printable_ascii_that_begins_with_the_marker(event: Event) -> None:
+    line = encode_event(event)
+    assert all(0x20 <= ord(character) <= 0x7F for character in line)
+    assert len(line.splitlines()) == 1 and line.startswith(MARKER)
+
+
+@given(requests)
+@PROPERTY
+def test_a_request_comes_back_as_it_went(request: Request) -> None:
+    assert decode_request(request.encode()) == request
+    assert request.encode().isascii()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "Last login: Mon",
+        "{}",
+        "[]",
+        '{"mlxops":',
+        '{"mlxops":1}',
+        '{"mlxops":1,"event":"later"}',
+        '{"mlxops":1,"event":["hello"]}',
+        '{"mlxops":1,"event":"done"}',
+        '{"mlxops":1,"event":"done","result":[]}',
+        '{"mlxops":1,"event":"failed","error":"x"}',
+        '{"mlxops":1,"event":"progress","name":"x","done":"1","total":2}',
+        '{"mlxops":1,"event":"note","message":"cut',
+        ' {"mlxops":1,"event":"note","message":"indented"}',
+        '{"event":"note","message":"unmarked","mlxops":1}',
+        '{"mlxops":' + "[" * 100_000,
+        '{"mlxops":' + "9" * 5000 + "}",
+    ],
+)
+def test_noise_is_no_event(line: str) -> None:
+    assert decode_event(line) is None
+
+
+@given(texts | json_values.map(json.dumps) | st.text().map(lambda text: MARKER + text))
+@PROPERTY
+def test_no_line_makes_reading_fail(line: str) -> None:
+    decode_event(line)
+
+
+@given(st.dictionaries(st.sampled_from(["event", "message", "level", "done", "total", "result", "error"]), json_values))
+@PROPERTY
+def test_an_event_of_the_wrong_shape_never_makes_reading_fail(body: dict[str, object]) -> None:
+    for kind in ("hello", "note", "phase", "progress", "done", "failed"):
+        decode_event(json.dumps({"mlxops": 1, **body, "event": kind}, separators=(",", ":")))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b"null",
+        b"\xff",
+        b"[" * 100_000,
+        json.dumps({"mlxops": 2, "command": "status", "args": {}, "settings": Settings().to_wire()}).encode(),
+        json.dumps({"mlxops": 1, "command": 7, "args": {}, "settings": Settings().to_wire()}).encode(),
+        json.dumps({"mlxops": 1, "command": "status", "args": [], "settings": Settings().to_wire()}).encode(),
+        json.dumps({"mlxops": 1, "command": "status", "args": {}, "settings": {}}).encode(),
+    ],
+)
+def test_what_is_no_request_is_a_value_error(data: bytes) -> None:
+    with pytest.raises(ValueError):
+        decode_request(data)
+
+
+@given(st.dictionaries(st.sampled_from(["mlxops", "command", "args", "settings", "build", "asker"]), json_values))
+@PROPERTY
+def test_a_request_of_the_wrong_shape_is_a_value_error_at_most(wire: dict[str, object]) -> None:
+    whole = {"mlxops": 1, "command": "status", "args": {}, "settings": Settings().to_wire(), **wire}
+    try:
+        decode_request(json.dumps(whole).encode())
+    except ValueError:
+        pass
+
+
+def request(command: str, **args: object) -> Request:
+    return Request(command, args, Settings(), "b")
+
+
+@pytest.mark.parametrize("command", sorted(CHANGES))
+def test_a_change_changes_unless_it_is_a_dry_run(command: str) -> None:
+    assert request(command).changes and not request(command, dry_run=True).changes
+    assert request(command, dry_run="yes").changes, "only the word true makes it dry"
+
+
+@pytest.mark.parametrize("command", sorted(READS))
+def test_a_read_changes_nothing(command: str) -> None:
+    assert not request(command).changes
+
+
+def test_an_argument_of_another_type_reads_as_absent() -> None:
+    asked = request("load", port=8100, timeout="9", force=1, deep=True)
+    assert (asked.text("port"), asked.number("timeout"), asked.number("deep")) == (None, None, None)
+    assert (asked.flag("force"), asked.flag("deep"), asked.number("port")) == (False, True, 8100.0)

@@ -1,0 +1,65 @@
+"""Settings travel as data."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlxops.core.settings import BootJob, PortRange, Settings, settings_from_wire
+from tests.properties import PROPERTY, json_values
+
+ranges = st.tuples(st.integers(1, 65535), st.integers(1, 65535)).map(lambda pair: PortRange(min(pair), max(pair)))
+settings = st.builds(
+    Settings,
+    address=st.none() | st.text(),
+    bind=st.text(),
+    hub=st.none() | st.text(),
+    registry=st.none() | st.text(),
+    state=st.text(),
+    engine=st.text(),
+    launch=st.dictionaries(st.text(), st.lists(st.text(), max_size=3).map(tuple), max_size=2),
+    env=st.dictionaries(st.text(), st.text(), max_size=2),
+    ports=ranges,
+    slots=st.dictionaries(st.integers(1, 65535), st.text(), max_size=3),
+    boot=st.none() | st.builds(BootJob, st.integers(1, 65535), st.text(), st.text()),
+    memory=st.none() | st.integers(1),
+)
+
+
+@given(settings)
+@PROPERTY
+def test_settings_come_back_as_they_went(sent: Settings) -> None:
+    assert settings_from_wire(json.loads(json.dumps(sent.to_wire()))) == sent
+
+
+@given(st.sampled_from(sorted(Settings().to_wire())), json_values)
+@PROPERTY
+def test_tampered_settings_are_read_or_refused_as_a_wrong_value(key: str, value: object) -> None:
+    try:
+        read = settings_from_wire({**Settings().to_wire(), key: value})
+    except ValueError:
+        return
+    assert isinstance(read, Settings) and json.dumps(read.to_wire())
+
+
+@pytest.mark.parametrize("key", ["bind", "state", "engine", "launch", "env", "ports", "slots"])
+def test_settings_without_what_every_host_has_are_refused(key: str) -> None:
+    wire = Settings().to_wire()
+    del wire[key]
+    with pytest.raises(ValueError, match=key):
+        settings_from_wire(wire)
+
+
+def test_a_slot_names_what_it_serves_and_any_other_port_the_model() -> None:
+    homelab = Settings(slots={8100: "jerry-xl"})
+    assert (homelab.alias(8100, "qwen"), homelab.alias(8101, "qwen")) == ("jerry-xl", "qwen")
+    assert (homelab.slot_of("jerry-xl"), homelab.slot_of("qwen")) == (8100, None)
+
+
+def test_a_range_of_ports_has_both_its_ends() -> None:
+    ports = PortRange(8100, 8102)
+    assert list(ports) == [8100, 8101, 8102] and str(ports) == "8100-8102"
+    assert 8099 not in ports and 8100 in ports and 8102 in ports and 8103 not in ports and "8100" not in ports

@@ -1,0 +1,326 @@
+"""judge(): what the signals of one port mean, taken together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlxops.core.registry import EMPTY, Registry
+from mlxops.core.settings import PortRange
+from mlxops.core.world import Answer, Operation, Orphan, Owner, Run, Signals, State, drift, judge, run_from_wire
+from tests.core.worlds import (
+    OURS,
+    PORTS,
+    any_signals,
+    at_boot,
+    by_hand,
+    of_somebody,
+    registries,
+    registry,
+    run,
+    serving,
+    signals,
+    world,
+)
+from tests.properties import PROPERTY, json_values
+
+A = registry(a=8103)
+B = registry(a=None, b=8103)
+LOAD = Operation("op1", "load", "a", 8103, "me@mini", "now")
+UNLOAD = Operation("op1", "unload", None, 8103, "me@mini", "now")
+
+CASES: dict[str, tuple[Signals, Registry, State, Owner | None]] = {
+    "nothing at all": (signals(), EMPTY, State.IDLE, None),
+    "an assignment and nothing else": (signals(), A, State.IDLE, None),
+    "the record of an ended server without an assignment": (
+        replace(signals(), run=run()),
+        EMPTY,
+        State.IDLE,
+        None,
+    ),
+    "an unreadable record and nothing else": (replace(signals(), broken_record=True), A, State.IDLE, None),
+    "a load is running, nothing started yet": (replace(signals(), operation=LOAD), A, State.LOADING, Owner.MLXOPS),
+    "a load is running, its server is up and unproven": (
+        replace(serving(), run=run(proven=False), operation=LOAD),
+        EMPTY,
+        State.LOADING,
+        Owner.MLXOPS,
+    ),
+    "our whole server": (serving(), A, State.READY, Owner.MLXOPS),
+    "our whole server while an unload runs": (
+        replace(serving(), operation=UNLOAD),
+        A,
+        State.DRAINING,
+        Owner.MLXOPS,
+    ),
+    "our server that no longer listens while an unload runs": (
+        replace(serving(), operation=UNLOAD, listening=False, listener_pids=frozenset()),
+        A,
+        State.DRAINING,
+        Owner.MLXOPS,
+    ),
+    "a server by hand while an unload runs": (replace(by_hand(), operation=UNLOAD), A, State.DRAINING, Owner.HAND),
+    "an ended server with an assignment": (replace(signals(), run=run()), A, State.FAILED, None),
+    "our server, unhealthy": (replace(serving(), answer=Answer.BROKEN), A, State.FAILED, Owner.MLXOPS),
+    "our server, silent": (replace(serving(), answer=Answer.SILENT), A, State.WEDGED, Owner.MLXOPS),
+    "our server, still loading by its own account": (
+        replace(serving(), answer=Answer.LOADING),
+        A,
+        State.LOADING,
+        Owner.MLXOPS,
+    ),
+    "our server, not asked": (replace(serving(), answer=Answer.NOT_ASKED), A, State.UNKNOWN, None),
+    "our server and the registry names another model": (serving(), B, State.MISMATCH, Owner.MLXOPS),
+    "our server lives and another process listens": (
+        replace(serving(), listener_pids=frozenset({6000})),
+        A,
+        State.MISMATCH,
+        Owner.MLXOPS,
+    ),
+    "our server lives and nobody knows who listens": (
+        replace(serving(), listener_pids=frozenset()),
+        A,
+        State.MISMATCH,
+        Owner.MLXOPS,
+    ),
+    "our server without an assignment": (serving(), EMPTY, State.ORPHAN, Owner.MLXOPS),
+    "our server without its port": (
+        replace(serving(), listening=False, listener_pids=frozenset()),
+        A,
+        State.ORPHAN,
+        Owner.MLXOPS,
+    ),
+    "our server without its leader": (replace(serving(), leader_proven=False), A, State.ORPHAN, Owner.MLXOPS),
+    "our server whose load was interrupted": (
+        replace(serving(), run=run(proven=False)),
+        A,
+        State.ORPHAN,
+        Owner.MLXOPS,
+    ),
+    "a server by hand": (by_hand(), EMPTY, State.READY, Owner.HAND),
+    "a server by hand that the registry names": (by_hand(), A, State.READY, Owner.HAND),
+    "a server by hand with another model than the registry says": (by_hand(), B, State.MISMATCH, Owner.HAND),
+    "a server by hand that does not listen": (
+        replace(by_hand(), listening=False, listener_pids=frozenset()),
+        A,
+        State.LOADING,
+        Owner.HAND,
+    ),
+    "a server by hand that is silent": (replace(by_hand(), answer=Answer.SILENT), A, State.WEDGED, Owner.HAND),
+    "a server by hand that is unhealthy": (replace(by_hand(), answer=Answer.BROKEN), A, State.FAILED, Owner.HAND),
+    "a server by hand on a port of ours that ended": (replace(by_hand(), run=run()), A, State.READY, Owner.HAND),
+    "the boot job's server": (at_boot(), registry(a=8100), State.READY, Owner.BOOT),
+    "the boot job's server that another user owns": (
+        replace(at_boot(), hand=None, answer=Answer.NOT_ASKED),
+        registry(a=8100),
+        State.READY,
+        Owner.BOOT,
+    ),
+    "a listener that nobody knows": (of_somebody(), EMPTY, State.FOREIGN, Owner.FOREIGN),
+    "a listener that nobody knows where a server of ours was": (
+        replace(of_somebody(), run=run(), answer=Answer.SERVING),
+        A,
+        State.FOREIGN,
+        Owner.FOREIGN,
+    ),
+    "a listener of which not even the pid is seen": (
+        replace(signals(), listening=True),
+        A,
+        State.FOREIGN,
+        Owner.FOREIGN,
+    ),
+    "it could not be looked at": (replace(serving(), error="permission denied"), A, State.UNKNOWN, None),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_signals_mean(case: str) -> None:
+    seen, known, state, owner = CASES[case]
+    view = judge(seen, known)
+    assert (view.state, view.owner) == (state, owner)
+    assert view.port == seen.port and view.alias == seen.alias
+
+
+def test_the_table_above_has_every_state_and_every_owner() -> None:
+    assert {state for _, _, state, _ in CASES.values()} == set(State)
+    assert {owner for _, _, _, owner in CASES.values()} == {None, *Owner}
+
+
+@pytest.mark.parametrize(
+    ("seen", "orphan"),
+    [
+        (replace(serving(), run=run(proven=False)), Orphan.INTERRUPTED),
+        (replace(serving(), leader_proven=False), Orphan.LEADERLESS),
+        (replace(serving(), listening=False), Orphan.PORTLESS),
+    ],
+)
+def test_an_orphan_says_why_it_is_one(seen: Signals, orphan: Orphan) -> None:
+    view = judge(seen, A)
+    assert (view.orphan, view.detail) == (orphan, orphan.value)
+
+
+def test_a_failed_server_is_told_with_its_last_words() -> None:
+    assert "Out of memory" in judge(replace(signals(), run=run(), last_words="Out of memory"), A).detail
+
+
+def test_the_row_of_our_server_has_what_its_record_says() -> None:
+    row = judge(serving(), A).to_wire()
+    told = {k: row[k] for k in ("port", "alias", "state", "owner", "model", "repo_id", "revision", "pid", "pgid")}
+    assert told == {
+        "port": 8103,
+        "alias": None,
+        "state": "ready",
+        "owner": "mlxops",
+        "model": "a",
+        "repo_id": "org/a",
+        "revision": "sha-a",
+        "pid": 4000,
+        "pgid": 4000,
+    }
+    assert {"engine", "engine_version", "since", "proven_at", "memory_bytes", "detail"} <= row.keys()
+
+
+@pytest.mark.parametrize("named", ["/hub/a/sha-a", "org/a", "a"])
+def test_a_server_by_hand_is_matched_by_path_repository_or_name(named: str) -> None:
+    seen = by_hand()
+    assert seen.hand is not None
+    view = judge(replace(seen, hand=replace(seen.hand, model=named)), A)
+    assert (view.model, view.repo_id) == ("a", "org/a")
+
+
+# -- whatever the signals are ---------------------------------------------------------------------------------------
+
+anything = any_signals(8103)
+
+
+@given(anything, registries)
+@PROPERTY
+def test_what_could_not_be_looked_at_is_unknown_and_belongs_to_nobody(seen: Signals, known: Registry) -> None:
+    view = judge(replace(seen, error="permission denied"), known)
+    assert (view.state, view.owner, view.unserved) == (State.UNKNOWN, None, False)
+
+
+@given(anything, registries)
+@PROPERTY
+def test_a_port_without_proven_processes_of_ours_is_ours_only_while_a_load_runs(seen: Signals, known: Registry) -> None:
+    view = judge(replace(seen, leader_proven=False, members=()), known)
+    loading = seen.operation is not None and seen.operation.command == "load"
+    assert view.owner is not Owner.MLXOPS or (loading and view.state is State.LOADING)
+
+
+@given(anything, registries)
+@PROPERTY
+def test_ready_and_ours_needs_every_signal(seen: Signals, known: Registry) -> None:
+    view = judge(seen, known)
+    if view.state is State.READY and view.owner is Owner.MLXOPS:
+        assert seen.run is not None and seen.run.proven_at
+        assert seen.leader_proven and seen.listening
+        assert seen.listener_pids and seen.listener_pids <= set(seen.members)
+        assert known.models[seen.run.model].port == 8103
+        assert seen.answer is Answer.SERVING
+
+
+@given(anything, registries)
+@PROPERTY
+def test_nothing_is_ready_that_does_not_listen_or_says_that_it_is_not(seen: Signals, known: Registry) -> None:
+    if judge(seen, known).state is State.READY:
+        assert seen.listening and seen.answer in {Answer.SERVING, Answer.NOT_ASKED}
+
+
+@given(anything, registries)
+@PROPERTY
+def test_unserved_means_that_listener_process_and_operation_all_say_absent(seen: Signals, known: Registry) -> None:
+    if judge(seen, known).unserved:
+        assert not seen.listening and seen.hand is None and seen.operation is None and seen.error is None
+        assert not seen.members and not (seen.run and seen.leader_proven)
+
+
+@given(anything, registries)
+@PROPERTY
+def test_every_port_with_a_detail_tells_it_and_every_view_has_a_row(seen: Signals, known: Registry) -> None:
+    view = judge(seen, known)
+    assert view.to_wire()["state"] == view.state.value
+    assert (view.orphan is not None) == (view.state is State.ORPHAN)
+    if view.state in {State.UNKNOWN, State.WEDGED, State.MISMATCH, State.ORPHAN}:
+        assert view.detail
+    if view.owner in OURS and view.state is State.READY:
+        assert view.pid is not None
+
+
+# -- drift ----------------------------------------------------------------------------------------------------------
+
+
+def codes(known: Registry, *seen: Signals) -> list[tuple[str, int | None, str | None]]:
+    return [(d.code, d.port, d.model) for d in drift(PortRange(8100, 8104), world(known, *seen).ports, known)]
+
+
+def test_where_registry_and_life_agree_there_is_no_drift() -> None:
+    assert codes(A, serving()) == []
+    assert codes(A, by_hand()) == []
+    assert codes(EMPTY) == []
+
+
+@pytest.mark.parametrize(
+    ("known", "seen", "code"),
+    [
+        (A, (), ("assigned_not_served", 8103, "a")),
+        (A, (replace(signals(), run=run()),), ("assigned_not_served", 8103, "a")),
+        (EMPTY, (serving(),), ("orphan", 8103, "a")),
+        (B, (serving(),), ("mismatch", 8103, "a")),
+        (A, (replace(serving(), answer=Answer.SILENT),), ("wedged", 8103, "a")),
+        (A, (replace(serving(), answer=Answer.BROKEN),), ("failed", 8103, "a")),
+        (registry(a=None), (by_hand(),), ("unregistered_server", 8103, "a")),
+        (A, (of_somebody(),), ("foreign", 8103, "a")),
+        (registry(a=9000), (), ("port_outside_range", 9000, "a")),
+        (A, (replace(serving(), run=replace(run(), alias="old"), alias="new"),), ("alias_changed", 8103, "a")),
+    ],
+)
+def test_a_difference_is_drift(
+    known: Registry, seen: tuple[Signals, ...], code: tuple[str, int | None, str | None]
+) -> None:
+    assert codes(known, *seen) == [code]
+
+
+def test_two_claims_of_one_port_are_drift_of_both() -> None:
+    found = codes(registry(a=8103, b=8103), serving())
+    assert found == [("port_claimed_twice", 8103, "a"), ("port_claimed_twice", 8103, "b")]
+
+
+@given(registries, st.tuples(*(any_signals(port) for port in PORTS)))
+@PROPERTY
+def test_every_drift_says_what_and_what_to_do(known: Registry, seen: tuple[Signals, ...]) -> None:
+    views = world(known, *seen).ports
+    for each in drift(PortRange(8100, 8104), views, known):
+        assert each.message and each.hint and each.to_wire()["code"] == each.code
+
+
+# -- run records ----------------------------------------------------------------------------------------------------
+
+
+@given(st.builds(run, st.text(max_size=9), st.integers(2, 65535), proven=st.booleans()), st.booleans())
+@PROPERTY
+def test_a_run_record_comes_back_as_it_went(written: Run, adopted: bool) -> None:
+    written = replace(written, adopted=adopted)
+    assert run_from_wire(written.to_wire()) == written
+
+
+@given(st.sampled_from(sorted(run().to_wire())), json_values)
+@PROPERTY
+def test_a_tampered_run_record_is_either_of_the_right_shape_or_refused(key: str, value: object) -> None:
+    wire = {**run().to_wire(), key: value}
+    try:
+        read = run_from_wire(wire)
+    except ValueError:
+        return
+    assert all(isinstance(number, int) and number > 1 for number in (read.pid, read.pgid, read.port))
+    assert all(isinstance(word, str) for word in (*read.argv, read.start, read.boot_id, read.run_id, read.model))
+
+
+@pytest.mark.parametrize("pid", [-1, 0, 1, True, "4000", 4000.0, None])
+def test_a_record_that_would_signal_more_than_one_group_is_refused(pid: object) -> None:
+    for key in ("pid", "pgid"):
+        with pytest.raises(ValueError, match="not all numbers"):
+            run_from_wire({**run().to_wire(), key: pid})

@@ -1,0 +1,190 @@
+"""Who may import whom: `tasks -> control -> core <- agent`, and what is too slow to be imported by chance."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from mlxops.build import build_id
+from mlxops.core.protocol import Request
+from mlxops.core.settings import Settings
+
+CHECKOUT = Path(__file__).parents[1]
+PACKAGE = CHECKOUT / "mlxops"
+
+PURE = {
+    "__future__",
+    "collections",
+    "dataclasses",
+    "difflib",
+    "enum",
+    "functools",
+    "itertools",
+    "json",
+    "math",
+    "re",
+    "shlex",
+    "string",
+    "textwrap",
+    "types",
+    "typing",
+    "unicodedata",
+}
+"""The standard library's modules that compute and do nothing else."""
+
+HEAVY = {"huggingface_hub", "fabric", "paramiko", "yaml", "rich", "psutil"}
+CONTROL_ONLY = {"fabric", "paramiko", "invoke", "yaml", "rich"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """`module` as it is imported by `path`, in `line`; `late`: inside a function, or for type checkers only."""
+
+    path: Path
+    line: int
+    module: str
+    late: bool
+
+    def __str__(self) -> str:
+        return f"{self.path.relative_to(CHECKOUT)}:{self.line} imports {self.module}"
+
+    @property
+    def top(self) -> str:
+        return self.module.split(".")[0]
+
+
+def imports(path: Path) -> list[Import]:
+    tree = ast.parse(path.read_text(), str(path))
+    return [
+        Import(path, node.lineno, module, late)
+        for node, late in _import_nodes(tree, False)
+        for module in _modules(node)
+    ]
+
+
+def _import_nodes(node: ast.AST, late: bool) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import | ast.ImportFrom):
+            yield child, late
+        inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        checked = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
+        yield from _import_nodes(child, late or inside or checked)
+
+
+def _modules(node: ast.Import | ast.ImportFrom) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    assert node.level == 0, "imports are absolute: a relative one would hide where it goes"
+    # `from mlxops.control import client` imports a module too.
+    return [f"{node.module}.{alias.name}" for alias in node.names]
+
+
+def everything_below(name: str) -> list[Import]:
+    found = [each for path in sorted((PACKAGE / name).rglob("*.py")) for each in imports(path)]
+    assert found, f"mlxops/{name} imports nothing: is it still there?"
+    return found
+
+
+def within(each: Import, *packages: str) -> bool:
+    return any(each.module == package or each.module.startswith(package + ".") for package in packages)
+
+
+def listed(found: list[Import]) -> str:
+    return "\n".join(map(str, found))
+
+
+def test_core_imports_itself_and_what_only_computes() -> None:
+    wrong = [each for each in everything_below("core") if each.top not in PURE and not within(each, "mlxops.core")]
+    assert not wrong, listed(wrong)
+
+
+def test_core_opens_no_file_and_prints_nothing() -> None:
+    forbidden = {"open", "print", "input", "exec", "eval", "__import__", "breakpoint"}
+    used = [
+        f"{path}:{node.lineno} {node.func.id}"
+        for path in (PACKAGE / "core").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in forbidden
+    ]
+    assert not used
+
+
+@pytest.mark.parametrize(
+    ("package", "allowed"),
+    [
+        ("agent", ("mlxops.agent", "mlxops.core", "mlxops.build", "mlxops.__version__")),
+        ("control", ("mlxops.control", "mlxops.core", "mlxops.build", "mlxops.__version__")),
+    ],
+)
+def test_agent_and_control_know_core_and_never_each_other(package: str, allowed: tuple[str, ...]) -> None:
+    wrong = [each for each in everything_below(package) if each.top == "mlxops" and not within(each, *allowed)]
+    assert not wrong, listed(wrong)
+
+
+def test_the_agent_needs_nothing_of_the_control_node() -> None:
+    wrong = [each for each in everything_below("agent") if each.top in CONTROL_ONLY]
+    assert not wrong, listed(wrong)
+
+
+def test_the_agent_needs_nothing_beyond_the_standard_library_but_for_downloads_and_macos() -> None:
+    others = {
+        each.top
+        for each in everything_below("agent")
+        if each.top not in sys.stdlib_module_names and each.top != "mlxops"
+    }
+    assert others <= {"huggingface_hub", "httpx2", "psutil"}, others
+
+
+@pytest.mark.parametrize("package", ["agent", "core", "tasks.py", "mlxctl.py", "build.py"])
+def test_what_is_slow_to_import_is_imported_where_it_is_used(package: str) -> None:
+    paths = [PACKAGE / package] if package.endswith(".py") else sorted((PACKAGE / package).rglob("*.py"))
+    wrong = [each for path in paths for each in imports(path) if each.top in HEAVY and not each.late]
+    assert not wrong, listed(wrong)
+
+
+def test_the_tasks_that_inv_finds_are_a_line_or_two() -> None:
+    text = (CHECKOUT / "tasks.py").read_text()
+    assert len(text.splitlines()) <= 5
+    assert {each.module for each in imports(CHECKOUT / "tasks.py")} == {"mlxops.tasks.namespace"}
+
+
+def test_nothing_of_mlxops_imports_a_test() -> None:
+    wrong = [each for path in PACKAGE.rglob("*.py") for each in imports(path) if each.top == "tests" and not each.late]
+    assert not wrong, listed(wrong)
+
+
+def test_status_on_a_host_imports_only_what_it_needs(tmp_path: Path) -> None:
+    settings = Settings(hub=str(tmp_path / "hub"), state=str(tmp_path / "state"))
+    done = subprocess.run(
+        [sys.executable, "-P", "-X", "importtime", "-m", "mlxops.agent"],
+        input=Request("status", {}, settings, build_id()).encode(),
+        capture_output=True,
+        timeout=60,
+        check=True,
+        env={"HOME": str(tmp_path), "PATH": os.environ["PATH"]},
+    )
+    assert json.loads(done.stdout.splitlines()[-1])["event"] == "done"
+    imported = {line.rsplit("|", 1)[1].strip() for line in done.stderr.decode().splitlines() if "import time:" in line}
+    assert "mlxops.agent.operations.look" in imported, "the list is of the right process"
+    slow = {
+        *("huggingface_hub", "httpx", "requests", "psutil", "yaml", "rich", "invoke", "fabric", "paramiko"),
+        *("asyncio", "http.server", "unittest", "multiprocessing", "concurrent.futures", "logging", "urllib.request"),
+        *("ctypes", "sqlite3", "xml", "pydoc", "mlxops.agent.hub", "mlxops.agent.hubline", "mlxops.agent.start"),
+    }
+    assert not imported & slow
+    assert not {module for module in imported if module.startswith("mlxops.control")}
+
+
+def test_the_control_node_imports_no_connections_for_this_machine_itself() -> None:
+    program = "import sys, mlxops.tasks; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    # Invoke itself imports yaml where its own copy of another library is not there.
+    assert not set(done.stdout.split()) & (HEAVY - {"yaml"})

@@ -1,0 +1,332 @@
+"""The main job with real parts: a real hub, a real engine, a real SSH, and the same things on the host itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.lab import cache, models
+from tests.lab.homelab import Homelab, Studio
+from tests.lab.hub import Hub
+from tests.lab.world import can_bind, wait_until
+from tests.steps import (
+    BROKEN,
+    OTHER,
+    REPO,
+    WAYS,
+    Ask,
+    argv_of,
+    assigned,
+    group_of,
+    install,
+    listener,
+    nothing_runs,
+    port_of,
+    tree,
+    words_of,
+)
+
+
+@pytest.fixture(params=WAYS)
+def ask(request: pytest.FixtureRequest, homelab: Homelab) -> Ask:
+    return Ask(homelab, request.param)
+
+
+@pytest.fixture(params=WAYS)
+def online(request: pytest.FixtureRequest, online_homelab: Homelab) -> Ask:
+    return Ask(online_homelab, request.param)
+
+
+class TestInit:
+    def test_it_registers_what_is_complete_in_both_roots_and_says_why_not_the_rest(self, ask: Ask) -> None:
+        studio = ask.studio
+        tiny = models.tiny_models()
+        paths = {
+            "a/plain": studio.install("a/plain", models.QWEN),
+            "b/listed": studio.install("b/listed", models.QWEN, trees=True),
+            "c/xet": studio.install("c/xet", models.LLAMA, trees=True, xet=True),
+            "d/beside": models.install_snapshot(studio.hub.parent, "d/beside", tiny / models.LLAMA),
+        }
+        cut = studio.install("e/cut", models.LLAMA)
+        sorted(cut.glob("*.safetensors"))[0].unlink()
+        other = models.repo_folder(studio.hub, "f/torch") / "snapshots" / ("0" * 40)
+        other.mkdir(parents=True)
+        (other / "config.json").write_text("{}")
+        (other / "pytorch_model.bin").write_bytes(b"x")
+        interrupted = models.repo_folder(studio.hub.parent, "g/begun") / "snapshots" / ("1" * 40)
+        interrupted.mkdir(parents=True)
+        (interrupted / "config.json").write_text("{}")
+
+        result = ask.result("init")
+
+        assert result["added"] == sorted(paths) and result["changed"] is True
+        why = {row["repo_id"]: row["why"] for row in result["skipped"]}
+        assert sorted(why) == ["e/cut", "f/torch", "g/begun"] and all(why.values())
+        assert studio.registry() == {
+            "version": 1,
+            "models": {
+                repo: {"repo_id": repo, "model_id": repo, "cache_path": str(path), "format": "mlx", "port": None}
+                for repo, path in paths.items()
+            },
+        }
+
+    def test_what_is_registered_stays_as_it_is(self, ask: Ask) -> None:
+        install(ask.studio)
+        ask("init").ok()
+        document = ask.studio.registry()
+        document["models"]["mine"] = document["models"].pop(REPO) | {"note": "my own"}
+        document["by"] = "hand"
+        ask.studio.registry_path.write_text(json.dumps(document))
+        before = ask.studio.registry_path.read_bytes()
+        result = ask.result("init")
+        assert (result["added"], result["existing"], result["changed"]) == ([], [REPO], False)
+        assert ask.studio.registry_path.read_bytes() == before
+
+    def test_list_shows_what_it_found(self, ask: Ask) -> None:
+        path = ask.studio.install(REPO, models.QWEN)
+        ask("init").ok()
+        (row,) = ask.document("list")["models"]
+        size = sum(file.stat().st_size for file in path.iterdir())
+        assert (row["name"], row["repo_id"], row["model_id"]) == (REPO, REPO, REPO)
+        assert (row["revision"], row["cache_path"]) == (path.name, str(path))
+        assert (row["format"], row["port"], row["problems"], row["size_bytes"]) == ("mlx", None, [], size)
+        assert REPO in ask("list").ok().stdout
+
+
+class TestLife:
+    def test_from_a_repo_that_is_not_here_to_nothing_left(self, online: Ask, hub: Hub) -> None:
+        """The whole life of two models behind one port; each step is looked at from outside."""
+        ask, studio, port = online, online.studio, online.port
+
+        # From the hub to a completion under the alias.
+        loaded = ask("load", "--model", REPO, "--port", port, "--json").ok()
+        (host,) = loaded.json["hosts"]
+        first = host["result"]
+        assert (first["model"], first["port"], first["alias"]) == (REPO, port, "jerry-xl")
+        assert (first["state"], first["changed"], first["downtime_seconds"]) == ("ready", True, None)
+        assert first["url"] == f"http://{studio.address}:{port}/v1"
+        snapshot = models.repo_folder(studio.hub, REPO) / "snapshots" / hub.sha(REPO)
+        size = sum(file.stat().st_size for file in snapshot.iterdir())
+        assert f"{size / 1000:.1f} kB" in loaded.stderr or f"{size / 1e6:.1f} MB" in loaded.stderr
+        assert "100%" in loaded.stderr
+        assert {file.name for file in snapshot.iterdir()} == {
+            file.name for file in models.files_of(models.tiny_models() / models.QWEN)
+        }
+        entry = studio.registry()["models"][REPO]
+        assert (entry["cache_path"], entry["format"], entry["port"]) == (str(snapshot), "mlx", port)
+        said = words_of(studio, port, "jerry-xl")
+        pid = listener(studio, port)
+        assert pid is not None
+        row = ask.row()
+        assert (row["state"], row["owner"], row["model"], row["alias"]) == ("ready", "mlxops", REPO, "jerry-xl")
+        assert row["pgid"] == os.getpgid(pid) and row["revision"] == hub.sha(REPO)
+        assert row["memory_bytes"] > 10_000_000 and row["proven_at"]
+
+        # The same again is no change; without a port it means the present one.
+        for again in (ask.result("load", "--model", REPO, "--port", port), ask.result("load", "--model", REPO)):
+            assert (again["changed"], again["port"], again["state"]) == (False, port, "ready")
+            assert listener(studio, port) == pid
+
+        # Another model is refused, and swapped in when that is meant.
+        install(studio, OTHER)
+        assert ask.error(3, "load", "--model", OTHER, "--port", port)["code"] == "port_in_use"
+        assert (listener(studio, port), assigned(studio)) == (pid, {REPO: port})
+        swap = ask.result("load", "--model", OTHER, "--port", port, "--force")
+        assert swap["changed"] is True and 0 < swap["downtime_seconds"] < swap["seconds"] + 1
+        assert not group_of(row["pgid"])
+        assert listener(studio, port) not in (None, pid)
+        assert words_of(studio, port, "jerry-xl") != said
+        assert assigned(studio) == {OTHER: port}
+        assert port_of(studio, REPO) is None
+
+        # It goes, wholly, and once.
+        pgid = ask.row()["pgid"]
+        gone = ask.result("unload", "--port", port)
+        assert (gone["changed"], gone["state"], gone["model"]) == (True, "idle", OTHER)
+        assert not group_of(pgid) and can_bind(studio.address, port)
+        assert assigned(studio) == {}
+        assert ask.result("unload", "--port", port)["changed"] is False
+        nothing_runs(studio)
+
+    def test_unload_all_leaves_no_server_and_no_assignment(self, ask: Ask) -> None:
+        install(ask.studio, REPO, OTHER)
+        first, second = ask.studio.ports[:2]
+        ask("load", "--model", REPO, "--port", first).ok()
+        ask("load", "--model", OTHER, "--port", second).ok()
+
+        before = (listener(ask.studio, first), listener(ask.studio, second))
+        assert ask.error(2, "unload-all")["code"] == "confirmation_needed"
+        assert (listener(ask.studio, first), listener(ask.studio, second)) == before != (None, None)
+
+        result = ask.result("unload-all", "--yes")
+        assert sorted((row["port"], row["model"], row["changed"]) for row in result["ports"]) == [
+            (first, REPO, True),
+            (second, OTHER, True),
+        ]
+        assert assigned(ask.studio) == {}
+        nothing_runs(ask.studio)
+        assert ask.result("unload-all", "--yes")["changed"] is False
+
+
+class TestFailure:
+    def test_a_model_that_cannot_be_loaded_is_told_and_leaves_nothing(self, ask: Ask) -> None:
+        install(ask.studio, BROKEN)
+        ask("init").ok()
+        registry = ask.studio.registry_path.read_bytes()
+        error = ask.error(4, "load", "--model", BROKEN, "--port", ask.port)
+        assert "Missing 1 parameters" in error["why"]
+        nothing_runs(ask.studio)
+        assert ask.studio.registry_path.read_bytes() == registry
+        row = ask.row()
+        assert (row["state"], row["owner"], row["pid"]) == ("idle", None, None)
+
+    def test_a_failed_swap_brings_the_old_model_back(self, ask: Ask) -> None:
+        install(ask.studio, REPO, BROKEN)
+        ask("load", "--model", REPO, "--port", ask.port).ok()
+        said = words_of(ask.studio, ask.port, "jerry-xl")
+        old = listener(ask.studio, ask.port)
+        error = ask.error(4, "load", "--model", BROKEN, "--port", ask.port, "--force")
+        assert "Missing 1 parameters" in error["why"]
+        assert f"{REPO} serves port {ask.port} again" in error["why"]
+        assert words_of(ask.studio, ask.port, "jerry-xl") == said
+        assert assigned(ask.studio) == {REPO: ask.port}
+        row = ask.row()
+        assert (row["state"], row["owner"], row["model"]) == ("ready", "mlxops", REPO)
+        assert row["pid"] == listener(ask.studio, ask.port) != old
+
+
+@contextmanager
+def started_by_hand(
+    studio: Studio, model: str, port: int, *more: str, folder: Path
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Somebody's own server in a shell of their own."""
+    program = str(cache.engine_venv("mlx-lm") / "bin" / "mlx_lm.server")
+    log = (folder / "by-hand.log").open("wb")
+    with (
+        log,
+        subprocess.Popen(
+            [program, "--model", model, "--host", studio.address, "--port", str(port), *more],
+            cwd=folder,
+            env={"HOME": str(studio.home), "PATH": os.defpath, "HF_HUB_OFFLINE": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        ) as process,
+    ):
+        try:
+            wait_until(lambda: studio.listening(port), 60, "the engine's port")
+            yield process
+        finally:
+            process.kill()
+
+
+class TestStartedByHand:
+    def test_one_that_is_as_ours_would_be_is_adopted(self, ask: Ask) -> None:
+        studio, port = ask.studio, ask.port
+        path = studio.install(REPO, models.QWEN)
+        folder = studio.folder / "by-hand"
+        folder.mkdir()
+        (folder / "jerry-xl").symlink_to(path)
+        with started_by_hand(studio, "jerry-xl", port, folder=folder) as process:
+            row = ask.row()
+            assert (row["owner"], row["pid"]) == ("hand", process.pid)
+            result = ask.result("load", "--model", REPO, "--port", port)
+            assert (result["changed"], result["state"], result["pid"]) == (False, "ready", process.pid)
+            assert process.poll() is None and listener(studio, port) == process.pid
+            row = ask.row()
+            assert (row["state"], row["owner"], row["model"]) == ("ready", "mlxops", REPO)
+            assert assigned(studio) == {REPO: port}
+            assert ask.result("unload", "--port", port)["changed"] is True
+            assert process.wait(5) is not None
+        assert can_bind(studio.address, port)
+
+    def test_another_is_refused_and_replaced_only_with_force(self, ask: Ask) -> None:
+        studio, port = ask.studio, ask.port
+        path = studio.install(REPO, models.QWEN)
+        with started_by_hand(studio, str(path), port, "--temp", "0.5", folder=studio.home) as process:
+            assert ask.error(3, "load", "--model", REPO, "--port", port)["code"] == "port_in_use"
+            assert ask.error(3, "unload", "--port", port)["code"] == "hand_started"
+            assert process.poll() is None
+            assert ask.result("load", "--model", REPO, "--port", port, "--force")["changed"] is True
+            assert process.wait(5) == -signal.SIGTERM
+            assert listener(studio, port) is not None
+        assert words_of(studio, port, "jerry-xl")
+        ask("unload", "--port", port).ok()
+        nothing_runs(studio)
+
+    def test_unload_takes_it_with_force_only(self, ask: Ask) -> None:
+        studio, port = ask.studio, ask.port
+        path = studio.install(REPO, models.QWEN)
+        with started_by_hand(studio, str(path), port, folder=studio.home) as process:
+            assert ask.error(3, "unload", "--port", port)["code"] == "hand_started"
+            assert process.poll() is None
+            assert ask.result("unload", "--port", port, "--force")["changed"] is True
+            assert process.wait(5) == -signal.SIGTERM
+        assert can_bind(studio.address, port)
+
+
+class TestServer:
+    @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+    def test_it_is_on_its_own_and_knows_no_secret(self, make_homelab: Callable[..., Homelab], hub: Hub) -> None:
+        """A token in the agent's environment is for downloads; nothing of it or of the asker stays with the server."""
+        canary = "hf_canaryCANARYcanary"
+        lab = make_homelab(hub_url=hub.url)
+        studio = lab.studio
+        studio.env["HF_TOKEN"] = studio.sshd.env["HF_TOKEN"] = canary
+        studio.sshd.stop()
+        studio.sshd.start()
+        outputs = []
+        for ask, port in zip((Ask(lab, way) for way in WAYS), studio.ports, strict=False):
+            model = {"ssh": REPO, "local": OTHER}[ask.way]
+            outputs.append(ask("load", "--model", model, "--port", port).ok())
+            outputs.append(ask("status", "--json").ok())
+            pid = listener(studio, port)
+            assert pid is not None
+            assert os.getpgid(pid) == os.getsid(pid) == pid
+            _holds_only_its_own(studio, pid)
+        wait_until(lambda: not [p for p in studio.processes() if "mlxops.agent" in p.command], 5, "the agents' end")
+        for process in studio.processes():
+            for part in ("environ", "cmdline"):
+                assert canary.encode() not in Path(f"/proc/{process.pid}/{part}").read_bytes(), str(process)
+        for output in outputs:
+            assert canary not in output.stdout + output.stderr
+        for path in studio.folder.rglob("*"):
+            if path.is_file() and not path.is_symlink():
+                assert canary.encode() not in path.read_bytes(), str(path)
+
+    def test_its_argv_and_environment_are_what_the_plan_said(self, ask: Ask) -> None:
+        install(ask.studio)
+        plan = ask.result("load", "--model", REPO, "--port", ask.port, "--dry-run")["plan"]
+        ask("load", "--model", REPO, "--port", ask.port).ok()
+        pid = listener(ask.studio, ask.port)
+        assert pid is not None
+        running = argv_of(pid)
+        # The console script's first line puts its interpreter before it.
+        assert list(running[len(running) - len(plan["argv"]) :]) == plan["argv"]
+        assert psutil.Process(pid).environ()["HF_HUB_OFFLINE"] == "1"
+
+    def test_it_has_its_own_files_only(self, ask: Ask) -> None:
+        install(ask.studio)
+        ask("load", "--model", REPO, "--port", ask.port).ok()
+        before = tree(ask.studio.folder)
+        words_of(ask.studio, ask.port, "jerry-xl")
+        assert tree(ask.studio.folder) == before
+
+
+def _holds_only_its_own(studio: Studio, pid: int) -> None:
+    """Its open files are its log, /dev/null, its sockets and what the engine itself opened; no pipe, no terminal, no
+    file of mlxops' state."""
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        target = os.readlink(descriptor)
+        log = str(studio.state / "logs")
+        assert target.startswith((log, "/dev/null", "socket:", "anon_inode:", str(studio.hub))), target
