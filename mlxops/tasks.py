@@ -6,8 +6,9 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from invoke.collection import Collection
 from invoke.context import Context
@@ -19,6 +20,9 @@ from mlxops.core import fields, names
 from mlxops.core.errors import Bug, Exit, MlxopsError, UsageError
 from mlxops.core.protocol import Event, Started
 from mlxops.core.settings import Settings
+
+if TYPE_CHECKING:
+    from mlxops.control.inventory import Gateway, Inventory
 
 HOST = "host in hosts.yaml"
 HOSTS = "host or hosts in hosts.yaml, separated by commas"
@@ -40,15 +44,25 @@ class Call:
     json: bool
     debug: bool
 
-    def targets(self, *, all_by_default: bool = False, only_one: bool = False) -> tuple[Target, ...]:
-        """Raises `UsageError`: bad_hosts_file, unknown_host, one_host."""
+    @cached_property
+    def inventory(self) -> Inventory | None:
+        """hosts.yaml, if there is one. Raises `UsageError` bad_hosts_file."""
         from mlxops.control import inventory
 
         path = inventory.hosts_file(os.environ, _beside())
+        return None if path is None else inventory.load(path)
+
+    @property
+    def gateway(self) -> Gateway | None:
+        """What hosts.yaml says of the gateway."""
+        return self.inventory.gateway if self.inventory else None
+
+    def targets(self, *, all_by_default: bool = False, only_one: bool = False) -> tuple[Target, ...]:
+        """Raises `UsageError`: bad_hosts_file, unknown_host, one_host."""
         name = self.host
         if name is None and self.local:
             name = os.environ.get("MLXOPS_HOST")
-        if path is None:
+        if self.inventory is None:
             if not self.local:
                 raise UsageError(
                     "no_hosts_file",
@@ -57,7 +71,7 @@ class Call:
                     hint="write one (the repository has an example), or use --local on the host itself",
                 )
             return (Target("local", None, local_python(), Settings(), agreed=True),)
-        hosts = inventory.load(path).select(name, all_by_default=all_by_default and not self.local)
+        hosts = self.inventory.select(name, all_by_default=all_by_default and not self.local)
         if (only_one or self.local) and len(hosts) > 1:
             raise UsageError("one_host", f"{self.command} takes one host", hint=f"--host {hosts[0].name}")
         if self.local:
@@ -73,6 +87,7 @@ def _beside() -> Path | None:
 
 
 Show = Callable[[Sequence[Answer]], str]
+Send = Callable[[Mapping[str, object]], Answer]
 
 
 def _answer(
@@ -165,9 +180,13 @@ def _change(
     given: Callable[[], Mapping[str, object]],
     *,
     before: Callable[[Target, render.Talk], None] | None = None,
+    around: Callable[[Target, Mapping[str, object], render.Talk, Send], Answer] | None = None,
     after: Callable[[render.Talk, Answer], None] | None = None,
 ) -> NoReturn:
-    """A command that changes one host, or shows what it would change. `given` may raise `UsageError`."""
+    """A command that changes one host, or shows what it would change. `given` may raise `UsageError`.
+
+    `around`: what is done before and after the request itself, which it sends with its last argument.
+    """
 
     def run(talk: render.Talk) -> tuple[Answer, ...]:
         args = given()
@@ -175,7 +194,11 @@ def _change(
         _check(target, args)
         if before:
             before(target, talk)
-        answer = _attended(call, target, args, talk)
+
+        def send(sent: Mapping[str, object]) -> Answer:
+            return _attended(call, target, sent, talk)
+
+        answer = around(target, args, talk, send) if around else send(args)
         if after and answer.result is not None:
             after(talk, answer)
         return (answer,)
@@ -375,7 +398,17 @@ def load(
             "dry_run": dry_run,
         }
 
-    _change(Call("load", host, local, json, debug), given, after=_warn_if_unreachable)
+    call = Call("load", host, local, json, debug)
+    _change(call, given, around=lambda *asked: _with_gateway(call, *asked), after=_warn_if_unreachable)
+
+
+def _with_gateway(call: Call, target: Target, args: Mapping[str, object], talk: render.Talk, send: Send) -> Answer:
+    """A change after which a port serves something else: the gateway's names first, its receipt last."""
+    if call.gateway is None:
+        return send(args)
+    from mlxops.control import gateway
+
+    return gateway.load(call.gateway, target, args, talk, send)
 
 
 def _warn_if_unreachable(talk: render.Talk, answer: Answer) -> None:
@@ -453,7 +486,8 @@ def rollback(
             "dry_run": dry_run,
         }
 
-    _change(Call("rollback", host, local, json, debug), given, after=_warn_if_unreachable)
+    call = Call("rollback", host, local, json, debug)
+    _change(call, given, around=lambda *asked: _with_gateway(call, *asked), after=_warn_if_unreachable)
 
 
 @_command(
@@ -519,6 +553,58 @@ def _confirm(target: Target, talk: render.Talk) -> None:
     sys.stderr.flush()
     if sys.stdin.readline().strip().lower() not in {"y", "yes"}:
         raise UsageError("not_confirmed", "nothing was unloaded", hint="answer y, or add --yes")
+
+
+@_command(
+    host=HOSTS,
+    through="also one small completion per alias through the running gateway",
+    print="print the entries to paste into the gateway's configuration, once; asks no host",
+    env="with --print: values as os.environ/NAME, and the lines for the env file as comments",
+)
+def gateway(
+    c: Context,
+    host: str | None = None,
+    through: bool = False,
+    print: bool = False,
+    env: bool = False,
+    local: bool = False,
+    json: bool = False,
+    debug: bool = False,
+) -> None:
+    """Check every alias, from the gateway's files to what answers."""
+    call = Call("gateway", host, local, json, debug)
+    if print:
+        _entries(call, env)
+
+    def run(talk: render.Talk) -> tuple[Answer, ...]:
+        from mlxops.control import gateway
+        from mlxops.control.gatewayfiles import read
+
+        if call.gateway is None or call.gateway.config is None:
+            hint = "add `gateway: {config: ~/litellm/router.yaml}`; see the annotated hosts.yaml of mlxops"
+            raise UsageError("no_gateway", "hosts.yaml does not say where the gateway's configuration is", hint=hint)
+        told = read(call.gateway)
+        targets = call.targets(all_by_default=True)
+        answers = gateway.check(told, targets, ask_all(targets, call.command, {}, talk.hear))
+        return gateway.pass_through(call.gateway, told, answers) if through else answers
+
+    _answer(call, run, render.gateway_table)
+
+
+def _entries(call: Call, env: bool) -> NoReturn:
+    """What to paste. With `--json` the same as data: `model_list`, and `environ` for the env file."""
+    from mlxops.control import gateway
+
+    document: dict[str, object] = {}
+    environ: dict[str, str] = {}
+
+    def run(talk: render.Talk) -> tuple[Answer, ...]:
+        made, variables = gateway.printed(call.targets(all_by_default=True), env=env)
+        document.update(made)
+        environ.update(variables)
+        return (Answer("gateway", {**document, "environ": environ}),)
+
+    _answer(call, run, lambda answers: gateway.as_yaml(document, environ))
 
 
 @_command(host=HOST, dry_run=DRY)
@@ -690,5 +776,5 @@ def _develop(name: str, run: Callable[[], None]) -> None:
 
 
 namespace = Collection(
-    init, list_, status, load, rollback, unload, unload_all, set_, reconcile, ops, deploy, demo, test, faults
+    init, list_, status, load, rollback, unload, unload_all, set_, reconcile, gateway, ops, deploy, demo, test, faults
 )

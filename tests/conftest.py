@@ -78,6 +78,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         "engine": lambda: cache.engine_venv("mlx-lm"),
         "tiny_models": models.tiny_models,
         "hub": cache.hub_venv,
+        "litellm": cache.gateway_venv,
     }
     needed = {name for item in session.items for name in getattr(item, "fixturenames", ())}
     if cache.has_openai_server():
@@ -165,6 +166,12 @@ def openai_server(server: tuple[str, str]) -> Path:
 def tiny_models() -> Path:
     """The folder of the tiny models' directories."""
     return models.tiny_models()
+
+
+@pytest.fixture(scope="session")
+def litellm() -> Path:
+    """The virtual environment of the real LiteLLM."""
+    return cache.gateway_venv()
 
 
 @pytest.fixture(scope="session")

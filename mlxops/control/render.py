@@ -327,6 +327,28 @@ def _set_lines(result: Mapping[str, object]) -> str:
     return one_line(f"{result.get('model')} {verb}: {_options(result.get('options')) or 'no settings of its own'}")
 
 
+def gateway_table(answers: Sequence[Answer]) -> str:
+    many = len(answers) > 1
+    rows: list[list[object]] = []
+    for answer in answers:
+        for row in _rows(answer.result, "aliases"):
+            passage = row.get("through")
+            through = (
+                ("ok" if passage.get("ok") else str(passage.get("code"))) + f" ({passage.get('seconds')} s)"
+                if isinstance(passage, dict)
+                else ""
+            )
+            named = (row.get(key) for key in ("alias", "port", "sends", "state", "owner", "model", "context_length"))
+            rows.append([answer.host, *named, through, row.get("verdict")])
+    columns = ["HOST", "ALIAS", "PORT", "SENDS", "STATE", "OWNER", "MODEL", "CONTEXT", "THROUGH", "VERDICT"]
+    findings = [
+        f"{row.get('severity')}: {one_line(row.get('message'))}; {one_line(row.get('hint'))}"
+        for answer in answers
+        for row in _rows(answer.result, "findings")
+    ]
+    return "\n".join([table(columns if many else columns[1:], rows if many else [row[1:] for row in rows]), *findings])
+
+
 def change_lines(command: str, result: Mapping[str, object]) -> str:
     """What a change came to, for people."""
     match command:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from mlxops.core.errors import MlxopsError, Refused, UsageError
-from mlxops.core.names import AUTO, is_repo_id
+from mlxops.core.names import AUTO, is_repo_id, shown
 from mlxops.core.names import port as parse_port
 from mlxops.core.registry import Model, Registry
 from mlxops.core.settings import Settings
@@ -205,6 +205,23 @@ def plan_load(
         plan.previous,
         cleared if plan.outcome is not Outcome.ALREADY else (),
         (*plan.notes, *(stale if plan.outcome is not Outcome.ALREADY else ())),
+    )
+
+
+def check_sent_names(port: int, answers_to: str, sent: Sequence[str]) -> None:
+    """What the gateway sends for a port against the only name that the new server will answer to.
+
+    Raises `Refused` (gateway_name), with that name in `details`.
+    """
+    wrong = [name for name in sent if name != answers_to]
+    if not wrong:
+        return
+    raise Refused(
+        "gateway_name",
+        f"the gateway sends the name {', '.join(map(shown, wrong))} to port {port}, and the server would not know it",
+        why=f"port {port} answers to {answers_to}, whatever model and engine is behind it",
+        hint=f"in the gateway's entry for port {port}: model: openai/{answers_to}",
+        details={"port": port, "answers_to": answers_to, "sent": list(sent)},
     )
 
 

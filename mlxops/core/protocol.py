@@ -24,7 +24,7 @@ TICKET = re.compile(r"[0-9a-f]{8}")
 MAX_LINE = 4 * 1024 * 1024
 """Bytes; longer lines are not ours."""
 
-READS = frozenset({"list", "status", "ops", "logs", "follow"})
+READS = frozenset({"list", "status", "gateway", "ops", "logs", "follow"})
 CHANGES = frozenset({"init", "load", "unload", "unload-all", "reconcile", "rollback", "set"})
 
 

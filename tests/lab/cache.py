@@ -25,7 +25,12 @@ ENGINES: Mapping[str, tuple[str, ...]] = {
     "mlx-lm": ("mlx==0.32.4" if sys.platform == "darwin" else "mlx[cpu]==0.32.4", "mlx-lm==0.32.2"),
 }
 HUB = ("olah==0.5.4",)
+GATEWAY = ("litellm[proxy]==1.109.0",)
+GATEWAY_OVERRIDES = ("certifi>=2026.7.22", "litellm-proxy-extras==0.4.110")
+"""LiteLLM pins releases that an index may not have. Neither is used here: certificate authorities, of which plain HTTP
+on loopback needs none, and the migrations of a database that the lab's gateway does not have."""
 UV = ("uv==0.13.9",)
+"""Unlike pip, it can be told to install something in spite of what a package declares."""
 
 OPENAI_SERVERS = ("1.8.1", "1.7.1", "1.5.1", "1.4.2")
 """The versions of mlx-openai-server that are driven: the first is the one that every run has."""
@@ -72,6 +77,11 @@ def engine_venv(engine: str) -> Path:
 def hub_venv() -> Path:
     """The virtual environment of the Hugging Face hub's stand-in. Raises `BuildFailed`."""
     return _venv("hub", HUB)
+
+
+def gateway_venv() -> Path:
+    """The virtual environment of the real LiteLLM proxy: about 600 MB. Raises `BuildFailed`."""
+    return _uv_venv("litellm", GATEWAY, GATEWAY_OVERRIDES)
 
 
 def has_openai_server() -> bool:
@@ -184,6 +194,20 @@ def _venv(name: str, pins: tuple[str, ...]) -> Path:
         run([python, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", *pins])
 
     return built(f"{name}-{PYTHON}", _stamp(*pins), build)
+
+
+def _uv_venv(name: str, pins: tuple[str, ...], overrides: tuple[str, ...]) -> Path:
+    """Like `_venv`, with requirements that replace what the packages themselves declare."""
+
+    def build(folder: Path) -> None:
+        uv = _venv("uv", UV) / "bin" / "uv"
+        run([sys.executable, "-m", "venv", str(folder)])
+        listed = folder / "overrides.txt"
+        listed.write_text("".join(f"{line}\n" for line in overrides), encoding="utf-8")
+        python = str(folder / "bin" / "python")
+        run([str(uv), "pip", "install", "--python", python, *pins, "--overrides", str(listed)])
+
+    return built(f"{name}-{PYTHON}", _stamp(*pins, *overrides), build)
 
 
 def _stamp(*parts: str) -> str:

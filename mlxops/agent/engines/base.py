@@ -100,6 +100,12 @@ class Engine(Protocol):
     def recognise(self, argv: Sequence[str]) -> Seen | None:
         """Whether this argv is a server of this engine."""
 
+    def served_name(self, argv: Sequence[str]) -> str | None:
+        """The name under which a server with this argv serves its model."""
+
+    def any_name(self, version: str | None) -> bool:
+        """Whether this version answers whatever name a request has. An unknown version is taken for a recent one."""
+
     def health(self, host: str, port: int, timeout: float) -> Health:
         """The cheap probe. Never loads, evicts or generates anything."""
 

@@ -92,6 +92,12 @@ class MlxLm:
             return None
         return Seen(port, given.get("--model", ""), given.get("--host", "127.0.0.1"))
 
+    def served_name(self, argv: Sequence[str]) -> str | None:
+        return options(argv).get("--model")
+
+    def any_name(self, version: str | None) -> bool:
+        return False
+
     def health(self, host: str, port: int, timeout: float) -> Health:
         # 200 also while loading; 503 once the thread that generates has died.
         match get_status(host, port, "/health", timeout):

@@ -34,6 +34,7 @@ PROJECT = "/opt/mlx-launch"
 HOMEBREW_UV = "/opt/homebrew/bin/uv"
 
 _NAMED_SINCE = (1, 7)
+_STRICT_SINCE = (1, 8)
 _PARSERS = ("tool_call_parser", "reasoning_parser")
 _FLAGS = {
     "model_type": "--model-type",
@@ -116,6 +117,14 @@ class MlxOpenAIServer:
                 return Seen(port, model, given.get("--host", "0.0.0.0")) if port is not None else None
         return None
 
+    def served_name(self, argv: Sequence[str]) -> str | None:
+        given = options(argv)
+        return given.get("--served-model-name") or given.get("--model-path")
+
+    def any_name(self, version: str | None) -> bool:
+        # Since 1.8 the name in a request has to be the served one; before, it is not looked at.
+        return _older_than(_STRICT_SINCE, version)
+
     def health(self, host: str, port: int, timeout: float) -> Health:
         # It binds only after its start-up. /health stays 200 when the process with the weights has died, and
         # /v1/queue/stats would start that one anew, so this says only that the front answers.
@@ -143,8 +152,13 @@ def known_options(text: str) -> dict[str, tuple[str, ...]]:
 def _takes_a_name(command: Command) -> bool:
     if command.help is not None:
         return "--served-model-name" in known_options(command.help)
-    numbers = re.match(r"(\d+)\.(\d+)", command.version or "")
-    return numbers is None or (int(numbers[1]), int(numbers[2])) >= _NAMED_SINCE
+    return not _older_than(_NAMED_SINCE, command.version)
+
+
+def _older_than(since: tuple[int, int], version: str | None) -> bool:
+    """A version that is not known counts as a recent one."""
+    numbers = re.match(r"(\d+)\.(\d+)", version or "")
+    return numbers is not None and (int(numbers[1]), int(numbers[2])) < since
 
 
 def _check_parsers(command: Command, serving: Serving) -> None:

@@ -23,6 +23,10 @@ def command(name: str) -> Callable[[Context], dict[str, object]] | None:
             from mlxops.agent.operations.look import list_models
 
             return list_models
+        case "gateway":
+            from mlxops.agent.operations.look import answering
+
+            return answering
         case "ops":
             from mlxops.agent.operations.ops import ops
 

@@ -9,6 +9,7 @@ from mlxops.agent.engines.base import NoCompletion
 from mlxops.agent.observe import observe
 from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.files import Files, cached
+from mlxops.agent.operations.gatewayname import check_name
 from mlxops.agent.operations.prepare import Prepared, commit, entry_fields, preflight, prepare
 from mlxops.agent.operations.swap import start_in_place
 from mlxops.agent.store import now
@@ -42,6 +43,8 @@ def _load_locked(ctx: Context, target: Target, port: int, began: float) -> dict[
     files = cached(ctx, target)
     prepared = prepare(ctx, target, port, files) if files else None
     plan = _plan(ctx, registry, target, port, prepared)
+    if plan.outcome is not Outcome.ALREADY:
+        check_name(ctx, target, port)
     if plan.outcome is Outcome.START and prepared is None:
         if ctx.request.dry_run:
             return _dry_load(ctx, plan, None, began)

@@ -1,4 +1,4 @@
-"""`status` and `list`: what is there. They change nothing."""
+"""`status`, `list` and `gateway`: what is there. They change nothing."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from mlxops.agent.operations.prepare import shown_options
 from mlxops.agent.operations.probe import failed, probe
 from mlxops.agent.snapshot import shape
 from mlxops.core.registry import Model, Registry, refusal
+from mlxops.core.world import Owner, PortView
 
 
 def status(ctx: Context) -> dict[str, object]:
@@ -27,6 +28,54 @@ def status(ctx: Context) -> dict[str, object]:
         error = refusal(registry.unwritable)
         drift.insert(0, {"code": error.code, "port": None, "model": None, "message": error.why, "hint": error.hint})
     return {"ports": rows, "drift": drift, "registry": str(ctx.where.registry)}
+
+
+def answering(ctx: Context) -> dict[str, object]:
+    """`gateway`: what a gateway's entries have to agree with, port by port."""
+    registry = ctx.registry()
+    world = ctx.observe(registry)
+    rows = [
+        _answering_row(view, registry) for port, view in sorted(world.ports.items()) if port in ctx.where.settings.ports
+    ]
+    return {"ports": rows}
+
+
+def _answering_row(view: PortView, registry: Registry) -> dict[str, object]:
+    entry = registry.models.get(view.model or "")
+    return {
+        "port": view.port,
+        "alias": view.alias,
+        "state": view.state.value,
+        "owner": view.owner.value if view.owner else None,
+        "model": view.model,
+        "answers_to": _answers_to(view),
+        "context_length": _context_length(entry) if entry and view.owner else None,
+        "assigned": bool(registry.on_port(view.port)),
+        "detail": view.detail,
+    }
+
+
+def _answers_to(view: PortView) -> str | None:
+    """The only name that the live server answers to; None: any name, or not known."""
+    from mlxops.agent.engines import ENGINES
+    from mlxops.agent.engines.base import installed_version
+
+    run = view.run if view.owner is Owner.MLXOPS else None
+    served = run or view.server
+    engine = ENGINES.get(served.engine) if served else None
+    if served is None or engine is None:
+        return None
+    version = run.engine_version if run and run.engine_version else installed_version(served.argv, engine.distribution)
+    # What somebody else started in a way that hides its version may be an old one.
+    sure = run is not None or version is not None
+    return engine.served_name(served.argv) if sure and not engine.any_name(version) else None
+
+
+def _context_length(entry: Model) -> int | None:
+    """What the entry limits it to, else what the model's files say."""
+    if entry.context_length is not None or entry.cache_path is None:
+        return entry.context_length
+    return shape(Path(entry.cache_path)).context_length
 
 
 def list_models(ctx: Context) -> dict[str, object]:

@@ -11,6 +11,7 @@ from mlxops.agent.engines.base import Command, Engine, Serving
 from mlxops.agent.engines.installed import described, lacks_architecture
 from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.files import Files
+from mlxops.agent.operations.gatewayname import context_warning
 from mlxops.agent.snapshot import ModelFacts, shape
 from mlxops.core import memory, planner
 from mlxops.core.errors import Refused
@@ -116,7 +117,7 @@ def preflight(ctx: Context, registry: Registry, plan: LoadPlan, prepared: Prepar
     _check_code(plan, prepared, facts)
     _check_architecture(plan, prepared, facts)
     _check_memory(ctx, registry, plan, prepared, facts)
-    warnings = tuple(_warnings(plan, prepared, facts))
+    warnings = tuple(_warnings(ctx, plan, prepared, facts))
     for warning in warnings:
         ctx.note(warning, "warning")
     return warnings
@@ -170,12 +171,15 @@ def _check_memory(ctx: Context, registry: Registry, plan: LoadPlan, prepared: Pr
     check_fits(plan.target.name, need, budget(ctx.where), uses, leaving, list(ctx.where.settings.ports))
 
 
-def _warnings(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> list[str]:
+def _warnings(ctx: Context, plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> list[str]:
     found = []
     size = size_warning(plan.alias, facts.weight_bytes)
     if size:
         found.append(size)
     asked = prepared.serving.model.context_length
+    promised = context_warning(ctx, plan.port, asked or facts.context_length)
+    if promised:
+        found.append(promised)
     if asked and facts.context_length and asked > facts.context_length:
         found.append(f"context_length {asked} is more than the model can: {facts.context_length}")
     if not facts.has_chat_template and prepared.serving.text("chat_template") is None:

@@ -19,6 +19,9 @@ RETURN_SECONDS = 10.0
 NOTICEABLE = 1024**3
 """Bytes; what less comes and goes on a host all the time, so that nothing could be concluded from it."""
 
+RELEASE_SECONDS = 10.0
+"""How long the port of an ended server may stay taken."""
+
 
 def stop(ctx: Context, view: PortView, grace: float) -> float:
     """Stop what a plan names, prove that it is gone, that the port is free and its memory returned.
@@ -35,7 +38,7 @@ def stop(ctx: Context, view: PortView, grace: float) -> float:
     if stopped.killed:
         what = f"{open_requests} open connections" if open_requests else "it"
         ctx.note(f"{what} did not end within {left:.0f} s, and the server was killed", "warning")
-    if not _port_is_freed(ctx, view.port):
+    if not _free(ctx, view.port):
         raise MlxopsError(
             "port_still_held",
             f"the server on port {view.port} is gone, and something else listens there",
@@ -96,14 +99,18 @@ def _wait_for_requests(ctx: Context, view: PortView, run: Run, grace: float) -> 
     return END_SECONDS
 
 
-def _port_is_freed(ctx: Context, port: int) -> bool:
-    """A killed program's threads end one by one, and the last one takes its sockets along: a moment after its first
-    thread, which is the one that is seen, is gone."""
-    deadline = time.monotonic() + END_SECONDS
-    while ctx.system.look({port}).on(ctx.where.settings.bind, port):
-        if time.monotonic() > deadline:
+def _free(ctx: Context, port: int) -> bool:
+    """Whether nobody listens on the port, or within moments nobody does any more.
+
+    Linux calls a process a zombie once its first thread has ended; its sockets stay until the last one has, which
+    a server in the middle of an answer takes a while for. Such a listener has no owner that could be seen; one that
+    has is somebody else's, and there is nothing to wait for.
+    """
+    deadline = time.monotonic() + RELEASE_SECONDS
+    while listeners := ctx.system.look({port}).on(ctx.where.settings.bind, port):
+        if any(each.pids for each in listeners) or time.monotonic() > deadline:
             return False
-        time.sleep(0.02)
+        time.sleep(0.05)
     return True
 
 
