@@ -172,9 +172,14 @@ class TestStreams:
             swap = threading.Thread(
                 target=lambda: ended.append(studio.mlxctl("load", LLAMA, str(port), "--force", "--drain", "100"))
             )
+            enough = threading.Event()
+            reader = threading.Thread(target=_read_until, args=(stream, enough))
+            reader.start()
             swap.start()
             wait_until(lambda: "1 open requests get up to 100 s" in _told(studio), 60, "the swap to wait")
-            assert stream.response.readline() and row(studio, port)["pid"] == before["pid"]
+            assert reader.is_alive() and row(studio, port)["pid"] == before["pid"]
+            enough.set()
+            reader.join()
             stream.close()
             swap.join()
             assert ended[0].ok() and "cut off" not in ended[0].stderr
@@ -190,6 +195,11 @@ class TestStreams:
             stream.close()
             # What was waited for, the old server still answered.
             assert result(swapped)["downtime_seconds"] < result(swapped)["seconds"] - 0.9
+
+
+def _read_until(stream: Stream, enough: threading.Event) -> None:
+    while not enough.is_set() and stream.response.readline():
+        pass
 
 
 def _told(studio: Studio) -> str:
