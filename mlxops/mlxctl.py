@@ -14,7 +14,7 @@ from mlxops import __version__
 from mlxops.control import render
 from mlxops.core.errors import Exit, UsageError
 
-POSITIONAL = {"load": ("--model", "--port"), "unload": ("--port",)}
+POSITIONAL = {"load": ("--model", "--port"), "unload": ("--port",), "rollback": ("--port",)}
 
 
 class _OwnConfig(Config):

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mlxops.agent import processes
-from mlxops.agent.engines.base import Command, Engine, Health, NoCompletion, Serving, complete, installed_version
+from mlxops.agent.engines.base import Command, Engine, Health, NoCompletion, Serving, complete
 from mlxops.agent.failures import About, explain
 from mlxops.agent.observe import clean, last_line
 from mlxops.agent.place import Place
@@ -67,15 +67,24 @@ class Start:
     """One server being started. Used once: `launch`, then `wait`; `abort` undoes whatever was done."""
 
     def __init__(
-        self, where: Place, store: Store, system: System, engine: Engine, command: Command, serving: Serving
+        self,
+        where: Place,
+        store: Store,
+        system: System,
+        engine: Engine,
+        command: Command,
+        serving: Serving,
+        *,
+        argv: tuple[str, ...] | None = None,
     ) -> None:
+        """`argv` is that of a server that is to come back exactly as it was."""
         self.where = where
         self.store = store
         self.system = system
         self.engine = engine
         self.command = command
         self.serving = serving
-        self.argv = engine.argv(command, serving)
+        self.argv = engine.argv(command, serving) if argv is None else argv
         self.log = store.log_path(serving.port)
         self._gated: Gated | None = None
         self._run: Run | None = None
@@ -113,7 +122,7 @@ class Start:
             operation=operation,
             log_path=str(self.log),
             started_at=now(),
-            engine_version=installed_version(self.command.argv, self.engine.distribution),
+            engine_version=self.command.version,
         )
         try:
             self.store.save_run(self._run)

@@ -23,6 +23,10 @@ def command(name: str) -> Callable[[Context], dict[str, object]] | None:
             from mlxops.agent.operations.look import list_models
 
             return list_models
+        case "gateway":
+            from mlxops.agent.operations.look import answering
+
+            return answering
         case "ops":
             from mlxops.agent.operations.ops import ops
 
@@ -43,6 +47,14 @@ def command(name: str) -> Callable[[Context], dict[str, object]] | None:
             from mlxops.agent.operations.unload import unload_all
 
             return unload_all
+        case "rollback":
+            from mlxops.agent.operations.rollback import rollback
+
+            return rollback
+        case "set":
+            from mlxops.agent.operations.settings import set_
+
+            return set_
         case "reconcile":
             from mlxops.agent.operations.reconcile import reconcile
 
