@@ -14,7 +14,12 @@ from mlxops import __version__
 from mlxops.control import render
 from mlxops.core.errors import Exit, UsageError
 
-POSITIONAL = {"load": ("--model", "--port"), "unload": ("--port",), "rollback": ("--port",)}
+POSITIONAL = {
+    "load": ("--model", "--port"),
+    "unload": ("--port",),
+    "rollback": ("--port",),
+    "logs": ("--port",),
+}
 
 
 class _OwnConfig(Config):
@@ -83,3 +88,7 @@ def main() -> None:
     )
     program = _Mlxctl(version=__version__, namespace=namespace, name="mlxctl", binary="mlxctl", config_class=_OwnConfig)
     program.run(["mlxctl", *with_flags(sys.argv[1:], takes_value)])
+
+
+if __name__ == "__main__":
+    main()

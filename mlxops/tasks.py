@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -18,7 +18,7 @@ from mlxops.control import client, render
 from mlxops.control.client import Answer, Target, ask, ask_all, gateway_warning, local_python
 from mlxops.core import fields, names
 from mlxops.core.errors import Bug, Exit, MlxopsError, UsageError
-from mlxops.core.protocol import Event, Started
+from mlxops.core.protocol import Event, Line, Started
 from mlxops.core.settings import Settings
 
 if TYPE_CHECKING:
@@ -620,6 +620,150 @@ def reconcile(
     _change(Call("reconcile", host, local, json, debug), lambda: {"dry_run": dry_run})
 
 
+@_command(host=HOST, cleared="also what the latest reconcile has cleared", dry_run=DRY)
+def restore(
+    c: Context,
+    host: str | None = None,
+    cleared: bool = False,
+    dry_run: bool = False,
+    local: bool = False,
+    json: bool = False,
+    debug: bool = False,
+) -> None:
+    """Start what is assigned and nothing serves."""
+    _change(Call("restore", host, local, json, debug), lambda: {"cleared": cleared, "dry_run": dry_run})
+
+
+@_command(
+    host=HOST,
+    install="have the system run restore at boot",
+    every="minutes; also have it run that often, which brings crashed servers back (implies --install)",
+    remove="have it run it no more",
+    show="show what is installed; the default",
+)
+def boot(
+    c: Context,
+    host: str | None = None,
+    install: bool = False,
+    every: str | None = None,
+    remove: bool = False,
+    show: bool = False,
+    local: bool = False,
+    json: bool = False,
+    debug: bool = False,
+) -> None:
+    """Have the host start its models at boot."""
+
+    def given() -> Mapping[str, object]:
+        actions = [name for name, on in (("install", install or every), ("remove", remove), ("show", show)) if on] or [
+            "show"
+        ]
+        if len(actions) > 1:
+            raise UsageError(
+                "one_action", f"--{actions[0]} and --{actions[1]} exclude each other", hint="one after the other"
+            )
+        return {"action": actions[0], "every": _minutes(every), "dry_run": actions[0] == "show"}
+
+    _change(Call("boot", host, local, json, debug), given)
+
+
+def _minutes(text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not text.isascii() or not text.isdecimal() or not 1 <= int(text) <= 1440:
+        raise UsageError("bad_minutes", f"--every {text!r} is not a number of minutes", hint="for example: --every 5")
+    return int(text)
+
+
+@_command(
+    host=HOST,
+    repo="org/name[@revision] to download, or to refresh",
+    verify="compare the content of every file with the hub's hashes",
+    dry_run=DRY,
+)
+def pull(
+    c: Context,
+    repo: str | None = None,
+    host: str | None = None,
+    verify: bool = False,
+    dry_run: bool = False,
+    local: bool = False,
+    json: bool = False,
+    debug: bool = False,
+) -> None:
+    """Download a model, or refresh it; nothing is started."""
+
+    def given() -> Mapping[str, object]:
+        return {"repo": _need(repo, "--repo", "pull --repo org/name"), "verify": verify, "dry_run": dry_run}
+
+    _change(Call("pull", host, local, json, debug), given)
+
+
+@_command(host=HOST, model="the model whose files go; its registry entry stays", dry_run=DRY)
+def remove(
+    c: Context,
+    model: str | None = None,
+    host: str | None = None,
+    dry_run: bool = False,
+    local: bool = False,
+    json: bool = False,
+    debug: bool = False,
+) -> None:
+    """Delete a model's files from the cache."""
+
+    def given() -> Mapping[str, object]:
+        return {"model": _need(model, "--model", "remove --model NAME"), "dry_run": dry_run}
+
+    _change(Call("remove", host, local, json, debug), given)
+
+
+@_command(
+    host=HOST,
+    port="port whose server's log it is",
+    lines="how many lines of its end (100)",
+    follow="stay, and show what comes",
+)
+def logs(
+    c: Context,
+    port: str | None = None,
+    lines: str | None = None,
+    follow: bool = False,
+    host: str | None = None,
+    local: bool = False,
+    json: bool = False,
+    debug: bool = False,
+) -> None:
+    """Show a server's log."""
+    call = Call("logs", host, local, json, debug)
+    kept: list[str] = []
+
+    def run(talk: render.Talk) -> tuple[Answer, ...]:
+        args = {"port": _need(port, "--port", "logs --port 8100"), "lines": _lines_asked(lines), "follow": follow}
+        (target,) = call.targets(only_one=True)
+        _check(target, args)
+
+        def hear(host: str, event: Event) -> None:
+            if isinstance(event, Line) and json and follow:
+                render.say(render.json_line({"host": host, "line": event.text}))
+            elif isinstance(event, Line) and json:
+                kept.append(event.text)
+            else:
+                talk.hear(host, event)
+
+        answer = ask(target, "logs", args, hear)
+        return (replace(answer, result={**answer.result, "lines": kept}) if answer.result else answer,)
+
+    _answer(call, run, lambda answers: "")
+
+
+def _lines_asked(text: str | None) -> int:
+    if text is None:
+        return 100
+    if not text.isascii() or not text.isdecimal() or int(text) > 100_000:
+        raise UsageError("bad_lines", f"--lines {text!r} is not a number of lines", hint="for example: --lines 100")
+    return int(text)
+
+
 @_command(
     host=HOSTS,
     follow="operation to follow to its end: its id, or the end of it",
@@ -650,14 +794,29 @@ def ops(
     _answer(call, run, lambda answers: _lines(call, answers), key="result")
 
 
-@_command(host=HOST)
-def deploy(c: Context, host: str | None = None, local: bool = False, json: bool = False, debug: bool = False) -> None:
+@_command(
+    host=HOST,
+    rollback="go back to the build that was there before",
+    wheels="folder with all wheels that are needed, for a host without a package index",
+    mlxctl="also install mlxctl there, linked into ~/.local/bin",
+)
+def deploy(
+    c: Context,
+    host: str | None = None,
+    rollback: bool = False,
+    wheels: str | None = None,
+    mlxctl: bool = False,
+    local: bool = False,
+    json: bool = False,
+    debug: bool = False,
+) -> None:
     """Install or upgrade the agent on a host."""
     call = Call("deploy", host, local, json, debug)
 
     def run(talk: render.Talk) -> tuple[Answer, ...]:
         (target,) = call.targets(only_one=True)
-        return (client.deploy(target, talk.hear),)
+        folder = Path(wheels) if wheels else None
+        return (client.deploy(target, talk.hear, mlxctl=mlxctl, wheels=folder, rollback=rollback),)
 
     _answer(call, run, lambda answers: _lines(call, answers), key="result")
 
@@ -776,5 +935,24 @@ def _develop(name: str, run: Callable[[], None]) -> None:
 
 
 namespace = Collection(
-    init, list_, status, load, rollback, unload, unload_all, set_, reconcile, gateway, ops, deploy, demo, test, faults
+    init,
+    list_,
+    status,
+    load,
+    rollback,
+    unload,
+    unload_all,
+    set_,
+    reconcile,
+    gateway,
+    restore,
+    pull,
+    remove,
+    boot,
+    ops,
+    logs,
+    deploy,
+    demo,
+    test,
+    faults,
 )

@@ -2,11 +2,14 @@
 
 python -P -m mlxops.agent             a request, its events
 python -P -m mlxops.agent --build     which code this is
+python -P -m mlxops.agent --restore S   restore, without anybody who asks; S is the state folder
 python -P -m mlxops.agent --worker D L  the worker of the operation whose record is D, its lock the descriptor L
 """
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import sys
 import time
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
 
 BEAT_SECONDS = 5.0
 """How often an empty line says that the connection lives while there is nothing to tell."""
+STAMP = f"{sys.prefix}/installed.json"
+"""Written by `install.py`."""
 MAX_REQUEST = 1024 * 1024
 
 
@@ -43,16 +48,42 @@ def main(argv: list[str]) -> int:
     match argv:
         case []:
             os.umask(0o077)
+            _use_build()
             return _answer()
         case ["--build"]:
             _write(build_id())
             return 0
         case ["--worker", folder, lock]:
+            _use_build()
             from mlxops.agent.worker import run
 
-            return run(Path(folder), int(lock))
+            status = run(Path(folder), int(lock))
+            sys.stderr.flush()
+            # At once: a thread of a cancelled download may hang on a hub that says nothing.
+            os._exit(status)
+        case ["--restore", state]:
+            from mlxops.agent.unattended import run as restore
+
+            return restore(Path(state))
     sys.stderr.write("mlxops.agent is run by mlxops, not by hand\n")
     return 2
+
+
+def _use_build() -> None:
+    """A shared lock on this build's stamp, for as long as this process lives: deploy prunes no build that is in use."""
+    try:
+        fcntl.flock(os.open(STAMP, os.O_RDONLY | os.O_CLOEXEC), fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return  # not deployed but installed in another way; or being looked at by a deploy in this very instant
+
+
+def _deployed() -> str:
+    """Who has deployed this build and when, in parentheses; empty if nobody has."""
+    try:
+        stamp = json.loads(Path(STAMP).read_text())
+        return f" (deployed by {stamp['by']} at {stamp['at']})"
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
 
 
 def _answer() -> int:
@@ -121,7 +152,7 @@ def _agree_on_code(request: Request) -> None:
     problem = AgentProblem(
         "agent_differs",
         "the agent on the host is not this mlxops",
-        why=f"the host has {build_id()}, this is {request.build}",
+        why=f"the host has {build_id()}{_deployed()}, this is {request.build}",
         hint="make both sides equal: inv deploy",
     )
     if request.changes or request.command in {"agree", "cancel"}:
@@ -143,7 +174,8 @@ def _look(request: Request, store: Store, where: Place) -> int:
     from mlxops.agent.system import this_system
     from mlxops.agent.worker import finish
 
-    return finish(Context(request, where, store, this_system(), _emit, dict(os.environ)), _emit)
+    beat = _Beat()
+    return finish(Context(request, where, store, this_system(), _emit, dict(os.environ), beat=beat), _emit)
 
 
 def _change(request: Request, store: Store) -> int:
@@ -194,17 +226,27 @@ def _follow_same(store: Store, journal: Journal, heard: int) -> Done | Failed:
 def _follow(journal: Journal, heard: int) -> Done | Failed:
     """Pass on the events of an operation's record; its last one is returned, not passed on."""
     _emit(Started(journal.id))
-    spoke = time.monotonic()
+    beat = _Beat()
     for event in journal.follow(heard):
         if isinstance(event, Done | Failed):
             return event
         if event is not None:
             _emit(event)
-            spoke = time.monotonic()
-        elif time.monotonic() - spoke > BEAT_SECONDS:
-            _write("")
-            spoke = time.monotonic()
+        else:
+            beat()
     raise AssertionError("a record that is followed has an end")
+
+
+class _Beat:
+    """Called while there is nothing to tell; every few seconds it says that the connection lives."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def __call__(self) -> None:
+        if time.monotonic() - self._last > BEAT_SECONDS:
+            _write("")
+            self._last = time.monotonic()
 
 
 def _emit(event: Event) -> None:

@@ -8,18 +8,21 @@ sends it; nothing here reads it.
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxops.agent.cache import Snapshot, find, is_commit
-from mlxops.agent.hubline import Asked, Bytes, Emit, Line, Patience, failure, open_line, persistently
+from mlxops.agent.hubline import Asked, Bytes, Emit, Line, Patience, failure, import_quietly, open_line, persistently
 from mlxops.agent.snapshot import NOT_SERVED, completeness, damaged_weights, is_served, is_weight, printable
 from mlxops.core.errors import Refused
 from mlxops.core.names import is_repo_id, is_revision
-from mlxops.core.protocol import Note
+from mlxops.core.protocol import Note, Progress
 from mlxops.core.units import amount
 
 if TYPE_CHECKING:
@@ -49,8 +52,17 @@ class Plan:
         return sum(file.size for file in self.files)
 
 
-def download(repo_id: str, revision: str | None, hub: Path, emit: Emit, patience: Patience | None = None) -> Snapshot:
+def download(
+    repo_id: str,
+    revision: str | None,
+    hub: Path,
+    emit: Emit,
+    patience: Patience | None = None,
+    given_up: Callable[[], bool] = lambda: False,
+) -> Snapshot:
     """Bring `revision` (a branch, a tag, a commit; None: main) of a repository into the cache `hub`.
+
+    `given_up` is asked by the threads that download, whether anybody still wants it.
 
     Emits notes, and `Progress("download", done, total)` in bytes, which never goes back and ends at the total.
     Raises `Refused` (disk_full, not_mlx) and `DownloadFailed` (repo_not_found, revision_not_found, gated_repo,
@@ -60,7 +72,7 @@ def download(repo_id: str, revision: str | None, hub: Path, emit: Emit, patience
     asked = Asked(repo_id, revision)
     folder = hub / ("models--" + repo_id.replace("/", "--"))
     _refuse_impossible(asked)
-    with open_line(patience or Patience()) as line:
+    with open_line(patience or Patience(), given_up) as line:
         plan = persistently(lambda: _plan(line, asked), asked, emit, line)
         _refuse_other_formats(plan)
         persistently(lambda: _prepare(folder, plan, emit), asked, emit, line)
@@ -71,6 +83,60 @@ def download(repo_id: str, revision: str | None, hub: Path, emit: Emit, patience
     if not plan.commit.startswith(asked.branch):
         _write_ref(folder, asked.branch, plan.commit, asked)
     return _found(hub, plan)
+
+
+def verify(repo_id: str, commit: str, hub: Path, emit: Emit, patience: Patience | None = None) -> int:
+    """Compare the content of a downloaded commit with the hub's hashes; returns how many files were compared.
+
+    Raises what `download` raises, and `DownloadFailed` (wrong_content) after the wrong files were removed.
+    """
+    asked = Asked(repo_id, commit)
+    folder = hub / ("models--" + repo_id.replace("/", "--"))
+    with open_line(patience or Patience()) as line:
+        plan = persistently(lambda: _plan(line, asked), asked, emit, line)
+    wrong = []
+    done = 0
+    for file in plan.files:
+        place = folder / "snapshots" / commit / file.name
+        if _content_hash(place, file) != file.etag:
+            wrong.append(printable(file.name))
+            _drop(folder, place)
+        done += file.size
+        emit(Progress("verify", done, plan.total))
+    if wrong:
+        raise failure("wrong_content", Asked(repo_id, None), f"removed: {', '.join(wrong)}"[:300])
+    return len(plan.files)
+
+
+def _content_hash(path: Path, file: HubFile) -> str:
+    """SHA-256 for what the hub keeps in LFS, git's SHA-1 of the blob for the rest; empty if it cannot be read."""
+    digest = hashlib.sha256() if len(file.etag) == 64 else hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
+    try:
+        with open(path, "rb") as content:
+            while piece := content.read(4 * 1024 * 1024):
+                digest.update(piece)
+    except OSError:
+        return ""
+    return digest.hexdigest()
+
+
+def delete(snapshot: Path, *, dry_run: bool) -> tuple[int, list[str]]:
+    """Delete one snapshot of a cache, with all that only it uses: (bytes freed, the commits of its repository that
+    stay). What other snapshots or repositories share is kept."""
+    import_quietly()
+    from huggingface_hub import scan_cache_dir
+
+    repo = snapshot.parent.parent
+    cache = scan_cache_dir(repo.parent)
+    plan = cache.delete_revisions(snapshot.name)
+    others = [each.name for each in snapshot.parent.iterdir() if each.name != snapshot.name]
+    if not dry_run:
+        plan.execute()
+        if others:
+            (repo / "trees" / f"{snapshot.name}.json").unlink(missing_ok=True)
+        else:
+            shutil.rmtree(repo, ignore_errors=True)
+    return plan.expected_freed_size, sorted(others)
 
 
 def _refuse_impossible(asked: Asked) -> None:
@@ -128,8 +194,33 @@ def _not_mlx(plan: Plan, why: str) -> Refused:
 
 
 def _prepare(folder: Path, plan: Plan, emit: Emit) -> None:
+    _drop_leftovers(folder)
     _drop_wrong_sizes(folder, plan, emit)
     _announce(folder, plan, emit)
+
+
+def _drop_leftovers(folder: Path) -> None:
+    """What a killed download has begun is never taken up again: the next one gives its file another name
+    (huggingface_hub 2.4, `file_download.py`, `<etag>.<8 hex>.incomplete`). Files of a download that runs, by whatever
+    program, are told by their lock."""
+    for leftover in (folder / "blobs").glob("*.incomplete"):
+        etag = leftover.name.partition(".")[0]
+        if not _is_locked(folder.parent / ".locks" / folder.name / f"{etag}.lock"):
+            leftover.unlink(missing_ok=True)
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 def _drop_wrong_sizes(folder: Path, plan: Plan, emit: Emit) -> None:

@@ -79,6 +79,8 @@ class Line:
 
     patience: Patience
     endpoint: str | None
+    given_up: Callable[[], bool] = lambda: False
+    """Nobody wants the download any more. Its threads ask before each piece: they cannot be interrupted."""
     _last: float = field(default_factory=time.monotonic)
 
     def api(self) -> HfApi:
@@ -110,15 +112,19 @@ class _Stalled(Exception):
     """Nothing has come for too long."""
 
 
+class _GivenUp(Exception):
+    """Nobody wants it any more."""
+
+
 @contextmanager
-def open_line(patience: Patience) -> Iterator[Line]:
+def open_line(patience: Patience, given_up: Callable[[], bool] = lambda: False) -> Iterator[Line]:
     """huggingface_hub with a client that tells us of every byte, leaves postponed requests to us, and begins no
     request once nothing comes any more. Its own client is back in place afterwards."""
-    _import_quietly()
+    import_quietly()
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils._http import default_client_factory
 
-    line = Line(patience, os.environ.get("HF_ENDPOINT") or None)
+    line = Line(patience, os.environ.get("HF_ENDPOINT") or None, given_up)
     set_client_factory(lambda: _hooked(default_client_factory(), line))
     try:
         with _xet_watched(line):
@@ -136,6 +142,8 @@ def _hooked(client: httpx2.Client, line: Line) -> httpx2.Client:
 
         def __iter__(self) -> Iterator[bytes]:
             for chunk in self._stream:
+                if line.given_up():
+                    raise _GivenUp
                 line.heard()
                 yield chunk
 
@@ -143,6 +151,8 @@ def _hooked(client: httpx2.Client, line: Line) -> httpx2.Client:
             self._stream.close()
 
     def before(request: httpx2.Request) -> None:
+        if line.given_up():
+            raise _GivenUp
         if line.stalled:
             raise _Stalled
         timeouts = request.extensions.get("timeout", {})
@@ -170,7 +180,7 @@ def _xet_watched(line: Line) -> Iterator[None]:
 
     def watch() -> None:
         while not over.wait(min(1.0, line.patience.stall)):
-            if line.stalled:
+            if line.stalled or line.given_up():
                 try:
                     from huggingface_hub.utils._xet import abort_xet_session
                 except ImportError:
@@ -186,7 +196,7 @@ def _xet_watched(line: Line) -> Iterator[None]:
         watcher.join()
 
 
-def _import_quietly() -> None:
+def import_quietly() -> None:
     before = {key: os.environ.get(key) for key in _QUIET}
     os.environ.update(_QUIET)
     try:
@@ -307,6 +317,7 @@ _WHAT = {
     "download_stalled": "{asked}: the download stands still",
     "cache_not_writable": "{asked} cannot be written to the cache",
     "incomplete_download": "{asked}: the download is not complete",
+    "wrong_content": "{asked}: files in the cache are not those of the hub",
 }
 _LOGIN = "on the host that downloads, as the user that runs mlxops: hf auth login"
 _AGAIN = "try again: mlxctl pull --repo {asked} (what has arrived is kept)"
@@ -321,6 +332,7 @@ _HINT = {
     "download_stalled": f"check the host's network, then {_AGAIN}",
     "cache_not_writable": "check the owner and permissions of the cache folder",
     "incomplete_download": _AGAIN,
+    "wrong_content": "download them anew: mlxctl pull --repo {asked} --verify",
 }
 
 

@@ -1,10 +1,12 @@
 """Installs an agent on the host that it runs on. Sent there by `deploy`, before anything of mlxops is there.
 
-Arguments: LENGTH UV STATE BUILD REQUIREMENT... (UV is empty for pip). Standard input: the sources, as a tar.
+Arguments: LENGTH STATE OPTIONS (JSON, see `Options`). Standard input: the sources, and the wheels if there are any,
+as a tar.
 
 Standard library only, nothing of mlxops, Python 3.11. It answers with events of the protocol. An agent counts as
 installed when its stamp is there, which is written last; `<state>/venv` points to the one in use, and is turned
 to a new one by one rename. Whatever ends this in between leaves the old agent at work and the new one unstamped.
+The build before stays, for `--rollback`, and so does every one that a process uses: agents hold a lock on their stamp.
 """
 
 from __future__ import annotations
@@ -14,16 +16,22 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
 import time
 from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 LOCK_SECONDS = 900.0
 STAMP = "installed.json"
+PREVIOUS = "venv.previous"
+IMPORTED = {"pyyaml": "yaml"}
+"""Packages that are imported by another name."""
 LAST_LINES = 12
 _DROPPED = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PIP_TARGET", "PIP_PREFIX", "PIP_REQUIRE_VIRTUALENV")
 _ABOUT = "import sys; print(sys.version.split()[0], sys._base_executable)"
@@ -38,11 +46,27 @@ class ProblemError(Exception):
         self.message, self.why, self.hint = message, why, hint
 
 
+@dataclass(frozen=True)
+class Options:
+    """`requirements`: the agent's; `control`: those that `mlxctl` needs beyond them; `by`: who deploys."""
+
+    build: str = ""
+    uv: str | None = None
+    requirements: Sequence[str] = ()
+    control: Sequence[str] = ()
+    by: str = "?"
+    mlxctl: bool = False
+    wheels: bool = False
+    rollback: bool = False
+
+
 def main(arguments: list[str], archive: bytes) -> int:
-    uv, state, build, *requirements = arguments
+    state, wire = arguments
+    options = Options(**json.loads(wire))
     os.umask(0o077)
     try:
-        tell(event="done", result=install(uv or None, Path(state), build, requirements, archive))
+        result = rollback(Path(state)) if options.rollback else install(Path(state), options, archive)
+        tell(event="done", result=result)
         return 0
     except ProblemError as error:
         failed(error.message, error.why, error.hint)
@@ -51,22 +75,108 @@ def main(arguments: list[str], archive: bytes) -> int:
     return 6
 
 
-def install(uv: str | None, state: Path, build: str, requirements: list[str], archive: bytes) -> dict[str, object]:
-    state.mkdir(parents=True, exist_ok=True)
-    state.chmod(0o700)
-    home = state / "agents" / build
+def install(state: Path, options: Options, archive: bytes) -> dict[str, object]:
+    lock(state)
+    home = state / "agents" / options.build
     link = state / "venv"
-    lock = os.open(state / "deploy.lock", os.O_RDWR | os.O_CREAT, 0o600)  # released with this process
-    wait_for(lock)
-    modules = [re.split(r"[^\w-]", requirement)[0].replace("-", "_") for requirement in wanted(requirements)]
-    whole = (home / STAMP).is_file() and not fault(home, build, modules)
+    script = state / "bin" / "mlxctl"
+    # Once asked for, it comes along with every further deploy: half a mlxctl would be none.
+    full = options.mlxctl or script.exists()
+    requirements = wanted([*options.requirements, *(options.control if full else ())])
+    modules = [*map(imported, requirements), *(["mlxops.mlxctl"] if full else [])]
+    whole = (home / STAMP).is_file() and not fault(home, options.build, modules)
     changed = not whole or not points_to(link, home)
     if not whole:
-        build_agent(uv, home, build, requirements, modules, archive)
+        build_agent(home, options, requirements, modules, archive, full=full)
     if not points_to(link, home):
+        tell_replaced(link)
         turn(link, home)
+    if full:
+        link_mlxctl(state, script)
+    pruned = prune(state)
     python = ask([str(home / "bin" / "python"), "-I", "-c", _ABOUT])
-    return {"build": build, "python": python.stdout.strip(), "changed": changed, "path": str(home)}
+    result = {"build": options.build, "python": python.stdout.strip(), "changed": changed, "path": str(home)}
+    return result | {"pruned": pruned, "mlxctl": str(script) if full else None}
+
+
+def imported(requirement: str) -> str:
+    """The module by which a requirement is imported."""
+    name = re.split(r"[^\w-]", requirement)[0].replace("-", "_")
+    return IMPORTED.get(name, name)
+
+
+def lock(state: Path) -> None:
+    """Until the end of this process."""
+    state.mkdir(parents=True, exist_ok=True)
+    state.chmod(0o700)
+    wait_for(os.open(state / "deploy.lock", os.O_RDWR | os.O_CREAT, 0o600))
+
+
+def rollback(state: Path) -> dict[str, object]:
+    """Back to the build before; once more, and it is forward again."""
+    lock(state)
+    link = state / "venv"
+    before = state / PREVIOUS
+    home = state / os.readlink(before) if before.is_symlink() else None
+    if home is None or not (home / STAMP).is_file():
+        raise ProblemError("there is no build to go back to", "only one was deployed so far", "deploy another one")
+    if found := fault(home, home.name, []):
+        raise ProblemError(f"the build before, {home.name}, does not work any more", found, "the present one stays")
+    turn(link, home)
+    python = ask([str(home / "bin" / "python"), "-I", "-c", _ABOUT])
+    return {"build": home.name, "python": python.stdout.strip(), "changed": True, "path": str(home)}
+
+
+def tell_replaced(link: Path) -> None:
+    try:
+        old = json.loads((link / STAMP).read_text())
+        note(f"this replaces {old['build']}, deployed by {old.get('by', '?')} at {old.get('at', '?')}")
+    except (OSError, ValueError, LookupError, TypeError):
+        return  # there was none
+
+
+def link_mlxctl(state: Path, script: Path) -> None:
+    """`<state>/bin/mlxctl` runs what `venv` points to; the user's own folder of programs gets a link to it."""
+    script.parent.mkdir(exist_ok=True)
+    new = script.with_name("mlxctl.new")
+    new.write_text(f'#!/bin/sh\nexec {shlex.quote(str(state / "venv/bin/python"))} -P -m mlxops.mlxctl "$@"\n')
+    new.chmod(0o700)
+    new.replace(script)
+    link = Path.home() / ".local" / "bin" / "mlxctl"
+    if link.is_symlink() and os.readlink(link) == str(script):
+        return
+    if link.is_symlink() or link.exists():
+        note(f"{link} is there and not ours: it was left as it is; the program is {script}")
+        return
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(script)
+    note(f"{link} is mlxctl now; if it is not found, add {link.parent} to PATH")
+
+
+def prune(state: Path) -> list[str]:
+    """Remove the builds that are neither in use, nor the present one, nor the one before."""
+    kept = {os.readlink(state / name).rpartition("/")[2] for name in ("venv", PREVIOUS) if (state / name).is_symlink()}
+    pruned = []
+    for home in sorted((state / "agents").iterdir()):
+        if home.name not in kept and not in_use(home):
+            (home / STAMP).unlink(missing_ok=True)
+            shutil.rmtree(home, ignore_errors=True)
+            pruned.append(home.name)
+    return pruned
+
+
+def in_use(home: Path) -> bool:
+    try:
+        stamp = os.open(home / STAMP, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(stamp, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(stamp)
+    return False
 
 
 def wait_for(lock: int) -> None:
@@ -90,33 +200,48 @@ def wait_for(lock: int) -> None:
 
 
 def build_agent(
-    uv: str | None, home: Path, build: str, requirements: list[str], modules: list[str], archive: bytes
+    home: Path, options: Options, requirements: list[str], modules: list[str], archive: bytes, *, full: bool
 ) -> None:
     """Everything up to the stamp. A virtual environment cannot be moved: it is made where it will be."""
     if home.exists():
+        if in_use(home):
+            raise ProblemError(
+                "the agent has to be made anew, and is at work", f"a process uses {home}", "deploy when it has ended"
+            )
         note("removing what an earlier deploy left unfinished")
         shutil.rmtree(home)
     home.parent.mkdir(parents=True, exist_ok=True)
     python = home / "bin" / "python"
+    uv = options.uv
     note("making the environment")
     if uv:
         run([uv, "venv", "--quiet", "--no-project", "--no-config", "--python", sys.executable, str(home)])
     else:
         run([sys.executable, "-I", "-m", "venv", str(home)])
-    unpack(archive, site_packages(python))
+    unpack(archive, site_packages(python), home / "wheels", full=full)
     if requirements:
-        note(f"installing {', '.join(modules)}")
+        note(f"installing {', '.join(map(imported, requirements))}")
         pip = (
             [uv, "pip", "install", "--compile-bytecode", "--python", str(python)]
             if uv
             else [str(python), "-I", "-m", "pip", "install", "--no-input", "--disable-pip-version-check", "--compile"]
         )
-        run([*pip, *requirements])
+        run([*pip, *(["--no-index", "--find-links", str(home / "wheels")] if options.wheels else []), *requirements])
+        shutil.rmtree(home / "wheels", ignore_errors=True)
     run([str(python), "-I", "-m", "compileall", "-q", str(site_packages(python) / "mlxops")])
-    if found := fault(home, build, modules):
+    if found := fault(home, options.build, modules):
         raise ProblemError("the new agent does not work", found, "the agent in use was left as it is; deploy again")
     os.sync()  # the stamp must not reach the disk before what it vouches for
-    stamp(home, {"build": build, "python": sys.version.split()[0], "requirements": requirements})
+    stamp(
+        home,
+        {
+            "build": options.build,
+            "python": sys.version.split()[0],
+            "requirements": requirements,
+            "by": options.by,
+            "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        },
+    )
 
 
 def fault(home: Path, build: str, modules: list[str]) -> str:
@@ -150,14 +275,17 @@ def site_packages(python: Path) -> Path:
     return Path(answer.stdout.strip())
 
 
-def unpack(archive: bytes, folder: Path) -> None:
+def unpack(archive: bytes, folder: Path, wheels: Path, *, full: bool) -> None:
+    """The agent; with `full` also the control part; and wheels into a folder of their own."""
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         for member in tar:
             source = tar.extractfile(member)
             parts = Path(member.name).parts
-            if source is None or not parts or parts[0] != "mlxops" or ".." in parts:
+            if source is None or len(parts) < 2 or parts[0] not in {"mlxops", "wheels"} or ".." in parts:
                 raise ProblemError("the archive is not mlxops's", member.name, "deploy again")
-            target = folder / member.name
+            if parts[0] == "mlxops" and not full and parts[1] in {"control", "tasks.py", "mlxctl.py"}:
+                continue
+            target = wheels / parts[-1] if parts[0] == "wheels" else folder / member.name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(source.read())
 
@@ -204,6 +332,11 @@ def points_to(link: Path, home: Path) -> bool:
 def turn(link: Path, home: Path) -> None:
     if link.exists() and not link.is_symlink():
         link.rename(link.with_name(f"venv.before-{time.time_ns()}"))  # somebody made it by hand
+    if link.is_symlink():
+        before = link.with_name(f"{PREVIOUS}.new")
+        before.unlink(missing_ok=True)
+        before.symlink_to(os.readlink(link))
+        before.replace(link.with_name(PREVIOUS))
     new = link.with_name("venv.new")
     new.unlink(missing_ok=True)
     new.symlink_to(home.relative_to(link.parent))

@@ -9,7 +9,6 @@ import re
 import shlex
 import socket
 import threading
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,14 +16,14 @@ from pathlib import Path
 from mlxops.agent import processes
 from mlxops.agent.engines import ENGINES, recognise
 from mlxops.agent.journal import activity
+from mlxops.agent.logs import clean
 from mlxops.agent.place import Place
-from mlxops.agent.store import Store
+from mlxops.agent.store import Store, utc
 from mlxops.agent.system import Listener, Look, System, collides
 from mlxops.core.registry import Registry
 from mlxops.core.world import Answer, Run, Server, Signals, World, drift, judge
 
 PROBE_SECONDS = 2.0
-_TERMINAL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[@-_]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def observe(
@@ -139,6 +138,7 @@ def _signals(
         stranger=_describe(look, others) if listeners and (others or not pids) else "",
         memory_bytes=system.memory(members) if members else None,
         last_words=_last_words(store.log_path(port)) if run is not None and not members else "",
+        rebooted=run is not None and run.boot_id != system.boot_id(),
     )
 
 
@@ -187,18 +187,11 @@ def _ask(where: Place, signals: list[Signals]) -> dict[int, Answer]:
 
 
 def _last_words(log: Path) -> str:
-    """When a server last wrote to its log, and what: how it ended, nobody saw who could tell."""
+    """What a server that ended said last, and when."""
     words = last_line(tail(log))
-    try:
-        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(log.stat().st_mtime))
-    except OSError:
-        return ""
-    return f"last sign of life {when}" + (f": {words}" if words else "")
-
-
-def clean(text: str) -> str:
-    """Text from outside without control characters and terminal escapes."""
-    return _TERMINAL.sub("", text)
+    with contextlib.suppress(OSError):
+        return f"{words} (its log ends at {utc(log.stat().st_mtime)})"
+    return words
 
 
 def tail(path: Path, size: int = 8192) -> str:

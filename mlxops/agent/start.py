@@ -10,16 +10,18 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shlex
 import signal
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from mlxops.agent import processes
+from mlxops.agent import logs, processes
 from mlxops.agent.engines.base import Command, Engine, Health, NoCompletion, Serving, complete
 from mlxops.agent.failures import About, explain
-from mlxops.agent.observe import clean, last_line
+from mlxops.agent.logs import clean
+from mlxops.agent.observe import last_line
 from mlxops.agent.place import Place
 from mlxops.agent.processes import Gated
 from mlxops.agent.store import Store, now, state_unwritable
@@ -185,9 +187,11 @@ class Start:
 
     def _head_log(self) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        logs.rotate(self.log)
+        version = self.command.version or "of unknown version"
         with open(self.log, "ab") as file:
             os.chmod(self.log, 0o600)
-            file.write(f"--- mlxops {now()} {' '.join(map(repr, self.argv))}\n".encode())
+            file.write(f"--- mlxops {now()} {self.engine.name} {version}: {shlex.join(self.argv)}\n".encode())
             self._log_from = file.tell()
 
     def _own_log(self) -> str:

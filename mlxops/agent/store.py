@@ -42,7 +42,11 @@ HISTORY_BYTES = 4 * 1024 * 1024
 
 def now() -> str:
     """Wall time for display, UTC, to the second."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return utc(time.time())
+
+
+def utc(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:

@@ -87,6 +87,9 @@ class System(Protocol):
     def boot_id(self) -> str:
         """What identifies this boot; another after a reboot."""
 
+    def booted_at(self) -> float:
+        """When it was, as wall time in seconds since the epoch; for display."""
+
     def look(self, ports: Container[int]) -> Look:
         """Every process, and the listeners on `ports`."""
 
@@ -124,6 +127,10 @@ class LinuxSystem:
 
     def boot_id(self) -> str:
         return (self.root / "sys/kernel/random/boot_id").read_text().strip()
+
+    def booted_at(self) -> float:
+        lines = (self.root / "stat").read_text().splitlines()
+        return float(next(line.split()[1] for line in lines if line.startswith("btime ")))
 
     def process(self, pid: int) -> Process | None:
         try:
@@ -241,6 +248,11 @@ class PsutilSystem:
         # kern.bootsessionuuid: a UUID for each boot (XNU, bsd/kern/kern_sysctl.c).
         command = ["/usr/sbin/sysctl", "-n", "kern.bootsessionuuid"]
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    def booted_at(self) -> float:
+        import psutil
+
+        return psutil.boot_time()
 
     def process(self, pid: int) -> Process | None:
         import psutil

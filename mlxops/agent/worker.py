@@ -6,6 +6,7 @@ follows that record. A broken connection, a closed terminal or a killed asker do
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from mlxops.agent.store import Store, disk_failed, state_unwritable
 from mlxops.agent.system import this_system
 from mlxops.core.errors import Bug, MlxopsError
 from mlxops.core.protocol import Done, Event, Failed, Request
+from mlxops.core.units import amount
 
 CANCEL_POLL_SECONDS = 0.1
 
@@ -45,7 +47,7 @@ def _start(journal: Journal, lock: int) -> subprocess.Popen[bytes]:
     try:
         with open(journal.folder / "stderr", "xb") as errors:
             return subprocess.Popen(
-                [sys.executable, "-P", "-m", "mlxops.agent", "--worker", str(journal.folder), str(lock)],
+                [_own_python(), "-P", "-m", "mlxops.agent", "--worker", str(journal.folder), str(lock)],
                 stdin=subprocess.DEVNULL,
                 stdout=errors,
                 stderr=errors,
@@ -55,6 +57,14 @@ def _start(journal: Journal, lock: int) -> subprocess.Popen[bytes]:
             )
     finally:
         os.close(lock)  # from now on it is the worker's alone
+
+
+def _own_python() -> str:
+    """This build's interpreter by its own path: `<state>/venv` may lead to another build before the worker ends, and
+    the worker imports what it needs when it needs it."""
+    if sys.prefix == sys.base_prefix:
+        return sys.executable
+    return str(Path(sys.prefix).resolve() / "bin" / Path(sys.executable).name)
 
 
 def run(folder: Path, lock: int) -> int:
@@ -82,7 +92,18 @@ def run(folder: Path, lock: int) -> int:
         operation=journal.id,
         cancellation=cancellation,
     )
+    _cut_logs(context)
     return finish(context, emit)
+
+
+def _cut_logs(context: Context) -> None:
+    """Servers write for months: whoever changes something looks whether a log has become too big."""
+    from mlxops.agent import logs
+
+    with contextlib.suppress(OSError):
+        for log, size in logs.too_big(context.store.state / "logs"):
+            logs.cut(log)
+            context.note(f"cut {log}: it had {amount(size)}; its end is in {log.name}.1")
 
 
 def finish(context: Context, emit: Callable[[Event], None]) -> int:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from mlxops.build import build_id
 from mlxops.control.session import ConnectionLost, Ended, Session, Transport
@@ -101,20 +102,24 @@ def ask_all(targets: Sequence[Target], command: str, args: Mapping[str, object],
     return tuple(answers[index] for index in range(len(targets)))
 
 
-def deploy(target: Target, listen: Listen) -> Answer:
-    """Install this tree's agent on the host, then agree with it on the host's settings."""
-    from mlxops.control.deploy import install
+def deploy(target: Target, listen: Listen, *, mlxctl: bool, wheels: Path | None, rollback: bool) -> Answer:
+    """Install this tree's agent on the host, then agree with it on the host's settings; or go back to the build that
+    was there before, which agrees with its own control node only."""
+    from mlxops.control.deploy import Wish, install
     from mlxops.control.inventory import Host
 
     host = Host(target.name, target.ssh or target.name, target.python, target.settings)
     try:
         transport = connect(target)
         try:
-            installed = install(transport, host, lambda text: listen(target.name, Note(text)))
+            wish = Wish(mlxctl, wheels, rollback, str(this_asker()))
+            installed = install(transport, host, lambda text: listen(target.name, Note(text)), wish=wish)
         finally:
             transport.close()
     except MlxopsError as error:
         return Answer(target.name, error=error)
+    if rollback and installed.get("build") != build_id():
+        return Answer(target.name, installed)
     agreed = ask(target, "agree", {}, listen)
     return Answer(target.name, {**installed, **(agreed.result or {})}, agreed.error)
 

@@ -8,16 +8,18 @@ what varies is an argument: no value is ever part of a program's text.
 from __future__ import annotations
 
 import io
+import json
 import re
 import tarfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from mlxops.build import PACKAGE, build_id, shipped
 from mlxops.control.inventory import Host
 from mlxops.control.session import ConnectionLost, Ended, Transport
-from mlxops.core.errors import AgentProblem, OutcomeUnknown
+from mlxops.core.errors import AgentProblem, OutcomeUnknown, UsageError
 from mlxops.core.protocol import Done, Failed, Note, decode_event
 
 DEPENDENCIES = ("huggingface_hub", "psutil")
@@ -83,13 +85,31 @@ class _Search:
     uv: list[str] = field(default_factory=list)
 
 
-def install(
-    transport: Transport, host: Host, note: Callable[[str], None], *, places: Sequence[str] = PLACES
-) -> dict[str, object]:
-    """Install the agent of this tree, or find it installed: `{build, python, changed, seconds, path}`.
+@dataclass(frozen=True)
+class Wish:
+    """What a deploy is asked for, beyond the agent itself."""
 
-    Raises `AgentProblem` no_python or install_failed, `OutcomeUnknown` when the connection broke; doing it again
-    is always safe.
+    mlxctl: bool = False
+    """Also the control part, and `mlxctl` in the user's own folder of programs."""
+    wheels: Path | None = None
+    """A folder with all wheels that are needed, for a host without a package index."""
+    rollback: bool = False
+    """Instead: back to the build that was there before."""
+    by: str = "?"
+
+
+def install(
+    transport: Transport,
+    host: Host,
+    note: Callable[[str], None],
+    *,
+    places: Sequence[str] = PLACES,
+    wish: Wish = Wish(),
+) -> dict[str, object]:
+    """Install the agent of this tree, or find it installed: `{build, python, changed, seconds, path, ...}`.
+
+    Raises `AgentProblem` no_python or install_failed, `UsageError` no_wheels, `OutcomeUnknown` when the connection
+    broke; doing it again is always safe.
     """
     started = time.monotonic()
     build = build_id()
@@ -97,8 +117,8 @@ def install(
         found = _search(transport, places)
         uv = found.uv[0] if found.uv else ""
         python = _choose(transport, host, found, uv, note)
-        note(f"installing {build} with {python}")
-        result = _run_installer(transport, host, python, uv if python not in found.whole else "", build, note)
+        note("going back to the build before" if wish.rollback else f"installing {build} with {python}")
+        result = _run_installer(transport, host, python, _options(wish, build, uv, python in found.whole), wish, note)
     except ConnectionLost as error:
         raise OutcomeUnknown(
             "deploy_interrupted",
@@ -107,33 +127,67 @@ def install(
             hint="run deploy again: it goes on from what is there; the agent in use was left as it is",
         ) from error
     return {
-        "build": build,
-        "python": result.get("python"),
-        "changed": result.get("changed"),
+        **result,
         "seconds": round(time.monotonic() - started, 3),
-        "path": result.get("path"),
+        "own_build": build,
+    }
+
+
+def _options(wish: Wish, build: str, uv: str, whole: bool) -> dict[str, object]:
+    """What the installer is told; its `Options`."""
+    return {
+        "build": build,
+        "uv": None if whole else uv or None,
+        "requirements": requirements(),
+        "control": control_requirements(),
+        "by": wish.by,
+        "mlxctl": wish.mlxctl,
+        "wheels": wish.wheels is not None,
+        "rollback": wish.rollback,
     }
 
 
 def requirements() -> list[str]:
     """The agent's dependencies, pinned as those of mlxops are."""
+    return [_pinned()[name] for name in DEPENDENCIES]
+
+
+def control_requirements() -> list[str]:
+    """What the control part needs beyond them."""
+    return [requirement for name, requirement in _pinned().items() if name not in ("huggingface_hub", "psutil")]
+
+
+def _pinned() -> dict[str, str]:
     from importlib.metadata import requires
 
     names = {re.split(r"[^A-Za-z0-9_.-]", each)[0]: each for each in requires("mlxops") or () if "extra ==" not in each}
-    by_name = {name.replace("-", "_").lower(): requirement for name, requirement in names.items()}
-    return [by_name[name] for name in DEPENDENCIES]
+    return {name.replace("-", "_").lower(): requirement for name, requirement in names.items()}
 
 
-def archive() -> bytes:
-    """The agent's sources as a tar; equal sources give equal bytes."""
+def archive(wheels: Path | None = None) -> bytes:
+    """The sources as a tar, and wheels; equal files give equal bytes. Raises `UsageError` (no_wheels)."""
+    files = {f"mlxops/{path.relative_to(PACKAGE).as_posix()}": path for path in [*shipped(), *_control_sources()]}
+    if wheels is not None:
+        found = sorted(wheels.glob("*.whl"))
+        if not found:
+            raise UsageError(
+                "no_wheels",
+                f"there is no wheel in {wheels}",
+                hint="pip download -d DIR --only-binary=:all: --platform ... huggingface_hub psutil",
+            )
+        files |= {f"wheels/{path.name}": path for path in found}
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        for path in shipped():
+        for name, path in files.items():
             data = path.read_bytes()
-            member = tarfile.TarInfo(f"mlxops/{path.relative_to(PACKAGE).as_posix()}")
+            member = tarfile.TarInfo(name)
             member.size, member.mode = len(data), 0o600
             tar.addfile(member, io.BytesIO(data))
     return buffer.getvalue()
+
+
+def _control_sources() -> list[Path]:
+    return [*sorted((PACKAGE / "control").rglob("*.py")), PACKAGE / "mlxctl.py", PACKAGE / "tasks.py"]
 
 
 def _search(transport: Transport, places: Sequence[str]) -> _Search:
@@ -189,11 +243,16 @@ def _choose(transport: Transport, host: Host, found: _Search, uv: str, note: Cal
 
 
 def _run_installer(
-    transport: Transport, host: Host, python: str, uv: str, build: str, note: Callable[[str], None]
+    transport: Transport,
+    host: Host,
+    python: str,
+    options: dict[str, object],
+    wish: Wish,
+    note: Callable[[str], None],
 ) -> dict[str, object]:
     program = (PACKAGE / "agent" / "install.py").read_bytes()
-    argv = [python, "-I", "-c", _START, str(len(program)), uv, host.settings.state, build, *requirements()]
-    session = transport.start(argv, program + archive())
+    argv = [python, "-I", "-c", _START, str(len(program)), host.settings.state, json.dumps(options)]
+    session = transport.start(argv, program + (b"" if wish.rollback else archive(wish.wheels)))
     try:
         for line in session.lines(SILENCE):
             match decode_event(line):

@@ -65,6 +65,11 @@ def _json(value: object) -> str:
     return json.dumps(value, indent=2, ensure_ascii=True)
 
 
+def json_line(value: object) -> str:
+    """One of many documents, on one line."""
+    return json.dumps(value, ensure_ascii=True)
+
+
 def exit_of(answers: Sequence[Answer]) -> Exit:
     return worst([answer.error.exit for answer in answers if answer.error])
 
@@ -205,7 +210,7 @@ def status_table(answers: Sequence[Answer]) -> str:
     many = len(answers) > 1
     rows: list[list[object]] = []
     for answer in answers:
-        if answer.error is not None:
+        if answer.error is not None and answer.result is None:
             rows.append([answer.host, "", "", answer.error.code, "", "", "", answer.error.message])
         for row in _rows(answer.result, "ports"):
             rows.append(
@@ -223,7 +228,12 @@ def status_table(answers: Sequence[Answer]) -> str:
         for answer in answers
         for row in _rows(answer.result, "drift")
     ]
-    return "\n".join([text, *drift])
+    running = [
+        one_line(f"running: {row.get('command')} {row.get('operation')}: {row.get('detail')}")
+        for answer in answers
+        for row in _rows(answer.result, "operations")
+    ]
+    return "\n".join([text, *running, *drift])
 
 
 def ops_table(answers: Sequence[Answer]) -> str:
@@ -363,12 +373,65 @@ def change_lines(command: str, result: Mapping[str, object]) -> str:
             return _reconcile_lines(result)
         case "unload":
             return _unload_line(result)
+        case "pull" | "remove":
+            return _files_line(result)
+        case "restore":
+            return _restore_line(result)
+        case "boot":
+            return _boot_lines(result)
         case "ops":
             return _ops_line(result)
         case "deploy":
-            verb = "installed" if result.get("changed") else "already installed"
-            return f"agent {one_line(result.get('build'))} {verb} at {one_line(result.get('path'))}"
+            return _deploy_lines(result)
     return _load_line(result)
+
+
+def _deploy_lines(result: Mapping[str, object]) -> str:
+    verb = "installed" if result.get("changed") else "already installed"
+    build, own, pruned = result.get("build"), result.get("own_build"), result.get("pruned")
+    lines = [f"agent {build} {verb} at {result.get('path')}"]
+    if isinstance(pruned, list) and pruned:
+        lines.append(f"removed older builds: {', '.join(map(str, pruned))}")
+    if build != own:
+        lines.append(f"this mlxops is {own}: changes need the control node of {build}, or another deploy")
+    return "\n".join(map(one_line, lines))
+
+
+def _files_line(result: Mapping[str, object]) -> str:
+    if "freed_bytes" in result:
+        verb = "would free" if result.get("dry_run") else "freed"
+        kept = result.get("kept")
+        rest = f"; {len(kept)} other revisions of it stay" if isinstance(kept, list) and kept else ""
+        return one_line(f"{result.get('model')}: {verb} {size(result.get('freed_bytes'))}{rest}")
+    if result.get("dry_run"):
+        return one_line(f"would ask the hub for {result.get('repo_id')}; here: {result.get('revision') or 'nothing'}")
+    verb = "is here" if result.get("changed") else "was here already"
+    checked = result.get("verified_files")
+    proof = f", the content of {checked} files verified" if checked is not None else ""
+    what = f"{result.get('repo_id')} at {str(result.get('revision'))[:12]} {verb}"
+    return one_line(f"{what}: {size(result.get('size_bytes'))}{proof} ({result.get('seconds')} s)")
+
+
+def _restore_line(result: Mapping[str, object]) -> str:
+    def named(key: str) -> str:
+        return ", ".join(f"{row.get('model')} on {row.get('port')}" for row in _rows(result, key))
+
+    verb = "would start" if result.get("dry_run") else "started"
+    left = f"; left: {named('skipped')}" if named("skipped") else ""
+    return one_line(f"{verb} {named('restored') or 'nothing'}{left}")
+
+
+def _boot_lines(result: Mapping[str, object]) -> str:
+    files = result.get("files")
+    files = files if isinstance(files, dict) else {}
+    lines = [f"restore at boot: {one_line(result.get('state'))}"]
+    lines += [f"{'' if text else 'not '}there: {one_line(path)}" for path, text in files.items()]
+    job = result.get("boot_job")
+    if isinstance(job, dict):
+        owns = "owns" if job.get("there") else "does not own any more"
+        lines.append(one_line(f"the host's own boot job {job.get('script')} {owns} port {job.get('port')}"))
+    told = result.get("told")
+    return "\n".join([*lines, *(map(harmless, told) if isinstance(told, list) else [])])
 
 
 def _ops_line(result: Mapping[str, object]) -> str:
@@ -376,6 +439,10 @@ def _ops_line(result: Mapping[str, object]) -> str:
     if "cancelled" in result:
         end = "was cancelled; nothing of it is left" if result["cancelled"] else "was done before it could be cancelled"
         return one_line(f"operation {result.get('operation')} {end}")
+    if "size_bytes" in result:
+        return _files_line(result)
+    if "restored" in result:
+        return _restore_line(result)
     if "url" in result:
         return _unload_line(result) if result.get("state") == "idle" else _load_line(result)
     return "it is done"

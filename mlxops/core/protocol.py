@@ -25,7 +25,12 @@ MAX_LINE = 4 * 1024 * 1024
 """Bytes; longer lines are not ours."""
 
 READS = frozenset({"list", "status", "gateway", "ops", "logs", "follow"})
-CHANGES = frozenset({"init", "load", "unload", "unload-all", "reconcile", "rollback", "set"})
+CHANGES = frozenset(
+    {
+        *("init", "load", "unload", "unload-all", "reconcile", "rollback", "set"),
+        *("restore", "boot", "pull", "remove"),
+    }
+)
 
 
 @dataclass(frozen=True)

@@ -171,6 +171,8 @@ class Signals:
     error: str | None = None
     """Why the port could not be looked at."""
     last_words: str = ""
+    rebooted: bool = False
+    """The recorded run is of an earlier boot of the host."""
 
 
 @dataclass(frozen=True)
@@ -197,10 +199,11 @@ class PortView:
     operation: Operation | None = None
     members: tuple[int, ...] = ()
     orphan: Orphan | None = None
+    rebooted: bool = False
 
     def to_wire(self) -> dict[str, object]:
         """The row of the status document."""
-        hidden = {"run", "server", "operation", "members", "orphan"}
+        hidden = {"run", "server", "operation", "members", "orphan", "rebooted"}
         row = {key: value for key, value in asdict(self).items() if key not in hidden}
         row["log_path"] = self.run.log_path if self.run else None
         row["operation"] = self.operation.id if self.operation else None
@@ -260,7 +263,8 @@ def judge(signals: Signals, registry: Registry) -> PortView:
     if signals.broken_record:
         return _view(signals, State.IDLE, None, detail="its run record is unreadable; nothing serves the port")
     if run is not None and assigned:
-        why = "its server ended" + (f": {signals.last_words}" if signals.last_words else "")
+        ended = "it went down with the host" if signals.rebooted else "its server ended"
+        why = ended + (f": {signals.last_words}" if signals.last_words and not signals.rebooted else "")
         return _view(signals, State.FAILED, None, model=assigned[0].name, detail=why)
     return _view(signals, State.IDLE, None)
 
@@ -388,6 +392,7 @@ def _view(
         operation=signals.operation,
         members=signals.members,
         orphan=orphan,
+        rebooted=signals.rebooted,
     )
 
 
@@ -411,7 +416,8 @@ def _drift_of_port(view: PortView, assigned: tuple[Model, ...]) -> Iterator[Drif
     if view.unserved:
         for name in names:
             message = f"{name} is assigned to {port}, but nothing serves it"
-            yield Drift("assigned_not_served", port, name, message, f"mlxctl load {name} {port}, or mlxctl reconcile")
+            hint = "mlxctl restore" if view.rebooted else f"mlxctl load {name} {port}, or mlxctl reconcile"
+            yield Drift("assigned_not_served", port, name, message, hint)
     elif view.owner is Owner.MLXOPS and view.state in {State.ORPHAN, State.MISMATCH, State.WEDGED, State.FAILED}:
         yield Drift(view.state.value, port, view.model, f"{port}: {view.detail}", f"mlxctl unload {port}")
     elif view.owner in {Owner.HAND, Owner.BOOT} and view.model not in names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import stat
 import subprocess
 import sys
 import threading
+import zipfile
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -177,6 +179,121 @@ def test_a_broken_connection_is_an_unknown_outcome(
                 transport, host(), lambda note: sshd.kill_sessions() if "making" in note else None, places=HERE
             )
     assert caught.value.exit == Exit.OUTCOME_UNKNOWN and "run deploy again" in caught.value.hint
+
+
+# -- builds: kept, pruned, gone back to ---------------------------------------------------------------------------
+
+
+def older_build(home: Path, name: str) -> Path:
+    """A build that was deployed before the present one, and that `venv` leads to now."""
+    state = home / ".mlxops"
+    shutil.copytree(state / "agents" / build_id(), state / "agents" / name, symlinks=True)
+    stamp = state / "agents" / name / "installed.json"
+    stamp.write_text(json.dumps({"build": name, "by": "chris@mini2", "at": "2026-01-02T03:04:05Z"}))
+    (state / "venv").unlink()
+    (state / "venv").symlink_to(f"agents/{name}")
+    return state / "agents" / name
+
+
+def builds(home: Path) -> set[str]:
+    return {path.name for path in (home / ".mlxops" / "agents").iterdir()}
+
+
+def test_a_build_that_a_process_uses_stays_and_older_ones_go(home: Path, bare: None) -> None:
+    deploy.install(open_local(), host(), quiet, places=HERE)
+    older_build(home, "unused")
+    used = older_build(home, "used")
+    older_build(home, "before")
+    # An agent of that build, at work: it waits for its request.
+    with subprocess.Popen(
+        [used / "bin" / "python", "-P", "-m", "mlxops.agent"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as agent:
+        assert agent.stdout is not None and agent.stdin is not None
+        assert b"hello" in agent.stdout.readline()
+        said: list[str] = []
+        assert deploy.install(open_local(), host(), said.append, places=HERE)["pruned"] == ["unused"]
+        assert "this replaces before, deployed by chris@mini2 at 2026-01-02T03:04:05Z" in said
+        assert builds(home) == {"used", "before", build_id()}
+        agent.stdin.close()
+        agent.wait(60)
+    assert deploy.install(open_local(), host(), quiet, places=HERE)["pruned"] == ["used"]
+    assert builds(home) == {"before", build_id()}
+
+
+def test_rollback_goes_to_the_build_before_and_back(home: Path, bare: None) -> None:
+    back = deploy.Wish(rollback=True)
+    deploy.install(open_local(), host(), quiet, places=HERE)
+    with pytest.raises(AgentProblem, match="no build to go back to"):
+        deploy.install(open_local(), host(), quiet, places=HERE, wish=back)
+    state = home / ".mlxops"
+    # Another build whose sources differ by one line.
+    other = older_build(home, "0.1.0+000000000000")
+    core = next(other.glob("lib/python*/site-packages/mlxops/core/__init__.py"))
+    core.write_text("# another\n")
+    python = other / "bin" / "python"
+    name = subprocess.run([python, "-I", "-m", "mlxops.agent", "--build"], capture_output=True, text=True, check=True)
+    other.rename(state / "agents" / name.stdout.strip())
+    (state / "venv").unlink()
+    (state / "venv").symlink_to(f"agents/{name.stdout.strip()}")
+    assert deploy.install(open_local(), host(), quiet, places=HERE)["changed"] is True
+    assert build_of(home) == build_id()
+    assert deploy.install(open_local(), host(), quiet, places=HERE, wish=back)["build"] == name.stdout.strip()
+    assert build_of(home) == name.stdout.strip()
+    deploy.install(open_local(), host(), quiet, places=HERE, wish=back)
+    assert build_of(home) == build_id()
+
+
+def test_a_worker_runs_by_its_builds_own_path(home: Path, bare: None) -> None:
+    """`venv` may lead elsewhere before it ends; what it imports late must still be its own."""
+    deploy.install(open_local(), host(), quiet, places=HERE)
+    python = home / ".mlxops" / "venv" / "bin" / "python"
+    code = "from mlxops.agent.worker import _own_python; print(_own_python())"
+    said = subprocess.run([python, "-P", "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert said == str(home / ".mlxops" / "agents" / build_id() / "bin" / "python")
+
+
+def test_mlxctl_is_linked_into_the_users_own_folder_and_stays_with_the_next_deploy(
+    home: Path, bare: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deploy, "control_requirements", lambda: ())
+    said: list[str] = []
+    done = deploy.install(open_local(), host(), said.append, places=HERE, wish=deploy.Wish(mlxctl=True))
+    link = home / ".local" / "bin" / "mlxctl"
+    assert os.readlink(link) == done["mlxctl"] and any(str(link) in note for note in said)
+    assert "venv/bin/python" in link.read_text()
+    package = next((home / ".mlxops" / "venv" / "lib").glob("python*/site-packages/mlxops"))
+    assert (package / "tasks.py").is_file() and (package / "control").is_dir()
+    shutil.rmtree(home / ".mlxops" / "agents" / build_id())
+    deploy.install(open_local(), host(), quiet, places=HERE)
+    assert (package / "tasks.py").is_file(), "without it the link would lead to half a program"
+
+
+def test_somebody_elses_mlxctl_is_left_alone(home: Path, bare: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deploy, "control_requirements", lambda: ())
+    link = program(home / ".local" / "bin" / "mlxctl", "echo theirs")
+    said: list[str] = []
+    deploy.install(open_local(), host(), said.append, places=HERE, wish=deploy.Wish(mlxctl=True))
+    assert "theirs" in link.read_text() and any("not ours" in note for note in said)
+
+
+def test_wheels_make_a_package_index_unnecessary(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setattr(deploy, "requirements", lambda: ["onlyhere==1.0"])
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    with pytest.raises(MlxopsError, match="no wheel"):
+        deploy.install(open_local(), host(), quiet, places=HERE, wish=deploy.Wish(wheels=wheels))
+    made = wheels / "onlyhere-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(made, "w") as wheel:
+        wheel.writestr("onlyhere.py", "")
+        wheel.writestr("onlyhere-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: onlyhere\nVersion: 1.0\n")
+        wheel.writestr("onlyhere-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("onlyhere-1.0.dist-info/RECORD", "")
+    done = deploy.install(open_local(), host(), quiet, places=HERE, wish=deploy.Wish(wheels=wheels))
+    assert done["changed"] is True
+    python = home / ".mlxops" / "venv" / "bin" / "python"
+    subprocess.run([python, "-I", "-c", "import onlyhere"], check=True)
+    assert not (home / ".mlxops" / "agents" / build_id() / "wheels").exists()
 
 
 # -- looking for an interpreter -----------------------------------------------------------------------------------

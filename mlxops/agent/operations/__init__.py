@@ -31,6 +31,10 @@ def command(name: str) -> Callable[[Context], dict[str, object]] | None:
             from mlxops.agent.operations.ops import ops
 
             return ops
+        case "logs":
+            from mlxops.agent.operations.logs import logs
+
+            return logs
         case "init":
             from mlxops.agent.operations.init import init
 
@@ -55,6 +59,22 @@ def command(name: str) -> Callable[[Context], dict[str, object]] | None:
             from mlxops.agent.operations.settings import set_
 
             return set_
+        case "restore":
+            from mlxops.agent.operations.restore import restore
+
+            return restore
+        case "boot":
+            from mlxops.agent.operations.boot import boot
+
+            return boot
+        case "pull":
+            from mlxops.agent.operations.pull import pull
+
+            return pull
+        case "remove":
+            from mlxops.agent.operations.pull import remove
+
+            return remove
         case "reconcile":
             from mlxops.agent.operations.reconcile import reconcile
 

@@ -27,6 +27,10 @@ class Cancellation:
         self._wished = self._raised = False
         self._shields = 0
 
+    @property
+    def wished(self) -> bool:
+        return self._wished
+
     def wish(self) -> None:
         """Called from a signal's handler."""
         self._wished = True
@@ -64,6 +68,8 @@ class Context:
     emit: Callable[[Event], None]
     environ: Mapping[str, str]
     operation: str = ""
+    beat: Callable[[], None] = lambda: None
+    """Says that the connection lives, now and then, while there is nothing to tell; raises if nobody listens."""
     cancellation: Cancellation = field(default_factory=Cancellation)
 
     def registry(self) -> Registry:

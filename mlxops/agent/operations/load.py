@@ -79,10 +79,10 @@ def _plan(ctx: Context, registry: Registry, target: Target, port: int, prepared:
 
 
 def _download(ctx: Context, target: Target) -> Files:
-    from mlxops.agent.hub import download
+    from mlxops.agent.operations.pull import fetch
 
     ctx.emit(Phase("download", f"{target.repo_id} is not in the cache"))
-    snapshot = download(target.repo_id, target.revision, ctx.where.hub, ctx.emit)
+    snapshot = fetch(ctx, target.repo_id, target.revision)
     return Files(snapshot.revision, snapshot.path, snapshot.size_bytes)
 
 

@@ -62,6 +62,7 @@ def start_in_place(ctx: Context, registry: Registry, plan: LoadPlan, prepared: P
             repo_id=plan.target.repo_id,
             revision=prepared.files.revision,
             replaced=plan.previous.model if plan.previous else None,
+            restore=ctx.request.flag("restore"),
         )
         return downtime
 

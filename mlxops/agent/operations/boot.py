@@ -1,0 +1,43 @@
+"""`boot`: have the system run `restore`."""
+
+from __future__ import annotations
+
+from mlxops.agent import boot as jobs
+from mlxops.agent.boot import Job, Manager
+from mlxops.agent.operations.context import Context
+from mlxops.agent.store import state_unwritable
+
+
+def boot(ctx: Context) -> dict[str, object]:
+    """`action`: install, remove or show."""
+    every = ctx.request.number("every")
+    job = jobs.job(ctx.where.state, ctx.environ, int(every) if every else None)
+    manager = jobs.manager(ctx.environ)
+    changed, told = False, list[str]()
+    try:
+        match ctx.request.text("action"):
+            case "install":
+                changed = not _is_installed(manager, job)
+                told = manager.install(job)
+            case "remove":
+                changed = manager.remove(job)
+    except OSError as error:
+        raise state_unwritable(ctx.where.state, error) from None
+    return {"changed": changed, "told": told, **_shown(ctx, manager, job)}
+
+
+def _is_installed(manager: Manager, job: Job) -> bool:
+    return all(path.exists() and path.read_bytes() == data for path, data in manager.files(job).items())
+
+
+def _shown(ctx: Context, manager: Manager, job: Job) -> dict[str, object]:
+    files = {str(path): path.read_text(errors="replace") if path.exists() else None for path in manager.places(job)}
+    own = ctx.where.settings.boot
+    return {
+        "state": manager.state() if any(files.values()) else "not installed",
+        "files": files,
+        "argv": list(job.argv),
+        "boot_job": None
+        if own is None
+        else {"port": own.port, "script": own.script, "there": jobs.job_is_there(own, ctx.environ)},
+    }

@@ -1,0 +1,217 @@
+"""`pull` and `remove`: the files of a model, without its server. And the one way in which operations download."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from typing import TypeVar
+
+from mlxops.agent.cache import Snapshot, find, roots
+from mlxops.agent.journal import named
+from mlxops.agent.operations.context import Context
+from mlxops.agent.operations.files import Files, registered
+from mlxops.agent.store import Lock
+from mlxops.core import names
+from mlxops.core.errors import Busy, Interrupted, Refused
+from mlxops.core.planner import unknown_model
+from mlxops.core.protocol import Phase, Progress
+from mlxops.core.registry import Model, Registry
+from mlxops.core.world import Operation, World
+
+FOLLOW_SECONDS = 0.2
+LET_GO_SECONDS = 2.0
+"""How long the threads of a download that nobody wants any more get to end."""
+T = TypeVar("T")
+
+
+def pull(ctx: Context) -> dict[str, object]:
+    """Bring what the hub has now into the cache; with `verify`, compare every file's content with the hub's hashes."""
+    from mlxops.agent.hub import verify
+
+    began = time.monotonic()
+    repo_id, revision = names.repo(ctx.request.text("repo") or "")
+    before = find(ctx.where.hub, repo_id, revision)
+    if ctx.request.dry_run:
+        here = before.revision if isinstance(before, Snapshot) else None
+        return {"repo_id": repo_id, "revision": here, "changed": False, "dry_run": True}
+    snapshot = fetch(ctx, repo_id, revision)
+    verified = None
+    if ctx.request.flag("verify"):
+        ctx.emit(Phase("verify", f"{repo_id} at {snapshot.revision[:12]}: the content of every file"))
+        verified = verify(repo_id, snapshot.revision, ctx.where.hub, ctx.emit)
+    changed = not (isinstance(before, Snapshot) and before.revision == snapshot.revision)
+    if changed:
+        ctx.remember(command="pull", repo_id=repo_id, revision=snapshot.revision)
+    return {
+        "repo_id": repo_id,
+        "revision": snapshot.revision,
+        "path": str(snapshot.path),
+        "size_bytes": snapshot.size_bytes,
+        "verified_files": verified,
+        "changed": changed,
+        "seconds": round(time.monotonic() - began, 3),
+    }
+
+
+def fetch(ctx: Context, repo_id: str, revision: str | None) -> Snapshot:
+    """Download a repository, or follow the operation that does, and see then what is left to do: mostly nothing.
+
+    Raises what `hub.download` raises. A download that is cancelled leaves nothing of a repository that was not there
+    before, and of another one what it had completed.
+    """
+    from mlxops.agent.hub import download
+
+    folder = ctx.where.hub / f"models--{repo_id.replace('/', '--')}"
+    with _only_download(ctx, repo_id):
+        new = not folder.exists()
+        given_up = threading.Event()
+        downloading = _beside(lambda: download(repo_id, revision, ctx.where.hub, ctx.emit, given_up=given_up.is_set))
+        try:
+            return downloading.result()
+        except Interrupted:
+            given_up.set()
+            wait([downloading], LET_GO_SECONDS)
+            if new:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def _beside(work: Callable[[], T]) -> Future[T]:
+    """Do it in a thread of its own: a wait can be interrupted, a read from a hub that stands still cannot. Such a
+    thread ends with the worker."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - raised again by whoever waits
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="download", daemon=True).start()
+    return future
+
+
+@contextmanager
+def _only_download(ctx: Context, repo_id: str) -> Iterator[None]:
+    name = f"repo-{repo_id.replace('/', '--')}"
+    while isinstance(held := ctx.store.lock(name, ctx.holder()), Operation):
+        ctx.note(f"{repo_id} is being downloaded by {held}; following that")
+        _follow(ctx, name, held)
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def _follow(ctx: Context, name: str, holder: Operation) -> None:
+    """Pass on the progress of whoever downloads, until it lets go."""
+    journal = named(ctx.store.state / "ops", holder.id)
+    told: Progress | None = None
+    while ctx.store.holder(name) == holder:
+        progress = journal.stand().progress if journal else None
+        if progress is not None and progress != told:
+            ctx.emit(progress)
+            told = progress
+        time.sleep(FOLLOW_SECONDS)
+
+
+def downloads(ctx: Context) -> list[Operation]:
+    """The operations that download now."""
+    held = [ctx.store.holder(path.name) for path in sorted((ctx.store.state / "locks").glob("repo-*"))]
+    return [operation for operation in held if operation is not None]
+
+
+def remove(ctx: Context) -> dict[str, object]:
+    """Delete the files of a registered model's revision. Its entry stays, and so do other revisions."""
+    from mlxops.agent.hub import delete
+
+    name = names.model_name(ctx.request.text("model") or "")
+    registry = ctx.usable_registry()
+    entry = registry.models.get(name) or next(iter(registry.with_repo(name)), None)
+    if entry is None:
+        raise unknown_model(name, registry)
+    files = _files(ctx, entry)
+    if files is None:
+        return {"model": entry.name, "changed": False, "freed_bytes": 0, "kept": [], "dry_run": ctx.request.dry_run}
+    sharing = [model for model in registry.models.values() if _uses(ctx, model, files)]
+    with _nobody_downloads(ctx, entry):
+        _refuse_in_use(registry, ctx.observe(registry), sharing)
+        freed, kept = delete(files.path, dry_run=ctx.request.dry_run)
+    if not ctx.request.dry_run:
+        ctx.remember(command="remove", model=entry.name, repo_id=entry.repo_id, revision=files.revision)
+    for other in sharing:
+        if other.name != entry.name:
+            ctx.note(f"{other.name} has the same files", "warning")
+    return {
+        "model": entry.name,
+        "repo_id": entry.repo_id,
+        "revision": files.revision,
+        "path": str(files.path),
+        "freed_bytes": freed,
+        "kept": kept,
+        "changed": not ctx.request.dry_run,
+        "dry_run": ctx.request.dry_run,
+    }
+
+
+def _files(ctx: Context, entry: Model) -> Files | None:
+    """The entry's snapshot, whole or not; None if there is nothing of it, or nothing that lies in a cache of ours."""
+    own = registered(entry)
+    found = find(ctx.where.hub, entry.repo_id, entry.revision) if own is None and entry.repo_id else None
+    path = own.path if own else found.path if found else None
+    if path is None or path.parent.name != "snapshots":
+        return None
+    inside = any(path.parent.parent.parent == root for root in roots(ctx.where.hub))
+    return Files(path.name, path, own.size_bytes if own else 0) if inside else None
+
+
+def _uses(ctx: Context, model: Model, files: Files) -> bool:
+    own = _files(ctx, model)
+    return own is not None and own.path == files.path
+
+
+def _refuse_in_use(registry: Registry, world: World, models: list[Model]) -> None:
+    """Raises `Refused` (in_use) if one of the models serves, is about to, or is to come back."""
+    for model in models:
+        for view in world.ports.values():
+            if view.owner is not None and view.model in {model.name, model.repo_id}:
+                raise _in_use(model, view.port, f"it is {view.state} there, owner {view.owner}")
+        if model.port is not None:
+            raise _in_use(model, model.port, "the registry assigns it to that port, and restore would start it")
+
+
+def _in_use(model: Model, port: int, why: str) -> Refused:
+    return Refused(
+        "in_use",
+        f"the files of {model.name} are in use on port {port}",
+        why=why,
+        hint=f"mlxctl unload {port}; then remove it",
+    )
+
+
+@contextmanager
+def _nobody_downloads(ctx: Context, entry: Model) -> Iterator[None]:
+    if ctx.request.dry_run:
+        yield
+        return
+    locks: list[Lock] = []
+    try:
+        for name in (f"repo-{(entry.repo_id or '').replace('/', '--')}", f"model-{entry.name.replace('/', '--')}"):
+            held = ctx.store.lock(name, ctx.holder())
+            if isinstance(held, Operation):
+                raise Busy(
+                    "busy",
+                    f"another operation works with {entry.name}: {held}",
+                    why="its files cannot be removed meanwhile",
+                    hint=f"wait for it: mlxctl ops --follow {held.id}",
+                    details={"operation": held.id},
+                )
+            locks.append(held)
+        yield
+    finally:
+        for lock in locks:
+            lock.release()

@@ -1,0 +1,199 @@
+"""Files alone: downloaded once for all who ask, checked by content, deleted without harm to what others use."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxops.agent.hub import download, verify
+from mlxops.core.errors import DownloadFailed
+from mlxops.core.protocol import Event, Note, Progress
+from tests.agent.test_hub import LLAMA, QUICK, cache, faulty, pull  # noqa: F401
+from tests.control.test_attach import client, operations, slow_hub, wired  # noqa: F401
+from tests.lab import models
+from tests.lab.faultyhub import FaultyHub, Lie
+from tests.lab.homelab import Homelab
+from tests.lab.hub import Hub
+from tests.lab.wire import Wire
+from tests.lab.world import wait_until
+
+QWEN = "tiny-org/tiny-qwen3"
+WAIT = 60.0
+
+
+def result(lab: Homelab, *words: str) -> dict[str, Any]:
+    row: dict[str, Any] = lab.mini.mlxctl(*words, "--json").ok().json["hosts"][0]["result"]
+    return row
+
+
+def disk(folder: Path) -> int:
+    """Bytes of the regular files below it."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def worker_of(lab: Homelab) -> int:
+    return next(process.pid for process in lab.studio.processes() if "--worker" in process.command)
+
+
+class TestPull:
+    def test_refreshes_and_says_whether_that_changed_anything(
+        self, online_homelab: Homelab, hub: Hub, tiny_models: Path
+    ) -> None:
+        first = hub.add("tiny-org/fresh", tiny_models / models.QWEN)
+        assert result(online_homelab, "pull", "--repo", "tiny-org/fresh")["revision"] == first
+        again = result(online_homelab, "pull", "--repo", "tiny-org/fresh")
+        assert (again["changed"], again["revision"]) == (False, first)
+        second = hub.update("tiny-org/fresh", tiny_models / models.QWEN_B)
+        newer = result(online_homelab, "pull", "--repo", "tiny-org/fresh", "--verify")
+        assert (newer["changed"], newer["revision"]) == (True, second)
+        assert newer["verified_files"] == len(models.files_of(tiny_models / models.QWEN_B))
+
+    def test_is_done_once_for_two_who_ask(self, wired: tuple[Homelab, Wire], slow_hub: Wire) -> None:  # noqa: F811
+        """A pull, and a load of the same repository that comes while it runs."""
+        lab, _ = wired
+        with client(lab, "pull", "--repo", QWEN) as first:
+            assert first.stderr is not None
+            next(line for line in first.stderr if line.startswith("download: 0"))
+            slow_hub.stalled = True
+            status = lab.mini.mlxctl("status", "--json").ok().json["hosts"][0]
+            assert [row["command"] for row in status["operations"]] == ["pull"]
+            with client(lab, "load", QWEN, str(lab.studio.ports[0])) as second:
+                assert second.stderr is not None
+                next(line for line in second.stderr if "is being downloaded by pull" in line)
+                slow_hub.stalled = False
+                said = second.stderr.read()
+                assert (first.wait(WAIT), second.wait(WAIT)) == (0, 0), said
+        assert "277.7 kB of it already here" in said or " of it already here" in said, said
+        assert lab.studio.completion(lab.studio.ports[0], "jerry-xl")["model"] == "jerry-xl"
+
+    def test_that_was_killed_leaves_nothing_behind_after_the_next_one(
+        self,
+        wired: tuple[Homelab, Wire],  # noqa: F811
+        slow_hub: Wire,  # noqa: F811
+    ) -> None:
+        lab, _ = wired
+        with client(lab, "pull", "--repo", QWEN) as process:
+            assert process.stderr is not None
+            next(line for line in process.stderr if line.startswith("download: 0"))
+            wait_until(lambda: list(lab.studio.hub.rglob("*.incomplete")), WAIT, "a file that is half here")
+            slow_hub.stalled = True
+            os.kill(worker_of(lab), signal.SIGKILL)
+            assert process.wait(WAIT) == 3
+        assert list(lab.studio.hub.rglob("*.incomplete"))
+        slow_hub.stalled = False
+        assert result(lab, "pull", "--repo", QWEN, "--verify")["changed"] is True
+        assert not list(lab.studio.hub.rglob("*.incomplete"))
+        assert operations(lab)[1]["state"] == "interrupted"
+
+    def test_that_is_cancelled_ends_at_once_and_leaves_nothing(
+        self,
+        wired: tuple[Homelab, Wire],  # noqa: F811
+        slow_hub: Wire,  # noqa: F811
+    ) -> None:
+        lab, _ = wired
+        with client(lab, "pull", "--repo", QWEN) as process:
+            assert process.stderr is not None
+            next(line for line in process.stderr if line.startswith("download: 0"))
+            slow_hub.stalled = True
+            done = lab.mini.mlxctl("ops", "--cancel", operations(lab)[0]["operation"], timeout=30).ok()
+            assert "nothing of it is left" in done.stdout
+            assert process.wait(WAIT) == 130
+        assert not list(lab.studio.hub.glob("models--*"))
+
+
+class TestVerify:
+    def test_finds_wrong_bytes_of_the_right_length_and_the_next_one_heals(
+        self,
+        faulty: FaultyHub,  # noqa: F811
+        cache: Path,  # noqa: F811
+    ) -> None:
+        snapshot = download(LLAMA, None, cache, lambda _: None, QUICK)
+        events: list[Event] = []
+        count = verify(LLAMA, snapshot.revision, cache, events.append, QUICK)
+        assert count == len(list(snapshot.path.iterdir()))
+        last = events[-1]
+        assert isinstance(last, Progress) and last.done == last.total
+        for name in ("model-00001-of-00002.safetensors", "config.json"):
+            blob = (snapshot.path / name).resolve()
+            content = blob.read_bytes()
+            blob.chmod(0o644)
+            blob.write_bytes(content[:-2] + b" }" if name == "config.json" else content[:-1] + b"\x00")
+        with pytest.raises(DownloadFailed) as caught:
+            verify(LLAMA, snapshot.revision, cache, events.append, QUICK)
+        assert caught.value.code == "wrong_content"
+        assert "config.json" in caught.value.why and "model-00001" in caught.value.why
+        pull(cache)
+        assert verify(LLAMA, snapshot.revision, cache, events.append, QUICK) == count
+
+    def test_leaves_a_running_downloads_half_files_alone(
+        self,
+        faulty: FaultyHub,  # noqa: F811
+        cache: Path,  # noqa: F811
+    ) -> None:
+        import fcntl
+
+        pull(cache)
+        blobs = models.repo_folder(cache, LLAMA) / "blobs"
+        (blobs / f"{'a' * 40}.01234567.incomplete").touch()
+        (blobs / f"{'b' * 40}.01234567.incomplete").touch()
+        locks = cache / ".locks" / blobs.parent.name
+        with open(locks / f"{'a' * 40}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            pull(cache)
+        assert [path.name[0] for path in blobs.glob("*.incomplete")] == ["a"]
+
+
+class TestRemove:
+    def test_frees_what_only_it_uses_and_the_dry_run_says_how_much(self, homelab: Homelab) -> None:
+        studio = homelab.studio
+        studio.install(QWEN, models.QWEN, trees=True, xet=True)
+        studio.install("tiny-org/copy", models.QWEN, trees=True, xet=True)  # its weights are in the shared store, too
+        kept = studio.install("tiny-org/two", models.LLAMA)
+        studio.install("tiny-org/two", models.QWEN_B, sha="c" * 40, ref=None)
+        homelab.mini.mlxctl("init").ok()
+        before = disk(studio.hub)
+        told = result(homelab, "remove", "--model", "tiny-org/two", "--dry-run")
+        assert disk(studio.hub) == before and told["changed"] is False
+        done = result(homelab, "remove", "--model", "tiny-org/two")
+        assert (done["freed_bytes"], done["kept"]) == (told["freed_bytes"], ["c" * 40])
+        registry = studio.registry_path.stat().st_size
+        assert abs(before - disk(studio.hub) - done["freed_bytes"]) <= 64, registry
+        assert not kept.exists() and (kept.parent / ("c" * 40) / "model.safetensors").is_file()
+        homelab.mini.mlxctl("remove", "--model", QWEN).ok()
+        assert not models.repo_folder(studio.hub, QWEN).exists()
+        homelab.mini.mlxctl("load", "tiny-org/copy", str(studio.ports[0])).ok()
+        listed = homelab.mini.mlxctl("list", "--json").ok().json["hosts"][0]["models"]
+        gone = next(row for row in listed if row["name"] == QWEN)
+        assert gone["problems"] == ["its files are not in the cache; load downloads them"]
+        assert result(homelab, "remove", "--model", QWEN)["changed"] is False
+
+    def test_is_refused_while_anything_uses_it(self, homelab: Homelab) -> None:
+        studio = homelab.studio
+        studio.install(QWEN, models.QWEN)
+        homelab.mini.mlxctl("load", QWEN, str(studio.ports[0])).ok()
+        # A second name for the same files.
+        document = studio.registry()
+        document["models"]["other"] = {**document["models"][QWEN], "port": None}
+        studio.registry_path.write_text(json.dumps(document))
+        for name in (QWEN, "other"):
+            refused = homelab.mini.mlxctl("remove", "--model", name, "--json")
+            error = refused.json["hosts"][0]["error"]
+            assert (refused.exit, error["code"]) == (3, "in_use")
+            assert f"mlxctl unload {studio.ports[0]}" in error["hint"]
+        assert homelab.mini.mlxctl("remove", "--model", "no-such", "--json").exit == 3
+        assert studio.completion(studio.ports[0], "jerry-xl")["model"] == "jerry-xl"
+
+
+def test_a_lie_of_the_hub_is_found_by_verify(faulty: FaultyHub, cache: Path) -> None:  # noqa: F811
+    """Files without a structure of their own, such as a template, are only found by their hash."""
+    faulty.fail(Lie(), method="GET", part="chat_template", times=1)
+    snapshot = download(LLAMA, None, cache, lambda _: None, QUICK)
+    notes: list[Event] = []
+    with pytest.raises(DownloadFailed, match="not those of the hub"):
+        verify(LLAMA, snapshot.revision, cache, notes.append, QUICK)
+    assert not any(isinstance(event, Note) for event in notes)

@@ -1,0 +1,161 @@
+"""A host that was rebooted comes back; a server that crashes does so a few times, and then no more."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from typing import Any
+
+from tests.lab import models
+from tests.lab.homelab import Homelab, Studio
+from tests.lab.world import end, wait_until
+
+EARLIER = "00000000-0000-0000-0000-000000000000"
+QWEN, LLAMA = "tiny-org/tiny-qwen3", "tiny-org/tiny-llama"
+
+
+def reboot(studio: Studio) -> None:
+    """Everything that runs is gone, and what was recorded is of another boot than the present one."""
+    studio.sweep()
+    for record in (studio.state / "run").glob("*.json"):
+        run = json.loads(record.read_text())
+        record.write_text(json.dumps(run | {"boot_id": EARLIER}))
+    history = studio.state / "history.jsonl"
+    lines = [json.loads(line) for line in history.read_text().splitlines()]
+    earlier = [line | ({"boot_id": EARLIER} if "boot_id" in line else {}) for line in lines]
+    history.write_text("".join(json.dumps(line) + "\n" for line in earlier))
+
+
+def status(lab: Homelab) -> dict[str, Any]:
+    host: dict[str, Any] = lab.mini.mlxctl("status", "--json").ok().json["hosts"][0]
+    return host
+
+
+def assigned(lab: Homelab) -> dict[str, int | None]:
+    return {name: entry["port"] for name, entry in lab.studio.registry()["models"].items()}
+
+
+def two_loaded(lab: Homelab) -> tuple[int, int]:
+    first, second = lab.studio.ports[0], lab.studio.ports[1]
+    lab.studio.install(QWEN, models.QWEN)
+    lab.studio.install(LLAMA, models.LLAMA)
+    lab.mini.mlxctl("load", LLAMA, str(second)).ok()
+    lab.mini.mlxctl("load", QWEN, str(first)).ok()
+    return first, second
+
+
+def kill_server(lab: Homelab, port: int) -> None:
+    pid = json.loads((lab.studio.state / "run" / f"{port}.json").read_text())["pid"]
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not lab.studio.listening(port), 30, "the port's end")
+
+
+def test_after_a_reboot_status_says_so_and_restore_brings_all_back(homelab: Homelab) -> None:
+    first, second = two_loaded(homelab)
+    reboot(homelab.studio)
+    host = status(homelab)
+    assert [row["state"] for row in host["ports"]][:2] == ["failed", "failed"]
+    assert host["ports"][0]["detail"] == "it went down with the host"
+    told = next(row for row in host["drift"] if row["code"] == "rebooted")
+    assert told["message"].startswith("rebooted 20") and told["message"].endswith("; 2 assignments down")
+    assert told["hint"] == "mlxctl restore"
+
+    plan = homelab.mini.mlxctl("restore", "--dry-run", "--json").ok().json["hosts"][0]["result"]
+    assert [row["port"] for row in plan["restored"]] == [first, second] and plan["changed"] is False
+    assert not homelab.studio.processes()
+
+    done = homelab.mini.mlxctl("restore").ok()
+    assert done.stdout == f"started {QWEN} on {first}, {LLAMA} on {second}\n"
+    assert status(homelab)["drift"] == []
+    for port, alias in ((first, "jerry-xl"), (second, "jerry-l")):
+        assert homelab.studio.completion(port, alias)["model"] == alias
+    assert homelab.mini.mlxctl("restore").ok().stdout == "started nothing\n"
+
+
+def test_what_reconcile_cleared_after_a_reboot_comes_back_by_the_hosts_own_job(homelab: Homelab) -> None:
+    first, second = two_loaded(homelab)
+    reboot(homelab.studio)
+    homelab.mini.mlxctl("reconcile").ok()
+    assert set(assigned(homelab).values()) == {None}
+    assert homelab.mini.mlxctl("restore").ok().stdout == "started nothing\n"
+    homelab.mini.mlxctl("restore", "--cleared").ok()
+    assert assigned(homelab) == {QWEN: first, LLAMA: second}
+    assert homelab.mini.mlxctl("restore", "--cleared").ok().stdout == "started nothing\n"
+
+    reboot(homelab.studio)
+    # What the system runs at boot: no request, no asker, the settings that the host was agreed on.
+    job = subprocess.run(
+        [sys.executable, "-P", "-m", "mlxops.agent", "--restore", str(homelab.studio.state)],
+        env=homelab.studio.env | {"PATH": os.defpath},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert job.stdout.endswith(" restored 2\n")
+    assert [row["state"] for row in status(homelab)["ports"]][:2] == ["ready", "ready"]
+    rows = homelab.mini.mlxctl("ops", "--json").ok().json["hosts"][0]["operations"]
+    assert rows[0]["command"] == "restore" and rows[0]["asker"].startswith("boot@")
+
+
+def test_what_does_not_fit_or_start_keeps_nobody_else_from_starting(homelab: Homelab) -> None:
+    first, second = two_loaded(homelab)
+    reboot(homelab.studio)
+    path = homelab.studio.registry_path
+    registry = json.loads(path.read_text())
+    broken = homelab.studio.install("tiny-org/tiny-broken", models.BROKEN)
+    registry["models"][QWEN] |= {"repo_id": "tiny-org/tiny-broken", "cache_path": str(broken)}
+    path.write_text(json.dumps(registry))
+    done = homelab.mini.mlxctl("restore", "--json")
+    error = done.json["hosts"][0]["error"]
+    assert (done.exit, error["code"]) == (4, "restore_incomplete")
+    assert [row["port"] for row in error["details"]["restored"]] == [second]
+    assert [row["port"] for row in error["details"]["failed"]] == [first]
+    assert not homelab.studio.listening(first)
+    assert homelab.studio.completion(second, "jerry-l")["model"] == "jerry-l"
+
+
+def test_the_memory_budget_is_kept_in_the_order_of_the_ports(homelab: Homelab) -> None:
+    first, second = two_loaded(homelab)
+    reboot(homelab.studio)
+    homelab.configure(memory="50MB")
+    # Into which no engine with a model fits beside another one.
+    done = homelab.mini.mlxctl("restore", "--json")
+    details = done.json["hosts"][0]["error"]["details"]
+    assert done.exit == 4
+    assert [row["port"] for row in details["restored"]] == [first]
+    assert [row["why"].partition(":")[0] for row in details["failed"]] == ["does_not_fit"]
+    assert not homelab.studio.listening(second)
+
+
+def test_a_server_that_crashes_again_is_left_for_a_while(homelab: Homelab) -> None:
+    homelab.studio.install(QWEN, models.QWEN)
+    port = homelab.studio.ports[0]
+    homelab.mini.mlxctl("load", QWEN, str(port)).ok()
+    kill_server(homelab, port)
+    row = status(homelab)["ports"][0]
+    assert row["state"] == "failed" and "its server ended: " in row["detail"] and "its log ends at 20" in row["detail"]
+    homelab.mini.mlxctl("restore").ok()
+    kill_server(homelab, port)
+    left = homelab.mini.mlxctl("restore").ok()
+    assert left.stdout == f"started nothing; left: {QWEN} on {port}\n"
+    assert "the next try is in" in left.stderr
+    homelab.mini.mlxctl("load", QWEN, str(port)).ok()
+    kill_server(homelab, port)
+    homelab.mini.mlxctl("restore").ok()
+    assert homelab.studio.completion(port, "jerry-xl")["model"] == "jerry-xl", "a person's load wipes the slate"
+    end(homelab.studio.processes())
+
+
+def test_the_boot_jobs_port_is_left_to_it(homelab: Homelab) -> None:
+    port = homelab.studio.ports[0]
+    homelab.studio.install(QWEN, models.QWEN)
+    homelab.mini.mlxctl("load", QWEN, str(port)).ok()
+    reboot(homelab.studio)
+    homelab.configure(boot={"port": port, "script": "/opt/mlx-launch/bin/start.sh"})
+    done = homelab.mini.mlxctl("restore").ok()
+    assert done.stdout.startswith("started nothing; left: ") and "boot job" in done.stderr
+    assert not homelab.studio.processes()
