@@ -944,6 +944,7 @@ namespace = Collection(
     unload_all,
     set_,
     reconcile,
+    gateway,
     restore,
     pull,
     remove,

@@ -26,7 +26,10 @@ MAX_LINE = 4 * 1024 * 1024
 
 READS = frozenset({"list", "status", "gateway", "ops", "logs", "follow"})
 CHANGES = frozenset(
-    {"init", "load", "unload", "unload-all", "reconcile", "restore", "boot", "pull", "remove", "rollback", "set"}
+    {
+        *("init", "load", "unload", "unload-all", "reconcile", "rollback", "set"),
+        *("restore", "boot", "pull", "remove"),
+    }
 )
 
 
