@@ -56,7 +56,8 @@ def with_flags(words: Sequence[str], takes_value: frozenset[str]) -> list[str]:
     """
     if not words or words[0] not in POSITIONAL:
         return list(words)
-    made, free = [words[0]], iter(POSITIONAL[words[0]])
+    given = {word.partition("=")[0] for word in words}
+    made, free = [words[0]], iter([flag for flag in POSITIONAL[words[0]] if flag not in given])
     rest = iter(words[1:])
     for word in rest:
         if word.startswith("-"):

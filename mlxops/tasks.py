@@ -44,7 +44,9 @@ class Call:
         from mlxops.control import inventory
 
         path = inventory.hosts_file(os.environ, _beside())
-        name = self.host or (os.environ.get("MLXOPS_HOST") if self.local else None)
+        name = self.host
+        if name is None and self.local:
+            name = os.environ.get("MLXOPS_HOST")
         if path is None:
             if not self.local:
                 raise UsageError(
@@ -282,22 +284,27 @@ def list_(c: Context, host: str | None = None, local: bool = False, json: bool =
     _read(Call("list", host, local, json, debug), render.list_table)
 
 
-@_command(host=HOSTS, strict="exit 3 if registry and life disagree anywhere")
+@_command(
+    host=HOSTS,
+    probe="also ask each ready port for one small completion",
+    strict="exit 3 if registry and life disagree anywhere",
+)
 def status(
     c: Context,
     host: str | None = None,
+    probe: bool = False,
     strict: bool = False,
     local: bool = False,
     json: bool = False,
     debug: bool = False,
 ) -> None:
     """Show what is on each port, on all hosts."""
-    _read(Call("status", host, local, json, debug), render.status_table, strict=strict)
+    _read(Call("status", host, local, json, debug), render.status_table, {"probe": probe}, strict=strict)
 
 
-def _read(call: Call, show: Show, *, strict: bool = False) -> NoReturn:
+def _read(call: Call, show: Show, args: Mapping[str, object] = {}, *, strict: bool = False) -> NoReturn:
     def run(talk: render.Talk) -> tuple[Answer, ...]:
-        answers = ask_all(call.targets(all_by_default=True), call.command, {}, talk.hear)
+        answers = ask_all(call.targets(all_by_default=True), call.command, args, talk.hear)
         if strict:
             answers = tuple(_strict(answer) for answer in answers)
         return answers
@@ -689,6 +696,48 @@ def _checks(only: str | None, fast: bool) -> None:
         raise SystemExit(f"failed: {', '.join(failed)}")
 
 
+def _whole(text: str, flag: str) -> int:
+    if not (text.isascii() and text.isdecimal()):
+        raise UsageError("bad_number", f"{names.shown(text)} is not a number for {flag}", hint=f"for example: {flag} 1")
+    return int(text)
+
+
+@task(
+    positional=[],
+    auto_shortflags=False,
+    help={
+        "minutes": "how long it goes on (10)",
+        "seed": "which faults: the same number gives the same ones (1)",
+        "state": "the file that counts; left out: faults.json in the test cache. The next run goes on with it",
+        "only": "kinds of fault, separated by commas",
+        "at": "with --only KIND: this one trial again, with all that it says",
+    },
+)
+def faults(
+    c: Context,
+    minutes: str = "10",
+    seed: str = "1",
+    state: str | None = None,
+    only: str | None = None,
+    at: str | None = None,
+) -> None:
+    """Cause fault after fault, and see what survives."""
+
+    def run() -> None:
+        from tests.faults import campaign
+
+        number = int(names.seconds(seed, "--seed"))
+        if at is not None:
+            campaign.replay(
+                _need(only, "--only", "faults --only kills --at 12"), int(names.seconds(at, "--at")), number
+            )
+        minutes_given = names.seconds(minutes, "--minutes")
+        if not campaign.run(minutes_given, number, Path(state) if state else None, only):
+            raise MlxopsError("faults_lost", "some faults were not survived", hint="inv faults --only KIND --at NUMBER")
+
+    _develop("faults", run)
+
+
 def _develop(name: str, run: Callable[[], None]) -> None:
     """A task for those who work on mlxops: it needs the checkout, and says so."""
     call = Call(name, None, local=True, json=False, debug=False)
@@ -714,5 +763,21 @@ def _develop(name: str, run: Callable[[], None]) -> None:
 
 
 namespace = Collection(
-    init, list_, status, load, unload, unload_all, reconcile, restore, pull, remove, boot, ops, logs, deploy, demo, test
+    init,
+    list_,
+    status,
+    load,
+    unload,
+    unload_all,
+    reconcile,
+    restore,
+    pull,
+    remove,
+    boot,
+    ops,
+    logs,
+    deploy,
+    demo,
+    test,
+    faults,
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import properties as properties  # hypothesis keeps its notes outside the checkout
 from tests.lab import cache, leaks, models, world
 from tests.lab.homelab import CHECKOUT, Homelab, LabUnavailable
 from tests.lab.hub import Hub

@@ -81,16 +81,34 @@ class Journal:
         return fd
 
     def emitter(self) -> Callable[[Event], None]:
-        fd = os.open(self.folder / "events.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        fd = self._open()
+        whole = True
 
         def emit(event: Event) -> None:
-            # A full disk must not end an operation because its diary cannot be kept.
+            nonlocal whole
+            # A full disk must not end an operation because its diary cannot be kept. What got in half is closed by
+            # a line's end, so that what follows can be read.
+            line = ("" if whole else "\n") + encode_event(event) + "\n"
+            whole = False
             with contextlib.suppress(OSError):
-                os.write(fd, (encode_event(event) + "\n").encode())
+                whole = os.write(fd, line.encode()) == len(line)
                 if isinstance(event, Done | Failed):
                     os.fsync(fd)
 
         return emit
+
+    def _open(self) -> int:
+        return os.open(self.folder / "events.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+
+    def append(self, event: Event) -> None:
+        """Write an event, the end, for a worker that cannot do it any more; nothing if it can."""
+        with contextlib.suppress(OSError), _closing(self.hold()), _closing(self._open()) as fd:
+            os.write(fd, f"\n{encode_event(event)}\n".encode())
+
+    @property
+    def since(self) -> str:
+        """When it was asked for: wall time, UTC."""
+        return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.strptime(self.id[:15], "%Y%m%dT%H%M%S"))
 
     @property
     def cancelled(self) -> bool:
@@ -232,6 +250,14 @@ def _began(folder: Path) -> tuple[str, int]:
         return folder.name[:15], (folder / "request.json").stat().st_mtime_ns
     except OSError:
         return folder.name[:15], 0
+
+
+@contextmanager
+def _closing(fd: int) -> Iterator[int]:
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 @contextmanager

@@ -45,8 +45,13 @@ def observe(
     hand = _hand_started(where, system, look, ports)
     signals = [_signals(where, store, system, look, hand, port, own) for port in ports]
     answers = _ask(where, [each for each in signals if each.listening and (each.run or each.hand)])
+    silent = {port for port, answer in answers.items() if answer is Answer.SILENT}
+    busy = system.connected(silent) if silent else frozenset()
     views = {
-        each.port: judge(replace(each, answer=answers.get(each.port, Answer.NOT_ASKED)), registry) for each in signals
+        each.port: judge(
+            replace(each, answer=answers.get(each.port, Answer.NOT_ASKED), busy=each.port in busy), registry
+        )
+        for each in signals
     }
     return World(views, drift(where.settings.ports, views, registry))
 
@@ -182,11 +187,13 @@ def _ask(where: Place, signals: list[Signals]) -> dict[int, Answer]:
 
 
 def _last_words(log: Path) -> str:
-    """What a server that ended said last, and when."""
+    """When a server last wrote to its log, and what: how it ended, nobody saw who could tell."""
     words = last_line(tail(log))
-    with contextlib.suppress(OSError):
-        return f"{words} (its log ends at {utc(log.stat().st_mtime)})"
-    return words
+    try:
+        when = utc(log.stat().st_mtime)
+    except OSError:
+        return ""
+    return f"last sign of life {when}" + (f": {words}" if words else "")
 
 
 def tail(path: Path, size: int = 8192) -> str:

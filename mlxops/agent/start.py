@@ -7,9 +7,11 @@ and answer with somebody else's model.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shlex
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -17,11 +19,12 @@ from dataclasses import replace
 
 from mlxops.agent import logs, processes
 from mlxops.agent.engines.base import Command, Engine, Health, NoCompletion, Serving, complete, installed_version
+from mlxops.agent.failures import About, explain
 from mlxops.agent.logs import clean
 from mlxops.agent.observe import last_line
 from mlxops.agent.place import Place
 from mlxops.agent.processes import Gated
-from mlxops.agent.store import Store, now
+from mlxops.agent.store import Store, now, state_unwritable
 from mlxops.agent.system import System
 from mlxops.core.errors import MlxopsError, NotStarted
 from mlxops.core.protocol import Event, Phase
@@ -82,7 +85,13 @@ class Start:
         self._asked = 0.0
 
     def launch(self, environ: dict[str, str], repo_id: str, revision: str, operation: str) -> Run:
-        """Start it behind the gate, record it durably, let it through. Raises `NotStarted`, `OSError`."""
+        """Start it behind the gate, record it durably, let it through. Raises `NotStarted`, `Refused`."""
+        try:
+            return self._launch(environ, repo_id, revision, operation)
+        except OSError as error:
+            raise state_unwritable(self.store.state, error) from None
+
+    def _launch(self, environ: dict[str, str], repo_id: str, revision: str, operation: str) -> Run:
         run_id = secrets.token_hex(8)
         self.store.clean_run_folder(self.serving.port)
         self.engine.prepare(self.serving)
@@ -110,9 +119,12 @@ class Start:
         )
         try:
             self.store.save_run(self._run)
-        except OSError:
+        except BaseException:
             self._gated.abandon()
             self._gated = None
+            # It may be there all the same, if only the last flush failed.
+            with contextlib.suppress(MlxopsError):
+                self.store.forget_run(self.serving.port)
             raise
         self._gated.open()
         return self._run
@@ -127,7 +139,8 @@ class Start:
         self._asked = time.monotonic()
         while time.monotonic() < deadline:
             if gated.child.poll() is not None:
-                raise self._failed(f"the server ended with status {gated.child.returncode} before it answered")
+                status = gated.child.returncode
+                raise self._failed(f"the server ended with {_ending(status)} before it answered", status)
             outcome = attempt.poll(deadline)
             if outcome is None:
                 run = replace(run, proven_at=now())
@@ -181,16 +194,36 @@ class Start:
         except OSError:
             return ""
 
-    def _failed(self, why: str) -> NotStarted:
+    def _failed(self, what: str, status: int | None = None) -> NotStarted:
         log = self._own_log()
         words = self.engine.fatal(log) or last_line(log)
+        last = f"its last words: {words.strip()[:400]}" if words else "it wrote nothing to its log"
+        serving = self.serving
+        about = About(serving.model.name, serving.model.repo_id or "", serving.port, self.command.argv[0])
+        cause = explain(f"{words}\n{what}", log, status, about)
+        see = f"read its log on the host: {self.log}"
         return NotStarted(
             "server_did_not_start",
-            f"{self.serving.model.name} did not start on port {self.serving.port}: {why}",
-            why=f"its last words: {words.strip()[:400]}" if words else "it wrote nothing to its log",
-            hint=f"read its log on the host: {self.log}",
-            details={"log_path": str(self.log), "last_lines": log.splitlines()[-20:]},
+            f"{serving.model.name} did not start on port {serving.port}: {what}",
+            why=f"{cause.reason}; {last}" if cause else last,
+            hint=f"{cause.help}; its log on the host: {self.log}" if cause else see,
+            details={
+                "cause": cause.code if cause else None,
+                "port": serving.port,
+                "log_path": str(self.log),
+                "last_lines": log.splitlines()[-20:],
+            },
         )
+
+
+def _ending(status: int) -> str:
+    """How a process ended, for people."""
+    if status >= 0:
+        return f"status {status}"
+    try:
+        return f"signal {signal.Signals(-status).name}"
+    except ValueError:
+        return f"signal {-status}"
 
 
 class _Attempt:

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 from mlxops.core import registry as registries
 from mlxops.core.errors import Busy, Refused
@@ -74,6 +75,21 @@ def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
         os.close(folder)
 
 
+def _writer_lives(temporary: Path) -> bool:
+    """Whether the process whose pid is in a temporary file's name lives; if it is another one by now, the file is
+    found later."""
+    pid = temporary.name.split(".")[-3]
+    if not pid.isdecimal() or int(pid) == os.getpid():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # somebody else's process: alive
+    return True
+
+
 def _flush(fd: int) -> None:
     if sys.platform == "darwin":
         # fsync(2) on macOS leaves the data in the drive's cache; F_FULLFSYNC does not.
@@ -119,13 +135,36 @@ class RegistryFile:
                 if new.raw == old.raw:
                     return old
                 self._remove_leftovers()
-                if data is not None:
-                    write_durably(self._previous, data)
-                mode = self.path.stat().st_mode & 0o777 if data is not None else 0o644
-                write_durably(self.path, new.encode(), mode)
+                self._write(data, new.encode())
                 return new
         except OSError as error:
             raise self._unwritable(error) from None
+
+    def _write(self, old: bytes | None, new: bytes) -> None:
+        """Write, or leave what was there: a change that could not be made to last is taken back before it is reported
+        as failed, or the file would say what nobody stands for."""
+        if old is not None:
+            write_durably(self._previous, old)
+        mode = self.path.stat().st_mode & 0o777 if old is not None else 0o644
+        try:
+            write_durably(self.path, new, mode)
+        except OSError:
+            with contextlib.suppress(OSError):
+                if old is None:
+                    self.path.unlink(missing_ok=True)
+                elif _read(self.path) != old:
+                    write_durably(self.path, old, mode)
+            raise
+
+    def remove_leftovers(self) -> None:
+        """Temporary files of writers that were killed. Raises `Busy` (registry_locked), `OSError`."""
+        if self.leftovers():
+            with self._locked():
+                self._remove_leftovers()
+
+    def leftovers(self) -> list[Path]:
+        """Temporary files beside the registry; one that is being written at this moment counts too."""
+        return sorted(self.path.parent.glob(f".{self.path.name}.*.tmp"))
 
     def check_writable(self) -> None:
         """Before anything is started or stopped: would a write succeed? Raises `Refused`."""
@@ -137,7 +176,8 @@ class RegistryFile:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists() and not self.path.is_file():
                 raise OSError(errno.EISDIR, "it is not a file")
-            with open(probe, "xb") as file:
+            # Unbuffered: the flush is to try the disk, so what it flushes must have been written.
+            with open(probe, "xb", buffering=0) as file:
                 file.write(b" " * 4096)
                 _flush(file.fileno())
         except OSError as error:
@@ -156,7 +196,7 @@ class RegistryFile:
 
     def _remove_leftovers(self) -> None:
         """Temporary files of writers that were killed: nobody else is writing while we hold the lock."""
-        for leftover in self.path.parent.glob(f".{self.path.name}.*.tmp"):
+        for leftover in self.leftovers():
             with contextlib.suppress(OSError):
                 leftover.unlink()
 
@@ -195,6 +235,8 @@ class Lock:
 
     path: Path
     fd: int
+    left: Operation | None = None
+    """Who had it before and never gave it back: an operation whose worker was killed."""
 
     def release(self) -> None:
         with contextlib.suppress(OSError):
@@ -219,12 +261,39 @@ class Store:
         except OSError as error:
             raise state_unwritable(self.state, error) from None
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Raises `Refused` (state_unwritable) for whatever the disk says no to."""
+        try:
+            yield
+        except OSError as error:
+            raise state_unwritable(self.state, error) from None
+
+    # What killed writers left
+
+    def leftovers(self) -> list[Path]:
+        """Temporary files, here and beside the registry, whose writers are gone."""
+        folders = (self.state, self.state / "run")
+        own = [path for folder in folders for path in folder.glob(".*.tmp") if not _writer_lives(path)]
+        return sorted([*own, *(path for path in self.registry.leftovers() if not _writer_lives(path))])
+
+    def remove_leftovers(self) -> list[Path]:
+        """Remove them; returns what there was. One that cannot be removed stays, and is found the next time."""
+        found = self.leftovers()
+        with contextlib.suppress(OSError):
+            self.registry.remove_leftovers()
+        for path in found:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+        return found
+
     # Locks
 
     def lock(self, name: str, holder: Operation) -> Lock | Operation:
         """The lock `name` (port-8100, model-x), or the operation that holds it."""
         path = self.state / "locks" / name
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with self._writing():
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         # `holder` has it for microseconds; an operation has it for long. A quarter of a second tells them apart.
         deadline = time.monotonic() + 0.25
         while not _try_flock(fd):
@@ -232,9 +301,15 @@ class Store:
                 os.close(fd)
                 return self._holder(path) or Operation(id="?", command="?")
             time.sleep(0.005)
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, json.dumps(holder.__dict__).encode(), 0)
-        return Lock(path, fd)
+        left = self._trace(path)
+        try:
+            with self._writing():
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, json.dumps(holder.__dict__).encode(), 0)
+        except BaseException:
+            os.close(fd)
+            raise
+        return Lock(path, fd, left)
 
     def holder(self, name: str) -> Operation | None:
         """Who holds the lock now; None if nobody does. It tries the lock, shared, and gives it back at once."""
@@ -251,14 +326,26 @@ class Store:
             os.close(fd)
         return None
 
+    def left(self, name: str) -> Operation | None:
+        """The operation that had the lock `name` and never gave it back, if nobody holds it now."""
+        trace = self._trace(self.state / "locks" / name)
+        return None if trace is None or self.holder(name) else trace
+
     def _holder(self, path: Path) -> Operation | None:
         # Between taking a lock and writing into it there is an instant: look again for a moment.
         for _ in range(20):
-            try:
-                return Operation(**json.loads(path.read_bytes()))
-            except (OSError, ValueError, TypeError):
-                time.sleep(0.005)
+            found = self._trace(path)
+            if found is not None:
+                return found
+            time.sleep(0.005)
         return None
+
+    def _trace(self, path: Path) -> Operation | None:
+        """Who a lock's file names, held or not; it is emptied by whoever gives the lock back."""
+        try:
+            return Operation(**json.loads(path.read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return None
 
     # Run records
 
@@ -273,10 +360,12 @@ class Store:
         return run_from_wire(wire)
 
     def save_run(self, run: Run) -> None:
-        write_durably(self.state / "run" / f"{run.port}.json", json.dumps(run.to_wire()).encode())
+        with self._writing():
+            write_durably(self.state / "run" / f"{run.port}.json", json.dumps(run.to_wire()).encode())
 
     def forget_run(self, port: int) -> None:
-        (self.state / "run" / f"{port}.json").unlink(missing_ok=True)
+        with self._writing():
+            (self.state / "run" / f"{port}.json").unlink(missing_ok=True)
 
     def run_folder(self, port: int) -> Path:
         """The working directory of the port's server."""
@@ -285,10 +374,11 @@ class Store:
     def clean_run_folder(self, port: int) -> None:
         """Make it, without the links that a server before left there."""
         folder = self.run_folder(port)
-        folder.mkdir(exist_ok=True, mode=0o700)
-        for path in folder.rglob("*"):
-            if path.is_symlink():
-                path.unlink()
+        with self._writing():
+            folder.mkdir(exist_ok=True, mode=0o700)
+            for path in folder.rglob("*"):
+                if path.is_symlink():
+                    path.unlink()
 
     def log_path(self, port: int) -> Path:
         return self.state / "logs" / f"{port}.log"
@@ -315,7 +405,8 @@ class Store:
             ) from None
 
     def agree(self, settings: Settings) -> None:
-        write_durably(self.state / "host.json", json.dumps(settings.to_wire(), indent=2).encode())
+        with self._writing():
+            write_durably(self.state / "host.json", json.dumps(settings.to_wire(), indent=2).encode())
 
     # History
 
@@ -324,7 +415,11 @@ class Store:
         line = (json.dumps({"at": now(), **what}) + "\n").encode()
         fd = os.open(self.state / "history.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
-            os.write(fd, line)
+            # On a full disk a line may get in half; the next one must not be lost with it.
+            if not _ends_with_newline(self.state / "history.jsonl"):
+                line = b"\n" + line
+            if os.write(fd, line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(fd)
         finally:
             os.close(fd)
@@ -345,6 +440,20 @@ class Store:
                 if isinstance(value, dict):
                     found.append(value)
         return found
+
+
+def _ends_with_newline(path: Path) -> bool:
+    """Whether a file is empty or its last byte ends a line."""
+    with open(path, "rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return True
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+def disk_failed(error: Exception) -> TypeGuard[OSError]:
+    """Whether an error says that a disk is full, broken or not to be written."""
+    return isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}
 
 
 def state_unwritable(state: Path, error: OSError) -> Refused:

@@ -93,6 +93,9 @@ class System(Protocol):
     def look(self, ports: Container[int]) -> Look:
         """Every process, and the listeners on `ports`."""
 
+    def connected(self, ports: Container[int]) -> frozenset[int]:
+        """Those of the ports at which somebody is connected to a server: a request may be in flight there."""
+
     def process(self, pid: int) -> Process | None: ...
 
     def environment(self, pid: int, key: str) -> str | None:
@@ -179,16 +182,23 @@ class LinuxSystem:
     def _pids(self) -> Iterable[int]:
         return (int(name) for name in os.listdir(self.root) if name.isdigit())
 
+    def connected(self, ports: Container[int]) -> frozenset[int]:
+        found = (int(row[1].partition(":")[2], 16) for table in ("tcp", "tcp6") for row in self._sockets(table, "01"))
+        return frozenset(port for port in found if port in ports)
+
     def _listening(self, table: str, ports: Container[int]) -> Iterable[tuple[str, int, str]]:
+        for fields in self._sockets(table, "0A"):
+            address, _, port = fields[1].partition(":")
+            if int(port, 16) in ports:
+                yield _address(address), int(port, 16), fields[9]
+
+    def _sockets(self, table: str, state: str) -> Iterable[list[str]]:
+        """The rows of a table of sockets that are in `state`: 01 connected, 0A listening (<net/tcp_states.h>)."""
         try:
             lines = _read(f"{self.root}/net/{table}").decode().splitlines()[1:]
         except OSError:
             return
-        for line in lines:
-            fields = line.split()
-            address, _, port = fields[1].partition(":")
-            if fields[3] == "0A" and int(port, 16) in ports:
-                yield _address(address), int(port, 16), fields[9]
+        yield from (fields for fields in map(str.split, lines) if fields[3] == state)
 
     def _owners(self, inodes: set[str]) -> dict[str, set[int]]:
         wanted = {f"socket:[{inode}]": inode for inode in inodes}
@@ -259,6 +269,18 @@ class PsutilSystem:
             processes,
             tuple(Listener(address, port, frozenset(pids)) for (address, port), pids in sockets.items()),
         )
+
+    def connected(self, ports: Container[int]) -> frozenset[int]:
+        import psutil
+
+        found: set[int] = set()
+        for pid in psutil.pids():
+            try:
+                connections = psutil.Process(pid).net_connections(kind="tcp")
+            except (psutil.Error, OSError):
+                continue
+            found |= {each.laddr.port for each in connections if each.status == psutil.CONN_ESTABLISHED}
+        return frozenset(port for port in found if port in ports)
 
     def environment(self, pid: int, key: str) -> str | None:
         import psutil

@@ -21,7 +21,7 @@ from mlxops.agent.journal import Journal
 from mlxops.agent.operations import command
 from mlxops.agent.operations.context import Cancellation, Context
 from mlxops.agent.place import place
-from mlxops.agent.store import Store, state_unwritable
+from mlxops.agent.store import Store, disk_failed, state_unwritable
 from mlxops.agent.system import this_system
 from mlxops.core.errors import Bug, MlxopsError
 from mlxops.core.protocol import Done, Event, Failed, Request
@@ -117,9 +117,15 @@ def finish(context: Context, emit: Callable[[Event], None]) -> int:
         emit(Failed(error))
         return int(error.exit)
     except Exception as error:  # noqa: BLE001 - the boundary: what nobody foresaw is a bug, and is told as one
-        emit(Failed(bug(error)))
-        return 1
+        told = _told(error, context.store)
+        emit(Failed(told))
+        return int(told.exit)
     return 0
+
+
+def _told(error: Exception, store: Store) -> MlxopsError:
+    """A disk that fails where nobody looked for it is the disk's fault; all else is ours."""
+    return state_unwritable(store.state, error) if disk_failed(error) else bug(error)
 
 
 def bug(error: BaseException) -> MlxopsError:

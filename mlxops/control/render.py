@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 LINE_SECONDS = 60.0
 """How often progress is told at least, where there is no terminal to draw a bar on."""
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def harmless(text: object) -> str:
@@ -190,7 +190,7 @@ def size(number: object) -> str:
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Plain columns, aligned, without colours or borders: as readable in a pipe as on a terminal."""
-    cells = [[one_line(cell) if cell not in (None, "") else "-" for cell in row] for row in rows]
+    cells = [["-" if cell is None else one_line(cell) or "-" for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -216,7 +216,7 @@ def status_table(answers: Sequence[Answer]) -> str:
                     answer.host,
                     *(row.get(key) for key in ("port", "alias", "state", "owner", "model")),
                     size(row.get("memory_bytes")),
-                    row.get("detail"),
+                    _detail(row),
                 ]
             )
     columns = ["HOST", "PORT", "ALIAS", "STATE", "OWNER", "MODEL", "MEMORY", "DETAIL"]
@@ -244,6 +244,15 @@ def ops_table(answers: Sequence[Answer]) -> str:
             about = [answer.host, row.get("operation"), row.get("command"), what, row.get("port")]
             rows.append([*about, row.get("state"), row.get("detail")])
     return table(["HOST", "OPERATION", "COMMAND", "MODEL", "PORT", "STATE", "DETAIL"], rows)
+
+
+def _detail(row: Mapping[str, object]) -> object:
+    """A port's detail, and what came of the completion that was asked for."""
+    probe = row.get("probe")
+    if not isinstance(probe, dict):
+        return row.get("detail")
+    told = f"completion in {probe.get('seconds')} s" if probe.get("ok") else "no completion"
+    return "; ".join(filter(None, [str(row.get("detail") or ""), told]))
 
 
 def list_table(answers: Sequence[Answer]) -> str:
@@ -419,6 +428,11 @@ def _reconcile_lines(result: Mapping[str, object]) -> str:
         f"{row.get('port')}: {row.get('model')}, pid {row.get('pid')}, {would}stopped: {row.get('why')}"
         for row in _rows(result, "stopped")
     ]
-    kept = result.get("kept")
-    lines += [f"left alone: {each}" for each in kept] if isinstance(kept, list) else []
+    for key, words in (
+        ("interrupted", "closed" if not would else "would be closed"),
+        ("leftovers", f"{would}removed"),
+        ("kept", "left alone"),
+    ):
+        told = result.get(key)
+        lines += [f"{words}: {each}" for each in told] if isinstance(told, list) else []
     return "\n".join(map(one_line, lines)) or "nothing to reconcile"

@@ -163,6 +163,8 @@ class Signals:
     activity: str = ""
     """What that operation is doing."""
     answer: Answer = Answer.NOT_ASKED
+    busy: bool = False
+    """Somebody is connected to it, so a probe without an answer may just have to wait."""
     stranger: str = ""
     """For people: what listens there, if it is not ours."""
     memory_bytes: int | None = None
@@ -291,6 +293,8 @@ def _judge_ours(signals: Signals, run: Run, assigned: tuple[str, ...]) -> PortVi
     if run.model not in assigned:
         return _view(signals, State.MISMATCH, owner, f"the registry says {assigned[0]}")
     match signals.answer:
+        case Answer.SILENT if signals.busy:
+            return _view(signals, State.READY, owner, "busy")
         case Answer.SILENT:
             return _view(signals, State.WEDGED, owner, "no answer to the probe")
         case Answer.BROKEN:
@@ -318,7 +322,9 @@ def _stranger(signals: Signals, registry: Registry, owner: Owner) -> PortView:
     server = signals.hand
     model = next((m.name for m in registry.models.values() if server and server.model in _known_as(m)), None)
     assigned = registry.on_port(signals.port)
-    if signals.answer is Answer.SILENT:
+    if signals.answer is Answer.SILENT and signals.busy:
+        state, detail = State.READY, "busy"
+    elif signals.answer is Answer.SILENT:
         state, detail = (State.WEDGED, "no answer to the probe") if signals.listening else (State.LOADING, "")
     elif not signals.listening:
         state, detail = State.LOADING, "it does not listen yet"

@@ -137,7 +137,9 @@ def test_a_server_that_crashes_again_is_left_for_a_while(homelab: Homelab) -> No
     homelab.mini.mlxctl("load", QWEN, str(port)).ok()
     kill_server(homelab, port)
     row = status(homelab)["ports"][0]
-    assert row["state"] == "failed" and "its server ended: " in row["detail"] and "its log ends at 20" in row["detail"]
+    assert (
+        row["state"] == "failed" and "its server ended: " in row["detail"] and "last sign of life 20" in row["detail"]
+    )
     homelab.mini.mlxctl("restore").ok()
     kill_server(homelab, port)
     left = homelab.mini.mlxctl("restore").ok()

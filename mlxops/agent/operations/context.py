@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
+from mlxops.agent import interrupted
 from mlxops.agent.observe import observe
 from mlxops.agent.place import Place
 from mlxops.agent.store import Lock, Store, now
@@ -118,6 +119,8 @@ class Context:
                 if isinstance(held, Operation):
                     raise busy(self.request, port, held)
                 stack.callback(Lock.release, held)
+                if held.left is not None:
+                    interrupted.settle(self, held.left.id, held.left.port)
             yield
 
 

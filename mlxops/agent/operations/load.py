@@ -7,7 +7,9 @@ import os
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
+from mlxops.agent import processes
 from mlxops.agent.engines import engine_named
 from mlxops.agent.engines.base import Command, Engine, NoCompletion, Serving
 from mlxops.agent.observe import observe
@@ -21,6 +23,9 @@ from mlxops.core.planner import LoadPlan, Outcome, Target, Wanted
 from mlxops.core.protocol import Phase
 from mlxops.core.registry import Model, Registry
 from mlxops.core.world import Owner, PortView, Run, World
+
+if TYPE_CHECKING:
+    from mlxops.agent.start import Start
 
 
 @dataclass(frozen=True)
@@ -171,17 +176,17 @@ def _apply_load(
     from mlxops.agent.start import Start, deadline_for
 
     previous = _restartable(ctx, registry, plan)
+    start = Start(ctx.where, ctx.store, ctx.system, prepared.engine, prepared.command, prepared.serving)
+    timeout = ctx.request.number("timeout") or deadline_for(prepared.files.size_bytes)
     downtime_from = time.monotonic() if plan.stops else None
     with ExitStack() as stack:
         for view in plan.stops:
             if view.port != plan.port:
                 stack.enter_context(ctx.locked(view.port))
-        with ctx.cancellation.shield():
-            for view in plan.stops:
-                stop(ctx, view, DRAIN_SECONDS)
-        start = Start(ctx.where, ctx.store, ctx.system, prepared.engine, prepared.command, prepared.serving)
-        timeout = ctx.request.number("timeout") or deadline_for(prepared.files.size_bytes)
         try:
+            with ctx.cancellation.shield():
+                for view in plan.stops:
+                    stop(ctx, view, DRAIN_SECONDS)
             ctx.cancellation.check()
             ctx.emit(Phase("start", f"{prepared.engine.name} on port {plan.port}, found by {prepared.command.source}"))
             start.launch(dict(ctx.environ), plan.target.repo_id, prepared.files.revision, ctx.operation)
@@ -192,8 +197,9 @@ def _apply_load(
             ctx.emit(Phase("commit", f"{plan.target.name} gets port {plan.port}"))
             ctx.store.registry.update(lambda current: _commit(current, plan, prepared.files))
         except BaseException as error:
-            start.abort()
-            _recover(ctx, plan, previous, error)
+            with ctx.cancellation.shield():
+                _abort(ctx, start)
+                _recover(ctx, previous, error)
             raise
         start.detach()
         downtime = None if downtime_from is None else time.monotonic() - downtime_from
@@ -217,46 +223,65 @@ def _commit(registry: Registry, plan: LoadPlan, files: Files) -> Registry:
     return registry.assign(plan.target.name, plan.port)
 
 
-def _restartable(ctx: Context, registry: Registry, plan: LoadPlan) -> Prepared | None:
-    """What would bring the old server back, found out while it still serves."""
-    view = plan.previous
-    run = view.run if view and view.owner is Owner.MLXOPS else None
+def _restartable(ctx: Context, registry: Registry, plan: LoadPlan) -> tuple[tuple[PortView, Prepared | None], ...]:
+    """What is stopped although it serves, each with what would bring it back, found out while it still serves."""
+    serving = [view for view in plan.stops if view is plan.previous or (view.port != plan.port and view.orphan is None)]
+    return tuple((view, _restart_of(ctx, registry, view)) for view in serving)
+
+
+def _restart_of(ctx: Context, registry: Registry, view: PortView) -> Prepared | None:
+    run = view.run if view.owner is Owner.MLXOPS else None
     entry = registry.models.get(run.model) if run else None
     if run is None or entry is None:
         return None
     with contextlib.suppress(MlxopsError):
         target = Target(run.model, run.repo_id, run.revision, entry, repoint=run.repo_id != entry.repo_id)
         files = cached(ctx, target)
-        return _prepare(ctx, target, plan.port, files) if files else None
+        return _prepare(ctx, target, view.port, files) if files else None
     return None
 
 
-def _recover(ctx: Context, plan: LoadPlan, previous: Prepared | None, error: BaseException) -> None:
-    """After a failed swap the old server comes back; the error tells both stories."""
-    from mlxops.agent.start import Start, deadline_for
+def _abort(ctx: Context, start: Start) -> None:
+    """Undo a start. What cannot be undone stays recorded, and is told: the reason of the failure matters more."""
+    try:
+        start.abort()
+    except (MlxopsError, OSError) as error:
+        ctx.note(f"what was started could not be removed: {error}", "warning")
 
-    if plan.previous is None:
+
+def _recover(ctx: Context, previous: tuple[tuple[PortView, Prepared | None], ...], error: BaseException) -> None:
+    """After a failed swap or move the old server comes back; the error tells both stories."""
+    stories = [story for view, prepared in previous if (story := _bring_back(ctx, view, prepared))]
+    if not stories:
         return
-    old = plan.previous.model
-    story = f"the old server of {old} could not be started again"
-    if previous is not None:
-        ctx.emit(Phase("restart", f"{old} comes back to port {plan.port}"))
-        start = Start(ctx.where, ctx.store, ctx.system, previous.engine, previous.command, previous.serving)
-        try:
-            start.launch(dict(ctx.environ), previous.wanted.repo_id, previous.wanted.revision, ctx.operation)
-            ctx.store.save_run(start.wait(deadline_for(previous.files.size_bytes), ctx.emit))
-            start.detach()
-            story = f"{old} serves port {plan.port} again"
-        except (MlxopsError, OSError) as second:
-            start.abort()
-            story = f"{old} did not come back either: {second}"
-            _clear(ctx, plan.port)
-    else:
-        _clear(ctx, plan.port)
+    story = "; ".join(stories)
     if isinstance(error, MlxopsError):
         error.details["previous"] = story
         error.why = f"{error.why}; {story}" if error.why else story
     ctx.note(story, "warning")
+
+
+def _bring_back(ctx: Context, view: PortView, prepared: Prepared | None) -> str:
+    """Start again what was stopped; says what came of it. Nothing, if it was not stopped."""
+    from mlxops.agent.start import Start, deadline_for
+
+    look = ctx.system.look(())
+    if view.run is not None and processes.members(ctx.system, look, view.run):
+        return ""
+    if prepared is None:
+        _clear(ctx, view.port)
+        return f"the old server of {view.model} could not be started again"
+    ctx.emit(Phase("restart", f"{view.model} comes back to port {view.port}"))
+    start = Start(ctx.where, ctx.store, ctx.system, prepared.engine, prepared.command, prepared.serving)
+    try:
+        start.launch(dict(ctx.environ), prepared.wanted.repo_id, prepared.wanted.revision, ctx.operation)
+        ctx.store.save_run(start.wait(deadline_for(prepared.files.size_bytes), ctx.emit))
+    except (MlxopsError, OSError) as second:
+        _abort(ctx, start)
+        _clear(ctx, view.port)
+        return f"{view.model} did not come back either: {second}"
+    start.detach()
+    return f"{view.model} serves port {view.port} again"
 
 
 def _clear(ctx: Context, port: int) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 from mlxops.agent.journal import Journal, recent
 from mlxops.agent.operations.context import Context
 from mlxops.agent.store import Store
@@ -29,7 +27,7 @@ def ops(ctx: Context) -> dict[str, object]:
 
 def _row(journal: Journal, alive: bool) -> dict[str, object]:
     stand = journal.stand()
-    row: dict[str, object] = {"operation": journal.id, **_asked(journal), "since": _since(journal.id)}
+    row: dict[str, object] = {"operation": journal.id, **_asked(journal), "since": journal.since}
     row |= {"phase": stand.phase.name if stand.phase else None, "detail": str(stand), "error": None}
     if stand.progress is not None:
         row["progress"] = {"done": stand.progress.done, "total": stand.progress.total, "rate": stand.progress.rate}
@@ -47,11 +45,6 @@ def _asked(journal: Journal) -> dict[str, object]:
         return {"command": None, "model": None, "repo": None, "port": None, "asker": None}
     texts = {key: request.text(key) for key in ("model", "repo", "port")}
     return {"command": request.command, **texts, "asker": str(request.asker)}
-
-
-def _since(operation: str) -> str:
-    """The wall time in an operation's id, UTC."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.strptime(operation[:15], "%Y%m%dT%H%M%S"))
 
 
 def find(store: Store, text: str) -> Journal:

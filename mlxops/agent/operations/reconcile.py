@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from mlxops.agent.interrupted import settle_all
 from mlxops.agent.observe import observe
 from mlxops.agent.operations.context import DRAIN_SECONDS, Context
 from mlxops.agent.operations.stopping import stop
@@ -14,6 +17,9 @@ def reconcile(ctx: Context) -> dict[str, object]:
     registry = ctx.usable_registry()
     plan = planner.plan_reconcile(registry, ctx.observe(registry))
     ports = sorted({*(plan.clear or {}).values(), *plan.forget, *(view.port for view in plan.stops)})
+    interrupted = settle_all(ctx)
+    if plan.clear and not ctx.request.dry_run:
+        _remember_cleared(ctx, plan.clear)
     stopped, cleared, kept = [], [], list(plan.kept)
     for port in ports:
         try:
@@ -24,10 +30,16 @@ def reconcile(ctx: Context) -> dict[str, object]:
             continue
         stopped += now_stopped
         cleared += now_cleared
-    changed = bool(stopped or cleared) and not ctx.request.dry_run
-    if stopped and changed:
-        ctx.remember(command="reconcile", stopped=stopped)
-    return {"cleared": cleared, "stopped": stopped, "kept": kept, "changed": changed, "dry_run": ctx.request.dry_run}
+    leftovers = ctx.store.leftovers() if ctx.request.dry_run else ctx.store.remove_leftovers()
+    return {
+        "cleared": cleared,
+        "stopped": stopped,
+        "interrupted": interrupted,
+        "leftovers": [str(path) for path in leftovers],
+        "kept": kept,
+        "changed": bool(stopped or cleared or interrupted or leftovers) and not ctx.request.dry_run,
+        "dry_run": ctx.request.dry_run,
+    }
 
 
 def _reconcile_port(ctx: Context, port: int) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
@@ -40,7 +52,6 @@ def _reconcile_port(ctx: Context, port: int) -> tuple[list[dict[str, object]], l
         for view in plan.stops:
             stop(ctx, view, DRAIN_SECONDS)
         if clear:
-            _remember_cleared(ctx, clear)
             ctx.store.registry.update(
                 lambda current: current.clear(m.name for m in current.on_port(port) if m.name in clear)
             )
@@ -49,13 +60,19 @@ def _reconcile_port(ctx: Context, port: int) -> tuple[list[dict[str, object]], l
     stopped: list[dict[str, object]] = [
         {"port": view.port, "model": view.model, "pid": view.pid, "why": view.detail} for view in plan.stops
     ]
-    return stopped, [{"model": name, "port": at} for name, at in clear.items()]
+    return stopped, _rows(clear)
 
 
-def _remember_cleared(ctx: Context, clear: dict[str, int]) -> None:
-    """Before it is cleared, and not to be done without: `restore --cleared` finds it here. Raises `Refused`."""
-    rows = [{"model": name, "port": at} for name, at in clear.items()]
+def _remember_cleared(ctx: Context, clear: Mapping[str, int]) -> None:
+    """Before it is done, and not to be done without: what was cleared must be found again, by `restore --cleared`, even
+    if this very operation is killed. Raises `Refused`."""
     try:
-        ctx.store.remember(operation=ctx.operation, by=str(ctx.request.asker), command="reconcile", cleared=rows)
+        ctx.store.remember(
+            operation=ctx.operation, by=str(ctx.request.asker), command="reconcile", cleared=_rows(clear)
+        )
     except OSError as error:
         raise state_unwritable(ctx.store.state, error) from None
+
+
+def _rows(clear: Mapping[str, int]) -> list[dict[str, object]]:
+    return [{"model": name, "port": port} for name, port in clear.items()]

@@ -1,0 +1,107 @@
+"""Operations that were cut short: their worker was killed, or the host went down, before they had a result.
+
+Such an operation is found in two ways: its record has no end although nobody works on it, and it never gave back the
+locks that it held. What it did to a port is seen by looking at the port, so repairing needs no memory of it: whoever
+takes the port's lock next does what its own plan says. The record is for people: it is named by `status`, and
+by the next command on that port, which then writes its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mlxops.agent.journal import Journal, named, recent
+from mlxops.agent.store import Store
+from mlxops.core.errors import Refused
+from mlxops.core.protocol import Failed
+from mlxops.core.world import Drift, Operation
+
+if TYPE_CHECKING:
+    from mlxops.agent.operations.context import Context
+
+
+@dataclass(frozen=True)
+class Cut:
+    """An operation without an end whose worker is gone."""
+
+    journal: Journal
+    operation: Operation
+    phase: str
+    """What it was doing, in a few words; empty if it had not said anything."""
+
+    def __str__(self) -> str:
+        where = f" on {self.operation.port}" if self.operation.port else ""
+        what = f"{self.operation.command} {self.operation.model or ''}".strip() + where
+        when = f"while it was at {self.phase}" if self.phase else "before it told anything"
+        return f"{what}, asked by {self.operation.asker} at {self.operation.since}, was interrupted {when}"
+
+
+def find(store: Store, ports: Iterable[int]) -> Iterator[Cut]:
+    """All of them, the newest first. `ports`: whose locks are looked at for the port that one was about."""
+    held = [left for port in ports if (left := store.left(f"port-{port}"))]
+    at = {operation.id: operation.port for operation in held}
+    for journal in recent(store.state / "ops"):
+        if not journal.alive() and (cut := _cut(journal, at.get(journal.id))) is not None:
+            yield cut
+
+
+def _cut(journal: Journal, port: int | None) -> Cut | None:
+    """None if it came to an end, or left nothing to be read."""
+    stand = journal.stand()
+    if stand.final is not None:
+        return None
+    try:
+        request = journal.request()
+    except (OSError, ValueError):
+        return None
+    text = request.text("port") or ""
+    operation = Operation(
+        journal.id,
+        request.command,
+        model=request.text("model"),
+        port=port or (int(text) if text.isdecimal() else None),
+        asker=str(request.asker),
+        since=journal.since,
+    )
+    return Cut(journal, operation, str(stand))
+
+
+def drift(store: Store, ports: Iterable[int]) -> Iterator[Drift]:
+    for cut in find(store, ports):
+        operation = cut.operation
+        again = f"mlxctl {operation.command} {operation.model or ''}".strip()
+        if operation.port is not None:
+            again += f" {operation.port}"
+        hint = f"ask for it again: {again}; or clean up what it left: mlxctl reconcile"
+        yield Drift("interrupted_operation", operation.port, operation.model, f"{cut} ({cut.journal.id})", hint)
+
+
+def settle(ctx: Context, operation: str, port: int | None) -> None:
+    """Name an operation that was cut short, and write its end."""
+    journal = named(ctx.store.state / "ops", operation)
+    cut = _cut(journal, port) if journal is not None and not journal.alive() else None
+    if cut is not None:
+        ctx.note(f"{cut} ({cut.journal.id}); what it left is put right", "warning")
+        _write_end(cut, ctx.operation)
+        ctx.store.remove_leftovers()
+
+
+def settle_all(ctx: Context) -> list[str]:
+    """The same for every one of them; returns what they were, in words."""
+    found = list(find(ctx.store, ctx.where.settings.ports))
+    for cut in found:
+        if not ctx.request.dry_run:
+            _write_end(cut, ctx.operation)
+    return [f"{cut} ({cut.journal.id})" for cut in found]
+
+
+def _write_end(cut: Cut, by: str) -> None:
+    error = Refused(
+        "operation_interrupted",
+        f"{cut}",
+        why="its worker was killed, or the host went down",
+        hint=f"what it left was taken care of by {by}",
+    )
+    cut.journal.append(Failed(error))

@@ -1,0 +1,114 @@
+"""What `status` tells beyond the ports themselves: servers that run with other settings than they would get now,
+entries that a hand edit spoiled, operations that were cut short, and what killed writers left."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+from mlxops.agent import interrupted, logs
+from mlxops.agent.engines import engine_named
+from mlxops.agent.engines.base import Serving
+from mlxops.agent.operations.context import Context
+from mlxops.agent.store import utc
+from mlxops.core.errors import MlxopsError
+from mlxops.core.registry import Registry
+from mlxops.core.units import amount
+from mlxops.core.world import Drift, Owner, PortView, State, World
+
+
+def further_drift(ctx: Context, registry: Registry, world: World) -> Iterator[Drift]:
+    for view in world.ports.values():
+        yield from _settings(ctx, registry, view)
+        if view.unserved and view.run is not None and not registry.on_port(view.port):
+            message = f"{view.port}: a run record of {view.run.model} describes nothing that lives"
+            yield Drift("leftover", view.port, view.run.model, message, "mlxctl reconcile")
+    for model in registry.models.values():
+        for problem in model.problems:
+            if "also claimed" not in problem:  # told as port_claimed_twice
+                message = f"the registry entry {model.name}: {problem}"
+                yield Drift("entry_problem", model.port, model.name, message, "mend the entry in registry.json")
+    yield from interrupted.drift(ctx.store, ctx.where.settings.ports)
+    yield from _too_big(ctx)
+    for path in ctx.store.leftovers():
+        yield Drift("leftover", None, None, f"{path} was left by a writer that was killed", "mlxctl reconcile")
+
+
+def rebooted(ctx: Context, registry: Registry, world: World) -> Iterator[Drift]:
+    """Servers of before the host's last boot that are assigned and not back."""
+    gone = [view.port for view in world.ports.values() if view.rebooted and view.unserved]
+    down = [port for port in gone if registry.on_port(port)]
+    if down:
+        message = f"rebooted {utc(ctx.system.booted_at())}; {len(down)} assignment{'s'[: len(down) != 1]} down"
+        yield Drift("rebooted", None, None, message, "mlxctl restore")
+
+
+def _too_big(ctx: Context) -> Iterator[Drift]:
+    hint = "the next change on the host cuts it, for example: mlxctl reconcile"
+    for log, size in logs.too_big(ctx.store.state / "logs"):
+        port = int(log.stem) if log.stem.isdecimal() else None
+        yield Drift("log_too_big", port, None, f"{log} has {amount(size)}", hint)
+
+
+def _settings(ctx: Context, registry: Registry, view: PortView) -> Iterator[Drift]:
+    """A server of ours whose argv is not what a load of its model would give it now."""
+    run = view.run
+    if run is None or view.owner is not Owner.MLXOPS or view.state not in {State.READY, State.WEDGED}:
+        return
+    entry = registry.models.get(run.model)
+    if entry is None:
+        return
+    hint = f"mlxctl load {run.model} {view.port} --force"
+    if entry.repo_id not in (None, run.repo_id):
+        message = f"{view.port} serves {run.repo_id}, and the registry says {entry.repo_id}"
+        yield Drift("settings_changed", view.port, run.model, message, hint)
+        return
+    wanted = entry.revision or Path(entry.cache_path or run.revision).name
+    if not run.revision.startswith(wanted):
+        message = f"{view.port} serves {run.repo_id} at {run.revision[:12]}, and the registry says {wanted[:12]}"
+        yield Drift("settings_changed", view.port, run.model, message, hint)
+        return
+    try:
+        expected = _expected(ctx, registry, view)
+    except MlxopsError as error:
+        message = f"{view.port}: {run.model} could not be started as it is configured now: {error.message}"
+        yield Drift("settings_changed", view.port, run.model, message, error.hint)
+        return
+    found = run.argv
+    if run.adopted:
+        # However it was launched by hand; what counts are the options.
+        found, expected = found[-len(expected) + 1 :], expected[1:]
+    if found != expected:
+        message = (
+            f"{view.port}: {run.model} runs with other settings than it would get now: {_difference(found, expected)}"
+        )
+        yield Drift("settings_changed", view.port, run.model, message, hint)
+
+
+def _expected(ctx: Context, registry: Registry, view: PortView) -> tuple[str, ...]:
+    """The argv that the model would be started with now. Raises `Refused`."""
+    run = view.run
+    assert run is not None
+    settings = ctx.where.settings
+    entry = registry.models[run.model]
+    engine = engine_named(entry.engine or settings.engine)
+    command = engine.command(settings.launch.get(engine.name, ()), {**ctx.environ, **settings.env})
+    path = Path(entry.cache_path or "/")
+    folder = ctx.store.run_folder(view.port)
+    alias = settings.alias(view.port, run.model)
+    serving = Serving(entry, alias, path, settings.bind, view.port, folder)
+    return engine.argv(command, serving)
+
+
+def _difference(found: tuple[str, ...], expected: tuple[str, ...]) -> str:
+    """Words that only one of them has; where there are none, the order differs."""
+    only = [
+        f"{verb} {shlex.join(words)}"
+        for verb, words in (
+            ("has", [word for word in found if word not in expected]),
+            ("lacks", [word for word in expected if word not in found]),
+        )
+        if words
+    ]
+    return "; ".join(only)[:400] or "the same words in another order"

@@ -1,0 +1,54 @@
+"""`status --probe`: one small completion from every ready port, all at once."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping
+
+from mlxops.agent.engines.base import NoCompletion, complete
+from mlxops.agent.operations.context import Context
+from mlxops.core.world import Drift, PortView, State, World
+
+SECONDS = 20.0
+"""How long a completion of four tokens may take: a server that is busy with others needs longer."""
+
+Probe = dict[str, object]
+"""`{"ok", "seconds", "error"}`."""
+
+
+def probe(ctx: Context, world: World) -> dict[object, Probe]:
+    """port -> what came of it. Takes no longer than the slowest, and never much longer than `SECONDS`."""
+    ready = [view for view in world.ports.values() if view.state is State.READY]
+    probes: dict[object, Probe] = {}
+
+    def ask(view: PortView) -> None:
+        probes[view.port] = _ask(ctx, view)
+
+    threads = [threading.Thread(target=ask, args=(view,), daemon=True) for view in ready]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + SECONDS + 1
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    late: Probe = {"ok": False, "seconds": SECONDS, "error": f"no completion within {SECONDS:.0f} s"}
+    return {view.port: probes.get(view.port, late) for view in ready}
+
+
+def _ask(ctx: Context, view: PortView) -> Probe:
+    began = time.monotonic()
+    alias = view.run.alias if view.run and view.run.alias else view.alias or view.model or ""
+    error = None
+    try:
+        complete(ctx.where.connect_host, view.port, alias, SECONDS)
+    except (OSError, NoCompletion) as failure:
+        error = str(failure)[:300] or type(failure).__name__
+    return {"ok": error is None, "seconds": round(time.monotonic() - began, 3), "error": error}
+
+
+def failed(world: World, probes: Mapping[object, Probe]) -> Iterator[Drift]:
+    for port, each in probes.items():
+        if not each["ok"] and isinstance(port, int):
+            view = world.ports[port]
+            message = f"{port} is up, and gave no completion: {each['error']}"
+            yield Drift("probe_failed", port, view.model, message, f"mlxctl logs --port {port}; mlxctl load --force")

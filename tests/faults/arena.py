@@ -1,0 +1,229 @@
+"""A managed host in a folder, for faults by the thousand: a cache, a registry, a state folder, a quick fake engine.
+
+Operations run as on a real host: their record is made, and a worker carries them out. The worker is a fork of the
+campaign that runs the very function which a worker's process runs, so it costs no start of an interpreter; what comes
+before it, the agent and the connection, is what the races through the agent and the cuts are for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pkgutil
+import shutil
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mlxops.agent
+from mlxops.agent import journal as journals
+from mlxops.agent import worker
+from mlxops.agent.journal import Journal
+from mlxops.agent.operations import command
+from mlxops.agent.operations.context import Context
+from mlxops.agent.place import place
+from mlxops.agent.store import Store
+from mlxops.agent.system import this_system
+from mlxops.core.errors import MlxopsError
+from mlxops.core.protocol import Asker, Done, Event, Failed, Note, Phase, Request, decode_event
+from mlxops.core.settings import PortRange, Settings
+from tests.faults import children
+from tests.faults.lab import install_engine
+from tests.faults.snapshots import MODELS, snapshot
+from tests.lab.homelab import _addresses as loopback_addresses
+from tests.lab.world import free_ports
+
+for _module in pkgutil.walk_packages(mlxops.agent.__path__, "mlxops.agent."):
+    # Now, and not in every fork; and what is edited while a campaign runs does not mix with what it began with.
+    if not _module.name.endswith((".gate", ".__main__")):
+        importlib.import_module(_module.name)
+
+PORTS = 3
+OPERATION_SECONDS = 90.0
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How an operation ended. `exit` is negative for a signal."""
+
+    journal: Journal
+    exit: int
+    events: tuple[Event, ...]
+    words: str = ""
+    """What its worker wrote beside the events: a traceback, if anything."""
+
+    @property
+    def result(self) -> Mapping[str, object] | None:
+        return next((event.result for event in self.events if isinstance(event, Done)), None)
+
+    @property
+    def error(self) -> MlxopsError | None:
+        return next((event.error for event in self.events if isinstance(event, Failed)), None)
+
+    @property
+    def told(self) -> str:
+        """Everything that people would have read."""
+        notes = [event.message for event in self.events if isinstance(event, Note | Phase)]
+        error = self.error
+        return "\n".join([*notes, *([error.message, error.why, error.hint] if error else [])])
+
+    def __str__(self) -> str:
+        error = self.error
+        said = f"{error.code}: {error.message} ({error.why})" if error else self.words.strip()[-300:]
+        return f"exit {self.exit}" + (f": {said}" if said else "")
+
+
+@dataclass
+class Arena:
+    folder: Path
+    engine: Sequence[str] = ()
+    """The engine's program; empty: the fake one."""
+    snapshots: Mapping[str, Path] = field(default_factory=dict)
+    ports: range = range(0)
+
+    def __post_init__(self) -> None:
+        self.hub = self.folder / "hub"
+        self.state = self.folder / "state"
+        self.registry_path = self.hub / "registry.json"
+        self.program = self.folder / "bin" / "mlx_lm.server"
+        self.program.parent.mkdir(parents=True)
+        if self.engine:
+            self.program.symlink_to(self.engine[0])
+        else:
+            install_engine(self.program.parent)
+            self.snapshots = {name: snapshot(self.hub, name) for name in MODELS}
+        # An address of its own: on 127.0.0.1 every other program's outgoing connection may take one of its ports.
+        (self.address,) = loopback_addresses(1)
+        self.ports = free_ports([self.address], PORTS)
+        self.settings = Settings(
+            bind=self.address,
+            hub=str(self.hub),
+            state=str(self.state),
+            engine="mlx-lm",
+            launch={"mlx-lm": (str(self.program),)},
+            ports=PortRange(self.ports[0], self.ports[-1]),
+            slots={self.ports[0]: "slot-a"},
+            memory=10**12,
+        )
+        self.store = Store(self.state, self.registry_path)
+        self.environ = {"HOME": str(self.folder), "PATH": "/usr/bin:/bin"}
+
+    # Operations
+
+    def request(self, name: str, **args: object) -> Request:
+        return Request(name, args, self.settings, "", Asker("faults", "here"))
+
+    def context(self, name: str, **args: object) -> Context:
+        request = self.request(name, **args)
+        where = place(request.settings, self.environ)
+        return Context(request, where, self.store, this_system(), lambda event: None, self.environ)
+
+    def look(self, name: str = "status", **args: object) -> Mapping[str, object]:
+        """A read, or a dry run, in this process."""
+        operation = command(name)
+        assert operation is not None
+        return operation(self.context(name, **args))
+
+    def begin(self, name: str, args: Mapping[str, object], *, stopped: bool = False) -> tuple[Journal, int]:
+        """Start the worker of an operation; returns its record and its pid."""
+        self.store.ready()
+        journal, lock = journals.create(self.state / "ops", self.request(name, **args))
+        assert lock is not None
+        os.environ.update(self.environ)
+        output = journal.folder / "stderr"
+        try:
+            return journal, children.fork(lambda: worker.run(journal.folder, lock), output, stopped=stopped, keep=lock)
+        finally:
+            os.close(lock)
+
+    def run(self, name: str, **args: object) -> Ended:
+        """An operation without a fault."""
+        journal, pid = self.begin(name, args)
+        return self.ended(journal, pid)
+
+    def struck(self, fault: Sequence[str], log: Path, name: str, **args: object) -> Ended:
+        """An operation whose worker runs under strace with these options."""
+        journal, pid = self.begin(name, args, stopped=True)
+        tracer = children.traced(pid, fault, log)
+        ended = self.ended(journal, pid)
+        children.wait(tracer, 20)
+        return ended
+
+    def ended(self, journal: Journal, pid: int) -> Ended:
+        status = children.wait(pid, OPERATION_SECONDS)
+        try:
+            lines = (journal.folder / "events.jsonl").read_text(encoding="utf-8").splitlines()
+        except OSError:
+            lines = []
+        events = tuple(event for event in map(decode_event, lines) if event is not None)
+        return Ended(journal, status, events, (journal.folder / "stderr").read_text(errors="replace"))
+
+    # The host
+
+    def registry(self) -> bytes:
+        try:
+            return self.registry_path.read_bytes()
+        except FileNotFoundError:
+            return b""
+
+    def servers(self) -> dict[int, str]:
+        """Living processes of this host's engine, gates among them: pid -> command."""
+        children.reap()
+        wanted = os.fsencode(self.program)
+        found = {}
+        for name in os.listdir("/proc"):
+            if name.isdigit():
+                try:
+                    argv = Path(f"/proc/{name}/cmdline").read_bytes()
+                except OSError:
+                    continue
+                if wanted in argv:
+                    found[int(name)] = argv.replace(b"\0", b" ").decode(errors="replace")
+        return found
+
+    def start_by_hand(self, model: str, port: int, alias: str | None = None) -> int:
+        """A server that somebody started, just as mlxops would have started it; returns its pid when it listens."""
+        folder = self.folder / "hand"
+        folder.mkdir(exist_ok=True)
+        name = alias or self.settings.alias(port, model)
+        link = folder / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink():
+            link.symlink_to(self.snapshots[model])
+        argv = [str(self.program), "--model", name, "--host", self.address, "--port", str(port)]
+
+        def serve() -> int:
+            os.chdir(folder)
+            os.execv(argv[0], argv)
+
+        pid = children.fork(serve, folder / "log")
+        deadline = time.monotonic() + 20
+        while not this_system().look({port}).on(self.address, port):
+            assert time.monotonic() < deadline, "the server by hand did not come up"
+            time.sleep(0.005)
+        return pid
+
+    def sweep(self) -> None:
+        """Kill every server and forget everything but the cache."""
+        for pid in self.servers():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        deadline = time.monotonic() + 20
+        while self.servers() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        shutil.rmtree(self.state, ignore_errors=True)
+        for path in self.hub.iterdir():
+            if path.is_file():
+                path.unlink()
+
+    def write_registry(self, models: Mapping[str, Mapping[str, object]]) -> None:
+        self.registry_path.write_text(json.dumps({"version": 1, "models": models}, indent=2) + "\n", encoding="utf-8")
+
+
+def entry(repo_id: str, path: Path, port: int | None = None, **more: object) -> dict[str, object]:
+    return {"repo_id": repo_id, "model_id": repo_id, "cache_path": str(path), "format": "mlx", "port": port, **more}

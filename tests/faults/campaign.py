@@ -1,0 +1,180 @@
+"""`inv faults`: fault after fault, for as long as it is given, counted in a file that the next run goes on with."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.lab import cache
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+STALL_SECONDS = 300.0
+LOST_KEPT = 200
+
+
+@dataclass(frozen=True)
+class Kind:
+    name: str
+    goal: int
+    batch: int
+    what: str
+
+
+KINDS = (
+    Kind("kills", 1000, 40, "worker killed before a mutating system call"),
+    Kind("real", 40, 9, "the same with the real mlx-lm"),
+    Kind("errors", 300, 30, "ENOSPC or EIO from a system call"),
+    Kind("power", 2000, 10, "crash state after power loss, of recorded writes"),
+    Kind("races", 300, 15, "race of 8 processes"),
+    Kind("hostile", 1800, 100, "hostile input, command line and agent"),
+    Kind("hostile over SSH", 200, 20, "hostile input through SSH"),
+    Kind("broken", 500, 50, "broken registry"),
+    Kind("reuse", 100, 10, "exact pid reuse"),
+    Kind("cuts", 100, 10, "connection cut, client or session killed"),
+)
+
+
+@dataclass
+class State:
+    """What has been tried, in a file; several campaigns may work on one."""
+
+    path: Path
+
+    @contextmanager
+    def changed(self) -> Iterator[dict[str, dict[str, object]]]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a+", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            text = file.read()
+            document = json.loads(text) if text else {}
+            yield document
+            file.seek(0)
+            file.truncate()
+            json.dump(document, file, indent=1)
+
+    def read(self) -> dict[str, dict[str, object]]:
+        with self.changed() as document:
+            return document
+
+
+def count(row: dict[str, object] | None, key: str) -> int:
+    value = (row or {}).get(key, 0)
+    return value if isinstance(value, int) else 0
+
+
+def run(minutes: float, seed: int, state: Path | None = None, only: str | None = None) -> bool:
+    """Returns whether nothing was lost, in this run or before."""
+    kept = State(state or cache.cache_folder() / "faults.json")
+    kinds = [kind for kind in KINDS if only is None or kind.name in only.split(",")]
+    deadline = time.monotonic() + minutes * 60
+    skipped = _unavailable(kept, kinds)
+    while time.monotonic() < deadline:
+        rows = kept.read()
+        open_kinds = [kind for kind in kinds if kind.name not in skipped]
+        if not open_kinds:
+            break
+        # The one that is furthest from its goal; when all are reached, they go on in turn.
+        kind = min(open_kinds, key=lambda kind: count(rows.get(kind.name), "claimed") / kind.goal)
+        _batch(kept, kind, seed, deadline)
+    sys.stdout.write(table(kept) + "\n")
+    return not any(count(row, "lost") for row in kept.read().values())
+
+
+def _unavailable(kept: State, kinds: list[Kind]) -> set[str]:
+    """The kinds that this machine cannot cause; the table says why."""
+    from shutil import which
+
+    from tests.faults import reuse
+
+    found: dict[str, str] = {}
+    for kind in kinds:
+        if kind.name in {"kills", "errors", "real", "power"} and which("strace") is None:
+            found[kind.name] = "no strace"
+        if kind.name == "reuse" and (why := reuse.available()):
+            found[kind.name] = why
+        if (
+            kind.name in {"cuts", "hostile over SSH"}
+            and which("sshd", path="/usr/sbin:/usr/local/sbin:/usr/bin") is None
+        ):
+            found[kind.name] = "no sshd"
+    with kept.changed() as document:
+        for name, why in found.items():
+            document.setdefault(name, {})["skipped"] = why
+    return set(found)
+
+
+def _batch(kept: State, kind: Kind, seed: int, deadline: float) -> None:
+    """A batch in a process and session of its own; what it leaves is killed with its session."""
+    with kept.changed() as document:
+        row = document.setdefault(kind.name, {})
+        first = count(row, "claimed")
+        row["claimed"] = first + kind.batch
+    argv = [sys.executable, "-m", "tests.faults.batch", kind.name, str(first), str(kind.batch), str(seed)]
+    with subprocess.Popen(argv, cwd=CHECKOUT, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                _counted(kept, kind, seed, json.loads(line))
+                if time.monotonic() > deadline:
+                    break
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                try:
+                    process.wait(20)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+    if process.returncode not in (0, -signal.SIGTERM):
+        _counted(
+            kept, kind, seed, {"number": first, "name": "batch", "cases": 1, "wrong": [f"exit {process.returncode}"]}
+        )
+
+
+def _counted(kept: State, kind: Kind, seed: int, row: dict[str, object]) -> None:
+    cases = row["cases"]
+    assert isinstance(cases, int)
+    with kept.changed() as document:
+        total = document.setdefault(kind.name, {})
+        total["tried"] = count(total, "tried") + cases
+        if row["wrong"]:
+            total["lost"] = count(total, "lost") + 1
+            lost = total.setdefault("cases lost", [])
+            assert isinstance(lost, list)
+            lost.append({"seed": seed, **{key: row[key] for key in ("number", "name", "wrong")}})
+            del lost[:-LOST_KEPT]
+            sys.stderr.write(f"lost: {kind.name} {row['number']}: {row['name']}: {row['wrong']}\n")
+
+
+def table(kept: State) -> str:
+    rows = kept.read()
+    lines = [f"{'FAULT':<58}{'TRIED':>7}{'SURVIVED':>10}{'LOST':>6}"]
+    for kind in KINDS:
+        row = rows.get(kind.name, {})
+        tried, lost = count(row, "tried"), count(row, "lost")
+        if row.get("skipped") and not tried:
+            lines.append(f"{kind.what:<58}{'-':>7}{'-':>10}{'-':>6}  skipped: {row['skipped']}")
+        else:
+            lines.append(f"{kind.what:<58}{tried:>7}{tried - lost:>10}{lost:>6}")
+    return "\n".join([*lines, *_controls()])
+
+
+def _controls() -> list[str]:
+    """The naive ones must be caught by what the others survive."""
+    from tests.faults import controls
+
+    return [f"control: {name:<49}{'caught' if caught else 'NOT CAUGHT':>23}" for name, caught in controls.run()]
+
+
+def replay(kind: str, number: int, seed: int) -> None:
+    """One trial again, with all that it says."""
+    os.execv(sys.executable, [sys.executable, "-m", "tests.faults.batch", kind, str(number), "1", str(seed)])

@@ -1,0 +1,122 @@
+"""Child processes of the campaign: forks of itself, strace, and the orphans that its faults make.
+
+The campaign is a process of its own in which nothing else waits for children, so every status can be collected here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+_PR_SET_PTRACER = 0x59616D61
+"""<linux/prctl.h>: who may trace this process, where Yama asks."""
+_statuses: dict[int, int] = {}
+
+
+def reap() -> None:
+    """Collect whatever has ended, orphans of killed workers among them."""
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        _statuses[pid] = status
+
+
+def wait(pid: int, seconds: float) -> int:
+    """The exit status of a child, negative for a signal. Raises `TimeoutError` and kills it."""
+    deadline = time.monotonic() + seconds
+    while True:
+        reap()
+        if pid in _statuses:
+            return os.waitstatus_to_exitcode(_statuses.pop(pid))
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+            raise TimeoutError(f"process {pid} did not end within {seconds:.0f} s")
+        time.sleep(0.002)
+
+
+def fork(body: Callable[[], int], output: Path, *, stopped: bool = False, keep: int = 2) -> int:
+    """A fork that runs `body` in a session of its own and ends with what it returns; `stopped` until SIGCONT.
+
+    Of this process's descriptors it has only `keep`.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        os.setsid()
+        sink = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        null = os.open(os.devnull, os.O_RDONLY)
+        for source, target in ((null, 0), (sink, 1), (sink, 2)):
+            os.dup2(source, target)
+        os.closerange(3, max(3, keep))
+        os.closerange(max(3, keep + 1), 1024)
+        if stopped:
+            if sys.platform == "linux":
+                ctypes.CDLL(None).prctl(_PR_SET_PTRACER, ctypes.c_ulong(-1), 0, 0, 0)
+            os.kill(os.getpid(), signal.SIGSTOP)
+        status = body()
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    except BaseException:  # noqa: BLE001 - a fork must never return into the campaign
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def spawn(argv: Sequence[str], output: Path) -> int:
+    """Start a program; its output goes to a file."""
+    sink = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        return os.posix_spawnp(
+            argv[0],
+            list(argv),
+            os.environ,
+            file_actions=[(os.POSIX_SPAWN_DUP2, sink, 1), (os.POSIX_SPAWN_DUP2, sink, 2)],
+        )
+    finally:
+        os.close(sink)
+
+
+def traced(pid: int, options: Sequence[str], log: Path) -> int:
+    """Let strace take a fork that is stopped, and let it go on; returns strace's pid. Raises `TimeoutError`."""
+    _until(lambda: _state(pid) in {"T", "t"}, "the fork to stop")
+    tracer = spawn(["strace", "-qq", "-s", "65536", "-o", str(log), "-p", str(pid), *options], log.with_suffix(".err"))
+    _until(lambda: _field(pid, "TracerPid") not in {"0", ""}, "strace to attach")
+    os.kill(pid, signal.SIGCONT)
+    return tracer
+
+
+def _until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited for {what}")
+        time.sleep(0.0005)
+
+
+def _field(pid: int, key: str) -> str:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(f"{key}:")), "")
+
+
+def _state(pid: int) -> str:
+    return _field(pid, "State")[:1]

@@ -1,0 +1,61 @@
+"""A server as far as mlxops can tell, up in some 30 ms: the engine of faults that need thousands of servers.
+
+Run under the name `mlx_lm.server`, isolated and without site packages, which is why it uses only what is built in. It
+answers `GET /health` and chat completions. `--fake-words TEXT` writes TEXT to its log; `--fake-late S` listens S
+seconds later; `--fake-exit N` ends with status N instead of listening; `--fake-mute 1` accepts and never answers. While
+there is a file `broken` in its folder, it is healthy and completes nothing.
+"""
+
+import os
+import socket
+import sys
+import time
+
+ANSWER = b'{"id":"1","object":"chat.completion","choices":[{"index":0,"message":{"role":"assistant","content":"hi"}}]}'
+
+
+def option(name: str, default: str = "") -> str:
+    return sys.argv[sys.argv.index(name) + 1] if name in sys.argv else default
+
+
+def respond(connection: socket.socket) -> None:
+    connection.settimeout(5)
+    data = b""
+    while b"\r\n\r\n" not in data:
+        part = connection.recv(65536)
+        if not part:
+            return
+        data += part
+    status, body = b"200 OK", b'{"status":"ok"}'
+    if data.startswith(b"POST"):
+        status, body = (b"500 Broken", b"{}") if os.path.exists("broken") else (status, ANSWER)
+    head = b"HTTP/1.1 %s\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % (status, len(body))
+    connection.sendall(head + body)
+
+
+def main() -> None:
+    if words := option("--fake-words"):
+        sys.stderr.write(words + "\n")
+        sys.stderr.flush()
+    time.sleep(float(option("--fake-late", "0")))
+    if status := option("--fake-exit"):
+        raise SystemExit(int(status))
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((option("--host", "127.0.0.1"), int(option("--port", "8080"))))
+    listener.listen(64)
+    silent = []
+    while True:
+        connection, _ = listener.accept()
+        if option("--fake-mute"):
+            silent.append(connection)
+            continue
+        with connection:
+            try:
+                respond(connection)
+            except OSError:
+                continue
+
+
+if __name__ == "__main__":
+    main()

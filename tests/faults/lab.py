@@ -1,0 +1,91 @@
+"""A Studio of the lab with the quick fake engine: the whole way of a command, and servers that are up at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.faults.snapshots import MODELS, snapshot
+from tests.lab.homelab import Completed, Homelab, _environment, _script
+
+__all__ = ["MODELS", "QuickHost"]
+
+
+class QuickHost:
+    def __init__(self, lab: Homelab) -> None:
+        self.lab = lab
+        self.studio = lab.studio
+        self.ports = lab.studio.ports
+        self.program = install_engine(self.studio.folder / "bin")
+        self.snapshots = {name: snapshot(self.studio.hub, name) for name in MODELS}
+        self.engine()
+
+    def engine(self, *options: str) -> None:
+        """What every server that is started from now on does; see engine.py."""
+        self.lab.configure(launch={"mlx-lm": [str(self.program), *options]}, memory="1000 GB")
+
+    def mlxctl(self, *words: str) -> Completed:
+        return self.studio.mlxctl(*words)
+
+    def status(self, *flags: str) -> Any:
+        return self.mlxctl("status", "--json", *flags).ok().json["hosts"][0]
+
+    @contextmanager
+    def start(self, *words: str) -> Iterator[subprocess.Popen[bytes]]:
+        """`mlxctl ... --local`, while it runs."""
+        with self.running(_script("mlxctl"), *words, "--local") as process:
+            yield process
+
+    @contextmanager
+    def running(self, *argv: str) -> Iterator[subprocess.Popen[bytes]]:
+        """A program of this host, which ends with its group when the block does."""
+        environment = _environment(self.studio.home, self.studio.folder / "tmp") | self.studio.env
+        null = subprocess.DEVNULL
+        with subprocess.Popen(
+            argv, cwd=self.studio.home, env=environment, stdin=null, stdout=null, stderr=null, start_new_session=True
+        ) as process:
+            try:
+                yield process
+            finally:
+                try:
+                    os.killpg(process.pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
+
+    def by_hand(self, model: str, port: int, *options: str) -> str:
+        """A line of shell that starts a server in the background, as somebody would."""
+        argv = [str(self.program), "--model", str(self.snapshots[model]), "--host", self.studio.address]
+        return shlex.join([*argv, "--port", str(port), *options]) + " &"
+
+    def process(self, words: str) -> psutil.Process | None:
+        """A process of this host whose command has these words."""
+        for seen in self.studio.processes():
+            if words in seen.command:
+                return psutil.Process(seen.pid)
+        return None
+
+    def edit(self, model: str, **fields: object) -> None:
+        """What a person does to the registry in an editor."""
+        document = json.loads(self.studio.registry_path.read_text(encoding="utf-8"))
+        document["models"][model] |= fields
+        self.studio.registry_path.write_text(json.dumps(document, indent=2), encoding="utf-8")
+
+
+def install_engine(folder: Path) -> Path:
+    """The fake engine as a program; returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    program = folder / "mlx_lm.server"
+    source = Path(__file__).with_name("engine.py").read_text(encoding="utf-8")
+    program.write_text(f"#!{sys.executable} -IS\n{source}", encoding="utf-8")
+    program.chmod(0o755)
+    return program

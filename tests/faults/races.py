@@ -1,0 +1,108 @@
+"""Eight processes at once on three ports and three models: loads, unloads, init, reconcile, and an editor's saves."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from mlxops.build import build_id
+from mlxops.core.protocol import Request
+from tests.faults import children, oracle, strikes
+from tests.faults.arena import Arena
+from tests.faults.snapshots import MODELS
+
+PROCESSES = 8
+ALLOWED = {0, 3, 75, 130}
+"""Done, refused with a reason, busy, cancelled by an unload. Anything else is not an answer to a race."""
+
+
+def trial(arena: Arena, number: int, seed: int) -> tuple[str, list[str]]:
+    rng = random.Random(f"{seed} race {number}")
+    arena.sweep()
+    arena.run("init")
+    if rng.random() < 0.5:
+        arena.run("load", model=rng.choice(MODELS), port=str(rng.choice(list(arena.ports))))
+    wishes = [_wish(arena, rng) for _ in range(PROCESSES)]
+    workers, agents, editors = [], [], []
+    for index, (command, args) in enumerate(wishes):
+        if command == "edit":
+            editors.append(_editor(arena, index, rng.random()))
+        elif index < 2:
+            agents.append(_agent(arena, index, command, args))
+        else:
+            workers.append(arena.begin(command, args, stopped=True))
+    for _, pid in workers:
+        _go(pid)
+    ended = [arena.ended(journal, pid) for journal, pid in workers]
+    wrong = [problem for each in ended for problem in oracle.no_bug(each)]
+    wrong += [f"an unexpected answer: {each}" for each in ended if each.exit not in ALLOWED]
+    for pid in agents:
+        status = children.wait(pid, 90)
+        wrong += [] if status in ALLOWED else [f"the agent ended with {status}"]
+    for pid in editors:
+        children.wait(pid, 30)
+    wrong += oracle.registry_sound(arena) + oracle.locks_free(arena) + oracle.nothing_hidden(arena)
+    wrong += _one_server_a_model(arena)
+    name = ", ".join(" ".join([command, *map(str, args.values())]) for command, args in wishes)
+    return name, wrong + strikes.emptied(arena)
+
+
+def _wish(arena: Arena, rng: random.Random) -> tuple[str, Mapping[str, object]]:
+    port, model = str(rng.choice(list(arena.ports))), rng.choice(MODELS)
+    match rng.randrange(10):
+        case 0 | 1 | 2 | 3:
+            return "load", {"model": model, "port": port, "force": rng.random() < 0.5}
+        case 4 | 5:
+            return "unload", {"port": port}
+        case 6:
+            return "init", {}
+        case 7:
+            return "reconcile", {}
+        case 8:
+            return "unload-all", {}
+    return "edit", {}
+
+
+def _go(pid: int) -> None:
+    """Let a stopped fork go on, once it has stopped."""
+    deadline = time.monotonic() + 20
+    while children._state(pid) not in {"T", "t"} and time.monotonic() < deadline:
+        time.sleep(0.0005)
+    os.kill(pid, signal.SIGCONT)
+
+
+def _agent(arena: Arena, index: int, command: str, args: Mapping[str, object]) -> int:
+    """The same through a real agent with a worker of its own."""
+    folder = arena.folder / f"agent{index}"
+    request = Request(command, args, arena.settings, build_id())
+    folder.with_suffix(".in").write_bytes(request.encode())
+    argv = ["/bin/sh", "-c", 'exec "$0" -P -m mlxops.agent < "$1"', sys.executable, str(folder.with_suffix(".in"))]
+    return children.spawn(argv, folder.with_suffix(".out"))
+
+
+def _editor(arena: Arena, index: int, pause: float) -> int:
+    """What a person's editor does: reads, thinks, and saves by a rename, under nobody's lock."""
+
+    def body() -> int:
+        for turn in range(3):
+            document = json.loads(arena.registry_path.read_bytes())
+            time.sleep(pause * 0.02)
+            for entry in document["models"].values():
+                entry["note"] = f"{index}.{turn}"
+            beside = Path(f"{arena.registry_path}.edit{index}")
+            beside.write_text(json.dumps(document, indent=2))
+            os.replace(beside, arena.registry_path)
+        return 0
+
+    return children.fork(body, arena.folder / f"editor{index}")
+
+
+def _one_server_a_model(arena: Arena) -> list[str]:
+    models = [row["model"] for row in oracle.rows_by_port(arena).values() if row["owner"] == "mlxops"]
+    return [f"a model is served twice: {models}"] if len(models) != len(set(models)) else []

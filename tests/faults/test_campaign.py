@@ -1,0 +1,120 @@
+"""A short part of the fault campaign, always the same one; `inv faults` is the long one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults import campaign, reuse
+from tests.lab.homelab import CHECKOUT
+from tests.lab.sshd import missing
+
+SEED = 7
+NEEDS_STRACE = {"kills", "errors", "power"}
+
+
+def batch(kind: str, count: int, first: int = 0) -> Iterator[dict[str, object]]:
+    argv = [sys.executable, "-m", "tests.faults.batch", kind, str(first), str(count), str(SEED)]
+    done = subprocess.run(argv, cwd=CHECKOUT, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    yield from map(json.loads, done.stdout.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [
+        ("kills", 5),
+        ("errors", 3),
+        ("power", 3),
+        ("races", 3),
+        ("broken", 11),
+        ("hostile", 20),
+        ("reuse", 4),
+        ("cuts", 2),
+        ("hostile over SSH", 4),
+    ],
+)
+def test_a_few_faults_of_each_kind_are_survived(kind: str, count: int) -> None:
+    if kind in NEEDS_STRACE and shutil.which("strace") is None:
+        missing("strace (Debian and Ubuntu: apt-get install strace)")
+    if kind == "reuse" and (why := reuse.available()):
+        pytest.skip(f"pids cannot be chosen here: {why}")
+    if kind not in {"broken", "hostile", "cuts", "hostile over SSH"} and sys.platform != "linux":
+        pytest.skip("strace, /proc and namespaces are Linux's")
+    rows = list(batch(kind, count))
+    assert len(rows) == count
+    assert [row for row in rows if row["wrong"]] == []
+
+
+def test_what_people_write_instead_is_caught_by_the_same_faults() -> None:
+    if shutil.which("strace") is None:
+        missing("strace (Debian and Ubuntu: apt-get install strace)")
+    argv = [sys.executable, "-m", "tests.faults.controls"]
+    done = subprocess.run(argv, cwd=CHECKOUT, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    verdicts = dict(line.split("\t") for line in done.stdout.splitlines())
+    assert len(verdicts) >= 3 and set(verdicts.values()) == {"caught"}, verdicts
+
+
+def test_a_campaign_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    state = campaign.State(tmp_path / "state.json")
+    for _ in range(2):
+        campaign._batch(state, campaign.Kind("broken", 1, 2, ""), SEED, deadline=float("inf"))
+    row = state.read()["broken"]
+    assert (row["claimed"], row["tried"]) == (4, 4), row
+
+
+IN_A_SMALL_PLACE = """
+import os, sys
+from pathlib import Path
+from tests.faults import oracle
+from tests.faults.arena import Arena
+arena = Arena(Path(sys.argv[1]) / "host")
+assert arena.run("init").exit == 0
+before = arena.registry()
+how = sys.argv[2]
+if how == "full":
+    with open(arena.folder / "filler", "wb", buffering=0) as file:
+        try:
+            while file.write(b"x" * 65536): pass
+        except OSError: pass
+    for size in (512, 1):
+        try:
+            with open(arena.folder / f"filler{size}", "wb", buffering=0) as file:
+                while file.write(b"x" * size): pass
+        except OSError: pass
+else:
+    assert os.system(f"mount --bind {arena.hub} {arena.hub} && mount -o remount,ro,bind {arena.hub}") == 0
+try:
+    ended = arena.run("load", model="org/alpha", port=str(arena.ports[0]))
+except Exception as error:
+    # Not even the operation's record can be made: the agent says so before it starts a worker.
+    assert how == "full" and isinstance(error, OSError), error
+else:
+    assert ended.exit == 3, ended
+assert not arena.servers(), arena.servers()
+assert arena.registry() == before
+assert arena.look()["ports"]
+print("survived")
+"""
+
+
+@pytest.mark.parametrize("how", ["full", "read-only"])
+def test_a_disk_that_takes_nothing_is_told_before_a_server_starts(how: str, tmp_path: Path) -> None:
+    mount = f'mount -t tmpfs -o size=2m none {tmp_path} && exec "$@"'
+    argv = ["unshare", "-Urm", "sh", "-c", mount, "sh", sys.executable, "-c", IN_A_SMALL_PLACE, str(tmp_path), how]
+    try:
+        probe = subprocess.run([*argv[:4], f"mount -t tmpfs none {tmp_path}"], capture_output=True, check=False)
+    except OSError:
+        probe = None
+    if probe is None or probe.returncode != 0:
+        pytest.skip("no mount namespace for this user")
+    done = subprocess.run(argv, cwd=CHECKOUT, capture_output=True, text=True, timeout=120, check=False, env=os.environ)
+    assert done.stdout == "survived\n", done.stderr
