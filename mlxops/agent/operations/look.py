@@ -6,13 +6,12 @@ from mlxops.agent.journal import activity
 from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.drift import further_drift, rebooted
 from mlxops.agent.operations.files import Files, registered
+from mlxops.agent.operations.ops import downloads
 from mlxops.agent.operations.probe import failed, probe
 from mlxops.core.registry import Model, refusal
 
 
 def status(ctx: Context) -> dict[str, object]:
-    from mlxops.agent.operations.pull import downloads
-
     registry = ctx.registry()
     world = ctx.observe(registry)
     rows = [view.to_wire() for port, view in sorted(world.ports.items()) if port in ctx.where.settings.ports]
