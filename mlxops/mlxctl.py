@@ -14,7 +14,12 @@ from mlxops import __version__
 from mlxops.control import render
 from mlxops.core.errors import Exit, UsageError
 
-POSITIONAL = {"load": ("--model", "--port"), "unload": ("--port",), "logs": ("--port",)}
+POSITIONAL = {
+    "load": ("--model", "--port"),
+    "unload": ("--port",),
+    "rollback": ("--port",),
+    "logs": ("--port",),
+}
 
 
 class _OwnConfig(Config):

@@ -6,8 +6,9 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from invoke.collection import Collection
 from invoke.context import Context
@@ -15,16 +16,20 @@ from invoke.tasks import Task, task
 
 from mlxops.control import client, render
 from mlxops.control.client import Answer, Target, ask, ask_all, gateway_warning, local_python
-from mlxops.core import names
+from mlxops.core import fields, names
 from mlxops.core.errors import Bug, Exit, MlxopsError, UsageError
 from mlxops.core.protocol import Event, Line, Started
 from mlxops.core.settings import Settings
+
+if TYPE_CHECKING:
+    from mlxops.control.inventory import Gateway, Inventory
 
 HOST = "host in hosts.yaml"
 HOSTS = "host or hosts in hosts.yaml, separated by commas"
 LOCAL = "this machine itself, without SSH"
 JSON = "print one JSON document"
 DRY = "show the plan; change nothing"
+DRAIN = "seconds that open requests get before the server is killed (30)"
 DEBUG = "print the traceback of a bug"
 COMMON = {"local": LOCAL, "json": JSON, "debug": DEBUG}
 
@@ -39,15 +44,25 @@ class Call:
     json: bool
     debug: bool
 
-    def targets(self, *, all_by_default: bool = False, only_one: bool = False) -> tuple[Target, ...]:
-        """Raises `UsageError`: bad_hosts_file, unknown_host, one_host."""
+    @cached_property
+    def inventory(self) -> Inventory | None:
+        """hosts.yaml, if there is one. Raises `UsageError` bad_hosts_file."""
         from mlxops.control import inventory
 
         path = inventory.hosts_file(os.environ, _beside())
+        return None if path is None else inventory.load(path)
+
+    @property
+    def gateway(self) -> Gateway | None:
+        """What hosts.yaml says of the gateway."""
+        return self.inventory.gateway if self.inventory else None
+
+    def targets(self, *, all_by_default: bool = False, only_one: bool = False) -> tuple[Target, ...]:
+        """Raises `UsageError`: bad_hosts_file, unknown_host, one_host."""
         name = self.host
         if name is None and self.local:
             name = os.environ.get("MLXOPS_HOST")
-        if path is None:
+        if self.inventory is None:
             if not self.local:
                 raise UsageError(
                     "no_hosts_file",
@@ -56,7 +71,7 @@ class Call:
                     hint="write one (the repository has an example), or use --local on the host itself",
                 )
             return (Target("local", None, local_python(), Settings(), agreed=True),)
-        hosts = inventory.load(path).select(name, all_by_default=all_by_default and not self.local)
+        hosts = self.inventory.select(name, all_by_default=all_by_default and not self.local)
         if (only_one or self.local) and len(hosts) > 1:
             raise UsageError("one_host", f"{self.command} takes one host", hint=f"--host {hosts[0].name}")
         if self.local:
@@ -72,6 +87,7 @@ def _beside() -> Path | None:
 
 
 Show = Callable[[Sequence[Answer]], str]
+Send = Callable[[Mapping[str, object]], Answer]
 
 
 def _answer(
@@ -164,9 +180,13 @@ def _change(
     given: Callable[[], Mapping[str, object]],
     *,
     before: Callable[[Target, render.Talk], None] | None = None,
+    around: Callable[[Target, Mapping[str, object], render.Talk, Send], Answer] | None = None,
     after: Callable[[render.Talk, Answer], None] | None = None,
 ) -> NoReturn:
-    """A command that changes one host, or shows what it would change. `given` may raise `UsageError`."""
+    """A command that changes one host, or shows what it would change. `given` may raise `UsageError`.
+
+    `around`: what is done before and after the request itself, which it sends with its last argument.
+    """
 
     def run(talk: render.Talk) -> tuple[Answer, ...]:
         args = given()
@@ -174,7 +194,11 @@ def _change(
         _check(target, args)
         if before:
             before(target, talk)
-        answer = _attended(call, target, args, talk)
+
+        def send(sent: Mapping[str, object]) -> Answer:
+            return _attended(call, target, sent, talk)
+
+        answer = around(target, args, talk, send) if around else send(args)
         if after and answer.result is not None:
             after(talk, answer)
         return (answer,)
@@ -253,12 +277,16 @@ def _seconds(text: str | None, flag: str) -> float | None:
     return None if text is None else names.seconds(text, flag)
 
 
-def _command(**help: str) -> Callable[[Callable[..., None]], Task[Callable[..., None]]]:
+def _command(iterable: Sequence[str] = (), **help: str) -> Callable[[Callable[..., None]], Task[Callable[..., None]]]:
     """A task whose arguments are all flags: required positionals would swallow `--help`."""
 
     def make(body: Callable[..., None]) -> Task[Callable[..., None]]:
         made: Task[Callable[..., None]] = task(
-            positional=[], auto_shortflags=False, help={**help, **COMMON}, name=body.__name__.strip("_")
+            positional=[],
+            iterable=list(iterable),
+            auto_shortflags=False,
+            help={**help, **COMMON},
+            name=body.__name__.strip("_"),
         )(body)
         return made
 
@@ -278,10 +306,18 @@ def init(
     _change(Call("init", host, local, json, debug), lambda: {"dry_run": dry_run})
 
 
-@_command(host=HOSTS)
-def list_(c: Context, host: str | None = None, local: bool = False, json: bool = False, debug: bool = False) -> None:
+@_command(host=HOSTS, memory="estimate each model, and show the budget and what serves already")
+def list_(
+    c: Context,
+    host: str | None = None,
+    memory: bool = False,
+    local: bool = False,
+    json: bool = False,
+    debug: bool = False,
+) -> None:
     """Show the registered models."""
-    _read(Call("list", host, local, json, debug), render.list_table)
+    show = render.memory_table if memory else render.list_table
+    _read(Call("list", host, local, json, debug), show, {"memory": memory})
 
 
 @_command(
@@ -330,6 +366,7 @@ def _strict(answer: Answer) -> Answer:
     timeout="seconds from the engine's start to the proof; never covers the download",
     force="swap what is on the port, move the model, or restart it",
     overcommit="load it even if it is estimated not to fit in memory",
+    drain=DRAIN,
     dry_run=DRY,
 )
 def load(
@@ -341,6 +378,7 @@ def load(
     timeout: str | None = None,
     force: bool = False,
     overcommit: bool = False,
+    drain: str | None = None,
     dry_run: bool = False,
     local: bool = False,
     json: bool = False,
@@ -356,10 +394,21 @@ def load(
             "timeout": _seconds(timeout, "--timeout"),
             "force": force,
             "overcommit": overcommit,
+            "drain": _seconds(drain, "--drain"),
             "dry_run": dry_run,
         }
 
-    _change(Call("load", host, local, json, debug), given, after=_warn_if_unreachable)
+    call = Call("load", host, local, json, debug)
+    _change(call, given, around=lambda *asked: _with_gateway(call, *asked), after=_warn_if_unreachable)
+
+
+def _with_gateway(call: Call, target: Target, args: Mapping[str, object], talk: render.Talk, send: Send) -> Answer:
+    """A change after which a port serves something else: the gateway's names first, its receipt last."""
+    if call.gateway is None:
+        return send(args)
+    from mlxops.control import gateway
+
+    return gateway.load(call.gateway, target, args, talk, send)
 
 
 def _warn_if_unreachable(talk: render.Talk, answer: Answer) -> None:
@@ -376,7 +425,7 @@ def _warn_if_unreachable(talk: render.Talk, answer: Answer) -> None:
     model="the model to unload, wherever it is",
     port="the port to unload",
     force="also a server that was started by hand",
-    drain="seconds that open requests get before the server is killed (30)",
+    drain=DRAIN,
     dry_run=DRY,
 )
 def unload(
@@ -404,6 +453,72 @@ def unload(
         }
 
     _change(Call("unload", host, local, json, debug), given)
+
+
+@_command(
+    host=HOST,
+    port="the port to bring back",
+    timeout="seconds from the engine's start to the proof; never covers the download",
+    overcommit="load it even if it is estimated not to fit in memory",
+    drain=DRAIN,
+    dry_run=DRY,
+)
+def rollback(
+    c: Context,
+    port: str | None = None,
+    host: str | None = None,
+    timeout: str | None = None,
+    overcommit: bool = False,
+    drain: str | None = None,
+    dry_run: bool = False,
+    local: bool = False,
+    json: bool = False,
+    debug: bool = False,
+) -> None:
+    """Go back to the model that a port served before."""
+
+    def given() -> Mapping[str, object]:
+        return {
+            "port": _need(port, "--port", "rollback --port 8100"),
+            "timeout": _seconds(timeout, "--timeout"),
+            "overcommit": overcommit,
+            "drain": _seconds(drain, "--drain"),
+            "dry_run": dry_run,
+        }
+
+    call = Call("rollback", host, local, json, debug)
+    _change(call, given, around=lambda *asked: _with_gateway(call, *asked), after=_warn_if_unreachable)
+
+
+@_command(
+    iterable=["set"],
+    host=HOST,
+    model="the registered model",
+    set="KEY=VALUE; again for more; KEY= takes it out, KEY=null switches a family's default off",
+    dry_run=DRY,
+)
+def set_(
+    c: Context,
+    model: str | None = None,
+    set: list[str] | None = None,
+    host: str | None = None,
+    dry_run: bool = False,
+    local: bool = False,
+    json: bool = False,
+    debug: bool = False,
+) -> None:
+    """Change a model's own settings in the registry."""
+
+    def given() -> Mapping[str, object]:
+        words = list(set or ())
+        fields.parse(words)
+        return {
+            "model": _need(model, "--model", "set --model jerry-xl --set context_length=32768"),
+            "set": words,
+            "dry_run": dry_run,
+        }
+
+    _change(Call("set", host, local, json, debug), given)
 
 
 @_command(host=HOST, yes="do not ask", dry_run=DRY)
@@ -438,6 +553,58 @@ def _confirm(target: Target, talk: render.Talk) -> None:
     sys.stderr.flush()
     if sys.stdin.readline().strip().lower() not in {"y", "yes"}:
         raise UsageError("not_confirmed", "nothing was unloaded", hint="answer y, or add --yes")
+
+
+@_command(
+    host=HOSTS,
+    through="also one small completion per alias through the running gateway",
+    print="print the entries to paste into the gateway's configuration, once; asks no host",
+    env="with --print: values as os.environ/NAME, and the lines for the env file as comments",
+)
+def gateway(
+    c: Context,
+    host: str | None = None,
+    through: bool = False,
+    print: bool = False,
+    env: bool = False,
+    local: bool = False,
+    json: bool = False,
+    debug: bool = False,
+) -> None:
+    """Check every alias, from the gateway's files to what answers."""
+    call = Call("gateway", host, local, json, debug)
+    if print:
+        _entries(call, env)
+
+    def run(talk: render.Talk) -> tuple[Answer, ...]:
+        from mlxops.control import gateway
+        from mlxops.control.gatewayfiles import read
+
+        if call.gateway is None or call.gateway.config is None:
+            hint = "add `gateway: {config: ~/litellm/router.yaml}`; see the annotated hosts.yaml of mlxops"
+            raise UsageError("no_gateway", "hosts.yaml does not say where the gateway's configuration is", hint=hint)
+        told = read(call.gateway)
+        targets = call.targets(all_by_default=True)
+        answers = gateway.check(told, targets, ask_all(targets, call.command, {}, talk.hear))
+        return gateway.pass_through(call.gateway, told, answers) if through else answers
+
+    _answer(call, run, render.gateway_table)
+
+
+def _entries(call: Call, env: bool) -> NoReturn:
+    """What to paste. With `--json` the same as data: `model_list`, and `environ` for the env file."""
+    from mlxops.control import gateway
+
+    document: dict[str, object] = {}
+    environ: dict[str, str] = {}
+
+    def run(talk: render.Talk) -> tuple[Answer, ...]:
+        made, variables = gateway.printed(call.targets(all_by_default=True), env=env)
+        document.update(made)
+        environ.update(variables)
+        return (Answer("gateway", {**document, "environ": environ}),)
+
+    _answer(call, run, lambda answers: gateway.as_yaml(document, environ))
 
 
 @_command(host=HOST, dry_run=DRY)
@@ -675,18 +842,23 @@ def demo(c: Context) -> None:
 @task(
     positional=[],
     auto_shortflags=False,
-    help={"only": "pytest's -k: only tests whose names match", "fast": "only what needs neither engine, hub nor sshd"},
+    help={
+        "only": "pytest's -k: only tests whose names match",
+        "fast": "only what needs neither engine, hub nor sshd",
+        "all_engines": "with every version of mlx-openai-server that is driven; builds 2 GB for each once",
+    },
 )
-def test(c: Context, only: str | None = None, fast: bool = False) -> None:
+def test(c: Context, only: str | None = None, fast: bool = False, all_engines: bool = False) -> None:
     """Check formatting, lint, types, and run the tests."""
-    _develop("test", lambda: _checks(only, fast))
+    chosen = [*(["-k", only] if only else []), *(["--all-engines"] if all_engines else [])]
+    _develop("test", lambda: _checks(chosen, fast))
 
 
-def _checks(only: str | None, fast: bool) -> None:
+def _checks(chosen: Sequence[str], fast: bool) -> None:
     """Every check is run, so that one run tells all; the tests come last."""
     import subprocess
 
-    tests = ["pytest", *(["-k", only] if only else []), *(["tests/core", "tests/test_arrows.py"] if fast else [])]
+    tests = ["pytest", *chosen, *(["tests/core", "tests/test_arrows.py"] if fast else [])]
     failed = []
     for words in (["ruff", "format", "--check"], ["ruff", "check"], ["mypy"], tests):
         print(f"$ {' '.join(words)}", flush=True)  # noqa: T201
@@ -767,13 +939,16 @@ namespace = Collection(
     list_,
     status,
     load,
+    rollback,
     unload,
     unload_all,
+    set_,
     reconcile,
     restore,
     pull,
     remove,
     boot,
+    gateway,
     ops,
     logs,
     deploy,

@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--leak-patience", type=float, default=5.0, help="seconds that a test's processes and threads have to end"
     )
+    parser.addoption(
+        "--all-engines",
+        action="store_true",
+        help="every version of mlx-openai-server that is driven, not the latest alone",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.option.all_engines:
+        others = [item for item in items if item.get_closest_marker("all_engines")]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
 
 
 def pytest_unconfigure() -> None:
@@ -61,12 +74,20 @@ def pytest_unconfigure() -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Build what the collected tests need, before the first one: no test's time limit covers a download."""
-    builders = {
+    builders: dict[str, Callable[[], object]] = {
         "engine": lambda: cache.engine_venv("mlx-lm"),
         "tiny_models": models.tiny_models,
         "hub": cache.hub_venv,
+        "litellm": cache.gateway_venv,
     }
     needed = {name for item in session.items for name in getattr(item, "fixturenames", ())}
+    if cache.has_openai_server():
+        for item in session.items:
+            chosen = getattr(item, "callspec", None)
+            if chosen and "server" in chosen.params and "openai_server" in item.fixturenames:  # type: ignore[attr-defined]
+                version, transformers = chosen.params["server"]
+                builders[item.nodeid] = partial(cache.openai_server_venv, version, transformers=transformers)
+                needed.add(item.nodeid)
     if session.config.option.collectonly or not needed & builders.keys():
         return
     capture = session.config.pluginmanager.getplugin("capturemanager")
@@ -126,10 +147,31 @@ def engine() -> Path:
     return cache.engine_venv("mlx-lm")
 
 
+@pytest.fixture
+def server() -> tuple[str, str]:
+    """The version of mlx-openai-server, and what is asked of its transformers; tests parametrize it."""
+    return cache.OPENAI_SERVERS[0], ""
+
+
+@pytest.fixture
+def openai_server(server: tuple[str, str]) -> Path:
+    """The program of a real mlx-openai-server."""
+    if not cache.has_openai_server():
+        pytest.skip(f"mlx-openai-server runs on Python 3.11 and 3.12, not on {cache.PYTHON}")
+    version, transformers = server
+    return cache.openai_server_venv(version, transformers=transformers) / "bin" / "mlx-openai-server"
+
+
 @pytest.fixture(scope="session")
 def tiny_models() -> Path:
     """The folder of the tiny models' directories."""
     return models.tiny_models()
+
+
+@pytest.fixture(scope="session")
+def litellm() -> Path:
+    """The virtual environment of the real LiteLLM."""
+    return cache.gateway_venv()
 
 
 @pytest.fixture(scope="session")

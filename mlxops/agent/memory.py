@@ -1,77 +1,153 @@
-"""Does a model fit in memory beside what serves already? An estimate, with its numbers."""
+"""Does a model fit in memory beside what serves already? Budget, what is in use, and the refusal with its numbers."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 
+from mlxops.agent.engines import recognise
+from mlxops.agent.engines.base import options
+from mlxops.agent.observe import real_path, repo_of
 from mlxops.agent.place import Place
-from mlxops.agent.snapshot import inspect
+from mlxops.agent.snapshot import shape, weight_files
+from mlxops.agent.system import Look, Process, System
+from mlxops.core import memory
 from mlxops.core.errors import Refused
-from mlxops.core.planner import LoadPlan
-from mlxops.core.registry import Registry
+from mlxops.core.memory import Estimate, Use
+from mlxops.core.units import amount
 from mlxops.core.world import World
 
-OVERHEAD = 1.1
-"""Weights plus a tenth for the engine itself and a short context."""
 GPU_SHARE = 0.75
 """What macOS lets the GPU wire by default: about three quarters of RAM."""
+LINUX_SHARE = 0.9
 
 
-def budget(where: Place) -> int:
-    """Bytes that all servers together may take."""
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that all servers together may take, and what says so."""
+
+    size: int
+    source: str
+
+
+def budget(where: Place, sysctl: Callable[[str], str] | None = None) -> Budget:
+    """`sysctl` reads one kernel variable, as macOS prints it; None: the system's own."""
     if where.settings.memory is not None:
-        return where.settings.memory
-    if sys.platform == "darwin":
-        wired = _sysctl("iogpu.wired_limit_mb") * 1024 * 1024
-        return wired or int(_sysctl("hw.memsize") * GPU_SHARE)
-    return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 0.9)
+        return Budget(where.settings.memory, "memory in hosts.yaml")
+    if sysctl is not None or sys.platform == "darwin":
+        return _mac_budget(sysctl or _sysctl)
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Budget(int(size * LINUX_SHARE), "nine tenths of RAM")
 
 
-def _sysctl(name: str) -> int:
+def _mac_budget(sysctl: Callable[[str], str]) -> Budget:
+    # 0 is the default, and means a share of RAM; the variable is there since macOS 14.
+    wired = _number(sysctl("iogpu.wired_limit_mb")) * 1024 * 1024
+    if wired:
+        return Budget(wired, "iogpu.wired_limit_mb")
+    return Budget(int(_number(sysctl("hw.memsize")) * GPU_SHARE), "three quarters of RAM, the GPU's default limit")
+
+
+def _number(text: str) -> int:
+    return int(text.strip()) if text.strip().isdecimal() else 0
+
+
+def _sysctl(name: str) -> str:
     command = ["/usr/sbin/sysctl", "-n", name]
     done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    return int(done.stdout.strip() or 0) if done.returncode == 0 else 0
+    return done.stdout if done.returncode == 0 else ""
 
 
-def check_fits(where: Place, registry: Registry, world: World, plan: LoadPlan, weight_bytes: int) -> None:
-    """Raises `Refused` (does_not_fit) with the numbers and what would make room."""
-    need = int(weight_bytes * OVERHEAD)
-    leaving = {view.port for view in plan.stops}
-    serving: dict[str, tuple[int, int]] = {}
+def estimate_of(path: Path, context_length: int | None = None) -> Estimate | None:
+    """What the snapshot at `path` would take; None if there are no weights. `context_length`: tokens, if it is set."""
+    weights = sum(weight_files(path).values())
+    if not weights:
+        return None
+    shaped = shape(path)
+    return memory.estimate(weights, shaped.cache_bytes_per_token, shaped.context_length, context_length)
+
+
+def in_use(where: Place, world: World, system: System) -> tuple[Use, ...]:
+    """Every MLX server of this machine: ours, those started by hand, boot's and other users', on any port.
+
+    What listens on a port of ours without being recognised is listed too, of unknown size: other users' processes
+    cannot be looked into everywhere.
+    """
+    look = system.look(())
+    found = [_use(world, system, look, process) for process in _servers(look)]
+    seen = {use.port for use in found}
     for view in world.ports.values():
-        entry = registry.models.get(view.model or "")
-        if view.owner is not None and view.port not in leaving and entry is not None and entry.cache_path:
-            weights = inspect(Path(entry.cache_path)).weight_bytes
-            serving[entry.name] = (view.port, max(int(weights * OVERHEAD), view.memory_bytes or 0))
-    used = sum(size for _, size in serving.values())
-    limit = budget(where)
-    if used + need <= limit:
-        return
-    listed = ", ".join(f"{name} on {port} {_gb(size)}" for name, (port, size) in serving.items()) or "nothing"
-    room = _smallest_room(serving, used + need - limit)
-    raise Refused(
-        "does_not_fit",
-        f"{plan.target.name} does not fit in memory: it needs about {_gb(need)} of {_gb(limit)}",
-        why=f"already serving: {listed}",
-        hint=("make room: " + "; ".join(f"mlxctl unload {port}" for port in room) if room else "choose a smaller model")
-        + "; or take the risk: --overcommit",
-        details={"need_bytes": need, "used_bytes": used, "budget_bytes": limit},
+        if view.owner is not None and view.pid is not None and view.port not in seen:
+            size = view.memory_bytes
+            found.append(Use(view.port, view.model or "unknown", view.owner.value, view.pid, None, size))
+    return tuple(sorted(found, key=lambda use: (use.port or 0, use.pid or 0)))
+
+
+def _servers(look: Look) -> list[Process]:
+    """The outermost process of each server: what launched it may carry the same words."""
+    known = {p.pid: p for p in look.processes.values() if not p.zombie and p.argv and recognise(p.argv)}
+    return [p for p in known.values() if not any(a.pid in known and a.pid != p.pid for a in look.ancestors(p.pid))]
+
+
+def _use(world: World, system: System, look: Look, process: Process) -> Use:
+    recognised = recognise(process.argv)
+    assert recognised is not None
+    _, seen = recognised
+    family = {process.pid} | {p.pid for p in look.processes.values() if process.pid in _above(look, p)}
+    path = real_path(system.folder(process.pid), seen.model)
+    view = world.ports.get(seen.port)
+    on_port = view is not None and bool(family & {view.pid, *view.members})
+    asked = options(process.argv).get("--context-length", "")
+    expected = estimate_of(Path(path), int(asked) if asked.isdecimal() else None) if path else None
+    owner = "hand" if process.uid == os.getuid() else "foreign"
+    return Use(
+        port=seen.port,
+        model=(view.model if on_port and view else None) or repo_of(path) or seen.model or "unknown",
+        owner=view.owner.value if on_port and view and view.owner else owner,
+        pid=process.pid,
+        estimated_bytes=expected.total if expected else None,
+        resident_bytes=system.memory(family) or None,
     )
 
 
-def _smallest_room(serving: dict[str, tuple[int, int]], missing: int) -> list[int]:
-    """The ports whose unloading makes room, as few as possible; empty if nothing does."""
-    room, freed = [], 0
-    for port, size in sorted(serving.values(), key=lambda row: -row[1]):
-        if freed >= missing:
-            break
-        room.append(port)
-        freed += size
-    return room if freed >= missing else []
+def _above(look: Look, process: Process) -> set[int]:
+    return {each.pid for each in look.ancestors(process.pid)}
 
 
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"
+def check_fits(
+    name: str, need: Estimate, limit: Budget, uses: Collection[Use], leaving: Collection[int], ports: Collection[int]
+) -> None:
+    """Raises `Refused` (does_not_fit) with the numbers and the smallest set of unloads that would make room.
+
+    `leaving` are the ports that are freed anyway; only servers on `ports` can be unloaded.
+    """
+    staying = [use for use in uses if use.port not in leaving]
+    used = sum(use.counted for use in staying)
+    missing = used + need.total - limit.size
+    if missing <= 0:
+        return
+    room = memory.smallest_room((use for use in staying if use.port in ports), missing)
+    raise Refused(
+        "does_not_fit",
+        f"{name} does not fit in memory: it needs about {amount(need.total)}, and {amount(max(0, limit.size - used))} "
+        f"of {amount(limit.size)} are left",
+        why=f"{need}; serving already: {'; '.join(map(str, staying)) or 'nothing'}; budget: {limit.source}",
+        hint=_make_room(room),
+        details={
+            "need_bytes": need.total,
+            "used_bytes": used,
+            "budget_bytes": limit.size,
+            "missing_bytes": missing,
+            "unload": [use.port for use in room or ()],
+        },
+    )
+
+
+def _make_room(room: tuple[Use, ...] | None) -> str:
+    if room is None:
+        return "nothing that could be unloaded makes room; choose a smaller model, or take the risk: --overcommit"
+    return f"make room: {'; '.join(use.unload for use in room)}; or take the risk: --overcommit"

@@ -80,19 +80,19 @@ def _hand_started(where: Place, system: System, look: Look, ports: Iterable[int]
             continue
         engine, seen = known
         if seen.port in wanted and seen.port not in found and _same_address(seen.host, where.settings.bind):
-            path = _real_path(system.folder(process.pid), seen.model)
-            model = _repo_of(path) or seen.model
+            path = real_path(system.folder(process.pid), seen.model)
+            model = repo_of(path) or seen.model
             found[seen.port] = Server(process.pid, process.pgid, engine, model, process.argv, process.start, path=path)
     return found
 
 
-def _real_path(folder: str | None, model: str) -> str:
+def real_path(folder: str | None, model: str) -> str:
     """Where a server's model argument leads from its working directory, through links; empty if nowhere."""
     path = os.path.realpath(os.path.join(folder or "/", model))
     return path if model and os.path.isdir(path) else ""
 
 
-def _repo_of(path: str) -> str | None:
+def repo_of(path: str) -> str | None:
     """The repository whose snapshot a path of a Hugging Face cache is."""
     found = re.search(r"/models--([^/]+)--([^/]+)/snapshots/[^/]+$", path)
     return f"{found[1]}/{found[2]}" if found else None

@@ -101,6 +101,37 @@ def spawn(system: System, argv: Sequence[str], env: Mapping[str, str], folder: P
     return Gated(child, writer, process.start)
 
 
+def ask(argv: Sequence[str], env: Mapping[str, str], seconds: float) -> tuple[int | None, str]:
+    """Run a program that only prints something and ends: (its status, what it printed), None if it took too long.
+
+    It gets a session of its own, and nothing of it is left in the end.
+    """
+    try:
+        child = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd="/",
+            env={key: value for key, value in env.items() if key != MARK},
+            start_new_session=True,
+            text=True,
+            errors="replace",
+        )
+    except OSError as error:
+        return 127, error.strerror or str(error)
+    try:
+        said, _ = child.communicate(timeout=seconds)
+        return child.returncode, said
+    except subprocess.TimeoutExpired:
+        return None, ""
+    finally:
+        if child.returncode is None:
+            # Not reaped yet, so its pid is still its own.
+            os.killpg(child.pid, signal.SIGKILL)
+            child.communicate()
+
+
 def leader(system: System, processes: Mapping[int, Process], run: Run) -> Process | None:
     """The recorded leader, if the process with its pid is proven to be it; else None."""
     process = processes.get(run.pid)

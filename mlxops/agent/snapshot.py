@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from fnmatch import translate
 from pathlib import Path
 
+from mlxops.core.memory import cache_bytes_per_token
+
 MAX_JSON = 64 * 1024 * 1024
 """Bytes; a tokenizer.json of 250,000 words has 35 million, a config.json a few thousand."""
 MAX_CONFIG = 8 * 1024 * 1024
@@ -77,12 +79,23 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Shape:
+    """What config.json alone tells: cheap enough to be asked for every model of a list."""
+
+    model_type: str | None
+    context_length: int | None
+    cache_bytes_per_token: int | None
+    """Of the key-value cache; None where the configuration does not tell."""
+
+
+@dataclass(frozen=True)
 class ModelFacts:
     """What the files tell before anything is started."""
 
     model_type: str | None
     architectures: tuple[str, ...]
     context_length: int | None
+    cache_bytes_per_token: int | None
     weight_bytes: int
     quantization: str | None
     """For people: "6-bit gs64"."""
@@ -142,14 +155,13 @@ def inspect(path: Path) -> ModelFacts:
         problems.append("no tokenizer (tokenizer.json, tokenizer.model, vocab.json)")
     if (why := completeness(path)) and why not in problems:
         problems.append(why)
-    text = config.get("text_config")
-    nested: Mapping[str, object] = text if isinstance(text, dict) else {}
     architectures = config.get("architectures")
-    model_type = config.get("model_type")
+    shaped = _shape(config)
     return ModelFacts(
-        model_type=model_type if isinstance(model_type, str) else None,
+        model_type=shaped.model_type,
         architectures=tuple(map(str, architectures)) if isinstance(architectures, list) else (),
-        context_length=_positive(config, "max_position_embeddings") or _positive(nested, "max_position_embeddings"),
+        context_length=shaped.context_length,
+        cache_bytes_per_token=shaped.cache_bytes_per_token,
         weight_bytes=sum(files.sizes[name] for name in _weights(files.sizes)),
         quantization=_quantization(config),
         runs_code=tuple(_code(config, tokenizer)),
@@ -157,6 +169,31 @@ def inspect(path: Path) -> ModelFacts:
         or not files.sizes.keys().isdisjoint({"chat_template.jinja", "chat_template.json"}),
         problems=tuple(problems),
     )
+
+
+def shape(path: Path) -> Shape:
+    """The shape of the model in the snapshot at `path`; a bad file never raises, it tells nothing."""
+    return _shape(_object(str(path), "config.json", []))
+
+
+def _shape(config: Mapping[str, object]) -> Shape:
+    text = config.get("text_config")
+    nested: Mapping[str, object] = text if isinstance(text, dict) else {}
+    model_type = config.get("model_type")
+    return Shape(
+        model_type=model_type if isinstance(model_type, str) else None,
+        context_length=_positive(config, "max_position_embeddings") or _positive(nested, "max_position_embeddings"),
+        cache_bytes_per_token=cache_bytes_per_token(config),
+    )
+
+
+def weight_files(path: Path) -> dict[str, int]:
+    """The weight files of the snapshot at `path` with their sizes in bytes; empty where it cannot be read."""
+    try:
+        sizes = _list(str(path)).sizes
+    except OSError:
+        return {}
+    return {name: sizes[name] for name in _weights(sizes)}
 
 
 def is_served(name: str) -> bool:

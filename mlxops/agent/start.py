@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mlxops.agent import logs, processes
-from mlxops.agent.engines.base import Command, Engine, Health, NoCompletion, Serving, complete, installed_version
+from mlxops.agent.engines.base import Command, Engine, Health, NoCompletion, Serving, complete
 from mlxops.agent.failures import About, explain
 from mlxops.agent.logs import clean
 from mlxops.agent.observe import last_line
@@ -69,15 +69,24 @@ class Start:
     """One server being started. Used once: `launch`, then `wait`; `abort` undoes whatever was done."""
 
     def __init__(
-        self, where: Place, store: Store, system: System, engine: Engine, command: Command, serving: Serving
+        self,
+        where: Place,
+        store: Store,
+        system: System,
+        engine: Engine,
+        command: Command,
+        serving: Serving,
+        *,
+        argv: tuple[str, ...] | None = None,
     ) -> None:
+        """`argv` is that of a server that is to come back exactly as it was."""
         self.where = where
         self.store = store
         self.system = system
         self.engine = engine
         self.command = command
         self.serving = serving
-        self.argv = engine.argv(command, serving)
+        self.argv = engine.argv(command, serving) if argv is None else argv
         self.log = store.log_path(serving.port)
         self._gated: Gated | None = None
         self._run: Run | None = None
@@ -115,7 +124,7 @@ class Start:
             operation=operation,
             log_path=str(self.log),
             started_at=now(),
-            engine_version=installed_version(self.command.argv, self.engine.distribution),
+            engine_version=self.command.version,
         )
         try:
             self.store.save_run(self._run)
@@ -179,7 +188,7 @@ class Start:
     def _head_log(self) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         logs.rotate(self.log)
-        version = installed_version(self.command.argv, self.engine.distribution) or "of unknown version"
+        version = self.command.version or "of unknown version"
         with open(self.log, "ab") as file:
             os.chmod(self.log, 0o600)
             file.write(f"--- mlxops {now()} {self.engine.name} {version}: {shlex.join(self.argv)}\n".encode())

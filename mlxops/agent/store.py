@@ -8,6 +8,7 @@
   run/<port>.json   the run record; run/<port>/ the server's working directory
   ops/<id>/         one operation: request.json, events.jsonl, lock
   logs/<port>.log
+  engines/<key>     what an installed engine printed as its options
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ from mlxops.core.registry import Registry
 from mlxops.core.settings import Settings, settings_from_wire
 from mlxops.core.world import Operation, Run, run_from_wire
 
-HISTORY_BYTES = 4 * 1024 * 1024
 LOCK_SECONDS = 10.0
 """How long a registry transaction waits for another: they take milliseconds, so this is never a queue."""
+
+HISTORY_BYTES = 4 * 1024 * 1024
+"""Of the history's end that are read: some twenty thousand changes."""
 
 
 def now() -> str:
@@ -383,6 +386,21 @@ class Store:
     def log_path(self, port: int) -> Path:
         return self.state / "logs" / f"{port}.log"
 
+    # What engines said of themselves
+
+    def engine_help(self, key: str) -> str | None:
+        try:
+            return (self.state / "engines" / key).read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            return None
+
+    def keep_engine_help(self, key: str, text: str) -> None:
+        """Worth keeping, not worth failing for: it can be asked again."""
+        with contextlib.suppress(OSError):
+            folder = self.state / "engines"
+            folder.mkdir(exist_ok=True, mode=0o700)
+            write_durably(folder / key, text.encode())
+
     # Agreed settings
 
     def agreed(self) -> Settings | None:
@@ -410,6 +428,23 @@ class Store:
 
     # History
 
+    def history(self) -> list[dict[str, object]]:
+        """What was remembered, oldest first; lines that cannot be read are skipped. The last megabytes of it."""
+        try:
+            with open(self.state / "history.jsonl", "rb") as file:
+                start = max(0, file.seek(0, 2) - HISTORY_BYTES)
+                file.seek(start)
+                lines = file.read().splitlines()[1 if start else 0 :]
+        except FileNotFoundError:
+            return []
+        found = []
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                entry = json.loads(line)
+                if isinstance(entry, dict):
+                    found.append(entry)
+        return found
+
     def remember(self, **what: object) -> None:
         """Append a line to the history, whole or not at all as far as one write(2) is."""
         line = (json.dumps({"at": now(), **what}) + "\n").encode()
@@ -423,23 +458,6 @@ class Store:
             os.fsync(fd)
         finally:
             os.close(fd)
-
-    def history(self) -> list[dict[str, object]]:
-        """The history's lines, oldest first; of a very long one the latest `HISTORY_BYTES`. Broken lines, as a full
-        disk leaves them, are not there."""
-        try:
-            with open(self.state / "history.jsonl", "rb") as file:
-                file.seek(max(0, file.seek(0, 2) - HISTORY_BYTES))
-                lines = file.read().split(b"\n")
-        except FileNotFoundError:
-            return []
-        found = []
-        for line in lines:
-            with contextlib.suppress(ValueError):
-                value = json.loads(line)
-                if isinstance(value, dict):
-                    found.append(value)
-        return found
 
 
 def _ends_with_newline(path: Path) -> bool:

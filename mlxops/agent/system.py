@@ -107,6 +107,12 @@ class System(Protocol):
     def memory(self, pids: Iterable[int]) -> int:
         """Resident bytes of these processes together; shared pages count more than once."""
 
+    def available(self) -> int | None:
+        """Bytes that a new program could have without anything being swapped out; None if that is not told."""
+
+    def connections(self, port: int, pids: Iterable[int]) -> frozenset[tuple[str, int]]:
+        """The far ends of the TCP connections that are open to `port`, which these processes serve."""
+
 
 @cache
 def this_system() -> System:
@@ -178,6 +184,22 @@ class LinuxSystem:
             except (OSError, IndexError):
                 continue
         return total
+
+    def available(self) -> int | None:
+        for line in _read(f"{self.root}/meminfo").decode().splitlines():
+            key, _, value = line.partition(":")
+            if key == "MemAvailable":
+                return int(value.split()[0]) * 1024
+        return None
+
+    def connections(self, port: int, pids: Iterable[int]) -> frozenset[tuple[str, int]]:
+        return frozenset(
+            (_address(address), int(remote, 16))
+            for table in ("tcp", "tcp6")
+            for fields in self._sockets(table, "01")
+            for address, _, remote in [fields[2].partition(":")]
+            if int(fields[1].rpartition(":")[2], 16) == port
+        )
 
     def _pids(self) -> Iterable[int]:
         return (int(name) for name in os.listdir(self.root) if name.isdigit())
@@ -308,6 +330,24 @@ class PsutilSystem:
             except (psutil.Error, OSError):
                 continue
         return total
+
+    def available(self) -> int | None:
+        import psutil
+
+        return int(psutil.virtual_memory().available)
+
+    def connections(self, port: int, pids: Iterable[int]) -> frozenset[tuple[str, int]]:
+        import psutil
+
+        found = set()
+        for pid in pids:
+            try:
+                for connection in psutil.Process(pid).net_connections(kind="tcp"):
+                    if connection.status == psutil.CONN_ESTABLISHED and connection.laddr.port == port:
+                        found.add((_plain(connection.raddr.ip), connection.raddr.port))
+            except (psutil.Error, OSError):
+                continue
+        return frozenset(found)
 
 
 def _address(text: str) -> str:

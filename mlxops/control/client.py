@@ -140,11 +140,19 @@ def _with_address(target: Target) -> Settings:
     settings = target.settings
     if settings.address is not None or not _is_wildcard(settings.bind):
         return settings
+    return replace(settings, address=reached_at(target))
+
+
+def reached_at(target: Target) -> str:
+    """The host name or IP address at which the gateway reaches the host's servers. Raises `Unreachable`."""
+    settings = target.settings
+    if settings.address is not None or not _is_wildcard(settings.bind):
+        return settings.address or settings.bind
     if target.ssh is None:
-        return replace(settings, address=socket.gethostname())
+        return socket.gethostname()
     from mlxops.control.ssh_config import resolve
 
-    return replace(settings, address=resolve(target.ssh, 10.0).hostname)
+    return resolve(target.ssh, 10.0).hostname
 
 
 def _is_wildcard(address: str) -> bool:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -404,13 +405,21 @@ def _path(value: _Value) -> str:
 
 def _url(value: _Value) -> str:
     text = value.text()
-    if not _URL.fullmatch(text):
+    if not _URL.fullmatch(text) or not _has_port(text):
         raise value.bad(
             f"{shown(text)} is not a URL of a gateway",
             "it is http:// or https://, host and port, without user or password",
             "for example: http://127.0.0.1:4000",
         )
     return text.rstrip("/")
+
+
+def _has_port(url: str) -> bool:
+    """Whether what stands where a URL has its port is one, or nothing."""
+    try:
+        return urlsplit(url).port != 0
+    except ValueError:
+        return False
 
 
 def _variable(value: _Value) -> str:

@@ -178,6 +178,8 @@ def say(text: str) -> None:
 def size(number: object) -> str:
     if not isinstance(number, int):
         return "-"
+    if number < 0:
+        return f"-{size(-number)}"
     if number < 1000:
         return f"{number} B"
     value = float(number)
@@ -260,7 +262,7 @@ def list_table(answers: Sequence[Answer]) -> str:
     rows: list[list[object]] = []
     for answer in answers:
         if answer.error is not None:
-            rows.append([answer.host, answer.error.code, "", "", "", "", answer.error.message])
+            rows.append([answer.host, answer.error.code, "", "", "", "", "", answer.error.message])
         for row in _rows(answer.result, "models"):
             problems = row.get("problems")
             rows.append(
@@ -271,11 +273,90 @@ def list_table(answers: Sequence[Answer]) -> str:
                     str(row.get("revision") or "")[:12],
                     size(row.get("size_bytes")),
                     row.get("port"),
+                    _options(row.get("flags")),
                     "; ".join(map(str, problems)) if isinstance(problems, list) else "",
                 ]
             )
-    columns = ["HOST", "NAME", "REPO", "REVISION", "SIZE", "PORT", "PROBLEMS"]
+    columns = ["HOST", "NAME", "REPO", "REVISION", "SIZE", "PORT", "FLAGS", "PROBLEMS"]
     return table(columns if many else columns[1:], rows if many else [row[1:] for row in rows])
+
+
+def _options(flags: object) -> str:
+    """`key=value (origin)` of each but the host's own default, which is the same for all."""
+    shown = []
+    for flag in flags if isinstance(flags, list) else []:
+        if isinstance(flag, dict) and flag.get("origin") != "settings":
+            value = flag.get("value")
+            words = " ".join(map(str, value)) if isinstance(value, list) else "null" if value is None else str(value)
+            shown.append(f"{flag.get('key')}={words} ({flag.get('origin')})")
+    return ", ".join(shown)
+
+
+def memory_table(answers: Sequence[Answer]) -> str:
+    """What serves, against the budget, and what each registered model would take."""
+    return "\n\n".join(_memory_of(answer, many=len(answers) > 1) for answer in answers)
+
+
+def _memory_of(answer: Answer, *, many: bool) -> str:
+    title = [f"{answer.host}:"] if many else []
+    if answer.error is not None:
+        return "\n".join([*title, one_line(answer.error.message)])
+    memory = (answer.result or {}).get("memory")
+    memory = memory if isinstance(memory, dict) else {}
+    left = memory.get("left_bytes")
+    sizes = ("estimated_bytes", "resident_bytes", "counted_bytes")
+    serving = [
+        [*(row.get(key) for key in ("port", "model", "owner")), *(size(row.get(key)) for key in sizes)]
+        for row in _rows(memory, "servers")
+    ]
+    models = [_need_row(row, left) for row in _rows(answer.result, "models")]
+    return "\n".join(
+        [
+            *title,
+            f"budget {size(memory.get('budget_bytes'))} ({one_line(memory.get('budget_source'))}), "
+            f"in use {size(memory.get('used_bytes'))}, left {size(left)}",
+            "",
+            table(["PORT", "SERVES", "OWNER", "ESTIMATE", "RESIDENT", "COUNTED"], serving),
+            "",
+            table(["MODEL", "PORT", "WEIGHTS", "CONTEXT", "TOKENS", "NEEDS", "FITS NOW"], models),
+        ]
+    )
+
+
+def _need_row(row: Mapping[str, object], left: object) -> list[object]:
+    expected = row.get("memory")
+    need = expected if isinstance(expected, dict) else {}
+    total = need.get("total_bytes")
+    fits = "-" if not isinstance(total, int) or not isinstance(left, int) else "yes" if total <= left else "no"
+    weights, context = size(need.get("weight_bytes")), size(need.get("context_bytes"))
+    return [row.get("name"), row.get("port"), weights, context, need.get("context_tokens"), size(total), fits]
+
+
+def _set_lines(result: Mapping[str, object]) -> str:
+    verb = "would change" if result.get("dry_run") else "changed" if result.get("changed") else "was so already"
+    return one_line(f"{result.get('model')} {verb}: {_options(result.get('options')) or 'no settings of its own'}")
+
+
+def gateway_table(answers: Sequence[Answer]) -> str:
+    many = len(answers) > 1
+    rows: list[list[object]] = []
+    for answer in answers:
+        for row in _rows(answer.result, "aliases"):
+            passage = row.get("through")
+            through = (
+                ("ok" if passage.get("ok") else str(passage.get("code"))) + f" ({passage.get('seconds')} s)"
+                if isinstance(passage, dict)
+                else ""
+            )
+            named = (row.get(key) for key in ("alias", "port", "sends", "state", "owner", "model", "context_length"))
+            rows.append([answer.host, *named, through, row.get("verdict")])
+    columns = ["HOST", "ALIAS", "PORT", "SENDS", "STATE", "OWNER", "MODEL", "CONTEXT", "THROUGH", "VERDICT"]
+    findings = [
+        f"{row.get('severity')}: {one_line(row.get('message'))}; {one_line(row.get('hint'))}"
+        for answer in answers
+        for row in _rows(answer.result, "findings")
+    ]
+    return "\n".join([table(columns if many else columns[1:], rows if many else [row[1:] for row in rows]), *findings])
 
 
 def change_lines(command: str, result: Mapping[str, object]) -> str:
@@ -286,6 +367,8 @@ def change_lines(command: str, result: Mapping[str, object]) -> str:
         case "unload-all":
             rows = _rows(result, "ports")
             return "\n".join(_unload_line(row) for row in rows) or "nothing to unload"
+        case "set":
+            return _set_lines(result)
         case "reconcile":
             return _reconcile_lines(result)
         case "unload":

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from mlxops.core.errors import MlxopsError, Refused, UsageError
-from mlxops.core.names import AUTO, is_repo_id
+from mlxops.core.names import AUTO, is_repo_id, shown
 from mlxops.core.names import port as parse_port
 from mlxops.core.registry import Model, Registry
 from mlxops.core.settings import Settings
@@ -195,7 +195,7 @@ def plan_load(
             _refuse_elsewhere(old, target, plan.outcome, force)
             stops.append(old)
     cleared = tuple(model.name for model in registry.on_port(port) if model.name != target.name)
-    stale = [f"the assignment of {name} to {port} is cleared" for name in cleared]
+    stale = [f"port {port} is taken over from {name}" for name in cleared]
     return LoadPlan(
         target,
         port,
@@ -205,6 +205,23 @@ def plan_load(
         plan.previous,
         cleared if plan.outcome is not Outcome.ALREADY else (),
         (*plan.notes, *(stale if plan.outcome is not Outcome.ALREADY else ())),
+    )
+
+
+def check_sent_names(port: int, answers_to: str, sent: Sequence[str]) -> None:
+    """What the gateway sends for a port against the only name that the new server will answer to.
+
+    Raises `Refused` (gateway_name), with that name in `details`.
+    """
+    wrong = [name for name in sent if name != answers_to]
+    if not wrong:
+        return
+    raise Refused(
+        "gateway_name",
+        f"the gateway sends the name {', '.join(map(shown, wrong))} to port {port}, and the server would not know it",
+        why=f"port {port} answers to {answers_to}, whatever model and engine is behind it",
+        hint=f"in the gateway's entry for port {port}: model: openai/{answers_to}",
+        details={"port": port, "answers_to": answers_to, "sent": list(sent)},
     )
 
 
@@ -386,6 +403,31 @@ def plan_unload(registry: Registry, world: World, port: int, *, force: bool) -> 
             hint="stop it all the same: add --force",
         )
     return UnloadPlan(port, view, clear, name)
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a port served, or serves."""
+
+    model: str
+    repo_id: str
+    revision: str
+
+
+def served_before(history: Sequence[Mapping[str, object]], port: int, now: Served | None) -> Served | None:
+    """The latest load on `port` of something other than what it serves `now`; None: there was none.
+
+    `history` is oldest first. Twice in a row leads back to where it began, as with `cd -`.
+    """
+    for entry in reversed(history):
+        if entry.get("command") != "load" or entry.get("port") != port:
+            continue
+        model, repo_id, revision = (entry.get(key) for key in ("model", "repo_id", "revision"))
+        if isinstance(model, str) and isinstance(repo_id, str) and isinstance(revision, str):
+            served = Served(model, repo_id, revision)
+            if served != now:
+                return served
+    return None
 
 
 def port_of(registry: Registry, world: World, name: str) -> int | None:

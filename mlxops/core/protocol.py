@@ -24,8 +24,13 @@ TICKET = re.compile(r"[0-9a-f]{8}")
 MAX_LINE = 4 * 1024 * 1024
 """Bytes; longer lines are not ours."""
 
-READS = frozenset({"list", "status", "ops", "logs", "follow"})
-CHANGES = frozenset({"init", "load", "unload", "unload-all", "reconcile", "restore", "boot", "pull", "remove"})
+READS = frozenset({"list", "status", "gateway", "ops", "logs", "follow"})
+CHANGES = frozenset(
+    {
+        *("init", "load", "unload", "unload-all", "reconcile", "rollback", "set"),
+        *("restore", "boot", "pull", "remove"),
+    }
+)
 
 
 @dataclass(frozen=True)

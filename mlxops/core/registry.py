@@ -71,20 +71,25 @@ class Registry:
 
     def set_fields(self, name: str, fields: Mapping[str, object]) -> Registry:
         """The entry `name`, made if missing, with these fields; its other keys stay as they are."""
-        old = self._entry(name)
+        old = self.entry(name)
         return self._with_entries({name: {**old, **fields}})
+
+    def without_fields(self, name: str, keys: Iterable[str]) -> Registry:
+        """The entry `name` without these keys."""
+        gone = frozenset(keys)
+        return self._with_entries({name: {key: value for key, value in self.entry(name).items() if key not in gone}})
 
     def assign(self, name: str, port: int) -> Registry:
         """`port` goes to `name` and to nobody else, in one document: no state between has two owners."""
         entries: dict[str, dict[str, object]] = {
-            other.name: {**self._entry(other.name), "port": None} for other in self.on_port(port) if other.name != name
+            other.name: {**self.entry(other.name), "port": None} for other in self.on_port(port) if other.name != name
         }
-        entries[name] = {**self._entry(name), "port": port}
+        entries[name] = {**self.entry(name), "port": port}
         return self._with_entries(entries)
 
     def clear(self, names: Iterable[str]) -> Registry:
         """These entries lose their port."""
-        return self._with_entries({name: {**self._entry(name), "port": None} for name in names})
+        return self._with_entries({name: {**self.entry(name), "port": None} for name in names})
 
     def encode(self) -> bytes:
         """The file's content: JSON, indented by 2, with a line end. Raises `Refused` if it must not be written."""
@@ -92,7 +97,8 @@ class Registry:
             raise refusal(self.unwritable)
         return (json.dumps(self.raw, indent=2, ensure_ascii=False) + "\n").encode()
 
-    def _entry(self, name: str) -> dict[str, object]:
+    def entry(self, name: str) -> dict[str, object]:
+        """The entry as it is in the file, every key of it; empty if there is none."""
         models = self.raw.get("models")
         entry = models.get(name) if isinstance(models, dict) else None
         return dict(entry) if isinstance(entry, dict) else {}

@@ -208,10 +208,10 @@ LOADS: dict[str, Load] = {
     ),
     # What an earlier life left.
     "an assignment that nothing serves": Load(
-        START, known=registry(a=None, b=8103), cleared=("b",), says="the assignment of b to 8103 is cleared"
+        START, known=registry(a=None, b=8103), cleared=("b",), says="taken over from b"
     ),
     "two assignments that nothing serves": Load(
-        START, known=registry(a=None, b=8103, c=8103), cleared=("b", "c"), says="the assignment of c"
+        START, known=registry(a=None, b=8103, c=8103), cleared=("b", "c"), says="taken over from c"
     ),
     "an assignment whose server ended": Load(
         START, (replace(ENDED, run=run("b")),), registry(a=None, b=8103), cleared=("b",)

@@ -274,6 +274,7 @@ class Homelab:
             # Port 9 is "discard", which nobody serves: a forgotten download fails at once instead of reaching out.
             studio.env["HF_ENDPOINT"] = hub_url or "http://127.0.0.1:9"
         self._changes: dict[str, dict[str, object]] = {}
+        self._gateway: dict[str, object] | None = None
         self.mini: Mini
 
     @property
@@ -284,6 +285,11 @@ class Homelab:
     def configure(self, host: str = "studio", **changes: object) -> None:
         """Change a host's entry of hosts.yaml, for the Mini and for the host itself. None removes a key."""
         self._changes.setdefault(host, {}).update(changes)
+        self._write_hosts()
+
+    def configure_gateway(self, **section: object) -> None:
+        """The `gateway` section of hosts.yaml, for the Mini and for every host."""
+        self._gateway = section
         self._write_hosts()
 
     def start(self) -> None:
@@ -321,9 +327,10 @@ class Homelab:
 
     def _write_hosts(self) -> None:
         hosts = {studio.name: self._entry(studio) for studio in self.studios}
-        _write_yaml(self.mini.home, {"default": self.studio.name, "hosts": hosts})
+        gateway = {"gateway": self._gateway} if self._gateway is not None else {}
+        _write_yaml(self.mini.home, {"default": self.studio.name, "hosts": hosts, **gateway})
         for studio in self.studios:
-            _write_yaml(studio.home, {"default": studio.name, "hosts": {studio.name: hosts[studio.name]}})
+            _write_yaml(studio.home, {"default": studio.name, "hosts": {studio.name: hosts[studio.name]}, **gateway})
 
     def _entry(self, studio: Studio) -> dict[str, object]:
         entry = studio.settings | self._changes.get(studio.name, {})

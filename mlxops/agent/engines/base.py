@@ -7,13 +7,14 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
 from mlxops.core.errors import Refused
+from mlxops.core.families import Option
 from mlxops.core.registry import Model
 
 MAX_BODY = 1024 * 1024
@@ -35,6 +36,10 @@ class Command:
 
     argv: tuple[str, ...]
     source: str
+    version: str | None = None
+    """Where it is a plain installation, which tells without being run."""
+    help: str | None = None
+    """What it says about its own options, if it was asked."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,12 @@ class Serving:
     port: int
     folder: Path
     """A folder of the server's own; its working directory."""
+    options: tuple[Option, ...] = ()
+    """The model's own options and its family's; paths among them are absolute."""
+
+    def text(self, key: str) -> str | None:
+        """The value of a textual option; None if it is absent or switched off."""
+        return next((o.value for o in self.options if o.key == key and isinstance(o.value, str)), None)
 
 
 @dataclass(frozen=True)
@@ -66,9 +77,16 @@ class Engine(Protocol):
     """The name of its Python package, as its folder of metadata begins."""
     reserved: frozenset[str]
     """Options that belong to mlxops; refused in a model's `args`."""
+    needs: frozenset[str]
+    """Options of a known family that it has to be told; what it finds out by itself is not among them."""
+    drains: bool
+    """Asked to end, it lets open requests finish first."""
 
     def command(self, launch: Sequence[str], environ: Mapping[str, str]) -> Command:
         """Where it is. `launch` is the configured argv, empty for none. Raises `Refused` (engine_not_found)."""
+
+    def inquiry(self, command: Command, serving: Serving) -> tuple[str, ...]:
+        """The argv that makes it print its options, if `argv` needs to know them; else empty."""
 
     def argv(self, command: Command, serving: Serving) -> tuple[str, ...]:
         """The complete argv. Raises `Refused` for options that it cannot be given."""
@@ -82,6 +100,12 @@ class Engine(Protocol):
     def recognise(self, argv: Sequence[str]) -> Seen | None:
         """Whether this argv is a server of this engine."""
 
+    def served_name(self, argv: Sequence[str]) -> str | None:
+        """The name under which a server with this argv serves its model."""
+
+    def any_name(self, version: str | None) -> bool:
+        """Whether this version answers whatever name a request has. An unknown version is taken for a recent one."""
+
     def health(self, host: str, port: int, timeout: float) -> Health:
         """The cheap probe. Never loads, evicts or generates anything."""
 
@@ -90,18 +114,39 @@ class Engine(Protocol):
 
 
 def installed_version(argv: Sequence[str], distribution: str) -> str | None:
-    """The version of the package beside the program that is run; None where it is not a plain installation.
+    """The version of the package that is run; None where that cannot be told without running it."""
+    return version_in(site_packages(argv, distribution), distribution)
 
-    Read from the name of its metadata folder (PyPA, "Recording installed projects"), because asking the program
-    itself takes as long as starting it.
+
+def site_packages(argv: Sequence[str], distribution: str) -> Path | None:
+    """The folder in which the package of the program that is run is installed; None where that cannot be told.
+
+    Beside the program itself, behind its link, or in the environment of the project that a launcher is given.
     """
-    for word in argv[:3]:
-        program = Path(word)
-        if program.is_absolute() and program.exists():
-            for top in (program.parent.parent, Path(os.path.realpath(program)).parent.parent):
-                for found in top.glob(f"lib/python3*/site-packages/{distribution}-*.dist-info"):
-                    return found.name.removeprefix(f"{distribution}-").removesuffix(".dist-info")
+    for word in argv[:6]:
+        for top in installation_folders(Path(word)):
+            for site in sorted(top.glob("lib/python3*/site-packages")):
+                if any(site.glob(f"{distribution}-*.dist-info")):
+                    return site
     return None
+
+
+def installation_folders(path: Path) -> Iterator[Path]:
+    """Where the installation that a program or a project belongs to may be."""
+    if not path.is_absolute() or not path.exists():
+        return
+    if path.is_dir():
+        yield path / ".venv"
+    else:
+        yield path.parent.parent
+        yield Path(os.path.realpath(path)).parent.parent
+
+
+def version_in(site: Path | None, distribution: str) -> str | None:
+    """From the name of its metadata folder (PyPA, "Recording installed projects"): asking the program itself takes
+    as long as starting it."""
+    found = sorted(site.glob(f"{distribution}-*.dist-info")) if site else []
+    return found[0].name.removeprefix(f"{distribution}-").removesuffix(".dist-info") if found else None
 
 
 def search_path(environ: Mapping[str, str]) -> str:
@@ -173,13 +218,13 @@ def check_args(engine: str, args: Sequence[str], reserved: frozenset[str]) -> No
     """Raises `Refused` if a model's own arguments take what belongs to mlxops, or abbreviate it."""
     for word in args:
         key = word.partition("=")[0]
-        taken = next((r for r in reserved if key == r or (len(key) > 3 and r.startswith(key))), None)
+        taken = next((r for r in reserved if key == r or (len(key) > 2 and r.startswith(key))), None)
         if taken:
             raise Refused(
                 "reserved_argument",
                 f"the model's args contain {key!r}",
                 why=f"{taken} of {engine} is set by mlxops",
-                hint="take it out of the entry's args in registry.json",
+                hint="take it out of the args of its entry: mlxctl set --model NAME --set args=...",
             )
 
 

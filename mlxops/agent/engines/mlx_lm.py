@@ -33,6 +33,8 @@ class MlxLm:
     name = "mlx-lm"
     distribution = "mlx_lm"
     reserved = frozenset({"--model", "--host", "--port", "--trust-remote-code", "--adapter-path"})
+    needs: frozenset[str] = frozenset()  # it finds template and parsers by itself
+    drains = False  # TERM ends it at once, open requests and all
 
     def command(self, launch: Sequence[str], environ: Mapping[str, str]) -> Command:
         if launch:
@@ -47,6 +49,9 @@ class MlxLm:
             )
         return Command((program,), "PATH")
 
+    def inquiry(self, command: Command, serving: Serving) -> tuple[str, ...]:
+        return ()
+
     def argv(self, command: Command, serving: Serving) -> tuple[str, ...]:
         model = serving.model
         check_args(self.name, model.args, self.reserved)
@@ -58,11 +63,12 @@ class MlxLm:
                 why=f"the entry {model.name!r} sets it; only mlx-openai-server knows it",
                 hint="take it out of the entry, or give the entry another engine",
             )
-        template = model.options.get("chat_template")
+        template = serving.text("chat_template")
         return (
             *command.argv,
             *("--model", serving.alias, "--host", serving.bind, "--port", str(serving.port)),
-            *(("--chat-template", template) if template else ()),
+            # It wants the template itself, not the name of a file.
+            *(("--chat-template", Path(template).read_text(encoding="utf-8")) if template else ()),
             *(("--trust-remote-code",) if model.trust_remote_code else ()),
             *model.args,
         )
@@ -85,6 +91,12 @@ class MlxLm:
         if port is None:
             return None
         return Seen(port, given.get("--model", ""), given.get("--host", "127.0.0.1"))
+
+    def served_name(self, argv: Sequence[str]) -> str | None:
+        return options(argv).get("--model")
+
+    def any_name(self, version: str | None) -> bool:
+        return False
 
     def health(self, host: str, port: int, timeout: float) -> Health:
         # 200 also while loading; 503 once the thread that generates has died.

@@ -1,4 +1,9 @@
-"""mlx-openai-server: where it is found, in the order that its users rely on, and its options (1.8)."""
+"""mlx-openai-server: where it is found, in the order that its users rely on, and its options (tried with 1.4.2, 1.5.1,
+1.7.1 and 1.8.1).
+
+Until 1.6 it answers to any name, and has no option for one. Since 1.7 it has `--served-model-name`; since 1.8 that
+is the only name that it answers to.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +33,9 @@ VARIABLE = "MLX_LAUNCH_CMD"
 PROJECT = "/opt/mlx-launch"
 HOMEBREW_UV = "/opt/homebrew/bin/uv"
 
+_NAMED_SINCE = (1, 7)
+_STRICT_SINCE = (1, 8)
+_PARSERS = ("tool_call_parser", "reasoning_parser")
 _FLAGS = {
     "model_type": "--model-type",
     "chat_template": "--chat-template-file",
@@ -45,6 +53,8 @@ class MlxOpenAIServer:
             *("--log-file", "--no-log-file", "--trust-remote-code"),
         }
     )
+    needs = frozenset({"tool_call_parser", "reasoning_parser", "chat_template"})
+    drains = True
 
     def command(self, launch: Sequence[str], environ: Mapping[str, str]) -> Command:
         if launch:
@@ -64,16 +74,29 @@ class MlxOpenAIServer:
             hint=f"install it there, set {VARIABLE} there, or set `launch` or `engine: mlx-lm` in hosts.yaml",
         )
 
+    def inquiry(self, command: Command, serving: Serving) -> tuple[str, ...]:
+        # Its names of parsers change from version to version, and it takes seconds to say which it has.
+        if command.version is None or any(serving.text(key) for key in _PARSERS):
+            return (*command.argv, "--help")
+        return ()
+
     def argv(self, command: Command, serving: Serving) -> tuple[str, ...]:
         model = serving.model
         check_args(self.name, model.args, self.reserved)
-        given = {"model_type": "lm", **model.options}
-        flags = [word for key, flag in _FLAGS.items() if (value := given.get(key)) for word in (flag, value)]
+        _check_parsers(command, serving)
+        own = {word.partition("=")[0] for word in model.args}
+        given = {key: serving.text(key) for key in _FLAGS} | {"model_type": serving.text("model_type") or "lm"}
+        flags = [
+            word for key, flag in _FLAGS.items() if flag not in own and (value := given[key]) for word in (flag, value)
+        ]
+        tools = "--tool-call-parser" in flags and "--enable-auto-tool-choice" not in own
         return (
             *command.argv,
-            *("--model-path", str(serving.path), "--served-model-name", serving.alias),
+            *("--model-path", str(serving.path)),
+            *(("--served-model-name", serving.alias) if _takes_a_name(command) else ()),
             *("--host", serving.bind, "--port", str(serving.port), "--no-log-file"),
             *flags,
+            *(("--enable-auto-tool-choice",) if tools else ()),
             *(("--context-length", str(model.context_length)) if model.context_length else ()),
             *(("--trust-remote-code",) if model.trust_remote_code else ()),
             *model.args,
@@ -87,12 +110,20 @@ class MlxOpenAIServer:
 
     def recognise(self, argv: Sequence[str]) -> Seen | None:
         for index, word in enumerate(argv[:12]):
-            if Path(word).name == self.name and "launch" in argv[index + 1 : index + 3]:
+            if Path(word).name == self.name and "launch" in argv[index + 1 : index + 3] and "--help" not in argv:
                 given = options(argv[index:])
                 port = port_number(given.get("--port", "8000"))
                 model = given.get("--model-path", "")
                 return Seen(port, model, given.get("--host", "0.0.0.0")) if port is not None else None
         return None
+
+    def served_name(self, argv: Sequence[str]) -> str | None:
+        given = options(argv)
+        return given.get("--served-model-name") or given.get("--model-path")
+
+    def any_name(self, version: str | None) -> bool:
+        # Since 1.8 the name in a request has to be the served one; before, it is not looked at.
+        return _older_than(_STRICT_SINCE, version)
 
     def health(self, host: str, port: int, timeout: float) -> Health:
         # It binds only after its start-up. /health stays 200 when the process with the weights has died, and
@@ -110,3 +141,35 @@ class MlxOpenAIServer:
             return None
         found = _EXCEPTION.findall(log)
         return " ".join(str(found[-1]).split()) if found else "Application startup failed"
+
+
+def known_options(text: str) -> dict[str, tuple[str, ...]]:
+    """Its `launch --help` (Click's form): each option with the values that it can have; none where any will do."""
+    found = re.findall(r"^  (--[a-z][a-z-]*)(?: \[([^\]]*)\])?", text, re.MULTILINE)
+    return {flag: tuple("".join(values.split()).split("|")) if values else () for flag, values in found}
+
+
+def _takes_a_name(command: Command) -> bool:
+    if command.help is not None:
+        return "--served-model-name" in known_options(command.help)
+    return not _older_than(_NAMED_SINCE, command.version)
+
+
+def _older_than(since: tuple[int, int], version: str | None) -> bool:
+    """A version that is not known counts as a recent one."""
+    numbers = re.match(r"(\d+)\.(\d+)", version or "")
+    return numbers is not None and (int(numbers[1]), int(numbers[2])) < since
+
+
+def _check_parsers(command: Command, serving: Serving) -> None:
+    """Raises `Refused` for a parser that the installed version does not have: it would not start."""
+    known = known_options(command.help) if command.help is not None else {}
+    for key in _PARSERS:
+        name, names = serving.text(key), known.get(_FLAGS[key], ())
+        if name and names and name not in names:
+            raise Refused(
+                "unknown_parser",
+                f"mlx-openai-server {command.version or ''} has no {key} {name!r}".replace("  ", " "),
+                why=f"it has {', '.join(names)}",
+                hint=f"choose one: mlxctl set --model {serving.model.name} --set {key}=NAME, or =null for none",
+            )

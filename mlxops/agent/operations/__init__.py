@@ -23,6 +23,10 @@ def command(name: str) -> Callable[[Context], dict[str, object]] | None:
             from mlxops.agent.operations.look import list_models
 
             return list_models
+        case "gateway":
+            from mlxops.agent.operations.look import answering
+
+            return answering
         case "ops":
             from mlxops.agent.operations.ops import ops
 
@@ -63,6 +67,14 @@ def command(name: str) -> Callable[[Context], dict[str, object]] | None:
             from mlxops.agent.operations.pull import remove
 
             return remove
+        case "rollback":
+            from mlxops.agent.operations.rollback import rollback
+
+            return rollback
+        case "set":
+            from mlxops.agent.operations.settings import set_
+
+            return set_
         case "reconcile":
             from mlxops.agent.operations.reconcile import reconcile
 

@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlxops.agent import interrupted, logs
-from mlxops.agent.engines import engine_named
-from mlxops.agent.engines.base import Serving
+from mlxops.agent.engines.installed import NotAsked
 from mlxops.agent.operations.context import Context
+from mlxops.agent.operations.files import Files
+from mlxops.agent.operations.prepare import prepare
 from mlxops.agent.store import utc
 from mlxops.core.errors import MlxopsError
+from mlxops.core.planner import Target
 from mlxops.core.registry import Registry
 from mlxops.core.units import amount
 from mlxops.core.world import Drift, Owner, PortView, State, World
@@ -76,29 +78,31 @@ def _settings(ctx: Context, registry: Registry, view: PortView) -> Iterator[Drif
         yield Drift("settings_changed", view.port, run.model, message, error.hint)
         return
     found = run.argv
-    if run.adopted:
+    if run.adopted and expected is not None:
         # However it was launched by hand; what counts are the options.
         found, expected = found[-len(expected) + 1 :], expected[1:]
-    if found != expected:
+    if expected is not None and found != expected:
         message = (
             f"{view.port}: {run.model} runs with other settings than it would get now: {_difference(found, expected)}"
         )
         yield Drift("settings_changed", view.port, run.model, message, hint)
 
 
-def _expected(ctx: Context, registry: Registry, view: PortView) -> tuple[str, ...]:
-    """The argv that the model would be started with now. Raises `Refused`."""
+def _expected(ctx: Context, registry: Registry, view: PortView) -> tuple[str, ...] | None:
+    """The argv that the model would be started with now; None if that cannot be told without running the engine.
+
+    Raises `Refused`.
+    """
     run = view.run
     assert run is not None
-    settings = ctx.where.settings
     entry = registry.models[run.model]
-    engine = engine_named(entry.engine or settings.engine)
-    command = engine.command(settings.launch.get(engine.name, ()), {**ctx.environ, **settings.env})
-    path = Path(entry.cache_path or "/")
-    folder = ctx.store.run_folder(view.port)
-    alias = settings.alias(view.port, run.model)
-    serving = Serving(entry, alias, path, settings.bind, view.port, folder)
-    return engine.argv(command, serving)
+    target = Target(entry.name, run.repo_id, run.revision, entry)
+    try:
+        return prepare(
+            ctx, target, view.port, Files(run.revision, Path(entry.cache_path or "/"), 0), ask=False
+        ).wanted.argv
+    except NotAsked:
+        return None
 
 
 def _difference(found: tuple[str, ...], expected: tuple[str, ...]) -> str:

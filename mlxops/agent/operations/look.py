@@ -1,14 +1,19 @@
-"""`status` and `list`: what is there. They change nothing."""
+"""`status`, `list` and `gateway`: what is there. They change nothing."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from mlxops.agent.journal import activity
 from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.drift import further_drift, rebooted
 from mlxops.agent.operations.files import Files, registered
 from mlxops.agent.operations.ops import downloads
+from mlxops.agent.operations.prepare import shown_options
 from mlxops.agent.operations.probe import failed, probe
-from mlxops.core.registry import Model, refusal
+from mlxops.agent.snapshot import shape
+from mlxops.core.registry import Model, Registry, refusal
+from mlxops.core.world import Owner, PortView
 
 
 def status(ctx: Context) -> dict[str, object]:
@@ -31,12 +36,77 @@ def status(ctx: Context) -> dict[str, object]:
     return {"operations": running, "ports": rows, "drift": drift, "registry": str(ctx.where.registry)}
 
 
+def answering(ctx: Context) -> dict[str, object]:
+    """`gateway`: what a gateway's entries have to agree with, port by port."""
+    registry = ctx.registry()
+    world = ctx.observe(registry)
+    rows = [
+        _answering_row(view, registry) for port, view in sorted(world.ports.items()) if port in ctx.where.settings.ports
+    ]
+    return {"ports": rows}
+
+
+def _answering_row(view: PortView, registry: Registry) -> dict[str, object]:
+    entry = registry.models.get(view.model or "")
+    return {
+        "port": view.port,
+        "alias": view.alias,
+        "state": view.state.value,
+        "owner": view.owner.value if view.owner else None,
+        "model": view.model,
+        "answers_to": _answers_to(view),
+        "context_length": _context_length(entry) if entry and view.owner else None,
+        "assigned": bool(registry.on_port(view.port)),
+        "detail": view.detail,
+    }
+
+
+def _answers_to(view: PortView) -> str | None:
+    """The only name that the live server answers to; None: any name, or not known."""
+    from mlxops.agent.engines import ENGINES
+    from mlxops.agent.engines.base import installed_version
+
+    run = view.run if view.owner is Owner.MLXOPS else None
+    served = run or view.server
+    engine = ENGINES.get(served.engine) if served else None
+    if served is None or engine is None:
+        return None
+    version = run.engine_version if run and run.engine_version else installed_version(served.argv, engine.distribution)
+    # What somebody else started in a way that hides its version may be an old one.
+    sure = run is not None or version is not None
+    return engine.served_name(served.argv) if sure and not engine.any_name(version) else None
+
+
+def _context_length(entry: Model) -> int | None:
+    """What the entry limits it to, else what the model's files say."""
+    if entry.context_length is not None or entry.cache_path is None:
+        return entry.context_length
+    return shape(Path(entry.cache_path)).context_length
+
+
 def list_models(ctx: Context) -> dict[str, object]:
     registry = ctx.registry()
     if registry.unwritable:
         ctx.note(f"the registry {ctx.where.registry}: {registry.unwritable}", "warning")
     rows = [_list_row(ctx, model) for model in registry.models.values()]
-    return {"models": rows, "registry": str(ctx.where.registry), "unusable": registry.unwritable}
+    result: dict[str, object] = {"models": rows, "registry": str(ctx.where.registry), "unusable": registry.unwritable}
+    return result | ({"memory": _memory(ctx, registry)} if ctx.request.flag("memory") else {})
+
+
+def _memory(ctx: Context, registry: Registry) -> dict[str, object]:
+    """The budget, what takes of it now, and what is left."""
+    from mlxops.agent.memory import budget, in_use
+
+    limit = budget(ctx.where)
+    uses = in_use(ctx.where, ctx.observe(registry), ctx.system)
+    used = sum(use.counted for use in uses)
+    return {
+        "budget_bytes": limit.size,
+        "budget_source": limit.source,
+        "used_bytes": used,
+        "left_bytes": limit.size - used,
+        "servers": [use.to_wire() for use in uses],
+    }
 
 
 def _list_row(ctx: Context, model: Model) -> dict[str, object]:
@@ -53,6 +123,8 @@ def _list_row(ctx: Context, model: Model) -> dict[str, object]:
             problems.append(f"cache_path is dead; its files are at {found.path}")
         else:
             problems.append(f"its files: {found.why}")
+    path = files.path if files else None
+    shaped = shape(path) if path else None
     return {
         "name": model.name,
         "repo_id": model.repo_id,
@@ -63,5 +135,15 @@ def _list_row(ctx: Context, model: Model) -> dict[str, object]:
         "port": model.port,
         "engine": model.engine or ctx.where.settings.engine,
         "size_bytes": files.size_bytes if files else None,
+        "context_length": model.context_length or (shaped.context_length if shaped else None),
+        "flags": shown_options(ctx, model, path),
+        **({"memory": _expected(path, model)} if ctx.request.flag("memory") else {}),
         "problems": problems,
     }
+
+
+def _expected(path: Path | None, model: Model) -> dict[str, object] | None:
+    from mlxops.agent.memory import estimate_of
+
+    expected = estimate_of(path, model.context_length) if path else None
+    return expected.to_wire() if expected else None

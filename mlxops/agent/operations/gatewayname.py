@@ -1,0 +1,38 @@
+"""What the gateway's entries say of a port: would a new server answer to the name, and take as many tokens?
+
+The control node says it, where it can read the gateway's configuration: in the request's `sent`,
+`{"8100": ["jerry-xl"]}`, and `promised`, `{"8100": 131072}`.
+"""
+
+from __future__ import annotations
+
+from mlxops.agent.engines import engine_named
+from mlxops.agent.engines.base import installed_version
+from mlxops.agent.operations.context import Context
+from mlxops.core import planner
+from mlxops.core.planner import Target
+
+
+def check_name(ctx: Context, target: Target, port: int) -> None:
+    """Before anything is downloaded or stopped. Raises `Refused` (gateway_name), and engine_not_found."""
+    names = _of_port(ctx, "sent", port)
+    if not isinstance(names, list) or not names:
+        return
+    settings = ctx.where.settings
+    engine = engine_named((target.entry.engine if target.entry else None) or settings.engine)
+    command = engine.command(settings.launch.get(engine.name, ()), {**ctx.environ, **settings.env})
+    if not engine.any_name(installed_version(command.argv, engine.distribution)):
+        planner.check_sent_names(port, settings.alias(port, target.name), list(map(str, names)))
+
+
+def context_warning(ctx: Context, port: int, context_length: int | None) -> str | None:
+    """A sentence, if the gateway promises more input tokens than the model that comes to this port takes."""
+    promised = _of_port(ctx, "promised", port)
+    if not isinstance(promised, int) or context_length is None or promised <= context_length:
+        return None
+    return f"the gateway promises {promised} input tokens on port {port}; this model takes {context_length}"
+
+
+def _of_port(ctx: Context, key: str, port: int) -> object:
+    said = ctx.request.args.get(key)
+    return said.get(str(port)) if isinstance(said, dict) else None

@@ -1,0 +1,206 @@
+"""Everything that can be known of a load before anything is stopped."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mlxops.agent.engines import engine_named
+from mlxops.agent.engines.base import Command, Engine, Serving
+from mlxops.agent.engines.installed import described, lacks_architecture
+from mlxops.agent.operations.context import Context
+from mlxops.agent.operations.files import Files
+from mlxops.agent.operations.gatewayname import context_warning
+from mlxops.agent.snapshot import ModelFacts, shape
+from mlxops.core import memory, planner
+from mlxops.core.errors import Refused
+from mlxops.core.families import Option, options_of, size_warning
+from mlxops.core.planner import LoadPlan, Target, Wanted
+from mlxops.core.protocol import Phase
+from mlxops.core.registry import Model, Registry
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A server that could be started now."""
+
+    engine: Engine
+    command: Command
+    serving: Serving
+    files: Files
+    wanted: Wanted
+
+
+def prepare(ctx: Context, target: Target, port: int, files: Files, *, ask: bool = True) -> Prepared:
+    """Raises `Refused` for an engine that is not there or does not run, and for options that it cannot be given.
+
+    `ask`: the engine may be run to learn its options, which takes seconds; without it, that raises `NotAsked`.
+    """
+    settings = ctx.where.settings
+    entry = target.entry or Model(target.name, target.repo_id)
+    engine = engine_named(entry.engine or settings.engine)
+    environ = {**ctx.environ, **settings.env}
+    command = engine.command(settings.launch.get(engine.name, ()), environ)
+    serving = Serving(
+        model=entry,
+        alias=settings.alias(port, target.name),
+        path=files.path,
+        bind=settings.bind,
+        port=port,
+        folder=ctx.store.run_folder(port),
+        options=_with_template(entry, options(entry, settings.engine, files.path), files.path),
+    )
+    inquire = None if not ask else environ
+    command = described(engine, command, serving, inquire, ctx.store, keep=not ctx.request.dry_run)
+    argv = engine.argv(command, serving)
+    real = os.path.realpath(files.path)
+    return Prepared(engine, command, serving, files, Wanted(target.repo_id, files.revision, engine.name, argv, real))
+
+
+def options(entry: Model, default_engine: str, path: Path) -> tuple[Option, ...]:
+    """The options of an entry whose files are at `path`. Raises `Refused` (unknown_engine)."""
+    engine = engine_named(entry.engine or default_engine)
+    return options_of(entry, default_engine, shape(path).model_type, _names(path), needed=engine.needs)
+
+
+def shown_options(ctx: Context, entry: Model, path: Path | None = None) -> list[dict[str, object]]:
+    """The options of an entry as `list` shows them, each with its origin; `path`: its files, if they are here."""
+    try:
+        found = options(entry, ctx.where.settings.engine, path or Path(entry.cache_path or os.devnull))
+    except Refused:  # an engine that is not known: told when it is loaded
+        found = options_of(entry, ctx.where.settings.engine, None, (), needed=())
+    return [each.to_wire() for each in found]
+
+
+def _names(path: Path) -> frozenset[str]:
+    try:
+        return frozenset(os.listdir(path))
+    except OSError:
+        return frozenset()
+
+
+def _with_template(entry: Model, options: tuple[Option, ...], path: Path) -> tuple[Option, ...]:
+    """With the chat template's path made absolute: a relative one is a file of the model's repository."""
+    return tuple(
+        replace(each, value=str(_template(entry, path, each.value)))
+        if each.key == "chat_template" and isinstance(each.value, str)
+        else each
+        for each in options
+    )
+
+
+def _template(entry: Model, path: Path, name: str) -> Path:
+    file = path / name  # an absolute name stays what it is
+    try:
+        file.read_bytes().decode()
+    except (OSError, ValueError) as error:
+        raise Refused(
+            "bad_chat_template",
+            f"the chat template {name!r} of {entry.name} cannot be used",
+            why=f"{file}: {getattr(error, 'strerror', None) or 'it is not text'}",
+            hint=f"correct it: mlxctl set --model {entry.name} --set chat_template=PATH; without PATH it is taken out",
+        ) from None
+    return file
+
+
+def preflight(ctx: Context, registry: Registry, plan: LoadPlan, prepared: Prepared) -> tuple[str, ...]:
+    """All that can be known of the new server before an old one is stopped; returns warnings, which it also tells.
+
+    Raises `Refused`: not_servable, code_would_run, unknown_architecture, does_not_fit.
+    """
+    from mlxops.agent.snapshot import inspect
+
+    ctx.emit(Phase("check", f"{plan.target.repo_id} at {prepared.files.revision[:12]}"))
+    facts = inspect(prepared.files.path)
+    _check_files(plan, facts)
+    _check_code(plan, prepared, facts)
+    _check_architecture(plan, prepared, facts)
+    _check_memory(ctx, registry, plan, prepared, facts)
+    warnings = tuple(_warnings(ctx, plan, prepared, facts))
+    for warning in warnings:
+        ctx.note(warning, "warning")
+    return warnings
+
+
+def _check_files(plan: LoadPlan, facts: ModelFacts) -> None:
+    if facts.problems:
+        raise Refused(
+            "not_servable",
+            f"{plan.target.repo_id} cannot be served",
+            why="; ".join(facts.problems)[:400],
+            hint="if its files are damaged, delete its folder in the cache and load again",
+        )
+
+
+def _check_code(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
+    entry = prepared.serving.model
+    if facts.runs_code and not (entry.trust_remote_code and entry.revision):
+        raise Refused(
+            "code_would_run",
+            f"loading {plan.target.repo_id} would run code of that repository",
+            why="; ".join(facts.runs_code)[:400],
+            hint=f"read that code; then: mlxctl set --model {plan.target.name} --set trust_remote_code=true "
+            f"--set revision={prepared.files.revision}",
+        )
+
+
+def _check_architecture(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
+    if prepared.serving.text("model_type") == "multimodal":
+        return  # another library's models
+    why = lacks_architecture(prepared.command, prepared.engine, facts.model_type)
+    if why:
+        raise Refused(
+            "unknown_architecture",
+            f"{plan.target.repo_id} is of an architecture that the installed engine cannot load",
+            why=why,
+            hint="upgrade the engine on the host, or choose another model",
+        )
+
+
+def _check_memory(ctx: Context, registry: Registry, plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
+    if ctx.request.flag("overcommit"):
+        return
+    from mlxops.agent.memory import budget, check_fits, in_use
+
+    need = memory.estimate(
+        facts.weight_bytes, facts.cache_bytes_per_token, facts.context_length, prepared.serving.model.context_length
+    )
+    uses = in_use(ctx.where, ctx.observe(registry), ctx.system)
+    leaving = {view.port for view in plan.stops}
+    check_fits(plan.target.name, need, budget(ctx.where), uses, leaving, list(ctx.where.settings.ports))
+
+
+def _warnings(ctx: Context, plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> list[str]:
+    found = []
+    size = size_warning(plan.alias, facts.weight_bytes)
+    if size:
+        found.append(size)
+    asked = prepared.serving.model.context_length
+    promised = context_warning(ctx, plan.port, asked or facts.context_length)
+    if promised:
+        found.append(promised)
+    if asked and facts.context_length and asked > facts.context_length:
+        found.append(f"context_length {asked} is more than the model can: {facts.context_length}")
+    if not facts.has_chat_template and prepared.serving.text("chat_template") is None:
+        found.append(f"{plan.target.repo_id} has no chat template: the engine may refuse chat completions")
+    return found
+
+
+def entry_fields(target: Target, files: Files) -> dict[str, object]:
+    """What the registry says of the target once it serves; `port` apart."""
+    fields = planner.entry_fields(target.repo_id, str(files.path))
+    del fields["port"]
+    if target.revision:
+        return fields | {"revision": files.revision}
+    # A revision that stands there is of the repository that the entry had before.
+    return fields | ({"revision": None} if target.entry and target.entry.revision else {})
+
+
+def commit(registry: Registry, plan: LoadPlan, files: Files) -> Registry:
+    """The one write of a load: the model's files, and the port, which it takes from whoever had it."""
+    entry = registry.models.get(plan.target.name)
+    changed = entry is None or plan.target.repoint or entry.cache_path != str(files.path)
+    if changed:
+        registry = registry.set_fields(plan.target.name, entry_fields(plan.target, files))
+    return registry.assign(plan.target.name, plan.port)

@@ -1,0 +1,45 @@
+"""`rollback`: back to the model that a port served before. It is a load, of what the history says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mlxops.agent.operations.context import Context
+from mlxops.agent.operations.files import cached
+from mlxops.agent.operations.load import load
+from mlxops.core import names, planner
+from mlxops.core.errors import Refused
+from mlxops.core.planner import Served, Target
+from mlxops.core.registry import Registry
+from mlxops.core.world import State
+
+
+def rollback(ctx: Context) -> dict[str, object]:
+    port = names.port(ctx.request.text("port") or "", ctx.where.settings.ports)
+    registry = ctx.usable_registry()
+    view = ctx.observe(registry).ports[port]
+    run = view.run if view.members else None
+    now = Served(run.model, run.repo_id, run.revision) if run else None
+    if now is None and view.state not in {State.IDLE, State.FAILED}:
+        now = Served(view.model or "", view.repo_id or "", view.revision or "")
+    before = planner.served_before(ctx.store.history(), port, now)
+    if before is None:
+        raise Refused(
+            "nothing_to_roll_back_to",
+            f"it is not known that port {port} ever served {'anything else' if now else 'anything'}",
+            why=f"the history of this host has no other load on it ({ctx.store.state}/history.jsonl)",
+            hint=f"load what you want there: mlxctl load NAME {port}" + (" --force" if now else ""),
+        )
+    ctx.note(f"port {port} served {before.model} before ({before.repo_id} at {before.revision[:12]})")
+    args = {**ctx.request.args, "model": before.model, "repo": _repo(ctx, registry, before), "force": True}
+    return load(replace(ctx, request=replace(ctx.request, command="load", args=args)))
+
+
+def _repo(ctx: Context, registry: Registry, before: Served) -> str | None:
+    """What the name has to be repointed to; None if a load of the name as it is registered brings just that."""
+    entry = registry.models.get(before.model)
+    if entry is not None and entry.repo_id == before.repo_id:
+        files = cached(ctx, Target(entry.name, before.repo_id, entry.revision, entry))
+        if files is not None and files.revision == before.revision:
+            return None
+    return f"{before.repo_id}@{before.revision}"

@@ -1,0 +1,82 @@
+"""`set`: the per-model fields of the registry, checked. What a model serves with changes when it is started anew."""
+
+from __future__ import annotations
+
+from mlxops.agent.engines import ENGINES, engine_named
+from mlxops.agent.operations.context import Context
+from mlxops.agent.operations.files import cached
+from mlxops.agent.operations.prepare import prepare, shown_options
+from mlxops.core import fields, names, planner
+from mlxops.core.errors import MlxopsError, Refused
+from mlxops.core.fields import Fields
+from mlxops.core.planner import Target, unknown_model
+from mlxops.core.registry import Model, Registry
+
+
+def set_(ctx: Context) -> dict[str, object]:
+    """The entry's new fields. Raises `Refused` for what could not be served with them."""
+    words = ctx.request.args.get("set")
+    wanted = fields.parse([str(word) for word in words] if isinstance(words, list) else [])
+    registry = ctx.usable_registry()
+    target = planner.resolve(registry, names.model_name(ctx.request.text("model") or ""), None, None)
+    if target.entry is None:
+        raise unknown_model(target.name, registry)
+    name = target.entry.name
+    after = _apply(registry, name, wanted)
+    changed = after.raw != registry.raw
+    if changed:
+        _check(ctx, target, after.models[name], wanted)
+    if changed and not ctx.request.dry_run:
+        after = ctx.store.registry.update(lambda current: _apply(current, name, wanted))
+        ctx.remember(command="set", model=name, written=dict(wanted.written), removed=list(wanted.removed))
+    entry = after.models[name]
+    running = _running_on(ctx, registry, name) if changed else None
+    if running is not None:
+        ctx.note(f"{name} serves port {running} with its old settings until: mlxctl load {name} {running} --force")
+    return {
+        "model": name,
+        "changed": changed and not ctx.request.dry_run,
+        "dry_run": ctx.request.dry_run,
+        "options": shown_options(ctx, entry),
+        "restart_needed_on": running,
+    }
+
+
+def _apply(registry: Registry, name: str, wanted: Fields) -> Registry:
+    if name not in registry.models:
+        raise unknown_model(name, registry)
+    if wanted.written:
+        registry = registry.set_fields(name, wanted.written)
+    gone = [key for key in wanted.removed if key in registry.entry(name)]
+    return registry.without_fields(name, gone) if gone else registry
+
+
+def _check(ctx: Context, target: Target, entry: Model, wanted: Fields) -> None:
+    """As a load would: with the engine that is installed and the files that are here, as far as they are."""
+    engine_named(entry.engine or ctx.where.settings.engine)
+    if not wanted.written:
+        return
+    try:
+        files = cached(ctx, target)
+        if files is not None:
+            prepare(ctx, Target(entry.name, entry.repo_id or "", files.revision, entry), _some_port(ctx), files)
+            return
+        why = "its files are not in the cache"
+    except Refused as refused:
+        if refused.code != "engine_not_found":
+            raise
+        why = refused.message
+    except MlxopsError as error:
+        why = error.message
+    ctx.note(f"not checked against an engine ({', '.join(ENGINES)}): {why}", "warning")
+
+
+def _some_port(ctx: Context) -> int:
+    return ctx.where.settings.ports.first
+
+
+def _running_on(ctx: Context, registry: Registry, name: str) -> int | None:
+    for view in ctx.observe(registry).ports.values():
+        if view.run is not None and view.members and view.run.model == name:
+            return view.port
+    return None

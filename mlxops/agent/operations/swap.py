@@ -1,0 +1,169 @@
+"""From a plan to a proven server in its place: old out, new in, the proof; or the old one back."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from mlxops.agent.engines import engine_named
+from mlxops.agent.engines.base import Command, Serving
+from mlxops.agent.operations.context import DRAIN_SECONDS, Context
+from mlxops.agent.operations.files import cached
+from mlxops.agent.operations.prepare import Prepared, commit, prepare
+from mlxops.agent.operations.stopping import stop
+from mlxops.agent.start import Start, deadline_for
+from mlxops.agent.warm import warm
+from mlxops.core.errors import MlxopsError
+from mlxops.core.planner import LoadPlan, Target
+from mlxops.core.protocol import Phase
+from mlxops.core.registry import Model, Registry
+from mlxops.core.world import Owner, PortView
+
+
+def start_in_place(ctx: Context, registry: Registry, plan: LoadPlan, prepared: Prepared) -> float | None:
+    """Carry out a plan whose new server passed every check.
+
+    Returns the seconds for which the port did not answer; None if nothing had to be stopped. Whatever goes wrong, the
+    servers that were stopped are started again, and the registry says what is true.
+    """
+    with ExitStack() as stack:
+        for view in plan.stops:
+            if view.port != plan.port:
+                stack.enter_context(ctx.locked(view.port))
+        serving = [(view, _way_back(ctx, registry, view)) for view in plan.stops if view.orphan is None]
+        if plan.stops:
+            warm(ctx, prepared.files.path, plan.target.name)
+        start = Start(ctx.where, ctx.store, ctx.system, prepared.engine, prepared.command, prepared.serving)
+        try:
+            with ctx.cancellation.shield():
+                asked = [stop(ctx, view, ctx.request.number("drain") or DRAIN_SECONDS) for view in plan.stops]
+            ctx.cancellation.check()
+            ctx.emit(Phase("start", f"{prepared.engine.name} on port {plan.port}, found by {prepared.command.source}"))
+            start.launch(dict(ctx.environ), plan.target.repo_id, prepared.files.revision, ctx.operation)
+            run = start.wait(ctx.request.number("timeout") or deadline_for(prepared.files.size_bytes), ctx.emit)
+            downtime = time.monotonic() - asked[0] if asked else None
+            # From here on it is quicker done than undone, and half of it would be an assignment without a server.
+            stack.enter_context(ctx.cancellation.shield())
+            ctx.store.save_run(run)
+            ctx.emit(Phase("commit", f"{plan.target.name} gets port {plan.port}"))
+            ctx.store.registry.update(lambda current: commit(current, plan, prepared.files))
+        except BaseException as error:
+            with ctx.cancellation.shield():
+                _abort(ctx, start)
+                _recover(ctx, serving, error)
+            raise
+        start.detach()
+        ctx.remember(
+            command="load",
+            model=plan.target.name,
+            port=plan.port,
+            repo_id=plan.target.repo_id,
+            revision=prepared.files.revision,
+            replaced=plan.previous.model if plan.previous else None,
+            restore=ctx.request.flag("restore"),
+        )
+        return downtime
+
+
+def _abort(ctx: Context, start: Start) -> None:
+    """Undo a start. What cannot be undone stays recorded, and is told: the reason of the failure matters more."""
+    try:
+        start.abort()
+    except (MlxopsError, OSError) as error:
+        ctx.note(f"what was started could not be removed: {error}", "warning")
+
+
+@dataclass(frozen=True)
+class _WayBack:
+    """What would bring a server back, found out while it still serves."""
+
+    name: str
+    start: Start
+    repo_id: str
+    revision: str
+    size_bytes: int
+
+
+def _way_back(ctx: Context, registry: Registry, view: PortView) -> _WayBack | None:
+    """None for what is not known well enough to be started by us."""
+    entry = registry.models.get(view.model or "")
+    if entry is None:
+        return None
+    try:
+        return _recorded(ctx, view, entry) if view.owner is Owner.MLXOPS else _registered(ctx, view, entry)
+    except MlxopsError:
+        return None
+
+
+def _recorded(ctx: Context, view: PortView, entry: Model) -> _WayBack | None:
+    """One of ours comes back exactly as it was started, whatever its entry says by now."""
+    run = view.run
+    if run is None:
+        return None
+    target = Target(run.model, run.repo_id, run.revision, entry, repoint=run.repo_id != entry.repo_id)
+    files = cached(ctx, target)
+    if files is None or files.revision != run.revision:
+        return None
+    folder = ctx.store.run_folder(view.port)
+    serving = Serving(entry, run.alias, files.path, ctx.where.settings.bind, view.port, folder)
+    command = Command(run.argv, "its run record", run.engine_version)
+    engine = engine_named(run.engine)
+    start = Start(ctx.where, ctx.store, ctx.system, engine, command, serving, argv=run.argv)
+    return _WayBack(run.model, start, run.repo_id, run.revision, files.size_bytes)
+
+
+def _registered(ctx: Context, view: PortView, entry: Model) -> _WayBack | None:
+    """One that was started by hand comes back as we would start it."""
+    target = Target(entry.name, entry.repo_id or "", entry.revision, entry)
+    files = cached(ctx, target)
+    if files is None:
+        return None
+    old = prepare(ctx, target, view.port, files)
+    start = Start(ctx.where, ctx.store, ctx.system, old.engine, old.command, old.serving)
+    return _WayBack(entry.name, start, target.repo_id, files.revision, files.size_bytes)
+
+
+def _recover(ctx: Context, serving: list[tuple[PortView, _WayBack | None]], error: BaseException) -> None:
+    """After a failed swap or move the old servers come back; the error tells both stories."""
+    stories = [story for view, back in serving if (story := _bring_back(ctx, view, back))]
+    for story in stories:
+        ctx.note(story, "warning")
+    if stories and isinstance(error, MlxopsError):
+        error.details["previous"] = "; ".join(stories)
+        error.why = "; ".join(filter(None, [error.why, *stories]))
+
+
+def _bring_back(ctx: Context, view: PortView, back: _WayBack | None) -> str:
+    """Start again what was stopped; says what came of it. Nothing, if it was not stopped."""
+    look = ctx.system.look(())
+    if view.pid is not None and (there := look.processes.get(view.pid)) is not None and not there.zombie:
+        return ""
+    if back is None:
+        _clear(ctx, view.port)
+        return f"the old server of {view.model} could not be started again"
+    ctx.emit(Phase("restart", f"{back.name} comes back to port {view.port}"))
+    try:
+        back.start.launch(dict(ctx.environ), back.repo_id, back.revision, ctx.operation)
+        ctx.store.save_run(back.start.wait(deadline_for(back.size_bytes), ctx.emit))
+        ctx.store.registry.update(
+            lambda current: (
+                current if _assigned(current, back.name, view.port) else current.assign(back.name, view.port)
+            )
+        )
+    except (MlxopsError, OSError) as second:
+        _abort(ctx, back.start)
+        _clear(ctx, view.port)
+        return f"{back.name} did not come back to port {view.port} either: {second}"
+    back.start.detach()
+    return f"{back.name} serves port {view.port} again"
+
+
+def _assigned(registry: Registry, name: str, port: int) -> bool:
+    return [model.name for model in registry.on_port(port)] == [name]
+
+
+def _clear(ctx: Context, port: int) -> None:
+    with contextlib.suppress(MlxopsError):
+        ctx.store.registry.update(lambda current: current.clear(m.name for m in current.on_port(port)))

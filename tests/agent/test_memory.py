@@ -1,0 +1,189 @@
+"""The memory of a host: its budget, what takes of it, what is read ahead, what comes back."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mlxops.agent import warm
+from mlxops.agent.memory import budget, check_fits, in_use
+from mlxops.agent.observe import observe
+from mlxops.agent.operations import stopping
+from mlxops.agent.operations.context import Context
+from mlxops.agent.place import Place, place
+from mlxops.agent.store import Store
+from mlxops.agent.system import LinuxSystem, System, this_system
+from mlxops.core.errors import Refused
+from mlxops.core.memory import Estimate, Use
+from mlxops.core.protocol import Event, Note, Phase, Request
+from mlxops.core.registry import EMPTY
+from mlxops.core.settings import PortRange, Settings
+from tests.lab.world import free_port
+
+GB = 10**9
+
+STUDIO_256 = {"iogpu.wired_limit_mb": "241644\n", "hw.memsize": "274877906944\n"}
+"""`sysctl -n` on the homelab's Mac Studio, 256 GB, with its raised limit."""
+FRESH_MAC = {"iogpu.wired_limit_mb": "0\n", "hw.memsize": "274877906944\n"}
+OLD_MAC = {"iogpu.wired_limit_mb": "", "hw.memsize": "68719476736\n"}
+"""Before macOS 14: `unknown oid`, on standard error."""
+
+
+def here(tmp_path: Path, **settings: object) -> Place:
+    made = replace(Settings(), state=str(tmp_path / "state"), hub=str(tmp_path / "hub"), **settings)  # type: ignore[arg-type]
+    return place(made, {"HOME": str(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    ("printed", "size", "source"),
+    [
+        (STUDIO_256, 241_644 * 1024 * 1024, "iogpu.wired_limit_mb"),
+        (FRESH_MAC, 206_158_430_208, "three quarters of RAM"),
+        (OLD_MAC, 51_539_607_552, "three quarters of RAM"),
+    ],
+)
+def test_a_macs_budget_is_what_the_gpu_may_wire(
+    tmp_path: Path, printed: dict[str, str], size: int, source: str
+) -> None:
+    found = budget(here(tmp_path), printed.__getitem__)
+    assert found.size == size and found.source.startswith(source)
+
+
+def test_the_hosts_file_wins_over_what_the_system_says(tmp_path: Path) -> None:
+    found = budget(here(tmp_path, memory=186 * GB), STUDIO_256.__getitem__)
+    assert (found.size, found.source) == (186 * GB, "memory in hosts.yaml")
+    assert 0 < budget(here(tmp_path)).size < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_the_refusal_has_the_numbers_and_the_fewest_unloads(tmp_path: Path) -> None:
+    uses = [
+        Use(8100, "jerry-xl", "boot", 10, 190 * GB, None),
+        Use(8101, "big", "mlxops", 11, 30 * GB, 40 * GB),
+        Use(8102, "small", "hand", 12, 5 * GB, None),
+    ]
+    limit = replace(budget(here(tmp_path)), size=241 * GB, source="test")
+    with pytest.raises(Refused) as caught:
+        check_fits("new", Estimate(9 * GB, GB, 32768), limit, uses, leaving=(), ports=range(8100, 8110))
+    error = caught.value
+    assert "needs about 10.5 GB, and 6.0 GB of 241 GB are left" in error.message
+    assert "jerry-xl on 8100 190 GB (boot); big on 8101 40.0 GB; small on 8102 5.0 GB (hand)" in error.why
+    assert error.hint.startswith("make room: mlxctl unload 8102 --force;")
+    check_fits("new", Estimate(9 * GB, GB, 32768), limit, uses, leaving=(8102,), ports=range(8100, 8110))
+
+
+@pytest.fixture
+def by_hand(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """A process that says in its argv that it serves a model of the cache, on a port that is not ours."""
+    snapshot = tmp_path / "hub" / "models--org--big" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text('{"model_type": "llama"}')
+    with (snapshot / "model.safetensors").open("wb") as weights:
+        weights.truncate(10 * GB)  # sparse
+    script = tmp_path / "mlx_lm.server"
+    script.write_text("import time; time.sleep(1000)\n")
+    port = free_port()
+    argv = [sys.executable, str(script), "--model", str(snapshot), "--port", str(port)]
+    with subprocess.Popen(argv, cwd=tmp_path) as child:
+        yield child, port
+        child.kill()
+
+
+def test_a_server_that_is_none_of_ours_takes_memory_all_the_same(
+    tmp_path: Path, by_hand: tuple[subprocess.Popen[bytes], int]
+) -> None:
+    child, port = by_hand
+    where = here(tmp_path, ports=PortRange(1, 2))
+    system = this_system()
+    world = observe(where, Store(where.state, where.registry), EMPTY, system)
+    found = next(use for use in in_use(where, world, system) if use.pid == child.pid)
+    assert (found.port, found.model, found.owner) == (port, "org/big", "hand")
+    assert found.counted >= 11 * GB, "its weights and a tenth for the context"
+
+
+# -- reading ahead ---------------------------------------------------------------------------------------------------
+
+
+class Stubborn(LinuxSystem):
+    """The system, with as much memory available as a test says, one answer after the other; the last one stays."""
+
+    def __init__(self, *available: int) -> None:
+        self.answers = list(available)
+
+    def available(self) -> int | None:
+        return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+
+
+def context(tmp_path: Path, system: System) -> tuple[Context, list[Event]]:
+    where = here(tmp_path)
+    told: list[Event] = []
+    request = Request("load", {}, where.settings, "")
+    return Context(request, where, Store(where.state, where.registry), system, told.append, {}), told
+
+
+@pytest.fixture
+def cold(tmp_path: Path) -> Path:
+    """A snapshot whose weights are on disk and not in the page cache; on a file system that has none it is skipped."""
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    weights = snapshot / "model.safetensors"
+    weights.write_bytes(os.urandom(8 * 1024 * 1024))
+    with weights.open("rb") as file:
+        os.fsync(file.fileno())
+        if not hasattr(os, "posix_fadvise"):
+            pytest.skip("this system does not drop a file's pages on request")
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if cached_share(weights) > 0.5:
+        pytest.skip("the file system keeps its files in memory")
+    return snapshot
+
+
+def cached_share(path: Path) -> float:
+    """How much of a file is in the page cache: mincore(2)."""
+    size = path.stat().st_size
+    pages = -(-size // mmap.PAGESIZE)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) as mapped:
+        seen = (ctypes.c_ubyte * pages)()
+        view = ctypes.c_char.from_buffer(mapped)
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.mincore(ctypes.c_void_p(ctypes.addressof(view)), ctypes.c_size_t(size), seen) == 0
+        del view
+    return sum(each & 1 for each in seen) / pages
+
+
+def test_the_weights_are_in_the_page_cache_before_anything_stops(tmp_path: Path, cold: Path) -> None:
+    ctx, told = context(tmp_path, Stubborn(GB))
+    warm.warm(ctx, cold, "m")
+    assert cached_share(cold / "model.safetensors") == 1.0
+    assert isinstance(told[0], Phase) and told[0].name == "warm"
+
+
+def test_where_memory_is_short_they_are_not_read_and_that_is_said(tmp_path: Path, cold: Path) -> None:
+    ctx, told = context(tmp_path, Stubborn(8 * 1024 * 1024))
+    warm.warm(ctx, cold, "m")
+    assert cached_share(cold / "model.safetensors") < 0.5
+    assert isinstance(told[0], Note) and "not read ahead" in told[0].message
+
+
+# -- memory comes back ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("available", "said"),
+    [((100 * GB, 100 * GB, 140 * GB), False), ((100 * GB, 101 * GB), True)],
+    ids=["a little later", "not at all"],
+)
+def test_the_memory_of_a_server_that_is_gone_is_seen_to_return(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, available: Iterable[int], said: bool
+) -> None:
+    monkeypatch.setattr(stopping, "RETURN_SECONDS", 0.3)
+    ctx, told = context(tmp_path, Stubborn(*available))
+    stopping._see_memory_return(ctx, 100 * GB, 60 * GB)
+    assert [isinstance(event, Note) and "not seen to return" in event.message for event in told] == [True] * said

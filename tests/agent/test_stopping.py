@@ -1,0 +1,89 @@
+"""Stopping a server: gone means that its port is free, too."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from mlxops.agent.operations.context import Context
+from mlxops.agent.operations.stopping import stop
+from mlxops.agent.place import Place
+from mlxops.agent.store import Store
+from mlxops.agent.system import this_system
+from mlxops.core.protocol import Request
+from mlxops.core.settings import PortRange, Settings
+from mlxops.core.world import Owner, PortView, Run, State
+from tests.lab.ports import free_port
+from tests.lab.world import listening, wait_until
+
+LINGERS = """
+import ctypes, os, platform, signal, socket, sys, threading, time
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+listener = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+asked = threading.Event()
+def last():
+    asked.wait()
+    time.sleep(float(sys.argv[2]))
+    os._exit(0)
+threading.Thread(target=last).start()
+signal.sigwait([signal.SIGTERM])
+asked.set()
+exit_of_one_thread = {"x86_64": 60, "aarch64": 93}[platform.machine()]
+ctypes.CDLL(None).syscall(exit_of_one_thread, 0)
+"""
+"""A server whose first thread ends when it is asked to, and its other one some seconds later. The port is open until
+then, and the process has been a zombie all the time."""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how Linux shows a process whose first thread has ended")
+def test_a_port_that_closes_a_moment_later_is_waited_for(tmp_path: Path) -> None:
+    port = free_port()
+    argv = (sys.executable, "-c", LINGERS, str(port), "1")
+    with subprocess.Popen(argv, start_new_session=True, cwd=tmp_path) as child:
+        # Somebody has to collect it when it ends, as init does for a server whose agent has gone.
+        reaper = threading.Thread(target=child.wait)
+        reaper.start()
+        try:
+            wait_until(lambda: listening("127.0.0.1", port), 30, "the server")
+            context, view = _context(tmp_path, port), _view(child.pid, port, argv)
+            stop(context, view, grace=10)
+            assert not listening("127.0.0.1", port)
+        finally:
+            child.kill()
+            reaper.join()
+
+
+def _context(folder: Path, port: int) -> Context:
+    settings = Settings(ports=PortRange(port, port))
+    where = Place(settings, folder, folder / "registry.json", folder / "state")
+    store = Store(where.state, where.registry)
+    store.ready()
+    return Context(Request("unload", {}, settings, ""), where, store, this_system(), lambda event: None, {}, "op")
+
+
+def _view(pid: int, port: int, argv: tuple[str, ...]) -> PortView:
+    system = this_system()
+    process = system.process(pid)
+    assert process is not None
+    run = Run(
+        port=port,
+        model="x",
+        alias="x",
+        repo_id="o/x",
+        revision="1",
+        engine="mlx-lm",
+        argv=argv,
+        run_id="1",
+        pid=pid,
+        pgid=process.pgid,
+        start=process.start,
+        boot_id=system.boot_id(),
+        operation="op",
+        log_path="",
+        started_at="",
+    )
+    return PortView(port, None, State.READY, Owner.MLXOPS, "x", run=run)

@@ -1,0 +1,289 @@
+"""A swap: everything that can be known before the old server stops; then the new one, or the old one again."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.agent.test_openai_server import Stream
+from tests.lab import models
+from tests.lab.homelab import Completed, Homelab, Studio
+from tests.lab.world import wait_until
+
+QWEN, LLAMA, BROKEN = "tiny-org/tiny-qwen3", "tiny-org/tiny-llama", "tiny-org/tiny-broken"
+
+
+@pytest.fixture
+def studio(homelab: Homelab) -> Studio:
+    """A studio with three models, one of which never loads."""
+    for name, model in ((QWEN, models.QWEN), (LLAMA, models.LLAMA), (BROKEN, models.BROKEN)):
+        homelab.studio.install(name, model)
+    homelab.studio.mlxctl("init").ok()
+    return homelab.studio
+
+
+@contextmanager
+def serving(studio: Studio, name: str, port: int) -> Iterator[dict[str, Any]]:
+    """`name` on `port`; whatever is there in the end is unloaded."""
+    studio.mlxctl("load", name, str(port)).ok()
+    try:
+        yield row(studio, port)
+    finally:
+        studio.mlxctl("unload-all", "--yes").ok()
+
+
+def row(studio: Studio, port: int) -> dict[str, Any]:
+    rows = studio.mlxctl("status", "--json").ok().json["hosts"][0]["ports"]
+    found: dict[str, Any] = next(each for each in rows if each["port"] == port)
+    return found
+
+
+def record(studio: Studio, port: int) -> Any:
+    return json.loads((studio.state / "run" / f"{port}.json").read_text(encoding="utf-8"))
+
+
+def result(done: Completed) -> Any:
+    return done.json["hosts"][0]["result"]
+
+
+class TestFailure:
+    def test_the_old_server_comes_back_as_it_was_and_both_stories_are_told(self, studio: Studio) -> None:
+        port = studio.ports[0]
+        with serving(studio, QWEN, port) as before:
+            was = record(studio, port)
+            # What is set meanwhile is for its next start; what comes back is what served.
+            studio.mlxctl("set", "--model", QWEN, "--set", "args=--max-tokens 7").ok()
+            registry = studio.registry_path.read_bytes()
+
+            failed = studio.mlxctl("load", BROKEN, str(port), "--force", "--json")
+
+            error = failed.json["hosts"][0]["error"]
+            assert failed.exit == 4 and error["code"] == "server_did_not_start"
+            assert "Missing 1 parameters" in error["why"] and f"{QWEN} serves port {port} again" in error["why"]
+            assert error["details"]["previous"] == f"{QWEN} serves port {port} again"
+            after = row(studio, port)
+            assert (after["state"], after["model"]) == ("ready", QWEN) and after["pid"] != before["pid"]
+            assert record(studio, port)["argv"] == was["argv"]
+            assert studio.registry_path.read_bytes() == registry
+            assert studio.completion(port, "jerry-xl")["choices"]
+
+    def test_a_move_that_fails_leaves_the_model_where_it_was(self, studio: Studio) -> None:
+        first, second = studio.ports[0], studio.ports[1]
+        with serving(studio, QWEN, first):
+            failed = studio.mlxctl("load", QWEN, str(second), "--force", "--timeout", "0.05")
+            assert failed.exit == 4 and f"{QWEN} serves port {first} again" in failed.stderr
+            assert row(studio, first)["state"] == "ready" and row(studio, second)["state"] == "idle"
+            assert studio.registry()["models"][QWEN]["port"] == first
+
+    def test_if_neither_starts_nothing_is_assigned_and_nothing_is_left(self, studio: Studio) -> None:
+        port = studio.ports[0]
+        with serving(studio, QWEN, port):
+            # The old one's weights go while it serves: it was ready, and can never be again.
+            snapshot = Path(studio.registry()["models"][QWEN]["cache_path"])
+            thread = threading.Thread(target=_break_when_stopped, args=(studio, port, snapshot))
+            thread.start()
+            failed = studio.mlxctl("load", BROKEN, str(port), "--force")
+            thread.join()
+            assert failed.exit == 4 and f"{QWEN} did not come back to port {port} either" in failed.stderr
+            assert row(studio, port)["state"] == "idle"
+            assert all(entry["port"] is None for entry in studio.registry()["models"].values())
+
+
+def _break_when_stopped(studio: Studio, port: int, snapshot: Path) -> None:
+    wait_until(lambda: not studio.listening(port), 30, "the old server's end")
+    (snapshot / "model.safetensors").resolve().write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
+
+
+class TestBefore:
+    """What is refused with the old server untouched."""
+
+    def test_it_is_refused_and_the_old_server_never_noticed(self, studio: Studio) -> None:
+        port = studio.ports[0]
+        with serving(studio, LLAMA, port) as before:
+            for spoil, code in (
+                ("template", "bad_chat_template"),
+                ("args", "reserved_argument"),
+                ("architecture", "unknown_architecture"),
+            ):
+                good = studio.registry_path.read_bytes()
+                _spoil(studio, QWEN, spoil)
+                refused = studio.mlxctl("load", QWEN, str(port), "--force", "--json")
+                studio.registry_path.write_bytes(good)
+                assert (refused.exit, refused.json["hosts"][0]["error"]["code"]) == (3, code)
+            after = row(studio, port)
+            assert (after["pid"], after["since"], after["state"]) == (before["pid"], before["since"], "ready")
+
+    def test_a_dry_run_refuses_what_the_load_would_refuse(self, studio: Studio) -> None:
+        _spoil(studio, QWEN, "architecture")
+        refused = studio.mlxctl("load", QWEN, str(studio.ports[0]), "--dry-run")
+        assert refused.exit == 3 and "mlx-lm 0.32.2" in refused.stderr and "'no_such_type'" in refused.stderr
+
+    def test_what_does_not_fit_names_the_numbers_and_what_makes_room(self, studio: Studio, homelab: Homelab) -> None:
+        port = studio.ports[0]
+        homelab.configure(memory="900MB")
+        # Other tests' servers on this machine count too: here it does not matter whether this one fits.
+        studio.mlxctl("load", QWEN, str(port), "--overcommit").ok()
+        try:
+            refused = studio.mlxctl("load", LLAMA, str(studio.ports[1]), "--json")
+            error = refused.json["hosts"][0]["error"]
+            assert (refused.exit, error["code"]) == (3, "does_not_fit")
+            assert error["details"]["budget_bytes"] == 900_000_000 and f"{QWEN} on {port} " in error["why"]
+            shown = studio.mlxctl("list", "--memory").ok().stdout
+            assert "budget 900.0 MB (memory in hosts.yaml)" in shown
+            assert next(line for line in shown.splitlines() if line.startswith(LLAMA)).endswith("no")
+        finally:
+            studio.mlxctl("unload", str(port)).ok()
+
+    def test_a_slot_whose_name_promises_another_size_is_warned_of(self, studio: Studio) -> None:
+        done = studio.mlxctl("load", QWEN, str(studio.ports[0]), "--dry-run", "--json").ok()
+        assert any("promises a model of class xl" in note for note in result(done)["notes"])
+
+
+def _spoil(studio: Studio, name: str, how: str) -> None:
+    document = studio.registry()
+    entry = document["models"][name]
+    match how:
+        case "architecture":
+            config = Path(entry["cache_path"]) / "config.json"
+            changed = json.loads(config.read_text()) | {"model_type": "no_such_type"}
+            config.unlink()
+            config.write_text(json.dumps(changed))
+        case "template":
+            entry["chat_template"] = "no/such.jinja"
+        case "args":
+            entry["args"] = ["--po=1"]
+    studio.registry_path.write_text(json.dumps(document))
+
+
+class TestStreams:
+    """mlx_lm.server drops its open requests when it is asked to end; so it is asked later."""
+
+    def test_an_open_stream_is_waited_for(self, studio: Studio) -> None:
+        port = studio.ports[0]
+        with serving(studio, QWEN, port) as before:
+            stream = Stream(studio, port, 1_000_000)
+            ended: list[Completed] = []
+            swap = threading.Thread(
+                target=lambda: ended.append(studio.mlxctl("load", LLAMA, str(port), "--force", "--drain", "100"))
+            )
+            enough = threading.Event()
+            reader = threading.Thread(target=_read_until, args=(stream, enough))
+            reader.start()
+            swap.start()
+            wait_until(lambda: "1 open requests get up to 100 s" in _told(studio), 60, "the swap to wait")
+            assert reader.is_alive() and row(studio, port)["pid"] == before["pid"]
+            enough.set()
+            reader.join()
+            stream.close()
+            swap.join()
+            assert ended[0].ok() and "cut off" not in ended[0].stderr
+            assert row(studio, port)["model"] == LLAMA
+
+    def test_one_that_does_not_end_is_cut_off_and_that_is_said(self, studio: Studio) -> None:
+        port = studio.ports[0]
+        with serving(studio, QWEN, port):
+            stream = Stream(studio, port, 1_000_000)
+            swapped = studio.mlxctl("load", LLAMA, str(port), "--force", "--drain", "1", "--json").ok()
+            assert "1 open requests did not end within 1 s and are cut off" in swapped.stderr
+            assert b"[DONE]" not in stream.rest()
+            stream.close()
+            # What was waited for, the old server still answered.
+            assert result(swapped)["downtime_seconds"] < result(swapped)["seconds"] - 0.9
+
+
+def _read_until(stream: Stream, enough: threading.Event) -> None:
+    while not enough.is_set() and stream.response.readline():
+        pass
+
+
+def _told(studio: Studio) -> str:
+    return "".join(path.read_text(encoding="utf-8") for path in studio.state.glob("ops/*/events.jsonl"))
+
+
+class TestRollback:
+    def test_it_goes_back_and_back_again(self, studio: Studio) -> None:
+        port = studio.ports[0]
+        with serving(studio, QWEN, port):
+            studio.mlxctl("load", LLAMA, str(port), "--force").ok()
+            plan = studio.mlxctl("rollback", str(port), "--dry-run", "--json").ok()
+            assert result(plan)["model"] == QWEN and row(studio, port)["model"] == LLAMA
+            back = result(studio.mlxctl("rollback", str(port), "--json").ok())
+            assert (back["model"], back["state"], back["changed"]) == (QWEN, "ready", True)
+            assert back["downtime_seconds"] > 0 and studio.registry()["models"][LLAMA]["port"] is None
+            assert studio.mlxctl("unload", str(port)).ok()
+            # An idle port gets back what it served last.
+            assert result(studio.mlxctl("rollback", "--port", str(port), "--json").ok())["model"] == QWEN
+
+    def test_a_name_that_was_repointed_is_pointed_back(self, studio: Studio) -> None:
+        port = studio.ports[0]
+        studio.mlxctl("load", "mine", str(port), "--repo", QWEN).ok()
+        try:
+            studio.mlxctl("load", "mine", str(port), "--repo", LLAMA, "--force").ok()
+            studio.mlxctl("rollback", str(port)).ok()
+            assert studio.registry()["models"]["mine"]["repo_id"] == QWEN
+            assert (row(studio, port)["model"], row(studio, port)["repo_id"]) == ("mine", QWEN)
+        finally:
+            studio.mlxctl("unload", str(port)).ok()
+
+    def test_without_a_past_it_is_refused_with_the_reason(self, studio: Studio) -> None:
+        port = studio.ports[1]
+        refused = studio.mlxctl("rollback", str(port), "--json")
+        assert (refused.exit, refused.json["hosts"][0]["error"]["code"]) == (3, "nothing_to_roll_back_to")
+
+
+class TestSet:
+    def test_a_changed_setting_is_drift_until_the_model_is_restarted(self, studio: Studio) -> None:
+        port = studio.ports[0]
+        with serving(studio, QWEN, port):
+            done = studio.mlxctl("set", "--model", QWEN, "--set", "args=--max-tokens 64", "--json").ok()
+            assert result(done)["changed"] is True and result(done)["restart_needed_on"] == port
+            assert _drift(studio) == ["settings_changed"]
+            studio.mlxctl("load", QWEN, str(port), "--force").ok()
+            assert _drift(studio) == [] and record(studio, port)["argv"][-2:] == ["--max-tokens", "64"]
+            again = studio.mlxctl("set", "--model", QWEN, "--set", "args=--max-tokens 64", "--json").ok()
+            assert result(again)["changed"] is False
+            studio.mlxctl("set", "--model", QWEN, "--set", "args=").ok()
+            assert "args" not in studio.registry()["models"][QWEN]
+
+    def test_what_cannot_be_served_is_refused_and_not_written(self, studio: Studio) -> None:
+        before = studio.registry_path.read_bytes()
+        for words, exits in (
+            (["context_length=big"], 2),
+            (["nonsense=1"], 2),
+            (["args=--port 1"], 3),
+            (["engine=nonsense"], 3),
+            (["chat_template=no/such.jinja"], 3),
+            (["tool_call_parser=qwen3"], 3),  # mlx-lm has no such option
+        ):
+            flags = [part for word in words for part in ("--set", word)]
+            assert studio.mlxctl("set", "--model", QWEN, *flags).exit == exits, words
+        assert studio.mlxctl("set", "--model", "nobody", "--set", "engine=mlx-lm").exit == 3
+        studio.mlxctl("set", "--model", QWEN, "--set", "args=--seed 1", "--dry-run").ok()
+        assert studio.registry_path.read_bytes() == before
+
+    def test_list_shows_each_setting_with_its_origin(self, studio: Studio) -> None:
+        studio.mlxctl("set", "--model", LLAMA, "--set", "engine=mlx-lm", "--set", "context_length=512").ok()
+        rows = {each["name"]: each for each in studio.mlxctl("list", "--json").ok().json["hosts"][0]["models"]}
+        assert {"key": "context_length", "value": 512, "origin": "registry"} in rows[LLAMA]["flags"]
+        assert rows[QWEN]["flags"] == [{"key": "engine", "value": "mlx-lm", "origin": "settings"}]
+        assert (rows[LLAMA]["context_length"], rows[QWEN]["context_length"]) == (512, 2048)
+
+
+def _drift(studio: Studio) -> list[str]:
+    return [each["code"] for each in studio.mlxctl("status", "--json").ok().json["hosts"][0]["drift"]]
+
+
+def test_the_template_of_an_entry_is_what_the_model_is_asked_with(studio: Studio, tmp_path: Path) -> None:
+    """mlx_lm.server wants the template's text; the entry names a file, as for mlx-openai-server."""
+    port = studio.ports[0]
+    template = tmp_path / "own.jinja"
+    template.write_text("{{ 'hello ' * 40 }}")
+    studio.mlxctl("set", "--model", QWEN, "--set", f"chat_template={template}").ok()
+    with serving(studio, QWEN, port):
+        assert studio.completion(port, "jerry-xl")["usage"]["prompt_tokens"] >= 40

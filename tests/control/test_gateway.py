@@ -1,0 +1,354 @@
+"""Reading the gateway's files, whatever is in them; asking through it, whatever answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mlxops.control import gateway, gatewayfiles, through
+from mlxops.control.client import Answer, Target
+from mlxops.control.inventory import Gateway
+from mlxops.core.errors import Refused, Unreachable
+from mlxops.core.settings import PortRange, Settings
+from tests.lab.ports import free_port
+
+ENTRY = """\
+model_list:
+  - model_name: jerry-xl
+    litellm_params:
+      model: openai/jerry-xl
+      api_base: http://127.0.0.1:8100/v1
+      api_key: none
+"""
+
+
+def read(folder: Path, text: str | bytes, env: str | None = None) -> gatewayfiles.Told:
+    config = folder / "router.yaml"
+    config.write_bytes(text if isinstance(text, bytes) else text.encode())
+    if env is not None:
+        (folder / "local.env").write_text(env, encoding="utf-8")
+    named = str(folder / "local.env") if env is not None else None
+    return gatewayfiles.read(Gateway(str(config), named, None, "KEY"))
+
+
+class TestConfiguration:
+    def test_an_entry_and_where_it_stands(self, tmp_path: Path) -> None:
+        told = read(tmp_path, "# a comment\n" + ENTRY)
+        (entry,) = told.entries
+        assert (entry.alias, entry.sends, entry.address) == ("jerry-xl", "jerry-xl", ("127.0.0.1", 8100))
+        assert entry.where == f"{tmp_path}/router.yaml:3"
+
+    def test_anchors_and_merge_keys_are_read_as_litellm_reads_them(self, tmp_path: Path) -> None:
+        text = """\
+x-common: &common {api_key: none, api_base: "http://127.0.0.1:8100/v1"}
+model_list:
+- model_name: jerry-xl
+  litellm_params: {<<: *common, model: openai/jerry-xl}
+"""
+        (entry,) = read(tmp_path, text).entries
+        assert (entry.sends, entry.has_key) == ("jerry-xl", True)
+
+    def test_included_files_count(self, tmp_path: Path) -> None:
+        (tmp_path / "more").mkdir()
+        (tmp_path / "more" / "models.yaml").write_text(ENTRY + "include: [../router.yaml]\n")
+        told = read(tmp_path, "include: [more/models.yaml]\n")
+        assert [entry.alias for entry in told.entries] == ["jerry-xl"]
+        assert told.entries[0].where.endswith("more/models.yaml:2")
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("model_list:\n\t- model_name: x\n", ":2 "),
+            ("model_list: [\n", "router.yaml:2 "),
+            ("model_list: {a: b}\n", "its model_list is not a list"),
+            ("- a\n- b\n", "not a mapping"),
+            ("", "not a mapping"),
+            ("!!python/object/apply:os.system ['touch canary']\n", "router.yaml:1 "),
+            ("a: \x07\n", "U+0007"),
+            (b"a: \xff\n", "not UTF-8"),
+            ("a: 2026-99-99\n", "cannot be read as YAML"),
+            (f"a: {'[' * 5000}\n", "nested too deeply"),
+            ("a: &a {<<: *a}\n", "cannot be read as YAML"),
+            ("x" * 600_000, "too large"),
+        ],
+    )
+    def test_what_litellm_could_not_read_is_said_with_its_line(
+        self, tmp_path: Path, text: str | bytes, said: str
+    ) -> None:
+        with pytest.raises(Refused) as refused:
+            read(tmp_path, text)
+        assert refused.value.code == "bad_gateway_config"
+        assert said in f"{refused.value.message}: {refused.value.why}"
+        assert not Path("canary").exists()
+
+    @pytest.mark.parametrize(
+        "bomb",
+        [
+            "\n".join(
+                ["k0: &k0 {a: 1, b: 2}"]
+                + [f"k{i}: &k{i} {{<<: [{', '.join([f'*k{i - 1}'] * 40)}], x{i}: 1}}" for i in range(1, 7)]
+            ),
+            "\n".join(["k0: &k0 [x]"] + [f"k{i}: &k{i} [{', '.join([f'*k{i - 1}'] * 40)}]" for i in range(1, 9)]),
+        ],
+        ids=["merge keys", "aliases"],
+    )
+    def test_what_unfolds_does_not_cost_more_than_it_says(self, tmp_path: Path, bomb: str) -> None:
+        began = time.process_time()
+        try:
+            told = read(tmp_path, ENTRY + bomb + "\n")
+        except Refused as error:
+            assert error.code == "bad_gateway_config"
+        else:
+            assert [entry.alias for entry in told.entries] == ["jerry-xl"]
+        assert time.process_time() - began < 20
+
+    def test_a_pipe_is_not_waited_for(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "router.yaml")
+        with pytest.raises(Refused, match="not a file"):
+            gatewayfiles.read(Gateway(str(tmp_path / "router.yaml"), None, None, None))
+
+    def test_nothing_is_written(self, tmp_path: Path) -> None:
+        read(tmp_path, ENTRY, "A=1\n")
+        before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()}
+        gatewayfiles.read(Gateway(str(tmp_path / "router.yaml"), str(tmp_path / "local.env"), None, None))
+        assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()} == before
+
+
+class TestEnvFile:
+    @pytest.mark.parametrize(
+        ("line", "value"),
+        [
+            ("A=plain", "plain"),
+            ("  export A=plain  ", "plain"),
+            ("A=with # a comment", "with"),
+            ("A=with#out", "with#out"),
+            ("A=", ""),
+            ("A=# nothing", ""),
+            ("A='single # quoted'", "single # quoted"),
+            ('A="double \\"quoted\\"" # comment', 'double "quoted"'),
+            ("A=$(touch canary)", "$(touch canary)"),
+            ("A=`id`", "`id`"),
+            ("A=a=b", "a=b"),
+        ],
+    )
+    def test_a_value_is_text(self, tmp_path: Path, line: str, value: str) -> None:
+        (tmp_path / "local.env").write_text(f"# first\n\n{line}\n; last\n")
+        assert gatewayfiles.read_env(str(tmp_path / "local.env")) == {"A": value}
+        assert not Path("canary").exists()
+
+    @pytest.mark.parametrize("line", ["SECRET-IN-A-BAD-LINE", "9A=SECRET", 'A="SECRET', "A='SECRET", "if true; then"])
+    def test_a_bad_line_is_named_and_not_shown(self, tmp_path: Path, line: str) -> None:
+        (tmp_path / "local.env").write_text(f"A=1\n{line}\n")
+        with pytest.raises(Refused) as refused:
+            gatewayfiles.read_env(str(tmp_path / "local.env"))
+        assert refused.value.code == "bad_gateway_env"
+        assert "local.env:2" in refused.value.message
+        assert "SECRET" not in str(refused.value.to_wire())
+
+    def test_it_is_where_the_configurations_variables_come_from(self, tmp_path: Path) -> None:
+        text = ENTRY.replace("openai/jerry-xl", "os.environ/XL").replace("key: none", "key: os.environ/XL_KEY")
+        told = read(tmp_path, text, "XL=openai/jerry-xl\nXL_KEY=sk-canary\n")
+        assert [(entry.sends, entry.has_key) for entry in told.entries] == [("jerry-xl", True)]
+        assert "sk-canary" not in repr(told.entries)
+
+    def test_the_key_is_the_environments_before_the_files(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        described = Gateway(None, None, None, "KEY")
+        assert gatewayfiles.key_of(described, {"KEY": "of the file"}) == "of the file"
+        monkeypatch.setenv("KEY", "of the environment")
+        assert gatewayfiles.key_of(described, {"KEY": "of the file"}) == "of the environment"
+        assert gatewayfiles.key_of(Gateway(None, None, None, None), {"KEY": "x"}) is None
+
+
+def target(name: str = "studio", address: str = "127.0.0.1") -> Target:
+    settings = Settings(address=address, ports=PortRange(8100, 8101), slots={8100: "jerry-xl"})
+    return Target(name, None, ("python",), settings)
+
+
+def row(**changes: object) -> dict[str, object]:
+    right = {"port": 8100, "state": "ready", "owner": "mlxops", "model": "tiny", "answers_to": "jerry-xl"}
+    return {**right, "context_length": 2048, "assigned": True, "detail": "", **changes}
+
+
+class TestCheck:
+    def test_a_host_without_faults_is_answered(self, tmp_path: Path) -> None:
+        told = read(tmp_path, ENTRY)
+        (answer,) = gateway.check(told, [target()], [Answer("studio", {"ports": [row()]})])
+        assert answer.error is None
+        assert answer.result is not None
+        aliases = answer.result["aliases"]
+        assert isinstance(aliases, list)
+        assert [(a["alias"], a["sends"], a["verdict"]) for a in aliases] == [("jerry-xl", "jerry-xl", "ok")]
+
+    def test_localhost_is_the_address_that_it_resolves_to(self, tmp_path: Path) -> None:
+        told = read(tmp_path, ENTRY.replace("127.0.0.1", "localhost"))
+        (answer,) = gateway.check(told, [target()], [Answer("studio", {"ports": [row()]})])
+        assert answer.error is None, answer.result
+
+    def test_a_number_that_is_none_is_nobodys_promise(self, tmp_path: Path) -> None:
+        told = read(tmp_path, ENTRY + f"    model_info: {{max_input_tokens: 0x{'f' * 5000}}}\n")
+        (answer,) = gateway.check(told, [target()], [Answer("studio", {"ports": [row()]})])
+        assert answer.error is None, answer.result
+
+    def test_a_host_that_is_not_reached_keeps_its_error_and_what_the_files_tell(self, tmp_path: Path) -> None:
+        told = read(tmp_path, ENTRY.replace("openai/jerry-xl", "openai/other"))
+        down = Unreachable("host_down", "studio is down")
+        (answer,) = gateway.check(told, [target()], [Answer("studio", error=down)])
+        assert answer.error is down
+        assert answer.result is not None
+        assert [f["code"] for f in answer.result["findings"]] == ["wrong_name"]  # type: ignore[attr-defined]
+
+    def test_what_an_agent_of_another_version_says_does_not_break_it(self, tmp_path: Path) -> None:
+        told = read(tmp_path, ENTRY)
+        for odd in ({}, {"ports": 7}, {"ports": [7, {}, {"port": "8100"}]}, {"ports": [row(state="new", owner=[])]}):
+            (answer,) = gateway.check(told, [target()], [Answer("studio", odd)])
+            assert answer.result is not None
+
+    def test_what_is_printed_is_yaml_of_a_model_list_alone(self) -> None:
+        for env in (False, True):
+            text = gateway.as_yaml(*gateway.printed([target()], env=env))
+            assert list(yaml.safe_load(text)) == ["model_list"]
+
+    def test_without_a_slot_there_is_nothing_to_print(self) -> None:
+        with pytest.raises(Refused, match="nothing to print"):
+            gateway.printed([Target("studio", None, (), Settings())], env=False)
+
+
+Answers = Callable[[int], tuple[int, dict[str, str], bytes]]
+COMPLETION = json.dumps({"choices": [{"message": {"role": "assistant", "content": "hi"}}]}).encode()
+
+
+class _Proxy:
+    """A gateway that answers its n-th completion request as a test wants. It notes what it was asked."""
+
+    def __init__(self, answers: Answers) -> None:
+        self.paths: list[str] = []
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["Content-Length"]))
+                proxy.paths.append(self.path)
+                status, headers, body = answers(len(proxy.paths))
+                self._answer(status, headers, body)
+
+            def do_GET(self) -> None:
+                proxy.paths.append(self.path)
+                self._answer(200, {}, b'"I\'m alive!"')
+
+            def _answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
+                self.send_response(status)
+                for key, value in {**headers, "Content-Length": str(len(body))}.items():
+                    self.send_header(key, value)
+                try:
+                    self.end_headers()
+                    self.wfile.write(body)
+                except BrokenPipeError:
+                    pass  # nobody waited for it
+
+            def log_message(self, format: str, *args: object) -> None:
+                """Says nothing."""
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+
+@pytest.fixture
+def proxy() -> Iterator[Callable[[Answers], _Proxy]]:
+    running: list[tuple[_Proxy, threading.Thread]] = []
+
+    def start(answers: Answers) -> _Proxy:
+        made = _Proxy(answers)
+        thread = threading.Thread(target=made.server.serve_forever, args=(0.01,))
+        thread.start()
+        running.append((made, thread))
+        return made
+
+    yield start
+    for made, thread in running:
+        made.server.shutdown()
+        made.server.server_close()
+        thread.join()
+
+
+class TestThrough:
+    def ask(self, url: str, key: str | None = "sk-canary", seconds: float = 60.0) -> through.Passage:
+        expected = "http://studio:8100/v1"
+        return through.ask(url, key, "jerry-xl", expected=expected, seconds=seconds, pause=lambda _: None)
+
+    def test_a_completion_is_the_proof(self, proxy: Callable[[Answers], _Proxy]) -> None:
+        at = proxy(lambda _: (200, {"x-litellm-model-api-base": "http://studio:8100/v1/"}, COMPLETION))
+        passage = self.ask(at.url)
+        assert (passage.ok, passage.attempts, passage.status) == (True, 1, 200)
+        assert at.paths == ["/v1/chat/completions"]
+
+    def test_a_cool_down_is_waited_for(self, proxy: Callable[[Answers], _Proxy]) -> None:
+        at = proxy(lambda n: (429 if n == 1 else 500 if n == 2 else 200, {}, COMPLETION))
+        assert (self.ask(at.url).ok, len(at.paths)) == (True, 3)
+
+    @pytest.mark.parametrize("status", [400, 401, 403, 404])
+    def test_what_will_not_change_is_asked_once(self, proxy: Callable[[Answers], _Proxy], status: int) -> None:
+        at = proxy(lambda _: (status, {}, b'{"error": {"message": "Invalid model name"}}'))
+        passage = self.ask(at.url)
+        assert (passage.code, passage.attempts) == ("no_completion", 1)
+        assert passage.detail == f"it answered {status}: Invalid model name"
+
+    def test_it_is_not_asked_for_ever(self, proxy: Callable[[Answers], _Proxy]) -> None:
+        moments = iter(range(0, 1000, 10))
+        at = proxy(lambda _: (503, {}, b"busy"))
+        passage = through.ask(
+            at.url, None, "jerry-xl", seconds=60, clock=lambda: float(next(moments)), pause=lambda _: None
+        )
+        assert (passage.code, passage.status) == ("no_completion", 503)
+        assert len(at.paths) < 6
+
+    @pytest.mark.parametrize("body", [b"", b"[]", b"{}", b'{"choices": []}', b"<html>", b"[" * 100_000])
+    def test_an_answer_without_a_completion_is_none(self, proxy: Callable[[Answers], _Proxy], body: bytes) -> None:
+        at = proxy(lambda _: (200, {}, body))
+        assert self.ask(at.url, seconds=1.5).code == "no_completion"
+
+    def test_an_answer_from_elsewhere_shows_that_the_gateway_has_other_files(
+        self, proxy: Callable[[Answers], _Proxy]
+    ) -> None:
+        at = proxy(lambda _: (200, {"x-litellm-model-api-base": "http://old:8100/v1"}, COMPLETION))
+        passage = self.ask(at.url)
+        assert (passage.code, passage.api_base, passage.attempts) == ("other_server", "http://old:8100/v1", 1)
+
+    def test_no_gateway_is_told_from_an_alias_that_fails(self) -> None:
+        assert self.ask(f"http://127.0.0.1:{free_port()}").code == "gateway_down"
+
+    def test_a_gateway_that_lives_and_does_not_answer_is_not_down(self, proxy: Callable[[Answers], _Proxy]) -> None:
+        release = threading.Event()
+
+        def late(_: int) -> tuple[int, dict[str, str], bytes]:
+            release.wait(30)
+            return 200, {}, COMPLETION
+
+        at = proxy(late)
+        try:
+            passage = self.ask(at.url, seconds=1.0)
+        finally:
+            release.set()
+        assert passage.code == "no_completion"
+        assert "lives" in passage.detail
+
+    def test_health_is_never_asked(self, proxy: Callable[[Answers], _Proxy]) -> None:
+        """LiteLLM's `/health` sends a request to every model."""
+        at = proxy(lambda _: (503, {}, b""))
+        self.ask(at.url, seconds=1.5)
+        assert not {"/health", "/health/"} & set(at.paths)
+
+    def test_the_key_is_never_shown(self, proxy: Callable[[Answers], _Proxy]) -> None:
+        at = proxy(lambda _: (401, {}, b'{"error": {"message": "key sk-canary is not known"}}'))
+        for passage in (self.ask(at.url), self.ask(at.url, key="sk-canary\n"), self.ask(at.url, key="sk-canary\u2028")):
+            assert not passage.ok
+            assert "canary" not in str(passage.to_wire())

@@ -1,0 +1,251 @@
+"""The purpose of it all, with the real programs: models change behind the ports, and the gateway never notices.
+
+One LiteLLM, started once with what `inv gateway --print` gave, for every test here.
+
+    pytest tests/control/test_gateway_live.py -s     also prints what a swap costs a client of the gateway
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lab import leaks, models
+from tests.lab.homelab import Completed, Homelab, LabUnavailable
+from tests.lab.litellm import LiteLLM, Traffic, ask
+from tests.lab.sshd import missing
+from tests.lab.world import wait_until
+
+pytestmark = pytest.mark.timeout(600)
+
+ALIAS = "jerry-xl"
+QWEN, LLAMA, BROKEN = (f"tiny-org/{name}" for name in (models.QWEN, models.LLAMA, models.BROKEN))
+
+
+@dataclass(frozen=True)
+class Place:
+    lab: Homelab
+    gateway: LiteLLM
+
+    @property
+    def port(self) -> int:
+        return self.lab.studio.ports[0]
+
+    def directly(self) -> str:
+        """What the server itself says to what the traffic asks."""
+        reply = ask(f"http://{self.lab.studio.address}:{self.port}/v1", ALIAS)
+        assert reply.status == 200, reply
+        return reply.text
+
+
+@pytest.fixture(scope="module")
+def place(
+    litellm: Path, engine: Path, tiny_models: Path, watch: leaks.Watch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Place]:
+    folder = tmp_path_factory.mktemp("gateway")
+    try:
+        lab = Homelab(folder / "lab")
+    except LabUnavailable as error:
+        missing(str(error))
+    with watch.spare(folder), lab:
+        for repo in (QWEN, LLAMA, BROKEN):
+            lab.studio.install(repo, repo.removeprefix("tiny-org/"))
+        entries = lab.mini.inv("gateway", "--print").ok().stdout
+        with LiteLLM(folder / "litellm", entries) as gateway:
+            (gateway.folder / "local.env").write_text(f"LITELLM_MASTER_KEY={gateway.key}\n", encoding="utf-8")
+            lab.configure_gateway(
+                config=str(gateway.config),
+                env=str(gateway.folder / "local.env"),
+                url=gateway.url,
+                key_env="LITELLM_MASTER_KEY",
+            )
+            yield Place(lab, gateway)
+
+
+@pytest.fixture
+def empty(place: Place) -> Iterator[Place]:
+    """With nothing loaded, before and after."""
+    yield place
+    place.lab.mini.inv("unload-all", "--yes").ok()
+
+
+Drive = Callable[..., Completed]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command, and who may answer while it runs: what was there before it, and what is there after it."""
+
+    name: str
+    began: float
+    ended: float
+    before: str | None
+    after: str | None
+
+
+@dataclass
+class Story:
+    """Commands one after the other, and what the port says after each."""
+
+    place: Place
+    traffic: Traffic
+    steps: list[Step] = field(default_factory=list)
+
+    def step(self, name: str, command: Callable[[], Completed], *, serves: str | None, exit: int = 0) -> Completed:
+        """Run it, and look. `serves`: the repository that has to be there afterwards."""
+        before = self.steps[-1].after if self.steps else None
+        began = time.monotonic()
+        done = command()
+        ended = time.monotonic()
+        assert done.exit == exit, str(done)
+        assert self._on_port() == serves, str(done)
+        self.steps.append(Step(name, began, ended, before, self.place.directly() if serves else None))
+        # At least one request that came when it was over; the last ones tell.
+        wait_until(lambda: any(s.began > ended for s in self.traffic.sent[-2:]), 60, f"traffic after {name}")
+        return done
+
+    def _on_port(self) -> str | None:
+        rows = self.place.lab.mini.inv("status", "--json").ok().json["hosts"][0]["ports"]
+        row = next(row for row in rows if row["port"] == self.place.port)
+        return str(row["repo_id"]) if row["state"] == "ready" else None
+
+    def check(self) -> None:
+        """Every answer is from the model that should answer; between the commands nothing fails."""
+        assert self.traffic.sent
+        for sent in self.traffic.sent:
+            during = [step for step in self.steps if step.began <= sent.ended and sent.began <= step.ended]
+            last = [step for step in self.steps if step.ended < sent.began]
+            allowed = {text for step in during for text in (step.before, step.after)}
+            allowed |= {last[-1].after if last else None} if not during else set()
+            said = sent.reply.text if sent.reply.status == 200 else None
+            where = during[0].name if during else f"after {last[-1].name}" if last else "before"
+            assert said in allowed or (during and said is None), f"{where}: {sent.reply} is none of {allowed}"
+
+    def cost(self, name: str) -> str:
+        """What a step cost the client: failed requests, and the longest time without an answer."""
+        step = next(step for step in self.steps if step.name == name)
+        near = [s for s in self.traffic.sent if s.ended >= step.began - 1 and s.began <= step.ended + 1]
+        failed = sum(s.reply.status != 200 for s in near)
+        answered = itertools.pairwise(s.ended for s in self.traffic.sent if s.reply.status == 200)
+        gaps = [later - sooner for sooner, later in answered if sooner <= step.ended and later >= step.began]
+        gap = max(gaps, default=0.0)
+        return f"{name}: {failed} of {len(near)} requests failed, longest time without an answer {gap:.2f} s"
+
+
+@pytest.mark.parametrize("driver", ["over ssh", "local"])
+def test_models_change_behind_an_alias_and_the_gateway_stays(empty: Place, driver: str) -> None:
+    lab, gateway, port = empty.lab, empty.gateway, str(empty.port)
+    run: Drive = lab.mini.inv if driver == "over ssh" else lab.studio.mlxctl
+    identity = gateway.identity()
+    with Traffic(gateway, ALIAS) as traffic:
+        story = Story(empty, traffic)
+
+        def load(repo: str, *flags: str) -> Callable[[], Completed]:
+            return lambda: run("load", "--model", repo, "--port", port, "--json", *flags)
+
+        first = story.step("load", load(QWEN), serves=QWEN)
+        swap = story.step("swap", load(LLAMA, "--force"), serves=LLAMA)
+        failed = story.step("failed swap", load(BROKEN, "--force"), serves=LLAMA, exit=4)
+        story.step("unload", lambda: run("unload", "--port", port), serves=None)
+        story.step("load again", load(QWEN), serves=QWEN)
+    story.check()
+    said = {step.name: step.after for step in story.steps}
+    assert said["load"] == said["load again"] != said["swap"] == said["failed swap"]
+    for done in (first, swap):
+        assert _receipt(done)["aliases"][0]["ok"], str(done)
+        assert _receipt(done)["aliases"][0]["api_base"] == f"http://{lab.studio.address}:{port}/v1"
+    assert "serves port" in failed.json["hosts"][0]["error"]["why"]
+    assert gateway.identity() == identity
+    sys.stdout.write(f"\n{driver}: {story.cost('swap')}; the agent measured {_result(swap)['downtime_seconds']} s\n")
+    sys.stdout.write(f"{driver}: {story.cost('failed swap')}\n")
+
+
+def test_the_check_finds_nothing_to_say_of_a_served_alias(empty: Place) -> None:
+    empty.lab.mini.inv("load", "--model", QWEN, "--port", str(empty.port)).ok()
+    done = empty.lab.mini.inv("gateway", "--through", "--json").ok()
+    (host,) = done.json["hosts"]
+    row = next(row for row in host["aliases"] if row["alias"] == ALIAS)
+    assert row["verdict"] == "ok"
+    assert row["through"]["ok"]
+    assert (row["sends"], row["answers_to"], row["context_length"]) == (ALIAS, ALIAS, 2048)
+    assert {each["severity"] for each in host["findings"]} == {"warning"}
+    assert empty.gateway.key not in done.stdout + done.stderr
+
+
+def test_an_alias_that_the_gateway_does_not_answer_for_is_a_fault(empty: Place) -> None:
+    lab = empty.lab
+    lab.mini.inv("load", "--model", QWEN, "--port", str(empty.port)).ok()
+    done = lab.mini.inv("gateway", "--through", "--json", env={"LITELLM_MASTER_KEY": "sk-not-the-key"})
+    assert done.exit == 3, str(done)
+    (finding,) = [f for f in done.json["hosts"][0]["findings"] if f["severity"] == "fault"]
+    assert finding["code"] == "through_no_completion"
+    assert finding["alias"] == ALIAS
+    assert "sk-not-the-key" not in done.stdout + done.stderr
+
+
+def test_a_load_that_would_not_know_the_gateways_name_is_refused_before_anything_stops(
+    empty: Place, tmp_path: Path
+) -> None:
+    lab, port = empty.lab, str(empty.port)
+    lab.mini.inv("load", "--model", QWEN, "--port", port).ok()
+    before = lab.studio.processes()
+    with _told(empty, tmp_path, f"openai/{ALIAS}", "openai/other-name") as wrong:
+        done = lab.mini.inv("load", "--model", LLAMA, "--port", port, "--force", "--json")
+        dry = lab.mini.inv("load", "--model", LLAMA, "--port", port, "--force", "--dry-run", "--json")
+        again = lab.mini.inv("load", "--model", QWEN, "--port", port, "--json")
+    assert (done.exit, dry.exit) == (3, 3), f"{done}\n{dry}"
+    error = done.json["hosts"][0]["error"]
+    assert error["code"] == "gateway_name"
+    assert error["hint"] == f"in {wrong}:2: model: openai/{ALIAS}; then restart the gateway, once"
+    assert lab.studio.processes() == before
+    # What serves already is not refused for the gateway's sake.
+    assert (again.exit, _result(again)["changed"]) == (0, False), str(again)
+
+
+def test_a_context_that_the_gateway_overstates_is_a_warning_at_the_load(empty: Place, tmp_path: Path) -> None:
+    with _told(empty, tmp_path, "api_key: none\n", "api_key: none\n  model_info: {max_input_tokens: 4096}\n"):
+        done = empty.lab.mini.inv("load", "--model", QWEN, "--port", str(empty.port)).ok()
+    said = f"warning: the gateway promises 4096 input tokens on port {empty.port}; this model takes 2048"
+    assert said in done.stderr
+
+
+def test_a_receipt_that_fails_is_a_warning_with_its_details(empty: Place) -> None:
+    lab, port = empty.lab, str(empty.port)
+    done = lab.mini.inv(
+        *("load", "--model", QWEN, "--port", port, "--json"), env={"LITELLM_MASTER_KEY": "sk-not-the-key"}
+    ).ok()
+    (passage,) = _receipt(done)["aliases"]
+    assert not passage["ok"]
+    assert passage["detail"]
+    assert f"warning: no answer for {ALIAS} through" in done.stderr
+    assert "sk-not-the-key" not in done.stdout + done.stderr
+
+
+@contextmanager
+def _told(place: Place, folder: Path, old: str, new: str) -> Iterator[Path]:
+    """The Mini reads another configuration than the gateway's own, which stays as it is."""
+    other = folder / "router.yaml"
+    other.write_text(place.gateway.config.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+    hosts = place.lab.mini.home / ".config" / "mlxops" / "hosts.yaml"
+    right = hosts.read_text(encoding="utf-8")
+    hosts.write_text(right.replace(str(place.gateway.config), str(other)), encoding="utf-8")
+    try:
+        yield other
+    finally:
+        hosts.write_text(right, encoding="utf-8")
+
+
+def _result(done: Completed) -> Any:
+    return done.json["hosts"][0]["result"]
+
+
+def _receipt(done: Completed) -> Any:
+    return _result(done)["gateway"]

@@ -1,0 +1,315 @@
+"""The gateway's entries against slots and servers, as tables: entries and what is there -> findings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlxops.core import gateway
+from mlxops.core.errors import Refused
+from mlxops.core.gateway import Entry, Files, Finding, Port, Severity
+from mlxops.core.world import Owner, State
+from tests.properties import PROPERTY, json_values
+
+FILES = Files("router.yaml", "local.env")
+HOST = "studio.local"
+
+
+def item(alias: str = "jerry-xl", port: int = 8100, **changes: Any) -> dict[str, Any]:
+    """One item of `model_list`, right unless changed; None takes a key out."""
+    params = {"model": f"openai/{alias}", "api_base": f"http://{HOST}:{port}/v1", "api_key": "none", **changes}
+    return {"model_name": alias, "litellm_params": {key: value for key, value in params.items() if value is not None}}
+
+
+def entries(*items: object, environ: Mapping[str, str] | None = None) -> tuple[Entry, ...]:
+    found, wrong = gateway.parse({"model_list": list(items)}, environ or {}, FILES, range(2, 2 + len(items)))
+    assert not wrong
+    return found
+
+
+def served(alias: str | None = "jerry-xl", port: int = 8100, **changes: Any) -> Port:
+    """A port with a server of ours that is as it should be."""
+    right = Port(
+        "studio",
+        HOST,
+        port,
+        alias,
+        State.READY,
+        Owner.MLXOPS,
+        "tiny",
+        alias or "tiny",
+        context_length=2048,
+        assigned=True,
+    )
+    return replace(right, **changes)
+
+
+def idle(alias: str | None, port: int, **changes: Any) -> Port:
+    return replace(Port("studio", HOST, port, alias, State.IDLE), **changes)
+
+
+def found(
+    items: list[dict[str, Any]], ports: list[Port], environ: Mapping[str, str] | None = None
+) -> set[tuple[str, str]]:
+    return {(f.code, f.severity.value) for f in findings(items, ports, environ)}
+
+
+def findings(
+    items: list[dict[str, Any]], ports: list[Port], environ: Mapping[str, str] | None = None
+) -> tuple[Finding, ...]:
+    return gateway.compare(entries(*items, environ=environ), ports, FILES)
+
+
+def test_what_is_right_is_not_mentioned() -> None:
+    assert found([item()], [served()]) == set()
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"model": "openai/other"}, "wrong_name"),
+        ({"model": "openai/jerry-xl/"}, "wrong_name"),
+        ({"model": "jerry-xl"}, "not_openai"),
+        ({"model": "anthropic/jerry-xl"}, "not_openai"),
+        ({"model": None}, "no_model"),
+        ({"api_base": f"http://{HOST}:8101/v1"}, "wrong_address"),
+        ({"api_base": "http://elsewhere:8100/v1"}, "wrong_address"),
+        ({"api_base": f"http://{HOST}:8100"}, "no_v1"),
+        ({"api_base": f"http://{HOST}:8100/v1/chat"}, "no_v1"),
+        ({"api_base": None}, "no_api_base"),
+        ({"api_base": "studio.local:8100/v1"}, "bad_api_base"),
+        ({"api_base": f"http://{HOST}:99999/v1"}, "bad_api_base"),
+        ({"api_base": "http://[::1/v1"}, "bad_api_base"),
+        ({"api_key": None}, "missing_key"),
+        ({"api_key": ""}, "missing_key"),
+        ({"api_key": "os.environ/NOT_SET"}, "unset_variable"),
+        ({"model": "os.environ/NOT_SET"}, "unset_variable"),
+    ],
+)
+def test_an_entry_that_would_not_work_is_a_fault(changes: dict[str, Any], code: str) -> None:
+    assert (code, "fault") in found([item(**changes)], [served()])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"api_base": f"http://{HOST}:8100/v1/"},
+        {"api_base": f"HTTP://{HOST.upper()}.:8100/v1"},
+        {"api_base": None, "base_url": f"http://{HOST}:8100/v1"},
+        {"model": "hosted_vllm/jerry-xl"},
+        {"model": "jerry-xl", "custom_llm_provider": "openai"},
+        {"api_key": None, "litellm_credential_name": "studio"},
+    ],
+)
+def test_other_ways_to_write_a_right_entry_are_right(changes: dict[str, Any]) -> None:
+    assert found([item(**changes)], [served()]) == set()
+
+
+def test_the_usual_key_of_openai_is_a_key() -> None:
+    assert found([item(api_key=None)], [served()], {"OPENAI_API_KEY": "x"}) == set()
+
+
+def test_variables_are_taken_from_the_given_mapping_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XL_MODEL", "openai/from-the-process")
+    entry = item(model="os.environ/XL_MODEL", api_base="os.environ/XL_BASE", api_key="os.environ/XL_KEY")
+    right = {"XL_MODEL": "openai/jerry-xl", "XL_BASE": f"http://{HOST}:8100/v1", "XL_KEY": "k"}
+    assert found([entry], [served()], right) == set()
+    (finding,) = findings([entry], [served()], {**right, "XL_MODEL": "openai/other"})
+    assert finding.hint == "in local.env: XL_MODEL=openai/jerry-xl; then restart the gateway, once"
+
+
+def test_the_hint_is_the_one_edit() -> None:
+    (finding,) = findings([item(model="openai/other")], [served()])
+    assert finding.hint == "in router.yaml:2: model: openai/jerry-xl; then restart the gateway, once"
+
+
+@pytest.mark.parametrize(
+    ("port", "expected"),
+    [
+        (idle("jerry-xl", 8100), {("alias_without_server", "warning")}),
+        (idle("jerry-xl", 8100, assigned=True), {("alias_without_server", "fault")}),
+        (served(state=State.FOREIGN, owner=Owner.FOREIGN), {("foreign_server", "fault")}),
+        (served(state=State.FAILED), {("not_serving", "fault")}),
+        (served(state=State.WEDGED), {("not_serving", "fault")}),
+        (served(state=State.MISMATCH), {("not_serving", "fault")}),
+        (served(state=State.ORPHAN), {("not_serving", "fault")}),
+        (served(state=State.LOADING), {("not_ready", "warning")}),
+        (served(state=State.UNKNOWN, owner=None), {("not_ready", "warning")}),
+        (served(answers_to="other"), {("server_name", "fault")}),
+        (served(answers_to=None, owner=Owner.HAND), set()),
+        (Port("studio", HOST, 8100, "jerry-xl"), set()),
+    ],
+)
+def test_what_answers_behind_a_right_entry(port: Port, expected: set[tuple[str, str]]) -> None:
+    assert found([item()], [port]) == expected
+
+
+@pytest.mark.parametrize(
+    ("port", "expected"),
+    [
+        (served(), {("server_without_entry", "fault")}),
+        (idle("jerry-xl", 8100), {("slot_without_entry", "warning")}),
+        (served(alias=None, port=8109), {("server_without_alias", "warning")}),
+        (idle(None, 8109), set()),
+    ],
+)
+def test_what_the_gateway_does_not_know(port: Port, expected: set[tuple[str, str]]) -> None:
+    assert found([], [port]) == expected
+
+
+def test_a_port_without_an_alias_is_asked_for_by_its_models_name() -> None:
+    right = item("mine", 8109, model="openai/tiny")
+    assert found([right], [served(alias=None, port=8109)]) == set()
+    assert found([item("mine", 8109)], [served(alias=None, port=8109)]) == {("wrong_name", "fault")}
+
+
+@pytest.mark.parametrize(("promised", "codes"), [(2048, set()), (2049, {("context_too_small", "warning")})])
+def test_a_context_that_is_smaller_than_promised_is_a_warning(promised: int, codes: set[tuple[str, str]]) -> None:
+    entry = item() | {"model_info": {"max_input_tokens": promised}}
+    assert found([entry], [served()]) == codes
+
+
+def test_two_aliases_on_one_port() -> None:
+    ports = [served(), idle("jerry-l", 8101)]
+    both = [item(), item("jerry-l", 8100)]
+    assert {("two_aliases_one_port", "fault"), ("wrong_address", "fault")} <= found(both, ports)
+    synonym = item("big", 8100, model="openai/jerry-xl")
+    (finding,) = findings([item(), synonym], [served()])
+    assert finding.code == "two_aliases_one_port"
+    assert "jerry-xl, big" in finding.message
+
+
+def test_one_alias_with_two_ports_is_balanced_between_two_models() -> None:
+    ports = [served(), served("jerry-l", 8101)]
+    assert ("one_alias_two_ports", "fault") in found([item(), item(port=8101), item("jerry-l", 8101)], ports)
+    assert ("one_alias_two_ports", "fault") in found([item(), item(api_base="http://elsewhere:9/v1")], [served()])
+    assert found([item(), item()], [served()]) == set()
+
+
+def test_an_alias_of_two_hosts_may_be_balanced_between_them() -> None:
+    second = served(host="studio2", address="studio2.local")
+    entry = item(api_base="http://studio2.local:8100/v1")
+    assert found([item(), entry], [served(), second]) == set()
+
+
+def test_entries_for_other_peoples_models_are_left_alone() -> None:
+    other = {"model_name": "gpt", "litellm_params": {"model": "gpt-5", "api_key": "os.environ/NOT_SET"}}
+    assert found([item(), other], [served()]) == set()
+
+
+def test_a_host_may_be_called_by_any_of_its_names() -> None:
+    def same(one: str, other: str) -> bool:
+        return {one, other} <= {HOST, "192.0.2.7"}
+
+    given_by_address = entries(item(api_base="http://192.0.2.7:8100/v1"))
+    assert gateway.compare(given_by_address, [served()], FILES, same) == ()
+    assert gateway.names_sent(given_by_address, HOST, same) == {8100: ("jerry-xl",)}
+    assert gateway.names_sent(given_by_address, HOST) == {}
+
+
+def test_faults_come_first() -> None:
+    ports = [idle("jerry-m", 8102), served()]
+    severities = [f.severity for f in findings([item(model="openai/other")], ports)]
+    assert severities == [Severity.FAULT, Severity.WARNING]
+
+
+# -- documents ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("document", [None, [], "text", 7, {"model_list": {}}, {"model_list": "x"}])
+def test_a_document_that_is_no_configuration_is_refused(document: object) -> None:
+    with pytest.raises(Refused, match=r"router\.yaml"):
+        gateway.parse(document, {}, FILES)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        None,
+        "text",
+        {},
+        {"model_name": 7, "litellm_params": {}},
+        {"model_name": "a"},
+        {"model_name": "a", "litellm_params": []},
+        {"model_name": "a", "litellm_params": {"model": 7}},
+        {"model_name": "a", "litellm_params": {"api_base": ["http://x"]}},
+    ],
+)
+def test_a_broken_item_is_a_fault_and_the_others_count(broken: object) -> None:
+    read, wrong = gateway.parse({"model_list": [broken, item()]}, {}, FILES, (3, 9))
+    assert [entry.alias for entry in read] == ["jerry-xl"]
+    assert [(f.code, f.severity) for f in wrong] == [("bad_entry", Severity.FAULT)]
+    assert "router.yaml:3" in wrong[0].message
+
+
+def test_a_configuration_without_models_has_none() -> None:
+    assert gateway.parse({"general_settings": {}}, {}, FILES) == ((), ())
+
+
+def test_an_entry_never_holds_the_key() -> None:
+    (entry,) = entries(item(api_key="sk-canary"))
+    assert "sk-canary" not in repr(entry)
+
+
+@given(
+    st.lists(json_values | st.fixed_dictionaries({"model_name": st.text(max_size=4), "litellm_params": json_values}))
+)
+@PROPERTY
+def test_no_document_breaks_the_check(items: list[object]) -> None:
+    read, _ = gateway.parse({"model_list": items}, {}, FILES)
+    gateway.compare(read, [served(), idle("a", 8101)], FILES)
+
+
+# -- what to paste ------------------------------------------------------------------------------------------------
+
+_aliases = st.lists(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,12}", fullmatch=True), unique=True, max_size=5)
+
+
+@given(_aliases, st.booleans())
+@PROPERTY
+def test_what_is_printed_is_what_the_check_wants(aliases: list[str], env: bool) -> None:
+    ports = [served(alias, 8100 + index) for index, alias in enumerate(aliases)]
+    document, environ = (gateway.printed_env if env else gateway.printed)(ports)
+    read, wrong = gateway.parse(document, environ, FILES)
+    assert not wrong
+    assert len(read) == len(aliases)
+    assert gateway.compare(read, ports, FILES) == ()
+
+
+def test_the_form_with_variables_is_the_homelabs() -> None:
+    document, environ = gateway.printed_env([idle("jerry-xl", 8100)])
+    assert document["model_list"] == [
+        {
+            "model_name": "jerry-xl",
+            "litellm_params": {
+                "model": "os.environ/JERRY_XL_MODEL",
+                "api_base": "os.environ/JERRY_XL_API_BASE",
+                "api_key": "os.environ/JERRY_XL_API_KEY",
+            },
+        }
+    ]
+    assert environ == {
+        "JERRY_XL_MODEL": "openai/jerry-xl",
+        "JERRY_XL_API_BASE": "http://studio.local:8100/v1",
+        "JERRY_XL_API_KEY": "none",
+    }
+
+
+def test_no_two_slots_share_a_variable() -> None:
+    ports = [idle("a-b", 8100), idle("a.b", 8101), served("a-b", 8100, host="studio2", address="studio2.local")]
+    document, environ = gateway.printed_env(ports)
+    assert len(environ) == 9
+    assert [e.sends for e in gateway.parse(document, environ, FILES)[0]] == ["a-b", "a.b", "a-b"]
+
+
+def test_an_alias_that_begins_with_a_digit_has_variables_all_the_same() -> None:
+    assert set(gateway.printed_env([idle("70b", 8100)])[1]) == {
+        "SLOT_70B_MODEL",
+        "SLOT_70B_API_BASE",
+        "SLOT_70B_API_KEY",
+    }
