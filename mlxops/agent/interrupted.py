@@ -43,7 +43,7 @@ def find(store: Store, ports: Iterable[int]) -> Iterator[Cut]:
     held = [left for port in ports if (left := store.left(f"port-{port}"))]
     at = {operation.id: operation.port for operation in held}
     for journal in recent(store.state / "ops"):
-        if not journal.alive() and (cut := _cut(journal, at.get(journal.id))) is not None:
+        if not journal.ended and not journal.alive() and (cut := _cut(journal, at.get(journal.id))) is not None:
             yield cut
 
 

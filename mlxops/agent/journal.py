@@ -24,6 +24,7 @@ from pathlib import Path
 
 from mlxops.core.errors import Bug, MlxopsError, Refused
 from mlxops.core.protocol import (
+    PROTOCOL,
     Done,
     Event,
     Failed,
@@ -43,6 +44,7 @@ PATIENT_POLL_SECONDS = 0.1
 PATIENT_AFTER_SECONDS = 3.0
 ACTIVITY_BYTES = 65536
 """How much of a record's end tells where the operation is: some hundred events."""
+_ENDS = tuple(f'{{"mlxops":{PROTOCOL},"event":"{event}"'.encode() for event in ("done", "failed"))
 _ID = re.compile(r"[0-9]{8}T[0-9]{6}-[0-9a-f]{6,8}")
 
 
@@ -133,16 +135,28 @@ class Journal:
             os.close(fd)
         return False
 
-    def stand(self) -> Stand:
-        """Where it is, from the end of its record."""
-        stand = Stand()
+    @property
+    def ended(self) -> bool:
+        """Whether its record has an end. Quick, for looking at all of them: the last line's first bytes tell."""
+        return self._end().rstrip().rpartition(b"\n")[2].startswith(_ENDS)
+
+    def _end(self) -> bytes:
+        """The end of its events: at least the whole last line, which may be a long result."""
         try:
             with open(self.folder / "events.jsonl", "rb") as file:
                 file.seek(max(0, file.seek(0, 2) - ACTIVITY_BYTES))
-                lines = file.read().decode(errors="replace").splitlines()
+                data = file.read()
+                if b"\n" not in data.rstrip():
+                    file.seek(0)
+                    data = file.read()
+                return data
         except FileNotFoundError:
-            return stand
-        for line in lines:
+            return b""
+
+    def stand(self) -> Stand:
+        """Where it is, from the end of its record."""
+        stand = Stand()
+        for line in self._end().decode(errors="replace").splitlines():
             match decode_event(line):
                 case Phase() as phase:
                     stand = Stand(phase)

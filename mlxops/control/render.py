@@ -210,7 +210,7 @@ def status_table(answers: Sequence[Answer]) -> str:
     many = len(answers) > 1
     rows: list[list[object]] = []
     for answer in answers:
-        if answer.error is not None:
+        if answer.error is not None and answer.result is None:
             rows.append([answer.host, "", "", answer.error.code, "", "", "", answer.error.message])
         for row in _rows(answer.result, "ports"):
             rows.append(

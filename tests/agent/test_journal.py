@@ -30,9 +30,9 @@ def ops(tmp_path: Path) -> Path:
     return folder
 
 
-def recorded(ops: Path) -> Journal:
-    """A new record whose worker did not come: its lock is given back."""
-    journal, lock = create(ops, REQUEST)
+def made(ops: Path, request: Request = REQUEST) -> Journal:
+    """A record without a worker."""
+    journal, lock = create(ops, request)
     assert lock is not None
     os.close(lock)
     return journal
@@ -40,7 +40,7 @@ def recorded(ops: Path) -> Journal:
 
 @pytest.fixture
 def journal(ops: Path) -> Journal:
-    return recorded(ops)
+    return made(ops)
 
 
 @pytest.fixture
@@ -173,21 +173,32 @@ def test_a_worker_that_broke_down_is_told_with_its_last_words(journal: Journal) 
     assert isinstance(error, Bug) and (error.code, error.why) == ("worker_failed", "MemoryError")
 
 
-def test_a_worker_that_is_about_to_start_is_waited_for(ops: Path) -> None:
+def test_an_operation_lives_from_its_first_moment(ops: Path) -> None:
+    """Its lock is held before anybody can see it, and is handed on to the worker."""
     journal, lock = create(ops, REQUEST)
-    assert lock is not None
-    found = journal.follow()
-    assert [next(found), next(found)] == [None, None]
+    assert lock is not None and journal.alive()
+    child = subprocess.Popen(["sleep", "1000"], pass_fds=(lock,))
     os.close(lock)
-    assert isinstance(told(found), Failed)
+    assert journal.alive()
+    child.kill()
+    child.wait()
+    assert not journal.alive()
 
 
-def test_the_same_ticket_is_the_same_operation(ops: Path) -> None:
-    request = replace(REQUEST, ticket="0a0b0c0d")
-    first, lock = create(ops, request)
-    assert lock is not None
-    os.close(lock)
-    assert create(ops, request) == (first, None)
+def test_a_ticket_has_one_record(ops: Path) -> None:
+    wish = replace(REQUEST, ticket="0123abcd")
+    first = made(ops, wish)
+    assert create(ops, wish) == (first, None)
+    assert made(ops, replace(wish, ticket="0123abce")) != first
+
+
+def test_what_was_heard_is_not_told_again(journal: Journal) -> None:
+    emit = journal.emitter()
+    for number in range(4):
+        emit(Note(str(number)))
+    emit(Done({}))
+    assert list(journal.follow(heard=2)) == [Note("2"), Note("3"), Done({})]
+    assert list(journal.follow(heard=99)) == [Done({})], "the end is always told"
 
 
 def test_only_one_worker_holds_a_record(journal: Journal, held: int) -> None:
@@ -242,9 +253,9 @@ def test_old_records_go_but_for_those_whose_worker_lives(ops: Path, monkeypatch:
     (ops / "somebody's").mkdir()
     fd = Journal(ops / old[0]).hold()
     try:
-        new = recorded(ops)
+        new = made(ops)
         assert sorted(os.listdir(ops)) == sorted([old[0], *old[3:], new.id, "somebody's"])
     finally:
         os.close(fd)
-    newest = recorded(ops)
+    newest = made(ops)
     assert sorted(os.listdir(ops)) == sorted([*old[4:], new.id, newest.id, "somebody's"])

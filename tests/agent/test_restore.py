@@ -121,7 +121,7 @@ def test_what_does_not_fit_or_start_keeps_nobody_else_from_starting(homelab: Hom
 def test_the_memory_budget_is_kept_in_the_order_of_the_ports(homelab: Homelab) -> None:
     first, second = two_loaded(homelab)
     reboot(homelab.studio)
-    homelab.configure(memory="50MB")
+    homelab.configure(memory="700MB")
     # Into which no engine with a model fits beside another one.
     done = homelab.mini.mlxctl("restore", "--json")
     details = done.json["hosts"][0]["error"]["details"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import socket
 import subprocess
@@ -9,12 +11,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
 from mlxops.agent.failures import About, explain
+from mlxops.agent.journal import create
+from mlxops.core.protocol import Done, Phase, Request
+from mlxops.core.settings import Settings
 from tests.faults.lab import MODELS, QuickHost
 from tests.lab.homelab import Homelab
 from tests.lab.world import wait_until
@@ -165,7 +171,7 @@ class TestTheStateOfAPort:
         wait_until(lambda: not host.studio.listening(port), WAIT, "the server's end")
         seen = row(host, port)
         assert seen["state"] == "failed"
-        assert "last sign of life 20" in seen["detail"] and "Insufficient Memory" in seen["detail"]
+        assert "its log ends at 20" in seen["detail"] and "Insufficient Memory" in seen["detail"]
 
     def test_is_proven_by_a_completion_if_that_is_asked_for(self, host: QuickHost) -> None:
         port = host.ports[0]
@@ -239,3 +245,28 @@ def test_a_load_that_fails_says_why_and_what_helps(host: QuickHost) -> None:
     assert error["details"]["cause"] == "unknown_architecture"
     assert "'qwen9'" in error["why"] and "upgrade the engine" in error["hint"]
     assert row(host, host.ports[0])["state"] == "idle"
+
+
+def test_an_operation_with_a_very_long_result_is_not_taken_for_interrupted(tmp_path: Path) -> None:
+    journal, lock = create(tmp_path, Request("init", {}, Settings(), ""))
+    assert lock is not None
+    os.close(lock)
+    emit = journal.emitter()
+    emit(Phase("scan", "the cache"))
+    assert not journal.ended and journal.stand().final is None
+    emit(Done({"added": ["org/model"] * 20_000}))
+    assert journal.ended and isinstance(journal.stand().final, Done)
+
+
+def test_a_server_of_before_a_reboot_is_nobody_we_know(host: QuickHost) -> None:
+    """The record says another boot: pid, group and start time may all be the same by chance, and prove nothing."""
+    port = host.ports[0]
+    host.mlxctl("load", MODELS[0], str(port)).ok()
+    record = host.studio.state / "run" / f"{port}.json"
+    run = json.loads(record.read_text())
+    record.write_text(json.dumps(run | {"boot_id": "another"}))
+    assert row(host, port)["owner"] == "hand"
+    assert host.mlxctl("unload", str(port)).exit == 3
+    assert host.studio.listening(port)
+    assert host.mlxctl("unload", str(port), "--force").exit == 0
+    assert not host.studio.listening(port) and codes(host) == []

@@ -52,6 +52,7 @@ def fork(body: Callable[[], int], output: Path, *, stopped: bool = False, keep: 
     sys.stderr.flush()
     pid = os.fork()
     if pid:
+        _statuses.pop(pid, None)  # of an orphan that had this pid before
         return pid
     status = 1
     try:
@@ -83,7 +84,7 @@ def spawn(argv: Sequence[str], output: Path) -> int:
     """Start a program; its output goes to a file."""
     sink = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
-        return os.posix_spawnp(
+        pid = os.posix_spawnp(
             argv[0],
             list(argv),
             os.environ,
@@ -91,6 +92,8 @@ def spawn(argv: Sequence[str], output: Path) -> int:
         )
     finally:
         os.close(sink)
+    _statuses.pop(pid, None)
+    return pid
 
 
 def traced(pid: int, options: Sequence[str], log: Path) -> int:

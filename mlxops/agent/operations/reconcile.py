@@ -30,6 +30,8 @@ def reconcile(ctx: Context) -> dict[str, object]:
             continue
         stopped += now_stopped
         cleared += now_cleared
+    if stopped and not ctx.request.dry_run:
+        ctx.remember(command="reconcile", stopped=stopped)
     leftovers = ctx.store.leftovers() if ctx.request.dry_run else ctx.store.remove_leftovers()
     return {
         "cleared": cleared,
