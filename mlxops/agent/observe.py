@@ -187,11 +187,13 @@ def _ask(where: Place, signals: list[Signals]) -> dict[int, Answer]:
 
 
 def _last_words(log: Path) -> str:
-    """What a server that ended said last, and when."""
+    """When a server last wrote to its log, and what: how it ended, nobody saw who could tell."""
     words = last_line(tail(log))
-    with contextlib.suppress(OSError):
-        return f"{words} (its log ends at {utc(log.stat().st_mtime)})"
-    return words
+    try:
+        when = utc(log.stat().st_mtime)
+    except OSError:
+        return ""
+    return f"last sign of life {when}" + (f": {words}" if words else "")
 
 
 def tail(path: Path, size: int = 8192) -> str:

@@ -314,14 +314,14 @@ def test_progress_in_a_pipe_is_a_line_for_every_tenth() -> None:
         talk.hear("studio", Progress("weights", done * 1000, 1_000_000))
     lines = stream.getvalue().splitlines()
     assert len(lines) == 11
-    assert lines[0] == "weights: 0 B of 1.0 MB, 00%" and lines[-1] == "weights: 1.0 MB of 1.0 MB, 100%"
+    assert lines[0] == "weights: 0 bytes of 1.0 MB, 0%" and lines[-1] == "weights: 1.0 MB of 1.0 MB, 100%"
 
 
 def test_progress_without_a_known_total_is_told_once() -> None:
     talk, stream = spoken()
     for done in range(5):
         talk.hear("studio", Progress("weights", done, 0))
-    assert stream.getvalue().splitlines() == ["weights: 0 B of 0 B"]
+    assert stream.getvalue().splitlines() == ["weights: 0 bytes"]
 
 
 class Terminal(io.StringIO):

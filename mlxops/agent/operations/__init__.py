@@ -51,14 +51,6 @@ def command(name: str) -> Callable[[Context], dict[str, object]] | None:
             from mlxops.agent.operations.unload import unload_all
 
             return unload_all
-        case "rollback":
-            from mlxops.agent.operations.rollback import rollback
-
-            return rollback
-        case "set":
-            from mlxops.agent.operations.settings import set_
-
-            return set_
         case "restore":
             from mlxops.agent.operations.restore import restore
 
@@ -75,6 +67,14 @@ def command(name: str) -> Callable[[Context], dict[str, object]] | None:
             from mlxops.agent.operations.pull import remove
 
             return remove
+        case "rollback":
+            from mlxops.agent.operations.rollback import rollback
+
+            return rollback
+        case "set":
+            from mlxops.agent.operations.settings import set_
+
+            return set_
         case "reconcile":
             from mlxops.agent.operations.reconcile import reconcile
 

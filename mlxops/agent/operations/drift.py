@@ -7,14 +7,16 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlxops.agent import interrupted
+from mlxops.agent import interrupted, logs
 from mlxops.agent.engines.installed import NotAsked
 from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.files import Files
 from mlxops.agent.operations.prepare import prepare
+from mlxops.agent.store import utc
 from mlxops.core.errors import MlxopsError
 from mlxops.core.planner import Target
 from mlxops.core.registry import Registry
+from mlxops.core.units import amount
 from mlxops.core.world import Drift, Owner, PortView, State, World
 
 
@@ -30,8 +32,25 @@ def further_drift(ctx: Context, registry: Registry, world: World) -> Iterator[Dr
                 message = f"the registry entry {model.name}: {problem}"
                 yield Drift("entry_problem", model.port, model.name, message, "mend the entry in registry.json")
     yield from interrupted.drift(ctx.store, ctx.where.settings.ports)
+    yield from _too_big(ctx)
     for path in ctx.store.leftovers():
         yield Drift("leftover", None, None, f"{path} was left by a writer that was killed", "mlxctl reconcile")
+
+
+def rebooted(ctx: Context, registry: Registry, world: World) -> Iterator[Drift]:
+    """Servers of before the host's last boot that are assigned and not back."""
+    gone = [view.port for view in world.ports.values() if view.rebooted and view.unserved]
+    down = [port for port in gone if registry.on_port(port)]
+    if down:
+        message = f"rebooted {utc(ctx.system.booted_at())}; {len(down)} assignment{'s'[: len(down) != 1]} down"
+        yield Drift("rebooted", None, None, message, "mlxctl restore")
+
+
+def _too_big(ctx: Context) -> Iterator[Drift]:
+    hint = "the next change on the host cuts it, for example: mlxctl reconcile"
+    for log, size in logs.too_big(ctx.store.state / "logs"):
+        port = int(log.stem) if log.stem.isdecimal() else None
+        yield Drift("log_too_big", port, None, f"{log} has {amount(size)}", hint)
 
 
 def _settings(ctx: Context, registry: Registry, view: PortView) -> Iterator[Drift]:

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mlxops.agent import logs
 from mlxops.agent.journal import activity
 from mlxops.agent.operations.context import Context
-from mlxops.agent.operations.drift import further_drift
+from mlxops.agent.operations.drift import further_drift, rebooted
 from mlxops.agent.operations.files import Files, registered
+from mlxops.agent.operations.ops import downloads
 from mlxops.agent.operations.prepare import shown_options
 from mlxops.agent.operations.probe import failed, probe
 from mlxops.agent.snapshot import shape
-from mlxops.agent.store import utc
 from mlxops.core.registry import Model, Registry, refusal
-from mlxops.core.units import amount
-from mlxops.core.world import Drift, Owner, PortView, World
+from mlxops.core.world import Owner, PortView
 
 
 def status(ctx: Context) -> dict[str, object]:
-    from mlxops.agent.operations.pull import downloads
-
     registry = ctx.registry()
     world = ctx.observe(registry)
     rows = [view.to_wire() for port, view in sorted(world.ports.items()) if port in ctx.where.settings.ports]
-    found = [*world.drift, *further_drift(ctx, registry, world)]
+    found = [*rebooted(ctx, registry, world), *world.drift, *further_drift(ctx, registry, world)]
     if ctx.request.flag("probe"):
         probes = probe(ctx, world)
         rows = [row | {"probe": probes.get(row["port"])} for row in rows]
@@ -33,37 +29,11 @@ def status(ctx: Context) -> dict[str, object]:
     if registry.unwritable:
         error = refusal(registry.unwritable)
         drift.insert(0, {"code": error.code, "port": None, "model": None, "message": error.why, "hint": error.hint})
-    drift += [each.to_wire() for each in _too_big(ctx)]
-    drift = [each.to_wire() for each in _rebooted(ctx, registry, world)] + drift
     running = [
         {"operation": each.id, "command": each.command, "detail": activity(ctx.store.state / "ops", each.id)}
         for each in downloads(ctx)
     ]
     return {"operations": running, "ports": rows, "drift": drift, "registry": str(ctx.where.registry)}
-
-
-def _rebooted(ctx: Context, registry: Registry, world: World) -> list[Drift]:
-    """Servers of before the host's last boot that are assigned and not back."""
-    down = [
-        view.port for view in world.ports.values() if view.rebooted and view.unserved and registry.on_port(view.port)
-    ]
-    if not down:
-        return []
-    message = f"rebooted {utc(ctx.system.booted_at())}; {len(down)} assignment{'s'[: len(down) != 1]} down"
-    return [Drift("rebooted", None, None, message, "mlxctl restore")]
-
-
-def _too_big(ctx: Context) -> list[Drift]:
-    return [
-        Drift(
-            "log_too_big",
-            int(log.stem) if log.stem.isdecimal() else None,
-            None,
-            f"{log} has {amount(size)}",
-            "the next change on the host cuts it, for example: mlxctl reconcile",
-        )
-        for log, size in logs.too_big(ctx.store.state / "logs")
-    ]
 
 
 def answering(ctx: Context) -> dict[str, object]:

@@ -7,6 +7,7 @@ from mlxops.agent.operations.context import Context
 from mlxops.agent.store import Store
 from mlxops.core.errors import Refused
 from mlxops.core.protocol import Failed
+from mlxops.core.world import Operation
 
 SHOWN = 20
 """Operations that have ended and are listed, the newest."""
@@ -23,6 +24,12 @@ def ops(ctx: Context) -> dict[str, object]:
         if alive or ended <= SHOWN:
             rows.append(_row(journal, alive))
     return {"operations": rows}
+
+
+def downloads(ctx: Context) -> list[Operation]:
+    """The operations that download now."""
+    held = [ctx.store.holder(path.name) for path in sorted((ctx.store.state / "locks").glob("repo-*"))]
+    return [operation for operation in held if operation is not None]
 
 
 def _row(journal: Journal, alive: bool) -> dict[str, object]:

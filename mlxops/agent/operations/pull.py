@@ -119,12 +119,6 @@ def _follow(ctx: Context, name: str, holder: Operation) -> None:
         time.sleep(FOLLOW_SECONDS)
 
 
-def downloads(ctx: Context) -> list[Operation]:
-    """The operations that download now."""
-    held = [ctx.store.holder(path.name) for path in sorted((ctx.store.state / "locks").glob("repo-*"))]
-    return [operation for operation in held if operation is not None]
-
-
 def remove(ctx: Context) -> dict[str, object]:
     """Delete the files of a registered model's revision. Its entry stays, and so do other revisions."""
     from mlxops.agent.hub import delete

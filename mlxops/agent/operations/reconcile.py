@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from mlxops.agent.interrupted import settle_all
 from mlxops.agent.observe import observe
 from mlxops.agent.operations.context import DRAIN_SECONDS, Context
@@ -16,6 +18,8 @@ def reconcile(ctx: Context) -> dict[str, object]:
     plan = planner.plan_reconcile(registry, ctx.observe(registry))
     ports = sorted({*(plan.clear or {}).values(), *plan.forget, *(view.port for view in plan.stops)})
     interrupted = settle_all(ctx)
+    if plan.clear and not ctx.request.dry_run:
+        _remember_cleared(ctx, plan.clear)
     stopped, cleared, kept = [], [], list(plan.kept)
     for port in ports:
         try:
@@ -50,7 +54,6 @@ def _reconcile_port(ctx: Context, port: int) -> tuple[list[dict[str, object]], l
         for view in plan.stops:
             stop(ctx, view, DRAIN_SECONDS)
         if clear:
-            _remember_cleared(ctx, clear)
             ctx.store.registry.update(
                 lambda current: current.clear(m.name for m in current.on_port(port) if m.name in clear)
             )
@@ -59,13 +62,19 @@ def _reconcile_port(ctx: Context, port: int) -> tuple[list[dict[str, object]], l
     stopped: list[dict[str, object]] = [
         {"port": view.port, "model": view.model, "pid": view.pid, "why": view.detail} for view in plan.stops
     ]
-    return stopped, [{"model": name, "port": at} for name, at in clear.items()]
+    return stopped, _rows(clear)
 
 
-def _remember_cleared(ctx: Context, clear: dict[str, int]) -> None:
-    """Before it is cleared, and not to be done without: `restore --cleared` finds it here. Raises `Refused`."""
-    rows = [{"model": name, "port": at} for name, at in clear.items()]
+def _remember_cleared(ctx: Context, clear: Mapping[str, int]) -> None:
+    """Before it is done, and not to be done without: what was cleared must be found again, by `restore --cleared`, even
+    if this very operation is killed. Raises `Refused`."""
     try:
-        ctx.store.remember(operation=ctx.operation, by=str(ctx.request.asker), command="reconcile", cleared=rows)
+        ctx.store.remember(
+            operation=ctx.operation, by=str(ctx.request.asker), command="reconcile", cleared=_rows(clear)
+        )
     except OSError as error:
         raise state_unwritable(ctx.store.state, error) from None
+
+
+def _rows(clear: Mapping[str, int]) -> list[dict[str, object]]:
+    return [{"model": name, "port": port} for name, port in clear.items()]
