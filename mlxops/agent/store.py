@@ -450,11 +450,13 @@ class Store:
         return found
 
     def remember(self, **what: object) -> None:
-        """Append a line to the history, whole or not at all as far as one write(2) is."""
+        """Append a line to the history, in one write(2)."""
         line = (json.dumps({"at": now(), **what}) + "\n").encode()
         fd = os.open(self.state / "history.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
-            # On a full disk a line may get in half; the next one must not be lost with it.
+            # Alone: half of another's line must not be taken for one that a full disk cut off, for which the next one
+            # begins anew so that it is not lost too.
+            fcntl.flock(fd, fcntl.LOCK_EX)
             if not _ends_with_newline(self.state / "history.jsonl"):
                 line = b"\n" + line
             if os.write(fd, line) != len(line):

@@ -171,7 +171,7 @@ class TestTheStateOfAPort:
         wait_until(lambda: not host.studio.listening(port), WAIT, "the server's end")
         seen = row(host, port)
         assert seen["state"] == "failed"
-        assert "its log ends at 20" in seen["detail"] and "Insufficient Memory" in seen["detail"]
+        assert "last sign of life 20" in seen["detail"] and "Insufficient Memory" in seen["detail"]
 
     def test_is_proven_by_a_completion_if_that_is_asked_for(self, host: QuickHost) -> None:
         port = host.ports[0]
