@@ -947,6 +947,7 @@ namespace = Collection(
     restore,
     pull,
     remove,
+    gateway,
     boot,
     gateway,
     ops,

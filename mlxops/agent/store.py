@@ -60,9 +60,7 @@ def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
         try:
             # What open(2) makes of the mode depends on the umask.
             os.fchmod(fd, mode)
-            view = memoryview(data)
-            while view:
-                view = view[os.write(fd, view) :]
+            _write_all(fd, data)
             _flush(fd)
         finally:
             os.close(fd)
@@ -91,6 +89,12 @@ def _writer_lives(temporary: Path) -> bool:
     except PermissionError:
         pass  # somebody else's process: alive
     return True
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
 
 
 def _flush(fd: int) -> None:
@@ -181,7 +185,7 @@ class RegistryFile:
                 raise OSError(errno.EISDIR, "it is not a file")
             # Unbuffered: the flush is to try the disk, so what it flushes must have been written.
             with open(probe, "xb", buffering=0) as file:
-                file.write(b" " * 4096)
+                _write_all(file.fileno(), b" " * 4096)
                 _flush(file.fileno())
         except OSError as error:
             raise self._unwritable(error) from None

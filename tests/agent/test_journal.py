@@ -247,7 +247,7 @@ def test_what_is_no_id_of_an_operation_finds_nothing(ops: Path, journal: Journal
 
 def test_old_records_go_but_for_those_whose_worker_lives(ops: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journals, "KEPT", 4)
-    old = [f"20200101T00000{number}-aaaaaaaa" for number in range(6)]
+    old = [f"20200101T00000{number}-aaaaaa" for number in range(6)]
     for name in old:
         (ops / name).mkdir()
     (ops / "somebody's").mkdir()

@@ -109,7 +109,8 @@ class Arena:
             memory=10**12,
         )
         self.store = Store(self.state, self.registry_path)
-        self.environ = {"HOME": str(self.folder), "PATH": "/usr/bin:/bin"}
+        # Port 9 is "discard", which nobody serves: a strange repository is not looked for in the world outside.
+        self.environ = {"HOME": str(self.folder), "PATH": "/usr/bin:/bin", "HF_ENDPOINT": "http://127.0.0.1:9"}
 
     # Operations
 

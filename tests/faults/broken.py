@@ -42,7 +42,7 @@ def trial(arena: Arena, number: int, seed: int) -> tuple[str, list[str]]:
             wrong += [f"{command} went on: {ended}"] if ended.exit != 3 else []
             wrong += [f"{command} wrote it"] if arena.registry() != before else []
         else:
-            wrong += [f"{command} failed: {ended}"] if ended.exit not in {0, 3} else []
+            wrong += [f"{command} failed: {ended}"] if ended.exit not in {0, 3, 8} else []  # 8: no download
             wrong += _kept(before, arena.registry())
     wrong += oracle.locks_free(arena) + oracle.nothing_hidden(arena)
     return name, wrong + [f"left: {words}" for words in arena.servers().values()]
