@@ -133,8 +133,8 @@ def test_list_shows_models_with_a_short_revision_and_their_problems() -> None:
         "problems": ["cache_path is dead", "port 8100 is also claimed by 'x'"],
     }
     assert list_table([Answer("studio", {"models": [model]})]).split("\n") == [
-        "NAME  REPO      REVISION      SIZE    PORT  PROBLEMS",
-        "qwen  org/qwen  0123456789ab  1.5 MB  8100  cache_path is dead; port 8100 is also claimed by 'x'",
+        "NAME  REPO      REVISION      SIZE    PORT  FLAGS  PROBLEMS",
+        "qwen  org/qwen  0123456789ab  1.5 MB  8100  -      cache_path is dead; port 8100 is also claimed by 'x'",
     ]
 
 
