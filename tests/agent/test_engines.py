@@ -12,6 +12,7 @@ from mlxops.agent.engines.base import Command, Engine, Seen, Serving, options, w
 from mlxops.agent.engines.mlx_lm import MlxLm
 from mlxops.agent.engines.mlx_openai_server import MlxOpenAIServer
 from mlxops.core.errors import Refused
+from mlxops.core.families import options_of
 from mlxops.core.registry import Model
 
 OPENAI, LM = MlxOpenAIServer(), MlxLm()
@@ -34,7 +35,8 @@ def program(path: Path) -> str:
 
 def serving(**fields: object) -> Serving:
     model = Model("jerry", "org/jerry", **fields)  # type: ignore[arg-type]  # as each test says
-    return Serving(model, "jerry-xl", Path("/hub/a b/sha"), "127.0.0.1", 8100, Path("/state/run/8100"))
+    options = options_of(model, "mlx-openai-server", None, (), needed=())
+    return Serving(model, "jerry-xl", Path("/hub/a b/sha"), "127.0.0.1", 8100, Path("/state/run/8100"), options)
 
 
 # -- where an engine is found ---------------------------------------------------------------------------------------
@@ -166,10 +168,12 @@ def test_the_link_points_to_the_snapshot_and_is_renewed(tmp_path: Path) -> None:
             assert os.readlink(tmp_path / "run" / alias) == str(snapshot)
 
 
-def test_mlx_lm_is_given_its_options_and_refuses_those_that_it_has_not() -> None:
+def test_mlx_lm_is_given_its_options_and_refuses_those_that_it_has_not(tmp_path: Path) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ m }}")
     argv = LM.argv(
         Command(("x",), ""),
-        serving(options={"chat_template": "{{ m }}", "reasoning_parser": None}, trust_remote_code=True),
+        serving(options={"chat_template": str(template), "reasoning_parser": None}, trust_remote_code=True),
     )
     assert argv[-3:] == ("--chat-template", "{{ m }}", "--trust-remote-code")
     with pytest.raises(Refused) as caught:
@@ -189,8 +193,9 @@ def test_mlx_openai_server_is_given_the_path_the_alias_and_the_entrys_options() 
     )
     assert argv[:4] == ("/bin/uv", "run", "mlx-openai-server", "launch")
     assert argv[-2:] == ("--queue-size", "9") and "--trust-remote-code" in argv and "--no-log-file" in argv
-    given = options(argv)
-    assert {key: given[key] for key in given if key not in {"--trust-remote-code", "--no-log-file"}} == {
+    given, bare = options(argv), {"--trust-remote-code", "--no-log-file", "--enable-auto-tool-choice"}
+    assert bare <= set(argv)
+    assert {key: given[key] for key in given if key not in bare} == {
         "--model-path": "/hub/a b/sha",
         "--served-model-name": "jerry-xl",
         "--host": "127.0.0.1",
@@ -204,11 +209,10 @@ def test_mlx_openai_server_is_given_the_path_the_alias_and_the_entrys_options() 
     }
 
 
-def test_a_null_switches_a_default_flag_off_and_a_value_replaces_it() -> None:
+def test_a_value_replaces_a_default_flag() -> None:
     bare = Command(("x",), "")
     assert options(OPENAI.argv(bare, serving()))["--model-type"] == "lm"
     assert options(OPENAI.argv(bare, serving(options={"model_type": "multimodal"})))["--model-type"] == "multimodal"
-    assert "--model-type" not in OPENAI.argv(bare, serving(options={"model_type": None}))
 
 
 @pytest.mark.parametrize("engine", [OPENAI, LM], ids=lambda engine: engine.name)
