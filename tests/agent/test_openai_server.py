@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ class Stream:
             "stream": True,
         }
         self.connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+        self.socket = self.connection.sock
         self.response = self.connection.getresponse()
         line = b"-"
         while line and not line.startswith(b"data:"):  # before it, comments and empty lines
@@ -69,7 +71,13 @@ class Stream:
         except (OSError, http.client.HTTPException) as error:
             return getattr(error, "partial", b"")
 
+    def hang_up(self) -> None:
+        """The client is gone at once, also for a thread that waits for the next token: a model may babble what cannot
+        be shown, and then nothing comes."""
+        self.socket.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
+        self.response.close()
         self.connection.close()
 
 

@@ -179,6 +179,7 @@ class TestStreams:
             wait_until(lambda: "1 open requests get up to 100 s" in _told(studio), 60, "the swap to wait")
             assert reader.is_alive() and row(studio, port)["pid"] == before["pid"]
             enough.set()
+            stream.hang_up()
             reader.join()
             stream.close()
             swap.join()
