@@ -180,11 +180,11 @@ def stop(system: System, run: Run, *, grace: float, reap: Callable[[], object] =
     """
     began = time.monotonic()
     killed = False
+    known: dict[int, str] = {}
     for number, seconds in ((signal.SIGTERM, grace), (signal.SIGKILL, KILL_SECONDS)):
-        if not _signal(system, run, number):
-            break
-        killed = number == signal.SIGKILL
-        if _ended(system, run, seconds, reap):
+        if _signal(system, run, number, known):
+            killed = number == signal.SIGKILL
+        if _ended(system, run, known, seconds, reap):
             break
     else:
         raise MlxopsError(
@@ -196,12 +196,18 @@ def stop(system: System, run: Run, *, grace: float, reap: Callable[[], object] =
     return Stopped(time.monotonic() - began, killed)
 
 
-def _ended(system: System, run: Run, seconds: float, reap: Callable[[], object]) -> bool:
+def _ended(system: System, run: Run, known: Mapping[int, str], seconds: float, reap: Callable[[], object]) -> bool:
+    """Whether nothing of the group lives, or soon does no more.
+
+    `known` are those that were proven ours (pid -> start). A process on its way out loses its arguments and its
+    environment, which prove it, before its memory and its sockets: it is waited for by what it was known as.
+    """
     deadline = time.monotonic() + seconds
     pause = 0.01
     while time.monotonic() < deadline:
         reap()
-        if not members(system, system.look(()), run):
+        look = system.look(())
+        if not members(system, look, run) and not _living(look, known):
             return True
         # Most end at once; for one that drains, a look at every process four times a second is enough.
         time.sleep(pause)
@@ -209,13 +215,19 @@ def _ended(system: System, run: Run, seconds: float, reap: Callable[[], object])
     return False
 
 
-def _signal(system: System, run: Run, number: signal.Signals) -> bool:
-    """Signal the group if it is proven ours; False if nothing of it lives."""
+def _living(look: Look, known: Mapping[int, str]) -> set[int]:
+    found = ((pid, look.processes.get(pid)) for pid in known)
+    return {pid for pid, process in found if process and process.start == known[pid] and not process.zombie}
+
+
+def _signal(system: System, run: Run, number: signal.Signals, known: dict[int, str]) -> bool:
+    """Signal the group if it is proven ours, and remember whom; False if nothing of it lives."""
     look = system.look(())
     ours = members(system, look, run)
     if not ours:
         return False
-    strangers = {process.pid for process in look.group(run.pgid)} - set(ours)
+    strangers = {process.pid for process in look.group(run.pgid)} - set(ours) - _living(look, known)
+    known |= {pid: look.processes[pid].start for pid in ours}
     if strangers:
         raise _not_ours(run, f"pids {', '.join(map(str, sorted(strangers)))} are not proven ours")
     try:
