@@ -13,7 +13,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -128,7 +128,9 @@ def delete(snapshot: Path, *, dry_run: bool) -> tuple[int, list[str]]:
 
     repo = snapshot.parent.parent
     cache = scan_cache_dir(repo.parent)
-    plan = cache.delete_revisions(snapshot.name)
+    # Copies of a repository on the hub share its commits, and a commit is all that it takes: it must not see them.
+    only = replace(cache, repos=frozenset(each for each in cache.repos if each.repo_path == repo))
+    plan = only.delete_revisions(snapshot.name)
     others = [each.name for each in snapshot.parent.iterdir() if each.name != snapshot.name]
     if not dry_run:
         plan.execute()
