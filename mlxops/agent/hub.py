@@ -128,8 +128,8 @@ def delete(snapshot: Path, *, dry_run: bool) -> tuple[int, list[str]]:
 
     repo = snapshot.parent.parent
     cache = scan_cache_dir(repo.parent)
-    # Copies of a repository on the hub share its commits, and a commit is all that it takes: it must not see them.
-    only = replace(cache, repos=frozenset(each for each in cache.repos if each.repo_path == repo))
+    # Copies of a repository have the same commits, and huggingface_hub takes any one that has it.
+    only = replace(cache, repos=frozenset(each for each in cache.repos if each.repo_path.samefile(repo)))
     plan = only.delete_revisions(snapshot.name)
     others = [each.name for each in snapshot.parent.iterdir() if each.name != snapshot.name]
     if not dry_run:

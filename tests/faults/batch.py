@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -98,6 +99,8 @@ def real_arena(folder: Path) -> Arena:
 
 
 def main(kind: str, first: int, count: int, seed: int) -> None:
+    # The campaign ends it when its time is up; what it has started goes with it all the same.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     with trials(kind, seed) as trial:
         for number in range(first, first + count):
             began = time.monotonic()

@@ -57,6 +57,7 @@ def fork(body: Callable[[], int], output: Path, *, stopped: bool = False, keep: 
     status = 1
     try:
         os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         sink = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         null = os.open(os.devnull, os.O_RDONLY)
         for source, target in ((null, 0), (sink, 1), (sink, 2)):
