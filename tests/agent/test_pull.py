@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from mlxops.agent.hub import download, verify
+from mlxops.agent.cache import Snapshot, find
+from mlxops.agent.hub import delete, download, verify
 from mlxops.core.errors import DownloadFailed
 from mlxops.core.protocol import Event, Note, Progress
 from tests.agent.test_hub import LLAMA, QUICK, cache, faulty, pull  # noqa: F401
@@ -149,6 +150,16 @@ class TestVerify:
 
 
 class TestRemove:
+    def test_of_a_copy_with_the_same_commits_takes_only_that_copy(self, tmp_path: Path, tiny_models: Path) -> None:
+        """A repository that was duplicated on the hub has the commits of the first; whichever is found first."""
+        hub = tmp_path / "hub"
+        names = [f"tiny-org/copy-{number}" for number in range(6)]
+        snapshots = [models.install_snapshot(hub, name, tiny_models / models.QWEN, xet=True) for name in names]
+        assert len({snapshot.name for snapshot in snapshots}) == 1
+        freed, kept = delete(snapshots[3], dry_run=False)
+        assert freed > 0 and kept == []
+        assert [isinstance(find(hub, name), Snapshot) for name in names] == [number != 3 for number in range(6)]
+
     def test_frees_what_only_it_uses_and_the_dry_run_says_how_much(self, homelab: Homelab) -> None:
         studio = homelab.studio
         studio.install(QWEN, models.QWEN, trees=True, xet=True)
