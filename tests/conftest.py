@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Generator, Iterator
@@ -46,6 +47,8 @@ def _move_out() -> Path:
     return folder
 
 
+# A shell that runs the tests in the background has them ignore it, and so would every client that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 _THROWAWAY = _move_out()
 leaks.become_subreaper()
 
