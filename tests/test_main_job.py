@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from mlxops.core.units import amount
 from tests.lab import cache, models
 from tests.lab.homelab import Homelab, Studio
 from tests.lab.hub import Hub
@@ -116,7 +117,7 @@ class TestLife:
         assert first["url"] == f"http://{studio.address}:{port}/v1"
         snapshot = models.repo_folder(studio.hub, REPO) / "snapshots" / hub.sha(REPO)
         size = sum(file.stat().st_size for file in snapshot.iterdir())
-        assert f"{size / 1000:.1f} kB" in loaded.stderr or f"{size / 1e6:.1f} MB" in loaded.stderr
+        assert amount(size) in loaded.stderr
         assert "100%" in loaded.stderr
         assert {file.name for file in snapshot.iterdir()} == {
             file.name for file in models.files_of(models.tiny_models() / models.QWEN)

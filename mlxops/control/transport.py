@@ -7,6 +7,7 @@ the ambient Invoke configuration; here it is given a policy that checks, and a c
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -176,6 +177,7 @@ class _Path:
             except (paramiko.SSHException, EOFError, OSError) as error:
                 code = "connection_refused" if getattr(error, "code", None) == 1 else "host_down"
                 raise destination.unreachable(code, f"its jump host cannot reach it: {words(error)}") from error
+        _close_quietly(channel)
         return channel
 
     def _handshake(self, destination: Destination, sock: socket.socket | paramiko.Channel) -> fabric.Connection:
@@ -333,6 +335,20 @@ def _addresses(destination: Destination, deadline: float) -> list[_Address]:
             "correct `ssh:` in hosts.yaml, or HostName in the ssh configuration",
         )
     return found
+
+
+def _close_quietly(channel: paramiko.Channel) -> None:
+    """The thread of the connection inside closes the channel as its socket; where the jump host is gone by then, the
+    goodbye to it fails, and the exception would end that thread with a traceback on the user's screen."""
+    import paramiko
+
+    close = channel.close
+
+    def quietly() -> None:
+        with contextlib.suppress(paramiko.SSHException, EOFError, OSError):
+            close()
+
+    channel.close = quietly  # type: ignore[method-assign]
 
 
 def _hang_up(connection: fabric.Connection) -> None:
