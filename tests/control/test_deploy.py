@@ -108,7 +108,13 @@ def test_a_fresh_host_gets_a_whole_agent_over_ssh(tmp_path: Path, monkeypatch: p
         assert list((module / "__pycache__").iterdir()), f"{module} was not compiled"
 
 
-def test_an_interrupted_deploy_leaves_the_old_agent_and_the_next_one_repairs(home: Path, bare: None) -> None:
+def test_an_interrupted_deploy_leaves_the_old_agent_and_the_next_one_repairs(
+    home: Path, bare: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What is killed leaves its temporary files, and may leave them here.
+    (tmp_path / "tmp").mkdir(exist_ok=True)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    others = set(descendants(os.getpid()))
     deploy.install(open_local(), host(), quiet, places=HERE)
     state = home / ".mlxops"
     old = state / "agents" / "an-older-build"
@@ -120,7 +126,7 @@ def test_an_interrupted_deploy_leaves_the_old_agent_and_the_next_one_repairs(hom
 
     def kill(note: str) -> None:
         if "making" in note:
-            for pid in descendants(os.getpid()):
+            for pid in set(descendants(os.getpid())) - others:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
