@@ -17,7 +17,7 @@ from invoke.tasks import Task, task
 from mlxops.control import client, render
 from mlxops.control.client import Answer, Target, ask, ask_all, gateway_warning, local_python
 from mlxops.core import fields, names
-from mlxops.core.errors import Bug, Exit, MlxopsError, UsageError
+from mlxops.core.errors import Exit, MlxopsError, UsageError, bug
 from mlxops.core.protocol import Event, Line, Started
 from mlxops.core.settings import Settings
 
@@ -110,7 +110,9 @@ def _answer(
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 141
     except Exception as error:  # noqa: BLE001 - the boundary: what nobody foresaw is a bug, and is told as one
-        code = _fail(call, _bug(error))
+        from traceback import format_exc
+
+        code = _fail(call, bug(error, format_exc()))
     raise SystemExit(code)
 
 
@@ -148,18 +150,6 @@ def _fail(call: Call, error: MlxopsError) -> int:
 def _traceback(call: Call, error: MlxopsError) -> None:
     if call.debug and "traceback" in error.details:
         print(error.details["traceback"], file=sys.stderr)  # noqa: T201
-
-
-def _bug(error: Exception) -> Bug:
-    import traceback
-
-    return Bug(
-        "bug",
-        f"mlxops failed: {type(error).__name__}: {error}",
-        why="this is a bug in mlxops, not something that you did",
-        hint="run it again with --debug and report what it prints",
-        details={"traceback": traceback.format_exc()},
-    )
 
 
 def _interrupted(call: Call) -> MlxopsError:

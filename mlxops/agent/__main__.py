@@ -21,7 +21,7 @@ from mlxops import __version__
 from mlxops.agent.place import Place, differences, place, settings_differ
 from mlxops.agent.store import Store
 from mlxops.build import build_id
-from mlxops.core.errors import AgentProblem, Busy, MlxopsError
+from mlxops.core.errors import AgentProblem, Busy, MlxopsError, bug
 from mlxops.core.protocol import (
     Done,
     Event,
@@ -100,9 +100,9 @@ def _answer() -> int:
         _emit(Failed(error))
         return int(error.exit)
     except Exception as error:  # noqa: BLE001 - the boundary of the agent
-        from mlxops.agent.worker import bug
+        from traceback import format_exc
 
-        _emit(Failed(bug(error)))
+        _emit(Failed(bug(error, format_exc())))
         return 1
 
 

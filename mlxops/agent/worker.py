@@ -23,7 +23,7 @@ from mlxops.agent.operations.context import Cancellation, Context
 from mlxops.agent.place import place
 from mlxops.agent.store import Store, disk_failed, state_unwritable
 from mlxops.agent.system import this_system
-from mlxops.core.errors import Bug, MlxopsError
+from mlxops.core.errors import Bug, MlxopsError, bug
 from mlxops.core.protocol import Done, Event, Failed, Request
 from mlxops.core.units import amount
 
@@ -125,17 +125,7 @@ def finish(context: Context, emit: Callable[[Event], None]) -> int:
 
 def _told(error: Exception, store: Store) -> MlxopsError:
     """A disk that fails where nobody looked for it is the disk's fault; all else is ours."""
-    return state_unwritable(store.state, error) if disk_failed(error) else bug(error)
-
-
-def bug(error: BaseException) -> MlxopsError:
-    return Bug(
-        "bug",
-        f"mlxops failed: {type(error).__name__}: {str(error)[:300]}",
-        why="this is a bug in mlxops, not something that you did",
-        hint="run it again with --debug and report what it prints",
-        details={"traceback": traceback.format_exc()},
-    )
+    return state_unwritable(store.state, error) if disk_failed(error) else bug(error, traceback.format_exc())
 
 
 def _watch_for_cancel(journal: Journal) -> None:

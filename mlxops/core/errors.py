@@ -106,6 +106,17 @@ class Bug(MlxopsError):
     exit = Exit.BUG
 
 
+def bug(error: BaseException, traceback: str) -> Bug:
+    """What nobody foresaw, told as what it is."""
+    return Bug(
+        "bug",
+        f"mlxops failed: {type(error).__name__}: {str(error)[:300]}",
+        why="this is a bug in mlxops, not something that you did",
+        hint="run it again with --debug and report what it prints",
+        details={"traceback": traceback},
+    )
+
+
 _BY_EXIT: dict[int, type[MlxopsError]] = {
     int(kind.exit): kind
     for kind in (
