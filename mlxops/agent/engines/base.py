@@ -242,6 +242,17 @@ def get_status(host: str, port: int, path: str, timeout: float) -> int | None:
         connection.close()
 
 
+def status_health(host: str, port: int, timeout: float) -> Health:
+    """What the status of GET /health says: 200 serves, another is broken, none is silence."""
+    match get_status(host, port, "/health", timeout):
+        case None:
+            return Health.SILENT
+        case 200:
+            return Health.SERVING
+        case _:
+            return Health.BROKEN
+
+
 class NoCompletion(Exception):
     """The server answered, but not with a completion; the text says with what."""
 

@@ -17,10 +17,10 @@ from mlxops.agent.engines.base import (
     Serving,
     check_args,
     expand,
-    get_status,
     options,
     port_number,
     runnable,
+    status_health,
     which,
 )
 from mlxops.core.errors import Refused
@@ -100,13 +100,7 @@ class MlxLm:
 
     def health(self, host: str, port: int, timeout: float) -> Health:
         # 200 also while loading; 503 once the thread that generates has died.
-        match get_status(host, port, "/health", timeout):
-            case None:
-                return Health.SILENT
-            case 200:
-                return Health.SERVING
-            case _:
-                return Health.BROKEN
+        return status_health(host, port, timeout)
 
     def fatal(self, log: str) -> str | None:
         # 0.32: one message of one or more lines, then a traceback. Before: only the traceback of a thread.

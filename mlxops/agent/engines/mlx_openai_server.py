@@ -18,11 +18,11 @@ from mlxops.agent.engines.base import (
     Serving,
     check_args,
     expand,
-    get_status,
     options,
     port_number,
     runnable,
     split,
+    status_health,
     which,
 )
 from mlxops.core.errors import Refused
@@ -128,13 +128,7 @@ class MlxOpenAIServer:
     def health(self, host: str, port: int, timeout: float) -> Health:
         # It binds only after its start-up. /health stays 200 when the process with the weights has died, and
         # /v1/queue/stats would start that one anew, so this says only that the front answers.
-        match get_status(host, port, "/health", timeout):
-            case None:
-                return Health.SILENT
-            case 200:
-                return Health.SERVING
-            case _:
-                return Health.BROKEN
+        return status_health(host, port, timeout)
 
     def fatal(self, log: str) -> str | None:
         if "Application startup failed" not in log:
