@@ -307,6 +307,9 @@ class TestDryRun:
         assert plan("init")["added"] == [OTHER]
         assert plan("reconcile")["cleared"] == [{"port": second, "model": "dead"}]
         assert str(serving.pid) in str(plan("unload", "--port", first)["stops"])
+        assert ask.result("unload", "--port", first, "--dry-run")["state"] == "ready", (
+            "what is there, not what is meant"
+        )
         everything = ask("unload-all", "--dry-run").ok().stdout
         assert str(first) in everything and str(second) in everything
         wait_until(lambda: len(studio.processes()) == 1, 5, "quiet")

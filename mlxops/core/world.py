@@ -143,6 +143,23 @@ class Server:
     """The real path of the model that it was given, if that is a path on this host."""
 
 
+def run_of(server: Server, port: int, boot_id: str) -> Run:
+    """A server that we did not start, as a run: enough to prove its identity, and nothing else."""
+    unknown = dict.fromkeys(("model", "alias", "repo_id", "revision", "run_id", "operation", "log_path"), "")
+    return Run(
+        **unknown,
+        port=port,
+        engine=server.engine,
+        argv=server.argv,
+        pid=server.pid,
+        pgid=server.pgid,
+        start=server.start,
+        boot_id=boot_id,
+        started_at="",
+        adopted=True,
+    )
+
+
 @dataclass(frozen=True)
 class Signals:
     """Everything that was seen about one port, before it is judged."""

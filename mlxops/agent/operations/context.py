@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -14,7 +14,7 @@ from mlxops.agent.system import System
 from mlxops.core.errors import Busy, Interrupted
 from mlxops.core.protocol import Event, Note, Request
 from mlxops.core.registry import Registry, refusal
-from mlxops.core.world import Operation, World
+from mlxops.core.world import Operation, PortView, World
 
 DRAIN_SECONDS = 30.0
 
@@ -84,8 +84,12 @@ class Context:
             raise refusal(registry.unwritable)
         return registry
 
-    def observe(self, registry: Registry) -> World:
-        return observe(self.where, self.store, registry, self.system, own=self.operation or None)
+    def observe(self, registry: Registry, *, only: Iterable[int] | None = None) -> World:
+        return observe(self.where, self.store, registry, self.system, own=self.operation or None, only=only)
+
+    def look_again(self, port: int) -> PortView:
+        """What is on a port now: a result tells what is there, not what was meant."""
+        return self.observe(self.registry(), only=[port]).ports[port]
 
     def note(self, message: str, level: str = "info") -> None:
         self.emit(Note(message, level))

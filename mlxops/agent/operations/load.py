@@ -6,7 +6,6 @@ import time
 from dataclasses import replace
 
 from mlxops.agent.engines.base import NoCompletion
-from mlxops.agent.observe import observe
 from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.files import Files, cached
 from mlxops.agent.operations.gatewayname import check_name
@@ -18,7 +17,7 @@ from mlxops.core.errors import Refused
 from mlxops.core.planner import LoadPlan, Outcome, Target
 from mlxops.core.protocol import Phase
 from mlxops.core.registry import Registry
-from mlxops.core.world import Owner, PortView, Run, World
+from mlxops.core.world import Owner, PortView, Run, World, run_of
 
 
 def load(ctx: Context) -> dict[str, object]:
@@ -104,7 +103,7 @@ def _adopt(ctx: Context, plan: LoadPlan, prepared: Prepared, began: float) -> di
     """A live server that is as wanted becomes ours: the same proof, then the record, then the assignment."""
     from mlxops.agent.start import COMPLETION_SECONDS, prove
 
-    view = ctx.observe(ctx.registry()).ports[plan.port]
+    view = ctx.look_again(plan.port)
     run = view.run if view.owner is Owner.MLXOPS and view.run else _adopted_run(ctx, view, plan, prepared)
     try:
         prove(ctx.where, plan.alias, run, ctx.system, ctx.request.number("timeout") or COMPLETION_SECONDS)
@@ -133,23 +132,15 @@ def _adopted_run(ctx: Context, view: PortView, plan: LoadPlan, prepared: Prepare
     server = view.server
     if server is None:
         raise Refused("not_adopted", f"the server on port {plan.port} is gone", hint="try again")
-    return Run(
-        port=plan.port,
+    return replace(
+        run_of(server, plan.port, ctx.system.boot_id()),
         model=plan.target.name,
         alias=plan.alias,
         repo_id=plan.target.repo_id,
         revision=prepared.files.revision,
-        engine=server.engine,
-        argv=server.argv,
-        run_id="",
-        pid=server.pid,
-        pgid=server.pgid,
-        start=server.start,
-        boot_id=ctx.system.boot_id(),
         operation=ctx.operation,
         log_path=str(ctx.store.log_path(plan.port)),
         started_at=now(),
-        adopted=True,
     )
 
 
@@ -157,9 +148,7 @@ def _load_result(
     ctx: Context, plan: LoadPlan, began: float, *, changed: bool, downtime: float | None = None
 ) -> dict[str, object]:
     """Looked at again: what is told is what is there."""
-    view = observe(ctx.where, ctx.store, ctx.registry(), ctx.system, own=ctx.operation or None, only=[plan.port]).ports[
-        plan.port
-    ]
+    view = ctx.look_again(plan.port)
     return {
         "model": view.model or plan.target.name,
         "port": plan.port,

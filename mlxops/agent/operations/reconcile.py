@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mlxops.agent.interrupted import settle_all
-from mlxops.agent.observe import observe
 from mlxops.agent.operations.context import DRAIN_SECONDS, Context
 from mlxops.agent.operations.stopping import stop
 from mlxops.agent.store import state_unwritable
@@ -47,7 +46,7 @@ def reconcile(ctx: Context) -> dict[str, object]:
 def _reconcile_port(ctx: Context, port: int) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
     """Looked at once more under the port's lock: what was absent a moment ago may be loading by now."""
     registry = ctx.registry()
-    world = observe(ctx.where, ctx.store, registry, ctx.system, own=ctx.operation or None, only=[port])
+    world = ctx.observe(registry, only=[port])
     plan = planner.plan_reconcile(registry, world)
     clear = {name: at for name, at in (plan.clear or {}).items() if at == port}
     if not ctx.request.dry_run:

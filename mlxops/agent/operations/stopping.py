@@ -10,7 +10,7 @@ from mlxops.agent.operations.context import Context
 from mlxops.core.errors import MlxopsError, Refused
 from mlxops.core.protocol import Phase
 from mlxops.core.units import amount
-from mlxops.core.world import Owner, PortView, Run, State
+from mlxops.core.world import Owner, PortView, Run, State, run_of
 
 END_SECONDS = 5.0
 """For a server without open requests to end when it is asked to."""
@@ -58,18 +58,7 @@ def _run_of(ctx: Context, view: PortView) -> Run:
         raise Refused(
             "not_ours", f"what is on port {view.port} is not known well enough to be stopped", why=view.detail
         )
-    return Run(
-        **dict.fromkeys(("model", "alias", "repo_id", "revision", "run_id", "operation", "log_path"), ""),
-        port=view.port,
-        engine=server.engine,
-        argv=server.argv,
-        pid=server.pid,
-        pgid=server.pgid,
-        start=server.start,
-        boot_id=ctx.system.boot_id(),
-        started_at="",
-        adopted=True,
-    )
+    return run_of(server, view.port, ctx.system.boot_id())
 
 
 def _drains(run: Run) -> bool:

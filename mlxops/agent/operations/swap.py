@@ -7,6 +7,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+from mlxops.agent import processes
 from mlxops.agent.engines import engine_named
 from mlxops.agent.engines.base import Command, Serving
 from mlxops.agent.operations.context import DRAIN_SECONDS, Context
@@ -19,7 +20,7 @@ from mlxops.core.errors import MlxopsError
 from mlxops.core.planner import LoadPlan, Target
 from mlxops.core.protocol import Phase
 from mlxops.core.registry import Model, Registry
-from mlxops.core.world import Owner, PortView
+from mlxops.core.world import Owner, PortView, run_of
 
 
 def start_in_place(ctx: Context, registry: Registry, plan: LoadPlan, prepared: Prepared) -> float | None:
@@ -137,8 +138,10 @@ def _recover(ctx: Context, serving: list[tuple[PortView, _WayBack | None]], erro
 
 def _bring_back(ctx: Context, view: PortView, back: _WayBack | None) -> str:
     """Start again what was stopped; says what came of it. Nothing, if it was not stopped."""
-    look = ctx.system.look(())
-    if view.pid is not None and (there := look.processes.get(view.pid)) is not None and not there.zombie:
+    known = view.run if view.owner is Owner.MLXOPS else None
+    if known is None and view.server is not None:
+        known = run_of(view.server, view.port, ctx.system.boot_id())
+    if known is not None and processes.members(ctx.system, ctx.system.look(()), known):
         return ""
     if back is None:
         _clear(ctx, view.port)

@@ -69,7 +69,7 @@ def _unload_result(ctx: Context, plan: UnloadPlan, began: float) -> dict[str, ob
         "port": port,
         "alias": ctx.where.settings.slots.get(plan.port),
         "url": ctx.where.url(plan.port) if port else None,
-        "state": "idle",
+        "state": ctx.look_again(port).state.value if port else "idle",
         "changed": plan.changed and not ctx.request.dry_run,
         "seconds": round(time.monotonic() - began, 3),
         "downtime_seconds": None,
