@@ -15,12 +15,13 @@ from mlxops.agent.hub import delete, download, verify
 from mlxops.core.errors import DownloadFailed
 from mlxops.core.protocol import Event, Note, Progress
 from tests.agent.test_hub import LLAMA, QUICK, cache, faulty, pull  # noqa: F401
-from tests.control.test_attach import client, operations, slow_hub, wired  # noqa: F401
+from tests.control.test_attach import operations, slow_hub, wired  # noqa: F401
 from tests.lab import models
 from tests.lab.faultyhub import FaultyHub, Lie
 from tests.lab.homelab import Homelab
 from tests.lab.hub import Hub
 from tests.lab.wire import Wire
+from tests.lab.wired import client
 from tests.lab.world import wait_until
 
 QWEN = "tiny-org/tiny-qwen3"

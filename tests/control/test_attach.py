@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,8 @@ from tests.lab import models
 from tests.lab.homelab import Completed, Homelab, _script
 from tests.lab.hub import Hub
 from tests.lab.wire import Wire
+from tests.lab.wired import client
+from tests.lab.wired import wired as over_a_wire
 
 QWEN = "tiny-org/tiny-qwen3"
 WAIT = 60.0
@@ -43,29 +44,8 @@ def slow_hub(hub: Hub) -> Iterator[Wire]:
 def wired(make_homelab: Callable[..., Homelab], slow_hub: Wire) -> Iterator[tuple[Homelab, Wire]]:
     """A homelab whose Mini reaches the Studio over a wire that can be cut, and a hub that is slow enough to see."""
     lab = make_homelab(hub_url=f"http://127.0.0.1:{slow_hub.port}")
-    sshd = lab.studio.sshd
-    with Wire((sshd.address, sshd.port)) as wire:
-        reached = f"HostName {wire.address}", f"Port {wire.port}"
-        lab.mini.ssh.host("wired", sshd, *reached)
-        lab.mini.ssh.know(f"[{wire.address}]:{wire.port} {sshd.host_key}")
-        lab.configure(ssh="wired")
+    with over_a_wire(lab) as wire:
         yield lab, wire
-
-
-@contextmanager
-def client(lab: Homelab, *words: str) -> Iterator[subprocess.Popen[str]]:
-    """`mlxctl` on the Mini, while it runs."""
-    with subprocess.Popen(
-        [_script("mlxctl"), *words],
-        cwd=lab.mini.elsewhere,
-        env=lab.mini.env,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        yield process
 
 
 def load(lab: Homelab) -> list[str]:
