@@ -198,8 +198,7 @@ class _Conversation:
             return self._attached_again(str(lost))
 
     def _attached_again(self, why: str) -> Mapping[str, object]:
-        goes_on = "the operation goes on; " if self._lasting else ""
-        self._listen(self._target.name, Note(f"the connection was lost ({why}); {goes_on}reconnecting", "warning"))
+        self._say_lost(why)
         pause, news, since = FIRST_PAUSE, self._news, time.monotonic()
         while True:
             time.sleep(pause)
@@ -214,9 +213,14 @@ class _Conversation:
                     raise self._given_up(why) from None
             if self._news > news:
                 # It was there again, and broke anew: it has its time anew.
+                self._say_lost(why)
                 pause, news, since = FIRST_PAUSE, self._news, time.monotonic()
-            if time.monotonic() - since > RECONNECT_SECONDS:
+            elif time.monotonic() - since > RECONNECT_SECONDS:
                 raise self._given_up(why)
+
+    def _say_lost(self, why: str) -> None:
+        goes_on = "the operation goes on; " if self._lasting else ""
+        self._listen(self._target.name, Note(f"the connection was lost ({why}); {goes_on}reconnecting", "warning"))
 
     def _given_up(self, why: str) -> MlxopsError:
         return self._unknown(why) if self._lasting else self._lost(why)

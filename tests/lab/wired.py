@@ -34,4 +34,8 @@ def client(lab: Homelab, *words: str, both: bool = False) -> Iterator[subprocess
         text=True,
         start_new_session=True,
     ) as process:
-        yield process
+        try:
+            yield process
+        except BaseException:
+            process.kill()  # or its end would be waited for
+            raise
