@@ -18,7 +18,7 @@ from mlxops.control import client, render
 from mlxops.control.client import Answer, Target, ask, ask_all, gateway_warning, local_python
 from mlxops.core import fields, names
 from mlxops.core.errors import Exit, MlxopsError, UsageError, bug
-from mlxops.core.protocol import Event, Line, Started
+from mlxops.core.protocol import CANCELLABLE, Event, Line, Started
 from mlxops.core.settings import Settings
 
 if TYPE_CHECKING:
@@ -214,21 +214,27 @@ def _attended(
         if not operation:
             raise
         talk.close()
-        return Answer(target.name, error=_left_or_cancelled(target, operation, talk))
+        may_end = (command or call.command) in {*CANCELLABLE, "follow"}
+        if may_end and _wants_cancel(operation):
+            return Answer(target.name, error=_cancelled(target, operation, talk))
+        return Answer(target.name, error=_left_running(target, operation))
 
 
-def _left_or_cancelled(target: Target, operation: str, talk: render.Talk) -> MlxopsError:
-    """After Ctrl-C: whoever sits at a terminal is asked; else it goes on."""
+def _cancelled(target: Target, operation: str, talk: render.Talk) -> MlxopsError:
+    from mlxops.core.errors import Interrupted
+
+    answer = ask(target, "cancel", {"operation": operation}, talk.hear)
+    if answer.error is not None:
+        return answer.error
+    if (answer.result or {}).get("cancelled") is True:
+        return Interrupted("cancelled", f"operation {operation} was cancelled; nothing of it is left")
+    return Interrupted("interrupted", f"operation {operation} was done before it could be cancelled")
+
+
+def _left_running(target: Target, operation: str) -> MlxopsError:
     from mlxops.core.errors import Interrupted
 
     on = f" --host {target.name}" if target.ssh else " --local"
-    if _wants_cancel(operation):
-        answer = ask(target, "cancel", {"operation": operation}, talk.hear)
-        if answer.error is not None:
-            return answer.error
-        if (answer.result or {}).get("cancelled") is True:
-            return Interrupted("cancelled", f"operation {operation} was cancelled; nothing of it is left")
-        return Interrupted("interrupted", f"operation {operation} was done before it could be cancelled")
     return Interrupted(
         "interrupted",
         f"operation {operation} was left running on {target.name}",
@@ -238,6 +244,7 @@ def _left_or_cancelled(target: Target, operation: str, talk: render.Talk) -> Mlx
 
 
 def _wants_cancel(operation: str) -> bool:
+    """After Ctrl-C whoever sits at a terminal is asked; else it goes on."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
     sys.stderr.write(f"\nOperation {operation}: leave it running (l) or cancel it (c)? [l] ")

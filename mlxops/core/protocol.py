@@ -31,6 +31,8 @@ CHANGES = frozenset(
         *("restore", "boot", "pull", "remove"),
     }
 )
+CANCELLABLE = frozenset({"load", "rollback", "pull", "restore"})
+"""Those that may take long. The others are a matter of seconds, and better whole than half."""
 
 
 @dataclass(frozen=True)
