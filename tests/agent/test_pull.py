@@ -105,7 +105,32 @@ class TestPull:
             done = lab.mini.mlxctl("ops", "--cancel", operations(lab)[0]["operation"], timeout=30).ok()
             assert "nothing of it is left" in done.stdout
             assert process.wait(WAIT) == 130
-        assert not list(lab.studio.hub.glob("models--*"))
+        assert not [path for path in lab.studio.hub.rglob("*") if QWEN.partition("/")[2] in path.name]
+
+    def test_that_is_cancelled_leaves_what_an_earlier_one_had_completed(
+        self,
+        wired: tuple[Homelab, Wire],  # noqa: F811
+        slow_hub: Wire,  # noqa: F811
+    ) -> None:
+        lab, _ = wired
+        here = lab.studio.install(LLAMA, models.LLAMA)
+        shard = here / "model-00002-of-00002.safetensors"
+        blob = shard.resolve()
+        shard.unlink()
+        blob.unlink()
+        before = disk(here)
+        with client(lab, "pull", "--repo", LLAMA) as process:
+            assert process.stderr is not None
+            next(line for line in process.stderr if line.startswith("download: "))
+            wait_until(lambda: list(lab.studio.hub.rglob("*.incomplete")), WAIT, "a file that is half here")
+            slow_hub.stalled = True
+            lab.mini.mlxctl("ops", "--cancel", operations(lab)[0]["operation"], timeout=30).ok()
+            assert process.wait(WAIT) == 130
+        assert not list(lab.studio.hub.rglob("*.incomplete"))
+        assert disk(here) == before and not shard.exists()
+        slow_hub.stalled = False
+        said = lab.mini.mlxctl("pull", "--repo", LLAMA).ok().stderr
+        assert "of it already here" in said and blob.is_file()
 
 
 class TestVerify:

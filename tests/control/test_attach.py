@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -189,6 +190,32 @@ class TestCtrlC:
         assert_loaded_once(lab)
 
     @pytest.mark.parametrize(("answer", "state"), [("c\n", "failed"), ("\n", "done")])
+    def test_on_a_terminal_asks_of_a_pull(self, wired: tuple[Homelab, Wire], answer: str, state: str) -> None:
+        lab, _ = wired
+        done = on_a_terminal(lab, ["pull", "--repo", QWEN], "downloading", answer)
+        assert done.exit == 130 and "leave it running (l) or cancel it (c)?" in done.stdout, str(done)
+        operation = operations(lab)[0]
+        if state == "done":
+            lab.mini.mlxctl("ops", "--follow", operation["operation"]).ok()
+        else:
+            assert operation["error"] == "cancelled"
+        assert bool(list(lab.studio.hub.glob("models--*"))) == (state == "done")
+
+    def test_on_a_terminal_does_not_offer_to_cancel_what_cannot_be(self, homelab: Homelab) -> None:
+        """An unload that waits for an open request."""
+        studio = homelab.studio
+        studio.install(QWEN, models.QWEN)
+        port = studio.ports[0]
+        homelab.mini.mlxctl("load", QWEN, str(port)).ok()
+        with socket.create_connection((studio.address, port)):
+            done = on_a_terminal(homelab, ["unload", str(port), "--drain", "60"], "open requests get", "c\n")
+            assert done.exit == 130 and "was left running on studio" in done.stdout, str(done)
+            assert "cancel it (c)?" not in done.stdout
+            assert operations(homelab)[0]["state"] == "running"
+        homelab.mini.mlxctl("ops", "--follow", operations(homelab)[0]["operation"]).ok()
+        assert not studio.listening(port)
+
+    @pytest.mark.parametrize(("answer", "state"), [("c\n", "failed"), ("\n", "done")])
     def test_on_a_terminal_asks(self, wired: tuple[Homelab, Wire], answer: str, state: str) -> None:
         lab, _ = wired
         done = on_a_terminal(lab, load(lab), "downloading", answer)
@@ -223,6 +250,18 @@ class TestCancel:
             # The tiny model was quicker than us; that must then be a whole load.
             assert code == 0
             assert_loaded_once(lab)
+
+    def test_of_a_load_keeps_the_download_that_it_had_finished(self, wired: tuple[Homelab, Wire]) -> None:
+        """An hour's work, proven and registered: it is another load's beginning."""
+        lab, _ = wired
+        with client(lab, *load(lab)) as process:
+            assert process.stderr is not None
+            next(line for line in process.stderr if line.startswith("proof: "))
+            lab.mini.mlxctl("ops", "--cancel", operations(lab)[0]["operation"]).ok()
+            assert process.wait(WAIT) == 130
+        (model,) = lab.mini.mlxctl("list", "--json").ok().json["hosts"][0]["models"]
+        assert (model["name"], model["port"], model["problems"]) == ("jerry-xl", None, [])
+        assert not lab.studio.processes()
 
     def test_of_what_has_ended_or_never_was_is_refused(self, homelab: Homelab) -> None:
         homelab.studio.install(QWEN, models.QWEN)
