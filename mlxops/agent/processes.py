@@ -172,7 +172,14 @@ KILL_SECONDS = 30.0
 """How long the kernel may take to remove a killed group: returning hundreds of GB of memory takes a while."""
 
 
-def stop(system: System, run: Run, *, grace: float, reap: Callable[[], object] = lambda: None) -> Stopped:
+def stop(
+    system: System,
+    run: Run,
+    *,
+    grace: float,
+    ask: signal.Signals = signal.SIGTERM,
+    reap: Callable[[], object] = lambda: None,
+) -> Stopped:
     """Stop the recorded group: ask, wait up to `grace` seconds, kill, and prove that nothing of it is left.
 
     `reap` collects zombies that are this process's own children. Raises `Refused` (not_ours) if what lives in the
@@ -181,7 +188,7 @@ def stop(system: System, run: Run, *, grace: float, reap: Callable[[], object] =
     began = time.monotonic()
     killed = False
     known: dict[int, str] = {}
-    for number, seconds in ((signal.SIGTERM, grace), (signal.SIGKILL, KILL_SECONDS)):
+    for number, seconds in ((ask, grace), (signal.SIGKILL, KILL_SECONDS)):
         if _signal(system, run, number, known):
             killed = number == signal.SIGKILL
         if _ended(system, run, known, seconds, reap):

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import itertools
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.agent.test_openai_server import Stream
 from tests.lab import leaks, models
 from tests.lab.homelab import Completed, Homelab, LabUnavailable
 from tests.lab.litellm import LiteLLM, Traffic, ask
@@ -27,7 +30,7 @@ from tests.lab.world import wait_until
 pytestmark = pytest.mark.timeout(600)
 
 ALIAS = "jerry-xl"
-QWEN, LLAMA, BROKEN = (f"tiny-org/{name}" for name in (models.QWEN, models.LLAMA, models.BROKEN))
+QWEN, OTHER, LLAMA, BROKEN = (f"tiny-org/{name}" for name in (models.QWEN, models.QWEN_B, models.LLAMA, models.BROKEN))
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ def place(
     except LabUnavailable as error:
         missing(str(error))
     with watch.spare(folder), lab:
-        for repo in (QWEN, LLAMA, BROKEN):
+        for repo in (QWEN, OTHER, LLAMA, BROKEN):
             lab.studio.install(repo, repo.removeprefix("tiny-org/"))
         entries = lab.mini.inv("gateway", "--print").ok().stdout
         with LiteLLM(folder / "litellm", entries) as gateway:
@@ -148,9 +151,7 @@ def test_models_change_behind_an_alias_and_the_gateway_stays(empty: Place, drive
     with Traffic(gateway, ALIAS) as traffic:
         story = Story(empty, traffic)
 
-        def load(repo: str, *flags: str) -> Callable[[], Completed]:
-            return lambda: run("load", "--model", repo, "--port", port, "--json", *flags)
-
+        load = partial(_load, run, port)
         first = story.step("load", load(QWEN), serves=QWEN)
         swap = story.step("swap", load(LLAMA, "--force"), serves=LLAMA)
         failed = story.step("failed swap", load(BROKEN, "--force"), serves=LLAMA, exit=4)
@@ -166,6 +167,46 @@ def test_models_change_behind_an_alias_and_the_gateway_stays(empty: Place, drive
     assert gateway.identity() == identity
     sys.stdout.write(f"\n{driver}: {story.cost('swap')}; the agent measured {_result(swap)['downtime_seconds']} s\n")
     sys.stdout.write(f"{driver}: {story.cost('failed swap')}\n")
+
+
+def test_an_engine_changes_behind_an_alias_and_back(empty: Place, engine: Path, openai_server: Path) -> None:
+    lab, gateway, port = empty.lab, empty.gateway, str(empty.port)
+    lm = engine / "bin" / "mlx_lm.server"
+    lab.configure(launch={"mlx-lm": [str(lm)], "mlx-openai-server": [str(openai_server), "launch"]})
+    run, identity = lab.mini.inv, gateway.identity()
+    run("init").ok()
+    run("set", "--model", OTHER, "--set", "engine=mlx-openai-server").ok()
+    with Traffic(gateway, ALIAS) as traffic:
+        story = Story(empty, traffic)
+        load = partial(_load, run, port)
+        story.step("load", load(QWEN), serves=QWEN)
+        story.step("engine swap", load(OTHER, "--force"), serves=OTHER)
+        with _reading(Stream(lab.studio, empty.port, 2000)) as streamed:
+            back = story.step("rollback", lambda: run("rollback", "--port", port), serves=QWEN)
+    story.check()
+    assert b"[DONE]" in streamed[0] and "was killed" not in back.stderr, "an open stream is answered to its end"
+    said = {step.name: step.after for step in story.steps}
+    assert said["load"] == said["rollback"] != said["engine swap"]
+    assert gateway.identity() == identity
+    for name in ("engine swap", "rollback"):
+        sys.stdout.write(f"\n{story.cost(name)}\n")
+
+
+@contextmanager
+def _reading(stream: Stream) -> Iterator[list[bytes]]:
+    """Reads a stream to its end meanwhile; what came is there afterwards."""
+    came: list[bytes] = []
+    reader = threading.Thread(target=lambda: came.append(stream.rest()))
+    reader.start()
+    try:
+        yield came
+    finally:
+        reader.join()
+        stream.close()
+
+
+def _load(run: Drive, port: str, repo: str, *flags: str) -> Callable[[], Completed]:
+    return lambda: run("load", "--model", repo, "--port", port, "--json", *flags)
 
 
 def test_the_check_finds_nothing_to_say_of_a_served_alias(empty: Place) -> None:

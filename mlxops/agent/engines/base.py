@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -60,6 +61,10 @@ class Serving:
         """The value of a textual option; None if it is absent or switched off."""
         return next((o.value for o in self.options if o.key == key and isinstance(o.value, str)), None)
 
+    def has(self, key: str) -> bool:
+        """Whether the option is given; a null that switches it off counts."""
+        return any(option.key == key for option in self.options)
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -81,6 +86,8 @@ class Engine(Protocol):
     """Options of a known family that it has to be told; what it finds out by itself is not among them."""
     drains: bool
     """Asked to end, it lets open requests finish first."""
+    ends_on: signal.Signals
+    """What its process group gets when it is asked to end."""
 
     def command(self, launch: Sequence[str], environ: Mapping[str, str]) -> Command:
         """Where it is. `launch` is the configured argv, empty for none. Raises `Refused` (engine_not_found)."""
