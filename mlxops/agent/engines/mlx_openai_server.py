@@ -8,6 +8,7 @@ is the only name that it answers to.
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -55,6 +56,8 @@ class MlxOpenAIServer:
     )
     needs = frozenset({"tool_call_parser", "reasoning_parser", "chat_template"})
     drains = True
+    # Its child that holds the weights ignores INT and dies of TERM: open requests would then wait for ever.
+    ends_on = signal.SIGINT
 
     def command(self, launch: Sequence[str], environ: Mapping[str, str]) -> Command:
         if launch:
@@ -85,7 +88,9 @@ class MlxOpenAIServer:
         check_args(self.name, model.args, self.reserved)
         _check_parsers(command, serving)
         own = {word.partition("=")[0] for word in model.args}
-        given = {key: serving.text(key) for key in _FLAGS} | {"model_type": serving.text("model_type") or "lm"}
+        given = {key: serving.text(key) for key in _FLAGS}
+        if not serving.has("model_type"):
+            given["model_type"] = "lm"
         flags = [
             word for key, flag in _FLAGS.items() if flag not in own and (value := given[key]) for word in (flag, value)
         ]
