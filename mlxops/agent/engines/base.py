@@ -7,7 +7,6 @@ import json
 import os
 import shlex
 import shutil
-import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -86,8 +85,6 @@ class Engine(Protocol):
     """Options of a known family that it has to be told; what it finds out by itself is not among them."""
     drains: bool
     """Asked to end, it lets open requests finish first."""
-    ends_on: signal.Signals
-    """What its process group gets when it is asked to end."""
 
     def command(self, launch: Sequence[str], environ: Mapping[str, str]) -> Command:
         """Where it is. `launch` is the configured argv, empty for none. Raises `Refused` (engine_not_found)."""

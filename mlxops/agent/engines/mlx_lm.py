@@ -7,7 +7,6 @@ weights and try to load that name. So it is started in a folder where the alias 
 from __future__ import annotations
 
 import re
-import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -36,7 +35,6 @@ class MlxLm:
     reserved = frozenset({"--model", "--host", "--port", "--trust-remote-code", "--adapter-path"})
     needs: frozenset[str] = frozenset()  # it finds template and parsers by itself
     drains = False  # TERM ends it at once, open requests and all
-    ends_on = signal.SIGTERM
 
     def command(self, launch: Sequence[str], environ: Mapping[str, str]) -> Command:
         if launch:

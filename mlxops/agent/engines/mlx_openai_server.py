@@ -8,7 +8,6 @@ is the only name that it answers to.
 from __future__ import annotations
 
 import re
-import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -56,8 +55,6 @@ class MlxOpenAIServer:
     )
     needs = frozenset({"tool_call_parser", "reasoning_parser", "chat_template"})
     drains = True
-    # Its child that holds the weights ignores INT and dies of TERM: open requests would then wait for ever.
-    ends_on = signal.SIGINT
 
     def command(self, launch: Sequence[str], environ: Mapping[str, str]) -> Command:
         if launch:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 
 from mlxops.agent import processes
@@ -33,11 +32,11 @@ def stop(ctx: Context, view: PortView, grace: float) -> float:
     ctx.emit(Phase("stop", f"{view.model or 'a server'} on port {view.port}, pid {run.pid}"))
     available, held = ctx.system.available(), view.memory_bytes or 0
     engine = ENGINES.get(run.engine)
-    drains, ends_on = (engine.drains, engine.ends_on) if engine else (True, signal.SIGTERM)
+    drains = engine is None or engine.drains
     left = grace if drains else _wait_for_requests(ctx, view, run, grace)
     open_requests = len(_connections(ctx, run))
     asked = time.monotonic()
-    stopped = processes.stop(ctx.system, run, grace=left, ask=ends_on)
+    stopped = processes.stop(ctx.system, run, grace=left)
     if stopped.killed:
         what = f"{open_requests} open connections" if open_requests else "it"
         ctx.note(f"{what} did not end within {left:.0f} s, and the server was killed", "warning")
