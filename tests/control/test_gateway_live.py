@@ -232,6 +232,17 @@ def test_an_alias_that_the_gateway_does_not_answer_for_is_a_fault(empty: Place) 
     assert "sk-not-the-key" not in done.stdout + done.stderr
 
 
+def test_every_alias_is_asked_also_where_the_gateways_files_are_elsewhere(empty: Place) -> None:
+    lab = empty.lab
+    lab.mini.inv("load", "--model", QWEN, "--port", str(empty.port)).ok()
+    with _hosts(lab, f"  config: {empty.gateway.config}\n", ""):
+        done = lab.mini.inv("gateway", "--through", "--json").ok()
+        refused = lab.mini.inv("gateway")
+    (host,) = done.json["hosts"]
+    assert [row["through"]["ok"] for row in host["aliases"] if row["through"]] == [True]
+    assert host["findings"] == [] and refused.exit == 2, str(refused)
+
+
 def test_a_load_that_would_not_know_the_gateways_name_is_refused_before_anything_stops(
     empty: Place, tmp_path: Path
 ) -> None:
@@ -275,11 +286,18 @@ def _told(place: Place, folder: Path, old: str, new: str) -> Iterator[Path]:
     """The Mini reads another configuration than the gateway's own, which stays as it is."""
     other = folder / "router.yaml"
     other.write_text(place.gateway.config.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
-    hosts = place.lab.mini.home / ".config" / "mlxops" / "hosts.yaml"
-    right = hosts.read_text(encoding="utf-8")
-    hosts.write_text(right.replace(str(place.gateway.config), str(other)), encoding="utf-8")
-    try:
+    with _hosts(place.lab, str(place.gateway.config), str(other)):
         yield other
+
+
+@contextmanager
+def _hosts(lab: Homelab, old: str, new: str) -> Iterator[None]:
+    """The Mini's hosts.yaml says something else."""
+    hosts = lab.mini.home / ".config" / "mlxops" / "hosts.yaml"
+    right = hosts.read_text(encoding="utf-8")
+    hosts.write_text(right.replace(old, new), encoding="utf-8")
+    try:
+        yield
     finally:
         hosts.write_text(right, encoding="utf-8")
 
