@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,52 +143,43 @@ class Story:
 
 
 @pytest.mark.parametrize("driver", ["over ssh", "local"])
-def test_models_change_behind_an_alias_and_the_gateway_stays(empty: Place, driver: str) -> None:
+def test_models_change_behind_an_alias_and_the_gateway_stays(
+    empty: Place, engine: Path, openai_server: Path, driver: str
+) -> None:
     lab, gateway, port = empty.lab, empty.gateway, str(empty.port)
     run: Drive = lab.mini.inv if driver == "over ssh" else lab.studio.mlxctl
+    lm = engine / "bin" / "mlx_lm.server"
+    lab.configure(launch={"mlx-lm": [str(lm)], "mlx-openai-server": [str(openai_server), "launch"]})
+    run("init").ok()
+    run("set", "--model", OTHER, "--set", "engine=mlx-openai-server").ok()
     identity = gateway.identity()
     with Traffic(gateway, ALIAS) as traffic:
         story = Story(empty, traffic)
 
-        load = partial(_load, run, port)
+        def load(repo: str, *flags: str) -> Callable[[], Completed]:
+            return lambda: run("load", "--model", repo, "--port", port, "--json", *flags)
+
         first = story.step("load", load(QWEN), serves=QWEN)
         swap = story.step("swap", load(LLAMA, "--force"), serves=LLAMA)
         failed = story.step("failed swap", load(BROKEN, "--force"), serves=LLAMA, exit=4)
+        other = story.step("engine swap", load(OTHER, "--force"), serves=OTHER)
+        with _reading(Stream(lab.studio, empty.port, 2000)) as streamed:
+            back = story.step("rollback", lambda: run("rollback", "--port", port), serves=LLAMA)
         story.step("unload", lambda: run("unload", "--port", port), serves=None)
         story.step("load again", load(QWEN), serves=QWEN)
     story.check()
     said = {step.name: step.after for step in story.steps}
-    assert said["load"] == said["load again"] != said["swap"] == said["failed swap"]
-    for done in (first, swap):
+    assert said["load"] == said["load again"] != said["swap"] == said["failed swap"] == said["rollback"]
+    assert said["engine swap"] not in {said["load"], said["swap"]}
+    for done in (first, swap, other):
         assert _receipt(done)["aliases"][0]["ok"], str(done)
         assert _receipt(done)["aliases"][0]["api_base"] == f"http://{lab.studio.address}:{port}/v1"
     assert "serves port" in failed.json["hosts"][0]["error"]["why"]
-    assert gateway.identity() == identity
-    sys.stdout.write(f"\n{driver}: {story.cost('swap')}; the agent measured {_result(swap)['downtime_seconds']} s\n")
-    sys.stdout.write(f"{driver}: {story.cost('failed swap')}\n")
-
-
-def test_an_engine_changes_behind_an_alias_and_back(empty: Place, engine: Path, openai_server: Path) -> None:
-    lab, gateway, port = empty.lab, empty.gateway, str(empty.port)
-    lm = engine / "bin" / "mlx_lm.server"
-    lab.configure(launch={"mlx-lm": [str(lm)], "mlx-openai-server": [str(openai_server), "launch"]})
-    run, identity = lab.mini.inv, gateway.identity()
-    run("init").ok()
-    run("set", "--model", OTHER, "--set", "engine=mlx-openai-server").ok()
-    with Traffic(gateway, ALIAS) as traffic:
-        story = Story(empty, traffic)
-        load = partial(_load, run, port)
-        story.step("load", load(QWEN), serves=QWEN)
-        story.step("engine swap", load(OTHER, "--force"), serves=OTHER)
-        with _reading(Stream(lab.studio, empty.port, 2000)) as streamed:
-            back = story.step("rollback", lambda: run("rollback", "--port", port), serves=QWEN)
-    story.check()
     assert b"[DONE]" in streamed[0] and "was killed" not in back.stderr, "an open stream is answered to its end"
-    said = {step.name: step.after for step in story.steps}
-    assert said["load"] == said["rollback"] != said["engine swap"]
     assert gateway.identity() == identity
-    for name in ("engine swap", "rollback"):
-        sys.stdout.write(f"\n{story.cost(name)}\n")
+    for name in ("swap", "failed swap", "engine swap", "rollback"):
+        sys.stdout.write(f"\n{driver}: {story.cost(name)}")
+    sys.stdout.write(f"\n{driver}: the agent measured {_result(swap)['downtime_seconds']} s for the swap\n")
 
 
 @contextmanager
@@ -203,10 +193,6 @@ def _reading(stream: Stream) -> Iterator[list[bytes]]:
     finally:
         reader.join()
         stream.close()
-
-
-def _load(run: Drive, port: str, repo: str, *flags: str) -> Callable[[], Completed]:
-    return lambda: run("load", "--model", repo, "--port", port, "--json", *flags)
 
 
 def test_the_check_finds_nothing_to_say_of_a_served_alias(empty: Place) -> None:
