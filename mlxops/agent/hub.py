@@ -250,7 +250,7 @@ def _announce(folder: Path, plan: Plan, emit: Emit) -> None:
     here = f", {amount(plan.total - missing)} of it already here" if missing < plan.total else ""
     what = f"{amount(plan.total)} in {len(plan.files)} files{here}"
     emit(Note(f"downloading {plan.repo_id} at {plan.commit[:12]}: {what}"))
-    free = shutil.disk_usage(_existing(folder)).free
+    free = free_on_disk(folder)
     if missing > free:
         raise Refused(
             "disk_full",
@@ -324,7 +324,3 @@ def _size(path: Path) -> int | None:
         return path.stat().st_size
     except OSError:
         return None
-
-
-def _existing(path: Path) -> Path:
-    return next(parent for parent in (path, *path.parents) if parent.exists())

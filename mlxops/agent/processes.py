@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlxops.agent.logs import clean
 from mlxops.agent.system import Look, Process, System
 from mlxops.core.errors import MlxopsError, NotStarted, Refused
 from mlxops.core.world import Run
@@ -225,7 +226,8 @@ class _Stopping:
         strangers = {process.pid for process in look.group(self._run.pgid)} - set(ours) - self._living(look)
         self._known |= {pid: look.processes[pid].start for pid in ours}
         if strangers:
-            raise _not_ours(self._run, f"pids {', '.join(map(str, sorted(strangers)))} are not proven ours")
+            who = ", ".join(f"{pid} ({_program(look.processes[pid])})" for pid in sorted(strangers))
+            raise _not_ours(self._run, f"in it are processes that are not proven ours: {who}")
         spared = _children_of_the_server(look, self._run.port, ours) if spare_children else set()
         self._asked = set(ours) - spared
         try:
@@ -264,6 +266,11 @@ def _children_of_the_server(look: Look, port: int, ours: Collection[int]) -> set
     """Those of `ours` that the listeners among them started, as far as they do not listen too."""
     listening = {pid for each in look.listeners if each.port == port for pid in each.pids} & set(ours)
     return {pid for pid in set(ours) - listening if any(up.pid in listening for up in look.ancestors(pid))}
+
+
+def _program(process: Process) -> str:
+    """What a process runs, in a few words."""
+    return clean(" ".join(Path(word).name if word.startswith("/") else word for word in process.argv[:4]))[:60] or "?"
 
 
 def _not_ours(run: Run, why: str) -> Refused:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Container, Iterable, Mapping
@@ -78,6 +79,11 @@ def _plain(text: str) -> str:
     address = ipaddress.ip_address(text)
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return str(mapped or address)
+
+
+def free_on_disk(path: Path) -> int:
+    """Bytes; `path` itself may not be there yet."""
+    return shutil.disk_usage(next(each for each in (path, *path.parents) if each.exists())).free
 
 
 class System(Protocol):

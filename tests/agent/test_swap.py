@@ -70,6 +70,9 @@ class TestFailure:
             assert failed.exit == 4 and error["code"] == "server_did_not_start"
             assert "Missing 1 parameters" in error["why"] and f"{QWEN} serves port {port} again" in error["why"]
             assert error["details"]["previous"] == f"{QWEN} serves port {port} again"
+            # The old server writes the port's log again; what the new one said is in the one before.
+            log = Path(error["details"]["log_path"])
+            assert "Missing 1 parameters" in log.read_text() and error["hint"].endswith(str(log))
             after = row(studio, port)
             assert (after["state"], after["model"]) == ("ready", QWEN) and after["pid"] != before["pid"]
             assert record(studio, port)["argv"] == was["argv"]
@@ -245,6 +248,15 @@ class TestRollback:
             assert studio.mlxctl("unload", str(port)).ok()
             # An idle port gets back what it served last.
             assert result(studio.mlxctl("rollback", "--port", str(port), "--json").ok())["model"] == QWEN
+
+    def test_another_port_is_not_emptied_for_it(self, studio: Studio) -> None:
+        first, second = studio.ports[0], studio.ports[1]
+        with serving(studio, QWEN, first):
+            studio.mlxctl("load", LLAMA, str(first), "--force").ok()
+            studio.mlxctl("load", QWEN, str(second)).ok()
+            refused = studio.mlxctl("rollback", str(first), "--json")
+            assert (refused.exit, refused.json["hosts"][0]["error"]["code"]) == (3, "model_elsewhere")
+            assert row(studio, second)["model"] == QWEN and row(studio, first)["model"] == LLAMA
 
     def test_a_name_that_was_repointed_is_pointed_back(self, studio: Studio) -> None:
         port = studio.ports[0]

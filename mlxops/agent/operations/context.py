@@ -84,6 +84,12 @@ class Context:
             raise refusal(registry.unwritable)
         return registry
 
+    @property
+    def drain(self) -> float:
+        """Seconds that open requests get."""
+        asked = self.request.number("drain")
+        return DRAIN_SECONDS if asked is None else asked
+
     def observe(self, registry: Registry, *, only: Iterable[int] | None = None) -> World:
         return observe(self.where, self.store, registry, self.system, own=self.operation or None, only=only)
 

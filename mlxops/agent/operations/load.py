@@ -27,6 +27,8 @@ def load(ctx: Context) -> dict[str, object]:
     repo_id, revision = names.repo(repo_text) if repo_text else (None, None)
     asked_port = ctx.request.text("port")
     registry = ctx.usable_registry()
+    if asked_port not in (None, names.AUTO):
+        planner.refuse_alias_elsewhere(ctx.where.settings, name, names.port(asked_port, ctx.where.settings.ports))
     target = planner.resolve(registry, name, repo_id, revision)
     world = ctx.observe(registry) if asked_port == names.AUTO else World()
     port = planner.choose_port(ctx.where.settings, registry, world, target.name, asked_port)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.files import Files
 from mlxops.agent.operations.gatewayname import context_warning
 from mlxops.agent.snapshot import ModelFacts, shape
+from mlxops.agent.system import free_on_disk
 from mlxops.core import memory, planner
 from mlxops.core.errors import Refused
 from mlxops.core.families import Option, options_of, size_warning
@@ -179,7 +179,7 @@ def _check_memory(ctx: Context, registry: Registry, plan: LoadPlan, prepared: Pr
 
 def _check_disk(ctx: Context, plan: LoadPlan) -> None:
     """Found full after the old server has stopped, a disk would also keep it from coming back."""
-    free = shutil.disk_usage(ctx.store.state).free
+    free = free_on_disk(ctx.store.state)
     if free < ROOM_BYTES:
         raise Refused(
             "does_not_fit",
