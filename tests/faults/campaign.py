@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import signal
@@ -11,13 +12,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from mlxops import __version__
 from tests.lab import cache
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-STALL_SECONDS = 300.0
 LOST_KEPT = 200
 
 
@@ -43,33 +44,68 @@ KINDS = (
 )
 
 
+Rows = dict[str, dict[str, object]]
+"""What was tried of each kind, by its name."""
+
+
+def code() -> str:
+    """Which code is tried and by what: the version, and digests of all of mlxops and of this folder.
+
+    Not `build.build_id`, which leaves out the control node's side: cuts and hostile inputs go through that too.
+    """
+    parts = []
+    for folder in ("mlxops", "tests/faults"):
+        digest = hashlib.sha256()
+        for path in sorted((CHECKOUT / folder).rglob("*.py")):
+            data = path.read_bytes()
+            digest.update(f"{path.relative_to(CHECKOUT).as_posix()}\0{len(data)}\0".encode() + data)
+        parts.append(digest.hexdigest()[:12])
+    return f"{__version__}+{parts[0]}, faults {parts[1]}"
+
+
 @dataclass
 class State:
-    """What has been tried, in a file; several campaigns may work on one."""
+    """What has been tried of one code, in a file; several campaigns may work on one.
+
+    {code: {kind: {"claimed", "tried", "lost", "seconds", "cases lost"}}}: numbers of different code are never added up.
+    """
 
     path: Path
+    code: str = field(default_factory=code)
 
     @contextmanager
-    def changed(self) -> Iterator[dict[str, dict[str, object]]]:
+    def changed(self) -> Iterator[Rows]:
+        """Its rows, written when the block ends. The folder is locked, because the file is replaced: a
+        campaign that is killed leaves the old count or the new one."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a+", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            text = file.read()
-            document = json.loads(text) if text else {}
-            yield document
-            file.seek(0)
-            file.truncate()
-            json.dump(document, file, indent=1)
+        folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            document = self._document()
+            yield document.setdefault(self.code, {})
+            beside = self.path.with_name(f".{self.path.name}.new")
+            beside.write_text(json.dumps(document, indent=1), encoding="utf-8")
+            os.replace(beside, self.path)
+        finally:
+            os.close(folder)
 
-    def read(self) -> dict[str, dict[str, object]]:
-        with self.changed() as document:
-            return document
+    def read(self) -> Rows:
+        return self._document().get(self.code, {})
+
+    def _document(self) -> dict[str, Rows]:
+        try:
+            return dict(json.loads(self.path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return {}
 
 
 def count(row: dict[str, object] | None, key: str) -> int:
     value = (row or {}).get(key, 0)
     return value if isinstance(value, int) else 0
+
+
+def _number(value: object) -> float:
+    return value if isinstance(value, int | float) else 0.0
 
 
 def run(minutes: float, seed: int, state: Path | None = None, only: str | None = None) -> bool:
@@ -79,12 +115,15 @@ def run(minutes: float, seed: int, state: Path | None = None, only: str | None =
     deadline = time.monotonic() + minutes * 60
     skipped = _unavailable(kept, kinds)
     while time.monotonic() < deadline:
+        if code() != kept.code:
+            sys.stderr.write("the code has changed: run it again, which begins a count of the new one\n")
+            break
         rows = kept.read()
         open_kinds = [kind for kind in kinds if kind.name not in skipped]
         if not open_kinds:
             break
         # The one that is furthest from its goal; when all are reached, they go on in turn.
-        kind = min(open_kinds, key=lambda kind: count(rows.get(kind.name), "claimed") / kind.goal)
+        kind = min(open_kinds, key=lambda kind: count(rows.get(kind.name), "tried") / kind.goal)
         _batch(kept, kind, seed, deadline)
     sys.stdout.write(table(kept) + "\n")
     return not any(count(row, "lost") for row in kept.read().values())
@@ -146,6 +185,7 @@ def _counted(kept: State, kind: Kind, seed: int, row: dict[str, object]) -> None
     with kept.changed() as document:
         total = document.setdefault(kind.name, {})
         total["tried"] = count(total, "tried") + cases
+        total["seconds"] = round(_number(total.get("seconds")) + _number(row.get("seconds")), 1)
         if row["wrong"]:
             total["lost"] = count(total, "lost") + 1
             lost = total.setdefault("cases lost", [])
@@ -157,7 +197,7 @@ def _counted(kept: State, kind: Kind, seed: int, row: dict[str, object]) -> None
 
 def table(kept: State) -> str:
     rows = kept.read()
-    lines = [f"{'FAULT':<58}{'TRIED':>7}{'SURVIVED':>10}{'LOST':>6}"]
+    lines = [f"mlxops {kept.code}", f"{'FAULT':<58}{'TRIED':>7}{'SURVIVED':>10}{'LOST':>6}"]
     for kind in KINDS:
         row = rows.get(kind.name, {})
         tried, lost = count(row, "tried"), count(row, "lost")

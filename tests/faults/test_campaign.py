@@ -69,6 +69,16 @@ def test_a_campaign_goes_on_where_it_stopped(tmp_path: Path) -> None:
         campaign._batch(state, campaign.Kind("broken", 1, 2, ""), SEED, deadline=float("inf"))
     row = state.read()["broken"]
     assert (row["claimed"], row["tried"]) == (4, 4), row
+    assert f"mlxops {campaign.code()}" in campaign.table(state)
+
+
+def test_what_was_tried_of_other_code_is_not_counted_and_not_lost(tmp_path: Path) -> None:
+    old, new = (campaign.State(tmp_path / "state.json", code) for code in ("old", "new"))
+    with old.changed() as rows:
+        rows["kills"] = {"tried": 7, "lost": 1}
+    campaign._counted(new, campaign.KINDS[0], SEED, {"number": 0, "name": "x", "cases": 1, "wrong": []})
+    assert campaign.count(new.read()["kills"], "tried") == 1 and not campaign.count(new.read()["kills"], "lost")
+    assert old.read() == {"kills": {"tried": 7, "lost": 1}}
 
 
 IN_A_SMALL_PLACE = """
