@@ -8,6 +8,7 @@ each member must carry the run's own mark in its environment, which children inh
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -206,9 +207,11 @@ def _ended(system: System, run: Run, known: Mapping[int, str], seconds: float, r
     pause = 0.01
     while time.monotonic() < deadline:
         reap()
-        look = system.look(())
-        if not members(system, look, run) and not _living(look, known):
-            return True
+        # What cannot be seen for a moment is looked for again: somebody was signalled, and half way is no place to stop.
+        with contextlib.suppress(Refused):
+            look = system.look(())
+            if not members(system, look, run) and not _living(look, known):
+                return True
         # Most end at once; for one that drains, a look at every process four times a second is enough.
         time.sleep(pause)
         pause = min(pause * 1.5, 0.25)

@@ -22,7 +22,7 @@ from mlxops.agent.operations import command
 from mlxops.agent.operations.context import Cancellation, Context
 from mlxops.agent.place import place
 from mlxops.agent.store import Store, disk_failed, state_unwritable
-from mlxops.agent.system import this_system
+from mlxops.agent.system import shortage, this_system
 from mlxops.core.errors import Bug, MlxopsError, bug
 from mlxops.core.protocol import Done, Event, Failed, Request
 from mlxops.core.units import amount
@@ -124,8 +124,11 @@ def finish(context: Context, emit: Callable[[Event], None]) -> int:
 
 
 def _told(error: Exception, store: Store) -> MlxopsError:
-    """A disk that fails where nobody looked for it is the disk's fault; all else is ours."""
-    return state_unwritable(store.state, error) if disk_failed(error) else bug(error, traceback.format_exc())
+    """A disk that fails where nobody looked for it is the disk's fault, and a host that has no descriptor left the
+    host's; all else is ours."""
+    if disk_failed(error):
+        return state_unwritable(store.state, error)
+    return shortage(error) or bug(error, traceback.format_exc())
 
 
 def _watch_for_cancel(journal: Journal) -> None:

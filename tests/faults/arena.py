@@ -185,7 +185,7 @@ class Arena:
                     found[int(name)] = argv.replace(b"\0", b" ").decode(errors="replace")
         return found
 
-    def start_by_hand(self, model: str, port: int, alias: str | None = None) -> int:
+    def start_by_hand(self, model: str, port: int, *options: str, alias: str | None = None) -> int:
         """A server that somebody started, just as mlxops would have started it; returns its pid when it listens."""
         folder = self.folder / "hand"
         folder.mkdir(exist_ok=True)
@@ -194,7 +194,7 @@ class Arena:
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.is_symlink():
             link.symlink_to(self.snapshots[model])
-        argv = [str(self.program), "--model", name, "--host", self.address, "--port", str(port)]
+        argv = [str(self.program), "--model", name, "--host", self.address, "--port", str(port), *options]
 
         def serve() -> int:
             os.chdir(folder)
