@@ -207,7 +207,7 @@ def _ended(system: System, run: Run, known: Mapping[int, str], seconds: float, r
     pause = 0.01
     while time.monotonic() < deadline:
         reap()
-        # What cannot be seen for a moment is looked for again: somebody was signalled, and half way is no place to stop.
+        # What cannot be seen for a moment is looked for again: half way is no place to stop.
         with contextlib.suppress(Refused):
             look = system.look(())
             if not members(system, look, run) and not _living(look, known):

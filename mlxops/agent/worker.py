@@ -23,7 +23,7 @@ from mlxops.agent.operations.context import Cancellation, Context
 from mlxops.agent.place import place
 from mlxops.agent.store import Store, disk_failed, state_unwritable
 from mlxops.agent.system import shortage, this_system
-from mlxops.core.errors import Bug, MlxopsError, bug
+from mlxops.core.errors import Bug, Exit, MlxopsError, bug
 from mlxops.core.protocol import Done, Event, Failed, Request
 from mlxops.core.units import amount
 
@@ -38,7 +38,13 @@ def begin(store: Store, request: Request) -> tuple[Journal, subprocess.Popen[byt
     store.ready()
     try:
         journal, lock = journals.create(store.state / "ops", request)
-        return journal, None if lock is None else _start(journal, lock)
+        if lock is None:
+            return journal, None
+        try:
+            return journal, _start(journal, lock)
+        except OSError:
+            journal.discard()
+            raise
     except OSError as error:
         raise state_unwritable(store.state, error) from None
 
@@ -75,7 +81,10 @@ def run(folder: Path, lock: int) -> int:
     os.set_inheritable(lock, False)
     os.umask(0o077)
     journal = Journal(folder)
-    emit = journal.emitter()
+    try:
+        emit = journal.emitter()
+    except OSError:
+        return int(Exit.REFUSED)  # nobody would hear what becomes of it, so nothing is begun
     cancellation = Cancellation()
     signal.signal(signal.SIGTERM, lambda number, frame: cancellation.wish())
     signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -81,50 +80,17 @@ def test_what_was_tried_of_other_code_is_not_counted_and_not_lost(tmp_path: Path
     assert old.read() == {"kills": {"tried": 7, "lost": 1}}
 
 
-IN_A_SMALL_PLACE = """
-import os, sys
-from pathlib import Path
-from tests.faults import oracle
-from tests.faults.arena import Arena
-arena = Arena(Path(sys.argv[1]) / "host")
-assert arena.run("init").exit == 0
-before = arena.registry()
-how = sys.argv[2]
-if how == "full":
-    with open(arena.folder / "filler", "wb", buffering=0) as file:
-        try:
-            while file.write(b"x" * 65536): pass
-        except OSError: pass
-    for size in (512, 1):
-        try:
-            with open(arena.folder / f"filler{size}", "wb", buffering=0) as file:
-                while file.write(b"x" * size): pass
-        except OSError: pass
-else:
-    assert os.system(f"mount --bind {arena.hub} {arena.hub} && mount -o remount,ro,bind {arena.hub}") == 0
-try:
-    ended = arena.run("load", model="org/alpha", port=str(arena.ports[0]))
-except Exception as error:
-    # Not even the operation's record can be made: the agent says so before it starts a worker.
-    assert how == "full" and isinstance(error, OSError), error
-else:
-    assert ended.exit == 3, ended
-assert not arena.servers(), arena.servers()
-assert arena.registry() == before
-assert arena.look()["ports"]
-print("survived")
-"""
+IN_A_SMALL_PLACE = ("unshare", "-Urm", "sh", "-c", 'mount -t tmpfs -o size=2m none "$1" && shift && exec "$@"', "sh")
 
 
-@pytest.mark.parametrize("how", ["full", "read-only"])
-def test_a_disk_that_takes_nothing_is_told_before_a_server_starts(how: str, tmp_path: Path) -> None:
-    mount = f'mount -t tmpfs -o size=2m none {tmp_path} && exec "$@"'
-    argv = ["unshare", "-Urm", "sh", "-c", mount, "sh", sys.executable, "-c", IN_A_SMALL_PLACE, str(tmp_path), how]
+@pytest.mark.parametrize("what", ["full", "read-only"])
+def test_a_disk_that_takes_no_more_is_told_and_leaves_nothing_behind(what: str, tmp_path: Path) -> None:
     try:
-        probe = subprocess.run([*argv[:4], f"mount -t tmpfs none {tmp_path}"], capture_output=True, check=False)
+        probe = subprocess.run([*IN_A_SMALL_PLACE, str(tmp_path), "true"], capture_output=True, check=False)
     except OSError:
         probe = None
     if probe is None or probe.returncode != 0:
         pytest.skip("no mount namespace for this user")
-    done = subprocess.run(argv, cwd=CHECKOUT, capture_output=True, text=True, timeout=120, check=False, env=os.environ)
+    argv = [*IN_A_SMALL_PLACE, str(tmp_path), sys.executable, "-m", "tests.faults.smalldisk", what, str(tmp_path)]
+    done = subprocess.run(argv, cwd=CHECKOUT, capture_output=True, text=True, timeout=200, check=False)
     assert done.stdout == "survived\n", done.stderr
