@@ -117,19 +117,19 @@ def _cut_logs(context: Context) -> None:
 
 def finish(context: Context, emit: Callable[[Event], None]) -> int:
     """Carry out the request of `context`; its outcome becomes one event and the exit status."""
+    outcome: Done | Failed
     try:
         operation = command(context.request.command)
         if operation is None:
             raise Bug("unknown_command", f"the agent knows no command {context.request.command!r}")
-        emit(Done(operation(context)))
+        with context.cancellation.open():
+            outcome = Done(operation(context))
     except MlxopsError as error:
-        emit(Failed(error))
-        return int(error.exit)
+        outcome = Failed(error)
     except Exception as error:  # noqa: BLE001 - the boundary: what nobody foresaw is a bug, and is told as one
-        told = _told(error, context.store)
-        emit(Failed(told))
-        return int(told.exit)
-    return 0
+        outcome = Failed(_told(error, context.store))
+    emit(outcome)
+    return int(outcome.error.exit) if isinstance(outcome, Failed) else 0
 
 
 def _told(error: Exception, store: Store) -> MlxopsError:

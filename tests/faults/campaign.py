@@ -152,13 +152,25 @@ def _unavailable(kept: State, kinds: list[Kind]) -> set[str]:
     return set(found)
 
 
+def batch_argv(kind: str, first: int, count: int, seed: int) -> list[str]:
+    """The program of a batch, in a pid namespace of its own where that can be had: every look at all processes is then
+    a look at its own, whatever else runs on the machine, and what it leaves ends with it.
+
+    Not for those that need sshd, which wants its users' groups.
+    """
+    from tests.faults import batch, reuse
+
+    alone = () if kind in batch.REMOTE or reuse.available() else reuse.NAMESPACE
+    return [*alone, sys.executable, "-m", "tests.faults.batch", kind, str(first), str(count), str(seed)]
+
+
 def _batch(kept: State, kind: Kind, seed: int, deadline: float) -> None:
     """A batch in a process and session of its own; what it leaves is killed with its session."""
     with kept.changed() as document:
         row = document.setdefault(kind.name, {})
         first = count(row, "claimed")
         row["claimed"] = first + kind.batch
-    argv = [sys.executable, "-m", "tests.faults.batch", kind.name, str(first), str(kind.batch), str(seed)]
+    argv = batch_argv(kind.name, first, kind.batch, seed)
     with subprocess.Popen(argv, cwd=CHECKOUT, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stdout is not None
         try:
@@ -168,11 +180,11 @@ def _batch(kept: State, kind: Kind, seed: int, deadline: float) -> None:
                     break
         finally:
             if process.poll() is None:
-                process.terminate()
+                os.killpg(process.pid, signal.SIGTERM)
                 try:
                     process.wait(20)
                 except subprocess.TimeoutExpired:
-                    process.kill()
+                    os.killpg(process.pid, signal.SIGKILL)
     if process.returncode not in (0, -signal.SIGTERM):
         _counted(
             kept, kind, seed, {"number": first, "name": "batch", "cases": 1, "wrong": [f"exit {process.returncode}"]}
@@ -217,4 +229,5 @@ def _controls() -> list[str]:
 
 def replay(kind: str, number: int, seed: int) -> None:
     """One trial again, with all that it says."""
-    os.execv(sys.executable, [sys.executable, "-m", "tests.faults.batch", kind, str(number), "1", str(seed)])
+    argv = batch_argv(kind, number, 1, seed)
+    os.execvp(argv[0], argv)

@@ -20,7 +20,7 @@ NEEDS_STRACE = {"kills", "errors", "power"}
 
 
 def batch(kind: str, count: int, first: int = 0) -> Iterator[dict[str, object]]:
-    argv = [sys.executable, "-m", "tests.faults.batch", kind, str(first), str(count), str(SEED)]
+    argv = campaign.batch_argv(kind, first, count, SEED)
     done = subprocess.run(argv, cwd=CHECKOUT, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     yield from map(json.loads, done.stdout.splitlines())
