@@ -31,9 +31,9 @@ class Kind:
 
 
 KINDS = (
-    Kind("kills", 1000, 40, "worker killed before a mutating system call"),
+    Kind("kills", 1000, 100, "worker killed before a mutating system call"),
     Kind("real", 40, 9, "the same with the real mlx-lm"),
-    Kind("errors", 300, 30, "ENOSPC or EIO from a system call"),
+    Kind("errors", 300, 75, "ENOSPC or EIO from a system call"),
     Kind("power", 2000, 10, "crash state after power loss, of recorded writes"),
     Kind("races", 300, 15, "race of 8 processes"),
     Kind("hostile", 1800, 100, "hostile input, command line and agent"),
