@@ -1,4 +1,5 @@
-"""Eight processes at once on three ports and three models: loads, unloads, init, reconcile, and an editor's saves."""
+"""Eight processes at once on three ports and three models: loads, unloads, init, reconcile, restore, and an editor's
+saves; before them there is nothing, a server of ours, or one by hand, which a load of its model adopts."""
 
 from __future__ import annotations
 
@@ -26,8 +27,11 @@ def trial(arena: Arena, number: int, seed: int) -> tuple[str, list[str]]:
     rng = random.Random(f"{seed} race {number}")
     arena.sweep()
     arena.run("init")
-    if rng.random() < 0.5:
-        arena.run("load", model=rng.choice(MODELS), port=str(rng.choice(list(arena.ports))))
+    match rng.randrange(4):
+        case 0 | 1:
+            arena.run("load", model=rng.choice(MODELS), port=str(rng.choice(list(arena.ports))))
+        case 2:
+            arena.start_by_hand(rng.choice(MODELS), rng.choice(list(arena.ports)))
     wishes = [_wish(arena, rng) for _ in range(PROCESSES)]
     workers, agents, editors = [], [], []
     for index, (command, args) in enumerate(wishes):
@@ -55,7 +59,7 @@ def trial(arena: Arena, number: int, seed: int) -> tuple[str, list[str]]:
 
 def _wish(arena: Arena, rng: random.Random) -> tuple[str, Mapping[str, object]]:
     port, model = str(rng.choice(list(arena.ports))), rng.choice(MODELS)
-    match rng.randrange(10):
+    match rng.randrange(11):
         case 0 | 1 | 2 | 3:
             return "load", {"model": model, "port": port, "force": rng.random() < 0.5}
         case 4 | 5:
@@ -66,6 +70,8 @@ def _wish(arena: Arena, rng: random.Random) -> tuple[str, Mapping[str, object]]:
             return "reconcile", {}
         case 8:
             return "unload-all", {}
+        case 9:
+            return "restore", {}
     return "edit", {}
 
 
