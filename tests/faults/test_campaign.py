@@ -80,7 +80,7 @@ def test_what_was_tried_of_other_code_is_not_counted_and_not_lost(tmp_path: Path
     assert old.read() == {"kills": {"tried": 7, "lost": 1}}
 
 
-IN_A_SMALL_PLACE = ("unshare", "-Urm", "sh", "-c", 'mount -t tmpfs -o size=2m none "$1" && shift && exec "$@"', "sh")
+IN_A_SMALL_PLACE = ("unshare", "-Urm", "sh", "-c", 'mount -t tmpfs -o size=32m none "$1" && shift && exec "$@"', "sh")
 
 
 @pytest.mark.parametrize("what", ["full", "read-only"])
