@@ -57,6 +57,9 @@ def _full(arena: Arena) -> None:
             # An operation whose own record could not take its last word says that this may be why.
             assert status == 3 and last["code"] in TOLD and TOLD[str(last["code"])] in str(last["why"]), (room, last)
             _nothing_happened(arena, before)
+            # What nobody ever worked on was not cut short: there is no record of it.
+            assert last["code"] == "operation_interrupted" or not oracle.drift_codes(arena), room
+            assert all(path.stat().st_size for path in arena.state.glob("ops/*/request.json")), room
         filler.unlink()
         _works_again(arena)
     assert ended[0] == 3 and ended[-1] == 0, ended
