@@ -38,23 +38,28 @@ def trial(arena: Arena, number: int, seed: int) -> tuple[str, list[str]]:
         if command == "edit":
             editors.append(_editor(arena, index, rng.random()))
         elif index < 2:
-            agents.append(_agent(arena, index, command, args))
+            agents.append((command, _agent(arena, index, command, args)))
         else:
-            workers.append(arena.begin(command, args, stopped=True))
-    for _, pid in workers:
+            workers.append((command, *arena.begin(command, args, stopped=True)))
+    for _, _, pid in workers:
         _go(pid)
-    ended = [arena.ended(journal, pid) for journal, pid in workers]
-    wrong = [problem for each in ended for problem in oracle.no_bug(each)]
-    wrong += [f"an unexpected answer: {each}" for each in ended if each.exit not in ALLOWED]
-    for pid in agents:
+    ended = [(command, arena.ended(journal, pid)) for command, journal, pid in workers]
+    wrong = [problem for _, each in ended for problem in oracle.no_bug(each)]
+    wrong += [f"an unexpected answer: {each}" for command, each in ended if each.exit not in _allowed(command)]
+    for command, pid in agents:
         status = children.wait(pid, 90)
-        wrong += [] if status in ALLOWED else [f"the agent ended with {status}"]
+        wrong += [] if status in _allowed(command) else [f"the agent of {command} ended with {status}"]
     for pid in editors:
         children.wait(pid, 30)
     wrong += oracle.registry_sound(arena) + oracle.locks_free(arena) + oracle.nothing_hidden(arena)
     wrong += _one_server_a_model(arena)
     name = ", ".join(" ".join([command, *map(str, args.values())]) for command, args in wishes)
     return name, wrong + strikes.emptied(arena)
+
+
+def _allowed(command: str) -> set[int]:
+    """`restore` finds its ports taken by others meanwhile, and says that it could not start everything."""
+    return ALLOWED | ({4} if command == "restore" else set())
 
 
 def _wish(arena: Arena, rng: random.Random) -> tuple[str, Mapping[str, object]]:
