@@ -247,10 +247,12 @@ class _Stopping:
         pause = 0.01
         while True:
             self._reap()
-            look = self._system.look(())
-            left = self._living(look)
-            if not (left & self._asked if asked_only else left or members(self._system, look, self._run)):
-                return True
+            # What cannot be seen for a moment is looked for again: half way is no place to stop.
+            with contextlib.suppress(Refused):
+                look = self._system.look(())
+                left = self._living(look)
+                if not (left & self._asked if asked_only else left or members(self._system, look, self._run)):
+                    return True
             if time.monotonic() > deadline:
                 return False
             # Most end at once; for one that drains, a look at every process four times a second is enough.

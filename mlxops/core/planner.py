@@ -242,7 +242,7 @@ def refuse_alias_elsewhere(settings: Settings, name: str, port: int) -> None:
 def _refuse_elsewhere(old: PortView, target: Target, outcome: Outcome, force: bool) -> None:
     """One model, one port: what is on another one is moved if that is wished, or cleaned up; never served twice."""
     if old.state is State.UNKNOWN:
-        raise _unknown(old)
+        raise unknown_port(old)
     if outcome is Outcome.ADOPT:
         raise Refused(
             "model_elsewhere",
@@ -266,7 +266,7 @@ def _refuse_elsewhere(old: PortView, target: Target, outcome: Outcome, force: bo
         )
 
 
-def _unknown(view: PortView) -> Refused:
+def unknown_port(view: PortView) -> Refused:
     return Refused(
         "unknown_port",
         f"what is on port {view.port} could not be determined",
@@ -280,7 +280,7 @@ def _plan_for_port(
 ) -> LoadPlan:
     start = LoadPlan(target, port, alias, Outcome.START)
     if view.state is State.UNKNOWN:
-        raise _unknown(view)
+        raise unknown_port(view)
     if view.owner is Owner.BOOT:
         return _plan_on_boot(settings, view, target, start)
     if view.owner is Owner.FOREIGN or view.state is State.FOREIGN:
@@ -393,7 +393,7 @@ def plan_unload(registry: Registry, world: World, port: int, *, force: bool) -> 
     clear = tuple(model.name for model in registry.on_port(port))
     name = clear[0] if clear else view.model
     if view.state is State.UNKNOWN:
-        raise _unknown(view)
+        raise unknown_port(view)
     if view.owner is None:
         return UnloadPlan(port, None, clear, name)
     if view.owner in {Owner.BOOT, Owner.FOREIGN}:

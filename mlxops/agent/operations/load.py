@@ -64,7 +64,8 @@ def _load_locked(ctx: Context, target: Target, port: int, began: float) -> dict[
     if plan.outcome is Outcome.ADOPT:
         return _adopt(ctx, plan, prepared, began)
     downtime = start_in_place(ctx, registry, plan, prepared)
-    return _load_result(ctx, plan, began, changed=True, downtime=downtime)
+    with ctx.cancellation.shield():  # it serves: there is nothing left to cancel
+        return _load_result(ctx, plan, began, changed=True, downtime=downtime)
 
 
 def _plan(ctx: Context, registry: Registry, target: Target, port: int, prepared: Prepared | None) -> LoadPlan:
