@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from mlxops.agent.cache import Snapshot, find, is_commit
 from mlxops.agent.hubline import Asked, Bytes, Emit, Line, Patience, failure, import_quietly, open_line, persistently
 from mlxops.agent.snapshot import NOT_SERVED, completeness, damaged_weights, is_served, is_weight, printable
+from mlxops.agent.system import free_on_disk
 from mlxops.core.errors import Refused
 from mlxops.core.names import is_repo_id, is_revision
 from mlxops.core.protocol import Note, Progress
