@@ -142,7 +142,7 @@ class Start:
         """Until the proof. Raises `NotStarted`, with the engine's last words: it ended, hung, broke, or differs."""
         run, gated = self._run, self._gated
         assert run is not None and gated is not None
-        emit(Phase("proof", f"waiting for an answer as {run.alias} (at most {timeout:.0f} s)"))
+        emit(Phase("proof", f"waiting for an answer as {run.alias} (at most {timeout:.4g} s)"))
         deadline = time.monotonic() + timeout
         attempt = _Attempt(self.where, run, self.system)
         self._asked = time.monotonic()
@@ -159,7 +159,7 @@ class Start:
             if self._says_broken():
                 raise self._failed("the server could not load the model")
             time.sleep(POLL_SECONDS)
-        raise self._failed(f"the server did not answer within {timeout:.0f} s")
+        raise self._failed(f"the server did not answer within {timeout:.4g} s")
 
     def _says_broken(self) -> bool:
         if self.engine.fatal(self._own_log()) is not None:

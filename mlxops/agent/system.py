@@ -6,9 +6,11 @@ macOS, psutil looks. Both sides run in the tests on Linux and are compared there
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Container, Iterable, Mapping
@@ -16,6 +18,32 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Protocol
+
+from mlxops.core.errors import Refused
+
+_SHORT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
+"""Errors that say something of us, who have no descriptor or memory left, and nothing of what was looked at: they must
+not be taken for its absence. Any other one says that a process has ended meanwhile, or is not ours to see."""
+
+
+def _unseen(error: Exception) -> Refused:
+    """What could not be looked at for reasons of our own. Nothing may be concluded from it."""
+    return Refused(
+        "not_seen",
+        "the processes of this host could not be looked at",
+        why=getattr(error, "strerror", None) or str(error),
+        hint="nothing is changed meanwhile; see the host's limits (ulimit -n) and its memory, then try again",
+    )
+
+
+def shortage(error: Exception) -> Refused | None:
+    """What is told of an error that comes from a shortage of our own; None for any other error."""
+    return _unseen(error) if getattr(error, "errno", None) in _SHORT else None
+
+
+def _check_shortage(error: Exception) -> None:
+    if told := shortage(error):
+        raise told from None
 
 
 @dataclass(frozen=True)
@@ -42,6 +70,8 @@ class Listener:
     address: str
     port: int
     pids: frozenset[int] = frozenset()
+    uid: int | None = field(default=None, compare=False)
+    """Whose it is; None where the system does not tell."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +110,14 @@ def _plain(text: str) -> str:
     return str(mapped or address)
 
 
+def free_on_disk(path: Path) -> int:
+    """Bytes; `path` itself may not be there yet."""
+    return shutil.disk_usage(next(each for each in (path, *path.parents) if each.exists())).free
+
+
 class System(Protocol):
+    """Raises `Refused` (not_seen) where the system says neither yes nor no."""
+
     sees_all_listeners: bool
     """Also those of other users; where not, only a connect tells that something listens."""
 
@@ -119,6 +156,16 @@ def this_system() -> System:
     return LinuxSystem() if sys.platform == "linux" else PsutilSystem()
 
 
+@dataclass(frozen=True)
+class _Socket:
+    """A row of /proc/net/tcp."""
+
+    address: str
+    port: int
+    inode: str
+    uid: int
+
+
 class LinuxSystem:
     """/proc, as proc(5) describes it."""
 
@@ -137,7 +184,8 @@ class LinuxSystem:
             stat = _read(f"{self.root}/{pid}/stat")
             argv = _read(f"{self.root}/{pid}/cmdline")
             uid = os.stat(f"{self.root}/{pid}").st_uid
-        except OSError:
+        except OSError as error:
+            _check_shortage(error)
             return None
         # The name in parentheses may hold anything, so the fields are counted from the last parenthesis.
         fields = stat[stat.rindex(b")") + 2 :].split()
@@ -154,18 +202,23 @@ class LinuxSystem:
     def look(self, ports: Container[int]) -> Look:
         # Listeners first: a server that comes up in between is then seen as a process without a port, which
         # decides nothing, and not as a port without a process.
-        sockets = [socket for table in ("tcp", "tcp6") for socket in self._listening(table, ports)]
+        sockets = self._listening(ports)
         processes = {p.pid: p for p in map(self.process, self._pids()) if p is not None}
-        owners = self._owners({inode for _, _, inode in sockets}) if sockets else {}
+        owners = self._owners({socket.inode for socket in sockets}) if sockets else {}
+        if any(socket.inode not in owners for socket in sockets):
+            # Closed while its owner was looked for, or still there and nobody's that can be seen: two different things.
+            open_still = {socket.inode for socket in self._listening(ports)}
+            sockets = [socket for socket in sockets if socket.inode in owners or socket.inode in open_still]
         return Look(
             processes,
-            tuple(Listener(address, port, frozenset(owners.get(inode, ()))) for address, port, inode in sockets),
+            tuple(Listener(s.address, s.port, frozenset(owners.get(s.inode, ())), s.uid) for s in sockets),
         )
 
     def environment(self, pid: int, key: str) -> str | None:
         try:
             block = _read(f"{self.root}/{pid}/environ")
-        except OSError:
+        except OSError as error:
+            _check_shortage(error)
             return None
         wanted = os.fsencode(key) + b"="
         return next((os.fsdecode(v[len(wanted) :]) for v in block.split(b"\0") if v.startswith(wanted)), None)
@@ -202,24 +255,31 @@ class LinuxSystem:
         )
 
     def _pids(self) -> Iterable[int]:
-        return (int(name) for name in os.listdir(self.root) if name.isdigit())
+        try:
+            return [int(name) for name in os.listdir(self.root) if name.isdigit()]
+        except OSError as error:
+            raise _unseen(error) from None
 
     def connected(self, ports: Container[int]) -> frozenset[int]:
         found = (int(row[1].partition(":")[2], 16) for table in ("tcp", "tcp6") for row in self._sockets(table, "01"))
         return frozenset(port for port in found if port in ports)
 
-    def _listening(self, table: str, ports: Container[int]) -> Iterable[tuple[str, int, str]]:
-        for fields in self._sockets(table, "0A"):
+    def _listening(self, ports: Container[int]) -> list[_Socket]:
+        found = []
+        for fields in (fields for table in ("tcp", "tcp6") for fields in self._sockets(table, "0A")):
             address, _, port = fields[1].partition(":")
             if int(port, 16) in ports:
-                yield _address(address), int(port, 16), fields[9]
+                found.append(_Socket(_address(address), int(port, 16), fields[9], int(fields[7])))
+        return found
 
     def _sockets(self, table: str, state: str) -> Iterable[list[str]]:
         """The rows of a table of sockets that are in `state`: 01 connected, 0A listening (<net/tcp_states.h>)."""
         try:
             lines = _read(f"{self.root}/net/{table}").decode().splitlines()[1:]
-        except OSError:
-            return
+        except FileNotFoundError:
+            return  # a kernel without IPv6
+        except OSError as error:
+            raise _unseen(error) from None
         yield from (fields for fields in map(str.split, lines) if fields[3] == state)
 
     def _owners(self, inodes: set[str]) -> dict[str, set[int]]:
@@ -232,7 +292,8 @@ class LinuxSystem:
                     inode = wanted.get(os.readlink(f"{folder}/{name}"))
                     if inode is not None:
                         owners.setdefault(inode, set()).add(pid)
-            except OSError:
+            except OSError as error:
+                _check_shortage(error)
                 continue  # ended meanwhile, or not ours to see
         return owners
 
@@ -268,7 +329,8 @@ class PsutilSystem:
                 except (psutil.AccessDenied, psutil.ZombieProcess):
                     argv = ()
                 return Process(pid, process.ppid(), os.getpgid(pid), process.uids().real, start, zombie, argv)
-        except (psutil.Error, OSError):
+        except (psutil.Error, OSError) as error:
+            _check_shortage(error)
             return None
 
     def look(self, ports: Container[int]) -> Look:
@@ -276,7 +338,7 @@ class PsutilSystem:
 
         sockets: dict[tuple[str, int], set[int]] = {}
         processes: dict[int, Process] = {}
-        for pid in psutil.pids():
+        for pid in _all_pids():
             process = self.process(pid)
             if process is None:
                 continue
@@ -285,7 +347,8 @@ class PsutilSystem:
                 for connection in psutil.Process(pid).net_connections(kind="tcp"):
                     if connection.status == psutil.CONN_LISTEN and connection.laddr.port in ports:
                         sockets.setdefault((_plain(connection.laddr.ip), connection.laddr.port), set()).add(pid)
-            except (psutil.Error, OSError):
+            except (psutil.Error, OSError) as error:
+                _check_shortage(error)
                 continue
         return Look(
             processes,
@@ -296,10 +359,11 @@ class PsutilSystem:
         import psutil
 
         found: set[int] = set()
-        for pid in psutil.pids():
+        for pid in _all_pids():
             try:
                 connections = psutil.Process(pid).net_connections(kind="tcp")
-            except (psutil.Error, OSError):
+            except (psutil.Error, OSError) as error:
+                _check_shortage(error)
                 continue
             found |= {each.laddr.port for each in connections if each.status == psutil.CONN_ESTABLISHED}
         return frozenset(port for port in found if port in ports)
@@ -309,7 +373,8 @@ class PsutilSystem:
 
         try:
             return psutil.Process(pid).environ().get(key)
-        except (psutil.Error, OSError):
+        except (psutil.Error, OSError) as error:
+            _check_shortage(error)
             return None
 
     def folder(self, pid: int) -> str | None:
@@ -348,6 +413,15 @@ class PsutilSystem:
             except (psutil.Error, OSError):
                 continue
         return frozenset(found)
+
+
+def _all_pids() -> list[int]:
+    import psutil
+
+    try:
+        return psutil.pids()
+    except OSError as error:
+        raise _unseen(error) from None
 
 
 def _address(text: str) -> str:

@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tests.lab.homelab import Homelab, _script
+from tests.lab.homelab import Homelab, script
 from tests.lab.wire import Wire
 
 
@@ -25,7 +25,7 @@ def wired(lab: Homelab) -> Iterator[Wire]:
 def client(lab: Homelab, *words: str, both: bool = False) -> Iterator[subprocess.Popen[str]]:
     """`mlxctl` on the Mini, while it runs. `both`: what it says comes with its data, on standard output."""
     with subprocess.Popen(
-        [_script("mlxctl"), *words],
+        [script("mlxctl"), *words],
         cwd=lab.mini.elsewhere,
         env=lab.mini.env,
         stdin=subprocess.DEVNULL,

@@ -29,10 +29,10 @@ class TakenOut(Interrupted):
 
 class Cancellation:
     """Somebody's wish that the operation ends, or that it leaves a port alone: raised at once in the worker's main
-    thread, but never twice, because what follows is the cleaning up, and not within a `shield`."""
+    thread while it is `open`, but never twice, because what follows is the cleaning up, and not within a `shield`."""
 
     def __init__(self) -> None:
-        self._wished = self._raised = False
+        self._wished = self._raised = self._open = False
         self._shields = 0
         self._part: int | None = None
         self._taken_out = frozenset[int]()
@@ -53,7 +53,7 @@ class Cancellation:
 
     def check(self) -> None:
         """Raises `Interrupted` (cancelled), or `TakenOut`, if there is a wish that was not heard yet."""
-        if self._raised or self._shields:
+        if not self._open or self._raised or self._shields:
             return
         if self._wished:
             self._raised = True
@@ -80,6 +80,16 @@ class Cancellation:
             raise
         finally:
             self._part = None
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """While the operation runs. A wish that comes when it has its result, and only has to tell it, is too late."""
+        self._open = True
+        try:
+            self.check()
+            yield
+        finally:
+            self._open = False
 
     @contextmanager
     def shield(self) -> Iterator[None]:
@@ -119,6 +129,12 @@ class Context:
         if registry.unwritable:
             raise refusal(registry.unwritable)
         return registry
+
+    @property
+    def drain(self) -> float:
+        """Seconds that open requests get."""
+        asked = self.request.number("drain")
+        return DRAIN_SECONDS if asked is None else asked
 
     def observe(self, registry: Registry, *, only: Iterable[int] | None = None) -> World:
         return observe(self.where, self.store, registry, self.system, own=self.operation or None, only=only)

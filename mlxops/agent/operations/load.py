@@ -28,7 +28,10 @@ def load(ctx: Context, once_alone: Callable[[Registry], None] = lambda _: None) 
     name = names.model_name(ctx.request.text("model") or "")
     repo_text = ctx.request.text("repo")
     repo_id, revision = names.repo(repo_text) if repo_text else (None, None)
+    asked_port = ctx.request.text("port")
     registry = ctx.usable_registry()
+    if asked_port not in (None, names.AUTO):
+        planner.refuse_alias_elsewhere(ctx.where.settings, name, names.port(asked_port, ctx.where.settings.ports))
     target = planner.resolve(registry, name, repo_id, revision)
     with _port_alone(ctx, registry, target.name) as port:
         # What was read before the locks may be old by now.
@@ -85,7 +88,8 @@ def _load_locked(ctx: Context, target: Target, port: int, began: float) -> dict[
     if plan.outcome is Outcome.ADOPT:
         return _adopt(ctx, plan, prepared, began)
     downtime = start_in_place(ctx, registry, plan, prepared)
-    return _load_result(ctx, plan, began, changed=True, downtime=downtime)
+    with ctx.cancellation.shield():  # it serves: there is nothing left to cancel
+        return _load_result(ctx, plan, began, changed=True, downtime=downtime)
 
 
 def _plan(ctx: Context, registry: Registry, target: Target, port: int, prepared: Prepared | None) -> LoadPlan:
