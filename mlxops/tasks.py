@@ -660,7 +660,8 @@ def boot(
             raise UsageError(
                 "one_action", f"--{actions[0]} and --{actions[1]} exclude each other", hint="one after the other"
             )
-        return {"action": actions[0], "every": _minutes(every), "dry_run": actions[0] == "show"}
+        action = "install" if actions == ["every"] else actions[0]
+        return {"action": action, "every": _minutes(every), "dry_run": action == "show"}
 
     _change(Call("boot", host, local, json, debug), given)
 
