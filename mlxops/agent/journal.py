@@ -243,10 +243,10 @@ def named(ops: Path, operation: str) -> Journal | None:
     return Journal(folder) if _ID.fullmatch(operation) and folder.is_dir() else None
 
 
-def activity(ops: Path, operation: str) -> str:
-    """What an operation is doing now, in a few words; empty if that is not known."""
+def stand_of(ops: Path, operation: str) -> Stand:
+    """Where an operation is by its id; an empty stand if that is not known."""
     journal = named(ops, operation)
-    return str(journal.stand()) if journal else ""
+    return journal.stand() if journal else Stand()
 
 
 def recent(ops: Path) -> list[Journal]:

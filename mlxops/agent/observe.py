@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mlxops.agent import processes
 from mlxops.agent.engines import ENGINES, recognise
-from mlxops.agent.journal import activity
+from mlxops.agent.journal import Stand, stand_of
 from mlxops.agent.logs import clean
 from mlxops.agent.place import Place
 from mlxops.agent.store import Store, utc
@@ -117,6 +117,8 @@ def _signals(
 ) -> Signals:
     run, broken = _run_record(store, port)
     holder = store.holder(f"port-{port}")
+    operation = None if holder is None or holder.id == own else holder
+    stand = stand_of(store.state / "ops", operation.id) if operation else Stand()
     listeners = look.on(where.settings.bind, port)
     pids = frozenset(pid for each in listeners for pid in each.pids)
     members = processes.members(system, look, run) if run else ()
@@ -133,8 +135,9 @@ def _signals(
         listener_pids=pids,
         hand=server if server is not None and server.pid not in members else None,
         boot=_is_boot(where, look, port, listeners),
-        operation=None if holder is None or holder.id == own else holder,
-        activity="" if holder is None or holder.id == own else activity(store.state / "ops", holder.id),
+        operation=operation,
+        activity=str(stand),
+        progress=stand.progress,
         stranger=_describe(look, others) if listeners and (others or not pids) else "",
         memory_bytes=system.memory(members) if members else None,
         last_words=_last_words(store.log_path(port)) if run is not None and not members else "",

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 
+from mlxops.core.protocol import Progress
 from mlxops.core.registry import Model, Registry
 from mlxops.core.settings import PortRange
 
@@ -179,6 +180,8 @@ class Signals:
     operation: Operation | None = None
     activity: str = ""
     """What that operation is doing."""
+    progress: Progress | None = None
+    """How far it is, where that is a matter of bytes."""
     answer: Answer = Answer.NOT_ASKED
     busy: bool = False
     """Somebody is connected to it, so a probe without an answer may just have to wait."""
@@ -211,6 +214,7 @@ class PortView:
     proven_at: str | None = None
     memory_bytes: int | None = None
     detail: str = ""
+    progress: Progress | None = None
     run: Run | None = None
     server: Server | None = None
     operation: Operation | None = None
@@ -404,6 +408,7 @@ def _view(
         proven_at=run.proven_at if run else None,
         memory_bytes=signals.memory_bytes,
         detail=detail,
+        progress=signals.progress,
         run=signals.run,
         server=signals.hand,
         operation=signals.operation,
