@@ -218,12 +218,12 @@ def frame(watched: Watched, title: str, width: int, height: int) -> list[str]:
 
 def _host(known: Known, many: bool, width: int, idle_together: bool) -> Iterator[str]:
     if known.error is not None:
-        yield from _wrapped(f"{known.host}  {_away(known)}", width)
+        yield from _wrapped(f"{known.host}: {_away(known)}", width)
         if known.error.hint:
             yield from _wrapped(f"next: {known.error.hint}", width, indent=2)
         return
     if known.result is None:
-        yield clip(f"{known.host}  connecting", width)
+        yield clip(f"{known.host}: connecting", width)
         return
     if many:
         yield clip(known.host, width)
@@ -314,13 +314,14 @@ def clip(text: str, width: int) -> str:
     text = one_line(text) if "\n" in text or "\t" in text else text
     if cell_width(text) <= width:
         return text
-    kept, room = "", width - len(CUT)
+    mark = CUT if width >= len(CUT) else ""
+    kept, room = "", width - len(mark)
     for character in text:
         room -= _cells(character)
         if room < 0:
             break
         kept += character
-    return (kept + CUT)[: max(0, width)] if width >= len(CUT) else text[: max(0, width)]
+    return kept + mark
 
 
 def _padded(text: str, width: int) -> str:
