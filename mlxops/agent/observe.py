@@ -115,8 +115,10 @@ def _signals(
     port: int,
     own: str | None,
 ) -> Signals:
-    run, broken = _run_record(store, port)
+    # Asked before and after its record is read: a load that ends in between must not look like one that was cut short.
     holder = store.holder(f"port-{port}")
+    run, broken = _run_record(store, port)
+    holder = holder or store.holder(f"port-{port}")
     operation = None if holder is None or holder.id == own else holder
     stand = stand_of(store.state / "ops", operation.id) if operation else Stand()
     listeners = look.on(where.settings.bind, port)

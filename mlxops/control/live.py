@@ -79,6 +79,8 @@ def _in_lines(
         for sighting in _sightings(watch):
             for line in form.lines(sighting):
                 render.say(line)
+            if sighting.last and sighting.answer.error is not None and len(targets) > 1:
+                talk.error(sighting.answer.host, sighting.answer.error)
             still_read(sys.stdout)
             if until_drift and watched.drifted:
                 return

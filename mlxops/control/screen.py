@@ -16,7 +16,7 @@ from typing import Self, TextIO
 
 ENTER = "\x1b[?1049h\x1b[?25l\x1b[?7l"
 LEAVE = "\x1b[?7h\x1b[?25h\x1b[?1049l"
-HOME, LINE_END, REST = "\x1b[H", "\x1b[K\r\n", "\x1b[K\x1b[J"
+HOME, LINE_END, REST = "\x1b[H", "\x1b[K\n", "\x1b[K\x1b[J"
 
 
 def is_screen(stream: TextIO) -> bool:

@@ -231,6 +231,11 @@ class PortView:
         return row
 
     @property
+    def overtaken(self) -> bool:
+        """Something seems wrong just where somebody is at work: it was probably seen half before and half after."""
+        return self.operation is not None and self.state in {State.FOREIGN, State.ORPHAN, State.MISMATCH, State.FAILED}
+
+    @property
     def unserved(self) -> bool:
         """Listener, process and operation all say that nothing is there."""
         return (

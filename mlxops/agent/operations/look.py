@@ -17,8 +17,7 @@ from mlxops.core.world import Operation, Owner, PortView
 
 
 def status(ctx: Context) -> dict[str, object]:
-    registry = ctx.registry()
-    world = ctx.observe(registry)
+    registry, world = ctx.look()
     rows = [view.to_wire() for port, view in sorted(world.ports.items()) if port in ctx.where.settings.ports]
     found = [*rebooted(ctx, registry, world), *world.drift, *further_drift(ctx, registry, world)]
     if ctx.request.flag("probe"):
@@ -41,8 +40,7 @@ def _running(ctx: Context, operation: Operation) -> dict[str, object]:
 
 def answering(ctx: Context) -> dict[str, object]:
     """`gateway`: what a gateway's entries have to agree with, port by port."""
-    registry = ctx.registry()
-    world = ctx.observe(registry)
+    registry, world = ctx.look()
     rows = [
         _answering_row(view, registry) for port, view in sorted(world.ports.items()) if port in ctx.where.settings.ports
     ]
