@@ -90,8 +90,8 @@ class Context:
         return observe(self.where, self.store, registry, self.system, own=self.operation or None, only=only)
 
     def look(self) -> tuple[Registry, World]:
-        """The registry, and life, as they were together. A load or unload that moves on while we look changes both: what
-        was seen first would then disagree with what was read later, and that is no drift. So look again, a few times."""
+        """The registry, and life, as they were together. A load or unload that goes on while we look changes both: what
+        was seen first then disagrees with what was read later, and that is no drift. So look again, a few times."""
         for _ in range(LOOKS):
             marks = self.store.marks()
             registry = self.registry()
