@@ -251,6 +251,24 @@ class TestAwayAndBack:
         gone(second)
 
 
+class TestAPulledCable:
+    def test_makes_the_host_away_ends_its_agent_and_is_no_end(self, wired: tuple[Ask, Wire]) -> None:
+        """Nobody tells either side: no end of input here, no closed connection there."""
+        ask, wire = wired
+        with watching(ask) as (process, reader):
+            reader.until("^PORT")
+            one_agent(ask.studio)
+            wire.stalled = True
+            # The asker loses its patience first; while it tries to connect anew, the agent does.
+            reader.until("studio - away since .*: connection_lost: ")
+            wait_until(lambda: not agents(ask.studio), SOON, "the end of an agent that hears nothing")
+            wire.stalled = False
+            wire.cut()
+            reader.until("studio - back, was away since ")
+            interrupted(process)
+        gone(ask.studio)
+
+
 class TestWhatWatchingCannotMend:
     def test_a_changed_host_key_ends_it_at_once(self, remote: Ask) -> None:
         remote.studio.sshd.rekey()
