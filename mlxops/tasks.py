@@ -594,7 +594,7 @@ def gateway(
         from mlxops.control import gateway
         from mlxops.control.gatewayfiles import read
 
-        if call.gateway is None or call.gateway.config is None:
+        if call.gateway is None or not (call.gateway.config or (through and call.gateway.url)):
             hint = "add `gateway: {config: ~/litellm/router.yaml}`; see the annotated hosts.yaml of mlxops"
             raise UsageError("no_gateway", "hosts.yaml does not say where the gateway's configuration is", hint=hint)
         told = read(call.gateway)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +15,8 @@ import pytest
 
 from tests.agent.test_openai_server import Stream
 from tests.lab import models
-from tests.lab.homelab import Completed, Homelab, Studio
+from tests.lab.homelab import Completed, Homelab, Studio, run, script
+from tests.lab.sshd import missing
 from tests.lab.world import wait_until
 
 QWEN, LLAMA, BROKEN = "tiny-org/tiny-qwen3", "tiny-org/tiny-llama", "tiny-org/tiny-broken"
@@ -140,9 +143,31 @@ class TestBefore:
         finally:
             studio.mlxctl("unload", str(port)).ok()
 
+    def test_a_full_disk_of_the_state_is_found_before_the_old_server_stops(self, studio: Studio) -> None:
+        port = str(studio.ports[0])
+        done = _in_a_small_state(
+            studio,
+            f"$mlxctl load {QWEN} {port} --local >&2 && head -c 6m /dev/zero > {studio.state}/filler",
+            f"$mlxctl load {LLAMA} {port} --force --json --local && exit 9; echo ,",
+            f"$mlxctl status --json --local && rm {studio.state}/filler && $mlxctl unload {port} --local >&2",
+        )
+        refused, status = (document["hosts"][0] for document in json.loads(f"[{done.ok().stdout}]"))
+        assert refused["error"]["code"] == "does_not_fit" and "the disk of" in refused["error"]["message"]
+        assert next(each for each in status["ports"] if each["port"] == studio.ports[0])["state"] == "ready"
+
     def test_a_slot_whose_name_promises_another_size_is_warned_of(self, studio: Studio) -> None:
         done = studio.mlxctl("load", QWEN, str(studio.ports[0]), "--dry-run", "--json").ok()
         assert any("promises a model of class xl" in note for note in result(done)["notes"])
+
+
+def _in_a_small_state(studio: Studio, *steps: str) -> Completed:
+    """Run lines of shell where the state folder is a disk of 12 MB; `$mlxctl` is the program."""
+    own = ["unshare", "-Urm", "sh", "-c"]
+    if sys.platform != "linux" or subprocess.run([*own, "mount -t tmpfs t /mnt"], check=False).returncode:
+        missing("the right to make a mount namespace (unshare -Urm)")
+    studio.state.mkdir(parents=True, exist_ok=True)
+    mount = f"mount -t tmpfs -o size=12m,mode=700 t {studio.state}"
+    return run([*own, "\n".join([mount, *steps])], studio.home, studio.environment | {"mlxctl": script("mlxctl")})
 
 
 def _spoil(studio: Studio, name: str, how: str) -> None:

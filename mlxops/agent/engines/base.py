@@ -61,6 +61,10 @@ class Serving:
         """The value of a textual option; None if it is absent or switched off."""
         return next((o.value for o in self.options if o.key == key and isinstance(o.value, str)), None)
 
+    def has(self, key: str) -> bool:
+        """Whether the option is given; a null that switches it off counts."""
+        return any(option.key == key for option in self.options)
+
 
 @dataclass(frozen=True)
 class Seen:
