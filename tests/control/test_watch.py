@@ -23,7 +23,7 @@ from mlxops.build import build_id
 from mlxops.control.screen import ENTER, HOME, LEAVE
 from mlxops.core.protocol import AGAIN, HEARTBEAT, Request
 from mlxops.core.settings import Settings
-from tests.lab.homelab import Homelab, Studio, _script
+from tests.lab.homelab import Homelab, Studio, script
 from tests.lab.hub import Hub
 from tests.lab.wire import Wire
 from tests.lab.world import Process, wait_until
@@ -169,7 +169,7 @@ class TestInAPipe:
         gone(remote.studio)
 
     def test_without_a_standard_output_it_does_not_begin(self, remote: Ask) -> None:
-        line = f'exec "{_script("mlxctl")}" {" ".join(OFTEN)} >&-'
+        line = f'exec "{script("mlxctl")}" {" ".join(OFTEN)} >&-'
         done = remote.lab.mini.run("/bin/sh", "-c", line, timeout=SOON)
         assert (done.exit, done.stderr) == (141, "")
 
@@ -418,7 +418,7 @@ class Terminal:
         if self.pid == 0:
             os.chdir(lab.mini.elsewhere)
             words = ["mlxctl", "status", "--watch", "--interval", interval]
-            os.execve(_script("mlxctl"), words, lab.mini.env | {"TERM": "xterm"})
+            os.execve(script("mlxctl"), words, lab.mini.env | {"TERM": "xterm"})
         self.resize(columns, lines)
         self.before = termios.tcgetattr(self.fd)
         self.reader = Reader(self.fd)
