@@ -147,6 +147,23 @@ class TestInAPipe:
             interrupted(process)
         gone(remote.studio)
 
+    def test_the_agent_stays_through_an_interval_that_is_longer_than_its_patience(self, remote: Ask) -> None:
+        patient = remote.studio.folder / "python"
+        program = "import sys, mlxops.agent.__main__ as agent; agent.AWAY_SECONDS = 6; sys.exit(agent.main([]))"
+        patient.write_text(f"#!/bin/sh\nexec {sys.executable} -P -c '{program}'\n")
+        patient.chmod(0o755)
+        remote.lab.configure(python=[str(patient)])
+        with remote.running("status", "--watch", "--interval", "60", "--json") as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            (agent,) = (each for each in remote.studio.processes() if "AWAY_SECONDS" in each.command)
+            until = time.monotonic() + 8.0
+            while time.monotonic() < until:
+                assert agent in remote.studio.processes()
+                time.sleep(0.2)  # nothing may happen meanwhile
+            interrupted(process)
+        quiet(remote.studio)
+
     def test_looking_leaves_every_file_as_it_was(self, remote: Ask) -> None:
         register(remote.studio, "mine")
         remote("load", "--model", "mine", "--port", remote.port).ok()
