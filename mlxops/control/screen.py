@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import stat
 import sys
 from collections.abc import Callable, Sequence
 from types import FrameType, TracebackType
@@ -26,6 +27,9 @@ def is_screen(stream: TextIO) -> bool:
 
 def still_read(stream: TextIO) -> None:
     """Raises `BrokenPipeError` when nobody reads any more what would be written to it, without writing anything."""
+    mode = os.fstat(stream.fileno()).st_mode
+    if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
+        return  # files have no readers, and macOS cannot poll devices
     poll = select.poll()
     poll.register(stream.fileno(), 0)
     if any(event & (select.POLLERR | select.POLLHUP | select.POLLNVAL) for _, event in poll.poll(0)):
@@ -84,5 +88,9 @@ class Screen:
     def _write(self, text: str) -> None:
         """One write(2), most of the time, so that no half frame is seen."""
         data = memoryview(text.encode(self._stream.encoding or "utf-8", "replace"))
-        while data:
-            data = data[os.write(self._stream.fileno(), data) :]
+        try:
+            while data:
+                data = data[os.write(self._stream.fileno(), data) :]
+        except OSError as error:
+            # What a terminal says that has been closed; whoever is deaf to its SIGHUP hears it here.
+            raise BrokenPipeError(error.errno, error.strerror) from error
