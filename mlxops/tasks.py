@@ -43,6 +43,8 @@ class Call:
     local: bool
     json: bool
     debug: bool
+    many: bool = False
+    """With `--json` there are many documents, one a line."""
 
     @cached_property
     def inventory(self) -> Inventory | None:
@@ -116,6 +118,8 @@ def _answer(call: Call, run: Callable[[render.Talk], tuple[Answer, ...]], show: 
 
 
 def _print(call: Call, answers: Sequence[Answer], show: Show, key: str | None) -> None:
+    if call.many:
+        return  # they were printed as they came
     if call.json:
         rows = {answer.host: _json_row(answer, key) for answer in answers}
         render.say(render.document(call.command, answers, rows))
@@ -140,7 +144,7 @@ def _tell(call: Call, answers: Sequence[Answer]) -> None:
 
 def _fail(call: Call, error: MlxopsError) -> int:
     if call.json:
-        render.say(render.error_document(call.command, error))
+        render.say(render.error_document(call.command, error, indent=None if call.many else 2))
     render.Talk(many=False).error("", error)
     _traceback(call, error)
     return int(error.exit)
@@ -312,19 +316,39 @@ def list_(
 @_command(
     host=HOSTS,
     probe="also ask each ready port for one small completion",
-    strict="exit 3 if registry and life disagree anywhere",
+    strict="exit 3 if registry and life disagree anywhere; with --watch as soon as they do",
+    watch="stay, and show what changes",
+    interval="with --watch: seconds between two looks at a host (2)",
 )
 def status(
     c: Context,
     host: str | None = None,
     probe: bool = False,
     strict: bool = False,
+    watch: bool = False,
+    interval: str | None = None,
     local: bool = False,
     json: bool = False,
     debug: bool = False,
 ) -> None:
     """Show what is on each port, on all hosts."""
-    _read(Call("status", host, local, json, debug), render.status_table, {"probe": probe}, strict=strict)
+    call = Call("status", host, local, json, debug, many=watch)
+    if not watch and interval is None:
+        return _read(call, render.status_table, {"probe": probe}, strict=strict)
+
+    def run(talk: render.Talk) -> tuple[Answer, ...]:
+        from mlxops.control import live
+
+        if not watch:
+            raise UsageError("watch_missing", "--interval goes with --watch", hint="inv status --watch --interval 5")
+        if probe:
+            why = "a completion from every ready port at every look would be load, not watching"
+            raise UsageError("probe_or_watch", "--probe and --watch exclude each other", why=why, hint="leave one out")
+        seconds = live.interval_of(interval)
+        answers = live.stay(call.targets(all_by_default=True), seconds, talk, json=call.json, until_drift=strict)
+        return tuple(map(_strict, answers)) if strict else answers
+
+    _answer(call, run, lambda answers: "")
 
 
 def _read(call: Call, show: Show, args: Mapping[str, object] = {}, *, strict: bool = False) -> None:

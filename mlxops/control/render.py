@@ -44,6 +44,17 @@ def one_line(text: object) -> str:
 
 def document(command: str, answers: Sequence[Answer], per_host: Mapping[str, Mapping[str, object]]) -> str:
     """The JSON document of a command. `per_host` holds what each host's row shows beside its name and error."""
+    return _json(_document(command, answers, per_host))
+
+
+def document_line(command: str, answers: Sequence[Answer], per_host: Mapping[str, Mapping[str, object]]) -> str:
+    """The same, where there are many, one a line."""
+    return json_line(_document(command, answers, per_host))
+
+
+def _document(
+    command: str, answers: Sequence[Answer], per_host: Mapping[str, Mapping[str, object]]
+) -> dict[str, object]:
     hosts = [
         {
             "host": answer.host,
@@ -53,12 +64,13 @@ def document(command: str, answers: Sequence[Answer], per_host: Mapping[str, Map
         }
         for answer in answers
     ]
-    return _json({"schema": SCHEMA, "command": command, "ok": all(a.error is None for a in answers), "hosts": hosts})
+    return {"schema": SCHEMA, "command": command, "ok": all(a.error is None for a in answers), "hosts": hosts}
 
 
-def error_document(command: str, error: MlxopsError) -> str:
-    """The JSON document of a command that came to no host."""
-    return _json({"schema": SCHEMA, "command": command, "ok": False, "hosts": [], "error": error.to_wire()})
+def error_document(command: str, error: MlxopsError, *, indent: int | None = 2) -> str:
+    """The JSON document of a command that came to no host. `indent` None: on one line."""
+    document = {"schema": SCHEMA, "command": command, "ok": False, "hosts": [], "error": error.to_wire()}
+    return _json(document) if indent else json_line(document)
 
 
 def _json(value: object) -> str:
