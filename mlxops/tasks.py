@@ -14,10 +14,11 @@ from invoke.collection import Collection
 from invoke.context import Context
 from invoke.tasks import Task, task
 
+from mlxops import entry
 from mlxops.control import client, render
 from mlxops.control.client import Answer, Target, ask, ask_all, gateway_warning, local_python
 from mlxops.core import fields, names
-from mlxops.core.errors import Exit, MlxopsError, UsageError, bug
+from mlxops.core.errors import Exit, MlxopsError, OutputFailed, UsageError, bug
 from mlxops.core.protocol import Event, Line, Started
 from mlxops.core.settings import Settings
 
@@ -95,24 +96,29 @@ Send = Callable[[Mapping[str, object]], Answer]
 def _answer(call: Call, run: Callable[[render.Talk], tuple[Answer, ...]], show: Show, key: str | None = None) -> None:
     """The one boundary: run, print the data, tell the errors; exit, unless all is well: a further task may follow."""
     code: int = Exit.DONE
+    entry.interruptible()
     try:
         with render.Talk(many=False) as talk:
             answers = run(talk)
         _print(call, answers, show, key)
         code = render.exit_of(answers)
         _tell(call, answers)
+    except BrokenPipeError:
+        render.discard(1)  # whoever read it went away
+        code = 141
+    except OutputFailed as error:
+        render.discard(1)
+        render.Talk(many=False).error("", error)
+        code = error.exit
     except MlxopsError as error:
         code = _fail(call, error)
     except KeyboardInterrupt:
         code = _fail(call, _interrupted(call))
-    except BrokenPipeError:
-        # Whoever read our output went away; the interpreter must not complain about it at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        code = 141
     except Exception as error:  # noqa: BLE001 - the boundary: what nobody foresaw is a bug, and is told as one
         from traceback import format_exc
 
         code = _fail(call, bug(error, format_exc()))
+    entry.told()
     if code:
         raise SystemExit(code)
 
@@ -683,11 +689,7 @@ def boot(
 
 
 def _minutes(text: str | None) -> int | None:
-    if text is None:
-        return None
-    if not text.isascii() or not text.isdecimal() or not 1 <= int(text) <= 1440:
-        raise UsageError("bad_minutes", f"--every {text!r} is not a number of minutes", hint="for example: --every 5")
-    return int(text)
+    return None if text is None else names.whole(text, "--every", 1, 1440)
 
 
 @_command(
@@ -772,11 +774,7 @@ def logs(
 
 
 def _lines_asked(text: str | None) -> int:
-    if text is None:
-        return 100
-    if not text.isascii() or not text.isdecimal() or int(text) > 100_000:
-        raise UsageError("bad_lines", f"--lines {text!r} is not a number of lines", hint="for example: --lines 100")
-    return int(text)
+    return 100 if text is None else names.whole(text, "--lines", 0, 100_000)
 
 
 @_command(
@@ -881,12 +879,6 @@ def _checks(chosen: Sequence[str], fast: bool) -> None:
             failed.append(words[0])
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
-
-
-def _whole(text: str, flag: str) -> int:
-    if not (text.isascii() and text.isdecimal()):
-        raise UsageError("bad_number", f"{names.shown(text)} is not a number for {flag}", hint=f"for example: {flag} 1")
-    return int(text)
 
 
 @task(

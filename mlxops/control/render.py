@@ -6,6 +6,7 @@ Text from a host is from outside: it is escaped before a terminal sees it.
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import threading
@@ -15,7 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
 from mlxops.control.client import Answer
-from mlxops.core.errors import Exit, MlxopsError, worst
+from mlxops.core.errors import Exit, MlxopsError, OutputFailed, worst
 from mlxops.core.protocol import Event, Line, Note, Phase, Progress
 
 if TYPE_CHECKING:
@@ -148,7 +149,10 @@ class Talk:
         if self._bar is not None:
             self._bar.console.print(words, markup=False, highlight=False, soft_wrap=True)
         else:
-            print(words, file=self._stream, flush=True)
+            try:
+                print(words, file=self._stream, flush=True)
+            except OSError:
+                discard(self._stream.fileno())  # nobody hears it; what is to be done is done all the same
 
     def _progress(self, host: str, progress: Progress) -> None:
         name, done, total = progress.name, progress.done, progress.total
@@ -182,9 +186,26 @@ class Talk:
         )
 
 
+def discard(number: int) -> None:
+    """Nothing more can be written to this descriptor; the interpreter must not complain about that at its end."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, number)
+    os.close(null)
+
+
 def say(text: str) -> None:
-    """Data, on standard output."""
-    print(text, flush=True)  # noqa: T201
+    """Data, on standard output. Raises `BrokenPipeError` when nobody reads it any more, else `OutputFailed`."""
+    try:
+        print(text, flush=True)  # noqa: T201
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputFailed(
+            "output_unwritten",
+            "the result could not be written to standard output",
+            why=error.strerror or str(error),
+            hint="what was asked was done all the same; see: mlxctl status, mlxctl ops",
+        ) from None
 
 
 def size(number: object) -> str:
