@@ -236,7 +236,7 @@ def _cancelled(target: Target, operation: str, talk: render.Talk) -> MlxopsError
     if answer.error is not None:
         return answer.error
     if (answer.result or {}).get("cancelled") is True:
-        return Interrupted("cancelled", f"operation {operation} was cancelled; nothing of it is left")
+        return Interrupted("cancelled", f"operation {operation} was cancelled; nothing half done is left")
     return Interrupted("interrupted", f"operation {operation} was done before it could be cancelled")
 
 
@@ -788,7 +788,7 @@ def _lines_asked(text: str | None) -> int:
 @_command(
     host=HOSTS,
     follow="operation to follow to its end: its id, or the end of it",
-    cancel="operation to end: its id, or the end of it; nothing of it stays",
+    cancel="operation to end: its id, or the end of it; nothing half done stays",
 )
 def ops(
     c: Context,

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.control.test_attach import freeze
 from tests.lab import models
 from tests.lab.homelab import Homelab, Studio
 from tests.lab.wired import client
@@ -233,6 +234,7 @@ def test_a_restore_that_is_cancelled_keeps_what_it_has_started(homelab: Homelab)
     with restoring(homelab, "commit: ") as process:
         assert process.stderr is not None
         next(line for line in process.stderr if line.startswith("proof: "))
+        freeze(homelab, second)
         running = homelab.mini.mlxctl("ops", "--json").ok().json["hosts"][0]["operations"][0]
         homelab.mini.mlxctl("ops", "--cancel", running["operation"]).ok()
         assert process.wait(60) == 130
