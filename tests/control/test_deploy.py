@@ -146,7 +146,7 @@ def test_a_damaged_agent_is_made_anew(home: Path, bare: None) -> None:
     (package / "core" / "errors.py").write_text("")
     said: list[str] = []
     assert deploy.install(open_local(), host(), said.append, places=HERE)["changed"] is True
-    assert any("unfinished" in note for note in said)
+    assert any("making it anew" in note for note in said)
     assert build_of(home) == build_id()
 
 
@@ -232,6 +232,8 @@ def test_rollback_goes_to_the_build_before_and_back(home: Path, bare: None) -> N
     with pytest.raises(Refused, match="no build to go back to"):
         deploy.install(open_local(), host(), quiet, places=HERE, wish=back)
     state = home / ".mlxops"
+    looked = deploy.install(open_local(), host(), quiet, places=HERE, wish=deploy.Wish(dry_run=True))
+    assert looked["changed"] is False and looked["dry_run"] is True
     # Another build whose sources differ by one line.
     other = older_build(home, "0.1.0+000000000000")
     core = next(other.glob("lib/python*/site-packages/mlxops/core/__init__.py"))
@@ -245,6 +247,8 @@ def test_rollback_goes_to_the_build_before_and_back(home: Path, bare: None) -> N
     assert build_of(home) == build_id()
     assert deploy.install(open_local(), host(), quiet, places=HERE, wish=back)["build"] == name.stdout.strip()
     assert build_of(home) == name.stdout.strip()
+    again = deploy.install(open_local(), host(), quiet, places=HERE, wish=deploy.Wish(dry_run=True))
+    assert again["changed"] is True and again["build"] == build_id() and build_of(home) == name.stdout.strip()
     deploy.install(open_local(), host(), quiet, places=HERE, wish=back)
     assert build_of(home) == build_id()
 
