@@ -820,6 +820,7 @@ def ops(
     rollback="go back to the build that was there before",
     wheels="folder with all wheels that are needed, for a host without a package index",
     mlxctl="also install mlxctl there, linked into ~/.local/bin",
+    dry_run=DRY,
 )
 def deploy(
     c: Context,
@@ -827,6 +828,7 @@ def deploy(
     rollback: bool = False,
     wheels: str | None = None,
     mlxctl: bool = False,
+    dry_run: bool = False,
     local: bool = False,
     json: bool = False,
     debug: bool = False,
@@ -836,8 +838,10 @@ def deploy(
 
     def run(talk: render.Talk) -> tuple[Answer, ...]:
         (target,) = call.targets(only_one=True)
-        folder = Path(wheels) if wheels else None
-        return (client.deploy(target, talk.hear, mlxctl=mlxctl, wheels=folder, rollback=rollback),)
+        from mlxops.control.deploy import Wish
+
+        wish = Wish(mlxctl, Path(wheels) if wheels else None, rollback, dry_run)
+        return (client.deploy(target, talk.hear, wish),)
 
     _answer(call, run, lambda answers: _lines(call, answers), key="result")
 

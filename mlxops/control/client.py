@@ -11,13 +11,16 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlxops.build import build_id
 from mlxops.control.session import ConnectionLost, Ended, Session, Transport
 from mlxops.core.errors import AgentProblem, MlxopsError, OutcomeUnknown, Unreachable
 from mlxops.core.protocol import Asker, Done, Event, Failed, Hello, Line, Note, Reached, Request, Started, decode_event
 from mlxops.core.settings import Settings
+
+if TYPE_CHECKING:
+    from mlxops.control.deploy import Wish
 
 SILENCE_SECONDS = 30.0
 """The agent says something every five seconds while it follows an operation, and answers a question sooner."""
@@ -103,23 +106,23 @@ def ask_all(targets: Sequence[Target], command: str, args: Mapping[str, object],
     return tuple(answers[index] for index in range(len(targets)))
 
 
-def deploy(target: Target, listen: Listen, *, mlxctl: bool, wheels: Path | None, rollback: bool) -> Answer:
+def deploy(target: Target, listen: Listen, wish: Wish) -> Answer:
     """Install this tree's agent on the host, then agree with it on the host's settings; or go back to the build that
     was there before, which agrees with its own control node only."""
-    from mlxops.control.deploy import Wish, install
+    from mlxops.control.deploy import install
     from mlxops.control.inventory import Host
 
     host = Host(target.name, target.ssh or target.name, target.python, target.settings)
     try:
         transport = connect(target)
         try:
-            wish = Wish(mlxctl, wheels, rollback, str(this_asker()))
-            installed = install(transport, host, lambda text: listen(target.name, Note(text)), wish=wish)
+            by = replace(wish, by=str(this_asker()))
+            installed = install(transport, host, lambda text: listen(target.name, Note(text)), wish=by)
         finally:
             transport.close()
     except MlxopsError as error:
         return Answer(target.name, error=error)
-    if rollback and installed.get("build") != build_id():
+    if wish.dry_run or (wish.rollback and installed.get("build") != build_id()):
         return Answer(target.name, installed)
     agreed = ask(target, "agree", {}, listen)
     return Answer(target.name, {**installed, **(agreed.result or {})}, agreed.error)

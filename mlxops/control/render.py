@@ -421,6 +421,8 @@ def change_lines(command: str, result: Mapping[str, object]) -> str:
 
 def _deploy_lines(result: Mapping[str, object]) -> str:
     verb = "installed" if result.get("changed") else "already installed"
+    if result.get("dry_run"):
+        verb = "would be installed" if result.get("changed") else "is installed"
     build, own, pruned = result.get("build"), result.get("own_build"), result.get("pruned")
     lines = [f"agent {build} {verb} at {result.get('path')}"]
     if isinstance(pruned, list) and pruned:

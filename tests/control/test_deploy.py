@@ -149,7 +149,7 @@ def test_a_damaged_agent_is_made_anew(home: Path, bare: None) -> None:
     (package / "core" / "errors.py").write_text("")
     said: list[str] = []
     assert deploy.install(open_local(), host(), said.append, places=HERE)["changed"] is True
-    assert any("unfinished" in note for note in said)
+    assert any("making it anew" in note for note in said)
     assert build_of(home) == build_id()
 
 
@@ -280,11 +280,15 @@ def test_rollback_goes_to_the_build_before_and_back(home: Path, bare: None) -> N
     deploy.install(open_local(), host(), quiet, places=HERE)
     with pytest.raises(Refused, match="no build to go back to"):
         deploy.install(open_local(), host(), quiet, places=HERE, wish=back)
+    looked = deploy.install(open_local(), host(), quiet, places=HERE, wish=deploy.Wish(dry_run=True))
+    assert looked["changed"] is False and looked["dry_run"] is True
     name = another_build(home)
     assert deploy.install(open_local(), host(), quiet, places=HERE)["changed"] is True
     assert build_of(home) == build_id()
     assert deploy.install(open_local(), host(), quiet, places=HERE, wish=back)["build"] == name
     assert build_of(home) == name
+    again = deploy.install(open_local(), host(), quiet, places=HERE, wish=deploy.Wish(dry_run=True))
+    assert again["changed"] is True and again["build"] == build_id() and build_of(home) == name
     deploy.install(open_local(), host(), quiet, places=HERE, wish=back)
     assert build_of(home) == build_id()
 
