@@ -137,7 +137,7 @@ class RegistryFile:
                 data = _read(self.path)
                 old = registries.parse(data)
                 if old.unwritable:
-                    raise registries.refusal(old.unwritable)
+                    raise self.refusal(old.unwritable)
                 new = change(old)
                 if new.raw == old.raw:
                     return old
@@ -177,7 +177,7 @@ class RegistryFile:
         """Before anything is started or stopped: would a write succeed? Raises `Refused`."""
         current = self.read()
         if current.unwritable:
-            raise registries.refusal(current.unwritable)
+            raise self.refusal(current.unwritable)
         probe = self.path.with_name(f".{self.path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -192,6 +192,10 @@ class RegistryFile:
         finally:
             with contextlib.suppress(OSError):
                 probe.unlink()
+
+    def refusal(self, why: str) -> Refused:
+        """For a registry that can be read, if at all, and not be written."""
+        return registries.refusal(why, str(self.path), str(self._previous))
 
     def _unwritable(self, error: OSError) -> Refused:
         return Refused(

@@ -110,12 +110,13 @@ class Registry:
         return _view({**self.raw, "models": models}, None)
 
 
-def refusal(why: str) -> Refused:
+def refusal(why: str, path: str = "", previous: str = "") -> Refused:
+    """`path` is the registry's file, `previous` that of the generation before."""
     return Refused(
         "registry_unusable",
-        "the registry cannot be changed",
+        f"the registry {path}".strip() + " cannot be changed",
         why=why,
-        hint="mend the file by hand (the generation before is kept beside the host's state), then try again",
+        hint=f"mend it by hand, then try again; the generation before is {previous or 'kept in the state of the host'}",
     )
 
 

@@ -12,7 +12,7 @@ from mlxops.agent.operations.ops import downloads
 from mlxops.agent.operations.prepare import shown_options
 from mlxops.agent.operations.probe import failed, probe
 from mlxops.agent.snapshot import shape
-from mlxops.core.registry import Model, Registry, refusal
+from mlxops.core.registry import Model, Registry
 from mlxops.core.world import Operation, Owner, PortView
 
 
@@ -26,7 +26,7 @@ def status(ctx: Context) -> dict[str, object]:
         found += failed(world, probes)
     drift = [each.to_wire() for each in found]
     if registry.unwritable:
-        error = refusal(registry.unwritable)
+        error = ctx.store.registry.refusal(registry.unwritable)
         drift.insert(0, {"code": error.code, "port": None, "model": None, "message": error.why, "hint": error.hint})
     running = [_running(ctx, each) for each in downloads(ctx)]
     return {"operations": running, "ports": rows, "drift": drift, "registry": str(ctx.where.registry)}
