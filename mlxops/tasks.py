@@ -858,6 +858,22 @@ def _checks(chosen: Sequence[str], fast: bool) -> None:
         raise SystemExit(f"failed: {', '.join(failed)}")
 
 
+@task(
+    positional=[],
+    auto_shortflags=False,
+    help={"only": "rows to measure, separated by commas; an unknown one lists them", "json": JSON},
+)
+def bench(c: Context, only: str | None = None, json: bool = False) -> None:
+    """Measure mlxops against what it is made of."""
+
+    def run() -> None:
+        from tests.benchmarks import bench
+
+        bench.run(only, as_json=json)
+
+    _develop("bench", run, json=json)
+
+
 def _whole(text: str, flag: str) -> int:
     if not (text.isascii() and text.isdecimal()):
         raise UsageError("bad_number", f"{names.shown(text)} is not a number for {flag}", hint=f"for example: {flag} 1")
@@ -900,9 +916,9 @@ def faults(
     _develop("faults", run)
 
 
-def _develop(name: str, run: Callable[[], None]) -> None:
+def _develop(name: str, run: Callable[[], None], *, json: bool = False) -> None:
     """A task for those who work on mlxops: it needs the checkout, and says so."""
-    call = Call(name, None, local=True, json=False, debug=False)
+    call = Call(name, None, local=True, json=json, debug=False)
     folder = _beside()
     try:
         if folder is None or not (folder / "tests" / "lab").is_dir():
@@ -939,11 +955,11 @@ namespace = Collection(
     remove,
     gateway,
     boot,
-    gateway,
     ops,
     logs,
     deploy,
     demo,
     test,
+    bench,
     faults,
 )
