@@ -18,7 +18,6 @@ import errno
 import fcntl
 import json
 import os
-import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -54,7 +53,7 @@ def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
 
     A reader sees the old or the new content; after the return, power loss does not undo it. Raises `OSError`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         try:
@@ -74,6 +73,16 @@ def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def named(folder: Path, prefix: str, suffix: str = "") -> list[Path]:
+    """What lies in a folder under such names, sorted; nothing if there is no folder. (`glob` compiles every pattern
+    anew, which takes longer than the looking.)"""
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return []
+    return [folder / name for name in sorted(names) if name.startswith(prefix) and name.endswith(suffix)]
 
 
 def _writer_lives(temporary: Path) -> bool:
@@ -171,14 +180,14 @@ class RegistryFile:
 
     def leftovers(self) -> list[Path]:
         """Temporary files beside the registry; one that is being written at this moment counts too."""
-        return sorted(self.path.parent.glob(f".{self.path.name}.*.tmp"))
+        return named(self.path.parent, f".{self.path.name}.", ".tmp")
 
     def check_writable(self) -> None:
         """Before anything is started or stopped: would a write succeed? Raises `Refused`."""
         current = self.read()
         if current.unwritable:
             raise registries.refusal(current.unwritable)
-        probe = self.path.with_name(f".{self.path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+        probe = self.path.with_name(f".{self.path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists() and not self.path.is_file():
@@ -281,7 +290,7 @@ class Store:
     def leftovers(self) -> list[Path]:
         """Temporary files, here and beside the registry, whose writers are gone."""
         folders = (self.state, self.state / "run")
-        own = [path for folder in folders for path in folder.glob(".*.tmp") if not _writer_lives(path)]
+        own = [path for folder in folders for path in named(folder, ".", ".tmp") if not _writer_lives(path)]
         return sorted([*own, *(path for path in self.registry.leftovers() if not _writer_lives(path))])
 
     def remove_leftovers(self) -> list[Path]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Container, Iterable, Mapping
@@ -16,6 +15,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Protocol
+
+from mlxops.agent import sockets
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def this_system() -> System:
 
 
 class LinuxSystem:
-    """/proc, as proc(5) describes it."""
+    """/proc, as proc(5) describes it, and the kernel's own word about sockets."""
 
     root = Path("/proc")
     sees_all_listeners = True
@@ -154,12 +155,14 @@ class LinuxSystem:
     def look(self, ports: Container[int]) -> Look:
         # Listeners first: a server that comes up in between is then seen as a process without a port, which
         # decides nothing, and not as a port without a process.
-        sockets = [socket for table in ("tcp", "tcp6") for socket in self._listening(table, ports)]
+        listening = [each for each in sockets.tcp(sockets.LISTENING) if each.port in ports]
         processes = {p.pid: p for p in map(self.process, self._pids()) if p is not None}
-        owners = self._owners({inode for _, _, inode in sockets}) if sockets else {}
+        owners = self._owners({each.inode for each in listening}) if listening else {}
         return Look(
             processes,
-            tuple(Listener(address, port, frozenset(owners.get(inode, ()))) for address, port, inode in sockets),
+            tuple(
+                Listener(_plain(each.address), each.port, frozenset(owners.get(each.inode, ()))) for each in listening
+            ),
         )
 
     def environment(self, pid: int, key: str) -> str | None:
@@ -194,33 +197,14 @@ class LinuxSystem:
 
     def connections(self, port: int, pids: Iterable[int]) -> frozenset[tuple[str, int]]:
         return frozenset(
-            (_address(address), int(remote, 16))
-            for table in ("tcp", "tcp6")
-            for fields in self._sockets(table, "01")
-            for address, _, remote in [fields[2].partition(":")]
-            if int(fields[1].rpartition(":")[2], 16) == port
+            (_plain(each.far[0]), each.far[1]) for each in sockets.tcp(sockets.CONNECTED) if each.port == port
         )
 
     def _pids(self) -> Iterable[int]:
         return (int(name) for name in os.listdir(self.root) if name.isdigit())
 
     def connected(self, ports: Container[int]) -> frozenset[int]:
-        found = (int(row[1].partition(":")[2], 16) for table in ("tcp", "tcp6") for row in self._sockets(table, "01"))
-        return frozenset(port for port in found if port in ports)
-
-    def _listening(self, table: str, ports: Container[int]) -> Iterable[tuple[str, int, str]]:
-        for fields in self._sockets(table, "0A"):
-            address, _, port = fields[1].partition(":")
-            if int(port, 16) in ports:
-                yield _address(address), int(port, 16), fields[9]
-
-    def _sockets(self, table: str, state: str) -> Iterable[list[str]]:
-        """The rows of a table of sockets that are in `state`: 01 connected, 0A listening (<net/tcp_states.h>)."""
-        try:
-            lines = _read(f"{self.root}/net/{table}").decode().splitlines()[1:]
-        except OSError:
-            return
-        yield from (fields for fields in map(str.split, lines) if fields[3] == state)
+        return frozenset(each.port for each in sockets.tcp(sockets.CONNECTED) if each.port in ports)
 
     def _owners(self, inodes: set[str]) -> dict[str, set[int]]:
         wanted = {f"socket:[{inode}]": inode for inode in inodes}
@@ -243,7 +227,7 @@ class PsutilSystem:
     sees_all_listeners = False
 
     def boot_id(self) -> str:
-        if platform.system() != "Darwin":
+        if sys.platform != "darwin":
             return LinuxSystem().boot_id()
         # kern.bootsessionuuid: a UUID for each boot (XNU, bsd/kern/kern_sysctl.c).
         command = ["/usr/sbin/sysctl", "-n", "kern.bootsessionuuid"]
@@ -274,7 +258,7 @@ class PsutilSystem:
     def look(self, ports: Container[int]) -> Look:
         import psutil
 
-        sockets: dict[tuple[str, int], set[int]] = {}
+        found: dict[tuple[str, int], set[int]] = {}
         processes: dict[int, Process] = {}
         for pid in psutil.pids():
             process = self.process(pid)
@@ -284,12 +268,12 @@ class PsutilSystem:
             try:
                 for connection in psutil.Process(pid).net_connections(kind="tcp"):
                     if connection.status == psutil.CONN_LISTEN and connection.laddr.port in ports:
-                        sockets.setdefault((_plain(connection.laddr.ip), connection.laddr.port), set()).add(pid)
+                        found.setdefault((_plain(connection.laddr.ip), connection.laddr.port), set()).add(pid)
             except (psutil.Error, OSError):
                 continue
         return Look(
             processes,
-            tuple(Listener(address, port, frozenset(pids)) for (address, port), pids in sockets.items()),
+            tuple(Listener(address, port, frozenset(pids)) for (address, port), pids in found.items()),
         )
 
     def connected(self, ports: Container[int]) -> frozenset[int]:
@@ -350,18 +334,13 @@ class PsutilSystem:
         return frozenset(found)
 
 
-def _address(text: str) -> str:
-    """An address as /proc/net/tcp writes it: 32-bit words in the machine's byte order."""
-    raw = bytes.fromhex(text)
-    words = [raw[i : i + 4] for i in range(0, len(raw), 4)]
-    if sys.byteorder == "little":
-        words = [word[::-1] for word in words]
-    return _plain(str(ipaddress.ip_address(b"".join(words))))
-
-
 def _read(path: str) -> bytes:
-    with open(path, "rb", buffering=0) as file:
-        parts = []
-        while part := file.read(65536):
-            parts.append(part)
+    # Not `open`, whose questions about the file take longer than its few bytes; there are hundreds of such files.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        parts = [os.read(descriptor, 65536)]
+        while parts[-1]:
+            parts.append(os.read(descriptor, 65536))
         return b"".join(parts)
+    finally:
+        os.close(descriptor)

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import threading
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -125,7 +124,9 @@ def finish(context: Context, emit: Callable[[Event], None]) -> int:
 
 def _told(error: Exception, store: Store) -> MlxopsError:
     """A disk that fails where nobody looked for it is the disk's fault; all else is ours."""
-    return state_unwritable(store.state, error) if disk_failed(error) else bug(error, traceback.format_exc())
+    from traceback import format_exc
+
+    return state_unwritable(store.state, error) if disk_failed(error) else bug(error, format_exc())
 
 
 def _watch_for_cancel(journal: Journal) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import getpass
 import ipaddress
-import secrets
+import os
 import socket
 import sys
 import threading
@@ -166,7 +166,7 @@ class _Conversation:
         self._target = target
         self._listen = listen
         self._request = Request(
-            command, args, target.settings, build_id(), this_asker(), target.agreed, ticket=secrets.token_hex(4)
+            command, args, target.settings, build_id(), this_asker(), target.agreed, ticket=os.urandom(4).hex()
         )
         self._hello = False
         self._operation = ""

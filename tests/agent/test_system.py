@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from mlxops.agent import sockets
 from mlxops.agent.system import LinuxSystem, Listener, Look, Process, PsutilSystem, System, collides, this_system
 from tests.lab.world import wait_until
 
@@ -199,6 +200,43 @@ def test_both_ways_see_the_same_listeners(stack: ExitStack) -> None:
 
     assert rows(LinuxSystem()) == rows(PsutilSystem())
     assert len(rows(LinuxSystem())) == 5
+
+
+@pytest.fixture(params=["kernel", "proc"])
+def told_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Who tells about sockets; where the kernel may not be asked, the system itself refuses."""
+    if request.param == "proc":
+        monkeypatch.setattr(sockets, "_NETLINK_SOCK_DIAG", 99)
+        with pytest.raises(OSError):
+            sockets.from_kernel(socket.AF_INET, sockets.LISTENING)
+    return str(request.param)
+
+
+@linux
+@pytest.mark.parametrize(("family", "address"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
+def test_listeners_and_connections_are_told_by_the_kernel_and_without_it(
+    stack: ExitStack, told_by: str, family: int, address: str
+) -> None:
+    if family == socket.AF_INET6 and not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    port = listen(stack, family, address)
+    client = stack.enter_context(socket.create_connection((address, port)))
+    own = client.getsockname()[1]
+    inode = os.fstat(client.fileno()).st_ino
+    assert [(each.address, each.port) for each in sockets.tcp(sockets.LISTENING) if each.port == port] == [
+        (address, port)
+    ]
+    ends = {each.port: each for each in sockets.tcp(sockets.CONNECTED) if {each.port, each.far[1]} == {port, own}}
+    assert (ends[own].address, ends[own].far, ends[own].inode) == (address, (address, port), str(inode))
+    assert ends[port].far == (address, own)
+    assert LinuxSystem().connections(port, []) == {(address, own)} and LinuxSystem().connected({port}) == {port}
+
+
+@linux
+def test_many_sockets_come_in_many_pieces_and_none_is_lost(stack: ExitStack) -> None:
+    ports = {listen(stack, socket.AF_INET, "127.0.0.1") for _ in range(500)}
+    found = [each.port for each in sockets.from_kernel(socket.AF_INET, sockets.LISTENING) if each.port in ports]
+    assert sorted(found) == sorted(ports)
 
 
 @pytest.mark.parametrize(
