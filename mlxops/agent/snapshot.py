@@ -129,7 +129,7 @@ def completeness(snapshot_dir: Path) -> str | None:
         files, tree = _list(folder), _tree(folder)
         if why := _missing(folder, files, tree):
             return why
-        return next(_wrong_lengths(folder, files), None) if tree is not None else None
+        return next(_wrong_lengths(folder, files), None)
     except (OSError, Damaged) as error:
         return _reason(error)
 
@@ -288,9 +288,12 @@ def _missing(folder: str, files: Files, tree: Mapping[str, int] | None) -> str |
     for name in sorted(files.dangling):
         if _NEEDED.fullmatch(name):
             return f"{printable(name)} is missing"
-    for name in sorted(_expected_weights(folder, files)):
+    expected, tensor_bytes = _expected_weights(folder, files)
+    for name in sorted(expected):
         if name not in files.sizes:
             return f"{printable(name)} is missing"
+    if expected == set(_weights(files.sizes)) and _add_up(folder, files, expected, tensor_bytes):
+        return None
     return next(_wrong_lengths(folder, files), None) or _no_weights(files)
 
 
@@ -317,26 +320,44 @@ def _weights(names: Mapping[str, int]) -> list[str]:
     return [name for name in weights if name.startswith("model")] or weights
 
 
-def _expected_weights(folder: str, files: Files) -> set[str]:
-    """Names of weight files according to the index, else to the numbers in the names themselves."""
+def _expected_weights(folder: str, files: Files) -> tuple[set[str], int | None]:
+    """(names of weight files, bytes of all their tensors) according to the index; without one the names are those
+    that the numbers in the names themselves imply, and the bytes are not known."""
     if _INDEX in files.dangling:
-        return {_INDEX}
+        return {_INDEX}, None
     if _INDEX in files.sizes:
-        shards = _json(f"{folder}/{_INDEX}", MAX_JSON).get("weight_map")
-        names = set(shards.values()) if isinstance(shards, dict) and _all_strings(shards.values()) else set()
-        if not names or not all(name and "/" not in name for name in names):
+        index = _json(f"{folder}/{_INDEX}", MAX_JSON)
+        shards, metadata = index.get("weight_map"), index.get("metadata")
+        try:
+            names = set(shards.values()) if isinstance(shards, dict) else set()
+        except TypeError:  # lists or objects in place of names
+            names = set()
+        if not names or not all(isinstance(name, str) and name and "/" not in name for name in names):
             raise Damaged(f"{_INDEX} names no weight files")
-        return names
+        return names, _positive(metadata, "total_size") if isinstance(metadata, dict) else None
     names = {name for name in files.dangling if is_weight(name)}
     for name in _weights(files.sizes):
         if shard := _SHARD.fullmatch(name):
             stem, last = shard[1], shard[3]
             names |= {f"{stem}-{number:05d}-of-{last}.safetensors" for number in range(1, min(int(last), 9999) + 1)}
-    return names
+    return names, None
 
 
-def _all_strings(values: object) -> bool:
-    return all(isinstance(value, str) for value in values)  # type: ignore[attr-defined]
+def _add_up(folder: str, files: Files, names: set[str], tensor_bytes: int | None) -> bool:
+    """Whether these files hold as many bytes of tensors together as the index says. Only how long their headers are
+    has to be known for that; parsing the headers of a large cache takes most of the time of an `init`."""
+    if tensor_bytes is None:
+        return False
+    headers = sum(8 + _header_length(f"{folder}/{name}") for name in names)
+    return sum(files.sizes[name] for name in names) == headers + tensor_bytes
+
+
+def _header_length(path: str) -> int:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        return int.from_bytes(os.read(descriptor, 8), "little")
+    finally:
+        os.close(descriptor)
 
 
 def _wrong_lengths(folder: str, files: Files) -> Iterator[str]:
@@ -363,8 +384,7 @@ def _damage(folder: str, files: Files) -> Iterator[tuple[str, str]]:
 def _fits(header: bytes, size: int) -> bool:
     """Whether the last tensor ends where the file does, without parsing thousands of tensors. A string cannot pass
     for an offset: in JSON its quotes are escaped. What is written otherwise is parsed after all."""
-    ends = [int(end) for end in _ENDS.findall(header)]
-    return bool(ends) and max(ends) == size - 8 - len(header)
+    return max(map(int, _ENDS.findall(header)), default=-1) == size - 8 - len(header)
 
 
 def _header(path: str, size: int) -> tuple[str | None, int]:

@@ -104,14 +104,14 @@ def fill(hub: Path, repos: int, model: Path, *, trees: bool) -> None:
     """A cache of many models: headers as long as real ones, and hardly any weights. `trees`: with the listings that
     huggingface_hub keeps since 1.22."""
     if not model.exists():
-        half = {f"model.layers.{number}.self_attn.q_proj.weight": 16 for number in range(TENSORS // 2)}
-        _write_model(model, [half, half])
+        tensors = [f"model.layers.{number}.self_attn.q_proj.weight" for number in range(TENSORS)]
+        _write_model(model, [dict.fromkeys(tensors[::2], 16), dict.fromkeys(tensors[1::2], 16)])
     for number in range(repos):
         models.install_snapshot(hub, f"mlx-community/model-{number:04}", model, trees=trees)
 
 
 def _write_model(folder: Path, shards: list[dict[str, int]]) -> None:
-    """The files of a quantized model as mlx_lm.convert leaves them. `shards`: names and bytes of tensors."""
+    """The files of a quantized Qwen3 as they are on the hub. `shards`: names and bytes of tensors."""
     folder.mkdir(parents=True)
     config = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "max_position_embeddings": 40960}
     config |= {"quantization": {"group_size": 64, "bits": 4}, "num_hidden_layers": 28, "num_key_value_heads": 8}
@@ -121,9 +121,13 @@ def _write_model(folder: Path, shards: list[dict[str, int]]) -> None:
         ("tokenizer_config.json", {"model_max_length": 40960}),
         ("special_tokens_map.json", {}),
         ("generation_config.json", {}),
+        ("added_tokens.json", {}),
+        ("vocab.json", {}),
     ):
         (folder / name).write_text(json.dumps(content, indent=4), encoding="utf-8")
     (folder / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    (folder / ".gitattributes").write_text("*.safetensors filter=lfs\n", encoding="utf-8")
     (folder / "README.md").write_text("---\nlibrary_name: mlx\n---\n", encoding="utf-8")
     files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
     for name, tensors in zip(files, shards, strict=True):
