@@ -158,10 +158,15 @@ class LinuxSystem:
         listening = [each for each in sockets.tcp(sockets.LISTENING) if each.port in ports]
         processes = {p.pid: p for p in map(self.process, self._pids()) if p is not None}
         owners = self._owners({each.inode for each in listening}) if listening else {}
+        # A child that a server has made meanwhile holds its listener too: it is told, or, if it has ended, not counted.
+        later = map(self.process, set().union(*owners.values()) - processes.keys())
+        processes |= {p.pid: p for p in later if p is not None}
+        living = {p.pid for p in processes.values() if not p.zombie}
         return Look(
             processes,
             tuple(
-                Listener(_plain(each.address), each.port, frozenset(owners.get(each.inode, ()))) for each in listening
+                Listener(_plain(each.address), each.port, frozenset(owners.get(each.inode, set()) & living))
+                for each in listening
             ),
         )
 

@@ -202,6 +202,27 @@ def test_both_ways_see_the_same_listeners(stack: ExitStack) -> None:
     assert len(rows(LinuxSystem())) == 5
 
 
+@linux
+def test_a_server_that_makes_children_while_it_is_looked_at_stays_the_only_group_on_its_port(stack: ExitStack) -> None:
+    """Between fork and exec a child holds every listener of its parent, and it may be gone a moment later."""
+    code = """if True:
+        import os, socket
+        server = socket.create_server(("127.0.0.1", 0))
+        print(server.getsockname()[1], flush=True)
+        while True:
+            if os.fork() == 0:
+                os._exit(0)
+            os.wait()
+    """
+    busy = child(stack, sys.executable, "-IS", "-c", code, stdout=subprocess.PIPE, start_new_session=True)
+    assert busy.stdout is not None
+    port = int(busy.stdout.readline())
+    for _ in range(60):
+        look = LinuxSystem().look({port})
+        (listener,) = look.on("127.0.0.1", port)
+        assert busy.pid in listener.pids <= {process.pid for process in look.group(busy.pid)}
+
+
 @pytest.fixture(params=["kernel", "proc"])
 def told_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Who tells about sockets; where the kernel may not be asked, the system itself refuses."""
