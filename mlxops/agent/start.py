@@ -13,6 +13,7 @@ import secrets
 import shlex
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -36,6 +37,8 @@ TRY_SECONDS = 0.02
 would be taken from its own start."""
 LOG_SECONDS = 0.1
 """How often its log is read for words that end all hope."""
+LEAVE_SECONDS = 0.5
+"""How long the leader of a server whose listener is a child's has to stay after the proof."""
 HEALTH_SECONDS = 1.0
 """How often the health of a loading server is asked: it is a line in its log each time."""
 COMPLETION_SECONDS = 30.0
@@ -160,6 +163,7 @@ class Start:
                 raise self._failed(f"the server ended with {_ending(status)} before it answered", status)
             outcome = attempt.poll(deadline)
             if outcome is None:
+                self._see_it_stay(run, gated)
                 run = replace(run, proven_at=now())
                 return run
             if isinstance(outcome, NoCompletion):
@@ -168,6 +172,18 @@ class Start:
                 raise self._failed("the server could not load the model")
             time.sleep(TRY_SECONDS)
         raise self._failed(f"the server did not answer within {timeout:.0f} s")
+
+    def _see_it_stay(self, run: Run, gated: Gated) -> None:
+        """Where another process of the group listens, its leader may be on its way out: it gets a moment for that.
+        Raises `NotStarted`."""
+        look = self.system.look(frozenset([run.port]))
+        if any(run.pid in each.pids for each in look.on(self.where.settings.bind, run.port)):
+            return
+        try:
+            status = gated.child.wait(LEAVE_SECONDS)
+        except subprocess.TimeoutExpired:
+            return
+        raise self._failed(f"the server ended with {_ending(status)}, and left a process that answers", status)
 
     def _says_broken(self) -> bool:
         if time.monotonic() - self._read < LOG_SECONDS:
