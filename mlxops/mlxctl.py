@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
+import copy
+import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from invoke.config import Config
 from invoke.exceptions import ParseError
+from invoke.parser.argument import Argument
 from invoke.program import Program
+from invoke.tasks import Task
 
 from mlxops import __version__
 from mlxops.control import render
@@ -45,9 +50,17 @@ class _Mlxctl(Program):
         except ParseError as error:
             raise _usage(error) from None
 
+    def execute(self) -> None:
+        try:
+            super().execute()
+        except KeyboardInterrupt:
+            raise SystemExit(int(Exit.INTERRUPTED)) from None
+
 
 def _usage(error: ParseError) -> SystemExit:
-    told = UsageError("usage", str(error).rstrip("!"), why="it is not a command line of mlxctl", hint="mlxctl --list")
+    task = getattr(error.context, "name", None)
+    hint = f"mlxctl {task} --help" if task else "mlxctl --list"
+    told = UsageError("usage", str(error).rstrip("!"), why="it is not a command line of mlxctl", hint=hint)
     if "--json" in sys.argv:
         render.say(render.error_document(next((w for w in sys.argv[1:] if not w.startswith("-")), ""), told))
     render.Talk(many=False).error("", told)
@@ -75,16 +88,35 @@ def with_flags(words: Sequence[str], takes_value: frozenset[str]) -> list[str]:
     return made
 
 
+def _arguments(task: Task[Any]) -> list[Argument]:
+    """Asked of a copy: Invoke takes the help texts out of a task when it gives its arguments."""
+    asked = copy.copy(task)
+    asked.help = dict(task.help)
+    return asked.get_arguments()
+
+
 def main() -> None:
     """Raises `SystemExit`."""
+    try:
+        _run()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output went away; the interpreter must not complain about it at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise SystemExit(141) from None
+    except KeyboardInterrupt:
+        raise SystemExit(int(Exit.INTERRUPTED)) from None
+
+
+def _run() -> None:
     from mlxops.tasks import namespace
 
     takes_value = frozenset(
         name
         for task in namespace.tasks.values()
-        for argument in task.get_arguments()
+        for argument in _arguments(task)
         if argument.takes_value
-        for name in (f"--{argument.name.replace('_', '-')}",)
+        for name in (f"--{(argument.name or '').replace('_', '-')}",)
     )
     program = _Mlxctl(version=__version__, namespace=namespace, name="mlxctl", binary="mlxctl", config_class=_OwnConfig)
     program.run(["mlxctl", *with_flags(sys.argv[1:], takes_value)])

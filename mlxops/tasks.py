@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from invoke.collection import Collection
 from invoke.context import Context
@@ -91,10 +91,8 @@ Show = Callable[[Sequence[Answer]], str]
 Send = Callable[[Mapping[str, object]], Answer]
 
 
-def _answer(
-    call: Call, run: Callable[[render.Talk], tuple[Answer, ...]], show: Show, key: str | None = None
-) -> NoReturn:
-    """The one boundary: run, print the data, tell the errors, exit."""
+def _answer(call: Call, run: Callable[[render.Talk], tuple[Answer, ...]], show: Show, key: str | None = None) -> None:
+    """The one boundary: run, print the data, tell the errors; exit, unless all is well: a further task may follow."""
     code: int = Exit.DONE
     try:
         with render.Talk(many=False) as talk:
@@ -115,7 +113,8 @@ def _answer(
 
         code = _fail(call, bug(error, format_exc()))
     gc.freeze()  # the interpreter collects several times when it ends: a tenth of the time that a `status` takes
-    raise SystemExit(code)
+    if code:
+        raise SystemExit(code)
 
 
 def _print(call: Call, answers: Sequence[Answer], show: Show, key: str | None) -> None:
@@ -162,8 +161,8 @@ def _interrupted(call: Call) -> MlxopsError:
     return Interrupted(
         "interrupted",
         "interrupted",
-        why="what was asked goes on on the host" if going_on else "",
-        hint="see: mlxctl status; asking for the same thing again follows it" if going_on else "",
+        why="if the host had heard of it already, it goes on there" if going_on else "",
+        hint="see: mlxctl ops; asking for the same thing again follows it" if going_on else "",
     )
 
 
@@ -174,7 +173,7 @@ def _change(
     before: Callable[[Target, render.Talk], None] | None = None,
     around: Callable[[Target, Mapping[str, object], render.Talk, Send], Answer] | None = None,
     after: Callable[[render.Talk, Answer], None] | None = None,
-) -> NoReturn:
+) -> None:
     """A command that changes one host, or shows what it would change. `given` may raise `UsageError`.
 
     `around`: what is done before and after the request itself, which it sends with its last argument.
@@ -265,8 +264,8 @@ def _lines(call: Call, answers: Sequence[Answer]) -> str:
     return "\n".join(render.change_lines(call.command, a.result) for a in answers if a.result is not None)
 
 
-def _seconds(text: str | None, flag: str) -> float | None:
-    return None if text is None else names.seconds(text, flag)
+def _seconds(text: str | None, flag: str, *, zero: bool = False) -> float | None:
+    return None if text is None else names.seconds(text, flag, zero=zero)
 
 
 def _command(iterable: Sequence[str] = (), **help: str) -> Callable[[Callable[..., None]], Task[Callable[..., None]]]:
@@ -330,7 +329,7 @@ def status(
     _read(Call("status", host, local, json, debug), render.status_table, {"probe": probe}, strict=strict)
 
 
-def _read(call: Call, show: Show, args: Mapping[str, object] = {}, *, strict: bool = False) -> NoReturn:
+def _read(call: Call, show: Show, args: Mapping[str, object] = {}, *, strict: bool = False) -> None:
     def run(talk: render.Talk) -> tuple[Answer, ...]:
         answers = ask_all(call.targets(all_by_default=True), call.command, args, talk.hear)
         if strict:
@@ -386,7 +385,7 @@ def load(
             "timeout": _seconds(timeout, "--timeout"),
             "force": force,
             "overcommit": overcommit,
-            "drain": _seconds(drain, "--drain"),
+            "drain": _seconds(drain, "--drain", zero=True),
             "dry_run": dry_run,
         }
 
@@ -435,12 +434,14 @@ def unload(
     """Stop a port's server and clear its assignment."""
 
     def given() -> Mapping[str, object]:
-        _need(None if (port is None) == (model is None) else "one", "either --port or --model", "unload --port 8100")
+        if port is not None and model is not None:
+            raise UsageError("port_or_model", "--port and --model exclude each other", hint="mlxctl unload 8100")
+        _need(port or model, "either --port or --model", "unload --port 8100")
         return {
             "port": port,
             "model": model,
             "force": force,
-            "drain": _seconds(drain, "--drain"),
+            "drain": _seconds(drain, "--drain", zero=True),
             "dry_run": dry_run,
         }
 
@@ -474,7 +475,7 @@ def rollback(
             "port": _need(port, "--port", "rollback --port 8100"),
             "timeout": _seconds(timeout, "--timeout"),
             "overcommit": overcommit,
-            "drain": _seconds(drain, "--drain"),
+            "drain": _seconds(drain, "--drain", zero=True),
             "dry_run": dry_run,
         }
 
@@ -540,7 +541,8 @@ def _confirm(target: Target, talk: render.Talk) -> None:
     answer = ask(target, "unload-all", {"dry_run": True}, talk.hear)
     if answer.error is not None:
         raise answer.error
-    talk.note(render.change_lines("unload-all", answer.result or {}))
+    for line in render.change_lines("unload-all", answer.result or {}).splitlines():
+        talk.note(line.removesuffix(" (dry run, nothing changed)"))
     sys.stderr.write("Unload all of this? [y/N] ")
     sys.stderr.flush()
     if sys.stdin.readline().strip().lower() not in {"y", "yes"}:
@@ -566,13 +568,13 @@ def gateway(
     """Check every alias, from the gateway's files to what answers."""
     call = Call("gateway", host, local, json, debug)
     if print:
-        _entries(call, env)
+        return _entries(call, env)
 
     def run(talk: render.Talk) -> tuple[Answer, ...]:
         from mlxops.control import gateway
         from mlxops.control.gatewayfiles import read
 
-        if call.gateway is None or call.gateway.config is None:
+        if call.gateway is None or not (call.gateway.config or (through and call.gateway.url)):
             hint = "add `gateway: {config: ~/litellm/router.yaml}`; see the annotated hosts.yaml of mlxops"
             raise UsageError("no_gateway", "hosts.yaml does not say where the gateway's configuration is", hint=hint)
         told = read(call.gateway)
@@ -583,7 +585,7 @@ def gateway(
     _answer(call, run, render.gateway_table)
 
 
-def _entries(call: Call, env: bool) -> NoReturn:
+def _entries(call: Call, env: bool) -> None:
     """What to paste. With `--json` the same as data: `model_list`, and `environ` for the env file."""
     from mlxops.control import gateway
 
@@ -647,9 +649,8 @@ def boot(
     """Have the host start its models at boot."""
 
     def given() -> Mapping[str, object]:
-        actions = [name for name, on in (("install", install or every), ("remove", remove), ("show", show)) if on] or [
-            "show"
-        ]
+        given = (("every" if every else "install", install or every), ("remove", remove), ("show", show))
+        actions = [name for name, on in given if on] or ["show"]
         if len(actions) > 1:
             raise UsageError(
                 "one_action", f"--{actions[0]} and --{actions[1]} exclude each other", hint="one after the other"
@@ -773,7 +774,7 @@ def ops(
     """Show running and recent operations; follow or cancel one."""
     call = Call("ops", host, local, json, debug)
     if follow is None and cancel is None:
-        _read(call, render.ops_table)
+        return _read(call, render.ops_table)
 
     def run(talk: render.Talk) -> tuple[Answer, ...]:
         if follow is not None and cancel is not None:

@@ -30,6 +30,7 @@ from tests.steps import (
     group_of,
     install,
     listener,
+    models_listed,
     nothing_runs,
     port_of,
     tree,
@@ -315,6 +316,9 @@ class TestServer:
         # The console script's first line puts its interpreter before it.
         assert list(running[len(running) - len(plan["argv"]) :]) == plan["argv"]
         assert psutil.Process(pid).environ()["HF_HUB_OFFLINE"] == "1"
+        # It sees no other model of the host's cache, which a wrong name would make it load; and it says so properly.
+        path = ask.studio.registry()["models"][REPO]["cache_path"]
+        assert [each["id"] for each in models_listed(ask.studio, ask.port)["data"]] == [os.path.realpath(path)]
 
     def test_it_has_its_own_files_only(self, ask: Ask) -> None:
         install(ask.studio)

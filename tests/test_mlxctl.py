@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sysconfig
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -50,6 +54,45 @@ def test_what_is_typed_becomes(typed: str, made: str) -> None:
 def test_a_word_is_never_taken_apart() -> None:
     assert with_flags(["load", "a b; $(id)", "8100\n"], VALUES) == ["load", "--model", "a b; $(id)", "--port", "8100\n"]
     assert with_flags(["unload", ""], VALUES) == ["unload", "--port", ""]
+
+
+MLXCTL = str(Path(sysconfig.get_path("scripts")) / "mlxctl")
+
+
+def mlxctl(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([MLXCTL, *words], capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_the_help_of_a_task_says_what_each_flag_is_for() -> None:
+    said = mlxctl("load", "--help").stdout
+    assert "registered name, or repo id" in said and "seconds from the engine's start" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [("load --bogus", "mlxctl load --help"), ("set NAME", "mlxctl set --help"), ("x", "mlxctl --list")],
+)
+def test_a_usage_error_names_the_help_of_its_task(words: str, hint: str) -> None:
+    told = mlxctl(*words.split())
+    assert told.returncode == 2 and told.stderr.endswith(f"next: {hint}\n")
+
+
+def test_a_reader_that_leaves_is_no_trouble() -> None:
+    line = f'"{MLXCTL}" --help | true; "{MLXCTL}" --list | true'
+    assert subprocess.run(["/bin/sh", "-c", line], capture_output=True, text=True, timeout=60, check=True).stderr == ""
+
+
+def test_tasks_on_one_line_run_one_after_the_other_until_one_fails(tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts.yaml"
+    hosts.write_text(f"hosts: {{here: {{hub: {tmp_path}/hub, state: {tmp_path}/state, ports: 1-2}}}}")
+    env = {"HOME": str(tmp_path), "MLXOPS_HOSTS_FILE": str(hosts), "LC_ALL": "C.UTF-8"}
+
+    def run(words: str) -> str:
+        return subprocess.run([MLXCTL, *words.split()], capture_output=True, text=True, env=env, check=False).stdout
+
+    both = run("list --local status --local")
+    assert "REPO" in both and "STATE" in both
+    assert "STATE" not in run("list --local --host nowhere status --local")
 
 
 @given(

@@ -63,6 +63,9 @@ class TestWhere:
     def test_an_alias_without_a_port_goes_to_its_slot_and_nowhere_else(self, ask: Ask) -> None:
         register(ask.studio, "jerry-l")
         assert ask.error(3, "load", "--model", "jerry-l", "--port", ask.port, "--force")["code"] == "alias_elsewhere"
+        assert ask.error(3, "load", "--model", "jerry-m", "--port", ask.port)["code"] == "alias_elsewhere", (
+            "unknown too"
+        )
         assert ask.result("load", "--model", "jerry-l")["port"] == ask.studio.ports[1]
         assert assigned(ask.studio) == {"jerry-l": ask.studio.ports[1]}
         assert words_of(ask.studio, ask.studio.ports[1], "jerry-l")

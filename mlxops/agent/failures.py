@@ -1,7 +1,8 @@
 """Why a server did not start, as far as its last words tell: one table for all engines, and what helps.
 
 The words are those of the programs underneath, which all engines share: MLX and Metal, mlx-lm 0.28-0.32
-(`utils._get_classes`: "Model type X not supported."; `Module.load_weights`: "Missing N parameters"), transformers 4 and
+(`utils._get_classes`: "Model type X not supported."; `utils.load_model`: "No safetensors found in X";
+`Module.load_weights`: "Missing N parameters"), Jinja 3 (`parser.py`: unknown tags, unexpected ends), transformers 4 and
 5 (`tokenization_utils_base`: "tokenizer.chat_template is not set"), huggingface_hub 2 (`errors.GatedRepoError`), click
 (choices of mlx-openai-server's parsers), asyncio and uvicorn (a taken port), Python itself.
 """
@@ -77,13 +78,14 @@ TABLE = (
     _known(
         "no_chat_template",
         r"chat_template is not set|does not have a chat template|jinja2?\.exceptions\.\w+"
+        r"|Unexpected end of template|Encountered unknown tag '|expected token '[^']*', got '"
         r"|chat.template.{0,40}(?:not found|does not exist|no such file)",
         "its chat template is missing or cannot be used",
         "set chat_template in the registry entry {model!r} to a template file, or load an instruct model",
     ),
     _known(
         "port_taken",
-        r"address already in use|Errno 48\b|Errno 98\b",
+        r"address already in use|Errno 48\b|Errno 98\b|answered by a process that this load did not start",
         "something else listens on port {port}",
         "see who: mlxctl status; stop it, then load it again",
     ),
@@ -100,6 +102,12 @@ TABLE = (
         r"|incomplete metadata|header too large",
         "its weight files do not belong to its configuration, or are damaged",
         "delete the folder of {repo_id} in the host's cache and load it again; or choose another conversion",
+    ),
+    _known(
+        "files_missing",
+        r"No safetensors found in|does not appear to have a file named (\S+)",
+        "files of it that were there before the engine started are gone",
+        "find out what deletes from the host's cache, then load {repo_id} again: what is missing is downloaded",
     ),
     _known(
         "option_refused",

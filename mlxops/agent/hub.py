@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from mlxops.agent.cache import Snapshot, find, is_commit
 from mlxops.agent.hubline import Asked, Bytes, Emit, Line, Patience, failure, import_quietly, open_line, persistently
 from mlxops.agent.snapshot import NOT_SERVED, completeness, damaged_weights, is_served, is_weight, printable
+from mlxops.agent.system import free_on_disk
 from mlxops.core.errors import Refused
 from mlxops.core.names import is_repo_id, is_revision
 from mlxops.core.protocol import Note, Progress
@@ -250,7 +251,7 @@ def _announce(folder: Path, plan: Plan, emit: Emit) -> None:
     here = f", {amount(plan.total - missing)} of it already here" if missing < plan.total else ""
     what = f"{amount(plan.total)} in {len(plan.files)} files{here}"
     emit(Note(f"downloading {plan.repo_id} at {plan.commit[:12]}: {what}"))
-    free = shutil.disk_usage(_existing(folder)).free
+    free = free_on_disk(folder)
     if missing > free:
         raise Refused(
             "disk_full",
@@ -324,7 +325,3 @@ def _size(path: Path) -> int | None:
         return path.stat().st_size
     except OSError:
         return None
-
-
-def _existing(path: Path) -> Path:
-    return next(parent for parent in (path, *path.parents) if parent.exists())

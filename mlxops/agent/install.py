@@ -41,9 +41,17 @@ _CHECK = "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys
 class ProblemError(Exception):
     """Installing failed: what, why, and what to do."""
 
+    code = "install_failed"
+    exit = 6
+
     def __init__(self, message: str, why: str, hint: str) -> None:
         super().__init__(message)
         self.message, self.why, self.hint = message, why, hint
+
+
+class NothingBeforeError(ProblemError):
+    code = "nothing_to_roll_back_to"
+    exit = 3
 
 
 @dataclass(frozen=True)
@@ -69,10 +77,9 @@ def main(arguments: list[str], archive: bytes) -> int:
         tell(event="done", result=result)
         return 0
     except ProblemError as error:
-        failed(error.message, error.why, error.hint)
+        return failed(error.message, error.why, error.hint, error.code, error.exit)
     except OSError as error:
-        failed("the agent cannot be installed", str(error), f"check the disk and the permissions of {state}")
-    return 6
+        return failed("the agent cannot be installed", str(error), f"check the disk and the permissions of {state}")
 
 
 def install(state: Path, options: Options, archive: bytes) -> dict[str, object]:
@@ -119,7 +126,7 @@ def rollback(state: Path) -> dict[str, object]:
     before = state / PREVIOUS
     home = state / os.readlink(before) if before.is_symlink() else None
     if home is None or not (home / STAMP).is_file():
-        raise ProblemError("there is no build to go back to", "only one was deployed so far", "deploy another one")
+        raise NothingBeforeError("there is no build to go back to", "one was deployed so far", "the present one stays")
     if found := fault(home, home.name, []):
         raise ProblemError(f"the build before, {home.name}, does not work any more", found, "the present one stays")
     turn(link, home)
@@ -356,8 +363,10 @@ def note(message: str) -> None:
     tell(event="note", level="info", message=message)
 
 
-def failed(message: str, why: str, hint: str) -> None:
-    tell(event="failed", error={"code": "install_failed", "exit": 6, "message": message, "why": why, "hint": hint})
+def failed(message: str, why: str, hint: str, code: str = ProblemError.code, exit: int = ProblemError.exit) -> int:
+    """Tell it; returns the exit status."""
+    tell(event="failed", error={"code": code, "exit": exit, "message": message, "why": why, "hint": hint})
+    return exit
 
 
 def tell(**body: object) -> None:

@@ -101,6 +101,10 @@ class Journal:
     def _open(self) -> int:
         return os.open(self.folder / "events.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
 
+    def discard(self) -> None:
+        """For an operation that nobody ever worked on: it did not begin, so it was not cut short either."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
     def append(self, event: Event) -> None:
         """Write an event, the end, for a worker that cannot do it any more; nothing if it can."""
         with contextlib.suppress(OSError), _closing(self.hold()), _closing(self._open()) as fd:
@@ -214,7 +218,7 @@ class Journal:
         return Refused(
             "operation_interrupted",
             f"operation {self.id} was interrupted",
-            why="its worker was killed, or the host went down",
+            why="its worker was killed, the host went down, or its disk takes no more",
             hint="see what it left: mlxctl status; then ask for the same thing again",
         )
 
@@ -229,11 +233,21 @@ def create(ops: Path, request: Request) -> tuple[Journal, int | None]:
         _prune(ops)
         folder = ops / f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{ticket}"
         folder.mkdir(mode=0o700)
-        fd = os.open(folder / "request.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with open(fd, "wb") as file:
-            file.write(request.encode())
         journal = Journal(folder)
-        return journal, journal.hold()
+        try:
+            return journal, _begun(journal, request)
+        except BaseException:
+            journal.discard()
+            raise
+
+
+def _begun(journal: Journal, request: Request) -> int:
+    """Everything that a worker needs in order to be heard: a disk that is full is then told by who still can."""
+    fd = os.open(journal.folder / "request.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with open(fd, "wb") as file:
+        file.write(request.encode())
+    os.close(journal._open())
+    return journal.hold()
 
 
 def named(ops: Path, operation: str) -> Journal | None:

@@ -42,6 +42,11 @@ def rotate(log: Path) -> None:
             newer.replace(older)
 
 
+def rotated(log: Path) -> Path:
+    """What was `log` before it was rotated last."""
+    return _numbered(log, 1)
+
+
 def _numbered(log: Path, number: int) -> Path:
     return log.with_name(f"{log.name}.{number}") if number else log
 

@@ -20,6 +20,7 @@ from mlxops.agent.logs import clean
 from mlxops.agent.place import Place
 from mlxops.agent.store import Store, utc
 from mlxops.agent.system import Listener, Look, System, collides
+from mlxops.core.errors import MlxopsError
 from mlxops.core.registry import Registry
 from mlxops.core.world import Answer, Run, Server, Signals, World, drift, judge
 
@@ -41,12 +42,10 @@ def observe(
     """
     assigned = {model.port for model in registry.models.values() if model.port is not None}
     ports = sorted(set(only) if only is not None else set(where.settings.ports) | assigned)
-    look = _with_unseen(system, system.look(frozenset(ports)), where, ports)
-    hand = _hand_started(where, system, look, ports)
-    signals = [_signals(where, store, system, look, hand, port, own) for port in ports]
+    signals = _all_signals(where, store, system, ports, own)
     answers = _ask(where, [each for each in signals if each.listening and (each.run or each.hand)])
     silent = {port for port, answer in answers.items() if answer is Answer.SILENT}
-    busy = system.connected(silent) if silent else frozenset()
+    signals, busy = _with_connected(system, signals, silent)
     views = {
         each.port: judge(
             replace(each, answer=answers.get(each.port, Answer.NOT_ASKED), busy=each.port in busy), registry
@@ -56,16 +55,55 @@ def observe(
     return World(views, drift(where.settings.ports, views, registry))
 
 
-def _with_unseen(system: System, look: Look, where: Place, ports: Iterable[int]) -> Look:
-    """Where the listeners of other users cannot be seen, a connect tells that there is one."""
-    if system.sees_all_listeners:
-        return look
-    unseen = []
+def _all_signals(where: Place, store: Store, system: System, ports: list[int], own: str | None) -> list[Signals]:
+    """What cannot be looked at, the whole host or one port, is said to be so: it is not taken for absent."""
+    try:
+        look, unsure = _with_unseen(system, system.look(frozenset(ports)), where, ports)
+        hand = _hand_started(where, system, look, ports)
+    except MlxopsError as error:
+        return [_unknown(where, port, f"{error.message}: {error.why}") for port in ports]
+    found = []
     for port in ports:
-        if not look.on(where.settings.bind, port):
-            with contextlib.suppress(OSError), socket.create_connection((where.connect_host, port), 0.5):
+        try:
+            seen = _signals(where, store, system, look, hand, port, own)
+        except MlxopsError as error:
+            seen = _unknown(where, port, f"{error.message}: {error.why}")
+        except OSError as error:
+            seen = _unknown(where, port, f"{error.filename or 'its state'} cannot be read: {error.strerror}")
+        found.append(_unknown(where, port, unsure[port]) if port in unsure else seen)
+    return found
+
+
+def _unknown(where: Place, port: int, why: str) -> Signals:
+    return Signals(port, where.settings.slots.get(port), error=why)
+
+
+def _with_connected(system: System, signals: list[Signals], silent: set[int]) -> tuple[list[Signals], frozenset[int]]:
+    """Which silent servers somebody is connected to; without that, nobody can say whether they are wedged or busy."""
+    try:
+        return signals, system.connected(silent) if silent else frozenset()
+    except MlxopsError as error:
+        why = f"{error.message}: {error.why}"
+        return [replace(each, error=why) if each.port in silent else each for each in signals], frozenset()
+
+
+def _with_unseen(system: System, look: Look, where: Place, ports: Iterable[int]) -> tuple[Look, Mapping[int, str]]:
+    """Where the listeners of other users cannot be seen, a connect tells that there is one: only a refused one tells
+    that there is none. Also returns the ports, with the reason, of which that could not be found out."""
+    if system.sees_all_listeners:
+        return look, {}
+    unseen, unsure = [], {}
+    for port in ports:
+        if look.on(where.settings.bind, port):
+            continue
+        try:
+            with socket.create_connection((where.connect_host, port), 0.5):
                 unseen.append(Listener(where.connect_host, port))
-    return replace(look, listeners=(*look.listeners, *unseen))
+        except ConnectionRefusedError:
+            continue
+        except OSError as error:
+            unsure[port] = f"whether anything listens could not be found out: {error.strerror or error}"
+    return replace(look, listeners=(*look.listeners, *unseen)), unsure
 
 
 def _hand_started(where: Place, system: System, look: Look, ports: Iterable[int]) -> Mapping[int, Server]:
@@ -119,6 +157,7 @@ def _signals(
     holder = store.holder(f"port-{port}")
     listeners = look.on(where.settings.bind, port)
     pids = frozenset(pid for each in listeners for pid in each.pids)
+    unowned = any(not each.pids and each.uid in (None, os.getuid()) for each in listeners)
     members = processes.members(system, look, run) if run else ()
     others = pids - set(members)
     server = hand.get(port)
@@ -131,6 +170,7 @@ def _signals(
         members=members,
         listening=bool(listeners),
         listener_pids=pids,
+        unowned=unowned,
         hand=server if server is not None and server.pid not in members else None,
         boot=_is_boot(where, look, port, listeners),
         operation=None if holder is None or holder.id == own else holder,
@@ -143,9 +183,10 @@ def _signals(
 
 
 def _run_record(store: Store, port: int) -> tuple[Run | None, bool]:
+    """The record, and whether there is one that says nothing. Raises `OSError` for one that may say anything."""
     try:
         return store.run(port), False
-    except (ValueError, OSError):
+    except ValueError:
         return None, True
 
 
@@ -155,7 +196,9 @@ def _is_boot(where: Place, look: Look, port: int, listeners: tuple[Listener, ...
     if boot is None or boot.port != port or not listeners:
         return False
     pids = [pid for each in listeners for pid in each.pids]
-    return not pids or any(boot.script in process.argv for pid in pids for process in look.ancestors(pid))
+    # A listener of this user without a process is one that is just ending, and not the boot job's.
+    others = not pids and all(each.uid != os.getuid() for each in listeners)
+    return others or any(boot.script in process.argv for pid in pids for process in look.ancestors(pid))
 
 
 def _describe(look: Look, pids: Iterable[int]) -> str:
@@ -175,15 +218,18 @@ def _ask(where: Place, signals: list[Signals]) -> dict[int, Answer]:
         health = ENGINES[engine].health(where.connect_host, port, PROBE_SECONDS)
         answers[port] = Answer(health.value)
 
-    threads = []
+    asked: dict[int, threading.Thread] = {}
     for each in signals:
         engine = each.run.engine if each.run and each.members else each.hand.engine if each.hand else None
-        if engine in ENGINES:
-            threads.append(threading.Thread(target=ask, args=(each.port, engine), daemon=True))
-            threads[-1].start()
-    for thread in threads:
+        thread = threading.Thread(target=ask, args=(each.port, engine), daemon=True)
+        # RuntimeError: the system gives us no further thread.
+        with contextlib.suppress(RuntimeError):
+            if engine in ENGINES:
+                thread.start()
+                asked[each.port] = thread
+    for thread in asked.values():
         thread.join(PROBE_SECONDS * 2)
-    return {each.port: answers.get(each.port, Answer.SILENT) for each in signals}
+    return {port: answers.get(port, Answer.SILENT) for port in asked}
 
 
 def _last_words(log: Path) -> str:

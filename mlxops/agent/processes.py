@@ -8,15 +8,17 @@ each member must carry the run's own mark in its environment, which children inh
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlxops.agent.logs import clean
 from mlxops.agent.system import Look, Process, System
 from mlxops.core.errors import MlxopsError, NotStarted, Refused
 from mlxops.core.world import Run
@@ -168,6 +170,8 @@ class Stopped:
     """It did not end when asked and was killed."""
 
 
+LEFT_SECONDS = 2.0
+"""For what a server leaves when it has ended, to end when it is asked."""
 KILL_SECONDS = 30.0
 """How long the kernel may take to remove a killed group: returning hundreds of GB of memory takes a while."""
 
@@ -175,68 +179,100 @@ KILL_SECONDS = 30.0
 def stop(system: System, run: Run, *, grace: float, reap: Callable[[], object] = lambda: None) -> Stopped:
     """Stop the recorded group: ask, wait up to `grace` seconds, kill, and prove that nothing of it is left.
 
+    Asked is first what listens on the port, with what it runs under (a shell, uv): what it has started itself it needs
+    to answer its open requests. (The child of mlx-openai-server that holds the weights dies of TERM, and the requests
+    under way then hang.) What outlives it is asked next.
+
     `reap` collects zombies that are this process's own children. Raises `Refused` (not_ours) if what lives in the
     group is not proven ours: it is then not signalled; `MlxopsError` (will_not_die) if it survives being killed.
     """
     began = time.monotonic()
-    killed = False
-    known: dict[int, str] = {}
-    for number, seconds in ((signal.SIGTERM, grace), (signal.SIGKILL, KILL_SECONDS)):
-        if _signal(system, run, number, known):
-            killed = number == signal.SIGKILL
-        if _ended(system, run, known, seconds, reap):
-            break
-    else:
+    stopping = _Stopping(system, run, reap)
+    stopping.send(signal.SIGTERM, spare_children=True)
+    drained = stopping.ended(grace, asked_only=True)
+    if drained:
+        stopping.send(signal.SIGTERM)
+    killed = not (drained and stopping.ended(LEFT_SECONDS)) and stopping.send(signal.SIGKILL)
+    if not stopping.ended(KILL_SECONDS):
         raise MlxopsError(
             "will_not_die",
             f"the server's processes are still there {time.monotonic() - began:.0f} s after they were asked to end",
             why="they were killed and the kernel keeps them, most often for a disk or a driver that does not answer",
             hint="mlxctl status; if it stays so, the host needs a reboot",
         )
-    return Stopped(time.monotonic() - began, killed)
+    return Stopped(time.monotonic() - began, killed and not drained)
 
 
-def _ended(system: System, run: Run, known: Mapping[int, str], seconds: float, reap: Callable[[], object]) -> bool:
-    """Whether nothing of the group lives, or soon does no more.
+class _Stopping:
+    """The signals to one recorded group, and who got them.
 
-    `known` are those that were proven ours (pid -> start). A process on its way out loses its arguments and its
-    environment, which prove it, before its memory and its sockets: it is waited for by what it was known as.
+    A process on its way out loses its arguments and its environment, which prove it, before its memory and its
+    sockets: it is waited for by what it was known as when it was proven ours (pid -> start).
     """
-    deadline = time.monotonic() + seconds
-    pause = 0.01
-    while time.monotonic() < deadline:
-        reap()
-        look = system.look(())
-        if not members(system, look, run) and not _living(look, known):
-            return True
-        # Most end at once; for one that drains, a look at every process four times a second is enough.
-        time.sleep(pause)
-        pause = min(pause * 1.5, 0.25)
-    return False
+
+    def __init__(self, system: System, run: Run, reap: Callable[[], object]) -> None:
+        self._system = system
+        self._run = run
+        self._reap = reap
+        self._known: dict[int, str] = {}
+        self._asked: set[int] = set()
+
+    def send(self, number: signal.Signals, *, spare_children: bool = False) -> bool:
+        """Signal the group if it is proven ours; False if nothing of it lives."""
+        look = self._system.look({self._run.port})
+        ours = members(self._system, look, self._run)
+        if not ours:
+            return False
+        strangers = {process.pid for process in look.group(self._run.pgid)} - set(ours) - self._living(look)
+        self._known |= {pid: look.processes[pid].start for pid in ours}
+        if strangers:
+            who = ", ".join(f"{pid} ({_program(look.processes[pid])})" for pid in sorted(strangers))
+            raise _not_ours(self._run, f"in it are processes that are not proven ours: {who}")
+        spared = _children_of_the_server(look, self._run.port, ours) if spare_children else set()
+        self._asked = set(ours) - spared
+        try:
+            with contextlib.suppress(ProcessLookupError):
+                if not spared:
+                    os.killpg(self._run.pgid, number)
+            for pid in self._asked if spared else ():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+        except PermissionError:
+            raise _not_ours(self._run, "the system says that it is another user's") from None
+        return True
+
+    def ended(self, seconds: float, *, asked_only: bool = False) -> bool:
+        """Whether nothing of the group, or nothing of what was signalled, lives, or soon does no more."""
+        deadline = time.monotonic() + seconds
+        pause = 0.01
+        while True:
+            self._reap()
+            # What cannot be seen for a moment is looked for again: half way is no place to stop.
+            with contextlib.suppress(Refused):
+                look = self._system.look(())
+                left = self._living(look)
+                if not (left & self._asked if asked_only else left or members(self._system, look, self._run)):
+                    return True
+            if time.monotonic() > deadline:
+                return False
+            # Most end at once; for one that drains, a look at every process four times a second is enough.
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.25)
+
+    def _living(self, look: Look) -> set[int]:
+        found = ((pid, look.processes.get(pid)) for pid in self._known)
+        return {pid for pid, process in found if process and process.start == self._known[pid] and not process.zombie}
 
 
-def _living(look: Look, known: Mapping[int, str]) -> set[int]:
-    found = ((pid, look.processes.get(pid)) for pid in known)
-    return {pid for pid, process in found if process and process.start == known[pid] and not process.zombie}
+def _children_of_the_server(look: Look, port: int, ours: Collection[int]) -> set[int]:
+    """Those of `ours` that the listeners among them started, as far as they do not listen too."""
+    listening = {pid for each in look.listeners if each.port == port for pid in each.pids} & set(ours)
+    return {pid for pid in set(ours) - listening if any(up.pid in listening for up in look.ancestors(pid))}
 
 
-def _signal(system: System, run: Run, number: signal.Signals, known: dict[int, str]) -> bool:
-    """Signal the group if it is proven ours, and remember whom; False if nothing of it lives."""
-    look = system.look(())
-    ours = members(system, look, run)
-    if not ours:
-        return False
-    strangers = {process.pid for process in look.group(run.pgid)} - set(ours) - _living(look, known)
-    known |= {pid: look.processes[pid].start for pid in ours}
-    if strangers:
-        raise _not_ours(run, f"pids {', '.join(map(str, sorted(strangers)))} are not proven ours")
-    try:
-        os.killpg(run.pgid, number)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        raise _not_ours(run, "the system says that it is another user's") from None
-    return True
+def _program(process: Process) -> str:
+    """What a process runs, in a few words."""
+    return clean(" ".join(Path(word).name if word.startswith("/") else word for word in process.argv[:4]))[:60] or "?"
 
 
 def _not_ours(run: Run, why: str) -> Refused:

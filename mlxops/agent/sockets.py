@@ -34,10 +34,11 @@ class Socket:
     port: int
     far: tuple[str, int]
     inode: str
+    uid: int
 
 
 def tcp(state: int) -> list[Socket]:
-    """The sockets in `state`, `CONNECTED` or `LISTENING`."""
+    """The sockets in `state`, `CONNECTED` or `LISTENING`. Raises `OSError` if nobody tells."""
     try:
         return [*from_kernel(socket.AF_INET, state), *from_kernel(socket.AF_INET6, state)]
     except OSError:  # a sandbox that has no such sockets
@@ -64,13 +65,14 @@ def from_kernel(family: int, state: int) -> Iterable[Socket]:
 
 
 def _socket(message: bytes) -> Socket:
-    family, _, _, _, port, far_port, address, far, *_, inode = _ANSWER.unpack_from(message)
+    family, _, _, _, port, far_port, address, far, *_, uid, inode = _ANSWER.unpack_from(message)
     size = 4 if family == socket.AF_INET else 16
     return Socket(
         str(ipaddress.ip_address(address[:size])),
         int.from_bytes(port),
         (str(ipaddress.ip_address(far[:size])), int.from_bytes(far_port)),
         str(inode),
+        uid,
     )
 
 
@@ -79,12 +81,12 @@ def from_proc(table: str, state: int) -> Iterable[Socket]:
     try:
         with open(f"/proc/net/{table}", encoding="ascii") as file:
             lines = file.readlines()[1:]
-    except OSError:
-        return
+    except FileNotFoundError:
+        return  # a kernel without IPv6
     for fields in map(str.split, lines):
         if int(fields[3], 16) == state:
             address, port = _end(fields[1])
-            yield Socket(address, port, _end(fields[2]), fields[9])
+            yield Socket(address, port, _end(fields[2]), fields[9], int(fields[7]))
 
 
 def _end(text: str) -> tuple[str, int]:

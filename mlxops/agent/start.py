@@ -153,7 +153,7 @@ class Start:
         """Until the proof. Raises `NotStarted`, with the engine's last words: it ended, hung, broke, or differs."""
         run, gated = self._run, self._gated
         assert run is not None and gated is not None
-        emit(Phase("proof", f"waiting for an answer as {run.alias} (at most {timeout:.0f} s)"))
+        emit(Phase("proof", f"waiting for an answer as {run.alias} (at most {timeout:.4g} s)"))
         deadline = time.monotonic() + timeout
         attempt = _Attempt(self.where, run, self.system)
         self._asked = time.monotonic()
@@ -171,7 +171,7 @@ class Start:
             if self._says_broken():
                 raise self._failed("the server could not load the model")
             time.sleep(TRY_SECONDS)
-        raise self._failed(f"the server did not answer within {timeout:.0f} s")
+        raise self._failed(f"the server did not answer within {timeout:.4g} s")
 
     def _see_it_stay(self, run: Run, gated: Gated) -> None:
         """Where another process of the group listens, its leader may be on its way out: it gets a moment for that.

@@ -6,8 +6,10 @@ macOS, psutil looks. Both sides run in the tests on Linux and are compared there
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Container, Iterable, Mapping
@@ -17,6 +19,32 @@ from pathlib import Path
 from typing import Protocol
 
 from mlxops.agent import sockets
+from mlxops.agent.sockets import Socket
+from mlxops.core.errors import Refused
+
+_SHORT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
+"""Errors that say something of us, who have no descriptor or memory left, and nothing of what was looked at: they must
+not be taken for its absence. Any other one says that a process has ended meanwhile, or is not ours to see."""
+
+
+def _unseen(error: Exception) -> Refused:
+    """What could not be looked at for reasons of our own. Nothing may be concluded from it."""
+    return Refused(
+        "not_seen",
+        "the processes of this host could not be looked at",
+        why=getattr(error, "strerror", None) or str(error),
+        hint="nothing is changed meanwhile; see the host's limits (ulimit -n) and its memory, then try again",
+    )
+
+
+def shortage(error: Exception) -> Refused | None:
+    """What is told of an error that comes from a shortage of our own; None for any other error."""
+    return _unseen(error) if getattr(error, "errno", None) in _SHORT else None
+
+
+def _check_shortage(error: Exception) -> None:
+    if told := shortage(error):
+        raise told from None
 
 
 @dataclass(frozen=True)
@@ -43,6 +71,8 @@ class Listener:
     address: str
     port: int
     pids: frozenset[int] = frozenset()
+    uid: int | None = field(default=None, compare=False)
+    """Whose it is; None where the system does not tell."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +111,14 @@ def _plain(text: str) -> str:
     return str(mapped or address)
 
 
+def free_on_disk(path: Path) -> int:
+    """Bytes; `path` itself may not be there yet."""
+    return shutil.disk_usage(next(each for each in (path, *path.parents) if each.exists())).free
+
+
 class System(Protocol):
+    """Raises `Refused` (not_seen) where the system says neither yes nor no."""
+
     sees_all_listeners: bool
     """Also those of other users; where not, only a connect tells that something listens."""
 
@@ -138,7 +175,8 @@ class LinuxSystem:
             stat = _read(f"{self.root}/{pid}/stat")
             argv = _read(f"{self.root}/{pid}/cmdline")
             uid = os.stat(f"{self.root}/{pid}").st_uid
-        except OSError:
+        except OSError as error:
+            _check_shortage(error)
             return None
         # The name in parentheses may hold anything, so the fields are counted from the last parenthesis.
         fields = stat[stat.rindex(b")") + 2 :].split()
@@ -155,17 +193,22 @@ class LinuxSystem:
     def look(self, ports: Container[int]) -> Look:
         # Listeners first: a server that comes up in between is then seen as a process without a port, which
         # decides nothing, and not as a port without a process.
-        listening = [each for each in sockets.tcp(sockets.LISTENING) if each.port in ports]
+        listening = self._listening(ports)
         processes = {p.pid: p for p in map(self.process, self._pids()) if p is not None}
         owners = self._owners({each.inode for each in listening}) if listening else {}
         # A child that a server has made meanwhile holds its listener too: it is told, or, if it has ended, not counted.
         later = map(self.process, set().union(*owners.values()) - processes.keys())
         processes |= {p.pid: p for p in later if p is not None}
         living = {p.pid for p in processes.values() if not p.zombie}
+        owners = {inode: pids & living for inode, pids in owners.items() if pids & living}
+        if any(each.inode not in owners for each in listening):
+            # Closed while its owner was looked for, or still there and nobody's that can be seen: two different things.
+            open_still = {each.inode for each in self._listening(ports)}
+            listening = [each for each in listening if each.inode in owners or each.inode in open_still]
         return Look(
             processes,
             tuple(
-                Listener(_plain(each.address), each.port, frozenset(owners.get(each.inode, set()) & living))
+                Listener(_plain(each.address), each.port, frozenset(owners.get(each.inode, ())), each.uid)
                 for each in listening
             ),
         )
@@ -173,7 +216,8 @@ class LinuxSystem:
     def environment(self, pid: int, key: str) -> str | None:
         try:
             block = _read(f"{self.root}/{pid}/environ")
-        except OSError:
+        except OSError as error:
+            _check_shortage(error)
             return None
         wanted = os.fsencode(key) + b"="
         return next((os.fsdecode(v[len(wanted) :]) for v in block.split(b"\0") if v.startswith(wanted)), None)
@@ -202,14 +246,26 @@ class LinuxSystem:
 
     def connections(self, port: int, pids: Iterable[int]) -> frozenset[tuple[str, int]]:
         return frozenset(
-            (_plain(each.far[0]), each.far[1]) for each in sockets.tcp(sockets.CONNECTED) if each.port == port
+            (_plain(each.far[0]), each.far[1]) for each in self._sockets(sockets.CONNECTED) if each.port == port
         )
 
     def _pids(self) -> Iterable[int]:
-        return (int(name) for name in os.listdir(self.root) if name.isdigit())
+        try:
+            return [int(name) for name in os.listdir(self.root) if name.isdigit()]
+        except OSError as error:
+            raise _unseen(error) from None
 
     def connected(self, ports: Container[int]) -> frozenset[int]:
-        return frozenset(each.port for each in sockets.tcp(sockets.CONNECTED) if each.port in ports)
+        return frozenset(each.port for each in self._sockets(sockets.CONNECTED) if each.port in ports)
+
+    def _listening(self, ports: Container[int]) -> list[Socket]:
+        return [each for each in self._sockets(sockets.LISTENING) if each.port in ports]
+
+    def _sockets(self, state: int) -> list[Socket]:
+        try:
+            return sockets.tcp(state)
+        except OSError as error:
+            raise _unseen(error) from None
 
     def _owners(self, inodes: set[str]) -> dict[str, set[int]]:
         wanted = {f"socket:[{inode}]": inode for inode in inodes}
@@ -221,7 +277,8 @@ class LinuxSystem:
                     inode = wanted.get(os.readlink(f"{folder}/{name}"))
                     if inode is not None:
                         owners.setdefault(inode, set()).add(pid)
-            except OSError:
+            except OSError as error:
+                _check_shortage(error)
                 continue  # ended meanwhile, or not ours to see
         return owners
 
@@ -257,7 +314,8 @@ class PsutilSystem:
                 except (psutil.AccessDenied, psutil.ZombieProcess):
                     argv = ()
                 return Process(pid, process.ppid(), os.getpgid(pid), process.uids().real, start, zombie, argv)
-        except (psutil.Error, OSError):
+        except (psutil.Error, OSError) as error:
+            _check_shortage(error)
             return None
 
     def look(self, ports: Container[int]) -> Look:
@@ -265,7 +323,7 @@ class PsutilSystem:
 
         found: dict[tuple[str, int], set[int]] = {}
         processes: dict[int, Process] = {}
-        for pid in psutil.pids():
+        for pid in _all_pids():
             process = self.process(pid)
             if process is None:
                 continue
@@ -274,7 +332,8 @@ class PsutilSystem:
                 for connection in psutil.Process(pid).net_connections(kind="tcp"):
                     if connection.status == psutil.CONN_LISTEN and connection.laddr.port in ports:
                         found.setdefault((_plain(connection.laddr.ip), connection.laddr.port), set()).add(pid)
-            except (psutil.Error, OSError):
+            except (psutil.Error, OSError) as error:
+                _check_shortage(error)
                 continue
         return Look(
             processes,
@@ -285,10 +344,11 @@ class PsutilSystem:
         import psutil
 
         found: set[int] = set()
-        for pid in psutil.pids():
+        for pid in _all_pids():
             try:
                 connections = psutil.Process(pid).net_connections(kind="tcp")
-            except (psutil.Error, OSError):
+            except (psutil.Error, OSError) as error:
+                _check_shortage(error)
                 continue
             found |= {each.laddr.port for each in connections if each.status == psutil.CONN_ESTABLISHED}
         return frozenset(port for port in found if port in ports)
@@ -298,7 +358,8 @@ class PsutilSystem:
 
         try:
             return psutil.Process(pid).environ().get(key)
-        except (psutil.Error, OSError):
+        except (psutil.Error, OSError) as error:
+            _check_shortage(error)
             return None
 
     def folder(self, pid: int) -> str | None:
@@ -337,6 +398,15 @@ class PsutilSystem:
             except (psutil.Error, OSError):
                 continue
         return frozenset(found)
+
+
+def _all_pids() -> list[int]:
+    import psutil
+
+    try:
+        return psutil.pids()
+    except OSError as error:
+        raise _unseen(error) from None
 
 
 def _read(path: str) -> bytes:

@@ -21,8 +21,8 @@ from mlxops.agent.operations import command
 from mlxops.agent.operations.context import Cancellation, Context
 from mlxops.agent.place import place
 from mlxops.agent.store import Store, disk_failed, state_unwritable
-from mlxops.agent.system import this_system
-from mlxops.core.errors import Bug, MlxopsError, bug
+from mlxops.agent.system import shortage, this_system
+from mlxops.core.errors import Bug, Exit, MlxopsError, bug
 from mlxops.core.protocol import Done, Event, Failed, Request
 from mlxops.core.units import amount
 
@@ -37,7 +37,13 @@ def begin(store: Store, request: Request) -> tuple[Journal, subprocess.Popen[byt
     store.ready()
     try:
         journal, lock = journals.create(store.state / "ops", request)
-        return journal, None if lock is None else _start(journal, lock)
+        if lock is None:
+            return journal, None
+        try:
+            return journal, _start(journal, lock)
+        except OSError:
+            journal.discard()
+            raise
     except OSError as error:
         raise state_unwritable(store.state, error) from None
 
@@ -74,7 +80,10 @@ def run(folder: Path, lock: int) -> int:
     os.set_inheritable(lock, False)
     os.umask(0o077)
     journal = Journal(folder)
-    emit = journal.emitter()
+    try:
+        emit = journal.emitter()
+    except OSError:
+        return int(Exit.REFUSED)  # nobody would hear what becomes of it, so nothing is begun
     cancellation = Cancellation()
     signal.signal(signal.SIGTERM, lambda number, frame: cancellation.wish())
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -107,26 +116,29 @@ def _cut_logs(context: Context) -> None:
 
 def finish(context: Context, emit: Callable[[Event], None]) -> int:
     """Carry out the request of `context`; its outcome becomes one event and the exit status."""
+    outcome: Done | Failed
     try:
         operation = command(context.request.command)
         if operation is None:
             raise Bug("unknown_command", f"the agent knows no command {context.request.command!r}")
-        emit(Done(operation(context)))
+        with context.cancellation.open():
+            outcome = Done(operation(context))
     except MlxopsError as error:
-        emit(Failed(error))
-        return int(error.exit)
+        outcome = Failed(error)
     except Exception as error:  # noqa: BLE001 - the boundary: what nobody foresaw is a bug, and is told as one
-        told = _told(error, context.store)
-        emit(Failed(told))
-        return int(told.exit)
-    return 0
+        outcome = Failed(_told(error, context.store))
+    emit(outcome)
+    return int(outcome.error.exit) if isinstance(outcome, Failed) else 0
 
 
 def _told(error: Exception, store: Store) -> MlxopsError:
-    """A disk that fails where nobody looked for it is the disk's fault; all else is ours."""
+    """A disk that fails where nobody looked for it is the disk's fault, and a host that has no descriptor left the
+    host's; all else is ours."""
     from traceback import format_exc
 
-    return state_unwritable(store.state, error) if disk_failed(error) else bug(error, format_exc())
+    if disk_failed(error):
+        return state_unwritable(store.state, error)
+    return shortage(error) or bug(error, format_exc())
 
 
 def _watch_for_cancel(journal: Journal) -> None:

@@ -102,7 +102,8 @@ def check(told: Told, targets: Sequence[Target], answers: Sequence[Answer]) -> t
         except MlxopsError:
             ports[target.name] = ()
     every = [port for each in ports.values() for port in each]
-    findings = (*told.findings, *core.compare(told.entries, every, told.files, same_host))
+    compared = core.compare(told.entries, every, told.files, same_host) if told.known else ()
+    findings = (*told.findings, *compared)
     first = answers[0].host if answers else None
     return tuple(
         _checked(told, answer, ports[answer.host], [f for f in findings if (f.host or first) == answer.host])

@@ -38,6 +38,8 @@ class Told:
     findings: tuple[Finding, ...]
     files: Files
     environ: Mapping[str, str]
+    known: bool = True
+    """False: no configuration is named, so that nothing can be held against it."""
 
 
 def read(gateway: Gateway) -> Told:
@@ -50,7 +52,7 @@ def read(gateway: Gateway) -> Told:
         read, wrong = core.parse(document, environ, Files(name, gateway.env), lines)
         entries += read
         findings += wrong
-    return Told(tuple(entries), tuple(findings), files, environ)
+    return Told(tuple(entries), tuple(findings), files, environ, known=gateway.config is not None)
 
 
 def key_of(gateway: Gateway, environ: Mapping[str, str]) -> str | None:

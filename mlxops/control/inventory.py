@@ -69,7 +69,8 @@ class Host:
 @dataclass(frozen=True)
 class Inventory:
     path: Path
-    default: str
+    default: str | None
+    """None: there are several hosts, and none of them is meant where one has to be named."""
     hosts: Mapping[str, Host]
     gateway: Gateway | None
 
@@ -85,9 +86,21 @@ class Inventory:
         )
 
     def select(self, names: str | None, *, all_by_default: bool) -> tuple[Host, ...]:
-        """The hosts of `"a,b"`, each once, in the order given; None: all of them, or the default one."""
+        """The hosts of `"a,b"`, each once, in the order given; None: all of them, or the default one.
+
+        Raises `UsageError`: unknown_host, no_default_host.
+        """
+        if names is None and all_by_default:
+            return tuple(self.hosts.values())
+        if names is None and self.default is None:
+            raise UsageError(
+                "no_default_host",
+                "it is not said which host is meant",
+                why=f"{self.path} has {', '.join(self.hosts)}, and no default",
+                hint=f"name one with --host; or add a line to that file: default: {next(iter(self.hosts))}",
+            )
         if names is None:
-            return tuple(self.hosts.values()) if all_by_default else (self.host(self.default),)
+            return (self.host(self.default or ""),)
         return tuple(self.host(name) for name in dict.fromkeys(part.strip() for part in names.split(",")))
 
 
@@ -124,7 +137,7 @@ def load(path: Path) -> Inventory:
     hosts = {name: _host(name, value) for name, value in entries["hosts"].mapping().items()}
     return Inventory(
         path=path,
-        default=_default(top, entries.get("default"), hosts),
+        default=_default(entries.get("default"), hosts),
         hosts=hosts,
         gateway=_gateway(entries["gateway"]) if "gateway" in entries else None,
     )
@@ -326,11 +339,9 @@ _HOST_KEYS = (
 )
 
 
-def _default(top: _Value, value: _Value | None, hosts: Mapping[str, Host]) -> str:
+def _default(value: _Value | None, hosts: Mapping[str, Host]) -> str | None:
     if value is None:
-        if len(hosts) == 1:
-            return next(iter(hosts))
-        raise top.bad("no default host", "there are several hosts", f"add a line: default: {next(iter(hosts))}")
+        return next(iter(hosts)) if len(hosts) == 1 else None
     name = value.text()
     if name not in hosts:
         raise value.bad(f"{shown(name)} is not a host", f"the hosts are: {', '.join(hosts)}", "name one of those")

@@ -78,13 +78,13 @@ def port(text: str, ports: PortRange) -> int:
     return number
 
 
-def seconds(text: str, flag: str) -> float:
-    """A duration in seconds, more than 0 and at most a day."""
-    if re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,3})?", text, re.ASCII) and 0 < float(text) <= 86400:
+def seconds(text: str, flag: str, *, zero: bool = False) -> float:
+    """A duration in seconds, more than 0 (or, with `zero`, not less) and at most a day."""
+    if re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,3})?", text, re.ASCII) and (zero or float(text)) and float(text) <= 86400:
         return float(text)
     raise UsageError(
         "bad_duration",
         f"{shown(text)} is not a duration for {flag}",
-        why="a duration is a number of seconds, more than 0 and at most 86400",
+        why=f"a duration is a number of seconds, {'from 0' if zero else 'more than 0'} and at most 86400",
         hint=f"for example: {flag} 600",
     )

@@ -90,7 +90,9 @@ class ReconcilePlan:
 def unknown_model(name: str, registry: Registry) -> Refused:
     import difflib
 
-    close = difflib.get_close_matches(name, registry.models, n=3)
+    # Also by the part behind the organisation, which people leave out.
+    known = {alike: model for model in registry.models for alike in (model, model.rpartition("/")[2])}
+    close = [*dict.fromkeys(known[alike] for alike in difflib.get_close_matches(name, known, n=3))]
     return Refused(
         "unknown_model",
         f"there is no model {name!r} in the registry",
@@ -187,7 +189,7 @@ def plan_load(
     """
     view = world.ports[port]
     alias = settings.alias(port, target.name)
-    _refuse_alias_elsewhere(settings, target.name, port)
+    refuse_alias_elsewhere(settings, target.name, port)
     plan = _plan_for_port(settings, view, target, port, alias, wanted, force)
     stops = [*plan.stops]
     if plan.outcome is not Outcome.ALREADY:
@@ -225,7 +227,8 @@ def check_sent_names(port: int, answers_to: str, sent: Sequence[str]) -> None:
     )
 
 
-def _refuse_alias_elsewhere(settings: Settings, name: str, port: int) -> None:
+def refuse_alias_elsewhere(settings: Settings, name: str, port: int) -> None:
+    """Raises `Refused` (alias_elsewhere) if `name` is the alias of another slot than `port`."""
     own = settings.slot_of(name)
     if own is not None and own != port:
         raise Refused(
@@ -239,20 +242,20 @@ def _refuse_alias_elsewhere(settings: Settings, name: str, port: int) -> None:
 def _refuse_elsewhere(old: PortView, target: Target, outcome: Outcome, force: bool) -> None:
     """One model, one port: what is on another one is moved if that is wished, or cleaned up; never served twice."""
     if old.state is State.UNKNOWN:
-        raise _unknown(old)
+        raise unknown_port(old)
     if outcome is Outcome.ADOPT:
         raise Refused(
             "model_elsewhere",
             f"{target.name} is served on port {old.port} too",
             why="one model, one port; a running server is adopted only where it is the only one",
-            hint=f"first: mlxctl unload {old.port}",
+            hint=f"first: mlxctl unload {old.port}{_force_for(old)}",
         )
     if old.state not in {State.ORPHAN, State.FAILED} and not force:
         raise Refused(
             "model_elsewhere",
             f"{target.name} is served on port {old.port}",
             why="one model, one port",
-            hint=f"move it: add --force; or first: mlxctl unload {old.port}",
+            hint=f"move it: add --force; or first: mlxctl unload {old.port}{_force_for(old)}",
         )
     if old.owner is not Owner.MLXOPS:
         raise Refused(
@@ -263,7 +266,7 @@ def _refuse_elsewhere(old: PortView, target: Target, outcome: Outcome, force: bo
         )
 
 
-def _unknown(view: PortView) -> Refused:
+def unknown_port(view: PortView) -> Refused:
     return Refused(
         "unknown_port",
         f"what is on port {view.port} could not be determined",
@@ -277,7 +280,7 @@ def _plan_for_port(
 ) -> LoadPlan:
     start = LoadPlan(target, port, alias, Outcome.START)
     if view.state is State.UNKNOWN:
-        raise _unknown(view)
+        raise unknown_port(view)
     if view.owner is Owner.BOOT:
         return _plan_on_boot(settings, view, target, start)
     if view.owner is Owner.FOREIGN or view.state is State.FOREIGN:
@@ -302,9 +305,14 @@ def _plan_for_port(
             "port_in_use",
             f"port {port} serves {view.model or 'another model'}",
             why=f"it is {view.state}, owner {view.owner}, pid {view.pid}",
-            hint=f"swap it: add --force; or first: mlxctl unload {port}",
+            hint=f"swap it: add --force; or first: mlxctl unload {port}{_force_for(view)}",
         )
     return LoadPlan(target, port, alias, Outcome.START, stops=(view,), previous=view)
+
+
+def _force_for(view: PortView) -> str:
+    """What `unload` wants for a server that somebody has started by hand."""
+    return " --force" if view.owner is Owner.HAND else ""
 
 
 def _plan_on_boot(settings: Settings, view: PortView, target: Target, start: LoadPlan) -> LoadPlan:
@@ -385,7 +393,7 @@ def plan_unload(registry: Registry, world: World, port: int, *, force: bool) -> 
     clear = tuple(model.name for model in registry.on_port(port))
     name = clear[0] if clear else view.model
     if view.state is State.UNKNOWN:
-        raise _unknown(view)
+        raise unknown_port(view)
     if view.owner is None:
         return UnloadPlan(port, None, clear, name)
     if view.owner in {Owner.BOOT, Owner.FOREIGN}:

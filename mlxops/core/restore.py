@@ -94,7 +94,8 @@ def pause(attempts: Sequence[float]) -> str:
     if in_a_row >= GIVE_UP:
         return f"it was started {in_a_row} times and did not last; when it is mended, load it"
     left = min(FIRST_PAUSE * 2 ** (in_a_row - 1), LONGEST_PAUSE) - attempts[0]
-    return f"it ended {in_a_row} times; the next try is in {duration(left)}, or load it" if left > 0 else ""
+    times = "once" if in_a_row == 1 else f"{in_a_row} times"
+    return f"it ended {times}; the next try is in {duration(left)}; or now: mlxctl load" if left > 0 else ""
 
 
 def last_cleared(history: Iterable[Mapping[str, object]]) -> tuple[Step, ...]:

@@ -174,6 +174,8 @@ class Signals:
     listening: bool = False
     """Something listens that a server of this port would collide with."""
     listener_pids: frozenset[int] = frozenset()
+    unowned: bool = False
+    """A listener's process cannot be seen, and nothing says that it is another user's."""
     hand: Server | None = None
     boot: bool = False
     operation: Operation | None = None
@@ -273,6 +275,8 @@ def judge(signals: Signals, registry: Registry) -> PortView:
         return _judge_ours(signals, run, tuple(model.name for model in assigned))
     if signals.boot and signals.listening:
         return _stranger(signals, registry, Owner.BOOT)
+    if signals.unowned:
+        return _view(signals, State.UNKNOWN, None, detail=_UNOWNED)
     if signals.hand is not None:
         return _stranger(signals, registry, Owner.HAND)
     if signals.listening:
@@ -284,6 +288,9 @@ def judge(signals: Signals, registry: Registry) -> PortView:
         why = ended + (f": {signals.last_words}" if signals.last_words and not signals.rebooted else "")
         return _view(signals, State.FAILED, None, model=assigned[0].name, detail=why)
     return _view(signals, State.IDLE, None)
+
+
+_UNOWNED = "something listens, and its process cannot be seen: it is just ending, or another user's"
 
 
 def _ours(signals: Signals) -> bool:
@@ -304,6 +311,8 @@ def _judge_ours(signals: Signals, run: Run, assigned: tuple[str, ...]) -> PortVi
     orphan = _orphan(signals, run, assigned)
     if orphan is not None:
         return _view(signals, State.ORPHAN, owner, orphan.value, orphan=orphan)
+    if signals.unowned:
+        return _view(signals, State.UNKNOWN, None, _UNOWNED)
     if not signals.listener_pids or not signals.listener_pids <= set(signals.members):
         # A listener whose process cannot be seen is another user's: our own are always seen.
         return _view(signals, State.MISMATCH, owner, f"somebody else listens on its port: {signals.stranger}")
@@ -319,7 +328,7 @@ def _judge_ours(signals: Signals, run: Run, assigned: tuple[str, ...]) -> PortVi
         case Answer.LOADING:
             return _view(signals, State.LOADING, owner, "the server says that it is loading")
         case Answer.NOT_ASKED:
-            return _view(signals, State.UNKNOWN, None, detail="its server was not asked")
+            return _view(signals, State.UNKNOWN, None, detail="its server could not be asked")
         case Answer.SERVING:
             return _view(signals, State.READY, owner)
 
@@ -339,6 +348,8 @@ def _stranger(signals: Signals, registry: Registry, owner: Owner) -> PortView:
     server = signals.hand
     model = next((m.name for m in registry.models.values() if server and server.model in _known_as(m)), None)
     assigned = registry.on_port(signals.port)
+    if server is not None and signals.listening and signals.answer is Answer.NOT_ASKED:
+        return _view(signals, State.UNKNOWN, None, detail="its server could not be asked")
     if signals.answer is Answer.SILENT and signals.busy:
         state, detail = State.READY, "busy"
     elif signals.answer is Answer.SILENT:
@@ -440,6 +451,9 @@ def _drift_of_port(view: PortView, assigned: tuple[Model, ...]) -> Iterator[Drif
     elif view.owner in {Owner.HAND, Owner.BOOT} and view.model not in names:
         message = f"{port} is served by a process that mlxops did not start, and the registry does not say so"
         yield Drift("unregistered_server", port, view.model, message, f"mlxctl unload {port} --force, then load")
+    elif view.state is State.UNKNOWN:
+        message = f"what is on port {port} could not be determined: {view.detail}"
+        yield Drift("unknown", port, names[0] if names else None, message, "nothing is changed meanwhile; try again")
     elif view.owner is Owner.FOREIGN and names:
         message = f"{names[0]} is assigned to {port}, but a process that is not ours holds the port"
         yield Drift("foreign", port, names[0], message, "stop that process; mlxops never signals it")

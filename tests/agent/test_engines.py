@@ -215,6 +215,7 @@ def test_a_value_replaces_a_default_flag() -> None:
     bare = Command(("x",), "")
     assert options(OPENAI.argv(bare, serving()))["--model-type"] == "lm"
     assert options(OPENAI.argv(bare, serving(options={"model_type": "multimodal"})))["--model-type"] == "multimodal"
+    assert "--model-type" not in OPENAI.argv(bare, serving(options={"model_type": None}))
 
 
 @pytest.mark.parametrize("engine", [OPENAI, LM], ids=lambda engine: engine.name)

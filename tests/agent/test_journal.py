@@ -217,7 +217,9 @@ def test_asking_whether_a_worker_lives_makes_nothing(journal: Journal) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_full_disk_does_not_end_an_operation(journal: Journal) -> None:
-    (journal.folder / "events.jsonl").symlink_to("/dev/full")
+    events = journal.folder / "events.jsonl"
+    events.unlink()
+    events.symlink_to("/dev/full")
     emit = journal.emitter()
     emit(Note("lost"))
     emit(Done({}))

@@ -252,6 +252,36 @@ def test_a_stubborn_child_goes_with_its_group(lab: Lab) -> None:
     assert not group(run)
 
 
+DRAINS = """
+import os, signal, socket, subprocess, sys, time
+listener = socket.create_server(("127.0.0.1", 0))
+child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
+def drain(*_):
+    time.sleep(0.3)  # the requests under way
+    print(" its child is", child.poll(), flush=True)
+    if sys.argv[1] == "ends its child":
+        child.terminate()
+        child.wait()
+    os._exit(0)
+signal.signal(signal.SIGTERM, drain)
+print("up", listener.getsockname()[1], flush=True)
+while True:
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("how", ["ends its child", "leaves its child"])
+@pytest.mark.parametrize("wrapper", [False, True])
+def test_a_server_has_its_child_for_as_long_as_it_drains(lab: Lab, how: str, wrapper: bool) -> None:
+    own = (PYTHON, "-S", "-c", DRAINS, how)
+    _, run = lab.running((SH, "-c", '"$0" "$@"; exit', *own) if wrapper else own)
+    wait_until(lambda: lab.log.endswith("\n"), 20, "its port")
+    # A grace beyond the time limit of a test: what the server leaves is not waited for that long.
+    stopped = stop(SYSTEM, replace(run, port=int(lab.log.split()[1])), grace=300, reap=lab.started[0].child.poll)
+    assert "its child is None" in lab.log and not stopped.killed
+    assert group(run) == set()
+
+
 def test_a_child_that_outlived_its_leader_is_found_by_its_mark_and_stopped(lab: Lab) -> None:
     gated, run = lab.running([SH, "-c", f'{PYTHON} -S -c "$0" & exit', WAIT])
     gated.child.wait(10)

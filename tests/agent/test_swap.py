@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +15,8 @@ import pytest
 
 from tests.agent.test_openai_server import Stream
 from tests.lab import models
-from tests.lab.homelab import Completed, Homelab, Studio
+from tests.lab.homelab import Completed, Homelab, Studio, run, script
+from tests.lab.sshd import missing
 from tests.lab.world import wait_until
 
 QWEN, LLAMA, BROKEN = "tiny-org/tiny-qwen3", "tiny-org/tiny-llama", "tiny-org/tiny-broken"
@@ -67,6 +70,9 @@ class TestFailure:
             assert failed.exit == 4 and error["code"] == "server_did_not_start"
             assert "Missing 1 parameters" in error["why"] and f"{QWEN} serves port {port} again" in error["why"]
             assert error["details"]["previous"] == f"{QWEN} serves port {port} again"
+            # The old server writes the port's log again; what the new one said is in the one before.
+            log = Path(error["details"]["log_path"])
+            assert "Missing 1 parameters" in log.read_text() and error["hint"].endswith(str(log))
             after = row(studio, port)
             assert (after["state"], after["model"]) == ("ready", QWEN) and after["pid"] != before["pid"]
             assert record(studio, port)["argv"] == was["argv"]
@@ -140,9 +146,31 @@ class TestBefore:
         finally:
             studio.mlxctl("unload", str(port)).ok()
 
+    def test_a_full_disk_of_the_state_is_found_before_the_old_server_stops(self, studio: Studio) -> None:
+        port = str(studio.ports[0])
+        done = _in_a_small_state(
+            studio,
+            f"$mlxctl load {QWEN} {port} --local >&2 && head -c 6m /dev/zero > {studio.state}/filler",
+            f"$mlxctl load {LLAMA} {port} --force --json --local && exit 9; echo ,",
+            f"$mlxctl status --json --local && rm {studio.state}/filler && $mlxctl unload {port} --local >&2",
+        )
+        refused, status = (document["hosts"][0] for document in json.loads(f"[{done.ok().stdout}]"))
+        assert refused["error"]["code"] == "does_not_fit" and "the disk of" in refused["error"]["message"]
+        assert next(each for each in status["ports"] if each["port"] == studio.ports[0])["state"] == "ready"
+
     def test_a_slot_whose_name_promises_another_size_is_warned_of(self, studio: Studio) -> None:
         done = studio.mlxctl("load", QWEN, str(studio.ports[0]), "--dry-run", "--json").ok()
         assert any("promises a model of class xl" in note for note in result(done)["notes"])
+
+
+def _in_a_small_state(studio: Studio, *steps: str) -> Completed:
+    """Run lines of shell where the state folder is a disk of 12 MB; `$mlxctl` is the program."""
+    own = ["unshare", "-Urm", "sh", "-c"]
+    if sys.platform != "linux" or subprocess.run([*own, "mount -t tmpfs t /mnt"], check=False).returncode:
+        missing("the right to make a mount namespace (unshare -Urm)")
+    studio.state.mkdir(parents=True, exist_ok=True)
+    mount = f"mount -t tmpfs -o size=12m,mode=700 t {studio.state}"
+    return run([*own, "\n".join([mount, *steps])], studio.home, studio.environment | {"mlxctl": script("mlxctl")})
 
 
 def _spoil(studio: Studio, name: str, how: str) -> None:
@@ -220,6 +248,15 @@ class TestRollback:
             assert studio.mlxctl("unload", str(port)).ok()
             # An idle port gets back what it served last.
             assert result(studio.mlxctl("rollback", "--port", str(port), "--json").ok())["model"] == QWEN
+
+    def test_another_port_is_not_emptied_for_it(self, studio: Studio) -> None:
+        first, second = studio.ports[0], studio.ports[1]
+        with serving(studio, QWEN, first):
+            studio.mlxctl("load", LLAMA, str(first), "--force").ok()
+            studio.mlxctl("load", QWEN, str(second)).ok()
+            refused = studio.mlxctl("rollback", str(first), "--json")
+            assert (refused.exit, refused.json["hosts"][0]["error"]["code"]) == (3, "model_elsewhere")
+            assert row(studio, second)["model"] == QWEN and row(studio, first)["model"] == LLAMA
 
     def test_a_name_that_was_repointed_is_pointed_back(self, studio: Studio) -> None:
         port = studio.ports[0]

@@ -18,7 +18,7 @@ from tests.benchmarks.contest import Contest, Cost, Program, Timed
 from tests.benchmarks.place import homelab, inv, inv_local, python
 from tests.benchmarks.stats import Limit
 from tests.lab import models
-from tests.lab.homelab import Studio, _environment, _script
+from tests.lab.homelab import Studio, _environment, script
 from tests.lab.hub import Hub
 
 REPOS = 1000
@@ -57,7 +57,7 @@ def _hf_download(studio: Studio, repo: str, cache: Path) -> Program:
     env = _environment(studio.home, studio.folder / "tmp") | studio.env
     # It would ask a package index whether there is a newer one of it.
     env |= {"HF_HUB_CACHE": str(cache), "HF_HUB_DISABLE_UPDATE_CHECK": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    return Program([_script("hf"), "download", repo], studio.home, env)
+    return Program([script("hf"), "download", repo], studio.home, env)
 
 
 def _anew(cached: Path, program: Program) -> float:

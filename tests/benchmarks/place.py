@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tests.benchmarks.contest import Program
 from tests.lab import cache
-from tests.lab.homelab import CHECKOUT, Homelab, Studio, _environment, _script
+from tests.lab.homelab import CHECKOUT, Homelab, Studio, _environment, script
 from tests.lab.sshd import program
 
 PORTS = 10
@@ -54,13 +54,13 @@ def homelab(folder: Path, *, studios: int = 1, hub_url: str | None = None) -> It
 
 def inv(lab: Homelab, *words: str, status: int = 0) -> Program:
     """On the control node, in the checkout."""
-    return Program([_script("inv"), *words], CHECKOUT, lab.mini.env | _bytecode(lab.folder.parent), status)
+    return Program([script("inv"), *words], CHECKOUT, lab.mini.env | _bytecode(lab.folder.parent), status)
 
 
 def inv_local(studio: Studio, *words: str) -> Program:
     """On the host itself."""
     env = _environment(studio.home, studio.folder / "tmp") | studio.env
-    return Program([_script("inv"), *words, "--local"], CHECKOUT, env)
+    return Program([script("inv"), *words, "--local"], CHECKOUT, env)
 
 
 def python(studio: Studio, code: str, *arguments: str) -> Program:
@@ -79,7 +79,7 @@ def fabric(lab: Homelab) -> Program:
     folder = lab.folder / "fabric"
     folder.mkdir(exist_ok=True)
     (folder / "tasks.py").write_text(_FABRIC_TASK, encoding="utf-8")
-    return Program([_script("inv"), "true"], folder, lab.mini.env | _bytecode(lab.folder.parent))
+    return Program([script("inv"), "true"], folder, lab.mini.env | _bytecode(lab.folder.parent))
 
 
 def pyinfra(lab: Homelab, names: Sequence[str] = ("studio",)) -> Program:

@@ -24,7 +24,7 @@ from mlxops.core.errors import Exit
 from mlxops.core.protocol import Event, Phase, Progress, Request
 from mlxops.core.settings import PortRange, Settings
 from tests.lab import models
-from tests.lab.homelab import Completed, Homelab, _script
+from tests.lab.homelab import Completed, Homelab, script
 from tests.lab.hub import Hub
 from tests.lab.wire import Wire
 
@@ -56,7 +56,7 @@ def wired(make_homelab: Callable[..., Homelab], slow_hub: Wire) -> Iterator[tupl
 def client(lab: Homelab, *words: str) -> Iterator[subprocess.Popen[str]]:
     """`mlxctl` on the Mini, while it runs."""
     with subprocess.Popen(
-        [_script("mlxctl"), *words],
+        [script("mlxctl"), *words],
         cwd=lab.mini.elsewhere,
         env=lab.mini.env,
         stdin=subprocess.DEVNULL,
@@ -258,7 +258,7 @@ def on_a_terminal(lab: Homelab, words: list[str], until: str, answer: str) -> Co
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(lab.mini.elsewhere)
-        os.execve(_script("mlxctl"), ["mlxctl", *words], lab.mini.env | {"TERM": "xterm"})
+        os.execve(script("mlxctl"), ["mlxctl", *words], lab.mini.env | {"TERM": "xterm"})
     shown = b""
     pressed = answered = False
     try:

@@ -20,7 +20,7 @@ from mlxops.build import PACKAGE, build_id
 from mlxops.control import deploy
 from mlxops.control.inventory import Host
 from mlxops.control.transport import open_local, open_ssh
-from mlxops.core.errors import AgentProblem, Exit, MlxopsError, OutcomeUnknown
+from mlxops.core.errors import AgentProblem, Exit, MlxopsError, OutcomeUnknown, Refused
 from mlxops.core.settings import Settings
 from tests.lab.sshd import SshClient, Sshd, descendants
 
@@ -229,7 +229,7 @@ def test_a_build_that_a_process_uses_stays_and_older_ones_go(home: Path, bare: N
 def test_rollback_goes_to_the_build_before_and_back(home: Path, bare: None) -> None:
     back = deploy.Wish(rollback=True)
     deploy.install(open_local(), host(), quiet, places=HERE)
-    with pytest.raises(AgentProblem, match="no build to go back to"):
+    with pytest.raises(Refused, match="no build to go back to"):
         deploy.install(open_local(), host(), quiet, places=HERE, wish=back)
     state = home / ".mlxops"
     # Another build whose sources differ by one line.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from tests.agent.test_openai_server import Stream
 from tests.lab import leaks, models
 from tests.lab.homelab import Completed, Homelab, LabUnavailable
 from tests.lab.litellm import LiteLLM, Traffic, ask
@@ -27,7 +29,7 @@ from tests.lab.world import wait_until
 pytestmark = pytest.mark.timeout(600)
 
 ALIAS = "jerry-xl"
-QWEN, LLAMA, BROKEN = (f"tiny-org/{name}" for name in (models.QWEN, models.LLAMA, models.BROKEN))
+QWEN, OTHER, LLAMA, BROKEN = (f"tiny-org/{name}" for name in (models.QWEN, models.QWEN_B, models.LLAMA, models.BROKEN))
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def place(
     except LabUnavailable as error:
         missing(str(error))
     with watch.spare(folder), lab:
-        for repo in (QWEN, LLAMA, BROKEN):
+        for repo in (QWEN, OTHER, LLAMA, BROKEN):
             lab.studio.install(repo, repo.removeprefix("tiny-org/"))
         entries = lab.mini.inv("gateway", "--print").ok().stdout
         with LiteLLM(folder / "litellm", entries) as gateway:
@@ -141,9 +143,15 @@ class Story:
 
 
 @pytest.mark.parametrize("driver", ["over ssh", "local"])
-def test_models_change_behind_an_alias_and_the_gateway_stays(empty: Place, driver: str) -> None:
+def test_models_change_behind_an_alias_and_the_gateway_stays(
+    empty: Place, engine: Path, openai_server: Path, driver: str
+) -> None:
     lab, gateway, port = empty.lab, empty.gateway, str(empty.port)
     run: Drive = lab.mini.inv if driver == "over ssh" else lab.studio.mlxctl
+    lm = engine / "bin" / "mlx_lm.server"
+    lab.configure(launch={"mlx-lm": [str(lm)], "mlx-openai-server": [str(openai_server), "launch"]})
+    run("init").ok()
+    run("set", "--model", OTHER, "--set", "engine=mlx-openai-server").ok()
     identity = gateway.identity()
     with Traffic(gateway, ALIAS) as traffic:
         story = Story(empty, traffic)
@@ -154,18 +162,37 @@ def test_models_change_behind_an_alias_and_the_gateway_stays(empty: Place, drive
         first = story.step("load", load(QWEN), serves=QWEN)
         swap = story.step("swap", load(LLAMA, "--force"), serves=LLAMA)
         failed = story.step("failed swap", load(BROKEN, "--force"), serves=LLAMA, exit=4)
+        other = story.step("engine swap", load(OTHER, "--force"), serves=OTHER)
+        with _reading(Stream(lab.studio, empty.port, 2000)) as streamed:
+            back = story.step("rollback", lambda: run("rollback", "--port", port), serves=LLAMA)
         story.step("unload", lambda: run("unload", "--port", port), serves=None)
         story.step("load again", load(QWEN), serves=QWEN)
     story.check()
     said = {step.name: step.after for step in story.steps}
-    assert said["load"] == said["load again"] != said["swap"] == said["failed swap"]
-    for done in (first, swap):
+    assert said["load"] == said["load again"] != said["swap"] == said["failed swap"] == said["rollback"]
+    assert said["engine swap"] not in {said["load"], said["swap"]}
+    for done in (first, swap, other):
         assert _receipt(done)["aliases"][0]["ok"], str(done)
         assert _receipt(done)["aliases"][0]["api_base"] == f"http://{lab.studio.address}:{port}/v1"
     assert "serves port" in failed.json["hosts"][0]["error"]["why"]
+    assert b"[DONE]" in streamed[0] and "was killed" not in back.stderr, "an open stream is answered to its end"
     assert gateway.identity() == identity
-    sys.stdout.write(f"\n{driver}: {story.cost('swap')}; the agent measured {_result(swap)['downtime_seconds']} s\n")
-    sys.stdout.write(f"{driver}: {story.cost('failed swap')}\n")
+    for name in ("swap", "failed swap", "engine swap", "rollback"):
+        sys.stdout.write(f"\n{driver}: {story.cost(name)}")
+    sys.stdout.write(f"\n{driver}: the agent measured {_result(swap)['downtime_seconds']} s for the swap\n")
+
+
+@contextmanager
+def _reading(stream: Stream) -> Iterator[list[bytes]]:
+    """Reads a stream to its end meanwhile; what came is there afterwards."""
+    came: list[bytes] = []
+    reader = threading.Thread(target=lambda: came.append(stream.rest()))
+    reader.start()
+    try:
+        yield came
+    finally:
+        reader.join()
+        stream.close()
 
 
 def test_the_check_finds_nothing_to_say_of_a_served_alias(empty: Place) -> None:
@@ -189,6 +216,17 @@ def test_an_alias_that_the_gateway_does_not_answer_for_is_a_fault(empty: Place) 
     assert finding["code"] == "through_no_completion"
     assert finding["alias"] == ALIAS
     assert "sk-not-the-key" not in done.stdout + done.stderr
+
+
+def test_every_alias_is_asked_also_where_the_gateways_files_are_elsewhere(empty: Place) -> None:
+    lab = empty.lab
+    lab.mini.inv("load", "--model", QWEN, "--port", str(empty.port)).ok()
+    with _hosts(lab, f"  config: {empty.gateway.config}\n", ""):
+        done = lab.mini.inv("gateway", "--through", "--json").ok()
+        refused = lab.mini.inv("gateway")
+    (host,) = done.json["hosts"]
+    assert [row["through"]["ok"] for row in host["aliases"] if row["through"]] == [True]
+    assert host["findings"] == [] and refused.exit == 2, str(refused)
 
 
 def test_a_load_that_would_not_know_the_gateways_name_is_refused_before_anything_stops(
@@ -234,11 +272,18 @@ def _told(place: Place, folder: Path, old: str, new: str) -> Iterator[Path]:
     """The Mini reads another configuration than the gateway's own, which stays as it is."""
     other = folder / "router.yaml"
     other.write_text(place.gateway.config.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
-    hosts = place.lab.mini.home / ".config" / "mlxops" / "hosts.yaml"
-    right = hosts.read_text(encoding="utf-8")
-    hosts.write_text(right.replace(str(place.gateway.config), str(other)), encoding="utf-8")
-    try:
+    with _hosts(place.lab, str(place.gateway.config), str(other)):
         yield other
+
+
+@contextmanager
+def _hosts(lab: Homelab, old: str, new: str) -> Iterator[None]:
+    """The Mini's hosts.yaml says something else."""
+    hosts = lab.mini.home / ".config" / "mlxops" / "hosts.yaml"
+    right = hosts.read_text(encoding="utf-8")
+    hosts.write_text(right.replace(old, new), encoding="utf-8")
+    try:
+        yield
     finally:
         hosts.write_text(right, encoding="utf-8")
 

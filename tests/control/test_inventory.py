@@ -60,9 +60,17 @@ def test_the_defaults_that_the_example_shows_as_comments_are_true(tmp_path: Path
     assert explicit.host("studio").python == plain.host("studio").interpreter()
 
 
+def test_several_hosts_need_a_default_only_where_one_is_meant(tmp_path: Path) -> None:
+    inventory = read(tmp_path, "hosts: {a: {}, b: {}}")
+    assert [host.name for host in inventory.select(None, all_by_default=True)] == ["a", "b"]
+    with pytest.raises(UsageError, match="which host is meant") as caught:
+        inventory.select(None, all_by_default=False)
+    assert caught.value.code == "no_default_host" and "a, b" in caught.value.why
+
+
 def test_a_host_without_settings_has_the_documented_defaults(tmp_path: Path) -> None:
     inventory = read(tmp_path, "hosts: {studio: {}}")
-    host = inventory.host(inventory.default)
+    host = inventory.host(inventory.default or "")
     assert host.ssh == "studio"
     assert host.settings.address is None and host.settings.bind == "127.0.0.1"
     assert host.interpreter() == ("~/.mlxops/venv/bin/python",)
@@ -202,7 +210,6 @@ def test_what_cannot_be_meant_is_refused_with_its_place(tmp_path: Path, setting:
         ("hosts: {}\n", "no hosts"),
         ("hosts:\n", "hosts.yaml:1: hosts: has no value"),
         ("host: {a: {}}\n", "hosts.yaml:1: host: unknown key"),
-        ("hosts: {a: {}, b: {}}\n", "no default host"),
         ("default: c\nhosts: {a: {}, b: {}}\n", "hosts.yaml:1: default: 'c' is not a host"),
         ("hosts:\n  a: {}\n  a: {}\n", "hosts.yaml:3: hosts.a: is there twice"),
         ("hosts: {a,b: {}}\n", "hosts.yaml:1: hosts.a: has no value"),

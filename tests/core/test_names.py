@@ -134,6 +134,11 @@ def test_a_duration_is_a_number_of_seconds(text: str, number: float) -> None:
     assert names.seconds(text, "--timeout") == number
 
 
+def test_zero_is_a_duration_where_it_means_now() -> None:
+    assert names.seconds("0", "--drain", zero=True) == 0
+    assert refused(names.seconds, "0", "--drain").code == "bad_duration"
+
+
 @pytest.mark.parametrize("text", [*HOSTILE[:20], "0", "0.0", "-1", "1e9", "inf", "nan", "86400.5", "10m", "٣", "1."])
 def test_anything_else_is_no_duration(text: str) -> None:
     error = refused(names.seconds, text, "--timeout")

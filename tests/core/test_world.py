@@ -72,6 +72,20 @@ CASES: dict[str, tuple[Signals, Registry, State, Owner | None]] = {
         State.LOADING,
         Owner.MLXOPS,
     ),
+    "a server by hand, not asked": (replace(by_hand(), answer=Answer.NOT_ASKED), A, State.UNKNOWN, None),
+    "a listener whose process cannot be seen": (
+        replace(signals(), listening=True, unowned=True),
+        A,
+        State.UNKNOWN,
+        None,
+    ),
+    "our server lives and a listener's process cannot be seen": (
+        replace(serving(), listener_pids=frozenset(), unowned=True),
+        A,
+        State.UNKNOWN,
+        None,
+    ),
+    "a listener of another user": (replace(signals(), listening=True), A, State.FOREIGN, Owner.FOREIGN),
     "our server, not asked": (replace(serving(), answer=Answer.NOT_ASKED), A, State.UNKNOWN, None),
     "our server and the registry names another model": (serving(), B, State.MISMATCH, Owner.MLXOPS),
     "our server lives and another process listens": (
@@ -274,6 +288,7 @@ def test_where_registry_and_life_agree_there_is_no_drift() -> None:
         (A, (replace(serving(), answer=Answer.BROKEN),), ("failed", 8103, "a")),
         (registry(a=None), (by_hand(),), ("unregistered_server", 8103, "a")),
         (A, (of_somebody(),), ("foreign", 8103, "a")),
+        (A, (replace(serving(), error="permission denied"),), ("unknown", 8103, "a")),
         (registry(a=9000), (), ("port_outside_range", 9000, "a")),
         (A, (replace(serving(), run=replace(run(), alias="old"), alias="new"),), ("alias_changed", 8103, "a")),
     ],

@@ -138,6 +138,7 @@ def _whatever(port: int) -> st.SearchStrategy[Signals]:
         members=st.sampled_from([(), (4000,), (4000, 4001), (4001,)]),
         listening=st.booleans(),
         listener_pids=_pids,
+        unowned=st.booleans(),
         hand=st.none() | st.builds(lambda name: server(name, port), model),
         boot=st.booleans(),
         operation=st.none()

@@ -31,6 +31,7 @@ from mlxops.core.errors import MlxopsError
 from mlxops.core.protocol import Asker, Done, Event, Failed, Note, Phase, Request, decode_event
 from mlxops.core.settings import PortRange, Settings
 from tests.faults import children
+from tests.faults.creations import Fault
 from tests.faults.lab import install_engine
 from tests.faults.snapshots import MODELS, snapshot
 from tests.lab.homelab import _addresses as loopback_addresses
@@ -128,26 +129,35 @@ class Arena:
         assert operation is not None
         return operation(self.context(name, **args))
 
-    def begin(self, name: str, args: Mapping[str, object], *, stopped: bool = False) -> tuple[Journal, int]:
-        """Start the worker of an operation; returns its record and its pid."""
+    def begin(
+        self, name: str, args: Mapping[str, object], *, stopped: bool = False, first: Fault = lambda: None
+    ) -> tuple[Journal, int]:
+        """Start the worker of an operation; returns its record and its pid. `first` is done in it before all else."""
         self.store.ready()
         journal, lock = journals.create(self.state / "ops", self.request(name, **args))
         assert lock is not None
         os.environ.update(self.environ)
         output = journal.folder / "stderr"
+
+        def body() -> int:
+            first()
+            return worker.run(journal.folder, lock)
+
         try:
-            return journal, children.fork(lambda: worker.run(journal.folder, lock), output, stopped=stopped, keep=lock)
+            return journal, children.fork(body, output, stopped=stopped, keep=lock)
         finally:
             os.close(lock)
 
-    def run(self, name: str, **args: object) -> Ended:
-        """An operation without a fault."""
-        journal, pid = self.begin(name, args)
+    def run(self, name: str, first: Fault = lambda: None, /, **args: object) -> Ended:
+        """An operation, without a fault but for what its worker does to itself `first`."""
+        journal, pid = self.begin(name, args, first=first)
         return self.ended(journal, pid)
 
-    def struck(self, fault: Sequence[str], log: Path, name: str, **args: object) -> Ended:
+    def struck(
+        self, fault: Sequence[str], log: Path, name: str, first: Fault = lambda: None, /, **args: object
+    ) -> Ended:
         """An operation whose worker runs under strace with these options."""
-        journal, pid = self.begin(name, args, stopped=True)
+        journal, pid = self.begin(name, args, stopped=True, first=first)
         tracer = children.traced(pid, fault, log)
         ended = self.ended(journal, pid)
         children.wait(tracer, 20)
@@ -185,7 +195,7 @@ class Arena:
                     found[int(name)] = argv.replace(b"\0", b" ").decode(errors="replace")
         return found
 
-    def start_by_hand(self, model: str, port: int, alias: str | None = None) -> int:
+    def start_by_hand(self, model: str, port: int, *options: str, alias: str | None = None) -> int:
         """A server that somebody started, just as mlxops would have started it; returns its pid when it listens."""
         folder = self.folder / "hand"
         folder.mkdir(exist_ok=True)
@@ -194,7 +204,7 @@ class Arena:
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.is_symlink():
             link.symlink_to(self.snapshots[model])
-        argv = [str(self.program), "--model", name, "--host", self.address, "--port", str(port)]
+        argv = [str(self.program), "--model", name, "--host", self.address, "--port", str(port), *options]
 
         def serve() -> int:
             os.chdir(folder)

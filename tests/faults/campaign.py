@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import signal
@@ -11,13 +12,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from mlxops import __version__
 from tests.lab import cache
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-STALL_SECONDS = 300.0
 LOST_KEPT = 200
 
 
@@ -30,9 +31,9 @@ class Kind:
 
 
 KINDS = (
-    Kind("kills", 1000, 40, "worker killed before a mutating system call"),
+    Kind("kills", 1000, 100, "worker killed before a mutating system call"),
     Kind("real", 40, 9, "the same with the real mlx-lm"),
-    Kind("errors", 300, 30, "ENOSPC or EIO from a system call"),
+    Kind("errors", 300, 75, "ENOSPC or EIO from a system call"),
     Kind("power", 2000, 10, "crash state after power loss, of recorded writes"),
     Kind("races", 300, 15, "race of 8 processes"),
     Kind("hostile", 1800, 100, "hostile input, command line and agent"),
@@ -43,33 +44,68 @@ KINDS = (
 )
 
 
+Rows = dict[str, dict[str, object]]
+"""What was tried of each kind, by its name."""
+
+
+def code() -> str:
+    """Which code is tried and by what: the version, and digests of all of mlxops and of this folder.
+
+    Not `build.build_id`, which leaves out the control node's side: cuts and hostile inputs go through that too.
+    """
+    parts = []
+    for folder in ("mlxops", "tests/faults"):
+        digest = hashlib.sha256()
+        for path in sorted((CHECKOUT / folder).rglob("*.py")):
+            data = path.read_bytes()
+            digest.update(f"{path.relative_to(CHECKOUT).as_posix()}\0{len(data)}\0".encode() + data)
+        parts.append(digest.hexdigest()[:12])
+    return f"{__version__}+{parts[0]}, faults {parts[1]}"
+
+
 @dataclass
 class State:
-    """What has been tried, in a file; several campaigns may work on one."""
+    """What has been tried of one code, in a file; several campaigns may work on one.
+
+    {code: {kind: {"claimed", "tried", "lost", "seconds", "cases lost"}}}: numbers of different code are never added up.
+    """
 
     path: Path
+    code: str = field(default_factory=code)
 
     @contextmanager
-    def changed(self) -> Iterator[dict[str, dict[str, object]]]:
+    def changed(self) -> Iterator[Rows]:
+        """Its rows, written when the block ends. The folder is locked, because the file is replaced: a
+        campaign that is killed leaves the old count or the new one."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a+", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            text = file.read()
-            document = json.loads(text) if text else {}
-            yield document
-            file.seek(0)
-            file.truncate()
-            json.dump(document, file, indent=1)
+        folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            document = self._document()
+            yield document.setdefault(self.code, {})
+            beside = self.path.with_name(f".{self.path.name}.new")
+            beside.write_text(json.dumps(document, indent=1), encoding="utf-8")
+            os.replace(beside, self.path)
+        finally:
+            os.close(folder)
 
-    def read(self) -> dict[str, dict[str, object]]:
-        with self.changed() as document:
-            return document
+    def read(self) -> Rows:
+        return self._document().get(self.code, {})
+
+    def _document(self) -> dict[str, Rows]:
+        try:
+            return dict(json.loads(self.path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return {}
 
 
 def count(row: dict[str, object] | None, key: str) -> int:
     value = (row or {}).get(key, 0)
     return value if isinstance(value, int) else 0
+
+
+def _number(value: object) -> float:
+    return value if isinstance(value, int | float) else 0.0
 
 
 def run(minutes: float, seed: int, state: Path | None = None, only: str | None = None) -> bool:
@@ -79,12 +115,15 @@ def run(minutes: float, seed: int, state: Path | None = None, only: str | None =
     deadline = time.monotonic() + minutes * 60
     skipped = _unavailable(kept, kinds)
     while time.monotonic() < deadline:
+        if code() != kept.code:
+            sys.stderr.write("the code has changed: run it again, which begins a count of the new one\n")
+            break
         rows = kept.read()
         open_kinds = [kind for kind in kinds if kind.name not in skipped]
         if not open_kinds:
             break
         # The one that is furthest from its goal; when all are reached, they go on in turn.
-        kind = min(open_kinds, key=lambda kind: count(rows.get(kind.name), "claimed") / kind.goal)
+        kind = min(open_kinds, key=lambda kind: count(rows.get(kind.name), "tried") / kind.goal)
         _batch(kept, kind, seed, deadline)
     sys.stdout.write(table(kept) + "\n")
     return not any(count(row, "lost") for row in kept.read().values())
@@ -113,13 +152,25 @@ def _unavailable(kept: State, kinds: list[Kind]) -> set[str]:
     return set(found)
 
 
+def batch_argv(kind: str, first: int, count: int, seed: int) -> list[str]:
+    """The program of a batch, in a pid namespace of its own where that can be had: every look at all processes is then
+    a look at its own, whatever else runs on the machine, and what it leaves ends with it.
+
+    Not for those that need sshd, which wants its users' groups.
+    """
+    from tests.faults import batch, reuse
+
+    alone = () if kind in batch.REMOTE or reuse.available() else reuse.NAMESPACE
+    return [*alone, sys.executable, "-m", "tests.faults.batch", kind, str(first), str(count), str(seed)]
+
+
 def _batch(kept: State, kind: Kind, seed: int, deadline: float) -> None:
     """A batch in a process and session of its own; what it leaves is killed with its session."""
     with kept.changed() as document:
         row = document.setdefault(kind.name, {})
         first = count(row, "claimed")
         row["claimed"] = first + kind.batch
-    argv = [sys.executable, "-m", "tests.faults.batch", kind.name, str(first), str(kind.batch), str(seed)]
+    argv = batch_argv(kind.name, first, kind.batch, seed)
     with subprocess.Popen(argv, cwd=CHECKOUT, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stdout is not None
         try:
@@ -129,12 +180,12 @@ def _batch(kept: State, kind: Kind, seed: int, deadline: float) -> None:
                     break
         finally:
             if process.poll() is None:
-                process.terminate()
+                os.killpg(process.pid, signal.SIGTERM)
                 try:
                     process.wait(20)
                 except subprocess.TimeoutExpired:
-                    process.kill()
-    if process.returncode not in (0, -signal.SIGTERM):
+                    os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode != 0 and time.monotonic() < deadline:
         _counted(
             kept, kind, seed, {"number": first, "name": "batch", "cases": 1, "wrong": [f"exit {process.returncode}"]}
         )
@@ -146,6 +197,7 @@ def _counted(kept: State, kind: Kind, seed: int, row: dict[str, object]) -> None
     with kept.changed() as document:
         total = document.setdefault(kind.name, {})
         total["tried"] = count(total, "tried") + cases
+        total["seconds"] = round(_number(total.get("seconds")) + _number(row.get("seconds")), 1)
         if row["wrong"]:
             total["lost"] = count(total, "lost") + 1
             lost = total.setdefault("cases lost", [])
@@ -157,7 +209,7 @@ def _counted(kept: State, kind: Kind, seed: int, row: dict[str, object]) -> None
 
 def table(kept: State) -> str:
     rows = kept.read()
-    lines = [f"{'FAULT':<58}{'TRIED':>7}{'SURVIVED':>10}{'LOST':>6}"]
+    lines = [f"mlxops {kept.code}", f"{'FAULT':<58}{'TRIED':>7}{'SURVIVED':>10}{'LOST':>6}"]
     for kind in KINDS:
         row = rows.get(kind.name, {})
         tried, lost = count(row, "tried"), count(row, "lost")
@@ -177,4 +229,5 @@ def _controls() -> list[str]:
 
 def replay(kind: str, number: int, seed: int) -> None:
     """One trial again, with all that it says."""
-    os.execv(sys.executable, [sys.executable, "-m", "tests.faults.batch", kind, str(number), "1", str(seed)])
+    argv = batch_argv(kind, number, 1, seed)
+    os.execvp(argv[0], argv)

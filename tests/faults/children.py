@@ -50,14 +50,18 @@ def fork(body: Callable[[], int], output: Path, *, stopped: bool = False, keep: 
     """
     sys.stdout.flush()
     sys.stderr.flush()
+    # The batch's own answer to SIGTERM is not its forks': until they have theirs, none is delivered.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         _statuses.pop(pid, None)  # of an orphan that had this pid before
         return pid
     status = 1
     try:
         os.setsid()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         sink = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         null = os.open(os.devnull, os.O_RDONLY)
         for source, target in ((null, 0), (sink, 1), (sink, 2)):

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from tests.faults.snapshots import MODELS, snapshot
-from tests.lab.homelab import Completed, Homelab, _environment, _script
+from tests.lab.homelab import Completed, Homelab, script
 
 __all__ = ["MODELS", "QuickHost"]
 
@@ -43,16 +43,21 @@ class QuickHost:
     @contextmanager
     def start(self, *words: str) -> Iterator[subprocess.Popen[bytes]]:
         """`mlxctl ... --local`, while it runs."""
-        with self.running(_script("mlxctl"), *words, "--local") as process:
+        with self.running(script("mlxctl"), *words, "--local") as process:
             yield process
 
     @contextmanager
     def running(self, *argv: str) -> Iterator[subprocess.Popen[bytes]]:
         """A program of this host, which ends with its group when the block does."""
-        environment = _environment(self.studio.home, self.studio.folder / "tmp") | self.studio.env
         null = subprocess.DEVNULL
         with subprocess.Popen(
-            argv, cwd=self.studio.home, env=environment, stdin=null, stdout=null, stderr=null, start_new_session=True
+            argv,
+            cwd=self.studio.home,
+            env=self.studio.environment,
+            stdin=null,
+            stdout=null,
+            stderr=null,
+            start_new_session=True,
         ) as process:
             try:
                 yield process

@@ -16,7 +16,7 @@ from tests.faults import hostile
 from tests.faults.lab import install_engine
 from tests.faults.snapshots import snapshot
 from tests.lab import leaks
-from tests.lab.homelab import Homelab, _script
+from tests.lab.homelab import Homelab, script
 from tests.lab.wire import Wire
 
 MODEL = "org/alpha"
@@ -85,7 +85,7 @@ def _cut(lab: Homelab, wire: Wire, number: int, seed: int) -> tuple[str, int, li
     after = rng.uniform(0.0, 1.6)
     wire.passed, wire.cut_after = 0, rng.randrange(1, 9000) if kind == "bytes" else None
     with subprocess.Popen(
-        [_script("mlxctl"), *words],
+        [script("mlxctl"), *words],
         cwd=lab.mini.elsewhere,
         env=lab.mini.env,
         stdin=subprocess.DEVNULL,

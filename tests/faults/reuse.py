@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from tests.faults import children
@@ -25,6 +26,7 @@ _LAST_PID = Path("/proc/sys/kernel/ns_last_pid")
 Stop = Callable[[Arena, int], None]
 
 
+@cache
 def available() -> str:
     """Why exact reuse cannot be caused here; empty if it can."""
     try:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import mmap
 import random
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.faults import oracle
+from tests.faults import creations, oracle
 from tests.faults.arena import Arena, Ended, entry
 
 KILLED = (
@@ -17,9 +19,9 @@ KILLED = (
     "flock",
     *("kill", "vfork", "clone", "clone3", "fork"),
 )
-"""Every system call by which a worker changes anything: files, locks, processes. The making of a file is not among
-them: openat is mostly reading, as often as there are processes to look at, and what a killed maker of a file leaves is
-what one leaves that is killed at its next call, the first write."""
+"""Every system call by which a worker changes anything: files, locks, processes; but for the making of a file, which
+strace cannot tell from its reading (see creations.py)."""
+CREATION = "creation"
 FAILING = ("write", "pwrite64", "fsync", "rename", "mkdir", "symlink", "ftruncate", "unlink")
 ERRORS = ("ENOSPC", "EIO")
 _CALL = re.compile(r"^([a-z0-9_]+)\(")
@@ -49,6 +51,14 @@ def _registered(arena: Arena) -> None:
 def _alpha(arena: Arena) -> None:
     _registered(arena)
     _loaded(arena, "org/alpha", arena.ports[0])
+
+
+def _edited(arena: Arena) -> None:
+    """Its settings are other ones by now: only then does a load of what serves already start it anew."""
+    _alpha(arena)
+    document = json.loads(arena.registry())
+    document["models"]["org/alpha"]["args"] = ["--fake-words", "anew"]
+    arena.write_registry(document["models"])
 
 
 def _with_failing(arena: Arena) -> None:
@@ -102,7 +112,7 @@ SCENARIOS = (
     Scenario("init", "init", lambda arena: {}, lambda arena: None),
     Scenario("failing swap", "load", _load("org/beta", 0, force=True), _with_failing, again=4),
     Scenario("move", "load", _load("org/alpha", 1, force=True), _alpha),
-    Scenario("restart", "load", _load("org/alpha", 0, force=True), _alpha),
+    Scenario("restart", "load", _load("org/alpha", 0, force=True), _edited),
     Scenario("adopt", "load", _load("org/alpha", 0), _by_hand),
     Scenario("unload-all", "unload-all", lambda arena: {}, _two, whole=False),
 )
@@ -138,20 +148,26 @@ class Strikes:
         return name, self._judged(scenario, old, ended, follow)
 
     def _points_of(self, scenario: Scenario) -> list[tuple[str, int]]:
-        """(system call, its count in the worker) of all that the operation changes; seen once, without a fault."""
+        """(system call or CREATION, its count in the worker) of all that the operation does, seen without a fault."""
         if scenario.name not in self._points:
             self.arena.sweep()
             scenario.prepare(self.arena)
             log = self.arena.folder / "trace"
             calls = FAILING if self.errors else KILLED
-            self.arena.struck(["-e", f"trace={','.join(calls)}"], log, scenario.command, **scenario.args(self.arena))
+            with mmap.mmap(-1, mmap.PAGESIZE) as made:
+                options = ["-e", f"trace={','.join(calls)}"]
+                args = scenario.args(self.arena)
+                self.arena.struck(options, log, scenario.command, creations.counted(made), **args)
+                points = [(CREATION, number + 1) for number in range(creations.count_of(made))]
             self._new[scenario.name] = self.arena.registry()
-            points = mutating(log)
+            points += mutating(log)
             random.Random(f"{self.seed} {scenario.name}").shuffle(points)
             self._points[scenario.name] = points
         return self._points[scenario.name]
 
     def _strike(self, scenario: Scenario, syscall: str, count: int, error: str) -> Ended:
+        if syscall == CREATION:
+            return self.arena.run(scenario.command, creations.struck(count, error), **scenario.args(self.arena))
         what = f"error={error}" if error else "signal=SIGKILL"
         options = ["-e", f"trace={syscall}", "-e", f"inject={syscall}:{what}:when={count}"]
         log = self.arena.folder / "strike"
@@ -233,6 +249,4 @@ def _assigned(arena: Arena) -> list[tuple[str, int]]:
 
 
 def _same(one: bytes, other: bytes) -> bool:
-    import json
-
     return bool(json.loads(one or b"{}") == json.loads(other or b"{}"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +20,7 @@ NEEDS_STRACE = {"kills", "errors", "power"}
 
 
 def batch(kind: str, count: int, first: int = 0) -> Iterator[dict[str, object]]:
-    argv = [sys.executable, "-m", "tests.faults.batch", kind, str(first), str(count), str(SEED)]
+    argv = campaign.batch_argv(kind, first, count, SEED)
     done = subprocess.run(argv, cwd=CHECKOUT, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     yield from map(json.loads, done.stdout.splitlines())
@@ -69,52 +68,29 @@ def test_a_campaign_goes_on_where_it_stopped(tmp_path: Path) -> None:
         campaign._batch(state, campaign.Kind("broken", 1, 2, ""), SEED, deadline=float("inf"))
     row = state.read()["broken"]
     assert (row["claimed"], row["tried"]) == (4, 4), row
+    assert f"mlxops {campaign.code()}" in campaign.table(state)
 
 
-IN_A_SMALL_PLACE = """
-import os, sys
-from pathlib import Path
-from tests.faults import oracle
-from tests.faults.arena import Arena
-arena = Arena(Path(sys.argv[1]) / "host")
-assert arena.run("init").exit == 0
-before = arena.registry()
-how = sys.argv[2]
-if how == "full":
-    with open(arena.folder / "filler", "wb", buffering=0) as file:
-        try:
-            while file.write(b"x" * 65536): pass
-        except OSError: pass
-    for size in (512, 1):
-        try:
-            with open(arena.folder / f"filler{size}", "wb", buffering=0) as file:
-                while file.write(b"x" * size): pass
-        except OSError: pass
-else:
-    assert os.system(f"mount --bind {arena.hub} {arena.hub} && mount -o remount,ro,bind {arena.hub}") == 0
-try:
-    ended = arena.run("load", model="org/alpha", port=str(arena.ports[0]))
-except Exception as error:
-    # Not even the operation's record can be made: the agent says so before it starts a worker.
-    assert how == "full" and isinstance(error, OSError), error
-else:
-    assert ended.exit == 3, ended
-assert not arena.servers(), arena.servers()
-assert arena.registry() == before
-assert arena.look()["ports"]
-print("survived")
-"""
+def test_what_was_tried_of_other_code_is_not_counted_and_not_lost(tmp_path: Path) -> None:
+    old, new = (campaign.State(tmp_path / "state.json", code) for code in ("old", "new"))
+    with old.changed() as rows:
+        rows["kills"] = {"tried": 7, "lost": 1}
+    campaign._counted(new, campaign.KINDS[0], SEED, {"number": 0, "name": "x", "cases": 1, "wrong": []})
+    assert campaign.count(new.read()["kills"], "tried") == 1 and not campaign.count(new.read()["kills"], "lost")
+    assert old.read() == {"kills": {"tried": 7, "lost": 1}}
 
 
-@pytest.mark.parametrize("how", ["full", "read-only"])
-def test_a_disk_that_takes_nothing_is_told_before_a_server_starts(how: str, tmp_path: Path) -> None:
-    mount = f'mount -t tmpfs -o size=2m none {tmp_path} && exec "$@"'
-    argv = ["unshare", "-Urm", "sh", "-c", mount, "sh", sys.executable, "-c", IN_A_SMALL_PLACE, str(tmp_path), how]
+IN_A_SMALL_PLACE = ("unshare", "-Urm", "sh", "-c", 'mount -t tmpfs -o size=32m none "$1" && shift && exec "$@"', "sh")
+
+
+@pytest.mark.parametrize("what", ["full", "read-only"])
+def test_a_disk_that_takes_no_more_is_told_and_leaves_nothing_behind(what: str, tmp_path: Path) -> None:
     try:
-        probe = subprocess.run([*argv[:4], f"mount -t tmpfs none {tmp_path}"], capture_output=True, check=False)
+        probe = subprocess.run([*IN_A_SMALL_PLACE, str(tmp_path), "true"], capture_output=True, check=False)
     except OSError:
         probe = None
     if probe is None or probe.returncode != 0:
         pytest.skip("no mount namespace for this user")
-    done = subprocess.run(argv, cwd=CHECKOUT, capture_output=True, text=True, timeout=120, check=False, env=os.environ)
+    argv = [*IN_A_SMALL_PLACE, str(tmp_path), sys.executable, "-m", "tests.faults.smalldisk", what, str(tmp_path)]
+    done = subprocess.run(argv, cwd=CHECKOUT, capture_output=True, text=True, timeout=200, check=False)
     assert done.stdout == "survived\n", done.stderr

@@ -138,6 +138,11 @@ class Studio:
             "slots": dict(self.slots),
         }
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """What commands get on this host: built, not inherited."""
+        return _environment(self.home, self.folder / "tmp") | self.env
+
     def install(self, repo_id: str, model: str, **how: Any) -> Path:
         """Put one of the tiny models into its cache, as a finished download; returns the snapshot's folder."""
         return models.install_snapshot(self.hub, repo_id, models.tiny_models() / model, **how)
@@ -150,8 +155,8 @@ class Studio:
         timeout: float = TIMEOUT,
     ) -> Completed:
         """Run `mlxctl ... --local` on this host: without SSH, with its home directory and its hosts.yaml."""
-        own = _environment(self.home, self.folder / "tmp") | self.env
-        return run([_script("mlxctl"), *arguments, "--local"], self.home, own | dict(env or {}), stdin, timeout)
+        own = self.environment | dict(env or {})
+        return run([script("mlxctl"), *arguments, "--local"], self.home, own, stdin, timeout)
 
     def registry(self) -> Any:
         """The registry as it is on disk."""
@@ -236,7 +241,7 @@ class Mini:
         timeout: float = TIMEOUT,
     ) -> Completed:
         """Run `inv ...` in the checkout."""
-        return run([_script("inv"), *arguments], CHECKOUT, self.env | dict(env or {}), stdin, timeout)
+        return run([script("inv"), *arguments], CHECKOUT, self.env | dict(env or {}), stdin, timeout)
 
     def mlxctl(
         self,
@@ -246,7 +251,7 @@ class Mini:
         timeout: float = TIMEOUT,
     ) -> Completed:
         """Run `mlxctl ...` in a directory that has nothing to do with mlxops."""
-        return run([_script("mlxctl"), *arguments], self.elsewhere, self.env | dict(env or {}), stdin, timeout)
+        return run([script("mlxctl"), *arguments], self.elsewhere, self.env | dict(env or {}), stdin, timeout)
 
     def run(self, *argv: str, stdin: str | None = None, timeout: float = TIMEOUT) -> Completed:
         """Run any program as the control node's user would: `ssh studio true`, for instance."""
@@ -381,7 +386,7 @@ def _kill_group(process: Process) -> None:
         pass  # it has just ended
 
 
-def _script(name: str) -> str:
+def script(name: str) -> str:
     """A console script of the environment that runs the tests."""
     return str(Path(sysconfig.get_path("scripts")) / name)
 

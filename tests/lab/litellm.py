@@ -204,7 +204,7 @@ class Traffic:
     """
 
     MOST = 3000
-    SECONDS = 240.0
+    SECONDS = 500.0
 
     def __init__(self, gateway: LiteLLM, alias: str) -> None:
         self.sent: list[Sent] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -29,6 +30,8 @@ class Health(StrEnum):
     LOADING = "loading"
     BROKEN = "broken"
     SILENT = "silent"
+    NOT_ASKED = "not asked"
+    """The question could not even be sent, for reasons of our own."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,10 @@ class Serving:
     def text(self, key: str) -> str | None:
         """The value of a textual option; None if it is absent or switched off."""
         return next((o.value for o in self.options if o.key == key and isinstance(o.value, str)), None)
+
+    def has(self, key: str) -> bool:
+        """Whether the option is given; a null that switches it off counts."""
+        return any(option.key == key for option in self.options)
 
 
 @dataclass(frozen=True)
@@ -229,8 +236,16 @@ def check_args(engine: str, args: Sequence[str], reserved: frozenset[str]) -> No
             )
 
 
+_NOT_SENT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL, errno.EPERM, errno.EACCES}
+"""No descriptor, memory, or local port is left for a connection, or a filter of this host forbids it."""
+
+
+class NotSent(Exception):
+    """A request could not be sent for reasons of our own, which tell nothing of the server."""
+
+
 def get_status(host: str, port: int, path: str, timeout: float) -> int | None:
-    """The HTTP status of a GET; None if there was no answer within `timeout` seconds.
+    """The HTTP status of a GET; None if there was no answer within `timeout` seconds. Raises `NotSent`.
 
     By hand, because `status` asks this, and http.client imports TLS and mail, which takes longer than all the asking.
     """
@@ -243,15 +258,21 @@ def get_status(host: str, port: int, path: str, timeout: float) -> int | None:
             # To its end, although the first line is enough: a server whose answer is cut off writes that into its log.
             while len(answer) < MAX_BODY and (part := connection.recv(65536)):
                 answer += part
-    except OSError:
-        pass  # it may have answered, and kept the connection open all the same
+    except OSError as error:
+        if error.errno in _NOT_SENT:
+            raise NotSent(str(error)) from None
+        # Else it may have answered, and kept the connection open all the same.
     status = re.match(rb"HTTP/1\.[01] (\d{3})\b", answer)
     return int(status[1]) if status else None
 
 
 def status_health(host: str, port: int, timeout: float) -> Health:
     """What the status of GET /health says: 200 serves, another is broken, none is silence."""
-    match get_status(host, port, "/health", timeout):
+    try:
+        status = get_status(host, port, "/health", timeout)
+    except NotSent:
+        return Health.NOT_ASKED
+    match status:
         case None:
             return Health.SILENT
         case 200:

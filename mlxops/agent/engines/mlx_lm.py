@@ -26,6 +26,8 @@ from mlxops.agent.engines.base import (
 )
 from mlxops.core.errors import Refused
 
+CACHE = ".cache"
+"""A Hugging Face cache with nothing in it, in the server's folder, which is its working directory."""
 _DIED = "generation thread died: "
 _EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(?:Error|Exception): .*$", re.MULTILINE)
 
@@ -79,10 +81,12 @@ class MlxLm:
         link.parent.mkdir(parents=True, exist_ok=True)
         link.unlink(missing_ok=True)
         link.symlink_to(serving.path, target_is_directory=True)
+        (serving.folder / CACHE).mkdir(exist_ok=True)
 
     def environment(self) -> Mapping[str, str]:
-        # Without it, a request under a wrong name would start a download.
-        return {"HF_HUB_OFFLINE": "1"}
+        # A request under a wrong name must neither start a download nor load another model of the host's cache;
+        # and without any cache, GET /v1/models has no answer.
+        return {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": CACHE}
 
     def recognise(self, argv: Sequence[str]) -> Seen | None:
         if not _is_server(argv):

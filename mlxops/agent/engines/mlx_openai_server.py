@@ -86,7 +86,9 @@ class MlxOpenAIServer:
         check_args(self.name, model.args, self.reserved)
         _check_parsers(command, serving)
         own = {word.partition("=")[0] for word in model.args}
-        given = {key: serving.text(key) for key in _FLAGS} | {"model_type": serving.text("model_type") or "lm"}
+        given = {key: serving.text(key) for key in _FLAGS}
+        if not serving.has("model_type"):
+            given["model_type"] = "lm"
         flags = [
             word for key, flag in _FLAGS.items() if flag not in own and (value := given[key]) for word in (flag, value)
         ]

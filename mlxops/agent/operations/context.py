@@ -20,11 +20,11 @@ DRAIN_SECONDS = 30.0
 
 
 class Cancellation:
-    """Somebody's wish that the operation ends: raised at once in the worker's main thread, but never twice, because
-    what follows is the cleaning up, and not within a `shield`."""
+    """Somebody's wish that the operation ends: raised at once in the worker's main thread while it is `open`, but never
+    twice, because what follows is the cleaning up, and not within a `shield`."""
 
     def __init__(self) -> None:
-        self._wished = self._raised = False
+        self._wished = self._raised = self._open = False
         self._shields = 0
 
     @property
@@ -38,7 +38,7 @@ class Cancellation:
 
     def check(self) -> None:
         """Raises `Interrupted` (cancelled) if there is a wish that was not heard yet."""
-        if self._wished and not self._raised and not self._shields:
+        if self._wished and self._open and not self._raised and not self._shields:
             self._raised = True
             raise Interrupted(
                 "cancelled",
@@ -46,6 +46,16 @@ class Cancellation:
                 why="somebody asked for it, or the host is shutting down",
                 hint="mlxctl status",
             )
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """While the operation runs. A wish that comes when it has its result, and only has to tell it, is too late."""
+        self._open = True
+        try:
+            self.check()
+            yield
+        finally:
+            self._open = False
 
     @contextmanager
     def shield(self) -> Iterator[None]:
@@ -83,6 +93,12 @@ class Context:
         if registry.unwritable:
             raise refusal(registry.unwritable)
         return registry
+
+    @property
+    def drain(self) -> float:
+        """Seconds that open requests get."""
+        asked = self.request.number("drain")
+        return DRAIN_SECONDS if asked is None else asked
 
     def observe(self, registry: Registry, *, only: Iterable[int] | None = None) -> World:
         return observe(self.where, self.store, registry, self.system, own=self.operation or None, only=only)

@@ -27,6 +27,8 @@ def load(ctx: Context) -> dict[str, object]:
     repo_id, revision = names.repo(repo_text) if repo_text else (None, None)
     asked_port = ctx.request.text("port")
     registry = ctx.usable_registry()
+    if asked_port not in (None, names.AUTO):
+        planner.refuse_alias_elsewhere(ctx.where.settings, name, names.port(asked_port, ctx.where.settings.ports))
     target = planner.resolve(registry, name, repo_id, revision)
     world = ctx.observe(registry) if asked_port == names.AUTO else World()
     port = planner.choose_port(ctx.where.settings, registry, world, target.name, asked_port)
@@ -62,7 +64,8 @@ def _load_locked(ctx: Context, target: Target, port: int, began: float) -> dict[
     if plan.outcome is Outcome.ADOPT:
         return _adopt(ctx, plan, prepared, began)
     downtime = start_in_place(ctx, registry, plan, prepared)
-    return _load_result(ctx, plan, began, changed=True, downtime=downtime)
+    with ctx.cancellation.shield():  # it serves: there is nothing left to cancel
+        return _load_result(ctx, plan, began, changed=True, downtime=downtime)
 
 
 def _plan(ctx: Context, registry: Registry, target: Target, port: int, prepared: Prepared | None) -> LoadPlan:

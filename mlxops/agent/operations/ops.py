@@ -71,9 +71,8 @@ def cancel(journal: Journal) -> None:
     """Ask the operation to end. Raises `Refused` (operation_ended, not_cancellable)."""
     asked = _asked(journal)["command"]
     if not journal.alive():
-        raise Refused(
-            "operation_ended", f"operation {journal.id} has ended already", why=f"it was a {asked}", hint="mlxctl ops"
-        )
+        what = f"operation {journal.id} has ended already"
+        raise Refused("operation_ended", what, why=f"what was asked: {asked}", hint="mlxctl ops")
     if asked not in CANCELLABLE:
         raise Refused(
             "not_cancellable",

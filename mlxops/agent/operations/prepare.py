@@ -13,12 +13,17 @@ from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.files import Files
 from mlxops.agent.operations.gatewayname import context_warning
 from mlxops.agent.snapshot import ModelFacts, shape
+from mlxops.agent.system import free_on_disk
 from mlxops.core import memory, planner
 from mlxops.core.errors import Refused
 from mlxops.core.families import Option, options_of, size_warning
 from mlxops.core.planner import LoadPlan, Target, Wanted
 from mlxops.core.protocol import Phase
 from mlxops.core.registry import Model, Registry
+from mlxops.core.units import amount
+
+ROOM_BYTES = 8 * 1024**2
+"""Free on the disk of the state folder, for a server's records and the beginning of its log."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,7 @@ def preflight(ctx: Context, registry: Registry, plan: LoadPlan, prepared: Prepar
     _check_code(plan, prepared, facts)
     _check_architecture(plan, prepared, facts)
     _check_memory(ctx, registry, plan, prepared, facts)
+    _check_disk(ctx, plan)
     warnings = tuple(_warnings(ctx, plan, prepared, facts))
     for warning in warnings:
         ctx.note(warning, "warning")
@@ -169,6 +175,19 @@ def _check_memory(ctx: Context, registry: Registry, plan: LoadPlan, prepared: Pr
     uses = in_use(ctx.where, ctx.observe(registry), ctx.system)
     leaving = {view.port for view in plan.stops}
     check_fits(plan.target.name, need, budget(ctx.where), uses, leaving, list(ctx.where.settings.ports))
+
+
+def _check_disk(ctx: Context, plan: LoadPlan) -> None:
+    """Found full after the old server has stopped, a disk would also keep it from coming back."""
+    free = free_on_disk(ctx.store.state)
+    if free < ROOM_BYTES:
+        raise Refused(
+            "does_not_fit",
+            f"{plan.target.name} cannot be started: the disk of {ctx.store.state} is full",
+            why=f"{amount(free)} are free; the records and the log of a server need {amount(ROOM_BYTES)}",
+            hint="free disk space on the host, then try again",
+            details={"needed_bytes": ROOM_BYTES, "free_bytes": free},
+        )
 
 
 def _warnings(ctx: Context, plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> list[str]:

@@ -17,10 +17,10 @@ from mlxops.agent.operations.files import Files, registered
 from mlxops.agent.store import Lock
 from mlxops.core import names
 from mlxops.core.errors import Busy, Interrupted, Refused
-from mlxops.core.planner import unknown_model
+from mlxops.core.planner import unknown_model, unknown_port
 from mlxops.core.protocol import Phase, Progress
 from mlxops.core.registry import Model, Registry
-from mlxops.core.world import Operation, World
+from mlxops.core.world import Operation, State, World
 
 FOLLOW_SECONDS = 0.2
 LET_GO_SECONDS = 2.0
@@ -169,7 +169,11 @@ def _uses(ctx: Context, model: Model, files: Files) -> bool:
 
 
 def _refuse_in_use(registry: Registry, world: World, models: list[Model]) -> None:
-    """Raises `Refused` (in_use) if one of the models serves, is about to, or is to come back."""
+    """Raises `Refused` (in_use) if one of the models serves, is about to, or is to come back; (unknown_port) if what
+    serves could not be determined."""
+    for view in world.ports.values():
+        if view.state is State.UNKNOWN:
+            raise unknown_port(view)
     for model in models:
         for view in world.ports.values():
             if view.owner is not None and view.model in {model.name, model.repo_id}:

@@ -30,9 +30,22 @@ def rollback(ctx: Context) -> dict[str, object]:
             why=f"the history of this host has no other load on it ({ctx.store.state}/history.jsonl)",
             hint=f"load what you want there: mlxctl load NAME {port}" + (" --force" if now else ""),
         )
+    _refuse_elsewhere(ctx, registry, port, before)
     ctx.note(f"port {port} served {before.model} before ({before.repo_id} at {before.revision[:12]})")
     args = {**ctx.request.args, "model": before.model, "repo": _repo(ctx, registry, before), "force": True}
     return load(replace(ctx, request=replace(ctx.request, command="load", args=args)))
+
+
+def _refuse_elsewhere(ctx: Context, registry: Registry, port: int, before: Served) -> None:
+    """A rollback is of one port: another one is not emptied for it unasked."""
+    for other, view in ctx.observe(registry).ports.items():
+        if other != port and view.owner is not None and view.model == before.model:
+            raise Refused(
+                "model_elsewhere",
+                f"{before.model}, which port {port} served before, is served on port {other} now",
+                why="one model, one port",
+                hint=f"move it: mlxctl load {before.model} {port} --force; or first: mlxctl unload {other}",
+            )
 
 
 def _repo(ctx: Context, registry: Registry, before: Served) -> str | None:

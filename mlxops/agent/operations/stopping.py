@@ -31,7 +31,9 @@ def stop(ctx: Context, view: PortView, grace: float) -> float:
     run = _run_of(ctx, view)
     ctx.emit(Phase("stop", f"{view.model or 'a server'} on port {view.port}, pid {run.pid}"))
     available, held = ctx.system.available(), view.memory_bytes or 0
-    left = grace if _drains(run) else _wait_for_requests(ctx, view, run, grace)
+    engine = ENGINES.get(run.engine)
+    drains = engine is None or engine.drains
+    left = grace if drains else _wait_for_requests(ctx, view, run, grace)
     open_requests = len(_connections(ctx, run))
     asked = time.monotonic()
     stopped = processes.stop(ctx.system, run, grace=left)
@@ -59,11 +61,6 @@ def _run_of(ctx: Context, view: PortView) -> Run:
             "not_ours", f"what is on port {view.port} is not known well enough to be stopped", why=view.detail
         )
     return run_of(server, view.port, ctx.system.boot_id())
-
-
-def _drains(run: Run) -> bool:
-    engine = ENGINES.get(run.engine)
-    return engine is None or engine.drains
 
 
 def _connections(ctx: Context, run: Run) -> frozenset[tuple[str, int]]:

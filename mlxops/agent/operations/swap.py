@@ -6,11 +6,13 @@ import contextlib
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 from mlxops.agent import processes
 from mlxops.agent.engines import engine_named
 from mlxops.agent.engines.base import Command, Serving
-from mlxops.agent.operations.context import DRAIN_SECONDS, Context
+from mlxops.agent.logs import rotated
+from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.files import cached
 from mlxops.agent.operations.prepare import Prepared, commit, prepare
 from mlxops.agent.operations.stopping import stop
@@ -39,7 +41,7 @@ def start_in_place(ctx: Context, registry: Registry, plan: LoadPlan, prepared: P
         start = Start(ctx.where, ctx.store, ctx.system, prepared.engine, prepared.command, prepared.serving)
         try:
             with ctx.cancellation.shield():
-                asked = [stop(ctx, view, ctx.request.number("drain") or DRAIN_SECONDS) for view in plan.stops]
+                asked = [stop(ctx, view, ctx.drain) for view in plan.stops]
             ctx.cancellation.check()
             ctx.emit(Phase("start", f"{prepared.engine.name} on port {plan.port}, found by {prepared.command.source}"))
             start.launch(dict(ctx.environ), plan.target.repo_id, prepared.files.revision, ctx.operation)
@@ -128,12 +130,25 @@ def _registered(ctx: Context, view: PortView, entry: Model) -> _WayBack | None:
 
 def _recover(ctx: Context, serving: list[tuple[PortView, _WayBack | None]], error: BaseException) -> None:
     """After a failed swap or move the old servers come back; the error tells both stories."""
+    log = Path(str(error.details.get("log_path"))) if isinstance(error, MlxopsError) else None
+    own = _inode(log)
     stories = [story for view, back in serving if (story := _bring_back(ctx, view, back))]
     for story in stories:
         ctx.note(story, "warning")
     if stories and isinstance(error, MlxopsError):
+        if log and own is not None and _inode(log) != own == _inode(rotated(log)):
+            # The old server writes there now; what the new one said is in the log before.
+            error.hint = error.hint.replace(str(log), str(rotated(log)))
+            error.details["log_path"] = str(rotated(log))
         error.details["previous"] = "; ".join(stories)
         error.why = "; ".join(filter(None, [error.why, *stories]))
+
+
+def _inode(path: Path | None) -> int | None:
+    try:
+        return path.stat().st_ino if path else None
+    except OSError:
+        return None
 
 
 def _bring_back(ctx: Context, view: PortView, back: _WayBack | None) -> str:

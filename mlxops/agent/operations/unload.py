@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from mlxops.agent.journal import named
-from mlxops.agent.operations.context import DRAIN_SECONDS, Context, busy
+from mlxops.agent.operations.context import Context, busy
 from mlxops.agent.operations.stopping import stop
 from mlxops.core import names, planner
 from mlxops.core.errors import MlxopsError, UsageError
@@ -39,7 +39,7 @@ def _unload_port(ctx: Context, port: int, *, force: bool) -> UnloadPlan:
     if ctx.request.dry_run:
         return plan
     if plan.stop is not None:
-        stop(ctx, plan.stop, ctx.request.number("drain") or DRAIN_SECONDS)
+        stop(ctx, plan.stop, ctx.drain)
     ctx.store.forget_run(port)
     ctx.store.registry.update(lambda current: current.clear(model.name for model in current.on_port(port)))
     if plan.changed:

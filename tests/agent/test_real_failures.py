@@ -1,0 +1,111 @@
+"""What the real mlx-lm says when it fails, and what becomes of it: the table of causes knows its very words.
+
+The engine is started through a script, behind which its version cannot be seen: what mlxops would find out beforehand
+comes from the engine itself then, as it does with a launcher that brings its own environment.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lab import cache, models
+from tests.lab.homelab import Homelab, Studio
+from tests.lab.world import wait_until
+
+REPO = "tiny-org/spoiled"
+
+
+@pytest.fixture
+def studio(homelab: Homelab) -> Studio:
+    """A Studio with a registered model that can still be spoiled, and the engine behind a script."""
+    studio = homelab.studio
+    launcher = studio.folder / "launcher"
+    engine = cache.engine_venv("mlx-lm") / "bin" / "mlx_lm.server"
+    launcher.write_text(
+        f"#!/bin/sh\ntouch {studio.folder}/begun\n[ -e {studio.folder}/wait ] && while [ ! -e {studio.folder}/go ]; "
+        f'do sleep 0.05; done\nexec {engine} "$@"\n'
+    )
+    launcher.chmod(0o755)
+    homelab.configure(launch={"mlx-lm": [str(launcher)]})
+    studio.install(REPO, models.QWEN)
+    studio.mlxctl("init").ok()
+    return studio
+
+
+def replaced(studio: Studio, name: str, text: str) -> None:
+    """Another content of a file of the snapshot."""
+    path = Path(studio.registry()["models"][REPO]["cache_path"]) / name
+    path.unlink()
+    path.write_text(text, encoding="utf-8")
+
+
+def failure(studio: Studio) -> Any:
+    """The error of a load that must not succeed, and must leave nothing."""
+    port = studio.ports[0]
+    done = studio.mlxctl("load", REPO, str(port), "--json", "--timeout", "60")
+    assert done.exit == 4, done
+    assert not studio.processes() and studio.registry()["models"][REPO]["port"] is None
+    return done.json["hosts"][0]["error"]
+
+
+def of_another_architecture(studio: Studio) -> None:
+    path = Path(studio.registry()["models"][REPO]["cache_path"]) / "config.json"
+    replaced(studio, "config.json", json.dumps(json.loads(path.read_text()) | {"model_type": "qwen9"}))
+
+
+def with_a_broken_template(studio: Studio) -> None:
+    replaced(studio, "chat_template.jinja", "{% for m in messages %}{{ m.content }}")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "cause", "says"),
+    [
+        (of_another_architecture, "unknown_architecture", "'qwen9'"),
+        (with_a_broken_template, "no_chat_template", "chat_template"),
+    ],
+)
+def test_a_model_that_the_engine_cannot_serve_is_explained(
+    studio: Studio, spoil: Callable[[Studio], None], cause: str, says: str
+) -> None:
+    spoil(studio)
+    error = failure(studio)
+    assert error["details"]["cause"] == cause, error
+    assert says in f"{error['why']} {error['hint']}", error
+
+
+@contextmanager
+def starting(studio: Studio) -> Iterator[Future[Any]]:
+    """A load that must fail, while its engine is held at its start: every check before that was passed."""
+    (studio.folder / "wait").touch()
+    with ThreadPoolExecutor() as pool:
+        failing = pool.submit(failure, studio)
+        wait_until((studio.folder / "begun").exists, 30, "the engine's start")
+        try:
+            yield failing
+        finally:
+            (studio.folder / "go").touch()
+
+
+def test_files_that_vanish_while_the_engine_starts_are_missed(studio: Studio) -> None:
+    with starting(studio) as failing:
+        path = Path(studio.registry()["models"][REPO]["cache_path"])
+        for file in path.glob("*.safetensors"):
+            file.unlink()
+    error = failing.result()
+    assert error["details"]["cause"] == "files_missing", error
+    assert REPO in error["hint"], error
+
+
+def test_a_port_that_somebody_takes_while_the_engine_starts_is_told_as_that(studio: Studio) -> None:
+    with starting(studio) as failing, socket.create_server((studio.address, studio.ports[0])):
+        error = failing.result()
+    assert error["details"]["cause"] == "port_taken", error
+    assert "mlxctl status" in error["hint"], error

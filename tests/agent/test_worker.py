@@ -1,0 +1,33 @@
+"""How an operation's outcome becomes its last event and its exit status, whoever wants it to end meanwhile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mlxops.agent.operations.context import Context
+from mlxops.agent.place import place
+from mlxops.agent.store import Store
+from mlxops.agent.system import this_system
+from mlxops.agent.worker import finish
+from mlxops.core.protocol import Done, Event, Failed, Request
+from mlxops.core.settings import Settings
+
+
+@pytest.mark.parametrize(("command", "last", "status"), [("list", Done, 0), ("unload", Failed, 2)])
+def test_a_wish_to_end_that_comes_with_the_outcome_is_too_late(
+    command: str, last: type[Event], status: int, tmp_path: Path
+) -> None:
+    told: list[Event] = []
+
+    def emit(event: Event) -> None:
+        told.append(event)
+        context.cancellation.wish()
+
+    settings = Settings(hub=str(tmp_path / "hub"), state=str(tmp_path / "state"))
+    where = place(settings, {})
+    store = Store(where.state, where.registry)
+    context = Context(Request(command, {}, settings, ""), where, store, this_system(), emit, {})
+    assert finish(context, emit) == status
+    assert [type(event) for event in told] == [last]
