@@ -15,10 +15,11 @@ from invoke.collection import Collection
 from invoke.context import Context
 from invoke.tasks import Task, task
 
+from mlxops import entry
 from mlxops.control import client, render
 from mlxops.control.client import Answer, Target, ask, ask_all, gateway_warning, local_python
 from mlxops.core import fields, names
-from mlxops.core.errors import Exit, MlxopsError, UsageError, bug
+from mlxops.core.errors import Exit, MlxopsError, OutputFailed, UsageError, bug
 from mlxops.core.protocol import Event, Line, Started
 from mlxops.core.settings import Settings
 
@@ -44,6 +45,8 @@ class Call:
     local: bool
     json: bool
     debug: bool
+    many: bool = False
+    """With `--json` there are many documents, one a line."""
 
     @cached_property
     def inventory(self) -> Inventory | None:
@@ -94,30 +97,37 @@ Send = Callable[[Mapping[str, object]], Answer]
 def _answer(call: Call, run: Callable[[render.Talk], tuple[Answer, ...]], show: Show, key: str | None = None) -> None:
     """The one boundary: run, print the data, tell the errors; exit, unless all is well: a further task may follow."""
     code: int = Exit.DONE
+    entry.interruptible()
     try:
         with render.Talk(many=False) as talk:
             answers = run(talk)
         _print(call, answers, show, key)
         code = render.exit_of(answers)
         _tell(call, answers)
+    except BrokenPipeError:
+        render.discard(1)  # whoever read it went away
+        code = 141
+    except OutputFailed as error:
+        render.discard(1)
+        render.Talk(many=False).error("", error)
+        code = error.exit
     except MlxopsError as error:
         code = _fail(call, error)
     except KeyboardInterrupt:
         code = _fail(call, _interrupted(call))
-    except BrokenPipeError:
-        # Whoever read our output went away; the interpreter must not complain about it at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        code = 141
     except Exception as error:  # noqa: BLE001 - the boundary: what nobody foresaw is a bug, and is told as one
         from traceback import format_exc
 
         code = _fail(call, bug(error, format_exc()))
+    entry.told()
     gc.freeze()  # the interpreter collects several times when it ends: a tenth of the time that a `status` takes
     if code:
         raise SystemExit(code)
 
 
 def _print(call: Call, answers: Sequence[Answer], show: Show, key: str | None) -> None:
+    if call.many:
+        return  # they were printed as they came
     if call.json:
         rows = {answer.host: _json_row(answer, key) for answer in answers}
         render.say(render.document(call.command, answers, rows))
@@ -142,7 +152,7 @@ def _tell(call: Call, answers: Sequence[Answer]) -> None:
 
 def _fail(call: Call, error: MlxopsError) -> int:
     if call.json:
-        render.say(render.error_document(call.command, error))
+        render.say(render.error_document(call.command, error, indent=None if call.many else 2))
     render.Talk(many=False).error("", error)
     _traceback(call, error)
     return int(error.exit)
@@ -314,19 +324,39 @@ def list_(
 @_command(
     host=HOSTS,
     probe="also ask each ready port for one small completion",
-    strict="exit 3 if registry and life disagree anywhere",
+    strict="exit 3 if registry and life disagree anywhere; with --watch as soon as they do",
+    watch="stay, and show what changes",
+    interval="with --watch: seconds between two looks at a host (2)",
 )
 def status(
     c: Context,
     host: str | None = None,
     probe: bool = False,
     strict: bool = False,
+    watch: bool = False,
+    interval: str | None = None,
     local: bool = False,
     json: bool = False,
     debug: bool = False,
 ) -> None:
     """Show what is on each port, on all hosts."""
-    _read(Call("status", host, local, json, debug), render.status_table, {"probe": probe}, strict=strict)
+    call = Call("status", host, local, json, debug, many=watch)
+    if not watch and interval is None:
+        return _read(call, render.status_table, {"probe": probe}, strict=strict)
+
+    def run(talk: render.Talk) -> tuple[Answer, ...]:
+        from mlxops.control import live
+
+        if not watch:
+            raise UsageError("watch_missing", "--interval goes with --watch", hint="inv status --watch --interval 5")
+        if probe:
+            why = "a completion from every ready port at every look would be load, not watching"
+            raise UsageError("probe_or_watch", "--probe and --watch exclude each other", why=why, hint="leave one out")
+        seconds = live.interval_of(interval)
+        answers = live.stay(call.targets(all_by_default=True), seconds, talk, json=call.json, until_drift=strict)
+        return tuple(map(_strict, answers)) if strict else answers
+
+    _answer(call, run, lambda answers: "")
 
 
 def _read(call: Call, show: Show, args: Mapping[str, object] = {}, *, strict: bool = False) -> None:
@@ -661,11 +691,7 @@ def boot(
 
 
 def _minutes(text: str | None) -> int | None:
-    if text is None:
-        return None
-    if not text.isascii() or not text.isdecimal() or not 1 <= int(text) <= 1440:
-        raise UsageError("bad_minutes", f"--every {text!r} is not a number of minutes", hint="for example: --every 5")
-    return int(text)
+    return None if text is None else names.whole(text, "--every", 1, 1440)
 
 
 @_command(
@@ -750,11 +776,7 @@ def logs(
 
 
 def _lines_asked(text: str | None) -> int:
-    if text is None:
-        return 100
-    if not text.isascii() or not text.isdecimal() or int(text) > 100_000:
-        raise UsageError("bad_lines", f"--lines {text!r} is not a number of lines", hint="for example: --lines 100")
-    return int(text)
+    return 100 if text is None else names.whole(text, "--lines", 0, 100_000)
 
 
 @_command(
@@ -875,12 +897,6 @@ def bench(c: Context, only: str | None = None, json: bool = False) -> None:
         bench.run(only, as_json=json)
 
     _develop("bench", run, json=json)
-
-
-def _whole(text: str, flag: str) -> int:
-    if not (text.isascii() and text.isdecimal()):
-        raise UsageError("bad_number", f"{names.shown(text)} is not a number for {flag}", hint=f"for example: {flag} 1")
-    return int(text)
 
 
 @task(

@@ -54,6 +54,10 @@ class NothingBeforeError(ProblemError):
     exit = 3
 
 
+CONTROL = {"control", "entry.py", "mlxctl.py", "program.py", "tasks.py"}
+"""What of the package an agent alone does not need."""
+
+
 @dataclass(frozen=True)
 class Options:
     """`requirements`: the agent's; `control`: those that `mlxctl` needs beyond them; `by`: who deploys."""
@@ -290,7 +294,7 @@ def unpack(archive: bytes, folder: Path, wheels: Path, *, full: bool) -> None:
             parts = Path(member.name).parts
             if source is None or len(parts) < 2 or parts[0] not in {"mlxops", "wheels"} or ".." in parts:
                 raise ProblemError("the archive is not mlxops's", member.name, "deploy again")
-            if parts[0] == "mlxops" and not full and parts[1] in {"control", "tasks.py", "mlxctl.py"}:
+            if parts[0] == "mlxops" and not full and parts[1] in CONTROL:
                 continue
             target = wheels / parts[-1] if parts[0] == "wheels" else folder / member.name
             target.parent.mkdir(parents=True, exist_ok=True)

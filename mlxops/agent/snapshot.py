@@ -49,6 +49,9 @@ _NEEDED = re.compile(
 )
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _INDEX = "model.safetensors.index.json"
+_INDEX_HEAD = 4096
+"""Bytes of an index in which its metadata are: they come first (mlx_lm.utils.save_model; transformers sorts keys)."""
+_TOTAL = re.compile(rb'\s*\{\s*"metadata":\s*\{[^{}]*"total_size":\s*(\d{1,18})\s*[,}]')
 _ENDS = re.compile(rb'"data_offsets": ?\[\d{1,18}, ?(\d{1,18})\]')
 _FIRST = 64 * 1024
 """Bytes of a weight file in the first read: most headers are shorter."""
@@ -288,12 +291,11 @@ def _missing(folder: str, files: Files, tree: Mapping[str, int] | None) -> str |
     for name in sorted(files.dangling):
         if _NEEDED.fullmatch(name):
             return f"{printable(name)} is missing"
-    expected, tensor_bytes = _expected_weights(folder, files)
-    for name in sorted(expected):
+    if _adds_up(folder, files):
+        return None
+    for name in sorted(_expected_weights(folder, files)):
         if name not in files.sizes:
             return f"{printable(name)} is missing"
-    if expected == set(_weights(files.sizes)) and _add_up(folder, files, expected, tensor_bytes):
-        return None
     return next(_wrong_lengths(folder, files), None) or _no_weights(files)
 
 
@@ -320,42 +322,43 @@ def _weights(names: Mapping[str, int]) -> list[str]:
     return [name for name in weights if name.startswith("model")] or weights
 
 
-def _expected_weights(folder: str, files: Files) -> tuple[set[str], int | None]:
-    """(names of weight files, bytes of all their tensors) according to the index; without one the names are those
-    that the numbers in the names themselves imply, and the bytes are not known."""
+def _expected_weights(folder: str, files: Files) -> set[str]:
+    """Names of weight files according to the index, else to the numbers in the names themselves."""
     if _INDEX in files.dangling:
-        return {_INDEX}, None
+        return {_INDEX}
     if _INDEX in files.sizes:
-        index = _json(f"{folder}/{_INDEX}", MAX_JSON)
-        shards, metadata = index.get("weight_map"), index.get("metadata")
+        shards = _json(f"{folder}/{_INDEX}", MAX_JSON).get("weight_map")
         try:
             names = set(shards.values()) if isinstance(shards, dict) else set()
         except TypeError:  # lists or objects in place of names
             names = set()
         if not names or not all(isinstance(name, str) and name and "/" not in name for name in names):
             raise Damaged(f"{_INDEX} names no weight files")
-        return names, _positive(metadata, "total_size") if isinstance(metadata, dict) else None
+        return names
     names = {name for name in files.dangling if is_weight(name)}
     for name in _weights(files.sizes):
         if shard := _SHARD.fullmatch(name):
             stem, last = shard[1], shard[3]
             names |= {f"{stem}-{number:05d}-of-{last}.safetensors" for number in range(1, min(int(last), 9999) + 1)}
-    return names, None
+    return names
 
 
-def _add_up(folder: str, files: Files, names: set[str], tensor_bytes: int | None) -> bool:
-    """Whether these files hold as many bytes of tensors together as the index says. Only how long their headers are
-    has to be known for that; parsing the headers of a large cache takes most of the time of an `init`."""
-    if tensor_bytes is None:
+def _adds_up(folder: str, files: Files) -> bool:
+    """Whether the weight files hold as many bytes of tensors together as the index says at its beginning: then none is
+    missing and none was cut off. For that, only the lengths of their headers have to be read. Parsing the headers and
+    indexes of a thousand repositories takes longer than all the rest of an `init`."""
+    if _INDEX not in files.sizes or not files.dangling.isdisjoint((_INDEX, *filter(is_weight, files.dangling))):
         return False
-    headers = sum(8 + _header_length(f"{folder}/{name}") for name in names)
-    return sum(files.sizes[name] for name in names) == headers + tensor_bytes
+    total = _TOTAL.match(_first(f"{folder}/{_INDEX}", _INDEX_HEAD))
+    weights = _weights(files.sizes)
+    headers = sum(8 + int.from_bytes(_first(f"{folder}/{name}", 8), "little") for name in weights) if total else 0
+    return total is not None and sum(files.sizes[name] for name in weights) == headers + int(total[1])
 
 
-def _header_length(path: str) -> int:
+def _first(path: str, size: int) -> bytes:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        return int.from_bytes(os.read(descriptor, 8), "little")
+        return os.read(descriptor, size)
     finally:
         os.close(descriptor)
 

@@ -163,6 +163,7 @@ class LinuxSystem:
     root = Path("/proc")
     sees_all_listeners = True
 
+    @cache  # noqa: B019 - one system a process, and no process sees two boots
     def boot_id(self) -> str:
         return (self.root / "sys/kernel/random/boot_id").read_text().strip()
 
@@ -288,6 +289,7 @@ class PsutilSystem:
 
     sees_all_listeners = False
 
+    @cache  # noqa: B019 - as above; here it costs a process each time
     def boot_id(self) -> str:
         if sys.platform != "darwin":
             return LinuxSystem().boot_id()

@@ -135,7 +135,7 @@ def connect(target: Target) -> Transport:
     return open_ssh(target.ssh)
 
 
-def _with_address(target: Target) -> Settings:
+def with_address(target: Target) -> Settings:
     """Where servers listen on every interface, the gateway's way to them is the host's name, as SSH resolves it."""
     settings = target.settings
     if settings.address is not None or not _is_wildcard(settings.bind):
@@ -159,15 +159,41 @@ def _is_wildcard(address: str) -> bool:
     return ipaddress.ip_address(address).is_unspecified
 
 
+def request_of(target: Target, command: str, args: Mapping[str, object]) -> Request:
+    build, asker = build_id(), this_asker()
+    return Request(command, args, target.settings, build, asker, target.agreed, ticket=os.urandom(4).hex())
+
+
+def agent_argv(target: Target) -> list[str]:
+    return [*target.python, "-P", "-m", "mlxops.agent"]
+
+
+def ended_early(target: Target, ended: Ended, *, greeted: bool) -> Exception:
+    """The agent's end without a result. Without its first words (`greeted`) there was no agent."""
+    words = [line.strip() for line in ended.stderr.splitlines() if line.strip()]
+    if greeted:
+        return ConnectionLost(words[-1] if words else f"the agent ended with status {ended.status}")
+    return AgentProblem(
+        "agent_missing",
+        f"there is no mlxops agent on {target.name}",
+        why=f"{' '.join(target.python)}: {words[-1] if words else f'status {ended.status}'}"[:300],
+        hint=f"install it: inv deploy --host {target.name}",
+    )
+
+
+def lost(target: Target, why: object) -> Unreachable:
+    """A connection that broke while something was only looked at."""
+    message = f"the connection to {target.name} was lost"
+    return Unreachable("connection_lost", message, why=str(why), hint="try again")
+
+
 class _Conversation:
     """One request and what comes of it, over as many connections as that takes."""
 
     def __init__(self, target: Target, command: str, args: Mapping[str, object], listen: Listen) -> None:
         self._target = target
         self._listen = listen
-        self._request = Request(
-            command, args, target.settings, build_id(), this_asker(), target.agreed, ticket=os.urandom(4).hex()
-        )
+        self._request = request_of(target, command, args)
         self._hello = False
         self._operation = ""
         """The record that is followed, and how many of its events were heard."""
@@ -183,15 +209,10 @@ class _Conversation:
         goes on there for `RECONNECT_SECONDS`."""
         try:
             return self._over_one_connection()
-        except ConnectionLost as lost:
+        except ConnectionLost as why:
             if not self._lasting:
-                raise Unreachable(
-                    "connection_lost",
-                    f"the connection to {self._target.name} was lost",
-                    why=str(lost),
-                    hint="try again",
-                ) from None
-            return self._attached_again(str(lost))
+                raise lost(self._target, why) from None
+            return self._attached_again(str(why))
 
     def _attached_again(self, why: str) -> Mapping[str, object]:
         name = self._target.name
@@ -202,8 +223,8 @@ class _Conversation:
             pause = min(pause * 2, LONGEST_PAUSE)
             try:
                 return self._over_one_connection()
-            except ConnectionLost as lost:
-                why = str(lost)
+            except ConnectionLost as broken:
+                why = str(broken)
             except Unreachable as error:
                 why = error.message if not error.why else f"{error.message}: {error.why}"
                 if error.code not in PASSING:
@@ -228,8 +249,8 @@ class _Conversation:
     def _over_one_connection(self) -> Mapping[str, object]:
         transport = connect(self._target)
         try:
-            request = replace(self._next_request(), settings=_with_address(self._target))
-            session = transport.start([*self._target.python, "-P", "-m", "mlxops.agent"], request.encode())
+            request = replace(self._next_request(), settings=with_address(self._target))
+            session = transport.start(agent_argv(self._target), request.encode())
             try:
                 return self._hear(session)
             finally:
@@ -262,20 +283,7 @@ class _Conversation:
                 case event:
                     self._heard += bool(self._operation)
                     self._listen(self._target.name, event)
-        raise self._ended_early(session.wait(SILENCE_SECONDS))
-
-    def _ended_early(self, ended: Ended) -> Exception:
-        """The command ended without a result. Without the agent's first words there was no agent."""
-        words = [line.strip() for line in ended.stderr.splitlines() if line.strip()]
-        if self._hello:
-            return ConnectionLost(words[-1] if words else f"the agent ended with status {ended.status}")
-        name = self._target.name
-        return AgentProblem(
-            "agent_missing",
-            f"there is no mlxops agent on {name}",
-            why=f"{' '.join(self._target.python)}: {words[-1] if words else f'status {ended.status}'}"[:300],
-            hint=f"install it: inv deploy --host {name}",
-        )
+        raise ended_early(self._target, session.wait(SILENCE_SECONDS), greeted=self._hello)
 
 
 def gateway_warning(url: str, seconds: float = GATEWAY_SECONDS) -> str | None:

@@ -187,7 +187,8 @@ def archive(wheels: Path | None = None) -> bytes:
 
 
 def _control_sources() -> list[Path]:
-    return [*sorted((PACKAGE / "control").rglob("*.py")), PACKAGE / "mlxctl.py", PACKAGE / "tasks.py"]
+    alone = (PACKAGE / name for name in ("entry.py", "mlxctl.py", "program.py", "tasks.py"))
+    return [*sorted((PACKAGE / "control").rglob("*.py")), *alone]
 
 
 def _search(transport: Transport, places: Sequence[str]) -> _Search:

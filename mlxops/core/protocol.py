@@ -1,10 +1,12 @@
 """What control node and agent say to each other.
 
-The control node writes one request, a JSON document, to the agent's standard input. The agent writes one event
-a line to its standard output: first `hello`, then any number of `note`, `phase`, `progress` and `line`, and one
-`done` or `failed` at the end. Every line begins with the same marker, so that what a login shell prints is told
-from what the agent says. The events of a mutating request are also the record that it keeps on the host: `started`
-names that record, and what follows it are its events, so that whoever loses the connection can ask for the rest.
+The control node writes one request, a JSON document on one line, to the agent's standard input. The agent writes one
+event a line to its standard output: first `hello`, then any number of `note`, `phase`, `progress` and `line`, and one
+`done` or `failed` at the end. What only looks can be asked again as long as standard input stays open: an `AGAIN` is
+the same request once more, and has its own `done` or `failed`. Every line begins with the same marker, so that what a
+login shell prints is told from what the agent says. The events of a mutating request are also the record that it keeps
+on the host: `started` names that record, and what follows it are its events, so that whoever loses the connection can
+ask for the rest.
 """
 
 from __future__ import annotations
@@ -25,6 +27,11 @@ MAX_LINE = 4 * 1024 * 1024
 """Bytes; longer lines are not ours."""
 
 READS = frozenset({"list", "status", "gateway", "ops", "logs", "follow"})
+REPEATABLE = frozenset({"list", "status", "gateway", "ops"})
+"""What `AGAIN` can ask for once more."""
+AGAIN = b"\n"
+HEARTBEAT = b".\n"
+"""There is nothing to ask at present, and the asker is still there."""
 CHANGES = frozenset(
     {
         *("init", "load", "unload", "unload-all", "reconcile", "rollback", "set"),
@@ -176,6 +183,9 @@ class Progress:
 
     rate: int = 0
     """Bytes a second, lately; 0 where it is not known."""
+
+    def to_wire(self) -> dict[str, object]:
+        return {"name": self.name, "done": self.done, "total": self.total, "rate": self.rate}
 
     def __str__(self) -> str:
         """`12.3 GB of 190 GB, 6%, 110 MB/s, 27 min left`, as much of it as is known."""

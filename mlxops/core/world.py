@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 
+from mlxops.core.protocol import Progress
 from mlxops.core.registry import Model, Registry
 from mlxops.core.settings import PortRange
 
@@ -181,6 +182,8 @@ class Signals:
     operation: Operation | None = None
     activity: str = ""
     """What that operation is doing."""
+    progress: Progress | None = None
+    """How far it is, where that is a matter of bytes."""
     answer: Answer = Answer.NOT_ASKED
     busy: bool = False
     """Somebody is connected to it, so a probe without an answer may just have to wait."""
@@ -213,6 +216,7 @@ class PortView:
     proven_at: str | None = None
     memory_bytes: int | None = None
     detail: str = ""
+    progress: Progress | None = None
     run: Run | None = None
     server: Server | None = None
     operation: Operation | None = None
@@ -227,6 +231,11 @@ class PortView:
         row["log_path"] = self.run.log_path if self.run else None
         row["operation"] = self.operation.id if self.operation else None
         return row
+
+    @property
+    def overtaken(self) -> bool:
+        """Something seems wrong just where somebody is at work: it was probably seen half before and half after."""
+        return self.operation is not None and self.state in {State.FOREIGN, State.ORPHAN, State.MISMATCH, State.FAILED}
 
     @property
     def unserved(self) -> bool:
@@ -415,6 +424,7 @@ def _view(
         proven_at=run.proven_at if run else None,
         memory_bytes=signals.memory_bytes,
         detail=detail,
+        progress=signals.progress,
         run=signals.run,
         server=signals.hand,
         operation=signals.operation,

@@ -23,8 +23,8 @@ from tests.lab.hub import Hub
 
 REPOS = 1000
 AMOUNTS = (10, 100, REPOS)
-TENSORS = 700
-"""In one model: what a quantized model of 28 layers has."""
+TENSORS, FILES = 1800, 15
+"""Of one model of the cache, and the files that they are in: 70 billion parameters in 8 bits, a Studio's usual fare."""
 WEIGHT_BYTES = 100_000_000
 SHARDS = 6
 """Of the repository that is downloaded, each of `WEIGHT_BYTES`."""
@@ -105,7 +105,7 @@ def fill(hub: Path, repos: int, model: Path, *, trees: bool) -> None:
     huggingface_hub keeps since 1.22."""
     if not model.exists():
         tensors = [f"model.layers.{number}.self_attn.q_proj.weight" for number in range(TENSORS)]
-        _write_model(model, [dict.fromkeys(tensors[::2], 16), dict.fromkeys(tensors[1::2], 16)])
+        _write_model(model, [dict.fromkeys(tensors[number::FILES], 16) for number in range(FILES)])
     for number in range(repos):
         models.install_snapshot(hub, f"mlx-community/model-{number:04}", model, trees=trees)
 
@@ -167,7 +167,7 @@ def _transaction(folder: Path) -> Iterator[Mapping[str, Timed]]:
     store = Store(folder / "state", hub / "registry.json")
     store.ready()
     entry = {"repo_id": "org/model", "model_id": "org/model", "cache_path": "/hub/models--org--model", "format": "mlx"}
-    known = {f"model-{number}": {**entry, "port": None} for number in range(20)}
+    known = {f"model-{number}": {**entry, "port": None} for number in range(7)}
     store.registry.path.write_text(json.dumps({"version": 1, "models": known}, indent=2), encoding="utf-8")
     numbers = count(1)
     content = store.registry.path.read_bytes()

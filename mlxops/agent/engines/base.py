@@ -10,6 +10,7 @@ import shlex
 import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -131,7 +132,30 @@ def site_packages(argv: Sequence[str], distribution: str) -> Path | None:
 
     Beside the program itself, behind its link, or in the environment of the project that a launcher is given.
     """
-    for word in argv[:6]:
+    key = (tuple(argv[:6]), distribution)
+    if _looked_up is None:
+        return _look_up(*key)
+    if key not in _looked_up:
+        _looked_up[key] = _look_up(*key)
+    return _looked_up[key]
+
+
+_looked_up: dict[tuple[tuple[str, ...], str], Path | None] | None = None
+
+
+@contextmanager
+def each_looked_up_once() -> Iterator[None]:
+    """While it is entered, no installation is looked for twice: ten servers of one engine are one installation."""
+    global _looked_up  # noqa: PLW0603 - for this one thread and this one look
+    _looked_up = {}
+    try:
+        yield
+    finally:
+        _looked_up = None
+
+
+def _look_up(words: tuple[str, ...], distribution: str) -> Path | None:
+    for word in words:
         for top in installation_folders(Path(word)):
             for site in sorted(top.glob("lib/python3*/site-packages")):
                 if any(site.glob(f"{distribution}-*.dist-info")):

@@ -17,6 +17,8 @@ from mlxops.core.registry import Registry, refusal
 from mlxops.core.world import Operation, PortView, World
 
 DRAIN_SECONDS = 30.0
+LOOKS = 4
+"""What changes that often while we look is told as it was seen last."""
 
 
 class Cancellation:
@@ -102,6 +104,17 @@ class Context:
 
     def observe(self, registry: Registry, *, only: Iterable[int] | None = None) -> World:
         return observe(self.where, self.store, registry, self.system, own=self.operation or None, only=only)
+
+    def look(self) -> tuple[Registry, World]:
+        """The registry, and life, as they were together. A load or unload that goes on while we look changes both: what
+        was seen first then disagrees with what was read later, and that is no drift. So look again, a few times."""
+        for _ in range(LOOKS):
+            marks = self.store.marks()
+            registry = self.registry()
+            world = self.observe(registry)
+            if self.store.marks() == marks and not any(view.overtaken for view in world.ports.values()):
+                break
+        return registry, world
 
     def look_again(self, port: int) -> PortView:
         """What is on a port now: a result tells what is there, not what was meant."""

@@ -37,7 +37,7 @@ def _row(journal: Journal, alive: bool) -> dict[str, object]:
     row: dict[str, object] = {"operation": journal.id, **_asked(journal), "since": journal.since}
     row |= {"phase": stand.phase.name if stand.phase else None, "detail": str(stand), "error": None}
     if stand.progress is not None:
-        row["progress"] = {"done": stand.progress.done, "total": stand.progress.total, "rate": stand.progress.rate}
+        row["progress"] = stand.progress.to_wire()
     if isinstance(stand.final, Failed):
         return row | {"state": "failed", "detail": stand.final.error.message, "error": stand.final.error.code}
     if stand.final is not None:
