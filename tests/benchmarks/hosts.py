@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,7 +15,7 @@ import yaml
 from tests.benchmarks.contest import BenchFailed, Contest, Cost, Program, Timed
 from tests.benchmarks.place import fabric, homelab, inv, pyinfra, ssh
 from tests.benchmarks.stats import Limit
-from tests.lab.homelab import Homelab
+from tests.lab.homelab import CHECKOUT, Homelab
 
 FLEET = 32
 AMOUNTS = (1, 8, FLEET)
@@ -35,6 +36,14 @@ def _one(folder: Path) -> Iterator[Mapping[str, Timed]]:
             "bare Fabric task": fabric(lab),
             "pyinfra": pyinfra(lab),
         }
+
+
+@contextmanager
+def _poll(folder: Path) -> Iterator[Mapping[str, Timed]]:
+    with homelab(folder) as lab:
+        env = inv(lab).env
+        program = Program([sys.executable, "-m", "tests.benchmarks.poll"], CHECKOUT, env)
+        yield {"ssh": ssh(lab), "look": lambda: float(program.run()[1].stdout)}
 
 
 @contextmanager
@@ -121,6 +130,7 @@ def unanswered(address: str, port: int) -> Iterator[None]:
 
 CONTESTS = (
     Contest("status", "inv status, one host", "inv status", "ssh", Limit({"ssh": 2.5}), 15, _one),
+    Contest("poll", "one more look on an open connection", "look", "ssh", Limit({"ssh": 0.25}), 7, _poll),
     Contest(
         "fleet", f"inv status, {FLEET} hosts", "inv status", f"{FLEET} ssh", Limit({f"{FLEET} ssh": 1.0}), 7, _fleet
     ),
