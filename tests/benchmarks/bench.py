@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mlxops.control import render
-from mlxops.core.errors import UsageError
+from mlxops.core.errors import MlxopsError, UsageError
 from tests.benchmarks import files, hosts, place, serving
 from tests.benchmarks.contest import BenchFailed, Contest, Cost
 from tests.benchmarks.stats import Growth, Row, Verdict, growth_table, rows_table
@@ -70,7 +70,7 @@ def chosen(only: str | None) -> list[str]:
 
 
 def run(only: str | None, *, as_json: bool) -> None:
-    """Measure, and print. Raises `UsageError`, `BenchFailed`, `cache.BuildFailed`."""
+    """Measure, and print. Raises `MlxopsError`, `cache.BuildFailed`."""
     wanted = chosen(only)
     talk = render.Talk(many=False)
     machine = place.machine()
@@ -99,9 +99,13 @@ def _measure(folder: Path, wanted: Sequence[str], machine: dict[str, object], ta
 
 @contextmanager
 def _scene(folder: Path, name: str) -> Iterator[Path]:
-    """A folder for one row, gone after it. What the lab misses or cannot do becomes `BenchFailed`."""
+    """A folder for one row, gone after it. What the lab misses or cannot do is told as one error."""
     try:
         with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=folder) as own:
             yield Path(own)
-    except (LabUnavailable, HubFailed, TimedOut, pytest.skip.Exception, pytest.fail.Exception) as error:
-        raise BenchFailed(f"{name}: {error}") from error
+    except (
+        *(BenchFailed, LabUnavailable, HubFailed, TimedOut),
+        *(pytest.skip.Exception, pytest.fail.Exception),
+    ) as error:
+        what = f"the row {name} could not be measured"
+        raise MlxopsError("bench_failed", what, why=str(error)[:800], hint=f"inv bench --only {name}") from error

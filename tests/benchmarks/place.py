@@ -84,7 +84,9 @@ def fabric(lab: Homelab) -> Program:
 
 def pyinfra(lab: Homelab, names: Sequence[str] = ("studio",)) -> Program:
     """The same by pyinfra. Raises `cache.BuildFailed`."""
-    command = [str(cache.peer_venv() / "bin" / "pyinfra"), "-y", ",".join(names), "exec", "--", "true"]
+    inventory = lab.folder / "inventory.py"
+    inventory.write_text(f"hosts = {list(names)}\n", encoding="utf-8")
+    command = [str(cache.peer_venv() / "bin" / "pyinfra"), "-y", str(inventory), "exec", "--", "true"]
     return Program(command, lab.mini.elsewhere, lab.mini.env | _bytecode(lab.folder.parent))
 
 
