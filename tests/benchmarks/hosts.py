@@ -12,10 +12,13 @@ from pathlib import Path
 
 import yaml
 
+from mlxops.build import build_id
+from mlxops.control import inventory
+from mlxops.core.protocol import Request
 from tests.benchmarks.contest import BenchFailed, Contest, Cost, Program, Timed
 from tests.benchmarks.place import fabric, homelab, inv, pyinfra, ssh
 from tests.benchmarks.stats import Limit
-from tests.lab.homelab import CHECKOUT, Homelab
+from tests.lab.homelab import CHECKOUT, Homelab, Studio
 
 FLEET = 32
 AMOUNTS = (1, 8, FLEET)
@@ -54,6 +57,8 @@ def _fleet(folder: Path) -> Iterator[Mapping[str, Timed]]:
             f"{FLEET} ssh": _all_ssh(lab, names),
             "inv status": inv(lab, "status"),
             "pyinfra": pyinfra(lab, names),
+            # What is left for the control node to save: the agents of all hosts run on this one machine.
+            f"{FLEET} ssh with an agent each": lambda: _together([_agent(lab, studio) for studio in lab.studios]),
         }
 
 
@@ -76,6 +81,17 @@ def _growing(folder: Path) -> Iterator[Mapping[str, Mapping[int, Timed]]]:
             "inv status": {amount: _status_of(lab, amount) for amount in AMOUNTS},
             "ssh, in parallel": {amount: _all_ssh(lab, names[:amount]) for amount in AMOUNTS},
         }
+
+
+def _agent(lab: Homelab, studio: Studio) -> Program:
+    """The same question to the same agent, by OpenSSH."""
+    hosts = inventory.load(lab.mini.home / ".config" / "mlxops" / "hosts.yaml").hosts
+    request = studio.folder / "request.json"
+    if not request.exists():
+        request.write_bytes(Request("status", {}, hosts[studio.name].settings, build_id()).encode())
+    plain = ssh(lab, studio.name)
+    line = f"exec {sys.executable} -P -m mlxops.agent < {request}"
+    return Program([*plain.argv[:-1], line], plain.cwd, plain.env)
 
 
 def _all_ssh(lab: Homelab, names: Sequence[str]) -> Timed:
