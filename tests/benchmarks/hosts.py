@@ -148,7 +148,7 @@ CONTESTS = (
     Contest("status", "inv status, one host", "inv status", "ssh", Limit({"ssh": 2.5}), 15, _one),
     Contest("poll", "one more look on an open connection", "look", "ssh", Limit({"ssh": 0.25}), 7, _poll),
     Contest(
-        "fleet", f"inv status, {FLEET} hosts", "inv status", f"{FLEET} ssh", Limit({f"{FLEET} ssh": 1.0}), 7, _fleet
+        "fleet", f"inv status, {FLEET} hosts", "inv status", f"{FLEET} ssh", Limit({f"{FLEET} ssh": 1.0}), 5, _fleet
     ),
     Contest(
         "dead",

@@ -143,7 +143,7 @@ CONTESTS = (
         "inv load",
         "engine",
         Limit({"engine": 1.0, "inv status": 1.5}),
-        7,
+        5,
         _load,
     ),
     Contest("swap", "a port's seconds without an answer in a swap, mlx-lm", "swap", "engine", None, 3, swapping),

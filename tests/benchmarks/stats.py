@@ -136,9 +136,9 @@ class Growth:
 
     @property
     def verdict(self) -> Verdict:
-        """Whether the last point lies where the first two lead, or not far above."""
+        """Whether the last point lies where the first two may lead, as far as their ranges tell, or not far above."""
         (one, first), (two, second), (last, most) = self.points[0], self.points[1], self.points[-1]
-        slope = max(0.0, (second.median - first.median) / (two - one))
+        slope = max(0.0, (second.high - first.low) / (two - one))
         straight = first.median + slope * (last - one)
         return Verdict.MET if most.median <= SLACK * straight else Verdict.MISSED
 

@@ -82,6 +82,13 @@ class TestGrowth:
     ) -> None:
         assert growth(*medians).verdict is verdict
 
+    def test_noise_in_the_first_step_is_no_growth_in_the_last(self) -> None:
+        points = ((10, (0.32, 0.31, 0.34)), (100, (0.33, 0.32, 0.38)), (1000, (0.6, 0.6, 0.6)))
+        costs = tuple((amount, Series("w", seconds)) for amount, seconds in points)
+        assert Growth("c", "w", "repository", costs).verdict is Verdict.MET
+        squared = (*costs[:2], (1000, Series("w", (3.4, 3.4, 3.4))))
+        assert Growth("c", "w", "repository", squared).verdict is Verdict.MISSED
+
     def test_each_further_one_costs_a_share_of_the_difference(self) -> None:
         assert growth(0.3, 1.0, 3.4).per_unit == pytest.approx(0.1)
 
