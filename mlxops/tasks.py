@@ -20,7 +20,7 @@ from mlxops.control import client, render
 from mlxops.control.client import Answer, Target, ask, ask_all, gateway_warning, local_python
 from mlxops.core import fields, names
 from mlxops.core.errors import Exit, MlxopsError, OutputFailed, UsageError, bug
-from mlxops.core.protocol import Event, Line, Started
+from mlxops.core.protocol import CANCELLABLE, Event, Line, Started
 from mlxops.core.settings import Settings
 
 if TYPE_CHECKING:
@@ -225,21 +225,27 @@ def _attended(
         if not operation:
             raise
         talk.close()
-        return Answer(target.name, error=_left_or_cancelled(target, operation, talk))
+        may_end = (command or call.command) in {*CANCELLABLE, "follow"}
+        if may_end and _wants_cancel(operation):
+            return Answer(target.name, error=_cancelled(target, operation, talk))
+        return Answer(target.name, error=_left_running(target, operation))
 
 
-def _left_or_cancelled(target: Target, operation: str, talk: render.Talk) -> MlxopsError:
-    """After Ctrl-C: whoever sits at a terminal is asked; else it goes on."""
+def _cancelled(target: Target, operation: str, talk: render.Talk) -> MlxopsError:
+    from mlxops.core.errors import Interrupted
+
+    answer = ask(target, "cancel", {"operation": operation}, talk.hear)
+    if answer.error is not None:
+        return answer.error
+    if (answer.result or {}).get("cancelled") is True:
+        return Interrupted("cancelled", f"operation {operation} was cancelled; nothing half done is left")
+    return Interrupted("interrupted", f"operation {operation} was done before it could be cancelled")
+
+
+def _left_running(target: Target, operation: str) -> MlxopsError:
     from mlxops.core.errors import Interrupted
 
     on = f" --host {target.name}" if target.ssh else " --local"
-    if _wants_cancel(operation):
-        answer = ask(target, "cancel", {"operation": operation}, talk.hear)
-        if answer.error is not None:
-            return answer.error
-        if (answer.result or {}).get("cancelled") is True:
-            return Interrupted("cancelled", f"operation {operation} was cancelled; nothing of it is left")
-        return Interrupted("interrupted", f"operation {operation} was done before it could be cancelled")
     return Interrupted(
         "interrupted",
         f"operation {operation} was left running on {target.name}",
@@ -249,6 +255,7 @@ def _left_or_cancelled(target: Target, operation: str, talk: render.Talk) -> Mlx
 
 
 def _wants_cancel(operation: str) -> bool:
+    """After Ctrl-C whoever sits at a terminal is asked; else it goes on."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
     sys.stderr.write(f"\nOperation {operation}: leave it running (l) or cancel it (c)? [l] ")
@@ -685,7 +692,8 @@ def boot(
             raise UsageError(
                 "one_action", f"--{actions[0]} and --{actions[1]} exclude each other", hint="one after the other"
             )
-        return {"action": actions[0], "every": _minutes(every), "dry_run": actions[0] == "show"}
+        action = "install" if actions == ["every"] else actions[0]
+        return {"action": action, "every": _minutes(every), "dry_run": action == "show"}
 
     _change(Call("boot", host, local, json, debug), given)
 
@@ -782,7 +790,7 @@ def _lines_asked(text: str | None) -> int:
 @_command(
     host=HOSTS,
     follow="operation to follow to its end: its id, or the end of it",
-    cancel="operation to end: its id, or the end of it; nothing of it stays",
+    cancel="operation to end: its id, or the end of it; nothing half done stays",
 )
 def ops(
     c: Context,
@@ -814,6 +822,7 @@ def ops(
     rollback="go back to the build that was there before",
     wheels="folder with all wheels that are needed, for a host without a package index",
     mlxctl="also install mlxctl there, linked into ~/.local/bin",
+    dry_run=DRY,
 )
 def deploy(
     c: Context,
@@ -821,6 +830,7 @@ def deploy(
     rollback: bool = False,
     wheels: str | None = None,
     mlxctl: bool = False,
+    dry_run: bool = False,
     local: bool = False,
     json: bool = False,
     debug: bool = False,
@@ -830,8 +840,10 @@ def deploy(
 
     def run(talk: render.Talk) -> tuple[Answer, ...]:
         (target,) = call.targets(only_one=True)
-        folder = Path(wheels) if wheels else None
-        return (client.deploy(target, talk.hear, mlxctl=mlxctl, wheels=folder, rollback=rollback),)
+        from mlxops.control.deploy import Wish
+
+        wish = Wish(mlxctl, Path(wheels) if wheels else None, rollback, dry_run)
+        return (client.deploy(target, talk.hear, wish),)
 
     _answer(call, run, lambda answers: _lines(call, answers), key="result")
 

@@ -68,6 +68,7 @@ class Options:
     control: Sequence[str] = ()
     by: str = "?"
     mlxctl: bool = False
+    dry_run: bool = False
     wheels: bool = False
     rollback: bool = False
 
@@ -77,7 +78,8 @@ def main(arguments: list[str], archive: bytes) -> int:
     options = Options(**json.loads(wire))
     os.umask(0o077)
     try:
-        result = rollback(Path(state)) if options.rollback else install(Path(state), options, archive)
+        do = rollback if options.rollback else install
+        result = do(Path(state), options, archive)
         tell(event="done", result=result)
         return 0
     except ProblemError as error:
@@ -87,16 +89,19 @@ def main(arguments: list[str], archive: bytes) -> int:
 
 
 def install(state: Path, options: Options, archive: bytes) -> dict[str, object]:
-    lock(state)
+    if not options.dry_run:
+        lock(state)
     home = state / "agents" / options.build
     link = state / "venv"
     script = state / "bin" / "mlxctl"
     # Once asked for, it comes along with every further deploy: half a mlxctl would be none.
     full = options.mlxctl or script.exists()
     requirements = wanted([*options.requirements, *(options.control if full else ())])
-    modules = [*map(imported, requirements), *(["mlxops.mlxctl"] if full else [])]
+    modules = [*map(imported, requirements), *(["mlxops.program"] if full else [])]
     whole = (home / STAMP).is_file() and not fault(home, options.build, modules)
     changed = not whole or not points_to(link, home)
+    if options.dry_run:
+        return {"build": options.build, "changed": changed, "path": str(home), "dry_run": True}
     if not whole:
         build_agent(home, options, requirements, modules, archive, full=full)
     if not points_to(link, home):
@@ -123,9 +128,10 @@ def lock(state: Path) -> None:
     wait_for(os.open(state / "deploy.lock", os.O_RDWR | os.O_CREAT, 0o600))
 
 
-def rollback(state: Path) -> dict[str, object]:
+def rollback(state: Path, options: Options, archive: bytes) -> dict[str, object]:
     """Back to the build before; once more, and it is forward again."""
-    lock(state)
+    if not options.dry_run:
+        lock(state)
     link = state / "venv"
     before = state / PREVIOUS
     home = state / os.readlink(before) if before.is_symlink() else None
@@ -133,6 +139,8 @@ def rollback(state: Path) -> dict[str, object]:
         raise NothingBeforeError("there is no build to go back to", "one was deployed so far", "the present one stays")
     if found := fault(home, home.name, []):
         raise ProblemError(f"the build before, {home.name}, does not work any more", found, "the present one stays")
+    if options.dry_run:
+        return {"build": home.name, "changed": True, "path": str(home), "dry_run": True}
     turn(link, home)
     python = ask([str(home / "bin" / "python"), "-I", "-c", _ABOUT])
     return {"build": home.name, "python": python.stdout.strip(), "changed": True, "path": str(home)}
@@ -219,7 +227,7 @@ def build_agent(
             raise ProblemError(
                 "the agent has to be made anew, and is at work", f"a process uses {home}", "deploy when it has ended"
             )
-        note("removing what an earlier deploy left unfinished")
+        note("making it anew: it is not whole, or mlxctl is to come with it")
         shutil.rmtree(home)
     home.parent.mkdir(parents=True, exist_ok=True)
     python = home / "bin" / "python"
