@@ -9,6 +9,7 @@ python -P -m mlxops.agent --worker D L  the worker of the operation whose record
 from __future__ import annotations
 
 import fcntl
+import gc
 import json
 import os
 import sys
@@ -295,4 +296,6 @@ def _write(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    gc.freeze()  # the interpreter collects several times when it ends: a tenth of the time that a `status` takes
+    sys.exit(status)

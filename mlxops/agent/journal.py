@@ -15,7 +15,6 @@ import contextlib
 import fcntl
 import os
 import re
-import secrets
 import shutil
 import time
 from collections import Counter
@@ -242,7 +241,7 @@ def create(ops: Path, request: Request) -> tuple[Journal, int | None]:
     """A new operation's record, and its lock for the worker; or the record that the same ticket has already, and
     None. Raises `OSError`."""
     with _alone(ops):
-        ticket = request.ticket or secrets.token_hex(4)
+        ticket = request.ticket or os.urandom(4).hex()
         for folder in ops.glob(f"*-{ticket}"):
             return Journal(folder), None
         _prune(ops)

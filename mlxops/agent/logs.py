@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
+from mlxops.agent.store import named
+
 KEPT = 3
 """Logs of earlier starts."""
 CAP = 64 * 1024 * 1024
@@ -55,7 +57,7 @@ def _numbered(log: Path, number: int) -> Path:
 
 def too_big(folder: Path) -> list[tuple[Path, int]]:
     """The logs that are over their cap, with their sizes."""
-    sizes = [(log, log.stat().st_size) for log in sorted(folder.glob("*.log"))]
+    sizes = [(log, log.stat().st_size) for log in named(folder, "", ".log")]
     return [(log, size) for log, size in sizes if size > CAP]
 
 

@@ -18,7 +18,6 @@ import errno
 import fcntl
 import json
 import os
-import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -54,7 +53,7 @@ def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
 
     A reader sees the old or the new content; after the return, power loss does not undo it. Raises `OSError`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    temporary = _temporary(path)
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         try:
@@ -74,6 +73,21 @@ def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _temporary(path: Path) -> Path:
+    """A name beside `path` for what is to replace it; from it is seen who writes."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+
+
+def named(folder: Path, prefix: str, suffix: str = "") -> list[Path]:
+    """What lies in a folder under such names, sorted; nothing if there is no folder. (`glob` compiles every pattern
+    anew, which takes longer than the looking.)"""
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return []
+    return [folder / name for name in sorted(names) if name.startswith(prefix) and name.endswith(suffix)]
 
 
 def _writer_lives(temporary: Path) -> bool:
@@ -150,9 +164,9 @@ class RegistryFile:
     def _write(self, old: bytes | None, new: bytes) -> None:
         """Write, or leave what was there: a change that could not be made to last is taken back before it is reported
         as failed, or the file would say what nobody stands for."""
-        if old is not None:
-            write_durably(self._previous, old)
         mode = self.path.stat().st_mode & 0o777 if old is not None else 0o644
+        if old is not None:
+            self._keep(old)
         try:
             write_durably(self.path, new, mode)
         except OSError:
@@ -162,6 +176,24 @@ class RegistryFile:
                 elif _read(self.path) != old:
                     write_durably(self.path, old, mode)
             raise
+        if old is not None:
+            with contextlib.suppress(OSError):
+                os.chmod(self._previous, 0o600)
+
+    def _keep(self, old: bytes) -> None:
+        """The generation before: one more name for the file that is about to be replaced, so that nothing has to be
+        written and flushed a second time. A copy where that cannot be: on another disk, or one without such names."""
+        temporary = _temporary(self._previous)
+        try:
+            os.link(self.path, temporary)
+        except OSError:
+            return write_durably(self._previous, old)
+        try:
+            os.replace(temporary, self._previous)
+        finally:
+            # Still there after a failure, and where the two are names of one file already: rename(2) does nothing then.
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
     def remove_leftovers(self) -> None:
         """Temporary files of writers that were killed. Raises `Busy` (registry_locked), `OSError`."""
@@ -171,14 +203,14 @@ class RegistryFile:
 
     def leftovers(self) -> list[Path]:
         """Temporary files beside the registry; one that is being written at this moment counts too."""
-        return sorted(self.path.parent.glob(f".{self.path.name}.*.tmp"))
+        return named(self.path.parent, f".{self.path.name}.", ".tmp")
 
     def check_writable(self) -> None:
         """Before anything is started or stopped: would a write succeed? Raises `Refused`."""
         current = self.read()
         if current.unwritable:
             raise self.refusal(current.unwritable)
-        probe = self.path.with_name(f".{self.path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+        probe = _temporary(self.path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists() and not self.path.is_file():
@@ -285,7 +317,7 @@ class Store:
     def leftovers(self) -> list[Path]:
         """Temporary files, here and beside the registry, whose writers are gone."""
         folders = (self.state, self.state / "run")
-        own = [path for folder in folders for path in folder.glob(".*.tmp") if not _writer_lives(path)]
+        own = [path for folder in folders for path in named(folder, ".", ".tmp") if not _writer_lives(path)]
         return sorted([*own, *(path for path in self.registry.leftovers() if not _writer_lives(path))])
 
     def remove_leftovers(self) -> list[Path]:

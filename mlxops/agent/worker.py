@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import threading
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -136,9 +135,11 @@ def finish(context: Context, emit: Callable[[Event], None]) -> int:
 def _told(error: Exception, store: Store) -> MlxopsError:
     """A disk that fails where nobody looked for it is the disk's fault, and a host that has no descriptor left the
     host's; all else is ours."""
+    from traceback import format_exc
+
     if disk_failed(error):
         return state_unwritable(store.state, error)
-    return shortage(error) or bug(error, traceback.format_exc())
+    return shortage(error) or bug(error, format_exc())
 
 
 def _watch_for_cancel(journal: Journal) -> None:

@@ -74,6 +74,10 @@ class Registry:
         old = self.entry(name)
         return self._with_entries({name: {**old, **fields}})
 
+    def add(self, entries: Mapping[str, Mapping[str, object]]) -> Registry:
+        """All of these, whole, in one: each change by itself looks at the whole registry again."""
+        return self._with_entries(entries)
+
     def without_fields(self, name: str, keys: Iterable[str]) -> Registry:
         """The entry `name` without these keys."""
         gone = frozenset(keys)

@@ -16,9 +16,7 @@ def init(ctx: Context) -> dict[str, object]:
     new = planner.init_entries(registry, rows)
 
     def add(current: Registry) -> Registry:
-        for name, fields in planner.init_entries(current, rows).items():
-            current = current.set_fields(name, fields)
-        return current
+        return current.add(planner.init_entries(current, rows))
 
     if new and not ctx.request.dry_run:
         ctx.store.registry.update(add)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mlxops.agent.journal import Journal, recent
 from mlxops.agent.operations.context import Context
-from mlxops.agent.store import Store
+from mlxops.agent.store import Store, named
 from mlxops.core.errors import Refused
 from mlxops.core.protocol import CANCELLABLE, Failed
 from mlxops.core.world import Operation
@@ -26,7 +26,7 @@ def ops(ctx: Context) -> dict[str, object]:
 
 def downloads(ctx: Context) -> list[Operation]:
     """The operations that download now."""
-    held = [ctx.store.holder(path.name) for path in sorted((ctx.store.state / "locks").glob("repo-*"))]
+    held = [ctx.store.holder(path.name) for path in named(ctx.store.state / "locks", "repo-")]
     return [operation for operation in held if operation is not None]
 
 
