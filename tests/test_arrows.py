@@ -178,7 +178,7 @@ STATUS_ON_A_HOST = {
 }
 """What the agent imports of mlxops for a `status` of a host where nothing runs."""
 STATUS_ASKS = {
-    "mlxops": {"", "build", "control", "core", "entry", "tasks"},
+    "mlxops": {"", "build", "command", "control", "core", "entry", "tasks"},
     "mlxops.core": {"errors", "fields", "names", "protocol", "settings", "units"},
     "mlxops.control": {"client", "inventory", "lines", "local", "render", "session", "ssh_config"},
 }
