@@ -21,6 +21,9 @@ imports, all of which stays, is looked through a hundred times."""
 def prepare() -> None:
     """For programs, at their very start: this is about the whole process."""
     gc.set_threshold(GARBAGE)
+    # Invoke keeps Python from writing bytecode. What was installed without any, as uv does, would then be compiled anew
+    # by every command, which takes half as long again.
+    sys.dont_write_bytecode = bool(sys.flags.dont_write_bytecode)
     for number in range(3):
         try:
             os.fstat(number)
