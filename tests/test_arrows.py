@@ -240,6 +240,23 @@ def test_status_asks_with_no_more_than_it_needs(tmp_path: Path) -> None:
     assert not imported & {"fabric", "paramiko", "rich", "huggingface_hub", "psutil", "cryptography"}
 
 
+@pytest.mark.parametrize(("told", "written"), [({}, True), ({"PYTHONDONTWRITEBYTECODE": "1"}, False)])
+def test_inv_leaves_bytecode_for_the_next_command_unless_it_is_told_not_to(
+    tmp_path: Path, told: dict[str, str], written: bool
+) -> None:
+    """Invoke by itself keeps Python from it, and what was installed without is then compiled at every command."""
+    (tmp_path / "hosts.yaml").write_text("hosts: {here: {}}\n", encoding="utf-8")
+    environ = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "MLXOPS_HOSTS_FILE": str(tmp_path / "hosts.yaml")}
+    environ |= {"PYTHONPYCACHEPREFIX": str(tmp_path / "bytecode"), **told}
+    script = Path(sysconfig.get_path("scripts")) / "inv"
+    subprocess.run(
+        [sys.executable, str(script), "list", "--local"], env=environ, cwd=CHECKOUT, capture_output=True, timeout=60
+    ).check_returncode()
+    found = {path.name.partition(".")[0] for path in (tmp_path / "bytecode").rglob("mlxops/**/*.pyc")}
+    # The agent is another Python: what only the control node imports is `inv`'s own.
+    assert ("inventory" in found) == written
+
+
 def test_the_control_node_imports_no_connections_for_this_machine_itself() -> None:
     program = "import sys, mlxops.tasks; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True, timeout=60)
