@@ -75,6 +75,15 @@ class TestWhere:
         assert ask.error(2, "load", "--model", "mine")["code"] == "port_needed"
         assert not engines(ask.studio)
 
+    def test_a_model_may_be_named_like_the_organisation_of_the_one_before(self, ask: Ask) -> None:
+        """mlx-lm is given the name as that of a link in its working directory: "tiny-org" is where the other's was."""
+        port, organisation = ask.studio.ports[3], REPO.partition("/")[0]
+        register(ask.studio, REPO)
+        register(ask.studio, organisation)
+        ask.result("load", "--model", REPO, "--port", port)
+        assert ask.result("load", "--model", organisation, "--port", port, "--force")["changed"]
+        assert words_of(ask.studio, port, organisation)
+
     def test_auto_takes_the_idle_port_that_is_nobodys_slot(self, ask: Ask) -> None:
         register(ask.studio, "mine")
         register(ask.studio, "more")

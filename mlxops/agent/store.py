@@ -19,6 +19,7 @@ import fcntl
 import json
 import os
 import secrets
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -74,6 +75,15 @@ def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, as far as that goes."""
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _writer_lives(temporary: Path) -> bool:
@@ -290,8 +300,7 @@ class Store:
         with contextlib.suppress(OSError):
             self.registry.remove_leftovers()
         for path in found:
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
+            _remove(path)
         return found
 
     # Locks
@@ -387,14 +396,16 @@ class Store:
         """The working directory of the port's server."""
         return self.state / "run" / str(port)
 
-    def clean_run_folder(self, port: int) -> None:
-        """Make it, without the links that a server before left there."""
+    def new_run_folder(self, port: int) -> None:
+        """Make it anew, with nothing of a server before in it. What is there is moved away first: that cannot fail half
+        way, whatever it is, and what works in it still goes on where it is."""
         folder = self.run_folder(port)
         with self._writing():
-            folder.mkdir(exist_ok=True, mode=0o700)
-            for path in folder.rglob("*"):
-                if path.is_symlink():
-                    path.unlink()
+            if os.path.lexists(folder):
+                old = folder.with_name(f".{port}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+                folder.rename(old)
+                _remove(old)
+            folder.mkdir(mode=0o700)
 
     def log_path(self, port: int) -> Path:
         return self.state / "logs" / f"{port}.log"
