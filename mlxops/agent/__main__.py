@@ -147,7 +147,8 @@ def _asked_again() -> bool:
 def _carry_out(request: Request) -> int:
     where = place(request.settings, os.environ)
     store = Store(where.state, where.registry)
-    agreed = store.agreed()
+    # What is to be agreed anew need not be readable.
+    agreed = None if request.command == "agree" and not request.agreed else store.agreed()
     if request.agreed and agreed is not None:
         # `--local` without a hosts.yaml: the host knows itself best.
         request = replace(request, settings=agreed)

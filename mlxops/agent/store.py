@@ -28,14 +28,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
 
+from mlxops.agent import reading
+from mlxops.agent.reading import Unfit
 from mlxops.core import registry as registries
 from mlxops.core.errors import Busy, Refused
 from mlxops.core.registry import Registry
 from mlxops.core.settings import Settings, settings_from_wire
-from mlxops.core.world import Operation, Run, run_from_wire
+from mlxops.core.world import Operation, Run, operation_from_wire, run_from_wire
 
 LOCK_SECONDS = 10.0
 """How long a registry transaction waits for another: they take milliseconds, so this is never a queue."""
+
+MAX_BYTES = registries.MAX_BYTES
+"""Of a file that is read as a whole; the registry is the longest of them."""
 
 HISTORY_BYTES = 4 * 1024 * 1024
 """Of the history's end that are read: some twenty thousand changes."""
@@ -117,9 +122,20 @@ def _flush(fd: int) -> None:
 
 def _read(path: Path) -> bytes | None:
     try:
-        return path.read_bytes()
+        return reading.read(path, MAX_BYTES)
     except FileNotFoundError:
         return None
+
+
+def _object(data: bytes) -> dict[str, object]:
+    """The JSON object that a file of ours holds. Raises `ValueError`."""
+    try:
+        wire = json.loads(data)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(wire, dict):
+        raise ValueError("not an object")
+    return wire
 
 
 class RegistryFile:
@@ -135,7 +151,7 @@ class RegistryFile:
         try:
             return registries.parse(_read(self.path))
         except OSError as error:
-            return Registry(raw={}, models={}, unwritable=f"it cannot be read: {error.strerror}")
+            return Registry(raw={}, models={}, unwritable=f"{self.path} cannot be read: {error.strerror}")
 
     def update(self, change: Callable[[Registry], Registry]) -> Registry:
         """One transaction: lock, read, `change`, and if that changed anything, write. Returns what is then on disk.
@@ -309,7 +325,7 @@ class Store:
         """The lock `name` (port-8100, model-x), or the operation that holds it."""
         path = self.state / "locks" / name
         with self._writing():
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fd = reading.open_file(path, os.O_RDWR | os.O_CREAT)
         # `holder` has it for microseconds; an operation has it for long. A quarter of a second tells them apart.
         deadline = time.monotonic() + 0.25
         while not _try_flock(fd):
@@ -328,10 +344,13 @@ class Store:
         return Lock(path, fd, left)
 
     def holder(self, name: str) -> Operation | None:
-        """Who holds the lock now; None if nobody does. It tries the lock, shared, and gives it back at once."""
+        """Who holds the lock now; None if nobody does. It tries the lock, shared, and gives it back at once.
+
+        Raises `OSError` where that cannot be told.
+        """
         path = self.state / "locks" / name
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = reading.open_file(path)
         except FileNotFoundError:
             return None
         try:
@@ -359,21 +378,19 @@ class Store:
     def _trace(self, path: Path) -> Operation | None:
         """Who a lock's file names, held or not; it is emptied by whoever gives the lock back."""
         try:
-            return Operation(**json.loads(path.read_bytes()))
-        except (OSError, ValueError, TypeError):
+            return operation_from_wire(_object(reading.read(path, MAX_BYTES)))
+        except (OSError, ValueError):
             return None
 
     # Run records
 
     def run(self, port: int) -> Run | None:
-        """The run record of a port. Raises `ValueError` if there is one that cannot be read."""
+        """The run record of a port. Raises `ValueError` if there is one that says nothing, `OSError` if it cannot be
+        read."""
         data = _read(self.state / "run" / f"{port}.json")
         if data is None:
             return None
-        wire = json.loads(data)
-        if not isinstance(wire, dict):
-            raise ValueError("not an object")
-        return run_from_wire(wire)
+        return run_from_wire(_object(data))
 
     def marks(self) -> frozenset[tuple[str, int, int]]:
         """What is not the same any more once anybody has written the registry or a run record: (path, inode, time)."""
@@ -414,7 +431,7 @@ class Store:
 
     def engine_help(self, key: str) -> str | None:
         try:
-            return (self.state / "engines" / key).read_text(encoding="utf-8")
+            return reading.read(self.state / "engines" / key, MAX_BYTES).decode()
         except (OSError, ValueError):
             return None
 
@@ -430,14 +447,11 @@ class Store:
     def agreed(self) -> Settings | None:
         """The settings that this host was last agreed with; None if it never was. Raises `Refused`."""
         path = self.state / "host.json"
-        data = _read(path)
-        if data is None:
-            return None
         try:
-            wire = json.loads(data)
-            if not isinstance(wire, dict):
-                raise ValueError("not an object")
-            return settings_from_wire(wire)
+            data = _read(path)
+            return None if data is None else settings_from_wire(_object(data))
+        except OSError as error:
+            raise state_unreadable(path, error) from None
         except ValueError as error:
             raise Refused(
                 "host_json_unusable",
@@ -453,31 +467,30 @@ class Store:
     # History
 
     def history(self) -> list[dict[str, object]]:
-        """What was remembered, oldest first; lines that cannot be read are skipped. The last megabytes of it."""
+        """What was remembered, oldest first; lines that cannot be read are skipped. The last megabytes of it.
+
+        Raises `OSError`.
+        """
         try:
-            with open(self.state / "history.jsonl", "rb") as file:
-                start = max(0, file.seek(0, 2) - HISTORY_BYTES)
-                file.seek(start)
-                lines = file.read().splitlines()[1 if start else 0 :]
+            data = reading.read_end(self.state / "history.jsonl", HISTORY_BYTES)
         except FileNotFoundError:
             return []
         found = []
-        for line in lines:
+        # The first line may be the end of a longer one.
+        for line in data.splitlines()[1 if len(data) == HISTORY_BYTES else 0 :]:
             with contextlib.suppress(ValueError):
-                entry = json.loads(line)
-                if isinstance(entry, dict):
-                    found.append(entry)
+                found.append(_object(line))
         return found
 
     def remember(self, **what: object) -> None:
-        """Append a line to the history, in one write(2)."""
+        """Append a line to the history, in one write(2). Raises `OSError`."""
         line = (json.dumps({"at": now(), **what}) + "\n").encode()
-        fd = os.open(self.state / "history.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        fd = reading.open_file(self.state / "history.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND)
         try:
             # Alone: half of another's line must not be taken for one that a full disk cut off, for which the next one
             # begins anew so that it is not lost too.
             fcntl.flock(fd, fcntl.LOCK_EX)
-            if not _ends_with_newline(self.state / "history.jsonl"):
+            if not _ends_with_newline(fd):
                 line = b"\n" + line
             if os.write(fd, line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -486,13 +499,10 @@ class Store:
             os.close(fd)
 
 
-def _ends_with_newline(path: Path) -> bool:
+def _ends_with_newline(fd: int) -> bool:
     """Whether a file is empty or its last byte ends a line."""
-    with open(path, "rb") as file:
-        if file.seek(0, os.SEEK_END) == 0:
-            return True
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
+    size = os.fstat(fd).st_size
+    return size == 0 or os.pread(fd, 1, size - 1) == b"\n"
 
 
 def disk_failed(error: Exception) -> TypeGuard[OSError]:
@@ -500,10 +510,33 @@ def disk_failed(error: Exception) -> TypeGuard[OSError]:
     return isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}
 
 
+def state_failed(error: Exception, state: Path) -> TypeGuard[OSError]:
+    """Whether an error says that something in the state folder is not of the kind that it should be, or not ours."""
+    if not isinstance(error, Unfit | NotADirectoryError | PermissionError):
+        return False
+    return Path(os.fsdecode(error.filename or "/")).is_relative_to(state)
+
+
 def state_unwritable(state: Path, error: OSError) -> Refused:
     return Refused(
         "state_unwritable",
         f"the state folder {state} cannot be written",
-        why=error.strerror or str(error),
+        why=said(error),
         hint="free disk space or mend the permissions on the host, then try again",
     )
+
+
+def state_unreadable(path: Path, error: OSError) -> Refused:
+    return Refused(
+        "state_unreadable",
+        f"{path}, of the host's state, cannot be read",
+        why=said(error),
+        hint="mend it on the host, or move it away, then try again",
+    )
+
+
+def said(error: OSError) -> str:
+    """What the system said no to, with the path if it names one."""
+    words = error.strerror or str(error)
+    path = error.filename2 or error.filename
+    return f"{path}: {words}" if path else words

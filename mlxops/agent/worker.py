@@ -21,7 +21,7 @@ from mlxops.agent.journal import Journal
 from mlxops.agent.operations import command
 from mlxops.agent.operations.context import Cancellation, Context
 from mlxops.agent.place import place
-from mlxops.agent.store import Store, disk_failed, state_unwritable
+from mlxops.agent.store import Store, disk_failed, state_failed, state_unreadable, state_unwritable
 from mlxops.agent.system import shortage, this_system
 from mlxops.core.errors import Bug, Exit, MlxopsError, bug
 from mlxops.core.protocol import Done, Event, Failed, Request
@@ -133,10 +133,12 @@ def finish(context: Context, emit: Callable[[Event], None]) -> int:
 
 
 def _told(error: Exception, store: Store) -> MlxopsError:
-    """A disk that fails where nobody looked for it is the disk's fault, and a host that has no descriptor left the
-    host's; all else is ours."""
+    """A disk that fails where nobody looked for it is the disk's fault, a strange thing in the state folder that of
+    whoever put it there, and a host that has no descriptor left the host's; all else is ours."""
     if disk_failed(error):
         return state_unwritable(store.state, error)
+    if state_failed(error, store.state):
+        return state_unreadable(Path(os.fsdecode(error.filename)), error)
     return shortage(error) or bug(error, traceback.format_exc())
 
 

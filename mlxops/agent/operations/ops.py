@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from mlxops.agent.journal import Journal, recent
 from mlxops.agent.operations.context import Context
+from mlxops.agent.reading import Unfit
 from mlxops.agent.store import Store
 from mlxops.core.errors import Refused
 from mlxops.core.protocol import Failed
@@ -28,8 +31,12 @@ def ops(ctx: Context) -> dict[str, object]:
 
 def downloads(ctx: Context) -> list[Operation]:
     """The operations that download now."""
-    held = [ctx.store.holder(path.name) for path in sorted((ctx.store.state / "locks").glob("repo-*"))]
-    return [operation for operation in held if operation is not None]
+    found = []
+    for path in sorted((ctx.store.state / "locks").glob("repo-*")):
+        # What is no file is nobody's lock.
+        with contextlib.suppress(Unfit):
+            found.append(ctx.store.holder(path.name))
+    return [operation for operation in found if operation is not None]
 
 
 def _row(journal: Journal, alive: bool) -> dict[str, object]:

@@ -46,7 +46,7 @@ def restore(ctx: Context) -> dict[str, object]:
 
 def _plan(ctx: Context) -> RestorePlan:
     registry = ctx.usable_registry()
-    history = ctx.store.history()
+    history = ctx.history()
     job = ctx.where.settings.boot
     return plan_restore(
         registry,
