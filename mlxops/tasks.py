@@ -1,12 +1,11 @@
-"""The Invoke collection: parse, call, render, exit code. What a command does is decided elsewhere."""
+"""The Invoke collection: the tasks and their flags. How a command runs is `command`'s, what it does the agent's."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,16 +13,16 @@ from invoke.collection import Collection
 from invoke.context import Context
 from invoke.tasks import Task, task
 
-from mlxops import entry
+from mlxops import command
+from mlxops.command import Call, Send
 from mlxops.control import client, render
-from mlxops.control.client import Answer, Target, ask, ask_all, gateway_warning, local_python
+from mlxops.control.client import Answer, Target, ask, ask_all, gateway_warning
 from mlxops.core import fields, names
-from mlxops.core.errors import Exit, MlxopsError, OutputFailed, UsageError, bug
-from mlxops.core.protocol import Event, Line, Started
-from mlxops.core.settings import Settings
+from mlxops.core.errors import MlxopsError, UsageError
+from mlxops.core.protocol import Event, Line
 
 if TYPE_CHECKING:
-    from mlxops.control.inventory import Gateway, Inventory
+    pass
 
 HOST = "host in hosts.yaml"
 HOSTS = "host or hosts in hosts.yaml, separated by commas"
@@ -33,243 +32,6 @@ DRY = "show the plan; change nothing"
 DRAIN = "seconds that open requests get before the server is killed (30)"
 DEBUG = "print the traceback of a bug"
 COMMON = {"local": LOCAL, "json": JSON, "debug": DEBUG}
-
-
-@dataclass(frozen=True)
-class Call:
-    """What every command is told: where, and how to print."""
-
-    command: str
-    host: str | None
-    local: bool
-    json: bool
-    debug: bool
-    many: bool = False
-    """With `--json` there are many documents, one a line."""
-
-    @cached_property
-    def inventory(self) -> Inventory | None:
-        """hosts.yaml, if there is one. Raises `UsageError` bad_hosts_file."""
-        from mlxops.control import inventory
-
-        path = inventory.hosts_file(os.environ, _beside())
-        return None if path is None else inventory.load(path)
-
-    @property
-    def gateway(self) -> Gateway | None:
-        """What hosts.yaml says of the gateway."""
-        return self.inventory.gateway if self.inventory else None
-
-    def targets(self, *, all_by_default: bool = False, only_one: bool = False) -> tuple[Target, ...]:
-        """Raises `UsageError`: bad_hosts_file, unknown_host, one_host."""
-        name = self.host
-        if name is None and self.local:
-            name = os.environ.get("MLXOPS_HOST")
-        if self.inventory is None:
-            if not self.local:
-                raise UsageError(
-                    "no_hosts_file",
-                    "there is no hosts.yaml",
-                    why="it is looked for in MLXOPS_HOSTS_FILE, ~/.config/mlxops/hosts.yaml and beside tasks.py",
-                    hint="write one (the repository has an example), or use --local on the host itself",
-                )
-            return (Target("local", None, local_python(), Settings(), agreed=True),)
-        hosts = self.inventory.select(name, all_by_default=all_by_default and not self.local)
-        if (only_one or self.local) and len(hosts) > 1:
-            raise UsageError("one_host", f"{self.command} takes one host", hint=f"--host {hosts[0].name}")
-        if self.local:
-            return (Target(hosts[0].name, None, local_python(), hosts[0].settings),)
-        return tuple(Target(host.name, host.ssh, host.interpreter(), host.settings) for host in hosts)
-
-
-def _beside() -> Path | None:
-    """The folder of the tasks.py that `inv` found; for `mlxctl`, the checkout that this package lies in, if it does."""
-    loaded = getattr(sys.modules.get("tasks"), "__file__", None)
-    folder = Path(loaded).parent if loaded else Path(__file__).resolve().parent.parent
-    return folder if (folder / "tasks.py").is_file() else None
-
-
-Show = Callable[[Sequence[Answer]], str]
-Send = Callable[[Mapping[str, object]], Answer]
-
-
-def _answer(call: Call, run: Callable[[render.Talk], tuple[Answer, ...]], show: Show, key: str | None = None) -> None:
-    """The one boundary: run, print the data, tell the errors; exit, unless all is well: a further task may follow."""
-    code: int = Exit.DONE
-    entry.interruptible()
-    try:
-        with render.Talk(many=False) as talk:
-            answers = run(talk)
-        _print(call, answers, show, key)
-        code = render.exit_of(answers)
-        _tell(call, answers)
-    except BrokenPipeError:
-        render.discard(1)  # whoever read it went away
-        code = 141
-    except OutputFailed as error:
-        render.discard(1)
-        render.Talk(many=False).error("", error)
-        code = error.exit
-    except MlxopsError as error:
-        code = _fail(call, error)
-    except KeyboardInterrupt:
-        code = _fail(call, _interrupted(call))
-    except Exception as error:  # noqa: BLE001 - the boundary: what nobody foresaw is a bug, and is told as one
-        from traceback import format_exc
-
-        code = _fail(call, bug(error, format_exc()))
-    entry.told()
-    if code:
-        raise SystemExit(code)
-
-
-def _print(call: Call, answers: Sequence[Answer], show: Show, key: str | None) -> None:
-    if call.many:
-        return  # they were printed as they came
-    if call.json:
-        rows = {answer.host: _json_row(answer, key) for answer in answers}
-        render.say(render.document(call.command, answers, rows))
-        return
-    text = show(answers)
-    if text:
-        render.say(text)
-
-
-def _json_row(answer: Answer, key: str | None) -> Mapping[str, object]:
-    """Reads lay their result beside the host's name; changes put it under `result`."""
-    return {key: answer.result} if key else (answer.result or {})
-
-
-def _tell(call: Call, answers: Sequence[Answer]) -> None:
-    talk = render.Talk(many=len(answers) > 1)
-    for answer in answers:
-        if answer.error is not None:
-            talk.error(answer.host, answer.error)
-            _traceback(call, answer.error)
-
-
-def _fail(call: Call, error: MlxopsError) -> int:
-    if call.json:
-        render.say(render.error_document(call.command, error, indent=None if call.many else 2))
-    render.Talk(many=False).error("", error)
-    _traceback(call, error)
-    return int(error.exit)
-
-
-def _traceback(call: Call, error: MlxopsError) -> None:
-    if call.debug and "traceback" in error.details:
-        print(error.details["traceback"], file=sys.stderr)  # noqa: T201
-
-
-def _interrupted(call: Call) -> MlxopsError:
-    from mlxops.core.errors import Interrupted
-    from mlxops.core.protocol import CHANGES
-
-    going_on = call.command in CHANGES
-    return Interrupted(
-        "interrupted",
-        "interrupted",
-        why="if the host had heard of it already, it goes on there" if going_on else "",
-        hint="see: mlxctl ops; asking for the same thing again follows it" if going_on else "",
-    )
-
-
-def _change(
-    call: Call,
-    given: Callable[[], Mapping[str, object]],
-    *,
-    before: Callable[[Target, render.Talk], None] | None = None,
-    around: Callable[[Target, Mapping[str, object], render.Talk, Send], Answer] | None = None,
-    after: Callable[[render.Talk, Answer], None] | None = None,
-) -> None:
-    """A command that changes one host, or shows what it would change. `given` may raise `UsageError`.
-
-    `around`: what is done before and after the request itself, which it sends with its last argument.
-    """
-
-    def run(talk: render.Talk) -> tuple[Answer, ...]:
-        args = given()
-        (target,) = call.targets(only_one=True)
-        _check(target, args)
-        if before:
-            before(target, talk)
-
-        def send(sent: Mapping[str, object]) -> Answer:
-            return _attended(call, target, sent, talk)
-
-        answer = around(target, args, talk, send) if around else send(args)
-        if after and answer.result is not None:
-            after(talk, answer)
-        return (answer,)
-
-    _answer(call, run, lambda answers: _lines(call, answers), key="result")
-
-
-def _attended(
-    call: Call, target: Target, args: Mapping[str, object], talk: render.Talk, command: str | None = None
-) -> Answer:
-    """Ask for a change, or follow one, and stay until its end or Ctrl-C."""
-    operation = ""
-
-    def hear(host: str, event: Event) -> None:
-        nonlocal operation
-        if isinstance(event, Started):
-            operation = event.operation
-        talk.hear(host, event)
-
-    try:
-        return ask(target, command or call.command, args, hear)
-    except KeyboardInterrupt:
-        if not operation:
-            raise
-        talk.close()
-        return Answer(target.name, error=_left_or_cancelled(target, operation, talk))
-
-
-def _left_or_cancelled(target: Target, operation: str, talk: render.Talk) -> MlxopsError:
-    """After Ctrl-C: whoever sits at a terminal is asked; else it goes on."""
-    from mlxops.core.errors import Interrupted
-
-    on = f" --host {target.name}" if target.ssh else " --local"
-    if _wants_cancel(operation):
-        answer = ask(target, "cancel", {"operation": operation}, talk.hear)
-        if answer.error is not None:
-            return answer.error
-        if (answer.result or {}).get("cancelled") is True:
-            return Interrupted("cancelled", f"operation {operation} was cancelled; nothing of it is left")
-        return Interrupted("interrupted", f"operation {operation} was done before it could be cancelled")
-    return Interrupted(
-        "interrupted",
-        f"operation {operation} was left running on {target.name}",
-        why="it does not need this connection",
-        hint=f"mlxctl ops{on} --follow {operation}; or --cancel {operation}",
-    )
-
-
-def _wants_cancel(operation: str) -> bool:
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        return False
-    sys.stderr.write(f"\nOperation {operation}: leave it running (l) or cancel it (c)? [l] ")
-    sys.stderr.flush()
-    try:
-        return sys.stdin.readline().strip().lower() in {"c", "cancel"}
-    except KeyboardInterrupt:
-        return False
-
-
-def _check(target: Target, args: Mapping[str, object]) -> None:
-    """What can be known to be wrong is said before anything is connected to. Raises `UsageError`."""
-    model, port, repo = args.get("model"), args.get("port"), args.get("repo")
-    if isinstance(model, str):
-        names.model_name(model)
-    if isinstance(repo, str):
-        names.repo(repo)
-    if isinstance(port, str) and port != names.AUTO and not target.agreed:
-        names.port(port, target.settings.ports)
-
-
-def _lines(call: Call, answers: Sequence[Answer]) -> str:
-    return "\n".join(render.change_lines(call.command, a.result) for a in answers if a.result is not None)
 
 
 def _seconds(text: str | None, flag: str, *, zero: bool = False) -> float | None:
@@ -302,7 +64,7 @@ def init(
     debug: bool = False,
 ) -> None:
     """Register every complete MLX model of the host's cache."""
-    _change(Call("init", host, local, json, debug), lambda: {"dry_run": dry_run})
+    command.change(Call("init", host, local, json, debug), lambda: {"dry_run": dry_run})
 
 
 @_command(host=HOSTS, memory="estimate each model, and show the budget and what serves already")
@@ -316,7 +78,7 @@ def list_(
 ) -> None:
     """Show the registered models."""
     show = render.memory_table if memory else render.list_table
-    _read(Call("list", host, local, json, debug), show, {"memory": memory})
+    command.read(Call("list", host, local, json, debug), show, {"memory": memory})
 
 
 @_command(
@@ -340,7 +102,7 @@ def status(
     """Show what is on each port, on all hosts."""
     call = Call("status", host, local, json, debug, many=watch)
     if not watch and interval is None:
-        return _read(call, render.status_table, {"probe": probe}, strict=strict)
+        return command.read(call, render.status_table, {"probe": probe}, strict=strict)
 
     def run(talk: render.Talk) -> tuple[Answer, ...]:
         from mlxops.control import live
@@ -352,29 +114,9 @@ def status(
             raise UsageError("probe_or_watch", "--probe and --watch exclude each other", why=why, hint="leave one out")
         seconds = live.interval_of(interval)
         answers = live.stay(call.targets(all_by_default=True), seconds, talk, json=call.json, until_drift=strict)
-        return tuple(map(_strict, answers)) if strict else answers
+        return tuple(map(command.drift_refused, answers)) if strict else answers
 
-    _answer(call, run, lambda answers: "")
-
-
-def _read(call: Call, show: Show, args: Mapping[str, object] = {}, *, strict: bool = False) -> None:
-    def run(talk: render.Talk) -> tuple[Answer, ...]:
-        answers = ask_all(call.targets(all_by_default=True), call.command, args, talk.hear)
-        if strict:
-            answers = tuple(_strict(answer) for answer in answers)
-        return answers
-
-    _answer(call, run, show)
-
-
-def _strict(answer: Answer) -> Answer:
-    from mlxops.core.errors import Refused
-
-    found = (answer.result or {}).get("drift")
-    if not isinstance(found, list) or not found:
-        return answer
-    error = Refused("drift", f"registry and life disagree in {len(found)} places", hint="each is named in the status")
-    return Answer(answer.host, answer.result, error)
+    command.carry_out(call, run, lambda answers: "")
 
 
 @_command(
@@ -418,7 +160,7 @@ def load(
         }
 
     call = Call("load", host, local, json, debug)
-    _change(call, given, around=lambda *asked: _with_gateway(call, *asked), after=_warn_if_unreachable)
+    command.change(call, given, around=lambda *asked: _with_gateway(call, *asked), after=_warn_if_unreachable)
 
 
 def _with_gateway(call: Call, target: Target, args: Mapping[str, object], talk: render.Talk, send: Send) -> Answer:
@@ -473,7 +215,7 @@ def unload(
             "dry_run": dry_run,
         }
 
-    _change(Call("unload", host, local, json, debug), given)
+    command.change(Call("unload", host, local, json, debug), given)
 
 
 @_command(
@@ -508,7 +250,7 @@ def rollback(
         }
 
     call = Call("rollback", host, local, json, debug)
-    _change(call, given, around=lambda *asked: _with_gateway(call, *asked), after=_warn_if_unreachable)
+    command.change(call, given, around=lambda *asked: _with_gateway(call, *asked), after=_warn_if_unreachable)
 
 
 @_command(
@@ -539,7 +281,7 @@ def set_(
             "dry_run": dry_run,
         }
 
-    _change(Call("set", host, local, json, debug), given)
+    command.change(Call("set", host, local, json, debug), given)
 
 
 @_command(host=HOST, yes="do not ask", dry_run=DRY)
@@ -554,7 +296,7 @@ def unload_all(
 ) -> None:
     """Stop every MLX server of the host; asks first."""
     call = Call("unload-all", host, local, json, debug)
-    _change(call, lambda: {"dry_run": dry_run}, before=None if yes or dry_run else _confirm)
+    command.change(call, lambda: {"dry_run": dry_run}, before=None if yes or dry_run else _confirm)
 
 
 def _confirm(target: Target, talk: render.Talk) -> None:
@@ -610,7 +352,7 @@ def gateway(
         answers = gateway.check(told, targets, ask_all(targets, call.command, {}, talk.hear))
         return gateway.pass_through(call.gateway, told, answers) if through else answers
 
-    _answer(call, run, render.gateway_table)
+    command.carry_out(call, run, render.gateway_table)
 
 
 def _entries(call: Call, env: bool) -> None:
@@ -626,7 +368,7 @@ def _entries(call: Call, env: bool) -> None:
         environ.update(variables)
         return (Answer("gateway", {**document, "environ": environ}),)
 
-    _answer(call, run, lambda answers: gateway.as_yaml(document, environ))
+    command.carry_out(call, run, lambda answers: gateway.as_yaml(document, environ))
 
 
 @_command(host=HOST, dry_run=DRY)
@@ -639,7 +381,7 @@ def reconcile(
     debug: bool = False,
 ) -> None:
     """Clear what nothing serves; stop what a crash left."""
-    _change(Call("reconcile", host, local, json, debug), lambda: {"dry_run": dry_run})
+    command.change(Call("reconcile", host, local, json, debug), lambda: {"dry_run": dry_run})
 
 
 @_command(host=HOST, cleared="also what the latest reconcile has cleared", dry_run=DRY)
@@ -653,7 +395,7 @@ def restore(
     debug: bool = False,
 ) -> None:
     """Start what is assigned and nothing serves."""
-    _change(Call("restore", host, local, json, debug), lambda: {"cleared": cleared, "dry_run": dry_run})
+    command.change(Call("restore", host, local, json, debug), lambda: {"cleared": cleared, "dry_run": dry_run})
 
 
 @_command(
@@ -683,9 +425,10 @@ def boot(
             raise UsageError(
                 "one_action", f"--{actions[0]} and --{actions[1]} exclude each other", hint="one after the other"
             )
-        return {"action": actions[0], "every": _minutes(every), "dry_run": actions[0] == "show"}
+        action = "install" if actions == ["every"] else actions[0]
+        return {"action": action, "every": _minutes(every), "dry_run": action == "show"}
 
-    _change(Call("boot", host, local, json, debug), given)
+    command.change(Call("boot", host, local, json, debug), given)
 
 
 def _minutes(text: str | None) -> int | None:
@@ -713,7 +456,7 @@ def pull(
     def given() -> Mapping[str, object]:
         return {"repo": _need(repo, "--repo", "pull --repo org/name"), "verify": verify, "dry_run": dry_run}
 
-    _change(Call("pull", host, local, json, debug), given)
+    command.change(Call("pull", host, local, json, debug), given)
 
 
 @_command(host=HOST, model="the model whose files go; its registry entry stays", dry_run=DRY)
@@ -731,7 +474,7 @@ def remove(
     def given() -> Mapping[str, object]:
         return {"model": _need(model, "--model", "remove --model NAME"), "dry_run": dry_run}
 
-    _change(Call("remove", host, local, json, debug), given)
+    command.change(Call("remove", host, local, json, debug), given)
 
 
 @_command(
@@ -757,7 +500,7 @@ def logs(
     def run(talk: render.Talk) -> tuple[Answer, ...]:
         args = {"port": _need(port, "--port", "logs --port 8100"), "lines": _lines_asked(lines), "follow": follow}
         (target,) = call.targets(only_one=True)
-        _check(target, args)
+        command.check(target, args)
 
         def hear(host: str, event: Event) -> None:
             if isinstance(event, Line) and json and follow:
@@ -770,7 +513,7 @@ def logs(
         answer = ask(target, "logs", args, hear)
         return (replace(answer, result={**answer.result, "lines": kept}) if answer.result else answer,)
 
-    _answer(call, run, lambda answers: "")
+    command.carry_out(call, run, lambda answers: "")
 
 
 def _lines_asked(text: str | None) -> int:
@@ -780,7 +523,7 @@ def _lines_asked(text: str | None) -> int:
 @_command(
     host=HOSTS,
     follow="operation to follow to its end: its id, or the end of it",
-    cancel="operation to end: its id, or the end of it; nothing of it stays",
+    cancel="operation to end: its id, or the end of it; nothing half done stays",
 )
 def ops(
     c: Context,
@@ -794,7 +537,7 @@ def ops(
     """Show running and recent operations; follow or cancel one."""
     call = Call("ops", host, local, json, debug)
     if follow is None and cancel is None:
-        return _read(call, render.ops_table)
+        return command.read(call, render.ops_table)
 
     def run(talk: render.Talk) -> tuple[Answer, ...]:
         if follow is not None and cancel is not None:
@@ -802,9 +545,9 @@ def ops(
         (target,) = call.targets(only_one=True)
         if cancel is not None:
             return (ask(target, "cancel", {"operation": cancel}, talk.hear),)
-        return (_attended(call, target, {"operation": follow}, talk, "follow"),)
+        return (command.attended(call, target, {"operation": follow}, talk, "follow"),)
 
-    _answer(call, run, lambda answers: _lines(call, answers), key="result")
+    command.carry_out(call, run, lambda answers: command.change_lines(call, answers), key="result")
 
 
 @_command(
@@ -835,7 +578,7 @@ def deploy(
         wish = Wish(mlxctl, Path(wheels) if wheels else None, rollback, dry_run)
         return (client.deploy(target, talk.hear, wish),)
 
-    _answer(call, run, lambda answers: _lines(call, answers), key="result")
+    command.carry_out(call, run, lambda answers: command.change_lines(call, answers), key="result")
 
 
 def _need(value: str | None, flag: str, example: str) -> str:
@@ -924,7 +667,7 @@ def faults(
 def _develop(name: str, run: Callable[[], None]) -> None:
     """A task for those who work on mlxops: it needs the checkout, and says so."""
     call = Call(name, None, local=True, json=False, debug=False)
-    folder = _beside()
+    folder = command.beside()
     try:
         if folder is None or not (folder / "tests" / "lab").is_dir():
             raise UsageError(
@@ -935,14 +678,14 @@ def _develop(name: str, run: Callable[[], None]) -> None:
             sys.path.insert(0, str(folder))
         run()
     except MlxopsError as error:
-        raise SystemExit(_fail(call, error)) from None
+        raise SystemExit(command.fail(call, error)) from None
     except KeyboardInterrupt:
-        raise SystemExit(_fail(call, _interrupted(call))) from None
+        raise SystemExit(command.fail(call, command.interrupted(call))) from None
     except (RuntimeError, OSError, ModuleNotFoundError) as error:
         failed = MlxopsError(
             f"{name}_failed", f"{name} failed: {error}", hint="pip install -e '.[dev]' has what it needs"
         )
-        raise SystemExit(_fail(call, failed)) from None
+        raise SystemExit(command.fail(call, failed)) from None
 
 
 namespace = Collection(

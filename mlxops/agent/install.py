@@ -54,7 +54,7 @@ class NothingBeforeError(ProblemError):
     exit = 3
 
 
-CONTROL = {"control", "entry.py", "mlxctl.py", "program.py", "tasks.py"}
+CONTROL = {"control", "command.py", "entry.py", "mlxctl.py", "program.py", "tasks.py"}
 """What of the package an agent alone does not need."""
 
 

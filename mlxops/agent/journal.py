@@ -5,6 +5,7 @@ an operation outlives the connection that asked for it, and anybody can follow i
     ops/<id>/events.jsonl   one event a line, appended by the worker
     ops/<id>/lock           held by the worker for as long as it lives
     ops/<id>/cancel         made by who wants it to end
+    ops/<id>/without-<port> made by who wants it to leave that port alone; of a restore
     ops/<id>/stderr         what the worker's libraries print
 """
 
@@ -132,10 +133,18 @@ class Journal:
     def cancelled(self) -> bool:
         return (self.folder / "cancel").exists()
 
+    @property
+    def taken_out(self) -> frozenset[int]:
+        """The ports that it is to leave alone."""
+        return frozenset(int(path.name.partition("-")[2]) for path in self.folder.glob("without-*"))
+
     # Everybody else's
 
     def cancel(self) -> None:
         (self.folder / "cancel").touch(mode=0o600)
+
+    def take_out(self, port: int) -> None:
+        (self.folder / f"without-{port}").touch(mode=0o600)
 
     def alive(self) -> bool:
         """Whether its worker holds the lock."""

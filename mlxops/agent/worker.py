@@ -87,6 +87,7 @@ def run(folder: Path, lock: int) -> int:
         return int(Exit.REFUSED)  # nobody would hear what becomes of it, so nothing is begun
     cancellation = Cancellation()
     signal.signal(signal.SIGTERM, lambda number, frame: cancellation.wish())
+    signal.signal(signal.SIGUSR1, lambda number, frame: cancellation.take_out(journal.taken_out))
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     threading.Thread(target=_watch_for_cancel, args=(journal,), daemon=True).start()
     request = journal.request()
@@ -143,9 +144,13 @@ def _told(error: Exception, store: Store) -> MlxopsError:
 
 
 def _watch_for_cancel(journal: Journal) -> None:
-    """Turns the wish to end, which is a file so that it needs no pid, into the signal that the main thread hears."""
+    """Turns wishes, which are files so that they need no pid, into the signals that the main thread hears."""
     never = threading.Event()
+    out = frozenset[int]()
     while not never.wait(CANCEL_POLL_SECONDS):
         if journal.cancelled:
             os.kill(os.getpid(), signal.SIGTERM)
             return
+        if journal.taken_out != out:
+            out = journal.taken_out
+            os.kill(os.getpid(), signal.SIGUSR1)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from mlxops.build import build_id
 from mlxops.control.session import ConnectionLost, Ended, Session, Transport
 from mlxops.core.errors import AgentProblem, MlxopsError, OutcomeUnknown, Unreachable
-from mlxops.core.protocol import Asker, Done, Event, Failed, Hello, Note, Request, Started, decode_event
+from mlxops.core.protocol import Asker, Done, Event, Failed, Hello, Line, Note, Reached, Request, Started, decode_event
 from mlxops.core.settings import Settings
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ SILENCE_SECONDS = 30.0
 """The agent says something every five seconds while it follows an operation, and answers a question sooner."""
 GATEWAY_SECONDS = 3.0
 RECONNECT_SECONDS = 120.0
-"""How long a connection that broke during a change is tried again, after the last thing that was heard."""
+"""How long a connection that broke during a change, or while a log was followed, is tried again, after the last thing
+that was heard."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0
 """Seconds between two tries."""
 PASSING = frozenset({"host_down", "connection_refused", "connection_timeout"})
@@ -201,11 +202,19 @@ class _Conversation:
         self._operation = ""
         """The record that is followed, and how many of its events were heard."""
         self._heard = 0
+        self._mark = ""
+        """How far a log that is followed was read."""
+        self._news = 0.0
+        """When (monotonic) the host last told anything but who it is."""
 
     @property
     def _lasting(self) -> bool:
         """It goes on without us, so that we can come back to it."""
         return self._request.changes or self._request.command == "follow"
+
+    @property
+    def _resumable(self) -> bool:
+        return self._lasting or bool(self._mark)
 
     def result(self) -> Mapping[str, object]:
         """Raises `MlxopsError`: what the host says, `Unreachable`, or `OutcomeUnknown` when nothing is heard of what
@@ -213,14 +222,13 @@ class _Conversation:
         try:
             return self._over_one_connection()
         except ConnectionLost as why:
-            if not self._lasting:
+            if not self._resumable:
                 raise lost(self._target, why) from None
             return self._attached_again(str(why))
 
     def _attached_again(self, why: str) -> Mapping[str, object]:
-        name = self._target.name
-        self._listen(name, Note(f"the connection was lost ({why}); the operation goes on; reconnecting", "warning"))
-        pause, heard, deadline = FIRST_PAUSE, self._heard, time.monotonic() + RECONNECT_SECONDS
+        self._say_lost(why)
+        pause, news, since = FIRST_PAUSE, self._news, time.monotonic()
         while True:
             time.sleep(pause)
             pause = min(pause * 2, LONGEST_PAUSE)
@@ -231,12 +239,20 @@ class _Conversation:
             except Unreachable as error:
                 why = error.message if not error.why else f"{error.message}: {error.why}"
                 if error.code not in PASSING:
-                    raise self._unknown(why) from None
-            if self._heard > heard:
-                # There was news: it broke anew, and has its time anew.
-                pause, heard, deadline = FIRST_PAUSE, self._heard, time.monotonic() + RECONNECT_SECONDS
-            if time.monotonic() > deadline:
-                raise self._unknown(why)
+                    raise self._given_up(why) from None
+            if self._news > news:
+                # It was there again, and broke anew: it has its time anew.
+                self._say_lost(why)
+                pause, news, since = FIRST_PAUSE, self._news, time.monotonic()
+            elif time.monotonic() - since > RECONNECT_SECONDS:
+                raise self._given_up(why)
+
+    def _say_lost(self, why: str) -> None:
+        goes_on = "the operation goes on; " if self._lasting else ""
+        self._listen(self._target.name, Note(f"the connection was lost ({why}); {goes_on}reconnecting", "warning"))
+
+    def _given_up(self, why: str) -> MlxopsError:
+        return self._unknown(why) if self._lasting else lost(self._target, why)
 
     def _unknown(self, why: str) -> OutcomeUnknown:
         name = self._target.name
@@ -262,7 +278,9 @@ class _Conversation:
             transport.close()
 
     def _next_request(self) -> Request:
-        """The request itself, until the host has named its record; then the rest of that record."""
+        """The request itself, until the host has named its record; then the rest of that record, or of the log."""
+        if self._mark:
+            return replace(self._request, args={**self._request.args, "after": self._mark})
         if not self._operation:
             return self._request
         return replace(self._request, command="follow", args={"operation": self._operation}, heard=self._heard)
@@ -270,7 +288,10 @@ class _Conversation:
     def _hear(self, session: Session) -> Mapping[str, object]:
         self._hello = False
         for line in session.lines(SILENCE_SECONDS):
-            match decode_event(line):
+            event = decode_event(line)
+            if self._hello and not isinstance(event, Hello | Started):
+                self._news = time.monotonic()
+            match event:
                 case None:
                     continue
                 case Hello():
@@ -283,8 +304,11 @@ class _Conversation:
                     if operation != self._operation:
                         self._operation, self._heard = operation, 0
                     self._listen(self._target.name, started)
-                case event:
+                case Reached(mark):
+                    self._mark = mark
+                case _:
                     self._heard += bool(self._operation)
+                    self._mark = event.mark if isinstance(event, Line) else self._mark
                     self._listen(self._target.name, event)
         raise ended_early(self._target, session.wait(SILENCE_SECONDS), greeted=self._hello)
 

@@ -190,7 +190,7 @@ def archive(wheels: Path | None = None) -> bytes:
 
 
 def _control_sources() -> list[Path]:
-    alone = (PACKAGE / name for name in ("entry.py", "mlxctl.py", "program.py", "tasks.py"))
+    alone = (PACKAGE / name for name in ("command.py", "entry.py", "mlxctl.py", "program.py", "tasks.py"))
     return [*sorted((PACKAGE / "control").rglob("*.py")), *alone]
 
 

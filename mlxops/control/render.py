@@ -472,7 +472,11 @@ def _boot_lines(result: Mapping[str, object]) -> str:
 def _ops_line(result: Mapping[str, object]) -> str:
     """What an operation that was followed or cancelled came to; whose command it was, its result tells."""
     if "cancelled" in result:
-        end = "was cancelled; nothing of it is left" if result["cancelled"] else "was done before it could be cancelled"
+        end = (
+            "was cancelled; nothing half done is left"
+            if result["cancelled"]
+            else "was done before it could be cancelled"
+        )
         return one_line(f"operation {result.get('operation')} {end}")
     if "size_bytes" in result:
         return _files_line(result)

@@ -1,12 +1,12 @@
 """What control node and agent say to each other.
 
 The control node writes one request, a JSON document on one line, to the agent's standard input. The agent writes one
-event a line to its standard output: first `hello`, then any number of `note`, `phase`, `progress` and `line`, and one
-`done` or `failed` at the end. What only looks can be asked again as long as standard input stays open: an `AGAIN` is
-the same request once more, and has its own `done` or `failed`. Every line begins with the same marker, so that what a
-login shell prints is told from what the agent says. The events of a mutating request are also the record that it keeps
-on the host: `started` names that record, and what follows it are its events, so that whoever loses the connection can
-ask for the rest.
+event a line to its standard output: first `hello`, then any number of `note`, `phase`, `progress`, `line` and
+`reached`, and one `done` or `failed` at the end. What only looks can be asked again as long as standard input stays
+open: an `AGAIN` is the same request once more, and has its own `done` or `failed`. Every line begins with the same
+marker, so that what a login shell prints is told from what the agent says. The events of a mutating request are also
+the record that it keeps on the host: `started` names that record, and what follows it are its events, so that whoever
+loses the connection can ask for the rest.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ CHANGES = frozenset(
         *("restore", "boot", "pull", "remove"),
     }
 )
+CANCELLABLE = frozenset({"load", "rollback", "pull", "restore"})
+"""Those that may take long. The others are a matter of seconds, and better whole than half."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,15 @@ class Line:
     """A line of a log, without its end and without control characters."""
 
     text: str
+    mark: str = ""
+    """Of a log that is followed: asked again with it, reading goes on behind this line."""
+
+
+@dataclass(frozen=True)
+class Reached:
+    """The same without a line."""
+
+    mark: str
 
 
 @dataclass(frozen=True)
@@ -217,7 +228,7 @@ class Failed:
     error: MlxopsError
 
 
-Event = Hello | Started | Line | Note | Phase | Progress | Done | Failed
+Event = Hello | Started | Line | Reached | Note | Phase | Progress | Done | Failed
 
 
 def encode_event(event: Event) -> str:
@@ -228,8 +239,10 @@ def encode_event(event: Event) -> str:
             body |= {"event": "hello", "version": version, "build": build}
         case Started(operation):
             body |= {"event": "started", "operation": operation}
-        case Line(text):
-            body |= {"event": "line", "text": text}
+        case Line(text, mark):
+            body |= {"event": "line", "text": text, "mark": mark}
+        case Reached(mark):
+            body |= {"event": "reached", "mark": mark}
         case Note(message, level):
             body |= {"event": "note", "level": level, "message": message}
         case Phase(name, message):
@@ -259,7 +272,9 @@ def decode_event(line: str) -> Event | None:
         case "started":
             return Started(str(body.get("operation")))
         case "line":
-            return Line(str(body.get("text")))
+            return Line(str(body.get("text")), str(body.get("mark", "")))
+        case "reached":
+            return Reached(str(body.get("mark", "")))
         case "note":
             return Note(str(body.get("message")), str(body.get("level", "info")))
         case "phase":

@@ -7,7 +7,7 @@ that the planner decides on. No signal decides alone.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 
 from mlxops.core.protocol import Progress
@@ -295,7 +295,9 @@ def judge(signals: Signals, registry: Registry) -> PortView:
     if operation is not None and operation.command in {"unload", "unload-all"} and (ours or signals.hand):
         return _view(signals, State.DRAINING, Owner.MLXOPS if ours else Owner.HAND, detail=_at_work(signals, operation))
     if run is not None and ours:
-        return _judge_ours(signals, run, tuple(model.name for model in assigned))
+        # A registry that cannot be read does not say that a server is not assigned.
+        unknown = bool(registry.unwritable) and not assigned
+        return _judge_ours(signals, run, (run.model,) if unknown else tuple(model.name for model in assigned))
     if signals.boot and signals.listening:
         return _stranger(signals, registry, Owner.BOOT)
     if signals.unowned:
@@ -451,6 +453,9 @@ def _view(
 def drift(ports: PortRange, views: Mapping[int, PortView], registry: Registry) -> tuple[Drift, ...]:
     """Where registry and life disagree, each with the command that helps."""
     found = [each for view in views.values() for each in _drift_of_port(view, registry.on_port(view.port))]
+    if registry.unwritable:
+        # Every command that changes anything is refused until then.
+        found = [replace(each, hint="mend the registry first, then look again: mlxctl status") for each in found]
     for model in registry.models.values():
         port = model.port
         if port is not None and port not in ports:

@@ -9,13 +9,11 @@ from mlxops.agent.operations.context import Context
 from mlxops.agent.reading import Unfit
 from mlxops.agent.store import Store
 from mlxops.core.errors import Refused
-from mlxops.core.protocol import Failed
+from mlxops.core.protocol import CANCELLABLE, Failed
 from mlxops.core.world import Operation
 
 SHOWN = 20
 """Operations that have ended and are listed, the newest."""
-CANCELLABLE = frozenset({"load", "pull", "restore"})
-"""Those that may take long. The others are a matter of seconds, and better whole than half."""
 
 
 def ops(ctx: Context) -> dict[str, object]:

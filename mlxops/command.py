@@ -1,0 +1,286 @@
+"""One command, from what was typed to its exit status: where it goes, what is told meanwhile, what Ctrl-C does."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlxops import entry
+from mlxops.control import render
+from mlxops.control.client import Answer, Target, ask, ask_all, local_python
+from mlxops.core import names
+from mlxops.core.errors import Exit, MlxopsError, OutputFailed, UsageError, bug
+from mlxops.core.protocol import CANCELLABLE, Event, Started
+from mlxops.core.settings import Settings
+
+if TYPE_CHECKING:
+    from mlxops.control.inventory import Gateway, Inventory
+
+
+@dataclass(frozen=True)
+class Call:
+    """What every command is told: where, and how to print."""
+
+    command: str
+    host: str | None
+    local: bool
+    json: bool
+    debug: bool
+    many: bool = False
+    """With `--json` there are many documents, one a line."""
+
+    @cached_property
+    def inventory(self) -> Inventory | None:
+        """hosts.yaml, if there is one. Raises `UsageError` bad_hosts_file."""
+        from mlxops.control import inventory
+
+        path = inventory.hosts_file(os.environ, beside())
+        return None if path is None else inventory.load(path)
+
+    @property
+    def gateway(self) -> Gateway | None:
+        """What hosts.yaml says of the gateway."""
+        return self.inventory.gateway if self.inventory else None
+
+    def targets(self, *, all_by_default: bool = False, only_one: bool = False) -> tuple[Target, ...]:
+        """Raises `UsageError`: bad_hosts_file, unknown_host, one_host."""
+        name = self.host
+        if name is None and self.local:
+            name = os.environ.get("MLXOPS_HOST")
+        if self.inventory is None:
+            if not self.local:
+                raise UsageError(
+                    "no_hosts_file",
+                    "there is no hosts.yaml",
+                    why="it is looked for in MLXOPS_HOSTS_FILE, ~/.config/mlxops/hosts.yaml and beside tasks.py",
+                    hint="write one (the repository has an example), or use --local on the host itself",
+                )
+            return (Target("local", None, local_python(), Settings(), agreed=True),)
+        hosts = self.inventory.select(name, all_by_default=all_by_default and not self.local)
+        if (only_one or self.local) and len(hosts) > 1:
+            raise UsageError("one_host", f"{self.command} takes one host", hint=f"--host {hosts[0].name}")
+        if self.local:
+            return (Target(hosts[0].name, None, local_python(), hosts[0].settings),)
+        return tuple(Target(host.name, host.ssh, host.interpreter(), host.settings) for host in hosts)
+
+
+def beside() -> Path | None:
+    """The folder of the tasks.py that `inv` found; for `mlxctl`, the checkout that this package lies in, if it does."""
+    loaded = getattr(sys.modules.get("tasks"), "__file__", None)
+    folder = Path(loaded).parent if loaded else Path(__file__).resolve().parent.parent
+    return folder if (folder / "tasks.py").is_file() else None
+
+
+Show = Callable[[Sequence[Answer]], str]
+Send = Callable[[Mapping[str, object]], Answer]
+
+
+def carry_out(call: Call, run: Callable[[render.Talk], tuple[Answer, ...]], show: Show, key: str | None = None) -> None:
+    """The one boundary: run, print the data, tell the errors; exit, unless all is well: a further task may follow."""
+    code: int = Exit.DONE
+    entry.interruptible()
+    try:
+        with render.Talk(many=False) as talk:
+            answers = run(talk)
+        _print(call, answers, show, key)
+        code = render.exit_of(answers)
+        _tell(call, answers)
+    except BrokenPipeError:
+        render.discard(1)  # whoever read it went away
+        code = 141
+    except OutputFailed as error:
+        render.discard(1)
+        render.Talk(many=False).error("", error)
+        code = error.exit
+    except MlxopsError as error:
+        code = fail(call, error)
+    except KeyboardInterrupt:
+        code = fail(call, interrupted(call))
+    except Exception as error:  # noqa: BLE001 - the boundary: what nobody foresaw is a bug, and is told as one
+        from traceback import format_exc
+
+        code = fail(call, bug(error, format_exc()))
+    entry.told()
+    if code:
+        raise SystemExit(code)
+
+
+def _print(call: Call, answers: Sequence[Answer], show: Show, key: str | None) -> None:
+    if call.many:
+        return  # they were printed as they came
+    if call.json:
+        rows = {answer.host: _json_row(answer, key) for answer in answers}
+        render.say(render.document(call.command, answers, rows))
+        return
+    text = show(answers)
+    if text:
+        render.say(text)
+
+
+def _json_row(answer: Answer, key: str | None) -> Mapping[str, object]:
+    """Reads lay their result beside the host's name; changes put it under `result`."""
+    return {key: answer.result} if key else (answer.result or {})
+
+
+def _tell(call: Call, answers: Sequence[Answer]) -> None:
+    talk = render.Talk(many=len(answers) > 1)
+    for answer in answers:
+        if answer.error is not None:
+            talk.error(answer.host, answer.error)
+            _traceback(call, answer.error)
+
+
+def fail(call: Call, error: MlxopsError) -> int:
+    if call.json:
+        render.say(render.error_document(call.command, error, indent=None if call.many else 2))
+    render.Talk(many=False).error("", error)
+    _traceback(call, error)
+    return int(error.exit)
+
+
+def _traceback(call: Call, error: MlxopsError) -> None:
+    if call.debug and "traceback" in error.details:
+        print(error.details["traceback"], file=sys.stderr)  # noqa: T201
+
+
+def interrupted(call: Call) -> MlxopsError:
+    from mlxops.core.errors import Interrupted
+    from mlxops.core.protocol import CHANGES
+
+    going_on = call.command in CHANGES
+    return Interrupted(
+        "interrupted",
+        "interrupted",
+        why="if the host had heard of it already, it goes on there" if going_on else "",
+        hint="see: mlxctl ops; asking for the same thing again follows it" if going_on else "",
+    )
+
+
+def change(
+    call: Call,
+    given: Callable[[], Mapping[str, object]],
+    *,
+    before: Callable[[Target, render.Talk], None] | None = None,
+    around: Callable[[Target, Mapping[str, object], render.Talk, Send], Answer] | None = None,
+    after: Callable[[render.Talk, Answer], None] | None = None,
+) -> None:
+    """A command that changes one host, or shows what it would change. `given` may raise `UsageError`.
+
+    `around`: what is done before and after the request itself, which it sends with its last argument.
+    """
+
+    def run(talk: render.Talk) -> tuple[Answer, ...]:
+        args = given()
+        (target,) = call.targets(only_one=True)
+        check(target, args)
+        if before:
+            before(target, talk)
+
+        def send(sent: Mapping[str, object]) -> Answer:
+            return attended(call, target, sent, talk)
+
+        answer = around(target, args, talk, send) if around else send(args)
+        if after and answer.result is not None:
+            after(talk, answer)
+        return (answer,)
+
+    carry_out(call, run, lambda answers: change_lines(call, answers), key="result")
+
+
+def attended(
+    call: Call, target: Target, args: Mapping[str, object], talk: render.Talk, command: str | None = None
+) -> Answer:
+    """Ask for a change, or follow one, and stay until its end or Ctrl-C."""
+    operation = ""
+
+    def hear(host: str, event: Event) -> None:
+        nonlocal operation
+        if isinstance(event, Started):
+            operation = event.operation
+        talk.hear(host, event)
+
+    try:
+        return ask(target, command or call.command, args, hear)
+    except KeyboardInterrupt:
+        if not operation:
+            raise
+        talk.close()
+        may_end = (command or call.command) in {*CANCELLABLE, "follow"}
+        if may_end and _wants_cancel(operation):
+            return Answer(target.name, error=_cancelled(target, operation, talk))
+        return Answer(target.name, error=_left_running(target, operation))
+
+
+def _cancelled(target: Target, operation: str, talk: render.Talk) -> MlxopsError:
+    from mlxops.core.errors import Interrupted
+
+    answer = ask(target, "cancel", {"operation": operation}, talk.hear)
+    if answer.error is not None:
+        return answer.error
+    if (answer.result or {}).get("cancelled") is True:
+        return Interrupted("cancelled", f"operation {operation} was cancelled; nothing half done is left")
+    return Interrupted("interrupted", f"operation {operation} was done before it could be cancelled")
+
+
+def _left_running(target: Target, operation: str) -> MlxopsError:
+    from mlxops.core.errors import Interrupted
+
+    on = f" --host {target.name}" if target.ssh else " --local"
+    return Interrupted(
+        "interrupted",
+        f"operation {operation} was left running on {target.name}",
+        why="it does not need this connection",
+        hint=f"mlxctl ops{on} --follow {operation}; or --cancel {operation}",
+    )
+
+
+def _wants_cancel(operation: str) -> bool:
+    """After Ctrl-C whoever sits at a terminal is asked; else it goes on."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    sys.stderr.write(f"\nOperation {operation}: leave it running (l) or cancel it (c)? [l] ")
+    sys.stderr.flush()
+    try:
+        return sys.stdin.readline().strip().lower() in {"c", "cancel"}
+    except KeyboardInterrupt:
+        return False
+
+
+def check(target: Target, args: Mapping[str, object]) -> None:
+    """What can be known to be wrong is said before anything is connected to. Raises `UsageError`."""
+    model, port, repo = args.get("model"), args.get("port"), args.get("repo")
+    if isinstance(model, str):
+        names.model_name(model)
+    if isinstance(repo, str):
+        names.repo(repo)
+    if isinstance(port, str) and port != names.AUTO and not target.agreed:
+        names.port(port, target.settings.ports)
+
+
+def change_lines(call: Call, answers: Sequence[Answer]) -> str:
+    return "\n".join(render.change_lines(call.command, a.result) for a in answers if a.result is not None)
+
+
+def read(call: Call, show: Show, args: Mapping[str, object] = {}, *, strict: bool = False) -> None:
+    def run(talk: render.Talk) -> tuple[Answer, ...]:
+        answers = ask_all(call.targets(all_by_default=True), call.command, args, talk.hear)
+        if strict:
+            answers = tuple(drift_refused(answer) for answer in answers)
+        return answers
+
+    carry_out(call, run, show)
+
+
+def drift_refused(answer: Answer) -> Answer:
+    from mlxops.core.errors import Refused
+
+    found = (answer.result or {}).get("drift")
+    if not isinstance(found, list) or not found:
+        return answer
+    error = Refused("drift", f"registry and life disagree in {len(found)} places", hint="each is named in the status")
+    return Answer(answer.host, answer.result, error)
