@@ -136,7 +136,8 @@ class Journal:
     @property
     def taken_out(self) -> frozenset[int]:
         """The ports that it is to leave alone."""
-        return frozenset(int(path.name.partition("-")[2]) for path in self.folder.glob("without-*"))
+        named = (path.name.partition("-")[2] for path in self.folder.glob("without-*"))
+        return frozenset(int(port) for port in named if port.isdecimal())
 
     # Everybody else's
 

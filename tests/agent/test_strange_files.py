@@ -196,6 +196,17 @@ def test_the_history(serving: Ask, kind: str) -> None:
                 assert f"could not be read: {path}: is not a file" in answer.stderr
 
 
+def test_a_log(ask: Ask) -> None:
+    log = ask.studio.state / "logs" / f"{ask.port}.log"
+    log.parent.mkdir(parents=True)
+    (log.parent / "gone.log").symlink_to("nowhere")
+    with instead(log, "pipe"):
+        assert ask.document("status")["drift"] == []
+        assert told_with(log, ask("logs", "--port", ask.port, "--json"))
+        ask.result("load", "--model", "mine", "--port", ask.port)
+        ask.result("unload", "--port", ask.port)
+
+
 # -- the folders of the state ----------------------------------------------------------------------------------------
 
 
