@@ -132,26 +132,24 @@ class RegistryFile:
 
         Raises `Refused` (registry_unusable, registry_unwritable) and `Busy` (registry_locked).
         """
-        try:
-            with self._locked():
-                data = _read(self.path)
-                old = registries.parse(data)
-                if old.unwritable:
-                    raise registries.refusal(old.unwritable)
-                new = change(old)
-                if new.raw == old.raw:
-                    return old
-                self._remove_leftovers()
-                self._write(data, new.encode())
-                return new
-        except OSError as error:
-            raise self._unwritable(error) from None
+        with _blaming(self.path), self._locked():
+            data = _read(self.path)
+            old = registries.parse(data)
+            if old.unwritable:
+                raise registries.refusal(old.unwritable)
+            new = change(old)
+            if new.raw == old.raw:
+                return old
+            self._remove_leftovers()
+            self._write(data, new.encode())
+            return new
 
     def _write(self, old: bytes | None, new: bytes) -> None:
         """Write, or leave what was there: a change that could not be made to last is taken back before it is reported
         as failed, or the file would say what nobody stands for."""
         if old is not None:
-            write_durably(self._previous, old)
+            with _blaming(self._previous):
+                write_durably(self._previous, old)
         mode = self.path.stat().st_mode & 0o777 if old is not None else 0o644
         try:
             write_durably(self.path, new, mode)
@@ -178,28 +176,12 @@ class RegistryFile:
         current = self.read()
         if current.unwritable:
             raise registries.refusal(current.unwritable)
-        probe = self.path.with_name(f".{self.path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-        try:
+        with _blaming(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.exists() and not self.path.is_file():
-                raise OSError(errno.EISDIR, "it is not a file")
-            # Unbuffered: the flush is to try the disk, so what it flushes must have been written.
-            with open(probe, "xb", buffering=0) as file:
-                _write_all(file.fileno(), b" " * 4096)
-                _flush(file.fileno())
-        except OSError as error:
-            raise self._unwritable(error) from None
-        finally:
-            with contextlib.suppress(OSError):
-                probe.unlink()
-
-    def _unwritable(self, error: OSError) -> Refused:
-        return Refused(
-            "registry_unwritable",
-            f"the registry {self.path} cannot be written",
-            why=error.strerror or str(error),
-            hint="free disk space or mend the permissions on the host, then try again",
-        )
+            _try_writing(self.path)
+        # Where the generation before cannot be kept, nothing is written at all.
+        with _blaming(self._previous):
+            _try_writing(self._previous)
 
     def _remove_leftovers(self) -> None:
         """Temporary files of writers that were killed: nobody else is writing while we hold the lock."""
@@ -226,6 +208,36 @@ class RegistryFile:
             yield
         finally:
             os.close(fd)
+
+
+def _try_writing(path: Path) -> None:
+    """Everything that `write_durably` does but the replacing. Raises `OSError` if that could not succeed either."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EISDIR, "it is not a file")
+    probe = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        # Unbuffered: the flush is to try the disk, so what it flushes must have been written.
+        with open(probe, "xb", buffering=0) as file:
+            _write_all(file.fileno(), b" " * 4096)
+            _flush(file.fileno())
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+
+
+@contextmanager
+def _blaming(path: Path) -> Iterator[None]:
+    """Raises `Refused` (registry_unwritable), which names `path`, for whatever the disk says no to."""
+    try:
+        yield
+    except OSError as error:
+        first = "move it away" if error.errno == errno.EISDIR else "free disk space or mend the permissions"
+        raise Refused(
+            "registry_unwritable",
+            f"the registry cannot be written: {path}",
+            why=error.strerror or str(error),
+            hint=f"{first} on the host, then try again",
+        ) from None
 
 
 def _try_flock(fd: int) -> bool:
