@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxops import __version__
-from mlxops.agent.place import Place, differences, place, settings_differ
+from mlxops.agent.agreement import agree, agree_anew, refuse_others
+from mlxops.agent.place import Place, place
 from mlxops.agent.store import Store
 from mlxops.build import build_id
 from mlxops.core.errors import AgentProblem, Busy, MlxopsError, bug
@@ -111,18 +112,19 @@ def _serve() -> int:
     _agree_on_code(request)
     where = place(request.settings, os.environ)
     store = Store(where.state, where.registry)
-    agreed = store.agreed()
-    if request.agreed and agreed is not None:
+    if request.command == "agree":
+        agree_anew(store, where)
+        _emit(Done({"agreed": True}))
+        return 0
+    if request.agreed and (agreed := store.agreed()) is not None:
         # `--local` without a hosts.yaml: the host knows itself best.
         request = replace(request, settings=agreed)
         where = place(agreed, os.environ)
         store = Store(where.state, where.registry)
-    if request.command == "agree":
-        store.ready()
-        store.agree(request.settings)
-        _emit(Done({"agreed": True}))
-        return 0
-    _agree_on_settings(request, store, where, place(agreed, os.environ) if agreed else None)
+    if request.changes:
+        agree(store, where)
+    else:
+        refuse_others(store, where)
     match request.command:
         case "follow" | "cancel":
             return _attach(request, store)
@@ -158,15 +160,6 @@ def _agree_on_code(request: Request) -> None:
     if request.changes or request.command in {"agree", "cancel"}:
         raise problem
     _emit(Note(f"{problem.message}: {problem.why}; {problem.hint}", "warning"))
-
-
-def _agree_on_settings(request: Request, store: Store, where: Place, agreed: Place | None) -> None:
-    found = differences(agreed, where) if agreed else {}
-    if found:
-        raise settings_differ(found)
-    if request.changes and (agreed is None or agreed.settings != request.settings):
-        store.ready()
-        store.agree(request.settings)
 
 
 def _look(request: Request, store: Store, where: Place) -> int:

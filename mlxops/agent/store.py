@@ -193,21 +193,28 @@ class RegistryFile:
     def _locked(self) -> Iterator[None]:
         # The folder is locked, not the file: the file is replaced by every write.
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            deadline = time.monotonic() + LOCK_SECONDS
-            while not _try_flock(fd):
-                if time.monotonic() > deadline:
-                    raise Busy(
-                        "registry_locked",
-                        "another program holds the registry's lock",
-                        why=f"it has been held for {LOCK_SECONDS:.0f} s; a transaction takes milliseconds",
-                        hint=f"find it on the host: lsof +D {self.path.parent}",
-                    )
-                time.sleep(0.005)
+        with _alone(self.path.parent, "registry"):
             yield
-        finally:
-            os.close(fd)
+
+
+@contextmanager
+def _alone(folder: Path, what: str) -> Iterator[None]:
+    """Hold a folder's lock, for milliseconds. Raises `Busy` (registry_locked, settings_locked) and `OSError`."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while not _try_flock(fd):
+            if time.monotonic() > deadline:
+                raise Busy(
+                    f"{what}_locked",
+                    f"another program holds the lock of the {what}",
+                    why=f"it has been held for {LOCK_SECONDS:.0f} s; a transaction takes milliseconds",
+                    hint=f"find it on the host: lsof +D {folder}",
+                )
+            time.sleep(0.005)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _try_writing(path: Path) -> None:
@@ -419,18 +426,25 @@ class Store:
 
     # Agreed settings
 
+    @contextmanager
+    def settling(self) -> Iterator[None]:
+        """Alone with the agreed settings: from reading to writing them. Raises `Refused` (state_unwritable) and `Busy`
+        (settings_locked)."""
+        with self._writing(), _alone(self.state, "settings"):
+            yield
+
     def agreed(self) -> Settings | None:
         """The settings that this host was last agreed with; None if it never was. Raises `Refused`."""
         path = self.state / "host.json"
-        data = _read(path)
-        if data is None:
-            return None
         try:
+            data = _read(path)
+            if data is None:
+                return None
             wire = json.loads(data)
             if not isinstance(wire, dict):
                 raise ValueError("not an object")
             return settings_from_wire(wire)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise Refused(
                 "host_json_unusable",
                 f"the host's agreed settings {path} cannot be read",

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mlxops.agent import journal as journals
+from mlxops.agent.agreement import confirm
 from mlxops.agent.journal import Journal
 from mlxops.agent.operations import command
 from mlxops.agent.operations.context import Cancellation, Context
@@ -123,6 +124,8 @@ def finish(context: Context, emit: Callable[[Event], None]) -> int:
         if operation is None:
             raise Bug("unknown_command", f"the agent knows no command {context.request.command!r}")
         with context.cancellation.open():
+            if context.operation:
+                confirm(context.store, context.where)
             outcome = Done(operation(context))
     except MlxopsError as error:
         outcome = Failed(error)
