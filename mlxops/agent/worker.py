@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from mlxops.agent import inherited
 from mlxops.agent import journal as journals
 from mlxops.agent.agreement import confirm
 from mlxops.agent.journal import Journal
@@ -79,6 +80,7 @@ def run(folder: Path, lock: int) -> int:
 
     `lock` is the descriptor of the record's lock, held; what the worker starts must not inherit it.
     """
+    inherited.shed()
     os.set_inheritable(lock, False)
     os.umask(0o077)
     journal = Journal(folder)
@@ -88,7 +90,8 @@ def run(folder: Path, lock: int) -> int:
         return int(Exit.REFUSED)  # nobody would hear what becomes of it, so nothing is begun
     cancellation = Cancellation()
     signal.signal(signal.SIGTERM, lambda number, frame: cancellation.wish())
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # Not SIG_IGN, which the server would inherit.
+    signal.signal(signal.SIGHUP, lambda number, frame: None)
     threading.Thread(target=_watch_for_cancel, args=(journal,), daemon=True).start()
     request = journal.request()
     where = place(request.settings, os.environ)
