@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -186,12 +187,11 @@ def _change(request: Request, store: Store) -> int:
 
 def _attach(request: Request, store: Store) -> int:
     """Follow an operation that is there, from where the asker left it; before that, ask it to end if that is asked."""
-    from mlxops.agent.operations.ops import cancel, find
+    from mlxops.agent.operations.ops import Cancelling, find
 
     journal = find(store, request.text("operation") or "")
     if request.command == "cancel":
-        cancel(journal)
-        final = _follow(journal, heard=sys.maxsize)
+        final = _follow(journal, heard=sys.maxsize, meanwhile=Cancelling(journal))
         _emit(Done({"operation": journal.id, "cancelled": isinstance(final, Failed), "changed": True}))
         return 0
     final = _follow_same(store, journal, request.heard)
@@ -216,8 +216,9 @@ def _follow_same(store: Store, journal: Journal, heard: int) -> Done | Failed:
     return final
 
 
-def _follow(journal: Journal, heard: int) -> Done | Failed:
-    """Pass on the events of an operation's record; its last one is returned, not passed on."""
+def _follow(journal: Journal, heard: int, meanwhile: Callable[[], None] = lambda: None) -> Done | Failed:
+    """Pass on the events of an operation's record; its last one is returned, not passed on. `meanwhile` is called
+    while there is nothing to tell."""
     _emit(Started(journal.id))
     beat = _Beat()
     for event in journal.follow(heard):
@@ -227,6 +228,7 @@ def _follow(journal: Journal, heard: int) -> Done | Failed:
             _emit(event)
         else:
             beat()
+            meanwhile()
     raise AssertionError("a record that is followed has an end")
 
 

@@ -15,6 +15,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 from mlxops.agent import inherited
 from mlxops.agent import journal as journals
@@ -89,7 +90,12 @@ def run(folder: Path, lock: int) -> int:
     except OSError:
         return int(Exit.REFUSED)  # nobody would hear what becomes of it, so nothing is begun
     cancellation = Cancellation()
-    signal.signal(signal.SIGTERM, lambda number, frame: cancellation.wish())
+
+    def end(number: int, frame: FrameType | None) -> None:
+        journal.heed()
+        cancellation.wish()
+
+    signal.signal(signal.SIGTERM, end)
     # Not SIG_IGN, which the server would inherit.
     signal.signal(signal.SIGHUP, lambda number, frame: None)
     threading.Thread(target=_watch_for_cancel, args=(journal,), daemon=True).start()
@@ -147,9 +153,9 @@ def _told(error: Exception, store: Store) -> MlxopsError:
 
 
 def _watch_for_cancel(journal: Journal) -> None:
-    """Turns the wish to end, which is a file so that it needs no pid, into the signal that the main thread hears."""
+    """Turns the wish to end, which is a file so that it needs no pid, into the signal that the main thread hears: each
+    time, since whoever waits for the end asks again whether it is still heard."""
     never = threading.Event()
     while not never.wait(CANCEL_POLL_SECONDS):
         if journal.cancelled:
             os.kill(os.getpid(), signal.SIGTERM)
-            return
