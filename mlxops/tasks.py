@@ -14,11 +14,12 @@ from invoke.collection import Collection
 from invoke.context import Context
 from invoke.tasks import Task, task
 
+from mlxops import entry
 from mlxops.control import client, render
 from mlxops.control.client import Answer, Target, ask, ask_all, gateway_warning, local_python
 from mlxops.core import fields, names
-from mlxops.core.errors import Exit, MlxopsError, UsageError, bug
-from mlxops.core.protocol import Event, Line, Started
+from mlxops.core.errors import Exit, MlxopsError, OutputFailed, UsageError, bug
+from mlxops.core.protocol import CANCELLABLE, Event, Line, Started
 from mlxops.core.settings import Settings
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class Call:
     local: bool
     json: bool
     debug: bool
+    many: bool = False
+    """With `--json` there are many documents, one a line."""
 
     @cached_property
     def inventory(self) -> Inventory | None:
@@ -93,29 +96,36 @@ Send = Callable[[Mapping[str, object]], Answer]
 def _answer(call: Call, run: Callable[[render.Talk], tuple[Answer, ...]], show: Show, key: str | None = None) -> None:
     """The one boundary: run, print the data, tell the errors; exit, unless all is well: a further task may follow."""
     code: int = Exit.DONE
+    entry.interruptible()
     try:
         with render.Talk(many=False) as talk:
             answers = run(talk)
         _print(call, answers, show, key)
         code = render.exit_of(answers)
         _tell(call, answers)
+    except BrokenPipeError:
+        render.discard(1)  # whoever read it went away
+        code = 141
+    except OutputFailed as error:
+        render.discard(1)
+        render.Talk(many=False).error("", error)
+        code = error.exit
     except MlxopsError as error:
         code = _fail(call, error)
     except KeyboardInterrupt:
         code = _fail(call, _interrupted(call))
-    except BrokenPipeError:
-        # Whoever read our output went away; the interpreter must not complain about it at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        code = 141
     except Exception as error:  # noqa: BLE001 - the boundary: what nobody foresaw is a bug, and is told as one
         from traceback import format_exc
 
         code = _fail(call, bug(error, format_exc()))
+    entry.told()
     if code:
         raise SystemExit(code)
 
 
 def _print(call: Call, answers: Sequence[Answer], show: Show, key: str | None) -> None:
+    if call.many:
+        return  # they were printed as they came
     if call.json:
         rows = {answer.host: _json_row(answer, key) for answer in answers}
         render.say(render.document(call.command, answers, rows))
@@ -140,7 +150,7 @@ def _tell(call: Call, answers: Sequence[Answer]) -> None:
 
 def _fail(call: Call, error: MlxopsError) -> int:
     if call.json:
-        render.say(render.error_document(call.command, error))
+        render.say(render.error_document(call.command, error, indent=None if call.many else 2))
     render.Talk(many=False).error("", error)
     _traceback(call, error)
     return int(error.exit)
@@ -213,21 +223,27 @@ def _attended(
         if not operation:
             raise
         talk.close()
-        return Answer(target.name, error=_left_or_cancelled(target, operation, talk))
+        may_end = (command or call.command) in {*CANCELLABLE, "follow"}
+        if may_end and _wants_cancel(operation):
+            return Answer(target.name, error=_cancelled(target, operation, talk))
+        return Answer(target.name, error=_left_running(target, operation))
 
 
-def _left_or_cancelled(target: Target, operation: str, talk: render.Talk) -> MlxopsError:
-    """After Ctrl-C: whoever sits at a terminal is asked; else it goes on."""
+def _cancelled(target: Target, operation: str, talk: render.Talk) -> MlxopsError:
+    from mlxops.core.errors import Interrupted
+
+    answer = ask(target, "cancel", {"operation": operation}, talk.hear)
+    if answer.error is not None:
+        return answer.error
+    if (answer.result or {}).get("cancelled") is True:
+        return Interrupted("cancelled", f"operation {operation} was cancelled; nothing half done is left")
+    return Interrupted("interrupted", f"operation {operation} was done before it could be cancelled")
+
+
+def _left_running(target: Target, operation: str) -> MlxopsError:
     from mlxops.core.errors import Interrupted
 
     on = f" --host {target.name}" if target.ssh else " --local"
-    if _wants_cancel(operation):
-        answer = ask(target, "cancel", {"operation": operation}, talk.hear)
-        if answer.error is not None:
-            return answer.error
-        if (answer.result or {}).get("cancelled") is True:
-            return Interrupted("cancelled", f"operation {operation} was cancelled; nothing of it is left")
-        return Interrupted("interrupted", f"operation {operation} was done before it could be cancelled")
     return Interrupted(
         "interrupted",
         f"operation {operation} was left running on {target.name}",
@@ -237,6 +253,7 @@ def _left_or_cancelled(target: Target, operation: str, talk: render.Talk) -> Mlx
 
 
 def _wants_cancel(operation: str) -> bool:
+    """After Ctrl-C whoever sits at a terminal is asked; else it goes on."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
     sys.stderr.write(f"\nOperation {operation}: leave it running (l) or cancel it (c)? [l] ")
@@ -312,19 +329,39 @@ def list_(
 @_command(
     host=HOSTS,
     probe="also ask each ready port for one small completion",
-    strict="exit 3 if registry and life disagree anywhere",
+    strict="exit 3 if registry and life disagree anywhere; with --watch as soon as they do",
+    watch="stay, and show what changes",
+    interval="with --watch: seconds between two looks at a host (2)",
 )
 def status(
     c: Context,
     host: str | None = None,
     probe: bool = False,
     strict: bool = False,
+    watch: bool = False,
+    interval: str | None = None,
     local: bool = False,
     json: bool = False,
     debug: bool = False,
 ) -> None:
     """Show what is on each port, on all hosts."""
-    _read(Call("status", host, local, json, debug), render.status_table, {"probe": probe}, strict=strict)
+    call = Call("status", host, local, json, debug, many=watch)
+    if not watch and interval is None:
+        return _read(call, render.status_table, {"probe": probe}, strict=strict)
+
+    def run(talk: render.Talk) -> tuple[Answer, ...]:
+        from mlxops.control import live
+
+        if not watch:
+            raise UsageError("watch_missing", "--interval goes with --watch", hint="inv status --watch --interval 5")
+        if probe:
+            why = "a completion from every ready port at every look would be load, not watching"
+            raise UsageError("probe_or_watch", "--probe and --watch exclude each other", why=why, hint="leave one out")
+        seconds = live.interval_of(interval)
+        answers = live.stay(call.targets(all_by_default=True), seconds, talk, json=call.json, until_drift=strict)
+        return tuple(map(_strict, answers)) if strict else answers
+
+    _answer(call, run, lambda answers: "")
 
 
 def _read(call: Call, show: Show, args: Mapping[str, object] = {}, *, strict: bool = False) -> None:
@@ -653,17 +690,14 @@ def boot(
             raise UsageError(
                 "one_action", f"--{actions[0]} and --{actions[1]} exclude each other", hint="one after the other"
             )
-        return {"action": actions[0], "every": _minutes(every), "dry_run": actions[0] == "show"}
+        action = "install" if actions == ["every"] else actions[0]
+        return {"action": action, "every": _minutes(every), "dry_run": action == "show"}
 
     _change(Call("boot", host, local, json, debug), given)
 
 
 def _minutes(text: str | None) -> int | None:
-    if text is None:
-        return None
-    if not text.isascii() or not text.isdecimal() or not 1 <= int(text) <= 1440:
-        raise UsageError("bad_minutes", f"--every {text!r} is not a number of minutes", hint="for example: --every 5")
-    return int(text)
+    return None if text is None else names.whole(text, "--every", 1, 1440)
 
 
 @_command(
@@ -748,17 +782,13 @@ def logs(
 
 
 def _lines_asked(text: str | None) -> int:
-    if text is None:
-        return 100
-    if not text.isascii() or not text.isdecimal() or int(text) > 100_000:
-        raise UsageError("bad_lines", f"--lines {text!r} is not a number of lines", hint="for example: --lines 100")
-    return int(text)
+    return 100 if text is None else names.whole(text, "--lines", 0, 100_000)
 
 
 @_command(
     host=HOSTS,
     follow="operation to follow to its end: its id, or the end of it",
-    cancel="operation to end: its id, or the end of it; nothing of it stays",
+    cancel="operation to end: its id, or the end of it; nothing half done stays",
 )
 def ops(
     c: Context,
@@ -790,6 +820,7 @@ def ops(
     rollback="go back to the build that was there before",
     wheels="folder with all wheels that are needed, for a host without a package index",
     mlxctl="also install mlxctl there, linked into ~/.local/bin",
+    dry_run=DRY,
 )
 def deploy(
     c: Context,
@@ -797,6 +828,7 @@ def deploy(
     rollback: bool = False,
     wheels: str | None = None,
     mlxctl: bool = False,
+    dry_run: bool = False,
     local: bool = False,
     json: bool = False,
     debug: bool = False,
@@ -806,8 +838,10 @@ def deploy(
 
     def run(talk: render.Talk) -> tuple[Answer, ...]:
         (target,) = call.targets(only_one=True)
-        folder = Path(wheels) if wheels else None
-        return (client.deploy(target, talk.hear, mlxctl=mlxctl, wheels=folder, rollback=rollback),)
+        from mlxops.control.deploy import Wish
+
+        wish = Wish(mlxctl, Path(wheels) if wheels else None, rollback, dry_run)
+        return (client.deploy(target, talk.hear, wish),)
 
     _answer(call, run, lambda answers: _lines(call, answers), key="result")
 
@@ -857,12 +891,6 @@ def _checks(chosen: Sequence[str], fast: bool) -> None:
             failed.append(words[0])
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
-
-
-def _whole(text: str, flag: str) -> int:
-    if not (text.isascii() and text.isdecimal()):
-        raise UsageError("bad_number", f"{names.shown(text)} is not a number for {flag}", hint=f"for example: {flag} 1")
-    return int(text)
 
 
 @task(

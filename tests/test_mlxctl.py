@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import signal
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxops.mlxctl import with_flags
+from mlxops.program import with_flags
 from tests.properties import PROPERTY
 
 VALUES = frozenset({"--model", "--port", "--repo", "--host", "--timeout"})
@@ -80,6 +83,49 @@ def test_a_usage_error_names_the_help_of_its_task(words: str, hint: str) -> None
 def test_a_reader_that_leaves_is_no_trouble() -> None:
     line = f'"{MLXCTL}" --help | true; "{MLXCTL}" --list | true'
     assert subprocess.run(["/bin/sh", "-c", line], capture_output=True, text=True, timeout=60, check=True).stderr == ""
+
+
+@pytest.mark.parametrize("words", ["status --json", "status"])
+def test_an_output_that_cannot_be_written_is_told(words: str, tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts.yaml"
+    hosts.write_text(f"hosts: {{here: {{hub: {tmp_path}/hub, state: {tmp_path}/state, ports: 1-2}}}}")
+    env = {"HOME": str(tmp_path), "MLXOPS_HOSTS_FILE": str(hosts), "LC_ALL": "C.UTF-8"}
+
+    def run(more: str) -> subprocess.CompletedProcess[str]:
+        line = f'exec "{MLXCTL}" {words} --local {more}'
+        return subprocess.run(["/bin/sh", "-c", line], capture_output=True, text=True, env=env, check=False)
+
+    if Path("/dev/full").exists():
+        full = run(">/dev/full")
+        assert full.returncode == 74 and full.stderr.startswith("error: the result could not be written")
+        assert "Traceback" not in full.stderr and run("2>/dev/full").returncode == 0
+    # Without any standard error at all, what is asked is done nevertheless.
+    assert run("2>&-").returncode == 0 and run("2>&-").stdout
+    assert run("<&-").returncode == 0
+
+
+@pytest.mark.parametrize("delay", [0.03, 0.08, 0.15, 0.25, 0.4, 0.6])
+def test_ctrl_c_is_answered_from_the_start(delay: float, tmp_path: Path) -> None:
+    """At any moment there is one document, or (after the outcome was told) the one of the outcome."""
+    env = {"HOME": str(tmp_path), "LC_ALL": "C.UTF-8"}
+    ready = "import sys, os; from mlxops import mlxctl; print(flush=True, file=sys.stderr); mlxctl.main()"
+    with subprocess.Popen(
+        [sys.executable, "-c", ready, "status", "--local", "--json"],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        process.stderr.readline()
+        try:
+            process.wait(delay)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    document = json.loads(out)
+    assert process.returncode in {0, 130} and "Traceback" not in err, err
+    assert document["ok"] is (process.returncode == 0)
 
 
 def test_tasks_on_one_line_run_one_after_the_other_until_one_fails(tmp_path: Path) -> None:

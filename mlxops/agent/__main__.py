@@ -1,6 +1,6 @@
 """The agent: one request on standard input, events on standard output.
 
-python -P -m mlxops.agent             a request, its events
+python -P -m mlxops.agent             a request, its events; and again, as long as standard input stays open
 python -P -m mlxops.agent --build     which code this is
 python -P -m mlxops.agent --restore S   restore, without anybody who asks; S is the state folder
 python -P -m mlxops.agent --worker D L  the worker of the operation whose record is D, its lock the descriptor L
@@ -25,6 +25,9 @@ from mlxops.agent.store import Store
 from mlxops.build import build_id
 from mlxops.core.errors import AgentProblem, Busy, MlxopsError, bug
 from mlxops.core.protocol import (
+    AGAIN,
+    HEARTBEAT,
+    REPEATABLE,
     Done,
     Event,
     Failed,
@@ -44,6 +47,10 @@ BEAT_SECONDS = 5.0
 STAMP = f"{sys.prefix}/installed.json"
 """Written by `install.py`."""
 MAX_REQUEST = 1024 * 1024
+AWAY_SECONDS = 15
+"""An asker that is there says so every few seconds; one whose machine or network has gone does not even hang up."""
+LOOK_SECONDS = 60
+"""Longer than any look takes that can be asked for again, and than its answer needs to be sent."""
 
 
 def main(argv: list[str]) -> int:
@@ -91,13 +98,21 @@ def _deployed() -> str:
 def _answer() -> int:
     try:
         _emit(Hello(__version__, build_id()))
-        return _serve()
+        return _told(_serve)
     except BrokenPipeError:
         # Nobody listens any more. A worker goes on without us.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
     except KeyboardInterrupt:
         return 130
+
+
+def _told(serve: Callable[[], int]) -> int:
+    """What `serve` returns; whatever it raises is told, as the last event."""
+    try:
+        return serve()
+    except BrokenPipeError:
+        raise
     except MlxopsError as error:
         _emit(Failed(error))
         return int(error.exit)
@@ -111,6 +126,26 @@ def _answer() -> int:
 def _serve() -> int:
     request = _request()
     _agree_on_code(request)
+    status = _told(lambda: _carry_out(request))
+    while request.command in REPEATABLE and _asked_again():
+        status = _told(lambda: _carry_out(request))
+    return status
+
+
+def _asked_again() -> bool:
+    """Wait for what the asker wants next; False when it has gone. One that is silent for too long has gone, too: then
+    the alarm ends this process, wherever it is. It only looks, so there is nothing to clean up."""
+    from signal import alarm
+
+    line = HEARTBEAT
+    while line == HEARTBEAT:
+        alarm(AWAY_SECONDS)
+        line = sys.stdin.buffer.readline(MAX_REQUEST)
+    alarm(LOOK_SECONDS)
+    return line == AGAIN
+
+
+def _carry_out(request: Request) -> int:
     where = place(request.settings, os.environ)
     store = Store(where.state, where.registry)
     if request.command == "agree":
@@ -134,7 +169,7 @@ def _serve() -> int:
 
 
 def _request() -> Request:
-    data = sys.stdin.buffer.read(MAX_REQUEST + 1)
+    data = sys.stdin.buffer.readline(MAX_REQUEST + 1)
     try:
         if len(data) > MAX_REQUEST:
             raise ValueError("the request is too long")

@@ -54,6 +54,10 @@ class NothingBeforeError(ProblemError):
     exit = 3
 
 
+CONTROL = {"control", "entry.py", "mlxctl.py", "program.py", "tasks.py"}
+"""What of the package an agent alone does not need."""
+
+
 @dataclass(frozen=True)
 class Options:
     """`requirements`: the agent's; `control`: those that `mlxctl` needs beyond them; `by`: who deploys."""
@@ -64,6 +68,7 @@ class Options:
     control: Sequence[str] = ()
     by: str = "?"
     mlxctl: bool = False
+    dry_run: bool = False
     wheels: bool = False
     rollback: bool = False
 
@@ -73,7 +78,8 @@ def main(arguments: list[str], archive: bytes) -> int:
     options = Options(**json.loads(wire))
     os.umask(0o077)
     try:
-        result = rollback(Path(state)) if options.rollback else install(Path(state), options, archive)
+        do = rollback if options.rollback else install
+        result = do(Path(state), options, archive)
         tell(event="done", result=result)
         return 0
     except ProblemError as error:
@@ -83,16 +89,19 @@ def main(arguments: list[str], archive: bytes) -> int:
 
 
 def install(state: Path, options: Options, archive: bytes) -> dict[str, object]:
-    lock(state)
+    if not options.dry_run:
+        lock(state)
     home = state / "agents" / options.build
     link = state / "venv"
     script = state / "bin" / "mlxctl"
     # Once asked for, it comes along with every further deploy: half a mlxctl would be none.
     full = options.mlxctl or script.exists()
     requirements = wanted([*options.requirements, *(options.control if full else ())])
-    modules = [*map(imported, requirements), *(["mlxops.mlxctl"] if full else [])]
+    modules = [*map(imported, requirements), *(["mlxops.program"] if full else [])]
     whole = (home / STAMP).is_file() and not fault(home, options.build, modules)
     changed = not whole or not points_to(link, home)
+    if options.dry_run:
+        return {"build": options.build, "changed": changed, "path": str(home), "dry_run": True}
     if not whole:
         build_agent(home, options, requirements, modules, archive, full=full)
     if not points_to(link, home):
@@ -119,9 +128,10 @@ def lock(state: Path) -> None:
     wait_for(os.open(state / "deploy.lock", os.O_RDWR | os.O_CREAT, 0o600))
 
 
-def rollback(state: Path) -> dict[str, object]:
+def rollback(state: Path, options: Options, archive: bytes) -> dict[str, object]:
     """Back to the build before; once more, and it is forward again."""
-    lock(state)
+    if not options.dry_run:
+        lock(state)
     link = state / "venv"
     before = state / PREVIOUS
     home = state / os.readlink(before) if before.is_symlink() else None
@@ -129,6 +139,8 @@ def rollback(state: Path) -> dict[str, object]:
         raise NothingBeforeError("there is no build to go back to", "one was deployed so far", "the present one stays")
     if found := fault(home, home.name, []):
         raise ProblemError(f"the build before, {home.name}, does not work any more", found, "the present one stays")
+    if options.dry_run:
+        return {"build": home.name, "changed": True, "path": str(home), "dry_run": True}
     turn(link, home)
     python = ask([str(home / "bin" / "python"), "-I", "-c", _ABOUT])
     return {"build": home.name, "python": python.stdout.strip(), "changed": True, "path": str(home)}
@@ -215,7 +227,7 @@ def build_agent(
             raise ProblemError(
                 "the agent has to be made anew, and is at work", f"a process uses {home}", "deploy when it has ended"
             )
-        note("removing what an earlier deploy left unfinished")
+        note("making it anew: it is not whole, or mlxctl is to come with it")
         shutil.rmtree(home)
     home.parent.mkdir(parents=True, exist_ok=True)
     python = home / "bin" / "python"
@@ -290,7 +302,7 @@ def unpack(archive: bytes, folder: Path, wheels: Path, *, full: bool) -> None:
             parts = Path(member.name).parts
             if source is None or len(parts) < 2 or parts[0] not in {"mlxops", "wheels"} or ".." in parts:
                 raise ProblemError("the archive is not mlxops's", member.name, "deploy again")
-            if parts[0] == "mlxops" and not full and parts[1] in {"control", "tasks.py", "mlxctl.py"}:
+            if parts[0] == "mlxops" and not full and parts[1] in CONTROL:
                 continue
             target = wheels / parts[-1] if parts[0] == "wheels" else folder / member.name
             target.parent.mkdir(parents=True, exist_ok=True)

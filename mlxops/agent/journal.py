@@ -5,6 +5,7 @@ an operation outlives the connection that asked for it, and anybody can follow i
     ops/<id>/events.jsonl   one event a line, appended by the worker
     ops/<id>/lock           held by the worker for as long as it lives
     ops/<id>/cancel         made by who wants it to end, taken away by the worker that has heard it
+    ops/<id>/without-<port> made by who wants it to leave that port alone; of a restore
     ops/<id>/stderr         what the worker's libraries print
 """
 
@@ -17,6 +18,7 @@ import re
 import secrets
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -45,6 +47,7 @@ PATIENT_AFTER_SECONDS = 3.0
 ACTIVITY_BYTES = 65536
 """How much of a record's end tells where the operation is: some hundred events."""
 _ENDS = tuple(f'{{"mlxops":{PROTOCOL},"event":"{event}"'.encode() for event in ("done", "failed"))
+_seen_ended: set[Path] = set()
 _ID = re.compile(r"[0-9]{8}T[0-9]{6}-[0-9a-f]{6,8}")
 
 
@@ -126,10 +129,18 @@ class Journal:
         with contextlib.suppress(OSError):
             (self.folder / "cancel").unlink(missing_ok=True)
 
+    @property
+    def taken_out(self) -> frozenset[int]:
+        """The ports that it is to leave alone."""
+        return frozenset(int(path.name.partition("-")[2]) for path in self.folder.glob("without-*"))
+
     # Everybody else's
 
     def cancel(self) -> None:
         (self.folder / "cancel").touch(mode=0o600)
+
+    def take_out(self, port: int) -> None:
+        (self.folder / f"without-{port}").touch(mode=0o600)
 
     def alive(self) -> bool:
         """Whether its worker holds the lock."""
@@ -147,8 +158,11 @@ class Journal:
 
     @property
     def ended(self) -> bool:
-        """Whether its record has an end. Quick, for looking at all of them: the last line's first bytes tell."""
-        return self._end().rstrip().rpartition(b"\n")[2].startswith(_ENDS)
+        """Whether its record has an end. Quick, for looking at all of them: the last line's first bytes tell, and who
+        has seen an end once does not look for it again."""
+        if self.folder not in _seen_ended and self._end().rstrip().rpartition(b"\n")[2].startswith(_ENDS):
+            _seen_ended.add(self.folder)
+        return self.folder in _seen_ended
 
     def _end(self) -> bytes:
         """The end of its events: at least the whole last line, which may be a long result."""
@@ -263,10 +277,10 @@ def named(ops: Path, operation: str) -> Journal | None:
     return Journal(folder) if _ID.fullmatch(operation) and folder.is_dir() else None
 
 
-def activity(ops: Path, operation: str) -> str:
-    """What an operation is doing now, in a few words; empty if that is not known."""
+def stand_of(ops: Path, operation: str) -> Stand:
+    """Where an operation is by its id; an empty stand if that is not known."""
     journal = named(ops, operation)
-    return str(journal.stand()) if journal else ""
+    return journal.stand() if journal else Stand()
 
 
 def recent(ops: Path) -> list[Journal]:
@@ -275,15 +289,20 @@ def recent(ops: Path) -> list[Journal]:
         names = [name for name in os.listdir(ops) if _ID.fullmatch(name)]
     except FileNotFoundError:
         return []
-    return [Journal(ops / name) for name in sorted(names, key=lambda name: _began(ops / name), reverse=True)]
+    alike = Counter(name[:15] for name in names)
+
+    def began(name: str) -> tuple[str, int]:
+        """The second is in the name; within one, the file that was written first tells."""
+        return name[:15], _written(ops / name / "request.json") if alike[name[:15]] > 1 else 0
+
+    return [Journal(ops / name) for name in sorted(names, key=began, reverse=True)]
 
 
-def _began(folder: Path) -> tuple[str, int]:
-    """The second is in the name; within one, the file that was written first tells."""
+def _written(path: Path) -> int:
     try:
-        return folder.name[:15], (folder / "request.json").stat().st_mtime_ns
+        return path.stat().st_mtime_ns
     except OSError:
-        return folder.name[:15], 0
+        return 0
 
 
 @contextmanager

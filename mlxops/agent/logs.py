@@ -10,10 +10,11 @@ import os
 import re
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 KEPT = 3
 """Logs of earlier starts."""
@@ -22,7 +23,10 @@ CAP = 64 * 1024 * 1024
 KEPT_BYTES = 4 * 1024 * 1024
 """What is kept of the end of a log that is cut."""
 LONGEST_LINE = 64 * 1024
+CHECKED = 64
+"""Bytes before a mark that its checksum is of."""
 POLL_SECONDS = 0.1
+_MARK = re.compile(r"[0-9a-f]{1,16}-[0-9a-f]{1,16}-[0-9a-f]{1,8}")
 _TERMINAL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[@-_]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -69,74 +73,163 @@ def cut(log: Path) -> None:
 
 
 @dataclass(frozen=True)
-class End:
-    """The end of a log: its last whole lines, what follows the last line's end, and where that begins."""
+class Mark:
+    """How far somebody has read: a file by its inode, for it gets another name when the next server starts; a position
+    in it; and a checksum of what is before that, for it may be cut, and an inode used again."""
 
-    lines: list[str]
-    rest: str
+    inode: int
     position: int
+    before: int
+
+    def __str__(self) -> str:
+        return f"{self.inode:x}-{self.position:x}-{self.before:x}"
 
 
-def end_of(log: Path, count: int) -> End:
-    """With at most `count` lines, made harmless. Raises `FileNotFoundError`."""
-    with open(log, "rb") as file:
+START = Mark(0, 0, 0)
+"""The beginning of a log that is yet to come."""
+
+
+def mark(text: str) -> Mark | None:
+    """The mark of `str(mark)`; None if the text is none."""
+    if not _MARK.fullmatch(text):
+        return None
+    return Mark(*(int(part, 16) for part in text.split("-")))
+
+
+def last_lines(log: Path, count: int) -> Mark:
+    """Where the last `count` whole lines of a log begin. Raises `FileNotFoundError`."""
+    with open(log, "rb", buffering=0) as file:
         size = start = file.seek(0, 2)
         data = b""
         while start > 0 and data.count(b"\n") <= count and size - start < CAP:
             step = min(256 * 1024, start)
             start -= step
-            file.seek(start)
-            data = file.read(step) + data
-    whole, newline, rest = data.rpartition(b"\n")
-    lines = whole.split(b"\n")[-count:] if newline and count else []
-    return End([_shown(line) for line in lines], _shown(rest), size - len(rest))
+            data = os.pread(file.fileno(), step, start) + data
+        whole, newline, rest = data.rpartition(b"\n")
+        lines = whole.split(b"\n")[-count:] if newline and count else []
+        return _mark(file, size - len(rest) - sum(len(line) + 1 for line in lines))
 
 
-def follow(log: Path, position: int, rest: Callable[[], None]) -> Iterator[str]:
-    """The lines that come after `position`, for ever: over rotation, over a cut, and from a file that is yet to come.
+def _mark(file: FileIO, position: int) -> Mark:
+    first = max(0, position - CHECKED)
+    before = os.pread(file.fileno(), position - first, first)
+    return Mark(os.fstat(file.fileno()).st_ino, position, zlib.crc32(before))
 
-    `rest` is called while there is nothing to tell.
+
+@dataclass(frozen=True)
+class Read:
+    """A line, made harmless, and where reading goes on after it."""
+
+    text: str
+    mark: Mark
+
+
+class _Reader:
+    """One log file, read on from a position."""
+
+    def __init__(self, file: FileIO, position: int = 0) -> None:
+        self.file = file
+        self._go_to(position)
+
+    def _go_to(self, position: int) -> None:
+        self.file.seek(position)
+        self._position = position
+        """Behind the last line that was given out."""
+        self._pending = b""
+
+    def lines(self) -> Iterator[Read]:
+        """The whole lines that are there by now; a very long one in pieces."""
+        if os.fstat(self.file.fileno()).st_size < self.file.tell():
+            self._go_to(0)  # cut: what is in it now is all new
+        while data := self.file.read(LONGEST_LINE):
+            *lines, self._pending = (self._pending + data).split(b"\n")
+            for line in lines:
+                yield self._given(line + b"\n")
+            if len(self._pending) > LONGEST_LINE:
+                yield from self.rest()
+
+    def rest(self) -> Iterator[Read]:
+        """What follows the last line's end."""
+        pending, self._pending = self._pending, b""
+        if pending:
+            yield self._given(pending)
+
+    def _given(self, line: bytes) -> Read:
+        self._position += len(line)
+        return Read(_shown(line), _mark(self.file, self._position))
+
+
+def read(log: Path, start: Mark) -> Iterator[Read]:
+    """What a log has from a mark to its end. Raises `FileNotFoundError`."""
+    with open(log, "rb", buffering=0) as file:
+        reader = _Reader(file, start.position)
+        yield from reader.lines()
+        yield from reader.rest()
+
+
+def follow(log: Path, start: Mark, idle: Callable[[], None]) -> Iterator[Read]:
+    """The lines that come after a mark, for ever: over rotations, over a cut, and from a file that is yet to come.
+
+    `idle` is called while there is nothing to tell. Raises `LookupError` if what the mark is in is not there any more.
     """
-    file = None
-    pending = b""
+    reader = _at(log, start)
     while True:
-        if file is None:
-            file = _open(log, position)
-        data = file.read(LONGEST_LINE) if file else b""
-        *lines, pending = (pending + data).split(b"\n")
-        for line in lines:
-            yield _shown(line)
-        if len(pending) > LONGEST_LINE:
-            yield _shown(pending)
-            pending = b""
-        if data:
-            continue
-        if file is not None and not _is_same(log, file.fileno()):
-            # Rotated: what is written to the old one from now on has nobody to read it.
-            file.close()
-            file, position = None, 0
-        elif file is not None and os.fstat(file.fileno()).st_size < file.tell():
-            file.seek(0)
-        else:
-            rest()
+        if reader is None:
+            reader = _reader(log)
+        newer = _newer(log, reader.file) if reader else None
+        told = False
+        # Looked for before reading: then what the old server still wrote into the older file is not missed.
+        for line in reader.lines() if reader else ():
+            told = True
+            yield line
+        if reader is not None and newer is not None:
+            yield from reader.rest()
+            reader.file.close()
+            reader = newer
+        elif not told:
+            idle()
             time.sleep(POLL_SECONDS)
 
 
-def _open(log: Path, position: int) -> BinaryIO | None:
-    try:
-        file = open(log, "rb")  # noqa: SIM115  # as long as it is followed
-    except FileNotFoundError:
+def _at(log: Path, start: Mark) -> _Reader | None:
+    """The file of a mark, whatever its name is by now."""
+    if start == START:
         return None
-    file.seek(position)
-    return file
+    for number in range(KEPT + 1):
+        reader = _reader(_numbered(log, number), start.position)
+        if reader is not None and _mark(reader.file, start.position) == start:
+            return reader
+        if reader is not None:
+            reader.file.close()
+    raise LookupError(str(start))
 
 
-def _is_same(log: Path, fd: int) -> bool:
+def _newer(log: Path, file: FileIO) -> _Reader | None:
+    """The log of the start that came next; None as long as there was none."""
+    if _is_same(log, file):
+        return None
+    files = {number: found for number in range(KEPT + 1) if (found := _reader(_numbered(log, number))) is not None}
+    at = next((number for number in files if _is_same(_numbered(log, number), file)), KEPT + 1)
+    next_one = max((number for number in files if number < at), default=None)
+    for number, each in files.items():
+        if number != next_one:
+            each.file.close()
+    return None if next_one is None else files[next_one]
+
+
+def _is_same(path: Path, file: FileIO) -> bool:
     try:
-        return os.path.samestat(os.stat(log), os.fstat(fd))
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
     except FileNotFoundError:
         return False
 
 
+def _reader(path: Path, position: int = 0) -> _Reader | None:
+    try:
+        return _Reader(open(path, "rb", buffering=0), position)
+    except FileNotFoundError:
+        return None
+
+
 def _shown(line: bytes) -> str:
-    return clean(line[:LONGEST_LINE].decode("utf-8", "replace").rstrip("\r"))
+    return clean(line.decode("utf-8", "replace").rstrip("\r\n"))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mlxops.agent import processes
 from mlxops.agent.engines import ENGINES, recognise
-from mlxops.agent.journal import activity
+from mlxops.agent.journal import Stand, stand_of
 from mlxops.agent.logs import clean
 from mlxops.agent.place import Place
 from mlxops.agent.store import Store, utc
@@ -153,8 +153,12 @@ def _signals(
     port: int,
     own: str | None,
 ) -> Signals:
-    run, broken = _run_record(store, port)
+    # Asked before and after its record is read: a load that ends in between must not look like one that was cut short.
     holder = store.holder(f"port-{port}")
+    run, broken = _run_record(store, port)
+    holder = holder or store.holder(f"port-{port}")
+    operation = None if holder is None or holder.id == own else holder
+    stand = stand_of(store.state / "ops", operation.id) if operation else Stand()
     listeners = look.on(where.settings.bind, port)
     pids = frozenset(pid for each in listeners for pid in each.pids)
     unowned = any(not each.pids and each.uid in (None, os.getuid()) for each in listeners)
@@ -173,8 +177,9 @@ def _signals(
         unowned=unowned,
         hand=server if server is not None and server.pid not in members else None,
         boot=_is_boot(where, look, port, listeners),
-        operation=None if holder is None or holder.id == own else holder,
-        activity="" if holder is None or holder.id == own else activity(store.state / "ops", holder.id),
+        operation=operation,
+        activity=str(stand),
+        progress=stand.progress,
         stranger=_describe(look, others) if listeners and (others or not pids) else "",
         memory_bytes=system.memory(members) if members else None,
         last_words=_last_words(store.log_path(port)) if run is not None and not members else "",

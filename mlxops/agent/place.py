@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,9 @@ from pathlib import Path
 from mlxops.agent.cache import default_hub
 from mlxops.core.errors import Refused
 from mlxops.core.settings import AGREED, Settings
+
+VOLUMES = ("/Volumes", "/mnt", "/media", "/run/media")
+"""Where macOS and Linux mount disks."""
 
 
 @dataclass(frozen=True)
@@ -70,4 +75,25 @@ def settings_differ(found: Mapping[str, tuple[str, str]]) -> Refused:
         why=listed,
         hint="correct hosts.yaml, or agree anew: inv deploy",
         details={"differences": {key: list(pair) for key, pair in found.items()}},
+    )
+
+
+def require(folder: Path) -> None:
+    """Raises `Refused` (folder_missing) for a folder that is not there and is not to be made either.
+
+    Below the home directory it may be made, with all that leads to it: that is a fresh machine. Elsewhere only its
+    parent's absence, or a place where disks are mounted, tells that a disk is missing; what was written there instead
+    would fill the system's disk, and be hidden once the other one is back.
+    """
+    real = Path(os.path.realpath(folder))
+    if real.exists() or real.is_relative_to(os.path.realpath(Path.home())):
+        return
+    if real.parent.is_dir() and not any(real.is_relative_to(place) for place in VOLUMES):
+        return
+    make = f"mkdir -p {shlex.quote(str(folder))}"
+    raise Refused(
+        "folder_missing",
+        f"{folder} is not there",
+        why="perhaps its disk is not mounted; mlxops makes no such folder, or it would fill the system's disk",
+        hint=f"mount the disk, or correct hub and registry in hosts.yaml; if it is to be made: {make}",
     )

@@ -385,6 +385,15 @@ class Store:
             raise ValueError("not an object")
         return run_from_wire(wire)
 
+    def marks(self) -> frozenset[tuple[str, int, int]]:
+        """What is not the same any more once anybody has written the registry or a run record: (path, inode, time)."""
+        found = set()
+        for path in (self.registry.path, *(self.state / "run").glob("*.json")):
+            with contextlib.suppress(OSError):
+                stat = path.stat()
+                found.add((str(path), stat.st_ino, stat.st_mtime_ns))
+        return frozenset(found)
+
     def save_run(self, run: Run) -> None:
         with self._writing():
             write_durably(self.state / "run" / f"{run.port}.json", json.dumps(run.to_wire()).encode())

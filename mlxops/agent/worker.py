@@ -96,6 +96,7 @@ def run(folder: Path, lock: int) -> int:
         cancellation.wish()
 
     signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGUSR1, lambda number, frame: cancellation.take_out(journal.taken_out))
     # Not SIG_IGN, which the server would inherit.
     signal.signal(signal.SIGHUP, lambda number, frame: None)
     threading.Thread(target=_watch_for_cancel, args=(journal,), daemon=True).start()
@@ -153,9 +154,13 @@ def _told(error: Exception, store: Store) -> MlxopsError:
 
 
 def _watch_for_cancel(journal: Journal) -> None:
-    """Turns the wish to end, which is a file so that it needs no pid, into the signal that the main thread hears: each
-    time, since whoever waits for the end asks again whether it is still heard."""
+    """Turns wishes, which are files so that they need no pid, into the signals that the main thread hears. The one to
+    end each time, since whoever waits for the end asks again whether it is still heard."""
     never = threading.Event()
+    out = frozenset[int]()
     while not never.wait(CANCEL_POLL_SECONDS):
         if journal.cancelled:
             os.kill(os.getpid(), signal.SIGTERM)
+        if journal.taken_out != out:
+            out = journal.taken_out
+            os.kill(os.getpid(), signal.SIGUSR1)

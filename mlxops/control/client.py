@@ -11,19 +11,23 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlxops.build import build_id
 from mlxops.control.session import ConnectionLost, Ended, Session, Transport
 from mlxops.core.errors import AgentProblem, MlxopsError, OutcomeUnknown, Unreachable
-from mlxops.core.protocol import Asker, Done, Event, Failed, Hello, Note, Request, Started, decode_event
+from mlxops.core.protocol import Asker, Done, Event, Failed, Hello, Line, Note, Reached, Request, Started, decode_event
 from mlxops.core.settings import Settings
+
+if TYPE_CHECKING:
+    from mlxops.control.deploy import Wish
 
 SILENCE_SECONDS = 30.0
 """The agent says something every five seconds while it follows an operation, and answers a question sooner."""
 GATEWAY_SECONDS = 3.0
 RECONNECT_SECONDS = 120.0
-"""How long a connection that broke during a change is tried again, after the last thing that was heard."""
+"""How long a connection that broke during a change, or while a log was followed, is tried again, after the last thing
+that was heard."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0
 """Seconds between two tries."""
 PASSING = frozenset({"host_down", "connection_refused", "connection_timeout"})
@@ -102,23 +106,23 @@ def ask_all(targets: Sequence[Target], command: str, args: Mapping[str, object],
     return tuple(answers[index] for index in range(len(targets)))
 
 
-def deploy(target: Target, listen: Listen, *, mlxctl: bool, wheels: Path | None, rollback: bool) -> Answer:
+def deploy(target: Target, listen: Listen, wish: Wish) -> Answer:
     """Install this tree's agent on the host, then agree with it on the host's settings; or go back to the build that
     was there before, which agrees with its own control node only."""
-    from mlxops.control.deploy import Wish, install
+    from mlxops.control.deploy import install
     from mlxops.control.inventory import Host
 
     host = Host(target.name, target.ssh or target.name, target.python, target.settings)
     try:
         transport = connect(target)
         try:
-            wish = Wish(mlxctl, wheels, rollback, str(this_asker()))
-            installed = install(transport, host, lambda text: listen(target.name, Note(text)), wish=wish)
+            by = replace(wish, by=str(this_asker()))
+            installed = install(transport, host, lambda text: listen(target.name, Note(text)), wish=by)
         finally:
             transport.close()
     except MlxopsError as error:
         return Answer(target.name, error=error)
-    if rollback and installed.get("build") != build_id():
+    if wish.dry_run or (wish.rollback and installed.get("build") != build_id()):
         return Answer(target.name, installed)
     agreed = ask(target, "agree", {}, listen)
     return Answer(target.name, {**installed, **(agreed.result or {})}, agreed.error)
@@ -135,7 +139,7 @@ def connect(target: Target) -> Transport:
     return open_ssh(target.ssh)
 
 
-def _with_address(target: Target) -> Settings:
+def with_address(target: Target) -> Settings:
     """Where servers listen on every interface, the gateway's way to them is the host's name, as SSH resolves it."""
     settings = target.settings
     if settings.address is not None or not _is_wildcard(settings.bind):
@@ -159,60 +163,96 @@ def _is_wildcard(address: str) -> bool:
     return ipaddress.ip_address(address).is_unspecified
 
 
+def request_of(target: Target, command: str, args: Mapping[str, object]) -> Request:
+    build, asker = build_id(), this_asker()
+    return Request(command, args, target.settings, build, asker, target.agreed, ticket=secrets.token_hex(4))
+
+
+def agent_argv(target: Target) -> list[str]:
+    return [*target.python, "-P", "-m", "mlxops.agent"]
+
+
+def ended_early(target: Target, ended: Ended, *, greeted: bool) -> Exception:
+    """The agent's end without a result. Without its first words (`greeted`) there was no agent."""
+    words = [line.strip() for line in ended.stderr.splitlines() if line.strip()]
+    if greeted:
+        return ConnectionLost(words[-1] if words else f"the agent ended with status {ended.status}")
+    return AgentProblem(
+        "agent_missing",
+        f"there is no mlxops agent on {target.name}",
+        why=f"{' '.join(target.python)}: {words[-1] if words else f'status {ended.status}'}"[:300],
+        hint=f"install it: inv deploy --host {target.name}",
+    )
+
+
+def lost(target: Target, why: object) -> Unreachable:
+    """A connection that broke while something was only looked at."""
+    message = f"the connection to {target.name} was lost"
+    return Unreachable("connection_lost", message, why=str(why), hint="try again")
+
+
 class _Conversation:
     """One request and what comes of it, over as many connections as that takes."""
 
     def __init__(self, target: Target, command: str, args: Mapping[str, object], listen: Listen) -> None:
         self._target = target
         self._listen = listen
-        self._request = Request(
-            command, args, target.settings, build_id(), this_asker(), target.agreed, ticket=secrets.token_hex(4)
-        )
+        self._request = request_of(target, command, args)
         self._hello = False
         self._operation = ""
         """The record that is followed, and how many of its events were heard."""
         self._heard = 0
+        self._mark = ""
+        """How far a log that is followed was read."""
+        self._news = 0.0
+        """When (monotonic) the host last told anything but who it is."""
 
     @property
     def _lasting(self) -> bool:
         """It goes on without us, so that we can come back to it."""
         return self._request.changes or self._request.command == "follow"
 
+    @property
+    def _resumable(self) -> bool:
+        return self._lasting or bool(self._mark)
+
     def result(self) -> Mapping[str, object]:
         """Raises `MlxopsError`: what the host says, `Unreachable`, or `OutcomeUnknown` when nothing is heard of what
         goes on there for `RECONNECT_SECONDS`."""
         try:
             return self._over_one_connection()
-        except ConnectionLost as lost:
-            if not self._lasting:
-                raise Unreachable(
-                    "connection_lost",
-                    f"the connection to {self._target.name} was lost",
-                    why=str(lost),
-                    hint="try again",
-                ) from None
-            return self._attached_again(str(lost))
+        except ConnectionLost as why:
+            if not self._resumable:
+                raise lost(self._target, why) from None
+            return self._attached_again(str(why))
 
     def _attached_again(self, why: str) -> Mapping[str, object]:
-        name = self._target.name
-        self._listen(name, Note(f"the connection was lost ({why}); the operation goes on; reconnecting", "warning"))
-        pause, heard, deadline = FIRST_PAUSE, self._heard, time.monotonic() + RECONNECT_SECONDS
+        self._say_lost(why)
+        pause, news, since = FIRST_PAUSE, self._news, time.monotonic()
         while True:
             time.sleep(pause)
             pause = min(pause * 2, LONGEST_PAUSE)
             try:
                 return self._over_one_connection()
-            except ConnectionLost as lost:
-                why = str(lost)
+            except ConnectionLost as broken:
+                why = str(broken)
             except Unreachable as error:
                 why = error.message if not error.why else f"{error.message}: {error.why}"
                 if error.code not in PASSING:
-                    raise self._unknown(why) from None
-            if self._heard > heard:
-                # There was news: it broke anew, and has its time anew.
-                pause, heard, deadline = FIRST_PAUSE, self._heard, time.monotonic() + RECONNECT_SECONDS
-            if time.monotonic() > deadline:
-                raise self._unknown(why)
+                    raise self._given_up(why) from None
+            if self._news > news:
+                # It was there again, and broke anew: it has its time anew.
+                self._say_lost(why)
+                pause, news, since = FIRST_PAUSE, self._news, time.monotonic()
+            elif time.monotonic() - since > RECONNECT_SECONDS:
+                raise self._given_up(why)
+
+    def _say_lost(self, why: str) -> None:
+        goes_on = "the operation goes on; " if self._lasting else ""
+        self._listen(self._target.name, Note(f"the connection was lost ({why}); {goes_on}reconnecting", "warning"))
+
+    def _given_up(self, why: str) -> MlxopsError:
+        return self._unknown(why) if self._lasting else lost(self._target, why)
 
     def _unknown(self, why: str) -> OutcomeUnknown:
         name = self._target.name
@@ -228,8 +268,8 @@ class _Conversation:
     def _over_one_connection(self) -> Mapping[str, object]:
         transport = connect(self._target)
         try:
-            request = replace(self._next_request(), settings=_with_address(self._target))
-            session = transport.start([*self._target.python, "-P", "-m", "mlxops.agent"], request.encode())
+            request = replace(self._next_request(), settings=with_address(self._target))
+            session = transport.start(agent_argv(self._target), request.encode())
             try:
                 return self._hear(session)
             finally:
@@ -238,7 +278,9 @@ class _Conversation:
             transport.close()
 
     def _next_request(self) -> Request:
-        """The request itself, until the host has named its record; then the rest of that record."""
+        """The request itself, until the host has named its record; then the rest of that record, or of the log."""
+        if self._mark:
+            return replace(self._request, args={**self._request.args, "after": self._mark})
         if not self._operation:
             return self._request
         return replace(self._request, command="follow", args={"operation": self._operation}, heard=self._heard)
@@ -246,7 +288,10 @@ class _Conversation:
     def _hear(self, session: Session) -> Mapping[str, object]:
         self._hello = False
         for line in session.lines(SILENCE_SECONDS):
-            match decode_event(line):
+            event = decode_event(line)
+            if self._hello and not isinstance(event, Hello | Started):
+                self._news = time.monotonic()
+            match event:
                 case None:
                     continue
                 case Hello():
@@ -259,23 +304,13 @@ class _Conversation:
                     if operation != self._operation:
                         self._operation, self._heard = operation, 0
                     self._listen(self._target.name, started)
-                case event:
+                case Reached(mark):
+                    self._mark = mark
+                case _:
                     self._heard += bool(self._operation)
+                    self._mark = event.mark if isinstance(event, Line) else self._mark
                     self._listen(self._target.name, event)
-        raise self._ended_early(session.wait(SILENCE_SECONDS))
-
-    def _ended_early(self, ended: Ended) -> Exception:
-        """The command ended without a result. Without the agent's first words there was no agent."""
-        words = [line.strip() for line in ended.stderr.splitlines() if line.strip()]
-        if self._hello:
-            return ConnectionLost(words[-1] if words else f"the agent ended with status {ended.status}")
-        name = self._target.name
-        return AgentProblem(
-            "agent_missing",
-            f"there is no mlxops agent on {name}",
-            why=f"{' '.join(self._target.python)}: {words[-1] if words else f'status {ended.status}'}"[:300],
-            hint=f"install it: inv deploy --host {name}",
-        )
+        raise ended_early(self._target, session.wait(SILENCE_SECONDS), greeted=self._hello)
 
 
 def gateway_warning(url: str, seconds: float = GATEWAY_SECONDS) -> str | None:

@@ -95,6 +95,7 @@ class Wish:
     """A folder with all wheels that are needed, for a host without a package index."""
     rollback: bool = False
     """Instead: back to the build that was there before."""
+    dry_run: bool = False
     by: str = "?"
 
 
@@ -117,7 +118,8 @@ def install(
         found = _search(transport, places)
         uv = found.uv[0] if found.uv else ""
         python = _choose(transport, host, found, uv, note)
-        note("going back to the build before" if wish.rollback else f"installing {build} with {python}")
+        if not wish.dry_run:
+            note("going back to the build before" if wish.rollback else f"{build}, with {python}")
         result = _run_installer(transport, host, python, _options(wish, build, uv, python in found.whole), wish, note)
     except ConnectionLost as error:
         raise OutcomeUnknown(
@@ -144,6 +146,7 @@ def _options(wish: Wish, build: str, uv: str, whole: bool) -> dict[str, object]:
         "mlxctl": wish.mlxctl,
         "wheels": wish.wheels is not None,
         "rollback": wish.rollback,
+        "dry_run": wish.dry_run,
     }
 
 
@@ -187,7 +190,8 @@ def archive(wheels: Path | None = None) -> bytes:
 
 
 def _control_sources() -> list[Path]:
-    return [*sorted((PACKAGE / "control").rglob("*.py")), PACKAGE / "mlxctl.py", PACKAGE / "tasks.py"]
+    alone = (PACKAGE / name for name in ("entry.py", "mlxctl.py", "program.py", "tasks.py"))
+    return [*sorted((PACKAGE / "control").rglob("*.py")), *alone]
 
 
 def _search(transport: Transport, places: Sequence[str]) -> _Search:

@@ -8,6 +8,7 @@ instead of being constructed: that keeps the line numbers, and shows what YAML 1
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -112,12 +113,12 @@ def hosts_file(environ: Mapping[str, str], beside: Path | None) -> Path | None:
     """
     named = environ.get("MLXOPS_HOSTS_FILE")
     if named:
-        path = Path(named).expanduser()
-        if path.exists():
+        path = Path(os.path.expanduser(named))  # a user that is not known stays as it is written
+        if path.exists() and not path.is_dir():
             return path
         raise UsageError(
             "bad_hosts_file",
-            f"the hosts file {shown(named)} does not exist",
+            f"the hosts file {shown(named)} is not a file",
             why="MLXOPS_HOSTS_FILE names it",
             hint="correct the variable, or unset it to use ~/.config/mlxops/hosts.yaml",
         )

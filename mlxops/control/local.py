@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from mlxops.control.lines import Lines, Tail
-from mlxops.control.session import ConnectionLost, Ended, Session
+from mlxops.control.session import ConnectionLost, Dialogue, Ended, Session
 from mlxops.control.ssh_config import words
 
 
@@ -22,27 +22,36 @@ class LocalTransport:
     """The same, without SSH: in the home directory, out of reach of this terminal's Ctrl-C."""
 
     def start(self, argv: Sequence[str], data: bytes) -> Session:
-        home = os.environ.get("HOME") or pwd.getpwuid(os.getuid()).pw_dir
-        expanded = [f"{home}/{argument[2:]}" if argument.startswith("~/") else argument for argument in argv]
-        if any("\0" in argument for argument in expanded):
-            raise ValueError("an argument cannot contain NUL")
-        try:
-            process = subprocess.Popen(
-                expanded,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                cwd=home if Path(home).is_dir() else "/",
-                process_group=0,
-            )
-        except OSError as error:
-            # What a shell would answer, so that both sides of the seam fail alike.
-            status = 127 if isinstance(error, FileNotFoundError) else 126
-            return _NeverStarted(Ended(status, f"{expanded[0]}: {words(error)}"))
-        return _LocalSession(process, data)
+        process = _started(argv)
+        return process if isinstance(process, _NeverStarted) else _LocalSession(process, data)
+
+    def converse(self, argv: Sequence[str], data: bytes) -> Dialogue:
+        process = _started(argv)
+        return process if isinstance(process, _NeverStarted) else _LocalDialogue(process, data)
 
     def close(self) -> None:
         pass
+
+
+def _started(argv: Sequence[str]) -> subprocess.Popen[bytes] | _NeverStarted:
+    home = os.environ.get("HOME") or pwd.getpwuid(os.getuid()).pw_dir
+    expanded = [f"{home}/{argument[2:]}" if argument.startswith("~/") else argument for argument in argv]
+    if any("\0" in argument for argument in expanded):
+        raise ValueError("an argument cannot contain NUL")
+    try:
+        process = subprocess.Popen(
+            expanded,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=home if Path(home).is_dir() else "/",
+            process_group=0,
+        )
+    except OSError as error:
+        # What a shell would answer, so that both sides of the seam fail alike.
+        status = 127 if isinstance(error, FileNotFoundError) else 126
+        return _NeverStarted(Ended(status, f"{expanded[0]}: {words(error)}"))
+    return process
 
 
 class _NeverStarted:
@@ -54,6 +63,9 @@ class _NeverStarted:
 
     def wait(self, timeout: float) -> Ended:
         return self._ended
+
+    def send(self, data: bytes) -> None:
+        raise ConnectionLost("the command was never started")
 
     def close(self) -> None:
         pass
@@ -135,13 +147,32 @@ class _LocalSession:
         except BlockingIOError:
             return
         except OSError:
-            pass  # it does not read; its end tells why
+            self._end(self._stdin)  # it does not read; its end tells why
+        else:
+            self._sent()
+
+    def _sent(self) -> None:
         self._end(self._stdin)
 
     def _end(self, stream: IO[bytes]) -> None:
         if not stream.closed:
-            self._selector.unregister(stream)
+            if stream in self._selector.get_map():
+                self._selector.unregister(stream)
             stream.close()
+
+
+class _LocalDialogue(_LocalSession):
+    def send(self, data: bytes) -> None:
+        if self._stdin.closed:
+            raise ConnectionLost("the command does not read any more")
+        self._unsent = memoryview(bytes(self._unsent) + data)
+        if self._stdin not in self._selector.get_map():
+            self._selector.register(self._stdin, selectors.EVENT_WRITE, self._write)
+        self._write()
+
+    def _sent(self) -> None:
+        """Its standard input stays open; until there is more, nobody waits to write."""
+        self._selector.unregister(self._stdin)
 
 
 def reap(process: subprocess.Popen[bytes]) -> None:

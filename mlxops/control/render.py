@@ -6,6 +6,7 @@ Text from a host is from outside: it is escaped before a terminal sees it.
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import threading
@@ -15,7 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
 from mlxops.control.client import Answer
-from mlxops.core.errors import Exit, MlxopsError, worst
+from mlxops.core.errors import Exit, MlxopsError, OutputFailed, worst
 from mlxops.core.protocol import Event, Line, Note, Phase, Progress
 
 if TYPE_CHECKING:
@@ -44,6 +45,17 @@ def one_line(text: object) -> str:
 
 def document(command: str, answers: Sequence[Answer], per_host: Mapping[str, Mapping[str, object]]) -> str:
     """The JSON document of a command. `per_host` holds what each host's row shows beside its name and error."""
+    return _json(_document(command, answers, per_host))
+
+
+def document_line(command: str, answers: Sequence[Answer], per_host: Mapping[str, Mapping[str, object]]) -> str:
+    """The same, where there are many, one a line."""
+    return json_line(_document(command, answers, per_host))
+
+
+def _document(
+    command: str, answers: Sequence[Answer], per_host: Mapping[str, Mapping[str, object]]
+) -> dict[str, object]:
     hosts = [
         {
             "host": answer.host,
@@ -53,12 +65,13 @@ def document(command: str, answers: Sequence[Answer], per_host: Mapping[str, Map
         }
         for answer in answers
     ]
-    return _json({"schema": SCHEMA, "command": command, "ok": all(a.error is None for a in answers), "hosts": hosts})
+    return {"schema": SCHEMA, "command": command, "ok": all(a.error is None for a in answers), "hosts": hosts}
 
 
-def error_document(command: str, error: MlxopsError) -> str:
-    """The JSON document of a command that came to no host."""
-    return _json({"schema": SCHEMA, "command": command, "ok": False, "hosts": [], "error": error.to_wire()})
+def error_document(command: str, error: MlxopsError, *, indent: int | None = 2) -> str:
+    """The JSON document of a command that came to no host. `indent` None: on one line."""
+    document = {"schema": SCHEMA, "command": command, "ok": False, "hosts": [], "error": error.to_wire()}
+    return _json(document) if indent else json_line(document)
 
 
 def _json(value: object) -> str:
@@ -136,7 +149,10 @@ class Talk:
         if self._bar is not None:
             self._bar.console.print(words, markup=False, highlight=False, soft_wrap=True)
         else:
-            print(words, file=self._stream, flush=True)
+            try:
+                print(words, file=self._stream, flush=True)
+            except OSError:
+                discard(self._stream.fileno())  # nobody hears it; what is to be done is done all the same
 
     def _progress(self, host: str, progress: Progress) -> None:
         name, done, total = progress.name, progress.done, progress.total
@@ -170,9 +186,26 @@ class Talk:
         )
 
 
+def discard(number: int) -> None:
+    """Nothing more can be written to this descriptor; the interpreter must not complain about that at its end."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, number)
+    os.close(null)
+
+
 def say(text: str) -> None:
-    """Data, on standard output."""
-    print(text, flush=True)  # noqa: T201
+    """Data, on standard output. Raises `BrokenPipeError` when nobody reads it any more, else `OutputFailed`."""
+    try:
+        print(text, flush=True)  # noqa: T201
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputFailed(
+            "output_unwritten",
+            "the result could not be written to standard output",
+            why=error.strerror or str(error),
+            hint="what was asked was done all the same; see: mlxctl status, mlxctl ops",
+        ) from None
 
 
 def size(number: object) -> str:
@@ -388,6 +421,8 @@ def change_lines(command: str, result: Mapping[str, object]) -> str:
 
 def _deploy_lines(result: Mapping[str, object]) -> str:
     verb = "installed" if result.get("changed") else "already installed"
+    if result.get("dry_run"):
+        verb = "would be installed" if result.get("changed") else "is installed"
     build, own, pruned = result.get("build"), result.get("own_build"), result.get("pruned")
     lines = [f"agent {build} {verb} at {result.get('path')}"]
     if isinstance(pruned, list) and pruned:
@@ -437,7 +472,11 @@ def _boot_lines(result: Mapping[str, object]) -> str:
 def _ops_line(result: Mapping[str, object]) -> str:
     """What an operation that was followed or cancelled came to; whose command it was, its result tells."""
     if "cancelled" in result:
-        end = "was cancelled; nothing of it is left" if result["cancelled"] else "was done before it could be cancelled"
+        end = (
+            "was cancelled; nothing half done is left"
+            if result["cancelled"]
+            else "was done before it could be cancelled"
+        )
         return one_line(f"operation {result.get('operation')} {end}")
     if "size_bytes" in result:
         return _files_line(result)

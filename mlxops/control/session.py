@@ -35,6 +35,13 @@ class Session(Protocol):
         """Let go of it; never blocks. What it started on the host goes on."""
 
 
+class Dialogue(Session, Protocol):
+    """A command whose standard input stays open, so that more can be asked of it. `close` ends its input."""
+
+    def send(self, data: bytes) -> None:
+        """A few bytes more for its standard input. Raises `ConnectionLost`."""
+
+
 class Transport(Protocol):
     """A way to run commands on one host. Not shared between threads."""
 
@@ -44,5 +51,8 @@ class Transport(Protocol):
         An argument that begins with `~/` means the host's home directory.
         Raises `Unreachable` when the connection cannot be had, `ConnectionLost` when it breaks.
         """
+
+    def converse(self, argv: Sequence[str], data: bytes) -> Dialogue:
+        """The same, but its standard input stays open after `data`."""
 
     def close(self) -> None: ...

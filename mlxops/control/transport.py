@@ -26,7 +26,7 @@ from mlxops.control import known_hosts, ssh_config
 from mlxops.control.lines import Lines, Tail
 from mlxops.control.local import LocalTransport, reap
 from mlxops.control.login import Login, host_key_policy, preferred
-from mlxops.control.session import ConnectionLost, Ended, Session, Transport
+from mlxops.control.session import ConnectionLost, Dialogue, Ended, Session, Transport
 from mlxops.control.ssh_config import Destination, words
 from mlxops.core.errors import Unreachable
 
@@ -388,6 +388,12 @@ class _SshTransport:
         self._name = name
 
     def start(self, argv: Sequence[str], data: bytes) -> Session:
+        return _SshSession(self._path, self._execute(argv), data, self._name)
+
+    def converse(self, argv: Sequence[str], data: bytes) -> Dialogue:
+        return _SshDialogue(self._path, self._execute(argv), data, self._name)
+
+    def _execute(self, argv: Sequence[str]) -> paramiko.Channel:
         import paramiko
 
         line = command_line(argv)
@@ -401,7 +407,7 @@ class _SshTransport:
         finally:
             watchdog.cancel()
             watchdog.join()
-        return _SshSession(self._path, channel, data, self._name)
+        return channel
 
     def close(self) -> None:
         self._path.close()
@@ -466,9 +472,12 @@ class _SshSession:
         try:
             if data:
                 self._channel.sendall(data)
-            self._channel.shutdown_write()
+            self._sent()
         except (OSError, EOFError):
             pass  # the command does not read, or the connection broke: its end tells which
+
+    def _sent(self) -> None:
+        self._channel.shutdown_write()
 
     def _drain(self) -> bool:
         """Take what is there of standard error; left alone, it would fill the window and stop the command."""
@@ -494,3 +503,16 @@ class _SshSession:
 
     def _lost(self) -> ConnectionLost:
         return ConnectionLost(f"the connection to {self._name} broke before the command ended")
+
+
+class _SshDialogue(_SshSession):
+    def send(self, data: bytes) -> None:
+        import paramiko
+
+        try:
+            self._channel.sendall(data)
+        except (paramiko.SSHException, OSError, EOFError):
+            raise self._lost() from None
+
+    def _sent(self) -> None:
+        """Its standard input stays open."""

@@ -22,6 +22,7 @@ class Exit(IntEnum):
     AGENT = 6
     OUTCOME_UNKNOWN = 7
     DOWNLOAD = 8
+    OUTPUT = 74
     BUSY = 75
     INTERRUPTED = 130
 
@@ -96,6 +97,12 @@ class Busy(MlxopsError):
     exit = Exit.BUSY
 
 
+class OutputFailed(MlxopsError):
+    """What was asked was done; its result could not be written. The status is that of sysexits.h's EX_IOERR."""
+
+    exit = Exit.OUTPUT
+
+
 class Interrupted(MlxopsError):
     exit = Exit.INTERRUPTED
 
@@ -121,6 +128,7 @@ _BY_EXIT: dict[int, type[MlxopsError]] = {
     int(kind.exit): kind
     for kind in (
         UsageError,
+        OutputFailed,
         Refused,
         NotStarted,
         Unreachable,

@@ -65,7 +65,7 @@ def _args(value: str) -> list[str]:
     """A JSON list, or words as a shell would split them."""
     try:
         words: object = json.loads(value) if value.lstrip().startswith("[") else shlex.split(value)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"it is neither words nor a JSON list: {error}") from None
     if not isinstance(words, list) or not all(isinstance(word, str) and word.isprintable() for word in words):
         raise ValueError("it is not a list of words")

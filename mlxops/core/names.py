@@ -78,6 +78,18 @@ def port(text: str, ports: PortRange) -> int:
     return number
 
 
+def whole(text: str, flag: str, least: int, most: int) -> int:
+    """A whole number. Raises `UsageError` (bad_number)."""
+    if re.fullmatch(r"[0-9]{1,10}", text, re.ASCII) and least <= int(text) <= most:
+        return int(text)
+    raise UsageError(
+        "bad_number",
+        f"{shown(text)} is not a number for {flag}",
+        why=f"it is a whole number from {least} to {most}",
+        hint=f"for example: {flag} {max(least, 10)}",
+    )
+
+
 def seconds(text: str, flag: str, *, zero: bool = False) -> float:
     """A duration in seconds, more than 0 (or, with `zero`, not less) and at most a day."""
     if re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,3})?", text, re.ASCII) and (zero or float(text)) and float(text) <= 86400:

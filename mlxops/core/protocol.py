@@ -1,10 +1,12 @@
 """What control node and agent say to each other.
 
-The control node writes one request, a JSON document, to the agent's standard input. The agent writes one event
-a line to its standard output: first `hello`, then any number of `note`, `phase`, `progress` and `line`, and one
-`done` or `failed` at the end. Every line begins with the same marker, so that what a login shell prints is told
-from what the agent says. The events of a mutating request are also the record that it keeps on the host: `started`
-names that record, and what follows it are its events, so that whoever loses the connection can ask for the rest.
+The control node writes one request, a JSON document on one line, to the agent's standard input. The agent writes one
+event a line to its standard output: first `hello`, then any number of `note`, `phase`, `progress`, `line` and
+`reached`, and one `done` or `failed` at the end. What only looks can be asked again as long as standard input stays
+open: an `AGAIN` is the same request once more, and has its own `done` or `failed`. Every line begins with the same
+marker, so that what a login shell prints is told from what the agent says. The events of a mutating request are also
+the record that it keeps on the host: `started` names that record, and what follows it are its events, so that whoever
+loses the connection can ask for the rest.
 """
 
 from __future__ import annotations
@@ -25,12 +27,19 @@ MAX_LINE = 4 * 1024 * 1024
 """Bytes; longer lines are not ours."""
 
 READS = frozenset({"list", "status", "gateway", "ops", "logs", "follow"})
+REPEATABLE = frozenset({"list", "status", "gateway", "ops"})
+"""What `AGAIN` can ask for once more."""
+AGAIN = b"\n"
+HEARTBEAT = b".\n"
+"""There is nothing to ask at present, and the asker is still there."""
 CHANGES = frozenset(
     {
         *("init", "load", "unload", "unload-all", "reconcile", "rollback", "set"),
         *("restore", "boot", "pull", "remove"),
     }
 )
+CANCELLABLE = frozenset({"load", "rollback", "pull", "restore"})
+"""Those that may take long. The others are a matter of seconds, and better whole than half."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +157,15 @@ class Line:
     """A line of a log, without its end and without control characters."""
 
     text: str
+    mark: str = ""
+    """Of a log that is followed: asked again with it, reading goes on behind this line."""
+
+
+@dataclass(frozen=True)
+class Reached:
+    """The same without a line."""
+
+    mark: str
 
 
 @dataclass(frozen=True)
@@ -177,6 +195,9 @@ class Progress:
     rate: int = 0
     """Bytes a second, lately; 0 where it is not known."""
 
+    def to_wire(self) -> dict[str, object]:
+        return {"name": self.name, "done": self.done, "total": self.total, "rate": self.rate}
+
     def __str__(self) -> str:
         """`12.3 GB of 190 GB, 6%, 110 MB/s, 27 min left`, as much of it as is known."""
         if not self.total:
@@ -199,7 +220,7 @@ class Failed:
     error: MlxopsError
 
 
-Event = Hello | Started | Line | Note | Phase | Progress | Done | Failed
+Event = Hello | Started | Line | Reached | Note | Phase | Progress | Done | Failed
 
 
 def encode_event(event: Event) -> str:
@@ -210,8 +231,10 @@ def encode_event(event: Event) -> str:
             body |= {"event": "hello", "version": version, "build": build}
         case Started(operation):
             body |= {"event": "started", "operation": operation}
-        case Line(text):
-            body |= {"event": "line", "text": text}
+        case Line(text, mark):
+            body |= {"event": "line", "text": text, "mark": mark}
+        case Reached(mark):
+            body |= {"event": "reached", "mark": mark}
         case Note(message, level):
             body |= {"event": "note", "level": level, "message": message}
         case Phase(name, message):
@@ -241,7 +264,9 @@ def decode_event(line: str) -> Event | None:
         case "started":
             return Started(str(body.get("operation")))
         case "line":
-            return Line(str(body.get("text")))
+            return Line(str(body.get("text")), str(body.get("mark", "")))
+        case "reached":
+            return Reached(str(body.get("mark", "")))
         case "note":
             return Note(str(body.get("message")), str(body.get("level", "info")))
         case "phase":

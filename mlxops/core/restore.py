@@ -68,6 +68,12 @@ def _is_free(registry: Registry, step: Step) -> bool:
     return entry is not None and entry.port is None and not registry.on_port(step.port)
 
 
+def is_wanted(registry: Registry, step: Step, *, cleared: bool) -> bool:
+    """Whether a step that was planned is still to be taken: it may have been unloaded since."""
+    entry = registry.models.get(step.model)
+    return entry is not None and (entry.port == step.port or (cleared and _is_free(registry, step)))
+
+
 def _is_down(view: PortView) -> bool:
     dead = {Orphan.INTERRUPTED, Orphan.LEADERLESS, Orphan.PORTLESS}
     return view.unserved or (view.orphan in dead and view.operation is None)

@@ -7,9 +7,10 @@ that the planner decides on. No signal decides alone.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 
+from mlxops.core.protocol import Progress
 from mlxops.core.registry import Model, Registry
 from mlxops.core.settings import PortRange
 
@@ -181,6 +182,8 @@ class Signals:
     operation: Operation | None = None
     activity: str = ""
     """What that operation is doing."""
+    progress: Progress | None = None
+    """How far it is, where that is a matter of bytes."""
     answer: Answer = Answer.NOT_ASKED
     busy: bool = False
     """Somebody is connected to it, so a probe without an answer may just have to wait."""
@@ -213,6 +216,7 @@ class PortView:
     proven_at: str | None = None
     memory_bytes: int | None = None
     detail: str = ""
+    progress: Progress | None = None
     run: Run | None = None
     server: Server | None = None
     operation: Operation | None = None
@@ -227,6 +231,11 @@ class PortView:
         row["log_path"] = self.run.log_path if self.run else None
         row["operation"] = self.operation.id if self.operation else None
         return row
+
+    @property
+    def overtaken(self) -> bool:
+        """Something seems wrong just where somebody is at work: it was probably seen half before and half after."""
+        return self.operation is not None and self.state in {State.FOREIGN, State.ORPHAN, State.MISMATCH, State.FAILED}
 
     @property
     def unserved(self) -> bool:
@@ -272,7 +281,9 @@ def judge(signals: Signals, registry: Registry) -> PortView:
     if operation is not None and operation.command in {"unload", "unload-all"} and (ours or signals.hand):
         return _view(signals, State.DRAINING, Owner.MLXOPS if ours else Owner.HAND, detail=_at_work(signals, operation))
     if run is not None and ours:
-        return _judge_ours(signals, run, tuple(model.name for model in assigned))
+        # A registry that cannot be read does not say that a server is not assigned.
+        unknown = bool(registry.unwritable) and not assigned
+        return _judge_ours(signals, run, (run.model,) if unknown else tuple(model.name for model in assigned))
     if signals.boot and signals.listening:
         return _stranger(signals, registry, Owner.BOOT)
     if signals.unowned:
@@ -415,6 +426,7 @@ def _view(
         proven_at=run.proven_at if run else None,
         memory_bytes=signals.memory_bytes,
         detail=detail,
+        progress=signals.progress,
         run=signals.run,
         server=signals.hand,
         operation=signals.operation,
@@ -427,6 +439,9 @@ def _view(
 def drift(ports: PortRange, views: Mapping[int, PortView], registry: Registry) -> tuple[Drift, ...]:
     """Where registry and life disagree, each with the command that helps."""
     found = [each for view in views.values() for each in _drift_of_port(view, registry.on_port(view.port))]
+    if registry.unwritable:
+        # Every command that changes anything is refused until then.
+        found = [replace(each, hint="mend the registry first, then look again: mlxctl status") for each in found]
     for model in registry.models.values():
         port = model.port
         if port is not None and port not in ports:

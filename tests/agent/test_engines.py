@@ -217,6 +217,18 @@ def test_a_value_replaces_a_default_flag() -> None:
 
 
 @pytest.mark.parametrize("engine", [OPENAI, LM], ids=lambda engine: engine.name)
+def test_an_argument_that_the_installed_version_does_not_mention_is_refused_with_what_was_perhaps_meant(
+    engine: Engine,
+) -> None:
+    told = Command(("x",), "", "1", "usage: x [--max-tokens N]\n  --max-tokens N  at most\n")
+    for fine in (("--max-tokens", "-1"), ("--max-tok=7",), ("free", "-q")):
+        assert engine.argv(told, serving(args=fine))[-len(fine) :] == fine
+    with pytest.raises(Refused) as caught:
+        engine.argv(told, serving(args=("--max-token", "7", "--mox-tokens", "7")))
+    assert caught.value.code == "unknown_argument" and caught.value.hint.endswith("(did you mean --max-tokens?)")
+
+
+@pytest.mark.parametrize("engine", [OPENAI, LM], ids=lambda engine: engine.name)
 def test_code_of_the_repository_runs_only_if_the_entry_says_so(engine: Engine) -> None:
     assert "--trust-remote-code" not in engine.argv(Command(("x",), ""), serving())
 

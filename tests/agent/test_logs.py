@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from mlxops.agent import logs
-from tests.control.test_attach import client
 from tests.lab import models
 from tests.lab.homelab import Homelab
+from tests.lab.wired import client, wired
+from tests.lab.world import wait_until
 
 QWEN = "tiny-org/tiny-qwen3"
 HOSTILE = b"\x1b[31mred\x1b[0m \x1b]0;title\x07 caf\xc3\xa9 \xff\xfe\x9b2J\r\nlast\n"
@@ -23,32 +24,44 @@ def log(tmp_path: Path) -> Path:
     return tmp_path / "8100.log"
 
 
+def end_of(log: Path, count: int) -> list[str]:
+    return [line.text for line in logs.read(log, logs.last_lines(log, count))]
+
+
 class TestTheEnd:
     def test_is_the_last_lines_made_harmless(self, log: Path) -> None:
         log.write_bytes(b"".join(b"line %d\n" % number for number in range(200_000)) + HOSTILE + b"unfinished")
-        end = logs.end_of(log, 3)
-        assert end.lines[0] == "line 199999" and end.lines[2] == "last"
-        assert end.lines[1].startswith("red ") and "café \ufffd" in end.lines[1]
-        assert all(character.isprintable() or character == "\ufffd" for line in end.lines for character in line)
-        assert (end.rest, end.position) == ("unfinished", log.stat().st_size - len("unfinished"))
+        first, hostile, last, rest = end_of(log, 3)
+        assert (first, last, rest) == ("line 199999", "last", "unfinished")
+        assert hostile.startswith("red ") and "café \ufffd" in hostile
+        assert all(character.isprintable() or character == "\ufffd" for character in hostile)
 
     @pytest.mark.parametrize("count", [0, 1, 2, 3, 9])
     def test_is_never_more_than_was_asked_for(self, log: Path, count: int) -> None:
         log.write_bytes(b"\none\ntwo\n")
-        assert logs.end_of(log, count).lines == ["", "one", "two"][max(0, 3 - count) :]
+        assert end_of(log, count) == ["", "one", "two"][max(0, 3 - count) :]
 
     def test_of_an_empty_log_is_nothing(self, log: Path) -> None:
         log.touch()
-        assert logs.end_of(log, 5) == logs.End([], "", 0)
+        assert end_of(log, 5) == []
+
+    def test_with_a_line_longer_than_any_buffer_is_all_of_it(self, log: Path) -> None:
+        log.write_bytes(b"a" * 300_000 + b"\nlast\n")
+        pieces = end_of(log, 2)
+        assert "".join(pieces) == "a" * 300_000 + "last"
 
 
-def following(log: Path, position: int = 0) -> Iterator[str | None]:
-    """What is followed; None each time there is nothing to tell."""
+def following(log: Path, start: logs.Mark = logs.START) -> Iterator[logs.Read]:
+    """What is followed; fails when there is nothing to tell for long."""
     waiting: list[None] = []
-    lines = logs.follow(log, position, lambda: waiting.append(None) if len(waiting) < 20 else pytest.fail("no line"))
+    lines = logs.follow(log, start, lambda: waiting.append(None) if len(waiting) < 20 else pytest.fail("no line"))
     for line in lines:
         waiting.clear()
         yield line
+
+
+def texts(lines: Iterator[logs.Read], count: int) -> list[str]:
+    return [next(lines).text for _ in range(count)]
 
 
 class TestFollowing:
@@ -56,18 +69,29 @@ class TestFollowing:
         with open(log, "ab", buffering=0) as server:
             server.write(b"one\ntw")
             lines = following(log)
-            assert next(lines) == "one"
+            assert texts(lines, 1) == ["one"]
             server.write(b"o\n")
-            assert next(lines) == "two"
+            assert texts(lines, 1) == ["two"]
             logs.rotate(log)
             server.write(b"the last words\n")
-            assert next(lines) == "the last words", "what the old server still said"
+            assert texts(lines, 1) == ["the last words"], "what the old server still said"
         with open(log, "ab", buffering=0) as server:
             server.write(b"a new server\n")
-            assert next(lines) == "a new server"
+            assert texts(lines, 1) == ["a new server"]
             logs.cut(log)
             server.write(b"cut\n")
-            assert next(lines) == "cut"
+            assert texts(lines, 1) == ["cut"]
+
+    def test_misses_no_start_that_came_and_went_between_two_looks(self, log: Path) -> None:
+        log.write_bytes(b"one\n")
+        lines = following(log)
+        assert texts(lines, 1) == ["one"]
+        with open(log, "ab") as server:
+            server.write(b"last words without an end")
+        for number in range(2):
+            logs.rotate(log)
+            log.write_text(f"start {number}\n")
+        assert texts(lines, 3) == ["last words without an end", "start 0", "start 1"]
 
     def test_begins_before_there_is_a_log(self, log: Path) -> None:
         rests = 0
@@ -77,7 +101,42 @@ class TestFollowing:
             rests += 1
             log.write_bytes(b"here\n")
 
-        assert next(logs.follow(log, 0, rest)) == "here" and rests == 1
+        assert next(logs.follow(log, logs.START, rest)).text == "here" and rests == 1
+
+    def test_goes_on_behind_every_line_whose_mark_is_known(self, log: Path) -> None:
+        log.write_bytes(b"one\ntwo\n")
+        marks = [logs.START, *(next(lines).mark for lines in [following(log)] for _ in range(2))]
+        logs.rotate(log)
+        log.write_bytes(b"three\n")
+        for heard, start in enumerate(marks[1:], 1):
+            again = logs.mark(str(start))
+            assert again == start
+            assert texts(following(log, again), 3 - heard) == ["one", "two", "three"][heard:]
+
+    @pytest.mark.parametrize("spoil", ["cut", "other", "gone"])
+    def test_behind_a_mark_that_is_in_no_log_any_more_is_said(self, log: Path, spoil: str) -> None:
+        log.write_bytes(b"one\ntwo\n")
+        start = second_mark(log)
+        match spoil:
+            case "cut":
+                logs.cut(log)
+            case "other":
+                log.write_bytes(b"eno\nowt\nand more\n")  # the same file, as if its number were used again
+            case "gone":
+                log.unlink()
+        with pytest.raises(LookupError):
+            next(logs.follow(log, start, lambda: None))
+
+    @pytest.mark.parametrize("text", ["", "-", "1-2", "1-2-3-4", "x-1-1", "1-2-3\n", "f" * 17 + "-1-1", "\u0661-1-1"])
+    def test_of_no_mark_is_known_as_such(self, text: str) -> None:
+        assert logs.mark(text) is None
+
+
+def second_mark(log: Path) -> logs.Mark:
+    """The mark behind the second line."""
+    lines = following(log)
+    next(lines)
+    return next(lines).mark
 
 
 def test_three_earlier_logs_are_kept(log: Path) -> None:
@@ -143,3 +202,60 @@ def test_from_the_mini(homelab: Homelab) -> None:
     assert log.stat().st_size < 1000
     assert log.with_name(f"{port}.log.1").read_bytes().count(b"\nlast of many\n") == 1
     assert lab.mini.mlxctl("status", "--json", "--strict").ok().json["hosts"][0]["drift"] == []
+
+
+def test_followed_from_the_mini_over_cuts_has_no_line_twice_and_none_lost(homelab: Homelab) -> None:
+    """It is cut between lines, in the middle of many, and over a rotation; the log is there only later."""
+    port = homelab.studio.ports[0]
+    log = homelab.studio.state / "logs" / f"{port}.log"
+    log.parent.mkdir(parents=True)
+    count = 0
+
+    def write(lines: int) -> None:
+        nonlocal count
+        with log.open("a") as server:
+            for _ in range(lines):
+                count += 1
+                server.write(f"line {count}\n")
+
+    with wired(homelab) as wire, client(homelab, "logs", str(port), "--follow") as follower:
+        assert follower.stdout is not None and follower.stderr is not None
+        heard = 0
+
+        def hear(until: int) -> None:
+            nonlocal heard
+            while heard < until:
+                heard += 1
+                assert follower.stdout is not None
+                assert follower.stdout.readline() == f"line {heard}\n"
+
+        write(1)
+        hear(1)
+        for cut in (wire.cut, homelab.studio.sshd.kill_connections, homelab.studio.sshd.kill_sessions):
+            cut()
+            write(3)
+            hear(count)
+            write(3000)
+            hear(count - 2000)
+            cut()
+            logs.rotate(log)
+            write(3)
+            hear(count)
+        follower.kill()
+        said = follower.stderr.read()
+    write(1)  # whoever still follows notices now that nobody listens
+    wait_until(lambda: not homelab.studio.processes(), 30, "the end of the agents")
+    assert said.count("reconnecting") == 6 and "the operation goes on" not in said, said
+    assert "cut or is gone" not in said, said
+
+
+def test_that_is_not_followed_is_not_taken_up_again(homelab: Homelab) -> None:
+    """A question that changes nothing and has an end is asked again by whoever asked it."""
+    port = homelab.studio.ports[0]
+    log = homelab.studio.state / "logs" / f"{port}.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("a line that is long enough to be noticed on its way\n" * 20_000)
+    with wired(homelab) as wire:
+        wire.cut_after = 100_000
+        done = homelab.mini.mlxctl("logs", str(port), "--lines", "20000", "--json")
+    assert (done.exit, done.json["hosts"][0]["error"]["code"]) == (5, "connection_lost")

@@ -184,6 +184,7 @@ HELP_1_4 = """\
                                   Specify tool call parser, see
                                   --served-model-name elsewhere
   --reasoning-parser [qwen3|harmony]
+  --max-tokens INTEGER            Default maximum number of tokens.
   --help                          Show this message and exit.
 """
 

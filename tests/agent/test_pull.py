@@ -15,12 +15,13 @@ from mlxops.agent.hub import delete, download, verify
 from mlxops.core.errors import DownloadFailed
 from mlxops.core.protocol import Event, Note, Progress
 from tests.agent.test_hub import LLAMA, QUICK, cache, faulty, pull  # noqa: F401
-from tests.control.test_attach import client, operations, slow_hub, wired  # noqa: F401
+from tests.control.test_attach import operations, slow_hub, wired  # noqa: F401
 from tests.lab import models
 from tests.lab.faultyhub import FaultyHub, Lie
 from tests.lab.homelab import Homelab
 from tests.lab.hub import Hub
 from tests.lab.wire import Wire
+from tests.lab.wired import client
 from tests.lab.world import wait_until
 
 QWEN = "tiny-org/tiny-qwen3"
@@ -109,9 +110,34 @@ class TestPull:
             next(line for line in process.stderr if line.startswith("download: 0"))
             slow_hub.stalled = True
             done = lab.mini.mlxctl("ops", "--cancel", operations(lab)[0]["operation"], timeout=30).ok()
-            assert "nothing of it is left" in done.stdout
+            assert "nothing half done is left" in done.stdout
             assert process.wait(WAIT) == 130
-        assert not list(lab.studio.hub.glob("models--*"))
+        assert not [path for path in lab.studio.hub.rglob("*") if QWEN.partition("/")[2] in path.name]
+
+    def test_that_is_cancelled_leaves_what_an_earlier_one_had_completed(
+        self,
+        wired: tuple[Homelab, Wire],  # noqa: F811
+        slow_hub: Wire,  # noqa: F811
+    ) -> None:
+        lab, _ = wired
+        here = lab.studio.install(LLAMA, models.LLAMA)
+        shard = here / "model-00002-of-00002.safetensors"
+        blob = shard.resolve()
+        shard.unlink()
+        blob.unlink()
+        before = disk(here)
+        with client(lab, "pull", "--repo", LLAMA) as process:
+            assert process.stderr is not None
+            next(line for line in process.stderr if line.startswith("download: "))
+            wait_until(lambda: list(lab.studio.hub.rglob("*.incomplete")), WAIT, "a file that is half here")
+            slow_hub.stalled = True
+            lab.mini.mlxctl("ops", "--cancel", operations(lab)[0]["operation"], timeout=30).ok()
+            assert process.wait(WAIT) == 130
+        assert not list(lab.studio.hub.rglob("*.incomplete"))
+        assert disk(here) == before and not shard.exists()
+        slow_hub.stalled = False
+        said = lab.mini.mlxctl("pull", "--repo", LLAMA).ok().stderr
+        assert "of it already here" in said and blob.is_file()
 
 
 class TestVerify:

@@ -7,10 +7,16 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
+
+from tests.control.test_attach import freeze
 from tests.lab import models
 from tests.lab.homelab import Homelab, Studio
+from tests.lab.wired import client
 from tests.lab.world import end, wait_until
 
 EARLIER = "00000000-0000-0000-0000-000000000000"
@@ -163,3 +169,74 @@ def test_the_boot_jobs_port_is_left_to_it(homelab: Homelab) -> None:
     done = homelab.mini.mlxctl("restore").ok()
     assert done.stdout.startswith("started nothing; left: ") and "boot job" in done.stderr
     assert not homelab.studio.processes()
+
+
+@contextmanager
+def restoring(lab: Homelab, until: str) -> Iterator[subprocess.Popen[str]]:
+    """A restore on the Mini that has just said a line that begins so."""
+    with client(lab, "restore") as process:
+        assert process.stderr is not None
+        next(line for line in process.stderr if line.startswith(until))
+        yield process
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["the port that it is at", "a port that is yet to come"])
+def test_a_port_that_is_unloaded_meanwhile_is_left_and_the_rest_goes_on(homelab: Homelab, which: int) -> None:
+    ports = two_loaded(homelab)
+    reboot(homelab.studio)
+    models_there = (QWEN, LLAMA)
+    with restoring(homelab, "proof: ") as process:
+        unloaded = homelab.mini.mlxctl("unload", str(ports[which])).ok()
+        said, talk = process.communicate(timeout=60)
+    assert f"port {ports[which]} is taken out of restore, started by " in unloaded.stderr
+    other = 1 - which
+    assert (process.returncode, said) == (
+        0,
+        f"started {models_there[other]} on {ports[other]}; left: {models_there[which]} on {ports[which]}\n",
+    ), talk
+    assert f"{models_there[which]} on {ports[which]} is left: it was unloaded meanwhile" in talk
+    assert assigned(homelab) == {models_there[other]: ports[other], models_there[which]: None}
+    assert [row["state"] for row in status(homelab)["ports"]][:2] == ["idle", "ready"][:: 1 - 2 * which]
+    assert not homelab.studio.listening(ports[which])
+
+
+def test_what_was_cleared_and_is_unloaded_meanwhile_does_not_come_back(homelab: Homelab) -> None:
+    first, second = two_loaded(homelab)
+    reboot(homelab.studio)
+    homelab.mini.mlxctl("reconcile").ok()
+    with client(homelab, "restore", "--cleared") as process:
+        assert process.stderr is not None
+        next(line for line in process.stderr if line.startswith("proof: "))
+        homelab.mini.mlxctl("unload", str(second)).ok()
+        assert process.wait(60) == 0
+    assert assigned(homelab) == {QWEN: first, LLAMA: None}
+
+
+def test_one_restore_runs_at_a_time_and_asking_again_follows_it(homelab: Homelab) -> None:
+    """A load of one of its ports is another wish, and is told who is at work there."""
+    first, second = two_loaded(homelab)
+    reboot(homelab.studio)
+    with restoring(homelab, "proof: ") as process:
+        load = homelab.mini.mlxctl("load", QWEN, str(first), "--json")
+        again = homelab.mini.mlxctl("restore").ok()
+        said, _ = process.communicate(timeout=60)
+    error = load.json["hosts"][0]["error"]
+    assert (load.exit, error["code"]) == (75, "busy") and f"load {QWEN}, started by" in error["message"]
+    assert "is running already" in again.stderr
+    assert again.stdout == said == f"started {QWEN} on {first}, {LLAMA} on {second}\n"
+    rows = homelab.mini.mlxctl("ops", "--json").ok().json["hosts"][0]["operations"]
+    assert [row["state"] for row in rows if row["command"] == "restore"] == ["failed", "done"]
+
+
+def test_a_restore_that_is_cancelled_keeps_what_it_has_started(homelab: Homelab) -> None:
+    first, second = two_loaded(homelab)
+    reboot(homelab.studio)
+    with restoring(homelab, "commit: ") as process:
+        assert process.stderr is not None
+        next(line for line in process.stderr if line.startswith("proof: "))
+        freeze(homelab, second)
+        running = homelab.mini.mlxctl("ops", "--json").ok().json["hosts"][0]["operations"][0]
+        homelab.mini.mlxctl("ops", "--cancel", running["operation"]).ok()
+        assert process.wait(60) == 130
+    assert assigned(homelab) == {QWEN: first, LLAMA: second}
+    assert homelab.studio.listening(first) and not homelab.studio.listening(second)

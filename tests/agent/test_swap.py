@@ -298,11 +298,12 @@ class TestSet:
             (["engine=nonsense"], 3),
             (["chat_template=no/such.jinja"], 3),
             (["tool_call_parser=qwen3"], 3),  # mlx-lm has no such option
+            (["args=--max-tokenz 7"], 3),
         ):
             flags = [part for word in words for part in ("--set", word)]
             assert studio.mlxctl("set", "--model", QWEN, *flags).exit == exits, words
         assert studio.mlxctl("set", "--model", "nobody", "--set", "engine=mlx-lm").exit == 3
-        studio.mlxctl("set", "--model", QWEN, "--set", "args=--seed 1", "--dry-run").ok()
+        studio.mlxctl("set", "--model", QWEN, "--set", "args=--max-tokens 9", "--dry-run").ok()
         assert studio.registry_path.read_bytes() == before
 
     def test_list_shows_each_setting_with_its_origin(self, studio: Studio) -> None:

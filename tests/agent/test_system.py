@@ -237,3 +237,24 @@ def test_ancestors_end_even_where_parents_go_in_a_circle() -> None:
     assert [p.pid for p in look.ancestors(2)] == [2, 3]
     assert [p.pid for p in look.ancestors(4)] == [4]
     assert list(look.ancestors(77)) == []
+
+
+@linux
+def test_where_the_kernel_answers_no_questions_about_sockets_its_tables_tell_the_same(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ports = {
+        listen(stack, socket.AF_INET, "127.0.0.1"),
+        listen(stack, socket.AF_INET, "0.0.0.0"),
+        listen(stack, socket.AF_INET6, "::1"),
+        listen(stack, socket.AF_INET6, "::"),
+        listen(stack, socket.AF_INET6, "::ffff:127.0.0.1"),
+    }
+    asked = LinuxSystem().look(ports).listeners
+
+    def refused(family: int) -> list[tuple[str, int, str]]:
+        raise OSError("no such protocol")
+
+    monkeypatch.setattr("mlxops.agent.system._listeners", refused)
+    assert len(asked) == len(ports) and all(each.pids == {os.getpid()} for each in asked)
+    assert set(LinuxSystem().look(ports).listeners) == set(asked)

@@ -6,10 +6,10 @@ import json
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from tests.lab import models
 from tests.lab.homelab import Completed, Homelab, script
 from tests.lab.hub import Hub
 from tests.lab.wire import Wire
+from tests.lab.wired import client
+from tests.lab.wired import wired as over_a_wire
 
 QWEN = "tiny-org/tiny-qwen3"
 WAIT = 60.0
@@ -43,33 +45,18 @@ def slow_hub(hub: Hub) -> Iterator[Wire]:
 def wired(make_homelab: Callable[..., Homelab], slow_hub: Wire) -> Iterator[tuple[Homelab, Wire]]:
     """A homelab whose Mini reaches the Studio over a wire that can be cut, and a hub that is slow enough to see."""
     lab = make_homelab(hub_url=f"http://127.0.0.1:{slow_hub.port}")
-    sshd = lab.studio.sshd
-    with Wire((sshd.address, sshd.port)) as wire:
-        reached = f"HostName {wire.address}", f"Port {wire.port}"
-        lab.mini.ssh.host("wired", sshd, *reached)
-        lab.mini.ssh.know(f"[{wire.address}]:{wire.port} {sshd.host_key}")
-        lab.configure(ssh="wired")
+    with over_a_wire(lab) as wire:
         yield lab, wire
-
-
-@contextmanager
-def client(lab: Homelab, *words: str) -> Iterator[subprocess.Popen[str]]:
-    """`mlxctl` on the Mini, while it runs."""
-    with subprocess.Popen(
-        [script("mlxctl"), *words],
-        cwd=lab.mini.elsewhere,
-        env=lab.mini.env,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        yield process
 
 
 def load(lab: Homelab) -> list[str]:
     return ["load", "jerry-xl", str(lab.studio.ports[0]), "--repo", QWEN]
+
+
+def freeze(lab: Homelab, port: int) -> None:
+    """The server that is starting on the port comes no further, and cannot be quicker than what is done next."""
+    pid = json.loads((lab.studio.state / "run" / f"{port}.json").read_text())["pid"]
+    os.kill(pid, signal.SIGSTOP)
 
 
 def operations(lab: Homelab) -> list[dict[str, Any]]:
@@ -209,13 +196,39 @@ class TestCtrlC:
         assert_loaded_once(lab)
 
     @pytest.mark.parametrize(("answer", "state"), [("c\n", "failed"), ("\n", "done")])
+    def test_on_a_terminal_asks_of_a_pull(self, wired: tuple[Homelab, Wire], answer: str, state: str) -> None:
+        lab, _ = wired
+        done = on_a_terminal(lab, ["pull", "--repo", QWEN], "downloading", answer)
+        assert done.exit == 130 and "leave it running (l) or cancel it (c)?" in done.stdout, str(done)
+        operation = operations(lab)[0]
+        if state == "done":
+            lab.mini.mlxctl("ops", "--follow", operation["operation"]).ok()
+        else:
+            assert operation["error"] == "cancelled"
+        assert bool(list(lab.studio.hub.glob("models--*"))) == (state == "done")
+
+    def test_on_a_terminal_does_not_offer_to_cancel_what_cannot_be(self, homelab: Homelab) -> None:
+        """An unload that waits for an open request."""
+        studio = homelab.studio
+        studio.install(QWEN, models.QWEN)
+        port = studio.ports[0]
+        homelab.mini.mlxctl("load", QWEN, str(port)).ok()
+        with socket.create_connection((studio.address, port)):
+            done = on_a_terminal(homelab, ["unload", str(port), "--drain", "60"], "open requests get", "c\n")
+            assert done.exit == 130 and "was left running on studio" in done.stdout, str(done)
+            assert "cancel it (c)?" not in done.stdout
+            assert operations(homelab)[0]["state"] == "running"
+        homelab.mini.mlxctl("ops", "--follow", operations(homelab)[0]["operation"]).ok()
+        assert not studio.listening(port)
+
+    @pytest.mark.parametrize(("answer", "state"), [("c\n", "failed"), ("\n", "done")])
     def test_on_a_terminal_asks(self, wired: tuple[Homelab, Wire], answer: str, state: str) -> None:
         lab, _ = wired
         done = on_a_terminal(lab, load(lab), "downloading", answer)
         assert done.exit == 130, str(done)
         assert "leave it running (l) or cancel it (c)?" in done.stdout
         if state == "failed":
-            assert "was cancelled; nothing of it is left" in done.stdout
+            assert "was cancelled; nothing half done is left" in done.stdout
             assert operations(lab)[0]["error"] == "cancelled"
             assert not list(lab.studio.hub.rglob("*.incomplete"))
             assert lab.mini.mlxctl("list", "--json").ok().json["hosts"][0]["models"] == []
@@ -235,7 +248,7 @@ class TestCancel:
             cancelled = lab.mini.mlxctl("ops", "--cancel", operation[-8:])
             said = process.stderr.read()
             code = process.wait(WAIT)
-        if cancelled.exit == 0 and "nothing of it is left" in cancelled.stdout:
+        if cancelled.exit == 0 and "nothing half done is left" in cancelled.stdout:
             assert (code, operations(lab)[0]["error"]) == (130, "cancelled"), said
             assert not lab.studio.processes()
             assert lab.mini.mlxctl("list", "--json").ok().json["hosts"][0]["models"] == []
@@ -243,6 +256,19 @@ class TestCancel:
             # The tiny model was quicker than us; that must then be a whole load.
             assert code == 0
             assert_loaded_once(lab)
+
+    def test_of_a_load_keeps_the_download_that_it_had_finished(self, wired: tuple[Homelab, Wire]) -> None:
+        """An hour's work, proven and registered: it is another load's beginning."""
+        lab, _ = wired
+        with client(lab, *load(lab)) as process:
+            assert process.stderr is not None
+            next(line for line in process.stderr if line.startswith("proof: "))
+            freeze(lab, lab.studio.ports[0])
+            lab.mini.mlxctl("ops", "--cancel", operations(lab)[0]["operation"]).ok()
+            assert process.wait(WAIT) == 130
+        (model,) = lab.mini.mlxctl("list", "--json").ok().json["hosts"][0]["models"]
+        assert (model["name"], model["port"], model["problems"]) == ("jerry-xl", None, [])
+        assert not lab.studio.processes()
 
     def test_of_what_has_ended_or_never_was_is_refused(self, homelab: Homelab) -> None:
         homelab.studio.install(QWEN, models.QWEN)

@@ -22,9 +22,12 @@ from mlxops.core.protocol import (
     Event,
     Failed,
     Hello,
+    Line,
     Note,
     Phase,
     Progress,
+    Reached,
+    Started,
     decode_request,
     encode_event,
 )
@@ -44,7 +47,8 @@ class Scripted:
     closed: int = 0
 
     def lines(self, silence: float) -> Iterator[str]:
-        yield from self.words
+        # A host tells nothing twice: who comes back hears who it is, and what is new.
+        yield from self.words[:1] if self.closed else self.words
         if isinstance(self.end, ConnectionLost):
             raise self.end
 
@@ -294,3 +298,47 @@ def test_the_way_that_the_gateway_takes_is_tried() -> None:
         assert refused is not None and f"127.0.0.1:{port} cannot be reached" in refused and "hosts.yaml" in refused
         listener.listen()
         assert gateway_warning(f"http://127.0.0.1:{port}/v1") is None
+
+
+def one_after_the_other(monkeypatch: pytest.MonkeyPatch, *sessions: Scripted) -> list[Wire]:
+    """Each connection has the next session; the last one goes on for ever."""
+    wires: list[Wire] = []
+
+    def connect(target: Target) -> Wire:
+        wires.append(Wire(sessions[min(len(wires), len(sessions) - 1)]))
+        return wires[-1]
+
+    monkeypatch.setattr(client, "connect", connect)
+    monkeypatch.setattr(client, "FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(client, "RECONNECT_SECONDS", 0.0)
+    return wires
+
+
+def broken(*events: Event, words: Sequence[str] = ()) -> Scripted:
+    return Scripted([HELLO, *map(encode_event, events), *words], ConnectionLost("cut"))
+
+
+def test_a_log_that_is_followed_is_asked_for_from_where_it_was_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    wires = one_after_the_other(
+        monkeypatch, broken(Reached("1-0-0")), broken(Line("one", "1-4-a"), Line("two", "1-8-b")), broken()
+    )
+    heard: list[Event] = []
+    answer = ask(STUDIO, "logs", {"port": "8100", "follow": True}, lambda host, event: heard.append(event))
+    asked = [decode_request(wire.started[0][1]).args.get("after") for wire in wires]
+    assert asked == [None, "1-0-0", "1-8-b"]
+    assert [event.text for event in heard if isinstance(event, Line)] == ["one", "two"]
+    assert answer.error is not None and (answer.error.code, answer.error.exit) == ("connection_lost", 5)
+
+
+@pytest.mark.parametrize("beat", ["", encode_event(Note("it goes on"))])
+def test_a_host_that_was_there_again_has_its_time_to_come_back_anew(monkeypatch: pytest.MonkeyPatch, beat: str) -> None:
+    started = Started("20260101T000000-00000000")
+    quiet = [broken(started, words=[beat]) for _ in range(3)]
+    wires = one_after_the_other(monkeypatch, broken(started), *quiet, Scripted([HELLO, DONE]))
+    assert ask(STUDIO, "init", {}, lambda host, event: None).error is None and len(wires) == 5
+
+
+def test_an_agent_that_ends_before_it_tells_anything_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    wires = one_after_the_other(monkeypatch, broken(Started("20260101T000000-00000000")))
+    answer = ask(STUDIO, "init", {}, lambda host, event: None)
+    assert answer.error is not None and answer.error.exit is Exit.OUTCOME_UNKNOWN and len(wires) == 2

@@ -22,7 +22,10 @@ from mlxops.control.inventory import Host
 from mlxops.control.transport import open_local, open_ssh
 from mlxops.core.errors import AgentProblem, Exit, MlxopsError, OutcomeUnknown, Refused
 from mlxops.core.settings import Settings
+from tests.lab import models
+from tests.lab.homelab import Homelab
 from tests.lab.sshd import SshClient, Sshd, descendants
+from tests.lab.world import wait_until
 
 HERE = [str(Path(sys.base_prefix) / "bin")]
 """Where the interpreter of the tests is; the places of a real host are searched in tests of their own."""
@@ -146,7 +149,7 @@ def test_a_damaged_agent_is_made_anew(home: Path, bare: None) -> None:
     (package / "core" / "errors.py").write_text("")
     said: list[str] = []
     assert deploy.install(open_local(), host(), said.append, places=HERE)["changed"] is True
-    assert any("unfinished" in note for note in said)
+    assert any("making it anew" in note for note in said)
     assert build_of(home) == build_id()
 
 
@@ -226,25 +229,66 @@ def test_a_build_that_a_process_uses_stays_and_older_ones_go(home: Path, bare: N
     assert builds(home) == {"before", build_id()}
 
 
+def another_build(home: Path) -> str:
+    """What another control node, whose sources differ by one line, has deployed; returns the build's name."""
+    state = home / ".mlxops"
+    other = older_build(home, "0.1.0+000000000000")
+    core = next(other.glob("lib/python*/site-packages/mlxops/core/__init__.py"))
+    core.write_text("# another\n")
+    python = other / "bin" / "python"
+    said = subprocess.run([python, "-I", "-m", "mlxops.agent", "--build"], capture_output=True, text=True, check=True)
+    name = said.stdout.strip()
+    other.rename(state / "agents" / name)
+    (state / "venv").unlink()
+    (state / "venv").symlink_to(f"agents/{name}")
+    return name
+
+
+def test_deploys_of_two_control_nodes_leave_servers_alone_and_tell_them_of_each_other(
+    homelab: Homelab, bare: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    studio, port = homelab.studio, homelab.studio.ports[0]
+    monkeypatch.setenv("HOME", str(studio.home))
+    homelab.configure(state="~/.mlxops", python=None)
+    studio.install("tiny-org/tiny-qwen3", models.QWEN)
+    deploy.install(open_local(), host(), quiet, places=HERE)
+    homelab.mini.mlxctl("load", "tiny-org/tiny-qwen3", str(port)).ok()
+    (server,) = studio.processes()
+
+    theirs = another_build(studio.home)
+    status = homelab.mini.mlxctl("status", "--json").ok()
+    assert status.json["hosts"][0]["ports"][0]["state"] == "ready"
+    who = f"the host has {theirs} (deployed by chris@mini2 at 2026-01-02T03:04:05Z), this is {build_id()}"
+    assert (
+        f"warning: the agent on the host is not this mlxops: {who}; make both sides equal: inv deploy" in status.stderr
+    )
+    refused = homelab.mini.mlxctl("unload", str(port), "--json")
+    error = refused.json["hosts"][0]["error"]
+    assert (refused.exit, error["code"], error["why"]) == (6, "agent_differs", who)
+
+    deploy.install(open_local(), host(), quiet, places=HERE)
+    wait_until(lambda: studio.processes() == {server}, 10, "nothing but the server, which serves on whoever deploys")
+    assert studio.completion(port, "jerry-xl")["model"] == "jerry-xl"
+    document = homelab.mini.mlxctl("status", "--json").ok().json["hosts"][0]
+    assert (document["ports"][0]["state"], document["drift"]) == ("ready", [])
+    homelab.mini.mlxctl("unload", str(port)).ok()
+    assert not studio.processes()
+
+
 def test_rollback_goes_to_the_build_before_and_back(home: Path, bare: None) -> None:
     back = deploy.Wish(rollback=True)
     deploy.install(open_local(), host(), quiet, places=HERE)
     with pytest.raises(Refused, match="no build to go back to"):
         deploy.install(open_local(), host(), quiet, places=HERE, wish=back)
-    state = home / ".mlxops"
-    # Another build whose sources differ by one line.
-    other = older_build(home, "0.1.0+000000000000")
-    core = next(other.glob("lib/python*/site-packages/mlxops/core/__init__.py"))
-    core.write_text("# another\n")
-    python = other / "bin" / "python"
-    name = subprocess.run([python, "-I", "-m", "mlxops.agent", "--build"], capture_output=True, text=True, check=True)
-    other.rename(state / "agents" / name.stdout.strip())
-    (state / "venv").unlink()
-    (state / "venv").symlink_to(f"agents/{name.stdout.strip()}")
+    looked = deploy.install(open_local(), host(), quiet, places=HERE, wish=deploy.Wish(dry_run=True))
+    assert looked["changed"] is False and looked["dry_run"] is True
+    name = another_build(home)
     assert deploy.install(open_local(), host(), quiet, places=HERE)["changed"] is True
     assert build_of(home) == build_id()
-    assert deploy.install(open_local(), host(), quiet, places=HERE, wish=back)["build"] == name.stdout.strip()
-    assert build_of(home) == name.stdout.strip()
+    assert deploy.install(open_local(), host(), quiet, places=HERE, wish=back)["build"] == name
+    assert build_of(home) == name
+    again = deploy.install(open_local(), host(), quiet, places=HERE, wish=deploy.Wish(dry_run=True))
+    assert again["changed"] is True and again["build"] == build_id() and build_of(home) == name
     deploy.install(open_local(), host(), quiet, places=HERE, wish=back)
     assert build_of(home) == build_id()
 

@@ -288,7 +288,7 @@ def test_the_file_in_force_is_the_named_one_then_the_users_then_the_repositorys(
     assert hosts_file(environ, None) is None
     users.touch()
     assert hosts_file(environ, beside) == users
-    with pytest.raises(UsageError, match="does not exist"):
+    with pytest.raises(UsageError, match="is not a file"):
         hosts_file(environ | {"MLXOPS_HOSTS_FILE": str(named)}, beside)
     named.touch()
     assert hosts_file(environ | {"MLXOPS_HOSTS_FILE": str(named)}, beside) == named

@@ -20,6 +20,7 @@ KINDS = [
     errors.AgentProblem,
     errors.OutcomeUnknown,
     errors.DownloadFailed,
+    errors.OutputFailed,
     errors.Busy,
     errors.Interrupted,
     errors.Bug,
@@ -47,6 +48,7 @@ def test_the_exit_statuses_are_those_that_programs_rely_on() -> None:
         "AGENT": 6,
         "OUTCOME_UNKNOWN": 7,
         "DOWNLOAD": 8,
+        "OUTPUT": 74,
         "BUSY": 75,
         "INTERRUPTED": 130,
     }

@@ -299,6 +299,22 @@ def test_a_difference_is_drift(
     assert codes(known, *seen) == [code]
 
 
+UNREADABLE = replace(EMPTY, unwritable="it is not JSON")
+
+
+def test_a_registry_that_cannot_be_read_makes_no_orphan_of_a_healthy_server() -> None:
+    view = judge(serving(), UNREADABLE)
+    assert (view.state, view.owner, view.orphan) == (State.READY, Owner.MLXOPS, None)
+    assert codes(UNREADABLE, serving()) == []
+
+
+def test_a_registry_that_cannot_be_written_is_to_be_mended_before_anything_else() -> None:
+    known = replace(A, unwritable="its version is not 1")
+    ill = replace(serving(), answer=Answer.SILENT)
+    (found,) = drift(PortRange(8100, 8104), world(known, ill).ports, known)
+    assert found.code == "wedged" and "mend the registry" in found.hint and "unload" not in found.hint
+
+
 def test_two_claims_of_one_port_are_drift_of_both() -> None:
     found = codes(registry(a=8103, b=8103), serving())
     assert found == [("port_claimed_twice", 8103, "a"), ("port_claimed_twice", 8103, "b")]

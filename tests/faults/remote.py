@@ -16,8 +16,9 @@ from tests.faults import hostile
 from tests.faults.lab import install_engine
 from tests.faults.snapshots import snapshot
 from tests.lab import leaks
-from tests.lab.homelab import Homelab, script
+from tests.lab.homelab import Homelab
 from tests.lab.wire import Wire
+from tests.lab.wired import client, wired
 
 MODEL = "org/alpha"
 Trial = Callable[[int], tuple[str, int, list[str]]]
@@ -32,11 +33,7 @@ def trials(kind: str, folder: Path, seed: int) -> Iterator[Trial]:
             lab.mini.mlxctl("init").ok()
             yield lambda number: _hostile(lab, number, seed)
             return
-        sshd = lab.studio.sshd
-        with Wire((sshd.address, sshd.port)) as wire:
-            lab.mini.ssh.host("wired", sshd, f"HostName {wire.address}", f"Port {wire.port}")
-            lab.mini.ssh.know(f"[{wire.address}]:{wire.port} {sshd.host_key}")
-            lab.configure(ssh="wired")
+        with wired(lab) as wire:
             lab.mini.mlxctl("init").ok()
             yield lambda number: _cut(lab, wire, number, seed)
 
@@ -84,16 +81,7 @@ def _cut(lab: Homelab, wire: Wire, number: int, seed: int) -> tuple[str, int, li
     words = ["load", MODEL, port]
     after = rng.uniform(0.0, 1.6)
     wire.passed, wire.cut_after = 0, rng.randrange(1, 9000) if kind == "bytes" else None
-    with subprocess.Popen(
-        [script("mlxctl"), *words],
-        cwd=lab.mini.elsewhere,
-        env=lab.mini.env,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as process:
+    with client(lab, *words, both=True) as process:
         timer = threading.Timer(after, lambda: _do(kind, lab, wire, process))
         timer.start()
         try:

@@ -62,10 +62,10 @@ def _move(arena: Arena, port: int) -> None:
 
 
 def _no_table(arena: Arena) -> None:
-    """No descriptor is left when the table of listeners is to be read: a worker that took an empty one for the truth
+    """No descriptor is left when the kernel is to be asked for the listeners: a worker that took none for the truth
     would clear every assignment."""
     port = _loaded(arena)
-    options = _failing("/proc/net/tcp", "EMFILE")
+    options = ("-e", "trace=socket", "-e", "inject=socket:error=EMFILE")
     _untouched(arena, port, lambda name, args: arena.struck(options, arena.folder / "strace", name, **args))
     with _descriptors(0):
         for system in (LINUX, PsutilSystem()):

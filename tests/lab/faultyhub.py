@@ -8,7 +8,7 @@ from __future__ import annotations
 import http.client
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -47,7 +47,15 @@ class Lie:
     """The hub's answer, the body replaced by as many other bytes."""
 
 
-Fault = Answer | Stall | Cut | Lie
+@dataclass(frozen=True)
+class Slow:
+    """The hub's answer, its body at so many bytes a second."""
+
+    rate: int
+
+
+Fault = Answer | Stall | Cut | Lie | Slow
+PIECE_SECONDS = 0.05
 
 
 def refusal(status: int, code: str = "", message: str = "") -> Answer:
@@ -80,6 +88,8 @@ class FaultyHub:
         self._lock = threading.Lock()
         self._over = threading.Event()
         self.requests: list[Request] = []
+        self.sent = 0
+        """Bytes of slow answers so far."""
 
     def fail(self, fault: Fault, *, method: str = "", part: str = "", times: int = 1_000_000) -> None:
         """From now on, requests of `method` with `part` in their path meet the fault, but only the first `times`."""
@@ -141,6 +151,17 @@ class FaultyHub:
         finally:
             connection.close()
 
+    def trickle(self, body: bytes, rate: int) -> Iterator[bytes]:
+        """The body in pieces, each a moment after the one before."""
+        size = max(1, int(rate * PIECE_SECONDS))
+        for start in range(0, len(body), size):
+            if self._over.wait(PIECE_SECONDS):
+                return
+            piece = body[start : start + size]
+            with self._lock:
+                self.sent += len(piece)
+            yield piece
+
     def wait_for_the_end(self) -> None:
         self._over.wait()
 
@@ -153,32 +174,35 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.faulty.take(request)
         if isinstance(fault, Answer):
             headers = [*fault.headers.items(), ("Content-Length", str(len(fault.body)))]
-            self._send(fault.status, headers, fault.body)
+            self._send(fault.status, headers, [fault.body])
             return
         status, headers, body = self.faulty.ask(request)
         match fault:
             case Stall(after):
-                self._send(status, headers, body[:after])
+                self._send(status, headers, [body[:after]])
                 self.faulty.wait_for_the_end()
             case Cut(after):
-                self._send(status, headers, body[:after])
+                self._send(status, headers, [body[:after]])
                 self.connection.shutdown(socket.SHUT_RDWR)
             case Lie():
-                self._send(status, headers, b"\xff" * len(body))
+                self._send(status, headers, [b"\xff" * len(body)])
+            case Slow(rate):
+                self._send(status, headers, self.faulty.trickle(body, rate))
             case None:
-                self._send(status, headers, body)
+                self._send(status, headers, [body])
 
     do_HEAD = do_GET
 
-    def _send(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
+    def _send(self, status: int, headers: list[tuple[str, str]], body: Iterable[bytes]) -> None:
         self.send_response(status)
         for name, value in headers:
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
             try:
-                self.wfile.write(body)
-                self.wfile.flush()
+                for piece in body:
+                    self.wfile.write(piece)
+                    self.wfile.flush()
             except OSError:
                 pass  # the client has gone
 

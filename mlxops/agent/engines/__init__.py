@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from mlxops.agent.engines.base import Engine, Seen
 from mlxops.agent.engines.mlx_lm import MlxLm
@@ -26,6 +27,12 @@ def engine_named(name: str) -> Engine:
 
 def recognise(argv: Sequence[str]) -> tuple[str, Seen] | None:
     """The engine and what it serves, if this argv is a server of any engine."""
+    return _recognised(tuple(argv))
+
+
+@lru_cache(maxsize=4096)
+def _recognised(argv: tuple[str, ...]) -> tuple[str, Seen] | None:
+    """Kept, because who looks again and again sees the same few hundred processes each time."""
     for engine in ENGINES.values():
         seen = engine.recognise(argv)
         if seen is not None:

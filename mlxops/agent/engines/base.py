@@ -6,9 +6,11 @@ import errno
 import http.client
 import json
 import os
+import re
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -130,7 +132,30 @@ def site_packages(argv: Sequence[str], distribution: str) -> Path | None:
 
     Beside the program itself, behind its link, or in the environment of the project that a launcher is given.
     """
-    for word in argv[:6]:
+    key = (tuple(argv[:6]), distribution)
+    if _looked_up is None:
+        return _look_up(*key)
+    if key not in _looked_up:
+        _looked_up[key] = _look_up(*key)
+    return _looked_up[key]
+
+
+_looked_up: dict[tuple[tuple[str, ...], str], Path | None] | None = None
+
+
+@contextmanager
+def each_looked_up_once() -> Iterator[None]:
+    """While it is entered, no installation is looked for twice: ten servers of one engine are one installation."""
+    global _looked_up  # noqa: PLW0603 - for this one thread and this one look
+    _looked_up = {}
+    try:
+        yield
+    finally:
+        _looked_up = None
+
+
+def _look_up(words: tuple[str, ...], distribution: str) -> Path | None:
+    for word in words:
         for top in installation_folders(Path(word)):
             for site in sorted(top.glob("lib/python3*/site-packages")):
                 if any(site.glob(f"{distribution}-*.dist-info")):
@@ -221,10 +246,19 @@ def port_number(text: str) -> int | None:
     return int(text) if text.isdecimal() and len(text) <= 5 else None
 
 
-def check_args(engine: str, args: Sequence[str], reserved: frozenset[str]) -> None:
-    """Raises `Refused` if a model's own arguments take what belongs to mlxops, or abbreviate it."""
+def check_args(engine: str, args: Sequence[str], reserved: frozenset[str], help: str | None) -> None:
+    """Raises `Refused` if a model's own arguments take what belongs to mlxops, or abbreviate it; or if the engine does
+    not know one. `help` is what it says of its options; None: it was not asked."""
+    known = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", help or ""))
     for word in args:
         key = word.partition("=")[0]
+        if help is not None and re.match("--[a-z]", key) and not any(each.startswith(key) for each in known):
+            raise Refused(
+                "unknown_argument",
+                f"the model's args contain {key!r}, which the installed {engine} does not know",
+                why="its --help does not mention it",
+                hint=f"correct it: mlxctl set --model NAME --set args=...{_perhaps(key, known)}",
+            )
         taken = next((r for r in reserved if key == r or (len(key) > 2 and r.startswith(key))), None)
         if taken:
             raise Refused(
@@ -241,6 +275,13 @@ _NOT_SENT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADD
 
 class NotSent(Exception):
     """A request could not be sent for reasons of our own, which tell nothing of the server."""
+
+
+def _perhaps(key: str, known: Collection[str]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(key, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def get_status(host: str, port: int, path: str, timeout: float) -> int | None:

@@ -52,11 +52,12 @@ class MlxLm:
         return Command((program,), "PATH")
 
     def inquiry(self, command: Command, serving: Serving) -> tuple[str, ...]:
-        return ()
+        # Only of a plain installation: what else `launch` may name need not know --help.
+        return (*command.argv, "--help") if serving.model.args and command.version else ()
 
     def argv(self, command: Command, serving: Serving) -> tuple[str, ...]:
         model = serving.model
-        check_args(self.name, model.args, self.reserved)
+        check_args(self.name, model.args, self.reserved, command.help)
         unusable = [key for key, value in model.options.items() if value is not None and key != "chat_template"]
         if unusable:
             raise Refused(

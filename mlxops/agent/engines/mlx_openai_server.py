@@ -76,13 +76,13 @@ class MlxOpenAIServer:
 
     def inquiry(self, command: Command, serving: Serving) -> tuple[str, ...]:
         # Its names of parsers change from version to version, and it takes seconds to say which it has.
-        if command.version is None or any(serving.text(key) for key in _PARSERS):
+        if command.version is None or serving.model.args or any(serving.text(key) for key in _PARSERS):
             return (*command.argv, "--help")
         return ()
 
     def argv(self, command: Command, serving: Serving) -> tuple[str, ...]:
         model = serving.model
-        check_args(self.name, model.args, self.reserved)
+        check_args(self.name, model.args, self.reserved, command.help)
         _check_parsers(command, serving)
         own = {word.partition("=")[0] for word in model.args}
         given = {key: serving.text(key) for key in _FLAGS}

@@ -7,25 +7,37 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from mlxops.agent import interrupted
+from mlxops.agent.journal import named
 from mlxops.agent.observe import observe
-from mlxops.agent.place import Place
-from mlxops.agent.store import Lock, Store, now
+from mlxops.agent.place import Place, require
+from mlxops.agent.store import Store, now
 from mlxops.agent.system import System
 from mlxops.core.errors import Busy, Interrupted
+from mlxops.core.names import AUTO
 from mlxops.core.protocol import Event, Note, Request
 from mlxops.core.registry import Registry, refusal
 from mlxops.core.world import Operation, PortView, World
 
 DRAIN_SECONDS = 30.0
+RESTORE = "restore"
+"""The lock of the one restore that may run."""
+LOOKS = 4
+"""What changes that often while we look is told as it was seen last."""
+
+
+class TakenOut(Interrupted):
+    """Of an operation on several ports, the part on this one is not wanted any more."""
 
 
 class Cancellation:
-    """Somebody's wish that the operation ends: raised at once in the worker's main thread while it is `open`, but never
-    twice, because what follows is the cleaning up, and not within a `shield`."""
+    """Somebody's wish that the operation ends, or that it leaves a port alone: raised at once in the worker's main
+    thread while it is `open`, but never twice, because what follows is the cleaning up, and not within a `shield`."""
 
     def __init__(self) -> None:
         self._wished = self._raised = self._open = False
         self._shields = 0
+        self._part: int | None = None
+        self._taken_out = frozenset[int]()
 
     @property
     def wished(self) -> bool:
@@ -36,9 +48,16 @@ class Cancellation:
         self._wished = True
         self.check()
 
+    def take_out(self, ports: frozenset[int]) -> None:
+        """Called from a signal's handler."""
+        self._taken_out = ports
+        self.check()
+
     def check(self) -> None:
-        """Raises `Interrupted` (cancelled) if there is a wish that was not heard yet."""
-        if self._wished and self._open and not self._raised and not self._shields:
+        """Raises `Interrupted` (cancelled), or `TakenOut`, if there is a wish that was not heard yet."""
+        if not self._open or self._raised or self._shields:
+            return
+        if self._wished:
             self._raised = True
             raise Interrupted(
                 "cancelled",
@@ -46,6 +65,23 @@ class Cancellation:
                 why="somebody asked for it, or the host is shutting down",
                 hint="mlxctl status",
             )
+        if self._part in self._taken_out:
+            self._raised = True
+            raise TakenOut("taken_out", f"port {self._part} was taken out of the operation")
+
+    @contextmanager
+    def part(self, port: int) -> Iterator[None]:
+        """What is in it is done for `port`, and ends alone if that is taken out."""
+        self._part = port
+        try:
+            self.check()
+            yield
+        except TakenOut:
+            # It is cleaned up by now: the next wish may be heard.
+            self._raised = False
+            raise
+        finally:
+            self._part = None
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -87,6 +123,8 @@ class Context:
 
     def usable_registry(self) -> Registry:
         """For a change. Raises `Refused` before anything is done if it could not be written in the end."""
+        require(self.where.hub)
+        require(self.where.registry.parent)
         if not self.request.dry_run:
             self.store.registry.check_writable()
         registry = self.registry()
@@ -102,6 +140,17 @@ class Context:
 
     def observe(self, registry: Registry, *, only: Iterable[int] | None = None) -> World:
         return observe(self.where, self.store, registry, self.system, own=self.operation or None, only=only)
+
+    def look(self) -> tuple[Registry, World]:
+        """The registry, and life, as they were together. A load or unload that goes on while we look changes both: what
+        was seen first then disagrees with what was read later, and that is no drift. So look again, a few times."""
+        for _ in range(LOOKS):
+            marks = self.store.marks()
+            registry = self.registry()
+            world = self.observe(registry)
+            if self.store.marks() == marks and not any(view.overtaken for view in world.ports.values()):
+                break
+        return registry, world
 
     def look_again(self, port: int) -> PortView:
         """What is on a port now: a result tells what is there, not what was meant."""
@@ -134,28 +183,59 @@ class Context:
     def locked(self, port: int, *more: str) -> Iterator[None]:
         """The locks of a port and of whatever else; raises `Busy` naming who holds one. None for a dry run."""
         with ExitStack() as stack:
-            for name in () if self.request.dry_run else (f"port-{port}", *more):
-                held = self.store.lock(name, self.holder(port))
-                if isinstance(held, Operation):
-                    raise busy(self.request, port, held)
-                stack.callback(Lock.release, held)
-                if held.left is not None:
-                    interrupted.settle(self, held.left.id, held.left.port)
+            for name in (f"port-{port}", *more):
+                stack.enter_context(self.alone(name, port))
             yield
 
+    @contextmanager
+    def alone(self, name: str, port: int | None = None) -> Iterator[None]:
+        """One lock. Raises `Busy`; `details.attach` is then the operation to follow, if it is the very same wish."""
+        if self.request.dry_run:
+            yield
+            return
+        held = self.store.lock(name, self.holder(port))
+        if isinstance(held, Operation):
+            raise busy(name, held, attach=self._is_wanted_too(held, port))
+        try:
+            if held.left is not None:
+                interrupted.settle(self, held.left.id, held.left.port)
+            yield
+        finally:
+            held.release()
 
-def busy(request: Request, port: int, holder: Operation) -> Busy:
-    """`details.attach` is the operation to follow, if it is the very one that is asked for."""
-    same = (
-        request.command == "load" == holder.command
-        and holder.model == request.text("model")
-        and holder.port == port
-        and request.text("repo") in (None, holder.repo)
-    )
+    def _is_wanted_too(self, other: Operation, port: int | None) -> bool:
+        """Whether another operation does just what this one is to do."""
+        journal = named(self.store.state / "ops", other.id)
+        try:
+            asked = journal.request() if journal else None
+        except (OSError, ValueError):
+            return False
+        request = self.request
+        if asked is None or asked.command != request.command:
+            return False
+        if request.command != "load":
+            return _given(asked) == _given(request)
+        anywhere = request.text("port") == AUTO
+        return (
+            other.model == request.text("model")
+            and (anywhere or other.port == port)
+            and request.text("repo") in (None, other.repo)
+        )
+
+
+def _given(request: Request) -> dict[str, object]:
+    """What was asked for beyond the defaults."""
+    return {key: value for key, value in request.args.items() if value}
+
+
+def busy(lock: str, holder: Operation, *, attach: bool = False) -> Busy:
+    """`lock`: its name, as port-8100 or model-org--name."""
+    kind, _, name = lock.partition("-")
+    held = f"holds {kind} {name.replace('--', '/')}" if name else "does the same"
     return Busy(
         "busy",
-        f"another operation holds port {port}: {holder}",
-        why="one operation at a time on a port",
-        hint="wait for it, or see: mlxctl status",
-        details={"operation": holder.id} | ({"attach": holder.id} if same else {}),
+        f"another operation {held}: {holder}",
+        why="one operation at a time on a port, and with a model",
+        hint=f"wait for it: mlxctl ops --follow {holder.id}",
+        details={"operation": holder.id, "lock": lock} | ({"attach": holder.id} if attach else {}),
     )

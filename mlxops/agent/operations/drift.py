@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlxops.agent import interrupted, logs
+from mlxops.agent.engines.base import each_looked_up_once
 from mlxops.agent.engines.installed import NotAsked
 from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.files import Files
@@ -21,8 +22,10 @@ from mlxops.core.world import Drift, Owner, PortView, State, World
 
 
 def further_drift(ctx: Context, registry: Registry, world: World) -> Iterator[Drift]:
+    with each_looked_up_once():
+        settings = [drift for view in world.ports.values() for drift in _settings(ctx, registry, view)]
+    yield from settings
     for view in world.ports.values():
-        yield from _settings(ctx, registry, view)
         if view.unserved and view.run is not None and not registry.on_port(view.port):
             message = f"{view.port}: a run record of {view.run.model} describes nothing that lives"
             yield Drift("leftover", view.port, view.run.model, message, "mlxctl reconcile")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from mlxops.agent.engines.base import NoCompletion
@@ -13,14 +15,15 @@ from mlxops.agent.operations.prepare import Prepared, commit, entry_fields, pref
 from mlxops.agent.operations.swap import start_in_place
 from mlxops.agent.store import now
 from mlxops.core import names, planner
-from mlxops.core.errors import Refused
+from mlxops.core.errors import Busy, Refused
 from mlxops.core.planner import LoadPlan, Outcome, Target
 from mlxops.core.protocol import Phase
 from mlxops.core.registry import Registry
 from mlxops.core.world import Owner, PortView, Run, World, run_of
 
 
-def load(ctx: Context) -> dict[str, object]:
+def load(ctx: Context, once_alone: Callable[[Registry], None] = lambda _: None) -> dict[str, object]:
+    """`once_alone` is called when nobody else can work on the port and the model, and may raise."""
     began = time.monotonic()
     name = names.model_name(ctx.request.text("model") or "")
     repo_text = ctx.request.text("repo")
@@ -30,13 +33,34 @@ def load(ctx: Context) -> dict[str, object]:
     if asked_port not in (None, names.AUTO):
         planner.refuse_alias_elsewhere(ctx.where.settings, name, names.port(asked_port, ctx.where.settings.ports))
     target = planner.resolve(registry, name, repo_id, revision)
-    world = ctx.observe(registry) if asked_port == names.AUTO else World()
-    port = planner.choose_port(ctx.where.settings, registry, world, target.name, asked_port)
-    with ctx.locked(port, f"model-{target.name.replace('/', '--')}"):
+    with _port_alone(ctx, registry, target.name) as port:
         # What was read before the locks may be old by now.
         registry = ctx.registry()
+        once_alone(registry)
         target = planner.resolve(registry, name, repo_id, revision)
         return _load_locked(ctx, target, port, began)
+
+
+@contextmanager
+def _port_alone(ctx: Context, registry: Registry, model: str) -> Iterator[int]:
+    """The port that is meant, held together with the model. With `auto`, an idle port that somebody else takes in this
+    very instant is idle no more: the next one is tried. Raises `Busy`, and what `planner.choose_port` raises."""
+    asked = ctx.request.text("port")
+    gone: set[int] = set()
+    with ExitStack() as held:
+        while True:
+            world = ctx.observe(registry) if asked == names.AUTO else World()
+            idle = World(ports={port: view for port, view in world.ports.items() if port not in gone})
+            port = planner.choose_port(ctx.where.settings, registry, idle, model, asked)
+            try:
+                held.enter_context(ctx.locked(port, f"model-{model.replace('/', '--')}"))
+                break
+            except Busy as busy:
+                taken = busy.details.get("lock") == f"port-{port}" and "attach" not in busy.details
+                if asked != names.AUTO or not taken or port in gone:
+                    raise
+                gone.add(port)
+        yield port
 
 
 def _load_locked(ctx: Context, target: Target, port: int, began: float) -> dict[str, object]:

@@ -2,33 +2,57 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import NoReturn
+
 from mlxops.agent import logs as files
+from mlxops.agent.logs import Mark
 from mlxops.agent.operations.context import Context
 from mlxops.core import names
 from mlxops.core.errors import Refused
-from mlxops.core.protocol import Line
+from mlxops.core.protocol import Line, Reached
 
 
 def logs(ctx: Context) -> dict[str, object]:
-    """Each line is an event; with `follow` there is no end but that of the connection."""
+    """Each line is an event; with `follow` there is no end but that of the connection, and each comes with its mark:
+    whoever loses the connection asks again with `after`."""
     port = names.port(ctx.request.text("port") or "", ctx.where.settings.ports)
     log = ctx.store.log_path(port)
-    try:
-        end = files.end_of(log, int(ctx.request.number("lines") or 0))
-    except FileNotFoundError:
-        if not ctx.request.flag("follow"):
-            raise Refused(
-                "no_log",
-                f"port {port} has no log",
-                why="nothing was started there by mlxops",
-                hint=f"mlxctl status; or wait for one: mlxctl logs {port} --follow",
-            ) from None
-        end = files.End([], "", 0)
-    for line in end.lines:
-        ctx.emit(Line(line))
     if ctx.request.flag("follow"):
-        for line in files.follow(log, end.position, ctx.beat):
-            ctx.emit(Line(line))
-    elif end.rest:
-        ctx.emit(Line(end.rest))
+        _follow(ctx, log)
+    try:
+        start = _lines_asked(ctx, log)
+    except FileNotFoundError:
+        raise Refused(
+            "no_log",
+            f"port {port} has no log",
+            why="nothing was started there by mlxops",
+            hint=f"mlxctl status; or wait for one: mlxctl logs {port} --follow",
+        ) from None
+    for line in files.read(log, start):
+        ctx.emit(Line(line.text))
     return {"port": port, "path": str(log)}
+
+
+def _follow(ctx: Context, log: Path) -> NoReturn:
+    start = files.mark(ctx.request.text("after") or "") or _start(ctx, log)
+    while True:
+        # Also before the first line: nothing of what comes in the meantime must be lost.
+        ctx.emit(Reached(str(start)))
+        try:
+            for line in files.follow(log, start, ctx.beat):
+                ctx.emit(Line(line.text, str(line.mark)))
+        except LookupError:
+            ctx.note(f"the log was cut or is gone since; what came in between may be in {log.name}.1", "warning")
+            start = files.START
+
+
+def _start(ctx: Context, log: Path) -> Mark:
+    try:
+        return _lines_asked(ctx, log)
+    except FileNotFoundError:
+        return files.START
+
+
+def _lines_asked(ctx: Context, log: Path) -> Mark:
+    return files.last_lines(log, int(ctx.request.number("lines") or 0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mlxops.agent.journal import activity
+from mlxops.agent.journal import stand_of
 from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.drift import further_drift, rebooted
 from mlxops.agent.operations.files import Files, registered
@@ -13,12 +13,11 @@ from mlxops.agent.operations.prepare import shown_options
 from mlxops.agent.operations.probe import failed, probe
 from mlxops.agent.snapshot import shape
 from mlxops.core.registry import Model, Registry, refusal
-from mlxops.core.world import Owner, PortView
+from mlxops.core.world import Operation, Owner, PortView
 
 
 def status(ctx: Context) -> dict[str, object]:
-    registry = ctx.registry()
-    world = ctx.observe(registry)
+    registry, world = ctx.look()
     rows = [view.to_wire() for port, view in sorted(world.ports.items()) if port in ctx.where.settings.ports]
     found = [*rebooted(ctx, registry, world), *world.drift, *further_drift(ctx, registry, world)]
     if ctx.request.flag("probe"):
@@ -29,17 +28,19 @@ def status(ctx: Context) -> dict[str, object]:
     if registry.unwritable:
         error = refusal(registry.unwritable)
         drift.insert(0, {"code": error.code, "port": None, "model": None, "message": error.why, "hint": error.hint})
-    running = [
-        {"operation": each.id, "command": each.command, "detail": activity(ctx.store.state / "ops", each.id)}
-        for each in downloads(ctx)
-    ]
+    running = [_running(ctx, each) for each in downloads(ctx)]
     return {"operations": running, "ports": rows, "drift": drift, "registry": str(ctx.where.registry)}
+
+
+def _running(ctx: Context, operation: Operation) -> dict[str, object]:
+    stand = stand_of(ctx.store.state / "ops", operation.id)
+    progress = stand.progress.to_wire() if stand.progress else None
+    return {"operation": operation.id, "command": operation.command, "detail": str(stand), "progress": progress}
 
 
 def answering(ctx: Context) -> dict[str, object]:
     """`gateway`: what a gateway's entries have to agree with, port by port."""
-    registry = ctx.registry()
-    world = ctx.observe(registry)
+    registry, world = ctx.look()
     rows = [
         _answering_row(view, registry) for port, view in sorted(world.ports.items()) if port in ctx.where.settings.ports
     ]

@@ -9,7 +9,7 @@ from mlxops.agent.operations.context import Context
 from mlxops.agent.store import Store
 from mlxops.agent.system import this_system
 from mlxops.core.errors import OutcomeUnknown, Refused
-from mlxops.core.protocol import Failed
+from mlxops.core.protocol import CANCELLABLE, Failed
 from mlxops.core.world import Operation
 
 SHOWN = 20
@@ -18,8 +18,6 @@ AGAIN_SECONDS = 2.0
 """How often it is made sure that a worker that was asked to end still hears."""
 HEARD_SECONDS = 10.0
 """A worker looks ten times a second whether it is to end, and hears it between any two steps of its own."""
-CANCELLABLE = frozenset({"load", "pull", "restore"})
-"""Those that may take long. The others are a matter of seconds, and better whole than half."""
 
 
 def ops(ctx: Context) -> dict[str, object]:
@@ -44,7 +42,7 @@ def _row(journal: Journal, alive: bool) -> dict[str, object]:
     row: dict[str, object] = {"operation": journal.id, **_asked(journal), "since": journal.since}
     row |= {"phase": stand.phase.name if stand.phase else None, "detail": str(stand), "error": None}
     if stand.progress is not None:
-        row["progress"] = {"done": stand.progress.done, "total": stand.progress.total, "rate": stand.progress.rate}
+        row["progress"] = stand.progress.to_wire()
     if isinstance(stand.final, Failed):
         return row | {"state": "failed", "detail": stand.final.error.message, "error": stand.final.error.code}
     if stand.final is not None:

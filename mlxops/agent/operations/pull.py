@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 from mlxops.agent.cache import Snapshot, find, roots
 from mlxops.agent.journal import named
 from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.files import Files, registered
+from mlxops.agent.place import require
 from mlxops.agent.store import Lock
 from mlxops.core import names
 from mlxops.core.errors import Busy, Interrupted, Refused
@@ -61,14 +63,15 @@ def pull(ctx: Context) -> dict[str, object]:
 def fetch(ctx: Context, repo_id: str, revision: str | None) -> Snapshot:
     """Download a repository, or follow the operation that does, and see then what is left to do: mostly nothing.
 
-    Raises what `hub.download` raises. A download that is cancelled leaves nothing of a repository that was not there
-    before, and of another one what it had completed.
+    Raises what `hub.download` raises, and `Refused` (folder_missing). A download that is cancelled leaves nothing of a
+    repository that was not there before, and of one that was what it had completed.
     """
     from mlxops.agent.hub import download
 
+    require(ctx.where.hub)
     folder = ctx.where.hub / f"models--{repo_id.replace('/', '--')}"
     with _only_download(ctx, repo_id):
-        new = not folder.exists()
+        new, begun = not folder.exists(), _half_files(folder)
         given_up = threading.Event()
         downloading = _beside(lambda: download(repo_id, revision, ctx.where.hub, ctx.emit, given_up=given_up.is_set))
         try:
@@ -78,7 +81,15 @@ def fetch(ctx: Context, repo_id: str, revision: str | None) -> Snapshot:
             wait([downloading], LET_GO_SECONDS)
             if new:
                 shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(folder.parent / ".locks" / folder.name, ignore_errors=True)
+            # Its threads may still hang on the hub, and hold the locks by which a download that runs is told.
+            for half in _half_files(folder) - begun:
+                half.unlink(missing_ok=True)
             raise
+
+
+def _half_files(folder: Path) -> set[Path]:
+    return set((folder / "blobs").glob("*.incomplete"))
 
 
 def _beside(work: Callable[[], T]) -> Future[T]:

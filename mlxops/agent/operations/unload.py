@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from mlxops.agent.journal import named
-from mlxops.agent.operations.context import Context, busy
+from mlxops.agent.operations.context import RESTORE, Context, busy
 from mlxops.agent.operations.stopping import stop
 from mlxops.core import names, planner
 from mlxops.core.errors import MlxopsError, UsageError
@@ -27,7 +27,7 @@ def unload(ctx: Context) -> dict[str, object]:
     if port is None:
         return _unload_result(ctx, UnloadPlan(0, model=model), began)
     if not ctx.request.dry_run:
-        _cancel_load(ctx, port)
+        _make_way(ctx, port)
     with ctx.locked(port):
         return _unload_result(ctx, _unload_port(ctx, port, force=ctx.request.flag("force")), began)
 
@@ -47,18 +47,24 @@ def _unload_port(ctx: Context, port: int, *, force: bool) -> UnloadPlan:
     return plan
 
 
-def _cancel_load(ctx: Context, port: int) -> None:
-    """A load that is running on the port is asked to end; it cleans up after itself and gives the lock back."""
+def _make_way(ctx: Context, port: int) -> None:
+    """A load that is running on the port is asked to end, and a restore to leave this one port alone; whoever is at
+    work there cleans up after itself and gives the lock back."""
+    restore = ctx.store.holder(RESTORE)
+    if restore is not None and (journal := named(ctx.store.state / "ops", restore.id)):
+        journal.take_out(port)
+        ctx.note(f"port {port} is taken out of {restore}")
     holder = ctx.store.holder(f"port-{port}")
     journal = named(ctx.store.state / "ops", holder.id) if holder and holder.command == "load" else None
     if holder is None or journal is None:
         return
-    ctx.note(f"cancelling {holder}")
-    journal.cancel()
+    if restore is None or holder.id != restore.id:
+        ctx.note(f"cancelling {holder}")
+        journal.cancel()
     deadline = time.monotonic() + CANCEL_SECONDS
     while ctx.store.holder(f"port-{port}") == holder:
         if time.monotonic() > deadline:
-            raise busy(ctx.request, port, holder)
+            raise busy(f"port-{port}", holder)
         time.sleep(0.02)
 
 

@@ -1,0 +1,112 @@
+"""What `mlxctl` runs: the same collection as `inv`, with the positional forms `load MODEL PORT` and
+`unload PORT`, usage errors that exit with 2, and none of the user's Invoke configuration."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from invoke.config import Config
+from invoke.exceptions import ParseError
+from invoke.parser.argument import Argument
+from invoke.program import Program
+from invoke.tasks import Task
+
+from mlxops import __version__
+from mlxops.control import render
+from mlxops.core.errors import Exit, UsageError
+
+POSITIONAL = {
+    "load": ("--model", "--port"),
+    "unload": ("--port",),
+    "rollback": ("--port",),
+    "logs": ("--port",),
+}
+
+
+class _OwnConfig(Config):
+    """Reads no file: what the user set for other task suites is no business of this program."""
+
+    def __init__(self) -> None:
+        super().__init__(lazy=True)
+
+    def load_shell_env(self) -> None:
+        """Nor the environment."""
+
+
+class _Mlxctl(Program):
+    def parse_core(self, argv: list[str] | None) -> None:
+        try:
+            super().parse_core(argv)
+        except ParseError as error:
+            raise _usage(error) from None
+
+    def parse_tasks(self) -> None:
+        try:
+            super().parse_tasks()
+        except ParseError as error:
+            raise _usage(error) from None
+
+
+def _usage(error: ParseError) -> SystemExit:
+    task = getattr(error.context, "name", None)
+    hint = f"mlxctl {task} --help" if task else "mlxctl --list"
+    told = UsageError("usage", str(error).rstrip("!"), why="it is not a command line of mlxctl", hint=hint)
+    if "--json" in sys.argv:
+        render.say(render.error_document(next((w for w in sys.argv[1:] if not w.startswith("-")), ""), told))
+    render.Talk(many=False).error("", told)
+    return SystemExit(int(Exit.USAGE))
+
+
+def with_flags(words: Sequence[str], takes_value: frozenset[str]) -> list[str]:
+    """`load NAME PORT` -> `load --model NAME --port PORT`; everything else as it is.
+
+    `takes_value` are the flags whose next word is their value and not a position.
+    """
+    if not words or words[0] not in POSITIONAL:
+        return list(words)
+    given = {word.partition("=")[0] for word in words}
+    made, free = [words[0]], iter([flag for flag in POSITIONAL[words[0]] if flag not in given])
+    rest = iter(words[1:])
+    for word in rest:
+        if word.startswith("-"):
+            made.append(word)
+            if word in takes_value:
+                made += [value for value in [next(rest, None)] if value is not None]
+        else:
+            flag = next(free, None)
+            made += [flag, word] if flag else [word]
+    return made
+
+
+def _arguments(task: Task[Any]) -> list[Argument]:
+    """Asked of a copy: Invoke takes the help texts out of a task when it gives its arguments."""
+    asked = copy.copy(task)
+    asked.help = dict(task.help)
+    return asked.get_arguments()
+
+
+def run() -> None:
+    """Raises `SystemExit`."""
+    try:
+        _run()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        render.discard(1)
+        raise SystemExit(141) from None
+
+
+def _run() -> None:
+    from mlxops.tasks import namespace
+
+    takes_value = frozenset(
+        name
+        for task in namespace.tasks.values()
+        for argument in _arguments(task)
+        if argument.takes_value
+        for name in (f"--{(argument.name or '').replace('_', '-')}",)
+    )
+    program = _Mlxctl(version=__version__, namespace=namespace, name="mlxctl", binary="mlxctl", config_class=_OwnConfig)
+    program.run(["mlxctl", *with_flags(sys.argv[1:], takes_value)])

@@ -1,0 +1,103 @@
+"""Which port a load gets, and who is told what, when somebody else is quicker by an instant."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from mlxops.agent.journal import create
+from mlxops.agent.operations.context import Context
+from mlxops.agent.operations.load import _port_alone
+from mlxops.agent.place import place
+from mlxops.agent.store import Lock, Store
+from mlxops.agent.system import this_system
+from mlxops.core.errors import Busy, Refused
+from mlxops.core.protocol import Event, Request
+from mlxops.core.registry import EMPTY, Registry
+from mlxops.core.settings import PortRange, Settings
+from mlxops.core.world import Operation, World
+from tests.core.worlds import PORTS, world
+
+FIRST, SECOND = sorted(PORTS)[:2]
+OTHER = Operation("other", "load", "other")
+
+
+class Late(Context):
+    """It has looked before the others came: all ports seem idle."""
+
+    def observe(self, registry: Registry, *, only: object = None) -> World:
+        return world(EMPTY)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    made = Store(tmp_path / "state", tmp_path / "registry.json")
+    made.ready()
+    return made
+
+
+def late(store: Store, port: str = "auto") -> Context:
+    settings = Settings(hub=str(store.state), state=str(store.state), ports=PortRange(min(PORTS), max(PORTS)))
+    request = Request("load", {"model": "mine", "port": port}, settings, "build")
+
+    def emit(event: Event) -> None:
+        pytest.fail(str(event))
+
+    return Late(request, place(settings, os.environ), store, this_system(), emit, {}, operation="mine")
+
+
+@contextmanager
+def held(store: Store, *names: str, by: Operation = OTHER) -> Iterator[None]:
+    locks = [store.lock(name, by) for name in names]
+    try:
+        yield
+    finally:
+        for lock in locks:
+            assert isinstance(lock, Lock)
+            lock.release()
+
+
+def claim(ctx: Context) -> None:
+    with _port_alone(ctx, EMPTY, "mine"):
+        pass
+
+
+def test_an_idle_port_that_is_taken_in_this_instant_is_passed_over(store: Store) -> None:
+    with held(store, f"port-{FIRST}"), _port_alone(late(store), EMPTY, "mine") as port:
+        assert port == SECOND
+        held_now = store.holder(f"port-{SECOND}"), store.holder("model-mine")
+        assert [operation.id for operation in held_now if operation] == ["mine", "mine"]
+    assert store.holder(f"port-{SECOND}") is None
+
+
+def test_when_all_are_taken_there_is_no_idle_one(store: Store) -> None:
+    with held(store, *(f"port-{port}" for port in PORTS)), pytest.raises(Refused) as caught:
+        claim(late(store))
+    assert caught.value.code == "no_idle_port"
+
+
+def test_a_port_that_was_named_is_not_exchanged_for_another(store: Store) -> None:
+    with held(store, f"port-{FIRST}"), pytest.raises(Busy, match=f"holds port {FIRST}: load other, started by"):
+        claim(late(store, str(FIRST)))
+
+
+def test_a_model_that_somebody_works_with_keeps_no_port(store: Store) -> None:
+    with held(store, "model-mine"), pytest.raises(Busy, match="holds model mine: ") as caught:
+        claim(late(store))
+    assert "attach" not in caught.value.details
+    assert store.holder(f"port-{FIRST}") is None
+
+
+@pytest.mark.parametrize(("port", "same"), [("auto", True), (str(FIRST), True), (str(SECOND), False)])
+def test_the_same_load_wherever_it_found_a_port_is_followed(store: Store, port: str, same: bool) -> None:
+    journal, lock = create(store.state / "ops", late(store).request)
+    assert lock is not None
+    os.close(lock)
+    running = Operation(journal.id, "load", "mine", FIRST)
+    with held(store, f"port-{FIRST}", "model-mine", by=running), pytest.raises(Busy) as caught:
+        claim(late(store, port))
+    assert (caught.value.details.get("attach") == journal.id) is same

@@ -1,0 +1,87 @@
+"""A look that is overtaken by a change: what was seen half before and half after is not told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Container
+from pathlib import Path
+
+import pytest
+
+from mlxops.agent.operations.context import LOOKS, Context
+from mlxops.agent.operations.look import status
+from mlxops.agent.place import place
+from mlxops.agent.store import Store
+from mlxops.agent.system import Look, this_system
+from mlxops.core.protocol import Request
+from mlxops.core.settings import PortRange, Settings
+from tests.lab.world import free_ports
+
+System = type(this_system())
+
+
+class Overtaken(System):  # type: ignore[valid-type, misc]  # whichever of the two this machine has
+    """The machine, on which something happens just after each look at its processes."""
+
+    def __init__(self, happens: Callable[[int], None]) -> None:
+        self.looks = 0
+        self._happens = happens
+
+    def look(self, ports: Container[int]) -> Look:
+        found: Look = super().look(ports)
+        self.looks += 1
+        self._happens(self.looks)
+        return found
+
+
+@pytest.fixture
+def port() -> int:
+    return free_ports(["127.0.0.1"], 1)[0]
+
+
+@pytest.fixture
+def assign(tmp_path: Path, port: int) -> Callable[[bool], None]:
+    def write(assigned: bool) -> None:
+        entry = {"repo_id": "org/m", "model_id": "org/m", "cache_path": None, "format": "mlx"}
+        document = {"version": 1, "models": {"m": entry | {"port": port if assigned else None}}}
+        (tmp_path / "new").write_text(json.dumps(document))
+        (tmp_path / "new").replace(tmp_path / "registry.json")
+
+    return write
+
+
+def told(tmp_path: Path, port: int, system: Overtaken) -> list[object]:
+    """The codes of the drift that status finds."""
+    settings = Settings(hub=str(tmp_path), state=str(tmp_path / "state"), ports=PortRange(port, port))
+    where = place(settings, {})
+    store = Store(where.state, where.registry)
+    context = Context(Request("status", {}, settings, ""), where, store, system, lambda event: None, {})
+    drift = status(context)["drift"]
+    assert isinstance(drift, list)
+    return [row["code"] for row in drift if row["code"] != "entry_problem"]
+
+
+def test_an_unload_that_ends_while_status_looks_is_no_drift(
+    tmp_path: Path, port: int, assign: Callable[[bool], None]
+) -> None:
+    def unloaded(looks: int) -> None:
+        if looks == 1:
+            assign(False)
+
+    assign(True)
+    system = Overtaken(unloaded)
+    assert told(tmp_path, port, system) == [] and system.looks == 2
+
+
+def test_what_is_there_is_looked_at_once(tmp_path: Path, port: int, assign: Callable[[bool], None]) -> None:
+    assign(True)
+    system = Overtaken(lambda looks: None)
+    assert told(tmp_path, port, system) == ["assigned_not_served"] and system.looks == 1
+
+
+def test_a_registry_that_never_rests_is_told_as_it_was_seen_last(
+    tmp_path: Path, port: int, assign: Callable[[bool], None]
+) -> None:
+    assign(True)
+    system = Overtaken(lambda looks: assign(True))
+    assert told(tmp_path, port, system) == ["assigned_not_served"] and system.looks == LOOKS

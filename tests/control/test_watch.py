@@ -1,0 +1,559 @@
+"""`status --watch` with real hosts: what happens is shown, what breaks comes back, and nothing stays behind."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from mlxops.build import build_id
+from mlxops.control.screen import ENTER, HOME, LEAVE
+from mlxops.core.protocol import AGAIN, HEARTBEAT, Request
+from mlxops.core.settings import Settings
+from tests.lab.homelab import Homelab, Studio, script
+from tests.lab.hub import Hub
+from tests.lab.wire import Wire
+from tests.lab.world import Process, wait_until
+from tests.steps import REPO, WAYS, Ask, error_of, finish, quiet, register, tree, with_fake
+
+SOON = 20.0
+"""Seconds in which what is bound to happen must have happened, on a busy machine."""
+QUICKLY = 5.0
+"""Seconds that an agent has whose asker has gone."""
+OFTEN = ("status", "--watch", "--interval", "0.1")
+
+
+@pytest.fixture(params=WAYS)
+def ask(request: pytest.FixtureRequest, homelab: Homelab) -> Ask:
+    return Ask(with_fake(homelab), request.param)
+
+
+@pytest.fixture
+def remote(homelab: Homelab) -> Ask:
+    return Ask(with_fake(homelab), "ssh")
+
+
+@pytest.fixture
+def wired(remote: Ask) -> Iterator[tuple[Ask, Wire]]:
+    """The Mini reaches the studio over a wire that can be cut."""
+    sshd = remote.studio.sshd
+    with Wire((sshd.address, sshd.port)) as wire:
+        remote.lab.mini.ssh.host("wired", sshd, f"HostName {wire.address}", f"Port {wire.port}")
+        remote.lab.mini.ssh.know(f"[{wire.address}]:{wire.port} {sshd.host_key}")
+        remote.lab.configure(ssh="wired")
+        yield remote, wire
+
+
+class Reader:
+    """What a command has written so far, to a pipe or a terminal; whoever reads never hangs."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self.text = ""
+        os.set_blocking(fd, False)
+
+    def read(self) -> str:
+        try:
+            while data := os.read(self._fd, 65536):
+                self.text += data.decode(errors="replace")
+        except (BlockingIOError, OSError):  # nothing new; or a terminal that nobody writes to any more
+            pass
+        return self.text
+
+    def until(self, pattern: str) -> None:
+        try:
+            wait_until(lambda: re.search(pattern, self.read(), re.MULTILINE), SOON, pattern)
+        except TimeoutError as late:
+            raise AssertionError(f"{late}; it said:\n{self.text}") from None
+
+
+@contextmanager
+def watching(ask: Ask, *words: str) -> Iterator[tuple[subprocess.Popen[str], Reader]]:
+    with ask.running(*OFTEN, *words) as process:
+        assert process.stdout is not None
+        yield process, Reader(process.stdout.fileno())
+
+
+def agents(studio: Studio) -> set[Process]:
+    return {each for each in studio.processes() if "mlxops.agent" in each.command and "--worker" not in each.command}
+
+
+def one_agent(studio: Studio) -> Process:
+    (agent,) = wait_until(lambda: found if len(found := agents(studio)) == 1 else set(), SOON, "one agent")
+    return agent
+
+
+def gone(studio: Studio) -> None:
+    """No agent is left on the host, within seconds."""
+    wait_until(lambda: not agents(studio), QUICKLY, "the agent's end")
+
+
+def interrupted(process: subprocess.Popen[str]) -> None:
+    """Ctrl-C is the usual end of a watch: nothing is said about it."""
+    process.send_signal(signal.SIGINT)
+    done = finish(process)
+    assert (done.exit, done.stderr) == (130, ""), str(done)
+
+
+class TestInAPipe:
+    def test_a_load_and_an_unload_appear_as_they_happen(self, ask: Ask) -> None:
+        register(ask.studio, "mine")
+        with watching(ask) as (process, reader):
+            reader.until(rf"^PORT.*\n{ask.port} +jerry-xl +idle")
+            ask("load", "--model", "mine", "--port", ask.port).ok()
+            reader.until(rf"^\S+Z studio {ask.port} (idle|loading) -> (loading|ready) mine")
+            reader.until(rf"^\S+Z studio {ask.port} .*ready mine$")
+            ask("unload", "--port", ask.port).ok()
+            reader.until(rf"^\S+Z studio {ask.port} \w+ -> idle$")
+            interrupted(process)
+            said = reader.read()
+        assert said.count("PORT") == 1, "the whole is shown once"
+        assert "\x1b" not in said
+        assert "drift" not in said and "orphan" not in said, "a look that was overtaken is no news"
+        gone(ask.studio)
+        quiet(ask.studio)
+
+    def test_one_agent_looks_all_the_time_over_one_connection(self, wired: tuple[Ask, Wire]) -> None:
+        ask, wire = wired
+        with watching(ask) as (process, reader):
+            reader.until("^PORT")
+            agent, passed = one_agent(ask.studio), wire.passed
+            wait_until(lambda: wire.passed > passed + 20_000, SOON, "some looks")
+            assert agents(ask.studio) == {agent} and wire.accepted == 1
+            interrupted(process)
+        gone(ask.studio)
+
+    def test_drift_appears_with_what_helps_and_goes(self, remote: Ask) -> None:
+        register(remote.studio, "mine")
+        with watching(remote) as (process, reader):
+            reader.until("^PORT")
+            register(remote.studio, "mine", port=remote.port)
+            reader.until(rf"studio {remote.port} drift: mine is assigned to {remote.port}, .*; mlxctl load mine")
+            register(remote.studio, "mine")
+            reader.until(rf"studio {remote.port} no more drift: mine is assigned")
+            interrupted(process)
+        gone(remote.studio)
+
+    def test_the_agent_stays_through_an_interval_that_is_longer_than_its_patience(self, remote: Ask) -> None:
+        patient = remote.studio.folder / "python"
+        program = "import sys, mlxops.agent.__main__ as agent; agent.AWAY_SECONDS = 6; sys.exit(agent.main([]))"
+        patient.write_text(f"#!/bin/sh\nexec {sys.executable} -P -c '{program}'\n")
+        patient.chmod(0o755)
+        remote.lab.configure(python=[str(patient)])
+        with remote.running("status", "--watch", "--interval", "60", "--json") as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            (agent,) = (each for each in remote.studio.processes() if "AWAY_SECONDS" in each.command)
+            until = time.monotonic() + 8.0
+            while time.monotonic() < until:
+                assert agent in remote.studio.processes()
+                time.sleep(0.2)  # nothing may happen meanwhile
+            interrupted(process)
+        quiet(remote.studio)
+
+    def test_looking_leaves_every_file_as_it_was(self, remote: Ask) -> None:
+        register(remote.studio, "mine")
+        remote("load", "--model", "mine", "--port", remote.port).ok()
+        before = tree(remote.studio.folder)
+        with watching(remote, "--json") as (process, reader):
+            reader.until('"ready"')
+            agent = one_agent(remote.studio)
+            assert tree(remote.studio.folder) == before
+            interrupted(process)
+        gone(remote.studio)
+        assert agent and tree(remote.studio.folder) == before
+
+    def test_a_reader_that_goes_away_ends_it_although_nothing_changes(self, remote: Ask) -> None:
+        with remote.running(*OFTEN) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            process.stdout.close()
+            assert process.wait(SOON) == 141
+            assert process.stderr is not None and process.stderr.read() == ""
+        gone(remote.studio)
+
+    def test_without_a_standard_output_it_does_not_begin(self, remote: Ask) -> None:
+        line = f'exec "{script("mlxctl")}" {" ".join(OFTEN)} >&-'
+        done = remote.lab.mini.run("/bin/sh", "-c", line, timeout=SOON)
+        assert (done.exit, done.stderr) == (141, "")
+
+    def test_sigterm_ends_it_without_words(self, ask: Ask) -> None:
+        with watching(ask) as (process, reader):
+            reader.until("^PORT")
+            process.terminate()
+            done = finish(process)
+            assert (done.exit, done.stderr) == (143, ""), str(done)
+        gone(ask.studio)
+
+
+class TestDocuments:
+    def test_a_download_can_be_followed(self, make_homelab: Callable[..., Homelab], hub: Hub) -> None:
+        with Wire(("127.0.0.1", int(hub.url.rpartition(":")[2])), delay=0.1) as slow:
+            ask = Ask(with_fake(make_homelab(hub_url=f"http://127.0.0.1:{slow.port}")), "ssh")
+            with watching(ask, "--json") as (process, reader):
+                reader.until('"idle"')
+                ask("load", "--model", "mine", "--repo", REPO, "--port", ask.port).ok()
+                reader.until(rf'"port": {ask.port}, "text": "[^"]*ready mine"')
+                interrupted(process)
+                documents: list[Any] = [json.loads(line) for line in reader.read().splitlines()]
+            gone(ask.studio)
+        assert all(document["schema"] == 1 and document["ok"] for document in documents)
+        rows = [document["hosts"][0]["ports"][0] for document in documents]
+        assert rows[0]["state"] == "idle" and rows[-1]["state"] == "ready"
+        seen = [row["progress"] for row in rows if row["progress"]]
+        assert seen and all(each["name"] == "download" and each["done"] <= each["total"] for each in seen)
+
+
+class TestAwayAndBack:
+    def test_a_cut_connection_is_told_and_made_again(self, wired: tuple[Ask, Wire]) -> None:
+        ask, wire = wired
+        with watching(ask) as (process, reader):
+            reader.until("^PORT")
+            first = one_agent(ask.studio)
+            wire.cut()
+            reader.until(r"^\S+Z studio - away since \S+Z: connection_lost: the connection to studio was lost")
+            reader.until(r"^\S+Z studio - back, was away since ")
+            wait_until(lambda: first not in agents(ask.studio), QUICKLY, "the first agent's end")
+            assert one_agent(ask.studio) != first
+            interrupted(process)
+        gone(ask.studio)
+
+    def test_a_host_that_goes_down_is_away_until_it_is_up_and_what_changed_meanwhile_is_told(self, remote: Ask) -> None:
+        with watching(remote) as (process, reader):
+            reader.until("^PORT")
+            remote.studio.sshd.stop()
+            reader.until("studio - away since .*: connection_lost: ")
+            reader.until("studio - away since .*: connection_refused: ")
+            register(remote.studio, "mine", port=remote.port)
+            remote.studio.sshd.start()
+            reader.until("studio - back, was away since ")
+            reader.until(f"studio {remote.port} drift: mine is assigned")
+            interrupted(process)
+        gone(remote.studio)
+
+    def test_an_agent_that_dies_is_started_again(self, ask: Ask) -> None:
+        with watching(ask) as (process, reader):
+            reader.until("^PORT")
+            os.kill(one_agent(ask.studio).pid, signal.SIGKILL)
+            reader.until("studio - away since .*: connection_lost: ")
+            reader.until("studio - back, ")
+            interrupted(process)
+        gone(ask.studio)
+
+    def test_one_host_that_is_down_from_the_start_does_not_keep_the_others_from_being_shown(
+        self, make_homelab: Callable[..., Homelab]
+    ) -> None:
+        ask = Ask(with_fake(make_homelab(studios=2)), "ssh")
+        second = ask.lab.studios[1]
+        second.sshd.stop()
+        with watching(ask) as (process, reader):
+            reader.until("^HOST(.*\n)*studio2 .*connection_refused")
+            second.sshd.start()
+            reader.until("studio2 - back, ")
+            interrupted(process)
+        gone(ask.studio)
+        gone(second)
+
+
+class TestAPulledCable:
+    def test_makes_the_host_away_ends_its_agent_and_is_no_end(self, wired: tuple[Ask, Wire]) -> None:
+        """Nobody tells either side: no end of input here, no closed connection there."""
+        ask, wire = wired
+        with watching(ask) as (process, reader):
+            reader.until("^PORT")
+            one_agent(ask.studio)
+            wire.stalled = True
+            # The asker loses its patience first; while it tries to connect anew, the agent does.
+            reader.until("studio - away since .*: connection_lost: ")
+            wait_until(lambda: not agents(ask.studio), SOON, "the end of an agent that hears nothing")
+            wire.stalled = False
+            wire.cut()
+            reader.until("studio - back, was away since ")
+            interrupted(process)
+        gone(ask.studio)
+
+
+class TestWhatWatchingCannotMend:
+    def test_a_changed_host_key_ends_it_at_once(self, remote: Ask) -> None:
+        remote.studio.sshd.rekey()
+        done = remote(*OFTEN, timeout=SOON)
+        assert done.exit == 5 and "host_key_changed" in done.stdout and "  next: " in done.stderr, str(done)
+
+    def test_a_missing_agent_ends_it_at_once(self, remote: Ask) -> None:
+        remote.lab.configure(python=["/nowhere/bin/python"])
+        done = remote(*OFTEN, "--json", timeout=SOON)
+        (line,) = done.stdout.splitlines()
+        assert done.exit == 6 and json.loads(line)["hosts"][0]["error"]["code"] == "agent_missing"
+        assert "inv deploy --host studio" in done.stderr
+
+    def test_of_several_hosts_the_others_go_on(self, make_homelab: Callable[..., Homelab]) -> None:
+        ask = Ask(with_fake(make_homelab(studios=2)), "ssh")
+        ask.lab.configure("studio2", python=["/nowhere/bin/python"])
+        with watching(ask) as (process, reader):
+            reader.until("^HOST(.*\n)*studio2 .*agent_missing")
+            register(ask.studio, "mine", port=ask.port)
+            reader.until(f"studio {ask.port} drift: ")
+            process.send_signal(signal.SIGINT)
+            done = finish(process)
+            assert done.exit == 130 and "inv deploy --host studio2" in done.stderr, str(done)
+        gone(ask.studio)
+
+    def test_strict_ends_it_at_the_first_drift(self, remote: Ask) -> None:
+        register(remote.studio, "mine")
+        with watching(remote, "--strict") as (process, reader):
+            reader.until("^PORT")
+            register(remote.studio, "mine", port=remote.port)
+            reader.until("drift: mine is assigned")
+            done = finish(process)
+            assert done.exit == 3 and "error: registry and life disagree in 1 places" in done.stderr, str(done)
+        gone(remote.studio)
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            *(("--watch", "--interval", value) for value in ("0", "-1", "abc", "", "1e3", "nan", "0.01", "86401")),
+            ("--interval", "2"),
+            ("--watch", "--probe"),
+        ],
+    )
+    def test_what_makes_no_sense_is_refused_before_anything_is_asked(self, homelab: Homelab, words: tuple[str]) -> None:
+        homelab.studio.sshd.stop()
+        done = homelab.mini.mlxctl("status", *words, "--json", timeout=SOON)
+        assert done.exit == 2 and error_of(done)["exit"] == 2, str(done)
+        assert "--watch" not in words or len(done.stdout.splitlines()) == 1
+
+
+class TestTheAskerIsGone:
+    def test_a_killed_client_leaves_no_agent(self, ask: Ask) -> None:
+        with watching(ask) as (process, reader):
+            reader.until("^PORT")
+            one_agent(ask.studio)
+            process.kill()
+            gone(ask.studio)
+
+    def test_a_killed_connection_leaves_no_agent(self, remote: Ask) -> None:
+        with watching(remote) as (process, reader):
+            reader.until("^PORT")
+            agent = one_agent(remote.studio)
+            remote.studio.sshd.kill_connections()
+            wait_until(lambda: agent not in agents(remote.studio), QUICKLY, "the agent's end")
+            interrupted(process)
+        gone(remote.studio)
+
+
+class TestTheAgent:
+    """What it does with its standard input, without anything in between."""
+
+    @pytest.fixture
+    def agent(self, homelab: Homelab) -> Iterator[subprocess.Popen[bytes]]:
+        # Patience for people who wait for tests; everything else is as it is.
+        program = "import sys, mlxops.agent.__main__ as agent; agent.AWAY_SECONDS = 1; sys.exit(agent.main([]))"
+        with subprocess.Popen(
+            [sys.executable, "-P", "-c", program],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=homelab.studio.env | {"PATH": os.defpath},
+        ) as process:
+            yield process
+            process.kill()
+
+    @staticmethod
+    def send(agent: subprocess.Popen[bytes], data: bytes) -> None:
+        assert agent.stdin is not None
+        agent.stdin.write(data)
+        agent.stdin.flush()
+
+    @staticmethod
+    def answer(agent: subprocess.Popen[bytes]) -> str:
+        assert agent.stdout is not None
+        return next(str(event) for line in agent.stdout if (event := json.loads(line)["event"]) in {"done", "failed"})
+
+    def request(self, homelab: Homelab, command: str = "status") -> bytes:
+        settings = Settings(hub=str(homelab.studio.hub), state=str(homelab.studio.state))
+        return Request(command, {}, settings, build_id()).encode() + b"\n"
+
+    def test_answers_as_often_as_it_is_asked_and_ends_with_its_input(
+        self, homelab: Homelab, agent: subprocess.Popen[bytes]
+    ) -> None:
+        self.send(agent, self.request(homelab))
+        assert self.answer(agent) == "done"
+        for _ in range(3):
+            self.send(agent, HEARTBEAT + AGAIN)
+            assert self.answer(agent) == "done"
+        assert agent.stdin is not None
+        agent.stdin.close()
+        assert agent.wait(QUICKLY) == 0
+
+    def test_ends_by_itself_when_it_hears_nothing_at_all_and_not_before(
+        self, homelab: Homelab, agent: subprocess.Popen[bytes]
+    ) -> None:
+        """As when a cable is pulled: nobody tells it that the connection is gone."""
+        self.send(agent, self.request(homelab))
+        assert self.answer(agent) == "done"
+        until = time.monotonic() + 2.5
+        while time.monotonic() < until:
+            self.send(agent, HEARTBEAT)
+            time.sleep(0.2)  # the asker's own rhythm
+        assert agent.poll() is None
+        assert agent.wait(QUICKLY) == -signal.SIGALRM
+
+    def test_goes_on_after_an_answer_that_was_a_refusal(self, homelab: Homelab, agent: subprocess.Popen[bytes]) -> None:
+        homelab.studio.state.mkdir()
+        agreed = homelab.studio.state / "host.json"
+        agreed.write_text("{")
+        self.send(agent, self.request(homelab))
+        assert self.answer(agent) == "failed"
+        agreed.unlink()
+        self.send(agent, AGAIN)
+        assert self.answer(agent) == "done"
+
+    def test_carries_out_a_change_once_whatever_follows(self, homelab: Homelab, agent: subprocess.Popen[bytes]) -> None:
+        self.send(agent, self.request(homelab, "init") + AGAIN)
+        assert self.answer(agent) == "done"
+        assert agent.wait(QUICKLY) == 0
+        assert agent.stdout is not None and b'"event":"done"' not in agent.stdout.read()
+
+
+class Terminal:
+    """`mlxctl status --watch` on a terminal of its own, of so many columns and lines."""
+
+    def __init__(self, lab: Homelab, *, interval: str = "0.1", columns: int = 60, lines: int = 24) -> None:
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.chdir(lab.mini.elsewhere)
+            words = ["mlxctl", "status", "--watch", "--interval", interval]
+            os.execve(script("mlxctl"), words, lab.mini.env | {"TERM": "xterm"})
+        self.resize(columns, lines)
+        self.before = termios.tcgetattr(self.fd)
+        self.reader = Reader(self.fd)
+
+    def resize(self, columns: int, lines: int) -> None:
+        fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+
+    @property
+    def frame(self) -> list[str]:
+        """The lines of the last frame that is complete."""
+        frames = self.reader.read().split(HOME)[1:]
+        whole = [each for each in frames if each.endswith("\x1b[J")]
+        return whole[-1].removesuffix("\x1b[K\x1b[J").split("\x1b[K\r\n") if whole else []
+
+    def shows(self, *words: str) -> list[str]:
+        def found() -> list[str]:
+            lines = self.frame
+            return lines if all(any(word in line for line in lines) for word in words) else []
+
+        try:
+            return wait_until(found, SOON, f"{words} on the screen")
+        except TimeoutError as late:
+            raise AssertionError(f"{late}; it shows:\n" + "\n".join(self.frame)) from None
+
+    def press(self, key: bytes) -> None:
+        os.write(self.fd, key)
+
+    def ends(self) -> int:
+        """Its exit status. What it still writes is read, so that it can end."""
+        statuses = wait_until(self._waited, SOON, "its end")
+        self.reader.read()
+        return os.waitstatus_to_exitcode(statuses[0])
+
+    def _waited(self) -> list[int]:
+        self.reader.read()
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        if pid == 0:
+            return []
+        self.pid = 0
+        return [status]
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        os.close(self.fd)
+
+
+class TestOnATerminal:
+    def test_the_view_is_drawn_in_place_fits_60_columns_and_is_taken_away_by_ctrl_c(self, remote: Ask) -> None:
+        name = "mlx-community.Qwen3-235B-A22B-Instruct-2507-6bit-and-more"
+        register(remote.studio, name)
+        with Terminal(remote.lab) as terminal:
+            terminal.shows(f"{remote.port}  jerry-xl  idle")
+            remote("load", "--model", name, "--port", remote.port).ok()
+            lines = terminal.shows(f"{remote.port}  jerry-xl  ready", "-> ready mlx")
+            assert max(map(len, lines)) <= 60 and any("Qwen3-235B" in line and line.endswith("...") for line in lines)
+            terminal.press(b"\x03")
+            assert terminal.ends() == 130
+            said = terminal.reader.text
+            assert termios.tcgetattr(terminal.fd) == terminal.before
+        assert said.count(ENTER) == said.count(LEAVE) == 1
+        assert said.endswith(LEAVE), "nothing is written after the terminal was given back"
+        assert "Traceback" not in said and "interrupted" not in said
+        gone(remote.studio)
+
+    def test_a_resized_terminal_is_drawn_anew(self, homelab: Homelab) -> None:
+        with Terminal(homelab, interval="60") as terminal:
+            terminal.shows("ALIAS     STATE  MODEL")
+            terminal.resize(120, 10)
+            lines = terminal.shows("OWNER  MODEL  MEMORY")
+            assert len(lines) <= 10
+            terminal.resize(60, 4)
+            wait_until(lambda: len(terminal.frame) <= 4, SOON, "a frame of four lines")
+            terminal.press(b"\x03")
+            assert terminal.ends() == 130
+        gone(homelab.studio)
+
+    def test_a_host_that_is_away_is_shown_as_away_since_when(self, homelab: Homelab) -> None:
+        with Terminal(homelab, columns=100) as terminal:
+            terminal.shows("idle")
+            homelab.studio.sshd.stop()
+            lines = terminal.shows("studio: away since 20", "connection_refused")
+            assert not [line for line in lines if "jerry-xl" in line], (
+                "what it said before is not shown as if it were so"
+            )
+            homelab.studio.sshd.start()
+            terminal.shows("jerry-xl", "back, was away since")
+            terminal.press(b"\x03")
+            assert terminal.ends() == 130
+        gone(homelab.studio)
+
+    def test_sigterm_gives_the_terminal_back(self, homelab: Homelab) -> None:
+        with Terminal(homelab) as terminal:
+            terminal.shows("idle")
+            os.kill(terminal.pid, signal.SIGTERM)
+            assert terminal.ends() == 143
+            assert terminal.reader.text.endswith(LEAVE)
+        gone(homelab.studio)
+
+    def test_ctrl_z_gives_the_terminal_back_until_it_goes_on(self, homelab: Homelab) -> None:
+        with Terminal(homelab) as terminal:
+            terminal.shows("idle")
+            os.kill(terminal.pid, signal.SIGTSTP)
+            terminal.reader.until(re.escape(LEAVE))
+            os.kill(terminal.pid, signal.SIGCONT)
+            wait_until(lambda: terminal.reader.read().count(ENTER) == 2, SOON, "the view again")
+            terminal.press(b"\x03")
+            assert terminal.ends() == 130
+        gone(homelab.studio)
+
+    def test_a_terminal_that_is_closed_ends_it(self, homelab: Homelab) -> None:
+        with Terminal(homelab) as terminal:
+            terminal.shows("idle")
+            one_agent(homelab.studio)
+            process, terminal.pid = terminal.pid, 0
+        os.waitpid(process, 0)
+        gone(homelab.studio)
