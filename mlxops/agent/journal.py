@@ -4,7 +4,7 @@ an operation outlives the connection that asked for it, and anybody can follow i
     ops/<id>/request.json   as it was asked
     ops/<id>/events.jsonl   one event a line, appended by the worker
     ops/<id>/lock           held by the worker for as long as it lives
-    ops/<id>/cancel         made by who wants it to end
+    ops/<id>/cancel         made by who wants it to end, taken away by the worker that has heard it
     ops/<id>/without-<port> made by who wants it to leave that port alone; of a restore
     ops/<id>/stderr         what the worker's libraries print
 """
@@ -120,7 +120,13 @@ class Journal:
 
     @property
     def cancelled(self) -> bool:
+        """Whether somebody wants it to end, and its worker has not heard that yet."""
         return (self.folder / "cancel").exists()
+
+    def heed(self) -> None:
+        """The wish to end was heard."""
+        with contextlib.suppress(OSError):
+            (self.folder / "cancel").unlink(missing_ok=True)
 
     @property
     def taken_out(self) -> frozenset[int]:

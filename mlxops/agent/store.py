@@ -146,27 +146,25 @@ class RegistryFile:
 
         Raises `Refused` (registry_unusable, registry_unwritable) and `Busy` (registry_locked).
         """
-        try:
-            with self._locked():
-                data = _read(self.path)
-                old = registries.parse(data)
-                if old.unwritable:
-                    raise self.refusal(old.unwritable)
-                new = change(old)
-                if new.raw == old.raw:
-                    return old
-                self._remove_leftovers()
-                self._write(data, new.encode())
-                return new
-        except OSError as error:
-            raise self._unwritable(error) from None
+        with _blaming(self.path), self._locked():
+            data = _read(self.path)
+            old = registries.parse(data)
+            if old.unwritable:
+                raise self.refusal(old.unwritable)
+            new = change(old)
+            if new.raw == old.raw:
+                return old
+            self._remove_leftovers()
+            self._write(data, new.encode())
+            return new
 
     def _write(self, old: bytes | None, new: bytes) -> None:
         """Write, or leave what was there: a change that could not be made to last is taken back before it is reported
         as failed, or the file would say what nobody stands for."""
         mode = self.path.stat().st_mode & 0o777 if old is not None else 0o644
         if old is not None:
-            self._keep(old)
+            with _blaming(self._previous):
+                self._keep(old)
         try:
             write_durably(self.path, new, mode)
         except OSError:
@@ -210,32 +208,16 @@ class RegistryFile:
         current = self.read()
         if current.unwritable:
             raise self.refusal(current.unwritable)
-        probe = _temporary(self.path)
-        try:
+        with _blaming(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.exists() and not self.path.is_file():
-                raise OSError(errno.EISDIR, "it is not a file")
-            # Unbuffered: the flush is to try the disk, so what it flushes must have been written.
-            with open(probe, "xb", buffering=0) as file:
-                _write_all(file.fileno(), b" " * 4096)
-                _flush(file.fileno())
-        except OSError as error:
-            raise self._unwritable(error) from None
-        finally:
-            with contextlib.suppress(OSError):
-                probe.unlink()
+            _try_writing(self.path)
+        # Where the generation before cannot be kept, nothing is written at all.
+        with _blaming(self._previous):
+            _try_writing(self._previous)
 
     def refusal(self, why: str) -> Refused:
         """For a registry that can be read, if at all, and not be written."""
         return registries.refusal(why, str(self.path), str(self._previous))
-
-    def _unwritable(self, error: OSError) -> Refused:
-        return Refused(
-            "registry_unwritable",
-            f"the registry {self.path} cannot be written",
-            why=error.strerror or str(error),
-            hint="free disk space or mend the permissions on the host, then try again",
-        )
 
     def _remove_leftovers(self) -> None:
         """Temporary files of writers that were killed: nobody else is writing while we hold the lock."""
@@ -247,21 +229,58 @@ class RegistryFile:
     def _locked(self) -> Iterator[None]:
         # The folder is locked, not the file: the file is replaced by every write.
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            deadline = time.monotonic() + LOCK_SECONDS
-            while not _try_flock(fd):
-                if time.monotonic() > deadline:
-                    raise Busy(
-                        "registry_locked",
-                        "another program holds the registry's lock",
-                        why=f"it has been held for {LOCK_SECONDS:.0f} s; a transaction takes milliseconds",
-                        hint=f"find it on the host: lsof +D {self.path.parent}",
-                    )
-                time.sleep(0.005)
+        with _alone(self.path.parent, "registry"):
             yield
-        finally:
-            os.close(fd)
+
+
+@contextmanager
+def _alone(folder: Path, what: str) -> Iterator[None]:
+    """Hold a folder's lock, for milliseconds. Raises `Busy` (registry_locked, settings_locked) and `OSError`."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while not _try_flock(fd):
+            if time.monotonic() > deadline:
+                raise Busy(
+                    f"{what}_locked",
+                    f"another program holds the lock of the {what}",
+                    why=f"it has been held for {LOCK_SECONDS:.0f} s; a transaction takes milliseconds",
+                    hint=f"find it on the host: lsof +D {folder}",
+                )
+            time.sleep(0.005)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _try_writing(path: Path) -> None:
+    """Everything that `write_durably` does but the replacing. Raises `OSError` if that could not succeed either."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EISDIR, "it is not a file")
+    probe = _temporary(path)
+    try:
+        # Unbuffered: the flush is to try the disk, so what it flushes must have been written.
+        with open(probe, "xb", buffering=0) as file:
+            _write_all(file.fileno(), b" " * 4096)
+            _flush(file.fileno())
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+
+
+@contextmanager
+def _blaming(path: Path) -> Iterator[None]:
+    """Raises `Refused` (registry_unwritable), which names `path`, for whatever the disk says no to."""
+    try:
+        yield
+    except OSError as error:
+        first = "move it away" if error.errno == errno.EISDIR else "free disk space or mend the permissions"
+        raise Refused(
+            "registry_unwritable",
+            f"the registry cannot be written: {path}",
+            why=error.strerror or str(error),
+            hint=f"{first} on the host, then try again",
+        ) from None
 
 
 def _try_flock(fd: int) -> bool:
@@ -452,18 +471,25 @@ class Store:
 
     # Agreed settings
 
+    @contextmanager
+    def settling(self) -> Iterator[None]:
+        """Alone with the agreed settings: from reading to writing them. Raises `Refused` (state_unwritable) and `Busy`
+        (settings_locked)."""
+        with self._writing(), _alone(self.state, "settings"):
+            yield
+
     def agreed(self) -> Settings | None:
         """The settings that this host was last agreed with; None if it never was. Raises `Refused`."""
         path = self.state / "host.json"
-        data = _read(path)
-        if data is None:
-            return None
         try:
+            data = _read(path)
+            if data is None:
+                return None
             wire = json.loads(data)
             if not isinstance(wire, dict):
                 raise ValueError("not an object")
             return settings_from_wire(wire)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise Refused(
                 "host_json_unusable",
                 f"the host's agreed settings {path} cannot be read",

@@ -210,6 +210,18 @@ def test_a_folder_where_the_registry_should_be_is_told_and_left_alone(tmp_path: 
     assert store.registry.path.is_dir() and not leftovers(tmp_path)
 
 
+def test_a_generation_before_that_cannot_be_kept_is_told_by_its_name_before_anything_is_done(store: Store) -> None:
+    previous = store.state / "registry.previous.json"
+    previous.mkdir()
+    for attempt in (store.registry.check_writable, lambda: store.registry.update(move)):
+        with pytest.raises(Refused) as caught:
+            attempt()
+        assert caught.value.code == "registry_unwritable" and str(previous) in caught.value.message
+        assert "move it away" in caught.value.hint
+    assert store.registry.path.read_bytes() == CONTENT
+    assert not leftovers(store.state) and not leftovers(store.registry.path.parent)
+
+
 def test_looking_whether_a_write_would_succeed_leaves_everything_as_it_was(store: Store) -> None:
     before = store.registry.path.stat()
     store.registry.check_writable()
