@@ -631,6 +631,22 @@ def _checks(chosen: Sequence[str], fast: bool) -> None:
 @task(
     positional=[],
     auto_shortflags=False,
+    help={"only": "rows to measure, separated by commas; an unknown one lists them", "json": JSON},
+)
+def bench(c: Context, only: str | None = None, json: bool = False) -> None:
+    """Measure mlxops against what it is made of."""
+
+    def run() -> None:
+        from tests.benchmarks import bench
+
+        bench.run(only, as_json=json)
+
+    _develop("bench", run, json=json)
+
+
+@task(
+    positional=[],
+    auto_shortflags=False,
     help={
         "minutes": "how long it goes on (10)",
         "seed": "which faults: the same number gives the same ones (1)",
@@ -664,9 +680,9 @@ def faults(
     _develop("faults", run)
 
 
-def _develop(name: str, run: Callable[[], None]) -> None:
+def _develop(name: str, run: Callable[[], None], *, json: bool = False) -> None:
     """A task for those who work on mlxops: it needs the checkout, and says so."""
-    call = Call(name, None, local=True, json=False, debug=False)
+    call = Call(name, None, local=True, json=json, debug=False)
     folder = command.beside()
     try:
         if folder is None or not (folder / "tests" / "lab").is_dir():
@@ -703,11 +719,11 @@ namespace = Collection(
     remove,
     gateway,
     boot,
-    gateway,
     ops,
     logs,
     deploy,
     demo,
     test,
+    bench,
     faults,
 )

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,6 +166,46 @@ def test_nothing_of_mlxops_imports_a_test() -> None:
     assert not wrong, listed(wrong)
 
 
+STATUS_ON_A_HOST = {
+    "mlxops": {"", "agent", "build", "core"},
+    "mlxops.core": {"errors", "families", "names", "protocol", "registry", "settings", "units", "world"},
+    "mlxops.agent": {
+        *(
+            "agreement",
+            "engines",
+            "interrupted",
+            "journal",
+            "logs",
+            "observe",
+            "operations",
+            "place",
+            "processes",
+            "sockets",
+        ),
+        *("store", "system", "worker"),
+    },
+    "mlxops.agent.engines": {"base", "mlx_lm", "mlx_openai_server"},
+    "mlxops.agent.operations": {"context", "drift", "look", "ops"},
+}
+"""What the agent imports of mlxops for a `status` of a host where nothing runs."""
+STATUS_ASKS = {
+    "mlxops": {"", "build", "command", "control", "core", "entry", "tasks"},
+    "mlxops.core": {"errors", "fields", "names", "protocol", "settings", "units"},
+    "mlxops.control": {"client", "inventory", "lines", "local", "render", "session", "ssh_config"},
+}
+"""What the control node imports for it, with `--local`."""
+OVER_SSH = STATUS_ASKS | {"mlxops.control": STATUS_ASKS["mlxops.control"] | {"known_hosts", "login", "transport"}}
+
+
+def listed_modules(names: dict[str, set[str]]) -> set[str]:
+    return {f"{package}.{name}".rstrip(".") for package, found in names.items() for name in found}
+
+
+def imported_by(stderr: str) -> set[str]:
+    """The modules of `python -X importtime`."""
+    return {line.rsplit("|", 1)[1].strip() for line in stderr.splitlines() if "import time:" in line}
+
+
 def test_status_on_a_host_imports_only_what_it_needs(tmp_path: Path) -> None:
     settings = Settings(hub=str(tmp_path / "hub"), state=str(tmp_path / "state"))
     done = subprocess.run(
@@ -176,15 +217,38 @@ def test_status_on_a_host_imports_only_what_it_needs(tmp_path: Path) -> None:
         env={"HOME": str(tmp_path), "PATH": os.environ["PATH"]},
     )
     assert json.loads(done.stdout.splitlines()[-1])["event"] == "done"
-    imported = {line.rsplit("|", 1)[1].strip() for line in done.stderr.decode().splitlines() if "import time:" in line}
-    assert "mlxops.agent.operations.look" in imported, "the list is of the right process"
+    imported = imported_by(done.stderr.decode())
+    assert {module for module in imported if within_name(module)} == listed_modules(STATUS_ON_A_HOST)
     slow = {
         *("huggingface_hub", "httpx", "requests", "psutil", "yaml", "rich", "invoke", "fabric", "paramiko"),
         *("asyncio", "http.server", "unittest", "multiprocessing", "concurrent.futures", "logging", "urllib.request"),
-        *("ctypes", "sqlite3", "xml", "pydoc", "mlxops.agent.hub", "mlxops.agent.hubline", "mlxops.agent.start"),
+        *("ctypes", "sqlite3", "xml", "pydoc", "http.client", "ssl", "email", "secrets", "random", "tempfile"),
+        *("traceback", "platform", "glob", "zipfile", "importlib.metadata"),
     }
     assert not imported & slow
-    assert not {module for module in imported if module.startswith("mlxops.control")}
+
+
+def within_name(module: str) -> bool:
+    return module.partition(".")[0] == "mlxops"
+
+
+def test_status_asks_with_no_more_than_it_needs(tmp_path: Path) -> None:
+    (tmp_path / "hosts.yaml").write_text("hosts: {here: {}}\n", encoding="utf-8")
+    environ = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "MLXOPS_HOSTS_FILE": str(tmp_path / "hosts.yaml")}
+    script = Path(sysconfig.get_path("scripts")) / "inv"
+    done = subprocess.run(
+        [sys.executable, "-P", "-X", "importtime", str(script), "status", "--local"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        env=environ,
+        cwd=CHECKOUT,
+    )
+    assert "8100" in done.stdout
+    imported = imported_by(done.stderr)
+    assert {module for module in imported if within_name(module)} == listed_modules(STATUS_ASKS)
+    assert not imported & {"fabric", "paramiko", "rich", "huggingface_hub", "psutil", "cryptography"}
 
 
 def test_the_control_node_imports_no_connections_for_this_machine_itself() -> None:

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 import mlxops
-from tests.lab.homelab import Completed, Homelab, run
+from tests.lab.homelab import CHECKOUT, Completed, Homelab, run
 from tests.steps import (
     OTHER,
     REPO,
@@ -32,6 +32,7 @@ from tests.steps import (
     with_fake,
     words_of,
 )
+from tests.test_arrows import OVER_SSH, imported_by, listed_modules, within_name
 
 SEVEN = ("init", "list", "status", "load", "unload", "unload-all", "reconcile")
 
@@ -93,6 +94,15 @@ class TestSeveralHosts:
         assert [len(row.get("models") or []) for row in listing.json["hosts"]] == [1, 0, 0]
         alone = ask("status", "--host", "studio3,studio", "--json").ok()
         assert [row["host"] for row in alone.json["hosts"]] == ["studio3", "studio"]
+
+    def test_asking_over_ssh_imports_no_more_than_it_needs(self, homelab: Homelab) -> None:
+        script = Path(sysconfig.get_path("scripts")) / "inv"
+        argv = [sys.executable, "-P", "-X", "importtime", str(script), "status"]
+        done = run(argv, CHECKOUT, homelab.mini.env).ok()
+        imported = imported_by(done.stderr)
+        assert {module for module in imported if within_name(module)} == listed_modules(OVER_SSH)
+        assert "fabric.connection" in imported, "the list is of the right process"
+        assert not imported & {"rich", "huggingface_hub", "psutil"}
 
     def test_each_host_is_its_own(self, make_homelab: Callable[..., Homelab]) -> None:
         """The same ports and aliases on two hosts, and neither disturbs the other."""

@@ -49,6 +49,11 @@ def online(request: pytest.FixtureRequest, online_homelab: Homelab) -> Ask:
 
 
 class TestInit:
+    def test_a_cache_that_is_not_there_is_said(self, ask: Ask) -> None:
+        ask.studio.hub.rmdir()
+        assert f"there was no cache at {ask.studio.hub}" in ask("init").ok().stderr
+        assert "there was no cache" not in ask("init").ok().stderr, "the registry is there by now"
+
     def test_it_registers_what_is_complete_in_both_roots_and_says_why_not_the_rest(self, ask: Ask) -> None:
         studio = ask.studio
         tiny = models.tiny_models()

@@ -137,7 +137,7 @@ def test_tasks_on_one_line_run_one_after_the_other_until_one_fails(tmp_path: Pat
         return subprocess.run([MLXCTL, *words.split()], capture_output=True, text=True, env=env, check=False).stdout
 
     both = run("list --local status --local")
-    assert "REPO" in both and "STATE" in both
+    assert "no models are registered" in both and "STATE" in both
     assert "STATE" not in run("list --local --host nowhere status --local")
 
 

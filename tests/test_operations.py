@@ -637,3 +637,19 @@ def quiet_but_serving(studio: Studio) -> None:
     assert all(psutil.pid_exists(process.pid) for process in engines(studio))
     studio.sweep()
     quiet(studio)
+
+
+def test_a_swap_whose_outcome_could_not_be_written_is_refused_with_the_old_server_untouched(homelab: Homelab) -> None:
+    ask = Ask(with_fake(homelab), "local")
+    register(ask.studio, "mine")
+    register(ask.studio, "other", repo=OTHER)
+    ask.result("load", "--model", "mine", "--port", ask.port)
+    pid = listener(ask.studio, ask.port)
+    previous = ask.studio.state / "registry.previous.json"
+    previous.unlink()
+    previous.mkdir()
+    error = ask.error(3, "load", "--model", "other", "--port", ask.port, "--force")
+    assert error["code"] == "registry_unwritable" and str(previous) in error["message"]
+    assert listener(ask.studio, ask.port) == pid and assigned(ask.studio) == {"mine": ask.port}
+    previous.rmdir()
+    ask.result("unload", "--port", ask.port)

@@ -4,7 +4,7 @@ an operation outlives the connection that asked for it, and anybody can follow i
     ops/<id>/request.json   as it was asked
     ops/<id>/events.jsonl   one event a line, appended by the worker
     ops/<id>/lock           held by the worker for as long as it lives
-    ops/<id>/cancel         made by who wants it to end
+    ops/<id>/cancel         made by who wants it to end, taken away by the worker that has heard it
     ops/<id>/without-<port> made by who wants it to leave that port alone; of a restore
     ops/<id>/stderr         what the worker's libraries print
 """
@@ -15,7 +15,6 @@ import contextlib
 import fcntl
 import os
 import re
-import secrets
 import shutil
 import time
 from collections import Counter
@@ -131,7 +130,13 @@ class Journal:
 
     @property
     def cancelled(self) -> bool:
+        """Whether somebody wants it to end, and its worker has not heard that yet."""
         return (self.folder / "cancel").exists()
+
+    def heed(self) -> None:
+        """The wish to end was heard."""
+        with contextlib.suppress(OSError):
+            (self.folder / "cancel").unlink(missing_ok=True)
 
     @property
     def taken_out(self) -> frozenset[int]:
@@ -249,7 +254,7 @@ def create(ops: Path, request: Request) -> tuple[Journal, int | None]:
     """A new operation's record, and its lock for the worker; or the record that the same ticket has already, and
     None. Raises `OSError`."""
     with _alone(ops):
-        ticket = request.ticket or secrets.token_hex(4)
+        ticket = request.ticket or os.urandom(4).hex()
         for folder in ops.glob(f"*-{ticket}"):
             return Journal(folder), None
         _prune(ops)

@@ -17,6 +17,7 @@ from io import FileIO
 from pathlib import Path
 
 from mlxops.agent.reading import open_file
+from mlxops.agent.store import named
 
 KEPT = 3
 """Logs of earlier starts."""
@@ -57,7 +58,7 @@ def _numbered(log: Path, number: int) -> Path:
 
 def too_big(folder: Path) -> list[tuple[Path, int]]:
     """The logs that are over their cap, with their sizes."""
-    sizes = [(log, log.lstat().st_size) for log in sorted(folder.glob("*.log"))]
+    sizes = [(log, log.lstat().st_size) for log in named(folder, "", ".log")]
     return [(log, size) for log, size in sizes if size > CAP]
 
 

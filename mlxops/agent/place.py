@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlxops.agent.cache import default_hub
 from mlxops.core.errors import Refused
 from mlxops.core.settings import AGREED, Settings
 
@@ -36,9 +35,15 @@ class Place:
 
 def place(settings: Settings, environ: Mapping[str, str]) -> Place:
     """Raises `Refused` (no_home) if a path needs a home directory and there is none."""
-    hub = _absolute(settings.hub, environ) if settings.hub else default_hub(environ)
+    hub = _absolute(settings.hub, environ) if settings.hub else _default_hub(environ)
     registry = _absolute(settings.registry, environ) if settings.registry else hub / "registry.json"
     return Place(settings, hub, registry, _absolute(settings.state, environ))
+
+
+def _default_hub(environ: Mapping[str, str]) -> Path:
+    from mlxops.agent.cache import default_hub
+
+    return default_hub(environ)
 
 
 def _absolute(path: str, environ: Mapping[str, str]) -> Path:

@@ -12,6 +12,8 @@ import os
 import secrets
 import shlex
 import signal
+import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -30,7 +32,13 @@ from mlxops.core.errors import MlxopsError, NotStarted
 from mlxops.core.protocol import Event, Phase
 from mlxops.core.world import Run
 
-POLL_SECONDS = 0.1
+TRY_SECONDS = 0.02
+"""How often a server that does not listen yet is tried, by a mere connect: what it costs to look at its processes too
+would be taken from its own start."""
+LOG_SECONDS = 0.1
+"""How often its log is read for words that end all hope."""
+LEAVE_SECONDS = 0.5
+"""How long the leader of a server whose listener is a child's has to stay after the proof."""
 HEALTH_SECONDS = 1.0
 """How often the health of a loading server is asked: it is a line in its log each time."""
 COMPLETION_SECONDS = 30.0
@@ -62,7 +70,9 @@ def _check_listener(where: Place, run: Run, system: System) -> None:
     if not listeners:
         raise ConnectionRefusedError(f"nothing listens on {run.port} yet")
     if not all(each.pids and each.pids <= ours for each in listeners):
-        raise NoCompletion(f"port {run.port} is answered by a process that this load did not start")
+        strangers = {pid for each in listeners for pid in each.pids} - ours
+        who = f"pid {', '.join(map(str, sorted(strangers)))}" if strangers else "a process that cannot be seen"
+        raise NoCompletion(f"port {run.port} is answered by {who}, which this load did not start")
 
 
 class Start:
@@ -91,7 +101,8 @@ class Start:
         self._gated: Gated | None = None
         self._run: Run | None = None
         self._log_from = 0
-        self._asked = 0.0
+        self._asked = self._read = 0.0
+        """When its health was last asked for, and its log last read."""
 
     def launch(self, environ: dict[str, str], repo_id: str, revision: str, operation: str) -> Run:
         """Start it behind the gate, record it durably, let it through. Raises `NotStarted`, `Refused`."""
@@ -152,16 +163,32 @@ class Start:
                 raise self._failed(f"the server ended with {_ending(status)} before it answered", status)
             outcome = attempt.poll(deadline)
             if outcome is None:
+                self._see_it_stay(run, gated)
                 run = replace(run, proven_at=now())
                 return run
             if isinstance(outcome, NoCompletion):
                 raise self._failed(str(outcome))
             if self._says_broken():
                 raise self._failed("the server could not load the model")
-            time.sleep(POLL_SECONDS)
+            time.sleep(TRY_SECONDS)
         raise self._failed(f"the server did not answer within {timeout:.4g} s")
 
+    def _see_it_stay(self, run: Run, gated: Gated) -> None:
+        """Where another process of the group listens, its leader may be on its way out: it gets a moment for that.
+        Raises `NotStarted`."""
+        look = self.system.look(frozenset([run.port]))
+        if any(run.pid in each.pids for each in look.on(self.where.settings.bind, run.port)):
+            return
+        try:
+            status = gated.child.wait(LEAVE_SECONDS)
+        except subprocess.TimeoutExpired:
+            return
+        raise self._failed(f"the server ended with {_ending(status)}, and left a process that answers", status)
+
     def _says_broken(self) -> bool:
+        if time.monotonic() - self._read < LOG_SECONDS:
+            return False
+        self._read = time.monotonic()
         if self.engine.fatal(self._own_log()) is not None:
             return True
         if time.monotonic() - self._asked < HEALTH_SECONDS:
@@ -253,7 +280,7 @@ class _Attempt:
         if self._thread is None:
             self._thread = threading.Thread(target=self._try, args=(deadline,), daemon=True)
             self._thread.start()
-        self._thread.join(POLL_SECONDS)
+        self._thread.join(LOG_SECONDS)
         if self._thread.is_alive():
             return OSError("no answer yet")
         self._thread = None
@@ -262,6 +289,7 @@ class _Attempt:
     def _try(self, deadline: float) -> None:
         try:
             timeout = max(0.1, deadline - time.monotonic())
+            socket.create_connection((self._where.connect_host, self._run.port), timeout).close()
             prove(self._where, self._run.alias, self._run, self._system, timeout)
             self._outcome = None
         except (OSError, NoCompletion, MlxopsError) as error:

@@ -18,8 +18,6 @@ import errno
 import fcntl
 import json
 import os
-import secrets
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -60,7 +58,7 @@ def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
 
     A reader sees the old or the new content; after the return, power loss does not undo it. Raises `OSError`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    temporary = _temporary(path)
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         try:
@@ -82,8 +80,25 @@ def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
         os.close(folder)
 
 
+def _temporary(path: Path) -> Path:
+    """A name beside `path` for what is to replace it; from it is seen who writes."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+
+
+def named(folder: Path, prefix: str, suffix: str = "") -> list[Path]:
+    """What lies in a folder under such names, sorted; nothing if there is no folder. (`glob` compiles every pattern
+    anew, which takes longer than the looking.)"""
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return []
+    return [folder / name for name in sorted(names) if name.startswith(prefix) and name.endswith(suffix)]
+
+
 def _remove(path: Path) -> None:
     """Remove a file, or a folder with all that is in it, as far as that goes."""
+    import shutil
+
     with contextlib.suppress(OSError):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -158,27 +173,25 @@ class RegistryFile:
 
         Raises `Refused` (registry_unusable, registry_unwritable) and `Busy` (registry_locked).
         """
-        try:
-            with self._locked():
-                data = _read(self.path)
-                old = registries.parse(data)
-                if old.unwritable:
-                    raise registries.refusal(old.unwritable)
-                new = change(old)
-                if new.raw == old.raw:
-                    return old
-                self._remove_leftovers()
-                self._write(data, new.encode())
-                return new
-        except OSError as error:
-            raise self._unwritable(error) from None
+        with _blaming(self.path), self._locked():
+            data = _read(self.path)
+            old = registries.parse(data)
+            if old.unwritable:
+                raise self.refusal(old.unwritable)
+            new = change(old)
+            if new.raw == old.raw:
+                return old
+            self._remove_leftovers()
+            self._write(data, new.encode())
+            return new
 
     def _write(self, old: bytes | None, new: bytes) -> None:
         """Write, or leave what was there: a change that could not be made to last is taken back before it is reported
         as failed, or the file would say what nobody stands for."""
-        if old is not None:
-            write_durably(self._previous, old)
         mode = self.path.stat().st_mode & 0o777 if old is not None else 0o644
+        if old is not None:
+            with _blaming(self._previous):
+                self._keep(old)
         try:
             write_durably(self.path, new, mode)
         except OSError:
@@ -188,6 +201,24 @@ class RegistryFile:
                 elif _read(self.path) != old:
                     write_durably(self.path, old, mode)
             raise
+        if old is not None:
+            with contextlib.suppress(OSError):
+                os.chmod(self._previous, 0o600)
+
+    def _keep(self, old: bytes) -> None:
+        """The generation before: one more name for the file that is about to be replaced, so that nothing has to be
+        written and flushed a second time. A copy where that cannot be: on another disk, or one without such names."""
+        temporary = _temporary(self._previous)
+        try:
+            os.link(self.path, temporary)
+        except OSError:
+            return write_durably(self._previous, old)
+        try:
+            os.replace(temporary, self._previous)
+        finally:
+            # Still there after a failure, and where the two are names of one file already: rename(2) does nothing then.
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
     def remove_leftovers(self) -> None:
         """Temporary files of writers that were killed. Raises `Busy` (registry_locked), `OSError`."""
@@ -197,35 +228,23 @@ class RegistryFile:
 
     def leftovers(self) -> list[Path]:
         """Temporary files beside the registry; one that is being written at this moment counts too."""
-        return sorted(self.path.parent.glob(f".{self.path.name}.*.tmp"))
+        return named(self.path.parent, f".{self.path.name}.", ".tmp")
 
     def check_writable(self) -> None:
         """Before anything is started or stopped: would a write succeed? Raises `Refused`."""
         current = self.read()
         if current.unwritable:
-            raise registries.refusal(current.unwritable)
-        probe = self.path.with_name(f".{self.path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-        try:
+            raise self.refusal(current.unwritable)
+        with _blaming(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.exists() and not self.path.is_file():
-                raise OSError(errno.EISDIR, "it is not a file")
-            # Unbuffered: the flush is to try the disk, so what it flushes must have been written.
-            with open(probe, "xb", buffering=0) as file:
-                _write_all(file.fileno(), b" " * 4096)
-                _flush(file.fileno())
-        except OSError as error:
-            raise self._unwritable(error) from None
-        finally:
-            with contextlib.suppress(OSError):
-                probe.unlink()
+            _try_writing(self.path)
+        # Where the generation before cannot be kept, nothing is written at all.
+        with _blaming(self._previous):
+            _try_writing(self._previous)
 
-    def _unwritable(self, error: OSError) -> Refused:
-        return Refused(
-            "registry_unwritable",
-            f"the registry {self.path} cannot be written",
-            why=error.strerror or str(error),
-            hint="free disk space or mend the permissions on the host, then try again",
-        )
+    def refusal(self, why: str) -> Refused:
+        """For a registry that can be read, if at all, and not be written."""
+        return registries.refusal(why, str(self.path), str(self._previous))
 
     def _remove_leftovers(self) -> None:
         """Temporary files of writers that were killed: nobody else is writing while we hold the lock."""
@@ -237,21 +256,58 @@ class RegistryFile:
     def _locked(self) -> Iterator[None]:
         # The folder is locked, not the file: the file is replaced by every write.
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            deadline = time.monotonic() + LOCK_SECONDS
-            while not _try_flock(fd):
-                if time.monotonic() > deadline:
-                    raise Busy(
-                        "registry_locked",
-                        "another program holds the registry's lock",
-                        why=f"it has been held for {LOCK_SECONDS:.0f} s; a transaction takes milliseconds",
-                        hint=f"find it on the host: lsof +D {self.path.parent}",
-                    )
-                time.sleep(0.005)
+        with _alone(self.path.parent, "registry"):
             yield
-        finally:
-            os.close(fd)
+
+
+@contextmanager
+def _alone(folder: Path, what: str) -> Iterator[None]:
+    """Hold a folder's lock, for milliseconds. Raises `Busy` (registry_locked, settings_locked) and `OSError`."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while not _try_flock(fd):
+            if time.monotonic() > deadline:
+                raise Busy(
+                    f"{what}_locked",
+                    f"another program holds the lock of the {what}",
+                    why=f"it has been held for {LOCK_SECONDS:.0f} s; a transaction takes milliseconds",
+                    hint=f"find it on the host: lsof +D {folder}",
+                )
+            time.sleep(0.005)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _try_writing(path: Path) -> None:
+    """Everything that `write_durably` does but the replacing. Raises `OSError` if that could not succeed either."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EISDIR, "it is not a file")
+    probe = _temporary(path)
+    try:
+        # Unbuffered: the flush is to try the disk, so what it flushes must have been written.
+        with open(probe, "xb", buffering=0) as file:
+            _write_all(file.fileno(), b" " * 4096)
+            _flush(file.fileno())
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+
+
+@contextmanager
+def _blaming(path: Path) -> Iterator[None]:
+    """Raises `Refused` (registry_unwritable), which names `path`, for whatever the disk says no to."""
+    try:
+        yield
+    except OSError as error:
+        first = "move it away" if error.errno == errno.EISDIR else "free disk space or mend the permissions"
+        raise Refused(
+            "registry_unwritable",
+            f"the registry cannot be written: {path}",
+            why=error.strerror or str(error),
+            hint=f"{first} on the host, then try again",
+        ) from None
 
 
 def _try_flock(fd: int) -> bool:
@@ -307,7 +363,7 @@ class Store:
     def leftovers(self) -> list[Path]:
         """Temporary files, here and beside the registry, whose writers are gone."""
         folders = (self.state, self.state / "run")
-        own = [path for folder in folders for path in folder.glob(".*.tmp") if not _writer_lives(path)]
+        own = [path for folder in folders for path in named(folder, ".", ".tmp") if not _writer_lives(path)]
         return sorted([*own, *(path for path in self.registry.leftovers() if not _writer_lives(path))])
 
     def remove_leftovers(self) -> list[Path]:
@@ -419,7 +475,7 @@ class Store:
         folder = self.run_folder(port)
         with self._writing():
             if os.path.lexists(folder):
-                old = folder.with_name(f".{port}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+                old = _temporary(folder)
                 folder.rename(old)
                 _remove(old)
             folder.mkdir(mode=0o700)
@@ -443,6 +499,13 @@ class Store:
             write_durably(folder / key, text.encode())
 
     # Agreed settings
+
+    @contextmanager
+    def settling(self) -> Iterator[None]:
+        """Alone with the agreed settings: from reading to writing them. Raises `Refused` (state_unwritable) and `Busy`
+        (settings_locked)."""
+        with self._writing(), _alone(self.state, "settings"):
+            yield
 
     def agreed(self) -> Settings | None:
         """The settings that this host was last agreed with; None if it never was. Raises `Refused`."""

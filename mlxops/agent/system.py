@@ -9,10 +9,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import os
-import platform
 import shutil
-import socket
-import struct
 import subprocess
 import sys
 from collections.abc import Container, Iterable, Mapping
@@ -21,6 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import Protocol
 
+from mlxops.agent import sockets
+from mlxops.agent.sockets import Socket
 from mlxops.core.errors import Refused
 
 _SHORT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
@@ -153,30 +152,13 @@ class System(Protocol):
         """The far ends of the TCP connections that are open to `port`, which these processes serve."""
 
 
-_NETLINK, _SOCK_DIAG = 16, 4
-_REQUEST, _DUMP, _DONE, _BY_FAMILY = 0x1, 0x300, 3, 20
-"""<linux/netlink.h> and <linux/sock_diag.h>; not all of them are in Python's socket module."""
-_LISTENING = 10
-"""<net/tcp_states.h>"""
-
-
 @cache
 def this_system() -> System:
     return LinuxSystem() if sys.platform == "linux" else PsutilSystem()
 
 
-@dataclass(frozen=True)
-class _Socket:
-    """A listening TCP socket, as the kernel tells it."""
-
-    address: str
-    port: int
-    inode: str
-    uid: int
-
-
 class LinuxSystem:
-    """/proc, as proc(5) describes it."""
+    """/proc, as proc(5) describes it, and the kernel's own word about sockets."""
 
     root = Path("/proc")
     sees_all_listeners = True
@@ -212,16 +194,24 @@ class LinuxSystem:
     def look(self, ports: Container[int]) -> Look:
         # Listeners first: a server that comes up in between is then seen as a process without a port, which
         # decides nothing, and not as a port without a process.
-        sockets = self._listening(ports)
+        listening = self._listening(ports)
         processes = {p.pid: p for p in map(self.process, self._pids()) if p is not None}
-        owners = self._owners({socket.inode for socket in sockets}) if sockets else {}
-        if any(socket.inode not in owners for socket in sockets):
+        owners = self._owners({each.inode for each in listening}) if listening else {}
+        # A child that a server has made meanwhile holds its listener too: it is told, or, if it has ended, not counted.
+        later = map(self.process, set().union(*owners.values()) - processes.keys())
+        processes |= {p.pid: p for p in later if p is not None}
+        living = {p.pid for p in processes.values() if not p.zombie}
+        owners = {inode: pids & living for inode, pids in owners.items() if pids & living}
+        if any(each.inode not in owners for each in listening):
             # Closed while its owner was looked for, or still there and nobody's that can be seen: two different things.
-            open_still = {socket.inode for socket in self._listening(ports)}
-            sockets = [socket for socket in sockets if socket.inode in owners or socket.inode in open_still]
+            open_still = {each.inode for each in self._listening(ports)}
+            listening = [each for each in listening if each.inode in owners or each.inode in open_still]
         return Look(
             processes,
-            tuple(Listener(s.address, s.port, frozenset(owners.get(s.inode, ())), s.uid) for s in sockets),
+            tuple(
+                Listener(_plain(each.address), each.port, frozenset(owners.get(each.inode, ())), each.uid)
+                for each in listening
+            ),
         )
 
     def environment(self, pid: int, key: str) -> str | None:
@@ -257,11 +247,7 @@ class LinuxSystem:
 
     def connections(self, port: int, pids: Iterable[int]) -> frozenset[tuple[str, int]]:
         return frozenset(
-            (_address(address), int(remote, 16))
-            for table in ("tcp", "tcp6")
-            for fields in self._sockets(table, "01")
-            for address, _, remote in [fields[2].partition(":")]
-            if int(fields[1].rpartition(":")[2], 16) == port
+            (_plain(each.far[0]), each.far[1]) for each in self._sockets(sockets.CONNECTED) if each.port == port
         )
 
     def _pids(self) -> Iterable[int]:
@@ -271,32 +257,16 @@ class LinuxSystem:
             raise _unseen(error) from None
 
     def connected(self, ports: Container[int]) -> frozenset[int]:
-        found = (int(row[1].partition(":")[2], 16) for table in ("tcp", "tcp6") for row in self._sockets(table, "01"))
-        return frozenset(port for port in found if port in ports)
+        return frozenset(each.port for each in self._sockets(sockets.CONNECTED) if each.port in ports)
 
-    def _listening(self, ports: Container[int]) -> list[_Socket]:
+    def _listening(self, ports: Container[int]) -> list[Socket]:
+        return [each for each in self._sockets(sockets.LISTENING) if each.port in ports]
+
+    def _sockets(self, state: int) -> list[Socket]:
         try:
-            found = [each for family in (socket.AF_INET, socket.AF_INET6) for each in _listeners(family)]
-        except OSError as error:
-            _check_shortage(error)
-            # No socket diagnostics in this kernel or container: the tables, of which most rows are something else.
-            found = [each for table in ("tcp", "tcp6") for each in self._listed(table)]
-        return [each for each in found if each.port in ports]
-
-    def _listed(self, table: str) -> Iterable[_Socket]:
-        for fields in self._sockets(table, "0A"):
-            address, _, port = fields[1].partition(":")
-            yield _Socket(_address(address), int(port, 16), fields[9], int(fields[7]))
-
-    def _sockets(self, table: str, state: str) -> Iterable[list[str]]:
-        """The rows of a table of sockets that are in `state`: 01 connected, 0A listening (<net/tcp_states.h>)."""
-        try:
-            lines = _read(f"{self.root}/net/{table}").decode().splitlines()[1:]
-        except FileNotFoundError:
-            return  # a kernel without IPv6
+            return sockets.tcp(state)
         except OSError as error:
             raise _unseen(error) from None
-        yield from (fields for fields in map(str.split, lines) if fields[3] == state)
 
     def _owners(self, inodes: set[str]) -> dict[str, set[int]]:
         wanted = {f"socket:[{inode}]": inode for inode in inodes}
@@ -321,7 +291,7 @@ class PsutilSystem:
 
     @cache  # noqa: B019 - as above; here it costs a process each time
     def boot_id(self) -> str:
-        if platform.system() != "Darwin":
+        if sys.platform != "darwin":
             return LinuxSystem().boot_id()
         # kern.bootsessionuuid: a UUID for each boot (XNU, bsd/kern/kern_sysctl.c).
         command = ["/usr/sbin/sysctl", "-n", "kern.bootsessionuuid"]
@@ -353,7 +323,7 @@ class PsutilSystem:
     def look(self, ports: Container[int]) -> Look:
         import psutil
 
-        sockets: dict[tuple[str, int], set[int]] = {}
+        found: dict[tuple[str, int], set[int]] = {}
         processes: dict[int, Process] = {}
         for pid in _all_pids():
             process = self.process(pid)
@@ -363,13 +333,13 @@ class PsutilSystem:
             try:
                 for connection in psutil.Process(pid).net_connections(kind="tcp"):
                     if connection.status == psutil.CONN_LISTEN and connection.laddr.port in ports:
-                        sockets.setdefault((_plain(connection.laddr.ip), connection.laddr.port), set()).add(pid)
+                        found.setdefault((_plain(connection.laddr.ip), connection.laddr.port), set()).add(pid)
             except (psutil.Error, OSError) as error:
                 _check_shortage(error)
                 continue
         return Look(
             processes,
-            tuple(Listener(address, port, frozenset(pids)) for (address, port), pids in sockets.items()),
+            tuple(Listener(address, port, frozenset(pids)) for (address, port), pids in found.items()),
         )
 
     def connected(self, ports: Container[int]) -> frozenset[int]:
@@ -441,44 +411,13 @@ def _all_pids() -> list[int]:
         raise _unseen(error) from None
 
 
-def _listeners(family: int) -> list[_Socket]:
-    """The listening TCP sockets of a family. Asked of the kernel itself (sock_diag(7),
-    <linux/inet_diag.h>), which then walks its listeners only; /proc/net/tcp walks every bucket of its table of
-    connections, which takes 5 ms however few there are. Raises `OSError`."""
-    request = struct.pack("=BBBBI48x", family, socket.IPPROTO_TCP, 0, 0, 1 << _LISTENING)
-    header = struct.pack("=IHHII", 16 + len(request), _BY_FAMILY, _REQUEST | _DUMP, 0, 0)
-    found: list[_Socket] = []
-    with socket.socket(_NETLINK, socket.SOCK_RAW, _SOCK_DIAG) as diagnostics:
-        diagnostics.settimeout(1.0)
-        diagnostics.send(header + request)
-        while True:
-            data = diagnostics.recv(1 << 16)
-            while data:
-                length, kind = struct.unpack_from("=IH", data)
-                if kind == _DONE:
-                    return found
-                if kind != _BY_FAMILY:
-                    raise OSError("the kernel does not answer")
-                size = 4 if family == socket.AF_INET else 16
-                (port,) = struct.unpack_from("!H", data, 20)
-                uid, inode = struct.unpack_from("=II", data, 80)
-                address = _plain(str(ipaddress.ip_address(data[24 : 24 + size])))
-                found.append(_Socket(address, port, str(inode), uid))
-                data = data[(length + 3) & ~3 :]
-
-
-def _address(text: str) -> str:
-    """An address as /proc/net/tcp writes it: 32-bit words in the machine's byte order."""
-    raw = bytes.fromhex(text)
-    words = [raw[i : i + 4] for i in range(0, len(raw), 4)]
-    if sys.byteorder == "little":
-        words = [word[::-1] for word in words]
-    return _plain(str(ipaddress.ip_address(b"".join(words))))
-
-
 def _read(path: str) -> bytes:
-    with open(path, "rb", buffering=0) as file:
-        parts = []
-        while part := file.read(65536):
-            parts.append(part)
+    # Not `open`, whose questions about the file take longer than its few bytes; there are hundreds of such files.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        parts = [os.read(descriptor, 65536)]
+        while parts[-1]:
+            parts.append(os.read(descriptor, 65536))
         return b"".join(parts)
+    finally:
+        os.close(descriptor)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import getpass
 import ipaddress
-import secrets
+import os
 import socket
 import sys
 import threading
@@ -165,7 +165,7 @@ def _is_wildcard(address: str) -> bool:
 
 def request_of(target: Target, command: str, args: Mapping[str, object]) -> Request:
     build, asker = build_id(), this_asker()
-    return Request(command, args, target.settings, build, asker, target.agreed, ticket=secrets.token_hex(4))
+    return Request(command, args, target.settings, build, asker, target.agreed, ticket=os.urandom(4).hex())
 
 
 def agent_argv(target: Target) -> list[str]:

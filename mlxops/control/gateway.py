@@ -305,7 +305,8 @@ def _passed(answer: Answer, passages: Mapping[str, through.Passage], url: str) -
         rows.append({**row, "through": passage.to_wire() if passage else None})
         if passage is not None and not passage.ok:
             failed.append(_failed(passage, answer.host, row.get("port"), url))
-            rows[-1]["verdict"] = failed[-1].code
+            before = rows[-1]["verdict"]
+            rows[-1]["verdict"] = failed[-1].code if before == "ok" else f"{before}, {failed[-1].code}"
     found = (answer.result or {}).get("findings")
     findings = [*(found if isinstance(found, list) else []), *(each.to_wire() for each in failed)]
     count = sum(each.get("severity") == Severity.FAULT.value for each in findings if isinstance(each, dict))

@@ -310,6 +310,8 @@ def list_table(answers: Sequence[Answer]) -> str:
                     "; ".join(map(str, problems)) if isinstance(problems, list) else "",
                 ]
             )
+    if not rows:
+        return "no models are registered; what the cache holds: mlxctl init; or load one: mlxctl load ORG/NAME PORT"
     columns = ["HOST", "NAME", "REPO", "REVISION", "SIZE", "PORT", "FLAGS", "PROBLEMS"]
     return table(columns if many else columns[1:], rows if many else [row[1:] for row in rows])
 
@@ -384,10 +386,10 @@ def gateway_table(answers: Sequence[Answer]) -> str:
             named = (row.get(key) for key in ("alias", "port", "sends", "state", "owner", "model", "context_length"))
             rows.append([answer.host, *named, through, row.get("verdict")])
     columns = ["HOST", "ALIAS", "PORT", "SENDS", "STATE", "OWNER", "MODEL", "CONTEXT", "THROUGH", "VERDICT"]
+    found = [row for answer in answers for row in _rows(answer.result, "findings")]
     findings = [
         f"{row.get('severity')}: {one_line(row.get('message'))}; {one_line(row.get('hint'))}"
-        for answer in answers
-        for row in _rows(answer.result, "findings")
+        for row in sorted(found, key=lambda row: row.get("severity") != "fault")
     ]
     return "\n".join([table(columns if many else columns[1:], rows if many else [row[1:] for row in rows]), *findings])
 

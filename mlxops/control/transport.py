@@ -15,7 +15,6 @@ import shlex
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -149,6 +148,8 @@ class _Path:
         return self._base
 
     def _start_proxy(self, command: str) -> socket.socket:
+        import tempfile
+
         ours, theirs = socket.socketpair()
         self._proxy_words = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the connection
         with theirs:

@@ -74,6 +74,10 @@ class Registry:
         old = self.entry(name)
         return self._with_entries({name: {**old, **fields}})
 
+    def add(self, entries: Mapping[str, Mapping[str, object]]) -> Registry:
+        """All of these, whole, in one: each change by itself looks at the whole registry again."""
+        return self._with_entries(entries)
+
     def without_fields(self, name: str, keys: Iterable[str]) -> Registry:
         """The entry `name` without these keys."""
         gone = frozenset(keys)
@@ -110,12 +114,13 @@ class Registry:
         return _view({**self.raw, "models": models}, None)
 
 
-def refusal(why: str) -> Refused:
+def refusal(why: str, path: str = "", previous: str = "") -> Refused:
+    """`path` is the registry's file, `previous` that of the generation before."""
     return Refused(
         "registry_unusable",
-        "the registry cannot be changed",
+        f"the registry {path}".strip() + " cannot be changed",
         why=why,
-        hint="mend the file by hand (the generation before is kept beside the host's state), then try again",
+        hint=f"mend it by hand, then try again; the generation before is {previous or 'kept in the state of the host'}",
     )
 
 

@@ -256,6 +256,27 @@ class TestAnIncompleteSnapshot:
         (path / "model.safetensors").resolve().write_bytes(whole)
         assert completeness(path) is None
 
+    @pytest.mark.parametrize("total", [0, 8, -8, None], ids=["right", "too much", "too little", "not told"])
+    @pytest.mark.parametrize("cut", [0, 1, 60, 10**6])
+    def test_has_a_shard_that_is_cut_off_whatever_its_index_says(
+        self, hub: Path, sharded: Path, total: int | None, cut: int
+    ) -> None:
+        """An old cache, without the hub's listing; a true sum in the index spares the reading of the headers."""
+        path = install_snapshot(hub, REPO, sharded)
+        index = json.loads((path / "model.safetensors.index.json").read_text())
+        weights = {name: (path / name).read_bytes() for name in set(index["weight_map"].values())}
+        tensors = sum(len(data) - 8 - int.from_bytes(data[:8], "little") for data in weights.values())
+        metadata = {} if total is None else {"metadata": {"total_size": tensors + total}}
+        (path / "model.safetensors.index.json").resolve().write_text(json.dumps({**metadata, **index}))
+        name = sorted(weights)[1]
+        (path / name).unlink()  # its content is that of the others too
+        (path / name).write_bytes(weights[name][: max(0, len(weights[name]) - cut)])
+        if cut:
+            reason, incomplete = why(hub)
+            assert name in reason and incomplete
+        else:
+            assert only_snapshot(scan(hub)).path == path
+
     @pytest.mark.parametrize(
         "content",
         [

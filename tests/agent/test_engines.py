@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from mlxops.agent.engines import ENGINES, engine_named, mlx_openai_server, recognise
-from mlxops.agent.engines.base import Command, Engine, Seen, Serving, options, which
+from mlxops.agent.engines.base import Command, Engine, Seen, Serving, get_status, options, which
 from mlxops.agent.engines.mlx_lm import MlxLm
 from mlxops.agent.engines.mlx_openai_server import MlxOpenAIServer
 from mlxops.core.errors import Refused
@@ -353,3 +355,47 @@ def test_a_failed_start_of_a_server_that_stays_up_is_found_in_its_log() -> None:
     assert LM.fatal(log) == "ValueError: no weights"
     said = OPENAI.fatal("INFO x\nERROR: Application startup failed. Exiting.\n")
     assert said is not None and "startup failed" in said
+
+
+# -- the cheap probe ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", 200),
+        (b"HTTP/1.0 503 Service Unavailable\r\n\r\n", 503),
+        (b"HTTP/1.1 404 Not Found\r\n", 404),
+        (b"HTTP/1.1 2000 OK\r\n\r\n", None),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", None),
+        (b"\xff\x00" * 10, None),
+        (b"", None),
+    ],
+)
+@pytest.mark.parametrize("closes", [True, False], ids=["closes", "keeps it open"])
+def test_a_probe_is_answered_by_an_http_status_and_nothing_else(
+    answer: bytes, status: int | None, closes: bool
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as server:
+
+        def serve() -> bytes:
+            connection, _ = listener.accept()
+            with connection:
+                asked: bytes = connection.recv(65536)
+                connection.sendall(answer)
+                if not closes:
+                    connection.recv(1)
+                return asked
+
+        serving = server.submit(serve)
+        host, port = listener.getsockname()
+        assert get_status(host, port, "/health", 0.3) == status
+        lines = serving.result(10).split(b"\r\n")
+    assert lines == [b"GET /health HTTP/1.1", f"Host: {host}:{port}".encode(), b"Connection: close", b"", b""]
+
+
+def test_nobody_who_answers_is_no_status() -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        host, port = nobody.getsockname()
+        assert get_status(host, port, "/health", 0.3) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -101,6 +102,29 @@ def test_the_generation_before_is_kept_byte_for_byte(store: Store) -> None:
     assert stat.S_IMODE(previous.stat().st_mode) == 0o600
 
 
+def test_without_names_for_one_file_in_two_folders_the_generation_before_is_a_copy(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def another_disk(source: Path, target: Path) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(source), None, str(target))
+
+    monkeypatch.setattr(os, "link", another_disk)
+    store.registry.update(move)
+    previous = store.state / "registry.previous.json"
+    assert previous.read_bytes() == CONTENT and previous.stat().st_nlink == 1
+    assert not leftovers(store.state)
+
+
+def test_an_edit_after_a_write_that_failed_halfway_leaves_the_generation_before_to_the_next_write(store: Store) -> None:
+    """The write was killed between its two names: both are of one file then."""
+    previous = store.state / "registry.previous.json"
+    os.link(store.registry.path, previous)
+    store.registry.update(move)
+    assert previous.read_bytes() == CONTENT
+    assert previous.stat().st_ino != store.registry.path.stat().st_ino
+    assert not leftovers(store.state)
+
+
 def test_a_change_that_changes_nothing_does_not_write(store: Store) -> None:
     before = store.registry.path.stat()
     store.registry.update(lambda registry: registry.assign("a", 8100))
@@ -185,6 +209,18 @@ def test_a_folder_where_the_registry_should_be_is_told_and_left_alone(tmp_path: 
         with pytest.raises(Refused):
             attempt()
     assert store.registry.path.is_dir() and not leftovers(tmp_path)
+
+
+def test_a_generation_before_that_cannot_be_kept_is_told_by_its_name_before_anything_is_done(store: Store) -> None:
+    previous = store.state / "registry.previous.json"
+    previous.mkdir()
+    for attempt in (store.registry.check_writable, lambda: store.registry.update(move)):
+        with pytest.raises(Refused) as caught:
+            attempt()
+        assert caught.value.code == "registry_unwritable" and str(previous) in caught.value.message
+        assert "move it away" in caught.value.hint
+    assert store.registry.path.read_bytes() == CONTENT
+    assert not leftovers(store.state) and not leftovers(store.registry.path.parent)
 
 
 def test_looking_whether_a_write_would_succeed_leaves_everything_as_it_was(store: Store) -> None:
@@ -407,10 +443,10 @@ def test_whichever_write_flush_or_rename_fails_or_is_the_last_the_file_is_old_or
         store.registry.path.write_bytes(CONTENT)
         assert store.registry.update(move).models["b"].port == 8100, "the lock is free"
         assert not leftovers(store.registry.path.parent)
-    # The generation before and the new one, each: write, flush, rename, flush of the folder.
+    # The generation before gets one more name; the new one is written, flushed, renamed, its folder flushed.
     # Killed before the last flush, the new one is there; if that flush fails, it is taken back, as it is told.
     killed = "KILL" in fault
-    assert changed == {"write": [False, False], "fsync": [False, False, False, killed], "rename": [False, False]}[call]
+    assert changed == {"write": [False], "fsync": [False, killed], "rename": [False, False]}[call]
 
 
 CALLS = {"write": "write", "fsync": "fsync", "rename": "?rename,?renameat,?renameat2"}

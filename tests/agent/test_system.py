@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from mlxops.agent import sockets
 from mlxops.agent.system import LinuxSystem, Listener, Look, Process, PsutilSystem, System, collides, this_system
 from tests.lab.world import wait_until
 
@@ -201,6 +202,64 @@ def test_both_ways_see_the_same_listeners(stack: ExitStack) -> None:
     assert len(rows(LinuxSystem())) == 5
 
 
+@linux
+def test_a_server_that_makes_children_while_it_is_looked_at_stays_the_only_group_on_its_port(stack: ExitStack) -> None:
+    """Between fork and exec a child holds every listener of its parent, and it may be gone a moment later."""
+    code = """if True:
+        import os, socket
+        server = socket.create_server(("127.0.0.1", 0))
+        print(server.getsockname()[1], flush=True)
+        while True:
+            if os.fork() == 0:
+                os._exit(0)
+            os.wait()
+    """
+    busy = child(stack, sys.executable, "-IS", "-c", code, stdout=subprocess.PIPE, start_new_session=True)
+    assert busy.stdout is not None
+    port = int(busy.stdout.readline())
+    for _ in range(60):
+        look = LinuxSystem().look({port})
+        (listener,) = look.on("127.0.0.1", port)
+        assert busy.pid in listener.pids <= {process.pid for process in look.group(busy.pid)}
+
+
+@pytest.fixture(params=["kernel", "proc"])
+def told_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Who tells about sockets; where the kernel may not be asked, the system itself refuses."""
+    if request.param == "proc":
+        monkeypatch.setattr(sockets, "_NETLINK_SOCK_DIAG", 99)
+        with pytest.raises(OSError):
+            sockets.from_kernel(socket.AF_INET, sockets.LISTENING)
+    return str(request.param)
+
+
+@linux
+@pytest.mark.parametrize(("family", "address"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
+def test_listeners_and_connections_are_told_by_the_kernel_and_without_it(
+    stack: ExitStack, told_by: str, family: int, address: str
+) -> None:
+    if family == socket.AF_INET6 and not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    port = listen(stack, family, address)
+    client = stack.enter_context(socket.create_connection((address, port)))
+    own = client.getsockname()[1]
+    inode = os.fstat(client.fileno()).st_ino
+    assert [(each.address, each.port) for each in sockets.tcp(sockets.LISTENING) if each.port == port] == [
+        (address, port)
+    ]
+    ends = {each.port: each for each in sockets.tcp(sockets.CONNECTED) if {each.port, each.far[1]} == {port, own}}
+    assert (ends[own].address, ends[own].far, ends[own].inode) == (address, (address, port), str(inode))
+    assert ends[port].far == (address, own)
+    assert LinuxSystem().connections(port, []) == {(address, own)} and LinuxSystem().connected({port}) == {port}
+
+
+@linux
+def test_many_sockets_come_in_many_pieces_and_none_is_lost(stack: ExitStack) -> None:
+    ports = {listen(stack, socket.AF_INET, "127.0.0.1") for _ in range(500)}
+    found = [each.port for each in sockets.from_kernel(socket.AF_INET, sockets.LISTENING) if each.port in ports]
+    assert sorted(found) == sorted(ports)
+
+
 @pytest.mark.parametrize(
     ("one", "other", "expected"),
     [
@@ -252,9 +311,9 @@ def test_where_the_kernel_answers_no_questions_about_sockets_its_tables_tell_the
     }
     asked = LinuxSystem().look(ports).listeners
 
-    def refused(family: int) -> list[tuple[str, int, str]]:
+    def refused(family: int, state: int) -> list[tuple[str, int, str]]:
         raise OSError("no such protocol")
 
-    monkeypatch.setattr("mlxops.agent.system._listeners", refused)
+    monkeypatch.setattr("mlxops.agent.sockets.from_kernel", refused)
     assert len(asked) == len(ports) and all(each.pids == {os.getpid()} for each in asked)
     assert set(LinuxSystem().look(ports).listeners) == set(asked)

@@ -365,3 +365,11 @@ def test_however_deep_a_file_is_what_is_taken_can_be_written_back(levels: int) -
 def test_any_json_that_is_no_registry_is_not_written(value: object) -> None:
     if not (isinstance(value, dict) and value.get("version") == 1):
         assert_never_written(encoded(value))
+
+
+def test_many_entries_come_in_one_and_leave_the_others_alone() -> None:
+    before = parse(b'{"version": 1, "mine": 1, "models": {"a": {"repo_id": "org/a", "port": 8100, "note": "x"}}}')
+    after = before.add({f"org/m{number}": {"repo_id": f"org/m{number}", "port": None} for number in range(1000)})
+    assert after.raw["mine"] == 1 and after.entry("a") == before.entry("a")
+    assert len(after.models) == 1001 and after.models["org/m999"].repo_id == "org/m999"
+    assert parse(after.encode()).models == after.models

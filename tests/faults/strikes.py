@@ -15,7 +15,8 @@ from tests.faults.arena import Arena, Ended, entry
 
 KILLED = (
     *("write", "pwrite64", "fsync", "fdatasync", "rename", "renameat", "renameat2", "unlink", "unlinkat", "rmdir"),
-    *("mkdir", "mkdirat", "symlink", "symlinkat", "ftruncate", "chmod", "fchmod", "fchmodat", "flock"),
+    *("link", "linkat", "mkdir", "mkdirat", "symlink", "symlinkat", "ftruncate", "chmod", "fchmod", "fchmodat"),
+    "flock",
     *("kill", "vfork", "clone", "clone3", "fork"),
 )
 """Every system call by which a worker changes anything: files, locks, processes; but for the making of a file, which

@@ -29,6 +29,8 @@ GATEWAY = ("litellm[proxy]==1.109.0",)
 GATEWAY_OVERRIDES = ("certifi>=2026.7.22", "litellm-proxy-extras==0.4.110")
 """LiteLLM pins releases that an index may not have. Neither is used here: certificate authorities, of which plain HTTP
 on loopback needs none, and the migrations of a database that the lab's gateway does not have."""
+PEER = ("pyinfra==3.10.0",)
+"""What the benchmarks hold `inv status` against: another program that asks hosts over paramiko."""
 UV = ("uv==0.13.9",)
 """Unlike pip, it can be told to install something in spite of what a package declares."""
 
@@ -77,6 +79,11 @@ def engine_venv(engine: str) -> Path:
 def hub_venv() -> Path:
     """The virtual environment of the Hugging Face hub's stand-in. Raises `BuildFailed`."""
     return _venv("hub", HUB)
+
+
+def peer_venv() -> Path:
+    """The virtual environment of pyinfra. Raises `BuildFailed`."""
+    return _venv("pyinfra", PEER)
 
 
 def gateway_venv() -> Path:

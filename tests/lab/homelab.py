@@ -103,6 +103,8 @@ class Studio:
         self.state = folder / "state"
         self.env = {"HOME": str(self.home)}
         """What sessions and commands get on this host; add to it before `start`."""
+        self.sshd_lines = ""
+        """More of its sshd's configuration, which wins; set it before `start`."""
         self.sshd: Sshd
         for part in (self.home, self.hub, folder / "tmp"):
             part.mkdir(parents=True)
@@ -113,6 +115,7 @@ class Studio:
             self.folder.with_name(f"{self.folder.name}-sshd"),
             address=self.address,
             env=self.env,
+            extra=self.sshd_lines,
             client_key=client_key,
         )
         self.sshd.start()

@@ -6,9 +6,9 @@ weights and try to load that name. So it is started in a folder where the alias 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from mlxops.agent.engines.base import (
     Command,
@@ -123,6 +123,6 @@ def _is_server(argv: Sequence[str]) -> bool:
     """The console script, plain or through its interpreter; `-m mlx_lm.server`; `mlx_lm server`."""
     for index, word in enumerate(argv[:12]):
         following = argv[index + 1] if index + 1 < len(argv) else ""
-        if Path(word).name in {"mlx_lm.server", "mlx_lm"} and (word.endswith("server") or following == "server"):
+        if os.path.basename(word) in {"mlx_lm.server", "mlx_lm"} and (word.endswith("server") or following == "server"):
             return True
     return False

@@ -7,6 +7,7 @@ is the only name that it answers to.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -112,7 +113,7 @@ class MlxOpenAIServer:
 
     def recognise(self, argv: Sequence[str]) -> Seen | None:
         for index, word in enumerate(argv[:12]):
-            if Path(word).name == self.name and "launch" in argv[index + 1 : index + 3] and "--help" not in argv:
+            if os.path.basename(word) == self.name and "launch" in argv[index + 1 : index + 3] and "--help" not in argv:
                 given = options(argv[index:])
                 port = port_number(given.get("--port", "8000"))
                 model = given.get("--model-path", "")

@@ -15,7 +15,7 @@ from mlxops.agent.system import System
 from mlxops.core.errors import Busy, Interrupted
 from mlxops.core.names import AUTO
 from mlxops.core.protocol import Event, Note, Request
-from mlxops.core.registry import Registry, refusal
+from mlxops.core.registry import Registry
 from mlxops.core.world import Operation, PortView, World
 
 DRAIN_SECONDS = 30.0
@@ -129,7 +129,7 @@ class Context:
             self.store.registry.check_writable()
         registry = self.registry()
         if registry.unwritable:
-            raise refusal(registry.unwritable)
+            raise self.store.registry.refusal(registry.unwritable)
         return registry
 
     @property

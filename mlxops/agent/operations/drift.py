@@ -9,13 +9,9 @@ from pathlib import Path
 
 from mlxops.agent import interrupted, logs
 from mlxops.agent.engines.base import each_looked_up_once
-from mlxops.agent.engines.installed import NotAsked
 from mlxops.agent.operations.context import Context
-from mlxops.agent.operations.files import Files
-from mlxops.agent.operations.prepare import prepare
 from mlxops.agent.store import utc
 from mlxops.core.errors import MlxopsError
-from mlxops.core.planner import Target
 from mlxops.core.registry import Registry
 from mlxops.core.units import amount
 from mlxops.core.world import Drift, Owner, PortView, State, World
@@ -96,6 +92,11 @@ def _expected(ctx: Context, registry: Registry, view: PortView) -> tuple[str, ..
 
     Raises `Refused`.
     """
+    from mlxops.agent.engines.installed import NotAsked
+    from mlxops.agent.operations.files import Files
+    from mlxops.agent.operations.prepare import prepare
+    from mlxops.core.planner import Target
+
     run = view.run
     assert run is not None
     entry = registry.models[run.model]

@@ -10,15 +10,16 @@ from mlxops.core.registry import Registry
 def init(ctx: Context) -> dict[str, object]:
     from mlxops.agent.cache import scan
 
+    there = ctx.where.hub.is_dir()
     registry = ctx.usable_registry()
+    if not there:
+        ctx.note(f"there was no cache at {ctx.where.hub}; is `hub` in hosts.yaml right?", "warning")
     found = scan(ctx.where.hub)
     rows = [(each.repo_id, each.revision, str(each.path)) for each in found.snapshots]
     new = planner.init_entries(registry, rows)
 
     def add(current: Registry) -> Registry:
-        for name, fields in planner.init_entries(current, rows).items():
-            current = current.set_fields(name, fields)
-        return current
+        return current.add(planner.init_entries(current, rows))
 
     if new and not ctx.request.dry_run:
         ctx.store.registry.update(add)

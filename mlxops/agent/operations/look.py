@@ -7,12 +7,8 @@ from pathlib import Path
 from mlxops.agent.journal import stand_of
 from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.drift import further_drift, rebooted
-from mlxops.agent.operations.files import Files, registered
 from mlxops.agent.operations.ops import downloads
-from mlxops.agent.operations.prepare import shown_options
-from mlxops.agent.operations.probe import failed, probe
-from mlxops.agent.snapshot import shape
-from mlxops.core.registry import Model, Registry, refusal
+from mlxops.core.registry import Model, Registry
 from mlxops.core.world import Operation, Owner, PortView
 
 
@@ -21,12 +17,14 @@ def status(ctx: Context) -> dict[str, object]:
     rows = [view.to_wire() for port, view in sorted(world.ports.items()) if port in ctx.where.settings.ports]
     found = [*rebooted(ctx, registry, world), *world.drift, *further_drift(ctx, registry, world)]
     if ctx.request.flag("probe"):
+        from mlxops.agent.operations.probe import failed, probe
+
         probes = probe(ctx, world)
         rows = [row | {"probe": probes.get(row["port"])} for row in rows]
         found += failed(world, probes)
     drift = [each.to_wire() for each in found]
     if registry.unwritable:
-        error = refusal(registry.unwritable)
+        error = ctx.store.registry.refusal(registry.unwritable)
         drift.insert(0, {"code": error.code, "port": None, "model": None, "message": error.why, "hint": error.hint})
     running = [_running(ctx, each) for each in downloads(ctx)]
     return {"operations": running, "ports": rows, "drift": drift, "registry": str(ctx.where.registry)}
@@ -82,6 +80,8 @@ def _context_length(entry: Model) -> int | None:
     """What the entry limits it to, else what the model's files say."""
     if entry.context_length is not None or entry.cache_path is None:
         return entry.context_length
+    from mlxops.agent.snapshot import shape
+
     return shape(Path(entry.cache_path)).context_length
 
 
@@ -112,6 +112,9 @@ def _memory(ctx: Context, registry: Registry) -> dict[str, object]:
 
 def _list_row(ctx: Context, model: Model) -> dict[str, object]:
     from mlxops.agent.cache import Snapshot, find
+    from mlxops.agent.operations.files import Files, registered
+    from mlxops.agent.operations.prepare import shown_options
+    from mlxops.agent.snapshot import shape
 
     problems = list(model.problems)
     files = registered(model)

@@ -1,0 +1,41 @@
+"""One more look at a host over a connection that is open, as `inv status --watch` takes it: prints its seconds.
+
+    python -m tests.benchmarks.poll
+
+The host is the default one of the hosts.yaml that `inv` would find.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from mlxops.control import inventory, render
+from mlxops.control.client import Target
+from mlxops.control.watch import Link
+from mlxops.core.protocol import Event
+
+LOOKS = 20
+
+
+def main() -> None:
+    path = inventory.hosts_file(os.environ, None)
+    assert path is not None
+    (host,) = inventory.load(path).select(None, all_by_default=False)
+    link = Link(Target(host.name, host.ssh, host.interpreter(), host.settings), "status", {}, _ignore)
+    try:
+        link.look()  # opens the connection, and starts the agent
+        began = time.perf_counter()
+        for _ in range(LOOKS):
+            link.look()
+        render.say(str((time.perf_counter() - began) / LOOKS))
+    finally:
+        link.close()
+
+
+def _ignore(host: str, event: Event) -> None:
+    pass
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""What bringing a model up costs over what its engine costs by itself, and how the look at live ports grows."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+import time
+import urllib.error
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import cycle
+from pathlib import Path
+
+from tests.benchmarks.contest import BenchFailed, Contest, Cost, Timed
+from tests.benchmarks.place import homelab, inv
+from tests.benchmarks.stats import Limit
+from tests.faults.lab import install_engine
+from tests.faults.snapshots import snapshot
+from tests.lab import cache, models
+from tests.lab.homelab import Homelab, Studio
+
+ONE, OTHER = "bench/one", "bench/other"
+LIVE = (0, 5, 10)
+
+
+def launch(engine: str) -> list[str]:
+    """The engine's program, built on demand. Raises `cache.BuildFailed`."""
+    if engine == "mlx-lm":
+        return [str(cache.engine_venv("mlx-lm") / "bin" / "mlx_lm.server")]
+    return [str(cache.openai_server_venv() / "bin" / "mlx-openai-server"), "launch"]
+
+
+@contextmanager
+def serving(folder: Path, engine: str) -> Iterator[tuple[Homelab, list[Path]]]:
+    """A homelab with this engine and two registered models, and the folders of their snapshots."""
+    program = launch(engine)
+    with homelab(folder) as lab:
+        lab.configure(engine=engine, launch={engine: program})
+        snapshots = [lab.studio.install(ONE, models.QWEN), lab.studio.install(OTHER, models.QWEN_B)]
+        inv(lab, "init")()
+        yield lab, snapshots
+
+
+@contextmanager
+def _load(folder: Path) -> Iterator[Mapping[str, Timed]]:
+    with serving(folder, "mlx-lm") as (lab, snapshots):
+        port = str(lab.studio.ports[0])
+        up, down = inv(lab, "load", "--model", ONE, "--port", port), inv(lab, "unload", "--port", port)
+
+        def load() -> float:
+            took = up()
+            down()
+            return took
+
+        yield {
+            "engine": lambda: bare(lab.studio, "mlx-lm", launch("mlx-lm"), snapshots[0]),
+            "inv load": load,
+            "inv status": inv(lab, "status"),
+        }
+
+
+@contextmanager
+def swapping(folder: Path, engine: str = "mlx-lm") -> Iterator[Mapping[str, Timed]]:
+    """How long a port is without an answer while its model is swapped; and the engine by itself."""
+    with serving(folder, engine) as (lab, snapshots):
+        port = str(lab.studio.ports[0])
+        inv(lab, "load", "--model", ONE, "--port", port)()
+        turns = cycle((OTHER, ONE))
+        own = cycle(snapshots)
+
+        def swap() -> float:
+            words = ("load", "--model", next(turns), "--port", port, "--force", "--json")
+            seconds = inv(lab, *words).run()[1].json["hosts"][0]["result"]["downtime_seconds"]
+            return float(seconds)
+
+        try:
+            yield {"engine": lambda: bare(lab.studio, engine, launch(engine), next(own)), "swap": swap}
+        finally:
+            inv(lab, "unload", "--port", port)()
+
+
+def bare(studio: Studio, engine: str, program: Sequence[str], snapshot: Path) -> float:
+    """Seconds from the start of the engine by itself, as a shell would start it, to its first completion; on a port
+    that nobody uses."""
+    port = studio.ports[-1]
+    folder = Path(tempfile.mkdtemp(dir=studio.folder))
+    (folder / "bare").symlink_to(snapshot)
+    options = ["--model", "bare"] if engine == "mlx-lm" else ["--model-path", str(snapshot)]
+    options += ["--no-log-file", "--served-model-name", "bare"] if engine != "mlx-lm" else []
+    env = {"HOME": str(studio.home), "PATH": os.defpath, "HF_HUB_OFFLINE": "1"}
+    began = time.perf_counter()
+    with subprocess.Popen(
+        [*program, *options, "--host", studio.address, "--port", str(port)],
+        cwd=folder,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as server:
+        try:
+            while True:
+                try:
+                    studio.completion(port, "bare", timeout=300)
+                    return time.perf_counter() - began
+                except urllib.error.URLError as error:
+                    if server.poll() is not None:
+                        raise BenchFailed(f"the bare engine ended with {server.returncode}") from error
+                    time.sleep(0.01)
+        finally:
+            server.terminate()
+
+
+@contextmanager
+def _live_ports(folder: Path) -> Iterator[Mapping[str, Mapping[int, Timed]]]:
+    """A host for each amount. Their engine is a fake that loads nothing: it is the ports that are looked at."""
+    with homelab(folder, studios=len(LIVE)) as lab:
+        for studio, amount in zip(lab.studios, LIVE, strict=True):
+            program = install_engine(studio.folder / "bin")
+            lab.configure(studio.name, launch={"mlx-lm": [str(program)]}, memory="1000 GB")
+            for port in studio.ports[:amount]:
+                snapshot(studio.hub, f"bench/model-{port}")
+            inv(lab, "init", "--host", studio.name)()
+            for port in studio.ports[:amount]:
+                words = ("--model", f"bench/model-{port}", "--port", str(port), "--host", studio.name)
+                inv(lab, "load", *words)()
+        try:
+            yield {
+                "inv status": {
+                    amount: inv(lab, "status", "--host", studio.name)
+                    for studio, amount in zip(lab.studios, LIVE, strict=True)
+                }
+            }
+        finally:
+            for studio in lab.studios:
+                inv(lab, "unload-all", "--yes", "--host", studio.name)()
+
+
+CONTESTS = (
+    Contest(
+        "load",
+        "inv load of a cached model, mlx-lm",
+        "inv load",
+        "engine",
+        Limit({"engine": 1.0, "inv status": 1.5}),
+        5,
+        _load,
+    ),
+    Contest("swap", "a port's seconds without an answer in a swap, mlx-lm", "swap", "engine", None, 3, swapping),
+)
+COSTS = (Cost("ports", "live port", 7, _live_ports),)

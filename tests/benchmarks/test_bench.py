@@ -1,0 +1,42 @@
+"""`inv bench` itself: its cheapest row, for real. How fast anything is, no test asserts."""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks import bench
+from tests.lab.homelab import CHECKOUT, Completed, run
+
+
+def inv_bench(*words: str) -> Completed:
+    return run([str(Path(sysconfig.get_path("scripts")) / "inv"), "bench", *words], CHECKOUT, dict(os.environ))
+
+
+def test_a_row_is_measured_against_its_yardstick_and_nothing_stays() -> None:
+    done = inv_bench("--only", "registry", "--json").ok()
+    (row,) = done.json["rows"]
+    assert (row["row"], row["ours"], row["yardstick"]) == ("registry", "transaction", "bare write")
+    contest = next(each for each in bench.CONTESTS if each.name == "registry")
+    for series in row["series"]:
+        assert len(series["seconds"]) == contest.turns and 0 < series["low"] <= series["median"] <= series["high"]
+    assert row["verdict"] in ("met", "missed") and done.json["growth"] == []
+    assert not list(Path(os.environ["TMPDIR"]).glob("mlxops-bench-*"))
+
+
+def test_the_table_is_for_people_and_says_what_it_depends_on() -> None:
+    lines = inv_bench("--only", "registry").ok().stdout.splitlines()
+    assert lines[0].split() == ["ROW", "WHAT", "TOOK", "YARDSTICK", "RATIO", "AT", "MOST", "VERDICT"]
+    assert lines[1].startswith("registry  one transaction of the registry  ")
+    assert any(line.startswith("system ") and "processors" in line for line in lines)
+
+
+@pytest.mark.parametrize("only", ["registry,no-such-row", " , "])
+def test_a_row_that_is_not_there_is_usage_and_lists_those_that_are(only: str) -> None:
+    done = inv_bench("--only", only, "--json")
+    error = done.json["error"]
+    assert (done.exit, error["code"]) == (2, "unknown_row")
+    assert "registry" in error["hint"].split(", ") and "registry" not in error["message"]
