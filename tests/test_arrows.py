@@ -180,6 +180,7 @@ STATUS_ON_A_HOST = {
             "operations",
             "place",
             "processes",
+            "reading",
             "sockets",
         ),
         *("store", "system", "worker"),
