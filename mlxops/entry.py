@@ -6,16 +6,24 @@ later: status 130, no traceback, and one document where `--json` asks for it.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
 from types import FrameType
 
 INTERRUPTED = 130
+GARBAGE = 50_000
+"""Objects more than before, after which they are looked through for garbage. By default it is 700, and what a command
+imports, all of which stays, is looked through a hundred times."""
 
 
 def prepare() -> None:
     """For programs, at their very start: this is about the whole process."""
+    gc.set_threshold(GARBAGE)
+    # Invoke keeps Python from writing bytecode. What was installed without any, as uv does, would then be compiled anew
+    # by every command, which takes half as long again.
+    sys.dont_write_bytecode = bool(sys.flags.dont_write_bytecode)
     for number in range(3):
         try:
             os.fstat(number)

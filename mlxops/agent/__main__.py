@@ -43,6 +43,8 @@ from mlxops.core.protocol import (
 if TYPE_CHECKING:
     from mlxops.agent.journal import Journal
 
+GARBAGE = 50_000
+"""Objects more than before, after which they are looked through for garbage: mostly never, and not a hundred times."""
 BEAT_SECONDS = 5.0
 """How often an empty line says that the connection lives while there is nothing to tell."""
 STAMP = f"{sys.prefix}/installed.json"
@@ -55,6 +57,7 @@ LOOK_SECONDS = 60
 
 
 def main(argv: list[str]) -> int:
+    gc.set_threshold(GARBAGE)
     match argv:
         case []:
             os.umask(0o077)
