@@ -284,5 +284,6 @@ def drift_refused(answer: Answer) -> Answer:
     found = (answer.result or {}).get("drift")
     if not isinstance(found, list) or not found:
         return answer
-    error = Refused("drift", f"registry and life disagree in {len(found)} places", hint="each is named in the status")
+    where = "one place" if len(found) == 1 else f"{len(found)} places"
+    error = Refused("drift", f"registry and life disagree in {where}", hint="each is named in the status")
     return Answer(answer.host, answer.result, error)

@@ -75,6 +75,15 @@ class TestWhere:
         assert ask.error(2, "load", "--model", "mine")["code"] == "port_needed"
         assert not engines(ask.studio)
 
+    def test_a_model_may_be_named_like_the_organisation_of_the_one_before(self, ask: Ask) -> None:
+        """mlx-lm is given the name as that of a link in its working directory: "tiny-org" is where the other's was."""
+        port, organisation = ask.studio.ports[3], REPO.partition("/")[0]
+        register(ask.studio, REPO)
+        register(ask.studio, organisation)
+        ask.result("load", "--model", REPO, "--port", port)
+        assert ask.result("load", "--model", organisation, "--port", port, "--force")["changed"]
+        assert words_of(ask.studio, port, organisation)
+
     def test_auto_takes_the_idle_port_that_is_nobodys_slot(self, ask: Ask) -> None:
         register(ask.studio, "mine")
         register(ask.studio, "more")
@@ -628,3 +637,19 @@ def quiet_but_serving(studio: Studio) -> None:
     assert all(psutil.pid_exists(process.pid) for process in engines(studio))
     studio.sweep()
     quiet(studio)
+
+
+def test_a_swap_whose_outcome_could_not_be_written_is_refused_with_the_old_server_untouched(homelab: Homelab) -> None:
+    ask = Ask(with_fake(homelab), "local")
+    register(ask.studio, "mine")
+    register(ask.studio, "other", repo=OTHER)
+    ask.result("load", "--model", "mine", "--port", ask.port)
+    pid = listener(ask.studio, ask.port)
+    previous = ask.studio.state / "registry.previous.json"
+    previous.unlink()
+    previous.mkdir()
+    error = ask.error(3, "load", "--model", "other", "--port", ask.port, "--force")
+    assert error["code"] == "registry_unwritable" and str(previous) in error["message"]
+    assert listener(ask.studio, ask.port) == pid and assigned(ask.studio) == {"mine": ask.port}
+    previous.rmdir()
+    ask.result("unload", "--port", ask.port)

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxops import __version__
-from mlxops.agent.place import Place, differences, place, settings_differ
+from mlxops.agent.agreement import agree, agree_anew, refuse_others
+from mlxops.agent.place import Place, place
 from mlxops.agent.store import Store
 from mlxops.build import build_id
 from mlxops.core.errors import AgentProblem, Busy, MlxopsError, bug
@@ -151,18 +152,19 @@ def _asked_again() -> bool:
 def _carry_out(request: Request) -> int:
     where = place(request.settings, os.environ)
     store = Store(where.state, where.registry)
-    agreed = store.agreed()
-    if request.agreed and agreed is not None:
+    if request.command == "agree":
+        agree_anew(store, where)
+        _emit(Done({"agreed": True}))
+        return 0
+    if request.agreed and (agreed := store.agreed()) is not None:
         # `--local` without a hosts.yaml: the host knows itself best.
         request = replace(request, settings=agreed)
         where = place(agreed, os.environ)
         store = Store(where.state, where.registry)
-    if request.command == "agree":
-        store.ready()
-        store.agree(request.settings)
-        _emit(Done({"agreed": True}))
-        return 0
-    _agree_on_settings(request, store, where, place(agreed, os.environ) if agreed else None)
+    if request.changes:
+        agree(store, where)
+    else:
+        refuse_others(store, where)
     match request.command:
         case "follow" | "cancel":
             return _attach(request, store)
@@ -200,15 +202,6 @@ def _agree_on_code(request: Request) -> None:
     _emit(Note(f"{problem.message}: {problem.why}; {problem.hint}", "warning"))
 
 
-def _agree_on_settings(request: Request, store: Store, where: Place, agreed: Place | None) -> None:
-    found = differences(agreed, where) if agreed else {}
-    if found:
-        raise settings_differ(found)
-    if request.changes and (agreed is None or agreed.settings != request.settings):
-        store.ready()
-        store.agree(request.settings)
-
-
 def _look(request: Request, store: Store, where: Place) -> int:
     from mlxops.agent.operations.context import Context
     from mlxops.agent.system import this_system
@@ -233,12 +226,11 @@ def _change(request: Request, store: Store) -> int:
 
 def _attach(request: Request, store: Store) -> int:
     """Follow an operation that is there, from where the asker left it; before that, ask it to end if that is asked."""
-    from mlxops.agent.operations.ops import cancel, find
+    from mlxops.agent.operations.ops import Cancelling, find
 
     journal = find(store, request.text("operation") or "")
     if request.command == "cancel":
-        cancel(journal)
-        final = _follow(journal, heard=sys.maxsize)
+        final = _follow(journal, heard=sys.maxsize, meanwhile=Cancelling(journal))
         _emit(Done({"operation": journal.id, "cancelled": isinstance(final, Failed), "changed": True}))
         return 0
     final = _follow_same(store, journal, request.heard)
@@ -263,8 +255,9 @@ def _follow_same(store: Store, journal: Journal, heard: int) -> Done | Failed:
     return final
 
 
-def _follow(journal: Journal, heard: int) -> Done | Failed:
-    """Pass on the events of an operation's record; its last one is returned, not passed on."""
+def _follow(journal: Journal, heard: int, meanwhile: Callable[[], None] = lambda: None) -> Done | Failed:
+    """Pass on the events of an operation's record; its last one is returned, not passed on. `meanwhile` is called
+    while there is nothing to tell."""
     _emit(Started(journal.id))
     beat = _Beat()
     for event in journal.follow(heard):
@@ -274,6 +267,7 @@ def _follow(journal: Journal, heard: int) -> Done | Failed:
             _emit(event)
         else:
             beat()
+            meanwhile()
     raise AssertionError("a record that is followed has an end")
 
 

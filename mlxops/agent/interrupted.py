@@ -61,7 +61,7 @@ def _cut(journal: Journal, port: int | None) -> Cut | None:
         journal.id,
         request.command,
         model=request.text("model"),
-        port=port or (int(text) if text.isdecimal() else None),
+        port=port or (int(text) if text.isdecimal() and len(text) <= 5 else None),
         asker=str(request.asker),
         since=journal.since,
     )
@@ -69,7 +69,12 @@ def _cut(journal: Journal, port: int | None) -> Cut | None:
 
 
 def drift(store: Store, ports: Iterable[int]) -> Iterator[Drift]:
-    for cut in find(store, ports):
+    try:
+        found = list(find(store, ports))
+    except Refused as error:
+        yield Drift(error.code, None, None, f"{error.message}: {error.why}", error.hint)
+        return
+    for cut in found:
         operation = cut.operation
         again = f"mlxctl {operation.command} {operation.model or ''}".strip()
         if operation.port is not None:

@@ -4,7 +4,7 @@ an operation outlives the connection that asked for it, and anybody can follow i
     ops/<id>/request.json   as it was asked
     ops/<id>/events.jsonl   one event a line, appended by the worker
     ops/<id>/lock           held by the worker for as long as it lives
-    ops/<id>/cancel         made by who wants it to end
+    ops/<id>/cancel         made by who wants it to end, taken away by the worker that has heard it
     ops/<id>/without-<port> made by who wants it to leave that port alone; of a restore
     ops/<id>/stderr         what the worker's libraries print
 """
@@ -23,8 +23,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mlxops.agent import reading
+from mlxops.agent.reading import Unfit
+from mlxops.agent.store import state_unreadable
 from mlxops.core.errors import Bug, MlxopsError, Refused
 from mlxops.core.protocol import (
+    MAX_LINE,
     PROTOCOL,
     Done,
     Event,
@@ -37,6 +41,8 @@ from mlxops.core.protocol import (
     encode_event,
 )
 
+MAX_REQUEST = 8 * 1024 * 1024
+"""Bytes, encoded: the longest that an agent accepts has an eighth of it."""
 KEPT = 200
 """Operations whose records are kept."""
 POLL_SECONDS = 0.015
@@ -73,14 +79,15 @@ class Journal:
         return self.folder.name
 
     def request(self) -> Request:
-        return decode_request((self.folder / "request.json").read_bytes())
+        """What was asked. Raises `OSError`; `ValueError` if the record does not say."""
+        return decode_request(reading.read(self.folder / "request.json", MAX_REQUEST))
 
     # The worker's side
 
     def hold(self) -> int:
         """The lock that says that the worker lives, as a descriptor for the worker to inherit: so there is no moment
         at which the operation exists and seems dead."""
-        fd = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = reading.open_file(self.folder / "lock", os.O_RDWR | os.O_CREAT)
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return fd
 
@@ -102,7 +109,9 @@ class Journal:
         return emit
 
     def _open(self) -> int:
-        return os.open(self.folder / "events.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        # A pipe that nobody reads does not make us wait: it is an error.
+        return os.open(self.folder / "events.jsonl", flags | os.O_NONBLOCK, 0o600)
 
     def discard(self) -> None:
         """For an operation that nobody ever worked on: it did not begin, so it was not cut short either."""
@@ -115,17 +124,25 @@ class Journal:
 
     @property
     def since(self) -> str:
-        """When it was asked for: wall time, UTC."""
-        return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.strptime(self.id[:15], "%Y%m%dT%H%M%S"))
+        """When it was asked for: wall time, UTC. As the id says, which may be no time that there ever was."""
+        day, at = self.id[:8], self.id[9:15]
+        return f"{day[:4]}-{day[4:6]}-{day[6:]}T{at[:2]}:{at[2:4]}:{at[4:]}Z"
 
     @property
     def cancelled(self) -> bool:
+        """Whether somebody wants it to end, and its worker has not heard that yet."""
         return (self.folder / "cancel").exists()
+
+    def heed(self) -> None:
+        """The wish to end was heard."""
+        with contextlib.suppress(OSError):
+            (self.folder / "cancel").unlink(missing_ok=True)
 
     @property
     def taken_out(self) -> frozenset[int]:
         """The ports that it is to leave alone."""
-        return frozenset(int(path.name.partition("-")[2]) for path in self.folder.glob("without-*"))
+        named = (path.name.partition("-")[2] for path in self.folder.glob("without-*"))
+        return frozenset(int(port) for port in named if port.isdecimal())
 
     # Everybody else's
 
@@ -138,8 +155,8 @@ class Journal:
     def alive(self) -> bool:
         """Whether its worker holds the lock."""
         try:
-            fd = os.open(self.folder / "lock", os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
+            fd = reading.open_file(self.folder / "lock")
+        except (FileNotFoundError, Unfit):
             return False
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -159,15 +176,11 @@ class Journal:
 
     def _end(self) -> bytes:
         """The end of its events: at least the whole last line, which may be a long result."""
+        events = self.folder / "events.jsonl"
         try:
-            with open(self.folder / "events.jsonl", "rb") as file:
-                file.seek(max(0, file.seek(0, 2) - ACTIVITY_BYTES))
-                data = file.read()
-                if b"\n" not in data.rstrip():
-                    file.seek(0)
-                    data = file.read()
-                return data
-        except FileNotFoundError:
+            data = reading.read_end(events, ACTIVITY_BYTES)
+            return data if b"\n" in data.rstrip() else reading.read_end(events, 2 * MAX_LINE)
+        except (FileNotFoundError, Unfit):
             return b""
 
     def stand(self) -> Stand:
@@ -218,15 +231,15 @@ class Journal:
 
     def _read_from(self, position: int) -> bytes:
         try:
-            with open(self.folder / "events.jsonl", "rb") as file:
+            with open(reading.open_file(self.folder / "events.jsonl"), "rb") as file:
                 file.seek(position)
                 return file.read()
-        except FileNotFoundError:
+        except (FileNotFoundError, Unfit):
             return b""
 
     def _ended_silently(self) -> MlxopsError:
         with contextlib.suppress(OSError):
-            last = (self.folder / "stderr").read_text(errors="replace").strip()[-2000:]
+            last = reading.read_end(self.folder / "stderr", 2000).decode(errors="replace").strip()
             if last:
                 return Bug("worker_failed", f"operation {self.id} ended without a result", why=last.splitlines()[-1])
         return Refused(
@@ -277,11 +290,13 @@ def stand_of(ops: Path, operation: str) -> Stand:
 
 
 def recent(ops: Path) -> list[Journal]:
-    """The records that are kept, the newest first."""
+    """The records that are kept, the newest first. Raises `Refused` (state_unreadable)."""
     try:
-        names = [name for name in os.listdir(ops) if _ID.fullmatch(name)]
+        names = _names(ops)
     except FileNotFoundError:
         return []
+    except NotADirectoryError as error:
+        raise state_unreadable(ops, error) from None
     alike = Counter(name[:15] for name in names)
 
     def began(name: str) -> tuple[str, int]:
@@ -289,6 +304,12 @@ def recent(ops: Path) -> list[Journal]:
         return name[:15], _written(ops / name / "request.json") if alike[name[:15]] > 1 else 0
 
     return [Journal(ops / name) for name in sorted(names, key=began, reverse=True)]
+
+
+def _names(ops: Path) -> list[str]:
+    """The folders that are called like operations; not what else lies there. Raises `OSError`."""
+    with os.scandir(ops) as entries:
+        return [each.name for each in entries if _ID.fullmatch(each.name) and each.is_dir(follow_symlinks=False)]
 
 
 def _written(path: Path) -> int:
@@ -319,7 +340,7 @@ def _alone(ops: Path) -> Iterator[None]:
 
 def _prune(ops: Path) -> None:
     """The oldest records beyond the number that is kept go, unless their worker lives."""
-    known = sorted(path for path in ops.iterdir() if _ID.fullmatch(path.name))
+    known = [ops / name for name in sorted(_names(ops))]
     for folder in known[: max(0, len(known) - KEPT + 1)]:
         if not Journal(folder).alive():
             shutil.rmtree(folder, ignore_errors=True)

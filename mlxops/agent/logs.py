@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
+from mlxops.agent.reading import open_file
 from mlxops.agent.store import named
 
 KEPT = 3
@@ -57,7 +58,7 @@ def _numbered(log: Path, number: int) -> Path:
 
 def too_big(folder: Path) -> list[tuple[Path, int]]:
     """The logs that are over their cap, with their sizes."""
-    sizes = [(log, log.stat().st_size) for log in named(folder, "", ".log")]
+    sizes = [(log, log.lstat().st_size) for log in named(folder, "", ".log")]
     return [(log, size) for log, size in sizes if size > CAP]
 
 
@@ -100,7 +101,7 @@ def mark(text: str) -> Mark | None:
 
 def last_lines(log: Path, count: int) -> Mark:
     """Where the last `count` whole lines of a log begin. Raises `FileNotFoundError`."""
-    with open(log, "rb", buffering=0) as file:
+    with open(open_file(log), "rb", buffering=0) as file:
         size = start = file.seek(0, 2)
         data = b""
         while start > 0 and data.count(b"\n") <= count and size - start < CAP:
@@ -163,7 +164,7 @@ class _Reader:
 
 def read(log: Path, start: Mark) -> Iterator[Read]:
     """What a log has from a mark to its end. Raises `FileNotFoundError`."""
-    with open(log, "rb", buffering=0) as file:
+    with open(open_file(log), "rb", buffering=0) as file:
         reader = _Reader(file, start.position)
         yield from reader.lines()
         yield from reader.rest()
@@ -228,7 +229,7 @@ def _is_same(path: Path, file: FileIO) -> bool:
 
 def _reader(path: Path, position: int = 0) -> _Reader | None:
     try:
-        return _Reader(open(path, "rb", buffering=0), position)
+        return _Reader(open(open_file(path), "rb", buffering=0), position)
     except FileNotFoundError:
         return None
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from mlxops.agent import processes
+from mlxops.agent import processes, reading
 from mlxops.agent.engines import ENGINES, recognise
 from mlxops.agent.journal import Stand, stand_of
 from mlxops.agent.logs import clean
@@ -250,10 +250,8 @@ def _last_words(log: Path) -> str:
 def tail(path: Path, size: int = 8192) -> str:
     """The end of a log, made harmless; empty if there is none."""
     try:
-        with open(path, "rb") as file:
-            file.seek(0, 2)
-            file.seek(max(0, file.tell() - size))
-            return "\n".join(clean(line) for line in file.read().decode(errors="replace").splitlines())
+        end = reading.read_end(path, size).decode(errors="replace")
+        return "\n".join(clean(line) for line in end.splitlines())
     except OSError:
         return ""
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from fnmatch import translate
 from pathlib import Path
 
+from mlxops.agent import reading
 from mlxops.core.memory import cache_bytes_per_token
 
 MAX_JSON = 64 * 1024 * 1024
@@ -220,16 +221,10 @@ def printable(text: str) -> str:
 
 def read(path: str, limit: int) -> bytes:
     """The bytes of a regular file. Raises `OSError`; `Damaged` if it is none, or longer than `limit`."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe does not make us wait
     try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise Damaged(f"{_base(path)} is not a file")
-        if status.st_size > limit:
-            raise Damaged(f"{_base(path)} is of {status.st_size} bytes, more than any real one")
-        return os.read(descriptor, status.st_size)
-    finally:
-        os.close(descriptor)
+        return reading.read(path, limit)
+    except reading.Unfit as error:
+        raise Damaged(f"{_base(path)} {error.strerror}") from None
 
 
 def _list(folder: str) -> Files:
@@ -464,17 +459,13 @@ def _quantization(config: Mapping[str, object]) -> str | None:
 def _card_says_mlx(folder: str) -> bool:
     """The front matter of README.md has `library_name: mlx` or the tag mlx (hub-docs, modelcard.md)."""
     try:
-        with open(f"{folder}/README.md", "rb", buffering=0, opener=_no_waiting) as file:
+        with open(reading.open_file(f"{folder}/README.md"), "rb", buffering=0) as file:
             card = file.read(MAX_README).decode("utf-8", "replace")
     except OSError:
         return False
     front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", card, re.DOTALL)
     said = r"""^(library_name:\s*|\s*-\s+|tags:\s*\[(.*,)?\s*)["']?mlx["']?\s*([,\]].*)?$"""
     return front is not None and re.search(said, front[1], re.MULTILINE) is not None
-
-
-def _no_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _code(config: Mapping[str, object], tokenizer: Mapping[str, object]) -> Iterator[str]:

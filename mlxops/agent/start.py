@@ -113,7 +113,7 @@ class Start:
 
     def _launch(self, environ: dict[str, str], repo_id: str, revision: str, operation: str) -> Run:
         run_id = secrets.token_hex(8)
-        self.store.clean_run_folder(self.serving.port)
+        self.store.new_run_folder(self.serving.port)
         self.engine.prepare(self.serving)
         self._head_log()
         extra = {**self.engine.environment(), **self.where.settings.env}

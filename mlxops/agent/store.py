@@ -26,14 +26,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
 
+from mlxops.agent import reading
+from mlxops.agent.reading import Unfit
 from mlxops.core import registry as registries
 from mlxops.core.errors import Busy, Refused
 from mlxops.core.registry import Registry
 from mlxops.core.settings import Settings, settings_from_wire
-from mlxops.core.world import Operation, Run, run_from_wire
+from mlxops.core.world import Operation, Run, operation_from_wire, run_from_wire
 
 LOCK_SECONDS = 10.0
 """How long a registry transaction waits for another: they take milliseconds, so this is never a queue."""
+
+MAX_BYTES = registries.MAX_BYTES
+"""Of a file that is read as a whole; the registry is the longest of them."""
 
 HISTORY_BYTES = 4 * 1024 * 1024
 """Of the history's end that are read: some twenty thousand changes."""
@@ -90,6 +95,17 @@ def named(folder: Path, prefix: str, suffix: str = "") -> list[Path]:
     return [folder / name for name in sorted(names) if name.startswith(prefix) and name.endswith(suffix)]
 
 
+def _remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, as far as that goes."""
+    import shutil
+
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def _writer_lives(temporary: Path) -> bool:
     """Whether the process whose pid is in a temporary file's name lives; if it is another one by now, the file is
     found later."""
@@ -121,9 +137,20 @@ def _flush(fd: int) -> None:
 
 def _read(path: Path) -> bytes | None:
     try:
-        return path.read_bytes()
+        return reading.read(path, MAX_BYTES)
     except FileNotFoundError:
         return None
+
+
+def _object(data: bytes) -> dict[str, object]:
+    """The JSON object that a file of ours holds. Raises `ValueError`."""
+    try:
+        wire = json.loads(data)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(wire, dict):
+        raise ValueError("not an object")
+    return wire
 
 
 class RegistryFile:
@@ -139,34 +166,32 @@ class RegistryFile:
         try:
             return registries.parse(_read(self.path))
         except OSError as error:
-            return Registry(raw={}, models={}, unwritable=f"it cannot be read: {error.strerror}")
+            return Registry(raw={}, models={}, unwritable=f"{self.path} cannot be read: {error.strerror}")
 
     def update(self, change: Callable[[Registry], Registry]) -> Registry:
         """One transaction: lock, read, `change`, and if that changed anything, write. Returns what is then on disk.
 
         Raises `Refused` (registry_unusable, registry_unwritable) and `Busy` (registry_locked).
         """
-        try:
-            with self._locked():
-                data = _read(self.path)
-                old = registries.parse(data)
-                if old.unwritable:
-                    raise self.refusal(old.unwritable)
-                new = change(old)
-                if new.raw == old.raw:
-                    return old
-                self._remove_leftovers()
-                self._write(data, new.encode())
-                return new
-        except OSError as error:
-            raise self._unwritable(error) from None
+        with _blaming(self.path), self._locked():
+            data = _read(self.path)
+            old = registries.parse(data)
+            if old.unwritable:
+                raise self.refusal(old.unwritable)
+            new = change(old)
+            if new.raw == old.raw:
+                return old
+            self._remove_leftovers()
+            self._write(data, new.encode())
+            return new
 
     def _write(self, old: bytes | None, new: bytes) -> None:
         """Write, or leave what was there: a change that could not be made to last is taken back before it is reported
         as failed, or the file would say what nobody stands for."""
         mode = self.path.stat().st_mode & 0o777 if old is not None else 0o644
         if old is not None:
-            self._keep(old)
+            with _blaming(self._previous):
+                self._keep(old)
         try:
             write_durably(self.path, new, mode)
         except OSError:
@@ -210,32 +235,16 @@ class RegistryFile:
         current = self.read()
         if current.unwritable:
             raise self.refusal(current.unwritable)
-        probe = _temporary(self.path)
-        try:
+        with _blaming(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.exists() and not self.path.is_file():
-                raise OSError(errno.EISDIR, "it is not a file")
-            # Unbuffered: the flush is to try the disk, so what it flushes must have been written.
-            with open(probe, "xb", buffering=0) as file:
-                _write_all(file.fileno(), b" " * 4096)
-                _flush(file.fileno())
-        except OSError as error:
-            raise self._unwritable(error) from None
-        finally:
-            with contextlib.suppress(OSError):
-                probe.unlink()
+            _try_writing(self.path)
+        # Where the generation before cannot be kept, nothing is written at all.
+        with _blaming(self._previous):
+            _try_writing(self._previous)
 
     def refusal(self, why: str) -> Refused:
         """For a registry that can be read, if at all, and not be written."""
         return registries.refusal(why, str(self.path), str(self._previous))
-
-    def _unwritable(self, error: OSError) -> Refused:
-        return Refused(
-            "registry_unwritable",
-            f"the registry {self.path} cannot be written",
-            why=error.strerror or str(error),
-            hint="free disk space or mend the permissions on the host, then try again",
-        )
 
     def _remove_leftovers(self) -> None:
         """Temporary files of writers that were killed: nobody else is writing while we hold the lock."""
@@ -247,21 +256,58 @@ class RegistryFile:
     def _locked(self) -> Iterator[None]:
         # The folder is locked, not the file: the file is replaced by every write.
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            deadline = time.monotonic() + LOCK_SECONDS
-            while not _try_flock(fd):
-                if time.monotonic() > deadline:
-                    raise Busy(
-                        "registry_locked",
-                        "another program holds the registry's lock",
-                        why=f"it has been held for {LOCK_SECONDS:.0f} s; a transaction takes milliseconds",
-                        hint=f"find it on the host: lsof +D {self.path.parent}",
-                    )
-                time.sleep(0.005)
+        with _alone(self.path.parent, "registry"):
             yield
-        finally:
-            os.close(fd)
+
+
+@contextmanager
+def _alone(folder: Path, what: str) -> Iterator[None]:
+    """Hold a folder's lock, for milliseconds. Raises `Busy` (registry_locked, settings_locked) and `OSError`."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while not _try_flock(fd):
+            if time.monotonic() > deadline:
+                raise Busy(
+                    f"{what}_locked",
+                    f"another program holds the lock of the {what}",
+                    why=f"it has been held for {LOCK_SECONDS:.0f} s; a transaction takes milliseconds",
+                    hint=f"find it on the host: lsof +D {folder}",
+                )
+            time.sleep(0.005)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _try_writing(path: Path) -> None:
+    """Everything that `write_durably` does but the replacing. Raises `OSError` if that could not succeed either."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EISDIR, "it is not a file")
+    probe = _temporary(path)
+    try:
+        # Unbuffered: the flush is to try the disk, so what it flushes must have been written.
+        with open(probe, "xb", buffering=0) as file:
+            _write_all(file.fileno(), b" " * 4096)
+            _flush(file.fileno())
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+
+
+@contextmanager
+def _blaming(path: Path) -> Iterator[None]:
+    """Raises `Refused` (registry_unwritable), which names `path`, for whatever the disk says no to."""
+    try:
+        yield
+    except OSError as error:
+        first = "move it away" if error.errno == errno.EISDIR else "free disk space or mend the permissions"
+        raise Refused(
+            "registry_unwritable",
+            f"the registry cannot be written: {path}",
+            why=error.strerror or str(error),
+            hint=f"{first} on the host, then try again",
+        ) from None
 
 
 def _try_flock(fd: int) -> bool:
@@ -326,8 +372,7 @@ class Store:
         with contextlib.suppress(OSError):
             self.registry.remove_leftovers()
         for path in found:
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
+            _remove(path)
         return found
 
     # Locks
@@ -336,7 +381,7 @@ class Store:
         """The lock `name` (port-8100, model-x), or the operation that holds it."""
         path = self.state / "locks" / name
         with self._writing():
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fd = reading.open_file(path, os.O_RDWR | os.O_CREAT)
         # `holder` has it for microseconds; an operation has it for long. A quarter of a second tells them apart.
         deadline = time.monotonic() + 0.25
         while not _try_flock(fd):
@@ -355,10 +400,13 @@ class Store:
         return Lock(path, fd, left)
 
     def holder(self, name: str) -> Operation | None:
-        """Who holds the lock now; None if nobody does. It tries the lock, shared, and gives it back at once."""
+        """Who holds the lock now; None if nobody does. It tries the lock, shared, and gives it back at once.
+
+        Raises `OSError` where that cannot be told.
+        """
         path = self.state / "locks" / name
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = reading.open_file(path)
         except FileNotFoundError:
             return None
         try:
@@ -386,21 +434,19 @@ class Store:
     def _trace(self, path: Path) -> Operation | None:
         """Who a lock's file names, held or not; it is emptied by whoever gives the lock back."""
         try:
-            return Operation(**json.loads(path.read_bytes()))
-        except (OSError, ValueError, TypeError):
+            return operation_from_wire(_object(reading.read(path, MAX_BYTES)))
+        except (OSError, ValueError):
             return None
 
     # Run records
 
     def run(self, port: int) -> Run | None:
-        """The run record of a port. Raises `ValueError` if there is one that cannot be read."""
+        """The run record of a port. Raises `ValueError` if there is one that says nothing, `OSError` if it cannot be
+        read."""
         data = _read(self.state / "run" / f"{port}.json")
         if data is None:
             return None
-        wire = json.loads(data)
-        if not isinstance(wire, dict):
-            raise ValueError("not an object")
-        return run_from_wire(wire)
+        return run_from_wire(_object(data))
 
     def marks(self) -> frozenset[tuple[str, int, int]]:
         """What is not the same any more once anybody has written the registry or a run record: (path, inode, time)."""
@@ -423,14 +469,16 @@ class Store:
         """The working directory of the port's server."""
         return self.state / "run" / str(port)
 
-    def clean_run_folder(self, port: int) -> None:
-        """Make it, without the links that a server before left there."""
+    def new_run_folder(self, port: int) -> None:
+        """Make it anew, with nothing of a server before in it. What is there is moved away first: that cannot fail half
+        way, whatever it is, and what works in it still goes on where it is."""
         folder = self.run_folder(port)
         with self._writing():
-            folder.mkdir(exist_ok=True, mode=0o700)
-            for path in folder.rglob("*"):
-                if path.is_symlink():
-                    path.unlink()
+            if os.path.lexists(folder):
+                old = _temporary(folder)
+                folder.rename(old)
+                _remove(old)
+            folder.mkdir(mode=0o700)
 
     def log_path(self, port: int) -> Path:
         return self.state / "logs" / f"{port}.log"
@@ -439,7 +487,7 @@ class Store:
 
     def engine_help(self, key: str) -> str | None:
         try:
-            return (self.state / "engines" / key).read_text(encoding="utf-8")
+            return reading.read(self.state / "engines" / key, MAX_BYTES).decode()
         except (OSError, ValueError):
             return None
 
@@ -452,17 +500,21 @@ class Store:
 
     # Agreed settings
 
+    @contextmanager
+    def settling(self) -> Iterator[None]:
+        """Alone with the agreed settings: from reading to writing them. Raises `Refused` (state_unwritable) and `Busy`
+        (settings_locked)."""
+        with self._writing(), _alone(self.state, "settings"):
+            yield
+
     def agreed(self) -> Settings | None:
         """The settings that this host was last agreed with; None if it never was. Raises `Refused`."""
         path = self.state / "host.json"
-        data = _read(path)
-        if data is None:
-            return None
         try:
-            wire = json.loads(data)
-            if not isinstance(wire, dict):
-                raise ValueError("not an object")
-            return settings_from_wire(wire)
+            data = _read(path)
+            return None if data is None else settings_from_wire(_object(data))
+        except OSError as error:
+            raise state_unreadable(path, error) from None
         except ValueError as error:
             raise Refused(
                 "host_json_unusable",
@@ -478,31 +530,30 @@ class Store:
     # History
 
     def history(self) -> list[dict[str, object]]:
-        """What was remembered, oldest first; lines that cannot be read are skipped. The last megabytes of it."""
+        """What was remembered, oldest first; lines that cannot be read are skipped. The last megabytes of it.
+
+        Raises `OSError`.
+        """
         try:
-            with open(self.state / "history.jsonl", "rb") as file:
-                start = max(0, file.seek(0, 2) - HISTORY_BYTES)
-                file.seek(start)
-                lines = file.read().splitlines()[1 if start else 0 :]
+            data = reading.read_end(self.state / "history.jsonl", HISTORY_BYTES)
         except FileNotFoundError:
             return []
         found = []
-        for line in lines:
+        # The first line may be the end of a longer one.
+        for line in data.splitlines()[1 if len(data) == HISTORY_BYTES else 0 :]:
             with contextlib.suppress(ValueError):
-                entry = json.loads(line)
-                if isinstance(entry, dict):
-                    found.append(entry)
+                found.append(_object(line))
         return found
 
     def remember(self, **what: object) -> None:
-        """Append a line to the history, in one write(2)."""
+        """Append a line to the history, in one write(2). Raises `OSError`."""
         line = (json.dumps({"at": now(), **what}) + "\n").encode()
-        fd = os.open(self.state / "history.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        fd = reading.open_file(self.state / "history.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND)
         try:
             # Alone: half of another's line must not be taken for one that a full disk cut off, for which the next one
             # begins anew so that it is not lost too.
             fcntl.flock(fd, fcntl.LOCK_EX)
-            if not _ends_with_newline(self.state / "history.jsonl"):
+            if not _ends_with_newline(fd):
                 line = b"\n" + line
             if os.write(fd, line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -511,13 +562,10 @@ class Store:
             os.close(fd)
 
 
-def _ends_with_newline(path: Path) -> bool:
+def _ends_with_newline(fd: int) -> bool:
     """Whether a file is empty or its last byte ends a line."""
-    with open(path, "rb") as file:
-        if file.seek(0, os.SEEK_END) == 0:
-            return True
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
+    size = os.fstat(fd).st_size
+    return size == 0 or os.pread(fd, 1, size - 1) == b"\n"
 
 
 def disk_failed(error: Exception) -> TypeGuard[OSError]:
@@ -525,10 +573,33 @@ def disk_failed(error: Exception) -> TypeGuard[OSError]:
     return isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}
 
 
+def state_failed(error: Exception, state: Path) -> TypeGuard[OSError]:
+    """Whether an error says that something in the state folder is not of the kind that it should be, or not ours."""
+    if not isinstance(error, Unfit | NotADirectoryError | PermissionError):
+        return False
+    return Path(os.fsdecode(error.filename or "/")).is_relative_to(state)
+
+
 def state_unwritable(state: Path, error: OSError) -> Refused:
     return Refused(
         "state_unwritable",
         f"the state folder {state} cannot be written",
-        why=error.strerror or str(error),
+        why=said(error),
         hint="free disk space or mend the permissions on the host, then try again",
     )
+
+
+def state_unreadable(path: Path, error: OSError) -> Refused:
+    return Refused(
+        "state_unreadable",
+        f"{path}, of the host's state, cannot be read",
+        why=said(error),
+        hint="mend it on the host, or move it away, then try again",
+    )
+
+
+def said(error: OSError) -> str:
+    """What the system said no to, with the path if it names one."""
+    words = error.strerror or str(error)
+    path = error.filename2 or error.filename
+    return f"{path}: {words}" if path else words

@@ -14,13 +14,15 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 from mlxops.agent import journal as journals
+from mlxops.agent.agreement import confirm
 from mlxops.agent.journal import Journal
 from mlxops.agent.operations import command
 from mlxops.agent.operations.context import Cancellation, Context
 from mlxops.agent.place import place
-from mlxops.agent.store import Store, disk_failed, state_unwritable
+from mlxops.agent.store import Store, disk_failed, state_failed, state_unreadable, state_unwritable
 from mlxops.agent.system import shortage, this_system
 from mlxops.core.errors import Bug, Exit, MlxopsError, bug
 from mlxops.core.protocol import Done, Event, Failed, Request
@@ -77,6 +79,9 @@ def run(folder: Path, lock: int) -> int:
 
     `lock` is the descriptor of the record's lock, held; what the worker starts must not inherit it.
     """
+    from mlxops.agent import inherited
+
+    inherited.shed()
     os.set_inheritable(lock, False)
     os.umask(0o077)
     journal = Journal(folder)
@@ -85,9 +90,15 @@ def run(folder: Path, lock: int) -> int:
     except OSError:
         return int(Exit.REFUSED)  # nobody would hear what becomes of it, so nothing is begun
     cancellation = Cancellation()
-    signal.signal(signal.SIGTERM, lambda number, frame: cancellation.wish())
+
+    def end(number: int, frame: FrameType | None) -> None:
+        journal.heed()
+        cancellation.wish()
+
+    signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGUSR1, lambda number, frame: cancellation.take_out(journal.taken_out))
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # Not SIG_IGN, which the server would inherit.
+    signal.signal(signal.SIGHUP, lambda number, frame: None)
     threading.Thread(target=_watch_for_cancel, args=(journal,), daemon=True).start()
     request = journal.request()
     where = place(request.settings, os.environ)
@@ -123,6 +134,8 @@ def finish(context: Context, emit: Callable[[Event], None]) -> int:
         if operation is None:
             raise Bug("unknown_command", f"the agent knows no command {context.request.command!r}")
         with context.cancellation.open():
+            if context.operation:
+                confirm(context.store, context.where)
             outcome = Done(operation(context))
     except MlxopsError as error:
         outcome = Failed(error)
@@ -133,23 +146,25 @@ def finish(context: Context, emit: Callable[[Event], None]) -> int:
 
 
 def _told(error: Exception, store: Store) -> MlxopsError:
-    """A disk that fails where nobody looked for it is the disk's fault, and a host that has no descriptor left the
-    host's; all else is ours."""
+    """A disk that fails where nobody looked for it is the disk's fault, a strange thing in the state folder that of
+    whoever put it there, and a host that has no descriptor left the host's; all else is ours."""
     from traceback import format_exc
 
     if disk_failed(error):
         return state_unwritable(store.state, error)
+    if state_failed(error, store.state):
+        return state_unreadable(Path(os.fsdecode(error.filename)), error)
     return shortage(error) or bug(error, format_exc())
 
 
 def _watch_for_cancel(journal: Journal) -> None:
-    """Turns wishes, which are files so that they need no pid, into the signals that the main thread hears."""
+    """Turns wishes, which are files so that they need no pid, into the signals that the main thread hears. The one to
+    end each time, since whoever waits for the end asks again whether it is still heard."""
     never = threading.Event()
     out = frozenset[int]()
     while not never.wait(CANCEL_POLL_SECONDS):
         if journal.cancelled:
             os.kill(os.getpid(), signal.SIGTERM)
-            return
         if journal.taken_out != out:
             out = journal.taken_out
             os.kill(os.getpid(), signal.SIGUSR1)

@@ -32,6 +32,10 @@ def is_repo_id(text: str) -> bool:
     )
 
 
+def is_model_name(text: str) -> bool:
+    return is_name(text) or is_repo_id(text)
+
+
 def is_revision(text: str) -> bool:
     """A branch, tag or commit, in a form that can be neither an option nor a way out of a folder."""
     return _REVISION.fullmatch(text) is not None and ".." not in text
@@ -43,7 +47,7 @@ def shown(text: str) -> str:
 
 
 def model_name(text: str) -> str:
-    if is_name(text) or is_repo_id(text):
+    if is_model_name(text):
         return text
     raise UsageError(
         "bad_name",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from mlxops.core.errors import MlxopsError, Refused, UsageError
-from mlxops.core.names import AUTO, is_repo_id, shown
+from mlxops.core.names import AUTO, is_model_name, is_repo_id, is_revision, shown
 from mlxops.core.names import port as parse_port
 from mlxops.core.registry import Model, Registry
 from mlxops.core.settings import Settings
@@ -425,16 +425,18 @@ class Served:
 def served_before(history: Sequence[Mapping[str, object]], port: int, now: Served | None) -> Served | None:
     """The latest load on `port` of something other than what it serves `now`; None: there was none.
 
-    `history` is oldest first. Twice in a row leads back to where it began, as with `cd -`.
+    `history` is oldest first; lines that no load can have written are skipped. Twice in a row leads back to where it
+    began, as with `cd -`.
     """
     for entry in reversed(history):
         if entry.get("command") != "load" or entry.get("port") != port:
             continue
         model, repo_id, revision = (entry.get(key) for key in ("model", "repo_id", "revision"))
-        if isinstance(model, str) and isinstance(repo_id, str) and isinstance(revision, str):
-            served = Served(model, repo_id, revision)
-            if served != now:
-                return served
+        if not (isinstance(model, str) and isinstance(repo_id, str) and isinstance(revision, str)):
+            continue
+        served = Served(model, repo_id, revision)
+        if served != now and is_model_name(model) and is_repo_id(repo_id) and is_revision(revision):
+            return served
     return None
 
 

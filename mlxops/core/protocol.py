@@ -133,8 +133,16 @@ def _ticket(value: object) -> str:
     return value if isinstance(value, str) and TICKET.fullmatch(value) else ""
 
 
+_TOO_MUCH = 10**300
+"""No amount of anything; a little more, and it cannot be calculated with."""
+
+
 def _count(value: object) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < _TOO_MUCH else 0
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and abs(value) < _TOO_MUCH
 
 
 @dataclass(frozen=True)
@@ -271,7 +279,7 @@ def decode_event(line: str) -> Event | None:
             return Note(str(body.get("message")), str(body.get("level", "info")))
         case "phase":
             return Phase(str(body.get("name")), str(body.get("message")))
-        case "progress" if isinstance(body.get("done"), int) and isinstance(body.get("total"), int):
+        case "progress" if _is_size(body.get("done")) and _is_size(body.get("total")):
             return Progress(str(body.get("name")), body["done"], body["total"], _count(body.get("rate")))
         case "done" if isinstance(body.get("result"), dict):
             return Done(body["result"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from mlxops.core.names import is_model_name
 from mlxops.core.registry import Registry
 from mlxops.core.units import duration
 from mlxops.core.world import Orphan, PortView, World
@@ -16,6 +17,8 @@ GIVE_UP = 5
 """Starts in a row of a server that did not last; then a person has to look."""
 LASTED = 2 * 3600.0
 """Seconds after which a start counts as one that lasted."""
+LONGEST_UPTIME = 1e10
+"""Seconds; three hundred years. What is no time at all, or an integer too long to be calculated with, is beyond it."""
 FIRST_PAUSE, LONGEST_PAUSE = 120.0, 3600.0
 """Seconds before a server is started again, doubled each time."""
 
@@ -131,7 +134,7 @@ def attempts_of(history: Iterable[Mapping[str, object]], boot_id: str, now: floa
         if step is None:
             continue
         if line.get("command") == "restore":
-            if line.get("boot_id") == boot_id and isinstance(at, int | float):
+            if line.get("boot_id") == boot_id and isinstance(at, int | float) and 0 <= at < LONGEST_UPTIME:
                 found.setdefault(step, []).insert(0, max(0.0, now - at))
         elif line.get("command") in {"load", "unload"} and line.get("restore") is not True:
             found.pop(step, None)
@@ -142,4 +145,6 @@ def _step(row: object) -> Step | None:
     if not isinstance(row, Mapping):
         return None
     model, port = row.get("model"), row.get("port")
-    return Step(model, port) if isinstance(model, str) and isinstance(port, int) else None
+    if not isinstance(model, str) or not is_model_name(model) or type(port) is not int:
+        return None
+    return Step(model, port)

@@ -130,6 +130,20 @@ class Operation:
         return f"{self.command} {self.model or ''}".strip() + f", started by {self.asker} at {self.since} ({self.id})"
 
 
+def operation_from_wire(wire: Mapping[str, object]) -> Operation:
+    """Raises `ValueError` for anything that a lock's holder cannot have written into it."""
+    texts = {key: wire.get(key) for key in ("id", "command", "asker", "since")}
+    optional = {key: wire.get(key) for key in ("model", "repo")}
+    port = wire.get("port")
+    if not all(isinstance(value, str) for value in texts.values()):
+        raise ValueError("a text is missing")
+    if not all(value is None or isinstance(value, str) for value in optional.values()):
+        raise ValueError("model or repo is not a text")
+    if port is not None and type(port) is not int:
+        raise ValueError("port is not a number")
+    return Operation(port=port, **texts, **optional)  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True)
 class Server:
     """A live server that is not recorded as ours: what its argv says."""

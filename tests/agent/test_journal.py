@@ -230,6 +230,9 @@ def test_the_wish_to_end_is_seen_by_the_worker(journal: Journal) -> None:
     journal.cancel()
     journal.cancel()
     assert journal.cancelled
+    journal.heed()
+    journal.heed()
+    assert not journal.cancelled
 
 
 def test_an_operation_is_found_by_its_id(ops: Path, journal: Journal) -> None:

@@ -38,6 +38,13 @@ def disk(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
 
 
+def link_away(file: Path, folder: Path) -> None:
+    """Put the content of a file into another folder, with a link where it was."""
+    (folder / "weights").write_bytes(file.read_bytes())
+    file.unlink()
+    file.symlink_to(folder / "weights")
+
+
 def worker_of(lab: Homelab) -> int:
     return next(process.pid for process in lab.studio.processes() if "--worker" in process.command)
 
@@ -182,8 +189,8 @@ class TestRemove:
         names = [f"tiny-org/copy-{number}" for number in range(6)]
         snapshots = [models.install_snapshot(hub, name, tiny_models / models.QWEN, xet=True) for name in names]
         assert len({snapshot.name for snapshot in snapshots}) == 1
-        freed, kept = delete(snapshots[3], dry_run=False)
-        assert freed > 0 and kept == []
+        deleted = delete(snapshots[3], dry_run=False)
+        assert deleted.freed_bytes > 0 and deleted.kept == ()
         assert [isinstance(find(hub, name), Snapshot) for name in names] == [number != 3 for number in range(6)]
 
     def test_frees_what_only_it_uses_and_the_dry_run_says_how_much(self, homelab: Homelab) -> None:
@@ -208,6 +215,62 @@ class TestRemove:
         gone = next(row for row in listed if row["name"] == QWEN)
         assert gone["problems"] == ["its files are not in the cache; load downloads them"]
         assert result(homelab, "remove", "--model", QWEN)["changed"] is False
+
+    @pytest.mark.parametrize("kept", [False, True], ids=["the only one", "one of two"])
+    @pytest.mark.parametrize("what", ["repository", "blobs", "files"])
+    def test_counts_what_it_frees_and_leaves_what_it_only_has_links_to(
+        self, tmp_path: Path, tiny_models: Path, what: str, kept: bool
+    ) -> None:
+        hub, elsewhere = tmp_path / "hub", tmp_path / "elsewhere"
+        snapshot = models.install_snapshot(hub, QWEN, tiny_models / models.QWEN)
+        if kept:
+            models.install_snapshot(hub, QWEN, tiny_models / models.QWEN_B, sha="c" * 40, ref=None)
+        elsewhere.mkdir()
+        repo = snapshot.parent.parent
+        weights = snapshot / "model.safetensors"
+        match what:
+            case "repository":
+                repo.rename(elsewhere / repo.name)
+                repo.symlink_to(elsewhere / repo.name)
+            case "blobs":
+                link_away(weights.resolve(), elsewhere)
+            case "files":
+                blob = weights.resolve()
+                link_away(weights, elsewhere)
+                blob.unlink()
+        before = disk(hub) + disk(elsewhere)
+        told = delete(snapshot, dry_run=True)
+        assert disk(hub) + disk(elsewhere) == before and snapshot.exists()
+        done = delete(snapshot, dry_run=False)
+        freed = before - disk(hub) - disk(elsewhere)
+        assert done == told and 0 <= freed - done.freed_bytes <= len(snapshot.name), "a branch's file is not counted"
+        assert not snapshot.exists()
+        if what != "repository":
+            assert done.linked_bytes == (elsewhere / "weights").stat().st_size, "it is not ours to delete"
+        elif not kept:
+            assert (done.freed_bytes, freed) == (0, 0) and done.linked_bytes > 0
+        else:
+            assert done.linked_bytes == 0 and freed > 0
+
+    def test_of_a_link_to_another_repository_takes_the_link_alone(self, tmp_path: Path, tiny_models: Path) -> None:
+        hub = tmp_path / "hub"
+        for number in range(6):
+            snapshot = models.install_snapshot(hub, f"tiny-org/model-{number}", tiny_models / models.QWEN)
+            link = models.repo_folder(hub, f"tiny-org/alias-{number}")
+            link.symlink_to(snapshot.parent.parent.name)
+            done = delete(link / "snapshots" / snapshot.name, dry_run=False)
+            assert done.freed_bytes == 0 and done.linked_bytes > 0
+            assert not link.is_symlink() and isinstance(find(hub, f"tiny-org/model-{number}"), Snapshot)
+
+    def test_says_that_what_is_behind_links_was_left(self, homelab: Homelab, tmp_path: Path) -> None:
+        studio = homelab.studio
+        repo = studio.install(QWEN, models.QWEN).parent.parent
+        homelab.mini.mlxctl("init").ok()
+        repo.rename(tmp_path / repo.name)
+        repo.symlink_to(tmp_path / repo.name)
+        done = homelab.mini.mlxctl("remove", "--model", QWEN).ok()
+        assert "freed 0 B" in done.stdout and "behind links" in done.stderr and "are left" in done.stderr
+        assert not repo.is_symlink() and disk(tmp_path / repo.name) > 0
 
     def test_is_refused_while_anything_uses_it(self, homelab: Homelab) -> None:
         studio = homelab.studio

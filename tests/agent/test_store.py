@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -208,6 +209,18 @@ def test_a_folder_where_the_registry_should_be_is_told_and_left_alone(tmp_path: 
         with pytest.raises(Refused):
             attempt()
     assert store.registry.path.is_dir() and not leftovers(tmp_path)
+
+
+def test_a_generation_before_that_cannot_be_kept_is_told_by_its_name_before_anything_is_done(store: Store) -> None:
+    previous = store.state / "registry.previous.json"
+    previous.mkdir()
+    for attempt in (store.registry.check_writable, lambda: store.registry.update(move)):
+        with pytest.raises(Refused) as caught:
+            attempt()
+        assert caught.value.code == "registry_unwritable" and str(previous) in caught.value.message
+        assert "move it away" in caught.value.hint
+    assert store.registry.path.read_bytes() == CONTENT
+    assert not leftovers(store.state) and not leftovers(store.registry.path.parent)
 
 
 def test_looking_whether_a_write_would_succeed_leaves_everything_as_it_was(store: Store) -> None:
@@ -610,18 +623,30 @@ def test_agreed_settings_come_back_and_damaged_ones_are_told(store: Store) -> No
         assert caught.value.code == "host_json_unusable"
 
 
-def test_a_servers_folder_is_cleaned_of_links_and_never_through_them(store: Store, tmp_path: Path) -> None:
+def test_a_servers_folder_is_made_anew_and_what_its_links_lead_to_is_left_alone(store: Store, tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
     (model / "weights").write_bytes(b"w")
-    store.clean_run_folder(8103)
+    store.new_run_folder(8103)
     folder = store.run_folder(8103)
     (folder / "org").mkdir()
     for link in (folder / "jerry", folder / "org" / "name"):
         link.symlink_to(model)
-    store.clean_run_folder(8103)
-    assert [path.name for path in folder.rglob("*")] == ["org"]
+    with ended_after(subprocess.Popen(["sleep", "60"], cwd=folder)):
+        store.new_run_folder(8103)
+        assert [path.name for path in (store.state / "run").rglob("*")] == ["8103"]
+    for strange in (folder.mkdir, partial(os.mkfifo, folder), folder.touch, partial(folder.symlink_to, model)):
+        folder.rmdir()
+        strange()
+        store.new_run_folder(8103)
+        assert folder.is_dir() and not folder.is_symlink() and not os.listdir(folder)
     assert (model / "weights").read_bytes() == b"w"
+
+
+def test_a_folder_that_a_killed_start_was_about_to_remove_is_removed_later(store: Store) -> None:
+    left = store.state / "run" / ".8103.999999999.0123abcd.tmp"
+    (left / "org").mkdir(parents=True)
+    assert store.remove_leftovers() == [left] and not left.exists()
 
 
 def test_a_lock_is_there_as_soon_as_it_is_reported(store: Store) -> None:

@@ -318,7 +318,7 @@ class TestWhatWatchingCannotMend:
             register(remote.studio, "mine", port=remote.port)
             reader.until("drift: mine is assigned")
             done = finish(process)
-            assert done.exit == 3 and "error: registry and life disagree in 1 places" in done.stderr, str(done)
+            assert done.exit == 3 and "error: registry and life disagree in one place" in done.stderr, str(done)
         gone(remote.studio)
 
     @pytest.mark.parametrize(

@@ -62,6 +62,11 @@ def test_an_event_comes_back_as_it_went(event: Event) -> None:
     assert said(decode_event(encode_event(event))) == said(event)
 
 
+def test_bytes_that_cannot_be_calculated_with_are_none() -> None:
+    assert decode_event(encode_event(Progress("x", 10**4000, 1))) is None
+    assert decode_event(encode_event(Progress("x", 1, 2, 10**4000))) == Progress("x", 1, 2)
+
+
 @given(events)
 @example(Note("\ud800 \x1b[31m \u202e \0 \r\n \x85 \u2028 \x7f"))
 @PROPERTY

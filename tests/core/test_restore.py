@@ -100,6 +100,13 @@ class TestTheHistory:
         odd: list[dict[str, object]] = [{}, {"command": "reconcile", "cleared": "x"}, {"command": "restore"}]
         assert last_cleared([*odd, self.RECONCILE, *odd]) == (Step("a", 8100),)
         assert attempts_of(odd, "boot", 1.0) == {}
+        step = {"model": "a", "port": 8100}
+        hostile = [step | {"model": "../../x"}, step | {"model": "a\n"}, step | {"port": True}]
+        assert last_cleared([{"command": "reconcile", "operation": "2", "cleared": hostile}]) == ()
+        starts = [
+            {"command": "restore", "boot_id": "boot", **step, "monotonic": at} for at in (-1, 10**4000, float("nan"))
+        ]
+        assert attempts_of(starts, "boot", 1.0) == {}
 
     def test_counts_the_starts_of_this_boot_since_a_person_acted(self) -> None:
         def start(at: float, boot: str = "now") -> dict[str, object]:

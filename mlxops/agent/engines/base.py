@@ -16,11 +16,14 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
+from mlxops.agent import reading
 from mlxops.core.errors import Refused
 from mlxops.core.families import Option
 from mlxops.core.registry import Model
 
 MAX_BODY = 1024 * 1024
+MAX_TEMPLATE = 1024 * 1024
+"""Bytes; the longest chat templates have some thirty thousand."""
 USUAL_FOLDERS = ("/opt/homebrew/bin", "/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin", "/sbin")
 
 
@@ -228,6 +231,11 @@ def split(text: str, variable: str) -> list[str]:
             hint=f"set {variable} to a complete command, or unset it",
         )
     return parts
+
+
+def template_text(path: str | Path) -> str:
+    """A chat template, which an entry of the registry names. Raises `OSError`; `ValueError` if it is not text."""
+    return reading.read(path, MAX_TEMPLATE).decode()
 
 
 def options(argv: Sequence[str]) -> dict[str, str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from mlxops.agent.engines.base import (
     Command,
@@ -22,6 +21,7 @@ from mlxops.agent.engines.base import (
     port_number,
     runnable,
     status_health,
+    template_text,
     which,
 )
 from mlxops.core.errors import Refused
@@ -72,7 +72,7 @@ class MlxLm:
             *command.argv,
             *("--model", serving.alias, "--host", serving.bind, "--port", str(serving.port)),
             # It wants the template itself, not the name of a file.
-            *(("--chat-template", Path(template).read_text(encoding="utf-8")) if template else ()),
+            *(("--chat-template", template_text(template)) if template else ()),
             *(("--trust-remote-code",) if model.trust_remote_code else ()),
             *model.args,
         )

@@ -10,7 +10,7 @@ from mlxops.agent import interrupted
 from mlxops.agent.journal import named
 from mlxops.agent.observe import observe
 from mlxops.agent.place import Place, require
-from mlxops.agent.store import Store, now
+from mlxops.agent.store import Store, now, said
 from mlxops.agent.system import System
 from mlxops.core.errors import Busy, Interrupted
 from mlxops.core.names import AUTO
@@ -164,7 +164,16 @@ class Context:
         try:
             self.store.remember(operation=self.operation, by=str(self.request.asker), **what)
         except OSError as error:
-            self.note(f"the history could not be written: {error.strerror}", "warning")
+            self.note(f"the history could not be written: {said(error)}", "warning")
+
+    def history(self) -> list[dict[str, object]]:
+        """What was remembered, oldest first; one that cannot be read keeps nobody from starting what the registry
+        assigns."""
+        try:
+            return self.store.history()
+        except OSError as error:
+            self.note(f"the history could not be read: {said(error)}", "warning")
+            return []
 
     def holder(self, port: int | None = None) -> Operation:
         """How this operation presents itself in the locks that it holds."""

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+
 from mlxops.agent.journal import Journal, recent
 from mlxops.agent.operations.context import Context
+from mlxops.agent.reading import Unfit
 from mlxops.agent.store import Store, named
-from mlxops.core.errors import Refused
+from mlxops.agent.system import this_system
+from mlxops.core.errors import OutcomeUnknown, Refused
 from mlxops.core.protocol import CANCELLABLE, Failed
 from mlxops.core.world import Operation
 
 SHOWN = 20
 """Operations that have ended and are listed, the newest."""
+AGAIN_SECONDS = 2.0
+"""How often it is made sure that a worker that was asked to end still hears."""
+HEARD_SECONDS = 10.0
+"""A worker looks ten times a second whether it is to end, and hears it between any two steps of its own."""
 
 
 def ops(ctx: Context) -> dict[str, object]:
@@ -26,8 +35,12 @@ def ops(ctx: Context) -> dict[str, object]:
 
 def downloads(ctx: Context) -> list[Operation]:
     """The operations that download now."""
-    held = [ctx.store.holder(path.name) for path in named(ctx.store.state / "locks", "repo-")]
-    return [operation for operation in held if operation is not None]
+    found = []
+    for path in named(ctx.store.state / "locks", "repo-"):
+        # What is no file is nobody's lock.
+        with contextlib.suppress(Unfit):
+            found.append(ctx.store.holder(path.name))
+    return [operation for operation in found if operation is not None]
 
 
 def _row(journal: Journal, alive: bool) -> dict[str, object]:
@@ -65,8 +78,50 @@ def find(store: Store, text: str) -> Journal:
     )
 
 
-def cancel(journal: Journal) -> None:
-    """Ask the operation to end. Raises `Refused` (operation_ended, not_cancellable)."""
+class Cancelling:
+    """Asks an operation to end, and sees to it that this is heard: by a worker that cleans up, which may take minutes,
+    it is heard each time; by one that was stopped, or hangs in the kernel, it is not."""
+
+    def __init__(self, journal: Journal) -> None:
+        """Raises `Refused` (operation_ended, not_cancellable)."""
+        _refuse_uncancellable(journal)
+        self._journal = journal
+        self._ask()
+
+    def __call__(self) -> None:
+        """While its end is waited for. Raises `OutcomeUnknown` (worker_silent)."""
+        waited = time.monotonic() - self._asked
+        if not self._journal.cancelled and waited > AGAIN_SECONDS:
+            self._ask()
+        elif waited > HEARD_SECONDS and self._journal.alive():
+            raise self._silent()
+
+    def _ask(self) -> None:
+        self._journal.cancel()
+        self._asked = time.monotonic()
+
+    def _silent(self) -> OutcomeUnknown:
+        pid = worker_pid(self._journal)
+        who, target = (f"pid {pid}", str(pid)) if pid else ("which cannot be found", "PID")
+        return OutcomeUnknown(
+            "worker_silent",
+            f"operation {self._journal.id} was asked to end, and its worker, {who}, does not react",
+            why=f"it has heard nothing for {HEARD_SECONDS:.0f} s: it was stopped, or waits for a disk",
+            hint=f"on the host: kill -CONT {target}, then it ends; or kill -KILL {target}, then mlxctl reconcile",
+            details={"operation": self._journal.id, "pid": pid},
+        )
+
+
+def worker_pid(journal: Journal) -> int | None:
+    """The worker of an operation, as far as this user can see it."""
+    mark = ("--worker", str(journal.folder))
+    for process in this_system().look(()).processes.values():
+        if mark in zip(process.argv, process.argv[1:], strict=False) and not process.zombie:
+            return process.pid
+    return None
+
+
+def _refuse_uncancellable(journal: Journal) -> None:
     asked = _asked(journal)["command"]
     if not journal.alive():
         what = f"operation {journal.id} has ended already"
@@ -78,4 +133,3 @@ def cancel(journal: Journal) -> None:
             why="it is done in seconds, and half of it would be worse than all of it",
             hint=f"wait for it: mlxctl ops --follow {journal.id}",
         )
-    journal.cancel()

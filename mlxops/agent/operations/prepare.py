@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlxops.agent.engines import engine_named
-from mlxops.agent.engines.base import Command, Engine, Serving
+from mlxops.agent.engines.base import Command, Engine, Serving, template_text
 from mlxops.agent.engines.installed import described, lacks_architecture
 from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.files import Files
@@ -98,7 +98,7 @@ def _with_template(entry: Model, options: tuple[Option, ...], path: Path) -> tup
 def _template(entry: Model, path: Path, name: str) -> Path:
     file = path / name  # an absolute name stays what it is
     try:
-        file.read_bytes().decode()
+        template_text(file)
     except (OSError, ValueError) as error:
         raise Refused(
             "bad_chat_template",

@@ -22,6 +22,7 @@ from mlxops.core.errors import Busy, Interrupted, Refused
 from mlxops.core.planner import unknown_model, unknown_port
 from mlxops.core.protocol import Phase, Progress
 from mlxops.core.registry import Model, Registry
+from mlxops.core.units import amount
 from mlxops.core.world import Operation, State, World
 
 FOLLOW_SECONDS = 0.2
@@ -145,19 +146,23 @@ def remove(ctx: Context) -> dict[str, object]:
     sharing = [model for model in registry.models.values() if _uses(ctx, model, files)]
     with _nobody_downloads(ctx, entry):
         _refuse_in_use(registry, ctx.observe(registry), sharing)
-        freed, kept = delete(files.path, dry_run=ctx.request.dry_run)
+        deleted = delete(files.path, dry_run=ctx.request.dry_run)
     if not ctx.request.dry_run:
         ctx.remember(command="remove", model=entry.name, repo_id=entry.repo_id, revision=files.revision)
     for other in sharing:
         if other.name != entry.name:
             ctx.note(f"{other.name} has the same files", "warning")
+    if deleted.linked_bytes:
+        left = f"{amount(deleted.linked_bytes)} of {files.path} lie behind links, outside of the cache"
+        ctx.note(f"{left}: the links are removed, the files are left", "warning")
     return {
         "model": entry.name,
         "repo_id": entry.repo_id,
         "revision": files.revision,
         "path": str(files.path),
-        "freed_bytes": freed,
-        "kept": kept,
+        "freed_bytes": deleted.freed_bytes,
+        "linked_bytes": deleted.linked_bytes,
+        "kept": list(deleted.kept),
         "changed": not ctx.request.dry_run,
         "dry_run": ctx.request.dry_run,
     }
@@ -176,7 +181,7 @@ def _files(ctx: Context, entry: Model) -> Files | None:
 
 def _uses(ctx: Context, model: Model, files: Files) -> bool:
     own = _files(ctx, model)
-    return own is not None and own.path == files.path
+    return own is not None and own.path.resolve() == files.path.resolve()
 
 
 def _refuse_in_use(registry: Registry, world: World, models: list[Model]) -> None:

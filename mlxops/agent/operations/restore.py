@@ -67,7 +67,7 @@ def _tell_left(ctx: Context, step: Step) -> None:
 
 def _plan(ctx: Context) -> RestorePlan:
     registry = ctx.usable_registry()
-    history = ctx.store.history()
+    history = ctx.history()
     job = ctx.where.settings.boot
     return plan_restore(
         registry,

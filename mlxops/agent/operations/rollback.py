@@ -22,7 +22,7 @@ def rollback(ctx: Context) -> dict[str, object]:
     now = Served(run.model, run.repo_id, run.revision) if run else None
     if now is None and view.state not in {State.IDLE, State.FAILED}:
         now = Served(view.model or "", view.repo_id or "", view.revision or "")
-    before = planner.served_before(ctx.store.history(), port, now)
+    before = planner.served_before(ctx.history(), port, now)
     if before is None:
         raise Refused(
             "nothing_to_roll_back_to",
