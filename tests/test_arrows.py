@@ -261,9 +261,8 @@ def test_inv_leaves_bytecode_for_the_next_command_unless_it_is_told_not_to(
     environ = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "MLXOPS_HOSTS_FILE": str(tmp_path / "hosts.yaml")}
     environ |= {"PYTHONPYCACHEPREFIX": str(tmp_path / "bytecode"), **told}
     script = Path(sysconfig.get_path("scripts")) / "inv"
-    subprocess.run(
-        [sys.executable, str(script), "list", "--local"], env=environ, cwd=CHECKOUT, capture_output=True, timeout=60
-    ).check_returncode()
+    argv = [sys.executable, str(script), "list", "--local"]
+    subprocess.run(argv, env=environ, cwd=CHECKOUT, capture_output=True, timeout=60, check=True)
     found = {path.name.partition(".")[0] for path in (tmp_path / "bytecode").rglob("mlxops/**/*.pyc")}
     # The agent is another Python: what only the control node imports is `inv`'s own.
     assert ("inventory" in found) == written
