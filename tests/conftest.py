@@ -47,8 +47,9 @@ def _move_out() -> Path:
     return folder
 
 
-# A shell that runs the tests in the background has them ignore it, and so would every client that they start.
+# A shell that runs the tests in the background has them ignore these, and so would everything that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 _THROWAWAY = _move_out()
 leaks.become_subreaper()
 

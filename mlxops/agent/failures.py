@@ -85,7 +85,7 @@ TABLE = (
     ),
     _known(
         "port_taken",
-        r"address already in use|Errno 48\b|Errno 98\b|answered by a process that this load did not start",
+        r"address already in use|Errno 48\b|Errno 98\b|answered by \S.{0,60} this load did not start",
         "something else listens on port {port}",
         "see who: mlxctl status; stop it, then load it again",
     ),
