@@ -237,8 +237,13 @@ def _given(request: Request) -> dict[str, object]:
     return {key: value for key, value in request.args.items() if value}
 
 
+def model_lock(name: str) -> str:
+    """The lock of whoever starts or stops a model, or deletes its files, as model-org--name."""
+    return f"model-{name.replace('/', '--')}"
+
+
 def busy(lock: str, holder: Operation, *, attach: bool = False) -> Busy:
-    """`lock`: its name, as port-8100 or model-org--name."""
+    """`lock`: its name, as port-8100, or what `model_lock` returns."""
     kind, _, name = lock.partition("-")
     held = f"holds {kind} {name.replace('--', '/')}" if name else "does the same"
     return Busy(

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from mlxops.agent.engines.base import NoCompletion
-from mlxops.agent.operations.context import Context
+from mlxops.agent.operations.context import Context, model_lock
 from mlxops.agent.operations.files import Files, cached
 from mlxops.agent.operations.gatewayname import check_name
 from mlxops.agent.operations.prepare import Prepared, commit, entry_fields, preflight, prepare
@@ -53,7 +53,7 @@ def _port_alone(ctx: Context, registry: Registry, model: str) -> Iterator[int]:
             idle = World(ports={port: view for port, view in world.ports.items() if port not in gone})
             port = planner.choose_port(ctx.where.settings, registry, idle, model, asked)
             try:
-                held.enter_context(ctx.locked(port, f"model-{model.replace('/', '--')}"))
+                held.enter_context(ctx.locked(port, model_lock(model)))
                 break
             except Busy as busy:
                 taken = busy.details.get("lock") == f"port-{port}" and "attach" not in busy.details
@@ -77,6 +77,35 @@ def _load_locked(ctx: Context, target: Target, port: int, began: float) -> dict[
         registry, target = _register(ctx, target, files)
         prepared = prepare(ctx, target, port, files)
         plan = _plan(ctx, registry, target, port, prepared)
+    with ExitStack() as held:
+        locks: dict[str, int] = {}
+        while more := {name: at for name, at in _locks_of_stops(ctx, registry, plan).items() if name not in locks}:
+            for name, at in more.items():
+                held.enter_context(ctx.alone(name, at))
+            locks |= more
+            # What was planned before it was held may be otherwise by now.
+            registry = ctx.registry()
+            plan = _plan(ctx, registry, target, port, prepared)
+        return _carry_out(ctx, registry, plan, prepared, began)
+
+
+def _locks_of_stops(ctx: Context, registry: Registry, plan: LoadPlan) -> dict[str, int]:
+    """What a plan stops must be nobody else's meanwhile, and its models, which may have to come back, must not be
+    started elsewhere: lock -> port. This load's own port and model are held already."""
+    if ctx.request.dry_run:
+        return {}
+    ports = {f"port-{view.port}": view.port for view in plan.stops if view.port != plan.port}
+    models = {
+        model_lock(view.model): view.port
+        for view in plan.stops
+        if view.model is not None and view.model in registry.models and view.model != plan.target.name
+    }
+    return ports | models
+
+
+def _carry_out(
+    ctx: Context, registry: Registry, plan: LoadPlan, prepared: Prepared | None, began: float
+) -> dict[str, object]:
     for note in plan.notes:
         ctx.note(note)
     if plan.outcome is Outcome.START and prepared is not None:

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from mlxops.agent.cache import Snapshot, find, roots
 from mlxops.agent.journal import named
-from mlxops.agent.operations.context import Context
+from mlxops.agent.operations.context import Context, model_lock
 from mlxops.agent.operations.files import Files, registered
 from mlxops.agent.place import require
 from mlxops.agent.store import Lock
@@ -214,7 +214,7 @@ def _nobody_downloads(ctx: Context, entry: Model) -> Iterator[None]:
         return
     locks: list[Lock] = []
     try:
-        for name in (f"repo-{(entry.repo_id or '').replace('/', '--')}", f"model-{entry.name.replace('/', '--')}"):
+        for name in (f"repo-{(entry.repo_id or '').replace('/', '--')}", model_lock(entry.name)):
             held = ctx.store.lock(name, ctx.holder())
             if isinstance(held, Operation):
                 raise Busy(

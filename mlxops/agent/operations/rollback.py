@@ -8,7 +8,7 @@ from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.files import cached
 from mlxops.agent.operations.load import load
 from mlxops.core import names, planner
-from mlxops.core.errors import Refused
+from mlxops.core.errors import Busy, Refused
 from mlxops.core.planner import Served, Target
 from mlxops.core.registry import Registry
 from mlxops.core.world import State
@@ -17,12 +17,7 @@ from mlxops.core.world import State
 def rollback(ctx: Context) -> dict[str, object]:
     port = names.port(ctx.request.text("port") or "", ctx.where.settings.ports)
     registry = ctx.usable_registry()
-    view = ctx.observe(registry).ports[port]
-    run = view.run if view.members else None
-    now = Served(run.model, run.repo_id, run.revision) if run else None
-    if now is None and view.state not in {State.IDLE, State.FAILED}:
-        now = Served(view.model or "", view.repo_id or "", view.revision or "")
-    before = planner.served_before(ctx.history(), port, now)
+    now, before = _past(ctx, registry, port)
     if before is None:
         raise Refused(
             "nothing_to_roll_back_to",
@@ -32,8 +27,28 @@ def rollback(ctx: Context) -> dict[str, object]:
         )
     _refuse_elsewhere(ctx, registry, port, before)
     ctx.note(f"port {port} served {before.model} before ({before.repo_id} at {before.revision[:12]})")
+
+    def unchanged(registry: Registry) -> None:
+        if _past(ctx, registry, port) != (now, before):
+            raise Busy(
+                "changed_meanwhile",
+                f"what port {port} serves was changed a moment ago",
+                why="what it served before is something else by now",
+                hint=f"look first: mlxctl status; then, if it is still wanted: mlxctl rollback {port}",
+            )
+
     args = {**ctx.request.args, "model": before.model, "repo": _repo(ctx, registry, before), "force": True}
-    return load(replace(ctx, request=replace(ctx.request, command="load", args=args)))
+    return load(replace(ctx, request=replace(ctx.request, command="load", args=args)), unchanged)
+
+
+def _past(ctx: Context, registry: Registry, port: int) -> tuple[Served | None, Served | None]:
+    """What the port serves, and what it served before."""
+    view = ctx.observe(registry).ports[port]
+    run = view.run if view.members else None
+    now = Served(run.model, run.repo_id, run.revision) if run else None
+    if now is None and view.state not in {State.IDLE, State.FAILED}:
+        now = Served(view.model or "", view.repo_id or "", view.revision or "")
+    return now, planner.served_before(ctx.history(), port, now)
 
 
 def _refuse_elsewhere(ctx: Context, registry: Registry, port: int, before: Served) -> None:

@@ -28,13 +28,11 @@ from mlxops.core.world import Owner, PortView, run_of
 def start_in_place(ctx: Context, registry: Registry, plan: LoadPlan, prepared: Prepared) -> float | None:
     """Carry out a plan whose new server passed every check.
 
-    Returns the seconds for which the port did not answer; None if nothing had to be stopped. Whatever goes wrong, the
-    servers that were stopped are started again, and the registry says what is true.
+    The caller holds the port, the model, and those of everything that is stopped. Returns the seconds for which the
+    port did not answer; None if nothing had to be stopped. Whatever goes wrong, the servers that were stopped are
+    started again, and the registry says what is true.
     """
     with ExitStack() as stack:
-        for view in plan.stops:
-            if view.port != plan.port:
-                stack.enter_context(ctx.locked(view.port))
         serving = [(view, _way_back(ctx, registry, view)) for view in plan.stops if view.orphan is None]
         if plan.stops:
             warm(ctx, prepared.files.path, plan.target.name)

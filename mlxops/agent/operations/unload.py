@@ -16,20 +16,33 @@ CANCEL_SECONDS = 60.0
 
 def unload(ctx: Context) -> dict[str, object]:
     began = time.monotonic()
-    registry = ctx.usable_registry()
-    port_text, model = ctx.request.text("port"), ctx.request.text("model")
-    if (port_text is None) == (model is None):
+    ctx.usable_registry()
+    model = _model(ctx)
+    while True:
+        port = _port(ctx, model)
+        if port is None:
+            return _unload_result(ctx, UnloadPlan(0, model=model), began)
+        if not ctx.request.dry_run:
+            _make_way(ctx, port, model)
+        with ctx.locked(port):
+            # What was read before the lock may be old by now: another model must not be stopped for one that has moved.
+            if _port(ctx, model) == port:
+                return _unload_result(ctx, _unload_port(ctx, port, force=ctx.request.flag("force")), began)
+
+
+def _model(ctx: Context) -> str | None:
+    """The model that is to be unloaded, wherever it is; None: whatever is on the port."""
+    port, model = ctx.request.text("port"), ctx.request.text("model")
+    if (port is None) == (model is None):
         raise UsageError("port_or_model", "unload takes a port or a model", hint="mlxctl unload 8100")
-    if port_text is not None:
-        port: int | None = names.port(port_text, ctx.where.settings.ports)
-    else:
-        port = planner.port_of(registry, ctx.observe(registry), names.model_name(model or ""))
-    if port is None:
-        return _unload_result(ctx, UnloadPlan(0, model=model), began)
-    if not ctx.request.dry_run:
-        _make_way(ctx, port)
-    with ctx.locked(port):
-        return _unload_result(ctx, _unload_port(ctx, port, force=ctx.request.flag("force")), began)
+    return None if model is None else names.model_name(model)
+
+
+def _port(ctx: Context, model: str | None) -> int | None:
+    if model is None:
+        return names.port(ctx.request.text("port") or "", ctx.where.settings.ports)
+    registry = ctx.registry()
+    return planner.port_of(registry, ctx.observe(registry), model)
 
 
 def _unload_port(ctx: Context, port: int, *, force: bool) -> UnloadPlan:
@@ -47,16 +60,16 @@ def _unload_port(ctx: Context, port: int, *, force: bool) -> UnloadPlan:
     return plan
 
 
-def _make_way(ctx: Context, port: int) -> None:
-    """A load that is running on the port is asked to end, and a restore to leave this one port alone; whoever is at
-    work there cleans up after itself and gives the lock back."""
+def _make_way(ctx: Context, port: int, model: str | None) -> None:
+    """A load that is running on the port is asked to end, unless it is of another model than is to be unloaded, and a
+    restore to leave this one port alone; whoever is at work there cleans up after itself and gives the lock back."""
     restore = ctx.store.holder(RESTORE)
     if restore is not None and (journal := named(ctx.store.state / "ops", restore.id)):
         journal.take_out(port)
         ctx.note(f"port {port} is taken out of {restore}")
     holder = ctx.store.holder(f"port-{port}")
     journal = named(ctx.store.state / "ops", holder.id) if holder and holder.command == "load" else None
-    if holder is None or journal is None:
+    if holder is None or journal is None or model not in {None, holder.model}:
         return
     if restore is None or holder.id != restore.id:
         ctx.note(f"cancelling {holder}")
