@@ -238,7 +238,8 @@ class _Conversation:
                 why = str(broken)
             except Unreachable as error:
                 why = error.message if not error.why else f"{error.message}: {error.why}"
-                if error.code not in PASSING:
+                # A login that was cut off looks like one that was ended for too many keys, which it was not before.
+                if error.code not in PASSING and not error.details.get("ended"):
                     raise self._given_up(why) from None
             if self._news > news:
                 # It was there again, and broke anew: it has its time anew.

@@ -87,9 +87,11 @@ class Login:
         self._destination = destination
         self._deadline = deadline
         self._notes: list[str] = []
+        self._refusals = 0
+        """Keys that the host has said no to."""
 
     def authenticate(self, transport: paramiko.Transport) -> None:
-        """Raises `Unreachable` authentication_failed or host_locked."""
+        """Raises `Unreachable` authentication_failed, host_locked, or host_down if the connection ended first."""
         import paramiko
         from paramiko.agent import AgentSSH
 
@@ -108,7 +110,7 @@ class Login:
                     allowed = error.allowed_types
                     break
                 except paramiko.AuthenticationException:
-                    pass
+                    self._refusals += transport.is_active()
                 except paramiko.SSHException as error:
                     if not transport.is_active():
                         break
@@ -137,17 +139,25 @@ class Login:
                 f"after a restart FileVault waits for a person: log in once with `ssh {destination.name}` and the "
                 "password, or at the screen",
             )
+        if ended and not self._refusals:
+            # sshd says no to a key before it has had too many of them.
+            return destination.unreachable(
+                "host_down", "the connection ended during the login", "try again; then look at the log of its sshd"
+            )
         tried = [f"user {destination.user}"]
         if ended:
             tried.append("the host ended the connection: too many keys?")
         if allowed:
             tried.append(f"it wants {' or '.join(allowed)}")
-        return destination.unreachable(
+        refused = destination.unreachable(
             "authentication_failed",
             "; ".join([*tried, *dict.fromkeys(self._notes)])[:600] or "no key was accepted",
             f"`ssh -o BatchMode=yes {destination.name} true` must work without a question: "
             "ssh-add the key, or add it to authorized_keys there",
         )
+        if ended:
+            refused.details["ended"] = True
+        return refused
 
     def _agent_keys(self, agent: AgentSSH) -> list[paramiko.PKey]:
         import paramiko

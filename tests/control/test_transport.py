@@ -428,6 +428,26 @@ def test_what_is_no_ssh_server_is_told(server: Sshd, client: SshClient) -> None:
         assert error.code == "connection_refused" and "during the handshake" in error.why
 
 
+@pytest.mark.parametrize("resets", [True, False])
+def test_a_connection_that_is_cut_before_the_login_is_done_is_not_a_refused_login(
+    server: Sshd, client: SshClient, resets: bool
+) -> None:
+    refused: list[int] = []
+    with Wire((server.address, server.port)) as wire:
+        wire.resets = resets
+        client.host("studio", server, f"Port {wire.port}", known=False)
+        client.know(f"[127.0.0.1]:{wire.port} {server.host_key}")
+        for size in range(100, 4000, 50):
+            wire.passed, wire.cut_after = 0, size
+            try:
+                open_ssh("studio").close()
+            except MlxopsError as error:
+                assert error.code in {"host_down", "connection_refused"}, (size, str(error))
+                refused.append(size)
+            wire.cut_after = None
+    assert len(refused) > 3, "the cuts came after the login"
+
+
 def test_failures_print_nothing(
     server: Sshd, client: SshClient, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

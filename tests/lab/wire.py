@@ -37,6 +37,8 @@ class Wire:
         """Connections stay open, nothing moves."""
         self.cut_after: int | None = None
         """Bytes from the target after which all connections are reset."""
+        self.resets = True
+        """Otherwise they are closed, as those of a program that ends."""
         self.passed = 0
         """Bytes that came from the target so far."""
         self.accepted = 0
@@ -173,7 +175,8 @@ class Wire:
 
     def _reset(self) -> None:
         for side in self._sides:
-            # With a linger time of zero, close sends RST.
-            side.source.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            if self.resets:
+                # With a linger time of zero, close sends RST.
+                side.source.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             side.source.close()
         self._sides.clear()
