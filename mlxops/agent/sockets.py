@@ -6,6 +6,7 @@ memory: 20 ms for a handful of listeners, which sock_diag tells in a tenth of on
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import socket
 import struct
@@ -41,7 +42,10 @@ def tcp(state: int) -> list[Socket]:
     """The sockets in `state`, `CONNECTED` or `LISTENING`. Raises `OSError` if nobody tells."""
     try:
         return [*from_kernel(socket.AF_INET, state), *from_kernel(socket.AF_INET6, state)]
-    except OSError:  # a sandbox that has no such sockets
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise  # a file takes a descriptor too
+        # A sandbox that has no such sockets.
         return [*from_proc("tcp", state), *from_proc("tcp6", state)]
 
 

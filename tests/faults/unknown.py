@@ -81,7 +81,7 @@ def _no_record(arena: Arena) -> None:
     aside = path.with_name("aside")
     path.rename(aside)
     path.mkdir()
-    _shows(arena, port, "is a directory")
+    _shows(arena, port, "is not a file")
     path.rmdir()
     aside.rename(path)
     _ready(arena, port)
