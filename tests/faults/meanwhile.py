@@ -6,13 +6,14 @@ collects every child's status.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from tests.faults import batch, oracle
-from tests.faults.arena import Arena, Ended
+from tests.faults.arena import Arena, Ended, entry
 
 SECONDS = 30.0
 
@@ -110,6 +111,18 @@ def _a_rollback_of_what_changes(arena: Arena) -> None:
     _serves(arena, {first: "org/gamma"})
 
 
+def _a_removal_of_files_that_another_name_has_too(arena: Arena) -> None:
+    """They are looked at before they are deleted; nobody can begin with them in between."""
+    first = arena.ports[0]
+    path = str(arena.snapshots["org/alpha"])
+    arena.write_registry({name: entry("org/alpha", arena.snapshots["org/alpha"]) for name in ("one", "other")})
+    with _held_at(arena, "mlxops.agent.hub.delete", "remove", model="one") as removed:
+        loaded = arena.run("load", model="other", port=str(first))
+        assert (loaded.exit, loaded.error and loaded.error.code) == (75, "busy"), loaded
+    assert removed[0].exit == 0 and not os.path.exists(path), removed
+    _serves(arena, {})
+
+
 LOCKS = "mlxops.agent.operations.load._locks_of_stops"
 CASES: Mapping[str, Callable[[Arena], None]] = {
     "a move finds another model": _a_move_finds_another_model,
@@ -117,6 +130,7 @@ CASES: Mapping[str, Callable[[Arena], None]] = {
     "an unload of a model that moves": _an_unload_of_a_model_that_moves,
     "an unload of a model that is being replaced": _an_unload_of_a_model_that_is_being_replaced,
     "a rollback of what changes": _a_rollback_of_what_changes,
+    "a removal of files that another name has too": _a_removal_of_files_that_another_name_has_too,
 }
 
 

@@ -144,8 +144,9 @@ def remove(ctx: Context) -> dict[str, object]:
     if files is None:
         return {"model": entry.name, "changed": False, "freed_bytes": 0, "kept": [], "dry_run": ctx.request.dry_run}
     sharing = [model for model in registry.models.values() if _uses(ctx, model, files)]
-    with _nobody_downloads(ctx, entry):
-        _refuse_in_use(registry, ctx.observe(registry), sharing)
+    with _nobody_works_with(ctx, entry, sharing):
+        registry = ctx.registry()
+        _refuse_in_use(registry, ctx.observe(registry), [registry.models.get(m.name, m) for m in sharing])
         deleted = delete(files.path, dry_run=ctx.request.dry_run)
     if not ctx.request.dry_run:
         ctx.remember(command="remove", model=entry.name, repo_id=entry.repo_id, revision=files.revision)
@@ -208,13 +209,15 @@ def _in_use(model: Model, port: int, why: str) -> Refused:
 
 
 @contextmanager
-def _nobody_downloads(ctx: Context, entry: Model) -> Iterator[None]:
+def _nobody_works_with(ctx: Context, entry: Model, sharing: list[Model]) -> Iterator[None]:
+    """Nobody downloads the repository, or starts or stops one of the models that share its files. Raises `Busy`."""
     if ctx.request.dry_run:
         yield
         return
+    repo = f"repo-{(entry.repo_id or '').replace('/', '--')}"
     locks: list[Lock] = []
     try:
-        for name in (f"repo-{(entry.repo_id or '').replace('/', '--')}", model_lock(entry.name)):
+        for name in (repo, *(model_lock(model.name) for model in sharing)):
             held = ctx.store.lock(name, ctx.holder())
             if isinstance(held, Operation):
                 raise Busy(
