@@ -41,7 +41,13 @@ def loading(ask: Ask) -> Iterator[tuple[subprocess.Popen[str], Journal]]:
 
 
 def pid_of(studio: Studio, word: str) -> int:
-    return next(each.pid for each in studio.processes() if word in each.command and "gate.py" not in each.command)
+    """Once it has got past the gate, which the operation does not wait for."""
+
+    def found() -> int:
+        processes = studio.processes()
+        return next((each.pid for each in processes if word in each.command and "gate.py" not in each.command), 0)
+
+    return wait_until(found, 10, f"a process of {word}")
 
 
 def test_a_worker_that_was_stopped_is_told_of_with_what_to_do_and_ends_once_it_goes_on(ask: Ask) -> None:
