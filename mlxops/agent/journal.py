@@ -270,11 +270,16 @@ def create(ops: Path, request: Request) -> tuple[Journal, int | None]:
 
 def _begun(journal: Journal, request: Request) -> int:
     """Everything that a worker needs in order to be heard: a disk that is full is then told by who still can."""
-    fd = os.open(journal.folder / "request.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with open(fd, "wb") as file:
-        file.write(request.encode())
-    os.close(journal._open())
-    return journal.hold()
+    lock = journal.hold()  # before all else: what can be read and seems dead is taken for cut short
+    try:
+        fd = os.open(journal.folder / "request.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with open(fd, "wb") as file:
+            file.write(request.encode())
+        os.close(journal._open())
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
 
 
 def named(ops: Path, operation: str) -> Journal | None:

@@ -6,12 +6,14 @@ new end. `<port>.log` is the present server's (or the last one's), `<port>.log.1
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -40,11 +42,23 @@ def clean(text: str) -> str:
 
 def rotate(log: Path) -> None:
     """Make place for a new log. Raises `OSError`."""
-    for number in range(KEPT, 0, -1):
-        older = _numbered(log, number)
-        newer = _numbered(log, number - 1)
-        if newer.exists():
-            newer.replace(older)
+    with _alone(log.parent):
+        for number in range(KEPT, 0, -1):
+            older = _numbered(log, number)
+            newer = _numbered(log, number - 1)
+            if newer.exists():
+                newer.replace(older)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Logs get other names, for milliseconds: not two at once, and not what is being cut. Raises `OSError`."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def rotated(log: Path) -> Path:
@@ -62,17 +76,22 @@ def too_big(folder: Path) -> list[tuple[Path, int]]:
     return [(log, size) for log, size in sizes if size > CAP]
 
 
-def cut(log: Path) -> None:
-    """Copy the end of a log away and empty it, while its server writes on. What the server writes in the instant
-    between the two is lost, and only that. Raises `OSError`."""
-    for number in range(KEPT, 1, -1):
-        if _numbered(log, number - 1).exists():
-            _numbered(log, number - 1).replace(_numbered(log, number))
-    with open(log, "rb") as source, open(_numbered(log, 1), "wb") as copy:
-        os.chmod(copy.fileno(), 0o600)
-        source.seek(max(0, source.seek(0, 2) - KEPT_BYTES))
-        shutil.copyfileobj(source, copy)
-    os.truncate(log, 0)
+def cut(log: Path, cap: int = CAP) -> bool:
+    """Copy the end of a log of more than `cap` bytes away and empty it, while its server writes on. What the server
+    writes in the instant between the two is lost, and only that. Returns whether it was still as long: somebody else
+    may have been quicker, or another server's log have its name by now. Raises `OSError`."""
+    with _alone(log.parent):
+        if log.lstat().st_size <= cap:
+            return False
+        for number in range(KEPT, 1, -1):
+            if _numbered(log, number - 1).exists():
+                _numbered(log, number - 1).replace(_numbered(log, number))
+        with open(log, "rb") as source, open(_numbered(log, 1), "wb") as copy:
+            os.chmod(copy.fileno(), 0o600)
+            source.seek(max(0, source.seek(0, 2) - KEPT_BYTES))
+            shutil.copyfileobj(source, copy)
+        os.truncate(log, 0)
+    return True
 
 
 @dataclass(frozen=True)

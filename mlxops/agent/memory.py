@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from mlxops.core import memory
 from mlxops.core.errors import Refused
 from mlxops.core.memory import Estimate, Use
 from mlxops.core.units import amount
-from mlxops.core.world import World
+from mlxops.core.world import Operation, World
 
 GPU_SHARE = 0.75
 """What macOS lets the GPU wire by default: about three quarters of RAM."""
@@ -71,11 +71,11 @@ def estimate_of(path: Path, context_length: int | None = None) -> Estimate | Non
     return memory.estimate(weights, shaped.cache_bytes_per_token, shaped.context_length, context_length)
 
 
-def in_use(where: Place, world: World, system: System) -> tuple[Use, ...]:
+def in_use(world: World, system: System, reserved: Mapping[int, Operation]) -> tuple[Use, ...]:
     """Every MLX server of this machine: ours, those started by hand, boot's and other users', on any port.
 
     What listens on a port of ours without being recognised is listed too, of unknown size: other users' processes
-    cannot be looked into everywhere.
+    cannot be looked into everywhere. And what is `reserved` for servers that are about to be started, by port.
     """
     look = system.look(())
     found = [_use(world, system, look, process) for process in _servers(look)]
@@ -84,6 +84,10 @@ def in_use(where: Place, world: World, system: System) -> tuple[Use, ...]:
         if view.owner is not None and view.pid is not None and view.port not in seen:
             size = view.memory_bytes
             found.append(Use(view.port, view.model or "unknown", view.owner.value, view.pid, None, size))
+    for port, operation in reserved.items():
+        more = (operation.reserves or 0) - sum(use.counted for use in found if use.port == port)
+        if more > 0:
+            found.append(Use(port, operation.model or "unknown", "loading", None, more, None))
     return tuple(sorted(found, key=lambda use: (use.port or 0, use.pid or 0)))
 
 

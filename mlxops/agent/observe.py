@@ -20,7 +20,7 @@ from mlxops.agent.logs import clean
 from mlxops.agent.place import Place
 from mlxops.agent.store import Store, utc
 from mlxops.agent.system import Listener, Look, System, collides
-from mlxops.core.errors import MlxopsError
+from mlxops.core.errors import Interrupted, MlxopsError
 from mlxops.core.registry import Registry
 from mlxops.core.world import Answer, Run, Server, Signals, World, drift, judge
 
@@ -60,12 +60,16 @@ def _all_signals(where: Place, store: Store, system: System, ports: list[int], o
     try:
         look, unsure = _with_unseen(system, system.look(frozenset(ports)), where, ports)
         hand = _hand_started(where, system, look, ports)
+    except Interrupted:
+        raise
     except MlxopsError as error:
         return [_unknown(where, port, f"{error.message}: {error.why}") for port in ports]
     found = []
     for port in ports:
         try:
             seen = _signals(where, store, system, look, hand, port, own)
+        except Interrupted:
+            raise
         except MlxopsError as error:
             seen = _unknown(where, port, f"{error.message}: {error.why}")
         except OSError as error:
@@ -82,6 +86,8 @@ def _with_connected(system: System, signals: list[Signals], silent: set[int]) ->
     """Which silent servers somebody is connected to; without that, nobody can say whether they are wedged or busy."""
     try:
         return signals, system.connected(silent) if silent else frozenset()
+    except Interrupted:
+        raise
     except MlxopsError as error:
         why = f"{error.message}: {error.why}"
         return [replace(each, error=why) if each.port in silent else each for each in signals], frozenset()

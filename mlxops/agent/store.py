@@ -109,7 +109,7 @@ def _remove(path: Path) -> None:
 def _writer_lives(temporary: Path) -> bool:
     """Whether the process whose pid is in a temporary file's name lives; if it is another one by now, the file is
     found later."""
-    pid = temporary.name.split(".")[-3]
+    pid = "".join(temporary.name.split(".")[-3:-2])
     if not pid.isdecimal() or int(pid) == os.getpid():
         return False
     try:

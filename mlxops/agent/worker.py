@@ -122,8 +122,8 @@ def _cut_logs(context: Context) -> None:
 
     with contextlib.suppress(OSError):
         for log, size in logs.too_big(context.store.state / "logs"):
-            logs.cut(log)
-            context.note(f"cut {log}: it had {amount(size)}; its end is in {log.name}.1")
+            if logs.cut(log):
+                context.note(f"cut {log}: it had {amount(size)}; its end is in {log.name}.1")
 
 
 def finish(context: Context, emit: Callable[[Event], None]) -> int:

@@ -58,6 +58,8 @@ class LoadPlan:
     """What is stopped first, in this order."""
     previous: PortView | None = None
     """What serves the port now and is started again if the new one fails."""
+    adopts: PortView | None = None
+    """What becomes ours as it is."""
     cleared: tuple[str, ...] = ()
     """Other entries that lose their claim on the port in the write that assigns it."""
     notes: tuple[str, ...] = ()
@@ -205,6 +207,7 @@ def plan_load(
         plan.outcome,
         tuple(stops),
         plan.previous,
+        view if plan.outcome is Outcome.ADOPT else None,
         cleared if plan.outcome is not Outcome.ALREADY else (),
         (*plan.notes, *(stale if plan.outcome is not Outcome.ALREADY else ())),
     )
@@ -445,9 +448,7 @@ def port_of(registry: Registry, world: World, name: str) -> int | None:
 
     Raises `Refused` (unknown_model).
     """
-    entry = registry.models.get(name)
-    if entry is None and is_repo_id(name):
-        entry = next(iter(registry.with_repo(name)), None)
+    entry = registry.named(name)
     if entry is not None and entry.port is not None:
         return entry.port
     known_as = entry.name if entry is not None else name

@@ -69,6 +69,10 @@ class Registry:
     def with_repo(self, repo_id: str) -> tuple[Model, ...]:
         return tuple(model for model in self.models.values() if model.repo_id == repo_id)
 
+    def named(self, name: str) -> Model | None:
+        """The entry of that name, else one of that repository."""
+        return self.models.get(name) or next(iter(self.with_repo(name)), None)
+
     def set_fields(self, name: str, fields: Mapping[str, object]) -> Registry:
         """The entry `name`, made if missing, with these fields; its other keys stay as they are."""
         old = self.entry(name)

@@ -125,6 +125,8 @@ class Operation:
     asker: str = "?"
     since: str = "?"
     repo: str | None = None
+    reserves: int | None = None
+    """Bytes of memory that what it is about to start will take."""
 
     def __str__(self) -> str:
         return f"{self.command} {self.model or ''}".strip() + f", started by {self.asker} at {self.since} ({self.id})"
@@ -134,14 +136,14 @@ def operation_from_wire(wire: Mapping[str, object]) -> Operation:
     """Raises `ValueError` for anything that a lock's holder cannot have written into it."""
     texts = {key: wire.get(key) for key in ("id", "command", "asker", "since")}
     optional = {key: wire.get(key) for key in ("model", "repo")}
-    port = wire.get("port")
     if not all(isinstance(value, str) for value in texts.values()):
         raise ValueError("a text is missing")
     if not all(value is None or isinstance(value, str) for value in optional.values()):
         raise ValueError("model or repo is not a text")
-    if port is not None and type(port) is not int:
-        raise ValueError("port is not a number")
-    return Operation(port=port, **texts, **optional)  # type: ignore[arg-type]
+    numbers = {key: wire.get(key) for key in ("port", "reserves")}
+    if not all(value is None or type(value) is int for value in numbers.values()):
+        raise ValueError("port or reserves is not a number")
+    return Operation(**texts, **optional, **numbers)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

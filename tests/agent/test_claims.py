@@ -16,6 +16,7 @@ from mlxops.agent.place import place
 from mlxops.agent.store import Lock, Store
 from mlxops.agent.system import this_system
 from mlxops.core.errors import Busy, Refused
+from mlxops.core.planner import Target
 from mlxops.core.protocol import Event, Request
 from mlxops.core.registry import EMPTY, Registry
 from mlxops.core.settings import PortRange, Settings
@@ -61,14 +62,18 @@ def held(store: Store, *names: str, by: Operation = OTHER) -> Iterator[None]:
             lock.release()
 
 
+def mine() -> Target:
+    return Target("mine", "org/mine")
+
+
 def claim(ctx: Context) -> None:
-    with _port_alone(ctx, EMPTY, "mine"):
+    with _port_alone(ctx, mine):
         pass
 
 
 def test_an_idle_port_that_is_taken_in_this_instant_is_passed_over(store: Store) -> None:
-    with held(store, f"port-{FIRST}"), _port_alone(late(store), EMPTY, "mine") as port:
-        assert port == SECOND
+    with held(store, f"port-{FIRST}"), _port_alone(late(store), mine) as held_port:
+        assert held_port == (SECOND, "mine")
         held_now = store.holder(f"port-{SECOND}"), store.holder("model-mine")
         assert [operation.id for operation in held_now if operation] == ["mine", "mine"]
     assert store.holder(f"port-{SECOND}") is None

@@ -78,7 +78,7 @@ class TestFollowing:
         with open(log, "ab", buffering=0) as server:
             server.write(b"a new server\n")
             assert texts(lines, 1) == ["a new server"]
-            logs.cut(log)
+            logs.cut(log, 0)
             server.write(b"cut\n")
             assert texts(lines, 1) == ["cut"]
 
@@ -119,7 +119,7 @@ class TestFollowing:
         start = second_mark(log)
         match spoil:
             case "cut":
-                logs.cut(log)
+                logs.cut(log, 0)
             case "other":
                 log.write_bytes(b"eno\nowt\nand more\n")  # the same file, as if its number were used again
             case "gone":
@@ -159,7 +159,7 @@ def test_a_cut_takes_nothing_away_that_comes_after_it(log: Path, monkeypatch: py
         assert server.stdin is not None
         while not log.exists() or not log.read_bytes().endswith(b"\n1000\n"):
             os.sched_yield()
-        logs.cut(log)
+        logs.cut(log, 0)
         assert log.stat().st_size == 0
         server.stdin.close()
         assert server.wait(30) == 0

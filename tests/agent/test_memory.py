@@ -26,6 +26,7 @@ from mlxops.core.memory import Estimate, Use
 from mlxops.core.protocol import Event, Note, Phase, Request
 from mlxops.core.registry import EMPTY
 from mlxops.core.settings import PortRange, Settings
+from mlxops.core.world import Operation
 from tests.lab.world import free_port
 
 GB = 10**9
@@ -103,9 +104,23 @@ def test_a_server_that_is_none_of_ours_takes_memory_all_the_same(
     where = here(tmp_path, ports=PortRange(1, 2))
     system = this_system()
     world = observe(where, Store(where.state, where.registry), EMPTY, system)
-    found = next(use for use in in_use(where, world, system) if use.pid == child.pid)
+    found = next(use for use in in_use(world, system, {}) if use.pid == child.pid)
     assert (found.port, found.model, found.owner) == (port, "org/big", "hand")
     assert found.counted >= 11 * GB, "its weights and a tenth for the context"
+
+
+def test_what_a_load_reserves_is_counted_until_its_server_is(
+    tmp_path: Path, by_hand: tuple[subprocess.Popen[bytes], int]
+) -> None:
+    _, port = by_hand
+    where = here(tmp_path, ports=PortRange(1, 2))
+    system = this_system()
+    world = observe(where, Store(where.state, where.registry), EMPTY, system)
+    (serving,) = [use for use in in_use(world, system, {}) if use.port == port]
+    load = Operation("other", "load", "org/other", reserves=serving.counted + 5)
+    uses = in_use(world, system, {port: load, 1: load})
+    assert [use.counted for use in uses if use.port == 1] == [serving.counted + 5]
+    assert sum(use.counted for use in uses if use.port == port) == serving.counted + 5, "the larger one of the two"
 
 
 # -- reading ahead ---------------------------------------------------------------------------------------------------

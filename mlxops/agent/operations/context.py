@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mlxops.agent import interrupted
 from mlxops.agent.journal import named
@@ -188,6 +189,20 @@ class Context:
             repo=request.text("repo"),
         )
 
+    def called(self, model: str) -> Context:
+        """The same operation, of the model by the name that it is registered under."""
+        return replace(self, request=replace(self.request, args={**self.request.args, "model": model}))
+
+    def reserved(self) -> dict[int, Operation]:
+        """Other operations that keep memory free for what they are about to start, by port."""
+        found = {}
+        for port in self.where.settings.ports:
+            with contextlib.suppress(OSError):  # where that cannot be told, nobody can lock anything either
+                held = self.store.holder(memory_lock(port))
+                if held is not None and held.id != self.operation:
+                    found[port] = held
+        return found
+
     @contextmanager
     def locked(self, port: int, *more: str) -> Iterator[None]:
         """The locks of a port and of whatever else; raises `Busy` naming who holds one. None for a dry run."""
@@ -242,8 +257,18 @@ def model_lock(name: str) -> str:
     return f"model-{name.replace('/', '--')}"
 
 
+def memory_lock(port: int) -> str:
+    """The lock of whoever keeps memory free for what is about to serve on a port."""
+    return f"memory-{port}"
+
+
+def repo_lock(repo_id: str) -> str:
+    """The lock of whoever downloads a repository, or deletes its files."""
+    return f"repo-{repo_id.replace('/', '--')}"
+
+
 def busy(lock: str, holder: Operation, *, attach: bool = False) -> Busy:
-    """`lock`: its name, as port-8100, or what `model_lock` returns."""
+    """`lock`: its name, as port-8100, or as `model_lock` and `repo_lock` make them."""
     kind, _, name = lock.partition("-")
     held = f"holds {kind} {name.replace('--', '/')}" if name else "does the same"
     return Busy(

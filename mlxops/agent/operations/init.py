@@ -19,7 +19,9 @@ def init(ctx: Context) -> dict[str, object]:
     new = planner.init_entries(registry, rows)
 
     def add(current: Registry) -> Registry:
-        return current.add(planner.init_entries(current, rows))
+        nonlocal new
+        new = planner.init_entries(current, rows)
+        return current.add(new)
 
     if new and not ctx.request.dry_run:
         ctx.store.registry.update(add)

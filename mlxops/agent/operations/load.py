@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from mlxops.agent.engines.base import NoCompletion
-from mlxops.agent.operations.context import Context, model_lock
+from mlxops.agent.operations.context import Context, busy, model_lock, repo_lock
 from mlxops.agent.operations.files import Files, cached
 from mlxops.agent.operations.gatewayname import check_name
 from mlxops.agent.operations.prepare import Prepared, commit, entry_fields, preflight, prepare
@@ -29,42 +29,74 @@ def load(ctx: Context, once_alone: Callable[[Registry], None] = lambda _: None) 
     repo_text = ctx.request.text("repo")
     repo_id, revision = names.repo(repo_text) if repo_text else (None, None)
     asked_port = ctx.request.text("port")
-    registry = ctx.usable_registry()
+    ctx.usable_registry()
     if asked_port not in (None, names.AUTO):
         planner.refuse_alias_elsewhere(ctx.where.settings, name, names.port(asked_port, ctx.where.settings.ports))
-    target = planner.resolve(registry, name, repo_id, revision)
-    with _port_alone(ctx, registry, target.name) as port:
-        # What was read before the locks may be old by now.
-        registry = ctx.registry()
-        once_alone(registry)
-        target = planner.resolve(registry, name, repo_id, revision)
-        return _load_locked(ctx, target, port, began)
+
+    def resolved() -> Target:
+        return planner.resolve(ctx.registry(), name, repo_id, revision)
+
+    with _port_alone(ctx, resolved) as (port, model):
+
+        def still() -> Target:
+            """As it is registered by now: only an editor can have made it another one, whose model is not held."""
+            target = resolved()
+            if target.name != model:
+                raise Busy(
+                    "changed_meanwhile",
+                    f"{name} means {target.name} by now, and meant {model}",
+                    why="the registry was changed a moment ago",
+                    hint="look first: mlxctl list; then try again",
+                )
+            return target
+
+        once_alone(ctx.registry())
+        return _load_locked(ctx.called(model), still, port, began)
+
+
+def _refuse_removed(ctx: Context, repo_id: str) -> None:
+    """Raises `Busy` if the repository's files are being removed. A load asks this once it holds its port; a removal
+    looks at the ports once it holds the repository: one of the two sees the other."""
+    name = repo_lock(repo_id)
+    holder = None if ctx.request.dry_run else ctx.store.holder(name)
+    if holder is not None and holder.command == "remove":
+        raise busy(name, holder)
 
 
 @contextmanager
-def _port_alone(ctx: Context, registry: Registry, model: str) -> Iterator[int]:
-    """The port that is meant, held together with the model. With `auto`, an idle port that somebody else takes in this
+def _port_alone(ctx: Context, resolved: Callable[[], Target]) -> Iterator[tuple[int, str]]:
+    """The port and the model that are meant, both held. With `auto`, an idle port that somebody else takes in this
     very instant is idle no more: the next one is tried. Raises `Busy`, and what `planner.choose_port` raises."""
     asked = ctx.request.text("port")
     gone: set[int] = set()
+
+    def chosen() -> tuple[int, str]:
+        registry, model = ctx.registry(), resolved().name
+        world = ctx.observe(registry) if asked == names.AUTO else World()
+        idle = World(ports={port: view for port, view in world.ports.items() if port not in gone})
+        return planner.choose_port(ctx.where.settings, registry, idle, model, asked), model
+
     with ExitStack() as held:
         while True:
-            world = ctx.observe(registry) if asked == names.AUTO else World()
-            idle = World(ports={port: view for port, view in world.ports.items() if port not in gone})
-            port = planner.choose_port(ctx.where.settings, registry, idle, model, asked)
+            port, model = chosen()
             try:
-                held.enter_context(ctx.locked(port, model_lock(model)))
-                break
-            except Busy as busy:
-                taken = busy.details.get("lock") == f"port-{port}" and "attach" not in busy.details
+                with ExitStack() as locks:
+                    locks.enter_context(ctx.called(model).locked(port, model_lock(model)))
+                    # What was read before the locks may be old by now: another port or name may be meant.
+                    if chosen() == (port, model):
+                        held.push(locks.pop_all())
+                        break
+            except Busy as error:
+                taken = error.details.get("lock") == f"port-{port}" and "attach" not in error.details
                 if asked != names.AUTO or not taken or port in gone:
                     raise
                 gone.add(port)
-        yield port
+        yield port, model
 
 
-def _load_locked(ctx: Context, target: Target, port: int, began: float) -> dict[str, object]:
-    registry = ctx.registry()
+def _load_locked(ctx: Context, resolved: Callable[[], Target], port: int, began: float) -> dict[str, object]:
+    registry, target = ctx.registry(), resolved()
+    _refuse_removed(ctx, target.repo_id)
     files = cached(ctx, target)
     prepared = prepare(ctx, target, port, files) if files else None
     plan = _plan(ctx, registry, target, port, prepared)
@@ -74,42 +106,40 @@ def _load_locked(ctx: Context, target: Target, port: int, began: float) -> dict[
         if ctx.request.dry_run:
             return _dry_load(ctx, plan, None, began)
         files = _download(ctx, target)
-        registry, target = _register(ctx, target, files)
+        # A download takes hours; what was set meanwhile counts.
+        registry, target = _register(ctx, resolved(), files)
         prepared = prepare(ctx, target, port, files)
         plan = _plan(ctx, registry, target, port, prepared)
     with ExitStack() as held:
-        locks: dict[str, int] = {}
-        while more := {name: at for name, at in _locks_of_stops(ctx, registry, plan).items() if name not in locks}:
-            for name, at in more.items():
-                held.enter_context(ctx.alone(name, at))
-            locks |= more
+        locks: list[str] = []
+        while more := [name for name in _locks_of_stops(ctx, registry, plan) if name not in locks]:
+            for name in more:
+                held.enter_context(ctx.alone(name, port))
+            locks += more
             # What was planned before it was held may be otherwise by now.
             registry = ctx.registry()
             plan = _plan(ctx, registry, target, port, prepared)
-        return _carry_out(ctx, registry, plan, prepared, began)
+        return _carry_out(ctx, held, registry, plan, prepared, began)
 
 
-def _locks_of_stops(ctx: Context, registry: Registry, plan: LoadPlan) -> dict[str, int]:
+def _locks_of_stops(ctx: Context, registry: Registry, plan: LoadPlan) -> list[str]:
     """What a plan stops must be nobody else's meanwhile, and its models, which may have to come back, must not be
-    started elsewhere: lock -> port. This load's own port and model are held already."""
+    started elsewhere. This load's own port and model are held already."""
     if ctx.request.dry_run:
-        return {}
-    ports = {f"port-{view.port}": view.port for view in plan.stops if view.port != plan.port}
-    models = {
-        model_lock(view.model): view.port
-        for view in plan.stops
-        if view.model is not None and view.model in registry.models and view.model != plan.target.name
-    }
-    return ports | models
+        return []
+    ports = [f"port-{view.port}" for view in plan.stops if view.port != plan.port]
+    models = {view.model for view in plan.stops if view.model in registry.models and view.model != plan.target.name}
+    return [*ports, *(model_lock(model) for model in models if model)]
 
 
 def _carry_out(
-    ctx: Context, registry: Registry, plan: LoadPlan, prepared: Prepared | None, began: float
+    ctx: Context, held: ExitStack, registry: Registry, plan: LoadPlan, prepared: Prepared | None, began: float
 ) -> dict[str, object]:
+    """`held`: what is given back when the load is over."""
     for note in plan.notes:
         ctx.note(note)
     if plan.outcome is Outcome.START and prepared is not None:
-        plan = replace(plan, notes=(*plan.notes, *preflight(ctx, registry, plan, prepared)))
+        plan = replace(plan, notes=(*plan.notes, *preflight(ctx, held, registry, plan, prepared)))
     if ctx.request.dry_run:
         return _dry_load(ctx, plan, prepared, began)
     if plan.outcome is Outcome.ALREADY or prepared is None:
@@ -159,7 +189,8 @@ def _adopt(ctx: Context, plan: LoadPlan, prepared: Prepared, began: float) -> di
     """A live server that is as wanted becomes ours: the same proof, then the record, then the assignment."""
     from mlxops.agent.start import COMPLETION_SECONDS, prove
 
-    view = ctx.look_again(plan.port)
+    view = plan.adopts
+    assert view is not None
     run = view.run if view.owner is Owner.MLXOPS and view.run else _adopted_run(ctx, view, plan, prepared)
     try:
         prove(ctx.where, plan.alias, run, ctx.system, ctx.request.number("timeout") or COMPLETION_SECONDS)
@@ -170,8 +201,9 @@ def _adopt(ctx: Context, plan: LoadPlan, prepared: Prepared, began: float) -> di
             why=str(error)[:300],
             hint=f"replace it: mlxctl load {plan.target.name} {plan.port} --force",
         ) from None
-    ctx.store.save_run(replace(run, proven_at=now()))
-    ctx.store.registry.update(lambda current: commit(current, plan, prepared.files))
+    with ctx.cancellation.shield():  # half of it would be a record without an assignment
+        ctx.store.save_run(replace(run, proven_at=now()))
+        ctx.store.registry.update(lambda current: commit(current, plan, prepared.files))
     ctx.remember(
         command="load",
         adopted=True,

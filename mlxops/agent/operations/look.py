@@ -99,7 +99,7 @@ def _memory(ctx: Context, registry: Registry) -> dict[str, object]:
     from mlxops.agent.memory import budget, in_use
 
     limit = budget(ctx.where)
-    uses = in_use(ctx.where, ctx.observe(registry), ctx.system)
+    uses = in_use(ctx.observe(registry), ctx.system, ctx.reserved())
     used = sum(use.counted for use in uses)
     return {
         "budget_bytes": limit.size,

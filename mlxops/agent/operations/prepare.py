@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlxops.agent.engines import engine_named
 from mlxops.agent.engines.base import Command, Engine, Serving, template_text
 from mlxops.agent.engines.installed import described, lacks_architecture
-from mlxops.agent.operations.context import Context
+from mlxops.agent.operations.context import Context, busy, memory_lock
 from mlxops.agent.operations.files import Files
 from mlxops.agent.operations.gatewayname import context_warning
 from mlxops.agent.snapshot import ModelFacts, shape
+from mlxops.agent.store import Lock
 from mlxops.agent.system import free_on_disk
 from mlxops.core import memory, planner
 from mlxops.core.errors import Refused
@@ -21,7 +25,10 @@ from mlxops.core.planner import LoadPlan, Target, Wanted
 from mlxops.core.protocol import Phase
 from mlxops.core.registry import Model, Registry
 from mlxops.core.units import amount
+from mlxops.core.world import Operation
 
+RECKONING_SECONDS = 20.0
+"""For another load to look at the memory of everything that serves, whatever hangs."""
 ROOM_BYTES = 8 * 1024**2
 """Free on the disk of the state folder, for a server's records and the beginning of its log."""
 
@@ -109,10 +116,11 @@ def _template(entry: Model, path: Path, name: str) -> Path:
     return file
 
 
-def preflight(ctx: Context, registry: Registry, plan: LoadPlan, prepared: Prepared) -> tuple[str, ...]:
+def preflight(ctx: Context, held: ExitStack, registry: Registry, plan: LoadPlan, prepared: Prepared) -> tuple[str, ...]:
     """All that can be known of the new server before an old one is stopped; returns warnings, which it also tells.
 
-    Raises `Refused`: not_servable, code_would_run, unknown_architecture, does_not_fit.
+    Its memory is reserved until `held` ends. Raises `Refused`: not_servable, code_would_run, unknown_architecture,
+    does_not_fit.
     """
     from mlxops.agent.snapshot import inspect
 
@@ -121,7 +129,7 @@ def preflight(ctx: Context, registry: Registry, plan: LoadPlan, prepared: Prepar
     _check_files(plan, facts)
     _check_code(plan, prepared, facts)
     _check_architecture(plan, prepared, facts)
-    _check_memory(ctx, registry, plan, prepared, facts)
+    _reserve_memory(ctx, held, registry, plan, prepared, facts)
     _check_disk(ctx, plan)
     warnings = tuple(_warnings(ctx, plan, prepared, facts))
     for warning in warnings:
@@ -164,17 +172,46 @@ def _check_architecture(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -
         )
 
 
-def _check_memory(ctx: Context, registry: Registry, plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
-    if ctx.request.flag("overcommit"):
-        return
+def _reserve_memory(
+    ctx: Context, held: ExitStack, registry: Registry, plan: LoadPlan, prepared: Prepared, facts: ModelFacts
+) -> None:
+    """Until its server has it, the memory that a load was granted is kept from others: two that begin at once must not
+    both be let in where only one fits."""
     from mlxops.agent.memory import budget, check_fits, in_use
 
     need = memory.estimate(
         facts.weight_bytes, facts.cache_bytes_per_token, facts.context_length, prepared.serving.model.context_length
     )
-    uses = in_use(ctx.where, ctx.observe(registry), ctx.system)
-    leaving = {view.port for view in plan.stops}
-    check_fits(plan.target.name, need, budget(ctx.where), uses, leaving, list(ctx.where.settings.ports))
+    with _reckoning_alone(ctx):
+        if not ctx.request.flag("overcommit"):
+            uses = in_use(ctx.observe(registry), ctx.system, ctx.reserved())
+            leaving = {view.port for view in plan.stops}
+            check_fits(plan.target.name, need, budget(ctx.where), uses, leaving, list(ctx.where.settings.ports))
+        if not ctx.request.dry_run:
+            holder = replace(ctx.holder(plan.port), reserves=need.total)
+            held.callback(_taken(ctx, memory_lock(plan.port), holder).release)
+
+
+@contextmanager
+def _reckoning_alone(ctx: Context) -> Iterator[None]:
+    """Nobody else looks at the memory and reserves some meanwhile."""
+    if ctx.request.dry_run:
+        yield
+        return
+    lock = _taken(ctx, "memory", ctx.holder())
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _taken(ctx: Context, name: str, holder: Operation) -> Lock:
+    """A lock that others have for a moment only. Raises `Busy`."""
+    deadline = time.monotonic() + RECKONING_SECONDS
+    while isinstance(lock := ctx.store.lock(name, holder), Operation):
+        if time.monotonic() > deadline:
+            raise busy(name, lock)
+    return lock
 
 
 def _check_disk(ctx: Context, plan: LoadPlan) -> None:

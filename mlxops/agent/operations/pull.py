@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from mlxops.agent.cache import Snapshot, find, roots
 from mlxops.agent.journal import named
-from mlxops.agent.operations.context import Context, model_lock
+from mlxops.agent.operations.context import Context, model_lock, repo_lock
 from mlxops.agent.operations.files import Files, registered
 from mlxops.agent.place import require
 from mlxops.agent.store import Lock
@@ -79,7 +79,8 @@ def fetch(ctx: Context, repo_id: str, revision: str | None) -> Snapshot:
         except Interrupted:
             given_up.set()
             wait([downloading], LET_GO_SECONDS)
-            if new:
+            # Whole, it may be served by now.
+            if new and not isinstance(find(ctx.where.hub, repo_id, revision), Snapshot):
                 shutil.rmtree(folder, ignore_errors=True)
                 shutil.rmtree(folder.parent / ".locks" / folder.name, ignore_errors=True)
             # Its threads may still hang on the hub, and hold the locks by which a download that runs is told.
@@ -109,7 +110,7 @@ def _beside(work: Callable[[], T]) -> Future[T]:
 
 @contextmanager
 def _only_download(ctx: Context, repo_id: str) -> Iterator[None]:
-    name = f"repo-{repo_id.replace('/', '--')}"
+    name = repo_lock(repo_id)
     while isinstance(held := ctx.store.lock(name, ctx.holder()), Operation):
         ctx.note(f"{repo_id} is being downloaded by {held}; following that")
         _follow(ctx, name, held)
@@ -137,7 +138,7 @@ def remove(ctx: Context) -> dict[str, object]:
 
     name = names.model_name(ctx.request.text("model") or "")
     registry = ctx.usable_registry()
-    entry = registry.models.get(name) or next(iter(registry.with_repo(name)), None)
+    entry = registry.named(name)
     if entry is None:
         raise unknown_model(name, registry)
     files = _files(ctx, entry)
@@ -146,7 +147,10 @@ def remove(ctx: Context) -> dict[str, object]:
     sharing = [model for model in registry.models.values() if _uses(ctx, model, files)]
     with _nobody_works_with(ctx, entry, sharing):
         registry = ctx.registry()
-        _refuse_in_use(registry, ctx.observe(registry), [registry.models.get(m.name, m) for m in sharing])
+        sharing = [model for model in registry.models.values() if _uses(ctx, model, files)]
+        world = ctx.observe(registry)
+        _refuse_loading(world, entry)
+        _refuse_in_use(registry, world, sharing)
         deleted = delete(files.path, dry_run=ctx.request.dry_run)
     if not ctx.request.dry_run:
         ctx.remember(command="remove", model=entry.name, repo_id=entry.repo_id, revision=files.revision)
@@ -199,6 +203,15 @@ def _refuse_in_use(registry: Registry, world: World, models: list[Model]) -> Non
             raise _in_use(model, model.port, "the registry assigns it to that port, and restore would start it")
 
 
+def _refuse_loading(world: World, entry: Model) -> None:
+    """A load under a name that is not registered yet holds none of the models that share the files, but tells its
+    repository. Raises `Refused` (in_use)."""
+    for view in world.ports.values():
+        repo = (view.operation.repo or "").partition("@")[0] if view.operation else ""
+        if repo and repo == entry.repo_id:
+            raise _in_use(entry, view.port, f"{view.operation} works with them")
+
+
 def _in_use(model: Model, port: int, why: str) -> Refused:
     return Refused(
         "in_use",
@@ -214,10 +227,9 @@ def _nobody_works_with(ctx: Context, entry: Model, sharing: list[Model]) -> Iter
     if ctx.request.dry_run:
         yield
         return
-    repo = f"repo-{(entry.repo_id or '').replace('/', '--')}"
     locks: list[Lock] = []
     try:
-        for name in (repo, *(model_lock(model.name) for model in sharing)):
+        for name in (repo_lock(entry.repo_id or ""), *(model_lock(model.name) for model in sharing)):
             held = ctx.store.lock(name, ctx.holder())
             if isinstance(held, Operation):
                 raise Busy(

@@ -17,8 +17,6 @@ def reconcile(ctx: Context) -> dict[str, object]:
     plan = planner.plan_reconcile(registry, ctx.observe(registry))
     ports = sorted({*(plan.clear or {}).values(), *plan.forget, *(view.port for view in plan.stops)})
     interrupted = settle_all(ctx)
-    if plan.clear and not ctx.request.dry_run:
-        _remember_cleared(ctx, plan.clear)
     stopped, cleared, kept = [], [], list(plan.kept)
     for port in ports:
         try:
@@ -50,6 +48,8 @@ def _reconcile_port(ctx: Context, port: int) -> tuple[list[dict[str, object]], l
     plan = planner.plan_reconcile(registry, world)
     clear = {name: at for name, at in (plan.clear or {}).items() if at == port}
     if not ctx.request.dry_run:
+        if clear:
+            _remember_cleared(ctx, clear)
         for view in plan.stops:
             stop(ctx, view, DRAIN_SECONDS)
         if clear:

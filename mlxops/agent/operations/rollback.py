@@ -26,10 +26,12 @@ def rollback(ctx: Context) -> dict[str, object]:
             hint=f"load what you want there: mlxctl load NAME {port}" + (" --force" if now else ""),
         )
     _refuse_elsewhere(ctx, registry, port, before)
+    repo = _repo(ctx, registry, before)
     ctx.note(f"port {port} served {before.model} before ({before.repo_id} at {before.revision[:12]})")
 
     def unchanged(registry: Registry) -> None:
-        if _past(ctx, registry, port) != (now, before):
+        _refuse_elsewhere(ctx, registry, port, before)
+        if _past(ctx, registry, port) != (now, before) or _repo(ctx, registry, before) != repo:
             raise Busy(
                 "changed_meanwhile",
                 f"what port {port} serves was changed a moment ago",
@@ -37,7 +39,7 @@ def rollback(ctx: Context) -> dict[str, object]:
                 hint=f"look first: mlxctl status; then, if it is still wanted: mlxctl rollback {port}",
             )
 
-    args = {**ctx.request.args, "model": before.model, "repo": _repo(ctx, registry, before), "force": True}
+    args = {**ctx.request.args, "model": before.model, "repo": repo, "force": True}
     return load(replace(ctx, request=replace(ctx.request, command="load", args=args)), unchanged)
 
 

@@ -7,7 +7,7 @@ from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.files import cached
 from mlxops.agent.operations.prepare import prepare, shown_options
 from mlxops.core import fields, names, planner
-from mlxops.core.errors import MlxopsError, Refused
+from mlxops.core.errors import Interrupted, MlxopsError, Refused
 from mlxops.core.fields import Fields
 from mlxops.core.planner import Target, unknown_model
 from mlxops.core.registry import Model, Registry
@@ -62,6 +62,8 @@ def _check(ctx: Context, target: Target, entry: Model, wanted: Fields) -> None:
             prepare(ctx, Target(entry.name, entry.repo_id or "", files.revision, entry), _some_port(ctx), files)
             return
         why = "its files are not in the cache"
+    except Interrupted:
+        raise
     except Refused as refused:
         if refused.code != "engine_not_found":
             raise

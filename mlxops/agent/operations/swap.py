@@ -18,7 +18,7 @@ from mlxops.agent.operations.prepare import Prepared, commit, prepare
 from mlxops.agent.operations.stopping import stop
 from mlxops.agent.start import Start, deadline_for
 from mlxops.agent.warm import warm
-from mlxops.core.errors import MlxopsError
+from mlxops.core.errors import Interrupted, MlxopsError
 from mlxops.core.planner import LoadPlan, Target
 from mlxops.core.protocol import Phase
 from mlxops.core.registry import Model, Registry
@@ -52,8 +52,9 @@ def start_in_place(ctx: Context, registry: Registry, plan: LoadPlan, prepared: P
             ctx.store.registry.update(lambda current: commit(current, plan, prepared.files))
         except BaseException as error:
             with ctx.cancellation.shield():
-                _abort(ctx, start)
-                _recover(ctx, serving, error)
+                gone = _abort(ctx, start)
+                # Where something of the new one is left, its record stays, and nothing is started beside it.
+                _recover(ctx, [each for each in serving if gone or each[0].port != plan.port], error)
             raise
         start.detach()
         ctx.remember(
@@ -68,12 +69,15 @@ def start_in_place(ctx: Context, registry: Registry, plan: LoadPlan, prepared: P
         return downtime
 
 
-def _abort(ctx: Context, start: Start) -> None:
-    """Undo a start. What cannot be undone stays recorded, and is told: the reason of the failure matters more."""
+def _abort(ctx: Context, start: Start) -> bool:
+    """Undo a start; whether nothing of it is left. What cannot be undone stays recorded, and is told: the reason of the
+    failure matters more."""
     try:
         start.abort()
     except (MlxopsError, OSError) as error:
         ctx.note(f"what was started could not be removed: {error}", "warning")
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,8 @@ def _way_back(ctx: Context, registry: Registry, view: PortView) -> _WayBack | No
         return None
     try:
         return _recorded(ctx, view, entry) if view.owner is Owner.MLXOPS else _registered(ctx, view, entry)
+    except Interrupted:
+        raise
     except MlxopsError:
         return None
 
@@ -119,8 +125,8 @@ def _registered(ctx: Context, view: PortView, entry: Model) -> _WayBack | None:
     """One that was started by hand comes back as we would start it."""
     target = Target(entry.name, entry.repo_id or "", entry.revision, entry)
     files = cached(ctx, target)
-    if files is None:
-        return None
+    if files is None or entry.port not in {None, view.port}:
+        return None  # assigned elsewhere: it must not be served twice by us
     old = prepare(ctx, target, view.port, files)
     start = Start(ctx.where, ctx.store, ctx.system, old.engine, old.command, old.serving)
     return _WayBack(entry.name, start, target.repo_id, files.revision, files.size_bytes)

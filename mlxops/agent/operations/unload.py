@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 
-from mlxops.agent.journal import named
+from mlxops.agent.journal import Journal, named
 from mlxops.agent.operations.context import RESTORE, Context, busy
 from mlxops.agent.operations.stopping import stop
 from mlxops.core import names, planner
-from mlxops.core.errors import MlxopsError, UsageError
+from mlxops.core.errors import Interrupted, MlxopsError, UsageError
 from mlxops.core.planner import UnloadPlan
 
 CANCEL_SECONDS = 60.0
@@ -23,7 +23,8 @@ def unload(ctx: Context) -> dict[str, object]:
         if port is None:
             return _unload_result(ctx, UnloadPlan(0, model=model), began)
         if not ctx.request.dry_run:
-            _make_way(ctx, port, model)
+            entry = ctx.registry().named(model) if model else None
+            _make_way(ctx, port, entry.name if entry else model)
         with ctx.locked(port):
             # What was read before the lock may be old by now: another model must not be stopped for one that has moved.
             if _port(ctx, model) == port:
@@ -71,7 +72,11 @@ def _make_way(ctx: Context, port: int, model: str | None) -> None:
     journal = named(ctx.store.state / "ops", holder.id) if holder and holder.command == "load" else None
     if holder is None or journal is None or model not in {None, holder.model}:
         return
-    if restore is None or holder.id != restore.id:
+    if model is None and holder.port != port:
+        return  # it is of another port, and only moves its model away from this one
+    if _is_restore(journal):
+        journal.take_out(port)  # it may have begun since
+    else:
         ctx.note(f"cancelling {holder}")
         journal.cancel()
     deadline = time.monotonic() + CANCEL_SECONDS
@@ -79,6 +84,13 @@ def _make_way(ctx: Context, port: int, model: str | None) -> None:
         if time.monotonic() > deadline:
             raise busy(f"port-{port}", holder)
         time.sleep(0.02)
+
+
+def _is_restore(journal: Journal) -> bool:
+    try:
+        return journal.request().command == RESTORE
+    except (OSError, ValueError):
+        return False
 
 
 def _unload_result(ctx: Context, plan: UnloadPlan, began: float) -> dict[str, object]:
@@ -120,6 +132,8 @@ def unload_all(ctx: Context) -> dict[str, object]:
         try:
             with ctx.locked(plan.port):
                 done.append(_unload_result(ctx, _unload_port(ctx, plan.port, force=True), began))
+        except Interrupted:
+            raise
         except MlxopsError as error:
             ctx.note(f"{plan.port}: {error.message}", "warning")
             errors.append(error)
