@@ -1,5 +1,5 @@
-"""Eight processes at once on three ports and three models: loads, unloads, init, reconcile, restore, and an editor's
-saves; before them there is nothing, a server of ours, or one by hand, which a load of its model adopts."""
+"""Eight processes at once on three ports and three models: loads, unloads, rollbacks, init, reconcile, restore, and an
+editor's saves; before them there is nothing, a server of ours, or one by hand, which a load of its model adopts."""
 
 from __future__ import annotations
 
@@ -64,18 +64,26 @@ def _allowed(command: str) -> set[int]:
 
 def _wish(arena: Arena, rng: random.Random) -> tuple[str, Mapping[str, object]]:
     port, model = str(rng.choice(list(arena.ports))), rng.choice(MODELS)
-    match rng.randrange(11):
+    match rng.randrange(15):
         case 0 | 1 | 2 | 3:
             return "load", {"model": model, "port": port, "force": rng.random() < 0.5}
-        case 4 | 5:
+        case 4:
+            return "load", {"model": model, "port": "auto", "force": rng.random() < 0.5}
+        case 5:
+            return "load", {"model": "short", "port": port, "repo": model, "force": rng.random() < 0.5}
+        case 6 | 7:
             return "unload", {"port": port}
-        case 6:
-            return "init", {}
-        case 7:
-            return "reconcile", {}
         case 8:
-            return "unload-all", {}
+            return "unload", {"model": model}
         case 9:
+            return "rollback", {"port": port}
+        case 10:
+            return "init", {}
+        case 11:
+            return "reconcile", {}
+        case 12:
+            return "unload-all", {}
+        case 13:
             return "restore", {}
     return "edit", {}
 
