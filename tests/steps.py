@@ -193,6 +193,11 @@ def quiet(studio: Studio) -> None:
         raise AssertionError(f"left behind: {'; '.join(map(str, left))}") from None
 
 
+def servers(studio: Studio) -> set[Process]:
+    """What runs there but agents, which end a moment after the command."""
+    return {process for process in studio.processes() if "-m mlxops.agent" not in process.command}
+
+
 def tree(folder: Path) -> dict[str, object]:
     """Everything below a folder, so that any change of it shows: times, sizes, modes, links, contents.
 

@@ -26,6 +26,7 @@ from tests.lab import models
 from tests.lab.homelab import Homelab
 from tests.lab.sshd import SshClient, Sshd, descendants
 from tests.lab.world import wait_until
+from tests.steps import nothing_runs, servers
 
 HERE = [str(Path(sys.base_prefix) / "bin")]
 """Where the interpreter of the tests is; the places of a real host are searched in tests of their own."""
@@ -253,7 +254,7 @@ def test_deploys_of_two_control_nodes_leave_servers_alone_and_tell_them_of_each_
     studio.install("tiny-org/tiny-qwen3", models.QWEN)
     deploy.install(open_local(), host(), quiet, places=HERE)
     homelab.mini.mlxctl("load", "tiny-org/tiny-qwen3", str(port)).ok()
-    (server,) = studio.processes()
+    (server,) = servers(studio)
 
     theirs = another_build(studio.home)
     status = homelab.mini.mlxctl("status", "--json").ok()
@@ -272,7 +273,7 @@ def test_deploys_of_two_control_nodes_leave_servers_alone_and_tell_them_of_each_
     document = homelab.mini.mlxctl("status", "--json").ok().json["hosts"][0]
     assert (document["ports"][0]["state"], document["drift"]) == ("ready", [])
     homelab.mini.mlxctl("unload", str(port)).ok()
-    assert not studio.processes()
+    nothing_runs(studio)
 
 
 def test_rollback_goes_to_the_build_before_and_back(home: Path, bare: None) -> None:

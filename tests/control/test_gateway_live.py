@@ -25,6 +25,7 @@ from tests.lab.homelab import Completed, Homelab, LabUnavailable
 from tests.lab.litellm import LiteLLM, Traffic, ask
 from tests.lab.sshd import missing
 from tests.lab.world import wait_until
+from tests.steps import servers
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -234,7 +235,7 @@ def test_a_load_that_would_not_know_the_gateways_name_is_refused_before_anything
 ) -> None:
     lab, port = empty.lab, str(empty.port)
     lab.mini.inv("load", "--model", QWEN, "--port", port).ok()
-    before = lab.studio.processes()
+    before = servers(lab.studio)
     with _told(empty, tmp_path, f"openai/{ALIAS}", "openai/other-name") as wrong:
         done = lab.mini.inv("load", "--model", LLAMA, "--port", port, "--force", "--json")
         dry = lab.mini.inv("load", "--model", LLAMA, "--port", port, "--force", "--dry-run", "--json")
@@ -243,7 +244,7 @@ def test_a_load_that_would_not_know_the_gateways_name_is_refused_before_anything
     error = done.json["hosts"][0]["error"]
     assert error["code"] == "gateway_name"
     assert error["hint"] == f"in {wrong}:2: model: openai/{ALIAS}; then restart the gateway, once"
-    assert lab.studio.processes() == before
+    assert servers(lab.studio) == before
     # What serves already is not refused for the gateway's sake.
     assert (again.exit, _result(again)["changed"]) == (0, False), str(again)
 
