@@ -461,7 +461,7 @@ def _a_log_that_is_rotated_while_it_is_cut(arena: Arena) -> None:
     with _held_at(arena, "shutil.copyfileobj", "set", model=GAMMA, set=["context_length=100"]):
         journal, pid = arena.begin("load", {"model": BETA, "port": str(first), "force": True})
         _until(
-            lambda: _waits_for_a_lock(pid) or any(json.loads(each).get("name") == "start" for each in _told(journal))
+            lambda: _waits_for_a_lock(pid) or any(json.loads(each).get("name") == "proof" for each in _told(journal))
         )
     assert arena.ended(journal, pid).exit == 0
     assert log.read_bytes().startswith(b"--- mlxops "), log.read_bytes()[:80]
