@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mlxops.build import build_id
-from mlxops.control.session import ConnectionLost, Ended, Session, Transport
+from mlxops.control.session import NOISE_BYTES, ConnectionLost, Ended, Patience, Session, Transport, events
 from mlxops.core.errors import AgentProblem, MlxopsError, OutcomeUnknown, Unreachable
-from mlxops.core.protocol import Asker, Done, Event, Failed, Hello, Line, Note, Reached, Request, Started, decode_event
+from mlxops.core.protocol import Asker, Done, Event, Failed, Hello, Line, Note, Reached, Request, Started
 from mlxops.core.settings import Settings
 
 if TYPE_CHECKING:
@@ -288,8 +288,7 @@ class _Conversation:
 
     def _hear(self, session: Session) -> Mapping[str, object]:
         self._hello = False
-        for line in session.lines(SILENCE_SECONDS):
-            event = decode_event(line)
+        for event in events(session, Patience(SILENCE_SECONDS, NOISE_BYTES)):
             if self._hello and not isinstance(event, Hello | Started):
                 self._news = time.monotonic()
             match event:

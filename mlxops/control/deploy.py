@@ -18,9 +18,9 @@ from pathlib import Path
 
 from mlxops.build import PACKAGE, build_id, shipped
 from mlxops.control.inventory import Host
-from mlxops.control.session import ConnectionLost, Ended, Transport
+from mlxops.control.session import NOISE_BYTES, ConnectionLost, Ended, Patience, Transport, events
 from mlxops.core.errors import AgentProblem, OutcomeUnknown, UsageError
-from mlxops.core.protocol import Done, Failed, Note, decode_event
+from mlxops.core.protocol import Done, Failed, Note
 
 DEPENDENCIES = ("huggingface_hub", "psutil")
 """Those of mlxops's own dependencies that the agent uses."""
@@ -258,8 +258,8 @@ def _run_installer(
     argv = [python, "-I", "-c", _START, str(len(program)), host.settings.state, json.dumps(options)]
     session = transport.start(argv, program + (b"" if wish.rollback else archive(wish.wheels)))
     try:
-        for line in session.lines(SILENCE):
-            match decode_event(line):
+        for event in events(session, Patience(SILENCE, NOISE_BYTES, greeted=True)):
+            match event:
                 case Note(message):
                     note(message)
                 case Done(result):
@@ -280,7 +280,7 @@ def _run_installer(
 def _run(transport: Transport, argv: Sequence[str], data: bytes) -> tuple[list[str], Ended]:
     session = transport.start(argv, data)
     try:
-        return list(session.lines(SILENCE)), session.wait(30.0)
+        return list(session.lines(Patience(SILENCE, NOISE_BYTES))), session.wait(30.0)
     finally:
         session.close()
 

@@ -16,6 +16,11 @@ class Lines:
         self._buffer = bytearray()
         self._dropping = False
 
+    @property
+    def rest(self) -> bytearray:
+        """The line that has no end yet; empty if it is too long already."""
+        return self._buffer
+
     def feed(self, data: bytes) -> list[str]:
         lines: list[str] = []
         *ended, rest = data.split(b"\n")

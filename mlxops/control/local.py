@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import IO
 
 from mlxops.control.lines import Lines, Tail
-from mlxops.control.session import ConnectionLost, Dialogue, Ended, Session
+from mlxops.control.session import ConnectionLost, Dialogue, Ended, Patience, Session
 from mlxops.control.ssh_config import words
+
+_PIPE = 1024 * 1024
+"""Bytes, the most that a pipe holds (Linux, for anybody but root)."""
 
 
 class LocalTransport:
@@ -58,7 +61,7 @@ class _NeverStarted:
     def __init__(self, ended: Ended) -> None:
         self._ended = ended
 
-    def lines(self, silence: float) -> Iterator[str]:
+    def lines(self, patience: Patience) -> Iterator[str]:
         return iter(())
 
     def wait(self, timeout: float) -> Ended:
@@ -95,13 +98,18 @@ class _LocalSession:
             self._selector.register(stream, event, ready)
         self._write()
 
-    def lines(self, silence: float) -> Iterator[str]:
+    def lines(self, patience: Patience) -> Iterator[str]:
         lines = Lines()
         while not self._stdout.closed or self._out:
             while self._out:
-                yield from lines.feed(self._out.popleft())
-            if not self._stdout.closed and not self._turn(silence):
-                raise ConnectionLost(f"the command was silent for {silence:.0f} s")
+                data = self._out.popleft()
+                patience.took(len(data))
+                yield from lines.feed(data)
+                patience.waits_for_the_rest_of(lines.rest)
+            if patience.over:
+                raise ConnectionLost(f"the command {patience}")
+            if not self._stdout.closed:
+                self._turn(patience.left)
         yield from lines.end()
 
     def wait(self, timeout: float) -> Ended:
@@ -116,7 +124,9 @@ class _LocalSession:
             status = self._process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             raise ConnectionLost(f"the command did not end within {timeout:.0f} s") from None
-        while self._selector.get_map() and self._turn(0):
+        for _ in range(_PIPE // 65536):  # what it wrote itself; a child of it may go on for ever
+            if not self._selector.get_map() or not self._turn(0):
+                break
             self._out.clear()
         return Ended(status, str(self._stderr))
 

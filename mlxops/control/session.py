@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from mlxops.core.protocol import MARKER, Event, Hello, decode_event
+
+NOISE_BYTES = 1024 * 1024
+"""Hundreds of times what a host prints as a greeting."""
 
 
 class ConnectionLost(Exception):
@@ -19,13 +25,55 @@ class Ended:
     stderr: str
 
 
+class Patience:
+    """How long a command is listened to that says nothing which matters: so many seconds, and so many bytes.
+
+    Whoever listens tells what mattered (`heard`), after having dealt with it: the time that takes is not the host's.
+    That there is something at all is no sign of life of an agent; an account may run a program that prints for ever.
+    """
+
+    def __init__(self, seconds: float, noise: int | None = None, *, greeted: bool = False) -> None:
+        self.seconds = seconds
+        self.greeted = greeted
+        """An agent is there."""
+        self._noise = noise
+        self._since = time.monotonic()
+        self._bytes = 0
+
+    @property
+    def left(self) -> float:
+        return max(0.0, self._since + self.seconds - time.monotonic())
+
+    @property
+    def over(self) -> bool:
+        return self.left == 0.0 or (self._noise is not None and self._bytes > self._noise)
+
+    def heard(self) -> None:
+        self._since, self._bytes = time.monotonic(), 0
+
+    def took(self, count: int) -> None:
+        """So many bytes came; whether they matter is told later."""
+        self._bytes += count
+
+    def waits_for_the_rest_of(self, line: bytes | bytearray) -> None:
+        """What came last is a line without its end."""
+        if self.greeted and line.startswith(MARKER.encode()):
+            self.heard()  # a long event over a slow connection
+
+    def __str__(self) -> str:
+        if self._noise is None or not self._bytes:
+            return f"was silent for {self.seconds:.0f} s"
+        told = f"said nothing that an agent says, and {self._bytes} bytes of something else"
+        return f"{told}: see what its account runs at a login"
+
+
 class Session(Protocol):
     """One command that is running on a host; its standard input was sent and closed."""
 
-    def lines(self, silence: float) -> Iterator[str]:
+    def lines(self, patience: Patience) -> Iterator[str]:
         """Its standard output, decoded as UTF-8 (errors replaced), line by line without line ends.
 
-        Raises `ConnectionLost` when the connection breaks or nothing at all arrives for `silence` seconds.
+        Raises `ConnectionLost` when the connection breaks or `patience` is over.
         """
 
     def wait(self, timeout: float) -> Ended:
@@ -56,3 +104,17 @@ class Transport(Protocol):
         """The same, but its standard input stays open after `data`."""
 
     def close(self) -> None: ...
+
+
+def events(session: Session, patience: Patience) -> Iterator[Event | None]:
+    """What an agent says; None for the empty line that says that it is there. What is no agent's is passed over.
+
+    Raises `ConnectionLost`.
+    """
+    for line in session.lines(patience):
+        event = decode_event(line)
+        patience.greeted = patience.greeted or isinstance(event, Hello)
+        if event is not None or (not line and patience.greeted):
+            yield event
+            if patience.greeted:
+                patience.heard()

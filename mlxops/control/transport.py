@@ -25,7 +25,7 @@ from mlxops.control import known_hosts, ssh_config
 from mlxops.control.lines import Lines, Tail
 from mlxops.control.local import LocalTransport, reap
 from mlxops.control.login import Login, host_key_policy, preferred
-from mlxops.control.session import ConnectionLost, Dialogue, Ended, Session, Transport
+from mlxops.control.session import ConnectionLost, Dialogue, Ended, Patience, Session, Transport
 from mlxops.control.ssh_config import Destination, words
 from mlxops.core.errors import Unreachable
 
@@ -37,6 +37,8 @@ KEEPALIVE_SECONDS = 15
 MAX_JUMPS = 8
 _SMALL = 32 * 1024
 """Bytes that a pipe, and the window of an SSH channel, take without anybody reading at the other end."""
+_WINDOW = 2 * 1024 * 1024
+"""Bytes that an SSH channel takes without anybody reading at our end; Paramiko's default."""
 _LOOK = 0.25
 """Seconds between looks at standard error while standard output says nothing."""
 
@@ -428,24 +430,23 @@ class _SshSession:
             self._sender = threading.Thread(target=self._send, args=(data,), name="send", daemon=True)
             self._sender.start()
 
-    def lines(self, silence: float) -> Iterator[str]:
+    def lines(self, patience: Patience) -> Iterator[str]:
         lines = Lines()
-        heard = time.monotonic()
         while True:
-            self._channel.settimeout(max(0.0, min(_LOOK, heard + silence - time.monotonic())))
+            self._channel.settimeout(min(_LOOK, patience.left))
             try:
                 data = self._channel.recv(65536)
             except TimeoutError:
-                if self._drain():
-                    heard = time.monotonic()
-                elif time.monotonic() - heard >= silence:
-                    raise ConnectionLost(f"{self._name} was silent for {silence:.0f} s") from None
-                continue
-            heard = time.monotonic()
+                data = None
             self._drain()
-            if not data:
+            if data == b"":
                 break
-            yield from lines.feed(data)
+            if data:
+                patience.took(len(data))
+                yield from lines.feed(data)
+                patience.waits_for_the_rest_of(lines.rest)
+            if patience.over:
+                raise ConnectionLost(f"{self._name} {patience}")
         if not self._channel.eof_received and self._channel.exit_status == -1:
             raise self._lost()
         yield from lines.end()
@@ -480,13 +481,15 @@ class _SshSession:
     def _sent(self) -> None:
         self._channel.shutdown_write()
 
-    def _drain(self) -> bool:
-        """Take what is there of standard error; left alone, it would fill the window and stop the command."""
-        found = False
-        while self._channel.recv_stderr_ready():
+    def _drain(self) -> None:
+        """Take what is there of standard error; left alone, it would fill the window and stop the command.
+
+        A window at most: of a command that writes faster than we read, there is always more.
+        """
+        for _ in range(_WINDOW // 65536):
+            if not self._channel.recv_stderr_ready():
+                break
             self._stderr.add(self._channel.recv_stderr(65536))
-            found = True
-        return found
 
     def _alive(self, timeout: float) -> bool:
         """A command that a signal ended has no exit status, and neither has one whose connection broke.

@@ -29,9 +29,9 @@ from mlxops.control.client import (
     request_of,
     with_address,
 )
-from mlxops.control.session import ConnectionLost, Dialogue, Transport
+from mlxops.control.session import NOISE_BYTES, ConnectionLost, Dialogue, Patience, Transport, events
 from mlxops.core.errors import MlxopsError
-from mlxops.core.protocol import AGAIN, HEARTBEAT, Done, Failed, Hello, decode_event
+from mlxops.core.protocol import AGAIN, HEARTBEAT, Done, Failed, Hello
 
 HEARTBEAT_SECONDS = 5.0
 """A third of the silence after which the agent takes us for gone."""
@@ -69,7 +69,7 @@ class Link:
         and then it is closed. The next look opens it again.
         """
         try:
-            outcome = self._hear(self._asked(), SILENCE_SECONDS if not self._greeted else GONE_SECONDS)
+            outcome = self._hear(self._asked(), GONE_SECONDS if self._greeted else SILENCE_SECONDS)
         except ConnectionLost as why:
             self.close()
             raise lost(self._target, why) from None
@@ -107,15 +107,15 @@ class Link:
         return self._dialogue
 
     def _hear(self, dialogue: Dialogue, silence: float) -> Done | Failed:
-        for line in dialogue.lines(silence):
-            match decode_event(line):
+        for event in events(dialogue, Patience(silence, NOISE_BYTES, greeted=self._greeted)):
+            match event:
                 case None:
                     continue
                 case Hello():
                     self._greeted = True
                 case Done() | Failed() as outcome:
                     return outcome
-                case event:
+                case _:
                     self._listen(self._target.name, event)
         raise ended_early(self._target, dialogue.wait(silence), greeted=self._greeted)
 

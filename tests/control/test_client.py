@@ -13,7 +13,7 @@ from mlxops.build import build_id
 from mlxops.control import client
 from mlxops.control.client import Answer, Target, ask, ask_all, gateway_warning
 from mlxops.control.render import exit_of
-from mlxops.control.session import ConnectionLost, Ended
+from mlxops.control.session import ConnectionLost, Ended, Patience
 from mlxops.core.errors import Busy, Exit, MlxopsError, Refused, Unreachable
 from mlxops.core.protocol import (
     CHANGES,
@@ -46,7 +46,7 @@ class Scripted:
     end: Ended | ConnectionLost = field(default_factory=lambda: Ended(0, ""))
     closed: int = 0
 
-    def lines(self, silence: float) -> Iterator[str]:
+    def lines(self, patience: Patience) -> Iterator[str]:
         # A host tells nothing twice: who comes back hears who it is, and what is new.
         yield from self.words[:1] if self.closed else self.words
         if isinstance(self.end, ConnectionLost):

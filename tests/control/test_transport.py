@@ -18,10 +18,10 @@ from pathlib import Path
 
 import pytest
 
-from mlxops.control.session import ConnectionLost, Ended, Session, Transport
+from mlxops.control.session import NOISE_BYTES, ConnectionLost, Ended, Patience, Session, Transport, events
 from mlxops.control.transport import command_line, open_local, open_ssh
 from mlxops.core.errors import Exit, MlxopsError
-from mlxops.core.protocol import MAX_LINE
+from mlxops.core.protocol import MAX_LINE, Hello, Note, encode_event
 from tests.lab.sshd import SshClient, Sshd, descendants, keygen, program, public
 from tests.lab.wire import Wire
 
@@ -69,7 +69,7 @@ def either(request: pytest.FixtureRequest) -> Iterator[Transport]:
 def run(on: Transport, *argv: str, data: bytes = b"", silence: float = 20.0) -> tuple[list[str], Ended]:
     session = on.start(argv, data)
     try:
-        return list(session.lines(silence)), session.wait(20)
+        return list(session.lines(Patience(silence))), session.wait(20)
     finally:
         session.close()
 
@@ -546,7 +546,7 @@ def test_much_standard_error_does_not_stop_the_command(either: Transport) -> Non
 def test_lines_arrive_while_the_command_runs(either: Transport) -> None:
     session = either.start(["sh", "-c", "echo first; sleep 600"], b"")
     try:
-        assert next(session.lines(20)) == "first"
+        assert next(session.lines(Patience(20))) == "first"
         with pytest.raises(ConnectionLost):
             session.wait(0.1)
     finally:
@@ -558,10 +558,87 @@ def test_silence_is_not_waited_for_longer_than_asked(either: Transport) -> None:
     started = time.monotonic()
     try:
         with pytest.raises(ConnectionLost, match="silent"):
-            list(session.lines(0.5))
+            list(session.lines(Patience(0.5)))
         assert 0.4 < time.monotonic() - started < 5
     finally:
         end(session)
+
+
+HELLO = encode_event(Hello("0", "b"))
+TALKERS = {
+    "fast": "yes",
+    "without lines": "cat /dev/zero",
+    "slowly": "while printf x; do sleep 0.05; done",
+    "errors": "yes >&2",
+    "errors slowly": "while printf x >&2; do sleep 0.05; done",
+    "another's events": 'while echo \'{"event":"note"}\'; do sleep 0.05; done',
+}
+
+
+@pytest.mark.parametrize("greets", [False, True])
+@pytest.mark.parametrize("how", TALKERS)
+def test_a_host_that_talks_without_an_agent_is_not_listened_to_for_ever(
+    either: Transport, how: str, greets: bool
+) -> None:
+    session = either.start(["sh", "-c", f"{f'echo {shlex.quote(HELLO)};' if greets else ''} {TALKERS[how]}"], b"")
+    started = time.monotonic()
+    try:
+        with pytest.raises(ConnectionLost, match="silent" if how.startswith("errors") else "says"):
+            list(events(session, Patience(1.5, NOISE_BYTES)))
+        assert time.monotonic() - started < 6
+    finally:
+        session.close()
+
+
+def test_empty_lines_before_an_agents_first_words_are_no_sign_of_life(either: Transport) -> None:
+    session = either.start(["sh", "-c", "while echo; do sleep 0.05; done"], b"")
+    with closing(session), pytest.raises(ConnectionLost):
+        list(events(session, Patience(1.0, NOISE_BYTES)))
+
+
+def test_an_agent_behind_a_long_greeting_is_heard_as_long_as_it_says_something(either: Transport) -> None:
+    """A login's text of some kB; then for longer than the patience lasts beats, and bits of one long event."""
+    note = encode_event(Note("x" * 40))
+    code = """
+import sys, time
+hello, note = sys.argv[1:]
+for text in ["welcome\\n" * 2000, hello + "\\n", *"\\n" * 10, *note, "\\n"]:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+    time.sleep(0.2 if text in ("\\n", "x") else 0)
+"""
+    note = encode_event(Note("x" * 10))
+    session = either.start(
+        [PYTHON, "-c", "import sys; exec(bytes.fromhex(sys.argv.pop(1)))", code.encode().hex(), HELLO, note], b""
+    )
+    try:
+        heard = list(events(session, Patience(1.0, NOISE_BYTES)))
+    finally:
+        session.close()
+    assert heard == [Hello("0", "b"), *[None] * 10, Note("x" * 10)]
+
+
+def test_the_time_that_a_listener_takes_is_not_the_hosts(either: Transport) -> None:
+    code = f"import time; print({HELLO!r}, flush=True); time.sleep(0.5); print('noise', flush=True); time.sleep(0.5)"
+    session = either.start([PYTHON, "-c", f"{code}; print({HELLO!r})"], b"")
+    try:
+        for _ in events(session, Patience(0.9, NOISE_BYTES)):
+            time.sleep(1.0)  # a terminal that is stopped
+    finally:
+        session.close()
+
+
+def test_the_end_of_a_command_is_seen_though_a_child_of_it_goes_on_writing_errors(either: Transport) -> None:
+    session = either.start(["sh", "-c", "yes >&2 & echo last; exec >&-"], b"")
+    started = time.monotonic()
+    try:
+        assert next(session.lines(Patience(20))) == "last"
+        session.wait(5)
+        assert time.monotonic() - started < 4
+    except ConnectionLost:
+        assert time.monotonic() - started < 8  # sshd waits for the child, too
+    finally:
+        session.close()
 
 
 def end(session: Session) -> None:
@@ -587,10 +664,11 @@ def test_the_callers_standard_input_is_not_touched(server: Sshd, client: SshClie
     client.host("studio", server)
     code = """
 import sys
+from mlxops.control.session import Patience
 from mlxops.control.transport import open_local, open_ssh
 for transport in (open_ssh("studio"), open_local()):
     session = transport.start(["cat"], b"ours\\n")
-    print(list(session.lines(20)), session.wait(20).status)
+    print(list(session.lines(Patience(20))), session.wait(20).status)
     session.close()
     transport.close()
 print(sys.stdin.read())
@@ -655,7 +733,7 @@ CHATTY = ["sh", "-c", "while echo tick; do sleep 0.01; done"]
 def test_a_connection_that_breaks_in_the_middle_is_lost(wire: Wire, server: Sshd, how: str) -> None:
     with closing(open_ssh("studio")) as opened:
         session = opened.start(CHATTY, b"")
-        lines = session.lines(1.0)
+        lines = session.lines(Patience(1.0))
         assert next(lines) == "tick"
         if how == "cut":
             wire.cut()
@@ -677,7 +755,7 @@ def test_a_connection_that_breaks_in_the_middle_is_lost(wire: Wire, server: Sshd
 def test_a_connection_that_breaks_before_the_status_is_lost(wire: Wire, server: Sshd) -> None:
     with closing(open_ssh("studio")) as opened:
         session = opened.start(["sh", "-c", "echo last; exec >&- 2>&-; sleep 600"], b"")
-        assert list(session.lines(20)) == ["last"]
+        assert list(session.lines(Patience(20))) == ["last"]
         wire.cut()
         with pytest.raises(ConnectionLost):
             session.wait(20)
@@ -697,7 +775,7 @@ def test_a_connection_that_broke_starts_no_more_commands(wire: Wire) -> None:
 def test_half_a_request_on_a_stalled_connection_does_not_block_closing(wire: Wire) -> None:
     with closing(open_ssh("studio")) as opened:
         session = opened.start(["sh", "-c", "read line; echo $line; sleep 600"], b"go\n" + b"x" * 30_000_000)
-        lines = session.lines(0.5)
+        lines = session.lines(Patience(0.5))
         assert next(lines) == "go"
         wire.stalled = True
         with pytest.raises(ConnectionLost, match="silent"):
@@ -712,7 +790,7 @@ def test_half_a_request_on_a_stalled_connection_does_not_block_closing(wire: Wir
 def test_closing_a_local_session_leaves_the_command_alone_and_no_zombie(tmp_path: Path) -> None:
     done = tmp_path / "done"
     session = open_local().start(["sh", "-c", f"echo $$; sleep 0.3; touch {done}"], b"")
-    pid = int(next(session.lines(20)))
+    pid = int(next(session.lines(Patience(20))))
     session.close()
     deadline = time.monotonic() + 20
     while _exists(pid) and time.monotonic() < deadline:
