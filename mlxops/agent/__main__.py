@@ -24,10 +24,11 @@ from mlxops.agent.agreement import agree, agree_anew, refuse_others
 from mlxops.agent.place import Place, place
 from mlxops.agent.store import Store
 from mlxops.build import build_id
-from mlxops.core.errors import AgentProblem, Busy, MlxopsError, bug
+from mlxops.core.errors import AgentProblem, Busy, MlxopsError, Refused, bug
 from mlxops.core.protocol import (
     AGAIN,
     HEARTBEAT,
+    MAX_LINE,
     REPEATABLE,
     Done,
     Event,
@@ -284,7 +285,16 @@ class _Beat:
 
 
 def _emit(event: Event) -> None:
-    _write(encode_event(event))
+    """Raises `Refused` for what the asker would take for noise."""
+    line = encode_event(event)
+    if len(line) > MAX_LINE:
+        raise Refused(
+            "result_too_long",
+            "the result is too long to be sent",
+            why=f"it is {len(line)} bytes, and at most {MAX_LINE} are listened to: are there too many entries?",
+            hint="what was asked was done all the same; look at the registry on the host itself",
+        )
+    _write(line)
 
 
 def _write(line: str) -> None:

@@ -23,8 +23,10 @@ from mlxops.core.units import amount, duration
 PROTOCOL = 1
 MARKER = '{"mlxops":'
 TICKET = re.compile(r"[0-9a-f]{8}")
-MAX_LINE = 4 * 1024 * 1024
-"""Bytes; longer lines are not ours."""
+MAX_LINE = 64 * 1024 * 1024
+"""Bytes; longer lines are not ours. The longest that is meant to pass is `list` of the largest registry that is read,
+16 MiB: of entries as mlxops writes them it makes twice as much, four times as much with every row's memory and problem.
+For one of entries that say nothing it can be more, and then the agent says so instead."""
 
 READS = frozenset({"list", "status", "gateway", "ops", "logs", "follow"})
 REPEATABLE = frozenset({"list", "status", "gateway", "ops"})

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from mlxops.agent import __main__ as agent
 from mlxops.agent.operations.context import LOOKS, Context
 from mlxops.agent.operations.look import status
 from mlxops.agent.place import place
 from mlxops.agent.store import Store
 from mlxops.agent.system import Look, this_system
-from mlxops.core.protocol import Request
+from mlxops.control.client import Target, ask, local_python
+from mlxops.core.protocol import Done, Failed, Request, decode_event
 from mlxops.core.settings import PortRange, Settings
 from tests.lab.world import free_ports
 
@@ -85,3 +87,28 @@ def test_a_registry_that_never_rests_is_told_as_it_was_seen_last(
     assign(True)
     system = Overtaken(lambda looks: assign(True))
     assert told(tmp_path, port, system) == ["assigned_not_served"] and system.looks == LOOKS
+
+
+def test_a_long_list_arrives(tmp_path: Path) -> None:
+    entries = {f"org/model-{number}": {"repo_id": f"org/model-{number}"} for number in range(20_000)}
+    (tmp_path / "registry.json").write_text(json.dumps({"version": 1, "models": entries}))
+    settings = Settings(
+        registry=str(tmp_path / "registry.json"), hub=str(tmp_path / "hub"), state=str(tmp_path / "state")
+    )
+    answer = ask(Target("here", None, local_python(), settings), "list", {}, lambda host, event: None)
+    models = (answer.result or {}).get("models")
+    assert isinstance(models, list) and len(models) == 20_000, answer.error
+
+
+def test_a_result_that_nobody_would_listen_to_is_told_as_that(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(agent, "MAX_LINE", 1000)
+
+    def serve() -> int:
+        agent._emit(Done({"models": ["x" * 1000]}))
+        return 0
+
+    assert agent._told(serve) == 3
+    (told,) = map(decode_event, capsys.readouterr().out.splitlines())
+    assert isinstance(told, Failed) and told.error.code == "result_too_long"

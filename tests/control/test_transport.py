@@ -21,7 +21,7 @@ import pytest
 from mlxops.control.session import NOISE_BYTES, ConnectionLost, Ended, Patience, Session, Transport, events
 from mlxops.control.transport import command_line, open_local, open_ssh
 from mlxops.core.errors import Exit, MlxopsError
-from mlxops.core.protocol import MAX_LINE, Hello, Note, encode_event
+from mlxops.core.protocol import Hello, Note, encode_event
 from tests.lab.sshd import SshClient, Sshd, descendants, keygen, program, public
 from tests.lab.wire import Wire
 
@@ -521,8 +521,10 @@ def test_lines_are_decoded_and_cut(either: Transport) -> None:
     assert run(either, PYTHON, "-c", code)[0] == ["aä", "", "\ufffd", "last"]
 
 
-def test_an_endless_line_is_dropped_and_the_next_one_is_not(either: Transport) -> None:
-    code = f"print('a'); print('x' * {MAX_LINE + 1}); print('y' * {MAX_LINE}); print('b')"
+def test_an_endless_line_is_dropped_and_the_next_one_is_not(either: Transport, monkeypatch: pytest.MonkeyPatch) -> None:
+    longest = 4 * 1024 * 1024
+    monkeypatch.setattr("mlxops.control.lines.MAX_LINE", longest)
+    code = f"print('a'); print('x' * {longest + 1}); print('y' * {longest}); print('b')"
     lines, _ = run(either, PYTHON, "-c", code)
     assert [line[:2] for line in lines] == ["a", "yy", "b"]
 
