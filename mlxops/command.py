@@ -84,6 +84,7 @@ Send = Callable[[Mapping[str, object]], Answer]
 def carry_out(call: Call, run: Callable[[render.Talk], tuple[Answer, ...]], show: Show, key: str | None = None) -> None:
     """The one boundary: run, print the data, tell the errors; exit, unless all is well: a further task may follow."""
     code: int = Exit.DONE
+    answers: tuple[Answer, ...] = ()
     entry.interruptible()
     try:
         with render.Talk(many=False) as talk:
@@ -95,9 +96,7 @@ def carry_out(call: Call, run: Callable[[render.Talk], tuple[Answer, ...]], show
         render.discard(1)  # whoever read it went away
         code = 141
     except OutputFailed as error:
-        render.discard(1)
-        render.Talk(many=False).error("", error)
-        code = error.exit
+        code = _unwritten(call, answers, error)
     except MlxopsError as error:
         code = fail(call, error)
     except KeyboardInterrupt:
@@ -133,13 +132,29 @@ def _tell(call: Call, answers: Sequence[Answer]) -> None:
     talk = render.Talk(many=len(answers) > 1)
     for answer in answers:
         if answer.error is not None:
+            if isinstance(answer.error, OutputFailed):
+                render.discard(1)
             talk.error(answer.host, answer.error)
             _traceback(call, answer.error)
 
 
+def _unwritten(call: Call, answers: Sequence[Answer], error: OutputFailed) -> int:
+    """What was asked has an outcome all the same; where it failed, that counts first."""
+    render.discard(1)
+    _tell(call, answers)
+    failed = render.exit_of(answers)
+    if failed:
+        error.hint = "see: mlxctl status, mlxctl ops"
+    render.Talk(many=False).error("", error)
+    return failed or error.exit
+
+
 def fail(call: Call, error: MlxopsError) -> int:
     if call.json:
-        render.say(render.error_document(call.command, error, indent=None if call.many else 2))
+        try:
+            render.say(render.error_document(call.command, error, indent=None if call.many else 2))
+        except (BrokenPipeError, OutputFailed):
+            render.discard(1)  # it is told on standard error all the same
     render.Talk(many=False).error("", error)
     _traceback(call, error)
     return int(error.exit)

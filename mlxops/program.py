@@ -16,7 +16,7 @@ from invoke.tasks import Task
 
 from mlxops import __version__
 from mlxops.control import render
-from mlxops.core.errors import Exit, UsageError
+from mlxops.core.errors import Exit, OutputFailed, UsageError
 
 POSITIONAL = {
     "load": ("--model", "--port"),
@@ -55,7 +55,10 @@ def _usage(error: ParseError) -> SystemExit:
     hint = f"mlxctl {task} --help" if task else "mlxctl --list"
     told = UsageError("usage", str(error).rstrip("!"), why="it is not a command line of mlxctl", hint=hint)
     if "--json" in sys.argv:
-        render.say(render.error_document(next((w for w in sys.argv[1:] if not w.startswith("-")), ""), told))
+        try:
+            render.say(render.error_document(next((w for w in sys.argv[1:] if not w.startswith("-")), ""), told))
+        except (BrokenPipeError, OutputFailed):
+            render.discard(1)  # it is told on standard error all the same
     render.Talk(many=False).error("", told)
     return SystemExit(int(Exit.USAGE))
 
@@ -91,11 +94,19 @@ def _arguments(task: Task[Any]) -> list[Argument]:
 def run() -> None:
     """Raises `SystemExit`."""
     try:
-        _run()
-        sys.stdout.flush()
+        try:
+            _run()
+        finally:
+            # Help and lists are Invoke's to print; what it could not write, it has not noticed, or has raised.
+            if sys.stdout is not None:
+                render.say("", end="")
     except BrokenPipeError:
         render.discard(1)
         raise SystemExit(141) from None
+    except OutputFailed as error:
+        render.discard(1)
+        render.Talk(many=False).error("", error)
+        raise SystemExit(int(error.exit)) from None
 
 
 def _run() -> None:

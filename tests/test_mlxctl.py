@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxops.program import with_flags
+from tests.lab.homelab import CHECKOUT
 from tests.properties import PROPERTY
 
 VALUES = frozenset({"--model", "--port", "--repo", "--host", "--timeout"})
@@ -102,6 +103,48 @@ def test_an_output_that_cannot_be_written_is_told(words: str, tmp_path: Path) ->
     # Without any standard error at all, what is asked is done nevertheless.
     assert run("2>&-").returncode == 0 and run("2>&-").stdout
     assert run("<&-").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "first"),
+    [
+        ("status --local >&-", 74, "the result could not be written"),
+        ("status --local --json >&-", 74, "the result could not be written"),
+        ("--list >/dev/full", 74, "the result could not be written"),
+        ("load --help >/dev/full", 74, "the result could not be written"),
+        # Nothing was done: that counts, and is told.
+        ("load --bogus --json >/dev/full", 2, "No idea what '--bogus' is"),
+        ("load --bogus --json >&-", 2, "No idea what '--bogus' is"),
+        ("status --host nowhere --json >&-", 2, "there is no host 'nowhere'"),
+        ("rollback --port 1 --local --json >/dev/full", 3, "it is not known that port 1"),
+        ("logs --port 1 --follow --local >/dev/full", 74, "the result could not be written"),
+    ],
+)
+@pytest.mark.parametrize("program", ["mlxctl", "inv"])
+def test_whatever_is_printed_an_output_that_is_full_or_closed_leaves_no_traceback(
+    program: str, words: str, status: int, first: str, tmp_path: Path
+) -> None:
+    if "/dev/full" in words and not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    if program == "inv" and any(part in words for part in ("--help", "--list", "--bogus")):
+        pytest.skip("this is Invoke's own to tell")
+    hosts = tmp_path / "hosts.yaml"
+    hosts.write_text(f"hosts: {{here: {{hub: {tmp_path}/hub, state: {tmp_path}/state, ports: 1-2}}}}")
+    env = {"HOME": str(tmp_path), "MLXOPS_HOSTS_FILE": str(hosts), "LC_ALL": "C.UTF-8"}
+    logs = tmp_path / "state" / "logs"
+    logs.mkdir(parents=True)
+    log = logs / "1.log"
+    log.write_text("one\ntwo\n")
+    line = f'exec "{Path(MLXCTL).with_name(program)}" {words}'
+    done = subprocess.run(
+        ["/bin/sh", "-c", line], capture_output=True, text=True, env=env, check=False, cwd=CHECKOUT, timeout=60
+    )
+    with log.open("a") as more:
+        more.write("three\n")  # whoever follows it finds that nobody listens
+    assert done.returncode == status, done.stderr
+    assert done.stderr.startswith(f"error: {first}"), done.stderr
+    assert done.stderr.count("could not be written") <= 1
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
 
 
 @pytest.mark.parametrize("delay", [0.03, 0.08, 0.15, 0.25, 0.4, 0.6])

@@ -193,10 +193,12 @@ def discard(number: int) -> None:
     os.close(null)
 
 
-def say(text: str) -> None:
+def say(text: str, end: str = "\n") -> None:
     """Data, on standard output. Raises `BrokenPipeError` when nobody reads it any more, else `OutputFailed`."""
     try:
-        print(text, flush=True)  # noqa: T201
+        if sys.stdout is None:  # Python's own way to say that it was closed before we began
+            raise OSError("it is closed")
+        print(text, end=end, flush=True)  # noqa: T201
     except BrokenPipeError:
         raise
     except OSError as error:
