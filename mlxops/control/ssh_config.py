@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from mlxops.core.errors import Unreachable, UsageError
 from mlxops.core.names import shown
@@ -19,6 +20,9 @@ _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _JUMP = re.compile(r"(?:ssh://)?(?:(?P<user>[^@]+)@)?(?P<host>\[[^\]]+\]|[^:@\[\]]+)(?::(?P<port>[0-9]{1,5}))?/?")
 _PLAIN = re.compile(r"[A-Za-z0-9_.:%+~@\[\]-]*")
 """What may be put into a ProxyCommand: nothing that means something to a shell."""
+
+_MAX_ANSWER = 1024 * 1024
+"""Bytes of what `ssh -G` says; it is some kB."""
 
 _WHAT = {
     "host_down": "cannot be reached",
@@ -68,16 +72,24 @@ def words(error: BaseException) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
+def last_bytes(stream: IO[bytes], count: int) -> bytes:
+    """Of a file that another process writes, and may write without an end."""
+    stream.seek(max(0, stream.seek(0, os.SEEK_END) - count))
+    return stream.read(count)
+
+
 def resolve(name: str, timeout: float, options: Sequence[str] = ()) -> Destination:
     """Raises `UsageError` no_ssh or bad_ssh_config."""
+    import tempfile
+
     try:
-        answer = subprocess.run(
-            ["ssh", "-G", *options, "--", name],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=timeout,
-            check=False,
-        )
+        # Not pipes: what a Match exec leaves behind may hold them open for ever.
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
+            argv = ["ssh", "-G", *options, "--", name]
+            status = subprocess.run(
+                argv, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, timeout=timeout, check=False
+            ).returncode
+            said, complaint = last_bytes(out, _MAX_ANSWER), last_bytes(errors, 4096)
     except FileNotFoundError:
         raise UsageError(
             "no_ssh",
@@ -89,10 +101,10 @@ def resolve(name: str, timeout: float, options: Sequence[str] = ()) -> Destinati
         raise _bad(name, f"`ssh -G` did not answer within {timeout:.0f} s: a Match exec may hang") from None
     except (OSError, ValueError) as error:
         raise _bad(name, f"`ssh -G` cannot be run: {error}") from error
-    if answer.returncode != 0:
-        words = answer.stderr.decode(errors="replace").strip().splitlines()
-        raise _bad(name, f"ssh says: {words[-1]}" if words else f"`ssh -G` ended with {answer.returncode}")
-    return _parse(name, answer.stdout.decode(errors="surrogateescape"))
+    if status != 0:
+        words = complaint.decode(errors="replace").strip().splitlines()
+        raise _bad(name, f"ssh says: {words[-1]}" if words else f"`ssh -G` ended with {status}")
+    return _parse(name, said.decode(errors="surrogateescape"))
 
 
 def resolve_jump(jump: str, timeout: float) -> Destination:

@@ -150,6 +150,34 @@ def test_a_jump_host_that_is_its_own_jump_host_ends(server: Sshd, client: SshCli
     assert "own jump host" in refusal("studio").why
 
 
+def test_jump_hosts_that_lead_in_a_circle_are_named(server: Sshd, client: SshClient) -> None:
+    for name, jump in (("one", "two"), ("two", "three"), ("three", "one")):
+        client.host(name, server, f"ProxyJump {jump}")
+    error = refusal("one")
+    assert error.code == "host_down" and "one -> two -> three -> one" in error.why
+
+
+def test_what_a_match_exec_leaves_running_is_not_waited_for(server: Sshd, client: SshClient) -> None:
+    client.host("studio", server)
+    client.config.write_text('Match exec "sleep 600 & true"\n' + client.config.read_text())
+    started = time.monotonic()
+    try:
+        assert reaches("studio") and time.monotonic() - started < 8
+    finally:
+        for pid in _sleepers():
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_a_proxy_command_that_complains_without_measure_is_given_up_at_the_deadline(
+    server: Sshd, client: SshClient
+) -> None:
+    script = shlex.quote("import os, time; os.ftruncate(2, 10**11); time.sleep(600)")
+    client.host("studio", server, f"ProxyCommand {PYTHON} -c {script}")
+    started = time.monotonic()
+    assert refusal("studio", connect_timeout=1.5).code == "connection_timeout"
+    assert time.monotonic() - started < 3
+
+
 def test_a_proxy_command_is_used(server: Sshd, client: SshClient) -> None:
     client.host("jump", server)
     client.host("studio", server, f"ProxyCommand {client.bin}/ssh -W %h:%p jump")
@@ -772,6 +800,15 @@ def test_a_connection_that_broke_starts_no_more_commands(wire: Wire) -> None:
         wire.cut()
         with pytest.raises(ConnectionLost):
             run(opened, "sleep", "600")
+
+
+def test_a_host_that_is_slow_once_connected_is_given_more_time_than_connecting_has(wire: Wire) -> None:
+    with closing(open_ssh("studio", connect_timeout=1.5)) as opened:
+        wire.stalled = True
+        moving = threading.Timer(3.0, setattr, (wire, "stalled", False))
+        moving.start()
+        assert run(opened, "echo", "here")[0] == ["here"]
+        moving.join()
 
 
 def test_half_a_request_on_a_stalled_connection_does_not_block_closing(wire: Wire) -> None:
