@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
+from mlxops.control.files import opened
 from mlxops.core.errors import UsageError
 from mlxops.core.names import is_name, shown
 from mlxops.core.settings import DEFAULT_ENGINE, BootJob, PortRange, Settings
@@ -28,6 +29,7 @@ MAX_PORTS = 100
 MIN_MEMORY = 1_000_000
 """Bytes; less than this is somebody's gigabytes without their unit."""
 
+_DESCRIPTORS = ("/dev/fd/", "/proc/self/fd/", "/dev/stdin")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _DECIMAL = re.compile(r"0|[1-9][0-9]{0,17}")
 _RANGE = re.compile(r"([1-9][0-9]{0,4})-([1-9][0-9]{0,4})")
@@ -126,7 +128,19 @@ def hosts_file(environ: Mapping[str, str], beside: Path | None) -> Path | None:
     candidates = [home / ".config" / "mlxops" / "hosts.yaml"]
     if beside is not None:
         candidates.append(beside / "hosts.yaml")
-    return next((path for path in candidates if path.exists()), None)
+    return next((path for path in candidates if _is_meant(path)), None)
+
+
+def _is_meant(path: Path) -> bool:
+    """Whether somebody has put a hosts file there, even if it cannot be read now: a link to a disk that is away, or a
+    folder that is closed to us. The next file would be of other machines."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return any(folder.is_symlink() and not folder.exists() for folder in list(path.parents)[:2])
+    except OSError:
+        pass
+    return True
 
 
 def load(path: Path) -> Inventory:
@@ -179,7 +193,8 @@ def _compose(path: Path) -> yaml.Node:
         return UsageError("bad_hosts_file", f"{place}: {what}", why=f"it was read as YAML from {path}", hint=hint)
 
     try:
-        with path.open("rb") as stream:
+        # A shell's <(...) is a pipe that was opened for us, and may take its time: it may ask for a passphrase.
+        with path.open("rb") if str(path).startswith(_DESCRIPTORS) else opened(path) as stream:
             data = stream.read(MAX_BYTES + 1)
     except OSError as error:
         raise bad(0, f"cannot be read: {error.strerror}", "check the path and its permissions") from error

@@ -6,10 +6,13 @@ import base64
 import binascii
 import hashlib
 import hmac
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from mlxops.control.files import opened
+
+MAX_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class Known:
     """What the files say of one host.
 
     `keys` are its own. `elsewhere` are those of the same machine's port 22, which OpenSSH accepts as proof for
-    another port, though their absence proves nothing. `revoked` are refused whatever else is said.
+    another port, though their absence proves nothing. `revoked` are refused whatever else is said, those of the
+    machine on every port.
     """
 
     name: str
@@ -70,7 +74,8 @@ def fingerprint(blob: bytes) -> str:
 def _lines(files: Sequence[Path]) -> Iterator[tuple[str, list[str], KnownKey]]:
     for file in files:
         try:
-            text = file.read_text("utf-8", "replace")
+            with opened(file) as stream:
+                text = stream.read(MAX_BYTES).decode("utf-8", "replace")
         except OSError:
             continue
         for number, line in enumerate(text.splitlines(), 1):
@@ -91,7 +96,7 @@ def _matches(patterns: Sequence[str], name: str) -> bool:
     for pattern in patterns:
         if pattern.startswith("|1|"):
             found = found or _hash_matches(pattern, name)
-        elif _glob(pattern.removeprefix("!")).fullmatch(name):
+        elif _glob_matches(pattern.removeprefix("!").lower(), name):
             if pattern.startswith("!"):
                 return False
             found = True
@@ -106,6 +111,22 @@ def _hash_matches(pattern: str, name: str) -> bool:
     return hmac.compare_digest(hmac.digest(salt, name.encode(), "sha1"), digest)
 
 
-def _glob(pattern: str) -> re.Pattern[str]:
-    """OpenSSH's patterns know * and ? only; brackets are part of `[host]:port`."""
-    return re.compile("".join({"*": ".*", "?": "."}.get(char, re.escape(char)) for char in pattern.lower()))
+def _glob_matches(pattern: str, name: str) -> bool:
+    """OpenSSH's patterns know * and ? only; brackets are part of `[host]:port`.
+
+    By hand: a regular expression tries every way to share a name among many stars, for longer than anybody waits.
+    """
+    at = here = began = 0
+    star = -1
+    while here < len(name):
+        if pattern[at : at + 1] == "*":
+            star, began = at, here
+            at += 1
+        elif pattern[at : at + 1] in ("?", name[here]):
+            at, here = at + 1, here + 1
+        elif star >= 0:
+            began += 1  # the last star takes one more; those before it need not change
+            at, here = star + 1, began
+        else:
+            return False
+    return not pattern[at:].strip("*")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxops.control import known_hosts
+from mlxops.control.files import opened
 from mlxops.control.ssh_config import Destination, words
 from mlxops.core.errors import Unreachable
 
@@ -203,7 +204,7 @@ class Login:
             self._notes.append(f"{path} cannot be read: {words(error)}")
             return
         beside = path.with_name(f"{path.name}-cert.pub")
-        for certificate in dict.fromkeys((*self._destination.certificates, beside)):
+        for certificate in filter(Path.is_file, dict.fromkeys((*self._destination.certificates, beside))):
             try:
                 key.load_certificate(str(certificate))
             except (paramiko.SSHException, OSError, ValueError):
@@ -223,7 +224,8 @@ def _public_blob(path: Path) -> bytes | None:
     """The public half of an identity: from the file beside it, or from an identity that is itself a public key."""
     for candidate in (path.with_name(f"{path.name}.pub"), path):
         try:
-            fields = candidate.read_bytes()[:65536].split()
+            with opened(candidate) as stream:
+                fields = stream.read(65536).split()
         except OSError:
             continue
         if len(fields) >= 2 and fields[0].startswith((b"ssh-", b"ecdsa-", b"sk-")):

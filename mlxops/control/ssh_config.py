@@ -10,8 +10,8 @@ import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
+from mlxops.control.files import last_bytes
 from mlxops.core.errors import Unreachable, UsageError
 from mlxops.core.names import shown
 
@@ -70,12 +70,6 @@ def words(error: BaseException) -> str:
     """What an exception says, on one line."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split()) or type(error).__name__
-
-
-def last_bytes(stream: IO[bytes], count: int) -> bytes:
-    """Of a file that another process writes, and may write without an end."""
-    stream.seek(max(0, stream.seek(0, os.SEEK_END) - count))
-    return stream.read(count)
 
 
 def resolve(name: str, timeout: float, options: Sequence[str] = ()) -> Destination:

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING
 
 from mlxops.control import known_hosts, ssh_config
+from mlxops.control.files import last_bytes
 from mlxops.control.lines import Lines, Tail
 from mlxops.control.local import LocalTransport, reap
 from mlxops.control.login import Login, host_key_policy, preferred
@@ -243,7 +244,7 @@ class _Path:
             return destination.timeout("it did not finish the handshake")
         said = words(error)
         if self._proxy_words is not None:
-            told = ssh_config.last_bytes(self._proxy_words, 4096)
+            told = last_bytes(self._proxy_words, 4096)
             said = " ".join(told.decode(errors="replace").split())[-300:] or said
         return destination.unreachable(
             "connection_refused",

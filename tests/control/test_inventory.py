@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -292,3 +295,54 @@ def test_the_file_in_force_is_the_named_one_then_the_users_then_the_repositorys(
         hosts_file(environ | {"MLXOPS_HOSTS_FILE": str(named)}, beside)
     named.touch()
     assert hosts_file(environ | {"MLXOPS_HOSTS_FILE": str(named)}, beside) == named
+
+
+@pytest.mark.parametrize("how", ["dangling", "loop", "folder away", "closed folder", "pipe", "folder"])
+def test_a_hosts_file_of_the_user_that_cannot_be_read_is_not_passed_over_for_another(tmp_path: Path, how: str) -> None:
+    """That would send a command to other machines."""
+    beside = tmp_path / "checkout"
+    beside.mkdir()
+    (beside / "hosts.yaml").write_text("hosts: {other: {}}\n")
+    users = tmp_path / ".config" / "mlxops" / "hosts.yaml"
+    users.parent.mkdir(parents=True)
+    match how:
+        case "dangling":
+            users.symlink_to(tmp_path / "away")
+        case "loop":
+            users.symlink_to(users)
+        case "folder away":
+            users.parent.rmdir()
+            users.parent.symlink_to(tmp_path / "away")
+        case "closed folder":
+            if os.geteuid() == 0:
+                pytest.skip("nothing is closed to root")
+            users.parent.chmod(0)
+        case "pipe":
+            os.mkfifo(users)
+        case "folder":
+            users.mkdir()
+    found = hosts_file({"HOME": str(tmp_path)}, beside)
+    assert found == users
+    with pytest.raises(UsageError, match="cannot be read") as caught:
+        load(found)
+    assert caught.value.code == "bad_hosts_file"
+    if how == "closed folder":
+        users.parent.chmod(0o700)
+
+
+def test_a_named_pipe_is_no_hosts_file_but_what_a_shell_substitutes_is(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="regular file"):
+        load(tmp_path / "pipe")
+    code = (
+        "import sys, pathlib; from mlxops.control.inventory import load; print(*load(pathlib.Path(sys.argv[1])).hosts)"
+    )
+    read, write = os.pipe()
+    os.write(write, b"hosts: {studio: {}}\n")
+    os.close(write)
+    try:
+        argv = [sys.executable, "-c", code, f"/dev/fd/{read}"]
+        done = subprocess.run(argv, pass_fds=[read], capture_output=True, text=True, timeout=60, check=True)
+    finally:
+        os.close(read)
+    assert done.stdout == "studio\n"

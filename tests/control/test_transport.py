@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from mlxops.control import known_hosts
 from mlxops.control.session import NOISE_BYTES, ConnectionLost, Ended, Patience, Session, Transport, events
 from mlxops.control.transport import command_line, open_local, open_ssh
 from mlxops.core.errors import Exit, MlxopsError
@@ -270,6 +271,60 @@ def test_a_revoked_key_is_refused_though_it_is_known(server: Sshd, client: SshCl
     client.know(f"@revoked * {server.host_key}")
     error = refusal("studio")
     assert error.code == "host_key_changed" and "@revoked" in error.why
+
+
+@pytest.mark.parametrize("known", ["", "[{}]:{}"])
+@pytest.mark.parametrize("revoked", ["", "[{}]:{}", "*"])
+def test_a_key_that_is_revoked_for_the_machine_is_refused_on_every_port_of_it(
+    server: Sshd, client: SshClient, known: str, revoked: str
+) -> None:
+    """OpenSSH accepts one of these, a key that is revoked by the plain name alone and known for the port: as it looks
+    for the plain name only if the port's is not there. A key that was stolen was stolen whatever the port."""
+    client.host("studio", server, known=False)
+    names = [(text.format(server.address, server.port) or server.address) for text in (known, revoked)]
+    client.know(f"{names[0]} {server.host_key}")
+    assert reaches("studio")
+    client.know(f"@revoked [{server.address}]:1 {server.host_key}")
+    assert reaches("studio")
+    client.know(f"@revoked {names[1]} {server.host_key}")
+    error = refusal("studio")
+    assert error.code == "host_key_changed" and "@revoked" in error.why
+
+
+def test_names_with_many_stars_are_compared_at_once(tmp_path: Path) -> None:
+    key = "ssh-ed25519 AAAA"
+    patterns = {
+        "*" * 40 + "a": False,
+        "*a" * 30 + "*b": False,
+        "*?" * 30 + "x": False,
+        "h*h": True,
+        "h" * 200: True,
+        "*": True,
+        "h?" * 100: True,
+        "**h**h**": True,
+        "h": False,
+        "*,!h*": False,
+        "H*": True,
+        "h*x*": False,
+        "?" * 201: False,
+        "": False,
+    }
+    for pattern, matches in patterns.items():
+        (tmp_path / "known_hosts").write_text(f"{pattern} {key}\n")
+        known = known_hosts.lookup([tmp_path / "known_hosts"], "h" * 200, 22, None)
+        assert bool(known.keys) is matches, pattern
+
+
+def test_a_pipe_where_a_file_is_expected_is_not_waited_for(server: Sshd, client: SshClient, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    identity = f"IdentityFile {tmp_path}/pipe"
+    client.host("studio", server, identity, f"CertificateFile {tmp_path}/pipe")
+    started = time.monotonic()
+    assert reaches("studio")
+    client.config.write_text("")
+    client.host("studio", server, f"UserKnownHostsFile {tmp_path}/pipe", known=False)
+    assert refusal("studio").code == "host_key_unknown"
+    assert time.monotonic() - started < 8
 
 
 def test_a_key_of_another_port_of_the_machine_is_accepted_as_openssh_does(server: Sshd, client: SshClient) -> None:
