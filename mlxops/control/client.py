@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import ipaddress
 import os
+import re
 import socket
 import sys
 import threading
@@ -30,6 +31,11 @@ RECONNECT_SECONDS = 120.0
 that was heard."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0
 """Seconds between two tries."""
+_SCARCE = re.compile(
+    r"Too many open files|Cannot allocate memory|Resource temporarily unavailable|MemoryError|out of memory",
+    re.IGNORECASE,
+)
+"""Last words of what there was no descriptor, memory or process for, as Python and shells say it."""
 PASSING = frozenset({"host_down", "connection_refused", "connection_timeout"})
 """Reasons why a host is not reached that may pass by themselves."""
 
@@ -177,6 +183,13 @@ def ended_early(target: Target, ended: Ended, *, greeted: bool) -> Exception:
     words = [line.strip() for line in ended.stderr.splitlines() if line.strip()]
     if greeted:
         return ConnectionLost(words[-1] if words else f"the agent ended with status {ended.status}")
+    if words and _SCARCE.search(words[-1]):
+        return AgentProblem(
+            "agent_not_started",
+            f"the mlxops agent could not be started on {target.name}",
+            why=f"{' '.join(target.python)}: {words[-1]}"[:300],
+            hint="raise the limit (ulimit -a shows it), or free what is short, then try again; nothing was asked yet",
+        )
     return AgentProblem(
         "agent_missing",
         f"there is no mlxops agent on {target.name}",

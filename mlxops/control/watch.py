@@ -191,7 +191,7 @@ class Watch:
             if last:
                 return
             if link.is_open:
-                pause, comes_back = FIRST_PAUSE, COMES_BACK | {"agent_missing"}
+                pause, comes_back = FIRST_PAUSE, COMES_BACK | {"agent_missing", "agent_not_started"}
                 self._wait(link, began + self._interval)
             else:
                 self._leaving.wait(pause)

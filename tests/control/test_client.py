@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 
 from mlxops.build import build_id
 from mlxops.control import client
-from mlxops.control.client import Answer, Target, ask, ask_all, gateway_warning
+from mlxops.control.client import Answer, Target, ask, ask_all, gateway_warning, local_python
 from mlxops.control.render import exit_of
 from mlxops.control.session import ConnectionLost, Ended, Patience
 from mlxops.core.errors import Busy, Exit, MlxopsError, Refused, Unreachable
@@ -31,7 +34,7 @@ from mlxops.core.protocol import (
     decode_request,
     encode_event,
 )
-from mlxops.core.settings import Settings
+from mlxops.core.settings import PortRange, Settings
 
 HELLO = encode_event(Hello("0", "b"))
 DONE = encode_event(Done({"ports": []}))
@@ -161,6 +164,43 @@ def test_without_the_agents_first_words_there_is_no_agent(converse: Talk, noise:
     assert (error.code, error.exit) == ("agent_missing", Exit.AGENT)
     assert "No such file" in error.why and "inv deploy --host studio" in error.hint
     assert told.answer.reachable
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "/usr/bin/python3: Too many open files",
+        "Traceback (most recent call last):\nOSError: [Errno 24] Too many open files: '/usr/lib/python3.11/json'",
+        "MemoryError",
+        "sh: fork: Resource temporarily unavailable",
+        "sh: fork: Cannot allocate memory",
+    ],
+)
+def test_an_agent_that_there_was_no_room_for_is_not_a_missing_one(converse: Talk, said: str) -> None:
+    error = problem(converse(Scripted([], Ended(126, f"{said}\n")), "load"))
+    assert (error.code, error.exit) == ("agent_not_started", Exit.AGENT)
+    assert said.splitlines()[-1] in error.why and "deploy" not in error.hint
+
+
+def test_a_shortage_of_descriptors_here_is_told_as_that(tmp_path: Path) -> None:
+    few = (
+        "import resource, sys; from mlxops.control.client import *; settings = Settings(state=sys.argv[1]);"
+        "target = Target('here', None, local_python(), settings); resource.setrlimit(resource.RLIMIT_NOFILE, (5, 5));"
+        "print(ask(target, 'status', {}, lambda host, event: None).error.code)"
+    )
+    argv = [sys.executable, "-c", few, str(tmp_path)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "agent_not_started\n", done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "ascii:strict", "cp500"])
+def test_an_agent_is_understood_whatever_its_environment_says_of_encodings(
+    encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    settings = Settings(hub=str(tmp_path / "hub"), state=str(tmp_path / "state"), ports=PortRange(1, 2))
+    answer = ask(Target("here", None, local_python(), settings), "status", {}, lambda host, event: None)
+    assert answer.error is None
 
 
 def test_a_silent_end_without_an_agent_names_the_status(converse: Talk) -> None:
@@ -342,3 +382,52 @@ def test_an_agent_that_ends_before_it_tells_anything_is_given_up(monkeypatch: py
     wires = one_after_the_other(monkeypatch, broken(Started("20260101T000000-00000000")))
     answer = ask(STUDIO, "init", {}, lambda host, event: None)
     assert answer.error is not None and answer.error.exit is Exit.OUTCOME_UNKNOWN and len(wires) == 2
+
+
+def test_noise_is_no_sign_that_a_host_was_there_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = Started("20260101T000000-00000000")
+    wires = one_after_the_other(monkeypatch, broken(started), *(broken(started, words=["noise"]) for _ in range(3)))
+    answer = ask(STUDIO, "init", {}, lambda host, event: None)
+    assert answer.error is not None and answer.error.exit is Exit.OUTCOME_UNKNOWN and len(wires) == 2
+
+
+def test_of_an_operation_that_was_found_running_already_no_event_is_lost_or_told_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was heard of the request's own record does not count for the other one."""
+    own, other = "20260101T000000-00000000", "20260101T000000-11111111"
+    begun: list[Event] = [Started(own), Phase("check", "x"), Note(f"this is running already ({other}); following it")]
+    wires = one_after_the_other(
+        monkeypatch,
+        broken(*begun, Started(other), Phase("download", "one")),
+        broken(Started(other), Phase("download", "two"), Phase("start", "three")),
+        Scripted([HELLO, encode_event(Started(other)), encode_event(Phase("proof", "four")), DONE]),
+    )
+    heard: list[Event] = []
+    answer = ask(STUDIO, "load", {"model": "m", "port": "8100"}, lambda host, event: heard.append(event))
+    assert answer.error is None
+    requests = [decode_request(wire.started[0][1]) for wire in wires]
+    assert [(request.command, request.heard) for request in requests] == [("load", 0), ("follow", 1), ("follow", 3)]
+    assert [request.args.get("operation") for request in requests] == [None, other, other]
+    assert [event.message for event in heard if isinstance(event, Phase)] == ["x", "one", "two", "three", "four"]
+
+
+@pytest.mark.parametrize(("ended", "tries"), [(True, 3), (False, 2)])
+def test_a_login_that_was_cut_off_is_tried_again_and_one_that_was_refused_is_not(
+    monkeypatch: pytest.MonkeyPatch, ended: bool, tries: int
+) -> None:
+    sessions = [broken(Started("20260101T000000-00000000")), None, Scripted([HELLO, DONE])]
+    tried: list[Target] = []
+
+    def connect(target: Target) -> Wire:
+        tried.append(target)
+        session = sessions[len(tried) - 1]
+        if session is None:
+            raise Unreachable("authentication_failed", "refused", details={"ended": True} if ended else None)
+        return Wire(session)
+
+    monkeypatch.setattr(client, "connect", connect)
+    monkeypatch.setattr(client, "FIRST_PAUSE", 0.0)
+    answer = ask(STUDIO, "init", {}, lambda host, event: None)
+    assert len(tried) == tries and (answer.error is None) is ended
+    assert ended or (answer.error is not None and answer.error.exit is Exit.OUTCOME_UNKNOWN)
