@@ -39,6 +39,8 @@ LOG_SECONDS = 0.1
 """How often its log is read for words that end all hope."""
 LEAVE_SECONDS = 0.5
 """How long the leader of a server whose listener is a child's has to stay after the proof."""
+UNSEEN_SECONDS = 0.5
+"""How long a listener without a process that could be seen may be that of one which is just ending."""
 HEALTH_SECONDS = 1.0
 """How often the health of a loading server is asked: it is a line in its log each time."""
 COMPLETION_SECONDS = 30.0
@@ -64,8 +66,13 @@ def prove(where: Place, alias: str, run: Run, system: System, timeout: float) ->
 
 
 def _check_listener(where: Place, run: Run, system: System) -> None:
-    look = system.look(frozenset([run.port]))
-    listeners = look.on(where.settings.bind, run.port)
+    deadline = time.monotonic() + UNSEEN_SECONDS
+    while True:
+        look = system.look(frozenset([run.port]))
+        listeners = look.on(where.settings.bind, run.port)
+        if all(each.pids for each in listeners) or time.monotonic() > deadline:
+            break
+        time.sleep(TRY_SECONDS)
     ours = set(processes.members(system, look, run))
     if not listeners:
         raise ConnectionRefusedError(f"nothing listens on {run.port} yet")

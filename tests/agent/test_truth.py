@@ -118,7 +118,7 @@ class TestOwners:
     def test_a_boot_jobs_server_is_named_and_never_stopped(self, host: QuickHost) -> None:
         port = host.ports[0]
         script = host.studio.folder / "start.sh"
-        script.write_text(f"#!/bin/sh\n{host.by_hand(MODELS[0], port)}\nwait\n")
+        script.write_text(f"#!/bin/sh\ncd {host.studio.folder}\n{host.by_hand(MODELS[0], port)}\nwait\n")
         host.lab.configure(boot={"port": port, "script": str(script), "label": "com.example.mlx"})
         with host.running("sh", str(script)):
             wait_until(lambda: host.studio.listening(port), WAIT, "the boot job's server")
@@ -126,6 +126,10 @@ class TestOwners:
             assert (seen["owner"], seen["state"], seen["model"]) == ("boot", "ready", MODELS[0])
             same = host.mlxctl("load", MODELS[0], str(port))
             assert same.exit == 0 and "served by the boot job" in same.stdout + same.stderr
+            assert codes(host) == [], "what the system serves need not be assigned"
+            (host.studio.folder / "broken").touch()
+            mute = host.mlxctl("load", MODELS[0], str(port))
+            assert mute.exit == 3 and "does not answer as" in mute.stderr and "bootout" in mute.stderr
             other = host.mlxctl("load", MODELS[1], str(port), "--force")
             assert other.exit == 3 and "launchctl bootout system/com.example.mlx" in other.stderr
             assert host.mlxctl("unload", str(port), "--force").exit == 3

@@ -15,11 +15,11 @@ from mlxops.agent.operations.prepare import Prepared, commit, entry_fields, pref
 from mlxops.agent.operations.swap import start_in_place
 from mlxops.agent.store import now
 from mlxops.core import names, planner
-from mlxops.core.errors import Busy, Refused
+from mlxops.core.errors import Busy, Refused, UsageError
 from mlxops.core.planner import LoadPlan, Outcome, Target
 from mlxops.core.protocol import Phase
 from mlxops.core.registry import Registry
-from mlxops.core.world import Owner, PortView, Run, World, run_of
+from mlxops.core.world import Operation, Owner, PortView, Run, World, run_of
 
 
 def load(ctx: Context, once_alone: Callable[[Registry], None] = lambda _: None) -> dict[str, object]:
@@ -51,7 +51,20 @@ def load(ctx: Context, once_alone: Callable[[Registry], None] = lambda _: None) 
             return target
 
         once_alone(ctx.registry())
+        if ctx.request.dry_run and (running := _running(ctx.called(model), port, model)):
+            return _dry_attach(ctx, still(), running, running.port or port, began)
         return _load_locked(ctx.called(model), still, port, began)
+
+
+def _running(ctx: Context, port: int, model: str) -> Operation | None:
+    """The same load, if it is running. A dry run holds nothing: it sees what would be in its way. Raises `Busy`."""
+    for name in (f"port-{port}", model_lock(model)):
+        holder = ctx.store.holder(name)
+        if holder is not None and not ctx.is_wanted_too(holder, port):
+            raise busy(name, holder)
+        if holder is not None:
+            return holder
+    return None
 
 
 def _refuse_removed(ctx: Context, repo_id: str) -> None:
@@ -74,7 +87,12 @@ def _port_alone(ctx: Context, resolved: Callable[[], Target]) -> Iterator[tuple[
         registry, model = ctx.registry(), resolved().name
         world = ctx.observe(registry) if asked == names.AUTO else World()
         idle = World(ports={port: view for port, view in world.ports.items() if port not in gone})
-        return planner.choose_port(ctx.where.settings, registry, idle, model, asked), model
+        try:
+            return planner.choose_port(ctx.where.settings, registry, idle, model, asked), model
+        except UsageError:
+            # No port is given, and none is the model's: if it is loading somewhere, that is what is meant.
+            with ctx.called(model).alone(model_lock(model)):
+                raise
 
     with ExitStack() as held:
         while True:
@@ -142,6 +160,8 @@ def _carry_out(
         plan = replace(plan, notes=(*plan.notes, *preflight(ctx, held, registry, plan, prepared)))
     if ctx.request.dry_run:
         return _dry_load(ctx, plan, prepared, began)
+    if plan.proves is not None:
+        _prove_boot_job(ctx, plan, plan.proves)
     if plan.outcome is Outcome.ALREADY or prepared is None:
         return _load_result(ctx, plan, began, changed=False)
     if plan.outcome is Outcome.ADOPT:
@@ -216,6 +236,20 @@ def _adopt(ctx: Context, plan: LoadPlan, prepared: Prepared, began: float) -> di
     return _load_result(ctx, plan, began, changed=False)
 
 
+def _prove_boot_job(ctx: Context, plan: LoadPlan, view: PortView) -> None:
+    """The boot job's server is what was asked for only if it answers under the alias. Raises `Refused` (boot_port)."""
+    from mlxops.agent.start import COMPLETION_SECONDS, prove
+
+    if view.server is None:
+        raise planner.boot_port(ctx.where.settings, plan.port, "its server is gone")
+    run = run_of(view.server, plan.port, ctx.system.boot_id())
+    try:
+        prove(ctx.where, plan.alias, run, ctx.system, ctx.request.number("timeout") or COMPLETION_SECONDS)
+    except (OSError, NoCompletion) as error:
+        what = f"its server does not answer as {plan.alias}: {error}"
+        raise planner.boot_port(ctx.where.settings, plan.port, what[:300]) from None
+
+
 def _adopted_run(ctx: Context, view: PortView, plan: LoadPlan, prepared: Prepared) -> Run:
     server = view.server
     if server is None:
@@ -252,6 +286,13 @@ def _load_result(
     }
 
 
+def _dry_attach(ctx: Context, target: Target, running: Operation, port: int, began: float) -> dict[str, object]:
+    note = f"this is running already and would be followed: {running}"
+    alias = ctx.where.settings.alias(port, target.name)
+    result = _dry_load(ctx, LoadPlan(target, port, alias, Outcome.ALREADY, notes=(note,)), None, began)
+    return result | {"plan": {"outcome": "attach", "operation": running.id}}
+
+
 def _dry_load(ctx: Context, plan: LoadPlan, prepared: Prepared | None, began: float) -> dict[str, object]:
     result = _load_result(ctx, plan, began, changed=False)
     return result | {
@@ -259,7 +300,7 @@ def _dry_load(ctx: Context, plan: LoadPlan, prepared: Prepared | None, began: fl
         "dry_run": True,
         "plan": {
             "outcome": plan.outcome.value,
-            "download": plan.target.repo_id if prepared is None else None,
+            "download": plan.target.repo_id if prepared is None and plan.outcome is Outcome.START else None,
             "stops": [f"{view.model} on {view.port}, pid {view.pid}" for view in plan.stops],
             "clears": list(plan.cleared),
             "argv": list(prepared.wanted.argv) if prepared else None,
