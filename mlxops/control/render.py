@@ -369,7 +369,9 @@ def _need_row(row: Mapping[str, object], left: object) -> list[object]:
 
 def _set_lines(result: Mapping[str, object]) -> str:
     verb = "would change" if result.get("dry_run") else "changed" if result.get("changed") else "was so already"
-    return one_line(f"{result.get('model')} {verb}: {_options(result.get('options')) or 'no settings of its own'}")
+    revision = f"revision {result['revision']}" if result.get("revision") else ""
+    settings = ", ".join(filter(None, [_options(result.get("options")), revision]))
+    return one_line(f"{result.get('model')} {verb}: {settings or 'no settings of its own'}")
 
 
 def gateway_table(answers: Sequence[Answer]) -> str:
