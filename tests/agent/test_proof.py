@@ -1,4 +1,4 @@
-"""Whose a listener is at the moment of the proof. What the processes say of it is given: no system shows it on demand."""
+"""Whose a listener is at the moment of the proof. What is seen of it is given: no system shows it on demand."""
 
 from __future__ import annotations
 
