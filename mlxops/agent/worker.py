@@ -101,6 +101,8 @@ def run(folder: Path, lock: int) -> int:
     signal.signal(signal.SIGHUP, lambda number, frame: None)
     threading.Thread(target=_watch_for_cancel, args=(journal,), daemon=True).start()
     request = journal.request()
+    # Which hub a host downloads from is one of its settings: a session over SSH reads no profile that could name it.
+    os.environ |= {key: value for key, value in request.settings.env.items() if key == "HF_ENDPOINT"}
     where = place(request.settings, os.environ)
     context = Context(
         request=request,

@@ -50,6 +50,12 @@ def worker_of(lab: Homelab) -> int:
 
 
 class TestPull:
+    def test_asks_the_hub_that_the_hosts_settings_name(self, homelab: Homelab, hub: Hub) -> None:
+        """The session's own environment names another one."""
+        assert homelab.mini.mlxctl("pull", "--repo", QWEN).exit == 8
+        homelab.configure(env={"HF_ENDPOINT": hub.url})
+        assert result(homelab, "pull", "--repo", QWEN)["changed"] is True
+
     def test_refreshes_and_says_whether_that_changed_anything(
         self, online_homelab: Homelab, hub: Hub, tiny_models: Path
     ) -> None:
