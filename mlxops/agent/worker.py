@@ -24,7 +24,7 @@ from mlxops.agent.operations.context import Cancellation, Context
 from mlxops.agent.place import place
 from mlxops.agent.store import Store, disk_failed, state_failed, state_unreadable, state_unwritable
 from mlxops.agent.system import shortage, this_system
-from mlxops.core.errors import Bug, Exit, MlxopsError, bug
+from mlxops.core.errors import Bug, Busy, Exit, MlxopsError, bug
 from mlxops.core.protocol import Done, Event, Failed, Request
 from mlxops.core.units import amount
 
@@ -34,7 +34,7 @@ CANCEL_POLL_SECONDS = 0.1
 def begin(store: Store, request: Request) -> tuple[Journal, subprocess.Popen[bytes] | None]:
     """Start a worker for `request`; None if there is one for its ticket already.
 
-    Raises `Refused` when the state folder cannot be written.
+    Raises `Refused` when the state folder cannot be written, `Busy` (operations_locked) when others stop half way.
     """
     store.ready()
     try:
@@ -122,7 +122,7 @@ def _cut_logs(context: Context) -> None:
     """Servers write for months: whoever changes something looks whether a log has become too big."""
     from mlxops.agent import logs
 
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, Busy):
         for log, size in logs.too_big(context.store.state / "logs"):
             if logs.cut(log):
                 context.note(f"cut {log}: it had {amount(size)}; its end is in {log.name}.1")

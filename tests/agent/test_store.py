@@ -10,7 +10,7 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,9 +18,12 @@ from pathlib import Path
 
 import pytest
 
+from mlxops.agent import flocks, install
 from mlxops.agent import store as stores
+from mlxops.agent.journal import Journal
 from mlxops.agent.store import Lock, RegistryFile, Store, write_durably
 from mlxops.core.errors import Busy, MlxopsError, Refused
+from mlxops.core.protocol import Done
 from mlxops.core.registry import Registry, parse
 from mlxops.core.settings import Settings
 from mlxops.core.world import Operation
@@ -255,7 +258,7 @@ def test_a_write_that_fails_leaves_no_temporary_file(tmp_path: Path) -> None:
 def test_a_transaction_waits_for_another_programs_lock_and_then_says_so(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stores, "LOCK_SECONDS", 0.05)
+    monkeypatch.setattr(flocks, "LOCK_SECONDS", 0.05)
     fd = os.open(store.registry.path.parent, os.O_RDONLY)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
@@ -460,6 +463,70 @@ def under_strace(store: Store, fault: str) -> int:
     process = program(store, TRANSACTION, before=before)
     process.communicate(timeout=60)
     return process.returncode
+
+
+class FullSync:
+    """What macOS has in place of a true fsync(2), which cannot be run here: it is recorded which files are flushed."""
+
+    def __init__(self, refusal: int | None = None) -> None:
+        self.full: list[str] = []
+        self.plain: list[str] = []
+        self._refusal = refusal
+
+    def fcntl(self, fd: int, command: int) -> None:
+        assert command == 51
+        if self._refusal is not None:
+            raise OSError(self._refusal, os.strerror(self._refusal))
+        self.full.append(_kind(fd))
+
+    def fsync(self, fd: int) -> None:
+        self.plain.append(_kind(fd))
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for module in (stores, install):
+            monkeypatch.setattr(module, "_F_FULLFSYNC", 51)
+        monkeypatch.setattr(fcntl, "fcntl", self.fcntl)
+        monkeypatch.setattr(os, "fsync", self.fsync)
+
+
+def _kind(fd: int) -> str:
+    return "folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file"
+
+
+def _write_all_kinds(store: Store, journal: Journal) -> None:
+    write_durably(store.state / "host.json", b"{}")
+    store.remember(what="x")
+    install.stamp(store.state, {})
+    journal.emitter()(Done({}))
+
+
+DURABLE = ["file", "folder", "file", "file", "folder", "file"]
+
+
+def test_on_macos_the_drives_cache_is_flushed_for_files_and_for_folders(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync = FullSync()
+    sync.install(monkeypatch)
+    _write_all_kinds(store, Journal(store.state))
+    assert (sync.full, sync.plain) == (DURABLE, [])
+
+
+@pytest.mark.parametrize("refusal", [errno.ENOTSUP, errno.EINVAL, errno.ENOTTY])
+def test_a_file_system_that_knows_no_such_flush_gets_the_plain_one(
+    store: Store, monkeypatch: pytest.MonkeyPatch, refusal: int
+) -> None:
+    sync = FullSync(refusal)
+    sync.install(monkeypatch)
+    _write_all_kinds(store, Journal(store.state))
+    assert (sync.full, sync.plain) == ([], DURABLE)
+
+
+@pytest.mark.parametrize("flush", [stores.flush, install.flush])
+def test_a_flush_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, flush: Callable[[int], None]) -> None:
+    FullSync(errno.EIO).install(monkeypatch)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        flush(0)
 
 
 # -- locks ----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mlxops.agent import sockets
@@ -189,6 +190,20 @@ def test_every_process_that_shares_a_listener_is_named(system: System, stack: Ex
     heir = child(stack, "/bin/sleep", "1000", pass_fds=(sock.fileno(),))
     (seen,) = system.look({port}).listeners
     assert seen.pids == {os.getpid(), heir.pid}
+
+
+def test_whoever_wants_to_know_of_no_port_does_not_wait_for_the_sockets_of_every_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[int] = []
+
+    def sockets_of(process: psutil.Process, kind: str) -> list[object]:
+        asked.append(process.pid)
+        return []
+
+    monkeypatch.setattr(psutil.Process, "net_connections", sockets_of)
+    assert os.getpid() in PsutilSystem().look(frozenset()).processes and not asked
+    assert PsutilSystem().look({1}).listeners == () and os.getpid() in asked
 
 
 @linux
