@@ -521,8 +521,8 @@ class Store:
         except FileNotFoundError:
             return []
         found = []
-        # The first line may be the end of a longer one.
-        for line in data.splitlines()[1 if len(data) == HISTORY_BYTES else 0 :]:
+        # The first may be only the end of a line, which is no object.
+        for line in data.splitlines():
             with contextlib.suppress(ValueError):
                 found.append(_object(line))
         return found

@@ -77,12 +77,11 @@ def _own_python() -> str:
 def run(folder: Path, lock: int) -> int:
     """The worker itself: `python -m mlxops.agent --worker FOLDER LOCK`. Its result is the last event of the record.
 
-    `lock` is the descriptor of the record's lock, held; what the worker starts must not inherit it.
+    `lock` is the descriptor of the record's lock, held until the end; nothing that `subprocess` starts inherits it.
     """
     from mlxops.agent import inherited
 
     inherited.shed()
-    os.set_inheritable(lock, False)
     os.umask(0o077)
     journal = Journal(folder)
     try:

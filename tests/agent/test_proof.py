@@ -10,9 +10,13 @@ from typing import cast
 import pytest
 
 from mlxops.agent import start
-from mlxops.agent.engines.base import NoCompletion
+from mlxops.agent.engines.base import Command, NoCompletion, Serving
+from mlxops.agent.engines.mlx_lm import MlxLm
 from mlxops.agent.place import place
-from mlxops.agent.system import Listener, Look, System
+from mlxops.agent.store import Store
+from mlxops.agent.system import Listener, Look, System, this_system
+from mlxops.core.errors import NotStarted
+from mlxops.core.registry import Model
 from mlxops.core.settings import Settings
 from tests.core.worlds import run
 
@@ -56,3 +60,19 @@ def test_a_strangers_is_told_at_once_and_nothing_is_sent_to_it(tmp_path: Path) -
     other = Look(listeners=(Listener("127.0.0.1", RUN.port, frozenset({77})),))
     with pytest.raises(NoCompletion, match="pid 77"):
         prove(tmp_path, other)
+
+
+def test_what_a_server_says_begins_behind_the_line_with_which_its_log_is_headed(tmp_path: Path) -> None:
+    """That line has its whole command, in which anything may stand."""
+    settings = Settings(hub=str(tmp_path), state=str(tmp_path / "state"))
+    where = place(settings, os.environ)
+    store = Store(where.state, where.registry)
+    store.ready()
+    argv = ("/bin/sh", "-c", "exit 3", "ValueError: Model type qwen9 not supported.")
+    serving = Serving(Model("a"), "a", tmp_path, "127.0.0.1", RUN.port, store.run_folder(RUN.port))
+    started = start.Start(where, store, this_system(), MlxLm(), Command(argv[:1], "here"), serving, argv=argv)
+    started.launch({}, "org/a", "1", "op")
+    with pytest.raises(NotStarted) as caught:
+        started.wait(30, lambda event: None)
+    started.abort()
+    assert caught.value.why == "it wrote nothing to its log" and "qwen9" in started.log.read_text()

@@ -10,6 +10,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -306,6 +307,44 @@ def test_the_history_of_many_writers_has_every_line_whole(store: Store) -> None:
     assert all(line["at"].endswith("Z") for line in lines)
 
 
+def test_a_line_of_the_history_waits_for_another_that_is_being_written(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first half is no line that a full disk cut off."""
+    monkeypatch.setattr(flocks, "LOCK_SECONDS", 30)
+    history = store.state / "history.jsonl"
+    with open(history, "ab", buffering=0) as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write(b'{"by"')
+
+        def end(seconds: float) -> None:
+            other.write(b': "other"}\n')
+            other.close()
+
+        monkeypatch.setattr(time, "sleep", end)
+        store.remember(by="me")
+    assert [line["by"] for line in store.history()] == ["other", "me"]
+
+
+def test_whoever_hangs_with_the_history_does_not_make_others_wait_for_ever(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "LOCK_SECONDS", 0.05)
+    with open(store.state / "history.jsonl", "ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(OSError, match="another program"):
+            store.remember(by="me")
+
+
+def test_of_a_long_history_the_whole_lines_of_its_end_are_told(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(5):
+        store.remember(n=number)
+    line = (store.state / "history.jsonl").stat().st_size // 5
+    for size, told in ((2 * line, [3, 4]), (2 * line + line // 2, [3, 4]), (5 * line, [0, 1, 2, 3, 4])):
+        monkeypatch.setattr(stores, "HISTORY_BYTES", size)
+        assert [each["n"] for each in store.history()] == told
+
+
 # -- the disk says no -----------------------------------------------------------------------------------------------
 
 
@@ -584,6 +623,25 @@ def test_a_lock_ends_with_the_process_that_holds_it_however_it_ends(store: Store
         holder.wait()
         assert store.holder("port-8100") is None
         taken(store).release()
+
+
+def test_a_lock_that_is_given_back_leaves_no_trace_and_one_that_is_not_does(store: Store) -> None:
+    lock = taken(store)
+    assert store.left("port-8100") is None, "it is held"
+    lock.release()
+    assert store.left("port-8100") is None
+    os.close(taken(store).fd)  # as a kill does
+    assert store.left("port-8100") == ME
+
+
+def test_a_lock_into_which_nothing_can_be_written_is_not_kept(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int, data: bytes, at: int) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched, pytest.raises(Refused):
+        patched.setattr(os, "pwrite", full)
+        store.lock("port-8100", ME)
+    taken(store).release()
 
 
 def test_a_child_does_not_inherit_a_lock(store: Store) -> None:

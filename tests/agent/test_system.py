@@ -131,6 +131,17 @@ def test_memory_is_told_in_bytes(system: System) -> None:
     assert system.memory([]) == 0 and system.memory([os.getpid(), 2**22 - 1]) == pytest.approx(one, rel=0.2)
 
 
+def test_a_process_whose_command_must_not_be_seen_is_there_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On macOS those of root."""
+
+    def denied(process: psutil.Process) -> list[str]:
+        raise psutil.AccessDenied(process.pid)
+
+    monkeypatch.setattr(psutil.Process, "cmdline", denied)
+    seen = PsutilSystem().process(os.getpid())
+    assert seen is not None and (seen.argv, seen.ppid) == ((), os.getppid())
+
+
 @linux
 def test_both_ways_see_the_same_processes(stack: ExitStack) -> None:
     program = "import subprocess; subprocess.Popen(['/bin/sleep', '1000']); print('up', flush=True); input()"
