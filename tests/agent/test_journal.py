@@ -213,15 +213,6 @@ def test_the_last_word_of_a_worker_that_ends_just_behind_a_look_is_heard(
     assert [event for event in journal.follow() if event] == [Done({})]
 
 
-@pytest.mark.parametrize("size", [10, journals.ACTIVITY_BYTES, 900_000])
-def test_an_end_is_found_however_long_it_is(journal: Journal, size: int) -> None:
-    emit = journal.emitter()
-    emit(Phase("scan", "the cache"))
-    assert not journal.ended and journal.stand().final is None
-    emit(Done({"added": "x" * size}))
-    assert journal.ended and isinstance(journal.stand().final, Done)
-
-
 def test_what_was_heard_is_not_told_again(journal: Journal) -> None:
     emit = journal.emitter()
     for number in range(4):
