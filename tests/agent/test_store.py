@@ -311,7 +311,6 @@ def test_a_line_of_the_history_waits_for_another_that_is_being_written(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its first half is no line that a full disk cut off."""
-    monkeypatch.setattr(flocks, "LOCK_SECONDS", 30)
     history = store.state / "history.jsonl"
     with open(history, "ab", buffering=0) as other:
         fcntl.flock(other, fcntl.LOCK_EX)
