@@ -18,17 +18,17 @@ LOOK_SECONDS = 0.25
 two apart."""
 
 
-def try_flock(fd: int) -> bool:
+def try_flock(fd: int, *, shared: bool = False) -> bool:
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
 
 
-def flock_within(fd: int, seconds: float) -> bool:
+def flock_within(fd: int, seconds: float, *, shared: bool = False) -> bool:
     deadline = time.monotonic() + seconds
-    while not try_flock(fd):
+    while not try_flock(fd, shared=shared):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.005)

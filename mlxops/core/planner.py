@@ -384,7 +384,7 @@ def _is_as_wanted(server: Server, wanted: Wanted | None) -> bool:
     if wanted is None or (server.engine, server.path) != (wanted.engine, wanted.path):
         return False
     argv, tail = server.argv, wanted.argv[1:]
-    return len(argv) >= len(tail) and tuple(argv[len(argv) - len(tail) :]) == tail
+    return argv[len(argv) - len(tail) :] == tail
 
 
 def _elsewhere(world: World, target: Target, port: int) -> list[PortView]:
