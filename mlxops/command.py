@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from mlxops import entry
 from mlxops.control import render
 from mlxops.control.client import Answer, Target, ask, ask_all, local_python
+from mlxops.control.hints import aimed
 from mlxops.core import names
 from mlxops.core.errors import Exit, MlxopsError, OutputFailed, UsageError, bug
 from mlxops.core.protocol import CANCELLABLE, Event, Started
@@ -61,13 +62,24 @@ class Call:
                     why="it is looked for in MLXOPS_HOSTS_FILE, ~/.config/mlxops/hosts.yaml and beside tasks.py",
                     hint="write one (the repository has an example), or use --local on the host itself",
                 )
-            return (Target("local", None, local_python(), Settings(), agreed=True),)
+            return (Target("local", None, local_python(), Settings(), agreed=True, flags=" --local"),)
         hosts = self.inventory.select(name, all_by_default=all_by_default and not self.local)
         if (only_one or self.local) and len(hosts) > 1:
             raise UsageError("one_host", f"{self.command} takes one host", hint=f"--host {hosts[0].name}")
         if self.local:
-            return (Target(hosts[0].name, None, local_python(), hosts[0].settings),)
-        return tuple(Target(host.name, host.ssh, host.interpreter(), host.settings) for host in hosts)
+            flags = self._flags(hosts[0].name)
+            return (Target(hosts[0].name, None, local_python(), hosts[0].settings, flags=flags),)
+        return tuple(
+            Target(host.name, host.ssh, host.interpreter(), host.settings, flags=self._flags(host.name))
+            for host in hosts
+        )
+
+    def _flags(self, host: str) -> str:
+        """What a command needs to go to this host as this one does."""
+        chosen = self.inventory.default if self.inventory else None
+        if self.local:
+            chosen = os.environ.get("MLXOPS_HOST", chosen)
+        return ("" if host == chosen else f" --host {host}") + (" --local" if self.local else "")
 
 
 def beside() -> Path | None:
@@ -232,12 +244,11 @@ def _cancelled(target: Target, operation: str, talk: render.Talk) -> MlxopsError
 def _left_running(target: Target, operation: str) -> MlxopsError:
     from mlxops.core.errors import Interrupted
 
-    on = f" --host {target.name}" if target.ssh else " --local"
     return Interrupted(
         "interrupted",
         f"operation {operation} was left running on {target.name}",
         why="it does not need this connection",
-        hint=f"mlxctl ops{on} --follow {operation}; or --cancel {operation}",
+        hint=aimed(f"mlxctl ops --follow {operation}; or --cancel {operation}", target.flags),
     )
 
 

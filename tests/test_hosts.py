@@ -118,6 +118,58 @@ class TestSeveralHosts:
         assert listener(first, first.ports[0]) is not None
         nothing_runs(second)
 
+    def test_a_hint_acts_on_the_host_that_it_is_about(self, make_homelab: Callable[..., Homelab]) -> None:
+        """As it is given, wherever a bare command would go."""
+        lab = make_homelab(studios=2)
+        first, second = lab.studios
+        port, free = second.ports[:2]
+        for studio in lab.studios:
+            with_fake(lab, studio.name)
+            register(studio, "mine", port=port)
+            register(studio, "other", repo=OTHER)
+            mlxctl = lab.mini.mlxctl
+            mlxctl("load", "other", str(free), "--host", studio.name).ok()
+
+        def typed(hint: str, *more: str) -> Completed:
+            program, *words = hint.split()
+            assert program == "mlxctl", hint
+            return mlxctl(*words, *more)
+
+        def drift(*words: str) -> dict[str, str]:
+            rows = mlxctl("status", "--json", *words).ok().json["hosts"]
+            return {row["host"]: row["drift"][0]["hint"] for row in rows}
+
+        hints = drift()
+        assert hints["studio"] == f"mlxctl load mine {port}, or mlxctl reconcile"
+        assert hints["studio2"] == f"mlxctl load --host studio2 mine {port}, or mlxctl reconcile --host studio2"
+        typed(hints["studio2"].partition(",")[0]).ok()
+        assert assigned(second) == {"mine": port, "other": free}
+        assert listener(second, port) is not None and listener(first, port) is None
+
+        refused = mlxctl("load", "other", str(port), "--host", "studio2", "--json")
+        hint = error_of(refused)["hint"]
+        assert hint.endswith(f"or first: mlxctl unload --host studio2 {port}"), hint
+        typed(hint.partition("first: ")[2]).ok()
+        assert assigned(second) == {"other": free} and listener(first, free) is not None
+
+        # On the studio itself, which is not the one that a bare --local means.
+        on_it = {"MLXOPS_HOST": "studio2"}
+        local = ["status", "--json", "--local"]
+        assert mlxctl(*local, env=on_it).ok().json["hosts"][0]["host"] == "studio2"
+        refused = mlxctl("load", "mine", str(free), "--host", "studio2", "--local", "--json")
+        assert f"mlxctl unload --host studio2 --local {free}" in error_of(refused)["hint"]
+        refused = mlxctl("load", "mine", str(free), "--local", "--json", env=on_it)
+        assert f"mlxctl unload --local {free}" in error_of(refused)["hint"]
+
+        # What this side says itself, of one host.
+        lab.configure("studio2", ports=f"{port}-{second.ports[-1] + 1}")
+        differ = mlxctl("reconcile", "--host", "studio2", "--json")
+        assert error_of(differ)["hint"].endswith("inv deploy --host studio2")
+        lab.configure("studio2", python=["/nowhere/bin/python"])
+        assert (
+            error_of(mlxctl("init", "--host", "studio2", "--json"))["hint"] == "install it: inv deploy --host studio2"
+        )
+
     def test_a_change_takes_one_host(self, make_homelab: Callable[..., Homelab]) -> None:
         ask = Ask(make_homelab(studios=2), "ssh")
         error = ask.error(2, "load", "--model", "x", "--port", ask.port, "--host", "studio,studio2")
@@ -177,7 +229,7 @@ class TestHostsThatDiffer:
         before = tree(remote.studio.folder)
         for command in (["status"], ["load", "--model", "x", "--port", remote.port]):
             error = remote.error(6, *command)
-            assert error["code"] == "agent_missing" and "inv deploy --host studio" in error["hint"]
+            assert error["code"] == "agent_missing" and error["hint"] == "install it: inv deploy"
             assert "/nowhere/bin/python" in error["why"]
         assert tree(remote.studio.folder) == before
 

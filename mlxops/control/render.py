@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
 from mlxops.control.client import Answer
+from mlxops.control.hints import aimed
 from mlxops.core.errors import Exit, MlxopsError, OutputFailed, worst
 from mlxops.core.protocol import Event, Line, Note, Phase, Progress
 
@@ -311,7 +312,9 @@ def list_table(answers: Sequence[Answer]) -> str:
                 ]
             )
     if not rows:
-        return "no models are registered; what the cache holds: mlxctl init; or load one: mlxctl load ORG/NAME PORT"
+        flags = "" if many else "".join(answer.flags for answer in answers)
+        told = "no models are registered; what the cache holds: mlxctl init; or load one: mlxctl load ORG/NAME PORT"
+        return aimed(told, flags)
     columns = ["HOST", "NAME", "REPO", "REVISION", "SIZE", "PORT", "FLAGS", "PROBLEMS"]
     return table(columns if many else columns[1:], rows if many else [row[1:] for row in rows])
 
