@@ -19,7 +19,7 @@ from mlxops.control import client, render
 from mlxops.control.client import Answer, Target, ask, ask_all, gateway_warning
 from mlxops.core import fields, names
 from mlxops.core.errors import MlxopsError, UsageError
-from mlxops.core.protocol import Event, Line
+from mlxops.core.protocol import Event, Line, Note
 
 if TYPE_CHECKING:
     pass
@@ -54,7 +54,7 @@ def _command(iterable: Sequence[str] = (), **help: str) -> Callable[[Callable[..
     return make
 
 
-@_command(host=HOST, dry_run=DRY)
+@_command(host=HOSTS, dry_run=DRY)
 def init(
     c: Context,
     host: str | None = None,
@@ -64,7 +64,7 @@ def init(
     debug: bool = False,
 ) -> None:
     """Register every complete MLX model of the host's cache."""
-    command.change(Call("init", host, local, json, debug), lambda: {"dry_run": dry_run})
+    command.change(Call("init", host, local, json, debug), lambda: {"dry_run": dry_run}, several=True)
 
 
 @_command(host=HOSTS, memory="estimate each model, and show the budget and what serves already")
@@ -116,7 +116,7 @@ def status(
         answers = live.stay(call.targets(all_by_default=True), seconds, talk, json=call.json, until_drift=strict)
         return tuple(map(command.drift_refused, answers)) if strict else answers
 
-    command.carry_out(call, run, lambda answers: "")
+    command.carry_out(call, run, None)
 
 
 @_command(
@@ -284,7 +284,7 @@ def set_(
     command.change(Call("set", host, local, json, debug), given)
 
 
-@_command(host=HOST, yes="do not ask", dry_run=DRY)
+@_command(host=HOSTS, yes="do not ask", dry_run=DRY)
 def unload_all(
     c: Context,
     host: str | None = None,
@@ -296,23 +296,27 @@ def unload_all(
 ) -> None:
     """Stop every MLX server of the host; asks first."""
     call = Call("unload-all", host, local, json, debug)
-    command.change(call, lambda: {"dry_run": dry_run}, before=None if yes or dry_run else _confirm)
+    before = None if yes or dry_run else _confirm
+    command.change(call, lambda: {"dry_run": dry_run}, several=True, before=before)
 
 
-def _confirm(target: Target, talk: render.Talk) -> None:
-    """Show what would go and ask; where nobody can answer, `--yes` must."""
+def _confirm(targets: Sequence[Target], talk: render.Talk) -> None:
+    """Show what would go and ask, once for all; where nobody can answer, `--yes` must."""
     if not sys.stdin.isatty():
         raise UsageError(
             "confirmation_needed",
-            "unload-all stops every server of the host",
+            f"unload-all stops every server of {', '.join(target.name for target in targets)}",
             why="nothing is asked when standard input is not a terminal",
             hint="add --yes; or --dry-run to see what it would stop",
         )
-    answer = ask(target, "unload-all", {"dry_run": True}, talk.hear)
-    if answer.error is not None:
-        raise answer.error
-    for line in render.change_lines("unload-all", answer.result or {}).splitlines():
-        talk.note(line.removesuffix(" (dry run, nothing changed)"))
+    talk.many = len(targets) > 1
+    for answer in ask_all(targets, "unload-all", {"dry_run": True}, talk.hear):
+        if answer.error is not None:
+            # Of what cannot be shown, nobody can say that it may go.
+            talk.hear(answer.host, Note("it cannot be shown what would be stopped, so nothing is", "warning"))
+            raise answer.error
+        for line in render.change_lines("unload-all", answer.result or {}).splitlines():
+            talk.hear(answer.host, Note(line.removesuffix(" (dry run, nothing changed)")))
     sys.stderr.write("Unload all of this? [y/N] ")
     sys.stderr.flush()
     if sys.stdin.readline().strip().lower() not in {"y", "yes"}:
@@ -371,7 +375,7 @@ def _entries(call: Call, env: bool) -> None:
     command.carry_out(call, run, lambda answers: gateway.as_yaml(document, environ))
 
 
-@_command(host=HOST, dry_run=DRY)
+@_command(host=HOSTS, dry_run=DRY)
 def reconcile(
     c: Context,
     host: str | None = None,
@@ -381,10 +385,10 @@ def reconcile(
     debug: bool = False,
 ) -> None:
     """Clear what nothing serves; stop what a crash left."""
-    command.change(Call("reconcile", host, local, json, debug), lambda: {"dry_run": dry_run})
+    command.change(Call("reconcile", host, local, json, debug), lambda: {"dry_run": dry_run}, several=True)
 
 
-@_command(host=HOST, cleared="also what the latest reconcile has cleared", dry_run=DRY)
+@_command(host=HOSTS, cleared="also what the latest reconcile has cleared", dry_run=DRY)
 def restore(
     c: Context,
     host: str | None = None,
@@ -395,11 +399,12 @@ def restore(
     debug: bool = False,
 ) -> None:
     """Start what is assigned and nothing serves."""
-    command.change(Call("restore", host, local, json, debug), lambda: {"cleared": cleared, "dry_run": dry_run})
+    given = {"cleared": cleared, "dry_run": dry_run}
+    command.change(Call("restore", host, local, json, debug), lambda: given, several=True)
 
 
 @_command(
-    host=HOST,
+    host=HOSTS,
     install="have the system run restore at boot",
     every="minutes; also have it run that often, which brings crashed servers back (implies --install)",
     remove="have it run it no more",
@@ -428,7 +433,7 @@ def boot(
         action = "install" if actions == ["every"] else actions[0]
         return {"action": action, "every": _minutes(every), "dry_run": action == "show"}
 
-    command.change(Call("boot", host, local, json, debug), given)
+    command.change(Call("boot", host, local, json, debug), given, several=True)
 
 
 def _minutes(text: str | None) -> int | None:
@@ -436,7 +441,7 @@ def _minutes(text: str | None) -> int | None:
 
 
 @_command(
-    host=HOST,
+    host=HOSTS,
     repo="org/name[@revision] to download, or to refresh",
     verify="compare the content of every file with the hub's hashes",
     dry_run=DRY,
@@ -456,7 +461,7 @@ def pull(
     def given() -> Mapping[str, object]:
         return {"repo": _need(repo, "--repo", "pull --repo org/name"), "verify": verify, "dry_run": dry_run}
 
-    command.change(Call("pull", host, local, json, debug), given)
+    command.change(Call("pull", host, local, json, debug), given, several=True)
 
 
 @_command(host=HOST, model="the model whose files go; its registry entry stays", dry_run=DRY)
@@ -494,7 +499,7 @@ def logs(
     debug: bool = False,
 ) -> None:
     """Show a server's log."""
-    call = Call("logs", host, local, json, debug)
+    call = Call("logs", host, local, json, debug, many=follow)
     kept: list[str] = []
 
     def run(talk: render.Talk) -> tuple[Answer, ...]:
@@ -535,9 +540,9 @@ def ops(
     debug: bool = False,
 ) -> None:
     """Show running and recent operations; follow or cancel one."""
-    call = Call("ops", host, local, json, debug)
+    call = Call("ops", host, local, json, debug, many=follow is not None)
     if follow is None and cancel is None:
-        return command.read(call, render.ops_table)
+        return command.read(call, render.ops_table, all_by_default=False)
 
     def run(talk: render.Talk) -> tuple[Answer, ...]:
         if follow is not None and cancel is not None:
@@ -545,13 +550,15 @@ def ops(
         (target,) = call.targets(only_one=True)
         if cancel is not None:
             return (ask(target, "cancel", {"operation": cancel}, talk.hear),)
-        return (command.attended(call, target, {"operation": follow}, talk, "follow"),)
+        return command.in_turn(
+            call, [target], talk, lambda target: command.attended(call, target, {"operation": follow}, talk, "follow")
+        )
 
     command.carry_out(call, run, lambda answers: command.change_lines(call, answers), key="result")
 
 
 @_command(
-    host=HOST,
+    host=HOSTS,
     rollback="go back to the build that was there before",
     wheels="folder with all wheels that are needed, for a host without a package index",
     mlxctl="also install mlxctl there, linked into ~/.local/bin",
@@ -572,11 +579,10 @@ def deploy(
     call = Call("deploy", host, local, json, debug)
 
     def run(talk: render.Talk) -> tuple[Answer, ...]:
-        (target,) = call.targets(only_one=True)
         from mlxops.control.deploy import Wish
 
         wish = Wish(mlxctl, Path(wheels) if wheels else None, rollback, dry_run)
-        return (client.deploy(target, talk.hear, wish),)
+        return command.in_turn(call, call.targets(), talk, lambda target: client.deploy(target, talk.hear, wish))
 
     command.carry_out(call, run, lambda answers: command.change_lines(call, answers), key="result")
 

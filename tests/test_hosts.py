@@ -170,10 +170,57 @@ class TestSeveralHosts:
             error_of(mlxctl("init", "--host", "studio2", "--json"))["hint"] == "install it: inv deploy --host studio2"
         )
 
-    def test_a_change_takes_one_host(self, make_homelab: Callable[..., Homelab]) -> None:
+    def test_a_change_of_what_is_on_a_port_or_of_a_model_takes_one_host(
+        self, make_homelab: Callable[..., Homelab]
+    ) -> None:
         ask = Ask(make_homelab(studios=2), "ssh")
-        error = ask.error(2, "load", "--model", "x", "--port", ask.port, "--host", "studio,studio2")
-        assert error["code"] == "one_host"
+        for words in (
+            ["load", "--model", "x", "--port", ask.port],
+            ["unload", "--port", ask.port],
+            ["rollback", "--port", ask.port],
+            ["set", "--model", "x", "--set", "engine=mlx-lm"],
+            ["remove", "--model", "x"],
+            ["logs", "--port", ask.port],
+        ):
+            error = ask.error(2, *words, "--host", "studio,studio2")
+            assert error["code"] == "one_host", words
+
+    def test_the_others_take_several_and_go_from_one_to_the_next(self, make_homelab: Callable[..., Homelab]) -> None:
+        lab = make_homelab(studios=3)
+        ask = Ask(lab, "ssh")
+        both = ["--host", "studio2,studio"]
+        for studio in lab.studios:
+            with_fake(lab, studio.name)
+            install(studio, REPO)
+        told = ask("init", *both).ok().stdout.splitlines()
+        assert [line.partition(" ")[0] for line in told] == ["studio2:"] * 2 + ["studio:"] * 2
+        for words in (
+            ["reconcile"],
+            ["restore"],
+            ["boot"],
+            ["unload-all", "--yes"],
+            ["pull", "--repo", REPO, "--dry-run"],
+        ):
+            answer = ask(*words, *both, "--json").ok()
+            assert [(row["host"], "result" in row) for row in answer.json["hosts"]] == [
+                ("studio2", True),
+                ("studio", True),
+            ]
+        assert "studio2, studio" in ask.error(2, "unload-all", *both)["message"]
+
+        for studio in lab.studios:
+            ask("load", "--model", REPO, "--port", ask.port, "--host", studio.name).ok()
+        lab.studios[1].sshd.stop()
+        answer = ask("unload-all", "--yes", "--host", "studio,studio2,studio3", "--json")
+        assert answer.exit == 5 and answer.json["ok"] is False
+        assert [(row["error"] or {}).get("code") for row in answer.json["hosts"]] == [None, "connection_refused", None]
+        assert [assigned(studio) for studio in lab.studios] == [{}, {REPO: ask.port}, {}]
+
+    def test_ops_are_the_default_hosts_unless_others_are_named(self, make_homelab: Callable[..., Homelab]) -> None:
+        ask = Ask(make_homelab(studios=2), "ssh")
+        assert [row["host"] for row in ask("ops", "--json").ok().json["hosts"]] == ["studio"]
+        named = ask("ops", "--json", "--host", "studio2,studio").ok()
+        assert [row["host"] for row in named.json["hosts"]] == ["studio2", "studio"]
 
     def test_a_host_that_is_down_is_told_by_a_change_too(self, remote: Ask) -> None:
         remote.studio.sshd.stop()

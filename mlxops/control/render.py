@@ -97,7 +97,8 @@ class Talk:
 
     def __init__(self, *, many: bool, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
-        self._many = many
+        self.many = many
+        """What is told begins with its host's name."""
         self._lock = threading.Lock()
         self._tenths: dict[str, tuple[int, float]] = {}
         self._bar: Bar | None = None
@@ -145,7 +146,7 @@ class Talk:
                     self._line(host, f"  {word}: {text}")
 
     def _line(self, host: str, text: str) -> None:
-        prefix = f"{host}: " if self._many and host else ""
+        prefix = f"{host}: " if self.many and host else ""
         words = prefix + (harmless(text).replace("\n", " "))
         if self._bar is not None:
             self._bar.console.print(words, markup=False, highlight=False, soft_wrap=True)
@@ -169,7 +170,7 @@ class Talk:
             self._bar.start()
         key = f"{host} {name}"
         if key not in self._tasks:
-            self._tasks[key] = self._bar.add_task(key if self._many else name, total=total or None)
+            self._tasks[key] = self._bar.add_task(key if self.many else name, total=total or None)
         self._bar.update(self._tasks[key], completed=done, total=total or None)
 
     def _new_bar(self) -> Bar:
