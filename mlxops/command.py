@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from mlxops import entry
 from mlxops.control import render
 from mlxops.control.client import Answer, Target, ask, ask_all, local_python
-from mlxops.control.hints import aimed
+from mlxops.control.hints import aimed, aimed_error
 from mlxops.core import names
 from mlxops.core.errors import Exit, MlxopsError, OutputFailed, UsageError, bug
 from mlxops.core.protocol import CANCELLABLE, Event, Started
@@ -60,13 +60,18 @@ class Call:
                 raise UsageError(
                     "no_hosts_file",
                     "there is no hosts.yaml",
-                    why="it is looked for in MLXOPS_HOSTS_FILE, ~/.config/mlxops/hosts.yaml and beside tasks.py",
-                    hint="write one (the repository has an example), or use --local on the host itself",
+                    why="its places are MLXOPS_HOSTS_FILE, ~/.config/mlxops/hosts.yaml and, for inv, beside tasks.py",
+                    hint="write the second (the repository has an example), or use --local on the host itself",
                 )
             return (Target("local", None, local_python(), Settings(), agreed=True, flags=" --local"),)
         hosts = self.inventory.select(name, all_by_default=all_by_default and not self.local)
         if (only_one or self.local) and len(hosts) > 1:
-            raise UsageError("one_host", f"{self.command} takes one host", hint=f"--host {hosts[0].name}")
+            raise UsageError(
+                "one_host",
+                f"{self.command} takes one host",
+                why=f"{', '.join(host.name for host in hosts)} are {len(hosts)}",
+                hint=f"name one of them: --host {hosts[0].name}",
+            )
         if self.local:
             flags = self._flags(hosts[0].name)
             return (Target(hosts[0].name, None, local_python(), hosts[0].settings, flags=flags),)
@@ -157,7 +162,10 @@ def _tell(call: Call, answers: Sequence[Answer]) -> None:
 
 def fail(call: Call, error: MlxopsError) -> int:
     if call.json:
-        render.say(render.error_document(call.command, error, indent=None if call.many else 2))
+        try:
+            render.say(render.error_document(call.command, error, indent=None if call.many else 2))
+        except (BrokenPipeError, OutputFailed):
+            render.discard(1)  # it is told on standard error all the same
     render.Talk(many=False).error("", error)
     _traceback(call, error)
     return int(error.exit)
@@ -326,12 +334,15 @@ def _wants_cancel(operation: str) -> bool:
 def check(target: Target, args: Mapping[str, object]) -> None:
     """What can be known to be wrong is said before anything is connected to. Raises `UsageError`."""
     model, port, repo = args.get("model"), args.get("port"), args.get("repo")
-    if isinstance(model, str):
-        names.model_name(model)
-    if isinstance(repo, str):
-        names.repo(repo)
-    if isinstance(port, str) and port != names.AUTO and not target.agreed:
-        names.port(port, target.settings.ports)
+    try:
+        if isinstance(model, str):
+            names.model_name(model)
+        if isinstance(repo, str):
+            names.repo(repo)
+        if isinstance(port, str) and port != names.AUTO and not target.agreed:
+            names.port(port, target.settings.ports)
+    except UsageError as error:
+        raise aimed_error(error, target.flags) from None
 
 
 def change_lines(call: Call, answers: Sequence[Answer]) -> str:
@@ -369,5 +380,6 @@ def drift_refused(answer: Answer) -> Answer:
     if not isinstance(found, list) or not found:
         return answer
     where = "one place" if len(found) == 1 else f"{len(found)} places"
-    error = Refused("drift", f"registry and life disagree in {where}", hint="each is named in the status")
+    codes = ", ".join(dict.fromkeys(str(row.get("code")) for row in found if isinstance(row, dict)))
+    error = Refused("drift", f"registry and life disagree in {where}", why=codes, hint="each is named in the status")
     return Answer(answer.host, answer.result, error)

@@ -108,7 +108,8 @@ def status(
         from mlxops.control import live
 
         if not watch:
-            raise UsageError("watch_missing", "--interval goes with --watch", hint="inv status --watch --interval 5")
+            why = "without --watch each host is looked at once"
+            raise UsageError("watch_missing", "--interval goes with --watch", why=why, hint="add --watch")
         if probe:
             why = "a completion from every ready port at every look would be load, not watching"
             raise UsageError("probe_or_watch", "--probe and --watch exclude each other", why=why, hint="leave one out")
@@ -205,7 +206,8 @@ def unload(
 
     def given() -> Mapping[str, object]:
         if port is not None and model is not None:
-            raise UsageError("port_or_model", "--port and --model exclude each other", hint="mlxctl unload 8100")
+            why = "each names what is to be unloaded, and they may name different things"
+            raise UsageError("port_or_model", "--port and --model exclude each other", why=why, hint="leave one out")
         _need(port or model, "either --port or --model", "unload --port 8100")
         return {
             "port": port,
@@ -320,7 +322,9 @@ def _confirm(targets: Sequence[Target], talk: render.Talk) -> None:
     sys.stderr.write("Unload all of this? [y/N] ")
     sys.stderr.flush()
     if sys.stdin.readline().strip().lower() not in {"y", "yes"}:
-        raise UsageError("not_confirmed", "nothing was unloaded", hint="answer y, or add --yes")
+        raise UsageError(
+            "not_confirmed", "nothing was unloaded", why="the answer was not y", hint="answer y, or add --yes"
+        )
 
 
 @_command(
@@ -349,8 +353,12 @@ def gateway(
         from mlxops.control.gatewayfiles import read
 
         if call.gateway is None or not (call.gateway.config or (through and call.gateway.url)):
-            hint = "add `gateway: {config: ~/litellm/router.yaml}`; see the annotated hosts.yaml of mlxops"
-            raise UsageError("no_gateway", "hosts.yaml does not say where the gateway's configuration is", hint=hint)
+            raise UsageError(
+                "no_gateway",
+                "hosts.yaml does not say where the gateway's configuration is",
+                why="it is what the hosts are held against",
+                hint="add `gateway: {config: ~/litellm/router.yaml}`; see the annotated hosts.yaml of mlxops",
+            )
         told = read(call.gateway)
         targets = call.targets(all_by_default=True)
         answers = gateway.check(told, targets, ask_all(targets, call.command, {}, talk.hear))
@@ -428,7 +436,10 @@ def boot(
         actions = [name for name, on in given if on] or ["show"]
         if len(actions) > 1:
             raise UsageError(
-                "one_action", f"--{actions[0]} and --{actions[1]} exclude each other", hint="one after the other"
+                "one_action",
+                f"--{actions[0]} and --{actions[1]} exclude each other",
+                why="each leaves something else installed, or changes nothing",
+                hint="one after the other",
             )
         action = "install" if actions == ["every"] else actions[0]
         return {"action": action, "every": _minutes(every), "dry_run": action == "show"}
@@ -546,7 +557,10 @@ def ops(
 
     def run(talk: render.Talk) -> tuple[Answer, ...]:
         if follow is not None and cancel is not None:
-            raise UsageError("follow_or_cancel", "--follow and --cancel exclude each other", hint="one after the other")
+            why = "one waits for an operation's end, the other brings it about"
+            raise UsageError(
+                "follow_or_cancel", "--follow and --cancel exclude each other", why=why, hint="one after the other"
+            )
         (target,) = call.targets(only_one=True)
         if cancel is not None:
             return (ask(target, "cancel", {"operation": cancel}, talk.hear),)
@@ -589,7 +603,9 @@ def deploy(
 
 def _need(value: str | None, flag: str, example: str) -> str:
     if value is None:
-        raise UsageError("missing_argument", f"{flag} is needed", hint=f"for example: {example}")
+        raise UsageError(
+            "missing_argument", f"{flag} is needed", why="there is no default for it", hint=f"for example: {example}"
+        )
     return value
 
 
@@ -681,7 +697,12 @@ def faults(
             )
         minutes_given = names.seconds(minutes, "--minutes")
         if not campaign.run(minutes_given, number, Path(state) if state else None, only):
-            raise MlxopsError("faults_lost", "some faults were not survived", hint="inv faults --only KIND --at NUMBER")
+            raise MlxopsError(
+                "faults_lost",
+                "some faults were not survived",
+                why="each is in the file that counts, with what was wrong",
+                hint="one of them again: inv faults --only KIND --at NUMBER",
+            )
 
     _develop("faults", run)
 
@@ -693,7 +714,10 @@ def _develop(name: str, run: Callable[[], None], *, json: bool = False) -> None:
     try:
         if folder is None or not (folder / "tests" / "lab").is_dir():
             raise UsageError(
-                "checkout_needed", f"{name} needs the checkout of mlxops", hint=f"in its folder: inv {name}"
+                "checkout_needed",
+                f"{name} needs the checkout of mlxops",
+                why="it is made of the tests, which are not installed",
+                hint=f"in its folder: inv {name}",
             )
         os.chdir(folder)
         if str(folder) not in sys.path:
@@ -705,7 +729,10 @@ def _develop(name: str, run: Callable[[], None], *, json: bool = False) -> None:
         raise SystemExit(command.fail(call, command.interrupted(call))) from None
     except (RuntimeError, OSError, ModuleNotFoundError) as error:
         failed = MlxopsError(
-            f"{name}_failed", f"{name} failed: {error}", hint="pip install -e '.[dev]' has what it needs"
+            f"{name}_failed",
+            f"{name} failed",
+            why=str(error) or type(error).__name__,
+            hint="pip install -e '.[dev]' has what it needs",
         )
         raise SystemExit(command.fail(call, failed)) from None
 

@@ -128,6 +128,7 @@ def fault(count: int) -> MlxopsError | None:
     return Refused(
         "gateway_faults",
         f"{count} {'fault' if count == 1 else 'faults'} between the gateway and its servers",
+        why="a request by such an alias fails, or is answered by something else",
         hint="each is named, with what to do",
     )
 
@@ -277,7 +278,10 @@ def pass_through(gateway: Gateway, told: Told, answers: Sequence[Answer]) -> tup
     """One completion for each alias behind which a server is ready; what fails becomes a fault."""
     if gateway.url is None:
         raise UsageError(
-            "no_gateway_url", "hosts.yaml does not say where the gateway is", hint="add: url: under gateway"
+            "no_gateway_url",
+            "hosts.yaml does not say where the gateway is",
+            why="--through asks the gateway that is running",
+            hint="add `url: http://127.0.0.1:4000` under gateway",
         )
     key = key_of(gateway, told.environ)
     if gateway.key_env and not key:
