@@ -30,6 +30,7 @@ LOCAL = "this machine itself, without SSH"
 JSON = "print one JSON document"
 DRY = "show the plan; change nothing"
 DRAIN = "seconds that open requests get before the server is killed (30)"
+TIMEOUT = "seconds from the engine's start to the proof, never the download (180, and 60 more for each 8 GB)"
 DEBUG = "print the traceback of a bug"
 COMMON = {"local": LOCAL, "json": JSON, "debug": DEBUG}
 
@@ -125,7 +126,7 @@ def status(
     model="registered name, or repo id org/name",
     port="port, or auto; left out: the model's own slot, else its present port",
     repo="org/name[@revision] to register or repoint the name to",
-    timeout="seconds from the engine's start to the proof; never covers the download",
+    timeout=TIMEOUT,
     force="swap what is on the port, move the model, or restart it",
     overcommit="load it even if it is estimated not to fit in memory",
     drain=DRAIN,
@@ -223,7 +224,7 @@ def unload(
 @_command(
     host=HOST,
     port="the port to bring back",
-    timeout="seconds from the engine's start to the proof; never covers the download",
+    timeout=TIMEOUT,
     overcommit="load it even if it is estimated not to fit in memory",
     drain=DRAIN,
     dry_run=DRY,
@@ -345,8 +346,8 @@ def gateway(
 ) -> None:
     """Check every alias, from the gateway's files to what answers."""
     call = Call("gateway", host, local, json, debug)
-    if print:
-        return _entries(call, env)
+    if print or env:
+        return _entries(call, env, print=print)
 
     def run(talk: render.Talk) -> tuple[Answer, ...]:
         from mlxops.control import gateway
@@ -367,7 +368,7 @@ def gateway(
     command.carry_out(call, run, render.gateway_table)
 
 
-def _entries(call: Call, env: bool) -> None:
+def _entries(call: Call, env: bool, *, print: bool) -> None:
     """What to paste. With `--json` the same as data: `model_list`, and `environ` for the env file."""
     from mlxops.control import gateway
 
@@ -375,6 +376,9 @@ def _entries(call: Call, env: bool) -> None:
     environ: dict[str, str] = {}
 
     def run(talk: render.Talk) -> tuple[Answer, ...]:
+        if not print:
+            why = "it is a form of what is printed; the check itself reads the env file that hosts.yaml names"
+            raise UsageError("print_missing", "--env goes with --print", why=why, hint="add --print, or leave it out")
         made, variables = gateway.printed(call.targets(all_by_default=True), env=env)
         document.update(made)
         environ.update(variables)
@@ -639,7 +643,15 @@ def test(c: Context, only: str | None = None, fast: bool = False, all_engines: b
 def _checks(chosen: Sequence[str], fast: bool) -> None:
     """Every check is run, so that one run tells all; the tests come last."""
     import subprocess
+    from importlib.util import find_spec
 
+    if missing := [name for name in ("ruff", "mypy", "pytest", "hypothesis") if find_spec(name) is None]:
+        raise MlxopsError(
+            "test_tools_missing",
+            f"{', '.join(missing)} cannot be imported",
+            why=f"they come with the extra `dev`, which {sys.executable} has not",
+            hint="in this folder: pip install -e '.[dev]'",
+        )
     tests = ["pytest", *chosen, *(["tests/core", "tests/test_arrows.py"] if fast else [])]
     failed = []
     for words in (["ruff", "format", "--check"], ["ruff", "check"], ["mypy"], tests):

@@ -13,7 +13,7 @@ from mlxops import command, tasks
 from mlxops.command import Call, LeftError
 from mlxops.control.client import Answer, Target
 from mlxops.control.render import Talk
-from mlxops.core.errors import Exit, Interrupted, Refused, UsageError
+from mlxops.core.errors import Exit, Interrupted, MlxopsError, Refused, UsageError
 from mlxops.core.settings import Settings
 from tests.lab.homelab import Homelab
 from tests.lab.wired import client
@@ -109,6 +109,7 @@ class TestOneDocumentALine:
         register(ask.studio, "mine")
         ask("load", "--model", "mine", "--port", ask.port).ok()
         (operation,) = ask.document("ops")["operations"]
+        assert operation["port"] == ask.port
         followed = ask("ops", "--follow", operation["operation"], "--json").ok()
         assert followed.stdout.count("\n") == 1 and followed.json["hosts"][0]["result"]["state"] == "ready"
         unknown = ask("ops", "--follow", "nobody", "--json")
@@ -131,3 +132,10 @@ class TestOneDocumentALine:
         down = ask("logs", "--port", ask.port, "--follow", "--json")
         assert down.stdout.count("\n") == 1 and error_of(down)["code"] == "connection_refused"
         ask.studio.sshd.start()
+
+
+def test_the_checks_say_how_to_get_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MlxopsError, match="ruff, mypy, pytest") as refused:
+        tasks._checks([], fast=True)
+    assert "pip install -e '.[dev]'" in refused.value.hint
