@@ -192,7 +192,7 @@ STATUS_ON_A_HOST = {
 STATUS_ASKS = {
     "mlxops": {"", "build", "command", "control", "core", "entry", "tasks"},
     "mlxops.core": {"errors", "fields", "names", "protocol", "settings", "units"},
-    "mlxops.control": {"client", "inventory", "lines", "local", "render", "session", "ssh_config"},
+    "mlxops.control": {"client", "hints", "inventory", "lines", "local", "render", "session", "ssh_config"},
 }
 """What the control node imports for it, with `--local`."""
 OVER_SSH = STATUS_ASKS | {"mlxops.control": STATUS_ASKS["mlxops.control"] | {"known_hosts", "login", "transport"}}

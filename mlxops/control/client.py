@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mlxops.build import build_id
+from mlxops.control.hints import aimed, aimed_event
 from mlxops.control.session import ConnectionLost, Ended, Session, Transport
 from mlxops.core.errors import AgentProblem, MlxopsError, OutcomeUnknown, Unreachable
 from mlxops.core.protocol import Asker, Done, Event, Failed, Hello, Line, Note, Reached, Request, Started, decode_event
@@ -44,6 +45,8 @@ class Target:
     settings: Settings
     agreed: bool = False
     """Nothing is configured here: the host's own agreed settings count."""
+    flags: str = ""
+    """What a command needs to go to this host as this one does, as " --host studio2"; "" where it does by itself."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class Answer:
     host: str
     result: Mapping[str, object] | None = None
     error: MlxopsError | None = None
+    flags: str = ""
+    """Those of its target."""
 
     @property
     def reachable(self) -> bool:
@@ -78,9 +83,10 @@ def this_asker() -> Asker:
 def ask(target: Target, command: str, args: Mapping[str, object], listen: Listen) -> Answer:
     """One request to one host. Never raises for what a host or a network can cause."""
     try:
-        return Answer(target.name, result=_Conversation(target, command, args, listen).result())
+        result = _Conversation(target, command, args, listen).result()
     except MlxopsError as error:
-        return Answer(target.name, error=error)
+        return Answer(target.name, error=error, flags=target.flags)
+    return Answer(target.name, result, flags=target.flags)
 
 
 def ask_all(targets: Sequence[Target], command: str, args: Mapping[str, object], listen: Listen) -> tuple[Answer, ...]:
@@ -181,8 +187,14 @@ def ended_early(target: Target, ended: Ended, *, greeted: bool) -> Exception:
         "agent_missing",
         f"there is no mlxops agent on {target.name}",
         why=f"{' '.join(target.python)}: {words[-1] if words else f'status {ended.status}'}"[:300],
-        hint=f"install it: inv deploy --host {target.name}",
+        hint=aimed("install it: inv deploy", target.flags),
     )
+
+
+def heard(target: Target, line: str) -> Event | None:
+    """What a host tells in a line, in terms of here: its commands go to it."""
+    event = decode_event(line)
+    return event and aimed_event(event, target.flags)
 
 
 def lost(target: Target, why: object) -> Unreachable:
@@ -257,12 +269,12 @@ class _Conversation:
 
     def _unknown(self, why: str) -> OutcomeUnknown:
         name = self._target.name
-        follow = f"inv ops --host {name} --follow {self._operation}" if self._operation else f"inv ops --host {name}"
+        follow = f"inv ops --follow {self._operation}" if self._operation else "inv ops"
         return OutcomeUnknown(
             "outcome_unknown",
             f"the connection to {name} was lost; what was asked may be going on there",
             why=why,
-            hint=f"later: {follow}; asking for the same thing again is safe",
+            hint=aimed(f"later: {follow}; asking for the same thing again is safe", self._target.flags),
             details={"operation": self._operation} if self._operation else None,
         )
 
@@ -289,7 +301,7 @@ class _Conversation:
     def _hear(self, session: Session) -> Mapping[str, object]:
         self._hello = False
         for line in session.lines(SILENCE_SECONDS):
-            event = decode_event(line)
+            event = heard(self._target, line)
             if self._hello and not isinstance(event, Hello | Started):
                 self._news = time.monotonic()
             match event:

@@ -25,13 +25,14 @@ from mlxops.control.client import (
     agent_argv,
     connect,
     ended_early,
+    heard,
     lost,
     request_of,
     with_address,
 )
 from mlxops.control.session import ConnectionLost, Dialogue, Transport
 from mlxops.core.errors import MlxopsError
-from mlxops.core.protocol import AGAIN, HEARTBEAT, Done, Failed, Hello, decode_event
+from mlxops.core.protocol import AGAIN, HEARTBEAT, Done, Failed, Hello
 
 HEARTBEAT_SECONDS = 5.0
 """A third of the silence after which the agent takes us for gone."""
@@ -108,7 +109,7 @@ class Link:
 
     def _hear(self, dialogue: Dialogue, silence: float) -> Done | Failed:
         for line in dialogue.lines(silence):
-            match decode_event(line):
+            match heard(self._target, line):
                 case None:
                     continue
                 case Hello():

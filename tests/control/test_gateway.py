@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -212,6 +213,14 @@ class TestCheck:
         for odd in ({}, {"ports": 7}, {"ports": [7, {}, {"port": "8100"}]}, {"ports": [row(state="new", owner=[])]}):
             (answer,) = gateway.check(told, [target()], [Answer("studio", odd)])
             assert answer.result is not None
+
+    def test_a_finding_is_mended_on_the_host_that_it_is_about(self, tmp_path: Path) -> None:
+        told = read(tmp_path, ENTRY)
+        other = replace(target(), flags=" --host studio")
+        (answer,) = gateway.check(told, [other], [Answer("studio", {"ports": [row(state="idle", owner=None)]})])
+        assert answer.result is not None
+        hints = [finding["hint"] for finding in answer.result["findings"]]  # type: ignore[attr-defined]
+        assert hints[0].startswith("mlxctl load --host studio MODEL 8100;")
 
     def test_what_is_printed_is_yaml_of_a_model_list_alone(self) -> None:
         for env in (False, True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 
 from mlxops.agent.journal import Journal, recent
@@ -70,8 +71,15 @@ def _asked(journal: Journal) -> dict[str, object]:
         request = journal.request()
     except (OSError, ValueError):
         return {"command": None, "model": None, "repo": None, "port": None, "asker": None}
-    texts = {key: request.text(key) for key in ("model", "repo", "port")}
-    return {"command": request.command, **texts, "asker": str(request.asker)}
+    port = request.text("port")
+    return {
+        "command": request.command,
+        "model": request.text("model"),
+        "repo": request.text("repo"),
+        # As it was asked for, which may have been `auto`, or nothing that is a port.
+        "port": int(port) if port and re.fullmatch(r"[0-9]{1,5}", port, re.ASCII) else port,
+        "asker": str(request.asker),
+    }
 
 
 def find(store: Store, text: str) -> Journal:
