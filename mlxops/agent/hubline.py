@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 from urllib.parse import urlsplit
 from weakref import WeakSet
 
@@ -34,7 +34,6 @@ from mlxops.core.units import amount
 
 if TYPE_CHECKING:
     import httpx2
-    from httpcore2 import NetworkStream
     from huggingface_hub import HfApi
 
 Emit = Callable[[Event], None]
@@ -90,6 +89,12 @@ class Asked:
         return self.repo_id if self.revision is None else f"{self.repo_id}@{self.revision}"
 
 
+class _Stream(Protocol):
+    """As much of a connection of httpcore2's as is used here."""
+
+    def get_extra_info(self, info: str) -> Any: ...
+
+
 @dataclass
 class Line:
     """Whether anything still comes from the hub, and where it is."""
@@ -102,7 +107,7 @@ class Line:
     """Bytes of the largest file that the hub announced; None before it did."""
     _last: float = field(default_factory=time.monotonic)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _streams: WeakSet[NetworkStream] = field(default_factory=WeakSet)
+    _streams: WeakSet[_Stream] = field(default_factory=WeakSet)
     _due: dict[object, float] = field(default_factory=dict)
     """Until when the head of each answer that is waited for has to be there."""
 
@@ -123,7 +128,7 @@ class Line:
         trickles would never be late."""
         if event.endswith(("connect_tcp.complete", "start_tls.complete")):
             with self._lock:
-                self._streams.add(cast("NetworkStream", info["return_value"]))
+                self._streams.add(cast("_Stream", info["return_value"]))
         elif event.endswith("receive_response_headers.started"):
             self._due[key] = time.monotonic() + patience
         elif "receive_response_headers." in event:
