@@ -379,12 +379,15 @@ class TestAHubThatLies:
     def test_is_not_taken_for_one_that_has_strange_files(self, name: str) -> None:
         assert plain_name(name) == name
 
-    @pytest.mark.parametrize("outside", ["../other/file", "/etc/passwd", "snapshots/../../x"])
+    @pytest.mark.parametrize("outside", ["../victim", "{tmp_path}/victim", "snapshots/../../victim"])
     def test_could_not_even_then_delete(self, tmp_path: Path, outside: str) -> None:
-        folder = tmp_path / "models--a--b"
-        folder.mkdir()
+        """The victim is the test's own, whatever the path: without this wall it is gone, and nothing else."""
+        folder, victim = tmp_path / "models--a--b", tmp_path / "victim"
+        (folder / "snapshots").mkdir(parents=True)
+        victim.write_text("what must not go")
         with pytest.raises(NoHub):
-            _drop(folder, folder / outside)
+            _drop(folder, folder / outside.format(tmp_path=tmp_path))
+        assert victim.exists()
 
     @pytest.mark.parametrize("sha", ["../../x", "c" * 39, "C" * 40, "c" * 40 + "\n"])
     def test_of_the_commit_is_told(self, faulty: FaultyHub, cache: Path, sha: str) -> None:
@@ -447,7 +450,7 @@ class TestAHubThatLies:
         assert faulty.asked(part=part) == 1
 
     def test_about_where_it_is_is_told_and_not_asked_again(self, faulty: FaultyHub, cache: Path) -> None:
-        faulty.fail(Answer(302, {"Location": "file:///etc/passwd"}))
+        faulty.fail(Answer(302, {"Location": "file:///dev/null"}))
         assert refused(cache).code == "hub_error"
         assert faulty.asked() == 1
 
