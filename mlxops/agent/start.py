@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mlxops.agent import logs, processes
+from mlxops.agent.engines import ENGINES
 from mlxops.agent.engines.base import Command, Engine, Health, NoCompletion, Serving, complete
 from mlxops.agent.failures import About, explain
 from mlxops.agent.logs import clean
@@ -56,12 +57,16 @@ def deadline_for(size_bytes: int) -> float:
 
 
 def prove(where: Place, alias: str, run: Run, system: System, timeout: float) -> None:
-    """A completion under `alias` from the recorded group, within `timeout` seconds.
+    """A completion under `alias` from the recorded group, within `timeout` seconds; and the cheap probe does not say
+    otherwise: from then on that alone is asked, and a server that it calls broken is never `ready`.
 
     Raises `OSError` when nobody answers, `NoCompletion` when the answer is another one or not that group's.
     """
     _check_listener(where, run, system)
     complete(where.connect_host, run.port, alias, timeout)
+    engine = ENGINES.get(run.engine)
+    if engine is not None and engine.health(where.connect_host, run.port, HEALTH_SECONDS) is Health.BROKEN:
+        raise NoCompletion("it answers, and says of itself that it is unhealthy (GET /health)")
     _check_listener(where, run, system)
 
 
@@ -294,6 +299,7 @@ class _Attempt:
         return self._outcome
 
     def _try(self, deadline: float) -> None:
+        self._outcome = NoCompletion("the proof came to no end")  # whatever ends this thread, it is no proof
         try:
             timeout = max(0.1, deadline - time.monotonic())
             socket.create_connection((self._where.connect_host, self._run.port), timeout).close()

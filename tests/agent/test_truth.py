@@ -154,6 +154,31 @@ class TestOwners:
             assert host.studio.listening(port)
 
 
+class TestAServerThatAnswersStrangely:
+    @pytest.mark.parametrize(
+        ("kind", "why"), [("sick", "says of itself that it is unhealthy"), ("deep", "without a completion")]
+    )
+    def test_is_not_started(self, host: QuickHost, kind: str, why: str) -> None:
+        port = host.ports[0]
+        host.edit(MODELS[0], args=["--fake-answer", kind])
+        done = host.mlxctl("load", MODELS[0], str(port), "--timeout", "20")
+        assert done.exit == 4 and why in done.stderr, str(done)
+        assert not host.studio.listening(port) and row(host, port)["state"] == "idle"
+
+    def test_keeps_nobody_longer_than_the_timeout(self, host: QuickHost) -> None:
+        """Neither when it is started, nor when it is adopted."""
+        port, other = host.ports[:2]
+        host.edit(MODELS[0], args=["--fake-answer", "endless"])
+        began = time.monotonic()
+        done = host.mlxctl("load", MODELS[0], str(other), "--timeout", "2")
+        assert done.exit == 4 and "did not answer within 2 s" in done.stderr, str(done)
+        with host.running("sh", "-c", host.by_hand(MODELS[0], port, "--fake-answer", "endless") + "\nwait\n"):
+            wait_until(partial(host.studio.listening, port), WAIT, "the server")
+            done = host.mlxctl("load", MODELS[0], str(port), "--timeout", "2")
+            assert done.exit == 3 and "not_adopted" in done.stderr, str(done)
+        assert time.monotonic() - began < WAIT / 2
+
+
 class TestTheStateOfAPort:
     def test_is_known_within_seconds_although_every_port_hangs(self, host: QuickHost) -> None:
         host.lab.configure(launch={"mlx-lm": [str(host.program), "--fake-mute", "1"]})
