@@ -62,7 +62,7 @@ def _try_out(ctx: Context, plan: _Plan) -> dict[str, object]:
     for step in plan.steps.starts:
         asked = replace(ctx.request, command="load", args={**_words(step), "dry_run": True})
         try:
-            tried = load(replace(ctx, request=asked))["plan"]
+            tried = load(replace(ctx, request=asked)).get("plan")
         except Interrupted:
             raise
         except MlxopsError as error:
