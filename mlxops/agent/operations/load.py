@@ -22,8 +22,13 @@ from mlxops.core.registry import Registry
 from mlxops.core.world import Operation, Owner, PortView, Run, World, run_of
 
 
-def load(ctx: Context, once_alone: Callable[[Registry], None] = lambda _: None) -> dict[str, object]:
-    """`once_alone` is called when nobody else can work on the port and the model, and may raise."""
+def load(
+    ctx: Context,
+    once_alone: Callable[[Registry], None] = lambda _: None,
+    launching: Callable[[], None] = lambda: None,
+) -> dict[str, object]:
+    """`once_alone` is called when nobody else can work on the port and the model, and may raise; `launching` when
+    everything was checked, just before the server is started."""
     began = time.monotonic()
     name = names.model_name(ctx.request.text("model") or "")
     repo_text = ctx.request.text("repo")
@@ -53,7 +58,7 @@ def load(ctx: Context, once_alone: Callable[[Registry], None] = lambda _: None) 
         once_alone(ctx.registry())
         if ctx.request.dry_run and (running := _running(ctx.called(model), port, model)):
             return _dry_attach(ctx, still(), running, running.port or port, began)
-        return _load_locked(ctx.called(model), still, port, began)
+        return _load_locked(ctx.called(model), still, port, began, launching)
 
 
 def _running(ctx: Context, port: int, model: str) -> Operation | None:
@@ -112,7 +117,9 @@ def _port_alone(ctx: Context, resolved: Callable[[], Target]) -> Iterator[tuple[
         yield port, model
 
 
-def _load_locked(ctx: Context, resolved: Callable[[], Target], port: int, began: float) -> dict[str, object]:
+def _load_locked(
+    ctx: Context, resolved: Callable[[], Target], port: int, began: float, launching: Callable[[], None]
+) -> dict[str, object]:
     registry, target = ctx.registry(), resolved()
     _refuse_removed(ctx, target.repo_id)
     files = cached(ctx, target)
@@ -137,7 +144,7 @@ def _load_locked(ctx: Context, resolved: Callable[[], Target], port: int, began:
             # What was planned before it was held may be otherwise by now.
             registry = ctx.registry()
             plan = _plan(ctx, registry, target, port, prepared)
-        return _carry_out(ctx, held, registry, plan, prepared, began)
+        return _carry_out(ctx, held, registry, plan, prepared, began, launching)
 
 
 def _locks_of_stops(ctx: Context, registry: Registry, plan: LoadPlan) -> list[str]:
@@ -151,7 +158,13 @@ def _locks_of_stops(ctx: Context, registry: Registry, plan: LoadPlan) -> list[st
 
 
 def _carry_out(
-    ctx: Context, held: ExitStack, registry: Registry, plan: LoadPlan, prepared: Prepared | None, began: float
+    ctx: Context,
+    held: ExitStack,
+    registry: Registry,
+    plan: LoadPlan,
+    prepared: Prepared | None,
+    began: float,
+    launching: Callable[[], None],
 ) -> dict[str, object]:
     """`held`: what is given back when the load is over."""
     for note in plan.notes:
@@ -166,7 +179,7 @@ def _carry_out(
         return _load_result(ctx, plan, began, changed=False)
     if plan.outcome is Outcome.ADOPT:
         return _adopt(ctx, plan, prepared, began)
-    downtime = start_in_place(ctx, registry, plan, prepared)
+    downtime = start_in_place(ctx, registry, plan, prepared, launching)
     with ctx.cancellation.shield():  # it serves: there is nothing left to cancel
         return _load_result(ctx, plan, began, changed=True, downtime=downtime)
 
