@@ -25,6 +25,13 @@ def shipped() -> list[Path]:
 
 
 @cache
+def engines() -> tuple[str, ...]:
+    """The names of the engines of this code; each is a file."""
+    files = (PACKAGE / "agent" / "engines").glob("*.py")
+    return tuple(sorted(file.stem.replace("_", "-") for file in files if file.stem != "__init__"))
+
+
+@cache
 def build_id() -> str:
     """`<version>+<12 hex digits>`; equal exactly when version and shipped sources are equal."""
     digest = hashlib.sha256()

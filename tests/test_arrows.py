@@ -25,6 +25,7 @@ PURE = {
     "__future__",
     "collections",
     "dataclasses",
+    "datetime",  # what a text of a time means; what time it is, the agent tells
     "difflib",
     "enum",
     "functools",
@@ -172,7 +173,9 @@ STATUS_ON_A_HOST = {
     "mlxops.agent": {
         *(
             "agreement",
+            "engine",
             "engines",
+            "flocks",
             "interrupted",
             "journal",
             "logs",
@@ -185,10 +188,9 @@ STATUS_ON_A_HOST = {
         ),
         *("store", "system", "worker"),
     },
-    "mlxops.agent.engines": {"base", "mlx_lm", "mlx_openai_server"},
     "mlxops.agent.operations": {"context", "drift", "look", "ops"},
 }
-"""What the agent imports of mlxops for a `status` of a host where nothing runs."""
+"""What the agent imports of mlxops for a `status` of a host where nothing runs; the engines beside, which are found."""
 STATUS_ASKS = {
     "mlxops": {"", "build", "command", "control", "core", "entry", "tasks"},
     "mlxops.core": {"errors", "fields", "names", "protocol", "settings", "units"},

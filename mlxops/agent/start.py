@@ -20,8 +20,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mlxops.agent import logs, processes
+from mlxops.agent.engine import Command, Engine, Health, NoCompletion, Serving, complete
 from mlxops.agent.engines import ENGINES
-from mlxops.agent.engines.base import Command, Engine, Health, NoCompletion, Serving, complete
 from mlxops.agent.failures import About, explain
 from mlxops.agent.logs import clean
 from mlxops.agent.observe import last_line

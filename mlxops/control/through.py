@@ -147,7 +147,7 @@ def _send(
 class _Reads(io.RawIOBase):
     """What comes from a socket until `deadline`. Its own timeout is for one read: what trickles would never be late.
 
-    The agent has the same for completions of its own (`engines/base.py`); the two share nothing that opens sockets.
+    The agent has the same for completions of its own (`engine.py`); the two share nothing that opens sockets.
     """
 
     def __init__(self, connected: socket.socket, deadline: float) -> None:

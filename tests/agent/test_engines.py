@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxops.agent.engines import ENGINES, engine_named, mlx_openai_server, recognise
-from mlxops.agent.engines.base import (
+from mlxops.agent.engine import (
     Command,
     Engine,
     NoCompletion,
@@ -25,8 +27,10 @@ from mlxops.agent.engines.base import (
     options,
     which,
 )
+from mlxops.agent.engines import ENGINES, engine_named, mlx_openai_server, recognise
 from mlxops.agent.engines.mlx_lm import MlxLm
 from mlxops.agent.engines.mlx_openai_server import MlxOpenAIServer
+from mlxops.build import PACKAGE
 from mlxops.core.errors import Refused
 from mlxops.core.families import options_of
 from mlxops.core.registry import Model
@@ -37,7 +41,7 @@ OPENAI, LM = MlxOpenAIServer(), MlxLm()
 @pytest.fixture(autouse=True)
 def _no_engine_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is installed here must not decide."""
-    monkeypatch.setattr("mlxops.agent.engines.base.USUAL_FOLDERS", ())
+    monkeypatch.setattr("mlxops.agent.engine.USUAL_FOLDERS", ())
     monkeypatch.setattr(mlx_openai_server, "PROJECT", str(tmp_path / "opt" / "mlx-launch"))
     monkeypatch.setattr(mlx_openai_server, "HOMEBREW_UV", str(tmp_path / "homebrew" / "uv"))
 
@@ -108,7 +112,7 @@ def test_the_users_own_folders_are_looked_at_though_ssh_does_not_give_them(tmp_p
 
 def test_the_usual_folders_are_looked_at_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usual = program(tmp_path / "usual" / "mlx_lm.server")
-    monkeypatch.setattr("mlxops.agent.engines.base.USUAL_FOLDERS", (str(tmp_path / "usual"),))
+    monkeypatch.setattr("mlxops.agent.engine.USUAL_FOLDERS", (str(tmp_path / "usual"),))
     assert which("mlx_lm.server", {}) == usual
     nearer = program(tmp_path / "path" / "mlx_lm.server")
     assert LM.command([], {"PATH": str(tmp_path / "path")}) == Command((nearer,), "PATH")
@@ -163,6 +167,23 @@ def test_an_engine_that_nobody_knows_is_refused_with_those_that_are_known() -> N
         engine_named("vllm")
     assert caught.value.code == "unknown_engine" and "mlx-lm" in caught.value.why
     assert set(ENGINES) == {"mlx-lm", "mlx-openai-server"} and engine_named("mlx-lm").name == "mlx-lm"
+
+
+def test_a_further_engine_is_one_more_file(tmp_path: Path) -> None:
+    shutil.copytree(PACKAGE, tmp_path / "mlxops", ignore=shutil.ignore_patterns("__pycache__"))
+    engines = tmp_path / "mlxops" / "agent" / "engines"
+    (engines / "third_one.py").write_text(
+        (engines / "mlx_lm.py").read_text().replace('name = "mlx-lm"', 'name = "third-one"')
+    )
+    (tmp_path / "hosts.yaml").write_text("hosts: {here: {engine: third-one}}\n")
+    code = (
+        "import pathlib; from mlxops.agent.engines import ENGINES, engine_named; from mlxops.control import inventory\n"
+        "assert all(name == engine.name for name, engine in ENGINES.items()), ENGINES\n"
+        "print(len(ENGINES), engine_named('third-one').name)\n"
+        "print(inventory.load(pathlib.Path('hosts.yaml')).host('here').settings.engine)\n"
+    )
+    said = subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, text=True, timeout=60)
+    assert said.split() == ["3", "third-one", "third-one"]
 
 
 # -- the argv -------------------------------------------------------------------------------------------------------

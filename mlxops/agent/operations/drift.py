@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlxops.agent import interrupted, logs
-from mlxops.agent.engines.base import each_looked_up_once
+from mlxops.agent.engine import each_looked_up_once
 from mlxops.agent.operations.context import Context
 from mlxops.agent.store import utc
 from mlxops.core.errors import MlxopsError
@@ -92,7 +92,7 @@ def _expected(ctx: Context, registry: Registry, view: PortView) -> tuple[str, ..
 
     Raises `Refused`.
     """
-    from mlxops.agent.engines.installed import NotAsked
+    from mlxops.agent.installed import NotAsked
     from mlxops.agent.operations.files import Files
     from mlxops.agent.operations.prepare import prepare
     from mlxops.core.planner import Target

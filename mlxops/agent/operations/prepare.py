@@ -9,9 +9,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mlxops.agent.engine import Command, Engine, Serving, template_text
 from mlxops.agent.engines import engine_named
-from mlxops.agent.engines.base import Command, Engine, Serving, template_text
-from mlxops.agent.engines.installed import described, lacks_architecture
+from mlxops.agent.installed import described, lacks_architecture
 from mlxops.agent.operations.context import Context, busy, memory_lock
 from mlxops.agent.operations.files import Files
 from mlxops.agent.operations.gatewayname import context_warning

@@ -1,4 +1,4 @@
-"""What mlxops knows of a server program. A further engine is one more file like `mlx_lm.py`, named in `__init__`."""
+"""What mlxops knows of a server program. A further engine is one more file in `engines`, like `mlx_lm.py`."""
 
 from __future__ import annotations
 
