@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 
 from mlxops.core.names import is_model_name
 from mlxops.core.registry import Registry
@@ -48,8 +47,7 @@ class Step:
 class Start:
     """A start by `restore`, as the history tells it."""
 
-    at: float
-    """Wall time."""
+    wall: float
     monotonic: float
     """The clock that begins anew with each boot."""
     boot_id: str
@@ -193,14 +191,12 @@ def starts_of(history: Iterable[Mapping[str, object]]) -> dict[Step, list[Start]
 
 
 def _start(line: Mapping[str, object]) -> Start | None:
-    at, boot_id, monotonic = line.get("at"), line.get("boot_id"), line.get("monotonic")
-    if not isinstance(at, str) or not isinstance(boot_id, str) or not isinstance(monotonic, int | float):
+    boot_id, wall, monotonic = line.get("boot_id"), line.get("wall"), line.get("monotonic")
+    if not isinstance(boot_id, str) or not isinstance(wall, int | float) or not isinstance(monotonic, int | float):
         return None
-    try:
-        when = datetime.fromisoformat(at).timestamp()
-    except (ValueError, OverflowError):
+    if not (0 <= wall < LONGEST_UPTIME and 0 <= monotonic < LONGEST_UPTIME):
         return None
-    return Start(when, float(monotonic), boot_id) if 0 <= monotonic < LONGEST_UPTIME else None
+    return Start(float(wall), float(monotonic), boot_id)
 
 
 def in_vain(
@@ -217,7 +213,7 @@ def in_vain(
 def _ago(start: Start, now: Moment) -> float:
     if start.boot_id == now.boot_id:
         return max(0.0, now.monotonic - start.monotonic)
-    return max(now.wall - start.at, now.monotonic)  # wall time may have been set back; it was before this boot
+    return max(now.wall - start.wall, now.monotonic)  # wall time may have been set back; it was before this boot
 
 
 def _lasted(starts: Sequence[Start], step: Step, record: Record | None, now: Moment) -> bool:
@@ -229,12 +225,12 @@ def _lasted(starts: Sequence[Start], step: Step, record: Record | None, now: Mom
     last = starts[-1]
     if record is None or record.model != step.model or not record.proven:
         return False
-    if record.last_sign is not None and record.last_sign - last.at >= LASTED:
+    if record.last_sign is not None and record.last_sign - last.wall >= LASTED:
         return True
     if last.boot_id == now.boot_id or record.boot_id != last.boot_id:
         return False
     crashed_then = sum(start.boot_id == last.boot_id for start in starts) > 1
-    return not crashed_then and now.booted_at - last.at >= LASTED
+    return not crashed_then and now.booted_at - last.wall >= LASTED
 
 
 def lasting(starts: Mapping[Step, Sequence[Start]], world: World, now: Moment) -> Iterator[Step]:

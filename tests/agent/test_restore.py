@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
@@ -42,9 +41,8 @@ def with_its_time(studio: Studio, seconds: int) -> None:
     """What was remembered is so much older."""
     history = studio.state / "history.jsonl"
     lines = [json.loads(line) for line in history.read_text().splitlines()]
-    for line in lines:
-        line["at"] = (datetime.fromisoformat(line["at"]) - timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%SZ")
-    history.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    older = [line | ({"wall": line["wall"] - seconds} if "wall" in line else {}) for line in lines]
+    history.write_text("".join(json.dumps(line) + "\n" for line in older))
 
 
 def history_of(lab: Homelab, command: str) -> list[dict[str, Any]]:

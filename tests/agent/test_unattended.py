@@ -78,8 +78,8 @@ def assign(store: Store) -> None:
 
 def started(store: Store, monotonic: float) -> None:
     """By a restore of this boot."""
-    boot_id = this_system().boot_id()
-    store.remember(command="restore", model=NAME, port=port_of(store), boot_id=boot_id, monotonic=monotonic)
+    when = {"boot_id": this_system().boot_id(), "wall": time.time(), "monotonic": monotonic}
+    store.remember(command="restore", model=NAME, port=port_of(store), **when)
 
 
 def test_a_disk_that_is_mounted_late_is_waited_for(

@@ -177,6 +177,7 @@ def _start(ctx: Context, step: Step, *, afresh: bool) -> bool:
             model=step.model,
             port=step.port,
             boot_id=ctx.system.boot_id(),
+            wall=round(time.time(), 3),
             monotonic=round(time.monotonic(), 3),
             afresh=afresh,
         )
