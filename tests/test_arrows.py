@@ -25,7 +25,6 @@ PURE = {
     "__future__",
     "collections",
     "dataclasses",
-    "datetime",  # what a text of a time means; what time it is, the agent tells
     "difflib",
     "enum",
     "functools",
