@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
 import os
 import re
@@ -16,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from mlxops.agent import reading
 from mlxops.core.errors import Refused
@@ -24,7 +23,7 @@ from mlxops.core.families import Option
 from mlxops.core.registry import Model
 
 if TYPE_CHECKING:
-    from http.client import HTTPResponse
+    pass
 
 MAX_BODY = 1024 * 1024
 MAX_TEMPLATE = 1024 * 1024
@@ -342,40 +341,6 @@ class NoCompletion(Exception):
     """The server answered, but not with a completion; the text says with what."""
 
 
-class _Reads(io.RawIOBase):
-    """What comes from a socket until `deadline`. Its own timeout is for one read: what trickles would never be late."""
-
-    def __init__(self, connected: socket.socket, deadline: float) -> None:
-        self._socket, self._deadline = connected, deadline
-        self._raw = connected.makefile("rb", buffering=0)  # it stays open, though http.client closes it before the end
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("timed out")
-        self._socket.settimeout(left)
-        return self._raw.readinto(buffer)
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
-
-
-def _answer_until(deadline: float) -> type[HTTPResponse]:
-    from http.client import HTTPResponse
-
-    class Answer(HTTPResponse):
-        def __init__(self, sock: socket.socket, *arguments: Any, **named: Any) -> None:
-            super().__init__(sock, *arguments, **named)
-            self.fp.close()
-            self.fp = io.BufferedReader(_Reads(sock, deadline))
-
-    return Answer
-
-
 def complete(host: str, port: int, model: str, timeout: float) -> dict[str, object]:
     """One small chat completion, within `timeout` seconds altogether. What is generated does not matter (reasoning
     alone is an answer): that it is does.
@@ -383,6 +348,8 @@ def complete(host: str, port: int, model: str, timeout: float) -> dict[str, obje
     Raises `OSError` when there was no answer, `NoCompletion` when it was another one.
     """
     import http.client
+
+    from mlxops.deadline import answer_until
 
     body = {
         "model": model,
@@ -392,7 +359,7 @@ def complete(host: str, port: int, model: str, timeout: float) -> dict[str, obje
         "stream": False,
     }
     connection = http.client.HTTPConnection(host, port, timeout=timeout)
-    connection.response_class = _answer_until(time.monotonic() + timeout)
+    connection.response_class = answer_until(time.monotonic() + timeout)
     try:
         connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
         response = connection.getresponse()

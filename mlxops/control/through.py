@@ -8,14 +8,13 @@ request to every model, and a wrong name makes a server drop its weights. `/heal
 from __future__ import annotations
 
 import http.client
-import io
 import json
-import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 from urllib.parse import urlsplit
+
+from mlxops.deadline import answer_until
 
 SECONDS = 60.0
 """How long an alias is asked: several times the five seconds of LiteLLM's cool-down, and a slow first answer."""
@@ -133,7 +132,7 @@ def _send(
     parts = urlsplit(url)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname or "", parts.port, timeout=timeout)
-    connection.response_class = _answer_until(time.monotonic() + timeout)
+    connection.response_class = answer_until(time.monotonic() + timeout)
     try:
         connection.request(method, parts.path.rstrip("/") + path, data, dict(headers))
         response = connection.getresponse()
@@ -142,41 +141,6 @@ def _send(
         return None
     finally:
         connection.close()
-
-
-class _Reads(io.RawIOBase):
-    """What comes from a socket until `deadline`. Its own timeout is for one read: what trickles would never be late.
-
-    The agent has the same for completions of its own (`engine.py`); the two share nothing that opens sockets.
-    """
-
-    def __init__(self, connected: socket.socket, deadline: float) -> None:
-        self._socket, self._deadline = connected, deadline
-        self._raw = connected.makefile("rb", buffering=0)  # it stays open, though http.client closes it before the end
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("timed out")
-        self._socket.settimeout(left)
-        return self._raw.readinto(buffer)
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
-
-
-def _answer_until(deadline: float) -> type[http.client.HTTPResponse]:
-    class Answer(http.client.HTTPResponse):
-        def __init__(self, sock: socket.socket, *arguments: Any, **named: Any) -> None:
-            super().__init__(sock, *arguments, **named)
-            self.fp.close()
-            self.fp = io.BufferedReader(_Reads(sock, deadline))
-
-    return Answer
 
 
 def _is_completion(body: bytes) -> bool:
