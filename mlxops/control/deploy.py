@@ -177,7 +177,7 @@ def archive(wheels: Path | None = None) -> bytes:
                 "no_wheels",
                 f"there is no wheel in {wheels}",
                 why="--wheels is the folder with all that the agent needs",
-                hint="pip download -d DIR --only-binary=:all: --platform ... huggingface_hub psutil",
+                hint="on a machine like the host: pip download -d DIR --only-binary=:all: huggingface_hub psutil",
             )
         files |= {f"wheels/{path.name}": path for path in found}
     buffer = io.BytesIO()
