@@ -246,7 +246,12 @@ class Journal:
         with contextlib.suppress(OSError):
             last = reading.read_end(self.folder / "stderr", 2000).decode(errors="replace").strip()
             if last:
-                return Bug("worker_failed", f"operation {self.id} ended without a result", why=last.splitlines()[-1])
+                return Bug(
+                    "worker_failed",
+                    f"operation {self.id} ended without a result",
+                    why=last.splitlines()[-1],
+                    hint=f"report it, with the file {self.folder / 'stderr'} of the host",
+                )
         return Refused(
             "operation_interrupted",
             f"operation {self.id} was interrupted",

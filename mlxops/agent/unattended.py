@@ -63,6 +63,7 @@ def _restore(state: Path, told: set[str]) -> _Outcome:
         raise Refused(
             "never_agreed",
             f"the host was never agreed with: there is no {state / 'host.json'}",
+            why="without it nobody knows where its registry and its models are",
             hint="inv deploy, or any change, agrees with it",
         )
     where = place(agreed, os.environ)

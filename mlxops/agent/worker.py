@@ -133,7 +133,12 @@ def finish(context: Context, emit: Callable[[Event], None]) -> int:
     try:
         operation = command(context.request.command)
         if operation is None:
-            raise Bug("unknown_command", f"the agent knows no command {context.request.command!r}")
+            raise Bug(
+                "unknown_command",
+                f"the agent knows no command {context.request.command!r}",
+                why="who asks is of another version, although it says that it is not",
+                hint="make both sides equal: inv deploy",
+            )
         with context.cancellation.open():
             if context.operation:
                 confirm(context.store, context.where)

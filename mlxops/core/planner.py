@@ -420,7 +420,7 @@ def plan_unload(registry: Registry, world: World, port: int, *, force: bool) -> 
         raise Refused(
             "hand_started",
             f"the server on port {port} was started by hand",
-            why=f"pid {view.pid}: {shlex.join(view.server.argv)[:200]}" if view.server else "",
+            why=f"pid {view.pid}: {shlex.join(view.server.argv if view.server else ())[:200]}",
             hint="stop it all the same: add --force",
         )
     return UnloadPlan(port, view, clear, name)

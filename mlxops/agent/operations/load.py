@@ -266,7 +266,9 @@ def _prove_boot_job(ctx: Context, plan: LoadPlan, view: PortView) -> None:
 def _adopted_run(ctx: Context, view: PortView, plan: LoadPlan, prepared: Prepared) -> Run:
     server = view.server
     if server is None:
-        raise Refused("not_adopted", f"the server on port {plan.port} is gone", hint="try again")
+        raise Refused(
+            "not_adopted", f"the server on port {plan.port} is gone", why="it ended a moment ago", hint="try again"
+        )
     return replace(
         run_of(server, plan.port, ctx.system.boot_id()),
         model=plan.target.name,

@@ -48,7 +48,8 @@ def _model(ctx: Context) -> str | None:
     """The model that is to be unloaded, wherever it is; None: whatever is on the port."""
     port, model = ctx.request.text("port"), ctx.request.text("model")
     if (port is None) == (model is None):
-        raise UsageError("port_or_model", "unload takes a port or a model", hint="mlxctl unload 8100")
+        why = "neither is given" if port is None else "both are given"
+        raise UsageError("port_or_model", "unload takes a port or a model", why=why, hint="mlxctl unload PORT")
     return None if model is None else names.model_name(model)
 
 
