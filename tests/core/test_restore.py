@@ -186,8 +186,8 @@ ASSIGNED = registry(a=8100)
 
 @dataclass
 class Host:
-    """A host on which `restore` runs every few minutes, or only when it has booted; and one server, that lives for so many
-    seconds, and writes to its log for so many of them."""
+    """A host on which `restore` runs every few minutes, or only when it has booted; and one server, that lives for so
+    many seconds, and writes to its log for so many of them."""
 
     lives: float
     talks: float | None = None
