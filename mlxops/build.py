@@ -15,13 +15,21 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def shipped() -> list[Path]:
-    """What an agent consists of, in a fixed order: the package itself, this module, core and agent."""
+    """What an agent consists of, in a fixed order: the package itself, what lies beside core, core and agent."""
     return [
         PACKAGE / "__init__.py",
         PACKAGE / "build.py",
+        PACKAGE / "deadline.py",
         *sorted((PACKAGE / "core").rglob("*.py")),
         *sorted((PACKAGE / "agent").rglob("*.py")),
     ]
+
+
+@cache
+def engines() -> tuple[str, ...]:
+    """The names of the engines of this code; each is a file."""
+    files = (PACKAGE / "agent" / "engines").glob("*.py")
+    return tuple(sorted(file.stem.replace("_", "-") for file in files if file.stem != "__init__"))
 
 
 @cache

@@ -9,11 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from mlxops import entry
 from mlxops.control import render
 from mlxops.control.client import Answer, Target, ask, ask_all, local_python
+from mlxops.control.hints import aimed, aimed_error
 from mlxops.core import names
 from mlxops.core.errors import Exit, MlxopsError, OutputFailed, UsageError, bug
 from mlxops.core.protocol import CANCELLABLE, Event, Started
@@ -33,7 +35,7 @@ class Call:
     json: bool
     debug: bool
     many: bool = False
-    """With `--json` there are many documents, one a line."""
+    """With `--json` there are many documents, or may be: each on one line."""
 
     @cached_property
     def inventory(self) -> Inventory | None:
@@ -58,16 +60,32 @@ class Call:
                 raise UsageError(
                     "no_hosts_file",
                     "there is no hosts.yaml",
-                    why="it is looked for in MLXOPS_HOSTS_FILE, ~/.config/mlxops/hosts.yaml and beside tasks.py",
-                    hint="write one (the repository has an example), or use --local on the host itself",
+                    why="its places are MLXOPS_HOSTS_FILE, ~/.config/mlxops/hosts.yaml and, for inv, beside tasks.py",
+                    hint="write the second (the repository has an example), or use --local on the host itself",
                 )
-            return (Target("local", None, local_python(), Settings(), agreed=True),)
+            return (Target("local", None, local_python(), Settings(), agreed=True, flags=" --local"),)
         hosts = self.inventory.select(name, all_by_default=all_by_default and not self.local)
         if (only_one or self.local) and len(hosts) > 1:
-            raise UsageError("one_host", f"{self.command} takes one host", hint=f"--host {hosts[0].name}")
+            raise UsageError(
+                "one_host",
+                f"{self.command} takes one host",
+                why=f"{', '.join(host.name for host in hosts)} are {len(hosts)}",
+                hint=f"name one of them: --host {hosts[0].name}",
+            )
         if self.local:
-            return (Target(hosts[0].name, None, local_python(), hosts[0].settings),)
-        return tuple(Target(host.name, host.ssh, host.interpreter(), host.settings) for host in hosts)
+            flags = self._flags(hosts[0].name)
+            return (Target(hosts[0].name, None, local_python(), hosts[0].settings, flags=flags),)
+        return tuple(
+            Target(host.name, host.ssh, host.interpreter(), host.settings, flags=self._flags(host.name))
+            for host in hosts
+        )
+
+    def _flags(self, host: str) -> str:
+        """What a command needs to go to this host as this one does."""
+        chosen = self.inventory.default if self.inventory else None
+        if self.local:
+            chosen = os.environ.get("MLXOPS_HOST", chosen)
+        return ("" if host == chosen else f" --host {host}") + (" --local" if self.local else "")
 
 
 def beside() -> Path | None:
@@ -81,15 +99,21 @@ Show = Callable[[Sequence[Answer]], str]
 Send = Callable[[Mapping[str, object]], Answer]
 
 
-def carry_out(call: Call, run: Callable[[render.Talk], tuple[Answer, ...]], show: Show, key: str | None = None) -> None:
-    """The one boundary: run, print the data, tell the errors; exit, unless all is well: a further task may follow."""
+def carry_out(
+    call: Call, run: Callable[[render.Talk], tuple[Answer, ...]], show: Show | None, key: str | None = None
+) -> None:
+    """The one boundary: run, print the data, tell the errors; exit, unless all is well: a further task may follow.
+
+    Without `show`, the data was printed as it came.
+    """
     code: int = Exit.DONE
     answers: tuple[Answer, ...] = ()
     entry.interruptible()
     try:
         with render.Talk(many=False) as talk:
             answers = run(talk)
-        _print(call, answers, show, key)
+        if show is not None:
+            _print(call, answers, show, key)
         code = render.exit_of(answers)
         _tell(call, answers)
     except BrokenPipeError:
@@ -112,11 +136,10 @@ def carry_out(call: Call, run: Callable[[render.Talk], tuple[Answer, ...]], show
 
 
 def _print(call: Call, answers: Sequence[Answer], show: Show, key: str | None) -> None:
-    if call.many:
-        return  # they were printed as they came
     if call.json:
         rows = {answer.host: _json_row(answer, key) for answer in answers}
-        render.say(render.document(call.command, answers, rows))
+        document = render.document_line if call.many else render.document
+        render.say(document(call.command, answers, rows))
         return
     text = show(answers)
     if text:
@@ -169,12 +192,50 @@ def interrupted(call: Call) -> MlxopsError:
     from mlxops.core.errors import Interrupted
     from mlxops.core.protocol import CHANGES
 
-    going_on = call.command in CHANGES
+    if call.command not in CHANGES:
+        why, hint = "Ctrl-C was pressed before its end", "asking for the same thing again is safe"
+    else:
+        why = "if the host had heard of it already, it goes on there"
+        hint = "see: mlxctl ops; asking for the same thing again follows it"
+    as_typed = f" --host {quote(call.host)}" if call.host else ""
+    hint = aimed(hint, as_typed + (" --local" if call.local else ""))
+    return Interrupted("interrupted", "interrupted", why=why, hint=hint)
+
+
+class LeftError(KeyboardInterrupt):
+    """Ctrl-C, and what it came to for the operation that was attended."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__()
+        self.answer = answer
+
+
+def in_turn(
+    call: Call, targets: Sequence[Target], talk: render.Talk, one: Callable[[Target], Answer]
+) -> tuple[Answer, ...]:
+    """One host after the other. Ctrl-C ends the whole; what came of it until then is told all the same."""
+    talk.many = len(targets) > 1
+    answers: list[Answer] = []
+    try:
+        for target in targets:
+            answers.append(one(target))
+    except LeftError as left:
+        answers.append(left.answer)
+    except KeyboardInterrupt:
+        if not answers:
+            raise
+        answers.append(Answer(targets[len(answers)].name, error=interrupted(call)))
+    return (*answers, *(Answer(target.name, error=_not_asked(target)) for target in targets[len(answers) :]))
+
+
+def _not_asked(target: Target) -> MlxopsError:
+    from mlxops.core.errors import Interrupted
+
     return Interrupted(
-        "interrupted",
-        "interrupted",
-        why="if the host had heard of it already, it goes on there" if going_on else "",
-        hint="see: mlxctl ops; asking for the same thing again follows it" if going_on else "",
+        "not_asked",
+        f"{target.name} was not asked",
+        why="it would have been its turn after the host at which Ctrl-C was pressed",
+        hint=f"ask for the same thing again, with --host {target.name}",
     )
 
 
@@ -182,29 +243,34 @@ def change(
     call: Call,
     given: Callable[[], Mapping[str, object]],
     *,
-    before: Callable[[Target, render.Talk], None] | None = None,
+    several: bool = False,
+    before: Callable[[Sequence[Target], render.Talk], None] | None = None,
     around: Callable[[Target, Mapping[str, object], render.Talk, Send], Answer] | None = None,
     after: Callable[[render.Talk, Answer], None] | None = None,
 ) -> None:
-    """A command that changes one host, or shows what it would change. `given` may raise `UsageError`.
+    """A command that changes one host, or `several`, or shows what it would change. `given` may raise `UsageError`.
 
     `around`: what is done before and after the request itself, which it sends with its last argument.
     """
 
     def run(talk: render.Talk) -> tuple[Answer, ...]:
         args = given()
-        (target,) = call.targets(only_one=True)
-        check(target, args)
+        targets = call.targets(only_one=not several)
+        for target in targets:
+            check(target, args)
         if before:
-            before(target, talk)
+            before(targets, talk)
 
-        def send(sent: Mapping[str, object]) -> Answer:
-            return attended(call, target, sent, talk)
+        def one(target: Target) -> Answer:
+            def send(sent: Mapping[str, object]) -> Answer:
+                return attended(call, target, sent, talk)
 
-        answer = around(target, args, talk, send) if around else send(args)
-        if after and answer.result is not None:
-            after(talk, answer)
-        return (answer,)
+            answer = around(target, args, talk, send) if around else send(args)
+            if after and answer.result is not None:
+                after(talk, answer)
+            return answer
+
+        return in_turn(call, targets, talk, one)
 
     carry_out(call, run, lambda answers: change_lines(call, answers), key="result")
 
@@ -212,7 +278,7 @@ def change(
 def attended(
     call: Call, target: Target, args: Mapping[str, object], talk: render.Talk, command: str | None = None
 ) -> Answer:
-    """Ask for a change, or follow one, and stay until its end or Ctrl-C."""
+    """Ask for a change, or follow one, and stay until its end. Raises `LeftError` for a Ctrl-C before that."""
     operation = ""
 
     def hear(host: str, event: Event) -> None:
@@ -229,8 +295,8 @@ def attended(
         talk.close()
         may_end = (command or call.command) in {*CANCELLABLE, "follow"}
         if may_end and _wants_cancel(operation):
-            return Answer(target.name, error=_cancelled(target, operation, talk))
-        return Answer(target.name, error=_left_running(target, operation))
+            raise LeftError(Answer(target.name, error=_cancelled(target, operation, talk))) from None
+        raise LeftError(Answer(target.name, error=_left_running(target, operation))) from None
 
 
 def _cancelled(target: Target, operation: str, talk: render.Talk) -> MlxopsError:
@@ -240,19 +306,28 @@ def _cancelled(target: Target, operation: str, talk: render.Talk) -> MlxopsError
     if answer.error is not None:
         return answer.error
     if (answer.result or {}).get("cancelled") is True:
-        return Interrupted("cancelled", f"operation {operation} was cancelled; nothing half done is left")
-    return Interrupted("interrupted", f"operation {operation} was done before it could be cancelled")
+        return Interrupted(
+            "cancelled",
+            f"operation {operation} was cancelled; nothing half done is left",
+            why="it was asked for after Ctrl-C",
+            hint=aimed("see: mlxctl status", target.flags),
+        )
+    return Interrupted(
+        "interrupted",
+        f"operation {operation} was done before it could be cancelled",
+        why="it was near its end when Ctrl-C was pressed",
+        hint=aimed("see: mlxctl status", target.flags),
+    )
 
 
 def _left_running(target: Target, operation: str) -> MlxopsError:
     from mlxops.core.errors import Interrupted
 
-    on = f" --host {target.name}" if target.ssh else " --local"
     return Interrupted(
         "interrupted",
         f"operation {operation} was left running on {target.name}",
         why="it does not need this connection",
-        hint=f"mlxctl ops{on} --follow {operation}; or --cancel {operation}",
+        hint=aimed(f"mlxctl ops --follow {operation}; or --cancel {operation}", target.flags),
     )
 
 
@@ -271,21 +346,38 @@ def _wants_cancel(operation: str) -> bool:
 def check(target: Target, args: Mapping[str, object]) -> None:
     """What can be known to be wrong is said before anything is connected to. Raises `UsageError`."""
     model, port, repo = args.get("model"), args.get("port"), args.get("repo")
-    if isinstance(model, str):
-        names.model_name(model)
-    if isinstance(repo, str):
-        names.repo(repo)
-    if isinstance(port, str) and port != names.AUTO and not target.agreed:
-        names.port(port, target.settings.ports)
+    try:
+        if isinstance(model, str):
+            names.model_name(model)
+        if isinstance(repo, str):
+            names.repo(repo)
+        if isinstance(port, str) and port != names.AUTO and not target.agreed:
+            names.port(port, target.settings.ports)
+    except UsageError as error:
+        raise aimed_error(error, target.flags) from None
 
 
 def change_lines(call: Call, answers: Sequence[Answer]) -> str:
-    return "\n".join(render.change_lines(call.command, a.result) for a in answers if a.result is not None)
+    lines = []
+    for answer in answers:
+        if answer.result is not None:
+            prefix = f"{answer.host}: " if len(answers) > 1 else ""
+            lines += [prefix + line for line in render.change_lines(call.command, answer.result).splitlines()]
+    return "\n".join(lines)
 
 
-def read(call: Call, show: Show, args: Mapping[str, object] = {}, *, strict: bool = False) -> None:
+def read(
+    call: Call,
+    show: Show,
+    args: Mapping[str, object] = {},
+    *,
+    strict: bool = False,
+    all_by_default: bool = True,
+) -> None:
     def run(talk: render.Talk) -> tuple[Answer, ...]:
-        answers = ask_all(call.targets(all_by_default=True), call.command, args, talk.hear)
+        targets = call.targets(all_by_default=all_by_default)
+        talk.many = len(targets) > 1
+        answers = ask_all(targets, call.command, args, talk.hear)
         if strict:
             answers = tuple(drift_refused(answer) for answer in answers)
         return answers
@@ -300,5 +392,6 @@ def drift_refused(answer: Answer) -> Answer:
     if not isinstance(found, list) or not found:
         return answer
     where = "one place" if len(found) == 1 else f"{len(found)} places"
-    error = Refused("drift", f"registry and life disagree in {where}", hint="each is named in the status")
+    codes = ", ".join(dict.fromkeys(str(row.get("code")) for row in found if isinstance(row, dict)))
+    error = Refused("drift", f"registry and life disagree in {where}", why=codes, hint="each is named in the status")
     return Answer(answer.host, answer.result, error)

@@ -13,6 +13,7 @@ import sys
 from types import FrameType
 
 INTERRUPTED = 130
+WHY, NEXT = "Ctrl-C was pressed before anything was asked", "asking for it again is safe"
 GARBAGE = 50_000
 """Objects more than before, after which they are looked through for garbage. By default it is 700, and what a command
 imports, all of which stays, is looked through a hundred times."""
@@ -53,10 +54,11 @@ def told() -> None:
 def _leave(number: int, frame: FrameType | None) -> None:
     if "--json" in sys.argv:
         words = [word for word in sys.argv[1:] if word.replace("-", "").isalpha() and not word.startswith("-")]
-        error = f'{{"code": "interrupted", "exit": {INTERRUPTED}, "message": "interrupted", "why": "", "hint": ""}}'
+        told = f'"message": "interrupted", "why": "{WHY}", "hint": "{NEXT}"'
+        error = f'{{"code": "interrupted", "exit": {INTERRUPTED}, {told}}}'
         command = words[0] if words else ""
         _write(1, f'{{"schema": 1, "command": "{command}", "ok": false, "hosts": [], "error": {error}}}\n')
-    _write(2, "error: interrupted\n")
+    _write(2, f"error: interrupted\n  why: {WHY}\n  next: {NEXT}\n")
     os._exit(INTERRUPTED)
 
 

@@ -26,6 +26,11 @@ POSITIONAL = {
 }
 
 
+def short(task: str) -> str:
+    """The positional form of a task, as its help shows it."""
+    return " ".join(["mlxctl", task, *(flag.removeprefix("--").upper() for flag in POSITIONAL[task])])
+
+
 class _OwnConfig(Config):
     """Reads no file: what the user set for other task suites is no business of this program."""
 
@@ -37,6 +42,15 @@ class _OwnConfig(Config):
 
 
 class _Mlxctl(Program):
+    def print_help(self) -> None:
+        super().print_help()
+        print(f"\nShort: {', '.join(map(short, POSITIONAL))}")  # noqa: T201
+
+    def print_task_help(self, name: str) -> None:
+        super().print_task_help(name)
+        if name in POSITIONAL:
+            print(f"Short: {short(name)}\n")  # noqa: T201
+
     def parse_core(self, argv: list[str] | None) -> None:
         try:
             super().parse_core(argv)

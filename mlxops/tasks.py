@@ -19,7 +19,7 @@ from mlxops.control import client, render
 from mlxops.control.client import Answer, Target, ask, ask_all, gateway_warning
 from mlxops.core import fields, names
 from mlxops.core.errors import MlxopsError, UsageError
-from mlxops.core.protocol import Event, Line
+from mlxops.core.protocol import Event, Line, Note
 
 if TYPE_CHECKING:
     pass
@@ -30,6 +30,7 @@ LOCAL = "this machine itself, without SSH"
 JSON = "print one JSON document"
 DRY = "show the plan; change nothing"
 DRAIN = "seconds that open requests get before the server is killed (30)"
+TIMEOUT = "seconds from the engine's start to the proof, never the download (180, and 60 more for each 8 GB)"
 DEBUG = "print the traceback of a bug"
 COMMON = {"local": LOCAL, "json": JSON, "debug": DEBUG}
 
@@ -54,7 +55,7 @@ def _command(iterable: Sequence[str] = (), **help: str) -> Callable[[Callable[..
     return make
 
 
-@_command(host=HOST, dry_run=DRY)
+@_command(host=HOSTS, dry_run=DRY)
 def init(
     c: Context,
     host: str | None = None,
@@ -64,7 +65,7 @@ def init(
     debug: bool = False,
 ) -> None:
     """Register every complete MLX model of the host's cache."""
-    command.change(Call("init", host, local, json, debug), lambda: {"dry_run": dry_run})
+    command.change(Call("init", host, local, json, debug), lambda: {"dry_run": dry_run}, several=True)
 
 
 @_command(host=HOSTS, memory="estimate each model, and show the budget and what serves already")
@@ -108,7 +109,8 @@ def status(
         from mlxops.control import live
 
         if not watch:
-            raise UsageError("watch_missing", "--interval goes with --watch", hint="inv status --watch --interval 5")
+            why = "without --watch each host is looked at once"
+            raise UsageError("watch_missing", "--interval goes with --watch", why=why, hint="add --watch")
         if probe:
             why = "a completion from every ready port at every look would be load, not watching"
             raise UsageError("probe_or_watch", "--probe and --watch exclude each other", why=why, hint="leave one out")
@@ -116,7 +118,7 @@ def status(
         answers = live.stay(call.targets(all_by_default=True), seconds, talk, json=call.json, until_drift=strict)
         return tuple(map(command.drift_refused, answers)) if strict else answers
 
-    command.carry_out(call, run, lambda answers: "")
+    command.carry_out(call, run, None)
 
 
 @_command(
@@ -124,7 +126,7 @@ def status(
     model="registered name, or repo id org/name",
     port="port, or auto; left out: the model's own slot, else its present port",
     repo="org/name[@revision] to register or repoint the name to",
-    timeout="seconds from the engine's start to the proof; never covers the download",
+    timeout=TIMEOUT,
     force="swap what is on the port, move the model, or restart it",
     overcommit="load it even if it is estimated not to fit in memory",
     drain=DRAIN,
@@ -205,7 +207,8 @@ def unload(
 
     def given() -> Mapping[str, object]:
         if port is not None and model is not None:
-            raise UsageError("port_or_model", "--port and --model exclude each other", hint="mlxctl unload 8100")
+            why = "each names what is to be unloaded, and they may name different things"
+            raise UsageError("port_or_model", "--port and --model exclude each other", why=why, hint="leave one out")
         _need(port or model, "either --port or --model", "unload --port 8100")
         return {
             "port": port,
@@ -221,7 +224,7 @@ def unload(
 @_command(
     host=HOST,
     port="the port to bring back",
-    timeout="seconds from the engine's start to the proof; never covers the download",
+    timeout=TIMEOUT,
     overcommit="load it even if it is estimated not to fit in memory",
     drain=DRAIN,
     dry_run=DRY,
@@ -284,7 +287,7 @@ def set_(
     command.change(Call("set", host, local, json, debug), given)
 
 
-@_command(host=HOST, yes="do not ask", dry_run=DRY)
+@_command(host=HOSTS, yes="do not ask", dry_run=DRY)
 def unload_all(
     c: Context,
     host: str | None = None,
@@ -296,27 +299,33 @@ def unload_all(
 ) -> None:
     """Stop every MLX server of the host; asks first."""
     call = Call("unload-all", host, local, json, debug)
-    command.change(call, lambda: {"dry_run": dry_run}, before=None if yes or dry_run else _confirm)
+    before = None if yes or dry_run else _confirm
+    command.change(call, lambda: {"dry_run": dry_run}, several=True, before=before)
 
 
-def _confirm(target: Target, talk: render.Talk) -> None:
-    """Show what would go and ask; where nobody can answer, `--yes` must."""
+def _confirm(targets: Sequence[Target], talk: render.Talk) -> None:
+    """Show what would go and ask, once for all; where nobody can answer, `--yes` must."""
     if not sys.stdin.isatty():
         raise UsageError(
             "confirmation_needed",
-            "unload-all stops every server of the host",
+            f"unload-all stops every server of {', '.join(target.name for target in targets)}",
             why="nothing is asked when standard input is not a terminal",
             hint="add --yes; or --dry-run to see what it would stop",
         )
-    answer = ask(target, "unload-all", {"dry_run": True}, talk.hear)
-    if answer.error is not None:
-        raise answer.error
-    for line in render.change_lines("unload-all", answer.result or {}).splitlines():
-        talk.note(line.removesuffix(" (dry run, nothing changed)"))
+    talk.many = len(targets) > 1
+    for answer in ask_all(targets, "unload-all", {"dry_run": True}, talk.hear):
+        if answer.error is not None:
+            # Of what cannot be shown, nobody can say that it may go.
+            talk.hear(answer.host, Note("it cannot be shown what would be stopped, so nothing is", "warning"))
+            raise answer.error
+        for line in render.change_lines("unload-all", answer.result or {}).splitlines():
+            talk.hear(answer.host, Note(line.removesuffix(" (dry run, nothing changed)")))
     sys.stderr.write("Unload all of this? [y/N] ")
     sys.stderr.flush()
     if sys.stdin.readline().strip().lower() not in {"y", "yes"}:
-        raise UsageError("not_confirmed", "nothing was unloaded", hint="answer y, or add --yes")
+        raise UsageError(
+            "not_confirmed", "nothing was unloaded", why="the answer was not y", hint="answer y, or add --yes"
+        )
 
 
 @_command(
@@ -337,16 +346,20 @@ def gateway(
 ) -> None:
     """Check every alias, from the gateway's files to what answers."""
     call = Call("gateway", host, local, json, debug)
-    if print:
-        return _entries(call, env)
+    if print or env:
+        return _entries(call, env, print=print)
 
     def run(talk: render.Talk) -> tuple[Answer, ...]:
         from mlxops.control import gateway
         from mlxops.control.gatewayfiles import read
 
         if call.gateway is None or not (call.gateway.config or (through and call.gateway.url)):
-            hint = "add `gateway: {config: ~/litellm/router.yaml}`; see the annotated hosts.yaml of mlxops"
-            raise UsageError("no_gateway", "hosts.yaml does not say where the gateway's configuration is", hint=hint)
+            raise UsageError(
+                "no_gateway",
+                "hosts.yaml does not say where the gateway's configuration is",
+                why="it is what the hosts are held against",
+                hint="add `gateway: {config: ~/litellm/router.yaml}`; see the annotated hosts.yaml of mlxops",
+            )
         told = read(call.gateway)
         targets = call.targets(all_by_default=True)
         answers = gateway.check(told, targets, ask_all(targets, call.command, {}, talk.hear))
@@ -355,7 +368,7 @@ def gateway(
     command.carry_out(call, run, render.gateway_table)
 
 
-def _entries(call: Call, env: bool) -> None:
+def _entries(call: Call, env: bool, *, print: bool) -> None:
     """What to paste. With `--json` the same as data: `model_list`, and `environ` for the env file."""
     from mlxops.control import gateway
 
@@ -363,6 +376,9 @@ def _entries(call: Call, env: bool) -> None:
     environ: dict[str, str] = {}
 
     def run(talk: render.Talk) -> tuple[Answer, ...]:
+        if not print:
+            why = "it is a form of what is printed; the check itself reads the env file that hosts.yaml names"
+            raise UsageError("print_missing", "--env goes with --print", why=why, hint="add --print, or leave it out")
         made, variables = gateway.printed(call.targets(all_by_default=True), env=env)
         document.update(made)
         environ.update(variables)
@@ -371,7 +387,7 @@ def _entries(call: Call, env: bool) -> None:
     command.carry_out(call, run, lambda answers: gateway.as_yaml(document, environ))
 
 
-@_command(host=HOST, dry_run=DRY)
+@_command(host=HOSTS, dry_run=DRY)
 def reconcile(
     c: Context,
     host: str | None = None,
@@ -381,10 +397,10 @@ def reconcile(
     debug: bool = False,
 ) -> None:
     """Clear what nothing serves; stop what a crash left."""
-    command.change(Call("reconcile", host, local, json, debug), lambda: {"dry_run": dry_run})
+    command.change(Call("reconcile", host, local, json, debug), lambda: {"dry_run": dry_run}, several=True)
 
 
-@_command(host=HOST, cleared="also what the latest reconcile has cleared", dry_run=DRY)
+@_command(host=HOSTS, cleared="also what the latest reconcile has cleared", dry_run=DRY)
 def restore(
     c: Context,
     host: str | None = None,
@@ -395,11 +411,12 @@ def restore(
     debug: bool = False,
 ) -> None:
     """Start what is assigned and nothing serves."""
-    command.change(Call("restore", host, local, json, debug), lambda: {"cleared": cleared, "dry_run": dry_run})
+    given = {"cleared": cleared, "dry_run": dry_run}
+    command.change(Call("restore", host, local, json, debug), lambda: given, several=True)
 
 
 @_command(
-    host=HOST,
+    host=HOSTS,
     install="have the system run restore at boot",
     every="minutes; also have it run that often, which brings crashed servers back (implies --install)",
     remove="have it run it no more",
@@ -423,12 +440,15 @@ def boot(
         actions = [name for name, on in given if on] or ["show"]
         if len(actions) > 1:
             raise UsageError(
-                "one_action", f"--{actions[0]} and --{actions[1]} exclude each other", hint="one after the other"
+                "one_action",
+                f"--{actions[0]} and --{actions[1]} exclude each other",
+                why="each leaves something else installed, or changes nothing",
+                hint="one after the other",
             )
         action = "install" if actions == ["every"] else actions[0]
         return {"action": action, "every": _minutes(every), "dry_run": action == "show"}
 
-    command.change(Call("boot", host, local, json, debug), given)
+    command.change(Call("boot", host, local, json, debug), given, several=True)
 
 
 def _minutes(text: str | None) -> int | None:
@@ -436,7 +456,7 @@ def _minutes(text: str | None) -> int | None:
 
 
 @_command(
-    host=HOST,
+    host=HOSTS,
     repo="org/name[@revision] to download, or to refresh",
     verify="compare the content of every file with the hub's hashes",
     dry_run=DRY,
@@ -456,7 +476,7 @@ def pull(
     def given() -> Mapping[str, object]:
         return {"repo": _need(repo, "--repo", "pull --repo org/name"), "verify": verify, "dry_run": dry_run}
 
-    command.change(Call("pull", host, local, json, debug), given)
+    command.change(Call("pull", host, local, json, debug), given, several=True)
 
 
 @_command(host=HOST, model="the model whose files go; its registry entry stays", dry_run=DRY)
@@ -494,7 +514,7 @@ def logs(
     debug: bool = False,
 ) -> None:
     """Show a server's log."""
-    call = Call("logs", host, local, json, debug)
+    call = Call("logs", host, local, json, debug, many=follow)
     kept: list[str] = []
 
     def run(talk: render.Talk) -> tuple[Answer, ...]:
@@ -535,23 +555,28 @@ def ops(
     debug: bool = False,
 ) -> None:
     """Show running and recent operations; follow or cancel one."""
-    call = Call("ops", host, local, json, debug)
+    call = Call("ops", host, local, json, debug, many=follow is not None)
     if follow is None and cancel is None:
-        return command.read(call, render.ops_table)
+        return command.read(call, render.ops_table, all_by_default=False)
 
     def run(talk: render.Talk) -> tuple[Answer, ...]:
         if follow is not None and cancel is not None:
-            raise UsageError("follow_or_cancel", "--follow and --cancel exclude each other", hint="one after the other")
+            why = "one waits for an operation's end, the other brings it about"
+            raise UsageError(
+                "follow_or_cancel", "--follow and --cancel exclude each other", why=why, hint="one after the other"
+            )
         (target,) = call.targets(only_one=True)
         if cancel is not None:
             return (ask(target, "cancel", {"operation": cancel}, talk.hear),)
-        return (command.attended(call, target, {"operation": follow}, talk, "follow"),)
+        return command.in_turn(
+            call, [target], talk, lambda target: command.attended(call, target, {"operation": follow}, talk, "follow")
+        )
 
     command.carry_out(call, run, lambda answers: command.change_lines(call, answers), key="result")
 
 
 @_command(
-    host=HOST,
+    host=HOSTS,
     rollback="go back to the build that was there before",
     wheels="folder with all wheels that are needed, for a host without a package index",
     mlxctl="also install mlxctl there, linked into ~/.local/bin",
@@ -572,18 +597,19 @@ def deploy(
     call = Call("deploy", host, local, json, debug)
 
     def run(talk: render.Talk) -> tuple[Answer, ...]:
-        (target,) = call.targets(only_one=True)
         from mlxops.control.deploy import Wish
 
         wish = Wish(mlxctl, Path(wheels) if wheels else None, rollback, dry_run)
-        return (client.deploy(target, talk.hear, wish),)
+        return command.in_turn(call, call.targets(), talk, lambda target: client.deploy(target, talk.hear, wish))
 
     command.carry_out(call, run, lambda answers: command.change_lines(call, answers), key="result")
 
 
 def _need(value: str | None, flag: str, example: str) -> str:
     if value is None:
-        raise UsageError("missing_argument", f"{flag} is needed", hint=f"for example: {example}")
+        raise UsageError(
+            "missing_argument", f"{flag} is needed", why="there is no default for it", hint=f"for example: {example}"
+        )
     return value
 
 
@@ -617,7 +643,15 @@ def test(c: Context, only: str | None = None, fast: bool = False, all_engines: b
 def _checks(chosen: Sequence[str], fast: bool) -> None:
     """Every check is run, so that one run tells all; the tests come last."""
     import subprocess
+    from importlib.util import find_spec
 
+    if missing := [name for name in ("ruff", "mypy", "pytest", "hypothesis") if find_spec(name) is None]:
+        raise MlxopsError(
+            "test_tools_missing",
+            f"{', '.join(missing)} cannot be imported",
+            why=f"they come with the extra `dev`, which {sys.executable} has not",
+            hint="in this folder: pip install -e '.[dev]'",
+        )
     tests = ["pytest", *chosen, *(["tests/core", "tests/test_arrows.py"] if fast else [])]
     failed = []
     for words in (["ruff", "format", "--check"], ["ruff", "check"], ["mypy"], tests):
@@ -675,7 +709,12 @@ def faults(
             )
         minutes_given = names.seconds(minutes, "--minutes")
         if not campaign.run(minutes_given, number, Path(state) if state else None, only):
-            raise MlxopsError("faults_lost", "some faults were not survived", hint="inv faults --only KIND --at NUMBER")
+            raise MlxopsError(
+                "faults_lost",
+                "some faults were not survived",
+                why="each is in the file that counts, with what was wrong",
+                hint="one of them again: inv faults --only KIND --at NUMBER",
+            )
 
     _develop("faults", run)
 
@@ -687,7 +726,10 @@ def _develop(name: str, run: Callable[[], None], *, json: bool = False) -> None:
     try:
         if folder is None or not (folder / "tests" / "lab").is_dir():
             raise UsageError(
-                "checkout_needed", f"{name} needs the checkout of mlxops", hint=f"in its folder: inv {name}"
+                "checkout_needed",
+                f"{name} needs the checkout of mlxops",
+                why="it is made of the tests, which are not installed",
+                hint=f"in its folder: inv {name}",
             )
         os.chdir(folder)
         if str(folder) not in sys.path:
@@ -699,7 +741,10 @@ def _develop(name: str, run: Callable[[], None], *, json: bool = False) -> None:
         raise SystemExit(command.fail(call, command.interrupted(call))) from None
     except (RuntimeError, OSError, ModuleNotFoundError) as error:
         failed = MlxopsError(
-            f"{name}_failed", f"{name} failed: {error}", hint="pip install -e '.[dev]' has what it needs"
+            f"{name}_failed",
+            f"{name} failed",
+            why=str(error) or type(error).__name__,
+            hint="pip install -e '.[dev]' has what it needs",
         )
         raise SystemExit(command.fail(call, failed)) from None
 

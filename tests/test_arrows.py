@@ -125,8 +125,8 @@ def test_core_opens_no_file_and_prints_nothing() -> None:
 @pytest.mark.parametrize(
     ("package", "allowed"),
     [
-        ("agent", ("mlxops.agent", "mlxops.core", "mlxops.build", "mlxops.__version__")),
-        ("control", ("mlxops.control", "mlxops.core", "mlxops.build", "mlxops.__version__")),
+        ("agent", ("mlxops.agent", "mlxops.core", "mlxops.build", "mlxops.deadline", "mlxops.__version__")),
+        ("control", ("mlxops.control", "mlxops.core", "mlxops.build", "mlxops.deadline", "mlxops.__version__")),
     ],
 )
 def test_agent_and_control_know_core_and_never_each_other(package: str, allowed: tuple[str, ...]) -> None:
@@ -172,7 +172,9 @@ STATUS_ON_A_HOST = {
     "mlxops.agent": {
         *(
             "agreement",
+            "engine",
             "engines",
+            "flocks",
             "interrupted",
             "journal",
             "logs",
@@ -185,14 +187,13 @@ STATUS_ON_A_HOST = {
         ),
         *("store", "system", "worker"),
     },
-    "mlxops.agent.engines": {"base", "mlx_lm", "mlx_openai_server"},
     "mlxops.agent.operations": {"context", "drift", "look", "ops"},
 }
-"""What the agent imports of mlxops for a `status` of a host where nothing runs."""
+"""What the agent imports of mlxops for a `status` of a host where nothing runs; the engines beside, which are found."""
 STATUS_ASKS = {
     "mlxops": {"", "build", "command", "control", "core", "entry", "tasks"},
     "mlxops.core": {"errors", "fields", "names", "protocol", "settings", "units"},
-    "mlxops.control": {"client", "files", "inventory", "lines", "local", "render", "session", "ssh_config"},
+    "mlxops.control": {"client", "files", "hints", "inventory", "lines", "local", "render", "session", "ssh_config"},
 }
 """What the control node imports for it, with `--local`."""
 OVER_SSH = STATUS_ASKS | {"mlxops.control": STATUS_ASKS["mlxops.control"] | {"known_hosts", "login", "transport"}}

@@ -118,10 +118,109 @@ class TestSeveralHosts:
         assert listener(first, first.ports[0]) is not None
         nothing_runs(second)
 
-    def test_a_change_takes_one_host(self, make_homelab: Callable[..., Homelab]) -> None:
+    def test_a_hint_acts_on_the_host_that_it_is_about(self, make_homelab: Callable[..., Homelab]) -> None:
+        """As it is given, wherever a bare command would go."""
+        lab = make_homelab(studios=2)
+        first, second = lab.studios
+        port, free = second.ports[:2]
+        for studio in lab.studios:
+            with_fake(lab, studio.name)
+            register(studio, "mine", port=port)
+            register(studio, "other", repo=OTHER)
+            mlxctl = lab.mini.mlxctl
+            mlxctl("load", "other", str(free), "--host", studio.name).ok()
+
+        def typed(hint: str, *more: str) -> Completed:
+            program, *words = hint.split()
+            assert program == "mlxctl", hint
+            return mlxctl(*words, *more)
+
+        def drift(*words: str) -> dict[str, str]:
+            rows = mlxctl("status", "--json", *words).ok().json["hosts"]
+            return {row["host"]: row["drift"][0]["hint"] for row in rows}
+
+        hints = drift()
+        assert hints["studio"] == f"mlxctl load mine {port}, or mlxctl reconcile"
+        assert hints["studio2"] == f"mlxctl load --host studio2 mine {port}, or mlxctl reconcile --host studio2"
+        typed(hints["studio2"].partition(",")[0]).ok()
+        assert assigned(second) == {"mine": port, "other": free}
+        assert listener(second, port) is not None and listener(first, port) is None
+
+        refused = mlxctl("load", "other", str(port), "--host", "studio2", "--json")
+        hint = error_of(refused)["hint"]
+        assert hint.endswith(f"or first: mlxctl unload --host studio2 {port}"), hint
+        typed(hint.partition("first: ")[2]).ok()
+        assert assigned(second) == {"other": free} and listener(first, free) is not None
+
+        # On the studio itself, which is not the one that a bare --local means.
+        on_it = {"MLXOPS_HOST": "studio2"}
+        local = ["status", "--json", "--local"]
+        assert mlxctl(*local, env=on_it).ok().json["hosts"][0]["host"] == "studio2"
+        refused = mlxctl("load", "mine", str(free), "--host", "studio2", "--local", "--json")
+        assert f"mlxctl unload --host studio2 --local {free}" in error_of(refused)["hint"]
+        refused = mlxctl("load", "mine", str(free), "--local", "--json", env=on_it)
+        assert f"mlxctl unload --local {free}" in error_of(refused)["hint"]
+
+        # What this side says itself, of one host.
+        lab.configure("studio2", ports=f"{port}-{second.ports[-1] + 1}")
+        differ = mlxctl("reconcile", "--host", "studio2", "--json")
+        assert error_of(differ)["hint"].endswith("inv deploy --host studio2")
+        lab.configure("studio2", python=["/nowhere/bin/python"])
+        assert (
+            error_of(mlxctl("init", "--host", "studio2", "--json"))["hint"] == "install it: inv deploy --host studio2"
+        )
+
+    def test_a_change_of_what_is_on_a_port_or_of_a_model_takes_one_host(
+        self, make_homelab: Callable[..., Homelab]
+    ) -> None:
         ask = Ask(make_homelab(studios=2), "ssh")
-        error = ask.error(2, "load", "--model", "x", "--port", ask.port, "--host", "studio,studio2")
-        assert error["code"] == "one_host"
+        for words in (
+            ["load", "--model", "x", "--port", ask.port],
+            ["unload", "--port", ask.port],
+            ["rollback", "--port", ask.port],
+            ["set", "--model", "x", "--set", "engine=mlx-lm"],
+            ["remove", "--model", "x"],
+            ["logs", "--port", ask.port],
+        ):
+            error = ask.error(2, *words, "--host", "studio,studio2")
+            assert error["code"] == "one_host", words
+
+    def test_the_others_take_several_and_go_from_one_to_the_next(self, make_homelab: Callable[..., Homelab]) -> None:
+        lab = make_homelab(studios=3)
+        ask = Ask(lab, "ssh")
+        both = ["--host", "studio2,studio"]
+        for studio in lab.studios:
+            with_fake(lab, studio.name)
+            install(studio, REPO)
+        told = ask("init", *both).ok().stdout.splitlines()
+        assert [line.partition(" ")[0] for line in told] == ["studio2:"] * 2 + ["studio:"] * 2
+        for words in (
+            ["reconcile"],
+            ["restore"],
+            ["boot"],
+            ["unload-all", "--yes"],
+            ["pull", "--repo", REPO, "--dry-run"],
+        ):
+            answer = ask(*words, *both, "--json").ok()
+            assert [(row["host"], "result" in row) for row in answer.json["hosts"]] == [
+                ("studio2", True),
+                ("studio", True),
+            ]
+        assert "studio2, studio" in ask.error(2, "unload-all", *both)["message"]
+
+        for studio in lab.studios:
+            ask("load", "--model", REPO, "--port", ask.port, "--host", studio.name).ok()
+        lab.studios[1].sshd.stop()
+        answer = ask("unload-all", "--yes", "--host", "studio,studio2,studio3", "--json")
+        assert answer.exit == 5 and answer.json["ok"] is False
+        assert [(row["error"] or {}).get("code") for row in answer.json["hosts"]] == [None, "connection_refused", None]
+        assert [assigned(studio) for studio in lab.studios] == [{}, {REPO: ask.port}, {}]
+
+    def test_ops_are_the_default_hosts_unless_others_are_named(self, make_homelab: Callable[..., Homelab]) -> None:
+        ask = Ask(make_homelab(studios=2), "ssh")
+        assert [row["host"] for row in ask("ops", "--json").ok().json["hosts"]] == ["studio"]
+        named = ask("ops", "--json", "--host", "studio2,studio").ok()
+        assert [row["host"] for row in named.json["hosts"]] == ["studio2", "studio"]
 
     def test_a_host_that_is_down_is_told_by_a_change_too(self, remote: Ask) -> None:
         remote.studio.sshd.stop()
@@ -177,7 +276,7 @@ class TestHostsThatDiffer:
         before = tree(remote.studio.folder)
         for command in (["status"], ["load", "--model", "x", "--port", remote.port]):
             error = remote.error(6, *command)
-            assert error["code"] == "agent_missing" and "inv deploy --host studio" in error["hint"]
+            assert error["code"] == "agent_missing" and error["hint"] == "install it: inv deploy"
             assert "/nowhere/bin/python" in error["why"]
         assert tree(remote.studio.folder) == before
 

@@ -70,6 +70,13 @@ def mlxctl(*words: str) -> subprocess.CompletedProcess[str]:
 def test_the_help_of_a_task_says_what_each_flag_is_for() -> None:
     said = mlxctl("load", "--help").stdout
     assert "registered name, or repo id" in said and "seconds from the engine's start" in said
+    assert "180" in said
+
+
+def test_the_help_names_the_positional_forms() -> None:
+    assert "mlxctl load MODEL PORT, mlxctl unload PORT" in mlxctl("--help").stdout
+    assert "Short: mlxctl load MODEL PORT\n" in mlxctl("load", "--help").stdout
+    assert "Short" not in mlxctl("status", "--help").stdout
 
 
 @pytest.mark.parametrize(
@@ -100,6 +107,12 @@ def test_an_output_that_cannot_be_written_is_told(words: str, tmp_path: Path) ->
         full = run(">/dev/full")
         assert full.returncode == 74 and full.stderr.startswith("error: the result could not be written")
         assert "Traceback" not in full.stderr and run("2>/dev/full").returncode == 0
+        unknown = run("--host nowhere >/dev/full")
+        assert unknown.returncode == 2 and unknown.stderr.startswith("error: there is no host"), unknown.stderr
+        assert "Traceback" not in unknown.stderr
+    closed = run(">&-")
+    assert closed.returncode == 74 and "  why: it is closed\n" in closed.stderr
+    assert "Traceback" not in closed.stderr
     # Without any standard error at all, what is asked is done nevertheless.
     assert run("2>&-").returncode == 0 and run("2>&-").stdout
     assert run("<&-").returncode == 0

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -242,7 +242,10 @@ class TestServersThatDoNotStart:
         path = models.repo_folder(ask.studio.hub, BROKEN)
         config = next(path.glob("snapshots/*/config.json")).resolve()
         config.write_text(json.dumps(json.loads(config.read_text()) | {"model_file": "model.py"}))
-        codes = {"flags": "reserved_argument", "engine": "unknown_engine", BROKEN: "code_would_run"}
+        register(ask.studio, "branch", repo=OTHER, trust_remote_code=True, revision="main")
+        register(ask.studio, "unpinned", repo=OTHER, trust_remote_code=True)
+        codes = {"flags": "reserved_argument", "engine": "unknown_engine"}
+        codes |= dict.fromkeys([BROKEN, "branch", "unpinned"], "code_would_run")
         for model, code in codes.items():
             assert ask.error(3, "load", "--model", model, "--port", ask.port, "--force")["code"] == code
             assert engines(ask.studio) == {first}
@@ -519,16 +522,62 @@ class TestAtTheSameTime:
             assert finish(first).exit == 0
         assert assigned(ask.studio) == {"one": ask.port}
 
-    def test_unload_cancels_a_load_and_leaves_nothing(self, ask: Ask) -> None:
+    def test_asked_in_other_words_it_is_the_same_load(self, ask: Ask) -> None:
+        go = ask.studio.folder / "go"
+        second = ask.studio.ports[1]  # nobody's slot
+        register(ask.studio, "mine", "until", until=go)
+        with ask.running("load", "--model", "mine", "--port", second) as one:
+            started(ask.studio)
+            with (
+                ask.running("load", "--model", "mine", "--port", second, "--repo", REPO, "--json") as with_its_repo,
+                ask.running("load", "--model", "mine", "--json") as without_a_port,
+            ):
+                other = ask.error(75, "load", "--model", "mine", "--port", second, "--repo", OTHER)
+                assert other["code"] == "busy"
+                go.touch()
+                answers = [finish(each) for each in (one, with_its_repo, without_a_port)]
+        assert [answer.exit for answer in answers] == [0, 0, 0], "\n".join(map(str, answers))
+        assert len(engines(ask.studio)) == 1
+
+    def test_a_dry_run_sees_who_is_at_work(self, ask: Ask) -> None:
+        register(ask.studio, "mine", "deaf")
+        register(ask.studio, "two")
+        with ask.running("load", "--model", "mine", "--port", ask.port) as load:
+            started(ask.studio)
+            same = ask.result("load", "--model", "mine", "--port", ask.port, "--dry-run")
+            assert (same["plan"]["outcome"], same["changed"]) == ("attach", False)
+            for words in ([], ["--force"]):
+                wish = ["load", "--model", "two", "--port", ask.port, "--dry-run", *words]
+                assert ask.error(75, *wish)["code"] == "busy"
+            ask("unload", "--port", ask.port).ok()
+            assert finish(load).exit == 130
+
+    @pytest.mark.parametrize(
+        "way", [lambda ask: ("--port", ask.port), lambda _: ("--model", "mine")], ids=["port", "model"]
+    )
+    def test_unload_cancels_a_load_and_leaves_nothing(self, ask: Ask, way: Callable[[Ask], tuple[object, ...]]) -> None:
         register(ask.studio, "mine", "deaf")
         with ask.running("load", "--model", "mine", "--port", ask.port, "--json") as load:
             started(ask.studio)
-            ask("unload", "--port", ask.port).ok()
+            result = ask.result("unload", *way(ask))
             answer = finish(load)
+        assert (result["changed"], result["model"], result["port"]) == (True, "mine", ask.port)
         assert error_of(answer)["code"] == "cancelled" and answer.exit == 130
         nothing_runs(ask.studio)
         assert assigned(ask.studio) == {} and not list((ask.studio.state / "run").glob("*.json"))
         assert ask.row()["state"] == "idle"
+
+    def test_unload_all_cancels_a_load_too(self, ask: Ask) -> None:
+        register(ask.studio, "mine", "deaf")
+        register(ask.studio, "other")
+        ask("load", "--model", "other", "--port", ask.studio.ports[1]).ok()
+        with ask.running("load", "--model", "mine", "--port", ask.port, "--json") as load:
+            wait_until(lambda: len(engines(ask.studio)) == 2, 8, "the engine's start")
+            rows = ask.result("unload-all", "--yes")["ports"]
+            assert finish(load).exit == 130
+        assert {row["model"]: row["changed"] for row in rows} == {"mine": True, "other": True}
+        nothing_runs(ask.studio)
+        assert assigned(ask.studio) == {}
 
     def test_a_cancelled_swap_brings_the_old_one_back(self, ask: Ask) -> None:
         register(ask.studio, "old")

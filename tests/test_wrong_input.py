@@ -164,6 +164,11 @@ class TestArguments:
         refused(local, typed(*(word.format(**ports) for word in words)), 2)
         assert tree(local.studio.folder) == before
 
+    def test_a_form_of_what_is_not_asked_for_is_usage(self, local: Ask, typed: Typed) -> None:
+        answer = typed("gateway", "--env")
+        refused(local, answer, 2)
+        assert error_of(answer)["code"] == "print_missing"
+
     @pytest.mark.parametrize("name", ["minee", "org/nobody-has-it", "jerry-l"])
     def test_an_unknown_name_is_refused_and_leaves_the_registry_alone(self, ask: Ask, name: str) -> None:
         before = tree(ask.studio.hub)

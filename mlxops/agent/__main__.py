@@ -8,7 +8,6 @@ python -P -m mlxops.agent --worker D L  the worker of the operation whose record
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import json
 import os
@@ -22,6 +21,8 @@ from typing import TYPE_CHECKING
 
 from mlxops import __version__
 from mlxops.agent.agreement import agree, agree_anew, refuse_others
+from mlxops.agent.flocks import LOOK_SECONDS as LOCK_LOOK_SECONDS
+from mlxops.agent.flocks import flock_within
 from mlxops.agent.place import Place, place
 from mlxops.agent.store import Store
 from mlxops.build import build_id
@@ -90,9 +91,10 @@ def main(argv: list[str]) -> int:
 def _use_build() -> None:
     """A shared lock on this build's stamp, for as long as this process lives: deploy prunes no build that is in use."""
     try:
-        fcntl.flock(os.open(STAMP, os.O_RDONLY | os.O_CLOEXEC), fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fd = os.open(STAMP, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        return  # not deployed but installed in another way; or being looked at by a deploy in this very instant
+        return  # not deployed but installed in another way
+    flock_within(fd, LOCK_LOOK_SECONDS, shared=True)  # a deploy that looks whether it is in use holds it for an instant
 
 
 def _deployed() -> str:

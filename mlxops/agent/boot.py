@@ -15,8 +15,10 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -26,6 +28,19 @@ from mlxops.core.settings import BootJob
 LABEL = "org.mlxops.restore"
 UNIT = "mlxops-restore"
 TIMEOUT = 30.0
+ABSENT = 113
+"""What `launchctl print` ends with for a job that is not there ("Could not find service"); all else says nothing."""
+BUSY = 5
+"""What `launchctl bootstrap` ends with ("Input/output error") while an older job of that label is just ending."""
+DAEMONS = Path("/Library/LaunchDaemons")
+KEPT = (
+    *("PATH", "MLX_LAUNCH_CMD", "HF_ENDPOINT", "HF_HUB_OFFLINE"),
+    *("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"),
+)
+"""What mlxops reads of its environment to find the cache, with the registry in it, and the engine. launchd and systemd
+give a job next to nothing, so without these it would look at another registry than whoever installed it. They go into
+the job, and no absolute paths into host.json: those would help only where the paths are the settings' own, would not
+find the engine, and two sessions of one host that differ in HF_HOME would disagree for ever."""
 _FOLDERS = "/bin:/usr/bin:/usr/local/bin:/sbin:/usr/sbin"
 
 
@@ -38,6 +53,7 @@ class Job:
     home: Path
     user: str
     every: int | None = None
+    environ: Mapping[str, str] = field(default_factory=dict)
 
 
 def job(state: Path, environ: Mapping[str, str], every: int | None) -> Job:
@@ -46,7 +62,17 @@ def job(state: Path, environ: Mapping[str, str], every: int | None) -> Job:
     here = Path(sys.prefix).resolve() == (state / "venv").resolve()
     argv = (str(own) if here else sys.executable, "-P", "-m", "mlxops.agent", "--restore", str(state))
     home = environ.get("HOME") or str(Path.home())
-    return Job(argv, state / "logs" / "restore.log", Path(home), getpass.getuser(), every)
+    return Job(argv, state / "logs" / "restore.log", Path(home), getpass.getuser(), every, kept(environ))
+
+
+def kept(environ: Mapping[str, str]) -> dict[str, str]:
+    """What of an environment goes into the job, which everybody may read: no address with a password in it either."""
+    found = {key: environ[key] for key in KEPT if key in environ}
+    return {key: value for key, value in found.items() if value.isprintable() and "@" not in _address(key, value)}
+
+
+def _address(key: str, value: str) -> str:
+    return value if key == "HF_ENDPOINT" else ""
 
 
 def launch_agent(job: Job) -> bytes:
@@ -56,7 +82,7 @@ def launch_agent(job: Job) -> bytes:
 
 def launch_daemon(job: Job) -> bytes:
     """A LaunchDaemon: runs at boot, as the user. Only root can install it."""
-    environment = {"HOME": str(job.home), "USER": job.user, "LOGNAME": job.user}
+    environment = {**job.environ, "HOME": str(job.home), "USER": job.user, "LOGNAME": job.user}
     return plistlib.dumps(
         _launchd(job, f"{LABEL}.daemon") | {"UserName": job.user, "EnvironmentVariables": environment}
     )
@@ -69,6 +95,10 @@ def _launchd(job: Job, label: str) -> dict[str, object]:
         "RunAtLoad": True,
         # Without it launchd kills the servers when the command that has started them ends.
         "AbandonProcessGroup": True,
+        # launchd.plist(5): a job that says nothing here gets "light resource limits", which throttle its CPU and disk,
+        # and the servers that it starts inherit them.
+        "ProcessType": "Interactive",
+        "EnvironmentVariables": dict(job.environ),
         "StandardOutPath": str(job.log),
         "StandardErrorPath": str(job.log),
     }
@@ -77,13 +107,15 @@ def _launchd(job: Job, label: str) -> dict[str, object]:
 
 def service(job: Job) -> str:
     """A systemd user unit."""
+    quoted = [_systemd_quoted(f"{key}={value}", dollar="$") for key, value in job.environ.items()]
+    environment = "".join(f"Environment={each}\n" for each in quoted)
     return f"""\
 [Unit]
 Description=Start the MLX servers that the registry of mlxops assigns
 
 [Service]
 Type=oneshot
-ExecStart={" ".join(map(_systemd_quoted, job.argv))}
+{environment}ExecStart={" ".join(map(_systemd_quoted, job.argv))}
 # The servers outlive the command that starts them.
 KillMode=process
 TimeoutStartSec=infinity
@@ -114,66 +146,149 @@ def _systemd_escaped(text: str) -> str:
     return text.replace("\\", "\\\\").replace("%", "%%")
 
 
-def _systemd_quoted(text: str) -> str:
-    return '"' + _systemd_escaped(text).replace('"', '\\"').replace("$", "$$") + '"'
+def _systemd_quoted(text: str, dollar: str = "$$") -> str:
+    """`dollar`: how a `$` is written; in Environment= it has no meaning."""
+    return '"' + _systemd_escaped(text).replace('"', '\\"').replace("$", dollar) + '"'
 
 
 class Manager(Protocol):
     """What runs jobs on this system."""
 
     def install(self, job: Job) -> list[str]:
-        """Write its files and tell it. Returns what the operator has to know. Raises `Refused`, `OSError`."""
+        """Write its files and tell it. Returns what the operator has to know. Raises `Refused` and `OSError`, and then
+        the files are as they were."""
 
-    def remove(self, job: Job) -> bool:
-        """False if there was nothing. Raises `Refused`, `OSError`."""
+    def remove(self, job: Job) -> tuple[bool, list[str]]:
+        """Whether there was anything, and what the operator has to know. Raises `OSError`."""
 
     def files(self, job: Job) -> Mapping[Path, bytes]:
         """What `install` writes."""
 
     def places(self, job: Job) -> Sequence[Path]:
-        """Where it may have written."""
+        """Where it may have written what has the job run."""
 
     def state(self) -> str:
         """What the system says of the job, in a word or two."""
 
+    def beside(self, job: Job) -> list[str]:
+        """What the operator has installed besides, and what became of it."""
+
 
 class Launchd:
-    def __init__(self, environ: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        environ: Mapping[str, str],
+        *,
+        daemons: Path = DAEMONS,
+        pause: Callable[[], None] = lambda: time.sleep(0.25),
+        tries: int = 40,
+    ) -> None:
+        """`pause` comes between two of the `tries` that launchd gets for what it does in its own time."""
         self._environ = environ
+        self._daemons = daemons
+        self._pause = pause
+        self._tries = tries
         self._domain = f"gui/{os.getuid()}"
+        self._job = f"{self._domain}/{LABEL}"
 
     def files(self, job: Job) -> Mapping[Path, bytes]:
-        return {job.home / "Library" / "LaunchAgents" / f"{LABEL}.plist": launch_agent(job)}
+        (plist,) = self.places(job)
+        return {plist: launch_agent(job), self._daemon(job): launch_daemon(job)}
 
     def install(self, job: Job) -> list[str]:
-        (plist,) = _write(self.files(job))
-        daemon = job.log.parent.parent / f"{LABEL}.daemon.plist"
-        _write({daemon: launch_daemon(job)})
-        _run(self._environ, "launchctl", "bootout", f"{self._domain}/{LABEL}")  # an older one; mostly there is none
-        done = _run(self._environ, "launchctl", "bootstrap", self._domain, str(plist))
-        system = f"/Library/LaunchDaemons/{daemon.name}"
-        told = [
+        (plist,) = self.places(job)
+        with _writing(self.files(job)):
+            self._run("bootout", self._job)  # an older one; mostly there is none
+            self._wait_until_gone()
+            done = self._bootstrap(plist)
+        told = self.beside(job) or [
             "it runs when this user logs in at the screen; to have it at boot, without a login, as an administrator:",
-            f"  sudo install -o root -g wheel -m 644 {shlex.quote(str(daemon))} {system}",
-            f"  sudo launchctl bootstrap system {system}",
+            *self._put_daemon(job),
         ]
         if done.returncode != 0:
             told.insert(0, f"launchd loads it at the next login; now it says: {_said(done)}")
         return told
 
-    def remove(self, job: Job) -> bool:
-        _run(self._environ, "launchctl", "bootout", f"{self._domain}/{LABEL}")
-        found = [path for path in self.places(job) if path.exists()]
+    def _wait_until_gone(self) -> None:
+        """`bootout` returns before the job has ended."""
+        for _ in range(self._tries):
+            if self._run("print", self._job).returncode != 0:
+                return
+            self._pause()
+
+    def _bootstrap(self, plist: Path) -> subprocess.CompletedProcess[str]:
+        for _ in range(self._tries - 1):
+            done = self._run("bootstrap", self._domain, str(plist))
+            if done.returncode != BUSY:
+                return done
+            self._pause()
+        return self._run("bootstrap", self._domain, str(plist))
+
+    def remove(self, job: Job) -> tuple[bool, list[str]]:
+        told = []
+        try:
+            self._run("bootout", self._job)
+        except Refused as error:
+            told.append(f"{error.message}: the job ends with the login session at the latest")
+        found = [path for path in self.files(job) if path.exists()]
         for path in found:
             path.unlink()
-        return bool(found)
+        installed = self._installed()
+        if installed.exists():
+            told += [f"{installed} still has it run at each boot; to remove that, as an administrator:"]
+            told += self._take_daemon()
+        return bool(found), told
 
     def places(self, job: Job) -> Sequence[Path]:
-        return list(self.files(job))
+        return [job.home / "Library" / "LaunchAgents" / f"{LABEL}.plist"]
 
     def state(self) -> str:
-        done = _run(self._environ, "launchctl", "print", f"{self._domain}/{LABEL}")
-        return "loaded" if done.returncode == 0 else "not loaded"
+        try:
+            done = self._run("print", self._job)
+        except Refused as error:
+            return f"unknown: {error.message}"
+        if done.returncode == ABSENT:
+            return "not loaded"
+        return "loaded" if done.returncode == 0 else f"unknown: launchd could not be asked ({_said(done)})"
+
+    def beside(self, job: Job) -> list[str]:
+        installed = self._installed()
+        if not installed.exists():
+            return []
+        try:
+            same = installed.read_bytes() == launch_daemon(job)
+        except OSError as error:
+            return [f"{installed} is there and cannot be read: {error.strerror}"]
+        if same:
+            return [f"{installed} is there, and as it would be now: it runs at boot, without a login"]
+        return [
+            f"{installed} is there, and another than it would be now; to renew it, as an administrator:",
+            *self._take_daemon()[:1],
+            *self._put_daemon(job),
+        ]
+
+    def _daemon(self, job: Job) -> Path:
+        """Ours, for the operator to install."""
+        return job.log.parent.parent / f"{LABEL}.daemon.plist"
+
+    def _installed(self) -> Path:
+        return self._daemons / f"{LABEL}.daemon.plist"
+
+    def _put_daemon(self, job: Job) -> list[str]:
+        ours, system = shlex.quote(str(self._daemon(job))), shlex.quote(str(self._installed()))
+        return [
+            f"  sudo install -o root -g wheel -m 644 {ours} {system}",
+            f"  sudo launchctl bootstrap system {system}",
+        ]
+
+    def _take_daemon(self) -> list[str]:
+        return [
+            f"  sudo launchctl bootout system/{LABEL}.daemon",
+            f"  sudo rm {shlex.quote(str(self._installed()))}",
+        ]
+
+    def _run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return _run(self._environ, "launchctl", *arguments)
 
 
 class Systemd:
@@ -186,14 +301,23 @@ class Systemd:
         return {self._folder(job) / name: text.encode() for name, text in units.items()}
 
     def install(self, job: Job) -> list[str]:
-        if not job.every and (self._folder(job) / f"{UNIT}.timer").exists():
-            self._systemctl("disable", "--now", f"{UNIT}.timer")
-            (self._folder(job) / f"{UNIT}.timer").unlink()
-        _write(self.files(job))
-        self._systemctl("daemon-reload")
-        self._systemctl("enable", f"{UNIT}.service")
-        if job.every:
-            self._systemctl("enable", "--now", f"{UNIT}.timer")
+        old = self._folder(job) / f"{UNIT}.timer"
+        had = {path.name for path in self.places(job) if path.exists()}
+        with _writing(self.files(job)):
+            try:
+                self._systemctl("daemon-reload")
+                self._systemctl("enable", f"{UNIT}.service")
+                if job.every:
+                    self._systemctl("enable", "--now", f"{UNIT}.timer")
+                elif old.exists():
+                    self._systemctl("disable", "--now", f"{UNIT}.timer")
+                    old.unlink()
+                    self._systemctl("daemon-reload")
+            except BaseException:
+                for name in self.files(job):
+                    if name.name not in had:
+                        self._forget(name)
+                raise
         if Path("/var/lib/systemd/linger", job.user).exists():
             return []
         return [
@@ -201,14 +325,27 @@ class Systemd:
             f"  sudo loginctl enable-linger {shlex.quote(job.user)}",
         ]
 
-    def remove(self, job: Job) -> bool:
+    def remove(self, job: Job) -> tuple[bool, list[str]]:
+        """Whatever systemd says: without its files it runs nothing any more, once it looks."""
         units = [path for path in self.places(job) if path.exists()]
+        told = [said for unit in units if (said := self._forget(unit))]
         for unit in units:
-            self._systemctl("disable", *(["--now"] if unit.suffix == ".timer" else []), unit.name)
             unit.unlink()
         if units:
-            self._systemctl("daemon-reload")
-        return bool(units)
+            with suppress(Refused):
+                self._systemctl("daemon-reload")
+        return bool(units), told[:1]
+
+    def _forget(self, unit: Path) -> str:
+        """Have it neither run nor be run any more; returns what keeps systemd from being told, if anything does."""
+        said = ""
+        try:
+            self._systemctl("disable", *(["--now"] if unit.suffix == ".timer" else []), unit.name)
+        except Refused as error:
+            said = f"systemd could not be told, and knows it until this user's systemd ends: {error.why}"
+        target = "timers" if unit.suffix == ".timer" else "default"
+        (unit.parent / f"{target}.target.wants" / unit.name).unlink(missing_ok=True)
+        return said
 
     def places(self, job: Job) -> Sequence[Path]:
         return [self._folder(job) / f"{UNIT}.{kind}" for kind in ("service", "timer")]
@@ -216,9 +353,12 @@ class Systemd:
     def state(self) -> str:
         try:
             done = _run(self._environ, "systemctl", "--user", "is-enabled", f"{UNIT}.service")
-        except Refused:
-            return "unknown: systemctl is not here"
-        return done.stdout.strip() or _said(done)
+        except Refused as error:
+            return f"unknown: {error.message}"
+        return done.stdout.strip() or f"unknown: this user's systemd could not be asked ({_said(done)})"
+
+    def beside(self, job: Job) -> list[str]:
+        return []
 
     def _folder(self, job: Job) -> Path:
         config = self._environ.get("XDG_CONFIG_HOME", "")
@@ -242,10 +382,12 @@ def manager(environ: Mapping[str, str]) -> Manager:
 def job_is_there(boot: BootJob, environ: Mapping[str, str]) -> bool:
     """Whether the system's own boot job of hosts.yaml is still in force: then its port is left to it, also while it
     has not come up. Where that cannot be asked it is believed to be."""
-    launchctl = _which("launchctl", environ)
-    if launchctl is None or not boot.label:
+    if not boot.label:
         return True
-    return _run(environ, "launchctl", "print", f"system/{boot.label}").returncode == 0
+    try:
+        return _run(environ, "launchctl", "print", f"system/{boot.label}").returncode != ABSENT
+    except (Refused, OSError):
+        return True
 
 
 def _which(program: str, environ: Mapping[str, str]) -> str | None:
@@ -284,11 +426,27 @@ def _said(done: subprocess.CompletedProcess[str]) -> str:
     return lines[-1][:300] if lines else f"it ended with {done.returncode}"
 
 
-def _write(files: Mapping[Path, bytes]) -> Sequence[Path]:
+@contextmanager
+def _writing(files: Mapping[Path, bytes]) -> Iterator[None]:
+    """Written; and put back as they were if what follows fails: then nothing is installed."""
+    before = {path: path.read_bytes() if path.exists() else None for path in files}
+    try:
+        _write(files)
+        yield
+    except BaseException:
+        for path, data in before.items():
+            with suppress(OSError):
+                if data is None:
+                    path.unlink(missing_ok=True)
+                else:
+                    _write({path: data})
+        raise
+
+
+def _write(files: Mapping[Path, bytes]) -> None:
     for path, data in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_name(f".{path.name}.new")
         new.write_bytes(data)
         new.chmod(0o644)  # launchd refuses files that others can write
         new.replace(path)
-    return list(files)

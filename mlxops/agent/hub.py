@@ -18,7 +18,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxops.agent.cache import Snapshot, find, is_commit
-from mlxops.agent.hubline import Asked, Bytes, Emit, Line, Patience, failure, import_quietly, open_line, persistently
+from mlxops.agent.hubline import (
+    Asked,
+    Bytes,
+    Emit,
+    Line,
+    NoHub,
+    Patience,
+    as_of_a_hub,
+    failure,
+    import_quietly,
+    open_line,
+    persistently,
+    plain_etag,
+    plain_name,
+)
 from mlxops.agent.snapshot import NOT_SERVED, completeness, damaged_weights, is_served, is_weight, printable
 from mlxops.agent.system import free_on_disk
 from mlxops.core.errors import Refused
@@ -79,7 +93,7 @@ def download(
         _refuse_other_formats(plan)
         persistently(lambda: _prepare(folder, plan, emit), asked, emit, line)
         progress = Bytes(emit, plan.total, line)
-        persistently(lambda: _fetch(line, plan, folder, progress), asked, emit, line)
+        persistently(lambda: _fetch(line, plan, folder, progress, asked), asked, emit, line)
     _prove(folder, plan, asked)
     progress.finish()
     if not plan.commit.startswith(asked.branch):
@@ -87,14 +101,21 @@ def download(
     return _found(hub, plan)
 
 
-def verify(repo_id: str, commit: str, hub: Path, emit: Emit, patience: Patience | None = None) -> int:
+def verify(
+    repo_id: str,
+    commit: str,
+    hub: Path,
+    emit: Emit,
+    patience: Patience | None = None,
+    given_up: Callable[[], bool] = lambda: False,
+) -> int:
     """Compare the content of a downloaded commit with the hub's hashes; returns how many files were compared.
 
     Raises what `download` raises, and `DownloadFailed` (wrong_content) after the wrong files were removed.
     """
     asked = Asked(repo_id, commit)
     folder = hub / ("models--" + repo_id.replace("/", "--"))
-    with open_line(patience or Patience()) as line:
+    with open_line(patience or Patience(), given_up) as line:
         plan = persistently(lambda: _plan(line, asked), asked, emit, line)
     wrong = []
     done = 0
@@ -194,17 +215,16 @@ def _refuse_impossible(asked: Asked) -> None:
 
 
 def _plan(line: Line, asked: Asked) -> Plan:
-    try:
+    with as_of_a_hub(asked, line):
         commit, files = _described(line, asked)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        if isinstance(error, OSError):  # huggingface_hub's exception for a 400 is both
-            raise
-        raise failure("hub_error", asked, "its answer is not that of a Hugging Face hub", line.host) from None
-    return Plan(asked.repo_id, commit, tuple(file for file in files if is_served(file.name)))
+    plan = Plan(asked.repo_id, commit, tuple(file for file in files if is_served(file.name)))
+    line.largest = max((file.size for file in plan.files), default=0)
+    return plan
 
 
 def _described(line: Line, asked: Asked) -> tuple[str, list[HubFile]]:
-    """(the commit that was asked for, its files), with any of a dozen exceptions for an answer of another form."""
+    """(the commit that was asked for, its files), with any of a dozen exceptions for an answer of another form.
+    Raises `NoHub` for names that are none."""
     from huggingface_hub.hf_api import RepoFile
 
     api = line.api()
@@ -212,6 +232,8 @@ def _described(line: Line, asked: Asked) -> tuple[str, list[HubFile]]:
     commit = info.sha or ""
     if not is_commit(commit):
         raise ValueError("no commit")
+    if is_commit(asked.branch) and commit != asked.branch:
+        raise NoHub(f"asked for that commit, it describes {commit}")
     files: list[RepoSibling | RepoFile] = [*(info.siblings or ())]
     if any(file.size is None for file in files):  # a mirror, perhaps; huggingface.co tells them
         listing = api.list_repo_tree(asked.repo_id, recursive=True, revision=commit)
@@ -221,9 +243,9 @@ def _described(line: Line, asked: Asked) -> tuple[str, list[HubFile]]:
 
 def _hub_file(file: RepoSibling | RepoFile) -> HubFile:
     size, etag = (file.size, file.blob_id) if file.lfs is None else (file.lfs.size, file.lfs.sha256)
-    if not isinstance(size, int) or not isinstance(etag, str) or not etag.isalnum():
-        raise ValueError("no size, or no name of its content")
-    return HubFile(file.rfilename, size, etag)
+    if not isinstance(size, int) or size < 0:
+        raise NoHub(f"it says that a file has {printable(str(size))} bytes")
+    return HubFile(plain_name(file.rfilename), size, plain_etag(etag))
 
 
 def _refuse_other_formats(plan: Plan) -> None:
@@ -282,7 +304,11 @@ def _drop_wrong_sizes(folder: Path, plan: Plan, emit: Emit) -> None:
 
 
 def _drop(folder: Path, pointer: Path) -> None:
-    """Remove a file of a snapshot and what it leads to in the repository's own `blobs/`, and nothing else."""
+    """Remove a file of a snapshot and what it leads to in the repository's own `blobs/`, and nothing else.
+
+    Raises `NoHub` for one that is not in the folder, though no name of a hub's comes that far."""
+    if not Path(os.path.normpath(pointer)).is_relative_to(os.path.normpath(folder)):
+        raise NoHub(f"{printable(str(pointer))} is no file of its repository")
     blob = pointer.parent / pointer.readlink() if pointer.is_symlink() else pointer
     pointer.unlink(missing_ok=True)
     if blob.parent.resolve() == (folder / "blobs").resolve():
@@ -316,17 +342,19 @@ def _places(folder: Path, plan: Plan, file: HubFile) -> tuple[Path, Path]:
     return folder / "snapshots" / plan.commit / file.name, folder / "blobs" / file.etag
 
 
-def _fetch(line: Line, plan: Plan, folder: Path, progress: Bytes) -> None:
+def _fetch(line: Line, plan: Plan, folder: Path, progress: Bytes, asked: Asked) -> None:
     from huggingface_hub import snapshot_download
 
-    snapshot_download(
-        plan.repo_id,
-        revision=plan.commit,
-        cache_dir=folder.parent,
-        ignore_patterns=list(NOT_SERVED),
-        endpoint=line.endpoint,
-        tqdm_class=progress.bars(_present(folder, plan)),  # as much of tqdm as it calls
-    )
+    bars = progress.bars(_present(folder, plan))
+    with as_of_a_hub(asked, line):
+        snapshot_download(
+            plan.repo_id,
+            revision=plan.commit,
+            cache_dir=folder.parent,
+            ignore_patterns=list(NOT_SERVED),
+            endpoint=line.endpoint,
+            tqdm_class=bars,  # as much of tqdm as it calls
+        )
 
 
 def _prove(folder: Path, plan: Plan, asked: Asked) -> None:

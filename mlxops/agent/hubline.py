@@ -1,29 +1,36 @@
 """The line to a Hugging Face hub: huggingface_hub made quiet, watched byte by byte, and asked again where that helps.
 
 huggingface_hub 2.4 reports a postponed request (429, 5xx) as a file that is missing from the cache, sleeps on a 429
-for as long as the hub likes, notices a stall after about 65 seconds, and draws on stderr. Here its HTTP client gets
-hooks that leave postponed requests to us, and its progress bars are ours. It is imported only when a download
+for as long as the hub likes, notices a stall after about 65 seconds, draws on stderr, reads whatever a hub sends
+without an end, and makes paths of what it says. Here its HTTP client gets hooks that leave postponed requests to us,
+bound every answer, and refuse names that are none; and its progress bars are ours. It is imported only when a download
 begins: the import takes half a second.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
+import socket
 import threading
 import time
+import unicodedata
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 from urllib.parse import urlsplit
+from weakref import WeakSet
 
+from mlxops.agent.cache import is_commit
 from mlxops.agent.snapshot import printable
 from mlxops.core.errors import DownloadFailed, MlxopsError, Refused
 from mlxops.core.protocol import Event, Note, Progress
+from mlxops.core.units import amount
 
 if TYPE_CHECKING:
     import httpx2
@@ -38,6 +45,15 @@ REPORT_EVERY = 0.2
 """Seconds between two reports of progress."""
 RATE_OVER = 10.0
 """Seconds over which the rate is an average."""
+MAX_ANSWER = 64 * 1024 * 1024
+"""Bytes of an answer that is no file's content; a listing of 10,000 files has some three million."""
+MAX_NAME = 255
+"""Bytes of one part of a path, in every file system that holds a cache."""
+_NO_TEXT = frozenset({"Cc", "Cs", "Zl", "Zp"})
+"""Unicode's categories of control characters, lone surrogates, and what breaks a line. Not all that is unprintable to
+Python: names of screenshots, which people do upload, have spaces of other kinds."""
+_UNPACKED = frozenset({"gzip", "deflate", "br", "zstd"})
+"""What httpx2 unpacks, without a bound."""
 _QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_VERBOSITY": "critical"}
 """huggingface_hub reads its settings once, when it is imported."""
 
@@ -49,7 +65,7 @@ class Patience:
     stall: float = 120.0
     """Without a single byte."""
     answer: float = 30.0
-    """For an answer to a question about the repository."""
+    """For the whole of an answer to a question about the repository."""
     tries: int = 4
     backoff: float = 2.0
     """Before the second try; doubled before each further one."""
@@ -73,6 +89,12 @@ class Asked:
         return self.repo_id if self.revision is None else f"{self.repo_id}@{self.revision}"
 
 
+class _Stream(Protocol):
+    """As much of a connection of httpcore2's as is used here."""
+
+    def get_extra_info(self, info: str) -> Any: ...
+
+
 @dataclass
 class Line:
     """Whether anything still comes from the hub, and where it is."""
@@ -81,7 +103,13 @@ class Line:
     endpoint: str | None
     given_up: Callable[[], bool] = lambda: False
     """Nobody wants the download any more. Its threads ask before each piece: they cannot be interrupted."""
+    largest: int | None = None
+    """Bytes of the largest file that the hub announced; None before it did."""
     _last: float = field(default_factory=time.monotonic)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _streams: WeakSet[_Stream] = field(default_factory=WeakSet)
+    _due: dict[object, float] = field(default_factory=dict)
+    """Until when the head of each answer that is waited for has to be there."""
 
     def api(self) -> HfApi:
         from huggingface_hub import HfApi
@@ -94,6 +122,27 @@ class Line:
     @property
     def stalled(self) -> bool:
         return time.monotonic() - self._last > self.patience.stall
+
+    def traced(self, event: str, info: Mapping[str, object], key: object, patience: float) -> None:
+        """What httpcore2 tells of one request (its extension `trace`). Its timeouts are for a single read: a head that
+        trickles would never be late."""
+        if event.endswith(("connect_tcp.complete", "start_tls.complete")):
+            with self._lock:
+                self._streams.add(cast("_Stream", info["return_value"]))
+        elif event.endswith("receive_response_headers.started"):
+            self._due[key] = time.monotonic() + patience
+        elif "receive_response_headers." in event:
+            self._due.pop(key, None)
+
+    def hang_up_if_late(self) -> None:
+        """End every connection if the head of any answer is late: whoever reads from them then fails."""
+        now = time.monotonic()
+        if any(due < now for due in self._due.copy().values()):
+            with self._lock:
+                streams = list(self._streams)
+            for stream in streams:
+                with contextlib.suppress(OSError):  # it is closed already
+                    stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
     @property
     def host(self) -> str:
@@ -112,8 +161,47 @@ class _Stalled(Exception):
     """Nothing has come for too long."""
 
 
+class _Late(Exception):
+    """An answer keeps coming, and does not end."""
+
+
 class _GivenUp(Exception):
     """Nobody wants it any more."""
+
+
+class NoHub(Exception):
+    """What came is nothing that a hub sends; the text says what it was. Asked again, it would be the same."""
+
+
+def plain_name(name: object) -> str:
+    """The name of a file of a repository, which becomes a path of this host. Raises `NoHub` unless it is a relative
+    POSIX path that leads nowhere but downwards."""
+    if isinstance(name, str) and "\\" not in name and not any(unicodedata.category(char) in _NO_TEXT for char in name):
+        parts = name.split("/")
+        if all(part not in {"", ".", ".."} and len(part.encode()) <= MAX_NAME for part in parts):
+            return name
+    raise NoHub(f"it names a file {printable(str(name))!r}, which no file of a repository can be called")
+
+
+def plain_etag(etag: object) -> str:
+    """The name of a file's content, under which the cache keeps it. Raises `NoHub` for what could lead elsewhere."""
+    if isinstance(etag, str) and re.fullmatch(r"[A-Za-z0-9]{1,128}", etag):
+        return etag
+    raise NoHub(f"it calls the content of a file {printable(str(etag))!r}")
+
+
+@contextmanager
+def as_of_a_hub(asked: Asked, line: Line) -> Iterator[None]:
+    """What huggingface_hub raises for an answer of another form than it expects is of a dozen kinds.
+
+    Raises `DownloadFailed` (hub_error) in their place."""
+    try:
+        yield
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        if isinstance(error, OSError):  # huggingface_hub's exception for a 400 is both
+            raise
+        why = f"its answer is not that of a Hugging Face hub: {_said(error)}"
+        raise failure("hub_error", asked, why, line.host) from None
 
 
 @contextmanager
@@ -127,7 +215,7 @@ def open_line(patience: Patience, given_up: Callable[[], bool] = lambda: False) 
     line = Line(patience, os.environ.get("HF_ENDPOINT") or None, given_up)
     set_client_factory(lambda: _hooked(default_client_factory(), line))
     try:
-        with _xet_watched(line):
+        with _watched(line):
             yield line
     finally:
         set_client_factory(default_client_factory)
@@ -136,15 +224,23 @@ def open_line(patience: Patience, given_up: Callable[[], bool] = lambda: False) 
 def _hooked(client: httpx2.Client, line: Line) -> httpx2.Client:
     import httpx2
 
+    api = str(httpx2.URL(f"{(line.endpoint or 'https://huggingface.co').rstrip('/')}/api/"))
+
     class Heard(httpx2.SyncByteStream):
-        def __init__(self, stream: httpx2.SyncByteStream) -> None:
-            self._stream = stream
+        def __init__(self, stream: httpx2.SyncByteStream, most: int, until: float | None) -> None:
+            self._stream, self._most, self._until = stream, most, until
 
         def __iter__(self) -> Iterator[bytes]:
+            got = 0
             for chunk in self._stream:
                 if line.given_up():
                     raise _GivenUp
                 line.heard()
+                got += len(chunk)
+                if got > self._most:
+                    raise NoHub(f"it sends more than {amount(self._most)} where there cannot be more")
+                if self._until is not None and time.monotonic() > self._until:
+                    raise _Late
                 yield chunk
 
         def close(self) -> None:
@@ -155,15 +251,32 @@ def _hooked(client: httpx2.Client, line: Line) -> httpx2.Client:
             raise _GivenUp
         if line.stalled:
             raise _Stalled
+        # A redirected request inherits what the first one was: where it leads to tells nothing.
+        question = request.extensions.setdefault(
+            "mlxops.question", line.largest is None or str(request.url).startswith(api)
+        )
+        request.extensions.setdefault("mlxops.asked", time.monotonic())
+        patience = line.patience.answer if question else line.patience.stall
         timeouts = request.extensions.get("timeout", {})
-        timeouts["read"] = min(timeouts.get("read") or line.patience.stall, line.patience.stall)
+        timeouts["read"] = min(timeouts.get("read") or patience, patience)
+        key = object()
+        request.extensions["trace"] = lambda event, info: line.traced(event, info, key, patience)
+        request.headers["Accept-Encoding"] = "identity"
 
     def after(response: httpx2.Response) -> None:
         if response.status_code in TRY_AGAIN:
             seconds = response.headers.get("Retry-After", "")
             raise _Later(response.status_code, float(seconds) if re.fullmatch("[0-9]{1,9}", seconds) else None)
+        extensions = response.request.extensions
+        question = extensions["mlxops.question"]
         if isinstance(response.stream, httpx2.SyncByteStream):
-            response.stream = Heard(response.stream)
+            until = extensions["mlxops.asked"] + line.patience.answer if question else None
+            content = not question and response.status_code in {200, 206}
+            response.stream = Heard(response.stream, (line.largest or 0) if content else MAX_ANSWER, until)
+        # Nobody asked for it, and a few bytes of it may unpack to more than a disk holds. As it is, it is no answer.
+        if _UNPACKED & {word.strip() for word in response.headers.get("Content-Encoding", "").lower().split(",")}:
+            del response.headers["Content-Encoding"]
+        _check_names(response, question=question)
 
     client.event_hooks = {
         "request": [*client.event_hooks.get("request", []), before],
@@ -172,19 +285,45 @@ def _hooked(client: httpx2.Client, line: Line) -> httpx2.Client:
     return client
 
 
+def _check_names(response: httpx2.Response, *, question: bool) -> None:
+    """huggingface_hub makes paths of the names that it is told, and of few of them it looks at where they lead (2.4,
+    `file_download.py`, `blob_path`). Raises `NoHub`."""
+    commit = response.headers.get("X-Repo-Commit")
+    if commit is not None and not is_commit(commit):
+        raise NoHub(f"it names a commit {printable(commit)!r}")
+    for header in ("X-Linked-Etag", "ETag", "X-Xet-Hash"):
+        # As huggingface_hub strips them. Those of answers become no path, and may be anything.
+        etag = response.headers.get(header, "").lstrip("W/").strip('"')
+        if not question and ("/" in etag or etag in {".", ".."}):
+            raise NoHub(f"it calls the content of a file {printable(etag)!r}")
+    if question and response.status_code == 200 and response.request.method == "GET":
+        response.read()
+        try:
+            answer = response.json()
+        except (ValueError, RecursionError):
+            return  # whoever asked will say so
+        for entry in answer if isinstance(answer, list) else ():  # a listing, which huggingface_hub asks for by itself
+            if isinstance(entry, dict) and entry.get("type") == "file":
+                plain_name(entry.get("path"))
+                plain_etag(entry.get("oid"))
+                if isinstance(lfs := entry.get("lfs"), dict):
+                    plain_etag(lfs.get("oid"))
+
+
 @contextmanager
-def _xet_watched(line: Line) -> Iterator[None]:
+def _watched(line: Line) -> Iterator[None]:
     """Xet transfers happen in a library of their own, past our client: one that stands still is ended from outside,
-    the way huggingface_hub ends it on Ctrl-C."""
+    the way huggingface_hub ends it on Ctrl-C. And so is an answer of which the head does not end."""
     over = threading.Event()
 
     def watch() -> None:
-        while not over.wait(min(1.0, line.patience.stall)):
+        while not over.wait(min(1.0, line.patience.stall, line.patience.answer)):
+            line.hang_up_if_late()
             if line.stalled or line.given_up():
                 try:
                     from huggingface_hub.utils._xet import abort_xet_session
                 except ImportError:
-                    return  # no Xet, no need
+                    continue  # no Xet, no need
                 abort_xet_session()  # type: ignore[no-untyped-call]
 
     watcher = threading.Thread(target=watch, name="download-watch", daemon=True)
@@ -404,14 +543,18 @@ def _meaning_of_one(error: BaseException) -> _No | None:
             return _No("rate_limited", "it answers 429 Too Many Requests", again=True, after=error.after)
         case _Later():
             return _No("hub_error", f"it answers {error.status}", again=True, after=error.after)
+        case NoHub():
+            return _No("hub_error", str(error))
+        case _Late():
+            return _No("hub_error", "its answer does not come to an end", again=True)
         case errors.HfHubHTTPError():
             return _meaning_of_answer(error)
         case errors.OfflineModeIsEnabled():
             return _No("hub_unreachable", "HF_HUB_OFFLINE is set there")
+        case httpx2.InvalidURL() | httpx2.TooManyRedirects() | httpx2.UnsupportedProtocol():
+            return _No("hub_error", _said(error))
         case httpx2.TransportError():
             return _No("hub_unreachable", _said(error), again=True)
-        case httpx2.InvalidURL() | httpx2.TooManyRedirects():
-            return _No("hub_error", _said(error))
         case errors.FileMetadataError():
             return _No("hub_error", _said(error))
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):

@@ -11,6 +11,7 @@ The build before stays, for `--rollback`, and so does every one that a process u
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import json
@@ -35,6 +36,7 @@ IMPORTED = {"pyyaml": "yaml"}
 LAST_LINES = 12
 _DROPPED = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PIP_TARGET", "PIP_PREFIX", "PIP_REQUIRE_VIRTUALENV")
 _ABOUT = "import sys; print(sys.version.split()[0], sys._base_executable)"
+_F_FULLFSYNC: int | None = getattr(fcntl, "F_FULLFSYNC", None)
 _CHECK = "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))"
 
 
@@ -339,7 +341,7 @@ def stamp(home: Path, what: dict[str, object]) -> None:
     with (home / f"{STAMP}.new").open("w") as file:
         json.dump(what, file)
         file.flush()
-        os.fsync(file.fileno())
+        flush(file.fileno())
     (home / f"{STAMP}.new").replace(home / STAMP)
     sync_folder(home)
 
@@ -366,9 +368,21 @@ def turn(link: Path, home: Path) -> None:
 def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        flush(descriptor)
     finally:
         os.close(descriptor)
+
+
+def flush(descriptor: int) -> None:
+    """As `store.flush`, which is not there yet."""
+    try:
+        if _F_FULLFSYNC is not None:
+            fcntl.fcntl(descriptor, _F_FULLFSYNC)
+            return
+    except OSError as error:
+        if error.errno not in {errno.ENOTSUP, errno.EINVAL, errno.ENOTTY}:
+            raise
+    os.fsync(descriptor)
 
 
 def note(message: str) -> None:

@@ -12,6 +12,7 @@ an operation outlives the connection that asked for it, and anybody can follow i
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -24,8 +25,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlxops.agent import reading
+from mlxops.agent.flocks import LOOK_SECONDS, alone, flock_within
 from mlxops.agent.reading import Unfit
-from mlxops.agent.store import state_unreadable
+from mlxops.agent.store import flush, state_unreadable
 from mlxops.core.errors import Bug, MlxopsError, Refused
 from mlxops.core.protocol import (
     MAX_LINE,
@@ -86,9 +88,12 @@ class Journal:
 
     def hold(self) -> int:
         """The lock that says that the worker lives, as a descriptor for the worker to inherit: so there is no moment
-        at which the operation exists and seems dead."""
+        at which the operation exists and seems dead. Raises `OSError`; of it `BlockingIOError` if a worker lives."""
         fd = reading.open_file(self.folder / "lock", os.O_RDWR | os.O_CREAT)
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # `alive` has it for microseconds, a worker for long.
+        if not flock_within(fd, LOOK_SECONDS):
+            os.close(fd)
+            raise BlockingIOError(errno.EWOULDBLOCK, "its worker lives", str(self.folder))
         return fd
 
     def emitter(self) -> Callable[[Event], None]:
@@ -104,7 +109,7 @@ class Journal:
             with contextlib.suppress(OSError):
                 whole = os.write(fd, line.encode()) == len(line)
                 if isinstance(event, Done | Failed):
-                    os.fsync(fd)
+                    flush(fd)
 
         return emit
 
@@ -241,7 +246,12 @@ class Journal:
         with contextlib.suppress(OSError):
             last = reading.read_end(self.folder / "stderr", 2000).decode(errors="replace").strip()
             if last:
-                return Bug("worker_failed", f"operation {self.id} ended without a result", why=last.splitlines()[-1])
+                return Bug(
+                    "worker_failed",
+                    f"operation {self.id} ended without a result",
+                    why=last.splitlines()[-1],
+                    hint=f"report it, with the file {self.folder / 'stderr'} of the host",
+                )
         return Refused(
             "operation_interrupted",
             f"operation {self.id} was interrupted",
@@ -252,8 +262,9 @@ class Journal:
 
 def create(ops: Path, request: Request) -> tuple[Journal, int | None]:
     """A new operation's record, and its lock for the worker; or the record that the same ticket has already, and
-    None. Raises `OSError`."""
-    with _alone(ops):
+    None. Raises `Busy` (operations_locked), `OSError`."""
+    # Two requests with one ticket, from two connections, must not both find it new.
+    with alone(ops, "operations"):
         ticket = request.ticket or os.urandom(4).hex()
         for folder in ops.glob(f"*-{ticket}"):
             return Journal(folder), None
@@ -328,17 +339,6 @@ def _written(path: Path) -> int:
 def _closing(fd: int) -> Iterator[int]:
     try:
         yield fd
-    finally:
-        os.close(fd)
-
-
-@contextmanager
-def _alone(ops: Path) -> Iterator[None]:
-    """Two requests with one ticket, from two connections, must not both find it new."""
-    fd = os.open(ops, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
     finally:
         os.close(fd)
 

@@ -6,20 +6,22 @@ new end. `<port>.log` is the present server's (or the last one's), `<port>.log.1
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import os
 import re
 import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
+from mlxops.agent.flocks import alone
 from mlxops.agent.reading import open_file
 from mlxops.agent.store import named
+from mlxops.core.errors import Busy
 
 KEPT = 3
 """Logs of earlier starts."""
@@ -28,6 +30,8 @@ CAP = 64 * 1024 * 1024
 KEPT_BYTES = 4 * 1024 * 1024
 """What is kept of the end of a log that is cut."""
 LONGEST_LINE = 64 * 1024
+BLOCK = 256 * 1024
+"""Bytes that are read at once where the last lines are looked for."""
 CHECKED = 64
 """Bytes before a mark that its checksum is of."""
 POLL_SECONDS = 0.1
@@ -41,8 +45,9 @@ def clean(text: str) -> str:
 
 
 def rotate(log: Path) -> None:
-    """Make place for a new log. Raises `OSError`."""
-    with _alone(log.parent):
+    """Make place for a new log; or, where the others do not come to an end with theirs, leave it as it is: the new one
+    then begins behind it, which is no reason for a server not to start. Raises `OSError`."""
+    with contextlib.suppress(Busy), _alone(log.parent):
         for number in range(KEPT, 0, -1):
             older = _numbered(log, number)
             newer = _numbered(log, number - 1)
@@ -50,15 +55,9 @@ def rotate(log: Path) -> None:
                 newer.replace(older)
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Logs get other names, for milliseconds: not two at once, and not what is being cut. Raises `OSError`."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
+def _alone(folder: Path) -> AbstractContextManager[None]:
+    """Logs get other names: not two at once, and not what is being cut. Raises `Busy` (logs_locked), `OSError`."""
+    return alone(folder, "logs")
 
 
 def rotated(log: Path) -> Path:
@@ -71,15 +70,19 @@ def _numbered(log: Path, number: int) -> Path:
 
 
 def too_big(folder: Path) -> list[tuple[Path, int]]:
-    """The logs that are over their cap, with their sizes."""
-    sizes = [(log, log.lstat().st_size) for log in named(folder, "", ".log")]
-    return [(log, size) for log, size in sizes if size > CAP]
+    """The logs that are over their cap, with their sizes. Raises `OSError`."""
+    found = []
+    for log in named(folder, "", ".log"):
+        # It gets another name when its port's next server starts, at any moment.
+        with contextlib.suppress(FileNotFoundError):
+            found.append((log, log.lstat().st_size))
+    return [(log, size) for log, size in found if size > CAP]
 
 
 def cut(log: Path, cap: int = CAP) -> bool:
     """Copy the end of a log of more than `cap` bytes away and empty it, while its server writes on. What the server
     writes in the instant between the two is lost, and only that. Returns whether it was still as long: somebody else
-    may have been quicker, or another server's log have its name by now. Raises `OSError`."""
+    may have been quicker, or another server's log have its name by now. Raises `Busy` (logs_locked), `OSError`."""
     with _alone(log.parent):
         if log.lstat().st_size <= cap:
             return False
@@ -122,14 +125,16 @@ def last_lines(log: Path, count: int) -> Mark:
     """Where the last `count` whole lines of a log begin. Raises `FileNotFoundError`."""
     with open(open_file(log), "rb", buffering=0) as file:
         size = start = file.seek(0, 2)
-        data = b""
-        while start > 0 and data.count(b"\n") <= count and size - start < CAP:
-            step = min(256 * 1024, start)
+        block, ends = b"", 0
+        while start > 0 and ends <= count and size - start < CAP:
+            step = min(BLOCK, start)
             start -= step
-            data = os.pread(file.fileno(), step, start) + data
-        whole, newline, rest = data.rpartition(b"\n")
-        lines = whole.split(b"\n")[-count:] if newline and count else []
-        return _mark(file, size - len(rest) - sum(len(line) + 1 for line in lines))
+            block = os.pread(file.fileno(), step, start)
+            ends += block.count(b"\n")
+        if ends > count:
+            # The end of the line before them is in the block that was read last.
+            start += len(block) - len(block.split(b"\n", ends - count)[-1])
+        return _mark(file, start)
 
 
 def _mark(file: FileIO, position: int) -> Mark:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlxops.agent.engine import options
 from mlxops.agent.engines import recognise
-from mlxops.agent.engines.base import options
 from mlxops.agent.observe import real_path, repo_of
 from mlxops.agent.place import Place
 from mlxops.agent.snapshot import shape, weight_files

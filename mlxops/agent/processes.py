@@ -99,7 +99,12 @@ def spawn(system: System, argv: Sequence[str], env: Mapping[str, str], folder: P
     if process is None:
         os.close(writer)
         child.wait()
-        raise NotStarted("spawn_failed", "the server's process ended at once", why="it was gone before it was seen")
+        raise NotStarted(
+            "spawn_failed",
+            "the server's process ended at once",
+            why="it was gone before it was seen: killed, most often for want of memory",
+            hint="try again; if it stays so, see the host's own log",
+        )
     return Gated(child, writer, process.start)
 
 

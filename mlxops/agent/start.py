@@ -20,7 +20,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mlxops.agent import logs, processes
-from mlxops.agent.engines.base import Command, Engine, Health, NoCompletion, Serving, complete
+from mlxops.agent.engine import Command, Engine, Health, NoCompletion, Serving, complete
+from mlxops.agent.engines import ENGINES
 from mlxops.agent.failures import About, explain
 from mlxops.agent.logs import clean
 from mlxops.agent.observe import last_line
@@ -39,6 +40,8 @@ LOG_SECONDS = 0.1
 """How often its log is read for words that end all hope."""
 LEAVE_SECONDS = 0.5
 """How long the leader of a server whose listener is a child's has to stay after the proof."""
+UNSEEN_SECONDS = 0.5
+"""How long a listener without a process that could be seen may be that of one which is just ending."""
 HEALTH_SECONDS = 1.0
 """How often the health of a loading server is asked: it is a line in its log each time."""
 COMPLETION_SECONDS = 30.0
@@ -54,18 +57,27 @@ def deadline_for(size_bytes: int) -> float:
 
 
 def prove(where: Place, alias: str, run: Run, system: System, timeout: float) -> None:
-    """A completion under `alias` from the recorded group, within `timeout` seconds.
+    """A completion under `alias` from the recorded group, within `timeout` seconds; and the cheap probe does not say
+    otherwise: from then on that alone is asked, and a server that it calls broken is never `ready`.
 
     Raises `OSError` when nobody answers, `NoCompletion` when the answer is another one or not that group's.
     """
     _check_listener(where, run, system)
     complete(where.connect_host, run.port, alias, timeout)
+    engine = ENGINES.get(run.engine)
+    if engine is not None and engine.health(where.connect_host, run.port, HEALTH_SECONDS) is Health.BROKEN:
+        raise NoCompletion("it answers, and says of itself that it is unhealthy (GET /health)")
     _check_listener(where, run, system)
 
 
 def _check_listener(where: Place, run: Run, system: System) -> None:
-    look = system.look(frozenset([run.port]))
-    listeners = look.on(where.settings.bind, run.port)
+    deadline = time.monotonic() + UNSEEN_SECONDS
+    while True:
+        look = system.look(frozenset([run.port]))
+        listeners = look.on(where.settings.bind, run.port)
+        if all(each.pids for each in listeners) or time.monotonic() > deadline:
+            break
+        time.sleep(TRY_SECONDS)
     ours = set(processes.members(system, look, run))
     if not listeners:
         raise ConnectionRefusedError(f"nothing listens on {run.port} yet")
@@ -287,6 +299,7 @@ class _Attempt:
         return self._outcome
 
     def _try(self, deadline: float) -> None:
+        self._outcome = NoCompletion("the proof came to no end")  # whatever ends this thread, it is no proof
         try:
             timeout = max(0.1, deadline - time.monotonic())
             socket.create_connection((self._where.connect_host, self._run.port), timeout).close()

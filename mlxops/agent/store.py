@@ -6,9 +6,16 @@
   registry.previous.json
   locks/            one file a port or model; the flock is the truth, the content says who
   run/<port>.json   the run record; run/<port>/ the server's working directory
-  ops/<id>/         one operation: request.json, events.jsonl, lock
-  logs/<port>.log
   engines/<key>     what an installed engine printed as its options
+
+What others write there:
+
+  ops/<id>/         one operation (`journal`): request.json, events.jsonl, lock, cancel, without-<port>, stderr
+  logs/<port>.log   the servers' (`logs`); .log.1 to .3 those before; restore.log, what the boot job says (`boot`)
+  agents/<build>/   the deployed builds (`install`); venv and venv.previous lead to the present one and the one before
+  bin/mlxctl        the program on the host, if it was deployed (`install`)
+  deploy.lock       held by a deploy (`install`)
+  org.mlxops.restore.daemon.plist   what an administrator may install instead (`boot`; macOS)
 """
 
 from __future__ import annotations
@@ -18,7 +25,6 @@ import errno
 import fcntl
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,15 +33,13 @@ from pathlib import Path
 from typing import TypeGuard
 
 from mlxops.agent import reading
+from mlxops.agent.flocks import LOCK_SECONDS, LOOK_SECONDS, alone, flock_within
 from mlxops.agent.reading import Unfit
 from mlxops.core import registry as registries
-from mlxops.core.errors import Busy, Refused
+from mlxops.core.errors import Refused
 from mlxops.core.registry import Registry
 from mlxops.core.settings import Settings, settings_from_wire
 from mlxops.core.world import Operation, Run, operation_from_wire, run_from_wire
-
-LOCK_SECONDS = 10.0
-"""How long a registry transaction waits for another: they take milliseconds, so this is never a queue."""
 
 MAX_BYTES = registries.MAX_BYTES
 """Of a file that is read as a whole; the registry is the longest of them."""
@@ -65,7 +69,7 @@ def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
             # What open(2) makes of the mode depends on the umask.
             os.fchmod(fd, mode)
             _write_all(fd, data)
-            _flush(fd)
+            flush(fd)
         finally:
             os.close(fd)
         os.replace(temporary, path)
@@ -75,7 +79,7 @@ def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
         raise
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(folder)
+        flush(folder)
     finally:
         os.close(folder)
 
@@ -127,12 +131,21 @@ def _write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view) :]
 
 
-def _flush(fd: int) -> None:
-    if sys.platform == "darwin":
-        # fsync(2) on macOS leaves the data in the drive's cache; F_FULLFSYNC does not.
-        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
-    else:
-        os.fsync(fd)
+_F_FULLFSYNC: int | None = getattr(fcntl, "F_FULLFSYNC", None)
+"""Only macOS has it, whose fsync(2) leaves the data in the drive's cache."""
+
+
+def flush(fd: int) -> None:
+    """What a file or a folder has now outlives a power loss. Raises `OSError`."""
+    try:
+        if _F_FULLFSYNC is not None:
+            fcntl.fcntl(fd, _F_FULLFSYNC)
+            return
+    except OSError as error:
+        # Not every file system knows it: those of other systems, and of the network.
+        if error.errno not in {errno.ENOTSUP, errno.EINVAL, errno.ENOTTY}:
+            raise
+    os.fsync(fd)
 
 
 def _read(path: Path) -> bytes | None:
@@ -256,28 +269,8 @@ class RegistryFile:
     def _locked(self) -> Iterator[None]:
         # The folder is locked, not the file: the file is replaced by every write.
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(self.path.parent, "registry"):
+        with alone(self.path.parent, "registry"):
             yield
-
-
-@contextmanager
-def _alone(folder: Path, what: str) -> Iterator[None]:
-    """Hold a folder's lock, for milliseconds. Raises `Busy` (registry_locked, settings_locked) and `OSError`."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        deadline = time.monotonic() + LOCK_SECONDS
-        while not _try_flock(fd):
-            if time.monotonic() > deadline:
-                raise Busy(
-                    f"{what}_locked",
-                    f"another program holds the lock of the {what}",
-                    why=f"it has been held for {LOCK_SECONDS:.0f} s; a transaction takes milliseconds",
-                    hint=f"find it on the host: lsof +D {folder}",
-                )
-            time.sleep(0.005)
-        yield
-    finally:
-        os.close(fd)
 
 
 def _try_writing(path: Path) -> None:
@@ -289,7 +282,7 @@ def _try_writing(path: Path) -> None:
         # Unbuffered: the flush is to try the disk, so what it flushes must have been written.
         with open(probe, "xb", buffering=0) as file:
             _write_all(file.fileno(), b" " * 4096)
-            _flush(file.fileno())
+            flush(file.fileno())
     finally:
         with contextlib.suppress(OSError):
             probe.unlink()
@@ -308,14 +301,6 @@ def _blaming(path: Path) -> Iterator[None]:
             why=error.strerror or str(error),
             hint=f"{first} on the host, then try again",
         ) from None
-
-
-def _try_flock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 @dataclass(frozen=True)
@@ -382,13 +367,10 @@ class Store:
         path = self.state / "locks" / name
         with self._writing():
             fd = reading.open_file(path, os.O_RDWR | os.O_CREAT)
-        # `holder` has it for microseconds; an operation has it for long. A quarter of a second tells them apart.
-        deadline = time.monotonic() + 0.25
-        while not _try_flock(fd):
-            if time.monotonic() > deadline:
-                os.close(fd)
-                return self._holder(path) or Operation(id="?", command="?")
-            time.sleep(0.005)
+        # `holder` has it for microseconds; an operation has it for long.
+        if not flock_within(fd, LOOK_SECONDS):
+            os.close(fd)
+            return self._holder(path) or Operation(id="?", command="?")
         left = self._trace(path)
         try:
             with self._writing():
@@ -504,7 +486,7 @@ class Store:
     def settling(self) -> Iterator[None]:
         """Alone with the agreed settings: from reading to writing them. Raises `Refused` (state_unwritable) and `Busy`
         (settings_locked)."""
-        with self._writing(), _alone(self.state, "settings"):
+        with self._writing(), alone(self.state, "settings"):
             yield
 
     def agreed(self) -> Settings | None:
@@ -539,8 +521,8 @@ class Store:
         except FileNotFoundError:
             return []
         found = []
-        # The first line may be the end of a longer one.
-        for line in data.splitlines()[1 if len(data) == HISTORY_BYTES else 0 :]:
+        # The first may be only the end of a line, which is no object.
+        for line in data.splitlines():
             with contextlib.suppress(ValueError):
                 found.append(_object(line))
         return found
@@ -552,12 +534,13 @@ class Store:
         try:
             # Alone: half of another's line must not be taken for one that a full disk cut off, for which the next one
             # begins anew so that it is not lost too.
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            if not flock_within(fd, LOCK_SECONDS):
+                raise OSError(errno.EWOULDBLOCK, "another program holds its lock")
             if not _ends_with_newline(fd):
                 line = b"\n" + line
             if os.write(fd, line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(fd)
+            flush(fd)
         finally:
             os.close(fd)
 

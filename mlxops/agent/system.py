@@ -330,6 +330,8 @@ class PsutilSystem:
             if process is None:
                 continue
             processes[pid] = process
+            if not ports:
+                continue  # to look at the sockets of every process takes long
             try:
                 for connection in psutil.Process(pid).net_connections(kind="tcp"):
                     if connection.status == psutil.CONN_LISTEN and connection.laddr.port in ports:

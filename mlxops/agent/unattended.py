@@ -1,6 +1,7 @@
 """`restore` without anybody who asks: what the system runs at boot, and by a timer.
 
-It prints lines for people, into the job's log; the settings are those that the host was last agreed on.
+It prints lines for people, into the job's log; the settings are those that the host was last agreed on. It looks first,
+and makes an operation only of something to do: a timer would else push all others out of the record.
 """
 
 from __future__ import annotations
@@ -8,38 +9,71 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from mlxops.agent.place import place
+from mlxops.agent.operations.context import Context
+from mlxops.agent.operations.restore import look
+from mlxops.agent.place import Place, place
 from mlxops.agent.store import Store, now
+from mlxops.agent.system import this_system
 from mlxops.agent.worker import begin
 from mlxops.build import build_id
 from mlxops.core.errors import MlxopsError, Refused
 from mlxops.core.protocol import Asker, Done, Event, Failed, Note, Phase, Request
+from mlxops.core.restore import Step
+
+PATIENCE = 20 * 60.0
+"""Seconds for which what may pass is waited for: without a timer nobody tries again. The longest pause between two
+starts fits in."""
+LOOK_SECONDS = 60.0
+PASSING = frozenset({"folder_missing", "busy", "settings_locked", "registry_locked", "hub_unreachable", "hub_error"})
+"""What a host that has just booted may well answer: a disk that is mounted late, a network that comes up late."""
 
 
-def run(state: Path) -> int:
+@dataclass(frozen=True)
+class _Outcome:
+    status: int
+    again_in: float | None = None
+    """Seconds after which another try may do better, if one may."""
+
+
+def run(state: Path, pause: Callable[[float], None] = time.sleep, clock: Callable[[], float] = time.monotonic) -> int:
+    """Returns the exit status, that of the last try."""
     os.umask(0o077)
-    try:
-        return _restore(state)
-    except MlxopsError as error:
-        _tell(Failed(error))
-        return int(error.exit)
+    until = clock() + PATIENCE
+    told: set[str] = set()
+    while True:
+        try:
+            outcome = _restore(state, told)
+        except MlxopsError as error:
+            _tell(Failed(error))
+            outcome = _Outcome(int(error.exit), LOOK_SECONDS if error.code in PASSING else None)
+        if outcome.again_in is None or clock() + outcome.again_in > until:
+            return outcome.status
+        pause(min(outcome.again_in, LOOK_SECONDS))
 
 
-def _restore(state: Path) -> int:
+def _restore(state: Path, told: set[str]) -> _Outcome:
+    """`told`: what was said already, and is not said again at every look."""
     agreed = Store(state, state / "no-registry-yet").agreed()
     if agreed is None:
         raise Refused(
             "never_agreed",
             f"the host was never agreed with: there is no {state / 'host.json'}",
+            why="without it nobody knows where its registry and its models are",
             hint="inv deploy, or any change, agrees with it",
         )
     where = place(agreed, os.environ)
+    store = Store(where.state, where.registry)
     asker = Asker("boot", socket.gethostname())
-    journal, child = begin(
-        Store(where.state, where.registry), Request("restore", {}, agreed, build_id(), asker, agreed=True)
-    )
+    request = Request("restore", {}, agreed, build_id(), asker, agreed=True)
+    left = _look(store, where, request, told)
+    if left is not None:
+        return _Outcome(0, min((step.again_in for step in left if step.again_in is not None), default=None))
+    journal, child = begin(store, request)
     final: Event | None = None
     for event in journal.follow():
         if event is not None:
@@ -47,7 +81,31 @@ def _restore(state: Path) -> int:
             final = event
     if child is not None:
         child.wait()
-    return int(final.error.exit) if isinstance(final, Failed) else 0
+    if not isinstance(final, Failed):
+        return _Outcome(0)
+    return _Outcome(int(final.error.exit), LOOK_SECONDS if _may_pass(final.error) else None)
+
+
+def _look(store: Store, where: Place, request: Request, told: set[str]) -> tuple[Step, ...] | None:
+    """What is left, if there is nothing to start; None if there is. Raises what `restore` raises before it begins."""
+    dry = Request(request.command, {"dry_run": True}, request.settings, request.build, request.asker, agreed=True)
+    plan = look(Context(dry, where, store, this_system(), _tell, dict(os.environ)))
+    if plan.starts:
+        return None
+    lines = [f"{step.model} on {step.port} is left: {step.why}" for step in plan.skipped if step.again_in is None]
+    if not where.registry.exists():
+        lines.append(f"there is no registry at {where.registry}: nothing is assigned")
+    for line in lines:
+        if line not in told:
+            _tell(Note(line))
+    told.update(lines)
+    return plan.skipped
+
+
+def _may_pass(error: MlxopsError) -> bool:
+    rows = error.details.get("failed")
+    whys = [str(row.get("why")) for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    return any(code.partition(":")[0] in PASSING for code in [error.code, *whys])
 
 
 def _tell(event: Event) -> None:

@@ -24,7 +24,7 @@ from mlxops.agent.operations.context import Cancellation, Context
 from mlxops.agent.place import place
 from mlxops.agent.store import Store, disk_failed, state_failed, state_unreadable, state_unwritable
 from mlxops.agent.system import shortage, this_system
-from mlxops.core.errors import Bug, Exit, MlxopsError, bug
+from mlxops.core.errors import Bug, Busy, Exit, MlxopsError, bug
 from mlxops.core.protocol import Done, Event, Failed, Request
 from mlxops.core.units import amount
 
@@ -34,7 +34,7 @@ CANCEL_POLL_SECONDS = 0.1
 def begin(store: Store, request: Request) -> tuple[Journal, subprocess.Popen[bytes] | None]:
     """Start a worker for `request`; None if there is one for its ticket already.
 
-    Raises `Refused` when the state folder cannot be written.
+    Raises `Refused` when the state folder cannot be written, `Busy` (operations_locked) when others stop half way.
     """
     store.ready()
     try:
@@ -77,12 +77,11 @@ def _own_python() -> str:
 def run(folder: Path, lock: int) -> int:
     """The worker itself: `python -m mlxops.agent --worker FOLDER LOCK`. Its result is the last event of the record.
 
-    `lock` is the descriptor of the record's lock, held; what the worker starts must not inherit it.
+    `lock` is the descriptor of the record's lock, held until the end; nothing that `subprocess` starts inherits it.
     """
     from mlxops.agent import inherited
 
     inherited.shed()
-    os.set_inheritable(lock, False)
     os.umask(0o077)
     journal = Journal(folder)
     try:
@@ -101,6 +100,8 @@ def run(folder: Path, lock: int) -> int:
     signal.signal(signal.SIGHUP, lambda number, frame: None)
     threading.Thread(target=_watch_for_cancel, args=(journal,), daemon=True).start()
     request = journal.request()
+    # Which hub a host downloads from is one of its settings: a session over SSH reads no profile that could name it.
+    os.environ |= {key: value for key, value in request.settings.env.items() if key == "HF_ENDPOINT"}
     where = place(request.settings, os.environ)
     context = Context(
         request=request,
@@ -120,7 +121,7 @@ def _cut_logs(context: Context) -> None:
     """Servers write for months: whoever changes something looks whether a log has become too big."""
     from mlxops.agent import logs
 
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, Busy):
         for log, size in logs.too_big(context.store.state / "logs"):
             if logs.cut(log):
                 context.note(f"cut {log}: it had {amount(size)}; its end is in {log.name}.1")
@@ -132,7 +133,12 @@ def finish(context: Context, emit: Callable[[Event], None]) -> int:
     try:
         operation = command(context.request.command)
         if operation is None:
-            raise Bug("unknown_command", f"the agent knows no command {context.request.command!r}")
+            raise Bug(
+                "unknown_command",
+                f"the agent knows no command {context.request.command!r}",
+                why="who asks is of another version, although it says that it is not",
+                hint="make both sides equal: inv deploy",
+            )
         with context.cancellation.open():
             if context.operation:
                 confirm(context.store, context.where)

@@ -10,11 +10,12 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mlxops.build import build_id
+from mlxops.control.hints import aimed, aimed_event
 from mlxops.control.session import NOISE_BYTES, ConnectionLost, Ended, Patience, Session, Transport, events
 from mlxops.core.errors import AgentProblem, MlxopsError, OutcomeUnknown, Unreachable
 from mlxops.core.protocol import Asker, Done, Event, Failed, Hello, Line, Note, Reached, Request, Started
@@ -50,6 +51,8 @@ class Target:
     settings: Settings
     agreed: bool = False
     """Nothing is configured here: the host's own agreed settings count."""
+    flags: str = ""
+    """What a command needs to go to this host as this one does, as " --host studio2"; "" where it does by itself."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class Answer:
     host: str
     result: Mapping[str, object] | None = None
     error: MlxopsError | None = None
+    flags: str = ""
+    """Those of its target."""
 
     @property
     def reachable(self) -> bool:
@@ -84,9 +89,10 @@ def this_asker() -> Asker:
 def ask(target: Target, command: str, args: Mapping[str, object], listen: Listen) -> Answer:
     """One request to one host. Never raises for what a host or a network can cause."""
     try:
-        return Answer(target.name, result=_Conversation(target, command, args, listen).result())
+        result = _Conversation(target, command, args, listen).result()
     except MlxopsError as error:
-        return Answer(target.name, error=error)
+        return Answer(target.name, error=error, flags=target.flags)
+    return Answer(target.name, result, flags=target.flags)
 
 
 def ask_all(targets: Sequence[Target], command: str, args: Mapping[str, object], listen: Listen) -> tuple[Answer, ...]:
@@ -194,8 +200,14 @@ def ended_early(target: Target, ended: Ended, *, greeted: bool) -> Exception:
         "agent_missing",
         f"there is no mlxops agent on {target.name}",
         why=f"{' '.join(target.python)}: {words[-1] if words else f'status {ended.status}'}"[:300],
-        hint=f"install it: inv deploy --host {target.name}",
+        hint=aimed("install it: inv deploy", target.flags),
     )
+
+
+def heard(target: Target, session: Session, patience: Patience) -> Iterator[Event | None]:
+    """What a host tells, in terms of here: its commands go to it. None: it is there. Raises `ConnectionLost`."""
+    for event in events(session, patience):
+        yield event and aimed_event(event, target.flags)
 
 
 def lost(target: Target, why: object) -> Unreachable:
@@ -270,12 +282,12 @@ class _Conversation:
 
     def _unknown(self, why: str) -> OutcomeUnknown:
         name = self._target.name
-        follow = f"inv ops --host {name} --follow {self._operation}" if self._operation else f"inv ops --host {name}"
+        follow = f"inv ops --follow {self._operation}" if self._operation else "inv ops"
         return OutcomeUnknown(
             "outcome_unknown",
             f"the connection to {name} was lost; what was asked may be going on there",
             why=why,
-            hint=f"later: {follow}; asking for the same thing again is safe",
+            hint=aimed(f"later: {follow}; asking for the same thing again is safe", self._target.flags),
             details={"operation": self._operation} if self._operation else None,
         )
 
@@ -301,7 +313,7 @@ class _Conversation:
 
     def _hear(self, session: Session) -> Mapping[str, object]:
         self._hello = False
-        for event in events(session, Patience(SILENCE_SECONDS, NOISE_BYTES)):
+        for event in heard(self._target, session, Patience(SILENCE_SECONDS, NOISE_BYTES)):
             if self._hello and not isinstance(event, Hello | Started):
                 self._news = time.monotonic()
             match event:

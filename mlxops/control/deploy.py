@@ -176,7 +176,8 @@ def archive(wheels: Path | None = None) -> bytes:
             raise UsageError(
                 "no_wheels",
                 f"there is no wheel in {wheels}",
-                hint="pip download -d DIR --only-binary=:all: --platform ... huggingface_hub psutil",
+                why="--wheels is the folder with all that the agent needs",
+                hint="on a machine like the host: pip download -d DIR --only-binary=:all: huggingface_hub psutil",
             )
         files |= {f"wheels/{path.name}": path for path in found}
     buffer = io.BytesIO()

@@ -17,6 +17,7 @@ import yaml
 from mlxops.control import through
 from mlxops.control.client import Answer, Target, reached_at
 from mlxops.control.gatewayfiles import Told, key_of, read
+from mlxops.control.hints import aimed
 from mlxops.control.inventory import Gateway
 from mlxops.control.render import Talk
 from mlxops.core import gateway as core
@@ -103,7 +104,10 @@ def check(told: Told, targets: Sequence[Target], answers: Sequence[Answer]) -> t
             ports[target.name] = ()
     every = [port for each in ports.values() for port in each]
     compared = core.compare(told.entries, every, told.files, same_host) if told.known else ()
-    findings = (*told.findings, *compared)
+    flags = {target.name: target.flags for target in targets}
+    findings = [
+        replace(each, hint=aimed(each.hint, flags.get(each.host or "", ""))) for each in (*told.findings, *compared)
+    ]
     first = answers[0].host if answers else None
     return tuple(
         _checked(told, answer, ports[answer.host], [f for f in findings if (f.host or first) == answer.host])
@@ -124,6 +128,7 @@ def fault(count: int) -> MlxopsError | None:
     return Refused(
         "gateway_faults",
         f"{count} {'fault' if count == 1 else 'faults'} between the gateway and its servers",
+        why="a request by such an alias fails, or is answered by something else",
         hint="each is named, with what to do",
     )
 
@@ -249,7 +254,7 @@ def _receipt(
     elif gateway.key_env and not key:
         why = f"{gateway.key_env} is set neither here nor in the gateway's env file"
     elif not aliases:
-        why = f"the gateway has no entry that leads to port {port}; see: inv gateway"
+        why = aimed(f"the gateway has no entry that leads to port {port}; see: inv gateway", target.flags)
     if why is not None or gateway.url is None:
         if gateway.url is not None:
             talk.note(f"gateway: not asked: {why}")
@@ -261,9 +266,8 @@ def _receipt(
         if passage.ok:
             talk.note(f"gateway: {passage.alias} answers through {gateway.url} ({passage.seconds:.1f} s)")
         else:
-            talk.note(
-                f"warning: no answer for {passage.alias} through {gateway.url}: {passage.detail}; see: inv gateway"
-            )
+            see = aimed("see: inv gateway", target.flags)
+            talk.note(f"warning: no answer for {passage.alias} through {gateway.url}: {passage.detail}; {see}")
     return {"asked": True, "why": None, "aliases": [passage.to_wire() for passage in passages]}
 
 
@@ -274,7 +278,10 @@ def pass_through(gateway: Gateway, told: Told, answers: Sequence[Answer]) -> tup
     """One completion for each alias behind which a server is ready; what fails becomes a fault."""
     if gateway.url is None:
         raise UsageError(
-            "no_gateway_url", "hosts.yaml does not say where the gateway is", hint="add: url: under gateway"
+            "no_gateway_url",
+            "hosts.yaml does not say where the gateway is",
+            why="--through asks the gateway that is running",
+            hint="add `url: http://127.0.0.1:4000` under gateway",
         )
     key = key_of(gateway, told.environ)
     if gateway.key_env and not key:

@@ -115,7 +115,8 @@ def _text(name: str, code: str) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise Refused(code, f"{name}:{line} is not UTF-8", hint="save the file as UTF-8") from None
+        why = "it has bytes that are no character of it"
+        raise Refused(code, f"{name}:{line} is not UTF-8", why=why, hint="save the file as UTF-8") from None
 
 
 class _Bomb(Exception):
@@ -154,7 +155,10 @@ def _documents(first: str) -> Iterator[tuple[str, object, tuple[int, ...]]]:
         seen.add(real)
         if len(seen) > MAX_FILES:
             raise Refused(
-                "bad_gateway_config", f"{first} includes more than {MAX_FILES} files", hint="correct `include`"
+                "bad_gateway_config",
+                f"{first} includes more than {MAX_FILES} files",
+                why="files that include files are followed so far and no further",
+                hint="correct `include`",
             )
         document, lines = _load(name)
         yield name, document, lines

@@ -17,12 +17,12 @@ from urllib.parse import urlsplit
 
 import yaml
 
+from mlxops.build import engines
 from mlxops.control.files import opened
 from mlxops.core.errors import UsageError
 from mlxops.core.names import is_name, shown
 from mlxops.core.settings import DEFAULT_ENGINE, BootJob, PortRange, Settings
 
-ENGINES = ("mlx-openai-server", "mlx-lm")
 MAX_BYTES = 1024 * 1024
 MAX_DEPTH = 16
 MAX_PORTS = 100
@@ -496,8 +496,8 @@ def _slots(value: _Value, ports: PortRange) -> dict[int, str]:
 
 
 def _engine_name(name: str, value: _Value) -> str:
-    if name not in ENGINES:
-        raise value.bad(f"{shown(name)} is not an engine", f"known: {', '.join(ENGINES)}", "name one of those")
+    if name not in engines():
+        raise value.bad(f"{shown(name)} is not an engine", f"known: {', '.join(engines())}", "name one of those")
     return name
 
 

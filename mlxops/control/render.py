@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
 from mlxops.control.client import Answer
+from mlxops.control.hints import aimed
 from mlxops.core.errors import Exit, MlxopsError, OutputFailed, worst
 from mlxops.core.protocol import Event, Line, Note, Phase, Progress
 
@@ -96,7 +97,8 @@ class Talk:
 
     def __init__(self, *, many: bool, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
-        self._many = many
+        self.many = many
+        """What is told begins with its host's name."""
         self._lock = threading.Lock()
         self._tenths: dict[str, tuple[int, float]] = {}
         self._bar: Bar | None = None
@@ -144,7 +146,7 @@ class Talk:
                     self._line(host, f"  {word}: {text}")
 
     def _line(self, host: str, text: str) -> None:
-        prefix = f"{host}: " if self._many and host else ""
+        prefix = f"{host}: " if self.many and host else ""
         words = prefix + (harmless(text).replace("\n", " "))
         if self._bar is not None:
             self._bar.console.print(words, markup=False, highlight=False, soft_wrap=True)
@@ -168,7 +170,7 @@ class Talk:
             self._bar.start()
         key = f"{host} {name}"
         if key not in self._tasks:
-            self._tasks[key] = self._bar.add_task(key if self._many else name, total=total or None)
+            self._tasks[key] = self._bar.add_task(key if self.many else name, total=total or None)
         self._bar.update(self._tasks[key], completed=done, total=total or None)
 
     def _new_bar(self) -> Bar:
@@ -297,7 +299,7 @@ def list_table(answers: Sequence[Answer]) -> str:
     rows: list[list[object]] = []
     for answer in answers:
         if answer.error is not None:
-            rows.append([answer.host, answer.error.code, "", "", "", "", "", answer.error.message])
+            rows.append([answer.host, answer.error.code, "", "", "", "", "", "", answer.error.message])
         for row in _rows(answer.result, "models"):
             problems = row.get("problems")
             rows.append(
@@ -307,14 +309,17 @@ def list_table(answers: Sequence[Answer]) -> str:
                     row.get("repo_id"),
                     str(row.get("revision") or "")[:12],
                     size(row.get("size_bytes")),
+                    row.get("format"),
                     row.get("port"),
                     _options(row.get("flags")),
                     "; ".join(map(str, problems)) if isinstance(problems, list) else "",
                 ]
             )
     if not rows:
-        return "no models are registered; what the cache holds: mlxctl init; or load one: mlxctl load ORG/NAME PORT"
-    columns = ["HOST", "NAME", "REPO", "REVISION", "SIZE", "PORT", "FLAGS", "PROBLEMS"]
+        flags = "" if many else "".join(answer.flags for answer in answers)
+        told = "no models are registered; what the cache holds: mlxctl init; or load one: mlxctl load ORG/NAME PORT"
+        return aimed(told, flags)
+    columns = ["HOST", "NAME", "REPO", "REVISION", "SIZE", "FORMAT", "PORT", "FLAGS", "PROBLEMS"]
     return table(columns if many else columns[1:], rows if many else [row[1:] for row in rows])
 
 
@@ -371,7 +376,9 @@ def _need_row(row: Mapping[str, object], left: object) -> list[object]:
 
 def _set_lines(result: Mapping[str, object]) -> str:
     verb = "would change" if result.get("dry_run") else "changed" if result.get("changed") else "was so already"
-    return one_line(f"{result.get('model')} {verb}: {_options(result.get('options')) or 'no settings of its own'}")
+    revision = f"revision {result['revision']}" if result.get("revision") else ""
+    settings = ", ".join(filter(None, [_options(result.get("options")), revision]))
+    return one_line(f"{result.get('model')} {verb}: {settings or 'no settings of its own'}")
 
 
 def gateway_table(answers: Sequence[Answer]) -> str:
@@ -511,10 +518,15 @@ def _unload_line(result: Mapping[str, object]) -> str:
     notes = result.get("notes")
     if isinstance(notes, list) and notes:
         return one_line("; ".join(map(str, notes)))
-    where = f"port {result.get('port')}" if result.get("port") else f"{result.get('model')}"
     if not result.get("changed"):
-        return one_line(f"{where} had nothing to unload")
-    return one_line(f"{where} is idle; {result.get('model') or 'its server'} is unloaded ({result.get('seconds')} s)")
+        return one_line(f"{_place(result)} had nothing to unload")
+    return one_line(
+        f"{_place(result)} is idle; {result.get('model') or 'its server'} is unloaded ({result.get('seconds')} s)"
+    )
+
+
+def _place(result: Mapping[str, object]) -> str:
+    return f"port {result.get('port')}" if result.get("port") else f"{result.get('model')}"
 
 
 def _plan_lines(result: Mapping[str, object]) -> str:
@@ -522,9 +534,10 @@ def _plan_lines(result: Mapping[str, object]) -> str:
 
     plan = result.get("plan")
     plan = plan if isinstance(plan, dict) else {}
-    lines = [
-        f"{result.get('model')} on {result.get('port')}: {plan.get('outcome', 'unload')} (dry run, nothing changed)"
-    ]
+    what = f"{result.get('model')} on {result.get('port')}: {plan.get('outcome', 'unload')}"
+    if "outcome" not in plan and result.get("state") == "idle" and not plan.get("clears"):
+        what = f"{_place(result)} has nothing to unload"
+    lines = [f"{what} (dry run, nothing changed)"]
     lines += [f"  download: {plan['download']}"] if plan.get("download") else []
     lines += [f"  stop: {stop}" for stop in plan.get("stops") or []]
     lines += [f"  clear: {name}" for name in plan.get("clears") or []]

@@ -14,13 +14,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from urllib.parse import urlsplit
 
+from mlxops.deadline import answer_until
+
 SECONDS = 60.0
 """How long an alias is asked: several times the five seconds of LiteLLM's cool-down, and a slow first answer."""
 LIVELINESS_SECONDS = 5.0
 PAUSE = 1.0
 MAX_BODY = 1024 * 1024
-_FINAL = frozenset({400, 401, 403, 404, 405, 422})
-"""Answers that will not change by waiting: an unknown alias, a wrong key, a request that it does not understand."""
+_FINAL = frozenset({*range(300, 400), 400, 401, 403, 404, 405, 422})
+"""Answers that will not change by waiting: an unknown alias, a wrong key, a request that it does not understand, or
+that something else than the gateway is there, which sends us on."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,7 @@ def _send(
     parts = urlsplit(url)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname or "", parts.port, timeout=timeout)
+    connection.response_class = answer_until(time.monotonic() + timeout)
     try:
         connection.request(method, parts.path.rstrip("/") + path, data, dict(headers))
         response = connection.getresponse()

@@ -25,11 +25,12 @@ from mlxops.control.client import (
     agent_argv,
     connect,
     ended_early,
+    heard,
     lost,
     request_of,
     with_address,
 )
-from mlxops.control.session import NOISE_BYTES, ConnectionLost, Dialogue, Patience, Transport, events
+from mlxops.control.session import NOISE_BYTES, ConnectionLost, Dialogue, Patience, Transport
 from mlxops.core.errors import MlxopsError
 from mlxops.core.protocol import AGAIN, HEARTBEAT, Done, Failed, Hello
 
@@ -107,7 +108,7 @@ class Link:
         return self._dialogue
 
     def _hear(self, dialogue: Dialogue, silence: float) -> Done | Failed:
-        for event in events(dialogue, Patience(silence, NOISE_BYTES, greeted=self._greeted)):
+        for event in heard(self._target, dialogue, Patience(silence, NOISE_BYTES, greeted=self._greeted)):
             match event:
                 case None:
                     continue

@@ -111,7 +111,9 @@ def parse(words: Sequence[str]) -> Fields:
                 hint="for example: --set reasoning_parser=qwen3; take it out: --set reasoning_parser=",
             )
         if key in written or key in removed:
-            raise UsageError("set_twice", f"{key} is set twice", hint="give it once")
+            raise UsageError(
+                "set_twice", f"{key} is set twice", why="an entry has one value for it", hint="give it once"
+            )
         if value:
             written[key] = _value(key, value)
         else:
@@ -126,6 +128,7 @@ def _value(key: str, value: str) -> object:
         raise UsageError(
             "bad_value",
             f"{key} has no default that null could switch off",
+            why=f"a model's family has defaults for {', '.join(WITH_DEFAULT)} only",
             hint=f"take it out of the entry: --set {key}=",
         )
     try:

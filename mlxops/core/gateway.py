@@ -270,8 +270,12 @@ def compare(
     for entry, target in ours:
         found += _of_entry(entry, target, [port for port in ports if port.alias == entry.alias], files)
     found += _of_groups(ours, files)
+    # Where they lead to is in a variable without a value, which is told of them already.
+    nowhere = {entry.alias for entry, target in ours if target is None and entry.unset}
     for port in ports:
-        found += _of_port(port, [entry for entry, target in ours if target == port], files)
+        here = [entry for entry, target in ours if target == port]
+        if here or port.alias not in nowhere:
+            found += _of_port(port, here, files)
     unique = list(dict.fromkeys(found))
     return tuple(sorted(unique, key=lambda each: each.severity is not Severity.FAULT))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from mlxops.core.errors import MlxopsError, Refused, UsageError
@@ -60,6 +60,8 @@ class LoadPlan:
     """What serves the port now and is started again if the new one fails."""
     adopts: PortView | None = None
     """What becomes ours as it is."""
+    proves: PortView | None = None
+    """What serves already without being ours, and has to answer under the alias."""
     cleared: tuple[str, ...] = ()
     """Other entries that lose their claim on the port in the write that assigns it."""
     notes: tuple[str, ...] = ()
@@ -72,10 +74,12 @@ class UnloadPlan:
     clear: tuple[str, ...] = ()
     model: str | None = None
     notes: tuple[str, ...] = ()
+    cancelled: bool = False
+    """A load that was on its way there was ended."""
 
     @property
     def changed(self) -> bool:
-        return self.stop is not None or bool(self.clear)
+        return self.stop is not None or bool(self.clear) or self.cancelled
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ def unknown_model(name: str, registry: Registry) -> Refused:
     return Refused(
         "unknown_model",
         f"there is no model {name!r} in the registry",
-        why="did you mean " + " or ".join(close) if close else "it was neither registered nor found by init",
+        why="did you mean " + " or ".join(close) + "?" if close else "it was neither registered nor found by init",
         hint=f"register it: mlxctl load {name} PORT --repo org/name; or see: mlxctl list",
     )
 
@@ -208,6 +212,7 @@ def plan_load(
         tuple(stops),
         plan.previous,
         view if plan.outcome is Outcome.ADOPT else None,
+        plan.proves,
         cleared if plan.outcome is not Outcome.ALREADY else (),
         (*plan.notes, *(stale if plan.outcome is not Outcome.ALREADY else ())),
     )
@@ -320,13 +325,18 @@ def _force_for(view: PortView) -> str:
 
 def _plan_on_boot(settings: Settings, view: PortView, target: Target, start: LoadPlan) -> LoadPlan:
     if view.model == target.name and view.state is State.READY:
-        return LoadPlan(target, start.port, start.alias, Outcome.ALREADY, notes=("served by the boot job",))
+        return replace(start, outcome=Outcome.ALREADY, proves=view, notes=("served by the boot job",))
+    raise boot_port(settings, start.port, f"it serves {view.model or 'something unknown'}")
+
+
+def boot_port(settings: Settings, port: int, what: str) -> Refused:
+    """`what` is there instead of what is wanted."""
     boot = settings.boot
     label = boot.label if boot and boot.label else "LABEL"
-    raise Refused(
+    return Refused(
         "boot_port",
-        f"port {start.port} belongs to the boot job {boot.script if boot else ''}".rstrip(),
-        why=f"the system starts it again when it is stopped; it serves {view.model or 'something unknown'}",
+        f"port {port} belongs to the boot job {boot.script if boot else ''}".rstrip(),
+        why=f"the system starts it again when it is stopped; {what}",
         hint=f"as the operator of the host: sudo launchctl bootout system/{label}; then try again",
     )
 
@@ -374,7 +384,7 @@ def _is_as_wanted(server: Server, wanted: Wanted | None) -> bool:
     if wanted is None or (server.engine, server.path) != (wanted.engine, wanted.path):
         return False
     argv, tail = server.argv, wanted.argv[1:]
-    return len(argv) >= len(tail) and tuple(argv[len(argv) - len(tail) :]) == tail
+    return argv[len(argv) - len(tail) :] == tail
 
 
 def _elsewhere(world: World, target: Target, port: int) -> list[PortView]:
@@ -394,7 +404,7 @@ def plan_unload(registry: Registry, world: World, port: int, *, force: bool) -> 
     """Raises `Refused`: boot_port, foreign_port, unknown_port, hand_started."""
     view = world.ports[port]
     clear = tuple(model.name for model in registry.on_port(port))
-    name = clear[0] if clear else view.model
+    name = view.model if view.owner is Owner.MLXOPS or not clear else clear[0]
     if view.state is State.UNKNOWN:
         raise unknown_port(view)
     if view.owner is None:
@@ -410,7 +420,7 @@ def plan_unload(registry: Registry, world: World, port: int, *, force: bool) -> 
         raise Refused(
             "hand_started",
             f"the server on port {port} was started by hand",
-            why=f"pid {view.pid}: {shlex.join(view.server.argv)[:200]}" if view.server else "",
+            why=f"pid {view.pid}: {shlex.join(view.server.argv if view.server else ())[:200]}",
             hint="stop it all the same: add --force",
         )
     return UnloadPlan(port, view, clear, name)

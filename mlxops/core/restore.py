@@ -1,26 +1,28 @@
 """What `restore` starts: assignments that nothing serves, in the order of their ports. Pure.
 
-The history is a list of lines as they were written, oldest first: `{"command", "operation", "at", ...}`.
+The history is a list of lines as they were written, oldest first: `{"command", "operation", "at", ...}`. A start by
+`restore` counts as one in vain until something was observed that says otherwise (`_lasted`): that time has passed says
+nothing, since a server that crashes at once is as old the next day as one that served.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mlxops.core.names import is_model_name
 from mlxops.core.registry import Registry
 from mlxops.core.units import duration
-from mlxops.core.world import Orphan, PortView, World
+from mlxops.core.world import Orphan, Owner, PortView, State, World
 
 GIVE_UP = 5
 """Starts in a row of a server that did not last; then a person has to look."""
 LASTED = 2 * 3600.0
-"""Seconds after which a start counts as one that lasted."""
+"""A start has lasted if its server was seen alive so many seconds later."""
 LONGEST_UPTIME = 1e10
 """Seconds; three hundred years. What is no time at all, or an integer too long to be calculated with, is beyond it."""
-FIRST_PAUSE, LONGEST_PAUSE = 120.0, 3600.0
-"""Seconds before a server is started again, doubled each time."""
+FIRST_PAUSE = 120.0
+"""Seconds before a server is started again, doubled each time: 2, 4, 8 and 16 minutes, and then `GIVE_UP`."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,47 @@ class Step:
     port: int
     why: str = ""
     """For steps that are not taken."""
+    again_in: float | None = None
+    """Seconds after which it may be taken, where only that is in the way."""
 
     def to_wire(self) -> dict[str, object]:
-        return {"model": self.model, "port": self.port} | ({"why": self.why} if self.why else {})
+        wire: dict[str, object] = {"model": self.model, "port": self.port}
+        if self.why:
+            wire["why"] = self.why
+        if self.again_in is not None:
+            wire["again_in_seconds"] = round(self.again_in, 3)
+        return wire
+
+
+@dataclass(frozen=True)
+class Start:
+    """A start by `restore`, as the history tells it."""
+
+    wall: float
+    monotonic: float
+    """The clock that begins anew with each boot."""
+    boot_id: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a port's run record, and the log that goes with it, tell of the server that was started there last."""
+
+    model: str
+    boot_id: str
+    proven: bool
+    last_sign: float | None
+    """Wall time: when it last wrote to its log."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Now, in this boot of the host."""
+
+    boot_id: str
+    booted_at: float
+    wall: float
+    monotonic: float
 
 
 @dataclass(frozen=True)
@@ -45,11 +85,12 @@ def plan_restore(
     world: World,
     *,
     boot_port: int | None,
+    slots: Mapping[int, str],
     cleared: Iterable[Step] = (),
     attempts: Mapping[Step, Sequence[float]],
 ) -> RestorePlan:
     """`boot_port`: the port that a boot job of the system owns. `cleared`: what reconcile took away, if that is to
-    come back. `attempts`: how many seconds ago `restore` has started a step, newest first."""
+    come back. `attempts`: how many seconds ago `restore` has started a step in vain, newest first."""
     wanted = {Step(model.name, model.port) for model in registry.models.values() if model.port is not None}
     wanted |= {step for step in cleared if _is_free(registry, step)}
     starts, skipped = [], []
@@ -57,9 +98,10 @@ def plan_restore(
         view = world.ports.get(step.port)
         if view is None or not _is_down(view):
             continue
-        why = _why_not(registry, step, wanted, boot_port) or pause(attempts.get(step, ()))
-        if why:
-            skipped.append(Step(step.model, step.port, why))
+        why = _why_not(step, wanted, boot_port, slots)
+        left = Step(step.model, step.port, why) if why else pause(step, attempts.get(step, ()))
+        if left:
+            skipped.append(left)
         else:
             starts.append(step)
     return RestorePlan(tuple(starts), tuple(skipped))
@@ -82,29 +124,31 @@ def _is_down(view: PortView) -> bool:
     return view.unserved or (view.orphan in dead and view.operation is None)
 
 
-def _why_not(registry: Registry, step: Step, wanted: Iterable[Step], boot_port: int | None) -> str:
+def _why_not(step: Step, wanted: Iterable[Step], boot_port: int | None, slots: Mapping[int, str]) -> str:
     if step.port == boot_port:
         return "the port belongs to the host's own boot job"
     if sum(each.port == step.port for each in wanted) > 1:
         return "several models claim the port"
+    own = next((port for port, alias in slots.items() if alias == step.model), step.port)
+    if own != step.port:
+        return f"{step.model} is the alias of port {own}"
     return ""
 
 
-def pause(attempts: Sequence[float]) -> str:
-    """Why a server that was started so many seconds ago, each time in vain, is not started again now; or empty."""
-    in_a_row = 0
-    newer = 0.0
-    for ago in attempts:
-        if ago - newer >= LASTED:
-            break
-        in_a_row, newer = in_a_row + 1, ago
-    if not in_a_row:
-        return ""
-    if in_a_row >= GIVE_UP:
-        return f"it was started {in_a_row} times and did not last; when it is mended, load it"
-    left = min(FIRST_PAUSE * 2 ** (in_a_row - 1), LONGEST_PAUSE) - attempts[0]
-    times = "once" if in_a_row == 1 else f"{in_a_row} times"
-    return f"it ended {times}; the next try is in {duration(left)}; or now: mlxctl load" if left > 0 else ""
+def pause(step: Step, attempts: Sequence[float]) -> Step | None:
+    """The step as it is left, if it was started so many seconds ago, each time in vain; None if it may be taken."""
+    if not attempts:
+        return None
+    by_hand = f"mlxctl load {step.model} {step.port}"
+    if len(attempts) >= GIVE_UP:
+        why = f"it was started {len(attempts)} times and was not seen to last; when it is mended: {by_hand}"
+        return Step(step.model, step.port, why)
+    left = FIRST_PAUSE * 2 ** (len(attempts) - 1) - attempts[0]
+    if left <= 0:
+        return None
+    times = "once" if len(attempts) == 1 else f"{len(attempts)} times"
+    why = f"it was started {times} and did not last; the next try may be in {duration(left)}; or now: {by_hand}"
+    return Step(step.model, step.port, why, left)
 
 
 def last_cleared(history: Iterable[Mapping[str, object]]) -> tuple[Step, ...]:
@@ -124,21 +168,81 @@ def last_cleared(history: Iterable[Mapping[str, object]]) -> tuple[Step, ...]:
     return tuple(found)
 
 
-def attempts_of(history: Iterable[Mapping[str, object]], boot_id: str, now: float) -> dict[Step, list[float]]:
-    """How many seconds ago each step was started by `restore` in this boot, newest first; a load by a person, or an
-    unload, wipes the slate. `now` is the monotonic clock, which begins anew with each boot."""
-    found: dict[Step, list[float]] = {}
+def starts_of(history: Iterable[Mapping[str, object]]) -> dict[Step, list[Start]]:
+    """The starts of each step by `restore`, oldest first, since one is known to have lasted. A load by a person, an
+    unload, or a reconcile that takes the assignment away, wipes the slate."""
+    found: dict[Step, list[Start]] = {}
     for line in history:
-        step = _step(line)
-        at = line.get("monotonic")
-        if step is None:
+        command, step = line.get("command"), _step(line)
+        if command == "reconcile":
+            rows = line.get("cleared")
+            for row in rows if isinstance(rows, list) else []:
+                if cleared := _step(row):
+                    found.pop(cleared, None)
+        elif step is None:
             continue
-        if line.get("command") == "restore":
-            if line.get("boot_id") == boot_id and isinstance(at, int | float) and 0 <= at < LONGEST_UPTIME:
-                found.setdefault(step, []).insert(0, max(0.0, now - at))
-        elif line.get("command") in {"load", "unload"} and line.get("restore") is not True:
+        elif command == "restore":
+            if start := _start(line):
+                before = [] if line.get("afresh") is True else found.get(step, [])
+                found[step] = [*before, start]
+        elif command == "lasted" or (command in {"load", "unload"} and line.get("restore") is not True):
             found.pop(step, None)
     return found
+
+
+def _start(line: Mapping[str, object]) -> Start | None:
+    boot_id, wall, monotonic = line.get("boot_id"), line.get("wall"), line.get("monotonic")
+    if not isinstance(boot_id, str) or not isinstance(wall, int | float) or not isinstance(monotonic, int | float):
+        return None
+    if not (0 <= wall < LONGEST_UPTIME and 0 <= monotonic < LONGEST_UPTIME):
+        return None
+    return Start(float(wall), float(monotonic), boot_id)
+
+
+def in_vain(
+    starts: Mapping[Step, Sequence[Start]], records: Mapping[int, Record], now: Moment
+) -> dict[Step, list[float]]:
+    """How many seconds ago each step was started in vain, newest first."""
+    return {
+        step: [_ago(start, now) for start in reversed(of)]
+        for step, of in starts.items()
+        if of and not _lasted(of, step, records.get(step.port), now)
+    }
+
+
+def _ago(start: Start, now: Moment) -> float:
+    if start.boot_id == now.boot_id:
+        return max(0.0, now.monotonic - start.monotonic)
+    return max(now.wall - start.wall, now.monotonic)  # wall time may have been set back; it was before this boot
+
+
+def _lasted(starts: Sequence[Start], step: Step, record: Record | None, now: Moment) -> bool:
+    """Whether the server that was started last has served for long, by what can be seen now that it is down.
+
+    Its log says so, if anybody asked it anything. Else, if nobody knows of its end but that the host went down, the
+    host tells: a start that took the host down, or a server that did so under load, did that earlier.
+    """
+    last = starts[-1]
+    if record is None or record.model != step.model or not record.proven:
+        return False
+    if record.last_sign is not None and record.last_sign - last.wall >= LASTED:
+        return True
+    if last.boot_id == now.boot_id or record.boot_id != last.boot_id:
+        return False
+    crashed_then = sum(start.boot_id == last.boot_id for start in starts) > 1
+    return not crashed_then and now.booted_at - last.wall >= LASTED
+
+
+def lasting(starts: Mapping[Step, Sequence[Start]], world: World, now: Moment) -> Iterator[Step]:
+    """The steps whose servers are seen to have lasted: worth remembering, because an idle server's log tells nothing
+    once it is down."""
+    for step, of in starts.items():
+        view = world.ports.get(step.port)
+        serves = view is not None and view.state is State.READY and view.owner is Owner.MLXOPS
+        if not serves or view is None or view.model != step.model or not of:
+            continue
+        if of[-1].boot_id == now.boot_id and _ago(of[-1], now) >= LASTED:
+            yield step
 
 
 def _step(row: object) -> Step | None:

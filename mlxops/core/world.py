@@ -454,15 +454,21 @@ def _view(
 
 def drift(ports: PortRange, views: Mapping[int, PortView], registry: Registry) -> tuple[Drift, ...]:
     """Where registry and life disagree, each with the command that helps."""
-    found = [each for view in views.values() for each in _drift_of_port(view, registry.on_port(view.port))]
+    slots = {view.alias: view.port for view in views.values() if view.alias}
+    found = [each for view in views.values() for each in _drift_of_port(view, registry.on_port(view.port), slots)]
     if registry.unwritable:
         # Every command that changes anything is refused until then.
         found = [replace(each, hint="mend the registry first, then look again: mlxctl status") for each in found]
     for model in registry.models.values():
-        port = model.port
+        port, own = model.port, slots.get(model.name)
         if port is not None and port not in ports:
             message = f"{model.name} is assigned to {port}, outside this host's range {ports}"
             found.append(Drift("port_outside_range", port, model.name, message, "mlxctl reconcile"))
+        if port is not None and own not in (None, port):
+            message = f"{model.name} is the alias of port {own}, and is assigned to {port}"
+            found.append(
+                Drift("alias_elsewhere", port, model.name, message, f"mlxctl unload {port}, then load it there")
+            )
         if port is not None and len(registry.on_port(port)) > 1:
             message = f"{model.name} is not the only model that claims port {port}"
             hint = f"mlxctl unload {port}, then load the right one"
@@ -470,16 +476,21 @@ def drift(ports: PortRange, views: Mapping[int, PortView], registry: Registry) -
     return tuple(found)
 
 
-def _drift_of_port(view: PortView, assigned: tuple[Model, ...]) -> Iterator[Drift]:
+def _drift_of_port(view: PortView, assigned: tuple[Model, ...], slots: Mapping[str, int]) -> Iterator[Drift]:
+    """`slots`: the ports of the aliases."""
     port, names = view.port, [model.name for model in assigned]
     if view.unserved:
         for name in names:
             message = f"{name} is assigned to {port}, but nothing serves it"
-            hint = "mlxctl restore" if view.rebooted else f"mlxctl load {name} {port}, or mlxctl reconcile"
-            yield Drift("assigned_not_served", port, name, message, hint)
+            load = f"mlxctl load {name} {slots.get(name, port)}, or mlxctl reconcile"
+            yield Drift("assigned_not_served", port, name, message, "mlxctl restore" if view.rebooted else load)
     elif view.owner is Owner.MLXOPS and view.state in {State.ORPHAN, State.MISMATCH, State.WEDGED, State.FAILED}:
         yield Drift(view.state.value, port, view.model, f"{port}: {view.detail}", f"mlxctl unload {port}")
-    elif view.owner in {Owner.HAND, Owner.BOOT} and view.model not in names:
+    elif view.owner is Owner.BOOT and names and view.model not in names:
+        message = f"{port} is served by the boot job, and the registry assigns {', '.join(names)} to it"
+        hint = f"mlxctl load {names[0]} PORT, with another port; or make its port null in the registry"
+        yield Drift("boot_port_assigned", port, view.model, message, hint)
+    elif view.owner is Owner.HAND and view.model not in names:
         message = f"{port} is served by a process that mlxops did not start, and the registry does not say so"
         yield Drift("unregistered_server", port, view.model, message, f"mlxctl unload {port} --force, then load")
     elif view.state is State.UNKNOWN:

@@ -21,7 +21,7 @@ from mlxops.agent.worker import begin
 from mlxops.build import build_id
 from mlxops.core.errors import Busy, Refused
 from mlxops.core.protocol import Failed, Request
-from mlxops.core.settings import Settings
+from mlxops.core.settings import BootJob, Settings
 from tests.lab.sshd import missing
 
 
@@ -77,6 +77,13 @@ def test_of_two_that_differ_on_a_fresh_host_one_is_heard(settings: Settings, oth
     refused = next(event for event in last if event["event"] == "failed")
     assert (refused["error"]["code"], refused["error"]["exit"]) == ("settings_differ", 3)
     assert json.loads(Path(settings.state, "host.json").read_bytes())["registry"] in refused["error"]["why"]
+
+
+def test_what_need_not_be_agreed_on_is_kept_as_it_was_asked_last(settings: Settings, store: Store) -> None:
+    agree(store, place(settings, {}))
+    changed = replace(settings, address="studio.local", env={"A": "1"}, boot=BootJob(8100, "/opt/start.sh"))
+    agree(store, place(changed, {}))
+    assert store.agreed() == changed
 
 
 def test_a_worker_whose_settings_were_agreed_anew_before_it_began_does_nothing(

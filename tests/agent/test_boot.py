@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import getpass
 import os
 import plistlib
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mlxops.agent import boot
 from mlxops.agent.boot import Job, Launchd, Systemd
+from mlxops.core.errors import Refused
 from mlxops.core.settings import BootJob
 from tests.lab.homelab import Homelab
 from tests.lab.sshd import missing
 
+USER = "thestudio"
 HOSTILE = ' a "b" %h $HOME \\n ;&'
 
 
@@ -27,7 +29,8 @@ def job(tmp_path: Path) -> Job:
     state = tmp_path / f"state{HOSTILE}"
     (state / "logs").mkdir(parents=True)
     argv = (sys.executable, "-P", "-m", "mlxops.agent", "--restore", str(state))
-    return Job(argv, state / "logs" / "restore.log", tmp_path / "home", getpass.getuser(), every=5)
+    environ = {"HF_HOME": f"/disk/hf{HOSTILE}", "MLX_LAUNCH_CMD": "~/bin/serve --x"}
+    return Job(argv, state / "logs" / "restore.log", tmp_path / "home", USER, 5, environ)
 
 
 def recorder(folder: Path, name: str, script: str = "exit 0") -> Path:
@@ -49,11 +52,14 @@ class TestThePropertyList:
         assert keys["ProgramArguments"] == list(job.argv)
         assert (keys["Label"], keys["RunAtLoad"], keys["AbandonProcessGroup"]) == ("org.mlxops.restore", True, True)
         assert keys["StartInterval"] == 300
+        assert keys["EnvironmentVariables"] == dict(job.environ)
+        assert keys["ProcessType"] == "Interactive", "the servers would be throttled with it"
         assert "KeepAlive" not in keys and "UserName" not in keys
 
     def test_of_the_daemon_runs_it_as_the_user(self, job: Job) -> None:
         keys = plistlib.loads(boot.launch_daemon(job))
         assert (keys["UserName"], keys["EnvironmentVariables"]["HOME"]) == (job.user, str(job.home))
+        assert keys["EnvironmentVariables"].items() >= job.environ.items()
         assert keys["Label"] != plistlib.loads(boot.launch_agent(job))["Label"]
         assert keys["AbandonProcessGroup"] is True
 
@@ -81,6 +87,31 @@ class TestTheUnit:
         (line,) = [line for line in boot.service(job).splitlines() if line.startswith("ExecStart=")]
         assert '%%h $$HOME \\\\n ;&"' in line and 'a \\"b\\"' in line
 
+    def test_carries_the_environment(self, job: Job) -> None:
+        """How systemd reads it, the test of the real one tells; that a `$` stays alone, systemd.exec(5)."""
+        lines = [line for line in boot.service(job).splitlines() if line.startswith("Environment=")]
+        assert lines == [
+            'Environment="HF_HOME=/disk/hf a \\"b\\" %%h $HOME \\\\n ;&"',
+            'Environment="MLX_LAUNCH_CMD=~/bin/serve --x"',
+        ]
+
+
+def test_only_what_mlxops_reads_goes_into_the_job_and_no_secret() -> None:
+    environ = {
+        "HF_HOME": "/disk/hf",
+        "HF_HUB_CACHE": "/disk/hub",
+        "PATH": "/usr/bin",
+        "MLX_LAUNCH_CMD": "serve",
+        "HF_TOKEN": "hf_secret",
+        "SHELL": "/bin/sh",
+        "XDG_CACHE_HOME": "two\nlines",
+    }
+    found = boot.kept(environ)
+    assert found == {key: environ[key] for key in ("PATH", "MLX_LAUNCH_CMD", "HF_HOME", "HF_HUB_CACHE")}
+    assert boot.kept({"HF_ENDPOINT": "https://hub.example"}) == {"HF_ENDPOINT": "https://hub.example"}
+    assert boot.kept({"HF_ENDPOINT": "https://me:secret@hub.example"}) == {}
+    assert boot.job(Path("/s"), {"HOME": "/h", **environ}, None).environ == found
+
 
 class TestSystemd:
     def test_is_told_and_untold(self, job: Job, tmp_path: Path) -> None:
@@ -91,9 +122,9 @@ class TestSystemd:
         units = tmp_path / "home" / ".config" / "systemd" / "user"
         assert sorted(path.name for path in units.iterdir()) == ["mlxops-restore.service", "mlxops-restore.timer"]
         assert manager.state() == "enabled"
-        assert manager.remove(job) is True
+        assert manager.remove(job) == (True, [])
         assert list(units.iterdir()) == []
-        assert manager.remove(job) is False
+        assert manager.remove(job) == (False, [])
         assert calls(bin) == [
             "systemctl --user daemon-reload",
             "systemctl --user enable mlxops-restore.service",
@@ -105,8 +136,6 @@ class TestSystemd:
         ]
 
     def test_without_an_interval_takes_the_timer_away(self, job: Job, tmp_path: Path) -> None:
-        from dataclasses import replace
-
         bin = tmp_path / "bin"
         recorder(bin, "systemctl")
         manager = Systemd({"PATH": str(bin)})
@@ -115,50 +144,162 @@ class TestSystemd:
         assert [path.name for path in manager.places(job) if path.exists()] == ["mlxops-restore.service"]
 
     def test_that_fails_is_quoted(self, job: Job, tmp_path: Path) -> None:
-        from mlxops.core.errors import Refused
-
         recorder(tmp_path / "bin", "systemctl", "echo Failed to connect to bus: No medium found >&2; exit 1")
         with pytest.raises(Refused) as caught:
             Systemd({"PATH": str(tmp_path / "bin")}).install(job)
         assert "Failed to connect to bus" in caught.value.why and caught.value.hint
 
+    @pytest.mark.parametrize("fails", ["daemon-reload", "enable mlxops-restore.service", "enable --now"])
+    def test_that_fails_leaves_what_was_there(self, job: Job, tmp_path: Path, fails: str) -> None:
+        recorder(tmp_path / "bin", "systemctl", f'case "$*" in *"{fails}"*) exit 1;; esac')
+        manager = Systemd({"PATH": str(tmp_path / "bin")})
+        with pytest.raises(Refused):
+            manager.install(job)
+        assert [path for path in manager.places(job) if path.exists()] == []
+        older = dict.fromkeys(manager.places(job), b"older")
+        for path, text in older.items():
+            path.write_bytes(text)
+        with pytest.raises(Refused):
+            manager.install(job)
+        assert {path: path.read_bytes() for path in manager.places(job)} == older
+        folder = manager.places(job)[0].parent
+        assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in older)
+
+    def test_removes_its_files_whatever_systemd_says(self, job: Job, tmp_path: Path) -> None:
+        bin = tmp_path / "bin"
+        recorder(bin, "systemctl")
+        manager = Systemd({"PATH": str(bin)})
+        manager.install(job)
+        for path in manager.places(job):
+            wants = path.parent / ("timers" if path.suffix == ".timer" else "default")
+            wants = wants.with_suffix(".target.wants")
+            wants.mkdir()
+            (wants / path.name).symlink_to(path)
+        recorder(bin, "systemctl", "echo Failed to connect to bus: No medium found >&2; exit 1")
+        removed, told = manager.remove(job)
+        assert removed and "Failed to connect to bus" in told[0] and len(told) == 1
+        folder = manager.places(job)[0].parent
+        assert [path for path in folder.rglob("*") if not path.is_dir()] == []
+        assert manager.remove(job) == (False, [])
+
+    def test_that_cannot_be_asked_says_so(self, tmp_path: Path) -> None:
+        recorder(tmp_path / "bin", "systemctl", "echo Failed to connect to bus: No medium found >&2; exit 1")
+        told = Systemd({"PATH": str(tmp_path / "bin")}).state()
+        assert told.startswith("unknown: this user's systemd could not be asked (Failed to connect")
+
+
+@pytest.fixture
+def mac(tmp_path: Path) -> Launchd:
+    (tmp_path / "daemons").mkdir()
+    return Launchd({"PATH": str(tmp_path / "bin")}, daemons=tmp_path / "daemons", pause=lambda: None, tries=5)
+
 
 class TestLaunchd:
     """With a stand-in for launchctl: what it is told is what launchctl(1) documents."""
 
-    def test_is_told_and_untold_and_root_only_printed(self, job: Job, tmp_path: Path) -> None:
+    DOMAIN = f"gui/{os.getuid()}"
+    ABSENT = 'case "$1" in print) exit 113;; bootout) exit 3;; esac'
+
+    def test_is_told_and_untold_and_root_only_printed(self, job: Job, mac: Launchd, tmp_path: Path) -> None:
         bin = tmp_path / "bin"
-        recorder(bin, "launchctl", 'case "$1" in bootout) exit 3;; esac')
+        recorder(bin, "launchctl", self.ABSENT)
         recorder(bin, "sudo")
-        manager = Launchd({"PATH": str(bin)})
-        told = manager.install(job)
+        told = mac.install(job)
         plist = tmp_path / "home" / "Library" / "LaunchAgents" / "org.mlxops.restore.plist"
         assert plistlib.loads(plist.read_bytes())["Label"] == "org.mlxops.restore"
         assert plist.stat().st_mode & 0o022 == 0
         printed = [line.strip() for line in told if "sudo" in line]
-        assert len(printed) == 2 and printed[1].startswith("sudo launchctl bootstrap system /Library/LaunchDaemons/")
-        assert plistlib.loads((job.log.parent.parent / "org.mlxops.restore.daemon.plist").read_bytes())["UserName"]
-        assert manager.remove(job) is True and not plist.exists()
-        domain = f"gui/{os.getuid()}"
-        assert calls(bin) == [
-            f"launchctl bootout {domain}/org.mlxops.restore",
-            f"launchctl bootstrap {domain} {plist}",
-            f"launchctl bootout {domain}/org.mlxops.restore",
+        assert [line.split()[:3] for line in printed] == [["sudo", "install", "-o"], ["sudo", "launchctl", "bootstrap"]]
+        ours = job.log.parent.parent / "org.mlxops.restore.daemon.plist"
+        assert plistlib.loads(ours.read_bytes())["UserName"]
+        assert mac.remove(job) == (True, [])
+        assert not plist.exists() and not ours.exists()
+        assert mac.remove(job) == (False, [])
+        assert calls(bin)[:4] == [
+            f"launchctl bootout {self.DOMAIN}/org.mlxops.restore",
+            f"launchctl print {self.DOMAIN}/org.mlxops.restore",
+            f"launchctl bootstrap {self.DOMAIN} {plist}",
+            f"launchctl bootout {self.DOMAIN}/org.mlxops.restore",
         ]
 
-    def test_without_a_login_at_the_screen_says_when_it_will_be_loaded(self, job: Job, tmp_path: Path) -> None:
+    def test_waits_for_the_end_of_an_older_job(self, job: Job, mac: Launchd, tmp_path: Path) -> None:
+        """bootout returns at once; the job is there for a while, and a bootstrap fails with 5 for another while."""
+        count = f'PATH=/usr/bin:/bin; echo x >>"{tmp_path}/$1"; n=$(wc -l <"{tmp_path}/$1")'
+        recorder(
+            tmp_path / "bin",
+            "launchctl",
+            f'{count}; case "$1" in print) [ $n -le 2 ] || exit 113;; bootstrap) [ $n -gt 2 ] || exit 5;; esac',
+        )
+        told = mac.install(job)
+        assert [line.split()[1] for line in calls(tmp_path / "bin")] == ["bootout", *["print"] * 3, *["bootstrap"] * 3]
+        assert "at the next login" not in told[0]
+
+    def test_waits_no_longer_than_it_takes(self, job: Job, mac: Launchd, tmp_path: Path) -> None:
+        recorder(tmp_path / "bin", "launchctl", 'case "$1" in bootstrap) echo "5: I/O error" >&2; exit 5;; esac')
+        assert "at the next login; now it says: 5: I/O error" in mac.install(job)[0]
+        assert len(calls(tmp_path / "bin")) == 1 + 5 + 5
+
+    def test_without_a_login_at_the_screen_says_when_it_will_be_loaded(
+        self, job: Job, mac: Launchd, tmp_path: Path
+    ) -> None:
         recorder(
             tmp_path / "bin", "launchctl", "echo 'Bootstrap failed: 125: Domain does not support it' >&2; exit 125"
         )
-        told = Launchd({"PATH": str(tmp_path / "bin")}).install(job)
+        told = mac.install(job)
         assert "at the next login" in told[0] and "125" in told[0]
 
-    @pytest.mark.parametrize(("script", "there"), [("exit 0", True), ("exit 113", False)])
+    def test_that_is_not_there_leaves_what_was_there(self, job: Job, mac: Launchd) -> None:
+        with pytest.raises(Refused):
+            mac.install(job)
+        assert [path for path in mac.files(job) if path.exists()] == []
+
+    def test_tells_of_the_daemon_that_was_installed(self, job: Job, mac: Launchd, tmp_path: Path) -> None:
+        recorder(tmp_path / "bin", "launchctl", self.ABSENT)
+        mac.install(job)
+        installed = tmp_path / "daemons" / "org.mlxops.restore.daemon.plist"
+        assert mac.beside(job) == []
+        installed.write_bytes((job.log.parent.parent / installed.name).read_bytes())
+        assert mac.install(job) == mac.beside(job)
+        assert len(mac.beside(job)) == 1 and "as it would be now" in mac.beside(job)[0]
+        told = mac.install(replace(job, every=7))
+        assert "another than it would be now" in told[0]
+        assert [line.split()[1:3] for line in told[1:]] == [
+            ["launchctl", "bootout"],
+            ["install", "-o"],
+            ["launchctl", "bootstrap"],
+        ]
+        removed, told = mac.remove(job)
+        assert removed and "at each boot" in told[0]
+        assert [line.strip() for line in told[1:]] == [
+            "sudo launchctl bootout system/org.mlxops.restore.daemon",
+            f"sudo rm {installed}",
+        ]
+        assert mac.remove(job) == (False, told), "it is told again as long as it is there"
+
+    @pytest.mark.parametrize(
+        ("script", "state"),
+        [("exit 0", "loaded"), ("exit 113", "not loaded"), ("echo no >&2; exit 64", "unknown: launchd could")],
+    )
+    def test_says_what_it_knows(self, mac: Launchd, tmp_path: Path, script: str, state: str) -> None:
+        recorder(tmp_path / "bin", "launchctl", script)
+        assert mac.state().startswith(state) and (state.startswith("unknown") or mac.state() == state)
+
+    @pytest.mark.parametrize(("script", "there"), [("exit 0", True), ("exit 113", False), ("exit 64", True)])
     def test_knows_whether_the_hosts_own_boot_job_is_there(self, tmp_path: Path, script: str, there: bool) -> None:
         recorder(tmp_path / "bin", "launchctl", script)
-        own = BootJob(8100, "/opt/mlx-launch/bin/start.sh", "com.bebop.mlx-launch")
-        assert boot.job_is_there(own, {"PATH": str(tmp_path / "bin")}) is there
+        assert boot.job_is_there(self.OWN, {"PATH": str(tmp_path / "bin")}) is there
         assert calls(tmp_path / "bin") == ["launchctl print system/com.bebop.mlx-launch"]
+
+    @pytest.mark.parametrize("script", ["exec /bin/sleep 60", None], ids=["hangs", "is missing"])
+    def test_that_cannot_be_asked_leaves_the_boot_job_its_port(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str | None
+    ) -> None:
+        monkeypatch.setattr(boot, "TIMEOUT", 0.2)
+        if script is not None:
+            recorder(tmp_path / "bin", "launchctl", script)
+        assert boot.job_is_there(self.OWN, {"PATH": str(tmp_path / "bin")}) is True
+
+    OWN = BootJob(8100, "/opt/mlx-launch/bin/start.sh", "com.bebop.mlx-launch")
 
 
 def test_the_command_installs_shows_and_removes(make_homelab: Callable[..., Homelab], tmp_path: Path) -> None:

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import shutil
 import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from mlxops.agent.engine import (
+    Command,
+    Engine,
+    NoCompletion,
+    Seen,
+    Serving,
+    complete,
+    get_status,
+    options,
+    which,
+)
 from mlxops.agent.engines import ENGINES, engine_named, mlx_openai_server, recognise
-from mlxops.agent.engines.base import Command, Engine, Seen, Serving, get_status, options, which
 from mlxops.agent.engines.mlx_lm import MlxLm
 from mlxops.agent.engines.mlx_openai_server import MlxOpenAIServer
+from mlxops.build import PACKAGE
 from mlxops.core.errors import Refused
 from mlxops.core.families import options_of
 from mlxops.core.registry import Model
@@ -23,7 +41,7 @@ OPENAI, LM = MlxOpenAIServer(), MlxLm()
 @pytest.fixture(autouse=True)
 def _no_engine_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is installed here must not decide."""
-    monkeypatch.setattr("mlxops.agent.engines.base.USUAL_FOLDERS", ())
+    monkeypatch.setattr("mlxops.agent.engine.USUAL_FOLDERS", ())
     monkeypatch.setattr(mlx_openai_server, "PROJECT", str(tmp_path / "opt" / "mlx-launch"))
     monkeypatch.setattr(mlx_openai_server, "HOMEBREW_UV", str(tmp_path / "homebrew" / "uv"))
 
@@ -94,7 +112,7 @@ def test_the_users_own_folders_are_looked_at_though_ssh_does_not_give_them(tmp_p
 
 def test_the_usual_folders_are_looked_at_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usual = program(tmp_path / "usual" / "mlx_lm.server")
-    monkeypatch.setattr("mlxops.agent.engines.base.USUAL_FOLDERS", (str(tmp_path / "usual"),))
+    monkeypatch.setattr("mlxops.agent.engine.USUAL_FOLDERS", (str(tmp_path / "usual"),))
     assert which("mlx_lm.server", {}) == usual
     nearer = program(tmp_path / "path" / "mlx_lm.server")
     assert LM.command([], {"PATH": str(tmp_path / "path")}) == Command((nearer,), "PATH")
@@ -149,6 +167,23 @@ def test_an_engine_that_nobody_knows_is_refused_with_those_that_are_known() -> N
         engine_named("vllm")
     assert caught.value.code == "unknown_engine" and "mlx-lm" in caught.value.why
     assert set(ENGINES) == {"mlx-lm", "mlx-openai-server"} and engine_named("mlx-lm").name == "mlx-lm"
+
+
+def test_a_further_engine_is_one_more_file(tmp_path: Path) -> None:
+    shutil.copytree(PACKAGE, tmp_path / "mlxops", ignore=shutil.ignore_patterns("__pycache__"))
+    engines = tmp_path / "mlxops" / "agent" / "engines"
+    (engines / "third_one.py").write_text(
+        (engines / "mlx_lm.py").read_text().replace('name = "mlx-lm"', 'name = "third-one"')
+    )
+    (tmp_path / "hosts.yaml").write_text("hosts: {here: {engine: third-one}}\n")
+    code = (
+        "import pathlib; from mlxops.agent.engines import ENGINES, engine_named; from mlxops.control import inventory\n"
+        "assert all(name == engine.name for name, engine in ENGINES.items()), ENGINES\n"
+        "print(len(ENGINES), engine_named('third-one').name)\n"
+        "print(inventory.load(pathlib.Path('hosts.yaml')).host('here').settings.engine)\n"
+    )
+    said = subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, text=True, timeout=60)
+    assert said.split() == ["3", "third-one", "third-one"]
 
 
 # -- the argv -------------------------------------------------------------------------------------------------------
@@ -399,3 +434,73 @@ def test_nobody_who_answers_is_no_status() -> None:
         nobody.bind(("127.0.0.1", 0))
         host, port = nobody.getsockname()
         assert get_status(host, port, "/health", 0.3) is None
+
+
+# -- answers without an end -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def answering(pieces: Iterable[bytes], pause: float = 0.0) -> Iterator[tuple[str, int]]:
+    """A server that answers one request with these pieces, until its client hangs up."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as server:
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                try:
+                    for piece in pieces:
+                        connection.sendall(piece)
+                        time.sleep(pause)
+                    connection.shutdown(socket.SHUT_WR)
+                    while connection.recv(65536):  # closed with unread bytes of the request, it would be a reset
+                        pass
+                except OSError:
+                    pass  # it was hung up, as it should be
+
+        serving = server.submit(serve)
+        yield listener.getsockname()
+        serving.result(10)
+
+
+HEAD = b"HTTP/1.1 200 OK\r\n"
+WITHOUT_END = [
+    pytest.param([HEAD, b"\r\n"], b" ", id="a body"),
+    pytest.param([HEAD, b"Transfer-Encoding: chunked\r\n\r\n"], b"1\r\n \r\n", id="chunks"),
+    pytest.param([HEAD, b"X: "], b"a", id="a header"),
+    pytest.param([], b"HTTP/1.1 100 Continue\r\n\r\n", id="statuses"),
+]
+
+
+@pytest.mark.parametrize(("first", "then"), WITHOUT_END)
+def test_a_completion_is_waited_for_altogether_and_not_for_each_byte(first: list[bytes], then: bytes) -> None:
+    with answering(itertools.chain(first, itertools.repeat(then, 400)), 0.05) as (host, port):
+        began = time.monotonic()
+        with pytest.raises((OSError, NoCompletion)):
+            complete(host, port, "jerry", 0.5)
+        assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(("first", "then"), WITHOUT_END)
+def test_and_so_is_a_probe(first: list[bytes], then: bytes) -> None:
+    with answering(itertools.chain(first, itertools.repeat(then, 400)), 0.05) as (host, port):
+        began = time.monotonic()
+        get_status(host, port, "/health", 0.5)
+        assert time.monotonic() - began < 5
+
+
+COMPLETION = b'{"choices": [{"message": {}}]}'
+
+
+@pytest.mark.parametrize("length", [b"Content-Length: 30\r\n", b"Connection: close\r\n"])
+def test_a_completion_may_come_in_pieces(length: bytes) -> None:
+    pieces = [HEAD, length, b"\r\n", *(COMPLETION[at : at + 1] for at in range(30))]
+    with answering(pieces, 0.01) as (host, port):
+        assert complete(host, port, "jerry", 30) == {"choices": [{"message": {}}]}
+
+
+@pytest.mark.parametrize("body", [b"[" * 200_000, b"9" * 10_000, b"\xff", b'{"choices": []}', b"{}"])
+def test_another_answer_than_a_completion_is_told_as_that(body: bytes) -> None:
+    pieces = [HEAD, b"Content-Length: %d\r\n\r\n" % len(body), body]
+    with answering(pieces) as (host, port), pytest.raises(NoCompletion):
+        complete(host, port, "jerry", 10)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import resource
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from mlxops.agent.cache import Skipped, Snapshot, completeness, find
-from mlxops.agent.hub import download
-from mlxops.agent.hubline import Bytes, Line, Patience
+from mlxops.agent.hub import _drop, download, verify
+from mlxops.agent.hubline import MAX_ANSWER, Bytes, Line, NoHub, Patience, plain_name
 from mlxops.core.errors import DownloadFailed, MlxopsError, Refused
 from mlxops.core.protocol import Event, Note, Progress
 from tests.lab import models
-from tests.lab.faultyhub import Answer, Cut, FaultyHub, Lie, Stall, refusal
+from tests.lab.faultyhub import Answer, Cut, Endless, EndlessHead, FaultyHub, Lie, Stall, refusal
 from tests.lab.hub import Hub
 from tests.lab.world import free_port
 
@@ -331,6 +334,157 @@ class TestABadLine:
         assert not ref(cache, LLAMA).exists()
         pull(cache)
         assert isinstance(find(cache, LLAMA), Snapshot)
+
+
+def answer(document: object, **headers: str) -> Answer:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return Answer(200, {"Content-Type": "application/json", **named}, json.dumps(document).encode())
+
+
+def described(sha: str, *names: str, size: object = 5) -> Answer:
+    """A repository of weights, and of other files of the same size."""
+    siblings = [{"rfilename": name, "size": size, "blobId": "ab" * 20} for name in ("model.safetensors", *names)]
+    return answer({"id": LLAMA, "sha": sha, "siblings": siblings})
+
+
+class TestAHubThatLies:
+    @pytest.mark.parametrize(
+        "hostile", ["/{victim}", "../../../{name}", "a/../../../../{name}", "./{name}", "a//{name}"]
+    )
+    def test_of_names_deletes_nothing(self, faulty: FaultyHub, cache: Path, hostile: str) -> None:
+        victim = cache / "registry.json"
+        (models.repo_folder(cache, LLAMA) / "snapshots" / ("c" * 40)).mkdir(parents=True)
+        victim.write_text("what must not go")
+        faulty.fail(described("c" * 40, hostile.format(victim=str(victim)[1:], name=victim.name)), part="/api/")
+        error = refused(cache)
+        assert (error.code, error.exit.value) == ("hub_error", 8)
+        assert victim.read_text() == "what must not go"
+        with pytest.raises(DownloadFailed) as caught:
+            verify(LLAMA, "c" * 40, cache, lambda _: None, QUICK)
+        assert caught.value.code == "hub_error" and victim.exists()
+        assert faulty.asked(part="/resolve/") == 0
+
+    @pytest.mark.parametrize(
+        "name",
+        ["", "/", "a/", "..", "a\\b", "a\0b", "a\nb", "\x1b[31m", "\ud800", "a\u2028b", "x" * 256, "ä" * 128, None, 7],
+    )
+    def test_of_a_name_is_told(self, name: object) -> None:
+        with pytest.raises(NoHub) as caught:
+            plain_name(name)
+        assert str(caught.value).isprintable()
+
+    @pytest.mark.parametrize(
+        "name", [".gitattributes", "a/b.json", "..x", "-rf", "模型 1.json", "x" * 255, "at 3.04.05\u202fPM.png"]
+    )
+    def test_is_not_taken_for_one_that_has_strange_files(self, name: str) -> None:
+        assert plain_name(name) == name
+
+    @pytest.mark.parametrize("outside", ["../victim", "{tmp_path}/victim", "snapshots/../../victim"])
+    def test_could_not_even_then_delete(self, tmp_path: Path, outside: str) -> None:
+        """The victim is the test's own, whatever the path: without this wall it is gone, and nothing else."""
+        folder, victim = tmp_path / "models--a--b", tmp_path / "victim"
+        (folder / "snapshots").mkdir(parents=True)
+        victim.write_text("what must not go")
+        with pytest.raises(NoHub):
+            _drop(folder, folder / outside.format(tmp_path=tmp_path))
+        assert victim.exists()
+
+    @pytest.mark.parametrize("sha", ["../../x", "c" * 39, "C" * 40, "c" * 40 + "\n"])
+    def test_of_the_commit_is_told(self, faulty: FaultyHub, cache: Path, sha: str) -> None:
+        faulty.fail(described(sha))
+        assert refused(cache).code == "hub_error"
+        assert not cache.exists()
+
+    def test_of_which_commit_was_asked_for_is_told(self, faulty: FaultyHub, cache: Path) -> None:
+        faulty.fail(described("c" * 40))
+        assert refused(cache, revision="d" * 40).code == "hub_error"
+
+    @pytest.mark.parametrize("size", [-5, "5", 1e400])
+    def test_of_a_size_is_told(self, faulty: FaultyHub, cache: Path, size: object) -> None:
+        faulty.fail(described("c" * 40, size=size))
+        assert refused(cache).code == "hub_error"
+
+    @pytest.mark.parametrize(
+        "entry",
+        [
+            {"path": "../../../../victim", "oid": "ab" * 20},
+            {"path": "model.safetensors", "oid": "../../../../victim"},
+            {
+                "path": "model.safetensors",
+                "oid": "ab" * 20,
+                "lfs": {"oid": "../../victim", "size": 5, "pointerSize": 1},
+            },
+        ],
+    )
+    def test_of_names_in_what_huggingface_hub_asks_by_itself_is_told(
+        self, hub: Hub, faulty: FaultyHub, cache: Path, entry: dict[str, object]
+    ) -> None:
+        faulty.fail(described(hub.sha(LLAMA)), part="/revision/")
+        faulty.fail(answer([{"type": "file", "size": 5, **entry}]), part="/tree/")
+        assert refused(cache).code == "hub_error"
+        assert faulty.asked(part="/resolve/") == 0
+
+    @pytest.mark.parametrize(
+        "headers",
+        [
+            {"ETag": '"../../../../evil"'},
+            {"ETag": '"ab"', "X_Linked_Etag": '"../../evil"'},
+            {"ETag": '"ab"', "X_Xet_Hash": "../../evil"},
+            {"ETag": '"ab"', "X_Repo_Commit": "../../../evil"},
+        ],
+    )
+    def test_of_what_a_file_is_called_writes_nothing_elsewhere(
+        self, hub: Hub, faulty: FaultyHub, cache: Path, headers: dict[str, str]
+    ) -> None:
+        faulty.fail(answer({}, **{"X_Repo_Commit": hub.sha(LLAMA), **headers}), part="/resolve/")
+        assert refused(cache).code == "hub_error"
+        assert not list(cache.parent.parent.rglob("*evil*"))
+
+    @pytest.mark.parametrize("body", [b"[" * 200_000, b'{"sha": "\\ud800"}', b'{"siblings": 7}', b"\xff\xfe"])
+    @pytest.mark.parametrize("part", ["/api/models/tiny-org/tiny-llama/revision/", "/tree/"])
+    def test_in_another_form_is_told_and_not_asked_again(
+        self, faulty: FaultyHub, cache: Path, body: bytes, part: str
+    ) -> None:
+        faulty.fail(Answer(200, {"Content-Type": "application/json"}, body), part=part)
+        assert refused(cache).code == "hub_error"
+        assert faulty.asked(part=part) == 1
+
+    def test_about_where_it_is_is_told_and_not_asked_again(self, faulty: FaultyHub, cache: Path) -> None:
+        faulty.fail(Answer(302, {"Location": "file:///dev/null"}))
+        assert refused(cache).code == "hub_error"
+        assert faulty.asked() == 1
+
+
+class TestAnAnswerWithoutEnd:
+    def test_is_read_so_far_and_no_further(self, faulty: FaultyHub, cache: Path) -> None:
+        faulty.fail(Endless(b" " * 65536), part="/api/")
+        error = refused(cache)
+        assert error.code == "hub_error" and "more than 67.1 MB" in error.why
+        assert faulty.sent < MAX_ANSWER + 16 * 1024 * 1024, "the rest is what sockets hold"
+
+    @pytest.mark.parametrize("fault", [Endless(b" ", 0.05), EndlessHead(0.05)], ids=["its body", "its head"])
+    def test_that_trickles_has_a_deadline(self, faulty: FaultyHub, cache: Path, fault: Endless | EndlessHead) -> None:
+        faulty.fail(fault, part="/api/")
+        started = time.monotonic()
+        error = refused(cache, patience=Patience(answer=0.5, tries=2, backoff=0.01))
+        assert error.code in {"hub_error", "hub_unreachable"}
+        assert time.monotonic() - started < 10
+
+    def test_for_a_file_ends_where_the_largest_does(self, faulty: FaultyHub, cache: Path, tiny_models: Path) -> None:
+        faulty.fail(Endless(), method="GET", part="model-00002")
+        assert refused(cache).code == "hub_error"
+        largest = max(file.size for file in models.files_of(tiny_models / models.LLAMA))
+        left = [path.stat().st_size for path in cache.rglob("*") if path.is_file()]
+        assert max(left) <= largest and faulty.sent < largest + 16 * 1024 * 1024
+        assert not list(cache.rglob("*.incomplete"))
+
+    def test_packed_is_not_unpacked(self, faulty: FaultyHub, cache: Path) -> None:
+        packed = gzip.compress(bytes(200_000_000), 1)
+        faulty.fail(Answer(200, {"Content-Type": "application/json", "Content-Encoding": "gzip"}, packed))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        assert refused(cache).code == "hub_error"
+        unit = 1 if sys.platform == "darwin" else 1024
+        assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit < 100_000_000
 
 
 class TestProgress:

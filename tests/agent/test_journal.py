@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from mlxops.agent import flocks
 from mlxops.agent import journal as journals
 from mlxops.agent.journal import Journal, create, named
-from mlxops.core.errors import Bug, Exit, Refused
+from mlxops.core.errors import Bug, Busy, Exit, Refused
 from mlxops.core.protocol import Done, Event, Failed, Note, Phase, Request, encode_event
 from mlxops.core.settings import Settings
 
@@ -192,6 +195,24 @@ def test_a_ticket_has_one_record(ops: Path) -> None:
     assert made(ops, replace(wish, ticket="0123abce")) != first
 
 
+def test_the_last_word_of_a_worker_that_ends_just_behind_a_look_is_heard(
+    journal: Journal, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emit, read = journal.emitter(), Journal._read_from
+    looks: list[int] = []
+
+    def and_then_it_ends(self: Journal, position: int) -> bytes:
+        data = read(self, position)
+        looks.append(position)
+        if len(looks) == 1:
+            emit(Done({}))
+            os.close(held)
+        return data
+
+    monkeypatch.setattr(Journal, "_read_from", and_then_it_ends)
+    assert [event for event in journal.follow() if event] == [Done({})]
+
+
 def test_what_was_heard_is_not_told_again(journal: Journal) -> None:
     emit = journal.emitter()
     for number in range(4):
@@ -208,6 +229,38 @@ def test_only_one_worker_holds_a_record(journal: Journal, held: int) -> None:
     os.close(held)
     assert not journal.alive()
     os.close(journal.hold())
+
+
+def test_who_only_asks_whether_a_worker_lives_keeps_none_from_beginning(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While `alive` looks, the lock is taken, for an instant."""
+    looks: list[int] = []
+
+    def look() -> None:
+        looks.append(os.open(journal.folder / "lock", os.O_RDONLY))
+        fcntl.flock(looks[-1], fcntl.LOCK_SH)
+
+    monkeypatch.setattr(time, "sleep", lambda seconds: os.close(looks.pop()))
+    look()
+    os.close(journal.hold())
+    look()
+    journal.append(Done({}))
+    assert not looks and journal.ended
+
+
+def test_whoever_hangs_with_the_records_does_not_make_others_wait_for_ever(
+    ops: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flocks, "LOCK_SECONDS", 0.05)
+    fd = os.open(ops, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        with pytest.raises(Busy) as caught:
+            create(ops, REQUEST)
+        assert caught.value.code == "operations_locked"
+    finally:
+        os.close(fd)
 
 
 def test_asking_whether_a_worker_lives_makes_nothing(journal: Journal) -> None:

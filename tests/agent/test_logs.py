@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from mlxops.agent import logs
+from mlxops.agent import flocks, logs, worker
+from mlxops.agent.operations.context import Context
+from mlxops.agent.place import place
+from mlxops.agent.store import Store
+from mlxops.agent.system import this_system
+from mlxops.core.errors import Busy
+from mlxops.core.protocol import Request
+from mlxops.core.settings import Settings
 from tests.lab import models
 from tests.lab.homelab import Homelab
 from tests.lab.wired import client, wired
@@ -40,6 +49,16 @@ class TestTheEnd:
     def test_is_never_more_than_was_asked_for(self, log: Path, count: int) -> None:
         log.write_bytes(b"\none\ntwo\n")
         assert end_of(log, count) == ["", "one", "two"][max(0, 3 - count) :]
+
+    def test_of_very_many_lines_is_found_with_one_block_in_memory(self, log: Path) -> None:
+        """Whoever keeps what has been read reads a log of millions of lines for minutes."""
+        log.write_bytes(b"\n" * 5_000_000)
+        tracemalloc.start()
+        try:
+            assert logs.last_lines(log, 4_000_000).position == 1_000_000
+            assert tracemalloc.get_traced_memory()[1] < 4_000_000
+        finally:
+            tracemalloc.stop()
 
     def test_of_an_empty_log_is_nothing(self, log: Path) -> None:
         log.touch()
@@ -149,6 +168,67 @@ def test_three_earlier_logs_are_kept(log: Path) -> None:
         "8100.log.2": "start 3",
         "8100.log.3": "start 2",
     }
+
+
+def test_a_log_that_gets_another_name_meanwhile_is_none_that_is_too_big(
+    log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log.touch()
+    os.truncate(log, logs.CAP + 1)
+    gone = log.with_name("8101.log")
+    monkeypatch.setattr(logs, "named", lambda *what: [gone, log])
+    assert logs.too_big(log.parent) == [(log, logs.CAP + 1)]
+
+
+@pytest.fixture
+def stuck(log: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Somebody was stopped while it cut a log of the folder."""
+    monkeypatch.setattr(flocks, "LOCK_SECONDS", 0.05)
+    fd = os.open(log.parent, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    yield
+    os.close(fd)
+
+
+def test_whoever_hangs_with_the_logs_does_not_make_others_wait_for_ever(log: Path, stuck: None) -> None:
+    log.write_text("one\n")
+    with pytest.raises(Busy) as caught:
+        logs.cut(log, 0)
+    assert caught.value.code == "logs_locked"
+    logs.rotate(log)
+    assert log.read_text() == "one\n", "a server starts all the same, and its log begins behind"
+
+
+def test_a_log_that_cannot_be_cut_ends_no_operation(log: Path, stuck: None, tmp_path: Path) -> None:
+    settings = Settings(hub=str(tmp_path / "hub"), state=str(tmp_path))
+    where = place(settings, {})
+    store = Store(where.state, where.registry)
+    store.ready()
+    big = store.log_path(8100)
+    big.touch()
+    os.truncate(big, logs.CAP + 1)
+    fd = os.open(big.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        worker._cut_logs(Context(Request("set", {}, settings, ""), where, store, this_system(), lambda event: None, {}))
+    finally:
+        os.close(fd)
+    assert big.stat().st_size == logs.CAP + 1
+
+
+def test_what_is_not_too_big_any_more_is_not_cut(log: Path) -> None:
+    """Another one was quicker, or it is the log of the next server by now."""
+    log.write_bytes(b"12345")
+    assert not logs.cut(log, 5) and log.read_bytes() == b"12345"
+    assert logs.cut(log, 4) and log.read_bytes() == b""
+
+
+def test_a_cut_keeps_three_earlier_logs_too(log: Path) -> None:
+    for number in range(6):
+        log.write_text(f"cut {number}")
+        logs.cut(log, 0)
+    assert [logs._numbered(log, number).read_text() for number in (1, 2, 3)] == ["cut 5", "cut 4", "cut 3"]
+    assert len(os.listdir(log.parent)) == 4
 
 
 def test_a_cut_takes_nothing_away_that_comes_after_it(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,15 +7,17 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from mlxops.agent import processes
 from mlxops.agent.processes import MARK, Gated, environment, leader, members, spawn, stop
-from mlxops.agent.system import this_system
+from mlxops.agent.system import Look, Process, System, this_system
 from mlxops.core.errors import NotStarted, Refused
 from mlxops.core.world import Run
 from tests.core.worlds import run as sample_run
@@ -305,6 +307,61 @@ def test_stopping_what_is_gone_does_nothing(lab: Lab) -> None:
     gated, run = lab.running(SERVE)
     stop(SYSTEM, run, grace=20, reap=gated.child.poll)
     assert not stop(SYSTEM, run, grace=20).killed
+
+
+class Fading:
+    """A system on which a server's group is what it is told to be."""
+
+    def __init__(self, run: Run, *pids: int) -> None:
+        self._run = run
+        self.marked = set(pids)
+        self.processes = {pid: Process(pid, 1, run.pgid, os.getuid(), f"s{pid}", False, ("engine",)) for pid in pids}
+
+    def boot_id(self) -> str:
+        return self._run.boot_id
+
+    def environment(self, pid: int, key: str) -> str | None:
+        return self._run.run_id if pid in self.marked else None
+
+    def look(self, ports: Container[int]) -> Look:
+        return Look(self.processes)
+
+
+def test_a_child_on_its_way_out_that_has_lost_its_mark_is_no_stranger(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "killpg", lambda pgid, number: sent.append((pgid, number)))
+    run = sample_run()
+    system = Fading(run, 2**22 - 1, 2**22 - 2)
+    stopping = processes._Stopping(cast(System, system), run, lambda: None)
+    assert stopping.send(signal.SIGTERM)
+    system.marked.pop()
+    assert stopping.send(signal.SIGKILL)
+    assert sent == [(run.pgid, signal.SIGTERM), (run.pgid, signal.SIGKILL)]
+    (changed,) = system.processes.keys() - system.marked
+    system.processes[changed] = replace(system.processes[changed], start="another by now")
+    with pytest.raises(Refused):
+        stopping.send(signal.SIGKILL)
+
+
+def test_of_a_program_that_only_prints_something_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Late(subprocess.Popen[str]):
+        def communicate(self, input: str | None = None, timeout: float | None = None) -> tuple[str, str]:
+            if timeout is None:
+                return super().communicate(input)
+            wait_until((tmp_path / "pid").exists, 20, "its child")
+            raise subprocess.TimeoutExpired(self.args, timeout)
+
+    monkeypatch.setattr(subprocess, "Popen", Late)
+    text = f"sleep 1000 >/dev/null 2>&1 & echo $! >{tmp_path}/new; mv {tmp_path}/new {tmp_path}/pid; wait"
+    assert processes.ask([SH, "-c", text], {"PATH": "/usr/bin:/bin"}, 1) == (None, "")
+    child = int((tmp_path / "pid").read_text())
+    try:
+        wait_until(lambda: (seen := SYSTEM.process(child)) is None or seen.zombie, 5, "the end of its child")
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
 
 
 # -- identity -------------------------------------------------------------------------------------------------------

@@ -50,6 +50,12 @@ def worker_of(lab: Homelab) -> int:
 
 
 class TestPull:
+    def test_asks_the_hub_that_the_hosts_settings_name(self, homelab: Homelab, hub: Hub) -> None:
+        """The session's own environment names another one."""
+        assert homelab.mini.mlxctl("pull", "--repo", QWEN).exit == 8
+        homelab.configure(env={"HF_ENDPOINT": hub.url})
+        assert result(homelab, "pull", "--repo", QWEN)["changed"] is True
+
     def test_refreshes_and_says_whether_that_changed_anything(
         self, online_homelab: Homelab, hub: Hub, tiny_models: Path
     ) -> None:
@@ -271,6 +277,23 @@ class TestRemove:
         done = homelab.mini.mlxctl("remove", "--model", QWEN).ok()
         assert "freed 0 B" in done.stdout and "behind links" in done.stderr and "are left" in done.stderr
         assert not repo.is_symlink() and disk(tmp_path / repo.name) > 0
+
+    def test_of_what_was_only_pulled_frees_it_too(self, homelab: Homelab) -> None:
+        repo = homelab.studio.install(QWEN, models.QWEN).parent.parent
+        told = result(homelab, "remove", "--model", QWEN, "--dry-run")
+        assert told["freed_bytes"] > 0 and repo.exists()
+        assert result(homelab, "remove", "--model", QWEN)["freed_bytes"] == told["freed_bytes"]
+        assert not repo.exists() and not homelab.studio.registry_path.exists()
+        assert homelab.mini.mlxctl("remove", "--model", QWEN).exit == 3, "nobody knows it any more"
+
+    def test_names_the_other_entries_of_the_same_files(self, homelab: Homelab) -> None:
+        homelab.studio.install(QWEN, models.QWEN)
+        for name in ("one", "two"):
+            homelab.mini.mlxctl("load", name, str(homelab.studio.ports[0]), "--repo", QWEN, "--force").ok()
+        homelab.mini.mlxctl("unload", "--model", "two").ok()
+        for words in (["--dry-run"], []):
+            done = homelab.mini.mlxctl("remove", "--model", "one", *words).ok()
+            assert "two has the same files" in done.stderr
 
     def test_is_refused_while_anything_uses_it(self, homelab: Homelab) -> None:
         studio = homelab.studio

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -34,6 +35,31 @@ def reboot(studio: Studio) -> None:
     lines = [json.loads(line) for line in history.read_text().splitlines()]
     earlier = [line | ({"boot_id": EARLIER} if "boot_id" in line else {}) for line in lines]
     history.write_text("".join(json.dumps(line) + "\n" for line in earlier))
+
+
+def with_its_time(studio: Studio, seconds: int) -> None:
+    """What was remembered is so much older."""
+    history = studio.state / "history.jsonl"
+    lines = [json.loads(line) for line in history.read_text().splitlines()]
+    older = [line | ({"wall": line["wall"] - seconds} if "wall" in line else {}) for line in lines]
+    history.write_text("".join(json.dumps(line) + "\n" for line in older))
+
+
+def history_of(lab: Homelab, command: str) -> list[dict[str, Any]]:
+    lines = (lab.studio.state / "history.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if line["command"] == command]
+
+
+def by_the_system(lab: Homelab) -> subprocess.CompletedProcess[str]:
+    """What the system runs at boot: no request, no asker, the settings that the host was agreed on."""
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "mlxops.agent", "--restore", str(lab.studio.state)],
+        env=lab.studio.env | {"PATH": os.defpath},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
 
 
 def status(lab: Homelab) -> dict[str, Any]:
@@ -73,10 +99,16 @@ def test_after_a_reboot_status_says_so_and_restore_brings_all_back(homelab: Home
     plan = homelab.mini.mlxctl("restore", "--dry-run", "--json").ok().json["hosts"][0]["result"]
     assert [row["port"] for row in plan["restored"]] == [first, second] and plan["changed"] is False
     quiet(homelab.studio)
+    assert not history_of(homelab, "restore")
+    argvs = [row["argv"] for row in plan["restored"]]
+    told = homelab.mini.mlxctl("restore", "--dry-run").ok()
+    assert f"{QWEN} on {first}: {shlex.join(argvs[0])}\n" in told.stderr
 
     done = homelab.mini.mlxctl("restore").ok()
     assert done.stdout == f"started {QWEN} on {first}, {LLAMA} on {second}\n"
     assert status(homelab)["drift"] == []
+    records = [json.loads((homelab.studio.state / "run" / f"{port}.json").read_text()) for port in (first, second)]
+    assert argvs == [record["argv"] for record in records], "what was announced is what was started"
     for port, alias in ((first, "jerry-xl"), (second, "jerry-l")):
         assert homelab.studio.completion(port, alias)["model"] == alias
     assert homelab.mini.mlxctl("restore").ok().stdout == "started nothing\n"
@@ -93,19 +125,15 @@ def test_what_reconcile_cleared_after_a_reboot_comes_back_by_the_hosts_own_job(h
     assert homelab.mini.mlxctl("restore", "--cleared").ok().stdout == "started nothing\n"
 
     reboot(homelab.studio)
-    # What the system runs at boot: no request, no asker, the settings that the host was agreed on.
-    job = subprocess.run(
-        [sys.executable, "-P", "-m", "mlxops.agent", "--restore", str(homelab.studio.state)],
-        env=homelab.studio.env | {"PATH": os.defpath},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    job = by_the_system(homelab)
     assert job.returncode == 0, job.stdout + job.stderr
     assert job.stdout.endswith(" restored 2\n")
     assert [row["state"] for row in status(homelab)["ports"]][:2] == ["ready", "ready"]
     rows = homelab.mini.mlxctl("ops", "--json").ok().json["hosts"][0]["operations"]
     assert rows[0]["command"] == "restore" and rows[0]["asker"].startswith("boot@")
+    idle = by_the_system(homelab)
+    assert (idle.returncode, idle.stdout) == (0, "")
+    assert homelab.mini.mlxctl("ops", "--json").ok().json["hosts"][0]["operations"] == rows, "no record of nothing"
 
 
 def test_what_does_not_fit_or_start_keeps_nobody_else_from_starting(homelab: Homelab) -> None:
@@ -116,6 +144,12 @@ def test_what_does_not_fit_or_start_keeps_nobody_else_from_starting(homelab: Hom
     broken = homelab.studio.install("tiny-org/tiny-broken", models.BROKEN)
     registry["models"][QWEN] |= {"repo_id": "tiny-org/tiny-broken", "cache_path": str(broken)}
     path.write_text(json.dumps(registry))
+    job = by_the_system(homelab)
+    assert job.returncode == 4 and f"1 of 2 did not start: {QWEN} on {first}" in job.stdout, job.stdout + job.stderr
+    homelab.mini.mlxctl("unload", str(second)).ok()
+    homelab.mini.mlxctl("load", LLAMA, str(second)).ok()
+    reboot(homelab.studio)
+    with_its_time(homelab.studio, 3600)
     done = homelab.mini.mlxctl("restore", "--json")
     error = done.json["hosts"][0]["error"]
     assert (done.exit, error["code"]) == (4, "restore_incomplete")
@@ -138,6 +172,12 @@ def test_the_memory_budget_is_kept(homelab: Homelab) -> None:
     assert [(row["port"], row["why"].partition(":")[0]) for row in details["failed"]] == [(first, "does_not_fit")]
     assert [row["port"] for row in details["restored"]] == [second]
     assert not homelab.studio.listening(first)
+    tried = homelab.mini.mlxctl("restore", "--dry-run", "--json")
+    error = tried.json["hosts"][0]["error"]
+    assert (tried.exit, error["message"]) == (4, f"1 of 1 would not start: {QWEN} on {first}")
+    again = homelab.mini.mlxctl("restore", "--json").json["hosts"][0]["error"]["details"]
+    assert [row["port"] for row in again["failed"]] == [first], "what was refused was no start: there is no pause"
+    assert [line["port"] for line in history_of(homelab, "restore")] == [second]
 
 
 def test_a_server_that_crashes_again_is_left_for_a_while(homelab: Homelab) -> None:
@@ -153,7 +193,7 @@ def test_a_server_that_crashes_again_is_left_for_a_while(homelab: Homelab) -> No
     kill_server(homelab, port)
     left = homelab.mini.mlxctl("restore").ok()
     assert left.stdout == f"started nothing; left: {QWEN} on {port}\n"
-    assert "the next try is in" in left.stderr
+    assert f"the next try may be in 2 min; or now: mlxctl load {QWEN} {port}\n" in left.stderr
     homelab.mini.mlxctl("load", QWEN, str(port)).ok()
     kill_server(homelab, port)
     homelab.mini.mlxctl("restore").ok()
@@ -226,7 +266,7 @@ def test_one_restore_runs_at_a_time_and_asking_again_follows_it(homelab: Homelab
     assert "is running already" in again.stderr
     assert again.stdout == said == f"started {QWEN} on {first}, {LLAMA} on {second}\n"
     rows = homelab.mini.mlxctl("ops", "--json").ok().json["hosts"][0]["operations"]
-    assert [row["state"] for row in rows if row["command"] == "restore"] == ["failed", "done"]
+    assert [row["state"] for row in rows if row["command"] == "restore"] == ["followed", "done"]
 
 
 def test_a_restore_that_is_cancelled_keeps_what_it_has_started(homelab: Homelab) -> None:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from mlxops.agent.operations import stopping
 from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.stopping import stop
 from mlxops.agent.place import Place
 from mlxops.agent.store import Store
 from mlxops.agent.system import this_system
-from mlxops.core.protocol import Request
+from mlxops.core.protocol import Event, Note, Request
 from mlxops.core.settings import PortRange, Settings
 from mlxops.core.world import Owner, PortView, Run, State
+from tests.core.worlds import run
 from tests.lab.ports import free_port
 from tests.lab.world import listening, wait_until
 
@@ -55,6 +58,17 @@ def test_a_port_that_closes_a_moment_later_is_waited_for(tmp_path: Path) -> None
         finally:
             child.kill()
             reaper.join()
+
+
+def test_requests_that_come_meanwhile_are_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a server that is in use would never end."""
+    told: list[Event] = []
+    context = replace(_context(tmp_path, 8103), emit=told.append)
+    open_now = iter([{("there", 1), ("there", 2)}, {("there", 2), ("there", 3)}])
+    monkeypatch.setattr(stopping, "_connections", lambda ctx, run: frozenset(next(open_now, {("there", 3)})))
+    view = PortView(8103, None, State.READY, Owner.MLXOPS, "x", run=run())
+    stopping._wait_for_requests(context, view, run(), grace=1)
+    assert told == [Note("2 open requests get up to 1 s")]
 
 
 def _context(folder: Path, port: int) -> Context:

@@ -10,7 +10,8 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,9 +19,12 @@ from pathlib import Path
 
 import pytest
 
+from mlxops.agent import flocks, install
 from mlxops.agent import store as stores
+from mlxops.agent.journal import Journal
 from mlxops.agent.store import Lock, RegistryFile, Store, write_durably
 from mlxops.core.errors import Busy, MlxopsError, Refused
+from mlxops.core.protocol import Done
 from mlxops.core.registry import Registry, parse
 from mlxops.core.settings import Settings
 from mlxops.core.world import Operation
@@ -255,7 +259,7 @@ def test_a_write_that_fails_leaves_no_temporary_file(tmp_path: Path) -> None:
 def test_a_transaction_waits_for_another_programs_lock_and_then_says_so(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stores, "LOCK_SECONDS", 0.05)
+    monkeypatch.setattr(flocks, "LOCK_SECONDS", 0.05)
     fd = os.open(store.registry.path.parent, os.O_RDONLY)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
@@ -301,6 +305,43 @@ def test_the_history_of_many_writers_has_every_line_whole(store: Store) -> None:
     lines = [json.loads(line) for line in (store.state / "history.jsonl").read_text().splitlines()]
     assert sorted((line["who"], line["i"]) for line in lines) == [(str(n), i) for n in range(3) for i in range(50)]
     assert all(line["at"].endswith("Z") for line in lines)
+
+
+def test_a_line_of_the_history_waits_for_another_that_is_being_written(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first half is no line that a full disk cut off."""
+    history = store.state / "history.jsonl"
+    with open(history, "ab", buffering=0) as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write(b'{"by"')
+
+        def end(seconds: float) -> None:
+            other.write(b': "other"}\n')
+            other.close()
+
+        monkeypatch.setattr(time, "sleep", end)
+        store.remember(by="me")
+    assert [line["by"] for line in store.history()] == ["other", "me"]
+
+
+def test_whoever_hangs_with_the_history_does_not_make_others_wait_for_ever(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "LOCK_SECONDS", 0.05)
+    with open(store.state / "history.jsonl", "ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(OSError, match="another program"):
+            store.remember(by="me")
+
+
+def test_of_a_long_history_the_whole_lines_of_its_end_are_told(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(5):
+        store.remember(n=number)
+    line = (store.state / "history.jsonl").stat().st_size // 5
+    for size, told in ((2 * line, [3, 4]), (2 * line + line // 2, [3, 4]), (5 * line, [0, 1, 2, 3, 4])):
+        monkeypatch.setattr(stores, "HISTORY_BYTES", size)
+        assert [each["n"] for each in store.history()] == told
 
 
 # -- the disk says no -----------------------------------------------------------------------------------------------
@@ -462,6 +503,70 @@ def under_strace(store: Store, fault: str) -> int:
     return process.returncode
 
 
+class FullSync:
+    """What macOS has in place of a true fsync(2), which cannot be run here: it is recorded which files are flushed."""
+
+    def __init__(self, refusal: int | None = None) -> None:
+        self.full: list[str] = []
+        self.plain: list[str] = []
+        self._refusal = refusal
+
+    def fcntl(self, fd: int, command: int) -> None:
+        assert command == 51
+        if self._refusal is not None:
+            raise OSError(self._refusal, os.strerror(self._refusal))
+        self.full.append(_kind(fd))
+
+    def fsync(self, fd: int) -> None:
+        self.plain.append(_kind(fd))
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for module in (stores, install):
+            monkeypatch.setattr(module, "_F_FULLFSYNC", 51)
+        monkeypatch.setattr(fcntl, "fcntl", self.fcntl)
+        monkeypatch.setattr(os, "fsync", self.fsync)
+
+
+def _kind(fd: int) -> str:
+    return "folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file"
+
+
+def _write_all_kinds(store: Store, journal: Journal) -> None:
+    write_durably(store.state / "host.json", b"{}")
+    store.remember(what="x")
+    install.stamp(store.state, {})
+    journal.emitter()(Done({}))
+
+
+DURABLE = ["file", "folder", "file", "file", "folder", "file"]
+
+
+def test_on_macos_the_drives_cache_is_flushed_for_files_and_for_folders(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync = FullSync()
+    sync.install(monkeypatch)
+    _write_all_kinds(store, Journal(store.state))
+    assert (sync.full, sync.plain) == (DURABLE, [])
+
+
+@pytest.mark.parametrize("refusal", [errno.ENOTSUP, errno.EINVAL, errno.ENOTTY])
+def test_a_file_system_that_knows_no_such_flush_gets_the_plain_one(
+    store: Store, monkeypatch: pytest.MonkeyPatch, refusal: int
+) -> None:
+    sync = FullSync(refusal)
+    sync.install(monkeypatch)
+    _write_all_kinds(store, Journal(store.state))
+    assert (sync.full, sync.plain) == ([], DURABLE)
+
+
+@pytest.mark.parametrize("flush", [stores.flush, install.flush])
+def test_a_flush_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, flush: Callable[[int], None]) -> None:
+    FullSync(errno.EIO).install(monkeypatch)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        flush(0)
+
+
 # -- locks ----------------------------------------------------------------------------------------------------------
 
 
@@ -517,6 +622,25 @@ def test_a_lock_ends_with_the_process_that_holds_it_however_it_ends(store: Store
         holder.wait()
         assert store.holder("port-8100") is None
         taken(store).release()
+
+
+def test_a_lock_that_is_given_back_leaves_no_trace_and_one_that_is_not_does(store: Store) -> None:
+    lock = taken(store)
+    assert store.left("port-8100") is None, "it is held"
+    lock.release()
+    assert store.left("port-8100") is None
+    os.close(taken(store).fd)  # as a kill does
+    assert store.left("port-8100") == ME
+
+
+def test_a_lock_into_which_nothing_can_be_written_is_not_kept(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int, data: bytes, at: int) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched, pytest.raises(Refused):
+        patched.setattr(os, "pwrite", full)
+        store.lock("port-8100", ME)
+    taken(store).release()
 
 
 def test_a_child_does_not_inherit_a_lock(store: Store) -> None:

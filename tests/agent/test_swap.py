@@ -286,6 +286,9 @@ class TestSet:
             assert _drift(studio) == [] and record(studio, port)["argv"][-2:] == ["--max-tokens", "64"]
             again = studio.mlxctl("set", "--model", QWEN, "--set", "args=--max-tokens 64", "--json").ok()
             assert result(again)["changed"] is False
+            # mlx-lm is not told of it: nothing runs otherwise.
+            context = studio.mlxctl("set", "--model", QWEN, "--set", "context_length=512", "--json").ok()
+            assert result(context)["changed"] is True and result(context)["restart_needed_on"] is None
             studio.mlxctl("set", "--model", QWEN, "--set", "args=").ok()
             assert "args" not in studio.registry()["models"][QWEN]
 
@@ -305,6 +308,12 @@ class TestSet:
         assert studio.mlxctl("set", "--model", "nobody", "--set", "engine=mlx-lm").exit == 3
         studio.mlxctl("set", "--model", QWEN, "--set", "args=--max-tokens 9", "--dry-run").ok()
         assert studio.registry_path.read_bytes() == before
+
+    def test_a_revision_that_is_not_here_is_told_and_shown(self, studio: Studio) -> None:
+        done = studio.mlxctl("set", "--model", QWEN, "--set", "revision=deadbeef").ok()
+        assert "not checked" in done.stderr and "not in the cache" in done.stderr
+        assert "revision deadbeef" in done.stdout
+        studio.mlxctl("set", "--model", QWEN, "--set", "revision=").ok()
 
     def test_list_shows_each_setting_with_its_origin(self, studio: Studio) -> None:
         studio.mlxctl("set", "--model", LLAMA, "--set", "engine=mlx-lm", "--set", "context_length=512").ok()

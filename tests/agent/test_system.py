@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mlxops.agent import sockets
@@ -130,6 +131,17 @@ def test_memory_is_told_in_bytes(system: System) -> None:
     assert system.memory([]) == 0 and system.memory([os.getpid(), 2**22 - 1]) == pytest.approx(one, rel=0.2)
 
 
+def test_a_process_whose_command_must_not_be_seen_is_there_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On macOS those of root."""
+
+    def denied(process: psutil.Process) -> list[str]:
+        raise psutil.AccessDenied(process.pid)
+
+    monkeypatch.setattr(psutil.Process, "cmdline", denied)
+    seen = PsutilSystem().process(os.getpid())
+    assert seen is not None and (seen.argv, seen.ppid) == ((), os.getppid())
+
+
 @linux
 def test_both_ways_see_the_same_processes(stack: ExitStack) -> None:
     program = "import subprocess; subprocess.Popen(['/bin/sleep', '1000']); print('up', flush=True); input()"
@@ -189,6 +201,20 @@ def test_every_process_that_shares_a_listener_is_named(system: System, stack: Ex
     heir = child(stack, "/bin/sleep", "1000", pass_fds=(sock.fileno(),))
     (seen,) = system.look({port}).listeners
     assert seen.pids == {os.getpid(), heir.pid}
+
+
+def test_whoever_wants_to_know_of_no_port_does_not_wait_for_the_sockets_of_every_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[int] = []
+
+    def sockets_of(process: psutil.Process, kind: str) -> list[object]:
+        asked.append(process.pid)
+        return []
+
+    monkeypatch.setattr(psutil.Process, "net_connections", sockets_of)
+    assert os.getpid() in PsutilSystem().look(frozenset()).processes and not asked
+    assert PsutilSystem().look({1}).listeners == () and os.getpid() in asked
 
 
 @linux

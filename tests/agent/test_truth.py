@@ -118,7 +118,7 @@ class TestOwners:
     def test_a_boot_jobs_server_is_named_and_never_stopped(self, host: QuickHost) -> None:
         port = host.ports[0]
         script = host.studio.folder / "start.sh"
-        script.write_text(f"#!/bin/sh\n{host.by_hand(MODELS[0], port)}\nwait\n")
+        script.write_text(f"#!/bin/sh\ncd {host.studio.folder}\n{host.by_hand(MODELS[0], port)}\nwait\n")
         host.lab.configure(boot={"port": port, "script": str(script), "label": "com.example.mlx"})
         with host.running("sh", str(script)):
             wait_until(lambda: host.studio.listening(port), WAIT, "the boot job's server")
@@ -126,6 +126,10 @@ class TestOwners:
             assert (seen["owner"], seen["state"], seen["model"]) == ("boot", "ready", MODELS[0])
             same = host.mlxctl("load", MODELS[0], str(port))
             assert same.exit == 0 and "served by the boot job" in same.stdout + same.stderr
+            assert codes(host) == [], "what the system serves need not be assigned"
+            (host.studio.folder / "broken").touch()
+            mute = host.mlxctl("load", MODELS[0], str(port))
+            assert mute.exit == 3 and "does not answer as" in mute.stderr and "bootout" in mute.stderr
             other = host.mlxctl("load", MODELS[1], str(port), "--force")
             assert other.exit == 3 and "launchctl bootout system/com.example.mlx" in other.stderr
             assert host.mlxctl("unload", str(port), "--force").exit == 3
@@ -148,6 +152,35 @@ class TestOwners:
                 assert host.mlxctl(*words).exit == 3
             host.mlxctl("reconcile").ok()
             assert host.studio.listening(port)
+
+
+class TestAServerThatAnswersStrangely:
+    @pytest.mark.parametrize(
+        ("kind", "why"), [("sick", "says of itself that it is unhealthy"), ("deep", "without a completion")]
+    )
+    def test_is_not_started(self, host: QuickHost, kind: str, why: str) -> None:
+        port = host.ports[0]
+        host.edit(MODELS[0], args=["--fake-answer", kind])
+        done = host.mlxctl("load", MODELS[0], str(port), "--timeout", "20")
+        assert done.exit == 4 and why in done.stderr, str(done)
+        assert not host.studio.listening(port) and row(host, port)["state"] == "idle"
+
+    def test_keeps_nobody_longer_than_the_timeout(self, host: QuickHost) -> None:
+        """Neither when it is started, nor when it is adopted."""
+        port, other = host.ports[0], host.ports[-1]
+        host.edit(MODELS[0], args=["--fake-answer", "endless"])
+        began = time.monotonic()
+        done = host.mlxctl("load", MODELS[0], str(other), "--timeout", "2")
+        assert done.exit == 4 and "did not answer within 2 s" in done.stderr, str(done)
+        planned = host.mlxctl("load", MODELS[0], str(port), "--dry-run", "--json").ok().json["hosts"][0]["result"]
+        folder = host.studio.folder / "by-hand"
+        folder.mkdir()
+        (folder / planned["alias"]).symlink_to(host.snapshots[MODELS[0]])
+        with host.running("sh", "-c", 'cd "$0" && exec "$@"', str(folder), *planned["plan"]["argv"]):
+            wait_until(partial(host.studio.listening, port), WAIT, "the server")
+            done = host.mlxctl("load", MODELS[0], str(port), "--timeout", "2")
+            assert done.exit == 3 and "does not answer as" in done.stderr, str(done)
+        assert time.monotonic() - began < WAIT / 2
 
 
 class TestTheStateOfAPort:

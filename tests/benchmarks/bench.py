@@ -65,7 +65,8 @@ def chosen(only: str | None) -> list[str]:
     unknown = [word for word in wanted if word not in names()]
     if unknown or not wanted:
         what = f"there is no row {', '.join(unknown)}" if unknown else "--only names no row"
-        raise UsageError("unknown_row", what, hint=f"rows: {', '.join(names())}")
+        why = "nothing of that name is measured"
+        raise UsageError("unknown_row", what, why=why, hint=f"rows: {', '.join(names())}")
     return wanted
 
 

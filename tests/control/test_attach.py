@@ -223,7 +223,7 @@ class TestCtrlC:
         lab.mini.mlxctl("ops", "--follow", operation).ok()
         assert_loaded_once(lab)
 
-    @pytest.mark.parametrize(("answer", "state"), [("c\n", "failed"), ("\n", "done")])
+    @pytest.mark.parametrize(("answer", "state"), [("c\n", "cancelled"), ("\n", "done")])
     def test_on_a_terminal_asks_of_a_pull(self, wired: tuple[Homelab, Wire], answer: str, state: str) -> None:
         lab, _ = wired
         done = on_a_terminal(lab, ["pull", "--repo", QWEN], "downloading", answer)
@@ -249,13 +249,13 @@ class TestCtrlC:
         homelab.mini.mlxctl("ops", "--follow", operations(homelab)[0]["operation"]).ok()
         assert not studio.listening(port)
 
-    @pytest.mark.parametrize(("answer", "state"), [("c\n", "failed"), ("\n", "done")])
+    @pytest.mark.parametrize(("answer", "state"), [("c\n", "cancelled"), ("\n", "done")])
     def test_on_a_terminal_asks(self, wired: tuple[Homelab, Wire], answer: str, state: str) -> None:
         lab, _ = wired
         done = on_a_terminal(lab, load(lab), "downloading", answer)
         assert done.exit == 130, str(done)
         assert "leave it running (l) or cancel it (c)?" in done.stdout
-        if state == "failed":
+        if state == "cancelled":
             assert "was cancelled; nothing half done is left" in done.stdout
             assert operations(lab)[0]["error"] == "cancelled"
             assert not list(lab.studio.hub.rglob("*.incomplete"))

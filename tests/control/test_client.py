@@ -88,7 +88,7 @@ class Told:
     wire: Wire
 
 
-STUDIO = Target("studio", "studio", ("~/.mlxops/venv/bin/python",), Settings())
+STUDIO = Target("studio", "studio", ("~/.mlxops/venv/bin/python",), Settings(), flags=" --host studio")
 Talk = Callable[..., Told]
 
 
@@ -125,7 +125,7 @@ def problem(told: Told) -> MlxopsError:
 
 def test_the_result_of_a_request_is_the_answer(converse: Talk) -> None:
     told = converse(Scripted([HELLO, DONE]))
-    assert told.answer == Answer("studio", {"ports": []}) and told.answer.reachable
+    assert told.answer == Answer("studio", {"ports": []}, flags=STUDIO.flags) and told.answer.reachable
     assert exit_of([told.answer]) is Exit.DONE
 
 
@@ -147,6 +147,16 @@ def test_what_is_told_meanwhile_is_passed_on_in_order(converse: Talk) -> None:
     events: list[Event] = [Phase("start", "x"), Progress("w", 1, 2), Note("n", "warning")]
     told = converse(Scripted([HELLO, *map(encode_event, events), DONE]), "load")
     assert told.heard == [("studio", event) for event in events]
+
+
+def test_what_a_host_tells_to_do_next_is_done_there(converse: Talk) -> None:
+    rows = [{"code": "orphan", "hint": "mlxctl unload 8100"}]
+    told = converse(Scripted([HELLO, encode_event(Note("see mlxctl ops")), encode_event(Done({"drift": rows}))]))
+    assert told.heard == [("studio", Note("see mlxctl ops --host studio"))]
+    assert told.answer.result == {"drift": [rows[0] | {"hint": "mlxctl unload --host studio 8100"}]}
+    said = Busy("busy", "m", why="w", hint="wait for it: mlxctl ops --follow op1")
+    refused = problem(converse(Scripted([HELLO, encode_event(Failed(said))], Ended(75, "")), "load"))
+    assert refused.hint == "wait for it: mlxctl ops --host studio --follow op1"
 
 
 def test_a_refusal_of_the_agent_arrives_as_it_was_said(converse: Talk) -> None:

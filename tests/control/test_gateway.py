@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import yaml
@@ -213,6 +218,14 @@ class TestCheck:
             (answer,) = gateway.check(told, [target()], [Answer("studio", odd)])
             assert answer.result is not None
 
+    def test_a_finding_is_mended_on_the_host_that_it_is_about(self, tmp_path: Path) -> None:
+        told = read(tmp_path, ENTRY)
+        other = replace(target(), flags=" --host studio")
+        (answer,) = gateway.check(told, [other], [Answer("studio", {"ports": [row(state="idle", owner=None)]})])
+        assert answer.result is not None
+        hints = [finding["hint"] for finding in answer.result["findings"]]  # type: ignore[attr-defined]
+        assert hints[0].startswith("mlxctl load --host studio MODEL 8100;")
+
     def test_what_is_printed_is_yaml_of_a_model_list_alone(self) -> None:
         for env in (False, True):
             text = gateway.as_yaml(*gateway.printed([target()], env=env))
@@ -295,7 +308,7 @@ class TestThrough:
         at = proxy(lambda n: (429 if n == 1 else 500 if n == 2 else 200, {}, COMPLETION))
         assert (self.ask(at.url).ok, len(at.paths)) == (True, 3)
 
-    @pytest.mark.parametrize("status", [400, 401, 403, 404])
+    @pytest.mark.parametrize("status", [302, 307, 308, 400, 401, 403, 404])
     def test_what_will_not_change_is_asked_once(self, proxy: Callable[[Answers], _Proxy], status: int) -> None:
         at = proxy(lambda _: (status, {}, b'{"error": {"message": "Invalid model name"}}'))
         passage = self.ask(at.url)
@@ -340,6 +353,33 @@ class TestThrough:
             release.set()
         assert passage.code == "no_completion"
         assert "lives" in passage.detail
+
+    @pytest.mark.parametrize("head", [b"\r\n", b"X: "], ids=["a body", "a header"])
+    def test_an_answer_that_trickles_ends_in_time(self, head: bytes) -> None:
+        over = threading.Event()
+
+        def trickle(connection: socket.socket) -> None:
+            with connection, contextlib.suppress(OSError):  # it is hung up on
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 200 OK\r\n" + head)
+                while not over.wait(0.05):
+                    connection.sendall(b" ")
+
+        with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(3) as server:
+            listener.settimeout(10)
+
+            def serve() -> None:
+                for _ in range(2):  # the completion, and whether it lives
+                    server.submit(trickle, listener.accept()[0])
+
+            server.submit(serve)
+            began = time.monotonic()
+            with mock.patch.object(through, "LIVELINESS_SECONDS", 0.5):
+                passage = self.ask(f"http://127.0.0.1:{listener.getsockname()[1]}", seconds=0.5)
+            took = time.monotonic() - began
+            over.set()
+        assert not passage.ok
+        assert took < 10
 
     def test_health_is_never_asked(self, proxy: Callable[[Answers], _Proxy]) -> None:
         """LiteLLM's `/health` sends a request to every model."""

@@ -129,12 +129,14 @@ def test_list_shows_models_with_a_short_revision_and_their_problems() -> None:
         "repo_id": "org/qwen",
         "revision": "0123456789abcdef",
         "size_bytes": 1_500_000,
+        "format": "mlx",
         "port": 8100,
-        "problems": ["cache_path is dead", "port 8100 is also claimed by 'x'"],
+        "flags": [{"key": "engine", "value": "mlx-lm", "origin": "registry"}],
+        "problems": ["no cache", "claimed twice"],
     }
     assert list_table([Answer("studio", {"models": [model]})]).split("\n") == [
-        "NAME  REPO      REVISION      SIZE    PORT  FLAGS  PROBLEMS",
-        "qwen  org/qwen  0123456789ab  1.5 MB  8100  -      cache_path is dead; port 8100 is also claimed by 'x'",
+        "NAME  REPO      REVISION      SIZE    FORMAT  PORT  FLAGS                     PROBLEMS",
+        "qwen  org/qwen  0123456789ab  1.5 MB  mlx     8100  engine=mlx-lm (registry)  no cache; claimed twice",
     ]
 
 
@@ -336,3 +338,21 @@ def test_on_a_terminal_what_is_said_beside_a_bar_cannot_steer_it() -> None:
         talk.hear("studio", Note("[red]not markup[/red] \x1b]0;title\x07"))
         talk.hear("studio", Progress("weights", 2, 2))
     assert "[red]not markup[/red] \\x1b]0;title\\x07" in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("result", "shown"),
+    [
+        ({"port": 8102, "model": None, "state": "idle"}, "port 8102 has nothing to unload (dry run, nothing changed)"),
+        ({"port": None, "model": "m", "state": "idle"}, "m has nothing to unload (dry run, nothing changed)"),
+        ({"port": 8102, "model": "m", "state": "loading"}, "m on 8102: unload (dry run, nothing changed)"),
+    ],
+)
+def test_an_unload_of_nothing_says_so_without_doing_it_too(result: dict[str, object], shown: str) -> None:
+    plan: dict[str, list[str]] = {"stops": [], "clears": []}
+    assert change_lines("unload", {**result, "dry_run": True, "plan": plan}) == shown
+
+
+def test_a_stale_assignment_would_be_cleared() -> None:
+    result = {"port": 8102, "model": "m", "state": "idle", "dry_run": True, "plan": {"stops": [], "clears": ["m"]}}
+    assert change_lines("unload", result).splitlines() == ["m on 8102: unload (dry run, nothing changed)", "  clear: m"]

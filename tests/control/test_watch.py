@@ -297,7 +297,7 @@ class TestWhatWatchingCannotMend:
         done = remote(*OFTEN, "--json", timeout=SOON)
         (line,) = done.stdout.splitlines()
         assert done.exit == 6 and json.loads(line)["hosts"][0]["error"]["code"] == "agent_missing"
-        assert "inv deploy --host studio" in done.stderr
+        assert done.stderr.endswith("next: install it: inv deploy\n")
 
     def test_of_several_hosts_the_others_go_on(self, make_homelab: Callable[..., Homelab]) -> None:
         ask = Ask(with_fake(make_homelab(studios=2)), "ssh")

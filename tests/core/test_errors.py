@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import mlxops
 from mlxops.core import errors
 from mlxops.core.errors import Bug, Exit, MlxopsError, error_from_wire, worst
 from tests.properties import PROPERTY, json_values
@@ -93,3 +96,32 @@ def test_an_unknown_exit_status_is_a_bug(status: object) -> None:
 )
 def test_with_several_hosts_the_largest_counts_but_a_bug_wins(each: list[Exit], together: Exit) -> None:
     assert worst(each) is together
+
+
+PACKAGE = Path(mlxops.__file__).parent
+NAMES = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, MlxopsError)}
+
+
+def says(value: ast.expr | None) -> bool:
+    """Whether an argument is there, and in no case an empty text."""
+    if isinstance(value, ast.IfExp):
+        return says(value.body) and says(value.orelse)
+    return value is not None and not (isinstance(value, ast.Constant) and not value.value)
+
+
+CONSTRUCTED = [
+    pytest.param(call, id=f"{name}:{call.lineno}")
+    for name, path in sorted((path.relative_to(PACKAGE).as_posix(), path) for path in PACKAGE.rglob("*.py"))
+    for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in NAMES
+]
+
+
+@pytest.mark.parametrize("call", CONSTRUCTED)
+def test_every_error_says_why_and_what_to_do_next(call: ast.Call) -> None:
+    given = {each.arg: each.value for each in call.keywords}
+    assert says(given.get("why")) and says(given.get("hint")), ast.unparse(call)
+
+
+def test_they_are_all_looked_at() -> None:
+    assert len(CONSTRUCTED) > 50

@@ -95,6 +95,10 @@ def test_an_entry_that_would_not_work_is_a_fault(changes: dict[str, Any], code: 
     assert (code, "fault") in found([item(**changes)], [served()])
 
 
+def test_an_entry_whose_address_has_no_value_is_not_missing_as_well() -> None:
+    assert found([item(api_base="os.environ/NOT_SET")], [served()]) == {("unset_variable", "fault")}
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -39,6 +39,8 @@ QWEN3_NEXT = {
         (GPT_OSS_120B, 18 * 8 * 64 * 4),
         (DEEPSEEK_V3, 61 * (512 + 64) * 2),
         (QWEN3_NEXT, 12 * 2 * 256 * 4),
+        (QWEN3_NEXT | {"num_hidden_layers": 4}, 1 * 2 * 256 * 4),
+        (QWEN3_NEXT | {"num_hidden_layers": 3}, 3 * 2 * 256 * 4),
         ({"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64}, 2 * 4 * 16 * 4),
         ({}, None),
         ({"num_hidden_layers": "80", "num_attention_heads": True}, None),

@@ -335,12 +335,12 @@ def test_unload_of_a_model_that_nobody_knows_is_refused_with_what_was_perhaps_me
     known = registry(jerry_xl=None)
     with pytest.raises(Refused) as caught:
         port_of(known, world(known), "jery-xl")
-    assert (caught.value.code, caught.value.why) == ("unknown_model", "did you mean jerry-xl")
+    assert (caught.value.code, caught.value.why) == ("unknown_model", "did you mean jerry-xl?")
 
 
 def test_a_model_is_suggested_by_the_part_behind_its_organisation() -> None:
     known = EMPTY.set_fields("org/tiny-qwen3", {"repo_id": "org/tiny-qwen3"})
-    assert unknown_model("tiny-qwen", known).why == "did you mean org/tiny-qwen3"
+    assert unknown_model("tiny-qwen", known).why == "did you mean org/tiny-qwen3?"
 
 
 def test_unload_all_takes_ours_and_those_by_hand_and_clears_what_is_stale() -> None:

@@ -287,6 +287,7 @@ def test_where_registry_and_life_agree_there_is_no_drift() -> None:
         (A, (replace(serving(), answer=Answer.SILENT),), ("wedged", 8103, "a")),
         (A, (replace(serving(), answer=Answer.BROKEN),), ("failed", 8103, "a")),
         (registry(a=None), (by_hand(),), ("unregistered_server", 8103, "a")),
+        (registry(a=None, b=8100), (at_boot(),), ("boot_port_assigned", 8100, "a")),
         (A, (of_somebody(),), ("foreign", 8103, "a")),
         (A, (replace(serving(), error="permission denied"),), ("unknown", 8103, "a")),
         (registry(a=9000), (), ("port_outside_range", 9000, "a")),
@@ -297,6 +298,21 @@ def test_a_difference_is_drift(
     known: Registry, seen: tuple[Signals, ...], code: tuple[str, int | None, str | None]
 ) -> None:
     assert codes(known, *seen) == [code]
+
+
+def test_what_the_boot_job_serves_need_not_be_assigned() -> None:
+    assert codes(registry(a=None), at_boot()) == codes(registry(a=8100), at_boot()) == []
+
+
+def test_an_alias_on_another_port_is_drift_and_leads_back_to_its_own() -> None:
+    own = replace(signals(8101), alias="jerry-l")
+    known = registry(**{"jerry-l": 8103})
+    down, moved = drift(PortRange(8100, 8104), {8101: judge(own, known), 8103: judge(signals(8103), known)}, known)
+    assert (down.code, moved.code) == ("assigned_not_served", "alias_elsewhere")
+    assert down.hint.startswith("mlxctl load jerry-l 8101,") and "alias of port 8101" in moved.message
+    there = registry(**{"jerry-l": 8101})
+    (down,) = drift(PortRange(8100, 8104), {8101: judge(own, there)}, there)
+    assert down.code == "assigned_not_served"
 
 
 UNREADABLE = replace(EMPTY, unwritable="it is not JSON")

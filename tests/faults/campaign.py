@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlxops import __version__
+from mlxops.core.errors import UsageError
 from tests.lab import cache
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -108,10 +109,21 @@ def _number(value: object) -> float:
     return value if isinstance(value, int | float) else 0.0
 
 
+def chosen(only: str | None) -> list[Kind]:
+    """The kinds that `--only` names, separated by commas; all without it. Raises `UsageError`."""
+    known = {kind.name: kind for kind in KINDS}
+    wanted = list(known) if only is None else [word.strip() for word in only.split(",") if word.strip()]
+    unknown = [word for word in wanted if word not in known]
+    if unknown or not wanted:
+        what = f"there is no kind {', '.join(unknown)}" if unknown else "--only names no kind"
+        raise UsageError("unknown_kind", what, why="nothing of that name is counted", hint=f"kinds: {', '.join(known)}")
+    return [known[word] for word in wanted]
+
+
 def run(minutes: float, seed: int, state: Path | None = None, only: str | None = None) -> bool:
-    """Returns whether nothing was lost, in this run or before."""
+    """Returns whether nothing was lost, in this run or before. Raises `UsageError`."""
+    kinds = chosen(only)
     kept = State(state or cache.cache_folder() / "faults.json")
-    kinds = [kind for kind in KINDS if only is None or kind.name in only.split(",")]
     deadline = time.monotonic() + minutes * 60
     skipped = _unavailable(kept, kinds)
     while time.monotonic() < deadline:
@@ -228,6 +240,7 @@ def _controls() -> list[str]:
 
 
 def replay(kind: str, number: int, seed: int) -> None:
-    """One trial again, with all that it says."""
+    """One trial again, with all that it says. Raises `UsageError`."""
+    chosen(kind)
     argv = batch_argv(kind, number, 1, seed)
     os.execvp(argv[0], argv)

@@ -2,8 +2,10 @@
 
 Run under the name `mlx_lm.server`, isolated and without site packages, which is why it uses only what is built in. It
 answers `GET /health` and chat completions. `--fake-words TEXT` writes TEXT to its log; `--fake-late S` listens S
-seconds later; `--fake-exit N` ends with status N instead of listening; `--fake-mute 1` accepts and never answers. While
-there is a file `broken` in its folder, it is healthy and completes nothing.
+seconds later; `--fake-exit N` ends with status N instead of listening; `--fake-mute 1` accepts and never answers;
+`--fake-answer sick` completes, and calls itself unhealthy; `--fake-answer deep` completes with what no parser follows;
+`--fake-answer endless` begins a completion, and goes on with a space every now and then. While there is a file `broken`
+in its folder, it is healthy and completes nothing.
 """
 
 import os
@@ -26,9 +28,17 @@ def respond(connection: socket.socket) -> None:
         if not part:
             return
         data += part
-    status, body = b"200 OK", b'{"status":"ok"}'
+    status, body, kind = b"200 OK", b'{"status":"ok"}', option("--fake-answer")
     if data.startswith(b"POST"):
         status, body = (b"500 Broken", b"{}") if os.path.exists("broken") else (status, ANSWER)
+        body = b"[" * 200_000 if kind == "deep" else body
+    elif kind == "sick":
+        status = b"503 Service Unavailable"
+    if kind == "endless" and data.startswith(b"POST"):
+        connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+        while True:
+            connection.sendall(b" ")
+            time.sleep(0.1)
     head = b"HTTP/1.1 %s\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % (status, len(body))
     connection.sendall(head + body)
 

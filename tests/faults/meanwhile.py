@@ -17,10 +17,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
 from mlxops.agent import interrupted, memory
+from mlxops.agent.flocks import try_flock
 from mlxops.agent.journal import Journal
 from mlxops.agent.logs import CAP
 from mlxops.agent.store import Store
@@ -31,6 +33,7 @@ from tests.faults.arena import Arena, Ended, entry
 SECONDS = 30.0
 ALPHA, BETA, GAMMA = "org/alpha", "org/beta", "org/gamma"
 OPERATIONS = "mlxops.agent.operations"
+LOCKS = "mlxops.agent.flocks.try_flock"
 
 
 @dataclass
@@ -61,6 +64,10 @@ class _Moment:
 
     def come(self) -> None:
         _until(self._at.exists)
+
+    @property
+    def came(self) -> bool:
+        return self._at.exists()
 
     def go(self) -> None:
         self._go.touch()
@@ -452,18 +459,43 @@ def _an_operation_that_is_being_born(arena: Arena) -> None:
     assert looked == [[]] and loaded.error is None and loaded.exit == 0, (looked, loaded)
 
 
-def _a_log_that_is_rotated_while_it_is_cut(arena: Arena) -> None:
-    """The log of the server that is just starting keeps its head."""
+def _a_log_that_is_cut_by_two(arena: Arena) -> None:
+    """Who comes second waits, and then sees that it is done: the log of the server that starts next keeps its head."""
     first = arena.ports[0]
     _load(arena, ALPHA, first)
-    log = arena.store.log_path(first)
-    os.truncate(log, CAP + 1)
+    os.truncate(arena.store.log_path(first), CAP + 1)
     with _held_at(arena, "shutil.copyfileobj", "set", model=GAMMA, set=["context_length=100"]):
-        journal, pid = arena.begin("load", {"model": BETA, "port": str(first), "force": True})
-        _until(
-            lambda: _waits_for_a_lock(pid) or any(json.loads(each).get("name") == "proof" for each in _told(journal))
-        )
-    assert arena.ended(journal, pid).exit == 0
+        waits = _Moment(arena, LOCKS, partial(_is_taken, arena.store.log_path(first).parent))
+        journal, pid = arena.begin("load", {"model": BETA, "port": str(first), "force": True}, first=waits.prepare)
+        _until(lambda: waits.came or _proves(journal))
+        waits.go()
+    _has_its_head(arena, first, arena.ended(journal, pid))
+
+
+def _a_log_that_is_rotated_while_it_is_cut(arena: Arena) -> None:
+    """It was not too big yet when the load looked, and is when it wants to give it another name."""
+    first = arena.ports[0]
+    _load(arena, ALPHA, first)
+    rotates = _Moment(arena, "mlxops.agent.logs.rotate")
+    waits = _Moment(arena, LOCKS, partial(_is_taken, arena.store.log_path(first).parent))
+
+    def prepare() -> None:
+        rotates.prepare()
+        waits.prepare()
+
+    journal, pid = arena.begin("load", {"model": BETA, "port": str(first), "force": True}, first=prepare)
+    rotates.come()
+    os.truncate(arena.store.log_path(first), CAP + 1)
+    with _held_at(arena, "shutil.copyfileobj", "set", model=GAMMA, set=["context_length=100"]):
+        rotates.go()
+        _until(lambda: waits.came or _proves(journal))
+        waits.go()
+    _has_its_head(arena, first, arena.ended(journal, pid))
+
+
+def _has_its_head(arena: Arena, port: int, loaded: Ended) -> None:
+    log = arena.store.log_path(port)
+    assert loaded.exit == 0, loaded
     assert log.read_bytes().startswith(b"--- mlxops "), log.read_bytes()[:80]
 
 
@@ -483,13 +515,15 @@ CASES: Mapping[str, Callable[[Arena], None]] = {
 }
 
 
-def _told(journal: Journal) -> list[str]:
-    return (journal.folder / "events.jsonl").read_text().splitlines()
+def _proves(journal: Journal) -> bool:
+    """Whether the new server has been started."""
+    lines = (journal.folder / "events.jsonl").read_text().splitlines()
+    return any(json.loads(each).get("name") == "proof" for each in lines)
 
 
-def _waits_for_a_lock(pid: int) -> bool:
-    """proc(5), /proc/locks: an arrow before who waits."""
-    return any("->" in line and str(pid) in line.split() for line in Path("/proc/locks").read_text().splitlines())
+def _is_taken(folder: Path, fd: int) -> bool:
+    """Whether somebody else has the lock of `folder` just now; of others it is not asked."""
+    return os.path.samestat(os.fstat(fd), folder.stat()) and not try_flock(fd)
 
 
 def _rows(ended: Ended, key: str) -> list[dict[str, object]]:

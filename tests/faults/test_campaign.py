@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults import campaign, reuse
-from tests.lab.homelab import CHECKOUT
+from tests.lab.homelab import CHECKOUT, run, script
 from tests.lab.sshd import missing
 
 SEED = 7
@@ -94,3 +95,10 @@ def test_a_disk_that_takes_no_more_is_told_and_leaves_nothing_behind(what: str, 
     argv = [*IN_A_SMALL_PLACE, str(tmp_path), sys.executable, "-m", "tests.faults.smalldisk", what, str(tmp_path)]
     done = subprocess.run(argv, cwd=CHECKOUT, capture_output=True, text=True, timeout=200, check=False)
     assert done.stdout == "survived\n", done.stderr
+
+
+@pytest.mark.parametrize("only", ["nope", "kills,nope", ","])
+def test_a_kind_that_is_not_there_is_usage_and_lists_those_that_are(only: str, tmp_path: Path) -> None:
+    done = run([script("inv"), "faults", "--only", only, "--state", str(tmp_path / "x.json")], CHECKOUT, os.environ)
+    assert done.exit == 2 and "kills" in done.stderr, str(done)
+    assert not list(tmp_path.iterdir())

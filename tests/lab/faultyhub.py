@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import chain
 from types import TracebackType
 from typing import Self
 from urllib.parse import urlsplit
@@ -54,7 +55,22 @@ class Slow:
     rate: int
 
 
-Fault = Answer | Stall | Cut | Lie | Slow
+@dataclass(frozen=True)
+class Endless:
+    """The hub's answer, of unsaid length, and after its body `piece` again and again, `pause` seconds apart."""
+
+    piece: bytes = bytes(65536)
+    pause: float = 0.0
+
+
+@dataclass(frozen=True)
+class EndlessHead:
+    """An answer of which the head goes on and on, in lines that are `pause` seconds apart."""
+
+    pause: float
+
+
+Fault = Answer | Stall | Cut | Lie | Slow | Endless | EndlessHead
 PIECE_SECONDS = 0.05
 
 
@@ -89,7 +105,7 @@ class FaultyHub:
         self._over = threading.Event()
         self.requests: list[Request] = []
         self.sent = 0
-        """Bytes of slow answers so far."""
+        """Bytes of slow and of endless answers so far."""
 
     def fail(self, fault: Fault, *, method: str = "", part: str = "", times: int = 1_000_000) -> None:
         """From now on, requests of `method` with `part` in their path meet the fault, but only the first `times`."""
@@ -162,6 +178,12 @@ class FaultyHub:
                 self.sent += len(piece)
             yield piece
 
+    def again_and_again(self, piece: bytes, pause: float) -> Iterator[bytes]:
+        while not self._over.wait(pause):
+            with self._lock:
+                self.sent += len(piece)
+            yield piece
+
     def wait_for_the_end(self) -> None:
         self._over.wait()
 
@@ -176,6 +198,11 @@ class _Handler(BaseHTTPRequestHandler):
             headers = [*fault.headers.items(), ("Content-Length", str(len(fault.body)))]
             self._send(fault.status, headers, [fault.body])
             return
+        if isinstance(fault, EndlessHead):
+            self.send_response(200)
+            self.flush_headers()
+            self._write(self.faulty.again_and_again(b"X-Line: and\r\n", fault.pause))
+            return
         status, headers, body = self.faulty.ask(request)
         match fault:
             case Stall(after):
@@ -188,6 +215,9 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send(status, headers, [b"\xff" * len(body)])
             case Slow(rate):
                 self._send(status, headers, self.faulty.trickle(body, rate))
+            case Endless(piece, pause):
+                unsaid = [(name, value) for name, value in headers if name.lower() != "content-length"]
+                self._send(status, unsaid, chain([body], self.faulty.again_and_again(piece, pause)))
             case None:
                 self._send(status, headers, [body])
 
@@ -199,12 +229,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            try:
-                for piece in body:
-                    self.wfile.write(piece)
-                    self.wfile.flush()
-            except OSError:
-                pass  # the client has gone
+            self._write(body)
+
+    def _write(self, pieces: Iterable[bytes]) -> None:
+        try:
+            for piece in pieces:
+                self.wfile.write(piece)
+                self.wfile.flush()
+        except OSError:
+            pass  # the client has gone
 
     def log_message(self, format: str, *args: object) -> None:
         pass

@@ -1,16 +1,16 @@
-"""The engines that mlxops can drive, one file each."""
+"""The engines that mlxops can drive, one file each: `mlx_lm.py` has the engine `mlx-lm`, as its `ENGINE`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from importlib import import_module
 
-from mlxops.agent.engines.base import Engine, Seen
-from mlxops.agent.engines.mlx_lm import MlxLm
-from mlxops.agent.engines.mlx_openai_server import MlxOpenAIServer
+from mlxops.agent.engine import Engine, Seen
+from mlxops.build import engines
 from mlxops.core.errors import Refused
 
-ENGINES: dict[str, Engine] = {engine.name: engine for engine in (MlxOpenAIServer(), MlxLm())}
+ENGINES: dict[str, Engine] = {name: import_module(f"{__name__}.{name.replace('-', '_')}").ENGINE for name in engines()}
 
 
 def engine_named(name: str) -> Engine:

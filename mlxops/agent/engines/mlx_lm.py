@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 
-from mlxops.agent.engines.base import (
+from mlxops.agent.engine import (
     Command,
     Health,
     Seen,
@@ -126,3 +126,6 @@ def _is_server(argv: Sequence[str]) -> bool:
         if os.path.basename(word) in {"mlx_lm.server", "mlx_lm"} and (word.endswith("server") or following == "server"):
             return True
     return False
+
+
+ENGINE = MlxLm()

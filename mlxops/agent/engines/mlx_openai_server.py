@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mlxops.agent.engines.base import (
+from mlxops.agent.engine import (
     Command,
     Health,
     Seen,
@@ -170,3 +170,6 @@ def _check_parsers(command: Command, serving: Serving) -> None:
                 why=f"it has {', '.join(names)}",
                 hint=f"choose one: mlxctl set --model {serving.model.name} --set {key}=NAME, or =null for none",
             )
+
+
+ENGINE = MlxOpenAIServer()

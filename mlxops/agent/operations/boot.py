@@ -20,7 +20,9 @@ def boot(ctx: Context) -> dict[str, object]:
                 changed = not _is_installed(manager, job)
                 told = manager.install(job)
             case "remove":
-                changed = manager.remove(job)
+                changed, told = manager.remove(job)
+            case _:
+                told = manager.beside(job)
     except OSError as error:
         raise state_unwritable(ctx.where.state, error) from None
     return {"changed": changed, "told": told, **_shown(ctx, manager, job)}

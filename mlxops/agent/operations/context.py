@@ -13,8 +13,8 @@ from mlxops.agent.observe import observe
 from mlxops.agent.place import Place, require
 from mlxops.agent.store import Store, now, said
 from mlxops.agent.system import System
+from mlxops.core import names
 from mlxops.core.errors import Busy, Interrupted
-from mlxops.core.names import AUTO
 from mlxops.core.protocol import Event, Note, Request
 from mlxops.core.registry import Registry
 from mlxops.core.world import Operation, PortView, World
@@ -219,7 +219,7 @@ class Context:
             return
         held = self.store.lock(name, self.holder(port))
         if isinstance(held, Operation):
-            raise busy(name, held, attach=self._is_wanted_too(held, port))
+            raise busy(name, held, attach=self.is_wanted_too(held, port))
         try:
             if held.left is not None:
                 interrupted.settle(self, held.left.id, held.left.port)
@@ -227,8 +227,8 @@ class Context:
         finally:
             held.release()
 
-    def _is_wanted_too(self, other: Operation, port: int | None) -> bool:
-        """Whether another operation does just what this one is to do."""
+    def is_wanted_too(self, other: Operation, port: int | None) -> bool:
+        """Whether another operation does just what this one is to do; `port` None: wherever it does it."""
         journal = named(self.store.state / "ops", other.id)
         try:
             asked = journal.request() if journal else None
@@ -239,12 +239,19 @@ class Context:
             return False
         if request.command != "load":
             return _given(asked) == _given(request)
-        anywhere = request.text("port") == AUTO
-        return (
-            other.model == request.text("model")
-            and (anywhere or other.port == port)
-            and request.text("repo") in (None, other.repo)
-        )
+        anywhere = port is None or request.text("port") == names.AUTO
+        return other.model == request.text("model") and (anywhere or other.port == port) and self._is_of_its_repo(other)
+
+    def _is_of_its_repo(self, other: Operation) -> bool:
+        """Whether the repository that is asked for, if one is, is the one that another load is about."""
+        asked = self.request.text("repo")
+        if asked is None or asked == other.repo:
+            return True
+        entry = self.registry().named(other.model or "")
+        if other.repo is not None or entry is None:
+            return False
+        repo_id, revision = names.repo(asked)
+        return entry.repo_id == repo_id and revision in (None, entry.revision)
 
 
 def _given(request: Request) -> dict[str, object]:

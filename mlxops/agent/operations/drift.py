@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlxops.agent import interrupted, logs
-from mlxops.agent.engines.base import each_looked_up_once
+from mlxops.agent.engine import each_looked_up_once
 from mlxops.agent.operations.context import Context
 from mlxops.agent.store import utc
 from mlxops.core.errors import MlxopsError
@@ -19,7 +19,7 @@ from mlxops.core.world import Drift, Owner, PortView, State, World
 
 def further_drift(ctx: Context, registry: Registry, world: World) -> Iterator[Drift]:
     with each_looked_up_once():
-        settings = [drift for view in world.ports.values() for drift in _settings(ctx, registry, view)]
+        settings = [drift for view in world.ports.values() for drift in settings_drift(ctx, registry, view)]
     yield from settings
     for view in world.ports.values():
         if view.unserved and view.run is not None and not registry.on_port(view.port):
@@ -52,7 +52,7 @@ def _too_big(ctx: Context) -> Iterator[Drift]:
         yield Drift("log_too_big", port, None, f"{log} has {amount(size)}", hint)
 
 
-def _settings(ctx: Context, registry: Registry, view: PortView) -> Iterator[Drift]:
+def settings_drift(ctx: Context, registry: Registry, view: PortView) -> Iterator[Drift]:
     """A server of ours whose argv is not what a load of its model would give it now."""
     run = view.run
     if run is None or view.owner is not Owner.MLXOPS or view.state not in {State.READY, State.WEDGED}:
@@ -92,7 +92,7 @@ def _expected(ctx: Context, registry: Registry, view: PortView) -> tuple[str, ..
 
     Raises `Refused`.
     """
-    from mlxops.agent.engines.installed import NotAsked
+    from mlxops.agent.installed import NotAsked
     from mlxops.agent.operations.files import Files
     from mlxops.agent.operations.prepare import prepare
     from mlxops.core.planner import Target

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
-from mlxops.agent.engines.base import NoCompletion
+from mlxops.agent.engine import NoCompletion
 from mlxops.agent.operations.context import Context, busy, model_lock, repo_lock
 from mlxops.agent.operations.files import Files, cached
 from mlxops.agent.operations.gatewayname import check_name
@@ -15,15 +15,20 @@ from mlxops.agent.operations.prepare import Prepared, commit, entry_fields, pref
 from mlxops.agent.operations.swap import start_in_place
 from mlxops.agent.store import now
 from mlxops.core import names, planner
-from mlxops.core.errors import Busy, Refused
+from mlxops.core.errors import Busy, Refused, UsageError
 from mlxops.core.planner import LoadPlan, Outcome, Target
 from mlxops.core.protocol import Phase
 from mlxops.core.registry import Registry
-from mlxops.core.world import Owner, PortView, Run, World, run_of
+from mlxops.core.world import Operation, Owner, PortView, Run, World, run_of
 
 
-def load(ctx: Context, once_alone: Callable[[Registry], None] = lambda _: None) -> dict[str, object]:
-    """`once_alone` is called when nobody else can work on the port and the model, and may raise."""
+def load(
+    ctx: Context,
+    once_alone: Callable[[Registry], None] = lambda _: None,
+    launching: Callable[[], None] = lambda: None,
+) -> dict[str, object]:
+    """`once_alone` is called when nobody else can work on the port and the model, and may raise; `launching` when
+    everything was checked, just before the server is started."""
     began = time.monotonic()
     name = names.model_name(ctx.request.text("model") or "")
     repo_text = ctx.request.text("repo")
@@ -51,7 +56,20 @@ def load(ctx: Context, once_alone: Callable[[Registry], None] = lambda _: None) 
             return target
 
         once_alone(ctx.registry())
-        return _load_locked(ctx.called(model), still, port, began)
+        if ctx.request.dry_run and (running := _running(ctx.called(model), port, model)):
+            return _dry_attach(ctx, still(), running, running.port or port, began)
+        return _load_locked(ctx.called(model), still, port, began, launching)
+
+
+def _running(ctx: Context, port: int, model: str) -> Operation | None:
+    """The same load, if it is running. A dry run holds nothing: it sees what would be in its way. Raises `Busy`."""
+    for name in (f"port-{port}", model_lock(model)):
+        holder = ctx.store.holder(name)
+        if holder is not None and not ctx.is_wanted_too(holder, port):
+            raise busy(name, holder)
+        if holder is not None:
+            return holder
+    return None
 
 
 def _refuse_removed(ctx: Context, repo_id: str) -> None:
@@ -74,7 +92,12 @@ def _port_alone(ctx: Context, resolved: Callable[[], Target]) -> Iterator[tuple[
         registry, model = ctx.registry(), resolved().name
         world = ctx.observe(registry) if asked == names.AUTO else World()
         idle = World(ports={port: view for port, view in world.ports.items() if port not in gone})
-        return planner.choose_port(ctx.where.settings, registry, idle, model, asked), model
+        try:
+            return planner.choose_port(ctx.where.settings, registry, idle, model, asked), model
+        except UsageError:
+            # No port is given, and none is the model's: if it is loading somewhere, that is what is meant.
+            with ctx.called(model).alone(model_lock(model)):
+                raise
 
     with ExitStack() as held:
         while True:
@@ -94,7 +117,9 @@ def _port_alone(ctx: Context, resolved: Callable[[], Target]) -> Iterator[tuple[
         yield port, model
 
 
-def _load_locked(ctx: Context, resolved: Callable[[], Target], port: int, began: float) -> dict[str, object]:
+def _load_locked(
+    ctx: Context, resolved: Callable[[], Target], port: int, began: float, launching: Callable[[], None]
+) -> dict[str, object]:
     registry, target = ctx.registry(), resolved()
     _refuse_removed(ctx, target.repo_id)
     files = cached(ctx, target)
@@ -119,7 +144,7 @@ def _load_locked(ctx: Context, resolved: Callable[[], Target], port: int, began:
             # What was planned before it was held may be otherwise by now.
             registry = ctx.registry()
             plan = _plan(ctx, registry, target, port, prepared)
-        return _carry_out(ctx, held, registry, plan, prepared, began)
+        return _carry_out(ctx, held, registry, plan, prepared, began, launching)
 
 
 def _locks_of_stops(ctx: Context, registry: Registry, plan: LoadPlan) -> list[str]:
@@ -133,7 +158,13 @@ def _locks_of_stops(ctx: Context, registry: Registry, plan: LoadPlan) -> list[st
 
 
 def _carry_out(
-    ctx: Context, held: ExitStack, registry: Registry, plan: LoadPlan, prepared: Prepared | None, began: float
+    ctx: Context,
+    held: ExitStack,
+    registry: Registry,
+    plan: LoadPlan,
+    prepared: Prepared | None,
+    began: float,
+    launching: Callable[[], None],
 ) -> dict[str, object]:
     """`held`: what is given back when the load is over."""
     for note in plan.notes:
@@ -142,11 +173,13 @@ def _carry_out(
         plan = replace(plan, notes=(*plan.notes, *preflight(ctx, held, registry, plan, prepared)))
     if ctx.request.dry_run:
         return _dry_load(ctx, plan, prepared, began)
+    if plan.proves is not None:
+        _prove_boot_job(ctx, plan, plan.proves)
     if plan.outcome is Outcome.ALREADY or prepared is None:
         return _load_result(ctx, plan, began, changed=False)
     if plan.outcome is Outcome.ADOPT:
         return _adopt(ctx, plan, prepared, began)
-    downtime = start_in_place(ctx, registry, plan, prepared)
+    downtime = start_in_place(ctx, registry, plan, prepared, launching)
     with ctx.cancellation.shield():  # it serves: there is nothing left to cancel
         return _load_result(ctx, plan, began, changed=True, downtime=downtime)
 
@@ -216,10 +249,26 @@ def _adopt(ctx: Context, plan: LoadPlan, prepared: Prepared, began: float) -> di
     return _load_result(ctx, plan, began, changed=False)
 
 
+def _prove_boot_job(ctx: Context, plan: LoadPlan, view: PortView) -> None:
+    """The boot job's server is what was asked for only if it answers under the alias. Raises `Refused` (boot_port)."""
+    from mlxops.agent.start import COMPLETION_SECONDS, prove
+
+    if view.server is None:
+        raise planner.boot_port(ctx.where.settings, plan.port, "its server is gone")
+    run = run_of(view.server, plan.port, ctx.system.boot_id())
+    try:
+        prove(ctx.where, plan.alias, run, ctx.system, ctx.request.number("timeout") or COMPLETION_SECONDS)
+    except (OSError, NoCompletion) as error:
+        what = f"its server does not answer as {plan.alias}: {error}"
+        raise planner.boot_port(ctx.where.settings, plan.port, what[:300]) from None
+
+
 def _adopted_run(ctx: Context, view: PortView, plan: LoadPlan, prepared: Prepared) -> Run:
     server = view.server
     if server is None:
-        raise Refused("not_adopted", f"the server on port {plan.port} is gone", hint="try again")
+        raise Refused(
+            "not_adopted", f"the server on port {plan.port} is gone", why="it ended a moment ago", hint="try again"
+        )
     return replace(
         run_of(server, plan.port, ctx.system.boot_id()),
         model=plan.target.name,
@@ -252,6 +301,13 @@ def _load_result(
     }
 
 
+def _dry_attach(ctx: Context, target: Target, running: Operation, port: int, began: float) -> dict[str, object]:
+    note = f"this is running already and would be followed: {running}"
+    alias = ctx.where.settings.alias(port, target.name)
+    result = _dry_load(ctx, LoadPlan(target, port, alias, Outcome.ALREADY, notes=(note,)), None, began)
+    return result | {"plan": {"outcome": "attach", "operation": running.id}}
+
+
 def _dry_load(ctx: Context, plan: LoadPlan, prepared: Prepared | None, began: float) -> dict[str, object]:
     result = _load_result(ctx, plan, began, changed=False)
     return result | {
@@ -259,7 +315,7 @@ def _dry_load(ctx: Context, plan: LoadPlan, prepared: Prepared | None, began: fl
         "dry_run": True,
         "plan": {
             "outcome": plan.outcome.value,
-            "download": plan.target.repo_id if prepared is None else None,
+            "download": plan.target.repo_id if prepared is None and plan.outcome is Outcome.START else None,
             "stops": [f"{view.model} on {view.port}, pid {view.pid}" for view in plan.stops],
             "clears": list(plan.cleared),
             "argv": list(prepared.wanted.argv) if prepared else None,

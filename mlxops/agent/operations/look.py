@@ -62,8 +62,8 @@ def _answering_row(view: PortView, registry: Registry) -> dict[str, object]:
 
 def _answers_to(view: PortView) -> str | None:
     """The only name that the live server answers to; None: any name, or not known."""
+    from mlxops.agent.engine import installed_version
     from mlxops.agent.engines import ENGINES
-    from mlxops.agent.engines.base import installed_version
 
     run = view.run if view.owner is Owner.MLXOPS else None
     served = run or view.server

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 
 from mlxops.agent.journal import Journal, recent
@@ -10,7 +11,7 @@ from mlxops.agent.operations.context import Context
 from mlxops.agent.reading import Unfit
 from mlxops.agent.store import Store, named
 from mlxops.agent.system import this_system
-from mlxops.core.errors import OutcomeUnknown, Refused
+from mlxops.core.errors import Interrupted, MlxopsError, OutcomeUnknown, Refused
 from mlxops.core.protocol import CANCELLABLE, Failed
 from mlxops.core.world import Operation
 
@@ -50,10 +51,19 @@ def _row(journal: Journal, alive: bool) -> dict[str, object]:
     if stand.progress is not None:
         row["progress"] = stand.progress.to_wire()
     if isinstance(stand.final, Failed):
-        return row | {"state": "failed", "detail": stand.final.error.message, "error": stand.final.error.code}
+        return row | _failed(stand.final.error)
     if stand.final is not None:
         return row | {"state": "done", "detail": ""}
     return row | {"state": "running" if alive else "interrupted"}
+
+
+def _failed(error: MlxopsError) -> dict[str, object]:
+    """An end without a result; that somebody wanted it, or that another operation did the same, is no failure."""
+    followed = error.details.get("attach")
+    if followed:
+        return {"state": "followed", "detail": f"another one did the same: {followed}", "error": None}
+    state = "cancelled" if isinstance(error, Interrupted) else "failed"
+    return {"state": state, "detail": error.message, "error": error.code}
 
 
 def _asked(journal: Journal) -> dict[str, object]:
@@ -61,8 +71,15 @@ def _asked(journal: Journal) -> dict[str, object]:
         request = journal.request()
     except (OSError, ValueError):
         return {"command": None, "model": None, "repo": None, "port": None, "asker": None}
-    texts = {key: request.text(key) for key in ("model", "repo", "port")}
-    return {"command": request.command, **texts, "asker": str(request.asker)}
+    port = request.text("port")
+    return {
+        "command": request.command,
+        "model": request.text("model"),
+        "repo": request.text("repo"),
+        # As it was asked for, which may have been `auto`, or nothing that is a port.
+        "port": int(port) if port and re.fullmatch(r"[0-9]{1,5}", port, re.ASCII) else port,
+        "asker": str(request.asker),
+    }
 
 
 def find(store: Store, text: str) -> Journal:

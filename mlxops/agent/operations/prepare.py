@@ -9,9 +9,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mlxops.agent.engine import Command, Engine, Serving, template_text
 from mlxops.agent.engines import engine_named
-from mlxops.agent.engines.base import Command, Engine, Serving, template_text
-from mlxops.agent.engines.installed import described, lacks_architecture
+from mlxops.agent.installed import described, lacks_architecture
 from mlxops.agent.operations.context import Context, busy, memory_lock
 from mlxops.agent.operations.files import Files
 from mlxops.agent.operations.gatewayname import context_warning
@@ -148,12 +148,15 @@ def _check_files(plan: LoadPlan, facts: ModelFacts) -> None:
 
 
 def _check_code(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
-    entry = prepared.serving.model
-    if facts.runs_code and not (entry.trust_remote_code and entry.revision):
+    """Code runs only if it is trusted as it was when somebody read it: a branch is another one tomorrow."""
+    entry, revision = prepared.serving.model, prepared.files.revision
+    trusted = entry.trust_remote_code and entry.revision == revision
+    if (facts.runs_code or entry.trust_remote_code) and not trusted:
+        pinned = f"its entry trusts it without naming the commit {revision}" if entry.trust_remote_code else ""
         raise Refused(
             "code_would_run",
             f"loading {plan.target.repo_id} would run code of that repository",
-            why="; ".join(facts.runs_code)[:400],
+            why="; ".join(filter(None, [pinned, *facts.runs_code]))[:400],
             hint=f"read that code; then: mlxctl set --model {plan.target.name} --set trust_remote_code=true "
             f"--set revision={prepared.files.revision}",
         )

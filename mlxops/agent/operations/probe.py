@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 
-from mlxops.agent.engines.base import NoCompletion, complete
+from mlxops.agent.engine import NoCompletion, complete
 from mlxops.agent.operations.context import Context
 from mlxops.core.world import Drift, PortView, State, World
 
@@ -51,4 +51,5 @@ def failed(world: World, probes: Mapping[object, Probe]) -> Iterator[Drift]:
         if not each["ok"] and isinstance(port, int):
             view = world.ports[port]
             message = f"{port} is up, and gave no completion: {each['error']}"
-            yield Drift("probe_failed", port, view.model, message, f"mlxctl logs --port {port}; mlxctl load --force")
+            hint = f"mlxctl logs --port {port}; then mlxctl load {view.model or 'MODEL'} {port} --force"
+            yield Drift("probe_failed", port, view.model, message, hint)

@@ -133,21 +133,21 @@ def _follow(ctx: Context, name: str, holder: Operation) -> None:
 
 
 def remove(ctx: Context) -> dict[str, object]:
-    """Delete the files of a registered model's revision. Its entry stays, and so do other revisions."""
+    """Delete the files of a model's revision, registered or only pulled. Its entry stays, and so do other revisions."""
     from mlxops.agent.hub import delete
 
     name = names.model_name(ctx.request.text("model") or "")
     registry = ctx.usable_registry()
-    entry = registry.named(name)
+    entry = registry.named(name) or _only_pulled(ctx, name)
     if entry is None:
         raise unknown_model(name, registry)
     files = _files(ctx, entry)
     if files is None:
         return {"model": entry.name, "changed": False, "freed_bytes": 0, "kept": [], "dry_run": ctx.request.dry_run}
-    sharing = [model for model in registry.models.values() if _uses(ctx, model, files)]
+    sharing = _sharing(ctx, registry, entry, files)
     with _nobody_works_with(ctx, entry, sharing):
         registry = ctx.registry()
-        sharing = [model for model in registry.models.values() if _uses(ctx, model, files)]
+        sharing = _sharing(ctx, registry, entry, files)
         world = ctx.observe(registry)
         _refuse_loading(world, entry)
         _refuse_in_use(registry, world, sharing)
@@ -171,6 +171,17 @@ def remove(ctx: Context) -> dict[str, object]:
         "changed": not ctx.request.dry_run,
         "dry_run": ctx.request.dry_run,
     }
+
+
+def _only_pulled(ctx: Context, name: str) -> Model | None:
+    """A repository of the cache that the registry does not know."""
+    here = names.is_repo_id(name) and find(ctx.where.hub, name, None) is not None
+    return Model(name, repo_id=name) if here else None
+
+
+def _sharing(ctx: Context, registry: Registry, entry: Model, files: Files) -> list[Model]:
+    """Every model that these files are of."""
+    return [entry, *(each for each in registry.models.values() if each.name != entry.name and _uses(ctx, each, files))]
 
 
 def _files(ctx: Context, entry: Model) -> Files | None:

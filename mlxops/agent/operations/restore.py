@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import shlex
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from mlxops.agent import boot
 from mlxops.agent.operations.context import RESTORE, Context, TakenOut
 from mlxops.agent.operations.load import load
 from mlxops.core.errors import Interrupted, MlxopsError, NotStarted, Refused
 from mlxops.core.registry import Registry
-from mlxops.core.restore import RestorePlan, Step, attempts_of, is_wanted, last_cleared, plan_restore
+from mlxops.core.restore import (
+    Moment,
+    Record,
+    RestorePlan,
+    Step,
+    in_vain,
+    is_wanted,
+    last_cleared,
+    lasting,
+    plan_restore,
+    starts_of,
+)
 
 UNLOADED = "it was unloaded meanwhile"
 
@@ -20,26 +33,57 @@ class _NotWanted(Refused):
     """Somebody has unloaded it since the plan was made."""
 
 
+@dataclass(frozen=True)
+class _Plan:
+    steps: RestorePlan
+    attempts: Mapping[Step, Sequence[float]]
+    """How many seconds ago each was started in vain, newest first."""
+
+
 def restore(ctx: Context) -> dict[str, object]:
     """Each on its own, in the order of the ports: what does not start, or does not fit beside those before it, keeps
     nobody else from starting. Raises `NotStarted` (restore_incomplete) in the end if there was such a one."""
     with ctx.alone(RESTORE):
-        plan = _plan(ctx)
-        for step in plan.skipped:
+        plan = _plan(ctx, keep=not ctx.request.dry_run)
+        for step in plan.steps.skipped:
             _tell_left(ctx, step)
-        if ctx.request.dry_run:
-            return _result(ctx, plan.starts, (), plan.skipped)
-        return _carry_out(ctx, plan)
+        return _try_out(ctx, plan) if ctx.request.dry_run else _carry_out(ctx, plan)
 
 
-def _carry_out(ctx: Context, plan: RestorePlan) -> dict[str, object]:
+def look(ctx: Context) -> RestorePlan:
+    """What `restore` would do now. Nothing is changed, but what is seen to last is remembered."""
+    return _plan(ctx, keep=True).steps
+
+
+def _try_out(ctx: Context, plan: _Plan) -> dict[str, object]:
+    """What would be started, and how; and what would be refused."""
+    starts: list[dict[str, object]] = []
+    failed: list[Step] = []
+    for step in plan.steps.starts:
+        asked = replace(ctx.request, command="load", args={**_words(step), "dry_run": True})
+        try:
+            tried = load(replace(ctx, request=asked)).get("plan")
+        except Interrupted:
+            raise
+        except MlxopsError as error:
+            failed.append(_not_started(ctx, step, error))
+            continue
+        argv = tried.get("argv") if isinstance(tried, dict) else None
+        starts.append(step.to_wire() | {"argv": argv})
+        ctx.note(f"{step.model} on {step.port}: {shlex.join(argv) if argv else 'its files would be downloaded first'}")
+    result = _result(ctx, (), failed, plan.steps.skipped) | {"restored": starts}
+    _raise_incomplete(plan, failed, result, "would not start")
+    return result
+
+
+def _carry_out(ctx: Context, plan: _Plan) -> dict[str, object]:
     restored: list[Step] = []
     failed: list[Step] = []
-    left = list(plan.skipped)
-    for step in plan.starts:
+    left = list(plan.steps.skipped)
+    for step in plan.steps.starts:
         ctx.cancellation.check()
         try:
-            if _start(ctx, step):
+            if _start(ctx, step, afresh=step not in plan.attempts):
                 restored.append(step)
         except (TakenOut, _NotWanted):
             left.append(replace(step, why=UNLOADED))
@@ -47,55 +91,100 @@ def _carry_out(ctx: Context, plan: RestorePlan) -> dict[str, object]:
         except Interrupted:
             raise
         except MlxopsError as error:
-            ctx.note(f"{step.model} on {step.port}: {error.message}: {error.why}", "warning")
-            failed.append(replace(step, why=f"{error.code}: {error.message}"))
+            failed.append(_not_started(ctx, step, error))
     result = _result(ctx, restored, failed, left)
-    if failed:
-        raise NotStarted(
-            "restore_incomplete",
-            f"{len(failed)} of {len(plan.starts)} did not start: {', '.join(f'{s.model} on {s.port}' for s in failed)}",
-            why="; ".join(step.why for step in failed)[:600],
-            hint=f"what serves now: mlxctl status; then for each: mlxctl load {failed[0].model} {failed[0].port}",
-            details=result,
-        )
+    _raise_incomplete(plan, failed, result, "did not start")
     return result
+
+
+def _not_started(ctx: Context, step: Step, error: MlxopsError) -> Step:
+    ctx.note(f"{step.model} on {step.port}: {error.message}: {error.why}", "warning")
+    return replace(step, why=f"{error.code}: {error.message}")
+
+
+def _raise_incomplete(plan: _Plan, failed: Sequence[Step], result: Mapping[str, object], verb: str) -> None:
+    if not failed:
+        return
+    named = ", ".join(f"{step.model} on {step.port}" for step in failed)
+    raise NotStarted(
+        "restore_incomplete",
+        f"{len(failed)} of {len(plan.steps.starts)} {verb}: {named}",
+        why="; ".join(step.why for step in failed)[:600],
+        hint=f"what serves now: mlxctl status; then for each: mlxctl load {failed[0].model} {failed[0].port}",
+        details=result,
+    )
 
 
 def _tell_left(ctx: Context, step: Step) -> None:
     ctx.note(f"{step.model} on {step.port} is left: {step.why}", "warning")
 
 
-def _plan(ctx: Context) -> RestorePlan:
+def _plan(ctx: Context, *, keep: bool) -> _Plan:
     registry = ctx.usable_registry()
     history = ctx.history()
-    job = ctx.where.settings.boot
-    return plan_restore(
+    settings = ctx.where.settings
+    world = ctx.observe(registry)
+    starts = starts_of(history)
+    now = _now(ctx)
+    if keep:
+        for step in lasting(starts, world, now):
+            ctx.remember(command="lasted", model=step.model, port=step.port)
+    attempts = in_vain(starts, _records(ctx, starts), now)
+    steps = plan_restore(
         registry,
-        ctx.observe(registry),
-        boot_port=job.port if job and boot.job_is_there(job, ctx.environ) else None,
+        world,
+        boot_port=settings.boot.port if settings.boot and boot.job_is_there(settings.boot, ctx.environ) else None,
+        slots=settings.slots,
         cleared=last_cleared(history) if ctx.request.flag("cleared") else (),
-        attempts=attempts_of(history, ctx.system.boot_id(), time.monotonic()),
+        attempts=attempts,
     )
+    return _Plan(steps, attempts)
 
 
-def _start(ctx: Context, step: Step) -> bool:
-    """Remembered before it begins: a start that takes the whole host down counts as well. Raises what `load` raises,
-    `TakenOut` and `_NotWanted`."""
+def _now(ctx: Context) -> Moment:
+    return Moment(ctx.system.boot_id(), ctx.system.booted_at(), time.time(), time.monotonic())
 
-    def remember(registry: Registry) -> None:
+
+def _records(ctx: Context, steps: Iterable[Step]) -> dict[int, Record]:
+    """What is recorded of the ports of these steps; what cannot be read says nothing."""
+    found = {}
+    for port in {step.port for step in steps}:
+        with contextlib.suppress(OSError, ValueError):
+            if run := ctx.store.run(port):
+                sign = None
+                with contextlib.suppress(OSError):
+                    sign = ctx.store.log_path(port).stat().st_mtime
+                found[port] = Record(run.model, run.boot_id, run.proven_at is not None, sign)
+    return found
+
+
+def _words(step: Step) -> dict[str, object]:
+    return {"model": step.model, "port": str(step.port), "restore": True}
+
+
+def _start(ctx: Context, step: Step, *, afresh: bool) -> bool:
+    """Remembered just before its server is launched: what takes the whole host down counts as well, and what is
+    refused before does not. `afresh`: none was started in vain before. Raises what `load` raises, `TakenOut` and
+    `_NotWanted`."""
+
+    def check(registry: Registry) -> None:
         if not is_wanted(registry, step, cleared=ctx.request.flag("cleared")):
             raise _NotWanted("not_wanted", f"{step.model} is not assigned to port {step.port} any more")
+
+    def remember() -> None:
         ctx.remember(
             command="restore",
             model=step.model,
             port=step.port,
             boot_id=ctx.system.boot_id(),
+            wall=round(time.time(), 3),
             monotonic=round(time.monotonic(), 3),
+            afresh=afresh,
         )
 
-    asked = replace(ctx.request, command="load", args={"model": step.model, "port": str(step.port), "restore": True})
+    asked = replace(ctx.request, command="load", args=_words(step))
     with ctx.cancellation.part(step.port):
-        return load(replace(ctx, request=asked), remember)["changed"] is True
+        return load(replace(ctx, request=asked), check, remember)["changed"] is True
 
 
 def _result(

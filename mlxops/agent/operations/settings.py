@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mlxops.agent.engines import ENGINES, engine_named
 from mlxops.agent.operations.context import Context
+from mlxops.agent.operations.drift import settings_drift
 from mlxops.agent.operations.files import cached
 from mlxops.agent.operations.prepare import prepare, shown_options
 from mlxops.core import fields, names, planner
@@ -25,18 +26,19 @@ def set_(ctx: Context) -> dict[str, object]:
     after = _apply(registry, name, wanted)
     changed = after.raw != registry.raw
     if changed:
-        _check(ctx, target, after.models[name], wanted)
+        _check(ctx, planner.resolve(after, name, None, None), after.models[name], wanted)
     if changed and not ctx.request.dry_run:
         after = ctx.store.registry.update(lambda current: _apply(current, name, wanted))
         ctx.remember(command="set", model=name, written=dict(wanted.written), removed=list(wanted.removed))
     entry = after.models[name]
-    running = _running_on(ctx, registry, name) if changed else None
+    running = _runs_otherwise_on(ctx, after, name) if changed else None
     if running is not None:
         ctx.note(f"{name} serves port {running} with its old settings until: mlxctl load {name} {running} --force")
     return {
         "model": name,
         "changed": changed and not ctx.request.dry_run,
         "dry_run": ctx.request.dry_run,
+        "revision": entry.revision,
         "options": shown_options(ctx, entry),
         "restart_needed_on": running,
     }
@@ -77,8 +79,9 @@ def _some_port(ctx: Context) -> int:
     return ctx.where.settings.ports.first
 
 
-def _running_on(ctx: Context, registry: Registry, name: str) -> int | None:
+def _runs_otherwise_on(ctx: Context, registry: Registry, name: str) -> int | None:
+    """The port where the model runs with other settings than it would get now."""
     for view in ctx.observe(registry).ports.values():
-        if view.run is not None and view.members and view.run.model == name:
+        if view.run is not None and view.run.model == name and any(settings_drift(ctx, registry, view)):
             return view.port
     return None

@@ -58,7 +58,10 @@ def _run_of(ctx: Context, view: PortView) -> Run:
     server = view.server
     if server is None:
         raise Refused(
-            "not_ours", f"what is on port {view.port} is not known well enough to be stopped", why=view.detail
+            "not_ours",
+            f"what is on port {view.port} is not known well enough to be stopped",
+            why=view.detail,
+            hint="look first: mlxctl status; then stop it yourself on the host",
         )
     return run_of(server, view.port, ctx.system.boot_id())
 

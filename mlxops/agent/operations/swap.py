@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlxops.agent import processes
+from mlxops.agent.engine import Command, Serving
 from mlxops.agent.engines import engine_named
-from mlxops.agent.engines.base import Command, Serving
 from mlxops.agent.logs import rotated
 from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.files import cached
@@ -25,8 +26,14 @@ from mlxops.core.registry import Model, Registry
 from mlxops.core.world import Owner, PortView, run_of
 
 
-def start_in_place(ctx: Context, registry: Registry, plan: LoadPlan, prepared: Prepared) -> float | None:
-    """Carry out a plan whose new server passed every check.
+def start_in_place(
+    ctx: Context,
+    registry: Registry,
+    plan: LoadPlan,
+    prepared: Prepared,
+    launching: Callable[[], None] = lambda: None,
+) -> float | None:
+    """Carry out a plan whose new server passed every check. `launching` is called just before it is started.
 
     The caller holds the port, the model, and those of everything that is stopped. Returns the seconds for which the
     port did not answer; None if nothing had to be stopped. Whatever goes wrong, the servers that were stopped are
@@ -42,6 +49,7 @@ def start_in_place(ctx: Context, registry: Registry, plan: LoadPlan, prepared: P
                 asked = [stop(ctx, view, ctx.drain) for view in plan.stops]
             ctx.cancellation.check()
             ctx.emit(Phase("start", f"{prepared.engine.name} on port {plan.port}, found by {prepared.command.source}"))
+            launching()
             start.launch(dict(ctx.environ), plan.target.repo_id, prepared.files.revision, ctx.operation)
             run = start.wait(ctx.request.number("timeout") or deadline_for(prepared.files.size_bytes), ctx.emit)
             downtime = time.monotonic() - asked[0] if asked else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 from mlxops.agent.journal import Journal, named
 from mlxops.agent.operations.context import RESTORE, Context, busy
@@ -10,6 +11,7 @@ from mlxops.agent.operations.stopping import stop
 from mlxops.core import names, planner
 from mlxops.core.errors import Interrupted, MlxopsError, UsageError
 from mlxops.core.planner import UnloadPlan
+from mlxops.core.world import Operation
 
 CANCEL_SECONDS = 60.0
 
@@ -18,24 +20,36 @@ def unload(ctx: Context) -> dict[str, object]:
     began = time.monotonic()
     ctx.usable_registry()
     model = _model(ctx)
+    cancelled: Operation | None = None
     while True:
         port = _port(ctx, model)
         if port is None:
-            return _unload_result(ctx, UnloadPlan(0, model=model), began)
+            nothing = UnloadPlan(cancelled.port or 0 if cancelled else 0, model=model)
+            return _unload_result(ctx, _with_cancelled(nothing, cancelled), began)
         if not ctx.request.dry_run:
             entry = ctx.registry().named(model) if model else None
-            _make_way(ctx, port, entry.name if entry else model)
+            cancelled = _make_way(ctx, port, entry.name if entry else model) or cancelled
         with ctx.locked(port):
             # What was read before the lock may be old by now: another model must not be stopped for one that has moved.
             if _port(ctx, model) == port:
-                return _unload_result(ctx, _unload_port(ctx, port, force=ctx.request.flag("force")), began)
+                plan = _unload_port(ctx, port, force=ctx.request.flag("force"))
+                return _unload_result(ctx, _with_cancelled(plan, cancelled), began)
+
+
+def _with_cancelled(plan: UnloadPlan, load: Operation | None) -> UnloadPlan:
+    """A load that was in the way and was cancelled is what was unloaded, if there was nothing else."""
+    if load is None or plan.changed:
+        return plan
+    note = f"the load of {load.model} on port {load.port} was cancelled"
+    return replace(plan, model=load.model, cancelled=True, notes=(*plan.notes, note))
 
 
 def _model(ctx: Context) -> str | None:
     """The model that is to be unloaded, wherever it is; None: whatever is on the port."""
     port, model = ctx.request.text("port"), ctx.request.text("model")
     if (port is None) == (model is None):
-        raise UsageError("port_or_model", "unload takes a port or a model", hint="mlxctl unload 8100")
+        why = "neither is given" if port is None else "both are given"
+        raise UsageError("port_or_model", "unload takes a port or a model", why=why, hint="mlxctl unload PORT")
     return None if model is None else names.model_name(model)
 
 
@@ -61,9 +75,10 @@ def _unload_port(ctx: Context, port: int, *, force: bool) -> UnloadPlan:
     return plan
 
 
-def _make_way(ctx: Context, port: int, model: str | None) -> None:
+def _make_way(ctx: Context, port: int, model: str | None) -> Operation | None:
     """A load that is running on the port is asked to end, unless it is of another model than is to be unloaded, and a
-    restore to leave this one port alone; whoever is at work there cleans up after itself and gives the lock back."""
+    restore to leave this one port alone; whoever is at work there cleans up after itself and gives the
+    lock back. Returns the load that was cancelled."""
     restore = ctx.store.holder(RESTORE)
     if restore is not None and (journal := named(ctx.store.state / "ops", restore.id)):
         journal.take_out(port)
@@ -71,10 +86,11 @@ def _make_way(ctx: Context, port: int, model: str | None) -> None:
     holder = ctx.store.holder(f"port-{port}")
     journal = named(ctx.store.state / "ops", holder.id) if holder and holder.command == "load" else None
     if holder is None or journal is None or model not in {None, holder.model}:
-        return
+        return None
     if model is None and holder.port != port:
-        return  # it is of another port, and only moves its model away from this one
-    if _is_restore(journal):
+        return None  # it is of another port, and only moves its model away from this one
+    restoring = _is_restore(journal)
+    if restoring:
         journal.take_out(port)  # it may have begun since
     else:
         ctx.note(f"cancelling {holder}")
@@ -84,6 +100,7 @@ def _make_way(ctx: Context, port: int, model: str | None) -> None:
         if time.monotonic() > deadline:
             raise busy(f"port-{port}", holder)
         time.sleep(0.02)
+    return None if restoring else holder
 
 
 def _is_restore(journal: Journal) -> bool:
@@ -130,8 +147,10 @@ def unload_all(ctx: Context) -> dict[str, object]:
             done.append(_unload_result(ctx, plan, began))
             continue
         try:
+            cancelled = None if ctx.request.dry_run else _make_way(ctx, plan.port, None)
             with ctx.locked(plan.port):
-                done.append(_unload_result(ctx, _unload_port(ctx, plan.port, force=True), began))
+                ended = _with_cancelled(_unload_port(ctx, plan.port, force=True), cancelled)
+                done.append(_unload_result(ctx, ended, began))
         except Interrupted:
             raise
         except MlxopsError as error:

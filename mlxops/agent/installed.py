@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mlxops.agent import processes
-from mlxops.agent.engines.base import Command, Engine, Serving, installation_folders, site_packages, version_in
+from mlxops.agent.engine import Command, Engine, Serving, installation_folders, site_packages, version_in
 from mlxops.agent.store import Store
 from mlxops.core.errors import Refused
 

@@ -1,4 +1,4 @@
-"""What mlxops knows of a server program. A further engine is one more file like `mlx_lm.py`, named in `__init__`."""
+"""What mlxops knows of a server program. A further engine is one more file in `engines`, like `mlx_lm.py`."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ import re
 import shlex
 import shutil
 import socket
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from mlxops.agent import reading
 from mlxops.core.errors import Refused
 from mlxops.core.families import Option
 from mlxops.core.registry import Model
+
+if TYPE_CHECKING:
+    pass
 
 MAX_BODY = 1024 * 1024
 MAX_TEMPLATE = 1024 * 1024
@@ -293,18 +297,22 @@ def _perhaps(key: str, known: Collection[str]) -> str:
 
 
 def get_status(host: str, port: int, path: str, timeout: float) -> int | None:
-    """The HTTP status of a GET; None if there was no answer within `timeout` seconds. Raises `NotSent`.
+    """The HTTP status of a GET; None if there was no answer within `timeout` seconds altogether. Raises `NotSent`.
 
     By hand, because `status` asks this, and http.client imports TLS and mail, which takes longer than all the asking.
     """
     name = f"[{host}]" if ":" in host else host
     request = f"GET {path} HTTP/1.1\r\nHost: {name}:{port}\r\nConnection: close\r\n\r\n"
     answer = b""
+    deadline = time.monotonic() + timeout
     try:
         with socket.create_connection((host, port), timeout) as connection:
             connection.sendall(request.encode())
             # To its end, although the first line is enough: a server whose answer is cut off writes that into its log.
-            while len(answer) < MAX_BODY and (part := connection.recv(65536)):
+            while len(answer) < MAX_BODY and (left := deadline - time.monotonic()) > 0:
+                connection.settimeout(left)  # it is for one read, and a byte each second would never end
+                if not (part := connection.recv(65536)):
+                    break
                 answer += part
     except OSError as error:
         if error.errno in _NOT_SENT:
@@ -334,11 +342,14 @@ class NoCompletion(Exception):
 
 
 def complete(host: str, port: int, model: str, timeout: float) -> dict[str, object]:
-    """One small chat completion. What is generated does not matter (reasoning alone is an answer): that it is does.
+    """One small chat completion, within `timeout` seconds altogether. What is generated does not matter (reasoning
+    alone is an answer): that it is does.
 
     Raises `OSError` when there was no answer, `NoCompletion` when it was another one.
     """
     import http.client
+
+    from mlxops.deadline import answer_until
 
     body = {
         "model": model,
@@ -348,6 +359,7 @@ def complete(host: str, port: int, model: str, timeout: float) -> dict[str, obje
         "stream": False,
     }
     connection = http.client.HTTPConnection(host, port, timeout=timeout)
+    connection.response_class = answer_until(time.monotonic() + timeout)
     try:
         connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
         response = connection.getresponse()
@@ -362,7 +374,7 @@ def complete(host: str, port: int, model: str, timeout: float) -> dict[str, obje
     try:
         answer = json.loads(data)
         usable = isinstance(answer["choices"][0]["message"], dict)
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         usable = False
     if not usable:
         raise NoCompletion(f"it answered 200 without a completion: {data[:300].decode(errors='replace')}")

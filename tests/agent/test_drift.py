@@ -1,0 +1,32 @@
+"""A server that runs otherwise than its model would be started now: said of every one that will stay as it is."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mlxops.agent.operations.context import Context
+from mlxops.agent.operations.drift import further_drift
+from mlxops.agent.place import place
+from mlxops.agent.store import Store
+from mlxops.agent.system import this_system
+from mlxops.core.protocol import Request
+from mlxops.core.settings import Settings
+from mlxops.core.world import Owner, PortView, State, World
+from tests.core.worlds import registry, run
+
+
+@pytest.mark.parametrize(("state", "told"), [(State.READY, True), (State.WEDGED, True), (State.LOADING, False)])
+def test_other_files_than_the_registry_names_are_told_of_whatever_answers_or_hangs(
+    tmp_path: Path, state: State, told: bool
+) -> None:
+    settings = Settings(hub=str(tmp_path / "hub"), state=str(tmp_path / "state"))
+    where = place(settings, os.environ)
+    store = Store(where.state, where.registry)
+    context = Context(Request("status", {}, settings, ""), where, store, this_system(), lambda event: None, {})
+    view = PortView(8103, None, state, Owner.MLXOPS, "a", run=replace(run("a", 8103), repo_id="org/before"))
+    found = further_drift(context, registry(a=8103), World({8103: view}, ()))
+    assert [each.code for each in found] == ["settings_changed"] * told

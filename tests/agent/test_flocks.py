@@ -1,0 +1,31 @@
+"""Locks that are taken with a limit."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from mlxops.agent import __main__ as agent
+from mlxops.agent import flocks
+
+
+def test_an_agent_that_starts_while_a_deploy_looks_holds_its_build_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stamp = tmp_path / "installed.json"
+    stamp.touch()
+    monkeypatch.setattr(agent, "STAMP", str(stamp))
+    looking = os.open(stamp, os.O_RDONLY)
+    assert flocks.try_flock(looking)
+    monkeypatch.setattr("time.sleep", lambda _: os.close(looking))
+    before = set(os.listdir("/dev/fd"))
+    agent._use_build()
+    held = [int(fd) for fd in set(os.listdir("/dev/fd")) - before if os.path.exists(f"/dev/fd/{fd}")]
+    other = os.open(stamp, os.O_RDONLY)
+    try:
+        assert not flocks.try_flock(other)
+    finally:
+        for fd in (other, *held):
+            os.close(fd)

@@ -1,0 +1,33 @@
+"""Operations that were cut short: whoever comes next writes their end and puts right what they left."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from mlxops.agent import interrupted
+from mlxops.agent.journal import create
+from mlxops.agent.operations.context import Context
+from mlxops.agent.place import place
+from mlxops.agent.store import Store
+from mlxops.agent.system import this_system
+from mlxops.core.protocol import Event, Note, Request
+from mlxops.core.settings import Settings
+
+
+def test_the_next_one_names_it_writes_its_end_and_removes_what_it_was_writing(tmp_path: Path) -> None:
+    settings = Settings(hub=str(tmp_path / "hub"), state=str(tmp_path / "state"))
+    where = place(settings, {})
+    store = Store(where.state, where.registry)
+    store.ready()
+    journal, lock = create(store.state / "ops", Request("load", {"model": "a", "port": "8100"}, settings, ""))
+    assert lock is not None
+    os.close(lock)
+    half = store.state / "run" / ".8100.json.999999999.0123abcd.tmp"
+    half.write_text("{")
+    told: list[Event] = []
+    context = Context(Request("load", {}, settings, ""), where, store, this_system(), told.append, {}, "next")
+    interrupted.settle(context, journal.id, 8100)
+    (note,) = told
+    assert isinstance(note, Note) and "load a on 8100" in note.message
+    assert journal.ended and not half.exists()

@@ -1,0 +1,78 @@
+"""Whose a listener is at the moment of the proof. What is seen of it is given: no system shows it on demand."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Container
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from mlxops.agent import start
+from mlxops.agent.engine import Command, NoCompletion, Serving
+from mlxops.agent.engines.mlx_lm import MlxLm
+from mlxops.agent.place import place
+from mlxops.agent.store import Store
+from mlxops.agent.system import Listener, Look, System, this_system
+from mlxops.core.errors import NotStarted
+from mlxops.core.registry import Model
+from mlxops.core.settings import Settings
+from tests.core.worlds import run
+
+RUN = run(port=8103)
+NOBODYS = Look(listeners=(Listener("127.0.0.1", RUN.port),))
+
+
+class Seen:
+    """What is seen, look by look; the last one for ever."""
+
+    def __init__(self, *looks: Look) -> None:
+        self._looks = list(looks)
+
+    def boot_id(self) -> str:
+        return RUN.boot_id
+
+    def environment(self, pid: int, key: str) -> str | None:
+        return None
+
+    def look(self, ports: Container[int]) -> Look:
+        return self._looks.pop(0) if len(self._looks) > 1 else self._looks[0]
+
+
+def prove(tmp_path: Path, *looks: Look) -> None:
+    where = place(Settings(hub=str(tmp_path), state=str(tmp_path)), os.environ)
+    start.prove(where, RUN.alias, RUN, cast(System, Seen(*looks)), 1.0)
+
+
+def test_a_listener_whose_process_is_just_ending_is_no_stranger(tmp_path: Path) -> None:
+    with pytest.raises(ConnectionRefusedError, match="nothing listens on 8103 yet"):
+        prove(tmp_path, NOBODYS, Look())
+
+
+def test_one_whose_process_cannot_be_seen_for_a_while_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start, "UNSEEN_SECONDS", 0.05)
+    with pytest.raises(NoCompletion, match="a process that cannot be seen"):
+        prove(tmp_path, NOBODYS)
+
+
+def test_a_strangers_is_told_at_once_and_nothing_is_sent_to_it(tmp_path: Path) -> None:
+    other = Look(listeners=(Listener("127.0.0.1", RUN.port, frozenset({77})),))
+    with pytest.raises(NoCompletion, match="pid 77"):
+        prove(tmp_path, other)
+
+
+def test_what_a_server_says_begins_behind_the_line_with_which_its_log_is_headed(tmp_path: Path) -> None:
+    """That line has its whole command, in which anything may stand."""
+    settings = Settings(hub=str(tmp_path), state=str(tmp_path / "state"))
+    where = place(settings, os.environ)
+    store = Store(where.state, where.registry)
+    store.ready()
+    argv = ("/bin/sh", "-c", "exit 3", "ValueError: Model type qwen9 not supported.")
+    serving = Serving(Model("a"), "a", tmp_path, "127.0.0.1", RUN.port, store.run_folder(RUN.port))
+    started = start.Start(where, store, this_system(), MlxLm(), Command(argv[:1], "here"), serving, argv=argv)
+    started.launch({}, "org/a", "1", "op")
+    with pytest.raises(NotStarted) as caught:
+        started.wait(30, lambda event: None)
+    started.abort()
+    assert caught.value.why == "it wrote nothing to its log" and "qwen9" in started.log.read_text()

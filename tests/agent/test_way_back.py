@@ -1,0 +1,42 @@
+"""What would bring back a server that is replaced: just what served, or nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mlxops.agent.operations.context import Context
+from mlxops.agent.operations.swap import _way_back
+from mlxops.agent.place import place
+from mlxops.agent.store import Store
+from mlxops.agent.system import this_system
+from mlxops.core.protocol import Request
+from mlxops.core.settings import Settings
+from mlxops.core.world import Owner, PortView, State
+from tests.core.worlds import run as sample_run
+from tests.faults.arena import entry
+from tests.faults.snapshots import snapshot
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_server_whose_entry_names_other_files_by_now_does_not_come_back_with_those(
+    tmp_path: Path, other: bool
+) -> None:
+    """It would be recorded as what it was, and serve something else."""
+    settings = Settings(hub=str(tmp_path / "hub"), state=str(tmp_path / "state"))
+    where = place(settings, os.environ)
+    path = snapshot(where.hub, "org/a")
+    served = path.name
+    if other:
+        path = path.rename(path.with_name("f" * 40))
+    where.registry.write_text(json.dumps({"version": 1, "models": {"a": entry("org/a", path, 8103)}}))
+    store = Store(where.state, where.registry)
+    context = Context(Request("load", {}, settings, ""), where, store, this_system(), lambda event: None, {})
+    run = replace(sample_run("a", 8103), revision=served)
+    view = PortView(8103, None, State.READY, Owner.MLXOPS, "a", run=run)
+    back = _way_back(context, store.registry.read(), view)
+    assert back is None if other else back is not None and back.revision == served
