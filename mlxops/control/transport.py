@@ -138,7 +138,8 @@ class _Path:
     def close(self) -> None:
         self.abort()
         for connection in reversed(self._connections):
-            _hang_up(connection)
+            if not _ctrl_c():
+                _hang_up(connection)
         self._connections.clear()
         if self._base is not None:
             self._base.close()
@@ -365,6 +366,12 @@ def _close_quietly(channel: paramiko.Channel) -> None:
     channel.close = quietly  # type: ignore[method-assign]
 
 
+def _ctrl_c() -> bool:
+    """Whether Ctrl-C is what ends this. It may have come right after paramiko had taken one of its locks, which this
+    very thread would then wait for; so nobody is told goodbye, and the threads end with their sockets."""
+    return isinstance(sys.exception(), KeyboardInterrupt)
+
+
 def _hang_up(connection: fabric.Connection) -> None:
     """Close a connection whose socket was shut down before, and see its thread end.
 
@@ -477,7 +484,7 @@ class _SshSession:
         return Ended(status, str(self._stderr))
 
     def close(self) -> None:
-        if self._sender is not None and self._sender.is_alive():
+        if (self._sender is not None and self._sender.is_alive()) or _ctrl_c():
             # Half a request was sent and cannot be finished; closing the channel would queue behind it.
             self._path.abort()
             return

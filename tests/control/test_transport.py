@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -91,6 +91,28 @@ def refusal(name: str, *, connect_timeout: float = 10.0) -> MlxopsError:
 def reaches(name: str) -> bool:
     with closing(open_ssh(name)) as opened:
         return run(opened, "echo", "here")[0] == ["here"]
+
+
+def test_a_ctrl_c_that_comes_right_after_a_lock_was_taken_ends_it_all_the_same(server: Sshd, client: SshClient) -> None:
+    client.host("studio", server)
+    before = set(threading.enumerate())
+    opened = open_ssh("studio")
+    session = opened.start(["true"], b"")
+    lock = session._channel.lock  # type: ignore[attr-defined]
+
+    def interrupted() -> None:
+        with suppress(KeyboardInterrupt), closing(opened), closing(session):
+            lock.acquire()
+            raise KeyboardInterrupt
+
+    thread = threading.Thread(target=interrupted, daemon=True)
+    thread.start()
+    thread.join(10)
+    hangs = thread.is_alive()
+    lock.release()
+    for each in set(threading.enumerate()) - before:
+        each.join(10)
+    assert not hangs
 
 
 # -- who is reached -----------------------------------------------------------------------------------------------
