@@ -105,6 +105,7 @@ def test_a_fresh_host_gets_a_whole_agent_over_ssh(tmp_path: Path, monkeypatch: p
         "agent",
         "build.py",
         "core",
+        "deadline.py",
     ]
     python = state / "venv" / "bin" / "python"
     subprocess.run([python, "-I", "-c", "import huggingface_hub"], check=True)
