@@ -521,9 +521,9 @@ def _proves(journal: Journal) -> bool:
     return any(json.loads(each).get("name") == "proof" for each in lines)
 
 
-def _is_taken(folder: Path, fd: int) -> bool:
+def _is_taken(folder: Path, fd: int, *, shared: bool) -> bool:
     """Whether somebody else has the lock of `folder` just now; of others it is not asked."""
-    return os.path.samestat(os.fstat(fd), folder.stat()) and not try_flock(fd)
+    return os.path.samestat(os.fstat(fd), folder.stat()) and not try_flock(fd, shared=shared)
 
 
 def _rows(ended: Ended, key: str) -> list[dict[str, object]]:
