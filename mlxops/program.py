@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from invoke.config import Config
-from invoke.exceptions import ParseError
+from invoke.exceptions import Exit, ParseError
 from invoke.parser.argument import Argument
 from invoke.program import Program
 from invoke.tasks import Task
 
 from mlxops import __version__
 from mlxops.control import render
-from mlxops.core.errors import Exit, OutputFailed, UsageError
+from mlxops.core.errors import Exit as Status
+from mlxops.core.errors import OutputFailed, UsageError
 
 POSITIONAL = {
     "load": ("--model", "--port"),
@@ -63,9 +64,19 @@ class _Mlxctl(Program):
         except ParseError as error:
             raise _usage(error) from None
 
+    def parse_cleanup(self) -> None:
+        try:
+            super().parse_cleanup()
+        except ParseError as error:  # --help WHAT
+            raise _usage(error) from None
+        except Exit as error:  # --list WHAT; without a message it is the end of what was asked for
+            if not error.message:
+                raise
+            raise _usage(error) from None
 
-def _usage(error: ParseError) -> SystemExit:
-    task = getattr(error.context, "name", None)
+
+def _usage(error: ParseError | Exit) -> SystemExit:
+    task = getattr(getattr(error, "context", None), "name", None)
     hint = f"mlxctl {task} --help" if task else "mlxctl --list"
     told = UsageError("usage", str(error).rstrip("!"), why="it is not a command line of mlxctl", hint=hint)
     if "--json" in sys.argv:
@@ -74,7 +85,7 @@ def _usage(error: ParseError) -> SystemExit:
         except (BrokenPipeError, OutputFailed):
             render.discard(1)  # it is told on standard error all the same
     render.Talk(many=False).error("", told)
-    return SystemExit(int(Exit.USAGE))
+    return SystemExit(int(Status.USAGE))
 
 
 def with_flags(words: Sequence[str], takes_value: frozenset[str]) -> list[str]:

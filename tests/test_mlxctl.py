@@ -81,7 +81,10 @@ def test_the_help_names_the_positional_forms() -> None:
 
 @pytest.mark.parametrize(
     ("words", "hint"),
-    [("load --bogus", "mlxctl load --help"), ("set NAME", "mlxctl set --help"), ("x", "mlxctl --list")],
+    [
+        *(("load --bogus", "mlxctl load --help"), ("set NAME", "mlxctl set --help"), ("x", "mlxctl --list")),
+        *((words, "mlxctl --list") for words in ("--help --local", "--help x", "--list x")),
+    ],
 )
 def test_a_usage_error_names_the_help_of_its_task(words: str, hint: str) -> None:
     told = mlxctl(*words.split())
