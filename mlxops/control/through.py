@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from urllib.parse import urlsplit
 
+from mlxops.core.completion import completion, question
 from mlxops.deadline import answer_until
 
 SECONDS = 60.0
@@ -100,22 +101,15 @@ def _alive(url: str) -> bool:
 
 
 def _once(url: str, key: str | None, alias: str, expected: str | None, timeout: float) -> Passage:
-    body = {
-        "model": alias,
-        "messages": [{"role": "user", "content": "Say hi."}],
-        "max_tokens": 4,
-        "temperature": 0,
-        "stream": False,
-    }
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     try:
-        reply = _send(url, "POST", "/v1/chat/completions", json.dumps(body).encode(), headers, timeout)
+        reply = _send(url, "POST", "/v1/chat/completions", question(alias), headers, timeout)
     except ValueError:
         # A key that no header can hold. The exception's text would show it.
         return Passage(alias, "no_completion", 0, 0, 401, detail="the key has characters that no HTTP header can hold")
     if reply is None:
         return Passage(alias, "gateway_down", 0, 0, detail=f"no answer from {url}")
-    if reply.status != 200 or not _is_completion(reply.body):
+    if reply.status != 200 or completion(reply.body) is None:
         words = _hidden(_words(reply.body), key)
         return Passage(alias, "no_completion", 0, 0, reply.status, detail=f"it answered {reply.status}: {words}")
     came_from = reply.api_base
@@ -141,13 +135,6 @@ def _send(
         return None
     finally:
         connection.close()
-
-
-def _is_completion(body: bytes) -> bool:
-    try:
-        return isinstance(json.loads(body)["choices"][0]["message"], dict)
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return False
 
 
 def _words(body: bytes) -> str:

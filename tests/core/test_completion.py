@@ -1,0 +1,31 @@
+"""What counts as a completion."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mlxops.core.completion import completion, question
+
+
+def test_an_answer_with_a_message_is_one_whatever_it_says() -> None:
+    answer = {"id": "1", "choices": [{"message": {"reasoning": "hm"}}]}
+    assert completion(json.dumps(answer).encode()) == answer
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(b"", b"hi", b"\xff", b"null", b"[]", b"{}", b"[" * 200_000),
+        *(b'{"error": "x"}', b'{"choices": []}', b'{"choices": [{}]}', b'{"choices": [{"message": "hi"}]}'),
+    ],
+    ids=lambda body: body[:40].decode(errors="replace"),
+)
+def test_anything_else_is_none(body: bytes) -> None:
+    assert completion(body) is None
+
+
+def test_it_is_asked_for_little_under_the_name_that_is_given() -> None:
+    asked = json.loads(question("jerry-xl"))
+    assert asked["model"] == "jerry-xl" and 0 < asked["max_tokens"] < 10 and asked["stream"] is False
