@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import shlex
@@ -13,33 +12,19 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from mlxops.agent import reading
 from mlxops.core.errors import Refused
 from mlxops.core.families import Option
 from mlxops.core.registry import Model
-
-if TYPE_CHECKING:
-    pass
+from mlxops.core.world import Answer
 
 MAX_BODY = 1024 * 1024
 MAX_TEMPLATE = 1024 * 1024
 """Bytes; the longest chat templates have some thirty thousand."""
 USUAL_FOLDERS = ("/opt/homebrew/bin", "/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin", "/sbin")
-
-
-class Health(StrEnum):
-    """What a probe that costs nothing learned."""
-
-    SERVING = "serving"
-    LOADING = "loading"
-    BROKEN = "broken"
-    SILENT = "silent"
-    NOT_ASKED = "not asked"
-    """The question could not even be sent, for reasons of our own."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +107,7 @@ class Engine(Protocol):
     def any_name(self, version: str | None) -> bool:
         """Whether this version answers whatever name a request has. An unknown version is taken for a recent one."""
 
-    def health(self, host: str, port: int, timeout: float) -> Health:
+    def health(self, host: str, port: int, timeout: float) -> Answer:
         """The cheap probe. Never loads, evicts or generates anything."""
 
     def fatal(self, log: str) -> str | None:
@@ -322,19 +307,19 @@ def get_status(host: str, port: int, path: str, timeout: float) -> int | None:
     return int(status[1]) if status else None
 
 
-def status_health(host: str, port: int, timeout: float) -> Health:
+def status_health(host: str, port: int, timeout: float) -> Answer:
     """What the status of GET /health says: 200 serves, another is broken, none is silence."""
     try:
         status = get_status(host, port, "/health", timeout)
     except NotSent:
-        return Health.NOT_ASKED
+        return Answer.NOT_ASKED
     match status:
         case None:
-            return Health.SILENT
+            return Answer.SILENT
         case 200:
-            return Health.SERVING
+            return Answer.SERVING
         case _:
-            return Health.BROKEN
+            return Answer.BROKEN
 
 
 class NoCompletion(Exception):
@@ -342,26 +327,19 @@ class NoCompletion(Exception):
 
 
 def complete(host: str, port: int, model: str, timeout: float) -> dict[str, object]:
-    """One small chat completion, within `timeout` seconds altogether. What is generated does not matter (reasoning
-    alone is an answer): that it is does.
+    """One small chat completion, within `timeout` seconds altogether.
 
     Raises `OSError` when there was no answer, `NoCompletion` when it was another one.
     """
     import http.client
 
+    from mlxops.core.completion import completion, question
     from mlxops.deadline import answer_until
 
-    body = {
-        "model": model,
-        "messages": [{"role": "user", "content": "Say hi."}],
-        "max_tokens": 4,
-        "temperature": 0,
-        "stream": False,
-    }
     connection = http.client.HTTPConnection(host, port, timeout=timeout)
     connection.response_class = answer_until(time.monotonic() + timeout)
     try:
-        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+        connection.request("POST", "/v1/chat/completions", question(model), {"Content-Type": "application/json"})
         response = connection.getresponse()
         data = response.read(MAX_BODY)
         status = response.status
@@ -371,11 +349,7 @@ def complete(host: str, port: int, model: str, timeout: float) -> dict[str, obje
         connection.close()
     if status != 200:
         raise NoCompletion(f"it answered {status}: {data[:300].decode(errors='replace')}")
-    try:
-        answer = json.loads(data)
-        usable = isinstance(answer["choices"][0]["message"], dict)
-    except (ValueError, LookupError, TypeError, RecursionError):
-        usable = False
-    if not usable:
+    answer = completion(data)
+    if answer is None:
         raise NoCompletion(f"it answered 200 without a completion: {data[:300].decode(errors='replace')}")
-    return dict(answer)
+    return answer

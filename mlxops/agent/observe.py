@@ -226,8 +226,7 @@ def _ask(where: Place, signals: list[Signals]) -> dict[int, Answer]:
     answers: dict[int, Answer] = {}
 
     def ask(port: int, engine: str) -> None:
-        health = ENGINES[engine].health(where.connect_host, port, PROBE_SECONDS)
-        answers[port] = Answer(health.value)
+        answers[port] = ENGINES[engine].health(where.connect_host, port, PROBE_SECONDS)
 
     asked: dict[int, threading.Thread] = {}
     for each in signals:

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mlxops.agent import logs, processes
-from mlxops.agent.engine import Command, Engine, Health, NoCompletion, Serving, complete
+from mlxops.agent.engine import Command, Engine, NoCompletion, Serving, complete
 from mlxops.agent.engines import ENGINES
 from mlxops.agent.failures import About, explain
 from mlxops.agent.logs import clean
@@ -31,7 +31,7 @@ from mlxops.agent.store import Store, now, state_unwritable
 from mlxops.agent.system import System
 from mlxops.core.errors import MlxopsError, NotStarted
 from mlxops.core.protocol import Event, Phase
-from mlxops.core.world import Run
+from mlxops.core.world import Answer, Run
 
 TRY_SECONDS = 0.02
 """How often a server that does not listen yet is tried, by a mere connect: what it costs to look at its processes too
@@ -65,7 +65,7 @@ def prove(where: Place, alias: str, run: Run, system: System, timeout: float) ->
     _check_listener(where, run, system)
     complete(where.connect_host, run.port, alias, timeout)
     engine = ENGINES.get(run.engine)
-    if engine is not None and engine.health(where.connect_host, run.port, HEALTH_SECONDS) is Health.BROKEN:
+    if engine is not None and engine.health(where.connect_host, run.port, HEALTH_SECONDS) is Answer.BROKEN:
         raise NoCompletion("it answers, and says of itself that it is unhealthy (GET /health)")
     _check_listener(where, run, system)
 
@@ -206,7 +206,7 @@ class Start:
         if time.monotonic() - self._asked < HEALTH_SECONDS:
             return False
         self._asked = time.monotonic()
-        return self.engine.health(self.where.connect_host, self.serving.port, 1.0) is Health.BROKEN
+        return self.engine.health(self.where.connect_host, self.serving.port, 1.0) is Answer.BROKEN
 
     def abort(self) -> None:
         """Nothing of it stays: no process, no record."""

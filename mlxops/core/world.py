@@ -52,6 +52,7 @@ class Answer(StrEnum):
     BROKEN = "broken"
     SILENT = "silent"
     NOT_ASKED = "not asked"
+    """The question could not even be sent, for reasons of our own, or nobody asked it."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 
 from mlxops.agent.engine import (
     Command,
-    Health,
     Seen,
     Serving,
     check_args,
@@ -25,6 +24,7 @@ from mlxops.agent.engine import (
     which,
 )
 from mlxops.core.errors import Refused
+from mlxops.core.world import Answer
 
 CACHE = ".cache"
 """A Hugging Face cache with nothing in it, in the server's folder, which is its working directory."""
@@ -104,7 +104,7 @@ class MlxLm:
     def any_name(self, version: str | None) -> bool:
         return False
 
-    def health(self, host: str, port: int, timeout: float) -> Health:
+    def health(self, host: str, port: int, timeout: float) -> Answer:
         # 200 also while loading; 503 once the thread that generates has died.
         return status_health(host, port, timeout)
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from mlxops.agent.engine import (
     Command,
-    Health,
     Seen,
     Serving,
     check_args,
@@ -27,6 +26,7 @@ from mlxops.agent.engine import (
     which,
 )
 from mlxops.core.errors import Refused
+from mlxops.core.world import Answer
 
 _EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(?:Error|Exception): .*(?:\n(?![A-Z]|\s*$).*)?", re.MULTILINE)
 
@@ -128,7 +128,7 @@ class MlxOpenAIServer:
         # Since 1.8 the name in a request has to be the served one; before, it is not looked at.
         return _older_than(_STRICT_SINCE, version)
 
-    def health(self, host: str, port: int, timeout: float) -> Health:
+    def health(self, host: str, port: int, timeout: float) -> Answer:
         # It binds only after its start-up. /health stays 200 when the process with the weights has died, and
         # /v1/queue/stats would start that one anew, so this says only that the front answers.
         return status_health(host, port, timeout)
