@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from invoke.collection import Collection
 from invoke.context import Context
@@ -20,9 +19,6 @@ from mlxops.control.client import Answer, Target, ask, ask_all, gateway_warning
 from mlxops.core import fields, names
 from mlxops.core.errors import MlxopsError, UsageError
 from mlxops.core.protocol import Event, Line, Note
-
-if TYPE_CHECKING:
-    pass
 
 HOST = "host in hosts.yaml"
 HOSTS = "host or hosts in hosts.yaml, separated by commas"

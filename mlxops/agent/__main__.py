@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 
 from mlxops import __version__
 from mlxops.agent.agreement import agree, agree_anew, refuse_others
-from mlxops.agent.flocks import LOOK_SECONDS as LOCK_LOOK_SECONDS
 from mlxops.agent.flocks import flock_within
 from mlxops.agent.place import Place, place
 from mlxops.agent.store import Store
@@ -94,7 +93,7 @@ def _use_build() -> None:
         fd = os.open(STAMP, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return  # not deployed but installed in another way
-    flock_within(fd, LOCK_LOOK_SECONDS, shared=True)  # a deploy that looks whether it is in use holds it for an instant
+    flock_within(fd, shared=True)  # a deploy that looks whether it is in use holds it for an instant
 
 
 def _deployed() -> str:

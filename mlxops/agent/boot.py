@@ -67,12 +67,10 @@ def job(state: Path, environ: Mapping[str, str], every: int | None) -> Job:
 
 def kept(environ: Mapping[str, str]) -> dict[str, str]:
     """What of an environment goes into the job, which everybody may read: no address with a password in it either."""
-    found = {key: environ[key] for key in KEPT if key in environ}
-    return {key: value for key, value in found.items() if value.isprintable() and "@" not in _address(key, value)}
-
-
-def _address(key: str, value: str) -> str:
-    return value if key == "HF_ENDPOINT" else ""
+    found = {key: environ[key] for key in KEPT if environ.get(key, "\n").isprintable()}
+    if "@" in found.get("HF_ENDPOINT", ""):
+        del found["HF_ENDPOINT"]
+    return found
 
 
 def launch_agent(job: Job) -> bytes:

@@ -26,7 +26,7 @@ def try_flock(fd: int, *, shared: bool = False) -> bool:
     return True
 
 
-def flock_within(fd: int, seconds: float, *, shared: bool = False) -> bool:
+def flock_within(fd: int, seconds: float = LOOK_SECONDS, *, shared: bool = False) -> bool:
     deadline = time.monotonic() + seconds
     while not try_flock(fd, shared=shared):
         if time.monotonic() > deadline:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlxops.agent import reading
-from mlxops.agent.flocks import LOOK_SECONDS, alone, flock_within
+from mlxops.agent.flocks import alone, flock_within
 from mlxops.agent.reading import Unfit
 from mlxops.agent.store import flush, state_unreadable
 from mlxops.core.errors import Bug, MlxopsError, Refused
@@ -91,7 +91,7 @@ class Journal:
         at which the operation exists and seems dead. Raises `OSError`; of it `BlockingIOError` if a worker lives."""
         fd = reading.open_file(self.folder / "lock", os.O_RDWR | os.O_CREAT)
         # `alive` has it for microseconds, a worker for long.
-        if not flock_within(fd, LOOK_SECONDS):
+        if not flock_within(fd):
             os.close(fd)
             raise BlockingIOError(errno.EWOULDBLOCK, "its worker lives", str(self.folder))
         return fd

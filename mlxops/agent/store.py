@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from mlxops.agent import reading
-from mlxops.agent.flocks import LOCK_SECONDS, LOOK_SECONDS, alone, flock_within
+from mlxops.agent.flocks import LOCK_SECONDS, alone, flock_within
 from mlxops.agent.reading import Unfit
 from mlxops.core import registry as registries
 from mlxops.core.errors import Refused
@@ -368,7 +368,7 @@ class Store:
         with self._writing():
             fd = reading.open_file(path, os.O_RDWR | os.O_CREAT)
         # `holder` has it for microseconds; an operation has it for long.
-        if not flock_within(fd, LOOK_SECONDS):
+        if not flock_within(fd):
             os.close(fd)
             return self._holder(path) or Operation(id="?", command="?")
         left = self._trace(path)

@@ -137,9 +137,8 @@ class _Path:
 
     def close(self) -> None:
         self.abort()
-        for connection in reversed(self._connections):
-            if not _ctrl_c():
-                _hang_up(connection)
+        for connection in () if _ctrl_c() else reversed(self._connections):
+            _hang_up(connection)
         self._connections.clear()
         if self._base is not None:
             self._base.close()
@@ -418,9 +417,8 @@ class _SshTransport:
         import paramiko
 
         line = command_line(argv)
-        watchdog = threading.Timer(
-            COMMAND_SECONDS, self._path.abort
-        )  # exec_command waits for its answer without a limit
+        # exec_command waits for its answer without a limit.
+        watchdog = threading.Timer(COMMAND_SECONDS, self._path.abort)
         watchdog.start()
         try:
             channel: paramiko.Channel = self._connection.create_session()

@@ -24,8 +24,7 @@ def unload(ctx: Context) -> dict[str, object]:
     while True:
         port = _port(ctx, model)
         if port is None:
-            nothing = UnloadPlan(cancelled.port or 0 if cancelled else 0, model=model)
-            return _unload_result(ctx, _with_cancelled(nothing, cancelled), began)
+            return _unload_result(ctx, _with_cancelled(UnloadPlan(0, model=model), cancelled), began)
         if not ctx.request.dry_run:
             entry = ctx.registry().named(model) if model else None
             cancelled = _make_way(ctx, port, entry.name if entry else model) or cancelled
@@ -41,7 +40,7 @@ def _with_cancelled(plan: UnloadPlan, load: Operation | None) -> UnloadPlan:
     if load is None or plan.changed:
         return plan
     note = f"the load of {load.model} on port {load.port} was cancelled"
-    return replace(plan, model=load.model, cancelled=True, notes=(*plan.notes, note))
+    return replace(plan, port=plan.port or load.port or 0, model=load.model, cancelled=True, notes=(*plan.notes, note))
 
 
 def _model(ctx: Context) -> str | None:
