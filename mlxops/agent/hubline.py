@@ -297,12 +297,12 @@ def _check_names(response: httpx2.Response, *, question: bool) -> None:
         if not question and ("/" in etag or etag in {".", ".."}):
             raise NoHub(f"it calls the content of a file {printable(etag)!r}")
     if question and response.status_code == 200 and response.request.method == "GET":
-        response.read()
+        # A listing, which huggingface_hub asks for by itself, is a list.
         try:
-            answer = response.json()
+            answer = response.json() if response.read().lstrip().startswith(b"[") else []
         except (ValueError, RecursionError):
             return  # whoever asked will say so
-        for entry in answer if isinstance(answer, list) else ():  # a listing, which huggingface_hub asks for by itself
+        for entry in answer:
             if isinstance(entry, dict) and entry.get("type") == "file":
                 plain_name(entry.get("path"))
                 plain_etag(entry.get("oid"))
