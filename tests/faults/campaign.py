@@ -40,6 +40,7 @@ KINDS = (
     Kind("hostile", 1800, 100, "hostile input, command line and agent"),
     Kind("hostile over SSH", 200, 20, "hostile input through SSH"),
     Kind("broken", 500, 50, "broken registry"),
+    Kind("healthy", 330, 55, "command beside a healthy thing that it must not harm"),
     Kind("reuse", 100, 10, "exact pid reuse"),
     Kind("cuts", 100, 10, "connection cut, client or session killed"),
 )
@@ -149,7 +150,7 @@ def _unavailable(kept: State, kinds: list[Kind]) -> set[str]:
 
     found: dict[str, str] = {}
     for kind in kinds:
-        if kind.name in {"kills", "errors", "real", "power"} and which("strace") is None:
+        if kind.name in {"kills", "errors", "real", "power", "healthy"} and which("strace") is None:
             found[kind.name] = "no strace"
         if kind.name == "reuse" and (why := reuse.available()):
             found[kind.name] = why
