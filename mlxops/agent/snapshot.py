@@ -12,12 +12,12 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import translate
 from pathlib import Path
 
 from mlxops.agent import reading
-from mlxops.core.kvcache import KVCache, kv_cache, language_model
+from mlxops.core.kvcache import HALF, KVCache, kv_cache, language_model
 
 MAX_JSON = 64 * 1024 * 1024
 """Bytes; a tokenizer.json of 250,000 words has 35 million, a config.json a few thousand."""
@@ -161,7 +161,7 @@ def inspect(path: Path) -> ModelFacts:
     if (why := completeness(path)) and why not in problems:
         problems.append(why)
     architectures = config.get("architectures")
-    shaped = _shape(config)
+    shaped = _shape(config, folder)
     return ModelFacts(
         model_type=shaped.model_type,
         architectures=tuple(map(str, architectures)) if isinstance(architectures, list) else (),
@@ -178,17 +178,32 @@ def inspect(path: Path) -> ModelFacts:
 
 def shape(path: Path) -> Shape:
     """The shape of the model in the snapshot at `path`; a bad file never raises, it tells nothing."""
-    return _shape(_object(str(path), "config.json", []))
+    folder = str(path)
+    return _shape(_object(folder, "config.json", []), folder)
 
 
-def _shape(config: Mapping[str, object]) -> Shape:
+def _shape(config: Mapping[str, object], folder: str) -> Shape:
     longest = (_positive(each, key) for key in _CONTEXT for each in (config, language_model(config)))
     model_type = config.get("model_type")
+    cache = kv_cache(config)
+    if cache and cache.value_bytes > HALF and _has_halves(folder):
+        cache = replace(cache, value_bytes=HALF)
     return Shape(
         model_type=model_type if isinstance(model_type, str) else None,
         context_length=next(filter(None, longest), None),
-        cache=kv_cache(config),
+        cache=cache,
     )
+
+
+def _has_halves(folder: str) -> bool:
+    """Whether the weights, and with them what is computed, have 16 bits. mlx_lm.convert leaves the `torch_dtype` of a
+    config.json as it was."""
+    try:
+        files = _list(folder)
+        header = _encoded_header(f"{folder}/{(name := _weights(files.sizes)[0])}", files.sizes[name])
+    except (OSError, Damaged, IndexError):
+        return False
+    return re.search(rb'"dtype": ?"B?F16"', header) is not None
 
 
 def weight_files(path: Path) -> dict[str, int]:

@@ -13,6 +13,10 @@ from mlxops.core.layers import HEADS, HIDDEN, LAYERS, MODEL_TYPES, MOST_LAYERS, 
 
 _NESTED = ("text_config", "llm_config", "language_config", "thinker_config")
 """Where models that also see or hear keep the configuration of their language model."""
+HALF, SINGLE = 2, 4
+"""Bytes of a value that is kept."""
+_WIDEST = 512
+"""Values of one head: no published model has more."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class KVCache:
     """What all layers keep."""
 
     layers: tuple[Layer, ...]
-    value_bytes: int = 2
+    value_bytes: int = HALF
     certain: bool = True
     """False for an upper estimate."""
 
@@ -37,9 +41,8 @@ class KVCache:
 def kv_cache(config: Mapping[str, object]) -> KVCache | None:
     """None if the configuration does not even tell how many layers there are, or how wide they are."""
     inner = language_model(config)
-    value_bytes = (
-        4 if "float32" in [each.get(key) for each in (inner, config) for key in ("dtype", "torch_dtype")] else 2
-    )
+    dtypes = [each.get(key) for each in (inner, config) for key in ("dtype", "torch_dtype")]
+    value_bytes = SINGLE if "float32" in dtypes else HALF
     for model_type in (config.get("model_type"), inner.get("model_type")):
         family = MODEL_TYPES.get(str(model_type)) or MODEL_TYPES.get(str(model_type).removesuffix("_text"))
         if family:
@@ -66,9 +69,12 @@ def _at_most(values: Mapping[str, object]) -> int:
     """Values per token of a layer that keeps full keys and values: the widest that the configuration may mean."""
     heads, hidden = guess(values, *HEADS) or 0, guess(values, *HIDDEN) or 0
     shared = [key for key in values if key.endswith(("key_value_heads", "kv_heads", "attention_groups"))]
-    told = all(guess(values, key) for key in shared if values[key] is not None)
-    kept = (guess(values, *shared) if told else None) or heads
     dims = [key for key in values if key.endswith("head_dim") and not key.startswith(("index", "linear", "mamba"))]
-    width = guess(values, *dims) or (hidden // heads if heads else 0)
+    kept = (guess(values, *shared) if _readable(values, shared) else None) or heads
+    width = max(guess(values, *dims) or (hidden // heads if heads else 0), 0 if _readable(values, dims) else _WIDEST)
     nope, rope, value = (guess(values, key) or 0 for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
     return max(2 * kept * width, heads * (nope + rope + (value or width)) if rope else 0)
+
+
+def _readable(values: Mapping[str, object], keys: list[str]) -> bool:
+    return all(values[key] is None or guess(values, key) for key in keys)

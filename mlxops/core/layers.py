@@ -6,7 +6,7 @@ Read from the models of mlx-lm 0.32.2: what each caches (`make_cache`, and the c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -41,8 +41,8 @@ class Untold(Exception):
 class Config:
     """A configuration as an engine reads it. Null is absent; a value that makes no sense raises `Untold`."""
 
-    def __init__(self, values: object) -> None:
-        self.values: Mapping[str, object] = values if isinstance(values, Mapping) else {}
+    def __init__(self, values: Mapping[str, object]) -> None:
+        self.values = values
 
     def optional(self, *fields: str) -> int | None:
         """The first of the fields that is there, a positive number."""
@@ -64,15 +64,25 @@ class Config:
             return list(value or ())
         raise Untold
 
-    def each_layer(self, *fields: str) -> list[object]:
-        """Items of which there must be one for each layer."""
-        found = self.items(*fields)
-        if len(found) != self.layers:
+    def for_each_layer(self, items: Sequence[object]) -> Sequence[object]:
+        """The items, of which there must be one for each layer."""
+        if len(items) != self.layers:
+            raise Untold
+        return items
+
+    def numbers(self, field: str) -> list[int]:
+        """A list of layers' numbers."""
+        found = [each for each in self.items(field) if isinstance(each, int)]
+        if len(found) != len(self.items(field)):
             raise Untold
         return found
 
     def inner(self, field: str) -> Config:
-        return Config(self.values.get(field))
+        """An object in the configuration; an empty one if it is absent."""
+        value = self.values.get(field)
+        if value is None or isinstance(value, Mapping):
+            return Config(value or {})
+        raise Untold
 
     def plan(self, kind: Callable[[int], str]) -> str:
         return "".join(map(kind, range(self.layers)))
@@ -89,7 +99,7 @@ class Config:
 
     @property
     def head_dim(self) -> int:
-        return self.optional("head_dim") or self.number(*HIDDEN) // self.heads
+        return self.optional("head_dim", "hidden_size_per_head") or self.number(*HIDDEN) // self.heads
 
     def _first(self, fields: tuple[str, ...]) -> object:
         return next((value for field in fields if (value := self.values.get(field)) is not None), None)
@@ -137,7 +147,7 @@ def _words(*fields: str, missing: _Plan = _ALL_FULL, words: Mapping[str, str] = 
     def plan(config: Config) -> str:
         if not config.items(*fields):
             return missing(config)
-        return "".join(words.get(str(word), FULL) for word in config.each_layer(*fields))
+        return "".join(words.get(str(word), FULL) for word in config.for_each_layer(config.items(*fields)))
 
     return plan
 
@@ -152,12 +162,12 @@ def _repeated(*fields: str, words: Mapping[str, str] = _WORDS) -> _Plan:
     return plan
 
 
-def _listed(field: str, inside: str, outside: str, first: int = 0) -> _Plan:
-    """The numbers of the layers that are of the kind `inside`; `first`: the first layer's."""
+def _listed(field: str, inside: str, outside: str) -> _Plan:
+    """The numbers of the layers that are of the kind `inside`."""
 
     def plan(config: Config) -> str:
-        numbers = config.items(field)
-        return config.plan(lambda at: inside if at + first in numbers else outside)
+        numbers = config.numbers(field)
+        return config.plan(lambda at: inside if at in numbers else outside)
 
     return plan
 
@@ -175,14 +185,20 @@ def _owned(plan: _Plan, default: int) -> _Plan:
 
 
 def _nemotron_h(config: Config) -> str:
+    """A letter for each layer, or a word; their number is that of the layers."""
     letters = {"M": STATE, "-": NOTHING, "E": NOTHING}
-    pattern = "".join(letters.get(str(each), FULL) for each in config.items("hybrid_override_pattern"))
-    return pattern or "".join(_WORDS.get(str(each), FULL) for each in config.items("layers_block_type", "layer_types"))
+    plan = "".join(letters.get(str(each), FULL) for each in config.items("hybrid_override_pattern"))
+    plan = plan or "".join(_WORDS.get(str(each), FULL) for each in config.items("layers_block_type", "layer_types"))
+    if not 0 < len(plan) <= MOST_LAYERS:
+        raise Untold
+    return plan
 
 
 def _jamba(config: Config) -> str:
     def by_period(config: Config) -> str:
-        period, offset = config.number("attn_layer_period"), config.values.get("attn_layer_offset", 0)
+        period, offset = config.number("attn_layer_period"), config.values.get("attn_layer_offset")
+        if offset not in range(period):
+            raise Untold
         return config.plan(lambda at: FULL if at % period == offset else STATE)
 
     return _words("layers_block_type", missing=by_period)(config)
@@ -196,7 +212,7 @@ def _bailing(config: Config) -> str:
 
 
 def _kimi(config: Config) -> str:
-    linear = config.inner("linear_attn_config").items("kda_layers")
+    linear = config.inner("linear_attn_config").numbers("kda_layers")
     return config.plan(lambda at: STATE if at + 1 in linear else FULL)
 
 
@@ -224,7 +240,7 @@ def _pairs(kv_heads: int | None = None, head_dim: int | None = None) -> _Width:
 
     def width(config: Config, kind: str) -> int:
         heads = config.optional(*_KV_HEADS) or kv_heads or config.heads
-        return 2 * heads * (config.optional("head_dim") or head_dim or config.head_dim)
+        return 2 * heads * (config.number("head_dim", default=head_dim) if head_dim else config.head_dim)
 
     return width
 
@@ -337,7 +353,12 @@ def _family(
 
 
 def _alike(width: Callable[[Config], int], caches: Callable[[Config], int] = lambda config: 1) -> _Family:
-    return lambda config: [Layer(width(config))] * config.layers * caches(config)
+    def layers(config: Config) -> Iterable[Layer]:
+        if (count := config.layers * caches(config)) > MOST_LAYERS:
+            raise Untold
+        return [Layer(width(config))] * count
+
+    return layers
 
 
 def _falcon_h1(config: Config) -> Iterable[Layer]:
@@ -347,8 +368,8 @@ def _falcon_h1(config: Config) -> Iterable[Layer]:
 
 def _nemotron_nas(config: Config) -> Iterable[Layer]:
     """Each block has its own number of heads, or no attention."""
-    for block in config.each_layer("block_configs"):
-        attention = Config(block).inner("attention")
+    for block in config.for_each_layer(config.items("block_configs")):
+        attention = Config({"block": block}).inner("block").inner("attention")
         if attention.values.get("no_op") or attention.values.get("replace_with_linear"):
             yield Layer()
         else:
@@ -356,7 +377,7 @@ def _nemotron_nas(config: Config) -> Iterable[Layer]:
 
 
 def _openelm(config: Config) -> Iterable[Layer]:
-    for heads in config.each_layer("num_kv_heads"):
+    for heads in config.for_each_layer(config.items("num_kv_heads")):
         yield Layer(2 * Config({"heads": heads}).number("heads") * config.head_dim)
 
 
@@ -365,16 +386,21 @@ def _afm7(config: Config) -> Iterable[Layer]:
     return [Layer(_PAIRS(config, FULL))] * (config.layers - (config.optional("num_kv_reuse_layers") or 0))
 
 
-def _minimax_m3(config: Config) -> int:
-    """Keys and values, and the keys of the sparse attention's index."""
-    index = config.inner("sparse_attention_config").optional("sparse_index_dim")
-    return _pairs(4, 128)(config, FULL) + (index or config.optional("index_head_dim") or 0)
+def _minimax_m3(config: Config) -> Iterable[Layer]:
+    """Keys and values, and with sparse attention the keys of its index."""
+    sparse, width = config.inner("sparse_attention_config"), _pairs(4, 128)(config, FULL)
+    index = sparse.optional("sparse_index_dim") or config.optional("index_head_dim") or 0
+    if not (sparse.optional("sparse_block_size") or config.optional("index_block_size")):
+        index = 0
+    kinds = [kind != "full_attention" for kind in config.items("layer_types")]
+    flags = kinds or sparse.items("sparse_attention_freq") or config.items("sparse_attention_freq")
+    return [Layer(width + index if flag else width) for flag in config.for_each_layer(flags or [True] * config.layers)]
 
 
 def _deepseek_v41(config: Config) -> Iterable[Layer]:
     """A window in every layer; some also keep a compressed vector, and an index key, of every few tokens."""
     dim, index = config.number("head_dim", default=512), config.number("index_head_dim", default=128)
-    ratios, sources = config.items("compress_ratios"), config.items("kv_source_layer_ids")
+    ratios, sources = config.items("compress_ratios"), config.numbers("kv_source_layer_ids")
     for at in range(config.layers):
         yield Layer(dim, config.number("sliding_window", default=128))
         if at in sources:
@@ -389,16 +415,13 @@ def _iquestloopcoder(config: Config) -> Iterable[Layer]:
 
 
 def _loops(config: Config) -> int:
-    return (
-        len(config.items("loop_loss_weights")) + 1
-        if config.items("loop_loss_weights")
-        else config.number("num_loops", default=1)
-    )
+    weights = config.items("loop_loss_weights")
+    return len(weights) + 1 if weights else config.number("num_loops", default=1)
 
 
 def _mistral3(config: Config) -> Iterable[Layer]:
-    inner = str(config.values.get("model_type"))
-    return MODEL_TYPES[inner if inner in ("ministral3", "mistral4") else "llama"](config)
+    """These do not pass on their language model's own cache: its windows are not used."""
+    return _family(width=_latent if config.values.get("model_type") == "mistral4" else _PAIRS)(config)
 
 
 _ROWS: tuple[tuple[str, _Family], ...] = (
@@ -431,7 +454,7 @@ _ROWS: tuple[tuple[str, _Family], ...] = (
     ("deepseek_v32 glm_moe_dsa", _family(width=_indexed_latent)),
     ("deepseek_v41", _deepseek_v41),
     ("longcat_flash longcat_flash_ngram", _alike(lambda config: _latent(config, FULL), caches=lambda config: 2)),
-    ("minimax_m3_vl", _alike(_minimax_m3)),
+    ("minimax_m3_vl", _minimax_m3),
     # Windows in some layers.
     (
         "afmoe exaone_moe iquestcoder laguna llama mellum ministral3 mistral muse_spark xverse",
@@ -493,6 +516,7 @@ _ROWS: tuple[tuple[str, _Family], ...] = (
         "recurrent_gemma",
         _family(
             _repeated("block_types", "_block_types", words={"recurrent": STATE, "attention": WINDOW}),
+            lambda config, kind: 2 * config.head_dim,
             window=("attention_window_size",),
         ),
     ),
