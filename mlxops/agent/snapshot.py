@@ -12,12 +12,12 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import translate
 from pathlib import Path
 
 from mlxops.agent import reading
-from mlxops.core.memory import cache_bytes_per_token
+from mlxops.core.kvcache import HALF, KVCache, kv_cache, language_model
 
 MAX_JSON = 64 * 1024 * 1024
 """Bytes; a tokenizer.json of 250,000 words has 35 million, a config.json a few thousand."""
@@ -49,6 +49,7 @@ _NEEDED = re.compile(
     r"|processor_config)\.json|chat_template\.jinja|tokenizer\.model|merges\.txt|vocab\.txt|[^/]+\.tiktoken|[^/]+\.py"
 )
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+_CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_context_length", "max_seq_len")
 _INDEX = "model.safetensors.index.json"
 _INDEX_HEAD = 4096
 """Bytes of an index in which its metadata are: they come first (mlx_lm.utils.save_model; transformers sorts keys)."""
@@ -88,8 +89,8 @@ class Shape:
 
     model_type: str | None
     context_length: int | None
-    cache_bytes_per_token: int | None
-    """Of the key-value cache; None where the configuration does not tell."""
+    cache: KVCache | None
+    """What it keeps of a conversation; None where the configuration tells nothing."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class ModelFacts:
     model_type: str | None
     architectures: tuple[str, ...]
     context_length: int | None
-    cache_bytes_per_token: int | None
+    cache: KVCache | None
     weight_bytes: int
     quantization: str | None
     """For people: "6-bit gs64"."""
@@ -160,12 +161,12 @@ def inspect(path: Path) -> ModelFacts:
     if (why := completeness(path)) and why not in problems:
         problems.append(why)
     architectures = config.get("architectures")
-    shaped = _shape(config)
+    shaped = _shape(config, folder)
     return ModelFacts(
         model_type=shaped.model_type,
         architectures=tuple(map(str, architectures)) if isinstance(architectures, list) else (),
         context_length=shaped.context_length,
-        cache_bytes_per_token=shaped.cache_bytes_per_token,
+        cache=shaped.cache,
         weight_bytes=sum(files.sizes[name] for name in _weights(files.sizes)),
         quantization=_quantization(config),
         runs_code=tuple(_code(config, tokenizer)),
@@ -177,18 +178,32 @@ def inspect(path: Path) -> ModelFacts:
 
 def shape(path: Path) -> Shape:
     """The shape of the model in the snapshot at `path`; a bad file never raises, it tells nothing."""
-    return _shape(_object(str(path), "config.json", []))
+    folder = str(path)
+    return _shape(_object(folder, "config.json", []), folder)
 
 
-def _shape(config: Mapping[str, object]) -> Shape:
-    text = config.get("text_config")
-    nested: Mapping[str, object] = text if isinstance(text, dict) else {}
+def _shape(config: Mapping[str, object], folder: str) -> Shape:
+    longest = (_positive(each, key) for key in _CONTEXT for each in (config, language_model(config)))
     model_type = config.get("model_type")
+    cache = kv_cache(config)
+    if cache and cache.value_bytes > HALF and _has_halves(folder):
+        cache = replace(cache, value_bytes=HALF)
     return Shape(
         model_type=model_type if isinstance(model_type, str) else None,
-        context_length=_positive(config, "max_position_embeddings") or _positive(nested, "max_position_embeddings"),
-        cache_bytes_per_token=cache_bytes_per_token(config),
+        context_length=next(filter(None, longest), None),
+        cache=cache,
     )
+
+
+def _has_halves(folder: str) -> bool:
+    """Whether the weights, and with them what is computed, have 16 bits. mlx_lm.convert leaves the `torch_dtype` of a
+    config.json as it was."""
+    try:
+        files = _list(folder)
+        header = _encoded_header(f"{folder}/{(name := _weights(files.sizes)[0])}", files.sizes[name])
+    except (OSError, Damaged, IndexError):
+        return False
+    return re.search(rb'"dtype": ?"B?F16"', header) is not None
 
 
 def weight_files(path: Path) -> dict[str, int]:
