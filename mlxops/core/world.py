@@ -459,7 +459,7 @@ def drift(ports: PortRange, views: Mapping[int, PortView], registry: Registry) -
     found = [each for view in views.values() for each in _drift_of_port(view, registry.on_port(view.port), slots)]
     if registry.unwritable:
         # Every command that changes anything is refused until then.
-        found = [replace(each, hint="mend the registry first, then look again: mlxctl status") for each in found]
+        found = [replace(each, hint="repair the registry first, then look again: mlxctl status") for each in found]
     for model in registry.models.values():
         port, own = model.port, slots.get(model.name)
         if port is not None and port not in ports:

@@ -13,6 +13,7 @@ from mlxops.agent.operations.files import Files, cached
 from mlxops.agent.operations.gatewayname import check_name
 from mlxops.agent.operations.prepare import Prepared, commit, entry_fields, preflight, prepare
 from mlxops.agent.operations.swap import start_in_place
+from mlxops.agent.place import require
 from mlxops.agent.store import now
 from mlxops.core import names, planner
 from mlxops.core.errors import Busy, Refused, UsageError
@@ -35,6 +36,7 @@ def load(
     repo_id, revision = names.repo(repo_text) if repo_text else (None, None)
     asked_port = ctx.request.text("port")
     ctx.usable_registry()
+    require(ctx.where.hub)
     if asked_port not in (None, names.AUTO):
         planner.refuse_alias_elsewhere(ctx.where.settings, name, names.port(asked_port, ctx.where.settings.ports))
 
