@@ -70,13 +70,18 @@ def mount_point_stays(on: Disk) -> None:
     on.there.parent.mkdir()
 
 
+def instead(path: Path, make: Callable[[Path], object]) -> None:
+    path.unlink()
+    make(path)
+
+
 GONE: dict[str, Callable[[Disk], object]] = {
     "deleted": lambda on: on.there.unlink(),
     "renamed": lambda on: on.there.rename(on.there.with_suffix(".json.bak")),
     "its disk's mount point is left, empty": mount_point_stays,
     "its disk and mount point are gone": lambda on: shutil.rmtree(on.there.parent.parent),
     "evicted by iCloud": lambda on: on.there.rename(on.there.with_name(".registry.json.icloud")),
-    "a link to nowhere": lambda on: (on.there.unlink(), on.there.symlink_to("/nowhere/registry.json")),
+    "a link to nowhere": lambda on: instead(on.there, lambda path: path.symlink_to("/nowhere/registry.json")),
 }
 
 
@@ -246,11 +251,11 @@ STRANGE: dict[str, Callable[[Path], object]] = {
     "zeros after a crash": lambda path: path.write_bytes(b"\0" * 100),
     "UTF-16": lambda path: path.write_bytes(CONTENT.decode().encode("utf-16")),
     "UTF-16 without a mark": lambda path: path.write_bytes(CONTENT.decode().encode("utf-16-le")),
-    "a folder": lambda path: (path.unlink(), path.mkdir()),
-    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
-    "a socket": lambda path: (path.unlink(), bound(path)),
-    "a device": lambda path: (path.unlink(), path.symlink_to("/dev/null")),
-    "a loop": lambda path: (path.unlink(), path.symlink_to(path.name)),
+    "a folder": lambda path: instead(path, Path.mkdir),
+    "a pipe": lambda path: instead(path, os.mkfifo),
+    "a socket": lambda path: instead(path, bound),
+    "a device": lambda path: instead(path, lambda each: each.symlink_to("/dev/null")),
+    "a loop": lambda path: instead(path, lambda each: each.symlink_to(each.name)),
 }
 
 

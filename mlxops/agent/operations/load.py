@@ -16,7 +16,7 @@ from mlxops.agent.operations.swap import start_in_place
 from mlxops.agent.place import require
 from mlxops.agent.store import now
 from mlxops.core import names, planner
-from mlxops.core.errors import Busy, Refused, UsageError
+from mlxops.core.errors import Busy, MlxopsError, Refused, UsageError
 from mlxops.core.planner import LoadPlan, Outcome, Target
 from mlxops.core.protocol import Phase
 from mlxops.core.registry import Registry
@@ -238,7 +238,12 @@ def _adopt(ctx: Context, plan: LoadPlan, prepared: Prepared, began: float) -> di
         ) from None
     with ctx.cancellation.shield():  # half of it would be a record without an assignment
         ctx.store.save_run(replace(run, proven_at=now()))
-        ctx.store.registry.update(lambda current: commit(current, plan, prepared.files))
+        try:
+            ctx.store.registry.update(lambda current: commit(current, plan, prepared.files))
+        except MlxopsError:
+            # It serves on as whatever it was before.
+            ctx.store.save_run(view.run) if view.run else ctx.store.forget_run(plan.port)
+            raise
     ctx.remember(
         command="load",
         adopted=True,
