@@ -92,7 +92,7 @@ def beside() -> Path | None:
     """The folder of the tasks.py that `inv` found; for `mlxctl`, the checkout that this package lies in, if it does."""
     loaded = getattr(sys.modules.get("tasks"), "__file__", None)
     folder = Path(loaded).parent if loaded else Path(__file__).resolve().parent.parent
-    return folder if (folder / "tasks.py").is_file() else None
+    return folder if os.path.isfile(folder / "tasks.py") else None
 
 
 Show = Callable[[Sequence[Answer]], str]

@@ -168,7 +168,7 @@ def test_nothing_of_mlxops_imports_a_test() -> None:
 
 STATUS_ON_A_HOST = {
     "mlxops": {"", "agent", "build", "core"},
-    "mlxops.core": {"errors", "families", "names", "protocol", "registry", "settings", "units", "world"},
+    "mlxops.core": {"errors", "families", "names", "protocol", "registry", "settings", "text", "units", "world"},
     "mlxops.agent": {
         *(
             "agreement",
@@ -209,6 +209,8 @@ def imported_by(stderr: str) -> set[str]:
 
 
 def test_status_on_a_host_imports_only_what_it_needs(tmp_path: Path) -> None:
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "registry.json").write_text('{"version": 1, "models": {}}')
     settings = Settings(hub=str(tmp_path / "hub"), state=str(tmp_path / "state"))
     done = subprocess.run(
         [sys.executable, "-P", "-X", "importtime", "-m", "mlxops.agent"],

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING
 from mlxops import __version__
 from mlxops.agent.agreement import agree, agree_anew, refuse_others
 from mlxops.agent.flocks import flock_within
-from mlxops.agent.place import Place, place
+from mlxops.agent.place import Place, closed, place
+from mlxops.agent.reading import is_hosts_fault
 from mlxops.agent.store import Store
 from mlxops.build import build_id
 from mlxops.core.errors import AgentProblem, Busy, MlxopsError, Refused, bug
@@ -129,8 +130,9 @@ def _told(serve: Callable[[], int]) -> int:
     except Exception as error:  # noqa: BLE001 - the boundary of the agent
         from traceback import format_exc
 
-        _emit(Failed(bug(error, format_exc())))
-        return 1
+        told = closed(error, error.filename) if is_hosts_fault(error) else bug(error, format_exc())
+        _emit(Failed(told))
+        return int(told.exit)
 
 
 def _serve() -> int:

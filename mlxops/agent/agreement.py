@@ -3,6 +3,7 @@ differ on a host which nobody has asked before, only one is heard."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 from mlxops.agent.journal import recent
@@ -35,6 +36,8 @@ def agree_anew(store: Store, where: Place) -> None:
         if _found(_readable(store), where):
             _refuse_while_used(store)
         store.agree(where.settings)
+    with contextlib.suppress(OSError):
+        store.registry.remember()
 
 
 def confirm(store: Store, where: Place) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlxops.agent.place import closed
+from mlxops.agent.reading import is_folder
 from mlxops.agent.snapshot import Damaged, ModelFacts, completeness, inspect, judge, printable, read
 from mlxops.core.names import is_repo_id, is_revision
 
@@ -73,8 +75,18 @@ def default_hub(environ: Mapping[str, str]) -> Path:
 
 def roots(hub: Path) -> tuple[Path, ...]:
     """The folders in which models are looked for, those that are there: the hub, and the folder that it lies in if
-    that holds models too (a download with `cache_dir=$HF_HOME` puts them beside the hub)."""
-    found = [hub] if hub.is_dir() else []
+    that holds models too (a download with `cache_dir=$HF_HOME` puts them beside the hub).
+
+    Raises `Refused` (folder_closed) for a hub that may not be looked into: that is not an empty one.
+    """
+    try:
+        with os.scandir(hub) as entries:
+            next(entries, None)
+        found = [hub]
+    except (FileNotFoundError, NotADirectoryError):
+        found = []
+    except OSError as error:
+        raise closed(error, hub) from None
     if hub.parent != hub and next(_repos(hub.parent), None) is not None:
         found.append(hub.parent)
     return tuple(found)
@@ -107,7 +119,7 @@ def find(hub: Path, repo_id: str, revision: str | None = None) -> Snapshot | Ski
         return None
     fallback: Skipped | None = None
     for root in roots(hub):
-        if not (root / folder).is_dir():
+        if not _is_folder_or_closed(root / folder):
             continue
         found = _best(root, folder, repo_id) if revision is None else _at(root / folder, repo_id, revision)
         if isinstance(found, Snapshot):
@@ -126,10 +138,18 @@ def _repos(root: Path) -> Iterator[str]:
     try:
         with os.scandir(root) as entries:
             for entry in entries:
-                if entry.name.startswith(_PREFIX) and entry.is_dir():
+                if entry.name.startswith(_PREFIX) and _is_folder_or_closed(entry):
                     yield entry.name
     except OSError:
         return
+
+
+def _is_folder_or_closed(path: Path | os.DirEntry[str]) -> bool:
+    """What may not be looked at counts as a folder: whoever then looks into it is told why that cannot be."""
+    try:
+        return path.is_dir() if isinstance(path, os.DirEntry) else is_folder(path)
+    except OSError:
+        return True
 
 
 def _repo_id(folder: str) -> str | None:

@@ -157,9 +157,9 @@ def _look_up(words: tuple[str, ...], distribution: str) -> Path | None:
 
 def installation_folders(path: Path) -> Iterator[Path]:
     """Where the installation that a program or a project belongs to may be."""
-    if not path.is_absolute() or not path.exists():
+    if not path.is_absolute() or not os.path.exists(path):
         return
-    if path.is_dir():
+    if os.path.isdir(path):
         yield path / ".venv"
     else:
         yield path.parent.parent

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,19 +18,83 @@ LOCK_SECONDS = 10.0
 LOOK_SECONDS = 0.25
 """The same for a lock that is held for long or, by those who look whether it is held, for microseconds: it tells the
 two apart."""
+ANSWER_SECONDS = 10.0
+"""How long the system may take to say whether a lock is free. A network file system whose lock service is down never
+answers, although its files can be read."""
+
+_NO_LOCKS = frozenset({errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.ENOSYS, errno.EBADF})
+"""Linux's NFS answers EBADF for a folder: its exclusive locks need a descriptor that can be written."""
+_answering: set[int] = set()
+"""The devices whose locks this process has seen to answer."""
 
 
-def try_flock(fd: int, *, shared: bool = False) -> bool:
+class NoLocks(OSError):
+    """The file system has no flock(2), or its lock service does not answer."""
+
+
+def try_flock(fd: int, path: str | Path = "", *, shared: bool = False) -> bool:
+    """Take the lock if it is free. `path` is for the error. Raises `OSError`; of it `NoLocks` if there are none."""
     try:
-        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        _flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS | {errno.ETIMEDOUT}:
+            raise
+        why = "the locks of this file system do not answer" if error.errno == errno.ETIMEDOUT else NO_LOCKS
+        raise NoLocks(errno.ENOLCK, f"{why} (flock: {error.strerror})", str(path) or None) from None
     return True
 
 
-def flock_within(fd: int, seconds: float = LOOK_SECONDS, *, shared: bool = False) -> bool:
+NO_LOCKS = "this file system has no locks"
+
+
+def _flock(fd: int, operation: int) -> None:
+    device = os.fstat(fd).st_dev
+    if device not in _answering:
+        _first_flock(fd, operation)
+        _answering.add(device)
+        return
+    fcntl.flock(fd, operation)
+
+
+def _first_flock(fd: int, operation: int) -> None:
+    """In a thread, because a call that waits for a lock service cannot be interrupted. Raises `OSError`."""
+    # A lock that arrives too late ends with this second descriptor; the first may be another file by then.
+    own = os.dup(fd)
+
+    def lock() -> None:
+        try:
+            fcntl.flock(own, operation)
+        finally:
+            os.close(own)
+
+    _within(ANSWER_SECONDS, lock)
+
+
+def _within(seconds: float, call: Callable[[], None]) -> None:
+    """Raises what `call` raises, and `TimeoutError`."""
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:  # noqa: BLE001 - raised again by the caller
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="flock", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(errno.ETIMEDOUT, f"no answer within {seconds:.0f} s")
+    if failed:
+        raise failed[0]
+
+
+def flock_within(fd: int, seconds: float = LOOK_SECONDS, path: str | Path = "", *, shared: bool = False) -> bool:
+    """Take the lock within `seconds`. Raises what `try_flock` raises."""
     deadline = time.monotonic() + seconds
-    while not try_flock(fd, shared=shared):
+    while not try_flock(fd, path, shared=shared):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.005)
@@ -38,10 +104,10 @@ def flock_within(fd: int, seconds: float = LOOK_SECONDS, *, shared: bool = False
 @contextmanager
 def alone(folder: Path, what: str) -> Iterator[None]:
     """Hold a folder's lock, for milliseconds. Raises `Busy` (registry_locked, settings_locked, operations_locked,
-    logs_locked) and `OSError`."""
+    logs_locked) and `OSError`, of it `NoLocks`."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        if not flock_within(fd, LOCK_SECONDS):
+        if not flock_within(fd, LOCK_SECONDS, folder):
             raise Busy(
                 f"{what}_locked",
                 f"another program holds the lock of the {what}",

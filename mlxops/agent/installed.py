@@ -94,13 +94,13 @@ def lacks_architecture(command: Command, engine: Engine, model_type: str | None)
     """
     site = site_packages(command.argv, engine.distribution)
     models = site / "mlx_lm" / "models" if site else None
-    if models is None or not models.is_dir() or model_type is None or not re.fullmatch(r"[\w.-]+", model_type):
+    if models is None or not os.path.isdir(models) or model_type is None or not re.fullmatch(r"[\w.-]+", model_type):
         return None
     mapped = _remapped(models.parent / "utils.py")
     if mapped is None:
         return None
     name = mapped.get(model_type, model_type)
-    if any((models / each).exists() for each in (f"{name}.py", name)):
+    if any(os.path.exists(models / each) for each in (f"{name}.py", name)):
         return None
     version = version_in(models.parent.parent, "mlx_lm")
     return f"its model_type is {model_type!r}, which mlx-lm {version or ''} beside {engine.name} does not have"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mlxops.agent.journal import Journal, named, recent
-from mlxops.agent.store import Store
+from mlxops.agent.store import Store, state_unreadable
 from mlxops.core.errors import Refused
 from mlxops.core.protocol import Failed
 from mlxops.core.world import Drift, Operation
@@ -71,8 +71,9 @@ def _cut(journal: Journal, port: int | None) -> Cut | None:
 def drift(store: Store, ports: Iterable[int]) -> Iterator[Drift]:
     try:
         found = list(find(store, ports))
-    except Refused as error:
-        yield Drift(error.code, None, None, f"{error.message}: {error.why}", error.hint)
+    except (Refused, OSError) as error:
+        told = error if isinstance(error, Refused) else state_unreadable(store.state / "ops", error)
+        yield Drift(told.code, None, None, f"{told.message}: {told.why}", told.hint)
         return
     for cut in found:
         operation = cut.operation

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import re
 import shutil
@@ -25,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlxops.agent import reading
-from mlxops.agent.flocks import alone, flock_within
+from mlxops.agent.flocks import alone, flock_within, try_flock
 from mlxops.agent.reading import Unfit
 from mlxops.agent.store import flush, state_unreadable
 from mlxops.core.errors import Bug, MlxopsError, Refused
@@ -89,9 +88,15 @@ class Journal:
     def hold(self) -> int:
         """The lock that says that the worker lives, as a descriptor for the worker to inherit: so there is no moment
         at which the operation exists and seems dead. Raises `OSError`; of it `BlockingIOError` if a worker lives."""
-        fd = reading.open_file(self.folder / "lock", os.O_RDWR | os.O_CREAT)
+        path = self.folder / "lock"
+        fd = reading.open_file(path, os.O_RDWR | os.O_CREAT)
         # `alive` has it for microseconds, a worker for long.
-        if not flock_within(fd):
+        try:
+            free = flock_within(fd, path=path)
+        except OSError:
+            os.close(fd)
+            raise
+        if not free:
             os.close(fd)
             raise BlockingIOError(errno.EWOULDBLOCK, "its worker lives", str(self.folder))
         return fd
@@ -164,12 +169,9 @@ class Journal:
         except (FileNotFoundError, Unfit):
             return False
         try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+            return not try_flock(fd, self.folder / "lock", shared=True)
         finally:
             os.close(fd)
-        return False
 
     @property
     def ended(self) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlxops.agent import reading
 from mlxops.core.errors import Refused
 from mlxops.core.settings import AGREED, Settings
 
@@ -84,21 +85,52 @@ def settings_differ(found: Mapping[str, tuple[str, str]]) -> Refused:
 
 
 def require(folder: Path) -> None:
-    """Raises `Refused` (folder_missing) for a folder that is not there and is not to be made either.
+    """Raises `Refused` (folder_missing) for a folder that is not there and is not to be made either, and
+    (folder_closed) for one of which that cannot be told.
 
     Below the home directory it may be made, with all that leads to it: that is a fresh machine. Elsewhere only its
     parent's absence, or a place where disks are mounted, tells that a disk is missing; what was written there instead
     would fill the system's disk, and be hidden once the other one is back.
     """
+    why = missing_folder(folder)
+    if why is not None:
+        make = f"mkdir -p {shlex.quote(os.path.realpath(folder))}"
+        raise Refused(
+            "folder_missing",
+            why,
+            why="perhaps its disk is not mounted; mlxops makes no such folder, or it would fill the system's disk",
+            hint=f"mount the disk, or correct hub and registry in hosts.yaml; if {folder} is to be made: {make}",
+        )
+
+
+def missing_folder(folder: Path) -> str | None:
+    """That a folder is not there, and not to be made; None if it is there, or may be made. Raises `Refused`
+    (folder_closed)."""
     real = Path(os.path.realpath(folder))
-    if real.exists() or real.is_relative_to(os.path.realpath(Path.home())):
-        return
-    if real.parent.is_dir() and not any(real.is_relative_to(place) for place in VOLUMES):
-        return
-    make = f"mkdir -p {shlex.quote(str(folder))}"
-    raise Refused(
-        "folder_missing",
-        f"{folder} is not there",
-        why="perhaps its disk is not mounted; mlxops makes no such folder, or it would fill the system's disk",
-        hint=f"mount the disk, or correct hub and registry in hosts.yaml; if it is to be made: {make}",
+    if _is_folder(real):
+        return None
+    link = next((each for each in (folder, *folder.parents) if os.path.islink(each) and not os.path.exists(each)), None)
+    if link is not None:
+        return f"{folder} is not there: {link} is a link to {os.path.realpath(link)}"
+    if real.is_relative_to(os.path.realpath(Path.home())):
+        return None
+    if _is_folder(real.parent) and not any(real.is_relative_to(place) for place in VOLUMES):
+        return None
+    return f"{folder} is not there"
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return reading.is_folder(path)
+    except OSError as error:
+        raise closed(error, path) from None
+
+
+def closed(error: OSError, path: str | Path) -> Refused:
+    """For a file or folder that the system does not let us look at."""
+    return Refused(
+        "folder_closed",
+        f"{error.filename or path} cannot be read",
+        why=reading.said(error),
+        hint=reading.remedy(error) or "mend it on the host, then try again",
     )

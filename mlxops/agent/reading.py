@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import stat
+import sys
 from pathlib import Path
+from typing import TypeGuard
 
 
 class Unfit(OSError):
@@ -57,3 +60,59 @@ def read_end(path: str | Path, size: int) -> bytes:
         return os.pread(descriptor, size, max(0, length - size))
     finally:
         os.close(descriptor)
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether there is a folder. Raises `OSError` where that cannot be told: above it is a folder that may not be
+    entered, or a file system that does not answer. (`Path.is_dir` raises or says no, depending on Python's version.)"""
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return False
+        raise
+
+
+_ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
+
+
+_HOST_FAULTS = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH}
+    | {errno.ETIMEDOUT, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOLCK, errno.ENXIO, errno.ENODEV, errno.EDEADLK}
+)
+
+
+def is_hosts_fault(error: BaseException) -> TypeGuard[OSError]:
+    """Whether an error says that the host's disks or permissions do not allow something, wherever that was."""
+    return isinstance(error, OSError) and error.errno in _HOST_FAULTS and isinstance(error.filename, str | bytes)
+
+
+def said(error: OSError) -> str:
+    """What the system said no to, with the path if it names one."""
+    words = error.strerror or str(error)
+    path = error.filename2 or error.filename
+    return f"{os.fsdecode(path)}: {words}" if isinstance(path, str | bytes) else words
+
+
+def remedy(error: OSError) -> str | None:
+    """What helps, for those errors of which that can be told."""
+    path = error.filename2 or error.filename
+    name = shlex.quote(os.fsdecode(path)) if isinstance(path, str | bytes) else ""
+    look = f"look at it: ls -lde {name}" if sys.platform == "darwin" else f"look at it: namei -l {name}"
+    match error.errno:
+        case errno.EPERM if name and sys.platform == "darwin":
+            return (
+                "on a Mac, allow full disk access for remote users (System Settings > Sharing > Remote Login),"
+                " or for the terminal (Privacy & Security > Full Disk Access); a locked file: chflags nouchg " + name
+            )
+        case errno.EPERM if name:
+            return f"{look}; perhaps it is immutable: lsattr -d {name}"
+        case errno.EACCES if name:
+            return f"give this account access to it; {look}"
+        case errno.ESTALE:
+            return "mount its network disk anew on the host, then try again"
+        case errno.EROFS:
+            return "its disk is mounted read-only: mount it writable, or put it elsewhere in hosts.yaml"
+        case errno.ENOSPC | errno.EDQUOT:
+            return "free space on its disk, then try again"
+    return None

@@ -3,7 +3,8 @@
 <state>/            0700
   host.json         the settings last agreed on
   history.jsonl     what changed, by whom, when
-  registry.previous.json
+  registry.previous.json  the registry before its last change
+  registry.known.json     where this host has had a registry: a file that is gone from there is not an empty one
   locks/            one file a port or model; the flock is the truth, the content says who
   run/<port>.json   the run record; run/<port>/ the server's working directory
   engines/<key>     what an installed engine printed as its options
@@ -25,6 +26,8 @@ import errno
 import fcntl
 import json
 import os
+import shlex
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,8 +36,9 @@ from pathlib import Path
 from typing import TypeGuard
 
 from mlxops.agent import reading
-from mlxops.agent.flocks import LOCK_SECONDS, alone, flock_within
-from mlxops.agent.reading import Unfit
+from mlxops.agent.flocks import LOCK_SECONDS, NoLocks, alone, flock_within, try_flock
+from mlxops.agent.place import require
+from mlxops.agent.reading import Unfit, said
 from mlxops.core import registry as registries
 from mlxops.core.errors import Refused
 from mlxops.core.registry import Registry
@@ -66,8 +70,9 @@ def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         try:
-            # What open(2) makes of the mode depends on the umask.
-            os.fchmod(fd, mode)
+            # What open(2) makes of the mode depends on the umask. Some file systems (exFAT, SMB) keep no modes.
+            with _unless_unsupported():
+                os.fchmod(fd, mode)
             _write_all(fd, data)
             flush(fd)
         finally:
@@ -79,9 +84,24 @@ def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
         raise
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        flush(folder)
+        # Not every file system can flush a folder (SMB, some of FUSE).
+        with _unless_unsupported():
+            flush(folder)
     finally:
         os.close(folder)
+
+
+@contextmanager
+def _unless_unsupported() -> Iterator[None]:
+    """Go on where the file system does not know what is asked of it. Raises every other `OSError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+
+
+_UNSUPPORTED = frozenset({errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EBADF, errno.EPERM})
 
 
 def _temporary(path: Path) -> Path:
@@ -170,33 +190,88 @@ class RegistryFile:
     """registry.json at its configured path: one reader, one writer."""
 
     def __init__(self, path: Path, previous: Path) -> None:
+        self._configured = path
         # Through a symlink: the link stays, the file behind it changes.
         self.path = Path(os.path.realpath(path))
         self._previous = previous
+        self._mark = previous.with_name("registry.known.json")
+        self._marked = False
 
     def read(self) -> Registry:
-        """The registry as it is now. Unreadable is not empty: it is `unwritable`."""
+        """The registry as it is now. What cannot be read, or is gone, is not empty: it is `unwritable`."""
         try:
-            return registries.parse(_read(self.path))
+            data = _read(self.path)
         except OSError as error:
             return Registry(raw={}, models={}, unwritable=f"{self.path} cannot be read: {error.strerror}")
+        found = self._parsed(data)
+        if data is None and not found.missing:
+            try:
+                require(self.path.parent)
+            except Refused as refused:
+                return _missing(f"{refused.message}: {refused.why}")
+        return found
+
+    def _parsed(self, data: bytes | None) -> Registry:
+        why = self._why_missing() if data is None else None
+        return registries.parse(data) if why is None else _missing(why)
+
+    def _why_missing(self) -> str | None:
+        """Why the file is missing though there was one, or should be; None: this host has no registry yet."""
+        from mlxops.agent import absence
+
+        why = absence.reason(self._configured, self.path)
+        if why is not None:
+            return why
+        known = absence.remembered(self._mark)
+        if known & self._names():
+            return "it is gone: this host had a registry there before; perhaps its disk is not mounted"
+        if not known and absence.had_one_before_marks(self._mark.parent):
+            return "it is gone: the state of this host knows of a registry; perhaps its disk is not mounted"
+        return None
+
+    def conflicts(self) -> list[Path]:
+        """Conflicted copies beside a registry that is there."""
+        if len(named(self.path.parent, self.path.stem)) < 2:
+            return []
+        from mlxops.agent.absence import conflicts
+
+        return conflicts(self.path)
+
+    def _names(self) -> set[str]:
+        return {str(self._configured), str(self.path)}
+
+    def remember(self) -> None:
+        """That there is a registry. Raises `OSError`."""
+        if self._marked or not os.path.lexists(self.path):
+            return
+        from mlxops.agent import absence
+
+        known = absence.remembered(self._mark)
+        if not self._names() <= known:
+            write_durably(self._mark, absence.encoded(known | self._names()))
+        self._marked = True
 
     def update(self, change: Callable[[Registry], Registry]) -> Registry:
         """One transaction: lock, read, `change`, and if that changed anything, write. Returns what is then on disk.
 
-        Raises `Refused` (registry_unusable, registry_unwritable) and `Busy` (registry_locked).
+        Raises `Refused` (registry_missing, registry_unusable, registry_unwritable) and `Busy` (registry_locked).
         """
+        # Before its folder is made.
+        if not os.path.lexists(self.path) and (found := self._parsed(None)).missing:
+            raise self.refusal(found)
         with _blaming(self.path), self._locked():
             data = _read(self.path)
-            old = registries.parse(data)
+            old = self._parsed(data)
             if old.unwritable:
-                raise self.refusal(old.unwritable)
+                raise self.refusal(old)
             new = change(old)
             if new.raw == old.raw:
                 return old
             self._remove_leftovers()
             self._write(data, new.encode())
-            return new
+        with contextlib.suppress(OSError):
+            self.remember()
+        return new
 
     def _write(self, old: bytes | None, new: bytes) -> None:
         """Write, or leave what was there: a change that could not be made to last is taken back before it is reported
@@ -243,21 +318,54 @@ class RegistryFile:
         """Temporary files beside the registry; one that is being written at this moment counts too."""
         return named(self.path.parent, f".{self.path.name}.", ".tmp")
 
-    def check_writable(self) -> None:
-        """Before anything is started or stopped: would a write succeed? Raises `Refused`."""
+    def usable(self) -> Registry:
+        """The registry, if it may be written: without trying that. Raises `Refused` and `Busy` (registry_locked)."""
+        require(self._configured.parent)
         current = self.read()
         if current.unwritable:
-            raise self.refusal(current.unwritable)
+            raise self.refusal(current)
+        require(self.path.parent)
+        if self.path.parent.is_dir():
+            with _blaming(self.path), self._locked():
+                pass
+        return current
+
+    def check_writable(self) -> None:
+        """Before anything is started or stopped: would a write succeed? Raises what `usable` raises."""
+        self.usable()
         with _blaming(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _try_writing(self.path)
         # Where the generation before cannot be kept, nothing is written at all.
         with _blaming(self._previous):
             _try_writing(self._previous)
+            self.remember()
 
-    def refusal(self, why: str) -> Refused:
-        """For a registry that can be read, if at all, and not be written."""
-        return registries.refusal(why, str(self.path), str(self._previous))
+    def refusal(self, found: Registry) -> Refused:
+        """For a registry that can be read, if at all, and not be written: `found.unwritable`."""
+        error = registries.refusal(found.unwritable or "", str(self.path), self._repair(found))
+        if found.missing:
+            error.code, error.message = "registry_missing", f"the registry {self._configured} is not there"
+        return error
+
+    def _repair(self, found: Registry) -> str:
+        """What to do, in commands that work as they are."""
+        if found.raw:
+            return "repair it by hand, then try again"
+        target, first, before = self.path, "repair it by hand; or ", ""
+        if found.missing:
+            first = "put it back, or mount its disk; or "
+            if not os.path.isdir(self.path.parent):
+                # Its link leads to a disk that is not there.
+                target, first = self._configured, "mount its disk; or, if that is gone for good, "
+                before = f"rm {shlex.quote(str(target))} && "
+        elif os.path.lexists(target) and not os.path.isfile(target):
+            first, before = "", f"mv {shlex.quote(str(target))} {shlex.quote(f'{target}.away')} && "
+        file, previous = shlex.quote(str(target)), shlex.quote(str(self._previous))
+        ways = [f"begin with an empty one: {before}echo '{EMPTY_DOCUMENT}' > {file}"]
+        if os.path.isfile(self._previous):
+            ways.insert(0, f"go back to the generation before its last change: {before}cp {previous} {file}")
+        return first + "; or ".join(ways)
 
     def _remove_leftovers(self) -> None:
         """Temporary files of writers that were killed: nobody else is writing while we hold the lock."""
@@ -273,10 +381,16 @@ class RegistryFile:
             yield
 
 
+def _missing(why: str) -> Registry:
+    return Registry(raw={}, models={}, unwritable=why, missing=True)
+
+
+EMPTY_DOCUMENT = '{"version": 1, "models": {}}'
+
+
 def _try_writing(path: Path) -> None:
     """Everything that `write_durably` does but the replacing. Raises `OSError` if that could not succeed either."""
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EISDIR, "it is not a file")
+    _try_replacing(path)
     probe = _temporary(path)
     try:
         # Unbuffered: the flush is to try the disk, so what it flushes must have been written.
@@ -288,19 +402,57 @@ def _try_writing(path: Path) -> None:
             probe.unlink()
 
 
+def _try_replacing(path: Path) -> None:
+    """Raises `OSError` for what a rename could not replace: no file, an immutable one, another user's in a sticky
+    folder."""
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EISDIR, "it is not a file")
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+    except OSError as error:
+        # Whether it may be written itself does not matter: it is replaced.
+        if error.errno == errno.EPERM:
+            raise
+    folder = os.stat(path.parent)
+    if folder.st_mode & stat.S_ISVTX and os.geteuid() not in {0, found.st_uid, folder.st_uid}:
+        raise OSError(errno.EPERM, "it is another user's, in a folder in which only owners replace files", str(path))
+
+
 @contextmanager
 def _blaming(path: Path) -> Iterator[None]:
     """Raises `Refused` (registry_unwritable), which names `path`, for whatever the disk says no to."""
     try:
         yield
     except OSError as error:
-        first = "move it away" if error.errno == errno.EISDIR else "free disk space or mend the permissions"
         raise Refused(
             "registry_unwritable",
             f"the registry cannot be written: {path}",
             why=error.strerror or str(error),
-            hint=f"{first} on the host, then try again",
+            hint=_what_helps(
+                error, path, "put the registry on a local disk: `registry` in hosts.yaml, then inv deploy"
+            ),
         ) from None
+
+
+def _what_helps(error: OSError, path: Path, elsewhere: str) -> str:
+    """`elsewhere`: how to move what `path` belongs to to another disk."""
+    if isinstance(error, NoLocks):
+        return elsewhere
+    if error.errno == errno.EISDIR:
+        file = shlex.quote(str(path))
+        return f"move it away on the host: mv {file} {file}.away; then try again"
+    return (
+        reading.remedy(_named(error, path)) or "free disk space or repair the permissions on the host, then try again"
+    )
+
+
+def _named(error: OSError, path: Path) -> OSError:
+    """The same error, about the path that matters to the user: a temporary file's name does not."""
+    return OSError(error.errno, error.strerror, str(path))
 
 
 @dataclass(frozen=True)
@@ -367,8 +519,13 @@ class Store:
         path = self.state / "locks" / name
         with self._writing():
             fd = reading.open_file(path, os.O_RDWR | os.O_CREAT)
-        # `holder` has it for microseconds; an operation has it for long.
-        if not flock_within(fd):
+            try:
+                # `holder` has it for microseconds; an operation has it for long.
+                free = flock_within(fd, path=path)
+            except BaseException:
+                os.close(fd)
+                raise
+        if not free:
             os.close(fd)
             return self._holder(path) or Operation(id="?", command="?")
         left = self._trace(path)
@@ -392,12 +549,10 @@ class Store:
         except FileNotFoundError:
             return None
         try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return self._holder(path) or Operation(id="?", command="?")
+            free = try_flock(fd, path, shared=True)
         finally:
             os.close(fd)
-        return None
+        return None if free else self._holder(path) or Operation(id="?", command="?")
 
     def left(self, name: str) -> Operation | None:
         """The operation that had the lock `name` and never gave it back, if nobody holds it now."""
@@ -558,9 +713,10 @@ def disk_failed(error: Exception) -> TypeGuard[OSError]:
 
 def state_failed(error: Exception, state: Path) -> TypeGuard[OSError]:
     """Whether an error says that something in the state folder is not of the kind that it should be, or not ours."""
-    if not isinstance(error, Unfit | NotADirectoryError | PermissionError):
+    if not isinstance(error, Unfit | NotADirectoryError | PermissionError | NoLocks):
         return False
-    return Path(os.fsdecode(error.filename or "/")).is_relative_to(state)
+    named = error.filename if isinstance(error.filename, str | bytes) else "/"
+    return Path(os.fsdecode(named)).is_relative_to(state)
 
 
 def state_unwritable(state: Path, error: OSError) -> Refused:
@@ -568,21 +724,20 @@ def state_unwritable(state: Path, error: OSError) -> Refused:
         "state_unwritable",
         f"the state folder {state} cannot be written",
         why=said(error),
-        hint="free disk space or mend the permissions on the host, then try again",
+        hint=_what_helps(error, state, _STATE_ELSEWHERE),
     )
 
 
 def state_unreadable(path: Path, error: OSError) -> Refused:
+    no_locks = isinstance(error, NoLocks)
     return Refused(
         "state_unreadable",
         f"{path}, of the host's state, cannot be read",
         why=said(error),
-        hint="mend it on the host, or move it away, then try again",
+        hint=_STATE_ELSEWHERE
+        if no_locks
+        else reading.remedy(error) or "mend it on the host, or move it away, then try again",
     )
 
 
-def said(error: OSError) -> str:
-    """What the system said no to, with the path if it names one."""
-    words = error.strerror or str(error)
-    path = error.filename2 or error.filename
-    return f"{path}: {words}" if path else words
+_STATE_ELSEWHERE = "put the state folder on a local disk: `state` in hosts.yaml, then inv deploy"

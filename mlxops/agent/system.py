@@ -113,7 +113,7 @@ def _plain(text: str) -> str:
 
 def free_on_disk(path: Path) -> int:
     """Bytes; `path` itself may not be there yet."""
-    return shutil.disk_usage(next(each for each in (path, *path.parents) if each.exists())).free
+    return shutil.disk_usage(next(each for each in (path, *path.parents) if os.path.exists(each))).free
 
 
 class System(Protocol):

@@ -29,7 +29,9 @@ PATIENCE = 20 * 60.0
 """Seconds for which what may pass is waited for: without a timer nobody tries again. The longest pause between two
 starts fits in."""
 LOOK_SECONDS = 60.0
-PASSING = frozenset({"folder_missing", "busy", "settings_locked", "registry_locked", "hub_unreachable", "hub_error"})
+PASSING = frozenset(
+    {"folder_missing", "registry_missing", "busy", "settings_locked", "registry_locked", "hub_unreachable", "hub_error"}
+)
 """What a host that has just booted may well answer: a disk that is mounted late, a network that comes up late."""
 
 
@@ -93,7 +95,7 @@ def _look(store: Store, where: Place, request: Request, told: set[str]) -> tuple
     if plan.starts:
         return None
     lines = [f"{step.model} on {step.port} is left: {step.why}" for step in plan.skipped if step.again_in is None]
-    if not where.registry.exists():
+    if not os.path.lexists(where.registry):
         lines.append(f"there is no registry at {where.registry}: nothing is assigned")
     for line in lines:
         if line not in told:

@@ -21,7 +21,8 @@ from mlxops.agent.agreement import confirm
 from mlxops.agent.journal import Journal
 from mlxops.agent.operations import command
 from mlxops.agent.operations.context import Cancellation, Context
-from mlxops.agent.place import place
+from mlxops.agent.place import closed, place
+from mlxops.agent.reading import is_hosts_fault
 from mlxops.agent.store import Store, disk_failed, state_failed, state_unreadable, state_unwritable
 from mlxops.agent.system import shortage, this_system
 from mlxops.core.errors import Bug, Busy, Exit, MlxopsError, bug
@@ -156,11 +157,17 @@ def _told(error: Exception, store: Store) -> MlxopsError:
     whoever put it there, and a host that has no descriptor left the host's; all else is ours."""
     from traceback import format_exc
 
-    if disk_failed(error):
+    if disk_failed(error) and not (is_hosts_fault(error) and not _is_of(error, store.state)):
         return state_unwritable(store.state, error)
     if state_failed(error, store.state):
         return state_unreadable(Path(os.fsdecode(error.filename)), error)
+    if is_hosts_fault(error):
+        return closed(error, error.filename)
     return shortage(error) or bug(error, format_exc())
+
+
+def _is_of(error: OSError, folder: Path) -> bool:
+    return Path(os.fsdecode(error.filename)).is_relative_to(folder)
 
 
 def _watch_for_cancel(journal: Journal) -> None:

@@ -102,7 +102,7 @@ def _text(name: str, code: str) -> str:
     path = Path(name).expanduser()
     try:
         # A named pipe would block for ever.
-        if path.exists() and not path.is_file():
+        if os.path.exists(path) and not os.path.isfile(path):
             raise bad("is not a file", "only a regular file is read", "see `gateway` in hosts.yaml")
         with path.open("rb") as stream:
             data = stream.read(MAX_BYTES + 1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,12 +117,16 @@ def hosts_file(environ: Mapping[str, str], beside: Path | None) -> Path | None:
     named = environ.get("MLXOPS_HOSTS_FILE")
     if named:
         path = Path(os.path.expanduser(named))  # a user that is not known stays as it is written
-        if path.exists() and not path.is_dir():
-            return path
+        try:
+            if not stat.S_ISDIR(os.stat(path).st_mode):
+                return path
+            why = "it is a folder"
+        except OSError as error:
+            why = error.strerror or str(error)
         raise UsageError(
             "bad_hosts_file",
             f"the hosts file {shown(named)} is not a file",
-            why="MLXOPS_HOSTS_FILE names it",
+            why=f"MLXOPS_HOSTS_FILE names it: {why}",
             hint="correct the variable, or unset it to use ~/.config/mlxops/hosts.yaml",
         )
     home = Path(environ["HOME"]) if environ.get("HOME") else Path.home()
@@ -137,7 +142,7 @@ def _is_meant(path: Path) -> bool:
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
-        return any(folder.is_symlink() and not folder.exists() for folder in list(path.parents)[:2])
+        return any(os.path.islink(folder) and not os.path.exists(folder) for folder in list(path.parents)[:2])
     except OSError:
         pass
     return True

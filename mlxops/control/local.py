@@ -10,7 +10,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import IO
 
 from mlxops.control.lines import Lines, Tail
@@ -47,7 +46,7 @@ def _started(argv: Sequence[str]) -> subprocess.Popen[bytes] | _NeverStarted:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            cwd=home if Path(home).is_dir() else "/",
+            cwd=home if os.path.isdir(home) else "/",
             process_group=0,
         )
     except OSError as error:

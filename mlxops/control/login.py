@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 import re
 import shlex
 import socket
@@ -193,7 +194,7 @@ class Login:
         from paramiko.pkey import UnknownKeyType
 
         blob = _public_blob(path)
-        if blob in held or not path.is_file():
+        if blob in held or not os.path.isfile(path):
             return
         try:
             key = paramiko.PKey.from_path(path)

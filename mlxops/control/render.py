@@ -300,6 +300,10 @@ def list_table(answers: Sequence[Answer]) -> str:
     for answer in answers:
         if answer.error is not None:
             rows.append([answer.host, answer.error.code, "", "", "", "", "", "", answer.error.message])
+        registry = (answer.result or {}).get("registry_error")
+        if isinstance(registry, dict):
+            why = f"{registry.get('message')}: {registry.get('why')}"
+            rows.append([answer.host, registry.get("code"), "", "", "", "", "", "", why])
         for row in _rows(answer.result, "models"):
             problems = row.get("problems")
             rows.append(

@@ -202,4 +202,4 @@ def _agent(value: str, path: Callable[[str], Path]) -> str | None:
 
 def _files(value: str) -> list[str]:
     """`ssh -G` prints several files with spaces between them, and spaces inside a name as they are."""
-    return [value] if Path(value).exists() else value.split()
+    return [value] if os.path.exists(value) else value.split()

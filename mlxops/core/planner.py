@@ -359,7 +359,7 @@ def _plan_on_same(view: PortView, wanted: Wanted | None, start: LoadPlan, force:
         return LoadPlan(start.target, start.port, start.alias, Outcome.ALREADY, notes=notes)
     if view.state is State.READY and as_wanted:
         return LoadPlan(start.target, start.port, start.alias, Outcome.ALREADY)
-    if view.orphan is Orphan.UNASSIGNED and as_wanted:
+    if (view.orphan is Orphan.UNASSIGNED or (view.reassigned and not force)) and as_wanted:
         return LoadPlan(
             start.target, start.port, start.alias, Outcome.ADOPT, notes=("it serves; its assignment returns",)
         )
@@ -517,8 +517,8 @@ def entry_fields(repo_id: str, cache_path: str) -> dict[str, object]:
 
 
 def merge_refusals(errors: Sequence[MlxopsError]) -> MlxopsError:
-    """One error for several: the first, naming the others."""
-    first = errors[0]
-    if len(errors) > 1:
-        first.why = "; ".join(filter(None, [first.why, *(error.message for error in errors[1:])]))
+    """One error for several: the first with the largest exit status, naming the others."""
+    first, *others = sorted(errors, key=lambda error: -error.exit)
+    if others:
+        first.why = "; ".join(filter(None, [first.why, *(error.message for error in others)]))
     return first

@@ -15,6 +15,7 @@ from typing import cast
 
 from mlxops.core.errors import Refused
 from mlxops.core.names import is_name, is_repo_id, shown
+from mlxops.core.text import utf8
 
 VERSION = 1
 MAX_BYTES = 16 * 1024 * 1024
@@ -55,12 +56,14 @@ class Model:
 class Registry:
     """A registry document: what the file says, and the typed view of it.
 
-    `raw` is the parsed document (never mutated); `unwritable` says why the file must not be written.
+    `raw` is the parsed document (never mutated); `unwritable` says why the file must not be written. `missing`: there
+    is no file, and there was one, or should be one.
     """
 
     raw: Mapping[str, object]
     models: Mapping[str, Model]
     unwritable: str | None = None
+    missing: bool = False
 
     def on_port(self, port: int) -> tuple[Model, ...]:
         """Every model that claims `port`; more than one only after a hand edit."""
@@ -118,14 +121,9 @@ class Registry:
         return _view({**self.raw, "models": models}, None)
 
 
-def refusal(why: str, path: str = "", previous: str = "") -> Refused:
-    """`path` is the registry's file, `previous` that of the generation before."""
-    return Refused(
-        "registry_unusable",
-        f"the registry {path}".strip() + " cannot be changed",
-        why=why,
-        hint=f"mend it by hand, then try again; the generation before is {previous or 'kept in the state of the host'}",
-    )
+def refusal(why: str, path: str = "", hint: str = "repair it by hand, then try again") -> Refused:
+    """For a registry that must not be written; `path` is its file."""
+    return Refused("registry_unusable", f"the registry {path}".strip() + " cannot be changed", why=why, hint=hint)
 
 
 EMPTY = Registry(raw={"version": VERSION, "models": {}}, models={})
@@ -149,7 +147,11 @@ def parse(data: bytes | None) -> Registry:
         raise ValueError(f"{text} is not JSON")
 
     try:
-        document = json.loads(data.decode("utf-8-sig"), object_pairs_hook=pairs, parse_constant=constant)
+        text = utf8(data)
+    except ValueError as error:
+        return _broken(str(error))
+    try:
+        document = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
         # 1e999 is JSON and reads as infinity, which is not.
         json.dumps(document, allow_nan=False)
     except (ValueError, RecursionError) as error:

@@ -240,10 +240,12 @@ class PortView:
     members: tuple[int, ...] = ()
     orphan: Orphan | None = None
     rebooted: bool = False
+    reassigned: bool = False
+    """Its server is whole, and the registry assigns the port to another model."""
 
     def to_wire(self) -> dict[str, object]:
         """The row of the status document."""
-        hidden = {"run", "server", "operation", "members", "orphan", "rebooted"}
+        hidden = {"run", "server", "operation", "members", "orphan", "rebooted", "reassigned"}
         row = {key: value for key, value in asdict(self).items() if key not in hidden}
         row["log_path"] = self.run.log_path if self.run else None
         row["operation"] = self.operation.id if self.operation else None
@@ -345,7 +347,7 @@ def _judge_ours(signals: Signals, run: Run, assigned: tuple[str, ...]) -> PortVi
         # A listener whose process cannot be seen is another user's: our own are always seen.
         return _view(signals, State.MISMATCH, owner, f"somebody else listens on its port: {signals.stranger}")
     if run.model not in assigned:
-        return _view(signals, State.MISMATCH, owner, f"the registry says {assigned[0]}")
+        return replace(_view(signals, State.MISMATCH, owner, f"the registry says {assigned[0]}"), reassigned=True)
     match signals.answer:
         case Answer.SILENT if signals.busy:
             return _view(signals, State.READY, owner, "busy")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from mlxops.agent.engine import (
     Command,
@@ -66,7 +65,7 @@ class MlxOpenAIServer:
         if program:
             return Command((program, "launch"), "PATH")
         for uv in (which("uv", environ), HOMEBREW_UV):
-            if uv and Path(uv).is_file() and Path(PROJECT).is_dir():
+            if uv and os.path.isfile(uv) and os.path.isdir(PROJECT):
                 return Command((uv, "run", "--project", PROJECT, self.name, "launch"), f"{uv} run")
         raise Refused(
             "engine_not_found",

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 from mlxops.agent import interrupted
 from mlxops.agent.journal import named
 from mlxops.agent.observe import observe
-from mlxops.agent.place import Place, require
-from mlxops.agent.store import Store, now, said
+from mlxops.agent.place import Place
+from mlxops.agent.reading import said
+from mlxops.agent.store import Store, now
 from mlxops.agent.system import System
 from mlxops.core import names
 from mlxops.core.errors import Busy, Interrupted
@@ -124,14 +125,9 @@ class Context:
 
     def usable_registry(self) -> Registry:
         """For a change. Raises `Refused` before anything is done if it could not be written in the end."""
-        require(self.where.hub)
-        require(self.where.registry.parent)
         if not self.request.dry_run:
             self.store.registry.check_writable()
-        registry = self.registry()
-        if registry.unwritable:
-            raise self.store.registry.refusal(registry.unwritable)
-        return registry
+        return self.store.registry.usable()
 
     @property
     def drain(self) -> float:

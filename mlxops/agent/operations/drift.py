@@ -29,7 +29,9 @@ def further_drift(ctx: Context, registry: Registry, world: World) -> Iterator[Dr
         for problem in model.problems:
             if "also claimed" not in problem:  # told as port_claimed_twice
                 message = f"the registry entry {model.name}: {problem}"
-                yield Drift("entry_problem", model.port, model.name, message, "mend the entry in registry.json")
+                yield Drift(
+                    "entry_problem", model.port, model.name, message, f"repair the entry in {ctx.where.registry}"
+                )
     yield from interrupted.drift(ctx.store, ctx.where.settings.ports)
     yield from _too_big(ctx)
     for path in ctx.store.leftovers():
@@ -43,6 +45,14 @@ def rebooted(ctx: Context, registry: Registry, world: World) -> Iterator[Drift]:
     if down:
         message = f"rebooted {utc(ctx.system.booted_at())}; {len(down)} assignment{'s'[: len(down) != 1]} down"
         yield Drift("rebooted", None, None, message, "mlxctl restore")
+
+
+def conflicted_copies(ctx: Context) -> Iterator[Drift]:
+    """What a sync service left beside the registry when two machines had written it."""
+    for copy in ctx.store.registry.conflicts():
+        message = f"{copy} is a conflicted copy: another machine wrote the registry too"
+        hint = f"compare it with {ctx.where.registry}, then move it away; no sync service should have a registry"
+        yield Drift("registry_conflict", None, None, message, hint)
 
 
 def _too_big(ctx: Context) -> Iterator[Drift]:

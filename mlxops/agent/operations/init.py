@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from mlxops.agent.operations.context import Context
+from mlxops.agent.place import require
+from mlxops.agent.reading import is_folder
 from mlxops.core import planner
 from mlxops.core.registry import Registry
 
@@ -10,7 +12,8 @@ from mlxops.core.registry import Registry
 def init(ctx: Context) -> dict[str, object]:
     from mlxops.agent.cache import scan
 
-    there = ctx.where.hub.is_dir()
+    require(ctx.where.hub)
+    there = is_folder(ctx.where.hub)
     registry = ctx.usable_registry()
     if not there:
         ctx.note(f"there was no cache at {ctx.where.hub}; is `hub` in hosts.yaml right?", "warning")

@@ -13,9 +13,10 @@ from mlxops.agent.operations.files import Files, cached
 from mlxops.agent.operations.gatewayname import check_name
 from mlxops.agent.operations.prepare import Prepared, commit, entry_fields, preflight, prepare
 from mlxops.agent.operations.swap import start_in_place
+from mlxops.agent.place import require
 from mlxops.agent.store import now
 from mlxops.core import names, planner
-from mlxops.core.errors import Busy, Refused, UsageError
+from mlxops.core.errors import Busy, MlxopsError, Refused, UsageError
 from mlxops.core.planner import LoadPlan, Outcome, Target
 from mlxops.core.protocol import Phase
 from mlxops.core.registry import Registry
@@ -35,6 +36,7 @@ def load(
     repo_id, revision = names.repo(repo_text) if repo_text else (None, None)
     asked_port = ctx.request.text("port")
     ctx.usable_registry()
+    require(ctx.where.hub)
     if asked_port not in (None, names.AUTO):
         planner.refuse_alias_elsewhere(ctx.where.settings, name, names.port(asked_port, ctx.where.settings.ports))
 
@@ -236,7 +238,12 @@ def _adopt(ctx: Context, plan: LoadPlan, prepared: Prepared, began: float) -> di
         ) from None
     with ctx.cancellation.shield():  # half of it would be a record without an assignment
         ctx.store.save_run(replace(run, proven_at=now()))
-        ctx.store.registry.update(lambda current: commit(current, plan, prepared.files))
+        try:
+            ctx.store.registry.update(lambda current: commit(current, plan, prepared.files))
+        except MlxopsError:
+            # It serves on as whatever it was before.
+            ctx.store.save_run(view.run) if view.run else ctx.store.forget_run(plan.port)
+            raise
     ctx.remember(
         command="load",
         adopted=True,

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from mlxops.agent.journal import stand_of
 from mlxops.agent.operations.context import Context
-from mlxops.agent.operations.drift import further_drift, rebooted
+from mlxops.agent.operations.drift import conflicted_copies, further_drift, rebooted
 from mlxops.agent.operations.ops import downloads
+from mlxops.core.errors import MlxopsError, Refused
 from mlxops.core.registry import Model, Registry
 from mlxops.core.world import Operation, Owner, PortView
 
@@ -24,8 +25,9 @@ def status(ctx: Context) -> dict[str, object]:
         found += failed(world, probes)
     drift = [each.to_wire() for each in found]
     if registry.unwritable:
-        error = ctx.store.registry.refusal(registry.unwritable)
+        error = ctx.store.registry.refusal(registry)
         drift.insert(0, {"code": error.code, "port": None, "model": None, "message": error.why, "hint": error.hint})
+    drift += [each.to_wire() for each in conflicted_copies(ctx)]
     running = [_running(ctx, each) for each in downloads(ctx)]
     return {"operations": running, "ports": rows, "drift": drift, "registry": str(ctx.where.registry)}
 
@@ -42,6 +44,7 @@ def answering(ctx: Context) -> dict[str, object]:
     rows = [
         _answering_row(view, registry) for port, view in sorted(world.ports.items()) if port in ctx.where.settings.ports
     ]
+    _tell_unusable(ctx, registry)
     return {"ports": rows}
 
 
@@ -87,11 +90,22 @@ def _context_length(entry: Model) -> int | None:
 
 def list_models(ctx: Context) -> dict[str, object]:
     registry = ctx.registry()
-    if registry.unwritable:
-        ctx.note(f"the registry {ctx.where.registry}: {registry.unwritable}", "warning")
+    error = _tell_unusable(ctx, registry)
+    for each in conflicted_copies(ctx):
+        ctx.note(f"{each.message}: {each.hint}", "warning")
     rows = [_list_row(ctx, model) for model in registry.models.values()]
     result: dict[str, object] = {"models": rows, "registry": str(ctx.where.registry), "unusable": registry.unwritable}
+    result["registry_error"] = error.to_wire() if error else None
     return result | ({"memory": _memory(ctx, registry)} if ctx.request.flag("memory") else {})
+
+
+def _tell_unusable(ctx: Context, registry: Registry) -> MlxopsError | None:
+    """What every change would be refused with because of the registry, if it would be."""
+    if not registry.unwritable:
+        return None
+    error = ctx.store.registry.refusal(registry)
+    ctx.note(f"{error.message}: {error.why}; {error.hint}", "warning")
+    return error
 
 
 def _memory(ctx: Context, registry: Registry) -> dict[str, object]:
@@ -111,7 +125,7 @@ def _memory(ctx: Context, registry: Registry) -> dict[str, object]:
 
 
 def _list_row(ctx: Context, model: Model) -> dict[str, object]:
-    from mlxops.agent.cache import Snapshot, find
+    from mlxops.agent.cache import Skipped, Snapshot, find
     from mlxops.agent.operations.files import Files, registered
     from mlxops.agent.operations.prepare import shown_options
     from mlxops.agent.snapshot import shape
@@ -119,7 +133,10 @@ def _list_row(ctx: Context, model: Model) -> dict[str, object]:
     problems = list(model.problems)
     files = registered(model)
     if files is None and model.repo_id is not None:
-        found = find(ctx.where.hub, model.repo_id, model.revision)
+        try:
+            found = find(ctx.where.hub, model.repo_id, model.revision)
+        except Refused as closed:
+            found = Skipped(model.repo_id, ctx.where.hub, f"{closed.message}: {closed.why}", incomplete=True)
         if found is None:
             problems.append("its files are not in the cache; load downloads them")
         elif isinstance(found, Snapshot):

@@ -6,6 +6,7 @@ import contextlib
 import re
 import time
 
+from mlxops.agent.flocks import NoLocks
 from mlxops.agent.journal import Journal, recent
 from mlxops.agent.operations.context import Context
 from mlxops.agent.reading import Unfit
@@ -38,8 +39,8 @@ def downloads(ctx: Context) -> list[Operation]:
     """The operations that download now."""
     found = []
     for path in named(ctx.store.state / "locks", "repo-"):
-        # What is no file is nobody's lock.
-        with contextlib.suppress(Unfit):
+        # What is no file is nobody's lock, and of what cannot be locked nobody holds one.
+        with contextlib.suppress(Unfit, NoLocks):
             found.append(ctx.store.holder(path.name))
     return [operation for operation in found if operation is not None]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 import time
@@ -71,7 +72,7 @@ def fetch(ctx: Context, repo_id: str, revision: str | None) -> Snapshot:
     require(ctx.where.hub)
     folder = ctx.where.hub / f"models--{repo_id.replace('/', '--')}"
     with _only_download(ctx, repo_id):
-        new, begun = not folder.exists(), _half_files(folder)
+        new, begun = not os.path.lexists(folder), _half_files(folder)
         given_up = threading.Event()
         downloading = _beside(lambda: download(repo_id, revision, ctx.where.hub, ctx.emit, given_up=given_up.is_set))
         try:

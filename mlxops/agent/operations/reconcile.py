@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from mlxops.agent.interrupted import settle_all
 from mlxops.agent.operations.context import DRAIN_SECONDS, Context
-from mlxops.agent.operations.stopping import stop
+from mlxops.agent.operations.stopping import stop, writing_what_was_stopped
 from mlxops.agent.store import state_unwritable
 from mlxops.core import planner
 from mlxops.core.errors import Busy
@@ -53,9 +53,10 @@ def _reconcile_port(ctx: Context, port: int) -> tuple[list[dict[str, object]], l
         for view in plan.stops:
             stop(ctx, view, DRAIN_SECONDS)
         if clear:
-            ctx.store.registry.update(
-                lambda current: current.clear(m.name for m in current.on_port(port) if m.name in clear)
-            )
+            with writing_what_was_stopped(next(iter(plan.stops), None)):
+                ctx.store.registry.update(
+                    lambda current: current.clear(m.name for m in current.on_port(port) if m.name in clear)
+                )
         if plan.forget:
             ctx.store.forget_run(port)
     stopped: list[dict[str, object]] = [

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from mlxops.agent import boot
 from mlxops.agent.operations.context import RESTORE, Context, TakenOut
 from mlxops.agent.operations.load import load
+from mlxops.agent.place import require
 from mlxops.core.errors import Interrupted, MlxopsError, NotStarted, Refused
 from mlxops.core.registry import Registry
 from mlxops.core.restore import (
@@ -138,6 +139,8 @@ def _plan(ctx: Context, *, keep: bool) -> _Plan:
         cleared=last_cleared(history) if ctx.request.flag("cleared") else (),
         attempts=attempts,
     )
+    if steps.starts:
+        require(ctx.where.hub)
     return _Plan(steps, attempts)
 
 

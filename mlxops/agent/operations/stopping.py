@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from mlxops.agent import processes
 from mlxops.agent.engines import ENGINES
 from mlxops.agent.operations.context import Context
-from mlxops.core.errors import MlxopsError, Refused
+from mlxops.core.errors import MlxopsError, OutcomeUnknown, Refused
 from mlxops.core.protocol import Phase
 from mlxops.core.units import amount
 from mlxops.core.world import Owner, PortView, Run, State, run_of
@@ -50,6 +52,25 @@ def stop(ctx: Context, view: PortView, grace: float) -> float:
     ctx.store.forget_run(view.port)
     _see_memory_return(ctx, available, held)
     return asked
+
+
+@contextmanager
+def writing_what_was_stopped(stopped: PortView | None) -> Iterator[None]:
+    """Around the registry's write once `stopped` is gone: a write that fails is then no refusal any more, because
+    something was changed. Raises `OutcomeUnknown` (registry_behind)."""
+    try:
+        yield
+    except MlxopsError as error:
+        if stopped is None:
+            raise
+        port = stopped.port
+        raise OutcomeUnknown(
+            "registry_behind",
+            f"{stopped.model or 'the server'} on port {port} was stopped, and the registry could not be told",
+            why=f"{error.message}: {error.why}; whatever it assigns to the port would be started by restore",
+            hint=f"{error.hint}; then: mlxctl unload {port}",
+            details={"cause": error.code, "port": port},
+        ) from None
 
 
 def _run_of(ctx: Context, view: PortView) -> Run:

@@ -17,9 +17,10 @@ from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.files import cached
 from mlxops.agent.operations.prepare import Prepared, commit, prepare
 from mlxops.agent.operations.stopping import stop
+from mlxops.agent.snapshot import completeness
 from mlxops.agent.start import Start, deadline_for
 from mlxops.agent.warm import warm
-from mlxops.core.errors import Interrupted, MlxopsError
+from mlxops.core.errors import Interrupted, MlxopsError, NotStarted, OutcomeUnknown
 from mlxops.core.planner import LoadPlan, Target
 from mlxops.core.protocol import Phase
 from mlxops.core.registry import Model, Registry
@@ -37,7 +38,8 @@ def start_in_place(
 
     The caller holds the port, the model, and those of everything that is stopped. Returns the seconds for which the
     port did not answer; None if nothing had to be stopped. Whatever goes wrong, the servers that were stopped are
-    started again, and the registry says what is true.
+    started again, and the registry says what is true. If all that goes wrong is that the registry cannot be written,
+    and what served before cannot come back, the new server stays.
     """
     with ExitStack() as stack:
         serving = [(view, _way_back(ctx, registry, view)) for view in plan.stops if view.orphan is None]
@@ -57,9 +59,12 @@ def start_in_place(
             stack.enter_context(ctx.cancellation.shield())
             ctx.store.save_run(run)
             ctx.emit(Phase("commit", f"{plan.target.name} gets port {plan.port}"))
-            ctx.store.registry.update(lambda current: commit(current, plan, prepared.files))
+            _commit(ctx, plan, prepared)
         except BaseException as error:
             with ctx.cancellation.shield():
+                if isinstance(error, _NotCommitted) and serving and not all(_can_return(back) for _, back in serving):
+                    start.detach()
+                    raise _kept(ctx, plan, error) from None
                 gone = _abort(ctx, start)
                 # Where something of the new one is left, its record stays, and nothing is started beside it.
                 _recover(ctx, [each for each in serving if gone or each[0].port != plan.port], error)
@@ -75,6 +80,61 @@ def start_in_place(
             restore=ctx.request.flag("restore"),
         )
         return downtime
+
+
+class _NotCommitted(NotStarted):
+    """The new server was proven, and the registry could not be written."""
+
+
+def _commit(ctx: Context, plan: LoadPlan, prepared: Prepared) -> None:
+    """Raises what `RegistryFile.update` raises; `_NotCommitted` instead where a server was stopped for it."""
+    try:
+        ctx.store.registry.update(lambda current: commit(current, plan, prepared.files))
+    except MlxopsError as error:
+        name, port = plan.target.name, plan.port
+        if not plan.stops:
+            error.why = f"{error.why}; {name}, which had started on port {port}, was stopped again"
+            raise
+        raise _NotCommitted(
+            "not_committed",
+            f"{name} answered on port {port}, and could not be assigned to it: {error.message}",
+            why=error.why,
+            hint=error.hint,
+            details={"cause": error.code, "port": port},
+        ) from None
+
+
+def _kept(ctx: Context, plan: LoadPlan, error: MlxopsError) -> OutcomeUnknown:
+    """For a new server that stays because nothing could take its place."""
+    name, port = plan.target.name, plan.port
+    old = ", ".join(view.model or "a server" for view in plan.stops)
+    ctx.note(f"{name} keeps serving port {port}: {old} could not be started again", "warning")
+    return OutcomeUnknown(
+        "not_committed",
+        f"{name} serves port {port}, and the registry could not be told",
+        why=f"{error.message}: {error.why}; {_registered_there(ctx, port)}; {old} could not be started again",
+        hint=f"{error.hint}; then: mlxctl load {name} {port}",
+        details=error.details,
+    )
+
+
+def _registered_there(ctx: Context, port: int) -> str:
+    """What the registry says of a port, for people."""
+    registry = ctx.registry()
+    if registry.unwritable:
+        return "what it says of the port cannot be told"
+    names = ", ".join(model.name for model in registry.on_port(port))
+    return f"it assigns {names} to the port" if names else "it assigns nothing to the port"
+
+
+def _can_return(back: _WayBack | None) -> bool:
+    """Whether there is a way back, whose files are still there: the disk that takes no registry may have gone."""
+    if back is None:
+        return False
+    try:
+        return completeness(back.start.serving.path) is None
+    except (OSError, ValueError):
+        return False
 
 
 def _abort(ctx: Context, start: Start) -> bool:
@@ -177,17 +237,25 @@ def _bring_back(ctx: Context, view: PortView, back: _WayBack | None) -> str:
     try:
         back.start.launch(dict(ctx.environ), back.repo_id, back.revision, ctx.operation)
         ctx.store.save_run(back.start.wait(deadline_for(back.size_bytes), ctx.emit))
-        ctx.store.registry.update(
-            lambda current: (
-                current if _assigned(current, back.name, view.port) else current.assign(back.name, view.port)
-            )
-        )
     except (MlxopsError, OSError) as second:
         _abort(ctx, back.start)
         _clear(ctx, view.port)
         return f"{back.name} did not come back to port {view.port} either: {second}"
     back.start.detach()
-    return f"{back.name} serves port {view.port} again"
+    return f"{back.name} serves port {view.port} again{_assign_again(ctx, back.name, view.port)}"
+
+
+def _assign_again(ctx: Context, name: str, port: int) -> str:
+    """The registry says who is back. It serves all the same where that cannot be written; then what is to be said."""
+    try:
+        # Mostly it says so still. Then nothing is written, which may be just what is not possible.
+        if not _assigned(ctx.registry(), name, port):
+            ctx.store.registry.update(
+                lambda current: current if _assigned(current, name, port) else current.assign(name, port)
+            )
+    except MlxopsError as error:
+        return f", but the registry could not be told: {error.message}: {error.why}; {_registered_there(ctx, port)}"
+    return ""
 
 
 def _assigned(registry: Registry, name: str, port: int) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from mlxops.agent.journal import Journal, named
 from mlxops.agent.operations.context import RESTORE, Context, busy
-from mlxops.agent.operations.stopping import stop
+from mlxops.agent.operations.stopping import stop, writing_what_was_stopped
 from mlxops.core import names, planner
 from mlxops.core.errors import Interrupted, MlxopsError, UsageError
 from mlxops.core.planner import UnloadPlan
@@ -68,7 +68,8 @@ def _unload_port(ctx: Context, port: int, *, force: bool) -> UnloadPlan:
     if plan.stop is not None:
         stop(ctx, plan.stop, ctx.drain)
     ctx.store.forget_run(port)
-    ctx.store.registry.update(lambda current: current.clear(model.name for model in current.on_port(port)))
+    with writing_what_was_stopped(plan.stop):
+        ctx.store.registry.update(lambda current: current.clear(model.name for model in current.on_port(port)))
     if plan.changed:
         ctx.remember(command="unload", model=plan.model, port=port)
     return plan

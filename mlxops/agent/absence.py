@@ -1,0 +1,99 @@
+"""Why a registry file that is not there is no empty registry: a link whose target is gone, a disk that is not mounted,
+what a sync service put in its place, or a file that this host had before."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from mlxops.agent import reading
+
+MAX_BYTES = 1024 * 1024
+_WRITERS = frozenset({"init", "load"})
+"""The commands of the history after which there was a registry."""
+
+
+def reason(configured: Path, real: Path) -> str | None:
+    """Why the file's absence says nothing about its content; None if there may never have been one.
+
+    `configured`: the path as the settings name it; `real`: the same without links.
+    """
+    for path in (configured, *configured.parents):
+        if os.path.islink(path) and not os.path.exists(path):
+            return f"{path} is a link to {os.path.realpath(path)}, which is not there; perhaps its disk is not mounted"
+    placeholder = next(iter(_named(real, _PLACEHOLDER)), None)
+    if placeholder is not None:
+        return f"a sync service keeps only a placeholder of it on this host: {placeholder}"
+    copies = conflicts(real) or _named(real, _OTHER_HOSTS)
+    if copies:
+        return f"it is gone, and a sync service left conflicted copies: {', '.join(map(str, copies[:3]))}"
+    return None
+
+
+# What sync services make of a name: `{}` is the stem, `[]` the suffix.
+
+_PLACEHOLDER = (
+    r"\.{}[]\.icloud",  # iCloud Drive up to macOS 13
+    r"{}[]\.(?:nextcloud|owncloud|cloud)",  # virtual files of Nextcloud and ownCloud; Synology
+)
+_CONFLICT = (
+    r"{} ?\([^/]*\)[]",  # Dropbox, Nextcloud, Seafile, Google Drive: registry (Mini's conflicted copy 2026-01-31).json
+    r"{} \d+[]",  # iCloud Drive: registry 2.json
+    r"{}\.sync-conflict-[^/]*[]",  # Syncthing
+    r"{}[._ -]+conflict[^/]*[]",  # ownCloud: registry_conflict-20260131-120000.json; Resilio: registry.Conflict.json
+)
+_OTHER_HOSTS = (
+    r"{}-[^/]+[]",
+)  # OneDrive: registry-MINI.json; as a sign of a conflict too weak where the file is there
+
+
+def conflicts(registry: Path) -> list[Path]:
+    """The conflicted copies that lie beside it."""
+    return _named(registry, _CONFLICT)
+
+
+def _named(registry: Path, patterns: Iterable[str]) -> list[Path]:
+    stem, suffix = re.escape(registry.stem), re.escape(registry.suffix)
+    wanted = [re.compile(each.replace("{}", stem).replace("[]", suffix), re.IGNORECASE) for each in patterns]
+    try:
+        names = os.listdir(registry.parent)
+    except OSError:
+        return []
+    return [registry.parent / name for name in sorted(names) if any(each.fullmatch(name) for each in wanted)]
+
+
+# What the host's state remembers
+
+
+def remembered(mark: Path) -> frozenset[str]:
+    """The paths at which this host has had a registry."""
+    try:
+        paths = json.loads(reading.read(mark, MAX_BYTES))["paths"]
+        return frozenset(path for path in paths if isinstance(path, str))
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return frozenset()
+
+
+def encoded(paths: Iterable[str]) -> bytes:
+    return json.dumps({"paths": sorted(paths)}, indent=2).encode()
+
+
+def had_one_before_marks(state: Path) -> bool:
+    """Whether the state of an mlxops that made no marks yet tells that there was a registry."""
+    if os.path.lexists(state / "registry.previous.json"):
+        return True
+    try:
+        data = reading.read_end(state / "history.jsonl", MAX_BYTES)
+    except OSError:
+        return False
+    return any(_wrote(line) for line in data.splitlines())
+
+
+def _wrote(line: bytes) -> bool:
+    try:
+        return json.loads(line)["command"] in _WRITERS
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return False
