@@ -9,8 +9,8 @@ sends it; nothing here reads it.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxops.agent.cache import Snapshot, find, is_commit
+from mlxops.agent.contents import Damaged, can_be_an_edit, content_hash, printable
 from mlxops.agent.hubline import (
     Asked,
     Bytes,
@@ -33,8 +34,16 @@ from mlxops.agent.hubline import (
     plain_etag,
     plain_name,
 )
-from mlxops.agent.snapshot import NOT_SERVED, completeness, damaged_weights, is_served, is_weight, printable
+from mlxops.agent.snapshot import (
+    completeness,
+    damaged_weights,
+    edited,
+    is_begun_only,
+    kept_as_it_is,
+    link_that_leads_nowhere,
+)
 from mlxops.agent.system import free_on_disk
+from mlxops.agent.weights import NOT_SERVED, is_served, is_weight, wrong_length
 from mlxops.core.errors import Refused
 from mlxops.core.names import is_repo_id, is_revision
 from mlxops.core.protocol import Note, Progress
@@ -121,7 +130,7 @@ def verify(
     done = 0
     for file in plan.files:
         place = folder / "snapshots" / commit / file.name
-        if _content_hash(place, file) != file.etag:
+        if content_hash(place, file.etag) != file.etag and not _is_somebodys_own(place, file):
             wrong.append(printable(file.name))
             _drop(folder, place)
         done += file.size
@@ -131,16 +140,25 @@ def verify(
     return len(plan.files)
 
 
-def _content_hash(path: Path, file: HubFile) -> str:
-    """SHA-256 for what the hub keeps in LFS, git's SHA-1 of the blob for the rest; empty if it cannot be read."""
-    digest = hashlib.sha256() if len(file.etag) == 64 else hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
+def _is_somebodys_own(place: Path, file: HubFile) -> bool:
+    """Whether a file that is not the hub's can be an edit: text that is whole, weights of another size that fit their
+    own header. Weights of the hub's size are taken for damaged: `verify` is there to find those."""
+    size = _size(place)
+    if size is None:
+        return False
     try:
-        with open(path, "rb") as content:
-            while piece := content.read(4 * 1024 * 1024):
-                digest.update(piece)
-    except OSError:
-        return ""
-    return digest.hexdigest()
+        if is_weight(file.name):
+            return size != file.size and wrong_length(str(place), size) is None
+        return can_be_an_edit(str(place), file.name, size, file.size)
+    except (OSError, Damaged):
+        return False
+
+
+def tell_edits(snapshot: Snapshot, emit: Emit) -> None:
+    """Say which files of a snapshot are not the hub's, and how to have those again."""
+    for each in edited(snapshot.path):
+        kept = kept_as_it_is(snapshot.path / each.name, snapshot.repo_id, snapshot.revision)
+        emit(Note(f"{each}: {kept}", "warning"))
 
 
 @dataclass(frozen=True)
@@ -263,8 +281,9 @@ def _not_mlx(plan: Plan, why: str) -> Refused:
 
 
 def _prepare(folder: Path, plan: Plan, emit: Emit) -> None:
+    _refuse_dead_links(folder, plan)
     _drop_leftovers(folder)
-    _drop_wrong_sizes(folder, plan, emit)
+    _drop_begun(folder, plan, emit)
     _announce(folder, plan, emit)
 
 
@@ -292,15 +311,37 @@ def _is_locked(path: Path) -> bool:
     return False
 
 
-def _drop_wrong_sizes(folder: Path, plan: Plan, emit: Emit) -> None:
-    """huggingface_hub takes whatever lies under the right name for the right file: what was cut off would stay so."""
+def _refuse_dead_links(folder: Path, plan: Plan) -> None:
+    """A link of somebody's to a disk that is not there now would be replaced by the download. Raises `Refused`."""
+    snapshot = folder / "snapshots" / plan.commit
+    for file in plan.files:
+        if place := link_that_leads_nowhere(str(snapshot), file.name):
+            raise Refused(
+                "link_broken",
+                f"{plan.repo_id} is not downloaded over a link that somebody made",
+                why=f"{printable(file.name)} is a link to {printable(place)}, which is not there",
+                hint=f"mount what it leads to, or delete the link: rm {shlex.quote(str(snapshot / file.name))}",
+            )
+
+
+def _drop_begun(folder: Path, plan: Plan, emit: Emit) -> None:
+    """huggingface_hub takes whatever lies under the right name for the right file: what was cut off would stay so.
+    What is whole and other than the hub's is somebody's own, and stays."""
     for file in plan.files:
         for place in _places(folder, plan, file):
             actual = _size(place)
-            if actual is not None and actual != file.size:
-                what = f"{printable(file.name)} has {actual} of {file.size} bytes in the cache"
-                emit(Note(f"{what}: downloading it anew", "warning"))
-                _drop(folder, place)
+            if actual is None or actual == file.size or not _is_begun_only(place, file, actual):
+                continue
+            what = f"{printable(file.name)} has {actual} of {file.size} bytes in the cache"
+            emit(Note(f"{what}: downloading it anew", "warning"))
+            _drop(folder, place)
+
+
+def _is_begun_only(place: Path, file: HubFile, size: int) -> bool:
+    try:
+        return is_begun_only(str(place), file.name, size, file.size)
+    except (OSError, Damaged):
+        return False
 
 
 def _drop(folder: Path, pointer: Path) -> None:
@@ -333,8 +374,10 @@ def _announce(folder: Path, plan: Plan, emit: Emit) -> None:
 
 
 def _present(folder: Path, plan: Plan) -> int:
-    """Bytes of the plan that the cache holds: in this snapshot or, by content, in another one of the repository."""
-    return sum(file.size for file in plan.files if file.size in map(_size, _places(folder, plan, file)))
+    """Bytes of the plan that need no download: they are in this snapshot or, by content, in another one of the
+    repository, as the hub's or as somebody's own."""
+    here = [file for file in plan.files if any(_size(place) is not None for place in _places(folder, plan, file))]
+    return sum(file.size for file in here)
 
 
 def _places(folder: Path, plan: Plan, file: HubFile) -> tuple[Path, Path]:

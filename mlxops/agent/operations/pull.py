@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 def pull(ctx: Context) -> dict[str, object]:
     """Bring what the hub has now into the cache; with `verify`, compare every file's content with the hub's hashes."""
-    from mlxops.agent.hub import verify
+    from mlxops.agent.hub import tell_edits, verify
 
     began = time.monotonic()
     repo_id, revision = names.repo(ctx.request.text("repo") or "")
@@ -46,6 +46,7 @@ def pull(ctx: Context) -> dict[str, object]:
     if ctx.request.flag("verify"):
         ctx.emit(Phase("verify", f"{repo_id} at {snapshot.revision[:12]}: the content of every file"))
         verified = verify(repo_id, snapshot.revision, ctx.where.hub, ctx.emit)
+    tell_edits(snapshot, ctx.emit)
     changed = not (isinstance(before, Snapshot) and before.revision == snapshot.revision)
     if changed:
         ctx.remember(command="pull", repo_id=repo_id, revision=snapshot.revision)
