@@ -8,17 +8,16 @@ sends it; nothing here reads it.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shlex
-import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxops.agent.cache import Snapshot, find, is_commit
 from mlxops.agent.contents import Damaged, can_be_an_edit, content_hash, printable
+from mlxops.agent.flocks import is_locked
 from mlxops.agent.hubline import (
     Asked,
     Bytes,
@@ -28,7 +27,6 @@ from mlxops.agent.hubline import (
     Patience,
     as_of_a_hub,
     failure,
-    import_quietly,
     open_line,
     persistently,
     plain_etag,
@@ -50,7 +48,6 @@ from mlxops.core.protocol import Note, Progress
 from mlxops.core.units import amount
 
 if TYPE_CHECKING:
-    from huggingface_hub import CachedRepoInfo
     from huggingface_hub.hf_api import RepoFile, RepoSibling
 
 
@@ -161,70 +158,6 @@ def tell_edits(snapshot: Snapshot, emit: Emit) -> None:
         emit(Note(f"{each}: {kept}", "warning"))
 
 
-@dataclass(frozen=True)
-class Deleted:
-    """What became, or would become, of a snapshot that is deleted."""
-
-    freed_bytes: int
-    linked_bytes: int
-    """Of files that lie elsewhere, and that the cache only has links to: the links go, the files stay."""
-    kept: tuple[str, ...]
-    """The commits of its repository that stay."""
-
-
-def delete(snapshot: Path, *, dry_run: bool) -> Deleted:
-    """Delete one snapshot of a cache, with all that only it uses. What other snapshots or repositories share is kept,
-    and so is everything outside of the cache."""
-    import_quietly()
-    from huggingface_hub import scan_cache_dir
-
-    repo = snapshot.parent.parent
-    cache = scan_cache_dir(repo.parent)
-    # Copies of a repository have the same commits, and huggingface_hub takes any one that has it; a link to another
-    # repository's folder leads to the same files.
-    same = [each for each in cache.repos if each.repo_path.samefile(repo)]
-    only = [each for each in same if each.repo_path.name == repo.name] or same
-    plan = replace(cache, repos=frozenset(only[:1])).delete_revisions(snapshot.name)
-    inside = os.path.realpath(repo)
-    plan = replace(plan, blobs=frozenset(blob for blob in plan.blobs if _lies_in(blob.parent, inside)))
-    linked = sum(_linked(each, snapshot.name) for each in only[:1])
-    others = [each.name for each in snapshot.parent.iterdir() if each.name != snapshot.name]
-    if not dry_run:
-        plan.execute()
-        if others:
-            (repo / "trees" / f"{snapshot.name}.json").unlink(missing_ok=True)
-        else:
-            shutil.rmtree(repo, ignore_errors=True)
-    return Deleted(plan.expected_freed_size - linked, linked, tuple(sorted(others)))
-
-
-def _linked(repo: CachedRepoInfo, commit: str) -> int:
-    """The bytes of a snapshot that lie neither in its repository nor in the cache's own store: huggingface_hub counts
-    them as freed when it removes the links. Nothing lies in a repository of which the folder is a link itself, and of
-    which no other snapshot stays: then the link is all that goes."""
-    staying = [revision for revision in repo.revisions if revision.commit_hash != commit]
-    shared = {file.blob_path for revision in staying for file in revision.files}
-    places = [os.path.join(os.path.realpath(repo.repo_path.parent), "blobs")]
-    if staying or not repo.repo_path.is_symlink():
-        places.append(os.path.realpath(repo.repo_path))
-    sizes = {
-        file.blob_path: file.size_on_disk
-        for revision in repo.revisions
-        if revision.commit_hash == commit
-        for file in revision.files
-    }
-    return sum(
-        size
-        for blob, size in sizes.items()
-        if blob not in shared and not any(_lies_in(blob, place) for place in places)
-    )
-
-
-def _lies_in(path: Path, folder: str) -> bool:
-    """`folder` is without links."""
-    return Path(os.path.realpath(path)).is_relative_to(folder)
-
-
 def _refuse_impossible(asked: Asked) -> None:
     if not is_repo_id(asked.repo_id):
         raise failure("repo_not_found", asked, "this cannot be the name of a repository")
@@ -293,22 +226,8 @@ def _drop_leftovers(folder: Path) -> None:
     program, are told by their lock."""
     for leftover in (folder / "blobs").glob("*.incomplete"):
         etag = leftover.name.partition(".")[0]
-        if not _is_locked(folder.parent / ".locks" / folder.name / f"{etag}.lock"):
+        if not is_locked(folder.parent / ".locks" / folder.name / f"{etag}.lock"):
             leftover.unlink(missing_ok=True)
-
-
-def _is_locked(path: Path) -> bool:
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
 
 
 def _refuse_dead_links(folder: Path, plan: Plan) -> None:

@@ -207,6 +207,11 @@ def edited(snapshot_dir: Path) -> tuple[Edited, ...]:
     return tuple(found)
 
 
+def is_of_a_download(folder: str, name: str) -> bool:
+    """Whether a file of the snapshot has the name of one that the hub has there."""
+    return _is_of_the_model(name) or name == _INDEX or name in (_tree(folder) or ())
+
+
 def kept_as_it_is(file: Path, repo_id: str, revision: str) -> str:
     """What becomes of an edited file, and the commands that bring the hub's back."""
     return f"it is kept, and served as it is (to have the hub's again: {hubs_again(file, repo_id, revision)})"
