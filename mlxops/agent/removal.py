@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import stat
 from collections.abc import Iterator
@@ -62,11 +63,13 @@ def delete(repo: Path, commit: str | None, *, dry_run: bool) -> Deleted:
     own = tuple(str(path) for path in files if _is_somebodys_own(repo, path))
     goes = [path for path in files if str(path) not in own]
     if not goes:
+        place = repo / "snapshots" / commit if commit else repo
+        names = ", ".join(os.path.relpath(path, place) for path in own)
         raise Refused(
             "nothing_to_remove",
-            f"nothing of {repo} was downloaded",
-            why=f"what is left there was put there by somebody: {', '.join(own)}"[:300] if own else "it is empty",
-            hint=f"delete it by hand if nobody needs it: rm -r {repo}",
+            f"nothing that was downloaded is left in {place}",
+            why=f"no download put there what is left: {names}"[:300] if own else "it is empty",
+            hint=f"delete it by hand if nobody needs it: rm -r {shlex.quote(str(place))}",
         )
     linked = _bytes_behind(repo, goes)
     shared = _Shared(repo, goes)
