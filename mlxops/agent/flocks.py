@@ -101,6 +101,18 @@ def flock_within(fd: int, seconds: float = LOOK_SECONDS, path: str | Path = "", 
     return True
 
 
+def is_locked(path: Path) -> bool:
+    """Whether anybody holds the lock of a file; nobody does of one that is not there. Raises `OSError`."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        return not try_flock(fd)
+    finally:
+        os.close(fd)
+
+
 @contextmanager
 def alone(folder: Path, what: str) -> Iterator[None]:
     """Hold a folder's lock, for milliseconds. Raises `Busy` (registry_locked, settings_locked, operations_locked,

@@ -8,16 +8,16 @@ sends it; nothing here reads it.
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import os
-import shutil
+import shlex
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxops.agent.cache import Snapshot, find, is_commit
+from mlxops.agent.contents import Damaged, can_be_an_edit, content_hash, printable
+from mlxops.agent.flocks import is_locked
 from mlxops.agent.hubline import (
     Asked,
     Bytes,
@@ -27,21 +27,27 @@ from mlxops.agent.hubline import (
     Patience,
     as_of_a_hub,
     failure,
-    import_quietly,
     open_line,
     persistently,
     plain_etag,
     plain_name,
 )
-from mlxops.agent.snapshot import NOT_SERVED, completeness, damaged_weights, is_served, is_weight, printable
+from mlxops.agent.snapshot import (
+    completeness,
+    damaged_weights,
+    edited,
+    is_begun_only,
+    kept_as_it_is,
+    link_that_leads_nowhere,
+)
 from mlxops.agent.system import free_on_disk
+from mlxops.agent.weights import NOT_SERVED, is_served, is_weight, wrong_length
 from mlxops.core.errors import Refused
 from mlxops.core.names import is_repo_id, is_revision
 from mlxops.core.protocol import Note, Progress
 from mlxops.core.units import amount
 
 if TYPE_CHECKING:
-    from huggingface_hub import CachedRepoInfo
     from huggingface_hub.hf_api import RepoFile, RepoSibling
 
 
@@ -121,7 +127,7 @@ def verify(
     done = 0
     for file in plan.files:
         place = folder / "snapshots" / commit / file.name
-        if _content_hash(place, file) != file.etag:
+        if content_hash(place, file.etag) != file.etag and not _is_somebodys_own(place, file):
             wrong.append(printable(file.name))
             _drop(folder, place)
         done += file.size
@@ -131,80 +137,25 @@ def verify(
     return len(plan.files)
 
 
-def _content_hash(path: Path, file: HubFile) -> str:
-    """SHA-256 for what the hub keeps in LFS, git's SHA-1 of the blob for the rest; empty if it cannot be read."""
-    digest = hashlib.sha256() if len(file.etag) == 64 else hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
+def _is_somebodys_own(place: Path, file: HubFile) -> bool:
+    """Whether a file that is not the hub's can be an edit: text that is whole, weights of another size that fit their
+    own header. Weights of the hub's size are taken for damaged: `verify` is there to find those."""
+    size = _size(place)
+    if size is None:
+        return False
     try:
-        with open(path, "rb") as content:
-            while piece := content.read(4 * 1024 * 1024):
-                digest.update(piece)
-    except OSError:
-        return ""
-    return digest.hexdigest()
+        if is_weight(file.name):
+            return size != file.size and wrong_length(str(place), size) is None
+        return can_be_an_edit(str(place), file.name, size, file.size)
+    except (OSError, Damaged):
+        return False
 
 
-@dataclass(frozen=True)
-class Deleted:
-    """What became, or would become, of a snapshot that is deleted."""
-
-    freed_bytes: int
-    linked_bytes: int
-    """Of files that lie elsewhere, and that the cache only has links to: the links go, the files stay."""
-    kept: tuple[str, ...]
-    """The commits of its repository that stay."""
-
-
-def delete(snapshot: Path, *, dry_run: bool) -> Deleted:
-    """Delete one snapshot of a cache, with all that only it uses. What other snapshots or repositories share is kept,
-    and so is everything outside of the cache."""
-    import_quietly()
-    from huggingface_hub import scan_cache_dir
-
-    repo = snapshot.parent.parent
-    cache = scan_cache_dir(repo.parent)
-    # Copies of a repository have the same commits, and huggingface_hub takes any one that has it; a link to another
-    # repository's folder leads to the same files.
-    same = [each for each in cache.repos if each.repo_path.samefile(repo)]
-    only = [each for each in same if each.repo_path.name == repo.name] or same
-    plan = replace(cache, repos=frozenset(only[:1])).delete_revisions(snapshot.name)
-    inside = os.path.realpath(repo)
-    plan = replace(plan, blobs=frozenset(blob for blob in plan.blobs if _lies_in(blob.parent, inside)))
-    linked = sum(_linked(each, snapshot.name) for each in only[:1])
-    others = [each.name for each in snapshot.parent.iterdir() if each.name != snapshot.name]
-    if not dry_run:
-        plan.execute()
-        if others:
-            (repo / "trees" / f"{snapshot.name}.json").unlink(missing_ok=True)
-        else:
-            shutil.rmtree(repo, ignore_errors=True)
-    return Deleted(plan.expected_freed_size - linked, linked, tuple(sorted(others)))
-
-
-def _linked(repo: CachedRepoInfo, commit: str) -> int:
-    """The bytes of a snapshot that lie neither in its repository nor in the cache's own store: huggingface_hub counts
-    them as freed when it removes the links. Nothing lies in a repository of which the folder is a link itself, and of
-    which no other snapshot stays: then the link is all that goes."""
-    staying = [revision for revision in repo.revisions if revision.commit_hash != commit]
-    shared = {file.blob_path for revision in staying for file in revision.files}
-    places = [os.path.join(os.path.realpath(repo.repo_path.parent), "blobs")]
-    if staying or not repo.repo_path.is_symlink():
-        places.append(os.path.realpath(repo.repo_path))
-    sizes = {
-        file.blob_path: file.size_on_disk
-        for revision in repo.revisions
-        if revision.commit_hash == commit
-        for file in revision.files
-    }
-    return sum(
-        size
-        for blob, size in sizes.items()
-        if blob not in shared and not any(_lies_in(blob, place) for place in places)
-    )
-
-
-def _lies_in(path: Path, folder: str) -> bool:
-    """`folder` is without links."""
-    return Path(os.path.realpath(path)).is_relative_to(folder)
+def tell_edits(snapshot: Snapshot, emit: Emit) -> None:
+    """Say which files of a snapshot are not the hub's, and how to have those again."""
+    for each in edited(snapshot.path):
+        kept = kept_as_it_is(snapshot.path / each.name, snapshot.repo_id, snapshot.revision)
+        emit(Note(f"{each}: {kept}", "warning"))
 
 
 def _refuse_impossible(asked: Asked) -> None:
@@ -263,8 +214,9 @@ def _not_mlx(plan: Plan, why: str) -> Refused:
 
 
 def _prepare(folder: Path, plan: Plan, emit: Emit) -> None:
+    _refuse_dead_links(folder, plan)
     _drop_leftovers(folder)
-    _drop_wrong_sizes(folder, plan, emit)
+    _drop_begun(folder, plan, emit)
     _announce(folder, plan, emit)
 
 
@@ -274,33 +226,41 @@ def _drop_leftovers(folder: Path) -> None:
     program, are told by their lock."""
     for leftover in (folder / "blobs").glob("*.incomplete"):
         etag = leftover.name.partition(".")[0]
-        if not _is_locked(folder.parent / ".locks" / folder.name / f"{etag}.lock"):
+        if not is_locked(folder.parent / ".locks" / folder.name / f"{etag}.lock"):
             leftover.unlink(missing_ok=True)
 
 
-def _is_locked(path: Path) -> bool:
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
+def _refuse_dead_links(folder: Path, plan: Plan) -> None:
+    """A link of somebody's to a disk that is not there now would be replaced by the download. Raises `Refused`."""
+    snapshot = folder / "snapshots" / plan.commit
+    for file in plan.files:
+        if place := link_that_leads_nowhere(str(snapshot), file.name):
+            raise Refused(
+                "link_broken",
+                f"{plan.repo_id} is not downloaded over a link that somebody made",
+                why=f"{printable(file.name)} is a link to {printable(place)}, which is not there",
+                hint=f"mount what it leads to, or delete the link: rm {shlex.quote(str(snapshot / file.name))}",
+            )
 
 
-def _drop_wrong_sizes(folder: Path, plan: Plan, emit: Emit) -> None:
-    """huggingface_hub takes whatever lies under the right name for the right file: what was cut off would stay so."""
+def _drop_begun(folder: Path, plan: Plan, emit: Emit) -> None:
+    """huggingface_hub takes whatever lies under the right name for the right file: what was cut off would stay so.
+    What is whole and other than the hub's is somebody's own, and stays."""
     for file in plan.files:
         for place in _places(folder, plan, file):
             actual = _size(place)
-            if actual is not None and actual != file.size:
-                what = f"{printable(file.name)} has {actual} of {file.size} bytes in the cache"
-                emit(Note(f"{what}: downloading it anew", "warning"))
-                _drop(folder, place)
+            if actual is None or actual == file.size or not _is_begun_only(place, file, actual):
+                continue
+            what = f"{printable(file.name)} has {actual} of {file.size} bytes in the cache"
+            emit(Note(f"{what}: downloading it anew", "warning"))
+            _drop(folder, place)
+
+
+def _is_begun_only(place: Path, file: HubFile, size: int) -> bool:
+    try:
+        return is_begun_only(str(place), file.name, size, file.size)
+    except (OSError, Damaged):
+        return False
 
 
 def _drop(folder: Path, pointer: Path) -> None:
@@ -333,8 +293,10 @@ def _announce(folder: Path, plan: Plan, emit: Emit) -> None:
 
 
 def _present(folder: Path, plan: Plan) -> int:
-    """Bytes of the plan that the cache holds: in this snapshot or, by content, in another one of the repository."""
-    return sum(file.size for file in plan.files if file.size in map(_size, _places(folder, plan, file)))
+    """Bytes of the plan that need no download: they are in this snapshot or, by content, in another one of the
+    repository, as the hub's or as somebody's own."""
+    here = [file for file in plan.files if any(_size(place) is not None for place in _places(folder, plan, file))]
+    return sum(file.size for file in here)
 
 
 def _places(folder: Path, plan: Plan, file: HubFile) -> tuple[Path, Path]:

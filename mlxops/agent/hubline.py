@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 from weakref import WeakSet
 
 from mlxops.agent.cache import is_commit
-from mlxops.agent.snapshot import printable
+from mlxops.agent.contents import printable
 from mlxops.core.errors import DownloadFailed, MlxopsError, Refused
 from mlxops.core.protocol import Event, Note, Progress
 from mlxops.core.units import amount

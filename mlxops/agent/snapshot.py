@@ -7,32 +7,38 @@ called config.json), or make it read without bound.
 
 from __future__ import annotations
 
-import json
 import os
 import re
+import shlex
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import translate
 from pathlib import Path
+from typing import NamedTuple
 
-from mlxops.agent import reading
+from mlxops.agent import contents, reading
+from mlxops.agent.contents import Damaged, json_object, printable
+from mlxops.agent.weights import (
+    conflict,
+    damage,
+    first_bytes,
+    header,
+    header_bytes,
+    is_weight,
+    language_weights,
+    missing,
+    strangers,
+    weights,
+    wrong_length,
+)
 from mlxops.core.kvcache import HALF, KVCache, kv_cache, language_model
 
-MAX_JSON = 64 * 1024 * 1024
-"""Bytes; a tokenizer.json of 250,000 words has 35 million, a config.json a few thousand."""
+MAX_JSON = contents.MAX_TEXT
 MAX_CONFIG = 8 * 1024 * 1024
-MAX_HEADER = 100_000_000
-"""Bytes; the limit of the safetensors format itself (`safetensors`, src/tensor.rs, MAX_HEADER_SIZE)."""
 MAX_README = 16 * 1024
+MAX_HASHED = 8 * 1024 * 1024
+"""Bytes of a text file whose content is compared with the hub's at each load."""
 
-NOT_SERVED = (
-    *("*.gguf", "*.bin", "*.pth", "*.pt", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.ot", "*.tflite"),
-    *("consolidated*", "onnx/*", "openvino/*", "original/*", "coreml/*", "metal/*"),
-)
-"""Names (fnmatch) of the same weights in forms that no MLX engine loads: neither downloaded nor missed."""
-
-_NOT_SERVED = re.compile("|".join(map(translate, NOT_SERVED)))
 _OTHER_FORMATS = {
     ".gguf": "GGUF",
     ".bin": "PyTorch weights",
@@ -48,19 +54,15 @@ _NEEDED = re.compile(
     r"(config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template|preprocessor_config"
     r"|processor_config)\.json|chat_template\.jinja|tokenizer\.model|merges\.txt|vocab\.txt|[^/]+\.tiktoken|[^/]+\.py"
 )
-_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_context_length", "max_seq_len")
+_OF_THE_MODEL = ("generation_config.json", "README.md")
+"""What a model does without, and people edit all the same."""
 _INDEX = "model.safetensors.index.json"
+_WEIGHTS_HEAD = 64 * 1024
+"""Bytes of a weight file in which the types of its first tensors are."""
 _INDEX_HEAD = 4096
 """Bytes of an index in which its metadata are: they come first (mlx_lm.utils.save_model; transformers sorts keys)."""
 _TOTAL = re.compile(rb'\s*\{\s*"metadata":\s*\{[^{}]*"total_size":\s*(\d{1,18})\s*[,}]')
-_ENDS = re.compile(rb'"data_offsets": ?\[\d{1,18}, ?(\d{1,18})\]')
-_FIRST = 64 * 1024
-"""Bytes of a weight file in the first read: most headers are shorter."""
-
-
-class Damaged(Exception):
-    """A file that is there and is not what it should be; its text says what it is instead."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,28 @@ class Files:
     """Names that lead to no regular file: the blob is gone, a loop, a pipe."""
     total: int
     """Bytes; a file under two names counts once."""
+
+
+class Listed(NamedTuple):
+    """A file as the hub lists it."""
+
+    size: int
+    etag: str
+    """SHA-256 of what the hub keeps in LFS, git's name of the rest; empty if it is not told."""
+
+
+@dataclass(frozen=True)
+class Edited:
+    """A file of a snapshot that is not the hub's, and whole."""
+
+    name: str
+    size: int
+    listed: int | None
+    """Bytes of the hub's; None if that is not known."""
+
+    def __str__(self) -> str:
+        sizes = f" ({self.size} bytes, the hub's has {self.listed})" if self.listed not in (None, self.size) else ""
+        return f"{printable(self.name)} differs from the hub's{sizes}"
 
 
 @dataclass(frozen=True)
@@ -104,28 +128,38 @@ class ModelFacts:
     weight_bytes: int
     quantization: str | None
     """For people: "6-bit gs64"."""
-    runs_code: tuple[str, ...]
-    """Why loading would run code of the repository; empty if it would not."""
+    model_file: str | None
+    """A Python file of the repository that config.json names as the model; mlx-lm 0.30.6-0.31.3 import it unasked."""
+    auto_map: tuple[str, ...]
+    """The files that name code for transformers, which runs only where it is trusted."""
     has_chat_template: bool
     problems: tuple[str, ...]
     """Why an engine could not serve it; empty if nothing is known against it."""
+    broken: tuple[str, ...] = ()
+    """The text files that do not parse, among the problems."""
+    oddities: tuple[str, ...] = ()
+    """What is served all the same, and worth a word."""
+    language_weights: bool = True
+    """There are weights that a language model's engine loads (model*.safetensors)."""
 
 
 def judge(folder: str, org: str) -> Verdict:
     """Whether a snapshot of a repository of `org` can be registered; never raises."""
     try:
         files, tree = _list(folder), _tree(folder)
-        if not _weights({**files.sizes, **dict.fromkeys(files.dangling, 0), **(tree or {})}):
+        if not weights({*files.sizes, *files.dangling, *(tree or ())}):
             return _without_weights(files, tree)
         if why := _missing(folder, files, tree):
             return Verdict(files.total, f"incomplete: {why}", incomplete=True)
-        return Verdict(files.total, _not_mlx(folder, org, _weights(files.sizes)))
-    except (OSError, Damaged) as error:
-        return Verdict(0, f"cannot be read: {_reason(error)}", incomplete=isinstance(error, Damaged))
+        return Verdict(files.total, _not_mlx(folder, org, weights(files.sizes)))
+    except Damaged as error:
+        return Verdict(0, f"cannot be read: {error}", incomplete=error.ends_early)
+    except OSError as error:
+        return Verdict(0, f"cannot be read: {_reason(error)}")
 
 
 def completeness(snapshot_dir: Path) -> str | None:
-    """None if everything that an engine needs is there and as long as it should be, else one line why not.
+    """None if everything that an engine needs is there and whole, else one line why not.
 
     The thorough form: it also holds every weight file against its own header.
     """
@@ -134,7 +168,7 @@ def completeness(snapshot_dir: Path) -> str | None:
         files, tree = _list(folder), _tree(folder)
         if why := _missing(folder, files, tree):
             return why
-        return next(_wrong_lengths(folder, files), None)
+        return next((why for _, why in damage(folder, weights(files.sizes), files.sizes)), None)
     except (OSError, Damaged) as error:
         return _reason(error)
 
@@ -142,15 +176,73 @@ def completeness(snapshot_dir: Path) -> str | None:
 def damaged_weights(snapshot_dir: Path) -> tuple[str, ...]:
     """The weight files whose length is not what their own header says."""
     folder = str(snapshot_dir)
-    return tuple(name for name, _ in _damage(folder, _list(folder)))
+    sizes = _list(folder).sizes
+    return tuple(name for name, _ in damage(folder, weights(sizes), sizes))
+
+
+def is_begun_only(path: str, name: str, size: int, whole: int) -> bool:
+    """Whether a file of `size` bytes, of which the hub has `whole`, is cut off. What is whole in itself is somebody's
+    own: weights that fit their header, text that parses. Raises `OSError`, `Damaged`."""
+    if is_weight(name):
+        return wrong_length(path, size) is not None
+    return contents.ends_early(path, name, size, whole)
+
+
+def edited(snapshot_dir: Path) -> tuple[Edited, ...]:
+    """What a person changed in a snapshot, as far as the hub's listing and the blobs' names tell."""
+    folder = str(snapshot_dir)
+    try:
+        files = _list(folder)
+    except OSError:
+        return ()
+    tree = _tree(folder) or {}
+    links = any(os.path.islink(f"{folder}/{name}") for name in files.sizes)
+    found = []
+    for name in sorted(filter(_is_of_the_model, files.sizes)):
+        size, listed = files.sizes[name], tree.get(name)
+        etag = listed.etag if listed else _blob_name(f"{folder}/{name}")
+        if listed is not None and size != listed.size:
+            found.append(Edited(name, size, listed.size))
+        elif etag and contents.content_hash(f"{folder}/{name}", etag, MAX_HASHED) not in (None, etag):
+            found.append(Edited(name, size, listed.size if listed else None))
+        elif not etag and links and not os.path.islink(f"{folder}/{name}"):
+            found.append(Edited(name, size, None))  # it took the place of a link into the cache
+    return tuple(found)
+
+
+def is_of_a_download(folder: str, name: str) -> bool:
+    """Whether a file of the snapshot has the name of one that the hub has there."""
+    return _is_of_the_model(name) or name == _INDEX or name in (_tree(folder) or ())
+
+
+def kept_as_it_is(file: Path, repo_id: str, revision: str) -> str:
+    """What becomes of an edited file, and the commands that bring the hub's back."""
+    return f"it is kept, and served as it is (to have the hub's again: {hubs_again(file, repo_id, revision)})"
+
+
+def hubs_again(file: Path, repo_id: str, revision: str) -> str:
+    """The commands that put the hub's file in the place of an edited one: the content goes, wherever it lies."""
+    return f"rm {shlex.quote(os.path.realpath(file))}; mlxctl pull --repo {repo_id}@{revision}"
+
+
+def link_that_leads_nowhere(folder: str, name: str) -> str | None:
+    """Where a dangling link leads that somebody made to a place outside of the cache, a disk that is not mounted
+    perhaps; None for any other."""
+    path = f"{folder}/{name}"
+    if not os.path.islink(path) or os.path.exists(path):
+        return None
+    cache = os.path.realpath(os.path.join(folder, *3 * (os.pardir,)))
+    target = os.path.realpath(path)
+    return None if target.startswith(f"{cache}/") else target
 
 
 def inspect(path: Path) -> ModelFacts:
     """The facts of the snapshot at `path`; bad files never raise, they become problems."""
     folder = str(path)
     problems: list[str] = []
-    config = _object(folder, "config.json", problems)
-    tokenizer = _object(folder, "tokenizer_config.json", problems, optional=True)
+    broken: list[str] = []
+    config = _object(folder, "config.json", problems, broken)
+    tokenizer = _object(folder, "tokenizer_config.json", problems, broken, optional=True)
     try:
         files = _list(folder)
     except OSError as error:
@@ -160,26 +252,52 @@ def inspect(path: Path) -> ModelFacts:
         problems.append("no tokenizer (tokenizer.json, tokenizer.model, vocab.json)")
     if (why := completeness(path)) and why not in problems:
         problems.append(why)
+    oddities = [] if problems else list(_odd_weights(folder, files, problems))
     architectures = config.get("architectures")
     shaped = _shape(config, folder)
+    model_file = config.get("model_file")
     return ModelFacts(
         model_type=shaped.model_type,
         architectures=tuple(map(str, architectures)) if isinstance(architectures, list) else (),
         context_length=shaped.context_length,
         cache=shaped.cache,
-        weight_bytes=sum(files.sizes[name] for name in _weights(files.sizes)),
+        weight_bytes=sum(files.sizes[name] for name in weights(files.sizes)),
         quantization=_quantization(config),
-        runs_code=tuple(_code(config, tokenizer)),
+        model_file=printable(str(model_file)) if model_file else None,
+        auto_map=tuple(
+            name
+            for name, content in (("config.json", config), ("tokenizer_config.json", tokenizer))
+            if content.get("auto_map")
+        ),
         has_chat_template=bool(tokenizer.get("chat_template"))
         or not files.sizes.keys().isdisjoint({"chat_template.jinja", "chat_template.json"}),
         problems=tuple(problems),
+        broken=tuple(broken),
+        oddities=tuple(oddities),
+        language_weights=bool(language_weights(files.sizes)),
     )
+
+
+def _odd_weights(folder: str, files: Files, problems: list[str]) -> Iterator[str]:
+    """What an index or a file left by another conversion is worth saying; a problem where it cannot be loaded."""
+    present = weights(files.sizes)
+    index = _indexed(folder, files)
+    if index and not index >= set(present) and not index <= set(present):
+        yield f"{_INDEX} names other weight files than are here; engines do not read it"
+    if left := strangers(present, index or set(_tree(folder) or ())):
+        yield f"{printable(left[0])} is loaded too, and looks like the rest of another conversion"
+        try:
+            why = conflict(folder, set(present) - set(left), left)
+        except (OSError, Damaged) as error:
+            why = _reason(error)
+        if why:
+            problems.append(f"{why}: it was left by another conversion, and engines load every model*.safetensors")
 
 
 def shape(path: Path) -> Shape:
     """The shape of the model in the snapshot at `path`; a bad file never raises, it tells nothing."""
     folder = str(path)
-    return _shape(_object(folder, "config.json", []), folder)
+    return _shape(_object(folder, "config.json", [], []), folder)
 
 
 def _shape(config: Mapping[str, object], folder: str) -> Shape:
@@ -200,10 +318,11 @@ def _has_halves(folder: str) -> bool:
     config.json as it was."""
     try:
         files = _list(folder)
-        header = _encoded_header(f"{folder}/{(name := _weights(files.sizes)[0])}", files.sizes[name])
+        name = weights(files.sizes)[0]
+        head = first_bytes(f"{folder}/{name}", _WEIGHTS_HEAD)
     except (OSError, Damaged, IndexError):
         return False
-    return re.search(rb'"dtype": ?"B?F16"', header) is not None
+    return re.search(rb'"dtype": ?"B?F16"', head) is not None
 
 
 def weight_files(path: Path) -> dict[str, int]:
@@ -212,34 +331,7 @@ def weight_files(path: Path) -> dict[str, int]:
         sizes = _list(str(path)).sizes
     except OSError:
         return {}
-    return {name: sizes[name] for name in _weights(sizes)}
-
-
-def is_served(name: str) -> bool:
-    """Whether a repository's file belongs to what MLX engines load, or at least might."""
-    return _NOT_SERVED.match(name) is None
-
-
-def is_weight(name: str) -> bool:
-    """Weights lie at the top of the folder; in subfolders are other models, adapters, other formats."""
-    return name.endswith(".safetensors") and "/" not in name and is_served(name)
-
-
-def printable(text: str) -> str:
-    """Text from outside in one bounded line of ASCII; control characters and undecodable bytes are escaped."""
-    if len(text) <= 200 and text.isascii() and text.isprintable():
-        return text
-    escaped = text.encode("ascii", "backslashreplace").decode("ascii")
-    escaped = "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in escaped)
-    return escaped if len(escaped) <= 200 else escaped[:197] + "..."
-
-
-def read(path: str, limit: int) -> bytes:
-    """The bytes of a regular file. Raises `OSError`; `Damaged` if it is none, or longer than `limit`."""
-    try:
-        return reading.read(path, limit)
-    except reading.Unfit as error:
-        raise Damaged(f"{_base(path)} {error.strerror}") from None
+    return {name: sizes[name] for name in weights(sizes)}
 
 
 def _list(folder: str) -> Files:
@@ -271,170 +363,110 @@ def _list(folder: str) -> Files:
     return Files(sizes, frozenset(dangling), total)
 
 
-def _tree(folder: str) -> dict[str, int] | None:
-    """Names and sizes of everything in the commit, as huggingface_hub 1.22 and later write beside the snapshots
-    (`_tree_cache.py`, format 1); None if it is not there or not to be understood."""
+def _tree(folder: str) -> dict[str, Listed] | None:
+    """Everything in the commit, as huggingface_hub 1.22 and later write it beside the snapshots (`_tree_cache.py`,
+    format 1); None if it is not there or not to be understood."""
     repo, commit = os.path.dirname(os.path.dirname(folder)), os.path.basename(folder)
     try:
-        listing = _json(f"{repo}/trees/{commit}.json", MAX_JSON)
+        listing = json_object(f"{repo}/trees/{commit}.json", MAX_JSON)
     except (OSError, Damaged):
         return None
     files = listing.get("files")
     if listing.get("format_version") != 1 or not isinstance(files, dict):
         return None
-    sizes: dict[str, int] = {}
+    found: dict[str, Listed] = {}
     for name, entry in files.items():
         size = (entry.get("lfs_size") or entry.get("size")) if isinstance(entry, dict) else None
         if not isinstance(size, int):
             return None
-        sizes[name] = size
-    return sizes
+        etag = entry.get("lfs_sha256") or entry.get("blob_id")
+        found[name] = Listed(size, etag if isinstance(etag, str) else "")
+    return found
 
 
-def _missing(folder: str, files: Files, tree: Mapping[str, int] | None) -> str | None:
-    """The first thing, by name, that a complete snapshot has and this one has not; quick if there is a tree."""
+def _missing(folder: str, files: Files, tree: Mapping[str, Listed] | None) -> str | None:
+    """The first thing, by name, that a complete snapshot has and this one has not; quick if there is a tree.
+
+    Raises `Damaged` for what a download would not bring: an edit that does not parse, a link of somebody's."""
     if "config.json" not in files.sizes:
-        return "config.json is missing"
-    if tree is not None:
-        return _missing_of_tree(files, tree) or _no_weights(files)
-    _json(f"{folder}/config.json", MAX_CONFIG)
+        return _gone(folder, files, "config.json")
     for name in sorted(files.dangling):
-        if _NEEDED.fullmatch(name):
-            return f"{printable(name)} is missing"
+        if _NEEDED.fullmatch(name) or (name in weights(files.dangling)):
+            return _gone(folder, files, name)
+    if tree is not None:
+        return _missing_of_tree(folder, files, tree) or _no_weights(files)
+    json_object(f"{folder}/config.json", MAX_CONFIG)
     if _adds_up(folder, files):
         return None
-    for name in sorted(_expected_weights(folder, files)):
-        if name not in files.sizes:
-            return f"{printable(name)} is missing"
-    return next(_wrong_lengths(folder, files), None) or _no_weights(files)
+    present = weights(files.sizes)
+    if why := missing(present, _indexed(folder, files)):
+        return f"{printable(why)} is missing"
+    return next((why for _, why in damage(folder, present, files.sizes)), None) or _no_weights(files)
+
+
+def _gone(folder: str, files: Files, name: str) -> str:
+    if name in files.dangling and (place := link_that_leads_nowhere(folder, name)):
+        raise Damaged(f"{printable(name)} is a link to {printable(place)}, which is not there")
+    return f"{printable(name)} is missing"
 
 
 def _no_weights(files: Files) -> str | None:
-    return None if _weights(files.sizes) else "no weights (*.safetensors)"
+    return None if weights(files.sizes) else "no weights (*.safetensors)"
 
 
-def _missing_of_tree(files: Files, tree: Mapping[str, int]) -> str | None:
-    weights = set(_weights(tree))
-    for name in sorted(tree):
-        if name not in weights and not _NEEDED.fullmatch(name) and name != _INDEX:
-            continue
-        size = files.sizes.get(name)
-        if size is None:
+def _missing_of_tree(folder: str, files: Files, tree: Mapping[str, Listed]) -> str | None:
+    for name in sorted(filter(_NEEDED.fullmatch, tree)):
+        if name not in files.sizes:
             return f"{printable(name)} is missing"
-        if size != tree[name]:
-            return f"{printable(name)} has {size} of {tree[name]} bytes"
+    present = weights(files.sizes)
+    if present and (why := missing(present, weights(tree))):
+        return f"{printable(why)} is missing"
+    for name in sorted((*filter(_NEEDED.fullmatch, tree), *present)):
+        size, listed = files.sizes[name], tree.get(name)
+        if listed is None or size == listed.size:
+            continue  # not the hub's, or as long as it: looked at before it is loaded
+        if is_begun_only(f"{folder}/{name}", name, size, listed.size):
+            return f"{printable(name)} has {size} of {listed.size} bytes"
     return None
 
 
-def _weights(names: Mapping[str, int]) -> list[str]:
-    """What an engine loads: `model*.safetensors` (mlx_lm.utils.load_model), else whatever weights there are."""
-    weights = sorted(name for name in names if is_weight(name))
-    return [name for name in weights if name.startswith("model")] or weights
-
-
-def _expected_weights(folder: str, files: Files) -> set[str]:
-    """Names of weight files according to the index, else to the numbers in the names themselves."""
-    if _INDEX in files.dangling:
-        return {_INDEX}
-    if _INDEX in files.sizes:
-        shards = _json(f"{folder}/{_INDEX}", MAX_JSON).get("weight_map")
-        try:
-            names = set(shards.values()) if isinstance(shards, dict) else set()
-        except TypeError:  # lists or objects in place of names
-            names = set()
-        if not names or not all(isinstance(name, str) and name and "/" not in name for name in names):
-            raise Damaged(f"{_INDEX} names no weight files")
-        return names
-    names = {name for name in files.dangling if is_weight(name)}
-    for name in _weights(files.sizes):
-        if shard := _SHARD.fullmatch(name):
-            stem, last = shard[1], shard[3]
-            names |= {f"{stem}-{number:05d}-of-{last}.safetensors" for number in range(1, min(int(last), 9999) + 1)}
-    return names
+def _indexed(folder: str, files: Files) -> set[str]:
+    """The weight files that the index names; empty if there is none, or none that says anything."""
+    if _INDEX not in files.sizes:
+        return set()
+    try:
+        named = json_object(f"{folder}/{_INDEX}", MAX_JSON).get("weight_map")
+    except (OSError, Damaged):
+        return set()
+    return {name for name in named.values() if isinstance(name, str)} if isinstance(named, dict) else set()
 
 
 def _adds_up(folder: str, files: Files) -> bool:
     """Whether the weight files hold as many bytes of tensors together as the index says at its beginning: then none is
     missing and none was cut off. For that, only the lengths of their headers have to be read. Parsing the headers and
     indexes of a thousand repositories takes longer than all the rest of an `init`."""
-    if _INDEX not in files.sizes or not files.dangling.isdisjoint((_INDEX, *filter(is_weight, files.dangling))):
+    if _INDEX not in files.sizes or any(map(is_weight, files.dangling)):
         return False
-    total = _TOTAL.match(_first(f"{folder}/{_INDEX}", _INDEX_HEAD))
-    weights = _weights(files.sizes)
-    headers = sum(8 + int.from_bytes(_first(f"{folder}/{name}", 8), "little") for name in weights) if total else 0
-    return total is not None and sum(files.sizes[name] for name in weights) == headers + int(total[1])
+    total = _TOTAL.match(first_bytes(f"{folder}/{_INDEX}", _INDEX_HEAD))
+    present = weights(files.sizes)
+    headers = sum(header_bytes(f"{folder}/{name}") for name in present) if total else 0
+    return total is not None and sum(files.sizes[name] for name in present) == headers + int(total[1])
 
 
-def _first(path: str, size: int) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+def _is_of_the_model(name: str) -> bool:
+    return name in _OF_THE_MODEL or is_weight(name) or _NEEDED.fullmatch(name) is not None
+
+
+def _blob_name(path: str) -> str:
+    """What the cache calls the content that a file of a snapshot leads to: the hub's hash of it."""
     try:
-        return os.read(descriptor, size)
-    finally:
-        os.close(descriptor)
+        link = os.readlink(path)
+    except OSError:
+        return ""
+    return os.path.basename(link) if os.path.basename(os.path.dirname(link)) == "blobs" else ""
 
 
-def _wrong_lengths(folder: str, files: Files) -> Iterator[str]:
-    for _, why in _damage(folder, files):
-        yield why
-
-
-def _damage(folder: str, files: Files) -> Iterator[tuple[str, str]]:
-    """(name, why) of each weight file that is not exactly as long as its header says."""
-    for name in _weights(files.sizes):
-        size = files.sizes[name]
-        path = f"{folder}/{name}"
-        try:
-            if _fits(_encoded_header(path, size), size):
-                continue
-            _, length = _header(path, size)
-        except Damaged as error:
-            yield name, f"{printable(name)} {error}"
-            continue
-        if size != length:
-            yield name, f"{printable(name)} has {size} of {length} bytes"
-
-
-def _fits(header: bytes, size: int) -> bool:
-    """Whether the last tensor ends where the file does, without parsing thousands of tensors. A string cannot pass
-    for an offset: in JSON its quotes are escaped. What is written otherwise is parsed after all."""
-    return max(map(int, _ENDS.findall(header)), default=-1) == size - 8 - len(header)
-
-
-def _header(path: str, size: int) -> tuple[str | None, int]:
-    """(the metadata's `format`, the length in bytes that the file should have) of a safetensors file.
-
-    The format: 8 bytes, little endian, the length of the header; the header, JSON, each tensor with its
-    `data_offsets` in what follows (https://github.com/huggingface/safetensors#format).
-    """
-    encoded = _encoded_header(path, size)
-    header = _parse(encoded, "the header")
-    end = 0
-    for name, tensor in header.items():
-        if name == "__metadata__":
-            continue
-        offsets = tensor.get("data_offsets") if isinstance(tensor, dict) else None
-        if not isinstance(offsets, list) or len(offsets) != 2 or not all(isinstance(at, int) for at in offsets):
-            raise Damaged("has a header without offsets")
-        end = max(end, offsets[1])
-    metadata = header.get("__metadata__")
-    written_by = metadata.get("format") if isinstance(metadata, dict) else None
-    return (written_by if isinstance(written_by, str) else None), 8 + len(encoded) + end
-
-
-def _encoded_header(path: str, size: int) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        start = os.read(descriptor, _FIRST)
-        length = int.from_bytes(start[:8], "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER):
-            raise Damaged(f"is cut off or not a safetensors file ({size} bytes)")
-        rest = os.read(descriptor, length + 8 - len(start)) if length + 8 > len(start) else b""
-        return (start + rest)[8 : 8 + length]
-    finally:
-        os.close(descriptor)
-
-
-def _without_weights(files: Files, tree: Mapping[str, int] | None) -> Verdict:
+def _without_weights(files: Files, tree: Mapping[str, Listed] | None) -> Verdict:
     for name in sorted({*files.sizes, *files.dangling, *(tree or ())}):
         if kind := _OTHER_FORMATS.get(os.path.splitext(name)[1]):
             return Verdict(files.total, f"not MLX: {kind} ({printable(name)})")
@@ -443,15 +475,15 @@ def _without_weights(files: Files, tree: Mapping[str, int] | None) -> Verdict:
     return Verdict(files.total, "incomplete: no weights (*.safetensors)", incomplete=True)
 
 
-def _not_mlx(folder: str, org: str, weights: list[str]) -> str | None:
+def _not_mlx(folder: str, org: str, present: list[str]) -> str | None:
     """None for MLX, else why not. The cheapest evidence first; that of the hub itself is the model card's."""
-    if org == "mlx-community" or _quantization(_json(f"{folder}/config.json", MAX_CONFIG)):
+    if org == "mlx-community" or _quantization(json_object(f"{folder}/config.json", MAX_CONFIG)):
         return None
-    first = f"{folder}/{weights[0]}"
+    first = f"{folder}/{present[0]}"
     try:
-        written_by, _ = _header(first, os.stat(first).st_size)
+        written_by, _ = header(first, os.stat(first).st_size)
     except Damaged as error:
-        return f"not MLX: {printable(weights[0])} {error}"
+        return f"not MLX: {printable(present[0])} {error}"
     if written_by == "mlx" or _card_says_mlx(folder):
         return None
     if written_by == "pt":
@@ -483,16 +515,6 @@ def _card_says_mlx(folder: str) -> bool:
     return front is not None and re.search(said, front[1], re.MULTILINE) is not None
 
 
-def _code(config: Mapping[str, object], tokenizer: Mapping[str, object]) -> Iterator[str]:
-    """mlx-lm 0.30.6-0.31.3 import config.json's `model_file` unasked (CVE-2026-5843); transformers import what
-    `auto_map` names."""
-    if config.get("model_file"):
-        yield f"config.json names model_file {printable(str(config['model_file']))}"
-    for name, content in (("config.json", config), ("tokenizer_config.json", tokenizer)):
-        if content.get("auto_map"):
-            yield f"{name} has an auto_map"
-
-
 def _has_tokenizer(files: Files) -> bool:
     return any(name in files.sizes for name in _TOKENIZERS) or any(name.endswith(".tiktoken") for name in files.sizes)
 
@@ -502,37 +524,24 @@ def _positive(mapping: Mapping[str, object], key: str) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
-def _object(folder: str, name: str, problems: list[str], *, optional: bool = False) -> Mapping[str, object]:
+def _object(
+    folder: str, name: str, problems: list[str], broken: list[str], *, optional: bool = False
+) -> Mapping[str, object]:
     """The JSON object in a file of the folder; an empty one, and a problem, where it cannot be had."""
     try:
-        return _json(f"{folder}/{name}", MAX_CONFIG if name == "config.json" else MAX_JSON)
+        return json_object(f"{folder}/{name}", MAX_CONFIG if name == "config.json" else MAX_JSON)
     except FileNotFoundError:
         if not optional:
             problems.append(f"{name} is missing")
-    except (OSError, Damaged) as error:
+    except Damaged as error:
+        problems.append(str(error))
+        broken.append(name)
+    except OSError as error:
         problems.append(_reason(error))
     return {}
-
-
-def _json(path: str, limit: int) -> dict[str, object]:
-    return _parse(read(path, limit), _base(path))
-
-
-def _parse(data: bytes, what: str) -> dict[str, object]:
-    try:
-        parsed = json.loads(data)
-    except (ValueError, RecursionError):
-        raise Damaged(f"{what} is not JSON") from None
-    if not isinstance(parsed, dict):
-        raise Damaged(f"{what} is not a JSON object")
-    return parsed
-
-
-def _base(path: str) -> str:
-    return printable(path.rpartition("/")[2])
 
 
 def _reason(error: OSError | Damaged) -> str:
     if isinstance(error, Damaged):
         return str(error)
-    return f"{_base(os.fsdecode(error.filename or ''))}: {error.strerror or type(error).__name__}"
+    return f"{contents.base(os.fsdecode(error.filename or ''))}: {error.strerror or type(error).__name__}"

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from mlxops.agent.cache import Snapshot, find
-from mlxops.agent.hub import delete, download, verify
+from mlxops.agent.hub import download, verify
+from mlxops.agent.removal import Deleted
+from mlxops.agent.removal import delete as delete_from
 from mlxops.core.errors import DownloadFailed
 from mlxops.core.protocol import Event, Note, Progress
 from tests.agent.test_hub import LLAMA, QUICK, cache, faulty, pull  # noqa: F401
@@ -43,6 +45,10 @@ def link_away(file: Path, folder: Path) -> None:
     (folder / "weights").write_bytes(file.read_bytes())
     file.unlink()
     file.symlink_to(folder / "weights")
+
+
+def delete(snapshot: Path, *, dry_run: bool) -> Deleted:
+    return delete_from(snapshot.parent.parent, snapshot.name, dry_run=dry_run)
 
 
 def worker_of(lab: Homelab) -> int:
@@ -162,7 +168,7 @@ class TestVerify:
             blob = (snapshot.path / name).resolve()
             content = blob.read_bytes()
             blob.chmod(0o644)
-            blob.write_bytes(content[:-2] + b" }" if name == "config.json" else content[:-1] + b"\x00")
+            blob.write_bytes(bytes(len(content)) if name == "config.json" else content[:-1] + b"\x00")
         with pytest.raises(DownloadFailed) as caught:
             verify(LLAMA, snapshot.revision, cache, events.append, QUICK)
         assert caught.value.code == "wrong_content"

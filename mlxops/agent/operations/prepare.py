@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlxops.agent.engine import Command, Engine, Serving, template_text
+from mlxops.agent.engine import options as arguments
 from mlxops.agent.engines import engine_named
 from mlxops.agent.installed import described, lacks_architecture
 from mlxops.agent.operations.context import Context, busy, memory_lock
 from mlxops.agent.operations.files import Files
 from mlxops.agent.operations.gatewayname import context_warning
-from mlxops.agent.snapshot import ModelFacts, shape
+from mlxops.agent.snapshot import ModelFacts, edited, hubs_again, kept_as_it_is, shape
 from mlxops.agent.store import Lock
 from mlxops.agent.system import free_on_disk
 from mlxops.core import memory, planner
@@ -126,7 +127,7 @@ def preflight(ctx: Context, held: ExitStack, registry: Registry, plan: LoadPlan,
 
     ctx.emit(Phase("check", f"{plan.target.repo_id} at {prepared.files.revision[:12]}"))
     facts = inspect(prepared.files.path)
-    _check_files(plan, facts)
+    _check_files(plan, prepared, facts)
     _check_code(plan, prepared, facts)
     _check_architecture(plan, prepared, facts)
     _reserve_memory(ctx, held, registry, plan, prepared, facts)
@@ -137,33 +138,46 @@ def preflight(ctx: Context, held: ExitStack, registry: Registry, plan: LoadPlan,
     return warnings
 
 
-def _check_files(plan: LoadPlan, facts: ModelFacts) -> None:
-    if facts.problems:
-        raise Refused(
-            "not_servable",
-            f"{plan.target.repo_id} cannot be served",
-            why="; ".join(facts.problems)[:400],
-            hint="if its files are damaged, delete its folder in the cache and load again",
-        )
+def _check_files(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
+    """Raises `Refused` (not_servable) for files that the engine cannot load."""
+    repo, revision = plan.target.repo_id, prepared.files.revision
+    hint = f"compare its files with the hub's: mlxctl pull --repo {repo}@{revision} --verify"
+    if facts.broken:
+        file = prepared.files.path / facts.broken[0]
+        hint = f"correct {file}, or have the hub's again: {hubs_again(file, repo, revision)}"
+    problems = facts.problems
+    if not problems and _is_language_model(prepared) and not facts.language_weights:
+        problems = ("it has no model*.safetensors, and an engine for language models loads no other weights",)
+        hint = "choose a repository whose weights are called so, for example of mlx-community"
+    if problems:
+        raise Refused("not_servable", f"{repo} cannot be served", why="; ".join(problems)[:400], hint=hint)
+
+
+def _is_language_model(prepared: Prepared) -> bool:
+    """Whether the engine loads it through mlx-lm; by its argv, in which the entry's own args may have the last word."""
+    return arguments(prepared.wanted.argv).get("--model-type", "lm") == "lm"
 
 
 def _check_code(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
-    """Code runs only if it is trusted as it was when somebody read it: a branch is another one tomorrow."""
+    """Trust is for the exact commit that was reviewed; a branch can move. Raises `Refused` (code_would_run)."""
     entry, revision = prepared.serving.model, prepared.files.revision
     trusted = entry.trust_remote_code and entry.revision == revision
-    if (facts.runs_code or entry.trust_remote_code) and not trusted:
+    model_file = facts.model_file if _is_language_model(prepared) else None
+    if (model_file or entry.trust_remote_code) and not trusted:
         pinned = f"its entry trusts it without naming the commit {revision}" if entry.trust_remote_code else ""
+        code = [f"config.json names model_file {model_file}"] if model_file else []
+        code += [f"{name} has an auto_map" for name in facts.auto_map] if entry.trust_remote_code else []
         raise Refused(
             "code_would_run",
             f"loading {plan.target.repo_id} would run code of that repository",
-            why="; ".join(filter(None, [pinned, *facts.runs_code]))[:400],
+            why="; ".join(filter(None, [pinned, *code]))[:400],
             hint=f"read that code; then: mlxctl set --model {plan.target.name} --set trust_remote_code=true "
             f"--set revision={prepared.files.revision}",
         )
 
 
 def _check_architecture(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
-    if prepared.serving.text("model_type") == "multimodal":
+    if not _is_language_model(prepared):
         return  # another library's models
     why = lacks_architecture(prepared.command, prepared.engine, facts.model_type)
     if why:
@@ -229,7 +243,12 @@ def _check_disk(ctx: Context, plan: LoadPlan) -> None:
 
 
 def _warnings(ctx: Context, plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> list[str]:
-    found = []
+    files = prepared.files
+    found = [
+        f"{each}: {kept_as_it_is(files.path / each.name, plan.target.repo_id, files.revision)}"
+        for each in edited(files.path)
+    ]
+    found += facts.oddities
     size = size_warning(plan.alias, facts.weight_bytes)
     if size:
         found.append(size)

@@ -15,7 +15,7 @@ from typing import TypeVar
 from mlxops.agent.cache import Snapshot, find, roots
 from mlxops.agent.journal import named
 from mlxops.agent.operations.context import Context, model_lock, repo_lock
-from mlxops.agent.operations.files import Files, registered
+from mlxops.agent.operations.files import Files
 from mlxops.agent.place import require
 from mlxops.agent.store import Lock
 from mlxops.core import names
@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 def pull(ctx: Context) -> dict[str, object]:
     """Bring what the hub has now into the cache; with `verify`, compare every file's content with the hub's hashes."""
-    from mlxops.agent.hub import verify
+    from mlxops.agent.hub import tell_edits, verify
 
     began = time.monotonic()
     repo_id, revision = names.repo(ctx.request.text("repo") or "")
@@ -47,6 +47,7 @@ def pull(ctx: Context) -> dict[str, object]:
     if ctx.request.flag("verify"):
         ctx.emit(Phase("verify", f"{repo_id} at {snapshot.revision[:12]}: the content of every file"))
         verified = verify(repo_id, snapshot.revision, ctx.where.hub, ctx.emit)
+    tell_edits(snapshot, ctx.emit)
     changed = not (isinstance(before, Snapshot) and before.revision == snapshot.revision)
     if changed:
         ctx.remember(command="pull", repo_id=repo_id, revision=snapshot.revision)
@@ -135,7 +136,7 @@ def _follow(ctx: Context, name: str, holder: Operation) -> None:
 
 def remove(ctx: Context) -> dict[str, object]:
     """Delete the files of a model's revision, registered or only pulled. Its entry stays, and so do other revisions."""
-    from mlxops.agent.hub import delete
+    from mlxops.agent.removal import delete
 
     name = names.model_name(ctx.request.text("model") or "")
     registry = ctx.usable_registry()
@@ -152,26 +153,39 @@ def remove(ctx: Context) -> dict[str, object]:
         world = ctx.observe(registry)
         _refuse_loading(world, entry)
         _refuse_in_use(registry, world, sharing)
-        deleted = delete(files.path, dry_run=ctx.request.dry_run)
+        repo, commit = (files.path.parent.parent, files.revision) if files.revision else (files.path, None)
+        deleted = delete(repo, commit, dry_run=ctx.request.dry_run)
     if not ctx.request.dry_run:
         ctx.remember(command="remove", model=entry.name, repo_id=entry.repo_id, revision=files.revision)
     for other in sharing:
         if other.name != entry.name:
             ctx.note(f"{other.name} has the same files", "warning")
     if deleted.linked_bytes:
-        left = f"{amount(deleted.linked_bytes)} of {files.path} lie behind links, outside of the cache"
+        left = f"{amount(deleted.linked_bytes)} of {files.path} lie behind links, outside of its folder"
         ctx.note(f"{left}: the links are removed, the files are left", "warning")
+    if deleted.own:
+        ctx.note(f"kept, because no download put it there: {', '.join(deleted.own)}"[:1000], "warning")
+    _tell_copies(ctx, entry, files)
     return {
         "model": entry.name,
         "repo_id": entry.repo_id,
-        "revision": files.revision,
+        "revision": files.revision or None,
         "path": str(files.path),
         "freed_bytes": deleted.freed_bytes,
         "linked_bytes": deleted.linked_bytes,
         "kept": list(deleted.kept),
+        "kept_files": list(deleted.own),
         "changed": not ctx.request.dry_run,
         "dry_run": ctx.request.dry_run,
     }
+
+
+def _tell_copies(ctx: Context, entry: Model, files: Files) -> None:
+    """Another root of the cache, or another revision, may have the model as well."""
+    for root in roots(ctx.where.hub):
+        copy = root / f"models--{(entry.repo_id or '').replace('/', '--')}"
+        if copy.is_dir() and not files.path.is_relative_to(copy):
+            ctx.note(f"another copy of it stays: {copy}", "warning")
 
 
 def _only_pulled(ctx: Context, name: str) -> Model | None:
@@ -186,14 +200,18 @@ def _sharing(ctx: Context, registry: Registry, entry: Model, files: Files) -> li
 
 
 def _files(ctx: Context, entry: Model) -> Files | None:
-    """The entry's snapshot, whole or not; None if there is nothing of it, or nothing that lies in a cache of ours."""
-    own = registered(entry)
-    found = find(ctx.where.hub, entry.repo_id, entry.revision) if own is None and entry.repo_id else None
-    path = own.path if own else found.path if found else None
-    if path is None or path.parent.name != "snapshots":
+    """The entry's snapshot, whole or not, or its repository's folder if that has none (then the revision is empty);
+    None if there is nothing of it, or nothing that lies in a cache of ours."""
+    own = Path(entry.cache_path) if entry.cache_path and os.path.isabs(entry.cache_path) else None
+    if own is None or not own.is_dir() or not own.name.startswith(entry.revision or ""):
+        found = find(ctx.where.hub, entry.repo_id, entry.revision) if entry.repo_id else None
+        own = found.path if found else None
+    if own is None:
         return None
-    inside = any(path.parent.parent.parent == root for root in roots(ctx.where.hub))
-    return Files(path.name, path, own.size_bytes if own else 0) if inside else None
+    inside = roots(ctx.where.hub)
+    if own.parent.name == "snapshots" and own.parent.parent.parent in inside:
+        return Files(own.name, own, 0)
+    return Files("", own, 0) if own.parent in inside and own.name.startswith("models--") else None
 
 
 def _uses(ctx: Context, model: Model, files: Files) -> bool:

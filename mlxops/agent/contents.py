@@ -1,0 +1,181 @@
+"""One file of a model repository, as it lies in a cache: read with bounds, parsed as engines parse it, compared with
+the hub's.
+
+A file can be other than the hub's for two reasons. A person edited it: then it is theirs. Or a copy or a disk broke
+off: then it ends early, and nobody wrote it like that. Only the second kind may be fetched again unasked.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import re
+from pathlib import Path
+
+from mlxops.agent import reading
+
+MAX_TEXT = 64 * 1024 * 1024
+"""Bytes; a tokenizer.json of 250,000 words has 35 million, a config.json a few thousand."""
+_LOST = b"\0\0"
+"""How text ends of which a disk that lost power kept the length and not the bytes; one NUL may be UTF-16's."""
+_PIECE = 4 * 1024 * 1024
+_LITERALS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
+_TAG = re.compile(r"\{#.*?#\}|\{%[-+]?\s*(\w+)(.*?)%\}|\{\{.*?\}\}", re.DOTALL)
+_BLOCKS = frozenset({"for", "if", "macro", "call", "filter", "block", "generation", "raw", "with", "autoescape"})
+"""Jinja's statements that need an end; `set` does without a `=`."""
+
+
+class Damaged(Exception):
+    """A file that is there and is not what it should be; the text says what it is instead."""
+
+    def __init__(self, text: str, *, ends_early: bool = False) -> None:
+        super().__init__(text)
+        self.ends_early = ends_early
+        """It is the beginning of a good file: fetching it again would help."""
+
+
+def printable(text: str) -> str:
+    """Text from outside in one bounded line of ASCII; control characters and undecodable bytes are escaped."""
+    if len(text) <= 200 and text.isascii() and text.isprintable():
+        return text
+    escaped = text.encode("ascii", "backslashreplace").decode("ascii")
+    escaped = "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in escaped)
+    return escaped if len(escaped) <= 200 else escaped[:197] + "..."
+
+
+def base(path: str) -> str:
+    return printable(path.rpartition("/")[2])
+
+
+def read(path: str, limit: int) -> bytes:
+    """The bytes of a regular file. Raises `OSError`; `Damaged` if it is none, or longer than `limit`."""
+    try:
+        return reading.read(path, limit)
+    except reading.Unfit as error:
+        raise Damaged(f"{base(path)} {error.strerror}") from None
+
+
+def json_object(path: str, limit: int) -> dict[str, object]:
+    """The JSON object in a file. Raises `OSError`, `Damaged`."""
+    return parse(read(path, limit), base(path))
+
+
+def parse(data: bytes, what: str) -> dict[str, object]:
+    """A JSON object, read as strictly as engines do: UTF-8 without a byte order mark. Raises `Damaged`."""
+    try:
+        parsed = json.loads(data.decode())
+    except UnicodeDecodeError:
+        raise Damaged(f"{what} is not UTF-8 text", ends_early=_json_ends_early(data)) from None
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}: {error.msg}"
+        raise Damaged(f"{what} is not JSON ({where})", ends_early=_json_ends_early(data)) from None
+    except (ValueError, RecursionError):
+        raise Damaged(f"{what} is not JSON") from None
+    if not isinstance(parsed, dict):
+        raise Damaged(f"{what} is not a JSON object")
+    return parsed
+
+
+def ends_early(path: str, name: str, size: int, whole: int) -> bool:
+    """Whether the file called `name`, of `size` bytes, is only the beginning of the hub's, which has `whole`.
+
+    What can be an edit is not: JSON and templates that parse, text whose last line is finished, anything longer.
+    """
+    if size == 0:
+        return whole > 0
+    if size > MAX_TEXT:
+        return size < whole
+    data = read(path, MAX_TEXT)
+    if data.endswith(_LOST) and is_text(name):
+        return True
+    if size >= whole:
+        return False
+    if name.endswith(".json"):
+        return _json_ends_early(data)
+    if name.endswith(".jinja"):
+        return _template_ends_early(data)
+    return not (is_text(name) and data.endswith(b"\n"))
+
+
+def is_text(name: str) -> bool:
+    """Whether people edit files of that name with an editor."""
+    return name.endswith((".json", ".jinja", ".txt", ".py", ".md"))
+
+
+def can_be_an_edit(path: str, name: str, size: int, whole: int) -> bool:
+    """Whether somebody may have written a file that is not the hub's: it is text, and does not end early."""
+    if not is_text(name) or size > MAX_TEXT or ends_early(path, name, size, whole):
+        return False
+    data = read(path, MAX_TEXT)
+    try:
+        data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def content_hash(path: str | Path, etag: str, limit: int | None = None) -> str | None:
+    """The hash of a file's content in the form of `etag`: SHA-256 for what the hub keeps in LFS, else git's SHA-1.
+
+    None if it cannot be read, is longer than `limit`, or if `etag` is neither."""
+    if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", etag) is None:
+        return None
+    try:
+        descriptor = reading.open_file(path)
+        with open(descriptor, "rb", buffering=0) as content:
+            size = content.seek(0, 2)
+            content.seek(0)
+            if limit is not None and size > limit:
+                return None
+            git = len(etag) == 40
+            digest = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False) if git else hashlib.sha256()
+            while piece := content.read(_PIECE):
+                digest.update(piece)
+    except OSError:
+        return None
+    return digest.hexdigest()
+
+
+def _text(data: bytes) -> str | None:
+    """What there is of a text that may be cut in the middle of a character; None if it is no text."""
+    try:
+        return codecs.getincrementaldecoder("utf-8")().decode(data.rstrip(b"\0"))
+    except UnicodeDecodeError:
+        return None
+
+
+def _json_ends_early(data: bytes) -> bool:
+    text = _text(data)
+    if text is None:
+        return False
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        rest = text[error.pos :].strip()
+        # An unterminated string of an edit would end at its line: that is another error.
+        return (
+            error.msg.startswith("Unterminated string")
+            or any(word.startswith(rest) for word in _LITERALS)
+            or re.fullmatch(r"[.eE][+-]?", rest) is not None  # the rest of a number
+            or (error.msg.startswith("Invalid \\") and len(rest) < len("\\u0000"))
+        )
+    except (ValueError, RecursionError):
+        return False
+    return data.endswith(_LOST)
+
+
+def _template_ends_early(data: bytes) -> bool:
+    """It ends within a tag, or with a block that is still open: Jinja would not parse it."""
+    text = _text(data)
+    if text is None:
+        return False
+    open_blocks = 0
+    for tag in _TAG.finditer(text):
+        word, rest = tag[1] or "", tag[2] or ""
+        if word in _BLOCKS or (word == "set" and "=" not in rest):
+            open_blocks += 1
+        elif word.startswith("end"):
+            open_blocks -= 1
+    left = _TAG.sub("", text)
+    return open_blocks > 0 or any(opening in left for opening in ("{%", "{{", "{#"))

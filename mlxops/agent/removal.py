@@ -1,0 +1,244 @@
+"""Delete one snapshot of a Hugging Face cache, with all that only it uses, and count what that frees.
+
+Not by huggingface_hub: its scan passes over a whole repository in which anything is out of order (a branch whose
+download broke off, a link to a blob that is gone, a `._` file of a disk without extended attributes), and then there
+is nothing that it would delete. What other snapshots or repositories share stays, and so does everything that is no
+part of a download: files that a person put there, and what links lead to outside of the repository.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import shutil
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlxops.agent.cache import is_commit
+from mlxops.agent.flocks import is_locked
+from mlxops.agent.snapshot import is_of_a_download
+from mlxops.core.errors import Busy, Refused
+
+_STORE = "blobs"
+"""Beside the repositories: what several of them share, since huggingface_hub 2 (`utils/_shared_blobs.py`)."""
+_PARTS = ("snapshots", "blobs", "refs", "trees", ".no_exist")
+"""What huggingface_hub keeps in a repository's folder."""
+
+
+@dataclass(frozen=True)
+class Deleted:
+    """What became, or would become, of a snapshot that is deleted."""
+
+    freed_bytes: int
+    linked_bytes: int
+    """Of files that lie elsewhere, and that the cache only has links to: the links go, the files stay."""
+    kept: tuple[str, ...]
+    """The commits of its repository that stay."""
+    own: tuple[str, ...] = ()
+    """Files that are no part of a download, and stay where they are."""
+
+
+def delete(repo: Path, commit: str | None, *, dry_run: bool) -> Deleted:
+    """Delete a snapshot; the repository's whole folder with its last one, or where there is none (`commit` is None).
+
+    Raises `Busy` while another program downloads it, `Refused` (cache_not_writable, nothing_to_remove).
+    """
+    others = tuple(sorted(set(_commits(repo)) - {commit}))
+    if busy := next(_running_downloads(repo), None):
+        raise Busy(
+            "busy",
+            f"another program downloads into {repo}",
+            why=f"it holds the lock of {busy.name}",
+            hint="wait for its end, or end it; then try again",
+        )
+    if repo.is_symlink() and not others:
+        linked = _bytes_behind(repo, _links(repo, commit))
+        if not dry_run:
+            _carry_out(repo, [repo], [])
+        return Deleted(0, linked, ())
+    files = list(_files_of(repo, commit, others))
+    own = tuple(str(path) for path in files if _is_somebodys_own(repo, path))
+    goes = [path for path in files if str(path) not in own]
+    if not goes:
+        place = repo / "snapshots" / commit if commit else repo
+        names = ", ".join(os.path.relpath(path, place) for path in own)
+        raise Refused(
+            "nothing_to_remove",
+            f"nothing that was downloaded is left in {place}",
+            why=f"no download put there what is left: {names}"[:300] if own else "it is empty",
+            hint=f"delete it by hand if nobody needs it: rm -r {shlex.quote(str(place))}",
+        )
+    linked = _bytes_behind(repo, goes)
+    shared = _Shared(repo, goes)
+    freed = _freed(goes) + shared.size
+    if not dry_run:
+        _carry_out(repo, goes, [] if others else [repo.parent / ".locks" / repo.name])
+        shared.sweep()
+    return Deleted(freed, linked, others, own)
+
+
+def _commits(repo: Path) -> list[str]:
+    try:
+        return [path.name for path in (repo / "snapshots").iterdir() if is_commit(path.name) and path.is_dir()]
+    except OSError:
+        return []
+
+
+def _running_downloads(repo: Path) -> Iterator[Path]:
+    for half in (repo / "blobs").glob("*.incomplete"):
+        if is_locked(repo.parent / ".locks" / repo.name / f"{half.name.partition('.')[0]}.lock"):
+            yield half
+
+
+def _files_of(repo: Path, commit: str | None, others: tuple[str, ...]) -> Iterator[Path]:
+    """Everything that goes, links first: what is interrupted leaves no link to a blob that is gone."""
+    if not others:
+        for part in _PARTS:
+            yield from _below(repo / part)
+        yield from (path for path in _entries(repo) if path.name not in _PARTS)
+        return
+    assert commit is not None
+    mine = list(_links(repo, commit))
+    yield from mine
+    yield from (ref for ref in _below(repo / "refs") if _says(ref, commit))
+    yield from _below(repo / ".no_exist" / commit)
+    if (tree := repo / "trees" / f"{commit}.json").exists():
+        yield tree
+    staying = {_first_hop(path) for other in others for path in _links(repo, other)}
+    used = {_first_hop(path) for path in mine} - staying
+    yield from (blob for blob in _entries(repo / "blobs") if blob in used or blob.suffix == ".incomplete")
+
+
+def _links(repo: Path, commit: str | None) -> Iterator[Path]:
+    if commit is not None:
+        yield from _below(repo / "snapshots" / commit)
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """What is no folder, in any depth; links are not followed."""
+    for entry in _entries(folder):
+        if entry.is_dir() and not entry.is_symlink():
+            yield from _below(entry)
+        else:
+            yield entry
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _says(ref: Path, commit: str) -> bool:
+    try:
+        return ref.read_bytes()[:128].strip() == commit.encode()
+    except OSError:
+        return False
+
+
+def _first_hop(path: Path) -> Path | None:
+    """The blob that a file of a snapshot is a link to, there or not; that may be a link once more."""
+    if not path.is_symlink():
+        return None
+    return Path(os.path.normpath(path.parent / os.readlink(path)))
+
+
+def _is_somebodys_own(repo: Path, path: Path) -> bool:
+    """Whether a file was put there by a person: beside what huggingface_hub keeps, or as a file among links."""
+    parts = path.relative_to(repo).parts
+    if path.name == ".DS_Store" or path.name.startswith("._"):
+        return False  # the system's own, which lie about on every disk
+    if parts[0] not in _PARTS:
+        return True
+    if parts[0] != "snapshots" or len(parts) < 3 or path.is_symlink():
+        return False
+    folder = repo / "snapshots" / parts[1]
+    beside = list(_below(folder))
+    # A disk without links has the downloaded files themselves there.
+    plain = not any(each.is_symlink() for each in beside) and any(_is_downloaded(folder, each) for each in beside)
+    return not plain and not _is_downloaded(folder, path)
+
+
+def _is_downloaded(folder: Path, path: Path) -> bool:
+    return is_of_a_download(str(folder), path.relative_to(folder).as_posix())
+
+
+def _bytes_behind(repo: Path, paths: list[Path] | Iterator[Path]) -> int:
+    """Of regular files that links among `paths` lead to, neither in the repository nor in the cache's own store. Of a
+    repository that is itself a link, everything lies elsewhere."""
+    inside = [os.path.join(os.path.realpath(repo.parent), _STORE)]
+    if not repo.is_symlink() or _commits(repo)[1:]:
+        inside.append(os.path.realpath(repo))
+    sizes: dict[str, int] = {}
+    for path in paths:
+        real = os.path.realpath(path)
+        if (path.is_symlink() or repo.is_symlink()) and not any(real.startswith(f"{place}/") for place in inside):
+            with contextlib.suppress(OSError):
+                sizes[real] = os.stat(real).st_size
+    return sum(sizes.values())
+
+
+def _freed(paths: list[Path]) -> int:
+    """The bytes of the regular files among `paths`; of one that has another hard link elsewhere, none."""
+    seen: dict[tuple[int, int], tuple[int, int, int]] = {}
+    for path in paths:
+        with contextlib.suppress(OSError):
+            status = path.lstat()
+            if stat.S_ISREG(status.st_mode):
+                key = status.st_dev, status.st_ino
+                seen[key] = seen.get(key, (0, 0, 0))[0] + 1, status.st_nlink, status.st_size
+    return sum(size for count, links, size in seen.values() if count >= links)
+
+
+def _carry_out(repo: Path, paths: list[Path], folders: list[Path]) -> None:
+    """Raises `Refused` (cache_not_writable)."""
+    try:
+        for path in paths:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise Refused(
+            "cache_not_writable",
+            f"{repo} could not be deleted, or not all of it",
+            why=f"{error.filename}: {error.strerror}",
+            hint="mend the rights of that folder on the host, then try again",
+        ) from None
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    for emptied, _, _ in os.walk(repo, topdown=False):
+        with contextlib.suppress(OSError):
+            os.rmdir(emptied)  # where nothing stays
+
+
+class _Shared:
+    """Those of the cache's shared files that only the deleted blobs lead to."""
+
+    def __init__(self, repo: Path, goes: list[Path]) -> None:
+        self._cache = repo.parent
+        self.size = 0
+        self._paths: set[Path] = set()
+        blobs = {path for path in goes if path.is_symlink() and path.parent.name == _STORE}
+        if not blobs or not (self._cache / _STORE).is_dir():
+            return
+        from mlxops.agent.hubline import import_quietly
+
+        import_quietly()
+        try:
+            from huggingface_hub.utils import _shared_blobs as store
+        except ImportError:  # before it had such a store
+            return
+        self._paths = {path for blob in blobs if (path := store.shared_blob_target(blob, self._cache))}
+        self.size = sum(
+            store.expected_shared_blob_freed_size(path, blob_paths_to_delete=blobs, cache_dir=self._cache)
+            for path in self._paths
+        )
+
+    def sweep(self) -> None:
+        if self._paths:
+            from huggingface_hub.utils import _shared_blobs as store
+
+            for path in self._paths:
+                store.sweep_shared_blob(path, cache_dir=self._cache)

@@ -1,0 +1,269 @@
+"""Files of a snapshot that a person edited are theirs: kept, served, mentioned. What is cut off is fetched again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mlxops.agent.cache import Snapshot, completeness, find
+from mlxops.agent.hub import download, tell_edits, verify
+from mlxops.agent.snapshot import edited
+from mlxops.core.errors import DownloadFailed, Refused
+from mlxops.core.protocol import Event, Note
+from tests.agent.test_hub import LLAMA, QUICK, cache, faulty  # noqa: F401
+from tests.lab import models
+from tests.lab.faultyhub import FaultyHub
+from tests.lab.homelab import Homelab, Studio
+from tests.lab.hub import Hub
+from tests.steps import words_of
+
+QWEN = "tiny-org/tiny-qwen3"
+
+Edit = Callable[[bytes], bytes]
+
+
+def longer(content: bytes) -> bytes:
+    """As a person edits a configuration: one more key, indented otherwise."""
+    return json.dumps({**json.loads(content), "my_own_setting": "of some length, so that it shows"}, indent=8).encode()
+
+
+def shorter(content: bytes) -> bytes:
+    document = json.loads(content)
+    document.pop(sorted(document)[-1])
+    return json.dumps(document, separators=(",", ":")).encode()
+
+
+def as_long(content: bytes) -> bytes:
+    return content.replace(b"e", b"E", 1) if b"e" in content else content[::-1]
+
+
+TEMPLATE = b"{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+EDITS: dict[str, tuple[str, Edit]] = {
+    "a longer config": ("config.json", longer),
+    "a shorter config": ("config.json", shorter),
+    "a config as long as it was": ("config.json", lambda old: old.replace(b"2048", b"1024")),
+    "a shorter tokenizer_config": ("tokenizer_config.json", shorter),
+    "a template": ("chat_template.jinja", lambda _: TEMPLATE),
+    "a longer template": ("chat_template.jinja", lambda old: old + b"{# mine #}\n"),
+    "a config with a mistake": ("config.json", lambda old: old.replace(b",", b",,", 1)),
+    "a config in UTF-16": ("config.json", lambda old: old.decode().encode("utf-16")),
+    "a config with a byte order mark": ("config.json", lambda old: b"\xef\xbb\xbf" + old),
+    "a card": ("README.md", lambda _: b"# mine\n"),
+}
+LOADABLE = {each for each in EDITS if "mistake" not in each and "UTF-16" not in each and "byte order" not in each}
+
+
+def in_the_blob(file: Path, content: bytes) -> None:
+    """As `vi` writes through a link."""
+    file.resolve().write_bytes(content)
+
+
+def in_its_place(file: Path, content: bytes) -> None:
+    """As `sed -i` puts a file of its own in the place of a link."""
+    file.unlink()
+    file.write_bytes(content)
+
+
+WAYS = {"in the blob": in_the_blob, "in its place": in_its_place}
+
+
+def warnings(events: list[Event]) -> list[str]:
+    return [event.message for event in events if isinstance(event, Note) and event.level == "warning"]
+
+
+class TestAnEdit:
+    @pytest.mark.parametrize("way", WAYS)
+    def test_is_kept_by_a_download_and_by_verify(
+        self,
+        faulty: FaultyHub,  # noqa: F811
+        cache: Path,  # noqa: F811
+        way: str,
+    ) -> None:
+        snapshot = download(LLAMA, None, cache, lambda _: None, QUICK).path
+        for what, (name, edit) in EDITS.items():
+            file = snapshot / name
+            original = file.read_bytes()
+            mine = edit(original)
+            WAYS[way](file, mine)
+            if what in LOADABLE:
+                assert completeness(snapshot) is None, f"{what}: it can be loaded as it is, without a network"
+                download(LLAMA, None, cache, lambda _: None, QUICK)
+            verify(LLAMA, snapshot.name, cache, lambda _: None, QUICK)
+            assert file.read_bytes() == mine, what
+            assert [each.name for each in edited(snapshot)] == [name], what
+            file.write_bytes(original)
+
+    @pytest.mark.parametrize("trees", [True, False])
+    @pytest.mark.parametrize("xet", [True, False])
+    @pytest.mark.parametrize("way", WAYS)
+    def test_is_seen_in_every_layout(self, tmp_path: Path, tiny_models: Path, trees: bool, xet: bool, way: str) -> None:
+        snapshot = models.install_snapshot(tmp_path, QWEN, tiny_models / models.QWEN, trees=trees, xet=xet)
+        assert edited(snapshot) == ()
+        WAYS[way](snapshot / "config.json", as_long((snapshot / "config.json").read_bytes()))
+        assert [each.name for each in edited(snapshot)] == ["config.json"]
+
+    def test_is_told_with_commands_that_bring_the_hubs_file_back(
+        self,
+        faulty: FaultyHub,  # noqa: F811
+        cache: Path,  # noqa: F811
+    ) -> None:
+        for way in WAYS.values():
+            snapshot = download(LLAMA, None, cache, lambda _: None, QUICK)
+            file = snapshot.path / "config.json"
+            original = file.read_bytes()
+            way(file, longer(original))
+            events: list[Event] = []
+            tell_edits(snapshot, events.append)
+            (said,) = warnings(events)
+            assert said.startswith("config.json differs from the hub's (")
+            assert f"rm {os.path.realpath(file)}; mlxctl pull --repo {LLAMA}@{snapshot.revision}" in said
+            os.unlink(os.path.realpath(file))
+            download(LLAMA, snapshot.revision, cache, lambda _: None, QUICK)
+            assert file.read_bytes() == original and edited(snapshot.path) == ()
+
+    def test_stays_in_its_snapshot_when_the_branch_moves_on(
+        self,
+        hub: Hub,
+        faulty: FaultyHub,  # noqa: F811
+        cache: Path,  # noqa: F811
+        tiny_models: Path,
+    ) -> None:
+        repo = "tiny-org/edited-and-moved"
+        hub.add(repo, tiny_models / models.QWEN)
+        old = download(repo, None, cache, lambda _: None, QUICK).path
+        mine = longer((old / "config.json").read_bytes())
+        in_the_blob(old / "config.json", mine)
+        hub.update(repo, tiny_models / models.QWEN_B)  # the same config.json: the two share the blob
+        new = download(repo, None, cache, lambda _: None, QUICK).path
+        assert new != old and (old / "config.json").read_bytes() == mine
+        assert isinstance(find(cache, repo), Snapshot)
+
+    def test_of_weights_is_kept_if_it_fits_its_header(
+        self,
+        faulty: FaultyHub,  # noqa: F811
+        cache: Path,  # noqa: F811
+        tiny_models: Path,
+    ) -> None:
+        """Quantized anew in its place, for instance."""
+        file = download(QWEN, None, cache, lambda _: None, QUICK).path / "model.safetensors"
+        weights = (tiny_models / models.LLAMA / "model-00001-of-00002.safetensors").read_bytes()
+        in_its_place(file, weights)
+        download(QWEN, None, cache, lambda _: None, QUICK)
+        verify(QWEN, file.parent.name, cache, lambda _: None, QUICK)
+        assert file.read_bytes() == weights and completeness(file.parent) is None
+
+
+class TestALinkOfSomebodys:
+    def test_to_another_disk_is_served(self, tmp_path: Path, tiny_models: Path) -> None:
+        snapshot = models.install_snapshot(tmp_path / "hub", QWEN, tiny_models / models.QWEN, trees=True)
+        disk = tmp_path / "disk"
+        disk.mkdir()
+        os.rename((snapshot / "model.safetensors").resolve(), disk / "big")
+        (snapshot / "model.safetensors").unlink()
+        (snapshot / "model.safetensors").symlink_to(disk / "big")
+        assert isinstance(find(tmp_path / "hub", QWEN), Snapshot) and edited(snapshot) == ()
+
+    def test_to_a_disk_that_is_not_there_is_neither_incomplete_nor_replaced(
+        self,
+        faulty: FaultyHub,  # noqa: F811
+        cache: Path,  # noqa: F811
+        tmp_path: Path,
+    ) -> None:
+        snapshot = download(QWEN, None, cache, lambda _: None, QUICK)
+        link = snapshot.path / "model.safetensors"
+        link.unlink()
+        link.symlink_to(tmp_path / "disk" / "big")
+        found = find(cache, QWEN)
+        assert not isinstance(found, Snapshot) and found is not None and not found.incomplete
+        assert found.why == f"cannot be read: model.safetensors is a link to {tmp_path}/disk/big, which is not there"
+        with pytest.raises(Refused) as caught:
+            download(QWEN, None, cache, lambda _: None, QUICK)
+        assert caught.value.code == "link_broken" and f"rm {link}" in caught.value.hint
+        assert link.is_symlink() and os.readlink(link) == str(tmp_path / "disk" / "big")
+
+
+TEXTS = ["config.json", "tokenizer_config.json", "tokenizer.json", "chat_template.jinja"]
+
+
+class TestWhatIsCutOff:
+    @pytest.mark.parametrize("name", TEXTS)
+    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(data=st.data())
+    def test_at_any_byte_is_incomplete(self, tmp_path: Path, tiny_models: Path, name: str, data: st.DataObject) -> None:
+        file = models.install_snapshot(tmp_path, QWEN, tiny_models / models.QWEN, trees=True) / name
+        whole = (tiny_models / models.QWEN / name).read_bytes()
+        cut = data.draw(st.integers(0, len(whole.rstrip()) - 1))
+        file.write_bytes(whole[:cut])
+        try:
+            found = find(tmp_path, QWEN)
+            assert found is not None and not isinstance(found, Snapshot) and found.incomplete
+            assert found.why.startswith(f"incomplete: {name} has {cut} of "), found.why
+        finally:
+            file.write_bytes(whole)
+
+    @pytest.mark.parametrize("way", WAYS)
+    def test_is_fetched_again(
+        self,
+        faulty: FaultyHub,  # noqa: F811
+        cache: Path,  # noqa: F811
+        way: str,
+    ) -> None:
+        snapshot = download(LLAMA, None, cache, lambda _: None, QUICK).path
+        for name in TEXTS:
+            file = snapshot / name
+            whole = file.read_bytes()
+            WAYS[way](file, whole[: len(whole) // 2])
+            events: list[Event] = []
+            download(LLAMA, None, cache, events.append, QUICK)
+            assert file.read_bytes() == whole
+            assert any(f"{name} has" in each and "downloading it anew" in each for each in warnings(events))
+
+    def test_keeps_its_length_where_a_disk_lost_power(
+        self,
+        faulty: FaultyHub,  # noqa: F811
+        cache: Path,  # noqa: F811
+    ) -> None:
+        file = download(LLAMA, None, cache, lambda _: None, QUICK).path / "config.json"
+        whole = file.read_bytes()
+        file.resolve().write_bytes(bytes(len(whole)))
+        with pytest.raises(DownloadFailed, match="not those of the hub"):
+            verify(LLAMA, file.parent.name, cache, lambda _: None, QUICK)
+        download(LLAMA, None, cache, lambda _: None, QUICK)
+        assert file.read_bytes() == whole
+
+
+class TestAServerWithAnEdit:
+    """With the real engine, and a hub that would be asked if anything were missing."""
+
+    def warned(self, answer: Any, name: str = "config.json") -> bool:
+        return f"{name} differs from the hub's" in answer.ok().stderr
+
+    def test_is_loaded_restored_and_pulled_and_the_edit_stays(self, online_homelab: Homelab) -> None:
+        studio = online_homelab.studio
+        port = studio.ports[0]
+        pulled = studio.mlxctl("pull", "--repo", QWEN, "--json").ok().json["hosts"][0]["result"]
+        file = Path(pulled["path"]) / "config.json"
+        mine = longer(file.read_bytes())
+        file.resolve().write_bytes(mine)
+        assert self.warned(studio.mlxctl("load", "--model", QWEN, "--port", str(port), env=offline(studio)))
+        assert words_of(studio, port, "jerry-xl") is not None
+        listed = studio.mlxctl("list", "--json").ok().json["hosts"][0]["models"]
+        assert [row["problems"] for row in listed] == [[]]
+        assert self.warned(studio.mlxctl("pull", "--repo", QWEN, "--verify"))
+        studio.sweep()
+        assert self.warned(studio.mlxctl("restore", env=offline(studio)))
+        assert words_of(studio, port, "jerry-xl") is not None
+        assert file.read_bytes() == mine
+        studio.mlxctl("unload", "--port", str(port)).ok()
+
+
+def offline(studio: Studio) -> dict[str, str]:
+    """Nothing is found out from a hub: port 9 is "discard", which nobody serves."""
+    return {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
