@@ -134,11 +134,12 @@ def _hand_started(where: Place, system: System, look: Look, ports: Iterable[int]
     for port in ports:
         pids = {pid for each in look.on(where.settings.bind, port) for pid in each.pids}
         owner = next((each for each in mine if pids and pids <= set(each.family)), None)
-        portless = [each for each in silent if each.seen.port == port and _same_address(each.seen.host, where)]
+        meant = [each for each in silent if each.seen.port == port and _same_address(each.seen.host, where)]
+        portless = [each for each in meant if _listens_nowhere(system, each)]
         if owner or portless:
             found[port] = ByHand(
                 _server(system, look, owner) if owner else None,
-                tuple(_server(system, look, each) for each in portless if _listens_nowhere(system, each)),
+                tuple(_server(system, look, each) for each in portless),
             )
     return found
 

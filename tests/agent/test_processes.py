@@ -481,19 +481,19 @@ STARTERS = {
     # What starts the server, as a script of a shell; how many processes of the group are left when it was stopped.
     "alone": ("{engine} --port 8103\n:", 2, 0),
     "with a word to tee": ("{engine} --port 8103 | tee {log}", 3, 0),
-    "with something else in the background": ("sleep 1000 &\n{engine} --port 8103\n:", 3, 2),
-    "with a server beside it": ("{engine} --port 8104 &\n{engine} --port 8103\n:", 3, 2),
+    "with something else in the background": ("sleep 1000 &\n{engine} --port 8103\nwait", 3, 2),
+    "with a server beside it": ("{engine} --port 8104 &\n{engine} --port 8103\nwait", 3, 2),
     "with itself in the place of another one": ("{engine} --port 8103 &\nexec {engine} --port 8104", 2, 1),
     "in the place of the script, with another one before": ("{engine} --port 8104 &\nexec {engine} --port 8103", 2, 1),
     "again and again": ("while true; do {engine} --port 8103; done", 2, 0),
-    "through wrappers": ("timeout -k 1 1000 stdbuf -o0 {engine} --port 8103\n:", 3, 0),
+    "through wrappers": ("flock {lock} stdbuf -o0 {engine} --port 8103\n:", 3, 0),
 }
 
 
 @pytest.mark.parametrize("how", STARTERS)
 def test_a_server_in_anothers_group_is_stopped_and_its_neighbours_stay(lab: Lab, how: str) -> None:
     text, processes, left = STARTERS[how]
-    script = text.format(engine=engine(lab), log=lab.folder / "log")
+    script = text.format(engine=engine(lab), log=lab.folder / "log", lock=lab.folder / "lock")
     adopted_one = adopted(lab, [SH, "-c", f": ;{script}"], processes)
     adopted_one.stop()
     wait_until(lambda: len(adopted_one.left) == left, 5, f"{left} of the group to be left")
@@ -512,9 +512,10 @@ def test_a_process_that_has_the_pid_of_one_that_ended_meanwhile_is_not_signalled
 ) -> None:
     _, run = lab.running(SERVE)
     other = replace(run, run_id="", adopted=True)
-    monkeypatch.setattr(type(SYSTEM), "process", lambda self, pid: replace(SYSTEM.look(()).processes[pid], start="1"))
-    stopping = processes._Stopping(SYSTEM, other, lambda: None)
-    stopping.send(signal.SIGTERM)
+    look = SYSTEM.look(())
+    monkeypatch.setattr(type(SYSTEM), "look", lambda self, ports: look)
+    monkeypatch.setattr(type(SYSTEM), "process", lambda self, pid: replace(look.processes[pid], start="1"))
+    processes._Stopping(SYSTEM, other, lambda: None).send(signal.SIGTERM)
     monkeypatch.undo()
     assert group(run) == {run.pid}
 
