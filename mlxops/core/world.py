@@ -59,8 +59,8 @@ class Answer(StrEnum):
 class Run:
     """The run record: what is known of the process that was started, or adopted, for a port.
 
-    `start` and `boot_id` are the kernel's own marks (see the agent's `system`); with pid, pgid and the tail of
-    argv they prove that a process is the recorded one. `*_at` are wall time, for display only.
+    `start` and `boot_id` are the kernel's own marks (see the agent's `system`); with pid, pgid and `run_id`, which its
+    environment has, they prove that a process is the recorded one. `*_at` are wall time, for display only.
     """
 
     port: int
@@ -159,6 +159,10 @@ class Server:
     start: str = ""
     path: str = ""
     """The real path of the model that it was given, if that is a path on this host."""
+    wrappers: tuple[int, ...] = ()
+    """The processes that only run it, such as `uv run` or a script: they end with it."""
+    starter: str = ""
+    """For people: the process that started it, and goes on without it."""
 
 
 def run_of(server: Server, port: int, boot_id: str) -> Run:
@@ -195,6 +199,10 @@ class Signals:
     unowned: bool = False
     """A listener's process cannot be seen, and nothing says that it is another user's."""
     hand: Server | None = None
+    """The server of this user that listens; or, where nothing does, one that is to."""
+    portless: tuple[Server, ...] = ()
+    """Further servers of this user that are to listen there and listen nowhere: an mlx_lm.server that lost its port to
+    another process keeps its model in memory."""
     boot: bool = False
     operation: Operation | None = None
     activity: str = ""
@@ -242,13 +250,15 @@ class PortView:
     rebooted: bool = False
     reassigned: bool = False
     """Its server is whole, and the registry assigns the port to another model."""
+    portless: tuple[Server, ...] = ()
 
     def to_wire(self) -> dict[str, object]:
         """The row of the status document."""
-        hidden = {"run", "server", "operation", "members", "orphan", "rebooted", "reassigned"}
+        hidden = {"run", "server", "operation", "members", "orphan", "rebooted", "reassigned", "portless"}
         row = {key: value for key, value in asdict(self).items() if key not in hidden}
         row["log_path"] = self.run.log_path if self.run else None
         row["operation"] = self.operation.id if self.operation else None
+        row["portless"] = [each.pid for each in self.portless]
         return row
 
     @property
@@ -407,11 +417,16 @@ def _stranger(signals: Signals, registry: Registry, owner: Owner) -> PortView:
         pgid=server.pgid if server else None,
         engine=server.engine if server else None,
         memory_bytes=signals.memory_bytes,
-        detail=detail or signals.stranger,
+        detail=detail or "; ".join(filter(None, [signals.stranger, _started_by(server)])),
         run=signals.run,
         server=server,
         operation=signals.operation,
+        portless=signals.portless,
     )
+
+
+def _started_by(server: Server | None) -> str:
+    return f"started by {server.starter}" if server and server.starter else ""
 
 
 def _known_as(model: Model) -> frozenset[str]:
@@ -450,6 +465,7 @@ def _view(
         server=signals.hand,
         operation=signals.operation,
         members=signals.members,
+        portless=signals.portless,
         orphan=orphan,
         rebooted=signals.rebooted,
     )
@@ -462,6 +478,7 @@ def drift(ports: PortRange, views: Mapping[int, PortView], registry: Registry) -
     if registry.unwritable:
         # Every command that changes anything is refused until then.
         found = [replace(each, hint="mend the registry first, then look again: mlxctl status") for each in found]
+    found += [each for view in views.values() for each in _portless(view)]
     for model in registry.models.values():
         port, own = model.port, slots.get(model.name)
         if port is not None and port not in ports:
@@ -477,6 +494,13 @@ def drift(ports: PortRange, views: Mapping[int, PortView], registry: Registry) -
             hint = f"mlxctl unload {port}, then load the right one"
             found.append(Drift("port_claimed_twice", port, model.name, message, hint))
     return tuple(found)
+
+
+def _portless(view: PortView) -> Iterator[Drift]:
+    for server in view.portless:
+        what = server.model or "a model"
+        message = f"pid {server.pid} was started for port {view.port}, does not listen, and may hold {what} in memory"
+        yield Drift("portless_server", view.port, None, message, f"stop it on the host: kill {server.pid}")
 
 
 def _drift_of_port(view: PortView, assigned: tuple[Model, ...], slots: Mapping[str, int]) -> Iterator[Drift]:
@@ -501,7 +525,9 @@ def _drift_of_port(view: PortView, assigned: tuple[Model, ...], slots: Mapping[s
         yield Drift("unknown", port, names[0] if names else None, message, "nothing is changed meanwhile; try again")
     elif view.owner is Owner.FOREIGN and names:
         message = f"{names[0]} is assigned to {port}, but a process that is not ours holds the port"
-        yield Drift("foreign", port, names[0], message, "stop that process; mlxops never signals it")
+        kill = f": kill {view.pid}" if view.pid is not None else ""
+        hint = f"mlxops never signals it; stop it yourself on the host{kill}"
+        yield Drift("foreign", port, names[0], message, hint)
     if view.run and view.owner is Owner.MLXOPS and view.alias and view.run.alias != view.alias:
         message = f"{port} serves under {view.run.alias}, but its slot is {view.alias}"
         yield Drift("alias_changed", port, view.model, message, f"mlxctl load {view.model} {port} --force")

@@ -143,8 +143,7 @@ PUBLISHED: dict[str, tuple[dict[str, object], int]] = {
         (10 * N + 52 * 1024) * 16 * 128 * 2,
     ),
     "google/gemma-4-26B-A4B": (
-        nested("gemma4", plain("gemma4_text", 30, 16, 8, 2816, head_dim=256, global_head_dim=512))
-        | {},
+        nested("gemma4", plain("gemma4_text", 30, 16, 8, 2816, head_dim=256, global_head_dim=512)) | {},
         0,
     ),
     "CohereForAI/c4ai-command-r7b-12-2024": (
@@ -230,7 +229,9 @@ PUBLISHED: dict[str, tuple[dict[str, object], int]] = {
     "Qwen/Qwen3.5-27B": (
         nested(
             "qwen3_5",
-            plain("qwen3_5_text", 64, 24, 4, 5120, layer_types=[L, L, L, F] * 16, linear_num_value_heads=48, **QWEN_3_5),
+            plain(
+                "qwen3_5_text", 64, 24, 4, 5120, layer_types=[L, L, L, F] * 16, linear_num_value_heads=48, **QWEN_3_5
+            ),
         ),
         16 * 4 * 256 * 2 * N,
     ),
