@@ -290,7 +290,13 @@ def _detail(row: Mapping[str, object]) -> object:
     probe = row.get("probe")
     if not isinstance(probe, dict):
         return row.get("detail")
-    told = f"completion in {probe.get('seconds')} s" if probe.get("ok") else "no completion"
+    if probe.get("not_asked"):
+        told = f"not asked: {probe.get('not_asked')}"
+    elif probe.get("ok"):
+        other = probe.get("name") not in (None, row.get("alias"), row.get("model"))
+        told = f"completion in {probe.get('seconds')} s" + (f" as {probe.get('name')}" if other else "")
+    else:
+        told = "no completion"
     return "; ".join(filter(None, [str(row.get("detail") or ""), told]))
 
 

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from mlxops.agent.engine import NoCompletion
+from mlxops.agent.operations.asking import names_of
 from mlxops.agent.operations.context import Context, busy, model_lock, repo_lock
 from mlxops.agent.operations.files import Files, cached
 from mlxops.agent.operations.gatewayname import check_name
@@ -16,6 +17,7 @@ from mlxops.agent.operations.swap import start_in_place
 from mlxops.agent.store import now
 from mlxops.core import names, planner
 from mlxops.core.errors import Busy, Refused, UsageError
+from mlxops.core.names import shown
 from mlxops.core.planner import LoadPlan, Outcome, Target
 from mlxops.core.protocol import Phase
 from mlxops.core.registry import Registry
@@ -255,6 +257,12 @@ def _prove_boot_job(ctx: Context, plan: LoadPlan, view: PortView) -> None:
 
     if view.server is None:
         raise planner.boot_port(ctx.where.settings, plan.port, "its server is gone")
+    names = names_of(view)
+    if names.not_asked:
+        raise planner.boot_port(ctx.where.settings, plan.port, f"its server is not asked: {names.not_asked}")
+    if names.sure and not names.any and plan.alias not in names.known:
+        what = f"its server answers to {' and '.join(map(shown, names.known))}, not to {plan.alias}"
+        raise planner.boot_port(ctx.where.settings, plan.port, what[:300])
     run = run_of(view.server, plan.port, ctx.system.boot_id())
     try:
         prove(ctx.where, plan.alias, run, ctx.system, ctx.request.number("timeout") or COMPLETION_SECONDS)
