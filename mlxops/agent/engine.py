@@ -82,6 +82,8 @@ class Names:
     """It does not look at the name."""
     sure: bool = True
     """False: an older version, which does not look at the name, would have this argv too."""
+    drops: bool = True
+    """For a name that it does not know it drops the model that it holds."""
     not_asked: str = ""
     """Why it must not be asked for a completion; empty if it may be."""
 
