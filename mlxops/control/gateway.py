@@ -424,6 +424,7 @@ def _passed(answer: Answer, asked: _Asked) -> Answer:
         rows.append(
             {
                 **row,
+                **_named(row, here, asked),
                 "through": worst.to_wire() if worst else None,
                 "passages": [each.to_wire() for each in passages],
                 "skipped": skipped,
@@ -434,6 +435,12 @@ def _passed(answer: Answer, asked: _Asked) -> Answer:
     count = sum(each.get("severity") == Severity.FAULT.value for each in found)
     error = answer.error if answer.error and answer.error.code != "gateway_faults" else fault(count)
     return replace(answer, result={"aliases": rows, "findings": found}, error=error)
+
+
+def _named(row: Mapping[str, object], here: Sequence[str], asked: _Asked) -> dict[str, object]:
+    """What clients say for a port, where only the running gateway tells."""
+    names = [alias for alias in here if asking.STAR not in alias]
+    return {"alias": names[0], "names": names} if names and asked.running.files is None else {}
 
 
 def _findings(answer: Answer) -> list[dict[str, object]]:
