@@ -245,11 +245,12 @@ class _Proxy:
 
     def __init__(self, answers: Answers) -> None:
         self.paths: list[str] = []
+        self.bodies: list[dict[str, object]] = []
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
-                self.rfile.read(int(self.headers["Content-Length"]))
+                proxy.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
                 proxy.paths.append(self.path)
                 status, headers, body = answers(len(proxy.paths))
                 self._answer(status, headers, body)
@@ -335,6 +336,89 @@ class TestThrough:
         at = proxy(lambda _: (200, {"x-litellm-model-api-base": "http://old:8100/v1"}, COMPLETION))
         passage = self.ask(at.url)
         assert (passage.code, passage.api_base, passage.attempts) == ("other_server", "http://old:8100/v1", 1)
+
+    @pytest.mark.parametrize(
+        "base", ["http://127.0.0.1:8100/v1", "http://LocalHost:8100", "http://localhost.:8100/v1/"]
+    )
+    def test_the_same_address_is_the_right_one_however_it_is_written(
+        self, proxy: Callable[[Answers], _Proxy], base: str
+    ) -> None:
+        at = proxy(lambda _: (200, {"x-litellm-model-api-base": base}, COMPLETION))
+        expected = "http://localhost:8100/v1"
+        assert through.ask(at.url, None, "a", expected=expected, same_host=gateway.same_host).ok
+
+    def test_a_fallbacks_answer_is_none_of_the_alias(self, proxy: Callable[[Answers], _Proxy]) -> None:
+        spare = {"x-litellm-model-api-base": "http://spare:8101/v1", "x-litellm-attempted-fallbacks": "1"}
+        own = {"x-litellm-model-api-base": "http://studio:8100/v1", "x-litellm-attempted-fallbacks": "0"}
+        at = proxy(lambda n: (200, spare if n < 3 else own, COMPLETION))
+        passage = self.ask(at.url)
+        assert (passage.ok, passage.attempts) == (True, 3)
+        at = proxy(lambda _: (200, spare, COMPLETION))
+        passage = self.ask(at.url, seconds=1.5)
+        assert (passage.code, passage.attempts > 1) == ("fallback", True)
+        assert "fallback at http://spare:8101/v1" in passage.detail
+
+    def test_a_deployment_of_the_same_name_elsewhere_is_asked_past(self, proxy: Callable[[Answers], _Proxy]) -> None:
+        bases = ["http://other:8100/v1", "http://studio:8100/v1"]
+        at = proxy(lambda n: (200, {"x-litellm-model-api-base": bases[n > 2]}, COMPLETION))
+
+        def ask(seconds: float) -> through.Passage:
+            known = {"expected": bases[1], "others": [bases[0]], "seconds": seconds, "pause": lambda _: None}
+            return through.ask(at.url, None, "jerry-xl", **known)  # type: ignore[arg-type]
+
+        assert (ask(60).ok, len(at.paths)) == (True, 3)
+        at = proxy(lambda _: (200, {"x-litellm-model-api-base": bases[0]}, COMPLETION))
+        assert ask(1.5).code == "other_deployment"
+
+    def test_every_question_is_new_and_keeps_caches_and_fallbacks_out(self, proxy: Callable[[Answers], _Proxy]) -> None:
+        at = proxy(lambda n: (500 if n == 1 else 200, {}, COMPLETION))
+        self.ask(at.url)
+        first, second = at.bodies
+        assert first["messages"] != second["messages"]
+        assert (first["cache"], first["disable_fallbacks"]) == ({"no-cache": True, "no-store": True}, True)
+
+    @pytest.mark.parametrize(
+        ("status", "words"),
+        [
+            (403, "Not allowed to set no-cache as a cache control. Contact admin to change permissions."),
+            (400, "Unrecognized request argument supplied: disable_fallbacks"),
+            (422, "Extra inputs are not permitted"),
+        ],
+    )
+    def test_a_gateway_that_does_not_take_these_fields_is_asked_without_them(
+        self, proxy: Callable[[Answers], _Proxy], status: int, words: str
+    ) -> None:
+        refusal = json.dumps({"error": {"message": words}}).encode()
+        at = proxy(lambda n: (status, {}, refusal) if n == 1 else (200, {}, COMPLETION))
+        assert (self.ask(at.url).ok, "cache" in at.bodies[1]) == (True, False)
+
+    @pytest.mark.parametrize(
+        ("status", "words"),
+        [
+            (429, "No deployments available for selected model, Try again in 5 seconds."),
+            (500, "All deployments for selected model are in cooldown"),
+            (400, "No deployments available for selected model"),
+            (408, "litellm.Timeout: APITimeoutError"),
+        ],
+    )
+    def test_a_cool_down_does_not_hide_the_error_before_it(
+        self, proxy: Callable[[Answers], _Proxy], status: int, words: str
+    ) -> None:
+        errors = [(500, "the server fell over"), (status, words)]
+
+        def answer(number: int) -> tuple[int, dict[str, str], bytes]:
+            code, said = errors[number > 1]
+            return code, {}, json.dumps({"error": {"message": said}}).encode()
+
+        at = proxy(answer)
+        passage = self.ask(at.url, seconds=1.5)
+        assert (passage.status, passage.attempts > 1) == (500, True)
+        assert passage.detail == "it answered 500: the server fell over"
+
+    def test_a_url_may_end_as_a_clients_does(self, proxy: Callable[[Answers], _Proxy]) -> None:
+        at = proxy(lambda _: (200, {}, COMPLETION))
+        assert self.ask(f"{at.url}/v1/").ok and self.ask(f"{at.url}/litellm").ok
+        assert at.paths == ["/v1/chat/completions", "/litellm/v1/chat/completions"]
 
     def test_no_gateway_is_told_from_an_alias_that_fails(self) -> None:
         assert self.ask(f"http://127.0.0.1:{free_port()}").code == "gateway_down"
