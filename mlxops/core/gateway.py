@@ -85,12 +85,7 @@ class Entry:
     @property
     def address(self) -> tuple[str, int] | None:
         """Host and port of `api_base`; None if it has none."""
-        try:
-            parts = urlsplit(self.api_base or "")
-            port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-        except ValueError:
-            return None
-        return (parts.hostname, port) if parts.hostname and port else None
+        return address_of(self.api_base)
 
 
 @dataclass(frozen=True)
@@ -107,6 +102,13 @@ class Port:
     model: str | None = None
     answers_to: str | None = None
     """The name under which the server answers; None: unknown, or to any."""
+    also_answers_to: tuple[str, ...] = ()
+    """Further names that it knows for the same model."""
+    answers_to_any: bool = False
+    drops_for_others: bool = True
+    """For a name that it does not know it drops its model."""
+    not_asked: str = ""
+    """Why it must not be asked for a completion; empty if it may be."""
     context_length: int | None = None
     assigned: bool = False
     detail: str = ""
@@ -130,6 +132,27 @@ SameHost = Callable[[str, str], bool]
 
 def same_name(one: str, other: str) -> bool:
     return one.lower().rstrip(".") == other.lower().rstrip(".")
+
+
+def same_base(one: str, other: str, same_host: SameHost = same_name) -> bool:
+    """Whether two `api_base`s are one address: the same server, port and path, with or without /v1."""
+    if one.rstrip("/") == other.rstrip("/"):
+        return True
+    first, second = (address_of(each) for each in (one, other))
+    if first is None or second is None or first[1] != second[1]:
+        return False
+    paths = {urlsplit(each).path.rstrip("/").removesuffix("/v1") for each in (one, other)}
+    return len(paths) == 1 and same_host(first[0], second[0])
+
+
+def address_of(api_base: str | None) -> tuple[str, int] | None:
+    """Host and port of an `api_base`; None if it has none."""
+    try:
+        parts = urlsplit(api_base or "")
+        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    except ValueError:
+        return None
+    return (parts.hostname, port) if parts.hostname and port else None
 
 
 # -- reading the document -----------------------------------------------------------------------------------------
@@ -232,12 +255,6 @@ def tokens_promised(entries: Iterable[Entry], address: str, same_host: SameHost 
         if where is not None and tokens is not None and same_host(where[0], address):
             promised[where[1]] = max(tokens, promised.get(where[1], 0))
     return promised
-
-
-def aliases_for(entries: Iterable[Entry], address: str, port: int, same_host: SameHost = same_name) -> tuple[str, ...]:
-    """The aliases whose requests the gateway sends to this port."""
-    found = (e.alias for e in entries if e.address and e.address[1] == port and same_host(e.address[0], address))
-    return tuple(dict.fromkeys(found))
 
 
 def edit(entry: Entry, key: str, value: str, files: Files) -> str:

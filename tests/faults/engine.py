@@ -4,9 +4,9 @@ Run under the name `mlx_lm.server`, isolated and without site packages, which is
 answers `GET /health` and chat completions. `--fake-words TEXT` writes TEXT to its log; `--fake-late S` listens S
 seconds later; `--fake-exit N` ends with status N instead of listening; `--fake-mute 1` accepts and never answers;
 `--fake-answer sick` completes, and calls itself unhealthy; `--fake-answer deep` completes with what no parser follows;
-`--fake-answer endless` begins a completion, and goes on with a space every now and then.
-`--fake-strict FILE` answers 404 to a completion under another name than its --model, and writes that name into FILE: it
-drops its model, as mlx-lm does. While there is a file `broken` in its folder, it is healthy and completes nothing.
+`--fake-answer endless` begins a completion, and goes on with a space every now and then; `--fake-names FILE` adds the
+model of each request to FILE, a line each. While there is a file `broken` in its folder, it is healthy and completes
+nothing.
 """
 
 import os
@@ -30,11 +30,8 @@ def respond(connection: socket.socket) -> None:
             return
         data += part
     status, body, kind = b"200 OK", b'{"status":"ok"}', option("--fake-answer")
-    if data.startswith(b"POST") and (mark := option("--fake-strict")) and (name := asked(connection, data)):
-        status, body = b"404 Not Found", b"{}"
-        with open(mark, "w") as file:
-            file.write(name)
-    elif data.startswith(b"POST"):
+    if data.startswith(b"POST"):
+        note_name(connection, data)
         status, body = (b"500 Broken", b"{}") if os.path.exists("broken") else (status, ANSWER)
         body = b"[" * 200_000 if kind == "deep" else body
     elif kind == "sick":
@@ -48,15 +45,15 @@ def respond(connection: socket.socket) -> None:
     connection.sendall(head + body)
 
 
-def asked(connection: socket.socket, data: bytes) -> str:
-    """The name that a request asks for, if the server does not know it; else empty."""
-    head, _, body = data.partition(b"\r\n\r\n")
-    length = int(head.lower().partition(b"content-length:")[2].split()[0])
-    while len(body) < length:
-        body += connection.recv(65536)
-    # Without the json module, which takes a third of this program's start.
-    name = body.partition(b'"model"')[2].partition(b'"')[2].partition(b'"')[0].decode()
-    return "" if name in (option("--model"), "default_model") else name
+def note_name(connection: socket.socket, data: bytes) -> None:
+    file = option("--fake-names")
+    if file:
+        head, _, body = data.partition(b"\r\n\r\n")
+        length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
+        while len(body) < length:
+            body += connection.recv(65536)
+        with open(file, "a", encoding="utf-8") as names:
+            names.write(body.decode().partition('"model": "')[2].partition('"')[0] + "\n")
 
 
 def main() -> None:

@@ -314,18 +314,21 @@ def _booted(arena: Arena, rng: random.Random, stack: ExitStack) -> Scene:
 
 def _strict(arena: Arena, rng: random.Random, stack: ExitStack) -> Scene:
     """A server started by hand that drops its model for a name that it does not know."""
-    mark = arena.folder / "evicted"
-    mark.unlink(missing_ok=True)
+    asked = arena.folder / "asked"
+    asked.unlink(missing_ok=True)
     if rng.random() < 0.5:
         arena.settings = replace(arena.settings, boot=BootJob(arena.ports[0], str(arena.folder / "start.sh"), LABEL))
     environment = {**os.environ, "XPC_SERVICE_NAME": LABEL}
-    argv = _server(arena, "org/alpha", arena.ports[0], "--fake-strict", str(mark))
+    argv = _server(arena, "org/alpha", arena.ports[0], "--fake-names", str(asked))
     process = stack.enter_context(_running(arena, argv, env=environment))
     _listener(arena, arena.ports[0])
-    return Scene(
-        spared={"the server": process.pid},
-        checks=[lambda: [f"the server dropped its model for {mark.read_text()!r}"] if mark.exists() else []],
-    )
+
+    def under_its_own_name() -> list[str]:
+        names = set(asked.read_text().splitlines()) if asked.exists() else set()
+        unknown = names - {str(arena.snapshots["org/alpha"]), "default_model"}
+        return [f"the server was asked for {sorted(unknown)}, and drops its model for that"] if unknown else []
+
+    return Scene(spared={"the server": process.pid}, checks=[under_its_own_name])
 
 
 def _away(arena: Arena, rng: random.Random, stack: ExitStack) -> Scene:

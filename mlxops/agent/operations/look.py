@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlxops.agent.journal import stand_of
+from mlxops.agent.operations.asking import names_of, told
 from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.drift import conflicted_copies, further_drift, rebooted
 from mlxops.agent.operations.ops import downloads
 from mlxops.core.errors import MlxopsError, Refused
 from mlxops.core.registry import Model, Registry
-from mlxops.core.world import Operation, Owner, PortView
+from mlxops.core.world import Operation, PortView
 
 
 def status(ctx: Context) -> dict[str, object]:
@@ -56,27 +57,11 @@ def _answering_row(view: PortView, registry: Registry) -> dict[str, object]:
         "state": view.state.value,
         "owner": view.owner.value if view.owner else None,
         "model": view.model,
-        "answers_to": _answers_to(view),
+        **told(names_of(view)),
         "context_length": _context_length(entry) if entry and view.owner else None,
         "assigned": bool(registry.on_port(view.port)),
         "detail": view.detail,
     }
-
-
-def _answers_to(view: PortView) -> str | None:
-    """The only name that the live server answers to; None: any name, or not known."""
-    from mlxops.agent.engine import installed_version
-    from mlxops.agent.engines import ENGINES
-
-    run = view.run if view.owner is Owner.MLXOPS else None
-    served = run or view.server
-    engine = ENGINES.get(served.engine) if served else None
-    if served is None or engine is None:
-        return None
-    version = run.engine_version if run and run.engine_version else installed_version(served.argv, engine.distribution)
-    # What somebody else started in a way that hides its version may be an old one.
-    sure = run is not None or version is not None
-    return engine.served_name(served.argv) if sure and not engine.any_name(version) else None
 
 
 def _context_length(entry: Model) -> int | None:
