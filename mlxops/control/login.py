@@ -7,6 +7,7 @@ import re
 import shlex
 import time
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Protocol
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 _MOMENT = 0.4
 """Seconds."""
+_LAST_DAY = 253402300799
+"""Of the year 9999."""
 _UNSUPPORTED = {"gssapi-with-mic": "GSSAPIAuthentication", "hostbased": "HostbasedAuthentication"}
 """Methods of a host that mlxops does not have, and the option with which ssh uses each."""
 
@@ -191,9 +194,15 @@ class Login:
 
     def _note_refused(self, offer: Offer) -> None:
         certificate = public_keys.certificate(offer.blob)
-        if certificate and certificate.valid_before <= time.time():
-            ended = time.strftime("%Y-%m-%d %H:%M", time.localtime(certificate.valid_before))
-            self._notes.append(f"the certificate for {public_keys.fingerprint(certificate.key)} expired on {ended}")
+        if certificate is None:
+            return
+        if certificate.valid_before <= time.time():
+            what = f"expired on {_date(certificate.valid_before)}"
+        elif certificate.valid_after > time.time():
+            what = f"is not valid before {_date(certificate.valid_after)}"
+        else:
+            what = f"is for {', '.join(certificate.principals) or 'everybody'}"
+        self._notes.append(f"the certificate for {public_keys.fingerprint(certificate.key)} {what}")
 
     def _refused(self, banner: str, allowed: Sequence[str], *, ended: bool) -> Unreachable:
         destination = self._destination
@@ -339,6 +348,10 @@ def _server_algorithms(transport: paramiko.Transport) -> list[str]:
     """Those that the host verifies signatures with (RFC 8308); empty if it does not say."""
     extensions: dict[str, bytes] = transport.server_extensions  # type: ignore[attr-defined]
     return list(filter(None, extensions.get("server-sig-algs", b"").decode(errors="replace").split(",")))
+
+
+def _date(seconds: int) -> str:
+    return datetime.fromtimestamp(min(seconds, _LAST_DAY), UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _named(offer: Offer) -> str:
