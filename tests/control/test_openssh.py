@@ -299,3 +299,268 @@ def test_a_login_ends_as_that_of_openssh(
     end, error = same("studio")
     assert end == row.end, error and error.why
     assert error is None or all(words in f"{error.why}\n{error.hint}" for words in row.says), (error.why, error.hint)
+
+
+class Trust(NamedTuple):
+    """What is known of the host, and how it ends."""
+
+    known: Callable[[World, Sshd], Sequence[str]]
+    """Lines of known_hosts."""
+    end: str = "in"
+    says: tuple[str, ...] = ()
+    lines: Callable[[World, Sshd], Sequence[str]] = lambda w, s: []
+    """Of the host's block."""
+    server: str = "good"
+    """Which certificate the host shows."""
+    ssh: int | None = None
+    """How ssh ends, where mlxops is stricter on purpose."""
+
+
+def authority(world: World, names: str, ca: str = "ca") -> str:
+    return f"@cert-authority {names} {public(world.keys / ca)} the authority"
+
+
+def at(server: Sshd) -> str:
+    return f"[{server.address}]:{server.port}"
+
+
+def script(world: World, text: str) -> Path:
+    path = world.folder / f"script{len(list(world.folder.iterdir()))}"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def listed(world: World, *lines: str) -> Path:
+    path = world.folder / f"list{len(list(world.folder.iterdir()))}"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def revocations(world: World, *keys: Path, options: Sequence[str] = ()) -> Path:
+    """A key revocation list in OpenSSH's own format."""
+    path = world.folder / f"krl{len(list(world.folder.iterdir()))}"
+    argv = [program("ssh-keygen"), "-q", "-k", "-f", str(path), *options, *(f"{key}.pub" for key in keys)]
+    subprocess.run(argv, check=True, stdin=subprocess.DEVNULL, capture_output=True)
+    return path
+
+
+TOLD = 'test "$1" = HOSTNAME && echo "[$2]:PORT $3 $4"; true'
+UNKNOWN, CHANGED = "host_key_unknown", "host_key_changed"
+TRUST = {
+    "the address": Trust(lambda w, s: [authority(w, at(s))]),
+    "every host": Trust(lambda w, s: [authority(w, "*")]),
+    "a pattern": Trust(lambda w, s: [authority(w, "[127.0.0.?]:*")]),
+    "the name without its port": Trust(lambda w, s: [authority(w, s.address)]),
+    "one of several names": Trust(lambda w, s: [authority(w, f"elsewhere,{at(s)}")]),
+    "another authority's line before": Trust(lambda w, s: [authority(w, "*", "other_ca"), authority(w, "*")]),
+    "a plain key of before a reinstallation beside it": Trust(
+        lambda w, s: [f"{at(s)} {public(w.keys / 'ed25519')}", authority(w, "*")]
+    ),
+    "an authority for other hosts": Trust(lambda w, s: [authority(w, "*.example.com")], UNKNOWN),
+    "a negated pattern": Trust(lambda w, s: [authority(w, f"*,!*{s.address}*")], UNKNOWN),
+    "a negated pattern for the port alone": Trust(lambda w, s: [authority(w, f"*,!{at(s)}")]),
+    "another authority": Trust(lambda w, s: [authority(w, "*", "other_ca")], UNKNOWN, ("no @cert-authority line for",)),
+    "the authority's key without the marker": Trust(lambda w, s: [f"{at(s)} {public(w.ca)}"], CHANGED),
+    "a revoked authority": Trust(
+        lambda w, s: [authority(w, "*"), f"@revoked * {public(w.ca)}"], CHANGED, ("@revoked",)
+    ),
+    "a revoked authority, and the plain key": Trust(
+        lambda w, s: [s.known_hosts, authority(w, "*"), f"@revoked * {public(w.ca)}"], CHANGED, ("@revoked",)
+    ),
+    "a revoked key": Trust(lambda w, s: [authority(w, "*"), f"@revoked * {s.host_key}"], CHANGED, ("@revoked",)),
+    "an expired certificate": Trust(lambda w, s: [authority(w, "*")], UNKNOWN, ("it has expired",), server="expired"),
+    "an expired certificate, and the plain key": Trust(
+        lambda w, s: [authority(w, "*"), s.known_hosts], server="expired"
+    ),
+    "a certificate of the future": Trust(lambda w, s: [authority(w, "*")], UNKNOWN, ("not valid yet",), server="later"),
+    "a certificate for another host": Trust(
+        lambda w, s: [authority(w, "*")], UNKNOWN, ("it is for elsewhere",), server="elsewhere"
+    ),
+    "a certificate for another host, and the plain key": Trust(
+        lambda w, s: [authority(w, "*"), s.known_hosts], server="elsewhere"
+    ),
+    "a certificate for another host, and another plain key": Trust(
+        lambda w, s: [authority(w, "*"), f"{at(s)} {public(w.keys / 'ed25519')}"],
+        CHANGED,
+        ("it is for elsewhere",),
+        server="elsewhere",
+    ),
+    "a certificate for all hosts": Trust(lambda w, s: [authority(w, "*")], server="all"),
+    "a certificate by an ECDSA authority": Trust(lambda w, s: [authority(w, "*", "other_ca")], server="ecdsa"),
+    "a certificate by an RSA authority": Trust(lambda w, s: [authority(w, "*", "rsa_ca")], server="rsa"),
+    "a certificate by an RSA authority, which CASignatureAlgorithms forbids": Trust(
+        lambda w, s: [authority(w, "*", "rsa_ca")],
+        UNKNOWN,
+        ("CASignatureAlgorithms",),
+        lambda w, s: ["CASignatureAlgorithms ssh-ed25519"],
+        server="rsa",
+    ),
+    "HostKeyAlgorithms of certificates only": Trust(
+        lambda w, s: [authority(w, "*")], lines=lambda w, s: ["HostKeyAlgorithms ssh-ed25519-cert-v01@openssh.com"]
+    ),
+    "HostKeyAlgorithms without certificates": Trust(
+        lambda w, s: [authority(w, "*")], UNKNOWN, lines=lambda w, s: ["HostKeyAlgorithms ssh-ed25519"]
+    ),
+    "HostKeyAlias": Trust(
+        lambda w, s: [authority(w, "elsewhere")], lines=lambda w, s: ["HostKeyAlias elsewhere"], server="elsewhere"
+    ),
+    "several files": Trust(
+        lambda w, s: [],
+        lines=lambda w, s: [f"UserKnownHostsFile /nowhere {listed(w, authority(w, '*'))} ~/nowhere"],
+    ),
+    "a file with a space in its name": Trust(
+        lambda w, s: [],
+        lines=lambda w, s: [
+            f"UserKnownHostsFile /nowhere '{listed(w, authority(w, '*')).rename(w.folder / 'a b')}'".replace("'", '"')
+        ],
+    ),
+    "the global file": Trust(
+        lambda w, s: [],
+        lines=lambda w, s: ["UserKnownHostsFile none", f"GlobalKnownHostsFile {listed(w, s.known_hosts)}"],
+    ),
+    "no file at all": Trust(
+        lambda w, s: [],
+        UNKNOWN,
+        ("name a file in UserKnownHostsFile (",),
+        lambda w, s: ["UserKnownHostsFile /dev/null"],
+    ),
+    "KnownHostsCommand prints the key": Trust(
+        lambda w, s: [], lines=lambda w, s: [f"KnownHostsCommand /bin/echo %H {s.host_key}"]
+    ),
+    "KnownHostsCommand prints an authority": Trust(
+        lambda w, s: [],
+        lines=lambda w, s: [f"KnownHostsCommand /bin/echo {authority(w, '*')}"],
+    ),
+    "KnownHostsCommand is told of the key": Trust(
+        lambda w, s: [],
+        lines=lambda w, s: [f"KnownHostsCommand {script(w, TOLD.replace('PORT', str(s.port)))} %I %h %t %K"],
+        server="none",
+    ),
+    "KnownHostsCommand prints another key": Trust(
+        lambda w, s: [],
+        CHANGED,
+        ("KnownHostsCommand:1 has", "correct what KnownHostsCommand prints"),
+        lambda w, s: [f"KnownHostsCommand /bin/echo %H {public(w.keys / 'ed25519')}"],
+    ),
+    "KnownHostsCommand prints nothing": Trust(
+        lambda w, s: [], UNKNOWN, lines=lambda w, s: ["KnownHostsCommand /bin/true"]
+    ),
+    "KnownHostsCommand fails": Trust(
+        lambda w, s: [s.known_hosts],
+        UNKNOWN,
+        ("KnownHostsCommand (", "ended with status 3"),
+        lambda w, s: [f"KnownHostsCommand {script(w, 'exit 3')}"],
+    ),
+    "KnownHostsCommand is not there": Trust(
+        lambda w, s: [],
+        UNKNOWN,
+        ("KnownHostsCommand (", "No such file"),
+        lambda w, s: ["KnownHostsCommand /no/such/program"],
+    ),
+    "RevokedHostKeys lists the key": Trust(
+        lambda w, s: [s.known_hosts],
+        CHANGED,
+        ("RevokedHostKeys /",),
+        lambda w, s: [f"RevokedHostKeys {listed(w, '# stolen', s.host_key)}"],
+    ),
+    "RevokedHostKeys lists the authority": Trust(
+        lambda w, s: [authority(w, "*")],
+        CHANGED,
+        ("RevokedHostKeys /",),
+        lambda w, s: [f"RevokedHostKeys {listed(w, public(w.ca))}"],
+    ),
+    "RevokedHostKeys lists others": Trust(
+        lambda w, s: [authority(w, "*")], lines=lambda w, s: [f"RevokedHostKeys {listed(w, public(w.other_ca))}"]
+    ),
+    "a revocation list of the key": Trust(
+        lambda w, s: [s.known_hosts],
+        CHANGED,
+        ("RevokedHostKeys /",),
+        lambda w, s: [f"RevokedHostKeys {revocations(w, s.key_file)}"],
+    ),
+    "a revocation list of other keys": Trust(
+        lambda w, s: [authority(w, "*")], lines=lambda w, s: [f"RevokedHostKeys {revocations(w, w.other_ca)}"]
+    ),
+    "RevokedHostKeys is not there": Trust(
+        lambda w, s: [s.known_hosts],
+        UNKNOWN,
+        ("cannot be told", "RevokedHostKeys ("),
+        lambda w, s: ["RevokedHostKeys /no/such/file"],
+    ),
+    "StrictHostKeyChecking no": Trust(
+        lambda w, s: [],
+        UNKNOWN,
+        ("StrictHostKeyChecking (", "makes ssh accept"),
+        lambda w, s: ["StrictHostKeyChecking no"],
+        ssh=0,
+    ),
+    "StrictHostKeyChecking accept-new": Trust(
+        lambda w, s: [],
+        UNKNOWN,
+        ("StrictHostKeyChecking (", "makes ssh accept"),
+        lambda w, s: ["StrictHostKeyChecking accept-new"],
+        ssh=0,
+    ),
+    "StrictHostKeyChecking yes": Trust(
+        lambda w, s: [],
+        UNKNOWN,
+        ("ssh -o StrictHostKeyChecking=ask studio",),
+        lambda w, s: ["StrictHostKeyChecking yes"],
+    ),
+    "BatchMode yes": Trust(lambda w, s: [], UNKNOWN, ("ssh -o BatchMode=no studio",), lambda w, s: ["BatchMode yes"]),
+    "VerifyHostKeyDNS": Trust(
+        lambda w, s: [], UNKNOWN, ("VerifyHostKeyDNS (", "VerifyHostKeyDNS=no"), lambda w, s: ["VerifyHostKeyDNS yes"]
+    ),
+    "NoHostAuthenticationForLocalhost": Trust(
+        lambda w, s: [],
+        UNKNOWN,
+        ("NoHostAuthenticationForLocalhost (", "NoHostAuthenticationForLocalhost=no"),
+        lambda w, s: ["NoHostAuthenticationForLocalhost yes"],
+        ssh=0,
+    ),
+    "CheckHostIP, the key under the name": Trust(
+        lambda w, s: [f"[localhost]:{s.port} {s.host_key}"],
+        lines=lambda w, s: ["HostName localhost", "AddressFamily inet", "CheckHostIP yes"],
+    ),
+    "a line in letters that are not ASCII": Trust(
+        lambda w, s: ["\u2588\u2588 \u2588\u2588 \u2588\u2588", s.known_hosts]
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def hosts(world: World) -> dict[str, Sshd]:
+    """Servers by the certificate that they show."""
+    ways: dict[str, tuple[str, str, list[str]]] = {
+        "good": ("ca", "127.0.0.1", []),
+        "expired": ("ca", "127.0.0.1", ["-V", "20200101:20210101"]),
+        "later": ("ca", "127.0.0.1", ["-V", "20900101:20910101"]),
+        "elsewhere": ("ca", "elsewhere", []),
+        "all": ("ca", "", []),
+        "ecdsa": ("other_ca", "127.0.0.1", []),
+        "rsa": ("rsa_ca", "127.0.0.1", []),
+    }
+    found = {"none": world.plain}
+    for name, (ca, principals, options) in ways.items():
+        folder = world.folder / f"host-{name}"
+        folder.mkdir()
+        key = keygen(folder / "host_key")
+        certificate = certify(world.keys / ca, key, principals, "-h", *options, to=folder / "host.crt")
+        found[name] = world.server(f"host-{name}", f"HostCertificate {certificate}", client_key=world.plain.client_key)
+    return found
+
+
+@pytest.mark.parametrize("case", TRUST)
+def test_a_host_is_trusted_as_openssh_trusts_it(
+    world: World, hosts: dict[str, Sshd], client: SshClient, case: str
+) -> None:
+    row = TRUST[case]
+    server = hosts[row.server]
+    client.host("studio", server, *row.lines(world, server), known=False)
+    for line in row.known(world, server):
+        client.know(line)
+    error = outcome("studio")  # first: some of these let ssh write what it sees
+    assert (error.code if error else "in") == row.end, error and (error.why, error.hint)
+    assert error is None or all(words in f"{error.why}\n{error.hint}" for words in row.says), (error.why, error.hint)
+    assert (ssh("studio") == 0) == (row.end == "in" if row.ssh is None else row.ssh == 0)
