@@ -5,6 +5,7 @@ Nothing here writes a file of the gateway.
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -221,7 +222,7 @@ def load(gateway: Gateway | None, target: Target, args: Mapping[str, object], ta
 
 def _told(gateway: Gateway | None, talk: Talk) -> Told | None:
     """What the gateway was told; None where that is not known here."""
-    if gateway is None or gateway.config is None or not Path(gateway.config).expanduser().is_file():
+    if gateway is None or gateway.config is None or not os.path.isfile(Path(gateway.config).expanduser()):
         return None
     try:
         return read(gateway)

@@ -1,15 +1,14 @@
-"""OpenSSH's known_hosts files: which keys a host is known by. Host certificates are not supported."""
+"""OpenSSH's known_hosts files: which keys, and which authorities' certificates, a host is known by."""
 
 from __future__ import annotations
 
 import base64
-import binascii
-import hashlib
 import hmac
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlxops.control import public_keys
 from mlxops.control.files import opened
 
 MAX_BYTES = 64 * 1024 * 1024
@@ -31,13 +30,16 @@ class Known:
 
     `keys` are its own. `elsewhere` are those of the same machine's port 22, which OpenSSH accepts as proof for
     another port, though their absence proves nothing. `revoked` are refused whatever else is said, those of the
-    machine on every port.
+    machine on every port. `authorities` are the keys that may sign certificates for it.
     """
 
     name: str
     keys: tuple[KnownKey, ...]
     elsewhere: tuple[KnownKey, ...]
     revoked: frozenset[bytes]
+    authorities: tuple[KnownKey, ...] = ()
+    principals: tuple[str, ...] = ()
+    """The names of which a certificate must have one."""
 
     def accepts(self, blob: bytes) -> bool:
         return blob not in self.revoked and any(key.blob == blob for key in (*self.keys, *self.elsewhere))
@@ -46,48 +48,97 @@ class Known:
         """The kinds of key that could be recognised, to be asked for before others."""
         return list(dict.fromkeys(key.kind for key in (*self.keys, *self.elsewhere)))
 
+    def __add__(self, other: Known) -> Known:
+        """What two sources say of the same host."""
+        return Known(
+            self.name,
+            self.keys + other.keys,
+            self.elsewhere + other.elsewhere,
+            self.revoked | other.revoked,
+            self.authorities + other.authorities,
+            self.principals,
+        )
+
+    def fault_of(self, certificate: public_keys.Certificate, now: float, algorithms: Sequence[str]) -> str | None:
+        """Why a host certificate proves nothing; None if it proves that this is the host.
+
+        `algorithms` are those that an authority may sign with. Whether the signature is right is not looked at.
+        """
+        if not any(key.blob == certificate.authority for key in self.authorities):
+            shown = public_keys.fingerprint(certificate.authority)
+            return f"no @cert-authority line for {self.name} has the authority that signed it, {shown}"
+        if not certificate.for_hosts:
+            return "it is not a host certificate"
+        if now < certificate.valid_after:
+            return "it is not valid yet"
+        if now >= certificate.valid_before:
+            return "it has expired"
+        # No names mean all hosts of the authority (PROTOCOL.certkeys); so does OpenSSH before 10.3.
+        if certificate.principals and not set(self.principals) & set(certificate.principals):
+            return f"it is for {', '.join(certificate.principals)}, and not for {self.principals[0]}"
+        if certificate.critical:
+            return "it has critical options, which no host certificate may have"
+        if algorithms and certificate.algorithm not in algorithms:
+            return f"its signature is {certificate.algorithm}, which CASignatureAlgorithms does not allow"
+        return None
+
 
 def lookup(files: Sequence[Path], hostname: str, port: int, alias: str | None) -> Known:
     """Files that are not there are empty; lines that make no sense are skipped, as OpenSSH does."""
+    return _known(_lines(files), hostname, port, alias)
+
+
+def lookup_in(text: str, source: str, hostname: str, port: int, alias: str | None) -> Known:
+    """The same for lines that a command printed. `source` is how they are named in messages."""
+    return _known(_lines_of(text, Path(source)), hostname, port, alias)
+
+
+def _known(lines: Iterator[_Line], hostname: str, port: int, alias: str | None) -> Known:
     plain = (alias or hostname).lower()
     name = plain if alias or port == 22 else f"[{plain}]:{port}"
     keys: list[KnownKey] = []
     elsewhere: list[KnownKey] = []
+    authorities: list[KnownKey] = []
     revoked: set[bytes] = set()
-    for marker, patterns, key in _lines(files):
+    for marker, patterns, key in lines:
         own = _matches(patterns, name)
         other = not own and name != plain and _matches(patterns, plain)
-        if marker == "@revoked" and (own or other):
-            revoked.add(key.blob)
-        elif not marker and own:
-            keys.append(key)
-        elif not marker and other:
-            elsewhere.append(key)
-    return Known(name, tuple(keys), tuple(elsewhere), frozenset(revoked))
+        if not own and not other:
+            continue
+        if marker == "@revoked":
+            revoked.add(public_keys.plain(key.blob))
+        elif marker == "@cert-authority":
+            authorities.append(key)
+        elif not marker:
+            (keys if own else elsewhere).append(key)
+    return Known(name, tuple(keys), tuple(elsewhere), frozenset(revoked), tuple(authorities), (plain,))
 
 
-def fingerprint(blob: bytes) -> str:
-    """As `ssh-keygen -l` prints it: `SHA256:...`."""
-    return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
+_Line = tuple[str, list[str], KnownKey]
+"""Marker, patterns and key."""
 
 
-def _lines(files: Sequence[Path]) -> Iterator[tuple[str, list[str], KnownKey]]:
+def _lines(files: Sequence[Path]) -> Iterator[_Line]:
     for file in files:
         try:
             with opened(file) as stream:
                 text = stream.read(MAX_BYTES).decode("utf-8", "replace")
-        except OSError:
+        except (OSError, ValueError):
             continue
-        for number, line in enumerate(text.splitlines(), 1):
-            fields = line.split()
-            marker = fields.pop(0) if fields and fields[0].startswith("@") else ""
-            if len(fields) < 3 or fields[0].startswith("#"):
-                continue
-            try:
-                blob = base64.b64decode(fields[2], validate=True)
-            except binascii.Error:
-                continue
-            yield marker, fields[0].split(","), KnownKey(fields[1], blob, file, number)
+        yield from _lines_of(text, file)
+
+
+def _lines_of(text: str, file: Path) -> Iterator[_Line]:
+    for number, line in enumerate(text.splitlines(), 1):
+        fields = line.split()
+        marker = fields.pop(0) if fields and fields[0].startswith("@") else ""
+        if len(fields) < 3 or fields[0].startswith("#"):
+            continue
+        try:
+            blob = base64.b64decode(fields[2], validate=True)
+        except ValueError:
+            continue
+        yield marker, fields[0].split(","), KnownKey(fields[1], blob, file, number)
 
 
 def _matches(patterns: Sequence[str], name: str) -> bool:

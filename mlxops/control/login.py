@@ -1,127 +1,86 @@
-"""What happens between the two ends of an SSH connection before the first command: host key, then login."""
+"""Logging in with public keys, as OpenSSH does. Nothing is ever asked of the user."""
 
 from __future__ import annotations
 
-import base64
-import binascii
+import contextlib
 import os
 import re
 import shlex
-import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from threading import Event
+from typing import TYPE_CHECKING, Protocol
 
-from mlxops.control import known_hosts
+from mlxops.control import private_keys, public_keys
 from mlxops.control.files import opened
-from mlxops.control.ssh_config import Destination, words
+from mlxops.control.identities import Identity, Offer, offers, signatures
+from mlxops.control.private_keys import PrivateKey
+from mlxops.control.public_keys import packed
+from mlxops.control.ssh_agent import Agent, AgentError
+from mlxops.control.ssh_config import Destination, setting, words
 from mlxops.core.errors import Unreachable
 
 if TYPE_CHECKING:
     import paramiko
-    from paramiko.agent import AgentSSH
 
-
-def preferred(known: Sequence[str], offered: Sequence[str]) -> tuple[str, ...]:
-    """Known kinds first: a host that has several keys is to show one that can be recognised."""
-    first = [name for kind in known for name in _algorithms(kind) if name in offered]
-    return (*dict.fromkeys(first), *(name for name in offered if name not in first))
-
-
-def _algorithms(kind: str) -> tuple[str, ...]:
-    return ("rsa-sha2-512", "rsa-sha2-256") if kind == "ssh-rsa" else (kind,)
-
-
-def host_key_policy(destination: Destination, known: known_hosts.Known) -> paramiko.MissingHostKeyPolicy:
-    """Paramiko's own table of keys stays empty, so that it leaves every decision to this."""
-    import paramiko
-
-    class Policy(paramiko.MissingHostKeyPolicy):
-        def missing_host_key(self, client: paramiko.SSHClient, hostname: str, key: paramiko.PKey) -> None:
-            blob = key.asbytes()
-            if not known.accepts(blob):
-                raise _bad_host_key(destination, known, key.get_name(), blob)
-
-    return Policy()
-
-
-def _bad_host_key(destination: Destination, known: known_hosts.Known, kind: str, blob: bytes) -> Unreachable:
-    shown = known_hosts.fingerprint(blob)
-    file = {"ssh-rsa": "rsa", "ssh-ed25519": "ed25519"}.get(kind, "ecdsa")
-    compare = f"`ssh-keygen -lf /etc/ssh/ssh_host_{file}_key.pub` on that machine"
-    details: dict[str, object] = {"kind": kind, "fingerprint": shown, "name": known.name}
-    if blob in known.revoked:
-        error = destination.unreachable(
-            "host_key_changed",
-            f"it showed {kind} {shown}, which a @revoked line of known_hosts forbids",
-            f"do not connect; compare with {compare}, and give the machine a new host key",
-        )
-    elif known.keys:
-        first = known.keys[0]
-        expected = next((key for key in known.keys if key.kind == kind), first)
-        forget = shlex.join(["ssh-keygen", "-R", known.name, "-f", str(expected.file)])
-        details["expected"] = known_hosts.fingerprint(expected.blob)
-        error = destination.unreachable(
-            "host_key_changed",
-            f"it showed {kind} {shown}, but {expected.file}:{expected.line} has "
-            f"{expected.kind} {details['expected']}: a reinstalled machine, or somebody in between",
-            f"compare with {compare}; only if that is {shown}: {forget}, then `ssh {destination.name}`",
-        )
-    else:
-        error = destination.unreachable(
-            "host_key_unknown",
-            f"it showed {kind} {shown}, and no known_hosts file has a key for {known.name}",
-            f"compare with {compare}; if they are equal, run `ssh {destination.name}` once and accept it",
-        )
-    error.details.update(details)
-    return error
+_MOMENT = 0.4
+"""Seconds."""
+_LAST_DAY = 253402300799
+"""Of the year 9999."""
+_UNSUPPORTED = {"gssapi-with-mic": "GSSAPIAuthentication", "hostbased": "HostbasedAuthentication"}
+"""Methods of a host that mlxops does not have, and the option with which ssh uses each."""
 
 
 class Login:
-    """Public keys, in OpenSSH's order: the agent's that the configuration names, its others, then files.
-
-    Nothing is ever asked of the user. Takes the place of paramiko's AuthStrategy, of which only `authenticate`
-    is used.
-    """
+    """Takes the place of paramiko's AuthStrategy, of which only `authenticate` is used."""
 
     def __init__(self, destination: Destination, deadline: float) -> None:
         self._destination = destination
         self._deadline = deadline
+        self._agent: Agent | None = None
+        self._files: dict[Path, PrivateKey] = {}
+        self._unusable: set[Path] = set()
         self._notes: list[str] = []
+        self._hints: list[str] = []
+        """Commands that may help."""
         self._refusals = 0
         """Keys that the host has said no to."""
 
     def authenticate(self, transport: paramiko.Transport) -> None:
         """Raises `Unreachable` authentication_failed, host_locked, or host_down if the connection ended first."""
         import paramiko
-        from paramiko.agent import AgentSSH
 
-        agent = AgentSSH()
         banner = ""
         allowed: list[str] = []
+        conversation = Conversation(transport, self._destination.user)
         try:
-            for key in self._keys(self._agent_keys(agent)):
+            offered = self._offers()
+            for number, offer in enumerate(offered, 1):
+                banner = banner or _banner(transport)
                 try:
-                    partly = transport.auth_publickey(self._destination.user, key)
-                    if not partly:
+                    allowed = self._offer(conversation, offer, last=number == len(offered))
+                    if not allowed:
                         return
-                    allowed = partly
-                    break  # what else it wants, only a person can give
+                    if "publickey" not in allowed:
+                        break  # what else it wants, only a person can give
                 except paramiko.BadAuthenticationType as error:
                     allowed = error.allowed_types
                     break
                 except paramiko.AuthenticationException:
                     self._refusals += transport.is_active()
+                    self._note_refused(offer)
+                except (AgentError, ValueError) as error:
+                    self._notes.append(f"{_named(offer)}: {words(error)}")
                 except paramiko.SSHException as error:
                     if not transport.is_active():
                         break
                     self._notes.append(words(error))
-                banner = banner or _banner(transport)
             banner = banner or _banner(transport)
             if transport.is_active() and not allowed:
                 try:
-                    transport.auth_none(self._destination.user)
+                    conversation.log_in_without()
                     return
                 except paramiko.BadAuthenticationType as error:
                     allowed = error.allowed_types
@@ -129,8 +88,122 @@ class Login:
                     pass
             banner = banner or _banner(transport)
         finally:
-            agent._close()  # type: ignore[attr-defined]
+            if self._agent is not None:
+                self._agent.close()
         raise self._refused(banner, allowed, ended=not transport.is_active())
+
+    # -- what is offered
+
+    def _offers(self) -> list[Offer]:
+        destination = self._destination
+        named = [identity for path in destination.identities for identity in self._identities(path)]
+        held = self._held()
+        certificates = [
+            blob
+            for path in destination.certificates
+            if (blob := public_keys.from_file(path)) and public_keys.certificate(blob)
+        ]
+        found = offers(
+            named,
+            certificates,
+            held,
+            identities_only=destination.identities_only,
+            accepted=destination.algorithms("PubkeyAcceptedAlgorithms"),
+        )
+        return [offer for offer in found if isinstance(offer.signer, bytes) or self._load(offer.signer)]
+
+    def _identities(self, path: Path) -> list[Identity]:
+        """A file's key, and the certificate beside it, which OpenSSH reads only where no CertificateFile is set."""
+        blob = public_keys.from_file(path)
+        if blob is None and self._load(path):
+            blob = self._files[path].blob
+        found = [Identity(path, blob)] if blob else []
+        beside = public_keys.from_file(path.with_name(f"{path.name}-cert"))
+        if beside and not self._destination.certificates and public_keys.certificate(beside):
+            found.append(Identity(path, beside))
+        return found
+
+    def _held(self) -> list[bytes]:
+        path = self._destination.agent
+        if path is None:
+            return []
+        try:
+            # Who waits for a person is to be named, which takes a moment before the connection's own end.
+            self._agent = Agent(path, self._deadline - _MOMENT)
+            return self._agent.keys()
+        except AgentError as error:
+            self._notes.append(f"the agent at {path} does not answer: {error}")
+            return []
+
+    def _load(self, path: Path) -> bool:
+        """Read a private key; if it cannot be, note why."""
+        if path in self._files:
+            return True
+        if not os.path.isfile(path) or path in self._unusable:
+            return False
+        try:
+            self._files[path] = private_keys.read(path)
+            return True
+        except private_keys.Encrypted:
+            why = "is encrypted, and no agent has it"
+            self._hints.append(shlex.join(["ssh-add", str(path)]))
+        except (OSError, ValueError) as error:
+            blob = public_keys.from_file(path)
+            why = f"cannot be read: {words(error)}"
+            if blob and public_keys.kind(blob).startswith("sk-"):
+                why = "is on a security key, which mlxops can use only through an agent"
+                self._hints.append(shlex.join(["ssh-add", str(path)]))
+            elif blob == public_keys.from_line(_first_line(path)):
+                why = "is a public key, and no agent has its private one"
+        self._unusable.add(path)
+        self._notes.append(f"{path} {why}")
+        return False
+
+    # -- how it is offered
+
+    def _offer(self, conversation: Conversation, offer: Offer, *, last: bool) -> list[str]:
+        """Log in, or raise what paramiko does; returns the methods that are wanted besides.
+
+        The agent signs only what the host has said yes to, as it may ask a person each time.
+        """
+        import paramiko
+
+        algorithm = self._algorithm(conversation.transport, offer)
+        public = packed(algorithm.encode()) + packed(offer.blob)
+        if isinstance(offer.signer, bytes) and not last and not conversation.would_accept(public):
+            raise paramiko.AuthenticationException("the host does not take this key")
+        return conversation.log_in_with(public, lambda data: self._sign(offer, data, algorithm))
+
+    def _sign(self, offer: Offer, data: bytes, algorithm: str) -> bytes:
+        if isinstance(offer.signer, bytes):
+            assert self._agent is not None
+            return self._agent.sign(offer.signer, data, algorithm)
+        return self._files[offer.signer].sign(data, algorithm)
+
+    def _algorithm(self, transport: paramiko.Transport, offer: Offer) -> str:
+        """For RSA the first that both sides take. Raises `AgentError` if there is none."""
+        accepted = self._destination.algorithms("PubkeyAcceptedAlgorithms")
+        possible = [name for name in signatures(public_keys.kind(offer.blob)) if not accepted or name in accepted]
+        told = _server_algorithms(transport)
+        if len(signatures(public_keys.kind(offer.blob))) > 1 and told:
+            possible = [name for name in possible if name.partition("-cert-")[0] in told]
+        if not possible:
+            raise ValueError("the host takes no RSA key with SHA-2, and mlxops no other")
+        return possible[0]
+
+    # -- what is said if nothing helps
+
+    def _note_refused(self, offer: Offer) -> None:
+        certificate = public_keys.certificate(offer.blob)
+        if certificate is None:
+            return
+        if certificate.valid_before <= time.time():
+            what = f"expired on {_date(certificate.valid_before)}"
+        elif certificate.valid_after > time.time():
+            what = f"is not valid before {_date(certificate.valid_after)}"
+        else:
+            what = f"is for {', '.join(certificate.principals) or 'everybody'}"
+        self._notes.append(f"the certificate for {public_keys.fingerprint(certificate.key)} {what}")
 
     def _refused(self, banner: str, allowed: Sequence[str], *, ended: bool) -> Unreachable:
         destination = self._destination
@@ -138,7 +211,7 @@ class Login:
             return destination.unreachable(
                 "host_locked",
                 f"it says: {banner[:200]}",
-                f"after a restart FileVault waits for a person: log in once with `ssh {destination.name}` and the "
+                f"after a restart FileVault waits for a person: log in once with `{destination.command}` and the "
                 "password, or at the screen",
             )
         if ended and not self._refusals:
@@ -151,87 +224,152 @@ class Login:
             tried.append("the host ended the connection: too many keys?")
         if allowed:
             tried.append(f"it wants {' or '.join(allowed)}")
+        hint = self._say_unsupported(allowed)
         refused = destination.unreachable(
-            "authentication_failed",
-            "; ".join([*tried, *dict.fromkeys(self._notes)])[:600] or "no key was accepted",
-            f"`ssh -o BatchMode=yes {destination.name} true` must work without a question: "
-            "ssh-add the key, or add it to authorized_keys there",
+            "authentication_failed", "; ".join([*tried, *dict.fromkeys(self._notes)])[:600], hint
         )
         if ended:
             refused.details["ended"] = True
         return refused
 
-    def _agent_keys(self, agent: AgentSSH) -> list[paramiko.PKey]:
+    def _say_unsupported(self, allowed: Sequence[str]) -> str:
+        """Note what ssh could do here and mlxops cannot; returns what to do next."""
+        destination = self._destination
+        for method, option in _UNSUPPORTED.items():
+            if method in allowed and destination.option(option):
+                self._notes.append(f"{setting(destination, option)} is used by ssh, and not supported by mlxops")
+        provider = destination.option("PKCS11Provider")
+        if provider:
+            self._notes.append(
+                f"{setting(destination, 'PKCS11Provider')} is not supported by mlxops, except through an agent"
+            )
+            self._hints.append(shlex.join(["ssh-add", "-s", provider]))
+        if self._hints:
+            return f"put the key into the agent that ssh uses: {'; '.join(dict.fromkeys(self._hints))}"
+        shown = shlex.join(["ssh", "-v", "-o", "BatchMode=yes", *destination.typed, "true"])
+        return f"`{shown}` shows which key ssh uses, if any: ssh-add that key, or add one to authorized_keys there"
+
+
+class Conversation:
+    """The login's part of an SSH connection (RFC 4252).
+
+    Paramiko's own asks for the service again with each key, never asks before it signs, and signs in the thread that
+    reads, so that an agent that says no ends the connection.
+    """
+
+    def __init__(self, transport: paramiko.Transport, user: str) -> None:
+        self.transport = transport
+        self._user = user
+        self._handler = _handler(transport)
+        self._serviced = False
+
+    def would_accept(self, public: bytes) -> bool:
+        """Whether a key would be taken, which costs no signature. Raises as `log_in_with`."""
         import paramiko
 
-        path = self._destination.agent
-        if path is None:
-            return []
-        sock = socket.socket(socket.AF_UNIX)
         try:
-            sock.settimeout(max(0.001, self._deadline - time.monotonic()))
-            sock.connect(path)
-            agent._connect(sock)  # type: ignore[attr-defined]
-        except (OSError, paramiko.SSHException) as error:
-            sock.close()
-            self._notes.append(f"the agent at {path} does not answer: {words(error)}")
-            return []
-        return list(agent.get_keys())
+            self._ask("publickey", b"\0" + public)
+        except paramiko.BadAuthenticationType:
+            raise
+        except paramiko.AuthenticationException:
+            pass
+        return self._handler.agrees
 
-    def _keys(self, offered: list[paramiko.PKey]) -> Iterator[paramiko.PKey]:
-        named = {blob: path for path in self._destination.identities if (blob := _public_blob(path))}
-        held = [key for key in offered if key.asbytes() in named]
-        if not self._destination.identities_only:
-            held += [key for key in offered if key not in held]
-        yield from held
-        blobs = {key.asbytes() for key in held}
-        for path in self._destination.identities:
-            yield from self._load(path, blobs)
+    def log_in_with(self, public: bytes, sign: Callable[[bytes], bytes]) -> list[str]:
+        """The methods that are wanted besides; none if this was enough.
 
-    def _load(self, path: Path, held: set[bytes]) -> Iterator[paramiko.PKey]:
-        """A file's key: with each certificate that fits it, then by itself."""
+        Raises `AuthenticationException` if the key is refused, its subclass `BadAuthenticationType` if no key is
+        wanted, another `SSHException` if the connection ends, and what `sign` raises.
+        """
+        session = self.transport.session_id or b""
+        request = self._request("publickey", b"\1" + public)
+        return self._ask("publickey", b"\1" + public + packed(sign(packed(session) + request)))
+
+    def log_in_without(self) -> None:
+        """Raises as `log_in_with`."""
+        self._ask("none", b"")
+
+    def _request(self, method: str, rest: bytes) -> bytes:
+        return b"\x32" + b"".join(packed(each.encode()) for each in (self._user, "ssh-connection", method)) + rest
+
+    def _ask(self, method: str, rest: bytes) -> list[str]:
         import paramiko
-        from paramiko.pkey import UnknownKeyType
 
-        blob = _public_blob(path)
-        if blob in held or not os.path.isfile(path):
-            return
-        try:
-            key = paramiko.PKey.from_path(path)
-        except (paramiko.PasswordRequiredException, TypeError):
-            self._notes.append(f"{path} is encrypted, and no agent has it")
-            return
-        except (paramiko.SSHException, UnknownKeyType, OSError, ValueError) as error:
-            self._notes.append(f"{path} cannot be read: {words(error)}")
-            return
-        beside = path.with_name(f"{path.name}-cert.pub")
-        for certificate in filter(Path.is_file, dict.fromkeys((*self._destination.certificates, beside))):
+        if not self._serviced:
+            with contextlib.suppress(paramiko.AuthenticationException):
+                self._handler.send("", b"\x05" + packed(b"ssh-userauth"))
+            self._serviced = self._handler.agrees
+        if not self._serviced or not self.transport.is_active():
+            raise paramiko.SSHException("the connection ended")
+        return self._handler.send(method, self._request(method, rest))
+
+
+class _Handler(Protocol):
+    agrees: bool
+    """The host's last answer was yes, to what is not a login yet: a service, or a key."""
+
+    def send(self, method: str, message: bytes) -> list[str]:
+        """Returns and raises as `AuthHandler.wait_for_response`."""
+
+
+def _handler(transport: paramiko.Transport) -> _Handler:
+    import paramiko
+    from paramiko.auth_handler import AuthHandler
+
+    class Handler(AuthHandler):
+        agrees = False
+
+        def send(self, method: str, message: bytes) -> list[str]:
+            self.agrees = False
+            self.auth_method = method
+            self.auth_event = Event()
             try:
-                key.load_certificate(str(certificate))
-            except (paramiko.SSHException, OSError, ValueError):
-                continue
-            yield key
-        key.public_blob = None
-        yield key
+                self.transport._send_message(paramiko.Message(message))  # type: ignore[attr-defined]
+            except (EOFError, OSError) as error:
+                raise paramiko.SSHException(words(error)) from error
+            return self.wait_for_response(self.auth_event)
+
+        def _parse_service_accept(self, message: paramiko.Message) -> None:
+            self._agreed()
+
+        def _parse_userauth_info_request(self, message: paramiko.Message) -> None:
+            """The message with this number is USERAUTH_PK_OK where a key was asked about."""
+            self._agreed()
+
+        def _agreed(self) -> None:
+            self.agrees = True
+            if self.auth_event is not None:
+                self.auth_event.set()
+
+    transport.auth_handler = handler = Handler(transport)
+    return handler
+
+
+def _server_algorithms(transport: paramiko.Transport) -> list[str]:
+    """Those that the host verifies signatures with (RFC 8308); empty if it does not say."""
+    extensions: dict[str, bytes] = transport.server_extensions  # type: ignore[attr-defined]
+    return list(filter(None, extensions.get("server-sig-algs", b"").decode(errors="replace").split(",")))
+
+
+def _date(seconds: int) -> str:
+    return datetime.fromtimestamp(min(seconds, _LAST_DAY), UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _named(offer: Offer) -> str:
+    if isinstance(offer.signer, Path):
+        return str(offer.signer)
+    return f"the agent's {public_keys.kind(offer.blob)} {public_keys.fingerprint(offer.blob)}"
+
+
+def _first_line(path: Path) -> list[bytes]:
+    try:
+        with opened(path) as stream:
+            return stream.readline(65536).split()
+    except OSError:
+        return []
 
 
 def _banner(transport: paramiko.Transport) -> str:
     said = transport.get_banner()
     text = said.decode("utf-8", "replace") if isinstance(said, bytes) else ""
     return " ".join("".join(char if char.isprintable() else " " for char in text).split())
-
-
-def _public_blob(path: Path) -> bytes | None:
-    """The public half of an identity: from the file beside it, or from an identity that is itself a public key."""
-    for candidate in (path.with_name(f"{path.name}.pub"), path):
-        try:
-            with opened(candidate) as stream:
-                fields = stream.read(65536).split()
-        except OSError:
-            continue
-        if len(fields) >= 2 and fields[0].startswith((b"ssh-", b"ecdsa-", b"sk-")):
-            try:
-                return base64.b64decode(fields[1], validate=True)
-            except binascii.Error:
-                continue
-    return None

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pwd
 import re
+import shlex
 import socket
 import subprocess
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlxops.control.files import last_bytes
+from mlxops.control.files import last_bytes, opened
 from mlxops.core.errors import Unreachable, UsageError
 from mlxops.core.names import shown
 
 _TOKEN = re.compile(r"%(.)")
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _JUMP = re.compile(r"(?:ssh://)?(?:(?P<user>[^@]+)@)?(?P<host>\[[^\]]+\]|[^:@\[\]]+)(?::(?P<port>[0-9]{1,5}))?/?")
+_JUMP_TOKENS = "%hnpr"
+_LINE = re.compile(r"\s*([A-Za-z0-9]+)(?:\s*=\s*|\s+)(.*)")
 _PLAIN = re.compile(r"[A-Za-z0-9_.:%+~@\[\]-]*")
 """What may be put into a ProxyCommand: nothing that means something to a shell."""
 
@@ -32,7 +36,9 @@ _WHAT = {
     "host_locked": "is locked",
     "host_key_unknown": "showed a host key that is not known",
     "host_key_changed": "showed another host key than the known one",
+    "no_common_algorithm": "has no algorithm in common with this machine",
 }
+_BLOCKS = ("host", "match")
 
 
 @dataclass(frozen=True)
@@ -54,13 +60,44 @@ class Destination:
     known_hosts: tuple[Path, ...]
     host_key_alias: str | None
     connect_timeout: float | None
+    typed: tuple[str, ...] = ()
+    """What stands for it on a command line of ssh: options, and its name."""
+    options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """All that `ssh -G` says: keywords in small letters, and their values as they are."""
+    tokens: Mapping[str, str] = field(default_factory=dict)
+    """What stands for %h and the like."""
+    known_hosts_command: str | None = None
+    """With its tokens."""
+    revoked_host_keys: tuple[Path, ...] = ()
+
+    @property
+    def command(self) -> str:
+        """What a person types to get there."""
+        return f"ssh {shlex.join(self.typed)}"
+
+    def option(self, keyword: str) -> str | None:
+        """The value of an option; None if it has none, or is switched off."""
+        value = self.options.get(keyword.lower(), ("",))[0]
+        return None if value.lower() in ("", "none", "no", "false") else value
+
+    def algorithms(self, keyword: str) -> tuple[str, ...]:
+        """Those that the configuration allows, in its order; empty where ssh does not say."""
+        return tuple(filter(None, self.options.get(keyword.lower(), ("",))[0].split(",")))
+
+    def replaced(self, text: str, more: Mapping[str, str]) -> str:
+        """The text with its tokens, and with `more` tokens, replaced."""
+        tokens = {**self.tokens, **more}
+        return _VARIABLE.sub(
+            lambda variable: os.environ.get(variable[1], ""),
+            _TOKEN.sub(lambda token: tokens.get(token[1], token[0]), text),
+        )
 
     def __str__(self) -> str:
         where = f"{self.hostname}:{self.port}" if ":" not in self.hostname else f"[{self.hostname}]:{self.port}"
         return f"{self.name} ({where})"
 
     def unreachable(self, code: str, why: str, hint: str = "") -> Unreachable:
-        return Unreachable(code, f"{self} {_WHAT[code]}", why=why, hint=hint or f"try it: ssh {self.name} true")
+        return Unreachable(code, f"{self} {_WHAT[code]}", why=why, hint=hint or f"try it: {self.command} true")
 
     def timeout(self, why: str, hint: str = "") -> Unreachable:
         return self.unreachable("connection_timeout", why, hint)
@@ -74,35 +111,19 @@ def words(error: BaseException) -> str:
 
 def resolve(name: str, timeout: float, options: Sequence[str] = ()) -> Destination:
     """Raises `UsageError` no_ssh or bad_ssh_config."""
-    import tempfile
-
-    try:
-        # Not pipes: what a Match exec leaves behind may hold them open for ever.
-        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
-            argv = ["ssh", "-G", *options, "--", name]
-            status = subprocess.run(
-                argv, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, timeout=timeout, check=False
-            ).returncode
-            said, complaint = last_bytes(out, _MAX_ANSWER), last_bytes(errors, 4096)
-    except FileNotFoundError:
-        raise UsageError(
-            "no_ssh",
-            "there is no ssh program on PATH",
-            why="OpenSSH's configuration says where a host is, and only ssh can read it",
-            hint="install the OpenSSH client",
-        ) from None
-    except subprocess.TimeoutExpired:
-        raise _bad(name, f"`ssh -G` did not answer within {timeout:.0f} s: a Match exec may hang") from None
-    except (OSError, ValueError) as error:
-        raise _bad(name, f"`ssh -G` cannot be run: {error}") from error
+    status, said, complaint = _ask_ssh(name, timeout, ["-G", *options, "--", name])
     if status != 0:
-        words = complaint.decode(errors="replace").strip().splitlines()
+        words = complaint.strip().splitlines()
         raise _bad(name, f"ssh says: {words[-1]}" if words else f"`ssh -G` ended with {status}")
-    return _parse(name, said.decode(errors="surrogateescape"))
+    return _parse(name, said, (*options, name))
 
 
-def resolve_jump(jump: str, timeout: float) -> Destination:
-    """A hop of ProxyJump, `[user@]host[:port]` or an ssh URI, resolved as OpenSSH resolves it."""
+def resolve_jump(jump: str, asker: Destination, timeout: float) -> Destination:
+    """A hop of `asker`'s ProxyJump, `[user@]host[:port]` or an ssh URI, resolved as OpenSSH resolves it.
+
+    Its tokens are those that ssh_config(5) allows there, and stand for what belongs to `asker`.
+    """
+    jump = _TOKEN.sub(lambda token: asker.tokens[token[1]] if token[1] in _JUMP_TOKENS else token[0], jump)
     matched = _JUMP.fullmatch(jump)
     host = matched["host"].strip("[]") if matched else ""
     if matched is None or host.startswith("-") or (matched["user"] or "").startswith("-"):
@@ -115,6 +136,72 @@ def resolve_jump(jump: str, timeout: float) -> Destination:
     return resolve(host, timeout, options)
 
 
+def setting(destination: Destination, keyword: str) -> str:
+    """An option as one would look for it: `Ciphers (/home/me/.ssh/config:7)`, without the place if it is not certain.
+
+    `ssh -G` tells values, not lines. `ssh -v -G` tells the files that it reads, in its order.
+    """
+    value = destination.options.get(keyword.lower(), ("",))[0]
+    try:
+        _, _, told = _ask_ssh(destination.name, 5.0, ["-v", "-G", *destination.typed[:-1], "--", destination.name])
+    except UsageError:
+        return keyword
+    files = re.findall(r"Reading configuration data (.+)", told)
+    applied = {(file, int(line)) for file, line in re.findall(r"debug1: (.+) line (\d+): Applying options", told)}
+    places = [place for file in dict.fromkeys(files) for place in _places(Path(file.strip()), keyword, applied)]
+    same = [place for place, text in places if text == value]
+    if len(places) == 1 or same:
+        return f"{keyword} ({same[0] if same else places[0][0]})"
+    return keyword
+
+
+def _places(file: Path, keyword: str, applied: set[tuple[str, int]]) -> list[tuple[str, str]]:
+    """Where a file sets an option, and to what; not in a Host block that ssh did not apply."""
+    found: list[tuple[str, str]] = []
+    counts = True
+    try:
+        with opened(file) as stream:
+            text = stream.read(_MAX_ANSWER).decode("utf-8", "replace")
+    except (OSError, ValueError):
+        return found
+    for number, line in enumerate(text.splitlines(), 1):
+        matched = _LINE.match(line)
+        if matched is None:
+            continue
+        word = matched[1].lower()
+        if word in _BLOCKS:
+            counts = word == "match" or (str(file), number) in applied
+        elif counts and word == keyword.lower():
+            found.append((f"{file}:{number}", matched[2].strip().strip('"')))
+    return found
+
+
+def _ask_ssh(name: str, timeout: float, arguments: Sequence[str]) -> tuple[int, str, str]:
+    """Exit status, standard output and the end of standard error. Raises `UsageError` no_ssh or bad_ssh_config."""
+    import tempfile
+
+    try:
+        # Not pipes: what a Match exec leaves behind may hold them open for ever.
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
+            argv = ["ssh", *arguments]
+            status = subprocess.run(
+                argv, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, timeout=timeout, check=False
+            ).returncode
+            said, complaint = last_bytes(out, _MAX_ANSWER), last_bytes(errors, 65536)
+    except FileNotFoundError:
+        raise UsageError(
+            "no_ssh",
+            "there is no ssh program on PATH",
+            why="OpenSSH's configuration says where a host is, and only ssh can read it",
+            hint="install the OpenSSH client",
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise _bad(name, f"`ssh -G` did not answer within {timeout:.0f} s: a Match exec may hang") from None
+    except (OSError, ValueError) as error:
+        raise _bad(name, f"`ssh -G` cannot be run: {error}") from error
+    return status, said.decode(errors="surrogateescape"), complaint.decode(errors="replace")
+
+
 def _bad(name: str, why: str) -> UsageError:
     return UsageError(
         "bad_ssh_config",
@@ -124,7 +211,7 @@ def _bad(name: str, why: str) -> UsageError:
     )
 
 
-def _parse(name: str, text: str) -> Destination:
+def _parse(name: str, text: str, typed: tuple[str, ...]) -> Destination:
     found: dict[str, list[str]] = {}
     for line in text.splitlines():
         key, _, value = line.partition(" ")
@@ -135,18 +222,25 @@ def _parse(name: str, text: str) -> Destination:
         return None if value.lower() == "none" or not value else value
 
     account = pwd.getpwuid(os.getuid())
-    hostname, port, user = one("hostname") or name, one("port") or "22", one("user") or account.pw_name
+    # Not before OpenSSH 9 does ssh say what it takes for the host in user@host.
+    host = one("host") or name.rpartition("@")[2]
+    hostname, port, user = one("hostname") or host, one("port") or "22", one("user") or account.pw_name
     alias = one("hostkeyalias")
     local = socket.gethostname()
+    jumps = one("proxyjump")
     tokens = {
         "%": "%",
+        "C": hashlib.sha1(
+            "".join((local, hostname, port, user, jumps or "")).encode(errors="surrogateescape")
+        ).hexdigest(),
         "d": account.pw_dir,
         "h": hostname,
         "i": str(os.getuid()),
-        "k": alias or name,
+        "j": jumps or "",
+        "k": alias or host,
         "L": local.partition(".")[0],
         "l": local,
-        "n": name,
+        "n": host,
         "p": port,
         "r": user,
         "u": account.pw_name,
@@ -169,7 +263,6 @@ def _parse(name: str, text: str) -> Destination:
             raise _bad(name, f"%{unsafe[0]} in its ProxyCommand would be something that a shell acts upon")
         command = replaced(command)
     timeout = one("connecttimeout")
-    jumps = one("proxyjump")
     return Destination(
         name=name,
         hostname=hostname,
@@ -183,10 +276,17 @@ def _parse(name: str, text: str) -> Destination:
         jumps=tuple(jumps.split(",")) if jumps else (),
         proxy_command=command,
         known_hosts=tuple(
-            path(each) for key in ("userknownhostsfile", "globalknownhostsfile") for each in _files(one(key) or "")
+            each for key in ("userknownhostsfile", "globalknownhostsfile") for each in _files(one(key) or "", path)
         ),
         host_key_alias=alias,
         connect_timeout=float(timeout) if timeout and timeout.isdecimal() else None,
+        typed=typed,
+        options={key: tuple(values) for key, values in found.items()},
+        tokens=tokens,
+        known_hosts_command=one("knownhostscommand"),
+        revoked_host_keys=tuple(
+            each for value in found.get("revokedhostkeys", []) if value != "none" for each in _files(value, path)
+        ),
     )
 
 
@@ -200,6 +300,16 @@ def _agent(value: str, path: Callable[[str], Path]) -> str | None:
     return str(path(value))
 
 
-def _files(value: str) -> list[str]:
-    """`ssh -G` prints several files with spaces between them, and spaces inside a name as they are."""
-    return [value] if os.path.exists(value) else value.split()
+def _files(value: str, path: Callable[[str], Path]) -> list[Path]:
+    """`ssh -G` prints several files with spaces between them, and spaces inside a name as they are.
+
+    So the longest run of words that names a file is one.
+    """
+    found: list[Path] = []
+    words = value.split(" ")
+    while words:
+        lengths = (count for count in range(len(words), 1, -1) if os.path.exists(path(" ".join(words[:count]))))
+        count = next(lengths, 1)
+        found.append(path(" ".join(words[:count])))
+        words = words[count:]
+    return [each for each in found if str(each) != "."]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import os
 import re
 import shlex
@@ -21,11 +22,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING
 
-from mlxops.control import known_hosts, ssh_config
+from mlxops.control import host_keys, ssh_config
 from mlxops.control.files import last_bytes
 from mlxops.control.lines import Lines, Tail
 from mlxops.control.local import LocalTransport, reap
-from mlxops.control.login import Login, host_key_policy, preferred
+from mlxops.control.login import Login
+from mlxops.control.negotiation import Negotiation
 from mlxops.control.session import ConnectionLost, Dialogue, Ended, Patience, Session, Transport
 from mlxops.control.ssh_config import Destination, words
 from mlxops.core.errors import Unreachable
@@ -68,21 +70,30 @@ def open_local() -> Transport:
     return LocalTransport()
 
 
-def command_line(argv: Sequence[str]) -> str:
-    """`argv` as a login shell must be told, whichever it is: sh, bash, zsh, fish, and csh but for backslashes.
+_RUN = 'eval "$(printf %b "$1")"'
 
+
+def command_line(argv: Sequence[str]) -> str:
+    """`argv` as a login shell must be told, whichever it is: sh, bash, zsh, fish, csh, nushell, elvish ...
+
+    All of them take words between single quotes as they are, if there is no quote, backslash or exclamation mark in
+    them, and little else in common. So they see only such words: a line for /bin/sh, its special characters encoded.
     Raises `ValueError` for what no line can hold.
     """
-    return "exec " + " ".join(_quoted(argument) for argument in argv)
+    line = "exec " + " ".join(_quoted(argument) for argument in argv)
+    encoded = _SPECIAL.sub(lambda found: "".join(f"\\0{byte:03o}" for byte in found[0].encode()), line)
+    return f"exec /bin/sh -c '{_RUN}' sh '{encoded}'"
+
+
+_SPECIAL = re.compile(r"[^ -~]|['!\\]")
 
 
 def _quoted(argument: str) -> str:
     if re.search(r"[\0\r\n]", argument):
         raise ValueError("an argument with a line end or NUL cannot be sent through a login shell")
     if argument.startswith("~/"):
-        return '"$HOME"/' + _quoted(argument[2:])
-    # fish gives meaning to a backslash between single quotes, so each stands between double ones.
-    return '"\\\\"'.join(shlex.quote(part) if part else "" for part in argument.split("\\")) or "''"
+        return '"$HOME"/' + shlex.quote(argument[2:])
+    return shlex.quote(argument)
 
 
 # -- a path to a host ---------------------------------------------------------------------------------------------
@@ -105,7 +116,7 @@ class _Path:
             return self._handshake(destination, self._socket(destination))
         via: fabric.Connection | None = None
         for number, jump in enumerate(destination.jumps):
-            hop = ssh_config.resolve_jump(jump, self._left(destination))
+            hop = ssh_config.resolve_jump(jump, destination, self._left(destination))
             if len(self._connections) >= MAX_JUMPS:
                 raise destination.unreachable("host_down", f"more than {MAX_JUMPS} jump hosts: is there a loop?")
             # Only the first hop is reached by the ways of its own configuration, like `ssh -J first second`.
@@ -154,11 +165,25 @@ class _Path:
         return left
 
     def _socket(self, destination: Destination) -> socket.socket:
-        if destination.proxy_command is not None:
-            self._base = self._start_proxy(destination.proxy_command)
-        else:
+        if destination.proxy_command is None:
             self._base = _tcp(destination, self.deadline)
+            return self._base
+        self._base = self._start_proxy(destination.proxy_command)
+        if destination.option("ProxyUseFdpass"):
+            self._base = self._passed(destination, self._base)
         return self._base
+
+    def _passed(self, destination: Destination, proxy: socket.socket) -> socket.socket:
+        """The connection that a proxy program made and hands over (ProxyUseFdpass)."""
+        with proxy:
+            proxy.settimeout(self._left(destination))
+            try:
+                _, descriptors, _, _ = socket.recv_fds(proxy, 1, 1)
+            except TimeoutError:
+                raise destination.timeout("its ProxyCommand passed no connection") from None
+            if not descriptors:
+                raise self._broken_off(destination, EOFError("its ProxyCommand passed no connection"))
+        return socket.socket(fileno=descriptors[0])
 
     def _start_proxy(self, command: str) -> socket.socket:
         import tempfile
@@ -201,16 +226,9 @@ class _Path:
         from paramiko.config import SSHConfig
 
         _silence_paramiko()
-        known = known_hosts.lookup(
-            destination.known_hosts, destination.hostname, destination.port, destination.host_key_alias
-        )
+        known = host_keys.known_keys(destination, self.deadline)
         left = self._left(destination)
-
-        def transport_factory(sock: socket.socket, **options: object) -> paramiko.Transport:
-            transport = paramiko.Transport(sock)
-            algorithms = transport.get_security_options()
-            algorithms.key_types = preferred(known.kinds(), algorithms.key_types)
-            return transport
+        negotiation = Negotiation(destination, known)
 
         connection = fabric.Connection(
             destination.hostname,
@@ -225,15 +243,17 @@ class _Path:
                 "banner_timeout": left,
                 "auth_timeout": left,
                 "channel_timeout": COMMAND_SECONDS,
-                "transport_factory": transport_factory,
+                "transport_factory": negotiation.transport,
                 "auth_strategy": Login(destination, self.deadline),
             },
         )
-        connection.client.set_missing_host_key_policy(host_key_policy(destination, known))
+        connection.client.set_missing_host_key_policy(host_keys.policy(destination, known, self.deadline))
         self._connections.append(connection)
         with self._watched(destination):
             try:
                 connection.open()
+            except paramiko.ssh_exception.IncompatiblePeer as error:
+                raise negotiation.failed(words(error)) from error
             except (paramiko.SSHException, EOFError, OSError) as error:
                 raise self._broken_off(destination, error) from error
         connection.transport.set_keepalive(KEEPALIVE_SECONDS)
@@ -249,7 +269,7 @@ class _Path:
         return destination.unreachable(
             "connection_refused",
             f"the connection ended during the handshake: {said}",
-            f"try `ssh {destination.name}`; if it works, run this again",
+            f"try `{destination.command}`; if it works, run this again",
         )
 
     @contextmanager
@@ -292,11 +312,27 @@ class _PromptSocket(socket.socket):
 
 def _tcp(destination: Destination, deadline: float) -> socket.socket:
     """Connected, with TCP_NODELAY; every address is tried, none may use up all the time that is left."""
+    attempts = int(destination.option("ConnectionAttempts") or 1)
+    for attempt in range(attempts):
+        try:
+            return _tcp_once(destination, deadline)
+        except Unreachable:
+            # As ssh does: a second between two attempts.
+            if attempt + 1 == attempts or deadline - time.monotonic() < 1.0:
+                raise
+            time.sleep(1.0)
+    raise destination.timeout("no attempt was made")
+
+
+def _tcp_once(destination: Destination, deadline: float) -> socket.socket:
     addresses = _addresses(destination, deadline)
     problem: OSError = TimeoutError()
     for tried, (family, kind, protocol, _, address) in enumerate(addresses):
         sock = _PromptSocket(family, kind, protocol)
         try:
+            source = _source(destination, family)
+            if source:
+                sock.bind((source, 0))
             sock.settimeout(max(0.001, (deadline - time.monotonic()) / (len(addresses) - tried)))
             sock.connect(address)
         except OSError as error:
@@ -315,7 +351,39 @@ def _tcp(destination: Destination, deadline: float) -> socket.socket:
             "the machine is there, and nothing listens on that port",
             "switch on Remote Login on a Mac, or start sshd",
         )
+    bound = next((option for option in _BOUND if destination.option(option)), None)
+    if bound and problem.errno in (errno.EADDRNOTAVAIL, errno.ENODEV, errno.EAFNOSUPPORT, errno.EINVAL):
+        raise destination.unreachable(
+            "host_down",
+            f"{ssh_config.setting(destination, bound)} is {destination.option(bound)}, from where no connection to it "
+            f"can be made now: {words(problem)}",
+            "is a VPN or an interface down? Bring it up, or correct the option",
+        )
     raise destination.unreachable("host_down", words(problem), "is it switched on, and the network between up?")
+
+
+_BOUND = ("BindAddress", "BindInterface")
+
+
+def _source(destination: Destination, family: socket.AddressFamily) -> str | None:
+    """The address of ours to connect from, as BindAddress or BindInterface say. Raises `OSError` if there is none."""
+    address = destination.option("BindAddress")
+    if address:
+        found = socket.getaddrinfo(address, None, family, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)
+        return str(found[0][4][0])
+    interface = destination.option("BindInterface")
+    if interface is None:
+        return None
+    import psutil
+
+    own = [each.address for each in psutil.net_if_addrs().get(interface, ()) if each.family == family]
+    # As ssh does: a loopback or link-local address only if there is no other.
+    for each in map(ipaddress.ip_address, own):
+        if not each.is_loopback and not each.is_link_local:
+            return str(each)
+    if not own:
+        raise OSError(errno.ENODEV, f"{interface} has no address of this family")
+    return own[0]
 
 
 _Address = tuple[

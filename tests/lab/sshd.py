@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,6 +48,18 @@ def keygen(path: Path, kind: str = "ed25519", *, passphrase: str = "", replace: 
 def public(path: Path) -> str:
     """`ssh-ed25519 AAAA...`, without the comment."""
     return " ".join(path.with_name(f"{path.name}.pub").read_text().split()[:2])
+
+
+def certify(authority: Path, key: Path, names: str, *options: str, to: Path) -> Path:
+    """Write a certificate for `key` to `to`; `-h` among the options makes it one for hosts. "" means all names."""
+    named = ["-n", names] if names else []
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "key.pub"
+        copy.write_bytes(key.with_name(f"{key.name}.pub").read_bytes())
+        command = [program("ssh-keygen"), "-q", "-s", str(authority), "-I", "lab", *named, *options, str(copy)]
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True)
+        to.write_bytes((Path(folder) / "key-cert.pub").read_bytes())
+    return to
 
 
 class Sshd:
@@ -217,15 +230,24 @@ class SshClient:
 
     def host(self, name: str, sshd: Sshd, *lines: str, known: bool = True) -> None:
         """Add an alias; `lines` come first, so they win. `known`: the host key was accepted before."""
+        self.block(
+            name,
+            sshd,
+            *lines,
+            f"IdentityFile {sshd.client_key}",
+            "IdentitiesOnly yes",
+            "IdentityAgent none",
+            known=known,
+        )
+
+    def block(self, name: str, sshd: Sshd, *lines: str, known: bool = True) -> None:
+        """The same without a key: who logs in, and how, is for `lines` to say."""
         block = [
             f"Host {name}",
             *lines,
             f"HostName {sshd.address}",
             f"Port {sshd.port}",
             f"User {sshd.user}",
-            f"IdentityFile {sshd.client_key}",
-            "IdentitiesOnly yes",
-            "IdentityAgent none",
             f"UserKnownHostsFile {self.known_hosts}",
             "GlobalKnownHostsFile /dev/null",
         ]
@@ -271,3 +293,41 @@ def _kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
         pass  # it ended by itself
+
+
+class SshAgent:
+    """A real ssh-agent of its own."""
+
+    def __init__(self) -> None:
+        # Unix paths are short on macOS.
+        self.path = Path(f"/tmp/mlxops-agent-{os.getpid()}-{secrets.token_hex(4)}")
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def add(self, key: Path, *options: str) -> None:
+        """Put a key into it, and the certificate beside the key's file if there is one."""
+        self._ssh_add("-q", *options, str(key))
+
+    def clear(self) -> None:
+        self._ssh_add("-q", "-D")
+
+    def _ssh_add(self, *words: str) -> None:
+        environ = {**os.environ, "SSH_AUTH_SOCK": str(self.path)}
+        argv = [program("ssh-add"), *words]
+        subprocess.run(argv, env=environ, check=True, stdin=subprocess.DEVNULL, capture_output=True)
+
+    def __enter__(self) -> Self:
+        argv = [program("ssh-agent"), "-D", "-a", str(self.path)]
+        self._process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + START_SECONDS
+        while not self.path.exists():
+            assert time.monotonic() < deadline, "ssh-agent does not start"
+            time.sleep(0.005)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+        self.path.unlink(missing_ok=True)

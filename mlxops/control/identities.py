@@ -1,0 +1,79 @@
+"""Which keys are offered to a host, in which order, and what signs for each: OpenSSH's rules. Pure.
+
+The order is that of `pubkey_prepare` in OpenSSH's sshconnect2.c. It matters: after MaxAuthTries keys, usually six, the
+host ends the connection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlxops.control import public_keys
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A line of IdentityFile; a certificate beside a key is one more, of the same file."""
+
+    path: Path
+    """Of the private key."""
+    blob: bytes
+    """Its public key or certificate."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A public key or certificate, and what signs for it."""
+
+    blob: bytes
+    signer: bytes | Path
+    """The agent's key that signs, or a private key's file."""
+
+
+def offers(
+    identities: Sequence[Identity],
+    certificates: Sequence[bytes],
+    held: Sequence[bytes],
+    *,
+    identities_only: bool,
+    accepted: Sequence[str] = (),
+) -> list[Offer]:
+    """What to offer, in order: CertificateFile's certificates, the agent's keys that an IdentityFile names, the agent's
+    others unless IdentitiesOnly, the other files.
+
+    `held` is what the agent has. `accepted` are the algorithms of PubkeyAcceptedAlgorithms; empty: all.
+    A certificate for which nothing can sign is not offered.
+    """
+    named = {each.blob for each in identities}
+    usable = [blob for blob in held if blob in named]
+    if not identities_only:
+        usable += [blob for blob in held if blob not in named]
+    ordered = dict.fromkeys((*certificates, *usable, *(each.blob for each in identities)))
+    found: list[Offer] = []
+    for blob in ordered:
+        signer = _signer(blob, usable, identities)
+        if signer is not None and _is_accepted(public_keys.kind(blob), accepted):
+            found.append(Offer(blob, signer))
+    return found
+
+
+def _signer(blob: bytes, usable: Sequence[bytes], identities: Sequence[Identity]) -> bytes | Path | None:
+    plain = public_keys.plain(blob)
+    for candidate in (plain, blob):
+        if candidate in usable:
+            return candidate
+    return next((each.path for each in identities if public_keys.plain(each.blob) == plain), None)
+
+
+def _is_accepted(kind: str, accepted: Sequence[str]) -> bool:
+    return not accepted or any(name in accepted for name in signatures(kind))
+
+
+def signatures(kind: str) -> tuple[str, ...]:
+    """The algorithms with which a key of this type signs a login, the best one first."""
+    if public_keys.plain_kind(kind) != "ssh-rsa":
+        return (kind,)
+    suffix = kind.removeprefix("ssh-rsa")
+    return (f"rsa-sha2-512{suffix}", f"rsa-sha2-256{suffix}")

@@ -1,0 +1,112 @@
+"""Which algorithms a connection may use: those of the ssh configuration that Paramiko has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mlxops.control import host_keys
+from mlxops.control.known_hosts import Known
+from mlxops.control.ssh_config import Destination, setting
+from mlxops.core.errors import Unreachable
+
+if TYPE_CHECKING:
+    import socket
+
+    import paramiko
+
+_KINDS = {
+    "kex": ("KexAlgorithms", "kex_algo_list", "key exchange"),
+    "host key": ("HostKeyAlgorithms", "server_key_algo_list", "host key algorithm"),
+    "cipher": ("Ciphers", "server_encrypt_algo_list", "cipher"),
+    "mac": ("MACs", "server_mac_algo_list", "MAC"),
+}
+"""By a word of what Paramiko says: the option, the key under which Paramiko has the host's list, and what it is."""
+
+
+class Negotiation:
+    """The first part of a handshake. `known` decides which host key is asked for."""
+
+    def __init__(self, destination: Destination, known: Known) -> None:
+        self._destination = destination
+        self._known = known
+        self._has: dict[str, Sequence[str]] = {}
+        """By option: what Paramiko has."""
+        self._offered: dict[str, list[str]] = {}
+
+    def transport(self, sock: socket.socket, **options: object) -> paramiko.Transport:
+        """What Paramiko's client calls for a transport. Raises `Unreachable` no_common_algorithm."""
+        import paramiko
+
+        offered, destination = self._offered, self._destination
+
+        class Transport(paramiko.Transport):
+            host_key_algorithms: tuple[str, ...] = ()
+
+            @property
+            def preferred_keys(self) -> tuple[str, ...]:
+                return self.host_key_algorithms
+
+            def _really_parse_kex_init(self, *arguments: object, **named: object) -> dict[str, list[str]]:
+                parsed: dict[str, list[str]] = super()._really_parse_kex_init(*arguments, **named)  # type: ignore[misc]
+                offered.update({key: list(value) for key, value in parsed.items() if isinstance(value, list)})
+                return parsed
+
+        transport = Transport(sock)
+        security = transport.get_security_options()
+        self._has = {
+            "KexAlgorithms": security.kex,
+            "HostKeyAlgorithms": security.key_types,
+            "Ciphers": security.ciphers,
+            "MACs": security.digests,
+        }
+        security.kex = self._allowed("KexAlgorithms")
+        security.ciphers = self._allowed("Ciphers")
+        security.digests = self._allowed("MACs")
+        transport.host_key_algorithms = host_keys.preferred(
+            self._known, destination.algorithms("HostKeyAlgorithms"), security.key_types
+        )
+        if not transport.host_key_algorithms:
+            raise self._forbidden("HostKeyAlgorithms")
+        return transport
+
+    def failed(self, said: str) -> Unreachable:
+        """What to say when the host has nothing that is allowed here. `said` is Paramiko's word for it."""
+        option, key, what = next((row for word, row in _KINDS.items() if f"acceptable {word}" in said), ("", "", ""))
+        if not option:
+            return self._error(said, f"compare with `{self._destination.command}`")
+        theirs, ours = self._offered.get(key, []), self._ours(option)
+        common = [name for name in self._has[option] if name in theirs]
+        if common:
+            hint = f"add {common[0]} to {setting(self._destination, option)} here: {option} +{common[0]}"
+        else:
+            hint = f"in the host's sshd_config: {option} +{self._best(option)}"
+        return self._error(f"it offers {what}s {_listed(theirs)}; mlxops (Paramiko) has {_listed(ours)}", hint)
+
+    def _ours(self, option: str) -> Sequence[str]:
+        allowed = self._destination.algorithms(option)
+        return [name for name in allowed if name in self._has[option]] if allowed else self._has[option]
+
+    def _best(self, option: str) -> str:
+        return (self._ours(option) or self._has[option])[0]
+
+    def _allowed(self, option: str) -> tuple[str, ...]:
+        """In the configuration's order. Raises `Unreachable` if Paramiko has none of them."""
+        ours = self._ours(option)
+        if not ours:
+            raise self._forbidden(option)
+        return tuple(ours)
+
+    def _forbidden(self, option: str) -> Unreachable:
+        place, allowed = setting(self._destination, option), self._destination.algorithms(option)
+        return self._error(
+            f"{place} allows {_listed(allowed)}; mlxops (Paramiko) has {_listed(self._has[option])}",
+            f"add {self._has[option][0]} to that line",
+        )
+
+    def _error(self, why: str, hint: str) -> Unreachable:
+        return self._destination.unreachable("no_common_algorithm", why, hint)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) or "none"

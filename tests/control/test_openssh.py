@@ -1,0 +1,566 @@
+"""Whatever `ssh NAME` logs in to, mlxops logs in to: OpenSSH itself is asked first, with the same configuration."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from mlxops.control.transport import open_ssh
+from mlxops.core.errors import MlxopsError
+from tests.lab.sshd import SshAgent, SshClient, Sshd, certify, keygen, program, public
+
+
+def convert(key: Path, passphrase: str, *options: str) -> None:
+    argv = [program("ssh-keygen"), "-q", "-p", "-P", "", "-N", passphrase, *options, "-f", str(key)]
+    subprocess.run(argv, check=True, stdin=subprocess.DEVNULL, capture_output=True)
+
+
+KINDS = ("ed25519", "rsa", "ecdsa")
+
+
+class World:
+    """Real servers, keys, certificates and agents."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self.folder = folder
+        self.stack = stack
+        self.keys = folder / "keys"
+        self.keys.mkdir()
+        self.ca, self.other_ca = keygen(self.keys / "ca"), keygen(self.keys / "other_ca", "ecdsa")
+        self.rsa_ca = keygen(self.keys / "rsa_ca", "rsa")
+        trusted = self.keys / "trusted"
+        trusted.write_text(f"{public(self.ca)}\n{public(self.rsa_ca)}\n")
+        self.plain = self.server("plain")
+        self.certified = self.server("certified", f"TrustedUserCAKeys {trusted}", "MaxAuthTries 6")
+        # A key whose certificate is the only way in, in every arrangement of files.
+        for kind in KINDS:
+            key = keygen(self.keys / kind, kind)
+            certify(self.ca, key, self.plain.user, to=self.keys / f"{kind}.crt")
+        self.ed = self.keys / "ed25519"
+        for name, how in {
+            "expired": ["-V", "20200101:20210101"],
+            "later": ["-V", "20900101:20910101"],
+            "valid": ["-V", "-1h:+1h"],
+        }.items():
+            certify(self.ca, self.ed, self.plain.user, *how, to=self.keys / f"{name}.crt")
+        certify(self.ca, self.ed, "somebody-else", to=self.keys / "wrong.crt")
+        certify(self.other_ca, self.ed, self.plain.user, to=self.keys / "stranger.crt")
+        certify(self.rsa_ca, self.ed, self.plain.user, to=self.keys / "by-rsa.crt")
+        self.beside = self.keys / "beside"
+        self.beside.mkdir()
+        for name in ("ed25519", "ed25519.pub"):
+            (self.beside / name).write_bytes((self.keys / name).read_bytes())
+            (self.beside / name).chmod(0o600)
+        (self.beside / "ed25519-cert.pub").write_bytes((self.keys / "ed25519.crt").read_bytes())
+        self.only_public = self.keys / "public"
+        self.only_public.mkdir()
+        for kind in KINDS:
+            (self.only_public / f"{kind}.pub").write_bytes((self.keys / f"{kind}.pub").read_bytes())
+        (self.only_public / "ed25519-cert.pub").write_bytes((self.keys / "ed25519.crt").read_bytes())
+        self._agent = stack.enter_context(SshAgent())
+        self.many = [keygen(self.keys / f"stranger{number}") for number in range(6)]
+        self.encrypted = self.keys / "encrypted"
+        self.encrypted.write_bytes(self.certified.client_key.read_bytes())
+        self.encrypted.chmod(0o600)
+        convert(self.encrypted, "secret")
+
+    def converted(self, kind: str, to: str, passphrase: str = "") -> Path:
+        """An authorized key in another format, without a public file."""
+        key = keygen(self.keys / f"{kind}-{to}-{len(passphrase)}", kind)
+        with (self.certified.folder / "authorized_keys").open("a") as authorized:
+            authorized.write(public(key) + "\n")
+        convert(key, passphrase, "-m", to)
+        key.with_name(f"{key.name}.pub").unlink()
+        return key
+
+    def server(self, name: str, *lines: str, **how: object) -> Sshd:
+        return self.stack.enter_context(Sshd(self.folder / name, extra="\n".join(lines), **how))  # type: ignore[arg-type]
+
+    def agent(self, *keys: Path) -> SshAgent:
+        """The one agent, with these keys and no others."""
+        self._agent.clear()
+        for key in keys:
+            self._agent.add(key)
+        return self._agent
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    with ExitStack() as stack:
+        yield World(tmp_path_factory.mktemp("world"), stack)
+
+
+@pytest.fixture
+def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SshClient:
+    client = SshClient(tmp_path / "client")
+    monkeypatch.setenv("PATH", client.path)
+    monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+    return client
+
+
+def ssh(name: str, *options: str) -> int:
+    """The oracle: how `ssh NAME true` ends, without a question."""
+    argv = ["ssh", "-o", "BatchMode=yes", *options, name, "true"]
+    return subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=30, check=False).returncode
+
+
+def outcome(name: str) -> MlxopsError | None:
+    """What mlxops makes of it: None if it logs in."""
+    try:
+        with closing(open_ssh(name)) as opened:
+            session = opened.start(["true"], b"")
+            with closing(session):
+                assert session.wait(20).status == 0
+    except MlxopsError as error:
+        assert error.why and error.hint
+        return error
+    return None
+
+
+def same(name: str) -> tuple[str, MlxopsError | None]:
+    """`in` or the error's code, after OpenSSH came to the same end."""
+    status, error = ssh(name), outcome(name)
+    shown = error and (error.code, error.why, error.hint)
+    assert (status == 0) == (error is None), f"ssh ended with {status}, mlxops with {shown}"
+    return (error.code if error else "in"), error
+
+
+class Row(NamedTuple):
+    lines: Callable[[World], Sequence[str]]
+    """Of the host's block."""
+    end: str = "in"
+    """`in`, or the error's code."""
+    says: tuple[str, ...] = ()
+    """Words of the error."""
+
+
+def agent_line(world: World, *keys: Path) -> str:
+    return f"IdentityAgent {world.agent(*keys).path}"
+
+
+REFUSED = "authentication_failed"
+LOGINS = {
+    "CertificateFile, the key in the agent": Row(
+        lambda w: [f"CertificateFile {w.keys}/ed25519.crt", agent_line(w, w.ed), "IdentityFile none"]
+    ),
+    "CertificateFile, the key in the agent and named by its public half": Row(
+        lambda w: [
+            f"CertificateFile {w.keys}/ed25519.crt",
+            agent_line(w, w.ed),
+            "IdentitiesOnly yes",
+            f"IdentityFile {w.only_public}/ed25519.pub",
+        ]
+    ),
+    "CertificateFile, the key in the agent and not named, IdentitiesOnly": Row(
+        lambda w: [
+            f"CertificateFile {w.keys}/ed25519.crt",
+            agent_line(w, w.ed),
+            "IdentitiesOnly yes",
+            "IdentityFile none",
+        ],
+        REFUSED,
+    ),
+    "a certificate beside the key, the bare key in the agent": Row(
+        lambda w: [agent_line(w, w.ed), f"IdentityFile {w.beside}/ed25519"]
+    ),
+    "a certificate beside a public key, the private one in the agent": Row(
+        lambda w: [agent_line(w, w.ed), f"IdentityFile {w.only_public}/ed25519", "IdentitiesOnly yes"]
+    ),
+    "key and certificate in the agent": Row(
+        lambda w: [agent_line(w, w.beside / "ed25519"), "IdentityFile none"],
+    ),
+    "key and certificate in the agent, IdentitiesOnly": Row(
+        lambda w: [agent_line(w, w.beside / "ed25519"), f"IdentityFile {w.only_public}/ed25519", "IdentitiesOnly yes"]
+    ),
+    "CertificateFile hides the certificate beside the key": Row(
+        lambda w: [f"CertificateFile {w.keys}/expired.crt", f"IdentityFile {w.beside}/ed25519"],
+        REFUSED,
+        ("expired on 2021-01-01",),
+    ),
+    "RSA in the agent": Row(
+        lambda w: [f"CertificateFile {w.keys}/rsa.crt", agent_line(w, w.keys / "rsa"), "IdentityFile none"]
+    ),
+    "RSA in a file": Row(lambda w: [f"CertificateFile {w.keys}/rsa.crt", f"IdentityFile {w.keys}/rsa"]),
+    "RSA, certificates not accepted": Row(
+        lambda w: [
+            f"CertificateFile {w.keys}/rsa.crt",
+            f"IdentityFile {w.keys}/rsa",
+            "PubkeyAcceptedAlgorithms rsa-sha2-512,ssh-ed25519",
+        ],
+        REFUSED,
+    ),
+    "ECDSA in the agent": Row(
+        lambda w: [f"CertificateFile {w.keys}/ecdsa.crt", agent_line(w, w.keys / "ecdsa"), "IdentityFile none"]
+    ),
+    "ECDSA in a file": Row(lambda w: [f"CertificateFile {w.keys}/ecdsa.crt", f"IdentityFile {w.keys}/ecdsa"]),
+    "an expired certificate": Row(
+        lambda w: [f"CertificateFile {w.keys}/expired.crt", f"IdentityFile {w.ed}"], REFUSED, ("expired on 2021-01-01",)
+    ),
+    "a certificate of the future": Row(
+        lambda w: [f"CertificateFile {w.keys}/later.crt", f"IdentityFile {w.ed}"], REFUSED, ("not valid before 2090",)
+    ),
+    "a certificate for another name": Row(
+        lambda w: [f"CertificateFile {w.keys}/wrong.crt", f"IdentityFile {w.ed}"], REFUSED, ("is for somebody-else",)
+    ),
+    "a certificate by another authority": Row(
+        lambda w: [f"CertificateFile {w.keys}/stranger.crt", f"IdentityFile {w.ed}"], REFUSED
+    ),
+    "a certificate by an RSA authority": Row(
+        lambda w: [f"CertificateFile {w.keys}/by-rsa.crt", f"IdentityFile {w.ed}"]
+    ),
+    "bad certificates, then a good one": Row(
+        lambda w: [
+            *(f"CertificateFile {w.keys}/{name}.crt" for name in ("expired", "later", "wrong", "stranger", "valid")),
+            f"IdentityFile {w.ed}",
+        ]
+    ),
+    "an expired certificate, then a plain key": Row(
+        lambda w: [
+            f"CertificateFile {w.keys}/expired.crt",
+            f"IdentityFile {w.ed}",
+            f"IdentityFile {w.certified.client_key}",
+        ]
+    ),
+    "a CertificateFile that is no certificate": Row(
+        lambda w: [f"CertificateFile {w.ca}.pub", f"IdentityFile {w.certified.client_key}"]
+    ),
+    "six keys in the agent before the file": Row(
+        lambda w: [agent_line(w, *w.many), f"IdentityFile {w.certified.client_key}"], REFUSED, ("too many keys?",)
+    ),
+    "five keys in the agent before the file": Row(
+        lambda w: [agent_line(w, *w.many[:5]), f"IdentityFile {w.certified.client_key}"]
+    ),
+    "six keys in the agent, IdentitiesOnly": Row(
+        lambda w: [agent_line(w, *w.many), f"IdentityFile {w.certified.client_key}", "IdentitiesOnly yes"]
+    ),
+    "six keys in the agent before the named one, which is there, too": Row(
+        lambda w: [agent_line(w, *w.many, w.certified.client_key), f"IdentityFile {w.certified.client_key}"]
+    ),
+    "six keys in the agent after CertificateFile": Row(
+        lambda w: [agent_line(w, *w.many, w.ed), f"CertificateFile {w.keys}/ed25519.crt", "IdentityFile none"]
+    ),
+    "six keys in the agent before a certificate beside a file": Row(
+        lambda w: [agent_line(w, *w.many), f"IdentityFile {w.beside}/ed25519"], REFUSED, ("too many keys?",)
+    ),
+    "IdentityAgent $NAME": Row(lambda w: ["IdentityAgent $LAB_AGENT"]),
+    "IdentityAgent ${NAME}": Row(lambda w: ["IdentityAgent ${LAB_AGENT}"]),
+    "IdentityAgent none": Row(lambda w: ["IdentityAgent none", "IdentityFile none"], REFUSED),
+    "an agent that is not there": Row(
+        lambda w: [f"IdentityAgent {w.folder}/nobody", f"IdentityFile {w.certified.client_key}"]
+    ),
+    "IdentityFile is a public key, the private one in the agent": Row(
+        lambda w: [
+            agent_line(w, w.certified.client_key),
+            f"IdentityFile {w.certified.client_key}.pub",
+            "IdentitiesOnly yes",
+        ]
+    ),
+    "IdentityFile is a public key, and no agent": Row(
+        lambda w: [f"IdentityFile {w.only_public}/rsa.pub"], REFUSED, ("rsa.pub is a public key",)
+    ),
+    "an encrypted key without a public file, in the agent": Row(
+        lambda w: [agent_line(w, w.certified.client_key), f"IdentityFile {w.encrypted}", "IdentitiesOnly yes"]
+    ),
+    "an encrypted key": Row(
+        lambda w: [f"IdentityFile {w.encrypted}"], REFUSED, ("encrypted, and no agent has it", "ssh-add ")
+    ),
+    "an RSA key in PEM": Row(lambda w: [f"IdentityFile {w.converted('rsa', 'PEM')}"]),
+    "an RSA key in PKCS#8": Row(lambda w: [f"IdentityFile {w.converted('rsa', 'PKCS8')}"]),
+    "an ECDSA key in PEM": Row(lambda w: [f"IdentityFile {w.converted('ecdsa', 'PEM')}"]),
+    "an ECDSA key in PKCS#8": Row(lambda w: [f"IdentityFile {w.converted('ecdsa', 'PKCS8')}"]),
+    "an encrypted key in PKCS#8": Row(
+        lambda w: [f"IdentityFile {w.converted('ecdsa', 'PKCS8', 'secret')}"], REFUSED, ("is encrypted",)
+    ),
+    "PKCS11Provider": Row(
+        lambda w: ["PKCS11Provider /no/such/provider.so", "IdentityFile none"],
+        REFUSED,
+        ("PKCS11Provider (", "config:2)", "ssh-add -s /no/such/provider.so"),
+    ),
+    "a directory as IdentityFile": Row(
+        lambda w: [f"IdentityFile {w.keys}", f"IdentityFile {w.certified.client_key}"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LOGINS)
+def test_a_login_ends_as_that_of_openssh(
+    world: World, client: SshClient, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    row = LOGINS[case]
+    monkeypatch.setenv("LAB_AGENT", str(world.agent(world.beside / "ed25519").path))
+    client.block("studio", world.certified, *row.lines(world))
+    end, error = same("studio")
+    assert end == row.end, error and error.why
+    assert error is None or all(words in f"{error.why}\n{error.hint}" for words in row.says), (error.why, error.hint)
+
+
+class Trust(NamedTuple):
+    """What is known of the host, and how it ends."""
+
+    known: Callable[[World, Sshd], Sequence[str]]
+    """Lines of known_hosts."""
+    end: str = "in"
+    says: tuple[str, ...] = ()
+    lines: Callable[[World, Sshd], Sequence[str]] = lambda w, s: []
+    """Of the host's block."""
+    server: str = "good"
+    """Which certificate the host shows."""
+    ssh: int | None = None
+    """How ssh ends, where mlxops is stricter on purpose."""
+
+
+def authority(world: World, names: str, ca: str = "ca") -> str:
+    return f"@cert-authority {names} {public(world.keys / ca)} the authority"
+
+
+def at(server: Sshd) -> str:
+    return f"[{server.address}]:{server.port}"
+
+
+def script(world: World, text: str) -> Path:
+    path = world.folder / f"script{len(list(world.folder.iterdir()))}"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def listed(world: World, *lines: str) -> Path:
+    path = world.folder / f"list{len(list(world.folder.iterdir()))}"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def revocations(world: World, *keys: Path, options: Sequence[str] = ()) -> Path:
+    """A key revocation list in OpenSSH's own format."""
+    path = world.folder / f"krl{len(list(world.folder.iterdir()))}"
+    argv = [program("ssh-keygen"), "-q", "-k", "-f", str(path), *options, *(f"{key}.pub" for key in keys)]
+    subprocess.run(argv, check=True, stdin=subprocess.DEVNULL, capture_output=True)
+    return path
+
+
+TOLD = 'test "$1" = HOSTNAME && echo "[$2]:PORT $3 $4"; true'
+UNKNOWN, CHANGED = "host_key_unknown", "host_key_changed"
+TRUST = {
+    "the address": Trust(lambda w, s: [authority(w, at(s))]),
+    "every host": Trust(lambda w, s: [authority(w, "*")]),
+    "a pattern": Trust(lambda w, s: [authority(w, "[127.0.0.?]:*")]),
+    "the name without its port": Trust(lambda w, s: [authority(w, s.address)]),
+    "one of several names": Trust(lambda w, s: [authority(w, f"elsewhere,{at(s)}")]),
+    "another authority's line before": Trust(lambda w, s: [authority(w, "*", "other_ca"), authority(w, "*")]),
+    "a plain key of before a reinstallation beside it": Trust(
+        lambda w, s: [f"{at(s)} {public(w.keys / 'ed25519')}", authority(w, "*")]
+    ),
+    "an authority for other hosts": Trust(lambda w, s: [authority(w, "*.example.com")], UNKNOWN),
+    "a negated pattern": Trust(lambda w, s: [authority(w, f"*,!*{s.address}*")], UNKNOWN),
+    "a negated pattern for the port alone": Trust(lambda w, s: [authority(w, f"*,!{at(s)}")]),
+    "another authority": Trust(lambda w, s: [authority(w, "*", "other_ca")], UNKNOWN, ("no @cert-authority line for",)),
+    "the authority's key without the marker": Trust(lambda w, s: [f"{at(s)} {public(w.ca)}"], CHANGED),
+    "a revoked authority": Trust(
+        lambda w, s: [authority(w, "*"), f"@revoked * {public(w.ca)}"], CHANGED, ("@revoked",)
+    ),
+    "a revoked authority, and the plain key": Trust(
+        lambda w, s: [s.known_hosts, authority(w, "*"), f"@revoked * {public(w.ca)}"], CHANGED, ("@revoked",)
+    ),
+    "a revoked key": Trust(lambda w, s: [authority(w, "*"), f"@revoked * {s.host_key}"], CHANGED, ("@revoked",)),
+    "an expired certificate": Trust(lambda w, s: [authority(w, "*")], UNKNOWN, ("it has expired",), server="expired"),
+    "an expired certificate, and the plain key": Trust(
+        lambda w, s: [authority(w, "*"), s.known_hosts], server="expired"
+    ),
+    "a certificate of the future": Trust(lambda w, s: [authority(w, "*")], UNKNOWN, ("not valid yet",), server="later"),
+    "a certificate for another host": Trust(
+        lambda w, s: [authority(w, "*")], UNKNOWN, ("it is for elsewhere",), server="elsewhere"
+    ),
+    "a certificate for another host, and the plain key": Trust(
+        lambda w, s: [authority(w, "*"), s.known_hosts], server="elsewhere"
+    ),
+    "a certificate for another host, and another plain key": Trust(
+        lambda w, s: [authority(w, "*"), f"{at(s)} {public(w.keys / 'ed25519')}"],
+        CHANGED,
+        ("it is for elsewhere",),
+        server="elsewhere",
+    ),
+    "a certificate for all hosts": Trust(lambda w, s: [authority(w, "*")], server="all"),
+    "a certificate by an ECDSA authority": Trust(lambda w, s: [authority(w, "*", "other_ca")], server="ecdsa"),
+    "a certificate by an RSA authority": Trust(lambda w, s: [authority(w, "*", "rsa_ca")], server="rsa"),
+    "a certificate by an RSA authority, which CASignatureAlgorithms forbids": Trust(
+        lambda w, s: [authority(w, "*", "rsa_ca")],
+        UNKNOWN,
+        ("CASignatureAlgorithms",),
+        lambda w, s: ["CASignatureAlgorithms ssh-ed25519"],
+        server="rsa",
+    ),
+    "HostKeyAlgorithms of certificates only": Trust(
+        lambda w, s: [authority(w, "*")], lines=lambda w, s: ["HostKeyAlgorithms ssh-ed25519-cert-v01@openssh.com"]
+    ),
+    "HostKeyAlgorithms without certificates": Trust(
+        lambda w, s: [authority(w, "*")], UNKNOWN, lines=lambda w, s: ["HostKeyAlgorithms ssh-ed25519"]
+    ),
+    "HostKeyAlias": Trust(
+        lambda w, s: [authority(w, "elsewhere")], lines=lambda w, s: ["HostKeyAlias elsewhere"], server="elsewhere"
+    ),
+    "several files": Trust(
+        lambda w, s: [],
+        lines=lambda w, s: [f"UserKnownHostsFile /nowhere {listed(w, authority(w, '*'))} ~/nowhere"],
+    ),
+    "a file with a space in its name": Trust(
+        lambda w, s: [],
+        lines=lambda w, s: [
+            f"UserKnownHostsFile /nowhere '{listed(w, authority(w, '*')).rename(w.folder / 'a b')}'".replace("'", '"')
+        ],
+    ),
+    "the global file": Trust(
+        lambda w, s: [],
+        lines=lambda w, s: ["UserKnownHostsFile none", f"GlobalKnownHostsFile {listed(w, s.known_hosts)}"],
+    ),
+    "no file at all": Trust(
+        lambda w, s: [],
+        UNKNOWN,
+        ("name a file in UserKnownHostsFile (",),
+        lambda w, s: ["UserKnownHostsFile /dev/null"],
+    ),
+    "KnownHostsCommand prints the key": Trust(
+        lambda w, s: [], lines=lambda w, s: [f"KnownHostsCommand /bin/echo %H {s.host_key}"]
+    ),
+    "KnownHostsCommand prints an authority": Trust(
+        lambda w, s: [],
+        lines=lambda w, s: [f"KnownHostsCommand /bin/echo {authority(w, '*')}"],
+    ),
+    "KnownHostsCommand is told of the key": Trust(
+        lambda w, s: [],
+        lines=lambda w, s: [f"KnownHostsCommand {script(w, TOLD.replace('PORT', str(s.port)))} %I %h %t %K"],
+        server="none",
+    ),
+    "KnownHostsCommand prints another key": Trust(
+        lambda w, s: [],
+        CHANGED,
+        ("KnownHostsCommand:1 has", "correct what KnownHostsCommand prints"),
+        lambda w, s: [f"KnownHostsCommand /bin/echo %H {public(w.keys / 'ed25519')}"],
+    ),
+    "KnownHostsCommand prints nothing": Trust(
+        lambda w, s: [], UNKNOWN, lines=lambda w, s: ["KnownHostsCommand /bin/true"]
+    ),
+    "KnownHostsCommand fails": Trust(
+        lambda w, s: [s.known_hosts],
+        UNKNOWN,
+        ("KnownHostsCommand (", "ended with status 3"),
+        lambda w, s: [f"KnownHostsCommand {script(w, 'exit 3')}"],
+    ),
+    "KnownHostsCommand is not there": Trust(
+        lambda w, s: [],
+        UNKNOWN,
+        ("KnownHostsCommand (", "No such file"),
+        lambda w, s: ["KnownHostsCommand /no/such/program"],
+    ),
+    "RevokedHostKeys lists the key": Trust(
+        lambda w, s: [s.known_hosts],
+        CHANGED,
+        ("RevokedHostKeys /",),
+        lambda w, s: [f"RevokedHostKeys {listed(w, '# stolen', s.host_key)}"],
+    ),
+    "RevokedHostKeys lists the authority": Trust(
+        lambda w, s: [authority(w, "*")],
+        CHANGED,
+        ("RevokedHostKeys /",),
+        lambda w, s: [f"RevokedHostKeys {listed(w, public(w.ca))}"],
+    ),
+    "RevokedHostKeys lists others": Trust(
+        lambda w, s: [authority(w, "*")], lines=lambda w, s: [f"RevokedHostKeys {listed(w, public(w.other_ca))}"]
+    ),
+    "a revocation list of the key": Trust(
+        lambda w, s: [s.known_hosts],
+        CHANGED,
+        ("RevokedHostKeys /",),
+        lambda w, s: [f"RevokedHostKeys {revocations(w, s.key_file)}"],
+    ),
+    "a revocation list of other keys": Trust(
+        lambda w, s: [authority(w, "*")], lines=lambda w, s: [f"RevokedHostKeys {revocations(w, w.other_ca)}"]
+    ),
+    "RevokedHostKeys is not there": Trust(
+        lambda w, s: [s.known_hosts],
+        UNKNOWN,
+        ("cannot be told", "RevokedHostKeys ("),
+        lambda w, s: ["RevokedHostKeys /no/such/file"],
+    ),
+    "StrictHostKeyChecking no": Trust(
+        lambda w, s: [],
+        UNKNOWN,
+        ("StrictHostKeyChecking (", "makes ssh accept"),
+        lambda w, s: ["StrictHostKeyChecking no"],
+        ssh=0,
+    ),
+    "StrictHostKeyChecking accept-new": Trust(
+        lambda w, s: [],
+        UNKNOWN,
+        ("StrictHostKeyChecking (", "makes ssh accept"),
+        lambda w, s: ["StrictHostKeyChecking accept-new"],
+        ssh=0,
+    ),
+    "StrictHostKeyChecking yes": Trust(
+        lambda w, s: [],
+        UNKNOWN,
+        ("ssh -o StrictHostKeyChecking=ask studio",),
+        lambda w, s: ["StrictHostKeyChecking yes"],
+    ),
+    "BatchMode yes": Trust(lambda w, s: [], UNKNOWN, ("ssh -o BatchMode=no studio",), lambda w, s: ["BatchMode yes"]),
+    "VerifyHostKeyDNS": Trust(
+        lambda w, s: [], UNKNOWN, ("VerifyHostKeyDNS (", "VerifyHostKeyDNS=no"), lambda w, s: ["VerifyHostKeyDNS yes"]
+    ),
+    "NoHostAuthenticationForLocalhost": Trust(
+        lambda w, s: [],
+        UNKNOWN,
+        ("NoHostAuthenticationForLocalhost (", "NoHostAuthenticationForLocalhost=no"),
+        lambda w, s: ["NoHostAuthenticationForLocalhost yes"],
+        ssh=0,
+    ),
+    "CheckHostIP, the key under the name": Trust(
+        lambda w, s: [f"[localhost]:{s.port} {s.host_key}"],
+        lines=lambda w, s: ["HostName localhost", "AddressFamily inet", "CheckHostIP yes"],
+    ),
+    "a line in letters that are not ASCII": Trust(
+        lambda w, s: ["\u2588\u2588 \u2588\u2588 \u2588\u2588", s.known_hosts]
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def hosts(world: World) -> dict[str, Sshd]:
+    """Servers by the certificate that they show."""
+    ways: dict[str, tuple[str, str, list[str]]] = {
+        "good": ("ca", "127.0.0.1", []),
+        "expired": ("ca", "127.0.0.1", ["-V", "20200101:20210101"]),
+        "later": ("ca", "127.0.0.1", ["-V", "20900101:20910101"]),
+        "elsewhere": ("ca", "elsewhere", []),
+        "all": ("ca", "", []),
+        "ecdsa": ("other_ca", "127.0.0.1", []),
+        "rsa": ("rsa_ca", "127.0.0.1", []),
+    }
+    found = {"none": world.plain}
+    for name, (ca, principals, options) in ways.items():
+        folder = world.folder / f"host-{name}"
+        folder.mkdir()
+        key = keygen(folder / "host_key")
+        certificate = certify(world.keys / ca, key, principals, "-h", *options, to=folder / "host.crt")
+        found[name] = world.server(f"host-{name}", f"HostCertificate {certificate}", client_key=world.plain.client_key)
+    return found
+
+
+@pytest.mark.parametrize("case", TRUST)
+def test_a_host_is_trusted_as_openssh_trusts_it(
+    world: World, hosts: dict[str, Sshd], client: SshClient, case: str
+) -> None:
+    row = TRUST[case]
+    server = hosts[row.server]
+    client.host("studio", server, *row.lines(world, server), known=False)
+    for line in row.known(world, server):
+        client.know(line)
+    error = outcome("studio")  # first: some of these let ssh write what it sees
+    assert (error.code if error else "in") == row.end, error and (error.why, error.hint)
+    assert error is None or all(words in f"{error.why}\n{error.hint}" for words in row.says), (error.why, error.hint)
+    assert (ssh("studio") == 0) == (row.end == "in" if row.ssh is None else row.ssh == 0)
