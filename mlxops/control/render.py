@@ -398,8 +398,10 @@ def gateway_table(answers: Sequence[Answer]) -> str:
                 if isinstance(passage, dict)
                 else ""
             )
-            named = (row.get(key) for key in ("alias", "port", "sends", "state", "owner", "model", "context_length"))
-            rows.append([answer.host, *named, through, row.get("verdict")])
+            named = (row.get(key) for key in ("port", "sends", "state", "owner", "model", "context_length"))
+            names = row.get("names")
+            alias = ", ".join(map(str, names)) if isinstance(names, list) and names else row.get("alias")
+            rows.append([answer.host, alias, *named, through, row.get("verdict")])
     columns = ["HOST", "ALIAS", "PORT", "SENDS", "STATE", "OWNER", "MODEL", "CONTEXT", "THROUGH", "VERDICT"]
     found = [row for answer in answers for row in _rows(answer.result, "findings")]
     findings = [

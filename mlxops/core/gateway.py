@@ -99,6 +99,12 @@ class Entry:
         return address_of(self.api_base)
 
     @property
+    def certain_name(self) -> str | None:
+        """The name that the server at `address` is asked for, if that is certain."""
+        doubt = self.unsure & {"model", "api_base"} or self.out or self.answers_itself
+        return None if doubt else self.sends
+
+    @property
     def path(self) -> str:
         """The path that the server is asked for."""
         given = urlsplit(self.api_base or "").path
@@ -130,9 +136,14 @@ class Port:
     answers_to: str | None = None
     """The name under which the server answers; None: unknown, or to any."""
     also_answers_to: tuple[str, ...] = ()
-    """Further names for the same model."""
+    """Further names that it knows for the same model."""
+    answers_to_any: bool = False
+    drops_for_others: bool = True
+    """For a name that it does not know it drops its model."""
+    not_asked: str = ""
+    """Why it must not be asked for a completion; empty if it may be."""
     paths: frozenset[str] = frozenset()
-    """The paths that its engine answers with a completion; empty: not known."""
+    """The paths at which its engine gives completions; empty: not known."""
     context_length: int | None = None
     assigned: bool = False
     detail: str = ""
@@ -158,6 +169,17 @@ def same_name(one: str, other: str) -> bool:
     return one.lower().rstrip(".") == other.lower().rstrip(".")
 
 
+def same_base(one: str, other: str, same_host: SameHost = same_name) -> bool:
+    """Whether two `api_base`s are one address: the same server, port and path, with or without /v1."""
+    if one.rstrip("/") == other.rstrip("/"):
+        return True
+    first, second = (address_of(each) for each in (one, other))
+    if first is None or second is None or first[1] != second[1]:
+        return False
+    paths = {urlsplit(each).path.rstrip("/").removesuffix("/v1") for each in (one, other)}
+    return len(paths) == 1 and same_host(first[0], second[0])
+
+
 def address_of(api_base: str | None) -> tuple[str, int] | None:
     """Host and port of an `api_base`; None if it has none."""
     try:
@@ -171,64 +193,14 @@ def address_of(api_base: str | None) -> tuple[str, int] | None:
 # -- what an entry has to be --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Name:
-    """A name that a client may use. Never a pattern."""
-
-    asked: str
-    sends: str | None
-    """The name that the server is then asked for."""
-    certain: bool
-    """A request under `asked` is sent to this port under `sends`, whatever LiteLLM chooses."""
-
-
-def names_for(
-    entries: Sequence[Entry], address: str, port: int, alias: str | None, same_host: SameHost = same_name
-) -> tuple[Name, ...]:
-    """The names whose requests the gateway sends to this port. `alias`: the port's; a pattern counts for it alone."""
-    found: dict[str, Name] = {}
-    for entry in _leading(entries, address, port, alias, same_host):
-        every = [each for each in entries if each.alias == entry.alias]
-        certain = not entry.answers_itself and all(
-            each.sends is not None
-            and each.sends == entry.sends
-            and each.address == entry.address
-            and not each.unsure & {"model", "api_base"}
-            and not each.out
-            for each in every
-        )
-        found.setdefault(entry.alias, Name(entry.alias, entry.sends, certain))
-    return tuple(found.values())
-
-
-def _leading(
-    entries: Iterable[Entry], address: str, port: int, alias: str | None, same_host: SameHost
-) -> Iterator[Entry]:
+def names_sent(entries: Iterable[Entry], address: str, same_host: SameHost = same_name) -> dict[int, tuple[str, ...]]:
+    """Port of the host at `address` -> the names that the gateway certainly sends there."""
+    sent: dict[int, list[str]] = {}
     for entry in entries:
-        where = entry.address
-        mine = entry.pattern is None or alias is None or alias in (entry.alias, entry.sends)
-        if where is not None and mine and where[1] == port and same_host(where[0], address):
-            yield entry
-
-
-def names_sent(
-    entries: Sequence[Entry], address: str, slots: Mapping[int, str], same_host: SameHost = same_name
-) -> dict[int, tuple[str, ...]]:
-    """Port of the host at `address` -> the names that the gateway certainly sends there. `slots`: port -> alias."""
-    sent: dict[int, tuple[str, ...]] = {}
-    for port in {entry.address[1] for entry in entries if entry.address}:
-        leading = _leading(entries, address, port, slots.get(port), same_host)
-        names = [
-            entry.sends
-            for entry in leading
-            if entry.sends is not None
-            and not entry.unsure & {"model", "api_base"}
-            and not entry.out
-            and not entry.answers_itself
-        ]
-        if names:
-            sent[port] = tuple(dict.fromkeys(names))
-    return sent
+        where, name = entry.address, entry.certain_name
+        if where is not None and name is not None and same_host(where[0], address):
+            sent.setdefault(where[1], []).append(name)
+    return {port: tuple(dict.fromkeys(names)) for port, names in sent.items()}
 
 
 def tokens_promised(entries: Iterable[Entry], address: str, same_host: SameHost = same_name) -> dict[int, int]:
@@ -267,9 +239,8 @@ def compare(
     `entries` under names that clients use, without patterns (`litellm.Config.concrete`). `ports` are those of all
     managed hosts: an alias may be a slot of several hosts, and is balanced between them.
     """
-    ours = [(entry, _targets(entry, ports, same_host)) for entry in entries]
+    ours = [(entry, _targets(entry, ports, same_host)) for entry in claims(entries, ports, same_host)]
     ours = [(entry, target) for entry, target in ours if target or any(p.alias == entry.alias for p in ports)]
-    ours = [(entry, target) for entry, target in ours if not _stray(entry, target)]
     found: list[Finding] = []
     for entry, target in ours:
         together = [each for each in ours if each[0].alias == entry.alias]
@@ -286,9 +257,22 @@ def compare(
     return tuple(sorted(unique, key=lambda each: each.severity is not Severity.FAULT))
 
 
-def _stray(entry: Entry, target: Port | None) -> bool:
-    """A pattern that also matches the alias of a port that nothing serves, or of another port, is no claim to it."""
-    return entry.pattern is not None and (target is None or (target.alias is not None and target.alias != entry.alias))
+def claims(entries: Iterable[Entry], ports: Sequence[Port], same_host: SameHost = same_name) -> tuple[Entry, ...]:
+    """Without what a pattern makes of the alias of a slot, where it leads to another port than this slot's.
+
+    Nobody meant that: `*` for one port matches the aliases of all others, too.
+    """
+
+    def claimed(entry: Entry) -> bool:
+        if entry.pattern is None:
+            return True
+        target, where = _targets(entry, ports, same_host), entry.address
+        if target is not None:
+            return target.alias in (None, entry.alias, entry.sends)
+        # Perhaps the slot's host by another address.
+        return where is not None and any(port.alias == entry.alias and port.port == where[1] for port in ports)
+
+    return tuple(entry for entry in entries if claimed(entry))
 
 
 def _targets(entry: Entry, ports: Sequence[Port], same_host: SameHost) -> Port | None:
@@ -386,16 +370,17 @@ def _of_base(
     if target is not None and urlsplit(base).scheme.lower() == "https":
         yield say("bad_api_base", f"api_base {shown(base)} asks for TLS, and the servers speak plain HTTP", right)
     path = entry.path
-    if path != CHAT and (target is None or path not in target.paths):
-        some = path in SOME_ANSWER or (path.startswith("//") and path[1:] == CHAT)
-        certain = target is not None and (bool(target.paths) or not some) and _sure(entry, "api_base")
-        message = f"api_base {shown(base)} makes LiteLLM ask {shown(path)}, which "
-        message += "not every engine answers" if some and not certain else "the server does not answer"
+    if path != CHAT:
+        answered = target is not None and path in target.paths
+        some = path in SOME_ANSWER or path == f"/{CHAT}"
+        certain = target is not None and not answered and (bool(target.paths) or not some)
+        who = "not every engine answers" if some and not certain else "the server does not answer"
+        message = f"LiteLLM asks {shown(path)} of {shown(base)}, which {who}"
         if path.endswith("/chat/completions"):
-            yield say("no_v1", message, right, certain)
+            yield say("no_v1", message, right, certain and _sure(entry, "api_base"))
         else:
             hint = edit(entry, "model", f"openai/{slot.name or entry.alias}", files)
-            yield say("not_chat", message, hint, certain)
+            yield say("not_chat", message, hint, certain and _sure(entry, "api_base"))
 
 
 def _no_url(base: str) -> str:
@@ -416,12 +401,16 @@ def _no_url(base: str) -> str:
 
 def _of_name(entry: Entry, target: Port, say: Say, files: Files) -> Iterator[Finding]:
     name, sends = target.name, entry.sends
-    right = edit(entry, "model", entry.right_model(name or entry.alias), files)
     if name is not None and sends is not None and sends != name:
+        right = edit(entry, "model", entry.right_model(name), files)
         message = f"the gateway sends the name {shown(sends)}; port {target.port} answers to {name}"
-        if sends in target.also_answers_to or (sends == DEFAULT_NAME and target.answers_to is None):
-            message += ". An mlx_lm.server takes it for the same model; mlx-openai-server would not"
+        if sends == DEFAULT_NAME and (sends in target.also_answers_to or target.answers_to is None):
+            message += ", and to this one only if an mlx_lm.server is there: mlx-openai-server does not know it"
             yield say("engine_name", message, right, certain=False)
+        elif target.answers_to_any or sends in (target.answers_to, *target.also_answers_to):
+            message = f"the gateway sends the name {shown(sends)}, which the server on port {target.port} knows. "
+            message += f"One that is loaded there answers to {name}"
+            yield say("other_name", message, right, certain=False)
         else:
             yield say("wrong_name", message, right, _sure(entry, "model", "api_base"))
     context, promised = target.context_length, entry.max_input_tokens
@@ -460,7 +449,7 @@ def _of_groups(ours: Together, files: Files) -> Iterator[Finding]:
 
 
 def _names(port: Port) -> set[str | None]:
-    return {port.name, *port.also_answers_to}
+    return {port.name, port.answers_to, *port.also_answers_to}
 
 
 def _of_patterns(ours: Together) -> Iterator[Finding]:
@@ -506,10 +495,12 @@ def _of_port(port: Port, here: Sequence[Entry], files: Files) -> Iterator[Findin
         yield finding(
             severity, "alias_without_server", message, f"{load}; until then the gateway answers with an error"
         )
-    elif port.alias and port.answers_to and port.answers_to != port.alias:
+    elif port.alias and port.answers_to and port.alias not in (port.answers_to, *port.also_answers_to):
         message = f"{alias}: the server on {where} answers to {shown(port.answers_to)}, not to {port.alias}"
         model = port.model if port.owner is Owner.MLXOPS and port.model else "MODEL"
-        yield finding(Severity.FAULT, "server_name", message, f"mlxctl load {model} {port.port} --force")
+        fails = any(entry.sends not in (port.answers_to, *port.also_answers_to) for entry in here)
+        severity = Severity.FAULT if fails else Severity.WARNING
+        yield finding(severity, "server_name", message, f"mlxctl load {model} {port.port} --force")
 
 
 def _without_entry(port: Port, finding: Callable[[Severity, str, str, str], Finding]) -> Iterator[Finding]:

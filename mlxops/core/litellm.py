@@ -48,10 +48,10 @@ class _Value:
     """Why LiteLLM cannot take it."""
 
     def __or__(self, other: _Value) -> _Value:
-        """As `or` does: the first that has a value. A doubtful one may be empty."""
-        if self.text is None:
-            return replace(other, sure=other.sure and self.sure)
-        return self
+        """As `or` does: the first that has a value. A doubtful one may have none."""
+        if self.text is not None or (other.text is None and self.variable):
+            return self
+        return replace(other, sure=other.sure and self.sure)
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,13 @@ class Config:
                     same = (entry for entry in self.entries if _regex(entry.alias) == pattern)
                     return [_filled(entry, name, matched) for entry in same]
         return []
+
+
+def deployed(alias: str, model: str, api_base: str | None, provider: str | None) -> Entry:
+    """An entry of the running gateway, which has all that it inherits."""
+    kind, sends = _upstream(model, provider)
+    known = _PROVIDERS.get(kind or "")
+    return Entry(alias, model, sends if known else None, api_base, has_key=True, provider=provider)
 
 
 def _regex(pattern: str) -> str:
@@ -249,9 +256,11 @@ class _Reader:
         return Environ({**self.environ.values, **added}, doubtful, self.environ.whole)
 
     def _credentials(self, section: object) -> Iterator[tuple[str, Mapping[str, object]]]:
-        if section and not isinstance(section, list):
+        if not section:
+            return
+        if not isinstance(section, list):
             raise unusable(self.files, "its credential_list is not a list")
-        for item in reversed(section or ()):  # the first of a name is the one that counts
+        for item in reversed(section):  # the first of a name is the one that counts
             name = item.get("credential_name") if isinstance(item, dict) else None
             if not isinstance(item, dict) or not isinstance(name, str):
                 raise unusable(self.files, "its credential_list has an item without a credential_name")

@@ -52,6 +52,7 @@ _FLAGS = {
 class MlxOpenAIServer:
     name = "mlx-openai-server"
     distribution = "mlx_openai_server"
+    completion_paths = frozenset({"/v1/chat/completions", "/v1/responses"})  # source, 1.8.1
     reserved = frozenset(
         {
             *("--model-path", "--host", "--port", "--served-model-name", "--config"),
@@ -132,18 +133,22 @@ class MlxOpenAIServer:
         # Since 1.8 the name in a request has to be the served one; before, it is not looked at.
         return older_than(_STRICT_SINCE, version)
 
+    def further_names(self, version: str | None) -> tuple[str, ...]:
+        return ()
+
     def names(self, argv: Sequence[str], version: str | None) -> Names:
         given = options(argv)
         if given.get("--config"):
-            return Names(not_asked="the names that it serves are in its --config file")
+            return Names(drops=False, not_asked="the names that it serves are in its --config file")
         kind, name = given.get("--model-type", "lm"), self.served_name(argv)
         if not name:
-            return Names(not_asked="its name is not known: its command names no model")
+            return Names(drops=False, not_asked="its name is not known: its command names no model")
         return Names(
             (name,),
             any=self.any_name(version),
             # An unknown version that serves under the path of its model may be one that answers to any name.
             sure=version is not None or "--served-model-name" in given,
+            drops=False,
             not_asked="" if kind in _CHATS else f"it serves {kind}, which gives no chat completions",
         )
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from mlxops.agent.engine import NoCompletion
-from mlxops.agent.operations.asking import names_of
+from mlxops.agent.operations.asking import names_of, told
 from mlxops.agent.operations.context import Context, busy, model_lock, repo_lock
 from mlxops.agent.operations.files import Files, cached
 from mlxops.agent.operations.gatewayname import check_name
@@ -306,6 +306,7 @@ def _load_result(
         "log_path": view.run.log_path if view.run else None,
         "pid": view.pid,
         "notes": list(plan.notes),
+        **told(names_of(view)),
     }
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlxops.agent.journal import stand_of
+from mlxops.agent.operations.asking import names_of, told
 from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.drift import further_drift, rebooted
 from mlxops.agent.operations.ops import downloads
 from mlxops.core.registry import Model, Registry
-from mlxops.core.world import Operation, PortView
+from mlxops.core.world import Operation, Owner, PortView
 
 
 def status(ctx: Context) -> dict[str, object]:
@@ -53,26 +54,22 @@ def _answering_row(view: PortView, registry: Registry) -> dict[str, object]:
         "state": view.state.value,
         "owner": view.owner.value if view.owner else None,
         "model": view.model,
-        **answering_names(view),
+        **told(names_of(view)),
+        "paths": _paths(view),
         "context_length": _context_length(entry) if entry and view.owner else None,
         "assigned": bool(registry.on_port(view.port)),
         "detail": view.detail,
     }
 
 
-def answering_names(view: PortView) -> dict[str, object]:
-    """`answers_to`: the only name that the live server answers to, None: any name, or not known; `also_answers_to`:
-    further ones for the same model; `answers_to_any`; `not_asked`: why it must not be asked, if it must not."""
-    from mlxops.agent.operations.asking import names_of
+def _paths(view: PortView) -> list[str]:
+    """Where the live server gives completions; empty: not known."""
+    from mlxops.agent.engines import ENGINES
 
-    names = names_of(view)
-    only = names.known if names.sure and not names.any else ()
-    return {
-        "answers_to": only[0] if only else None,
-        "also_answers_to": list(only[1:]),
-        "answers_to_any": names.any,
-        "not_asked": names.not_asked or None,
-    }
+    run = view.run if view.owner is Owner.MLXOPS else None
+    served = run or view.server
+    engine = ENGINES.get(served.engine) if served and view.owner else None
+    return sorted(engine.completion_paths) if engine else []
 
 
 def _context_length(entry: Model) -> int | None:
