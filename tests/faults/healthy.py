@@ -306,7 +306,7 @@ def _booted(arena: Arena, rng: random.Random, stack: ExitStack) -> Scene:
     script = arena.folder / "start.sh"
     script.write_text("#!/bin/sh\nexec " + " ".join(_server(arena, "org/alpha", arena.ports[0])) + "\n")
     script.chmod(0o755)
-    arena.settings = replace(arena.settings, boot=BootJob(arena.ports[0], str(script), LABEL))
+    arena.settings = replace(arena.settings, boot=(BootJob(arena.ports[0], str(script), LABEL),))
     process = stack.enter_context(_running(arena, [str(script)], env={**os.environ, "XPC_SERVICE_NAME": LABEL}))
     _listener(arena, arena.ports[0])
     return Scene(alive={"the boot job's server": process.pid}, ports={arena.ports[0]: ("ready", "boot")})
@@ -317,7 +317,7 @@ def _strict(arena: Arena, rng: random.Random, stack: ExitStack) -> Scene:
     asked = arena.folder / "asked"
     asked.unlink(missing_ok=True)
     if rng.random() < 0.5:
-        arena.settings = replace(arena.settings, boot=BootJob(arena.ports[0], str(arena.folder / "start.sh"), LABEL))
+        arena.settings = replace(arena.settings, boot=(BootJob(arena.ports[0], str(arena.folder / "start.sh"), LABEL),))
     environment = {**os.environ, "XPC_SERVICE_NAME": LABEL}
     argv = _server(arena, "org/alpha", arena.ports[0], "--fake-names", str(asked))
     process = stack.enter_context(_running(arena, argv, env=environment))
