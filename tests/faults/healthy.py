@@ -336,13 +336,8 @@ def _away(arena: Arena, rng: random.Random, stack: ExitStack) -> Scene:
     disk, away = arena.folder / "disks" / "External", arena.folder / "taken"
     (disk / "mlx").mkdir(parents=True, exist_ok=True)
     real = disk / "mlx" / "registry.json"
+    real.write_text('{"version": 1, "models": {}}', encoding="utf-8")
     arena.registry_path.symlink_to(real)
-    arena.run("init")
-    loaded = arena.run("load", model="org/alpha", port=_port(arena))
-    assert loaded.exit == 0, loaded
-    server = _listener(arena, arena.ports[0])
-    kept = real.read_bytes()
-    disk.rename(away)
 
     def back() -> None:
         shutil.rmtree(disk, ignore_errors=True)
@@ -350,6 +345,12 @@ def _away(arena: Arena, rng: random.Random, stack: ExitStack) -> Scene:
         arena.registry_path.unlink(missing_ok=True)
 
     stack.callback(back)
+    arena.run("init")
+    loaded = arena.run("load", model="org/alpha", port=_port(arena))
+    assert loaded.exit == 0, loaded
+    server = _listener(arena, arena.ports[0])
+    kept = real.read_bytes()
+    disk.rename(away)
 
     def untouched() -> list[str]:
         wrong = [f"made anew where the disk should be: {path}" for path in (disk, real) if os.path.lexists(path)]
