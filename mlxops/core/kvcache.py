@@ -73,7 +73,7 @@ def _at_most(values: Mapping[str, object]) -> int:
     kept = (guess(values, *shared) if _readable(values, shared) else None) or heads
     width = max(guess(values, *dims) or (hidden // heads if heads else 0), 0 if _readable(values, dims) else _WIDEST)
     nope, rope, value = (guess(values, key) or 0 for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
-    return max(2 * kept * width, heads * (nope + rope + (value or width)) if rope else 0)
+    return max(2 * kept * width, max(heads, kept) * (nope + rope + (value or width)) if rope else 0)
 
 
 def _readable(values: Mapping[str, object], keys: list[str]) -> bool:
