@@ -7,18 +7,31 @@ of MLX has a shape before it has values, so that a model of 400 billion paramete
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
-import importlib
+import importlib.util
 import io
 import json
+import re
 import sys
+import types
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models import base
-from mlx_lm.models import cache as caches
-from mlx_lm.utils import MODEL_REMAPPING
+
+# The models alone: all of mlx_lm imports transformers, which takes longer than everything else here.
+_SPEC = importlib.util.find_spec("mlx_lm")
+_FOLDER = Path(_SPEC.origin if _SPEC and _SPEC.origin else "").parent
+sys.modules["mlx_lm"] = types.ModuleType("mlx_lm")
+sys.modules["mlx_lm"].__path__ = [str(_FOLDER)]
+
+from mlx_lm.models import base  # noqa: E402
+from mlx_lm.models import cache as caches  # noqa: E402
+
+_REMAPPING = re.search(r"^MODEL_REMAPPING = (\{.*?^\})", (_FOLDER / "utils.py").read_text(), re.DOTALL | re.MULTILINE)
+MODEL_REMAPPING: dict[str, str] = ast.literal_eval(_REMAPPING[1]) if _REMAPPING else {}
 
 TOKENS = 8
 
