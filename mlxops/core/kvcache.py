@@ -58,11 +58,14 @@ def kv_cache(config: Mapping[str, object]) -> KVCache | None:
 
 def language_model(config: Mapping[str, object]) -> Mapping[str, object]:
     """The part of a configuration that describes the language model: often all of it."""
-    for key in _NESTED:
-        inner = config.get(key)
-        if isinstance(inner, Mapping) and guess(inner := language_model(inner), *LAYERS):
-            return inner
-    return config
+    nested = _parts(config)
+    deeper = [part for outer in nested for part in _parts(outer)]
+    layered = [part for part in (*deeper, *nested, config) if guess(part, *LAYERS)]
+    return next(iter((*layered, *nested)), config)
+
+
+def _parts(config: Mapping[str, object]) -> list[Mapping[str, object]]:
+    return [part for key in _NESTED if isinstance(part := config.get(key), Mapping)]
 
 
 def _at_most(values: Mapping[str, object]) -> int:

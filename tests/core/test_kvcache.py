@@ -69,6 +69,13 @@ def test_the_language_model_of_a_larger_model_is_found(config: dict[str, object]
     assert cache.context_bytes(1) == 80 * 8 * 128 * 2 * 2
 
 
+def test_a_configuration_that_is_nested_without_end_tells_nothing() -> None:
+    config: dict[str, object] = LLAMA
+    for _ in range(5000):
+        config = {"text_config": config}
+    assert kv_cache(config) is None
+
+
 @pytest.mark.parametrize(
     ("field", "dtype", "size"),
     [("torch_dtype", "float32", 4), ("dtype", "float32", 4)]
