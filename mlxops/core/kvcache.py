@@ -58,11 +58,14 @@ def kv_cache(config: Mapping[str, object]) -> KVCache | None:
 
 def language_model(config: Mapping[str, object]) -> Mapping[str, object]:
     """The part of a configuration that describes the language model: often all of it."""
-    for key in _NESTED:
-        inner = config.get(key)
-        if isinstance(inner, Mapping) and guess(inner := language_model(inner), *LAYERS):
-            return inner
-    return config
+    nested = _parts(config)
+    deeper = [part for outer in nested for part in _parts(outer)]
+    layered = [part for part in (*deeper, *nested, config) if guess(part, *LAYERS)]
+    return next(iter((*layered, *nested)), config)
+
+
+def _parts(config: Mapping[str, object]) -> list[Mapping[str, object]]:
+    return [part for key in _NESTED if isinstance(part := config.get(key), Mapping)]
 
 
 def _at_most(values: Mapping[str, object]) -> int:
@@ -73,7 +76,7 @@ def _at_most(values: Mapping[str, object]) -> int:
     kept = (guess(values, *shared) if _readable(values, shared) else None) or heads
     width = max(guess(values, *dims) or (hidden // heads if heads else 0), 0 if _readable(values, dims) else _WIDEST)
     nope, rope, value = (guess(values, key) or 0 for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
-    return max(2 * kept * width, heads * (nope + rope + (value or width)) if rope else 0)
+    return max(2 * kept * width, max(heads, kept) * (nope + rope + (value or width)) if rope else 0)
 
 
 def _readable(values: Mapping[str, object], keys: list[str]) -> bool:

