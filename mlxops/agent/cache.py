@@ -55,6 +55,8 @@ class Skipped:
     path: Path
     why: str
     incomplete: bool
+    whole: Snapshot | None = None
+    """What it is all the same to an engine that converts weights of another format while it loads them."""
 
 
 @dataclass(frozen=True)
@@ -177,9 +179,10 @@ def _at(repo: Path, repo_id: str, revision: str) -> Snapshot | Skipped | None:
 def _judged(repo: str, repo_id: str, commit: str) -> Snapshot | Skipped:
     path = f"{repo}/snapshots/{commit}"
     verdict = judge(path, repo_id.partition("/")[0])
+    snapshot = Snapshot(repo_id, commit, Path(path), verdict.size_bytes)
     if verdict.why is None:
-        return Snapshot(repo_id, commit, Path(path), verdict.size_bytes)
-    return Skipped(repo_id, Path(path), verdict.why, verdict.incomplete)
+        return snapshot
+    return Skipped(repo_id, Path(path), verdict.why, verdict.incomplete, snapshot if verdict.whole else None)
 
 
 def _commits(repo: str) -> list[str]:
