@@ -22,6 +22,7 @@ from mlxops.core.planner import LoadPlan, Outcome, Target, Wanted
 from mlxops.core.registry import Model
 from tests.lab import cache, models
 from tests.lab.homelab import Homelab, Studio
+from tests.lab.hub import Hub
 from tests.steps import words_of
 
 REPO = "tiny-org/odd"
@@ -38,6 +39,28 @@ def spoiled(tmp_path: Path, spoil: Callable[[Path], object], model: str = models
 
 def renamed(name: str) -> Callable[[Path], object]:
     return lambda folder: (folder / WEIGHTS).rename(folder / name)
+
+
+def configured(**changes: object) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
+
+
+def an_adapter(folder: Path) -> None:
+    (folder / "config.json").rename(folder / "adapter_config.json")
+    renamed("adapters.safetensors")(folder)
+
+
+def in_pytorchs_format(folder: Path) -> None:
+    content = (folder / WEIGHTS).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length]) | {"__metadata__": {"format": "pt"}}
+    encoded = json.dumps(header).encode()
+    (folder / WEIGHTS).write_bytes(len(encoded).to_bytes(8, "little") + encoded + content[8 + length :])
+    (folder / "README.md").unlink()
 
 
 def error_of_load(studio: Studio, *words: str) -> Any:
@@ -152,6 +175,66 @@ def test_what_is_refused_is_what_the_engine_cannot_load(odd: Path, engine: str) 
     assert {name for name in truth if said[name]} >= VERDICTS | AS_A_RULE and len(truth) > 50
     ran = set(canary.read_text().splitlines()) if canary.exists() else set()
     assert ran == (AS_A_RULE if engine == "mlx-openai-server" else set()), "whose code ran, though nothing is trusted"
+
+
+class TestBeforeADownload:
+    """By the hub's listing and config.json: not a byte of the weights, and nothing of it in the cache."""
+
+    @pytest.fixture
+    def studio(self, online_homelab: Homelab) -> Studio:
+        return online_homelab.studio
+
+    @pytest.mark.parametrize(
+        ("name", "spoil", "code", "why"),
+        [
+            ("weights-00", renamed("weights.00.safetensors"), "not_servable", "no model*.safetensors"),
+            ("qwen9", configured(model_type="qwen9"), "unknown_architecture", "'qwen9'"),
+            ("bnb", configured(quantization_config={"quant_method": "bitsandbytes"}), "not_servable", "'bitsandbytes'"),
+            ("lora", an_adapter, "not_mlx", "it is an adapter"),
+        ],
+    )
+    def test_is_refused_what_the_engine_cannot_serve(
+        self,
+        studio: Studio,
+        hub: Hub,
+        tmp_path: Path,
+        name: str,
+        spoil: Callable[[Path], object],
+        code: str,
+        why: str,
+    ) -> None:
+        repo = f"tiny-org/before-{name}"
+        hub.add(repo, spoiled(tmp_path, spoil))
+        done = studio.mlxctl("load", "--model", repo, "--port", str(studio.ports[0]), "--json")
+        assert done.exit == 3, done
+        error = done.json["hosts"][0]["error"]
+        assert error["code"] == code and why in error["why"], error
+        assert not models.repo_folder(studio.hub, repo).exists() and not studio.registry_path.exists()
+
+    def test_weights_in_the_format_of_pytorch_are_no_reason(self, studio: Studio, hub: Hub, tmp_path: Path) -> None:
+        """mlx-lm converts them while it loads them."""
+        repo, port = "tiny-org/in-pytorchs-format", studio.ports[0]
+        hub.add(repo, spoiled(tmp_path, in_pytorchs_format))
+        studio.mlxctl("load", "--model", repo, "--port", str(port), "--overcommit").ok()
+        assert words_of(studio, port, "jerry-xl") is not None
+        studio.mlxctl("unload", "--port", str(port)).ok()
+        assert studio.mlxctl("list", "--json").ok().json["hosts"][0]["models"][0]["problems"] == []
+
+
+class TestCodeThatNobodyRuns:
+    def test_is_a_note_and_the_option_to_trust_it_is_not_passed(self, homelab: Homelab, tmp_path: Path) -> None:
+        studio, canary, port = homelab.studio, tmp_path / "canary", homelab.studio.ports[0]
+
+        def with_code(at: Path) -> None:
+            (at / "own.py").write_text(f"open({str(canary)!r}, 'w')\nclass X: pass\n")
+            configured(auto_map={"AutoConfig": "own.X", "AutoModelForCausalLM": "own.X"})(at)
+
+        models.install_snapshot(studio.hub, REPO, spoiled(tmp_path, with_code))
+        done = studio.mlxctl("load", "--model", REPO, "--port", str(port), "--overcommit").ok()
+        assert "code of the repository is not run: config.json name" in done.stderr
+        assert words_of(studio, port, "jerry-xl") is not None and not canary.exists()
+        assert not any("--trust-remote-code" in process.command for process in studio.processes())
+        studio.mlxctl("unload", "--port", str(port)).ok()
 
 
 def with_engines(lab: Homelab) -> None:
