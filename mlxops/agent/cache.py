@@ -110,9 +110,10 @@ def find(hub: Path, repo_id: str, revision: str | None = None) -> Snapshot | Ski
         return None
     fallback: Skipped | None = None
     for root in roots(hub):
-        if not (root / folder).is_dir():
+        if not (root / folder).is_dir() and not _leads_nowhere(f"{root}/{folder}"):
             continue
-        found = _best(root, folder, repo_id) if revision is None else _at(root / folder, repo_id, revision)
+        dead = _leads_nowhere(f"{root}/{folder}") is not None
+        found = _best(root, folder, repo_id) if revision is None or dead else _at(root / folder, repo_id, revision)
         if isinstance(found, Snapshot):
             return found
         fallback = fallback or found
@@ -125,14 +126,26 @@ def is_commit(text: str) -> bool:
 
 
 def _repos(root: Path) -> Iterator[str]:
-    """The names of the model folders in a root; none if it cannot be read."""
+    """The names of the model folders in a root, and of links to some that are not there; none if it cannot be read."""
     try:
         with os.scandir(root) as entries:
             for entry in entries:
-                if entry.name.startswith(_PREFIX) and entry.is_dir():
+                if entry.name.startswith(_PREFIX) and (_is_folder(entry) or _leads_nowhere(entry.path)):
                     yield entry.name
     except OSError:
         return
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a loop of links
+        return False
+
+
+def _leads_nowhere(path: str) -> str | None:
+    """Where a link leads to a disk that is not mounted, or in a loop; None for any other path."""
+    return os.readlink(path) if os.path.islink(path) and not os.path.exists(path) else None
 
 
 def _repo_id(folder: str) -> str | None:
@@ -146,6 +159,8 @@ def _best(root: Path, folder: str, repo_id: str | None) -> Snapshot | Skipped:
     repo = f"{root}/{folder}"
     if repo_id is None:
         return Skipped(printable(folder), Path(repo), "not the folder of a repository org/name", incomplete=False)
+    if place := _leads_nowhere(repo):
+        return Skipped(repo_id, Path(repo), f"a link to {printable(place)}, which is not there", incomplete=False)
     try:
         commits = _commits(repo)
     except OSError as error:

@@ -259,13 +259,16 @@ def _drop_leftovers(folder: Path) -> None:
 def _refuse_dead_links(folder: Path, plan: Plan) -> None:
     """A link of somebody's to a disk that is not there now would be replaced by the download. Raises `Refused`."""
     snapshot = folder / "snapshots" / plan.commit
-    for file in plan.files:
-        if place := link_that_leads_nowhere(str(snapshot), file.name):
+    found = {snapshot / file.name: link_that_leads_nowhere(str(snapshot), file.name) for file in plan.files}
+    if folder.is_symlink() and not folder.exists():
+        found = {folder: os.readlink(folder)}
+    for link, place in found.items():
+        if place:
             raise Refused(
                 "link_broken",
                 f"{plan.repo_id} is not downloaded over a link that somebody made",
-                why=f"{printable(file.name)} is a link to {printable(place)}, which is not there",
-                hint=f"mount what it leads to, or delete the link: rm {shlex.quote(str(snapshot / file.name))}",
+                why=f"{printable(link.name)} is a link to {printable(place)}, which is not there",
+                hint=f"mount what it leads to, or delete the link: rm {shlex.quote(str(link))}",
             )
 
 
