@@ -57,6 +57,8 @@ class Skipped:
     path: Path
     why: str
     incomplete: bool
+    whole: Snapshot | None = None
+    """What it is all the same to an engine that converts weights of another format while it loads them."""
 
 
 @dataclass(frozen=True)
@@ -120,9 +122,10 @@ def find(hub: Path, repo_id: str, revision: str | None = None) -> Snapshot | Ski
         return None
     fallback: Skipped | None = None
     for root in roots(hub):
-        if not _is_folder_or_closed(root / folder):
+        if not _is_folder_or_closed(root / folder) and not _leads_nowhere(f"{root}/{folder}"):
             continue
-        found = _best(root, folder, repo_id) if revision is None else _at(root / folder, repo_id, revision)
+        dead = _leads_nowhere(f"{root}/{folder}") is not None
+        found = _best(root, folder, repo_id) if revision is None or dead else _at(root / folder, repo_id, revision)
         if isinstance(found, Snapshot):
             return found
         fallback = fallback or found
@@ -135,11 +138,13 @@ def is_commit(text: str) -> bool:
 
 
 def _repos(root: Path) -> Iterator[str]:
-    """The names of the model folders in a root; none if it cannot be read."""
+    """The names of the model folders in a root, and of links to some that are not there; none if it cannot be read."""
     try:
         with os.scandir(root) as entries:
             for entry in entries:
-                if entry.name.startswith(_PREFIX) and _is_folder_or_closed(entry):
+                if not entry.name.startswith(_PREFIX):
+                    continue
+                if _is_folder_or_closed(entry) or _leads_nowhere(entry.path):
                     yield entry.name
     except OSError:
         return
@@ -153,6 +158,11 @@ def _is_folder_or_closed(path: Path | os.DirEntry[str]) -> bool:
         return True
 
 
+def _leads_nowhere(path: str) -> str | None:
+    """Where a link leads to a disk that is not mounted, or in a loop; None for any other path."""
+    return os.readlink(path) if os.path.islink(path) and not os.path.exists(path) else None
+
+
 def _repo_id(folder: str) -> str | None:
     """`models--org--name` -> `org/name`; None where that is not certain (`models--a--b--c`) or not allowed."""
     repo_id = folder.removeprefix(_PREFIX).replace("--", "/")
@@ -164,6 +174,8 @@ def _best(root: Path, folder: str, repo_id: str | None) -> Snapshot | Skipped:
     repo = f"{root}/{folder}"
     if repo_id is None:
         return Skipped(printable(folder), Path(repo), "not the folder of a repository org/name", incomplete=False)
+    if place := _leads_nowhere(repo):
+        return Skipped(repo_id, Path(repo), f"a link to {printable(place)}, which is not there", incomplete=False)
     try:
         commits = _commits(repo)
     except OSError as error:
@@ -197,9 +209,10 @@ def _at(repo: Path, repo_id: str, revision: str) -> Snapshot | Skipped | None:
 def _judged(repo: str, repo_id: str, commit: str) -> Snapshot | Skipped:
     path = f"{repo}/snapshots/{commit}"
     verdict = judge(path, repo_id.partition("/")[0])
+    snapshot = Snapshot(repo_id, commit, Path(path), verdict.size_bytes)
     if verdict.why is None:
-        return Snapshot(repo_id, commit, Path(path), verdict.size_bytes)
-    return Skipped(repo_id, Path(path), verdict.why, verdict.incomplete)
+        return snapshot
+    return Skipped(repo_id, Path(path), verdict.why, verdict.incomplete, snapshot if verdict.whole else None)
 
 
 def _commits(repo: str) -> list[str]:

@@ -32,6 +32,8 @@ class About:
     port: int
     program: str
     """The engine's program, as it was started."""
+    revision: str = ""
+    """The commit that was served."""
 
 
 @dataclass(frozen=True)
@@ -44,16 +46,51 @@ class _Known:
 
 
 def _known(code: str, words: str, reason: str, help: str) -> _Known:
-    return _Known(code, re.compile(words, re.IGNORECASE), reason, help)
+    return _Known(code, re.compile(words, re.IGNORECASE | re.MULTILINE), reason, help)
 
+
+_COMPARE = "compare its files with the hub's: mlxctl pull --repo {repo_id}@{revision} --verify"
+
+_SMALLER_STEPS = "mlxctl set --model {model} --set 'args=--prefill-step-size 512'; then load it again"
 
 TABLE = (
     _known(
         "out_of_memory",
         r"kIOGPUCommandBufferCallbackErrorOutOfMemory|insufficient memory|out of memory|std::bad_alloc|\bMemoryError\b"
-        r"|unable to allocate|attempting to allocate \d+ bytes",
+        r"|unable to allocate|attempting to allocate \d+ bytes|Resource limit \(\d+\) exceeded|Cannot allocate memory",
         "the host's memory is not enough for it",
-        "make room: mlxctl status shows what is served, mlxctl unload PORT stops one; or choose a smaller model",
+        "make room: mlxctl status shows what is served, and unload stops it; or choose a smaller model",
+    ),
+    _known(
+        "gpu_busy_with_display",
+        r"kIOGPUCommandBufferCallbackErrorImpactingInteractivity|Impacting Interactivity",
+        "macOS stopped its work on the GPU, which kept the display from being drawn",
+        "log out of the desktop, or give it less at once (mlx-lm): " + _SMALLER_STEPS,
+    ),
+    _known(
+        "gpu_timeout",
+        r"kIOGPUCommandBufferCallbackError(?:Timeout|Hang)|Caused GPU (?:Timeout|Hang) Error",
+        "one command took the GPU too long, and macOS ended it",
+        "stop other work on the GPU, or give it less at once (mlx-lm): " + _SMALLER_STEPS,
+    ),
+    _known(
+        "gpu_victim",
+        r"kIOGPUCommandBufferCallbackErrorInnocentVictim|victim of GPU error",
+        "the GPU was reset because of an error of another process",
+        "load it again; what failed beside it: mlxctl status",
+    ),
+    _known(
+        "no_gpu",
+        r"No Metal device|Failed to (?:load|create) (?:the )?(?:default )?(?:metallib|metal library|device)"
+        r"|metal(?:lib| library).{0,40}(?:not found|cannot be loaded)",
+        "MLX found no GPU, or not its own library for it",
+        "install mlx anew in the environment of {program}; in a virtual machine it does not work",
+    ),
+    _known(
+        "gpu_error",
+        r"\[METAL\] Command buffer execution failed: ([^(\n]+)|kIOGPUCommandBufferCallbackError(\w+)",
+        "the GPU's driver gave up: {0}",
+        "load it again; if that repeats, upgrade the engine behind {program}, and macOS",
     ),
     _known(
         "unknown_parser",
@@ -64,8 +101,8 @@ TABLE = (
     ),
     _known(
         "unknown_architecture",
-        r"Model type (\S+) not supported|No module named 'mlx_lm\.models\.(\w+)'"
-        r"|model type `?(\w+)`? but Transformers does not recognize",
+        r"Model type (\S+) not supported|No module named 'mlx_(?:lm|vlm)\.models\.(\w+)'"
+        r"|model type `?(\w+)`? but Transformers does not recognize|Unsupported model type:? '?([\w.-]+)",
         "the engine does not know the architecture {0!r}; it may be newer than the engine",
         "upgrade the engine behind {program}, then load it again; or give the entry another engine",
     ),
@@ -84,10 +121,63 @@ TABLE = (
         "set chat_template in the registry entry {model!r} to a template file, or load an instruct model",
     ),
     _known(
+        "code_needed",
+        r"contains custom code which must be executed|requires importing and running a custom module"
+        r"|requires you to execute the .{1,40} file in that repo|pass trust_remote_code=True",
+        "it needs code of its repository, which runs only where that is trusted",
+        "read that code; then: mlxctl set --model {model} --set trust_remote_code=true --set revision={revision}",
+    ),
+    _known(
         "port_taken",
         r"address already in use|Errno 48\b|Errno 98\b|answered by \S.{0,60} this load did not start",
         "something else listens on port {port}",
         "see who: mlxctl status; stop it, then load it again",
+    ),
+    _known(
+        "disk_full",
+        r"No space left on device|Errno 28\b|Disk quota exceeded",
+        "a disk of the host is full",
+        "make room on the host, for example with mlxctl remove (sizes: mlxctl list), then load it again",
+    ),
+    _known(
+        "not_permitted",
+        r"PermissionError: .{0,40}?'([^'\n]+)'|Permission denied: '?([^'\n]+)|Operation not permitted: '?([^'\n]+)",
+        "the engine may not use {0}",
+        "give the user of the agent the right to it; on macOS, files of other disks may need Full Disk Access",
+    ),
+    _known(
+        "too_many_open_files",
+        r"Too many open files|Errno 24\b",
+        "the engine may not open as many files as it wants to",
+        "raise the limit of open files (ulimit -n, launchctl limit maxfiles) on the host, then load it again",
+    ),
+    _known(
+        "tokenizer_unusable",
+        r"Couldn't instantiate the backend tokenizer|did not match any variant of untagged enum"
+        r"|Tokenizer class (\S+) does not exist|Can't load tokenizer|Failed to parse tokenizer\.json",
+        "its tokenizer cannot be loaded: a file of it is missing or damaged, or newer than the engine",
+        _COMPARE + "; if they are the hub's, upgrade the engine behind {program}",
+    ),
+    _known(
+        "config_unusable",
+        r"JSONDecodeError|Unexpected UTF-8 BOM|UnicodeDecodeError|KeyError: 'model_type'|Unrecognized model in"
+        r"|ModelArgs\.__init__\(\) missing \d+ required",
+        "a configuration file of it does not say what the engine needs to know",
+        "undo what was edited there, or " + _COMPARE,
+    ),
+    _known(
+        "unknown_quantization",
+        r"unsupported compressed-tensors format|Unsupported modelopt|is supported for AutoAWQ/GPTQ|non-contiguous group"
+        r"|KeyError: '(?:group_size|bits|quant_method|quant_algo)'|Invalid quantization mode|Unknown quantization"
+        r"|requested (?:number of bits|group size) .{0,60}not supported|Cannot infer the quantization mode",
+        "it is quantized in a way that this version of the engine does not know",
+        "upgrade the engine behind {program}, or choose a conversion for MLX, for example of mlx-community",
+    ),
+    _known(
+        "broken_installation",
+        r"incompatible architecture|Bad CPU type|mach-o file, but|Library not loaded: (\S+)|Symbol not found: (\S+)",
+        "the engine's installation is not made for this host, or damaged",
+        "install the engine behind {program} anew, with a Python for this processor",
     ),
     _known(
         "missing_dependency",
@@ -98,16 +188,23 @@ TABLE = (
     ),
     _known(
         "files_do_not_fit",
-        r"Missing \d+ parameters|Received \d+ parameters not in model|invalid safetensors|SafetensorError"
-        r"|incomplete metadata|header too large",
+        r"Missing (?:\d+ )?parameters|Received (?:\d+ )?parameters not in model|Expected shape .{1,80}received shape"
+        r"|invalid safetensors|SafetensorError|incomplete metadata|header too large|\[load_safetensors\]",
         "its weight files do not belong to its configuration, or are damaged",
-        "delete the folder of {repo_id} in the host's cache and load it again; or choose another conversion",
+        "undo what was edited in its config.json, or " + _COMPARE + "; or choose another conversion",
     ),
     _known(
         "files_missing",
         r"No safetensors found in|does not appear to have a file named (\S+)",
-        "files of it that were there before the engine started are gone",
-        "find out what deletes from the host's cache, then load {repo_id} again: what is missing is downloaded",
+        "the engine finds no weights or no configuration where it looks for them",
+        _COMPARE + "; engines for language models load model*.safetensors alone",
+    ),
+    _known(
+        "hub_needed",
+        r"LocalEntryNotFoundError|OfflineModeIsEnabled|outgoing traffic has been disabled|in offline mode"
+        r"|CERTIFICATE_VERIFY_FAILED|We couldn't connect to 'https?://",
+        "the engine wants something of the hub that is not in the cache; servers are started without the hub",
+        "download it before: mlxctl pull --repo {repo_id}; another repository that its args name has to be pulled, too",
     ),
     _known(
         "option_refused",
@@ -120,6 +217,12 @@ TABLE = (
         r"mlxops: cannot run '?([^'\n]+)",
         "the engine's program {0} cannot be run",
         "install the engine, or correct launch in hosts.yaml",
+    ),
+    _known(
+        "killed_by_system",
+        r"^zsh: killed|^Killed(?:: 9)?$|: line \d+: +\d+ Killed",
+        "the system killed it, most often because memory ran out",
+        "make room: mlxctl status shows what is served, and unload stops it; or choose a smaller model",
     ),
 )
 

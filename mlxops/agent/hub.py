@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxops.agent.cache import Snapshot, find, is_commit
-from mlxops.agent.contents import Damaged, can_be_an_edit, content_hash, printable
+from mlxops.agent.cache import Skipped, Snapshot, find, is_commit
+from mlxops.agent.contents import Damaged, can_be_an_edit, content_hash, parse, printable
 from mlxops.agent.flocks import is_locked
 from mlxops.agent.hubline import (
     Asked,
@@ -43,12 +43,16 @@ from mlxops.agent.snapshot import (
 from mlxops.agent.system import free_on_disk
 from mlxops.agent.weights import NOT_SERVED, is_served, is_weight, wrong_length
 from mlxops.core.errors import Refused
+from mlxops.core.loadable import no_model
 from mlxops.core.names import is_repo_id, is_revision
 from mlxops.core.protocol import Note, Progress
 from mlxops.core.units import amount
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile, RepoSibling
+
+
+Check = Callable[[Collection[str], Mapping[str, object]], None]
 
 
 @dataclass(frozen=True)
@@ -81,10 +85,12 @@ def download(
     emit: Emit,
     patience: Patience | None = None,
     given_up: Callable[[], bool] = lambda: False,
+    check: Check | None = None,
 ) -> Snapshot:
     """Bring `revision` (a branch, a tag, a commit; None: main) of a repository into the cache `hub`.
 
-    `given_up` is asked by the threads that download, whether anybody still wants it.
+    `given_up` is asked by the threads that download, whether anybody still wants it. `check` gets the names of the
+    repository's files and its config.json before anything is downloaded, and may refuse.
 
     Emits notes, and `Progress("download", done, total)` in bytes, which never goes back and ends at the total.
     Raises `Refused` (disk_full, not_mlx) and `DownloadFailed` (repo_not_found, revision_not_found, gated_repo,
@@ -97,6 +103,8 @@ def download(
     with open_line(patience or Patience(), given_up) as line:
         plan = persistently(lambda: _plan(line, asked), asked, emit, line)
         _refuse_other_formats(plan)
+        if check is not None:
+            check({file.name for file in plan.files}, _config(line, plan))
         persistently(lambda: _prepare(folder, plan, emit), asked, emit, line)
         progress = Bytes(emit, plan.total, line)
         persistently(lambda: _fetch(line, plan, folder, progress, asked), asked, emit, line)
@@ -199,7 +207,25 @@ def _hub_file(file: RepoSibling | RepoFile) -> HubFile:
     return HubFile(plain_name(file.rfilename), size, plain_etag(etag))
 
 
+def _config(line: Line, plan: Plan) -> Mapping[str, object]:
+    """The repository's config.json, which is not kept; empty if it cannot be had: what is wrong with the hub is told
+    by the download."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils._headers import build_hf_headers
+    from huggingface_hub.utils._http import get_session
+
+    url = hf_hub_url(plan.repo_id, "config.json", revision=plan.commit, endpoint=line.endpoint)
+    try:
+        answer = get_session().get(url, headers=build_hf_headers(), follow_redirects=True)
+        return parse(answer.content, "config.json") if answer.status_code == 200 else {}
+    except Exception:  # noqa: BLE001 - of a dozen kinds, and the download will meet it again
+        return {}
+
+
 def _refuse_other_formats(plan: Plan) -> None:
+    names = {file.name for file in plan.files}
+    if why := no_model(names):
+        raise _not_mlx(plan, f"{why}, at {plan.commit[:12]}")
     if not any(is_weight(file.name) for file in plan.files):
         raise _not_mlx(plan, f"none of its files at {plan.commit[:12]} is a *.safetensors that an MLX engine loads")
 
@@ -233,13 +259,16 @@ def _drop_leftovers(folder: Path) -> None:
 def _refuse_dead_links(folder: Path, plan: Plan) -> None:
     """A link of somebody's to a disk that is not there now would be replaced by the download. Raises `Refused`."""
     snapshot = folder / "snapshots" / plan.commit
-    for file in plan.files:
-        if place := link_that_leads_nowhere(str(snapshot), file.name):
+    found = {snapshot / file.name: link_that_leads_nowhere(str(snapshot), file.name) for file in plan.files}
+    if folder.is_symlink() and not folder.exists():
+        found = {folder: os.readlink(folder)}
+    for link, place in found.items():
+        if place:
             raise Refused(
                 "link_broken",
                 f"{plan.repo_id} is not downloaded over a link that somebody made",
-                why=f"{printable(file.name)} is a link to {printable(place)}, which is not there",
-                hint=f"mount what it leads to, or delete the link: rm {shlex.quote(str(snapshot / file.name))}",
+                why=f"{printable(link.name)} is a link to {printable(place)}, which is not there",
+                hint=f"mount what it leads to, or delete the link: rm {shlex.quote(str(link))}",
             )
 
 
@@ -349,9 +378,10 @@ def _write_ref(folder: Path, name: str, commit: str, asked: Asked) -> None:
 def _found(hub: Path, plan: Plan) -> Snapshot:
     """The cache's own view of what was downloaded. Raises `Refused` (not_mlx)."""
     found = find(hub, plan.repo_id, plan.commit)
-    if isinstance(found, Snapshot):
-        return found
-    raise _not_mlx(plan, found.why if found is not None else "it is not in the cache after its download")
+    whole = found if isinstance(found, Snapshot) or found is None else found.whole
+    if whole is not None:
+        return whole
+    raise _not_mlx(plan, found.why if isinstance(found, Skipped) else "it is not in the cache after its download")
 
 
 def _size(path: Path) -> int | None:

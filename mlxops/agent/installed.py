@@ -15,6 +15,7 @@ from mlxops.agent import processes
 from mlxops.agent.engine import Command, Engine, Serving, installation_folders, site_packages, version_in
 from mlxops.agent.store import Store
 from mlxops.core.errors import Refused
+from mlxops.core.loadable import Abilities
 
 HELP_SECONDS = 120.0
 """An engine imports everything that it has before it prints its options; from a cold disk that takes a while."""
@@ -94,7 +95,11 @@ def lacks_architecture(command: Command, engine: Engine, model_type: str | None)
     """
     site = site_packages(command.argv, engine.distribution)
     models = site / "mlx_lm" / "models" if site else None
-    if models is None or not os.path.isdir(models) or model_type is None or not re.fullmatch(r"[\w.-]+", model_type):
+    if models is None or not os.path.isdir(models):
+        return None
+    if model_type is None:
+        return "its config.json names no model_type"
+    if not re.fullmatch(r"[\w.-]+", model_type):
         return None
     mapped = _remapped(models.parent / "utils.py")
     if mapped is None:
@@ -104,6 +109,34 @@ def lacks_architecture(command: Command, engine: Engine, model_type: str | None)
         return None
     version = version_in(models.parent.parent, "mlx_lm")
     return f"its model_type is {model_type!r}, which mlx-lm {version or ''} beside {engine.name} does not have"
+
+
+def abilities(command: Command, engine: Engine, model_type: str | None) -> Abilities | None:
+    """What the mlx-lm beside the engine can unpack; None where it is not to be found."""
+    site = site_packages(command.argv, engine.distribution)
+    utils = _source(site / "mlx_lm" / "utils.py") if site else ""
+    if site is None or not utils:
+        return None
+    name = (_remapped(site / "mlx_lm" / "utils.py") or {}).get(model_type or "", model_type or "")
+    model = _source(site / "mlx_lm" / "models" / f"{name}.py") if re.fullmatch(r"[\w.-]+", name) else ""
+    version = version_in(site, "mlx_lm") or ""
+    return Abilities(version, utils, _source(site / "mlx" / "nn" / "layers" / "quantized.py"), model)
+
+
+def lacks_tokenizer(command: Command, engine: Engine, tokenizer_class: str) -> bool:
+    """Whether the transformers beside the engine have no such class; False where that is not to be found out."""
+    site = site_packages(command.argv, engine.distribution)
+    known = _source(site / "transformers" / "models" / "auto" / "tokenization_auto.py") if site else ""
+    names = (tokenizer_class, tokenizer_class.removesuffix("Fast"))
+    return bool(known) and not any(f'"{name}"' in known for name in names)
+
+
+def _source(path: Path) -> str:
+    """A module of an installation, read without running it; empty if it is not to be had."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""
 
 
 def _remapped(utils: Path) -> dict[str, str] | None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from mlxops.agent import processes, reading, servers
 from mlxops.agent.engines import ENGINES
 from mlxops.agent.journal import Stand, stand_of
+from mlxops.agent.lastwords import last_line
 from mlxops.agent.logs import clean
 from mlxops.agent.place import Place
 from mlxops.agent.servers import Found
@@ -354,9 +355,3 @@ def tail(path: Path, size: int = 8192) -> str:
         return "\n".join(clean(line) for line in end.splitlines())
     except OSError:
         return ""
-
-
-def last_line(text: str) -> str:
-    """The last line of a log that says something: answers to our own probes do not."""
-    lines = (line.strip() for line in reversed(text.splitlines()))
-    return next((line[:300] for line in lines if line and "GET /health" not in line), "")

@@ -12,26 +12,28 @@ import re
 import shlex
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from mlxops.agent import contents, reading
 from mlxops.agent.contents import Damaged, json_object, printable
 from mlxops.agent.weights import (
-    conflict,
     damage,
     first_bytes,
     header,
     header_bytes,
     is_weight,
     language_weights,
+    leftovers,
     missing,
-    strangers,
+    tensors,
     weights,
     wrong_length,
 )
 from mlxops.core.kvcache import HALF, KVCache, kv_cache, language_model
+from mlxops.core.loadable import is_packed, no_model, no_tokenizer, unsaid_quantization
 
 MAX_JSON = contents.MAX_TEXT
 MAX_CONFIG = 8 * 1024 * 1024
@@ -49,12 +51,14 @@ _OTHER_FORMATS = {
     ".h5": "TensorFlow weights",
     ".msgpack": "Flax weights",
 }
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _NEEDED = re.compile(
     r"(config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template|preprocessor_config"
     r"|processor_config)\.json|chat_template\.jinja|tokenizer\.model|merges\.txt|vocab\.txt|[^/]+\.tiktoken|[^/]+\.py"
 )
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_context_length", "max_seq_len")
+_PARSED = ("special_tokens_map.json", "added_tokens.json")
+"""What engines parse beside the two configurations, if it is there."""
+_QUANTIZED = ("quantization", "quantization_config")
 _OF_THE_MODEL = ("generation_config.json", "README.md")
 """What a model does without, and people edit all the same."""
 _INDEX = "model.safetensors.index.json"
@@ -105,6 +109,8 @@ class Verdict:
     size_bytes: int
     why: str | None
     incomplete: bool = False
+    whole: bool = False
+    """It is complete, and only not in MLX's own format: engines convert such weights while they load them."""
 
 
 @dataclass(frozen=True)
@@ -141,17 +147,25 @@ class ModelFacts:
     """What is served all the same, and worth a word."""
     language_weights: bool = True
     """There are weights that a language model's engine loads (model*.safetensors)."""
+    config: Mapping[str, object] = field(default_factory=dict)
+    tokenizer_class: str | None = None
+    """If it names one that needs code of the repository, and there is no tokenizer.json, which needs none."""
+    packed: bool = False
+    """The weights are quantized, whatever config.json says."""
 
 
 def judge(folder: str, org: str) -> Verdict:
     """Whether a snapshot of a repository of `org` can be registered; never raises."""
     try:
         files, tree = _list(folder), _tree(folder)
+        if why := _no_model(files, tree):
+            return Verdict(files.total, f"not MLX: {why}")
         if not weights({*files.sizes, *files.dangling, *(tree or ())}):
             return _without_weights(files, tree)
         if why := _missing(folder, files, tree):
             return Verdict(files.total, f"incomplete: {why}", incomplete=True)
-        return Verdict(files.total, _not_mlx(folder, org, weights(files.sizes)))
+        why = _not_mlx(folder, org, weights(files.sizes))
+        return Verdict(files.total, why, whole=True)
     except Damaged as error:
         return Verdict(0, f"cannot be read: {error}", incomplete=error.ends_early)
     except OSError as error:
@@ -248,11 +262,17 @@ def inspect(path: Path) -> ModelFacts:
     except OSError as error:
         files = Files({}, frozenset(), 0)
         problems.append(_reason(error))
-    if not _has_tokenizer(files):
-        problems.append("no tokenizer (tokenizer.json, tokenizer.model, vocab.json)")
+    if why := no_tokenizer(files.sizes):
+        problems.append(why)
+    for name in _PARSED:
+        _object(folder, name, problems, broken, optional=True)
+    _check_generation(folder, problems, broken)
+    _check_tokenizer(folder, files, problems, broken)
     if (why := completeness(path)) and why not in problems:
         problems.append(why)
-    oddities = [] if problems else list(_odd_weights(folder, files, problems))
+    oddities = [] if problems else list(_odd_weights(folder, files, config, problems))
+    if "modules.json" in files.sizes or "1_Pooling/config.json" in files.sizes:
+        oddities.append("it is a model for embeddings (sentence-transformers): its chat completions mean nothing")
     architectures = config.get("architectures")
     shaped = _shape(config, folder)
     model_file = config.get("model_file")
@@ -275,23 +295,64 @@ def inspect(path: Path) -> ModelFacts:
         broken=tuple(broken),
         oddities=tuple(oddities),
         language_weights=bool(language_weights(files.sizes)),
+        config=config,
+        tokenizer_class=_own_tokenizer(tokenizer) if "tokenizer.json" not in files.sizes else None,
+        packed=not problems and any(key in config for key in _QUANTIZED) and _are_packed(folder, files),
     )
 
 
-def _odd_weights(folder: str, files: Files, problems: list[str]) -> Iterator[str]:
+def _own_tokenizer(tokenizer: Mapping[str, object]) -> str | None:
+    auto_map = tokenizer.get("auto_map")
+    named = tokenizer.get("tokenizer_class")
+    return str(named) if isinstance(auto_map, dict) and auto_map.get("AutoTokenizer") and named else None
+
+
+def _are_packed(folder: str, files: Files) -> bool:
+    try:
+        held = [tensors(f"{folder}/{name}") for name in weights(files.sizes)]
+    except (OSError, Damaged):
+        return False
+    return any(is_packed({name: dtype for name, (dtype, _) in each.items()}) for each in held)
+
+
+def _check_tokenizer(folder: str, files: Files, problems: list[str], broken: list[str]) -> None:
+    """By its last byte alone: a tokenizer.json of many megabytes takes long to be parsed."""
+    if files.sizes.get("tokenizer.json", 0) > 0:
+        with suppress(OSError):
+            if not reading.read_end(f"{folder}/tokenizer.json", 64).rstrip().endswith(b"}"):
+                problems.append("tokenizer.json ends before its end")
+                broken.append("tokenizer.json")
+
+
+def _check_generation(folder: str, problems: list[str], broken: list[str]) -> None:
+    """Engines pass over a generation_config.json that is no JSON, and end with an error for one that is no object."""
+    try:
+        json_object(f"{folder}/generation_config.json", MAX_CONFIG)
+    except Damaged as error:
+        if str(error).endswith("is not a JSON object"):
+            problems.append(str(error))
+            broken.append("generation_config.json")
+    except OSError:
+        pass  # it need not be there
+
+
+def _odd_weights(folder: str, files: Files, config: Mapping[str, object], problems: list[str]) -> Iterator[str]:
     """What an index or a file left by another conversion is worth saying; a problem where it cannot be loaded."""
     present = weights(files.sizes)
     index = _indexed(folder, files)
     if index and not index >= set(present) and not index <= set(present):
         yield f"{_INDEX} names other weight files than are here; engines do not read it"
-    if left := strangers(present, index or set(_tree(folder) or ())):
-        yield f"{printable(left[0])} is loaded too, and looks like the rest of another conversion"
-        try:
-            why = conflict(folder, set(present) - set(left), left)
-        except (OSError, Damaged) as error:
-            why = _reason(error)
-        if why:
-            problems.append(f"{why}: it was left by another conversion, and engines load every model*.safetensors")
+    try:
+        if present and (unsaid := unsaid_quantization(config, tensors(f"{folder}/{present[0]}"))):
+            problems.append(unsaid)
+        left = leftovers(folder, present, index or set(_tree(folder) or ()))
+    except (OSError, Damaged) as error:
+        problems.append(_reason(error))
+        return
+    if left and left.why:
+        problems.append(f"{left.why}: it was left by another conversion, and engines load every model*.safetensors")
+    elif left:
+        yield f"{printable(left.names[0])} is loaded too, and looks like the rest of another conversion"
 
 
 def shape(path: Path) -> Shape:
@@ -466,6 +527,12 @@ def _blob_name(path: str) -> str:
     return os.path.basename(link) if os.path.basename(os.path.dirname(link)) == "blobs" else ""
 
 
+def _no_model(files: Files, tree: Mapping[str, Listed] | None) -> str | None:
+    """Why there is no model in it: by the hub's listing, else by what only such repositories have."""
+    names = tree.keys() if tree is not None else files.sizes.keys() | files.dangling
+    return no_model(names) if tree is not None or names & {"model_index.json", "adapter_config.json"} else None
+
+
 def _without_weights(files: Files, tree: Mapping[str, Listed] | None) -> Verdict:
     for name in sorted({*files.sizes, *files.dangling, *(tree or ())}):
         if kind := _OTHER_FORMATS.get(os.path.splitext(name)[1]):
@@ -513,10 +580,6 @@ def _card_says_mlx(folder: str) -> bool:
     front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", card, re.DOTALL)
     said = r"""^(library_name:\s*|\s*-\s+|tags:\s*\[(.*,)?\s*)["']?mlx["']?\s*([,\]].*)?$"""
     return front is not None and re.search(said, front[1], re.MULTILINE) is not None
-
-
-def _has_tokenizer(files: Files) -> bool:
-    return any(name in files.sizes for name in _TOKENIZERS) or any(name.endswith(".tiktoken") for name in files.sizes)
 
 
 def _positive(mapping: Mapping[str, object], key: str) -> int | None:

@@ -23,8 +23,8 @@ from mlxops.agent import logs, processes
 from mlxops.agent.engine import Command, Engine, NoCompletion, Serving, complete
 from mlxops.agent.engines import ENGINES
 from mlxops.agent.failures import About, explain
+from mlxops.agent.lastwords import last_line
 from mlxops.agent.logs import clean
-from mlxops.agent.observe import last_line
 from mlxops.agent.place import Place
 from mlxops.agent.processes import Gated
 from mlxops.agent.store import Store, now, state_unwritable
@@ -247,7 +247,9 @@ class Start:
         words = self.engine.fatal(log) or last_line(log)
         last = f"its last words: {words.strip()[:400]}" if words else "it wrote nothing to its log"
         serving = self.serving
-        about = About(serving.model.name, serving.model.repo_id or "", serving.port, self.command.argv[0])
+        about = About(
+            serving.model.name, serving.model.repo_id or "", serving.port, self.command.argv[0], serving.path.name
+        )
         cause = explain(f"{words}\n{what}", log, status, about)
         see = f"read its log on the host: {self.log}"
         return NotStarted(

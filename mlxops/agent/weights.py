@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from fnmatch import translate
 
 from mlxops.agent.contents import Damaged, parse, printable
@@ -71,19 +72,31 @@ def missing(present: Collection[str], listed: Collection[str]) -> str | None:
     return next((lacks[0] for lacks in lacking if lacks), None)
 
 
-def strangers(present: Collection[str], listed: Collection[str]) -> list[str]:
-    """Files that an engine loads as well, although they are no part of the whole: left by an earlier conversion."""
-    sets = _sets(present)
-    if len(sets) < 2:
-        return []
-    known = [members for members in sets if members <= set(listed)]
-    whole = known or [members for members in sets if not _lacking(members)]
-    return sorted(set().union(*sets) - whole[0]) if whole else []
+@dataclass(frozen=True)
+class Leftovers:
+    """Files that an engine loads beside a whole set, which an earlier conversion left there."""
+
+    names: tuple[str, ...]
+    why: str | None
+    """Why both do not fit into one model; None if they do."""
 
 
-def conflict(folder: str, whole: Collection[str], extra: Collection[str]) -> str | None:
-    """Why an engine that loads `extra` beside the `whole` cannot fit both into one model; None if it can. Raises
+def leftovers(folder: str, present: Collection[str], listed: Collection[str]) -> Leftovers | None:
+    """What lies beside the whole set that `listed` names, or beside any; None if there is one set alone. Raises
     `OSError`, `Damaged`."""
+    sets = _sets(present)
+    whole = [members for members in sets if members <= set(listed)] or [each for each in sets if not _lacking(each)]
+    if len(sets) < 2 or not whole:
+        return None
+    found = []
+    for members in whole:  # which of two sets is the old one, nobody says: if one of them can be meant, it may be
+        extra = sorted(set().union(*sets) - members)
+        found.append(Leftovers(tuple(extra), _conflict(folder, members, extra)))
+    return next((each for each in found if each.why is None), found[0])
+
+
+def _conflict(folder: str, whole: Collection[str], extra: Collection[str]) -> str | None:
+    """Why an engine that loads `extra` beside the `whole` does not end with the tensors of the whole alone."""
     wanted: Tensors = {}
     for name in whole:
         wanted |= tensors(f"{folder}/{name}")
@@ -134,7 +147,7 @@ def damage(folder: str, names: Iterable[str], sizes: Mapping[str, int]) -> Itera
 def wrong_length(path: str, size: int) -> str | None:
     """Why a safetensors file of `size` bytes is not what its header says. Raises `OSError`."""
     try:
-        if _fits(_encoded_header(path, size), size):
+        if _fits(encoded_header(path, size), size):
             return None
         _, length = header(path, size)
     except Damaged as error:
@@ -148,7 +161,7 @@ def header(path: str, size: int) -> tuple[str | None, int]:
     The format: 8 bytes, little endian, the length of the header; the header, JSON, each tensor with its
     `data_offsets` in what follows (https://github.com/huggingface/safetensors#format). Raises `OSError`, `Damaged`.
     """
-    encoded = _encoded_header(path, size)
+    encoded = encoded_header(path, size)
     document = parse(encoded, "the header")
     end = 0
     for name, tensor in document.items():
@@ -166,7 +179,7 @@ def header(path: str, size: int) -> tuple[str | None, int]:
 def tensors(path: str) -> Tensors:
     """What a safetensors file holds. Raises `OSError`, `Damaged`."""
     found: Tensors = {}
-    for name, tensor in parse(_encoded_header(path, os.stat(path).st_size), "the header").items():
+    for name, tensor in parse(encoded_header(path, os.stat(path).st_size), "the header").items():
         if name != "__metadata__" and isinstance(tensor, dict):
             shape = tensor.get("shape")
             found[name] = str(tensor.get("dtype")), tuple(shape) if isinstance(shape, list) else ()
@@ -192,7 +205,7 @@ def _fits(encoded: bytes, size: int) -> bool:
     return max(map(int, _ENDS.findall(encoded)), default=-1) == size - 8 - len(encoded)
 
 
-def _encoded_header(path: str, size: int) -> bytes:
+def encoded_header(path: str, size: int) -> bytes:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         start = os.read(descriptor, _FIRST)

@@ -416,6 +416,16 @@ class TestHostileContents:
         assert skipped.why == "not the folder of a repository org/name"
         assert skipped.repo_id.isprintable() and skipped.repo_id.isascii()
 
+    @pytest.mark.parametrize("target", ["/nowhere/else", "models--a--link"], ids=["a disk that is away", "a loop"])
+    def test_that_are_links_to_nothing_are_told_and_hide_no_other(self, hub: Path, source: Path, target: str) -> None:
+        path = install_snapshot(hub, REPO, source)
+        for name in ("models--a--link", "models--z--link"):
+            (hub / name).symlink_to(target)
+        found = scan(hub)
+        assert [each.path for each in found.snapshots] == [path]
+        assert [each.why for each in found.skipped] == [f"a link to {target}, which is not there"] * 2
+        assert find(hub, "a/link") == find(hub, "a/link", OLD) == found.skipped[0]
+
     @pytest.mark.skipif(os.uname().sysname == "Darwin", reason="macOS has no file names that are not UTF-8")
     def test_with_names_that_are_no_text_are_told(self, hub: Path, source: Path) -> None:
         os.mkdir(os.fsencode(hub) + b"/models--a--\xff")

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mlxops.agent.engine import Command, Serving
+from mlxops.agent.engines import engine_named
+from mlxops.agent.operations.files import Files
+from mlxops.agent.operations.prepare import Prepared, check
+from mlxops.agent.snapshot import inspect, judge
+from mlxops.core.errors import Refused
+from mlxops.core.planner import LoadPlan, Outcome, Target, Wanted
+from mlxops.core.registry import Model
 from tests.lab import cache, models
 from tests.lab.homelab import Homelab, Studio
+from tests.lab.hub import Hub
 from tests.steps import words_of
 
 REPO = "tiny-org/odd"
@@ -28,6 +39,28 @@ def spoiled(tmp_path: Path, spoil: Callable[[Path], object], model: str = models
 
 def renamed(name: str) -> Callable[[Path], object]:
     return lambda folder: (folder / WEIGHTS).rename(folder / name)
+
+
+def configured(**changes: object) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
+
+
+def an_adapter(folder: Path) -> None:
+    (folder / "config.json").rename(folder / "adapter_config.json")
+    renamed("adapters.safetensors")(folder)
+
+
+def in_pytorchs_format(folder: Path) -> None:
+    content = (folder / WEIGHTS).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length]) | {"__metadata__": {"format": "pt"}}
+    encoded = json.dumps(header).encode()
+    (folder / WEIGHTS).write_bytes(len(encoded).to_bytes(8, "little") + encoded + content[8 + length :])
+    (folder / "README.md").unlink()
 
 
 def error_of_load(studio: Studio, *words: str) -> Any:
@@ -72,6 +105,136 @@ class TestWeightsThatTheEngineDoesNotLoad:
         register(studio, engine=engine)
         error = error_of_load(studio, "--dry-run")
         assert error["code"] == "not_servable", error
+
+
+VERDICTS = {"named weights.00", "unknown architecture", "hqq", "a shard is gone", "no tokenizer"}
+"""Some that must be among those that are refused, or nothing was tried."""
+AS_A_RULE = {"code for the model"}
+"""Refused although mlx-lm 0.31.3 loads it: it imports the repository's code unasked (CVE-2026-5843)."""
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the odd variants; the file `canary` beside it has the names of those whose code ran."""
+    folder = tmp_path_factory.mktemp("odd") / "models"
+    folder.mkdir()
+    run_odd(
+        "make",
+        str(models.tiny_models() / models.QWEN),
+        str(folder),
+        python=cache.engine_venv("mlx-lm"),
+        folder=folder.parent,
+    )
+    return folder
+
+
+def run_odd(*arguments: str, python: Path, folder: Path) -> str:
+    script = Path(cache.__file__).with_name("oddmodels.py")
+    own = {**os.environ, "TMPDIR": str(folder)}  # MLX compiles what it needs there
+    argv = [str(python / "bin" / "python"), str(script), *arguments]
+    done = subprocess.run(argv, env=own, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def refusal(engine: str, argv: tuple[str, ...], folder: Path) -> str | None:
+    """Why a load of this folder would be refused before anything stops; None if it would be tried."""
+    entry = Model("odd", REPO)
+    found = engine_named(engine)
+    serving = Serving(entry, "odd", folder, "127.0.0.1", 8100, folder)
+    files = Files("a" * 40, folder, 0)
+    prepared = Prepared(found, Command(argv, "test"), serving, files, Wanted(REPO, files.revision, engine, argv, ""))
+    verdict = judge(str(folder), "org")
+    if verdict.why and not verdict.whole:
+        return verdict.why
+    try:
+        check(LoadPlan(Target("odd", REPO, None, entry), 8100, "odd", Outcome.START), prepared, inspect(folder))
+    except Refused as error:
+        return f"{error.code}: {error.why}"
+    return None
+
+
+@pytest.mark.parametrize("engine", ["mlx-lm", "mlx-openai-server"])
+def test_what_is_refused_is_what_the_engine_cannot_load(odd: Path, engine: str) -> None:
+    """Both ways: nothing that the real engine loads is refused, and what it does not load is refused beforehand."""
+    if engine == "mlx-openai-server" and not cache.has_openai_server():
+        pytest.skip("it has no version for this Python")
+    venv = cache.engine_venv(engine) if engine == "mlx-lm" else cache.openai_server_venv()
+    program = {"mlx-lm": ("mlx_lm.server",), "mlx-openai-server": ("mlx-openai-server", "launch")}[engine]
+    canary = odd.with_name("canary")
+    canary.unlink(missing_ok=True)
+    truth: dict[str, str | None] = json.loads(run_odd("try", str(odd), python=venv, folder=odd.parent).splitlines()[-1])
+    argv = (str(venv / "bin" / program[0]), *program[1:])
+    said = {name: refusal(engine, argv, odd / name) for name in truth}
+    wrong = {
+        name: (truth[name], said[name])
+        for name in truth
+        if (truth[name] is None) != (said[name] is None) and name not in AS_A_RULE
+    }
+    assert wrong == {}
+    assert {name for name in truth if said[name]} >= VERDICTS | AS_A_RULE and len(truth) > 50
+    ran = set(canary.read_text().splitlines()) if canary.exists() else set()
+    assert ran == (AS_A_RULE if engine == "mlx-openai-server" else set()), "whose code ran, though nothing is trusted"
+
+
+class TestBeforeADownload:
+    """By the hub's listing and config.json: not a byte of the weights, and nothing of it in the cache."""
+
+    @pytest.fixture
+    def studio(self, online_homelab: Homelab) -> Studio:
+        return online_homelab.studio
+
+    @pytest.mark.parametrize(
+        ("name", "spoil", "code", "why"),
+        [
+            ("weights-00", renamed("weights.00.safetensors"), "not_servable", "no model*.safetensors"),
+            ("qwen9", configured(model_type="qwen9"), "unknown_architecture", "'qwen9'"),
+            ("bnb", configured(quantization_config={"quant_method": "bitsandbytes"}), "not_servable", "'bitsandbytes'"),
+            ("lora", an_adapter, "not_mlx", "it is an adapter"),
+        ],
+    )
+    def test_is_refused_what_the_engine_cannot_serve(
+        self,
+        studio: Studio,
+        hub: Hub,
+        tmp_path: Path,
+        name: str,
+        spoil: Callable[[Path], object],
+        code: str,
+        why: str,
+    ) -> None:
+        repo = f"tiny-org/before-{name}"
+        hub.add(repo, spoiled(tmp_path, spoil))
+        done = studio.mlxctl("load", "--model", repo, "--port", str(studio.ports[0]), "--json")
+        assert done.exit == 3, done
+        error = done.json["hosts"][0]["error"]
+        assert error["code"] == code and why in error["why"], error
+        assert not models.repo_folder(studio.hub, repo).exists() and not studio.registry_path.exists()
+
+    def test_weights_in_the_format_of_pytorch_are_no_reason(self, studio: Studio, hub: Hub, tmp_path: Path) -> None:
+        """mlx-lm converts them while it loads them."""
+        repo, port = "tiny-org/in-pytorchs-format", studio.ports[0]
+        hub.add(repo, spoiled(tmp_path, in_pytorchs_format))
+        studio.mlxctl("load", "--model", repo, "--port", str(port), "--overcommit").ok()
+        assert words_of(studio, port, "jerry-xl") is not None
+        studio.mlxctl("unload", "--port", str(port)).ok()
+        assert studio.mlxctl("list", "--json").ok().json["hosts"][0]["models"][0]["problems"] == []
+
+
+class TestCodeThatNobodyRuns:
+    def test_is_a_note_and_the_option_to_trust_it_is_not_passed(self, homelab: Homelab, tmp_path: Path) -> None:
+        studio, canary, port = homelab.studio, tmp_path / "canary", homelab.studio.ports[0]
+
+        def with_code(at: Path) -> None:
+            (at / "own.py").write_text(f"open({str(canary)!r}, 'w')\nclass X: pass\n")
+            configured(auto_map={"AutoConfig": "own.X", "AutoModelForCausalLM": "own.X"})(at)
+
+        models.install_snapshot(studio.hub, REPO, spoiled(tmp_path, with_code))
+        done = studio.mlxctl("load", "--model", REPO, "--port", str(port), "--overcommit").ok()
+        assert "code of the repository is not run: config.json name" in done.stderr
+        assert words_of(studio, port, "jerry-xl") is not None and not canary.exists()
+        assert not any("--trust-remote-code" in process.command for process in studio.processes())
+        studio.mlxctl("unload", "--port", str(port)).ok()
 
 
 def with_engines(lab: Homelab) -> None:

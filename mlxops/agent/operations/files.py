@@ -23,22 +23,22 @@ class Files:
 
 def cached(ctx: Context, target: Target) -> Files | None:
     """The target's files, if all of them are here: no network is asked. None: they have to be downloaded."""
-    from mlxops.agent.cache import Snapshot, find
+    from mlxops.agent.cache import Skipped, Snapshot, find
 
     if target.entry is not None and not target.repoint:
         own = registered(target.entry)
         if own is not None:
             return own
     found = find(ctx.where.hub, target.repo_id, target.revision)
-    if isinstance(found, Snapshot):
-        return Files(found.revision, found.path, found.size_bytes)
-    if found is not None and not found.incomplete:
-        raise Refused(
-            "not_servable",
-            f"{target.repo_id} cannot be served",
-            why=found.why,
-            hint="choose a repository with MLX weights, for example of mlx-community",
-        )
+    whole = found if isinstance(found, Snapshot) or found is None else found.whole
+    if whole is not None:
+        return Files(whole.revision, whole.path, whole.size_bytes)
+    if isinstance(found, Skipped) and not found.incomplete:
+        hint = "choose a repository with MLX weights, for example of mlx-community"
+        if found.path.parent.name == "snapshots" and not found.why.startswith("not MLX"):
+            repo = f"{target.repo_id}@{found.path.name}"
+            hint = f"mend {found.path}; what was deleted there is downloaded by: mlxctl pull --repo {repo}"
+        raise Refused("not_servable", f"{target.repo_id} cannot be served", why=found.why, hint=hint)
     return None
 
 

@@ -12,7 +12,14 @@ from mlxops.agent.operations.asking import names_of, told
 from mlxops.agent.operations.context import Context, busy, model_lock, repo_lock
 from mlxops.agent.operations.files import Files, cached
 from mlxops.agent.operations.gatewayname import check_name
-from mlxops.agent.operations.prepare import Prepared, commit, entry_fields, preflight, prepare
+from mlxops.agent.operations.prepare import (
+    Prepared,
+    check_before_download,
+    commit,
+    entry_fields,
+    preflight,
+    prepare,
+)
 from mlxops.agent.operations.stopping import shown_stop
 from mlxops.agent.operations.swap import start_in_place
 from mlxops.agent.place import require
@@ -208,7 +215,7 @@ def _download(ctx: Context, target: Target) -> Files:
     from mlxops.agent.operations.pull import fetch
 
     ctx.emit(Phase("download", f"{target.repo_id} is not in the cache"))
-    snapshot = fetch(ctx, target.repo_id, target.revision)
+    snapshot = fetch(ctx, target.repo_id, target.revision, check_before_download(ctx, target))
     return Files(snapshot.revision, snapshot.path, snapshot.size_bytes)
 
 

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mlxops.agent.contents import printable
 from mlxops.agent.engine import Command, Engine, Serving, template_text
 from mlxops.agent.engine import options as arguments
 from mlxops.agent.engines import engine_named
-from mlxops.agent.installed import described, lacks_architecture
+from mlxops.agent.installed import abilities, described, lacks_architecture, lacks_tokenizer
 from mlxops.agent.operations.context import Context, busy, memory_lock
 from mlxops.agent.operations.files import Files
 from mlxops.agent.operations.gatewayname import context_warning, name_warning
 from mlxops.agent.snapshot import ModelFacts, edited, hubs_again, kept_as_it_is, shape
 from mlxops.agent.store import Lock
 from mlxops.agent.system import free_on_disk
+from mlxops.agent.weights import language_weights
 from mlxops.core import memory, planner
 from mlxops.core.errors import Refused
 from mlxops.core.families import Option, options_of, size_warning
+from mlxops.core.loadable import no_tokenizer, unknown_quantization
 from mlxops.core.planner import LoadPlan, Target, Wanted
 from mlxops.core.protocol import Phase
 from mlxops.core.registry import Model, Registry
@@ -32,6 +35,9 @@ RECKONING_SECONDS = 20.0
 """For another load to look at the memory of everything that serves, whatever hangs."""
 ROOM_BYTES = 8 * 1024**2
 """Free on the disk of the state folder, for a server's records and the beginning of its log."""
+
+
+_OTHER_WEIGHTS = "it has no model*.safetensors, and an engine for language models loads no other weights"
 
 
 @dataclass(frozen=True)
@@ -127,15 +133,24 @@ def preflight(ctx: Context, held: ExitStack, registry: Registry, plan: LoadPlan,
 
     ctx.emit(Phase("check", f"{plan.target.repo_id} at {prepared.files.revision[:12]}"))
     facts = inspect(prepared.files.path)
-    _check_files(plan, prepared, facts)
-    _check_code(plan, prepared, facts)
-    _check_architecture(plan, prepared, facts)
+    check(plan, prepared, facts)
     _reserve_memory(ctx, held, registry, plan, prepared, facts)
     _check_disk(ctx, plan)
+    if facts.auto_map and not prepared.serving.model.trust_remote_code:
+        ctx.note(f"code of the repository is not run: {' and '.join(facts.auto_map)} name it (auto_map)")
     warnings = tuple(_warnings(ctx, plan, prepared, facts))
     for warning in warnings:
         ctx.note(warning, "warning")
     return warnings
+
+
+def check(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
+    """Whether the installed engine can load these files. Raises `Refused`: not_servable, code_would_run,
+    unknown_architecture."""
+    _check_files(plan, prepared, facts)
+    _check_code(plan, prepared, facts)
+    if _is_language_model(prepared):  # others are another library's
+        _refuse_unknown(plan.target.repo_id, prepared.command, prepared.engine, facts.config, packed=facts.packed)
 
 
 def _check_files(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
@@ -145,12 +160,10 @@ def _check_files(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
     if facts.broken:
         file = prepared.files.path / facts.broken[0]
         hint = f"correct {file}, or have the hub's again: {hubs_again(file, repo, revision)}"
-    problems = facts.problems
-    if not problems and _is_language_model(prepared) and not facts.language_weights:
-        problems = ("it has no model*.safetensors, and an engine for language models loads no other weights",)
-        hint = "choose a repository whose weights are called so, for example of mlx-community"
-    if problems:
-        raise Refused("not_servable", f"{repo} cannot be served", why="; ".join(problems)[:400], hint=hint)
+    if facts.problems:
+        raise Refused("not_servable", f"{repo} cannot be served", why="; ".join(facts.problems)[:400], hint=hint)
+    if _is_language_model(prepared) and not facts.language_weights:
+        raise _not_servable(repo, _OTHER_WEIGHTS)
 
 
 def _is_language_model(prepared: Prepared) -> bool:
@@ -163,9 +176,16 @@ def _check_code(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
     entry, revision = prepared.serving.model, prepared.files.revision
     trusted = entry.trust_remote_code and entry.revision == revision
     model_file = facts.model_file if _is_language_model(prepared) else None
-    if (model_file or entry.trust_remote_code) and not trusted:
+    tokenizer = facts.tokenizer_class
+    own_tokenizer = tokenizer is not None and lacks_tokenizer(prepared.command, prepared.engine, tokenizer)
+    if (model_file or own_tokenizer or entry.trust_remote_code) and not trusted:
         pinned = f"its entry trusts it without naming the commit {revision}" if entry.trust_remote_code else ""
         code = [f"config.json names model_file {model_file}"] if model_file else []
+        code += (
+            [f"its tokenizer {printable(str(tokenizer))} is code of it (tokenizer_config.json)"]
+            if own_tokenizer
+            else []
+        )
         code += [f"{name} has an auto_map" for name in facts.auto_map] if entry.trust_remote_code else []
         raise Refused(
             "code_would_run",
@@ -176,17 +196,53 @@ def _check_code(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
         )
 
 
-def _check_architecture(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
-    if not _is_language_model(prepared):
-        return  # another library's models
-    why = lacks_architecture(prepared.command, prepared.engine, facts.model_type)
-    if why:
+def check_before_download(ctx: Context, target: Target) -> Callable[[Collection[str], Mapping[str, object]], None]:
+    """What the hub's listing and config.json tell of a repository, against the installed engine.
+
+    Raises `Refused` (engine_not_found), and what it returns does: not_servable, unknown_architecture."""
+    settings = ctx.where.settings
+    entry = target.entry or Model(target.name, target.repo_id)
+    engine = engine_named(entry.engine or settings.engine)
+    command = engine.command(settings.launch.get(engine.name, ()), {**ctx.environ, **settings.env})
+    language = arguments(entry.args).get("--model-type", entry.options.get("model_type") or "lm") == "lm"
+
+    def check(names: Collection[str], config: Mapping[str, object]) -> None:
+        if not language:
+            return
+        why = None if language_weights(names) else _OTHER_WEIGHTS
+        if why := why or no_tokenizer(names):
+            raise _not_servable(target.repo_id, why)
+        if config:
+            _refuse_unknown(target.repo_id, command, engine, config, packed=True)
+
+    return check
+
+
+def _refuse_unknown(
+    repo_id: str, command: Command, engine: Engine, config: Mapping[str, object], *, packed: bool
+) -> None:
+    """Raises `Refused` (unknown_architecture, not_servable) for what the installed engine does not know."""
+    named = config.get("model_type")
+    model_type = named if isinstance(named, str) else None
+    if why := lacks_architecture(command, engine, model_type):
         raise Refused(
             "unknown_architecture",
-            f"{plan.target.repo_id} is of an architecture that the installed engine cannot load",
+            f"{repo_id} is of an architecture that the installed engine cannot load",
             why=why,
             hint="upgrade the engine on the host, or choose another model",
         )
+    known = abilities(command, engine, model_type)
+    if known is not None and (why := unknown_quantization(config, known, packed=packed)):
+        raise _not_servable(repo_id, f"{why} (mlx-lm {known.version})")
+
+
+def _not_servable(repo_id: str, why: str) -> Refused:
+    return Refused(
+        "not_servable",
+        f"{repo_id} cannot be served",
+        why=why,
+        hint="choose a conversion for MLX, for example of https://huggingface.co/mlx-community, or upgrade the engine",
+    )
 
 
 def _reserve_memory(

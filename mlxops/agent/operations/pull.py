@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from mlxops.agent.cache import Snapshot, find, roots
 from mlxops.agent.journal import named
@@ -25,6 +25,9 @@ from mlxops.core.protocol import Phase, Progress
 from mlxops.core.registry import Model, Registry
 from mlxops.core.units import amount
 from mlxops.core.world import Operation, State, World
+
+if TYPE_CHECKING:
+    from mlxops.agent.hub import Check
 
 FOLLOW_SECONDS = 0.2
 LET_GO_SECONDS = 2.0
@@ -62,8 +65,9 @@ def pull(ctx: Context) -> dict[str, object]:
     }
 
 
-def fetch(ctx: Context, repo_id: str, revision: str | None) -> Snapshot:
+def fetch(ctx: Context, repo_id: str, revision: str | None, check: Check | None = None) -> Snapshot:
     """Download a repository, or follow the operation that does, and see then what is left to do: mostly nothing.
+    `check` may refuse it before.
 
     Raises what `hub.download` raises, and `Refused` (folder_missing). A download that is cancelled leaves nothing of a
     repository that was not there before, and of one that was what it had completed.
@@ -75,7 +79,9 @@ def fetch(ctx: Context, repo_id: str, revision: str | None) -> Snapshot:
     with _only_download(ctx, repo_id):
         new, begun = not os.path.lexists(folder), _half_files(folder)
         given_up = threading.Event()
-        downloading = _beside(lambda: download(repo_id, revision, ctx.where.hub, ctx.emit, given_up=given_up.is_set))
+        downloading = _beside(
+            lambda: download(repo_id, revision, ctx.where.hub, ctx.emit, given_up=given_up.is_set, check=check)
+        )
         try:
             return downloading.result()
         except Interrupted:

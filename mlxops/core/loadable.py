@@ -1,0 +1,106 @@
+"""Why mlx-lm, or an engine that loads through it, could not load a repository: by its file names and config.json.
+
+Read in mlx_lm/utils.py (`load_model`) and tried with 0.31.3 and 0.32.2. Only what must fail is told: what may work is
+left to the engine.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+_TOKENIZERS = re.compile(
+    r"[^/]*(tokenizer[^/]*\.json|vocab[^/]*|\.model|\.tiktoken|tekken\.json|merges\.txt|tokenization[^/]*\.py)"
+)
+"""Also Kimi's tiktoken.model, RWKV's rwkv_vocab, Mistral's tekken.json, T5's spiece.model."""
+_NOT_ALONE = ("tokenizer_config.json",)
+_OTHERS = {
+    "model_index.json": "it is a pipeline of several models, for images or sound (model_index.json)",
+    "adapter_config.json": "it is an adapter, which needs the model that it was made for (adapter_config.json)",
+}
+_PACKED = re.compile(r"\.(scales|qweight|qzeros|weight_scale\w*|weight_packed|absmax|SCB|quant_state\S*|trellis)$")
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """What the installed mlx-lm knows, as far as its source says so without being run."""
+
+    version: str
+    quantizations: str
+    """The source in which it tells apart what others quantize: it names each method and format that it knows."""
+    modes: str
+    """The source of MLX's quantized layers: it names each mode."""
+    model: str
+    """The source of the model's architecture: some unpack weights by themselves."""
+
+
+def no_model(names: Collection[str]) -> str | None:
+    """Why a repository is none of a model at all; None if it may be one."""
+    if "config.json" in names:
+        return None
+    return next((why for name, why in _OTHERS.items() if name in names), "it has no config.json")
+
+
+def no_tokenizer(names: Collection[str]) -> str | None:
+    found = any(_TOKENIZERS.fullmatch(name) and name not in _NOT_ALONE for name in names)
+    return None if found else "no tokenizer (tokenizer.json, tokenizer.model, vocab.json)"
+
+
+def is_packed(tensors: Mapping[str, str]) -> bool:
+    """Whether weights (name -> dtype) are quantized in any way, whatever the configuration says."""
+    return any(_PACKED.search(name) or not re.fullmatch(r"B?F(16|32)", dtype) for name, dtype in tensors.items())
+
+
+def unsaid_quantization(config: Mapping[str, object], tensors: Collection[str]) -> str | None:
+    """Why weights that MLX quantized cannot be loaded by a config.json that does not say so; None if they can."""
+    text = config.get("text_config")
+    places = (config, text if isinstance(text, dict) else {})
+    said = any(place.get(key) for place in places for key in ("quantization", "quantization_config"))
+    packed = next((name for name in tensors if name.endswith(".scales") and f"{name[:-6]}biases" in tensors), None)
+    return (
+        f"its weights are quantized ({packed[:80]}), and its config.json does not say how"
+        if packed and not said
+        else None
+    )
+
+
+def unknown_quantization(config: Mapping[str, object], known: Abilities, *, packed: bool) -> str | None:
+    """Why the weights cannot be unpacked; None if they can, or need not be. `packed`: they are, or are taken to be."""
+    ours = config.get("quantization")
+    if ours is not None:
+        if not isinstance(ours, dict):
+            return "`quantization` in its config.json is no object"
+        lacking = [key for key in ("group_size", "bits") if key not in ours]
+        if lacking:
+            return f"`quantization` in its config.json has no {lacking[0]}"
+        mode = ours.get("mode", "affine")
+        told_by_weights = "infer_quant_config" in known.quantizations  # since 0.32: the mode is not looked at
+        if packed and not told_by_weights and mode != "affine" and f'"{mode}"' not in known.modes:
+            return f"it is quantized in the mode {str(mode)[:40]!r}, which the installed MLX does not know"
+        return None
+    theirs = config.get("quantization_config")
+    return _unknown_method(theirs, known, packed) if theirs else None
+
+
+def _unknown_method(theirs: object, known: Abilities, packed: bool) -> str | None:
+    if not isinstance(theirs, dict) or not isinstance(theirs.get("quant_method"), str):
+        return "`quantization_config` in its config.json names no quant_method"
+    method = theirs["quant_method"]
+    named = f'"{method}"' in known.quantizations
+    if method in ("awq", "gptq") and theirs.get("bits", 4) != 4:
+        return f"it is quantized by {method} to {str(theirs.get('bits'))[:10]} bits, and only 4 can be loaded"
+    if method == "compressed-tensors":
+        form = str(theirs.get("format"))[:40]
+        fits = f'"{form}"' in known.quantizations or form == "pack-quantized"
+        sure = packed or "unsupported compressed-tensors" in known.quantizations
+        return f"its format is compressed-tensors {form!r}, which mlx-lm does not unpack" if sure and not fits else None
+    if method == "modelopt" and named and theirs.get("quant_algo", "NVFP4") != "NVFP4":
+        return f"it is quantized by modelopt as {str(theirs.get('quant_algo'))[:20]!r}, and only NVFP4 can be loaded"
+    unpacks = named if method != "fp8" else "weight_scale_inv" in known.model or _is_mxfp8(theirs, known)
+    return None if unpacks or not packed else f"it is quantized by {method[:40]!r}, which mlx-lm does not unpack"
+
+
+def _is_mxfp8(theirs: Mapping[str, object], known: Abilities) -> bool:
+    """Scales that are powers of two, over blocks of 32: mlx-lm loads those as they are since 0.32."""
+    return theirs.get("scale_fmt") == "ue8m0" and '"ue8m0"' in known.quantizations
