@@ -243,18 +243,18 @@ def port_number(text: str) -> int | None:
     return int(text) if text.isdecimal() and len(text) <= 5 else None
 
 
-def check_args(engine: str, args: Sequence[str], reserved: frozenset[str], help: str | None) -> None:
+def check_args(engine: str, model: Model, reserved: frozenset[str], help: str | None) -> None:
     """Raises `Refused` if a model's own arguments take what belongs to mlxops, or abbreviate it; or if the engine does
     not know one. `help` is what it says of its options; None: it was not asked."""
     known = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", help or ""))
-    for word in args:
+    for index, word in enumerate(model.args):
         key = word.partition("=")[0]
         if help is not None and re.match("--[a-z]", key) and not any(each.startswith(key) for each in known):
             raise Refused(
                 "unknown_argument",
                 f"the model's args contain {key!r}, which the installed {engine} does not know",
                 why="its --help does not mention it",
-                hint=f"correct it: mlxctl set --model NAME --set args=...{_perhaps(key, known)}",
+                hint=f"correct it{_perhaps(key, known)}; or take it out: {_without(model, index)}",
             )
         taken = next((r for r in reserved if key == r or (len(key) > 2 and r.startswith(key))), None)
         if taken:
@@ -262,7 +262,7 @@ def check_args(engine: str, args: Sequence[str], reserved: frozenset[str], help:
                 "reserved_argument",
                 f"the model's args contain {key!r}",
                 why=f"{taken} of {engine} is set by mlxops",
-                hint="take it out of the args of its entry: mlxctl set --model NAME --set args=...",
+                hint=f"take it out: {_without(model, index)}",
             )
 
 
@@ -272,6 +272,14 @@ _NOT_SENT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADD
 
 class NotSent(Exception):
     """A request could not be sent for reasons of our own, which tell nothing of the server."""
+
+
+def _without(model: Model, index: int) -> str:
+    """The command that takes an argument, with its value, out of a model's own."""
+    word, after = model.args[index], model.args[index + 1 : index + 2]
+    count = 2 if "=" not in word and after and not after[0].startswith("-") else 1
+    left = [*model.args[:index], *model.args[index + count :]]
+    return f"mlxctl set --model {model.name} --set {shlex.quote('args=' + shlex.join(left))}"
 
 
 def _perhaps(key: str, known: Collection[str]) -> str:

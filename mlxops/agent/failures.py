@@ -53,7 +53,7 @@ TABLE = (
         r"kIOGPUCommandBufferCallbackErrorOutOfMemory|insufficient memory|out of memory|std::bad_alloc|\bMemoryError\b"
         r"|unable to allocate|attempting to allocate \d+ bytes",
         "the host's memory is not enough for it",
-        "make room: mlxctl status shows what is served, mlxctl unload PORT stops one; or choose a smaller model",
+        "make room: mlxctl status shows what is served; unload one of them, or choose a smaller model",
     ),
     _known(
         "unknown_parser",
