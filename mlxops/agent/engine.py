@@ -19,6 +19,7 @@ from mlxops.agent import reading
 from mlxops.core.errors import Refused
 from mlxops.core.families import Option
 from mlxops.core.registry import Model
+from mlxops.core.text import utf8
 from mlxops.core.world import Answer
 
 MAX_BODY = 1024 * 1024
@@ -224,7 +225,7 @@ def split(text: str, variable: str) -> list[str]:
 
 def template_text(path: str | Path) -> str:
     """A chat template, which an entry of the registry names. Raises `OSError`; `ValueError` if it is not text."""
-    return reading.read(path, MAX_TEMPLATE).decode()
+    return utf8(reading.read(path, MAX_TEMPLATE))
 
 
 def options(argv: Sequence[str]) -> dict[str, str]:
@@ -254,7 +255,7 @@ def check_args(engine: str, model: Model, reserved: frozenset[str], help: str | 
                 "unknown_argument",
                 f"the model's args contain {key!r}, which the installed {engine} does not know",
                 why="its --help does not mention it",
-                hint=f"correct it{_perhaps(key, known)}; or take it out: {_without(model, index)}",
+                hint=f"take it out: {_without(model, index)}; or correct it{_perhaps(key, known)}",
             )
         taken = next((r for r in reserved if key == r or (len(key) > 2 and r.startswith(key))), None)
         if taken:
