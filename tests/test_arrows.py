@@ -192,7 +192,7 @@ STATUS_ON_A_HOST = {
 """What the agent imports of mlxops for a `status` of a host where nothing runs; the engines beside, which are found."""
 STATUS_ASKS = {
     "mlxops": {"", "build", "command", "control", "core", "entry", "tasks"},
-    "mlxops.core": {"errors", "fields", "names", "protocol", "settings", "units"},
+    "mlxops.core": {"errors", "fields", "names", "protocol", "settings", "text", "units"},
     "mlxops.control": {"client", "files", "hints", "inventory", "lines", "local", "render", "session", "ssh_config"},
 }
 """What the control node imports for it, with `--local`."""

@@ -19,6 +19,7 @@ from mlxops.agent import reading
 from mlxops.core.errors import Refused
 from mlxops.core.families import Option
 from mlxops.core.registry import Model
+from mlxops.core.text import utf8
 from mlxops.core.world import Answer
 
 MAX_BODY = 1024 * 1024
@@ -255,7 +256,7 @@ def split(text: str, variable: str) -> list[str]:
 
 def template_text(path: str | Path) -> str:
     """A chat template, which an entry of the registry names. Raises `OSError`; `ValueError` if it is not text."""
-    return reading.read(path, MAX_TEMPLATE).decode()
+    return utf8(reading.read(path, MAX_TEMPLATE))
 
 
 def options(argv: Sequence[str]) -> dict[str, str]:
@@ -331,18 +332,18 @@ def port_number(text: str) -> int | None:
     return int(text) if text.isdecimal() and len(text) <= 5 else None
 
 
-def check_args(engine: str, args: Sequence[str], reserved: frozenset[str], help: str | None) -> None:
+def check_args(engine: str, model: Model, reserved: frozenset[str], help: str | None) -> None:
     """Raises `Refused` if a model's own arguments take what belongs to mlxops, or abbreviate it; or if the engine does
     not know one. `help` is what it says of its options; None: it was not asked."""
     known = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", help or ""))
-    for word in args:
+    for index, word in enumerate(model.args):
         key = word.partition("=")[0]
         if help is not None and re.match("--[a-z]", key) and not any(each.startswith(key) for each in known):
             raise Refused(
                 "unknown_argument",
                 f"the model's args contain {key!r}, which the installed {engine} does not know",
                 why="its --help does not mention it",
-                hint=f"correct it: mlxctl set --model NAME --set args=...{_perhaps(key, known)}",
+                hint=f"take it out: {_without(model, index)}; or correct it{_perhaps(key, known)}",
             )
         taken = next((r for r in reserved if key == r or (len(key) > 2 and r.startswith(key))), None)
         if taken:
@@ -350,7 +351,7 @@ def check_args(engine: str, args: Sequence[str], reserved: frozenset[str], help:
                 "reserved_argument",
                 f"the model's args contain {key!r}",
                 why=f"{taken} of {engine} is set by mlxops",
-                hint="take it out of the args of its entry: mlxctl set --model NAME --set args=...",
+                hint=f"take it out: {_without(model, index)}",
             )
 
 
@@ -360,6 +361,14 @@ _NOT_SENT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADD
 
 class NotSent(Exception):
     """A request could not be sent for reasons of our own, which tell nothing of the server."""
+
+
+def _without(model: Model, index: int) -> str:
+    """The command that takes an argument, with its value, out of a model's own."""
+    word, after = model.args[index], model.args[index + 1 : index + 2]
+    count = 2 if "=" not in word and after and not after[0].startswith("-") else 1
+    left = [*model.args[:index], *model.args[index + count :]]
+    return f"mlxctl set --model {model.name} --set {shlex.quote('args=' + shlex.join(left))}"
 
 
 def _perhaps(key: str, known: Collection[str]) -> str:

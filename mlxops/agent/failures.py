@@ -59,7 +59,7 @@ TABLE = (
         r"kIOGPUCommandBufferCallbackErrorOutOfMemory|insufficient memory|out of memory|std::bad_alloc|\bMemoryError\b"
         r"|unable to allocate|attempting to allocate \d+ bytes|Resource limit \(\d+\) exceeded|Cannot allocate memory",
         "the host's memory is not enough for it",
-        "make room: mlxctl status shows what is served, and unload stops it; or choose a smaller model",
+        "make room: mlxctl status shows what is served; unload one of them, or choose a smaller model",
     ),
     _known(
         "gpu_busy_with_display",
@@ -222,7 +222,7 @@ TABLE = (
         "killed_by_system",
         r"^zsh: killed|^Killed(?:: 9)?$|: line \d+: +\d+ Killed",
         "the system killed it, most often because memory ran out",
-        "make room: mlxctl status shows what is served, and unload stops it; or choose a smaller model",
+        "make room: mlxctl status shows what is served; unload one of them, or choose a smaller model",
     ),
 )
 

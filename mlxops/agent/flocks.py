@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -124,7 +125,7 @@ def alone(folder: Path, what: str) -> Iterator[None]:
                 f"{what}_locked",
                 f"another program holds the lock of the {what}",
                 why=f"it has been held for {LOCK_SECONDS:.0f} s; a transaction takes milliseconds",
-                hint=f"find it on the host: lsof +D {folder}",
+                hint=f"find it on the host: lsof {shlex.quote(str(folder))}",
             )
         yield
     finally:

@@ -316,7 +316,7 @@ def _announce(folder: Path, plan: Plan, emit: Emit) -> None:
             "disk_full",
             f"{plan.repo_id} does not fit on the disk: {amount(missing)} to download, {amount(free)} free",
             why=f"the disk of {folder.parent} has {amount(missing - free)} too little",
-            hint="make room, for example with: mlxctl remove --model NAME (sizes: mlxctl list)",
+            hint="make room: mlxctl list shows the sizes; then remove what you do not need",
             details={"needed_bytes": missing, "free_bytes": free},
         )
 

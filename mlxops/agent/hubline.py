@@ -509,7 +509,7 @@ def persistently(attempt: Callable[[], T], asked: Asked, emit: Emit, line: Line)
 
 
 def _disk_full(asked: Asked, no: _No) -> Refused:
-    hint = "make room, for example with: mlxctl remove --model NAME (sizes: mlxctl list)"
+    hint = "make room: mlxctl list shows the sizes; then remove what you do not need"
     return Refused("disk_full", f"{asked}: the disk is full", why=no.why, hint=hint)
 
 

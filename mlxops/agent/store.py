@@ -356,11 +356,16 @@ class RegistryFile:
         if found.missing:
             first = "put it back, or mount its disk; or "
             if not os.path.isdir(self.path.parent):
-                # Its link leads to a disk that is not there.
-                target, first = self._configured, "mount its disk; or, if that is gone for good, "
-                before = f"rm {shlex.quote(str(target))} && "
+                first = "mount its disk; or, if that is gone for good, "
+                if os.path.islink(self._configured):
+                    target = self._configured
+                    before = f"rm {shlex.quote(str(target))} && "
+                else:
+                    before = f"mkdir -p {shlex.quote(str(target.parent))} && "
         elif os.path.lexists(target) and not os.path.isfile(target):
-            first, before = "", f"mv {shlex.quote(str(target))} {shlex.quote(f'{target}.away')} && "
+            # The name is moved, never what a link leads to: that may be a device of the system.
+            target, first = self._configured, ""
+            before = f"mv {shlex.quote(str(target))} {shlex.quote(f'{target}.away')} && "
         file, previous = shlex.quote(str(target)), shlex.quote(str(self._previous))
         ways = [f"begin with an empty one: {before}echo '{EMPTY_DOCUMENT}' > {file}"]
         if os.path.isfile(self._previous):

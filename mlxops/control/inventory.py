@@ -23,6 +23,7 @@ from mlxops.control.files import opened
 from mlxops.core.errors import UsageError
 from mlxops.core.names import is_name, shown
 from mlxops.core.settings import DEFAULT_ENGINE, BootJob, PortRange, Settings
+from mlxops.core.text import NotUTF8, utf8
 
 MAX_BYTES = 1024 * 1024
 MAX_DEPTH = 16
@@ -206,10 +207,9 @@ def _compose(path: Path) -> yaml.Node:
     if len(data) > MAX_BYTES:
         raise bad(0, "is larger than 1 MB", "this cannot be a hosts file; check the path")
     try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise bad(line, "is not UTF-8", "save the file as UTF-8") from error
+        text = utf8(data)
+    except NotUTF8 as error:
+        raise bad(error.line, error.what, "save the file as UTF-8") from None
     if tab := re.search(r"^ *\t", text, re.MULTILINE):
         raise bad(text.count("\n", 0, tab.end()) + 1, "a tab in the indentation", "YAML indents with spaces only")
     try:

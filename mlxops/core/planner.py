@@ -95,7 +95,8 @@ class ReconcilePlan:
     """What was left alone, and why."""
 
 
-def unknown_model(name: str, registry: Registry) -> Refused:
+def unknown_model(name: str, registry: Registry, port: str | None = None) -> Refused:
+    """`port`: as it was typed, if one was."""
     import difflib
 
     # Also by the part behind the organisation, which people leave out.
@@ -105,12 +106,18 @@ def unknown_model(name: str, registry: Registry) -> Refused:
         "unknown_model",
         f"there is no model {name!r} in the registry",
         why="did you mean " + " or ".join(close) + "?" if close else "it was neither registered nor found by init",
-        hint=f"register it: mlxctl load {name} PORT --repo org/name; or see: mlxctl list",
+        hint=f"see: mlxctl list; or register it: mlxctl load {name} {_to(port)} --repo org/name",
     )
 
 
-def resolve(registry: Registry, name: str, repo_id: str | None, revision: str | None) -> Target:
-    """Which entry and which repository `--model NAME [--repo ORG/NAME[@REVISION]]` means.
+def _to(port: str | None) -> str:
+    return port if port and port.isdecimal() else f"--port {AUTO}"
+
+
+def resolve(
+    registry: Registry, name: str, repo_id: str | None, revision: str | None, port: str | None = None
+) -> Target:
+    """Which entry and which repository `--model NAME [--repo ORG/NAME[@REVISION]]` means. `port` is for the errors.
 
     Raises `Refused`: unknown_model, ambiguous_model, entry_unusable.
     """
@@ -121,7 +128,7 @@ def resolve(registry: Registry, name: str, repo_id: str | None, revision: str | 
                 "ambiguous_model",
                 f"--model {name} and --repo {repo_id} are two repositories",
                 why="a model that is named by its repository cannot serve another one",
-                hint=f"give it a name of its own: --model NAME --repo {repo_id}",
+                hint=f"give it a name: mlxctl load {name.rpartition('/')[2]} {_to(port)} --repo {repo_id}",
             )
         named = registry.with_repo(name)
         if len(named) > 1:
@@ -129,20 +136,20 @@ def resolve(registry: Registry, name: str, repo_id: str | None, revision: str | 
                 "ambiguous_model",
                 f"several models are of {name}: {', '.join(model.name for model in named)}",
                 why="a repository is only then a model's name when one entry has it",
-                hint="name the one that you mean",
+                hint=f"name the one that you mean: mlxctl load {named[0].name} {_to(port)}",
             )
         entry = named[0] if named else None
         repo_id = name
     if entry is None:
         if repo_id is None:
-            raise unknown_model(name, registry)
+            raise unknown_model(name, registry, port)
         return Target(name, repo_id, revision)
     if repo_id is None and entry.repo_id is None:
         raise Refused(
             "entry_unusable",
             f"the registry entry {entry.name!r} does not say what it is",
             why="; ".join(entry.problems),
-            hint=f"repoint it: --model {entry.name} --repo org/name",
+            hint=f"repoint it: mlxctl load {entry.name} {_to(port)} --repo org/name",
         )
     chosen = repo_id or entry.repo_id or ""
     repoint = chosen != entry.repo_id or (revision is not None and revision != entry.revision)
@@ -167,7 +174,7 @@ def choose_port(settings: Settings, registry: Registry, world: World, name: str,
             "port_needed",
             f"no port is given, and {name!r} has none of its own",
             why="it is neither the alias of a slot nor assigned to a port",
-            hint="add --port PORT, or --port auto",
+            hint=f"let one be chosen: mlxctl load {name} --port auto; the ports: mlxctl status",
         )
     for port, view in sorted(world.ports.items()):
         if port in settings.ports and port not in settings.slots and view.unserved and not registry.on_port(port):

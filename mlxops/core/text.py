@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 
+class NotUTF8(ValueError):
+    """`what` the bytes are instead; `line`: where that begins, 0 for the whole of them."""
+
+    def __init__(self, what: str, line: int = 0) -> None:
+        super().__init__(f"it {what}" + (f", in line {line}" if line else "") + "; save it as UTF-8")
+        self.what = what
+        self.line = line
+
+
 def utf8(data: bytes) -> str:
-    """The text, without a byte order mark. Raises `ValueError`, whose words say what the bytes are instead."""
+    """The text, without a byte order mark. Raises `NotUTF8`."""
     if data and not data.strip(b"\0"):
-        raise ValueError("it holds nothing but zero bytes, as after a power loss")
+        raise NotUTF8("holds nothing but zero bytes, as after a power loss")
     if encoding := _wide(data):
-        raise ValueError(f"it is {encoding}; save it as UTF-8")
+        raise NotUTF8(f"is {encoding}")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"it is not UTF-8: byte 0x{data[error.start]:02x} in line {line}; save it as UTF-8") from None
+        raise NotUTF8("is not UTF-8", data.count(b"\n", 0, error.start) + 1) from None
 
 
 def _wide(data: bytes) -> str | None:

@@ -210,9 +210,11 @@ def test_the_state_of_an_earlier_mlxops_tells_too(tmp_path: Path, name: str, con
     assert on.store.registry.read().missing is known
 
 
-def run_commands(hint: str, number: int) -> None:
-    """Type the `number`th way that the hint names."""
+def run_commands(hint: str, number: int, within: Path) -> None:
+    """Type the `number`th way that the hint names. It must not touch anything but what is in `within`."""
     commands = [part.split(": ", 1)[1] for part in hint.replace("; or, ", "; or ").split("; or ") if ": " in part]
+    outside = [word for word in shlex.split(commands[number]) if word[0] == "/" and not word.startswith(f"{within}/")]
+    assert not outside, outside
     subprocess.run(["/bin/sh", "-c", commands[number]], check=True)
 
 
@@ -223,7 +225,7 @@ def test_a_reset_works_as_the_error_says(tmp_path: Path, how: str, way: int, mod
     folder.mkdir()
     on = disk(folder)
     GONE[how](on)
-    run_commands(on.refused().hint, way)
+    run_commands(on.refused().hint, way, tmp_path)
     on.store.registry.check_writable()
     assert {name: model.port for name, model in on.store.registry.read().models.items()} == models
 
@@ -239,7 +241,7 @@ def test_a_link_whose_disk_is_gone_for_good_is_replaced_as_the_error_says(
     on = opened(tmp_path, registry, on.there)
     shutil.rmtree(tmp_path / "disk")
     on = again(on)
-    run_commands(on.refused().hint, way)
+    run_commands(on.refused().hint, way, tmp_path)
     on = again(on)
     on.store.registry.check_writable()
     assert {name: model.port for name, model in on.store.registry.read().models.items()} == models
@@ -280,7 +282,7 @@ def test_what_is_in_its_place_is_told_and_left_alone(tmp_path: Path, what: str) 
         assert "zero bytes" in found.unwritable
     refused = on.refused()
     assert refused.code == "registry_unusable" and refused.why == found.unwritable
-    run_commands(refused.hint, 0)
+    run_commands(refused.hint, 0, tmp_path)
     on = again(on)
     on.store.registry.check_writable()
     assert on.store.registry.read().models["a"].port == 8100

@@ -247,6 +247,8 @@ def test_what_cannot_be_meant_is_refused_with_its_place(tmp_path: Path, setting:
         ("hosts: {no: {}}\n", "YAML reads the key no as true or false"),
         ("hosts:\n\ta: {}\n", "hosts.yaml:2: a tab in the indentation"),
         (b"hosts:\n  a: {ssh: \xff}\n", "hosts.yaml:2: is not UTF-8"),
+        ("hosts:\n  a: {ssh: a}\n".encode("utf-16"), "hosts.yaml: is UTF-16"),
+        (b"\0" * 64, "hosts.yaml: holds nothing but zero bytes"),
         (b"hosts:\n  a: {ssh: x\0y}\n", "hosts.yaml:2: the character U+0000"),
         ("hosts: {a: {}}\n---\nhosts: {b: {}}\n", "hosts.yaml:2: "),
         ("hosts: " + "[" * 5000, "nested too deeply"),

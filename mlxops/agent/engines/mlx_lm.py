@@ -67,7 +67,7 @@ class MlxLm:
 
     def argv(self, command: Command, serving: Serving) -> tuple[str, ...]:
         model = serving.model
-        check_args(self.name, model.args, self.reserved, command.help)
+        check_args(self.name, model, self.reserved, command.help)
         unusable = [key for key, value in model.options.items() if value is not None and key != "chat_template"]
         if unusable:
             raise Refused(

@@ -88,7 +88,7 @@ class MlxOpenAIServer:
 
     def argv(self, command: Command, serving: Serving) -> tuple[str, ...]:
         model = serving.model
-        check_args(self.name, model.args, self.reserved, command.help)
+        check_args(self.name, model, self.reserved, command.help)
         _check_parsers(command, serving)
         own = {word.partition("=")[0] for word in model.args}
         given = {key: serving.text(key) for key in _FLAGS}
@@ -200,7 +200,7 @@ def _check_parsers(command: Command, serving: Serving) -> None:
                 "unknown_parser",
                 f"mlx-openai-server {command.version or ''} has no {key} {name!r}".replace("  ", " "),
                 why=f"it has {', '.join(names)}",
-                hint=f"choose one: mlxctl set --model {serving.model.name} --set {key}=NAME, or =null for none",
+                hint=f"set {key} to one of those, or to none: mlxctl set --model {serving.model.name} --set {key}=null",
             )
 
 

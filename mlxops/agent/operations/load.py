@@ -54,7 +54,7 @@ def load(
         planner.refuse_alias_elsewhere(ctx.where.settings, name, names.port(asked_port, ctx.where.settings.ports))
 
     def resolved() -> Target:
-        return planner.resolve(ctx.registry(), name, repo_id, revision)
+        return planner.resolve(ctx.registry(), name, repo_id, revision, asked_port)
 
     with _port_alone(ctx, resolved) as (port, model):
 

@@ -117,8 +117,8 @@ def _template(entry: Model, path: Path, name: str) -> Path:
         raise Refused(
             "bad_chat_template",
             f"the chat template {name!r} of {entry.name} cannot be used",
-            why=f"{file}: {getattr(error, 'strerror', None) or 'it is not text'}",
-            hint=f"correct it: mlxctl set --model {entry.name} --set chat_template=PATH; without PATH it is taken out",
+            why=f"{file}: {getattr(error, 'strerror', None) or error}",
+            hint=f"mend the file; or take it out of the entry: mlxctl set --model {entry.name} --set chat_template=",
         ) from None
     return file
 

@@ -58,5 +58,7 @@ def failed(world: World, probes: Mapping[object, Probe]) -> Iterator[Drift]:
         if each["ok"] is False and isinstance(port, int):
             view = world.ports[port]
             message = f"{port} is up, and gave no completion: {each['error']}"
-            hint = f"mlxctl logs --port {port}; then mlxctl load {view.model or 'MODEL'} {port} --force"
+            hint = f"mlxctl logs --port {port}"
+            if view.model:
+                hint += f"; then mlxctl load {view.model} {port} --force"
             yield Drift("probe_failed", port, view.model, message, hint)

@@ -23,7 +23,7 @@ def rollback(ctx: Context) -> dict[str, object]:
             "nothing_to_roll_back_to",
             f"it is not known that port {port} ever served {'anything else' if now else 'anything'}",
             why=f"the history of this host has no other load on it ({ctx.store.state}/history.jsonl)",
-            hint=f"load what you want there: mlxctl load NAME {port}" + (" --force" if now else ""),
+            hint=_load_instead(registry, port, now),
         )
     _refuse_elsewhere(ctx, registry, port, before)
     repo = _repo(ctx, registry, before)
@@ -41,6 +41,13 @@ def rollback(ctx: Context) -> dict[str, object]:
 
     args = {**ctx.request.args, "model": before.model, "repo": repo, "force": True}
     return load(replace(ctx, request=replace(ctx.request, command="load", args=args)), unchanged)
+
+
+def _load_instead(registry: Registry, port: int, now: Served | None) -> str:
+    other = next((name for name in registry.models if now is None or name != now.model), None)
+    if other is None:
+        return "the models that there are: mlxctl list"
+    return f"load what you want there, for example: mlxctl load {other} {port}" + (" --force" if now else "")
 
 
 def _past(ctx: Context, registry: Registry, port: int) -> tuple[Served | None, Served | None]:

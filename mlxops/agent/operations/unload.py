@@ -48,7 +48,8 @@ def _model(ctx: Context) -> str | None:
     port, model = ctx.request.text("port"), ctx.request.text("model")
     if (port is None) == (model is None):
         why = "neither is given" if port is None else "both are given"
-        raise UsageError("port_or_model", "unload takes a port or a model", why=why, hint="mlxctl unload PORT")
+        example = "what serves where: mlxctl status" if port is None else f"mlxctl unload {port}"
+        raise UsageError("port_or_model", "unload takes a port or a model", why=why, hint=example)
     return None if model is None else names.model_name(model)
 
 
