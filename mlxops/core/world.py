@@ -162,7 +162,7 @@ class Server:
     wrappers: tuple[int, ...] = ()
     """The processes that only run it, such as `uv run` or a script: they end with it."""
     starter: str = ""
-    """For people: the process that started it, and goes on without it."""
+    """For people: its parent, which goes on without it."""
 
 
 def run_of(server: Server, port: int, boot_id: str) -> Run:
@@ -424,7 +424,7 @@ def _stranger(signals: Signals, registry: Registry, owner: Owner) -> PortView:
 
 
 def _started_by(server: Server | None) -> str:
-    return f"started by {server.starter}" if server and server.starter else ""
+    return f"its parent: {server.starter}" if server and server.starter else ""
 
 
 def _known_as(model: Model) -> frozenset[str]:
