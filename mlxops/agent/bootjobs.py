@@ -133,7 +133,7 @@ class BootJobs:
             units = self._system.units(process.pid)
             unit = next((unit for unit in units if is_unit(job.label, unit)), None)
             if unit:
-                user = in_user_manager(units)
+                user = in_user_manager(units, (each.argv for each in chain))
                 stop = systemctl("stop", unit, user=user)
                 return BootClaim(job, f"systemd's {'user ' if user else ''}unit {unit} started it", stop)
             seen = self._system.variables(process.pid)
@@ -298,7 +298,7 @@ class _Managers:
         order = list(Standing)
         return min(found, key=lambda state: order.index(state.standing), default=None)
 
-    def stop(self, chain: Iterable[Process] = (), system: System | None = None) -> str:
+    def stop(self, chain: Collection[Process] = (), system: System | None = None) -> str:
         """The command that stops the job; by the marks of its processes, if there are any, and else by its label."""
         for process in chain if system else ():
             assert system is not None
@@ -307,7 +307,8 @@ class _Managers:
                 return bootout(self._domain_of(label), label)
             units = [unit for unit in system.units(process.pid) if _serves(unit)]
             if units:
-                return systemctl("stop", units[-1], user=in_user_manager(system.units(process.pid)))
+                user = in_user_manager(system.units(process.pid), (each.argv for each in chain))
+                return systemctl("stop", units[-1], user=user)
         if self.asks_launchd and self._job.label:
             self._find_domain()
             return bootout(self.domain or "system", self.label)
