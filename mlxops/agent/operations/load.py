@@ -258,13 +258,13 @@ def _prove_boot_job(ctx: Context, plan: LoadPlan, view: PortView) -> None:
     from mlxops.agent.start import COMPLETION_SECONDS, prove
 
     if view.server is None:
-        raise planner.boot_port(ctx.where.settings, plan.port, "its server is gone")
+        raise planner.boot_port(view, "its server is gone")
     run = run_of(view.server, plan.port, ctx.system.boot_id())
     try:
         prove(ctx.where, plan.alias, run, ctx.system, ctx.request.number("timeout") or COMPLETION_SECONDS)
     except (OSError, NoCompletion) as error:
         what = f"its server does not answer as {plan.alias}: {error}"
-        raise planner.boot_port(ctx.where.settings, plan.port, what[:300]) from None
+        raise planner.boot_port(view, what[:300]) from None
 
 
 def _adopted_run(ctx: Context, view: PortView, plan: LoadPlan, prepared: Prepared) -> Run:
