@@ -15,7 +15,7 @@ import stat
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 
 from mlxops.agent.managers import ABSENT, NO_DOMAIN, ask_manager, which
@@ -133,7 +133,7 @@ class BootJobs:
             units = self._system.units(process.pid)
             unit = next((unit for unit in units if is_unit(job.label, unit)), None)
             if unit:
-                user = in_user_manager(units)
+                user = in_user_manager(units, (each.argv for each in chain))
                 stop = systemctl("stop", unit, user=user)
                 return BootClaim(job, f"systemd's {'user ' if user else ''}unit {unit} started it", stop)
             seen = self._system.variables(process.pid)
@@ -157,7 +157,7 @@ class BootJobs:
         if script.is_named_by([seen.get("pm_exec_path", "")], []):
             return BootClaim(job, f"pm2 started it from {job.script}", f"pm2 stop {seen.get('name') or job.script}")
         for process in chain[1:]:
-            if process.pid not in self._own and self._carries(script, process):
+            if process.pid not in self._own and self._carries(script, process, chain[0].pid):
                 how = f"pid {process.pid}, which runs {job.script}, started it"
                 return BootClaim(job, how, self._managers[job].stop(chain, self._system))
         return None
@@ -166,7 +166,7 @@ class BootJobs:
         if not job.label or not chain:
             return None
         managers = self._managers[job]
-        pids = {process.pid for process in chain}
+        pids = {process.pid for process in chain if process.pid != 1}
         if managers.launchd and managers.launchd.pid in pids:
             return BootClaim(job, f"launchd's job {managers.domain}/{managers.label} started it", managers.stop())
         return self._by_invocation(job, chain, port)
@@ -186,12 +186,14 @@ class BootJobs:
         how = "a systemd unit started it (INVOCATION_ID), and which one cannot be seen from here"
         return BootClaim(job, how, self._managers[job].stop())
 
-    def _carries(self, script: _Script, process: Process) -> bool:
-        """Whether the environment of a process that is no shell and no terminal names the script."""
+    def _carries(self, script: _Script, process: Process, child: int | None = None) -> bool:
+        """Whether the environment of a process that is no shell and no terminal names the script, in its own folder or
+        in the one in which it started `child`."""
         if program_of(process.argv) in SHELLS | CARRIERS or process.pid == 1:
             return False
-        values = self._system.variables(process.pid).values()
-        return any(script.is_named_by(words_in(value), []) for value in values if script.may_be_in(value))
+        values = [each for each in self._system.variables(process.pid).values() if script.may_be_in(each)]
+        places = [self._system.folder(pid) for pid in (process.pid, child) if pid is not None] if values else []
+        return any(script.is_named_by(words_in(value), filter(None, places)) for value in values)
 
     @cached_property
     def _own(self) -> frozenset[int]:
@@ -240,15 +242,14 @@ class BootJobs:
                 return process
         return None
 
-    def _source(self, job: BootJob) -> Path | None:
+    def _source(self, job: BootJob) -> str | None:
         if not job.script:
             return None
         script = _Script(job.script, self._environ)
         for path in self._roots.sources():
-            if any(script.may_be_in(line) for line in _lines(path)):
-                return path
-        own = _own_crontab(self._environ) if any(which(each, self._environ) for each in ("crontab",)) else ""
-        return Path("crontab -l") if any(map(script.may_be_in, _plain_lines(own))) else None
+            if any(map(script.is_in, _lines(path))):
+                return str(path)
+        return "this user's crontab" if any(map(script.is_in, _plain_lines(_own_crontab(self._environ)))) else None
 
     def _absent(self, job: BootJob) -> JobState:
         """No service manager knows it, and nothing that can be seen runs its script."""
@@ -261,8 +262,9 @@ class BootJobs:
 
     def _absences(self, job: BootJob, there: bool) -> Iterator[str]:
         if job.label:
-            asked = [name for name, here in (("launchd", self._managers[job].asks_launchd), ("systemd", True)) if here]
-            yield f"{' and '.join(asked)} here {'know' if len(asked) > 1 else 'knows'} no {job.label}"
+            asked = self._managers[job].asked
+            here = f"{' and '.join(asked)} know no" if len(asked) > 1 else f"{asked[0]} knows no" if asked else ""
+            yield f"{here} {job.label}" if here else f"no service manager runs here that could know {job.label}"
         if job.script:
             yield f"nothing runs {job.script}" if there else f"{job.script} is not there"
 
@@ -281,6 +283,12 @@ class _Managers:
         self.label = job.label
 
     @property
+    def asked(self) -> list[str]:
+        """Who is asked about the label."""
+        systemd = which("systemctl", self._environ) is not None
+        return [name for name, here in (("launchd", self.asks_launchd), ("systemd", systemd)) if here]
+
+    @property
     def asks_launchd(self) -> bool:
         return sys.platform == "darwin" or which("launchctl", self._environ) is not None
 
@@ -290,7 +298,7 @@ class _Managers:
         order = list(Standing)
         return min(found, key=lambda state: order.index(state.standing), default=None)
 
-    def stop(self, chain: Iterable[Process] = (), system: System | None = None) -> str:
+    def stop(self, chain: Collection[Process] = (), system: System | None = None) -> str:
         """The command that stops the job; by the marks of its processes, if there are any, and else by its label."""
         for process in chain if system else ():
             assert system is not None
@@ -299,9 +307,10 @@ class _Managers:
                 return bootout(self._domain_of(label), label)
             units = [unit for unit in system.units(process.pid) if _serves(unit)]
             if units:
-                return systemctl("stop", units[-1], user=in_user_manager(system.units(process.pid)))
+                user = in_user_manager(system.units(process.pid), (each.argv for each in chain))
+                return systemctl("stop", units[-1], user=user)
         if self.asks_launchd and self._job.label:
-            self._ask_launchd_where_no_file_tells()
+            self._find_domain()
             return bootout(self.domain or "system", self.label)
         for user, shown in self._known_units():
             return systemctl("stop", shown.get("Id") or unit_of(self._job.label), user=user)
@@ -313,15 +322,13 @@ class _Managers:
     # -- launchd -------------------------------------------------------------------------------------------------
 
     def _domain_of(self, label: str) -> str:
-        for domain, path in self._plists:
-            if same_label(label, str(_plist(path).get("Label", ""))):
-                return domain
-        return self.domain or "system"
+        found = (each.domain for each in self._plists if same_label(label, each.label))
+        return next(found, self.domain or "system")
 
-    def _ask_launchd_where_no_file_tells(self) -> None:
-        if not self.domain and self._plist_of_job:
-            self.domain, path = self._plist_of_job
-            self.label = str(_plist(path).get("Label", self.label))
+    def _find_domain(self) -> None:
+        """From the files, or from launchd where they do not tell."""
+        if not self.domain and self._own_plist:
+            self.domain, self.label = self._own_plist.domain, self._own_plist.label
         elif not self.domain:
             _ = self.launchd
 
@@ -330,13 +337,12 @@ class _Managers:
         """The job as launchd shows it. None: it does not know the label, or could not be asked."""
         if not self.asks_launchd:
             return None
-        if self._plist_of_job:
-            self.label = str(_plist(self._plist_of_job[1]).get("Label", self.label))
         uid = os.getuid()
-        first = self._plist_of_job[0] if self._plist_of_job else "system"
-        for domain in dict.fromkeys((first, "system", f"gui/{uid}", f"user/{uid}")):
-            if not self.label:
-                break
+        domains = ["system", f"gui/{uid}", f"user/{uid}"]
+        if self._own_plist:
+            self.label = self._own_plist.label
+            domains.insert(0, self._own_plist.domain)
+        for domain in dict.fromkeys(domains if self.label else []):
             try:
                 done = ask_manager(self._environ, "launchctl", "print", f"{domain}/{self.label}")
             except (Refused, OSError):
@@ -354,25 +360,21 @@ class _Managers:
         return []
 
     def _of_launchd(self) -> Iterator[JobState]:
-        if not self.asks_launchd and not self._plist_of_job:
-            return
-        shown = self.launchd
+        shown, own = self.launchd, self._own_plist
         if shown is not None:
             where = f"launchd has it as {self.domain}/{self.label}"
             standing = Standing.ACTIVE if shown.active else Standing.LOADED
             pid = f", pid {shown.pid}" if shown.pid else f", {shown.state or 'loaded'}"
             yield JobState(self._job, standing, where + pid, bootout(self.domain, self.label))
-            return
-        if self._plist_of_job:
-            domain, path = self._plist_of_job
-            label = str(_plist(path).get("Label", self.label))
-            off = self._disabled(domain, label)
-            if off if off is not None else _plist(path).get("Disabled") is True:
-                again = f"{'sudo ' if domain == 'system' else ''}launchctl enable {domain}/{label}"
-                yield JobState(self._job, Standing.DISABLED, f"launchd does not load {path}", enable=again)
+        elif own is not None:
+            off = self._disabled(own.domain, own.label)
+            if own.keys.get("Disabled") is True if off is None else off:
+                again = f"{'sudo ' if own.domain == 'system' else ''}launchctl enable {own.domain}/{own.label}"
+                yield JobState(self._job, Standing.DISABLED, f"launchd does not load {own.path}", enable=again)
             else:
-                why = f"{path} is there, and launchd loads it at the next {'boot' if domain == 'system' else 'login'}"
-                yield JobState(self._job, Standing.INSTALLED, why, bootout(domain, label))
+                when = "boot" if own.domain == "system" else "login"
+                why = f"{own.path} is there, and launchd loads it at the next {when}"
+                yield JobState(self._job, Standing.INSTALLED, why, bootout(own.domain, own.label))
         elif self._unanswered:
             yield JobState(self._job, Standing.UNKNOWN, "; ".join(self._unanswered))
 
@@ -383,22 +385,19 @@ class _Managers:
             return None
 
     @cached_property
-    def _plists(self) -> list[tuple[str, Path]]:
+    def _plists(self) -> list[_Plist]:
         return [
-            (domain, path)
+            _Plist(domain, path, _keys_of(path))
             for domain, folder in self._roots.plists(self._home)
             for path in sorted(folder.glob("*.plist"))
         ]
 
     @cached_property
-    def _plist_of_job(self) -> tuple[str, Path] | None:
+    def _own_plist(self) -> _Plist | None:
         """The property list with the job's label; where no label is given, the one that runs the script."""
-        for domain, path in self._plists:
-            if self._job.label and same_label(self._job.label, str(_plist(path).get("Label", ""))):
-                return domain, path
-        for domain, path in self._plists:
-            if not self._job.label and self._script is not None and self._runs(_plist(path)):
-                return domain, path
+        for each in self._plists:
+            if same_label(self._job.label, each.label) if self._job.label else self._runs(each.keys):
+                return each
         return None
 
     def _runs(self, keys: Mapping[str, object]) -> bool:
@@ -473,7 +472,7 @@ class _Managers:
 
     def _is_run_by(self, unit: Path) -> bool:
         starts = [line for line in _lines(unit) if line.lstrip().startswith("ExecStart")]
-        return self._script is not None and any(map(self._script.may_be_in, starts))
+        return self._script is not None and any(map(self._script.is_in, starts))
 
 
 class _Script:
@@ -485,7 +484,11 @@ class _Script:
         self.path = path.rstrip("/") or "/"
         self._real = os.path.realpath(self.path)
         self._file = _file(self.path)
+        self._folder, _, self._name = self.path.rpartition("/")
         names = {self.path, self._real}
+        home = (environ.get("HOME") or "").rstrip("/")
+        if home and self.path.startswith(f"{home}/"):
+            names |= {f"{short}{self.path[len(home) :]}" for short in ("~", "$HOME", "${HOME}")}
         self._spelled = re.compile("|".join(rf"(?<![\w./-]){re.escape(name)}(?![\w./-])" for name in names))
 
     def is_named_by(self, words: Iterable[str], folders: Iterable[str]) -> bool:
@@ -504,9 +507,12 @@ class _Script:
         return self._file is not None and _file(path) == self._file
 
     def may_be_in(self, text: str) -> bool:
-        """Whether a text has the script's path, or a relative one that ends in its name."""
-        name = os.path.basename(self.path)
-        return name in text and (bool(self._spelled.search(text)) or not text.startswith("/") or text.endswith(name))
+        """Whether it is worth looking at the words of a text."""
+        return self._name in text
+
+    def is_in(self, line: str) -> bool:
+        """Whether a line of configuration runs it: by its path, or in its folder."""
+        return self._name in line and (bool(self._spelled.search(line)) or self._folder in line)
 
 
 def _file(path: str) -> tuple[int, int] | None:
@@ -534,8 +540,19 @@ def _serves(unit: str) -> bool:
     return not re.match(r"(user@|session-|init\.|ssh|cron|crond|getty|dbus|user-)", unit)
 
 
-@cache
-def _plist(path: Path) -> Mapping[str, object]:
+@dataclass(frozen=True)
+class _Plist:
+    domain: str
+    """launchd's, into which it is loaded."""
+    path: Path
+    keys: Mapping[str, object]
+
+    @property
+    def label(self) -> str:
+        return str(self.keys.get("Label", ""))
+
+
+def _keys_of(path: Path) -> Mapping[str, object]:
     import plistlib  # 10 ms, and only macOS has such files
 
     try:

@@ -13,11 +13,11 @@ ABSENT = 113
 """What `launchctl print` ends with for a job that is not there ("Could not find service"); all else says nothing."""
 NO_DOMAIN = 112
 """What it ends with for a domain that is not there, such as gui/UID without a login at the screen."""
-_FOLDERS = "/bin:/usr/bin:/usr/local/bin:/sbin:/usr/sbin"
+FOLDERS = "/bin:/usr/bin:/usr/local/bin:/sbin:/usr/sbin"
 
 
 def which(program: str, environ: Mapping[str, str]) -> str | None:
-    return shutil.which(program, path=f"{environ.get('PATH', '')}:{_FOLDERS}")
+    return shutil.which(program, path=f"{environ.get('PATH', '')}:{FOLDERS}")
 
 
 def ask_manager(environ: Mapping[str, str], program: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -161,9 +161,9 @@ class ByHand:
     portless: tuple[Server, ...] = ()
     """Those that are to listen there, by their argv, and listen nowhere."""
 
-    def first(self, *, listening: bool) -> Server | None:
-        """The server that listens; where nothing listens, one that is to."""
-        return self.listening or (None if listening else next(iter(self.portless), None))
+    @property
+    def first(self) -> Server | None:
+        return next(iter(filter(None, (self.listening, *self.portless))), None)
 
     def without(self, pids: Collection[int]) -> ByHand:
         listening = self.listening if self.listening and self.listening.pid not in pids else None
@@ -252,12 +252,13 @@ def _signals(
     members = processes.members(system, look, run) if run else ()
     others = pids - set(members)
     by_hand = hand.get(port, ByHand())
-    server = by_hand.first(listening=bool(listeners))
-    claim = _boot_claim(jobs, look, port, listeners, run, members, server) if jobs else None
+    claim = _boot_claim(jobs, look, port, listeners, run, members, by_hand.first) if jobs else None
     if claim is None:
         by_hand = by_hand.without(members)
-        server = by_hand.first(listening=bool(listeners))
-    portless = tuple(each for each in by_hand.portless if each is not server)
+    portless = by_hand.portless
+    server = by_hand.listening
+    if not listeners and portless:
+        server, portless = portless[0], portless[1:]
     return Signals(
         port=port,
         alias=where.settings.slots.get(port),

@@ -6,6 +6,7 @@ macOS, psutil looks. Both sides run in the tests on Linux and are compared there
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import ipaddress
 import os
@@ -248,10 +249,14 @@ class LinuxSystem:
             if os.readlink(f"{self.root}/{pid}/ns/net") != os.readlink(f"{self.root}/self/ns/net"):
                 return None  # in a container
             folder = f"{self.root}/{pid}/fd"
-            open_files = {os.readlink(f"{folder}/{name}") for name in os.listdir(folder)}
+            names = os.listdir(folder)
         except OSError as error:
             _check_shortage(error)
             return None
+        open_files = set()
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                open_files.add(os.readlink(f"{folder}/{name}"))
         listening = self._sockets(sockets.LISTENING)
         return frozenset(each.port for each in listening if f"socket:[{each.inode}]" in open_files)
 

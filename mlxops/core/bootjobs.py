@@ -44,9 +44,10 @@ def _unescaped(unit: str) -> str:
     return re.sub(r"\\x([0-9a-fA-F]{2})", lambda found: chr(int(found[1], 16)), unit)
 
 
-def in_user_manager(units: Iterable[str]) -> bool:
-    """Whether units as `System.units` gives them are of a user's systemd, which runs in `user@UID.service`."""
-    return any(unit.startswith("user@") for unit in units)
+def in_user_manager(units: Iterable[str], above: Iterable[tuple[str, ...]] = ()) -> bool:
+    """Whether a user's systemd runs them, by the units that a process is in and the commands above it."""
+    managed = any(program_of(argv) == "systemd" and "--user" in argv for argv in above)
+    return managed or any(unit.startswith("user@") for unit in units)
 
 
 def same_label(one: str, other: str) -> bool:

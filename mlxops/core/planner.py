@@ -461,7 +461,7 @@ def _what_stays(view: PortView) -> tuple[str, ...]:
     """What is above a server that somebody started by hand is not stopped with it."""
     if view.owner is not Owner.HAND or view.server is None or not view.server.starter:
         return ()
-    return (f"{view.server.starter}, which started it, goes on, and may start it again",)
+    return (f"its parent, {view.server.starter}, is left alone, and may start it again",)
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ class Server:
     wrappers: tuple[int, ...] = ()
     """The processes that only run it, such as `uv run` or a script: they end with it."""
     starter: str = ""
-    """For people: the process that started it, and goes on without it."""
+    """For people: its parent, which goes on without it."""
 
 
 def run_of(server: Server, port: int, boot_id: str) -> Run:
@@ -467,9 +467,7 @@ def _stranger(signals: Signals, registry: Registry, owner: Owner) -> PortView:
         pgid=server.pgid if server else None,
         engine=server.engine if server else None,
         memory_bytes=signals.memory_bytes,
-        detail="; ".join(filter(None, [detail, signals.boot.how]))
-        if signals.boot
-        else detail or "; ".join(filter(None, [signals.stranger, _started_by(server)])),
+        detail=_told(signals, server, detail),
         run=signals.run,
         server=server,
         operation=signals.operation,
@@ -478,8 +476,12 @@ def _stranger(signals: Signals, registry: Registry, owner: Owner) -> PortView:
     )
 
 
-def _started_by(server: Server | None) -> str:
-    return f"started by {server.starter}" if server and server.starter else ""
+def _told(signals: Signals, server: Server | None, detail: str) -> str:
+    """For people: `detail`, else what listens; and whose it is."""
+    if signals.boot:
+        return "; ".join(filter(None, [detail, signals.boot.how]))
+    parent = f"its parent: {server.starter}" if server and server.starter else ""
+    return detail or "; ".join(filter(None, [signals.stranger, parent]))
 
 
 def _known_as(model: Model) -> frozenset[str]:

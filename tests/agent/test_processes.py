@@ -340,8 +340,9 @@ def test_a_child_on_its_way_out_that_has_lost_its_mark_is_no_stranger(monkeypatc
     assert sent == [(run.pgid, signal.SIGTERM), (run.pgid, signal.SIGKILL)]
     (changed,) = system.processes.keys() - system.marked
     system.processes[changed] = replace(system.processes[changed], start="another by now")
-    with pytest.raises(Refused):
+    with pytest.raises(Refused, match="may not be signalled") as caught:
         stopping.send(signal.SIGKILL)
+    assert caught.value.hint.endswith(f"kill {changed}; then: mlxctl unload {run.port}")
 
 
 def test_of_a_program_that_only_prints_something_nothing_is_left(
@@ -384,6 +385,31 @@ def test_a_process_that_differs_from_the_record_and_has_no_mark_is_not_ours(lab:
     assert not proven(other) and ours(other) == ()
     assert not stop(SYSTEM, other, grace=0.1).killed
     assert gated.child.poll() is None
+
+
+def test_what_a_process_is_called_proves_nothing_either_way(lab: Lab) -> None:
+    """A prefix that replaces itself leaves another argv than the recorded one. The mark of another run counts."""
+    _, run = lab.running(SERVE)
+    assert proven(replace(run, argv=("/usr/bin/nice", "-n", "10", "/bin/engine")))
+    assert not proven(replace(run, run_id="another"))
+
+
+@pytest.mark.parametrize("prefix", [(), ("/usr/bin/env", "-i")], ids=["a mark", "an empty environment"])
+def test_a_process_without_a_mark_is_told_by_its_start(lab: Lab, prefix: tuple[str, ...]) -> None:
+    """An environment that cannot be seen, as of a hardened program on macOS, looks like an empty one."""
+    gated, run = lab.running((*prefix, *SERVE))
+    assert proven(run) and (SYSTEM.environment(gated.pid, MARK) is None) is bool(prefix)
+    assert not proven(replace(run, start="1")) and ours(replace(run, start="1", run_id="another")) == ()
+    assert not stop(SYSTEM, run, grace=20, reap=gated.child.poll).killed and not group(run)
+
+
+def test_a_child_that_has_left_its_group_goes_with_its_server(lab: Lab) -> None:
+    code = f"import subprocess, signal; subprocess.Popen({list(SERVE)!r}, start_new_session=True); signal.pause()"
+    gated, run = lab.running((PYTHON, "-S", "-c", code))
+    (child,) = [p.pid for p in SYSTEM.look(()).processes.values() if p.ppid == gated.pid]
+    assert ours(run) == (gated.pid,), "it proves nothing of the server"
+    stop(SYSTEM, run, grace=20, reap=gated.child.poll)
+    wait_until(lambda: (seen := SYSTEM.process(child)) is None or seen.zombie, 5, "the end of the child")
 
 
 def test_a_process_is_ours_also_in_the_instant_in_which_it_becomes_another_program(lab: Lab) -> None:
