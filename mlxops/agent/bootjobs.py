@@ -396,6 +396,11 @@ class _Managers:
     @cached_property
     def _own_plist(self) -> _Plist | None:
         """The property list with the job's label; else the one that runs the script."""
+        # Nearly always the file has the label's name; there may be dozens of others.
+        for domain, folder in self._roots.plists(self._home) if self._job.label else ():
+            path = folder / f"{self._job.label}.plist"
+            if path.exists() and same_label(self._job.label, str((keys := _keys_of(path)).get("Label", ""))):
+                return _Plist(domain, path, keys)
         named = (each for each in self._plists if same_label(self._job.label, each.label))
         return next(named, None) or next((each for each in self._plists if self._runs(each.keys)), None)
 
@@ -422,6 +427,8 @@ class _Managers:
                 shown = self._show(user, name)
                 if shown:
                     found.append((user, shown))
+                if standing_of_unit(shown) not in {Standing.MISSING, Standing.UNKNOWN}:
+                    return tuple(found)
         return tuple(found)
 
     def _known_units(self) -> list[tuple[bool, Mapping[str, str]]]:
