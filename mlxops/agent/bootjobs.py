@@ -42,7 +42,9 @@ from mlxops.core.errors import Refused
 from mlxops.core.settings import BootJob
 from mlxops.core.world import BootClaim, JobState, Standing
 
-_SHOWN = "Id,LoadState,ActiveState,SubState,UnitFileState,FragmentPath,WantedBy,RequiredBy,TriggeredBy,InvocationID"
+_SHOWN = (
+    "Id,LoadState,ActiveState,SubState,UnitFileState,FragmentPath,WantedBy,RequiredBy,TriggeredBy,InvocationID,MainPID"
+)
 _SOURCES = (
     *("/etc/crontab", "/etc/cron.d/*", "/etc/anacrontab", "/var/spool/cron/crontabs/*", "/var/spool/cron/*"),
     *("/usr/lib/cron/tabs/*", "/etc/rc.local", "/etc/rc.d/rc.local", "/etc/init.d/*"),
@@ -110,7 +112,9 @@ class BootJobs:
         chains = [list(look.ancestors(pid)) for pid in sorted(pids)]
         for job in sorted(self.jobs, key=lambda each: each.port != port):
             for chain in chains:
-                found = self._by_marks(job, chain) or self._by_script(job, look, chain)
+                found = self._by_marks(job, [job.label], chain) or self._by_script(job, look, chain)
+                # What takes longer comes last.
+                found = found or self._by_marks(job, self._managers[job].names_in_files, chain)
                 found = found or self._by_asking(job, chain, port)
                 if found:
                     return found
@@ -126,22 +130,22 @@ class BootJobs:
     def _stop(self, state: JobState) -> str:
         return state.stop or self._managers[state.job].stop()
 
-    def _by_marks(self, job: BootJob, chain: list[Process]) -> BootClaim | None:
-        if not job.label:
-            return None
-        for process in chain:
+    def _by_marks(self, job: BootJob, names: Collection[str], chain: list[Process]) -> BootClaim | None:
+        """By what service managers left with a process, under one of these labels or units."""
+        for process in chain if any(names) else ():
             units = self._system.units(process.pid)
-            unit = next((unit for unit in units if is_unit(job.label, unit)), None)
+            unit = next((unit for unit in units if any(is_unit(name, unit) for name in names)), None)
             if unit:
                 user = in_user_manager(units, (each.argv for each in chain))
                 stop = systemctl("stop", unit, user=user)
                 return BootClaim(job, f"systemd's {'user ' if user else ''}unit {unit} started it", stop)
             seen = self._system.variables(process.pid)
-            if same_label(job.label, seen.get("XPC_SERVICE_NAME", "")):
-                return BootClaim(job, f"launchd's job {job.label} started it", self._managers[job].stop())
-            if same_label(job.label, seen.get("SUPERVISOR_PROCESS_NAME", "")):
-                stop = f"supervisorctl stop {job.label}"
-                return BootClaim(job, f"supervisord's program {job.label} started it", stop)
+            label = seen.get("XPC_SERVICE_NAME", "")
+            if any(same_label(name, label) for name in names):
+                return BootClaim(job, f"launchd's job {label} started it", self._managers[job].stop(label))
+            program = seen.get("SUPERVISOR_PROCESS_NAME", "")
+            if any(same_label(name, program) for name in names):
+                return BootClaim(job, f"supervisord's program {program} started it", f"supervisorctl stop {program}")
         return None
 
     def _by_script(self, job: BootJob, look: Look, chain: list[Process]) -> BootClaim | None:
@@ -151,7 +155,7 @@ class BootJobs:
         for process in chain:
             if script.is_named_by(words_of(process.argv), self._folders(look, process)):
                 how = f"{job.script} runs above it (pid {process.pid})"
-                return BootClaim(job, how, self._managers[job].stop(chain, self._system))
+                return BootClaim(job, how, self._stop_by_file(job, chain))
         # pm2 writes it there; a keeper of one's own often has it in a variable, which its children inherit.
         seen = self._system.variables(chain[0].pid)
         if script.is_named_by([seen.get("pm_exec_path", "")], []):
@@ -159,8 +163,13 @@ class BootJobs:
         for process in chain[1:]:
             if process.pid not in self._own and self._carries(script, process, chain[0].pid):
                 how = f"pid {process.pid}, which runs {job.script}, started it"
-                return BootClaim(job, how, self._managers[job].stop(chain, self._system))
+                return BootClaim(job, how, self._stop_by_file(job, chain))
         return None
+
+    def _stop_by_file(self, job: BootJob, chain: list[Process]) -> str:
+        """By the service manager whose file runs the script, if these processes have its mark."""
+        marked = self._by_marks(job, self._managers[job].names_in_files, chain)
+        return marked.stop if marked else self._managers[job].stop()
 
     def _by_asking(self, job: BootJob, chain: list[Process], port: int) -> BootClaim | None:
         if not job.label or not chain:
@@ -169,22 +178,21 @@ class BootJobs:
         pids = {process.pid for process in chain if process.pid != 1}
         if managers.launchd and managers.launchd.pid in pids:
             return BootClaim(job, f"launchd's job {managers.domain}/{managers.label} started it", managers.stop())
-        return self._by_invocation(job, chain, port)
-
-    def _by_invocation(self, job: BootJob, chain: list[Process], port: int) -> BootClaim | None:
-        """systemd's mark, where the control groups tell nothing: in a container they are hidden."""
-        server = chain[0].pid
-        mark = self._system.variables(server).get("INVOCATION_ID")
-        if not mark or mark == self._environ.get("INVOCATION_ID") or self._system.units(server):
+        units = self._system.units(chain[0].pid)
+        if units and not (units[-1].endswith(".scope") and not units[-1].startswith("session-")):
             return None
-        for user, shown in self._managers[job].units:
-            if shown.get("InvocationID") == mark:
+        # `systemd-run --scope` gives a server a group of its own, and in a container the groups are hidden.
+        mark = self._system.variables(chain[0].pid).get("INVOCATION_ID", "")
+        mark = "" if mark == self._environ.get("INVOCATION_ID") else mark
+        for user, shown in managers.units if units or mark else ():
+            main = shown.get("MainPID", "")
+            if (main.isdecimal() and int(main) in pids) or (mark and mark == shown.get("InvocationID")):
                 unit = shown.get("Id") or unit_of(job.label)
                 return BootClaim(job, f"systemd's unit {unit} started it", systemctl("stop", unit, user=user))
-        if port != job.port or any(shown.get("InvocationID") for _, shown in self._managers[job].units):
+        if units or not mark or port != job.port or any(shown.get("InvocationID") for _, shown in managers.units):
             return None
         how = "a systemd unit started it (INVOCATION_ID), and which one cannot be seen from here"
-        return BootClaim(job, how, self._managers[job].stop())
+        return BootClaim(job, how, managers.stop())
 
     def _carries(self, script: _Script, process: Process, child: int | None = None) -> bool:
         """Whether the environment of a process that is no shell and no terminal names the script, in its own folder or
@@ -298,24 +306,17 @@ class _Managers:
         order = list(Standing)
         return min(found, key=lambda state: order.index(state.standing), default=None)
 
-    def stop(self, chain: Collection[Process] = (), system: System | None = None) -> str:
-        """The command that stops the job; by the marks of its processes, if there are any, and else by its label."""
-        for process in chain if system else ():
-            assert system is not None
-            label = system.variables(process.pid).get("XPC_SERVICE_NAME", "")
-            if self.asks_launchd and label not in {"", "0"} and not label.startswith("application."):
-                return bootout(self._domain_of(label), label)
-            units = [unit for unit in system.units(process.pid) if _serves(unit)]
-            if units:
-                user = in_user_manager(system.units(process.pid), (each.argv for each in chain))
-                return systemctl("stop", units[-1], user=user)
-        if self.asks_launchd and self._job.label:
+    def stop(self, label: str = "") -> str:
+        """The command that stops the job, or launchd's job of another label that runs the same script."""
+        if label and not same_label(label, self._job.label):
+            return bootout(self._domain_of(label), label)
+        if self.asks_launchd and (self._job.label or self._own_plist):
             self._find_domain()
             return bootout(self.domain or "system", self.label)
         for user, shown in self._known_units():
             return systemctl("stop", shown.get("Id") or unit_of(self._job.label), user=user)
         if self._job.label:
-            # No launchd and no systemd that knows it: an operator may read this on another machine than the host.
+            # No launchd and no systemd that knows it: what else starts it has a command of its own.
             return f"stop what starts it (under launchd: {bootout('system', self._job.label)})"
         return f"stop what runs {self._job.script}"
 
@@ -394,11 +395,14 @@ class _Managers:
 
     @cached_property
     def _own_plist(self) -> _Plist | None:
-        """The property list with the job's label; where no label is given, the one that runs the script."""
-        for each in self._plists:
-            if same_label(self._job.label, each.label) if self._job.label else self._runs(each.keys):
-                return each
-        return None
+        """The property list with the job's label; else the one that runs the script."""
+        # Nearly always the file has the label's name; there may be dozens of others.
+        for domain, folder in self._roots.plists(self._home) if self._job.label else ():
+            path = folder / f"{self._job.label}.plist"
+            if path.exists() and same_label(self._job.label, str((keys := _keys_of(path)).get("Label", ""))):
+                return _Plist(domain, path, keys)
+        named = (each for each in self._plists if same_label(self._job.label, each.label))
+        return next(named, None) or next((each for each in self._plists if self._runs(each.keys)), None)
 
     def _runs(self, keys: Mapping[str, object]) -> bool:
         arguments = keys.get("ProgramArguments")
@@ -423,6 +427,8 @@ class _Managers:
                 shown = self._show(user, name)
                 if shown:
                     found.append((user, shown))
+                if standing_of_unit(shown) not in {Standing.MISSING, Standing.UNKNOWN}:
+                    return tuple(found)
         return tuple(found)
 
     def _known_units(self) -> list[tuple[bool, Mapping[str, str]]]:
@@ -461,18 +467,25 @@ class _Managers:
 
     @cached_property
     def _unit_files(self) -> list[tuple[bool, Path]]:
-        """The unit files with the job's name; where no label is given, those that run the script."""
-        found = []
-        for user, folder in self._roots.units(self._home, self._environ.get("XDG_CONFIG_HOME", "")):
-            for path in sorted(folder.glob("*.service")):
-                named = self._job.label and is_unit(self._job.label, path.name)
-                if named or (not self._job.label and self._is_run_by(path)):
-                    found.append((user, path))
-        return found
+        """The unit files with the job's name; else those that run the script."""
+        found = [
+            (user, path)
+            for user, folder in self._roots.units(self._home, self._environ.get("XDG_CONFIG_HOME", ""))
+            for path in sorted(folder.glob("*.service"))
+        ]
+        named = [(user, path) for user, path in found if self._job.label and is_unit(self._job.label, path.name)]
+        return named or [(user, path) for user, path in found if self._is_run_by(path)]
+
+    @cached_property
+    def names_in_files(self) -> tuple[str, ...]:
+        """The labels and units of the files that run the script."""
+        labels = [each.label for each in self._plists if self._runs(each.keys)]
+        return (*labels, *(path.name for _, path in self._unit_files))
 
     def _is_run_by(self, unit: Path) -> bool:
-        starts = [line for line in _lines(unit) if line.lstrip().startswith("ExecStart")]
-        return self._script is not None and any(map(self._script.is_in, starts))
+        if self._script is None or "lib" in unit.parts[:4]:  # a distribution's, of which there are hundreds
+            return False
+        return any(self._script.is_in(line) for line in _lines(unit) if line.lstrip().startswith("ExecStart"))
 
 
 class _Script:
@@ -533,11 +546,6 @@ def _exists(path: Path) -> bool | None:
     except OSError:
         return None
     return True
-
-
-def _serves(unit: str) -> bool:
-    """Whether a unit may be a job's own: not the one of a login, of cron, or of a user's manager."""
-    return not re.match(r"(user@|session-|init\.|ssh|cron|crond|getty|dbus|user-)", unit)
 
 
 @dataclass(frozen=True)

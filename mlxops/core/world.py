@@ -583,7 +583,7 @@ def _drift_of_port(view: PortView, assigned: tuple[Model, ...], slots: Mapping[s
             yield Drift("assigned_not_served", port, name, message, "mlxctl restore" if view.rebooted else load)
     elif view.owner is Owner.MLXOPS and view.state in {State.ORPHAN, State.MISMATCH, State.WEDGED, State.FAILED}:
         yield Drift(view.state.value, port, view.model, f"{port}: {view.detail}", f"mlxctl unload {port}")
-    elif view.owner is Owner.BOOT and names and view.model not in names:
+    elif view.owner is Owner.BOOT and view.state is not State.LOADING and names and view.model not in names:
         message = f"{port} is served by the boot job, and the registry assigns {', '.join(names)} to it"
         hint = f"mlxctl load {names[0]} PORT, with another port; or make its port null in the registry"
         yield Drift("boot_port_assigned", port, view.model, message, hint)

@@ -199,6 +199,32 @@ class TestAServerBelongsToTheJob:
         box.launchctl(f'[ "$2" = {domain}/{LABEL} ] && exec /bin/cat {shown}; exit 113')
         assert box.claim(Seen(), "/bin/bash", "/srv/other.sh", label=LABEL).stop == stop
 
+    def test_if_systemd_calls_it_the_units_main_process_in_a_scope_of_its_own(self, box: Box) -> None:
+        """A script that ends in `exec systemd-run --scope ...`."""
+        box.systemctl(f"echo Id=mlx.service; echo LoadState=loaded; echo ActiveState=active; echo MainPID={SERVER}")
+        seen = Seen(cgroups={SERVER: "0::/system.slice/run-r1.scope"})
+        assert box.claim(seen, "/sbin/init", label="mlx").stop == "sudo systemctl stop mlx.service"
+
+    @pytest.mark.parametrize("label", ["", "com.example.wrong"], ids=["no label", "a wrong label"])
+    def test_if_the_managers_file_runs_its_script(self, box: Box, label: str) -> None:
+        """The script ends in exec, so nothing above the server names it."""
+        box.plist("Library/LaunchDaemons", "org.job", ProgramArguments=["/bin/bash", "-lc", str(box.script)])
+        box.plist("Library/LaunchDaemons", "org.job2", ProgramArguments=[str(box.script), "8101"])
+        for name in ("org.job", "org.job2"):
+            seen = Seen(environs={SERVER: {"XPC_SERVICE_NAME": name}})
+            claim = box.claim(seen, "/sbin/launchd", script=str(box.script), label=label)
+            assert claim.stop == f"sudo launchctl bootout system/{name}"
+        box.write("etc/systemd/system/any.service", f"[Service]\nExecStart=/usr/bin/env bash {box.script}\n")
+        seen = Seen(cgroups={SERVER: "0::/system.slice/any.service"})
+        claim = box.claim(seen, "/sbin/init", script=str(box.script), label=label)
+        assert claim.stop == "sudo systemctl stop any.service"
+
+    def test_and_a_unit_that_only_surrounds_its_script_is_not_what_is_to_be_stopped(self, box: Box) -> None:
+        """A login's, a terminal's or a container's would take everything else along."""
+        seen = Seen(cgroups={PARENT: "0::/system.slice/docker.service", SERVER: "0::/system.slice/docker.service"})
+        claim = box.claim(seen, "/bin/bash", str(box.script), script=str(box.script))
+        assert claim.stop == f"stop what runs {box.script}"
+
     def test_if_supervisord_or_pm2_left_their_mark(self, box: Box) -> None:
         of_supervisord = Seen(environs={SERVER: {"SUPERVISOR_PROCESS_NAME": "mlx"}})
         assert box.claim(of_supervisord, "/usr/bin/supervisord", label="mlx").stop == "supervisorctl stop mlx"
