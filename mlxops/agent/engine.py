@@ -91,6 +91,8 @@ class Names:
 class Engine(Protocol):
     name: str
     distribution: str
+    completion_paths: frozenset[str]
+    """The paths at which its servers give completions."""
     """The name of its Python package, as its folder of metadata begins."""
     reserved: frozenset[str]
     """Options that belong to mlxops; refused in a model's `args`."""
@@ -122,6 +124,9 @@ class Engine(Protocol):
 
     def any_name(self, version: str | None) -> bool:
         """Whether this version answers whatever name a request has. An unknown version is taken for a recent one."""
+
+    def further_names(self, version: str | None) -> tuple[str, ...]:
+        """Names beside the served one by which a server of this version gives the model that it was started with."""
 
     def names(self, argv: Sequence[str], version: str | None) -> Names:
         """What a running server with this argv can be asked by, whoever started it. `version` None: not known."""

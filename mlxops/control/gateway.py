@@ -25,6 +25,7 @@ from mlxops.core import gateway as core
 from mlxops.core.asking import Asking, Server
 from mlxops.core.errors import MlxopsError, Refused, UsageError
 from mlxops.core.gateway import Entry, Finding, Port, Severity
+from mlxops.core.litellm import Config, deployed
 from mlxops.core.world import Owner, State
 
 RESOLVE_SECONDS = 3.0
@@ -40,6 +41,10 @@ def same_host(one: str, other: str) -> bool:
     return core.same_name(one, other) or bool(_addresses(one) & _addresses(other))
 
 
+_ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+"""To connect to "any address" is to connect to this machine."""
+
+
 @cache
 def _addresses(name: str) -> frozenset[str]:
     """The addresses of a name, as far as they can be had in time."""
@@ -47,7 +52,8 @@ def _addresses(name: str) -> frozenset[str]:
 
     def ask() -> None:
         try:
-            found.update(str(row[4][0]) for row in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM))
+            rows = socket.getaddrinfo(_ANY.get(name, name), None, type=socket.SOCK_STREAM)
+            found.update(str(row[4][0]).removeprefix("::ffff:") for row in rows)
         except (OSError, UnicodeError):
             return
 
@@ -89,6 +95,7 @@ def _seen(port: Port, row: Mapping[str, object]) -> Port:
         also_answers_to=tuple(name for name in also if isinstance(name, str)) if isinstance(also, list) else (),
         answers_to_any=row.get("answers_to_any") is True,
         drops_for_others=row.get("drops_for_others") is not False,
+        paths=_strings(row.get("paths")),
         not_asked=text("not_asked") or "",
         context_length=context if isinstance(context, int) else None,
         assigned=row.get("assigned") is True,
@@ -96,7 +103,21 @@ def _seen(port: Port, row: Mapping[str, object]) -> Port:
     )
 
 
+def _strings(value: object) -> frozenset[str]:
+    return frozenset(each for each in value if isinstance(each, str)) if isinstance(value, list) else frozenset()
+
+
 # -- the check ----------------------------------------------------------------------------------------------------
+
+
+def under(told: Told, ports: Sequence[Port]) -> Told:
+    """With its entries under the names that clients use: a pattern stands for the aliases of these ports."""
+    return replace(told, entries=_under(told.config, ports))
+
+
+def _under(config: Config, ports: Sequence[Port]) -> tuple[Entry, ...]:
+    names = [port.alias for port in ports if port.alias]
+    return core.claims(config.concrete(names), ports, same_host)
 
 
 def check(told: Told, targets: Sequence[Target], answers: Sequence[Answer]) -> tuple[Answer, ...]:
@@ -109,6 +130,7 @@ def check(told: Told, targets: Sequence[Target], answers: Sequence[Answer]) -> t
         except MlxopsError:
             ports[target.name] = ()
     every = [port for each in ports.values() for port in each]
+    told = under(told, every)
     compared = core.compare(told.entries, every, told.files, same_host) if told.known else ()
     flags = {target.name: target.flags for target in targets}
     findings = [
@@ -209,7 +231,7 @@ def load(gateway: Gateway | None, target: Target, args: Mapping[str, object], ta
     receipt that fails is a warning: the server was proven on its port, and it is the gateway's side that is to be
     looked at. A configuration that cannot be read is one too: it must not keep anybody from serving.
     """
-    told = _told(gateway, talk)
+    told = _told(gateway, target, talk)
     answer = send({**args, **_said_of(target, told)} if told else args)
     if told and answer.error is not None and answer.error.code == "gateway_name":
         _name_the_edit(answer.error, told, target)
@@ -219,15 +241,19 @@ def load(gateway: Gateway | None, target: Target, args: Mapping[str, object], ta
     return replace(answer, result={**result, "gateway": _receipt(gateway, told, target, result, talk)})
 
 
-def _told(gateway: Gateway | None, talk: Talk) -> Told | None:
+def _told(gateway: Gateway | None, target: Target, talk: Talk) -> Told | None:
     """What the gateway was told; None where that is not known here."""
     if gateway is None or gateway.config is None or not Path(gateway.config).expanduser().is_file():
         return None
     try:
-        return read(gateway)
+        told = read(gateway)
     except Refused as error:
         talk.note(f"warning: {error.message}: {error.why}; the gateway's names are not checked")
         return None
+    try:
+        return under(told, slots(target))
+    except MlxopsError:
+        return told  # the request itself meets the same, and tells it as its answer
 
 
 def _said_of(target: Target, told: Told) -> dict[str, object]:
@@ -249,7 +275,7 @@ def _name_the_edit(error: MlxopsError, told: Told, target: Target) -> None:
     wrong = (e for e in told.entries if e.address and e.address[1] == error.details.get("port") and e.sends != name)
     entry = next((e for e in wrong if e.address and same_host(e.address[0], reached_at(target))), None)
     if entry is not None:
-        error.hint = core.edit(entry, "model", f"openai/{name}", told.files)
+        error.hint = core.edit(entry, "model", entry.right_model(name), told.files)
 
 
 def _receipt(
@@ -267,7 +293,7 @@ def _receipt(
         settings, slot = target.settings, str(result.get("alias"))
         beside = asking.slots_beside(port, reached_at(target), settings.slots, settings.ports)
         server = asking.server_of(result, base, slot)
-        receipt = _Running.of(gateway, told, key).ask((server, *beside), RECEIPT_SECONDS)
+        receipt = _Running.of(gateway, told, key, (server, *beside)).ask(RECEIPT_SECONDS)
         if not receipt.asking.names:
             why = aimed(f"the gateway has no entry that leads to port {port}; see: inv gateway", target.flags)
         elif not receipt.passages:
@@ -319,17 +345,22 @@ class _Running:
     entries: tuple[Entry, ...] | None
     """What it says that it does; None: it does not say."""
 
+    servers: tuple[Server, ...]
+
     @staticmethod
-    def of(gateway: Gateway, told: Told | None, key: str | None) -> _Running:
-        files = told.entries if told is not None and told.known else None
+    def of(gateway: Gateway, told: Told | None, key: str | None, servers: Sequence[Server]) -> _Running:
+        ports = [each for server in servers if (each := _port_of(server)) is not None]
+        files = under(told, ports).entries if told is not None and told.known else None
         running = through.deployments(gateway.url or "", key)
         if running is None:
-            return _Running(gateway, key, files, None)
-        return _Running(gateway, key, files, tuple(_entry_of(each, files or ()) for each in running))
+            return _Running(gateway, key, files, None, tuple(servers))
+        written = told.config if told is not None else Config()
+        config = Config(tuple(_entry_of(each, written.entries) for each in running), written.synonyms)
+        return _Running(gateway, key, files, _under(config, ports), tuple(servers))
 
-    def ask(self, servers: Sequence[Server], seconds: float) -> _Asked:
+    def ask(self, seconds: float) -> _Asked:
         entries = self.files if self.entries is None else self.entries
-        plan = asking.to_ask(entries, servers, same_host)
+        plan = asking.to_ask(entries, self.servers, same_host)
         questions = [
             through.Question(alias, plan.bases.get(alias, ()), plan.others.get(alias, ()))
             for alias in plan.names
@@ -368,9 +399,14 @@ class _Running:
         return "see: mlxctl status --probe, and the gateway's log"
 
 
+def _port_of(server: Server) -> Port | None:
+    at = core.address_of(server.url)
+    return Port(at[0], at[0], at[1], server.slot) if at else None
+
+
 def _entry_of(deployment: through.Deployment, files: Sequence[Entry]) -> Entry:
     """The running gateway does not show what comes from credentials and providers' defaults; its files have that."""
-    entry = Entry(deployment.alias, deployment.model, deployment.api_base, has_key=True, provider=deployment.provider)
+    entry = deployed(deployment.alias, deployment.model, deployment.api_base, deployment.provider)
     if entry.api_base is not None:
         return entry
     same = (each for each in files if (each.alias, each.model) == (entry.alias, entry.model))
@@ -395,7 +431,7 @@ def pass_through(gateway: Gateway, told: Told, answers: Sequence[Answer]) -> tup
             hint=f"export {gateway.key_env}=..., for this command alone",
         )
     servers = [_server(row) for answer in answers for row in _rows(answer)]
-    asked = _Running.of(gateway, told, key).ask(servers, through.SECONDS)
+    asked = _Running.of(gateway, told, key, servers).ask(through.SECONDS)
     return tuple(_passed(answer, asked) for answer in answers)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 
 from mlxops.core.gateway import Entry, SameHost, address_of, same_base, same_name, url
 from mlxops.core.names import shown
@@ -117,7 +116,7 @@ def _why_not(alias: str, ways: Iterable[tuple[Entry, Server | None]]) -> str:
     if STAR in alias:
         return "it stands for many names"
     for entry, server in ways:
-        if server is not None and not server.idle and (why := _unknown_to(server, entry.sends)):
+        if server is not None and not server.idle and (why := _unknown_to(server, entry.certain_name)):
             return why
     return ""
 
@@ -142,7 +141,7 @@ def names_for(entries: Iterable[Entry], base: str, slot: str | None, same_host: 
     """What clients say for the server at `base`, its slot's alias first; where nothing leads there, that alias."""
     at = address_of(base)
     leading = [
-        slot if slot and STAR in entry.alias and fnmatchcase(slot, entry.alias) else entry.alias
+        entry.alias
         for entry in entries
         if at and entry.address and entry.address[1] == at[1] and same_host(entry.address[0], at[0])
     ]

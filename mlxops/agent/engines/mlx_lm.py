@@ -43,6 +43,7 @@ _EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(?:Error|Exception): .*$", re.MULTILIN
 class MlxLm:
     name = "mlx-lm"
     distribution = "mlx_lm"
+    completion_paths = frozenset({"/v1/chat/completions", "/chat/completions", "/v1/completions"})  # source, 0.32.2
     reserved = frozenset({"--model", "--host", "--port", "--trust-remote-code", "--adapter-path"})
     needs: frozenset[str] = frozenset()  # it finds template and parsers by itself
     drains = False  # TERM ends it at once, open requests and all
@@ -111,6 +112,9 @@ class MlxLm:
 
     def any_name(self, version: str | None) -> bool:
         return False
+
+    def further_names(self, version: str | None) -> tuple[str, ...]:
+        return () if older_than(_BOTH_NAMES_SINCE, version) else (_DEFAULT,)
 
     def names(self, argv: Sequence[str], version: str | None) -> Names:
         name = self.served_name(argv)

@@ -52,6 +52,7 @@ _FLAGS = {
 class MlxOpenAIServer:
     name = "mlx-openai-server"
     distribution = "mlx_openai_server"
+    completion_paths = frozenset({"/v1/chat/completions", "/v1/responses"})  # source, 1.8.1
     reserved = frozenset(
         {
             *("--model-path", "--host", "--port", "--served-model-name", "--config"),
@@ -131,6 +132,9 @@ class MlxOpenAIServer:
     def any_name(self, version: str | None) -> bool:
         # Since 1.8 the name in a request has to be the served one; before, it is not looked at.
         return older_than(_STRICT_SINCE, version)
+
+    def further_names(self, version: str | None) -> tuple[str, ...]:
+        return ()
 
     def names(self, argv: Sequence[str], version: str | None) -> Names:
         given = options(argv)

@@ -10,7 +10,7 @@ from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.drift import further_drift, rebooted
 from mlxops.agent.operations.ops import downloads
 from mlxops.core.registry import Model, Registry
-from mlxops.core.world import Operation, PortView
+from mlxops.core.world import Operation, Owner, PortView
 
 
 def status(ctx: Context) -> dict[str, object]:
@@ -55,10 +55,21 @@ def _answering_row(view: PortView, registry: Registry) -> dict[str, object]:
         "owner": view.owner.value if view.owner else None,
         "model": view.model,
         **told(names_of(view)),
+        "paths": _paths(view),
         "context_length": _context_length(entry) if entry and view.owner else None,
         "assigned": bool(registry.on_port(view.port)),
         "detail": view.detail,
     }
+
+
+def _paths(view: PortView) -> list[str]:
+    """Where the live server gives completions; empty: not known."""
+    from mlxops.agent.engines import ENGINES
+
+    run = view.run if view.owner is Owner.MLXOPS else None
+    served = run or view.server
+    engine = ENGINES.get(served.engine) if served and view.owner else None
+    return sorted(engine.completion_paths) if engine else []
 
 
 def _context_length(entry: Model) -> int | None:
