@@ -310,9 +310,6 @@ def _of_entry(
         where = files.env or "the environment"
         message = f"the variable {variable} has no value in {where}"
         yield say("unset_variable", message, _value_for(entry, variable, name, slot, files), certain=bool(files.env))
-    if entry.model is None and "model" not in entry.variables:
-        message = "has no model: LiteLLM does not start with it"
-        yield say("no_model", message, edit(entry, "model", f"openai/{name}", files))
     if entry.model is not None and entry.sends is None:
         message = f"{shown(entry.model)} is not sent to an OpenAI-compatible server"
         yield say("not_openai", message, edit(entry, "model", entry.right_model(name), files))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from mlxops.core.errors import Refused
-from mlxops.core.gateway import ENVIRON, Entry, Files, Finding, Severity
+from mlxops.core.gateway import ENVIRON, Entry, Files, Finding, Severity, edit
 from mlxops.core.names import shown
 
 _MAX_ENTRIES = 10_000
@@ -212,11 +212,26 @@ def parse(document: object, environ: Environ, files: Files, places: Sequence[str
         read = reader.entry(item, where)
         if isinstance(read, Entry):
             entries.append(read)
+            if read.model is None:
+                findings.append(_without_model(read, files))
         else:
             hint = "write it as `inv gateway --print` does"
             message = f"{where}: {read}: LiteLLM does not start with it"
             findings.append(Finding("bad_entry", None, None, Severity.FAULT, message, hint))
     return Config(tuple(entries), reader.synonyms, tuple(findings))
+
+
+def _without_model(entry: Entry, files: Files) -> Finding:
+    """LiteLLM does not start with it, whoever's it is."""
+    variable = entry.variables.get("model")
+    hint = edit(entry, "model", f"openai/{entry.alias}", files)
+    if variable is None:
+        message = f"{entry.alias} has no model: LiteLLM does not start with it"
+        return Finding("no_model", entry.alias, None, Severity.FAULT, message, hint)
+    where = files.env or "the environment"
+    message = f"{entry.alias}: the variable {variable} has no value in {where}: without a model LiteLLM does not start"
+    severity = Severity.WARNING if "model" in entry.unsure else Severity.FAULT
+    return Finding("unset_variable", entry.alias, None, severity, message, hint)
 
 
 def unusable(files: Files, why: str) -> Refused:
@@ -322,6 +337,8 @@ class _Reader:
         if self.module.get("use_litellm_proxy") is True:
             kind, sends = "litellm_proxy", text.removeprefix("litellm_proxy/")
         known = _PROVIDERS.get(kind or "")
+        if text and _upstream(text, self._value(params.get("custom_llm_provider")).text)[0] is None:
+            known = None  # what a credential says of the provider comes too late
         base, key = value("api_base"), value("api_key")
         if known is None:
             sends = None
@@ -349,7 +366,7 @@ class _Reader:
             unset=tuple(
                 dict.fromkeys(
                     each.variable
-                    for each, got in ((model, model), (base, base_found), (key, key_found))
+                    for each, got in ((base, base_found), (key, key_found))
                     if each.variable and not each.text and not got.text and not (each is key and asked.keyless)
                 )
             ),

@@ -78,7 +78,6 @@ def test_what_is_right_is_not_mentioned() -> None:
         ({"model": "openai/jerry-xl/"}, "wrong_name"),
         ({"model": "jerry-xl"}, "not_openai"),
         ({"model": "anthropic/jerry-xl"}, "not_openai"),
-        ({"model": None}, "no_model"),
         ({"api_base": f"http://{HOST}:8101/v1"}, "wrong_address"),
         ({"api_base": f"http://{HOST}:8100/v1/chat"}, "no_v1"),
         ({"api_base": None}, "no_api_base"),
@@ -88,11 +87,21 @@ def test_what_is_right_is_not_mentioned() -> None:
         ({"api_key": None}, "missing_key"),
         ({"api_key": ""}, "missing_key"),
         ({"api_key": "os.environ/NOT_SET"}, "unset_variable"),
-        ({"model": "os.environ/NOT_SET"}, "unset_variable"),
     ],
 )
 def test_an_entry_that_would_not_work_is_a_fault(changes: dict[str, Any], code: str) -> None:
     assert (code, "fault") in found([item(**changes)], [served(), idle(None, 8101)])
+
+
+@pytest.mark.parametrize(
+    ("params", "code"),
+    [({}, "no_model"), ({"model": ""}, "no_model"), ({"model": "os.environ/NOT_SET"}, "unset_variable")],
+)
+def test_an_entry_without_a_model_is_a_fault_whoever_it_belongs_to(params: dict[str, str], code: str) -> None:
+    document = {"model_list": [{"model_name": "somebody's", "litellm_params": params}]}
+    (finding,) = litellm.parse(document, Environ(), FILES).findings
+    assert (finding.code, finding.severity) == (code, Severity.FAULT)
+    assert "LiteLLM does not start" in finding.message
 
 
 def test_an_entry_whose_address_has_no_value_is_not_missing_as_well() -> None:
