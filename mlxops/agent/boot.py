@@ -12,7 +12,6 @@ import getpass
 import os
 import plistlib
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -22,14 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from mlxops.agent.managers import ABSENT, ask_manager
 from mlxops.core.errors import Refused
-from mlxops.core.settings import BootJob
 
 LABEL = "org.mlxops.restore"
 UNIT = "mlxops-restore"
-TIMEOUT = 30.0
-ABSENT = 113
-"""What `launchctl print` ends with for a job that is not there ("Could not find service"); all else says nothing."""
 BUSY = 5
 """What `launchctl bootstrap` ends with ("Input/output error") while an older job of that label is just ending."""
 DAEMONS = Path("/Library/LaunchDaemons")
@@ -41,7 +37,6 @@ KEPT = (
 give a job next to nothing, so without these it would look at another registry than whoever installed it. They go into
 the job, and no absolute paths into host.json: those would help only where the paths are the settings' own, would not
 find the engine, and two sessions of one host that differ in HF_HOME would disagree for ever."""
-_FOLDERS = "/bin:/usr/bin:/usr/local/bin:/sbin:/usr/sbin"
 
 
 @dataclass(frozen=True)
@@ -286,7 +281,7 @@ class Launchd:
         ]
 
     def _run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return _run(self._environ, "launchctl", *arguments)
+        return ask_manager(self._environ, "launchctl", *arguments)
 
 
 class Systemd:
@@ -350,7 +345,7 @@ class Systemd:
 
     def state(self) -> str:
         try:
-            done = _run(self._environ, "systemctl", "--user", "is-enabled", f"{UNIT}.service")
+            done = ask_manager(self._environ, "systemctl", "--user", "is-enabled", f"{UNIT}.service")
         except Refused as error:
             return f"unknown: {error.message}"
         return done.stdout.strip() or f"unknown: this user's systemd could not be asked ({_said(done)})"
@@ -363,7 +358,7 @@ class Systemd:
         return (Path(config) if config.startswith("/") else job.home / ".config") / "systemd" / "user"
 
     def _systemctl(self, *arguments: str) -> None:
-        done = _run(self._environ, "systemctl", "--user", *arguments)
+        done = ask_manager(self._environ, "systemctl", "--user", *arguments)
         if done.returncode != 0:
             raise Refused(
                 "boot_not_installed",
@@ -375,48 +370,6 @@ class Systemd:
 
 def manager(environ: Mapping[str, str]) -> Manager:
     return Launchd(environ) if sys.platform == "darwin" else Systemd(environ)
-
-
-def job_is_there(boot: BootJob, environ: Mapping[str, str]) -> bool:
-    """Whether the system's own boot job of hosts.yaml is still in force: then its port is left to it, also while it
-    has not come up. Where that cannot be asked it is believed to be."""
-    if not boot.label:
-        return True
-    try:
-        return _run(environ, "launchctl", "print", f"system/{boot.label}").returncode != ABSENT
-    except (Refused, OSError):
-        return True
-
-
-def _which(program: str, environ: Mapping[str, str]) -> str | None:
-    return shutil.which(program, path=f"{environ.get('PATH', '')}:{_FOLDERS}")
-
-
-def _run(environ: Mapping[str, str], program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Raises `Refused` (no_service_manager)."""
-    path = _which(program, environ)
-    if path is None:
-        raise Refused(
-            "no_service_manager",
-            f"{program} is not on this host",
-            why="a job at boot needs launchd, or systemd",
-            hint="run `mlxctl restore --local` by whatever starts things there",
-        )
-    try:
-        return subprocess.run(
-            [path, *arguments],
-            env=dict(environ),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=TIMEOUT,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise Refused(
-            "no_service_manager", f"{program} did not answer", why=f"within {TIMEOUT:.0f} s", hint="try again"
-        ) from None
 
 
 def _said(done: subprocess.CompletedProcess[str]) -> str:

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlxops.agent import processes, reading
 from mlxops.agent.engines import ENGINES, recognise
@@ -22,7 +23,10 @@ from mlxops.agent.store import Store, utc
 from mlxops.agent.system import Listener, Look, System, collides
 from mlxops.core.errors import Interrupted, MlxopsError
 from mlxops.core.registry import Registry
-from mlxops.core.world import Answer, Run, Server, Signals, World, drift, judge
+from mlxops.core.world import Answer, BootClaim, JobState, Run, Server, Signals, Standing, World, drift, judge
+
+if TYPE_CHECKING:
+    from mlxops.agent.bootjobs import BootJobs
 
 PROBE_SECONDS = 2.0
 
@@ -35,14 +39,17 @@ def observe(
     *,
     own: str | None = None,
     only: Iterable[int] | None = None,
+    environ: Mapping[str, str] | None = None,
 ) -> World:
     """All ports of the range and those that the registry names, in one pass.
 
-    `own` is the operation that asks: it is not in its own way. `only` restricts the ports.
+    `own` is the operation that asks: it is not in its own way. `only` restricts the ports. `environ` is what service
+    managers are asked with; default: this process's.
     """
     assigned = {model.port for model in registry.models.values() if model.port is not None}
     ports = sorted(set(only) if only is not None else set(where.settings.ports) | assigned)
-    signals = _all_signals(where, store, system, ports, own)
+    jobs = _boot_jobs(where, system, os.environ if environ is None else environ)
+    signals, states = _all_signals(where, store, system, ports, own, jobs)
     answers = _ask(where, [each for each in signals if each.listening and (each.run or each.hand)])
     silent = {port for port, answer in answers.items() if answer is Answer.SILENT}
     signals, busy = _with_connected(system, signals, silent)
@@ -52,22 +59,25 @@ def observe(
         )
         for each in signals
     }
-    return World(views, drift(where.settings.ports, views, registry))
+    return World(views, drift(where.settings.ports, views, registry, states), states)
 
 
-def _all_signals(where: Place, store: Store, system: System, ports: list[int], own: str | None) -> list[Signals]:
-    """What cannot be looked at, the whole host or one port, is said to be so: it is not taken for absent."""
+def _all_signals(
+    where: Place, store: Store, system: System, ports: list[int], own: str | None, jobs: BootJobs | None
+) -> tuple[list[Signals], tuple[JobState, ...]]:
+    """Also the state of the boot jobs of these ports. What cannot be looked at, the whole host or one port, is said to
+    be so: it is not taken for absent."""
     try:
         look, unsure = _with_unseen(system, system.look(frozenset(ports)), where, ports)
         hand = _hand_started(where, system, look, ports)
     except Interrupted:
         raise
     except MlxopsError as error:
-        return [_unknown(where, port, f"{error.message}: {error.why}") for port in ports]
+        return [_unknown(where, port, f"{error.message}: {error.why}") for port in ports], ()
     found = []
     for port in ports:
         try:
-            seen = _signals(where, store, system, look, hand, port, own)
+            seen = _signals(where, store, system, look, hand, port, own, jobs)
         except Interrupted:
             raise
         except MlxopsError as error:
@@ -75,7 +85,36 @@ def _all_signals(where: Place, store: Store, system: System, ports: list[int], o
         except OSError as error:
             seen = _unknown(where, port, f"{error.filename or 'its state'} cannot be read: {error.strerror}")
         found.append(_unknown(where, port, unsure[port]) if port in unsure else seen)
-    return found
+    return _with_boot_jobs(jobs, look, found) if jobs else (found, ())
+
+
+def _boot_jobs(where: Place, system: System, environ: Mapping[str, str]) -> BootJobs | None:
+    if not where.settings.boot:
+        return None
+    from mlxops.agent.bootjobs import BootJobs
+
+    return BootJobs(where.settings.boot, system, environ)
+
+
+def _with_boot_jobs(jobs: BootJobs, look: Look, signals: list[Signals]) -> tuple[list[Signals], tuple[JobState, ...]]:
+    """The state of the jobs, each asked for only if no server tells; and the idle ports that a running job is about to
+    take. One whose servers are elsewhere takes none."""
+    serving = {each.boot.job: each.boot for each in signals if each.boot}
+    ports = {each.port for each in signals}
+    states = tuple(
+        JobState(job, Standing.ACTIVE, serving[job].how, serving[job].stop) if job in serving else jobs.state(look, job)
+        for job in jobs.jobs
+        if job.port in ports
+    )
+    coming = {
+        state.job.port: BootClaim(state.job, state.detail, state.stop)
+        for state in states
+        if state.standing is Standing.ACTIVE and state.job not in serving
+    }
+    free = {each.port for each in signals if not (each.listening or each.hand or each.members or each.error)}
+    return [
+        replace(each, boot=coming[each.port]) if each.port in free & set(coming) else each for each in signals
+    ], states
 
 
 def _unknown(where: Place, port: int, why: str) -> Signals:
@@ -158,6 +197,7 @@ def _signals(
     hand: Mapping[int, Server],
     port: int,
     own: str | None,
+    jobs: BootJobs | None,
 ) -> Signals:
     # Asked before and after its record is read: a load that ends in between must not look like one that was cut short.
     holder = store.holder(f"port-{port}")
@@ -171,6 +211,9 @@ def _signals(
     members = processes.members(system, look, run) if run else ()
     others = pids - set(members)
     server = hand.get(port)
+    claim = _boot_claim(jobs, look, port, listeners, run, members, server) if jobs else None
+    if server is not None and server.pid in members and claim is None:
+        server = None
     return Signals(
         port=port,
         alias=where.settings.slots.get(port),
@@ -181,8 +224,8 @@ def _signals(
         listening=bool(listeners),
         listener_pids=pids,
         unowned=unowned,
-        hand=server if server is not None and server.pid not in members else None,
-        boot=_is_boot(where, look, port, listeners),
+        hand=server,
+        boot=claim,
         operation=operation,
         activity=str(stand),
         progress=stand.progress,
@@ -201,15 +244,23 @@ def _run_record(store: Store, port: int) -> tuple[Run | None, bool]:
         return None, True
 
 
-def _is_boot(where: Place, look: Look, port: int, listeners: tuple[Listener, ...]) -> bool:
-    """The boot job's port is held by what it started, or by somebody whose processes this user cannot see."""
-    boot = where.settings.boot
-    if boot is None or boot.port != port or not listeners:
-        return False
-    pids = [pid for each in listeners for pid in each.pids]
+def _boot_claim(
+    jobs: BootJobs,
+    look: Look,
+    port: int,
+    listeners: tuple[Listener, ...],
+    run: Run | None,
+    members: tuple[int, ...],
+    hand: Server | None,
+) -> BootClaim | None:
+    """Why the server of a port is a boot job's. One that mlxops started itself never is."""
+    pids = {pid for each in listeners for pid in each.pids} | ({hand.pid} if hand else set())
+    if run is not None and not run.adopted and pids & set(members):
+        return None
     # A listener of this user without a process is one that is just ending, and not the boot job's.
-    others = not pids and all(each.uid != os.getuid() for each in listeners)
-    return others or any(boot.script in process.argv for pid in pids for process in look.ancestors(pid))
+    if listeners and not pids and all(each.uid != os.getuid() for each in listeners):
+        return jobs.unseen(look, port)
+    return jobs.claim(look, port, pids)
 
 
 def _describe(look: Look, pids: Iterable[int]) -> str:

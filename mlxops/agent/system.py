@@ -139,6 +139,12 @@ class System(Protocol):
     def environment(self, pid: int, key: str) -> str | None:
         """A variable of another process's environment; None if it is not there or must not be seen."""
 
+    def variables(self, pid: int) -> Mapping[str, str]:
+        """Another process's whole environment, as it was when its program began; empty if it must not be seen."""
+
+    def units(self, pid: int) -> tuple[str, ...]:
+        """The systemd units whose control group a process is in; empty where there is none."""
+
     def folder(self, pid: int) -> str | None:
         """A process's working directory; None if it is gone or must not be seen."""
 
@@ -150,6 +156,17 @@ class System(Protocol):
 
     def connections(self, port: int, pids: Iterable[int]) -> frozenset[tuple[str, int]]:
         """The far ends of the TCP connections that are open to `port`, which these processes serve."""
+
+
+_UNITS = (".service", ".scope")
+
+
+def units_in(cgroup: str) -> tuple[str, ...]:
+    """The units of `/proc/PID/cgroup`, both versions: system units, and a user manager's inside its own unit."""
+    paths = [line.split(":", 2)[2] for line in cgroup.splitlines() if line.count(":") >= 2]
+    # systemd puts an underscore before a name that the kernel's own files could have ("_memory.service").
+    parts = [part.removeprefix("_") for path in paths for part in path.split("/")]
+    return tuple(dict.fromkeys(part for part in parts if part.endswith(_UNITS)))
 
 
 @cache
@@ -222,6 +239,22 @@ class LinuxSystem:
             return None
         wanted = os.fsencode(key) + b"="
         return next((os.fsdecode(v[len(wanted) :]) for v in block.split(b"\0") if v.startswith(wanted)), None)
+
+    def variables(self, pid: int) -> Mapping[str, str]:
+        try:
+            block = _read(f"{self.root}/{pid}/environ")
+        except OSError as error:
+            _check_shortage(error)
+            return {}
+        pairs = (os.fsdecode(each).partition("=") for each in block.split(b"\0") if each)
+        return {key: value for key, _, value in pairs}
+
+    def units(self, pid: int) -> tuple[str, ...]:
+        try:
+            return units_in(os.fsdecode(_read(f"{self.root}/{pid}/cgroup")))
+        except OSError as error:
+            _check_shortage(error)
+            return ()
 
     def folder(self, pid: int) -> str | None:
         try:
@@ -365,6 +398,18 @@ class PsutilSystem:
         except (psutil.Error, OSError) as error:
             _check_shortage(error)
             return None
+
+    def variables(self, pid: int) -> Mapping[str, str]:
+        import psutil
+
+        try:
+            return psutil.Process(pid).environ()
+        except (psutil.Error, OSError) as error:
+            _check_shortage(error)
+            return {}
+
+    def units(self, pid: int) -> tuple[str, ...]:
+        return LinuxSystem().units(pid) if sys.platform == "linux" else ()
 
     def folder(self, pid: int) -> str | None:
         import psutil

@@ -402,7 +402,7 @@ def _host(name: str, value: _Value) -> Host:
             env=_env(entries["env"]) if "env" in entries else {},
             ports=ports,
             slots=_slots(entries["slots"], ports) if "slots" in entries else {},
-            boot=_boot(entries["boot"], ports) if "boot" in entries else None,
+            boot=_boot(entries["boot"], ports) if "boot" in entries else (),
             memory=_memory(entries["memory"]) if "memory" in entries else None,
         ),
     )
@@ -583,16 +583,32 @@ def _is_loopback(text: str) -> bool:
     return ipaddress.ip_address(text).is_loopback if _is_ip(text) else text.lower().rstrip(".") == "localhost"
 
 
-def _boot(value: _Value, ports: PortRange) -> BootJob:
+def _boot(value: _Value, ports: PortRange) -> tuple[BootJob, ...]:
+    """One job, or a list of them."""
+    several = isinstance(value.node, yaml.SequenceNode)
+    jobs = tuple(_boot_job(each, ports) for each in (value.sequence() if several else [value]))
+    for port in {job.port for job in jobs}:
+        if sum(job.port == port for job in jobs) > 1:
+            raise value.bad(f"port {port} is there twice", "one server, one port", "remove one of them")
+    return jobs
+
+
+def _boot_job(value: _Value, ports: PortRange) -> BootJob:
     entries = value.entries(("port", "script", "label"))
-    for key in ("port", "script"):
-        if key not in entries:
-            raise value.bad(f"{key} is missing", "it is how the boot job's server is recognised", f"add {key}")
+    if "port" not in entries:
+        raise value.bad("port is missing", "it is where the boot job's server is", "add port")
+    if "script" not in entries and "label" not in entries:
+        raise value.bad(
+            "script is missing, and label too",
+            "they are how the boot job's server is recognised",
+            "add the path that the system runs (script), or the job's label",
+        )
     port = entries["port"].number()
     if port not in ports:
         raise entries["port"].bad(f"{port} is outside the host's ports", f"they are {ports}", "correct the port")
+    script = _path(entries["script"]) if "script" in entries else ""
     label = entries["label"].text() if "label" in entries else ""
-    return BootJob(port=port, script=_path(entries["script"]), label=label)
+    return BootJob(port, script, label)
 
 
 def _memory(value: _Value) -> int | None:

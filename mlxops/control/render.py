@@ -480,10 +480,11 @@ def _boot_lines(result: Mapping[str, object]) -> str:
     files = files if isinstance(files, dict) else {}
     lines = [f"restore at boot: {one_line(result.get('state'))}"]
     lines += [f"{'' if text else 'not '}there: {one_line(path)}" for path, text in files.items()]
-    job = result.get("boot_job")
-    if isinstance(job, dict):
-        owns = "owns" if job.get("there") else "does not own any more"
-        lines.append(one_line(f"the host's own boot job {job.get('script')} {owns} port {job.get('port')}"))
+    for job in _rows(result, "boot_jobs"):
+        name, port = job.get("label") or job.get("script"), job.get("port")
+        lines.append(
+            one_line(f"the host's own boot job {name} of port {port}: {job.get('standing')}; {job.get('detail')}")
+        )
     told = result.get("told")
     return "\n".join([*lines, *(map(harmless, told) if isinstance(told, list) else [])])
 

@@ -196,7 +196,7 @@ def plan_load(
     view = world.ports[port]
     alias = settings.alias(port, target.name)
     refuse_alias_elsewhere(settings, target.name, port)
-    plan = _plan_for_port(settings, view, target, port, alias, wanted, force)
+    plan = _plan_for_port(view, target, port, alias, wanted, force)
     stops = [*plan.stops]
     if plan.outcome is not Outcome.ALREADY:
         for old in _elsewhere(world, target, port):
@@ -285,13 +285,13 @@ def unknown_port(view: PortView) -> Refused:
 
 
 def _plan_for_port(
-    settings: Settings, view: PortView, target: Target, port: int, alias: str, wanted: Wanted | None, force: bool
+    view: PortView, target: Target, port: int, alias: str, wanted: Wanted | None, force: bool
 ) -> LoadPlan:
     start = LoadPlan(target, port, alias, Outcome.START)
     if view.state is State.UNKNOWN:
         raise unknown_port(view)
     if view.owner is Owner.BOOT:
-        return _plan_on_boot(settings, view, target, start)
+        return _plan_on_boot(view, target, start)
     if view.owner is Owner.FOREIGN or view.state is State.FOREIGN:
         raise Refused(
             "foreign_port",
@@ -324,21 +324,27 @@ def _force_for(view: PortView) -> str:
     return " --force" if view.owner is Owner.HAND else ""
 
 
-def _plan_on_boot(settings: Settings, view: PortView, target: Target, start: LoadPlan) -> LoadPlan:
+def _plan_on_boot(view: PortView, target: Target, start: LoadPlan) -> LoadPlan:
     if view.model == target.name and view.state is State.READY:
         return replace(start, outcome=Outcome.ALREADY, proves=view, notes=("served by the boot job",))
-    raise boot_port(settings, start.port, f"it serves {view.model or 'something unknown'}")
+    raise boot_port(view, _served_by(view))
 
 
-def boot_port(settings: Settings, port: int, what: str) -> Refused:
+def _served_by(view: PortView) -> str:
+    return f"it serves {view.model or 'something unknown'}" if view.pid else ""
+
+
+def boot_port(view: PortView, what: str) -> Refused:
     """`what` is there instead of what is wanted."""
-    boot = settings.boot
-    label = boot.label if boot and boot.label else "LABEL"
+    claim = view.boot
+    name = f" {claim.job.name}" if claim else ""
+    other = f", which hosts.yaml gives port {claim.job.port}" if claim and claim.job.port != view.port else ""
+    why = [claim.how if claim else "", what, "the system starts it again when it is stopped"]
     return Refused(
         "boot_port",
-        f"port {port} belongs to the boot job {boot.script if boot else ''}".rstrip(),
-        why=f"the system starts it again when it is stopped; {what}",
-        hint=f"as the operator of the host: sudo launchctl bootout system/{label}; then try again",
+        f"port {view.port} belongs to the boot job{name}{other}",
+        why="; ".join(filter(None, why)),
+        hint=f"as the operator of the host: {claim.stop if claim else 'stop the job'}; then try again",
     )
 
 
@@ -410,10 +416,12 @@ def plan_unload(registry: Registry, world: World, port: int, *, force: bool) -> 
         raise unknown_port(view)
     if view.owner is None:
         return UnloadPlan(port, None, clear, name)
-    if view.owner in {Owner.BOOT, Owner.FOREIGN}:
+    if view.owner is Owner.BOOT:
+        raise boot_port(view, _served_by(view))
+    if view.owner is Owner.FOREIGN:
         raise Refused(
-            f"{view.owner}_port",
-            f"port {port} is held by {'the boot job' if view.owner is Owner.BOOT else 'a process that is not ours'}",
+            "foreign_port",
+            f"port {port} is held by a process that is not ours",
             why=view.detail or f"its pid is {view.pid}",
             hint="mlxops never signals it; stop it yourself as the operator of the host",
         )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from mlxops.core.names import is_model_name
 from mlxops.core.registry import Registry
 from mlxops.core.units import duration
-from mlxops.core.world import Orphan, Owner, PortView, State, World
+from mlxops.core.world import JobState, Orphan, Owner, PortView, State, World
 
 GIVE_UP = 5
 """Starts in a row of a server that did not last; then a person has to look."""
@@ -84,21 +84,21 @@ def plan_restore(
     registry: Registry,
     world: World,
     *,
-    boot_port: int | None,
     slots: Mapping[int, str],
     cleared: Iterable[Step] = (),
     attempts: Mapping[Step, Sequence[float]],
 ) -> RestorePlan:
-    """`boot_port`: the port that a boot job of the system owns. `cleared`: what reconcile took away, if that is to
-    come back. `attempts`: how many seconds ago `restore` has started a step in vain, newest first."""
+    """`cleared`: what reconcile took away, if that is to come back. `attempts`: how many seconds ago `restore` has
+    started a step in vain, newest first. Each assignment is served, started, or skipped with the reason."""
     wanted = {Step(model.name, model.port) for model in registry.models.values() if model.port is not None}
     wanted |= {step for step in cleared if _is_free(registry, step)}
+    reserved = {state.job.port: state for state in world.boot if state.standing.reserves}
     starts, skipped = [], []
     for step in sorted(wanted, key=lambda step: (step.port, step.model)):
         view = world.ports.get(step.port)
-        if view is None or not _is_down(view):
+        if view is not None and _is_served(view, step):
             continue
-        why = _why_not(step, wanted, boot_port, slots)
+        why = _what_is_there(view) or _why_not(step, wanted, reserved.get(step.port), slots)
         left = Step(step.model, step.port, why) if why else pause(step, attempts.get(step, ()))
         if left:
             skipped.append(left)
@@ -124,9 +124,34 @@ def _is_down(view: PortView) -> bool:
     return view.unserved or (view.orphan in dead and view.operation is None)
 
 
-def _why_not(step: Step, wanted: Iterable[Step], boot_port: int | None, slots: Mapping[int, str]) -> str:
-    if step.port == boot_port:
-        return "the port belongs to the host's own boot job"
+def _is_served(view: PortView, step: Step) -> bool:
+    return view.state is State.READY and view.model == step.model and view.owner is not Owner.FOREIGN
+
+
+def _what_is_there(view: PortView | None) -> str:
+    """Why nothing can be started on a port; empty if it is free, or holds only what a crash left."""
+    if view is None:
+        return "the port is outside this host's range"
+    if _is_down(view):
+        return ""
+    if view.operation is not None:
+        return f"another operation is at work there: {view.operation}"
+    match view.owner:
+        case Owner.BOOT:
+            serves = f"serves {view.model or 'something unknown'} there" if view.pid else "is about to serve there"
+            return f"the boot job {serves}; {view.detail}"
+        case Owner.HAND:
+            return f"pid {view.pid}, which mlxops did not start, has {view.model or 'something unknown'} there"
+        case Owner.MLXOPS:
+            return f"a server of {view.model} is there and is {view.state}: {view.detail}; mlxctl unload {view.port}"
+    if view.state is State.UNKNOWN:
+        return f"what is on the port could not be determined: {view.detail}"
+    return f"a process that is not ours holds the port: {view.detail}"
+
+
+def _why_not(step: Step, wanted: Iterable[Step], boot: JobState | None, slots: Mapping[int, str]) -> str:
+    if boot is not None:
+        return f"the port belongs to the boot job {boot.job.name}: {boot.detail}"
     if sum(each.port == step.port for each in wanted) > 1:
         return "several models claim the port"
     own = next((port for port, alias in slots.items() if alias == step.model), step.port)

@@ -36,8 +36,18 @@ class BootJob:
     """A server that the system itself starts at boot; mlxops recognises it and never touches it."""
 
     port: int
-    script: str
+    script: str = ""
+    """What the system runs; a path."""
     label: str = ""
+    """launchd's label, or systemd's unit. At least one of the two is given."""
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return self.label or self.script
+
+    def to_wire(self) -> dict[str, object]:
+        return {"port": self.port, "script": self.script, "label": self.label}
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,7 @@ class Settings:
     env: Mapping[str, str] = field(default_factory=dict)
     ports: PortRange = PortRange(8100, 8109)
     slots: Mapping[int, str] = field(default_factory=dict)
-    boot: BootJob | None = None
+    boot: tuple[BootJob, ...] = ()
     memory: int | None = None
     """Bytes for all servers together; None: the agent finds out."""
 
@@ -79,9 +89,7 @@ class Settings:
             "env": dict(self.env),
             "ports": [self.ports.first, self.ports.last],
             "slots": {str(port): alias for port, alias in self.slots.items()},
-            "boot": None
-            if self.boot is None
-            else {"port": self.boot.port, "script": self.boot.script, "label": self.boot.label},
+            "boot": [job.to_wire() for job in self.boot],
             "memory": self.memory,
         }
 
@@ -94,7 +102,6 @@ def settings_from_wire(wire: Mapping[str, object]) -> Settings:
     ports = _list(wire, "ports")
     if len(ports) != 2:
         raise ValueError("ports: not a pair")
-    boot = wire.get("boot")
     return Settings(
         address=_optional(wire, "address"),
         bind=_string(wire, "bind"),
@@ -106,11 +113,20 @@ def settings_from_wire(wire: Mapping[str, object]) -> Settings:
         env={key: str(value) for key, value in _map(wire, "env").items()},
         ports=PortRange(_as_int(ports[0], "ports"), _as_int(ports[1], "ports")),
         slots={int(port): str(alias) for port, alias in _map(wire, "slots").items()},
-        boot=None
-        if not isinstance(boot, dict)
-        else BootJob(_as_int(boot.get("port"), "boot"), str(boot.get("script")), str(boot.get("label", ""))),
+        boot=_boot(wire.get("boot")),
         memory=None if wire.get("memory") is None else _as_int(wire.get("memory"), "memory"),
     )
+
+
+def _boot(value: object) -> tuple[BootJob, ...]:
+    """A list; hosts that were agreed with before there could be several have one job, or null."""
+    jobs = value if isinstance(value, list) else [value] if isinstance(value, dict) else []
+    found = []
+    for job in jobs:
+        if not isinstance(job, dict):
+            raise ValueError("boot: not an object")
+        found.append(BootJob(_as_int(job.get("port"), "boot"), str(job.get("script", "")), str(job.get("label", ""))))
+    return tuple(found)
 
 
 def _string(wire: Mapping[str, object], key: str) -> str:

@@ -6,13 +6,13 @@ that the planner decides on. No signal decides alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 
 from mlxops.core.protocol import Progress
 from mlxops.core.registry import Model, Registry
-from mlxops.core.settings import PortRange
+from mlxops.core.settings import BootJob, PortRange
 
 
 class State(StrEnum):
@@ -178,6 +178,49 @@ def run_of(server: Server, port: int, boot_id: str) -> Run:
     )
 
 
+class Standing(StrEnum):
+    """Whether the system starts a boot job's server; the value is shown to people."""
+
+    ACTIVE = "running"
+    """Now, or about to be started again."""
+    LOADED = "loaded"
+    """The service manager has it; it does not run now."""
+    INSTALLED = "installed"
+    """Its file is there; the service manager reads it at the next boot or login."""
+    DISABLED = "disabled"
+    """It is there, and the service manager does not start it."""
+    MISSING = "not installed"
+    UNKNOWN = "unknown"
+
+    @property
+    def reserves(self) -> bool:
+        """Whether the job's port is left to it. What is unknown changes nothing."""
+        return self not in {Standing.DISABLED, Standing.MISSING}
+
+
+@dataclass(frozen=True)
+class JobState:
+    """What a host knows about one of its boot jobs."""
+
+    job: BootJob
+    standing: Standing
+    detail: str = ""
+    """For people: who knows it and what it does there; why it is missing or unknown."""
+    stop: str = ""
+    """The operator's command that stops it."""
+    enable: str = ""
+    """The operator's command that makes the system start it again, if it is disabled."""
+
+
+@dataclass(frozen=True)
+class BootClaim:
+    """Why a server, or an idle port, is a boot job's; and the operator's command that stops the job."""
+
+    job: BootJob
+    how: str
+    stop: str
+
+
 @dataclass(frozen=True)
 class Signals:
     """Everything that was seen about one port, before it is judged."""
@@ -195,7 +238,8 @@ class Signals:
     unowned: bool = False
     """A listener's process cannot be seen, and nothing says that it is another user's."""
     hand: Server | None = None
-    boot: bool = False
+    boot: BootClaim | None = None
+    """Why it is a boot job's: its server, or with nothing there the port that the running job is about to take."""
     operation: Operation | None = None
     activity: str = ""
     """What that operation is doing."""
@@ -240,10 +284,11 @@ class PortView:
     members: tuple[int, ...] = ()
     orphan: Orphan | None = None
     rebooted: bool = False
+    boot: BootClaim | None = None
 
     def to_wire(self) -> dict[str, object]:
         """The row of the status document."""
-        hidden = {"run", "server", "operation", "members", "orphan", "rebooted"}
+        hidden = {"run", "server", "operation", "members", "orphan", "rebooted", "boot"}
         row = {key: value for key, value in asdict(self).items() if key not in hidden}
         row["log_path"] = self.run.log_path if self.run else None
         row["operation"] = self.operation.id if self.operation else None
@@ -283,6 +328,8 @@ class World:
 
     ports: Mapping[int, PortView] = field(default_factory=dict)
     drift: tuple[Drift, ...] = ()
+    boot: tuple[JobState, ...] = ()
+    """The boot jobs of the ports that were looked at."""
 
 
 def judge(signals: Signals, registry: Registry) -> PortView:
@@ -297,12 +344,15 @@ def judge(signals: Signals, registry: Registry) -> PortView:
         return _loading(signals, operation)
     if operation is not None and operation.command in {"unload", "unload-all"} and (ours or signals.hand):
         return _view(signals, State.DRAINING, Owner.MLXOPS if ours else Owner.HAND, detail=_at_work(signals, operation))
-    if run is not None and ours:
+    # A boot job's server that was adopted before hosts.yaml named the job is the job's: the system starts it again.
+    if run is not None and ours and not (run.adopted and signals.boot):
         # A registry that cannot be read does not say that a server is not assigned.
         unknown = bool(registry.unwritable) and not assigned
         return _judge_ours(signals, run, (run.model,) if unknown else tuple(model.name for model in assigned))
-    if signals.boot and signals.listening:
-        return _stranger(signals, registry, Owner.BOOT)
+    if signals.boot is not None:
+        if signals.listening or signals.hand is not None:
+            return _stranger(signals, registry, Owner.BOOT)
+        return _view(signals, State.LOADING, Owner.BOOT, detail=f"{signals.boot.how}, and does not listen yet")
     if signals.unowned:
         return _view(signals, State.UNKNOWN, None, detail=_UNOWNED)
     if signals.hand is not None:
@@ -405,10 +455,11 @@ def _stranger(signals: Signals, registry: Registry, owner: Owner) -> PortView:
         pgid=server.pgid if server else None,
         engine=server.engine if server else None,
         memory_bytes=signals.memory_bytes,
-        detail=detail or signals.stranger,
+        detail="; ".join(filter(None, [detail, signals.boot.how])) if signals.boot else detail or signals.stranger,
         run=signals.run,
         server=server,
         operation=signals.operation,
+        boot=signals.boot,
     )
 
 
@@ -450,11 +501,14 @@ def _view(
         members=signals.members,
         orphan=orphan,
         rebooted=signals.rebooted,
+        boot=signals.boot,
     )
 
 
-def drift(ports: PortRange, views: Mapping[int, PortView], registry: Registry) -> tuple[Drift, ...]:
-    """Where registry and life disagree, each with the command that helps."""
+def drift(
+    ports: PortRange, views: Mapping[int, PortView], registry: Registry, boot: Iterable[JobState] = ()
+) -> tuple[Drift, ...]:
+    """Where registry, hosts.yaml and life disagree, each with the command that helps."""
     slots = {view.alias: view.port for view in views.values() if view.alias}
     found = [each for view in views.values() for each in _drift_of_port(view, registry.on_port(view.port), slots)]
     if registry.unwritable:
@@ -474,7 +528,19 @@ def drift(ports: PortRange, views: Mapping[int, PortView], registry: Registry) -
             message = f"{model.name} is not the only model that claims port {port}"
             hint = f"mlxctl unload {port}, then load the right one"
             found.append(Drift("port_claimed_twice", port, model.name, message, hint))
-    return tuple(found)
+    return (*found, *_drift_of_boot_jobs(boot))
+
+
+def _drift_of_boot_jobs(jobs: Iterable[JobState]) -> Iterator[Drift]:
+    comment = "comment out its line (boot:) in hosts.yaml"
+    for state in jobs:
+        port, name = state.job.port, state.job.name
+        if state.standing is Standing.MISSING:
+            message = f"hosts.yaml gives port {port} to the boot job {name}, which is not installed: {state.detail}"
+            yield Drift("boot_job_missing", port, None, message, f"{comment}; or install the job")
+        elif state.standing is Standing.DISABLED:
+            message = f"hosts.yaml gives port {port} to the boot job {name}, which is disabled: {state.detail}"
+            yield Drift("boot_job_disabled", port, None, message, f"{comment}; or enable it: {state.enable}")
 
 
 def _drift_of_port(view: PortView, assigned: tuple[Model, ...], slots: Mapping[str, int]) -> Iterator[Drift]:
@@ -487,7 +553,7 @@ def _drift_of_port(view: PortView, assigned: tuple[Model, ...], slots: Mapping[s
             yield Drift("assigned_not_served", port, name, message, "mlxctl restore" if view.rebooted else load)
     elif view.owner is Owner.MLXOPS and view.state in {State.ORPHAN, State.MISMATCH, State.WEDGED, State.FAILED}:
         yield Drift(view.state.value, port, view.model, f"{port}: {view.detail}", f"mlxctl unload {port}")
-    elif view.owner is Owner.BOOT and names and view.model not in names:
+    elif view.owner is Owner.BOOT and view.state is not State.LOADING and names and view.model not in names:
         message = f"{port} is served by the boot job, and the registry assigns {', '.join(names)} to it"
         hint = f"mlxctl load {names[0]} PORT, with another port; or make its port null in the registry"
         yield Drift("boot_port_assigned", port, view.model, message, hint)

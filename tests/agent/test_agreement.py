@@ -81,7 +81,7 @@ def test_of_two_that_differ_on_a_fresh_host_one_is_heard(settings: Settings, oth
 
 def test_what_need_not_be_agreed_on_is_kept_as_it_was_asked_last(settings: Settings, store: Store) -> None:
     agree(store, place(settings, {}))
-    changed = replace(settings, address="studio.local", env={"A": "1"}, boot=BootJob(8100, "/opt/start.sh"))
+    changed = replace(settings, address="studio.local", env={"A": "1"}, boot=(BootJob(8100, "/opt/start.sh"),))
     agree(store, place(changed, {}))
     assert store.agreed() == changed
 

@@ -16,7 +16,6 @@ import pytest
 from mlxops.agent import boot
 from mlxops.agent.boot import Job, Launchd, Systemd
 from mlxops.core.errors import Refused
-from mlxops.core.settings import BootJob
 from tests.lab.homelab import Homelab
 from tests.lab.sshd import missing
 
@@ -284,23 +283,6 @@ class TestLaunchd:
         recorder(tmp_path / "bin", "launchctl", script)
         assert mac.state().startswith(state) and (state.startswith("unknown") or mac.state() == state)
 
-    @pytest.mark.parametrize(("script", "there"), [("exit 0", True), ("exit 113", False), ("exit 64", True)])
-    def test_knows_whether_the_hosts_own_boot_job_is_there(self, tmp_path: Path, script: str, there: bool) -> None:
-        recorder(tmp_path / "bin", "launchctl", script)
-        assert boot.job_is_there(self.OWN, {"PATH": str(tmp_path / "bin")}) is there
-        assert calls(tmp_path / "bin") == ["launchctl print system/com.bebop.mlx-launch"]
-
-    @pytest.mark.parametrize("script", ["exec /bin/sleep 60", None], ids=["hangs", "is missing"])
-    def test_that_cannot_be_asked_leaves_the_boot_job_its_port(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str | None
-    ) -> None:
-        monkeypatch.setattr(boot, "TIMEOUT", 0.2)
-        if script is not None:
-            recorder(tmp_path / "bin", "launchctl", script)
-        assert boot.job_is_there(self.OWN, {"PATH": str(tmp_path / "bin")}) is True
-
-    OWN = BootJob(8100, "/opt/mlx-launch/bin/start.sh", "com.bebop.mlx-launch")
-
 
 def test_the_command_installs_shows_and_removes(make_homelab: Callable[..., Homelab], tmp_path: Path) -> None:
     if sys.platform != "linux":
@@ -314,7 +296,10 @@ def test_the_command_installs_shows_and_removes(make_homelab: Callable[..., Home
         result: dict[str, object] = lab.studio.mlxctl("boot", *words, "--json").ok().json["hosts"][0]["result"]
         return result
 
+    lab.configure(boot={"port": lab.studio.ports[0], "label": "com.example.mlx"})
     before = run("--show")
+    assert isinstance(before["boot_job"], dict)
+    assert (before["boot_job"]["there"], before["boot_job"]["standing"]) == (False, "not installed")
     assert (before["state"], before["changed"]) == ("not installed", False)
     assert not lab.studio.state.exists(), "looking makes nothing"
     assert run("--every", "5")["changed"] is True

@@ -201,15 +201,22 @@ def test_a_server_that_crashes_again_is_left_for_a_while(homelab: Homelab) -> No
     end(homelab.studio.processes())
 
 
-def test_the_boot_jobs_port_is_left_to_it(homelab: Homelab) -> None:
+def test_the_port_of_an_installed_boot_job_is_left_to_it_and_of_one_that_is_not_is_started(homelab: Homelab) -> None:
     port = homelab.studio.ports[0]
     homelab.studio.install(QWEN, models.QWEN)
     homelab.mini.mlxctl("load", QWEN, str(port)).ok()
     reboot(homelab.studio)
-    homelab.configure(boot={"port": port, "script": "/opt/mlx-launch/bin/start.sh"})
+    unit = homelab.studio.home / ".config" / "systemd" / "user" / "mlx-launch.service"
+    unit.parent.mkdir(parents=True)
+    unit.write_text("[Service]\nExecStart=/opt/mlx-launch/bin/start.sh\n")
+    homelab.configure(boot={"port": port, "label": "mlx-launch", "script": "/opt/mlx-launch/bin/start.sh"})
     done = homelab.mini.mlxctl("restore").ok()
-    assert done.stdout.startswith("started nothing; left: ") and "boot job" in done.stderr
+    assert done.stdout.startswith("started nothing; left: ") and f"boot job mlx-launch: {unit} is there" in done.stderr
     quiet(homelab.studio)
+    assert f"boot job mlx-launch: {unit} is there" in by_the_system(homelab).stdout
+    unit.unlink()
+    done = homelab.mini.mlxctl("restore").ok()
+    assert done.stdout == f"started {QWEN} on {port}\n" and "mlx-launch of port" in done.stderr
 
 
 @contextmanager

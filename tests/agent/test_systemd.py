@@ -18,7 +18,7 @@ from tests.lab.sshd import missing
 
 SYSTEMD = Path("/lib/systemd/systemd")
 NAMESPACES = ("unshare", "--mount", "--cgroup", "--pid", "--fork", "--mount-proc", "--kill-child")
-BODY = """
+MANAGER = """
 set -u
 mount -t tmpfs run /run && mkdir -p /run/systemd/system  # what systemd takes for a booted system
 mount -t cgroup2 cgroup /sys/fs/cgroup
@@ -26,6 +26,8 @@ GROUP=/sys/fs/cgroup/mlxops-test-$1; mkdir "$GROUP" && echo $$ >"$GROUP/cgroup.p
 "$SYSTEMD" --user </dev/null >"$HOME/systemd.log" 2>&1 &
 MANAGER=$!
 for try in $(seq 100); do systemctl --user is-system-running >/dev/null 2>&1 && break; sleep 0.1; done
+"""
+RESTORE = """
 pid() { sed -n 's/.*"pid": \\([0-9]*\\),.*/\\1/p' "$HOME/.mlxops/run/$PORT.json"; }
 "$MLXCTL" load org/model "$PORT" --local >&2 && FIRST=$(pid)
 "$MLXCTL" boot --every 5 --local >&2
@@ -36,8 +38,10 @@ kill -0 "$(pid)" && [ "$(pid)" != "$FIRST" ] && echo "another server"
 "$MLXCTL" status --local | sed -n 's/^[0-9]* *jerry *\\([a-z]*\\).*/status \\1/p'
 "$MLXCTL" boot --remove --local >&2
 systemctl --user list-unit-files | grep -c mlxops
-kill $MANAGER; wait $MANAGER
 "$MLXCTL" unload "$PORT" --local >&2 && echo unloaded
+"""
+END = """
+kill $MANAGER; wait $MANAGER
 echo $$ >/sys/fs/cgroup/cgroup.procs; find "$GROUP" -depth -type d -exec rmdir {} +
 """
 
@@ -49,7 +53,70 @@ def may_make_namespaces() -> bool:
     return subprocess.run(argv, capture_output=True, check=False).returncode == 0
 
 
+BOOT_JOB = """
+owner() { "$MLXCTL" status --local --json | sed -n 's/.*"owner": "\\([a-z]*\\)".*/\\1/p' | head -1; }
+drift() { "$MLXCTL" status --local --json | grep -o 'boot_job_[a-z]*' | head -1; }
+serving() { for try in $(seq 300); do curl -sf "http://127.0.0.1:$PORT/health" >/dev/null && return; sleep 0.1; done; }
+hint() { "$MLXCTL" "$@" --local 2>&1 >/dev/null | sed -n 's/^  next: //p'; }
+echo "before: $(drift)"
+systemctl --user daemon-reload; systemctl --user start mlx-launch@"$PORT"; serving
+PID=$(systemctl --user show -p MainPID --value mlx-launch@"$PORT")
+echo "$(owner), $(tr '\\0' ' ' </proc/"$PID"/cmdline | grep -c start.sh) words of the script"
+hint unload "$PORT" --force
+hint load org/model "$PORT" --force
+"$MLXCTL" unload-all --yes --local >&2
+[ "$(systemctl --user show -p MainPID --value mlx-launch@"$PORT")" = "$PID" ] && echo "still it"
+$(hint unload "$PORT" --force | sed 's/.*host: //; s/; then.*//') && echo "stopped"
+"$ENGINE" --model "$MODEL" --port "$PORT" >/dev/null 2>&1 & HAND=$!
+serving; echo "by hand: $(owner)"; kill $HAND; wait $HAND
+systemctl --user mask --runtime mlx-launch@"$PORT" 2>/dev/null; echo "masked: $(drift)"
+"""
+
+
+def test_a_boot_jobs_server_is_recognised_by_its_unit(tmp_path: Path, tiny_models: Path) -> None:
+    """An instance of a template whose script ends in exec: nothing in the server's command tells."""
+    home, port = a_host(tmp_path, tiny_models)
+    hosts = home / ".config" / "mlxops" / "hosts.yaml"
+    listed = yaml.safe_load(hosts.read_text())
+    listed["hosts"]["studio"]["boot"] = {"port": port, "label": f"mlx-launch@{port}"}
+    hosts.write_text(yaml.safe_dump(listed))
+    engine = cache.engine_venv("mlx-lm") / "bin" / "mlx_lm.server"
+    snapshot = next((home / "hub").glob("models--org--model/snapshots/*"))
+    start = home / "start.sh"
+    start.write_text(f'#!/bin/bash\nexec {engine} --model {snapshot} --port "$1"\n')
+    start.chmod(0o755)
+    unit = home / ".config" / "systemd" / "user" / "mlx-launch@.service"
+    unit.parent.mkdir(parents=True)
+    kept = f"[Service]\nExecStart=/usr/bin/env bash -c 'exec {start} %i'\nRestart=always\n"
+    unit.write_text(f"{kept}[Install]\nWantedBy=default.target\n")
+    said = in_a_manager(home, port, BOOT_JOB, ENGINE=str(engine), MODEL=str(snapshot))
+    stop = f"as the operator of the host: systemctl --user stop mlx-launch@{port}.service; then try again"
+    assert said == [
+        "before: boot_job_disabled",
+        "boot, 0 words of the script",
+        stop,
+        stop,
+        "still it",
+        "stopped",
+        "by hand: hand",
+        "masked: boot_job_disabled",
+    ]
+
+
 def test_restores_a_server_that_outlives_the_service(tmp_path: Path, tiny_models: Path) -> None:
+    home, port = a_host(tmp_path, tiny_models)
+    assert in_a_manager(home, port, RESTORE) == [
+        "timer active",
+        "service inactive",
+        "another server",
+        "status ready",
+        "0",
+        "unloaded",
+    ]
+
+
+def a_host(tmp_path: Path, tiny_models: Path) -> tuple[Path, int]:
+    """A home directory with a model and a hosts.yaml; and the port."""
     if sys.platform != "linux":
         pytest.skip("systemd is Linux's")
     if not SYSTEMD.exists():
@@ -70,8 +137,13 @@ def test_restores_a_server_that_outlives_the_service(tmp_path: Path, tiny_models
     }
     hosts.write_text(yaml.safe_dump({"default": "studio", "hosts": {"studio": studio}}))
     (home / "run").mkdir(mode=0o700)
+    return home, port
+
+
+def in_a_manager(home: Path, port: int, body: str, **environ: str) -> list[str]:
+    """The lines that a piece of shell prints beside a user's systemd of its own."""
     done = subprocess.run(
-        [*NAMESPACES, "sh", "-c", BODY, "sh", str(os.getpid())],
+        [*NAMESPACES, "sh", "-c", MANAGER + body + END, "sh", str(os.getpid())],
         env={
             "PATH": "/usr/bin:/bin:/usr/sbin:/sbin",
             "HOME": str(home),
@@ -79,6 +151,7 @@ def test_restores_a_server_that_outlives_the_service(tmp_path: Path, tiny_models
             "SYSTEMD": str(SYSTEMD),
             "MLXCTL": script("mlxctl"),
             "PORT": str(port),
+            **environ,
         },
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -86,11 +159,5 @@ def test_restores_a_server_that_outlives_the_service(tmp_path: Path, tiny_models
         timeout=120,
         check=False,
     )
-    assert done.stdout.splitlines() == [
-        "timer active",
-        "service inactive",
-        "another server",
-        "status ready",
-        "0",
-        "unloaded",
-    ], done.stdout + done.stderr + (home / "systemd.log").read_text()
+    assert done.returncode == 0, done.stdout + done.stderr + (home / "systemd.log").read_text()
+    return done.stdout.splitlines()

@@ -47,9 +47,34 @@ def test_the_example_describes_the_homelab() -> None:
     assert studio.ssh == "studio" and studio.python is None
     assert studio.settings.ports == PortRange(8100, 8109)
     assert studio.settings.slots[8100] == "jerry-xl" and len(studio.settings.slots) == 10
-    assert studio.settings.boot == BootJob(8100, "/opt/mlx-launch/bin/start.sh", "com.bebop.mlx-launch")
+    assert studio.settings.boot == ()
     assert (studio.settings.bind, studio.settings.address) == ("0.0.0.0", "studio.local")
     assert inventory.gateway is not None and inventory.gateway.key_env == "LITELLM_MASTER_KEY"
+
+
+def test_the_examples_boot_job_is_commented_out_and_correct(tmp_path: Path) -> None:
+    """Nobody else's host has it: a line that is in force would keep its port from everything else."""
+    shown = EXAMPLE.read_text()
+    assert load(EXAMPLE).host("studio").settings.boot == ()
+    explicit = read(tmp_path, shown.replace("    # boot: {", "    boot: {"))
+    job = BootJob(8100, "/opt/mlx-launch/bin/start.sh", "com.bebop.mlx-launch")
+    assert explicit.host("studio").settings.boot == (job,)
+
+
+@pytest.mark.parametrize(
+    ("text", "jobs"),
+    [
+        ("{port: 8100, label: org.mlx.xl}", (BootJob(8100, "", "org.mlx.xl"),)),
+        ("{port: 8100, script: ~/bin/start all.sh}", (BootJob(8100, "~/bin/start all.sh"),)),
+        (
+            "[{port: 8100, label: org.mlx.xl}, {port: 8101, label: mlx@8101.service}]",
+            (BootJob(8100, "", "org.mlx.xl"), BootJob(8101, "", "mlx@8101.service")),
+        ),
+    ],
+    ids=["a label alone", "a script alone", "two jobs"],
+)
+def test_boot_jobs_are_named_by_label_script_or_both(tmp_path: Path, text: str, jobs: tuple[BootJob, ...]) -> None:
+    assert read(tmp_path, one(f"boot: {text}")).host("studio").settings.boot == jobs
 
 
 def test_the_defaults_that_the_example_shows_as_comments_are_true(tmp_path: Path) -> None:
@@ -181,7 +206,8 @@ def test_launch_can_be_told_for_each_engine(tmp_path: Path) -> None:
         ("memory: 1e9", "is not a size"),
         ("memory: 3:20", "is not a plain decimal number"),
         ("boot: {port: 8110, script: /x}", "hosts.studio.boot.port: 8110 is outside"),
-        ("boot: {port: 8100}", "hosts.studio.boot: script is missing"),
+        ("boot: {port: 8100}", "hosts.studio.boot: script is missing, and label too"),
+        ("boot: [{port: 8100, label: a}, {port: 8100, label: b}]", "hosts.studio.boot: port 8100 is there twice"),
         ("boot: {script: /x}", "hosts.studio.boot: port is missing"),
         ('boot: {port: "8100", script: /x}', "is text"),
         ("boot: {port: 8100, script: /x, lable: y}", "hosts.studio.boot.lable: unknown key"),

@@ -30,6 +30,7 @@ from mlxops.core.registry import EMPTY, Registry, parse
 from mlxops.core.settings import Settings
 from mlxops.core.world import Answer, Operation, Owner, PortView, Signals, State, World
 from tests.core.worlds import (
+    CLAIM,
     MODELS,
     OURS,
     PORTS,
@@ -103,6 +104,12 @@ LOADS: dict[str, Load] = {
     "an alias on another slot, forced": Load("alias_elsewhere", model="jerry-l", repo="org/x", force=True),
     "an alias on the slot of another alias": Load("alias_elsewhere", model="jerry-l", repo="org/x", port=8102),
     # A boot job owns the port.
+    "the boot job is between two starts": Load(
+        "boot_port", (replace(signals(8100), boot=CLAIM),), port=8100, force=True, says="launchd has it"
+    ),
+    "the boot job of another port serves this one": Load(
+        "boot_port", (at_boot("b", 8103),), registry(a=None), force=True, says="which hosts.yaml gives port 8100"
+    ),
     "the boot job serves this model": Load(
         ALREADY, (at_boot("a"),), registry(a=8100), port=8100, says="served by the boot job"
     ),
@@ -287,6 +294,10 @@ UNLOADS: dict[str, Unload] = {
     "a server by hand": Unload((by_hand(),), registry(a=8103), refused="hand_started"),
     "a server by hand, forced": Unload((by_hand(),), registry(a=8103), force=True, stops=True, clears=("a",)),
     "the boot job": Unload((at_boot(),), registry(a=8100), port=8100, force=True, refused="boot_port"),
+    "the boot job on another port": Unload((at_boot(port=8103),), registry(a=8103), force=True, refused="boot_port"),
+    "the boot job between two starts": Unload(
+        (replace(signals(8100), boot=CLAIM),), registry(a=8100), port=8100, refused="boot_port"
+    ),
     "somebody's listener": Unload((of_somebody(),), registry(a=8103), force=True, refused="foreign_port"),
     "what cannot be seen": Unload((UNSEEN,), registry(a=8103), force=True, refused="unknown_port"),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import pytest
@@ -24,7 +24,8 @@ from mlxops.core.restore import (
     plan_restore,
     starts_of,
 )
-from mlxops.core.world import Operation, Orphan, Owner, PortView, State, World
+from mlxops.core.settings import BootJob
+from mlxops.core.world import JobState, Operation, Orphan, Owner, PortView, Standing, State, World
 
 HOUR = 3600.0
 
@@ -44,12 +45,10 @@ def world(*views: PortView) -> World:
     return World(seen | {view.port: view for view in views})
 
 
-def plan(
-    of: Registry, seen: World, *, boot_port: int | None = None, cleared: tuple[Step, ...] = (), **ago: list[float]
-) -> RestorePlan:
+def plan(of: Registry, seen: World, *, cleared: tuple[Step, ...] = (), **ago: list[float]) -> RestorePlan:
     slots = {8100: "xl", 8103: "s"}
     attempts = {Step(m.name, m.port): ago[m.name] for m in of.models.values() if m.port and m.name in ago}
-    return plan_restore(of, seen, boot_port=boot_port, slots=slots, cleared=cleared, attempts=attempts)
+    return plan_restore(of, seen, slots=slots, cleared=cleared, attempts=attempts)
 
 
 def test_starts_what_is_down_in_the_order_of_the_ports() -> None:
@@ -57,20 +56,35 @@ def test_starts_what_is_down_in_the_order_of_the_ports() -> None:
     assert found.starts == (Step("c", 8100), Step("b", 8102), Step("a", 8103))
 
 
-@pytest.mark.parametrize(
-    "view",
-    [
-        PortView(8100, None, State.READY, Owner.MLXOPS),
-        PortView(8100, None, State.READY, Owner.HAND),
-        PortView(8100, None, State.FOREIGN, Owner.FOREIGN),
-        PortView(8100, None, State.UNKNOWN),
-        PortView(8100, None, State.WEDGED, Owner.MLXOPS),
-        PortView(8100, None, State.IDLE, operation=Operation("x", "unload")),
-        PortView(8100, None, State.ORPHAN, Owner.MLXOPS, orphan=Orphan.UNASSIGNED),
-    ],
-)
-def test_leaves_what_is_there_or_unknown(view: PortView) -> None:
-    assert plan(registry(a=8100), world(view)) == RestorePlan()
+@pytest.mark.parametrize("owner", [Owner.MLXOPS, Owner.HAND, Owner.BOOT])
+def test_leaves_what_serves_the_model_without_a_word(owner: Owner) -> None:
+    assert plan(registry(a=8100), world(PortView(8100, None, State.READY, owner, "a"))) == RestorePlan()
+
+
+HELD: dict[str, tuple[PortView | None, str]] = {
+    "a stranger": (PortView(8100, None, State.FOREIGN, Owner.FOREIGN, detail="pid 6: nc"), "not ours holds the port"),
+    "what cannot be seen": (PortView(8100, None, State.UNKNOWN, detail="no permission"), "determined: no permission"),
+    "a server that hangs": (PortView(8100, None, State.WEDGED, Owner.MLXOPS, "a"), "is wedged"),
+    "a server that loads": (PortView(8100, None, State.LOADING, Owner.HAND, "a", pid=7), "pid 7"),
+    "another model by hand": (PortView(8100, None, State.READY, Owner.HAND, "b", pid=7), "has b there"),
+    "an operation": (PortView(8100, None, State.IDLE, operation=Operation("x", "unload")), "at work there: unload"),
+    "an unassigned server": (
+        PortView(8100, None, State.ORPHAN, Owner.MLXOPS, "b", orphan=Orphan.UNASSIGNED),
+        "mlxctl unload 8100",
+    ),
+    "the boot job with another model": (PortView(8100, None, State.READY, Owner.BOOT, "b", pid=7), "boot job serves b"),
+    "the boot job between two runs": (PortView(8100, None, State.LOADING, Owner.BOOT), "is about to serve there"),
+    "nothing, outside the range": (None, "outside this host's range"),
+}
+
+
+@pytest.mark.parametrize("what", HELD)
+def test_says_why_an_assignment_is_left_that_is_not_served(what: str) -> None:
+    view, words = HELD[what]
+    seen = world(view) if view else World({})
+    found = plan(registry(a=8100), seen)
+    assert found.starts == () and [(step.model, step.port) for step in found.skipped] == [("a", 8100)]
+    assert words in found.skipped[0].why
 
 
 def test_replaces_what_a_crash_left() -> None:
@@ -78,14 +92,23 @@ def test_replaces_what_a_crash_left() -> None:
     assert plan(registry(a=8100), world(left)).starts == (Step("a", 8100),)
 
 
-def test_never_takes_the_boot_jobs_port_nor_decides_between_two_claims() -> None:
-    found = plan(registry(a=8100, b=8101, c=8101), world(), boot_port=8100)
-    assert found.starts == ()
-    assert [(step.model, step.why[:12]) for step in found.skipped] == [
-        ("a", "the port bel"),
-        ("b", "several mode"),
-        ("c", "several mode"),
+def test_does_not_decide_between_two_claims() -> None:
+    found = plan(registry(b=8101, c=8101), world())
+    assert [(step.model, step.why) for step in found.skipped] == [
+        ("b", "several models claim the port"),
+        ("c", "several models claim the port"),
     ]
+
+
+@pytest.mark.parametrize("standing", Standing)
+def test_leaves_a_port_to_its_boot_job_unless_that_is_known_not_to_come(standing: Standing) -> None:
+    job = BootJob(8100, "/opt/start.sh", "com.example.boot")
+    found = plan(registry(a=8100), replace(world(), boot=(JobState(job, standing, "said launchd"),)))
+    if standing in {Standing.MISSING, Standing.DISABLED}:
+        assert found == RestorePlan((Step("a", 8100),))
+    else:
+        why = "the port belongs to the boot job com.example.boot: said launchd"
+        assert found == RestorePlan(skipped=(Step("a", 8100, why),))
 
 
 def test_leaves_a_model_that_is_another_slots_alias() -> None:
@@ -229,7 +252,7 @@ class Host:
         for step in lasting(starts, world(view), now):
             self.history.append({"command": "lasted", "model": step.model, "port": step.port})
         attempts = in_vain(starts, self.records(now), now)
-        found = plan_restore(ASSIGNED, world(view), boot_port=None, slots={}, attempts=attempts)
+        found = plan_restore(ASSIGNED, world(view), slots={}, attempts=attempts)
         if not found.starts:
             return False
         self.started.append(now.wall)

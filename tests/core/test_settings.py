@@ -24,7 +24,7 @@ settings = st.builds(
     env=st.dictionaries(st.text(), st.text(), max_size=2),
     ports=ranges,
     slots=st.dictionaries(st.integers(1, 65535), st.text(), max_size=3),
-    boot=st.none() | st.builds(BootJob, st.integers(1, 65535), st.text(), st.text()),
+    boot=st.lists(st.builds(BootJob, st.integers(1, 65535), st.text(), st.text())).map(tuple),
     memory=st.none() | st.integers(1),
 )
 

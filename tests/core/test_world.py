@@ -9,9 +9,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxops.core.registry import EMPTY, Registry
-from mlxops.core.settings import PortRange
-from mlxops.core.world import Answer, Operation, Orphan, Owner, Run, Signals, State, drift, judge, run_from_wire
+from mlxops.core.settings import BootJob, PortRange
+from mlxops.core.world import (
+    Answer,
+    JobState,
+    Operation,
+    Orphan,
+    Owner,
+    Run,
+    Signals,
+    Standing,
+    State,
+    drift,
+    judge,
+    run_from_wire,
+)
 from tests.core.worlds import (
+    CLAIM,
     OURS,
     PORTS,
     any_signals,
@@ -21,6 +35,7 @@ from tests.core.worlds import (
     registries,
     registry,
     run,
+    server,
     serving,
     signals,
     world,
@@ -129,6 +144,19 @@ CASES: dict[str, tuple[Signals, Registry, State, Owner | None]] = {
     "the boot job's server": (at_boot(), registry(a=8100), State.READY, Owner.BOOT),
     "the boot job's server that another user owns": (
         replace(at_boot(), hand=None, answer=Answer.NOT_ASKED),
+        registry(a=8100),
+        State.READY,
+        Owner.BOOT,
+    ),
+    "the boot job's server that does not listen yet": (
+        replace(at_boot(), listening=False, listener_pids=frozenset(), answer=Answer.NOT_ASKED),
+        EMPTY,
+        State.LOADING,
+        Owner.BOOT,
+    ),
+    "the boot job between two starts": (replace(signals(8100), boot=CLAIM), EMPTY, State.LOADING, Owner.BOOT),
+    "a boot job's server that was adopted before it was known as one": (
+        replace(serving(port=8100), run=replace(run(port=8100), adopted=True), hand=server(port=8100), boot=CLAIM),
         registry(a=8100),
         State.READY,
         Owner.BOOT,
@@ -298,6 +326,21 @@ def test_a_difference_is_drift(
     known: Registry, seen: tuple[Signals, ...], code: tuple[str, int | None, str | None]
 ) -> None:
     assert codes(known, *seen) == [code]
+
+
+@pytest.mark.parametrize("standing", Standing)
+def test_a_boot_job_that_does_not_come_is_drift(standing: Standing) -> None:
+    job = BootJob(8100, "/opt/start.sh", "com.example.boot")
+    state = JobState(job, standing, "said launchd", enable="sudo launchctl enable system/com.example.boot")
+    found = {each.code: each for each in drift(PortRange(8100, 8104), {}, EMPTY, [state])}
+    if standing is Standing.MISSING:
+        (told,) = [found.pop("boot_job_missing")]
+        assert told.port == 8100 and "com.example.boot" in told.message and "said launchd" in told.message
+        assert told.hint == "comment out its line (boot:) in hosts.yaml; or install the job"
+    if standing is Standing.DISABLED:
+        told = found.pop("boot_job_disabled")
+        assert told.hint.endswith("or enable it: sudo launchctl enable system/com.example.boot")
+    assert not found
 
 
 def test_what_the_boot_job_serves_need_not_be_assigned() -> None:

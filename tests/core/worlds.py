@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 
 from mlxops.core.registry import Registry, parse
 from mlxops.core.settings import BootJob, PortRange, Settings
-from mlxops.core.world import Answer, Operation, Owner, Run, Server, Signals, World, judge
+from mlxops.core.world import Answer, BootClaim, Operation, Owner, Run, Server, Signals, World, judge
 
 SETTINGS = Settings(
     ports=PortRange(8100, 8104),
     slots={8100: "jerry-xl", 8101: "jerry-l", 8102: "jerry-m"},
-    boot=BootJob(8100, "/opt/start.sh", "com.example.boot"),
+    boot=(BootJob(8100, "/opt/start.sh", "com.example.boot"),),
 )
+CLAIM = BootClaim(SETTINGS.boot[0], "launchd has it", "sudo launchctl bootout system/com.example.boot")
 PORTS = tuple(SETTINGS.ports)
 
 
@@ -98,7 +99,7 @@ def of_somebody(port: int = 8103) -> Signals:
 
 
 def at_boot(name: str = "a", port: int = 8100) -> Signals:
-    return replace(by_hand(name, port), boot=True)
+    return replace(by_hand(name, port), boot=CLAIM)
 
 
 def world(known: Registry, *seen: Signals) -> World:
@@ -140,7 +141,7 @@ def _whatever(port: int) -> st.SearchStrategy[Signals]:
         listener_pids=_pids,
         unowned=st.booleans(),
         hand=st.none() | st.builds(lambda name: server(name, port), model),
-        boot=st.booleans(),
+        boot=st.none() | st.just(CLAIM),
         operation=st.none()
         | st.builds(
             Operation, id=st.just("op2"), command=st.sampled_from(["load", "unload", "unload-all", "reconcile"])

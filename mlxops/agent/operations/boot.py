@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from mlxops.agent import boot as jobs
 from mlxops.agent.boot import Job, Manager
+from mlxops.agent.bootjobs import BootJobs
 from mlxops.agent.operations.context import Context
 from mlxops.agent.store import state_unwritable
+from mlxops.agent.system import Look
+from mlxops.core.world import JobState
 
 
 def boot(ctx: Context) -> dict[str, object]:
@@ -34,12 +37,18 @@ def _is_installed(manager: Manager, job: Job) -> bool:
 
 def _shown(ctx: Context, manager: Manager, job: Job) -> dict[str, object]:
     files = {str(path): path.read_text(errors="replace") if path.exists() else None for path in manager.places(job)}
-    own = ctx.where.settings.boot
+    own = BootJobs(ctx.where.settings.boot, ctx.system, ctx.environ)
+    look = ctx.system.look(()) if own.jobs else Look()
+    rows = [_job_row(own.state(look, each)) for each in own.jobs]
     return {
         "state": manager.state() if any(files.values()) else "not installed",
         "files": files,
         "argv": list(job.argv),
-        "boot_job": None
-        if own is None
-        else {"port": own.port, "script": own.script, "there": jobs.job_is_there(own, ctx.environ)},
+        "boot_job": rows[0] if rows else None,
+        "boot_jobs": rows,
     }
+
+
+def _job_row(state: JobState) -> dict[str, object]:
+    row = {**state.job.to_wire(), "there": state.standing.reserves}
+    return row | {"standing": state.standing.value, "detail": state.detail}

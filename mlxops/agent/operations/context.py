@@ -140,7 +140,8 @@ class Context:
         return DRAIN_SECONDS if asked is None else asked
 
     def observe(self, registry: Registry, *, only: Iterable[int] | None = None) -> World:
-        return observe(self.where, self.store, registry, self.system, own=self.operation or None, only=only)
+        own = self.operation or None
+        return observe(self.where, self.store, registry, self.system, own=own, only=only, environ=self.environ)
 
     def look(self) -> tuple[Registry, World]:
         """The registry, and life, as they were together. A load or unload that goes on while we look changes both: what

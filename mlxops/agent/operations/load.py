@@ -256,13 +256,13 @@ def _prove_boot_job(ctx: Context, plan: LoadPlan, view: PortView) -> None:
     from mlxops.agent.start import COMPLETION_SECONDS, prove
 
     if view.server is None:
-        raise planner.boot_port(ctx.where.settings, plan.port, "its server is gone")
+        raise planner.boot_port(view, "its server is gone")
     names = names_of(view)
     if names.not_asked:
-        raise planner.boot_port(ctx.where.settings, plan.port, f"its server is not asked: {names.not_asked}")
+        raise planner.boot_port(view, f"its server is not asked: {names.not_asked}")
     if names.sure and not names.any and plan.alias not in names.known:
         what = f"its server answers to {' and '.join(map(shown, names.known))}, not to {plan.alias}"
-        refused = planner.boot_port(ctx.where.settings, plan.port, what[:300])
+        refused = planner.boot_port(view, what[:300])
         refused.hint = f"have the boot job start it under the name {plan.alias}; or, {refused.hint}"
         raise refused
     run = run_of(view.server, plan.port, ctx.system.boot_id())
@@ -270,7 +270,7 @@ def _prove_boot_job(ctx: Context, plan: LoadPlan, view: PortView) -> None:
         prove(ctx.where, plan.alias, run, ctx.system, ctx.request.number("timeout") or COMPLETION_SECONDS)
     except (OSError, NoCompletion) as error:
         what = f"its server does not answer as {plan.alias}: {error}"
-        raise planner.boot_port(ctx.where.settings, plan.port, what[:300]) from None
+        raise planner.boot_port(view, what[:300]) from None
 
 
 def _adopted_run(ctx: Context, view: PortView, plan: LoadPlan, prepared: Prepared) -> Run:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mlxops.agent import boot
 from mlxops.agent.operations.context import RESTORE, Context, TakenOut
 from mlxops.agent.operations.load import load
 from mlxops.core.errors import Interrupted, MlxopsError, NotStarted, Refused
@@ -25,6 +24,7 @@ from mlxops.core.restore import (
     plan_restore,
     starts_of,
 )
+from mlxops.core.world import JobState
 
 UNLOADED = "it was unloaded meanwhile"
 
@@ -38,6 +38,8 @@ class _Plan:
     steps: RestorePlan
     attempts: Mapping[Step, Sequence[float]]
     """How many seconds ago each was started in vain, newest first."""
+    gone: tuple[JobState, ...]
+    """Boot jobs of hosts.yaml that do not start their server: their ports are started as any other."""
 
 
 def restore(ctx: Context) -> dict[str, object]:
@@ -45,6 +47,8 @@ def restore(ctx: Context) -> dict[str, object]:
     nobody else from starting. Raises `NotStarted` (restore_incomplete) in the end if there was such a one."""
     with ctx.alone(RESTORE):
         plan = _plan(ctx, keep=not ctx.request.dry_run)
+        for state in plan.gone:
+            ctx.note(f"the boot job {state.job.name} of port {state.job.port} is {state.standing}: {state.detail}")
         for step in plan.steps.skipped:
             _tell_left(ctx, step)
         return _try_out(ctx, plan) if ctx.request.dry_run else _carry_out(ctx, plan)
@@ -122,7 +126,6 @@ def _tell_left(ctx: Context, step: Step) -> None:
 def _plan(ctx: Context, *, keep: bool) -> _Plan:
     registry = ctx.usable_registry()
     history = ctx.history()
-    settings = ctx.where.settings
     world = ctx.observe(registry)
     starts = starts_of(history)
     now = _now(ctx)
@@ -133,12 +136,12 @@ def _plan(ctx: Context, *, keep: bool) -> _Plan:
     steps = plan_restore(
         registry,
         world,
-        boot_port=settings.boot.port if settings.boot and boot.job_is_there(settings.boot, ctx.environ) else None,
-        slots=settings.slots,
+        slots=ctx.where.settings.slots,
         cleared=last_cleared(history) if ctx.request.flag("cleared") else (),
         attempts=attempts,
     )
-    return _Plan(steps, attempts)
+    gone = {state.job.port: state for state in world.boot if not state.standing.reserves}
+    return _Plan(steps, attempts, tuple(gone[step.port] for step in steps.starts if step.port in gone))
 
 
 def _now(ctx: Context) -> Moment:

@@ -1,0 +1,590 @@
+"""The boot jobs of hosts.yaml on this host: which servers are theirs, and whether they are installed. Changes nothing.
+
+A server is a job's if the service manager says so (launchd's pid for the label, systemd's control group), if it carries
+the mark that the manager leaves in a job's environment, or if the job's script runs above it. After a script's last
+`exec` only the first two are left: the server has the script's pid and no word of it.
+
+launchd was not at hand: its part is tested with recorded formats. systemd's runs in the tests.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from mlxops.agent.managers import ABSENT, NO_DOMAIN, ask_manager, which
+from mlxops.agent.system import Look, Process, System
+from mlxops.core.bootjobs import (
+    CARRIERS,
+    SHELLS,
+    Launched,
+    bootout,
+    in_user_manager,
+    is_disabled,
+    is_unit,
+    launched,
+    program_of,
+    properties,
+    same_label,
+    standing_of_unit,
+    systemctl,
+    unit_of,
+    words_in,
+    words_of,
+)
+from mlxops.core.errors import Refused
+from mlxops.core.settings import BootJob
+from mlxops.core.world import BootClaim, JobState, Standing
+
+_SHOWN = (
+    "Id,LoadState,ActiveState,SubState,UnitFileState,FragmentPath,WantedBy,RequiredBy,TriggeredBy,InvocationID,MainPID"
+)
+_SOURCES = (
+    *("/etc/crontab", "/etc/cron.d/*", "/etc/anacrontab", "/var/spool/cron/crontabs/*", "/var/spool/cron/*"),
+    *("/usr/lib/cron/tabs/*", "/etc/rc.local", "/etc/rc.d/rc.local", "/etc/init.d/*"),
+    *("/etc/supervisor/conf.d/*", "/etc/supervisord.d/*", "/etc/supervisord.conf", "/etc/service/*/run"),
+)
+"""What else starts things at boot on macOS and Linux, as plain text."""
+_SPOOLS = ("/var/spool/cron/crontabs", "/var/spool/cron", "/usr/lib/cron/tabs")
+_MAX_SOURCE = 256 * 1024
+
+
+@dataclass(frozen=True)
+class Roots:
+    """Where service managers have their files; another place in tests."""
+
+    system: Path = Path("/")
+
+    def plists(self, home: Path) -> tuple[tuple[str, Path], ...]:
+        """Folders of property lists, each with the domain that launchd loads them into."""
+        gui = f"gui/{os.getuid()}"
+        return (
+            ("system", self.system / "Library/LaunchDaemons"),
+            (gui, home / "Library/LaunchAgents"),
+            (gui, self.system / "Library/LaunchAgents"),
+        )
+
+    def units(self, home: Path, config: str) -> tuple[tuple[bool, Path], ...]:
+        """Folders of systemd units, each with whether they are a user's."""
+        own = Path(config) if config.startswith("/") else home / ".config"
+        return (
+            *((False, self.system / each / "systemd/system") for each in ("etc", "run", "usr/local/lib", "lib")),
+            (True, own / "systemd/user"),
+            *((True, self.system / each / "systemd/user") for each in ("etc", "usr/local/lib", "lib")),
+        )
+
+    def sources(self) -> Iterator[Path]:
+        for pattern in _SOURCES:
+            yield from self.system.glob(pattern.lstrip("/"))
+
+    def closed(self) -> bool:
+        """Whether a crontab may be there that this user cannot read."""
+        for each in _SPOOLS:
+            folder = self.system / each.lstrip("/")
+            if _exists(folder) is not False and not os.access(folder, os.R_OK | os.X_OK):
+                return True
+        return False
+
+
+class BootJobs:
+    """The boot jobs, for one look at the host. Service managers are asked only if nothing else tells, and once."""
+
+    def __init__(
+        self, jobs: tuple[BootJob, ...], system: System, environ: Mapping[str, str], roots: Roots | None = None
+    ) -> None:
+        self.jobs = jobs
+        self._system = system
+        self._environ = environ
+        self._roots = roots or Roots()
+        self._managers = {job: _Managers(job, environ, self._roots) for job in jobs}
+
+    # -- whose a server is ---------------------------------------------------------------------------------------
+
+    def claim(self, look: Look, port: int, pids: Collection[int]) -> BootClaim | None:
+        """The boot job to which one of these processes belongs: that of the port first, then any other. A script that
+        starts several servers owns them all, also those on ports that hosts.yaml does not name for it."""
+        chains = [list(look.ancestors(pid)) for pid in sorted(pids)]
+        for job in sorted(self.jobs, key=lambda each: each.port != port):
+            for chain in chains:
+                found = self._by_marks(job, [job.label], chain) or self._by_script(job, look, chain)
+                # What takes longer comes last.
+                found = found or self._by_marks(job, self._managers[job].names_in_files, chain)
+                found = found or self._by_asking(job, chain, port)
+                if found:
+                    return found
+        return None
+
+    def unseen(self, look: Look, port: int) -> BootClaim | None:
+        """The boot job of a port whose listener is another user's, and hidden from this one."""
+        state = next((self.state(look, job) for job in self.jobs if job.port == port), None)
+        if state is None or not state.standing.reserves:
+            return None
+        return BootClaim(state.job, f"another user's process listens; boot job: {state.detail}", self._stop(state))
+
+    def _stop(self, state: JobState) -> str:
+        return state.stop or self._managers[state.job].stop()
+
+    def _by_marks(self, job: BootJob, names: Collection[str], chain: list[Process]) -> BootClaim | None:
+        """By what service managers left with a process, under one of these labels or units."""
+        for process in chain if any(names) else ():
+            units = self._system.units(process.pid)
+            unit = next((unit for unit in units if any(is_unit(name, unit) for name in names)), None)
+            if unit:
+                user = in_user_manager(units, (each.argv for each in chain))
+                stop = systemctl("stop", unit, user=user)
+                return BootClaim(job, f"systemd's {'user ' if user else ''}unit {unit} started it", stop)
+            seen = self._system.variables(process.pid)
+            label = seen.get("XPC_SERVICE_NAME", "")
+            if any(same_label(name, label) for name in names):
+                return BootClaim(job, f"launchd's job {label} started it", self._managers[job].stop(label))
+            program = seen.get("SUPERVISOR_PROCESS_NAME", "")
+            if any(same_label(name, program) for name in names):
+                return BootClaim(job, f"supervisord's program {program} started it", f"supervisorctl stop {program}")
+        return None
+
+    def _by_script(self, job: BootJob, look: Look, chain: list[Process]) -> BootClaim | None:
+        if not job.script or not chain:
+            return None
+        script = _Script(job.script, self._environ)
+        for process in chain:
+            if script.is_named_by(words_of(process.argv), self._folders(look, process)):
+                how = f"{job.script} runs above it (pid {process.pid})"
+                return BootClaim(job, how, self._stop_by_file(job, chain))
+        # pm2 writes it there; a keeper of one's own often has it in a variable, which its children inherit.
+        seen = self._system.variables(chain[0].pid)
+        if script.is_named_by([seen.get("pm_exec_path", "")], []):
+            return BootClaim(job, f"pm2 started it from {job.script}", f"pm2 stop {seen.get('name') or job.script}")
+        for process in chain[1:]:
+            if process.pid not in self._own and self._carries(script, process, chain[0].pid):
+                how = f"pid {process.pid}, which runs {job.script}, started it"
+                return BootClaim(job, how, self._stop_by_file(job, chain))
+        return None
+
+    def _stop_by_file(self, job: BootJob, chain: list[Process]) -> str:
+        """By the service manager whose file runs the script, if these processes have its mark."""
+        marked = self._by_marks(job, self._managers[job].names_in_files, chain)
+        return marked.stop if marked else self._managers[job].stop()
+
+    def _by_asking(self, job: BootJob, chain: list[Process], port: int) -> BootClaim | None:
+        if not job.label or not chain:
+            return None
+        managers = self._managers[job]
+        pids = {process.pid for process in chain if process.pid != 1}
+        if managers.launchd and managers.launchd.pid in pids:
+            return BootClaim(job, f"launchd's job {managers.domain}/{managers.label} started it", managers.stop())
+        units = self._system.units(chain[0].pid)
+        if units and not (units[-1].endswith(".scope") and not units[-1].startswith("session-")):
+            return None
+        # `systemd-run --scope` gives a server a group of its own, and in a container the groups are hidden.
+        mark = self._system.variables(chain[0].pid).get("INVOCATION_ID", "")
+        mark = "" if mark == self._environ.get("INVOCATION_ID") else mark
+        for user, shown in managers.units if units or mark else ():
+            main = shown.get("MainPID", "")
+            if (main.isdecimal() and int(main) in pids) or (mark and mark == shown.get("InvocationID")):
+                unit = shown.get("Id") or unit_of(job.label)
+                return BootClaim(job, f"systemd's unit {unit} started it", systemctl("stop", unit, user=user))
+        if units or not mark or port != job.port or any(shown.get("InvocationID") for _, shown in managers.units):
+            return None
+        how = "a systemd unit started it (INVOCATION_ID), and which one cannot be seen from here"
+        return BootClaim(job, how, managers.stop())
+
+    def _carries(self, script: _Script, process: Process, child: int | None = None) -> bool:
+        """Whether the environment of a process that is no shell and no terminal names the script, in its own folder or
+        in the one in which it started `child`."""
+        if program_of(process.argv) in SHELLS | CARRIERS or process.pid == 1:
+            return False
+        values = [each for each in self._system.variables(process.pid).values() if script.may_be_in(each)]
+        places = [self._system.folder(pid) for pid in (process.pid, child) if pid is not None] if values else []
+        return any(script.is_named_by(words_in(value), filter(None, places)) for value in values)
+
+    @cached_property
+    def _own(self) -> frozenset[int]:
+        """This process and those above it: what they carry is in everything that is started from the same place."""
+        found = set()
+        process = self._system.process(os.getpid())
+        while process is not None and process.pid not in found:
+            found.add(process.pid)
+            process = self._system.process(process.ppid) if process.ppid > 0 else None
+        return frozenset(found)
+
+    def _folders(self, look: Look, process: Process) -> list[str]:
+        """What a relative path of a process may be relative to: it may have gone elsewhere since it was started."""
+        parent = self._system.folder(process.ppid) if process.ppid in look.processes else None
+        begun = self._system.variables(process.pid).get("PWD")
+        return [each for each in (self._system.folder(process.pid), begun, parent) if each]
+
+    # -- whether a job is there ----------------------------------------------------------------------------------
+
+    def state(self, look: Look, job: BootJob) -> JobState:
+        """Whether the system will start it, as far as can be seen without root."""
+        managers = self._managers[job]
+        found = managers.state()
+        if found is not None and found.standing is not Standing.UNKNOWN:
+            return found
+        runner = self._runner(look, job)
+        if runner is not None:
+            return JobState(job, Standing.ACTIVE, f"pid {runner.pid} runs {job.script}", managers.stop())
+        source = self._source(job)
+        if source is not None:
+            return JobState(job, Standing.INSTALLED, f"{source} runs {job.script}", f"take it out of {source}")
+        return found or self._absent(job)
+
+    def _runner(self, look: Look, job: BootJob) -> Process | None:
+        """A living process that runs the script, or keeps it running."""
+        if not job.script:
+            return None
+        script = _Script(job.script, self._environ)
+        for process in look.processes.values():
+            if process.zombie or process.pid in self._own:
+                continue
+            if any(map(script.may_be_in, process.argv)):
+                if script.is_named_by(words_of(process.argv), self._folders(look, process)):
+                    return process
+            elif self._carries(script, process):
+                return process
+        return None
+
+    def _source(self, job: BootJob) -> str | None:
+        if not job.script:
+            return None
+        script = _Script(job.script, self._environ)
+        for path in self._roots.sources():
+            if any(map(script.is_in, _lines(path))):
+                return str(path)
+        return "this user's crontab" if any(map(script.is_in, _plain_lines(_own_crontab(self._environ)))) else None
+
+    def _absent(self, job: BootJob) -> JobState:
+        """No service manager knows it, and nothing that can be seen runs its script."""
+        managers = self._managers[job]
+        there = _exists(Path(_Script(job.script, self._environ).path)) if job.script else False
+        if there is None or (there and not job.label and self._roots.closed()):
+            why = f"{job.script} is there, what runs it cannot be seen from here, and no label is given"
+            return JobState(job, Standing.UNKNOWN, why, managers.stop())
+        return JobState(job, Standing.MISSING, "; ".join(self._absences(job, there)))
+
+    def _absences(self, job: BootJob, there: bool) -> Iterator[str]:
+        if job.label:
+            asked = self._managers[job].asked
+            here = f"{' and '.join(asked)} know no" if len(asked) > 1 else f"{asked[0]} knows no" if asked else ""
+            yield f"{here} {job.label}" if here else f"no service manager runs here that could know {job.label}"
+        if job.script:
+            yield f"nothing runs {job.script}" if there else f"{job.script} is not there"
+
+
+class _Managers:
+    """What launchd and systemd say about one job; each is asked once, when it is needed."""
+
+    def __init__(self, job: BootJob, environ: Mapping[str, str], roots: Roots) -> None:
+        self._job = job
+        self._roots = roots
+        self._home = Path(environ.get("HOME") or Path.home())
+        self._environ = {"XDG_RUNTIME_DIR": f"/run/user/{os.getuid()}", **environ}
+        self._script = _Script(job.script, environ) if job.script else None
+        self.domain = ""
+        """launchd's, in which the job was found."""
+        self.label = job.label
+
+    @property
+    def asked(self) -> list[str]:
+        """Who is asked about the label."""
+        systemd = which("systemctl", self._environ) is not None
+        return [name for name, here in (("launchd", self.asks_launchd), ("systemd", systemd)) if here]
+
+    @property
+    def asks_launchd(self) -> bool:
+        return sys.platform == "darwin" or which("launchctl", self._environ) is not None
+
+    def state(self) -> JobState | None:
+        """None: neither knows it."""
+        found = [*self._of_launchd(), *self._of_systemd()]
+        order = list(Standing)
+        return min(found, key=lambda state: order.index(state.standing), default=None)
+
+    def stop(self, label: str = "") -> str:
+        """The command that stops the job, or launchd's job of another label that runs the same script."""
+        if label and not same_label(label, self._job.label):
+            return bootout(self._domain_of(label), label)
+        if self.asks_launchd and (self._job.label or self._own_plist):
+            self._find_domain()
+            return bootout(self.domain or "system", self.label)
+        for user, shown in self._known_units():
+            return systemctl("stop", shown.get("Id") or unit_of(self._job.label), user=user)
+        if self._job.label:
+            # No launchd and no systemd that knows it: what else starts it has a command of its own.
+            return f"stop what starts it (under launchd: {bootout('system', self._job.label)})"
+        return f"stop what runs {self._job.script}"
+
+    # -- launchd -------------------------------------------------------------------------------------------------
+
+    def _domain_of(self, label: str) -> str:
+        found = (each.domain for each in self._plists if same_label(label, each.label))
+        return next(found, self.domain or "system")
+
+    def _find_domain(self) -> None:
+        """From the files, or from launchd where they do not tell."""
+        if not self.domain and self._own_plist:
+            self.domain, self.label = self._own_plist.domain, self._own_plist.label
+        elif not self.domain:
+            _ = self.launchd
+
+    @cached_property
+    def launchd(self) -> Launched | None:
+        """The job as launchd shows it. None: it does not know the label, or could not be asked."""
+        if not self.asks_launchd:
+            return None
+        uid = os.getuid()
+        domains = ["system", f"gui/{uid}", f"user/{uid}"]
+        if self._own_plist:
+            self.label = self._own_plist.label
+            domains.insert(0, self._own_plist.domain)
+        for domain in dict.fromkeys(domains if self.label else []):
+            try:
+                done = ask_manager(self._environ, "launchctl", "print", f"{domain}/{self.label}")
+            except (Refused, OSError):
+                self._unanswered.append("launchd did not answer")
+                break
+            if done.returncode == 0:
+                self.domain = domain
+                return launched(done.stdout)
+            if done.returncode not in {ABSENT, NO_DOMAIN}:
+                self._unanswered.append(f"launchctl print {domain}/{self.label} ended with {done.returncode}")
+        return None
+
+    @cached_property
+    def _unanswered(self) -> list[str]:
+        return []
+
+    def _of_launchd(self) -> Iterator[JobState]:
+        shown, own = self.launchd, self._own_plist
+        if shown is not None:
+            where = f"launchd has it as {self.domain}/{self.label}"
+            standing = Standing.ACTIVE if shown.active else Standing.LOADED
+            pid = f", pid {shown.pid}" if shown.pid else f", {shown.state or 'loaded'}"
+            yield JobState(self._job, standing, where + pid, bootout(self.domain, self.label))
+        elif own is not None:
+            off = self._disabled(own.domain, own.label)
+            if own.keys.get("Disabled") is True if off is None else off:
+                again = f"{'sudo ' if own.domain == 'system' else ''}launchctl enable {own.domain}/{own.label}"
+                yield JobState(self._job, Standing.DISABLED, f"launchd does not load {own.path}", enable=again)
+            else:
+                when = "boot" if own.domain == "system" else "login"
+                why = f"{own.path} is there, and launchd loads it at the next {when}"
+                yield JobState(self._job, Standing.INSTALLED, why, bootout(own.domain, own.label))
+        elif self._unanswered:
+            yield JobState(self._job, Standing.UNKNOWN, "; ".join(self._unanswered))
+
+    def _disabled(self, domain: str, label: str) -> bool | None:
+        try:
+            return is_disabled(ask_manager(self._environ, "launchctl", "print-disabled", domain).stdout, label)
+        except (Refused, OSError):
+            return None
+
+    @cached_property
+    def _plists(self) -> list[_Plist]:
+        return [
+            _Plist(domain, path, _keys_of(path))
+            for domain, folder in self._roots.plists(self._home)
+            for path in sorted(folder.glob("*.plist"))
+        ]
+
+    @cached_property
+    def _own_plist(self) -> _Plist | None:
+        """The property list with the job's label; else the one that runs the script."""
+        # Nearly always the file has the label's name; there may be dozens of others.
+        for domain, folder in self._roots.plists(self._home) if self._job.label else ():
+            path = folder / f"{self._job.label}.plist"
+            if path.exists() and same_label(self._job.label, str((keys := _keys_of(path)).get("Label", ""))):
+                return _Plist(domain, path, keys)
+        named = (each for each in self._plists if same_label(self._job.label, each.label))
+        return next(named, None) or next((each for each in self._plists if self._runs(each.keys)), None)
+
+    def _runs(self, keys: Mapping[str, object]) -> bool:
+        arguments = keys.get("ProgramArguments")
+        argv = tuple(map(str, arguments)) if isinstance(arguments, list) else ()
+        words = [*words_of(argv), str(keys.get("Program", ""))]
+        folder = keys.get("WorkingDirectory")
+        return self._script is not None and self._script.is_named_by(words, [str(folder)] if folder else [])
+
+    # -- systemd -------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def units(self) -> tuple[tuple[bool, Mapping[str, str]], ...]:
+        """What the system's and the user's systemd show of the job's unit, each with whether it is the user's. One that
+        does not run says nothing."""
+        if which("systemctl", self._environ) is None:
+            return ()
+        names = [unit_of(self._job.label)] if self._job.label else []
+        names += [path.name for _, path in self._unit_files if path.name not in names]
+        found = []
+        for user in (False, True):
+            for name in names[:2]:
+                shown = self._show(user, name)
+                if shown:
+                    found.append((user, shown))
+                if standing_of_unit(shown) not in {Standing.MISSING, Standing.UNKNOWN}:
+                    return tuple(found)
+        return tuple(found)
+
+    def _known_units(self) -> list[tuple[bool, Mapping[str, str]]]:
+        return [(user, shown) for user, shown in self.units if standing_of_unit(shown) is not Standing.MISSING]
+
+    def _show(self, user: bool, unit: str) -> Mapping[str, str]:
+        scope = ("--user",) if user else ()
+        try:
+            if "@." in unit:
+                # A template is no unit; one of its instances may be.
+                pattern = unit.replace("@.", "@*.")
+                listed = self._systemctl(*scope, "list-units", "--all", "--plain", "--no-legend", "--full", pattern)
+                unit = next(iter(listed.split()), "")
+            return properties(self._systemctl(*scope, "show", f"--property={_SHOWN}", unit)) if unit else {}
+        except (Refused, OSError):
+            return {}
+
+    def _systemctl(self, *arguments: str) -> str:
+        done = ask_manager(self._environ, "systemctl", *arguments)
+        return done.stdout if done.returncode == 0 else ""
+
+    def _of_systemd(self) -> Iterator[JobState]:
+        for user, shown in self._known_units():
+            unit = shown.get("Id") or unit_of(self._job.label)
+            standing = standing_of_unit(shown)
+            what = "/".join(filter(None, (shown.get("ActiveState"), shown.get("SubState"))))
+            state = shown.get("UnitFileState") or shown.get("LoadState")
+            detail = f"systemd{' --user' if user else ''} has {unit}: {what}, {state}"
+            verb = "unmask" if "masked" in (shown.get("LoadState"), state) else "enable --now"
+            again = systemctl(verb, unit, user=user) if standing is Standing.DISABLED else ""
+            yield JobState(self._job, standing, detail, systemctl("stop", unit, user=user), again)
+        if not self._known_units():
+            for user, path in self._unit_files:
+                stop = systemctl("stop", path.name, user=user)
+                yield JobState(self._job, Standing.INSTALLED, f"{path} is there, and systemd does not run", stop)
+
+    @cached_property
+    def _unit_files(self) -> list[tuple[bool, Path]]:
+        """The unit files with the job's name; else those that run the script."""
+        found = [
+            (user, path)
+            for user, folder in self._roots.units(self._home, self._environ.get("XDG_CONFIG_HOME", ""))
+            for path in sorted(folder.glob("*.service"))
+        ]
+        named = [(user, path) for user, path in found if self._job.label and is_unit(self._job.label, path.name)]
+        return named or [(user, path) for user, path in found if self._is_run_by(path)]
+
+    @cached_property
+    def names_in_files(self) -> tuple[str, ...]:
+        """The labels and units of the files that run the script."""
+        labels = [each.label for each in self._plists if self._runs(each.keys)]
+        return (*labels, *(path.name for _, path in self._unit_files))
+
+    def _is_run_by(self, unit: Path) -> bool:
+        if self._script is None or "lib" in unit.parts[:4]:  # a distribution's, of which there are hundreds
+            return False
+        return any(self._script.is_in(line) for line in _lines(unit) if line.lstrip().startswith("ExecStart"))
+
+
+class _Script:
+    """The path of a boot job's script, however a command spells it."""
+
+    def __init__(self, path: str, environ: Mapping[str, str]) -> None:
+        if path.startswith("~/"):
+            path = os.path.join(environ.get("HOME") or str(Path.home()), path[2:])
+        self.path = path.rstrip("/") or "/"
+        self._real = os.path.realpath(self.path)
+        self._file = _file(self.path)
+        self._folder, _, self._name = self.path.rpartition("/")
+        names = {self.path, self._real}
+        home = (environ.get("HOME") or "").rstrip("/")
+        if home and self.path.startswith(f"{home}/"):
+            names |= {f"{short}{self.path[len(home) :]}" for short in ("~", "$HOME", "${HOME}")}
+        self._spelled = re.compile("|".join(rf"(?<![\w./-]){re.escape(name)}(?![\w./-])" for name in names))
+
+    def is_named_by(self, words: Iterable[str], folders: Iterable[str]) -> bool:
+        """Whether one of the words is the script, relative ones in any of the folders."""
+        folders = list(folders)
+        return any(
+            self._is(os.path.join(folder, word))
+            for word in words
+            if word and len(word) < 4096 and "\0" not in word
+            for folder in ([""] if word.startswith("/") else folders)
+        )
+
+    def _is(self, path: str) -> bool:
+        if os.path.realpath(path) == self._real:
+            return True
+        return self._file is not None and _file(path) == self._file
+
+    def may_be_in(self, text: str) -> bool:
+        """Whether it is worth looking at the words of a text."""
+        return self._name in text
+
+    def is_in(self, line: str) -> bool:
+        """Whether a line of configuration runs it: by its path, or in its folder."""
+        return self._name in line and (bool(self._spelled.search(line)) or self._folder in line)
+
+
+def _file(path: str) -> tuple[int, int] | None:
+    """What tells a file on this host, by whatever path: also one in another case, where the file system ignores it."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return (found.st_dev, found.st_ino) if stat.S_ISREG(found.st_mode) else None
+
+
+def _exists(path: Path) -> bool | None:
+    """None: a folder on the way is closed."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return None
+    return True
+
+
+@dataclass(frozen=True)
+class _Plist:
+    domain: str
+    """launchd's, into which it is loaded."""
+    path: Path
+    keys: Mapping[str, object]
+
+    @property
+    def label(self) -> str:
+        return str(self.keys.get("Label", ""))
+
+
+def _keys_of(path: Path) -> Mapping[str, object]:
+    import plistlib  # 10 ms, and only macOS has such files
+
+    try:
+        with path.open("rb") as stream:
+            found = plistlib.load(stream)
+    except (OSError, ValueError, plistlib.InvalidFileException):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        with path.open("rb") as stream:
+            return _plain_lines(stream.read(_MAX_SOURCE).decode(errors="replace"))
+    except OSError:
+        return []
+
+
+def _plain_lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if not line.lstrip().startswith(("#", ";"))]
+
+
+def _own_crontab(environ: Mapping[str, str]) -> str:
+    try:
+        return ask_manager(environ, "crontab", "-l").stdout
+    except (Refused, OSError):
+        return ""

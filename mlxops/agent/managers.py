@@ -1,0 +1,47 @@
+"""How launchd and systemd are asked: through their command line programs, with a timeout."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Mapping
+
+from mlxops.core.errors import Refused
+
+TIMEOUT = 30.0
+ABSENT = 113
+"""What `launchctl print` ends with for a job that is not there ("Could not find service"); all else says nothing."""
+NO_DOMAIN = 112
+"""What it ends with for a domain that is not there, such as gui/UID without a login at the screen."""
+FOLDERS = "/bin:/usr/bin:/usr/local/bin:/sbin:/usr/sbin"
+
+
+def which(program: str, environ: Mapping[str, str]) -> str | None:
+    return shutil.which(program, path=f"{environ.get('PATH', '')}:{FOLDERS}")
+
+
+def ask_manager(environ: Mapping[str, str], program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Raises `Refused` (no_service_manager)."""
+    path = which(program, environ)
+    if path is None:
+        raise Refused(
+            "no_service_manager",
+            f"{program} is not on this host",
+            why="a job at boot needs launchd, or systemd",
+            hint="run `mlxctl restore --local` by whatever starts things there",
+        )
+    try:
+        return subprocess.run(
+            [path, *arguments],
+            env=dict(environ),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=TIMEOUT,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise Refused(
+            "no_service_manager", f"{program} did not answer", why=f"within {TIMEOUT:.0f} s", hint="try again"
+        ) from None

@@ -1,0 +1,161 @@
+"""The boot jobs of hosts.yaml, servers that the system starts by itself: how service managers name and describe them.
+Pure.
+
+Sources: launchctl(1), launchd.plist(5), systemctl(1), systemd.unit(5), systemd-escape(1), cgroups(7).
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from mlxops.core.world import Standing
+
+UNIT_TYPES = (".service", ".scope")
+_TRIGGERS = (".timer", ".socket", ".path")
+"""Units that start the service of the same name."""
+
+
+# -- names -----------------------------------------------------------------------------------------------------------
+
+
+def unit_of(label: str) -> str:
+    """The systemd unit that a label means; `.service` may be left out, and a timer's service is what serves."""
+    for trigger in _TRIGGERS:
+        label = label.removesuffix(trigger)
+    return label if label.endswith(UNIT_TYPES) else f"{label}.service"
+
+
+def is_unit(label: str, unit: str) -> bool:
+    """Whether a label means this unit. A template (`name@`) means each of its instances; escapes may be left out."""
+    if not label:
+        return False
+    wanted = unit_of(label).casefold()
+    names = {unit.casefold(), _unescaped(unit).casefold()}
+    template, at, rest = wanted.partition("@")
+    if at and rest in {".service", ".scope"}:
+        return any(name.startswith(f"{template}@") and name.endswith(rest) for name in names)
+    return bool(names & {wanted, _unescaped(wanted)})
+
+
+def _unescaped(unit: str) -> str:
+    return re.sub(r"\\x([0-9a-fA-F]{2})", lambda found: chr(int(found[1], 16)), unit)
+
+
+def in_user_manager(units: Iterable[str], above: Iterable[tuple[str, ...]] = ()) -> bool:
+    """Whether a user's systemd runs them, by the units that a process is in and the commands above it."""
+    managed = any(program_of(argv) == "systemd" and "--user" in argv for argv in above)
+    return managed or any(unit.startswith("user@") for unit in units)
+
+
+def same_label(one: str, other: str) -> bool:
+    """launchd's labels, however their case is written: file names on macOS do not tell it either."""
+    return bool(one) and one.casefold() == other.casefold()
+
+
+# -- commands for the operator ---------------------------------------------------------------------------------------
+
+
+def bootout(domain: str, label: str) -> str:
+    sudo = "sudo " if domain == "system" else ""
+    return f"{sudo}launchctl bootout {shlex.quote(f'{domain}/{label}')}"
+
+
+def systemctl(verb: str, unit: str, *, user: bool) -> str:
+    return f"{'systemctl --user' if user else 'sudo systemctl'} {verb} {shlex.quote(unit)}"
+
+
+# -- what service managers say ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A job as `launchctl print` shows it."""
+
+    pid: int | None = None
+    state: str = ""
+    path: str = ""
+
+    @property
+    def active(self) -> bool:
+        return self.pid is not None or self.state in {"running", "spawning", "spawn scheduled"}
+
+
+def launched(text: str) -> Launched:
+    """Read `launchctl print DOMAIN/LABEL`. Only the job's own lines count: its dictionaries are indented deeper."""
+    own = re.compile(r"^(?:\t| {1,8})(pid|state|path) = (.*)$", re.MULTILINE)
+    found: dict[str, str] = {}
+    for key, value in own.findall(text):
+        found.setdefault(key, value.strip())
+    pid = found.get("pid", "")
+    return Launched(int(pid) if pid.isdecimal() else None, found.get("state", ""), found.get("path", ""))
+
+
+def is_disabled(text: str, label: str) -> bool | None:
+    """What `launchctl print-disabled DOMAIN` says about a label; None: nothing."""
+    found = re.search(rf'^\s*"{re.escape(label)}" => (\w+)', text, re.MULTILINE | re.IGNORECASE)
+    return None if found is None else found[1] in {"disabled", "true"}
+
+
+def properties(text: str) -> dict[str, str]:
+    """Read `systemctl show --property=...`."""
+    return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+
+
+def standing_of_unit(shown: Mapping[str, str]) -> Standing:
+    """What `systemctl show` says about a unit."""
+    load, active, sub = (shown.get(key, "") for key in ("LoadState", "ActiveState", "SubState"))
+    if load == "not-found":
+        return Standing.MISSING
+    if active in {"active", "activating", "reloading"} and sub != "exited":
+        return Standing.ACTIVE
+    if load == "masked" or shown.get("UnitFileState", "").startswith("masked"):
+        return Standing.DISABLED
+    wanted = any(shown.get(key) for key in ("WantedBy", "RequiredBy", "TriggeredBy"))
+    if active not in {"active", "deactivating"} and shown.get("UnitFileState") == "disabled" and not wanted:
+        return Standing.DISABLED
+    return Standing.LOADED if load else Standing.UNKNOWN
+
+
+# -- what a command names --------------------------------------------------------------------------------------------
+
+SHELLS = frozenset({"sh", "bash", "zsh", "dash", "ksh", "fish", "ash", "csh", "tcsh", "nu", "login", "su"})
+CARRIERS = frozenset(
+    {
+        *("tmux", "screen", "zellij", "ssh", "sshd", "sshd-session", "mosh-server", "watch"),
+        *("vi", "vim", "nvim", "emacs", "nano", "code", "less", "more", "tail", "cat", "man", "git"),
+    }
+)
+"""Programs whose arguments name a file or a command without being it: a terminal multiplexer keeps the first command
+that it was given as long as it runs, and an editor the file that it shows."""
+
+
+def words_of(argv: tuple[str, ...]) -> Iterator[str]:
+    """The words of a command that may name what it runs; those of a shell's `-c` text too."""
+    program = program_of(argv)
+    if program in CARRIERS:
+        return
+    for position, word in enumerate(argv):
+        if word.startswith("-"):
+            continue
+        yield word
+        before = argv[position - 1] if position else ""
+        if program in SHELLS | {"env", "sudo", "caffeinate", "nohup"} and re.fullmatch(r"-[A-Za-z]*c", before):
+            yield from words_in(word)
+
+
+def words_in(text: str) -> list[str]:
+    """The words of a line of shell, without its operators."""
+    lexer = shlex.shlex(text, posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    try:
+        return list(lexer)
+    except ValueError:  # an open quote, as in a text that is no line of shell
+        return text.split()
+
+
+def program_of(argv: tuple[str, ...]) -> str:
+    """The name of a program; a login shell's without its dash."""
+    return argv[0].rstrip(": ").rpartition("/")[2].removeprefix("-").partition(":")[0] if argv else ""
