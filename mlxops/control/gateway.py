@@ -489,7 +489,8 @@ def _skipped(
     alias: str, why: str, host: str, row: Mapping[str, object], asked: _Asked, found: Sequence[Mapping[str, object]]
 ) -> Finding | None:
     """A name that was not asked for; nothing where the check has named the cause already."""
-    if asking.STAR in alias or any(each.get("code") == "wrong_name" and each.get("alias") == alias for each in found):
+    named = [each for each in found if each.get("alias") == alias and each.get("severity") == Severity.FAULT.value]
+    if asking.STAR in alias or any(each.get("code") in {"wrong_name", "server_name"} for each in named):
         return None
     stale = asked.running.stale(alias)
     severity = Severity.FAULT if stale else Severity.WARNING

@@ -69,64 +69,75 @@ def _why(name: str, one: _Setting | None, two: _Setting | None, sh: _Sh) -> str:
     return f"sh and python-dotenv do not read the same value for {name}"
 
 
-class _Dotenv:
-    """python-dotenv's reading (1.2): its grammar, and `${NAME}` and `${NAME:-default}` in every value."""
+class _Stop(Exception):
+    """The reader cannot tell what this line sets."""
 
-    _LINE = re.compile(
-        r"""[^\S\r\n]*(?:export[^\S\r\n]+)?
-        (?P<name>'[^']+'|[^=\#\s]+)
-        [^\S\r\n]*(?:=[^\S\r\n]*
-            (?P<value>'(?:\\'|[^'])*'|"(?:\\"|[^"])*"|[^\r\n'"][^\r\n]*|))?
-        (?:[^\S\r\n]*\#[^\r\n]*)?
-        [^\S\r\n]*(?:\r\n|\n|\r|$)""",
-        re.VERBOSE,
-    )
-    _SPACE = re.compile(r"\s*")
-    _COMMENT = re.compile(r"[^\S\r\n]*\#[^\r\n]*(?:\r\n|\n|\r|$)")
-    _REST = re.compile(r"[^\r\n]*(?:\r\n|\n|\r|$)")
+
+class _Dotenv:
+    """python-dotenv's reading (the grammar of 1.2.4), with `${NAME}` and `${NAME:-default}` expanded in every value."""
+
+    _NAME = re.compile(r"(?:export[^\S\r\n]+)?(?P<name>'[^']+'|(?!')[^=\#\s]+)[^\S\r\n]*")
+    _EQUALS = re.compile(r"=(?P<blank>[^\S\r\n]*)")
+    _QUOTED = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""", re.DOTALL)
+    _PLAIN = re.compile(r"[^\r\n]*")
+    _END = re.compile(r"(?:[^\S\r\n]*\#[^\r\n]*)?[^\S\r\n]*(?:\r\n|\n|\r|$)")
+    _REST = re.compile(r"[^\r\n]*(?:\r\n|\n|\r)?")
     _REFERENCE = re.compile(r"\$\{([^}:]*)(?::-([^}]*))?\}")
 
     def __init__(self, text: str) -> None:
         self.values: dict[str, _Setting] = {}
         self.not_understood: set[int] = set()
-        at = 0
-        while (at := self._after(self._SPACE, text, at)) < len(text):
-            line = text.count("\n", 0, at) + 1
-            if comment := self._COMMENT.match(text, at):
-                at = comment.end()
-            elif found := self._LINE.match(text, at):
-                at = found.end()
-                if found["value"] is not None:
-                    name = found["name"].strip("'")
-                    self.values[name] = _Setting(line, name, self._value(found["value"]))
-                else:
-                    self.not_understood.add(line)
-            else:
+        self._text, self._at = text, 0
+        while self._skip_space():
+            line = text.count("\n", 0, self._at) + 1
+            try:
+                if not text.startswith("#", self._at):
+                    self._binding(line)
+                self._take(self._END)
+            except _Stop:
                 self.not_understood.add(line)
-                at = self._after(self._REST, text, at)
+                self._take(self._REST)
 
-    @staticmethod
-    def _after(pattern: re.Pattern[str], text: str, at: int) -> int:
-        found = pattern.match(text, at)
-        return found.end() if found else len(text)
+    def _skip_space(self) -> bool:
+        while self._at < len(self._text) and self._text[self._at].isspace():
+            self._at += 1
+        return self._at < len(self._text)
 
-    def _value(self, written: str) -> str:
-        if written.startswith("'"):
-            plain = re.sub(r"\\([\\'])", r"\1", written[1:-1])
-        elif written.startswith('"'):
-            plain = re.sub(r"""\\([\\'"abfnrtv])""", lambda m: _ESCAPES.get(m[1], m[1]), written[1:-1])
+    def _take(self, pattern: re.Pattern[str]) -> re.Match[str]:
+        found = pattern.match(self._text, self._at)
+        if found is None:
+            raise _Stop
+        self._at = found.end()
+        return found
+
+    def _binding(self, line: int) -> None:
+        name = self._take(self._NAME)["name"].strip("'")
+        if not self._text.startswith("=", self._at):
+            self._check_end()
+            self.not_understood.add(line)
+            self.values.pop(name, None)  # it takes the name back
+            return
+        blank = self._take(self._EQUALS)["blank"]
+        if self._text.startswith(("'", '"'), self._at):
+            value = self._unescaped(self._take(self._QUOTED)[0])
+        elif blank and self._text.startswith("#", self._at):
+            value = ""
         else:
-            plain = re.sub(r"\s+#.*", "", written).rstrip()
+            value = re.sub(r"\s+#.*", "", self._take(self._PLAIN)[0]).rstrip()
+        self._check_end()
+        self.values[name] = _Setting(line, name, self._REFERENCE.sub(self._expanded, value))
 
-        def expanded(found: re.Match[str]) -> str:
-            known = self.values.get(found[1])
-            return known.value if known is not None and known.value is not None else found[2] or ""
+    def _check_end(self) -> None:
+        if self._END.match(self._text, self._at) is None:
+            raise _Stop
 
-        return self._REFERENCE.sub(expanded, plain)
+    def _unescaped(self, quoted: str) -> str:
+        letters = r"\\([\\'])" if quoted[0] == "'" else r"""\\([\\'"abfnrtv])"""
+        return re.sub(letters, lambda found: _ESCAPES.get(found[1], found[1]), quoted[1:-1])
 
-
-class _Stop(Exception):
-    """sh would do more here than set a variable."""
+    def _expanded(self, found: re.Match[str]) -> str:
+        known = self.values.get(found[1])
+        return known.value if known is not None and known.value is not None else found[2] or ""
 
 
 class _Sh:
@@ -145,7 +156,6 @@ class _Sh:
         text = self._text
         begin = self._at
         line = text.count("\n", 0, begin) + 1
-        names: list[str] = []
         before = dict(self.values)
         try:
             self._blanks()
@@ -154,7 +164,6 @@ class _Sh:
                 if text[found.end() : found.end() + 1] != "=":
                     raise _Stop
                 self._at = found.end() + 1
-                names.append(found[0])
                 self._unset = False
                 value = self._value()
                 self.values[found[0]] = _Setting(line, found[0], value)
@@ -167,10 +176,26 @@ class _Sh:
             # What it sets, if anything, is not known without running it.
             self.values = before
             self.not_understood.add(line)
-            for name in names:
-                self.values[name] = _Setting(line, name, None)
-            end = text.find("\n", begin)
-            self._at = len(text) if end < 0 else end + 1
+            self._at = self._end_of_line(begin)
+            for found in re.finditer(rf"(?<!\w)({_NAME.pattern})=", text[begin : self._at]):
+                self.values[found[1]] = _Setting(line, found[1], None)
+
+    def _end_of_line(self, at: int) -> int:
+        """Behind the newline that ends what began at `at`: one that is neither quoted nor escaped."""
+        first = self._text.find("\n", at) + 1 or len(self._text)
+        quote = ""
+        while at < len(self._text):
+            letter = self._text[at]
+            at += 1
+            if letter == "\\" and quote != "'":
+                at += 1
+            elif letter == "\n" and not quote:
+                return at
+            elif letter == quote:
+                quote = ""
+            elif letter in "'\"" and not quote:
+                quote = letter
+        return len(self._text) if not quote else first
 
     def _blanks(self) -> None:
         while self._text[self._at : self._at + 1] in {" ", "\t"}:

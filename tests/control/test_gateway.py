@@ -540,6 +540,13 @@ class TestPassingThrough:
         assert at.bodies == [] and self.alias(passed)["through"] is None
         assert [code for code, _ in self.findings(passed)] == ["wrong_name"]
 
+    def test_the_alias_is_not_sent_to_a_server_that_has_another_name(
+        self, proxy: Callable[[Answers], _Proxy], tmp_path: Path
+    ) -> None:
+        at = proxy(lambda _: (200, {}, COMPLETION))
+        passed = self.passed(read(tmp_path, ENTRY), at, owner="hand", answers_to="/models/qwen")
+        assert at.bodies == [] and [code for code, _ in self.findings(passed)] == ["server_name"]
+
     def test_a_server_whose_name_is_not_known_is_not_asked(
         self, proxy: Callable[[Answers], _Proxy], tmp_path: Path
     ) -> None:

@@ -12,7 +12,7 @@ XL, L = "http://studio:8100/v1", "http://studio:8101/v1"
 
 
 def entry(alias: str, sends: str, base: str | None = XL) -> Entry:
-    return Entry(alias, f"openai/{sends}", base, has_key=True)
+    return Entry(alias, f"openai/{sends}", sends, base, has_key=True)
 
 
 def ready(base: str = XL, *known: str, **how: object) -> Server:
@@ -51,7 +51,7 @@ def test_names_that_lead_to_a_server_which_knows_them_are_asked_for(entries: lis
         ([entry("jerry-xl", "Jerry-XL")], [OURS], "sends the name 'Jerry-XL'"),
         ([entry("jerry-*", "jerry-*")], [OURS], "many names"),
         ([entry("*", "*")], [OURS], "many names"),
-        ([Entry("jerry-xl", "jerry-xl", XL, has_key=True)], [OURS], "not known"),
+        ([Entry("jerry-xl", "jerry-xl", None, XL, has_key=True)], [OURS], "not known"),
         # By turns it would be asked of the server that does not know it.
         ([entry("a", "jerry-xl"), entry("a", "other")], [OURS], "'other'"),
         ([entry("a", "jerry-xl"), entry("a", "jerry-xl", L)], [OURS, BESIDE], "port 8101 answers to jerry-l"),
@@ -103,8 +103,6 @@ def test_what_an_agent_tells_is_read_whatever_it_is() -> None:
         ([], ["jerry-xl"]),
         ([entry("qwen-coder", "jerry-xl")], ["qwen-coder"]),
         ([entry("qwen-coder", "jerry-xl"), entry("jerry-xl", "jerry-xl")], ["jerry-xl", "qwen-coder"]),
-        ([entry("jerry-*", "jerry-*")], ["jerry-xl"]),
-        ([entry("gpt-*", "gpt-*")], ["gpt-*"]),
         ([entry("jerry-l", "jerry-l", L)], ["jerry-xl"]),
     ],
 )

@@ -43,6 +43,7 @@ KINDS = (
     Kind("healthy", 330, 55, "command beside a healthy thing that it must not harm"),
     Kind("reuse", 100, 10, "exact pid reuse"),
     Kind("bystanders", 100, 20, "server by hand beside what is none, or launched through something"),
+    Kind("names", 100, 25, "question to a server by hand, whatever its name"),
     Kind("cuts", 100, 10, "connection cut, client or session killed"),
 )
 
