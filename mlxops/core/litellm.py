@@ -409,6 +409,7 @@ class _Reader:
             | ({"model"} if not provider.sure or not named.sure else set()),
             where=where,
             places={name: each.place for name, each in fields.items() if each.place},
+            lost=f"credential_list has no {shown(named.text)}" if named.text and not credential else "",
             out=wrong or self._out(info, params),
             answers_itself="mock_response" in params,
         )
