@@ -460,6 +460,7 @@ def _passed(answer: Answer, asked: _Asked) -> Answer:
         rows.append(
             {
                 **row,
+                **_named(row, here, asked),
                 "through": worst.to_wire() if worst else None,
                 "passages": [each.to_wire() for each in passages],
                 "skipped": skipped,
@@ -472,6 +473,12 @@ def _passed(answer: Answer, asked: _Asked) -> Answer:
     return replace(answer, result={"aliases": rows, "findings": found}, error=error)
 
 
+def _named(row: Mapping[str, object], here: Sequence[str], asked: _Asked) -> dict[str, object]:
+    """What clients say for a port, where only the running gateway tells."""
+    names = [alias for alias in here if asking.STAR not in alias]
+    return {"alias": names[0], "names": names} if names and asked.running.files is None else {}
+
+
 def _findings(answer: Answer) -> list[dict[str, object]]:
     found = (answer.result or {}).get("findings")
     return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
@@ -481,7 +488,8 @@ def _skipped(
     alias: str, why: str, host: str, row: Mapping[str, object], asked: _Asked, found: Sequence[Mapping[str, object]]
 ) -> Finding | None:
     """A name that was not asked for; nothing where the check has named the cause already."""
-    if asking.STAR in alias or any(each.get("code") == "wrong_name" and each.get("alias") == alias for each in found):
+    named = [each for each in found if each.get("alias") == alias and each.get("severity") == Severity.FAULT.value]
+    if asking.STAR in alias or any(each.get("code") in {"wrong_name", "server_name"} for each in named):
         return None
     stale = asked.running.stale(alias)
     severity = Severity.FAULT if stale else Severity.WARNING

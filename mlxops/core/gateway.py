@@ -500,7 +500,10 @@ def _of_port(port: Port, here: Sequence[Entry], files: Files) -> Iterator[Findin
         model = port.model if port.owner is Owner.MLXOPS and port.model else "MODEL"
         fails = any(entry.sends not in (port.answers_to, *port.also_answers_to) for entry in here)
         severity = Severity.FAULT if fails else Severity.WARNING
-        yield finding(severity, "server_name", message, f"mlxctl load {model} {port.port} --force")
+        hint = f"mlxctl load {model} {port.port} --force"
+        if port.owner is Owner.BOOT:  # a load is refused there
+            hint = f"have the boot job start it under the name {port.alias}"
+        yield finding(severity, "server_name", message, hint)
 
 
 def _without_entry(port: Port, finding: Callable[[Severity, str, str, str], Finding]) -> Iterator[Finding]:

@@ -194,6 +194,7 @@ def test_neither_a_look_nor_a_load_makes_a_server_of_others_drop_its_model(homel
         assert refused.exit == 3, str(refused)
         error = refused.json["hosts"][0]["error"]
         assert f"answers to '{name}' and 'default_model', not to jerry-xl" in error["why"], error
+        assert error["hint"].startswith("have the boot job start it under the name jerry-xl; or, as the operator")
         assert words(), "it still has its weights"
 
         # The control: by the slot's alias it drops them.

@@ -299,6 +299,11 @@ def test_what_answers_behind_a_right_entry(port: Port, expected: set[tuple[str, 
     assert found([item()], [port]) == expected
 
 
+def test_a_boot_jobs_server_under_another_name_is_not_to_be_loaded_over() -> None:
+    (finding,) = findings([item()], [served(answers_to="other", owner=Owner.BOOT)])
+    assert finding.hint == "have the boot job start it under the name jerry-xl"
+
+
 @pytest.mark.parametrize(
     ("port", "expected"),
     [

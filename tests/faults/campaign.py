@@ -41,6 +41,7 @@ KINDS = (
     Kind("hostile over SSH", 200, 20, "hostile input through SSH"),
     Kind("broken", 500, 50, "broken registry"),
     Kind("reuse", 100, 10, "exact pid reuse"),
+    Kind("names", 100, 25, "question to a server by hand, whatever its name"),
     Kind("cuts", 100, 10, "connection cut, client or session killed"),
 )
 

@@ -37,6 +37,7 @@ def batch(kind: str, count: int, first: int = 0) -> Iterator[dict[str, object]]:
         ("broken", 11),
         ("hostile", 20),
         ("reuse", 4),
+        ("names", 10),
         ("cuts", 2),
         ("hostile over SSH", 4),
     ],

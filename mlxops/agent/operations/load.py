@@ -262,7 +262,9 @@ def _prove_boot_job(ctx: Context, plan: LoadPlan, view: PortView) -> None:
         raise planner.boot_port(ctx.where.settings, plan.port, f"its server is not asked: {names.not_asked}")
     if names.sure and not names.any and plan.alias not in names.known:
         what = f"its server answers to {' and '.join(map(shown, names.known))}, not to {plan.alias}"
-        raise planner.boot_port(ctx.where.settings, plan.port, what[:300])
+        refused = planner.boot_port(ctx.where.settings, plan.port, what[:300])
+        refused.hint = f"have the boot job start it under the name {plan.alias}; or, {refused.hint}"
+        raise refused
     run = run_of(view.server, plan.port, ctx.system.boot_id())
     try:
         prove(ctx.where, plan.alias, run, ctx.system, ctx.request.number("timeout") or COMPLETION_SECONDS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlxops.agent.journal import stand_of
-from mlxops.agent.operations.asking import names_of, told
 from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.drift import further_drift, rebooted
 from mlxops.agent.operations.ops import downloads
@@ -47,6 +46,8 @@ def answering(ctx: Context) -> dict[str, object]:
 
 
 def _answering_row(view: PortView, registry: Registry) -> dict[str, object]:
+    from mlxops.agent.operations.asking import names_of, told
+
     entry = registry.models.get(view.model or "")
     return {
         "port": view.port,
