@@ -88,6 +88,8 @@ class Entry:
     """The pattern that the alias came from."""
     open_pattern: bool = False
     """The name that is sent depends on what the pattern matched."""
+    lost: str = ""
+    """What it refers to and is not there; empty if there is nothing such."""
     out: str = ""
     """Why LiteLLM does not use the entry; empty if it does."""
     answers_itself: bool = False
@@ -315,7 +317,8 @@ def _of_entry(
         yield say("not_openai", message, edit(entry, "model", entry.right_model(name), files))
     if not entry.has_key and "api_key" not in entry.variables:
         hint = edit(entry, "api_key", "none", files) + " (any placeholder will do)"
-        yield say("missing_key", "has no api_key: LiteLLM answers 'Missing credentials'", hint, _sure(entry, "api_key"))
+        message = f"has no api_key: LiteLLM answers 'Missing credentials'{entry.lost and f' ({entry.lost})'}"
+        yield say("missing_key", message, hint, _sure(entry, "api_key"))
     if slot is not None:
         yield from _of_base(entry, target, slot, say, own, together, files)
     if target is not None:

@@ -83,6 +83,9 @@ CASES = {
         (f"model: anthropic/n, {B}, {K}", None),
         (f"model: azure/n, {B}, {K}", None),
         (f"model: vllm/n, {B}, {K}", None),
+        (f"model: deepseek/n, {B}", "n"),
+        (f"model: lemonade/n, {B}", "n"),
+        (f"model: xinference/n, {B}, {K}", "n"),
         (f"model: openai/org/n, {B}, {K}", "org/n"),
         (f"model: openai/openai/n, {B}, {K}", "openai/n"),
         (f"model: OpenAI/n, {B}, {K}", None),
@@ -447,7 +450,7 @@ def test_a_configuration_means_what_litellm_does_with_it(tmp_path: Path, name: s
 def test_the_table_is_what_the_real_litellm_does(litellm: Path) -> None:
     rows = [{**asdict(case), "asks": list(case.sends)} for case in CASES.values()]
     done = subprocess.run(
-        [litellm / "bin" / "python", verdicts.__file__],
+        [litellm / "bin" / "python", "-P", verdicts.__file__],  # its folder has a litellm of its own
         input=json.dumps(rows),
         env={"PATH": os.defpath, "LC_ALL": "C.UTF-8", "LITELLM_LOCAL_MODEL_COST_MAP": "True"},
         capture_output=True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -120,6 +120,144 @@ def test_an_entry_whose_address_has_no_value_is_not_missing_as_well() -> None:
 )
 def test_other_ways_to_write_a_right_entry_are_right(changes: dict[str, Any]) -> None:
     assert found([item(**changes)], [served()]) == set()
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        "http://host.docker.internal:8100/v1",
+        "http://172.17.0.1:8100/v1",
+        "http://100.101.102.103:8100/v1",
+        "http://studio.tail1234.ts.net:8100/v1",
+        "http://127.0.0.1:18100/v1",
+        "https://studio.local/v1",
+        "http://elsewhere:8100/v1",
+    ],
+)
+def test_an_address_that_may_lead_to_the_slot_is_a_warning(base: str) -> None:
+    (finding,) = findings([item(api_base=base)], [served()])
+    assert (finding.code, finding.severity) == ("wrong_address", Severity.WARNING)
+    assert "cannot be told from here" in finding.message
+
+
+@pytest.mark.parametrize("base", [f"http://{HOST}:8100", f"http://{HOST}:8100/"])
+@pytest.mark.parametrize(
+    ("paths", "severity"),
+    [
+        ({"/v1/chat/completions", "/chat/completions"}, "warning"),
+        ({"/v1/chat/completions", "/v1/responses"}, "fault"),
+        ((), "warning"),
+    ],
+)
+def test_an_address_without_v1_is_right_for_some_engines(base: str, paths: Iterable[str], severity: str) -> None:
+    assert found([item(api_base=base)], [served(paths=frozenset(paths))]) == {("no_v1", severity)}
+
+
+@pytest.mark.parametrize(
+    ("port", "expected"),
+    [
+        (served(also_answers_to=("default_model",)), {("engine_name", "warning")}),
+        (idle("jerry-xl", 8100), {("engine_name", "warning"), ("alias_without_server", "warning")}),
+        (served(), {("wrong_name", "fault")}),
+    ],
+)
+def test_the_engines_own_word_for_its_model_is_a_name_of_it(port: Port, expected: set[tuple[str, str]]) -> None:
+    assert found([item(model="openai/default_model")], [port]) == expected
+
+
+def test_a_name_that_the_server_of_the_moment_knows_works() -> None:
+    by_hand = served(owner=Owner.HAND, answers_to="org/model")
+    assert found([item(model="openai/org/model")], [by_hand]) == {("other_name", "warning"), ("server_name", "warning")}
+    assert found([item(model="openai/any")], [served(answers_to=None, answers_to_any=True)]) == {
+        ("other_name", "warning")
+    }
+
+
+def concrete(names: Iterable[str], *items: object, **settings: object) -> tuple[Entry, ...]:
+    config = litellm.parse({"model_list": list(items), **settings}, Environ(), FILES)
+    return config.concrete(names)
+
+
+def test_a_pattern_is_never_a_name() -> None:
+    pattern = item("jerry-*", model="openai/jerry-*")
+    found = concrete(["jerry-xl", "other"], pattern)
+    assert [(entry.alias, entry.sends) for entry in found if entry.alias == "jerry-xl"] == [("jerry-xl", "jerry-xl")]
+    assert not any("*" in entry.alias for entry in found)
+    assert gateway.names_sent(found, HOST)[8100] == ("jerry-xl",)
+
+
+def test_a_pattern_claims_the_alias_of_its_own_port_alone() -> None:
+    ports = [served(), idle("jerry-l", 8101)]
+    entries = gateway.claims(concrete(["jerry-xl", "jerry-l"], item("*", model="openai/*")), ports)
+    assert gateway.names_sent(entries, HOST) == {8100: ("jerry-xl",)}
+    compared = gateway.compare(concrete(["jerry-xl", "jerry-l"], item("*", model="openai/*")), ports, FILES)
+    assert {(f.code, f.severity.value) for f in compared} == {("pattern", "warning"), ("slot_without_entry", "warning")}
+
+
+def test_a_pattern_for_one_model_needs_no_warning() -> None:
+    compared = gateway.compare(concrete(["jerry-xl"], item("*", model="openai/jerry-xl")), [served()], FILES)
+    assert compared == ()
+
+
+def test_a_pattern_for_somebody_elses_models_does_not_take_a_slot() -> None:
+    cloud = {"model_name": "*", "litellm_params": {"model": "openai/*", "api_key": "x"}}
+    assert gateway.compare(concrete(["jerry-xl"], cloud, item()), [served()], FILES) == ()
+
+
+def test_a_synonym_is_a_name() -> None:
+    found = concrete([], item(), router_settings={"model_group_alias": {"big": "jerry-xl"}})
+    assert [(entry.alias, entry.sends) for entry in found] == [("jerry-xl", "jerry-xl"), ("big", "jerry-xl")]
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "severities"),
+    [
+        ("XL_BASE", {"api_base": "os.environ/XL_BASE"}, {"warning"}),
+        ("XL_MODEL", {"model": "os.environ/XL_MODEL"}, {"warning"}),
+        ("XL_KEY", {"api_key": "os.environ/XL_KEY"}, set()),
+    ],
+)
+def test_nothing_certain_follows_from_a_doubtful_value(name: str, params: dict[str, Any], severities: set[str]) -> None:
+    environ = Environ({name: "http://elsewhere:1/v1" if name == "XL_BASE" else "openai/other"}, frozenset({name}))
+    config = litellm.parse({"model_list": [item(**params)]}, environ, FILES)
+    compared = gateway.compare(config.concrete(["jerry-xl"]), [served()], FILES)
+    assert {finding.severity.value for finding in compared} == severities
+    if name != "XL_KEY":
+        assert gateway.names_sent(config.entries, HOST) == {}
+
+
+def test_a_variable_is_not_missed_where_the_gateways_environment_is_not_known() -> None:
+    config = litellm.parse({"model_list": [item(api_key="os.environ/KEY")]}, Environ({}, whole=False), Files("r.yaml"))
+    compared = gateway.compare(config.entries, [served()], Files("r.yaml"))
+    assert [(f.code, f.severity.value) for f in compared] == [("unset_variable", "warning")]
+
+
+@pytest.mark.parametrize(
+    ("params", "hint"),
+    [
+        ({"model": "hosted_vllm/other"}, "in router.yaml:2: model: hosted_vllm/jerry-xl;"),
+        ({"model": "openai/x", "custom_llm_provider": "hosted_vllm"}, "in router.yaml:2: model: jerry-xl;"),
+        (
+            {"api_base": None, "base_url": f"http://{HOST}:8101/v1"},
+            f"in router.yaml:2: base_url: http://{HOST}:8100/v1;",
+        ),
+    ],
+)
+def test_the_fix_works_when_it_is_made(params: dict[str, Any], hint: str) -> None:
+    ports = [served(), idle(None, 8101)]
+
+    def faults(changes: dict[str, Any]) -> list[Finding]:
+        return [finding for finding in findings([item(**changes)], ports) if finding.severity is Severity.FAULT]
+
+    assert any(finding.hint.startswith(hint) for finding in faults(params))
+    key, _, value = hint.rstrip(";").partition(": ")[2].partition(": ")
+    assert faults({**params, key: value}) == []
+
+
+def test_an_entry_with_a_credential_that_is_not_there_says_so() -> None:
+    (finding,) = findings([item(api_key=None, litellm_credential_name="studio")], [served()])
+    assert finding.code == "missing_key"
+    assert "credential_list has no 'studio'" in finding.message
 
 
 def test_the_usual_key_of_openai_is_a_key() -> None:

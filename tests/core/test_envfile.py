@@ -1,0 +1,125 @@
+"""Env files, as sh and python-dotenv read them: a table, held against both."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlxops.core import envfile
+from tests.properties import PROPERTY
+
+DOUBT = object()
+"""sh and python-dotenv do not agree, or it is not known what sh would do."""
+
+FILES: list[tuple[str, dict[str, object]]] = [
+    ("A=plain", {"A": "plain"}),
+    ("  export A=plain  ", {"A": "plain"}),
+    ("A=with # a comment", {"A": "with"}),
+    ("A=with#out", {"A": "with#out"}),
+    ("A=", {"A": ""}),
+    ("A=a=b", {"A": "a=b"}),
+    ("A='single # quoted'", {"A": "single # quoted"}),
+    ('A="double \\"quoted\\"" # comment', {"A": 'double "quoted"'}),
+    ('A="first line\nsecond line"\nB=1', {"A": "first line\nsecond line", "B": "1"}),
+    ("A=1\nA=2", {"A": "2"}),
+    ("# A=1\n\n\nB=2", {"B": "2"}),
+    ("H=studio\nA=http://${H}:8100/v1", {"H": "studio", "A": "http://studio:8100/v1"}),
+    ('H=studio\nA="http://${H}:${P:-8100}/v1"', {"H": "studio", "A": "http://studio:8100/v1"}),
+    ("A=${B}\nB=1", {"A": DOUBT, "B": "1"}),
+    ("A=1\nA=${A}2", {"A": "12"}),
+    ("H=studio\nA=http://$H/v1", {"H": "studio", "A": DOUBT}),
+    ("B=1\nA='${B}'", {"B": "1", "A": DOUBT}),
+    ("A = 1", {"A": DOUBT}),
+    ("A= 1", {"A": DOUBT}),
+    ("A=two words", {"A": DOUBT}),
+    ("A=~/x", {"A": DOUBT}),
+    ("A=$(touch canary)", {"A": DOUBT}),
+    ("A=`touch canary`", {"A": DOUBT}),
+    ("A=a\\b", {"A": DOUBT}),
+    ('A="a\\nb"', {"A": DOUBT}),
+    ("A=1\r\nB=2\r\n", {"A": DOUBT, "B": DOUBT}),
+    ("\ufeffA=1\nB=2", {"A": DOUBT, "B": "2"}),
+    ("export A=1 B=2", {"A": DOUBT, "B": DOUBT}),
+    ("A=1; B=2", {"A": DOUBT, "B": DOUBT}),
+    ("A=1 touch canary", {"A": DOUBT}),
+    ("A=a'b c'd", {"A": DOUBT}),
+    ("A=1\nA", {"A": DOUBT}),
+]
+SURE = {index: {k: v for k, v in values.items() if v is not DOUBT} for index, (_, values) in enumerate(FILES)}
+
+
+@pytest.mark.parametrize(("text", "expected"), FILES)
+def test_a_value_is_what_both_readers_see(text: str, expected: dict[str, object]) -> None:
+    reading = envfile.read(text)
+    seen = {name: DOUBT if name in reading.doubtful else value for name, value in reading.values.items()}
+    assert {name.lstrip("\ufeff"): value for name, value in seen.items()} == expected
+    assert bool(reading.troubles) == (DOUBT in expected.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("A=1\nno assignment\nB=2", 2),
+        ('A=1\nC="without end\nB=2', 2),
+        ("A=1\nif true; then\nB=2", 2),
+        ("A=1\n9C=x\nB=2", 2),
+        ("A=1\n\n\nC=$(id)\nB=2", 4),
+    ],
+)
+def test_a_line_that_is_not_understood_is_named_and_the_others_count(text: str, line: int) -> None:
+    reading = envfile.read(text)
+    assert [trouble.line for trouble in reading.troubles] == [line]
+    assert {name: reading.values[name] for name in "AB"} == {"A": "1", "B": "2"}
+    assert not reading.doubtful & {"A", "B"}
+
+
+def test_no_trouble_has_a_value_in_it() -> None:
+    text = "SECRET one\nA=SECRET two\nB='SECRET\nC=$(SECRET)\nD=SECRET\r\n"
+    assert "SECRET" not in str(envfile.read(text).troubles)
+
+
+def test_a_comment_of_an_ini_file_is_none_of_them() -> None:
+    assert envfile.read("; A=1\nB=2") == envfile.Reading({"B": "2"})
+
+
+@given(st.text(alphabet="AB=\"'\\${}:-# \n\r;~`(", max_size=30))
+@PROPERTY
+def test_no_file_breaks_the_reading(text: str) -> None:
+    envfile.read(text)
+
+
+def test_sh_sees_these_values(tmp_path: Path) -> None:
+    """Of the files that run nothing."""
+    quiet = [index for index, (text, _) in enumerate(FILES) if "touch" not in text]
+    for index in quiet:
+        (tmp_path / f"f{index}").write_bytes(FILES[index][0].encode())
+    lines = [f"(set -a; . ./f{index} 2>&-; exec /usr/bin/env -0 >out{index})\n" for index in quiet]
+    subprocess.run(["/bin/sh", "-c", "".join(lines)], cwd=tmp_path, env={"PATH": ""}, check=False)
+    for index in quiet:
+        said = (tmp_path / f"out{index}").read_text().split("\0")
+        assert {f"{name}={value}" for name, value in SURE[index].items()} <= set(said), FILES[index]
+
+
+def test_python_dotenv_sees_these_values(litellm: Path) -> None:
+    """The one that LiteLLM itself has."""
+    code = (
+        "import dotenv, io, json, sys\n"
+        "read = lambda text: dict(dotenv.dotenv_values(stream=io.StringIO(text, newline='')))\n"
+        "print(json.dumps([read(text) for text in json.load(sys.stdin)]))"
+    )
+    done = subprocess.run(
+        [litellm / "bin" / "python", "-c", code],
+        input=json.dumps([text for text, _ in FILES]),
+        env={"PATH": os.defpath},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for index, said in enumerate(json.loads(done.stdout)):
+        assert SURE[index].items() <= said.items(), FILES[index]
