@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
+import json
+import shutil
 import subprocess
-import time
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -12,8 +13,11 @@ from typing import NamedTuple
 
 import pytest
 
+from mlxops.control.session import Patience
 from mlxops.control.transport import open_ssh
 from mlxops.core.errors import MlxopsError
+from tests.control.test_transport import HOSTILE
+from tests.lab.homelab import Homelab
 from tests.lab.sshd import SshAgent, SshClient, Sshd, certify, keygen, program, public
 
 
@@ -564,3 +568,173 @@ def test_a_host_is_trusted_as_openssh_trusts_it(
     assert (error.code if error else "in") == row.end, error and (error.why, error.hint)
     assert error is None or all(words in f"{error.why}\n{error.hint}" for words in row.says), (error.why, error.hint)
     assert (ssh("studio") == 0) == (row.end == "in" if row.ssh is None else row.ssh == 0)
+
+
+class Way(NamedTuple):
+    """How the host is reached, and how it ends."""
+
+    lines: Callable[[Sshd], Sequence[str]]
+    end: str = "in"
+    says: tuple[str, ...] = ()
+    server: str = "plain"
+    ssh: int | None = None
+    """How ssh ends, where mlxops can do more or less."""
+
+
+PASSING = Path(__file__).parents[1] / "lab" / "passing.py"
+FASTEST = "aes128-gcm@openssh.com"
+WAYS = {
+    "a jump host": Way(lambda s: ["ProxyJump bastion"]),
+    "a jump host with the user's token": Way(lambda s: ["ProxyJump %r@bastion"]),
+    "a jump host with the name's token": Way(lambda s: ["ProxyJump jump-%n"]),
+    "a jump host with the host's token": Way(lambda s: ["ProxyJump jump-%h"]),
+    "a jump host with the port's token": Way(lambda s: ["ProxyJump jump-%p"]),
+    "a jump host with a percent sign": Way(lambda s: ["ProxyJump jump%%1"]),
+    "a jump host that ssh refuses": Way(lambda s: ["ProxyJump ssh://%r@bastion"], "bad_ssh_config"),
+    "several jump hosts with tokens": Way(lambda s: ["ProxyJump %r@bastion,jump-%n"]),
+    "a jump host behind a jump host": Way(lambda s: ["ProxyJump behind-%n"]),
+    "ProxyJump none": Way(lambda s: ["ProxyJump none"]),
+    "ProxyCommand none": Way(lambda s: ["ProxyCommand none"]),
+    "ProxyCommand with tokens": Way(lambda s: ["ProxyCommand ssh -W %h:%p %r@bastion"]),
+    "ProxyUseFdpass": Way(lambda s: [f"ProxyCommand {sys.executable} {PASSING} %h %p", "ProxyUseFdpass yes"]),
+    "ProxyUseFdpass, and nothing is passed": Way(
+        lambda s: ["ProxyCommand true", "ProxyUseFdpass yes"], "connection_refused", ("passed no connection",)
+    ),
+    "BindAddress": Way(lambda s: ["BindAddress 127.0.0.9"], server="picky"),
+    "another BindAddress": Way(lambda s: ["BindAddress 127.0.0.8"], "authentication_failed", server="picky"),
+    "a BindAddress that is not here": Way(
+        lambda s: ["BindAddress 192.0.2.1"], "host_down", ("BindAddress (", "192.0.2.1", "VPN")
+    ),
+    "BindInterface": Way(lambda s: ["BindInterface lo"]),
+    "a BindInterface that is not here": Way(
+        lambda s: ["BindInterface nowhere0"], "host_down", ("BindInterface (", "nowhere0")
+    ),
+    "AddressFamily without an address": Way(lambda s: ["AddressFamily inet6"], "host_down"),
+    "an own user, twice": Way(lambda s: [f"User {s.user}", "User nobody"]),
+    "RemoteCommand": Way(lambda s: ["RemoteCommand echo hello", "RequestTTY yes"], ssh=255),
+    "SendEnv, SetEnv, LocalCommand": Way(
+        lambda s: ["SetEnv A=b", "SendEnv LANG", "PermitLocalCommand yes", "LocalCommand true"]
+    ),
+    "ControlMaster": Way(lambda s: ["ControlMaster auto", "ControlPath /nowhere/%C"], ssh=255),
+    "a tag and Match": Way(lambda s: ["Compression yes", "CheckHostIP yes", "ServerAliveInterval 5"]),
+    "Ciphers that both have": Way(lambda s: [f"Ciphers chacha20-poly1305@openssh.com,{FASTEST}"]),
+    "Ciphers that Paramiko lacks": Way(
+        lambda s: ["Ciphers chacha20-poly1305@openssh.com"],
+        "no_common_algorithm",
+        ("Ciphers (", "config:2)", "chacha20-poly1305@openssh.com", "aes128-ctr"),
+        ssh=0,
+    ),
+    "MACs that Paramiko lacks": Way(
+        lambda s: ["MACs umac-128@openssh.com"], "no_common_algorithm", ("MACs (", "umac-128"), ssh=0
+    ),
+    "KexAlgorithms that Paramiko lacks": Way(
+        lambda s: ["KexAlgorithms sntrup761x25519-sha512@openssh.com"],
+        "no_common_algorithm",
+        ("KexAlgorithms (", "sntrup761"),
+        ssh=0,
+    ),
+    "HostKeyAlgorithms that Paramiko lacks": Way(
+        lambda s: ["HostKeyAlgorithms sk-ssh-ed25519@openssh.com"], "no_common_algorithm", ("HostKeyAlgorithms (",)
+    ),
+    "HostKeyAlgorithms that the host lacks": Way(
+        lambda s: ["HostKeyAlgorithms rsa-sha2-512"],
+        "no_common_algorithm",
+        ("it offers host key algorithms ssh-ed25519", "HostKeyAlgorithms ("),
+    ),
+    "a host with a cipher that Paramiko lacks": Way(
+        lambda s: [], "no_common_algorithm", ("it offers ciphers chacha20-poly1305", "sshd_config"), "chacha", 0
+    ),
+    "a host with the other name of Curve25519 alone": Way(lambda s: [], server="curve"),
+    "a host without RSA logins, an RSA key first": Way(
+        lambda s: [f"IdentityFile {s.folder}/rsa", f"IdentityFile {s.client_key}"], server="modern"
+    ),
+    "a host that wants two keys": Way(lambda s: [f"IdentityFile {s.folder}/second"], server="two"),
+    "a host that wants a key and a password": Way(
+        lambda s: [], "authentication_failed", ("it wants password",), server="password"
+    ),
+    "a host that wants Kerberos": Way(
+        lambda s: ["GSSAPIAuthentication yes"],
+        "authentication_failed",
+        ("GSSAPIAuthentication (", "not supported by mlxops"),
+        "kerberos",
+    ),
+    "a host that wants the other host's key": Way(
+        lambda s: ["HostbasedAuthentication yes"],
+        "authentication_failed",
+        ("HostbasedAuthentication (", "not supported by mlxops"),
+        "hostbased",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def ways(world: World) -> dict[str, Sshd]:
+    second, rsa = keygen(world.keys / "second"), keygen(world.keys / "old", "rsa")
+    extra = {
+        "picky": ["Match LocalAddress 127.0.0.1 Address 127.0.0.8", "PubkeyAuthentication no", "Match all"],
+        "chacha": ["Ciphers chacha20-poly1305@openssh.com"],
+        "curve": ["KexAlgorithms curve25519-sha256"],
+        "modern": ["PubkeyAcceptedAlgorithms ssh-ed25519"],
+        "two": ["AuthenticationMethods publickey,publickey"],
+        "password": ["PasswordAuthentication yes", "AuthenticationMethods publickey,password"],
+        "kerberos": ["PubkeyAuthentication no", "GSSAPIAuthentication yes"],
+        "hostbased": ["PubkeyAuthentication no", "HostbasedAuthentication yes"],
+    }
+    found = {"plain": world.plain, "bastion": world.certified}
+    for name, lines in extra.items():
+        server = found[name] = world.server(name, *lines)
+        (server.folder / "second").write_bytes(second.read_bytes())
+        (server.folder / "rsa").write_bytes(rsa.read_bytes())
+        for file in ("second", "rsa"):
+            (server.folder / file).chmod(0o600)
+        with (server.folder / "authorized_keys").open("a") as authorized:
+            authorized.write(f"{public(second)}\n{public(rsa)}\n")
+    return found
+
+
+@pytest.mark.parametrize("case", WAYS)
+def test_a_host_is_reached_as_openssh_reaches_it(ways: dict[str, Sshd], client: SshClient, case: str) -> None:
+    row = WAYS[case]
+    server = ways[row.server]
+    client.host("studio", server, *row.lines(server))
+    jump = f"jump-studio jump-{server.address} jump-{server.port} jump%1"
+    client.host(f"bastion {jump}", ways["bastion"])
+    client.host("behind-studio", ways["bastion"], "ProxyJump %r@bastion")
+    error = outcome("studio")
+    assert (error.code if error else "in") == row.end, error and (error.why, error.hint)
+    assert error is None or all(words in f"{error.why}\n{error.hint}" for words in row.says), (error.why, error.hint)
+    assert (ssh("studio") == 0) == (row.end == "in" if row.ssh is None else row.ssh == 0)
+
+
+SHELLS = ("bash", "dash", "zsh", "fish", "csh", "tcsh", "nu")
+
+
+@pytest.mark.parametrize("name", SHELLS)
+def test_every_login_shell_runs_what_it_is_told(world: World, client: SshClient, tmp_path: Path, name: str) -> None:
+    shell = shutil.which(name)
+    if shell is None:
+        pytest.skip(f"{name} is not installed")
+    with Sshd(tmp_path / "server", shell=shell, client_key=world.plain.client_key, env={"HOME": "/h h"}) as server:
+        client.host("studio", server)
+        code = "import sys, json; print(json.dumps(sys.argv[1:]))"
+        with closing(open_ssh("studio")) as opened:
+            with closing(opened.start([sys.executable, "-c", code, "~/x y", *HOSTILE], b"")) as session:
+                assert json.loads(next(session.lines(Patience(20)))) == ["/h h/x y", *HOSTILE]
+                assert session.wait(20).status == 0
+            with closing(opened.start(["/bin/sh", "-s", "--", "a b"], b'cat; echo "$1"\n')) as session:
+                assert list(session.lines(Patience(20))) == ["a b"]
+
+
+@pytest.mark.parametrize(
+    ("shell", "extra"),
+    [("/bin/false", ""), ("/usr/sbin/nologin", ""), ("/bin/rbash", ""), (None, "ForceCommand internal-sftp")],
+)
+def test_an_account_that_runs_no_commands_is_told_as_that(tmp_path: Path, shell: str | None, extra: str) -> None:
+    if shell is not None and not Path(shell).exists():
+        pytest.skip(f"{shell} is not installed")
+    with Homelab(tmp_path) as lab:
+        lab.studio.sshd.stop()
+        lab.studio.sshd.shell, lab.studio.sshd.extra = shell, extra
+        lab.studio.sshd.start()
+        error = lab.mini.inv("status", "--json").json["hosts"][0]["error"]
+        assert error["code"] == "no_shell" and "chsh" in error["hint"]
