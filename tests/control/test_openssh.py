@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -17,6 +19,7 @@ from mlxops.control.session import Patience
 from mlxops.control.transport import open_ssh
 from mlxops.core.errors import MlxopsError
 from tests.control.test_transport import HOSTILE
+from tests.lab.fakeagent import SECURITY_KEY, FakeAgent, SecurityKey
 from tests.lab.homelab import Homelab
 from tests.lab.sshd import SshAgent, SshClient, Sshd, certify, keygen, program, public
 
@@ -738,3 +741,75 @@ def test_an_account_that_runs_no_commands_is_told_as_that(tmp_path: Path, shell:
         lab.studio.sshd.start()
         error = lab.mini.inv("status", "--json").json["hosts"][0]["error"]
         assert error["code"] == "no_shell" and "chsh" in error["hint"]
+
+
+def test_a_security_key_in_the_agent_logs_in(client: SshClient, tmp_path: Path) -> None:
+    token = SecurityKey()
+    line = f"{SECURITY_KEY.decode()} {base64.b64encode(token.blob).decode()}"
+    authorized = tmp_path / "authorized"
+    authorized.write_text(line + "\n")
+    with (
+        FakeAgent([token.blob], token.sign) as agent,
+        Sshd(tmp_path / "server", extra=f"AuthorizedKeysFile {authorized}") as server,
+    ):
+        client.block("studio", server, f"IdentityAgent {agent.path}", "IdentityFile none")
+        assert same("studio")[0] == "in"
+        # Without the agent, ssh would ask the token itself.
+        stub = tmp_path / "token"
+        stub.write_text("-----BEGIN OPENSSH PRIVATE KEY-----\nAAAA\n-----END OPENSSH PRIVATE KEY-----\n")
+        (tmp_path / "token.pub").write_text(line + "\n")
+        client.config.write_text("")
+        client.block("studio", server, f"IdentityFile {stub}", "IdentitiesOnly yes")
+        error = outcome("studio")
+        assert error is not None and f"{stub} is on a security key" in error.why
+        assert f"ssh-add {stub}" in error.hint
+
+
+def test_an_agent_that_refuses_to_sign_does_not_end_the_login(world: World, client: SshClient) -> None:
+    """It asks a person (ssh-add -c), who says no; or it is locked, or the key is for other hosts (ssh-add -h)."""
+    server = world.certified
+    held = key_in(server.client_key)
+    with FakeAgent([held], lambda data: None) as agent:
+        client.block(
+            "studio", server, f"IdentityAgent {agent.path}", f"CertificateFile {world.keys}/ed25519.crt",
+            f"IdentityFile {world.ed}",
+        )  # fmt: skip
+        assert same("studio")[0] == "in"
+        client.config.write_text("")
+        client.block("studio", server, f"IdentityAgent {agent.path}", "IdentityFile none")
+        end, error = same("studio")
+        assert end == REFUSED and error is not None and "it refuses" in error.why
+
+
+def test_an_agent_signs_only_what_the_host_takes(world: World, client: SshClient) -> None:
+    """A signature may cost a touch or a question."""
+    token = SecurityKey()
+    with FakeAgent([token.blob, key_in(world.ed)], lambda data: None) as agent:
+        client.block(
+            "studio", world.certified, f"IdentityAgent {agent.path}", f"IdentityFile {world.certified.client_key}"
+        )
+        assert outcome("studio") is None
+        assert agent.signed == []
+
+
+def test_an_agent_that_waits_for_a_person_is_named(world: World, client: SshClient) -> None:
+    never = threading.Event()
+
+    def waits(data: bytes) -> None:
+        never.wait(20)
+
+    try:
+        with FakeAgent([key_in(world.certified.client_key)], waits) as agent:
+            client.block(
+                "studio", world.certified, f"IdentityAgent {agent.path}", "IdentityFile none", "ConnectTimeout 2"
+            )
+            error = outcome("studio")
+            assert error is not None and error.code == REFUSED
+            assert "it may wait for a touch or a confirmation" in error.why
+            never.set()
+    finally:
+        never.set()
+
+
+def key_in(path: Path) -> bytes:
+    return base64.b64decode(public(path).split()[1])
