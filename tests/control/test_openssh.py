@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,8 +17,10 @@ from typing import NamedTuple
 
 import pytest
 
+from mlxops.control.client import PASSING
 from mlxops.control.session import Patience
 from mlxops.control.transport import open_ssh
+from mlxops.control.watch import COMES_BACK
 from mlxops.core.errors import MlxopsError
 from tests.control.test_transport import HOSTILE
 from tests.lab.fakeagent import SECURITY_KEY, FakeAgent, SecurityKey
@@ -584,7 +588,7 @@ class Way(NamedTuple):
     """How ssh ends, where mlxops can do more or less."""
 
 
-PASSING = Path(__file__).parents[1] / "lab" / "passing.py"
+PASSER = Path(__file__).parents[1] / "lab" / "passing.py"
 FASTEST = "aes128-gcm@openssh.com"
 WAYS = {
     "a jump host": Way(lambda s: ["ProxyJump bastion"]),
@@ -599,7 +603,7 @@ WAYS = {
     "ProxyJump none": Way(lambda s: ["ProxyJump none"]),
     "ProxyCommand none": Way(lambda s: ["ProxyCommand none"]),
     "ProxyCommand with tokens": Way(lambda s: ["ProxyCommand ssh -W %h:%p %r@bastion"]),
-    "ProxyUseFdpass": Way(lambda s: [f"ProxyCommand {sys.executable} {PASSING} %h %p", "ProxyUseFdpass yes"]),
+    "ProxyUseFdpass": Way(lambda s: [f"ProxyCommand {sys.executable} {PASSER} %h %p", "ProxyUseFdpass yes"]),
     "ProxyUseFdpass, and nothing is passed": Way(
         lambda s: ["ProxyCommand true", "ProxyUseFdpass yes"], "connection_refused", ("passed no connection",)
     ),
@@ -674,7 +678,7 @@ WAYS = {
 def ways(world: World) -> dict[str, Sshd]:
     second, rsa = keygen(world.keys / "second"), keygen(world.keys / "old", "rsa")
     extra = {
-        "picky": ["Match LocalAddress 127.0.0.1 Address 127.0.0.8", "PubkeyAuthentication no", "Match all"],
+        "picky": ["Match Address *,!127.0.0.9", "PubkeyAuthentication no", "Match all"],
         "chacha": ["Ciphers chacha20-poly1305@openssh.com"],
         "curve": ["KexAlgorithms curve25519-sha256"],
         "modern": ["PubkeyAcceptedAlgorithms ssh-ed25519"],
@@ -707,6 +711,78 @@ def test_a_host_is_reached_as_openssh_reaches_it(ways: dict[str, Sshd], client: 
     assert (error.code if error else "in") == row.end, error and (error.why, error.hint)
     assert error is None or all(words in f"{error.why}\n{error.hint}" for words in row.says), (error.why, error.hint)
     assert (ssh("studio") == 0) == (row.end == "in" if row.ssh is None else row.ssh == 0)
+
+
+def follow(hint: str, tmp_path: Path) -> None:
+    """Do what a hint about a host key says: type its last command, and answer yes."""
+    command = hint.split("`")[-2]
+    says_yes = tmp_path / "yes"
+    says_yes.write_text("#!/bin/sh\necho yes\n")
+    says_yes.chmod(0o755)
+    environ = {**os.environ, "SSH_ASKPASS": str(says_yes), "SSH_ASKPASS_REQUIRE": "force"}
+    subprocess.run(
+        [*shlex.split(command), "true"],
+        env=environ,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=30,
+        check=True,
+    )
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "StrictHostKeyChecking yes",
+        "StrictHostKeyChecking no",
+        "BatchMode yes",
+        "NoHostAuthenticationForLocalhost yes",
+    ],
+)
+def test_what_is_said_of_an_unknown_host_helps(world: World, client: SshClient, tmp_path: Path, line: str) -> None:
+    client.host("studio", world.plain, line, known=False)
+    error = outcome("studio")
+    assert error is not None and error.code == UNKNOWN
+    follow(error.hint, tmp_path)
+    assert outcome("studio") is None
+
+
+def test_what_is_said_of_an_unknown_jump_host_helps(world: World, client: SshClient, tmp_path: Path) -> None:
+    bastion = world.certified
+    client.host("studio", world.plain, f"ProxyJump {bastion.user}@{bastion.address}:{bastion.port}")
+    client.block(bastion.address, bastion, "User nobody", f"IdentityFile {bastion.client_key}", known=False)
+    client.config.write_text(client.config.read_text().replace(f"Port {bastion.port}", "Port 1"))
+    error = outcome("studio")
+    assert error is not None and error.code == UNKNOWN and f"-p {bastion.port}" in error.hint
+    follow(error.hint, tmp_path)
+    assert outcome("studio") is None
+
+
+@pytest.mark.parametrize(
+    "case", ["Ciphers that Paramiko lacks", "MACs that Paramiko lacks", "KexAlgorithms that Paramiko lacks"]
+)
+def test_the_line_that_is_said_to_be_changed_helps(world: World, client: SshClient, case: str) -> None:
+    [line] = WAYS[case].lines(world.plain)
+    # Otherwise no MAC is needed, and ssh asks for none.
+    client.host("studio", world.plain, line, "Ciphers aes128-ctr" if line.startswith("MACs") else "")
+    error = outcome("studio")
+    assert error is not None and error.code == "no_common_algorithm"
+    added = error.hint.removeprefix("add ").split()[0]
+    client.config.write_text(client.config.read_text().replace(line, f"{line},{added}"))
+    assert outcome("studio") is None
+
+
+def test_the_line_that_is_said_to_be_missing_on_the_host_helps(
+    ways: dict[str, Sshd], client: SshClient, tmp_path: Path
+) -> None:
+    client.host("studio", ways["chacha"])
+    error = outcome("studio")
+    assert error is not None and error.code == "no_common_algorithm"
+    line = error.hint.removeprefix("in the host's sshd_config: ")
+    with Sshd(tmp_path / "server", extra=line) as server:
+        client.host("mended", server)
+        assert outcome("mended") is None
 
 
 SHELLS = ("bash", "dash", "zsh", "fish", "csh", "tcsh", "nu")
@@ -813,3 +889,39 @@ def test_an_agent_that_waits_for_a_person_is_named(world: World, client: SshClie
 
 def key_in(path: Path) -> bytes:
     return base64.b64decode(public(path).split()[1])
+
+
+def test_a_passphrase_in_the_keychain_is_named(world: World, client: SshClient) -> None:
+    """Recorded: OpenSSH on macOS says `usekeychain yes`. The Keychain itself was not at hand."""
+    wrapper = client.bin / "ssh"
+    wrapper.write_text(f'{wrapper.read_text().replace("exec ", "")}test "$1" != -G || echo usekeychain yes\n')
+    client.block("studio", world.certified, f"IdentityFile {world.encrypted}")
+    client.config.write_text(f"IgnoreUnknown UseKeychain\nUseKeychain yes\n{client.config.read_text()}")
+    error = outcome("studio")
+    assert error is not None and f"UseKeychain ({client.config}:2)" in error.why
+    assert "ssh-add --apple-load-keychain" in error.hint
+
+
+def test_a_missing_algorithm_is_not_tried_again() -> None:
+    assert "no_common_algorithm" not in PASSING | COMES_BACK
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_a_host_may_be_named_as_a_user_at_an_address_or_as_a_uri(
+    client: SshClient, tmp_path: Path, address: str
+) -> None:
+    with Sshd(tmp_path / "server", address=address) as server:
+        client.host(address, server)
+        assert outcome(f"{server.user}@{address}") is None
+        client.config.write_text(client.config.read_text().replace(f"Port {server.port}", ""))
+        if ":" not in address:  # OpenSSH 9.2 takes no URI with an IPv6 address
+            assert outcome(f"ssh://{server.user}@{address}:{server.port}") is None
+
+
+def test_the_tokens_of_a_name_with_a_user_are_those_of_the_name(world: World, client: SshClient) -> None:
+    """In `user@studio`, %n is studio."""
+    known = world.folder / "of-studio"
+    known.write_text(world.plain.known_hosts + "\n")
+    client.host("studio", world.plain, f"UserKnownHostsFile {world.folder}/of-%n", known=False)
+    assert ssh(f"{world.plain.user}@studio") == 0
+    assert outcome(f"{world.plain.user}@studio") is None
