@@ -37,6 +37,8 @@ _SCARCE = re.compile(
     re.IGNORECASE,
 )
 """Last words of what there was no descriptor, memory or process for, as Python and shells say it."""
+_NO_SHELL = re.compile(r"restricted|not available|sftp connections only", re.IGNORECASE)
+"""Last words of login shells and forced commands that run nothing."""
 PASSING = frozenset({"host_down", "connection_refused", "connection_timeout"})
 """Reasons why a host is not reached that may pass by themselves."""
 
@@ -195,6 +197,16 @@ def ended_early(target: Target, ended: Ended, *, greeted: bool) -> Exception:
             f"the mlxops agent could not be started on {target.name}",
             why=f"{' '.join(target.python)}: {words[-1]}"[:300],
             hint="raise the limit (ulimit -a shows it), or free what is short, then try again; nothing was asked yet",
+        )
+    if _NO_SHELL.search(words[-1]) if words else ended.status == 1:
+        # nologin prints its words to standard output, and false prints none; Python would have said something.
+        return AgentProblem(
+            "no_shell",
+            f"the account that ssh logs in to on {target.name} runs no commands",
+            why=f"its login shell, or a forced command, ended with status {ended.status}"
+            + (f": {words[-1]}" if words else " and said nothing")[:300],
+            hint="give it a login shell that runs commands (on the host: chsh -s /bin/sh), and no ForceCommand; "
+            f"`ssh {target.ssh or target.name} /bin/sh -c true` must end with status 0",
         )
     return AgentProblem(
         "agent_missing",

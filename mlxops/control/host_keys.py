@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import paramiko
 
 COMMAND = "KnownHostsCommand"
-_ALL = ("UserKnownHostsFile", "GlobalKnownHostsFile")
 _MAX_BYTES = 1024 * 1024
 _REVOCATION_LIST = b"SSHKRL\n\0"
 
@@ -258,7 +257,7 @@ def _is_careless(destination: Destination, option: str) -> bool:
 
 def _how_to_accept(destination: Destination) -> str:
     if not any(_keeps(file) for file in destination.known_hosts):
-        option = setting(destination, _ALL[0])
+        option = setting(destination, "UserKnownHostsFile")
         return f"name a file in {option}, where keys are kept, then run `{_accepting(destination)}` once and accept it"
     return f"run `{_accepting(destination)}` once and accept it"
 

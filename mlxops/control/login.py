@@ -128,8 +128,9 @@ class Login:
         if path is None:
             return []
         try:
-            # Who waits for a person is to be named, which takes a moment before the connection's own end.
-            self._agent = Agent(path, self._deadline - _MOMENT)
+            # An agent that waits for a person is to be named before the connection's time is over.
+            left = self._deadline - time.monotonic()
+            self._agent = Agent(path, self._deadline - min(_MOMENT, left / 5))
             return self._agent.keys()
         except AgentError as error:
             self._notes.append(f"the agent at {path} does not answer: {error}")
@@ -244,6 +245,10 @@ class Login:
                 f"{setting(destination, 'PKCS11Provider')} is not supported by mlxops, except through an agent"
             )
             self._hints.append(shlex.join(["ssh-add", "-s", provider]))
+        if self._hints and destination.option("UseKeychain"):
+            place = setting(destination, "UseKeychain")
+            self._notes.append(f"{place} lets ssh take the passphrase from the Keychain, which mlxops cannot")
+            self._hints = ["ssh-add --apple-load-keychain"]
         if self._hints:
             return f"put the key into the agent that ssh uses: {'; '.join(dict.fromkeys(self._hints))}"
         shown = shlex.join(["ssh", "-v", "-o", "BatchMode=yes", *destination.typed, "true"])

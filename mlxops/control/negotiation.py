@@ -24,6 +24,11 @@ _KINDS = {
 """By a word of what Paramiko says: the option, the key under which Paramiko has the host's list, and what it is."""
 
 
+_CURVE = "curve25519-sha256"
+_SIGNS = ("kex-strict-", "ext-info-")
+"""How names begin that are no algorithms, and travel among those of the key exchange."""
+
+
 class Negotiation:
     """The first part of a handshake. `known` decides which host key is asked for."""
 
@@ -40,7 +45,13 @@ class Negotiation:
 
         offered, destination = self._offered, self._destination
 
+        curve = paramiko.Transport._kex_info.get("curve25519-sha256@libssh.org")  # type: ignore[attr-defined]
+
         class Transport(paramiko.Transport):
+            if curve is not None:
+                # One exchange, two names (RFC 8731); Paramiko knows the older one.
+                _kex_info = {**paramiko.Transport._kex_info, _CURVE: curve}  # type: ignore[attr-defined]
+                _preferred_kex = (_CURVE, *paramiko.Transport._preferred_kex)  # type: ignore[attr-defined]
             host_key_algorithms: tuple[str, ...] = ()
 
             @property
@@ -75,7 +86,8 @@ class Negotiation:
         option, key, what = next((row for word, row in _KINDS.items() if f"acceptable {word}" in said), ("", "", ""))
         if not option:
             return self._error(said, f"compare with `{self._destination.command}`")
-        theirs, ours = self._offered.get(key, []), self._ours(option)
+        theirs = [name for name in self._offered.get(key, []) if not name.startswith(_SIGNS)]
+        ours = self._ours(option)
         common = [name for name in self._has[option] if name in theirs]
         if common:
             hint = f"add {common[0]} to {setting(self._destination, option)} here: {option} +{common[0]}"

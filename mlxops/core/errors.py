@@ -76,7 +76,7 @@ class NotStarted(MlxopsError):
 
 class Unreachable(MlxopsError):
     """`code` is the class: host_down, connection_refused, host_key_unknown, host_key_changed,
-    authentication_failed, host_locked, connection_timeout."""
+    authentication_failed, host_locked, connection_timeout, no_common_algorithm."""
 
     exit = Exit.UNREACHABLE
 

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import os
+import shlex
+import shutil
 import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -10,8 +17,14 @@ from typing import NamedTuple
 
 import pytest
 
+from mlxops.control.client import PASSING
+from mlxops.control.session import Patience
 from mlxops.control.transport import open_ssh
+from mlxops.control.watch import COMES_BACK
 from mlxops.core.errors import MlxopsError
+from tests.control.test_transport import HOSTILE
+from tests.lab.fakeagent import SECURITY_KEY, FakeAgent, SecurityKey
+from tests.lab.homelab import Homelab
 from tests.lab.sshd import SshAgent, SshClient, Sshd, certify, keygen, program, public
 
 
@@ -562,3 +575,353 @@ def test_a_host_is_trusted_as_openssh_trusts_it(
     assert (error.code if error else "in") == row.end, error and (error.why, error.hint)
     assert error is None or all(words in f"{error.why}\n{error.hint}" for words in row.says), (error.why, error.hint)
     assert (ssh("studio") == 0) == (row.end == "in" if row.ssh is None else row.ssh == 0)
+
+
+class Way(NamedTuple):
+    """How the host is reached, and how it ends."""
+
+    lines: Callable[[Sshd], Sequence[str]]
+    end: str = "in"
+    says: tuple[str, ...] = ()
+    server: str = "plain"
+    ssh: int | None = None
+    """How ssh ends, where mlxops can do more or less."""
+
+
+PASSER = Path(__file__).parents[1] / "lab" / "passing.py"
+FASTEST = "aes128-gcm@openssh.com"
+WAYS = {
+    "a jump host": Way(lambda s: ["ProxyJump bastion"]),
+    "a jump host with the user's token": Way(lambda s: ["ProxyJump %r@bastion"]),
+    "a jump host with the name's token": Way(lambda s: ["ProxyJump jump-%n"]),
+    "a jump host with the host's token": Way(lambda s: ["ProxyJump jump-%h"]),
+    "a jump host with the port's token": Way(lambda s: ["ProxyJump jump-%p"]),
+    "a jump host with a percent sign": Way(lambda s: ["ProxyJump jump%%1"]),
+    "a jump host that ssh refuses": Way(lambda s: ["ProxyJump ssh://%r@bastion"], "bad_ssh_config"),
+    "several jump hosts with tokens": Way(lambda s: ["ProxyJump %r@bastion,jump-%n"]),
+    "a jump host behind a jump host": Way(lambda s: ["ProxyJump behind-%n"]),
+    "ProxyJump none": Way(lambda s: ["ProxyJump none"]),
+    "ProxyCommand none": Way(lambda s: ["ProxyCommand none"]),
+    "ProxyCommand with tokens": Way(lambda s: ["ProxyCommand ssh -W %h:%p %r@bastion"]),
+    "ProxyUseFdpass": Way(lambda s: [f"ProxyCommand {sys.executable} {PASSER} %h %p", "ProxyUseFdpass yes"]),
+    "ProxyUseFdpass, and nothing is passed": Way(
+        lambda s: ["ProxyCommand true", "ProxyUseFdpass yes"], "connection_refused", ("passed no connection",)
+    ),
+    "BindAddress": Way(lambda s: ["BindAddress 127.0.0.9"], server="picky"),
+    "another BindAddress": Way(lambda s: ["BindAddress 127.0.0.8"], "authentication_failed", server="picky"),
+    "a BindAddress that is not here": Way(
+        lambda s: ["BindAddress 192.0.2.1"], "host_down", ("BindAddress (", "192.0.2.1", "VPN")
+    ),
+    "BindInterface": Way(lambda s: ["BindInterface lo"]),
+    "a BindInterface that is not here": Way(
+        lambda s: ["BindInterface nowhere0"], "host_down", ("BindInterface (", "nowhere0")
+    ),
+    "AddressFamily without an address": Way(lambda s: ["AddressFamily inet6"], "host_down"),
+    "an own user, twice": Way(lambda s: [f"User {s.user}", "User nobody"]),
+    "RemoteCommand": Way(lambda s: ["RemoteCommand echo hello", "RequestTTY yes"], ssh=255),
+    "SendEnv, SetEnv, LocalCommand": Way(
+        lambda s: ["SetEnv A=b", "SendEnv LANG", "PermitLocalCommand yes", "LocalCommand true"]
+    ),
+    "ControlMaster": Way(lambda s: ["ControlMaster auto", "ControlPath /nowhere/%C"], ssh=255),
+    "a tag and Match": Way(lambda s: ["Compression yes", "CheckHostIP yes", "ServerAliveInterval 5"]),
+    "Ciphers that both have": Way(lambda s: [f"Ciphers chacha20-poly1305@openssh.com,{FASTEST}"]),
+    "Ciphers that Paramiko lacks": Way(
+        lambda s: ["Ciphers chacha20-poly1305@openssh.com"],
+        "no_common_algorithm",
+        ("Ciphers (", "config:2)", "chacha20-poly1305@openssh.com", "aes128-ctr"),
+        ssh=0,
+    ),
+    "MACs that Paramiko lacks": Way(
+        lambda s: ["MACs umac-128@openssh.com"], "no_common_algorithm", ("MACs (", "umac-128"), ssh=0
+    ),
+    "KexAlgorithms that Paramiko lacks": Way(
+        lambda s: ["KexAlgorithms sntrup761x25519-sha512@openssh.com"],
+        "no_common_algorithm",
+        ("KexAlgorithms (", "sntrup761"),
+        ssh=0,
+    ),
+    "HostKeyAlgorithms that Paramiko lacks": Way(
+        lambda s: ["HostKeyAlgorithms sk-ssh-ed25519@openssh.com"], "no_common_algorithm", ("HostKeyAlgorithms (",)
+    ),
+    "HostKeyAlgorithms that the host lacks": Way(
+        lambda s: ["HostKeyAlgorithms rsa-sha2-512"],
+        "no_common_algorithm",
+        ("it offers host key algorithms ssh-ed25519", "HostKeyAlgorithms ("),
+    ),
+    "a host with a cipher that Paramiko lacks": Way(
+        lambda s: [], "no_common_algorithm", ("it offers ciphers chacha20-poly1305", "sshd_config"), "chacha", 0
+    ),
+    "a host with the other name of Curve25519 alone": Way(lambda s: [], server="curve"),
+    "a host without RSA logins, an RSA key first": Way(
+        lambda s: [f"IdentityFile {s.folder}/rsa", f"IdentityFile {s.client_key}"], server="modern"
+    ),
+    "a host that wants two keys": Way(lambda s: [f"IdentityFile {s.folder}/second"], server="two"),
+    "a host that wants a key and a password": Way(
+        lambda s: [], "authentication_failed", ("it wants password",), server="password"
+    ),
+    "a host that wants Kerberos": Way(
+        lambda s: ["GSSAPIAuthentication yes"],
+        "authentication_failed",
+        ("GSSAPIAuthentication (", "not supported by mlxops"),
+        "kerberos",
+    ),
+    "a host that wants the other host's key": Way(
+        lambda s: ["HostbasedAuthentication yes"],
+        "authentication_failed",
+        ("HostbasedAuthentication (", "not supported by mlxops"),
+        "hostbased",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def ways(world: World) -> dict[str, Sshd]:
+    second, rsa = keygen(world.keys / "second"), keygen(world.keys / "old", "rsa")
+    extra = {
+        "picky": ["Match Address *,!127.0.0.9", "PubkeyAuthentication no", "Match all"],
+        "chacha": ["Ciphers chacha20-poly1305@openssh.com"],
+        "curve": ["KexAlgorithms curve25519-sha256"],
+        "modern": ["PubkeyAcceptedAlgorithms ssh-ed25519"],
+        "two": ["AuthenticationMethods publickey,publickey"],
+        "password": ["PasswordAuthentication yes", "AuthenticationMethods publickey,password"],
+        "kerberos": ["PubkeyAuthentication no", "GSSAPIAuthentication yes"],
+        "hostbased": ["PubkeyAuthentication no", "HostbasedAuthentication yes"],
+    }
+    found = {"plain": world.plain, "bastion": world.certified}
+    for name, lines in extra.items():
+        server = found[name] = world.server(name, *lines)
+        (server.folder / "second").write_bytes(second.read_bytes())
+        (server.folder / "rsa").write_bytes(rsa.read_bytes())
+        for file in ("second", "rsa"):
+            (server.folder / file).chmod(0o600)
+        with (server.folder / "authorized_keys").open("a") as authorized:
+            authorized.write(f"{public(second)}\n{public(rsa)}\n")
+    return found
+
+
+@pytest.mark.parametrize("case", WAYS)
+def test_a_host_is_reached_as_openssh_reaches_it(ways: dict[str, Sshd], client: SshClient, case: str) -> None:
+    row = WAYS[case]
+    server = ways[row.server]
+    client.host("studio", server, *row.lines(server))
+    jump = f"jump-studio jump-{server.address} jump-{server.port} jump%1"
+    client.host(f"bastion {jump}", ways["bastion"])
+    client.host("behind-studio", ways["bastion"], "ProxyJump %r@bastion")
+    error = outcome("studio")
+    assert (error.code if error else "in") == row.end, error and (error.why, error.hint)
+    assert error is None or all(words in f"{error.why}\n{error.hint}" for words in row.says), (error.why, error.hint)
+    assert (ssh("studio") == 0) == (row.end == "in" if row.ssh is None else row.ssh == 0)
+
+
+def follow(hint: str, tmp_path: Path) -> None:
+    """Do what a hint about a host key says: type its last command, and answer yes."""
+    command = hint.split("`")[-2]
+    says_yes = tmp_path / "yes"
+    says_yes.write_text("#!/bin/sh\necho yes\n")
+    says_yes.chmod(0o755)
+    environ = {**os.environ, "SSH_ASKPASS": str(says_yes), "SSH_ASKPASS_REQUIRE": "force"}
+    subprocess.run(
+        [*shlex.split(command), "true"],
+        env=environ,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=30,
+        check=True,
+    )
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "StrictHostKeyChecking yes",
+        "StrictHostKeyChecking no",
+        "BatchMode yes",
+        "NoHostAuthenticationForLocalhost yes",
+    ],
+)
+def test_what_is_said_of_an_unknown_host_helps(world: World, client: SshClient, tmp_path: Path, line: str) -> None:
+    client.host("studio", world.plain, line, known=False)
+    error = outcome("studio")
+    assert error is not None and error.code == UNKNOWN
+    follow(error.hint, tmp_path)
+    assert outcome("studio") is None
+
+
+def test_what_is_said_of_an_unknown_jump_host_helps(world: World, client: SshClient, tmp_path: Path) -> None:
+    bastion = world.certified
+    client.host("studio", world.plain, f"ProxyJump {bastion.user}@{bastion.address}:{bastion.port}")
+    client.block(bastion.address, bastion, "User nobody", f"IdentityFile {bastion.client_key}", known=False)
+    client.config.write_text(client.config.read_text().replace(f"Port {bastion.port}", "Port 1"))
+    error = outcome("studio")
+    assert error is not None and error.code == UNKNOWN and f"-p {bastion.port}" in error.hint
+    follow(error.hint, tmp_path)
+    assert outcome("studio") is None
+
+
+@pytest.mark.parametrize(
+    "case", ["Ciphers that Paramiko lacks", "MACs that Paramiko lacks", "KexAlgorithms that Paramiko lacks"]
+)
+def test_the_line_that_is_said_to_be_changed_helps(world: World, client: SshClient, case: str) -> None:
+    [line] = WAYS[case].lines(world.plain)
+    # Otherwise no MAC is needed, and ssh asks for none.
+    client.host("studio", world.plain, line, "Ciphers aes128-ctr" if line.startswith("MACs") else "")
+    error = outcome("studio")
+    assert error is not None and error.code == "no_common_algorithm"
+    added = error.hint.removeprefix("add ").split()[0]
+    client.config.write_text(client.config.read_text().replace(line, f"{line},{added}"))
+    assert outcome("studio") is None
+
+
+def test_the_line_that_is_said_to_be_missing_on_the_host_helps(
+    ways: dict[str, Sshd], client: SshClient, tmp_path: Path
+) -> None:
+    client.host("studio", ways["chacha"])
+    error = outcome("studio")
+    assert error is not None and error.code == "no_common_algorithm"
+    line = error.hint.removeprefix("in the host's sshd_config: ")
+    with Sshd(tmp_path / "server", extra=line) as server:
+        client.host("mended", server)
+        assert outcome("mended") is None
+
+
+SHELLS = ("bash", "dash", "zsh", "fish", "csh", "tcsh", "nu")
+
+
+@pytest.mark.parametrize("name", SHELLS)
+def test_every_login_shell_runs_what_it_is_told(world: World, client: SshClient, tmp_path: Path, name: str) -> None:
+    shell = shutil.which(name)
+    if shell is None:
+        pytest.skip(f"{name} is not installed")
+    with Sshd(tmp_path / "server", shell=shell, client_key=world.plain.client_key, env={"HOME": "/h h"}) as server:
+        client.host("studio", server)
+        code = "import sys, json; print(json.dumps(sys.argv[1:]))"
+        with closing(open_ssh("studio")) as opened:
+            with closing(opened.start([sys.executable, "-c", code, "~/x y", *HOSTILE], b"")) as session:
+                assert json.loads(next(session.lines(Patience(20)))) == ["/h h/x y", *HOSTILE]
+                assert session.wait(20).status == 0
+            with closing(opened.start(["/bin/sh", "-s", "--", "a b"], b'cat; echo "$1"\n')) as session:
+                assert list(session.lines(Patience(20))) == ["a b"]
+
+
+@pytest.mark.parametrize(
+    ("shell", "extra"),
+    [("/bin/false", ""), ("/usr/sbin/nologin", ""), ("/bin/rbash", ""), (None, "ForceCommand internal-sftp")],
+)
+def test_an_account_that_runs_no_commands_is_told_as_that(tmp_path: Path, shell: str | None, extra: str) -> None:
+    if shell is not None and not Path(shell).exists():
+        pytest.skip(f"{shell} is not installed")
+    with Homelab(tmp_path) as lab:
+        lab.studio.sshd.stop()
+        lab.studio.sshd.shell, lab.studio.sshd.extra = shell, extra
+        lab.studio.sshd.start()
+        error = lab.mini.inv("status", "--json").json["hosts"][0]["error"]
+        assert error["code"] == "no_shell" and "chsh" in error["hint"]
+
+
+def test_a_security_key_in_the_agent_logs_in(client: SshClient, tmp_path: Path) -> None:
+    token = SecurityKey()
+    line = f"{SECURITY_KEY.decode()} {base64.b64encode(token.blob).decode()}"
+    authorized = tmp_path / "authorized"
+    authorized.write_text(line + "\n")
+    with (
+        FakeAgent([token.blob], token.sign) as agent,
+        Sshd(tmp_path / "server", extra=f"AuthorizedKeysFile {authorized}") as server,
+    ):
+        client.block("studio", server, f"IdentityAgent {agent.path}", "IdentityFile none")
+        assert same("studio")[0] == "in"
+        # Without the agent, ssh would ask the token itself.
+        stub = tmp_path / "token"
+        stub.write_text("-----BEGIN OPENSSH PRIVATE KEY-----\nAAAA\n-----END OPENSSH PRIVATE KEY-----\n")
+        (tmp_path / "token.pub").write_text(line + "\n")
+        client.config.write_text("")
+        client.block("studio", server, f"IdentityFile {stub}", "IdentitiesOnly yes")
+        error = outcome("studio")
+        assert error is not None and f"{stub} is on a security key" in error.why
+        assert f"ssh-add {stub}" in error.hint
+
+
+def test_an_agent_that_refuses_to_sign_does_not_end_the_login(world: World, client: SshClient) -> None:
+    """It asks a person (ssh-add -c), who says no; or it is locked, or the key is for other hosts (ssh-add -h)."""
+    server = world.certified
+    held = key_in(server.client_key)
+    with FakeAgent([held], lambda data: None) as agent:
+        client.block(
+            "studio", server, f"IdentityAgent {agent.path}", f"CertificateFile {world.keys}/ed25519.crt",
+            f"IdentityFile {world.ed}",
+        )  # fmt: skip
+        assert same("studio")[0] == "in"
+        client.config.write_text("")
+        client.block("studio", server, f"IdentityAgent {agent.path}", "IdentityFile none")
+        end, error = same("studio")
+        assert end == REFUSED and error is not None and "it refuses" in error.why
+
+
+def test_an_agent_signs_only_what_the_host_takes(world: World, client: SshClient) -> None:
+    """A signature may cost a touch or a question."""
+    token = SecurityKey()
+    with FakeAgent([token.blob, key_in(world.ed)], lambda data: None) as agent:
+        client.block(
+            "studio", world.certified, f"IdentityAgent {agent.path}", f"IdentityFile {world.certified.client_key}"
+        )
+        assert outcome("studio") is None
+        assert agent.signed == []
+
+
+def test_an_agent_that_waits_for_a_person_is_named(world: World, client: SshClient) -> None:
+    never = threading.Event()
+
+    def waits(data: bytes) -> None:
+        never.wait(20)
+
+    try:
+        with FakeAgent([key_in(world.certified.client_key)], waits) as agent:
+            client.block(
+                "studio", world.certified, f"IdentityAgent {agent.path}", "IdentityFile none", "ConnectTimeout 2"
+            )
+            error = outcome("studio")
+            assert error is not None and error.code == REFUSED
+            assert "it may wait for a touch or a confirmation" in error.why
+            never.set()
+    finally:
+        never.set()
+
+
+def key_in(path: Path) -> bytes:
+    return base64.b64decode(public(path).split()[1])
+
+
+def test_a_passphrase_in_the_keychain_is_named(world: World, client: SshClient) -> None:
+    """Recorded: OpenSSH on macOS says `usekeychain yes`. The Keychain itself was not at hand."""
+    wrapper = client.bin / "ssh"
+    wrapper.write_text(f'{wrapper.read_text().replace("exec ", "")}test "$1" != -G || echo usekeychain yes\n')
+    client.block("studio", world.certified, f"IdentityFile {world.encrypted}")
+    client.config.write_text(f"IgnoreUnknown UseKeychain\nUseKeychain yes\n{client.config.read_text()}")
+    error = outcome("studio")
+    assert error is not None and f"UseKeychain ({client.config}:2)" in error.why
+    assert "ssh-add --apple-load-keychain" in error.hint
+
+
+def test_a_missing_algorithm_is_not_tried_again() -> None:
+    assert "no_common_algorithm" not in PASSING | COMES_BACK
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_a_host_may_be_named_as_a_user_at_an_address_or_as_a_uri(
+    client: SshClient, tmp_path: Path, address: str
+) -> None:
+    with Sshd(tmp_path / "server", address=address) as server:
+        client.host(address, server)
+        assert outcome(f"{server.user}@{address}") is None
+        client.config.write_text(client.config.read_text().replace(f"Port {server.port}", ""))
+        if ":" not in address:  # OpenSSH 9.2 takes no URI with an IPv6 address
+            assert outcome(f"ssh://{server.user}@{address}:{server.port}") is None
+
+
+def test_the_tokens_of_a_name_with_a_user_are_those_of_the_name(world: World, client: SshClient) -> None:
+    """In `user@studio`, %n is studio."""
+    known = world.folder / "of-studio"
+    known.write_text(world.plain.known_hosts + "\n")
+    client.host("studio", world.plain, f"UserKnownHostsFile {world.folder}/of-%n", known=False)
+    assert ssh(f"{world.plain.user}@studio") == 0
+    assert outcome(f"{world.plain.user}@studio") is None

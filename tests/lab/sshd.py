@@ -66,7 +66,7 @@ class Sshd:
     """One sshd on a port that the system chose.
 
     `env` is set for every session, over what the account says: HOME, for instance. `extra` goes to the top of
-    its configuration, where OpenSSH lets the first value win.
+    its configuration, where OpenSSH lets the first value win. `shell` is the account's login shell on it.
     """
 
     def __init__(
@@ -77,6 +77,7 @@ class Sshd:
         env: Mapping[str, str] = {},
         extra: str = "",
         client_key: Path | None = None,
+        shell: str | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
@@ -86,6 +87,7 @@ class Sshd:
         self.log = folder / "log"
         self.env = dict(env)
         self.extra = extra
+        self.shell = shell
         self.key_file = folder / "host_key"
         self.client_key = client_key or keygen(folder / "client_key")
         if not self.key_file.exists():
@@ -181,7 +183,7 @@ class Sshd:
         self.log.write_text("")
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [program("sshd"), "-D", "-f", str(config), "-E", str(self.log)],
+                [*self._with_shell(), program("sshd"), "-D", "-f", str(config), "-E", str(self.log)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=log,
@@ -198,6 +200,21 @@ class Sshd:
                 raise AssertionError(f"sshd does not listen:\n{self.log.read_text()}")
             time.sleep(0.005)
         return True
+
+    def _with_shell(self) -> list[str]:
+        """A command in front of sshd for which the account has another login shell; this machine's has not."""
+        if self.shell is None:
+            return []
+        if os.geteuid() != 0:
+            missing("root, to give an account another login shell in a namespace")
+        passwd = self.folder / "passwd"
+        lines = Path("/etc/passwd").read_text().splitlines()
+        rows = [line.split(":") for line in lines]
+        passwd.write_text(
+            "\n".join(":".join([*row[:6], self.shell] if row[0] == self.user else row) for row in rows) + "\n"
+        )
+        mount = 'mount --bind "$0" /etc/passwd && exec "$@"'
+        return [program("unshare"), "-m", "sh", "-c", mount, str(passwd)]
 
     def __enter__(self) -> Self:
         self.start()
