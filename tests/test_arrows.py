@@ -183,6 +183,7 @@ STATUS_ON_A_HOST = {
             "place",
             "processes",
             "reading",
+            "servers",
             "sockets",
         ),
         *("store", "system", "worker"),

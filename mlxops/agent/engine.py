@@ -64,9 +64,10 @@ class Serving:
 
 @dataclass(frozen=True)
 class Seen:
-    """A server recognised by its argv in the process list."""
+    """What the argv of a process that is an engine's program says."""
 
-    port: int
+    port: int | None
+    """Where it is to listen; None if the argv does not say. Where it does listen may be another port."""
     model: str
     """As the argv names it: a path, a repo id or an alias."""
     host: str | None
@@ -117,7 +118,7 @@ class Engine(Protocol):
         """Variables that it needs beyond the plain ones."""
 
     def recognise(self, argv: Sequence[str]) -> Seen | None:
-        """Whether this argv is a server of this engine."""
+        """What this argv says if the process is this engine's server program (see `program`); else None."""
 
     def served_name(self, argv: Sequence[str]) -> str | None:
         """The name under which a server with this argv serves its model."""
@@ -275,6 +276,54 @@ def abbreviated(argv: Sequence[str], option: str, shortest: int) -> str | None:
         if len(key) >= shortest and option.startswith(key):
             value = given
     return value or None
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a process runs: a file, or a module of Python, and the words that it was given."""
+
+    path: str
+    """Empty for a module."""
+    module: str
+    arguments: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return os.path.basename(self.path) or self.module
+
+
+_PYTHON = re.compile(r"(python|pypy)[\d.]*[a-z]?", re.IGNORECASE)
+_WITH_VALUE = {"-W", "-X", "--check-hash-based-pycs"}
+"""Options of Python's own whose value may be the next word (`python --help`)."""
+
+
+def program(argv: Sequence[str]) -> Program | None:
+    """The program that a process with this argv is: its first word, or the script or module of its Python.
+
+    Nothing that comes later counts: tmux, ssh and editors carry the words of other commands.
+    """
+    if not argv or not argv[0]:
+        return None
+    if not _PYTHON.fullmatch(os.path.basename(argv[0])):
+        return Program(argv[0], "", tuple(argv[1:]))
+    rest = iter(enumerate(argv[1:], 2))
+    for following, word in rest:
+        if not word.startswith("-"):
+            return Program(word, "", tuple(argv[following:]))
+        if word in _WITH_VALUE:
+            next(rest, None)
+        elif not word.startswith("--"):
+            # Short options may share a word: -um MODULE, -ImMODULE. What follows -c is code, not a program.
+            letters = re.match(r"-[^cmWX]*([cmWX]?)(.*)", word, re.DOTALL)
+            letter, attached = letters.groups() if letters else ("", "")
+            if letter == "m":
+                module = attached or next((value for _, value in rest), "")
+                return Program("", module, tuple(argv[following + (not attached) :])) if module else None
+            if letter == "c":
+                return None
+            if letter and not attached:
+                next(rest, None)
+    return None
 
 
 def port_number(text: str) -> int | None:

@@ -9,17 +9,18 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlxops.agent import servers
 from mlxops.agent.engine import options
-from mlxops.agent.engines import recognise
 from mlxops.agent.observe import real_path, repo_of
 from mlxops.agent.place import Place
+from mlxops.agent.servers import Found
 from mlxops.agent.snapshot import shape, weight_files
-from mlxops.agent.system import Look, Process, System
+from mlxops.agent.system import Look, System
 from mlxops.core import memory
 from mlxops.core.errors import Refused
 from mlxops.core.memory import Estimate, Use
 from mlxops.core.units import amount
-from mlxops.core.world import Operation, World
+from mlxops.core.world import Operation, PortView, World
 
 GPU_SHARE = 0.75
 """What macOS lets the GPU wire by default: about three quarters of RAM."""
@@ -78,8 +79,11 @@ def in_use(world: World, system: System, reserved: Mapping[int, Operation]) -> t
     cannot be looked into everywhere. And what is `reserved` for servers that are about to be started, by port.
     """
     look = system.look(())
-    found = [_use(world, system, look, process) for process in _servers(look)]
-    seen = {use.port for use in found}
+    found, seen = [], set()
+    for server in _servers(look):
+        view = next((v for v in world.ports.values() if {v.pid, *v.members} & set(server.family)), None)
+        found.append(_use(world, system, server, view))
+        seen |= {view.port} if view else set()
     for view in world.ports.values():
         if view.owner is not None and view.pid is not None and view.port not in seen:
             size = view.memory_bytes
@@ -91,35 +95,34 @@ def in_use(world: World, system: System, reserved: Mapping[int, Operation]) -> t
     return tuple(sorted(found, key=lambda use: (use.port or 0, use.pid or 0)))
 
 
-def _servers(look: Look) -> list[Process]:
-    """The outermost process of each server: what launched it may carry the same words."""
-    known = {p.pid: p for p in look.processes.values() if not p.zombie and p.argv and recognise(p.argv)}
-    return [p for p in known.values() if not any(a.pid in known and a.pid != p.pid for a in look.ancestors(p.pid))]
+def _servers(look: Look) -> list[Found]:
+    return servers.find(look)
 
 
-def _use(world: World, system: System, look: Look, process: Process) -> Use:
-    recognised = recognise(process.argv)
-    assert recognised is not None
-    _, seen = recognised
-    family = {process.pid} | {p.pid for p in look.processes.values() if process.pid in _above(look, p)}
+def _use(world: World, system: System, server: Found, view: PortView | None) -> Use:
+    """`view`: the port that it serves, if that is one of ours."""
+    process, seen = server.process, server.seen
     path = real_path(system.folder(process.pid), seen.model)
-    view = world.ports.get(seen.port)
-    on_port = view is not None and bool(family & {view.pid, *view.members})
     asked = options(process.argv).get("--context-length", "")
     expected = estimate_of(Path(path), int(asked) if asked.isdecimal() else None) if path else None
     owner = "hand" if process.uid == os.getuid() else "foreign"
     return Use(
-        port=seen.port,
-        model=(view.model if on_port and view else None) or repo_of(path) or seen.model or "unknown",
-        owner=view.owner.value if on_port and view and view.owner else owner,
+        port=view.port if view else _port(world, system, server),
+        model=(view.model if view else None) or repo_of(path) or seen.model or "unknown",
+        owner=view.owner.value if view and view.owner else owner,
         pid=process.pid,
         estimated_bytes=expected.total if expected else None,
-        resident_bytes=system.memory(family) or None,
+        resident_bytes=system.memory(server.family) or None,
     )
 
 
-def _above(look: Look, process: Process) -> set[int]:
-    return {each.pid for each in look.ancestors(process.pid)}
+def _port(world: World, system: System, server: Found) -> int | None:
+    """Where a server listens; else where it is to, unless another one is there."""
+    ports = {port for pid in server.family for port in system.ports_of(pid) or ()}
+    if ports:
+        return min(ports)
+    lost = any(server.process.pid == each.pid for view in world.ports.values() for each in view.portless)
+    return None if lost else server.seen.port
 
 
 def check_fits(

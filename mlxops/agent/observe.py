@@ -9,16 +9,17 @@ import re
 import shlex
 import socket
 import threading
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxops.agent import processes, reading
-from mlxops.agent.engines import ENGINES, recognise
+from mlxops.agent import processes, reading, servers
+from mlxops.agent.engines import ENGINES
 from mlxops.agent.journal import Stand, stand_of
 from mlxops.agent.logs import clean
 from mlxops.agent.place import Place
+from mlxops.agent.servers import Found
 from mlxops.agent.store import Store, utc
 from mlxops.agent.system import Listener, Look, System, collides
 from mlxops.core.errors import Interrupted, MlxopsError
@@ -151,22 +152,61 @@ def _with_unseen(system: System, look: Look, where: Place, ports: Iterable[int])
     return replace(look, listeners=(*look.listeners, *unseen)), unsure
 
 
-def _hand_started(where: Place, system: System, look: Look, ports: Iterable[int]) -> Mapping[int, Server]:
-    """Servers of this user that an engine recognises by their argv, by port; the outermost process of each."""
-    found: dict[int, Server] = {}
-    wanted = set(ports)
-    for process in sorted(look.processes.values(), key=lambda p: p.pid):
-        if process.uid != os.getuid() or process.zombie or not process.argv:
-            continue
-        known = recognise(process.argv)
-        if known is None:
-            continue
-        engine, seen = known
-        if seen.port in wanted and seen.port not in found and _same_address(seen.host, where.settings.bind):
-            path = real_path(system.folder(process.pid), seen.model)
-            model = repo_of(path) or seen.model
-            found[seen.port] = Server(process.pid, process.pgid, engine, model, process.argv, process.start, path=path)
+@dataclass(frozen=True)
+class ByHand:
+    """The servers of this user on one port."""
+
+    listening: Server | None = None
+    portless: tuple[Server, ...] = ()
+    """Those that are to listen there, by their argv, and listen nowhere."""
+
+    @property
+    def first(self) -> Server | None:
+        return next(iter(filter(None, (self.listening, *self.portless))), None)
+
+    def without(self, pids: Collection[int]) -> ByHand:
+        listening = self.listening if self.listening and self.listening.pid not in pids else None
+        return ByHand(listening, tuple(each for each in self.portless if each.pid not in pids))
+
+
+def _hand_started(where: Place, system: System, look: Look, ports: Iterable[int]) -> Mapping[int, ByHand]:
+    """Servers of this user by port: where they listen, or, as long as they listen nowhere, where they are to."""
+    mine = [each for each in servers.find(look) if each.process.uid == os.getuid()]
+    silent = [each for each in mine if not any(set(each.family) & listener.pids for listener in look.listeners)]
+    found: dict[int, ByHand] = {}
+    for port in ports:
+        pids = {pid for each in look.on(where.settings.bind, port) for pid in each.pids}
+        owner = next((each for each in mine if pids and pids <= set(each.family)), None)
+        meant = [each for each in silent if each.seen.port == port and _same_address(each.seen.host, where)]
+        portless = [each for each in meant if _listens_nowhere(system, each)]
+        if owner or portless:
+            found[port] = ByHand(
+                _server(system, look, owner) if owner else None,
+                tuple(_server(system, look, each) for each in portless),
+            )
     return found
+
+
+def _listens_nowhere(system: System, found: Found) -> bool:
+    """Also on no port that was not looked at. False where that cannot be told."""
+    return all(system.ports_of(pid) == frozenset() for pid in found.family)
+
+
+def _server(system: System, look: Look, found: Found) -> Server:
+    process = found.process
+    path = real_path(system.folder(process.pid), found.seen.model)
+    starter = servers.starter(look, process.pid)
+    return Server(
+        process.pid,
+        process.pgid,
+        found.engine,
+        repo_of(path) or found.seen.model,
+        process.argv,
+        process.start,
+        path=path,
+        wrappers=servers.wrappers(look, process.pid),
+        starter=_describe(look, [starter.pid]) if starter else "",
+    )
 
 
 def real_path(folder: str | None, model: str) -> str:
@@ -181,12 +221,12 @@ def repo_of(path: str) -> str | None:
     return f"{found[1]}/{found[2]}" if found else None
 
 
-def _same_address(host: str | None, bind: str) -> bool:
+def _same_address(host: str | None, where: Place) -> bool:
     try:
         address = str(ipaddress.ip_address(host or "0.0.0.0"))
     except ValueError:
         address = "127.0.0.1" if host == "localhost" else "0.0.0.0"
-    return collides(address, bind)
+    return collides(address, where.settings.bind)
 
 
 def _signals(
@@ -194,7 +234,7 @@ def _signals(
     store: Store,
     system: System,
     look: Look,
-    hand: Mapping[int, Server],
+    hand: Mapping[int, ByHand],
     port: int,
     own: str | None,
     jobs: BootJobs | None,
@@ -210,10 +250,14 @@ def _signals(
     unowned = any(not each.pids and each.uid in (None, os.getuid()) for each in listeners)
     members = processes.members(system, look, run) if run else ()
     others = pids - set(members)
-    server = hand.get(port)
-    claim = _boot_claim(jobs, look, port, listeners, run, members, server) if jobs else None
-    if server is not None and server.pid in members and claim is None:
-        server = None
+    by_hand = hand.get(port, ByHand())
+    claim = _boot_claim(jobs, look, port, listeners, run, members, by_hand.first) if jobs else None
+    if claim is None:
+        by_hand = by_hand.without(members)
+    portless = by_hand.portless
+    server = by_hand.listening
+    if not listeners and portless:
+        server, portless = portless[0], portless[1:]
     return Signals(
         port=port,
         alias=where.settings.slots.get(port),
@@ -225,6 +269,7 @@ def _signals(
         listener_pids=pids,
         unowned=unowned,
         hand=server,
+        portless=portless,
         boot=claim,
         operation=operation,
         activity=str(stand),

@@ -1,9 +1,9 @@
 """Server processes: the only code that starts, identifies and signals them.
 
 A server is started behind a gate (`gate.py`): it exists, in a session and group of its own, and waits; its record
-is written; then it becomes the engine. A process is signalled only as a group, and only after its identity was
-proven: boot, raw start time, group and the tail of its command agree with the record. Where the leader is gone,
-each member must carry the run's own mark in its environment, which children inherit.
+is written; then it becomes the engine. A process is signalled only after its identity was proven: boot, raw start time
+and group agree with the record, and the run's mark is in its environment, which children inherit. Where the leader is
+gone, each member must carry the mark.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlxops.agent import servers
 from mlxops.agent.logs import clean
 from mlxops.agent.system import Look, Process, System
 from mlxops.core.errors import MlxopsError, NotStarted, Refused
@@ -140,32 +141,49 @@ def ask(argv: Sequence[str], env: Mapping[str, str], seconds: float) -> tuple[in
 
 
 def leader(system: System, processes: Mapping[int, Process], run: Run) -> Process | None:
-    """The recorded leader, if the process with its pid is proven to be it; else None."""
+    """The recorded leader, if the process with its pid is proven to be it; else None.
+
+    Its argv proves nothing: a prefix that replaces itself (`nice`, `env`) or a wrapper script leaves another one. Its
+    environment may not be seen, or a wrapper may have emptied it; the mark of another run says that it is not the one.
+    """
     process = processes.get(run.pid)
     if process is None or process.zombie or run.boot_id != system.boot_id():
         return None
-    tail = run.argv[1:]
-    same = process.start == run.start and process.pgid == run.pgid
-    # While a process becomes another program, the kernel shows no arguments: for an instant it has none.
-    if same and (not tail or not process.argv or process.argv[len(process.argv) - len(tail) :] == tail):
+    if (process.start, process.pgid) != (run.start, run.pgid):
+        return None
+    if run.adopted or (system.environment(process.pid, MARK) or run.run_id) == run.run_id:
         return process
     return None
 
 
 def members(system: System, look: Look, run: Run) -> tuple[int, ...]:
-    """The living processes of the recorded group that are proven ours."""
+    """The living processes of a run that are proven ours.
+
+    A group that we made is ours as a whole. One that we did not make may hold more than the server, such as its
+    neighbours in a script: of that, the server with what it started and what only runs it.
+    """
     if run.boot_id != system.boot_id():
         return ()
+    proven = leader(system, look.processes, run)
+    if run.adopted:
+        return (*servers.wrappers(look, run.pid), *servers.family(look, run.pid)) if proven else ()
     group = look.group(run.pgid)
-    if leader(system, look.processes, run) is not None:
-        return tuple(sorted(p.pid for p in group if not run.adopted or _related(look, p.pid, run.pid)))
-    return tuple(sorted(p.pid for p in group if system.environment(p.pid, MARK) == run.run_id and run.run_id))
+    if proven:
+        return tuple(sorted(p.pid for p in group))
+    return tuple(sorted(p.pid for p in group if _has_mark(system, p.pid, run)))
 
 
-def _related(look: Look, one: int, other: int) -> bool:
-    """One is the other's ancestor, or both are the same. A group that we did not make may hold more than the server:
-    the script that started it belongs to it, what else that script started does not."""
-    return other in {p.pid for p in look.ancestors(one)} or one in {p.pid for p in look.ancestors(other)}
+def _has_mark(system: System, pid: int, run: Run) -> bool:
+    return bool(run.run_id) and system.environment(pid, MARK) == run.run_id
+
+
+def _elsewhere(system: System, look: Look, run: Run) -> set[int]:
+    """What a server of ours started that has left its group: the mark in its environment says so."""
+    if run.adopted or run.boot_id != system.boot_id():
+        return set()
+    own = {process.pid for process in look.ancestors(os.getpid())}
+    others = [p.pid for p in look.processes.values() if p.pgid != run.pgid and p.uid == os.getuid() and not p.zombie]
+    return {pid for pid in others if pid not in own and _has_mark(system, pid, run)}
 
 
 @dataclass(frozen=True)
@@ -182,7 +200,7 @@ KILL_SECONDS = 30.0
 
 
 def stop(system: System, run: Run, *, grace: float, reap: Callable[[], object] = lambda: None) -> Stopped:
-    """Stop the recorded group: ask, wait up to `grace` seconds, kill, and prove that nothing of it is left.
+    """Stop the recorded server: ask, wait up to `grace` seconds, kill, and prove that nothing of it is left.
 
     Asked is first what listens on the port, with what it runs under (a shell, uv): what it has started itself it needs
     to answer its open requests. (The child of mlx-openai-server that holds the weights dies of TERM, and the requests
@@ -223,28 +241,43 @@ class _Stopping:
         self._asked: set[int] = set()
 
     def send(self, number: signal.Signals, *, spare_children: bool = False) -> bool:
-        """Signal the group if it is proven ours; False if nothing of it lives."""
+        """Signal what is proven ours; False if nothing of it lives.
+
+        A group that we made is signalled as one, and not at all while anything in it is not ours. In any other group
+        each process is signalled on its own.
+        """
         look = self._system.look({self._run.port})
-        ours = members(self._system, look, self._run)
+        # Once they are known, they are told by their start.
+        elsewhere = set() if self._known else _elsewhere(self._system, look, self._run)
+        ours = {*members(self._system, look, self._run), *elsewhere, *self._living(look)}
         if not ours:
             return False
-        strangers = {process.pid for process in look.group(self._run.pgid)} - set(ours) - self._living(look)
+        group = {process.pid for process in look.group(self._run.pgid)}
+        strangers = set() if self._run.adopted else group - ours
         self._known |= {pid: look.processes[pid].start for pid in ours}
         if strangers:
             who = ", ".join(f"{pid} ({_program(look.processes[pid])})" for pid in sorted(strangers))
-            raise _not_ours(self._run, f"in it are processes that are not proven ours: {who}")
+            raise _not_ours(self._run, f"in it are processes that are not proven ours: {who}", strangers)
         spared = _children_of_the_server(look, self._run.port, ours) if spare_children else set()
-        self._asked = set(ours) - spared
+        self._asked = ours - spared
         try:
-            with contextlib.suppress(ProcessLookupError):
-                if not spared:
+            if self._asked == group and not self._run.adopted:
+                with contextlib.suppress(ProcessLookupError):
                     os.killpg(self._run.pgid, number)
-            for pid in self._asked if spared else ():
+            else:
+                self._send_each(look, number)
+        except PermissionError:
+            raise _not_ours(self._run, "the system says that it is another user's", self._asked) from None
+        return True
+
+    def _send_each(self, look: Look, number: signal.Signals) -> None:
+        """Parents first: a shell that runs a server in a loop must not start the next one. Each is looked at once more,
+        so that no other process that has its pid by now is signalled."""
+        for pid in sorted(self._asked, key=lambda pid: (len(list(look.ancestors(pid))), pid)):
+            process = self._system.process(pid)
+            if process is not None and process.start == self._known[pid]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
-        except PermissionError:
-            raise _not_ours(self._run, "the system says that it is another user's") from None
-        return True
 
     def ended(self, seconds: float, *, asked_only: bool = False) -> bool:
         """Whether nothing of the group, or nothing of what was signalled, lives, or soon does no more."""
@@ -280,10 +313,11 @@ def _program(process: Process) -> str:
     return clean(" ".join(Path(word).name if word.startswith("/") else word for word in process.argv[:4]))[:60] or "?"
 
 
-def _not_ours(run: Run, why: str) -> Refused:
+def _not_ours(run: Run, why: str, pids: Collection[int]) -> Refused:
+    kill = f"kill {' '.join(map(str, sorted(pids)))}"
     return Refused(
         "not_ours",
         f"process group {run.pgid} on port {run.port} may not be signalled",
         why=why,
-        hint="nothing was signalled; look at it on the host, and stop it yourself",
+        hint=f"nothing was signalled; as their owner, on the host: {kill}; then: mlxctl unload {run.port}",
     )

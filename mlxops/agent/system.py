@@ -6,6 +6,7 @@ macOS, psutil looks. Both sides run in the tests on Linux and are compared there
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import ipaddress
 import os
@@ -14,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -90,6 +91,15 @@ class Look:
         """The listeners that a server bound to `bind:port` would collide with."""
         return tuple(each for each in self.listeners if each.port == port and collides(each.address, bind))
 
+    @cached_property
+    def children(self) -> Mapping[int, tuple[int, ...]]:
+        """The living children of each process."""
+        found: dict[int, list[int]] = {}
+        for process in self.processes.values():
+            if not process.zombie and process.ppid != process.pid:
+                found.setdefault(process.ppid, []).append(process.pid)
+        return {pid: tuple(children) for pid, children in found.items()}
+
     def ancestors(self, pid: int) -> Iterable[Process]:
         seen: set[int] = set()
         while pid in self.processes and pid not in seen:
@@ -135,6 +145,9 @@ class System(Protocol):
         """Those of the ports at which somebody is connected to a server: a request may be in flight there."""
 
     def process(self, pid: int) -> Process | None: ...
+
+    def ports_of(self, pid: int) -> frozenset[int] | None:
+        """The ports on which a process listens; None if it is gone, must not be seen, or has a network of its own."""
 
     def environment(self, pid: int, key: str) -> str | None:
         """A variable of another process's environment; None if it is not there or must not be seen."""
@@ -230,6 +243,22 @@ class LinuxSystem:
                 for each in listening
             ),
         )
+
+    def ports_of(self, pid: int) -> frozenset[int] | None:
+        try:
+            if os.readlink(f"{self.root}/{pid}/ns/net") != os.readlink(f"{self.root}/self/ns/net"):
+                return None  # in a container
+            folder = f"{self.root}/{pid}/fd"
+            names = os.listdir(folder)
+        except OSError as error:
+            _check_shortage(error)
+            return None
+        open_files = set()
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                open_files.add(os.readlink(f"{folder}/{name}"))
+        listening = self._sockets(sockets.LISTENING)
+        return frozenset(each.port for each in listening if f"socket:[{each.inode}]" in open_files)
 
     def environment(self, pid: int, key: str) -> str | None:
         try:
@@ -352,6 +381,16 @@ class PsutilSystem:
         except (psutil.Error, OSError) as error:
             _check_shortage(error)
             return None
+
+    def ports_of(self, pid: int) -> frozenset[int] | None:
+        import psutil
+
+        try:
+            connections = psutil.Process(pid).net_connections(kind="tcp")
+        except (psutil.Error, OSError) as error:
+            _check_shortage(error)
+            return None
+        return frozenset(each.laddr.port for each in connections if each.status == psutil.CONN_LISTEN)
 
     def look(self, ports: Container[int]) -> Look:
         import psutil

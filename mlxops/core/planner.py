@@ -71,6 +71,8 @@ class LoadPlan:
 class UnloadPlan:
     port: int
     stop: PortView | None = None
+    portless: tuple[Server, ...] = ()
+    """Servers by hand that are to listen there, listen nowhere, and are stopped, too."""
     clear: tuple[str, ...] = ()
     model: str | None = None
     notes: tuple[str, ...] = ()
@@ -79,7 +81,7 @@ class UnloadPlan:
 
     @property
     def changed(self) -> bool:
-        return self.stop is not None or bool(self.clear) or self.cancelled
+        return self.stop is not None or bool(self.portless) or bool(self.clear) or self.cancelled
 
 
 @dataclass(frozen=True)
@@ -297,7 +299,7 @@ def _plan_for_port(
             "foreign_port",
             f"port {port} is held by a process that is not ours",
             why=view.detail,
-            hint="stop it yourself, then try again; mlxops never signals it",
+            hint=f"mlxops never signals it; stop it yourself on the host{_kill(view)}, then try again",
         )
     if view.owner is None:
         return start
@@ -316,7 +318,7 @@ def _plan_for_port(
             why=f"it is {view.state}, owner {view.owner}, pid {view.pid}",
             hint=f"swap it: add --force; or first: mlxctl unload {port}{_force_for(view)}",
         )
-    return LoadPlan(target, port, alias, Outcome.START, stops=(view,), previous=view)
+    return LoadPlan(target, port, alias, Outcome.START, stops=(view,), previous=view, notes=_what_stays(view))
 
 
 def _force_for(view: PortView) -> str:
@@ -415,7 +417,10 @@ def plan_unload(registry: Registry, world: World, port: int, *, force: bool) -> 
     if view.state is State.UNKNOWN:
         raise unknown_port(view)
     if view.owner is None:
-        return UnloadPlan(port, None, clear, name)
+        return UnloadPlan(port, clear=clear, model=name)
+    if view.owner in {Owner.BOOT, Owner.FOREIGN} and force and view.portless:
+        note = f"{port} is still held by another process: {view.detail or f'pid {view.pid}'}"
+        return UnloadPlan(port, portless=view.portless, model=name, notes=(note,))
     if view.owner is Owner.BOOT:
         raise boot_port(view, _served_by(view))
     if view.owner is Owner.FOREIGN:
@@ -423,16 +428,33 @@ def plan_unload(registry: Registry, world: World, port: int, *, force: bool) -> 
             "foreign_port",
             f"port {port} is held by a process that is not ours",
             why=view.detail or f"its pid is {view.pid}",
-            hint="mlxops never signals it; stop it yourself as the operator of the host",
+            hint=f"mlxops never signals it; stop it yourself as the operator of the host{_kill(view)}",
         )
     if view.owner is Owner.HAND and not force:
+        words = f"pid {view.pid}: {shlex.join(view.server.argv if view.server else ())[:200]}"
         raise Refused(
             "hand_started",
             f"the server on port {port} was started by hand",
-            why=f"pid {view.pid}: {shlex.join(view.server.argv if view.server else ())[:200]}",
-            hint="stop it all the same: add --force",
+            why="; ".join([words, *_what_stays(view)]),
+            hint=f"stop it all the same: mlxctl unload {port} --force",
         )
-    return UnloadPlan(port, view, clear, name)
+    notes = [*_what_stays(view)]
+    if view.portless and not force:
+        pids = ", ".join(str(each.pid) for each in view.portless)
+        notes.append(f"pid {pids}, started by hand for port {port}, listens nowhere and stays; --force stops it, too")
+    return UnloadPlan(port, view, view.portless if force else (), clear, name, tuple(notes))
+
+
+def _kill(view: PortView) -> str:
+    """The command that ends what holds a port, where its pid is known. A job that the system runs would come back."""
+    return f": kill {view.pid}" if view.pid is not None and view.owner is Owner.FOREIGN else ""
+
+
+def _what_stays(view: PortView) -> tuple[str, ...]:
+    """What is above a server that somebody started by hand is not stopped with it."""
+    if view.owner is not Owner.HAND or view.server is None or not view.server.starter:
+        return ()
+    return (f"its parent, {view.server.starter}, is left alone, and may start it again",)
 
 
 @dataclass(frozen=True)

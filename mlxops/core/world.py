@@ -59,8 +59,8 @@ class Answer(StrEnum):
 class Run:
     """The run record: what is known of the process that was started, or adopted, for a port.
 
-    `start` and `boot_id` are the kernel's own marks (see the agent's `system`); with pid, pgid and the tail of
-    argv they prove that a process is the recorded one. `*_at` are wall time, for display only.
+    `start` and `boot_id` are the kernel's own marks (see the agent's `system`); with pid, pgid and `run_id`, which its
+    environment has, they prove that a process is the recorded one. `*_at` are wall time, for display only.
     """
 
     port: int
@@ -159,6 +159,10 @@ class Server:
     start: str = ""
     path: str = ""
     """The real path of the model that it was given, if that is a path on this host."""
+    wrappers: tuple[int, ...] = ()
+    """The processes that only run it, such as `uv run` or a script: they end with it."""
+    starter: str = ""
+    """For people: its parent, which goes on without it."""
 
 
 def run_of(server: Server, port: int, boot_id: str) -> Run:
@@ -238,6 +242,10 @@ class Signals:
     unowned: bool = False
     """A listener's process cannot be seen, and nothing says that it is another user's."""
     hand: Server | None = None
+    """The server of this user that listens; or, where nothing does, one that is to."""
+    portless: tuple[Server, ...] = ()
+    """Further servers of this user that are to listen there and listen nowhere: an mlx_lm.server that lost its port to
+    another process keeps its model in memory."""
     boot: BootClaim | None = None
     """Why it is a boot job's: its server, or with nothing there the port that the running job is about to take."""
     operation: Operation | None = None
@@ -284,14 +292,16 @@ class PortView:
     members: tuple[int, ...] = ()
     orphan: Orphan | None = None
     rebooted: bool = False
+    portless: tuple[Server, ...] = ()
     boot: BootClaim | None = None
 
     def to_wire(self) -> dict[str, object]:
         """The row of the status document."""
-        hidden = {"run", "server", "operation", "members", "orphan", "rebooted", "boot"}
+        hidden = {"run", "server", "operation", "members", "orphan", "rebooted", "portless", "boot"}
         row = {key: value for key, value in asdict(self).items() if key not in hidden}
         row["log_path"] = self.run.log_path if self.run else None
         row["operation"] = self.operation.id if self.operation else None
+        row["portless"] = [each.pid for each in self.portless]
         return row
 
     @property
@@ -455,12 +465,21 @@ def _stranger(signals: Signals, registry: Registry, owner: Owner) -> PortView:
         pgid=server.pgid if server else None,
         engine=server.engine if server else None,
         memory_bytes=signals.memory_bytes,
-        detail="; ".join(filter(None, [detail, signals.boot.how])) if signals.boot else detail or signals.stranger,
+        detail=_told(signals, server, detail),
         run=signals.run,
         server=server,
         operation=signals.operation,
+        portless=signals.portless,
         boot=signals.boot,
     )
+
+
+def _told(signals: Signals, server: Server | None, detail: str) -> str:
+    """For people: `detail`, else what listens; and whose it is."""
+    if signals.boot:
+        return "; ".join(filter(None, [detail, signals.boot.how]))
+    parent = f"its parent: {server.starter}" if server and server.starter else ""
+    return detail or "; ".join(filter(None, [signals.stranger, parent]))
 
 
 def _known_as(model: Model) -> frozenset[str]:
@@ -499,6 +518,7 @@ def _view(
         server=signals.hand,
         operation=signals.operation,
         members=signals.members,
+        portless=signals.portless,
         orphan=orphan,
         rebooted=signals.rebooted,
         boot=signals.boot,
@@ -514,6 +534,7 @@ def drift(
     if registry.unwritable:
         # Every command that changes anything is refused until then.
         found = [replace(each, hint="mend the registry first, then look again: mlxctl status") for each in found]
+    found += [each for view in views.values() for each in _portless(view)]
     for model in registry.models.values():
         port, own = model.port, slots.get(model.name)
         if port is not None and port not in ports:
@@ -543,6 +564,13 @@ def _drift_of_boot_jobs(jobs: Iterable[JobState]) -> Iterator[Drift]:
             yield Drift("boot_job_disabled", port, None, message, f"{comment}; or enable it: {state.enable}")
 
 
+def _portless(view: PortView) -> Iterator[Drift]:
+    for server in view.portless:
+        what = server.model or "a model"
+        message = f"pid {server.pid} was started for port {view.port}, does not listen, and may hold {what} in memory"
+        yield Drift("portless_server", view.port, None, message, f"stop it on the host: kill {server.pid}")
+
+
 def _drift_of_port(view: PortView, assigned: tuple[Model, ...], slots: Mapping[str, int]) -> Iterator[Drift]:
     """`slots`: the ports of the aliases."""
     port, names = view.port, [model.name for model in assigned]
@@ -565,7 +593,9 @@ def _drift_of_port(view: PortView, assigned: tuple[Model, ...], slots: Mapping[s
         yield Drift("unknown", port, names[0] if names else None, message, "nothing is changed meanwhile; try again")
     elif view.owner is Owner.FOREIGN and names:
         message = f"{names[0]} is assigned to {port}, but a process that is not ours holds the port"
-        yield Drift("foreign", port, names[0], message, "stop that process; mlxops never signals it")
+        kill = f": kill {view.pid}" if view.pid is not None else ""
+        hint = f"mlxops never signals it; stop it yourself on the host{kill}"
+        yield Drift("foreign", port, names[0], message, hint)
     if view.run and view.owner is Owner.MLXOPS and view.alias and view.run.alias != view.alias:
         message = f"{port} serves under {view.run.alias}, but its slot is {view.alias}"
         yield Drift("alias_changed", port, view.model, message, f"mlxctl load {view.model} {port} --force")

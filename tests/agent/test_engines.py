@@ -313,40 +313,109 @@ LM_OPTIONS = ("--model", "jerry", "--host", "0.0.0.0", "--port", "8101")
 OPENAI_OPTIONS = ("--model-path", "/hub/x", "--host", "0.0.0.0", "--port", "8101")
 
 
+APP = "/Library/Frameworks/Python.framework/Versions/3.12/Resources/Python.app/Contents/MacOS/Python"
+
+
 @pytest.mark.parametrize(
-    "argv",
+    "start",
     [
-        ("mlx_lm.server", *LM_OPTIONS),
-        ("/opt/homebrew/bin/mlx_lm.server", *LM_OPTIONS),
-        ("/venv/bin/python3.12", "/venv/bin/mlx_lm.server", *LM_OPTIONS),
-        ("python", "-m", "mlx_lm.server", *LM_OPTIONS),
-        ("python", "-u", "-m", "mlx_lm", "server", *LM_OPTIONS),
-        ("mlx_lm", "server", *LM_OPTIONS),
-        ("uv", "run", "--project", "/opt/x", "mlx_lm.server", *LM_OPTIONS),
-        ("/bin/bash", "/home/me/bin/mlx_lm.server", *LM_OPTIONS),
-        ("nohup", "caffeinate", "-i", "python", "-m", "mlx_lm.server", *LM_OPTIONS),
+        ("mlx_lm.server",),
+        ("/opt/homebrew/bin/mlx_lm.server",),
+        ("/venv/bin/python3.12", "/venv/bin/mlx_lm.server"),
+        ("/venv/bin/python3.13t", "-IS", "/venv/bin/mlx_lm.server"),
+        ("python", "-m", "mlx_lm.server"),
+        ("python", "-um", "mlx_lm.server"),
+        ("python", "-mmlx_lm.server"),
+        ("python", "-u", "-m", "mlx_lm", "server"),
+        ("python", "-X", "dev", "-Wignore", "-W", "error", "-m", "mlx_lm", "server"),
+        ("python", "--check-hash-based-pycs", "never", "/venv/bin/mlx_lm", "server"),
+        (APP, "/venv/bin/mlx_lm.server"),
+        ("mlx_lm", "server"),
+        ("python3", "/src/mlx-lm/mlx_lm/server.py"),
     ],
+    ids=" ".join,
 )
-def test_mlx_lm_is_recognised_however_it_was_started(argv: tuple[str, ...]) -> None:
-    assert recognise(argv) == ("mlx-lm", Seen(8101, "jerry", "0.0.0.0"))
+def test_mlx_lm_is_recognised_by_the_program_that_runs(start: tuple[str, ...]) -> None:
+    assert recognise((*start, *LM_OPTIONS)) == ("mlx-lm", Seen(8101, "jerry", "0.0.0.0"))
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        ("mlx-openai-server", "launch"),
+        ("/venv/bin/python", "/venv/bin/mlx-openai-server", "launch"),
+        (APP, "-u", "/venv/bin/mlx-openai-server", "launch"),
+        ("python", "-m", "app.main", "launch"),
+        ("python", "-m", "app.main"),
+    ],
+    ids=" ".join,
+)
+def test_mlx_openai_server_is_recognised_by_the_program_that_runs(start: tuple[str, ...]) -> None:
+    assert recognise((*start, *OPENAI_OPTIONS)) == ("mlx-openai-server", Seen(8101, "/hub/x", "0.0.0.0"))
+
+
+SERVER = ("mlx_lm.server", *LM_OPTIONS)
 
 
 @pytest.mark.parametrize(
     "argv",
     [
-        ("mlx-openai-server", "launch", *OPENAI_OPTIONS),
-        ("/venv/bin/python", "/venv/bin/mlx-openai-server", "launch", *OPENAI_OPTIONS),
-        ("/opt/homebrew/bin/uv", "run", "--project", "/opt/mlx-launch", "mlx-openai-server", "launch", *OPENAI_OPTIONS),
+        ("tmux", "-L", "x", "new-session", "-d", "-s", "mlx", *SERVER),
+        ("SCREEN", "-dmS", "mlx", *SERVER),
+        ("ssh", "studio2", *SERVER),
+        ("ssh", "studio2", " ".join(SERVER)),
+        ("mosh-client", "studio2", *SERVER),
+        ("docker", "exec", "box", *SERVER),
+        ("podman", "run", "--rm", "box", *SERVER),
+        ("kubectl", "exec", "-it", "pod", "--", *SERVER),
+        ("watch", "pgrep", "-fl", "mlx_lm.server", "--port=8101"),
+        ("pgrep", "-f", *SERVER),
+        ("pkill", "-f", " ".join(SERVER)),
+        ("tail", "-f", "mlx_lm.server"),
+        ("grep", *SERVER),
+        ("vim", "/opt/bin/mlx_lm.server"),
+        ("emacs", "mlx_lm.server"),
+        ("less", "+F", "mlx_lm.server"),
+        ("sudo", "-u", "mlx", *SERVER),
+        ("script", "-q", "log", *SERVER),
+        ("entr", "-r", *SERVER),
+        ("nodemon", "--exec", *SERVER),
+        ("systemd-run", "--user", "--pty", *SERVER),
+        ("gdb", "--args", "python", "-m", *SERVER),
+        ("strace", "-f", *SERVER),
+        ("sh", "-c", " ".join(SERVER)),
+        ("sh", "-c", 'exec "$@"', "x", *SERVER),
+        ("bash", "/home/me/bin/mlx_lm.server", *LM_OPTIONS),
+        ("uv", "run", "--project", "/opt/x", *SERVER),
+        ("nohup", "caffeinate", "-i", "python", "-m", *SERVER),
+        ("python", "-c", "import time", *SERVER),
+        ("python", "-Ic", "import time", *SERVER),
+        ("python", "panel.py", *SERVER),
+        ("python", "-m", "honcho", "start", *SERVER),
+        ("python", "-m", "pytest", "mlx_lm/server.py"),
+        ("python", "-m", "ipykernel_launcher", "-f", "/x/mlx_lm.server"),
+        ("python", "-X"),
+        ("python", "-m"),
         ("/bin/sh", "/usr/local/bin/mlx-openai-server", "launch", *OPENAI_OPTIONS),
+        ("uv", "run", "--project", "/opt/mlx-launch", "mlx-openai-server", "launch", *OPENAI_OPTIONS),
+        ("ssh", "studio2", "mlx-openai-server", "launch", *OPENAI_OPTIONS),
+        ("python", "-m", "app.main"),
+        ("python", "-m", "app.main", "--port", "8101"),
+        ("mlx_lm.server", "--help"),
     ],
+    ids=" ".join,
 )
-def test_mlx_openai_server_is_recognised_however_it_was_started(argv: tuple[str, ...]) -> None:
-    assert recognise(argv) == ("mlx-openai-server", Seen(8101, "/hub/x", "0.0.0.0"))
+def test_what_only_carries_the_words_of_a_server_is_none(argv: tuple[str, ...]) -> None:
+    assert recognise(argv) is None
 
 
 def test_what_the_engines_do_by_themselves_is_known() -> None:
     assert recognise(["mlx_lm.server"]) == ("mlx-lm", Seen(8080, "", "127.0.0.1"))
     assert recognise(["mlx-openai-server", "launch"]) == ("mlx-openai-server", Seen(8000, "", "0.0.0.0"))
+    # Its file names the port, and --port counts for nothing.
+    assert recognise(["mlx-openai-server", "launch", "--config", "x.yaml", "--port", "1"]) == (
+        "mlx-openai-server", Seen(None, "", None),
+    )  # fmt: skip
     assert recognise(["mlx_lm.server", "--port=8102", "--model=a"]) == ("mlx-lm", Seen(8102, "a", "127.0.0.1"))
     assert recognise(["mlx_lm.server", "--port", "1", "--port", "2"]) == ("mlx-lm", Seen(2, "", "127.0.0.1"))
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from mlxops.agent.observe import _hand_started, observe
+from mlxops.agent.observe import ByHand, _hand_started, observe
 from mlxops.agent.place import Place
 from mlxops.agent.store import Lock, Store
-from mlxops.agent.system import Look, Process, PsutilSystem, this_system
+from mlxops.agent.system import LinuxSystem, Listener, Look, Process, PsutilSystem, this_system
 from mlxops.core.settings import PortRange, Settings
 from mlxops.core.world import Operation, PortView, Run, State
 from tests.core.worlds import run as sample_run
@@ -37,11 +37,69 @@ def store(where: Place) -> Store:
     return made
 
 
-def test_a_server_of_another_user_is_none_that_we_could_take_over(where: Place, port: int) -> None:
+def engine(port: int, pid: int = 77, *, ppid: int = 1) -> Process:
     argv = ("/usr/bin/mlx_lm.server", "--model", "org/a", "--host", "127.0.0.1", "--port", str(port))
-    own = Process(2**22 - 1, 1, 2**22 - 1, os.getuid(), "1", False, argv)
-    for process, found in ((own, [port]), (replace(own, uid=os.getuid() + 1), [])):
-        assert list(_hand_started(where, this_system(), Look({process.pid: process}), [port])) == found
+    return Process(pid, ppid, pid, os.getuid(), "1", False, argv)
+
+
+class Ports(LinuxSystem):
+    """A system that says of each process on which ports it listens."""
+
+    def __init__(self, **ports: frozenset[int] | None) -> None:
+        self.ports = ports
+
+    def ports_of(self, pid: int) -> frozenset[int] | None:
+        return self.ports[f"pid{pid}"]
+
+
+def seen(where: Place, port: int, *processes: Process, listening: int = 0, **ports: frozenset[int] | None) -> ByHand:
+    listeners = (Listener("127.0.0.1", port, frozenset({listening})),) if listening else ()
+    look = Look({each.pid: each for each in processes}, listeners)
+    return _hand_started(where, Ports(**ports), look, [port]).get(port, ByHand())
+
+
+NOWHERE: frozenset[int] = frozenset()
+
+
+def test_a_server_of_another_user_is_none_that_we_could_take_over(where: Place, port: int) -> None:
+    own = engine(port)
+    other = replace(own, uid=os.getuid() + 1)
+    for listening in (0, 77):
+        assert seen(where, port, own, listening=listening, pid77=NOWHERE) != ByHand()
+        assert seen(where, port, other, listening=listening, pid77=NOWHERE) == ByHand()
+
+
+class TestAPort:
+    def test_belongs_to_the_server_that_listens_there_whatever_its_argv_says(self, where: Place, port: int) -> None:
+        for words in (engine(port + 1).argv, ("/usr/bin/mlx_lm.server",), ("mlx_lm.server", "--port", "1")):
+            process = replace(engine(port), argv=words)
+            found = seen(where, port, process, listening=77)
+            assert found.listening is not None and found.listening.pid == 77 and not found.portless
+
+    def test_is_not_that_of_a_server_that_listens_elsewhere(self, where: Place, port: int) -> None:
+        assert seen(where, port, engine(port), pid77=frozenset({port + 1})) == ByHand()
+
+    def test_is_not_that_of_a_server_whose_ports_cannot_be_seen(self, where: Place, port: int) -> None:
+        assert seen(where, port, engine(port), pid77=None) == ByHand()
+
+    def test_has_a_server_that_does_not_listen_yet(self, where: Place, port: int) -> None:
+        found = seen(where, port, engine(port), pid77=NOWHERE)
+        assert found.listening is None and [each.pid for each in found.portless] == [77]
+
+    def test_has_a_server_that_lost_it_to_another_one(self, where: Place, port: int) -> None:
+        found = seen(where, port, engine(port), engine(port, 78), listening=77, pid78=NOWHERE)
+        assert found.listening is not None and found.listening.pid == 77
+        assert [each.pid for each in found.portless] == [78]
+
+    def test_that_a_child_of_a_server_listens_on_is_the_servers(self, where: Place, port: int) -> None:
+        child = replace(engine(port), pid=78, ppid=77, argv=("python", "-c", "spawn_main()"))
+        found = seen(where, port, engine(port), child, listening=78)
+        assert found.listening is not None and found.listening.pid == 77
+
+    def test_on_which_another_process_listens_too_is_no_servers(self, where: Place, port: int) -> None:
+        both = (Listener("127.0.0.1", port, frozenset({77})), Listener("0.0.0.0", port, frozenset({99})))
+        look = Look({77: engine(port), 99: Process(99, 1, 99, os.getuid(), "1", False, ("nc", "-l"))}, both)
+        assert _hand_started(where, Ports(), look, [port]) == {}
 
 
 @pytest.mark.parametrize(

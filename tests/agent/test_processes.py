@@ -17,6 +17,7 @@ import pytest
 
 from mlxops.agent import processes
 from mlxops.agent.processes import MARK, Gated, environment, leader, members, spawn, stop
+from mlxops.agent.servers import find
 from mlxops.agent.system import Look, Process, System, this_system
 from mlxops.core.errors import NotStarted, Refused
 from mlxops.core.world import Run
@@ -339,8 +340,9 @@ def test_a_child_on_its_way_out_that_has_lost_its_mark_is_no_stranger(monkeypatc
     assert sent == [(run.pgid, signal.SIGTERM), (run.pgid, signal.SIGKILL)]
     (changed,) = system.processes.keys() - system.marked
     system.processes[changed] = replace(system.processes[changed], start="another by now")
-    with pytest.raises(Refused):
+    with pytest.raises(Refused, match="may not be signalled") as caught:
         stopping.send(signal.SIGKILL)
+    assert caught.value.hint.endswith(f"kill {changed}; then: mlxctl unload {run.port}")
 
 
 def test_of_a_program_that_only_prints_something_nothing_is_left(
@@ -383,6 +385,31 @@ def test_a_process_that_differs_from_the_record_and_has_no_mark_is_not_ours(lab:
     assert not proven(other) and ours(other) == ()
     assert not stop(SYSTEM, other, grace=0.1).killed
     assert gated.child.poll() is None
+
+
+def test_what_a_process_is_called_proves_nothing_either_way(lab: Lab) -> None:
+    """A prefix that replaces itself leaves another argv than the recorded one. The mark of another run counts."""
+    _, run = lab.running(SERVE)
+    assert proven(replace(run, argv=("/usr/bin/nice", "-n", "10", "/bin/engine")))
+    assert not proven(replace(run, run_id="another"))
+
+
+@pytest.mark.parametrize("prefix", [(), ("/usr/bin/env", "-i")], ids=["a mark", "an empty environment"])
+def test_a_process_without_a_mark_is_told_by_its_start(lab: Lab, prefix: tuple[str, ...]) -> None:
+    """An environment that cannot be seen, as of a hardened program on macOS, looks like an empty one."""
+    gated, run = lab.running((*prefix, *SERVE))
+    assert proven(run) and (SYSTEM.environment(gated.pid, MARK) is None) is bool(prefix)
+    assert not proven(replace(run, start="1")) and ours(replace(run, start="1", run_id="another")) == ()
+    assert not stop(SYSTEM, run, grace=20, reap=gated.child.poll).killed and not group(run)
+
+
+def test_a_child_that_has_left_its_group_goes_with_its_server(lab: Lab) -> None:
+    code = f"import subprocess, signal; subprocess.Popen({list(SERVE)!r}, start_new_session=True); signal.pause()"
+    gated, run = lab.running((PYTHON, "-S", "-c", code))
+    (child,) = [p.pid for p in SYSTEM.look(()).processes.values() if p.ppid == gated.pid]
+    assert ours(run) == (gated.pid,), "it proves nothing of the server"
+    stop(SYSTEM, run, grace=20, reap=gated.child.poll)
+    wait_until(lambda: (seen := SYSTEM.process(child)) is None or seen.zombie, 5, "the end of the child")
 
 
 def test_a_process_is_ours_also_in_the_instant_in_which_it_becomes_another_program(lab: Lab) -> None:
@@ -442,30 +469,81 @@ def test_a_wrapped_server_keeps_its_identity(lab: Lab, wrapper: str) -> None:
     assert not group(run)
 
 
-def adopted_from(lab: Lab, script: str) -> tuple[Run, subprocess.Popen[bytes]]:
-    """A server that a person's script started: the script leads the group, the server is one of it."""
-    program = lab.script("#!/bin/sh\n" + script)
-    starter, run = lab.running([program])
-    (server,) = (p for p in SYSTEM.look(()).group(run.pgid) if p.argv[-1:] == ("--server",))
-    return replace(run, run_id="", adopted=True, pid=server.pid, start=server.start, argv=server.argv), starter.child
+# -- in a group that we did not make ----------------------------------------------------------------------------------
 
 
-def test_a_stranger_in_the_group_of_an_adopted_server_saves_the_whole_group(lab: Lab) -> None:
-    run, starter = adopted_from(lab, f'sleep 1000 &\n{PYTHON} -S -c "{WAIT}" --server\n:\n')
-    everyone = group(run)
-    assert len(everyone) == 3 and len(ours(run)) == 2
-    with pytest.raises(Refused) as caught:
-        stop(SYSTEM, run, grace=5)
-    (sleeper,) = everyone - set(ours(run))
-    assert caught.value.code == "not_ours" and str(sleeper) in caught.value.why
-    assert group(run) == everyone and starter.poll() is None
+@dataclass
+class Adopted:
+    """A server in the group of what started it."""
+
+    run: Run
+    everyone: frozenset[int]
+    starter: Gated
+
+    def stop(self) -> None:
+        stop(SYSTEM, self.run, grace=20, reap=self.starter.child.poll)
+
+    @property
+    def left(self) -> frozenset[int]:
+        self.starter.child.poll()
+        return self.everyone & group(self.run)
 
 
-def test_an_adopted_server_goes_with_the_script_that_started_it(lab: Lab) -> None:
-    run, starter = adopted_from(lab, f'{PYTHON} -S -c "{WAIT}" --server\n:\n')
-    assert len(ours(run)) == 2
-    stop(SYSTEM, run, grace=20, reap=starter.poll)
-    assert not group(run)
+def adopted(lab: Lab, argv: Sequence[str], processes: int) -> Adopted:
+    """`argv` starts mlx_lm.server for port 8103 in one way or another; so many processes are then in the group."""
+    starter, run = lab.running(argv)
+    wait_until(lambda: len(group(run)) == processes, 20, "its group")
+    (server,) = (each for each in find(SYSTEM.look(())) if each.process.pgid == run.pgid and each.seen.port == 8103)
+    own = replace(run, run_id="", adopted=True, pid=server.process.pid, start=server.process.start)
+    return Adopted(own, frozenset(group(run)), starter)
+
+
+def engine(lab: Lab) -> str:
+    lab.script(f"#!{PYTHON} -IS\n{WAIT}\n", "mlx_lm.server")
+    return f"{lab.folder}/mlx_lm.server"
+
+
+STARTERS = {
+    # What starts the server, as a script of a shell; how many processes of the group are left when it was stopped.
+    "alone": ("{engine} --port 8103\n:", 2, 0),
+    "with a word to tee": ("{engine} --port 8103 | tee {log}", 3, 0),
+    "with something else in the background": ("sleep 1000 &\n{engine} --port 8103\nwait", 3, 2),
+    "with a server beside it": ("{engine} --port 8104 &\n{engine} --port 8103\nwait", 3, 2),
+    "with itself in the place of another one": ("{engine} --port 8103 &\nexec {engine} --port 8104", 2, 1),
+    "in the place of the script, with another one before": ("{engine} --port 8104 &\nexec {engine} --port 8103", 2, 1),
+    "again and again": ("while true; do {engine} --port 8103; done", 2, 0),
+    "through wrappers": ("flock {lock} stdbuf -o0 {engine} --port 8103\n:", 3, 0),
+}
+
+
+@pytest.mark.parametrize("how", STARTERS)
+def test_a_server_in_anothers_group_is_stopped_and_its_neighbours_stay(lab: Lab, how: str) -> None:
+    text, processes, left = STARTERS[how]
+    script = text.format(engine=engine(lab), log=lab.folder / "log", lock=lab.folder / "lock")
+    adopted_one = adopted(lab, [SH, "-c", f": ;{script}"], processes)
+    adopted_one.stop()
+    wait_until(lambda: len(adopted_one.left) == left, 5, f"{left} of the group to be left")
+    assert len(group(adopted_one.run)) == left, "and nothing was started in its place"
+
+
+def test_a_program_that_started_a_server_among_other_things_stays(lab: Lab) -> None:
+    code = f"import subprocess, time; subprocess.Popen([{engine(lab)!r}, '--port', '8103'])\nwhile True: time.sleep(1)"
+    panel = adopted(lab, [PYTHON, "-S", "-c", code], 2)
+    panel.stop()
+    assert panel.left == {panel.starter.pid} and panel.starter.child.poll() is None
+
+
+def test_a_process_that_has_the_pid_of_one_that_ended_meanwhile_is_not_signalled(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, run = lab.running(SERVE)
+    other = replace(run, run_id="", adopted=True)
+    look = SYSTEM.look(())
+    monkeypatch.setattr(type(SYSTEM), "look", lambda self, ports: look)
+    monkeypatch.setattr(type(SYSTEM), "process", lambda self, pid: replace(look.processes[pid], start="1"))
+    processes._Stopping(SYSTEM, other, lambda: None).send(signal.SIGTERM)
+    monkeypatch.undo()
+    assert group(run) == {run.pid}
 
 
 def test_what_survives_being_killed_is_told(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

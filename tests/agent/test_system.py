@@ -17,6 +17,7 @@ import pytest
 
 from mlxops.agent import sockets
 from mlxops.agent.system import LinuxSystem, Listener, Look, Process, PsutilSystem, System, collides, this_system
+from tests.lab.sshd import missing
 from tests.lab.world import wait_until
 
 both = pytest.mark.parametrize(
@@ -83,6 +84,28 @@ def test_a_process_that_is_gone_is_none(system: System, stack: ExitStack) -> Non
     gone.wait()
     assert system.process(gone.pid) is None and gone.pid not in system.look(()).processes
     assert system.environment(gone.pid, "PATH") is None and system.memory([gone.pid]) == 0
+
+
+@both
+def test_the_ports_of_a_process_are_those_on_which_it_listens(system: System, stack: ExitStack) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.2", 0)) as other:
+        with socket.create_connection(one.getsockname()):
+            own = system.ports_of(os.getpid())
+        assert own is not None and own >= {one.getsockname()[1], other.getsockname()[1]}
+    sleeper = child(stack, "/bin/sleep", "1000")
+    assert system.ports_of(sleeper.pid) == frozenset()
+    sleeper.kill()
+    sleeper.wait()
+    assert system.ports_of(sleeper.pid) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="network namespaces are Linux's")
+def test_the_ports_of_a_container_are_not_those_of_the_host(stack: ExitStack) -> None:
+    inside = child(stack, "unshare", "-Urn", "sleep", "1000")
+    wait_until(lambda: (p := this_system().process(inside.pid)) is None or p.argv[0] == "sleep", 10, "the namespace")
+    if inside.poll() is not None:
+        missing("the right to make a network namespace (unshare -Urn)")
+    assert this_system().ports_of(inside.pid) is None
 
 
 @both

@@ -26,7 +26,7 @@ def engine_named(name: str) -> Engine:
 
 
 def recognise(argv: Sequence[str]) -> tuple[str, Seen] | None:
-    """The engine and what it serves, if this argv is a server of any engine."""
+    """The engine and what its argv says, if a process with this argv is the server program of an engine."""
     return _recognised(tuple(argv))
 
 

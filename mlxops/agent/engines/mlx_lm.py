@@ -6,7 +6,6 @@ weights and try to load that name. So it is started in a folder where the alias 
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 
@@ -21,6 +20,7 @@ from mlxops.agent.engine import (
     older_than,
     options,
     port_number,
+    program,
     runnable,
     status_health,
     template_text,
@@ -99,9 +99,10 @@ class MlxLm:
         return {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": CACHE}
 
     def recognise(self, argv: Sequence[str]) -> Seen | None:
-        if not _is_server(argv):
+        words = _server_options(argv)
+        if words is None:
             return None
-        given = options(argv)
+        given = options(words)
         port = port_number(given.get("--port", "8080"))
         if port is None:
             return None
@@ -142,13 +143,16 @@ class MlxLm:
         return str(found[-1]).strip() if found else None
 
 
-def _is_server(argv: Sequence[str]) -> bool:
-    """The console script, plain or through its interpreter; `-m mlx_lm.server`; `mlx_lm server`."""
-    for index, word in enumerate(argv[:12]):
-        following = argv[index + 1] if index + 1 < len(argv) else ""
-        if os.path.basename(word) in {"mlx_lm.server", "mlx_lm"} and (word.endswith("server") or following == "server"):
-            return True
-    return False
+def _server_options(argv: Sequence[str]) -> tuple[str, ...] | None:
+    """The options of `mlx_lm.server` or `mlx_lm server`, as a program, a script or a module; None for anything else."""
+    runs = program(argv)
+    if runs is None or {"-h", "--help"} & set(runs.arguments):
+        return None
+    if runs.name == "mlx_lm.server" or runs.path.endswith("mlx_lm/server.py"):
+        return runs.arguments
+    if runs.name == "mlx_lm" and runs.arguments[:1] == ("server",):
+        return runs.arguments[1:]
+    return None
 
 
 ENGINE = MlxLm()

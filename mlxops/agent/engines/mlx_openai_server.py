@@ -7,7 +7,6 @@ is the only name that it answers to.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from mlxops.agent.engine import (
     older_than,
     options,
     port_number,
+    program,
     runnable,
     split,
     status_health,
@@ -117,13 +117,14 @@ class MlxOpenAIServer:
         return {"HF_HUB_OFFLINE": "1"}
 
     def recognise(self, argv: Sequence[str]) -> Seen | None:
-        for index, word in enumerate(argv[:12]):
-            if os.path.basename(word) == self.name and "launch" in argv[index + 1 : index + 3] and "--help" not in argv:
-                given = options(argv[index:])
-                port = port_number(given.get("--port", "8000"))
-                model = given.get("--model-path", "")
-                return Seen(port, model, given.get("--host", "0.0.0.0")) if port is not None else None
-        return None
+        if not _is_server(argv):
+            return None
+        given = options(argv)
+        model, host = given.get("--model-path", ""), given.get("--host", "0.0.0.0")
+        if "--config" in given:
+            return Seen(None, model, None)  # its file says where, and `--port` counts for nothing
+        port = port_number(given.get("--port", "8000"))
+        return Seen(port, model, host) if port is not None else None
 
     def served_name(self, argv: Sequence[str]) -> str | None:
         given = options(argv)
@@ -162,6 +163,19 @@ class MlxOpenAIServer:
             return None
         found = _EXCEPTION.findall(log)
         return " ".join(str(found[-1]).split()) if found else "Application startup failed"
+
+
+def _is_server(argv: Sequence[str]) -> bool:
+    """The console script with `launch`; or `python -m app.main`, its module, whose name others use too: that only with
+    options of this program."""
+    runs = program(argv)
+    if runs is None or "--help" in runs.arguments:
+        return False
+    if runs.name == MlxOpenAIServer.name:
+        return "launch" in runs.arguments[:2]
+    if runs.module == "app.main" or runs.path.endswith("app/main.py"):
+        return bool({"--model-path", "--config"} & options(runs.arguments).keys())
+    return False
 
 
 def known_options(text: str) -> dict[str, tuple[str, ...]]:

@@ -13,15 +13,19 @@ from mlxops.agent.operations.context import Context, busy, model_lock, repo_lock
 from mlxops.agent.operations.files import Files, cached
 from mlxops.agent.operations.gatewayname import check_name
 from mlxops.agent.operations.prepare import Prepared, commit, entry_fields, preflight, prepare
+from mlxops.agent.operations.stopping import shown_stop
 from mlxops.agent.operations.swap import start_in_place
 from mlxops.agent.store import now
 from mlxops.core import names, planner
-from mlxops.core.errors import Busy, Refused, UsageError
+from mlxops.core.errors import Busy, NotStarted, Refused, UsageError
 from mlxops.core.names import shown
 from mlxops.core.planner import LoadPlan, Outcome, Target
 from mlxops.core.protocol import Phase
 from mlxops.core.registry import Registry
-from mlxops.core.world import Operation, Owner, PortView, Run, World, run_of
+from mlxops.core.world import Operation, Owner, PortView, Run, State, World, run_of
+
+READY_SECONDS = 5.0
+"""How long a server that has proven itself may be seen otherwise than ready."""
 
 
 def load(
@@ -291,11 +295,26 @@ def _adopted_run(ctx: Context, view: PortView, plan: LoadPlan, prepared: Prepare
     )
 
 
+def _ready(ctx: Context, plan: LoadPlan) -> PortView:
+    """The port's view once it is ready, within `READY_SECONDS`: a busy host may be late with the cheap probe."""
+    deadline = time.monotonic() + READY_SECONDS
+    while (view := ctx.look_again(plan.port)).state is not State.READY:
+        if time.monotonic() > deadline or view.owner is None:
+            raise NotStarted(
+                "not_ready",
+                f"{plan.target.name} answered on port {plan.port}, and is {view.state} a moment later",
+                why=view.detail or f"owner {view.owner}, pid {view.pid}",
+                hint=f"see mlxctl logs --port {plan.port}; then: mlxctl load {plan.target.name} {plan.port} --force",
+            )
+        time.sleep(0.1)
+    return view
+
+
 def _load_result(
     ctx: Context, plan: LoadPlan, began: float, *, changed: bool, downtime: float | None = None
 ) -> dict[str, object]:
-    """Looked at again: what is told is what is there."""
-    view = ctx.look_again(plan.port)
+    """Looked at again: what is told is what is there. Raises `NotStarted` if that is not a ready server."""
+    view = ctx.look_again(plan.port) if ctx.request.dry_run else _ready(ctx, plan)
     return {
         "model": view.model or plan.target.name,
         "port": plan.port,
@@ -327,7 +346,7 @@ def _dry_load(ctx: Context, plan: LoadPlan, prepared: Prepared | None, began: fl
         "plan": {
             "outcome": plan.outcome.value,
             "download": plan.target.repo_id if prepared is None and plan.outcome is Outcome.START else None,
-            "stops": [f"{view.model} on {view.port}, pid {view.pid}" for view in plan.stops],
+            "stops": [shown_stop(view) for view in plan.stops],
             "clears": list(plan.cleared),
             "argv": list(prepared.wanted.argv) if prepared else None,
         },

@@ -10,7 +10,7 @@ from mlxops.agent.operations.context import Context
 from mlxops.core.errors import MlxopsError, Refused
 from mlxops.core.protocol import Phase
 from mlxops.core.units import amount
-from mlxops.core.world import Owner, PortView, Run, State, run_of
+from mlxops.core.world import Owner, PortView, Run, Server, State, run_of
 
 END_SECONDS = 5.0
 """For a server without open requests to end when it is asked to."""
@@ -50,6 +50,19 @@ def stop(ctx: Context, view: PortView, grace: float) -> float:
     ctx.store.forget_run(view.port)
     _see_memory_return(ctx, available, held)
     return asked
+
+
+def stop_portless(ctx: Context, server: Server, port: int) -> None:
+    """Stop a server that somebody started by hand for a port on which it does not listen."""
+    ctx.emit(Phase("stop", f"{server.model or 'a server'} for port {port}, pid {server.pid}"))
+    processes.stop(ctx.system, run_of(server, port, ctx.system.boot_id()), grace=END_SECONDS)
+
+
+def shown_stop(view: PortView) -> str:
+    """A server that is to be stopped, with the processes that only run it."""
+    wrappers = view.server.wrappers if view.server and view.owner is Owner.HAND else ()
+    along = f", with pid {', '.join(map(str, wrappers))}, which runs it" if wrappers else ""
+    return f"{view.model or 'a server'} on {view.port}, pid {view.pid}, owner {view.owner}{along}"
 
 
 def _run_of(ctx: Context, view: PortView) -> Run:

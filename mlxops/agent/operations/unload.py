@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from mlxops.agent.journal import Journal, named
 from mlxops.agent.operations.context import RESTORE, Context, busy
-from mlxops.agent.operations.stopping import stop
+from mlxops.agent.operations.stopping import shown_stop, stop, stop_portless
 from mlxops.core import names, planner
 from mlxops.core.errors import Interrupted, MlxopsError, UsageError
 from mlxops.core.planner import UnloadPlan
@@ -67,6 +67,10 @@ def _unload_port(ctx: Context, port: int, *, force: bool) -> UnloadPlan:
         return plan
     if plan.stop is not None:
         stop(ctx, plan.stop, ctx.drain)
+    for server in plan.portless:
+        stop_portless(ctx, server, port)
+    if plan.stop is None and plan.portless:
+        return plan  # somebody else is on the port
     ctx.store.forget_run(port)
     ctx.store.registry.update(lambda current: current.clear(model.name for model in current.on_port(port)))
     if plan.changed:
@@ -127,11 +131,9 @@ def _unload_result(ctx: Context, plan: UnloadPlan, began: float) -> dict[str, ob
 
 
 def _shown_unload(plan: UnloadPlan) -> dict[str, object]:
-    stop = plan.stop
-    return {
-        "stops": [f"{stop.model} on {stop.port}, pid {stop.pid}, owner {stop.owner}"] if stop else [],
-        "clears": list(plan.clear),
-    }
+    stops = [shown_stop(plan.stop)] if plan.stop else []
+    stops += [f"{each.model or 'a server'} for {plan.port}, pid {each.pid}, owner hand" for each in plan.portless]
+    return {"stops": stops, "clears": list(plan.clear)}
 
 
 def unload_all(ctx: Context) -> dict[str, object]:

@@ -1,0 +1,138 @@
+"""Which processes are servers, and what belongs to each. Pure: decides from one `Look`.
+
+A server is a process that is an engine's program, with everything that it started. Words in an argv are never enough:
+tmux, an ssh client or a notebook carries them, too. What runs a server in the foreground and does nothing else, such
+as `uv run` or a shell with a script, belongs to it. Any other parent has a life of its own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from mlxops.agent.engine import Seen, program
+from mlxops.agent.engines import recognise
+from mlxops.agent.system import Look, Process
+
+SHELLS = frozenset({"sh", "bash", "dash", "zsh", "ksh", "ash", "busybox", "fish", "nu", "csh", "tcsh"})
+PREFIXES = frozenset(
+    {
+        *("nohup", "caffeinate", "taskpolicy", "arch", "nice", "ionice", "chrt", "taskset", "numactl", "prlimit"),
+        *("env", "envdir", "setpriv", "unshare", "setsid", "stdbuf", "time", "gtime", "timeout", "gtimeout"),
+        *("dumb-init", "tini", "catatonit", "flock", "softlimit", "chpst", "chronic", "uvx", "dotenv", "direnv"),
+        *("doppler", "infisical", "chamber", "aws-vault"),
+    }
+)
+"""Programs whose only work is to run the command that they are given."""
+RUNNERS = frozenset(
+    {
+        *("uv", "poetry", "pdm", "pipenv", "pipx", "hatch", "rye", "pixi", "conda", "mamba", "micromamba"),
+        *("mise", "asdf", "pyenv", "devbox", "nix", "op"),
+    }
+)
+"""Programs that do so with one of these subcommands."""
+_RUN = frozenset({"run", "exec", "x", "tool", "shell", "develop"})
+_SHELL_OPTIONS_WITH_VALUE = frozenset({"-o", "+o", "-O", "+O", "--rcfile", "--init-file"})
+INITS = frozenset({"init", "systemd", "launchd"})
+"""What takes over the processes whose parent has ended."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A server in the process table."""
+
+    process: Process
+    engine: str
+    seen: Seen
+    family: tuple[int, ...]
+    """Its process and everything that it started, as far as that is not a server of its own."""
+
+
+def find(look: Look) -> list[Found]:
+    """Every server, of any user. A fork of a server is a part of it: it has the very same argv."""
+    known = {p.pid: found for p in look.processes.values() if not p.zombie and (found := recognise(p.argv))}
+    roots = {pid for pid in known if not _is_fork(look, pid)}
+    return [Found(look.processes[pid], *known[pid], _below(look, pid, roots)) for pid in sorted(roots)]
+
+
+def _is_fork(look: Look, pid: int) -> bool:
+    parent = look.processes.get(look.processes[pid].ppid)
+    return parent is not None and not parent.zombie and parent.argv == look.processes[pid].argv
+
+
+def family(look: Look, pid: int) -> tuple[int, ...]:
+    """A process and everything that it started, as far as that is not another server."""
+    if not recognise(look.processes[pid].argv):
+        return _below(look, pid, ())  # an adopted one whose argv has changed; the server in it is no other one
+    others = {p.pid for p in look.processes.values() if recognise(p.argv) and not _is_fork(look, p.pid)}
+    return _below(look, pid, others)
+
+
+def _below(look: Look, pid: int, others: Collection[int]) -> tuple[int, ...]:
+    found = [pid]
+    for each in found:
+        found += [child for child in look.children.get(each, ()) if child not in others and child not in found]
+    return tuple(found)
+
+
+def wrappers(look: Look, pid: int) -> tuple[int, ...]:
+    """The ancestors that only run this process, outermost first.
+
+    Each is in the same process group, of the same user, is known to do nothing else, and has no other child.
+    """
+    found: list[int] = []
+    current = look.processes[pid]
+    while True:
+        parent = look.processes.get(current.ppid)
+        if (
+            parent is None
+            or parent.pid <= 1
+            or parent.zombie
+            or (parent.pgid, parent.uid) != (current.pgid, current.uid)
+            or not is_wrapper(parent.argv)
+            or look.children.get(parent.pid, ()) != (current.pid,)
+        ):
+            return tuple(reversed(found))
+        found.append(parent.pid)
+        current = parent
+
+
+def starter(look: Look, pid: int) -> Process | None:
+    """The process above a server and its wrappers, which goes on without it; None if the system took it over, or if
+    that is a person's shell."""
+    top = next(iter(wrappers(look, pid)), pid)
+    parent = look.processes.get(look.processes[top].ppid)
+    if parent is None or parent.pid <= 1 or parent.zombie or not parent.argv:
+        return None
+    name = _name(parent.argv)
+    interactive = name in SHELLS and not _runs_a_script(parent.argv)
+    return None if name in INITS or interactive else parent
+
+
+def is_wrapper(argv: Sequence[str]) -> bool:
+    """Whether a process with this argv does nothing but run a command."""
+    runs = program(argv)
+    if runs is None:
+        return False
+    name = _name(argv)
+    if name in SHELLS:
+        return _runs_a_script(argv)
+    # Some runners are scripts of Python.
+    return runs.name in PREFIXES or (runs.name in RUNNERS and bool(_RUN & set(runs.arguments[:6])))
+
+
+def _name(argv: Sequence[str]) -> str:
+    """The name of a process's own program; a login shell's begins with a hyphen."""
+    return os.path.basename(argv[0]).lstrip("-")
+
+
+def _runs_a_script(argv: Sequence[str]) -> bool:
+    """Whether a shell with this argv runs a file or a command string: without either, a person may be typing."""
+    words = iter(argv[1:])
+    for word in words:
+        if word in _SHELL_OPTIONS_WITH_VALUE:
+            next(words, None)
+        elif word[:1] not in {"-", "+"} or word == "--command" or (not word.startswith("--") and "c" in word):
+            return True
+    return False

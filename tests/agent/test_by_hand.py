@@ -1,0 +1,331 @@
+"""Servers that people start in their own ways: seen as what they are, stopped alone, and nothing else is signalled."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.faults.lab import MODELS, QuickHost
+from tests.lab.homelab import Homelab
+from tests.lab.sshd import missing
+from tests.lab.world import wait_until
+
+WAIT = 30.0
+
+
+@pytest.fixture
+def host(make_homelab: Callable[..., Homelab]) -> Iterator[QuickHost]:
+    """A Studio whose engine is up in no time, with three registered models."""
+    quick = QuickHost(make_homelab())
+    quick.mlxctl("init").ok()
+    yield quick
+    quick.studio.sweep()
+
+
+def command(host: QuickHost, port: int, *options: str, model: str = MODELS[0]) -> str:
+    """A line of shell that is a server in the foreground."""
+    return host.by_hand(model, port, *options).removesuffix(" &")
+
+
+def rows(host: QuickHost) -> dict[int, dict[str, Any]]:
+    return {row["port"]: row for row in host.status()["ports"]}
+
+
+def row(host: QuickHost, port: int) -> tuple[str, str | None, int | None]:
+    found = rows(host)[port]
+    return found["state"], found["owner"], found["pid"]
+
+
+def listener(host: QuickHost, port: int) -> int:
+    """The process that listens on a port, once there is one."""
+
+    def found() -> int:
+        for process in psutil.process_iter():
+            try:
+                connections = process.net_connections("tcp")
+            except psutil.Error:
+                continue
+            if any(c.status == psutil.CONN_LISTEN and c.laddr == (host.studio.address, port) for c in connections):
+                return process.pid
+        return 0
+
+    return wait_until(found, WAIT, f"a listener on {port}")
+
+
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def error(host: QuickHost, exit: int, *words: str) -> dict[str, Any]:
+    done = host.mlxctl(*words, "--json")
+    assert done.exit == exit, str(done)
+    found: dict[str, Any] = done.json["hosts"][0]["error"]
+    return found
+
+
+def result(host: QuickHost, *words: str) -> dict[str, Any]:
+    found: dict[str, Any] = host.mlxctl(*words, "--json").ok().json["hosts"][0]["result"]
+    return found
+
+
+def memory(host: QuickHost) -> dict[int | None, list[dict[str, Any]]]:
+    """The servers of this host's folder that take memory, by port."""
+    servers = host.mlxctl("list", "--memory", "--json").ok().json["hosts"][0]["memory"]["servers"]
+    found: dict[int | None, list[dict[str, Any]]] = {}
+    own = {process.pid for process in host.studio.processes()}
+    for each in servers:
+        if each["pid"] in own:
+            found.setdefault(each["port"], []).append(each)
+    return found
+
+
+def needed(program: str) -> str:
+    return shutil.which(program) or missing(f"{program} (Debian and Ubuntu: apt-get install {program})")
+
+
+@contextmanager
+def tmux(host: QuickHost, *windows: str) -> Iterator[Callable[..., list[str]]]:
+    """A tmux of its own with a window for each command; what is yielded asks it."""
+    program = needed("tmux")
+
+    def ask(*words: str) -> list[str]:
+        argv = [program, "-S", str(host.studio.folder / "tmux"), *words]
+        done = subprocess.run(
+            argv, capture_output=True, text=True, env=host.studio.environment, cwd=host.studio.home, check=False
+        )
+        return done.stdout.splitlines()
+
+    first, *others = [shlex.split(each) for each in windows]
+    ask("-f", "/dev/null", "new-session", "-d", "-s", "mlx", *first)
+    for each in others:
+        ask("new-window", "-d", "-t", "mlx:", *each)
+    try:
+        yield ask
+    finally:
+        ask("kill-server")
+
+
+class TestTmux:
+    def test_with_a_server_in_a_window_loses_that_window_only(self, host: QuickHost) -> None:
+        first, second = host.ports[:2]
+        with tmux(host, command(host, first), "sleep 1000", command(host, second, model=MODELS[1])) as ask:
+            (carrier,) = map(int, ask("display-message", "-p", "#{pid}"))
+            pid, other = listener(host, first), listener(host, second)
+            assert row(host, first) == ("ready", "hand", pid) and row(host, second) == ("ready", "hand", other)
+            uses = memory(host)
+            assert [len(uses[port]) for port in (first, second)] == [1, 1]
+            plan = result(host, "unload", str(first), "--force", "--dry-run")
+            assert f"pid {pid}, owner hand" in plan["plan"]["stops"][0] and f"pid {carrier}" in plan["notes"][0]
+            assert result(host, "unload", str(first), "--force")["state"] == "idle"
+            assert not alive(pid) and alive(other)
+            assert result(host, "load", MODELS[2], str(second), "--force")["state"] == "ready"
+            assert not alive(other)
+            assert ask("list-windows", "-F", "#{pane_current_command}") == ["sleep"]
+
+    def test_whose_server_has_ended_is_no_server(self, host: QuickHost) -> None:
+        port = host.ports[0]
+        with tmux(host, command(host, port), "sleep 1000") as ask:
+            os.kill(listener(host, port), signal.SIGINT)
+            wait_until(lambda: not host.studio.listening(port), WAIT, "its end")
+            assert row(host, port) == ("idle", None, None)
+            host.mlxctl("unload-all", "--yes").ok()
+            assert result(host, "load", MODELS[0], str(port))["state"] == "ready"
+            assert ask("list-windows", "-F", "#{pane_current_command}") == ["sleep"]
+
+
+CARRIERS = ("ssh studio2", "docker exec box", "watch pgrep -fl", "kubectl exec pod --", "python3 notebook.py")
+
+
+@contextmanager
+def carried(host: QuickHost, words: str) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Processes that wait, and have the words of a server behind those of something else."""
+    folder = host.studio.folder / "carriers"
+    folder.mkdir()
+    processes = []
+    for carrier in map(str.split, CARRIERS):
+        (folder / carrier[1]).write_text("import time; time.sleep(1000)")
+        argv = [*carrier, *shlex.split(words)]
+        processes.append(subprocess.Popen(argv, executable=sys.executable, cwd=folder))
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def test_what_only_carries_a_servers_words_is_not_seen_and_not_signalled(host: QuickHost) -> None:
+    port = host.ports[0]
+    with carried(host, command(host, port)) as processes:
+        assert row(host, port) == ("idle", None, None) and memory(host) == {}
+        host.mlxctl("unload-all", "--yes").ok()
+        assert result(host, "unload", str(port), "--force")["changed"] is False
+        assert result(host, "load", MODELS[0], str(port), "--force")["state"] == "ready"
+        assert [process.poll() for process in processes] == [None] * len(processes)
+
+
+class TestAScriptThatStartsSeveral:
+    @pytest.mark.parametrize("tee", ["", " | tee log >/dev/null"])
+    def test_loses_one_and_the_others_stay(self, host: QuickHost, tee: str) -> None:
+        ports = host.ports[:3]
+        lines = [command(host, port, model=model) + f"{tee} &" for port, model in zip(ports, MODELS, strict=False)]
+        with host.running("sh", "-c", "\n".join([*lines, "wait"])) as script:
+            pids = [listener(host, port) for port in ports]
+            first, second = map(str, ports[:2])
+            hints = [each["hint"] for each in host.status()["drift"] if each["port"] == ports[0]]
+            assert hints == [f"mlxctl unload --local {first} --force, then load"]
+            assert len(result(host, "unload", first, "--force", "--dry-run")["plan"]["stops"]) == 1
+            assert result(host, "unload", first, "--force")["state"] == "idle"
+            assert [alive(pid) for pid in (*pids, script.pid)] == [False, True, True, True]
+            assert result(host, "load", MODELS[0], second, "--force")["state"] == "ready"
+            assert [alive(pid) for pid in pids] == [False, False, True]
+            host.mlxctl("unload-all", "--yes").ok()
+            assert not alive(pids[2])
+            wait_until(lambda: script.poll() is not None, WAIT, "the script, which ends by itself")
+
+    def test_has_one_that_is_adopted_and_then_stopped(self, host: QuickHost) -> None:
+        port, other = host.ports[:2]
+        planned = result(host, "load", MODELS[0], str(port), "--dry-run")
+        folder = host.studio.folder / "by-hand"
+        folder.mkdir()
+        (folder / planned["alias"]).symlink_to(host.snapshots[MODELS[0]])
+        wanted = shlex.join(planned["plan"]["argv"])
+        script = f"cd {folder}\n{wanted} &\n{command(host, other, model=MODELS[1])} &\nwait"
+        with host.running("sh", "-c", script):
+            pids = [listener(host, port), listener(host, other)]
+            assert result(host, "load", MODELS[0], str(port))["pid"] == pids[0]
+            assert row(host, port) == ("ready", "mlxops", pids[0])
+            assert result(host, "unload", str(port))["state"] == "idle"
+            assert [alive(pid) for pid in pids] == [False, True]
+
+
+def test_a_program_that_started_a_server_stays_and_is_named(host: QuickHost) -> None:
+    port = host.ports[0]
+    code = f"import subprocess, time\nsubprocess.Popen({shlex.split(command(host, port))!r})\nwhile 1: time.sleep(1)"
+    with host.running(sys.executable, "-c", code) as panel:
+        pid = listener(host, port)
+        assert f"pid {panel.pid}" in rows(host)[port]["detail"]
+        assert f"pid {panel.pid}" in error(host, 3, "unload", str(port))["why"]
+        (note,) = result(host, "unload", str(port), "--force", "--dry-run")["notes"]
+        assert f"pid {panel.pid}" in note and "may start it again" in note
+        assert result(host, "unload", str(port), "--force")["state"] == "idle"
+        assert not alive(pid) and panel.poll() is None
+
+
+def test_what_only_runs_a_server_goes_with_it_and_is_named_before(host: QuickHost) -> None:
+    port = host.ports[0]
+    with host.running("sh", "-c", f"while :; do {command(host, port)}; sleep 0.01; done") as loop:
+        pid = listener(host, port)
+        (stop,) = result(host, "unload", str(port), "--force", "--dry-run")["plan"]["stops"]
+        assert stop.endswith(f"pid {pid}, owner hand, with pid {loop.pid}, which runs it")
+        assert result(host, "unload", str(port), "--force")["state"] == "idle"
+        assert loop.poll() == -signal.SIGTERM and row(host, port) == ("idle", None, None)
+
+
+class TestAServerWithoutItsPort:
+    def test_is_loading_and_blocks_the_port_that_it_was_given(self, host: QuickHost) -> None:
+        port = host.ports[-1]  # the only one without an alias
+        with host.running("sh", "-c", "exec " + command(host, port, "--fake-late", "1000")) as server:
+            assert row(host, port) == ("loading", "hand", server.pid)
+            assert error(host, 3, "load", MODELS[1], str(port))["code"] == "port_in_use"
+            assert error(host, 3, "load", MODELS[1], "auto")["code"] == "no_idle_port"
+            assert result(host, "unload", str(port), "--force")["state"] == "idle"
+            assert server.poll() == -signal.SIGTERM
+
+    def test_is_told_counted_and_stopped_beside_the_one_that_has_it(self, host: QuickHost) -> None:
+        port = host.ports[0]
+        host.mlxctl("load", MODELS[0], str(port)).ok()
+        late = "exec " + command(host, port, "--fake-late", "1000", model=MODELS[1])
+        with host.running("sh", "-c", late) as server:
+            assert row(host, port)[:2] == ("ready", "mlxops")
+            (drift,) = host.status()["drift"]
+            assert (drift["code"], drift["hint"]) == ("portless_server", f"stop it on the host: kill {server.pid}")
+            assert {port: len(uses) for port, uses in memory(host).items()} == {port: 1, None: 1}
+            assert "--force" in result(host, "unload", str(port), "--dry-run")["notes"][0]
+            assert result(host, "unload", str(port), "--force")["state"] == "idle"
+            assert server.poll() == -signal.SIGTERM
+
+    def test_is_stopped_although_a_stranger_has_the_port_and_that_one_stays(self, host: QuickHost) -> None:
+        port = host.ports[0]
+        code = f"import socket, time; s = socket.create_server(('{host.studio.address}', {port})); time.sleep(1000)"
+        late = "exec " + command(host, port, "--fake-late", "1000")
+        with host.running(sys.executable, "-c", code) as stranger, host.running("sh", "-c", late) as server:
+            listener(host, port)
+            wait_until(lambda: host.status()["drift"], WAIT, "it to be told")
+            refused = error(host, 3, "unload", str(port))
+            assert refused["hint"].endswith(f"kill {stranger.pid}")
+            done = result(host, "unload", str(port), "--force")
+            assert (done["state"], done["changed"]) == ("foreign", True) and str(stranger.pid) in done["notes"][0]
+            assert server.poll() == -signal.SIGTERM and stranger.poll() is None
+
+
+def test_the_port_on_which_a_server_listens_counts_and_not_the_one_in_its_argv(host: QuickHost) -> None:
+    said, real = host.ports[:2]
+    words = shlex.split(command(host, said))
+    # Its arguments stay as they were: what a sitecustomize or a configuration file does.
+    program = host.studio.folder / "moved" / "mlx_lm.server"
+    program.parent.mkdir()
+    move = f"import os, sys\nsys.argv[sys.argv.index('{said}')] = '{real}'\n"
+    program.write_text(host.program.read_text(encoding="utf-8").replace("import os\n", move, 1), encoding="utf-8")
+    program.chmod(0o755)
+    with host.running(str(program), *words[1:]) as server:
+        listener(host, real)
+        assert row(host, said) == ("idle", None, None)
+        assert row(host, real) == ("ready", "hand", server.pid)
+        assert list(memory(host)) == [real]
+        assert result(host, "load", MODELS[1], str(said))["state"] == "ready"
+        assert server.poll() is None
+        assert result(host, "unload", str(real), "--force")["state"] == "idle"
+        assert server.poll() == -signal.SIGTERM
+
+
+PREFIXES = {
+    "nice": ["/usr/bin/nice", "-n", "10", "{engine}"],
+    "env": ["/usr/bin/env", "A=B", "{engine}"],
+    "an empty environment": ["/usr/bin/env", "-i", "{engine}"],
+    "options behind": ["{appends}"],
+    "a wrapper that stays": ["{stays}"],
+    "a wrapper in Python": ["{python}"],
+}
+SCRIPTS = {
+    "appends": '#!/bin/sh\nexec {engine} "$@" --log-level WARNING\n',
+    "stays": '#!/bin/sh\n{engine} --temp 0 "$@"\necho ended\n',
+    "python": "#!{interpreter}\nimport os, sys\nos.execv('{engine}', ['x', *sys.argv[1:], '--late-option'])\n",
+}
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_however_an_engine_is_launched_it_is_ready_and_nothing_touches_it(host: QuickHost, prefix: str) -> None:
+    port = host.ports[0]
+    paths = {"engine": str(host.program), "interpreter": sys.executable}
+    for name, text in SCRIPTS.items():
+        script = host.studio.folder / name
+        script.write_text(text.format(**paths))
+        script.chmod(0o755)
+        paths[name] = str(script)
+    launch = [word.format(**paths) for word in PREFIXES[prefix]]
+    host.lab.configure(launch={"mlx-lm": launch}, memory="1000 GB")
+    loaded = result(host, "load", MODELS[0], str(port))
+    assert loaded["state"] == "ready"
+    record = (host.studio.state / "run" / f"{port}.json").read_bytes()
+    for words in (["reconcile"], ["restore"], ["load", MODELS[0], str(port)]):
+        assert result(host, *words)["changed"] is False, words
+    assert host.mlxctl("status", "--strict").exit == 0
+    assert (host.studio.state / "run" / f"{port}.json").read_bytes() == record
+    assert json.loads(record)["pid"] == loaded["pid"] and alive(loaded["pid"])
+    assert result(host, "unload", str(port))["state"] == "idle"
+    wait_until(lambda: not host.process("--model"), WAIT, "the end of everything")
