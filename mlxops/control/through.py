@@ -211,7 +211,12 @@ def _once(gateway: _Gateway, asked: Question, timeout: float) -> Passage:
 
     def send(extra: Mapping[str, object]) -> _Reply | None:
         body = question(alias, number, extra)
-        return _send(gateway.url, "POST", "/v1/chat/completions", body, headers, timeout)
+        reply = _send(gateway.url, "POST", "/v1/chat/completions", body, headers, timeout)
+        if reply is not None and reply.status in {404, 405} and _error(reply.body) is None:
+            # Nothing is at that path, instead of a model that is not there: this gateway may have no /v1.
+            bare = _send(gateway.url, "POST", "/chat/completions", body, headers, timeout)
+            reply = bare if bare is not None and bare.status not in {404, 405} else reply
+        return reply
 
     try:
         reply = send(_OWN_FIELDS)
@@ -292,11 +297,18 @@ def _send(
 
 def _words(body: bytes) -> str:
     """The message of an OpenAI-style error, else the beginning of the answer."""
-    try:
-        message = json.loads(body)["error"]["message"]
-    except (ValueError, LookupError, TypeError, RecursionError):
+    message = _error(body)
+    if message is None:
         message = body[:300].decode(errors="replace")
-    return " ".join(str(message).split())[:300]
+    return " ".join(message.split())[:300]
+
+
+def _error(body: bytes) -> str | None:
+    """The message of an OpenAI-style error."""
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
 
 
 def _hidden(text: str, key: str | None) -> str:

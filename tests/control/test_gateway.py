@@ -406,6 +406,12 @@ class TestThrough:
         assert self.ask(f"{at.url}/v1/").ok and self.ask(f"{at.url}/litellm").ok
         assert at.paths == ["/v1/chat/completions", "/litellm/v1/chat/completions"]
 
+    @pytest.mark.parametrize("nothing", [b"<html>404 Not Found</html>", b'{"detail": "Not Found"}'])
+    def test_a_gateway_may_have_no_v1(self, proxy: Callable[[Answers], _Proxy], nothing: bytes) -> None:
+        at = proxy(lambda n: (404, {}, nothing) if n == 1 else (200, {}, COMPLETION))
+        assert self.ask(at.url).ok
+        assert at.paths == ["/v1/chat/completions", "/chat/completions"]
+
     def test_no_gateway_is_told_from_an_alias_that_fails(self) -> None:
         assert self.ask(f"http://127.0.0.1:{free_port()}").code == "gateway_down"
 
