@@ -73,9 +73,27 @@ class Seen:
     host: str | None
 
 
+@dataclass(frozen=True)
+class Names:
+    """The names under which a running server gives the model that it has loaded."""
+
+    known: tuple[str, ...] = ()
+    """The one to ask it by first. Empty: argv and version do not tell."""
+    any: bool = False
+    """It does not look at the name."""
+    sure: bool = True
+    """False: an older version, which does not look at the name, would have this argv too."""
+    drops: bool = True
+    """For a name that it does not know it drops the model that it holds."""
+    not_asked: str = ""
+    """Why it must not be asked for a completion; empty if it may be."""
+
+
 class Engine(Protocol):
     name: str
     distribution: str
+    completion_paths: frozenset[str]
+    """The paths at which its servers give completions."""
     """The name of its Python package, as its folder of metadata begins."""
     reserved: frozenset[str]
     """Options that belong to mlxops; refused in a model's `args`."""
@@ -107,6 +125,12 @@ class Engine(Protocol):
 
     def any_name(self, version: str | None) -> bool:
         """Whether this version answers whatever name a request has. An unknown version is taken for a recent one."""
+
+    def further_names(self, version: str | None) -> tuple[str, ...]:
+        """Names beside the served one by which a server of this version gives the model that it was started with."""
+
+    def names(self, argv: Sequence[str], version: str | None) -> Names:
+        """What a running server with this argv can be asked by, whoever started it. `version` None: not known."""
 
     def health(self, host: str, port: int, timeout: float) -> Answer:
         """The cheap probe. Never loads, evicts or generates anything."""
@@ -165,6 +189,12 @@ def installation_folders(path: Path) -> Iterator[Path]:
     else:
         yield path.parent.parent
         yield Path(os.path.realpath(path)).parent.parent
+
+
+def older_than(since: tuple[int, int], version: str | None) -> bool:
+    """A version that is not known counts as a recent one."""
+    numbers = re.match(r"(\d+)\.(\d+)", version or "")
+    return numbers is not None and (int(numbers[1]), int(numbers[2])) < since
 
 
 def version_in(site: Path | None, distribution: str) -> str | None:
@@ -285,6 +315,15 @@ def program(argv: Sequence[str]) -> Program | None:
             if letter and not attached:
                 next(rest, None)
     return None
+
+
+def abbreviated(argv: Sequence[str], option: str, shortest: int) -> str | None:
+    """The value of an option of an argparse program, which may be shortened to its first `shortest` letters."""
+    value = None
+    for key, given in options(argv).items():
+        if len(key) >= shortest and option.startswith(key):
+            value = given
+    return value or None
 
 
 def port_number(text: str) -> int | None:

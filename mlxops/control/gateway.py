@@ -8,7 +8,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -20,9 +20,12 @@ from mlxops.control.gatewayfiles import Told, key_of, read
 from mlxops.control.hints import aimed
 from mlxops.control.inventory import Gateway
 from mlxops.control.render import Talk
+from mlxops.core import asking
 from mlxops.core import gateway as core
+from mlxops.core.asking import Asking, Server
 from mlxops.core.errors import MlxopsError, Refused, UsageError
 from mlxops.core.gateway import Entry, Finding, Port, Severity
+from mlxops.core.litellm import Config, deployed
 from mlxops.core.world import Owner, State
 
 RESOLVE_SECONDS = 3.0
@@ -38,6 +41,10 @@ def same_host(one: str, other: str) -> bool:
     return core.same_name(one, other) or bool(_addresses(one) & _addresses(other))
 
 
+_ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+"""To connect to "any address" is to connect to this machine."""
+
+
 @cache
 def _addresses(name: str) -> frozenset[str]:
     """The addresses of a name, as far as they can be had in time."""
@@ -45,7 +52,8 @@ def _addresses(name: str) -> frozenset[str]:
 
     def ask() -> None:
         try:
-            found.update(str(row[4][0]) for row in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM))
+            rows = socket.getaddrinfo(_ANY.get(name, name), None, type=socket.SOCK_STREAM)
+            found.update(str(row[4][0]).removeprefix("::ffff:") for row in rows)
         except (OSError, UnicodeError):
             return
 
@@ -74,7 +82,7 @@ def _seen(port: Port, row: Mapping[str, object]) -> Port:
         value = row.get(key)
         return value if isinstance(value, str) else None
 
-    owner, state, context = text("owner"), text("state"), row.get("context_length")
+    owner, state, context, also = text("owner"), text("state"), row.get("context_length"), row.get("also_answers_to")
     return Port(
         port.host,
         port.address,
@@ -84,13 +92,32 @@ def _seen(port: Port, row: Mapping[str, object]) -> Port:
         owner=Owner(owner) if owner in set(Owner) else None,
         model=text("model"),
         answers_to=text("answers_to"),
+        also_answers_to=tuple(name for name in also if isinstance(name, str)) if isinstance(also, list) else (),
+        answers_to_any=row.get("answers_to_any") is True,
+        drops_for_others=row.get("drops_for_others") is not False,
+        paths=_strings(row.get("paths")),
+        not_asked=text("not_asked") or "",
         context_length=context if isinstance(context, int) else None,
         assigned=row.get("assigned") is True,
         detail=text("detail") or "",
     )
 
 
+def _strings(value: object) -> frozenset[str]:
+    return frozenset(each for each in value if isinstance(each, str)) if isinstance(value, list) else frozenset()
+
+
 # -- the check ----------------------------------------------------------------------------------------------------
+
+
+def under(told: Told, ports: Sequence[Port]) -> Told:
+    """With its entries under the names that clients use: a pattern stands for the aliases of these ports."""
+    return replace(told, entries=_under(told.config, ports))
+
+
+def _under(config: Config, ports: Sequence[Port]) -> tuple[Entry, ...]:
+    names = [port.alias for port in ports if port.alias]
+    return core.claims(config.concrete(names), ports, same_host)
 
 
 def check(told: Told, targets: Sequence[Target], answers: Sequence[Answer]) -> tuple[Answer, ...]:
@@ -103,6 +130,7 @@ def check(told: Told, targets: Sequence[Target], answers: Sequence[Answer]) -> t
         except MlxopsError:
             ports[target.name] = ()
     every = [port for each in ports.values() for port in each]
+    told = under(told, every)
     compared = core.compare(told.entries, every, told.files, same_host) if told.known else ()
     flags = {target.name: target.flags for target in targets}
     findings = [
@@ -143,15 +171,23 @@ def _row(told: Told, port: Port, findings: Sequence[Finding]) -> dict[str, objec
     entries = _leading_to(told, port)
     about = [each for each in findings if each.port == port.port or (each.alias and each.alias == port.alias)]
     faults = [each.code for each in about if each.severity is Severity.FAULT]
+    base = core.url(port.address, port.port)
+    names = asking.names_for(told.entries, base, port.alias, same_host)
     return {
-        "alias": port.alias or next((entry.alias for entry in entries), None),
+        "alias": next(iter(names), None),
+        "names": names,
+        "slot": port.alias,
         "port": port.port,
-        "url": core.url(port.address, port.port),
+        "url": base,
         "sends": next((entry.sends for entry in entries), None),
         "state": port.state.value if port.state else None,
         "owner": port.owner.value if port.owner else None,
         "model": port.model,
         "answers_to": port.answers_to,
+        "also_answers_to": list(port.also_answers_to),
+        "answers_to_any": port.answers_to_any,
+        "drops_for_others": port.drops_for_others,
+        "not_asked": port.not_asked or None,
         "context_length": port.context_length,
         "verdict": ", ".join(dict.fromkeys(faults or [each.code for each in about])) or "ok",
     }
@@ -195,7 +231,7 @@ def load(gateway: Gateway | None, target: Target, args: Mapping[str, object], ta
     receipt that fails is a warning: the server was proven on its port, and it is the gateway's side that is to be
     looked at. A configuration that cannot be read is one too: it must not keep anybody from serving.
     """
-    told = _told(gateway, talk)
+    told = _told(gateway, target, talk)
     answer = send({**args, **_said_of(target, told)} if told else args)
     if told and answer.error is not None and answer.error.code == "gateway_name":
         _name_the_edit(answer.error, told, target)
@@ -205,15 +241,19 @@ def load(gateway: Gateway | None, target: Target, args: Mapping[str, object], ta
     return replace(answer, result={**result, "gateway": _receipt(gateway, told, target, result, talk)})
 
 
-def _told(gateway: Gateway | None, talk: Talk) -> Told | None:
+def _told(gateway: Gateway | None, target: Target, talk: Talk) -> Told | None:
     """What the gateway was told; None where that is not known here."""
     if gateway is None or gateway.config is None or not Path(gateway.config).expanduser().is_file():
         return None
     try:
-        return read(gateway)
+        told = read(gateway)
     except Refused as error:
         talk.note(f"warning: {error.message}: {error.why}; the gateway's names are not checked")
         return None
+    try:
+        return under(told, slots(target))
+    except MlxopsError:
+        return told  # the request itself meets the same, and tells it as its answer
 
 
 def _said_of(target: Target, told: Told) -> dict[str, object]:
@@ -235,47 +275,146 @@ def _name_the_edit(error: MlxopsError, told: Told, target: Target) -> None:
     wrong = (e for e in told.entries if e.address and e.address[1] == error.details.get("port") and e.sends != name)
     entry = next((e for e in wrong if e.address and same_host(e.address[0], reached_at(target))), None)
     if entry is not None:
-        error.hint = core.edit(entry, "model", f"openai/{name}", told.files)
+        error.hint = core.edit(entry, "model", entry.right_model(name), told.files)
 
 
 def _receipt(
     gateway: Gateway, told: Told | None, target: Target, result: Mapping[str, object], talk: Talk
 ) -> dict[str, object]:
-    """A completion through the gateway for each of its aliases that leads to the port."""
-    port, served = result.get("port"), str(result.get("alias"))
-    aliases: tuple[str, ...] = (served,)
-    if told is not None and isinstance(port, int):
-        aliases = core.aliases_for(told.entries, reached_at(target), port, same_host)
-    environ = told.environ if told is not None else {}
-    key = key_of(gateway, environ)
-    why = None
+    """A completion through the gateway for each of its names that leads to the port, and that the server knows."""
+    port, base = result.get("port"), str(result.get("url"))
+    key = key_of(gateway, told.environ if told is not None else {})
+    why, receipt = None, None
     if gateway.url is None:
         why = "no url of the gateway is configured"
     elif gateway.key_env and not key:
         why = f"{gateway.key_env} is set neither here nor in the gateway's env file"
-    elif not aliases:
-        why = aimed(f"the gateway has no entry that leads to port {port}; see: inv gateway", target.flags)
-    if why is not None or gateway.url is None:
+    elif isinstance(port, int):
+        settings, slot = target.settings, str(result.get("alias"))
+        beside = asking.slots_beside(port, reached_at(target), settings.slots, settings.ports)
+        server = asking.server_of(result, base, slot)
+        receipt = _Running.of(gateway, told, key, (server, *beside)).ask(RECEIPT_SECONDS)
+        if not receipt.asking.names:
+            why = aimed(f"the gateway has no entry that leads to port {port}; see: inv gateway", target.flags)
+        elif not receipt.passages:
+            why = "; ".join(f"{alias}: {each}" for alias, each in receipt.asking.skipped.items())
+    if receipt is None or not receipt.asking.names:
         if gateway.url is not None:
             talk.note(f"gateway: not asked: {why}")
-        return {"asked": False, "why": why, "aliases": []}
-    passages = through.ask_all(
-        gateway.url, key, [(alias, str(result.get("url"))) for alias in aliases], RECEIPT_SECONDS
-    )
-    for passage in passages:
+        return {"asked": False, "why": why, "aliases": [], "skipped": {}}
+    see = aimed("see: inv gateway", target.flags)
+    for alias, each in receipt.asking.skipped.items():
+        talk.note(f"warning: {alias} is not asked for through {gateway.url}: {each}; {see}")
+    for passage in receipt.passages:
         if passage.ok:
             talk.note(f"gateway: {passage.alias} answers through {gateway.url} ({passage.seconds:.1f} s)")
         else:
-            see = aimed("see: inv gateway", target.flags)
-            talk.note(f"warning: no answer for {passage.alias} through {gateway.url}: {passage.detail}; {see}")
-    return {"asked": True, "why": None, "aliases": [passage.to_wire() for passage in passages]}
+            help = aimed(receipt.advice(passage), target.flags)
+            talk.note(f"warning: no answer for {passage.alias} through {gateway.url}: {passage.detail}; {help}")
+    return {
+        "asked": bool(receipt.passages),
+        "why": why,
+        "aliases": [passage.to_wire() for passage in receipt.passages],
+        "skipped": dict(receipt.asking.skipped),
+    }
 
 
 # -- through ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What was asked through the gateway, and what came of it."""
+
+    running: _Running
+    asking: Asking
+    passages: tuple[through.Passage, ...]
+
+    def advice(self, passage: through.Passage) -> str:
+        return self.running.advice(passage)
+
+
+@dataclass(frozen=True)
+class _Running:
+    """The gateway that runs, which may have been started with other files than there are now."""
+
+    gateway: Gateway
+    key: str | None
+    files: tuple[Entry, ...] | None
+    """What its files say; None: not known here."""
+    entries: tuple[Entry, ...] | None
+    """What it says that it does; None: it does not say."""
+
+    servers: tuple[Server, ...]
+
+    @staticmethod
+    def of(gateway: Gateway, told: Told | None, key: str | None, servers: Sequence[Server]) -> _Running:
+        ports = [each for server in servers if (each := _port_of(server)) is not None]
+        files = under(told, ports).entries if told is not None and told.known else None
+        running = through.deployments(gateway.url or "", key)
+        if running is None:
+            return _Running(gateway, key, files, None, tuple(servers))
+        written = told.config if told is not None else Config()
+        config = Config(tuple(_entry_of(each, written.entries) for each in running), written.synonyms)
+        return _Running(gateway, key, files, _under(config, ports), tuple(servers))
+
+    def ask(self, seconds: float) -> _Asked:
+        entries = self.files if self.entries is None else self.entries
+        plan = asking.to_ask(entries, self.servers, same_host)
+        questions = [
+            through.Question(alias, plan.bases.get(alias, ()), plan.others.get(alias, ()))
+            for alias in plan.names
+            if alias not in plan.skipped
+        ]
+        passages = through.ask_all(self.gateway.url or "", self.key, questions, seconds, same_host)
+        return _Asked(self, plan, passages)
+
+    def stale(self, alias: str) -> bool:
+        """Whether it is known to do something else with a name than its files say: then a restart helps."""
+        if self.entries is None or self.files is None:
+            return False
+        return asking.differ(self.files, self.entries, alias, same_host)
+
+    def advice(self, passage: through.Passage) -> str:
+        """What helps after a failed question."""
+        if passage.code == "gateway_down":
+            return "start the gateway, or correct `gateway.url` in hosts.yaml"
+        if self.stale(passage.alias):
+            return "restart the gateway, once: it runs with other entries than its files have now"
+        words = passage.detail.lower()
+        if passage.status == 429 or "budget" in words:
+            return "the gateway limits it, or has set the server aside after failures; ask again in a minute"
+        if passage.status in {401, 403} and "exception" in words:
+            return "the server behind the gateway refuses the api_key of the entry"
+        if passage.status in {401, 403}:
+            key = f"the key in {self.gateway.key_env}" if self.gateway.key_env else "a request without a key"
+            return f"the gateway does not accept {key} for {passage.alias}; allow it, or name another: gateway.key_env"
+        match passage.code:
+            case "fallback":
+                return "see: mlxctl status --probe; the gateway asks its own server again after a cool-down"
+            case "other_deployment":
+                return "the gateway asks its deployments in turn; ask again"
+            case "other_server":
+                return f"see what the running gateway has: GET {self.gateway.url}/v1/model/info"
+        return "see: mlxctl status --probe, and the gateway's log"
+
+
+def _port_of(server: Server) -> Port | None:
+    at = core.address_of(server.url)
+    return Port(at[0], at[0], at[1], server.slot) if at else None
+
+
+def _entry_of(deployment: through.Deployment, files: Sequence[Entry]) -> Entry:
+    """The running gateway does not show what comes from credentials and providers' defaults; its files have that."""
+    entry = deployed(deployment.alias, deployment.model, deployment.api_base, deployment.provider)
+    if entry.api_base is not None:
+        return entry
+    same = (each for each in files if (each.alias, each.model) == (entry.alias, entry.model))
+    return next(same, entry)
+
+
 def pass_through(gateway: Gateway, told: Told, answers: Sequence[Answer]) -> tuple[Answer, ...]:
-    """One completion for each alias behind which a server is ready; what fails becomes a fault."""
+    """One completion for each name of a ready server that knows what the gateway sends; what fails becomes a fault."""
     if gateway.url is None:
         raise UsageError(
             "no_gateway_url",
@@ -291,13 +430,9 @@ def pass_through(gateway: Gateway, told: Told, answers: Sequence[Answer]) -> tup
             why="it is neither in the environment nor in the gateway's env file",
             hint=f"export {gateway.key_env}=..., for this command alone",
         )
-    rows = [row for answer in answers for row in _rows(answer) if row.get("state") == State.READY.value]
-    asked = [(str(row["alias"]), str(row["url"])) for row in rows if row.get("alias")]
-    # An alias of two hosts is one alias of the gateway, and either of them may answer.
-    urls = {alias: {url for each, url in asked if each == alias} for alias, _ in asked}
-    wanted = [(alias, next(iter(each)) if len(each) == 1 else None) for alias, each in urls.items()]
-    passages = {each.alias: each for each in through.ask_all(gateway.url, key, wanted)}
-    return tuple(_passed(answer, passages, gateway.url) for answer in answers)
+    servers = [_server(row) for answer in answers for row in _rows(answer)]
+    asked = _Running.of(gateway, told, key, servers).ask(through.SECONDS)
+    return tuple(_passed(answer, asked) for answer in answers)
 
 
 def _rows(answer: Answer) -> list[dict[str, object]]:
@@ -305,29 +440,72 @@ def _rows(answer: Answer) -> list[dict[str, object]]:
     return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
-def _passed(answer: Answer, passages: Mapping[str, through.Passage], url: str) -> Answer:
-    rows, failed = [], []
+def _server(row: Mapping[str, object]) -> Server:
+    slot = row.get("slot")
+    return asking.server_of(row, str(row["url"]), slot if isinstance(slot, str) else None, idle=row["owner"] is None)
+
+
+def _passed(answer: Answer, asked: _Asked) -> Answer:
+    rows, found = [], list(_findings(answer))
     for row in _rows(answer):
-        passage = passages.get(str(row.get("alias"))) if row.get("state") == State.READY.value else None
-        rows.append({**row, "through": passage.to_wire() if passage else None})
-        if passage is not None and not passage.ok:
-            failed.append(_failed(passage, answer.host, row.get("port"), url))
-            before = rows[-1]["verdict"]
-            rows[-1]["verdict"] = failed[-1].code if before == "ok" else f"{before}, {failed[-1].code}"
-    found = (answer.result or {}).get("findings")
-    findings = [*(found if isinstance(found, list) else []), *(each.to_wire() for each in failed)]
-    count = sum(each.get("severity") == Severity.FAULT.value for each in findings if isinstance(each, dict))
+        here = [alias for alias, urls in asked.asking.names.items() if row["url"] in urls]
+        passages = [each for each in asked.passages if each.alias in here]
+        before = str(row.get("verdict"))
+        worst = next((each for each in passages if not each.ok), next(iter(passages), None))
+        skipped = {alias: why for alias, why in asked.asking.skipped.items() if alias in here}
+        new = [_failed(each, answer.host, row, asked) for each in passages if not each.ok]
+        new += [
+            each for alias, why in skipped.items() if (each := _skipped(alias, why, answer.host, row, asked, found))
+        ]
+        rows.append(
+            {
+                **row,
+                **_named(row, here, asked),
+                "through": worst.to_wire() if worst else None,
+                "passages": [each.to_wire() for each in passages],
+                "skipped": skipped,
+                "verdict": ", ".join([*([] if new and before == "ok" else [before]), *(each.code for each in new)]),
+            }
+        )
+        found += [each.to_wire() for each in new]
+    count = sum(each.get("severity") == Severity.FAULT.value for each in found)
     error = answer.error if answer.error and answer.error.code != "gateway_faults" else fault(count)
-    return replace(answer, result={"aliases": rows, "findings": findings}, error=error)
+    return replace(answer, result={"aliases": rows, "findings": found}, error=error)
 
 
-def _failed(passage: through.Passage, host: str, port: object, url: str) -> Finding:
-    hint = {
-        "gateway_down": "start the gateway, or correct `gateway.url` in hosts.yaml",
-        "other_server": "restart the gateway, once: it reads its files only when it starts",
-    }.get(
-        passage.code, "if the entry above is right, restart the gateway, once: it reads its files only when it starts"
+def _named(row: Mapping[str, object], here: Sequence[str], asked: _Asked) -> dict[str, object]:
+    """What clients say for a port, where only the running gateway tells."""
+    names = [alias for alias in here if asking.STAR not in alias]
+    return {"alias": names[0], "names": names} if names and asked.running.files is None else {}
+
+
+def _findings(answer: Answer) -> list[dict[str, object]]:
+    found = (answer.result or {}).get("findings")
+    return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
+
+
+def _skipped(
+    alias: str, why: str, host: str, row: Mapping[str, object], asked: _Asked, found: Sequence[Mapping[str, object]]
+) -> Finding | None:
+    """A name that was not asked for; nothing where the check has named the cause already."""
+    named = [each for each in found if each.get("alias") == alias and each.get("severity") == Severity.FAULT.value]
+    if asking.STAR in alias or any(each.get("code") in {"wrong_name", "server_name"} for each in named):
+        return None
+    stale = asked.running.stale(alias)
+    severity = Severity.FAULT if stale else Severity.WARNING
+    hint = (
+        "restart the gateway, once: it runs with other entries than its files have now" if stale else "see: inv gateway"
     )
-    message = f"{passage.alias}: no answer through {url}: {passage.detail}"
-    number = port if isinstance(port, int) else None
-    return Finding(f"through_{passage.code}", passage.alias, number, Severity.FAULT, message, hint, host)
+    message = f"{alias} is not asked for: {why}"
+    return Finding("through_not_asked", alias, _number(row), severity, message, hint, host)
+
+
+def _failed(passage: through.Passage, host: str, row: Mapping[str, object], asked: _Asked) -> Finding:
+    message = f"{passage.alias}: no answer through {asked.running.gateway.url}: {passage.detail}"
+    hint = asked.advice(passage)
+    return Finding(f"through_{passage.code}", passage.alias, _number(row), Severity.FAULT, message, hint, host)
+
+
+def _number(row: Mapping[str, object]) -> int | None:
+    port = row.get("port")
+    return port if isinstance(port, int) else None

@@ -7,7 +7,6 @@ is read may have been written by anybody.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,10 @@ from pathlib import Path
 import yaml
 
 from mlxops.control.inventory import Gateway
-from mlxops.core import gateway as core
+from mlxops.core import envfile
 from mlxops.core.errors import Refused
-from mlxops.core.gateway import Entry, Files, Finding
+from mlxops.core.gateway import Entry, Files, Finding, Severity
+from mlxops.core.litellm import Config, Environ, parse
 
 MAX_BYTES = 512 * 1024
 MAX_FILES = 20
@@ -25,16 +25,14 @@ MAX_MERGED = 10_000
 """Keys that a mapping may have after its merge keys are followed."""
 MAX_DIGITS = 32
 
-_LINE = re.compile(r"(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)=(.*)", re.DOTALL)
-_DOUBLE = re.compile(r'"((?:[^"\\]|\\.)*)"\s*(?:#.*)?')
-_SINGLE = re.compile(r"'([^']*)'\s*(?:#.*)?")
-
 
 @dataclass(frozen=True)
 class Told:
     """What the gateway's files say. `environ` holds secrets: it is never shown."""
 
+    config: Config
     entries: tuple[Entry, ...]
+    """Under the names that clients use. Until `config.concrete` made them so, an alias may be a pattern."""
     findings: tuple[Finding, ...]
     files: Files
     environ: Mapping[str, str]
@@ -44,15 +42,13 @@ class Told:
 
 def read(gateway: Gateway) -> Told:
     """Raises `Refused` (bad_gateway_config, bad_gateway_env) with file and line."""
-    environ = read_env(gateway.env) if gateway.env else dict(os.environ)
     files = Files(gateway.config or "the gateway's configuration", gateway.env)
-    entries: list[Entry] = []
-    findings: list[Finding] = []
-    for name, document, lines in _documents(gateway.config) if gateway.config else ():
-        read, wrong = core.parse(document, environ, Files(name, gateway.env), lines)
-        entries += read
-        findings += wrong
-    return Told(tuple(entries), tuple(findings), files, environ, known=gateway.config is not None)
+    environ, findings = _environ(gateway.env) if gateway.env else (Environ(dict(os.environ), whole=False), ())
+    if gateway.config is None:
+        return Told(Config(), (), findings, files, environ.values, known=False)
+    document, places, told = _merged(gateway.config)
+    config = parse(document, environ, files, places)
+    return Told(config, config.entries, (*findings, *told, *config.findings), files, environ.values)
 
 
 def key_of(gateway: Gateway, environ: Mapping[str, str]) -> str | None:
@@ -63,36 +59,15 @@ def key_of(gateway: Gateway, environ: Mapping[str, str]) -> str | None:
 # -- files --------------------------------------------------------------------------------------------------------
 
 
-def read_env(name: str) -> dict[str, str]:
-    """The variables of an env file: `NAME=value` lines, `export`, quotes, comments. Nothing is expanded or executed.
-
-    Raises `Refused` (bad_gateway_env).
-    """
-    variables: dict[str, str] = {}
-    for number, line in enumerate(_text(name, "bad_gateway_env").splitlines(), 1):
-        words = line.strip()
-        if not words or words.startswith(("#", ";")):
-            continue
-        matched = _LINE.fullmatch(words)
-        value = _value(matched[2].strip()) if matched else None
-        if matched is None or value is None:
-            # Never the line itself: this file is where the keys are.
-            why = "it is not NAME=value" if matched is None else f"the quotes of {matched[1]} do not end"
-            hint = "correct that line, or `gateway.env` in hosts.yaml"
-            raise Refused("bad_gateway_env", f"{name}:{number} cannot be read", why=why, hint=hint)
-        variables[matched[1]] = value
-    return variables
-
-
-def _value(text: str) -> str | None:
-    """The value behind the `=`; None for quotes that do not end."""
-    if text.startswith('"'):
-        found = _DOUBLE.fullmatch(text)
-        return re.sub(r"\\(.)", r"\1", found[1]) if found else None
-    if text.startswith("'"):
-        found = _SINGLE.fullmatch(text)
-        return found[1] if found else None
-    return re.split(r"(?:^|\s+)#", text, maxsplit=1)[0]
+def _environ(name: str) -> tuple[Environ, tuple[Finding, ...]]:
+    """The variables of an env file, and what is to be said of it. Raises `Refused` (bad_gateway_env)."""
+    reading = envfile.read(_text(name, "bad_gateway_env"))
+    # Never the line itself: this file is where the keys are.
+    findings = tuple(
+        Finding("env_line", None, None, Severity.WARNING, f"{name}:{each.line}: {each.why}", "write it as NAME=value")
+        for each in reading.troubles
+    )
+    return Environ(reading.values, reading.doubtful), findings
 
 
 def _text(name: str, code: str) -> str:
@@ -114,6 +89,8 @@ def _text(name: str, code: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise Refused(code, f"{name} is UTF-16", why="it is read as UTF-8", hint="save it as UTF-8") from None
         line = data.count(b"\n", 0, error.start) + 1
         why = "it has bytes that are no character of it"
         raise Refused(code, f"{name}:{line} is not UTF-8", why=why, hint="save the file as UTF-8") from None
@@ -145,14 +122,34 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.number)
 
 
-def _documents(first: str) -> Iterator[tuple[str, object, tuple[int, ...]]]:
-    """The configuration and what it includes: name, document, and the lines of its `model_list`."""
-    waiting, seen = [first], set[str]()
+@dataclass(frozen=True)
+class _Document:
+    name: str
+    content: object
+    lines: Mapping[str, int]
+    """Key -> the line of the one that counts: the last."""
+    items: tuple[int, ...]
+    """The lines of the items of `model_list`."""
+    repeated: tuple[tuple[str, int, int], ...]
+    """A key that is given more than once: it, the line of one that does not count, and of the one that does."""
+
+
+def _merged(first: str) -> tuple[object, list[str], list[Finding]]:
+    """The configuration with what it includes, as LiteLLM merges it: lists are joined, all else is replaced; file and
+    line of each item of its `model_list`; and what is to be said."""
+    root = _load(first)
+    if not isinstance(root.content, dict):
+        return root.content, [], []
+    merged: dict[object, object] = {key: value for key, value in root.content.items() if key != "include"}
+    places = [f"{first}:{line}" for line in root.items]
+    findings = _repeated(root)
+    waiting, seen = _included(root), {os.path.abspath(os.path.expanduser(first))}
     while waiting:
-        name = waiting.pop(0)
-        if (real := os.path.realpath(os.path.expanduser(name))) in seen:
+        entry, declaring = waiting.pop(0)
+        name = _included_path(entry, declaring, first)
+        if (absolute := os.path.abspath(os.path.expanduser(name))) in seen:
             continue
-        seen.add(real)
+        seen.add(absolute)
         if len(seen) > MAX_FILES:
             raise Refused(
                 "bad_gateway_config",
@@ -160,14 +157,65 @@ def _documents(first: str) -> Iterator[tuple[str, object, tuple[int, ...]]]:
                 why="files that include files are followed so far and no further",
                 hint="correct `include`",
             )
-        document, lines = _load(name)
-        yield name, document, lines
-        included = document.get("include") if isinstance(document, dict) else None
-        folder = os.path.dirname(name)
-        waiting += [os.path.join(folder, each) for each in included or () if isinstance(each, str)]
+        if not os.path.exists(os.path.expanduser(name)):
+            why = f"the included file {name} is not there: LiteLLM does not start"
+            raise _not_included(declaring, why)
+        document = _load(name)
+        content = {} if document.content is None else document.content
+        if not isinstance(content, dict):
+            raise _not_included(declaring, f"the included file {name} is not a mapping: LiteLLM does not start")
+        findings += _repeated(document)
+        for key, value in content.items():
+            if key == "include":
+                continue
+            mine = merged.get(key)
+            both = isinstance(mine, list) and isinstance(value, list)
+            if key == "model_list":
+                places = [*(places if both else []), *(f"{name}:{line}" for line in document.items)]
+            merged[key] = [*mine, *value] if isinstance(mine, list) and isinstance(value, list) else value
+        waiting += _included(document)
+    return merged, places, findings
 
 
-def _load(name: str) -> tuple[object, tuple[int, ...]]:
+def _included(document: _Document) -> list[tuple[str, _Document]]:
+    """What it includes. Raises `Refused` (bad_gateway_config), where LiteLLM would not start."""
+    if not isinstance(document.content, dict) or "include" not in document.content:
+        return []
+    listed = document.content["include"]
+    if not isinstance(listed, list) or not all(isinstance(each, str) for each in listed):
+        raise _not_included(document, "'include' must be a list of file paths: LiteLLM does not start")
+    return [(each, document) for each in listed]
+
+
+def _not_included(document: _Document, why: str) -> Refused:
+    place = f"{document.name}:{document.lines['include']}" if "include" in document.lines else document.name
+    hint = "write it as `include: [models.yaml]`, relative to the file that it stands in"
+    return Refused("bad_gateway_config", f"{place} cannot be included", why=why, hint=hint)
+
+
+def _included_path(entry: str, declaring: _Document, first: str) -> str:
+    """Beside the file that names it; else beside the first one."""
+    name = os.path.join(os.path.dirname(declaring.name), entry)
+    beside = os.path.join(os.path.dirname(first), entry)
+    there, other = (os.path.exists(os.path.expanduser(each)) for each in (name, beside))
+    return beside if other and not there else name
+
+
+def _repeated(document: _Document) -> list[Finding]:
+    return [
+        Finding(
+            "repeated_key",
+            None,
+            None,
+            Severity.WARNING,
+            f"{document.name}:{line}: this {key} is not seen by LiteLLM: the one in line {last} is in force",
+            f"remove it, or move what it has to line {last}",
+        )
+        for key, line, last in document.repeated
+    ]
+
+
+def _load(name: str) -> _Document:
     text = _text(name, "bad_gateway_config")
 
     def bad(line: int | None, why: str) -> Refused:
@@ -179,6 +227,7 @@ def _load(name: str) -> tuple[object, tuple[int, ...]]:
         loader = _Loader(text)
         try:
             node = loader.get_single_node()
+            lines = _lines(node)  # before merge keys are unfolded in it
             document = loader.construct_document(node) if node is not None else None
         finally:
             loader.dispose()
@@ -193,13 +242,42 @@ def _load(name: str) -> tuple[object, tuple[int, ...]]:
         raise bad(None, "it is nested too deeply") from None
     except (_Bomb, ValueError, OverflowError, yaml.YAMLError) as error:
         raise bad(None, str(error)[:200]) from None
-    return document, _lines(node)
+    return _Document(name, document, *lines)
 
 
-def _lines(node: yaml.Node | None) -> tuple[int, ...]:
-    if not isinstance(node, yaml.MappingNode):
-        return ()
-    for key, value in node.value:
-        if isinstance(key, yaml.ScalarNode) and key.value == "model_list" and isinstance(value, yaml.SequenceNode):
-            return tuple(item.start_mark.line + 1 for item in value.value)
-    return ()
+_DEPTH = 6
+"""How deep in a document a key that is given twice is looked for."""
+
+
+def _lines(
+    node: yaml.Node | None,
+) -> tuple[dict[str, int], tuple[int, ...], tuple[tuple[str, int, int], ...]]:
+    """The lines of the keys, of the items of `model_list`, and the keys that are given more than once."""
+    lines: dict[str, int] = {}
+    items: tuple[int, ...] = ()
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                lines[key.value] = key.start_mark.line + 1
+                if key.value == "model_list":
+                    sequence = isinstance(value, yaml.SequenceNode)
+                    items = tuple(item.start_mark.line + 1 for item in value.value) if sequence else ()
+    return lines, items, tuple(_twice(node, _DEPTH, set()))
+
+
+def _twice(node: yaml.Node | None, depth: int, seen: set[int]) -> Iterator[tuple[str, int, int]]:
+    if node is None or not depth or id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _twice(item, depth - 1, seen)
+    elif isinstance(node, yaml.MappingNode):
+        last: dict[str, int] = {}
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                last[key.value] = key.start_mark.line + 1
+            yield from _twice(value, depth - 1, seen)
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in last and key.start_mark.line + 1 != last[key.value]:
+                yield key.value, key.start_mark.line + 1, last[key.value]

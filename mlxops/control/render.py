@@ -290,7 +290,13 @@ def _detail(row: Mapping[str, object]) -> object:
     probe = row.get("probe")
     if not isinstance(probe, dict):
         return row.get("detail")
-    told = f"completion in {probe.get('seconds')} s" if probe.get("ok") else "no completion"
+    if probe.get("not_asked"):
+        told = f"not asked: {probe.get('not_asked')}"
+    elif probe.get("ok"):
+        other = probe.get("name") not in (None, row.get("alias"), row.get("model"))
+        told = f"completion in {probe.get('seconds')} s" + (f" as {probe.get('name')}" if other else "")
+    else:
+        told = "no completion"
     return "; ".join(filter(None, [str(row.get("detail") or ""), told]))
 
 
@@ -392,8 +398,10 @@ def gateway_table(answers: Sequence[Answer]) -> str:
                 if isinstance(passage, dict)
                 else ""
             )
-            named = (row.get(key) for key in ("alias", "port", "sends", "state", "owner", "model", "context_length"))
-            rows.append([answer.host, *named, through, row.get("verdict")])
+            named = (row.get(key) for key in ("port", "sends", "state", "owner", "model", "context_length"))
+            names = row.get("names")
+            alias = ", ".join(map(str, names)) if isinstance(names, list) and names else row.get("alias")
+            rows.append([answer.host, alias, *named, through, row.get("verdict")])
     columns = ["HOST", "ALIAS", "PORT", "SENDS", "STATE", "OWNER", "MODEL", "CONTEXT", "THROUGH", "VERDICT"]
     found = [row for answer in answers for row in _rows(answer.result, "findings")]
     findings = [

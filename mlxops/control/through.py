@@ -2,34 +2,71 @@
 
 LiteLLM puts a deployment that failed aside for some seconds, and repeats a failed request by itself, so a refusal
 just after a change proves nothing: it is asked again until a deadline. Its `/health` is never used: it sends a
-request to every model, and a wrong name makes a server drop its weights. `/health/liveliness` asks nobody.
+request to every model, and a wrong name makes a server drop its weights. `/health/liveliness` and `/v1/model/info`
+ask nobody.
+
+Tried with LiteLLM 1.109: `x-litellm-attempted-fallbacks` counts the fallbacks behind an answer, `disable_fallbacks` in
+a request makes it fail instead, `cache: {no-cache, no-store}` keeps its caches out of it, semantic ones too. It does
+not send these fields on. A key may be forbidden to set `cache`.
 """
 
 from __future__ import annotations
 
 import http.client
 import json
+import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from urllib.parse import urlsplit
 
 from mlxops.core.completion import completion, question
+from mlxops.core.gateway import SameHost, same_base, same_name
 from mlxops.deadline import answer_until
 
 SECONDS = 60.0
 """How long an alias is asked: several times the five seconds of LiteLLM's cool-down, and a slow first answer."""
 LIVELINESS_SECONDS = 5.0
+INFO_SECONDS = 5.0
 PAUSE = 1.0
 MAX_BODY = 1024 * 1024
+MAX_INFO = 64 * 1024 * 1024
+"""Bytes of `/v1/model/info`; LiteLLM tells some eight thousand of each entry."""
 _FINAL = frozenset({*range(300, 400), 400, 401, 403, 404, 405, 422})
 """Answers that will not change by waiting: an unknown alias, a wrong key, a request that it does not understand, or
 that something else than the gateway is there, which sends us on."""
+_SET_ASIDE = ("no deployments available", "in cooldown", "all_deployments_in_cooldown")
+"""LiteLLM's words for a deployment that it does not ask at the moment, because an earlier request failed."""
+_OWN_FIELDS: Mapping[str, object] = {"cache": {"no-cache": True, "no-store": True}, "disable_fallbacks": True}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A name to ask for. `bases`: the api_bases one of which has to answer, if the gateway tells where its answers come
+    from; `others`: those of further deployments of the same name, which may answer in turn."""
+
+    alias: str
+    bases: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What the running gateway does with a name, as far as it tells."""
+
+    alias: str
+    model: str
+    api_base: str | None = None
+    provider: str | None = None
 
 
 @dataclass(frozen=True)
 class Passage:
-    """What came of asking for an alias. `code`: ok, gateway_down, no_completion, or other_server."""
+    """What came of asking for an alias.
+
+    `code`: ok, gateway_down, no_completion; or another server answered: fallback, other_deployment (one of the same
+    name, in turn), other_server (none that should).
+    """
 
     alias: str
     code: str
@@ -44,6 +81,12 @@ class Passage:
     def ok(self) -> bool:
         return self.code == "ok"
 
+    @property
+    def passing(self) -> bool:
+        """It says nothing of what is behind the gateway: it was asked too soon, or not long enough."""
+        words = self.detail.lower()
+        return not self.ok and (self.status in {None, 408, 504} or any(each in words for each in _SET_ASIDE))
+
     def to_wire(self) -> dict[str, object]:
         return {**asdict(self), "ok": self.ok}
 
@@ -53,6 +96,16 @@ class _Reply:
     status: int
     body: bytes
     api_base: str | None = None
+    fallbacks: bool = False
+
+
+@dataclass(frozen=True)
+class _Gateway:
+    """Where it is asked, and how answers are judged."""
+
+    url: str
+    key: str | None
+    same_host: SameHost
 
 
 def ask(
@@ -60,77 +113,177 @@ def ask(
     key: str | None,
     alias: str,
     *,
-    expected: str | None = None,
+    expected: str | Collection[str] | None = None,
+    others: Collection[str] = (),
+    same_host: SameHost = same_name,
     seconds: float = SECONDS,
     clock: Callable[[], float] = time.monotonic,
     pause: Callable[[float], None] = time.sleep,
 ) -> Passage:
     """One completion by alias from the gateway at `url`, asked until `seconds` are over. Never raises.
 
-    `expected` is the api_base that has to answer, if the gateway tells where its answers come from.
+    `expected` and `others` are a `Question`'s `bases` and `others`. The last real error is told: neither a timeout nor
+    a deployment that was set aside hides what came before it.
     """
+    bases = (expected,) if isinstance(expected, str) else tuple(expected or ())
+    asked, gateway = Question(alias, bases, tuple(others)), _Gateway(url, key, same_host)
     began, attempts = clock(), 0
+    real: Passage | None = None
     while True:
         attempts += 1
         left = seconds - (clock() - began)
-        passage = _once(url, key, alias, expected, max(1.0, left))
+        passage = _once(gateway, asked, max(1.0, left))
         over = clock() - began
-        if passage.code == "gateway_down" and _alive(url):
+        if passage.code == "gateway_down" and _alive(gateway):
             detail = f"the gateway lives, and did not answer for {alias} in {over:.0f} s"
             passage = replace(passage, code="no_completion", detail=detail)
-        final = passage.code in {"ok", "gateway_down", "other_server"} or passage.status in _FINAL
+        if not passage.passing:
+            real = passage
+        final = passage.code in {"ok", "gateway_down", "other_server"} or (
+            passage.code == "no_completion" and passage.status in _FINAL and not passage.passing
+        )
         if final or over + PAUSE > seconds:
-            return replace(passage, seconds=round(over, 3), attempts=attempts)
+            last = passage if final or real is None else real
+            return replace(last, seconds=round(over, 3), attempts=attempts)
         pause(PAUSE)
 
 
 def ask_all(
-    url: str, key: str | None, wanted: Sequence[tuple[str, str | None]], seconds: float = SECONDS
+    url: str,
+    key: str | None,
+    wanted: Sequence[Question],
+    seconds: float = SECONDS,
+    same_host: SameHost = same_name,
 ) -> tuple[Passage, ...]:
-    """Each (alias, expected api_base), all at once: one slow model does not hold up the others."""
+    """Each of them, all at once: one slow model does not hold up the others."""
     from concurrent.futures import ThreadPoolExecutor
 
     if not wanted:
         return ()
+
+    def one(asked: Question) -> Passage:
+        return ask(
+            url, key, asked.alias, expected=asked.bases, others=asked.others, same_host=same_host, seconds=seconds
+        )
+
     with ThreadPoolExecutor(max_workers=min(len(wanted), 16)) as pool:
-        return tuple(pool.map(lambda one: ask(url, key, one[0], expected=one[1], seconds=seconds), wanted))
+        return tuple(pool.map(one, wanted))
 
 
-def _alive(url: str) -> bool:
-    return _send(url, "GET", "/health/liveliness", None, {}, LIVELINESS_SECONDS) is not None
-
-
-def _once(url: str, key: str | None, alias: str, expected: str | None, timeout: float) -> Passage:
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+def deployments(url: str, key: str | None) -> tuple[Deployment, ...] | None:
+    """What the running gateway sends for each name; None if it does not tell, as one that is not LiteLLM."""
     try:
-        reply = _send(url, "POST", "/v1/chat/completions", question(alias), headers, timeout)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        reply = _send(url, "GET", "/v1/model/info", None, headers, INFO_SECONDS, MAX_INFO)
+        rows = json.loads(reply.body)["data"] if reply is not None and reply.status == 200 else None
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    if not isinstance(rows, list):
+        return None
+    return tuple(each for row in rows if (each := _deployment(row)) is not None)
+
+
+def _deployment(row: object) -> Deployment | None:
+    """None also for a team's own: its name means nothing to others."""
+    fields = row if isinstance(row, dict) else {}
+    params, info = fields.get("litellm_params"), fields.get("model_info")
+    if not isinstance(params, dict) or (isinstance(info, dict) and info.get("team_id")):
+        return None
+
+    def text(value: object) -> str | None:
+        return value if isinstance(value, str) and value else None
+
+    alias, model = text(fields.get("model_name")), text(params.get("model"))
+    if alias is None or model is None:
+        return None
+    base = text(params.get("api_base")) or text(params.get("base_url"))
+    return Deployment(alias, model, base, text(params.get("custom_llm_provider")))
+
+
+def _alive(gateway: _Gateway) -> bool:
+    return _send(gateway.url, "GET", "/health/liveliness", None, {}, LIVELINESS_SECONDS) is not None
+
+
+def _once(gateway: _Gateway, asked: Question, timeout: float) -> Passage:
+    alias, key = asked.alias, gateway.key
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    number = secrets.randbelow(10**9)
+
+    def send(extra: Mapping[str, object]) -> _Reply | None:
+        body = question(alias, number, extra)
+        return _send(gateway.url, "POST", "/v1/chat/completions", body, headers, timeout)
+
+    try:
+        reply = send(_OWN_FIELDS)
+        if reply is not None and _refuses_fields(reply):
+            reply = send({})
     except ValueError:
         # A key that no header can hold. The exception's text would show it.
         return Passage(alias, "no_completion", 0, 0, 401, detail="the key has characters that no HTTP header can hold")
     if reply is None:
-        return Passage(alias, "gateway_down", 0, 0, detail=f"no answer from {url}")
+        return Passage(alias, "gateway_down", 0, 0, detail=f"no answer from {gateway.url}")
     if reply.status != 200 or completion(reply.body) is None:
         words = _hidden(_words(reply.body), key)
         return Passage(alias, "no_completion", 0, 0, reply.status, detail=f"it answered {reply.status}: {words}")
+    return _judged(gateway, asked, reply)
+
+
+def _judged(gateway: _Gateway, asked: Question, reply: _Reply) -> Passage:
+    """Whose completion it is."""
     came_from = reply.api_base
-    if expected and came_from and came_from.rstrip("/") != expected.rstrip("/"):
-        detail = f"the answer came from {came_from}, not from {expected}: the gateway runs with another configuration"
-        return Passage(alias, "other_server", 0, 0, 200, came_from, detail)
-    return Passage(alias, "ok", 0, 0, 200, came_from)
+
+    def passage(code: str, detail: str = "") -> Passage:
+        return Passage(asked.alias, code, 0, 0, 200, came_from, detail)
+
+    def among(bases: Collection[str]) -> bool:
+        return came_from is not None and any(same_base(came_from, each, gateway.same_host) for each in bases)
+
+    if reply.fallbacks:
+        where = f" at {came_from}" if came_from else ""
+        return passage("fallback", f"the gateway's fallback{where} answered for it: its own server did not")
+    if came_from is None or not asked.bases or among(asked.bases):
+        return passage("ok")
+    right = " or ".join(asked.bases)
+    if among(asked.others):
+        return passage("other_deployment", f"its other deployment at {came_from} answered each time, never {right}")
+    return passage("other_server", f"the answer came from {came_from}, not from {right}")
+
+
+def _refuses_fields(reply: _Reply) -> bool:
+    """Whether the fields that are LiteLLM's own may be what it does not like."""
+    words = reply.body[:10_000].decode(errors="replace").lower()
+    if reply.status == 403:
+        return "cache control" in words
+    return reply.status in {400, 422} and any(f in words for f in ("disable_fallbacks", '"cache"', "'cache'", "extra"))
 
 
 def _send(
-    url: str, method: str, path: str, data: bytes | None, headers: Mapping[str, str], timeout: float
+    url: str,
+    method: str,
+    path: str,
+    data: bytes | None,
+    headers: Mapping[str, str],
+    timeout: float,
+    limit: int = MAX_BODY,
 ) -> _Reply | None:
     """None: nobody answered. Raises `ValueError` for headers that cannot be sent."""
     parts = urlsplit(url)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname or "", parts.port, timeout=timeout)
     connection.response_class = answer_until(time.monotonic() + timeout)
+    # People write it with the /v1 of a client's base URL, too.
+    base = parts.path.rstrip("/").removesuffix("/v1")
     try:
-        connection.request(method, parts.path.rstrip("/") + path, data, dict(headers))
+        connection.request(method, base + path, data, dict(headers))
         response = connection.getresponse()
-        return _Reply(response.status, response.read(MAX_BODY), response.getheader("x-litellm-model-api-base"))
+        body = response.read(limit)
+        fallbacks = response.getheader("x-litellm-attempted-fallbacks", "0").strip()
+        return _Reply(
+            response.status,
+            body,
+            response.getheader("x-litellm-model-api-base"),
+            fallbacks=fallbacks.isdecimal() and int(fallbacks[:9]) > 0,
+        )
     except (OSError, http.client.HTTPException):
         return None
     finally:

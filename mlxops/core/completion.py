@@ -6,16 +6,18 @@ A server is proven by it, and so is the way through a gateway.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
 
-def question(model: str) -> bytes:
-    """The body of the request."""
+def question(model: str, number: int | None = None, extra: Mapping[str, object] | None = None) -> bytes:
+    """The body of the request. `number` makes it one that no cache has seen; `extra`: further fields."""
     asked = {
         "model": model,
-        "messages": [{"role": "user", "content": "Say hi."}],
+        "messages": [{"role": "user", "content": "Say hi." if number is None else f"{number}: say hi."}],
         "max_tokens": 4,
         "temperature": 0,
         "stream": False,
+        **(extra or {}),
     }
     return json.dumps(asked).encode()
 

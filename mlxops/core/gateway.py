@@ -1,27 +1,27 @@
 """The gateway's entries against what is served: pure.
 
-The gateway is LiteLLM. Its configuration is a document `{"model_list": [{"model_name": ALIAS, "litellm_params":
-{"model": "openai/NAME", "api_base": "http://HOST:PORT/v1", "api_key": KEY}, "model_info": {"max_input_tokens": N}}]}`,
-in which any value may be `os.environ/NAME` (LiteLLM's documentation, "Proxy: all settings"; tried with 1.109). NAME is
-the name that the server is asked for. Entries for other people's models are none of our business.
+The gateway is LiteLLM. An entry says `alias -> name at http://HOST:PORT/v1`; `core.litellm` reads them. Entries for
+other people's models are none of our business.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from urllib.parse import urlsplit
 
-from mlxops.core.errors import Refused
 from mlxops.core.names import shown
 from mlxops.core.world import Owner, State
 
 ENVIRON = "os.environ/"
-OPENAI = frozenset({"openai", "custom_openai", "hosted_vllm", "lm_studio", "llamafile", "openai_like"})
-"""LiteLLM's providers that send `POST {api_base}/chat/completions` with the rest of `model` as the name."""
-_FALLBACK_KEY = "OPENAI_API_KEY"
-_MAX_ENTRIES = 10_000
+CHAT = "/v1/chat/completions"
+"""The path that every engine answers."""
+SOME_ANSWER = frozenset({"/chat/completions", "/v1/completions", "/v1/responses"})
+"""Paths that some engines answer, and others do not."""
+DEFAULT_NAME = "default_model"
+"""mlx_lm.server's word for the model that it was started with."""
 
 
 class Severity(StrEnum):
@@ -56,41 +56,69 @@ class Files:
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry of `model_list`, its variables resolved. Of the key only whether there is one."""
+    """One entry of `model_list`, with all that it inherits. Of the key only whether there is one."""
 
     alias: str
+    """The name that clients use; in a configuration as it is written also a pattern, such as `jerry-*`."""
     model: str | None
+    sends: str | None
+    """The name that the server is asked for; None if LiteLLM would not ask an OpenAI-compatible server."""
     api_base: str | None
     has_key: bool
+    default_base: str = "https://api.openai.com/v1"
+    """Where LiteLLM asks without an `api_base`."""
     provider: str | None = None
-    """`custom_llm_provider`, where `model` does not begin with one."""
+    """`custom_llm_provider`, if it is given."""
+    end: str = "/chat/completions"
+    """What is appended to the address."""
+    whole_path: bool = False
+    """Nothing is appended to an address that ends so already."""
     max_input_tokens: int | None = None
-    variables: Mapping[str, str] = field(default_factory=dict)
+    variables: Mapping[str, str] = field(default_factory=dict, hash=False)
     """Field of `litellm_params` -> the variable that its value comes from."""
     unset: tuple[str, ...] = ()
-    """Variables that have no value."""
+    """Variables that are needed and have no value."""
+    unsure: frozenset[str] = frozenset()
+    """Fields whose value is not certain: nothing certain follows from them."""
     where: str = "the gateway's configuration"
     """File and line, for messages."""
-
-    @property
-    def sends(self) -> str | None:
-        """The name that the server is asked for; None if LiteLLM would not ask an OpenAI-compatible server."""
-        if self.model is None:
-            return None
-        first, slash, rest = self.model.partition("/")
-        if slash and first in OPENAI:
-            return rest
-        return self.model if self.provider in OPENAI else None
+    places: Mapping[str, tuple[str, str]] = field(default_factory=dict, hash=False)
+    """Field -> the place and the key that its value comes from, where these are not `where` and the field's name."""
+    pattern: str | None = None
+    """The pattern that the alias came from."""
+    open_pattern: bool = False
+    """The name that is sent depends on what the pattern matched."""
+    out: str = ""
+    """Why LiteLLM does not use the entry; empty if it does."""
+    answers_itself: bool = False
+    """LiteLLM makes the answers up, and asks nobody."""
 
     @property
     def address(self) -> tuple[str, int] | None:
         """Host and port of `api_base`; None if it has none."""
-        try:
-            parts = urlsplit(self.api_base or "")
-            port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-        except ValueError:
-            return None
-        return (parts.hostname, port) if parts.hostname and port else None
+        return address_of(self.api_base)
+
+    @property
+    def certain_name(self) -> str | None:
+        """The name that the server at `address` is asked for, if that is certain."""
+        doubt = self.unsure & {"model", "api_base"} or self.out or self.answers_itself
+        return None if doubt else self.sends
+
+    @property
+    def path(self) -> str:
+        """The path that the server is asked for."""
+        given = urlsplit(self.api_base or "").path
+        if self.whole_path:
+            given = given.rstrip("/")
+            return given if given.endswith(self.end) else given + self.end
+        return given.removesuffix("/") + self.end
+
+    def right_model(self, name: str) -> str:
+        """What `model` has to be for this name to be sent."""
+        if self.provider is not None:
+            return name
+        first, slash, _ = (self.model or "").partition("/")
+        return f"{first if slash and self.sends is not None and self.end == '/chat/completions' else 'openai'}/{name}"
 
 
 @dataclass(frozen=True)
@@ -107,6 +135,15 @@ class Port:
     model: str | None = None
     answers_to: str | None = None
     """The name under which the server answers; None: unknown, or to any."""
+    also_answers_to: tuple[str, ...] = ()
+    """Further names that it knows for the same model."""
+    answers_to_any: bool = False
+    drops_for_others: bool = True
+    """For a name that it does not know it drops its model."""
+    not_asked: str = ""
+    """Why it must not be asked for a completion; empty if it may be."""
+    paths: frozenset[str] = frozenset()
+    """The paths at which its engine gives completions; empty: not known."""
     context_length: int | None = None
     assigned: bool = False
     detail: str = ""
@@ -132,93 +169,35 @@ def same_name(one: str, other: str) -> bool:
     return one.lower().rstrip(".") == other.lower().rstrip(".")
 
 
-# -- reading the document -----------------------------------------------------------------------------------------
+def same_base(one: str, other: str, same_host: SameHost = same_name) -> bool:
+    """Whether two `api_base`s are one address: the same server, port and path, with or without /v1."""
+    if one.rstrip("/") == other.rstrip("/"):
+        return True
+    first, second = (address_of(each) for each in (one, other))
+    if first is None or second is None or first[1] != second[1]:
+        return False
+    paths = {urlsplit(each).path.rstrip("/").removesuffix("/v1") for each in (one, other)}
+    return len(paths) == 1 and same_host(first[0], second[0])
 
 
-def parse(
-    document: object, environ: Mapping[str, str], files: Files, lines: Sequence[int] = ()
-) -> tuple[tuple[Entry, ...], tuple[Finding, ...]]:
-    """The entries of a loaded configuration, and what is wrong with those that are none.
-
-    `lines`: where in the file each item of `model_list` begins. Raises `Refused` (bad_gateway_config) for a
-    document that LiteLLM could not use at all.
-    """
-    if not isinstance(document, dict):
-        raise _unusable(files, "it is not a mapping (key: value)")
-    listed = document.get("model_list")
-    if listed is None:
-        return (), ()
-    if not isinstance(listed, list):
-        raise _unusable(files, "its model_list is not a list")
-    if len(listed) > _MAX_ENTRIES:
-        raise _unusable(files, f"its model_list has more than {_MAX_ENTRIES} items")
-    entries, findings = [], []
-    for index, item in enumerate(listed):
-        where = f"{files.config}:{lines[index]}" if index < len(lines) else f"{files.config}, item {index + 1}"
-        read = _entry(item, environ, where)
-        if isinstance(read, Entry):
-            entries.append(read)
-        else:
-            hint = "write it as `inv gateway --print` does"
-            findings.append(Finding("bad_entry", None, None, Severity.FAULT, f"{where}: {read}", hint))
-    return tuple(entries), tuple(findings)
-
-
-def _unusable(files: Files, why: str) -> Refused:
-    return Refused(
-        "bad_gateway_config",
-        f"{files.config} is not a configuration of LiteLLM",
-        why=why,
-        hint="correct `gateway.config` in hosts.yaml, or that file; mlxops never writes it",
-    )
-
-
-def _entry(item: object, environ: Mapping[str, str], where: str) -> Entry | str:
-    """The entry, or what is wrong with it."""
-    if not isinstance(item, dict):
-        return "is not a mapping"
-    alias, params, info = item.get("model_name"), item.get("litellm_params"), item.get("model_info")
-    if not isinstance(alias, str) or not alias:
-        return "has no model_name"
-    if not isinstance(params, dict):
-        return f"{shown(alias)} has no litellm_params"
-    variables: dict[str, str] = {}
-    texts: dict[str, str | None] = {}
-    for key in ("model", "api_base", "api_key", "custom_llm_provider"):
-        value = params.get(key, params.get("base_url") if key == "api_base" else None)
-        if value is not None and not isinstance(value, str):
-            return f"{shown(alias)}: {key} is not text"
-        if value is not None and value.startswith(ENVIRON):
-            variables[key] = value.removeprefix(ENVIRON)
-            value = environ.get(variables[key])
-        texts[key] = value or None
-    credential = params.get("litellm_credential_name")
-    return Entry(
-        alias=alias,
-        model=texts["model"],
-        api_base=texts["api_base"],
-        has_key=bool(texts["api_key"] or credential or environ.get(_FALLBACK_KEY)),
-        provider=texts["custom_llm_provider"],
-        max_input_tokens=_tokens(info) or _tokens(params),
-        variables=variables,
-        unset=tuple(dict.fromkeys(name for key, name in variables.items() if texts[key] is None)),
-        where=where,
-    )
-
-
-def _tokens(where: object) -> int | None:
-    value = where.get("max_input_tokens") if isinstance(where, dict) else None
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+def address_of(api_base: str | None) -> tuple[str, int] | None:
+    """Host and port of an `api_base`; None if it has none."""
+    try:
+        parts = urlsplit(api_base or "")
+        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    except ValueError:
+        return None
+    return (parts.hostname, port) if parts.hostname and port else None
 
 
 # -- what an entry has to be --------------------------------------------------------------------------------------
 
 
 def names_sent(entries: Iterable[Entry], address: str, same_host: SameHost = same_name) -> dict[int, tuple[str, ...]]:
-    """Port of the host at `address` -> the names that the gateway sends there."""
+    """Port of the host at `address` -> the names that the gateway certainly sends there."""
     sent: dict[int, list[str]] = {}
     for entry in entries:
-        where, name = entry.address, entry.sends
+        where, name = entry.address, entry.certain_name
         if where is not None and name is not None and same_host(where[0], address):
             sent.setdefault(where[1], []).append(name)
     return {port: tuple(dict.fromkeys(names)) for port, names in sent.items()}
@@ -234,12 +213,6 @@ def tokens_promised(entries: Iterable[Entry], address: str, same_host: SameHost 
     return promised
 
 
-def aliases_for(entries: Iterable[Entry], address: str, port: int, same_host: SameHost = same_name) -> tuple[str, ...]:
-    """The aliases whose requests the gateway sends to this port."""
-    found = (e.alias for e in entries if e.address and e.address[1] == port and same_host(e.address[0], address))
-    return tuple(dict.fromkeys(found))
-
-
 def edit(entry: Entry, key: str, value: str, files: Files) -> str:
     """The one change to the gateway's files that gives `litellm_params.key` this value, as a sentence."""
     variable = entry.variables.get(key)
@@ -247,7 +220,8 @@ def edit(entry: Entry, key: str, value: str, files: Files) -> str:
         return f"in {files.env}: {variable}={value}; then restart the gateway, once"
     if variable:
         return f"in the gateway's environment: {variable}={value}; then restart the gateway, once"
-    return f"in {entry.where}: {key}: {value}; then restart the gateway, once"
+    place, spelled = entry.places.get(key, (entry.where, key))
+    return f"in {place}: {spelled}: {value}; then restart the gateway, once"
 
 
 def url(address: str, port: int) -> str:
@@ -262,22 +236,43 @@ def compare(
 ) -> tuple[Finding, ...]:
     """Everything between the gateway's entries and what answers that is not as it should be; faults first.
 
-    `ports` are those of all managed hosts: an alias may be a slot of several hosts, and is balanced between them.
+    `entries` under names that clients use, without patterns (`litellm.Config.concrete`). `ports` are those of all
+    managed hosts: an alias may be a slot of several hosts, and is balanced between them.
     """
-    ours = [(entry, _targets(entry, ports, same_host)) for entry in entries]
+    ours = [(entry, _targets(entry, ports, same_host)) for entry in claims(entries, ports, same_host)]
     ours = [(entry, target) for entry, target in ours if target or any(p.alias == entry.alias for p in ports)]
     found: list[Finding] = []
     for entry, target in ours:
-        found += _of_entry(entry, target, [port for port in ports if port.alias == entry.alias], files)
+        together = [each for each in ours if each[0].alias == entry.alias]
+        found += _of_entry(entry, target, [port for port in ports if port.alias == entry.alias], together, files)
     found += _of_groups(ours, files)
-    # Where they lead to is in a variable without a value, which is told of them already.
-    nowhere = {entry.alias for entry, target in ours if target is None and entry.unset}
+    found += _of_patterns(ours)
+    # Where they lead to is not known, which is told of them already.
+    nowhere = {entry.alias for entry, target in ours if target is None}
     for port in ports:
         here = [entry for entry, target in ours if target == port]
         if here or port.alias not in nowhere:
             found += _of_port(port, here, files)
     unique = list(dict.fromkeys(found))
     return tuple(sorted(unique, key=lambda each: each.severity is not Severity.FAULT))
+
+
+def claims(entries: Iterable[Entry], ports: Sequence[Port], same_host: SameHost = same_name) -> tuple[Entry, ...]:
+    """Without what a pattern makes of the alias of a slot, where it leads to another port than this slot's.
+
+    Nobody meant that: `*` for one port matches the aliases of all others, too.
+    """
+
+    def claimed(entry: Entry) -> bool:
+        if entry.pattern is None:
+            return True
+        target, where = _targets(entry, ports, same_host), entry.address
+        if target is not None:
+            return target.alias in (None, entry.alias, entry.sends)
+        # Perhaps the slot's host by another address.
+        return where is not None and any(port.alias == entry.alias and port.port == where[1] for port in ports)
+
+    return tuple(entry for entry in entries if claimed(entry))
 
 
 def _targets(entry: Entry, ports: Sequence[Port], same_host: SameHost) -> Port | None:
@@ -287,81 +282,147 @@ def _targets(entry: Entry, ports: Sequence[Port], same_host: SameHost) -> Port |
     return next((port for port in ports if port.port == where[1] and same_host(where[0], port.address)), None)
 
 
-def _of_entry(entry: Entry, target: Port | None, own: Sequence[Port], files: Files) -> Iterator[Finding]:
+Together = Sequence[tuple[Entry, "Port | None"]]
+"""All entries of an alias, and the ports that they lead to."""
+Say = Callable[..., Finding]
+"""(code, message, hint, certain=True) -> a finding about the entry; a fault if it is certain."""
+
+
+def _of_entry(
+    entry: Entry, target: Port | None, own: Sequence[Port], together: Together, files: Files
+) -> Iterator[Finding]:
     """What is wrong with one entry, whatever is behind it. `own`: the slots with its alias."""
     slot = target if target in own or not own else own[0]
     port, host = (slot.port, slot.host) if slot else (None, None)
     name = (slot.name if slot else None) or entry.alias
 
-    def fault(code: str, message: str, hint: str) -> Finding:
-        return Finding(code, entry.alias, port, Severity.FAULT, message, hint, host)
+    def say(code: str, message: str, hint: str, certain: bool = True) -> Finding:
+        severity = Severity.FAULT if certain else Severity.WARNING
+        return Finding(code, entry.alias, port, severity, f"{entry.alias}: {message}", hint, host)
 
+    if entry.out:
+        team = entry.out.startswith("model_info.team_id")
+        yield say("entry_not_used", entry.out, f"correct it in {entry.where}", certain=not team)
+    if entry.answers_itself:
+        hint = f"remove mock_response in {entry.where}"
+        yield say("mock_response", "LiteLLM makes the answers up, and asks no server", hint, certain=False)
     for variable in entry.unset:
         where = files.env or "the environment"
-        message = f"{entry.alias}: the variable {variable} has no value in {where}"
-        yield fault("unset_variable", message, _value_for(entry, variable, name, slot, files))
-    if entry.model is None and "model" not in entry.variables:
-        yield fault("no_model", f"{entry.alias} has no model", edit(entry, "model", f"openai/{name}", files))
+        message = f"the variable {variable} has no value in {where}"
+        yield say("unset_variable", message, _value_for(entry, variable, name, slot, files), certain=bool(files.env))
     if entry.model is not None and entry.sends is None:
-        message = f"{entry.alias}: {shown(entry.model)} is not sent to an OpenAI-compatible server"
-        yield fault("not_openai", message, edit(entry, "model", f"openai/{name}", files))
+        message = f"{shown(entry.model)} is not sent to an OpenAI-compatible server"
+        yield say("not_openai", message, edit(entry, "model", entry.right_model(name), files))
     if not entry.has_key and "api_key" not in entry.variables:
-        message = f"{entry.alias} has no api_key: LiteLLM answers 'Missing credentials'"
-        yield fault("missing_key", message, edit(entry, "api_key", "none", files) + " (any placeholder will do)")
+        hint = edit(entry, "api_key", "none", files) + " (any placeholder will do)"
+        yield say("missing_key", "has no api_key: LiteLLM answers 'Missing credentials'", hint, _sure(entry, "api_key"))
     if slot is not None:
-        yield from _of_base(entry, target, slot, fault, own, files)
-    if target is not None and (not own or target in own):
-        yield from _of_name(entry, target, fault, files)
+        yield from _of_base(entry, target, slot, say, own, together, files)
+    if target is not None:
+        yield from _of_name(entry, target, say, files)
+
+
+def _sure(entry: Entry, *fields: str) -> bool:
+    return not entry.unsure & set(fields)
 
 
 def _value_for(entry: Entry, variable: str, name: str, slot: Port | None, files: Files) -> str:
-    key = next(key for key, each in entry.variables.items() if each == variable)
-    right = {"model": f"openai/{name}", "api_base": url(slot.address, slot.port) if slot else "", "api_key": "none"}
+    key = next((key for key, each in entry.variables.items() if each == variable), "")
+    base = url(slot.address, slot.port) if slot else ""
+    right = {"model": entry.right_model(name), "api_base": base, "api_key": "none"}
     return edit(entry, key, right.get(key, "..."), files)
 
 
-Fault = Callable[[str, str, str], Finding]
+_PLAIN_HOST = re.compile(r"\d+(?:\.\d+){3}")
+"""As four numbers. LiteLLM refuses shorter forms of an IPv4 address."""
+_DIGITS = re.compile(r"(?:0[xX][0-9a-fA-F]+|[\d.]+)")
 
 
 def _of_base(
-    entry: Entry, target: Port | None, slot: Port, fault: Fault, own: Sequence[Port], files: Files
+    entry: Entry,
+    target: Port | None,
+    slot: Port,
+    say: Say,
+    own: Sequence[Port],
+    together: Together,
+    files: Files,
 ) -> Iterator[Finding]:
-    right = edit(entry, "api_base", url(slot.address, slot.port), files)
-    if entry.api_base is None:
-        if "api_base" not in entry.variables:
-            yield fault("no_api_base", f"{entry.alias} has no api_base: LiteLLM would ask OpenAI itself", right)
+    right, base = edit(entry, "api_base", url(slot.address, slot.port), files), entry.api_base
+    if base is None:
+        if "api_base" not in entry.variables or not set(entry.unset) & {entry.variables["api_base"]}:
+            message = f"has no api_base: LiteLLM would ask {entry.default_base}"
+            yield say("no_api_base", message, right, _sure(entry, "api_base"))
         return
-    if entry.address is None or urlsplit(entry.api_base).scheme not in {"http", "https"}:
-        yield fault("bad_api_base", f"{entry.alias}: api_base {shown(entry.api_base)} is not a URL", right)
+    if wrong := _no_url(base):
+        yield say("bad_api_base", f"api_base {shown(base)} {wrong}", right, _sure(entry, "api_base"))
         return
     if own and target not in own:
-        message = f"{entry.alias} is sent to {shown(entry.api_base)}; its slot is port {slot.port} of {slot.host}"
-        yield fault("wrong_address", message, right)
-    if urlsplit(entry.api_base).path.rstrip("/") != "/v1":
-        message = f"{entry.alias}: api_base {shown(entry.api_base)} does not end in /v1"
-        yield fault("no_v1", message, right)
+        served = any(each in own for _, each in together)
+        message = f"is sent to {shown(base)}; its slot is port {slot.port} of {slot.host}"
+        if target is None:
+            message += ". Whether that leads to it cannot be told from here"
+            right = f"if it does not: {right}"
+        # Another way to the same server, such as a tunnel or a container's address, is as good.
+        yield say("wrong_address", message, right, target is not None and not served and _sure(entry, "api_base"))
+    if target is not None and urlsplit(base).scheme.lower() == "https":
+        yield say("bad_api_base", f"api_base {shown(base)} asks for TLS, and the servers speak plain HTTP", right)
+    path = entry.path
+    if path != CHAT:
+        answered = target is not None and path in target.paths
+        some = path in SOME_ANSWER or path == f"/{CHAT}"
+        certain = target is not None and not answered and (bool(target.paths) or not some)
+        who = "not every engine answers" if some and not certain else "the server does not answer"
+        message = f"LiteLLM asks {shown(path)} of {shown(base)}, which {who}"
+        if path.endswith("/chat/completions"):
+            yield say("no_v1", message, right, certain and _sure(entry, "api_base"))
+        else:
+            hint = edit(entry, "model", f"openai/{slot.name or entry.alias}", files)
+            yield say("not_chat", message, hint, certain and _sure(entry, "api_base"))
 
 
-def _of_name(entry: Entry, target: Port, fault: Fault, files: Files) -> Iterator[Finding]:
-    name = target.name
-    if name is not None and entry.sends is not None and entry.sends != name:
-        message = (
-            f"{entry.alias}: the gateway sends the name {shown(entry.sends)}; port {target.port} answers to {name}"
-        )
-        yield fault("wrong_name", message, edit(entry, "model", f"openai/{name}", files))
+def _no_url(base: str) -> str:
+    """Why LiteLLM cannot use this address; empty if it can."""
+    try:
+        parts = urlsplit(base)
+        host = parts.hostname
+    except ValueError:
+        host = None
+    if address_of(base) is None or host is None or parts.scheme not in {"http", "https"} or base != base.strip():
+        return "is not a URL"
+    if " " in parts.netloc or (_DIGITS.fullmatch(host) and not _PLAIN_HOST.fullmatch(host)):
+        return "is not a URL with a host that LiteLLM takes"
+    if parts.username is not None:
+        return "has a user in it, which LiteLLM does not send together with a key"
+    return "has a '?' in it, behind which LiteLLM puts the path" if parts.query else ""
+
+
+def _of_name(entry: Entry, target: Port, say: Say, files: Files) -> Iterator[Finding]:
+    name, sends = target.name, entry.sends
+    if name is not None and sends is not None and sends != name:
+        right = edit(entry, "model", entry.right_model(name), files)
+        message = f"the gateway sends the name {shown(sends)}; port {target.port} answers to {name}"
+        if sends == DEFAULT_NAME and (sends in target.also_answers_to or target.answers_to is None):
+            message += ", and to this one only if an mlx_lm.server is there: mlx-openai-server does not know it"
+            yield say("engine_name", message, right, certain=False)
+        elif target.answers_to_any or sends in (target.answers_to, *target.also_answers_to):
+            message = f"the gateway sends the name {shown(sends)}, which the server on port {target.port} knows. "
+            message += f"One that is loaded there answers to {name}"
+            yield say("other_name", message, right, certain=False)
+        else:
+            yield say("wrong_name", message, right, _sure(entry, "model", "api_base"))
     context, promised = target.context_length, entry.max_input_tokens
     if context is not None and promised is not None and promised > context:
-        message = f"{entry.alias}: the gateway promises {promised} input tokens; {target.model} takes {context}"
+        message = f"the gateway promises {promised} input tokens; {target.model} takes {context}"
         hint = f"load a model with a longer context, or lower max_input_tokens in {files.config}"
-        yield Finding("context_too_small", entry.alias, target.port, Severity.WARNING, message, hint, target.host)
+        yield say("context_too_small", message, hint, certain=False)
 
 
-def _of_groups(ours: Sequence[tuple[Entry, Port | None]], files: Files) -> Iterator[Finding]:
+def _of_groups(ours: Together, files: Files) -> Iterator[Finding]:
     """Entries that are wrong only together: LiteLLM balances an alias between all that it is given."""
     by_port: dict[Port, list[str]] = {}
     by_alias: dict[str, dict[tuple[str, int], Port | None]] = {}
     for entry, target in ours:
-        if target is not None:
+        if target is not None and entry.pattern is None:
             by_port.setdefault(target, []).append(entry.alias)
         if entry.address is not None:
             by_alias.setdefault(entry.alias, {})[entry.address] = target
@@ -372,14 +433,29 @@ def _of_groups(ours: Sequence[tuple[Entry, Port | None]], files: Files) -> Itera
             hint = (
                 f"one port, one alias: keep {port.alias or several[0]}; a synonym is router_settings.model_group_alias"
             )
-            yield Finding("two_aliases_one_port", port.alias, port.port, Severity.FAULT, message, hint, port.host)
+            yield Finding("two_aliases_one_port", port.alias, port.port, Severity.WARNING, message, hint, port.host)
     for alias, addresses in by_alias.items():
         targets = list(dict.fromkeys(addresses.values()))
         if len(targets) > 1 and not all(target is not None and target.alias == alias for target in targets):
+            wrong = any(e.alias == alias and t is not None and e.sends not in _names(t) for e, t in ours)
             listed = ", ".join(f"{host}:{number}" for host, number in addresses)
             hint = f"one alias, one port: remove the other entries of {alias} from {files.config}"
             message = f"{alias} is sent to several ports, in turns: {listed}"
-            yield Finding("one_alias_two_ports", alias, None, Severity.FAULT, message, hint)
+            severity = Severity.FAULT if wrong else Severity.WARNING
+            yield Finding("one_alias_two_ports", alias, None, severity, message, hint)
+
+
+def _names(port: Port) -> set[str | None]:
+    return {port.name, port.answers_to, *port.also_answers_to}
+
+
+def _of_patterns(ours: Together) -> Iterator[Finding]:
+    """Every name that a pattern matches goes to its port, known there or not."""
+    for entry, target in ours:
+        if entry.pattern is not None and target is not None and entry.open_pattern:
+            message = f"{entry.pattern} sends whatever name it matches to port {target.port} of {target.host}"
+            hint = f"an mlx_lm.server drops its model for a name that it does not know; in {entry.where} name the alias"
+            yield Finding("pattern", target.alias, target.port, Severity.WARNING, message, hint, target.host)
 
 
 _BROKEN = {State.FAILED, State.WEDGED, State.MISMATCH, State.ORPHAN}
@@ -416,10 +492,15 @@ def _of_port(port: Port, here: Sequence[Entry], files: Files) -> Iterator[Findin
         yield finding(
             severity, "alias_without_server", message, f"{load}; until then the gateway answers with an error"
         )
-    elif port.alias and port.answers_to and port.answers_to != port.alias:
+    elif port.alias and port.answers_to and port.alias not in (port.answers_to, *port.also_answers_to):
         message = f"{alias}: the server on {where} answers to {shown(port.answers_to)}, not to {port.alias}"
         model = port.model if port.owner is Owner.MLXOPS and port.model else "MODEL"
-        yield finding(Severity.FAULT, "server_name", message, f"mlxctl load {model} {port.port} --force")
+        fails = any(entry.sends not in (port.answers_to, *port.also_answers_to) for entry in here)
+        severity = Severity.FAULT if fails else Severity.WARNING
+        hint = f"mlxctl load {model} {port.port} --force"
+        if port.owner is Owner.BOOT:  # a load is refused there
+            hint = f"have the boot job start it under the name {port.alias}"
+        yield finding(severity, "server_name", message, hint)
 
 
 def _without_entry(port: Port, finding: Callable[[Severity, str, str, str], Finding]) -> Iterator[Finding]:

@@ -220,12 +220,13 @@ def plan_load(
     )
 
 
-def check_sent_names(port: int, answers_to: str, sent: Sequence[str]) -> None:
-    """What the gateway sends for a port against the only name that the new server will answer to.
+def check_sent_names(port: int, answers_to: str, sent: Sequence[str], also: Sequence[str] = ()) -> None:
+    """What the gateway sends for a port against the names that the new server will answer to. `also`: those beside
+    `answers_to`, which depend on its engine.
 
-    Raises `Refused` (gateway_name), with that name in `details`.
+    Raises `Refused` (gateway_name), with `answers_to` in `details`.
     """
-    wrong = [name for name in sent if name != answers_to]
+    wrong = [name for name in sent if name not in (answers_to, *also)]
     if not wrong:
         return
     raise Refused(

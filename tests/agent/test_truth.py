@@ -118,7 +118,10 @@ class TestOwners:
     def test_a_boot_jobs_server_is_named_and_never_stopped(self, host: QuickHost) -> None:
         port = host.ports[0]
         script = host.studio.folder / "start.sh"
-        script.write_text(f"#!/bin/sh\ncd {host.studio.folder}\n{host.by_hand(MODELS[0], port)}\nwait\n")
+        alias = host.studio.slots[port]
+        (host.studio.folder / alias).symlink_to(host.snapshots[MODELS[0]])
+        command = host.by_hand(MODELS[0], port).replace(str(host.snapshots[MODELS[0]]), alias)
+        script.write_text(f"#!/bin/sh\ncd {host.studio.folder}\n{command}\nwait\n")
         host.lab.configure(boot={"port": port, "script": str(script), "label": "com.example.mlx"})
         with host.running("sh", str(script)):
             wait_until(lambda: host.studio.listening(port), WAIT, "the boot job's server")

@@ -18,10 +18,11 @@ from unittest import mock
 import pytest
 import yaml
 
-from mlxops.control import gateway, gatewayfiles, through
+from mlxops.control import gateway, gatewayfiles, render, through
 from mlxops.control.client import Answer, Target
 from mlxops.control.inventory import Gateway
 from mlxops.core.errors import Refused, Unreachable
+from mlxops.core.gateway import Severity
 from mlxops.core.settings import PortRange, Settings
 from tests.lab.ports import free_port
 
@@ -75,7 +76,7 @@ model_list:
             ("model_list: [\n", "router.yaml:2 "),
             ("model_list: {a: b}\n", "its model_list is not a list"),
             ("- a\n- b\n", "not a mapping"),
-            ("", "not a mapping"),
+            ("", "it is empty"),
             ("!!python/object/apply:os.system ['touch canary']\n", "router.yaml:1 "),
             ("a: \x07\n", "U+0007"),
             (b"a: \xff\n", "not UTF-8"),
@@ -128,35 +129,17 @@ model_list:
 
 
 class TestEnvFile:
-    @pytest.mark.parametrize(
-        ("line", "value"),
-        [
-            ("A=plain", "plain"),
-            ("  export A=plain  ", "plain"),
-            ("A=with # a comment", "with"),
-            ("A=with#out", "with#out"),
-            ("A=", ""),
-            ("A=# nothing", ""),
-            ("A='single # quoted'", "single # quoted"),
-            ('A="double \\"quoted\\"" # comment', 'double "quoted"'),
-            ("A=$(touch canary)", "$(touch canary)"),
-            ("A=`id`", "`id`"),
-            ("A=a=b", "a=b"),
-        ],
-    )
-    def test_a_value_is_text(self, tmp_path: Path, line: str, value: str) -> None:
-        (tmp_path / "local.env").write_text(f"# first\n\n{line}\n; last\n")
-        assert gatewayfiles.read_env(str(tmp_path / "local.env")) == {"A": value}
-        assert not Path("canary").exists()
-
-    @pytest.mark.parametrize("line", ["SECRET-IN-A-BAD-LINE", "9A=SECRET", 'A="SECRET', "A='SECRET", "if true; then"])
-    def test_a_bad_line_is_named_and_not_shown(self, tmp_path: Path, line: str) -> None:
-        (tmp_path / "local.env").write_text(f"A=1\n{line}\n")
-        with pytest.raises(Refused) as refused:
-            gatewayfiles.read_env(str(tmp_path / "local.env"))
-        assert refused.value.code == "bad_gateway_env"
-        assert "local.env:2" in refused.value.message
-        assert "SECRET" not in str(refused.value.to_wire())
+    @pytest.mark.parametrize("line", ["SECRET-IN-A-BAD-LINE", 'B="SECRET', "if true; then SECRET"])
+    def test_a_line_that_is_not_understood_is_named_and_not_shown_and_the_others_count(
+        self, tmp_path: Path, line: str
+    ) -> None:
+        text = ENTRY.replace("openai/jerry-xl", "os.environ/XL").replace("key: none", "key: os.environ/XL_KEY")
+        told = read(tmp_path, text, f"XL=openai/jerry-xl\n{line}\nXL_KEY=none\n")
+        (finding,) = told.findings
+        assert (finding.code, finding.severity) == ("env_line", Severity.WARNING)
+        assert finding.message.startswith(f"{tmp_path}/local.env:2: ")
+        assert "SECRET" not in str(finding.to_wire())
+        assert [(entry.sends, entry.has_key) for entry in told.entries] == [("jerry-xl", True)]
 
     def test_it_is_where_the_configurations_variables_come_from(self, tmp_path: Path) -> None:
         text = ENTRY.replace("openai/jerry-xl", "os.environ/XL").replace("key: none", "key: os.environ/XL_KEY")
@@ -245,18 +228,22 @@ class _Proxy:
 
     def __init__(self, answers: Answers) -> None:
         self.paths: list[str] = []
+        self.bodies: list[dict[str, object]] = []
+        self.info = b""
+        """What it says that it does with each name; empty: nothing."""
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
-                self.rfile.read(int(self.headers["Content-Length"]))
+                proxy.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
                 proxy.paths.append(self.path)
                 status, headers, body = answers(len(proxy.paths))
                 self._answer(status, headers, body)
 
             def do_GET(self) -> None:
                 proxy.paths.append(self.path)
-                self._answer(200, {}, b'"I\'m alive!"')
+                info = proxy.info if self.path.endswith("/model/info") else None
+                self._answer(404 if info == b"" else 200, {}, b'"I\'m alive!"' if info is None else info)
 
             def _answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
                 self.send_response(status)
@@ -336,6 +323,89 @@ class TestThrough:
         passage = self.ask(at.url)
         assert (passage.code, passage.api_base, passage.attempts) == ("other_server", "http://old:8100/v1", 1)
 
+    @pytest.mark.parametrize(
+        "base", ["http://127.0.0.1:8100/v1", "http://LocalHost:8100", "http://localhost.:8100/v1/"]
+    )
+    def test_the_same_address_is_the_right_one_however_it_is_written(
+        self, proxy: Callable[[Answers], _Proxy], base: str
+    ) -> None:
+        at = proxy(lambda _: (200, {"x-litellm-model-api-base": base}, COMPLETION))
+        expected = "http://localhost:8100/v1"
+        assert through.ask(at.url, None, "a", expected=expected, same_host=gateway.same_host).ok
+
+    def test_a_fallbacks_answer_is_none_of_the_alias(self, proxy: Callable[[Answers], _Proxy]) -> None:
+        spare = {"x-litellm-model-api-base": "http://spare:8101/v1", "x-litellm-attempted-fallbacks": "1"}
+        own = {"x-litellm-model-api-base": "http://studio:8100/v1", "x-litellm-attempted-fallbacks": "0"}
+        at = proxy(lambda n: (200, spare if n < 3 else own, COMPLETION))
+        passage = self.ask(at.url)
+        assert (passage.ok, passage.attempts) == (True, 3)
+        at = proxy(lambda _: (200, spare, COMPLETION))
+        passage = self.ask(at.url, seconds=1.5)
+        assert (passage.code, passage.attempts > 1) == ("fallback", True)
+        assert "fallback at http://spare:8101/v1" in passage.detail
+
+    def test_a_deployment_of_the_same_name_elsewhere_is_asked_past(self, proxy: Callable[[Answers], _Proxy]) -> None:
+        bases = ["http://other:8100/v1", "http://studio:8100/v1"]
+        at = proxy(lambda n: (200, {"x-litellm-model-api-base": bases[n > 2]}, COMPLETION))
+
+        def ask(seconds: float) -> through.Passage:
+            known = {"expected": bases[1], "others": [bases[0]], "seconds": seconds, "pause": lambda _: None}
+            return through.ask(at.url, None, "jerry-xl", **known)  # type: ignore[arg-type]
+
+        assert (ask(60).ok, len(at.paths)) == (True, 3)
+        at = proxy(lambda _: (200, {"x-litellm-model-api-base": bases[0]}, COMPLETION))
+        assert ask(1.5).code == "other_deployment"
+
+    def test_every_question_is_new_and_keeps_caches_and_fallbacks_out(self, proxy: Callable[[Answers], _Proxy]) -> None:
+        at = proxy(lambda n: (500 if n == 1 else 200, {}, COMPLETION))
+        self.ask(at.url)
+        first, second = at.bodies
+        assert first["messages"] != second["messages"]
+        assert (first["cache"], first["disable_fallbacks"]) == ({"no-cache": True, "no-store": True}, True)
+
+    @pytest.mark.parametrize(
+        ("status", "words"),
+        [
+            (403, "Not allowed to set no-cache as a cache control. Contact admin to change permissions."),
+            (400, "Unrecognized request argument supplied: disable_fallbacks"),
+            (422, "Extra inputs are not permitted"),
+        ],
+    )
+    def test_a_gateway_that_does_not_take_these_fields_is_asked_without_them(
+        self, proxy: Callable[[Answers], _Proxy], status: int, words: str
+    ) -> None:
+        refusal = json.dumps({"error": {"message": words}}).encode()
+        at = proxy(lambda n: (status, {}, refusal) if n == 1 else (200, {}, COMPLETION))
+        assert (self.ask(at.url).ok, "cache" in at.bodies[1]) == (True, False)
+
+    @pytest.mark.parametrize(
+        ("status", "words"),
+        [
+            (429, "No deployments available for selected model, Try again in 5 seconds."),
+            (500, "All deployments for selected model are in cooldown"),
+            (400, "No deployments available for selected model"),
+            (408, "litellm.Timeout: APITimeoutError"),
+        ],
+    )
+    def test_a_cool_down_does_not_hide_the_error_before_it(
+        self, proxy: Callable[[Answers], _Proxy], status: int, words: str
+    ) -> None:
+        errors = [(500, "the server fell over"), (status, words)]
+
+        def answer(number: int) -> tuple[int, dict[str, str], bytes]:
+            code, said = errors[number > 1]
+            return code, {}, json.dumps({"error": {"message": said}}).encode()
+
+        at = proxy(answer)
+        passage = self.ask(at.url, seconds=1.5)
+        assert (passage.status, passage.attempts > 1) == (500, True)
+        assert passage.detail == "it answered 500: the server fell over"
+
+    def test_a_url_may_end_as_a_clients_does(self, proxy: Callable[[Answers], _Proxy]) -> None:
+        at = proxy(lambda _: (200, {}, COMPLETION))
+        assert self.ask(f"{at.url}/v1/").ok and self.ask(f"{at.url}/litellm").ok
+        assert at.paths == ["/v1/chat/completions", "/litellm/v1/chat/completions"]
+
     def test_no_gateway_is_told_from_an_alias_that_fails(self) -> None:
         assert self.ask(f"http://127.0.0.1:{free_port()}").code == "gateway_down"
 
@@ -392,3 +462,131 @@ class TestThrough:
         for passage in (self.ask(at.url), self.ask(at.url, key="sk-canary\n"), self.ask(at.url, key="sk-canary\u2028")):
             assert not passage.ok
             assert "canary" not in str(passage.to_wire())
+
+
+def info(*rows: tuple[str, str, str | None]) -> bytes:
+    """What LiteLLM answers to GET /v1/model/info: (model_name, model, api_base)."""
+    data = [
+        {"model_name": name, "litellm_params": {"model": model, "api_base": base}, "model_info": {"id": name}}
+        for name, model, base in rows
+    ]
+    return json.dumps({"data": data}).encode()
+
+
+BASE = "http://127.0.0.1:8100/v1"
+
+
+class TestWhatTheRunningGatewayDoes:
+    def test_is_asked_of_it(self, proxy: Callable[[Answers], _Proxy]) -> None:
+        at = proxy(lambda _: (200, {}, COMPLETION))
+        at.info = info(("jerry-xl", "openai/jerry-xl", BASE), ("cloud", "anthropic/x", None))
+        found = through.deployments(at.url, "sk-canary")
+        assert found is not None
+        assert [(each.alias, each.model, each.api_base) for each in found] == [
+            ("jerry-xl", "openai/jerry-xl", BASE),
+            ("cloud", "anthropic/x", None),
+        ]
+
+    @pytest.mark.parametrize(
+        "body",
+        [b"", b"<html>", b"[]", b'{"data": 7}', b'{"data": {"a": 1}}', b"[" * 100_000],
+        ids=["404", "html", "list", "number", "mapping", "deep"],
+    )
+    def test_is_not_known_where_it_does_not_tell(self, proxy: Callable[[Answers], _Proxy], body: bytes) -> None:
+        at = proxy(lambda _: (200, {}, COMPLETION))
+        at.info = body
+        assert through.deployments(at.url, None) is None
+
+    def test_is_read_as_far_as_it_can_be(self, proxy: Callable[[Answers], _Proxy]) -> None:
+        at = proxy(lambda _: (200, {}, COMPLETION))
+        good = {"model_name": "a", "litellm_params": {"model": "openai/a", "base_url": BASE}}
+        of_a_team = {**good, "model_info": {"team_id": "t", "team_public_model_name": "b"}}
+        at.info = json.dumps({"data": [7, {}, {"model_name": "x"}, of_a_team, good]}).encode()
+        (found,) = through.deployments(at.url, None) or ()
+        assert (found.alias, found.api_base) == ("a", BASE)
+
+
+class TestPassingThrough:
+    """`gateway --through`, with a gateway that answers as a test wants, and an agent's answer."""
+
+    def passed(self, told: gatewayfiles.Told, at: _Proxy, **changes: object) -> Answer:
+        described = Gateway("router.yaml", None, at.url, None)
+        (answer,) = gateway.check(told, [target()], [Answer("studio", {"ports": [row(**changes)]})])
+        with mock.patch.object(through, "SECONDS", 1.2):
+            (passed,) = gateway.pass_through(described, told, [answer])
+        return passed
+
+    def findings(self, answer: Answer) -> list[tuple[str, str]]:
+        assert answer.result is not None
+        return [(f["code"], f["hint"]) for f in answer.result["findings"] if f["severity"] == "fault"]  # type: ignore[attr-defined]
+
+    def alias(self, answer: Answer) -> dict[str, object]:
+        rows = (answer.result or {})["aliases"]
+        assert isinstance(rows, list) and len(rows) == 1
+        return dict(rows[0])
+
+    def test_names_of_clients_are_asked_and_shown(self, proxy: Callable[[Answers], _Proxy], tmp_path: Path) -> None:
+        at = proxy(lambda _: (200, {"x-litellm-model-api-base": "http://LocalHost:8100"}, COMPLETION))
+        told = read(tmp_path, ENTRY.replace("model_name: jerry-xl", "model_name: qwen-coder"))
+        passed = self.passed(told, at)
+        assert passed.error is None, passed.result
+        assert [body["model"] for body in at.bodies] == ["qwen-coder"]
+        assert self.alias(passed)["alias"] == "qwen-coder"
+        assert "\nqwen-coder " in render.gateway_table([passed])
+
+    def test_a_wrong_name_is_not_sent(self, proxy: Callable[[Answers], _Proxy], tmp_path: Path) -> None:
+        at = proxy(lambda _: (200, {}, COMPLETION))
+        passed = self.passed(read(tmp_path, ENTRY.replace("openai/jerry-xl", "openai/other-name")), at)
+        assert at.bodies == [] and self.alias(passed)["through"] is None
+        assert [code for code, _ in self.findings(passed)] == ["wrong_name"]
+
+    def test_the_alias_is_not_sent_to_a_server_that_has_another_name(
+        self, proxy: Callable[[Answers], _Proxy], tmp_path: Path
+    ) -> None:
+        at = proxy(lambda _: (200, {}, COMPLETION))
+        passed = self.passed(read(tmp_path, ENTRY), at, owner="hand", answers_to="/models/qwen")
+        assert at.bodies == [] and [code for code, _ in self.findings(passed)] == ["server_name"]
+
+    def test_a_server_whose_name_is_not_known_is_not_asked(
+        self, proxy: Callable[[Answers], _Proxy], tmp_path: Path
+    ) -> None:
+        at = proxy(lambda _: (200, {}, COMPLETION))
+        passed = self.passed(read(tmp_path, ENTRY), at, owner="hand", answers_to=None, not_asked="no --model")
+        assert at.bodies == [] and self.findings(passed) == []
+        assert "through_not_asked" in str(self.alias(passed)["verdict"])
+
+    def test_what_it_runs_with_counts_more_than_its_files(
+        self, proxy: Callable[[Answers], _Proxy], tmp_path: Path
+    ) -> None:
+        at = proxy(lambda _: (200, {}, COMPLETION))
+        at.info = info(("jerry-xl", "openai/before", BASE))
+        passed = self.passed(read(tmp_path, ENTRY), at)
+        assert at.bodies == []
+        ((code, hint),) = self.findings(passed)
+        assert code == "through_not_asked" and hint.startswith("restart the gateway, once")
+
+    def test_an_address_that_it_does_not_show_is_that_of_its_files(
+        self, proxy: Callable[[Answers], _Proxy], tmp_path: Path
+    ) -> None:
+        at = proxy(lambda _: (200, {}, COMPLETION))
+        at.info = info(("jerry-xl", "openai/jerry-xl", None))
+        passed = self.passed(read(tmp_path, ENTRY), at)
+        assert len(at.bodies) == 1 and passed.error is None
+
+    @pytest.mark.parametrize(
+        ("status", "message", "help"),
+        [
+            (401, "Authentication Error, Invalid proxy server token passed", "the gateway does not accept"),
+            (403, "key not allowed to access model. This key can only access models=['x']", "does not accept"),
+            (401, "litellm.AuthenticationError: OpenAIException - no", "refuses the api_key of the entry"),
+            (429, "Budget has been exceeded! Current cost: 0.18, Max budget: 0.14", "the gateway limits it"),
+            (400, "ExceededBudget: Team over budget", "the gateway limits it"),
+            (500, "OpenAIException - Connection error", "mlxctl status --probe"),
+        ],
+    )
+    def test_a_failure_is_told_with_what_helps(
+        self, proxy: Callable[[Answers], _Proxy], tmp_path: Path, status: int, message: str, help: str
+    ) -> None:
+        at = proxy(lambda _: (status, {}, json.dumps({"error": {"message": message}}).encode()))
+        ((code, hint),) = self.findings(self.passed(read(tmp_path, ENTRY), at))
+        assert code == "through_no_completion" and help in hint and "restart" not in hint

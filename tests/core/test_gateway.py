@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxops.core import gateway
+from mlxops.core import gateway, litellm
 from mlxops.core.errors import Refused
 from mlxops.core.gateway import Entry, Files, Finding, Port, Severity
+from mlxops.core.litellm import Config, Environ
 from mlxops.core.world import Owner, State
 from tests.properties import PROPERTY, json_values
 
@@ -27,9 +28,10 @@ def item(alias: str = "jerry-xl", port: int = 8100, **changes: Any) -> dict[str,
 
 
 def entries(*items: object, environ: Mapping[str, str] | None = None) -> tuple[Entry, ...]:
-    found, wrong = gateway.parse({"model_list": list(items)}, environ or {}, FILES, range(2, 2 + len(items)))
-    assert not wrong
-    return found
+    places = [f"router.yaml:{line}" for line in range(2, 2 + len(items))]
+    config = litellm.parse({"model_list": list(items)}, Environ(environ or {}), FILES, places)
+    assert not config.findings
+    return config.entries
 
 
 def served(alias: str | None = "jerry-xl", port: int = 8100, **changes: Any) -> Port:
@@ -76,10 +78,7 @@ def test_what_is_right_is_not_mentioned() -> None:
         ({"model": "openai/jerry-xl/"}, "wrong_name"),
         ({"model": "jerry-xl"}, "not_openai"),
         ({"model": "anthropic/jerry-xl"}, "not_openai"),
-        ({"model": None}, "no_model"),
         ({"api_base": f"http://{HOST}:8101/v1"}, "wrong_address"),
-        ({"api_base": "http://elsewhere:8100/v1"}, "wrong_address"),
-        ({"api_base": f"http://{HOST}:8100"}, "no_v1"),
         ({"api_base": f"http://{HOST}:8100/v1/chat"}, "no_v1"),
         ({"api_base": None}, "no_api_base"),
         ({"api_base": "studio.local:8100/v1"}, "bad_api_base"),
@@ -88,11 +87,21 @@ def test_what_is_right_is_not_mentioned() -> None:
         ({"api_key": None}, "missing_key"),
         ({"api_key": ""}, "missing_key"),
         ({"api_key": "os.environ/NOT_SET"}, "unset_variable"),
-        ({"model": "os.environ/NOT_SET"}, "unset_variable"),
     ],
 )
 def test_an_entry_that_would_not_work_is_a_fault(changes: dict[str, Any], code: str) -> None:
-    assert (code, "fault") in found([item(**changes)], [served()])
+    assert (code, "fault") in found([item(**changes)], [served(), idle(None, 8101)])
+
+
+@pytest.mark.parametrize(
+    ("params", "code"),
+    [({}, "no_model"), ({"model": ""}, "no_model"), ({"model": "os.environ/NOT_SET"}, "unset_variable")],
+)
+def test_an_entry_without_a_model_is_a_fault_whoever_it_belongs_to(params: dict[str, str], code: str) -> None:
+    document = {"model_list": [{"model_name": "somebody's", "litellm_params": params}]}
+    (finding,) = litellm.parse(document, Environ(), FILES).findings
+    assert (finding.code, finding.severity) == (code, Severity.FAULT)
+    assert "LiteLLM does not start" in finding.message
 
 
 def test_an_entry_whose_address_has_no_value_is_not_missing_as_well() -> None:
@@ -107,7 +116,6 @@ def test_an_entry_whose_address_has_no_value_is_not_missing_as_well() -> None:
         {"api_base": None, "base_url": f"http://{HOST}:8100/v1"},
         {"model": "hosted_vllm/jerry-xl"},
         {"model": "jerry-xl", "custom_llm_provider": "openai"},
-        {"api_key": None, "litellm_credential_name": "studio"},
     ],
 )
 def test_other_ways_to_write_a_right_entry_are_right(changes: dict[str, Any]) -> None:
@@ -153,6 +161,11 @@ def test_what_answers_behind_a_right_entry(port: Port, expected: set[tuple[str, 
     assert found([item()], [port]) == expected
 
 
+def test_a_boot_jobs_server_under_another_name_is_not_to_be_loaded_over() -> None:
+    (finding,) = findings([item()], [served(answers_to="other", owner=Owner.BOOT)])
+    assert finding.hint == "have the boot job start it under the name jerry-xl"
+
+
 @pytest.mark.parametrize(
     ("port", "expected"),
     [
@@ -181,17 +194,20 @@ def test_a_context_that_is_smaller_than_promised_is_a_warning(promised: int, cod
 def test_two_aliases_on_one_port() -> None:
     ports = [served(), idle("jerry-l", 8101)]
     both = [item(), item("jerry-l", 8100)]
-    assert {("two_aliases_one_port", "fault"), ("wrong_address", "fault")} <= found(both, ports)
+    assert {("two_aliases_one_port", "warning"), ("wrong_address", "fault")} <= found(both, ports)
     synonym = item("big", 8100, model="openai/jerry-xl")
     (finding,) = findings([item(), synonym], [served()])
-    assert finding.code == "two_aliases_one_port"
+    assert (finding.code, finding.severity) == ("two_aliases_one_port", Severity.WARNING)
     assert "jerry-xl, big" in finding.message
 
 
 def test_one_alias_with_two_ports_is_balanced_between_two_models() -> None:
     ports = [served(), served("jerry-l", 8101)]
     assert ("one_alias_two_ports", "fault") in found([item(), item(port=8101), item("jerry-l", 8101)], ports)
-    assert ("one_alias_two_ports", "fault") in found([item(), item(api_base="http://elsewhere:9/v1")], [served()])
+    elsewhere = [item(), item(api_base="http://elsewhere:9/v1")]
+    assert found(elsewhere, [served()]) == {("one_alias_two_ports", "warning"), ("wrong_address", "warning")}
+    right = [item(), item(port=8101, model="openai/jerry-l"), item("jerry-l", 8101)]
+    assert ("one_alias_two_ports", "warning") in found(right, ports)
     assert found([item(), item()], [served()]) == set()
 
 
@@ -225,10 +241,10 @@ def test_faults_come_first() -> None:
 # -- documents ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("document", [None, [], "text", 7, {"model_list": {}}, {"model_list": "x"}])
+@pytest.mark.parametrize("document", [None, [], "text", 7, {"model_list": {"a": 1}}, {"model_list": "x"}])
 def test_a_document_that_is_no_configuration_is_refused(document: object) -> None:
     with pytest.raises(Refused, match=r"router\.yaml"):
-        gateway.parse(document, {}, FILES)
+        litellm.parse(document, Environ(), FILES)
 
 
 @pytest.mark.parametrize(
@@ -241,18 +257,19 @@ def test_a_document_that_is_no_configuration_is_refused(document: object) -> Non
         {"model_name": "a"},
         {"model_name": "a", "litellm_params": []},
         {"model_name": "a", "litellm_params": {"model": 7}},
-        {"model_name": "a", "litellm_params": {"api_base": ["http://x"]}},
+        {"model_name": 7, "litellm_params": {"model": "openai/a"}},
+        {"model_name": "a", "litellm_params": {"model": "openai/a"}, "model_info": None},
     ],
 )
 def test_a_broken_item_is_a_fault_and_the_others_count(broken: object) -> None:
-    read, wrong = gateway.parse({"model_list": [broken, item()]}, {}, FILES, (3, 9))
-    assert [entry.alias for entry in read] == ["jerry-xl"]
-    assert [(f.code, f.severity) for f in wrong] == [("bad_entry", Severity.FAULT)]
-    assert "router.yaml:3" in wrong[0].message
+    config = litellm.parse({"model_list": [broken, item()]}, Environ(), FILES, ("router.yaml:3", "router.yaml:9"))
+    assert [entry.alias for entry in config.entries] == ["jerry-xl"]
+    assert [(f.code, f.severity) for f in config.findings] == [("bad_entry", Severity.FAULT)]
+    assert config.findings[0].message.startswith("router.yaml:3: ")
 
 
 def test_a_configuration_without_models_has_none() -> None:
-    assert gateway.parse({"general_settings": {}}, {}, FILES) == ((), ())
+    assert litellm.parse({"general_settings": {}}, Environ(), FILES) == Config()
 
 
 def test_an_entry_never_holds_the_key() -> None:
@@ -265,8 +282,8 @@ def test_an_entry_never_holds_the_key() -> None:
 )
 @PROPERTY
 def test_no_document_breaks_the_check(items: list[object]) -> None:
-    read, _ = gateway.parse({"model_list": items}, {}, FILES)
-    gateway.compare(read, [served(), idle("a", 8101)], FILES)
+    config = litellm.parse({"model_list": items}, Environ(), FILES)
+    gateway.compare(config.concrete(["jerry-xl", "a"]), [served(), idle("a", 8101)], FILES)
 
 
 # -- what to paste ------------------------------------------------------------------------------------------------
@@ -279,10 +296,10 @@ _aliases = st.lists(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,12}", fullmatch=
 def test_what_is_printed_is_what_the_check_wants(aliases: list[str], env: bool) -> None:
     ports = [served(alias, 8100 + index) for index, alias in enumerate(aliases)]
     document, environ = (gateway.printed_env if env else gateway.printed)(ports)
-    read, wrong = gateway.parse(document, environ, FILES)
-    assert not wrong
-    assert len(read) == len(aliases)
-    assert gateway.compare(read, ports, FILES) == ()
+    config = litellm.parse(document, Environ(environ), FILES)
+    assert not config.findings
+    assert len(config.entries) == len(aliases)
+    assert gateway.compare(config.concrete(aliases), ports, FILES) == ()
 
 
 def test_the_form_with_variables_is_the_homelabs() -> None:
@@ -308,7 +325,7 @@ def test_no_two_slots_share_a_variable() -> None:
     ports = [idle("a-b", 8100), idle("a.b", 8101), served("a-b", 8100, host="studio2", address="studio2.local")]
     document, environ = gateway.printed_env(ports)
     assert len(environ) == 9
-    assert [e.sends for e in gateway.parse(document, environ, FILES)[0]] == ["a-b", "a.b", "a-b"]
+    assert [e.sends for e in litellm.parse(document, Environ(environ), FILES).entries] == ["a-b", "a.b", "a-b"]
 
 
 def test_an_alias_that_begins_with_a_digit_has_variables_all_the_same() -> None:

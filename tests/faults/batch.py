@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.faults import broken, bystanders, children, hostile, power, races, reuse, strikes
+from tests.faults import broken, bystanders, children, hostile, names, power, races, reuse, strikes
 from tests.faults.arena import Arena
 from tests.faults.snapshots import MODELS
 from tests.lab.leaks import become_subreaper
@@ -74,6 +74,8 @@ def _of(kind: str, arena: Arena, seed: int) -> Trial:
             return _one(lambda number: hostile.trial(arena, number, seed))
         case "bystanders":
             return _one(lambda number: bystanders.trial(arena, number, seed))
+        case "names":
+            return _one(lambda number: names.trial(arena, number, seed))
         case "reuse":
             return _one(lambda number: reuse.trial(arena, number, seed))
         case "power":

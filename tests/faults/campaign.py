@@ -42,6 +42,7 @@ KINDS = (
     Kind("broken", 500, 50, "broken registry"),
     Kind("reuse", 100, 10, "exact pid reuse"),
     Kind("bystanders", 100, 20, "server by hand beside what is none, or launched through something"),
+    Kind("names", 100, 25, "question to a server by hand, whatever its name"),
     Kind("cuts", 100, 10, "connection cut, client or session killed"),
 )
 

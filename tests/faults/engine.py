@@ -4,7 +4,8 @@ Run under the name `mlx_lm.server`, isolated and without site packages, which is
 answers `GET /health` and chat completions. `--fake-words TEXT` writes TEXT to its log; `--fake-late S` listens S
 seconds later; `--fake-exit N` ends with status N instead of listening; `--fake-mute 1` accepts and never answers;
 `--fake-answer sick` completes, and calls itself unhealthy; `--fake-answer deep` completes with what no parser follows;
-`--fake-answer endless` begins a completion, and goes on with a space every now and then. While there is a file `broken`
+`--fake-answer endless` begins a completion, and goes on with a space every now and then; `--fake-names FILE` adds the
+model of each request to FILE, a line each. While there is a file `broken`
 in its folder, it is healthy and completes nothing.
 """
 
@@ -30,6 +31,7 @@ def respond(connection: socket.socket) -> None:
         data += part
     status, body, kind = b"200 OK", b'{"status":"ok"}', option("--fake-answer")
     if data.startswith(b"POST"):
+        note_name(connection, data)
         status, body = (b"500 Broken", b"{}") if os.path.exists("broken") else (status, ANSWER)
         body = b"[" * 200_000 if kind == "deep" else body
     elif kind == "sick":
@@ -41,6 +43,17 @@ def respond(connection: socket.socket) -> None:
             time.sleep(0.1)
     head = b"HTTP/1.1 %s\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % (status, len(body))
     connection.sendall(head + body)
+
+
+def note_name(connection: socket.socket, data: bytes) -> None:
+    file = option("--fake-names")
+    if file:
+        head, _, body = data.partition(b"\r\n\r\n")
+        length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
+        while len(body) < length:
+            body += connection.recv(65536)
+        with open(file, "a", encoding="utf-8") as names:
+            names.write(body.decode().partition('"model": "')[2].partition('"')[0] + "\n")
 
 
 def main() -> None:

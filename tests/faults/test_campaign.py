@@ -38,6 +38,7 @@ def batch(kind: str, count: int, first: int = 0) -> Iterator[dict[str, object]]:
         ("hostile", 20),
         ("reuse", 4),
         ("bystanders", 14),
+        ("names", 10),
         ("cuts", 2),
         ("hostile over SSH", 4),
     ],

@@ -11,11 +11,13 @@ from collections.abc import Mapping, Sequence
 
 from mlxops.agent.engine import (
     Command,
+    Names,
     Seen,
     Serving,
+    abbreviated,
     check_args,
     expand,
-    options,
+    older_than,
     port_number,
     program,
     runnable,
@@ -26,6 +28,11 @@ from mlxops.agent.engine import (
 from mlxops.core.errors import Refused
 from mlxops.core.world import Answer
 
+_DEFAULT = "default_model"
+"""Its own word for the model that it was started with."""
+_BOTH_NAMES_SINCE = (0, 27)
+"""Before that, the model's name and `default_model` were two models, and each request loaded the one it named (source
+of 0.20.6 to 0.26.4; 0.27.1 to 0.32.2 take them for one)."""
 CACHE = ".cache"
 """A Hugging Face cache with nothing in it, in the server's folder, which is its working directory."""
 _DIED = "generation thread died: "
@@ -35,6 +42,7 @@ _EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(?:Error|Exception): .*$", re.MULTILIN
 class MlxLm:
     name = "mlx-lm"
     distribution = "mlx_lm"
+    completion_paths = frozenset({"/v1/chat/completions", "/chat/completions", "/v1/completions"})  # source, 0.32.2
     reserved = frozenset({"--model", "--host", "--port", "--trust-remote-code", "--adapter-path"})
     needs: frozenset[str] = frozenset()  # it finds template and parsers by itself
     drains = False  # TERM ends it at once, open requests and all
@@ -93,17 +101,31 @@ class MlxLm:
         words = _server_options(argv)
         if words is None:
             return None
-        given = options(words)
-        port = port_number(given.get("--port", "8080"))
+        port = port_number(abbreviated(words, "--port", len("--po")) or "8080")
         if port is None:
             return None
-        return Seen(port, given.get("--model", ""), given.get("--host", "127.0.0.1"))
+        model, host = abbreviated(words, "--model", len("--mo")), abbreviated(words, "--host", len("--ho"))
+        return Seen(port, model or "", host or "127.0.0.1")
 
     def served_name(self, argv: Sequence[str]) -> str | None:
-        return options(argv).get("--model")
+        return abbreviated(argv, "--model", len("--mo"))
 
     def any_name(self, version: str | None) -> bool:
         return False
+
+    def further_names(self, version: str | None) -> tuple[str, ...]:
+        return () if older_than(_BOTH_NAMES_SINCE, version) else (_DEFAULT,)
+
+    def names(self, argv: Sequence[str], version: str | None) -> Names:
+        name = self.served_name(argv)
+        if name is None:
+            return Names(not_asked="its name is not known: it was started without --model")
+        if older_than(_BOTH_NAMES_SINCE, version):
+            return Names(not_asked=f"mlx-lm {version} loads its model again when it is asked by another of its names")
+        if abbreviated(argv, "--adapter-path", len("--ad")):
+            # By its own name the model would be loaded again, without the adapter.
+            return Names((_DEFAULT,))
+        return Names((name, _DEFAULT))
 
     def health(self, host: str, port: int, timeout: float) -> Answer:
         # 200 also while loading; 503 once the thread that generates has died.

@@ -13,10 +13,12 @@ from pathlib import Path
 
 from mlxops.agent.engine import (
     Command,
+    Names,
     Seen,
     Serving,
     check_args,
     expand,
+    older_than,
     options,
     port_number,
     program,
@@ -36,6 +38,8 @@ HOMEBREW_UV = "/opt/homebrew/bin/uv"
 
 _NAMED_SINCE = (1, 7)
 _STRICT_SINCE = (1, 8)
+_CHATS = frozenset({"lm", "multimodal"})
+"""Its `--model-type`s that answer chat completions; the others are embeddings, whisper and images."""
 _PARSERS = ("tool_call_parser", "reasoning_parser")
 _FLAGS = {
     "model_type": "--model-type",
@@ -48,6 +52,7 @@ _FLAGS = {
 class MlxOpenAIServer:
     name = "mlx-openai-server"
     distribution = "mlx_openai_server"
+    completion_paths = frozenset({"/v1/chat/completions", "/v1/responses"})  # source, 1.8.1
     reserved = frozenset(
         {
             *("--model-path", "--host", "--port", "--served-model-name", "--config"),
@@ -127,7 +132,26 @@ class MlxOpenAIServer:
 
     def any_name(self, version: str | None) -> bool:
         # Since 1.8 the name in a request has to be the served one; before, it is not looked at.
-        return _older_than(_STRICT_SINCE, version)
+        return older_than(_STRICT_SINCE, version)
+
+    def further_names(self, version: str | None) -> tuple[str, ...]:
+        return ()
+
+    def names(self, argv: Sequence[str], version: str | None) -> Names:
+        given = options(argv)
+        if given.get("--config"):
+            return Names(drops=False, not_asked="the names that it serves are in its --config file")
+        kind, name = given.get("--model-type", "lm"), self.served_name(argv)
+        if not name:
+            return Names(drops=False, not_asked="its name is not known: its command names no model")
+        return Names(
+            (name,),
+            any=self.any_name(version),
+            # An unknown version that serves under the path of its model may be one that answers to any name.
+            sure=version is not None or "--served-model-name" in given,
+            drops=False,
+            not_asked="" if kind in _CHATS else f"it serves {kind}, which gives no chat completions",
+        )
 
     def health(self, host: str, port: int, timeout: float) -> Answer:
         # It binds only after its start-up. /health stays 200 when the process with the weights has died, and
@@ -163,13 +187,7 @@ def known_options(text: str) -> dict[str, tuple[str, ...]]:
 def _takes_a_name(command: Command) -> bool:
     if command.help is not None:
         return "--served-model-name" in known_options(command.help)
-    return not _older_than(_NAMED_SINCE, command.version)
-
-
-def _older_than(since: tuple[int, int], version: str | None) -> bool:
-    """A version that is not known counts as a recent one."""
-    numbers = re.match(r"(\d+)\.(\d+)", version or "")
-    return numbers is not None and (int(numbers[1]), int(numbers[2])) < since
+    return not older_than(_NAMED_SINCE, command.version)
 
 
 def _check_parsers(command: Command, serving: Serving) -> None:

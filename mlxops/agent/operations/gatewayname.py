@@ -10,19 +10,35 @@ from mlxops.agent.engine import installed_version
 from mlxops.agent.engines import engine_named
 from mlxops.agent.operations.context import Context
 from mlxops.core import planner
+from mlxops.core.names import shown
 from mlxops.core.planner import Target
 
 
 def check_name(ctx: Context, target: Target, port: int) -> None:
     """Before anything is downloaded or stopped. Raises `Refused` (gateway_name), and engine_not_found."""
-    names = _of_port(ctx, "sent", port)
-    if not isinstance(names, list) or not names:
+    names = _sent(ctx, port)
+    if not names:
         return
     settings = ctx.where.settings
     engine = engine_named((target.entry.engine if target.entry else None) or settings.engine)
     command = engine.command(settings.launch.get(engine.name, ()), {**ctx.environ, **settings.env})
-    if not engine.any_name(installed_version(command.argv, engine.distribution)):
-        planner.check_sent_names(port, settings.alias(port, target.name), list(map(str, names)))
+    version = installed_version(command.argv, engine.distribution)
+    if not engine.any_name(version):
+        also = engine.further_names(version)
+        planner.check_sent_names(port, settings.alias(port, target.name), names, also)
+
+
+def name_warning(ctx: Context, alias: str, port: int) -> str | None:
+    """A sentence, if the gateway sends a name that only this engine knows beside the alias."""
+    other = [name for name in _sent(ctx, port) if name != alias]
+    if not other:
+        return None
+    return f"the gateway sends the name {shown(other[0])} to port {port}; another engine there would only know {alias}"
+
+
+def _sent(ctx: Context, port: int) -> list[str]:
+    names = _of_port(ctx, "sent", port)
+    return list(map(str, names)) if isinstance(names, list) else []
 
 
 def context_warning(ctx: Context, port: int, context_length: int | None) -> str | None:

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from mlxops.agent.engine import NoCompletion
+from mlxops.agent.operations.asking import names_of, told
 from mlxops.agent.operations.context import Context, busy, model_lock, repo_lock
 from mlxops.agent.operations.files import Files, cached
 from mlxops.agent.operations.gatewayname import check_name
@@ -17,6 +18,7 @@ from mlxops.agent.operations.swap import start_in_place
 from mlxops.agent.store import now
 from mlxops.core import names, planner
 from mlxops.core.errors import Busy, NotStarted, Refused, UsageError
+from mlxops.core.names import shown
 from mlxops.core.planner import LoadPlan, Outcome, Target
 from mlxops.core.protocol import Phase
 from mlxops.core.registry import Registry
@@ -259,6 +261,14 @@ def _prove_boot_job(ctx: Context, plan: LoadPlan, view: PortView) -> None:
 
     if view.server is None:
         raise planner.boot_port(view, "its server is gone")
+    names = names_of(view)
+    if names.not_asked:
+        raise planner.boot_port(view, f"its server is not asked: {names.not_asked}")
+    if names.sure and not names.any and plan.alias not in names.known:
+        what = f"its server answers to {' and '.join(map(shown, names.known))}, not to {plan.alias}"
+        refused = planner.boot_port(view, what[:300])
+        refused.hint = f"have the boot job start it under the name {plan.alias}; or, {refused.hint}"
+        raise refused
     run = run_of(view.server, plan.port, ctx.system.boot_id())
     try:
         prove(ctx.where, plan.alias, run, ctx.system, ctx.request.number("timeout") or COMPLETION_SECONDS)
@@ -317,6 +327,7 @@ def _load_result(
         "log_path": view.run.log_path if view.run else None,
         "pid": view.pid,
         "notes": list(plan.notes),
+        **told(names_of(view)),
     }
 
 

@@ -46,6 +46,8 @@ def answering(ctx: Context) -> dict[str, object]:
 
 
 def _answering_row(view: PortView, registry: Registry) -> dict[str, object]:
+    from mlxops.agent.operations.asking import names_of, told
+
     entry = registry.models.get(view.model or "")
     return {
         "port": view.port,
@@ -53,27 +55,22 @@ def _answering_row(view: PortView, registry: Registry) -> dict[str, object]:
         "state": view.state.value,
         "owner": view.owner.value if view.owner else None,
         "model": view.model,
-        "answers_to": _answers_to(view),
+        **told(names_of(view)),
+        "paths": _paths(view),
         "context_length": _context_length(entry) if entry and view.owner else None,
         "assigned": bool(registry.on_port(view.port)),
         "detail": view.detail,
     }
 
 
-def _answers_to(view: PortView) -> str | None:
-    """The only name that the live server answers to; None: any name, or not known."""
-    from mlxops.agent.engine import installed_version
+def _paths(view: PortView) -> list[str]:
+    """Where the live server gives completions; empty: not known."""
     from mlxops.agent.engines import ENGINES
 
     run = view.run if view.owner is Owner.MLXOPS else None
     served = run or view.server
-    engine = ENGINES.get(served.engine) if served else None
-    if served is None or engine is None:
-        return None
-    version = run.engine_version if run and run.engine_version else installed_version(served.argv, engine.distribution)
-    # What somebody else started in a way that hides its version may be an old one.
-    sure = run is not None or version is not None
-    return engine.served_name(served.argv) if sure and not engine.any_name(version) else None
+    engine = ENGINES.get(served.engine) if served and view.owner else None
+    return sorted(engine.completion_paths) if engine else []
 
 
 def _context_length(entry: Model) -> int | None:

@@ -14,7 +14,7 @@ from mlxops.agent.engines import engine_named
 from mlxops.agent.installed import described, lacks_architecture
 from mlxops.agent.operations.context import Context, busy, memory_lock
 from mlxops.agent.operations.files import Files
-from mlxops.agent.operations.gatewayname import context_warning
+from mlxops.agent.operations.gatewayname import context_warning, name_warning
 from mlxops.agent.snapshot import ModelFacts, shape
 from mlxops.agent.store import Lock
 from mlxops.agent.system import free_on_disk
@@ -235,6 +235,9 @@ def _warnings(ctx: Context, plan: LoadPlan, prepared: Prepared, facts: ModelFact
     size = size_warning(plan.alias, facts.weight_bytes)
     if size:
         found.append(size)
+    named = name_warning(ctx, plan.alias, plan.port)
+    if named:
+        found.append(named)
     asked = prepared.serving.model.context_length
     promised = context_warning(ctx, plan.port, asked or facts.context_length)
     if promised:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 
 from mlxops.agent.engine import NoCompletion, complete
+from mlxops.agent.operations.asking import names_of
 from mlxops.agent.operations.context import Context
 from mlxops.core.world import Drift, PortView, State, World
 
@@ -14,7 +15,7 @@ SECONDS = 20.0
 """How long a completion of four tokens may take: a server that is busy with others needs longer."""
 
 Probe = dict[str, object]
-"""`{"ok", "seconds", "error"}`."""
+"""`{"ok", "seconds", "error", "name", "not_asked"}`: `ok` is None, and `not_asked` says why, where it was not asked."""
 
 
 def probe(ctx: Context, world: World) -> dict[object, Probe]:
@@ -31,24 +32,30 @@ def probe(ctx: Context, world: World) -> dict[object, Probe]:
     deadline = time.monotonic() + SECONDS + 1
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
-    late: Probe = {"ok": False, "seconds": SECONDS, "error": f"no completion within {SECONDS:.0f} s"}
+    error = f"no completion within {SECONDS:.0f} s"
+    late: Probe = {"ok": False, "seconds": SECONDS, "error": error, "name": None, "not_asked": None}
     return {view.port: probes.get(view.port, late) for view in ready}
 
 
 def _ask(ctx: Context, view: PortView) -> Probe:
+    """Under a name that the server has: it must not load or drop a model for a question of ours."""
+    names = names_of(view)
+    if names.not_asked or not names.known:
+        why = names.not_asked or "its name is not known"
+        return {"ok": None, "seconds": 0.0, "error": None, "name": None, "not_asked": why}
     began = time.monotonic()
-    alias = view.run.alias if view.run and view.run.alias else view.alias or view.model or ""
-    error = None
+    name, error = names.known[0], None
     try:
-        complete(ctx.where.connect_host, view.port, alias, SECONDS)
+        complete(ctx.where.connect_host, view.port, name, SECONDS)
     except (OSError, NoCompletion) as failure:
         error = str(failure)[:300] or type(failure).__name__
-    return {"ok": error is None, "seconds": round(time.monotonic() - began, 3), "error": error}
+    seconds = round(time.monotonic() - began, 3)
+    return {"ok": error is None, "seconds": seconds, "error": error, "name": name, "not_asked": None}
 
 
 def failed(world: World, probes: Mapping[object, Probe]) -> Iterator[Drift]:
     for port, each in probes.items():
-        if not each["ok"] and isinstance(port, int):
+        if each["ok"] is False and isinstance(port, int):
             view = world.ports[port]
             message = f"{port} is up, and gave no completion: {each['error']}"
             hint = f"mlxctl logs --port {port}; then mlxctl load {view.model or 'MODEL'} {port} --force"

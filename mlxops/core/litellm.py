@@ -1,0 +1,425 @@
+"""What LiteLLM makes of its configuration: which name it sends where, for each name that a client may use. Pure.
+
+The reference is LiteLLM 1.109 itself: its source (`proxy_server.load_config`, `get_llm_provider`,
+`pattern_match_deployments`) and what it did with the rows of `tests/control/test_litellm.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from mlxops.core.errors import Refused
+from mlxops.core.gateway import ENVIRON, Entry, Files, Finding, Severity, edit
+from mlxops.core.names import shown
+
+_MAX_ENTRIES = 10_000
+_MAX_STARS = 4
+"""More of them in one pattern would take the time of all their combinations."""
+
+
+@dataclass(frozen=True)
+class Environ:
+    """The gateway's environment, as far as it is known. The values may be secrets: they are never shown."""
+
+    values: Mapping[str, str] = field(default_factory=dict)
+    doubtful: frozenset[str] = frozenset()
+    """Variables whose value depends on who reads the file."""
+    whole: bool = True
+    """False: the gateway may have variables that are not here."""
+
+    def get(self, name: str) -> _Value:
+        return _Value(self.values.get(name) or None, name, name not in self.doubtful)
+
+    def first(self, names: Iterable[str]) -> _Value:
+        """The first of these variables that is set."""
+        return next((found for name in names if (found := self.get(name)).text), _Value())
+
+
+@dataclass(frozen=True)
+class _Value:
+    text: str | None = None
+    variable: str | None = None
+    sure: bool = True
+    place: tuple[str, str] | None = None
+    """Where it is to be changed, if not in the entry: the place, and the key there."""
+    wrong: str = ""
+    """Why LiteLLM cannot take it."""
+
+    def __or__(self, other: _Value) -> _Value:
+        """As `or` does: the first that has a value. A doubtful one may have none."""
+        if self.text is not None or (other.text is None and self.variable):
+            return self
+        return replace(other, sure=other.sure and self.sure)
+
+
+@dataclass(frozen=True)
+class Config:
+    entries: tuple[Entry, ...] = ()
+    """As they are written; the alias of one may be a pattern, such as `jerry-*`."""
+    synonyms: Mapping[str, str] = field(default_factory=dict)
+    """`router_settings.model_group_alias`: name -> the model_name that is meant."""
+    findings: tuple[Finding, ...] = ()
+
+    def concrete(self, names: Iterable[str]) -> tuple[Entry, ...]:
+        """The entries under names that a client can use: those that are written, the synonyms, and for a pattern
+        what it makes of `names`. No alias of the result is a pattern."""
+        found = [e for e in self.entries if "*" not in e.alias and e.alias not in self.synonyms]
+        known = {entry.alias for entry in found}
+        for name, target in self.synonyms.items():
+            found += [replace(entry, alias=name) for entry in self._meant_by(target)]
+        for name in dict.fromkeys(names):
+            if name not in known and name not in self.synonyms:
+                found += self._matched(name)
+            # Behind `studio/*` is `jerry-xl` for those who ask for `studio/jerry-xl`.
+            longer = dict.fromkeys(e.alias.replace("*", name) for e in self.entries if e.alias.count("*") == 1)
+            for asked in longer:
+                if asked != name and asked not in known and asked not in self.synonyms:
+                    found += [entry for entry in self._matched(asked) if entry.sends == name]
+        return tuple(dict.fromkeys(found))
+
+    def _meant_by(self, name: str) -> list[Entry]:
+        return [entry for entry in self.entries if entry.alias == name] or self._matched(name)
+
+    def _matched(self, name: str) -> list[Entry]:
+        """The entries of the most specific pattern that matches."""
+        patterns = {_regex(e.alias): e.alias for e in self.entries if 0 < e.alias.count("*") <= _MAX_STARS}
+        # LiteLLM's order: the longer, then the one with more special characters; equal ones as they stand.
+        ordered = sorted(patterns, key=lambda each: (len(each), sum(map(each.count, "*+?\\^$|()"))), reverse=True)
+        provider = "openai" if _OPENAI_MODEL.match(name) else None
+        for asked in (name, f"{provider}/{name}"):
+            for pattern in ordered:
+                # As LiteLLM does it, a match need not reach the end of the name.
+                if matched := re.match(pattern, asked):
+                    same = (entry for entry in self.entries if _regex(entry.alias) == pattern)
+                    return [_filled(entry, name, matched) for entry in same]
+        return []
+
+
+def deployed(alias: str, model: str, api_base: str | None, provider: str | None) -> Entry:
+    """An entry of the running gateway, which has all that it inherits."""
+    kind, sends = _upstream(model, provider)
+    known = _PROVIDERS.get(kind or "")
+    return Entry(alias, model, sends if known else None, api_base, has_key=True, provider=provider)
+
+
+def _regex(pattern: str) -> str:
+    return re.escape(pattern).replace(r"\*", "(.*)")
+
+
+def _filled(entry: Entry, name: str, matched: re.Match[str]) -> Entry:
+    """The entry of a pattern for one name: the stars of its model are what the pattern's stars matched."""
+    model = entry.model or ""
+    if "*" in model:
+        groups = matched.groups()
+        if len(groups) > model.count("*"):
+            model = matched.string
+        else:
+            for group in groups:
+                model = model.replace("*", group, 1)
+    provider, sends = _upstream(model, entry.provider)
+    known = _PROVIDERS.get(provider or "")
+    return replace(
+        entry,
+        alias=name,
+        model=model,
+        sends=sends if known else None,
+        pattern=entry.alias,
+        open_pattern="*" in (entry.model or ""),
+    )
+
+
+# -- providers ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Provider:
+    """One of LiteLLM's providers that send an OpenAI-compatible request with the rest of `model` as the name."""
+
+    keys: tuple[str, ...] = ()
+    """Variables that it takes a key from."""
+    bases: tuple[str, ...] = ()
+    """Variables that it takes an address from."""
+    keyless: bool = False
+    """Without a key it sends a placeholder, or none."""
+    shares: bool = True
+    """It also takes the address of OPENAI_BASE_URL and OPENAI_API_BASE."""
+    default: str = "https://api.openai.com/v1"
+    """Where it asks if it is given no address."""
+    end: str = "/chat/completions"
+    """What it appends to the address."""
+    whole_path: bool = False
+    """It appends nothing to an address that ends so already."""
+
+
+_SHARED_BASES = ("OPENAI_BASE_URL", "OPENAI_API_BASE")
+_SHARED_KEY = "OPENAI_API_KEY"
+_OPENAI_MODEL = re.compile(r"(?:gpt-|chatgpt-|o[1-9](?:-|$)|ft:gpt-)")
+"""Names that LiteLLM takes for OpenAI's without a provider in front of them; its list changes with each version."""
+
+_PROVIDERS = {
+    "openai": _Provider(),
+    "custom_openai": _Provider(),
+    "text-completion-openai": _Provider(end="/completions"),
+    "litellm_proxy": _Provider(("LITELLM_PROXY_API_KEY",), ("LITELLM_PROXY_API_BASE",)),
+    "hosted_vllm": _Provider(
+        ("HOSTED_VLLM_API_KEY",), ("HOSTED_VLLM_API_BASE",), keyless=True, shares=False, whole_path=True
+    ),
+    "lm_studio": _Provider(("LM_STUDIO_API_KEY",), ("LM_STUDIO_API_BASE",), keyless=True),
+    "llamafile": _Provider(
+        ("LLAMAFILE_API_KEY",),
+        ("LLAMAFILE_API_BASE",),
+        keyless=True,
+        shares=False,
+        default="http://127.0.0.1:8080/v1",
+    ),
+}
+
+
+def _upstream(model: str, provider: str | None) -> tuple[str | None, str | None]:
+    """The provider, and the name that it sends. `provider`: what `custom_llm_provider` says."""
+    if provider and model.split("/", 1)[0] != provider:
+        return provider, model
+    first, slash, rest = model.partition("/")
+    if slash:
+        return first, rest
+    if _OPENAI_MODEL.match(model):
+        return "openai", model
+    return None, None
+
+
+# -- reading the document -----------------------------------------------------------------------------------------
+
+
+def parse(document: object, environ: Environ, files: Files, places: Sequence[str] = ()) -> Config:
+    """What a loaded configuration says, its includes merged into it.
+
+    `places`: file and line of each item of `model_list`. Raises `Refused` (bad_gateway_config) for a document with
+    which LiteLLM does not start.
+    """
+    if not isinstance(document, dict):
+        raise unusable(files, "it is empty" if document is None else "it is not a mapping (key: value)")
+    listed = document.get("model_list")
+    if listed and not isinstance(listed, list):
+        raise unusable(files, "its model_list is not a list")
+    if listed and len(listed) > _MAX_ENTRIES:
+        raise unusable(files, f"its model_list has more than {_MAX_ENTRIES} items")
+    reader = _Reader(document, environ, files)
+    entries, findings = [], list(reader.findings)
+    for index, item in enumerate(listed or ()):
+        where = places[index] if index < len(places) else f"{files.config}, item {index + 1}"
+        read = reader.entry(item, where)
+        if isinstance(read, Entry):
+            entries.append(read)
+            if read.model is None:
+                findings.append(_without_model(read, files))
+        else:
+            hint = "write it as `inv gateway --print` does"
+            message = f"{where}: {read}: LiteLLM does not start with it"
+            findings.append(Finding("bad_entry", None, None, Severity.FAULT, message, hint))
+    return Config(tuple(entries), reader.synonyms, tuple(findings))
+
+
+def _without_model(entry: Entry, files: Files) -> Finding:
+    """LiteLLM does not start with it, whoever's it is."""
+    variable = entry.variables.get("model")
+    hint = edit(entry, "model", f"openai/{entry.alias}", files)
+    if variable is None:
+        message = f"{entry.alias} has no model: LiteLLM does not start with it"
+        return Finding("no_model", entry.alias, None, Severity.FAULT, message, hint)
+    where = files.env or "the environment"
+    message = f"{entry.alias}: the variable {variable} has no value in {where}: without a model LiteLLM does not start"
+    severity = Severity.WARNING if "model" in entry.unsure else Severity.FAULT
+    return Finding("unset_variable", entry.alias, None, severity, message, hint)
+
+
+def unusable(files: Files, why: str) -> Refused:
+    return Refused(
+        "bad_gateway_config",
+        f"{files.config} is not a configuration that LiteLLM starts with",
+        why=why,
+        hint="correct `gateway.config` in hosts.yaml, or that file; mlxops never writes it",
+    )
+
+
+class _Reader:
+    """The sections of a document that reach into its entries."""
+
+    def __init__(self, document: Mapping[object, object], environ: Environ, files: Files) -> None:
+        self.environ = environ
+        self.files = files
+        self.findings: list[Finding] = []
+        self.late = self._late(document.get("environment_variables"))
+        router, module = _mapping(document.get("router_settings")), _mapping(document.get("litellm_settings"))
+        self.defaults = _mapping(router.get("default_litellm_params"))
+        self.module = module
+        self.credentials = dict(self._credentials(document.get("credential_list")))
+        self.renamed = _texts(_mapping(module.get("model_alias_map")))
+        self.synonyms = {**self.renamed, **_texts(_mapping(router.get("model_group_alias")))}
+
+    def _late(self, section: object) -> Environ:
+        """With `environment_variables`, which LiteLLM sets after it has replaced `os.environ/...` in the document."""
+        if not isinstance(section, dict):
+            return self.environ
+        added: dict[str, str] = {}
+        for name, value in section.items():
+            read = self._value(value) if isinstance(value, str) else _Value(str(value))
+            if isinstance(name, str) and read.text is not None:
+                added[name] = read.text
+        doubtful = self.environ.doubtful - added.keys()
+        return Environ({**self.environ.values, **added}, doubtful, self.environ.whole)
+
+    def _credentials(self, section: object) -> Iterator[tuple[str, Mapping[str, object]]]:
+        if not section:
+            return
+        if not isinstance(section, list):
+            raise unusable(self.files, "its credential_list is not a list")
+        for item in reversed(section):  # the first of a name is the one that counts
+            name = item.get("credential_name") if isinstance(item, dict) else None
+            if not isinstance(item, dict) or not isinstance(name, str):
+                raise unusable(self.files, "its credential_list has an item without a credential_name")
+            for key in ("credential_info", "credential_values"):
+                if not isinstance(item.get(key), dict):
+                    raise unusable(self.files, f"the credential {shown(name)} has no {key}")
+            yield name, item["credential_values"]
+
+    def _value(self, raw: object, place: tuple[str, str] | None = None) -> _Value:
+        if raw is None:
+            return _Value()
+        if not isinstance(raw, str):
+            return _Value(wrong="is not text", place=place)
+        if not raw.startswith(ENVIRON):
+            return _Value(raw or None, place=place)
+        found = replace(self.environ.get(raw.replace(ENVIRON, "")), place=place)
+        if found.text is None:
+            return replace(found, sure=self.environ.whole and found.sure)
+        if found.text.strip().lower() in {"true", "false"}:
+            return replace(found, wrong=f"is {found.text} in the environment, which LiteLLM takes for a truth value")
+        return found
+
+    def entry(self, item: object, where: str) -> Entry | str:
+        """The entry, or why LiteLLM would not start with it."""
+        if not isinstance(item, dict):
+            return "is not a mapping"
+        alias, params, info = item.get("model_name"), item.get("litellm_params"), item.get("model_info", {})
+        if not isinstance(alias, str):
+            return "has no model_name" if alias is None else f"the model_name {shown(str(alias))} is not text: quote it"
+        if not isinstance(params, dict):
+            return f"{shown(alias)} has no litellm_params"
+        if not isinstance(info, dict):
+            return f"the model_info of {shown(alias)} is not a mapping"
+        model = self._value(params.get("model"))
+        if model.wrong:
+            return f"the model of {shown(alias)} {model.wrong}"
+        named = self._value(params.get("litellm_credential_name"))
+        credential = self.credentials.get(named.text or "", {})
+
+        def value(key: str, defaults: bool = True) -> _Value:
+            def own(spelled: str) -> _Value:
+                return self._value(params.get(spelled), (where, spelled))
+
+            place = f"router_settings.default_litellm_params of {self.files.config}"
+            found = _Value()
+            # base_url is another word for api_base, and goes first.
+            spellings = ("base_url", key) if key == "api_base" else (key,)
+            for spelled in spellings if defaults else ():
+                found = found | self._value(self.defaults.get(spelled), (place, spelled))
+            for spelled in spellings:
+                found = found | own(spelled) if not found.wrong else found
+            for spelled in spellings:
+                found = found | self._value(credential.get(spelled)) if not found.wrong else found
+            return found
+
+        provider = value("custom_llm_provider")
+        text = self.renamed.get(model.text or "", model.text or "")
+        kind, sends = _upstream(text, provider.text)
+        if self.module.get("use_litellm_proxy") is True:
+            kind, sends = "litellm_proxy", text.removeprefix("litellm_proxy/")
+        known = _PROVIDERS.get(kind or "")
+        if text and _upstream(text, self._value(params.get("custom_llm_provider")).text)[0] is None:
+            known = None  # what a credential says of the provider comes too late
+        base, key = value("api_base"), value("api_key")
+        if known is None:
+            sends = None
+        path_end = known.end if known else "/chat/completions"
+        if kind == "openai" and sends is not None and sends.startswith("responses/"):
+            sends, path_end = sends.removeprefix("responses/"), "/responses"
+        if info.get("mode") == "responses":
+            path_end = "/responses"
+        asked = known or _PROVIDERS["openai"]
+        base_found, key_found = self._address(base, asked), self._key(key, asked)
+        wrong = next((f"{k} {v.wrong}" for k, v in (("api_base", base), ("api_key", key)) if v.wrong), "")
+        fields = {"model": model, "api_base": base, "api_key": key}
+        return Entry(
+            alias=alias,
+            model=text or None,
+            sends=sends,
+            api_base=base_found.text,
+            default_base=asked.default,
+            has_key=asked.keyless or key_found.text is not None,
+            provider=provider.text,
+            end=path_end,
+            whole_path=asked.whole_path,
+            max_input_tokens=_tokens(info) or _tokens(params),
+            variables={name: each.variable for name, each in fields.items() if each.variable},
+            unset=tuple(
+                dict.fromkeys(
+                    each.variable
+                    for each, got in ((base, base_found), (key, key_found))
+                    if each.variable and not each.text and not got.text and not (each is key and asked.keyless)
+                )
+            ),
+            unsure=frozenset(name for name, each in (*fields.items(), ("api_base", base_found)) if not each.sure)
+            | ({"model"} if not provider.sure or not named.sure else set()),
+            where=where,
+            places={name: each.place for name, each in fields.items() if each.place},
+            out=wrong or self._out(info, params),
+            answers_itself="mock_response" in params,
+        )
+
+    def _address(self, own: _Value, provider: _Provider) -> _Value:
+        found = own | self.late.first(provider.bases)
+        if provider.default != _PROVIDERS["openai"].default:
+            return found | _Value(provider.default)
+        found = found | self._value(self.module.get("api_base"), ("litellm_settings", "api_base"))
+        return found | self.late.first(_SHARED_BASES) if provider.shares else found
+
+    def _key(self, own: _Value, provider: _Provider) -> _Value:
+        found = own | self.late.first(provider.keys)
+        for name in ("api_key", "openai_key"):
+            found = found | self._value(self.module.get(name))
+        return found | self.late.get(_SHARED_KEY)
+
+    def _out(self, info: Mapping[str, object], params: Mapping[str, object]) -> str:
+        """Why LiteLLM has the entry and does not use it; empty if it does."""
+        if info.get("blocked") is True:
+            return "model_info.blocked is true: LiteLLM answers 'Model is blocked'"
+        if info.get("team_id") is not None:
+            return "model_info.team_id keeps it to the keys of one team"
+        stages = info.get("supported_environments")
+        if stages is not None:
+            stage = self.environ.get("LITELLM_ENVIRONMENT").text
+            if not isinstance(stages, list) or stage not in stages:
+                return f"model_info.supported_environments leaves it out: LITELLM_ENVIRONMENT is {stage or 'not set'}"
+        wrong = [key for key in ("rpm", "tpm") if isinstance(params.get(key), str) and not str(params[key]).isdigit()]
+        return f"{wrong[0]} is not a number" if wrong else ""
+
+
+def _mapping(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, dict) else {}
+
+
+def _texts(section: Mapping[str, object]) -> dict[str, str]:
+    """Name -> name; a value may be `{model: NAME}`."""
+    found: dict[str, str] = {}
+    for name, value in section.items():
+        target = value.get("model") if isinstance(value, dict) else value
+        if isinstance(name, str) and isinstance(target, str):
+            found[name] = target
+    return found
+
+
+def _tokens(where: object) -> int | None:
+    value = where.get("max_input_tokens") if isinstance(where, dict) else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None

@@ -1,0 +1,467 @@
+"""The table of what LiteLLM does with its configuration, held against our reading and against the real LiteLLM.
+
+A row says which name reaches the server at `BASE` for each name that a client asks for; None: none does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from mlxops.control import gateway, gatewayfiles
+from mlxops.control.inventory import Gateway
+from mlxops.core import gateway as core
+from mlxops.core.errors import Refused
+from mlxops.core.gateway import Port, Severity
+from mlxops.core.world import Owner, State
+from tests.lab import verdicts
+from tests.lab.verdicts import CHAT, PORT
+
+BASE = f"http://127.0.0.1:{PORT}/v1"
+B, K = f"api_base: '{BASE}'", "api_key: none"
+NOBODY = "http://127.0.0.1:9/v1"
+
+
+@dataclass(frozen=True)
+class Case:
+    config: str
+    sends: Mapping[str, str | None] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    encoding: str = "utf-8"
+    starts: bool = True
+
+
+def listed(*entries: tuple[str, str]) -> str:
+    """A `model_list` of (model_name, litellm_params)."""
+    rows = [f"- model_name: {json.dumps(name)}\n  litellm_params: {{{params}}}\n" for name, params in entries]
+    return "model_list:\n" + "".join(rows)
+
+
+def one(params: str, sends: str | None, rest: str = "", **env: str) -> Case:
+    return Case(listed(("a", params)) + rest, {"a": sends}, env)
+
+
+def many(*rows: tuple[str, str | None], rest: str = "", **env: str) -> Case:
+    """One configuration with an entry for each row: (litellm_params, the name that is sent)."""
+    entries = [(f"a{index}", params) for index, (params, _) in enumerate(rows)]
+    return Case(listed(*entries) + rest, {f"a{index}": sends for index, (_, sends) in enumerate(rows)}, env)
+
+
+def credential(values: str, info: str = "credential_info: {}, ") -> str:
+    return f"credential_list: [{{credential_name: c, {info}credential_values: {{{values}}}}}]\n"
+
+
+def include(what: str) -> str:
+    return f"include: {what}\n"
+
+
+A = ("a", f"model: openai/n, {B}, {K}")
+ENTRY = listed(A)
+
+CASES = {
+    "providers": many(
+        (f"model: openai/n, {B}, {K}", "n"),
+        (f"model: openai/n, {B}", None),
+        (f"model: custom_openai/n, {B}, {K}", "n"),
+        (f"model: custom_openai/n, {B}", None),
+        (f"model: openai_like/n, {B}, {K}", None),
+        (f"model: hosted_vllm/n, {B}", "n"),
+        (f"model: lm_studio/n, {B}", "n"),
+        (f"model: llamafile/n, {B}", "n"),
+        (f"model: litellm_proxy/n, {B}, {K}", "n"),
+        (f"model: litellm_proxy/n, {B}", None),
+        (f"model: text-completion-openai/n, {B}, {K}", None),
+        (f"model: ollama/n, {B}", None),
+        (f"model: ollama_chat/n, {B}", None),
+        (f"model: anthropic/n, {B}, {K}", None),
+        (f"model: azure/n, {B}, {K}", None),
+        (f"model: vllm/n, {B}, {K}", None),
+        (f"model: openai/org/n, {B}, {K}", "org/n"),
+        (f"model: openai/openai/n, {B}, {K}", "openai/n"),
+        (f"model: OpenAI/n, {B}, {K}", None),
+        (f"model: ' openai/n', {B}, {K}", None),
+        (f"model: mlx-community/n, {B}, {K}", None),
+        (f"model: n, {B}, {K}", None),
+        (f"model: openai, {B}, {K}", None),
+        (f"model: openai/7, {B}, {K}", "7"),
+        (f"model: gpt-4o, {B}, {K}", "gpt-4o"),
+        (f"model: openai/responses/n, {B}, {K}", None),
+    ),
+    "a provider beside the model": many(
+        (f"model: n, custom_llm_provider: openai, {B}, {K}", "n"),
+        (f"model: org/n, custom_llm_provider: openai, {B}, {K}", "org/n"),
+        (f"model: openai/n, custom_llm_provider: openai, {B}, {K}", "n"),
+        (f"model: openai/n, custom_llm_provider: hosted_vllm, {B}, {K}", "openai/n"),
+        (f"model: hosted_vllm/n, custom_llm_provider: openai, {B}, {K}", "hosted_vllm/n"),
+        (f"model: n, custom_llm_provider: openai_like, {B}, {K}", None),
+    ),
+    "keys": many(
+        (f"model: openai/n, {B}, api_key: ''", None),
+        (f"model: openai/n, {B}, api_key: null", None),
+        (f"model: openai/n, {B}, api_key: os.environ/NOT_SET", None),
+        (f"model: openai/n, {B}, api_key: os.environ/EMPTY", None),
+        (f"model: openai/n, {B}, api_key: os.environ/TRUE", None),
+        (f"model: openai/n, {B}, api_key: os.environ/SET", "n"),
+        (f"model: openai/n, {B}, api_key: 123", None),
+        (f"model: openai/n, {B}, api_key: true", None),
+        (f"model: hosted_vllm/n, {B}, api_key: os.environ/NOT_SET", "n"),
+        (f"model: lm_studio/n, {B}, api_key: os.environ/NOT_SET", "n"),
+        (f"model: llamafile/n, {B}, api_key: ''", "n"),
+        EMPTY="",
+        TRUE="true",
+        SET="x",
+    ),
+    "the usual key": many(
+        (f"model: openai/n, {B}", "n"),
+        (f"model: openai/n, {B}, api_key: os.environ/NOT_SET", "n"),
+        (f"model: custom_openai/n, {B}", "n"),
+        (f"model: litellm_proxy/n, {B}", "n"),
+        OPENAI_API_KEY="x",
+    ),
+    "a provider's own key": many(
+        (f"model: litellm_proxy/n, {B}", "n"),
+        (f"model: custom_openai/n, {B}", None),
+        LITELLM_PROXY_API_KEY="x",
+        CUSTOM_OPENAI_API_KEY="x",
+    ),
+    "addresses from providers' variables": many(
+        ("model: hosted_vllm/n", "n"),
+        ("model: lm_studio/n", "n"),
+        ("model: llamafile/n", "n"),
+        (f"model: litellm_proxy/n, {K}", "n"),
+        HOSTED_VLLM_API_BASE=BASE,
+        LM_STUDIO_API_BASE=BASE,
+        LLAMAFILE_API_BASE=BASE,
+        LITELLM_PROXY_API_BASE=BASE,
+    ),
+    "an address for all": many(
+        (f"model: openai/n, {K}", "n"),
+        (f"model: openai/n, {K}, api_base: os.environ/NOT_SET", "n"),
+        (f"model: custom_openai/n, {K}", "n"),
+        ("model: lm_studio/n", "n"),
+        (f"model: litellm_proxy/n, {K}", "n"),
+        OPENAI_API_BASE=BASE,
+    ),
+    "the other variable of it": one(f"model: openai/n, {K}", "n", OPENAI_BASE_URL=BASE, OPENAI_API_BASE=NOBODY),
+    "base_url": many(
+        (f"model: openai/n, base_url: '{BASE}', {K}", "n"),
+        (f"model: openai/n, base_url: '{BASE}', api_base: '{NOBODY}', {K}", "n"),
+        (f"model: openai/n, base_url: os.environ/URL, {K}", "n"),
+        (f"model: hosted_vllm/n, base_url: '{BASE}'", "n"),
+        URL=BASE,
+    ),
+    "a model from a variable": one(f"model: os.environ/M, {B}, {K}", "n", M="openai/n"),
+    "a variable within a value": many(
+        (f"model: openai/os.environ/M, {B}, {K}", "os.environ/M"),
+        (f"model: openai/n, api_base: 'http://127.0.0.1:${{THE_PORT}}/v1', {K}", None),
+        M="n",
+        THE_PORT=PORT,
+    ),
+    "settings of the module": many(
+        ("model: openai/n", "n"),
+        ("model: hosted_vllm/n", "n"),
+        rest="litellm_settings: {api_base: os.environ/HERE, api_key: none, drop_params: true}\n",
+        HERE=BASE,
+    ),
+    "openai_key of the module": one(f"model: openai/n, {B}", "n", "litellm_settings: {openai_key: none}\n"),
+    "general settings are none of the models": one(
+        "model: openai/n", None, f"general_settings: {{api_base: '{BASE}', api_key: none}}\n"
+    ),
+    "default parameters": many(
+        ("model: openai/n", "n"),
+        (f"model: openai/n, api_base: '{NOBODY}', {K}", "n"),
+        rest=f"router_settings: {{default_litellm_params: {{api_base: '{BASE}', api_key: os.environ/KEY}}}}\n",
+        KEY="x",
+    ),
+    "variables of the configuration": many(
+        ("model: openai/n", "n"),
+        ("model: openai/n, api_base: os.environ/XB, api_key: os.environ/XK", "n"),
+        rest=f"environment_variables: {{OPENAI_API_BASE: '{BASE}', OPENAI_API_KEY: 5, XB: '{NOBODY}', XK: x}}\n",
+        OPENAI_API_BASE=NOBODY,
+    ),
+    "variables of the configuration come too late for its entries": one(
+        "model: openai/n, api_base: os.environ/XB, api_key: os.environ/XK",
+        None,
+        f"environment_variables: {{XB: '{BASE}', XK: none}}\n",
+    ),
+    "credentials": many(
+        ("model: openai/n, litellm_credential_name: c", "n"),
+        ("model: openai/n, litellm_credential_name: os.environ/NAME", "n"),
+        ("model: openai/n, litellm_credential_name: c, api_key: own", "n"),
+        (f"model: openai/n, litellm_credential_name: not-there, {B}, {K}", "n"),
+        (f"model: openai/n, litellm_credential_name: not-there, {B}", None),
+        (f"model: openai/n, litellm_credential_name: C, {B}", None),
+        (f"model: hosted_vllm/n, litellm_credential_name: not-there, {B}", "n"),
+        rest=credential(f"{B}, {K}"),
+        NAME="c",
+    ),
+    "a credential's key from a variable": one(
+        "model: openai/n, litellm_credential_name: c", "n", credential(f"{B}, api_key: os.environ/KEY"), KEY="x"
+    ),
+    "a credential's key from a variable that is not set": one(
+        "model: openai/n, litellm_credential_name: c", None, credential(f"{B}, api_key: os.environ/KEY")
+    ),
+    "a credential without a key": one("model: openai/n, litellm_credential_name: c", None, credential(B)),
+    "a credential without a key, and the usual one": one(
+        "model: openai/n, litellm_credential_name: c", "n", credential(B), OPENAI_API_KEY="x"
+    ),
+    "a credential with base_url": one(
+        "model: openai/n, litellm_credential_name: c", "n", credential(f"base_url: '{BASE}', {K}")
+    ),
+    "a credential that names the provider": many(
+        ("model: openai/n, litellm_credential_name: c", "openai/n"),
+        ("model: n, litellm_credential_name: c", None),
+        rest=credential(f"custom_llm_provider: hosted_vllm, {B}, {K}"),
+    ),
+    "two credentials of one name": one(
+        "model: openai/n, litellm_credential_name: c",
+        "n",
+        credential(f"{B}, {K}").replace(
+            "]\n", f", {{credential_name: c, credential_info: {{}}, credential_values: {{api_base: '{NOBODY}'}}}}]\n"
+        ),
+    ),
+    "a credential without its info": Case(ENTRY + credential(B, info=""), starts=False),
+    "a credential list that is none": Case(ENTRY + "credential_list: {c: {}}\n", starts=False),
+    "a pattern": Case(
+        listed(("jerry-*", f"model: 'openai/jerry-*', {B}, {K}")),
+        {"jerry-xl": "jerry-xl", "jerry-l": "jerry-l", "other": None},
+    ),
+    "a pattern for all": Case(
+        listed(("*", f"model: 'openai/*', {B}, {K}")),
+        {"jerry-xl": "jerry-xl", "openai/jerry-xl": "openai/jerry-xl", "gpt-4o": "gpt-4o"},
+    ),
+    "a pattern of a provider": Case(
+        listed(("openai/*", f"model: 'openai/*', {B}, {K}")),
+        {"jerry-xl": None, "openai/jerry-xl": "jerry-xl", "gpt-4o": "gpt-4o"},
+    ),
+    "a pattern with a prefix": Case(
+        listed(("studio/*", f"model: 'openai/*', {B}, {K}")), {"studio/jerry-xl": "jerry-xl", "jerry-xl": None}
+    ),
+    "a pattern at the beginning": Case(
+        listed(("*-xl", f"model: 'openai/*-xl', {B}, {K}")),
+        {"jerry-xl": "jerry-xl", "jerry-xl-2": "jerry-xl", "xl": None},
+    ),
+    "a pattern for one name": Case(listed(("*", f"model: openai/n, {B}, {K}")), {"jerry-xl": "n"}),
+    "a pattern of a provider that needs no key": Case(listed(("*", f"model: 'hosted_vllm/*', {B}")), {"x": "x"}),
+    "more patterns than one": Case(
+        listed(
+            ("jerry-*", f"model: openai/m, {B}, {K}"),
+            ("*", f"model: openai/n, {B}, {K}"),
+            ("jerry-x*", f"model: openai/x, {B}, {K}"),
+        ),
+        {"jerry-xl": "x", "jerry-l": "m", "other": "n"},
+    ),
+    "equal patterns": Case(
+        listed(("ab*", f"model: openai/one, {B}, {K}"), ("*bc", f"model: openai/two, {B}, {K}")), {"abbc": "one"}
+    ),
+    "a pattern and a name": Case(
+        listed(("jerry-*", f"model: 'openai/jerry-*', {B}, {K}"), ("jerry-xl", f"model: openai/exact, {B}, {K}")),
+        {"jerry-xl": "exact", "jerry-l": "jerry-l"},
+    ),
+    "patterns with two stars": Case(
+        listed(("*-*", f"model: 'openai/*_*', {B}, {K}"), ("*.*", f"model: 'openai/*', {B}, {K}")),
+        {"jerry-xl": "jerry_xl", "jerry.xl": None},
+    ),
+    "a model with more stars than its pattern": Case(
+        listed(("jerry-*", f"model: 'openai/*/*', {B}, {K}")), {"jerry-xl": "xl/*"}
+    ),
+    "other letters of a pattern are themselves": Case(
+        listed(("jerry.*", f"model: 'openai/*', {B}, {K}"), ("JERRY-*", f"model: 'openai/*', {B}, {K}")),
+        {"jerry.xl": "xl", "jerryxl": None, "jerry-xl": None},
+    ),
+    "a model that is only a star": Case(listed(("*", f"model: '*', {B}, {K}")), {"jerry-xl": None}),
+    "synonyms": Case(
+        ENTRY + "router_settings: {model_group_alias: {b: a, c: {model: a, hidden: true}, d: nobody, e: b}}\n",
+        {"a": "n", "b": "n", "c": "n", "d": None, "e": None},
+    ),
+    "a synonym goes before an entry": Case(
+        listed(A, ("b", f"model: openai/m, {B}, {K}")) + "router_settings: {model_group_alias: {a: b}}\n", {"a": "m"}
+    ),
+    "a synonym for what a pattern matches": Case(
+        listed(("j*", f"model: 'openai/j*', {B}, {K}")) + "router_settings: {model_group_alias: {b: jxl}}\n",
+        {"b": "jxl"},
+    ),
+    "other names for models": Case(
+        listed(A, ("b", f"model: openai/m, {B}, {K}"))
+        + "litellm_settings: {model_alias_map: {c: a, openai/m: openai/k}}\n",
+        {"c": "n", "b": "k"},
+    ),
+    "what the entry says of the model": many(
+        (f"model: openai/n, {B}, {K}, order: 1, weight: 1, rpm: 5, timeout: 5, drop_params: true", "n"),
+        (f"model: openai/n, {B}, {K}, extra_headers: {{a: b}}, timeout: os.environ/NOT_SET", "n"),
+        (f"model: openai/n, {B}, {K}, rpm: many", None),
+    ),
+    "model_info": Case(
+        ENTRY
+        + "".join(
+            f"- model_name: {name}\n  litellm_params: {{model: openai/n, {B}, {K}}}\n  model_info: {{{info}}}\n"
+            for name, info in (
+                ("b", "mode: embedding"),
+                ("c", "disabled: true"),
+                ("d", "blocked: true"),
+                ("e", "supported_environments: [production]"),
+                ("f", "supported_environments: [staging]"),
+                ("g", "mode: responses"),
+                ("h", "id: x, base_model: gpt-4o, access_groups: [y]"),
+            )
+        ),
+        {"b": "n", "c": "n", "d": None, "e": "n", "f": None, "g": None, "h": "n"},
+        {"LITELLM_ENVIRONMENT": "production"},
+    ),
+    "addresses": many(
+        (f"model: openai/n, api_base: 'http://127.0.0.1:{PORT}/v1/', {K}", "n"),
+        (f"model: openai/n, api_base: 'HTTP://LOCALHOST:{PORT}/v1', {K}", "n"),
+        (f"model: openai/n, api_base: 'http://0.0.0.0:{PORT}/v1', {K}", "n"),
+        (f"model: openai/n, api_base: 'http://[::ffff:127.0.0.1]:{PORT}/v1', {K}", "n"),
+        (f"model: openai/n, api_base: 'http://127.0.0.1:0{PORT}/v1', {K}", "n"),
+        (f"model: hosted_vllm/n, api_base: '{BASE}/chat/completions', {K}", "n"),
+        (f"model: hosted_vllm/n, api_base: '{BASE}//', {K}", "n"),
+        (f"model: openai/n, api_base: 'http://127.0.0.1:{PORT}', {K}", None),
+        (f"model: hosted_vllm/n, api_base: 'http://127.0.0.1:{PORT}/', {K}", None),
+        (f"model: openai/n, api_base: '{BASE}//', {K}", None),
+        (f"model: openai/n, api_base: '{BASE}/chat/completions', {K}", None),
+        (f"model: openai/n, api_base: 'http://127.0.0.1:{PORT}/V1', {K}", None),
+        (f"model: openai/n, api_base: '{BASE}?x=1', {K}", None),
+        (f"model: openai/n, api_base: 'http://u:p@127.0.0.1:{PORT}/v1', {K}", None),
+        (f"model: openai/n, api_base: '127.0.0.1:{PORT}/v1', {K}", None),
+        (f"model: openai/n, api_base: 'localhost:{PORT}/v1', {K}", None),
+        (f"model: openai/n, api_base: 'http://127.1:{PORT}/v1', {K}", None),
+        (f"model: openai/n, api_base: 'http://2130706433:{PORT}/v1', {K}", None),
+        (f"model: openai/n, api_base: 'https://127.0.0.1:{PORT}/v1', {K}", None),
+        (f"model: openai/n, api_base: ' {BASE}', {K}", None),
+        (f"model: openai/n, api_base: '{BASE} ', {K}", None),
+        (f"model: openai/n, api_base: 'http:/127.0.0.1:{PORT}/v1', {K}", None),
+        (f"model: openai/n, api_base: 7, {K}", None),
+        (f"model: openai/n, api_base: [x], {K}", None),
+    ),
+    "anchors and merge keys": Case(
+        f"x: &e\n  model: openai/n\n  api_base: '{BASE}'\n  api_key: none\nmodel_list:\n- model_name: a\n"
+        "  litellm_params: *e\n- model_name: b\n  litellm_params: {<<: *e, model: openai/m}\n",
+        {"a": "n", "b": "m"},
+    ),
+    "keys that are given twice": Case(
+        listed(("old", f"model: openai/old, {B}, {K}")) + listed(("a", f"model: openai/m, model: openai/n, {B}, {K}")),
+        {"a": "n", "old": None},
+    ),
+    "a byte order mark": Case(ENTRY, {"a": "n"}, encoding="utf-8-sig"),
+    "CRLF": Case(ENTRY.replace("\n", "\r\n"), {"a": "n"}),
+    "UTF-16": Case(ENTRY, encoding="utf-16", starts=False),
+    "tabs": Case("model_list:\n\t- model_name: a\n", starts=False),
+    "two documents": Case(ENTRY + "---\nmodel_list: []\n", starts=False),
+    "nothing": Case("", starts=False),
+    "comments alone": Case("# nothing\n", starts=False),
+    "no models": Case("model_list: null\n", {"a": None}),
+    "a list": Case("- a\n", starts=False),
+    "a model_list that is none": Case("model_list: {a: b}\n", starts=False),
+    "an item that is nothing": Case(ENTRY + "- null\n", starts=False),
+    "an item without parameters": Case(ENTRY + "- {model_name: b}\n", starts=False),
+    "an item without a model": Case(ENTRY + "- {model_name: b, litellm_params: {}}\n", starts=False),
+    "an item without a name": Case(ENTRY + "- {litellm_params: {model: openai/n}}\n", starts=False),
+    "an item with a number for a name": Case(
+        ENTRY + "- {model_name: 7, litellm_params: {model: openai/n, api_key: x}}\n", starts=False
+    ),
+    "an item with empty information": Case(ENTRY + "  model_info:\n", starts=False),
+    "a model that has no value": Case(listed(A, ("b", "model: os.environ/NOT_SET")), starts=False),
+    "an include": Case(include("[m.yaml]"), {"a": "n"}, files={"m.yaml": ENTRY}),
+    "includes are joined": Case(
+        include("[config.yaml, m.yaml, m.yaml]") + listed(("b", f"model: openai/m, {B}, {K}")),
+        {"a": "n", "b": "m"},
+        files={"m.yaml": ENTRY},
+    ),
+    "an include in an include, beside it": Case(
+        include("[d/m.yaml]"), {"a": "n"}, files={"d/m.yaml": include("[k.yaml]"), "d/k.yaml": ENTRY}
+    ),
+    "an include in an include, beside the first": Case(
+        include("[d/m.yaml]"), {"a": "n"}, files={"d/m.yaml": include("[k.yaml]"), "k.yaml": ENTRY}
+    ),
+    "an include that is empty": Case(include("[m.yaml]") + ENTRY, {"a": "n"}, files={"m.yaml": ""}),
+    "an include replaces what is not a list": Case(
+        include("[m.yaml]") + listed(("a", f"model: openai/n, {B}")) + "litellm_settings: {api_key: none}\n",
+        {"a": None},
+        files={"m.yaml": "litellm_settings: {drop_params: true}\n"},
+    ),
+    "an include without models takes them away": Case(
+        include("[m.yaml]") + ENTRY, {"a": None}, files={"m.yaml": "model_list:\n"}
+    ),
+    "no includes": Case(include("[]") + ENTRY, {"a": "n"}),
+    **{
+        f"include: {what}": Case(include(what) + ENTRY, files={"m.yaml": ENTRY, "l.yaml": "- a\n"}, starts=False)
+        for what in (
+            "m.yaml",
+            "5",
+            "null",
+            "{a: b}",
+            "[5]",
+            "[m.yaml, null]",
+            "[not-there.yaml]",
+            "['*.yaml']",
+            "[l.yaml]",
+            "['']",
+        )
+    },
+}
+
+
+def ours(case: Case, folder: Path, port: int = 28123) -> dict[str, str | None] | None:
+    """Our reading of a case; None: LiteLLM does not start."""
+    for name, text in {"config.yaml": case.config, **case.files}.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(text.replace(PORT, str(port)).encode(case.encoding))
+    env = folder / "gateway.env"
+    env.write_text("".join(f"{name}={value}\n" for name, value in case.env.items()).replace(PORT, str(port)))
+    try:
+        told = gatewayfiles.read(Gateway(str(folder / "config.yaml"), str(env), None, None))
+    except Refused:
+        return None
+    if any(each.severity is Severity.FAULT for each in told.findings):
+        return None
+    return {name: _sent(told, name, port) for name in case.sends}
+
+
+def _sent(told: gatewayfiles.Told, name: str, port: int) -> str | None:
+    """The name that reaches the server, if nothing that we find says that it does not."""
+    # A server that knows every name, at the path that all engines have.
+    here = Port("here", "127.0.0.1", port, name, State.READY, Owner.MLXOPS, "m", answers_to_any=True)
+    ports = [replace(here, paths=frozenset({CHAT}))]
+    entries = [entry for entry in gateway.under(told, ports).entries if entry.alias == name]
+    found = core.compare(entries, ports, told.files, gateway.same_host)
+    faults = [each.code for each in found if each.severity is Severity.FAULT]
+    return None if faults or not entries else entries[0].certain_name
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_configuration_means_what_litellm_does_with_it(tmp_path: Path, name: str) -> None:
+    case = CASES[name]
+    assert ours(case, tmp_path) == (dict(case.sends) if case.starts else None)
+
+
+@pytest.mark.timeout(400)
+def test_the_table_is_what_the_real_litellm_does(litellm: Path) -> None:
+    rows = [{**asdict(case), "asks": list(case.sends)} for case in CASES.values()]
+    done = subprocess.run(
+        [litellm / "bin" / "python", verdicts.__file__],
+        input=json.dumps(rows),
+        env={"PATH": os.defpath, "LC_ALL": "C.UTF-8", "LITELLM_LOCAL_MODEL_COST_MAP": "True"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    wrong = []
+    for (name, case), said in zip(CASES.items(), json.loads(done.stdout), strict=True):
+        real = None if "start" in said else {each: _reached(*answer) for each, answer in said.items()}
+        if real != (dict(case.sends) if case.starts else None):
+            wrong.append(f"{name}: {said}")
+    assert not wrong, "\n".join(wrong)
+
+
+def _reached(status: int, names: list[str]) -> str | None:
+    return names[-1] if status == 200 and names else None
