@@ -313,7 +313,8 @@ def _plan_for_port(
     if view.owner is Owner.MLXOPS and view.run is not None and view.run.model == target.name:
         return _plan_on_same(view, wanted, start, force)
     if view.owner is Owner.HAND and view.server is not None and _is_as_wanted(view.server, wanted):
-        return LoadPlan(target, port, alias, Outcome.ADOPT, notes=("it was started by hand and is adopted",))
+        notes = ("it was started by hand and is adopted", *_what_stays(view))
+        return LoadPlan(target, port, alias, Outcome.ADOPT, notes=notes)
     if view.orphan in {Orphan.INTERRUPTED, Orphan.LEADERLESS, Orphan.PORTLESS}:
         return LoadPlan(
             target, port, alias, Outcome.START, stops=(view,), notes=(f"{port}: {view.detail}; it is stopped",)

@@ -10,13 +10,15 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
 from tests.faults.lab import MODELS, QuickHost
+from tests.lab import models
 from tests.lab.homelab import Homelab
 from tests.lab.sshd import missing
 from tests.lab.world import wait_until
@@ -295,15 +297,11 @@ def test_the_port_on_which_a_server_listens_counts_and_not_the_one_in_its_argv(h
 
 PREFIXES = {
     "nice": ["/usr/bin/nice", "-n", "10", "{engine}"],
-    "env": ["/usr/bin/env", "A=B", "{engine}"],
-    "an empty environment": ["/usr/bin/env", "-i", "{engine}"],
     "options behind": ["{appends}"],
-    "a wrapper that stays": ["{stays}"],
     "a wrapper in Python": ["{python}"],
 }
 SCRIPTS = {
     "appends": '#!/bin/sh\nexec {engine} "$@" --log-level WARNING\n',
-    "stays": '#!/bin/sh\n{engine} --temp 0 "$@"\necho ended\n',
     "python": "#!{interpreter}\nimport os, sys\nos.execv('{engine}', ['x', *sys.argv[1:], '--late-option'])\n",
 }
 
@@ -329,3 +327,32 @@ def test_however_an_engine_is_launched_it_is_ready_and_nothing_touches_it(host: 
     assert json.loads(record)["pid"] == loaded["pid"] and alive(loaded["pid"])
     assert result(host, "unload", str(port))["state"] == "idle"
     wait_until(lambda: not host.process("--model"), WAIT, "the end of everything")
+
+
+def test_a_real_server_that_lost_its_port_holds_its_model_and_is_told(engine: Path, homelab: Homelab) -> None:
+    """mlx_lm.server goes on without a port: its main thread has ended, the one with the model has not."""
+    studio = homelab.studio
+    paths = [studio.install(f"tiny-org/{model}", model) for model in (models.QWEN, models.LLAMA)]
+    port = str(studio.ports[0])
+    where = ["--host", studio.address, "--port", port]
+    argv = [[str(engine / "bin" / "mlx_lm.server"), "--model", str(path), *where] for path in paths]
+    environ = studio.environment | {"HF_HUB_OFFLINE": "1"}
+    log = studio.folder / "second.log"
+    with ExitStack() as stack, log.open("wb") as output:
+
+        def started(words: list[str]) -> subprocess.Popen[bytes]:
+            process = subprocess.Popen(words, cwd=studio.home, env=environ, stdout=output, stderr=output)
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            return process
+
+        first = started(argv[0])
+        wait_until(lambda: studio.listening(studio.ports[0]), 60, "the first")
+        second = started(argv[1])
+        wait_until(lambda: b"Address already in use" in log.read_bytes(), 60, "the second to lose")
+        found = studio.mlxctl("status", "--json").ok().json["hosts"][0]
+        assert [row["pid"] for row in found["ports"] if row["state"] == "ready"] == [first.pid]
+        assert [row["portless"] for row in found["ports"] if row["state"] == "ready"] == [[second.pid]]
+        assert f"kill {second.pid}" in " ".join(each["hint"] for each in found["drift"])
+        studio.mlxctl("unload", port, "--force").ok()
+        assert (first.wait(10), second.wait(10)) == (-signal.SIGTERM, -signal.SIGTERM)

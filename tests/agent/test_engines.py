@@ -417,6 +417,7 @@ def test_what_the_engines_do_by_themselves_is_known() -> None:
         "mlx-openai-server", Seen(None, "", None),
     )  # fmt: skip
     assert recognise(["mlx_lm.server", "--port=8102", "--model=a"]) == ("mlx-lm", Seen(8102, "a", "127.0.0.1"))
+    assert recognise(["mlx_lm.server", "--mod=a", "--por", "9", "--hos", "::1"]) == ("mlx-lm", Seen(9, "a", "::1"))
     assert recognise(["mlx_lm.server", "--port", "1", "--port", "2"]) == ("mlx-lm", Seen(2, "", "127.0.0.1"))
 
 
@@ -434,7 +435,6 @@ def test_what_the_engines_do_by_themselves_is_known() -> None:
         ("mlx-openai-server", "--help"),
         ("mlx_lm.server", "--port", "abc"),
         ("mlx_lm.server", "--port", "-1"),
-        ("mlx_lm.server", "--port"),
         ("mlx-openai-server", "launch", "--port", "9" * 5000),
         ("mlx_lm.server", "--port", "9" * 5000),
         ("/opt/mlx_lm.server/python", "x.py"),

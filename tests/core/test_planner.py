@@ -43,6 +43,7 @@ from tests.core.worlds import (
     registry,
     run,
     seen_ports,
+    server,
     serving,
     signals,
     world,
@@ -316,6 +317,50 @@ def test_unload_when_there_is(situation: str) -> None:
     assert (plan.stop is not None, plan.clear) == (case.stops, case.clears)
     assert plan.stop in (None, seen.ports[case.port])
     assert plan.changed == (case.stops or bool(case.clears))
+
+
+LOST = replace(server("b"), pid=5001, pgid=5001)
+"""A server by hand that is to listen where another one does."""
+
+
+@pytest.mark.parametrize(
+    "there", [serving(), by_hand(), of_somebody(), at_boot(port=8103)], ids=lambda each: str(each.hand)
+)
+def test_a_server_that_lost_its_port_is_stopped_with_force_whoever_has_the_port(there: Signals) -> None:
+    seen = world(EMPTY, replace(there, portless=(LOST,)))
+    plan = plan_unload(EMPTY, seen, 8103, force=True)
+    assert plan.portless == (LOST,) and plan.changed
+    owned = seen.ports[8103].owner in OURS
+    assert (plan.stop is not None) == owned and bool(plan.notes) != owned
+
+
+def test_a_server_that_lost_its_port_stays_without_force_and_is_named() -> None:
+    plan = plan_unload(EMPTY, world(EMPTY, replace(serving(), portless=(LOST,))), 8103, force=False)
+    assert plan.stop is not None and plan.portless == () and "pid 5001" in plan.notes[0] and "--force" in plan.notes[0]
+
+
+def test_the_parent_of_a_server_by_hand_is_named_wherever_it_matters() -> None:
+    parent = "pid 444: python panel.py"
+    seen = replace(by_hand(), hand=replace(server(), starter=parent))
+    there, known = world(EMPTY, seen), registry(a=None, b=None)
+    with pytest.raises(Refused) as caught:
+        plan_unload(EMPTY, there, 8103, force=False)
+    notes = [
+        *plan_unload(EMPTY, there, 8103, force=True).notes,
+        *Load(ADOPT, (seen,)).plan().notes[1:],
+        *Load(START, (seen,), known, model="b", force=True).plan().notes[:1],
+    ]
+    assert parent in caught.value.why and parent in there.ports[8103].detail
+    assert notes == [f"its parent, {parent}, is left alone, and may start it again"] * 3
+
+
+def test_a_foreign_port_names_the_command_that_frees_it() -> None:
+    there = world(EMPTY, of_somebody())
+    with pytest.raises(Refused) as unload:
+        plan_unload(EMPTY, there, 8103, force=True)
+    with pytest.raises(Refused) as load:
+        Load("foreign_port", (of_somebody(),)).plan()
+    assert unload.value.hint.endswith(": kill 6000") and "on the host: kill 6000" in load.value.hint
 
 
 def test_a_server_by_hand_is_refused_with_its_pid_and_command() -> None:

@@ -18,7 +18,6 @@ from mlxops.agent.engine import (
     check_args,
     expand,
     older_than,
-    options,
     port_number,
     program,
     runnable,
@@ -102,11 +101,11 @@ class MlxLm:
         words = _server_options(argv)
         if words is None:
             return None
-        given = options(words)
-        port = port_number(given.get("--port", "8080"))
+        port = port_number(abbreviated(words, "--port", len("--po")) or "8080")
         if port is None:
             return None
-        return Seen(port, given.get("--model", ""), given.get("--host", "127.0.0.1"))
+        model, host = abbreviated(words, "--model", len("--mo")), abbreviated(words, "--host", len("--ho"))
+        return Seen(port, model or "", host or "127.0.0.1")
 
     def served_name(self, argv: Sequence[str]) -> str | None:
         return abbreviated(argv, "--model", len("--mo"))

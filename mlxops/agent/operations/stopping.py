@@ -79,11 +79,12 @@ def stop_portless(ctx: Context, server: Server, port: int) -> None:
     processes.stop(ctx.system, run_of(server, port, ctx.system.boot_id()), grace=END_SECONDS)
 
 
-def shown_stop(view: PortView) -> str:
+def shown_stop(view: PortView, *, owner: bool = False) -> str:
     """A server that is to be stopped, with the processes that only run it."""
     wrappers = view.server.wrappers if view.server and view.owner is Owner.HAND else ()
     along = f", with pid {', '.join(map(str, wrappers))}, which runs it" if wrappers else ""
-    return f"{view.model or 'a server'} on {view.port}, pid {view.pid}, owner {view.owner}{along}"
+    whose = f", owner {view.owner}" if owner else ""
+    return f"{view.model or 'a server'} on {view.port}, pid {view.pid}{whose}{along}"
 
 
 def _run_of(ctx: Context, view: PortView) -> Run:

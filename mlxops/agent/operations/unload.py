@@ -133,7 +133,7 @@ def _unload_result(ctx: Context, plan: UnloadPlan, began: float) -> dict[str, ob
 
 
 def _shown_unload(plan: UnloadPlan) -> dict[str, object]:
-    stops = [shown_stop(plan.stop)] if plan.stop else []
+    stops = [shown_stop(plan.stop, owner=True)] if plan.stop else []
     stops += [f"{each.model or 'a server'} for {plan.port}, pid {each.pid}, owner hand" for each in plan.portless]
     return {"stops": stops, "clears": list(plan.clear)}
 

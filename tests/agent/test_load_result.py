@@ -1,0 +1,57 @@
+"""A load says that it is done only of a server that is ready."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mlxops.agent.operations import load
+from mlxops.agent.operations.context import Context
+from mlxops.agent.place import place
+from mlxops.agent.store import Store
+from mlxops.agent.system import this_system
+from mlxops.core.errors import Exit, NotStarted
+from mlxops.core.planner import LoadPlan, Outcome, Target
+from mlxops.core.protocol import Request
+from mlxops.core.settings import Settings
+from mlxops.core.world import Owner, PortView, State
+
+PLAN = LoadPlan(Target("a", "org/a"), 8103, "jerry-s", Outcome.START)
+
+
+def view(state: State) -> PortView:
+    owner = None if state is State.IDLE else Owner.MLXOPS
+    return PortView(8103, "jerry-s", state, owner, "a", pid=77, detail=f"it is {state}")
+
+
+@pytest.fixture
+def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Context]:
+    """A host on which a port is seen in one state after the other; in the last one for ever."""
+    monkeypatch.setattr(load, "READY_SECONDS", 0.3)
+
+    def context(*states: State) -> Context:
+        left = list(states)
+        monkeypatch.setattr(Context, "look_again", lambda self, port: view(left.pop(0) if len(left) > 1 else left[0]))
+        settings = Settings(hub=str(tmp_path), state=str(tmp_path))
+        where = place(settings, os.environ)
+        store = Store(where.state, where.registry)
+        return Context(Request("load", {}, settings, ""), where, store, this_system(), lambda event: None, {})
+
+    return context
+
+
+@pytest.mark.parametrize("state", [each for each in State if each is not State.READY])
+def test_any_other_state_is_a_failure(seen: Callable[..., Context], state: State) -> None:
+    with pytest.raises(NotStarted) as caught:
+        load._load_result(seen(state), PLAN, 0.0, changed=True)
+    error = caught.value
+    assert (error.exit, error.code, error.why) == (Exit.NOT_STARTED, "not_ready", f"it is {state}")
+    assert f"is {state} a moment later" in error.message and "mlxctl load a 8103 --force" in error.hint
+
+
+def test_a_server_that_is_late_with_an_answer_is_waited_for(seen: Callable[..., Context]) -> None:
+    result = load._load_result(seen(State.WEDGED, State.UNKNOWN, State.READY), PLAN, 0.0, changed=True)
+    assert result["state"] == "ready"
