@@ -266,12 +266,15 @@ class TestAServerBelongsToTheJob:
         seen = Seen(folders={PARENT: str(box.script.parent)})
         assert box.claim(seen, *words, script=str(box.script)) is not None
 
-    @pytest.mark.parametrize("configured", ["link", "trailing slash", "home", "spaces"])
+    @pytest.mark.parametrize("configured", ["link", "a link, and the file is gone", "trailing slash", "home", "spaces"])
     def test_if_hosts_yaml_spells_the_script_otherwise(self, box: Box, configured: str) -> None:
         script = box.write("home/bin/start all.sh", "#!/bin/sh\n") if configured in {"home", "spaces"} else box.script
         (box.root / "usr").symlink_to(box.root / "opt")
+        if "gone" in configured:
+            script.unlink()
         path = {
             "link": str(box.root / "usr/mlx/start.sh"),
+            "a link, and the file is gone": str(box.root / "usr/mlx/start.sh"),
             "trailing slash": f"{script}/",
             "home": "~/bin/start all.sh",
             "spaces": str(script),
