@@ -455,7 +455,7 @@ class _Managers:
         # Where none runs, systemctl fails as well, and that is an answer.
         runtime = Path(self._environ["XDG_RUNTIME_DIR"])
         user = arguments[:1] == ("--user",)
-        if (runtime / "systemd/private" if user else self._roots.system / "run/systemd/system").exists():
+        if (runtime / "systemd/private" if user else self._roots.system / "run/systemd/private").exists():
             self._unanswered.append(f"systemd{' --user' if user else ''} did not answer")
         return ""
 

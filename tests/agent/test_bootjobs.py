@@ -457,7 +457,7 @@ class TestAJobIs:
         box.launchctl(script)
         assert box.state().standing is Standing.UNKNOWN
 
-    @pytest.mark.parametrize("private", ["run/systemd/system", "run/user/systemd/private"])
+    @pytest.mark.parametrize("private", ["run/systemd/private", "run/user/systemd/private"])
     def test_unknown_where_a_systemd_that_runs_does_not_answer(self, box: Box, private: str) -> None:
         box.environ["XDG_RUNTIME_DIR"] = str(box.root / "run/user")
         box.systemctl("echo Failed to connect to bus >&2; exit 1")
