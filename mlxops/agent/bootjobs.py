@@ -12,13 +12,15 @@ from __future__ import annotations
 import os
 import re
 import stat
+import subprocess
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from mlxops.agent.managers import ABSENT, NO_DOMAIN, ask_manager, which
+from mlxops.agent import managers as service_managers
+from mlxops.agent.managers import ABSENT, NO_DOMAIN, which
 from mlxops.agent.system import Look, Process, System
 from mlxops.core.bootjobs import (
     CARRIERS,
@@ -225,7 +227,7 @@ class BootJobs:
         """Whether the system will start it, as far as can be seen without root."""
         managers = self._managers[job]
         found = managers.state()
-        if found is not None and found.standing is not Standing.UNKNOWN:
+        if found is not None and found.standing not in {Standing.UNKNOWN, Standing.DISABLED}:
             return found
         runner = self._runner(look, job)
         if runner is not None:
@@ -303,7 +305,9 @@ class _Managers:
     def state(self) -> JobState | None:
         """None: neither knows it."""
         found = [*self._of_launchd(), *self._of_systemd()]
-        order = list(Standing)
+        if self._unanswered:
+            found.append(JobState(self._job, Standing.UNKNOWN, "; ".join(dict.fromkeys(self._unanswered)), self.stop()))
+        order = [*(each for each in Standing if each is not Standing.DISABLED), Standing.DISABLED]
         return min(found, key=lambda state: order.index(state.standing), default=None)
 
     def stop(self, label: str = "") -> str:
@@ -345,7 +349,7 @@ class _Managers:
             domains.insert(0, self._own_plist.domain)
         for domain in dict.fromkeys(domains if self.label else []):
             try:
-                done = ask_manager(self._environ, "launchctl", "print", f"{domain}/{self.label}")
+                done = _ask(self._environ, "launchctl", "print", f"{domain}/{self.label}")
             except (Refused, OSError):
                 self._unanswered.append("launchd did not answer")
                 break
@@ -376,12 +380,10 @@ class _Managers:
                 when = "boot" if own.domain == "system" else "login"
                 why = f"{own.path} is there, and launchd loads it at the next {when}"
                 yield JobState(self._job, Standing.INSTALLED, why, bootout(own.domain, own.label))
-        elif self._unanswered:
-            yield JobState(self._job, Standing.UNKNOWN, "; ".join(self._unanswered))
 
     def _disabled(self, domain: str, label: str) -> bool | None:
         try:
-            return is_disabled(ask_manager(self._environ, "launchctl", "print-disabled", domain).stdout, label)
+            return is_disabled(_ask(self._environ, "launchctl", "print-disabled", domain).stdout, label)
         except (Refused, OSError):
             return None
 
@@ -436,19 +438,26 @@ class _Managers:
 
     def _show(self, user: bool, unit: str) -> Mapping[str, str]:
         scope = ("--user",) if user else ()
-        try:
-            if "@." in unit:
-                # A template is no unit; one of its instances may be.
-                pattern = unit.replace("@.", "@*.")
-                listed = self._systemctl(*scope, "list-units", "--all", "--plain", "--no-legend", "--full", pattern)
-                unit = next(iter(listed.split()), "")
-            return properties(self._systemctl(*scope, "show", f"--property={_SHOWN}", unit)) if unit else {}
-        except (Refused, OSError):
-            return {}
+        if "@." in unit:
+            # A template is no unit; one of its instances may be.
+            pattern = unit.replace("@.", "@*.")
+            listed = self._systemctl(*scope, "list-units", "--all", "--plain", "--no-legend", "--full", pattern)
+            unit = next(iter(listed.split()), "")
+        return properties(self._systemctl(*scope, "show", f"--property={_SHOWN}", unit)) if unit else {}
 
     def _systemctl(self, *arguments: str) -> str:
-        done = ask_manager(self._environ, "systemctl", *arguments)
-        return done.stdout if done.returncode == 0 else ""
+        try:
+            done = _ask(self._environ, "systemctl", *arguments)
+            if done.returncode == 0:
+                return done.stdout
+        except (Refused, OSError):
+            pass
+        # Where none runs, systemctl fails as well, and that is an answer.
+        runtime = Path(self._environ["XDG_RUNTIME_DIR"])
+        user = arguments[:1] == ("--user",)
+        if (runtime / "systemd/private" if user else self._roots.system / "run/systemd/private").exists():
+            self._unanswered.append(f"systemd{' --user' if user else ''} did not answer")
+        return ""
 
     def _of_systemd(self) -> Iterator[JobState]:
         for user, shown in self._known_units():
@@ -583,8 +592,12 @@ def _plain_lines(text: str) -> list[str]:
     return [line for line in text.splitlines() if not line.lstrip().startswith(("#", ";"))]
 
 
+def _ask(environ: Mapping[str, str], *command: str) -> subprocess.CompletedProcess[str]:
+    return service_managers.ask_manager(environ, *command, seconds=service_managers.LOOK_SECONDS)
+
+
 def _own_crontab(environ: Mapping[str, str]) -> str:
     try:
-        return ask_manager(environ, "crontab", "-l").stdout
+        return _ask(environ, "crontab", "-l").stdout
     except (Refused, OSError):
         return ""

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from mlxops.core.errors import Refused
 
 TIMEOUT = 30.0
+LOOK_SECONDS = 5.0
+"""For a question that `status` waits for."""
 ABSENT = 113
 """What `launchctl print` ends with for a job that is not there ("Could not find service"); all else says nothing."""
 NO_DOMAIN = 112
@@ -20,8 +22,11 @@ def which(program: str, environ: Mapping[str, str]) -> str | None:
     return shutil.which(program, path=f"{environ.get('PATH', '')}:{FOLDERS}")
 
 
-def ask_manager(environ: Mapping[str, str], program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Raises `Refused` (no_service_manager)."""
+def ask_manager(
+    environ: Mapping[str, str], program: str, *arguments: str, seconds: float | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`seconds`: how long it may take; default: `TIMEOUT`. Raises `Refused` (no_service_manager)."""
+    seconds = TIMEOUT if seconds is None else seconds
     path = which(program, environ)
     if path is None:
         raise Refused(
@@ -38,10 +43,10 @@ def ask_manager(environ: Mapping[str, str], program: str, *arguments: str) -> su
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=TIMEOUT,
+            timeout=seconds,
             check=False,
         )
     except subprocess.TimeoutExpired:
         raise Refused(
-            "no_service_manager", f"{program} did not answer", why=f"within {TIMEOUT:.0f} s", hint="try again"
+            "no_service_manager", f"{program} did not answer", why=f"within {seconds:.0f} s", hint="try again"
         ) from None

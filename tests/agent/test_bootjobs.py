@@ -266,12 +266,15 @@ class TestAServerBelongsToTheJob:
         seen = Seen(folders={PARENT: str(box.script.parent)})
         assert box.claim(seen, *words, script=str(box.script)) is not None
 
-    @pytest.mark.parametrize("configured", ["link", "trailing slash", "home", "spaces"])
+    @pytest.mark.parametrize("configured", ["link", "a link, and the file is gone", "trailing slash", "home", "spaces"])
     def test_if_hosts_yaml_spells_the_script_otherwise(self, box: Box, configured: str) -> None:
         script = box.write("home/bin/start all.sh", "#!/bin/sh\n") if configured in {"home", "spaces"} else box.script
         (box.root / "usr").symlink_to(box.root / "opt")
+        if "gone" in configured:
+            script.unlink()
         path = {
             "link": str(box.root / "usr/mlx/start.sh"),
+            "a link, and the file is gone": str(box.root / "usr/mlx/start.sh"),
             "trailing slash": f"{script}/",
             "home": "~/bin/start all.sh",
             "spaces": str(script),
@@ -450,9 +453,22 @@ class TestAJobIs:
     def test_unknown_where_launchd_cannot_be_asked(
         self, box: Box, monkeypatch: pytest.MonkeyPatch, script: str
     ) -> None:
-        monkeypatch.setattr(managers, "TIMEOUT", 0.2)
+        monkeypatch.setattr(managers, "LOOK_SECONDS", 0.2)
         box.launchctl(script)
         assert box.state().standing is Standing.UNKNOWN
+
+    @pytest.mark.parametrize("private", ["run/systemd/private", "run/user/systemd/private"])
+    def test_unknown_where_a_systemd_that_runs_does_not_answer(self, box: Box, private: str) -> None:
+        box.environ["XDG_RUNTIME_DIR"] = str(box.root / "run/user")
+        box.systemctl("echo Failed to connect to bus >&2; exit 1")
+        assert box.state(label="mlx").standing is Standing.MISSING, "none runs"
+        box.write(f"{private}/x", "")
+        assert box.state(label="mlx").standing is Standing.UNKNOWN
+
+    def test_running_where_its_unit_is_disabled_and_something_else_runs_its_script(self, box: Box) -> None:
+        box.systemctl("echo LoadState=loaded; echo ActiveState=inactive; echo UnitFileState=disabled")
+        assert box.state().standing is Standing.DISABLED
+        assert box.state(process(PARENT, 1, "/bin/bash", str(box.script))).standing is Standing.ACTIVE
 
     def test_unknown_where_a_crontab_that_cannot_be_read_may_run_it(
         self, box: Box, monkeypatch: pytest.MonkeyPatch
