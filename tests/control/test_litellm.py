@@ -425,7 +425,7 @@ CASES = {
     ),
     "an ollama with v1": one(f"model: ollama/PetrosStav/gemma3-tools:4b, {B}", None),
     "a server of text-generation-webui": one(
-        f"model: openai/gpt-3.5-turbo, custom_llm_provider: openai, api_base: 'http://127.0.0.1:{PORT}', api_key: dummy",
+        f"model: openai/n, custom_llm_provider: openai, api_base: 'http://127.0.0.1:{PORT}', api_key: dummy",
         None,
     ),
     "a vLLM in the words of its first guide": one(
