@@ -116,6 +116,33 @@ model_list:
             assert [entry.alias for entry in told.entries] == ["jerry-xl"]
         assert time.process_time() - began < 20
 
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("x: 1\ninclude: models.yaml\n", ":2 cannot be included: 'include' must be a list of file paths"),
+            ("include: [5]\n", ":1 cannot be included: 'include' must be a list of file paths"),
+            ("include: [not-there.yaml]\n", "not-there.yaml is not there"),
+            ("\ufeffa: 1".encode("utf-16"), "is UTF-16"),
+        ],
+    )
+    def test_what_keeps_litellm_from_starting_is_named(self, tmp_path: Path, text: str | bytes, said: str) -> None:
+        with pytest.raises(Refused) as refused:
+            read(tmp_path, text)
+        assert refused.value.code == "bad_gateway_config"
+        assert said in f"{refused.value.message}: {refused.value.why}"
+
+    def test_the_line_is_that_of_the_entry_in_force(self, tmp_path: Path) -> None:
+        told = read(tmp_path, ENTRY.replace("jerry-xl", "old") + "other: 1\n" + ENTRY)
+        assert [(entry.alias, entry.where) for entry in told.entries] == [("jerry-xl", f"{tmp_path}/router.yaml:9")]
+        (finding,) = told.findings
+        assert (finding.code, finding.severity) == ("repeated_key", Severity.WARNING)
+        assert "router.yaml:1: this model_list is not seen by LiteLLM: the one in line 8" in finding.message
+
+    def test_a_key_that_replaces_a_merged_one_is_not_given_twice(self, tmp_path: Path) -> None:
+        text = "x: &e {model: openai/a, api_key: none}\nmodel_list:\n- model_name: b\n  litellm_params:\n    <<: *e\n"
+        told = read(tmp_path, text + "    model: openai/b\n")
+        assert ([entry.sends for entry in told.entries], told.findings) == (["b"], ())
+
     def test_a_pipe_is_not_waited_for(self, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "router.yaml")
         with pytest.raises(Refused, match="not a file"):
@@ -181,6 +208,12 @@ class TestCheck:
         told = read(tmp_path, ENTRY.replace("127.0.0.1", "localhost"))
         (answer,) = gateway.check(told, [target()], [Answer("studio", {"ports": [row()]})])
         assert answer.error is None, answer.result
+
+    @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "[::ffff:127.0.0.1]", "LOCALHOST"])
+    def test_this_machine_has_more_addresses_than_one(self, tmp_path: Path, host: str) -> None:
+        told = read(tmp_path, ENTRY.replace("127.0.0.1", host))
+        (answer,) = gateway.check(told, [target()], [Answer("studio", {"ports": [row()]})])
+        assert (answer.error, answer.result and answer.result["findings"]) == (None, [])
 
     def test_a_number_that_is_none_is_nobodys_promise(self, tmp_path: Path) -> None:
         told = read(tmp_path, ENTRY + f"    model_info: {{max_input_tokens: 0x{'f' * 5000}}}\n")

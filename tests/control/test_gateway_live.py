@@ -249,6 +249,43 @@ def test_a_load_that_would_not_know_the_gateways_name_is_refused_before_anything
     assert (again.exit, _result(again)["changed"]) == (0, False), str(again)
 
 
+def test_a_pattern_in_the_gateways_files_keeps_no_model_from_its_slot(empty: Place, tmp_path: Path) -> None:
+    lab, port = empty.lab, str(empty.port)
+    with _told(empty, tmp_path, ALIAS, "jerry-*"):
+        done = lab.mini.inv("load", "--model", QWEN, "--port", port, "--json").ok()
+        checked = lab.mini.inv("gateway", "--json").ok()
+    assert _receipt(done)["aliases"][0]["alias"] == ALIAS
+    codes = [f["code"] for f in checked.json["hosts"][0]["findings"] if f["port"] == empty.port]
+    assert codes == ["pattern"], str(checked)
+
+
+def test_the_engines_own_word_for_its_model_is_refused_only_where_the_engine_does_not_know_it(
+    empty: Place, engine: Path, openai_server: Path, tmp_path: Path
+) -> None:
+    lab, port = empty.lab, str(empty.port)
+    lm = engine / "bin" / "mlx_lm.server"
+    lab.configure(launch={"mlx-lm": [str(lm)], "mlx-openai-server": [str(openai_server), "launch"]})
+    lab.mini.inv("init").ok()
+    lab.mini.inv("set", "--model", OTHER, "--set", "engine=mlx-openai-server").ok()
+    with _told(empty, tmp_path, f"openai/{ALIAS}", "openai/default_model"):
+        done = lab.mini.inv("load", "--model", QWEN, "--port", port).ok()
+        checked = lab.mini.inv("gateway", "--json").ok()
+        other = lab.mini.inv("load", "--model", OTHER, "--port", port, "--force", "--dry-run", "--json")
+    assert "warning: the gateway sends the name 'default_model'" in done.stderr
+    codes = [f["code"] for f in checked.json["hosts"][0]["findings"] if f["port"] == empty.port]
+    assert codes == ["engine_name"], str(checked)
+    assert (other.exit, other.json["hosts"][0]["error"]["code"]) == (3, "gateway_name"), str(other)
+
+
+@pytest.mark.parametrize("text", ["include: 5\n", "", "- a\n", "model_list: [7]\ncredential_list: 7\n", "a: [\n"])
+def test_a_senseless_configuration_is_a_warning_at_the_load(empty: Place, tmp_path: Path, text: str) -> None:
+    other = tmp_path / "router.yaml"
+    other.write_text(text, encoding="utf-8")
+    with _hosts(empty.lab, str(empty.gateway.config), str(other)):
+        done = empty.lab.mini.inv("load", "--model", QWEN, "--port", str(empty.port), "--dry-run").ok()
+    assert f"warning: {other}" in done.stderr and "names are not checked" in done.stderr
+
+
 def test_a_context_that_the_gateway_overstates_is_a_warning_at_the_load(empty: Place, tmp_path: Path) -> None:
     with _told(empty, tmp_path, "api_key: none\n", "api_key: none\n  model_info: {max_input_tokens: 4096}\n"):
         done = empty.lab.mini.inv("load", "--model", QWEN, "--port", str(empty.port)).ok()

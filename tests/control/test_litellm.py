@@ -394,6 +394,58 @@ CASES = {
         include("[m.yaml]") + ENTRY, {"a": None}, files={"m.yaml": "model_list:\n"}
     ),
     "no includes": Case(include("[]") + ENTRY, {"a": "n"}),
+    # Written by people, for other servers; only the address is ours.
+    "one model under every name": Case(
+        listed(
+            ("default", f"model: openai/n, {B}, api_key: not-needed"),
+            ("*", f"model: openai/n, {B}, api_key: not-needed"),
+            ("hipfire", f"model: openai/n, {B}, api_key: not-needed"),
+        ),
+        {"default": "n", "hipfire": "n", "claude-opus": "n"},
+    ),
+    "what a chat client needs in every request": one(
+        f"model: openai/n, {B}, {K}, extra_body: {{chat_template_kwargs: {{enable_thinking: false}}}}, "
+        "drop_params: true, max_tokens: 2048, temperature: 0.2, timeout: 3600",
+        "n",
+        "litellm_settings: {drop_params: true, set_verbose: false, request_timeout: 600}\n",
+    ),
+    "an address in the shell's way": one(
+        "model: lm_studio/my/model, api_base: '${LM_STUDIO_API_BASE}', api_key: lm-studio",
+        None,
+        LM_STUDIO_API_BASE=BASE,
+    ),
+    "a provider's name twice, and the usual variables": one(
+        "model: openai/openai/gpt-5.1, api_base: os.environ/OPENAI_BASE_URL, api_key: os.environ/OPENAI_API_KEY",
+        "openai/gpt-5.1",
+        OPENAI_BASE_URL=BASE,
+        OPENAI_API_KEY="x",
+    ),
+    "an LM Studio without v1": one(
+        f"model: lm_studio/n, api_base: 'http://localhost:{PORT}', api_key: lm-studio", None
+    ),
+    "an ollama with v1": one(f"model: ollama/PetrosStav/gemma3-tools:4b, {B}", None),
+    "a server of text-generation-webui": one(
+        f"model: openai/n, custom_llm_provider: openai, api_base: 'http://127.0.0.1:{PORT}', api_key: dummy",
+        None,
+    ),
+    "a vLLM in the words of its first guide": one(
+        f"model: openai/facebook/opt-125m, api_base: 'http://0.0.0.0:{PORT}'", None
+    ),
+    "names with a provider, a colon and a slash": Case(
+        listed(
+            ("lm_studio/my-model", f"model: lm_studio/google/gemma-4-e4b, {B}"),
+            ("qwen3:32b", f"model: openai/qwen3:32b, {B}, {K}"),
+        ),
+        {"lm_studio/my-model": "google/gemma-4-e4b", "qwen3:32b": "qwen3:32b"},
+    ),
+    "tiers of one family, and a pattern for the rest": Case(
+        listed(
+            ("claude-3-5-sonnet", f"model: openai/n, {B}, {K}"),
+            ("claude-*", f"model: openai/m, {B}, {K}"),
+            ("gpt-*", f"model: 'openai/gpt-*', {B}, {K}"),
+        ),
+        {"claude-3-5-sonnet": "n", "claude-opus-4": "m", "gpt-4o": "gpt-4o"},
+    ),
     **{
         f"include: {what}": Case(include(what) + ENTRY, files={"m.yaml": ENTRY, "l.yaml": "- a\n"}, starts=False)
         for what in (

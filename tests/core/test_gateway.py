@@ -424,6 +424,18 @@ def test_no_document_breaks_the_check(items: list[object]) -> None:
     gateway.compare(config.concrete(["jerry-xl", "a"]), [served(), idle("a", 8101)], FILES)
 
 
+SECTIONS = ("credential_list", "environment_variables", "litellm_settings", "router_settings", "model_list")
+
+
+@given(st.fixed_dictionaries(dict.fromkeys(SECTIONS, json_values)))
+@PROPERTY
+def test_no_section_breaks_the_reading(document: dict[str, object]) -> None:
+    try:
+        litellm.parse(document, Environ({"A": "x"}), FILES)
+    except Refused as error:
+        assert error.code == "bad_gateway_config"
+
+
 # -- what to paste ------------------------------------------------------------------------------------------------
 
 _aliases = st.lists(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,12}", fullmatch=True), unique=True, max_size=5)

@@ -15,6 +15,7 @@ from mlxops.core.planner import (
     Outcome,
     Target,
     Wanted,
+    check_sent_names,
     choose_port,
     init_entries,
     merge_refusals,
@@ -768,3 +769,23 @@ def test_planning_needs_no_settings_beyond_ports_and_slots() -> None:
         plain, EMPTY, World({8100: world(EMPTY).ports[8100]}), Target("a", "org/a"), 8100, wanted=None, force=False
     )
     assert (make().alias, make().outcome) == ("a", Outcome.START)
+
+
+@pytest.mark.parametrize(
+    ("sent", "also", "refused"),
+    [
+        (["jerry-xl"], (), False),
+        (["default_model"], ("default_model",), False),
+        (["default_model"], (), True),
+        (["jerry-xl", "other"], ("default_model",), True),
+    ],
+)
+def test_a_load_is_refused_for_a_name_that_no_server_of_its_engine_would_know(
+    sent: list[str], also: tuple[str, ...], refused: bool
+) -> None:
+    if not refused:
+        check_sent_names(8100, "jerry-xl", sent, also)
+        return
+    with pytest.raises(Refused) as raised:
+        check_sent_names(8100, "jerry-xl", sent, also)
+    assert (raised.value.code, raised.value.details["answers_to"]) == ("gateway_name", "jerry-xl")
