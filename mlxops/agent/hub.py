@@ -8,7 +8,6 @@ sends it; nothing here reads it.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxops.agent.cache import Snapshot, find, is_commit
+from mlxops.agent.flocks import NoLocks, try_flock
 from mlxops.agent.hubline import (
     Asked,
     Bytes,
@@ -284,12 +284,11 @@ def _is_locked(path: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return not try_flock(fd, path)
+    except NoLocks:
+        return True  # nobody can tell
     finally:
         os.close(fd)
-    return False
 
 
 def _drop_wrong_sizes(folder: Path, plan: Plan, emit: Emit) -> None:
