@@ -284,7 +284,7 @@ def _is_locked(path: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        return not try_flock(fd, path)
+        return not try_flock(fd)
     except NoLocks:
         return True  # nobody can tell
     finally:

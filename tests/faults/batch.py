@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.faults import broken, children, hostile, power, races, reuse, strikes
+from tests.faults import broken, children, gone, hostile, power, races, reuse, strikes
 from tests.faults.arena import Arena
 from tests.faults.snapshots import MODELS
 from tests.lab.leaks import become_subreaper
@@ -70,6 +70,8 @@ def _of(kind: str, arena: Arena, seed: int) -> Trial:
             return _one(lambda number: races.trial(arena, number, seed))
         case "broken":
             return _one(lambda number: broken.trial(arena, number, seed))
+        case "gone":
+            return _one(lambda number: gone.trial(arena, number, seed))
         case "hostile":
             return _one(lambda number: hostile.trial(arena, number, seed))
         case "reuse":

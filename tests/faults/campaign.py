@@ -40,6 +40,7 @@ KINDS = (
     Kind("hostile", 1800, 100, "hostile input, command line and agent"),
     Kind("hostile over SSH", 200, 20, "hostile input through SSH"),
     Kind("broken", 500, 50, "broken registry"),
+    Kind("gone", 60, 8, "registry that was there and is not, or has no locks"),
     Kind("reuse", 100, 10, "exact pid reuse"),
     Kind("cuts", 100, 10, "connection cut, client or session killed"),
 )
