@@ -99,6 +99,14 @@ def test_a_registry_that_the_host_had_is_missed(tmp_path: Path, how: str) -> Non
     assert str(on.there.parent) in refused.message and refused.why and refused.hint
 
 
+def test_a_registry_that_was_only_found_fit_to_be_written_is_missed(tmp_path: Path) -> None:
+    """Somebody else has written it; this host never changed it."""
+    on = disk(tmp_path, known=False)
+    on.store.registry.check_writable()
+    on.there.unlink()
+    assert again(on).store.registry.read().missing and on.refused().code == "registry_missing"
+
+
 @pytest.mark.parametrize("how", GONE)
 def test_nothing_is_missed_once_it_is_back(tmp_path: Path, how: str) -> None:
     on = disk(tmp_path)
