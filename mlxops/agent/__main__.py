@@ -8,6 +8,7 @@ python -P -m mlxops.agent --worker D L  the worker of the operation whose record
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from mlxops import __version__
 from mlxops.agent.agreement import agree, agree_anew, refuse_others
-from mlxops.agent.flocks import flock_within
+from mlxops.agent.flocks import NoLocks, flock_within
 from mlxops.agent.place import Place, closed, place
 from mlxops.agent.reading import is_hosts_fault
 from mlxops.agent.store import Store
@@ -94,7 +95,9 @@ def _use_build() -> None:
         fd = os.open(STAMP, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return  # not deployed but installed in another way
-    flock_within(fd, shared=True)  # a deploy that looks whether it is in use holds it for an instant
+    # Where there are no locks, no deploy gets as far as pruning.
+    with contextlib.suppress(NoLocks):
+        flock_within(fd, shared=True)  # a deploy that looks whether it is in use holds it for an instant
 
 
 def _deployed() -> str:

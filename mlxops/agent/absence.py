@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -26,7 +27,8 @@ def reason(configured: Path, real: Path) -> str | None:
             return f"{path} is a link to {os.path.realpath(path)}, which is not there; perhaps its disk is not mounted"
     placeholder = next(iter(_named(real, _PLACEHOLDER)), None)
     if placeholder is not None:
-        return f"a sync service keeps only a placeholder of it on this host: {placeholder}"
+        bring = f" (on a Mac: brctl download {shlex.quote(str(real))})" if placeholder.suffix == ".icloud" else ""
+        return f"a sync service keeps only a placeholder of it on this host: {placeholder}{bring}"
     copies = conflicts(real) or _named(real, _OTHER_HOSTS)
     if copies:
         return f"it is gone, and a sync service left conflicted copies: {', '.join(map(str, copies[:3]))}"

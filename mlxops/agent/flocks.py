@@ -33,8 +33,8 @@ class NoLocks(OSError):
     """The file system has no flock(2), or its lock service does not answer."""
 
 
-def try_flock(fd: int, path: str | Path = "", *, shared: bool = False) -> bool:
-    """Take the lock if it is free. `path` is for the error. Raises `OSError`; of it `NoLocks` if there are none."""
+def try_flock(fd: int, *, shared: bool = False) -> bool:
+    """Take the lock if it is free. Raises `OSError`; of it `NoLocks` if there are none."""
     try:
         _flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -43,8 +43,18 @@ def try_flock(fd: int, path: str | Path = "", *, shared: bool = False) -> bool:
         if error.errno not in _NO_LOCKS | {errno.ETIMEDOUT}:
             raise
         why = "the locks of this file system do not answer" if error.errno == errno.ETIMEDOUT else NO_LOCKS
-        raise NoLocks(errno.ENOLCK, f"{why} (flock: {error.strerror})", str(path) or None) from None
+        raise NoLocks(errno.ENOLCK, f"{why} (flock: {error.strerror})") from None
     return True
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Have a `NoLocks` say where there are none."""
+    try:
+        yield
+    except NoLocks as error:
+        error.filename = str(path)
+        raise
 
 
 NO_LOCKS = "this file system has no locks"
@@ -92,10 +102,10 @@ def _within(seconds: float, call: Callable[[], None]) -> None:
         raise failed[0]
 
 
-def flock_within(fd: int, seconds: float = LOOK_SECONDS, path: str | Path = "", *, shared: bool = False) -> bool:
+def flock_within(fd: int, seconds: float = LOOK_SECONDS, *, shared: bool = False) -> bool:
     """Take the lock within `seconds`. Raises what `try_flock` raises."""
     deadline = time.monotonic() + seconds
-    while not try_flock(fd, path, shared=shared):
+    while not try_flock(fd, shared=shared):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.005)
@@ -103,13 +113,16 @@ def flock_within(fd: int, seconds: float = LOOK_SECONDS, path: str | Path = "", 
 
 
 def is_locked(path: Path) -> bool:
-    """Whether anybody holds the lock of a file; nobody does of one that is not there. Raises `OSError`."""
+    """Whether somebody holds the lock of a file; False for a missing file, True where locks cannot be had. Raises
+    `OSError`."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
     try:
         return not try_flock(fd)
+    except NoLocks:
+        return True  # not known, so it counts as held
     finally:
         os.close(fd)
 
@@ -120,7 +133,9 @@ def alone(folder: Path, what: str) -> Iterator[None]:
     logs_locked) and `OSError`, of it `NoLocks`."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        if not flock_within(fd, LOCK_SECONDS, folder):
+        with naming(folder):
+            free = flock_within(fd, LOCK_SECONDS)
+        if not free:
             raise Busy(
                 f"{what}_locked",
                 f"another program holds the lock of the {what}",

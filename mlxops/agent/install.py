@@ -193,7 +193,7 @@ def in_use(home: Path) -> bool:
         return False
     try:
         fcntl.flock(stamp, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError:  # in use; or, without locks, nobody can tell
         return True
     finally:
         os.close(stamp)
@@ -218,6 +218,12 @@ def wait_for(lock: int) -> None:
                     "see what it does: ps -ef | grep pip",
                 ) from None
             time.sleep(0.1)
+        except OSError as error:
+            raise ProblemError(
+                "the state folder cannot be locked",
+                f"its file system has no locks (flock: {error.strerror})",
+                "put the state folder on a local disk: `state` in hosts.yaml, then inv deploy",
+            ) from None
 
 
 def build_agent(

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlxops.agent import reading
-from mlxops.agent.flocks import alone, flock_within, try_flock
+from mlxops.agent.flocks import alone, flock_within, naming, try_flock
 from mlxops.agent.reading import Unfit
 from mlxops.agent.store import flush, state_unreadable
 from mlxops.core.errors import Bug, MlxopsError, Refused
@@ -92,7 +92,8 @@ class Journal:
         fd = reading.open_file(path, os.O_RDWR | os.O_CREAT)
         # `alive` has it for microseconds, a worker for long.
         try:
-            free = flock_within(fd, path=path)
+            with naming(path):
+                free = flock_within(fd)
         except OSError:
             os.close(fd)
             raise
@@ -169,7 +170,8 @@ class Journal:
         except (FileNotFoundError, Unfit):
             return False
         try:
-            return not try_flock(fd, self.folder / "lock", shared=True)
+            with naming(self.folder / "lock"):
+                return not try_flock(fd, shared=True)
         finally:
             os.close(fd)
 

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from mlxops.agent import reading
-from mlxops.agent.flocks import LOCK_SECONDS, NoLocks, alone, flock_within, try_flock
+from mlxops.agent.flocks import LOCK_SECONDS, NoLocks, alone, flock_within, naming, try_flock
 from mlxops.agent.place import require
 from mlxops.agent.reading import Unfit, said
 from mlxops.core import registry as registries
@@ -526,7 +526,8 @@ class Store:
             fd = reading.open_file(path, os.O_RDWR | os.O_CREAT)
             try:
                 # `holder` has it for microseconds; an operation has it for long.
-                free = flock_within(fd, path=path)
+                with naming(path):
+                    free = flock_within(fd)
             except BaseException:
                 os.close(fd)
                 raise
@@ -554,7 +555,8 @@ class Store:
         except FileNotFoundError:
             return None
         try:
-            free = try_flock(fd, path, shared=True)
+            with naming(path):
+                free = try_flock(fd, shared=True)
         finally:
             os.close(fd)
         return None if free else self._holder(path) or Operation(id="?", command="?")

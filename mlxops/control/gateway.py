@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -134,14 +134,25 @@ def check(told: Told, targets: Sequence[Target], answers: Sequence[Answer]) -> t
     told = under(told, every)
     compared = core.compare(told.entries, every, told.files, same_host) if told.known else ()
     flags = {target.name: target.flags for target in targets}
+    unreadable = [each for answer in answers for each in _registry_findings(answer)]
     findings = [
-        replace(each, hint=aimed(each.hint, flags.get(each.host or "", ""))) for each in (*told.findings, *compared)
+        replace(each, hint=aimed(each.hint, flags.get(each.host or "", "")))
+        for each in (*told.findings, *compared, *unreadable)
     ]
     first = answers[0].host if answers else None
     return tuple(
         _checked(told, answer, ports[answer.host], [f for f in findings if (f.host or first) == answer.host])
         for answer in answers
     )
+
+
+def _registry_findings(answer: Answer) -> Iterator[Finding]:
+    """That a host's registry cannot be read: then nobody knows what is assigned to its ports."""
+    error = (answer.result or {}).get("registry_error")
+    if isinstance(error, Mapping):
+        message = f"{error.get('message')}: {error.get('why')}"
+        code = str(error.get("code"))
+        yield Finding(code, None, None, Severity.WARNING, message, str(error.get("hint")), answer.host)
 
 
 def _checked(told: Told, answer: Answer, ports: Sequence[Port], findings: Sequence[Finding]) -> Answer:

@@ -532,7 +532,8 @@ def drift(
 ) -> tuple[Drift, ...]:
     """Where registry, hosts.yaml and life disagree, each with the command that helps."""
     slots = {view.alias: view.port for view in views.values() if view.alias}
-    found = [each for view in views.values() for each in _drift_of_port(view, registry.on_port(view.port), slots)]
+    idle = next((port for port in ports if port in views and views[port].unserved and not registry.on_port(port)), None)
+    found = [each for view in views.values() for each in _drift_of_port(view, registry.on_port(view.port), slots, idle)]
     if registry.unwritable:
         # Every command that changes anything is refused until then.
         found = [replace(each, hint="mend the registry first, then look again: mlxctl status") for each in found]
@@ -573,8 +574,10 @@ def _portless(view: PortView) -> Iterator[Drift]:
         yield Drift("portless_server", view.port, None, message, f"stop it on the host: kill {server.pid}")
 
 
-def _drift_of_port(view: PortView, assigned: tuple[Model, ...], slots: Mapping[str, int]) -> Iterator[Drift]:
-    """`slots`: the ports of the aliases."""
+def _drift_of_port(
+    view: PortView, assigned: tuple[Model, ...], slots: Mapping[str, int], idle: int | None
+) -> Iterator[Drift]:
+    """`slots`: the ports of the aliases; `idle`: a port on which nothing is."""
     port, names = view.port, [model.name for model in assigned]
     if view.unserved:
         for name in names:
@@ -585,7 +588,9 @@ def _drift_of_port(view: PortView, assigned: tuple[Model, ...], slots: Mapping[s
         yield Drift(view.state.value, port, view.model, f"{port}: {view.detail}", f"mlxctl unload {port}")
     elif view.owner is Owner.BOOT and view.state is not State.LOADING and names and view.model not in names:
         message = f"{port} is served by the boot job, and the registry assigns {', '.join(names)} to it"
-        hint = f"mlxctl load {names[0]} PORT, with another port; or make its port null in the registry"
+        hint = "make its port null in the registry"
+        if idle is not None:
+            hint = f"load it elsewhere, for example: mlxctl load {names[0]} {idle}; or {hint}"
         yield Drift("boot_port_assigned", port, view.model, message, hint)
     elif view.owner is Owner.HAND and view.model not in names:
         message = f"{port} is served by a process that mlxops did not start, and the registry does not say so"

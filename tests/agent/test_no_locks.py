@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from mlxops.agent import flocks
+from mlxops.agent import __main__ as agent
+from mlxops.agent import flocks, hub, install
 from mlxops.agent.flocks import NoLocks
 from mlxops.agent.journal import create
 from mlxops.agent.operations import ops
@@ -134,6 +135,30 @@ def test_readers_of_a_state_folder_without_locks_have_an_error_or_do_not_know(st
     assert "state_unreadable" in {each["code"] for each in rows["drift"]}
     assert ops.downloads(context) == []
     assert not journal.ended
+
+
+def test_a_deploy_to_a_state_folder_without_locks_says_so(tmp_path: Path, answer: Answer) -> None:
+    (tmp_path / "state").mkdir()
+    answer(tmp_path / "state", refusing(errno.ENOTSUP))
+    lock = os.open(tmp_path / "state" / "deploy.lock", os.O_RDWR | os.O_CREAT)
+    try:
+        with pytest.raises(install.ProblemError) as caught:
+            install.wait_for(lock)
+    finally:
+        os.close(lock)
+    assert "no locks" in caught.value.why and "local disk" in caught.value.hint
+
+
+def test_an_agent_starts_and_a_download_begins_where_there_are_no_locks(
+    tmp_path: Path, answer: Answer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stamp, lock = tmp_path / "installed.json", tmp_path / "etag.lock"
+    stamp.touch()
+    lock.touch()
+    monkeypatch.setattr(agent, "STAMP", str(stamp))
+    answer(tmp_path, refusing(errno.ENOTSUP))
+    agent._use_build()
+    assert hub._is_locked(lock)
 
 
 def test_locks_that_never_answer_are_not_waited_for(

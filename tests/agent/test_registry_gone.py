@@ -18,6 +18,9 @@ import pytest
 
 from mlxops.agent import place
 from mlxops.agent.store import Store
+from mlxops.control import gateway
+from mlxops.control.client import Answer
+from mlxops.control.render import list_table
 from mlxops.core.errors import Refused
 from mlxops.core.registry import Registry
 from tests.lab.homelab import Homelab, Studio
@@ -94,6 +97,14 @@ def test_a_registry_that_the_host_had_is_missed(tmp_path: Path, how: str) -> Non
     refused = on.refused()
     assert refused.code in {"registry_missing", "folder_missing"}, refused.code
     assert str(on.there.parent) in refused.message and refused.why and refused.hint
+
+
+def test_a_registry_that_was_only_found_fit_to_be_written_is_missed(tmp_path: Path) -> None:
+    """Somebody else has written it; this host never changed it."""
+    on = disk(tmp_path, known=False)
+    on.store.registry.check_writable()
+    on.there.unlink()
+    assert again(on).store.registry.read().missing and on.refused().code == "registry_missing"
 
 
 @pytest.mark.parametrize("how", GONE)
@@ -380,6 +391,20 @@ def test_without_its_disk_no_command_writes_and_none_says_that_there_are_no_mode
 def seen(studio: Studio, port: str) -> list[dict[str, object]]:
     host = studio.mlxctl("status", "--json").ok().json["hosts"][0]
     return [next(row for row in host["ports"] if row["port"] == int(port)), *host["drift"]]
+
+
+def test_every_reader_shows_the_registrys_error_to_people() -> None:
+    error = {"code": "registry_missing", "message": "the registry /x is not there", "why": "it is gone", "hint": "cp"}
+    answer = Answer("studio", {"models": [], "ports": [], "registry_error": error})
+    shown = list_table([answer])
+    assert "no models" not in shown and "registry_missing" in shown and "it is gone" in shown
+    (found,) = gateway._registry_findings(answer)
+    assert (found.code, found.hint, found.host) == (
+        "registry_missing",
+        "cp",
+        "studio",
+    ) and "it is gone" in found.message
+    assert "no models" in list_table([Answer("studio", {"models": [], "registry_error": None})])
 
 
 def test_a_first_init_makes_a_registry_and_after_that_it_is_missed(homelab: Homelab) -> None:

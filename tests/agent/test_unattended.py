@@ -106,6 +106,22 @@ def test_what_will_not_pass_is_not_waited_for(tmp_path: Path) -> None:
     assert clock.pauses == []
 
 
+def test_a_registry_that_the_host_had_is_waited_for_and_its_absence_is_no_success(
+    store: Store, disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its disk is there late; what is in the place of it is an empty folder, or a link that leads nowhere."""
+    disk.mkdir()
+    assign(store)
+    store.registry.check_writable()
+    away = disk.with_name("away")
+    store.registry.path.rename(away)
+    clock = Clock()
+    assert run(store, clock) == 3
+    assert len(clock.pauses) > 10 and "is not there" in capsys.readouterr().out
+    store.registry.path.symlink_to("/nowhere/registry.json")
+    assert run(store, Clock()) == 3 and operations(store) == []
+
+
 def test_the_pause_after_a_start_in_vain_is_waited_for(store: Store, disk: Path) -> None:
     """Else a host that is rebooted twice at once would stay without it, where no timer tries again. It is unloaded
     before it would be started."""

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import ast
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from invoke.parser import Parser
 
-from mlxops.control.hints import TASKS, aimed, aimed_event
-from mlxops.core.errors import Refused
+import mlxops
+from mlxops.agent.engine import check_args
+from mlxops.control.hints import TASKS, aimed, aimed_error, aimed_event
+from mlxops.core import planner
+from mlxops.core.errors import MlxopsError, Refused
 from mlxops.core.protocol import Done, Failed, Line, Note, Phase
+from mlxops.core.registry import Model, parse
+from mlxops.core.settings import PortRange, Settings
+from mlxops.core.world import World
 from mlxops.program import with_flags
 from mlxops.tasks import namespace
 from tests.properties import PROPERTY
@@ -101,3 +114,84 @@ def test_what_is_aimed_stays_so(words: list[str], flags: str) -> None:
     once = aimed(" ".join(words), flags)
     assert aimed(once, flags) == once
     assert once.replace(flags, "") == " ".join(words).replace(flags, "")
+
+
+# -- typed as they are ------------------------------------------------------------------------------------------------
+
+_PLACEHOLDER = re.compile(r"\b(?:mlxctl|inv) [^;()]*\b(?:PORT|MODEL|NAME|PATH|REPO)\b")
+PACKAGE = Path(mlxops.__file__).parent
+OTHERS = {PACKAGE / "core" / "gateway.py"}
+"""Where the model is anybody's choice."""
+
+
+def test_no_command_that_a_host_or_a_plan_tells_has_a_placeholder_in_it() -> None:
+    """Where a value is not known, the command that shows it is told instead."""
+    sources = {*(PACKAGE / "agent").rglob("*.py"), *(PACKAGE / "core").rglob("*.py")} - OTHERS
+    found = [
+        f"{path.relative_to(PACKAGE)}: {text}"
+        for path in sorted(sources)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if _PLACEHOLDER.search(text := written(node))
+    ]
+    assert not found, found
+
+
+def written(node: ast.AST) -> str:
+    """What a string, or one with values in it, says in the source."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(written, node.values))
+    if isinstance(node, ast.FormattedValue):
+        return "value"
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
+SETTINGS = Settings(ports=PortRange(8100, 8104), slots={8100: "jerry-xl"})
+TWO = parse(b'{"version": 1, "models": {"a": {"repo_id": "org/a", "port": null}, "b": {"repo_id": "org/a"}, "c": {}}}')
+OWN = Model("a", "org/a", args=("--max-tokens", "7", "--model", "x y", "--seed"))
+PROVOKED: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
+    "unknown, with its port": (lambda: planner.resolve(TWO, "d", None, None, "8100"), ("load d 8100",)),
+    "unknown, without a port": (lambda: planner.resolve(TWO, "d", None, None), ("load d --port auto",)),
+    "two repositories": (
+        lambda: planner.resolve(TWO, "org/x", "org/y", None, "8101"),
+        ("load x 8101 --repo org/y",),
+    ),
+    "several of one repository": (lambda: planner.resolve(TWO, "org/a", None, None, "8101"), ("load a 8101",)),
+    "an entry that says nothing": (lambda: planner.resolve(TWO, "c", None, None, "8101"), ("load c 8101",)),
+    "no port": (lambda: planner.choose_port(SETTINGS, TWO, World(), "a", None), ("load a --port auto",)),
+    "reserved, with its value": (
+        lambda: check_args("mlx-lm", OWN, frozenset({"--model"}), None),
+        ("--set 'args=--max-tokens 7 --seed'",),
+    ),
+    "unknown argument": (
+        lambda: check_args("mlx-lm", OWN, frozenset(), "--max-tokens --model"),
+        ("--set 'args=--max-tokens 7 --model '\"'\"'x y'\"'\"''",),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PROVOKED)
+@pytest.mark.parametrize("flags", ["", OTHER, " --local"])
+def test_what_an_error_tells_to_type_is_understood_and_has_what_was_typed(case: str, flags: str) -> None:
+    provoke, said = PROVOKED[case]
+    with pytest.raises(MlxopsError) as caught:
+        provoke()
+    assert all(words in caught.value.hint for words in said), caught.value.hint
+    commands = typed(aimed_error(caught.value, flags).hint)
+    assert commands
+    for words in commands:
+        Parser(contexts=namespace.to_contexts()).parse_argv(with_flags(words, VALUES))
+
+
+def typed(hint: str) -> list[list[str]]:
+    """The commands of a hint, as a shell splits them."""
+    return [
+        shlex.split(part.partition("mlxctl ")[2].split(" (did")[0]) for part in hint.split("; ") if "mlxctl " in part
+    ]
+
+
+def flags_with_values() -> frozenset[str]:
+    arguments = [each for task in namespace.tasks.values() for each in task.get_arguments()]
+    return frozenset(f"--{each.name}" for each in arguments if each.takes_value)
+
+
+VALUES = flags_with_values()

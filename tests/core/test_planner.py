@@ -172,6 +172,12 @@ LOADS: dict[str, Load] = {
     "ours, serving, without its assignment, with other settings": Load(
         START, (serving(),), registry(a=None), wanted=OTHER_ARGV, stops=(8103,)
     ),
+    "ours, serving, its port assigned to another": Load(
+        ADOPT, (serving(),), registry(a=None, b=8103), cleared=("b",), says="assignment returns"
+    ),
+    "ours, serving, its port assigned to another, forced": Load(
+        START, (serving(),), registry(a=None, b=8103), force=True, stops=(8103,), previous=8103, cleared=("b",)
+    ),
     # Another model is there.
     "another model of ours": Load("port_in_use", (serving("b"),), registry(a=None, b=8103), says="serves b"),
     "another model of ours, forced": Load(

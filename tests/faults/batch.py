@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.faults import broken, bystanders, children, healthy, hostile, names, power, races, reuse, strikes
+from tests.faults import broken, bystanders, children, gone, healthy, hostile, names, power, races, reuse, strikes
 from tests.faults.arena import Arena
 from tests.faults.snapshots import MODELS
 from tests.lab.leaks import become_subreaper
@@ -72,6 +72,8 @@ def _of(kind: str, arena: Arena, seed: int) -> Trial:
             return _one(lambda number: broken.trial(arena, number, seed))
         case "healthy":
             return _one(lambda number: healthy.trial(arena, number, seed))
+        case "gone":
+            return _one(lambda number: gone.trial(arena, number, seed))
         case "hostile":
             return _one(lambda number: hostile.trial(arena, number, seed))
         case "bystanders":

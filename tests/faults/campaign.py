@@ -41,6 +41,7 @@ KINDS = (
     Kind("hostile over SSH", 200, 20, "hostile input through SSH"),
     Kind("broken", 500, 50, "broken registry"),
     Kind("healthy", 330, 55, "command beside a healthy thing that it must not harm"),
+    Kind("gone", 60, 8, "registry that was there and is not, or has no locks"),
     Kind("reuse", 100, 10, "exact pid reuse"),
     Kind("bystanders", 100, 20, "server by hand beside what is none, or launched through something"),
     Kind("names", 100, 25, "question to a server by hand, whatever its name"),

@@ -35,6 +35,7 @@ def batch(kind: str, count: int, first: int = 0) -> Iterator[dict[str, object]]:
         ("power", 3),
         ("races", 3),
         ("broken", 11),
+        ("gone", 4),
         ("hostile", 20),
         ("reuse", 4),
         ("bystanders", 14),
@@ -49,7 +50,7 @@ def test_a_few_faults_of_each_kind_are_survived(kind: str, count: int) -> None:
         missing("strace (Debian and Ubuntu: apt-get install strace)")
     if kind == "reuse" and (why := reuse.available()):
         pytest.skip(f"pids cannot be chosen here: {why}")
-    if kind not in {"broken", "hostile", "cuts", "hostile over SSH"} and sys.platform != "linux":
+    if kind not in {"broken", "gone", "hostile", "cuts", "hostile over SSH"} and sys.platform != "linux":
         pytest.skip("strace, /proc and namespaces are Linux's")
     rows = list(batch(kind, count))
     assert len(rows) == count

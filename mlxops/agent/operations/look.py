@@ -44,8 +44,8 @@ def answering(ctx: Context) -> dict[str, object]:
     rows = [
         _answering_row(view, registry) for port, view in sorted(world.ports.items()) if port in ctx.where.settings.ports
     ]
-    _tell_unusable(ctx, registry)
-    return {"ports": rows}
+    error = _tell_unusable(ctx, registry)
+    return {"ports": rows, "registry_error": error.to_wire() if error else None}
 
 
 def _answering_row(view: PortView, registry: Registry) -> dict[str, object]:
