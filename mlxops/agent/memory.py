@@ -68,7 +68,7 @@ def estimate_of(path: Path, context_length: int | None = None) -> Estimate | Non
     if not weights:
         return None
     shaped = shape(path)
-    return memory.estimate(weights, shaped.cache_bytes_per_token, shaped.context_length, context_length)
+    return memory.estimate(weights, shaped.cache, shaped.context_length, context_length)
 
 
 def in_use(world: World, system: System, reserved: Mapping[int, Operation]) -> tuple[Use, ...]:

@@ -13,7 +13,7 @@ import shlex
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from mlxops.agent import contents, reading
 from mlxops.agent.contents import Damaged, json_object, printable
 from mlxops.agent.weights import (
     damage,
+    encoded_header,
     first_bytes,
     header,
     header_bytes,
@@ -32,8 +33,8 @@ from mlxops.agent.weights import (
     weights,
     wrong_length,
 )
+from mlxops.core.kvcache import HALF, KVCache, kv_cache, language_model
 from mlxops.core.loadable import is_packed, no_model, no_tokenizer, unsaid_quantization
-from mlxops.core.memory import cache_bytes_per_token
 
 MAX_JSON = contents.MAX_TEXT
 MAX_CONFIG = 8 * 1024 * 1024
@@ -60,6 +61,7 @@ _PARSED = ("special_tokens_map.json", "added_tokens.json")
 _QUANTIZED = ("quantization", "quantization_config")
 _OF_THE_MODEL = ("generation_config.json", "README.md")
 """What a model does without, and people edit all the same."""
+_CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_context_length", "max_seq_len")
 _INDEX = "model.safetensors.index.json"
 _INDEX_HEAD = 4096
 """Bytes of an index in which its metadata are: they come first (mlx_lm.utils.save_model; transformers sorts keys)."""
@@ -116,8 +118,8 @@ class Shape:
 
     model_type: str | None
     context_length: int | None
-    cache_bytes_per_token: int | None
-    """Of the key-value cache; None where the configuration does not tell."""
+    cache: KVCache | None
+    """What it keeps of a conversation; None where the configuration tells nothing."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class ModelFacts:
     model_type: str | None
     architectures: tuple[str, ...]
     context_length: int | None
-    cache_bytes_per_token: int | None
+    cache: KVCache | None
     weight_bytes: int
     quantization: str | None
     """For people: "6-bit gs64"."""
@@ -271,13 +273,13 @@ def inspect(path: Path) -> ModelFacts:
     if "modules.json" in files.sizes or "1_Pooling/config.json" in files.sizes:
         oddities.append("it is a model for embeddings (sentence-transformers): its chat completions mean nothing")
     architectures = config.get("architectures")
-    shaped = _shape(config)
+    shaped = _shape(config, folder)
     model_file = config.get("model_file")
     return ModelFacts(
         model_type=shaped.model_type,
         architectures=tuple(map(str, architectures)) if isinstance(architectures, list) else (),
         context_length=shaped.context_length,
-        cache_bytes_per_token=shaped.cache_bytes_per_token,
+        cache=shaped.cache,
         weight_bytes=sum(files.sizes[name] for name in weights(files.sizes)),
         quantization=_quantization(config),
         model_file=printable(str(model_file)) if model_file else None,
@@ -354,18 +356,32 @@ def _odd_weights(folder: str, files: Files, config: Mapping[str, object], proble
 
 def shape(path: Path) -> Shape:
     """The shape of the model in the snapshot at `path`; a bad file never raises, it tells nothing."""
-    return _shape(_object(str(path), "config.json", [], []))
+    folder = str(path)
+    return _shape(_object(folder, "config.json", [], []), folder)
 
 
-def _shape(config: Mapping[str, object]) -> Shape:
-    text = config.get("text_config")
-    nested: Mapping[str, object] = text if isinstance(text, dict) else {}
+def _shape(config: Mapping[str, object], folder: str) -> Shape:
+    longest = (_positive(each, key) for key in _CONTEXT for each in (config, language_model(config)))
     model_type = config.get("model_type")
+    cache = kv_cache(config)
+    if cache and cache.value_bytes > HALF and _has_halves(folder):
+        cache = replace(cache, value_bytes=HALF)
     return Shape(
         model_type=model_type if isinstance(model_type, str) else None,
-        context_length=_positive(config, "max_position_embeddings") or _positive(nested, "max_position_embeddings"),
-        cache_bytes_per_token=cache_bytes_per_token(config),
+        context_length=next(filter(None, longest), None),
+        cache=cache,
     )
+
+
+def _has_halves(folder: str) -> bool:
+    """Whether the weights, and with them what is computed, have 16 bits. mlx_lm.convert leaves the `torch_dtype` of a
+    config.json as it was."""
+    try:
+        files = _list(folder)
+        header = encoded_header(f"{folder}/{(name := weights(files.sizes)[0])}", files.sizes[name])
+    except (OSError, Damaged, IndexError):
+        return False
+    return re.search(rb'"dtype": ?"B?F16"', header) is not None
 
 
 def weight_files(path: Path) -> dict[str, int]:

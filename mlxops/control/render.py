@@ -371,6 +371,8 @@ def _need_row(row: Mapping[str, object], left: object) -> list[object]:
     total = need.get("total_bytes")
     fits = "-" if not isinstance(total, int) or not isinstance(left, int) else "yes" if total <= left else "no"
     weights, context = size(need.get("weight_bytes")), size(need.get("context_bytes"))
+    if need.get("upper_estimate"):
+        context = f"up to {context}"
     return [row.get("name"), row.get("port"), weights, context, need.get("context_tokens"), size(total), fits]
 
 

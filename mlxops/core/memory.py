@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations
 
+from mlxops.core.kvcache import KVCache
 from mlxops.core.units import amount
 
 CONTEXT_TOKENS = 32768
@@ -13,8 +14,9 @@ CONTEXT_TOKENS = 32768
 one such cache for each conversation; one full conversation is the allowance, not the worst case."""
 ENGINE_BYTES = 500_000_000
 """The server program itself: interpreter, libraries, buffers."""
-UNKNOWN_SHARE = 0.1
-"""Of the weights, for the context of a model whose configuration does not tell what its cache takes."""
+UNKNOWN_SHARE = 1.0
+"""Of the weights, for the context of a model whose configuration tells nothing. A model with 8 billion parameters in
+4 bits takes about as much for 32768 tokens as for its weights; larger ones take less."""
 
 
 @dataclass(frozen=True)
@@ -25,66 +27,38 @@ class Estimate:
     context_bytes: int
     context_tokens: int | None
     """Tokens that the allowance is for; None where it is a share of the weights."""
+    state_bytes: int = 0
+    """What recurrent layers keep, however long the context is."""
+    certain: bool = True
+    """False where the configuration does not tell: then `context_bytes` is an upper estimate."""
 
     @property
     def total(self) -> int:
-        return self.weight_bytes + self.context_bytes + ENGINE_BYTES
+        return self.weight_bytes + self.context_bytes + self.state_bytes + ENGINE_BYTES
 
     def __str__(self) -> str:
         what = f"{self.context_tokens} tokens of" if self.context_tokens else "an unknown"
-        return f"{amount(self.weight_bytes)} weights, {amount(self.context_bytes)} for {what} context"
+        state = f", {amount(self.state_bytes)} for recurrent states" if self.state_bytes else ""
+        doubt = "" if self.certain else " (upper estimate: how this model keeps its context is not known)"
+        return f"{amount(self.weight_bytes)} weights, {amount(self.context_bytes)} for {what} context{doubt}{state}"
 
     def to_wire(self) -> dict[str, object]:
         return {
             "weight_bytes": self.weight_bytes,
             "context_bytes": self.context_bytes,
             "context_tokens": self.context_tokens,
+            "state_bytes": self.state_bytes,
+            "upper_estimate": not self.certain,
             "total_bytes": self.total,
         }
 
 
-def estimate(
-    weight_bytes: int, cache_bytes_per_token: int | None, longest: int | None, asked: int | None = None
-) -> Estimate:
+def estimate(weight_bytes: int, cache: KVCache | None, longest: int | None, asked: int | None = None) -> Estimate:
     """`longest` is what the model can, `asked` what its entry sets; None where that is not known."""
-    if cache_bytes_per_token is None:
-        return Estimate(weight_bytes, int(weight_bytes * UNKNOWN_SHARE), None)
+    if cache is None:
+        return Estimate(weight_bytes, int(weight_bytes * UNKNOWN_SHARE), None, certain=False)
     tokens = asked or min(longest or CONTEXT_TOKENS, CONTEXT_TOKENS)
-    return Estimate(weight_bytes, cache_bytes_per_token * tokens, tokens)
-
-
-def cache_bytes_per_token(config: Mapping[str, object]) -> int | None:
-    """What a token takes in the key-value cache, in 16 bits, after config.json as transformers names its fields.
-
-    Layers with a sliding window or a state of fixed size take next to nothing more per token and do not count.
-    """
-    text = config.get("text_config")
-    source = text if isinstance(text, Mapping) else config
-    layers = _caching_layers(source)
-    if layers is None:
-        return None
-    latent = _number(source, "kv_lora_rank")
-    if latent:  # multi-head latent attention: one compressed vector and the rotary part, for all heads together
-        return layers * (latent + (_number(source, "qk_rope_head_dim") or 0)) * 2
-    heads = _number(source, "num_attention_heads")
-    hidden = _number(source, "hidden_size")
-    width = _number(source, "head_dim") or (hidden // heads if hidden and heads else None)
-    shared = _number(source, "num_key_value_heads") or heads
-    return layers * shared * width * 2 * 2 if shared and width else None
-
-
-def _caching_layers(source: Mapping[str, object]) -> int | None:
-    layers = _number(source, "num_hidden_layers")
-    kinds = source.get("layer_types")
-    if layers and isinstance(kinds, list) and len(kinds) == layers:
-        return sum(1 for kind in kinds if kind == "full_attention") or layers
-    every = _number(source, "full_attention_interval")
-    return layers // every if layers and every and every <= layers else layers
-
-
-def _number(source: Mapping[str, object], key: str) -> int | None:
-    value = source.get(key)
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 10**9 else None
+    return Estimate(weight_bytes, cache.context_bytes(tokens), tokens, cache.state_bytes, cache.certain)
 
 
 @dataclass(frozen=True)

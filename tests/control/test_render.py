@@ -18,6 +18,7 @@ from mlxops.control.render import (
     error_document,
     harmless,
     list_table,
+    memory_table,
     one_line,
     size,
     status_table,
@@ -356,3 +357,15 @@ def test_an_unload_of_nothing_says_so_without_doing_it_too(result: dict[str, obj
 def test_a_stale_assignment_would_be_cleared() -> None:
     result = {"port": 8102, "model": "m", "state": "idle", "dry_run": True, "plan": {"stops": [], "clears": ["m"]}}
     assert change_lines("unload", result).splitlines() == ["m on 8102: unload (dry run, nothing changed)", "  clear: m"]
+
+
+def test_an_upper_estimate_is_shown_as_one() -> None:
+    need = {"weight_bytes": 10**9, "context_bytes": 5 * 10**8, "context_tokens": 32768, "total_bytes": 2 * 10**9}
+    models = [
+        {"name": "known", "port": None, "memory": need | {"upper_estimate": False}},
+        {"name": "unknown", "port": None, "memory": need | {"upper_estimate": True}},
+    ]
+    memory = {"budget_bytes": 10**10, "left_bytes": 10**10, "budget_source": "test", "servers": []}
+    *_, known, unknown = memory_table([Answer("studio", {"models": models, "memory": memory})]).splitlines()
+    assert known.split() == ["known", "-", "1.0", "GB", "500.0", "MB", "32768", "2.0", "GB", "yes"]
+    assert unknown.split() == ["unknown", "-", "1.0", "GB", "up", "to", "500.0", "MB", "32768", "2.0", "GB", "yes"]

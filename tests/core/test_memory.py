@@ -4,65 +4,44 @@ from __future__ import annotations
 
 from itertools import combinations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxops.core.memory import CONTEXT_TOKENS, ENGINE_BYTES, Use, cache_bytes_per_token, estimate, smallest_room
+from mlxops.core.kvcache import KVCache, kv_cache
+from mlxops.core.layers import Layer
+from mlxops.core.memory import CONTEXT_TOKENS, ENGINE_BYTES, Use, estimate, smallest_room
+from tests.lab.shapes import PUBLISHED
 from tests.properties import PROPERTY
 
-QWEN3_235B = {"num_hidden_layers": 94, "num_attention_heads": 64, "num_key_value_heads": 4, "head_dim": 128}
-LLAMA_70B = {"num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "hidden_size": 8192}
-GPT_OSS_120B = {
-    "num_hidden_layers": 36,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "layer_types": ["sliding_attention", "full_attention"] * 18,
-}
-DEEPSEEK_V3 = {"num_hidden_layers": 61, "num_attention_heads": 128, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
-QWEN3_NEXT = {
-    "num_hidden_layers": 48,
-    "full_attention_interval": 4,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 2,
-    "head_dim": 256,
-}
-
-
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        (QWEN3_235B, 94 * 4 * 128 * 4),
-        (LLAMA_70B, 80 * 8 * 128 * 4),
-        ({"text_config": LLAMA_70B, "num_hidden_layers": 1}, 80 * 8 * 128 * 4),
-        (GPT_OSS_120B, 18 * 8 * 64 * 4),
-        (DEEPSEEK_V3, 61 * (512 + 64) * 2),
-        (QWEN3_NEXT, 12 * 2 * 256 * 4),
-        (QWEN3_NEXT | {"num_hidden_layers": 4}, 1 * 2 * 256 * 4),
-        (QWEN3_NEXT | {"num_hidden_layers": 3}, 3 * 2 * 256 * 4),
-        ({"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64}, 2 * 4 * 16 * 4),
-        ({}, None),
-        ({"num_hidden_layers": "80", "num_attention_heads": True}, None),
-        ({"num_hidden_layers": -1, "num_attention_heads": 4, "hidden_size": 64}, None),
-    ],
-)
-def test_the_cache_of_a_token_follows_the_configuration(config: dict[str, object], expected: int | None) -> None:
-    assert cache_bytes_per_token(config) == expected
+KILO = KVCache((Layer(500),))
+"""A cache of 1000 bytes per token."""
 
 
 def test_the_allowance_for_the_context_is_stated_and_bounded() -> None:
-    assert estimate(10**9, 1000, 262144).context_tokens == CONTEXT_TOKENS
-    assert estimate(10**9, 1000, 2048).context_bytes == 2048 * 1000
-    assert estimate(10**9, 1000, 262144, 131072).context_bytes == 131072 * 1000, "the entry says otherwise"
-    assert estimate(10**9, None, 262144).context_bytes == 10**8
-    assert "32768 tokens" in str(estimate(10**9, 1000, 262144))
+    assert estimate(10**9, KILO, 262144).context_tokens == CONTEXT_TOKENS
+    assert estimate(10**9, KILO, 2048).context_bytes == 2048 * 1000
+    assert estimate(10**9, KILO, 262144, 131072).context_bytes == 131072 * 1000, "the entry says otherwise"
+    assert str(estimate(10**9, KILO, 262144)) == "1.0 GB weights, 32.8 MB for 32768 tokens of context"
+
+
+def test_what_recurrent_layers_keep_is_reckoned_once() -> None:
+    small, large = (estimate(10**9, KVCache((Layer(state=10**6),)), 262144, tokens) for tokens in (10, 100_000))
+    assert small.total == large.total == 10**9 + 4 * 10**6 + ENGINE_BYTES
+    assert str(large).endswith(", 0 bytes for 100000 tokens of context, 4.0 MB for recurrent states")
+
+
+def test_an_estimate_that_may_be_too_high_says_so() -> None:
+    unsure = estimate(10**9, KVCache((Layer(500),), certain=False), 262144)
+    assert "(upper estimate: how this model keeps its context is not known)" in str(unsure)
+    unknown = estimate(10**9, None, 262144)
+    assert unknown.context_bytes == 10**9 and "an unknown context (upper estimate" in str(unknown)
+    assert [each.to_wire()["upper_estimate"] for each in (unsure, unknown, estimate(1, KILO, 1))] == [True, True, False]
 
 
 def test_the_homelabs_two_largest_do_not_fit_together() -> None:
     budget = 241_644 * 1024 * 1024
-    xl = estimate(190 * 10**9, cache_bytes_per_token(QWEN3_235B), 262144).total
-    large = estimate(95 * 10**9, cache_bytes_per_token(GPT_OSS_120B), 131072).total
+    xl = estimate(190 * 10**9, kv_cache(PUBLISHED["Qwen/Qwen3-235B-A22B"][0]), 262144).total
+    large = estimate(95 * 10**9, kv_cache(PUBLISHED["openai/gpt-oss-120b"][0]), 131072).total
     assert xl < budget and large < budget < xl + large
 
 
@@ -95,7 +74,7 @@ def test_the_command_that_makes_room_is_the_one_to_type() -> None:
 
 def test_nothing_missing_needs_nothing_to_go() -> None:
     assert smallest_room([use(8100, 190)], 0) == ()
-    assert estimate(0, 0, 1).total == ENGINE_BYTES
+    assert estimate(0, KVCache(()), 1).total == ENGINE_BYTES
 
 
 @given(st.lists(st.integers(1, 300), max_size=8), st.integers(1, 900))

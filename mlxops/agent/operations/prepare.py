@@ -252,9 +252,7 @@ def _reserve_memory(
     both be let in where only one fits."""
     from mlxops.agent.memory import budget, check_fits, in_use
 
-    need = memory.estimate(
-        facts.weight_bytes, facts.cache_bytes_per_token, facts.context_length, prepared.serving.model.context_length
-    )
+    need = memory.estimate(facts.weight_bytes, facts.cache, facts.context_length, prepared.serving.model.context_length)
     with _reckoning_alone(ctx):
         if not ctx.request.flag("overcommit"):
             uses = in_use(ctx.observe(registry), ctx.system, ctx.reserved())

@@ -1,0 +1,83 @@
+"""What an engine keeps of a conversation, after the model's config.json. Pure.
+
+A model type that is not known, or a configuration that makes no sense, gets an upper estimate: every layer keeps full
+keys and values of every token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mlxops.core.layers import HEADS, HIDDEN, LAYERS, MODEL_TYPES, MOST_LAYERS, Config, Layer, Untold, guess
+
+_NESTED = ("text_config", "llm_config", "language_config", "thinker_config")
+"""Where models that also see or hear keep the configuration of their language model."""
+HALF, SINGLE = 2, 4
+"""Bytes of a value that is kept."""
+_WIDEST = 512
+"""Values of one head: no published model has more."""
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """What all layers keep."""
+
+    layers: tuple[Layer, ...]
+    value_bytes: int = HALF
+    certain: bool = True
+    """False for an upper estimate."""
+
+    def context_bytes(self, tokens: int) -> int:
+        """Keys and values, or what the engine keeps in their place, of a conversation of `tokens` tokens."""
+        return sum(layer.width * min(tokens, layer.window or tokens) for layer in self.layers) * self.value_bytes
+
+    @property
+    def state_bytes(self) -> int:
+        """Recurrent states, in 32 bits; their size does not depend on the tokens."""
+        return sum(layer.state for layer in self.layers) * 4
+
+
+def kv_cache(config: Mapping[str, object]) -> KVCache | None:
+    """None if the configuration does not even tell how many layers there are, or how wide they are."""
+    inner = language_model(config)
+    dtypes = [each.get(key) for each in (inner, config) for key in ("dtype", "torch_dtype")]
+    value_bytes = SINGLE if "float32" in dtypes else HALF
+    for model_type in (config.get("model_type"), inner.get("model_type")):
+        family = MODEL_TYPES.get(str(model_type)) or MODEL_TYPES.get(str(model_type).removesuffix("_text"))
+        if family:
+            try:
+                return KVCache(tuple(family(Config(inner))), value_bytes)
+            except Untold:
+                break
+    layers, width = guess(inner, *LAYERS), _at_most(inner)
+    if not layers or layers > MOST_LAYERS or not width:
+        return None
+    return KVCache((Layer(width),) * layers, value_bytes, certain=False)
+
+
+def language_model(config: Mapping[str, object]) -> Mapping[str, object]:
+    """The part of a configuration that describes the language model: often all of it."""
+    nested = _parts(config)
+    deeper = [part for outer in nested for part in _parts(outer)]
+    layered = [part for part in (*deeper, *nested, config) if guess(part, *LAYERS)]
+    return next(iter((*layered, *nested)), config)
+
+
+def _parts(config: Mapping[str, object]) -> list[Mapping[str, object]]:
+    return [part for key in _NESTED if isinstance(part := config.get(key), Mapping)]
+
+
+def _at_most(values: Mapping[str, object]) -> int:
+    """Values per token of a layer that keeps full keys and values: the widest that the configuration may mean."""
+    heads, hidden = guess(values, *HEADS) or 0, guess(values, *HIDDEN) or 0
+    shared = [key for key in values if key.endswith(("key_value_heads", "kv_heads", "attention_groups"))]
+    dims = [key for key in values if key.endswith("head_dim") and not key.startswith(("index", "linear", "mamba"))]
+    kept = (guess(values, *shared) if _readable(values, shared) else None) or heads
+    width = max(guess(values, *dims) or (hidden // heads if heads else 0), 0 if _readable(values, dims) else _WIDEST)
+    nope, rope, value = (guess(values, key) or 0 for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    return max(2 * kept * width, max(heads, kept) * (nope + rope + (value or width)) if rope else 0)
+
+
+def _readable(values: Mapping[str, object], keys: list[str]) -> bool:
+    return all(values[key] is None or guess(values, key) for key in keys)
