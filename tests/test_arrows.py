@@ -177,6 +177,7 @@ STATUS_ON_A_HOST = {
             "flocks",
             "interrupted",
             "journal",
+            "lastwords",
             "logs",
             "observe",
             "operations",

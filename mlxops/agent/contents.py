@@ -178,4 +178,4 @@ def _template_ends_early(data: bytes) -> bool:
         elif word.startswith("end"):
             open_blocks -= 1
     left = _TAG.sub("", text)
-    return open_blocks > 0 or any(opening in left for opening in ("{%", "{{", "{#"))
+    return open_blocks > 0 or left.endswith("{") or any(opening in left for opening in ("{%", "{{", "{#"))

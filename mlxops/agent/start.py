@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mlxops.agent import logs, processes
+from mlxops.agent.cache import is_commit
 from mlxops.agent.engine import Command, Engine, NoCompletion, Serving, complete
 from mlxops.agent.engines import ENGINES
 from mlxops.agent.failures import About, explain
@@ -248,7 +249,7 @@ class Start:
         last = f"its last words: {words.strip()[:400]}" if words else "it wrote nothing to its log"
         serving = self.serving
         about = About(
-            serving.model.name, serving.model.repo_id or "", serving.port, self.command.argv[0], serving.path.name
+            serving.model.name, serving.model.repo_id or "", serving.port, self.command.argv[0], _revision(serving)
         )
         cause = explain(f"{words}\n{what}", log, status, about)
         see = f"read its log on the host: {self.log}"
@@ -264,6 +265,11 @@ class Start:
                 "last_lines": log.splitlines()[-20:],
             },
         )
+
+
+def _revision(serving: Serving) -> str:
+    """The commit that is served; of a folder that is no snapshot, the branch that a hint may name."""
+    return serving.path.name if is_commit(serving.path.name) else "main"
 
 
 def _ending(status: int) -> str:

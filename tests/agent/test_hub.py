@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -241,21 +242,33 @@ class TestARefusal:
         assert isinstance(error, Refused) and error.code == "not_mlx"
         assert faulty.asked(part="/resolve/") == 0 and not cache.exists()
 
-    def test_of_torch_safetensors_says_what_they_are(
-        self, hub: Hub, faulty: FaultyHub, cache: Path, tmp_path: Path
-    ) -> None:
+    def test_does_not_meet_safetensors_of_torch(self, hub: Hub, faulty: FaultyHub, cache: Path, tmp_path: Path) -> None:
+        """Engines convert those while they load them; `init` alone passes over them."""
         files = {"config__json": b"{}", "tokenizer__json": b"{}", "model__safetensors": safetensors(9, "pt")}
         hub.add("tiny-org/pt", made(tmp_path / "pt", **files))
-        error = refused(cache, "tiny-org/pt")
-        assert (error.code, error.why) == ("not_mlx", "not MLX: safetensors in PyTorch's format")
+        snapshot = download("tiny-org/pt", None, cache, lambda _: None, QUICK)
+        found = find(cache, "tiny-org/pt")
+        assert isinstance(found, Skipped) and found.whole == snapshot
+        assert found.why == "not MLX: safetensors in PyTorch's format"
+
+    @pytest.mark.parametrize("name", ["adapter_config.json", "model_index.json", "params.json"])
+    def test_of_what_is_no_model_comes_before_the_download(
+        self, hub: Hub, faulty: FaultyHub, cache: Path, tmp_path: Path, name: str
+    ) -> None:
+        repo = f"tiny-org/no-model-{name.partition('_')[0].removesuffix('.json')}"
+        files = {name.replace(".", "__"): b"{}", "adapters__safetensors": safetensors(9)}
+        hub.add(repo, made(tmp_path / "no-model", **files))
+        assert refused(cache, repo).code == "not_mlx"
+        assert faulty.asked(part="/resolve/") == 0 and not cache.exists()
 
     def test_for_want_of_disk_space_has_the_numbers(self, faulty: FaultyHub, cache: Path) -> None:
         huge = {"rfilename": "model.safetensors", "size": 10**17, "blobId": "b" * 40}
-        info = {"id": LLAMA, "sha": "a" * 40, "siblings": [huge]}
+        config: dict[str, Any] = {"rfilename": "config.json", "size": 5, "blobId": "c" * 40}
+        info = {"id": LLAMA, "sha": "a" * 40, "siblings": [huge, config]}
         faulty.fail(Answer(200, {"Content-Type": "application/json"}, json.dumps(info).encode()))
         error = refused(cache)
         assert isinstance(error, Refused) and error.code == "disk_full"
-        assert "100000.0 TB to download" in error.message and error.details["needed_bytes"] == 10**17
+        assert "100000.0 TB to download" in error.message and error.details["needed_bytes"] == 10**17 + config["size"]
         assert faulty.asked() == 1
 
     def test_of_the_cache_folder_is_told(self, faulty: FaultyHub, cache: Path) -> None:
@@ -343,7 +356,9 @@ def answer(document: object, **headers: str) -> Answer:
 
 def described(sha: str, *names: str, size: object = 5) -> Answer:
     """A repository of weights, and of other files of the same size."""
-    siblings = [{"rfilename": name, "size": size, "blobId": "ab" * 20} for name in ("model.safetensors", *names)]
+    siblings = [
+        {"rfilename": name, "size": size, "blobId": "ab" * 20} for name in ("model.safetensors", "config.json", *names)
+    ]
     return answer({"id": LLAMA, "sha": sha, "siblings": siblings})
 
 

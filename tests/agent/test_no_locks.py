@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from mlxops.agent import __main__ as agent
-from mlxops.agent import flocks, hub, install
+from mlxops.agent import flocks, install
 from mlxops.agent.flocks import NoLocks
 from mlxops.agent.journal import create
 from mlxops.agent.operations import ops
@@ -158,7 +158,7 @@ def test_an_agent_starts_and_a_download_begins_where_there_are_no_locks(
     monkeypatch.setattr(agent, "STAMP", str(stamp))
     answer(tmp_path, refusing(errno.ENOTSUP))
     agent._use_build()
-    assert hub._is_locked(lock)
+    assert flocks.is_locked(lock)
 
 
 def test_locks_that_never_answer_are_not_waited_for(

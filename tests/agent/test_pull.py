@@ -292,6 +292,20 @@ class TestRemove:
         assert not repo.exists() and not homelab.studio.registry_path.exists()
         assert homelab.mini.mlxctl("remove", "--model", QWEN).exit == 3, "nobody knows it any more"
 
+    def test_of_one_whose_update_broke_off_frees_it_and_names_what_stays(self, homelab: Homelab) -> None:
+        studio = homelab.studio
+        snapshot = studio.install(QWEN, models.QWEN, trees=True)
+        repo = snapshot.parent.parent
+        (repo / "refs" / "main").write_text("d" * 40)
+        (snapshot.parent / f"._{snapshot.name}").touch()
+        (snapshot / "notes.txt").write_text("mine")
+        told = result(homelab, "remove", "--model", QWEN, "--dry-run")
+        done = homelab.mini.mlxctl("remove", "--model", QWEN).ok()
+        assert told["freed_bytes"] > 100_000 and told["kept"] == []
+        assert "freed 0 B" not in done.stdout and f"no download put it there: {snapshot / 'notes.txt'}" in done.stderr
+        assert [path for path in repo.rglob("*") if path.is_file()] == [snapshot / "notes.txt"]
+        assert homelab.mini.mlxctl("remove", "--model", QWEN).exit == 3, "there is nothing left that it could free"
+
     def test_names_the_other_entries_of_the_same_files(self, homelab: Homelab) -> None:
         homelab.studio.install(QWEN, models.QWEN)
         for name in ("one", "two"):

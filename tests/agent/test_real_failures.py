@@ -63,6 +63,11 @@ def of_another_architecture(studio: Studio) -> None:
     replaced(studio, "config.json", json.dumps(json.loads(path.read_text()) | {"model_type": "qwen9"}))
 
 
+def of_another_width(studio: Studio) -> None:
+    path = Path(studio.registry()["models"][REPO]["cache_path"]) / "config.json"
+    replaced(studio, "config.json", json.dumps(json.loads(path.read_text()) | {"intermediate_size": 64}))
+
+
 def with_a_broken_template(studio: Studio) -> None:
     replaced(studio, "chat_template.jinja", "{% for m in messages %}{{ m.content }}")
 
@@ -72,6 +77,7 @@ def with_a_broken_template(studio: Studio) -> None:
     [
         (of_another_architecture, "unknown_architecture", "'qwen9'"),
         (with_a_broken_template, "no_chat_template", "chat_template"),
+        (of_another_width, "files_do_not_fit", "Expected shape (64, 64) but received shape (128, 64)"),
     ],
 )
 def test_a_model_that_the_engine_cannot_serve_is_explained(
