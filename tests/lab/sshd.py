@@ -324,6 +324,9 @@ class SshAgent:
         """Put a key into it, and the certificate beside the key's file if there is one."""
         self._ssh_add("-q", *options, str(key))
 
+    def remove(self, public_key: Path) -> None:
+        self._ssh_add("-q", "-d", str(public_key))
+
     def clear(self) -> None:
         self._ssh_add("-q", "-D")
 
