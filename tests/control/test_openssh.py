@@ -81,6 +81,10 @@ class World:
         self.encrypted.write_bytes(self.certified.client_key.read_bytes())
         self.encrypted.chmod(0o600)
         convert(self.encrypted, "secret")
+        self.mixed = self.keys / "mixed"
+        self.mixed.write_bytes(self.certified.client_key.read_bytes())
+        self.mixed.chmod(0o600)
+        self.mixed.with_name("mixed.pub").write_text(public(self.many[0]) + "\n")
 
     def converted(self, kind: str, to: str, passphrase: str = "") -> Path:
         """An authorized key in another format, without a public file."""
@@ -293,6 +297,9 @@ LOGINS = {
         lambda w: ["PKCS11Provider /no/such/provider.so", "IdentityFile none"],
         REFUSED,
         ("PKCS11Provider (", "config:2)", "ssh-add -s /no/such/provider.so"),
+    ),
+    "a public key of another pair beside the private one": Row(
+        lambda w: [f"IdentityFile {w.mixed}"], REFUSED, ("mixed.pub are not of one pair",)
     ),
     "a directory as IdentityFile": Row(
         lambda w: [f"IdentityFile {w.keys}", f"IdentityFile {w.certified.client_key}"],
