@@ -205,8 +205,8 @@ class Sshd:
         """A command in front of sshd for which the account has another login shell; this machine's has not."""
         if self.shell is None:
             return []
-        if os.geteuid() != 0:
-            missing("root, to give an account another login shell in a namespace")
+        if os.geteuid() != 0 or shutil.which("unshare") is None:
+            pytest.skip("another login shell for an account takes root and a mount namespace")
         passwd = self.folder / "passwd"
         lines = Path("/etc/passwd").read_text().splitlines()
         rows = [line.split(":") for line in lines]
