@@ -169,6 +169,7 @@ class Login:
         """
         import paramiko
 
+        conversation.begin()  # from here on it is known which signatures the host takes
         algorithm = self._algorithm(conversation.transport, offer)
         public = packed(algorithm.encode()) + packed(offer.blob)
         if isinstance(offer.signer, bytes) and not last and not conversation.would_accept(public):
@@ -182,7 +183,7 @@ class Login:
         return self._files[offer.signer].sign(data, algorithm)
 
     def _algorithm(self, transport: paramiko.Transport, offer: Offer) -> str:
-        """For RSA the first that both sides take. Raises `AgentError` if there is none."""
+        """For RSA the first that both sides take. Raises `ValueError` if there is none."""
         accepted = self._destination.algorithms("PubkeyAcceptedAlgorithms")
         possible = [name for name in signatures(public_keys.kind(offer.blob)) if not accepted or name in accepted]
         told = _server_algorithms(transport)
@@ -195,6 +196,8 @@ class Login:
     # -- what is said if nothing helps
 
     def _note_refused(self, offer: Offer) -> None:
+        if isinstance(offer.signer, Path) and self._files[offer.signer].blob != public_keys.plain(offer.blob):
+            self._notes.append(f"{offer.signer} and {offer.signer}.pub are not of one pair")
         certificate = public_keys.certificate(offer.blob)
         if certificate is None:
             return
@@ -268,6 +271,17 @@ class Conversation:
         self._handler = _handler(transport)
         self._serviced = False
 
+    def begin(self) -> None:
+        """Ask for the login as such, once. Raises `SSHException`."""
+        import paramiko
+
+        if not self._serviced:
+            with contextlib.suppress(paramiko.AuthenticationException):
+                self._handler.send("", b"\x05" + packed(b"ssh-userauth"))
+            self._serviced = self._handler.agrees
+        if not self._serviced:
+            raise paramiko.SSHException("the connection ended")
+
     def would_accept(self, public: bytes) -> bool:
         """Whether a key would be taken, which costs no signature. Raises as `log_in_with`."""
         import paramiko
@@ -300,11 +314,8 @@ class Conversation:
     def _ask(self, method: str, rest: bytes) -> list[str]:
         import paramiko
 
-        if not self._serviced:
-            with contextlib.suppress(paramiko.AuthenticationException):
-                self._handler.send("", b"\x05" + packed(b"ssh-userauth"))
-            self._serviced = self._handler.agrees
-        if not self._serviced or not self.transport.is_active():
+        self.begin()
+        if not self.transport.is_active():
             raise paramiko.SSHException("the connection ended")
         return self._handler.send(method, self._request(method, rest))
 

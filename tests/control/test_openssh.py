@@ -81,6 +81,10 @@ class World:
         self.encrypted.write_bytes(self.certified.client_key.read_bytes())
         self.encrypted.chmod(0o600)
         convert(self.encrypted, "secret")
+        self.mixed = self.keys / "mixed"
+        self.mixed.write_bytes(self.certified.client_key.read_bytes())
+        self.mixed.chmod(0o600)
+        self.mixed.with_name("mixed.pub").write_text(public(self.many[0]) + "\n")
 
     def converted(self, kind: str, to: str, passphrase: str = "") -> Path:
         """An authorized key in another format, without a public file."""
@@ -293,6 +297,9 @@ LOGINS = {
         lambda w: ["PKCS11Provider /no/such/provider.so", "IdentityFile none"],
         REFUSED,
         ("PKCS11Provider (", "config:2)", "ssh-add -s /no/such/provider.so"),
+    ),
+    "a public key of another pair beside the private one": Row(
+        lambda w: [f"IdentityFile {w.mixed}"], REFUSED, ("mixed.pub are not of one pair",)
     ),
     "a directory as IdentityFile": Row(
         lambda w: [f"IdentityFile {w.keys}", f"IdentityFile {w.certified.client_key}"],
@@ -925,3 +932,44 @@ def test_the_tokens_of_a_name_with_a_user_are_those_of_the_name(world: World, cl
     client.host("studio", world.plain, f"UserKnownHostsFile {world.folder}/of-%n", known=False)
     assert ssh(f"{world.plain.user}@studio") == 0
     assert outcome(f"{world.plain.user}@studio") is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_certificate_without_its_key_in_the_agent_logs_in(world: World, client: SshClient, kind: str) -> None:
+    """As `step ssh login` and Vault's helpers leave it there."""
+    key = world.folder / f"stepped-{kind}"
+    key.write_bytes((world.keys / kind).read_bytes())
+    key.chmod(0o600)
+    certificate = key.with_name(f"{key.name}-cert.pub")
+    certificate.write_bytes((world.keys / f"{kind}.crt").read_bytes())
+    agent = world.agent(key)
+    bare = world.folder / f"bare-{kind}.pub"
+    bare.write_bytes((world.keys / f"{kind}.pub").read_bytes())
+    agent.remove(bare)
+    client.block("studio", world.certified, f"IdentityAgent {agent.path}", "IdentityFile none")
+    assert same("studio")[0] == "in"
+
+
+def test_a_configuration_as_teleport_writes_it_is_understood(world: World, client: SshClient) -> None:
+    """`tsh config`: RSA certificates on both sides, host certificates alone allowed, an authority file of its own."""
+    folder = world.folder / "tele port"
+    folder.mkdir()
+    key = keygen(folder / "host_key", "rsa")
+    certificate = certify(world.rsa_ca, key, "studio.cluster", "-h", to=folder / "host.crt")
+    known = folder / "known_hosts"
+    known.write_text(f"@cert-authority proxy,cluster,*.cluster {public(world.rsa_ca)} type=host\n")
+    extra = [f'HostKey "{key}"', f'HostCertificate "{certificate}"', f"TrustedUserCAKeys {world.keys}/trusted"]
+    with Sshd(world.folder / "teleport", extra="\n".join(extra)) as server:
+        client.block(
+            "*.cluster",
+            server,
+            f'UserKnownHostsFile "{known}"',
+            f"IdentityFile {world.keys}/rsa",
+            f"CertificateFile {world.keys}/rsa.crt",
+            "HostKeyAlgorithms rsa-sha2-512-cert-v01@openssh.com,rsa-sha2-256-cert-v01@openssh.com",
+            "HostKeyAlias studio.cluster",
+            "ProxyCommand sh -c 'exec ssh -W %h:%p bastion'",
+            known=False,
+        )
+        client.host("bastion", world.plain)
+        assert same("studio.cluster")[0] == "in"

@@ -575,7 +575,7 @@ def test_arguments_arrive_as_they_were_given(either: Transport, tmp_path: Path) 
     assert not canary.exists()
 
 
-@pytest.mark.parametrize("shell", ["sh", "dash", "bash", "zsh", "fish"])
+@pytest.mark.parametrize("shell", ["sh", "dash", "bash", "zsh", "fish", "csh", "tcsh", "nu"])
 def test_every_login_shell_understands_the_command_line(shell: str, tmp_path: Path) -> None:
     if shutil.which(shell) is None:
         pytest.skip(f"{shell} is not installed")
