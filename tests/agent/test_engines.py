@@ -290,7 +290,7 @@ def test_a_models_own_arguments_cannot_take_what_belongs_to_mlxops(engine: Engin
             for word in ("--model-path=/x", "--served-model-name", "--config", "--log-file", "--no-log-file")
         ),
     ],
-    ids=str,
+    ids=lambda each: each if isinstance(each, str) else each.name,
 )
 def test_nor_what_belongs_to_mlxops_with_this_engine(engine: Engine, word: str) -> None:
     with pytest.raises(Refused):
