@@ -21,7 +21,7 @@ from mlxops.agent.store import Store, now
 from mlxops.agent.system import this_system
 from mlxops.agent.worker import begin
 from mlxops.build import build_id
-from mlxops.core.errors import MlxopsError, Refused
+from mlxops.core.errors import Exit, MlxopsError, Refused
 from mlxops.core.protocol import Asker, Done, Event, Failed, Note, Phase, Request
 from mlxops.core.restore import Step
 
@@ -74,7 +74,9 @@ def _restore(state: Path, told: set[str]) -> _Outcome:
     request = Request("restore", {}, agreed, build_id(), asker, agreed=True)
     left = _look(store, where, request, told)
     if left is not None:
-        return _Outcome(0, min((step.again_in for step in left if step.again_in is not None), default=None))
+        pauses = (step.again_in for step in left if step.again_in is not None)
+        status = Exit.NOT_STARTED if any(step.stuck for step in left) else Exit.DONE
+        return _Outcome(int(status), min(pauses, default=None))
     journal, child = begin(store, request)
     final: Event | None = None
     for event in journal.follow():

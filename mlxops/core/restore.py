@@ -8,7 +8,7 @@ nothing, since a server that crashes at once is as old the next day as one that 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mlxops.core.names import is_model_name
 from mlxops.core.registry import Registry
@@ -33,6 +33,13 @@ class Step:
     """For steps that are not taken."""
     again_in: float | None = None
     """Seconds after which it may be taken, where only that is in the way."""
+    in_hand: bool = field(default=False, compare=False)
+    """Of a step that is not taken: a boot job or a running operation has the port, or its assignment is gone."""
+
+    @property
+    def stuck(self) -> bool:
+        """It stays down until a person acts."""
+        return bool(self.why) and not self.in_hand and self.again_in is None
 
     def to_wire(self) -> dict[str, object]:
         wire: dict[str, object] = {"model": self.model, "port": self.port}
@@ -98,8 +105,13 @@ def plan_restore(
         view = world.ports.get(step.port)
         if view is not None and _is_served(view, step):
             continue
-        why = _what_is_there(view) or _why_not(step, wanted, reserved.get(step.port), slots)
-        left = Step(step.model, step.port, why) if why else pause(step, attempts.get(step, ()))
+        job = reserved.get(step.port)
+        why = _what_is_there(view) or _why_not(step, wanted, job, slots)
+        left = (
+            Step(step.model, step.port, why, in_hand=job is not None or _is_in_hand(view, step))
+            if why
+            else pause(step, attempts.get(step, ()))
+        )
         if left:
             skipped.append(left)
         else:
@@ -126,6 +138,14 @@ def _is_down(view: PortView) -> bool:
 
 def _is_served(view: PortView, step: Step) -> bool:
     return view.state is State.READY and view.model == step.model and view.owner is not Owner.FOREIGN
+
+
+def _is_in_hand(view: PortView | None, step: Step) -> bool:
+    """Whether the port changes without a person: by an operation, a boot job, or a server that loads this model."""
+    if view is None:
+        return False
+    loads = view.state is State.LOADING and view.model == step.model
+    return loads or view.operation is not None or view.owner is Owner.BOOT
 
 
 def _what_is_there(view: PortView | None) -> str:

@@ -141,7 +141,7 @@ def test_what_is_left_to_a_person_is_said_once_and_not_waited_for(
     for _ in range(GIVE_UP):
         started(store, 0)
     clock = Clock()
-    assert run(store, clock) == 0
+    assert run(store, clock) == 4
     assert clock.pauses == [] and operations(store) == []
     (line,) = capsys.readouterr().out.splitlines()
     assert line.endswith(f"when it is mended: mlxctl load {NAME} {port_of(store)}")

@@ -87,6 +87,24 @@ def test_says_why_an_assignment_is_left_that_is_not_served(what: str) -> None:
     assert words in found.skipped[0].why
 
 
+@pytest.mark.parametrize("what", HELD)
+def test_needs_a_person_unless_the_port_changes_by_itself(what: str) -> None:
+    view = HELD[what][0]
+    (step,) = plan(registry(a=8100), world(view) if view else World({})).skipped
+    in_hand = {
+        "a server that loads",
+        "an operation",
+        "the boot job with another model",
+        "the boot job between two runs",
+    }
+    assert step.stuck is (what not in in_hand)
+
+
+def test_does_not_need_a_person_while_it_pauses() -> None:
+    (step,) = plan(registry(a=8100), world(), a=[1.0]).skipped
+    assert step.again_in and not step.stuck
+
+
 def test_replaces_what_a_crash_left() -> None:
     left = PortView(8100, None, State.ORPHAN, Owner.MLXOPS, orphan=Orphan.LEADERLESS, members=(5,))
     assert plan(registry(a=8100), world(left)).starts == (Step("a", 8100),)

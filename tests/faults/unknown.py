@@ -128,14 +128,15 @@ def _untouched(arena: Arena, port: int, run: Callable[[str, Mapping[str, object]
     before = (arena.servers(), arena.registry(), (arena.state / "run" / f"{port}.json").read_bytes())
     for name, args in COMMANDS:
         ended = run(name, {**args, "port": str(port)} if name in {"load", "unload"} else args)
-        assert ended.exit == (3 if name in {"load", "unload", "remove"} else 0), (name, ended)
+        assert ended.exit == EXITS.get(name, 0), (name, ended)
         assert ended.exit == 0 or (ended.error is not None and ended.error.code in REFUSALS), (name, ended)
         after = (arena.servers(), arena.registry(), (arena.state / "run" / f"{port}.json").read_bytes())
         assert after == before, (name, ended)
     _ready(arena, port)
 
 
-REFUSALS = {"unknown_port", "not_seen"}
+EXITS = {"load": 3, "unload": 3, "remove": 3, "restore": 4}
+REFUSALS = {"unknown_port", "not_seen", "restore_incomplete"}
 
 
 def _stays_unknown(arena: Arena, port: int, why: str, run: Callable[[str, Mapping[str, object]], Ended]) -> None:
@@ -144,8 +145,8 @@ def _stays_unknown(arena: Arena, port: int, why: str, run: Callable[[str, Mappin
     _shows(arena, port, why)
     for name, args in COMMANDS:
         ended = run(name, {**args, "port": str(port)} if name in {"load", "unload"} else args)
-        assert ended.exit == (3 if name in {"load", "unload", "remove"} else 0), (name, ended)
-        assert ended.exit == 0 or (ended.error is not None and ended.error.code == "unknown_port"), (name, ended)
+        assert ended.exit == EXITS.get(name, 0), (name, ended)
+        assert ended.exit == 0 or (ended.error is not None and ended.error.code in REFUSALS), (name, ended)
         assert arena.registry() == before and not arena.servers(), (name, ended)
 
 

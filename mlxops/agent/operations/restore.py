@@ -44,8 +44,9 @@ class _Plan:
 
 
 def restore(ctx: Context) -> dict[str, object]:
-    """Each on its own, in the order of the ports: what does not start, or does not fit beside those before it, keeps
-    nobody else from starting. Raises `NotStarted` (restore_incomplete) in the end if there was such a one."""
+    """Start each assignment that nothing serves, in the order of the ports. One that fails does not stop the others.
+
+    Raises `NotStarted` (restore_incomplete) at the end if one failed, or stays down until a person acts."""
     with ctx.alone(RESTORE):
         plan = _plan(ctx, keep=not ctx.request.dry_run)
         for state in plan.gone:
@@ -77,7 +78,7 @@ def _try_out(ctx: Context, plan: _Plan) -> dict[str, object]:
         starts.append(step.to_wire() | {"argv": argv})
         ctx.note(f"{step.model} on {step.port}: {shlex.join(argv) if argv else 'its files would be downloaded first'}")
     result = _result(ctx, (), failed, plan.steps.skipped) | {"restored": starts}
-    _raise_incomplete(plan, failed, result, "would not start")
+    _raise_incomplete(plan, failed, plan.steps.skipped, result, "would not start")
     return result
 
 
@@ -91,14 +92,14 @@ def _carry_out(ctx: Context, plan: _Plan) -> dict[str, object]:
             if _start(ctx, step, afresh=step not in plan.attempts):
                 restored.append(step)
         except (TakenOut, _NotWanted):
-            left.append(replace(step, why=UNLOADED))
+            left.append(replace(step, why=UNLOADED, in_hand=True))
             _tell_left(ctx, left[-1])
         except Interrupted:
             raise
         except MlxopsError as error:
             failed.append(_not_started(ctx, step, error))
     result = _result(ctx, restored, failed, left)
-    _raise_incomplete(plan, failed, result, "did not start")
+    _raise_incomplete(plan, failed, left, result, "did not start")
     return result
 
 
@@ -107,15 +108,19 @@ def _not_started(ctx: Context, step: Step, error: MlxopsError) -> Step:
     return replace(step, why=f"{error.code}: {error.message}")
 
 
-def _raise_incomplete(plan: _Plan, failed: Sequence[Step], result: Mapping[str, object], verb: str) -> None:
-    if not failed:
+def _raise_incomplete(
+    plan: _Plan, failed: Sequence[Step], skipped: Sequence[Step], result: Mapping[str, object], verb: str
+) -> None:
+    down = [*failed, *(step for step in skipped if step.stuck)]
+    if not down:
         return
-    named = ", ".join(f"{step.model} on {step.port}" for step in failed)
+    named = ", ".join(f"{step.model} on {step.port}" for step in down)
+    count = len(plan.steps.starts) + len(down) - len(failed)
     raise NotStarted(
         "restore_incomplete",
-        f"{len(failed)} of {len(plan.steps.starts)} {verb}: {named}",
-        why="; ".join(step.why for step in failed)[:600],
-        hint=f"what serves now: mlxctl status; then for each: mlxctl load {failed[0].model} {failed[0].port}",
+        f"{len(down)} of {count} {verb}: {named}",
+        why="; ".join(step.why for step in down)[:600],
+        hint=f"what serves now: mlxctl status; then for each: mlxctl load {down[0].model} {down[0].port}",
         details=result,
     )
 
