@@ -146,7 +146,8 @@ class TestHomelab:
     def test_a_stray_process_on_a_studio_is_named_and_killed(self, make_homelab: Callable[..., Homelab]) -> None:
         lab = make_homelab()
         lab.mini.run("ssh", "studio", "cd ~ && exec >/dev/null 2>&1 && (sleep 1000 &)").ok()
-        assert {process.command for process in lab.studio.processes()} == {"sleep 1000"}
+        # The shell's child is a shell until it becomes sleep.
+        wait_until(lambda: {each.command for each in lab.studio.processes()} == {"sleep 1000"}, 10, "sleep to run")
         with pytest.raises(AssertionError, match=r"left behind on studio: .*sleep 1000"):
             lab.studio.stop(patience=0.1)
         assert not lab.studio.processes()
