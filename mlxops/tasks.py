@@ -637,7 +637,7 @@ def test(c: Context, only: str | None = None, fast: bool = False, all_engines: b
 
 
 def _checks(chosen: Sequence[str], fast: bool) -> None:
-    """Every check is run, so that one run tells all; the tests come last."""
+    """Run every check, also after a failed one, the tests last. Raises `SystemExit` with the failed commands."""
     import subprocess
     from importlib.util import find_spec
 
@@ -649,11 +649,13 @@ def _checks(chosen: Sequence[str], fast: bool) -> None:
             hint="in this folder: pip install -e '.[dev]'",
         )
     tests = ["pytest", *chosen, *(["tests/core", "tests/test_arrows.py"] if fast else [])]
+    # One cache for each platform: mypy discards a cache that was made with other options.
+    types = [["mypy", "--platform", each, "--cache-dir", f".mypy_cache/{each}"] for each in ("linux", "darwin")]
     failed = []
-    for words in (["ruff", "format", "--check"], ["ruff", "check"], ["mypy"], tests):
+    for words in (["ruff", "format", "--check"], ["ruff", "check"], *types, tests):
         print(f"$ {' '.join(words)}", flush=True)  # noqa: T201
         if subprocess.run([sys.executable, "-m", *words], check=False).returncode != 0:
-            failed.append(words[0])
+            failed.append(" ".join(words))
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 
