@@ -419,8 +419,7 @@ class _Managers:
 
     @cached_property
     def units(self) -> tuple[tuple[bool, Mapping[str, str]], ...]:
-        """What the system's and the user's systemd show of the job's unit, each with whether it is the user's. A systemd
-        that does not run shows nothing."""
+        """What each running systemd shows of the job's unit, with whether it is the user's systemd."""
         if which("systemctl", self._environ) is None:
             return ()
         names = [unit_of(self._job.label)] if self._job.label else []

@@ -58,7 +58,7 @@ class Skipped:
     why: str
     incomplete: bool
     whole: Snapshot | None = None
-    """What it is all the same to an engine that converts weights of another format while it loads them."""
+    """The snapshot, if it is complete and only not in MLX's format: engines convert such weights while they load."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def roots(hub: Path) -> tuple[Path, ...]:
     """The folders in which models are looked for, those that are there: the hub, and the folder that it lies in if
     that holds models too (a download with `cache_dir=$HF_HOME` puts them beside the hub).
 
-    Raises `Refused` (folder_closed) for a hub that may not be looked into: that is not an empty one.
+    Raises `Refused` (folder_closed) for a hub that may not be read: that does not mean that it is empty.
     """
     try:
         with os.scandir(hub) as entries:
@@ -151,7 +151,7 @@ def _repos(root: Path) -> Iterator[str]:
 
 
 def _is_folder_or_closed(path: Path | os.DirEntry[str]) -> bool:
-    """What may not be looked at counts as a folder: whoever then looks into it is told why that cannot be."""
+    """Whether this is a folder. One that may not be examined counts: reading it then raises an error that says why."""
     try:
         return path.is_dir() if isinstance(path, os.DirEntry) else is_folder(path)
     except OSError:
@@ -159,7 +159,7 @@ def _is_folder_or_closed(path: Path | os.DirEntry[str]) -> bool:
 
 
 def _leads_nowhere(path: str) -> str | None:
-    """Where a link leads to a disk that is not mounted, or in a loop; None for any other path."""
+    """Return the target of a dangling link or a loop; None for any other path."""
     return os.readlink(path) if os.path.islink(path) and not os.path.exists(path) else None
 
 
