@@ -22,9 +22,8 @@ def reason(configured: Path, real: Path) -> str | None:
 
     `configured`: the path as the settings name it; `real`: the same without links.
     """
-    for path in (configured, *configured.parents):
-        if os.path.islink(path) and not os.path.exists(path):
-            return f"{path} is a link to {os.path.realpath(path)}, which is not there; perhaps its disk is not mounted"
+    if link := reading.dangling_link(configured):
+        return f"{link} is a link to {os.path.realpath(link)}, which is not there; perhaps its disk is not mounted"
     placeholder = next(iter(_named(real, _PLACEHOLDER)), None)
     if placeholder is not None:
         bring = f" (on a Mac: brctl download {shlex.quote(str(real))})" if placeholder.suffix == ".icloud" else ""

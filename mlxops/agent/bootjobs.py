@@ -20,10 +20,12 @@ from functools import cached_property
 from pathlib import Path
 
 from mlxops.agent import managers as service_managers
+from mlxops.agent import reading
 from mlxops.agent.managers import ABSENT, NO_DOMAIN, which
 from mlxops.agent.system import Look, Process, System
 from mlxops.core.bootjobs import (
     CARRIERS,
+    LOGINS,
     SHELLS,
     Launched,
     bootout,
@@ -201,7 +203,7 @@ class BootJobs:
     def _carries(self, script: _Script, process: Process, child: int | None = None) -> bool:
         """Whether the environment of a process that is no shell and no terminal names the script, in its own folder or
         in the one in which it started `child`."""
-        if program_of(process.argv) in SHELLS | CARRIERS or process.pid == 1:
+        if program_of(process.argv) in SHELLS | LOGINS | CARRIERS or process.pid == 1:
             return False
         values = [each for each in self._system.variables(process.pid).values() if script.may_be_in(each)]
         places = [self._system.folder(pid) for pid in (process.pid, child) if pid is not None] if values else []
@@ -574,7 +576,7 @@ def _keys_of(path: Path) -> Mapping[str, object]:
     import plistlib  # 10 ms, and only macOS has such files
 
     try:
-        with path.open("rb") as stream:
+        with open(reading.open_file(path), "rb") as stream:
             found = plistlib.load(stream)
     except (OSError, ValueError, plistlib.InvalidFileException):
         return {}
@@ -583,7 +585,7 @@ def _keys_of(path: Path) -> Mapping[str, object]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        with path.open("rb") as stream:
+        with open(reading.open_file(path), "rb") as stream:
             return _plain_lines(stream.read(_MAX_SOURCE).decode(errors="replace"))
     except OSError:
         return []

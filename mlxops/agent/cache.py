@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mlxops.agent.contents import Damaged, printable, read
 from mlxops.agent.place import closed
-from mlxops.agent.reading import is_folder
+from mlxops.agent.reading import dangles, is_folder
 from mlxops.agent.snapshot import ModelFacts, completeness, inspect, judge
 from mlxops.core.names import is_repo_id, is_revision
 
@@ -122,9 +122,9 @@ def find(hub: Path, repo_id: str, revision: str | None = None) -> Snapshot | Ski
         return None
     fallback: Skipped | None = None
     for root in roots(hub):
-        if not _is_folder_or_closed(root / folder) and not _leads_nowhere(f"{root}/{folder}"):
+        dead = dangles(root / folder)
+        if not _is_folder_or_closed(root / folder) and not dead:
             continue
-        dead = _leads_nowhere(f"{root}/{folder}") is not None
         found = _best(root, folder, repo_id) if revision is None or dead else _at(root / folder, repo_id, revision)
         if isinstance(found, Snapshot):
             return found
@@ -138,13 +138,13 @@ def is_commit(text: str) -> bool:
 
 
 def _repos(root: Path) -> Iterator[str]:
-    """The names of the model folders in a root, and of links to some that are not there; none if it cannot be read."""
+    """Yield the names of the model folders in a root, dangling links to some included; none if it cannot be read."""
     try:
         with os.scandir(root) as entries:
             for entry in entries:
                 if not entry.name.startswith(_PREFIX):
                     continue
-                if _is_folder_or_closed(entry) or _leads_nowhere(entry.path):
+                if _is_folder_or_closed(entry) or dangles(entry.path):
                     yield entry.name
     except OSError:
         return
@@ -160,7 +160,7 @@ def _is_folder_or_closed(path: Path | os.DirEntry[str]) -> bool:
 
 def _leads_nowhere(path: str) -> str | None:
     """Return the target of a dangling link or a loop; None for any other path."""
-    return os.readlink(path) if os.path.islink(path) and not os.path.exists(path) else None
+    return os.readlink(path) if dangles(path) else None
 
 
 def _repo_id(folder: str) -> str | None:

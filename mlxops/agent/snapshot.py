@@ -243,7 +243,7 @@ def link_that_leads_nowhere(folder: str, name: str) -> str | None:
     """Where a dangling link leads that somebody made to a place outside of the cache, a disk that is not mounted
     perhaps; None for any other."""
     path = f"{folder}/{name}"
-    if not os.path.islink(path) or os.path.exists(path):
+    if not reading.dangles(path):
         return None
     cache = os.path.realpath(os.path.join(folder, *3 * (os.pardir,)))
     target = os.path.realpath(path)
