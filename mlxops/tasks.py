@@ -147,7 +147,7 @@ def load(
 
     def given() -> Mapping[str, object]:
         return {
-            "model": _need(model, "--model", "load --model NAME --port 8100"),
+            "model": _need(model, "--model", f"load --model jerry-xl --port {port or 8100}"),
             "port": port,
             "repo": repo,
             "timeout": _seconds(timeout, "--timeout"),
@@ -488,7 +488,7 @@ def remove(
     """Delete a model's files from the cache."""
 
     def given() -> Mapping[str, object]:
-        return {"model": _need(model, "--model", "remove --model NAME"), "dry_run": dry_run}
+        return {"model": _need(model, "--model", "remove --model jerry-xl"), "dry_run": dry_run}
 
     command.change(Call("remove", host, local, json, debug), given)
 
@@ -559,7 +559,10 @@ def ops(
         if follow is not None and cancel is not None:
             why = "one waits for an operation's end, the other brings it about"
             raise UsageError(
-                "follow_or_cancel", "--follow and --cancel exclude each other", why=why, hint="one after the other"
+                "follow_or_cancel",
+                "--follow and --cancel exclude each other",
+                why=why,
+                hint=f"mlxctl ops --follow {follow}; or mlxctl ops --cancel {cancel}",
             )
         (target,) = call.targets(only_one=True)
         if cancel is not None:

@@ -25,7 +25,6 @@ from mlxops.agent.managers import ABSENT, NO_DOMAIN, which
 from mlxops.agent.system import Look, Process, System
 from mlxops.core.bootjobs import (
     CARRIERS,
-    LOGINS,
     SHELLS,
     Launched,
     bootout,
@@ -203,7 +202,7 @@ class BootJobs:
     def _carries(self, script: _Script, process: Process, child: int | None = None) -> bool:
         """Whether the environment of a process that is no shell and no terminal names the script, in its own folder or
         in the one in which it started `child`."""
-        if program_of(process.argv) in SHELLS | LOGINS | CARRIERS or process.pid == 1:
+        if program_of(process.argv) in SHELLS | CARRIERS or process.pid == 1:
             return False
         values = [each for each in self._system.variables(process.pid).values() if script.may_be_in(each)]
         places = [self._system.folder(pid) for pid in (process.pid, child) if pid is not None] if values else []

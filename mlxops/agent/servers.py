@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from mlxops.agent.engine import Seen, program
 from mlxops.agent.engines import recognise
 from mlxops.agent.system import Look, Process
-from mlxops.core.bootjobs import SHELLS
 
+SHELLS = frozenset({"sh", "bash", "dash", "zsh", "ksh", "ash", "busybox", "fish", "nu", "csh", "tcsh"})
 PREFIXES = frozenset(
     {
         *("nohup", "caffeinate", "taskpolicy", "arch", "nice", "ionice", "chrt", "taskset", "numactl", "prlimit"),

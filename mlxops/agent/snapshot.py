@@ -324,7 +324,7 @@ def _check_tokenizer(folder: str, files: Files, problems: list[str], broken: lis
 
 
 def _check_generation(folder: str, problems: list[str], broken: list[str]) -> None:
-    """Report a generation_config.json that is JSON but no object: engines fail on it. They ignore one that is no JSON."""
+    """Report a generation_config.json that is JSON but no object: engines fail on it (they ignore invalid JSON)."""
     try:
         json_object(f"{folder}/generation_config.json", MAX_CONFIG)
     except Damaged as error:

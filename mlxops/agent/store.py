@@ -408,8 +408,8 @@ def _try_writing(path: Path) -> None:
 
 
 def _try_replacing(path: Path) -> None:
-    """Raises `OSError` if a rename could not replace the path: it is no file, or immutable, or another user's in a sticky
-    folder."""
+    """Raises `OSError` if a rename could not replace the path: it is no file, is immutable, or belongs to another user
+    and lies in a sticky folder."""
     try:
         found = os.lstat(path)
     except FileNotFoundError:

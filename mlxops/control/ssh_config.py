@@ -207,7 +207,7 @@ def _bad(name: str, why: str) -> UsageError:
         "bad_ssh_config",
         f"ssh cannot tell where {shown(name)} is",
         why=" ".join(why.split()),
-        hint=f"try it: ssh -G {name if _PLAIN.fullmatch(name) else 'NAME'}",
+        hint=f"try it: ssh -G -- {shlex.quote(name)}" if name.isprintable() else "correct `ssh` in hosts.yaml",
     )
 
 

@@ -120,9 +120,8 @@ def standing_of_unit(shown: Mapping[str, str]) -> Standing:
 
 # -- what a command names --------------------------------------------------------------------------------------------
 
-SHELLS = frozenset({"sh", "bash", "zsh", "dash", "ksh", "ash", "busybox", "fish", "csh", "tcsh", "nu"})
-LOGINS = frozenset({"login", "su"})
-"""Programs that start a user's shell."""
+SHELLS = frozenset({"sh", "bash", "zsh", "dash", "ksh", "fish", "ash", "csh", "tcsh", "nu", "login", "su"})
+"""Not `servers.SHELLS`: here `login` and `su` count, which may be given a command, too."""
 CARRIERS = frozenset(
     {
         *("tmux", "screen", "zellij", "ssh", "sshd", "sshd-session", "mosh-server", "watch"),
@@ -143,7 +142,7 @@ def words_of(argv: tuple[str, ...]) -> Iterator[str]:
             continue
         yield word
         before = argv[position - 1] if position else ""
-        if program in SHELLS | LOGINS | {"env", "sudo", "caffeinate", "nohup"} and re.fullmatch(r"-[A-Za-z]*c", before):
+        if program in SHELLS | {"env", "sudo", "caffeinate", "nohup"} and re.fullmatch(r"-[A-Za-z]*c", before):
             yield from words_in(word)
 
 
