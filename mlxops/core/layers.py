@@ -1,4 +1,4 @@
-"""What each layer of a model keeps of a conversation: the rules of mlx-lm, by `model_type`. Pure.
+"""The rules of mlx-lm for what each layer of a model keeps of a conversation, by `model_type`. Pure.
 
 Read from the models of mlx-lm 0.32.2: what each caches (`make_cache`, and the call of `update_and_fetch`). Those of
 0.31.3, which mlx-openai-server 1.8.1 uses, never keep more.
@@ -29,13 +29,13 @@ class Layer:
     width: int = 0
     """Values per token."""
     window: int | None = None
-    """Tokens: the last so many. None: all."""
+    """It keeps the last so many tokens; None: all."""
     state: int = 0
-    """Values, however many tokens there are."""
+    """Values that it keeps for any number of tokens."""
 
 
 class Untold(Exception):
-    """The configuration does not tell this, or tells what cannot be."""
+    """The configuration does not say this, or its value makes no sense."""
 
 
 class Config:
@@ -122,7 +122,7 @@ _WORDS = {
     **{"full_attention": FULL, "attention": FULL, "sliding_attention": WINDOW},
     **{"linear_attention": STATE, "mamba": STATE, "conv": STATE, "recurrent": STATE, "moe": NOTHING, "mlp": NOTHING},
 }
-"""What is not among these attends to all tokens."""
+"""Layers with other words attend to all tokens."""
 
 
 def _all(kind: str) -> _Plan:
@@ -143,7 +143,7 @@ def _last_of(period: int, others: str, field: str = "") -> _Plan:
 
 
 def _words(*fields: str, missing: _Plan = _ALL_FULL, words: Mapping[str, str] = _WORDS) -> _Plan:
-    """A word for each layer; `missing`: where there are none."""
+    """A word for each layer; `missing`: the plan if there are no words."""
 
     def plan(config: Config) -> str:
         if not config.items(*fields):

@@ -72,7 +72,7 @@ class UnloadPlan:
     port: int
     stop: PortView | None = None
     portless: tuple[Server, ...] = ()
-    """Servers by hand that are to listen there, listen nowhere, and are stopped, too."""
+    """Servers started by hand for this port that listen nowhere. They are stopped, too."""
     clear: tuple[str, ...] = ()
     model: str | None = None
     notes: tuple[str, ...] = ()
@@ -444,7 +444,7 @@ def plan_unload(registry: Registry, world: World, port: int, *, force: bool) -> 
             "hand_started",
             f"the server on port {port} was started by hand",
             why="; ".join([words, *_what_stays(view)]),
-            hint=f"stop it all the same: mlxctl unload {port} --force",
+            hint=f"to stop it anyway: mlxctl unload {port} --force",
         )
     notes = [*_what_stays(view)]
     if view.portless and not force:
@@ -454,12 +454,12 @@ def plan_unload(registry: Registry, world: World, port: int, *, force: bool) -> 
 
 
 def _kill(view: PortView) -> str:
-    """The command that ends what holds a port, where its pid is known. A job that the system runs would come back."""
+    """Return the command that ends a foreign process, if its pid is known. A boot job would only start it again."""
     return f": kill {view.pid}" if view.pid is not None and view.owner is Owner.FOREIGN else ""
 
 
 def _what_stays(view: PortView) -> tuple[str, ...]:
-    """What is above a server that somebody started by hand is not stopped with it."""
+    """Note that the parent of a server started by hand is not stopped with it."""
     if view.owner is not Owner.HAND or view.server is None or not view.server.starter:
         return ()
     return (f"its parent, {view.server.starter}, is left alone, and may start it again",)
