@@ -48,7 +48,7 @@ def base(path: str) -> str:
 
 
 def read(path: str, limit: int) -> bytes:
-    """The bytes of a regular file. Raises `OSError`; `Damaged` if it is none, or longer than `limit`."""
+    """Return the bytes of a regular file. Raises `OSError`; `Damaged` if it is none, or longer than `limit`."""
     try:
         return reading.read(path, limit)
     except reading.Unfit as error:
@@ -56,12 +56,12 @@ def read(path: str, limit: int) -> bytes:
 
 
 def json_object(path: str, limit: int) -> dict[str, object]:
-    """The JSON object in a file. Raises `OSError`, `Damaged`."""
+    """Read the JSON object in a file. Raises `OSError`, `Damaged`."""
     return parse(read(path, limit), base(path))
 
 
 def parse(data: bytes, what: str) -> dict[str, object]:
-    """A JSON object, read as strictly as engines do: UTF-8 without a byte order mark. Raises `Damaged`."""
+    """Parse a JSON object as strictly as engines do: UTF-8 without a byte order mark. Raises `Damaged`."""
     try:
         parsed = json.loads(data.decode())
     except UnicodeDecodeError:

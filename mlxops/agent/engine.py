@@ -119,7 +119,7 @@ class Engine(Protocol):
         """Variables that it needs beyond the plain ones."""
 
     def recognise(self, argv: Sequence[str]) -> Seen | None:
-        """What this argv says if the process is this engine's server program (see `program`); else None."""
+        """Return what the argv says if the process runs this engine's server program (see `program`); else None."""
 
     def served_name(self, argv: Sequence[str]) -> str | None:
         """The name under which a server with this argv serves its model."""

@@ -204,7 +204,7 @@ TABLE = (
         r"LocalEntryNotFoundError|OfflineModeIsEnabled|outgoing traffic has been disabled|in offline mode"
         r"|CERTIFICATE_VERIFY_FAILED|We couldn't connect to 'https?://",
         "the engine wants something of the hub that is not in the cache; servers are started without the hub",
-        "download it before: mlxctl pull --repo {repo_id}; another repository that its args name has to be pulled, too",
+        "download it first: mlxctl pull --repo {repo_id}; and likewise any other repository that its args name",
     ),
     _known(
         "option_refused",

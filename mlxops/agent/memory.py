@@ -96,7 +96,7 @@ def in_use(world: World, system: System, reserved: Mapping[int, Operation]) -> t
 
 
 def _use(world: World, system: System, server: Found, view: PortView | None) -> Use:
-    """`view`: the port of ours that it serves, if any."""
+    """Describe a server's memory. `view`: the port of ours that it serves, if any."""
     process, seen = server.process, server.seen
     path = real_path(system.folder(process.pid), seen.model)
     asked = options(process.argv).get("--context-length", "")

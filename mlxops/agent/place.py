@@ -99,7 +99,7 @@ def require(folder: Path) -> None:
             "folder_missing",
             why,
             why="perhaps its disk is not mounted; mlxops makes no such folder, or it would fill the system's disk",
-            hint=f"mount the disk, or correct hub and registry in hosts.yaml; if {folder} is to be made: {make}",
+            hint=f"mount the disk, or correct hub and registry in hosts.yaml; or, to make {folder}: {make}",
         )
 
 

@@ -141,7 +141,7 @@ def ask(argv: Sequence[str], env: Mapping[str, str], seconds: float) -> tuple[in
 
 
 def leader(system: System, processes: Mapping[int, Process], run: Run) -> Process | None:
-    """The recorded leader, if the process with its pid is proven to be it; else None.
+    """Return the recorded leader if the process with its pid is proven to be it; else None.
 
     Its argv proves nothing: a prefix (`nice`, `env`) or a wrapper script may change it. The mark in its environment may
     be hidden, or removed by a wrapper; but the mark of another run proves that it is another process.
@@ -157,7 +157,7 @@ def leader(system: System, processes: Mapping[int, Process], run: Run) -> Proces
 
 
 def members(system: System, look: Look, run: Run) -> tuple[int, ...]:
-    """The living processes of a run that are proven ours.
+    """Return the living processes of a run that are proven ours.
 
     All of a group that we made is ours. A group that we did not make may hold more than the server, such as other
     servers of the same script: there only the server is ours, with its descendants and wrappers.

@@ -319,7 +319,7 @@ def _check_tokenizer(folder: str, files: Files, problems: list[str], broken: lis
     if files.sizes.get("tokenizer.json", 0) > 0:
         with suppress(OSError):
             if not reading.read_end(f"{folder}/tokenizer.json", 64).rstrip().endswith(b"}"):
-                problems.append("tokenizer.json ends before its end")
+                problems.append("tokenizer.json is cut off")
                 broken.append("tokenizer.json")
 
 

@@ -226,7 +226,7 @@ class RegistryFile:
         if known & self._names():
             return "it is gone: this host had a registry there before; perhaps its disk is not mounted"
         if not known and absence.had_one_before_marks(self._mark.parent):
-            return "it is gone: the state of this host knows of a registry; perhaps its disk is not mounted"
+            return "it is gone: the history of this host shows that it had one; perhaps its disk is not mounted"
         return None
 
     def conflicts(self) -> list[Path]:
@@ -331,7 +331,7 @@ class RegistryFile:
         return current
 
     def check_writable(self) -> None:
-        """Before anything is started or stopped: would a write succeed? Raises what `usable` raises."""
+        """Check, before anything is started or stopped, that a write would succeed. Raises what `usable` raises."""
         self.usable()
         with _blaming(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)

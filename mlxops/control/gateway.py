@@ -334,6 +334,9 @@ def _receipt(
 # -- through ------------------------------------------------------------------------------------------------------
 
 
+_RESTART = "restart the gateway, once: it runs with other entries than its files have now"
+
+
 @dataclass(frozen=True)
 class _Asked:
     """The requests that were sent through the gateway, and their results."""
@@ -391,7 +394,7 @@ class _Running:
         if passage.code == "gateway_down":
             return "start the gateway, or correct `gateway.url` in hosts.yaml"
         if self.stale(passage.alias):
-            return "restart the gateway, once: it runs with other entries than its files have now"
+            return _RESTART
         words = passage.detail.lower()
         if passage.status == 429 or "budget" in words:
             return "the gateway limits it, or has set the server aside after failures; ask again in a minute"
@@ -505,9 +508,7 @@ def _skipped(
         return None
     stale = asked.running.stale(alias)
     severity = Severity.FAULT if stale else Severity.WARNING
-    hint = (
-        "restart the gateway, once: it runs with other entries than its files have now" if stale else "see: inv gateway"
-    )
+    hint = _RESTART if stale else "see: inv gateway"
     message = f"{alias} is not asked for: {why}"
     return Finding("through_not_asked", alias, _number(row), severity, message, hint, host)
 

@@ -307,7 +307,7 @@ def _words(body: bytes) -> str:
 
 
 def _error(body: bytes) -> str | None:
-    """The message of an OpenAI-style error."""
+    """Return the message of an OpenAI-style error; None if this is none."""
     try:
         return str(json.loads(body)["error"]["message"])
     except (ValueError, LookupError, TypeError, RecursionError):

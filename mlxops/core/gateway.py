@@ -183,7 +183,7 @@ def same_base(one: str, other: str, same_host: SameHost = same_name) -> bool:
 
 
 def address_of(api_base: str | None) -> tuple[str, int] | None:
-    """Host and port of an `api_base`; None if it has none."""
+    """Return host and port of an `api_base`; None if it has none."""
     try:
         parts = urlsplit(api_base or "")
         port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
@@ -196,7 +196,7 @@ def address_of(api_base: str | None) -> tuple[str, int] | None:
 
 
 def names_sent(entries: Iterable[Entry], address: str, same_host: SameHost = same_name) -> dict[int, tuple[str, ...]]:
-    """Port of the host at `address` -> the names that the gateway certainly sends there."""
+    """Return, for each port of the host at `address`, the names that the gateway certainly sends there."""
     sent: dict[int, list[str]] = {}
     for entry in entries:
         where, name = entry.address, entry.certain_name

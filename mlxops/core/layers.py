@@ -45,7 +45,7 @@ class Config:
         self.values = values
 
     def optional(self, *fields: str) -> int | None:
-        """The first of the fields that is there, a positive number."""
+        """Return the first of the fields that is set, a positive number; None if none is."""
         value = self._first(fields)
         if value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 < value < _MOST):
             return value
@@ -58,20 +58,20 @@ class Config:
         return value
 
     def items(self, *fields: str) -> list[object]:
-        """The first of the fields that is there: a list, or a string as its letters. Empty if there is none."""
+        """Return the first of the fields that is set: a list, or the letters of a string. Empty if none is."""
         value = self._first(fields)
         if value is None or isinstance(value, list | str):
             return list(value or ())
         raise Untold
 
     def for_each_layer(self, items: Sequence[object]) -> Sequence[object]:
-        """The items, of which there must be one for each layer."""
+        """Return the items if there is one for each layer. Raises `Untold`."""
         if len(items) != self.layers:
             raise Untold
         return items
 
     def numbers(self, field: str) -> frozenset[int]:
-        """A list of layers' numbers."""
+        """Return the layers' numbers in a list."""
         items = self.items(field)
         found = [each for each in items if isinstance(each, int)]
         if len(found) != len(items):
@@ -79,7 +79,7 @@ class Config:
         return frozenset(found)
 
     def inner(self, field: str) -> Config:
-        """An object in the configuration; an empty one if it is absent."""
+        """Return an object of the configuration; an empty one if it is absent."""
         value = self.values.get(field)
         if value is None or isinstance(value, Mapping):
             return Config(value or {})
@@ -107,7 +107,7 @@ class Config:
 
 
 def guess(values: Mapping[str, object], *fields: str) -> int | None:
-    """The largest number that the fields may mean: 8, 8.0, "8", or one for each layer."""
+    """Return the largest number that the fields may mean: 8, 8.0, "8", or a list with one for each layer."""
     written = [values.get(field) for field in fields]
     flat = [each for value in written for each in (value if isinstance(value, list) else [value])]
     digits = [str(each).removesuffix(".0") for each in flat if isinstance(each, int | float | str) and each is not True]

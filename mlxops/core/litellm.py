@@ -33,7 +33,7 @@ class Environ:
         return _Value(self.values.get(name) or None, name, name not in self.doubtful)
 
     def first(self, names: Iterable[str]) -> _Value:
-        """The first of these variables that is set."""
+        """Return the first of these variables that is set."""
         return next((found for name in names if (found := self.get(name)).text), _Value())
 
 

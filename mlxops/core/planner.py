@@ -96,7 +96,7 @@ class ReconcilePlan:
 
 
 def unknown_model(name: str, registry: Registry, port: str | None = None) -> Refused:
-    """`port`: as it was typed, if one was."""
+    """`port`: as it was typed, if any."""
     import difflib
 
     # Also by the part behind the organisation, which people leave out.
@@ -228,8 +228,8 @@ def plan_load(
 
 
 def check_sent_names(port: int, answers_to: str, sent: Sequence[str], also: Sequence[str] = ()) -> None:
-    """What the gateway sends for a port against the names that the new server will answer to. `also`: those beside
-    `answers_to`, which depend on its engine.
+    """Check that the new server on a port will know all names that the gateway sends: `answers_to`, and those of its
+    engine (`also`).
 
     Raises `Refused` (gateway_name), with `answers_to` in `details`.
     """
@@ -556,7 +556,7 @@ def entry_fields(repo_id: str, cache_path: str) -> dict[str, object]:
 
 
 def merge_refusals(errors: Sequence[MlxopsError]) -> MlxopsError:
-    """One error for several: the first with the largest exit status, naming the others."""
+    """Merge errors into the first one with the largest exit status, and name the others in it."""
     first, *others = sorted(errors, key=lambda error: -error.exit)
     if others:
         first.why = "; ".join(filter(None, [first.why, *(error.message for error in others)]))

@@ -530,7 +530,7 @@ def _view(
 def drift(
     ports: PortRange, views: Mapping[int, PortView], registry: Registry, boot: Iterable[JobState] = ()
 ) -> tuple[Drift, ...]:
-    """Where registry, hosts.yaml and life disagree, each with the command that helps."""
+    """Return the differences between registry, hosts.yaml and the running servers, each with the command that helps."""
     slots = {view.alias: view.port for view in views.values() if view.alias}
     idle = next((port for port in ports if port in views and views[port].unserved and not registry.on_port(port)), None)
     found = [each for view in views.values() for each in _drift_of_port(view, registry.on_port(view.port), slots, idle)]

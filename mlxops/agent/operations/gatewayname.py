@@ -29,7 +29,7 @@ def check_name(ctx: Context, target: Target, port: int) -> None:
 
 
 def name_warning(ctx: Context, alias: str, port: int) -> str | None:
-    """A sentence, if the gateway sends a name that only this engine knows beside the alias."""
+    """Return a warning if the gateway sends a name that this engine knows beside the alias, and others may not."""
     other = [name for name in _sent(ctx, port) if name != alias]
     if not other:
         return None

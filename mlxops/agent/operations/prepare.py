@@ -174,7 +174,7 @@ def _is_language_model(prepared: Prepared) -> bool:
 
 
 def _check_code(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
-    """Trust is for the exact commit that was reviewed; a branch can move. Raises `Refused` (code_would_run)."""
+    """Raises `Refused` (code_would_run) unless code is trusted at exactly this commit: a branch can move."""
     entry, revision = prepared.serving.model, prepared.files.revision
     trusted = entry.trust_remote_code and entry.revision == revision
     model_file = facts.model_file if _is_language_model(prepared) else None
