@@ -112,6 +112,22 @@ def flock_within(fd: int, seconds: float = LOOK_SECONDS, *, shared: bool = False
     return True
 
 
+def take_or_close(fd: int, path: Path) -> bool:
+    """Take the lock of an open file, for long. Close the file if another process holds the lock, and on any error.
+
+    Processes that only look whether it is held have it for microseconds. Raises `OSError`.
+    """
+    try:
+        with naming(path):
+            taken = flock_within(fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    if not taken:
+        os.close(fd)
+    return taken
+
+
 def is_locked(path: Path) -> bool:
     """Whether the lock of a file is held: False for a missing file, True where there are no locks. Raises `OSError`."""
     try:

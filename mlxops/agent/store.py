@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from mlxops.agent import reading
-from mlxops.agent.flocks import LOCK_SECONDS, NoLocks, alone, flock_within, naming, try_flock
+from mlxops.agent.flocks import LOCK_SECONDS, NoLocks, alone, flock_within, naming, take_or_close, try_flock
 from mlxops.agent.place import require
 from mlxops.agent.reading import Unfit, said
 from mlxops.core import registry as registries
@@ -330,9 +330,12 @@ class RegistryFile:
                 pass
         return current
 
-    def check_writable(self) -> None:
-        """Check, before anything is started or stopped, that a write would succeed. Raises what `usable` raises."""
-        self.usable()
+    def check_writable(self) -> Registry:
+        """Check, before anything is started or stopped, that a write would succeed, and return the registry.
+
+        Raises what `usable` raises.
+        """
+        current = self.usable()
         with _blaming(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _try_writing(self.path)
@@ -340,6 +343,7 @@ class RegistryFile:
         with _blaming(self._previous):
             _try_writing(self._previous)
             self.remember()
+        return current
 
     def refusal(self, found: Registry) -> Refused:
         """Return the error for a registry that must not be written, for the reason `found.unwritable`."""
@@ -524,15 +528,8 @@ class Store:
         path = self.state / "locks" / name
         with self._writing():
             fd = reading.open_file(path, os.O_RDWR | os.O_CREAT)
-            try:
-                # `holder` has it for microseconds; an operation has it for long.
-                with naming(path):
-                    free = flock_within(fd)
-            except BaseException:
-                os.close(fd)
-                raise
-        if not free:
-            os.close(fd)
+            taken = take_or_close(fd, path)
+        if not taken:
             return self._holder(path) or Operation(id="?", command="?")
         left = self._trace(path)
         try:

@@ -58,9 +58,7 @@ def prepare(ctx: Context, target: Target, port: int, files: Files, *, ask: bool 
     """
     settings = ctx.where.settings
     entry = target.entry or Model(target.name, target.repo_id)
-    engine = engine_named(entry.engine or settings.engine)
-    environ = {**ctx.environ, **settings.env}
-    command = engine.command(settings.launch.get(engine.name, ()), environ)
+    engine, command = ctx.engine(target)
     serving = Serving(
         model=entry,
         alias=settings.alias(port, target.name),
@@ -70,7 +68,7 @@ def prepare(ctx: Context, target: Target, port: int, files: Files, *, ask: bool 
         folder=ctx.store.run_folder(port),
         options=_with_template(entry, options(entry, settings.engine, files.path), files.path),
     )
-    inquire = None if not ask else environ
+    inquire = ctx.engine_environ if ask else None
     command = described(engine, command, serving, inquire, ctx.store, keep=not ctx.request.dry_run)
     argv = engine.argv(command, serving)
     real = os.path.realpath(files.path)
@@ -200,10 +198,8 @@ def check_before_download(ctx: Context, target: Target) -> Callable[[Collection[
 
     Raises `Refused` (engine_not_found). The check raises `Refused`: not_servable, unknown_architecture.
     """
-    settings = ctx.where.settings
     entry = target.entry or Model(target.name, target.repo_id)
-    engine = engine_named(entry.engine or settings.engine)
-    command = engine.command(settings.launch.get(engine.name, ()), {**ctx.environ, **settings.env})
+    engine, command = ctx.engine(target)
     language = arguments(entry.args).get("--model-type", entry.options.get("model_type") or "lm") == "lm"
 
     def check(names: Collection[str], config: Mapping[str, object]) -> None:
