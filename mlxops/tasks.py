@@ -147,7 +147,7 @@ def load(
 
     def given() -> Mapping[str, object]:
         return {
-            "model": _need(model, "--model", "load --model NAME --port 8100"),
+            "model": _need(model, "--model", f"load --model jerry-xl --port {port or 8100}"),
             "port": port,
             "repo": repo,
             "timeout": _seconds(timeout, "--timeout"),
@@ -488,7 +488,7 @@ def remove(
     """Delete a model's files from the cache."""
 
     def given() -> Mapping[str, object]:
-        return {"model": _need(model, "--model", "remove --model NAME"), "dry_run": dry_run}
+        return {"model": _need(model, "--model", "remove --model jerry-xl"), "dry_run": dry_run}
 
     command.change(Call("remove", host, local, json, debug), given)
 
@@ -559,7 +559,10 @@ def ops(
         if follow is not None and cancel is not None:
             why = "one waits for an operation's end, the other brings it about"
             raise UsageError(
-                "follow_or_cancel", "--follow and --cancel exclude each other", why=why, hint="one after the other"
+                "follow_or_cancel",
+                "--follow and --cancel exclude each other",
+                why=why,
+                hint=f"mlxctl ops --follow {follow}; or mlxctl ops --cancel {cancel}",
             )
         (target,) = call.targets(only_one=True)
         if cancel is not None:
@@ -637,7 +640,7 @@ def test(c: Context, only: str | None = None, fast: bool = False, all_engines: b
 
 
 def _checks(chosen: Sequence[str], fast: bool) -> None:
-    """Every check is run, so that one run tells all; the tests come last."""
+    """Run every check, also after a failed one, the tests last. Raises `SystemExit` with the failed commands."""
     import subprocess
     from importlib.util import find_spec
 
@@ -649,11 +652,13 @@ def _checks(chosen: Sequence[str], fast: bool) -> None:
             hint="in this folder: pip install -e '.[dev]'",
         )
     tests = ["pytest", *chosen, *(["tests/core", "tests/test_arrows.py"] if fast else [])]
+    # One cache for each platform: mypy discards a cache that was made with other options.
+    types = [["mypy", "--platform", each, "--cache-dir", f".mypy_cache/{each}"] for each in ("linux", "darwin")]
     failed = []
-    for words in (["ruff", "format", "--check"], ["ruff", "check"], ["mypy"], tests):
+    for words in (["ruff", "format", "--check"], ["ruff", "check"], *types, tests):
         print(f"$ {' '.join(words)}", flush=True)  # noqa: T201
         if subprocess.run([sys.executable, "-m", *words], check=False).returncode != 0:
-            failed.append(words[0])
+            failed.append(" ".join(words))
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 

@@ -95,7 +95,7 @@ def _use_build() -> None:
         fd = os.open(STAMP, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return  # not deployed but installed in another way
-    # Where there are no locks, no deploy gets as far as pruning.
+    # Without locks, deploy fails before it prunes builds.
     with contextlib.suppress(NoLocks):
         flock_within(fd, shared=True)  # a deploy that looks whether it is in use holds it for an instant
 
@@ -133,9 +133,9 @@ def _told(serve: Callable[[], int]) -> int:
     except Exception as error:  # noqa: BLE001 - the boundary of the agent
         from traceback import format_exc
 
-        told = closed(error, error.filename) if is_hosts_fault(error) else bug(error, format_exc())
-        _emit(Failed(told))
-        return int(told.exit)
+        failure = closed(error, error.filename) if is_hosts_fault(error) else bug(error, format_exc())
+        _emit(Failed(failure))
+        return int(failure.exit)
 
 
 def _serve() -> int:

@@ -1,5 +1,5 @@
-"""Why a registry file that is not there is no empty registry: a link whose target is gone, a disk that is not mounted,
-what a sync service put in its place, or a file that this host had before."""
+"""Decide whether a missing registry file may be taken for an empty registry. It may not if a link's target is gone, a
+disk is not mounted, a sync service replaced the file, or this host had one before."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ _WRITERS = frozenset({"init", "load"})
 
 
 def reason(configured: Path, real: Path) -> str | None:
-    """Why the file's absence says nothing about its content; None if there may never have been one.
+    """Return why the missing file is not an empty registry; None if there may never have been one.
 
     `configured`: the path as the settings name it; `real`: the same without links.
     """
-    for path in (configured, *configured.parents):
-        if os.path.islink(path) and not os.path.exists(path):
-            return f"{path} is a link to {os.path.realpath(path)}, which is not there; perhaps its disk is not mounted"
+    if link := reading.dangling_link(configured):
+        return f"{link} is a link to {os.path.realpath(link)}, which is not there; perhaps its disk is not mounted"
     placeholder = next(iter(_named(real, _PLACEHOLDER)), None)
     if placeholder is not None:
         bring = f" (on a Mac: brctl download {shlex.quote(str(real))})" if placeholder.suffix == ".icloud" else ""
@@ -49,11 +48,11 @@ _CONFLICT = (
 )
 _OTHER_HOSTS = (
     r"{}-[^/]+[]",
-)  # OneDrive: registry-MINI.json; as a sign of a conflict too weak where the file is there
+)  # OneDrive: registry-MINI.json. Only counts if registry.json itself is gone: other files have such names, too.
 
 
 def conflicts(registry: Path) -> list[Path]:
-    """The conflicted copies that lie beside it."""
+    """Return the conflicted copies beside the registry."""
     return _named(registry, _CONFLICT)
 
 
@@ -67,11 +66,11 @@ def _named(registry: Path, patterns: Iterable[str]) -> list[Path]:
     return [registry.parent / name for name in sorted(names) if any(each.fullmatch(name) for each in wanted)]
 
 
-# What the host's state remembers
+# What the state folder says about earlier registries
 
 
 def remembered(mark: Path) -> frozenset[str]:
-    """The paths at which this host has had a registry."""
+    """Return the paths at which this host has had a registry."""
     try:
         paths = json.loads(reading.read(mark, MAX_BYTES))["paths"]
         return frozenset(path for path in paths if isinstance(path, str))
@@ -84,7 +83,7 @@ def encoded(paths: Iterable[str]) -> bytes:
 
 
 def had_one_before_marks(state: Path) -> bool:
-    """Whether the state of an mlxops that made no marks yet tells that there was a registry."""
+    """Whether the state of an older mlxops, which wrote no registry.known.json, shows that there was a registry."""
     if os.path.lexists(state / "registry.previous.json"):
         return True
     try:

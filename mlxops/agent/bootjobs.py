@@ -1,10 +1,10 @@
-"""The boot jobs of hosts.yaml on this host: which servers are theirs, and whether they are installed. Changes nothing.
+"""Find the servers of hosts.yaml's boot jobs on this host, and whether the jobs are installed. Changes nothing.
 
-A server is a job's if the service manager says so (launchd's pid for the label, systemd's control group), if it carries
-the mark that the manager leaves in a job's environment, or if the job's script runs above it. After a script's last
-`exec` only the first two are left: the server has the script's pid and no word of it.
+A server belongs to a job if the service manager says so (launchd's pid for the label, systemd's control group), if its
+environment has the variable that the manager sets, or if one of its ancestors runs the job's script. If the script ends
+in `exec`, only the first two remain: the server has taken the script's pid, and its command does not name the script.
 
-launchd was not at hand: its part is tested with recorded formats. systemd's runs in the tests.
+launchd was not at hand: its part is tested with recorded formats. The tests run a real systemd.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 
 from mlxops.agent import managers as service_managers
+from mlxops.agent import reading
 from mlxops.agent.managers import ABSENT, NO_DOMAIN, which
 from mlxops.agent.system import Look, Process, System
 from mlxops.core.bootjobs import (
@@ -59,12 +60,12 @@ _MAX_SOURCE = 256 * 1024
 
 @dataclass(frozen=True)
 class Roots:
-    """Where service managers have their files; another place in tests."""
+    """Where service managers keep their files; tests pass another root."""
 
     system: Path = Path("/")
 
     def plists(self, home: Path) -> tuple[tuple[str, Path], ...]:
-        """Folders of property lists, each with the domain that launchd loads them into."""
+        """Return the folders of property lists, each with the domain into which launchd loads them."""
         gui = f"gui/{os.getuid()}"
         return (
             ("system", self.system / "Library/LaunchDaemons"),
@@ -73,7 +74,7 @@ class Roots:
         )
 
     def units(self, home: Path, config: str) -> tuple[tuple[bool, Path], ...]:
-        """Folders of systemd units, each with whether they are a user's."""
+        """Return the folders of systemd units, each with whether they are a user's."""
         own = Path(config) if config.startswith("/") else home / ".config"
         return (
             *((False, self.system / each / "systemd/system") for each in ("etc", "run", "usr/local/lib", "lib")),
@@ -86,7 +87,7 @@ class Roots:
             yield from self.system.glob(pattern.lstrip("/"))
 
     def closed(self) -> bool:
-        """Whether a crontab may be there that this user cannot read."""
+        """Whether there may be crontabs that this user cannot read."""
         for each in _SPOOLS:
             folder = self.system / each.lstrip("/")
             if _exists(folder) is not False and not os.access(folder, os.R_OK | os.X_OK):
@@ -95,7 +96,7 @@ class Roots:
 
 
 class BootJobs:
-    """The boot jobs, for one look at the host. Service managers are asked only if nothing else tells, and once."""
+    """The boot jobs, for one observation of the host. Service managers are asked last, and at most once."""
 
     def __init__(
         self, jobs: tuple[BootJob, ...], system: System, environ: Mapping[str, str], roots: Roots | None = None
@@ -109,8 +110,10 @@ class BootJobs:
     # -- whose a server is ---------------------------------------------------------------------------------------
 
     def claim(self, look: Look, port: int, pids: Collection[int]) -> BootClaim | None:
-        """The boot job to which one of these processes belongs: that of the port first, then any other. A script that
-        starts several servers owns them all, also those on ports that hosts.yaml does not name for it."""
+        """Return the boot job to which one of these processes belongs: the port's own job first, then any other.
+
+        A script that starts several servers owns all of them, also those on ports that hosts.yaml does not name for it.
+        """
         chains = [list(look.ancestors(pid)) for pid in sorted(pids)]
         for job in sorted(self.jobs, key=lambda each: each.port != port):
             for chain in chains:
@@ -123,7 +126,7 @@ class BootJobs:
         return None
 
     def unseen(self, look: Look, port: int) -> BootClaim | None:
-        """The boot job of a port whose listener is another user's, and hidden from this one."""
+        """Return the boot job of a port whose listener belongs to another user and cannot be seen by this one."""
         state = next((self.state(look, job) for job in self.jobs if job.port == port), None)
         if state is None or not state.standing.reserves:
             return None
@@ -133,7 +136,7 @@ class BootJobs:
         return state.stop or self._managers[state.job].stop()
 
     def _by_marks(self, job: BootJob, names: Collection[str], chain: list[Process]) -> BootClaim | None:
-        """By what service managers left with a process, under one of these labels or units."""
+        """Look for one of these labels or units in what service managers give a process: control group, variables."""
         for process in chain if any(names) else ():
             units = self._system.units(process.pid)
             unit = next((unit for unit in units if any(is_unit(name, unit) for name in names)), None)
@@ -158,7 +161,7 @@ class BootJobs:
             if script.is_named_by(words_of(process.argv), self._folders(look, process)):
                 how = f"{job.script} runs above it (pid {process.pid})"
                 return BootClaim(job, how, self._stop_by_file(job, chain))
-        # pm2 writes it there; a keeper of one's own often has it in a variable, which its children inherit.
+        # pm2 sets this variable. Other keepers often have the script in a variable, which their children inherit.
         seen = self._system.variables(chain[0].pid)
         if script.is_named_by([seen.get("pm_exec_path", "")], []):
             return BootClaim(job, f"pm2 started it from {job.script}", f"pm2 stop {seen.get('name') or job.script}")
@@ -169,7 +172,7 @@ class BootJobs:
         return None
 
     def _stop_by_file(self, job: BootJob, chain: list[Process]) -> str:
-        """By the service manager whose file runs the script, if these processes have its mark."""
+        """Return the stop command of the service manager whose file runs the script, if it started these processes."""
         marked = self._by_marks(job, self._managers[job].names_in_files, chain)
         return marked.stop if marked else self._managers[job].stop()
 
@@ -207,7 +210,7 @@ class BootJobs:
 
     @cached_property
     def _own(self) -> frozenset[int]:
-        """This process and those above it: what they carry is in everything that is started from the same place."""
+        """This process and its ancestors: everything that is started from here inherits their variables."""
         found = set()
         process = self._system.process(os.getpid())
         while process is not None and process.pid not in found:
@@ -216,7 +219,7 @@ class BootJobs:
         return frozenset(found)
 
     def _folders(self, look: Look, process: Process) -> list[str]:
-        """What a relative path of a process may be relative to: it may have gone elsewhere since it was started."""
+        """Return the folders that a relative path in its command may refer to: a process may change its folder."""
         parent = self._system.folder(process.ppid) if process.ppid in look.processes else None
         begun = self._system.variables(process.pid).get("PWD")
         return [each for each in (self._system.folder(process.pid), begun, parent) if each]
@@ -224,7 +227,7 @@ class BootJobs:
     # -- whether a job is there ----------------------------------------------------------------------------------
 
     def state(self, look: Look, job: BootJob) -> JobState:
-        """Whether the system will start it, as far as can be seen without root."""
+        """Return whether the system will start the job, as far as can be seen without root."""
         managers = self._managers[job]
         found = managers.state()
         if found is not None and found.standing not in {Standing.UNKNOWN, Standing.DISABLED}:
@@ -238,7 +241,7 @@ class BootJobs:
         return found or self._absent(job)
 
     def _runner(self, look: Look, job: BootJob) -> Process | None:
-        """A living process that runs the script, or keeps it running."""
+        """Return a living process that runs the script, or keeps it running."""
         if not job.script:
             return None
         script = _Script(job.script, self._environ)
@@ -262,7 +265,7 @@ class BootJobs:
         return "this user's crontab" if any(map(script.is_in, _plain_lines(_own_crontab(self._environ)))) else None
 
     def _absent(self, job: BootJob) -> JobState:
-        """No service manager knows it, and nothing that can be seen runs its script."""
+        """Return the state of a job that no service manager knows and whose script no visible process runs."""
         managers = self._managers[job]
         there = _exists(Path(_Script(job.script, self._environ).path)) if job.script else False
         if there is None or (there and not job.label and self._roots.closed()):
@@ -280,7 +283,7 @@ class BootJobs:
 
 
 class _Managers:
-    """What launchd and systemd say about one job; each is asked once, when it is needed."""
+    """What launchd and systemd say about one job. Each is asked once, when needed."""
 
     def __init__(self, job: BootJob, environ: Mapping[str, str], roots: Roots) -> None:
         self._job = job
@@ -289,12 +292,12 @@ class _Managers:
         self._environ = {"XDG_RUNTIME_DIR": f"/run/user/{os.getuid()}", **environ}
         self._script = _Script(job.script, environ) if job.script else None
         self.domain = ""
-        """launchd's, in which the job was found."""
+        """launchd's domain in which the job was found."""
         self.label = job.label
 
     @property
     def asked(self) -> list[str]:
-        """Who is asked about the label."""
+        """The service managers that can be asked about the label."""
         systemd = which("systemctl", self._environ) is not None
         return [name for name, here in (("launchd", self.asks_launchd), ("systemd", systemd)) if here]
 
@@ -303,7 +306,7 @@ class _Managers:
         return sys.platform == "darwin" or which("launchctl", self._environ) is not None
 
     def state(self) -> JobState | None:
-        """None: neither knows it."""
+        """Return the job's state; None if neither knows the job."""
         found = [*self._of_launchd(), *self._of_systemd()]
         if self._unanswered:
             found.append(JobState(self._job, Standing.UNKNOWN, "; ".join(dict.fromkeys(self._unanswered)), self.stop()))
@@ -311,7 +314,7 @@ class _Managers:
         return min(found, key=lambda state: order.index(state.standing), default=None)
 
     def stop(self, label: str = "") -> str:
-        """The command that stops the job, or launchd's job of another label that runs the same script."""
+        """Return the command that stops the job, or launchd's job `label` that runs the same script."""
         if label and not same_label(label, self._job.label):
             return bootout(self._domain_of(label), label)
         if self.asks_launchd and (self._job.label or self._own_plist):
@@ -320,7 +323,7 @@ class _Managers:
         for user, shown in self._known_units():
             return systemctl("stop", shown.get("Id") or unit_of(self._job.label), user=user)
         if self._job.label:
-            # No launchd and no systemd that knows it: what else starts it has a command of its own.
+            # Neither launchd nor systemd knows it: something else starts it, with a stop command of its own.
             return f"stop what starts it (under launchd: {bootout('system', self._job.label)})"
         return f"stop what runs {self._job.script}"
 
@@ -331,7 +334,7 @@ class _Managers:
         return next(found, self.domain or "system")
 
     def _find_domain(self) -> None:
-        """From the files, or from launchd where they do not tell."""
+        """Set domain and label from the property list, else ask launchd."""
         if not self.domain and self._own_plist:
             self.domain, self.label = self._own_plist.domain, self._own_plist.label
         elif not self.domain:
@@ -339,7 +342,7 @@ class _Managers:
 
     @cached_property
     def launchd(self) -> Launched | None:
-        """The job as launchd shows it. None: it does not know the label, or could not be asked."""
+        """The job as launchd shows it; None if launchd does not know the label or could not be asked."""
         if not self.asks_launchd:
             return None
         uid = os.getuid()
@@ -397,8 +400,8 @@ class _Managers:
 
     @cached_property
     def _own_plist(self) -> _Plist | None:
-        """The property list with the job's label; else the one that runs the script."""
-        # Nearly always the file has the label's name; there may be dozens of others.
+        """The property list with the job's label, else the one that runs the script."""
+        # The file nearly always has the label's name: try that before parsing dozens of others.
         for domain, folder in self._roots.plists(self._home) if self._job.label else ():
             path = folder / f"{self._job.label}.plist"
             if path.exists() and same_label(self._job.label, str((keys := _keys_of(path)).get("Label", ""))):
@@ -417,8 +420,7 @@ class _Managers:
 
     @cached_property
     def units(self) -> tuple[tuple[bool, Mapping[str, str]], ...]:
-        """What the system's and the user's systemd show of the job's unit, each with whether it is the user's. One that
-        does not run says nothing."""
+        """What each running systemd shows of the job's unit, with whether it is the user's systemd."""
         if which("systemctl", self._environ) is None:
             return ()
         names = [unit_of(self._job.label)] if self._job.label else []
@@ -439,7 +441,7 @@ class _Managers:
     def _show(self, user: bool, unit: str) -> Mapping[str, str]:
         scope = ("--user",) if user else ()
         if "@." in unit:
-            # A template is no unit; one of its instances may be.
+            # systemctl cannot show a template, only an instance of it.
             pattern = unit.replace("@.", "@*.")
             listed = self._systemctl(*scope, "list-units", "--all", "--plain", "--no-legend", "--full", pattern)
             unit = next(iter(listed.split()), "")
@@ -452,7 +454,7 @@ class _Managers:
                 return done.stdout
         except (Refused, OSError):
             pass
-        # Where none runs, systemctl fails as well, and that is an answer.
+        # Without a running systemd, systemctl fails, too: that means "no such unit", not "no answer".
         runtime = Path(self._environ["XDG_RUNTIME_DIR"])
         user = arguments[:1] == ("--user",)
         if (runtime / "systemd/private" if user else self._roots.system / "run/systemd/private").exists():
@@ -476,7 +478,7 @@ class _Managers:
 
     @cached_property
     def _unit_files(self) -> list[tuple[bool, Path]]:
-        """The unit files with the job's name; else those that run the script."""
+        """The unit files with the job's name, else those that run the script."""
         found = [
             (user, path)
             for user, folder in self._roots.units(self._home, self._environ.get("XDG_CONFIG_HOME", ""))
@@ -498,7 +500,7 @@ class _Managers:
 
 
 class _Script:
-    """The path of a boot job's script, however a command spells it."""
+    """The script of a boot job, recognised in each way in which a command may spell its path."""
 
     def __init__(self, path: str, environ: Mapping[str, str]) -> None:
         if path.startswith("~/"):
@@ -514,7 +516,7 @@ class _Script:
         self._spelled = re.compile("|".join(rf"(?<![\w./-]){re.escape(name)}(?![\w./-])" for name in names))
 
     def is_named_by(self, words: Iterable[str], folders: Iterable[str]) -> bool:
-        """Whether one of the words is the script, relative ones in any of the folders."""
+        """Whether one of the words is the script's path. Relative words are tried in each of the folders."""
         folders = list(folders)
         return any(
             self._is(os.path.join(folder, word))
@@ -529,16 +531,16 @@ class _Script:
         return self._file is not None and _file(path) == self._file
 
     def may_be_in(self, text: str) -> bool:
-        """Whether it is worth looking at the words of a text."""
+        """Whether a text may name the script: a quick check before its words are looked at."""
         return self._name in text
 
     def is_in(self, line: str) -> bool:
-        """Whether a line of configuration runs it: by its path, or in its folder."""
+        """Whether a line of configuration runs the script: it has its path, or its name and folder."""
         return self._name in line and (bool(self._spelled.search(line)) or self._folder in line)
 
 
 def _file(path: str) -> tuple[int, int] | None:
-    """What tells a file on this host, by whatever path: also one in another case, where the file system ignores it."""
+    """Return device and inode, which identify a regular file whatever path or case leads to it; None for others."""
     try:
         found = os.stat(path)
     except OSError:
@@ -547,7 +549,7 @@ def _file(path: str) -> tuple[int, int] | None:
 
 
 def _exists(path: Path) -> bool | None:
-    """None: a folder on the way is closed."""
+    """Whether the path exists; None if that cannot be seen, as in a folder that may not be entered."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -560,7 +562,7 @@ def _exists(path: Path) -> bool | None:
 @dataclass(frozen=True)
 class _Plist:
     domain: str
-    """launchd's, into which it is loaded."""
+    """launchd's domain into which the list is loaded."""
     path: Path
     keys: Mapping[str, object]
 
@@ -573,7 +575,7 @@ def _keys_of(path: Path) -> Mapping[str, object]:
     import plistlib  # 10 ms, and only macOS has such files
 
     try:
-        with path.open("rb") as stream:
+        with open(reading.open_file(path), "rb") as stream:
             found = plistlib.load(stream)
     except (OSError, ValueError, plistlib.InvalidFileException):
         return {}
@@ -582,7 +584,7 @@ def _keys_of(path: Path) -> Mapping[str, object]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        with path.open("rb") as stream:
+        with open(reading.open_file(path), "rb") as stream:
             return _plain_lines(stream.read(_MAX_SOURCE).decode(errors="replace"))
     except OSError:
         return []

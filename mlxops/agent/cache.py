@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mlxops.agent.contents import Damaged, printable, read
 from mlxops.agent.place import closed
-from mlxops.agent.reading import is_folder
+from mlxops.agent.reading import dangles, is_folder
 from mlxops.agent.snapshot import ModelFacts, completeness, inspect, judge
 from mlxops.core.names import is_repo_id, is_revision
 
@@ -58,7 +58,7 @@ class Skipped:
     why: str
     incomplete: bool
     whole: Snapshot | None = None
-    """What it is all the same to an engine that converts weights of another format while it loads them."""
+    """The snapshot, if it is complete and only not in MLX's format: engines convert such weights while they load."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def roots(hub: Path) -> tuple[Path, ...]:
     """The folders in which models are looked for, those that are there: the hub, and the folder that it lies in if
     that holds models too (a download with `cache_dir=$HF_HOME` puts them beside the hub).
 
-    Raises `Refused` (folder_closed) for a hub that may not be looked into: that is not an empty one.
+    Raises `Refused` (folder_closed) for a hub that may not be read: that does not mean that it is empty.
     """
     try:
         with os.scandir(hub) as entries:
@@ -122,9 +122,9 @@ def find(hub: Path, repo_id: str, revision: str | None = None) -> Snapshot | Ski
         return None
     fallback: Skipped | None = None
     for root in roots(hub):
-        if not _is_folder_or_closed(root / folder) and not _leads_nowhere(f"{root}/{folder}"):
+        dead = dangles(root / folder)
+        if not _is_folder_or_closed(root / folder) and not dead:
             continue
-        dead = _leads_nowhere(f"{root}/{folder}") is not None
         found = _best(root, folder, repo_id) if revision is None or dead else _at(root / folder, repo_id, revision)
         if isinstance(found, Snapshot):
             return found
@@ -138,20 +138,20 @@ def is_commit(text: str) -> bool:
 
 
 def _repos(root: Path) -> Iterator[str]:
-    """The names of the model folders in a root, and of links to some that are not there; none if it cannot be read."""
+    """Yield the names of the model folders in a root, dangling links to some included; none if it cannot be read."""
     try:
         with os.scandir(root) as entries:
             for entry in entries:
                 if not entry.name.startswith(_PREFIX):
                     continue
-                if _is_folder_or_closed(entry) or _leads_nowhere(entry.path):
+                if _is_folder_or_closed(entry) or dangles(entry.path):
                     yield entry.name
     except OSError:
         return
 
 
 def _is_folder_or_closed(path: Path | os.DirEntry[str]) -> bool:
-    """What may not be looked at counts as a folder: whoever then looks into it is told why that cannot be."""
+    """Whether this is a folder. One that may not be examined counts: reading it then raises an error that says why."""
     try:
         return path.is_dir() if isinstance(path, os.DirEntry) else is_folder(path)
     except OSError:
@@ -159,8 +159,8 @@ def _is_folder_or_closed(path: Path | os.DirEntry[str]) -> bool:
 
 
 def _leads_nowhere(path: str) -> str | None:
-    """Where a link leads to a disk that is not mounted, or in a loop; None for any other path."""
-    return os.readlink(path) if os.path.islink(path) and not os.path.exists(path) else None
+    """Return the target of a dangling link or a loop; None for any other path."""
+    return os.readlink(path) if dangles(path) else None
 
 
 def _repo_id(folder: str) -> str | None:

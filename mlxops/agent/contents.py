@@ -1,8 +1,7 @@
-"""One file of a model repository, as it lies in a cache: read with bounds, parsed as engines parse it, compared with
-the hub's.
+"""Read one file of a model repository in a cache: within limits, parsed as engines parse it, compared with the hub's.
 
-A file can be other than the hub's for two reasons. A person edited it: then it is theirs. Or a copy or a disk broke
-off: then it ends early, and nobody wrote it like that. Only the second kind may be fetched again unasked.
+A file may differ from the hub's for two reasons. A person edited it: then it must be kept. Or a copy or a disk failed:
+then it ends early. mlxops downloads only the second kind again without being asked.
 """
 
 from __future__ import annotations
@@ -18,25 +17,25 @@ from mlxops.agent import reading
 MAX_TEXT = 64 * 1024 * 1024
 """Bytes; a tokenizer.json of 250,000 words has 35 million, a config.json a few thousand."""
 _LOST = b"\0\0"
-"""How text ends of which a disk that lost power kept the length and not the bytes; one NUL may be UTF-16's."""
+"""How text ends after a power loss in which the disk kept its length and not its bytes. One NUL may be UTF-16's."""
 _PIECE = 4 * 1024 * 1024
 _LITERALS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
 _TAG = re.compile(r"\{#.*?#\}|\{%[-+]?\s*(\w+)(.*?)%\}|\{\{.*?\}\}", re.DOTALL)
 _BLOCKS = frozenset({"for", "if", "macro", "call", "filter", "block", "generation", "raw", "with", "autoescape"})
-"""Jinja's statements that need an end; `set` does without a `=`."""
+"""Jinja's statements that need an end; `set` needs one if it has no `=`."""
 
 
 class Damaged(Exception):
-    """A file that is there and is not what it should be; the text says what it is instead."""
+    """A file that exists and is not as it should be; the text says how."""
 
     def __init__(self, text: str, *, ends_early: bool = False) -> None:
         super().__init__(text)
         self.ends_early = ends_early
-        """It is the beginning of a good file: fetching it again would help."""
+        """It is the beginning of a good file: downloading it again would help."""
 
 
 def printable(text: str) -> str:
-    """Text from outside in one bounded line of ASCII; control characters and undecodable bytes are escaped."""
+    """Return text from outside as one short line of ASCII, with control characters and undecodable bytes escaped."""
     if len(text) <= 200 and text.isascii() and text.isprintable():
         return text
     escaped = text.encode("ascii", "backslashreplace").decode("ascii")
@@ -49,7 +48,7 @@ def base(path: str) -> str:
 
 
 def read(path: str, limit: int) -> bytes:
-    """The bytes of a regular file. Raises `OSError`; `Damaged` if it is none, or longer than `limit`."""
+    """Return the bytes of a regular file. Raises `OSError`; `Damaged` if it is none, or longer than `limit`."""
     try:
         return reading.read(path, limit)
     except reading.Unfit as error:
@@ -57,12 +56,12 @@ def read(path: str, limit: int) -> bytes:
 
 
 def json_object(path: str, limit: int) -> dict[str, object]:
-    """The JSON object in a file. Raises `OSError`, `Damaged`."""
+    """Read the JSON object in a file. Raises `OSError`, `Damaged`."""
     return parse(read(path, limit), base(path))
 
 
 def parse(data: bytes, what: str) -> dict[str, object]:
-    """A JSON object, read as strictly as engines do: UTF-8 without a byte order mark. Raises `Damaged`."""
+    """Parse a JSON object as strictly as engines do: UTF-8 without a byte order mark. Raises `Damaged`."""
     try:
         parsed = json.loads(data.decode())
     except UnicodeDecodeError:
@@ -78,9 +77,9 @@ def parse(data: bytes, what: str) -> dict[str, object]:
 
 
 def ends_early(path: str, name: str, size: int, whole: int) -> bool:
-    """Whether the file called `name`, of `size` bytes, is only the beginning of the hub's, which has `whole`.
+    """Whether the file called `name`, of `size` bytes, is only the beginning of the hub's, which has `whole` bytes.
 
-    What can be an edit is not: JSON and templates that parse, text whose last line is finished, anything longer.
+    False for what may be an edit: JSON and templates that parse, text whose last line is complete, anything longer.
     """
     if size == 0:
         return whole > 0
@@ -104,7 +103,7 @@ def is_text(name: str) -> bool:
 
 
 def can_be_an_edit(path: str, name: str, size: int, whole: int) -> bool:
-    """Whether somebody may have written a file that is not the hub's: it is text, and does not end early."""
+    """Whether a person may have written a file that differs from the hub's: it is text, and does not end early."""
     if not is_text(name) or size > MAX_TEXT or ends_early(path, name, size, whole):
         return False
     data = read(path, MAX_TEXT)
@@ -116,9 +115,9 @@ def can_be_an_edit(path: str, name: str, size: int, whole: int) -> bool:
 
 
 def content_hash(path: str | Path, etag: str, limit: int | None = None) -> str | None:
-    """The hash of a file's content in the form of `etag`: SHA-256 for what the hub keeps in LFS, else git's SHA-1.
+    """Return the hash of a file's content in the form of `etag`: SHA-256 for LFS files of the hub, else git's SHA-1.
 
-    None if it cannot be read, is longer than `limit`, or if `etag` is neither."""
+    None if the file cannot be read or is longer than `limit`, or if `etag` is neither."""
     if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", etag) is None:
         return None
     try:
@@ -138,7 +137,7 @@ def content_hash(path: str | Path, etag: str, limit: int | None = None) -> str |
 
 
 def _text(data: bytes) -> str | None:
-    """What there is of a text that may be cut in the middle of a character; None if it is no text."""
+    """Decode text that may be cut in the middle of a character; None if it is not UTF-8."""
     try:
         return codecs.getincrementaldecoder("utf-8")().decode(data.rstrip(b"\0"))
     except UnicodeDecodeError:
@@ -153,7 +152,7 @@ def _json_ends_early(data: bytes) -> bool:
         json.loads(text)
     except json.JSONDecodeError as error:
         rest = text[error.pos :].strip()
-        # An unterminated string of an edit would end at its line: that is another error.
+        # A quote that an edit forgot ends at its line, which json reports as another error than "Unterminated string".
         return (
             error.msg.startswith("Unterminated string")
             or any(word.startswith(rest) for word in _LITERALS)
@@ -166,7 +165,7 @@ def _json_ends_early(data: bytes) -> bool:
 
 
 def _template_ends_early(data: bytes) -> bool:
-    """It ends within a tag, or with a block that is still open: Jinja would not parse it."""
+    """Whether a template ends within a tag or an open block: Jinja would not parse it."""
     text = _text(data)
     if text is None:
         return False

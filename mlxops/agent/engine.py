@@ -68,7 +68,7 @@ class Seen:
     """What the argv of a process that is an engine's program says."""
 
     port: int | None
-    """Where it is to listen; None if the argv does not say. Where it does listen may be another port."""
+    """The port that it was given; None if the argv does not say. It may listen on another one."""
     model: str
     """As the argv names it: a path, a repo id or an alias."""
     host: str | None
@@ -76,16 +76,16 @@ class Seen:
 
 @dataclass(frozen=True)
 class Names:
-    """The names under which a running server gives the model that it has loaded."""
+    """The model names that a running server accepts for the model that it has loaded."""
 
     known: tuple[str, ...] = ()
-    """The one to ask it by first. Empty: argv and version do not tell."""
+    """The first is the one to use. Empty: argv and version do not show them."""
     any: bool = False
-    """It does not look at the name."""
+    """It accepts any name."""
     sure: bool = True
-    """False: an older version, which does not look at the name, would have this argv too."""
+    """False: the argv could also belong to an older version, which accepts any name."""
     drops: bool = True
-    """For a name that it does not know it drops the model that it holds."""
+    """A request with an unknown name makes it drop the model that it holds."""
     not_asked: str = ""
     """Why it must not be asked for a completion; empty if it may be."""
 
@@ -93,9 +93,9 @@ class Names:
 class Engine(Protocol):
     name: str
     distribution: str
+    """The name of its Python package, as its folder of metadata begins."""
     completion_paths: frozenset[str]
     """The paths at which its servers give completions."""
-    """The name of its Python package, as its folder of metadata begins."""
     reserved: frozenset[str]
     """Options that belong to mlxops; refused in a model's `args`."""
     needs: frozenset[str]
@@ -119,7 +119,7 @@ class Engine(Protocol):
         """Variables that it needs beyond the plain ones."""
 
     def recognise(self, argv: Sequence[str]) -> Seen | None:
-        """What this argv says if the process is this engine's server program (see `program`); else None."""
+        """Return what the argv says if the process runs this engine's server program (see `program`); else None."""
 
     def served_name(self, argv: Sequence[str]) -> str | None:
         """The name under which a server with this argv serves its model."""
@@ -128,10 +128,10 @@ class Engine(Protocol):
         """Whether this version answers whatever name a request has. An unknown version is taken for a recent one."""
 
     def further_names(self, version: str | None) -> tuple[str, ...]:
-        """Names beside the served one by which a server of this version gives the model that it was started with."""
+        """Return further names that a server of this version accepts for the model that it was started with."""
 
     def names(self, argv: Sequence[str], version: str | None) -> Names:
-        """What a running server with this argv can be asked by, whoever started it. `version` None: not known."""
+        """Return the names that a running server with this argv accepts. `version` None: not known."""
 
     def health(self, host: str, port: int, timeout: float) -> Answer:
         """The cheap probe. Never loads, evicts or generates anything."""
@@ -193,7 +193,7 @@ def installation_folders(path: Path) -> Iterator[Path]:
 
 
 def older_than(since: tuple[int, int], version: str | None) -> bool:
-    """A version that is not known counts as a recent one."""
+    """Whether a version is older than `since`. An unknown version counts as recent."""
     numbers = re.match(r"(\d+)\.(\d+)", version or "")
     return numbers is not None and (int(numbers[1]), int(numbers[2])) < since
 
@@ -290,9 +290,9 @@ _WITH_VALUE = {"-W", "-X", "--check-hash-based-pycs"}
 
 
 def program(argv: Sequence[str]) -> Program | None:
-    """The program that a process with this argv is: its first word, or the script or module of its Python.
+    """Return the program that a process with this argv runs: its first word, or its Python's script or module.
 
-    Nothing that comes later counts: tmux, ssh and editors carry the words of other commands.
+    Later words do not count: tmux, ssh and editors have other commands in their arguments.
     """
     if not argv or not argv[0]:
         return None
@@ -319,7 +319,7 @@ def program(argv: Sequence[str]) -> Program | None:
 
 
 def abbreviated(argv: Sequence[str], option: str, shortest: int) -> str | None:
-    """The value of an option of an argparse program, which may be shortened to its first `shortest` letters."""
+    """Return the value of an option of an argparse program; `shortest`: the letters to which it may be shortened."""
     value = None
     for key, given in options(argv).items():
         if len(key) >= shortest and option.startswith(key):
@@ -364,7 +364,7 @@ class NotSent(Exception):
 
 
 def _without(model: Model, index: int) -> str:
-    """The command that takes an argument, with its value, out of a model's own."""
+    """Return the command that removes the argument at `index`, with its value, from a model's args."""
     word, after = model.args[index], model.args[index + 1 : index + 2]
     count = 2 if "=" not in word and after and not after[0].startswith("-") else 1
     left = [*model.args[:index], *model.args[index + count :]]

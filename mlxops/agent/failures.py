@@ -64,27 +64,27 @@ TABLE = (
     _known(
         "gpu_busy_with_display",
         r"kIOGPUCommandBufferCallbackErrorImpactingInteractivity|Impacting Interactivity",
-        "macOS stopped its work on the GPU, which kept the display from being drawn",
+        "macOS stopped its work on the GPU, because it delayed the display",
         "log out of the desktop, or give it less at once (mlx-lm): " + _SMALLER_STEPS,
     ),
     _known(
         "gpu_timeout",
         r"kIOGPUCommandBufferCallbackError(?:Timeout|Hang)|Caused GPU (?:Timeout|Hang) Error",
-        "one command took the GPU too long, and macOS ended it",
+        "one GPU command took too long, and macOS ended it",
         "stop other work on the GPU, or give it less at once (mlx-lm): " + _SMALLER_STEPS,
     ),
     _known(
         "gpu_victim",
         r"kIOGPUCommandBufferCallbackErrorInnocentVictim|victim of GPU error",
         "the GPU was reset because of an error of another process",
-        "load it again; what failed beside it: mlxctl status",
+        "load it again; see what else failed: mlxctl status",
     ),
     _known(
         "no_gpu",
         r"No Metal device|Failed to (?:load|create) (?:the )?(?:default )?(?:metallib|metal library|device)"
         r"|metal(?:lib| library).{0,40}(?:not found|cannot be loaded)",
-        "MLX found no GPU, or not its own library for it",
-        "install mlx anew in the environment of {program}; in a virtual machine it does not work",
+        "MLX found no GPU, or did not find its Metal library",
+        "reinstall mlx in the environment of {program}; in a virtual machine it does not work",
     ),
     _known(
         "gpu_error",
@@ -177,7 +177,7 @@ TABLE = (
         "broken_installation",
         r"incompatible architecture|Bad CPU type|mach-o file, but|Library not loaded: (\S+)|Symbol not found: (\S+)",
         "the engine's installation is not made for this host, or damaged",
-        "install the engine behind {program} anew, with a Python for this processor",
+        "reinstall the engine behind {program}, with a Python for this processor",
     ),
     _known(
         "missing_dependency",
@@ -204,7 +204,7 @@ TABLE = (
         r"LocalEntryNotFoundError|OfflineModeIsEnabled|outgoing traffic has been disabled|in offline mode"
         r"|CERTIFICATE_VERIFY_FAILED|We couldn't connect to 'https?://",
         "the engine wants something of the hub that is not in the cache; servers are started without the hub",
-        "download it before: mlxctl pull --repo {repo_id}; another repository that its args name has to be pulled, too",
+        "download it first: mlxctl pull --repo {repo_id}; and likewise any other repository that its args name",
     ),
     _known(
         "option_refused",

@@ -34,7 +34,7 @@ class NoLocks(OSError):
 
 
 def try_flock(fd: int, *, shared: bool = False) -> bool:
-    """Take the lock if it is free. Raises `OSError`; of it `NoLocks` if there are none."""
+    """Take the lock if it is free. Raises `OSError`; its subclass `NoLocks` if the file system has no locks."""
     try:
         _flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -49,7 +49,7 @@ def try_flock(fd: int, *, shared: bool = False) -> bool:
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Have a `NoLocks` say where there are none."""
+    """Add the path to a `NoLocks`."""
     try:
         yield
     except NoLocks as error:
@@ -70,8 +70,8 @@ def _flock(fd: int, operation: int) -> None:
 
 
 def _first_flock(fd: int, operation: int) -> None:
-    """In a thread, because a call that waits for a lock service cannot be interrupted. Raises `OSError`."""
-    # A lock that arrives too late ends with this second descriptor; the first may be another file by then.
+    """Lock in a thread, because a call that waits for a lock service cannot be interrupted. Raises `OSError`."""
+    # A second descriptor: if the lock comes too late, closing it gives the lock back. `fd` may then be another file.
     own = os.dup(fd)
 
     def lock() -> None:
@@ -84,7 +84,7 @@ def _first_flock(fd: int, operation: int) -> None:
 
 
 def _within(seconds: float, call: Callable[[], None]) -> None:
-    """Raises what `call` raises, and `TimeoutError`."""
+    """Call in a thread. Raises what `call` raises, and `TimeoutError`."""
     failed: list[BaseException] = []
 
     def run() -> None:
@@ -112,9 +112,24 @@ def flock_within(fd: int, seconds: float = LOOK_SECONDS, *, shared: bool = False
     return True
 
 
+def take_or_close(fd: int, path: Path) -> bool:
+    """Take the lock of an open file, for long. Close the file if another process holds the lock, and on any error.
+
+    Processes that only look whether it is held have it for microseconds. Raises `OSError`.
+    """
+    try:
+        with naming(path):
+            taken = flock_within(fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    if not taken:
+        os.close(fd)
+    return taken
+
+
 def is_locked(path: Path) -> bool:
-    """Whether somebody holds the lock of a file; False for a missing file, True where locks cannot be had. Raises
-    `OSError`."""
+    """Whether the lock of a file is held: False for a missing file, True where there are no locks. Raises `OSError`."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:

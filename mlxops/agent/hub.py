@@ -32,6 +32,7 @@ from mlxops.agent.hubline import (
     plain_etag,
     plain_name,
 )
+from mlxops.agent.reading import dangles
 from mlxops.agent.snapshot import (
     completeness,
     damaged_weights,
@@ -146,8 +147,8 @@ def verify(
 
 
 def _is_somebodys_own(place: Path, file: HubFile) -> bool:
-    """Whether a file that is not the hub's can be an edit: text that is whole, weights of another size that fit their
-    own header. Weights of the hub's size are taken for damaged: `verify` is there to find those."""
+    """Whether a file that differs from the hub's may be an edit: text that does not end early, or weights of another
+    size that fit their own header. Weights of the hub's size count as damaged: `verify` is there to find those."""
     size = _size(place)
     if size is None:
         return False
@@ -160,7 +161,7 @@ def _is_somebodys_own(place: Path, file: HubFile) -> bool:
 
 
 def tell_edits(snapshot: Snapshot, emit: Emit) -> None:
-    """Say which files of a snapshot are not the hub's, and how to have those again."""
+    """Warn of edited files in a snapshot, with the commands that restore the hub's."""
     for each in edited(snapshot.path):
         kept = kept_as_it_is(snapshot.path / each.name, snapshot.repo_id, snapshot.revision)
         emit(Note(f"{each}: {kept}", "warning"))
@@ -208,8 +209,8 @@ def _hub_file(file: RepoSibling | RepoFile) -> HubFile:
 
 
 def _config(line: Line, plan: Plan) -> Mapping[str, object]:
-    """The repository's config.json, which is not kept; empty if it cannot be had: what is wrong with the hub is told
-    by the download."""
+    """Read the repository's config.json, without keeping it; empty if that fails: the download reports errors of the
+    hub."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils._headers import build_hf_headers
     from huggingface_hub.utils._http import get_session
@@ -257,31 +258,31 @@ def _drop_leftovers(folder: Path) -> None:
 
 
 def _refuse_dead_links(folder: Path, plan: Plan) -> None:
-    """A link of somebody's to a disk that is not there now would be replaced by the download. Raises `Refused`."""
+    """Raises `Refused` (link_broken) if the download would replace a link that a person made to a disk that is away."""
     snapshot = folder / "snapshots" / plan.commit
     found = {snapshot / file.name: link_that_leads_nowhere(str(snapshot), file.name) for file in plan.files}
-    if folder.is_symlink() and not folder.exists():
+    if dangles(folder):
         found = {folder: os.readlink(folder)}
     for link, place in found.items():
         if place:
             raise Refused(
                 "link_broken",
-                f"{plan.repo_id} is not downloaded over a link that somebody made",
+                f"{plan.repo_id} is not downloaded over a link that a person made",
                 why=f"{printable(link.name)} is a link to {printable(place)}, which is not there",
                 hint=f"mount what it leads to, or delete the link: rm {shlex.quote(str(link))}",
             )
 
 
 def _drop_begun(folder: Path, plan: Plan, emit: Emit) -> None:
-    """huggingface_hub takes whatever lies under the right name for the right file: what was cut off would stay so.
-    What is whole and other than the hub's is somebody's own, and stays."""
+    """Delete truncated files: huggingface_hub takes any file of the right name for the right one. A complete file that
+    differs from the hub's is an edit, and stays."""
     for file in plan.files:
         for place in _places(folder, plan, file):
             actual = _size(place)
             if actual is None or actual == file.size or not _is_begun_only(place, file, actual):
                 continue
             what = f"{printable(file.name)} has {actual} of {file.size} bytes in the cache"
-            emit(Note(f"{what}: downloading it anew", "warning"))
+            emit(Note(f"{what}: downloading it again", "warning"))
             _drop(folder, place)
 
 
@@ -322,8 +323,8 @@ def _announce(folder: Path, plan: Plan, emit: Emit) -> None:
 
 
 def _present(folder: Path, plan: Plan) -> int:
-    """Bytes of the plan that need no download: they are in this snapshot or, by content, in another one of the
-    repository, as the hub's or as somebody's own."""
+    """Return the bytes of the plan that need no download: the files are in this snapshot, the hub's or edited, or with
+    the same content in another snapshot of the repository."""
     here = [file for file in plan.files if any(_size(place) is not None for place in _places(folder, plan, file))]
     return sum(file.size for file in here)
 

@@ -193,7 +193,7 @@ def in_use(home: Path) -> bool:
         return False
     try:
         fcntl.flock(stamp, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # in use; or, without locks, nobody can tell
+    except OSError:  # in use, or not known: the file system has no locks
         return True
     finally:
         os.close(stamp)

@@ -112,7 +112,7 @@ def lacks_architecture(command: Command, engine: Engine, model_type: str | None)
 
 
 def abilities(command: Command, engine: Engine, model_type: str | None) -> Abilities | None:
-    """What the mlx-lm beside the engine can unpack; None where it is not to be found."""
+    """Return what the mlx-lm beside the engine can unpack; None if it is not found."""
     site = site_packages(command.argv, engine.distribution)
     utils = _source(site / "mlx_lm" / "utils.py") if site else ""
     if site is None or not utils:
@@ -124,7 +124,7 @@ def abilities(command: Command, engine: Engine, model_type: str | None) -> Abili
 
 
 def lacks_tokenizer(command: Command, engine: Engine, tokenizer_class: str) -> bool:
-    """Whether the transformers beside the engine have no such class; False where that is not to be found out."""
+    """Whether the transformers package beside the engine lacks such a class; False if that is not known."""
     site = site_packages(command.argv, engine.distribution)
     known = _source(site / "transformers" / "models" / "auto" / "tokenization_auto.py") if site else ""
     names = (tokenizer_class, tokenizer_class.removesuffix("Fast"))
@@ -132,7 +132,7 @@ def lacks_tokenizer(command: Command, engine: Engine, tokenizer_class: str) -> b
 
 
 def _source(path: Path) -> str:
-    """A module of an installation, read without running it; empty if it is not to be had."""
+    """Read a module of an installation without running it; empty if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError):

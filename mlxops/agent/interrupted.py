@@ -72,8 +72,8 @@ def drift(store: Store, ports: Iterable[int]) -> Iterator[Drift]:
     try:
         found = list(find(store, ports))
     except (Refused, OSError) as error:
-        told = error if isinstance(error, Refused) else state_unreadable(store.state / "ops", error)
-        yield Drift(told.code, None, None, f"{told.message}: {told.why}", told.hint)
+        refused = error if isinstance(error, Refused) else state_unreadable(store.state / "ops", error)
+        yield Drift(refused.code, None, None, f"{refused.message}: {refused.why}", refused.hint)
         return
     for cut in found:
         operation = cut.operation

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlxops.agent import reading
-from mlxops.agent.flocks import alone, flock_within, naming, try_flock
+from mlxops.agent.flocks import alone, naming, take_or_close, try_flock
 from mlxops.agent.reading import Unfit
 from mlxops.agent.store import flush, state_unreadable
 from mlxops.core.errors import Bug, MlxopsError, Refused
@@ -90,15 +90,7 @@ class Journal:
         at which the operation exists and seems dead. Raises `OSError`; of it `BlockingIOError` if a worker lives."""
         path = self.folder / "lock"
         fd = reading.open_file(path, os.O_RDWR | os.O_CREAT)
-        # `alive` has it for microseconds, a worker for long.
-        try:
-            with naming(path):
-                free = flock_within(fd)
-        except OSError:
-            os.close(fd)
-            raise
-        if not free:
-            os.close(fd)
+        if not take_or_close(fd, path):
             raise BlockingIOError(errno.EWOULDBLOCK, "its worker lives", str(self.folder))
         return fd
 

@@ -1,7 +1,7 @@
-"""The line of a log that says why a server ended: not always the last one.
+"""Find the line of a log that says why a server ended. It is not always the last one.
 
-After the error come warnings of the resource tracker, progress bars, the shell's word on the signal, and answers to
-our own probes (seen in ml-explore/mlx, mlx-lm and mlx-openai-server issue threads, and with both engines here).
+Warnings of the resource tracker, progress bars, the shell's message about the signal and answers to our own probes may
+follow the error (seen in issue threads of ml-explore/mlx, mlx-lm and mlx-openai-server, and with both engines here).
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from collections.abc import Iterator
 
 LONGEST = 300
 _FAR = 40
-"""Lines of an error's message, and of what is told after it."""
+"""Lines that an error's message may have, and lines that may follow it."""
 
 _WARNING = re.compile(r"^(?:\S.*?:\d+: )?\w*Warning: |\bwarnings\.warn\(")
 _PROBE = re.compile(r'"?GET /(?:health|v1/models|v1/queue/stats)\b')
 _BAR = re.compile(r"\d+%\|")
 _SHELL = re.compile(r"^(?:zsh: abort|\[\d+\]|\S+: line \d+: +\d+ (?!Killed)|Abort trap|Terminated)")
-"""The shell's word on a signal: what the program itself said came before."""
+"""A shell's message about a signal: the program's own last words come before it."""
 _CHATTER = re.compile(r"^(?:\S+ \S+ +[|-] +)?(?:INFO|DEBUG|WARNING)\b|Application startup failed")
-"""What is told after an error, and is none."""
+"""Lines that follow an error and are none."""
 _RECORD = re.compile(r"^(?:\d{4}-\d\d-\d\d[ T]|INFO\b|DEBUG\b|ERROR\b|CRITICAL\b|Traceback |--- mlxops )")
-"""Where a message of a log begins."""
+"""The first line of a log message."""
 _SERVED = re.compile(r'"POST \S+ HTTP/1\.[01]" ')
 _ERROR = re.compile(
     r"^(?:\w+\.)*[A-Za-z_]\w*(?:Error|Exception|Interrupt|Refused|NotFound)(?::|$)"
@@ -31,8 +31,7 @@ _ERROR = re.compile(
 
 
 def last_line(text: str) -> str:
-    """What a log says of its end, in one line: the last error if nothing was served after it, else the last line that
-    says anything; empty if none does."""
+    """Return a log's last error if no request was served after it, else its last telling line; empty if none."""
     lines = list(_telling(text))
     end = len(lines)
     while end and len(lines) - end < _FAR and _CHATTER.search(lines[end - 1]) and not _SERVED.search(lines[end - 1]):
@@ -46,7 +45,8 @@ def last_line(text: str) -> str:
 
 
 def _telling(text: str) -> Iterator[str]:
-    """The lines without warnings, probes and progress; a warning has the line of source that it came from."""
+    """Yield the lines that are no warnings, probes or progress. A line of source may follow a warning, and belongs to
+    it."""
     after_warning = False
     for line in text.splitlines():
         warning = _WARNING.search(line) is not None

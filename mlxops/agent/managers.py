@@ -1,4 +1,4 @@
-"""How launchd and systemd are asked: through their command line programs, with a timeout."""
+"""Ask launchd and systemd through their command line programs, with a timeout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LOOK_SECONDS = 5.0
 ABSENT = 113
 """What `launchctl print` ends with for a job that is not there ("Could not find service"); all else says nothing."""
 NO_DOMAIN = 112
-"""What it ends with for a domain that is not there, such as gui/UID without a login at the screen."""
+"""Its exit status for a domain that is not there, such as gui/UID without a login at the screen."""
 FOLDERS = "/bin:/usr/bin:/usr/local/bin:/sbin:/usr/sbin"
 
 
@@ -23,17 +23,16 @@ def which(program: str, environ: Mapping[str, str]) -> str | None:
 
 
 def ask_manager(
-    environ: Mapping[str, str], program: str, *arguments: str, seconds: float | None = None
+    environ: Mapping[str, str], program: str, *arguments: str, seconds: float = TIMEOUT
 ) -> subprocess.CompletedProcess[str]:
-    """`seconds`: how long it may take; default: `TIMEOUT`. Raises `Refused` (no_service_manager)."""
-    seconds = TIMEOUT if seconds is None else seconds
+    """Run a service manager's program. Raises `Refused` (no_service_manager), and `OSError`."""
     path = which(program, environ)
     if path is None:
         raise Refused(
             "no_service_manager",
             f"{program} is not on this host",
             why="a job at boot needs launchd, or systemd",
-            hint="run `mlxctl restore --local` by whatever starts things there",
+            hint="have the host's own init system run `mlxctl restore --local`",
         )
     try:
         return subprocess.run(

@@ -15,7 +15,7 @@ from mlxops.agent.observe import real_path, repo_of
 from mlxops.agent.place import Place
 from mlxops.agent.servers import Found
 from mlxops.agent.snapshot import shape, weight_files
-from mlxops.agent.system import Look, System
+from mlxops.agent.system import System
 from mlxops.core import memory
 from mlxops.core.errors import Refused
 from mlxops.core.memory import Estimate, Use
@@ -80,7 +80,7 @@ def in_use(world: World, system: System, reserved: Mapping[int, Operation]) -> t
     """
     look = system.look(())
     found, seen = [], set()
-    for server in _servers(look):
+    for server in servers.find(look):
         view = next((v for v in world.ports.values() if {v.pid, *v.members} & set(server.family)), None)
         found.append(_use(world, system, server, view))
         seen |= {view.port} if view else set()
@@ -95,12 +95,8 @@ def in_use(world: World, system: System, reserved: Mapping[int, Operation]) -> t
     return tuple(sorted(found, key=lambda use: (use.port or 0, use.pid or 0)))
 
 
-def _servers(look: Look) -> list[Found]:
-    return servers.find(look)
-
-
 def _use(world: World, system: System, server: Found, view: PortView | None) -> Use:
-    """`view`: the port that it serves, if that is one of ours."""
+    """Describe a server's memory. `view`: the port of ours that it serves, if any."""
     process, seen = server.process, server.seen
     path = real_path(system.folder(process.pid), seen.model)
     asked = options(process.argv).get("--context-length", "")
@@ -117,7 +113,7 @@ def _use(world: World, system: System, server: Found, view: PortView | None) -> 
 
 
 def _port(world: World, system: System, server: Found) -> int | None:
-    """Where a server listens; else where it is to, unless another one is there."""
+    """Return the port on which a server listens, else the one it was given, unless another server has taken that."""
     ports = {port for pid in server.family for port in system.ports_of(pid) or ()}
     if ports:
         return min(ports)

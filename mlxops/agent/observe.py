@@ -45,8 +45,8 @@ def observe(
 ) -> World:
     """All ports of the range and those that the registry names, in one pass.
 
-    `own` is the operation that asks: it is not in its own way. `only` restricts the ports. `environ` is what service
-    managers are asked with; default: this process's.
+    `own` is the operation that asks: it is not in its own way. `only` restricts the ports. `environ` is the environment
+    for asking service managers; default: this process's.
     """
     assigned = {model.port for model in registry.models.values() if model.port is not None}
     ports = sorted(set(only) if only is not None else set(where.settings.ports) | assigned)
@@ -67,8 +67,8 @@ def observe(
 def _all_signals(
     where: Place, store: Store, system: System, ports: list[int], own: str | None, jobs: BootJobs | None
 ) -> tuple[list[Signals], tuple[JobState, ...]]:
-    """Also the state of the boot jobs of these ports. What cannot be looked at, the whole host or one port, is said to
-    be so: it is not taken for absent."""
+    """Return the signals of the ports, and the state of their boot jobs. If the host or a port cannot be observed, its
+    signals say so: that does not mean that nothing is there."""
     try:
         look, unsure = _with_unseen(system, system.look(frozenset(ports)), where, ports)
         hand = _hand_started(where, system, look, ports)
@@ -99,8 +99,11 @@ def _boot_jobs(where: Place, system: System, environ: Mapping[str, str]) -> Boot
 
 
 def _with_boot_jobs(jobs: BootJobs, look: Look, signals: list[Signals]) -> tuple[list[Signals], tuple[JobState, ...]]:
-    """The state of the jobs, each asked for only if no server tells; and the idle ports that a running job is about to
-    take. One whose servers are elsewhere takes none."""
+    """Add a claim to each idle port that a running job is about to take, and return the state of the jobs.
+
+    A job that already serves, on its own port or elsewhere, is running, and takes no idle port. Service managers are
+    asked only about the others.
+    """
     serving = {each.boot.job: each.boot for each in signals if each.boot}
     ports = {each.port for each in signals}
     states = tuple(
@@ -159,7 +162,7 @@ class ByHand:
 
     listening: Server | None = None
     portless: tuple[Server, ...] = ()
-    """Those that are to listen there, by their argv, and listen nowhere."""
+    """Servers that were given this port, and listen nowhere."""
 
     @property
     def first(self) -> Server | None:
@@ -171,7 +174,7 @@ class ByHand:
 
 
 def _hand_started(where: Place, system: System, look: Look, ports: Iterable[int]) -> Mapping[int, ByHand]:
-    """Servers of this user by port: where they listen, or, as long as they listen nowhere, where they are to."""
+    """Return this user's servers by port: the port on which they listen, or if they listen nowhere, were given."""
     mine = [each for each in servers.find(look) if each.process.uid == os.getuid()]
     silent = [each for each in mine if not any(set(each.family) & listener.pids for listener in look.listeners)]
     found: dict[int, ByHand] = {}
@@ -189,7 +192,7 @@ def _hand_started(where: Place, system: System, look: Look, ports: Iterable[int]
 
 
 def _listens_nowhere(system: System, found: Found) -> bool:
-    """Also on no port that was not looked at. False where that cannot be told."""
+    """Whether a server listens on no port at all, observed or not. False if that cannot be seen."""
     return all(system.ports_of(pid) == frozenset() for pid in found.family)
 
 
@@ -299,7 +302,7 @@ def _boot_claim(
     members: tuple[int, ...],
     hand: Server | None,
 ) -> BootClaim | None:
-    """Why the server of a port is a boot job's. One that mlxops started itself never is."""
+    """Return the claim of a boot job to a port's server; None for a server that mlxops itself started."""
     pids = {pid for each in listeners for pid in each.pids} | ({hand.pid} if hand else set())
     if run is not None and not run.adopted and pids & set(members):
         return None

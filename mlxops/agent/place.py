@@ -85,8 +85,8 @@ def settings_differ(found: Mapping[str, tuple[str, str]]) -> Refused:
 
 
 def require(folder: Path) -> None:
-    """Raises `Refused` (folder_missing) for a folder that is not there and is not to be made either, and
-    (folder_closed) for one of which that cannot be told.
+    """Raises `Refused`: folder_missing if a folder is not there and must not be made, folder_closed if that cannot be
+    seen.
 
     Below the home directory it may be made, with all that leads to it: that is a fresh machine. Elsewhere only its
     parent's absence, or a place where disks are mounted, tells that a disk is missing; what was written there instead
@@ -99,18 +99,19 @@ def require(folder: Path) -> None:
             "folder_missing",
             why,
             why="perhaps its disk is not mounted; mlxops makes no such folder, or it would fill the system's disk",
-            hint=f"mount the disk, or correct hub and registry in hosts.yaml; if {folder} is to be made: {make}",
+            hint=f"mount the disk, or correct hub and registry in hosts.yaml; or, to make {folder}: {make}",
         )
 
 
 def missing_folder(folder: Path) -> str | None:
-    """That a folder is not there, and not to be made; None if it is there, or may be made. Raises `Refused`
-    (folder_closed)."""
+    """Return a sentence if a folder is not there and must not be made; None if it is there or may be made.
+
+    Raises `Refused` (folder_closed).
+    """
     real = Path(os.path.realpath(folder))
     if _is_folder(real):
         return None
-    link = next((each for each in (folder, *folder.parents) if os.path.islink(each) and not os.path.exists(each)), None)
-    if link is not None:
+    if link := reading.dangling_link(folder):
         return f"{folder} is not there: {link} is a link to {os.path.realpath(link)}"
     if real.is_relative_to(os.path.realpath(Path.home())):
         return None
@@ -127,10 +128,10 @@ def _is_folder(path: Path) -> bool:
 
 
 def closed(error: OSError, path: str | Path) -> Refused:
-    """For a file or folder that the system does not let us look at."""
+    """Return the error for a file or folder that the system does not let us read."""
     return Refused(
         "folder_closed",
         f"{error.filename or path} cannot be read",
         why=reading.said(error),
-        hint=reading.remedy(error) or "mend it on the host, then try again",
+        hint=reading.remedy(error) or "repair it on the host, then try again",
     )

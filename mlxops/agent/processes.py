@@ -141,10 +141,10 @@ def ask(argv: Sequence[str], env: Mapping[str, str], seconds: float) -> tuple[in
 
 
 def leader(system: System, processes: Mapping[int, Process], run: Run) -> Process | None:
-    """The recorded leader, if the process with its pid is proven to be it; else None.
+    """Return the recorded leader if the process with its pid is proven to be it; else None.
 
-    Its argv proves nothing: a prefix that replaces itself (`nice`, `env`) or a wrapper script leaves another one. Its
-    environment may not be seen, or a wrapper may have emptied it; the mark of another run says that it is not the one.
+    Its argv proves nothing: a prefix (`nice`, `env`) or a wrapper script may change it. The mark in its environment may
+    be hidden, or removed by a wrapper; but the mark of another run proves that it is another process.
     """
     process = processes.get(run.pid)
     if process is None or process.zombie or run.boot_id != system.boot_id():
@@ -157,10 +157,10 @@ def leader(system: System, processes: Mapping[int, Process], run: Run) -> Proces
 
 
 def members(system: System, look: Look, run: Run) -> tuple[int, ...]:
-    """The living processes of a run that are proven ours.
+    """Return the living processes of a run that are proven ours.
 
-    A group that we made is ours as a whole. One that we did not make may hold more than the server, such as its
-    neighbours in a script: of that, the server with what it started and what only runs it.
+    All of a group that we made is ours. A group that we did not make may hold more than the server, such as other
+    servers of the same script: there only the server is ours, with its descendants and wrappers.
     """
     if run.boot_id != system.boot_id():
         return ()
@@ -178,7 +178,7 @@ def _has_mark(system: System, pid: int, run: Run) -> bool:
 
 
 def _elsewhere(system: System, look: Look, run: Run) -> set[int]:
-    """What a server of ours started that has left its group: the mark in its environment says so."""
+    """Return processes that a server of ours started and that left its group: their environment has the run's mark."""
     if run.adopted or run.boot_id != system.boot_id():
         return set()
     own = {process.pid for process in look.ancestors(os.getpid())}
@@ -241,13 +241,13 @@ class _Stopping:
         self._asked: set[int] = set()
 
     def send(self, number: signal.Signals, *, spare_children: bool = False) -> bool:
-        """Signal what is proven ours; False if nothing of it lives.
+        """Signal what is proven ours; return False if nothing of it lives.
 
-        A group that we made is signalled as one, and not at all while anything in it is not ours. In any other group
-        each process is signalled on its own.
+        A group that we made is signalled as a whole, and only if everything in it is ours. In any other group each
+        process is signalled by itself.
         """
         look = self._system.look({self._run.port})
-        # Once they are known, they are told by their start.
+        # Search for them once; later their start times identify them.
         elsewhere = set() if self._known else _elsewhere(self._system, look, self._run)
         ours = {*members(self._system, look, self._run), *elsewhere, *self._living(look)}
         if not ours:
@@ -271,8 +271,8 @@ class _Stopping:
         return True
 
     def _send_each(self, look: Look, number: signal.Signals) -> None:
-        """Parents first: a shell that runs a server in a loop must not start the next one. Each is looked at once more,
-        so that no other process that has its pid by now is signalled."""
+        """Signal each process, parents first: a shell that runs a server in a loop must not start the next one. Check
+        the start time again just before, in case another process has got the pid."""
         for pid in sorted(self._asked, key=lambda pid: (len(list(look.ancestors(pid))), pid)):
             process = self._system.process(pid)
             if process is not None and process.start == self._known[pid]:

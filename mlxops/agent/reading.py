@@ -63,8 +63,8 @@ def read_end(path: str | Path, size: int) -> bytes:
 
 
 def is_folder(path: str | Path) -> bool:
-    """Whether there is a folder. Raises `OSError` where that cannot be told: above it is a folder that may not be
-    entered, or a file system that does not answer. (`Path.is_dir` raises or says no, depending on Python's version.)"""
+    """Whether the path is a folder. Raises `OSError` if that cannot be seen: a folder above it may not be entered, or
+    its file system does not answer. (`Path.is_dir` raises or returns False, depending on Python's version.)"""
     try:
         return stat.S_ISDIR(os.stat(path).st_mode)
     except OSError as error:
@@ -76,6 +76,16 @@ def is_folder(path: str | Path) -> bool:
 _ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
 
 
+def dangles(path: str | Path) -> bool:
+    """Whether a path is a link whose target is not there, such as one to a disk that is not mounted."""
+    return os.path.islink(path) and not os.path.exists(path)
+
+
+def dangling_link(path: Path) -> Path | None:
+    """Return the dangling link that a path is, or that leads to it; None if there is none."""
+    return next((each for each in (path, *path.parents) if dangles(each)), None)
+
+
 _HOST_FAULTS = frozenset(
     {errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH}
     | {errno.ETIMEDOUT, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOLCK, errno.ENXIO, errno.ENODEV, errno.EDEADLK}
@@ -83,19 +93,19 @@ _HOST_FAULTS = frozenset(
 
 
 def is_hosts_fault(error: BaseException) -> TypeGuard[OSError]:
-    """Whether an error says that the host's disks or permissions do not allow something, wherever that was."""
+    """Whether an error about a file comes from the host's disks or permissions, not from a bug in mlxops."""
     return isinstance(error, OSError) and error.errno in _HOST_FAULTS and isinstance(error.filename, str | bytes)
 
 
 def said(error: OSError) -> str:
-    """What the system said no to, with the path if it names one."""
+    """Return the system's reason, after the path if the error has one."""
     words = error.strerror or str(error)
     path = error.filename2 or error.filename
     return f"{os.fsdecode(path)}: {words}" if isinstance(path, str | bytes) else words
 
 
 def remedy(error: OSError) -> str | None:
-    """What helps, for those errors of which that can be told."""
+    """Return what helps against an error; None if that is not known."""
     path = error.filename2 or error.filename
     name = shlex.quote(os.fsdecode(path)) if isinstance(path, str | bytes) else ""
     look = f"look at it: ls -lde {name}" if sys.platform == "darwin" else f"look at it: namei -l {name}"
@@ -110,7 +120,7 @@ def remedy(error: OSError) -> str | None:
         case errno.EACCES if name:
             return f"give this account access to it; {look}"
         case errno.ESTALE:
-            return "mount its network disk anew on the host, then try again"
+            return "remount its network disk on the host, then try again"
         case errno.EROFS:
             return "its disk is mounted read-only: mount it writable, or put it elsewhere in hosts.yaml"
         case errno.ENOSPC | errno.EDQUOT:

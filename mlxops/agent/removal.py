@@ -1,9 +1,9 @@
 """Delete one snapshot of a Hugging Face cache, with all that only it uses, and count what that frees.
 
-Not by huggingface_hub: its scan passes over a whole repository in which anything is out of order (a branch whose
-download broke off, a link to a blob that is gone, a `._` file of a disk without extended attributes), and then there
-is nothing that it would delete. What other snapshots or repositories share stays, and so does everything that is no
-part of a download: files that a person put there, and what links lead to outside of the repository.
+huggingface_hub cannot do this: its scan skips a whole repository if anything in it is out of order (a branch whose
+download broke off, a link to a blob that is gone, a `._` file of a disk without extended attributes), and then deletes
+nothing. Files that other snapshots or repositories share stay, and so do files that no download put there, and files
+outside of the repository that links lead to.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ _PARTS = ("snapshots", "blobs", "refs", "trees", ".no_exist")
 
 @dataclass(frozen=True)
 class Deleted:
-    """What became, or would become, of a snapshot that is deleted."""
+    """What deleting a snapshot did, or would do."""
 
     freed_bytes: int
     linked_bytes: int
-    """Of files that lie elsewhere, and that the cache only has links to: the links go, the files stay."""
+    """Bytes of files elsewhere that the cache only links to: the links are deleted, the files stay."""
     kept: tuple[str, ...]
     """The commits of its repository that stay."""
     own: tuple[str, ...] = ()
-    """Files that are no part of a download, and stay where they are."""
+    """Files that no download put there. They stay."""
 
 
 def delete(repo: Path, commit: str | None, *, dry_run: bool) -> Deleted:
-    """Delete a snapshot; the repository's whole folder with its last one, or where there is none (`commit` is None).
+    """Delete a snapshot; with the last one, or if there is none (`commit` is None), the repository's whole folder.
 
     Raises `Busy` while another program downloads it, `Refused` (cache_not_writable, nothing_to_remove).
     """
@@ -69,7 +69,7 @@ def delete(repo: Path, commit: str | None, *, dry_run: bool) -> Deleted:
             "nothing_to_remove",
             f"nothing that was downloaded is left in {place}",
             why=f"no download put there what is left: {names}"[:300] if own else "it is empty",
-            hint=f"delete it by hand if nobody needs it: rm -r {shlex.quote(str(place))}",
+            hint=f"delete it by hand if you do not need it: rm -r {shlex.quote(str(place))}",
         )
     linked = _bytes_behind(repo, goes)
     shared = _Shared(repo, goes)
@@ -94,7 +94,7 @@ def _running_downloads(repo: Path) -> Iterator[Path]:
 
 
 def _files_of(repo: Path, commit: str | None, others: tuple[str, ...]) -> Iterator[Path]:
-    """Everything that goes, links first: what is interrupted leaves no link to a blob that is gone."""
+    """Yield everything to delete, links first: an interruption then leaves no link to a deleted blob."""
     if not others:
         for part in _PARTS:
             yield from _below(repo / part)
@@ -118,7 +118,7 @@ def _links(repo: Path, commit: str | None) -> Iterator[Path]:
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """What is no folder, in any depth; links are not followed."""
+    """Yield everything below a folder but folders. Links are not followed."""
     for entry in _entries(folder):
         if entry.is_dir() and not entry.is_symlink():
             yield from _below(entry)
@@ -141,24 +141,24 @@ def _says(ref: Path, commit: str) -> bool:
 
 
 def _first_hop(path: Path) -> Path | None:
-    """The blob that a file of a snapshot is a link to, there or not; that may be a link once more."""
+    """Return the blob that a file of a snapshot links to, existing or not. The blob may be a link itself."""
     if not path.is_symlink():
         return None
     return Path(os.path.normpath(path.parent / os.readlink(path)))
 
 
 def _is_somebodys_own(repo: Path, path: Path) -> bool:
-    """Whether a file was put there by a person: beside what huggingface_hub keeps, or as a file among links."""
+    """Whether a person put a file there: it lies beside huggingface_hub's folders, or is a plain file among links."""
     parts = path.relative_to(repo).parts
     if path.name == ".DS_Store" or path.name.startswith("._"):
-        return False  # the system's own, which lie about on every disk
+        return False  # macOS leaves these everywhere
     if parts[0] not in _PARTS:
         return True
     if parts[0] != "snapshots" or len(parts) < 3 or path.is_symlink():
         return False
     folder = repo / "snapshots" / parts[1]
     beside = list(_below(folder))
-    # A disk without links has the downloaded files themselves there.
+    # On a disk without links, downloads put plain files there.
     plain = not any(each.is_symlink() for each in beside) and any(_is_downloaded(folder, each) for each in beside)
     return not plain and not _is_downloaded(folder, path)
 
@@ -168,8 +168,8 @@ def _is_downloaded(folder: Path, path: Path) -> bool:
 
 
 def _bytes_behind(repo: Path, paths: list[Path] | Iterator[Path]) -> int:
-    """Of regular files that links among `paths` lead to, neither in the repository nor in the cache's own store. Of a
-    repository that is itself a link, everything lies elsewhere."""
+    """Return the bytes of regular files that links among `paths` lead to, outside of the repository and of the cache's
+    own store. If the repository is itself a link, everything lies outside."""
     inside = [os.path.join(os.path.realpath(repo.parent), _STORE)]
     if not repo.is_symlink() or _commits(repo)[1:]:
         inside.append(os.path.realpath(repo))
@@ -183,7 +183,7 @@ def _bytes_behind(repo: Path, paths: list[Path] | Iterator[Path]) -> int:
 
 
 def _freed(paths: list[Path]) -> int:
-    """The bytes of the regular files among `paths`; of one that has another hard link elsewhere, none."""
+    """Return the bytes of the regular files among `paths`, without those that have a hard link elsewhere."""
     seen: dict[tuple[int, int], tuple[int, int, int]] = {}
     for path in paths:
         with contextlib.suppress(OSError):
@@ -204,7 +204,7 @@ def _carry_out(repo: Path, paths: list[Path], folders: list[Path]) -> None:
             "cache_not_writable",
             f"{repo} could not be deleted, or not all of it",
             why=f"{error.filename}: {error.strerror}",
-            hint="mend the rights of that folder on the host, then try again",
+            hint="repair the permissions of that folder on the host, then try again",
         ) from None
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
@@ -214,7 +214,7 @@ def _carry_out(repo: Path, paths: list[Path], folders: list[Path]) -> None:
 
 
 class _Shared:
-    """Those of the cache's shared files that only the deleted blobs lead to."""
+    """The files of the cache's shared store that only the deleted blobs link to."""
 
     def __init__(self, repo: Path, goes: list[Path]) -> None:
         self._cache = repo.parent

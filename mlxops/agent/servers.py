@@ -1,8 +1,8 @@
-"""Which processes are servers, and what belongs to each. Pure: decides from one `Look`.
+"""Decide which processes are servers, and which other processes belong to each. Pure: works on one `Look`.
 
-A server is a process that is an engine's program, with everything that it started. Words in an argv are never enough:
-tmux, an ssh client or a notebook carries them, too. What runs a server in the foreground and does nothing else, such
-as `uv run` or a shell with a script, belongs to it. Any other parent has a life of its own.
+A server is a process that runs an engine's program, with all its descendants. Words in an argv are never enough: tmux,
+an ssh client or a notebook may have them, too. A parent that only waits for the server, such as `uv run` or a shell
+with a script, belongs to it. Every other parent has work of its own, and does not.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ RUNNERS = frozenset(
 _RUN = frozenset({"run", "exec", "x", "tool", "shell", "develop"})
 _SHELL_OPTIONS_WITH_VALUE = frozenset({"-o", "+o", "-O", "+O", "--rcfile", "--init-file"})
 INITS = frozenset({"init", "systemd", "launchd"})
-"""What takes over the processes whose parent has ended."""
+"""Programs that become the parent of processes whose own parent has ended."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ class Found:
     engine: str
     seen: Seen
     family: tuple[int, ...]
-    """Its process and everything that it started, as far as that is not a server of its own."""
+    """Its process and all its descendants, without other servers."""
 
 
 def find(look: Look) -> list[Found]:
-    """Every server, of any user. A fork of a server is a part of it: it has the very same argv."""
+    """Return the servers of all users. A fork of a server, which has the same argv, is part of that server."""
     known = {p.pid: found for p in look.processes.values() if not p.zombie and (found := recognise(p.argv))}
     roots = {pid for pid in known if not _is_fork(look, pid)}
     return [Found(look.processes[pid], *known[pid], _below(look, pid, roots)) for pid in sorted(roots)]
@@ -62,9 +62,9 @@ def _is_fork(look: Look, pid: int) -> bool:
 
 
 def family(look: Look, pid: int) -> tuple[int, ...]:
-    """A process and everything that it started, as far as that is not another server."""
+    """Return a process and all its descendants, without other servers."""
     if not recognise(look.processes[pid].argv):
-        return _below(look, pid, ())  # an adopted one whose argv has changed; the server in it is no other one
+        return _below(look, pid, ())  # adopted, and its argv has changed: a server below it is itself
     others = {p.pid for p in look.processes.values() if recognise(p.argv) and not _is_fork(look, p.pid)}
     return _below(look, pid, others)
 
@@ -77,9 +77,9 @@ def _below(look: Look, pid: int, others: Collection[int]) -> tuple[int, ...]:
 
 
 def wrappers(look: Look, pid: int) -> tuple[int, ...]:
-    """The ancestors that only run this process, outermost first.
+    """Return the ancestors that only run this process, outermost first.
 
-    Each is in the same process group, of the same user, is known to do nothing else, and has no other child.
+    Each has the same process group and user, runs a program that does nothing else, and has no other child.
     """
     found: list[int] = []
     current = look.processes[pid]
@@ -99,8 +99,8 @@ def wrappers(look: Look, pid: int) -> tuple[int, ...]:
 
 
 def starter(look: Look, pid: int) -> Process | None:
-    """The process above a server and its wrappers, which goes on without it; None if the system took it over, or if
-    that is a person's shell."""
+    """Return the parent of a server and its wrappers, which outlives it; None for an init process or an interactive
+    shell."""
     top = next(iter(wrappers(look, pid)), pid)
     parent = look.processes.get(look.processes[top].ppid)
     if parent is None or parent.pid <= 1 or parent.zombie or not parent.argv:
@@ -118,17 +118,17 @@ def is_wrapper(argv: Sequence[str]) -> bool:
     name = _name(argv)
     if name in SHELLS:
         return _runs_a_script(argv)
-    # Some runners are scripts of Python.
+    # Some runners are Python scripts, so compare the program, not the first word.
     return runs.name in PREFIXES or (runs.name in RUNNERS and bool(_RUN & set(runs.arguments[:6])))
 
 
 def _name(argv: Sequence[str]) -> str:
-    """The name of a process's own program; a login shell's begins with a hyphen."""
+    """Return the name of a process's own program, without a login shell's hyphen."""
     return os.path.basename(argv[0]).lstrip("-")
 
 
 def _runs_a_script(argv: Sequence[str]) -> bool:
-    """Whether a shell with this argv runs a file or a command string: without either, a person may be typing."""
+    """Whether a shell with this argv runs a file or a command string. Without one, it may be interactive."""
     words = iter(argv[1:])
     for word in words:
         if word in _SHELL_OPTIONS_WITH_VALUE:

@@ -39,7 +39,7 @@ MAX_JSON = contents.MAX_TEXT
 MAX_CONFIG = 8 * 1024 * 1024
 MAX_README = 16 * 1024
 MAX_HASHED = 8 * 1024 * 1024
-"""Bytes of a text file whose content is compared with the hub's at each load."""
+"""Bytes. Larger files are not hashed at each load to find edits."""
 
 _OTHER_FORMATS = {
     ".gguf": "GGUF",
@@ -60,10 +60,10 @@ _PARSED = ("special_tokens_map.json", "added_tokens.json")
 """What engines parse beside the two configurations, if it is there."""
 _QUANTIZED = ("quantization", "quantization_config")
 _OF_THE_MODEL = ("generation_config.json", "README.md")
-"""What a model does without, and people edit all the same."""
+"""Files that a model does not need, and that people edit."""
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS_HEAD = 64 * 1024
-"""Bytes of a weight file in which the types of its first tensors are."""
+"""Bytes at the beginning of a weight file that name the types of its first tensors."""
 _INDEX_HEAD = 4096
 """Bytes of an index in which its metadata are: they come first (mlx_lm.utils.save_model; transformers sorts keys)."""
 _TOTAL = re.compile(rb'\s*\{\s*"metadata":\s*\{[^{}]*"total_size":\s*(\d{1,18})\s*[,}]')
@@ -85,17 +85,17 @@ class Listed(NamedTuple):
 
     size: int
     etag: str
-    """SHA-256 of what the hub keeps in LFS, git's name of the rest; empty if it is not told."""
+    """SHA-256 for files that the hub keeps in LFS, git's blob id for the others; empty if not listed."""
 
 
 @dataclass(frozen=True)
 class Edited:
-    """A file of a snapshot that is not the hub's, and whole."""
+    """A complete file of a snapshot that differs from the hub's."""
 
     name: str
     size: int
     listed: int | None
-    """Bytes of the hub's; None if that is not known."""
+    """The hub's size in bytes; None if not known."""
 
     def __str__(self) -> str:
         sizes = f" ({self.size} bytes, the hub's has {self.listed})" if self.listed not in (None, self.size) else ""
@@ -110,7 +110,7 @@ class Verdict:
     why: str | None
     incomplete: bool = False
     whole: bool = False
-    """It is complete, and only not in MLX's own format: engines convert such weights while they load them."""
+    """It is complete and only not in MLX's format: engines convert such weights while they load them."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Shape:
     model_type: str | None
     context_length: int | None
     cache: KVCache | None
-    """What it keeps of a conversation; None where the configuration tells nothing."""
+    """What it keeps of a conversation; None if the configuration does not say."""
 
 
 @dataclass(frozen=True)
@@ -137,19 +137,19 @@ class ModelFacts:
     model_file: str | None
     """A Python file of the repository that config.json names as the model; mlx-lm 0.30.6-0.31.3 import it unasked."""
     auto_map: tuple[str, ...]
-    """The files that name code for transformers, which runs only where it is trusted."""
+    """The files that name code for transformers, which runs only if it is trusted."""
     has_chat_template: bool
     problems: tuple[str, ...]
     """Why an engine could not serve it; empty if nothing is known against it."""
     broken: tuple[str, ...] = ()
-    """The text files that do not parse, among the problems."""
+    """The text files that do not parse. `problems` says why."""
     oddities: tuple[str, ...] = ()
-    """What is served all the same, and worth a word."""
+    """Warnings about files that can be served."""
     language_weights: bool = True
     """There are weights that a language model's engine loads (model*.safetensors)."""
     config: Mapping[str, object] = field(default_factory=dict)
     tokenizer_class: str | None = None
-    """If it names one that needs code of the repository, and there is no tokenizer.json, which needs none."""
+    """The tokenizer's class, if it needs code of the repository and no tokenizer.json makes that unnecessary."""
     packed: bool = False
     """The weights are quantized, whatever config.json says."""
 
@@ -173,7 +173,7 @@ def judge(folder: str, org: str) -> Verdict:
 
 
 def completeness(snapshot_dir: Path) -> str | None:
-    """None if everything that an engine needs is there and whole, else one line why not.
+    """Return None if everything that an engine needs is there and complete, else one line why not.
 
     The thorough form: it also holds every weight file against its own header.
     """
@@ -195,15 +195,15 @@ def damaged_weights(snapshot_dir: Path) -> tuple[str, ...]:
 
 
 def is_begun_only(path: str, name: str, size: int, whole: int) -> bool:
-    """Whether a file of `size` bytes, of which the hub has `whole`, is cut off. What is whole in itself is somebody's
-    own: weights that fit their header, text that parses. Raises `OSError`, `Damaged`."""
+    """Whether a file of `size` bytes, of which the hub has `whole`, is truncated. A complete file is an edit: weights
+    that fit their header, text that parses. Raises `OSError`, `Damaged`."""
     if is_weight(name):
         return wrong_length(path, size) is not None
     return contents.ends_early(path, name, size, whole)
 
 
 def edited(snapshot_dir: Path) -> tuple[Edited, ...]:
-    """What a person changed in a snapshot, as far as the hub's listing and the blobs' names tell."""
+    """Return the files of a snapshot that differ from the hub's, judged by its file list and the blobs' names."""
     folder = str(snapshot_dir)
     try:
         files = _list(folder)
@@ -220,30 +220,29 @@ def edited(snapshot_dir: Path) -> tuple[Edited, ...]:
         elif etag and contents.content_hash(f"{folder}/{name}", etag, MAX_HASHED) not in (None, etag):
             found.append(Edited(name, size, listed.size if listed else None))
         elif not etag and links and not os.path.islink(f"{folder}/{name}"):
-            found.append(Edited(name, size, None))  # it took the place of a link into the cache
+            found.append(Edited(name, size, None))  # it replaced a link into the cache
     return tuple(found)
 
 
 def is_of_a_download(folder: str, name: str) -> bool:
-    """Whether a file of the snapshot has the name of one that the hub has there."""
+    """Whether a download puts a file of this name into the snapshot."""
     return _is_of_the_model(name) or name == _INDEX or name in (_tree(folder) or ())
 
 
 def kept_as_it_is(file: Path, repo_id: str, revision: str) -> str:
-    """What becomes of an edited file, and the commands that bring the hub's back."""
+    """Say that an edited file is kept, with the commands that restore the hub's."""
     return f"it is kept, and served as it is (to have the hub's again: {hubs_again(file, repo_id, revision)})"
 
 
 def hubs_again(file: Path, repo_id: str, revision: str) -> str:
-    """The commands that put the hub's file in the place of an edited one: the content goes, wherever it lies."""
+    """Return the commands that replace an edited file by the hub's. They delete the file behind a link, too."""
     return f"rm {shlex.quote(os.path.realpath(file))}; mlxctl pull --repo {repo_id}@{revision}"
 
 
 def link_that_leads_nowhere(folder: str, name: str) -> str | None:
-    """Where a dangling link leads that somebody made to a place outside of the cache, a disk that is not mounted
-    perhaps; None for any other."""
+    """Return the target of a dangling link that a person made to a place outside of the cache; None for other paths."""
     path = f"{folder}/{name}"
-    if not os.path.islink(path) or os.path.exists(path):
+    if not reading.dangles(path):
         return None
     cache = os.path.realpath(os.path.join(folder, *3 * (os.pardir,)))
     target = os.path.realpath(path)
@@ -316,16 +315,16 @@ def _are_packed(folder: str, files: Files) -> bool:
 
 
 def _check_tokenizer(folder: str, files: Files, problems: list[str], broken: list[str]) -> None:
-    """By its last byte alone: a tokenizer.json of many megabytes takes long to be parsed."""
+    """Check only the last byte of tokenizer.json: parsing many megabytes takes long."""
     if files.sizes.get("tokenizer.json", 0) > 0:
         with suppress(OSError):
             if not reading.read_end(f"{folder}/tokenizer.json", 64).rstrip().endswith(b"}"):
-                problems.append("tokenizer.json ends before its end")
+                problems.append("tokenizer.json is cut off")
                 broken.append("tokenizer.json")
 
 
 def _check_generation(folder: str, problems: list[str], broken: list[str]) -> None:
-    """Engines pass over a generation_config.json that is no JSON, and end with an error for one that is no object."""
+    """Report a generation_config.json that is JSON but no object: engines fail on it (they ignore invalid JSON)."""
     try:
         json_object(f"{folder}/generation_config.json", MAX_CONFIG)
     except Damaged as error:
@@ -337,7 +336,7 @@ def _check_generation(folder: str, problems: list[str], broken: list[str]) -> No
 
 
 def _odd_weights(folder: str, files: Files, config: Mapping[str, object], problems: list[str]) -> Iterator[str]:
-    """What an index or a file left by another conversion is worth saying; a problem where it cannot be loaded."""
+    """Yield warnings about an index or weights left by another conversion; add to `problems` what cannot be loaded."""
     present = weights(files.sizes)
     index = _indexed(folder, files)
     if index and not index >= set(present) and not index <= set(present):
@@ -375,8 +374,8 @@ def _shape(config: Mapping[str, object], folder: str) -> Shape:
 
 
 def _has_halves(folder: str) -> bool:
-    """Whether the weights, and with them what is computed, have 16 bits. mlx_lm.convert leaves the `torch_dtype` of a
-    config.json as it was."""
+    """Whether the weights, and so the cache, have 16 bits. The `torch_dtype` of config.json does not show it:
+    mlx_lm.convert leaves that unchanged."""
     try:
         files = _list(folder)
         name = weights(files.sizes)[0]
@@ -425,8 +424,8 @@ def _list(folder: str) -> Files:
 
 
 def _tree(folder: str) -> dict[str, Listed] | None:
-    """Everything in the commit, as huggingface_hub 1.22 and later write it beside the snapshots (`_tree_cache.py`,
-    format 1); None if it is not there or not to be understood."""
+    """Return all files of the commit, as huggingface_hub 1.22 and later list them beside the snapshots
+    (`_tree_cache.py`, format 1); None if there is no such list or it cannot be read."""
     repo, commit = os.path.dirname(os.path.dirname(folder)), os.path.basename(folder)
     try:
         listing = json_object(f"{repo}/trees/{commit}.json", MAX_JSON)
@@ -446,9 +445,10 @@ def _tree(folder: str) -> dict[str, Listed] | None:
 
 
 def _missing(folder: str, files: Files, tree: Mapping[str, Listed] | None) -> str | None:
-    """The first thing, by name, that a complete snapshot has and this one has not; quick if there is a tree.
+    """Return why a snapshot is incomplete; quick if there is a tree.
 
-    Raises `Damaged` for what a download would not bring: an edit that does not parse, a link of somebody's."""
+    Raises `Damaged` for what a download would not repair: an edit that does not parse, a dangling link of a person's.
+    """
     if "config.json" not in files.sizes:
         return _gone(folder, files, "config.json")
     for name in sorted(files.dangling):
@@ -485,14 +485,14 @@ def _missing_of_tree(folder: str, files: Files, tree: Mapping[str, Listed]) -> s
     for name in sorted((*filter(_NEEDED.fullmatch, tree), *present)):
         size, listed = files.sizes[name], tree.get(name)
         if listed is None or size == listed.size:
-            continue  # not the hub's, or as long as it: looked at before it is loaded
+            continue  # not of the hub, or of the same size: checked before it is loaded
         if is_begun_only(f"{folder}/{name}", name, size, listed.size):
             return f"{printable(name)} has {size} of {listed.size} bytes"
     return None
 
 
 def _indexed(folder: str, files: Files) -> set[str]:
-    """The weight files that the index names; empty if there is none, or none that says anything."""
+    """Return the weight files that the index names; empty if there is no index or it cannot be read."""
     if _INDEX not in files.sizes:
         return set()
     try:
@@ -519,7 +519,7 @@ def _is_of_the_model(name: str) -> bool:
 
 
 def _blob_name(path: str) -> str:
-    """What the cache calls the content that a file of a snapshot leads to: the hub's hash of it."""
+    """Return the name of the blob that a file links to, which is the hub's hash of it; empty if it is no such link."""
     try:
         link = os.readlink(path)
     except OSError:
@@ -528,7 +528,7 @@ def _blob_name(path: str) -> str:
 
 
 def _no_model(files: Files, tree: Mapping[str, Listed] | None) -> str | None:
-    """Why there is no model in it: by the hub's listing, else by what only such repositories have."""
+    """Return why a repository holds no model, by the hub's file list or a file that only such repositories have."""
     names = tree.keys() if tree is not None else files.sizes.keys() | files.dangling
     return no_model(names) if tree is not None or names & {"model_index.json", "adapter_config.json"} else None
 

@@ -50,7 +50,9 @@ def tcp(state: int) -> list[Socket]:
 
 
 def from_kernel(family: int, state: int) -> Iterable[Socket]:
-    """Raises `OSError` where the kernel is not to be asked."""
+    """Ask the kernel. Raises `OSError` where it cannot be asked."""
+    if sys.platform != "linux":
+        raise OSError(errno.EAFNOSUPPORT, "only Linux has sock_diag")
     question = _QUESTION.pack(family, socket.IPPROTO_TCP, 0, 0, 1 << state)
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG) as kernel:
         kernel.settimeout(5)

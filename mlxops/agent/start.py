@@ -268,7 +268,7 @@ class Start:
 
 
 def _revision(serving: Serving) -> str:
-    """The commit that is served; of a folder that is no snapshot, the branch that a hint may name."""
+    """Return the commit that is served; for a folder that is no snapshot, the branch for hints."""
     return serving.path.name if is_commit(serving.path.name) else "main"
 
 

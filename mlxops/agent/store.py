@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from mlxops.agent import reading
-from mlxops.agent.flocks import LOCK_SECONDS, NoLocks, alone, flock_within, naming, try_flock
+from mlxops.agent.flocks import LOCK_SECONDS, NoLocks, alone, flock_within, naming, take_or_close, try_flock
 from mlxops.agent.place import require
 from mlxops.agent.reading import Unfit, said
 from mlxops.core import registry as registries
@@ -93,7 +93,7 @@ def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
 
 @contextmanager
 def _unless_unsupported() -> Iterator[None]:
-    """Go on where the file system does not know what is asked of it. Raises every other `OSError`."""
+    """Ignore errors of file systems that do not support the operation. Raises every other `OSError`."""
     try:
         yield
     except OSError as error:
@@ -198,7 +198,7 @@ class RegistryFile:
         self._marked = False
 
     def read(self) -> Registry:
-        """The registry as it is now. What cannot be read, or is gone, is not empty: it is `unwritable`."""
+        """Return the current registry. A file that cannot be read, or is gone, is not empty but `unwritable`."""
         try:
             data = _read(self.path)
         except OSError as error:
@@ -216,7 +216,7 @@ class RegistryFile:
         return registries.parse(data) if why is None else _missing(why)
 
     def _why_missing(self) -> str | None:
-        """Why the file is missing though there was one, or should be; None: this host has no registry yet."""
+        """Return why the file is missing although there was one, or should be; None if this host has had none yet."""
         from mlxops.agent import absence
 
         why = absence.reason(self._configured, self.path)
@@ -226,11 +226,11 @@ class RegistryFile:
         if known & self._names():
             return "it is gone: this host had a registry there before; perhaps its disk is not mounted"
         if not known and absence.had_one_before_marks(self._mark.parent):
-            return "it is gone: the state of this host knows of a registry; perhaps its disk is not mounted"
+            return "it is gone: the history of this host shows that it had one; perhaps its disk is not mounted"
         return None
 
     def conflicts(self) -> list[Path]:
-        """Conflicted copies beside a registry that is there."""
+        """Return the conflicted copies beside an existing registry."""
         if len(named(self.path.parent, self.path.stem)) < 2:
             return []
         from mlxops.agent.absence import conflicts
@@ -241,7 +241,7 @@ class RegistryFile:
         return {str(self._configured), str(self.path)}
 
     def remember(self) -> None:
-        """That there is a registry. Raises `OSError`."""
+        """Record in registry.known.json that this host has a registry here. Raises `OSError`."""
         if self._marked or not os.path.lexists(self.path):
             return
         from mlxops.agent import absence
@@ -256,7 +256,7 @@ class RegistryFile:
 
         Raises `Refused` (registry_missing, registry_unusable, registry_unwritable) and `Busy` (registry_locked).
         """
-        # Before its folder is made.
+        # Refuse before its folder is made.
         if not os.path.lexists(self.path) and (found := self._parsed(None)).missing:
             raise self.refusal(found)
         with _blaming(self.path), self._locked():
@@ -319,7 +319,7 @@ class RegistryFile:
         return named(self.path.parent, f".{self.path.name}.", ".tmp")
 
     def usable(self) -> Registry:
-        """The registry, if it may be written: without trying that. Raises `Refused` and `Busy` (registry_locked)."""
+        """Return the registry if it may be written; does not try to. Raises `Refused` and `Busy` (registry_locked)."""
         require(self._configured.parent)
         current = self.read()
         if current.unwritable:
@@ -330,9 +330,12 @@ class RegistryFile:
                 pass
         return current
 
-    def check_writable(self) -> None:
-        """Before anything is started or stopped: would a write succeed? Raises what `usable` raises."""
-        self.usable()
+    def check_writable(self) -> Registry:
+        """Check, before anything is started or stopped, that a write would succeed, and return the registry.
+
+        Raises what `usable` raises.
+        """
+        current = self.usable()
         with _blaming(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _try_writing(self.path)
@@ -340,16 +343,17 @@ class RegistryFile:
         with _blaming(self._previous):
             _try_writing(self._previous)
             self.remember()
+        return current
 
     def refusal(self, found: Registry) -> Refused:
-        """For a registry that can be read, if at all, and not be written: `found.unwritable`."""
+        """Return the error for a registry that must not be written, for the reason `found.unwritable`."""
         error = registries.refusal(found.unwritable or "", str(self.path), self._repair(found))
         if found.missing:
             error.code, error.message = "registry_missing", f"the registry {self._configured} is not there"
         return error
 
     def _repair(self, found: Registry) -> str:
-        """What to do, in commands that work as they are."""
+        """Return what to do, with commands that work when typed."""
         if found.raw:
             return "repair it by hand, then try again"
         target, first, before = self.path, "repair it by hand; or ", ""
@@ -363,7 +367,7 @@ class RegistryFile:
                 else:
                     before = f"mkdir -p {shlex.quote(str(target.parent))} && "
         elif os.path.lexists(target) and not os.path.isfile(target):
-            # The name is moved, never what a link leads to: that may be a device of the system.
+            # Move the configured name, never a link's target: that may be a device of the system.
             target, first = self._configured, ""
             before = f"mv {shlex.quote(str(target))} {shlex.quote(f'{target}.away')} && "
         file, previous = shlex.quote(str(target)), shlex.quote(str(self._previous))
@@ -408,8 +412,8 @@ def _try_writing(path: Path) -> None:
 
 
 def _try_replacing(path: Path) -> None:
-    """Raises `OSError` for what a rename could not replace: no file, an immutable one, another user's in a sticky
-    folder."""
+    """Raises `OSError` if a rename could not replace the path: it is no file, is immutable, or belongs to another user
+    and lies in a sticky folder."""
     try:
         found = os.lstat(path)
     except FileNotFoundError:
@@ -419,7 +423,7 @@ def _try_replacing(path: Path) -> None:
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
     except OSError as error:
-        # Whether it may be written itself does not matter: it is replaced.
+        # A file that may not be written can still be replaced; an immutable one (EPERM) cannot.
         if error.errno == errno.EPERM:
             raise
     folder = os.stat(path.parent)
@@ -444,7 +448,7 @@ def _blaming(path: Path) -> Iterator[None]:
 
 
 def _what_helps(error: OSError, path: Path, elsewhere: str) -> str:
-    """`elsewhere`: how to move what `path` belongs to to another disk."""
+    """Return what to do against an error about `path`. `elsewhere`: how to move it to another disk."""
     if isinstance(error, NoLocks):
         return elsewhere
     if error.errno == errno.EISDIR:
@@ -456,7 +460,7 @@ def _what_helps(error: OSError, path: Path, elsewhere: str) -> str:
 
 
 def _named(error: OSError, path: Path) -> OSError:
-    """The same error, about the path that matters to the user: a temporary file's name does not."""
+    """Return the same error about `path`: the name of a temporary file means nothing to the user."""
     return OSError(error.errno, error.strerror, str(path))
 
 
@@ -524,15 +528,8 @@ class Store:
         path = self.state / "locks" / name
         with self._writing():
             fd = reading.open_file(path, os.O_RDWR | os.O_CREAT)
-            try:
-                # `holder` has it for microseconds; an operation has it for long.
-                with naming(path):
-                    free = flock_within(fd)
-            except BaseException:
-                os.close(fd)
-                raise
-        if not free:
-            os.close(fd)
+            taken = take_or_close(fd, path)
+        if not taken:
             return self._holder(path) or Operation(id="?", command="?")
         left = self._trace(path)
         try:
@@ -736,14 +733,12 @@ def state_unwritable(state: Path, error: OSError) -> Refused:
 
 
 def state_unreadable(path: Path, error: OSError) -> Refused:
-    no_locks = isinstance(error, NoLocks)
+    elsewhere = _STATE_ELSEWHERE if isinstance(error, NoLocks) else ""
     return Refused(
         "state_unreadable",
         f"{path}, of the host's state, cannot be read",
         why=said(error),
-        hint=_STATE_ELSEWHERE
-        if no_locks
-        else reading.remedy(error) or "mend it on the host, or move it away, then try again",
+        hint=elsewhere or reading.remedy(error) or "repair it on the host, or move it away, then try again",
     )
 
 

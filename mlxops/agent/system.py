@@ -147,16 +147,16 @@ class System(Protocol):
     def process(self, pid: int) -> Process | None: ...
 
     def ports_of(self, pid: int) -> frozenset[int] | None:
-        """The ports on which a process listens; None if it is gone, must not be seen, or has a network of its own."""
+        """Return the ports on which a process listens; None if it is gone, hidden, or in another network namespace."""
 
     def environment(self, pid: int, key: str) -> str | None:
         """A variable of another process's environment; None if it is not there or must not be seen."""
 
     def variables(self, pid: int) -> Mapping[str, str]:
-        """Another process's whole environment, as it was when its program began; empty if it must not be seen."""
+        """Return another process's environment, as it was when its program began; empty if hidden."""
 
     def units(self, pid: int) -> tuple[str, ...]:
-        """The systemd units whose control group a process is in; empty where there is none."""
+        """Return the systemd units whose control group a process is in; empty if there are none."""
 
     def folder(self, pid: int) -> str | None:
         """A process's working directory; None if it is gone or must not be seen."""
@@ -175,7 +175,7 @@ _UNITS = (".service", ".scope")
 
 
 def units_in(cgroup: str) -> tuple[str, ...]:
-    """The units of `/proc/PID/cgroup`, both versions: system units, and a user manager's inside its own unit."""
+    """Return the units in `/proc/PID/cgroup` (both versions): system units, and a user manager's inside its own."""
     paths = [line.split(":", 2)[2] for line in cgroup.splitlines() if line.count(":") >= 2]
     # systemd puts an underscore before a name that the kernel's own files could have ("_memory.service").
     parts = [part.removeprefix("_") for path in paths for part in path.split("/")]
@@ -255,7 +255,7 @@ class LinuxSystem:
             return None
         open_files = set()
         for name in names:
-            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            with contextlib.suppress(FileNotFoundError):  # closed in between
                 open_files.add(os.readlink(f"{folder}/{name}"))
         listening = self._sockets(sockets.LISTENING)
         return frozenset(each.port for each in listening if f"socket:[{each.inode}]" in open_files)

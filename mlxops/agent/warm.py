@@ -4,6 +4,7 @@ memory, and the port is without an answer for that much less."""
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -56,8 +57,7 @@ def warm(ctx: Context, path: Path, name: str) -> None:
 
 
 def _announce(fd: int) -> None:
-    """Tell the system that all of it is wanted, where it can be told (not on macOS)."""
-    advise = getattr(os, "posix_fadvise", None)
-    if advise is not None:
-        advise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        advise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
+    """Have the system read the whole file ahead. macOS has no posix_fadvise."""
+    if sys.platform != "darwin":
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)

@@ -1,8 +1,8 @@
-"""Weight files: which of them an engine loads, whether all of them are there, and whether each is whole.
+"""Decide which weight files an engine loads, whether all of them are there, and whether each is complete.
 
-mlx_lm.utils.load_model (0.28-0.32) loads every `model*.safetensors` at the top of the folder, in the order of the
-directory, the last one of a name winning. It reads no index. So an index says what some conversion once wrote, and the
-numbers in the names and the files' own headers say what is there.
+mlx_lm.utils.load_model (0.28-0.32) loads every `model*.safetensors` at the top of the folder, in directory order; of
+several tensors with one name the last counts. It does not read the index, which may be stale. The numbers in the file
+names and the files' own headers say what is there.
 """
 
 from __future__ import annotations
@@ -41,26 +41,26 @@ def is_served(name: str) -> bool:
 
 
 def is_weight(name: str) -> bool:
-    """Weights lie at the top of the folder; in subfolders are other models, adapters, other formats. What begins with a
-    dot (`._model.safetensors` of a disk without extended attributes) no engine's pattern matches."""
+    """Whether a file holds weights. They lie at the top of the folder: subfolders have other models, adapters, formats.
+    No engine's pattern matches a leading dot (`._model.safetensors` of a disk without extended attributes)."""
     return name.endswith(".safetensors") and "/" not in name and not name.startswith(".") and is_served(name)
 
 
 def language_weights(names: Iterable[str]) -> list[str]:
-    """What mlx-lm loads, and whatever loads through it."""
+    """Return the weight files that mlx-lm loads, and engines that load through it."""
     return sorted(name for name in names if is_weight(name) and name.startswith("model"))
 
 
 def weights(names: Collection[str]) -> list[str]:
-    """What an engine loads: mlx-lm's, else whatever weights there are (mlx-vlm loads those)."""
+    """Return the weight files that an engine loads: those of mlx-lm, else all (mlx-vlm loads those)."""
     return language_weights(names) or sorted(filter(is_weight, names))
 
 
 def missing(present: Collection[str], listed: Collection[str]) -> str | None:
-    """The first weight file that is missing; None if those that are `present` make a whole.
+    """Return the first missing weight file; None if those `present` form a complete set.
 
-    `listed` is what an index, or the hub, names. It counts if it speaks of these files: of all of a whole set, else of
-    any of them. If it does not, it was left by another conversion.
+    `listed` is what an index, or the hub, names. It counts if it names all files of a complete set or, if no set is
+    complete, any file that is present. Otherwise it belongs to another conversion.
     """
     here = set(present)
     lacking = [_lacking(members) for members in _sets(here)]
@@ -74,29 +74,31 @@ def missing(present: Collection[str], listed: Collection[str]) -> str | None:
 
 @dataclass(frozen=True)
 class Leftovers:
-    """Files that an engine loads beside a whole set, which an earlier conversion left there."""
+    """Files of an earlier conversion that an engine loads beside a complete set."""
 
     names: tuple[str, ...]
     why: str | None
-    """Why both do not fit into one model; None if they do."""
+    """Why both cannot be loaded as one model; None if they can."""
 
 
 def leftovers(folder: str, present: Collection[str], listed: Collection[str]) -> Leftovers | None:
-    """What lies beside the whole set that `listed` names, or beside any; None if there is one set alone. Raises
-    `OSError`, `Damaged`."""
+    """Return the files beside the complete set that `listed` names, else beside any; None if there is only one set.
+
+    Raises `OSError`, `Damaged`.
+    """
     sets = _sets(present)
     whole = [members for members in sets if members <= set(listed)] or [each for each in sets if not _lacking(each)]
     if len(sets) < 2 or not whole:
         return None
     found = []
-    for members in whole:  # which of two sets is the old one, nobody says: if one of them can be meant, it may be
+    for members in whole:  # it is not known which set is the old one: one that can be loaded is enough
         extra = sorted(set().union(*sets) - members)
         found.append(Leftovers(tuple(extra), _conflict(folder, members, extra)))
     return next((each for each in found if each.why is None), found[0])
 
 
 def _conflict(folder: str, whole: Collection[str], extra: Collection[str]) -> str | None:
-    """Why an engine that loads `extra` beside the `whole` does not end with the tensors of the whole alone."""
+    """Return why loading `extra` beside `whole` gives other tensors than `whole` alone; None if it gives the same."""
     wanted: Tensors = {}
     for name in whole:
         wanted |= tensors(f"{folder}/{name}")
@@ -115,7 +117,7 @@ def _conflict(folder: str, whole: Collection[str], extra: Collection[str]) -> st
 
 
 def _sets(names: Collection[str]) -> list[set[str]]:
-    """Files that belong together by their numbers; one that is called model.safetensors is a whole by itself."""
+    """Group files that belong together by their numbers. model.safetensors is a complete set by itself."""
     sets: dict[tuple[str, int], set[str]] = {}
     for name in sorted(names):
         if shard := _SHARD.fullmatch(name):
@@ -126,7 +128,7 @@ def _sets(names: Collection[str]) -> list[set[str]]:
 
 
 def _lacking(members: set[str]) -> list[str]:
-    """The names that are missing between the first and the last number."""
+    """Return the names that are missing between the first and the last number."""
     shards = [shard for name in members if (shard := _SHARD.fullmatch(name))]
     if not shards or "model.safetensors" in members:
         return []
@@ -138,14 +140,14 @@ def _lacking(members: set[str]) -> list[str]:
 
 
 def damage(folder: str, names: Iterable[str], sizes: Mapping[str, int]) -> Iterator[tuple[str, str]]:
-    """(name, why) of each weight file that is not exactly as long as its header says. Raises `OSError`."""
+    """Yield (name, why) for each weight file that is not exactly as long as its header says. Raises `OSError`."""
     for name in names:
         if why := wrong_length(f"{folder}/{name}", sizes[name]):
             yield name, f"{printable(name)} {why}"
 
 
 def wrong_length(path: str, size: int) -> str | None:
-    """Why a safetensors file of `size` bytes is not what its header says. Raises `OSError`."""
+    """Return why a safetensors file of `size` bytes does not fit its header; None if it does. Raises `OSError`."""
     try:
         if _fits(encoded_header(path, size), size):
             return None
@@ -177,7 +179,7 @@ def header(path: str, size: int) -> tuple[str | None, int]:
 
 
 def tensors(path: str) -> Tensors:
-    """What a safetensors file holds. Raises `OSError`, `Damaged`."""
+    """Read the tensors of a safetensors file from its header. Raises `OSError`, `Damaged`."""
     found: Tensors = {}
     for name, tensor in parse(encoded_header(path, os.stat(path).st_size), "the header").items():
         if name != "__metadata__" and isinstance(tensor, dict):
@@ -187,7 +189,7 @@ def tensors(path: str) -> Tensors:
 
 
 def header_bytes(path: str) -> int:
-    """How many bytes of a safetensors file come before its tensors. Raises `OSError`."""
+    """Return how many bytes of a safetensors file precede its tensors. Raises `OSError`."""
     return 8 + int.from_bytes(first_bytes(path, 8), "little")
 
 

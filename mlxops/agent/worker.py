@@ -157,7 +157,8 @@ def _told(error: Exception, store: Store) -> MlxopsError:
     whoever put it there, and a host that has no descriptor left the host's; all else is ours."""
     from traceback import format_exc
 
-    if disk_failed(error) and not (is_hosts_fault(error) and not _is_of(error, store.state)):
+    elsewhere = is_hosts_fault(error) and not _is_of(error, store.state)
+    if disk_failed(error) and not elsewhere:
         return state_unwritable(store.state, error)
     if state_failed(error, store.state):
         return state_unreadable(Path(os.fsdecode(error.filename)), error)

@@ -6,6 +6,7 @@ import getpass
 import ipaddress
 import os
 import re
+import shlex
 import socket
 import sys
 import threading
@@ -206,7 +207,7 @@ def ended_early(target: Target, ended: Ended, *, greeted: bool) -> Exception:
             why=f"its login shell, or a forced command, ended with status {ended.status}"
             + (f": {words[-1]}" if words else " and said nothing")[:300],
             hint="give it a login shell that runs commands (on the host: chsh -s /bin/sh), and no ForceCommand; "
-            f"`ssh {target.ssh or target.name} /bin/sh -c true` must end with status 0",
+            f"`ssh {shlex.quote(target.ssh or target.name)} /bin/sh -c true` must end with status 0",
         )
     return AgentProblem(
         "agent_missing",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shlex
 import tarfile
 import time
 from collections.abc import Callable, Sequence
@@ -177,7 +178,8 @@ def archive(wheels: Path | None = None) -> bytes:
                 "no_wheels",
                 f"there is no wheel in {wheels}",
                 why="--wheels is the folder with all that the agent needs",
-                hint="on a machine like the host: pip download -d DIR --only-binary=:all: huggingface_hub psutil",
+                hint=f"on a machine like the host: pip download -d {shlex.quote(str(wheels))} --only-binary=:all: "
+                "huggingface_hub psutil",
             )
         files |= {f"wheels/{path.name}": path for path in found}
     buffer = io.BytesIO()

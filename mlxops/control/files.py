@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -19,6 +20,20 @@ def opened(path: Path) -> IO[bytes]:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     return open(descriptor, "rb")
+
+
+def ask_program(argv: Sequence[str], timeout: float, limit: int) -> tuple[int, bytes, bytes]:
+    """Run a helper program. Return its exit status and the last `limit` bytes of standard output and standard error.
+
+    Files take the output, not pipes: a process that the program leaves behind may hold a pipe open for ever. Raises
+    `OSError`, `ValueError` and `subprocess.TimeoutExpired`.
+    """
+    import subprocess
+    import tempfile
+
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, timeout=timeout, check=False)
+        return done.returncode, last_bytes(out, limit), last_bytes(errors, limit)
 
 
 def last_bytes(stream: IO[bytes], count: int) -> bytes:

@@ -43,7 +43,7 @@ def same_host(one: str, other: str) -> bool:
 
 
 _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-"""To connect to "any address" is to connect to this machine."""
+"""A connection to the "any" address goes to this machine."""
 
 
 @cache
@@ -112,7 +112,7 @@ def _strings(value: object) -> frozenset[str]:
 
 
 def under(told: Told, ports: Sequence[Port]) -> Told:
-    """With its entries under the names that clients use: a pattern stands for the aliases of these ports."""
+    """Return it with its entries under the names that clients use: patterns become the aliases of these ports."""
     return replace(told, entries=_under(told.config, ports))
 
 
@@ -147,7 +147,7 @@ def check(told: Told, targets: Sequence[Target], answers: Sequence[Answer]) -> t
 
 
 def _registry_findings(answer: Answer) -> Iterator[Finding]:
-    """That a host's registry cannot be read: then nobody knows what is assigned to its ports."""
+    """Report a registry that cannot be read: the assignments of its host's ports are then not known."""
     error = (answer.result or {}).get("registry_error")
     if isinstance(error, Mapping):
         message = f"{error.get('message')}: {error.get('why')}"
@@ -265,7 +265,7 @@ def _told(gateway: Gateway | None, target: Target, talk: Talk) -> Told | None:
     try:
         return under(told, slots(target))
     except MlxopsError:
-        return told  # the request itself meets the same, and tells it as its answer
+        return told  # the load itself fails for the same reason, and reports it
 
 
 def _said_of(target: Target, told: Told) -> dict[str, object]:
@@ -293,7 +293,7 @@ def _name_the_edit(error: MlxopsError, told: Told, target: Target) -> None:
 def _receipt(
     gateway: Gateway, told: Told | None, target: Target, result: Mapping[str, object], talk: Talk
 ) -> dict[str, object]:
-    """A completion through the gateway for each of its names that leads to the port, and that the server knows."""
+    """Ask through the gateway for each of its names that leads to the port and that the server knows."""
     port, base = result.get("port"), str(result.get("url"))
     key = key_of(gateway, told.environ if told is not None else {})
     why, receipt = None, None
@@ -334,9 +334,12 @@ def _receipt(
 # -- through ------------------------------------------------------------------------------------------------------
 
 
+_RESTART = "restart the gateway, once: it runs with other entries than its files have now"
+
+
 @dataclass(frozen=True)
 class _Asked:
-    """What was asked through the gateway, and what came of it."""
+    """The requests that were sent through the gateway, and their results."""
 
     running: _Running
     asking: Asking
@@ -348,15 +351,14 @@ class _Asked:
 
 @dataclass(frozen=True)
 class _Running:
-    """The gateway that runs, which may have been started with other files than there are now."""
+    """The running gateway. It may have been started with other files than there are now."""
 
     gateway: Gateway
     key: str | None
     files: tuple[Entry, ...] | None
-    """What its files say; None: not known here."""
+    """The entries of its files; None: not known here."""
     entries: tuple[Entry, ...] | None
-    """What it says that it does; None: it does not say."""
-
+    """The entries that it reports; None: it reports none."""
     servers: tuple[Server, ...]
 
     @staticmethod
@@ -382,17 +384,17 @@ class _Running:
         return _Asked(self, plan, passages)
 
     def stale(self, alias: str) -> bool:
-        """Whether it is known to do something else with a name than its files say: then a restart helps."""
+        """Whether it treats a name otherwise than its files say: then a restart helps."""
         if self.entries is None or self.files is None:
             return False
         return asking.differ(self.files, self.entries, alias, same_host)
 
     def advice(self, passage: through.Passage) -> str:
-        """What helps after a failed question."""
+        """Return what helps after a failed request."""
         if passage.code == "gateway_down":
             return "start the gateway, or correct `gateway.url` in hosts.yaml"
         if self.stale(passage.alias):
-            return "restart the gateway, once: it runs with other entries than its files have now"
+            return _RESTART
         words = passage.detail.lower()
         if passage.status == 429 or "budget" in words:
             return "the gateway limits it, or has set the server aside after failures; ask again in a minute"
@@ -417,7 +419,8 @@ def _port_of(server: Server) -> Port | None:
 
 
 def _entry_of(deployment: through.Deployment, files: Sequence[Entry]) -> Entry:
-    """The running gateway does not show what comes from credentials and providers' defaults; its files have that."""
+    """Return the entry of a deployment. The running gateway hides addresses from credentials and providers' defaults,
+    so take those from its files."""
     entry = deployed(deployment.alias, deployment.model, deployment.api_base, deployment.provider)
     if entry.api_base is not None:
         return entry
@@ -426,7 +429,7 @@ def _entry_of(deployment: through.Deployment, files: Sequence[Entry]) -> Entry:
 
 
 def pass_through(gateway: Gateway, told: Told, answers: Sequence[Answer]) -> tuple[Answer, ...]:
-    """One completion for each name of a ready server that knows what the gateway sends; what fails becomes a fault."""
+    """Ask for a completion under each name whose ready server knows what the gateway sends. A failure is a fault."""
     if gateway.url is None:
         raise UsageError(
             "no_gateway_url",
@@ -486,7 +489,7 @@ def _passed(answer: Answer, asked: _Asked) -> Answer:
 
 
 def _named(row: Mapping[str, object], here: Sequence[str], asked: _Asked) -> dict[str, object]:
-    """What clients say for a port, where only the running gateway tells."""
+    """Return the names of a port for the table, if only the running gateway knows them."""
     names = [alias for alias in here if asking.STAR not in alias]
     return {"alias": names[0], "names": names} if names and asked.running.files is None else {}
 
@@ -499,15 +502,13 @@ def _findings(answer: Answer) -> list[dict[str, object]]:
 def _skipped(
     alias: str, why: str, host: str, row: Mapping[str, object], asked: _Asked, found: Sequence[Mapping[str, object]]
 ) -> Finding | None:
-    """A name that was not asked for; nothing where the check has named the cause already."""
+    """Return the finding for a skipped name; None if the check has reported the cause already."""
     named = [each for each in found if each.get("alias") == alias and each.get("severity") == Severity.FAULT.value]
     if asking.STAR in alias or any(each.get("code") in {"wrong_name", "server_name"} for each in named):
         return None
     stale = asked.running.stale(alias)
     severity = Severity.FAULT if stale else Severity.WARNING
-    hint = (
-        "restart the gateway, once: it runs with other entries than its files have now" if stale else "see: inv gateway"
-    )
+    hint = _RESTART if stale else "see: inv gateway"
     message = f"{alias} is not asked for: {why}"
     return Finding("through_not_asked", alias, _number(row), severity, message, hint, host)
 

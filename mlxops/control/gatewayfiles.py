@@ -32,7 +32,7 @@ class Told:
 
     config: Config
     entries: tuple[Entry, ...]
-    """Under the names that clients use. Until `config.concrete` made them so, an alias may be a pattern."""
+    """`gateway.under` puts these under the names that clients use; before that, an alias may be a pattern."""
     findings: tuple[Finding, ...]
     files: Files
     environ: Mapping[str, str]
@@ -46,9 +46,9 @@ def read(gateway: Gateway) -> Told:
     environ, findings = _environ(gateway.env) if gateway.env else (Environ(dict(os.environ), whole=False), ())
     if gateway.config is None:
         return Told(Config(), (), findings, files, environ.values, known=False)
-    document, places, told = _merged(gateway.config)
+    document, places, repeated = _merged(gateway.config)
     config = parse(document, environ, files, places)
-    return Told(config, config.entries, (*findings, *told, *config.findings), files, environ.values)
+    return Told(config, config.entries, (*findings, *repeated, *config.findings), files, environ.values)
 
 
 def key_of(gateway: Gateway, environ: Mapping[str, str]) -> str | None:
@@ -60,7 +60,7 @@ def key_of(gateway: Gateway, environ: Mapping[str, str]) -> str | None:
 
 
 def _environ(name: str) -> tuple[Environ, tuple[Finding, ...]]:
-    """The variables of an env file, and what is to be said of it. Raises `Refused` (bad_gateway_env)."""
+    """Return the variables of an env file, and findings about its lines. Raises `Refused` (bad_gateway_env)."""
     reading = envfile.read(_text(name, "bad_gateway_env"))
     # Never the line itself: this file is where the keys are.
     findings = tuple(
@@ -127,16 +127,18 @@ class _Document:
     name: str
     content: object
     lines: Mapping[str, int]
-    """Key -> the line of the one that counts: the last."""
+    """Key -> its line. Of a repeated key the last counts."""
     items: tuple[int, ...]
     """The lines of the items of `model_list`."""
     repeated: tuple[tuple[str, int, int], ...]
-    """A key that is given more than once: it, the line of one that does not count, and of the one that does."""
+    """Repeated keys: (key, line of one that does not count, line of the one that counts)."""
 
 
 def _merged(first: str) -> tuple[object, list[str], list[Finding]]:
-    """The configuration with what it includes, as LiteLLM merges it: lists are joined, all else is replaced; file and
-    line of each item of its `model_list`; and what is to be said."""
+    """Merge the configuration and its includes as LiteLLM does: join lists, replace everything else.
+
+    Return it, file and line of each item of its `model_list`, and the findings.
+    """
     root = _load(first)
     if not isinstance(root.content, dict):
         return root.content, [], []
@@ -178,7 +180,7 @@ def _merged(first: str) -> tuple[object, list[str], list[Finding]]:
 
 
 def _included(document: _Document) -> list[tuple[str, _Document]]:
-    """What it includes. Raises `Refused` (bad_gateway_config), where LiteLLM would not start."""
+    """Return its includes, with itself. Raises `Refused` (bad_gateway_config) if LiteLLM would not start."""
     if not isinstance(document.content, dict) or "include" not in document.content:
         return []
     listed = document.content["include"]
@@ -194,7 +196,7 @@ def _not_included(document: _Document, why: str) -> Refused:
 
 
 def _included_path(entry: str, declaring: _Document, first: str) -> str:
-    """Beside the file that names it; else beside the first one."""
+    """Return the path of an include: beside the file that names it, else beside the first file."""
     name = os.path.join(os.path.dirname(declaring.name), entry)
     beside = os.path.join(os.path.dirname(first), entry)
     there, other = (os.path.exists(os.path.expanduser(each)) for each in (name, beside))
@@ -227,7 +229,7 @@ def _load(name: str) -> _Document:
         loader = _Loader(text)
         try:
             node = loader.get_single_node()
-            lines = _lines(node)  # before merge keys are unfolded in it
+            lines = _lines(node)  # construct_document replaces merge keys in the node
             document = loader.construct_document(node) if node is not None else None
         finally:
             loader.dispose()
@@ -246,13 +248,13 @@ def _load(name: str) -> _Document:
 
 
 _DEPTH = 6
-"""How deep in a document a key that is given twice is looked for."""
+"""Levels of a document that are searched for repeated keys."""
 
 
 def _lines(
     node: yaml.Node | None,
 ) -> tuple[dict[str, int], tuple[int, ...], tuple[tuple[str, int, int], ...]]:
-    """The lines of the keys, of the items of `model_list`, and the keys that are given more than once."""
+    """Return the lines of the keys, the lines of the items of `model_list`, and the repeated keys."""
     lines: dict[str, int] = {}
     items: tuple[int, ...] = ()
     if isinstance(node, yaml.MappingNode):

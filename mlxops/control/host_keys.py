@@ -1,4 +1,4 @@
-"""Whether the host that answers is the one that was meant. No option switches this check off."""
+"""Check that the host that answers is the right one, by its key or certificate. No option switches this off."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxops.control import known_hosts, public_keys
-from mlxops.control.files import last_bytes, opened
+from mlxops.control.files import ask_program, opened
 from mlxops.control.known_hosts import Known
 from mlxops.control.ssh_config import Destination, setting, words
 from mlxops.core.errors import Unreachable
@@ -25,7 +25,7 @@ _REVOCATION_LIST = b"SSHKRL\n\0"
 
 
 def known_keys(destination: Destination, deadline: float) -> Known:
-    """What is known before the host has shown its key. Raises `Unreachable`."""
+    """Return what is known about the host before it shows its key. Raises `Unreachable`."""
     known = known_hosts.lookup(
         destination.known_hosts, destination.hostname, destination.port, destination.host_key_alias
     )
@@ -33,10 +33,10 @@ def known_keys(destination: Destination, deadline: float) -> Known:
 
 
 def preferred(known: Known, allowed: Sequence[str], offered: Sequence[str]) -> tuple[str, ...]:
-    """The algorithms to ask for: those of HostKeyAlgorithms (`allowed`) that Paramiko has (`offered`).
+    """Return the algorithms to ask for: those of HostKeyAlgorithms (`allowed`) that Paramiko has (`offered`).
 
-    Certificates come first where an authority is known, then known kinds: a host that has several keys is to show one
-    that can be recognised. A certificate whose authority is not known still shows the key in it.
+    Certificates come first if an authority is known, then known kinds, so that a host with several keys shows one that
+    can be checked. A certificate of an unknown authority still contains the host's key.
     """
     usable = [name for name in allowed if public_keys.plain_kind(name) in offered]
     if not allowed:
@@ -53,7 +53,7 @@ def _algorithms(kind: str) -> tuple[str, ...]:
 
 
 def policy(destination: Destination, known: Known, deadline: float) -> paramiko.MissingHostKeyPolicy:
-    """Paramiko's own table of keys stays empty, so that it leaves every decision to this."""
+    """Return the policy that checks the host's key. Paramiko's own table of keys stays empty, so it always decides."""
     import paramiko
 
     class Policy(paramiko.MissingHostKeyPolicy):
@@ -81,7 +81,7 @@ def check(destination: Destination, known: Known, blob: bytes, certificate: byte
 
 
 def _fault(destination: Destination, known: Known, blob: bytes) -> str:
-    """Why a certificate proves nothing; "" if it is good."""
+    """Return why a certificate does not prove the host; "" if it does."""
     certificate = public_keys.certificate(blob)
     if certificate is None:
         return "its certificate cannot be read"
@@ -98,7 +98,7 @@ def _fault(destination: Destination, known: Known, blob: bytes) -> str:
 
 
 def _from_command(destination: Destination, name: str, deadline: float, what: str, shown: bytes | None) -> Known:
-    """What KnownHostsCommand prints; nothing if there is none. Raises `Unreachable` if it fails, as ssh ends then."""
+    """Return the keys that KnownHostsCommand prints, if one is set. Raises `Unreachable` if it fails, as ssh does."""
     nothing = Known(name, (), (), frozenset())
     if destination.known_hosts_command is None:
         return nothing
@@ -112,26 +112,17 @@ def _from_command(destination: Destination, name: str, deadline: float, what: st
     try:
         program, *arguments = shlex.split(destination.known_hosts_command)
         argv = [program, *(destination.replaced(argument, tokens) for argument in arguments)]
-        text = _output(argv, max(0.001, deadline - time.monotonic()))
+        status, output, _ = ask_program(argv, max(0.001, deadline - time.monotonic()), _MAX_BYTES)
+        if status:
+            raise OSError(f"it ended with status {status}")
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         raise destination.unreachable(
             "host_key_unknown",
             f"its keys are not known, as {setting(destination, COMMAND)} failed: {words(error)}",
             f"run it: {destination.known_hosts_command}",
         ) from None
+    text = output.decode("utf-8", "replace")
     return known_hosts.lookup_in(text, COMMAND, destination.hostname, destination.port, destination.host_key_alias)
-
-
-def _output(argv: Sequence[str], timeout: float) -> str:
-    import tempfile
-
-    with tempfile.TemporaryFile() as out:
-        done = subprocess.run(
-            argv, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.DEVNULL, timeout=timeout, check=False
-        )
-        if done.returncode:
-            raise OSError(f"it ended with status {done.returncode}")
-        return last_bytes(out, _MAX_BYTES).decode("utf-8", "replace")
 
 
 def _refuse_revoked(
@@ -145,7 +136,7 @@ def _refuse_revoked(
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             raise destination.unreachable(
                 "host_key_unknown",
-                f"whether its key is revoked cannot be told: {file}: {words(error)}",
+                f"its key cannot be checked for revocation: {file}: {words(error)}",
                 f"repair the file, or correct {setting(destination, 'RevokedHostKeys')}",
             ) from None
         if revoked:
@@ -168,16 +159,11 @@ def _in_revocation_list(file: Path, shown: bytes) -> bool:
     with tempfile.NamedTemporaryFile(suffix=".pub") as key:
         key.write(f"{public_keys.kind(shown)} ".encode() + base64.b64encode(shown) + b"\n")
         key.flush()
-        done = subprocess.run(
-            ["ssh-keygen", "-Q", "-f", str(file), key.name],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=10.0,
-            check=False,
-        )
-    if done.returncode and b"REVOKED" not in done.stdout:
-        raise OSError(done.stderr.decode(errors="replace").strip() or f"ssh-keygen ended with {done.returncode}")
-    return bool(done.returncode)
+        argv = ["ssh-keygen", "-Q", "-f", str(file), key.name]
+        status, output, errors = ask_program(argv, 10.0, _MAX_BYTES)
+    if status and b"REVOKED" not in output:
+        raise OSError(errors.decode(errors="replace").strip() or f"ssh-keygen ended with {status}")
+    return bool(status)
 
 
 # -- refusals -----------------------------------------------------------------------------------------------------
@@ -240,7 +226,7 @@ _CARELESS = {
 
 
 def _why_ssh_accepts(destination: Destination) -> str:
-    """What in the configuration may be why ssh connects all the same."""
+    """Name the settings because of which ssh may connect although mlxops refuses."""
     return "".join(
         f"; {setting(destination, option)} {effect}, and mlxops checks against known_hosts only"
         for option, effect in _CARELESS.items()
@@ -267,7 +253,7 @@ def _keeps(file: Path) -> bool:
 
 
 def _accepting(destination: Destination) -> str:
-    """The command with which ssh asks whether to accept the key, and remembers it."""
+    """Return the command with which ssh asks whether to accept the key, and then stores it."""
     wanted = []
     if destination.options.get("stricthostkeychecking", ("ask",))[0] in ("yes", "true"):
         wanted.append("StrictHostKeyChecking=ask")

@@ -1,7 +1,7 @@
-"""Which keys are offered to a host, in which order, and what signs for each: OpenSSH's rules. Pure.
+"""Choose the keys to offer to a host, their order and their signers, by OpenSSH's rules. Pure.
 
 The order is that of `pubkey_prepare` in OpenSSH's sshconnect2.c. It matters: after MaxAuthTries keys, usually six, the
-host ends the connection.
+host closes the connection.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from mlxops.control import public_keys
 
 @dataclass(frozen=True)
 class Identity:
-    """A line of IdentityFile; a certificate beside a key is one more, of the same file."""
+    """A key of an IdentityFile line, or the certificate beside it."""
 
     path: Path
-    """Of the private key."""
+    """The private key's file."""
     blob: bytes
     """Its public key or certificate."""
 
@@ -40,11 +40,11 @@ def offers(
     identities_only: bool,
     accepted: Sequence[str] = (),
 ) -> list[Offer]:
-    """What to offer, in order: CertificateFile's certificates, the agent's keys that an IdentityFile names, the agent's
-    others unless IdentitiesOnly, the other files.
+    """Return the offers in order: CertificateFile's certificates, the agent's keys that an IdentityFile names, the
+    agent's other keys unless IdentitiesOnly, the other files.
 
-    `held` is what the agent has. `accepted` are the algorithms of PubkeyAcceptedAlgorithms; empty: all.
-    A certificate for which nothing can sign is not offered.
+    `held` are the agent's keys. `accepted` are the algorithms of PubkeyAcceptedAlgorithms; empty: all. A certificate
+    without a private key is not offered.
     """
     named = {each.blob for each in identities}
     usable = [blob for blob in held if blob in named]
@@ -72,7 +72,7 @@ def _is_accepted(kind: str, accepted: Sequence[str]) -> bool:
 
 
 def signatures(kind: str) -> tuple[str, ...]:
-    """The algorithms with which a key of this type signs a login, the best one first."""
+    """Return the algorithms with which a key of this type signs a login, the best one first."""
     if public_keys.plain_kind(kind) != "ssh-rsa":
         return (kind,)
     suffix = kind.removeprefix("ssh-rsa")

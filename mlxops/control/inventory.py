@@ -589,7 +589,7 @@ def _is_loopback(text: str) -> bool:
 
 
 def _boot(value: _Value, ports: PortRange) -> tuple[BootJob, ...]:
-    """One job, or a list of them."""
+    """Read one job, or a list of them."""
     several = isinstance(value.node, yaml.SequenceNode)
     jobs = tuple(_boot_job(each, ports) for each in (value.sequence() if several else [value]))
     for port in {job.port for job in jobs}:
@@ -604,8 +604,8 @@ def _boot_job(value: _Value, ports: PortRange) -> BootJob:
         raise value.bad("port is missing", "it is where the boot job's server is", "add port")
     if "script" not in entries and "label" not in entries:
         raise value.bad(
-            "script is missing, and label too",
-            "they are how the boot job's server is recognised",
+            "script and label are missing",
+            "one of them is needed to recognise the boot job's server",
             "add the path that the system runs (script), or the job's label",
         )
     port = entries["port"].number()

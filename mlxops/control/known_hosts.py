@@ -1,4 +1,4 @@
-"""OpenSSH's known_hosts files: which keys, and which authorities' certificates, a host is known by."""
+"""Read OpenSSH's known_hosts files: the keys of a host, and the authorities whose certificates it may show."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Known:
     revoked: frozenset[bytes]
     authorities: tuple[KnownKey, ...] = ()
     principals: tuple[str, ...] = ()
-    """The names of which a certificate must have one."""
+    """A certificate must be for one of these names."""
 
     def accepts(self, blob: bytes) -> bool:
         return blob not in self.revoked and any(key.blob == blob for key in (*self.keys, *self.elsewhere))
@@ -49,7 +49,7 @@ class Known:
         return list(dict.fromkeys(key.kind for key in (*self.keys, *self.elsewhere)))
 
     def __add__(self, other: Known) -> Known:
-        """What two sources say of the same host."""
+        """Combine what two sources know about the same host."""
         return Known(
             self.name,
             self.keys + other.keys,
@@ -60,9 +60,9 @@ class Known:
         )
 
     def fault_of(self, certificate: public_keys.Certificate, now: float, algorithms: Sequence[str]) -> str | None:
-        """Why a host certificate proves nothing; None if it proves that this is the host.
+        """Return why a host certificate does not prove the host; None if it does.
 
-        `algorithms` are those that an authority may sign with. Whether the signature is right is not looked at.
+        `algorithms` are those that an authority may sign with. The signature itself is not checked.
         """
         if not any(key.blob == certificate.authority for key in self.authorities):
             shown = public_keys.fingerprint(certificate.authority)
@@ -73,7 +73,7 @@ class Known:
             return "it is not valid yet"
         if now >= certificate.valid_before:
             return "it has expired"
-        # No names mean all hosts of the authority (PROTOCOL.certkeys); so does OpenSSH before 10.3.
+        # A certificate without names is for all hosts (PROTOCOL.certkeys), as in OpenSSH before 10.3.
         if certificate.principals and not set(self.principals) & set(certificate.principals):
             return f"it is for {', '.join(certificate.principals)}, and not for {self.principals[0]}"
         if certificate.critical:
@@ -89,7 +89,7 @@ def lookup(files: Sequence[Path], hostname: str, port: int, alias: str | None) -
 
 
 def lookup_in(text: str, source: str, hostname: str, port: int, alias: str | None) -> Known:
-    """The same for lines that a command printed. `source` is how they are named in messages."""
+    """Look up in lines that a command printed. `source` names them in messages."""
     return _known(_lines_of(text, Path(source)), hostname, port, alias)
 
 

@@ -1,4 +1,4 @@
-"""Logging in with public keys, as OpenSSH does. Nothing is ever asked of the user."""
+"""Log in with public keys, as OpenSSH does. Never asks the user anything."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _UNSUPPORTED = {"gssapi-with-mic": "GSSAPIAuthentication", "hostbased": "Hostbas
 
 
 class Login:
-    """Takes the place of paramiko's AuthStrategy, of which only `authenticate` is used."""
+    """Replaces paramiko's AuthStrategy, of which only `authenticate` is used."""
 
     def __init__(self, destination: Destination, deadline: float) -> None:
         self._destination = destination
@@ -113,7 +113,7 @@ class Login:
         return [offer for offer in found if isinstance(offer.signer, bytes) or self._load(offer.signer)]
 
     def _identities(self, path: Path) -> list[Identity]:
-        """A file's key, and the certificate beside it, which OpenSSH reads only where no CertificateFile is set."""
+        """Return a file's key, and the certificate beside it. OpenSSH reads that only if no CertificateFile is set."""
         blob = public_keys.from_file(path)
         if blob is None and self._load(path):
             blob = self._files[path].blob
@@ -128,7 +128,7 @@ class Login:
         if path is None:
             return []
         try:
-            # An agent that waits for a person is to be named before the connection's time is over.
+            # Give up on an agent that waits for a person while there is still time to report it.
             left = self._deadline - time.monotonic()
             self._agent = Agent(path, self._deadline - min(_MOMENT, left / 5))
             return self._agent.keys()
@@ -163,13 +163,13 @@ class Login:
     # -- how it is offered
 
     def _offer(self, conversation: Conversation, offer: Offer, *, last: bool) -> list[str]:
-        """Log in, or raise what paramiko does; returns the methods that are wanted besides.
+        """Log in, or raise what paramiko raises. Return the methods that the host wants in addition.
 
-        The agent signs only what the host has said yes to, as it may ask a person each time.
+        The agent signs only for keys that the host accepts: it may ask a person each time.
         """
         import paramiko
 
-        conversation.begin()  # from here on it is known which signatures the host takes
+        conversation.begin()  # after this the host's signature algorithms are known
         algorithm = self._algorithm(conversation.transport, offer)
         public = packed(algorithm.encode()) + packed(offer.blob)
         if isinstance(offer.signer, bytes) and not last and not conversation.would_accept(public):
@@ -183,14 +183,14 @@ class Login:
         return self._files[offer.signer].sign(data, algorithm)
 
     def _algorithm(self, transport: paramiko.Transport, offer: Offer) -> str:
-        """For RSA the first that both sides take. Raises `ValueError` if there is none."""
+        """Return the signature algorithm; for RSA the first that both sides accept. Raises `ValueError` if none."""
         accepted = self._destination.algorithms("PubkeyAcceptedAlgorithms")
         possible = [name for name in signatures(public_keys.kind(offer.blob)) if not accepted or name in accepted]
-        told = _server_algorithms(transport)
-        if len(signatures(public_keys.kind(offer.blob))) > 1 and told:
-            possible = [name for name in possible if name.partition("-cert-")[0] in told]
+        theirs = _server_algorithms(transport)
+        if len(signatures(public_keys.kind(offer.blob))) > 1 and theirs:
+            possible = [name for name in possible if name.partition("-cert-")[0] in theirs]
         if not possible:
-            raise ValueError("the host takes no RSA key with SHA-2, and mlxops no other")
+            raise ValueError("the host accepts no RSA signatures with SHA-2, and mlxops makes no others")
         return possible[0]
 
     # -- what is said if nothing helps
@@ -206,7 +206,7 @@ class Login:
         elif certificate.valid_after > time.time():
             what = f"is not valid before {_date(certificate.valid_after)}"
         else:
-            what = f"is for {', '.join(certificate.principals) or 'everybody'}"
+            what = f"is for {', '.join(certificate.principals) or 'all accounts'}"
         self._notes.append(f"the certificate for {public_keys.fingerprint(certificate.key)} {what}")
 
     def _refused(self, banner: str, allowed: Sequence[str], *, ended: bool) -> Unreachable:
@@ -237,7 +237,7 @@ class Login:
         return refused
 
     def _say_unsupported(self, allowed: Sequence[str]) -> str:
-        """Note what ssh could do here and mlxops cannot; returns what to do next."""
+        """Note what ssh could do here and mlxops cannot. Return what to do next."""
         destination = self._destination
         for method, option in _UNSUPPORTED.items():
             if method in allowed and destination.option(option):
@@ -259,10 +259,10 @@ class Login:
 
 
 class Conversation:
-    """The login's part of an SSH connection (RFC 4252).
+    """The authentication part of an SSH connection (RFC 4252).
 
-    Paramiko's own asks for the service again with each key, never asks before it signs, and signs in the thread that
-    reads, so that an agent that says no ends the connection.
+    Paramiko's own code requests the service again for each key, never asks before it signs, and signs in the thread
+    that reads, so an agent that refuses ends the connection.
     """
 
     def __init__(self, transport: paramiko.Transport, user: str) -> None:
@@ -272,7 +272,7 @@ class Conversation:
         self._serviced = False
 
     def begin(self) -> None:
-        """Ask for the login as such, once. Raises `SSHException`."""
+        """Request the authentication service, once. Raises `SSHException`."""
         import paramiko
 
         if not self._serviced:
@@ -283,7 +283,7 @@ class Conversation:
             raise paramiko.SSHException("the connection ended")
 
     def would_accept(self, public: bytes) -> bool:
-        """Whether a key would be taken, which costs no signature. Raises as `log_in_with`."""
+        """Ask whether the host would accept a key, without a signature. Raises as `log_in_with`."""
         import paramiko
 
         try:
@@ -295,17 +295,17 @@ class Conversation:
         return self._handler.agrees
 
     def log_in_with(self, public: bytes, sign: Callable[[bytes], bytes]) -> list[str]:
-        """The methods that are wanted besides; none if this was enough.
+        """Log in with a key. Return the methods that the host wants in addition; empty if this was enough.
 
-        Raises `AuthenticationException` if the key is refused, its subclass `BadAuthenticationType` if no key is
-        wanted, another `SSHException` if the connection ends, and what `sign` raises.
+        Raises `AuthenticationException` if the host refuses the key, its subclass `BadAuthenticationType` if it wants
+        no key, another `SSHException` if the connection ends, and what `sign` raises.
         """
         session = self.transport.session_id or b""
         request = self._request("publickey", b"\1" + public)
         return self._ask("publickey", b"\1" + public + packed(sign(packed(session) + request)))
 
     def log_in_without(self) -> None:
-        """Raises as `log_in_with`."""
+        """Log in without a key. Raises as `log_in_with`."""
         self._ask("none", b"")
 
     def _request(self, method: str, rest: bytes) -> bytes:
@@ -322,7 +322,7 @@ class Conversation:
 
 class _Handler(Protocol):
     agrees: bool
-    """The host's last answer was yes, to what is not a login yet: a service, or a key."""
+    """The host accepted the last request that was not yet a login: for the service, or whether a key would do."""
 
     def send(self, method: str, message: bytes) -> list[str]:
         """Returns and raises as `AuthHandler.wait_for_response`."""
@@ -349,7 +349,7 @@ def _handler(transport: paramiko.Transport) -> _Handler:
             self._agreed()
 
         def _parse_userauth_info_request(self, message: paramiko.Message) -> None:
-            """The message with this number is USERAUTH_PK_OK where a key was asked about."""
+            """Handle USERAUTH_PK_OK, which has this number after a question about a key."""
             self._agreed()
 
         def _agreed(self) -> None:
@@ -362,7 +362,7 @@ def _handler(transport: paramiko.Transport) -> _Handler:
 
 
 def _server_algorithms(transport: paramiko.Transport) -> list[str]:
-    """Those that the host verifies signatures with (RFC 8308); empty if it does not say."""
+    """Return the signature algorithms that the host accepts (RFC 8308); empty if it does not say."""
     extensions: dict[str, bytes] = transport.server_extensions  # type: ignore[attr-defined]
     return list(filter(None, extensions.get("server-sig-algs", b"").decode(errors="replace").split(",")))
 

@@ -1,4 +1,4 @@
-"""Which algorithms a connection may use: those of the ssh configuration that Paramiko has."""
+"""Choose a connection's algorithms: those of the ssh configuration that Paramiko has."""
 
 from __future__ import annotations
 
@@ -21,30 +21,27 @@ _KINDS = {
     "cipher": ("Ciphers", "server_encrypt_algo_list", "cipher"),
     "mac": ("MACs", "server_mac_algo_list", "MAC"),
 }
-"""By a word of what Paramiko says: the option, the key under which Paramiko has the host's list, and what it is."""
-
-
+"""Word in Paramiko's message -> (ssh option, Paramiko's key for the host's list, name for people)."""
 _CURVE = "curve25519-sha256"
 _SIGNS = ("kex-strict-", "ext-info-")
-"""How names begin that are no algorithms, and travel among those of the key exchange."""
+"""Prefixes of names that are sent among the key exchange algorithms and are none."""
 
 
 class Negotiation:
-    """The first part of a handshake. `known` decides which host key is asked for."""
+    """The algorithms of one handshake. `known` decides which kind of host key to ask for."""
 
     def __init__(self, destination: Destination, known: Known) -> None:
         self._destination = destination
         self._known = known
         self._has: dict[str, Sequence[str]] = {}
-        """By option: what Paramiko has."""
+        """Option -> the algorithms that Paramiko has."""
         self._offered: dict[str, list[str]] = {}
 
     def transport(self, sock: socket.socket, **options: object) -> paramiko.Transport:
-        """What Paramiko's client calls for a transport. Raises `Unreachable` no_common_algorithm."""
+        """Make the transport; Paramiko's client calls this. Raises `Unreachable` no_common_algorithm."""
         import paramiko
 
         offered, destination = self._offered, self._destination
-
         curve = paramiko.Transport._kex_info.get("curve25519-sha256@libssh.org")  # type: ignore[attr-defined]
 
         class Transport(paramiko.Transport):
@@ -82,7 +79,7 @@ class Negotiation:
         return transport
 
     def failed(self, said: str) -> Unreachable:
-        """What to say when the host has nothing that is allowed here. `said` is Paramiko's word for it."""
+        """Return the error if the two sides have no algorithm in common. `said` is Paramiko's message."""
         option, key, what = next((row for word, row in _KINDS.items() if f"acceptable {word}" in said), ("", "", ""))
         if not option:
             return self._error(said, f"compare with `{self._destination.command}`")
@@ -103,7 +100,7 @@ class Negotiation:
         return (self._ours(option) or self._has[option])[0]
 
     def _allowed(self, option: str) -> tuple[str, ...]:
-        """In the configuration's order. Raises `Unreachable` if Paramiko has none of them."""
+        """Return the allowed algorithms in the configuration's order. Raises `Unreachable` if Paramiko has none."""
         ours = self._ours(option)
         if not ours:
             raise self._forbidden(option)

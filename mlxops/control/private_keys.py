@@ -1,6 +1,6 @@
-"""Private keys in files, of every format that OpenSSH reads: its own, PEM and PKCS#8.
+"""Read private keys from files in every format that OpenSSH reads: its own, PEM and PKCS#8.
 
-Paramiko reads no PKCS#8, and refuses a key if the certificate beside it does not fit.
+Paramiko does not read PKCS#8, and refuses a key if the certificate beside it is for another one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class PrivateKey:
     _key: RSAPrivateKey | EllipticCurvePrivateKey | Ed25519PrivateKey
 
     def sign(self, data: bytes, algorithm: str) -> bytes:
-        """A signature as it travels (RFC 4253, 5656, 8332, 8709). `algorithm` matters for RSA only."""
+        """Return a signature in wire format (RFC 4253, 5656, 8332, 8709). `algorithm` matters only for RSA."""
         from cryptography.hazmat.primitives import hashes
         from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa, utils
 
@@ -49,7 +49,7 @@ class PrivateKey:
 
 
 def read(path: Path) -> PrivateKey:
-    """Raises `Encrypted`, and `ValueError` or `OSError` for what is no key, or one of another type."""
+    """Raises `Encrypted`; `ValueError` if it is no key or of an unsupported type; `OSError`."""
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa

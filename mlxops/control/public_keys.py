@@ -1,4 +1,4 @@
-"""SSH public keys and OpenSSH certificates, as they travel on the wire and stand in files.
+"""Read SSH public keys and OpenSSH certificates, from the wire and from files.
 
 The formats are those of RFC 4253 section 6.6 and of OpenSSH's PROTOCOL.certkeys and PROTOCOL.key.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from mlxops.control.files import opened
 
 CERTIFICATE = "-cert-v01@openssh.com"
-"""How the name of a certificate's type ends."""
+"""The suffix of certificate types."""
 _FIELDS = {
     "ssh-ed25519": 1,
     "ssh-rsa": 2,
@@ -33,16 +33,16 @@ _PRIVATE = b"openssh-key-v1\0"
 
 @dataclass(frozen=True)
 class Certificate:
-    """What a certificate says. Nothing of it is verified here."""
+    """The content of a certificate. Nothing in it is verified here."""
 
     key: bytes
     """The certified public key."""
     for_hosts: bool
     principals: tuple[str, ...]
-    """Names it is valid for; none means all."""
+    """The names that it is valid for; empty: all."""
     valid_after: int
     valid_before: int
-    """Seconds since 1970; the end does not belong to it."""
+    """Seconds since 1970, exclusive."""
     critical: bool
     """It has critical options."""
     authority: bytes
@@ -52,15 +52,15 @@ class Certificate:
 
 
 def kind(blob: bytes) -> str:
-    """The name of a key's type: ssh-ed25519 and the like. "" if this is no key."""
+    """Return the name of a key's type, such as ssh-ed25519; "" if this is no key."""
     try:
-        return _string(blob)[0].decode("ascii")
+        return unpacked(blob)[0].decode("ascii")
     except ValueError:
         return ""
 
 
 def plain_kind(name: str) -> str:
-    """The type of the key in a certificate; other types are returned as they are."""
+    """Return the type of the key in a certificate; other types unchanged."""
     if not name.endswith(CERTIFICATE):
         return name
     plain = name.removesuffix(CERTIFICATE)
@@ -68,32 +68,32 @@ def plain_kind(name: str) -> str:
 
 
 def plain(blob: bytes) -> bytes:
-    """The public key without its certificate; other keys, and what is no key, are returned as they are."""
+    """Return the key in a certificate; other keys, and bytes that are no key, unchanged."""
     found = certificate(blob) if kind(blob).endswith(CERTIFICATE) else None
     return found.key if found else blob
 
 
 def certificate(blob: bytes) -> Certificate | None:
-    """None if this is no certificate of a type that is known here."""
+    """Parse a certificate; None if this is none, or of an unknown type."""
     try:
-        name, rest = _string(blob)
+        name, rest = unpacked(blob)
         type_ = plain_kind(name.decode("ascii"))
         if type_.encode() == name:
             return None
-        _nonce, rest = _string(rest)
+        _nonce, rest = unpacked(rest)
         fields = [type_.encode()]
         for _ in range(_FIELDS[type_]):
-            field, rest = _string(rest)
+            field, rest = unpacked(rest)
             fields.append(field)
         purpose, rest = int.from_bytes(rest[8:12], "big"), rest[12:]  # after the serial number
-        _key_id, rest = _string(rest)
-        principals, rest = _string(rest)
+        _key_id, rest = unpacked(rest)
+        principals, rest = unpacked(rest)
         after, before, rest = int.from_bytes(rest[:8], "big"), int.from_bytes(rest[8:16], "big"), rest[16:]
-        critical, rest = _string(rest)
-        _extensions, rest = _string(rest)
-        _reserved, rest = _string(rest)
-        authority, rest = _string(rest)
-        signature, _ = _string(rest)
+        critical, rest = unpacked(rest)
+        _extensions, rest = unpacked(rest)
+        _reserved, rest = unpacked(rest)
+        authority, rest = unpacked(rest)
+        signature, _ = unpacked(rest)
         return Certificate(
             key=b"".join(map(packed, fields)),
             for_hosts=purpose == _FOR_HOSTS,
@@ -102,16 +102,16 @@ def certificate(blob: bytes) -> Certificate | None:
             valid_before=before,
             critical=bool(critical) or purpose not in (_FOR_USERS, _FOR_HOSTS),
             authority=authority,
-            algorithm=_string(signature)[0].decode("ascii"),
+            algorithm=unpacked(signature)[0].decode("ascii"),
         )
     except (ValueError, KeyError):
         return None
 
 
 def signature_is_good(blob: bytes) -> bool:
-    """Whether a certificate was signed with the key that it names as its authority's.
+    """Whether a certificate was signed by the authority that it names.
 
-    False also for authorities on a security key (sk-), whose signatures cannot be checked here.
+    Also False for authorities on a security key (sk-), whose signatures cannot be checked here.
     """
     from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
     from cryptography.hazmat.primitives.serialization import ssh
@@ -128,12 +128,12 @@ def signature_is_good(blob: bytes) -> bool:
 
 
 def fingerprint(blob: bytes) -> str:
-    """As `ssh-keygen -l` prints it: `SHA256:...`. A certificate has that of its key."""
+    """Return the fingerprint as `ssh-keygen -l` prints it: `SHA256:...`. For a certificate, that of its key."""
     return "SHA256:" + base64.b64encode(hashlib.sha256(plain(blob)).digest()).decode().rstrip("=")
 
 
 def from_line(fields: Sequence[bytes]) -> bytes | None:
-    """The key in `TYPE BASE64 ...`; None if there is none."""
+    """Return the key in a line `TYPE BASE64 ...`; None if there is none."""
     if len(fields) < 2 or not fields[0].startswith((b"ssh-", b"ecdsa-", b"sk-", b"rsa-sha2-")):
         return None
     try:
@@ -143,15 +143,15 @@ def from_line(fields: Sequence[bytes]) -> bytes | None:
 
 
 def from_file(path: Path) -> bytes | None:
-    """The public half of an identity, looked for where OpenSSH looks: in the file itself, in the one beside it whose
-    name ends in .pub, and in the readable part of a private key in OpenSSH's format, encrypted or not."""
+    """Return the public key of an identity, looked for where OpenSSH looks: in the file itself, in the file beside it
+    with the suffix .pub, and in the unencrypted part of a private key in OpenSSH's format."""
     beside = path.with_name(f"{path.name}.pub")
     own = _content(path)
     return _first_key(own) or _first_key(_content(beside)) or _from_private(own)
 
 
 def packed(field: bytes) -> bytes:
-    """A string as it travels: its length in four bytes, then itself."""
+    """Return a field in wire format: its length in four bytes, then itself."""
     return len(field).to_bytes(4, "big") + field
 
 
@@ -178,14 +178,14 @@ def _from_private(text: bytes) -> bytes | None:
             return None
         rest = rest[len(_PRIVATE) :]
         for _ in ("cipher", "kdf", "kdf options"):
-            rest = _string(rest)[1]
-        return _string(rest[4:])[0]  # after the number of keys
+            rest = unpacked(rest)[1]
+        return unpacked(rest[4:])[0]  # after the number of keys
     except ValueError:
         return None
 
 
-def _string(data: bytes) -> tuple[bytes, bytes]:
-    """The first string, and what follows it."""
+def unpacked(data: bytes) -> tuple[bytes, bytes]:
+    """Return the first field in wire format, and the bytes after it. Raises `ValueError` if it is cut off."""
     end = 4 + int.from_bytes(data[:4], "big")
     if len(data) < max(4, end):
         raise ValueError("it ends too early")
@@ -195,6 +195,6 @@ def _string(data: bytes) -> tuple[bytes, bytes]:
 def _strings(data: bytes) -> list[bytes]:
     found: list[bytes] = []
     while data:
-        each, data = _string(data)
+        each, data = unpacked(data)
         found.append(each)
     return found

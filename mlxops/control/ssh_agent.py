@@ -1,11 +1,11 @@
-"""The client's side of an SSH agent: which keys it holds, and its signatures (draft-ietf-sshm-ssh-agent)."""
+"""Ask an SSH agent for its keys and for signatures (draft-ietf-sshm-ssh-agent)."""
 
 from __future__ import annotations
 
 import socket
 import time
 
-from mlxops.control.public_keys import packed
+from mlxops.control.public_keys import packed, unpacked
 
 _REQUEST_IDENTITIES, _IDENTITIES_ANSWER, _SIGN_REQUEST, _SIGN_RESPONSE = 11, 12, 13, 14
 _RSA_FLAGS = {"rsa-sha2-256": 2, "rsa-sha2-512": 4}
@@ -13,11 +13,11 @@ _MAX_BYTES = 16 * 1024 * 1024
 
 
 class AgentError(Exception):
-    """The agent does not answer, or not in time, or says no."""
+    """The agent does not answer, answers too late, or refuses."""
 
 
 class Agent:
-    """One connection. Every answer is waited for until `deadline` (monotonic) at most."""
+    """One connection. No call waits beyond `deadline` (monotonic)."""
 
     def __init__(self, path: str, deadline: float) -> None:
         """Raises `AgentError`."""
@@ -31,21 +31,21 @@ class Agent:
             raise AgentError(getattr(error, "strerror", None) or str(error)) from None
 
     def keys(self) -> list[bytes]:
-        """The public keys and certificates that it can sign for. Raises `AgentError`."""
+        """Return the public keys and certificates that it can sign for. Raises `AgentError`."""
         answer = self._ask(bytes([_REQUEST_IDENTITIES]), _IDENTITIES_ANSWER)
         found: list[bytes] = []
         rest = answer[4:]
         for _ in range(int.from_bytes(answer[:4], "big")):
-            blob, rest = _string(rest)
-            _comment, rest = _string(rest)
+            blob, rest = _field(rest)
+            _comment, rest = _field(rest)
             found.append(blob)
         return found
 
     def sign(self, blob: bytes, data: bytes, algorithm: str) -> bytes:
-        """A signature by the key or certificate `blob`. May wait for a person. Raises `AgentError`."""
+        """Return a signature by the key or certificate `blob`. May wait for a person. Raises `AgentError`."""
         flags = _RSA_FLAGS.get(algorithm.partition("-cert-")[0], 0)
         request = bytes([_SIGN_REQUEST]) + packed(blob) + packed(data) + flags.to_bytes(4, "big")
-        return _string(self._ask(request, _SIGN_RESPONSE))[0]
+        return _field(self._ask(request, _SIGN_RESPONSE))[0]
 
     def close(self) -> None:
         self._socket.close()
@@ -81,8 +81,8 @@ class Agent:
         return data
 
 
-def _string(data: bytes) -> tuple[bytes, bytes]:
-    end = 4 + int.from_bytes(data[:4], "big")
-    if len(data) < max(4, end):
-        raise AgentError("its answer ends too early")
-    return data[4:end], data[end:]
+def _field(data: bytes) -> tuple[bytes, bytes]:
+    try:
+        return unpacked(data)
+    except ValueError:
+        raise AgentError("its answer ends too early") from None

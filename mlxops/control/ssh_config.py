@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlxops.control.files import last_bytes, opened
+from mlxops.control.files import ask_program, opened
 from mlxops.core.errors import Unreachable, UsageError
 from mlxops.core.names import shown
 
@@ -61,31 +61,31 @@ class Destination:
     host_key_alias: str | None
     connect_timeout: float | None
     typed: tuple[str, ...] = ()
-    """What stands for it on a command line of ssh: options, and its name."""
+    """The words that name it on a command line of ssh: options, and its name."""
     options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """All that `ssh -G` says: keywords in small letters, and their values as they are."""
+    """The output of `ssh -G`: keywords in lower case, with their values."""
     tokens: Mapping[str, str] = field(default_factory=dict)
-    """What stands for %h and the like."""
+    """The values of %h and the like."""
     known_hosts_command: str | None = None
-    """With its tokens."""
+    """Its tokens are not replaced yet."""
     revoked_host_keys: tuple[Path, ...] = ()
 
     @property
     def command(self) -> str:
-        """What a person types to get there."""
+        """The ssh command that connects to it."""
         return f"ssh {shlex.join(self.typed)}"
 
     def option(self, keyword: str) -> str | None:
-        """The value of an option; None if it has none, or is switched off."""
+        """Return the value of an option; None if it has none, or is switched off."""
         value = self.options.get(keyword.lower(), ("",))[0]
         return None if value.lower() in ("", "none", "no", "false") else value
 
     def algorithms(self, keyword: str) -> tuple[str, ...]:
-        """Those that the configuration allows, in its order; empty where ssh does not say."""
+        """Return the algorithms that the configuration allows, in its order; empty if ssh does not say."""
         return tuple(filter(None, self.options.get(keyword.lower(), ("",))[0].split(",")))
 
     def replaced(self, text: str, more: Mapping[str, str]) -> str:
-        """The text with its tokens, and with `more` tokens, replaced."""
+        """Replace the tokens of a text; `more` adds tokens."""
         tokens = {**self.tokens, **more}
         return _VARIABLE.sub(
             lambda variable: os.environ.get(variable[1], ""),
@@ -119,9 +119,9 @@ def resolve(name: str, timeout: float, options: Sequence[str] = ()) -> Destinati
 
 
 def resolve_jump(jump: str, asker: Destination, timeout: float) -> Destination:
-    """A hop of `asker`'s ProxyJump, `[user@]host[:port]` or an ssh URI, resolved as OpenSSH resolves it.
+    """Resolve a hop of `asker`'s ProxyJump, `[user@]host[:port]` or an ssh URI, as OpenSSH does.
 
-    Its tokens are those that ssh_config(5) allows there, and stand for what belongs to `asker`.
+    Of the tokens, those that ssh_config(5) allows there are replaced by `asker`'s values.
     """
     jump = _TOKEN.sub(lambda token: asker.tokens[token[1]] if token[1] in _JUMP_TOKENS else token[0], jump)
     matched = _JUMP.fullmatch(jump)
@@ -137,17 +137,17 @@ def resolve_jump(jump: str, asker: Destination, timeout: float) -> Destination:
 
 
 def setting(destination: Destination, keyword: str) -> str:
-    """An option as one would look for it: `Ciphers (/home/me/.ssh/config:7)`, without the place if it is not certain.
+    """Name an option with its line: `Ciphers (/home/me/.ssh/config:7)`; without the line if it is not certain.
 
-    `ssh -G` tells values, not lines. `ssh -v -G` tells the files that it reads, in its order.
+    `ssh -G` prints values without lines. `ssh -v -G` prints the files that it reads, in its order.
     """
     value = destination.options.get(keyword.lower(), ("",))[0]
     try:
-        _, _, told = _ask_ssh(destination.name, 5.0, ["-v", "-G", *destination.typed[:-1], "--", destination.name])
+        _, _, log = _ask_ssh(destination.name, 5.0, ["-v", "-G", *destination.typed[:-1], "--", destination.name])
     except UsageError:
         return keyword
-    files = re.findall(r"Reading configuration data (.+)", told)
-    applied = {(file, int(line)) for file, line in re.findall(r"debug1: (.+) line (\d+): Applying options", told)}
+    files = re.findall(r"Reading configuration data (.+)", log)
+    applied = {(file, int(line)) for file, line in re.findall(r"debug1: (.+) line (\d+): Applying options", log)}
     places = [place for file in dict.fromkeys(files) for place in _places(Path(file.strip()), keyword, applied)]
     same = [place for place, text in places if text == value]
     if len(places) == 1 or same:
@@ -156,7 +156,7 @@ def setting(destination: Destination, keyword: str) -> str:
 
 
 def _places(file: Path, keyword: str, applied: set[tuple[str, int]]) -> list[tuple[str, str]]:
-    """Where a file sets an option, and to what; not in a Host block that ssh did not apply."""
+    """Return the lines at which a file sets an option, with the values, without Host blocks that ssh did not apply."""
     found: list[tuple[str, str]] = []
     counts = True
     try:
@@ -177,17 +177,9 @@ def _places(file: Path, keyword: str, applied: set[tuple[str, int]]) -> list[tup
 
 
 def _ask_ssh(name: str, timeout: float, arguments: Sequence[str]) -> tuple[int, str, str]:
-    """Exit status, standard output and the end of standard error. Raises `UsageError` no_ssh or bad_ssh_config."""
-    import tempfile
-
+    """Return exit status, standard output and standard error. Raises `UsageError` no_ssh or bad_ssh_config."""
     try:
-        # Not pipes: what a Match exec leaves behind may hold them open for ever.
-        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
-            argv = ["ssh", *arguments]
-            status = subprocess.run(
-                argv, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, timeout=timeout, check=False
-            ).returncode
-            said, complaint = last_bytes(out, _MAX_ANSWER), last_bytes(errors, 65536)
+        status, said, complaint = ask_program(["ssh", *arguments], timeout, _MAX_ANSWER)
     except FileNotFoundError:
         raise UsageError(
             "no_ssh",
@@ -207,7 +199,7 @@ def _bad(name: str, why: str) -> UsageError:
         "bad_ssh_config",
         f"ssh cannot tell where {shown(name)} is",
         why=" ".join(why.split()),
-        hint=f"try it: ssh -G {name if _PLAIN.fullmatch(name) else 'NAME'}",
+        hint=f"try it: ssh -G -- {shlex.quote(name)}" if name.isprintable() else "correct `ssh` in hosts.yaml",
     )
 
 
@@ -222,7 +214,7 @@ def _parse(name: str, text: str, typed: tuple[str, ...]) -> Destination:
         return None if value.lower() == "none" or not value else value
 
     account = pwd.getpwuid(os.getuid())
-    # Not before OpenSSH 9 does ssh say what it takes for the host in user@host.
+    # Before OpenSSH 9, `ssh -G` does not print the host of user@host.
     host = one("host") or name.rpartition("@")[2]
     hostname, port, user = one("hostname") or host, one("port") or "22", one("user") or account.pw_name
     alias = one("hostkeyalias")
@@ -301,9 +293,9 @@ def _agent(value: str, path: Callable[[str], Path]) -> str | None:
 
 
 def _files(value: str, path: Callable[[str], Path]) -> list[Path]:
-    """`ssh -G` prints several files with spaces between them, and spaces inside a name as they are.
+    """Split a list of files. `ssh -G` separates them by spaces and does not quote spaces in names.
 
-    So the longest run of words that names a file is one.
+    So the longest run of words that names an existing file is taken for one.
     """
     found: list[Path] = []
     words = value.split(" ")

@@ -3,11 +3,11 @@
 LiteLLM puts a deployment that failed aside for some seconds, and repeats a failed request by itself, so a refusal
 just after a change proves nothing: it is asked again until a deadline. Its `/health` is never used: it sends a
 request to every model, and a wrong name makes a server drop its weights. `/health/liveliness` and `/v1/model/info`
-ask nobody.
+send no requests.
 
 Tried with LiteLLM 1.109: `x-litellm-attempted-fallbacks` counts the fallbacks behind an answer, `disable_fallbacks` in
-a request makes it fail instead, `cache: {no-cache, no-store}` keeps its caches out of it, semantic ones too. It does
-not send these fields on. A key may be forbidden to set `cache`.
+a request makes it fail instead, `cache: {no-cache, no-store}` bypasses its caches, semantic ones included. It does
+not forward these fields. A key may be forbidden to set `cache`.
 """
 
 from __future__ import annotations
@@ -31,19 +31,22 @@ INFO_SECONDS = 5.0
 PAUSE = 1.0
 MAX_BODY = 1024 * 1024
 MAX_INFO = 64 * 1024 * 1024
-"""Bytes of `/v1/model/info`; LiteLLM tells some eight thousand of each entry."""
+"""Bytes of `/v1/model/info`; LiteLLM sends about 8000 for each entry."""
 _FINAL = frozenset({*range(300, 400), 400, 401, 403, 404, 405, 422})
 """Answers that will not change by waiting: an unknown alias, a wrong key, a request that it does not understand, or
 that something else than the gateway is there, which sends us on."""
 _SET_ASIDE = ("no deployments available", "in cooldown", "all_deployments_in_cooldown")
-"""LiteLLM's words for a deployment that it does not ask at the moment, because an earlier request failed."""
+"""LiteLLM's messages while it does not use a deployment because an earlier request failed."""
 _OWN_FIELDS: Mapping[str, object] = {"cache": {"no-cache": True, "no-store": True}, "disable_fallbacks": True}
 
 
 @dataclass(frozen=True)
 class Question:
-    """A name to ask for. `bases`: the api_bases one of which has to answer, if the gateway tells where its answers come
-    from; `others`: those of further deployments of the same name, which may answer in turn."""
+    """A name to ask for.
+
+    `bases`: one of these api_bases has to answer, if the gateway says where answers come from. `others`: the api_bases
+    of further deployments of the same name, which may answer in turn.
+    """
 
     alias: str
     bases: tuple[str, ...] = ()
@@ -52,7 +55,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Deployment:
-    """What the running gateway does with a name, as far as it tells."""
+    """A deployment of the running gateway, as far as it shows it."""
 
     alias: str
     model: str
@@ -62,10 +65,10 @@ class Deployment:
 
 @dataclass(frozen=True)
 class Passage:
-    """What came of asking for an alias.
+    """The result of asking for an alias.
 
     `code`: ok, gateway_down, no_completion; or another server answered: fallback, other_deployment (one of the same
-    name, in turn), other_server (none that should).
+    name, in turn), other_server (one that should not).
     """
 
     alias: str
@@ -83,7 +86,7 @@ class Passage:
 
     @property
     def passing(self) -> bool:
-        """It says nothing of what is behind the gateway: it was asked too soon, or not long enough."""
+        """Whether the failure may be temporary: the server was set aside, or a timeout was too short."""
         words = self.detail.lower()
         return not self.ok and (self.status in {None, 408, 504} or any(each in words for each in _SET_ASIDE))
 
@@ -101,7 +104,7 @@ class _Reply:
 
 @dataclass(frozen=True)
 class _Gateway:
-    """Where it is asked, and how answers are judged."""
+    """Where to ask, and how to compare the addresses in answers."""
 
     url: str
     key: str | None
@@ -122,8 +125,8 @@ def ask(
 ) -> Passage:
     """One completion by alias from the gateway at `url`, asked until `seconds` are over. Never raises.
 
-    `expected` and `others` are a `Question`'s `bases` and `others`. The last real error is told: neither a timeout nor
-    a deployment that was set aside hides what came before it.
+    `expected` and `others` are a `Question`'s `bases` and `others`. Reports the last real error: a timeout or a
+    deployment that was set aside does not hide an earlier one.
     """
     bases = (expected,) if isinstance(expected, str) else tuple(expected or ())
     asked, gateway = Question(alias, bases, tuple(others)), _Gateway(url, key, same_host)
@@ -155,7 +158,7 @@ def ask_all(
     seconds: float = SECONDS,
     same_host: SameHost = same_name,
 ) -> tuple[Passage, ...]:
-    """Each of them, all at once: one slow model does not hold up the others."""
+    """Ask for all of them in parallel: one slow model does not delay the others."""
     from concurrent.futures import ThreadPoolExecutor
 
     if not wanted:
@@ -171,7 +174,7 @@ def ask_all(
 
 
 def deployments(url: str, key: str | None) -> tuple[Deployment, ...] | None:
-    """What the running gateway sends for each name; None if it does not tell, as one that is not LiteLLM."""
+    """Ask the running gateway for its deployments; None if it does not answer as LiteLLM does."""
     try:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         reply = _send(url, "GET", "/v1/model/info", None, headers, INFO_SECONDS, MAX_INFO)
@@ -184,7 +187,7 @@ def deployments(url: str, key: str | None) -> tuple[Deployment, ...] | None:
 
 
 def _deployment(row: object) -> Deployment | None:
-    """None also for a team's own: its name means nothing to others."""
+    """Parse a row of `/v1/model/info`; None for others, and for a team's own, whose name only that team can use."""
     fields = row if isinstance(row, dict) else {}
     params, info = fields.get("litellm_params"), fields.get("model_info")
     if not isinstance(params, dict) or (isinstance(info, dict) and info.get("team_id")):
@@ -213,7 +216,7 @@ def _once(gateway: _Gateway, asked: Question, timeout: float) -> Passage:
         body = question(alias, number, extra)
         reply = _send(gateway.url, "POST", "/v1/chat/completions", body, headers, timeout)
         if reply is not None and reply.status in {404, 405} and _error(reply.body) is None:
-            # Nothing is at that path, instead of a model that is not there: this gateway may have no /v1.
+            # The path is missing, not the model: this gateway may have no /v1.
             bare = _send(gateway.url, "POST", "/chat/completions", body, headers, timeout)
             reply = bare if bare is not None and bare.status not in {404, 405} else reply
         return reply
@@ -234,7 +237,7 @@ def _once(gateway: _Gateway, asked: Question, timeout: float) -> Passage:
 
 
 def _judged(gateway: _Gateway, asked: Question, reply: _Reply) -> Passage:
-    """Whose completion it is."""
+    """Judge a completion by the server that it came from."""
     came_from = reply.api_base
 
     def passage(code: str, detail: str = "") -> Passage:
@@ -255,7 +258,7 @@ def _judged(gateway: _Gateway, asked: Question, reply: _Reply) -> Passage:
 
 
 def _refuses_fields(reply: _Reply) -> bool:
-    """Whether the fields that are LiteLLM's own may be what it does not like."""
+    """Whether the gateway may have refused the request because of the fields that only LiteLLM knows."""
     words = reply.body[:10_000].decode(errors="replace").lower()
     if reply.status == 403:
         return "cache control" in words
@@ -271,12 +274,12 @@ def _send(
     timeout: float,
     limit: int = MAX_BODY,
 ) -> _Reply | None:
-    """None: nobody answered. Raises `ValueError` for headers that cannot be sent."""
+    """Send a request; None if nothing answers. Raises `ValueError` for headers that cannot be sent."""
     parts = urlsplit(url)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname or "", parts.port, timeout=timeout)
     connection.response_class = answer_until(time.monotonic() + timeout)
-    # People write it with the /v1 of a client's base URL, too.
+    # `url` may end in /v1, as a client's base URL does.
     base = parts.path.rstrip("/").removesuffix("/v1")
     try:
         connection.request(method, base + path, data, dict(headers))
@@ -304,7 +307,7 @@ def _words(body: bytes) -> str:
 
 
 def _error(body: bytes) -> str | None:
-    """The message of an OpenAI-style error."""
+    """Return the message of an OpenAI-style error; None if this is none."""
     try:
         return str(json.loads(body)["error"]["message"])
     except (ValueError, LookupError, TypeError, RecursionError):

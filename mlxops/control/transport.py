@@ -74,11 +74,11 @@ _DECODE = 'eval "$(printf %b "$1")"'
 
 
 def command_line(argv: Sequence[str]) -> str:
-    """`argv` as a login shell must be told, whichever it is: sh, bash, zsh, fish, csh, tcsh, nushell.
+    """Return `argv` as a line for any login shell: sh, bash, zsh, fish, csh, tcsh, nushell.
 
-    All of them take words between single quotes as they are, if there is no quote, backslash or exclamation mark in
-    them, and little else in common. So they see only such words: a line for /bin/sh, its special characters encoded.
-    Raises `ValueError` for what no line can hold.
+    These shells have little in common. All of them take a word in single quotes literally, if it has no quote,
+    backslash or exclamation mark. So the line has only such words: a script for /bin/sh, special characters encoded.
+    Raises `ValueError` for arguments that no line can hold.
     """
     line = "exec " + " ".join(_quoted(argument) for argument in argv)
     encoded = _SPECIAL.sub(lambda found: "".join(f"\\0{byte:03o}" for byte in found[0].encode()), line)
@@ -176,7 +176,7 @@ class _Path:
         return self._base
 
     def _passed(self, destination: Destination, proxy: socket.socket) -> socket.socket:
-        """The connection that a proxy program made and hands over (ProxyUseFdpass)."""
+        """Receive the connection that a proxy program made (ProxyUseFdpass)."""
         with proxy:
             proxy.settimeout(self._left(destination))
             try:
@@ -368,7 +368,7 @@ _BOUND = ("BindAddress", "BindInterface")
 
 
 def _source(destination: Destination, family: socket.AddressFamily) -> str | None:
-    """The address of ours to connect from, as BindAddress or BindInterface say. Raises `OSError` if there is none."""
+    """Return the local address that BindAddress or BindInterface sets; None if neither does. Raises `OSError`."""
     address = destination.option("BindAddress")
     if address:
         found = socket.getaddrinfo(address, None, family, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)

@@ -1,8 +1,7 @@
-"""Which names may be asked for through the gateway without harm, and what the answers mean: pure.
+"""Decide which names may be asked for through the gateway without harm. Pure.
 
-A name is asked for only where everything that the gateway sends for it is known by the server that gets it: for
-another name mlx-lm drops its model. `Server` is what an agent tells of a port, in its answer to `gateway` and in the
-result of a load.
+A name is asked for only if every server that the gateway may send it to knows the name that the gateway sends: for
+an unknown one mlx-lm drops its model. Agents describe their ports, as `Server`, in the results of `gateway` and `load`.
 """
 
 from __future__ import annotations
@@ -21,22 +20,22 @@ class Server:
     """A port of a managed host."""
 
     url: str
-    """Its api_base, as the host's settings have it."""
+    """Its api_base, by the host's settings."""
     slot: str | None
     ready: bool = True
     idle: bool = False
-    """Nothing is there: a request is refused, and harms nobody."""
+    """Nothing is there: a request fails and does no harm."""
     known: tuple[str, ...] = ()
-    """The names that it answers to; empty: not known."""
+    """The names that it accepts; empty: not known."""
     any_name: bool = False
     drops: bool = True
-    """It drops its model for a name that it does not know."""
+    """It drops its model for an unknown name."""
     not_asked: str = ""
     """Why it must not be asked at all."""
 
 
 def server_of(row: Mapping[str, object], base: str, slot: str | None, *, idle: bool = False) -> Server:
-    """From what its agent tells: `answers_to`, `also_answers_to`, `answers_to_any`, `drops_for_others`, `not_asked`."""
+    """Read a port from its agent's row; see `operations.asking.to_wire`."""
     only, also = row.get("answers_to"), row.get("also_answers_to")
     known = [only, *(also if isinstance(also, list) else [])]
     return Server(
@@ -53,21 +52,23 @@ def server_of(row: Mapping[str, object], base: str, slot: str | None, *, idle: b
 
 @dataclass(frozen=True)
 class Asking:
-    """What is to be asked of one gateway."""
+    """The names to ask one gateway for."""
 
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Name -> the urls of the ready servers that it leads to."""
+    """Name -> the URLs of the ready servers that it leads to."""
     bases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Name -> every api_base that may answer for it there."""
     others: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Name -> the api_bases of its deployments elsewhere."""
     skipped: Mapping[str, str] = field(default_factory=dict)
-    """Name -> why it is not asked for, of those that lead to a ready server."""
+    """Name that leads to a ready server -> why it is not asked for."""
 
 
 def to_ask(entries: Sequence[Entry] | None, servers: Sequence[Server], same_host: SameHost = same_name) -> Asking:
-    """What to ask. `entries`: what the gateway does; None: not known, and then slots are asked for by their aliases,
-    where a wrong name does no harm."""
+    """Choose the names to ask for.
+
+    `entries`: the gateway's; None: not known. Then ask for the aliases of slots, where a wrong name does no harm.
+    """
     if entries is None:
         return _by_slot(servers)
     names: dict[str, tuple[str, ...]] = {}
@@ -112,7 +113,7 @@ def _target(entry: Entry, servers: Iterable[Server], same_host: SameHost) -> Ser
 
 
 def _why_not(alias: str, ways: Iterable[tuple[Entry, Server | None]]) -> str:
-    """Why a name is not asked for; empty if it may be."""
+    """Return why a name must not be asked for; empty if it may be."""
     if STAR in alias:
         return "it stands for many names"
     for entry, server in ways:
@@ -122,7 +123,7 @@ def _why_not(alias: str, ways: Iterable[tuple[Entry, Server | None]]) -> str:
 
 
 def _unknown_to(server: Server, sends: str | None) -> str:
-    """Why a name must not be sent to a server; empty if it may be."""
+    """Return why a name must not be sent to a server; empty if it may be."""
     port = (address_of(server.url) or ("", 0))[1]
     if server.not_asked:
         return f"port {port}: {server.not_asked}"
@@ -133,12 +134,12 @@ def _unknown_to(server: Server, sends: str | None) -> str:
     if server.known:
         return f"the gateway sends the name {shown(sends)}, and port {port} answers to {server.known[0]}"
     if not server.ready and sends == server.slot:
-        return ""  # whatever is loaded there by us will have this name
+        return ""  # a model that mlxops loads there gets this name
     return f"whether port {port} answers to {shown(sends)} is not known" if server.drops else ""
 
 
 def names_for(entries: Iterable[Entry], base: str, slot: str | None, same_host: SameHost = same_name) -> list[str]:
-    """What clients say for the server at `base`, its slot's alias first; where nothing leads there, that alias."""
+    """Return the gateway's names for the server at `base`, its slot's alias first; if there are none, only that."""
     at = address_of(base)
     leading = [
         entry.alias
@@ -150,7 +151,7 @@ def names_for(entries: Iterable[Entry], base: str, slot: str | None, same_host: 
 
 
 def differ(files: Iterable[Entry], running: Iterable[Entry], alias: str, same_host: SameHost = same_name) -> bool:
-    """Whether the running gateway does something else with a name than its files say: it reads them when it starts."""
+    """Whether the running gateway treats a name otherwise than its files say, which it reads when it starts."""
     mine, theirs = ([e for e in each if e.alias == alias] for each in (files, running))
 
     def same(one: Entry, other: Entry) -> bool:
@@ -163,7 +164,7 @@ def differ(files: Iterable[Entry], running: Iterable[Entry], alias: str, same_ho
 
 
 def slots_beside(port: int, address: str, slots: Mapping[int, str], ports: Iterable[int]) -> tuple[Server, ...]:
-    """The other ports of a host as far as its settings tell: each is to be asked for by its slot's alias alone."""
+    """Return the host's other ports, by its settings. Each counts as knowing only its slot's alias."""
     return tuple(
         Server(url(address, each), slots.get(each), ready=False, known=(slots[each],) if each in slots else ())
         for each in ports

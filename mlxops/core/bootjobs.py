@@ -1,5 +1,4 @@
-"""The boot jobs of hosts.yaml, servers that the system starts by itself: how service managers name and describe them.
-Pure.
+"""How service managers name and describe the boot jobs of hosts.yaml: servers that the system itself starts. Pure.
 
 Sources: launchctl(1), launchd.plist(5), systemctl(1), systemd.unit(5), systemd-escape(1), cgroups(7).
 """
@@ -22,14 +21,14 @@ _TRIGGERS = (".timer", ".socket", ".path")
 
 
 def unit_of(label: str) -> str:
-    """The systemd unit that a label means; `.service` may be left out, and a timer's service is what serves."""
+    """Return the systemd unit that a label means: `.service` may be omitted, and a timer stands for its service."""
     for trigger in _TRIGGERS:
         label = label.removesuffix(trigger)
     return label if label.endswith(UNIT_TYPES) else f"{label}.service"
 
 
 def is_unit(label: str, unit: str) -> bool:
-    """Whether a label means this unit. A template (`name@`) means each of its instances; escapes may be left out."""
+    """Whether a label means this unit. A template (`name@`) means all its instances; escapes may be omitted."""
     if not label:
         return False
     wanted = unit_of(label).casefold()
@@ -45,13 +44,13 @@ def _unescaped(unit: str) -> str:
 
 
 def in_user_manager(units: Iterable[str], above: Iterable[tuple[str, ...]] = ()) -> bool:
-    """Whether a user's systemd runs them, by the units that a process is in and the commands above it."""
+    """Whether a user's systemd runs a process, by the units that it is in and the commands of its ancestors."""
     managed = any(program_of(argv) == "systemd" and "--user" in argv for argv in above)
     return managed or any(unit.startswith("user@") for unit in units)
 
 
 def same_label(one: str, other: str) -> bool:
-    """launchd's labels, however their case is written: file names on macOS do not tell it either."""
+    """Whether two labels are equal, ignoring case, as macOS does for file names."""
     return bool(one) and one.casefold() == other.casefold()
 
 
@@ -94,7 +93,7 @@ def launched(text: str) -> Launched:
 
 
 def is_disabled(text: str, label: str) -> bool | None:
-    """What `launchctl print-disabled DOMAIN` says about a label; None: nothing."""
+    """Whether `launchctl print-disabled DOMAIN` lists a label as disabled; None if it does not list the label."""
     found = re.search(rf'^\s*"{re.escape(label)}" => (\w+)', text, re.MULTILINE | re.IGNORECASE)
     return None if found is None else found[1] in {"disabled", "true"}
 
@@ -105,7 +104,7 @@ def properties(text: str) -> dict[str, str]:
 
 
 def standing_of_unit(shown: Mapping[str, str]) -> Standing:
-    """What `systemctl show` says about a unit."""
+    """Return the standing of a unit from the output of `systemctl show`."""
     load, active, sub = (shown.get(key, "") for key in ("LoadState", "ActiveState", "SubState"))
     if load == "not-found":
         return Standing.MISSING
@@ -122,18 +121,19 @@ def standing_of_unit(shown: Mapping[str, str]) -> Standing:
 # -- what a command names --------------------------------------------------------------------------------------------
 
 SHELLS = frozenset({"sh", "bash", "zsh", "dash", "ksh", "fish", "ash", "csh", "tcsh", "nu", "login", "su"})
+"""Not `servers.SHELLS`: here `login` and `su` count, which may be given a command, too."""
 CARRIERS = frozenset(
     {
         *("tmux", "screen", "zellij", "ssh", "sshd", "sshd-session", "mosh-server", "watch"),
         *("vi", "vim", "nvim", "emacs", "nano", "code", "less", "more", "tail", "cat", "man", "git"),
     }
 )
-"""Programs whose arguments name a file or a command without being it: a terminal multiplexer keeps the first command
-that it was given as long as it runs, and an editor the file that it shows."""
+"""Programs whose arguments may name a script that they do not run: a terminal multiplexer keeps the first command that
+it was given, and an editor the file that it shows."""
 
 
 def words_of(argv: tuple[str, ...]) -> Iterator[str]:
-    """The words of a command that may name what it runs; those of a shell's `-c` text too."""
+    """Yield the words of a command that may name what it runs, those of a shell's `-c` text included."""
     program = program_of(argv)
     if program in CARRIERS:
         return
@@ -147,15 +147,15 @@ def words_of(argv: tuple[str, ...]) -> Iterator[str]:
 
 
 def words_in(text: str) -> list[str]:
-    """The words of a line of shell, without its operators."""
+    """Return the words of a line of shell, without its operators."""
     lexer = shlex.shlex(text, posix=True, punctuation_chars=True)
     lexer.whitespace_split = True
     try:
         return list(lexer)
-    except ValueError:  # an open quote, as in a text that is no line of shell
+    except ValueError:  # an open quote: this is not a line of shell
         return text.split()
 
 
 def program_of(argv: tuple[str, ...]) -> str:
-    """The name of a program; a login shell's without its dash."""
+    """Return a program's name, a login shell's without its dash."""
     return argv[0].rstrip(": ").rpartition("/")[2].removeprefix("-").partition(":")[0] if argv else ""

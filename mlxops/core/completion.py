@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 
 def question(model: str, number: int | None = None, extra: Mapping[str, object] | None = None) -> bytes:
-    """The body of the request. `number` makes it one that no cache has seen; `extra`: further fields."""
+    """Return the body of the request. `number` makes it new to every cache; `extra`: further fields."""
     asked = {
         "model": model,
         "messages": [{"role": "user", "content": "Say hi." if number is None else f"{number}: say hi."}],

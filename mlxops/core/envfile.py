@@ -1,7 +1,7 @@
-"""The variables of an env file, as sh (`set -a; . FILE`) and python-dotenv read it: pure, and nothing is executed.
+"""Read the variables of an env file as sh (`set -a; . FILE`) and python-dotenv do. Pure: nothing is executed.
 
-Where the two agree, that is the value. Where they differ, or where sh would run something, the value is doubtful:
-which of the two reads the gateway's file is not known.
+If both read the same value, it is certain. If they differ, or sh would run something, it is doubtful, because it is not
+known which of the two reads the gateway's file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 @dataclass(frozen=True)
 class Trouble:
-    """A line that does not say the same to all who read it. `why` never has a value in it."""
+    """A line that sh and python-dotenv may read differently. `why` never contains a value."""
 
     line: int
     why: str
@@ -34,13 +34,13 @@ class _Setting:
     line: int
     name: str
     value: str | None
-    """None: what it becomes is not known without running it."""
+    """None: not known without running the line."""
 
 
 def read(text: str) -> Reading:
-    """Every line counts that is understood; of the others there is a trouble."""
+    """Read all lines that are understood, and report the others."""
     troubles: dict[int, str] = {}
-    # A comment of systemd's and of ini files, which both would take for something else.
+    # systemd and ini files have such comments. sh and python-dotenv would read them as something else.
     text = re.sub(r"(?m)^[ \t]*;", "#", text)
     if text.startswith("\ufeff"):
         troubles[1] = "a byte order mark stands before its name: save the file without one"
@@ -57,8 +57,7 @@ def read(text: str) -> Reading:
             line = (two or one or _Setting(1, name, None)).line
             troubles.setdefault(line, _why(name, one, two, sh))
     values = {name: each.value or "" for name, each in {**shell, **other}.items()}
-    told = tuple(Trouble(line, why) for line, why in sorted(troubles.items()))
-    return Reading(values, frozenset(doubtful), told)
+    return Reading(values, frozenset(doubtful), tuple(Trouble(*each) for each in sorted(troubles.items())))
 
 
 def _why(name: str, one: _Setting | None, two: _Setting | None, sh: _Sh) -> str:
@@ -70,7 +69,7 @@ def _why(name: str, one: _Setting | None, two: _Setting | None, sh: _Sh) -> str:
 
 
 class _Stop(Exception):
-    """The reader cannot tell what this line sets."""
+    """This line's effect is not known without running it, or it is malformed."""
 
 
 class _Dotenv:
@@ -141,13 +140,13 @@ class _Dotenv:
 
 
 class _Sh:
-    """What `set -a; . FILE` sets (POSIX, "Shell Command Language"), as far as that is assignments alone."""
+    """What `set -a; . FILE` sets (POSIX, "Shell Command Language"), for lines that only assign."""
 
     def __init__(self, text: str, troubles: dict[int, str]) -> None:
         self.values: dict[str, _Setting] = {}
         self.not_understood: set[int] = set()
         self.borrowed: set[str] = set()
-        """Variables whose value has one in it that the file does not set."""
+        """Variables whose value refers to a variable that the file does not set."""
         self._text, self._at, self._troubles = text, 0, troubles
         while self._at < len(text):
             self._line()
@@ -173,7 +172,7 @@ class _Sh:
                 self._blanks()
             self._end()
         except _Stop:
-            # What it sets, if anything, is not known without running it.
+            # What the line sets, if anything, is not known without running it.
             self.values = before
             self.not_understood.add(line)
             self._at = self._end_of_line(begin)
@@ -181,7 +180,7 @@ class _Sh:
                 self.values[found[1]] = _Setting(line, found[1], None)
 
     def _end_of_line(self, at: int) -> int:
-        """Behind the newline that ends what began at `at`: one that is neither quoted nor escaped."""
+        """Return the position after the newline that ends the line at `at`, neither quoted nor escaped."""
         first = self._text.find("\n", at) + 1 or len(self._text)
         quote = ""
         while at < len(self._text):
@@ -207,7 +206,7 @@ class _Sh:
             self._blanks()
 
     def _end(self) -> None:
-        """The end of a command: a comment, a semicolon, the end of the line."""
+        """Take the end of a command: a comment, a semicolon, or the end of the line."""
         text = self._text
         if text.startswith("#", self._at):
             end = text.find("\n", self._at)
@@ -217,7 +216,7 @@ class _Sh:
         self._at += 1
 
     def _value(self) -> str:
-        """One word, its quotes removed and its variables expanded."""
+        """Take one word, remove its quotes and expand its variables."""
         text, made = self._text, list[str]()
         if text.startswith("~", self._at):
             raise _Stop
@@ -266,9 +265,8 @@ class _Sh:
     def _expanded(self) -> str:
         found = self._REFERENCE.match(self._text, self._at)
         if found is None:
-            if self._text[self._at : self._at + 1] in {"(", "{", "'", '"'} or self._text[
-                self._at : self._at + 1
-            ] in set("0123456789@*#?-$!"):
+            following = self._text[self._at : self._at + 1]
+            if following and following in "({'\"0123456789@*#?-$!":
                 raise _Stop
             return "$"
         self._at = found.end()

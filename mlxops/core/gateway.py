@@ -1,7 +1,7 @@
-"""The gateway's entries against what is served: pure.
+"""Compare the gateway's entries with the servers. Pure.
 
 The gateway is LiteLLM. An entry says `alias -> name at http://HOST:PORT/v1`; `core.litellm` reads them. Entries for
-other people's models are none of our business.
+models of other providers are ignored.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CHAT = "/v1/chat/completions"
 SOME_ANSWER = frozenset({"/chat/completions", "/v1/completions", "/v1/responses"})
 """Paths that some engines answer, and others do not."""
 DEFAULT_NAME = "default_model"
-"""mlx_lm.server's word for the model that it was started with."""
+"""mlx_lm.server's name for the model that it was started with."""
 
 
 class Severity(StrEnum):
@@ -56,7 +56,7 @@ class Files:
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry of `model_list`, with all that it inherits. Of the key only whether there is one."""
+    """One entry of `model_list`, with everything that it inherits. Instead of the key, only whether there is one."""
 
     alias: str
     """The name that clients use; in a configuration as it is written also a pattern, such as `jerry-*`."""
@@ -72,14 +72,14 @@ class Entry:
     end: str = "/chat/completions"
     """What is appended to the address."""
     whole_path: bool = False
-    """Nothing is appended to an address that ends so already."""
+    """Nothing is appended to an address that already has this end."""
     max_input_tokens: int | None = None
     variables: Mapping[str, str] = field(default_factory=dict, hash=False)
     """Field of `litellm_params` -> the variable that its value comes from."""
     unset: tuple[str, ...] = ()
     """Variables that are needed and have no value."""
     unsure: frozenset[str] = frozenset()
-    """Fields whose value is not certain: nothing certain follows from them."""
+    """Fields whose value is not certain: findings about them are warnings."""
     where: str = "the gateway's configuration"
     """File and line, for messages."""
     places: Mapping[str, tuple[str, str]] = field(default_factory=dict, hash=False)
@@ -89,11 +89,11 @@ class Entry:
     open_pattern: bool = False
     """The name that is sent depends on what the pattern matched."""
     lost: str = ""
-    """What it refers to and is not there; empty if there is nothing such."""
+    """A reference to something that does not exist; empty if there is none."""
     out: str = ""
     """Why LiteLLM does not use the entry; empty if it does."""
     answers_itself: bool = False
-    """LiteLLM makes the answers up, and asks nobody."""
+    """LiteLLM makes up the answers and asks no server (`mock_response`)."""
 
     @property
     def address(self) -> tuple[str, int] | None:
@@ -116,7 +116,7 @@ class Entry:
         return given.removesuffix("/") + self.end
 
     def right_model(self, name: str) -> str:
-        """What `model` has to be for this name to be sent."""
+        """Return the value of `model` that makes LiteLLM send this name."""
         if self.provider is not None:
             return name
         first, slash, _ = (self.model or "").partition("/")
@@ -141,7 +141,7 @@ class Port:
     """Further names that it knows for the same model."""
     answers_to_any: bool = False
     drops_for_others: bool = True
-    """For a name that it does not know it drops its model."""
+    """It drops its model for an unknown name."""
     not_asked: str = ""
     """Why it must not be asked for a completion; empty if it may be."""
     paths: frozenset[str] = frozenset()
@@ -172,7 +172,7 @@ def same_name(one: str, other: str) -> bool:
 
 
 def same_base(one: str, other: str, same_host: SameHost = same_name) -> bool:
-    """Whether two `api_base`s are one address: the same server, port and path, with or without /v1."""
+    """Whether two `api_base`s have the same server, port and path, with or without /v1."""
     if one.rstrip("/") == other.rstrip("/"):
         return True
     first, second = (address_of(each) for each in (one, other))
@@ -183,7 +183,7 @@ def same_base(one: str, other: str, same_host: SameHost = same_name) -> bool:
 
 
 def address_of(api_base: str | None) -> tuple[str, int] | None:
-    """Host and port of an `api_base`; None if it has none."""
+    """Return host and port of an `api_base`; None if it has none."""
     try:
         parts = urlsplit(api_base or "")
         port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
@@ -196,7 +196,7 @@ def address_of(api_base: str | None) -> tuple[str, int] | None:
 
 
 def names_sent(entries: Iterable[Entry], address: str, same_host: SameHost = same_name) -> dict[int, tuple[str, ...]]:
-    """Port of the host at `address` -> the names that the gateway certainly sends there."""
+    """Return, for each port of the host at `address`, the names that the gateway certainly sends there."""
     sent: dict[int, list[str]] = {}
     for entry in entries:
         where, name = entry.address, entry.certain_name
@@ -249,7 +249,7 @@ def compare(
         found += _of_entry(entry, target, [port for port in ports if port.alias == entry.alias], together, files)
     found += _of_groups(ours, files)
     found += _of_patterns(ours)
-    # Where they lead to is not known, which is told of them already.
+    # Where these lead is not known, and a finding already says so.
     nowhere = {entry.alias for entry, target in ours if target is None}
     for port in ports:
         here = [entry for entry, target in ours if target == port]
@@ -260,9 +260,9 @@ def compare(
 
 
 def claims(entries: Iterable[Entry], ports: Sequence[Port], same_host: SameHost = same_name) -> tuple[Entry, ...]:
-    """Without what a pattern makes of the alias of a slot, where it leads to another port than this slot's.
+    """Remove entries that a pattern makes for the alias of a slot if they lead to another port than this slot's.
 
-    Nobody meant that: `*` for one port matches the aliases of all others, too.
+    They are not meant: a pattern `*` for one port also matches the aliases of all others.
     """
 
     def claimed(entry: Entry) -> bool:
@@ -271,7 +271,7 @@ def claims(entries: Iterable[Entry], ports: Sequence[Port], same_host: SameHost 
         target, where = _targets(entry, ports, same_host), entry.address
         if target is not None:
             return target.alias in (None, entry.alias, entry.sends)
-        # Perhaps the slot's host by another address.
+        # It may be the slot's host by another address.
         return where is not None and any(port.alias == entry.alias and port.port == where[1] for port in ports)
 
     return tuple(entry for entry in entries if claimed(entry))
@@ -352,7 +352,7 @@ def _of_base(
 ) -> Iterator[Finding]:
     right, base = edit(entry, "api_base", url(slot.address, slot.port), files), entry.api_base
     if base is None:
-        if "api_base" not in entry.variables or not set(entry.unset) & {entry.variables["api_base"]}:
+        if entry.variables.get("api_base") not in entry.unset:
             message = f"has no api_base: LiteLLM would ask {entry.default_base}"
             yield say("no_api_base", message, right, _sure(entry, "api_base"))
         return
@@ -363,7 +363,7 @@ def _of_base(
         served = any(each in own for _, each in together)
         message = f"is sent to {shown(base)}; its slot is port {slot.port} of {slot.host}"
         if target is None:
-            message += ". Whether that leads to it cannot be told from here"
+            message += ". Whether that leads to it is not known here"
             right = f"if it does not: {right}"
         # Another way to the same server, such as a tunnel or a container's address, is as good.
         yield say("wrong_address", message, right, target is not None and not served and _sure(entry, "api_base"))
@@ -384,7 +384,7 @@ def _of_base(
 
 
 def _no_url(base: str) -> str:
-    """Why LiteLLM cannot use this address; empty if it can."""
+    """Return why LiteLLM cannot use this address; empty if it can."""
     try:
         parts = urlsplit(base)
         host = parts.hostname
@@ -453,10 +453,10 @@ def _names(port: Port) -> set[str | None]:
 
 
 def _of_patterns(ours: Together) -> Iterator[Finding]:
-    """Every name that a pattern matches goes to its port, known there or not."""
+    """Warn of patterns: they send every matching name to their port, known there or not."""
     for entry, target in ours:
         if entry.pattern is not None and target is not None and entry.open_pattern:
-            message = f"{entry.pattern} sends whatever name it matches to port {target.port} of {target.host}"
+            message = f"{entry.pattern} sends every name that it matches to port {target.port} of {target.host}"
             hint = f"an mlx_lm.server drops its model for a name that it does not know; in {entry.where} name the alias"
             yield Finding("pattern", target.alias, target.port, Severity.WARNING, message, hint, target.host)
 

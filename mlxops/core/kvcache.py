@@ -1,7 +1,7 @@
-"""What an engine keeps of a conversation, after the model's config.json. Pure.
+"""Compute what an engine keeps of a conversation, from the model's config.json. Pure.
 
-A model type that is not known, or a configuration that makes no sense, gets an upper estimate: every layer keeps full
-keys and values of every token.
+An unknown model type, or a configuration that makes no sense, gets an upper estimate: every layer keeps full keys and
+values of every token.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class KVCache:
     """False for an upper estimate."""
 
     def context_bytes(self, tokens: int) -> int:
-        """Keys and values, or what the engine keeps in their place, of a conversation of `tokens` tokens."""
+        """Return the bytes of keys and values, or of what the engine keeps instead, for so many tokens."""
         return sum(layer.width * min(tokens, layer.window or tokens) for layer in self.layers) * self.value_bytes
 
     @property
@@ -39,7 +39,7 @@ class KVCache:
 
 
 def kv_cache(config: Mapping[str, object]) -> KVCache | None:
-    """None if the configuration does not even tell how many layers there are, or how wide they are."""
+    """Return the cache; None if the configuration does not say how many layers there are, or how wide."""
     inner = language_model(config)
     dtypes = [each.get(key) for each in (inner, config) for key in ("dtype", "torch_dtype")]
     value_bytes = SINGLE if "float32" in dtypes else HALF
@@ -57,7 +57,7 @@ def kv_cache(config: Mapping[str, object]) -> KVCache | None:
 
 
 def language_model(config: Mapping[str, object]) -> Mapping[str, object]:
-    """The part of a configuration that describes the language model: often all of it."""
+    """Return the part of a configuration that describes the language model, often all of it."""
     nested = _parts(config)
     deeper = [part for outer in nested for part in _parts(outer)]
     layered = [part for part in (*deeper, *nested, config) if guess(part, *LAYERS)]
@@ -69,7 +69,7 @@ def _parts(config: Mapping[str, object]) -> list[Mapping[str, object]]:
 
 
 def _at_most(values: Mapping[str, object]) -> int:
-    """Values per token of a layer that keeps full keys and values: the widest that the configuration may mean."""
+    """Return the values per token of a layer with full keys and values: the most that the configuration may mean."""
     heads, hidden = guess(values, *HEADS) or 0, guess(values, *HIDDEN) or 0
     shared = [key for key in values if key.endswith(("key_value_heads", "kv_heads", "attention_groups"))]
     dims = [key for key in values if key.endswith("head_dim") and not key.startswith(("index", "linear", "mamba"))]

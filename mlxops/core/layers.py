@@ -1,4 +1,4 @@
-"""What each layer of a model keeps of a conversation: the rules of mlx-lm, by `model_type`. Pure.
+"""The rules of mlx-lm for what each layer of a model keeps of a conversation, by `model_type`. Pure.
 
 Read from the models of mlx-lm 0.32.2: what each caches (`make_cache`, and the call of `update_and_fetch`). Those of
 0.31.3, which mlx-openai-server 1.8.1 uses, never keep more.
@@ -29,13 +29,13 @@ class Layer:
     width: int = 0
     """Values per token."""
     window: int | None = None
-    """Tokens: the last so many. None: all."""
+    """It keeps the last so many tokens; None: all."""
     state: int = 0
-    """Values, however many tokens there are."""
+    """Values that it keeps for any number of tokens."""
 
 
 class Untold(Exception):
-    """The configuration does not tell this, or tells what cannot be."""
+    """The configuration does not say this, or its value makes no sense."""
 
 
 class Config:
@@ -45,7 +45,7 @@ class Config:
         self.values = values
 
     def optional(self, *fields: str) -> int | None:
-        """The first of the fields that is there, a positive number."""
+        """Return the first of the fields that is set, a positive number; None if none is."""
         value = self._first(fields)
         if value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 < value < _MOST):
             return value
@@ -58,20 +58,20 @@ class Config:
         return value
 
     def items(self, *fields: str) -> list[object]:
-        """The first of the fields that is there: a list, or a string as its letters. Empty if there is none."""
+        """Return the first of the fields that is set: a list, or the letters of a string. Empty if none is."""
         value = self._first(fields)
         if value is None or isinstance(value, list | str):
             return list(value or ())
         raise Untold
 
     def for_each_layer(self, items: Sequence[object]) -> Sequence[object]:
-        """The items, of which there must be one for each layer."""
+        """Return the items if there is one for each layer. Raises `Untold`."""
         if len(items) != self.layers:
             raise Untold
         return items
 
     def numbers(self, field: str) -> frozenset[int]:
-        """A list of layers' numbers."""
+        """Return the layers' numbers in a list."""
         items = self.items(field)
         found = [each for each in items if isinstance(each, int)]
         if len(found) != len(items):
@@ -79,7 +79,7 @@ class Config:
         return frozenset(found)
 
     def inner(self, field: str) -> Config:
-        """An object in the configuration; an empty one if it is absent."""
+        """Return an object of the configuration; an empty one if it is absent."""
         value = self.values.get(field)
         if value is None or isinstance(value, Mapping):
             return Config(value or {})
@@ -107,7 +107,7 @@ class Config:
 
 
 def guess(values: Mapping[str, object], *fields: str) -> int | None:
-    """The largest number that the fields may mean: 8, 8.0, "8", or one for each layer."""
+    """Return the largest number that the fields may mean: 8, 8.0, "8", or a list with one for each layer."""
     written = [values.get(field) for field in fields]
     flat = [each for value in written for each in (value if isinstance(value, list) else [value])]
     digits = [str(each).removesuffix(".0") for each in flat if isinstance(each, int | float | str) and each is not True]
@@ -122,7 +122,7 @@ _WORDS = {
     **{"full_attention": FULL, "attention": FULL, "sliding_attention": WINDOW},
     **{"linear_attention": STATE, "mamba": STATE, "conv": STATE, "recurrent": STATE, "moe": NOTHING, "mlp": NOTHING},
 }
-"""What is not among these attends to all tokens."""
+"""Layers with other words attend to all tokens."""
 
 
 def _all(kind: str) -> _Plan:
@@ -143,7 +143,7 @@ def _last_of(period: int, others: str, field: str = "") -> _Plan:
 
 
 def _words(*fields: str, missing: _Plan = _ALL_FULL, words: Mapping[str, str] = _WORDS) -> _Plan:
-    """A word for each layer; `missing`: where there are none."""
+    """A word for each layer; `missing`: the plan if there are no words."""
 
     def plan(config: Config) -> str:
         if not config.items(*fields):

@@ -1,7 +1,7 @@
-"""What LiteLLM makes of its configuration: which name it sends where, for each name that a client may use. Pure.
+"""Read LiteLLM's configuration as LiteLLM does: which name it sends where, for each name that a client may use. Pure.
 
-The reference is LiteLLM 1.109 itself: its source (`proxy_server.load_config`, `get_llm_provider`,
-`pattern_match_deployments`) and what it did with the rows of `tests/control/test_litellm.py`.
+The reference is LiteLLM 1.109: its source (`proxy_server.load_config`, `get_llm_provider`,
+`pattern_match_deployments`) and its behaviour with the rows of `tests/control/test_litellm.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mlxops.core.names import shown
 
 _MAX_ENTRIES = 10_000
 _MAX_STARS = 4
-"""More of them in one pattern would take the time of all their combinations."""
+"""More stars in one pattern could take exponential time to match."""
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,15 @@ class Environ:
 
     values: Mapping[str, str] = field(default_factory=dict)
     doubtful: frozenset[str] = frozenset()
-    """Variables whose value depends on who reads the file."""
+    """Variables whose value depends on the reader of the file."""
     whole: bool = True
-    """False: the gateway may have variables that are not here."""
+    """False: the gateway may have further variables."""
 
     def get(self, name: str) -> _Value:
         return _Value(self.values.get(name) or None, name, name not in self.doubtful)
 
     def first(self, names: Iterable[str]) -> _Value:
-        """The first of these variables that is set."""
+        """Return the first of these variables that is set."""
         return next((found for name in names if (found := self.get(name)).text), _Value())
 
 
@@ -43,12 +43,12 @@ class _Value:
     variable: str | None = None
     sure: bool = True
     place: tuple[str, str] | None = None
-    """Where it is to be changed, if not in the entry: the place, and the key there."""
+    """Where to change it, if not in the entry: the place, and the key there."""
     wrong: str = ""
     """Why LiteLLM cannot take it."""
 
     def __or__(self, other: _Value) -> _Value:
-        """As `or` does: the first that has a value. A doubtful one may have none."""
+        """Return the first that has a value, as `or` does. It is as doubtful as the ones before it."""
         if self.text is not None or (other.text is None and self.variable):
             return self
         return replace(other, sure=other.sure and self.sure)
@@ -57,14 +57,14 @@ class _Value:
 @dataclass(frozen=True)
 class Config:
     entries: tuple[Entry, ...] = ()
-    """As they are written; the alias of one may be a pattern, such as `jerry-*`."""
+    """As they are written: an alias may be a pattern, such as `jerry-*`."""
     synonyms: Mapping[str, str] = field(default_factory=dict)
     """`router_settings.model_group_alias`: name -> the model_name that is meant."""
     findings: tuple[Finding, ...] = ()
 
     def concrete(self, names: Iterable[str]) -> tuple[Entry, ...]:
-        """The entries under names that a client can use: those that are written, the synonyms, and for a pattern
-        what it makes of `names`. No alias of the result is a pattern."""
+        """Return the entries under names that a client can use: written names, synonyms, and those of `names` that a
+        pattern matches. No alias of the result is a pattern."""
         found = [e for e in self.entries if "*" not in e.alias and e.alias not in self.synonyms]
         known = {entry.alias for entry in found}
         for name, target in self.synonyms.items():
@@ -72,7 +72,7 @@ class Config:
         for name in dict.fromkeys(names):
             if name not in known and name not in self.synonyms:
                 found += self._matched(name)
-            # Behind `studio/*` is `jerry-xl` for those who ask for `studio/jerry-xl`.
+            # `studio/*` also makes `studio/jerry-xl` a name for `jerry-xl`.
             longer = dict.fromkeys(e.alias.replace("*", name) for e in self.entries if e.alias.count("*") == 1)
             for asked in longer:
                 if asked != name and asked not in known and asked not in self.synonyms:
@@ -83,14 +83,14 @@ class Config:
         return [entry for entry in self.entries if entry.alias == name] or self._matched(name)
 
     def _matched(self, name: str) -> list[Entry]:
-        """The entries of the most specific pattern that matches."""
+        """Return the entries of the most specific pattern that matches."""
         patterns = {_regex(e.alias): e.alias for e in self.entries if 0 < e.alias.count("*") <= _MAX_STARS}
         # LiteLLM's order: the longer, then the one with more special characters; equal ones as they stand.
         ordered = sorted(patterns, key=lambda each: (len(each), sum(map(each.count, "*+?\\^$|()"))), reverse=True)
         provider = "openai" if _OPENAI_MODEL.match(name) else None
         for asked in (name, f"{provider}/{name}"):
             for pattern in ordered:
-                # As LiteLLM does it, a match need not reach the end of the name.
+                # As in LiteLLM, a match need not reach the end of the name.
                 if matched := re.match(pattern, asked):
                     same = (entry for entry in self.entries if _regex(entry.alias) == pattern)
                     return [_filled(entry, name, matched) for entry in same]
@@ -98,7 +98,7 @@ class Config:
 
 
 def deployed(alias: str, model: str, api_base: str | None, provider: str | None) -> Entry:
-    """An entry of the running gateway, which has all that it inherits."""
+    """Make the entry of a deployment of the running gateway, which lists inherited values, too."""
     kind, sends = _upstream(model, provider)
     known = _PROVIDERS.get(kind or "")
     return Entry(alias, model, sends if known else None, api_base, has_key=True, provider=provider)
@@ -109,7 +109,7 @@ def _regex(pattern: str) -> str:
 
 
 def _filled(entry: Entry, name: str, matched: re.Match[str]) -> Entry:
-    """The entry of a pattern for one name: the stars of its model are what the pattern's stars matched."""
+    """Return a pattern's entry for one name: the stars of its model become what the pattern's stars matched."""
     model = entry.model or ""
     if "*" in model:
         groups = matched.groups()
@@ -138,21 +138,21 @@ class _Provider:
     """One of LiteLLM's providers that send an OpenAI-compatible request with the rest of `model` as the name."""
 
     keys: tuple[str, ...] = ()
-    """Variables that it takes a key from."""
+    """Variables from which it takes a key."""
     bases: tuple[str, ...] = ()
-    """Variables that it takes an address from."""
+    """Variables from which it takes an address."""
     keyless: bool = False
-    """Without a key it sends a placeholder, or none."""
+    """It needs no key: without one it sends a placeholder, or none."""
     shares: bool = True
-    """It also takes the address of OPENAI_BASE_URL and OPENAI_API_BASE."""
+    """It also takes an address from OPENAI_BASE_URL and OPENAI_API_BASE."""
     other_keys: bool = False
     """It may take a key from variables that are not in `keys`."""
     default: str = "https://api.openai.com/v1"
-    """Where it asks if it is given no address."""
+    """Its address if none is set."""
     end: str = "/chat/completions"
-    """What it appends to the address."""
+    """The path that it appends to the address."""
     whole_path: bool = False
-    """It appends nothing to an address that ends so already."""
+    """It appends nothing to an address that already has this end."""
 
 
 _SHARED_BASES = ("OPENAI_BASE_URL", "OPENAI_API_BASE")
@@ -174,8 +174,8 @@ _WITH_KEY = """
     publicai qwen_ai_platform qwencloud refuseless reka sail sambanova sarvam scaleway scx-ai streamlake synthetic
     tencent tensormesh v0 veniceai vercel_ai_gateway volcengine wandb xiaomi_mimo xinference zai zerogpu
 """
-"""Other companies' providers that send the same request to an `api_base` of ours: all of 1.109 were tried. Those that
-are in no list here speak something else, change the name, or are not known to LiteLLM, which leaves the entry out."""
+"""Other companies' providers that send the same request to an `api_base` of ours: all of 1.109 were tried. Providers in
+no list here use another protocol, change the name, or are unknown to LiteLLM, which ignores their entries."""
 
 
 def _company(name: str, *, keyless: bool) -> _Provider:
@@ -212,7 +212,7 @@ _PROVIDERS = {
 
 
 def _upstream(model: str, provider: str | None) -> tuple[str | None, str | None]:
-    """The provider, and the name that it sends. `provider`: what `custom_llm_provider` says."""
+    """Return the provider and the name that it sends. `provider`: the value of `custom_llm_provider`."""
     if provider and model.split("/", 1)[0] != provider:
         return provider, model
     first, slash, rest = model.partition("/")
@@ -227,10 +227,10 @@ def _upstream(model: str, provider: str | None) -> tuple[str | None, str | None]
 
 
 def parse(document: object, environ: Environ, files: Files, places: Sequence[str] = ()) -> Config:
-    """What a loaded configuration says, its includes merged into it.
+    """Read a loaded configuration, its includes merged into it.
 
-    `places`: file and line of each item of `model_list`. Raises `Refused` (bad_gateway_config) for a document with
-    which LiteLLM does not start.
+    `places`: file and line of each item of `model_list`. Raises `Refused` (bad_gateway_config) if LiteLLM would not
+    start with the document.
     """
     if not isinstance(document, dict):
         raise unusable(files, "it is empty" if document is None else "it is not a mapping (key: value)")
@@ -256,7 +256,8 @@ def parse(document: object, environ: Environ, files: Files, places: Sequence[str
 
 
 def _without_model(entry: Entry, files: Files) -> Finding:
-    """LiteLLM does not start with it, whoever's it is."""
+    """Return the finding for an entry without a model: LiteLLM does not start with it, also if it is not for a host of
+    ours."""
     variable = entry.variables.get("model")
     hint = edit(entry, "model", f"openai/{entry.alias}", files)
     if variable is None:
@@ -278,7 +279,7 @@ def unusable(files: Files, why: str) -> Refused:
 
 
 class _Reader:
-    """The sections of a document that reach into its entries."""
+    """Reads entries together with the sections of the document that change them."""
 
     def __init__(self, document: Mapping[object, object], environ: Environ, files: Files) -> None:
         self.environ = environ
@@ -293,7 +294,7 @@ class _Reader:
         self.synonyms = {**self.renamed, **_texts(_mapping(router.get("model_group_alias")))}
 
     def _late(self, section: object) -> Environ:
-        """With `environment_variables`, which LiteLLM sets after it has replaced `os.environ/...` in the document."""
+        """Add `environment_variables`, which LiteLLM sets after it has replaced `os.environ/...` in the document."""
         if not isinstance(section, dict):
             return self.environ
         added: dict[str, str] = {}
@@ -333,7 +334,7 @@ class _Reader:
         return found
 
     def entry(self, item: object, where: str) -> Entry | str:
-        """The entry, or why LiteLLM would not start with it."""
+        """Return the entry, or why LiteLLM would not start with it."""
         if not isinstance(item, dict):
             return "is not a mapping"
         alias, params, info = item.get("model_name"), item.get("litellm_params"), item.get("model_info", {})
@@ -355,7 +356,7 @@ class _Reader:
 
             place = f"router_settings.default_litellm_params of {self.files.config}"
             found = _Value()
-            # base_url is another word for api_base, and goes first.
+            # base_url is another spelling of api_base, and takes precedence.
             spellings = ("base_url", key) if key == "api_base" else (key,)
             for spelled in spellings if defaults else ():
                 found = found | self._value(self.defaults.get(spelled), (place, spelled))
@@ -372,7 +373,7 @@ class _Reader:
             kind, sends = "litellm_proxy", text.removeprefix("litellm_proxy/")
         known = _PROVIDERS.get(kind or "")
         if text and _upstream(text, self._value(params.get("custom_llm_provider")).text)[0] is None:
-            known = None  # what a credential says of the provider comes too late
+            known = None  # LiteLLM reads a credential's provider too late
         base, key = value("api_base"), value("api_key")
         if known is None:
             sends = None
@@ -431,7 +432,7 @@ class _Reader:
         return found if found.text or not provider.other_keys else replace(found, sure=False)
 
     def _out(self, info: Mapping[str, object], params: Mapping[str, object]) -> str:
-        """Why LiteLLM has the entry and does not use it; empty if it does."""
+        """Return why LiteLLM does not use the entry; empty if it does."""
         if info.get("blocked") is True:
             return "model_info.blocked is true: LiteLLM answers 'Model is blocked'"
         if info.get("team_id") is not None:
@@ -450,7 +451,7 @@ def _mapping(value: object) -> Mapping[str, object]:
 
 
 def _texts(section: Mapping[str, object]) -> dict[str, str]:
-    """Name -> name; a value may be `{model: NAME}`."""
+    """Read a mapping of names to names; a value may be `{model: NAME}`."""
     found: dict[str, str] = {}
     for name, value in section.items():
         target = value.get("model") if isinstance(value, dict) else value

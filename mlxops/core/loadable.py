@@ -1,7 +1,7 @@
-"""Why mlx-lm, or an engine that loads through it, could not load a repository: by its file names and config.json.
+"""Decide from file names and config.json whether mlx-lm, or an engine that loads through it, can load a repository.
 
-Read in mlx_lm/utils.py (`load_model`) and tried with 0.31.3 and 0.32.2. Only what must fail is told: what may work is
-left to the engine.
+Read in mlx_lm/utils.py (`load_model`) and tried with 0.31.3 and 0.32.2. Only what must fail is refused: the engine
+decides about the rest.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 _TOKENIZERS = re.compile(
     r"[^/]*(tokenizer[^/]*\.json|vocab[^/]*|\.model|\.tiktoken|tekken\.json|merges\.txt|tokenization[^/]*\.py)"
 )
-"""Also Kimi's tiktoken.model, RWKV's rwkv_vocab, Mistral's tekken.json, T5's spiece.model."""
+"""Including Kimi's tiktoken.model, RWKV's rwkv_vocab, Mistral's tekken.json, T5's spiece.model."""
 _NOT_ALONE = ("tokenizer_config.json",)
 _OTHERS = {
     "model_index.json": "it is a pipeline of several models, for images or sound (model_index.json)",
@@ -24,36 +24,37 @@ _PACKED = re.compile(r"\.(scales|qweight|qzeros|weight_scale\w*|weight_packed|ab
 
 @dataclass(frozen=True)
 class Abilities:
-    """What the installed mlx-lm knows, as far as its source says so without being run."""
+    """What the installed mlx-lm knows, read from its source without running it."""
 
     version: str
     quantizations: str
-    """The source in which it tells apart what others quantize: it names each method and format that it knows."""
+    """The source that handles quantizations of other tools: it names each method and format that it knows."""
     modes: str
     """The source of MLX's quantized layers: it names each mode."""
     model: str
-    """The source of the model's architecture: some unpack weights by themselves."""
+    """The source of the model's architecture: some architectures unpack weights themselves."""
 
 
 def no_model(names: Collection[str]) -> str | None:
-    """Why a repository is none of a model at all; None if it may be one."""
+    """Return why a repository holds no model; None if it may hold one."""
     if "config.json" in names:
         return None
     return next((why for name, why in _OTHERS.items() if name in names), "it has no config.json")
 
 
 def no_tokenizer(names: Collection[str]) -> str | None:
+    """Return a sentence if no file can be a tokenizer; else None."""
     found = any(_TOKENIZERS.fullmatch(name) and name not in _NOT_ALONE for name in names)
     return None if found else "no tokenizer (tokenizer.json, tokenizer.model, vocab.json)"
 
 
 def is_packed(tensors: Mapping[str, str]) -> bool:
-    """Whether weights (name -> dtype) are quantized in any way, whatever the configuration says."""
+    """Whether weights (name -> dtype) are quantized in any way; the configuration does not matter."""
     return any(_PACKED.search(name) or not re.fullmatch(r"B?F(16|32)", dtype) for name, dtype in tensors.items())
 
 
 def unsaid_quantization(config: Mapping[str, object], tensors: Collection[str]) -> str | None:
-    """Why weights that MLX quantized cannot be loaded by a config.json that does not say so; None if they can."""
+    """Return why weights that MLX quantized cannot be loaded: config.json does not say how. None if they can."""
     text = config.get("text_config")
     places = (config, text if isinstance(text, dict) else {})
     said = any(place.get(key) for place in places for key in ("quantization", "quantization_config"))
@@ -66,7 +67,8 @@ def unsaid_quantization(config: Mapping[str, object], tensors: Collection[str]) 
 
 
 def unknown_quantization(config: Mapping[str, object], known: Abilities, *, packed: bool) -> str | None:
-    """Why the weights cannot be unpacked; None if they can, or need not be. `packed`: they are, or are taken to be."""
+    """Return why the weights cannot be unpacked; None if they can, or need not be. `packed`: whether they are packed;
+    True if that is not known yet."""
     ours = config.get("quantization")
     if ours is not None:
         if not isinstance(ours, dict):
@@ -75,8 +77,8 @@ def unknown_quantization(config: Mapping[str, object], known: Abilities, *, pack
         if lacking:
             return f"`quantization` in its config.json has no {lacking[0]}"
         mode = ours.get("mode", "affine")
-        told_by_weights = "infer_quant_config" in known.quantizations  # since 0.32: the mode is not looked at
-        if packed and not told_by_weights and mode != "affine" and f'"{mode}"' not in known.modes:
+        inferred = "infer_quant_config" in known.quantizations  # since 0.32 from the weights, not from the mode
+        if packed and not inferred and mode != "affine" and f'"{mode}"' not in known.modes:
             return f"it is quantized in the mode {str(mode)[:40]!r}, which the installed MLX does not know"
         return None
     theirs = config.get("quantization_config")
@@ -102,5 +104,5 @@ def _unknown_method(theirs: object, known: Abilities, packed: bool) -> str | Non
 
 
 def _is_mxfp8(theirs: Mapping[str, object], known: Abilities) -> bool:
-    """Scales that are powers of two, over blocks of 32: mlx-lm loads those as they are since 0.32."""
+    """Whether the scales are powers of two, over blocks of 32: mlx-lm loads those unchanged since 0.32."""
     return theirs.get("scale_fmt") == "ue8m0" and '"ue8m0"' in known.quantizations

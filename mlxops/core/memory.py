@@ -15,7 +15,7 @@ one such cache for each conversation; one full conversation is the allowance, no
 ENGINE_BYTES = 500_000_000
 """The server program itself: interpreter, libraries, buffers."""
 UNKNOWN_SHARE = 1.0
-"""Of the weights, for the context of a model whose configuration tells nothing. A model with 8 billion parameters in
+"""Of the weights, for the context of a model whose configuration says nothing. A model with 8 billion parameters in
 4 bits takes about as much for 32768 tokens as for its weights; larger ones take less."""
 
 
@@ -28,9 +28,9 @@ class Estimate:
     context_tokens: int | None
     """Tokens that the allowance is for; None where it is a share of the weights."""
     state_bytes: int = 0
-    """What recurrent layers keep, however long the context is."""
+    """What recurrent layers keep for a context of any length."""
     certain: bool = True
-    """False where the configuration does not tell: then `context_bytes` is an upper estimate."""
+    """False if the configuration does not say: then `context_bytes` is an upper estimate."""
 
     @property
     def total(self) -> int:

@@ -72,7 +72,7 @@ class UnloadPlan:
     port: int
     stop: PortView | None = None
     portless: tuple[Server, ...] = ()
-    """Servers by hand that are to listen there, listen nowhere, and are stopped, too."""
+    """Servers started by hand for this port that listen nowhere. They are stopped, too."""
     clear: tuple[str, ...] = ()
     model: str | None = None
     notes: tuple[str, ...] = ()
@@ -96,7 +96,7 @@ class ReconcilePlan:
 
 
 def unknown_model(name: str, registry: Registry, port: str | None = None) -> Refused:
-    """`port`: as it was typed, if one was."""
+    """`port`: as it was typed, if any."""
     import difflib
 
     # Also by the part behind the organisation, which people leave out.
@@ -228,8 +228,8 @@ def plan_load(
 
 
 def check_sent_names(port: int, answers_to: str, sent: Sequence[str], also: Sequence[str] = ()) -> None:
-    """What the gateway sends for a port against the names that the new server will answer to. `also`: those beside
-    `answers_to`, which depend on its engine.
+    """Check that the new server on a port will know all names that the gateway sends: `answers_to`, and those of its
+    engine (`also`).
 
     Raises `Refused` (gateway_name), with `answers_to` in `details`.
     """
@@ -444,7 +444,7 @@ def plan_unload(registry: Registry, world: World, port: int, *, force: bool) -> 
             "hand_started",
             f"the server on port {port} was started by hand",
             why="; ".join([words, *_what_stays(view)]),
-            hint=f"stop it all the same: mlxctl unload {port} --force",
+            hint=f"to stop it anyway: mlxctl unload {port} --force",
         )
     notes = [*_what_stays(view)]
     if view.portless and not force:
@@ -454,12 +454,12 @@ def plan_unload(registry: Registry, world: World, port: int, *, force: bool) -> 
 
 
 def _kill(view: PortView) -> str:
-    """The command that ends what holds a port, where its pid is known. A job that the system runs would come back."""
+    """Return the command that ends a foreign process, if its pid is known. A boot job would only start it again."""
     return f": kill {view.pid}" if view.pid is not None and view.owner is Owner.FOREIGN else ""
 
 
 def _what_stays(view: PortView) -> tuple[str, ...]:
-    """What is above a server that somebody started by hand is not stopped with it."""
+    """Note that the parent of a server started by hand is not stopped with it."""
     if view.owner is not Owner.HAND or view.server is None or not view.server.starter:
         return ()
     return (f"its parent, {view.server.starter}, is left alone, and may start it again",)
@@ -556,7 +556,7 @@ def entry_fields(repo_id: str, cache_path: str) -> dict[str, object]:
 
 
 def merge_refusals(errors: Sequence[MlxopsError]) -> MlxopsError:
-    """One error for several: the first with the largest exit status, naming the others."""
+    """Merge errors into the first one with the largest exit status, and name the others in it."""
     first, *others = sorted(errors, key=lambda error: -error.exit)
     if others:
         first.why = "; ".join(filter(None, [first.why, *(error.message for error in others)]))

@@ -122,7 +122,7 @@ class Registry:
 
 
 def refusal(why: str, path: str = "", hint: str = "repair it by hand, then try again") -> Refused:
-    """For a registry that must not be written; `path` is its file."""
+    """Return the error for a registry that must not be written; `path` is its file."""
     return Refused("registry_unusable", f"the registry {path}".strip() + " cannot be changed", why=why, hint=hint)
 
 

@@ -149,7 +149,7 @@ def _is_in_hand(view: PortView | None, step: Step) -> bool:
 
 
 def _what_is_there(view: PortView | None) -> str:
-    """Why nothing can be started on a port; empty if it is free, or holds only what a crash left."""
+    """Return why nothing can be started on a port; empty if it is free, or holds only leftovers of a crash."""
     if view is None:
         return "the port is outside this host's range"
     if _is_down(view):

@@ -37,13 +37,13 @@ class BootJob:
 
     port: int
     script: str = ""
-    """What the system runs; a path."""
+    """The path of the script that the system runs."""
     label: str = ""
     """launchd's label, or systemd's unit. At least one of the two is given."""
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """Its name for people."""
         return self.label or self.script
 
     def to_wire(self) -> dict[str, object]:
@@ -119,7 +119,7 @@ def settings_from_wire(wire: Mapping[str, object]) -> Settings:
 
 
 def _boot(value: object) -> tuple[BootJob, ...]:
-    """A list; hosts that were agreed with before there could be several have one job, or null."""
+    """Read a list of jobs. The host.json of older versions has one job, or null."""
     jobs = value if isinstance(value, list) else [value] if isinstance(value, dict) else []
     found = []
     for job in jobs:

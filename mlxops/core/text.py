@@ -1,10 +1,10 @@
-"""Bytes that should be UTF-8, as text; or what they are instead."""
+"""Decode bytes that should be UTF-8, and say what they are if they are not."""
 
 from __future__ import annotations
 
 
 class NotUTF8(ValueError):
-    """`what` the bytes are instead; `line`: where that begins, 0 for the whole of them."""
+    """`what`: what the bytes are instead; `line`: the first bad line, 0 for all of them."""
 
     def __init__(self, what: str, line: int = 0) -> None:
         super().__init__(f"it {what}" + (f", in line {line}" if line else "") + "; save it as UTF-8")
@@ -13,7 +13,7 @@ class NotUTF8(ValueError):
 
 
 def utf8(data: bytes) -> str:
-    """The text, without a byte order mark. Raises `NotUTF8`."""
+    """Return the text without a byte order mark. Raises `NotUTF8`."""
     if data and not data.strip(b"\0"):
         raise NotUTF8("holds nothing but zero bytes, as after a power loss")
     if encoding := _wide(data):
@@ -25,7 +25,7 @@ def utf8(data: bytes) -> str:
 
 
 def _wide(data: bytes) -> str | None:
-    """The encoding of more than one byte a character that this is, if it is one."""
+    """Return UTF-16 or UTF-32, if the bytes look like that."""
     if data.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
         return "UTF-32"
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):

@@ -186,19 +186,19 @@ class Standing(StrEnum):
     """Whether the system starts a boot job's server; the value is shown to people."""
 
     ACTIVE = "running"
-    """Now, or about to be started again."""
+    """It runs, or is about to be started again."""
     LOADED = "loaded"
-    """The service manager has it; it does not run now."""
+    """The service manager knows it; it does not run now."""
     INSTALLED = "installed"
-    """Its file is there; the service manager reads it at the next boot or login."""
+    """Its file exists; the service manager reads it at the next boot or login."""
     DISABLED = "disabled"
-    """It is there, and the service manager does not start it."""
+    """The service manager knows it, and does not start it."""
     MISSING = "not installed"
     UNKNOWN = "unknown"
 
     @property
     def reserves(self) -> bool:
-        """Whether the job's port is left to it. What is unknown changes nothing."""
+        """Whether the job's port is reserved for it. An unknown standing reserves it, too."""
         return self not in {Standing.DISABLED, Standing.MISSING}
 
 
@@ -209,7 +209,7 @@ class JobState:
     job: BootJob
     standing: Standing
     detail: str = ""
-    """For people: who knows it and what it does there; why it is missing or unknown."""
+    """For people: what the service manager says; or why the job is missing or unknown."""
     stop: str = ""
     """The operator's command that stops it."""
     enable: str = ""
@@ -242,12 +242,12 @@ class Signals:
     unowned: bool = False
     """A listener's process cannot be seen, and nothing says that it is another user's."""
     hand: Server | None = None
-    """The server of this user that listens; or, where nothing does, one that is to."""
+    """This user's server that listens; or if nothing listens, one that was given this port."""
     portless: tuple[Server, ...] = ()
-    """Further servers of this user that are to listen there and listen nowhere: an mlx_lm.server that lost its port to
+    """Further servers of this user that were given this port and listen nowhere: an mlx_lm.server that lost its port to
     another process keeps its model in memory."""
     boot: BootClaim | None = None
-    """Why it is a boot job's: its server, or with nothing there the port that the running job is about to take."""
+    """Why a boot job owns the server, or the idle port that the running job is about to take."""
     operation: Operation | None = None
     activity: str = ""
     """What that operation is doing."""
@@ -293,7 +293,7 @@ class PortView:
     orphan: Orphan | None = None
     rebooted: bool = False
     reassigned: bool = False
-    """Its server is whole, and the registry assigns the port to another model."""
+    """Its server is in order, and the registry assigns the port to another model."""
     portless: tuple[Server, ...] = ()
     boot: BootClaim | None = None
 
@@ -477,7 +477,7 @@ def _stranger(signals: Signals, registry: Registry, owner: Owner) -> PortView:
 
 
 def _told(signals: Signals, server: Server | None, detail: str) -> str:
-    """For people: `detail`, else what listens; and whose it is."""
+    """Describe a server for people: `detail`, else what listens; and its boot job or parent."""
     if signals.boot:
         return "; ".join(filter(None, [detail, signals.boot.how]))
     parent = f"its parent: {server.starter}" if server and server.starter else ""
@@ -530,7 +530,7 @@ def _view(
 def drift(
     ports: PortRange, views: Mapping[int, PortView], registry: Registry, boot: Iterable[JobState] = ()
 ) -> tuple[Drift, ...]:
-    """Where registry, hosts.yaml and life disagree, each with the command that helps."""
+    """Return the differences between registry, hosts.yaml and the running servers, each with the command that helps."""
     slots = {view.alias: view.port for view in views.values() if view.alias}
     idle = next((port for port in ports if port in views and views[port].unserved and not registry.on_port(port)), None)
     found = [each for view in views.values() for each in _drift_of_port(view, registry.on_port(view.port), slots, idle)]
@@ -577,7 +577,7 @@ def _portless(view: PortView) -> Iterator[Drift]:
 def _drift_of_port(
     view: PortView, assigned: tuple[Model, ...], slots: Mapping[str, int], idle: int | None
 ) -> Iterator[Drift]:
-    """`slots`: the ports of the aliases; `idle`: a port on which nothing is."""
+    """`slots`: the ports of the aliases; `idle`: a free port, for hints."""
     port, names = view.port, [model.name for model in assigned]
     if view.unserved:
         for name in names:

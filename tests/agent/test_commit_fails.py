@@ -91,7 +91,7 @@ def test_the_old_server_comes_back_without_a_write_where_the_registry_still_name
     failed = host("load", NEW, host.port, "--force")
     error = error_of(failed)
     assert (failed.exit, error["details"]["cause"]) == (4, "registry_unwritable")
-    assert f"{OLD} serves port {host.port} again" in error["why"] and "could not be told" not in error["why"]
+    assert f"{OLD} serves port {host.port} again" in error["why"] and "could not be written" not in error["why"]
     assert host.row()["state"] == "ready" and assigned(host.quick.studio) == {OLD: host.port}
     assert f"mv {previous} {previous}.away" in error["hint"]
     previous.rmdir()

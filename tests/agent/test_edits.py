@@ -224,7 +224,7 @@ class TestWhatIsCutOff:
             events: list[Event] = []
             download(LLAMA, None, cache, events.append, QUICK)
             assert file.read_bytes() == whole
-            assert any(f"{name} has" in each and "downloading it anew" in each for each in warnings(events))
+            assert any(f"{name} has" in each and "downloading it again" in each for each in warnings(events))
 
     def test_keeps_its_length_where_a_disk_lost_power(
         self,

@@ -182,12 +182,16 @@ def test_a_change_is_made_to_what_is_on_disk_now_and_not_to_what_was_read_before
     assert seen == [8105]
 
 
+def attempts(store: Store) -> tuple[Callable[[], object], ...]:
+    return lambda: store.registry.update(move), store.registry.check_writable
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"{", b'{"version": 2, "models": {}, "lanes": {}}', b'{"version": 1, "models": {"a": 1}}']
 )
 def test_a_file_that_is_not_version_1_is_never_overwritten(store: Store, content: bytes) -> None:
     store.registry.path.write_bytes(content)
-    for attempt in (lambda: store.registry.update(move), store.registry.check_writable):
+    for attempt in attempts(store):
         with pytest.raises(Refused) as caught:
             attempt()
         assert caught.value.code == "registry_unusable" and caught.value.why
@@ -209,7 +213,7 @@ def test_a_folder_where_the_registry_should_be_is_told_and_left_alone(tmp_path: 
     store.ready()
     store.registry.path.mkdir()
     assert store.registry.read().unwritable
-    for attempt in (lambda: store.registry.update(move), store.registry.check_writable):
+    for attempt in attempts(store):
         with pytest.raises(Refused):
             attempt()
     assert store.registry.path.is_dir() and not leftovers(tmp_path)

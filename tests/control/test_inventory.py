@@ -206,7 +206,7 @@ def test_launch_can_be_told_for_each_engine(tmp_path: Path) -> None:
         ("memory: 1e9", "is not a size"),
         ("memory: 3:20", "is not a plain decimal number"),
         ("boot: {port: 8110, script: /x}", "hosts.studio.boot.port: 8110 is outside"),
-        ("boot: {port: 8100}", "hosts.studio.boot: script is missing, and label too"),
+        ("boot: {port: 8100}", "hosts.studio.boot: script and label are missing"),
         ("boot: [{port: 8100, label: a}, {port: 8100, label: b}]", "hosts.studio.boot: port 8100 is there twice"),
         ("boot: {script: /x}", "hosts.studio.boot: port is missing"),
         ('boot: {port: "8100", script: /x}', "is text"),

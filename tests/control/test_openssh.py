@@ -503,7 +503,7 @@ TRUST = {
     "RevokedHostKeys is not there": Trust(
         lambda w, s: [s.known_hosts],
         UNKNOWN,
-        ("cannot be told", "RevokedHostKeys ("),
+        ("cannot be checked for revocation", "RevokedHostKeys ("),
         lambda w, s: ["RevokedHostKeys /no/such/file"],
     ),
     "StrictHostKeyChecking no": Trust(

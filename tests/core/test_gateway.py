@@ -137,7 +137,7 @@ def test_other_ways_to_write_a_right_entry_are_right(changes: dict[str, Any]) ->
 def test_an_address_that_may_lead_to_the_slot_is_a_warning(base: str) -> None:
     (finding,) = findings([item(api_base=base)], [served()])
     assert (finding.code, finding.severity) == ("wrong_address", Severity.WARNING)
-    assert "cannot be told from here" in finding.message
+    assert "is not known here" in finding.message
 
 
 @pytest.mark.parametrize("base", [f"http://{HOST}:8100", f"http://{HOST}:8100/"])

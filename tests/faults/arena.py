@@ -44,6 +44,7 @@ for _module in pkgutil.walk_packages(mlxops.agent.__path__, "mlxops.agent."):
 
 PORTS = 3
 OPERATION_SECONDS = 90.0
+UP_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -211,11 +212,21 @@ class Arena:
             os.execv(argv[0], argv)
 
         pid = children.fork(serve, folder / "log")
-        deadline = time.monotonic() + 20
-        while not this_system().look({port}).on(self.address, port):
-            assert time.monotonic() < deadline, "the server by hand did not come up"
-            time.sleep(0.005)
+        self.listener(port, folder / "log")
         return pid
+
+    def by_path(self, model: str, port: int, *options: str) -> list[str]:
+        """The command of a server that is given its model as a path."""
+        where = ["--host", self.address, "--port", str(port)]
+        return [str(self.program), "--model", str(self.snapshots[model]), *where, *options]
+
+    def listener(self, port: int, log: Path) -> int:
+        """The process that listens on a port, once there is one. `log`: where to look if none comes."""
+        deadline = time.monotonic() + UP_SECONDS
+        while not (found := this_system().look({port}).on(self.address, port)):
+            assert time.monotonic() < deadline, f"nothing listens on {port}: {log.read_text(errors='replace')[-400:]}"
+            time.sleep(0.005)
+        return min(pid for each in found for pid in each.pids)
 
     def sweep(self) -> None:
         """Kill every server and forget everything but the cache."""

@@ -8,7 +8,6 @@ import random
 import shlex
 import signal
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -115,10 +114,10 @@ def _start(arena: Arena, how: str) -> Scene:
     (carriers / "dashboard").write_text(
         "import subprocess, sys, time; subprocess.Popen(sys.argv[1:]); time.sleep(600)\n"
     )
-    words = _words(arena, SERVER, arena.ports[0])
+    words = arena.by_path(SERVER, arena.ports[0])
     script = BY_HAND[how].format(
         server=shlex.join(words),
-        neighbour=shlex.join(_words(arena, NEIGHBOUR, arena.ports[1])),
+        neighbour=shlex.join(arena.by_path(NEIGHBOUR, arena.ports[1])),
         python=sys.executable,
         carriers=carriers,
     )
@@ -130,19 +129,10 @@ def _start(arena: Arena, how: str) -> Scene:
     group = children.fork(serve, carriers / "output")
     carried = how in {"an ssh client", "a tmux"}
     ports = arena.ports[1:2] if carried else arena.ports[:2]
-    deadline = time.monotonic() + 20
-    system = this_system()
-    while not all(system.look({port}).on(arena.address, port) for port in ports):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{how}: nothing listens; {(carriers / 'output').read_text()[-300:]}")
-        time.sleep(0.005)
-    found = {each.process.argv[-len(words) :]: each.process.pid for each in servers.find(system.look(()))}
+    for port in ports:
+        arena.listener(port, carriers / "output")
+    found = {each.process.argv[-len(words) :]: each.process.pid for each in servers.find(this_system().look(()))}
     return Scene(group, found.get(tuple(words)))
-
-
-def _words(arena: Arena, model: str, port: int) -> list[str]:
-    where = ["--host", arena.address, "--port", str(port)]
-    return [str(arena.program), "--model", str(arena.snapshots[model]), *where]
 
 
 def _pids(program: str) -> set[int]:

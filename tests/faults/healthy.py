@@ -17,15 +17,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mlxops.agent.system import this_system
 from mlxops.core.errors import MlxopsError
 from mlxops.core.settings import BootJob
 from tests.faults import children, oracle
-from tests.faults.arena import Arena, Ended
+from tests.faults.arena import UP_SECONDS, Arena, Ended
 from tests.faults.snapshots import MODELS
 
 LABEL = "org.example.boot"
-UP_SECONDS = 20.0
 ALLOWED = {0, 3, 4, 75}
 """Done, refused, not everything could be started, busy."""
 
@@ -165,26 +163,13 @@ def _end_session(session: int) -> None:
                 continue
 
 
-def _server(arena: Arena, model: str, port: int, *options: str) -> list[str]:
-    path = str(arena.snapshots[model])
-    return [str(arena.program), "--model", path, "--host", arena.address, "--port", str(port), *options]
-
-
 def _listener(arena: Arena, port: int) -> int:
-    """The process that listens on a port, once there is one."""
-    deadline = time.monotonic() + UP_SECONDS
-    while True:
-        pids = [pid for each in this_system().look({port}).on(arena.address, port) for pid in each.pids]
-        if pids:
-            return min(pids)
-        log = (arena.folder / "scene.log").read_text(errors="replace")
-        assert time.monotonic() < deadline, f"nothing came up on {port}: {log[-400:]}"
-        time.sleep(0.005)
+    return arena.listener(port, arena.folder / "scene.log")
 
 
 def _words(arena: Arena, port: int) -> list[str]:
     """A server's command line, without the path by which the arena knows its own servers."""
-    return ["mlx_lm.server", *_server(arena, "org/alpha", port)[1:]]
+    return ["mlx_lm.server", *arena.by_path("org/alpha", port)[1:]]
 
 
 @contextmanager
@@ -222,7 +207,7 @@ def _terminal(arena: Arena, rng: random.Random, stack: ExitStack) -> Scene:
     )
     written = arena.folder / "carriers" / "window"
     written.unlink(missing_ok=True)
-    argv = ["tmux", "new-session", "-d", "-s", "mlx", *_server(arena, "org/alpha", arena.ports[0])]
+    argv = ["tmux", "new-session", "-d", "-s", "mlx", *arena.by_path("org/alpha", arena.ports[0])]
     process = stack.enter_context(_carrier(arena, argv, code))
     server = _listener(arena, arena.ports[0])
     stack.callback(_kill, server)
@@ -238,9 +223,7 @@ def _terminal(arena: Arena, rng: random.Random, stack: ExitStack) -> Scene:
 def _neighbours(arena: Arena, rng: random.Random, stack: ExitStack) -> Scene:
     """One script that starts several servers: one process group."""
     first, second = arena.ports[0], arena.ports[1]
-    lines = [
-        " ".join([*_server(arena, model, port), "&"]) for model, port in zip(MODELS, (first, second), strict=False)
-    ]
+    lines = [" ".join([*arena.by_path(model, port), "&"]) for model, port in zip(MODELS, (first, second), strict=False)]
     script = arena.folder / "start-all.sh"
     script.write_text("\n".join(["#!/bin/sh", *lines, "wait", ""]), encoding="utf-8")
     process = stack.enter_context(_running(arena, ["/bin/sh", str(script)]))
@@ -255,7 +238,7 @@ def _neighbours(arena: Arena, rng: random.Random, stack: ExitStack) -> Scene:
 def _parent(arena: Arena, rng: random.Random, stack: ExitStack) -> Scene:
     """A program with work of its own, such as a notebook, that started the server as its child in its group."""
     code = "import subprocess, sys, time\nsubprocess.Popen(sys.argv[1:])\ntime.sleep(300)\n"
-    argv = [sys.executable, "-c", code, *_server(arena, "org/alpha", arena.ports[0])]
+    argv = [sys.executable, "-c", code, *arena.by_path("org/alpha", arena.ports[0])]
     process = stack.enter_context(_running(arena, argv))
     server = _listener(arena, arena.ports[0])
     return Scene(
@@ -265,7 +248,7 @@ def _parent(arena: Arena, rng: random.Random, stack: ExitStack) -> Scene:
 
 def _piped(arena: Arena, rng: random.Random, stack: ExitStack) -> Scene:
     """A server whose output goes through a pipe: the reader is in its group and not of it."""
-    line = " ".join([*_server(arena, "org/alpha", arena.ports[0]), "|", "cat", ">", "/dev/null"])
+    line = " ".join([*arena.by_path("org/alpha", arena.ports[0]), "|", "cat", ">", "/dev/null"])
     stack.enter_context(_running(arena, ["/bin/sh", "-c", f"{line}; true"]))
     return Scene(spared={"the server": _listener(arena, arena.ports[0])}, ports={arena.ports[0]: ("ready", "hand")})
 
@@ -304,7 +287,7 @@ def _prefix(arena: Arena, rng: random.Random, stack: ExitStack) -> Scene:
 def _booted(arena: Arena, rng: random.Random, stack: ExitStack) -> Scene:
     """A boot job whose script ends in `exec`, as launchd starts it: only its mark says whose it is."""
     script = arena.folder / "start.sh"
-    script.write_text("#!/bin/sh\nexec " + " ".join(_server(arena, "org/alpha", arena.ports[0])) + "\n")
+    script.write_text("#!/bin/sh\nexec " + " ".join(arena.by_path("org/alpha", arena.ports[0])) + "\n")
     script.chmod(0o755)
     arena.settings = replace(arena.settings, boot=(BootJob(arena.ports[0], str(script), LABEL),))
     process = stack.enter_context(_running(arena, [str(script)], env={**os.environ, "XPC_SERVICE_NAME": LABEL}))
@@ -319,7 +302,7 @@ def _strict(arena: Arena, rng: random.Random, stack: ExitStack) -> Scene:
     if rng.random() < 0.5:
         arena.settings = replace(arena.settings, boot=(BootJob(arena.ports[0], str(arena.folder / "start.sh"), LABEL),))
     environment = {**os.environ, "XPC_SERVICE_NAME": LABEL}
-    argv = _server(arena, "org/alpha", arena.ports[0], "--fake-names", str(asked))
+    argv = arena.by_path("org/alpha", arena.ports[0], "--fake-names", str(asked))
     process = stack.enter_context(_running(arena, argv, env=environment))
     _listener(arena, arena.ports[0])
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import os
 import random
-import time
 from pathlib import Path
 
-from mlxops.agent.system import this_system
 from tests.faults import children
 from tests.faults.arena import Arena, entry
 from tests.faults.snapshots import MODELS
@@ -82,7 +80,4 @@ def _start(arena: Arena, words: list[str], asked: Path) -> None:
         os.execv(argv[0], argv)
 
     children.fork(serve, folder / "log")
-    deadline = time.monotonic() + 20
-    while not this_system().look({arena.ports[0]}).on(arena.address, arena.ports[0]):
-        assert time.monotonic() < deadline, "the server by hand did not come up"
-        time.sleep(0.005)
+    arena.listener(arena.ports[0], folder / "log")

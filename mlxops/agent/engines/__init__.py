@@ -26,7 +26,7 @@ def engine_named(name: str) -> Engine:
 
 
 def recognise(argv: Sequence[str]) -> tuple[str, Seen] | None:
-    """The engine and what its argv says, if a process with this argv is the server program of an engine."""
+    """Return the engine and what the argv says, if a process with this argv is an engine's server program."""
     return _recognised(tuple(argv))
 
 

@@ -29,7 +29,7 @@ from mlxops.core.errors import Refused
 from mlxops.core.world import Answer
 
 _DEFAULT = "default_model"
-"""Its own word for the model that it was started with."""
+"""Its name for the model that it was started with, whatever that is called."""
 _BOTH_NAMES_SINCE = (0, 27)
 """Before that, the model's name and `default_model` were two models, and each request loaded the one it named (source
 of 0.20.6 to 0.26.4; 0.27.1 to 0.32.2 take them for one)."""
@@ -121,9 +121,9 @@ class MlxLm:
         if name is None:
             return Names(not_asked="its name is not known: it was started without --model")
         if older_than(_BOTH_NAMES_SINCE, version):
-            return Names(not_asked=f"mlx-lm {version} loads its model again when it is asked by another of its names")
+            return Names(not_asked=f"mlx-lm {version} loads its model again if a request uses another of its names")
         if abbreviated(argv, "--adapter-path", len("--ad")):
-            # By its own name the model would be loaded again, without the adapter.
+            # A request under the model's own name would load it again, without the adapter.
             return Names((_DEFAULT,))
         return Names((name, _DEFAULT))
 
@@ -143,7 +143,7 @@ class MlxLm:
 
 
 def _server_options(argv: Sequence[str]) -> tuple[str, ...] | None:
-    """The options of `mlx_lm.server` or `mlx_lm server`, as a program, a script or a module; None for anything else."""
+    """Return the options of `mlx_lm.server` or `mlx_lm server`, run as program, script or module; None for others."""
     runs = program(argv)
     if runs is None or {"-h", "--help"} & set(runs.arguments):
         return None

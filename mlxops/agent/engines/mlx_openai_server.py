@@ -122,7 +122,7 @@ class MlxOpenAIServer:
         given = options(argv)
         model, host = given.get("--model-path", ""), given.get("--host", "0.0.0.0")
         if "--config" in given:
-            return Seen(None, model, None)  # its file says where, and `--port` counts for nothing
+            return Seen(None, model, None)  # the file says where it listens; `--port` is ignored
         port = port_number(given.get("--port", "8000"))
         return Seen(port, model, host) if port is not None else None
 
@@ -166,8 +166,8 @@ class MlxOpenAIServer:
 
 
 def _is_server(argv: Sequence[str]) -> bool:
-    """The console script with `launch`; or `python -m app.main`, its module, whose name others use too: that only with
-    options of this program."""
+    """Whether this is the console script with `launch`, or its module `app.main`. Others use that name, too, so the
+    module must have this program's options."""
     runs = program(argv)
     if runs is None or "--help" in runs.arguments:
         return False

@@ -1,5 +1,5 @@
-"""The names by which the live server on a port may be asked. No request is sent to it under another one: mlx-lm drops
-the model that it holds for a name that it does not know."""
+"""Find the model names that a request to the live server on a port may use. No other name is ever sent: a request with
+an unknown name makes mlx-lm drop its model."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from dataclasses import replace
 
 from mlxops.agent.engine import Names, installed_version
 from mlxops.agent.engines import ENGINES
-from mlxops.core.world import Owner, PortView
+from mlxops.core.world import Owner, PortView, Run, Server
 
 
 def names_of(view: PortView) -> Names:
-    """What the server's command tells; for one of ours also the alias, under which it was proven."""
-    run = view.run if view.owner is Owner.MLXOPS else None
-    served = run or view.server
-    engine = ENGINES.get(served.engine) if served else None
+    """Return the names that the server's command shows; for our own servers the alias first, which was proven."""
     if view.owner is None:
         return Names()
+    run, served = _own_run(view), _served(view)
+    engine = ENGINES.get(served.engine) if served else None
     if served is None or engine is None:
         return Names(not_asked="its name is not known: its program is not one that mlxops knows")
     recorded = run.engine_version if run else None
@@ -27,10 +26,29 @@ def names_of(view: PortView) -> Names:
     return replace(names, known=(run.alias, *further), sure=True, not_asked="")
 
 
-def told(names: Names) -> dict[str, object]:
-    """For the control node: `answers_to`, the only name that the server answers to, None: any name, or not known;
-    `also_answers_to`, further ones for the same model; `answers_to_any`; `drops_for_others`; `not_asked`, why it must
-    not be asked, None if it may be."""
+def paths_of(view: PortView) -> list[str]:
+    """Return the paths at which the server gives completions; empty if not known."""
+    served = _served(view)
+    engine = ENGINES.get(served.engine) if served and view.owner else None
+    return sorted(engine.completion_paths) if engine else []
+
+
+def _served(view: PortView) -> Run | Server | None:
+    return _own_run(view) or view.server
+
+
+def _own_run(view: PortView) -> Run | None:
+    """The run record, if the live server is ours."""
+    return view.run if view.owner is Owner.MLXOPS else None
+
+
+def to_wire(names: Names) -> dict[str, object]:
+    """Return what the control node needs.
+
+    `answers_to`: the only name that the server accepts; None: any, or not known. `also_answers_to`: further names for
+    the same model. `answers_to_any`: it accepts any name. `drops_for_others`: it drops its model for an unknown one.
+    `not_asked`: why it must not be asked; None if it may be.
+    """
     only = names.known if names.sure and not names.any else ()
     return {
         "answers_to": only[0] if only else None,

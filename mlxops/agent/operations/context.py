@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from mlxops.agent import interrupted
 from mlxops.agent.journal import named
@@ -19,6 +20,10 @@ from mlxops.core.errors import Busy, Interrupted
 from mlxops.core.protocol import Event, Note, Request
 from mlxops.core.registry import Registry
 from mlxops.core.world import Operation, PortView, World
+
+if TYPE_CHECKING:
+    from mlxops.agent.engine import Command, Engine
+    from mlxops.core.planner import Target
 
 DRAIN_SECONDS = 30.0
 RESTORE = "restore"
@@ -125,9 +130,21 @@ class Context:
 
     def usable_registry(self) -> Registry:
         """For a change. Raises `Refused` before anything is done if it could not be written in the end."""
-        if not self.request.dry_run:
-            self.store.registry.check_writable()
-        return self.store.registry.usable()
+        registry = self.store.registry
+        return registry.usable() if self.request.dry_run else registry.check_writable()
+
+    def engine(self, target: Target) -> tuple[Engine, Command]:
+        """Return the engine for a target, and its command. Raises `Refused` (unknown_engine, engine_not_found)."""
+        from mlxops.agent.engines import engine_named
+
+        settings = self.where.settings
+        engine = engine_named((target.entry.engine if target.entry else None) or settings.engine)
+        return engine, engine.command(settings.launch.get(engine.name, ()), self.engine_environ)
+
+    @property
+    def engine_environ(self) -> Mapping[str, str]:
+        """The environment in which engines are looked for and asked."""
+        return {**self.environ, **self.where.settings.env}
 
     @property
     def drain(self) -> float:

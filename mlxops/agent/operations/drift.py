@@ -48,7 +48,7 @@ def rebooted(ctx: Context, registry: Registry, world: World) -> Iterator[Drift]:
 
 
 def conflicted_copies(ctx: Context) -> Iterator[Drift]:
-    """What a sync service left beside the registry when two machines had written it."""
+    """Yield the copies that a sync service left beside the registry when two machines had written it."""
     for copy in ctx.store.registry.conflicts():
         message = f"{copy} is a conflicted copy: another machine wrote the registry too"
         hint = f"compare it with {ctx.where.registry}, then move it away; no sync service should have a registry"

@@ -37,7 +37,7 @@ def cached(ctx: Context, target: Target) -> Files | None:
         hint = "choose a repository with MLX weights, for example of mlx-community"
         if found.path.parent.name == "snapshots" and not found.why.startswith("not MLX"):
             repo = f"{target.repo_id}@{found.path.name}"
-            hint = f"mend {found.path}; what was deleted there is downloaded by: mlxctl pull --repo {repo}"
+            hint = f"repair {found.path}; this downloads what was deleted there: mlxctl pull --repo {repo}"
         raise Refused("not_servable", f"{target.repo_id} cannot be served", why=found.why, hint=hint)
     return None
 

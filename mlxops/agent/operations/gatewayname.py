@@ -7,7 +7,6 @@ The control node says it, where it can read the gateway's configuration: in the 
 from __future__ import annotations
 
 from mlxops.agent.engine import installed_version
-from mlxops.agent.engines import engine_named
 from mlxops.agent.operations.context import Context
 from mlxops.core import planner
 from mlxops.core.names import shown
@@ -19,17 +18,15 @@ def check_name(ctx: Context, target: Target, port: int) -> None:
     names = _sent(ctx, port)
     if not names:
         return
-    settings = ctx.where.settings
-    engine = engine_named((target.entry.engine if target.entry else None) or settings.engine)
-    command = engine.command(settings.launch.get(engine.name, ()), {**ctx.environ, **settings.env})
+    engine, command = ctx.engine(target)
     version = installed_version(command.argv, engine.distribution)
     if not engine.any_name(version):
         also = engine.further_names(version)
-        planner.check_sent_names(port, settings.alias(port, target.name), names, also)
+        planner.check_sent_names(port, ctx.where.settings.alias(port, target.name), names, also)
 
 
 def name_warning(ctx: Context, alias: str, port: int) -> str | None:
-    """A sentence, if the gateway sends a name that only this engine knows beside the alias."""
+    """Return a warning if the gateway sends a name that this engine knows beside the alias, and others may not."""
     other = [name for name in _sent(ctx, port) if name != alias]
     if not other:
         return None

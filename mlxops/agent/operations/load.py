@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from mlxops.agent.engine import NoCompletion
-from mlxops.agent.operations.asking import names_of, told
+from mlxops.agent.operations.asking import names_of, to_wire
 from mlxops.agent.operations.context import Context, busy, model_lock, repo_lock
 from mlxops.agent.operations.files import Files, cached
 from mlxops.agent.operations.gatewayname import check_name
@@ -33,7 +33,7 @@ from mlxops.core.registry import Registry
 from mlxops.core.world import Operation, Owner, PortView, Run, State, World, run_of
 
 READY_SECONDS = 5.0
-"""How long a server that has proven itself may be seen otherwise than ready."""
+"""How long a server that has just answered a completion may take to look ready."""
 
 
 def load(
@@ -254,8 +254,11 @@ def _adopt(ctx: Context, plan: LoadPlan, prepared: Prepared, began: float) -> di
         try:
             ctx.store.registry.update(lambda current: commit(current, plan, prepared.files))
         except MlxopsError:
-            # It serves on as whatever it was before.
-            ctx.store.save_run(view.run) if view.run else ctx.store.forget_run(plan.port)
+            # It keeps serving, as it was recorded before.
+            if view.run:
+                ctx.store.save_run(view.run)
+            else:
+                ctx.store.forget_run(plan.port)
             raise
     ctx.remember(
         command="load",
@@ -310,7 +313,7 @@ def _adopted_run(ctx: Context, view: PortView, plan: LoadPlan, prepared: Prepare
 
 
 def _ready(ctx: Context, plan: LoadPlan) -> PortView:
-    """The port's view once it is ready, within `READY_SECONDS`: a busy host may be late with the cheap probe."""
+    """Return the port's view once it is ready, within `READY_SECONDS`: on a busy host the cheap probe may be late."""
     deadline = time.monotonic() + READY_SECONDS
     while (view := ctx.look_again(plan.port)).state is not State.READY:
         if time.monotonic() > deadline or view.owner is None:
@@ -327,7 +330,7 @@ def _ready(ctx: Context, plan: LoadPlan) -> PortView:
 def _load_result(
     ctx: Context, plan: LoadPlan, began: float, *, changed: bool, downtime: float | None = None
 ) -> dict[str, object]:
-    """Looked at again: what is told is what is there. Raises `NotStarted` if that is not a ready server."""
+    """Observe the port again and report what is there. Raises `NotStarted` if that is not a ready server."""
     view = ctx.look_again(plan.port) if ctx.request.dry_run else _ready(ctx, plan)
     return {
         "model": view.model or plan.target.name,
@@ -341,7 +344,7 @@ def _load_result(
         "log_path": view.run.log_path if view.run else None,
         "pid": view.pid,
         "notes": list(plan.notes),
-        **told(names_of(view)),
+        **to_wire(names_of(view)),
     }
 
 

@@ -10,7 +10,7 @@ from mlxops.agent.operations.drift import conflicted_copies, further_drift, rebo
 from mlxops.agent.operations.ops import downloads
 from mlxops.core.errors import MlxopsError, Refused
 from mlxops.core.registry import Model, Registry
-from mlxops.core.world import Operation, Owner, PortView
+from mlxops.core.world import Operation, PortView
 
 
 def status(ctx: Context) -> dict[str, object]:
@@ -49,7 +49,7 @@ def answering(ctx: Context) -> dict[str, object]:
 
 
 def _answering_row(view: PortView, registry: Registry) -> dict[str, object]:
-    from mlxops.agent.operations.asking import names_of, told
+    from mlxops.agent.operations.asking import names_of, paths_of, to_wire
 
     entry = registry.models.get(view.model or "")
     return {
@@ -58,22 +58,12 @@ def _answering_row(view: PortView, registry: Registry) -> dict[str, object]:
         "state": view.state.value,
         "owner": view.owner.value if view.owner else None,
         "model": view.model,
-        **told(names_of(view)),
-        "paths": _paths(view),
+        **to_wire(names_of(view)),
+        "paths": paths_of(view),
         "context_length": _context_length(entry) if entry and view.owner else None,
         "assigned": bool(registry.on_port(view.port)),
         "detail": view.detail,
     }
-
-
-def _paths(view: PortView) -> list[str]:
-    """Where the live server gives completions; empty: not known."""
-    from mlxops.agent.engines import ENGINES
-
-    run = view.run if view.owner is Owner.MLXOPS else None
-    served = run or view.server
-    engine = ENGINES.get(served.engine) if served and view.owner else None
-    return sorted(engine.completion_paths) if engine else []
 
 
 def _context_length(entry: Model) -> int | None:
@@ -97,7 +87,8 @@ def list_models(ctx: Context) -> dict[str, object]:
 
 
 def _tell_unusable(ctx: Context, registry: Registry) -> MlxopsError | None:
-    """What every change would be refused with because of the registry, if it would be."""
+    """Note and return the error with which every change is refused while the registry is unusable; None if it is
+    usable."""
     if not registry.unwritable:
         return None
     error = ctx.store.registry.refusal(registry)

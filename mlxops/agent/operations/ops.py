@@ -39,7 +39,7 @@ def downloads(ctx: Context) -> list[Operation]:
     """The operations that download now."""
     found = []
     for path in named(ctx.store.state / "locks", "repo-"):
-        # What is no file is nobody's lock, and of what cannot be locked nobody holds one.
+        # Neither what is no file, nor a file system without locks, has a lock that an operation could hold.
         with contextlib.suppress(Unfit, NoLocks):
             found.append(ctx.store.holder(path.name))
     return [operation for operation in found if operation is not None]

@@ -58,9 +58,7 @@ def prepare(ctx: Context, target: Target, port: int, files: Files, *, ask: bool 
     """
     settings = ctx.where.settings
     entry = target.entry or Model(target.name, target.repo_id)
-    engine = engine_named(entry.engine or settings.engine)
-    environ = {**ctx.environ, **settings.env}
-    command = engine.command(settings.launch.get(engine.name, ()), environ)
+    engine, command = ctx.engine(target)
     serving = Serving(
         model=entry,
         alias=settings.alias(port, target.name),
@@ -70,7 +68,7 @@ def prepare(ctx: Context, target: Target, port: int, files: Files, *, ask: bool 
         folder=ctx.store.run_folder(port),
         options=_with_template(entry, options(entry, settings.engine, files.path), files.path),
     )
-    inquire = None if not ask else environ
+    inquire = ctx.engine_environ if ask else None
     command = described(engine, command, serving, inquire, ctx.store, keep=not ctx.request.dry_run)
     argv = engine.argv(command, serving)
     real = os.path.realpath(files.path)
@@ -118,7 +116,7 @@ def _template(entry: Model, path: Path, name: str) -> Path:
             "bad_chat_template",
             f"the chat template {name!r} of {entry.name} cannot be used",
             why=f"{file}: {getattr(error, 'strerror', None) or error}",
-            hint=f"mend the file; or take it out of the entry: mlxctl set --model {entry.name} --set chat_template=",
+            hint=f"repair the file; or take it out of the entry: mlxctl set --model {entry.name} --set chat_template=",
         ) from None
     return file
 
@@ -145,11 +143,13 @@ def preflight(ctx: Context, held: ExitStack, registry: Registry, plan: LoadPlan,
 
 
 def check(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
-    """Whether the installed engine can load these files. Raises `Refused`: not_servable, code_would_run,
-    unknown_architecture."""
+    """Check that the installed engine can load these files.
+
+    Raises `Refused`: not_servable, code_would_run, unknown_architecture.
+    """
     _check_files(plan, prepared, facts)
     _check_code(plan, prepared, facts)
-    if _is_language_model(prepared):  # others are another library's
+    if _is_language_model(prepared):  # other kinds are loaded by other libraries
         _refuse_unknown(plan.target.repo_id, prepared.command, prepared.engine, facts.config, packed=facts.packed)
 
 
@@ -167,12 +167,12 @@ def _check_files(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
 
 
 def _is_language_model(prepared: Prepared) -> bool:
-    """Whether the engine loads it through mlx-lm; by its argv, in which the entry's own args may have the last word."""
+    """Whether the engine loads it through mlx-lm. Decided by the argv: the entry's own args may set the type."""
     return arguments(prepared.wanted.argv).get("--model-type", "lm") == "lm"
 
 
 def _check_code(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
-    """Trust is for the exact commit that was reviewed; a branch can move. Raises `Refused` (code_would_run)."""
+    """Raises `Refused` (code_would_run) unless code is trusted at exactly this commit: a branch can move."""
     entry, revision = prepared.serving.model, prepared.files.revision
     trusted = entry.trust_remote_code and entry.revision == revision
     model_file = facts.model_file if _is_language_model(prepared) else None
@@ -181,11 +181,8 @@ def _check_code(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
     if (model_file or own_tokenizer or entry.trust_remote_code) and not trusted:
         pinned = f"its entry trusts it without naming the commit {revision}" if entry.trust_remote_code else ""
         code = [f"config.json names model_file {model_file}"] if model_file else []
-        code += (
-            [f"its tokenizer {printable(str(tokenizer))} is code of it (tokenizer_config.json)"]
-            if own_tokenizer
-            else []
-        )
+        if own_tokenizer:
+            code.append(f"its tokenizer {printable(str(tokenizer))} is code of it (tokenizer_config.json)")
         code += [f"{name} has an auto_map" for name in facts.auto_map] if entry.trust_remote_code else []
         raise Refused(
             "code_would_run",
@@ -197,13 +194,12 @@ def _check_code(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
 
 
 def check_before_download(ctx: Context, target: Target) -> Callable[[Collection[str], Mapping[str, object]], None]:
-    """What the hub's listing and config.json tell of a repository, against the installed engine.
+    """Return a check of the hub's file list and config.json against the installed engine.
 
-    Raises `Refused` (engine_not_found), and what it returns does: not_servable, unknown_architecture."""
-    settings = ctx.where.settings
+    Raises `Refused` (engine_not_found). The check raises `Refused`: not_servable, unknown_architecture.
+    """
     entry = target.entry or Model(target.name, target.repo_id)
-    engine = engine_named(entry.engine or settings.engine)
-    command = engine.command(settings.launch.get(engine.name, ()), {**ctx.environ, **settings.env})
+    engine, command = ctx.engine(target)
     language = arguments(entry.args).get("--model-type", entry.options.get("model_type") or "lm") == "lm"
 
     def check(names: Collection[str], config: Mapping[str, object]) -> None:
@@ -221,7 +217,7 @@ def check_before_download(ctx: Context, target: Target) -> Callable[[Collection[
 def _refuse_unknown(
     repo_id: str, command: Command, engine: Engine, config: Mapping[str, object], *, packed: bool
 ) -> None:
-    """Raises `Refused` (unknown_architecture, not_servable) for what the installed engine does not know."""
+    """Raises `Refused` (unknown_architecture, not_servable) if the installed engine cannot load such a model."""
     named = config.get("model_type")
     model_type = named if isinstance(named, str) else None
     if why := lacks_architecture(command, engine, model_type):

@@ -15,7 +15,7 @@ SECONDS = 20.0
 """How long a completion of four tokens may take: a server that is busy with others needs longer."""
 
 Probe = dict[str, object]
-"""`{"ok", "seconds", "error", "name", "not_asked"}`: `ok` is None, and `not_asked` says why, where it was not asked."""
+"""`{"ok", "seconds", "error", "name", "not_asked"}`. `ok` is None if it was not asked, for the reason `not_asked`."""
 
 
 def probe(ctx: Context, world: World) -> dict[object, Probe]:
@@ -38,7 +38,7 @@ def probe(ctx: Context, world: World) -> dict[object, Probe]:
 
 
 def _ask(ctx: Context, view: PortView) -> Probe:
-    """Under a name that the server has: it must not load or drop a model for a question of ours."""
+    """Ask under a name that the server knows, so that it neither loads nor drops a model because of us."""
     names = names_of(view)
     if names.not_asked or not names.known:
         why = names.not_asked or "its name is not known"

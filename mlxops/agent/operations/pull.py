@@ -67,7 +67,7 @@ def pull(ctx: Context) -> dict[str, object]:
 
 def fetch(ctx: Context, repo_id: str, revision: str | None, check: Check | None = None) -> Snapshot:
     """Download a repository, or follow the operation that does, and see then what is left to do: mostly nothing.
-    `check` may refuse it before.
+    `check` may refuse before anything is downloaded.
 
     Raises what `hub.download` raises, and `Refused` (folder_missing). A download that is cancelled leaves nothing of a
     repository that was not there before, and of one that was what it had completed.
@@ -187,7 +187,7 @@ def remove(ctx: Context) -> dict[str, object]:
 
 
 def _tell_copies(ctx: Context, entry: Model, files: Files) -> None:
-    """Another root of the cache, or another revision, may have the model as well."""
+    """Warn of copies of the model in other roots of the cache."""
     for root in roots(ctx.where.hub):
         copy = root / f"models--{(entry.repo_id or '').replace('/', '--')}"
         if copy.is_dir() and not files.path.is_relative_to(copy):
@@ -206,8 +206,8 @@ def _sharing(ctx: Context, registry: Registry, entry: Model, files: Files) -> li
 
 
 def _files(ctx: Context, entry: Model) -> Files | None:
-    """The entry's snapshot, whole or not, or its repository's folder if that has none (then the revision is empty);
-    None if there is nothing of it, or nothing that lies in a cache of ours."""
+    """Return the entry's snapshot, complete or not; its repository's folder, with an empty revision, if that has no
+    snapshot; None if nothing of it lies in a cache of ours."""
     own = Path(entry.cache_path) if entry.cache_path and os.path.isabs(entry.cache_path) else None
     if own is None or not own.is_dir() or not own.name.startswith(entry.revision or ""):
         found = find(ctx.where.hub, entry.repo_id, entry.revision) if entry.repo_id else None

@@ -40,7 +40,7 @@ class _Plan:
     attempts: Mapping[Step, Sequence[float]]
     """How many seconds ago each was started in vain, newest first."""
     gone: tuple[JobState, ...]
-    """Boot jobs of hosts.yaml that do not start their server: their ports are started as any other."""
+    """Boot jobs of ports to start that are disabled or not installed: they do not reserve their ports."""
 
 
 def restore(ctx: Context) -> dict[str, object]:

@@ -56,8 +56,10 @@ def stop(ctx: Context, view: PortView, grace: float) -> float:
 
 @contextmanager
 def writing_what_was_stopped(stopped: PortView | None) -> Iterator[None]:
-    """Around the registry's write once `stopped` is gone: a write that fails is then no refusal any more, because
-    something was changed. Raises `OutcomeUnknown` (registry_behind)."""
+    """Write the registry after `stopped` was stopped: a failed write is then no refusal, because something was changed.
+
+    Raises `OutcomeUnknown` (registry_behind).
+    """
     try:
         yield
     except MlxopsError as error:
@@ -66,21 +68,21 @@ def writing_what_was_stopped(stopped: PortView | None) -> Iterator[None]:
         port = stopped.port
         raise OutcomeUnknown(
             "registry_behind",
-            f"{stopped.model or 'the server'} on port {port} was stopped, and the registry could not be told",
-            why=f"{error.message}: {error.why}; whatever it assigns to the port would be started by restore",
+            f"{stopped.model or 'the server'} on port {port} was stopped, and the registry could not be written",
+            why=f"{error.message}: {error.why}; restore would start what it assigns to the port",
             hint=f"{error.hint}; then: mlxctl unload {port}",
             details={"cause": error.code, "port": port},
         ) from None
 
 
 def stop_portless(ctx: Context, server: Server, port: int) -> None:
-    """Stop a server that somebody started by hand for a port on which it does not listen."""
+    """Stop a server that was started by hand for a port and does not listen on it."""
     ctx.emit(Phase("stop", f"{server.model or 'a server'} for port {port}, pid {server.pid}"))
     processes.stop(ctx.system, run_of(server, port, ctx.system.boot_id()), grace=END_SECONDS)
 
 
 def shown_stop(view: PortView, *, owner: bool = False) -> str:
-    """A server that is to be stopped, with the processes that only run it."""
+    """Describe a server that is to be stopped, with the processes that only run it."""
     wrappers = view.server.wrappers if view.server and view.owner is Owner.HAND else ()
     along = f", with pid {', '.join(map(str, wrappers))}, which runs it" if wrappers else ""
     whose = f", owner {view.owner}" if owner else ""

@@ -38,8 +38,8 @@ def start_in_place(
 
     The caller holds the port, the model, and those of everything that is stopped. Returns the seconds for which the
     port did not answer; None if nothing had to be stopped. Whatever goes wrong, the servers that were stopped are
-    started again, and the registry says what is true. If all that goes wrong is that the registry cannot be written,
-    and what served before cannot come back, the new server stays.
+    started again, and the registry says what is true. If only the registry cannot be written, and the old server cannot
+    come back, the new one stays.
     """
     with ExitStack() as stack:
         serving = [(view, _way_back(ctx, registry, view)) for view in plan.stops if view.orphan is None]
@@ -105,13 +105,13 @@ def _commit(ctx: Context, plan: LoadPlan, prepared: Prepared) -> None:
 
 
 def _kept(ctx: Context, plan: LoadPlan, error: MlxopsError) -> OutcomeUnknown:
-    """For a new server that stays because nothing could take its place."""
+    """Return the error for a new server that keeps serving because the old one could not come back."""
     name, port = plan.target.name, plan.port
     old = ", ".join(view.model or "a server" for view in plan.stops)
     ctx.note(f"{name} keeps serving port {port}: {old} could not be started again", "warning")
     return OutcomeUnknown(
         "not_committed",
-        f"{name} serves port {port}, and the registry could not be told",
+        f"{name} serves port {port}, and the registry could not be written",
         why=f"{error.message}: {error.why}; {_registered_there(ctx, port)}; {old} could not be started again",
         hint=f"{error.hint}; then: mlxctl load {name} {port}",
         details=error.details,
@@ -119,16 +119,16 @@ def _kept(ctx: Context, plan: LoadPlan, error: MlxopsError) -> OutcomeUnknown:
 
 
 def _registered_there(ctx: Context, port: int) -> str:
-    """What the registry says of a port, for people."""
+    """Say what the registry assigns to a port, for people."""
     registry = ctx.registry()
     if registry.unwritable:
-        return "what it says of the port cannot be told"
+        return "what it assigns to the port is not known"
     names = ", ".join(model.name for model in registry.on_port(port))
     return f"it assigns {names} to the port" if names else "it assigns nothing to the port"
 
 
 def _can_return(back: _WayBack | None) -> bool:
-    """Whether there is a way back, whose files are still there: the disk that takes no registry may have gone."""
+    """Whether there is a way back with all its files: the disk on which the registry cannot be written may be gone."""
     if back is None:
         return False
     try:
@@ -246,15 +246,15 @@ def _bring_back(ctx: Context, view: PortView, back: _WayBack | None) -> str:
 
 
 def _assign_again(ctx: Context, name: str, port: int) -> str:
-    """The registry says who is back. It serves all the same where that cannot be written; then what is to be said."""
+    """Assign the port to the server that came back. Return what to add to the message if that cannot be written."""
     try:
-        # Mostly it says so still. Then nothing is written, which may be just what is not possible.
+        # Usually it is assigned already. Then do not write: that may be what failed.
         if not _assigned(ctx.registry(), name, port):
             ctx.store.registry.update(
                 lambda current: current if _assigned(current, name, port) else current.assign(name, port)
             )
     except MlxopsError as error:
-        return f", but the registry could not be told: {error.message}: {error.why}; {_registered_there(ctx, port)}"
+        return f", but the registry could not be written: {error.message}: {error.why}; {_registered_there(ctx, port)}"
     return ""
 
 

@@ -71,7 +71,7 @@ def _unload_port(ctx: Context, port: int, *, force: bool) -> UnloadPlan:
     for server in plan.portless:
         stop_portless(ctx, server, port)
     if plan.stop is None and plan.portless:
-        return plan  # somebody else is on the port
+        return plan  # another process still holds the port
     ctx.store.forget_run(port)
     with writing_what_was_stopped(plan.stop):
         ctx.store.registry.update(lambda current: current.clear(model.name for model in current.on_port(port)))
