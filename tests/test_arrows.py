@@ -198,7 +198,18 @@ STATUS_ASKS = {
     "mlxops.control": {"client", "files", "hints", "inventory", "lines", "local", "render", "session", "ssh_config"},
 }
 """What the control node imports for it, with `--local`."""
-OVER_SSH = STATUS_ASKS | {"mlxops.control": STATUS_ASKS["mlxops.control"] | {"known_hosts", "login", "transport"}}
+_SSH = {
+    "host_keys",
+    "identities",
+    "known_hosts",
+    "login",
+    "negotiation",
+    "private_keys",
+    "public_keys",
+    "ssh_agent",
+    "transport",
+}
+OVER_SSH = STATUS_ASKS | {"mlxops.control": STATUS_ASKS["mlxops.control"] | _SSH}
 
 
 def listed_modules(names: dict[str, set[str]]) -> set[str]:

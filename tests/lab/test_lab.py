@@ -147,7 +147,8 @@ class TestHomelab:
         lab = make_homelab()
         lab.mini.run("ssh", "studio", "cd ~ && exec >/dev/null 2>&1 && (sleep 1000 &)").ok()
         # The shell's child is a shell until it becomes sleep.
-        wait_until(lambda: {each.command for each in lab.studio.processes()} == {"sleep 1000"}, 10, "sleep to run")
+        studio = lab.studio
+        world.wait_until(lambda: {each.command for each in studio.processes()} == {"sleep 1000"}, 10, "sleep to run")
         with pytest.raises(AssertionError, match=r"left behind on studio: .*sleep 1000"):
             lab.studio.stop(patience=0.1)
         assert not lab.studio.processes()
