@@ -42,7 +42,7 @@ from mlxops.agent.snapshot import (
 )
 from mlxops.agent.system import free_on_disk
 from mlxops.agent.weights import NOT_SERVED, is_served, is_weight, wrong_length
-from mlxops.core.errors import Refused
+from mlxops.core.errors import DownloadFailed, Refused
 from mlxops.core.loadable import no_model
 from mlxops.core.names import is_repo_id, is_revision
 from mlxops.core.protocol import Note, Progress
@@ -125,29 +125,46 @@ def verify(
 ) -> int:
     """Compare the content of a downloaded commit with the hub's hashes; returns how many files were compared.
 
-    Raises what `download` raises, and `DownloadFailed` (wrong_content) after the wrong files were removed.
+    What ends early is removed. What is whole stays: nothing tells damage of the right length from weights that somebody
+    trained further in their place.
+
+    Raises what `download` raises, and `DownloadFailed` (wrong_content) with the commands that bring the hub's files.
     """
     asked = Asked(repo_id, commit)
     folder = hub / ("models--" + repo_id.replace("/", "--"))
     with open_line(patience or Patience(), given_up) as line:
         plan = persistently(lambda: _plan(line, asked), asked, emit, line)
-    wrong = []
+    removed, kept = [], []
     done = 0
     for file in plan.files:
         place = folder / "snapshots" / commit / file.name
         if content_hash(place, file.etag) != file.etag and not _is_somebodys_own(place, file):
-            wrong.append(printable(file.name))
-            _drop(folder, place)
+            size = _size(place)
+            if size is None or _is_begun_only(place, file, size):
+                removed.append(file.name)
+                _drop(folder, place)
+            else:
+                kept.append(file.name)
         done += file.size
         emit(Progress("verify", done, plan.total))
-    if wrong:
-        raise failure("wrong_content", Asked(repo_id, None), f"removed: {', '.join(wrong)}"[:300])
+    if removed or kept:
+        raise _wrong_content(folder / "snapshots" / commit, asked, removed, kept)
     return len(plan.files)
 
 
+def _wrong_content(snapshot: Path, asked: Asked, removed: list[str], kept: list[str]) -> DownloadFailed:
+    said = {"removed, because it ends early": removed, "kept, because somebody may have made it": kept}
+    why = "; ".join(f"{what}: {', '.join(map(printable, names))}" for what, names in said.items() if names)
+    error = failure("wrong_content", asked, why[:400])
+    if kept:
+        files = dict.fromkeys(os.path.realpath(snapshot / name) for name in kept)
+        error.hint = f"to have the hub's again: rm {shlex.join(files)}; mlxctl pull --repo {asked}"
+    return error
+
+
 def _is_somebodys_own(place: Path, file: HubFile) -> bool:
-    """Whether a file that is not the hub's can be an edit: text that is whole, weights of another size that fit their
-    own header. Weights of the hub's size are taken for damaged: `verify` is there to find those."""
+    """Whether a file that is not the hub's can be told for an edit: text that is whole, weights of another size that
+    fit their own header."""
     size = _size(place)
     if size is None:
         return False
@@ -355,7 +372,7 @@ def _prove(folder: Path, plan: Plan, asked: Asked) -> None:
     why = completeness(snapshot)
     if why is None:
         return
-    for name in damaged_weights(snapshot):
+    for name in {file.name for file in plan.files} & set(damaged_weights(snapshot)):
         _drop(folder, snapshot / name)
     raise failure("incomplete_download", asked, why)
 
