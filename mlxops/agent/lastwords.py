@@ -18,10 +18,17 @@ _PROBE = re.compile(r'"?GET /(?:health|v1/models|v1/queue/stats)\b')
 _BAR = re.compile(r"\d+%\|")
 _SHELL = re.compile(r"^(?:zsh: abort|\[\d+\]|\S+: line \d+: +\d+ (?!Killed)|Abort trap|Terminated)")
 """The shell's word on a signal: what the program itself said came before."""
-_CHATTER = re.compile(r"^(?:\S+ \S+ +[|-] +)?(?:INFO|DEBUG|WARNING)\b|Application startup failed")
+_CHATTER = re.compile(
+    r"^(?:\S+ \S+ +[|-] +)?(?:INFO|DEBUG|WARNING)\b|Application startup failed"
+    r"|^libc\+\+abi: terminating .{1,60} of type [\w:]+$"
+)
 """What is told after an error, and is none."""
 _RECORD = re.compile(r"^(?:\d{4}-\d\d-\d\d[ T]|INFO\b|DEBUG\b|ERROR\b|CRITICAL\b|Traceback |--- mlxops )")
 """Where a message of a log begins."""
+_IGNORED = re.compile(r"^Exception ignored (?:in|while)\b")
+"""What Python says while it ends: the traceback after it is not why."""
+_GROUP = re.compile(r"^ *(?:[+|][ +-]*-[+-]*(?: \d+ -+)?$|[+|] )")
+"""The frame that Python draws around the tracebacks of an exception group."""
 _SERVED = re.compile(r'"POST \S+ HTTP/1\.[01]" ')
 _ERROR = re.compile(
     r"^(?:\w+\.)*[A-Za-z_]\w*(?:Error|Exception|Interrupt|Refused|NotFound)(?::|$)"
@@ -47,11 +54,14 @@ def last_line(text: str) -> str:
 
 def _telling(text: str) -> Iterator[str]:
     """The lines without warnings, probes and progress; a warning has the line of source that it came from."""
-    after_warning = False
-    for line in text.splitlines():
+    after_warning = ignored = False
+    for line in (_GROUP.sub("", each) for each in text.splitlines()):
         warning = _WARNING.search(line) is not None
         source = after_warning and line[:1] in (" ", "\t")
         after_warning = warning
+        if ignored or _IGNORED.match(line):
+            ignored = not _ERROR.search(line)
+            continue
         if (
             line.strip()
             and not warning

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from mlxops.agent.cache import Snapshot, completeness, find
 from mlxops.agent.hub import download, tell_edits, verify
-from mlxops.agent.snapshot import edited
+from mlxops.agent.snapshot import edited, inspect
 from mlxops.core.errors import DownloadFailed, Refused
 from mlxops.core.protocol import Event, Note
 from tests.agent.test_hub import LLAMA, QUICK, cache, faulty  # noqa: F401
@@ -268,3 +269,40 @@ class TestAServerWithAnEdit:
 def offline(studio: Studio) -> dict[str, str]:
     """Nothing is found out from a hub: port 9 is "discard", which nobody serves."""
     return {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{}".encode("utf-16"), "it is UTF-16; save it as UTF-8"),
+        ('{"a": "b"}'.encode("utf-16-le"), "it is UTF-16; save it as UTF-8"),
+        (b'{\n"author": "J\xf6rg"}', "it is not UTF-8, in line 2; save it as UTF-8"),
+        (b"\xef\xbb\xbf{}", "it begins with a byte order mark; save it as UTF-8 without one"),
+    ],
+)
+def test_a_config_in_another_encoding_is_told_as_what_it_is(homelab: Homelab, content: bytes, said: str) -> None:
+    studio = homelab.studio
+    config = studio.install(QWEN, models.QWEN) / "config.json"
+    blob = config.resolve()
+    blob.write_bytes(content)
+    assert f"config.json: {said}" in studio.mlxctl("init").ok().stdout
+    words = ("load", "--model", QWEN, "--port", str(studio.ports[0]), "--dry-run", "--json")
+    error = studio.mlxctl(*words).json["hosts"][0]["error"]
+    assert (error["code"], error["why"]) == ("not_servable", f"cannot be read: config.json: {said}")
+    assert error["hint"].startswith(f"correct {config}, or have the hub's again: rm {blob}; mlxctl pull --local")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer_config.json", "tokenizer.json"])
+def test_what_a_clone_without_git_lfs_left_is_called_so_and_fetched_again(
+    faulty: FaultyHub,  # noqa: F811
+    cache: Path,  # noqa: F811
+    name: str,
+) -> None:
+    file = download(QWEN, None, cache, lambda _: None, QUICK).path / name
+    whole = file.read_bytes()
+    in_its_place(file, models.lfs_pointer("a" * 64, len(whole)))
+    assert not isinstance(find(cache, QWEN), Snapshot)
+    shutil.rmtree(file.parents[2] / "trees")  # as most caches have none
+    assert any(f"{name} is a Git LFS pointer" in each for each in inspect(file.parent).problems)
+    download(QWEN, None, cache, lambda _: None, QUICK)
+    assert file.read_bytes() == whole

@@ -17,7 +17,7 @@ from mlxops.agent.installed import abilities, described, lacks_architecture, lac
 from mlxops.agent.operations.context import Context, busy, memory_lock
 from mlxops.agent.operations.files import Files
 from mlxops.agent.operations.gatewayname import context_warning, name_warning
-from mlxops.agent.snapshot import ModelFacts, edited, hubs_again, kept_as_it_is, shape
+from mlxops.agent.snapshot import ModelFacts, edited, kept_as_it_is, shape, to_correct
 from mlxops.agent.store import Lock
 from mlxops.agent.system import free_on_disk
 from mlxops.agent.weights import language_weights
@@ -158,8 +158,7 @@ def _check_files(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
     repo, revision = plan.target.repo_id, prepared.files.revision
     hint = f"compare its files with the hub's: mlxctl pull --repo {repo}@{revision} --verify"
     if facts.broken:
-        file = prepared.files.path / facts.broken[0]
-        hint = f"correct {file}, or have the hub's again: {hubs_again(file, repo, revision)}"
+        hint = to_correct(prepared.files.path / facts.broken[0], repo, revision)
     if facts.problems:
         raise Refused("not_servable", f"{repo} cannot be served", why="; ".join(facts.problems)[:400], hint=hint)
     if _is_language_model(prepared) and not facts.language_weights:
@@ -167,8 +166,13 @@ def _check_files(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
 
 
 def _is_language_model(prepared: Prepared) -> bool:
-    """Whether the engine loads it through mlx-lm; by its argv, in which the entry's own args may have the last word."""
-    return arguments(prepared.wanted.argv).get("--model-type", "lm") == "lm"
+    """Whether the engine loads it through mlx-lm."""
+    return _served_as(prepared) == "lm"
+
+
+def _served_as(prepared: Prepared) -> str:
+    """By its argv, in which the entry's own args may have the last word."""
+    return arguments(prepared.wanted.argv).get("--model-type", "lm")
 
 
 def _check_code(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
@@ -196,6 +200,11 @@ def _check_code(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
         )
 
 
+def served_as(entry: Model) -> str:
+    """The kind of model that an entry is served as, before there is an argv."""
+    return arguments(entry.args).get("--model-type", str(entry.options.get("model_type") or "lm"))
+
+
 def check_before_download(ctx: Context, target: Target) -> Callable[[Collection[str], Mapping[str, object]], None]:
     """What the hub's listing and config.json tell of a repository, against the installed engine.
 
@@ -204,7 +213,7 @@ def check_before_download(ctx: Context, target: Target) -> Callable[[Collection[
     entry = target.entry or Model(target.name, target.repo_id)
     engine = engine_named(entry.engine or settings.engine)
     command = engine.command(settings.launch.get(engine.name, ()), {**ctx.environ, **settings.env})
-    language = arguments(entry.args).get("--model-type", entry.options.get("model_type") or "lm") == "lm"
+    language = served_as(entry) == "lm"
 
     def check(names: Collection[str], config: Mapping[str, object]) -> None:
         if not language:
@@ -252,7 +261,8 @@ def _reserve_memory(
     both be let in where only one fits."""
     from mlxops.agent.memory import budget, check_fits, in_use
 
-    need = memory.estimate(facts.weight_bytes, facts.cache, facts.context_length, prepared.serving.model.context_length)
+    cache, asked = facts.shape.served_as(_served_as(prepared)), prepared.serving.model.context_length
+    need = memory.estimate(facts.weight_bytes, cache, facts.shape.context_length, asked)
     with _reckoning_alone(ctx):
         if not ctx.request.flag("overcommit"):
             uses = in_use(ctx.observe(registry), ctx.system, ctx.reserved())
@@ -312,11 +322,12 @@ def _warnings(ctx: Context, plan: LoadPlan, prepared: Prepared, facts: ModelFact
     if named:
         found.append(named)
     asked = prepared.serving.model.context_length
-    promised = context_warning(ctx, plan.port, asked or facts.context_length)
+    longest = facts.shape.context_length
+    promised = context_warning(ctx, plan.port, asked or longest)
     if promised:
         found.append(promised)
-    if asked and facts.context_length and asked > facts.context_length:
-        found.append(f"context_length {asked} is more than the model can: {facts.context_length}")
+    if asked and longest and asked > longest:
+        found.append(f"context_length {asked} is more than the model can: {longest}")
     if not facts.has_chat_template and prepared.serving.text("chat_template") is None:
         found.append(f"{plan.target.repo_id} has no chat template: the engine may refuse chat completions")
     return found
