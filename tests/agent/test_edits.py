@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -159,6 +160,40 @@ class TestAnEdit:
         download(QWEN, None, cache, lambda _: None, QUICK)
         verify(QWEN, file.parent.name, cache, lambda _: None, QUICK)
         assert file.read_bytes() == weights and completeness(file.parent) is None
+
+
+class TestAnEditThatLooksCutOff:
+    """A person forgot a brace, or ends no last line: held against the hub's file, it is not the beginning of it."""
+
+    @pytest.mark.parametrize("way", WAYS)
+    @pytest.mark.parametrize(
+        ("name", "mine", "served"),
+        [
+            ("config.json", b'{"model_type": "llama", "mine": 1', False),
+            ("chat_template.jinja", b"{% for m in messages %}{{ m.content }}", False),
+            ("README.md", b"mine", True),
+        ],
+    )
+    def test_is_kept_and_told(
+        self,
+        faulty: FaultyHub,  # noqa: F811
+        cache: Path,  # noqa: F811
+        way: str,
+        name: str,
+        mine: bytes,
+        served: bool,
+    ) -> None:
+        file = download(LLAMA, None, cache, lambda _: None, QUICK).path / name
+        WAYS[way](file, mine)
+        if served:
+            download(LLAMA, None, cache, lambda _: None, QUICK)
+        else:
+            with pytest.raises(Refused, match="cannot be served") as caught:
+                download(LLAMA, None, cache, lambda _: None, QUICK)
+            assert f"rm {os.path.realpath(file)}; mlxctl pull" in caught.value.hint
+        with contextlib.suppress(DownloadFailed):
+            verify(LLAMA, file.parent.name, cache, lambda _: None, QUICK)
+        assert file.read_bytes() == mine
 
 
 class TestALinkOfSomebodys:
