@@ -149,8 +149,10 @@ def check(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
     unknown_architecture."""
     _check_files(plan, prepared, facts)
     _check_code(plan, prepared, facts)
-    if _is_language_model(prepared):  # others are another library's
-        _refuse_unknown(plan.target.repo_id, prepared.command, prepared.engine, facts.config, packed=facts.packed)
+    repo_id, command, engine = plan.target.repo_id, prepared.command, prepared.engine
+    _refuse_architecture(repo_id, command, engine, facts.config, _served_as(prepared))
+    if _is_language_model(prepared):
+        _refuse_quantization(repo_id, command, engine, facts.config, packed=facts.packed)
 
 
 def _check_files(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
@@ -213,34 +215,48 @@ def check_before_download(ctx: Context, target: Target) -> Callable[[Collection[
     entry = target.entry or Model(target.name, target.repo_id)
     engine = engine_named(entry.engine or settings.engine)
     command = engine.command(settings.launch.get(engine.name, ()), {**ctx.environ, **settings.env})
-    language = served_as(entry) == "lm"
+    kind = served_as(entry)
 
     def check(names: Collection[str], config: Mapping[str, object]) -> None:
-        if not language:
-            return
         why = None if language_weights(names) else _OTHER_WEIGHTS
-        if why := why or no_tokenizer(names):
+        if kind == "lm" and (why := why or no_tokenizer(names)):
             raise _not_servable(target.repo_id, why)
         if config:
-            _refuse_unknown(target.repo_id, command, engine, config, packed=True)
+            _refuse_architecture(target.repo_id, command, engine, config, kind)
+        if config and kind == "lm":
+            _refuse_quantization(target.repo_id, command, engine, config, packed=True)
 
     return check
 
 
-def _refuse_unknown(
-    repo_id: str, command: Command, engine: Engine, config: Mapping[str, object], *, packed: bool
+_LIBRARIES = {"lm": "mlx_lm", "multimodal": "mlx_vlm"}
+"""What loads the models that are served as that. Of other kinds, nothing is known before."""
+
+
+def _refuse_architecture(
+    repo_id: str, command: Command, engine: Engine, config: Mapping[str, object], kind: str
 ) -> None:
-    """Raises `Refused` (unknown_architecture, not_servable) for what the installed engine does not know."""
-    named = config.get("model_type")
-    model_type = named if isinstance(named, str) else None
-    if why := lacks_architecture(command, engine, model_type):
+    """Raises `Refused` (unknown_architecture) for one that the installed engine does not know."""
+    library = _LIBRARIES.get(kind)
+    if library and (why := lacks_architecture(command, engine, _model_type(config), library)):
         raise Refused(
             "unknown_architecture",
             f"{repo_id} is of an architecture that the installed engine cannot load",
             why=why,
             hint="upgrade the engine on the host, or choose another model",
         )
-    known = abilities(command, engine, model_type)
+
+
+def _model_type(config: Mapping[str, object]) -> str | None:
+    named = config.get("model_type")
+    return named if isinstance(named, str) else None
+
+
+def _refuse_quantization(
+    repo_id: str, command: Command, engine: Engine, config: Mapping[str, object], *, packed: bool
+) -> None:
+    """Raises `Refused` (not_servable) for weights that the installed engine does not unpack."""
+    known = abilities(command, engine, _model_type(config))
     if known is not None and (why := unknown_quantization(config, known, packed=packed)):
         raise _not_servable(repo_id, f"{why} (mlx-lm {known.version})")
 
