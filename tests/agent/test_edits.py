@@ -341,3 +341,14 @@ def test_what_a_clone_without_git_lfs_left_is_called_so_and_fetched_again(
     assert any(f"{name} is a Git LFS pointer" in each for each in inspect(file.parent).problems)
     download(QWEN, None, cache, lambda _: None, QUICK)
     assert file.read_bytes() == whole
+
+
+def test_what_goes_with_a_removed_model_is_told_before_and_after(homelab: Homelab) -> None:
+    studio = homelab.studio
+    config = studio.install(QWEN, models.QWEN) / "config.json"
+    config.resolve().write_bytes(longer(config.read_bytes()))
+    studio.mlxctl("init").ok()
+    words = ("remove", "--model", QWEN)
+    assert "edited there would go with them: config.json" in studio.mlxctl(*words, "--dry-run").ok().stderr
+    assert config.exists()
+    assert "edited there went with them: config.json" in studio.mlxctl(*words).ok().stderr
