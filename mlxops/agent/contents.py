@@ -13,11 +13,14 @@ import re
 from pathlib import Path
 
 from mlxops.agent import reading
+from mlxops.core.text import NotUTF8, utf8
 
 MAX_TEXT = 64 * 1024 * 1024
 """Bytes; a tokenizer.json of 250,000 words has 35 million, a config.json a few thousand."""
 _LOST = b"\0\0"
 """How text ends after a power loss in which the disk kept its length and not its bytes. One NUL may be UTF-16's."""
+_POINTER = b"version https://git-lfs."
+"""The beginning of the file that a clone without Git LFS leaves in the place of a large one."""
 _PIECE = 4 * 1024 * 1024
 _LITERALS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
 _TAG = re.compile(r"\{#.*?#\}|\{%[-+]?\s*(\w+)(.*?)%\}|\{\{.*?\}\}", re.DOTALL)
@@ -65,8 +68,12 @@ def parse(data: bytes, what: str) -> dict[str, object]:
     try:
         parsed = json.loads(data.decode())
     except UnicodeDecodeError:
-        raise Damaged(f"{what} is not UTF-8 text", ends_early=_json_ends_early(data)) from None
+        raise Damaged(f"{what}: {_other_text(data)}", ends_early=_json_ends_early(data)) from None
     except json.JSONDecodeError as error:
+        if is_pointer(data):
+            raise Damaged(f"{what} is a Git LFS pointer, not the file itself", ends_early=True) from None
+        if other := _other_text(data):
+            raise Damaged(f"{what}: {other}", ends_early=_json_ends_early(data)) from None
         where = f"line {error.lineno}, column {error.colno}: {error.msg}"
         raise Damaged(f"{what} is not JSON ({where})", ends_early=_json_ends_early(data)) from None
     except (ValueError, RecursionError):
@@ -74,6 +81,22 @@ def parse(data: bytes, what: str) -> dict[str, object]:
     if not isinstance(parsed, dict):
         raise Damaged(f"{what} is not a JSON object")
     return parsed
+
+
+def is_pointer(start: bytes) -> bool:
+    """Whether a file that begins like that was left by a clone without Git LFS."""
+    return start.startswith(_POINTER)
+
+
+def _other_text(data: bytes) -> str | None:
+    """What bytes are that are not JSON's UTF-8; None if they are."""
+    if data.startswith(codecs.BOM_UTF8):
+        return "it begins with a byte order mark; save it as UTF-8 without one"
+    try:
+        utf8(data)
+    except NotUTF8 as error:
+        return str(error)
+    return None
 
 
 def ends_early(path: str, name: str, size: int, whole: int) -> bool:
@@ -86,7 +109,7 @@ def ends_early(path: str, name: str, size: int, whole: int) -> bool:
     if size > MAX_TEXT:
         return size < whole
     data = read(path, MAX_TEXT)
-    if data.endswith(_LOST) and is_text(name):
+    if is_pointer(data) or (data.endswith(_LOST) and is_text(name)):
         return True
     if size >= whole:
         return False

@@ -189,7 +189,8 @@ TABLE = (
     _known(
         "files_do_not_fit",
         r"Missing (?:\d+ )?parameters|Received (?:\d+ )?parameters not in model|Expected shape .{1,80}received shape"
-        r"|invalid safetensors|SafetensorError|incomplete metadata|header too large|\[load_safetensors\]",
+        r"|shapes of the weight and scales are incompatible|invalid safetensors|SafetensorError|incomplete metadata"
+        r"|header too large|\[load_safetensors\]",
         "its weight files do not belong to its configuration, or are damaged",
         "undo what was edited in its config.json, or " + _COMPARE + "; or choose another conversion",
     ),

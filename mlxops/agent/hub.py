@@ -16,7 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxops.agent.cache import Skipped, Snapshot, find, is_commit
-from mlxops.agent.contents import Damaged, can_be_an_edit, content_hash, parse, printable
+from mlxops.agent.contents import (
+    MAX_TEXT,
+    Damaged,
+    can_be_an_edit,
+    content_hash,
+    is_pointer,
+    is_text,
+    parse,
+    printable,
+    read,
+)
 from mlxops.agent.flocks import is_locked
 from mlxops.agent.hubline import (
     Asked,
@@ -37,13 +47,15 @@ from mlxops.agent.snapshot import (
     completeness,
     damaged_weights,
     edited,
+    inspect,
     is_begun_only,
     kept_as_it_is,
     link_that_leads_nowhere,
+    to_correct,
 )
 from mlxops.agent.system import free_on_disk
 from mlxops.agent.weights import NOT_SERVED, is_served, is_weight, wrong_length
-from mlxops.core.errors import Refused
+from mlxops.core.errors import DownloadFailed, Refused
 from mlxops.core.loadable import no_model
 from mlxops.core.names import is_repo_id, is_revision
 from mlxops.core.protocol import Note, Progress
@@ -106,7 +118,7 @@ def download(
         _refuse_other_formats(plan)
         if check is not None:
             check({file.name for file in plan.files}, _config(line, plan))
-        persistently(lambda: _prepare(folder, plan, emit), asked, emit, line)
+        persistently(lambda: _prepare(line, folder, plan, emit), asked, emit, line)
         progress = Bytes(emit, plan.total, line)
         persistently(lambda: _fetch(line, plan, folder, progress, asked), asked, emit, line)
     _prove(folder, plan, asked)
@@ -126,29 +138,50 @@ def verify(
 ) -> int:
     """Compare the content of a downloaded commit with the hub's hashes; returns how many files were compared.
 
-    Raises what `download` raises, and `DownloadFailed` (wrong_content) after the wrong files were removed.
+    What ends early is removed. What is whole stays: nothing tells damage of the right length from weights that somebody
+    trained further in their place.
+
+    Raises what `download` raises, and `DownloadFailed` (wrong_content) with the commands that bring the hub's files.
     """
     asked = Asked(repo_id, commit)
     folder = hub / ("models--" + repo_id.replace("/", "--"))
     with open_line(patience or Patience(), given_up) as line:
         plan = persistently(lambda: _plan(line, asked), asked, emit, line)
-    wrong = []
-    done = 0
-    for file in plan.files:
-        place = folder / "snapshots" / commit / file.name
-        if content_hash(place, file.etag) != file.etag and not _is_somebodys_own(place, file):
-            wrong.append(printable(file.name))
-            _drop(folder, place)
-        done += file.size
-        emit(Progress("verify", done, plan.total))
-    if wrong:
-        raise failure("wrong_content", Asked(repo_id, None), f"removed: {', '.join(wrong)}"[:300])
+        removed, kept = [], []
+        done = 0
+        for file in plan.files:
+            place = folder / "snapshots" / commit / file.name
+            if content_hash(place, file.etag) != file.etag and not _is_somebodys_own(place, file):
+                if _is_lost(line, plan, place, file, asked, emit):
+                    removed.append(file.name)
+                    _drop(folder, place)
+                else:
+                    kept.append(file.name)
+            done += file.size
+            emit(Progress("verify", done, plan.total))
+    if removed or kept:
+        raise _wrong_content(folder / "snapshots" / commit, asked, removed, kept)
     return len(plan.files)
+
+
+def _is_lost(line: Line, plan: Plan, place: Path, file: HubFile, asked: Asked, emit: Emit) -> bool:
+    size = _size(place)
+    return size is None or persistently(lambda: _is_begun_only(line, plan, place, file, size), asked, emit, line)
+
+
+def _wrong_content(snapshot: Path, asked: Asked, removed: list[str], kept: list[str]) -> DownloadFailed:
+    said = {"removed, because it ends early": removed, "kept, because somebody may have made it": kept}
+    why = "; ".join(f"{what}: {', '.join(map(printable, names))}" for what, names in said.items() if names)
+    error = failure("wrong_content", asked, why[:400])
+    if kept:
+        files = dict.fromkeys(os.path.realpath(snapshot / name) for name in kept)
+        error.hint = f"to have the hub's again: rm {shlex.join(files)}; mlxctl pull --repo {asked}"
+    return error
 
 
 def _is_somebodys_own(place: Path, file: HubFile) -> bool:
     """Whether a file that differs from the hub's may be an edit: text that does not end early, or weights of another
-    size that fit their own header. Weights of the hub's size count as damaged: `verify` is there to find those."""
+    size that fit their own header."""
     size = _size(place)
     if size is None:
         return False
@@ -211,16 +244,22 @@ def _hub_file(file: RepoSibling | RepoFile) -> HubFile:
 def _config(line: Line, plan: Plan) -> Mapping[str, object]:
     """Read the repository's config.json, without keeping it; empty if that fails: the download reports errors of the
     hub."""
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils._headers import build_hf_headers
-    from huggingface_hub.utils._http import get_session
-
-    url = hf_hub_url(plan.repo_id, "config.json", revision=plan.commit, endpoint=line.endpoint)
     try:
-        answer = get_session().get(url, headers=build_hf_headers(), follow_redirects=True)
-        return parse(answer.content, "config.json") if answer.status_code == 200 else {}
+        return parse(_content(line, plan, "config.json"), "config.json")
     except Exception:  # noqa: BLE001 - of a dozen kinds, and the download will meet it again
         return {}
+
+
+def _content(line: Line, plan: Plan, name: str) -> bytes:
+    """A small file of the repository, which is not kept. Raises what huggingface_hub and its HTTP raise."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils._headers import build_hf_headers
+    from huggingface_hub.utils._http import get_session, hf_raise_for_status
+
+    url = hf_hub_url(plan.repo_id, name, revision=plan.commit, endpoint=line.endpoint)
+    answer = get_session().get(url, headers=build_hf_headers(), follow_redirects=True)
+    hf_raise_for_status(answer)
+    return answer.content
 
 
 def _refuse_other_formats(plan: Plan) -> None:
@@ -240,10 +279,10 @@ def _not_mlx(plan: Plan, why: str) -> Refused:
     )
 
 
-def _prepare(folder: Path, plan: Plan, emit: Emit) -> None:
+def _prepare(line: Line, folder: Path, plan: Plan, emit: Emit) -> None:
     _refuse_dead_links(folder, plan)
     _drop_leftovers(folder)
-    _drop_begun(folder, plan, emit)
+    _drop_begun(line, folder, plan, emit)
     _announce(folder, plan, emit)
 
 
@@ -273,24 +312,30 @@ def _refuse_dead_links(folder: Path, plan: Plan) -> None:
             )
 
 
-def _drop_begun(folder: Path, plan: Plan, emit: Emit) -> None:
+def _drop_begun(line: Line, folder: Path, plan: Plan, emit: Emit) -> None:
     """Delete truncated files: huggingface_hub takes any file of the right name for the right one. A complete file that
     differs from the hub's is an edit, and stays."""
     for file in plan.files:
         for place in _places(folder, plan, file):
             actual = _size(place)
-            if actual is None or actual == file.size or not _is_begun_only(place, file, actual):
+            if actual is None or actual == file.size or not _is_begun_only(line, plan, place, file, actual):
                 continue
             what = f"{printable(file.name)} has {actual} of {file.size} bytes in the cache"
             emit(Note(f"{what}: downloading it again", "warning"))
             _drop(folder, place)
 
 
-def _is_begun_only(place: Path, file: HubFile, size: int) -> bool:
+def _is_begun_only(line: Line, plan: Plan, place: Path, file: HubFile, size: int) -> bool:
+    """Whether it is the beginning of the hub's file. Text that only looks as if it ended early, for a brace that
+    somebody forgot, is held against the hub's; what that raises is for `persistently`."""
     try:
-        return is_begun_only(str(place), file.name, size, file.size)
+        begun = is_begun_only(str(place), file.name, size, file.size)
+        if not begun or not size or not is_text(file.name) or max(size, file.size) > MAX_TEXT:
+            return begun
+        content = read(str(place), MAX_TEXT)
     except (OSError, Damaged):
         return False
+    return is_pointer(content) or _content(line, plan, file.name).startswith(content.rstrip(b"\0"))
 
 
 def _drop(folder: Path, pointer: Path) -> None:
@@ -356,9 +401,31 @@ def _prove(folder: Path, plan: Plan, asked: Asked) -> None:
     why = completeness(snapshot)
     if why is None:
         return
-    for name in damaged_weights(snapshot):
+    for name in {file.name for file in plan.files} & set(damaged_weights(snapshot)):
         _drop(folder, snapshot / name)
+    _refuse_edits(snapshot, plan, why)
     raise failure("incomplete_download", asked, why)
+
+
+def _refuse_edits(snapshot: Path, plan: Plan, why: str) -> None:
+    """Raises `Refused` (not_servable) if a file that somebody edited is what engines cannot use."""
+    broken = inspect(snapshot).broken
+    for file in plan.files:
+        place = snapshot / file.name
+        if file.name not in broken and not (is_text(file.name) and _looks_begun(place, file)):
+            continue
+        if content_hash(place, file.etag) == file.etag:
+            continue  # the hub's is no better
+        hint = to_correct(place, plan.repo_id, plan.commit)
+        raise Refused("not_servable", f"{plan.repo_id} cannot be served", why=why, hint=hint)
+
+
+def _looks_begun(place: Path, file: HubFile) -> bool:
+    size = _size(place)
+    try:
+        return size not in (None, file.size) and is_begun_only(str(place), file.name, size or 0, file.size)
+    except (OSError, Damaged):
+        return False
 
 
 def _write_ref(folder: Path, name: str, commit: str, asked: Asked) -> None:
@@ -382,6 +449,8 @@ def _found(hub: Path, plan: Plan) -> Snapshot:
     whole = found if isinstance(found, Snapshot) or found is None else found.whole
     if whole is not None:
         return whole
+    if isinstance(found, Skipped):
+        _refuse_edits(found.path, plan, found.why)
     raise _not_mlx(plan, found.why if isinstance(found, Skipped) else "it is not in the cache after its download")
 
 

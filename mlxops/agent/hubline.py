@@ -471,7 +471,7 @@ _HINT = {
     "download_stalled": f"check the host's network, then {_AGAIN}",
     "cache_not_writable": "check the owner and permissions of the cache folder",
     "incomplete_download": _AGAIN,
-    "wrong_content": "download them anew: mlxctl pull --repo {asked} --verify",
+    "wrong_content": "download them anew: mlxctl pull --repo {asked}",
 }
 
 

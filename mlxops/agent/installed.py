@@ -88,13 +88,14 @@ def _stat(path: Path) -> os.stat_result | None:
         return None
 
 
-def lacks_architecture(command: Command, engine: Engine, model_type: str | None) -> str | None:
+def lacks_architecture(command: Command, engine: Engine, model_type: str | None, library: str = "mlx_lm") -> str | None:
     """Why the engine cannot load models of this `model_type` (config.json); None if it can, or if that is not known.
 
-    Every architecture is a module of mlx_lm, but for those that it maps to another one (`mlx_lm/utils.py`).
+    Every architecture is a module of the library, mlx_lm or mlx_vlm, but for those that it maps to another one (its
+    utils.py, MODEL_REMAPPING).
     """
     site = site_packages(command.argv, engine.distribution)
-    models = site / "mlx_lm" / "models" if site else None
+    models = site / library / "models" if site else None
     if models is None or not os.path.isdir(models):
         return None
     if model_type is None:
@@ -104,11 +105,13 @@ def lacks_architecture(command: Command, engine: Engine, model_type: str | None)
     mapped = _remapped(models.parent / "utils.py")
     if mapped is None:
         return None
-    name = mapped.get(model_type, model_type)
+    asked = model_type.lower() if library == "mlx_vlm" else model_type
+    name = mapped.get(asked, asked)
     if any(os.path.exists(models / each) for each in (f"{name}.py", name)):
         return None
-    version = version_in(models.parent.parent, "mlx_lm")
-    return f"its model_type is {model_type!r}, which mlx-lm {version or ''} beside {engine.name} does not have"
+    version = version_in(models.parent.parent, library)
+    loader = f"{library.replace('_', '-')} {version or ''}"
+    return f"its model_type is {model_type!r}, which {loader} beside {engine.name} does not have"
 
 
 def abilities(command: Command, engine: Engine, model_type: str | None) -> Abilities | None:

@@ -18,10 +18,17 @@ _PROBE = re.compile(r'"?GET /(?:health|v1/models|v1/queue/stats)\b')
 _BAR = re.compile(r"\d+%\|")
 _SHELL = re.compile(r"^(?:zsh: abort|\[\d+\]|\S+: line \d+: +\d+ (?!Killed)|Abort trap|Terminated)")
 """A shell's message about a signal: the program's own last words come before it."""
-_CHATTER = re.compile(r"^(?:\S+ \S+ +[|-] +)?(?:INFO|DEBUG|WARNING)\b|Application startup failed")
+_CHATTER = re.compile(
+    r"^(?:\S+ \S+ +[|-] +)?(?:INFO|DEBUG|WARNING)\b|Application startup failed"
+    r"|^libc\+\+abi: terminating .{1,60} of type [\w:]+$"
+)
 """Lines that follow an error and are none."""
 _RECORD = re.compile(r"^(?:\d{4}-\d\d-\d\d[ T]|INFO\b|DEBUG\b|ERROR\b|CRITICAL\b|Traceback |--- mlxops )")
 """The first line of a log message."""
+_IGNORED = re.compile(r"^Exception ignored (?:in|while)\b")
+"""Python says this while it ends. The traceback after it is not the cause."""
+_GROUP = re.compile(r"^ *(?:[+|][ +-]*-[+-]*(?: \d+ -+)?$|[+|] )")
+"""The frame that Python draws around the tracebacks of an exception group."""
 _SERVED = re.compile(r'"POST \S+ HTTP/1\.[01]" ')
 _ERROR = re.compile(
     r"^(?:\w+\.)*[A-Za-z_]\w*(?:Error|Exception|Interrupt|Refused|NotFound)(?::|$)"
@@ -47,11 +54,14 @@ def last_line(text: str) -> str:
 def _telling(text: str) -> Iterator[str]:
     """Yield the lines that are no warnings, probes or progress. A line of source may follow a warning, and belongs to
     it."""
-    after_warning = False
-    for line in text.splitlines():
+    after_warning = ignored = False
+    for line in (_GROUP.sub("", each) for each in text.splitlines()):
         warning = _WARNING.search(line) is not None
         source = after_warning and line[:1] in (" ", "\t")
         after_warning = warning
+        if ignored or _IGNORED.match(line):
+            ignored = not _ERROR.search(line)
+            continue
         if (
             line.strip()
             and not warning

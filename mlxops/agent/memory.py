@@ -63,13 +63,14 @@ def _sysctl(name: str) -> str:
     return done.stdout if done.returncode == 0 else ""
 
 
-def estimate_of(path: Path, context_length: int | None = None) -> Estimate | None:
-    """What the snapshot at `path` would take; None if there are no weights. `context_length`: tokens, if it is set."""
+def estimate_of(path: Path, context_length: int | None = None, model_type: str = "lm") -> Estimate | None:
+    """What the snapshot at `path` would take; None if there are no weights. `context_length`: tokens, if it is set;
+    `model_type`: what the engine serves it as."""
     weights = sum(weight_files(path).values())
     if not weights:
         return None
     shaped = shape(path)
-    return memory.estimate(weights, shaped.cache, shaped.context_length, context_length)
+    return memory.estimate(weights, shaped.served_as(model_type), shaped.context_length, context_length)
 
 
 def in_use(world: World, system: System, reserved: Mapping[int, Operation]) -> tuple[Use, ...]:
@@ -99,8 +100,9 @@ def _use(world: World, system: System, server: Found, view: PortView | None) -> 
     """Describe a server's memory. `view`: the port of ours that it serves, if any."""
     process, seen = server.process, server.seen
     path = real_path(system.folder(process.pid), seen.model)
-    asked = options(process.argv).get("--context-length", "")
-    expected = estimate_of(Path(path), int(asked) if asked.isdecimal() else None) if path else None
+    given = options(process.argv)
+    asked, model_type = given.get("--context-length", ""), given.get("--model-type", "lm")
+    expected = estimate_of(Path(path), int(asked) if asked.isdecimal() else None, model_type) if path else None
     owner = "hand" if process.uid == os.getuid() else "foreign"
     return Use(
         port=view.port if view else _port(world, system, server),

@@ -32,7 +32,7 @@ from mlxops.agent.weights import (
     weights,
     wrong_length,
 )
-from mlxops.core.kvcache import HALF, KVCache, kv_cache, language_model
+from mlxops.core.kvcache import HALF, KVCache, kv_cache, language_model, seeing_cache
 from mlxops.core.loadable import is_packed, no_model, no_tokenizer, unsaid_quantization
 
 MAX_JSON = contents.MAX_TEXT
@@ -121,16 +121,20 @@ class Shape:
     context_length: int | None
     cache: KVCache | None
     """What it keeps of a conversation; None if the configuration does not say."""
+    seeing: KVCache | None
+    """The same where it is served as another model than a language model."""
+
+    def served_as(self, model_type: str) -> KVCache | None:
+        """`model_type`: the engine's option, lm or another."""
+        return self.cache if model_type == "lm" else self.seeing
 
 
 @dataclass(frozen=True)
 class ModelFacts:
     """What the files tell before anything is started."""
 
-    model_type: str | None
+    shape: Shape
     architectures: tuple[str, ...]
-    context_length: int | None
-    cache: KVCache | None
     weight_bytes: int
     quantization: str | None
     """For people: "6-bit gs64"."""
@@ -234,6 +238,11 @@ def kept_as_it_is(file: Path, repo_id: str, revision: str) -> str:
     return f"it is kept, and served as it is (to have the hub's again: {hubs_again(file, repo_id, revision)})"
 
 
+def to_correct(file: Path, repo_id: str, revision: str) -> str:
+    """What to do about a file that engines do not parse."""
+    return f"correct {file}, or have the hub's again: {hubs_again(file, repo_id, revision)}"
+
+
 def hubs_again(file: Path, repo_id: str, revision: str) -> str:
     """Return the commands that replace an edited file by the hub's. They delete the file behind a link, too."""
     return f"rm {shlex.quote(os.path.realpath(file))}; mlxctl pull --repo {repo_id}@{revision}"
@@ -273,13 +282,10 @@ def inspect(path: Path) -> ModelFacts:
     if "modules.json" in files.sizes or "1_Pooling/config.json" in files.sizes:
         oddities.append("it is a model for embeddings (sentence-transformers): its chat completions mean nothing")
     architectures = config.get("architectures")
-    shaped = _shape(config, folder)
     model_file = config.get("model_file")
     return ModelFacts(
-        model_type=shaped.model_type,
+        shape=_shape(config, folder),
         architectures=tuple(map(str, architectures)) if isinstance(architectures, list) else (),
-        context_length=shaped.context_length,
-        cache=shaped.cache,
         weight_bytes=sum(files.sizes[name] for name in weights(files.sizes)),
         quantization=_quantization(config),
         model_file=printable(str(model_file)) if model_file else None,
@@ -318,8 +324,9 @@ def _check_tokenizer(folder: str, files: Files, problems: list[str], broken: lis
     """Check only the last byte of tokenizer.json: parsing many megabytes takes long."""
     if files.sizes.get("tokenizer.json", 0) > 0:
         with suppress(OSError):
-            if not reading.read_end(f"{folder}/tokenizer.json", 64).rstrip().endswith(b"}"):
-                problems.append("tokenizer.json is cut off")
+            pointer = contents.is_pointer(first_bytes(f"{folder}/tokenizer.json", 64))
+            if pointer or not reading.read_end(f"{folder}/tokenizer.json", 64).rstrip().endswith(b"}"):
+                problems.append(f"tokenizer.json {'is a Git LFS pointer' if pointer else 'ends before its end'}")
                 broken.append("tokenizer.json")
 
 
@@ -363,13 +370,14 @@ def shape(path: Path) -> Shape:
 def _shape(config: Mapping[str, object], folder: str) -> Shape:
     longest = (_positive(each, key) for key in _CONTEXT for each in (config, language_model(config)))
     model_type = config.get("model_type")
-    cache = kv_cache(config)
+    cache, seeing = kv_cache(config), seeing_cache(config)
     if cache and cache.value_bytes > HALF and _has_halves(folder):
-        cache = replace(cache, value_bytes=HALF)
+        cache, seeing = replace(cache, value_bytes=HALF), seeing and replace(seeing, value_bytes=HALF)
     return Shape(
         model_type=model_type if isinstance(model_type, str) else None,
         context_length=next(filter(None, longest), None),
         cache=cache,
+        seeing=seeing,
     )
 
 

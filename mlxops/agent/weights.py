@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import translate
 
-from mlxops.agent.contents import Damaged, parse, printable
+from mlxops.agent.contents import Damaged, is_pointer, parse, printable
 
 MAX_HEADER = 100_000_000
 """Bytes; the limit of the safetensors format itself (`safetensors`, src/tensor.rs, MAX_HEADER_SIZE)."""
@@ -212,6 +212,8 @@ def encoded_header(path: str, size: int) -> bytes:
     try:
         start = os.read(descriptor, _FIRST)
         length = int.from_bytes(start[:8], "little")
+        if is_pointer(start):
+            raise Damaged("is a Git LFS pointer, not the weights")
         if size < 8 or length > min(size - 8, MAX_HEADER):
             raise Damaged(f"is cut off or not a safetensors file ({size} bytes)")
         rest = os.read(descriptor, length + 8 - len(start)) if length + 8 > len(start) else b""

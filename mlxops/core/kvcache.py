@@ -41,19 +41,34 @@ class KVCache:
 def kv_cache(config: Mapping[str, object]) -> KVCache | None:
     """Return the cache; None if the configuration does not say how many layers there are, or how wide."""
     inner = language_model(config)
-    dtypes = [each.get(key) for each in (inner, config) for key in ("dtype", "torch_dtype")]
-    value_bytes = SINGLE if "float32" in dtypes else HALF
     for model_type in (config.get("model_type"), inner.get("model_type")):
         family = MODEL_TYPES.get(str(model_type)) or MODEL_TYPES.get(str(model_type).removesuffix("_text"))
         if family:
             try:
-                return KVCache(tuple(family(Config(inner))), value_bytes)
+                return KVCache(tuple(family(Config(inner))), _value_bytes(config))
             except Untold:
                 break
+    return _upper(config)
+
+
+def _upper(config: Mapping[str, object]) -> KVCache | None:
+    inner = language_model(config)
     layers, width = guess(inner, *LAYERS), _at_most(inner)
     if not layers or layers > MOST_LAYERS or not width:
         return None
-    return KVCache((Layer(width),) * layers, value_bytes, certain=False)
+    return KVCache((Layer(width),) * layers, _value_bytes(config), certain=False)
+
+
+def _value_bytes(config: Mapping[str, object]) -> int:
+    dtypes = [each.get(key) for each in (language_model(config), config) for key in ("dtype", "torch_dtype")]
+    return SINGLE if "float32" in dtypes else HALF
+
+
+def seeing_cache(config: Mapping[str, object]) -> KVCache | None:
+    """What mlx-vlm keeps, which serves models that also see: full keys and values where mlx-lm keeps a latent vector
+    (read in its 0.4.4: kimi_vl, mistral4, deepseek_vl_v2)."""
+    inner = language_model(config)
+    return kv_cache(config) if not guess(inner, "kv_lora_rank") else _upper(config)
 
 
 def language_model(config: Mapping[str, object]) -> Mapping[str, object]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 
 from mlxops.agent.cache import Snapshot, completeness, find
 from mlxops.agent.hub import download, tell_edits, verify
-from mlxops.agent.snapshot import edited
+from mlxops.agent.snapshot import edited, inspect
 from mlxops.core.errors import DownloadFailed, Refused
 from mlxops.core.protocol import Event, Note
 from tests.agent.test_hub import LLAMA, QUICK, cache, faulty  # noqa: F401
@@ -160,6 +162,40 @@ class TestAnEdit:
         assert file.read_bytes() == weights and completeness(file.parent) is None
 
 
+class TestAnEditThatLooksCutOff:
+    """A person forgot a brace, or ends no last line: held against the hub's file, it is not the beginning of it."""
+
+    @pytest.mark.parametrize("way", WAYS)
+    @pytest.mark.parametrize(
+        ("name", "mine", "served"),
+        [
+            ("config.json", b'{"model_type": "llama", "mine": 1', False),
+            ("chat_template.jinja", b"{% for m in messages %}{{ m.content }}", False),
+            ("README.md", b"mine", True),
+        ],
+    )
+    def test_is_kept_and_told(
+        self,
+        faulty: FaultyHub,  # noqa: F811
+        cache: Path,  # noqa: F811
+        way: str,
+        name: str,
+        mine: bytes,
+        served: bool,
+    ) -> None:
+        file = download(LLAMA, None, cache, lambda _: None, QUICK).path / name
+        WAYS[way](file, mine)
+        if served:
+            download(LLAMA, None, cache, lambda _: None, QUICK)
+        else:
+            with pytest.raises(Refused, match="cannot be served") as caught:
+                download(LLAMA, None, cache, lambda _: None, QUICK)
+            assert f"rm {os.path.realpath(file)}; mlxctl pull" in caught.value.hint
+        with contextlib.suppress(DownloadFailed):
+            verify(LLAMA, file.parent.name, cache, lambda _: None, QUICK)
+        assert file.read_bytes() == mine
+
+
 class TestALinkOfSomebodys:
     def test_to_another_disk_is_served(self, tmp_path: Path, tiny_models: Path) -> None:
         snapshot = models.install_snapshot(tmp_path / "hub", QWEN, tiny_models / models.QWEN, trees=True)
@@ -268,3 +304,51 @@ class TestAServerWithAnEdit:
 def offline(studio: Studio) -> dict[str, str]:
     """Nothing is found out from a hub: port 9 is "discard", which nobody serves."""
     return {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{}".encode("utf-16"), "it is UTF-16; save it as UTF-8"),
+        ('{"a": "b"}'.encode("utf-16-le"), "it is UTF-16; save it as UTF-8"),
+        (b'{\n"author": "J\xf6rg"}', "it is not UTF-8, in line 2; save it as UTF-8"),
+        (b"\xef\xbb\xbf{}", "it begins with a byte order mark; save it as UTF-8 without one"),
+    ],
+)
+def test_a_config_in_another_encoding_is_told_as_what_it_is(homelab: Homelab, content: bytes, said: str) -> None:
+    studio = homelab.studio
+    config = studio.install(QWEN, models.QWEN) / "config.json"
+    blob = config.resolve()
+    blob.write_bytes(content)
+    assert f"config.json: {said}" in studio.mlxctl("init").ok().stdout
+    words = ("load", "--model", QWEN, "--port", str(studio.ports[0]), "--dry-run", "--json")
+    error = studio.mlxctl(*words).json["hosts"][0]["error"]
+    assert (error["code"], error["why"]) == ("not_servable", f"cannot be read: config.json: {said}")
+    assert error["hint"].startswith(f"correct {config}, or have the hub's again: rm {blob}; mlxctl pull --local")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer_config.json", "tokenizer.json"])
+def test_what_a_clone_without_git_lfs_left_is_called_so_and_fetched_again(
+    faulty: FaultyHub,  # noqa: F811
+    cache: Path,  # noqa: F811
+    name: str,
+) -> None:
+    file = download(QWEN, None, cache, lambda _: None, QUICK).path / name
+    whole = file.read_bytes()
+    in_its_place(file, models.lfs_pointer("a" * 64, len(whole)))
+    assert not isinstance(find(cache, QWEN), Snapshot)
+    shutil.rmtree(file.parents[2] / "trees")  # as most caches have none
+    assert any(f"{name} is a Git LFS pointer" in each for each in inspect(file.parent).problems)
+    download(QWEN, None, cache, lambda _: None, QUICK)
+    assert file.read_bytes() == whole
+
+
+def test_what_goes_with_a_removed_model_is_told_before_and_after(homelab: Homelab) -> None:
+    studio = homelab.studio
+    config = studio.install(QWEN, models.QWEN) / "config.json"
+    config.resolve().write_bytes(longer(config.read_bytes()))
+    studio.mlxctl("init").ok()
+    words = ("remove", "--model", QWEN)
+    assert "edited there would go with them: config.json" in studio.mlxctl(*words, "--dry-run").ok().stderr
+    assert config.exists()
+    assert "edited there went with them: config.json" in studio.mlxctl(*words).ok().stderr

@@ -153,6 +153,37 @@ LOGS: dict[str, tuple[str, str, str | None]] = {
     "only progress": ("Fetching 15 files:  40%|##  | 6/15\n", "", None),
     "a message that is none of a Python": ("cannot find it\n", "cannot find it", None),
     "nothing": ("\n \n", "", None),
+    "a child that Python misses after the error": (
+        f"{FRAMES}ValueError: Model type glm5 not supported.\n"
+        "Exception ignored in: <function ResourceTracker.__del__ at 0x1043>\nTraceback (most recent call last):\n"
+        f'  File "{PYTHON}/multiprocessing/resource_tracker.py", line 77, in __del__\n'
+        "ChildProcessError: [Errno 10] No child processes\n",
+        "ValueError: Model type glm5 not supported.",
+        "unknown_architecture",
+    ),
+    "the error within an exception group": (
+        "  + Exception Group Traceback (most recent call last):\n"
+        "  | ExceptionGroup: unhandled errors in a TaskGroup (1 sub-exception)\n"
+        "  +-+---------------- 1 ----------------\n    | Traceback (most recent call last):\n"
+        "    | ValueError: Model type glm5 not supported.\n    +------------------------------------\n",
+        "ValueError: Model type glm5 not supported.",
+        "unknown_architecture",
+    ),
+    "an abort that says no more than its type": (
+        "[METAL] Command buffer execution failed: Caused GPU Timeout Error "
+        "(00000002:kIOGPUCommandBufferCallbackErrorTimeout).\n"
+        "libc++abi: terminating due to uncaught exception of type std::runtime_error\nAbort trap: 6\n",
+        "[METAL] Command buffer execution failed: Caused GPU Timeout Error "
+        "(00000002:kIOGPUCommandBufferCallbackErrorTimeout).",
+        "gpu_timeout",
+    ),
+    "a config.json whose bits were edited": (
+        f"{FRAMES}ValueError: [quantized_matmul] The shapes of the weight and scales are incompatible based on bits "
+        "and group_size. w.shape() == (2048,512)\n",
+        "ValueError: [quantized_matmul] The shapes of the weight and scales are incompatible based on bits and "
+        "group_size. w.shape() == (2048,512)",
+        "files_do_not_fit",
+    ),
 }
 
 

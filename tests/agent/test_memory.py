@@ -30,7 +30,7 @@ from mlxops.core.protocol import Event, Note, Phase, Request
 from mlxops.core.registry import EMPTY
 from mlxops.core.settings import PortRange, Settings
 from mlxops.core.world import Operation
-from tests.lab.shapes import EVERY_TYPE, PUBLISHED, Fields, N
+from tests.lab.shapes import EVERY_TYPE, MLA, PUBLISHED, Fields, N, nested, plain
 from tests.lab.world import free_port
 
 GB = 10**9
@@ -358,3 +358,10 @@ def test_the_memory_of_a_server_that_is_gone_is_seen_to_return(
     ctx, told = context(tmp_path, Stubborn(*available))
     stopping._see_memory_return(ctx, 100 * GB, 60 * GB)
     assert [isinstance(event, Note) and "not seen to return" in event.message for event in told] == [True] * said
+
+
+def test_a_latent_model_that_is_served_to_see_is_reckoned_with_full_keys_and_values(tmp_path: Path) -> None:
+    path = snapshot(tmp_path, nested("kimi_vl", plain("deepseek_v3", 27, 16, 16, 2048, **MLA)), 1)
+    text, seeing = estimate_of(path), estimate_of(path, model_type="multimodal")
+    assert text is not None and text.context_bytes == 27 * 576 * N * 2
+    assert seeing is not None and seeing.context_bytes == 27 * 16 * 320 * N * 2

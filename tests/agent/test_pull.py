@@ -153,7 +153,7 @@ class TestPull:
 
 
 class TestVerify:
-    def test_finds_wrong_bytes_of_the_right_length_and_the_next_one_heals(
+    def test_finds_wrong_bytes_of_the_right_length_and_tells_the_commands_that_heal(
         self,
         faulty: FaultyHub,  # noqa: F811
         cache: Path,  # noqa: F811
@@ -164,17 +164,33 @@ class TestVerify:
         assert count == len(list(snapshot.path.iterdir()))
         last = events[-1]
         assert isinstance(last, Progress) and last.done == last.total
-        for name in ("model-00001-of-00002.safetensors", "config.json"):
-            blob = (snapshot.path / name).resolve()
-            content = blob.read_bytes()
-            blob.chmod(0o644)
-            blob.write_bytes(bytes(len(content)) if name == "config.json" else content[:-1] + b"\x00")
+        weights = (snapshot.path / "model-00001-of-00002.safetensors").resolve()
+        config = (snapshot.path / "config.json").resolve()
+        weights.chmod(0o644)
+        weights.write_bytes(trained := weights.read_bytes()[:-1] + b"\x00")
+        config.write_bytes(bytes(config.stat().st_size))
         with pytest.raises(DownloadFailed) as caught:
             verify(LLAMA, snapshot.revision, cache, events.append, QUICK)
         assert caught.value.code == "wrong_content"
-        assert "config.json" in caught.value.why and "model-00001" in caught.value.why
-        pull(cache)
+        assert "ends early: config.json" in caught.value.why and not config.exists()
+        assert "kept" in caught.value.why and "model-00001" in caught.value.why
+        assert weights.read_bytes() == trained, "nothing tells it from weights that somebody trained further"
+        repo = f"{LLAMA}@{snapshot.revision}"
+        assert caught.value.hint.endswith(f": rm {weights}; mlxctl pull --repo {repo}"), caught.value.hint
+        weights.unlink()
+        download(LLAMA, snapshot.revision, cache, lambda _: None, QUICK)
         assert verify(LLAMA, snapshot.revision, cache, events.append, QUICK) == count
+
+    def test_of_damaged_weights_that_are_none_of_the_hubs_leaves_them(
+        self,
+        faulty: FaultyHub,  # noqa: F811
+        cache: Path,  # noqa: F811
+    ) -> None:
+        mine = download(LLAMA, None, cache, lambda _: None, QUICK).path / "model-mine.safetensors"
+        mine.write_bytes(b"half of a copy")
+        with pytest.raises(DownloadFailed, match="not complete"):
+            download(LLAMA, None, cache, lambda _: None, QUICK)
+        assert mine.read_bytes() == b"half of a copy"
 
     def test_leaves_a_running_downloads_half_files_alone(
         self,

@@ -23,6 +23,7 @@ from mlxops.core.registry import Model
 from tests.lab import cache, models
 from tests.lab.homelab import Homelab, Studio
 from tests.lab.hub import Hub
+from tests.lab.shapes import MLA, N, plain
 from tests.steps import words_of
 
 REPO = "tiny-org/odd"
@@ -105,6 +106,43 @@ class TestWeightsThatTheEngineDoesNotLoad:
         register(studio, engine=engine)
         error = error_of_load(studio, "--dry-run")
         assert error["code"] == "not_servable", error
+
+
+class TestAModelThatIsServedToSee:
+    """By mlx-openai-server as `multimodal`, which loads it through mlx-vlm."""
+
+    @pytest.mark.parametrize(
+        ("model_type", "known"),
+        [("kimi_vl", True), ("Qwen2_VL", True), ("cohere2_vision", True), ("qwen3", False), ("idefics9", False)],
+    )
+    def test_is_refused_if_its_loader_does_not_know_it(
+        self, homelab: Homelab, tmp_path: Path, model_type: str, known: bool
+    ) -> None:
+        with_engines(homelab)
+        studio = homelab.studio
+        models.install_snapshot(studio.hub, REPO, spoiled(tmp_path, configured(model_type=model_type)))
+        register(studio, engine="mlx-openai-server", model_type="multimodal")
+        if known:
+            studio.mlxctl("load", "--model", REPO, "--port", str(studio.ports[0]), "--dry-run").ok()
+            return
+        error = error_of_load(studio, "--dry-run")
+        assert error["code"] == "unknown_architecture", error
+        assert error["why"].startswith(f"its model_type is {model_type!r}, which mlx-vlm "), error
+
+    def test_is_reckoned_with_full_keys_and_values_in_a_list_and_in_a_load(
+        self, homelab: Homelab, tmp_path: Path
+    ) -> None:
+        with_engines(homelab)
+        studio = homelab.studio
+        latent = plain("deepseek_v3", 27, 16, 16, 2048, **MLA)
+        folder = spoiled(tmp_path, configured(model_type="kimi_vl", text_config=latent, max_position_embeddings=N))
+        models.install_snapshot(studio.hub, REPO, folder)
+        for kind, size in (("lm", 27 * 576), ("multimodal", 27 * 16 * 320)):
+            register(studio, engine="mlx-openai-server", model_type=kind)
+            (row,) = studio.mlxctl("list", "--memory", "--json").ok().json["hosts"][0]["models"]
+            assert row["memory"]["context_bytes"] == size * N * 2
+        homelab.configure(memory="6GB")
+        assert error_of_load(studio, "--dry-run")["code"] == "does_not_fit"
 
 
 VERDICTS = {"named weights.00", "unknown architecture", "hqq", "a shard is gone", "no tokenizer"}

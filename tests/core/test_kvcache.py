@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from mlxops.core.kvcache import kv_cache
+from mlxops.core.kvcache import kv_cache, seeing_cache
 from mlxops.core.layers import MODEL_TYPES
-from tests.lab.shapes import EVERY_TYPE, MLA, PUBLISHED, F, Fields, N, S, plain
+from tests.lab.shapes import EVERY_TYPE, MLA, PUBLISHED, F, Fields, N, S, nested, plain
 
 MB = 10**6
 LLAMA = plain("llama", 80, 64, 8, 8192)
@@ -22,6 +22,21 @@ def test_the_cache_of_a_published_model_is_what_one_reckons_by_hand(repo: str) -
     cache = kv_cache(config)
     assert cache is not None and cache.certain
     assert cache.context_bytes(N) == values * 2
+
+
+def test_a_latent_vector_is_kept_in_full_where_the_model_is_served_to_see() -> None:
+    """moonshotai/Kimi-VL-A3B: 27 layers, 16 heads. mlx-vlm expands what mlx-lm keeps compressed."""
+    kimi = nested("kimi_vl", plain("deepseek_v3", 27, 16, 16, 2048, **MLA))
+    compressed, full = kv_cache(kimi), seeing_cache(kimi)
+    assert compressed is not None and compressed.context_bytes(1) == 27 * (512 + 64) * 2
+    assert full is not None and full.context_bytes(1) == 27 * 16 * (128 + 64 + 128) * 2 and not full.certain
+
+
+def test_other_models_keep_the_same_where_they_are_served_to_see() -> None:
+    for repo in ("google/gemma-3-27b-it", "Qwen/Qwen2.5-VL-7B-Instruct", "deepseek-ai/DeepSeek-V2.5"):
+        config, values = PUBLISHED[repo]
+        cache = seeing_cache(config)
+        assert cache is not None and cache.context_bytes(N) == values * 2, repo
 
 
 def test_a_window_takes_no_more_than_the_conversation() -> None:

@@ -24,6 +24,7 @@ class Files:
 def cached(ctx: Context, target: Target) -> Files | None:
     """The target's files, if all of them are here: no network is asked. None: they have to be downloaded."""
     from mlxops.agent.cache import Skipped, Snapshot, find
+    from mlxops.agent.snapshot import inspect, to_correct
 
     if target.entry is not None and not target.repoint:
         own = registered(target.entry)
@@ -37,7 +38,10 @@ def cached(ctx: Context, target: Target) -> Files | None:
         hint = "choose a repository with MLX weights, for example of mlx-community"
         if found.path.parent.name == "snapshots" and not found.why.startswith("not MLX"):
             repo = f"{target.repo_id}@{found.path.name}"
+            broken = inspect(found.path).broken
             hint = f"repair {found.path}; this downloads what was deleted there: mlxctl pull --repo {repo}"
+            if broken:
+                hint = to_correct(found.path / broken[0], target.repo_id, found.path.name)
         raise Refused("not_servable", f"{target.repo_id} cannot be served", why=found.why, hint=hint)
     return None
 

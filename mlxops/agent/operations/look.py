@@ -153,6 +153,7 @@ def _list_row(ctx: Context, model: Model) -> dict[str, object]:
 
 def _expected(path: Path | None, model: Model) -> dict[str, object] | None:
     from mlxops.agent.memory import estimate_of
+    from mlxops.agent.operations.prepare import served_as
 
-    expected = estimate_of(path, model.context_length) if path else None
+    expected = estimate_of(path, model.context_length, served_as(model)) if path else None
     return expected.to_wire() if expected else None

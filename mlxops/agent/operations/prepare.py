@@ -17,7 +17,7 @@ from mlxops.agent.installed import abilities, described, lacks_architecture, lac
 from mlxops.agent.operations.context import Context, busy, memory_lock
 from mlxops.agent.operations.files import Files
 from mlxops.agent.operations.gatewayname import context_warning, name_warning
-from mlxops.agent.snapshot import ModelFacts, edited, hubs_again, kept_as_it_is, shape
+from mlxops.agent.snapshot import ModelFacts, edited, kept_as_it_is, shape, to_correct
 from mlxops.agent.store import Lock
 from mlxops.agent.system import free_on_disk
 from mlxops.agent.weights import language_weights
@@ -149,8 +149,10 @@ def check(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
     """
     _check_files(plan, prepared, facts)
     _check_code(plan, prepared, facts)
-    if _is_language_model(prepared):  # other kinds are loaded by other libraries
-        _refuse_unknown(plan.target.repo_id, prepared.command, prepared.engine, facts.config, packed=facts.packed)
+    repo_id, command, engine = plan.target.repo_id, prepared.command, prepared.engine
+    _refuse_architecture(repo_id, command, engine, facts.config, _served_as(prepared))
+    if _is_language_model(prepared):
+        _refuse_quantization(repo_id, command, engine, facts.config, packed=facts.packed)
 
 
 def _check_files(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
@@ -158,8 +160,7 @@ def _check_files(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
     repo, revision = plan.target.repo_id, prepared.files.revision
     hint = f"compare its files with the hub's: mlxctl pull --repo {repo}@{revision} --verify"
     if facts.broken:
-        file = prepared.files.path / facts.broken[0]
-        hint = f"correct {file}, or have the hub's again: {hubs_again(file, repo, revision)}"
+        hint = to_correct(prepared.files.path / facts.broken[0], repo, revision)
     if facts.problems:
         raise Refused("not_servable", f"{repo} cannot be served", why="; ".join(facts.problems)[:400], hint=hint)
     if _is_language_model(prepared) and not facts.language_weights:
@@ -167,8 +168,13 @@ def _check_files(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
 
 
 def _is_language_model(prepared: Prepared) -> bool:
-    """Whether the engine loads it through mlx-lm. Decided by the argv: the entry's own args may set the type."""
-    return arguments(prepared.wanted.argv).get("--model-type", "lm") == "lm"
+    """Whether the engine loads it through mlx-lm."""
+    return _served_as(prepared) == "lm"
+
+
+def _served_as(prepared: Prepared) -> str:
+    """Return the served type. Decided by the argv: the entry's own args may set it."""
+    return arguments(prepared.wanted.argv).get("--model-type", "lm")
 
 
 def _check_code(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
@@ -193,6 +199,11 @@ def _check_code(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
         )
 
 
+def served_as(entry: Model) -> str:
+    """The kind of model that an entry is served as, before there is an argv."""
+    return arguments(entry.args).get("--model-type", str(entry.options.get("model_type") or "lm"))
+
+
 def check_before_download(ctx: Context, target: Target) -> Callable[[Collection[str], Mapping[str, object]], None]:
     """Return a check of the hub's file list and config.json against the installed engine.
 
@@ -200,34 +211,48 @@ def check_before_download(ctx: Context, target: Target) -> Callable[[Collection[
     """
     entry = target.entry or Model(target.name, target.repo_id)
     engine, command = ctx.engine(target)
-    language = arguments(entry.args).get("--model-type", entry.options.get("model_type") or "lm") == "lm"
+    kind = served_as(entry)
 
     def check(names: Collection[str], config: Mapping[str, object]) -> None:
-        if not language:
-            return
         why = None if language_weights(names) else _OTHER_WEIGHTS
-        if why := why or no_tokenizer(names):
+        if kind == "lm" and (why := why or no_tokenizer(names)):
             raise _not_servable(target.repo_id, why)
         if config:
-            _refuse_unknown(target.repo_id, command, engine, config, packed=True)
+            _refuse_architecture(target.repo_id, command, engine, config, kind)
+        if config and kind == "lm":
+            _refuse_quantization(target.repo_id, command, engine, config, packed=True)
 
     return check
 
 
-def _refuse_unknown(
-    repo_id: str, command: Command, engine: Engine, config: Mapping[str, object], *, packed: bool
+_LIBRARIES = {"lm": "mlx_lm", "multimodal": "mlx_vlm"}
+"""What loads the models that are served as that. Of other kinds, nothing is known before."""
+
+
+def _refuse_architecture(
+    repo_id: str, command: Command, engine: Engine, config: Mapping[str, object], kind: str
 ) -> None:
-    """Raises `Refused` (unknown_architecture, not_servable) if the installed engine cannot load such a model."""
-    named = config.get("model_type")
-    model_type = named if isinstance(named, str) else None
-    if why := lacks_architecture(command, engine, model_type):
+    """Raises `Refused` (unknown_architecture) for one that the installed engine does not know."""
+    library = _LIBRARIES.get(kind)
+    if library and (why := lacks_architecture(command, engine, _model_type(config), library)):
         raise Refused(
             "unknown_architecture",
             f"{repo_id} is of an architecture that the installed engine cannot load",
             why=why,
             hint="upgrade the engine on the host, or choose another model",
         )
-    known = abilities(command, engine, model_type)
+
+
+def _model_type(config: Mapping[str, object]) -> str | None:
+    named = config.get("model_type")
+    return named if isinstance(named, str) else None
+
+
+def _refuse_quantization(
+    repo_id: str, command: Command, engine: Engine, config: Mapping[str, object], *, packed: bool
+) -> None:
+    """Raises `Refused` (not_servable) for weights that the installed engine does not unpack."""
+    known = abilities(command, engine, _model_type(config))
     if known is not None and (why := unknown_quantization(config, known, packed=packed)):
         raise _not_servable(repo_id, f"{why} (mlx-lm {known.version})")
 
@@ -248,7 +273,8 @@ def _reserve_memory(
     both be let in where only one fits."""
     from mlxops.agent.memory import budget, check_fits, in_use
 
-    need = memory.estimate(facts.weight_bytes, facts.cache, facts.context_length, prepared.serving.model.context_length)
+    cache, asked = facts.shape.served_as(_served_as(prepared)), prepared.serving.model.context_length
+    need = memory.estimate(facts.weight_bytes, cache, facts.shape.context_length, asked)
     with _reckoning_alone(ctx):
         if not ctx.request.flag("overcommit"):
             uses = in_use(ctx.observe(registry), ctx.system, ctx.reserved())
@@ -308,11 +334,12 @@ def _warnings(ctx: Context, plan: LoadPlan, prepared: Prepared, facts: ModelFact
     if named:
         found.append(named)
     asked = prepared.serving.model.context_length
-    promised = context_warning(ctx, plan.port, asked or facts.context_length)
+    longest = facts.shape.context_length
+    promised = context_warning(ctx, plan.port, asked or longest)
     if promised:
         found.append(promised)
-    if asked and facts.context_length and asked > facts.context_length:
-        found.append(f"context_length {asked} is more than the model can: {facts.context_length}")
+    if asked and longest and asked > longest:
+        found.append(f"context_length {asked} is more than the model can: {longest}")
     if not facts.has_chat_template and prepared.serving.text("chat_template") is None:
         found.append(f"{plan.target.repo_id} has no chat template: the engine may refuse chat completions")
     return found

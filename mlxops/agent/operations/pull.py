@@ -142,7 +142,9 @@ def _follow(ctx: Context, name: str, holder: Operation) -> None:
 
 def remove(ctx: Context) -> dict[str, object]:
     """Delete the files of a model's revision, registered or only pulled. Its entry stays, and so do other revisions."""
+    from mlxops.agent.contents import printable
     from mlxops.agent.removal import delete
+    from mlxops.agent.snapshot import edited
 
     name = names.model_name(ctx.request.text("model") or "")
     registry = ctx.usable_registry()
@@ -159,6 +161,7 @@ def remove(ctx: Context) -> dict[str, object]:
         world = ctx.observe(registry)
         _refuse_loading(world, entry)
         _refuse_in_use(registry, world, sharing)
+        mine = [printable(each.name) for each in edited(files.path)] if files.revision else []
         repo, commit = (files.path.parent.parent, files.revision) if files.revision else (files.path, None)
         deleted = delete(repo, commit, dry_run=ctx.request.dry_run)
     if not ctx.request.dry_run:
@@ -169,6 +172,9 @@ def remove(ctx: Context) -> dict[str, object]:
     if deleted.linked_bytes:
         left = f"{amount(deleted.linked_bytes)} of {files.path} lie behind links, outside of its folder"
         ctx.note(f"{left}: the links are removed, the files are left", "warning")
+    if mine:
+        goes = "would go with them" if ctx.request.dry_run else "went with them"
+        ctx.note(f"what somebody edited there {goes}: {', '.join(mine)}"[:1000], "warning")
     if deleted.own:
         ctx.note(f"kept, because no download put it there: {', '.join(deleted.own)}"[:1000], "warning")
     _tell_copies(ctx, entry, files)
