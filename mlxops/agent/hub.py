@@ -42,7 +42,6 @@ from mlxops.agent.hubline import (
     plain_etag,
     plain_name,
 )
-from mlxops.agent.reading import dangles
 from mlxops.agent.snapshot import (
     completeness,
     damaged_weights,
@@ -300,7 +299,7 @@ def _refuse_dead_links(folder: Path, plan: Plan) -> None:
     """Raises `Refused` (link_broken) if the download would replace a link that a person made to a disk that is away."""
     snapshot = folder / "snapshots" / plan.commit
     found = {snapshot / file.name: link_that_leads_nowhere(str(snapshot), file.name) for file in plan.files}
-    if dangles(folder):
+    if folder.is_symlink() and not os.path.exists(folder):  # a target that cannot be seen counts as away
         found = {folder: os.readlink(folder)}
     for link, place in found.items():
         if place:

@@ -77,8 +77,17 @@ _ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLON
 
 
 def dangles(path: str | Path) -> bool:
-    """Whether a path is a link whose target is not there, such as one to a disk that is not mounted."""
-    return os.path.islink(path) and not os.path.exists(path)
+    """Whether a path is a link whose target is not there, such as one to a disk that is not mounted.
+
+    False if that cannot be seen, because a folder on the way may not be entered.
+    """
+    if not os.path.islink(path):
+        return False
+    try:
+        os.stat(path)
+    except OSError as error:
+        return error.errno in _ABSENT
+    return False
 
 
 def dangling_link(path: Path) -> Path | None:

@@ -251,7 +251,7 @@ def hubs_again(file: Path, repo_id: str, revision: str) -> str:
 def link_that_leads_nowhere(folder: str, name: str) -> str | None:
     """Return the target of a dangling link that a person made to a place outside of the cache; None for other paths."""
     path = f"{folder}/{name}"
-    if not reading.dangles(path):
+    if not os.path.islink(path) or os.path.exists(path):  # a target that cannot be seen counts as away
         return None
     cache = os.path.realpath(os.path.join(folder, *3 * (os.pardir,)))
     target = os.path.realpath(path)
