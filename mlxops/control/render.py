@@ -532,7 +532,8 @@ def _unload_line(result: Mapping[str, object]) -> str:
         return _plan_lines(result)
     notes = _notes(result)
     if result.get("changed") and result.get("state", "idle") == "idle":
-        done = f"{_place(result)} is idle; {result.get('model') or 'its server'} is unloaded ({result.get('seconds')} s)"
+        model = result.get("model") or "its server"
+        done = f"{_place(result)} is idle; {model} is unloaded ({result.get('seconds')} s)"
         return "\n".join(map(one_line, [done, *notes]))
     return one_line("; ".join(notes) or f"{_place(result)} had nothing to unload")
 
