@@ -20,6 +20,8 @@ _SHELL = re.compile(r"^(?:zsh: abort|\[\d+\]|\S+: line \d+: +\d+ (?!Killed)|Abor
 """The shell's word on a signal: what the program itself said came before."""
 _CHATTER = re.compile(r"^(?:\S+ \S+ +[|-] +)?(?:INFO|DEBUG|WARNING)\b|Application startup failed")
 """What is told after an error, and is none."""
+_EXIT = re.compile(r"^Exception ignored (?:in|on|while)\b")
+"""What Python says while it ends, with a traceback: the error came before."""
 _RECORD = re.compile(r"^(?:\d{4}-\d\d-\d\d[ T]|INFO\b|DEBUG\b|ERROR\b|CRITICAL\b|Traceback |--- mlxops )")
 """Where a message of a log begins."""
 _SERVED = re.compile(r'"POST \S+ HTTP/1\.[01]" ')
@@ -46,9 +48,13 @@ def last_line(text: str) -> str:
 
 
 def _telling(text: str) -> Iterator[str]:
-    """The lines without warnings, probes and progress; a warning has the line of source that it came from."""
-    after_warning = False
+    """The lines without warnings, probes, progress and what Python ignored; a warning has the line of source that it
+    came from, and what was ignored its traceback."""
+    after_warning = ignored = False
     for line in text.splitlines():
+        if ignored or _EXIT.match(line):
+            ignored = not _ERROR.match(line)
+            continue
         warning = _WARNING.search(line) is not None
         source = after_warning and line[:1] in (" ", "\t")
         after_warning = warning
