@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mlxops.agent.contents import Damaged, printable, read
 from mlxops.agent.place import closed
-from mlxops.agent.reading import is_folder
+from mlxops.agent.reading import is_folder, leads_nowhere
 from mlxops.agent.snapshot import ModelFacts, completeness, inspect, judge
 from mlxops.core.names import is_repo_id, is_revision
 
@@ -159,8 +159,12 @@ def _is_folder_or_closed(path: Path | os.DirEntry[str]) -> bool:
 
 
 def _leads_nowhere(path: str) -> str | None:
-    """Where a link leads to a disk that is not mounted, or in a loop; None for any other path."""
-    return os.readlink(path) if os.path.islink(path) and not os.path.exists(path) else None
+    """Where a link leads to a disk that is not mounted, or in a loop; None for any other path, also for a link to what
+    may not be looked at."""
+    try:
+        return os.readlink(path) if leads_nowhere(path) else None
+    except OSError:
+        return None
 
 
 def _repo_id(folder: str) -> str | None:

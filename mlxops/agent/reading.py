@@ -73,6 +73,17 @@ def is_folder(path: str | Path) -> bool:
         raise
 
 
+def leads_nowhere(path: str | Path) -> bool:
+    """Whether a path is a link to what is not there. Raises `OSError` where that cannot be told, as `is_folder`."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno not in _ABSENT:
+            raise
+        return os.path.islink(path)
+    return False
+
+
 _ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
 
 
