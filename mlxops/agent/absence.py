@@ -34,6 +34,16 @@ def reason(configured: Path, real: Path) -> str | None:
     return None
 
 
+def way_back(real: Path) -> str | None:
+    """The beginning of a hint: how to undo what a sync service did; None: it did nothing that can be seen."""
+    if _named(real, _PLACEHOLDER):
+        return "have its sync service bring it back; or "
+    copies = conflicts(real) or _named(real, _OTHER_HOSTS)
+    if not copies:
+        return None
+    return f"put the right copy back: cp {shlex.quote(str(copies[0]))} {shlex.quote(str(real))}; or "
+
+
 # What sync services make of a name: `{}` is the stem, `[]` the suffix.
 
 _PLACEHOLDER = (

@@ -25,7 +25,7 @@ _CHATTER = re.compile(
 """Lines that follow an error and are none."""
 _RECORD = re.compile(r"^(?:\d{4}-\d\d-\d\d[ T]|INFO\b|DEBUG\b|ERROR\b|CRITICAL\b|Traceback |--- mlxops )")
 """The first line of a log message."""
-_IGNORED = re.compile(r"^Exception ignored (?:in|while)\b")
+_IGNORED = re.compile(r"^Exception ignored (?:in|on|while)\b")
 """Python says this while it ends. The traceback after it is not the cause."""
 _GROUP = re.compile(r"^ *(?:[+|][ +-]*-[+-]*(?: \d+ -+)?$|[+|] )")
 """The frame that Python draws around the tracebacks of an exception group."""

@@ -253,6 +253,9 @@ class Start:
         )
         cause = explain(f"{words}\n{what}", log, status, about)
         see = f"read its log on the host: {self.log}"
+        if status == 0 and not words:
+            stay = f"what starts it ({self.command.source}) must stay until the server ends: no setsid, no & at its end"
+            see = f"{stay}; {see}"
         return NotStarted(
             "server_did_not_start",
             f"{serving.model.name} did not start on port {serving.port}: {what}",

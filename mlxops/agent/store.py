@@ -354,11 +354,15 @@ class RegistryFile:
 
     def _repair(self, found: Registry) -> str:
         """Return what to do, with commands that work when typed."""
+        from mlxops.agent import absence
+
         if found.raw:
             return "repair it by hand, then try again"
+        if not found.missing and (access := self._access()):
+            return access
         target, first, before = self.path, "repair it by hand; or ", ""
         if found.missing:
-            first = "put it back, or mount its disk; or "
+            first = absence.way_back(self.path) or "put it back, or mount its disk; or "
             if not os.path.isdir(self.path.parent):
                 first = "mount its disk; or, if that is gone for good, "
                 if os.path.islink(self._configured):
@@ -366,15 +370,25 @@ class RegistryFile:
                     before = f"rm {shlex.quote(str(target))} && "
                 else:
                     before = f"mkdir -p {shlex.quote(str(target.parent))} && "
-        elif os.path.lexists(target) and not os.path.isfile(target):
-            # Move the configured name, never a link's target: that may be a device of the system.
-            target, first = self._configured, ""
+        elif os.path.lexists(target):
+            if not os.path.isfile(target):
+                # Move the configured name, never a link's target: that may be a device of the system.
+                target, first = self._configured, ""
+            # What can be repaired is kept.
             before = f"mv {shlex.quote(str(target))} {shlex.quote(f'{target}.away')} && "
         file, previous = shlex.quote(str(target)), shlex.quote(str(self._previous))
         ways = [f"begin with an empty one: {before}echo '{EMPTY_DOCUMENT}' > {file}"]
         if os.path.isfile(self._previous):
             ways.insert(0, f"go back to the generation before its last change: {before}cp {previous} {file}")
         return first + "; or ".join(ways)
+
+    def _access(self) -> str | None:
+        """What helps against the error that reading it ends in; None: it can be read, or nothing known helps."""
+        try:
+            _read(self.path)
+        except OSError as error:
+            return reading.remedy(_named(error, self.path))
+        return None
 
     def _remove_leftovers(self) -> None:
         """Temporary files of writers that were killed: nobody else is writing while we hold the lock."""

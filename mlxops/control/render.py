@@ -530,14 +530,17 @@ def _load_line(result: Mapping[str, object]) -> str:
 def _unload_line(result: Mapping[str, object]) -> str:
     if result.get("dry_run"):
         return _plan_lines(result)
+    notes = _notes(result)
+    if result.get("changed") and result.get("state", "idle") == "idle":
+        model = result.get("model") or "its server"
+        done = f"{_place(result)} is idle; {model} is unloaded ({result.get('seconds')} s)"
+        return "\n".join(map(one_line, [done, *notes]))
+    return one_line("; ".join(notes) or f"{_place(result)} had nothing to unload")
+
+
+def _notes(result: Mapping[str, object]) -> list[str]:
     notes = result.get("notes")
-    if isinstance(notes, list) and notes:
-        return one_line("; ".join(map(str, notes)))
-    if not result.get("changed"):
-        return one_line(f"{_place(result)} had nothing to unload")
-    return one_line(
-        f"{_place(result)} is idle; {result.get('model') or 'its server'} is unloaded ({result.get('seconds')} s)"
-    )
+    return [str(note) for note in notes] if isinstance(notes, list) else []
 
 
 def _place(result: Mapping[str, object]) -> str:
@@ -550,13 +553,19 @@ def _plan_lines(result: Mapping[str, object]) -> str:
     plan = result.get("plan")
     plan = plan if isinstance(plan, dict) else {}
     what = f"{result.get('model')} on {result.get('port')}: {plan.get('outcome', 'unload')}"
-    if "outcome" not in plan and result.get("state") == "idle" and not plan.get("clears"):
-        what = f"{_place(result)} has nothing to unload"
+    # A load tells its notes while it plans.
+    notes = [] if "outcome" in plan else _notes(result)
+    if "outcome" not in plan and not plan.get("stops") and not plan.get("clears"):
+        if notes:
+            what, notes = "; ".join(notes), []
+        elif result.get("state") == "idle":
+            what = f"{_place(result)} has nothing to unload"
     lines = [f"{what} (dry run, nothing changed)"]
     lines += [f"  download: {plan['download']}"] if plan.get("download") else []
     lines += [f"  stop: {stop}" for stop in plan.get("stops") or []]
     lines += [f"  clear: {name}" for name in plan.get("clears") or []]
     lines += [f"  run: {shlex.join(map(str, plan['argv']))}"] if plan.get("argv") else []
+    lines += [f"  note: {note}" for note in notes]
     return "\n".join(one_line(line) if not line.startswith("  ") else "  " + one_line(line) for line in lines)
 
 

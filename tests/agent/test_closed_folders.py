@@ -72,7 +72,8 @@ def test_every_command_names_a_closed_folder(homelab: Homelab, bound: Callable[.
             assert str(studio.hub) in str(error), str(answer)
         for words in (["status"], ["list"]):
             answer = bound(*words).ok()
-            assert "Permission denied" in answer.stdout, str(answer)
+            assert "Permission denied" in answer.stdout and "give this account access" in answer.stdout, str(answer)
+            assert "empty one" not in answer.stdout + answer.stderr, str(answer)
 
 
 def test_what_needs_no_hub_works_without_it(homelab: Homelab, bound: Callable[..., Completed]) -> None:

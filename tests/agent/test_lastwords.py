@@ -30,6 +30,13 @@ LOGS: dict[str, tuple[str, str, str | None]] = {
         "model.layers.0.self_attn.k_proj.weight",
         "files_do_not_fit",
     ),
+    "an exception that Python ignored while it ended": (
+        f"{FRAMES}RuntimeError: it broke\nException ignored in: <function ResourceTracker.__del__ at 0x1>\n"
+        f'{FRAMES.splitlines()[0]}\n  File "{PYTHON}/multiprocessing/resource_tracker.py", line 77, in __del__\n'
+        "ChildProcessError: [Errno 10] No child processes\n",
+        "RuntimeError: it broke",
+        None,
+    ),
     "the same of Python 3.13": (f"{FRAMES}RuntimeError: it broke\n{TRACKER_313}", "RuntimeError: it broke", None),
     "mlx-openai-server #169: abort, the shell's word, the tracker": (
         "2026-01-28 11:44:35 | INFO     | app.utils.debug_logging:callback:143 | Processed   2048/3704 tokens\n\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Container
 from pathlib import Path
 from typing import cast
@@ -62,17 +63,28 @@ def test_a_strangers_is_told_at_once_and_nothing_is_sent_to_it(tmp_path: Path) -
         prove(tmp_path, other)
 
 
-def test_what_a_server_says_begins_behind_the_line_with_which_its_log_is_headed(tmp_path: Path) -> None:
-    """That line has its whole command, in which anything may stand."""
+def failure(tmp_path: Path, *argv: str) -> NotStarted:
+    """How a load fails whose server is this command."""
     settings = Settings(hub=str(tmp_path), state=str(tmp_path / "state"))
     where = place(settings, os.environ)
     store = Store(where.state, where.registry)
     store.ready()
-    argv = ("/bin/sh", "-c", "exit 3", "ValueError: Model type qwen9 not supported.")
     serving = Serving(Model("a"), "a", tmp_path, "127.0.0.1", RUN.port, store.run_folder(RUN.port))
     started = start.Start(where, store, this_system(), MlxLm(), Command(argv[:1], "here"), serving, argv=argv)
     started.launch({}, "org/a", "1", "op")
     with pytest.raises(NotStarted) as caught:
         started.wait(30, lambda event: None)
     started.abort()
-    assert caught.value.why == "it wrote nothing to its log" and "qwen9" in started.log.read_text()
+    assert shlex.quote(argv[-1]) in started.log.read_text()
+    return caught.value
+
+
+def test_a_command_that_leaves_its_server_alone_is_told_to_stay(tmp_path: Path) -> None:
+    assert "what starts it (here) must stay" in failure(tmp_path, "/bin/sh", "-c", "exit 0").hint
+    assert "must stay" not in failure(tmp_path, "/bin/sh", "-c", "echo no model; exit 0").hint
+
+
+def test_what_a_server_says_begins_behind_the_line_with_which_its_log_is_headed(tmp_path: Path) -> None:
+    """That line has its whole command, in which anything may stand."""
+    error = failure(tmp_path, "/bin/sh", "-c", "exit 3", "ValueError: Model type qwen9 not supported.")
+    assert error.why == "it wrote nothing to its log"

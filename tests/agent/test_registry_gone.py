@@ -442,3 +442,39 @@ def test_hints_are_quoted(tmp_path: Path) -> None:
     on = disk(folder)
     on.there.unlink()
     assert shlex.quote(str(on.there)) in on.refused().hint
+
+
+SPOILED = {"edited by hand": CONTENT[:-1], "UTF-16": CONTENT.decode().encode("utf-16"), "empty": b""}
+
+
+@pytest.mark.parametrize("content", SPOILED.values(), ids=SPOILED)
+@pytest.mark.parametrize("way", ["begin with an empty one: ", "go back to the generation before its last change: "])
+def test_a_registry_that_can_be_repaired_is_kept_by_every_hint(tmp_path: Path, content: bytes, way: str) -> None:
+    on = disk(tmp_path)
+    on.there.write_bytes(content)
+    command = on.refused().hint.partition(way)[2].partition("; or ")[0]
+    subprocess.run(command, shell=True, check=True)
+    assert on.there.with_name("registry.json.away").read_bytes() == content
+    assert on.store.registry.read().unwritable is None
+
+
+def test_a_conflicted_copy_is_put_back_by_the_hint(tmp_path: Path) -> None:
+    on = disk(tmp_path)
+    on.there.rename(on.there.with_name("registry (Mini's conflicted copy 2026-01-31).json"))
+    command = again(on).refused().hint.partition("put the right copy back: ")[2].partition("; or ")[0]
+    subprocess.run(command, shell=True, check=True)
+    assert on.store.registry.read().models.keys() == {"a"}
+
+
+def test_what_a_sync_service_took_away_it_brings_back(tmp_path: Path) -> None:
+    on = disk(tmp_path)
+    on.there.rename(on.there.with_name(".registry.json.icloud"))
+    assert again(on).refused().hint.startswith("have its sync service bring it back")
+
+
+def test_drift_names_the_registry_that_is_missed(homelab: Homelab) -> None:
+    register(homelab.studio, "mine")
+    homelab.studio.registry_path.write_bytes(b"")
+    (drift,) = Ask(homelab, "local").document("status")["drift"]
+    assert drift["message"].endswith("cannot be changed: it is empty")
+    assert str(homelab.studio.registry_path) in drift["message"]

@@ -354,6 +354,32 @@ def test_an_unload_of_nothing_says_so_without_doing_it_too(result: dict[str, obj
     assert change_lines("unload", {**result, "dry_run": True, "plan": plan}) == shown
 
 
+PARENT = "its parent, pid 7: python panel.py, is left alone, and may start it again"
+STOPPING = {"port": 8102, "model": "m", "changed": True, "seconds": 1, "notes": [PARENT]}
+AT_BOOT = {"port": 8100, "model": None, "changed": False, "state": "ready", "notes": ["8100 is left alone: boot job"]}
+
+
+@pytest.mark.parametrize(
+    ("result", "lines"),
+    [
+        (STOPPING | {"state": "idle"}, ["port 8102 is idle; m is unloaded (1 s)", PARENT]),
+        (STOPPING | {"state": "ready"}, [PARENT]),
+        (AT_BOOT, ["8100 is left alone: boot job"]),
+        (
+            STOPPING | {"dry_run": True, "plan": {"stops": ["m on 8102, pid 8"], "clears": []}},
+            ["m on 8102: unload (dry run, nothing changed)", "  stop: m on 8102, pid 8", f"  note: {PARENT}"],
+        ),
+        (
+            AT_BOOT | {"dry_run": True, "plan": {"stops": [], "clears": []}},
+            ["8100 is left alone: boot job (dry run, nothing changed)"],
+        ),
+    ],
+)
+def test_what_an_unload_leaves_alone_is_told_with_what_it_does(result: dict[str, object], lines: list[str]) -> None:
+    assert change_lines("unload", result).splitlines() == lines
+    assert change_lines("unload-all", {"ports": [result]}).splitlines() == lines
+
+
 def test_a_stale_assignment_would_be_cleared() -> None:
     result = {"port": 8102, "model": "m", "state": "idle", "dry_run": True, "plan": {"stops": [], "clears": ["m"]}}
     assert change_lines("unload", result).splitlines() == ["m on 8102: unload (dry run, nothing changed)", "  clear: m"]

@@ -26,7 +26,8 @@ def status(ctx: Context) -> dict[str, object]:
     drift = [each.to_wire() for each in found]
     if registry.unwritable:
         error = ctx.store.registry.refusal(registry)
-        drift.insert(0, {"code": error.code, "port": None, "model": None, "message": error.why, "hint": error.hint})
+        message = f"{error.message}: {error.why}"
+        drift.insert(0, {"code": error.code, "port": None, "model": None, "message": message, "hint": error.hint})
     drift += [each.to_wire() for each in conflicted_copies(ctx)]
     running = [_running(ctx, each) for each in downloads(ctx)]
     return {"operations": running, "ports": rows, "drift": drift, "registry": str(ctx.where.registry)}
