@@ -367,7 +367,8 @@ class _Running:
         if running is None:
             return _Running(gateway, key, files, None, tuple(servers))
         written = told.config if told is not None else Config()
-        config = Config(tuple(_entry_of(each, written.entries) for each in running), written.synonyms)
+        entries = tuple(_entry_of(each, written.entries) for each in running)
+        config = replace(written, entries=entries, findings=())
         return _Running(gateway, key, files, _under(config, ports), tuple(servers))
 
     def ask(self, seconds: float) -> _Asked:

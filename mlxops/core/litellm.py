@@ -61,6 +61,8 @@ class Config:
     synonyms: Mapping[str, str] = field(default_factory=dict)
     """`router_settings.model_group_alias`: name -> the model_name that is meant."""
     findings: tuple[Finding, ...] = ()
+    instead: str | None = None
+    """`general_settings.completion_model`: what LiteLLM asks for, whatever a client asks for."""
 
     def concrete(self, names: Iterable[str]) -> tuple[Entry, ...]:
         """The entries under names that a client can use: those that are written, the synonyms, and for a pattern
@@ -77,6 +79,11 @@ class Config:
             for asked in longer:
                 if asked != name and asked not in known and asked not in self.synonyms:
                     found += [entry for entry in self._matched(asked) if entry.sends == name]
+        if self.instead:
+            meant = self._meant_by(self.synonyms.get(self.instead, self.instead))
+            # LiteLLM also takes what an entry sends for the entry's name.
+            meant = meant or [entry for entry in self.entries if entry.model == self.instead]
+            found = [replace(entry, alias=each.alias) for each in found for entry in meant]
         return tuple(dict.fromkeys(found))
 
     def _meant_by(self, name: str) -> list[Entry]:
@@ -252,7 +259,7 @@ def parse(document: object, environ: Environ, files: Files, places: Sequence[str
             hint = "write it as `inv gateway --print` does"
             message = f"{where}: {read}: LiteLLM does not start with it"
             findings.append(Finding("bad_entry", None, None, Severity.FAULT, message, hint))
-    return Config(tuple(entries), reader.synonyms, tuple(findings))
+    return Config(tuple(entries), reader.synonyms, tuple(findings), reader.instead)
 
 
 def _without_model(entry: Entry, files: Files) -> Finding:
@@ -283,14 +290,24 @@ class _Reader:
     def __init__(self, document: Mapping[object, object], environ: Environ, files: Files) -> None:
         self.environ = environ
         self.files = files
+        self.default_place = f"router_settings.default_litellm_params of {files.config}"
         self.findings: list[Finding] = []
         self.late = self._late(document.get("environment_variables"))
         router, module = _mapping(document.get("router_settings")), _mapping(document.get("litellm_settings"))
+        for name in ("litellm_settings", "general_settings", "environment_variables"):
+            self._check_mapping(name, document.get(name))
+        for name in ("default_litellm_params", "model_group_alias"):
+            self._check_mapping(f"router_settings.{name}", router.get(name))
+        self.instead = self._value(_mapping(document.get("general_settings")).get("completion_model")).text
         self.defaults = _mapping(router.get("default_litellm_params"))
         self.module = module
         self.credentials = dict(self._credentials(document.get("credential_list")))
         self.renamed = _texts(_mapping(module.get("model_alias_map")))
         self.synonyms = {**self.renamed, **_texts(_mapping(router.get("model_group_alias")))}
+
+    def _check_mapping(self, name: str, section: object) -> None:
+        if section and not isinstance(section, dict):
+            raise unusable(self.files, f"its {name} is not a mapping (key: value)")
 
     def _late(self, section: object) -> Environ:
         """With `environment_variables`, which LiteLLM sets after it has replaced `os.environ/...` in the document."""
@@ -346,6 +363,8 @@ class _Reader:
         model = self._value(params.get("model"))
         if model.wrong:
             return f"the model of {shown(alias)} {model.wrong}"
+        if model.text is not None:
+            model = self._value(self.defaults.get("model"), (self.default_place, "model")) | model
         named = self._value(params.get("litellm_credential_name"))
         credential = self.credentials.get(named.text or "", {})
 
@@ -353,12 +372,11 @@ class _Reader:
             def own(spelled: str) -> _Value:
                 return self._value(params.get(spelled), (where, spelled))
 
-            place = f"router_settings.default_litellm_params of {self.files.config}"
             found = _Value()
             # base_url is another word for api_base, and goes first.
             spellings = ("base_url", key) if key == "api_base" else (key,)
             for spelled in spellings if defaults else ():
-                found = found | self._value(self.defaults.get(spelled), (place, spelled))
+                found = found | self._value(self.defaults.get(spelled), (self.default_place, spelled))
             for spelled in spellings:
                 found = found | own(spelled) if not found.wrong else found
             for spelled in spellings:
