@@ -367,7 +367,7 @@ class _Running:
         if running is None:
             return _Running(gateway, key, files, None, tuple(servers))
         written = told.config if told is not None else Config()
-        entries = tuple(_entry_of(each, written.entries) for each in running)
+        entries = tuple(_entry_of(_with(each, written.defaults), written.entries) for each in running)
         config = replace(written, entries=entries, findings=())
         return _Running(gateway, key, files, _under(config, ports), tuple(servers))
 
@@ -397,9 +397,11 @@ class _Running:
         words = passage.detail.lower()
         if passage.status == 429 or "budget" in words:
             return "the gateway limits it, or has set the server aside after failures; ask again in a minute"
+        if passage.without_key:
+            return f"give {passage.alias} an api_key (any placeholder will do), and restart the gateway, once"
         if passage.status in {401, 403} and "exception" in words:
             return "the server behind the gateway refuses the api_key of the entry"
-        if passage.status in {401, 403}:
+        if passage.not_admitted:
             key = f"the key in {self.gateway.key_env}" if self.gateway.key_env else "a request without a key"
             return f"the gateway does not accept {key} for {passage.alias}; allow it, or name another: gateway.key_env"
         match passage.code:
@@ -415,6 +417,16 @@ class _Running:
 def _port_of(server: Server) -> Port | None:
     at = core.address_of(server.url)
     return Port(at[0], at[0], at[1], server.slot) if at else None
+
+
+def _with(deployment: through.Deployment, defaults: Mapping[str, str]) -> through.Deployment:
+    """With `default_litellm_params`, which go before its own and are not in what the gateway tells of it."""
+    return replace(
+        deployment,
+        model=defaults.get("model", deployment.model),
+        api_base=defaults.get("api_base", deployment.api_base),
+        provider=defaults.get("custom_llm_provider", deployment.provider),
+    )
 
 
 def _entry_of(deployment: through.Deployment, files: Sequence[Entry]) -> Entry:

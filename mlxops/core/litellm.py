@@ -63,6 +63,8 @@ class Config:
     findings: tuple[Finding, ...] = ()
     instead: str | None = None
     """`general_settings.completion_model`: what LiteLLM asks for, whatever a client asks for."""
+    defaults: Mapping[str, str] = field(default_factory=dict)
+    """`router_settings.default_litellm_params`, as far as they say what is sent where."""
 
     def concrete(self, names: Iterable[str]) -> tuple[Entry, ...]:
         """The entries under names that a client can use: those that are written, the synonyms, and for a pattern
@@ -259,7 +261,7 @@ def parse(document: object, environ: Environ, files: Files, places: Sequence[str
             hint = "write it as `inv gateway --print` does"
             message = f"{where}: {read}: LiteLLM does not start with it"
             findings.append(Finding("bad_entry", None, None, Severity.FAULT, message, hint))
-    return Config(tuple(entries), reader.synonyms, tuple(findings), reader.instead)
+    return Config(tuple(entries), reader.synonyms, tuple(findings), reader.instead, reader.certain_defaults())
 
 
 def _without_model(entry: Entry, files: Files) -> Finding:
@@ -304,6 +306,11 @@ class _Reader:
         self.credentials = dict(self._credentials(document.get("credential_list")))
         self.renamed = _texts(_mapping(module.get("model_alias_map")))
         self.synonyms = {**self.renamed, **_texts(_mapping(router.get("model_group_alias")))}
+
+    def certain_defaults(self) -> dict[str, str]:
+        found = {key: self._value(self.defaults.get(key)) for key in ("model", "api_base", "custom_llm_provider")}
+        found["api_base"] = self._value(self.defaults.get("base_url")) | found["api_base"]
+        return {key: each.text for key, each in found.items() if each.text and each.sure}
 
     def _check_mapping(self, name: str, section: object) -> None:
         if section and not isinstance(section, dict):
