@@ -27,6 +27,7 @@ from mlxops.core.asking import Asking, Server
 from mlxops.core.errors import MlxopsError, Refused, UsageError
 from mlxops.core.gateway import Entry, Finding, Port, Severity
 from mlxops.core.litellm import Config, deployed
+from mlxops.core.names import shown
 from mlxops.core.world import Owner, State
 
 RESOLVE_SECONDS = 3.0
@@ -307,7 +308,7 @@ def _receipt(
         server = asking.server_of(result, base, slot)
         receipt = _Running.of(gateway, told, key, (server, *beside)).ask(RECEIPT_SECONDS)
         if not receipt.asking.names:
-            why = aimed(f"the gateway has no entry that leads to port {port}; see: inv gateway", target.flags)
+            why = aimed(f"{receipt.running.nowhere(slot, port)}; see: inv gateway", target.flags)
         elif not receipt.passages:
             why = "; ".join(f"{alias}: {each}" for alias, each in receipt.asking.skipped.items())
     if receipt is None or not receipt.asking.names:
@@ -381,6 +382,14 @@ class _Running:
         ]
         passages = through.ask_all(self.gateway.url or "", self.key, questions, seconds, same_host)
         return _Asked(self, plan, passages)
+
+    def nowhere(self, slot: str, port: int) -> str:
+        """Why no name leads to a port for certain."""
+        entries = self.files if self.entries is None else self.entries
+        same = (e for e in entries or () if e.alias == slot and e.address is not None and e.address[1] == port)
+        if (entry := next(same, None)) is None:
+            return f"the gateway has no entry that leads to port {port}"
+        return f"whether {shown(entry.api_base or '')}, where {slot} is sent, is this port cannot be told from here"
 
     def stale(self, alias: str) -> bool:
         """Whether it is known to do something else with a name than its files say: then a restart helps."""

@@ -176,9 +176,10 @@ _WITHOUT_KEY = """
 """
 _WITH_KEY = """
     abliteration ai21 ai21_chat aiand aihubmix aiml amazon_nova apertis assemblyai baseten cerebras charity_engine
-    chutes clf_ai_gateway cloudflare codestral cognition coralbricks cortecs crusoe darkbloom dashscope databricks
+    chutes clf_ai_gateway cloudflare codestral cognition compactifai coralbricks cortecs crusoe darkbloom dashscope
+    databricks
     deepinfra empiriolabs empower featherless_ai friendliai galadriel github gmi helicone hostinger_router hyperbolic
-    inception inferenceapis kyma lambda_ai libertai llamagate maritalk meta meta_llama modelscope moonshot morph
+    inception inferenceapis kyma lambda_ai libertai llamagate maritalk meta meta_llama minimax modelscope moonshot morph
     nano-gpt nebius neosantara novita nscale nvidia_nim opencode_go openinfer parasail perplexity pinstripes poe prism
     publicai qwen_ai_platform qwencloud refuseless reka sail sambanova sarvam scaleway scx-ai streamlake synthetic
     tencent tensormesh v0 veniceai vercel_ai_gateway volcengine wandb xiaomi_mimo xinference zai zerogpu
@@ -300,7 +301,9 @@ class _Reader:
             self._check_mapping(name, document.get(name))
         for name in ("default_litellm_params", "model_group_alias"):
             self._check_mapping(f"router_settings.{name}", router.get(name))
-        self.instead = self._value(_mapping(document.get("general_settings")).get("completion_model")).text
+        general = _mapping(document.get("general_settings"))
+        self.instead = self._value(general.get("completion_model")).text
+        self.health_checks = general.get("background_health_checks") is True
         self.defaults = _mapping(router.get("default_litellm_params"))
         self.module = module
         self.credentials = dict(self._credentials(document.get("credential_list")))
@@ -437,6 +440,9 @@ class _Reader:
             lost=f"credential_list has no {shown(named.text)}" if named.text and not credential else "",
             out=wrong or self._out(info, params),
             answers_itself="mock_response" in params,
+            health_checked=self.health_checks
+            and not info.get("health_check_model")
+            and info.get("disable_background_health_check") is not True,
         )
 
     def _address(self, own: _Value, provider: _Provider) -> _Value:

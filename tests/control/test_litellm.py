@@ -86,6 +86,8 @@ CASES = {
         (f"model: deepseek/n, {B}", "n"),
         (f"model: lemonade/n, {B}", "n"),
         (f"model: xinference/n, {B}, {K}", "n"),
+        (f"model: compactifai/n, {B}, {K}", "n"),
+        (f"model: minimax/n, {B}, {K}", "n"),
         (f"model: openai/org/n, {B}, {K}", "org/n"),
         (f"model: openai/openai/n, {B}, {K}", "openai/n"),
         (f"model: OpenAI/n, {B}, {K}", None),

@@ -194,6 +194,25 @@ def test_a_pattern_claims_the_alias_of_its_own_port_alone() -> None:
     assert {(f.code, f.severity.value) for f in compared} == {("pattern", "warning"), ("slot_without_entry", "warning")}
 
 
+@pytest.mark.parametrize(
+    ("settings", "info", "told"),
+    [
+        ({"background_health_checks": True}, {}, True),
+        ({"background_health_checks": True}, {"health_check_model": "openai/jerry-xl"}, False),
+        ({"background_health_checks": True}, {"disable_background_health_check": True}, False),
+        ({"background_health_checks": False}, {}, False),
+        ({}, {}, False),
+    ],
+)
+def test_health_checks_that_ask_for_other_names_are_told_with_the_pattern(
+    settings: dict[str, object], info: dict[str, object], told: bool
+) -> None:
+    pattern = {**item("*", model="openai/*"), "model_info": info}
+    entries = concrete(["jerry-xl"], pattern, general_settings=settings)
+    (found,) = [each for each in gateway.compare(entries, [served()], FILES) if each.code == "pattern"]
+    assert ("background_health_checks" in found.message) == told
+
+
 def test_a_pattern_for_one_model_needs_no_warning() -> None:
     compared = gateway.compare(concrete(["jerry-xl"], item("*", model="openai/jerry-xl")), [served()], FILES)
     assert compared == ()
