@@ -178,6 +178,11 @@ def concrete(names: Iterable[str], *items: object, **settings: object) -> tuple[
     return config.concrete(names)
 
 
+def test_of_an_entry_for_another_kind_of_server_nothing_else_is_said() -> None:
+    entry = item(model="ollama_chat/jerry-xl", api_base=f"http://{HOST}:8100", api_key=None)
+    assert found([entry], [served()]) == {("not_openai", "fault")}
+
+
 def test_a_pattern_is_never_a_name() -> None:
     pattern = item("jerry-*", model="openai/jerry-*")
     found = concrete(["jerry-xl", "other"], pattern)
