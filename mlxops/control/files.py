@@ -14,7 +14,9 @@ from typing import IO
 
 
 def opened(path: Path) -> IO[bytes]:
-    """A regular file, to be read. Raises `OSError`, also for anything else."""
+    """A regular file, or /dev/null, to be read. Raises `OSError`, also for anything else."""
+    if os.path.realpath(path) == os.devnull:
+        return open(os.devnull, "rb")
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

@@ -27,6 +27,7 @@ from mlxops.core.asking import Asking, Server
 from mlxops.core.errors import MlxopsError, Refused, UsageError
 from mlxops.core.gateway import Entry, Finding, Port, Severity
 from mlxops.core.litellm import Config, deployed
+from mlxops.core.names import shown
 from mlxops.core.world import Owner, State
 
 RESOLVE_SECONDS = 3.0
@@ -307,7 +308,7 @@ def _receipt(
         server = asking.server_of(result, base, slot)
         receipt = _Running.of(gateway, told, key, (server, *beside)).ask(RECEIPT_SECONDS)
         if not receipt.asking.names:
-            why = aimed(f"the gateway has no entry that leads to port {port}; see: inv gateway", target.flags)
+            why = aimed(f"{receipt.running.nowhere(slot, port)}; see: inv gateway", target.flags)
         elif not receipt.passages:
             why = "; ".join(f"{alias}: {each}" for alias, each in receipt.asking.skipped.items())
     if receipt is None or not receipt.asking.names:
@@ -369,7 +370,8 @@ class _Running:
         if running is None:
             return _Running(gateway, key, files, None, tuple(servers))
         written = told.config if told is not None else Config()
-        config = Config(tuple(_entry_of(each, written.entries) for each in running), written.synonyms)
+        entries = tuple(_entry_of(_with(each, written.defaults), written.entries) for each in running)
+        config = replace(written, entries=entries, findings=())
         return _Running(gateway, key, files, _under(config, ports), tuple(servers))
 
     def ask(self, seconds: float) -> _Asked:
@@ -382,6 +384,14 @@ class _Running:
         ]
         passages = through.ask_all(self.gateway.url or "", self.key, questions, seconds, same_host)
         return _Asked(self, plan, passages)
+
+    def nowhere(self, slot: str, port: int) -> str:
+        """Why no name leads to a port for certain."""
+        entries = self.files if self.entries is None else self.entries
+        same = (e for e in entries or () if e.alias == slot and e.address is not None and e.address[1] == port)
+        if (entry := next(same, None)) is None:
+            return f"the gateway has no entry that leads to port {port}"
+        return f"whether {shown(entry.api_base or '')}, where {slot} is sent, is this port cannot be told from here"
 
     def stale(self, alias: str) -> bool:
         """Whether it treats a name otherwise than its files say: then a restart helps."""
@@ -398,9 +408,11 @@ class _Running:
         words = passage.detail.lower()
         if passage.status == 429 or "budget" in words:
             return "the gateway limits it, or has set the server aside after failures; ask again in a minute"
+        if passage.without_key:
+            return f"give {passage.alias} an api_key (any placeholder will do), and restart the gateway, once"
         if passage.status in {401, 403} and "exception" in words:
             return "the server behind the gateway refuses the api_key of the entry"
-        if passage.status in {401, 403}:
+        if passage.not_admitted:
             key = f"the key in {self.gateway.key_env}" if self.gateway.key_env else "a request without a key"
             return f"the gateway does not accept {key} for {passage.alias}; allow it, or name another: gateway.key_env"
         match passage.code:
@@ -416,6 +428,16 @@ class _Running:
 def _port_of(server: Server) -> Port | None:
     at = core.address_of(server.url)
     return Port(at[0], at[0], at[1], server.slot) if at else None
+
+
+def _with(deployment: through.Deployment, defaults: Mapping[str, str]) -> through.Deployment:
+    """With `default_litellm_params`, which go before its own and are not in what the gateway tells of it."""
+    return replace(
+        deployment,
+        model=defaults.get("model", deployment.model),
+        api_base=defaults.get("api_base", deployment.api_base),
+        provider=defaults.get("custom_llm_provider", deployment.provider),
+    )
 
 
 def _entry_of(deployment: through.Deployment, files: Sequence[Entry]) -> Entry:

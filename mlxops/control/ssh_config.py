@@ -112,6 +112,10 @@ def words(error: BaseException) -> str:
 def resolve(name: str, timeout: float, options: Sequence[str] = ()) -> Destination:
     """Raises `UsageError` no_ssh or bad_ssh_config."""
     status, said, complaint = _ask_ssh(name, timeout, ["-G", *options, "--", name])
+    if status != 0 and "fork into background" in complaint:
+        # ForkAfterAuthentication needs a command, and -G takes none where RemoteCommand is set.
+        no_fork = ["-o", "ForkAfterAuthentication=no"]
+        status, said, complaint = _ask_ssh(name, timeout, ["-G", *no_fork, *options, "--", name])
     if status != 0:
         words = complaint.strip().splitlines()
         raise _bad(name, f"ssh says: {words[-1]}" if words else f"`ssh -G` ended with {status}")

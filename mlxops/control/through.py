@@ -18,7 +18,7 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from mlxops.core.completion import completion, question
 from mlxops.core.gateway import SameHost, same_base, same_name
@@ -32,11 +32,15 @@ PAUSE = 1.0
 MAX_BODY = 1024 * 1024
 MAX_INFO = 64 * 1024 * 1024
 """Bytes of `/v1/model/info`; LiteLLM sends about 8000 for each entry."""
+MAX_PATTERNS = 32
+"""Entries that are asked for one by one, because only that shows their pattern."""
 _FINAL = frozenset({*range(300, 400), 400, 401, 403, 404, 405, 422})
 """Answers that will not change by waiting: an unknown alias, a wrong key, a request that it does not understand, or
 that something else than the gateway is there, which sends us on."""
 _SET_ASIDE = ("no deployments available", "in cooldown", "all_deployments_in_cooldown")
 """LiteLLM's messages while it does not use a deployment because an earlier request failed."""
+_NO_KEY = "missing credentials"
+"""LiteLLM's message, with a 500, for an entry without a key."""
 _OWN_FIELDS: Mapping[str, object] = {"cache": {"no-cache": True, "no-store": True}, "disable_fallbacks": True}
 
 
@@ -90,6 +94,16 @@ class Passage:
         words = self.detail.lower()
         return not self.ok and (self.status in {None, 408, 504} or any(each in words for each in _SET_ASIDE))
 
+    @property
+    def without_key(self) -> bool:
+        """The gateway has no key for the server."""
+        return not self.ok and _NO_KEY in self.detail.lower()
+
+    @property
+    def not_admitted(self) -> bool:
+        """The gateway does not take our own key; without a database LiteLLM says that it cannot look it up."""
+        return not self.ok and (self.status in {401, 403} or "no connected db" in self.detail.lower())
+
     def to_wire(self) -> dict[str, object]:
         return {**asdict(self), "ok": self.ok}
 
@@ -132,6 +146,7 @@ def ask(
     asked, gateway = Question(alias, bases, tuple(others)), _Gateway(url, key, same_host)
     began, attempts = clock(), 0
     real: Passage | None = None
+    replied: Passage | None = None
     while True:
         attempts += 1
         left = seconds - (clock() - began)
@@ -140,13 +155,17 @@ def ask(
         if passage.code == "gateway_down" and _alive(gateway):
             detail = f"the gateway lives, and did not answer for {alias} in {over:.0f} s"
             passage = replace(passage, code="no_completion", detail=detail)
+        if passage.status is not None:
+            replied = passage
         if not passage.passing:
             real = passage
         final = passage.code in {"ok", "gateway_down", "other_server"} or (
-            passage.code == "no_completion" and passage.status in _FINAL and not passage.passing
+            passage.code == "no_completion"
+            and not passage.passing
+            and (passage.status in _FINAL or passage.without_key)
         )
         if final or over + PAUSE > seconds:
-            last = passage if final or real is None else real
+            last = passage if final else real or replied or passage
             return replace(last, seconds=round(over, 3), attempts=attempts)
         pause(PAUSE)
 
@@ -174,16 +193,42 @@ def ask_all(
 
 
 def deployments(url: str, key: str | None) -> tuple[Deployment, ...] | None:
-    """Ask the running gateway for its deployments; None if it does not answer as LiteLLM does."""
+    """Ask the running gateway for its deployments; None if it does not answer as LiteLLM does.
+
+    For the pattern `*` LiteLLM lists hundreds of rows, one for each model of a provider that it knows. All have one id,
+    and asking for that id returns the pattern.
+    """
+    rows = _model_info(url, key)
+    if rows is None:
+        return None
+    models: dict[str, set[str]] = {}
+    for row in rows:
+        if (found := _deployment(row)) is not None:
+            models.setdefault(_id(row), set()).add(found.model)
+    spread = [each for each, sent in models.items() if each and len(sent) > 1]
+    kept = [row for row in rows if _id(row) not in spread]
+    for each in spread[:MAX_PATTERNS]:
+        one = _model_info(url, key, f"?litellm_model_id={quote(each)}")
+        if one is None:
+            break
+        kept += one
+    return tuple(found for row in kept if (found := _deployment(row)) is not None)
+
+
+def _model_info(url: str, key: str | None, which: str = "") -> list[object] | None:
     try:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        reply = _send(url, "GET", "/v1/model/info", None, headers, INFO_SECONDS, MAX_INFO)
+        reply = _send(url, "GET", f"/v1/model/info{which}", None, headers, INFO_SECONDS, MAX_INFO)
         rows = json.loads(reply.body)["data"] if reply is not None and reply.status == 200 else None
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
-    if not isinstance(rows, list):
-        return None
-    return tuple(each for row in rows if (each := _deployment(row)) is not None)
+    return rows if isinstance(rows, list) else None
+
+
+def _id(row: object) -> str:
+    """What names a deployment; empty if it has none."""
+    info = row.get("model_info") if isinstance(row, dict) else None
+    return str(info.get("id") or "") if isinstance(info, dict) else ""
 
 
 def _deployment(row: object) -> Deployment | None:

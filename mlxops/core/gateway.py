@@ -94,6 +94,8 @@ class Entry:
     """Why LiteLLM does not use the entry; empty if it does."""
     answers_itself: bool = False
     """LiteLLM makes up the answers and asks no server (`mock_response`)."""
+    health_checked: bool = False
+    """LiteLLM's own health checks ask for a name of their choice."""
 
     @property
     def address(self) -> tuple[str, int] | None:
@@ -315,7 +317,7 @@ def _of_entry(
     if entry.model is not None and entry.sends is None:
         message = f"{shown(entry.model)} is not sent to an OpenAI-compatible server"
         yield say("not_openai", message, edit(entry, "model", entry.right_model(name), files))
-    if not entry.has_key and "api_key" not in entry.variables:
+    elif not entry.has_key and "api_key" not in entry.variables:
         hint = edit(entry, "api_key", "none", files) + " (any placeholder will do)"
         message = f"has no api_key: LiteLLM answers 'Missing credentials'{entry.lost and f' ({entry.lost})'}"
         yield say("missing_key", message, hint, _sure(entry, "api_key"))
@@ -370,7 +372,7 @@ def _of_base(
     if target is not None and urlsplit(base).scheme.lower() == "https":
         yield say("bad_api_base", f"api_base {shown(base)} asks for TLS, and the servers speak plain HTTP", right)
     path = entry.path
-    if path != CHAT:
+    if path != CHAT and entry.sends is not None:
         answered = target is not None and path in target.paths
         some = path in SOME_ANSWER or path == f"/{CHAT}"
         certain = target is not None and not answered and (bool(target.paths) or not some)
@@ -457,6 +459,8 @@ def _of_patterns(ours: Together) -> Iterator[Finding]:
     for entry, target in ours:
         if entry.pattern is not None and target is not None and entry.open_pattern:
             message = f"{entry.pattern} sends every name that it matches to port {target.port} of {target.host}"
+            if entry.health_checked:
+                message += ", and background_health_checks ask it for names that LiteLLM chooses"
             hint = f"an mlx_lm.server drops its model for a name that it does not know; in {entry.where} name the alias"
             yield Finding("pattern", target.alias, target.port, Severity.WARNING, message, hint, target.host)
 

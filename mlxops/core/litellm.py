@@ -61,6 +61,10 @@ class Config:
     synonyms: Mapping[str, str] = field(default_factory=dict)
     """`router_settings.model_group_alias`: name -> the model_name that is meant."""
     findings: tuple[Finding, ...] = ()
+    instead: str | None = None
+    """`general_settings.completion_model`: what LiteLLM asks for, whatever a client asks for."""
+    defaults: Mapping[str, str] = field(default_factory=dict)
+    """`router_settings.default_litellm_params`, as far as they say what is sent where."""
 
     def concrete(self, names: Iterable[str]) -> tuple[Entry, ...]:
         """Return the entries under names that a client can use: written names, synonyms, and those of `names` that a
@@ -77,6 +81,11 @@ class Config:
             for asked in longer:
                 if asked != name and asked not in known and asked not in self.synonyms:
                     found += [entry for entry in self._matched(asked) if entry.sends == name]
+        if self.instead:
+            meant = self._meant_by(self.synonyms.get(self.instead, self.instead))
+            # LiteLLM also takes what an entry sends for the entry's name.
+            meant = meant or [entry for entry in self.entries if entry.model == self.instead]
+            found = [replace(entry, alias=each.alias) for each in found for entry in meant]
         return tuple(dict.fromkeys(found))
 
     def _meant_by(self, name: str) -> list[Entry]:
@@ -167,9 +176,10 @@ _WITHOUT_KEY = """
 """
 _WITH_KEY = """
     abliteration ai21 ai21_chat aiand aihubmix aiml amazon_nova apertis assemblyai baseten cerebras charity_engine
-    chutes clf_ai_gateway cloudflare codestral cognition coralbricks cortecs crusoe darkbloom dashscope databricks
+    chutes clf_ai_gateway cloudflare codestral cognition compactifai coralbricks cortecs crusoe darkbloom dashscope
+    databricks
     deepinfra empiriolabs empower featherless_ai friendliai galadriel github gmi helicone hostinger_router hyperbolic
-    inception inferenceapis kyma lambda_ai libertai llamagate maritalk meta meta_llama modelscope moonshot morph
+    inception inferenceapis kyma lambda_ai libertai llamagate maritalk meta meta_llama minimax modelscope moonshot morph
     nano-gpt nebius neosantara novita nscale nvidia_nim opencode_go openinfer parasail perplexity pinstripes poe prism
     publicai qwen_ai_platform qwencloud refuseless reka sail sambanova sarvam scaleway scx-ai streamlake synthetic
     tencent tensormesh v0 veniceai vercel_ai_gateway volcengine wandb xiaomi_mimo xinference zai zerogpu
@@ -252,7 +262,7 @@ def parse(document: object, environ: Environ, files: Files, places: Sequence[str
             hint = "write it as `inv gateway --print` does"
             message = f"{where}: {read}: LiteLLM does not start with it"
             findings.append(Finding("bad_entry", None, None, Severity.FAULT, message, hint))
-    return Config(tuple(entries), reader.synonyms, tuple(findings))
+    return Config(tuple(entries), reader.synonyms, tuple(findings), reader.instead, reader.certain_defaults())
 
 
 def _without_model(entry: Entry, files: Files) -> Finding:
@@ -284,14 +294,31 @@ class _Reader:
     def __init__(self, document: Mapping[object, object], environ: Environ, files: Files) -> None:
         self.environ = environ
         self.files = files
+        self.default_place = f"router_settings.default_litellm_params of {files.config}"
         self.findings: list[Finding] = []
         self.late = self._late(document.get("environment_variables"))
         router, module = _mapping(document.get("router_settings")), _mapping(document.get("litellm_settings"))
+        for name in ("litellm_settings", "general_settings", "environment_variables"):
+            self._check_mapping(name, document.get(name))
+        for name in ("default_litellm_params", "model_group_alias"):
+            self._check_mapping(f"router_settings.{name}", router.get(name))
+        general = _mapping(document.get("general_settings"))
+        self.instead = self._value(general.get("completion_model")).text
+        self.health_checks = general.get("background_health_checks") is True
         self.defaults = _mapping(router.get("default_litellm_params"))
         self.module = module
         self.credentials = dict(self._credentials(document.get("credential_list")))
         self.renamed = _texts(_mapping(module.get("model_alias_map")))
         self.synonyms = {**self.renamed, **_texts(_mapping(router.get("model_group_alias")))}
+
+    def certain_defaults(self) -> dict[str, str]:
+        found = {key: self._value(self.defaults.get(key)) for key in ("model", "api_base", "custom_llm_provider")}
+        found["api_base"] = self._value(self.defaults.get("base_url")) | found["api_base"]
+        return {key: each.text for key, each in found.items() if each.text and each.sure}
+
+    def _check_mapping(self, name: str, section: object) -> None:
+        if section and not isinstance(section, dict):
+            raise unusable(self.files, f"its {name} is not a mapping (key: value)")
 
     def _late(self, section: object) -> Environ:
         """Add `environment_variables`, which LiteLLM sets after it has replaced `os.environ/...` in the document."""
@@ -347,6 +374,8 @@ class _Reader:
         model = self._value(params.get("model"))
         if model.wrong:
             return f"the model of {shown(alias)} {model.wrong}"
+        if model.text is not None:
+            model = self._value(self.defaults.get("model"), (self.default_place, "model")) | model
         named = self._value(params.get("litellm_credential_name"))
         credential = self.credentials.get(named.text or "", {})
 
@@ -354,12 +383,11 @@ class _Reader:
             def own(spelled: str) -> _Value:
                 return self._value(params.get(spelled), (where, spelled))
 
-            place = f"router_settings.default_litellm_params of {self.files.config}"
             found = _Value()
             # base_url is another spelling of api_base, and takes precedence.
             spellings = ("base_url", key) if key == "api_base" else (key,)
             for spelled in spellings if defaults else ():
-                found = found | self._value(self.defaults.get(spelled), (place, spelled))
+                found = found | self._value(self.defaults.get(spelled), (self.default_place, spelled))
             for spelled in spellings:
                 found = found | own(spelled) if not found.wrong else found
             for spelled in spellings:
@@ -413,6 +441,9 @@ class _Reader:
             lost=f"credential_list has no {shown(named.text)}" if named.text and not credential else "",
             out=wrong or self._out(info, params),
             answers_itself="mock_response" in params,
+            health_checked=self.health_checks
+            and not info.get("health_check_model")
+            and info.get("disable_background_health_check") is not True,
         )
 
     def _address(self, own: _Value, provider: _Provider) -> _Value:

@@ -34,6 +34,9 @@ model_list:
     litellm_params: {{model: openai/other-name, api_base: "http://{address}:{port}/v1", api_key: none}}
   - model_name: "jerry-*"
     litellm_params: {{model: "openai/jerry-*", api_base: "http://{address}:{port}/v1", api_key: none}}
+  # LiteLLM tells of this as of hundreds of names, one for each of OpenAI's models that it knows.
+  - model_name: "studio/*"
+    litellm_params: {{model: "openai/*", api_base: "http://{address}:{port}/v1", api_key: none}}
   - model_name: spare
     litellm_params: {{model: openai/spare, api_base: "http://127.0.0.1:{spare}/v1", api_key: none}}
 litellm_settings: {{cache: true, cache_params: {{type: local}}}}
@@ -136,7 +139,8 @@ def test_only_names_that_the_server_knows_are_asked_for_and_it_keeps_its_weights
         before = served.completions()
         exit, row = served.through()
         assert exit == 3 and "wrong_name" in row["verdict"]
-        assert {each["alias"] for each in row["passages"]} == {"qwen-coder", "the-loaded-one", "nick", "jerry-xl"}
+        names = {"qwen-coder", "the-loaded-one", "nick", "jerry-xl", "studio/jerry-xl"}
+        assert {each["alias"] for each in row["passages"]} == names
         assert all(each["ok"] for each in row["passages"]), row
         assert set(row["skipped"]) == {"wrong"}
         assert not [each for each in row["findings"] if each["code"].startswith("through")]

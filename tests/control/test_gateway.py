@@ -264,6 +264,8 @@ class _Proxy:
         self.bodies: list[dict[str, object]] = []
         self.info = b""
         """What it says that it does with each name; empty: nothing."""
+        self.by_id: dict[str, bytes] = {}
+        """What it says of one deployment."""
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -275,7 +277,9 @@ class _Proxy:
 
             def do_GET(self) -> None:
                 proxy.paths.append(self.path)
-                info = proxy.info if self.path.endswith("/model/info") else None
+                path, _, one = self.path.partition("?litellm_model_id=")
+                info = proxy.info if path.endswith("/model/info") else None
+                info = proxy.by_id.get(one, b"") if one else info
                 self._answer(404 if info == b"" else 200, {}, b'"I\'m alive!"' if info is None else info)
 
             def _answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
@@ -434,6 +438,27 @@ class TestThrough:
         assert (passage.status, passage.attempts > 1) == (500, True)
         assert passage.detail == "it answered 500: the server fell over"
 
+    def test_a_gateway_that_only_says_that_it_waited_is_told_as_that(self, proxy: Callable[[Answers], _Proxy]) -> None:
+        over = threading.Event()
+
+        def answer(number: int) -> tuple[int, dict[str, str], bytes]:
+            if number > 1:
+                over.wait(30)
+            return 408, {}, json.dumps({"error": {"message": "litellm.Timeout: 1 ms"}}).encode()
+
+        at = proxy(answer)
+        try:
+            passage = self.ask(at.url, seconds=2.0)
+        finally:
+            over.set()
+        assert (passage.status, passage.detail) == (408, "it answered 408: litellm.Timeout: 1 ms")
+
+    def test_a_key_that_the_gateway_does_not_have_is_not_waited_for(self, proxy: Callable[[Answers], _Proxy]) -> None:
+        words = "litellm.InternalServerError: OpenAIException - Missing credentials. Please pass an `api_key`"
+        at = proxy(lambda _: (500, {}, json.dumps({"error": {"message": words}}).encode()))
+        passage = self.ask(at.url)
+        assert (passage.status, passage.attempts, passage.without_key) == (500, 1, True)
+
     def test_a_url_may_end_as_a_clients_does(self, proxy: Callable[[Answers], _Proxy]) -> None:
         at = proxy(lambda _: (200, {}, COMPLETION))
         assert self.ask(f"{at.url}/v1/").ok and self.ask(f"{at.url}/litellm").ok
@@ -526,6 +551,30 @@ class TestWhatTheRunningGatewayDoes:
             ("cloud", "anthropic/x", None),
         ]
 
+    def test_the_many_names_of_one_pattern_are_that_pattern(self, proxy: Callable[[Answers], _Proxy]) -> None:
+        def row(name: str, model: str, id: str) -> dict[str, object]:
+            return {
+                "model_name": name,
+                "litellm_params": {"model": model, "api_base": BASE},
+                "model_info": {"id": id},
+            }
+
+        at = proxy(lambda _: (200, {}, COMPLETION))
+        # As LiteLLM 1.109 tells of `*`, of an entry, and of the same by model_group_alias.
+        rows = [row(name, f"openai/{name}", "p/1") for name in ("gpt-4o", "o3", "ft:babbage-002")]
+        rows += [row("a", "openai/jerry-xl", "2"), row("b", "openai/jerry-xl", "2")]
+        at.info = json.dumps({"data": rows}).encode()
+        at.by_id["p/1"] = json.dumps({"data": [row("*", "openai/*", "p/1")]}).encode()
+        found = through.deployments(at.url, None) or ()
+        assert [(each.alias, each.model) for each in found] == [
+            ("a", "openai/jerry-xl"),
+            ("b", "openai/jerry-xl"),
+            ("*", "openai/*"),
+        ]
+        # Where it does not tell, nothing is made of the names.
+        at.by_id.clear()
+        assert [each.alias for each in through.deployments(at.url, None) or ()] == ["a", "b"]
+
     @pytest.mark.parametrize(
         "body",
         [b"", b"<html>", b"[]", b'{"data": 7}', b'{"data": {"a": 1}}', b"[" * 100_000],
@@ -604,6 +653,16 @@ class TestPassingThrough:
         ((code, hint),) = self.findings(passed)
         assert code == "through_not_asked" and hint.startswith("restart the gateway, once")
 
+    @pytest.mark.parametrize("default", ["model: openai/other", "api_base: 'http://127.0.0.1:8101/v1'"])
+    def test_what_its_settings_change_at_each_request_counts_though_it_does_not_show_it(
+        self, proxy: Callable[[Answers], _Proxy], tmp_path: Path, default: str
+    ) -> None:
+        at = proxy(lambda _: (200, {}, COMPLETION))
+        at.info = info(("jerry-xl", "openai/jerry-xl", BASE))
+        settings = f"router_settings: {{default_litellm_params: {{{default}}}}}\n"
+        self.passed(read(tmp_path, ENTRY + settings), at)
+        assert at.bodies == []
+
     def test_an_address_that_it_does_not_show_is_that_of_its_files(
         self, proxy: Callable[[Answers], _Proxy], tmp_path: Path
     ) -> None:
@@ -620,6 +679,7 @@ class TestPassingThrough:
             (401, "litellm.AuthenticationError: OpenAIException - no", "refuses the api_key of the entry"),
             (429, "Budget has been exceeded! Current cost: 0.18, Max budget: 0.14", "the gateway limits it"),
             (400, "ExceededBudget: Team over budget", "the gateway limits it"),
+            (400, "No connected db.", "the gateway does not accept"),
             (500, "OpenAIException - Connection error", "mlxctl status --probe"),
         ],
     )

@@ -86,6 +86,8 @@ CASES = {
         (f"model: deepseek/n, {B}", "n"),
         (f"model: lemonade/n, {B}", "n"),
         (f"model: xinference/n, {B}, {K}", "n"),
+        (f"model: compactifai/n, {B}, {K}", "n"),
+        (f"model: minimax/n, {B}, {K}", "n"),
         (f"model: openai/org/n, {B}, {K}", "org/n"),
         (f"model: openai/openai/n, {B}, {K}", "openai/n"),
         (f"model: OpenAI/n, {B}, {K}", None),
@@ -182,6 +184,33 @@ CASES = {
         (f"model: openai/n, api_base: '{NOBODY}', {K}", "n"),
         rest=f"router_settings: {{default_litellm_params: {{api_base: '{BASE}', api_key: os.environ/KEY}}}}\n",
         KEY="x",
+    ),
+    "default parameters go before the model, too": one(
+        f"model: openai/m, {B}, {K}", "n", "router_settings: {default_litellm_params: {model: openai/n}}\n"
+    ),
+    "one model for whatever is asked": Case(
+        listed(A, ("b", f"model: openai/m, {B}, {K}")) + "general_settings: {completion_model: b}\n",
+        {"a": "m", "b": "m"},
+    ),
+    "one model for whatever is asked, in the provider's words": Case(
+        listed(A, ("b", f"model: openai/m, {B}, {K}")) + "general_settings: {completion_model: openai/m}\n",
+        {"a": "m", "b": "m"},
+    ),
+    "one model for whatever is asked, and it is not there": one(
+        f"model: openai/n, {B}, {K}", None, "general_settings: {completion_model: nobody}\n"
+    ),
+    **{
+        f"a section that is none: {section}": Case(ENTRY + section + "\n", starts=False)
+        for section in (
+            "litellm_settings: x",
+            "general_settings: [x]",
+            "environment_variables: [x]",
+            "router_settings: {default_litellm_params: x}",
+            "router_settings: {model_group_alias: [{b: a}]}",
+        )
+    },
+    "sections that are empty": Case(
+        ENTRY + "litellm_settings:\ngeneral_settings:\nrouter_settings:\nenvironment_variables:\n", {"a": "n"}
     ),
     "variables of the configuration": many(
         ("model: openai/n", "n"),

@@ -500,6 +500,9 @@ TRUST = {
     "a revocation list of other keys": Trust(
         lambda w, s: [authority(w, "*")], lines=lambda w, s: [f"RevokedHostKeys {revocations(w, w.other_ca)}"]
     ),
+    "RevokedHostKeys is /dev/null": Trust(
+        lambda w, s: [s.known_hosts], lines=lambda w, s: ["RevokedHostKeys /dev/null"], server="none"
+    ),
     "RevokedHostKeys is not there": Trust(
         lambda w, s: [s.known_hosts],
         UNKNOWN,
@@ -626,6 +629,7 @@ WAYS = {
     "AddressFamily without an address": Way(lambda s: ["AddressFamily inet6"], "host_down"),
     "an own user, twice": Way(lambda s: [f"User {s.user}", "User nobody"]),
     "RemoteCommand": Way(lambda s: ["RemoteCommand echo hello", "RequestTTY yes"], ssh=255),
+    "ForkAfterAuthentication": Way(lambda s: ["ForkAfterAuthentication yes"]),
     "SendEnv, SetEnv, LocalCommand": Way(
         lambda s: ["SetEnv A=b", "SendEnv LANG", "PermitLocalCommand yes", "LocalCommand true"]
     ),

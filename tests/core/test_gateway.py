@@ -178,6 +178,11 @@ def concrete(names: Iterable[str], *items: object, **settings: object) -> tuple[
     return config.concrete(names)
 
 
+def test_of_an_entry_for_another_kind_of_server_nothing_else_is_said() -> None:
+    entry = item(model="ollama_chat/jerry-xl", api_base=f"http://{HOST}:8100", api_key=None)
+    assert found([entry], [served()]) == {("not_openai", "fault")}
+
+
 def test_a_pattern_is_never_a_name() -> None:
     pattern = item("jerry-*", model="openai/jerry-*")
     found = concrete(["jerry-xl", "other"], pattern)
@@ -192,6 +197,25 @@ def test_a_pattern_claims_the_alias_of_its_own_port_alone() -> None:
     assert gateway.names_sent(entries, HOST) == {8100: ("jerry-xl",)}
     compared = gateway.compare(concrete(["jerry-xl", "jerry-l"], item("*", model="openai/*")), ports, FILES)
     assert {(f.code, f.severity.value) for f in compared} == {("pattern", "warning"), ("slot_without_entry", "warning")}
+
+
+@pytest.mark.parametrize(
+    ("settings", "info", "told"),
+    [
+        ({"background_health_checks": True}, {}, True),
+        ({"background_health_checks": True}, {"health_check_model": "openai/jerry-xl"}, False),
+        ({"background_health_checks": True}, {"disable_background_health_check": True}, False),
+        ({"background_health_checks": False}, {}, False),
+        ({}, {}, False),
+    ],
+)
+def test_health_checks_that_ask_for_other_names_are_told_with_the_pattern(
+    settings: dict[str, object], info: dict[str, object], told: bool
+) -> None:
+    pattern = {**item("*", model="openai/*"), "model_info": info}
+    entries = concrete(["jerry-xl"], pattern, general_settings=settings)
+    (found,) = [each for each in gateway.compare(entries, [served()], FILES) if each.code == "pattern"]
+    assert ("background_health_checks" in found.message) == told
 
 
 def test_a_pattern_for_one_model_needs_no_warning() -> None:
