@@ -689,3 +689,11 @@ class TestPassingThrough:
         at = proxy(lambda _: (status, {}, json.dumps({"error": {"message": message}}).encode()))
         ((code, hint),) = self.findings(self.passed(read(tmp_path, ENTRY), at))
         assert code == "through_no_completion" and help in hint and "restart" not in hint
+
+
+def test_a_receipt_says_that_an_address_is_not_known_here(tmp_path: Path) -> None:
+    described = Gateway("router.yaml", None, "http://127.0.0.1:4000", None)
+    told = read(tmp_path, ENTRY.replace("127.0.0.1", "mlx-studio"))
+    running = gateway._Running(described, None, told.entries, None, ())
+    assert "'http://mlx-studio:8100/v1', where jerry-xl is sent," in running.nowhere("jerry-xl", 8100)
+    assert running.nowhere("jerry-xl", 8101) == "the gateway has no entry that leads to port 8101"
