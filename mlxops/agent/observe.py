@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 from mlxops.agent import processes, reading, servers
 from mlxops.agent.engines import ENGINES
 from mlxops.agent.journal import Stand, stand_of
-from mlxops.agent.lastwords import last_line
 from mlxops.agent.logs import clean
 from mlxops.agent.place import Place
 from mlxops.agent.servers import Found
@@ -344,6 +343,8 @@ def _ask(where: Place, signals: list[Signals]) -> dict[int, Answer]:
 
 def _last_words(log: Path) -> str:
     """When a server last wrote to its log, and what: how it ended, nobody saw who could tell."""
+    from mlxops.agent.lastwords import last_line  # its patterns take 2 ms to compile
+
     words = last_line(tail(log))
     try:
         when = utc(log.stat().st_mtime)
