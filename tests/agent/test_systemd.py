@@ -95,7 +95,7 @@ def test_a_boot_jobs_server_is_recognised_by_its_unit(tmp_path: Path, tiny_model
         "before: boot_job_disabled",
         "boot, 0 words of the script",
         stop,
-        stop,
+        f"have the boot job start it under the name jerry; or, {stop}",
         "still it",
         "stopped",
         "by hand: hand",
