@@ -164,7 +164,7 @@ def test_the_memory_budget_is_kept(homelab: Homelab) -> None:
     first, second = two_loaded(homelab)
     reboot(homelab.studio)
     config = next(homelab.studio.hub.glob("models--tiny-org--tiny-qwen3/snapshots/*/config.json")).resolve()
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 10**8}))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"head_dim": 10**8}))
     homelab.configure(memory="1TB")
     done = homelab.mini.mlxctl("restore", "--json")
     details = done.json["hosts"][0]["error"]["details"]
