@@ -89,7 +89,7 @@ class Settings:
             "env": dict(self.env),
             "ports": [self.ports.first, self.ports.last],
             "slots": {str(port): alias for port, alias in self.slots.items()},
-            "boot": [job.to_wire() for job in self.boot],
+            "boot": _boot_to_wire(self.boot),
             "memory": self.memory,
         }
 
@@ -118,8 +118,15 @@ def settings_from_wire(wire: Mapping[str, object]) -> Settings:
     )
 
 
+def _boot_to_wire(jobs: tuple[BootJob, ...]) -> object:
+    """Write one job, or none, as version 0.1.0 does: after `deploy --rollback` it reads this host.json."""
+    if len(jobs) < 2:
+        return jobs[0].to_wire() if jobs else None
+    return [job.to_wire() for job in jobs]
+
+
 def _boot(value: object) -> tuple[BootJob, ...]:
-    """Read a list of jobs. The host.json of older versions has one job, or null."""
+    """Read null, one job, or a list of jobs."""
     jobs = value if isinstance(value, list) else [value] if isinstance(value, dict) else []
     found = []
     for job in jobs:

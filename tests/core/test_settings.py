@@ -63,3 +63,17 @@ def test_a_range_of_ports_has_both_its_ends() -> None:
     ports = PortRange(8100, 8102)
     assert list(ports) == [8100, 8101, 8102] and str(ports) == "8100-8102"
     assert 8099 not in ports and 8100 in ports and 8102 in ports and 8103 not in ports and "8100" not in ports
+
+
+@pytest.mark.parametrize(
+    ("jobs", "wire"),
+    [
+        ((), None),
+        ((BootJob(8100, "/opt/start.sh", "a"),), {"port": 8100, "script": "/opt/start.sh", "label": "a"}),
+    ],
+    ids=["no job", "one job"],
+)
+def test_settings_with_at_most_one_boot_job_are_written_as_the_version_before_reads_them(
+    jobs: tuple[BootJob, ...], wire: object
+) -> None:
+    assert Settings(boot=jobs).to_wire()["boot"] == wire
