@@ -177,7 +177,6 @@ STATUS_ON_A_HOST = {
             "flocks",
             "interrupted",
             "journal",
-            "lastwords",
             "logs",
             "observe",
             "operations",
