@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 from mlxops.agent import interrupted, memory
@@ -202,7 +203,8 @@ def _two_loads_where_one_fits(arena: Arena) -> None:
     need = memory.estimate_of(arena.snapshots[ALPHA])
     assert need is not None
     arena.settings = replace(arena.settings, memory=int(need.total * 1.5))
-    with mock.patch.object(memory, "_servers", lambda look: []):  # those of other tests on this machine
+    # Not those of other tests on this machine.
+    with mock.patch.object(memory, "servers", SimpleNamespace(find=lambda look: [])):
         with _held_at(arena, STARTS, "load", model=ALPHA, port=str(arena.ports[0])) as loaded:
             second = arena.run("load", model=BETA, port=str(arena.ports[1]))
         assert (second.exit, second.error and second.error.code) == (3, "does_not_fit"), second
