@@ -36,7 +36,8 @@ def preferred(known: Known, allowed: Sequence[str], offered: Sequence[str]) -> t
     """Return the algorithms to ask for: those of HostKeyAlgorithms (`allowed`) that Paramiko has (`offered`).
 
     Certificates come first if an authority is known, then known kinds, so that a host with several keys shows one that
-    can be checked. A certificate of an unknown authority still contains the host's key.
+    can be checked. A certificate of an unknown authority still contains the host's key. If anything is revoked, ask for
+    the certificate of a known key before the key: only the certificate shows that its authority is revoked.
     """
     usable = [name for name in allowed if public_keys.plain_kind(name) in offered]
     if not allowed:
@@ -44,7 +45,9 @@ def preferred(known: Known, allowed: Sequence[str], offered: Sequence[str]) -> t
     certified = [name for name in usable if name.endswith(public_keys.CERTIFICATE)]
     plain = [name for name in usable if name not in certified]
     first = [name for kind in known.kinds() for name in _algorithms(kind) if name in plain]
-    ordered = (certified, first, plain) if known.authorities else (first, plain, certified)
+    around = [f"{name}{public_keys.CERTIFICATE}" for name in first if known.revoked]
+    around = [name for name in around if name in certified]
+    ordered = (certified, first, plain) if known.authorities else (around, first, plain, certified)
     return tuple(dict.fromkeys(name for group in ordered for name in group))
 
 

@@ -386,6 +386,12 @@ TRUST = {
     "a revoked authority, and the plain key": Trust(
         lambda w, s: [s.known_hosts, authority(w, "*"), f"@revoked * {public(w.ca)}"], CHANGED, ("@revoked",)
     ),
+    "the plain key, and a revoked authority that no other line names": Trust(
+        lambda w, s: [s.known_hosts, f"@revoked * {public(w.ca)}"], CHANGED, ("@revoked",)
+    ),
+    "the plain key, and another revoked authority": Trust(
+        lambda w, s: [s.known_hosts, f"@revoked * {public(w.other_ca)}"]
+    ),
     "a revoked key": Trust(lambda w, s: [authority(w, "*"), f"@revoked * {s.host_key}"], CHANGED, ("@revoked",)),
     "an expired certificate": Trust(lambda w, s: [authority(w, "*")], UNKNOWN, ("it has expired",), server="expired"),
     "an expired certificate, and the plain key": Trust(
