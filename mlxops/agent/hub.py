@@ -137,8 +137,8 @@ def verify(
 ) -> int:
     """Compare the content of a downloaded commit with the hub's hashes; returns how many files were compared.
 
-    What ends early is removed. What is whole stays: nothing tells damage of the right length from weights that somebody
-    trained further in their place.
+    Remove files that end early. Keep complete ones: damage of the right length looks like weights that were fine-tuned
+    in place.
 
     Raises what `download` raises, and `DownloadFailed` (wrong_content) with the commands that bring the hub's files.
     """
@@ -325,8 +325,10 @@ def _drop_begun(line: Line, folder: Path, plan: Plan, emit: Emit) -> None:
 
 
 def _is_begun_only(line: Line, plan: Plan, place: Path, file: HubFile, size: int) -> bool:
-    """Whether it is the beginning of the hub's file. Text that only looks as if it ended early, for a brace that
-    somebody forgot, is held against the hub's; what that raises is for `persistently`."""
+    """Whether it is the beginning of the hub's file. Text that may only lack a brace is compared with the hub's text.
+
+    Raises what a request to the hub raises; `persistently` handles that.
+    """
     try:
         begun = is_begun_only(str(place), file.name, size, file.size)
         if not begun or not size or not is_text(file.name) or max(size, file.size) > MAX_TEXT:
@@ -407,7 +409,7 @@ def _prove(folder: Path, plan: Plan, asked: Asked) -> None:
 
 
 def _refuse_edits(snapshot: Path, plan: Plan, why: str) -> None:
-    """Raises `Refused` (not_servable) if a file that somebody edited is what engines cannot use."""
+    """Raises `Refused` (not_servable) if engines cannot use a file because of an edit."""
     broken = inspect(snapshot).broken
     for file in plan.files:
         place = snapshot / file.name

@@ -45,9 +45,8 @@ def preferred(known: Known, allowed: Sequence[str], offered: Sequence[str]) -> t
     certified = [name for name in usable if name.endswith(public_keys.CERTIFICATE)]
     plain = [name for name in usable if name not in certified]
     first = [name for kind in known.kinds() for name in _algorithms(kind) if name in plain]
-    around = [f"{name}{public_keys.CERTIFICATE}" for name in first if known.revoked]
-    around = [name for name in around if name in certified]
-    ordered = (certified, first, plain) if known.authorities else (around, first, plain, certified)
+    of_known = [name for name in certified if known.revoked and name.removesuffix(public_keys.CERTIFICATE) in first]
+    ordered = (certified, first, plain) if known.authorities else (of_known, first, plain, certified)
     return tuple(dict.fromkeys(name for group in ordered for name in group))
 
 
