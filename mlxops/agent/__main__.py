@@ -214,8 +214,8 @@ def _agree_on_code(request: Request) -> None:
 
 
 def _look(request: Request, store: Store, where: Place) -> int:
+    from mlxops.agent.host.system import this_system
     from mlxops.agent.operations.context import Context
-    from mlxops.agent.system import this_system
     from mlxops.agent.worker import finish
 
     beat = _Beat()

@@ -21,8 +21,8 @@ from pathlib import Path
 
 from mlxops.agent import managers as service_managers
 from mlxops.agent import reading
+from mlxops.agent.host.system import Look, Process, System
 from mlxops.agent.managers import ABSENT, NO_DOMAIN, which
-from mlxops.agent.system import Look, Process, System
 from mlxops.core.bootjobs import (
     CARRIERS,
     SHELLS,

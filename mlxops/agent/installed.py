@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mlxops.agent import processes
 from mlxops.agent.engine import Command, Engine, Serving, installation_folders, site_packages, version_in
+from mlxops.agent.host import processes
 from mlxops.agent.store import Store
 from mlxops.core.errors import Refused
 from mlxops.core.loadable import Abilities

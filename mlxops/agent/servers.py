@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from mlxops.agent.engine import Seen, program
 from mlxops.agent.engines import recognise
-from mlxops.agent.system import Look, Process
+from mlxops.agent.host.system import Look, Process
 
 SHELLS = frozenset({"sh", "bash", "dash", "zsh", "ksh", "ash", "busybox", "fish", "nu", "csh", "tcsh"})
 PREFIXES = frozenset(

@@ -19,17 +19,18 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from mlxops.agent import logs, processes
+from mlxops.agent import logs
 from mlxops.agent.cache import is_commit
 from mlxops.agent.engine import Command, Engine, NoCompletion, Serving, complete
 from mlxops.agent.engines import ENGINES
 from mlxops.agent.failures import About, explain
+from mlxops.agent.host import processes
+from mlxops.agent.host.processes import Gated
+from mlxops.agent.host.system import System
 from mlxops.agent.lastwords import last_line
 from mlxops.agent.logs import clean
 from mlxops.agent.place import Place
-from mlxops.agent.processes import Gated
 from mlxops.agent.store import Store, now, state_unwritable
-from mlxops.agent.system import System
 from mlxops.core.errors import MlxopsError, NotStarted
 from mlxops.core.protocol import Event, Phase
 from mlxops.core.world import Answer, Run

@@ -14,11 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlxops.agent.host.system import this_system
 from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.restore import look
 from mlxops.agent.place import Place, place
 from mlxops.agent.store import Store, now
-from mlxops.agent.system import this_system
 from mlxops.agent.worker import begin
 from mlxops.build import build_id
 from mlxops.core.errors import Exit, MlxopsError, Refused

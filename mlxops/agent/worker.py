@@ -18,13 +18,13 @@ from types import FrameType
 
 from mlxops.agent import journal as journals
 from mlxops.agent.agreement import confirm
+from mlxops.agent.host.system import shortage, this_system
 from mlxops.agent.journal import Journal
 from mlxops.agent.operations import command
 from mlxops.agent.operations.context import Cancellation, Context
 from mlxops.agent.place import closed, place
 from mlxops.agent.reading import is_hosts_fault
 from mlxops.agent.store import Store, disk_failed, state_failed, state_unreadable, state_unwritable
-from mlxops.agent.system import shortage, this_system
 from mlxops.core.errors import Bug, Busy, Exit, MlxopsError, bug
 from mlxops.core.protocol import Done, Event, Failed, Request
 from mlxops.core.units import amount
@@ -80,9 +80,9 @@ def run(folder: Path, lock: int) -> int:
 
     `lock` is the descriptor of the record's lock, held until the end; nothing that `subprocess` starts inherits it.
     """
-    from mlxops.agent import inherited
+    from mlxops.agent.host import process_setup
 
-    inherited.shed()
+    process_setup.shed()
     os.umask(0o077)
     journal = Journal(folder)
     try:

@@ -15,7 +15,7 @@ import pytest
 
 from mlxops.agent import managers
 from mlxops.agent.bootjobs import BootJobs, Roots
-from mlxops.agent.system import LinuxSystem, Look, Process, units_in
+from mlxops.agent.host.system import LinuxSystem, Look, Process, units_in
 from mlxops.core.settings import BootJob
 from mlxops.core.world import Standing
 from tests.agent.test_boot import calls, recorder

@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 
 from mlxops.agent import interrupted
+from mlxops.agent.host.system import this_system
 from mlxops.agent.journal import create
 from mlxops.agent.operations.context import Context
 from mlxops.agent.place import place
 from mlxops.agent.store import Store
-from mlxops.agent.system import this_system
 from mlxops.core.protocol import Event, Note, Request
 from mlxops.core.settings import Settings
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from mlxops.agent import flocks, logs, worker
+from mlxops.agent.host.system import this_system
 from mlxops.agent.operations.context import Context
 from mlxops.agent.place import place
 from mlxops.agent.store import Store
-from mlxops.agent.system import this_system
 from mlxops.core.errors import Busy
 from mlxops.core.protocol import Request
 from mlxops.core.settings import Settings

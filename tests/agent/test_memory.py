@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 
 from mlxops.agent import warm
+from mlxops.agent.host.system import LinuxSystem, System, this_system
 from mlxops.agent.memory import Budget, budget, check_fits, estimate_of, in_use
 from mlxops.agent.observe import observe
 from mlxops.agent.operations import stopping
 from mlxops.agent.operations.context import Context
 from mlxops.agent.place import Place, place
 from mlxops.agent.store import Store
-from mlxops.agent.system import LinuxSystem, System, this_system
 from mlxops.core.errors import Refused
 from mlxops.core.kvcache import kv_cache
 from mlxops.core.layers import MODEL_TYPES

@@ -17,13 +17,13 @@ import pytest
 from mlxops.agent import __main__ as agent
 from mlxops.agent import flocks, install
 from mlxops.agent.flocks import NoLocks
+from mlxops.agent.host.system import this_system
 from mlxops.agent.journal import create
 from mlxops.agent.operations import ops
 from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.look import status
 from mlxops.agent.place import place
 from mlxops.agent.store import Store
-from mlxops.agent.system import this_system
 from mlxops.agent.worker import begin, finish
 from mlxops.core.errors import Refused
 from mlxops.core.protocol import Event, Failed, Request

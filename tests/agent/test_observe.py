@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from mlxops.agent.host.system import LinuxSystem, Listener, Look, Process, PsutilSystem, this_system
 from mlxops.agent.observe import ByHand, _hand_started, observe
 from mlxops.agent.place import Place
 from mlxops.agent.store import Lock, Store
-from mlxops.agent.system import LinuxSystem, Listener, Look, Process, PsutilSystem, this_system
 from mlxops.core.settings import PortRange, Settings
 from mlxops.core.world import Operation, PortView, Run, State
 from tests.core.worlds import run as sample_run

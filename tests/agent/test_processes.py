@@ -15,10 +15,10 @@ from typing import cast
 
 import pytest
 
-from mlxops.agent import processes
-from mlxops.agent.processes import MARK, Gated, environment, leader, members, spawn, stop
+from mlxops.agent.host import processes
+from mlxops.agent.host.processes import MARK, Gated, environment, leader, members, spawn, stop
+from mlxops.agent.host.system import Look, Process, System, this_system
 from mlxops.agent.servers import find
-from mlxops.agent.system import Look, Process, System, this_system
 from mlxops.core.errors import NotStarted, Refused
 from mlxops.core.world import Run
 from tests.core.worlds import run as sample_run
@@ -134,8 +134,8 @@ def test_if_who_starts_it_is_killed_before_the_record_is_written_the_engine_neve
     program = f"""
 import sys
 from pathlib import Path
-from mlxops.agent.processes import spawn
-from mlxops.agent.system import this_system
+from mlxops.agent.host.processes import spawn
+from mlxops.agent.host.system import this_system
 folder = Path({str(tmp_path)!r})
 print(spawn(this_system(), ["/bin/sh", "-c", "echo > ran"], {{}}, folder, folder / "log").pid, flush=True)
 sys.stdin.readline()

@@ -7,7 +7,7 @@ import shlex
 import pytest
 
 from mlxops.agent import servers
-from mlxops.agent.system import Look, Process
+from mlxops.agent.host.system import Look, Process
 
 ENGINE = "python /venv/bin/mlx_lm.server --model a --port 8101"
 OTHER = "python /venv/bin/mlx_lm.server --model b --port 8102"

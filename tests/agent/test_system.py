@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mlxops.agent import sockets
-from mlxops.agent.system import LinuxSystem, Listener, Look, Process, PsutilSystem, System, collides, this_system
+from mlxops.agent.host import sockets
+from mlxops.agent.host.system import LinuxSystem, Listener, Look, Process, PsutilSystem, System, collides, this_system
 from tests.lab.sshd import missing
 from tests.lab.world import wait_until
 
@@ -363,6 +363,6 @@ def test_where_the_kernel_answers_no_questions_about_sockets_its_tables_tell_the
     def refused(family: int, state: int) -> list[tuple[str, int, str]]:
         raise OSError("no such protocol")
 
-    monkeypatch.setattr("mlxops.agent.sockets.from_kernel", refused)
+    monkeypatch.setattr("mlxops.agent.host.sockets.from_kernel", refused)
     assert len(asked) == len(ports) and all(each.pids == {os.getpid()} for each in asked)
     assert set(LinuxSystem().look(ports).listeners) == set(asked)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from mlxops.agent.host.system import this_system
 from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.swap import _way_back
 from mlxops.agent.place import place
 from mlxops.agent.store import Store
-from mlxops.agent.system import this_system
 from mlxops.core.protocol import Request
 from mlxops.core.settings import Settings
 from mlxops.core.world import Owner, PortView, State

@@ -156,7 +156,7 @@ def _until_listening(arena: Arena, port: int) -> None:
 
 def _kill_listeners(arena: Arena, port: int) -> None:
     """The script of the homelab's first days: whatever holds the port."""
-    from mlxops.agent.system import this_system
+    from mlxops.agent.host.system import this_system
 
     for listener in this_system().look({port}).on(arena.address, port):
         for pid in listener.pids:

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import psutil  # noqa: F401 - now: nothing can be imported where no descriptor is left
 
-from mlxops.agent.system import LinuxSystem, PsutilSystem, System
+from mlxops.agent.host.system import LinuxSystem, PsutilSystem, System
 from mlxops.core.settings import PortRange
 from tests.faults import batch
 from tests.faults.arena import Arena, Ended, entry

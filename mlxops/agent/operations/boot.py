@@ -5,9 +5,9 @@ from __future__ import annotations
 from mlxops.agent import boot as jobs
 from mlxops.agent.boot import Job, Manager
 from mlxops.agent.bootjobs import BootJobs
+from mlxops.agent.host.system import Look
 from mlxops.agent.operations.context import Context
 from mlxops.agent.store import state_unwritable
-from mlxops.agent.system import Look
 from mlxops.core.world import JobState
 
 

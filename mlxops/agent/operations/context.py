@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from mlxops.agent import interrupted
+from mlxops.agent.host.system import System
 from mlxops.agent.journal import named
 from mlxops.agent.observe import observe
 from mlxops.agent.place import Place
 from mlxops.agent.reading import said
 from mlxops.agent.store import Store, now
-from mlxops.agent.system import System
 from mlxops.core import names
 from mlxops.core.errors import Busy, Interrupted
 from mlxops.core.protocol import Event, Note, Request

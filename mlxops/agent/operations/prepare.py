@@ -13,13 +13,13 @@ from mlxops.agent.contents import printable
 from mlxops.agent.engine import Command, Engine, Serving, template_text
 from mlxops.agent.engine import options as arguments
 from mlxops.agent.engines import engine_named
+from mlxops.agent.host.system import free_on_disk
 from mlxops.agent.installed import abilities, described, lacks_architecture, lacks_tokenizer
 from mlxops.agent.operations.context import Context, busy, memory_lock
 from mlxops.agent.operations.files import Files
 from mlxops.agent.operations.gatewayname import context_warning, name_warning
 from mlxops.agent.snapshot import ModelFacts, edited, kept_as_it_is, shape, to_correct
 from mlxops.agent.store import Lock
-from mlxops.agent.system import free_on_disk
 from mlxops.agent.weights import language_weights
 from mlxops.core import memory, planner
 from mlxops.core.errors import Refused

@@ -9,9 +9,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlxops.agent import processes
 from mlxops.agent.engine import Command, Serving
 from mlxops.agent.engines import engine_named
+from mlxops.agent.host import processes
 from mlxops.agent.logs import rotated
 from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.files import cached

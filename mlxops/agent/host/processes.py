@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlxops.agent import servers
+from mlxops.agent.host.system import Look, Process, System
 from mlxops.agent.logs import clean
-from mlxops.agent.system import Look, Process, System
 from mlxops.core.errors import MlxopsError, NotStarted, Refused
 from mlxops.core.world import Run
 

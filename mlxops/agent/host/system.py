@@ -19,8 +19,8 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Protocol
 
-from mlxops.agent import sockets
-from mlxops.agent.sockets import Socket
+from mlxops.agent.host import sockets
+from mlxops.agent.host.sockets import Socket
 from mlxops.core.errors import Refused
 
 _SHORT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
