@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING
 
 from mlxops import __version__
 from mlxops.agent.agreement import agree, agree_anew, refuse_others
-from mlxops.agent.flocks import NoLocks, flock_within
 from mlxops.agent.place import Place, closed, place
 from mlxops.agent.reading import is_hosts_fault
-from mlxops.agent.store import Store
+from mlxops.agent.state.locks import NoLocks, flock_within
+from mlxops.agent.state.store import Store
 from mlxops.build import build_id
 from mlxops.core.errors import AgentProblem, Busy, MlxopsError, Refused, bug
 from mlxops.core.protocol import (
@@ -45,7 +45,7 @@ from mlxops.core.protocol import (
 )
 
 if TYPE_CHECKING:
-    from mlxops.agent.journal import Journal
+    from mlxops.agent.state.operation_log import Journal
 
 GARBAGE = 50_000
 """Objects more than before, after which they are looked through for garbage: mostly never, and not a hundred times."""
@@ -255,7 +255,7 @@ def _status(final: Done | Failed) -> int:
 
 def _follow_same(store: Store, journal: Journal, heard: int) -> Done | Failed:
     """Follow an operation; if it finds that the very same one runs already, follow that one."""
-    from mlxops.agent.journal import named
+    from mlxops.agent.state.operation_log import named
 
     final = _follow(journal, heard)
     if isinstance(final, Failed) and isinstance(final.error, Busy):

@@ -6,9 +6,9 @@ from __future__ import annotations
 import contextlib
 import os
 
-from mlxops.agent.journal import recent
 from mlxops.agent.place import Place, differences, place, settings_differ
-from mlxops.agent.store import Store
+from mlxops.agent.state.operation_log import recent
+from mlxops.agent.state.store import Store
 from mlxops.core.errors import Busy, Refused
 from mlxops.core.settings import Settings
 

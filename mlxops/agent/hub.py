@@ -27,7 +27,6 @@ from mlxops.agent.contents import (
     printable,
     read,
 )
-from mlxops.agent.flocks import is_locked
 from mlxops.agent.host.system import free_on_disk
 from mlxops.agent.hubline import (
     Asked,
@@ -53,6 +52,7 @@ from mlxops.agent.snapshot import (
     link_that_leads_nowhere,
     to_correct,
 )
+from mlxops.agent.state.locks import is_locked
 from mlxops.agent.weights import NOT_SERVED, is_served, is_weight, wrong_length
 from mlxops.core.errors import DownloadFailed, Refused
 from mlxops.core.loadable import no_model

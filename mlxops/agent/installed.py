@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mlxops.agent.engine import Command, Engine, Serving, installation_folders, site_packages, version_in
 from mlxops.agent.host import processes
-from mlxops.agent.store import Store
+from mlxops.agent.state.store import Store
 from mlxops.core.errors import Refused
 from mlxops.core.loadable import Abilities
 

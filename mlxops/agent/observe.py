@@ -18,11 +18,11 @@ from mlxops.agent import reading, servers
 from mlxops.agent.engines import ENGINES
 from mlxops.agent.host import processes
 from mlxops.agent.host.system import Listener, Look, System, collides
-from mlxops.agent.journal import Stand, stand_of
 from mlxops.agent.logs import clean
 from mlxops.agent.place import Place
 from mlxops.agent.servers import Found
-from mlxops.agent.store import Store, utc
+from mlxops.agent.state.operation_log import Stand, stand_of
+from mlxops.agent.state.store import Store, utc
 from mlxops.core.errors import Interrupted, MlxopsError
 from mlxops.core.registry import Registry
 from mlxops.core.world import Answer, BootClaim, JobState, Run, Server, Signals, Standing, World, drift, judge

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlxops.agent.cache import is_commit
-from mlxops.agent.flocks import is_locked
 from mlxops.agent.snapshot import is_of_a_download
+from mlxops.agent.state.locks import is_locked
 from mlxops.core.errors import Busy, Refused
 
 _STORE = "blobs"

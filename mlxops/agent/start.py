@@ -30,7 +30,7 @@ from mlxops.agent.host.system import System
 from mlxops.agent.lastwords import last_line
 from mlxops.agent.logs import clean
 from mlxops.agent.place import Place
-from mlxops.agent.store import Store, now, state_unwritable
+from mlxops.agent.state.store import Store, now, state_unwritable
 from mlxops.core.errors import MlxopsError, NotStarted
 from mlxops.core.protocol import Event, Phase
 from mlxops.core.world import Answer, Run

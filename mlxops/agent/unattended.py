@@ -18,7 +18,7 @@ from mlxops.agent.host.system import this_system
 from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.restore import look
 from mlxops.agent.place import Place, place
-from mlxops.agent.store import Store, now
+from mlxops.agent.state.store import Store, now
 from mlxops.agent.worker import begin
 from mlxops.build import build_id
 from mlxops.core.errors import Exit, MlxopsError, Refused

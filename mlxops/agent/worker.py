@@ -16,15 +16,15 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from mlxops.agent import journal as journals
 from mlxops.agent.agreement import confirm
 from mlxops.agent.host.system import shortage, this_system
-from mlxops.agent.journal import Journal
 from mlxops.agent.operations import command
 from mlxops.agent.operations.context import Cancellation, Context
 from mlxops.agent.place import closed, place
 from mlxops.agent.reading import is_hosts_fault
-from mlxops.agent.store import Store, disk_failed, state_failed, state_unreadable, state_unwritable
+from mlxops.agent.state import operation_log as journals
+from mlxops.agent.state.operation_log import Journal
+from mlxops.agent.state.store import Store, disk_failed, state_failed, state_unreadable, state_unwritable
 from mlxops.core.errors import Bug, Busy, Exit, MlxopsError, bug
 from mlxops.core.protocol import Done, Event, Failed, Request
 from mlxops.core.units import amount

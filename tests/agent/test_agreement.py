@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from mlxops.agent.agreement import agree, agree_anew
-from mlxops.agent.journal import create
 from mlxops.agent.place import place
-from mlxops.agent.store import Store
+from mlxops.agent.state.operation_log import create
+from mlxops.agent.state.store import Store
 from mlxops.agent.worker import begin
 from mlxops.build import build_id
 from mlxops.core.errors import Busy, Refused

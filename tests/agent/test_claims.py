@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from mlxops.agent.host.system import this_system
-from mlxops.agent.journal import create
 from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.load import _port_alone
 from mlxops.agent.place import place
-from mlxops.agent.store import Lock, Store
+from mlxops.agent.state.operation_log import create
+from mlxops.agent.state.store import Lock, Store
 from mlxops.core.errors import Busy, Refused
 from mlxops.core.planner import Target
 from mlxops.core.protocol import Event, Request

@@ -15,7 +15,7 @@ import pytest
 
 from mlxops.agent import reading
 from mlxops.agent.cache import Skipped, Snapshot, find, scan
-from mlxops.agent.store import Store
+from mlxops.agent.state.store import Store
 from mlxops.agent.worker import _told
 from mlxops.core.errors import Bug, MlxopsError, Refused
 from tests.lab.homelab import Completed, Homelab, run, script

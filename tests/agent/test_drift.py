@@ -12,7 +12,7 @@ from mlxops.agent.host.system import this_system
 from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.drift import further_drift
 from mlxops.agent.place import place
-from mlxops.agent.store import Store
+from mlxops.agent.state.store import Store
 from mlxops.core.protocol import Request
 from mlxops.core.settings import Settings
 from mlxops.core.world import Owner, PortView, State, World

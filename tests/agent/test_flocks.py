@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mlxops.agent import __main__ as agent
-from mlxops.agent import flocks
+from mlxops.agent.state import locks
 
 
 def test_an_agent_that_starts_while_a_deploy_looks_holds_its_build_all_the_same(
@@ -18,14 +18,14 @@ def test_an_agent_that_starts_while_a_deploy_looks_holds_its_build_all_the_same(
     stamp.touch()
     monkeypatch.setattr(agent, "STAMP", str(stamp))
     looking = os.open(stamp, os.O_RDONLY)
-    assert flocks.try_flock(looking)
+    assert locks.try_flock(looking)
     monkeypatch.setattr("time.sleep", lambda _: os.close(looking))
     before = set(os.listdir("/dev/fd"))
     agent._use_build()
     held = [int(fd) for fd in set(os.listdir("/dev/fd")) - before if os.path.exists(f"/dev/fd/{fd}")]
     other = os.open(stamp, os.O_RDONLY)
     try:
-        assert not flocks.try_flock(other)
+        assert not locks.try_flock(other)
     finally:
         for fd in (other, *held):
             os.close(fd)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from mlxops.agent import interrupted
 from mlxops.agent.host.system import this_system
-from mlxops.agent.journal import create
 from mlxops.agent.operations.context import Context
 from mlxops.agent.place import place
-from mlxops.agent.store import Store
+from mlxops.agent.state import recovery
+from mlxops.agent.state.operation_log import create
+from mlxops.agent.state.store import Store
 from mlxops.core.protocol import Event, Note, Request
 from mlxops.core.settings import Settings
 
@@ -27,7 +27,7 @@ def test_the_next_one_names_it_writes_its_end_and_removes_what_it_was_writing(tm
     half.write_text("{")
     told: list[Event] = []
     context = Context(Request("load", {}, settings, ""), where, store, this_system(), told.append, {}, "next")
-    interrupted.settle(context, journal.id, 8100)
+    recovery.settle(context, journal.id, 8100)
     (note,) = told
     assert isinstance(note, Note) and "load a on 8100" in note.message
     assert journal.ended and not half.exists()

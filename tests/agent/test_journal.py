@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from mlxops.agent import flocks
-from mlxops.agent import journal as journals
-from mlxops.agent.journal import Journal, create, named
+from mlxops.agent.state import locks
+from mlxops.agent.state import operation_log as journals
+from mlxops.agent.state.operation_log import Journal, create, named
 from mlxops.core.errors import Bug, Busy, Exit, Refused
 from mlxops.core.protocol import Done, Event, Failed, Note, Phase, Request, encode_event
 from mlxops.core.settings import Settings
@@ -146,7 +146,7 @@ def test_a_worker_that_is_killed_was_interrupted(journal: Journal) -> None:
     program = """
 import sys
 from pathlib import Path
-from mlxops.agent.journal import Journal
+from mlxops.agent.state.operation_log import Journal
 from mlxops.core.protocol import Note
 journal = Journal(Path(sys.argv[1]))
 journal.hold()
@@ -252,7 +252,7 @@ def test_who_only_asks_whether_a_worker_lives_keeps_none_from_beginning(
 def test_whoever_hangs_with_the_records_does_not_make_others_wait_for_ever(
     ops: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flocks, "LOCK_SECONDS", 0.05)
+    monkeypatch.setattr(locks, "LOCK_SECONDS", 0.05)
     fd = os.open(ops, os.O_RDONLY)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)

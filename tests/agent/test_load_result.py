@@ -12,7 +12,7 @@ from mlxops.agent.host.system import this_system
 from mlxops.agent.operations import load
 from mlxops.agent.operations.context import Context
 from mlxops.agent.place import place
-from mlxops.agent.store import Store
+from mlxops.agent.state.store import Store
 from mlxops.core.errors import Exit, NotStarted
 from mlxops.core.planner import LoadPlan, Outcome, Target
 from mlxops.core.protocol import Request

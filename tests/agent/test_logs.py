@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from mlxops.agent import flocks, logs, worker
+from mlxops.agent import logs, worker
 from mlxops.agent.host.system import this_system
 from mlxops.agent.operations.context import Context
 from mlxops.agent.place import place
-from mlxops.agent.store import Store
+from mlxops.agent.state import locks
+from mlxops.agent.state.store import Store
 from mlxops.core.errors import Busy
 from mlxops.core.protocol import Request
 from mlxops.core.settings import Settings
@@ -183,7 +184,7 @@ def test_a_log_that_gets_another_name_meanwhile_is_none_that_is_too_big(
 @pytest.fixture
 def stuck(log: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Somebody was stopped while it cut a log of the folder."""
-    monkeypatch.setattr(flocks, "LOCK_SECONDS", 0.05)
+    monkeypatch.setattr(locks, "LOCK_SECONDS", 0.05)
     fd = os.open(log.parent, os.O_RDONLY)
     fcntl.flock(fd, fcntl.LOCK_EX)
     yield

@@ -13,7 +13,7 @@ from mlxops.agent.host.system import Look, this_system
 from mlxops.agent.operations.context import LOOKS, Context
 from mlxops.agent.operations.look import status
 from mlxops.agent.place import place
-from mlxops.agent.store import Store
+from mlxops.agent.state.store import Store
 from mlxops.control.client import Target, ask, local_python
 from mlxops.core.protocol import Done, Failed, Request, decode_event
 from mlxops.core.settings import PortRange, Settings

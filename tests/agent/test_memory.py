@@ -21,7 +21,7 @@ from mlxops.agent.observe import observe
 from mlxops.agent.operations import stopping
 from mlxops.agent.operations.context import Context
 from mlxops.agent.place import Place, place
-from mlxops.agent.store import Store
+from mlxops.agent.state.store import Store
 from mlxops.core.errors import Refused
 from mlxops.core.kvcache import kv_cache
 from mlxops.core.layers import MODEL_TYPES

@@ -15,15 +15,16 @@ from typing import Any
 import pytest
 
 from mlxops.agent import __main__ as agent
-from mlxops.agent import flocks, install
-from mlxops.agent.flocks import NoLocks
+from mlxops.agent import install
 from mlxops.agent.host.system import this_system
-from mlxops.agent.journal import create
 from mlxops.agent.operations import ops
 from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.look import status
 from mlxops.agent.place import place
-from mlxops.agent.store import Store
+from mlxops.agent.state import locks
+from mlxops.agent.state.locks import NoLocks
+from mlxops.agent.state.operation_log import create
+from mlxops.agent.state.store import Store
 from mlxops.agent.worker import begin, finish
 from mlxops.core.errors import Refused
 from mlxops.core.protocol import Event, Failed, Request
@@ -56,7 +57,7 @@ def store(tmp_path: Path) -> Store:
 def answer(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, Callable[[], None]], None]:
     """flock(2) of what lies in a folder does this from now on."""
     real = fcntl.flock
-    monkeypatch.setattr(flocks, "_answering", set())
+    monkeypatch.setattr(locks, "_answering", set())
 
     def on(folder: Path, does: Callable[[], None]) -> None:
         def flock(fd: int, operation: int) -> None:
@@ -158,14 +159,14 @@ def test_an_agent_starts_and_a_download_begins_where_there_are_no_locks(
     monkeypatch.setattr(agent, "STAMP", str(stamp))
     answer(tmp_path, refusing(errno.ENOTSUP))
     agent._use_build()
-    assert flocks.is_locked(lock)
+    assert locks.is_locked(lock)
 
 
 def test_locks_that_never_answer_are_not_waited_for(
     store: Store, answer: Answer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with NFS when the server's lock service is down: files can be read, and flock(2) does not return."""
-    monkeypatch.setattr(flocks, "ANSWER_SECONDS", 0.05)
+    monkeypatch.setattr(locks, "ANSWER_SECONDS", 0.05)
     goes = threading.Event()
 
     def hang() -> None:
@@ -181,8 +182,8 @@ def test_locks_that_never_answer_are_not_waited_for(
 
 
 def test_a_lock_that_comes_too_late_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flocks, "ANSWER_SECONDS", 0.05)
-    monkeypatch.setattr(flocks, "_answering", set())
+    monkeypatch.setattr(locks, "ANSWER_SECONDS", 0.05)
+    monkeypatch.setattr(locks, "_answering", set())
     real, goes, done = fcntl.flock, threading.Event(), threading.Event()
 
     def late(fd: int, operation: int) -> None:
@@ -193,14 +194,14 @@ def test_a_lock_that_comes_too_late_is_given_back(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(fcntl, "flock", late)
     fd = os.open(tmp_path, os.O_RDONLY)
     with pytest.raises(NoLocks):
-        flocks.try_flock(fd)
+        locks.try_flock(fd)
     os.close(fd)
     goes.set()
     assert done.wait(30)
     monkeypatch.setattr(fcntl, "flock", real)
     other = os.open(tmp_path, os.O_RDONLY)
     try:
-        assert flocks.flock_within(other, 5.0)
+        assert locks.flock_within(other, 5.0)
     finally:
         os.close(other)
 

@@ -12,7 +12,7 @@ import pytest
 from mlxops.agent.host.system import LinuxSystem, Listener, Look, Process, PsutilSystem, this_system
 from mlxops.agent.observe import ByHand, _hand_started, observe
 from mlxops.agent.place import Place
-from mlxops.agent.store import Lock, Store
+from mlxops.agent.state.store import Lock, Store
 from mlxops.core.settings import PortRange, Settings
 from mlxops.core.world import Operation, PortView, Run, State
 from tests.core.worlds import run as sample_run

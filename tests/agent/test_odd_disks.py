@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxops.agent.store import Store
+from mlxops.agent.state.store import Store
 from mlxops.core.errors import Refused
 
 
@@ -71,7 +71,7 @@ def test_a_disk_that_cannot_flush_folders_takes_a_registry(
 def test_what_a_disk_says_no_with_is_told_with_what_helps(
     store: Store, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    monkeypatch.setattr("mlxops.agent.store._write_all", fails(number))
+    monkeypatch.setattr("mlxops.agent.state.store._write_all", fails(number))
     error = refused(store)
     assert error.code == "registry_unwritable" and error.why == os.strerror(number)
     assert str(store.registry.path) in error.message and error.hint

@@ -15,7 +15,7 @@ from mlxops.agent.engine import Command, NoCompletion, Serving
 from mlxops.agent.engines.mlx_lm import MlxLm
 from mlxops.agent.host.system import Listener, Look, System, this_system
 from mlxops.agent.place import place
-from mlxops.agent.store import Store
+from mlxops.agent.state.store import Store
 from mlxops.core.errors import NotStarted
 from mlxops.core.registry import Model
 from mlxops.core.settings import Settings

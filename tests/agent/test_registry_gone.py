@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from mlxops.agent import place
-from mlxops.agent.store import Store
+from mlxops.agent.state.store import Store
 from mlxops.control import gateway
 from mlxops.control.client import Answer
 from mlxops.control.render import list_table
@@ -322,7 +322,7 @@ def stale(path: Path) -> bytes:
 
 def test_a_stale_network_disk_is_no_empty_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on = disk(tmp_path)
-    monkeypatch.setattr("mlxops.agent.store._read", stale)
+    monkeypatch.setattr("mlxops.agent.state.store._read", stale)
     assert "Stale" in (on.store.registry.read().unwritable or "")
 
 

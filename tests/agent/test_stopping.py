@@ -15,7 +15,7 @@ from mlxops.agent.operations import stopping
 from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.stopping import stop
 from mlxops.agent.place import Place
-from mlxops.agent.store import Store
+from mlxops.agent.state.store import Store
 from mlxops.core.protocol import Event, Note, Request
 from mlxops.core.settings import PortRange, Settings
 from mlxops.core.world import Owner, PortView, Run, State

@@ -19,10 +19,11 @@ from pathlib import Path
 
 import pytest
 
-from mlxops.agent import flocks, install
-from mlxops.agent import store as stores
-from mlxops.agent.journal import Journal
-from mlxops.agent.store import Lock, RegistryFile, Store, write_durably
+from mlxops.agent import install
+from mlxops.agent.state import locks
+from mlxops.agent.state import store as stores
+from mlxops.agent.state.operation_log import Journal
+from mlxops.agent.state.store import Lock, RegistryFile, Store, write_durably
 from mlxops.core.errors import Busy, MlxopsError, Refused
 from mlxops.core.protocol import Done
 from mlxops.core.registry import Registry, parse
@@ -56,7 +57,7 @@ def leftovers(folder: Path) -> list[str]:
 PRELUDE = """
 import json, os, sys
 from pathlib import Path
-from mlxops.agent.store import Store, write_durably
+from mlxops.agent.state.store import Store, write_durably
 from mlxops.core.errors import MlxopsError
 from mlxops.core.world import Operation
 store = Store(Path(sys.argv[1]), Path(sys.argv[2]))
@@ -263,7 +264,7 @@ def test_a_write_that_fails_leaves_no_temporary_file(tmp_path: Path) -> None:
 def test_a_transaction_waits_for_another_programs_lock_and_then_says_so(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flocks, "LOCK_SECONDS", 0.05)
+    monkeypatch.setattr(locks, "LOCK_SECONDS", 0.05)
     fd = os.open(store.registry.path.parent, os.O_RDONLY)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)

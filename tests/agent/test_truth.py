@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from mlxops.agent.failures import About, explain
-from mlxops.agent.journal import create
+from mlxops.agent.state.operation_log import create
 from mlxops.core.protocol import Done, Phase, Request
 from mlxops.core.settings import Settings
 from tests.faults.lab import MODELS, QuickHost

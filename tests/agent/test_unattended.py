@@ -13,7 +13,7 @@ import pytest
 from mlxops.agent import place, unattended
 from mlxops.agent.host.system import this_system
 from mlxops.agent.place import place as placed
-from mlxops.agent.store import Store
+from mlxops.agent.state.store import Store
 from mlxops.core.restore import GIVE_UP
 from mlxops.core.settings import PortRange, Settings
 from tests.lab.ports import free_port

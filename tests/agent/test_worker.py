@@ -9,7 +9,7 @@ import pytest
 from mlxops.agent.host.system import this_system
 from mlxops.agent.operations.context import Context
 from mlxops.agent.place import place
-from mlxops.agent.store import Store
+from mlxops.agent.state.store import Store
 from mlxops.agent.worker import finish
 from mlxops.core.protocol import Done, Event, Failed, Request
 from mlxops.core.settings import Settings

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
-from mlxops.agent.store import Store
+from mlxops.agent.state.store import Store
 from mlxops.core.registry import Registry
 from tests.benchmarks.contest import Contest, Cost, Program, Timed
 from tests.benchmarks.place import homelab, inv, inv_local, python

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from mlxops.agent.journal import Journal
+from mlxops.agent.state.operation_log import Journal
 from mlxops.build import build_id
 from mlxops.control import client as control
 from mlxops.control import inventory

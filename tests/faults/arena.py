@@ -19,14 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlxops.agent
-from mlxops.agent import journal as journals
 from mlxops.agent import worker
 from mlxops.agent.host.system import this_system
-from mlxops.agent.journal import Journal
 from mlxops.agent.operations import command
 from mlxops.agent.operations.context import Context
 from mlxops.agent.place import place
-from mlxops.agent.store import Store
+from mlxops.agent.state import operation_log as journals
+from mlxops.agent.state.operation_log import Journal
+from mlxops.agent.state.store import Store
 from mlxops.core.errors import MlxopsError
 from mlxops.core.protocol import Asker, Done, Event, Failed, Note, Phase, Request, decode_event
 from mlxops.core.settings import PortRange, Settings

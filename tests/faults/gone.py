@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from mlxops.agent import flocks
+from mlxops.agent.state import locks
 from tests.faults import oracle
 from tests.faults.arena import Arena, entry
 from tests.faults.snapshots import MODELS
@@ -104,7 +104,7 @@ def _without_locks(arena: Arena) -> Callable[[], None]:
             real(fd, operation)
 
         fcntl.flock = flock  # type: ignore[assignment]  # ours asks with descriptors only
-        flocks._answering.clear()
+        locks._answering.clear()
 
     return fault
 

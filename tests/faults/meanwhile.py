@@ -22,11 +22,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-from mlxops.agent import interrupted, memory
-from mlxops.agent.flocks import try_flock
-from mlxops.agent.journal import Journal
+from mlxops.agent import memory
 from mlxops.agent.logs import CAP
-from mlxops.agent.store import Store
+from mlxops.agent.state import recovery
+from mlxops.agent.state.locks import try_flock
+from mlxops.agent.state.operation_log import Journal
+from mlxops.agent.state.store import Store
 from mlxops.core.errors import MlxopsError
 from tests.faults import batch, oracle
 from tests.faults.arena import Arena, Ended, entry
@@ -34,7 +35,7 @@ from tests.faults.arena import Arena, Ended, entry
 SECONDS = 30.0
 ALPHA, BETA, GAMMA = "org/alpha", "org/beta", "org/gamma"
 OPERATIONS = "mlxops.agent.operations"
-LOCKS = "mlxops.agent.flocks.try_flock"
+LOCKS = "mlxops.agent.state.locks.try_flock"
 
 
 @dataclass
@@ -336,7 +337,7 @@ def _an_unload_that_meets_a_restore(arena: Arena) -> None:
     def asks_for_the_port(store: Store, name: str) -> bool:
         return name == f"port-{first}"
 
-    asks = _Moment(arena, "mlxops.agent.store.Store.holder", asks_for_the_port)
+    asks = _Moment(arena, "mlxops.agent.state.store.Store.holder", asks_for_the_port)
     unload, unload_pid = arena.begin("unload", {"port": str(first)}, first=asks.prepare)
     asks.come()
     starts = _Moment(arena, STARTS)
@@ -453,7 +454,7 @@ def _an_operation_that_is_being_born(arena: Arena) -> None:
     def hold(journal: Journal) -> int:
         if not looked:
             looked.append(oracle.drift_codes(arena))
-            interrupted.settle_all(arena.context("reconcile"))
+            recovery.settle_all(arena.context("reconcile"))
         return real(journal)
 
     with mock.patch.object(Journal, "hold", hold):
@@ -504,7 +505,7 @@ def _has_its_head(arena: Arena, port: int, loaded: Ended) -> None:
 def _two_inits(arena: Arena) -> None:
     """Each tells what it added itself."""
     arena.write_registry({})
-    with _held_at(arena, "mlxops.agent.store.RegistryFile.update", "init") as second:
+    with _held_at(arena, "mlxops.agent.state.store.RegistryFile.update", "init") as second:
         one = arena.run("init")
     assert (len(_rows(one, "added")), len(_rows(second[0], "added"))) == (3, 0), (one, second)
 

@@ -7,7 +7,7 @@ from mlxops.agent.boot import Job, Manager
 from mlxops.agent.bootjobs import BootJobs
 from mlxops.agent.host.system import Look
 from mlxops.agent.operations.context import Context
-from mlxops.agent.store import state_unwritable
+from mlxops.agent.state.store import state_unwritable
 from mlxops.core.world import JobState
 
 

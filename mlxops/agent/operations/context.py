@@ -8,13 +8,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from mlxops.agent import interrupted
 from mlxops.agent.host.system import System
-from mlxops.agent.journal import named
 from mlxops.agent.observe import observe
 from mlxops.agent.place import Place
 from mlxops.agent.reading import said
-from mlxops.agent.store import Store, now
+from mlxops.agent.state import recovery
+from mlxops.agent.state.operation_log import named
+from mlxops.agent.state.store import Store, now
 from mlxops.core import names
 from mlxops.core.errors import Busy, Interrupted
 from mlxops.core.protocol import Event, Note, Request
@@ -236,7 +236,7 @@ class Context:
             raise busy(name, held, attach=self.is_wanted_too(held, port))
         try:
             if held.left is not None:
-                interrupted.settle(self, held.left.id, held.left.port)
+                recovery.settle(self, held.left.id, held.left.port)
             yield
         finally:
             held.release()

@@ -7,10 +7,11 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlxops.agent import interrupted, logs
+from mlxops.agent import logs
 from mlxops.agent.engine import each_looked_up_once
 from mlxops.agent.operations.context import Context
-from mlxops.agent.store import utc
+from mlxops.agent.state import recovery
+from mlxops.agent.state.store import utc
 from mlxops.core.errors import MlxopsError
 from mlxops.core.registry import Registry
 from mlxops.core.units import amount
@@ -32,7 +33,7 @@ def further_drift(ctx: Context, registry: Registry, world: World) -> Iterator[Dr
                 yield Drift(
                     "entry_problem", model.port, model.name, message, f"repair the entry in {ctx.where.registry}"
                 )
-    yield from interrupted.drift(ctx.store, ctx.where.settings.ports)
+    yield from recovery.drift(ctx.store, ctx.where.settings.ports)
     yield from _too_big(ctx)
     for path in ctx.store.leftovers():
         yield Drift("leftover", None, None, f"{path} was left by a writer that was killed", "mlxctl reconcile")

@@ -23,7 +23,7 @@ from mlxops.agent.operations.prepare import (
 from mlxops.agent.operations.stopping import shown_stop
 from mlxops.agent.operations.swap import start_in_place
 from mlxops.agent.place import require
-from mlxops.agent.store import now
+from mlxops.agent.state.store import now
 from mlxops.core import names, planner
 from mlxops.core.errors import Busy, MlxopsError, NotStarted, Refused, UsageError
 from mlxops.core.names import shown

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mlxops.agent.journal import stand_of
 from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.drift import conflicted_copies, further_drift, rebooted
 from mlxops.agent.operations.ops import downloads
+from mlxops.agent.state.operation_log import stand_of
 from mlxops.core.errors import MlxopsError, Refused
 from mlxops.core.registry import Model, Registry
 from mlxops.core.world import Operation, PortView

@@ -6,12 +6,12 @@ import contextlib
 import re
 import time
 
-from mlxops.agent.flocks import NoLocks
 from mlxops.agent.host.system import this_system
-from mlxops.agent.journal import Journal, recent
 from mlxops.agent.operations.context import Context
 from mlxops.agent.reading import Unfit
-from mlxops.agent.store import Store, named
+from mlxops.agent.state.locks import NoLocks
+from mlxops.agent.state.operation_log import Journal, recent
+from mlxops.agent.state.store import Store, named
 from mlxops.core.errors import Interrupted, MlxopsError, OutcomeUnknown, Refused
 from mlxops.core.protocol import CANCELLABLE, Failed
 from mlxops.core.world import Operation

@@ -19,7 +19,7 @@ from mlxops.agent.operations.context import Context, busy, memory_lock
 from mlxops.agent.operations.files import Files
 from mlxops.agent.operations.gatewayname import context_warning, name_warning
 from mlxops.agent.snapshot import ModelFacts, edited, kept_as_it_is, shape, to_correct
-from mlxops.agent.store import Lock
+from mlxops.agent.state.store import Lock
 from mlxops.agent.weights import language_weights
 from mlxops.core import memory, planner
 from mlxops.core.errors import Refused

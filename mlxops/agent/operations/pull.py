@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from mlxops.agent.cache import Snapshot, find, roots
-from mlxops.agent.journal import named
 from mlxops.agent.operations.context import Context, model_lock, repo_lock
 from mlxops.agent.operations.files import Files
 from mlxops.agent.place import require
-from mlxops.agent.store import Lock
+from mlxops.agent.state.operation_log import named
+from mlxops.agent.state.store import Lock
 from mlxops.core import names
 from mlxops.core.errors import Busy, Interrupted, Refused
 from mlxops.core.planner import unknown_model, unknown_port

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mlxops.agent.interrupted import settle_all
 from mlxops.agent.operations.context import DRAIN_SECONDS, Context
 from mlxops.agent.operations.stopping import stop, writing_what_was_stopped
-from mlxops.agent.store import state_unwritable
+from mlxops.agent.state.recovery import settle_all
+from mlxops.agent.state.store import state_unwritable
 from mlxops.core import planner
 from mlxops.core.errors import Busy
 

@@ -24,9 +24,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlxops.agent import reading
-from mlxops.agent.flocks import alone, naming, take_or_close, try_flock
 from mlxops.agent.reading import Unfit
-from mlxops.agent.store import flush, state_unreadable
+from mlxops.agent.state.locks import alone, naming, take_or_close, try_flock
+from mlxops.agent.state.store import flush, state_unreadable
 from mlxops.core.errors import Bug, MlxopsError, Refused
 from mlxops.core.protocol import (
     MAX_LINE,

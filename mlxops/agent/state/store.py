@@ -36,9 +36,9 @@ from pathlib import Path
 from typing import TypeGuard
 
 from mlxops.agent import reading
-from mlxops.agent.flocks import LOCK_SECONDS, NoLocks, alone, flock_within, naming, take_or_close, try_flock
 from mlxops.agent.place import require
 from mlxops.agent.reading import Unfit, said
+from mlxops.agent.state.locks import LOCK_SECONDS, NoLocks, alone, flock_within, naming, take_or_close, try_flock
 from mlxops.core import registry as registries
 from mlxops.core.errors import Refused
 from mlxops.core.registry import Registry
@@ -217,15 +217,15 @@ class RegistryFile:
 
     def _why_missing(self) -> str | None:
         """Return why the file is missing although there was one, or should be; None if this host has had none yet."""
-        from mlxops.agent import absence
+        from mlxops.agent.state import missing_registry
 
-        why = absence.reason(self._configured, self.path)
+        why = missing_registry.reason(self._configured, self.path)
         if why is not None:
             return why
-        known = absence.remembered(self._mark)
+        known = missing_registry.remembered(self._mark)
         if known & self._names():
             return "it is gone: this host had a registry there before; perhaps its disk is not mounted"
-        if not known and absence.had_one_before_marks(self._mark.parent):
+        if not known and missing_registry.had_one_before_marks(self._mark.parent):
             return "it is gone: the history of this host shows that it had one; perhaps its disk is not mounted"
         return None
 
@@ -233,7 +233,7 @@ class RegistryFile:
         """Return the conflicted copies beside an existing registry."""
         if len(named(self.path.parent, self.path.stem)) < 2:
             return []
-        from mlxops.agent.absence import conflicts
+        from mlxops.agent.state.missing_registry import conflicts
 
         return conflicts(self.path)
 
@@ -244,11 +244,11 @@ class RegistryFile:
         """Record in registry.known.json that this host has a registry here. Raises `OSError`."""
         if self._marked or not os.path.lexists(self.path):
             return
-        from mlxops.agent import absence
+        from mlxops.agent.state import missing_registry
 
-        known = absence.remembered(self._mark)
+        known = missing_registry.remembered(self._mark)
         if not self._names() <= known:
-            write_durably(self._mark, absence.encoded(known | self._names()))
+            write_durably(self._mark, missing_registry.encoded(known | self._names()))
         self._marked = True
 
     def update(self, change: Callable[[Registry], Registry]) -> Registry:
@@ -354,7 +354,7 @@ class RegistryFile:
 
     def _repair(self, found: Registry) -> str:
         """Return what to do, with commands that work when typed."""
-        from mlxops.agent import absence
+        from mlxops.agent.state import missing_registry
 
         if found.raw:
             return "repair it by hand, then try again"
@@ -362,7 +362,7 @@ class RegistryFile:
             return access
         target, first, before = self.path, "repair it by hand; or ", ""
         if found.missing:
-            first = absence.way_back(self.path) or "put it back, or mount its disk; or "
+            first = missing_registry.way_back(self.path) or "put it back, or mount its disk; or "
             if not os.path.isdir(self.path.parent):
                 first = "mount its disk; or, if that is gone for good, "
                 if os.path.islink(self._configured):

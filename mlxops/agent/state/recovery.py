@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mlxops.agent.journal import Journal, named, recent
-from mlxops.agent.store import Store, state_unreadable
+from mlxops.agent.state.operation_log import Journal, named, recent
+from mlxops.agent.state.store import Store, state_unreadable
 from mlxops.core.errors import Refused
 from mlxops.core.protocol import Failed
 from mlxops.core.world import Drift, Operation
