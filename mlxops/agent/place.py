@@ -42,7 +42,7 @@ def place(settings: Settings, environ: Mapping[str, str]) -> Place:
 
 
 def _default_hub(environ: Mapping[str, str]) -> Path:
-    from mlxops.agent.cache import default_hub
+    from mlxops.agent.hub.cache import default_hub
 
     return default_hub(environ)
 

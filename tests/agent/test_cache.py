@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlxops.agent.cache import Scan, Skipped, Snapshot, completeness, default_hub, find, inspect, roots, scan
+from mlxops.agent.hub.cache import Scan, Skipped, Snapshot, completeness, default_hub, find, inspect, roots, scan
 from tests.lab.models import install_snapshot, repo_folder
 
 REPO = "org/model"

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from mlxops.agent import reading
-from mlxops.agent.cache import Skipped, Snapshot, find, scan
+from mlxops.agent.hub.cache import Skipped, Snapshot, find, scan
 from mlxops.agent.state.store import Store
 from mlxops.agent.worker import _told
 from mlxops.core.errors import Bug, MlxopsError, Refused

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from mlxops.agent.cache import Snapshot, completeness, find
-from mlxops.agent.hub import download, tell_edits, verify
-from mlxops.agent.snapshot import edited, inspect
+from mlxops.agent.hub.cache import Snapshot, completeness, find
+from mlxops.agent.hub.download import download, tell_edits, verify
+from mlxops.agent.hub.snapshot import edited, inspect
 from mlxops.core.errors import DownloadFailed, Refused
 from mlxops.core.protocol import Event, Note
 from tests.agent.test_hub import LLAMA, QUICK, cache, faulty  # noqa: F401

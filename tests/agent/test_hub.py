@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from mlxops.agent.cache import Skipped, Snapshot, completeness, find
-from mlxops.agent.hub import _drop, download, verify
-from mlxops.agent.hubline import MAX_ANSWER, Bytes, Line, NoHub, Patience, plain_name
+from mlxops.agent.hub.cache import Skipped, Snapshot, completeness, find
+from mlxops.agent.hub.client import MAX_ANSWER, Bytes, Line, NoHub, Patience, plain_name
+from mlxops.agent.hub.download import _drop, download, verify
 from mlxops.core.errors import DownloadFailed, MlxopsError, Refused
 from mlxops.core.protocol import Event, Note, Progress
 from tests.lab import models

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from mlxops.agent.cache import Snapshot, find
-from mlxops.agent.hub import download, verify
-from mlxops.agent.removal import Deleted
-from mlxops.agent.removal import delete as delete_from
+from mlxops.agent.hub.cache import Snapshot, find
+from mlxops.agent.hub.download import download, verify
+from mlxops.agent.hub.removal import Deleted
+from mlxops.agent.hub.removal import delete as delete_from
 from mlxops.core.errors import DownloadFailed
 from mlxops.core.protocol import Event, Note, Progress
 from tests.agent.test_hub import LLAMA, QUICK, cache, faulty, pull  # noqa: F401

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mlxops.agent.cache import Snapshot, find
-from mlxops.agent.removal import delete
+from mlxops.agent.hub.cache import Snapshot, find
+from mlxops.agent.hub.removal import delete
 from mlxops.core.errors import Busy, Refused
 from tests.lab import models
 

@@ -14,9 +14,9 @@ import pytest
 
 from mlxops.agent.engine import Command, Serving
 from mlxops.agent.engines import engine_named
+from mlxops.agent.hub.snapshot import inspect, judge
 from mlxops.agent.operations.files import Files
 from mlxops.agent.operations.prepare import Prepared, check
-from mlxops.agent.snapshot import inspect, judge
 from mlxops.core.errors import Refused
 from mlxops.core.planner import LoadPlan, Outcome, Target, Wanted
 from mlxops.core.registry import Model

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mlxops.agent.cache import Snapshot, find
-from mlxops.agent.snapshot import inspect
-from mlxops.agent.weights import language_weights, missing, weights
+from mlxops.agent.hub.cache import Snapshot, find
+from mlxops.agent.hub.snapshot import inspect
+from mlxops.agent.hub.weights import language_weights, missing, weights
 from tests.agent.test_cache import model, safetensors
 from tests.lab.models import install_snapshot
 

@@ -12,7 +12,7 @@ from subprocess import Popen
 
 import pytest
 
-from mlxops.agent.hub import download
+from mlxops.agent.hub.download import download
 from tests.agent.test_hub import CONFIG, made, safetensors
 from tests.control.test_attach import operations
 from tests.lab.faultyhub import FaultyHub, Slow

@@ -402,7 +402,7 @@ def _a_rollback_to_a_name_that_is_repointed(arena: Arena) -> None:
 def _a_removal_of_files_that_another_name_has_too(arena: Arena) -> None:
     """They are looked at before they are deleted; nobody can begin with them in between."""
     arena.write_registry({name: entry(ALPHA, arena.snapshots[ALPHA]) for name in ("one", "other")})
-    with _held_at(arena, "mlxops.agent.removal.delete", "remove", model="one") as removed:
+    with _held_at(arena, "mlxops.agent.hub.removal.delete", "remove", model="one") as removed:
         _busy(arena.run("load", model="other", port=str(arena.ports[0])))
         _busy(arena.run("load", model="new", port=str(arena.ports[0]), repo=ALPHA))
     assert removed[0].exit == 0 and not arena.snapshots[ALPHA].exists(), removed
@@ -430,7 +430,7 @@ def _a_pull_that_is_cancelled_when_all_is_there(arena: Arena) -> None:
     folder.rename(aside)
 
     def prepare() -> None:
-        owner, name = _owner("mlxops.agent.hub.download")
+        owner, name = _owner("mlxops.agent.hub.download.download")
 
         def download(*given: object, given_up: Callable[[], bool], **named: object) -> None:
             shutil.copytree(aside, folder, symlinks=True)

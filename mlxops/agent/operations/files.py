@@ -23,8 +23,8 @@ class Files:
 
 def cached(ctx: Context, target: Target) -> Files | None:
     """The target's files, if all of them are here: no network is asked. None: they have to be downloaded."""
-    from mlxops.agent.cache import Skipped, Snapshot, find
-    from mlxops.agent.snapshot import inspect, to_correct
+    from mlxops.agent.hub.cache import Skipped, Snapshot, find
+    from mlxops.agent.hub.snapshot import inspect, to_correct
 
     if target.entry is not None and not target.repoint:
         own = registered(target.entry)
@@ -48,7 +48,7 @@ def cached(ctx: Context, target: Target) -> Files | None:
 
 def registered(model: Model) -> Files | None:
     """The entry's own cache_path, if it is a complete snapshot of the revision that the entry names."""
-    from mlxops.agent.snapshot import completeness
+    from mlxops.agent.hub.snapshot import completeness
 
     if model.cache_path is None or not os.path.isabs(model.cache_path):
         return None

@@ -10,7 +10,7 @@ from mlxops.core.registry import Registry
 
 
 def init(ctx: Context) -> dict[str, object]:
-    from mlxops.agent.cache import scan
+    from mlxops.agent.hub.cache import scan
 
     require(ctx.where.hub)
     there = is_folder(ctx.where.hub)

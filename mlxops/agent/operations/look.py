@@ -71,7 +71,7 @@ def _context_length(entry: Model) -> int | None:
     """What the entry limits it to, else what the model's files say."""
     if entry.context_length is not None or entry.cache_path is None:
         return entry.context_length
-    from mlxops.agent.snapshot import shape
+    from mlxops.agent.hub.snapshot import shape
 
     return shape(Path(entry.cache_path)).context_length
 
@@ -114,10 +114,10 @@ def _memory(ctx: Context, registry: Registry) -> dict[str, object]:
 
 
 def _list_row(ctx: Context, model: Model) -> dict[str, object]:
-    from mlxops.agent.cache import Skipped, Snapshot, find
+    from mlxops.agent.hub.cache import Skipped, Snapshot, find
+    from mlxops.agent.hub.snapshot import shape
     from mlxops.agent.operations.files import Files, registered
     from mlxops.agent.operations.prepare import shown_options
-    from mlxops.agent.snapshot import shape
 
     problems = list(model.problems)
     files = registered(model)

@@ -9,18 +9,18 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mlxops.agent.contents import printable
 from mlxops.agent.engine import Command, Engine, Serving, template_text
 from mlxops.agent.engine import options as arguments
 from mlxops.agent.engines import engine_named
 from mlxops.agent.host.system import free_on_disk
+from mlxops.agent.hub.contents import printable
+from mlxops.agent.hub.snapshot import ModelFacts, edited, kept_as_it_is, shape, to_correct
+from mlxops.agent.hub.weights import language_weights
 from mlxops.agent.installed import abilities, described, lacks_architecture, lacks_tokenizer
 from mlxops.agent.operations.context import Context, busy, memory_lock
 from mlxops.agent.operations.files import Files
 from mlxops.agent.operations.gatewayname import context_warning, name_warning
-from mlxops.agent.snapshot import ModelFacts, edited, kept_as_it_is, shape, to_correct
 from mlxops.agent.state.store import Lock
-from mlxops.agent.weights import language_weights
 from mlxops.core import memory, planner
 from mlxops.core.errors import Refused
 from mlxops.core.families import Option, options_of, size_warning
@@ -127,7 +127,7 @@ def preflight(ctx: Context, held: ExitStack, registry: Registry, plan: LoadPlan,
     Its memory is reserved until `held` ends. Raises `Refused`: not_servable, code_would_run, unknown_architecture,
     does_not_fit.
     """
-    from mlxops.agent.snapshot import inspect
+    from mlxops.agent.hub.snapshot import inspect
 
     ctx.emit(Phase("check", f"{plan.target.repo_id} at {prepared.files.revision[:12]}"))
     facts = inspect(prepared.files.path)

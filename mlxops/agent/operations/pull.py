@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from mlxops.agent.cache import Snapshot, find, roots
+from mlxops.agent.hub.cache import Snapshot, find, roots
 from mlxops.agent.operations.context import Context, model_lock, repo_lock
 from mlxops.agent.operations.files import Files
 from mlxops.agent.place import require
@@ -27,7 +27,7 @@ from mlxops.core.units import amount
 from mlxops.core.world import Operation, State, World
 
 if TYPE_CHECKING:
-    from mlxops.agent.hub import Check
+    from mlxops.agent.hub.download import Check
 
 FOLLOW_SECONDS = 0.2
 LET_GO_SECONDS = 2.0
@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 def pull(ctx: Context) -> dict[str, object]:
     """Bring what the hub has now into the cache; with `verify`, compare every file's content with the hub's hashes."""
-    from mlxops.agent.hub import tell_edits, verify
+    from mlxops.agent.hub.download import tell_edits, verify
 
     began = time.monotonic()
     repo_id, revision = names.repo(ctx.request.text("repo") or "")
@@ -72,7 +72,7 @@ def fetch(ctx: Context, repo_id: str, revision: str | None, check: Check | None 
     Raises what `hub.download` raises, and `Refused` (folder_missing). A download that is cancelled leaves nothing of a
     repository that was not there before, and of one that was what it had completed.
     """
-    from mlxops.agent.hub import download
+    from mlxops.agent.hub.download import download
 
     require(ctx.where.hub)
     folder = ctx.where.hub / f"models--{repo_id.replace('/', '--')}"
@@ -142,9 +142,9 @@ def _follow(ctx: Context, name: str, holder: Operation) -> None:
 
 def remove(ctx: Context) -> dict[str, object]:
     """Delete the files of a model's revision, registered or only pulled. Its entry stays, and so do other revisions."""
-    from mlxops.agent.contents import printable
-    from mlxops.agent.removal import delete
-    from mlxops.agent.snapshot import edited
+    from mlxops.agent.hub.contents import printable
+    from mlxops.agent.hub.removal import delete
+    from mlxops.agent.hub.snapshot import edited
 
     name = names.model_name(ctx.request.text("model") or "")
     registry = ctx.usable_registry()

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlxops.agent.cache import is_commit
-from mlxops.agent.snapshot import is_of_a_download
+from mlxops.agent.hub.cache import is_commit
+from mlxops.agent.hub.snapshot import is_of_a_download
 from mlxops.agent.state.locks import is_locked
 from mlxops.core.errors import Busy, Refused
 
@@ -223,7 +223,7 @@ class _Shared:
         blobs = {path for path in goes if path.is_symlink() and path.parent.name == _STORE}
         if not blobs or not (self._cache / _STORE).is_dir():
             return
-        from mlxops.agent.hubline import import_quietly
+        from mlxops.agent.hub.client import import_quietly
 
         import_quietly()
         try:

@@ -15,20 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxops.agent.cache import Skipped, Snapshot, find, is_commit
-from mlxops.agent.contents import (
-    MAX_TEXT,
-    Damaged,
-    can_be_an_edit,
-    content_hash,
-    is_pointer,
-    is_text,
-    parse,
-    printable,
-    read,
-)
 from mlxops.agent.host.system import free_on_disk
-from mlxops.agent.hubline import (
+from mlxops.agent.hub.cache import Skipped, Snapshot, find, is_commit
+from mlxops.agent.hub.client import (
     Asked,
     Bytes,
     Emit,
@@ -42,7 +31,18 @@ from mlxops.agent.hubline import (
     plain_etag,
     plain_name,
 )
-from mlxops.agent.snapshot import (
+from mlxops.agent.hub.contents import (
+    MAX_TEXT,
+    Damaged,
+    can_be_an_edit,
+    content_hash,
+    is_pointer,
+    is_text,
+    parse,
+    printable,
+    read,
+)
+from mlxops.agent.hub.snapshot import (
     completeness,
     damaged_weights,
     edited,
@@ -52,8 +52,8 @@ from mlxops.agent.snapshot import (
     link_that_leads_nowhere,
     to_correct,
 )
+from mlxops.agent.hub.weights import NOT_SERVED, is_served, is_weight, wrong_length
 from mlxops.agent.state.locks import is_locked
-from mlxops.agent.weights import NOT_SERVED, is_served, is_weight, wrong_length
 from mlxops.core.errors import DownloadFailed, Refused
 from mlxops.core.loadable import no_model
 from mlxops.core.names import is_repo_id, is_revision

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlxops.agent.contents import Damaged, printable, read
+from mlxops.agent.hub.contents import Damaged, printable, read
+from mlxops.agent.hub.snapshot import ModelFacts, completeness, inspect, judge
 from mlxops.agent.place import closed
 from mlxops.agent.reading import dangles, is_folder
-from mlxops.agent.snapshot import ModelFacts, completeness, inspect, judge
 from mlxops.core.names import is_repo_id, is_revision
 
 __all__ = [

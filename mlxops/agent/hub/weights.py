@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import translate
 
-from mlxops.agent.contents import Damaged, is_pointer, parse, printable
+from mlxops.agent.hub.contents import Damaged, is_pointer, parse, printable
 
 MAX_HEADER = 100_000_000
 """Bytes; the limit of the safetensors format itself (`safetensors`, src/tensor.rs, MAX_HEADER_SIZE)."""

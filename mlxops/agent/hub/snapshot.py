@@ -17,9 +17,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from mlxops.agent import contents, reading
-from mlxops.agent.contents import Damaged, json_object, printable
-from mlxops.agent.weights import (
+from mlxops.agent import reading
+from mlxops.agent.hub import contents
+from mlxops.agent.hub.contents import Damaged, json_object, printable
+from mlxops.agent.hub.weights import (
     damage,
     first_bytes,
     header,

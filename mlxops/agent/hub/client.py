@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 from urllib.parse import urlsplit
 from weakref import WeakSet
 
-from mlxops.agent.cache import is_commit
-from mlxops.agent.contents import printable
+from mlxops.agent.hub.cache import is_commit
+from mlxops.agent.hub.contents import printable
 from mlxops.core.errors import DownloadFailed, MlxopsError, Refused
 from mlxops.core.protocol import Event, Note, Progress
 from mlxops.core.units import amount
