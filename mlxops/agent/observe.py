@@ -28,7 +28,7 @@ from mlxops.core.registry import Registry
 from mlxops.core.world import Answer, BootClaim, JobState, Run, Server, Signals, Standing, World, drift, judge
 
 if TYPE_CHECKING:
-    from mlxops.agent.bootjobs import BootJobs
+    from mlxops.agent.service.boot_jobs import BootJobs
 
 PROBE_SECONDS = 2.0
 
@@ -93,7 +93,7 @@ def _all_signals(
 def _boot_jobs(where: Place, system: System, environ: Mapping[str, str]) -> BootJobs | None:
     if not where.settings.boot:
         return None
-    from mlxops.agent.bootjobs import BootJobs
+    from mlxops.agent.service.boot_jobs import BootJobs
 
     return BootJobs(where.settings.boot, system, environ)
 

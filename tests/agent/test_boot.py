@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from mlxops.agent import boot
-from mlxops.agent.boot import Job, Launchd, Systemd
+from mlxops.agent.service import restore_job
+from mlxops.agent.service.restore_job import Job, Launchd, Systemd
 from mlxops.core.errors import Refused
 from tests.lab.homelab import Homelab
 from tests.lab.sshd import missing
@@ -47,7 +47,7 @@ def calls(folder: Path) -> list[str]:
 
 class TestThePropertyList:
     def test_of_the_agent_runs_restore_and_lets_the_servers_live(self, job: Job) -> None:
-        keys = plistlib.loads(boot.launch_agent(job))
+        keys = plistlib.loads(restore_job.launch_agent(job))
         assert keys["ProgramArguments"] == list(job.argv)
         assert (keys["Label"], keys["RunAtLoad"], keys["AbandonProcessGroup"]) == ("org.mlxops.restore", True, True)
         assert keys["StartInterval"] == 300
@@ -56,10 +56,10 @@ class TestThePropertyList:
         assert "KeepAlive" not in keys and "UserName" not in keys
 
     def test_of_the_daemon_runs_it_as_the_user(self, job: Job) -> None:
-        keys = plistlib.loads(boot.launch_daemon(job))
+        keys = plistlib.loads(restore_job.launch_daemon(job))
         assert (keys["UserName"], keys["EnvironmentVariables"]["HOME"]) == (job.user, str(job.home))
         assert keys["EnvironmentVariables"].items() >= job.environ.items()
-        assert keys["Label"] != plistlib.loads(boot.launch_agent(job))["Label"]
+        assert keys["Label"] != plistlib.loads(restore_job.launch_agent(job))["Label"]
         assert keys["AbandonProcessGroup"] is True
 
 
@@ -67,8 +67,8 @@ class TestTheUnit:
     def test_is_what_systemd_understands(self, job: Job, tmp_path: Path) -> None:
         if shutil.which("systemd-analyze") is None:
             missing("systemd-analyze (Debian and Ubuntu: apt-get install systemd)")
-        (tmp_path / "mlxops-restore.service").write_text(boot.service(job))
-        (tmp_path / "mlxops-restore.timer").write_text(boot.timer(job))
+        (tmp_path / "mlxops-restore.service").write_text(restore_job.service(job))
+        (tmp_path / "mlxops-restore.timer").write_text(restore_job.timer(job))
         for unit in ("mlxops-restore.service", "mlxops-restore.timer"):
             done = subprocess.run(
                 ["systemd-analyze", "--user", "verify", "--man=no", str(tmp_path / unit)],
@@ -80,15 +80,15 @@ class TestTheUnit:
             assert done.returncode == 0 and "mlxops" not in done.stderr, done.stderr
 
     def test_says_that_the_servers_live_on(self, job: Job) -> None:
-        assert "\nKillMode=process\n" in boot.service(job)
+        assert "\nKillMode=process\n" in restore_job.service(job)
 
     def test_quotes_what_systemd_would_expand(self, job: Job) -> None:
-        (line,) = [line for line in boot.service(job).splitlines() if line.startswith("ExecStart=")]
+        (line,) = [line for line in restore_job.service(job).splitlines() if line.startswith("ExecStart=")]
         assert '%%h $$HOME \\\\n ;&"' in line and 'a \\"b\\"' in line
 
     def test_carries_the_environment(self, job: Job) -> None:
         """How systemd reads it, the test of the real one tells; that a `$` stays alone, systemd.exec(5)."""
-        lines = [line for line in boot.service(job).splitlines() if line.startswith("Environment=")]
+        lines = [line for line in restore_job.service(job).splitlines() if line.startswith("Environment=")]
         assert lines == [
             'Environment="HF_HOME=/disk/hf a \\"b\\" %%h $HOME \\\\n ;&"',
             'Environment="MLX_LAUNCH_CMD=~/bin/serve --x"',
@@ -105,11 +105,11 @@ def test_only_what_mlxops_reads_goes_into_the_job_and_no_secret() -> None:
         "SHELL": "/bin/sh",
         "XDG_CACHE_HOME": "two\nlines",
     }
-    found = boot.kept(environ)
+    found = restore_job.kept(environ)
     assert found == {key: environ[key] for key in ("PATH", "MLX_LAUNCH_CMD", "HF_HOME", "HF_HUB_CACHE")}
-    assert boot.kept({"HF_ENDPOINT": "https://hub.example"}) == {"HF_ENDPOINT": "https://hub.example"}
-    assert boot.kept({"HF_ENDPOINT": "https://me:secret@hub.example"}) == {}
-    assert boot.job(Path("/s"), {"HOME": "/h", **environ}, None).environ == found
+    assert restore_job.kept({"HF_ENDPOINT": "https://hub.example"}) == {"HF_ENDPOINT": "https://hub.example"}
+    assert restore_job.kept({"HF_ENDPOINT": "https://me:secret@hub.example"}) == {}
+    assert restore_job.job(Path("/s"), {"HOME": "/h", **environ}, None).environ == found
 
 
 class TestSystemd:

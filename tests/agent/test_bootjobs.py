@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 
 import pytest
 
-from mlxops.agent import managers
-from mlxops.agent.bootjobs import BootJobs, Roots
 from mlxops.agent.host.system import LinuxSystem, Look, Process, units_in
+from mlxops.agent.service import managers
+from mlxops.agent.service.boot_jobs import BootJobs, Roots
 from mlxops.core.settings import BootJob
 from mlxops.core.world import Standing
 from tests.agent.test_boot import calls, recorder

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from mlxops.agent import boot as jobs
-from mlxops.agent.boot import Job, Manager
-from mlxops.agent.bootjobs import BootJobs
 from mlxops.agent.host.system import Look
 from mlxops.agent.operations.context import Context
+from mlxops.agent.service import restore_job as jobs
+from mlxops.agent.service.boot_jobs import BootJobs
+from mlxops.agent.service.restore_job import Job, Manager
 from mlxops.agent.state.store import state_unwritable
 from mlxops.core.world import JobState
 

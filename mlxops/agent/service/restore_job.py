@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from mlxops.agent.managers import ABSENT, ask_manager
+from mlxops.agent.service.managers import ABSENT, ask_manager
 from mlxops.core.errors import Refused
 
 LABEL = "org.mlxops.restore"

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from mlxops.agent import managers as service_managers
 from mlxops.agent import reading
 from mlxops.agent.host.system import Look, Process, System
-from mlxops.agent.managers import ABSENT, NO_DOMAIN, which
+from mlxops.agent.service import managers as service_managers
+from mlxops.agent.service.managers import ABSENT, NO_DOMAIN, which
 from mlxops.core.bootjobs import (
     CARRIERS,
     SHELLS,
