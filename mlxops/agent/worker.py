@@ -120,7 +120,7 @@ def run(folder: Path, lock: int) -> int:
 
 def _cut_logs(context: Context) -> None:
     """Servers write for months: whoever changes something looks whether a log has become too big."""
-    from mlxops.agent import logs
+    from mlxops.agent.serving import logs
 
     with contextlib.suppress(OSError, Busy):
         for log, size in logs.too_big(context.store.state / "logs"):

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from mlxops.agent.failures import About, explain
-from mlxops.agent.lastwords import last_line
+from mlxops.agent.serving.diagnosis import About, explain
+from mlxops.agent.serving.last_words import last_line
 
 ABOUT = About("jerry-xl", "org/model", 8100, "/opt/engine/bin/mlx_lm.server", "a" * 40)
 PYTHON = "/opt/homebrew/Cellar/python@3.12/3.12.12_1/Frameworks/Python.framework/Versions/3.12/lib/python3.12"

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from mlxops.agent import logs, worker
+from mlxops.agent import worker
 from mlxops.agent.host.system import this_system
 from mlxops.agent.operations.context import Context
 from mlxops.agent.place import place
+from mlxops.agent.serving import logs
 from mlxops.agent.state import locks
 from mlxops.agent.state.store import Store
 from mlxops.core.errors import Busy

@@ -16,11 +16,11 @@ import pytest
 
 from mlxops.agent import warm
 from mlxops.agent.host.system import LinuxSystem, System, this_system
-from mlxops.agent.memory import Budget, budget, check_fits, estimate_of, in_use
-from mlxops.agent.observe import observe
 from mlxops.agent.operations import stopping
 from mlxops.agent.operations.context import Context
 from mlxops.agent.place import Place, place
+from mlxops.agent.serving.memory import Budget, budget, check_fits, estimate_of, in_use
+from mlxops.agent.serving.observe import observe
 from mlxops.agent.state.store import Store
 from mlxops.core.errors import Refused
 from mlxops.core.kvcache import kv_cache

@@ -18,7 +18,7 @@ import pytest
 from mlxops.agent.host import processes
 from mlxops.agent.host.processes import MARK, Gated, environment, leader, members, spawn, stop
 from mlxops.agent.host.system import Look, Process, System, this_system
-from mlxops.agent.servers import find
+from mlxops.agent.serving.servers import find
 from mlxops.core.errors import NotStarted, Refused
 from mlxops.core.world import Run
 from tests.core.worlds import run as sample_run

@@ -10,11 +10,11 @@ from typing import cast
 
 import pytest
 
-from mlxops.agent import start
 from mlxops.agent.engine import Command, NoCompletion, Serving
 from mlxops.agent.engines.mlx_lm import MlxLm
 from mlxops.agent.host.system import Listener, Look, System, this_system
 from mlxops.agent.place import place
+from mlxops.agent.serving import launch
 from mlxops.agent.state.store import Store
 from mlxops.core.errors import NotStarted
 from mlxops.core.registry import Model
@@ -43,7 +43,7 @@ class Seen:
 
 def prove(tmp_path: Path, *looks: Look) -> None:
     where = place(Settings(hub=str(tmp_path), state=str(tmp_path)), os.environ)
-    start.prove(where, RUN.alias, RUN, cast(System, Seen(*looks)), 1.0)
+    launch.prove(where, RUN.alias, RUN, cast(System, Seen(*looks)), 1.0)
 
 
 def test_a_listener_whose_process_is_just_ending_is_no_stranger(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_a_listener_whose_process_is_just_ending_is_no_stranger(tmp_path: Path) 
 
 
 def test_one_whose_process_cannot_be_seen_for_a_while_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(start, "UNSEEN_SECONDS", 0.05)
+    monkeypatch.setattr(launch, "UNSEEN_SECONDS", 0.05)
     with pytest.raises(NoCompletion, match="a process that cannot be seen"):
         prove(tmp_path, NOBODYS)
 
@@ -70,7 +70,7 @@ def failure(tmp_path: Path, *argv: str) -> NotStarted:
     store = Store(where.state, where.registry)
     store.ready()
     serving = Serving(Model("a"), "a", tmp_path, "127.0.0.1", RUN.port, store.run_folder(RUN.port))
-    started = start.Start(where, store, this_system(), MlxLm(), Command(argv[:1], "here"), serving, argv=argv)
+    started = launch.Start(where, store, this_system(), MlxLm(), Command(argv[:1], "here"), serving, argv=argv)
     started.launch({}, "org/a", "1", "op")
     with pytest.raises(NotStarted) as caught:
         started.wait(30, lambda event: None)

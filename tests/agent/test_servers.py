@@ -6,8 +6,8 @@ import shlex
 
 import pytest
 
-from mlxops.agent import servers
 from mlxops.agent.host.system import Look, Process
+from mlxops.agent.serving import servers
 
 ENGINE = "python /venv/bin/mlx_lm.server --model a --port 8101"
 OTHER = "python /venv/bin/mlx_lm.server --model b --port 8102"

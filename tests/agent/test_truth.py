@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from mlxops.agent.failures import About, explain
+from mlxops.agent.serving.diagnosis import About, explain
 from mlxops.agent.state.operation_log import create
 from mlxops.core.protocol import Done, Phase, Request
 from mlxops.core.settings import Settings

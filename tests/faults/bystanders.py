@@ -11,8 +11,8 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from mlxops.agent import servers
 from mlxops.agent.host.system import this_system
+from mlxops.agent.serving import servers
 from tests.faults import children
 from tests.faults.arena import Arena
 from tests.faults.snapshots import MODELS

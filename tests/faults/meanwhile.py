@@ -22,8 +22,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-from mlxops.agent import memory
-from mlxops.agent.logs import CAP
+from mlxops.agent.serving import memory
+from mlxops.agent.serving.logs import CAP
 from mlxops.agent.state import recovery
 from mlxops.agent.state.locks import try_flock
 from mlxops.agent.state.operation_log import Journal
@@ -252,7 +252,8 @@ def _a_cancellation_before_the_old_one_stops(arena: Arena) -> None:
 
 def _a_cancellation_during_a_look(arena: Arena) -> None:
     """It is not taken for a host that cannot be looked at."""
-    ended = _cancelled_at(arena, "mlxops.agent.observe._hand_started", "load", model=BETA, port=str(arena.ports[0]))
+    during = "mlxops.agent.serving.observe._hand_started"
+    ended = _cancelled_at(arena, during, "load", model=BETA, port=str(arena.ports[0]))
     assert ended.exit == 130, ended
     _serves(arena, {})
 
@@ -274,7 +275,7 @@ def _what_cannot_be_undone_keeps_its_record(arena: Arena) -> None:
     assert arena.run("set", model=BETA, set=["args=--fake-mute 1"]).exit == 0
 
     def prepare() -> None:
-        owner, name = _owner("mlxops.agent.start.Start.abort")
+        owner, name = _owner("mlxops.agent.serving.launch.Start.abort")
 
         def abort(start: object) -> None:
             raise MlxopsError("will_not_die", "it is still there")
@@ -479,7 +480,7 @@ def _a_log_that_is_rotated_while_it_is_cut(arena: Arena) -> None:
     """It was not too big yet when the load looked, and is when it wants to give it another name."""
     first = arena.ports[0]
     _load(arena, ALPHA, first)
-    rotates = _Moment(arena, "mlxops.agent.logs.rotate")
+    rotates = _Moment(arena, "mlxops.agent.serving.logs.rotate")
     waits = _Moment(arena, LOCKS, partial(_is_taken, arena.store.log_path(first).parent))
 
     def prepare() -> None:

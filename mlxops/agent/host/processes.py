@@ -18,9 +18,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlxops.agent import servers
 from mlxops.agent.host.system import Look, Process, System
-from mlxops.agent.logs import clean
+from mlxops.agent.serving import servers
+from mlxops.agent.serving.logs import clean
 from mlxops.core.errors import MlxopsError, NotStarted, Refused
 from mlxops.core.world import Run
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from mlxops.agent.host.system import System
-from mlxops.agent.observe import observe
 from mlxops.agent.place import Place
 from mlxops.agent.reading import said
+from mlxops.agent.serving.observe import observe
 from mlxops.agent.state import recovery
 from mlxops.agent.state.operation_log import named
 from mlxops.agent.state.store import Store, now

@@ -7,9 +7,9 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlxops.agent import logs
 from mlxops.agent.engine import each_looked_up_once
 from mlxops.agent.operations.context import Context
+from mlxops.agent.serving import logs
 from mlxops.agent.state import recovery
 from mlxops.agent.state.store import utc
 from mlxops.core.errors import MlxopsError

@@ -235,7 +235,7 @@ def _register(ctx: Context, target: Target, files: Files) -> tuple[Registry, Tar
 
 def _adopt(ctx: Context, plan: LoadPlan, prepared: Prepared, began: float) -> dict[str, object]:
     """A live server that is as wanted becomes ours: the same proof, then the record, then the assignment."""
-    from mlxops.agent.start import COMPLETION_SECONDS, prove
+    from mlxops.agent.serving.launch import COMPLETION_SECONDS, prove
 
     view = plan.adopts
     assert view is not None
@@ -274,7 +274,7 @@ def _adopt(ctx: Context, plan: LoadPlan, prepared: Prepared, began: float) -> di
 
 def _prove_boot_job(ctx: Context, plan: LoadPlan, view: PortView) -> None:
     """The boot job's server is what was asked for only if it answers under the alias. Raises `Refused` (boot_port)."""
-    from mlxops.agent.start import COMPLETION_SECONDS, prove
+    from mlxops.agent.serving.launch import COMPLETION_SECONDS, prove
 
     if view.server is None:
         raise planner.boot_port(view, "its server is gone")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NoReturn
 
-from mlxops.agent import logs as files
-from mlxops.agent.logs import Mark
 from mlxops.agent.operations.context import Context
+from mlxops.agent.serving import logs as files
+from mlxops.agent.serving.logs import Mark
 from mlxops.core import names
 from mlxops.core.errors import Refused
 from mlxops.core.protocol import Line, Reached

@@ -99,7 +99,7 @@ def _tell_unusable(ctx: Context, registry: Registry) -> MlxopsError | None:
 
 def _memory(ctx: Context, registry: Registry) -> dict[str, object]:
     """The budget, what takes of it now, and what is left."""
-    from mlxops.agent.memory import budget, in_use
+    from mlxops.agent.serving.memory import budget, in_use
 
     limit = budget(ctx.where)
     uses = in_use(ctx.observe(registry), ctx.system, ctx.reserved())
@@ -153,8 +153,8 @@ def _list_row(ctx: Context, model: Model) -> dict[str, object]:
 
 
 def _expected(path: Path | None, model: Model) -> dict[str, object] | None:
-    from mlxops.agent.memory import estimate_of
     from mlxops.agent.operations.prepare import served_as
+    from mlxops.agent.serving.memory import estimate_of
 
     expected = estimate_of(path, model.context_length, served_as(model)) if path else None
     return expected.to_wire() if expected else None

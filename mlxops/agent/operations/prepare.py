@@ -271,7 +271,7 @@ def _reserve_memory(
 ) -> None:
     """Until its server has it, the memory that a load was granted is kept from others: two that begin at once must not
     both be let in where only one fits."""
-    from mlxops.agent.memory import budget, check_fits, in_use
+    from mlxops.agent.serving.memory import budget, check_fits, in_use
 
     cache, asked = facts.shape.served_as(_served_as(prepared)), prepared.serving.model.context_length
     need = memory.estimate(facts.weight_bytes, cache, facts.shape.context_length, asked)

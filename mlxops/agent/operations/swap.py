@@ -13,12 +13,12 @@ from mlxops.agent.engine import Command, Serving
 from mlxops.agent.engines import engine_named
 from mlxops.agent.host import processes
 from mlxops.agent.hub.snapshot import completeness
-from mlxops.agent.logs import rotated
 from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.files import cached
 from mlxops.agent.operations.prepare import Prepared, commit, prepare
 from mlxops.agent.operations.stopping import stop
-from mlxops.agent.start import Start, deadline_for
+from mlxops.agent.serving.launch import Start, deadline_for
+from mlxops.agent.serving.logs import rotated
 from mlxops.agent.warm import warm
 from mlxops.core.errors import Interrupted, MlxopsError, NotStarted, OutcomeUnknown
 from mlxops.core.planner import LoadPlan, Target

@@ -14,13 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxops.agent import reading, servers
+from mlxops.agent import reading
 from mlxops.agent.engines import ENGINES
 from mlxops.agent.host import processes
 from mlxops.agent.host.system import Listener, Look, System, collides
-from mlxops.agent.logs import clean
 from mlxops.agent.place import Place
-from mlxops.agent.servers import Found
+from mlxops.agent.serving import servers
+from mlxops.agent.serving.logs import clean
+from mlxops.agent.serving.servers import Found
 from mlxops.agent.state.operation_log import Stand, stand_of
 from mlxops.agent.state.store import Store, utc
 from mlxops.core.errors import Interrupted, MlxopsError
@@ -344,7 +345,7 @@ def _ask(where: Place, signals: list[Signals]) -> dict[int, Answer]:
 
 def _last_words(log: Path) -> str:
     """When a server last wrote to its log, and what: how it ended, nobody saw who could tell."""
-    from mlxops.agent.lastwords import last_line  # its patterns take 2 ms to compile
+    from mlxops.agent.serving.last_words import last_line  # its patterns take 2 ms to compile
 
     words = last_line(tail(log))
     try:

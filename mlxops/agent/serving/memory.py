@@ -9,13 +9,13 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlxops.agent import servers
 from mlxops.agent.engine import options
 from mlxops.agent.host.system import System
 from mlxops.agent.hub.snapshot import shape, weight_files
-from mlxops.agent.observe import real_path, repo_of
 from mlxops.agent.place import Place
-from mlxops.agent.servers import Found
+from mlxops.agent.serving import servers
+from mlxops.agent.serving.observe import real_path, repo_of
+from mlxops.agent.serving.servers import Found
 from mlxops.core import memory
 from mlxops.core.errors import Refused
 from mlxops.core.memory import Estimate, Use

@@ -19,17 +19,17 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from mlxops.agent import logs
 from mlxops.agent.engine import Command, Engine, NoCompletion, Serving, complete
 from mlxops.agent.engines import ENGINES
-from mlxops.agent.failures import About, explain
 from mlxops.agent.host import processes
 from mlxops.agent.host.processes import Gated
 from mlxops.agent.host.system import System
 from mlxops.agent.hub.cache import is_commit
-from mlxops.agent.lastwords import last_line
-from mlxops.agent.logs import clean
 from mlxops.agent.place import Place
+from mlxops.agent.serving import logs
+from mlxops.agent.serving.diagnosis import About, explain
+from mlxops.agent.serving.last_words import last_line
+from mlxops.agent.serving.logs import clean
 from mlxops.agent.state.store import Store, now, state_unwritable
 from mlxops.core.errors import MlxopsError, NotStarted
 from mlxops.core.protocol import Event, Phase
