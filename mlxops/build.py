@@ -25,11 +25,15 @@ def shipped() -> list[Path]:
     ]
 
 
+NOT_ENGINES = frozenset({"__init__", "base", "installation"})
+"""The modules of `agent/engines` that all engines share."""
+
+
 @cache
 def engines() -> tuple[str, ...]:
-    """The names of the engines of this code; each is a file."""
+    """Return the names of the engines. Every other file of `agent/engines` is one."""
     files = (PACKAGE / "agent" / "engines").glob("*.py")
-    return tuple(sorted(file.stem.replace("_", "-") for file in files if file.stem != "__init__"))
+    return tuple(sorted(file.stem.replace("_", "-") for file in files if file.stem not in NOT_ENGINES))
 
 
 @cache

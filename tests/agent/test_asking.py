@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from mlxops.agent.engine import Names
 from mlxops.agent.engines import ENGINES
+from mlxops.agent.engines.base import Names
 from mlxops.agent.operations.asking import names_of
 from mlxops.core.world import Owner, PortView, Run, Server, State
 from tests.faults.lab import MODELS, QuickHost

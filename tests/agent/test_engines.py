@@ -16,18 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from mlxops.agent.engine import (
-    Command,
-    Engine,
-    NoCompletion,
-    Seen,
-    Serving,
-    complete,
-    get_status,
-    options,
-    which,
-)
 from mlxops.agent.engines import ENGINES, engine_named, mlx_openai_server, recognise
+from mlxops.agent.engines.base import Command, Engine, NoCompletion, Seen, Serving, complete, get_status, options, which
 from mlxops.agent.engines.mlx_lm import MlxLm
 from mlxops.agent.engines.mlx_openai_server import MlxOpenAIServer
 from mlxops.build import PACKAGE
@@ -41,7 +31,7 @@ OPENAI, LM = MlxOpenAIServer(), MlxLm()
 @pytest.fixture(autouse=True)
 def _no_engine_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is installed here must not decide."""
-    monkeypatch.setattr("mlxops.agent.engine.USUAL_FOLDERS", ())
+    monkeypatch.setattr("mlxops.agent.engines.base.USUAL_FOLDERS", ())
     monkeypatch.setattr(mlx_openai_server, "PROJECT", str(tmp_path / "opt" / "mlx-launch"))
     monkeypatch.setattr(mlx_openai_server, "HOMEBREW_UV", str(tmp_path / "homebrew" / "uv"))
 
@@ -112,7 +102,7 @@ def test_the_users_own_folders_are_looked_at_though_ssh_does_not_give_them(tmp_p
 
 def test_the_usual_folders_are_looked_at_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usual = program(tmp_path / "usual" / "mlx_lm.server")
-    monkeypatch.setattr("mlxops.agent.engine.USUAL_FOLDERS", (str(tmp_path / "usual"),))
+    monkeypatch.setattr("mlxops.agent.engines.base.USUAL_FOLDERS", (str(tmp_path / "usual"),))
     assert which("mlx_lm.server", {}) == usual
     nearer = program(tmp_path / "path" / "mlx_lm.server")
     assert LM.command([], {"PATH": str(tmp_path / "path")}) == Command((nearer,), "PATH")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mlxops.agent.engine import Command, Serving
+from mlxops.agent.engines.base import Command, Serving
 from mlxops.agent.engines.mlx_openai_server import MlxOpenAIServer, known_options
 from mlxops.core.errors import Refused
 from mlxops.core.families import Option, Origin

@@ -10,7 +10,7 @@ from typing import cast
 
 import pytest
 
-from mlxops.agent.engine import Command, NoCompletion, Serving
+from mlxops.agent.engines.base import Command, NoCompletion, Serving
 from mlxops.agent.engines.mlx_lm import MlxLm
 from mlxops.agent.host.system import Listener, Look, System, this_system
 from mlxops.agent.place import place

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from mlxops.agent.engine import Command, Serving
 from mlxops.agent.engines import engine_named
+from mlxops.agent.engines.base import Command, Serving
 from mlxops.agent.hub.snapshot import inspect, judge
 from mlxops.agent.operations.files import Files
 from mlxops.agent.operations.prepare import Prepared, check

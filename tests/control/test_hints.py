@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from invoke.parser import Parser
 
 import mlxops
-from mlxops.agent.engine import check_args
+from mlxops.agent.engines.base import check_args
 from mlxops.control.hints import TASKS, aimed, aimed_error, aimed_event
 from mlxops.core import planner
 from mlxops.core.errors import MlxopsError, Refused

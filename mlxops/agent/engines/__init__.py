@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from importlib import import_module
 
-from mlxops.agent.engine import Engine, Seen
+from mlxops.agent.engines.base import Engine, Seen
 from mlxops.build import engines
 from mlxops.core.errors import Refused
 

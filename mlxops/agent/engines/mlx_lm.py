@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from mlxops.agent.engine import (
+from mlxops.agent.engines.base import (
     Command,
     Names,
     Seen,

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 
-from mlxops.agent.engine import (
+from mlxops.agent.engines.base import (
     Command,
     Names,
     Seen,

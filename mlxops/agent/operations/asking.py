@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mlxops.agent.engine import Names, installed_version
 from mlxops.agent.engines import ENGINES
+from mlxops.agent.engines.base import Names, installed_version
 from mlxops.core.world import Owner, PortView, Run, Server
 
 

@@ -22,7 +22,7 @@ from mlxops.core.registry import Registry
 from mlxops.core.world import Operation, PortView, World
 
 if TYPE_CHECKING:
-    from mlxops.agent.engine import Command, Engine
+    from mlxops.agent.engines.base import Command, Engine
     from mlxops.core.planner import Target
 
 DRAIN_SECONDS = 30.0

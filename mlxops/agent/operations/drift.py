@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlxops.agent.engine import each_looked_up_once
+from mlxops.agent.engines.base import each_looked_up_once
 from mlxops.agent.operations.context import Context
 from mlxops.agent.serving import logs
 from mlxops.agent.state import recovery
@@ -103,7 +103,7 @@ def _expected(ctx: Context, registry: Registry, view: PortView) -> tuple[str, ..
 
     Raises `Refused`.
     """
-    from mlxops.agent.installed import NotAsked
+    from mlxops.agent.engines.installation import NotAsked
     from mlxops.agent.operations.files import Files
     from mlxops.agent.operations.prepare import prepare
     from mlxops.core.planner import Target

@@ -6,7 +6,7 @@ The control node says it, where it can read the gateway's configuration: in the 
 
 from __future__ import annotations
 
-from mlxops.agent.engine import installed_version
+from mlxops.agent.engines.base import installed_version
 from mlxops.agent.operations.context import Context
 from mlxops.core import planner
 from mlxops.core.names import shown

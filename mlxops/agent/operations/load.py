@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
-from mlxops.agent.engine import NoCompletion
+from mlxops.agent.engines.base import NoCompletion
 from mlxops.agent.operations.asking import names_of, to_wire
 from mlxops.agent.operations.context import Context, busy, model_lock, repo_lock
 from mlxops.agent.operations.files import Files, cached

@@ -9,14 +9,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mlxops.agent.engine import Command, Engine, Serving, template_text
-from mlxops.agent.engine import options as arguments
 from mlxops.agent.engines import engine_named
+from mlxops.agent.engines.base import Command, Engine, Serving, template_text
+from mlxops.agent.engines.base import options as arguments
+from mlxops.agent.engines.installation import abilities, described, lacks_architecture, lacks_tokenizer
 from mlxops.agent.host.system import free_on_disk
 from mlxops.agent.hub.contents import printable
 from mlxops.agent.hub.snapshot import ModelFacts, edited, kept_as_it_is, shape, to_correct
 from mlxops.agent.hub.weights import language_weights
-from mlxops.agent.installed import abilities, described, lacks_architecture, lacks_tokenizer
 from mlxops.agent.operations.context import Context, busy, memory_lock
 from mlxops.agent.operations.files import Files
 from mlxops.agent.operations.gatewayname import context_warning, name_warning

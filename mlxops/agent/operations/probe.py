@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 
-from mlxops.agent.engine import NoCompletion, complete
+from mlxops.agent.engines.base import NoCompletion, complete
 from mlxops.agent.operations.asking import names_of
 from mlxops.agent.operations.context import Context
 from mlxops.core.world import Drift, PortView, State, World

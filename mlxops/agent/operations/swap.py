@@ -9,8 +9,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlxops.agent.engine import Command, Serving
 from mlxops.agent.engines import engine_named
+from mlxops.agent.engines.base import Command, Serving
 from mlxops.agent.host import processes
 from mlxops.agent.hub.snapshot import completeness
 from mlxops.agent.operations.context import Context

@@ -19,8 +19,8 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from mlxops.agent.engine import Command, Engine, NoCompletion, Serving, complete
 from mlxops.agent.engines import ENGINES
+from mlxops.agent.engines.base import Command, Engine, NoCompletion, Serving, complete
 from mlxops.agent.host import processes
 from mlxops.agent.host.processes import Gated
 from mlxops.agent.host.system import System

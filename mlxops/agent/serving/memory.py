@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlxops.agent.engine import options
+from mlxops.agent.engines.base import options
 from mlxops.agent.host.system import System
 from mlxops.agent.hub.snapshot import shape, weight_files
 from mlxops.agent.place import Place

@@ -11,8 +11,8 @@ import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from mlxops.agent.engine import Seen, program
 from mlxops.agent.engines import recognise
+from mlxops.agent.engines.base import Seen, program
 from mlxops.agent.host.system import Look, Process
 
 SHELLS = frozenset({"sh", "bash", "dash", "zsh", "ksh", "ash", "busybox", "fish", "nu", "csh", "tcsh"})

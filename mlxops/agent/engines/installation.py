@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mlxops.agent.engine import Command, Engine, Serving, installation_folders, site_packages, version_in
+from mlxops.agent.engines.base import Command, Engine, Serving, installation_folders, site_packages, version_in
 from mlxops.agent.host import processes
 from mlxops.agent.state.store import Store
 from mlxops.core.errors import Refused
