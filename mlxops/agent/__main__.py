@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from mlxops import __version__
 from mlxops.agent.agreement import agree, agree_anew, refuse_others
-from mlxops.agent.place import Place, closed, place
+from mlxops.agent.paths import Place, closed, place
 from mlxops.agent.reading import is_hosts_fault
 from mlxops.agent.state.locks import NoLocks, flock_within
 from mlxops.agent.state.store import Store
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
             # At once: a thread of a cancelled download may hang on a hub that says nothing.
             os._exit(status)
         case ["--restore", state]:
-            from mlxops.agent.unattended import run as restore
+            from mlxops.agent.boot_restore import run as restore
 
             return restore(Path(state))
     sys.stderr.write("mlxops.agent is run by mlxops, not by hand\n")
@@ -214,8 +214,8 @@ def _agree_on_code(request: Request) -> None:
 
 
 def _look(request: Request, store: Store, where: Place) -> int:
+    from mlxops.agent.context import Context
     from mlxops.agent.host.system import this_system
-    from mlxops.agent.operations.context import Context
     from mlxops.agent.worker import finish
 
     beat = _Beat()

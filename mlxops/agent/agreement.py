@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 
-from mlxops.agent.place import Place, differences, place, settings_differ
+from mlxops.agent.paths import Place, differences, place, settings_differ
 from mlxops.agent.state.operation_log import recent
 from mlxops.agent.state.store import Store
 from mlxops.core.errors import Busy, Refused

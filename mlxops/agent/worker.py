@@ -17,10 +17,10 @@ from pathlib import Path
 from types import FrameType
 
 from mlxops.agent.agreement import confirm
+from mlxops.agent.context import Cancellation, Context
 from mlxops.agent.host.system import shortage, this_system
 from mlxops.agent.operations import command
-from mlxops.agent.operations.context import Cancellation, Context
-from mlxops.agent.place import closed, place
+from mlxops.agent.paths import closed, place
 from mlxops.agent.reading import is_hosts_fault
 from mlxops.agent.state import operation_log as journals
 from mlxops.agent.state.operation_log import Journal

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from mlxops.agent.agreement import agree, agree_anew
-from mlxops.agent.place import place
+from mlxops.agent.paths import place
 from mlxops.agent.state.operation_log import create
 from mlxops.agent.state.store import Store
 from mlxops.agent.worker import begin

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from mlxops.agent.context import Context
 from mlxops.agent.host.system import this_system
-from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.load import _port_alone
-from mlxops.agent.place import place
+from mlxops.agent.paths import place
 from mlxops.agent.state.operation_log import create
 from mlxops.agent.state.store import Lock, Store
 from mlxops.core.errors import Busy, Refused

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from mlxops.agent.context import Context
 from mlxops.agent.host.system import this_system
-from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.drift import further_drift
-from mlxops.agent.place import place
+from mlxops.agent.paths import place
 from mlxops.agent.state.store import Store
 from mlxops.core.protocol import Request
 from mlxops.core.settings import Settings

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from mlxops.agent.context import Context
 from mlxops.agent.host.system import this_system
-from mlxops.agent.operations.context import Context
-from mlxops.agent.place import place
+from mlxops.agent.paths import place
 from mlxops.agent.state import recovery
 from mlxops.agent.state.operation_log import create
 from mlxops.agent.state.store import Store

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from mlxops.agent.context import Context
 from mlxops.agent.host.system import this_system
 from mlxops.agent.operations import load
-from mlxops.agent.operations.context import Context
-from mlxops.agent.place import place
+from mlxops.agent.paths import place
 from mlxops.agent.state.store import Store
 from mlxops.core.errors import Exit, NotStarted
 from mlxops.core.planner import LoadPlan, Outcome, Target

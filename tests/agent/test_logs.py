@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from mlxops.agent import worker
+from mlxops.agent.context import Context
 from mlxops.agent.host.system import this_system
-from mlxops.agent.operations.context import Context
-from mlxops.agent.place import place
+from mlxops.agent.paths import place
 from mlxops.agent.serving import logs
 from mlxops.agent.state import locks
 from mlxops.agent.state.store import Store

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from mlxops.agent import __main__ as agent
+from mlxops.agent.context import LOOKS, Context
 from mlxops.agent.host.system import Look, this_system
-from mlxops.agent.operations.context import LOOKS, Context
-from mlxops.agent.operations.look import status
-from mlxops.agent.place import place
+from mlxops.agent.operations.status import status
+from mlxops.agent.paths import place
 from mlxops.agent.state.store import Store
 from mlxops.control.client import Target, ask, local_python
 from mlxops.core.protocol import Done, Failed, Request, decode_event

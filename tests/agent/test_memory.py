@@ -14,11 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from mlxops.agent import warm
+from mlxops.agent.context import Context
 from mlxops.agent.host.system import LinuxSystem, System, this_system
-from mlxops.agent.operations import stopping
-from mlxops.agent.operations.context import Context
-from mlxops.agent.place import Place, place
+from mlxops.agent.operations import prefetch, stop
+from mlxops.agent.paths import Place, place
 from mlxops.agent.serving.memory import Budget, budget, check_fits, estimate_of, in_use
 from mlxops.agent.serving.observe import observe
 from mlxops.agent.state.store import Store
@@ -331,14 +330,14 @@ def cached_share(path: Path) -> float:
 
 def test_the_weights_are_in_the_page_cache_before_anything_stops(tmp_path: Path, cold: Path) -> None:
     ctx, told = context(tmp_path, Stubborn(GB))
-    warm.warm(ctx, cold, "m")
+    prefetch.warm(ctx, cold, "m")
     assert cached_share(cold / "model.safetensors") == 1.0
     assert isinstance(told[0], Phase) and told[0].name == "warm"
 
 
 def test_where_memory_is_short_they_are_not_read_and_that_is_said(tmp_path: Path, cold: Path) -> None:
     ctx, told = context(tmp_path, Stubborn(8 * 1024 * 1024))
-    warm.warm(ctx, cold, "m")
+    prefetch.warm(ctx, cold, "m")
     assert cached_share(cold / "model.safetensors") < 0.5
     assert isinstance(told[0], Note) and "not read ahead" in told[0].message
 
@@ -354,9 +353,9 @@ def test_where_memory_is_short_they_are_not_read_and_that_is_said(tmp_path: Path
 def test_the_memory_of_a_server_that_is_gone_is_seen_to_return(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, available: Iterable[int], said: bool
 ) -> None:
-    monkeypatch.setattr(stopping, "RETURN_SECONDS", 0.3)
+    monkeypatch.setattr(stop, "RETURN_SECONDS", 0.3)
     ctx, told = context(tmp_path, Stubborn(*available))
-    stopping._see_memory_return(ctx, 100 * GB, 60 * GB)
+    stop._see_memory_return(ctx, 100 * GB, 60 * GB)
     assert [isinstance(event, Note) and "not seen to return" in event.message for event in told] == [True] * said
 
 

@@ -16,11 +16,11 @@ import pytest
 
 from mlxops.agent import __main__ as agent
 from mlxops.agent import install
+from mlxops.agent.context import Context
 from mlxops.agent.host.system import this_system
 from mlxops.agent.operations import ops
-from mlxops.agent.operations.context import Context
-from mlxops.agent.operations.look import status
-from mlxops.agent.place import place
+from mlxops.agent.operations.status import status
+from mlxops.agent.paths import place
 from mlxops.agent.state import locks
 from mlxops.agent.state.locks import NoLocks
 from mlxops.agent.state.operation_log import create

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mlxops.agent.host.system import LinuxSystem, Listener, Look, Process, PsutilSystem, this_system
-from mlxops.agent.place import Place
+from mlxops.agent.paths import Place
 from mlxops.agent.serving.observe import ByHand, _hand_started, observe
 from mlxops.agent.state.store import Lock, Store
 from mlxops.core.settings import PortRange, Settings

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxops.agent import place
+from mlxops.agent import paths
 from mlxops.core.errors import Refused
 from tests.lab.homelab import Homelab
 
@@ -16,7 +16,7 @@ QWEN = "tiny-org/tiny-qwen3"
 
 def allowed(folder: Path) -> bool:
     try:
-        place.require(folder)
+        paths.require(folder)
     except Refused as refused:
         assert refused.code == "folder_missing" and str(folder) in refused.hint
         return False
@@ -44,7 +44,7 @@ def test_elsewhere_only_the_last_folder_may_be_missing(tmp_path: Path) -> None:
 
 def test_where_disks_are_mounted_nothing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There a mount point may be there without its disk."""
-    monkeypatch.setattr(place, "VOLUMES", (str(tmp_path / "Volumes"),))
+    monkeypatch.setattr(paths, "VOLUMES", (str(tmp_path / "Volumes"),))
     (tmp_path / "Volumes" / "X").mkdir(parents=True)
     assert not allowed(tmp_path / "Volumes" / "X" / "hub")
     (tmp_path / "Volumes" / "X" / "hub").mkdir()

@@ -13,7 +13,7 @@ import pytest
 from mlxops.agent.engines.base import Command, NoCompletion, Serving
 from mlxops.agent.engines.mlx_lm import MlxLm
 from mlxops.agent.host.system import Listener, Look, System, this_system
-from mlxops.agent.place import place
+from mlxops.agent.paths import place
 from mlxops.agent.serving import launch
 from mlxops.agent.state.store import Store
 from mlxops.core.errors import NotStarted

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxops.agent import place
+from mlxops.agent import paths
 from mlxops.agent.state.store import Store
 from mlxops.control import gateway
 from mlxops.control.client import Answer
@@ -430,7 +430,7 @@ def test_status_names_conflicted_copies(homelab: Homelab) -> None:
 
 
 def test_where_disks_are_mounted_readers_miss_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(place, "VOLUMES", (str(tmp_path / "Volumes"),))
+    monkeypatch.setattr(paths, "VOLUMES", (str(tmp_path / "Volumes"),))
     store = Store(tmp_path / "state", tmp_path / "Volumes" / "X" / "registry.json")
     found: Registry = store.registry.read()
     assert found.missing and "mounted" in (found.unwritable or "")

@@ -15,8 +15,8 @@ import pytest
 from mlxops.agent.engines import engine_named
 from mlxops.agent.engines.base import Command, Serving
 from mlxops.agent.hub.snapshot import inspect, judge
-from mlxops.agent.operations.files import Files
-from mlxops.agent.operations.prepare import Prepared, check
+from mlxops.agent.operations.model_files import Files
+from mlxops.agent.operations.preflight import Prepared, check
 from mlxops.core.errors import Refused
 from mlxops.core.planner import LoadPlan, Outcome, Target, Wanted
 from mlxops.core.registry import Model

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from mlxops.agent.context import Context
 from mlxops.agent.host.system import this_system
-from mlxops.agent.operations import stopping
-from mlxops.agent.operations.context import Context
-from mlxops.agent.operations.stopping import stop
-from mlxops.agent.place import Place
+from mlxops.agent.operations import stop as stopping
+from mlxops.agent.operations.stop import stop
+from mlxops.agent.paths import Place
 from mlxops.agent.state.store import Store
 from mlxops.core.protocol import Event, Note, Request
 from mlxops.core.settings import PortRange, Settings

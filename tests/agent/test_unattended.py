@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from mlxops.agent import place, unattended
+from mlxops.agent import boot_restore, paths
 from mlxops.agent.host.system import this_system
-from mlxops.agent.place import place as placed
+from mlxops.agent.paths import place as placed
 from mlxops.agent.state.store import Store
 from mlxops.core.restore import GIVE_UP
 from mlxops.core.settings import PortRange, Settings
@@ -40,7 +40,7 @@ class Clock:
 @pytest.fixture
 def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where a disk is mounted, at times."""
-    monkeypatch.setattr(place, "VOLUMES", (str(tmp_path / "Volumes"),))
+    monkeypatch.setattr(paths, "VOLUMES", (str(tmp_path / "Volumes"),))
     (tmp_path / "Volumes").mkdir()
     return tmp_path / "Volumes" / "models"
 
@@ -57,7 +57,7 @@ def store(tmp_path: Path, disk: Path) -> Store:
 
 
 def run(store: Store, clock: Clock) -> int:
-    return unattended.run(store.state, clock.pause, lambda: clock.now)
+    return boot_restore.run(store.state, clock.pause, lambda: clock.now)
 
 
 def operations(store: Store) -> list[Path]:
@@ -97,12 +97,12 @@ def test_a_disk_that_is_mounted_late_is_waited_for(
 def test_one_that_stays_away_is_given_up(store: Store) -> None:
     clock = Clock()
     assert run(store, clock) == 3
-    assert clock.now == unattended.PATIENCE
+    assert clock.now == boot_restore.PATIENCE
 
 
 def test_what_will_not_pass_is_not_waited_for(tmp_path: Path) -> None:
     clock = Clock()
-    assert unattended.run(tmp_path / "state", clock.pause, lambda: clock.now) == 3
+    assert boot_restore.run(tmp_path / "state", clock.pause, lambda: clock.now) == 3
     assert clock.pauses == []
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from mlxops.agent.context import Context
 from mlxops.agent.host.system import this_system
-from mlxops.agent.operations.context import Context
-from mlxops.agent.place import place
+from mlxops.agent.paths import place
 from mlxops.agent.state.store import Store
 from mlxops.agent.worker import finish
 from mlxops.core.protocol import Done, Event, Failed, Request

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import mlxops.agent
 from mlxops.agent import worker
+from mlxops.agent.context import Context
 from mlxops.agent.host.system import this_system
 from mlxops.agent.operations import command
-from mlxops.agent.operations.context import Context
-from mlxops.agent.place import place
+from mlxops.agent.paths import place
 from mlxops.agent.state import operation_log as journals
 from mlxops.agent.state.operation_log import Journal
 from mlxops.agent.state.store import Store

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mlxops.agent.operations.prepare import ROOM_BYTES
+from mlxops.agent.operations.preflight import ROOM_BYTES
 from mlxops.build import build_id
 from mlxops.core.protocol import Request
 from tests.faults import oracle

@@ -9,22 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mlxops.agent.operations.context import Context
+from mlxops.agent.context import Context
 
 
 def command(name: str) -> Callable[[Context], dict[str, object]] | None:
     """The operation of a command; its module is imported only now."""
     match name:
         case "status":
-            from mlxops.agent.operations.look import status
+            from mlxops.agent.operations.status import status
 
             return status
         case "list":
-            from mlxops.agent.operations.look import list_models
+            from mlxops.agent.operations.status import list_models
 
             return list_models
         case "gateway":
-            from mlxops.agent.operations.look import answering
+            from mlxops.agent.operations.status import answering
 
             return answering
         case "ops":
@@ -72,7 +72,7 @@ def command(name: str) -> Callable[[Context], dict[str, object]] | None:
 
             return rollback
         case "set":
-            from mlxops.agent.operations.settings import set_
+            from mlxops.agent.operations.set import set_
 
             return set_
         case "reconcile":

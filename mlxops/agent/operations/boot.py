@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from mlxops.agent.context import Context
 from mlxops.agent.host.system import Look
-from mlxops.agent.operations.context import Context
 from mlxops.agent.service import restore_job as jobs
 from mlxops.agent.service.boot_jobs import BootJobs
 from mlxops.agent.service.restore_job import Job, Manager

@@ -7,8 +7,8 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+from mlxops.agent.context import Context
 from mlxops.agent.engines.base import each_looked_up_once
-from mlxops.agent.operations.context import Context
 from mlxops.agent.serving import logs
 from mlxops.agent.state import recovery
 from mlxops.agent.state.store import utc
@@ -104,8 +104,8 @@ def _expected(ctx: Context, registry: Registry, view: PortView) -> tuple[str, ..
     Raises `Refused`.
     """
     from mlxops.agent.engines.installation import NotAsked
-    from mlxops.agent.operations.files import Files
-    from mlxops.agent.operations.prepare import prepare
+    from mlxops.agent.operations.model_files import Files
+    from mlxops.agent.operations.preflight import prepare
     from mlxops.core.planner import Target
 
     run = view.run

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mlxops.agent.operations.context import Context
-from mlxops.agent.place import require
+from mlxops.agent.context import Context
+from mlxops.agent.paths import require
 from mlxops.agent.reading import is_folder
 from mlxops.core import planner
 from mlxops.core.registry import Registry

@@ -7,22 +7,22 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
+from mlxops.agent.context import Context, busy, model_lock, repo_lock
 from mlxops.agent.engines.base import NoCompletion
-from mlxops.agent.operations.asking import names_of, to_wire
-from mlxops.agent.operations.context import Context, busy, model_lock, repo_lock
-from mlxops.agent.operations.files import Files, cached
-from mlxops.agent.operations.gatewayname import check_name
-from mlxops.agent.operations.prepare import (
+from mlxops.agent.operations.model_files import Files, cached
+from mlxops.agent.operations.preflight import (
     Prepared,
     check_before_download,
+    check_name,
     commit,
     entry_fields,
     preflight,
     prepare,
 )
-from mlxops.agent.operations.stopping import shown_stop
+from mlxops.agent.operations.server_names import names_of, to_wire
+from mlxops.agent.operations.stop import shown_stop
 from mlxops.agent.operations.swap import start_in_place
-from mlxops.agent.place import require
+from mlxops.agent.paths import require
 from mlxops.agent.state.store import now
 from mlxops.core import names, planner
 from mlxops.core.errors import Busy, MlxopsError, NotStarted, Refused, UsageError

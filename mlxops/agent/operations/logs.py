@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NoReturn
 
-from mlxops.agent.operations.context import Context
+from mlxops.agent.context import Context
 from mlxops.agent.serving import logs as files
 from mlxops.agent.serving.logs import Mark
 from mlxops.core import names

@@ -6,8 +6,8 @@ import contextlib
 import re
 import time
 
+from mlxops.agent.context import Context
 from mlxops.agent.host.system import this_system
-from mlxops.agent.operations.context import Context
 from mlxops.agent.reading import Unfit
 from mlxops.agent.state.locks import NoLocks
 from mlxops.agent.state.operation_log import Journal, recent

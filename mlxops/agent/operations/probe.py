@@ -6,9 +6,9 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 
+from mlxops.agent.context import Context
 from mlxops.agent.engines.base import NoCompletion, complete
-from mlxops.agent.operations.asking import names_of
-from mlxops.agent.operations.context import Context
+from mlxops.agent.operations.server_names import names_of
 from mlxops.core.world import Drift, PortView, State, World
 
 SECONDS = 20.0

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from mlxops.agent.context import Context, model_lock, repo_lock
 from mlxops.agent.hub.cache import Snapshot, find, roots
-from mlxops.agent.operations.context import Context, model_lock, repo_lock
-from mlxops.agent.operations.files import Files
-from mlxops.agent.place import require
+from mlxops.agent.operations.model_files import Files
+from mlxops.agent.paths import require
 from mlxops.agent.state.operation_log import named
 from mlxops.agent.state.store import Lock
 from mlxops.core import names

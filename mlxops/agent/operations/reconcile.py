@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mlxops.agent.operations.context import DRAIN_SECONDS, Context
-from mlxops.agent.operations.stopping import stop, writing_what_was_stopped
+from mlxops.agent.context import DRAIN_SECONDS, Context
+from mlxops.agent.operations.stop import stop, writing_what_was_stopped
 from mlxops.agent.state.recovery import settle_all
 from mlxops.agent.state.store import state_unwritable
 from mlxops.core import planner

@@ -8,9 +8,9 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mlxops.agent.operations.context import RESTORE, Context, TakenOut
+from mlxops.agent.context import RESTORE, Context, TakenOut
 from mlxops.agent.operations.load import load
-from mlxops.agent.place import require
+from mlxops.agent.paths import require
 from mlxops.core.errors import Interrupted, MlxopsError, NotStarted, Refused
 from mlxops.core.registry import Registry
 from mlxops.core.restore import (

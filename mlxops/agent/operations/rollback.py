@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mlxops.agent.operations.context import Context
-from mlxops.agent.operations.files import cached
+from mlxops.agent.context import Context
 from mlxops.agent.operations.load import load
+from mlxops.agent.operations.model_files import cached
 from mlxops.core import names, planner
 from mlxops.core.errors import Busy, Refused
 from mlxops.core.planner import Served, Target

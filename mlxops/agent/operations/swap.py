@@ -9,17 +9,17 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlxops.agent.context import Context
 from mlxops.agent.engines import engine_named
 from mlxops.agent.engines.base import Command, Serving
 from mlxops.agent.host import processes
 from mlxops.agent.hub.snapshot import completeness
-from mlxops.agent.operations.context import Context
-from mlxops.agent.operations.files import cached
-from mlxops.agent.operations.prepare import Prepared, commit, prepare
-from mlxops.agent.operations.stopping import stop
+from mlxops.agent.operations.model_files import cached
+from mlxops.agent.operations.prefetch import warm
+from mlxops.agent.operations.preflight import Prepared, commit, prepare
+from mlxops.agent.operations.stop import stop
 from mlxops.agent.serving.launch import Start, deadline_for
 from mlxops.agent.serving.logs import rotated
-from mlxops.agent.warm import warm
 from mlxops.core.errors import Interrupted, MlxopsError, NotStarted, OutcomeUnknown
 from mlxops.core.planner import LoadPlan, Target
 from mlxops.core.protocol import Phase

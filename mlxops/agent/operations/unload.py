@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from mlxops.agent.operations.context import RESTORE, Context, busy
-from mlxops.agent.operations.stopping import shown_stop, stop, stop_portless, writing_what_was_stopped
+from mlxops.agent.context import RESTORE, Context, busy
+from mlxops.agent.operations.stop import shown_stop, stop, stop_portless, writing_what_was_stopped
 from mlxops.agent.state.operation_log import Journal, named
 from mlxops.core import names, planner
 from mlxops.core.errors import Interrupted, MlxopsError, UsageError

@@ -25,7 +25,7 @@ from mlxops.agent.host import processes
 from mlxops.agent.host.processes import Gated
 from mlxops.agent.host.system import System
 from mlxops.agent.hub.cache import is_commit
-from mlxops.agent.place import Place
+from mlxops.agent.paths import Place
 from mlxops.agent.serving import logs
 from mlxops.agent.serving.diagnosis import About, explain
 from mlxops.agent.serving.last_words import last_line

@@ -12,7 +12,7 @@ from pathlib import Path
 from mlxops.agent.engines.base import options
 from mlxops.agent.host.system import System
 from mlxops.agent.hub.snapshot import shape, weight_files
-from mlxops.agent.place import Place
+from mlxops.agent.paths import Place
 from mlxops.agent.serving import servers
 from mlxops.agent.serving.observe import real_path, repo_of
 from mlxops.agent.serving.servers import Found

@@ -18,7 +18,7 @@ from mlxops.agent import reading
 from mlxops.agent.engines import ENGINES
 from mlxops.agent.host import processes
 from mlxops.agent.host.system import Listener, Look, System, collides
-from mlxops.agent.place import Place
+from mlxops.agent.paths import Place
 from mlxops.agent.serving import servers
 from mlxops.agent.serving.logs import clean
 from mlxops.agent.serving.servers import Found

@@ -19,7 +19,7 @@ from mlxops.core.protocol import Failed
 from mlxops.core.world import Drift, Operation
 
 if TYPE_CHECKING:
-    from mlxops.agent.operations.context import Context
+    from mlxops.agent.context import Context
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from mlxops.agent import reading
-from mlxops.agent.place import require
+from mlxops.agent.paths import require
 from mlxops.agent.reading import Unfit, said
 from mlxops.agent.state.locks import LOCK_SECONDS, NoLocks, alone, flock_within, naming, take_or_close, try_flock
 from mlxops.core import registry as registries

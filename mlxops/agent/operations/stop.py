@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from mlxops.agent.context import Context
 from mlxops.agent.engines import ENGINES
 from mlxops.agent.host import processes
-from mlxops.agent.operations.context import Context
 from mlxops.core.errors import MlxopsError, OutcomeUnknown, Refused
 from mlxops.core.protocol import Phase
 from mlxops.core.units import amount

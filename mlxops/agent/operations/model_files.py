@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlxops.agent.operations.context import Context
+from mlxops.agent.context import Context
 from mlxops.core.errors import Refused
 from mlxops.core.planner import Target
 from mlxops.core.registry import Model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mlxops.agent.operations.context import Context
+from mlxops.agent.context import Context
 from mlxops.agent.operations.drift import conflicted_copies, further_drift, rebooted
 from mlxops.agent.operations.ops import downloads
 from mlxops.agent.state.operation_log import stand_of
@@ -50,7 +50,7 @@ def answering(ctx: Context) -> dict[str, object]:
 
 
 def _answering_row(view: PortView, registry: Registry) -> dict[str, object]:
-    from mlxops.agent.operations.asking import names_of, paths_of, to_wire
+    from mlxops.agent.operations.server_names import names_of, paths_of, to_wire
 
     entry = registry.models.get(view.model or "")
     return {
@@ -116,8 +116,8 @@ def _memory(ctx: Context, registry: Registry) -> dict[str, object]:
 def _list_row(ctx: Context, model: Model) -> dict[str, object]:
     from mlxops.agent.hub.cache import Skipped, Snapshot, find
     from mlxops.agent.hub.snapshot import shape
-    from mlxops.agent.operations.files import Files, registered
-    from mlxops.agent.operations.prepare import shown_options
+    from mlxops.agent.operations.model_files import Files, registered
+    from mlxops.agent.operations.preflight import shown_options
 
     problems = list(model.problems)
     files = registered(model)
@@ -153,7 +153,7 @@ def _list_row(ctx: Context, model: Model) -> dict[str, object]:
 
 
 def _expected(path: Path | None, model: Model) -> dict[str, object] | None:
-    from mlxops.agent.operations.prepare import served_as
+    from mlxops.agent.operations.preflight import served_as
     from mlxops.agent.serving.memory import estimate_of
 
     expected = estimate_of(path, model.context_length, served_as(model)) if path else None

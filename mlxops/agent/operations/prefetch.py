@@ -8,8 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+from mlxops.agent.context import Context
 from mlxops.agent.hub.snapshot import weight_files
-from mlxops.agent.operations.context import Context
 from mlxops.core.errors import Refused
 from mlxops.core.protocol import Phase, Progress
 from mlxops.core.units import amount

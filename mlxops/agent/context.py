@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from mlxops.agent.host.system import System
-from mlxops.agent.place import Place
+from mlxops.agent.paths import Place
 from mlxops.agent.reading import said
 from mlxops.agent.serving.observe import observe
 from mlxops.agent.state import recovery

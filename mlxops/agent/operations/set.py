@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from mlxops.agent.context import Context
 from mlxops.agent.engines import ENGINES, engine_named
-from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.drift import settings_drift
-from mlxops.agent.operations.files import cached
-from mlxops.agent.operations.prepare import prepare, shown_options
+from mlxops.agent.operations.model_files import cached
+from mlxops.agent.operations.preflight import prepare, shown_options
 from mlxops.core import fields, names, planner
 from mlxops.core.errors import Interrupted, MlxopsError, Refused
 from mlxops.core.fields import Fields

@@ -9,22 +9,22 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mlxops.agent.context import Context, busy, memory_lock
 from mlxops.agent.engines import engine_named
-from mlxops.agent.engines.base import Command, Engine, Serving, template_text
+from mlxops.agent.engines.base import Command, Engine, Serving, installed_version, template_text
 from mlxops.agent.engines.base import options as arguments
 from mlxops.agent.engines.installation import abilities, described, lacks_architecture, lacks_tokenizer
 from mlxops.agent.host.system import free_on_disk
 from mlxops.agent.hub.contents import printable
 from mlxops.agent.hub.snapshot import ModelFacts, edited, kept_as_it_is, shape, to_correct
 from mlxops.agent.hub.weights import language_weights
-from mlxops.agent.operations.context import Context, busy, memory_lock
-from mlxops.agent.operations.files import Files
-from mlxops.agent.operations.gatewayname import context_warning, name_warning
+from mlxops.agent.operations.model_files import Files
 from mlxops.agent.state.store import Lock
 from mlxops.core import memory, planner
 from mlxops.core.errors import Refused
 from mlxops.core.families import Option, options_of, size_warning
 from mlxops.core.loadable import no_tokenizer, unknown_quantization
+from mlxops.core.names import shown
 from mlxops.core.planner import LoadPlan, Target, Wanted
 from mlxops.core.protocol import Phase
 from mlxops.core.registry import Model, Registry
@@ -362,3 +362,45 @@ def commit(registry: Registry, plan: LoadPlan, files: Files) -> Registry:
     if changed:
         registry = registry.set_fields(plan.target.name, entry_fields(plan.target, files))
     return registry.assign(plan.target.name, plan.port)
+
+
+# What the gateway's entries say about the port. The control node sends it, where it can read the gateway's
+# configuration: in the request's `sent`, as {"8100": ["jerry-xl"]}, and in `promised`, as {"8100": 131072}.
+
+
+def check_name(ctx: Context, target: Target, port: int) -> None:
+    """Before anything is downloaded or stopped. Raises `Refused` (gateway_name), and engine_not_found."""
+    names = _sent(ctx, port)
+    if not names:
+        return
+    engine, command = ctx.engine(target)
+    version = installed_version(command.argv, engine.distribution)
+    if not engine.any_name(version):
+        also = engine.further_names(version)
+        planner.check_sent_names(port, ctx.where.settings.alias(port, target.name), names, also)
+
+
+def name_warning(ctx: Context, alias: str, port: int) -> str | None:
+    """Return a warning if the gateway sends a name that this engine knows beside the alias, and others may not."""
+    other = [name for name in _sent(ctx, port) if name != alias]
+    if not other:
+        return None
+    return f"the gateway sends the name {shown(other[0])} to port {port}; another engine there would only know {alias}"
+
+
+def _sent(ctx: Context, port: int) -> list[str]:
+    names = _of_port(ctx, "sent", port)
+    return list(map(str, names)) if isinstance(names, list) else []
+
+
+def context_warning(ctx: Context, port: int, context_length: int | None) -> str | None:
+    """A sentence, if the gateway promises more input tokens than the model that comes to this port takes."""
+    promised = _of_port(ctx, "promised", port)
+    if not isinstance(promised, int) or context_length is None or promised <= context_length:
+        return None
+    return f"the gateway promises {promised} input tokens on port {port}; this model takes {context_length}"
+
+
+def _of_port(ctx: Context, key: str, port: int) -> object:
+    said = ctx.request.args.get(key)
+    return said.get(str(port)) if isinstance(said, dict) else None

@@ -14,10 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlxops.agent.context import Context
 from mlxops.agent.host.system import this_system
-from mlxops.agent.operations.context import Context
 from mlxops.agent.operations.restore import look
-from mlxops.agent.place import Place, place
+from mlxops.agent.paths import Place, place
 from mlxops.agent.state.store import Store, now
 from mlxops.agent.worker import begin
 from mlxops.build import build_id
