@@ -16,7 +16,7 @@ from mlxops import command
 from mlxops.command import Call, Send
 from mlxops.control import client, render
 from mlxops.control.client import Answer, Target, ask, ask_all, gateway_warning
-from mlxops.core import fields, names
+from mlxops.core import model_options, names
 from mlxops.core.errors import MlxopsError, UsageError
 from mlxops.core.protocol import Event, Line, Note
 
@@ -273,7 +273,7 @@ def set_(
 
     def given() -> Mapping[str, object]:
         words = list(set or ())
-        fields.parse(words)
+        model_options.parse(words)
         return {
             "model": _need(model, "--model", "set --model jerry-xl --set context_length=32768"),
             "set": words,

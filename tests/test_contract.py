@@ -17,9 +17,9 @@ from pathlib import Path
 import mlxops
 from mlxops.core import errors, protocol
 from mlxops.core.errors import Exit
+from mlxops.core.ports import Drift, Operation, Owner, PortView, Run, State
 from mlxops.core.registry import Model
 from mlxops.core.settings import AGREED, Settings
-from mlxops.core.world import Drift, Operation, Owner, PortView, Run, State
 
 GOLDEN = Path(__file__).with_name("contract.json")
 PACKAGE = Path(mlxops.__file__).parent

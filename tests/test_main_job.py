@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mlxops.core.units import amount
+from mlxops.core.text import amount
 from tests.lab import cache, models
 from tests.lab.homelab import Homelab, Studio
 from tests.lab.hub import Hub

@@ -22,8 +22,8 @@ from mlxops.agent.state.store import Store, now
 from mlxops.agent.worker import begin
 from mlxops.build import build_id
 from mlxops.core.errors import Exit, MlxopsError, Refused
+from mlxops.core.plan_restore import Step
 from mlxops.core.protocol import Asker, Done, Event, Failed, Note, Phase, Request
-from mlxops.core.restore import Step
 
 PATIENCE = 20 * 60.0
 """Seconds for which what may pass is waited for: without a timer nobody tries again. The longest pause between two

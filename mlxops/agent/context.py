@@ -17,9 +17,9 @@ from mlxops.agent.state.operation_log import named
 from mlxops.agent.state.store import Store, now
 from mlxops.core import names
 from mlxops.core.errors import Busy, Interrupted
+from mlxops.core.ports import Operation, PortView, World
 from mlxops.core.protocol import Event, Note, Request
 from mlxops.core.registry import Registry
-from mlxops.core.world import Operation, PortView, World
 
 if TYPE_CHECKING:
     from mlxops.agent.engines.base import Command, Engine

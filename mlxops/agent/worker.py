@@ -27,7 +27,7 @@ from mlxops.agent.state.operation_log import Journal
 from mlxops.agent.state.store import Store, disk_failed, state_failed, state_unreadable, state_unwritable
 from mlxops.core.errors import Bug, Busy, Exit, MlxopsError, bug
 from mlxops.core.protocol import Done, Event, Failed, Request
-from mlxops.core.units import amount
+from mlxops.core.text import amount
 
 CANCEL_POLL_SECONDS = 0.1
 

@@ -21,14 +21,14 @@ from mlxops.control.gatewayfiles import Told, key_of, read
 from mlxops.control.hints import aimed
 from mlxops.control.inventory import Gateway
 from mlxops.control.render import Talk
-from mlxops.core import asking
 from mlxops.core import gateway as core
-from mlxops.core.asking import Asking, Server
+from mlxops.core import probe_names as asking
 from mlxops.core.errors import MlxopsError, Refused, UsageError
 from mlxops.core.gateway import Entry, Finding, Port, Severity
 from mlxops.core.litellm import Config, deployed
 from mlxops.core.names import shown
-from mlxops.core.world import Owner, State
+from mlxops.core.ports import Owner, State
+from mlxops.core.probe_names import Asking, Server
 
 RESOLVE_SECONDS = 3.0
 RECEIPT_SECONDS = 30.0

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from mlxops.control.inventory import Gateway
-from mlxops.core import envfile
+from mlxops.core import env_file
 from mlxops.core.errors import Refused
 from mlxops.core.gateway import Entry, Files, Finding, Severity
 from mlxops.core.litellm import Config, Environ, parse
@@ -61,7 +61,7 @@ def key_of(gateway: Gateway, environ: Mapping[str, str]) -> str | None:
 
 def _environ(name: str) -> tuple[Environ, tuple[Finding, ...]]:
     """Return the variables of an env file, and findings about its lines. Raises `Refused` (bad_gateway_env)."""
-    reading = envfile.read(_text(name, "bad_gateway_env"))
+    reading = env_file.read(_text(name, "bad_gateway_env"))
     # Never the line itself: this file is where the keys are.
     findings = tuple(
         Finding("env_line", None, None, Severity.WARNING, f"{name}:{each.line}: {each.why}", "write it as NAME=value")

@@ -13,7 +13,7 @@ from enum import StrEnum
 from urllib.parse import urlsplit
 
 from mlxops.core.names import shown
-from mlxops.core.world import Owner, State
+from mlxops.core.ports import Owner, State
 
 ENVIRON = "os.environ/"
 CHAT = "/v1/chat/completions"

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations
 
-from mlxops.core.kvcache import KVCache
-from mlxops.core.units import amount
+from mlxops.core.kv_cache import KVCache
+from mlxops.core.text import amount
 
 CONTEXT_TOKENS = 32768
 """Tokens of context that a model is given room for, unless its entry's context_length says otherwise. Servers keep

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from mlxops.core.errors import MlxopsError, error_from_wire
 from mlxops.core.settings import Settings, settings_from_wire
-from mlxops.core.units import amount, duration
+from mlxops.core.text import amount, duration
 
 PROTOCOL = 1
 MARKER = '{"mlxops":'

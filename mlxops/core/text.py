@@ -1,4 +1,4 @@
-"""Decode bytes that should be UTF-8, and say what they are if they are not."""
+"""Decode bytes that should be UTF-8, and show bytes and seconds to people. Pure."""
 
 from __future__ import annotations
 
@@ -35,3 +35,21 @@ def _wide(data: bytes) -> str | None:
     if len(head) >= 8 and (not any(head[1::2]) or not any(head[::2])):
         return "UTF-16"
     return None
+
+
+def amount(size: int) -> str:
+    """Bytes, in powers of ten, as disks and hubs count."""
+    value = float(size)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if value < 999.5:
+            return f"{value:.0f} {unit}" if unit == "bytes" or value >= 99.5 else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `7 min`, `1 h 20 min`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -17,7 +17,7 @@ import pytest
 from mlxops.agent.engines import ENGINES
 from mlxops.agent.engines.base import Names
 from mlxops.agent.operations.server_names import names_of
-from mlxops.core.world import Owner, PortView, Run, Server, State
+from mlxops.core.ports import Owner, PortView, Run, Server, State
 from tests.faults.lab import MODELS, QuickHost
 from tests.lab import models
 from tests.lab.homelab import Homelab

@@ -16,8 +16,8 @@ import pytest
 from mlxops.agent.host.system import LinuxSystem, Look, Process, units_in
 from mlxops.agent.service import managers
 from mlxops.agent.service.boot_jobs import BootJobs, Roots
+from mlxops.core.ports import Standing
 from mlxops.core.settings import BootJob
-from mlxops.core.world import Standing
 from tests.agent.test_boot import calls, recorder
 from tests.faults.lab import MODELS, QuickHost
 from tests.lab.homelab import Homelab

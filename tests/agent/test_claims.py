@@ -17,10 +17,10 @@ from mlxops.agent.state.operation_log import create
 from mlxops.agent.state.store import Lock, Store
 from mlxops.core.errors import Busy, Refused
 from mlxops.core.planner import Target
+from mlxops.core.ports import Operation, World
 from mlxops.core.protocol import Event, Request
 from mlxops.core.registry import EMPTY, Registry
 from mlxops.core.settings import PortRange, Settings
-from mlxops.core.world import Operation, World
 from tests.core.worlds import PORTS, world
 
 FIRST, SECOND = sorted(PORTS)[:2]

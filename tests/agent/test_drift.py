@@ -13,9 +13,9 @@ from mlxops.agent.host.system import this_system
 from mlxops.agent.operations.drift import further_drift
 from mlxops.agent.paths import place
 from mlxops.agent.state.store import Store
+from mlxops.core.ports import Owner, PortView, State, World
 from mlxops.core.protocol import Request
 from mlxops.core.settings import Settings
-from mlxops.core.world import Owner, PortView, State, World
 from tests.core.worlds import registry, run
 
 

@@ -22,7 +22,7 @@ from mlxops.agent.engines.mlx_lm import MlxLm
 from mlxops.agent.engines.mlx_openai_server import MlxOpenAIServer
 from mlxops.build import PACKAGE
 from mlxops.core.errors import Refused
-from mlxops.core.families import options_of
+from mlxops.core.model_options import options_of
 from mlxops.core.registry import Model
 
 OPENAI, LM = MlxOpenAIServer(), MlxLm()

@@ -15,9 +15,9 @@ from mlxops.agent.paths import place
 from mlxops.agent.state.store import Store
 from mlxops.core.errors import Exit, NotStarted
 from mlxops.core.planner import LoadPlan, Outcome, Target
+from mlxops.core.ports import Owner, PortView, State
 from mlxops.core.protocol import Request
 from mlxops.core.settings import Settings
-from mlxops.core.world import Owner, PortView, State
 
 PLAN = LoadPlan(Target("a", "org/a"), 8103, "jerry-s", Outcome.START)
 

@@ -22,13 +22,13 @@ from mlxops.agent.serving.memory import Budget, budget, check_fits, estimate_of,
 from mlxops.agent.serving.observe import observe
 from mlxops.agent.state.store import Store
 from mlxops.core.errors import Refused
-from mlxops.core.kvcache import kv_cache
+from mlxops.core.kv_cache import kv_cache
 from mlxops.core.layers import MODEL_TYPES
 from mlxops.core.memory import Estimate, Use
+from mlxops.core.ports import Operation
 from mlxops.core.protocol import Event, Note, Phase, Request
 from mlxops.core.registry import EMPTY
 from mlxops.core.settings import PortRange, Settings
-from mlxops.core.world import Operation
 from tests.lab.shapes import EVERY_TYPE, MLA, PUBLISHED, Fields, N, nested, plain
 from tests.lab.world import free_port
 

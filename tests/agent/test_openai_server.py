@@ -13,7 +13,7 @@ import pytest
 from mlxops.agent.engines.base import Command, Serving
 from mlxops.agent.engines.mlx_openai_server import MlxOpenAIServer, known_options
 from mlxops.core.errors import Refused
-from mlxops.core.families import Option, Origin
+from mlxops.core.model_options import Option, Origin
 from mlxops.core.registry import Model
 from tests.lab import cache, models
 from tests.lab.homelab import Homelab, Studio

@@ -20,7 +20,7 @@ from mlxops.agent.host.processes import MARK, Gated, environment, leader, member
 from mlxops.agent.host.system import Look, Process, System, this_system
 from mlxops.agent.serving.servers import find
 from mlxops.core.errors import NotStarted, Refused
-from mlxops.core.world import Run
+from mlxops.core.ports import Run
 from tests.core.worlds import run as sample_run
 from tests.lab.world import wait_until
 

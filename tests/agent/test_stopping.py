@@ -16,9 +16,9 @@ from mlxops.agent.operations import stop as stopping
 from mlxops.agent.operations.stop import stop
 from mlxops.agent.paths import Place
 from mlxops.agent.state.store import Store
+from mlxops.core.ports import Owner, PortView, Run, State
 from mlxops.core.protocol import Event, Note, Request
 from mlxops.core.settings import PortRange, Settings
-from mlxops.core.world import Owner, PortView, Run, State
 from tests.core.worlds import run
 from tests.lab.ports import free_port
 from tests.lab.world import listening, wait_until

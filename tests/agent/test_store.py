@@ -25,10 +25,10 @@ from mlxops.agent.state import store as stores
 from mlxops.agent.state.operation_log import Journal
 from mlxops.agent.state.store import Lock, RegistryFile, Store, write_durably
 from mlxops.core.errors import Busy, MlxopsError, Refused
+from mlxops.core.ports import Operation
 from mlxops.core.protocol import Done
 from mlxops.core.registry import Registry, parse
 from mlxops.core.settings import Settings
-from mlxops.core.world import Operation
 from tests.core.worlds import run
 from tests.lab.sshd import missing
 from tests.lab.world import wait_until
@@ -59,7 +59,7 @@ import json, os, sys
 from pathlib import Path
 from mlxops.agent.state.store import Store, write_durably
 from mlxops.core.errors import MlxopsError
-from mlxops.core.world import Operation
+from mlxops.core.ports import Operation
 store = Store(Path(sys.argv[1]), Path(sys.argv[2]))
 """
 

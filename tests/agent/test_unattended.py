@@ -14,7 +14,7 @@ from mlxops.agent import boot_restore, paths
 from mlxops.agent.host.system import this_system
 from mlxops.agent.paths import place as placed
 from mlxops.agent.state.store import Store
-from mlxops.core.restore import GIVE_UP
+from mlxops.core.plan_restore import GIVE_UP
 from mlxops.core.settings import PortRange, Settings
 from tests.lab.ports import free_port
 

@@ -14,9 +14,9 @@ from mlxops.agent.host.system import this_system
 from mlxops.agent.operations.swap import _way_back
 from mlxops.agent.paths import place
 from mlxops.agent.state.store import Store
+from mlxops.core.ports import Owner, PortView, State
 from mlxops.core.protocol import Request
 from mlxops.core.settings import Settings
-from mlxops.core.world import Owner, PortView, State
 from tests.core.worlds import run as sample_run
 from tests.faults.arena import entry
 from tests.faults.snapshots import snapshot

@@ -19,7 +19,7 @@ from mlxops.control.inventory import Gateway
 from mlxops.core import gateway as core
 from mlxops.core.errors import Refused
 from mlxops.core.gateway import Port, Severity
-from mlxops.core.world import Owner, State
+from mlxops.core.ports import Owner, State
 from tests.lab import verdicts
 from tests.lab.verdicts import CHAT, PORT
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from mlxops.core import asking
-from mlxops.core.asking import Server, server_of, to_ask
+from mlxops.core import probe_names
 from mlxops.core.gateway import Entry, same_base
+from mlxops.core.probe_names import Server, server_of, to_ask
 
 XL, L = "http://studio:8100/v1", "http://studio:8101/v1"
 
@@ -107,7 +107,7 @@ def test_what_an_agent_tells_is_read_whatever_it_is() -> None:
     ],
 )
 def test_a_port_is_called_what_clients_say(entries: list[Entry], names: list[str]) -> None:
-    assert asking.names_for(entries, XL, "jerry-xl") == names
+    assert probe_names.names_for(entries, XL, "jerry-xl") == names
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_a_port_is_called_what_clients_say(entries: list[Entry], names: list[str
     ],
 )
 def test_a_gateway_that_runs_with_other_entries_than_its_files_have_is_found(running: list[Entry], stale: bool) -> None:
-    assert asking.differ([entry("a", "jerry-xl"), entry("b", "x")], running, "a") is stale
+    assert probe_names.differ([entry("a", "jerry-xl"), entry("b", "x")], running, "a") is stale
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxops.core.changes import Change, changes, told_apart
+from mlxops.core.status_diff import Change, changes, told_apart
 from tests.properties import PROPERTY, json_values
 
 IDLE: dict[str, object] = {

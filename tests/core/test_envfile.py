@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxops.core import envfile
+from mlxops.core import env_file
 from tests.properties import PROPERTY
 
 DOUBT = object()
@@ -56,7 +56,7 @@ SURE = {index: {k: v for k, v in values.items() if v is not DOUBT} for index, (_
 
 @pytest.mark.parametrize(("text", "expected"), FILES)
 def test_a_value_is_what_both_readers_see(text: str, expected: dict[str, object]) -> None:
-    reading = envfile.read(text)
+    reading = env_file.read(text)
     seen = {name: DOUBT if name in reading.doubtful else value for name, value in reading.values.items()}
     assert {name.lstrip("\ufeff"): value for name, value in seen.items()} == expected
     assert bool(reading.troubles) == (DOUBT in expected.values())
@@ -73,7 +73,7 @@ def test_a_value_is_what_both_readers_see(text: str, expected: dict[str, object]
     ],
 )
 def test_a_line_that_is_not_understood_is_named_and_the_others_count(text: str, line: int) -> None:
-    reading = envfile.read(text)
+    reading = env_file.read(text)
     assert [trouble.line for trouble in reading.troubles] == [line]
     assert {name: reading.values[name] for name in "AB"} == {"A": "1", "B": "2"}
     assert not reading.doubtful & {"A", "B"}
@@ -81,17 +81,17 @@ def test_a_line_that_is_not_understood_is_named_and_the_others_count(text: str, 
 
 def test_no_trouble_has_a_value_in_it() -> None:
     text = "SECRET one\nA=SECRET two\nB='SECRET\nC=$(SECRET)\nD=SECRET\r\n"
-    assert "SECRET" not in str(envfile.read(text).troubles)
+    assert "SECRET" not in str(env_file.read(text).troubles)
 
 
 def test_a_comment_of_an_ini_file_is_none_of_them() -> None:
-    assert envfile.read("; A=1\nB=2") == envfile.Reading({"B": "2"})
+    assert env_file.read("; A=1\nB=2") == env_file.Reading({"B": "2"})
 
 
 @given(st.text(alphabet="AB=\"'\\${}:-# \n\r;~`(", max_size=30))
 @PROPERTY
 def test_no_file_breaks_the_reading(text: str) -> None:
-    envfile.read(text)
+    env_file.read(text)
 
 
 def test_sh_sees_these_values(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlxops.core.families import FAMILIES, Option, Origin, options_of, size_warning
+from mlxops.core.model_options import FAMILIES, Option, Origin, options_of, size_warning
 from mlxops.core.registry import Model, parse
 
 NEEDED = ("tool_call_parser", "reasoning_parser", "chat_template")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mlxops.core.errors import UsageError
-from mlxops.core.fields import KEYS, WITH_DEFAULT, parse
+from mlxops.core.model_options import KEYS, WITH_DEFAULT, parse
 from mlxops.core.registry import parse as parse_registry
 
 

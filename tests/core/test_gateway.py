@@ -14,7 +14,7 @@ from mlxops.core import gateway, litellm
 from mlxops.core.errors import Refused
 from mlxops.core.gateway import Entry, Files, Finding, Port, Severity
 from mlxops.core.litellm import Config, Environ
-from mlxops.core.world import Owner, State
+from mlxops.core.ports import Owner, State
 from tests.properties import PROPERTY, json_values
 
 FILES = Files("router.yaml", "local.env")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mlxops.core.kvcache import kv_cache, seeing_cache
+from mlxops.core.kv_cache import kv_cache, seeing_cache
 from mlxops.core.layers import MODEL_TYPES
 from tests.lab.shapes import EVERY_TYPE, MLA, PUBLISHED, F, Fields, N, S, nested, plain
 

@@ -7,7 +7,7 @@ from itertools import combinations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxops.core.kvcache import KVCache, kv_cache
+from mlxops.core.kv_cache import KVCache, kv_cache
 from mlxops.core.layers import Layer
 from mlxops.core.memory import CONTEXT_TOKENS, ENGINE_BYTES, Use, estimate, smallest_room
 from tests.lab.shapes import PUBLISHED

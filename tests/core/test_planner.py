@@ -27,9 +27,9 @@ from mlxops.core.planner import (
     resolve,
     unknown_model,
 )
+from mlxops.core.ports import Answer, Operation, Owner, PortView, Signals, State, World
 from mlxops.core.registry import EMPTY, Registry, parse
 from mlxops.core.settings import Settings
-from mlxops.core.world import Answer, Operation, Owner, PortView, Signals, State, World
 from tests.core.worlds import (
     CLAIM,
     MODELS,

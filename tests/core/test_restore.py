@@ -8,8 +8,7 @@ from typing import ClassVar
 
 import pytest
 
-from mlxops.core.registry import Registry, parse
-from mlxops.core.restore import (
+from mlxops.core.plan_restore import (
     GIVE_UP,
     LASTED,
     Moment,
@@ -24,8 +23,9 @@ from mlxops.core.restore import (
     plan_restore,
     starts_of,
 )
+from mlxops.core.ports import JobState, Operation, Orphan, Owner, PortView, Standing, State, World
+from mlxops.core.registry import Registry, parse
 from mlxops.core.settings import BootJob
-from mlxops.core.world import JobState, Operation, Orphan, Owner, PortView, Standing, State, World
 
 HOUR = 3600.0
 

@@ -8,9 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxops.core.registry import EMPTY, Registry
-from mlxops.core.settings import BootJob, PortRange
-from mlxops.core.world import (
+from mlxops.core.ports import (
     Answer,
     JobState,
     Operation,
@@ -24,6 +22,8 @@ from mlxops.core.world import (
     judge,
     run_from_wire,
 )
+from mlxops.core.registry import EMPTY, Registry
+from mlxops.core.settings import BootJob, PortRange
 from tests.core.worlds import (
     CLAIM,
     OURS,

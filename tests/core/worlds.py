@@ -7,9 +7,9 @@ from dataclasses import fields, replace
 
 from hypothesis import strategies as st
 
+from mlxops.core.ports import Answer, BootClaim, Operation, Owner, Run, Server, Signals, World, judge
 from mlxops.core.registry import Registry, parse
 from mlxops.core.settings import BootJob, PortRange, Settings
-from mlxops.core.world import Answer, BootClaim, Operation, Owner, Run, Server, Signals, World, judge
 
 SETTINGS = Settings(
     ports=PortRange(8100, 8104),

@@ -17,10 +17,10 @@ from typing import Protocol
 
 from mlxops.agent import reading
 from mlxops.core.errors import Refused
-from mlxops.core.families import Option
+from mlxops.core.model_options import Option
+from mlxops.core.ports import Answer
 from mlxops.core.registry import Model
 from mlxops.core.text import utf8
-from mlxops.core.world import Answer
 
 MAX_BODY = 1024 * 1024
 MAX_TEMPLATE = 1024 * 1024

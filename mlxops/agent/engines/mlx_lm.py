@@ -26,7 +26,7 @@ from mlxops.agent.engines.base import (
     which,
 )
 from mlxops.core.errors import Refused
-from mlxops.core.world import Answer
+from mlxops.core.ports import Answer
 
 _DEFAULT = "default_model"
 """Its name for the model that it was started with, whatever that is called."""

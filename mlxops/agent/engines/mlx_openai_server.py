@@ -28,7 +28,7 @@ from mlxops.agent.engines.base import (
     which,
 )
 from mlxops.core.errors import Refused
-from mlxops.core.world import Answer
+from mlxops.core.ports import Answer
 
 _EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(?:Error|Exception): .*(?:\n(?![A-Z]|\s*$).*)?", re.MULTILINE)
 

@@ -22,7 +22,7 @@ from mlxops.agent.host.system import Look, Process, System
 from mlxops.agent.serving import servers
 from mlxops.agent.serving.logs import clean
 from mlxops.core.errors import MlxopsError, NotStarted, Refused
-from mlxops.core.world import Run
+from mlxops.core.ports import Run
 
 MARK = "MLXOPS_RUN"
 """The variable of a server's environment that names the run it belongs to."""

@@ -30,7 +30,7 @@ from mlxops.agent.hub.cache import is_commit
 from mlxops.agent.hub.contents import printable
 from mlxops.core.errors import DownloadFailed, MlxopsError, Refused
 from mlxops.core.protocol import Event, Note, Progress
-from mlxops.core.units import amount
+from mlxops.core.text import amount
 
 if TYPE_CHECKING:
     import httpx2

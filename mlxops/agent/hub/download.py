@@ -58,7 +58,7 @@ from mlxops.core.errors import DownloadFailed, Refused
 from mlxops.core.loadable import no_model
 from mlxops.core.names import is_repo_id, is_revision
 from mlxops.core.protocol import Note, Progress
-from mlxops.core.units import amount
+from mlxops.core.text import amount
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile, RepoSibling

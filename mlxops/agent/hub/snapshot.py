@@ -33,7 +33,7 @@ from mlxops.agent.hub.weights import (
     weights,
     wrong_length,
 )
-from mlxops.core.kvcache import HALF, KVCache, kv_cache, language_model, seeing_cache
+from mlxops.core.kv_cache import HALF, KVCache, kv_cache, language_model, seeing_cache
 from mlxops.core.loadable import is_packed, no_model, no_tokenizer, unsaid_quantization
 
 MAX_JSON = contents.MAX_TEXT

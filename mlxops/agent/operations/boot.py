@@ -8,7 +8,7 @@ from mlxops.agent.service import restore_job as jobs
 from mlxops.agent.service.boot_jobs import BootJobs
 from mlxops.agent.service.restore_job import Job, Manager
 from mlxops.agent.state.store import state_unwritable
-from mlxops.core.world import JobState
+from mlxops.core.ports import JobState
 
 
 def boot(ctx: Context) -> dict[str, object]:

@@ -13,9 +13,9 @@ from mlxops.agent.serving import logs
 from mlxops.agent.state import recovery
 from mlxops.agent.state.store import utc
 from mlxops.core.errors import MlxopsError
+from mlxops.core.ports import Drift, Owner, PortView, State, World
 from mlxops.core.registry import Registry
-from mlxops.core.units import amount
-from mlxops.core.world import Drift, Owner, PortView, State, World
+from mlxops.core.text import amount
 
 
 def further_drift(ctx: Context, registry: Registry, world: World) -> Iterator[Drift]:

@@ -28,9 +28,9 @@ from mlxops.core import names, planner
 from mlxops.core.errors import Busy, MlxopsError, NotStarted, Refused, UsageError
 from mlxops.core.names import shown
 from mlxops.core.planner import LoadPlan, Outcome, Target
+from mlxops.core.ports import Operation, Owner, PortView, Run, State, World, run_of
 from mlxops.core.protocol import Phase
 from mlxops.core.registry import Registry
-from mlxops.core.world import Operation, Owner, PortView, Run, State, World, run_of
 
 READY_SECONDS = 5.0
 """How long a server that has just answered a completion may take to look ready."""

@@ -12,7 +12,7 @@ from mlxops.agent.context import Context
 from mlxops.agent.hub.snapshot import weight_files
 from mlxops.core.errors import Refused
 from mlxops.core.protocol import Phase, Progress
-from mlxops.core.units import amount
+from mlxops.core.text import amount
 
 SECONDS = 600.0
 """As long as a slow disk may take; a swap does not wait for more."""

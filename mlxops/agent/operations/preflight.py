@@ -22,14 +22,14 @@ from mlxops.agent.operations.model_files import Files
 from mlxops.agent.state.store import Lock
 from mlxops.core import memory, planner
 from mlxops.core.errors import Refused
-from mlxops.core.families import Option, options_of, size_warning
 from mlxops.core.loadable import no_tokenizer, unknown_quantization
+from mlxops.core.model_options import Option, options_of, size_warning
 from mlxops.core.names import shown
 from mlxops.core.planner import LoadPlan, Target, Wanted
+from mlxops.core.ports import Operation
 from mlxops.core.protocol import Phase
 from mlxops.core.registry import Model, Registry
-from mlxops.core.units import amount
-from mlxops.core.world import Operation
+from mlxops.core.text import amount
 
 RECKONING_SECONDS = 20.0
 """For another load to look at the memory of everything that serves, whatever hangs."""

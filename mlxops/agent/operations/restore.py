@@ -12,8 +12,7 @@ from mlxops.agent.context import RESTORE, Context, TakenOut
 from mlxops.agent.operations.load import load
 from mlxops.agent.paths import require
 from mlxops.core.errors import Interrupted, MlxopsError, NotStarted, Refused
-from mlxops.core.registry import Registry
-from mlxops.core.restore import (
+from mlxops.core.plan_restore import (
     Moment,
     Record,
     RestorePlan,
@@ -25,7 +24,8 @@ from mlxops.core.restore import (
     plan_restore,
     starts_of,
 )
-from mlxops.core.world import JobState
+from mlxops.core.ports import JobState
+from mlxops.core.registry import Registry
 
 UNLOADED = "it was unloaded meanwhile"
 

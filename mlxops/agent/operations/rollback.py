@@ -10,8 +10,8 @@ from mlxops.agent.operations.model_files import cached
 from mlxops.core import names, planner
 from mlxops.core.errors import Busy, Refused
 from mlxops.core.planner import Served, Target
+from mlxops.core.ports import State
 from mlxops.core.registry import Registry
-from mlxops.core.world import State
 
 
 def rollback(ctx: Context) -> dict[str, object]:

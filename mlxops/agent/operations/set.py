@@ -7,9 +7,9 @@ from mlxops.agent.engines import ENGINES, engine_named
 from mlxops.agent.operations.drift import settings_drift
 from mlxops.agent.operations.model_files import cached
 from mlxops.agent.operations.preflight import prepare, shown_options
-from mlxops.core import fields, names, planner
+from mlxops.core import model_options, names, planner
 from mlxops.core.errors import Interrupted, MlxopsError, Refused
-from mlxops.core.fields import Fields
+from mlxops.core.model_options import Fields
 from mlxops.core.planner import Target, unknown_model
 from mlxops.core.registry import Model, Registry
 
@@ -17,7 +17,7 @@ from mlxops.core.registry import Model, Registry
 def set_(ctx: Context) -> dict[str, object]:
     """The entry's new fields. Raises `Refused` for what could not be served with them."""
     words = ctx.request.args.get("set")
-    wanted = fields.parse([str(word) for word in words] if isinstance(words, list) else [])
+    wanted = model_options.parse([str(word) for word in words] if isinstance(words, list) else [])
     registry = ctx.usable_registry()
     target = planner.resolve(registry, names.model_name(ctx.request.text("model") or ""), None, None)
     if target.entry is None:

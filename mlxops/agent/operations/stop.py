@@ -10,9 +10,9 @@ from mlxops.agent.context import Context
 from mlxops.agent.engines import ENGINES
 from mlxops.agent.host import processes
 from mlxops.core.errors import MlxopsError, OutcomeUnknown, Refused
+from mlxops.core.ports import Owner, PortView, Run, Server, State, run_of
 from mlxops.core.protocol import Phase
-from mlxops.core.units import amount
-from mlxops.core.world import Owner, PortView, Run, Server, State, run_of
+from mlxops.core.text import amount
 
 END_SECONDS = 5.0
 """For a server without open requests to end when it is asked to."""

@@ -22,9 +22,9 @@ from mlxops.agent.serving.launch import Start, deadline_for
 from mlxops.agent.serving.logs import rotated
 from mlxops.core.errors import Interrupted, MlxopsError, NotStarted, OutcomeUnknown
 from mlxops.core.planner import LoadPlan, Target
+from mlxops.core.ports import Owner, PortView, run_of
 from mlxops.core.protocol import Phase
 from mlxops.core.registry import Model, Registry
-from mlxops.core.world import Owner, PortView, run_of
 
 
 def start_in_place(

@@ -23,7 +23,7 @@ from mlxops.agent import reading
 from mlxops.agent.host.system import Look, Process, System
 from mlxops.agent.service import managers as service_managers
 from mlxops.agent.service.managers import ABSENT, NO_DOMAIN, which
-from mlxops.core.bootjobs import (
+from mlxops.core.boot_jobs import (
     CARRIERS,
     SHELLS,
     Launched,
@@ -42,8 +42,8 @@ from mlxops.core.bootjobs import (
     words_of,
 )
 from mlxops.core.errors import Refused
+from mlxops.core.ports import BootClaim, JobState, Standing
 from mlxops.core.settings import BootJob
-from mlxops.core.world import BootClaim, JobState, Standing
 
 _SHOWN = (
     "Id,LoadState,ActiveState,SubState,UnitFileState,FragmentPath,WantedBy,RequiredBy,TriggeredBy,InvocationID,MainPID"

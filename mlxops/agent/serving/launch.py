@@ -32,8 +32,8 @@ from mlxops.agent.serving.last_words import last_line
 from mlxops.agent.serving.logs import clean
 from mlxops.agent.state.store import Store, now, state_unwritable
 from mlxops.core.errors import MlxopsError, NotStarted
+from mlxops.core.ports import Answer, Run
 from mlxops.core.protocol import Event, Phase
-from mlxops.core.world import Answer, Run
 
 TRY_SECONDS = 0.02
 """How often a server that does not listen yet is tried, by a mere connect: what it costs to look at its processes too

@@ -19,8 +19,8 @@ from mlxops.agent.serving.servers import Found
 from mlxops.core import memory
 from mlxops.core.errors import Refused
 from mlxops.core.memory import Estimate, Use
-from mlxops.core.units import amount
-from mlxops.core.world import Operation, PortView, World
+from mlxops.core.ports import Operation, PortView, World
+from mlxops.core.text import amount
 
 GPU_SHARE = 0.75
 """What macOS lets the GPU wire by default: about three quarters of RAM."""

@@ -25,8 +25,8 @@ from mlxops.agent.serving.servers import Found
 from mlxops.agent.state.operation_log import Stand, stand_of
 from mlxops.agent.state.store import Store, utc
 from mlxops.core.errors import Interrupted, MlxopsError
+from mlxops.core.ports import Answer, BootClaim, JobState, Run, Server, Signals, Standing, World, drift, judge
 from mlxops.core.registry import Registry
-from mlxops.core.world import Answer, BootClaim, JobState, Run, Server, Signals, Standing, World, drift, judge
 
 if TYPE_CHECKING:
     from mlxops.agent.service.boot_jobs import BootJobs

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from mlxops.agent.state.operation_log import Journal, named, recent
 from mlxops.agent.state.store import Store, state_unreadable
 from mlxops.core.errors import Refused
+from mlxops.core.ports import Drift, Operation
 from mlxops.core.protocol import Failed
-from mlxops.core.world import Drift, Operation
 
 if TYPE_CHECKING:
     from mlxops.agent.context import Context

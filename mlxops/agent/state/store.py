@@ -41,9 +41,9 @@ from mlxops.agent.reading import Unfit, said
 from mlxops.agent.state.locks import LOCK_SECONDS, NoLocks, alone, flock_within, naming, take_or_close, try_flock
 from mlxops.core import registry as registries
 from mlxops.core.errors import Refused
+from mlxops.core.ports import Operation, Run, operation_from_wire, run_from_wire
 from mlxops.core.registry import Registry
 from mlxops.core.settings import Settings, settings_from_wire
-from mlxops.core.world import Operation, Run, operation_from_wire, run_from_wire
 
 MAX_BYTES = registries.MAX_BYTES
 """Of a file that is read as a whole; the registry is the longest of them."""

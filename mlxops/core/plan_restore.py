@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mlxops.core.names import is_model_name
+from mlxops.core.ports import JobState, Orphan, Owner, PortView, State, World
 from mlxops.core.registry import Registry
-from mlxops.core.units import duration
-from mlxops.core.world import JobState, Orphan, Owner, PortView, State, World
+from mlxops.core.text import duration
 
 GIVE_UP = 5
 """Starts in a row of a server that did not last; then a person has to look."""

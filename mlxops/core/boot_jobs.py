@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from mlxops.core.world import Standing
+from mlxops.core.ports import Standing
 
 UNIT_TYPES = (".service", ".scope")
 _TRIGGERS = (".timer", ".socket", ".path")
