@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxops.build import build_id
+from mlxops.common.build import build_id
 from mlxops.core.protocol import Request
 from mlxops.core.settings import Settings
 
@@ -125,8 +125,11 @@ def test_core_opens_no_file_and_prints_nothing() -> None:
 @pytest.mark.parametrize(
     ("package", "allowed"),
     [
-        ("agent", ("mlxops.agent", "mlxops.core", "mlxops.build", "mlxops.deadline", "mlxops.__version__")),
-        ("control", ("mlxops.control", "mlxops.core", "mlxops.build", "mlxops.deadline", "mlxops.__version__")),
+        ("agent", ("mlxops.agent", "mlxops.core", "mlxops.common", "mlxops.__version__")),
+        (
+            "control",
+            ("mlxops.control", "mlxops.core", "mlxops.common", "mlxops.__version__"),
+        ),
     ],
 )
 def test_agent_and_control_know_core_and_never_each_other(package: str, allowed: tuple[str, ...]) -> None:

@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING
 from mlxops import __version__
 from mlxops.agent.agreement import agree, agree_anew, refuse_others
 from mlxops.agent.paths import Place, closed, place
-from mlxops.agent.reading import is_hosts_fault
 from mlxops.agent.state.locks import NoLocks, flock_within
 from mlxops.agent.state.store import Store
-from mlxops.build import build_id
+from mlxops.common.build import build_id
+from mlxops.common.files import is_hosts_fault
 from mlxops.core.errors import AgentProblem, Busy, MlxopsError, Refused, bug
 from mlxops.core.protocol import (
     AGAIN,

@@ -20,7 +20,7 @@ from mlxops.agent.operations.restore import look
 from mlxops.agent.paths import Place, place
 from mlxops.agent.state.store import Store, now
 from mlxops.agent.worker import begin
-from mlxops.build import build_id
+from mlxops.common.build import build_id
 from mlxops.core.errors import Exit, MlxopsError, Refused
 from mlxops.core.plan_restore import Step
 from mlxops.core.protocol import Asker, Done, Event, Failed, Note, Phase, Request

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from mlxops.agent.host.system import System
 from mlxops.agent.paths import Place
-from mlxops.agent.reading import said
 from mlxops.agent.serving.observe import observe
 from mlxops.agent.state import recovery
 from mlxops.agent.state.operation_log import named
 from mlxops.agent.state.store import Store, now
+from mlxops.common.files import said
 from mlxops.core import names
 from mlxops.core.errors import Busy, Interrupted
 from mlxops.core.ports import Operation, PortView, World

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlxops.agent import reading
+from mlxops.common import files
 from mlxops.core.errors import Refused
 from mlxops.core.settings import AGREED, Settings
 
@@ -111,7 +111,7 @@ def missing_folder(folder: Path) -> str | None:
     real = Path(os.path.realpath(folder))
     if _is_folder(real):
         return None
-    if link := reading.dangling_link(folder):
+    if link := files.dangling_link(folder):
         return f"{folder} is not there: {link} is a link to {os.path.realpath(link)}"
     if real.is_relative_to(os.path.realpath(Path.home())):
         return None
@@ -122,7 +122,7 @@ def missing_folder(folder: Path) -> str | None:
 
 def _is_folder(path: Path) -> bool:
     try:
-        return reading.is_folder(path)
+        return files.is_folder(path)
     except OSError as error:
         raise closed(error, path) from None
 
@@ -132,6 +132,6 @@ def closed(error: OSError, path: str | Path) -> Refused:
     return Refused(
         "folder_closed",
         f"{error.filename or path} cannot be read",
-        why=reading.said(error),
-        hint=reading.remedy(error) or "repair it on the host, then try again",
+        why=files.said(error),
+        hint=files.remedy(error) or "repair it on the host, then try again",
     )

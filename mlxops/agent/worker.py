@@ -21,10 +21,10 @@ from mlxops.agent.context import Cancellation, Context
 from mlxops.agent.host.system import shortage, this_system
 from mlxops.agent.operations import command
 from mlxops.agent.paths import closed, place
-from mlxops.agent.reading import is_hosts_fault
 from mlxops.agent.state import operation_log as journals
 from mlxops.agent.state.operation_log import Journal
 from mlxops.agent.state.store import Store, disk_failed, state_failed, state_unreadable, state_unwritable
+from mlxops.common.files import is_hosts_fault
 from mlxops.core.errors import Bug, Busy, Exit, MlxopsError, bug
 from mlxops.core.protocol import Done, Event, Failed, Request
 from mlxops.core.text import amount

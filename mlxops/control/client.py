@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from mlxops.build import build_id
+from mlxops.common.build import build_id
 from mlxops.control.hints import aimed, aimed_event
 from mlxops.control.session import NOISE_BYTES, ConnectionLost, Ended, Patience, Session, Transport, events
 from mlxops.core.errors import AgentProblem, MlxopsError, OutcomeUnknown, Unreachable

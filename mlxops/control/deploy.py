@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlxops.build import PACKAGE, build_id, shipped
+from mlxops.common.build import PACKAGE, build_id, shipped
 from mlxops.control.inventory import Host
 from mlxops.control.session import NOISE_BYTES, ConnectionLost, Ended, Patience, Transport, events
 from mlxops.core.errors import AgentProblem, OutcomeUnknown, UsageError

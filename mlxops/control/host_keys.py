@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlxops.common.files import ask_program, opened
 from mlxops.control import known_hosts, public_keys
-from mlxops.control.files import ask_program, opened
 from mlxops.control.known_hosts import Known
 from mlxops.control.ssh_config import Destination, setting, words
 from mlxops.core.errors import Unreachable

@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from mlxops.build import engines
-from mlxops.control.files import opened
+from mlxops.common.build import engines
+from mlxops.common.files import opened
 from mlxops.core.errors import UsageError
 from mlxops.core.names import is_name, shown
 from mlxops.core.settings import DEFAULT_ENGINE, BootJob, PortRange, Settings

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlxops.common.files import opened
 from mlxops.control import public_keys
-from mlxops.control.files import opened
 
 MAX_BYTES = 64 * 1024 * 1024
 

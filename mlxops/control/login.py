@@ -13,8 +13,8 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Protocol
 
+from mlxops.common.files import opened
 from mlxops.control import private_keys, public_keys
-from mlxops.control.files import opened
 from mlxops.control.identities import Identity, Offer, offers, signatures
 from mlxops.control.private_keys import PrivateKey
 from mlxops.control.public_keys import packed

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxops.control.files import opened
+from mlxops.common.files import opened
 from mlxops.control.public_keys import kind, packed
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlxops.control.files import opened
+from mlxops.common.files import opened
 
 CERTIFICATE = "-cert-v01@openssh.com"
 """The suffix of certificate types."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlxops.control.files import ask_program, opened
+from mlxops.common.files import ask_program, opened
 from mlxops.core.errors import Unreachable, UsageError
 from mlxops.core.names import shown
 

@@ -20,9 +20,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from urllib.parse import quote, urlsplit
 
-from mlxops.core.completion import completion, question
+from mlxops.common.http import answer_until, completion, question
 from mlxops.core.gateway import SameHost, same_base, same_name
-from mlxops.deadline import answer_until
 
 SECONDS = 60.0
 """How long an alias is asked: several times the five seconds of LiteLLM's cool-down, and a slow first answer."""

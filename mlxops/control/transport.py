@@ -22,8 +22,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING
 
+from mlxops.common.files import last_bytes
 from mlxops.control import host_keys, ssh_config
-from mlxops.control.files import last_bytes
 from mlxops.control.lines import Lines, Tail
 from mlxops.control.local import LocalTransport, reap
 from mlxops.control.login import Login

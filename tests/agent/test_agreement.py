@@ -18,7 +18,7 @@ from mlxops.agent.paths import place
 from mlxops.agent.state.operation_log import create
 from mlxops.agent.state.store import Store
 from mlxops.agent.worker import begin
-from mlxops.build import build_id
+from mlxops.common.build import build_id
 from mlxops.core.errors import Busy, Refused
 from mlxops.core.protocol import Failed, Request
 from mlxops.core.settings import BootJob, Settings

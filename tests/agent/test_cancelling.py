@@ -16,7 +16,7 @@ import pytest
 from mlxops.agent.operations import ops
 from mlxops.agent.operations.ops import Cancelling
 from mlxops.agent.state.operation_log import Journal, create, recent
-from mlxops.build import build_id
+from mlxops.common.build import build_id
 from mlxops.core.errors import OutcomeUnknown, Refused
 from mlxops.core.protocol import Request
 from mlxops.core.settings import Settings

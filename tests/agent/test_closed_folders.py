@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from mlxops.agent import reading
 from mlxops.agent.hub.cache import Skipped, Snapshot, find, scan
 from mlxops.agent.state.store import Store
 from mlxops.agent.worker import _told
+from mlxops.common import files
 from mlxops.core.errors import Bug, MlxopsError, Refused
 from tests.lab.homelab import Completed, Homelab, run, script
 from tests.lab.sshd import missing
@@ -138,5 +138,5 @@ def test_what_the_hosts_disks_do_not_allow_is_no_bug(tmp_path: Path, number: int
 
 def test_what_macos_does_not_allow_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.platform", "darwin")
-    hint = reading.remedy(OSError(errno.EPERM, "Operation not permitted", "/Volumes/My Models/hub"))
+    hint = files.remedy(OSError(errno.EPERM, "Operation not permitted", "/Volumes/My Models/hub"))
     assert hint is not None and "full disk access" in hint and "chflags nouchg '/Volumes/My Models/hub'" in hint

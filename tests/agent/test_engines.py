@@ -20,7 +20,7 @@ from mlxops.agent.engines import ENGINES, engine_named, mlx_openai_server, recog
 from mlxops.agent.engines.base import Command, Engine, NoCompletion, Seen, Serving, complete, get_status, options, which
 from mlxops.agent.engines.mlx_lm import MlxLm
 from mlxops.agent.engines.mlx_openai_server import MlxOpenAIServer
-from mlxops.build import PACKAGE
+from mlxops.common.build import PACKAGE
 from mlxops.core.errors import Refused
 from mlxops.core.model_options import options_of
 from mlxops.core.registry import Model

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxops.build import build_id
+from mlxops.common.build import build_id
 from mlxops.core.protocol import Asker, Done, Request, decode_event, decode_request
 from mlxops.core.settings import Settings
 from tests.lab.homelab import Completed, Homelab

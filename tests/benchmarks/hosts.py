@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from mlxops.build import build_id
+from mlxops.common.build import build_id
 from mlxops.control import inventory
 from mlxops.core.protocol import Request
 from tests.benchmarks.contest import BenchFailed, Contest, Cost, Program, Timed

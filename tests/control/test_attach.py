@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from mlxops.agent.state.operation_log import Journal
-from mlxops.build import build_id
+from mlxops.common.build import build_id
 from mlxops.control import client as control
 from mlxops.control import inventory
 from mlxops.control.client import Target, ask

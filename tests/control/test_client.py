@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxops.build import build_id
+from mlxops.common.build import build_id
 from mlxops.control import client
 from mlxops.control.client import Answer, Target, ask, ask_all, gateway_warning, local_python
 from mlxops.control.render import exit_of

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxops.build import PACKAGE, build_id
+from mlxops.common.build import PACKAGE, build_id
 from mlxops.control import deploy
 from mlxops.control.inventory import Host
 from mlxops.control.transport import open_local, open_ssh

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from mlxops.core.completion import completion, question
+from mlxops.common.http import completion, question
 
 
 def test_an_answer_with_a_message_is_one_whatever_it_says() -> None:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from mlxops.build import build_id
+from mlxops.common.build import build_id
 from mlxops.core.protocol import Request
 from tests.faults import children, oracle, strikes
 from tests.faults.arena import Arena

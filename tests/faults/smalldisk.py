@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from mlxops.agent.operations.preflight import ROOM_BYTES
-from mlxops.build import build_id
+from mlxops.common.build import build_id
 from mlxops.core.protocol import Request
 from tests.faults import oracle
 from tests.faults.arena import Arena

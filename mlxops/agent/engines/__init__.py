@@ -7,7 +7,7 @@ from functools import lru_cache
 from importlib import import_module
 
 from mlxops.agent.engines.base import Engine, Seen
-from mlxops.build import engines
+from mlxops.common.build import engines
 from mlxops.core.errors import Refused
 
 ENGINES: dict[str, Engine] = {name: import_module(f"{__name__}.{name.replace('-', '_')}").ENGINE for name in engines()}

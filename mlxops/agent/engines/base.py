@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from mlxops.agent import reading
+from mlxops.common import files
 from mlxops.core.errors import Refused
 from mlxops.core.model_options import Option
 from mlxops.core.ports import Answer
@@ -256,7 +256,7 @@ def split(text: str, variable: str) -> list[str]:
 
 def template_text(path: str | Path) -> str:
     """A chat template, which an entry of the registry names. Raises `OSError`; `ValueError` if it is not text."""
-    return utf8(reading.read(path, MAX_TEMPLATE))
+    return utf8(files.read(path, MAX_TEMPLATE))
 
 
 def options(argv: Sequence[str]) -> dict[str, str]:
@@ -430,8 +430,7 @@ def complete(host: str, port: int, model: str, timeout: float) -> dict[str, obje
     """
     import http.client
 
-    from mlxops.core.completion import completion, question
-    from mlxops.deadline import answer_until
+    from mlxops.common.http import answer_until, completion, question
 
     connection = http.client.HTTPConnection(host, port, timeout=timeout)
     connection.response_class = answer_until(time.monotonic() + timeout)

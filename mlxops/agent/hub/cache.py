@@ -15,7 +15,7 @@ from pathlib import Path
 from mlxops.agent.hub.contents import Damaged, printable, read
 from mlxops.agent.hub.snapshot import ModelFacts, completeness, inspect, judge
 from mlxops.agent.paths import closed
-from mlxops.agent.reading import dangles, is_folder
+from mlxops.common.files import dangles, is_folder
 from mlxops.core.names import is_repo_id, is_revision
 
 __all__ = [

@@ -12,7 +12,7 @@ import json
 import re
 from pathlib import Path
 
-from mlxops.agent import reading
+from mlxops.common import files
 from mlxops.core.text import NotUTF8, utf8
 
 MAX_TEXT = 64 * 1024 * 1024
@@ -53,8 +53,8 @@ def base(path: str) -> str:
 def read(path: str, limit: int) -> bytes:
     """Return the bytes of a regular file. Raises `OSError`; `Damaged` if it is none, or longer than `limit`."""
     try:
-        return reading.read(path, limit)
-    except reading.Unfit as error:
+        return files.read(path, limit)
+    except files.Unfit as error:
         raise Damaged(f"{base(path)} {error.strerror}") from None
 
 
@@ -144,7 +144,7 @@ def content_hash(path: str | Path, etag: str, limit: int | None = None) -> str |
     if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", etag) is None:
         return None
     try:
-        descriptor = reading.open_file(path)
+        descriptor = files.open_file(path)
         with open(descriptor, "rb", buffering=0) as content:
             size = content.seek(0, 2)
             content.seek(0)

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from mlxops.agent import reading
 from mlxops.agent.hub import contents
 from mlxops.agent.hub.contents import Damaged, json_object, printable
 from mlxops.agent.hub.weights import (
@@ -33,6 +32,7 @@ from mlxops.agent.hub.weights import (
     weights,
     wrong_length,
 )
+from mlxops.common import files as reading
 from mlxops.core.kv_cache import HALF, KVCache, kv_cache, language_model, seeing_cache
 from mlxops.core.loadable import is_packed, no_model, no_tokenizer, unsaid_quantization
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mlxops.agent.context import Context
 from mlxops.agent.paths import require
-from mlxops.agent.reading import is_folder
+from mlxops.common.files import is_folder
 from mlxops.core import planner
 from mlxops.core.registry import Registry
 

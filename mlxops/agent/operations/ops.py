@@ -8,10 +8,10 @@ import time
 
 from mlxops.agent.context import Context
 from mlxops.agent.host.system import this_system
-from mlxops.agent.reading import Unfit
 from mlxops.agent.state.locks import NoLocks
 from mlxops.agent.state.operation_log import Journal, recent
 from mlxops.agent.state.store import Store, named
+from mlxops.common.files import Unfit
 from mlxops.core.errors import Interrupted, MlxopsError, OutcomeUnknown, Refused
 from mlxops.core.ports import Operation
 from mlxops.core.protocol import CANCELLABLE, Failed

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from mlxops.agent import reading
 from mlxops.agent.host.system import Look, Process, System
 from mlxops.agent.service import managers as service_managers
 from mlxops.agent.service.managers import ABSENT, NO_DOMAIN, which
+from mlxops.common import files
 from mlxops.core.boot_jobs import (
     CARRIERS,
     SHELLS,
@@ -575,7 +575,7 @@ def _keys_of(path: Path) -> Mapping[str, object]:
     import plistlib  # 10 ms, and only macOS has such files
 
     try:
-        with open(reading.open_file(path), "rb") as stream:
+        with open(files.open_file(path), "rb") as stream:
             found = plistlib.load(stream)
     except (OSError, ValueError, plistlib.InvalidFileException):
         return {}
@@ -584,7 +584,7 @@ def _keys_of(path: Path) -> Mapping[str, object]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        with open(reading.open_file(path), "rb") as stream:
+        with open(files.open_file(path), "rb") as stream:
             return _plain_lines(stream.read(_MAX_SOURCE).decode(errors="replace"))
     except OSError:
         return []

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
-from mlxops.agent.reading import open_file
 from mlxops.agent.state.locks import alone
 from mlxops.agent.state.store import named
+from mlxops.common.files import open_file
 from mlxops.core.errors import Busy
 
 KEPT = 3

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxops.agent import reading
 from mlxops.agent.engines import ENGINES
 from mlxops.agent.host import processes
 from mlxops.agent.host.system import Listener, Look, System, collides
@@ -24,6 +23,7 @@ from mlxops.agent.serving.logs import clean
 from mlxops.agent.serving.servers import Found
 from mlxops.agent.state.operation_log import Stand, stand_of
 from mlxops.agent.state.store import Store, utc
+from mlxops.common import files
 from mlxops.core.errors import Interrupted, MlxopsError
 from mlxops.core.ports import Answer, BootClaim, JobState, Run, Server, Signals, Standing, World, drift, judge
 from mlxops.core.registry import Registry
@@ -358,7 +358,7 @@ def _last_words(log: Path) -> str:
 def tail(path: Path, size: int = 8192) -> str:
     """The end of a log, made harmless; empty if there is none."""
     try:
-        end = reading.read_end(path, size).decode(errors="replace")
+        end = files.read_end(path, size).decode(errors="replace")
         return "\n".join(clean(line) for line in end.splitlines())
     except OSError:
         return ""

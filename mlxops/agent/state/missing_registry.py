@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
-from mlxops.agent import reading
+from mlxops.common import files
 
 MAX_BYTES = 1024 * 1024
 _WRITERS = frozenset({"init", "load"})
@@ -22,7 +22,7 @@ def reason(configured: Path, real: Path) -> str | None:
 
     `configured`: the path as the settings name it; `real`: the same without links.
     """
-    if link := reading.dangling_link(configured):
+    if link := files.dangling_link(configured):
         return f"{link} is a link to {os.path.realpath(link)}, which is not there; perhaps its disk is not mounted"
     placeholder = next(iter(_named(real, _PLACEHOLDER)), None)
     if placeholder is not None:
@@ -82,7 +82,7 @@ def _named(registry: Path, patterns: Iterable[str]) -> list[Path]:
 def remembered(mark: Path) -> frozenset[str]:
     """Return the paths at which this host has had a registry."""
     try:
-        paths = json.loads(reading.read(mark, MAX_BYTES))["paths"]
+        paths = json.loads(files.read(mark, MAX_BYTES))["paths"]
         return frozenset(path for path in paths if isinstance(path, str))
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return frozenset()
@@ -97,7 +97,7 @@ def had_one_before_marks(state: Path) -> bool:
     if os.path.lexists(state / "registry.previous.json"):
         return True
     try:
-        data = reading.read_end(state / "history.jsonl", MAX_BYTES)
+        data = files.read_end(state / "history.jsonl", MAX_BYTES)
     except OSError:
         return False
     return any(_wrote(line) for line in data.splitlines())

@@ -23,10 +23,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mlxops.agent import reading
-from mlxops.agent.reading import Unfit
 from mlxops.agent.state.locks import alone, naming, take_or_close, try_flock
 from mlxops.agent.state.store import flush, state_unreadable
+from mlxops.common import files
+from mlxops.common.files import Unfit
 from mlxops.core.errors import Bug, MlxopsError, Refused
 from mlxops.core.protocol import (
     MAX_LINE,
@@ -81,7 +81,7 @@ class Journal:
 
     def request(self) -> Request:
         """What was asked. Raises `OSError`; `ValueError` if the record does not say."""
-        return decode_request(reading.read(self.folder / "request.json", MAX_REQUEST))
+        return decode_request(files.read(self.folder / "request.json", MAX_REQUEST))
 
     # The worker's side
 
@@ -89,7 +89,7 @@ class Journal:
         """The lock that says that the worker lives, as a descriptor for the worker to inherit: so there is no moment
         at which the operation exists and seems dead. Raises `OSError`; of it `BlockingIOError` if a worker lives."""
         path = self.folder / "lock"
-        fd = reading.open_file(path, os.O_RDWR | os.O_CREAT)
+        fd = files.open_file(path, os.O_RDWR | os.O_CREAT)
         if not take_or_close(fd, path):
             raise BlockingIOError(errno.EWOULDBLOCK, "its worker lives", str(self.folder))
         return fd
@@ -158,7 +158,7 @@ class Journal:
     def alive(self) -> bool:
         """Whether its worker holds the lock."""
         try:
-            fd = reading.open_file(self.folder / "lock")
+            fd = files.open_file(self.folder / "lock")
         except (FileNotFoundError, Unfit):
             return False
         try:
@@ -179,8 +179,8 @@ class Journal:
         """The end of its events: at least the whole last line, which may be a long result."""
         events = self.folder / "events.jsonl"
         try:
-            data = reading.read_end(events, ACTIVITY_BYTES)
-            return data if b"\n" in data.rstrip() else reading.read_end(events, 2 * MAX_LINE)
+            data = files.read_end(events, ACTIVITY_BYTES)
+            return data if b"\n" in data.rstrip() else files.read_end(events, 2 * MAX_LINE)
         except (FileNotFoundError, Unfit):
             return b""
 
@@ -232,7 +232,7 @@ class Journal:
 
     def _read_from(self, position: int) -> bytes:
         try:
-            with open(reading.open_file(self.folder / "events.jsonl"), "rb") as file:
+            with open(files.open_file(self.folder / "events.jsonl"), "rb") as file:
                 file.seek(position)
                 return file.read()
         except (FileNotFoundError, Unfit):
@@ -240,7 +240,7 @@ class Journal:
 
     def _ended_silently(self) -> MlxopsError:
         with contextlib.suppress(OSError):
-            last = reading.read_end(self.folder / "stderr", 2000).decode(errors="replace").strip()
+            last = files.read_end(self.folder / "stderr", 2000).decode(errors="replace").strip()
             if last:
                 return Bug(
                     "worker_failed",

@@ -35,10 +35,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
 
-from mlxops.agent import reading
 from mlxops.agent.paths import require
-from mlxops.agent.reading import Unfit, said
 from mlxops.agent.state.locks import LOCK_SECONDS, NoLocks, alone, flock_within, naming, take_or_close, try_flock
+from mlxops.common import files
+from mlxops.common.files import Unfit, said
 from mlxops.core import registry as registries
 from mlxops.core.errors import Refused
 from mlxops.core.ports import Operation, Run, operation_from_wire, run_from_wire
@@ -170,7 +170,7 @@ def flush(fd: int) -> None:
 
 def _read(path: Path) -> bytes | None:
     try:
-        return reading.read(path, MAX_BYTES)
+        return files.read(path, MAX_BYTES)
     except FileNotFoundError:
         return None
 
@@ -387,7 +387,7 @@ class RegistryFile:
         try:
             _read(self.path)
         except OSError as error:
-            return reading.remedy(_named(error, self.path))
+            return files.remedy(_named(error, self.path))
         return None
 
     def _remove_leftovers(self) -> None:
@@ -468,9 +468,7 @@ def _what_helps(error: OSError, path: Path, elsewhere: str) -> str:
     if error.errno == errno.EISDIR:
         file = shlex.quote(str(path))
         return f"move it away on the host: mv {file} {file}.away; then try again"
-    return (
-        reading.remedy(_named(error, path)) or "free disk space or repair the permissions on the host, then try again"
-    )
+    return files.remedy(_named(error, path)) or "free disk space or repair the permissions on the host, then try again"
 
 
 def _named(error: OSError, path: Path) -> OSError:
@@ -541,7 +539,7 @@ class Store:
         """The lock `name` (port-8100, model-x), or the operation that holds it."""
         path = self.state / "locks" / name
         with self._writing():
-            fd = reading.open_file(path, os.O_RDWR | os.O_CREAT)
+            fd = files.open_file(path, os.O_RDWR | os.O_CREAT)
             taken = take_or_close(fd, path)
         if not taken:
             return self._holder(path) or Operation(id="?", command="?")
@@ -562,7 +560,7 @@ class Store:
         """
         path = self.state / "locks" / name
         try:
-            fd = reading.open_file(path)
+            fd = files.open_file(path)
         except FileNotFoundError:
             return None
         try:
@@ -589,7 +587,7 @@ class Store:
     def _trace(self, path: Path) -> Operation | None:
         """Who a lock's file names, held or not; it is emptied by whoever gives the lock back."""
         try:
-            return operation_from_wire(_object(reading.read(path, MAX_BYTES)))
+            return operation_from_wire(_object(files.read(path, MAX_BYTES)))
         except (OSError, ValueError):
             return None
 
@@ -642,7 +640,7 @@ class Store:
 
     def engine_help(self, key: str) -> str | None:
         try:
-            return reading.read(self.state / "engines" / key, MAX_BYTES).decode()
+            return files.read(self.state / "engines" / key, MAX_BYTES).decode()
         except (OSError, ValueError):
             return None
 
@@ -690,7 +688,7 @@ class Store:
         Raises `OSError`.
         """
         try:
-            data = reading.read_end(self.state / "history.jsonl", HISTORY_BYTES)
+            data = files.read_end(self.state / "history.jsonl", HISTORY_BYTES)
         except FileNotFoundError:
             return []
         found = []
@@ -703,7 +701,7 @@ class Store:
     def remember(self, **what: object) -> None:
         """Append a line to the history, in one write(2). Raises `OSError`."""
         line = (json.dumps({"at": now(), **what}) + "\n").encode()
-        fd = reading.open_file(self.state / "history.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        fd = files.open_file(self.state / "history.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND)
         try:
             # Alone: half of another's line must not be taken for one that a full disk cut off, for which the next one
             # begins anew so that it is not lost too.
@@ -752,7 +750,7 @@ def state_unreadable(path: Path, error: OSError) -> Refused:
         "state_unreadable",
         f"{path}, of the host's state, cannot be read",
         why=said(error),
-        hint=elsewhere or reading.remedy(error) or "repair it on the host, or move it away, then try again",
+        hint=elsewhere or files.remedy(error) or "repair it on the host, or move it away, then try again",
     )
 
 

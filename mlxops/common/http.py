@@ -1,13 +1,15 @@
-"""HTTP answers that end in time, however they trickle.
+"""HTTP answers within a deadline, and the one small chat completion that both sides ask for.
 
-Beside core, which opens no sockets, because both sides ask for completions.
+A completion proves a server, and the way through a gateway.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import socket
 import time
+from collections.abc import Mapping
 from http.client import HTTPResponse
 from typing import Any
 
@@ -45,3 +47,26 @@ def answer_until(deadline: float) -> type[HTTPResponse]:
             self.fp = io.BufferedReader(_Reads(sock, deadline))
 
     return Answer
+
+
+def question(model: str, number: int | None = None, extra: Mapping[str, object] | None = None) -> bytes:
+    """Return the body of the request. `number` makes it new to every cache; `extra`: further fields."""
+    asked = {
+        "model": model,
+        "messages": [{"role": "user", "content": "Say hi." if number is None else f"{number}: say hi."}],
+        "max_tokens": 4,
+        "temperature": 0,
+        "stream": False,
+        **(extra or {}),
+    }
+    return json.dumps(asked).encode()
+
+
+def completion(body: bytes) -> dict[str, object] | None:
+    """The answer, None if it is no completion. What was generated does not matter (reasoning alone is an answer): that
+    something was does."""
+    try:
+        answer = json.loads(body)
+        return dict(answer) if isinstance(answer["choices"][0]["message"], dict) else None
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None

@@ -11,15 +11,14 @@ from pathlib import Path
 
 from mlxops import __version__
 
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def shipped() -> list[Path]:
-    """What an agent consists of, in a fixed order: the package itself, what lies beside core, core and agent."""
+    """What an agent consists of, in a fixed order: the package itself, common, core and agent."""
     return [
         PACKAGE / "__init__.py",
-        PACKAGE / "build.py",
-        PACKAGE / "deadline.py",
+        *sorted((PACKAGE / "common").rglob("*.py")),
         *sorted((PACKAGE / "core").rglob("*.py")),
         *sorted((PACKAGE / "agent").rglob("*.py")),
     ]

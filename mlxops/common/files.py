@@ -1,6 +1,6 @@
-"""Files that anybody may have put, or replaced, where we look: opened without waiting and read with a limit.
+"""Files that anybody may have put where mlxops looks: opened without waiting, read with a limit.
 
-A named pipe in the place of a file blocks whoever opens it, and a device like /dev/zero has no end.
+A named pipe in the place of a file blocks the process that opens it; a device such as /dev/zero has no end.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import os
 import shlex
 import stat
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeGuard
+from typing import IO, TypeGuard
 
 
 class Unfit(OSError):
@@ -135,3 +136,34 @@ def remedy(error: OSError) -> str | None:
         case errno.ENOSPC | errno.EDQUOT:
             return "free space on its disk, then try again"
     return None
+
+
+def opened(path: Path) -> IO[bytes]:
+    """A regular file, or /dev/null, to be read. Raises `OSError`, also for anything else."""
+    if os.path.realpath(path) == os.devnull:
+        return open(os.devnull, "rb")
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return open(descriptor, "rb")
+
+
+def ask_program(argv: Sequence[str], timeout: float, limit: int) -> tuple[int, bytes, bytes]:
+    """Run a helper program. Return its exit status and the last `limit` bytes of standard output and standard error.
+
+    Files take the output, not pipes: a process that the program leaves behind may hold a pipe open for ever. Raises
+    `OSError`, `ValueError` and `subprocess.TimeoutExpired`.
+    """
+    import subprocess
+    import tempfile
+
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, timeout=timeout, check=False)
+        return done.returncode, last_bytes(out, limit), last_bytes(errors, limit)
+
+
+def last_bytes(stream: IO[bytes], count: int) -> bytes:
+    """Of a file that another process writes, and may write without an end."""
+    stream.seek(max(0, stream.seek(0, os.SEEK_END) - count))
+    return stream.read(count)
