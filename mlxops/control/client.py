@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mlxops.common.build import build_id
+from mlxops.control.channel import NOISE_BYTES, ConnectionLost, Ended, Patience, Session, Transport, events
 from mlxops.control.hints import aimed, aimed_event
-from mlxops.control.session import NOISE_BYTES, ConnectionLost, Ended, Patience, Session, Transport, events
 from mlxops.core.errors import AgentProblem, MlxopsError, OutcomeUnknown, Unreachable
 from mlxops.core.protocol import Asker, Done, Event, Failed, Hello, Line, Note, Reached, Request, Started
 from mlxops.core.settings import Settings
@@ -149,7 +149,7 @@ def connect(target: Target) -> Transport:
         from mlxops.control.local import LocalTransport
 
         return LocalTransport()
-    from mlxops.control.transport import open_ssh
+    from mlxops.control.ssh.connection import open_ssh
 
     return open_ssh(target.ssh)
 
@@ -169,7 +169,7 @@ def reached_at(target: Target) -> str:
         return settings.address or settings.bind
     if target.ssh is None:
         return socket.gethostname()
-    from mlxops.control.ssh_config import resolve
+    from mlxops.control.ssh.config import resolve
 
     return resolve(target.ssh, 10.0).hostname
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlxops.common.build import PACKAGE, build_id, shipped
+from mlxops.control.channel import NOISE_BYTES, ConnectionLost, Ended, Patience, Transport, events
 from mlxops.control.inventory import Host
-from mlxops.control.session import NOISE_BYTES, ConnectionLost, Ended, Patience, Transport, events
 from mlxops.core.errors import AgentProblem, OutcomeUnknown, UsageError
 from mlxops.core.protocol import Done, Failed, Note
 

@@ -12,9 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO
 
-from mlxops.control.lines import Lines, Tail
-from mlxops.control.session import ConnectionLost, Dialogue, Ended, Patience, Session
-from mlxops.control.ssh_config import words
+from mlxops.control.channel import ConnectionLost, Dialogue, Ended, Lines, Patience, Session, Tail
+from mlxops.control.ssh.config import words
 
 _PIPE = 1024 * 1024
 """Bytes, the most that a pipe holds (Linux, for anybody but root)."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
+from mlxops.control.channel import NOISE_BYTES, ConnectionLost, Dialogue, Patience, Transport
 from mlxops.control.client import (
     FIRST_PAUSE,
     LONGEST_PAUSE,
@@ -30,7 +31,6 @@ from mlxops.control.client import (
     request_of,
     with_address,
 )
-from mlxops.control.session import NOISE_BYTES, ConnectionLost, Dialogue, Patience, Transport
 from mlxops.core.errors import MlxopsError
 from mlxops.core.protocol import AGAIN, HEARTBEAT, Done, Failed, Hello
 

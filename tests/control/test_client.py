@@ -14,9 +14,9 @@ import pytest
 
 from mlxops.common.build import build_id
 from mlxops.control import client
+from mlxops.control.channel import ConnectionLost, Ended, Patience
 from mlxops.control.client import Answer, Target, ask, ask_all, gateway_warning, local_python
 from mlxops.control.render import exit_of
-from mlxops.control.session import ConnectionLost, Ended, Patience
 from mlxops.core.errors import Busy, Exit, MlxopsError, Refused, Unreachable
 from mlxops.core.protocol import (
     CHANGES,

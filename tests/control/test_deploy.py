@@ -19,7 +19,7 @@ import pytest
 from mlxops.common.build import PACKAGE, build_id
 from mlxops.control import deploy
 from mlxops.control.inventory import Host
-from mlxops.control.transport import open_local, open_ssh
+from mlxops.control.ssh.connection import open_local, open_ssh
 from mlxops.core.errors import AgentProblem, Exit, MlxopsError, OutcomeUnknown, Refused
 from mlxops.core.settings import Settings
 from tests.lab import models

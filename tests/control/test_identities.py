@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import pytest
 
-from mlxops.control.identities import Identity, offers
-from mlxops.control.public_keys import certificate, kind, packed, plain
+from mlxops.control.ssh.identities import Identity, offers
+from mlxops.control.ssh.public_keys import certificate, kind, packed, plain
 
 
 def key(name: str, type_: str = "ssh-ed25519") -> bytes:

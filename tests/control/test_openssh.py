@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import pytest
 
+from mlxops.control.channel import Patience
 from mlxops.control.client import PASSING
-from mlxops.control.session import Patience
-from mlxops.control.transport import open_ssh
+from mlxops.control.ssh.connection import open_ssh
 from mlxops.control.watch import COMES_BACK
 from mlxops.core.errors import MlxopsError
 from tests.control.test_transport import HOSTILE

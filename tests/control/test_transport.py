@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 
-from mlxops.control import known_hosts
-from mlxops.control.session import NOISE_BYTES, ConnectionLost, Ended, Patience, Session, Transport, events
-from mlxops.control.transport import command_line, open_local, open_ssh
+from mlxops.control.channel import NOISE_BYTES, ConnectionLost, Ended, Patience, Session, Transport, events
+from mlxops.control.ssh import known_hosts
+from mlxops.control.ssh.connection import command_line, open_local, open_ssh
 from mlxops.core.errors import Exit, MlxopsError
 from mlxops.core.protocol import Hello, Note, encode_event
 from tests.lab.sshd import SshClient, Sshd, descendants, keygen, program, public
@@ -628,7 +628,7 @@ def test_lines_are_decoded_and_cut(either: Transport) -> None:
 
 def test_an_endless_line_is_dropped_and_the_next_one_is_not(either: Transport, monkeypatch: pytest.MonkeyPatch) -> None:
     longest = 4 * 1024 * 1024
-    monkeypatch.setattr("mlxops.control.lines.MAX_LINE", longest)
+    monkeypatch.setattr("mlxops.control.channel.MAX_LINE", longest)
     code = f"print('a'); print('x' * {longest + 1}); print('y' * {longest}); print('b')"
     lines, _ = run(either, PYTHON, "-c", code)
     assert [line[:2] for line in lines] == ["a", "yy", "b"]
@@ -771,8 +771,8 @@ def test_the_callers_standard_input_is_not_touched(server: Sshd, client: SshClie
     client.host("studio", server)
     code = """
 import sys
-from mlxops.control.session import Patience
-from mlxops.control.transport import open_local, open_ssh
+from mlxops.control.channel import Patience
+from mlxops.control.ssh.connection import open_local, open_ssh
 for transport in (open_ssh("studio"), open_local()):
     session = transport.start(["cat"], b"ours\\n")
     print(list(session.lines(Patience(20))), session.wait(20).status)

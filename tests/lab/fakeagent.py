@@ -17,7 +17,7 @@ from typing import Self
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from mlxops.control.public_keys import packed
+from mlxops.control.ssh.public_keys import packed
 
 FAILURE, IDENTITIES, ANSWER, SIGN, SIGNED = 5, 11, 12, 13, 14
 SECURITY_KEY, APPLICATION = b"sk-ssh-ed25519@openssh.com", b"ssh:"

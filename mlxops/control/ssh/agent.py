@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import time
 
-from mlxops.control.public_keys import packed, unpacked
+from mlxops.control.ssh.public_keys import packed, unpacked
 
 _REQUEST_IDENTITIES, _IDENTITIES_ANSWER, _SIGN_REQUEST, _SIGN_RESPONSE = 11, 12, 13, 14
 _RSA_FLAGS = {"rsa-sha2-256": 2, "rsa-sha2-512": 4}

@@ -1,13 +1,14 @@
-"""The one seam between local and remote: a command that runs on a host, and how its words come back."""
+"""The one seam between local and remote: run a command on a host, and read its output within limits."""
 
 from __future__ import annotations
 
+import codecs
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from mlxops.core.protocol import MARKER, Event, Hello, decode_event
+from mlxops.core.protocol import MARKER, MAX_LINE, Event, Hello, decode_event
 
 NOISE_BYTES = 1024 * 1024
 """Hundreds of times what a host prints as a greeting."""
@@ -118,3 +119,58 @@ def events(session: Session, patience: Patience) -> Iterator[Event | None]:
             yield event
             if patience.greeted:
                 patience.heard()
+
+
+STDERR_BYTES = 8192
+
+
+class Lines:
+    """Bytes in, lines out: UTF-8 with errors replaced, without line ends; lines longer than MAX_LINE are dropped."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._dropping = False
+
+    @property
+    def rest(self) -> bytearray:
+        """The line that has no end yet; empty if it is too long already."""
+        return self._buffer
+
+    def feed(self, data: bytes) -> list[str]:
+        lines: list[str] = []
+        *ended, rest = data.split(b"\n")
+        for piece in ended:
+            self._add(piece)
+            if not self._dropping:
+                lines.append(self._text())
+            self._buffer.clear()
+            self._dropping = False
+        self._add(rest)
+        return lines
+
+    def end(self) -> list[str]:
+        """The last line, if it had no end."""
+        return [self._text()] if self._buffer and not self._dropping else []
+
+    def _add(self, piece: bytes) -> None:
+        if len(self._buffer) + len(piece) > MAX_LINE:
+            self._dropping = True
+            self._buffer.clear()
+        if not self._dropping:
+            self._buffer += piece
+
+    def _text(self) -> str:
+        return codecs.decode(self._buffer, "utf-8", "replace").removesuffix("\r")
+
+
+class Tail:
+    """The last bytes of a stream."""
+
+    def __init__(self) -> None:
+        self._kept = b""
+
+    def add(self, data: bytes) -> None:
+        self._kept = (self._kept + data)[-STDERR_BYTES:]
+
+    def __str__(self) -> str:
+        return self._kept.decode("utf-8", "replace")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mlxops.control import host_keys
-from mlxops.control.known_hosts import Known
-from mlxops.control.ssh_config import Destination, setting
+from mlxops.control.ssh import host_keys
+from mlxops.control.ssh.config import Destination, setting
+from mlxops.control.ssh.known_hosts import Known
 from mlxops.core.errors import Unreachable
 
 if TYPE_CHECKING:

@@ -23,13 +23,12 @@ from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING
 
 from mlxops.common.files import last_bytes
-from mlxops.control import host_keys, ssh_config
-from mlxops.control.lines import Lines, Tail
+from mlxops.control.channel import ConnectionLost, Dialogue, Ended, Lines, Patience, Session, Tail, Transport
 from mlxops.control.local import LocalTransport, reap
-from mlxops.control.login import Login
-from mlxops.control.negotiation import Negotiation
-from mlxops.control.session import ConnectionLost, Dialogue, Ended, Patience, Session, Transport
-from mlxops.control.ssh_config import Destination, words
+from mlxops.control.ssh import config, host_keys
+from mlxops.control.ssh.auth import Login
+from mlxops.control.ssh.config import Destination, words
+from mlxops.control.ssh.negotiation import Negotiation
 from mlxops.core.errors import Unreachable
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def open_ssh(ssh_name: str, *, connect_timeout: float = 10.0) -> Transport:
     Raises `Unreachable`, and `UsageError` where OpenSSH's configuration is unusable. Never prompts.
     """
     deadline = time.monotonic() + connect_timeout
-    destination = ssh_config.resolve(ssh_name, connect_timeout)
+    destination = config.resolve(ssh_name, connect_timeout)
     if destination.connect_timeout is not None:
         deadline = min(deadline, time.monotonic() + destination.connect_timeout)
     path = _Path(deadline)
@@ -118,7 +117,7 @@ class _Path:
             return self._handshake(destination, self._socket(destination))
         via: fabric.Connection | None = None
         for number, jump in enumerate(destination.jumps):
-            hop = ssh_config.resolve_jump(jump, destination, self._left(destination))
+            hop = config.resolve_jump(jump, destination, self._left(destination))
             if len(self._connections) >= MAX_JUMPS:
                 raise destination.unreachable("host_down", f"more than {MAX_JUMPS} jump hosts: is there a loop?")
             # Only the first hop is reached by the ways of its own configuration, like `ssh -J first second`.
@@ -357,7 +356,7 @@ def _tcp_once(destination: Destination, deadline: float) -> socket.socket:
     if bound and problem.errno in (errno.EADDRNOTAVAIL, errno.ENODEV, errno.EAFNOSUPPORT, errno.EINVAL):
         raise destination.unreachable(
             "host_down",
-            f"{ssh_config.setting(destination, bound)} is {destination.option(bound)}, from where no connection to it "
+            f"{config.setting(destination, bound)} is {destination.option(bound)}, from where no connection to it "
             f"can be made now: {words(problem)}",
             "is a VPN or an interface down? Bring it up, or correct the option",
         )

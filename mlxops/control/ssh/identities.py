@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlxops.control import public_keys
+from mlxops.control.ssh import public_keys
 
 
 @dataclass(frozen=True)

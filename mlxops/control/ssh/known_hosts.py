@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlxops.common.files import opened
-from mlxops.control import public_keys
+from mlxops.control.ssh import public_keys
 
 MAX_BYTES = 64 * 1024 * 1024
 

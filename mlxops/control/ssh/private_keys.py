@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxops.common.files import opened
-from mlxops.control.public_keys import kind, packed
+from mlxops.control.ssh.public_keys import kind, packed
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey

@@ -14,12 +14,12 @@ from threading import Event
 from typing import TYPE_CHECKING, Protocol
 
 from mlxops.common.files import opened
-from mlxops.control import private_keys, public_keys
-from mlxops.control.identities import Identity, Offer, offers, signatures
-from mlxops.control.private_keys import PrivateKey
-from mlxops.control.public_keys import packed
-from mlxops.control.ssh_agent import Agent, AgentError
-from mlxops.control.ssh_config import Destination, setting, words
+from mlxops.control.ssh import private_keys, public_keys
+from mlxops.control.ssh.agent import Agent, AgentError
+from mlxops.control.ssh.config import Destination, setting, words
+from mlxops.control.ssh.identities import Identity, Offer, offers, signatures
+from mlxops.control.ssh.private_keys import PrivateKey
+from mlxops.control.ssh.public_keys import packed
 from mlxops.core.errors import Unreachable
 
 if TYPE_CHECKING:

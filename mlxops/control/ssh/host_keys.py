@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxops.common.files import ask_program, opened
-from mlxops.control import known_hosts, public_keys
-from mlxops.control.known_hosts import Known
-from mlxops.control.ssh_config import Destination, setting, words
+from mlxops.control.ssh import known_hosts, public_keys
+from mlxops.control.ssh.config import Destination, setting, words
+from mlxops.control.ssh.known_hosts import Known
 from mlxops.core.errors import Unreachable
 
 if TYPE_CHECKING:
