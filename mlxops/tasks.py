@@ -102,7 +102,7 @@ def status(
         return command.read(call, render.status_table, {"probe": probe}, strict=strict)
 
     def run(talk: render.Talk) -> tuple[Answer, ...]:
-        from mlxops.control import live
+        from mlxops.control.watch import command as live
 
         if not watch:
             why = "without --watch each host is looked at once"
@@ -165,7 +165,7 @@ def _with_gateway(call: Call, target: Target, args: Mapping[str, object], talk: 
     """A change after which a port serves something else: the gateway's names first, its receipt last."""
     if call.gateway is None:
         return send(args)
-    from mlxops.control import gateway
+    from mlxops.control.gateway import check as gateway
 
     return gateway.load(call.gateway, target, args, talk, send)
 
@@ -346,8 +346,8 @@ def gateway(
         return _entries(call, env, print=print)
 
     def run(talk: render.Talk) -> tuple[Answer, ...]:
-        from mlxops.control import gateway
-        from mlxops.control.gatewayfiles import read
+        from mlxops.control.gateway import check as gateway
+        from mlxops.control.gateway.config import read
 
         if call.gateway is None or not (call.gateway.config or (through and call.gateway.url)):
             raise UsageError(
@@ -366,7 +366,7 @@ def gateway(
 
 def _entries(call: Call, env: bool, *, print: bool) -> None:
     """What to paste. With `--json` the same as data: `model_list`, and `environ` for the env file."""
-    from mlxops.control import gateway
+    from mlxops.control.gateway import check as gateway
 
     document: dict[str, object] = {}
     environ: dict[str, str] = {}

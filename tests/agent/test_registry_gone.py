@@ -18,8 +18,8 @@ import pytest
 
 from mlxops.agent import paths
 from mlxops.agent.state.store import Store
-from mlxops.control import gateway
 from mlxops.control.client import Answer
+from mlxops.control.gateway import check
 from mlxops.control.render import list_table
 from mlxops.core.errors import Refused
 from mlxops.core.registry import Registry
@@ -398,7 +398,7 @@ def test_every_reader_shows_the_registrys_error_to_people() -> None:
     answer = Answer("studio", {"models": [], "ports": [], "registry_error": error})
     shown = list_table([answer])
     assert "no models" not in shown and "registry_missing" in shown and "it is gone" in shown
-    (found,) = gateway._registry_findings(answer)
+    (found,) = check._registry_findings(answer)
     assert (found.code, found.hint, found.host) == (
         "registry_missing",
         "cp",

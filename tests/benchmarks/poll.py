@@ -12,7 +12,7 @@ import time
 
 from mlxops.control import inventory, render
 from mlxops.control.client import Target
-from mlxops.control.watch import Link
+from mlxops.control.watch.link import Link
 from mlxops.core.protocol import Event
 
 LOOKS = 20

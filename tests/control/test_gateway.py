@@ -18,8 +18,10 @@ from unittest import mock
 import pytest
 import yaml
 
-from mlxops.control import gateway, gatewayfiles, render, through
+from mlxops.control import render
 from mlxops.control.client import Answer, Target
+from mlxops.control.gateway import check, probe
+from mlxops.control.gateway import config as gatewayfiles
 from mlxops.control.inventory import Gateway
 from mlxops.core.errors import Refused, Unreachable
 from mlxops.core.gateway import Severity
@@ -197,7 +199,7 @@ def row(**changes: object) -> dict[str, object]:
 class TestCheck:
     def test_a_host_without_faults_is_answered(self, tmp_path: Path) -> None:
         told = read(tmp_path, ENTRY)
-        (answer,) = gateway.check(told, [target()], [Answer("studio", {"ports": [row()]})])
+        (answer,) = check.check(told, [target()], [Answer("studio", {"ports": [row()]})])
         assert answer.error is None
         assert answer.result is not None
         aliases = answer.result["aliases"]
@@ -206,24 +208,24 @@ class TestCheck:
 
     def test_localhost_is_the_address_that_it_resolves_to(self, tmp_path: Path) -> None:
         told = read(tmp_path, ENTRY.replace("127.0.0.1", "localhost"))
-        (answer,) = gateway.check(told, [target()], [Answer("studio", {"ports": [row()]})])
+        (answer,) = check.check(told, [target()], [Answer("studio", {"ports": [row()]})])
         assert answer.error is None, answer.result
 
     @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "[::ffff:127.0.0.1]", "LOCALHOST"])
     def test_this_machine_has_more_addresses_than_one(self, tmp_path: Path, host: str) -> None:
         told = read(tmp_path, ENTRY.replace("127.0.0.1", host))
-        (answer,) = gateway.check(told, [target()], [Answer("studio", {"ports": [row()]})])
+        (answer,) = check.check(told, [target()], [Answer("studio", {"ports": [row()]})])
         assert (answer.error, answer.result and answer.result["findings"]) == (None, [])
 
     def test_a_number_that_is_none_is_nobodys_promise(self, tmp_path: Path) -> None:
         told = read(tmp_path, ENTRY + f"    model_info: {{max_input_tokens: 0x{'f' * 5000}}}\n")
-        (answer,) = gateway.check(told, [target()], [Answer("studio", {"ports": [row()]})])
+        (answer,) = check.check(told, [target()], [Answer("studio", {"ports": [row()]})])
         assert answer.error is None, answer.result
 
     def test_a_host_that_is_not_reached_keeps_its_error_and_what_the_files_tell(self, tmp_path: Path) -> None:
         told = read(tmp_path, ENTRY.replace("openai/jerry-xl", "openai/other"))
         down = Unreachable("host_down", "studio is down")
-        (answer,) = gateway.check(told, [target()], [Answer("studio", error=down)])
+        (answer,) = check.check(told, [target()], [Answer("studio", error=down)])
         assert answer.error is down
         assert answer.result is not None
         assert [f["code"] for f in answer.result["findings"]] == ["wrong_name"]  # type: ignore[attr-defined]
@@ -231,25 +233,25 @@ class TestCheck:
     def test_what_an_agent_of_another_version_says_does_not_break_it(self, tmp_path: Path) -> None:
         told = read(tmp_path, ENTRY)
         for odd in ({}, {"ports": 7}, {"ports": [7, {}, {"port": "8100"}]}, {"ports": [row(state="new", owner=[])]}):
-            (answer,) = gateway.check(told, [target()], [Answer("studio", odd)])
+            (answer,) = check.check(told, [target()], [Answer("studio", odd)])
             assert answer.result is not None
 
     def test_a_finding_is_mended_on_the_host_that_it_is_about(self, tmp_path: Path) -> None:
         told = read(tmp_path, ENTRY)
         other = replace(target(), flags=" --host studio")
-        (answer,) = gateway.check(told, [other], [Answer("studio", {"ports": [row(state="idle", owner=None)]})])
+        (answer,) = check.check(told, [other], [Answer("studio", {"ports": [row(state="idle", owner=None)]})])
         assert answer.result is not None
         hints = [finding["hint"] for finding in answer.result["findings"]]  # type: ignore[attr-defined]
         assert hints[0].startswith("mlxctl load --host studio MODEL 8100;")
 
     def test_what_is_printed_is_yaml_of_a_model_list_alone(self) -> None:
         for env in (False, True):
-            text = gateway.as_yaml(*gateway.printed([target()], env=env))
+            text = check.as_yaml(*check.printed([target()], env=env))
             assert list(yaml.safe_load(text)) == ["model_list"]
 
     def test_without_a_slot_there_is_nothing_to_print(self) -> None:
         with pytest.raises(Refused, match="nothing to print"):
-            gateway.printed([Target("studio", None, (), Settings())], env=False)
+            check.printed([Target("studio", None, (), Settings())], env=False)
 
 
 Answers = Callable[[int], tuple[int, dict[str, str], bytes]]
@@ -318,9 +320,9 @@ def proxy() -> Iterator[Callable[[Answers], _Proxy]]:
 
 
 class TestThrough:
-    def ask(self, url: str, key: str | None = "sk-canary", seconds: float = 60.0) -> through.Passage:
+    def ask(self, url: str, key: str | None = "sk-canary", seconds: float = 60.0) -> probe.Passage:
         expected = "http://studio:8100/v1"
-        return through.ask(url, key, "jerry-xl", expected=expected, seconds=seconds, pause=lambda _: None)
+        return probe.ask(url, key, "jerry-xl", expected=expected, seconds=seconds, pause=lambda _: None)
 
     def test_a_completion_is_the_proof(self, proxy: Callable[[Answers], _Proxy]) -> None:
         at = proxy(lambda _: (200, {"x-litellm-model-api-base": "http://studio:8100/v1/"}, COMPLETION))
@@ -342,7 +344,7 @@ class TestThrough:
     def test_it_is_not_asked_for_ever(self, proxy: Callable[[Answers], _Proxy]) -> None:
         moments = iter(range(0, 1000, 10))
         at = proxy(lambda _: (503, {}, b"busy"))
-        passage = through.ask(
+        passage = probe.ask(
             at.url, None, "jerry-xl", seconds=60, clock=lambda: float(next(moments)), pause=lambda _: None
         )
         assert (passage.code, passage.status) == ("no_completion", 503)
@@ -368,7 +370,7 @@ class TestThrough:
     ) -> None:
         at = proxy(lambda _: (200, {"x-litellm-model-api-base": base}, COMPLETION))
         expected = "http://localhost:8100/v1"
-        assert through.ask(at.url, None, "a", expected=expected, same_host=gateway.same_host).ok
+        assert probe.ask(at.url, None, "a", expected=expected, same_host=check.same_host).ok
 
     def test_a_fallbacks_answer_is_none_of_the_alias(self, proxy: Callable[[Answers], _Proxy]) -> None:
         spare = {"x-litellm-model-api-base": "http://spare:8101/v1", "x-litellm-attempted-fallbacks": "1"}
@@ -385,9 +387,9 @@ class TestThrough:
         bases = ["http://other:8100/v1", "http://studio:8100/v1"]
         at = proxy(lambda n: (200, {"x-litellm-model-api-base": bases[n > 2]}, COMPLETION))
 
-        def ask(seconds: float) -> through.Passage:
+        def ask(seconds: float) -> probe.Passage:
             known = {"expected": bases[1], "others": [bases[0]], "seconds": seconds, "pause": lambda _: None}
-            return through.ask(at.url, None, "jerry-xl", **known)  # type: ignore[arg-type]
+            return probe.ask(at.url, None, "jerry-xl", **known)  # type: ignore[arg-type]
 
         assert (ask(60).ok, len(at.paths)) == (True, 3)
         at = proxy(lambda _: (200, {"x-litellm-model-api-base": bases[0]}, COMPLETION))
@@ -508,7 +510,7 @@ class TestThrough:
 
             server.submit(serve)
             began = time.monotonic()
-            with mock.patch.object(through, "LIVELINESS_SECONDS", 0.5):
+            with mock.patch.object(probe, "LIVELINESS_SECONDS", 0.5):
                 passage = self.ask(f"http://127.0.0.1:{listener.getsockname()[1]}", seconds=0.5)
             took = time.monotonic() - began
             over.set()
@@ -544,7 +546,7 @@ class TestWhatTheRunningGatewayDoes:
     def test_is_asked_of_it(self, proxy: Callable[[Answers], _Proxy]) -> None:
         at = proxy(lambda _: (200, {}, COMPLETION))
         at.info = info(("jerry-xl", "openai/jerry-xl", BASE), ("cloud", "anthropic/x", None))
-        found = through.deployments(at.url, "sk-canary")
+        found = probe.deployments(at.url, "sk-canary")
         assert found is not None
         assert [(each.alias, each.model, each.api_base) for each in found] == [
             ("jerry-xl", "openai/jerry-xl", BASE),
@@ -565,7 +567,7 @@ class TestWhatTheRunningGatewayDoes:
         rows += [row("a", "openai/jerry-xl", "2"), row("b", "openai/jerry-xl", "2")]
         at.info = json.dumps({"data": rows}).encode()
         at.by_id["p/1"] = json.dumps({"data": [row("*", "openai/*", "p/1")]}).encode()
-        found = through.deployments(at.url, None) or ()
+        found = probe.deployments(at.url, None) or ()
         assert [(each.alias, each.model) for each in found] == [
             ("a", "openai/jerry-xl"),
             ("b", "openai/jerry-xl"),
@@ -573,7 +575,7 @@ class TestWhatTheRunningGatewayDoes:
         ]
         # Where it does not tell, nothing is made of the names.
         at.by_id.clear()
-        assert [each.alias for each in through.deployments(at.url, None) or ()] == ["a", "b"]
+        assert [each.alias for each in probe.deployments(at.url, None) or ()] == ["a", "b"]
 
     @pytest.mark.parametrize(
         "body",
@@ -583,14 +585,14 @@ class TestWhatTheRunningGatewayDoes:
     def test_is_not_known_where_it_does_not_tell(self, proxy: Callable[[Answers], _Proxy], body: bytes) -> None:
         at = proxy(lambda _: (200, {}, COMPLETION))
         at.info = body
-        assert through.deployments(at.url, None) is None
+        assert probe.deployments(at.url, None) is None
 
     def test_is_read_as_far_as_it_can_be(self, proxy: Callable[[Answers], _Proxy]) -> None:
         at = proxy(lambda _: (200, {}, COMPLETION))
         good = {"model_name": "a", "litellm_params": {"model": "openai/a", "base_url": BASE}}
         of_a_team = {**good, "model_info": {"team_id": "t", "team_public_model_name": "b"}}
         at.info = json.dumps({"data": [7, {}, {"model_name": "x"}, of_a_team, good]}).encode()
-        (found,) = through.deployments(at.url, None) or ()
+        (found,) = probe.deployments(at.url, None) or ()
         assert (found.alias, found.api_base) == ("a", BASE)
 
 
@@ -599,9 +601,9 @@ class TestPassingThrough:
 
     def passed(self, told: gatewayfiles.Told, at: _Proxy, **changes: object) -> Answer:
         described = Gateway("router.yaml", None, at.url, None)
-        (answer,) = gateway.check(told, [target()], [Answer("studio", {"ports": [row(**changes)]})])
-        with mock.patch.object(through, "SECONDS", 1.2):
-            (passed,) = gateway.pass_through(described, told, [answer])
+        (answer,) = check.check(told, [target()], [Answer("studio", {"ports": [row(**changes)]})])
+        with mock.patch.object(probe, "SECONDS", 1.2):
+            (passed,) = check.pass_through(described, told, [answer])
         return passed
 
     def findings(self, answer: Answer) -> list[tuple[str, str]]:
@@ -694,6 +696,6 @@ class TestPassingThrough:
 def test_a_receipt_says_that_an_address_is_not_known_here(tmp_path: Path) -> None:
     described = Gateway("router.yaml", None, "http://127.0.0.1:4000", None)
     told = read(tmp_path, ENTRY.replace("127.0.0.1", "mlx-studio"))
-    running = gateway._Running(described, None, told.entries, None, ())
+    running = check._Running(described, None, told.entries, None, ())
     assert "'http://mlx-studio:8100/v1', where jerry-xl is sent," in running.nowhere("jerry-xl", 8100)
     assert running.nowhere("jerry-xl", 8101) == "the gateway has no entry that leads to port 8101"

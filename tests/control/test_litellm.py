@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from mlxops.control import gateway, gatewayfiles
+from mlxops.control.gateway import check
+from mlxops.control.gateway import config as gatewayfiles
 from mlxops.control.inventory import Gateway
 from mlxops.core import gateway as core
 from mlxops.core.errors import Refused
@@ -515,8 +516,8 @@ def _sent(told: gatewayfiles.Told, name: str, port: int) -> str | None:
     # A server that knows every name, at the path that all engines have.
     here = Port("here", "127.0.0.1", port, name, State.READY, Owner.MLXOPS, "m", answers_to_any=True)
     ports = [replace(here, paths=frozenset({CHAT}))]
-    entries = [entry for entry in gateway.under(told, ports).entries if entry.alias == name]
-    found = core.compare(entries, ports, told.files, gateway.same_host)
+    entries = [entry for entry in check.under(told, ports).entries if entry.alias == name]
+    found = core.compare(entries, ports, told.files, check.same_host)
     faults = [each.code for each in found if each.severity is Severity.FAULT]
     return None if faults or not entries else entries[0].certain_name
 

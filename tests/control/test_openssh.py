@@ -20,7 +20,7 @@ import pytest
 from mlxops.control.channel import Patience
 from mlxops.control.client import PASSING
 from mlxops.control.ssh.connection import open_ssh
-from mlxops.control.watch import COMES_BACK
+from mlxops.control.watch.link import COMES_BACK
 from mlxops.core.errors import MlxopsError
 from tests.control.test_transport import HOSTILE
 from tests.lab.fakeagent import SECURITY_KEY, FakeAgent, SecurityKey

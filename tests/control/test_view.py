@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from mlxops.control.client import Answer
 from mlxops.control.render import harmless
-from mlxops.control.view import Documents, Lines, Watched, cell_width, clip, frame
-from mlxops.control.watch import Sighting
+from mlxops.control.watch.link import Sighting
+from mlxops.control.watch.view import Documents, Lines, Watched, cell_width, clip, frame
 from mlxops.core.errors import Refused, Unreachable
 from tests.properties import PROPERTY, hostile_texts
 

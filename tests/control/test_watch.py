@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from mlxops.common.build import build_id
-from mlxops.control.screen import ENTER, HOME, LEAVE
+from mlxops.control.watch.screen import ENTER, HOME, LEAVE
 from mlxops.core.protocol import AGAIN, HEARTBEAT, Request
 from mlxops.core.settings import Settings
 from tests.lab.homelab import Homelab, Studio, script

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from mlxops.control.client import Answer
 from mlxops.control.render import document_line, one_line, size, status_table
-from mlxops.control.watch import Sighting
+from mlxops.control.watch.link import Sighting
 from mlxops.core.errors import MlxopsError
 from mlxops.core.status_diff import Change, Row, changes, rows, told_apart
 

@@ -10,9 +10,9 @@ from types import FrameType
 
 from mlxops.control import render
 from mlxops.control.client import Answer, Target
-from mlxops.control.screen import Screen, is_screen, still_read
-from mlxops.control.view import Documents, Lines, Watched, clock, frame
-from mlxops.control.watch import Sighting, Watch
+from mlxops.control.watch.link import Sighting, Watch
+from mlxops.control.watch.screen import Screen, is_screen, still_read
+from mlxops.control.watch.view import Documents, Lines, Watched, clock, frame
 from mlxops.core import names
 from mlxops.core.errors import Exit, UsageError
 from mlxops.core.protocol import Event, Note

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import yaml
 
-from mlxops.control import through
 from mlxops.control.client import Answer, Target, reached_at
-from mlxops.control.gatewayfiles import Told, key_of, read
+from mlxops.control.gateway import probe
+from mlxops.control.gateway.config import Told, key_of, read
 from mlxops.control.hints import aimed
 from mlxops.control.inventory import Gateway
 from mlxops.control.render import Talk
@@ -344,9 +344,9 @@ class _Asked:
 
     running: _Running
     asking: Asking
-    passages: tuple[through.Passage, ...]
+    passages: tuple[probe.Passage, ...]
 
-    def advice(self, passage: through.Passage) -> str:
+    def advice(self, passage: probe.Passage) -> str:
         return self.running.advice(passage)
 
 
@@ -366,7 +366,7 @@ class _Running:
     def of(gateway: Gateway, told: Told | None, key: str | None, servers: Sequence[Server]) -> _Running:
         ports = [each for server in servers if (each := _port_of(server)) is not None]
         files = under(told, ports).entries if told is not None and told.known else None
-        running = through.deployments(gateway.url or "", key)
+        running = probe.deployments(gateway.url or "", key)
         if running is None:
             return _Running(gateway, key, files, None, tuple(servers))
         written = told.config if told is not None else Config()
@@ -378,11 +378,11 @@ class _Running:
         entries = self.files if self.entries is None else self.entries
         plan = asking.to_ask(entries, self.servers, same_host)
         questions = [
-            through.Question(alias, plan.bases.get(alias, ()), plan.others.get(alias, ()))
+            probe.Question(alias, plan.bases.get(alias, ()), plan.others.get(alias, ()))
             for alias in plan.names
             if alias not in plan.skipped
         ]
-        passages = through.ask_all(self.gateway.url or "", self.key, questions, seconds, same_host)
+        passages = probe.ask_all(self.gateway.url or "", self.key, questions, seconds, same_host)
         return _Asked(self, plan, passages)
 
     def nowhere(self, slot: str, port: int) -> str:
@@ -399,7 +399,7 @@ class _Running:
             return False
         return asking.differ(self.files, self.entries, alias, same_host)
 
-    def advice(self, passage: through.Passage) -> str:
+    def advice(self, passage: probe.Passage) -> str:
         """Return what helps after a failed request."""
         if passage.code == "gateway_down":
             return "start the gateway, or correct `gateway.url` in hosts.yaml"
@@ -430,7 +430,7 @@ def _port_of(server: Server) -> Port | None:
     return Port(at[0], at[0], at[1], server.slot) if at else None
 
 
-def _with(deployment: through.Deployment, defaults: Mapping[str, str]) -> through.Deployment:
+def _with(deployment: probe.Deployment, defaults: Mapping[str, str]) -> probe.Deployment:
     """With `default_litellm_params`, which go before its own and are not in what the gateway tells of it."""
     return replace(
         deployment,
@@ -440,7 +440,7 @@ def _with(deployment: through.Deployment, defaults: Mapping[str, str]) -> throug
     )
 
 
-def _entry_of(deployment: through.Deployment, files: Sequence[Entry]) -> Entry:
+def _entry_of(deployment: probe.Deployment, files: Sequence[Entry]) -> Entry:
     """Return the entry of a deployment. The running gateway hides addresses from credentials and providers' defaults,
     so take those from its files."""
     entry = deployed(deployment.alias, deployment.model, deployment.api_base, deployment.provider)
@@ -468,7 +468,7 @@ def pass_through(gateway: Gateway, told: Told, answers: Sequence[Answer]) -> tup
             hint=f"export {gateway.key_env}=..., for this command alone",
         )
     servers = [_server(row) for answer in answers for row in _rows(answer)]
-    asked = _Running.of(gateway, told, key, servers).ask(through.SECONDS)
+    asked = _Running.of(gateway, told, key, servers).ask(probe.SECONDS)
     return tuple(_passed(answer, asked) for answer in answers)
 
 
@@ -535,7 +535,7 @@ def _skipped(
     return Finding("through_not_asked", alias, _number(row), severity, message, hint, host)
 
 
-def _failed(passage: through.Passage, host: str, row: Mapping[str, object], asked: _Asked) -> Finding:
+def _failed(passage: probe.Passage, host: str, row: Mapping[str, object], asked: _Asked) -> Finding:
     message = f"{passage.alias}: no answer through {asked.running.gateway.url}: {passage.detail}"
     hint = asked.advice(passage)
     return Finding(f"through_{passage.code}", passage.alias, _number(row), Severity.FAULT, message, hint, host)
