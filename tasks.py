@@ -1,6 +1,6 @@
 """The collection that `inv` finds; what is in it lives in `mlxops.tasks`."""
 
-from mlxops import entry
+from mlxops.cli import startup
 
-entry.prepare()
+startup.prepare()
 from mlxops.tasks import namespace  # noqa: E402, F401 - what takes time comes after

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from mlxops import entry
+from mlxops.cli import startup
 
 
 def main() -> None:
     """Raises `SystemExit`."""
-    entry.prepare()
-    from mlxops.program import run
+    startup.prepare()
+    from mlxops.cli.program import run
 
     run()
 

@@ -12,8 +12,8 @@ from invoke.collection import Collection
 from invoke.context import Context
 from invoke.tasks import Task, task
 
-from mlxops import command
-from mlxops.command import Call, Send
+from mlxops.cli import runner
+from mlxops.cli.runner import Call, Send
 from mlxops.control import client, render
 from mlxops.control.client import Answer, Target, ask, ask_all, gateway_warning
 from mlxops.core import model_options, names
@@ -61,7 +61,7 @@ def init(
     debug: bool = False,
 ) -> None:
     """Register every complete MLX model of the host's cache."""
-    command.change(Call("init", host, local, json, debug), lambda: {"dry_run": dry_run}, several=True)
+    runner.change(Call("init", host, local, json, debug), lambda: {"dry_run": dry_run}, several=True)
 
 
 @_command(host=HOSTS, memory="estimate each model, and show the budget and what serves already")
@@ -75,7 +75,7 @@ def list_(
 ) -> None:
     """Show the registered models."""
     show = render.memory_table if memory else render.list_table
-    command.read(Call("list", host, local, json, debug), show, {"memory": memory})
+    runner.read(Call("list", host, local, json, debug), show, {"memory": memory})
 
 
 @_command(
@@ -99,7 +99,7 @@ def status(
     """Show what is on each port, on all hosts."""
     call = Call("status", host, local, json, debug, many=watch)
     if not watch and interval is None:
-        return command.read(call, render.status_table, {"probe": probe}, strict=strict)
+        return runner.read(call, render.status_table, {"probe": probe}, strict=strict)
 
     def run(talk: render.Talk) -> tuple[Answer, ...]:
         from mlxops.control.watch import command as live
@@ -112,9 +112,9 @@ def status(
             raise UsageError("probe_or_watch", "--probe and --watch exclude each other", why=why, hint="leave one out")
         seconds = live.interval_of(interval)
         answers = live.stay(call.targets(all_by_default=True), seconds, talk, json=call.json, until_drift=strict)
-        return tuple(map(command.drift_refused, answers)) if strict else answers
+        return tuple(map(runner.drift_refused, answers)) if strict else answers
 
-    command.carry_out(call, run, None)
+    runner.carry_out(call, run, None)
 
 
 @_command(
@@ -158,7 +158,7 @@ def load(
         }
 
     call = Call("load", host, local, json, debug)
-    command.change(call, given, around=lambda *asked: _with_gateway(call, *asked), after=_warn_if_unreachable)
+    runner.change(call, given, around=lambda *asked: _with_gateway(call, *asked), after=_warn_if_unreachable)
 
 
 def _with_gateway(call: Call, target: Target, args: Mapping[str, object], talk: render.Talk, send: Send) -> Answer:
@@ -214,7 +214,7 @@ def unload(
             "dry_run": dry_run,
         }
 
-    command.change(Call("unload", host, local, json, debug), given)
+    runner.change(Call("unload", host, local, json, debug), given)
 
 
 @_command(
@@ -249,7 +249,7 @@ def rollback(
         }
 
     call = Call("rollback", host, local, json, debug)
-    command.change(call, given, around=lambda *asked: _with_gateway(call, *asked), after=_warn_if_unreachable)
+    runner.change(call, given, around=lambda *asked: _with_gateway(call, *asked), after=_warn_if_unreachable)
 
 
 @_command(
@@ -280,7 +280,7 @@ def set_(
             "dry_run": dry_run,
         }
 
-    command.change(Call("set", host, local, json, debug), given)
+    runner.change(Call("set", host, local, json, debug), given)
 
 
 @_command(host=HOSTS, yes="do not ask", dry_run=DRY)
@@ -296,7 +296,7 @@ def unload_all(
     """Stop every MLX server of the host; asks first."""
     call = Call("unload-all", host, local, json, debug)
     before = None if yes or dry_run else _confirm
-    command.change(call, lambda: {"dry_run": dry_run}, several=True, before=before)
+    runner.change(call, lambda: {"dry_run": dry_run}, several=True, before=before)
 
 
 def _confirm(targets: Sequence[Target], talk: render.Talk) -> None:
@@ -361,7 +361,7 @@ def gateway(
         answers = gateway.check(told, targets, ask_all(targets, call.command, {}, talk.hear))
         return gateway.pass_through(call.gateway, told, answers) if through else answers
 
-    command.carry_out(call, run, render.gateway_table)
+    runner.carry_out(call, run, render.gateway_table)
 
 
 def _entries(call: Call, env: bool, *, print: bool) -> None:
@@ -380,7 +380,7 @@ def _entries(call: Call, env: bool, *, print: bool) -> None:
         environ.update(variables)
         return (Answer("gateway", {**document, "environ": environ}),)
 
-    command.carry_out(call, run, lambda answers: gateway.as_yaml(document, environ))
+    runner.carry_out(call, run, lambda answers: gateway.as_yaml(document, environ))
 
 
 @_command(host=HOSTS, dry_run=DRY)
@@ -393,7 +393,7 @@ def reconcile(
     debug: bool = False,
 ) -> None:
     """Clear what nothing serves; stop what a crash left."""
-    command.change(Call("reconcile", host, local, json, debug), lambda: {"dry_run": dry_run}, several=True)
+    runner.change(Call("reconcile", host, local, json, debug), lambda: {"dry_run": dry_run}, several=True)
 
 
 @_command(host=HOSTS, cleared="also what the latest reconcile has cleared", dry_run=DRY)
@@ -408,7 +408,7 @@ def restore(
 ) -> None:
     """Start what is assigned and nothing serves."""
     given = {"cleared": cleared, "dry_run": dry_run}
-    command.change(Call("restore", host, local, json, debug), lambda: given, several=True)
+    runner.change(Call("restore", host, local, json, debug), lambda: given, several=True)
 
 
 @_command(
@@ -444,7 +444,7 @@ def boot(
         action = "install" if actions == ["every"] else actions[0]
         return {"action": action, "every": _minutes(every), "dry_run": action == "show"}
 
-    command.change(Call("boot", host, local, json, debug), given, several=True)
+    runner.change(Call("boot", host, local, json, debug), given, several=True)
 
 
 def _minutes(text: str | None) -> int | None:
@@ -472,7 +472,7 @@ def pull(
     def given() -> Mapping[str, object]:
         return {"repo": _need(repo, "--repo", "pull --repo org/name"), "verify": verify, "dry_run": dry_run}
 
-    command.change(Call("pull", host, local, json, debug), given, several=True)
+    runner.change(Call("pull", host, local, json, debug), given, several=True)
 
 
 @_command(host=HOST, model="the model whose files go; its registry entry stays", dry_run=DRY)
@@ -490,7 +490,7 @@ def remove(
     def given() -> Mapping[str, object]:
         return {"model": _need(model, "--model", "remove --model jerry-xl"), "dry_run": dry_run}
 
-    command.change(Call("remove", host, local, json, debug), given)
+    runner.change(Call("remove", host, local, json, debug), given)
 
 
 @_command(
@@ -516,7 +516,7 @@ def logs(
     def run(talk: render.Talk) -> tuple[Answer, ...]:
         args = {"port": _need(port, "--port", "logs --port 8100"), "lines": _lines_asked(lines), "follow": follow}
         (target,) = call.targets(only_one=True)
-        command.check(target, args)
+        runner.check(target, args)
 
         def hear(host: str, event: Event) -> None:
             if isinstance(event, Line) and json and follow:
@@ -529,7 +529,7 @@ def logs(
         answer = ask(target, "logs", args, hear)
         return (replace(answer, result={**answer.result, "lines": kept}) if answer.result else answer,)
 
-    command.carry_out(call, run, lambda answers: "")
+    runner.carry_out(call, run, lambda answers: "")
 
 
 def _lines_asked(text: str | None) -> int:
@@ -553,7 +553,7 @@ def ops(
     """Show running and recent operations; follow or cancel one."""
     call = Call("ops", host, local, json, debug, many=follow is not None)
     if follow is None and cancel is None:
-        return command.read(call, render.ops_table, all_by_default=False)
+        return runner.read(call, render.ops_table, all_by_default=False)
 
     def run(talk: render.Talk) -> tuple[Answer, ...]:
         if follow is not None and cancel is not None:
@@ -567,11 +567,11 @@ def ops(
         (target,) = call.targets(only_one=True)
         if cancel is not None:
             return (ask(target, "cancel", {"operation": cancel}, talk.hear),)
-        return command.in_turn(
-            call, [target], talk, lambda target: command.attended(call, target, {"operation": follow}, talk, "follow")
+        return runner.in_turn(
+            call, [target], talk, lambda target: runner.attended(call, target, {"operation": follow}, talk, "follow")
         )
 
-    command.carry_out(call, run, lambda answers: command.change_lines(call, answers), key="result")
+    runner.carry_out(call, run, lambda answers: runner.change_lines(call, answers), key="result")
 
 
 @_command(
@@ -599,9 +599,9 @@ def deploy(
         from mlxops.control.deploy import Wish
 
         wish = Wish(mlxctl, Path(wheels) if wheels else None, rollback, dry_run)
-        return command.in_turn(call, call.targets(), talk, lambda target: client.deploy(target, talk.hear, wish))
+        return runner.in_turn(call, call.targets(), talk, lambda target: client.deploy(target, talk.hear, wish))
 
-    command.carry_out(call, run, lambda answers: command.change_lines(call, answers), key="result")
+    runner.carry_out(call, run, lambda answers: runner.change_lines(call, answers), key="result")
 
 
 def _need(value: str | None, flag: str, example: str) -> str:
@@ -723,7 +723,7 @@ def faults(
 def _develop(name: str, run: Callable[[], None], *, json: bool = False) -> None:
     """A task for those who work on mlxops: it needs the checkout, and says so."""
     call = Call(name, None, local=True, json=json, debug=False)
-    folder = command.beside()
+    folder = runner.beside()
     try:
         if folder is None or not (folder / "tests" / "lab").is_dir():
             raise UsageError(
@@ -737,9 +737,9 @@ def _develop(name: str, run: Callable[[], None], *, json: bool = False) -> None:
             sys.path.insert(0, str(folder))
         run()
     except MlxopsError as error:
-        raise SystemExit(command.fail(call, error)) from None
+        raise SystemExit(runner.fail(call, error)) from None
     except KeyboardInterrupt:
-        raise SystemExit(command.fail(call, command.interrupted(call))) from None
+        raise SystemExit(runner.fail(call, runner.interrupted(call))) from None
     except (RuntimeError, OSError, ModuleNotFoundError) as error:
         failed = MlxopsError(
             f"{name}_failed",
@@ -747,7 +747,7 @@ def _develop(name: str, run: Callable[[], None], *, json: bool = False) -> None:
             why=str(error) or type(error).__name__,
             hint="pip install -e '.[dev]' has what it needs",
         )
-        raise SystemExit(command.fail(call, failed)) from None
+        raise SystemExit(runner.fail(call, failed)) from None
 
 
 namespace = Collection(

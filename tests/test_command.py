@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
-from mlxops import command, tasks
-from mlxops.command import Call, LeftError
+from mlxops import tasks
+from mlxops.cli import runner
+from mlxops.cli.runner import Call, LeftError
 from mlxops.control.client import Answer, Target
 from mlxops.control.render import Talk
 from mlxops.core.errors import Exit, Interrupted, MlxopsError, Refused, UsageError
@@ -26,7 +27,7 @@ CALL = Call("restore", "a,b,c", local=False, json=True, debug=False)
 class TestInTurn:
     @staticmethod
     def run(one: Callable[[Target], Answer], targets: list[Target] = HOSTS) -> tuple[Answer, ...]:
-        return command.in_turn(CALL, targets, Talk(many=False), one)
+        return runner.in_turn(CALL, targets, Talk(many=False), one)
 
     def test_one_that_fails_keeps_nobody_else(self) -> None:
         def one(target: Target) -> Answer:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxops.program import with_flags
+from mlxops.cli.program import with_flags
 from tests.lab.homelab import CHECKOUT
 from tests.properties import PROPERTY
 

@@ -56,8 +56,8 @@ class NothingBeforeError(ProblemError):
     exit = 3
 
 
-CONTROL = {"control", "command.py", "entry.py", "mlxctl.py", "program.py", "tasks.py"}
-"""What of the package an agent alone does not need."""
+AGENT = {"__init__.py", "agent", "common", "core"}
+"""What an agent needs of the package. `mlxctl` needs the rest, too."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def install(state: Path, options: Options, archive: bytes) -> dict[str, object]:
     # Once asked for, it comes along with every further deploy: half a mlxctl would be none.
     full = options.mlxctl or script.exists()
     requirements = wanted([*options.requirements, *(options.control if full else ())])
-    modules = [*map(imported, requirements), *(["mlxops.program"] if full else [])]
+    modules = [*map(imported, requirements), *(["mlxops.cli.program"] if full else [])]
     whole = (home / STAMP).is_file() and not fault(home, options.build, modules)
     changed = not whole or not points_to(link, home)
     if options.dry_run:
@@ -310,7 +310,7 @@ def unpack(archive: bytes, folder: Path, wheels: Path, *, full: bool) -> None:
             parts = Path(member.name).parts
             if source is None or len(parts) < 2 or parts[0] not in {"mlxops", "wheels"} or ".." in parts:
                 raise ProblemError("the archive is not mlxops's", member.name, "deploy again")
-            if parts[0] == "mlxops" and not full and parts[1] in CONTROL:
+            if parts[0] == "mlxops" and not full and parts[1] not in AGENT:
                 continue
             target = wheels / parts[-1] if parts[0] == "wheels" else folder / member.name
             target.parent.mkdir(parents=True, exist_ok=True)

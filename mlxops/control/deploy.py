@@ -193,8 +193,8 @@ def archive(wheels: Path | None = None) -> bytes:
 
 
 def _control_sources() -> list[Path]:
-    alone = (PACKAGE / name for name in ("command.py", "entry.py", "mlxctl.py", "program.py", "tasks.py"))
-    return [*sorted((PACKAGE / "control").rglob("*.py")), *alone]
+    folders = (PACKAGE / name for name in ("cli", "control"))
+    return [*(path for folder in folders for path in sorted(folder.rglob("*.py"))), *sorted(PACKAGE.glob("[!_]*.py"))]
 
 
 def _search(transport: Transport, places: Sequence[str]) -> _Search:

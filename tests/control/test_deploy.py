@@ -103,9 +103,8 @@ def test_a_fresh_host_gets_a_whole_agent_over_ssh(tmp_path: Path, monkeypatch: p
         "__init__.py",
         "__pycache__",
         "agent",
-        "build.py",
+        "common",
         "core",
-        "deadline.py",
     ]
     python = state / "venv" / "bin" / "python"
     subprocess.run([python, "-I", "-c", "import huggingface_hub"], check=True)

@@ -15,6 +15,7 @@ from invoke.parser import Parser
 
 import mlxops
 from mlxops.agent.engines.base import check_args
+from mlxops.cli.program import with_flags
 from mlxops.control.hints import TASKS, aimed, aimed_error, aimed_event
 from mlxops.core import planner
 from mlxops.core.errors import MlxopsError, Refused
@@ -22,7 +23,6 @@ from mlxops.core.ports import World
 from mlxops.core.protocol import Done, Failed, Line, Note, Phase
 from mlxops.core.registry import Model, parse
 from mlxops.core.settings import PortRange, Settings
-from mlxops.program import with_flags
 from mlxops.tasks import namespace
 from tests.properties import PROPERTY
 

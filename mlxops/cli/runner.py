@@ -12,7 +12,7 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING
 
-from mlxops import entry
+from mlxops.cli import startup
 from mlxops.control import render
 from mlxops.control.client import Answer, Target, ask, ask_all, local_python
 from mlxops.control.hints import aimed, aimed_error
@@ -108,7 +108,7 @@ def carry_out(
     """
     code: int = Exit.DONE
     answers: tuple[Answer, ...] = ()
-    entry.interruptible()
+    startup.interruptible()
     try:
         with render.Talk(many=False) as talk:
             answers = run(talk)
@@ -129,7 +129,7 @@ def carry_out(
         from traceback import format_exc
 
         code = fail(call, bug(error, format_exc()))
-    entry.told()
+    startup.told()
     gc.freeze()  # the interpreter collects several times when it ends: a tenth of the time that a `status` takes
     if code:
         raise SystemExit(code)
