@@ -16,7 +16,7 @@ from mlxops.cli import runner
 from mlxops.cli.runner import Call, Send
 from mlxops.control import client, render
 from mlxops.control.client import Answer, Target, ask, ask_all, gateway_warning
-from mlxops.core import model_options, names
+from mlxops.core import names
 from mlxops.core.errors import MlxopsError, UsageError
 from mlxops.core.protocol import Event, Line, Note
 
@@ -272,6 +272,8 @@ def set_(
     """Change a model's own settings in the registry."""
 
     def given() -> Mapping[str, object]:
+        from mlxops.core import model_options
+
         words = list(set or ())
         model_options.parse(words)
         return {

@@ -122,18 +122,60 @@ def test_core_opens_no_file_and_prints_nothing() -> None:
     assert not used
 
 
-@pytest.mark.parametrize(
-    ("package", "allowed"),
-    [
-        ("agent", ("mlxops.agent", "mlxops.core", "mlxops.common", "mlxops.__version__")),
-        (
-            "control",
-            ("mlxops.control", "mlxops.core", "mlxops.common", "mlxops.__version__"),
-        ),
-    ],
-)
-def test_agent_and_control_know_core_and_never_each_other(package: str, allowed: tuple[str, ...]) -> None:
-    wrong = [each for each in everything_below(package) if each.top == "mlxops" and not within(each, *allowed)]
+SIDES = {
+    "core": {"core"},
+    "common": {"common", "core"},
+    "agent": {"agent", "common", "core"},
+    "control": {"control", "common", "core"},
+    "cli": {"cli", "control", "common", "core", "tasks"},
+    "tasks": {"tasks", "devtasks", "cli", "control", "common", "core"},
+}
+"""What each part of the package may import of the package. Control node and agent never import each other."""
+
+ROOMS = {
+    "paths": set[str](),
+    "host": set(),
+    "state": {"paths", "host"},
+    "hub": {"paths", "host", "state"},
+    "service": {"paths", "host", "state"},
+    "engines": {"paths", "host", "state"},
+    "serving": {"paths", "host", "state", "hub", "service", "engines"},
+    "agreement": {"paths", "state"},
+    "context": {"paths", "host", "state", "engines", "serving"},
+    "operations": {"paths", "host", "state", "hub", "service", "engines", "serving", "context"},
+    "worker": {"paths", "host", "state", "serving", "agreement", "context", "operations"},
+    "boot_restore": {"paths", "host", "state", "context", "operations", "worker"},
+    "install": set(),
+    "__main__": {"paths", "host", "state", "agreement", "context", "operations", "worker", "boot_restore"},
+}
+"""What each room of the agent may import of the agent. A room only names rooms above it, so there is no circle."""
+
+
+@pytest.mark.parametrize("part", SIDES)
+def test_a_side_of_the_package_imports_only_what_it_may(part: str) -> None:
+    paths = [PACKAGE / f"{part}.py"] if (PACKAGE / f"{part}.py").exists() else sorted((PACKAGE / part).rglob("*.py"))
+    found = [each for path in paths for each in imports(path) if each.top == "mlxops"]
+    allowed = [f"mlxops.{name}" for name in (*SIDES[part], "__version__")]
+    wrong = [each for each in found if not within(each, *allowed)]
+    assert found and not wrong, listed(wrong)
+
+
+def test_rooms_of_the_agent_import_only_rooms_above_them() -> None:
+    known: set[str] = set()
+    for room, allowed in ROOMS.items():
+        assert allowed <= known, f"{room} names a room below it"
+        known.add(room)
+    parts = {path.name.removesuffix(".py") for path in (PACKAGE / "agent").iterdir()} - {"__init__", "__pycache__"}
+    assert parts == set(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_of_the_agent_imports_only_what_it_may(room: str) -> None:
+    single = PACKAGE / "agent" / f"{room}.py"
+    paths = [single] if single.exists() else sorted((PACKAGE / "agent" / room).rglob("*.py"))
+    found = [each for path in paths for each in imports(path) if within(each, "mlxops.agent")]
+    allowed = [f"mlxops.agent.{name}" for name in (room, *ROOMS[room])]
+    wrong = [each for each in found if not within(each, *allowed)]
     assert not wrong, listed(wrong)
 
 
@@ -169,53 +211,40 @@ def test_nothing_of_mlxops_imports_a_test() -> None:
     assert not wrong, listed(wrong)
 
 
-STATUS_ON_A_HOST = {
-    "mlxops": {"", "agent", "build", "core"},
-    "mlxops.core": {"errors", "families", "names", "protocol", "registry", "settings", "text", "units", "world"},
-    "mlxops.agent": {
-        *(
-            "agreement",
-            "engine",
-            "engines",
-            "flocks",
-            "interrupted",
-            "journal",
-            "logs",
-            "observe",
-            "operations",
-            "place",
-            "processes",
-            "reading",
-            "servers",
-            "sockets",
-        ),
-        *("store", "system", "worker"),
-    },
-    "mlxops.agent.operations": {"context", "drift", "look", "ops"},
-}
+STATUS_ON_A_HOST = """
+mlxops
+mlxops.agent: agreement context paths worker
+mlxops.agent.engines: base
+mlxops.agent.host: programs sockets system
+mlxops.agent.operations: drift ops status
+mlxops.agent.serving: logs observe processes servers
+mlxops.agent.state: locks operation_log recovery store
+mlxops.common: build files
+mlxops.core: errors model_options names ports protocol registry settings text
+"""
 """What the agent imports of mlxops for a `status` of a host where nothing runs; the engines beside, which are found."""
-STATUS_ASKS = {
-    "mlxops": {"", "build", "command", "control", "core", "entry", "tasks"},
-    "mlxops.core": {"errors", "fields", "names", "protocol", "settings", "text", "units"},
-    "mlxops.control": {"client", "files", "hints", "inventory", "lines", "local", "render", "session", "ssh_config"},
-}
+STATUS_ASKS = """
+mlxops: tasks
+mlxops.cli: runner startup
+mlxops.common: build files
+mlxops.control: channel client hints inventory local render
+mlxops.control.ssh: config
+mlxops.core: errors names protocol settings text
+"""
 """What the control node imports for it, with `--local`."""
-_SSH = {
-    "host_keys",
-    "identities",
-    "known_hosts",
-    "login",
-    "negotiation",
-    "private_keys",
-    "public_keys",
-    "ssh_agent",
-    "transport",
-}
-OVER_SSH = STATUS_ASKS | {"mlxops.control": STATUS_ASKS["mlxops.control"] | _SSH}
+OVER_SSH = """
+mlxops.control.ssh: agent auth config connection host_keys identities known_hosts negotiation private_keys public_keys
+"""
+"""What it imports beside that, over SSH."""
 
 
-def listed_modules(names: dict[str, set[str]]) -> set[str]:
-    return {f"{package}.{name}".rstrip(".") for package, found in names.items() for name in found}
+def expected(modules: str) -> set[str]:
+    """Return the modules of lines such as `mlxops.core: errors names`; a line without a colon is a module itself."""
+    found = set()
+    for line in modules.split("\n"):
+        package, _, names = line.partition(":")
+        found |= {f"{package}.{name}" for name in names.split()} | ({package} if package else set())
+    return found
 
 
 def imported_by(stderr: str) -> set[str]:
@@ -237,7 +266,8 @@ def test_status_on_a_host_imports_only_what_it_needs(tmp_path: Path) -> None:
     )
     assert json.loads(done.stdout.splitlines()[-1])["event"] == "done"
     imported = imported_by(done.stderr.decode())
-    assert {module for module in imported if within_name(module)} == listed_modules(STATUS_ON_A_HOST)
+    ours = {module for module in imported if within_name(module)}
+    assert ours == expected(STATUS_ON_A_HOST)
     slow = {
         *("huggingface_hub", "httpx", "requests", "psutil", "yaml", "rich", "invoke", "fabric", "paramiko"),
         *("asyncio", "http.server", "unittest", "multiprocessing", "concurrent.futures", "logging", "urllib.request"),
@@ -268,7 +298,8 @@ def test_status_asks_with_no_more_than_it_needs(tmp_path: Path) -> None:
     )
     assert "8100" in done.stdout
     imported = imported_by(done.stderr)
-    assert {module for module in imported if within_name(module)} == listed_modules(STATUS_ASKS)
+    ours = {module for module in imported if within_name(module)}
+    assert ours == expected(STATUS_ASKS)
     assert not imported & {"fabric", "paramiko", "rich", "huggingface_hub", "psutil", "cryptography"}
 
 

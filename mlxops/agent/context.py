@@ -236,10 +236,15 @@ class Context:
             raise busy(name, held, attach=self.is_wanted_too(held, port))
         try:
             if held.left is not None:
-                recovery.settle(self, held.left.id, held.left.port)
+                self._settle(held.left)
             yield
         finally:
             held.release()
+
+    def _settle(self, left: Operation) -> None:
+        settled = recovery.settle(self.store, left.id, left.port, by=self.operation)
+        if settled is not None:
+            self.note(f"{settled}; what it left is repaired", "warning")
 
     def is_wanted_too(self, other: Operation, port: int | None) -> bool:
         """Whether another operation does just what this one is to do; `port` None: wherever it does it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,15 +37,25 @@ class Place:
 
 def place(settings: Settings, environ: Mapping[str, str]) -> Place:
     """Raises `Refused` (no_home) if a path needs a home directory and there is none."""
-    hub = _absolute(settings.hub, environ) if settings.hub else _default_hub(environ)
+    hub = _absolute(settings.hub, environ) if settings.hub else default_hub(environ)
     registry = _absolute(settings.registry, environ) if settings.registry else hub / "registry.json"
     return Place(settings, hub, registry, _absolute(settings.state, environ))
 
 
-def _default_hub(environ: Mapping[str, str]) -> Path:
-    from mlxops.agent.hub.cache import default_hub
+def default_hub(environ: Mapping[str, str]) -> Path:
+    """Where huggingface_hub keeps its cache in this environment (its `constants.py`)."""
+    home = environ.get("HOME") or str(Path.home())
+    cache = environ.get("XDG_CACHE_HOME", f"{home}/.cache")
+    hf_home = _expanded(environ.get("HF_HOME", f"{cache}/huggingface"), home, environ)
+    hub = environ.get("HF_HUB_CACHE", environ.get("HUGGINGFACE_HUB_CACHE", f"{hf_home}/hub"))
+    return Path(_expanded(hub, home, environ))
 
-    return default_hub(environ)
+
+def _expanded(path: str, home: str, environ: Mapping[str, str]) -> str:
+    """`~` and `$NAME`, as os.path.expanduser and expandvars would in that environment."""
+    if path == "~" or path.startswith("~/"):
+        path = home + path[1:]
+    return re.sub(r"\$(?:(\w+)|\{([^}]*)\})", lambda m: environ.get(m[1] or m[2], m[0]), path, flags=re.ASCII)
 
 
 def _absolute(path: str, environ: Mapping[str, str]) -> Path:

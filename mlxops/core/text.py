@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
+_TERMINAL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[@-_]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
 
 class NotUTF8(ValueError):
     """`what`: what the bytes are instead; `line`: the first bad line, 0 for all of them."""
@@ -53,3 +57,8 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def clean(text: str) -> str:
+    """Return text without control characters and terminal escapes."""
+    return _TERMINAL.sub("", text)

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlxops.agent.hub.cache import Scan, Skipped, Snapshot, completeness, default_hub, find, inspect, roots, scan
+from mlxops.agent.hub.cache import Scan, Skipped, Snapshot, completeness, find, inspect, roots, scan
+from mlxops.agent.paths import default_hub
 from tests.lab.models import install_snapshot, repo_folder
 
 REPO = "org/model"

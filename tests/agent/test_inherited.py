@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from mlxops.agent.host.processes import environment, spawn
+from mlxops.agent.host.programs import environment
 from mlxops.agent.host.system import this_system
+from mlxops.agent.serving.processes import spawn
 from tests.lab.homelab import Completed, Homelab, Studio, run, script
 from tests.lab.world import wait_until
 from tests.steps import listener, nothing_runs, register, with_fake

@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from mlxops.agent.context import Context
-from mlxops.agent.host.system import this_system
 from mlxops.agent.paths import place
 from mlxops.agent.state import recovery
 from mlxops.agent.state.operation_log import create
 from mlxops.agent.state.store import Store
-from mlxops.core.protocol import Event, Note, Request
+from mlxops.core.protocol import Request
 from mlxops.core.settings import Settings
 
 
@@ -25,9 +23,6 @@ def test_the_next_one_names_it_writes_its_end_and_removes_what_it_was_writing(tm
     os.close(lock)
     half = store.state / "run" / ".8100.json.999999999.0123abcd.tmp"
     half.write_text("{")
-    told: list[Event] = []
-    context = Context(Request("load", {}, settings, ""), where, store, this_system(), told.append, {}, "next")
-    recovery.settle(context, journal.id, 8100)
-    (note,) = told
-    assert isinstance(note, Note) and "load a on 8100" in note.message
+    settled = recovery.settle(store, journal.id, 8100, by="next")
+    assert settled is not None and "load a on 8100" in settled
     assert journal.ended and not half.exists()

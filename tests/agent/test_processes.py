@@ -15,9 +15,11 @@ from typing import cast
 
 import pytest
 
-from mlxops.agent.host import processes
-from mlxops.agent.host.processes import MARK, Gated, environment, leader, members, spawn, stop
+from mlxops.agent.host import programs
+from mlxops.agent.host.programs import MARK, environment
 from mlxops.agent.host.system import Look, Process, System, this_system
+from mlxops.agent.serving import processes
+from mlxops.agent.serving.processes import Gated, leader, members, spawn, stop
 from mlxops.agent.serving.servers import find
 from mlxops.core.errors import NotStarted, Refused
 from mlxops.core.ports import Run
@@ -134,7 +136,7 @@ def test_if_who_starts_it_is_killed_before_the_record_is_written_the_engine_neve
     program = f"""
 import sys
 from pathlib import Path
-from mlxops.agent.host.processes import spawn
+from mlxops.agent.serving.processes import spawn
 from mlxops.agent.host.system import this_system
 folder = Path({str(tmp_path)!r})
 print(spawn(this_system(), ["/bin/sh", "-c", "echo > ran"], {{}}, folder, folder / "log").pid, flush=True)
@@ -357,7 +359,7 @@ def test_of_a_program_that_only_prints_something_nothing_is_left(
 
     monkeypatch.setattr(subprocess, "Popen", Late)
     text = f"sleep 1000 >/dev/null 2>&1 & echo $! >{tmp_path}/new; mv {tmp_path}/new {tmp_path}/pid; wait"
-    assert processes.ask([SH, "-c", text], {"PATH": "/usr/bin:/bin"}, 1) == (None, "")
+    assert programs.ask([SH, "-c", text], {"PATH": "/usr/bin:/bin"}, 1) == (None, "")
     child = int((tmp_path / "pid").read_text())
     try:
         wait_until(lambda: (seen := SYSTEM.process(child)) is None or seen.zombie, 5, "the end of its child")

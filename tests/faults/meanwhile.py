@@ -455,7 +455,8 @@ def _an_operation_that_is_being_born(arena: Arena) -> None:
     def hold(journal: Journal) -> int:
         if not looked:
             looked.append(oracle.drift_codes(arena))
-            recovery.settle_all(arena.context("reconcile"))
+            ctx = arena.context("reconcile")
+            recovery.settle_all(ctx.store, ctx.where.settings.ports, by=ctx.operation, dry_run=False)
         return real(journal)
 
     with mock.patch.object(Journal, "hold", hold):

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mlxops.agent.engines.base import Command, Engine, Serving, installation_folders, site_packages, version_in
-from mlxops.agent.host import processes
+from mlxops.agent.host import programs
 from mlxops.agent.state.store import Store
 from mlxops.core.errors import Refused
 from mlxops.core.loadable import Abilities
@@ -53,7 +53,7 @@ def described(
 
 
 def _ask(engine: Engine, inquiry: Sequence[str], environ: Mapping[str, str]) -> str:
-    status, said = processes.ask(inquiry, processes.environment(environ, engine.environment(), ""), HELP_SECONDS)
+    status, said = programs.ask(inquiry, programs.environment(environ, engine.environment(), ""), HELP_SECONDS)
     if status == 0:
         return said
     last = next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "it said nothing")

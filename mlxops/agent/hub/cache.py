@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,6 @@ __all__ = [
     "Skipped",
     "Snapshot",
     "completeness",
-    "default_hub",
     "find",
     "inspect",
     "roots",
@@ -65,15 +64,6 @@ class Skipped:
 class Scan:
     snapshots: tuple[Snapshot, ...]
     skipped: tuple[Skipped, ...]
-
-
-def default_hub(environ: Mapping[str, str]) -> Path:
-    """Where huggingface_hub keeps its cache in this environment (its `constants.py`)."""
-    home = environ.get("HOME") or str(Path.home())
-    cache = environ.get("XDG_CACHE_HOME", f"{home}/.cache")
-    hf_home = _expanded(environ.get("HF_HOME", f"{cache}/huggingface"), home, environ)
-    hub = environ.get("HF_HUB_CACHE", environ.get("HUGGINGFACE_HUB_CACHE", f"{hf_home}/hub"))
-    return Path(_expanded(hub, home, environ))
 
 
 def roots(hub: Path) -> tuple[Path, ...]:
@@ -234,10 +224,3 @@ def _ref(repo: str, name: str) -> str | None:
     except (OSError, Damaged, ValueError):
         return None
     return commit if is_commit(commit) else None
-
-
-def _expanded(path: str, home: str, environ: Mapping[str, str]) -> str:
-    """`~` and `$NAME`, as os.path.expanduser and expandvars would in that environment."""
-    if path == "~" or path.startswith("~/"):
-        path = home + path[1:]
-    return re.sub(r"\$(?:(\w+)|\{([^}]*)\})", lambda m: environ.get(m[1] or m[2], m[0]), path, flags=re.ASCII)

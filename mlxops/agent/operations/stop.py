@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from mlxops.agent.context import Context
 from mlxops.agent.engines import ENGINES
-from mlxops.agent.host import processes
+from mlxops.agent.serving import processes
 from mlxops.core.errors import MlxopsError, OutcomeUnknown, Refused
 from mlxops.core.ports import Owner, PortView, Run, Server, State, run_of
 from mlxops.core.protocol import Phase

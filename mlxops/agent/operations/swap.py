@@ -12,12 +12,12 @@ from pathlib import Path
 from mlxops.agent.context import Context
 from mlxops.agent.engines import engine_named
 from mlxops.agent.engines.base import Command, Serving
-from mlxops.agent.host import processes
 from mlxops.agent.hub.snapshot import completeness
 from mlxops.agent.operations.model_files import cached
 from mlxops.agent.operations.prefetch import warm
 from mlxops.agent.operations.preflight import Prepared, commit, prepare
 from mlxops.agent.operations.stop import stop
+from mlxops.agent.serving import processes
 from mlxops.agent.serving.launch import Start, deadline_for
 from mlxops.agent.serving.logs import rotated
 from mlxops.core.errors import Interrupted, MlxopsError, NotStarted, OutcomeUnknown

@@ -21,19 +21,19 @@ from dataclasses import replace
 
 from mlxops.agent.engines import ENGINES
 from mlxops.agent.engines.base import Command, Engine, NoCompletion, Serving, complete
-from mlxops.agent.host import processes
-from mlxops.agent.host.processes import Gated
+from mlxops.agent.host import programs
 from mlxops.agent.host.system import System
 from mlxops.agent.hub.cache import is_commit
 from mlxops.agent.paths import Place
-from mlxops.agent.serving import logs
+from mlxops.agent.serving import logs, processes
 from mlxops.agent.serving.diagnosis import About, explain
 from mlxops.agent.serving.last_words import last_line
-from mlxops.agent.serving.logs import clean
+from mlxops.agent.serving.processes import Gated
 from mlxops.agent.state.store import Store, now, state_unwritable
 from mlxops.core.errors import MlxopsError, NotStarted
 from mlxops.core.ports import Answer, Run
 from mlxops.core.protocol import Event, Phase
+from mlxops.core.text import clean
 
 TRY_SECONDS = 0.02
 """How often a server that does not listen yet is tried, by a mere connect: what it costs to look at its processes too
@@ -131,7 +131,7 @@ class Start:
         self.engine.prepare(self.serving)
         self._head_log()
         extra = {**self.engine.environment(), **self.where.settings.env}
-        env = processes.environment(environ, extra, run_id)
+        env = programs.environment(environ, extra, run_id)
         self._gated = processes.spawn(self.system, self.argv, env, self.serving.folder, self.log)
         self._run = Run(
             port=self.serving.port,

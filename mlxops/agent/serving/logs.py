@@ -22,6 +22,7 @@ from mlxops.agent.state.locks import alone
 from mlxops.agent.state.store import named
 from mlxops.common.files import open_file
 from mlxops.core.errors import Busy
+from mlxops.core.text import clean
 
 KEPT = 3
 """Logs of earlier starts."""
@@ -36,12 +37,6 @@ CHECKED = 64
 """Bytes before a mark that its checksum is of."""
 POLL_SECONDS = 0.1
 _MARK = re.compile(r"[0-9a-f]{1,16}-[0-9a-f]{1,16}-[0-9a-f]{1,8}")
-_TERMINAL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[@-_]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-def clean(text: str) -> str:
-    """Text from outside without control characters and terminal escapes."""
-    return _TERMINAL.sub("", text)
 
 
 def rotate(log: Path) -> None:

@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxops.agent.engines import ENGINES
-from mlxops.agent.host import processes
 from mlxops.agent.host.system import Listener, Look, System, collides
 from mlxops.agent.paths import Place
-from mlxops.agent.serving import servers
-from mlxops.agent.serving.logs import clean
+from mlxops.agent.serving import processes, servers
 from mlxops.agent.serving.servers import Found
 from mlxops.agent.state.operation_log import Stand, stand_of
 from mlxops.agent.state.store import Store, utc
@@ -27,6 +25,7 @@ from mlxops.common import files
 from mlxops.core.errors import Interrupted, MlxopsError
 from mlxops.core.ports import Answer, BootClaim, JobState, Run, Server, Signals, Standing, World, drift, judge
 from mlxops.core.registry import Registry
+from mlxops.core.text import clean
 
 if TYPE_CHECKING:
     from mlxops.agent.service.boot_jobs import BootJobs

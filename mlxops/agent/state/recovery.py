@@ -10,16 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from mlxops.agent.state.operation_log import Journal, named, recent
 from mlxops.agent.state.store import Store, state_unreadable
 from mlxops.core.errors import Refused
 from mlxops.core.ports import Drift, Operation
 from mlxops.core.protocol import Failed
-
-if TYPE_CHECKING:
-    from mlxops.agent.context import Context
 
 
 @dataclass(frozen=True)
@@ -84,22 +80,26 @@ def drift(store: Store, ports: Iterable[int]) -> Iterator[Drift]:
         yield Drift("interrupted_operation", operation.port, operation.model, f"{cut} ({cut.journal.id})", hint)
 
 
-def settle(ctx: Context, operation: str, port: int | None) -> None:
-    """Name an operation that was cut short, and write its end."""
-    journal = named(ctx.store.state / "ops", operation)
+def settle(store: Store, operation: str, port: int | None, *, by: str) -> str | None:
+    """Write the end of an interrupted operation; return a sentence that names it, None if it was not interrupted.
+
+    `by`: the operation that repairs what it left.
+    """
+    journal = named(store.state / "ops", operation)
     cut = _cut(journal, port) if journal is not None and not journal.alive() else None
-    if cut is not None:
-        ctx.note(f"{cut} ({cut.journal.id}); what it left is put right", "warning")
-        _write_end(cut, ctx.operation)
-        ctx.store.remove_leftovers()
+    if cut is None:
+        return None
+    _write_end(cut, by)
+    store.remove_leftovers()
+    return f"{cut} ({cut.journal.id})"
 
 
-def settle_all(ctx: Context) -> list[str]:
-    """The same for every one of them; returns what they were, in words."""
-    found = list(find(ctx.store, ctx.where.settings.ports))
+def settle_all(store: Store, ports: Iterable[int], *, by: str, dry_run: bool) -> list[str]:
+    """Write the end of every interrupted operation, unless it is a dry run; return a sentence for each."""
+    found = list(find(store, ports))
     for cut in found:
-        if not ctx.request.dry_run:
-            _write_end(cut, ctx.operation)
+        if not dry_run:
+            _write_end(cut, by)
     return [f"{cut} ({cut.journal.id})" for cut in found]
 
 
