@@ -15,10 +15,10 @@ from invoke.tasks import Task, task
 from mlxops.cli import runner
 from mlxops.cli.runner import Call, Send
 from mlxops.control import client, render
-from mlxops.control.client import Answer, Target, ask, ask_all, gateway_warning
+from mlxops.control.client import HostReply, HostTarget, ask, ask_all, gateway_warning
 from mlxops.core import names
 from mlxops.core.errors import MlxopsError, UsageError
-from mlxops.core.protocol import Event, Line, Note
+from mlxops.core.protocol import Event, LogLine, Note
 
 HOST = "host in hosts.yaml"
 HOSTS = "host or hosts in hosts.yaml, separated by commas"
@@ -101,7 +101,7 @@ def status(
     if not watch and interval is None:
         return runner.read(call, render.status_table, {"probe": probe}, strict=strict)
 
-    def run(talk: render.Talk) -> tuple[Answer, ...]:
+    def run(console: render.Console) -> tuple[HostReply, ...]:
         from mlxops.control.watch import command as live
 
         if not watch:
@@ -111,7 +111,7 @@ def status(
             why = "a completion from every ready port at every look would be load, not watching"
             raise UsageError("probe_or_watch", "--probe and --watch exclude each other", why=why, hint="leave one out")
         seconds = live.interval_of(interval)
-        answers = live.stay(call.targets(all_by_default=True), seconds, talk, json=call.json, until_drift=strict)
+        answers = live.stay(call.targets(all_by_default=True), seconds, console, json=call.json, until_drift=strict)
         return tuple(map(runner.drift_refused, answers)) if strict else answers
 
     runner.carry_out(call, run, None)
@@ -161,22 +161,24 @@ def load(
     runner.change(call, given, around=lambda *asked: _with_gateway(call, *asked), after=_warn_if_unreachable)
 
 
-def _with_gateway(call: Call, target: Target, args: Mapping[str, object], talk: render.Talk, send: Send) -> Answer:
+def _with_gateway(
+    call: Call, target: HostTarget, args: Mapping[str, object], console: render.Console, send: Send
+) -> HostReply:
     """A change after which a port serves something else: the gateway's names first, its receipt last."""
     if call.gateway is None:
         return send(args)
     from mlxops.control.gateway import check as gateway
 
-    return gateway.load(call.gateway, target, args, talk, send)
+    return gateway.load(call.gateway, target, args, console, send)
 
 
-def _warn_if_unreachable(talk: render.Talk, answer: Answer) -> None:
+def _warn_if_unreachable(console: render.Console, answer: HostReply) -> None:
     """The gateway is where we are: what we cannot connect to, it cannot either."""
     result = answer.result or {}
     if result.get("state") == "ready" and not result.get("dry_run"):
         warning = gateway_warning(str(result.get("url")))
         if warning:
-            talk.note(f"warning: {warning}")
+            console.note(f"warning: {warning}")
 
 
 @_command(
@@ -301,7 +303,7 @@ def unload_all(
     runner.change(call, lambda: {"dry_run": dry_run}, several=True, before=before)
 
 
-def _confirm(targets: Sequence[Target], talk: render.Talk) -> None:
+def _confirm(targets: Sequence[HostTarget], console: render.Console) -> None:
     """Show what would go and ask, once for all; where nobody can answer, `--yes` must."""
     if not sys.stdin.isatty():
         raise UsageError(
@@ -310,14 +312,14 @@ def _confirm(targets: Sequence[Target], talk: render.Talk) -> None:
             why="nothing is asked when standard input is not a terminal",
             hint="add --yes; or --dry-run to see what it would stop",
         )
-    talk.many = len(targets) > 1
-    for answer in ask_all(targets, "unload-all", {"dry_run": True}, talk.hear):
+    console.many = len(targets) > 1
+    for answer in ask_all(targets, "unload-all", {"dry_run": True}, console.hear):
         if answer.error is not None:
             # Of what cannot be shown, nobody can say that it may go.
-            talk.hear(answer.host, Note("it cannot be shown what would be stopped, so nothing is", "warning"))
+            console.hear(answer.host, Note("it cannot be shown what would be stopped, so nothing is", "warning"))
             raise answer.error
         for line in render.change_lines("unload-all", answer.result or {}).splitlines():
-            talk.hear(answer.host, Note(line.removesuffix(" (dry run, nothing changed)")))
+            console.hear(answer.host, Note(line.removesuffix(" (dry run, nothing changed)")))
     sys.stderr.write("Unload all of this? [y/N] ")
     sys.stderr.flush()
     if sys.stdin.readline().strip().lower() not in {"y", "yes"}:
@@ -347,7 +349,7 @@ def gateway(
     if print or env:
         return _entries(call, env, print=print)
 
-    def run(talk: render.Talk) -> tuple[Answer, ...]:
+    def run(console: render.Console) -> tuple[HostReply, ...]:
         from mlxops.control.gateway import check as gateway
         from mlxops.control.gateway.config import read
 
@@ -360,7 +362,7 @@ def gateway(
             )
         told = read(call.gateway)
         targets = call.targets(all_by_default=True)
-        answers = gateway.check(told, targets, ask_all(targets, call.command, {}, talk.hear))
+        answers = gateway.check(told, targets, ask_all(targets, call.command, {}, console.hear))
         return gateway.pass_through(call.gateway, told, answers) if through else answers
 
     runner.carry_out(call, run, render.gateway_table)
@@ -373,14 +375,14 @@ def _entries(call: Call, env: bool, *, print: bool) -> None:
     document: dict[str, object] = {}
     environ: dict[str, str] = {}
 
-    def run(talk: render.Talk) -> tuple[Answer, ...]:
+    def run(console: render.Console) -> tuple[HostReply, ...]:
         if not print:
             why = "it is a form of what is printed; the check itself reads the env file that hosts.yaml names"
             raise UsageError("print_missing", "--env goes with --print", why=why, hint="add --print, or leave it out")
         made, variables = gateway.printed(call.targets(all_by_default=True), env=env)
         document.update(made)
         environ.update(variables)
-        return (Answer("gateway", {**document, "environ": environ}),)
+        return (HostReply("gateway", {**document, "environ": environ}),)
 
     runner.carry_out(call, run, lambda answers: gateway.as_yaml(document, environ))
 
@@ -515,18 +517,18 @@ def logs(
     call = Call("logs", host, local, json, debug, many=follow)
     kept: list[str] = []
 
-    def run(talk: render.Talk) -> tuple[Answer, ...]:
+    def run(console: render.Console) -> tuple[HostReply, ...]:
         args = {"port": _need(port, "--port", "logs --port 8100"), "lines": _lines_asked(lines), "follow": follow}
         (target,) = call.targets(only_one=True)
         runner.check(target, args)
 
         def hear(host: str, event: Event) -> None:
-            if isinstance(event, Line) and json and follow:
+            if isinstance(event, LogLine) and json and follow:
                 render.say(render.json_line({"host": host, "line": event.text}))
-            elif isinstance(event, Line) and json:
+            elif isinstance(event, LogLine) and json:
                 kept.append(event.text)
             else:
-                talk.hear(host, event)
+                console.hear(host, event)
 
         answer = ask(target, "logs", args, hear)
         return (replace(answer, result={**answer.result, "lines": kept}) if answer.result else answer,)
@@ -557,7 +559,7 @@ def ops(
     if follow is None and cancel is None:
         return runner.read(call, render.ops_table, all_by_default=False)
 
-    def run(talk: render.Talk) -> tuple[Answer, ...]:
+    def run(console: render.Console) -> tuple[HostReply, ...]:
         if follow is not None and cancel is not None:
             why = "one waits for an operation's end, the other brings it about"
             raise UsageError(
@@ -568,9 +570,12 @@ def ops(
             )
         (target,) = call.targets(only_one=True)
         if cancel is not None:
-            return (ask(target, "cancel", {"operation": cancel}, talk.hear),)
+            return (ask(target, "cancel", {"operation": cancel}, console.hear),)
         return runner.in_turn(
-            call, [target], talk, lambda target: runner.attended(call, target, {"operation": follow}, talk, "follow")
+            call,
+            [target],
+            console,
+            lambda target: runner.attended(call, target, {"operation": follow}, console, "follow"),
         )
 
     runner.carry_out(call, run, lambda answers: runner.change_lines(call, answers), key="result")
@@ -597,11 +602,11 @@ def deploy(
     """Install or upgrade the agent on a host."""
     call = Call("deploy", host, local, json, debug)
 
-    def run(talk: render.Talk) -> tuple[Answer, ...]:
-        from mlxops.control.deploy import Wish
+    def run(console: render.Console) -> tuple[HostReply, ...]:
+        from mlxops.control.deploy import DeployOptions
 
-        wish = Wish(mlxctl, Path(wheels) if wheels else None, rollback, dry_run)
-        return runner.in_turn(call, call.targets(), talk, lambda target: client.deploy(target, talk.hear, wish))
+        wish = DeployOptions(mlxctl, Path(wheels) if wheels else None, rollback, dry_run)
+        return runner.in_turn(call, call.targets(), console, lambda target: client.deploy(target, console.hear, wish))
 
     runner.carry_out(call, run, lambda answers: runner.change_lines(call, answers), key="result")
 

@@ -12,27 +12,27 @@ import pytest
 from mlxops import tasks
 from mlxops.cli import runner
 from mlxops.cli.runner import Call, LeftError
-from mlxops.control.client import Answer, Target
-from mlxops.control.render import Talk
+from mlxops.control.client import HostReply, HostTarget
+from mlxops.control.render import Console
 from mlxops.core.errors import Exit, Interrupted, MlxopsError, Refused, UsageError
 from mlxops.core.settings import Settings
 from tests.lab.homelab import Homelab
 from tests.lab.wired import client
 from tests.steps import Ask, error_of, register, with_fake
 
-HOSTS = [Target(name, name, (), Settings()) for name in ("a", "b", "c")]
+HOSTS = [HostTarget(name, name, (), Settings()) for name in ("a", "b", "c")]
 CALL = Call("restore", "a,b,c", local=False, json=True, debug=False)
 
 
 class TestInTurn:
     @staticmethod
-    def run(one: Callable[[Target], Answer], targets: list[Target] = HOSTS) -> tuple[Answer, ...]:
-        return runner.in_turn(CALL, targets, Talk(many=False), one)
+    def run(one: Callable[[HostTarget], HostReply], targets: list[HostTarget] = HOSTS) -> tuple[HostReply, ...]:
+        return runner.in_turn(CALL, targets, Console(many=False), one)
 
     def test_one_that_fails_keeps_nobody_else(self) -> None:
-        def one(target: Target) -> Answer:
+        def one(target: HostTarget) -> HostReply:
             error = Refused("x", "x", why="x", hint="x") if target.name == "b" else None
-            return Answer(target.name, {}, error)
+            return HostReply(target.name, {}, error)
 
         assert [(each.host, each.error is None) for each in self.run(one)] == [("a", True), ("b", False), ("c", True)]
 
@@ -40,20 +40,20 @@ class TestInTurn:
     def test_ctrl_c_ends_the_whole_and_tells_of_each(self, left: bool) -> None:
         asked = []
 
-        def one(target: Target) -> Answer:
+        def one(target: HostTarget) -> HostReply:
             asked.append(target.name)
             if target.name == "a":
-                return Answer("a", {})
-            raise LeftError(Answer("b", error=Interrupted("left", "l"))) if left else KeyboardInterrupt
+                return HostReply("a", {})
+            raise LeftError(HostReply("b", error=Interrupted("left", "l"))) if left else KeyboardInterrupt
 
         first, second, third = self.run(one)
-        assert asked == ["a", "b"] and first == Answer("a", {})
+        assert asked == ["a", "b"] and first == HostReply("a", {})
         assert second.error is not None and second.error.code == ("left" if left else "interrupted")
         assert third.error is not None and third.error.code == "not_asked"
         assert third.error.exit is Exit.INTERRUPTED and "--host c" in third.error.hint
 
     def test_before_anything_was_done_it_is_the_commands_own_end(self) -> None:
-        def one(target: Target) -> Answer:
+        def one(target: HostTarget) -> HostReply:
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
@@ -68,17 +68,19 @@ class TestUnloadAllAsks:
                 return True
 
         def run(said: str, **errors: Refused) -> None:
-            def ask_all(targets: list[Target], name: str, args: Mapping[str, object], listen: object) -> list[Answer]:
+            def ask_all(
+                targets: list[HostTarget], name: str, args: Mapping[str, object], listen: object
+            ) -> list[HostReply]:
                 assert (name, args) == ("unload-all", {"dry_run": True})
                 rows = [{"model": "m", "port": 8100, "dry_run": True, "plan": {"stops": ["m"]}}]
                 return [
-                    Answer(each.name, None if each.name in errors else {"ports": rows}, errors.get(each.name))
+                    HostReply(each.name, None if each.name in errors else {"ports": rows}, errors.get(each.name))
                     for each in targets
                 ]
 
             monkeypatch.setattr(tasks, "ask_all", ask_all)
             monkeypatch.setattr("sys.stdin", Terminal(said))
-            tasks._confirm(HOSTS[:2], Talk(many=False))
+            tasks._confirm(HOSTS[:2], Console(many=False))
 
         return run
 

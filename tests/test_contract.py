@@ -65,7 +65,7 @@ def _events() -> Iterator[str]:
     for event in (
         protocol.Hello("1", ""),
         protocol.Started(""),
-        protocol.Line(""),
+        protocol.LogLine(""),
         protocol.Reached(""),
         protocol.Note(""),
         protocol.Phase("check", ""),

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from mlxops import __version__
 from mlxops.agent.agreement import agree, agree_anew, refuse_others
-from mlxops.agent.paths import Place, closed, place
+from mlxops.agent.paths import HostPaths, closed, host_paths
 from mlxops.agent.state.locks import NoLocks, flock_within
 from mlxops.agent.state.store import Store
 from mlxops.common.build import build_id
@@ -45,7 +45,7 @@ from mlxops.core.protocol import (
 )
 
 if TYPE_CHECKING:
-    from mlxops.agent.state.operation_log import Journal
+    from mlxops.agent.state.operation_log import OperationLog
 
 GARBAGE = 50_000
 """Objects more than before, after which they are looked through for garbage: mostly never, and not a hundred times."""
@@ -161,26 +161,26 @@ def _asked_again() -> bool:
 
 
 def _carry_out(request: Request) -> int:
-    where = place(request.settings, os.environ)
-    store = Store(where.state, where.registry)
+    paths = host_paths(request.settings, os.environ)
+    store = Store(paths.state, paths.registry)
     if request.command == "agree":
-        agree_anew(store, where)
+        agree_anew(store, paths)
         _emit(Done({"agreed": True}))
         return 0
     if request.agreed and (agreed := store.agreed()) is not None:
         # `--local` without a hosts.yaml: the host knows itself best.
         request = replace(request, settings=agreed)
-        where = place(agreed, os.environ)
-        store = Store(where.state, where.registry)
+        paths = host_paths(agreed, os.environ)
+        store = Store(paths.state, paths.registry)
     if request.changes:
-        agree(store, where)
+        agree(store, paths)
     else:
-        refuse_others(store, where)
+        refuse_others(store, paths)
     match request.command:
         case "follow" | "cancel":
             return _attach(request, store)
         case _:
-            return _change(request, store) if request.changes else _look(request, store, where)
+            return _change(request, store) if request.changes else _look(request, store, paths)
 
 
 def _request() -> Request:
@@ -213,13 +213,13 @@ def _agree_on_code(request: Request) -> None:
     _emit(Note(f"{problem.message}: {problem.why}; {problem.hint}", "warning"))
 
 
-def _look(request: Request, store: Store, where: Place) -> int:
+def _look(request: Request, store: Store, paths: HostPaths) -> int:
     from mlxops.agent.context import Context
     from mlxops.agent.host.system import this_system
     from mlxops.agent.worker import finish
 
     beat = _Beat()
-    return finish(Context(request, where, store, this_system(), _emit, dict(os.environ), beat=beat), _emit)
+    return finish(Context(request, paths, store, this_system(), _emit, dict(os.environ), beat=beat), _emit)
 
 
 def _change(request: Request, store: Store) -> int:
@@ -253,7 +253,7 @@ def _status(final: Done | Failed) -> int:
     return int(final.error.exit) if isinstance(final, Failed) else 0
 
 
-def _follow_same(store: Store, journal: Journal, heard: int) -> Done | Failed:
+def _follow_same(store: Store, journal: OperationLog, heard: int) -> Done | Failed:
     """Follow an operation; if it finds that the very same one runs already, follow that one."""
     from mlxops.agent.state.operation_log import named
 
@@ -266,7 +266,7 @@ def _follow_same(store: Store, journal: Journal, heard: int) -> Done | Failed:
     return final
 
 
-def _follow(journal: Journal, heard: int, meanwhile: Callable[[], None] = lambda: None) -> Done | Failed:
+def _follow(journal: OperationLog, heard: int, meanwhile: Callable[[], None] = lambda: None) -> Done | Failed:
     """Pass on the events of an operation's record; its last one is returned, not passed on. `meanwhile` is called
     while there is nothing to tell."""
     _emit(Started(journal.id))

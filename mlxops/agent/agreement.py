@@ -6,14 +6,14 @@ from __future__ import annotations
 import contextlib
 import os
 
-from mlxops.agent.paths import Place, differences, place, settings_differ
+from mlxops.agent.paths import HostPaths, differences, host_paths, settings_differ
 from mlxops.agent.state.operation_log import recent
 from mlxops.agent.state.store import Store
 from mlxops.core.errors import Busy, Refused
 from mlxops.core.settings import Settings
 
 
-def agree(store: Store, where: Place) -> None:
+def agree(store: Store, paths: HostPaths) -> None:
     """Before a change: what is asked must agree with what was agreed on; what else is new in it is kept.
 
     Raises `Refused` (settings_differ, host_json_unusable, state_unwritable) and `Busy` (settings_locked).
@@ -21,46 +21,46 @@ def agree(store: Store, where: Place) -> None:
     store.ready()
     with store.settling():
         agreed = store.agreed()
-        _refuse_others(agreed, where)
-        if agreed != where.settings:
-            store.agree(where.settings)
+        _refuse_others(agreed, paths)
+        if agreed != paths.settings:
+            store.agree(paths.settings)
 
 
-def agree_anew(store: Store, where: Place) -> None:
+def agree_anew(store: Store, paths: HostPaths) -> None:
     """What `deploy` asks for: these settings count from now on, whatever counted before.
 
     Raises `Busy` (settings_in_use) while an operation works with others: it will write where they say.
     """
     store.ready()
     with store.settling():
-        if _found(_readable(store), where):
+        if _found(_readable(store), paths):
             _refuse_while_used(store)
-        store.agree(where.settings)
+        store.agree(paths.settings)
     with contextlib.suppress(OSError):
         store.registry.remember()
 
 
-def confirm(store: Store, where: Place) -> None:
+def confirm(store: Store, paths: HostPaths) -> None:
     """In the worker, whose record is seen as running from before this on: are its settings still those agreed on?
 
     Raises what `agree` raises.
     """
     with store.settling():
-        _refuse_others(store.agreed(), where)
+        _refuse_others(store.agreed(), paths)
 
 
-def refuse_others(store: Store, where: Place) -> None:
+def refuse_others(store: Store, paths: HostPaths) -> None:
     """Before a look, which waits for nobody. Raises `Refused` (settings_differ, host_json_unusable)."""
-    _refuse_others(store.agreed(), where)
+    _refuse_others(store.agreed(), paths)
 
 
-def _refuse_others(agreed: Settings | None, where: Place) -> None:
-    if found := _found(agreed, where):
+def _refuse_others(agreed: Settings | None, paths: HostPaths) -> None:
+    if found := _found(agreed, paths):
         raise settings_differ(found)
 
 
-def _found(agreed: Settings | None, where: Place) -> dict[str, tuple[str, str]]:
-    return differences(place(agreed, os.environ), where) if agreed else {}
+def _found(agreed: Settings | None, paths: HostPaths) -> dict[str, tuple[str, str]]:
+    return differences(host_paths(agreed, os.environ), paths) if agreed else {}
 
 
 def _readable(store: Store) -> Settings | None:

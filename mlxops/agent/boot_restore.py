@@ -17,13 +17,13 @@ from pathlib import Path
 from mlxops.agent.context import Context
 from mlxops.agent.host.system import this_system
 from mlxops.agent.operations.restore import look
-from mlxops.agent.paths import Place, place
+from mlxops.agent.paths import HostPaths, host_paths
 from mlxops.agent.state.store import Store, now
 from mlxops.agent.worker import begin
 from mlxops.common.build import build_id
 from mlxops.core.errors import Exit, MlxopsError, Refused
-from mlxops.core.plan_restore import Step
-from mlxops.core.protocol import Asker, Done, Event, Failed, Note, Phase, Request
+from mlxops.core.plan_restore import RestoreStep
+from mlxops.core.protocol import Done, Event, Failed, Note, Phase, Request, Requester
 
 PATIENCE = 20 * 60.0
 """Seconds for which what may pass is waited for: without a timer nobody tries again. The longest pause between two
@@ -68,11 +68,11 @@ def _restore(state: Path, told: set[str]) -> _Outcome:
             why="without it nobody knows where its registry and its models are",
             hint="inv deploy, or any change, agrees with it",
         )
-    where = place(agreed, os.environ)
-    store = Store(where.state, where.registry)
-    asker = Asker("boot", socket.gethostname())
+    paths = host_paths(agreed, os.environ)
+    store = Store(paths.state, paths.registry)
+    asker = Requester("boot", socket.gethostname())
     request = Request("restore", {}, agreed, build_id(), asker, agreed=True)
-    left = _look(store, where, request, told)
+    left = _look(store, paths, request, told)
     if left is not None:
         pauses = (step.again_in for step in left if step.again_in is not None)
         status = Exit.NOT_STARTED if any(step.stuck for step in left) else Exit.DONE
@@ -90,15 +90,15 @@ def _restore(state: Path, told: set[str]) -> _Outcome:
     return _Outcome(int(final.error.exit), LOOK_SECONDS if _may_pass(final.error) else None)
 
 
-def _look(store: Store, where: Place, request: Request, told: set[str]) -> tuple[Step, ...] | None:
+def _look(store: Store, paths: HostPaths, request: Request, told: set[str]) -> tuple[RestoreStep, ...] | None:
     """What is left, if there is nothing to start; None if there is. Raises what `restore` raises before it begins."""
     dry = Request(request.command, {"dry_run": True}, request.settings, request.build, request.asker, agreed=True)
-    plan = look(Context(dry, where, store, this_system(), _tell, dict(os.environ)))
+    plan = look(Context(dry, paths, store, this_system(), _tell, dict(os.environ)))
     if plan.starts:
         return None
     lines = [f"{step.model} on {step.port} is left: {step.why}" for step in plan.skipped if step.again_in is None]
-    if not os.path.lexists(where.registry):
-        lines.append(f"there is no registry at {where.registry}: nothing is assigned")
+    if not os.path.lexists(paths.registry):
+        lines.append(f"there is no registry at {paths.registry}: nothing is assigned")
     for line in lines:
         if line not in told:
             _tell(Note(line))

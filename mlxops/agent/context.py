@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from mlxops.agent.host.system import System
-from mlxops.agent.paths import Place
+from mlxops.agent.paths import HostPaths
 from mlxops.agent.serving.observe import observe
 from mlxops.agent.state import recovery
 from mlxops.agent.state.operation_log import named
@@ -23,7 +23,7 @@ from mlxops.core.registry import Registry
 
 if TYPE_CHECKING:
     from mlxops.agent.engines.base import Command, Engine
-    from mlxops.core.planner import Target
+    from mlxops.core.planner import ModelRef
 
 DRAIN_SECONDS = 30.0
 RESTORE = "restore"
@@ -115,7 +115,7 @@ class Context:
     """What an operation works with. `operation` is its id; empty for reads and dry runs."""
 
     request: Request
-    where: Place
+    paths: HostPaths
     store: Store
     system: System
     emit: Callable[[Event], None]
@@ -133,18 +133,18 @@ class Context:
         registry = self.store.registry
         return registry.usable() if self.request.dry_run else registry.check_writable()
 
-    def engine(self, target: Target) -> tuple[Engine, Command]:
+    def engine(self, target: ModelRef) -> tuple[Engine, Command]:
         """Return the engine for a target, and its command. Raises `Refused` (unknown_engine, engine_not_found)."""
         from mlxops.agent.engines import engine_named
 
-        settings = self.where.settings
+        settings = self.paths.settings
         engine = engine_named((target.entry.engine if target.entry else None) or settings.engine)
         return engine, engine.command(settings.launch.get(engine.name, ()), self.engine_environ)
 
     @property
     def engine_environ(self) -> Mapping[str, str]:
         """The environment in which engines are looked for and asked."""
-        return {**self.environ, **self.where.settings.env}
+        return {**self.environ, **self.paths.settings.env}
 
     @property
     def drain(self) -> float:
@@ -154,7 +154,7 @@ class Context:
 
     def observe(self, registry: Registry, *, only: Iterable[int] | None = None) -> World:
         own = self.operation or None
-        return observe(self.where, self.store, registry, self.system, own=own, only=only, environ=self.environ)
+        return observe(self.paths, self.store, registry, self.system, own=own, only=only, environ=self.environ)
 
     def look(self) -> tuple[Registry, World]:
         """The registry, and life, as they were together. A load or unload that goes on while we look changes both: what
@@ -210,7 +210,7 @@ class Context:
     def reserved(self) -> dict[int, Operation]:
         """Other operations that keep memory free for what they are about to start, by port."""
         found = {}
-        for port in self.where.settings.ports:
+        for port in self.paths.settings.ports:
             with contextlib.suppress(OSError):  # where that cannot be told, nobody can lock anything either
                 held = self.store.holder(memory_lock(port))
                 if held is not None and held.id != self.operation:

@@ -18,7 +18,7 @@ VOLUMES = ("/Volumes", "/mnt", "/media", "/run/media")
 
 
 @dataclass(frozen=True)
-class Place:
+class HostPaths:
     settings: Settings
     hub: Path
     registry: Path
@@ -35,11 +35,11 @@ class Place:
         return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
 
-def place(settings: Settings, environ: Mapping[str, str]) -> Place:
+def host_paths(settings: Settings, environ: Mapping[str, str]) -> HostPaths:
     """Raises `Refused` (no_home) if a path needs a home directory and there is none."""
     hub = _absolute(settings.hub, environ) if settings.hub else default_hub(environ)
     registry = _absolute(settings.registry, environ) if settings.registry else hub / "registry.json"
-    return Place(settings, hub, registry, _absolute(settings.state, environ))
+    return HostPaths(settings, hub, registry, _absolute(settings.state, environ))
 
 
 def default_hub(environ: Mapping[str, str]) -> Path:
@@ -72,15 +72,15 @@ def _absolute(path: str, environ: Mapping[str, str]) -> Path:
     return Path(home, path[2:])
 
 
-def differences(agreed: Place, asked: Place) -> dict[str, tuple[str, str]]:
+def differences(agreed: HostPaths, asked: HostPaths) -> dict[str, tuple[str, str]]:
     """The settings on which all control nodes must agree and do not: key -> (agreed, asked)."""
     return {key: (mine, theirs) for key in AGREED if (mine := _shown(agreed, key)) != (theirs := _shown(asked, key))}
 
 
-def _shown(where: Place, key: str) -> str:
+def _shown(paths: HostPaths, key: str) -> str:
     if key in {"registry", "hub"}:
-        return str(getattr(where, key))
-    value = getattr(where.settings, key)
+        return str(getattr(paths, key))
+    value = getattr(paths.settings, key)
     return ", ".join(f"{port} {value[port]}" for port in sorted(value)) if key == "slots" else str(value)
 
 
@@ -126,7 +126,7 @@ def missing_folder(folder: Path) -> str | None:
         return f"{folder} is not there: {link} is a link to {os.path.realpath(link)}"
     if real.is_relative_to(os.path.realpath(Path.home())):
         return None
-    if _is_folder(real.parent) and not any(real.is_relative_to(place) for place in VOLUMES):
+    if _is_folder(real.parent) and not any(real.is_relative_to(host_paths) for host_paths in VOLUMES):
         return None
     return f"{folder} is not there"
 

@@ -20,9 +20,9 @@ from mlxops.agent.agreement import confirm
 from mlxops.agent.context import Cancellation, Context
 from mlxops.agent.host.system import shortage, this_system
 from mlxops.agent.operations import command
-from mlxops.agent.paths import closed, place
+from mlxops.agent.paths import closed, host_paths
 from mlxops.agent.state import operation_log as journals
-from mlxops.agent.state.operation_log import Journal
+from mlxops.agent.state.operation_log import OperationLog
 from mlxops.agent.state.store import Store, disk_failed, state_failed, state_unreadable, state_unwritable
 from mlxops.common.files import is_hosts_fault
 from mlxops.core.errors import Bug, Busy, Exit, MlxopsError, bug
@@ -32,7 +32,7 @@ from mlxops.core.text import amount
 CANCEL_POLL_SECONDS = 0.1
 
 
-def begin(store: Store, request: Request) -> tuple[Journal, subprocess.Popen[bytes] | None]:
+def begin(store: Store, request: Request) -> tuple[OperationLog, subprocess.Popen[bytes] | None]:
     """Start a worker for `request`; None if there is one for its ticket already.
 
     Raises `Refused` when the state folder cannot be written, `Busy` (operations_locked) when others stop half way.
@@ -51,7 +51,7 @@ def begin(store: Store, request: Request) -> tuple[Journal, subprocess.Popen[byt
         raise state_unwritable(store.state, error) from None
 
 
-def _start(journal: Journal, lock: int) -> subprocess.Popen[bytes]:
+def _start(journal: OperationLog, lock: int) -> subprocess.Popen[bytes]:
     try:
         with open(journal.folder / "stderr", "xb") as errors:
             return subprocess.Popen(
@@ -84,7 +84,7 @@ def run(folder: Path, lock: int) -> int:
 
     process_setup.shed()
     os.umask(0o077)
-    journal = Journal(folder)
+    journal = OperationLog(folder)
     try:
         emit = journal.emitter()
     except OSError:
@@ -103,11 +103,11 @@ def run(folder: Path, lock: int) -> int:
     request = journal.request()
     # Which hub a host downloads from is one of its settings: a session over SSH reads no profile that could name it.
     os.environ |= {key: value for key, value in request.settings.env.items() if key == "HF_ENDPOINT"}
-    where = place(request.settings, os.environ)
+    paths = host_paths(request.settings, os.environ)
     context = Context(
         request=request,
-        where=where,
-        store=Store(where.state, where.registry),
+        paths=paths,
+        store=Store(paths.state, paths.registry),
         system=this_system(),
         emit=emit,
         environ=dict(os.environ),
@@ -142,7 +142,7 @@ def finish(context: Context, emit: Callable[[Event], None]) -> int:
             )
         with context.cancellation.open():
             if context.operation:
-                confirm(context.store, context.where)
+                confirm(context.store, context.paths)
             outcome = Done(operation(context))
     except MlxopsError as error:
         outcome = Failed(error)
@@ -171,7 +171,7 @@ def _is_of(error: OSError, folder: Path) -> bool:
     return Path(os.fsdecode(error.filename)).is_relative_to(folder)
 
 
-def _watch_for_cancel(journal: Journal) -> None:
+def _watch_for_cancel(journal: OperationLog) -> None:
     """Turns wishes, which are files so that they need no pid, into the signals that the main thread hears. The one to
     end each time, since whoever waits for the end asks again whether it is still heard."""
     never = threading.Event()

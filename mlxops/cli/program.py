@@ -84,7 +84,7 @@ def _usage(error: ParseError | Exit) -> SystemExit:
             render.say(render.error_document(next((w for w in sys.argv[1:] if not w.startswith("-")), ""), told))
         except (BrokenPipeError, OutputFailed):
             render.discard(1)  # it is told on standard error all the same
-    render.Talk(many=False).error("", told)
+    render.Console(many=False).error("", told)
     return SystemExit(int(Status.USAGE))
 
 
@@ -130,7 +130,7 @@ def run() -> None:
         raise SystemExit(141) from None
     except OutputFailed as error:
         render.discard(1)
-        render.Talk(many=False).error("", error)
+        render.Console(many=False).error("", error)
         raise SystemExit(int(error.exit)) from None
 
 

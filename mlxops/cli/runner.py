@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from mlxops.cli import startup
 from mlxops.control import render
-from mlxops.control.client import Answer, Target, ask, ask_all, local_python
+from mlxops.control.client import HostReply, HostTarget, ask, ask_all, local_python
 from mlxops.control.hints import aimed, aimed_error
 from mlxops.core import names
 from mlxops.core.errors import Exit, MlxopsError, OutputFailed, UsageError, bug
@@ -50,7 +50,7 @@ class Call:
         """What hosts.yaml says of the gateway."""
         return self.inventory.gateway if self.inventory else None
 
-    def targets(self, *, all_by_default: bool = False, only_one: bool = False) -> tuple[Target, ...]:
+    def targets(self, *, all_by_default: bool = False, only_one: bool = False) -> tuple[HostTarget, ...]:
         """Raises `UsageError`: bad_hosts_file, unknown_host, one_host."""
         name = self.host
         if name is None and self.local:
@@ -63,7 +63,7 @@ class Call:
                     why="its places are MLXOPS_HOSTS_FILE, ~/.config/mlxops/hosts.yaml and, for inv, beside tasks.py",
                     hint="write the second (the repository has an example), or use --local on the host itself",
                 )
-            return (Target("local", None, local_python(), Settings(), agreed=True, flags=" --local"),)
+            return (HostTarget("local", None, local_python(), Settings(), agreed=True, flags=" --local"),)
         hosts = self.inventory.select(name, all_by_default=all_by_default and not self.local)
         if (only_one or self.local) and len(hosts) > 1:
             raise UsageError(
@@ -74,9 +74,9 @@ class Call:
             )
         if self.local:
             flags = self._flags(hosts[0].name)
-            return (Target(hosts[0].name, None, local_python(), hosts[0].settings, flags=flags),)
+            return (HostTarget(hosts[0].name, None, local_python(), hosts[0].settings, flags=flags),)
         return tuple(
-            Target(host.name, host.ssh, host.interpreter(), host.settings, flags=self._flags(host.name))
+            HostTarget(host.name, host.ssh, host.interpreter(), host.settings, flags=self._flags(host.name))
             for host in hosts
         )
 
@@ -95,23 +95,23 @@ def beside() -> Path | None:
     return folder if os.path.isfile(folder / "tasks.py") else None
 
 
-Show = Callable[[Sequence[Answer]], str]
-Send = Callable[[Mapping[str, object]], Answer]
+Show = Callable[[Sequence[HostReply]], str]
+Send = Callable[[Mapping[str, object]], HostReply]
 
 
 def carry_out(
-    call: Call, run: Callable[[render.Talk], tuple[Answer, ...]], show: Show | None, key: str | None = None
+    call: Call, run: Callable[[render.Console], tuple[HostReply, ...]], show: Show | None, key: str | None = None
 ) -> None:
     """The one boundary: run, print the data, tell the errors; exit, unless all is well: a further task may follow.
 
     Without `show`, the data was printed as it came.
     """
     code: int = Exit.DONE
-    answers: tuple[Answer, ...] = ()
+    answers: tuple[HostReply, ...] = ()
     startup.interruptible()
     try:
-        with render.Talk(many=False) as talk:
-            answers = run(talk)
+        with render.Console(many=False) as console:
+            answers = run(console)
         if show is not None:
             _print(call, answers, show, key)
         code = render.exit_of(answers)
@@ -135,7 +135,7 @@ def carry_out(
         raise SystemExit(code)
 
 
-def _print(call: Call, answers: Sequence[Answer], show: Show, key: str | None) -> None:
+def _print(call: Call, answers: Sequence[HostReply], show: Show, key: str | None) -> None:
     if call.json:
         rows = {answer.host: _json_row(answer, key) for answer in answers}
         document = render.document_line if call.many else render.document
@@ -146,29 +146,29 @@ def _print(call: Call, answers: Sequence[Answer], show: Show, key: str | None) -
         render.say(text)
 
 
-def _json_row(answer: Answer, key: str | None) -> Mapping[str, object]:
+def _json_row(answer: HostReply, key: str | None) -> Mapping[str, object]:
     """Reads lay their result beside the host's name; changes put it under `result`."""
     return {key: answer.result} if key else (answer.result or {})
 
 
-def _tell(call: Call, answers: Sequence[Answer]) -> None:
-    talk = render.Talk(many=len(answers) > 1)
+def _tell(call: Call, answers: Sequence[HostReply]) -> None:
+    console = render.Console(many=len(answers) > 1)
     for answer in answers:
         if answer.error is not None:
             if isinstance(answer.error, OutputFailed):
                 render.discard(1)
-            talk.error(answer.host, answer.error)
+            console.error(answer.host, answer.error)
             _traceback(call, answer.error)
 
 
-def _unwritten(call: Call, answers: Sequence[Answer], error: OutputFailed) -> int:
+def _unwritten(call: Call, answers: Sequence[HostReply], error: OutputFailed) -> int:
     """What was asked has an outcome all the same; where it failed, that counts first."""
     render.discard(1)
     _tell(call, answers)
     failed = render.exit_of(answers)
     if failed:
         error.hint = "see: mlxctl status, mlxctl ops"
-    render.Talk(many=False).error("", error)
+    render.Console(many=False).error("", error)
     return failed or error.exit
 
 
@@ -178,7 +178,7 @@ def fail(call: Call, error: MlxopsError) -> int:
             render.say(render.error_document(call.command, error, indent=None if call.many else 2))
         except (BrokenPipeError, OutputFailed):
             render.discard(1)  # it is told on standard error all the same
-    render.Talk(many=False).error("", error)
+    render.Console(many=False).error("", error)
     _traceback(call, error)
     return int(error.exit)
 
@@ -205,17 +205,17 @@ def interrupted(call: Call) -> MlxopsError:
 class LeftError(KeyboardInterrupt):
     """Ctrl-C, and what it came to for the operation that was attended."""
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: HostReply) -> None:
         super().__init__()
         self.answer = answer
 
 
 def in_turn(
-    call: Call, targets: Sequence[Target], talk: render.Talk, one: Callable[[Target], Answer]
-) -> tuple[Answer, ...]:
+    call: Call, targets: Sequence[HostTarget], console: render.Console, one: Callable[[HostTarget], HostReply]
+) -> tuple[HostReply, ...]:
     """One host after the other. Ctrl-C ends the whole; what came of it until then is told all the same."""
-    talk.many = len(targets) > 1
-    answers: list[Answer] = []
+    console.many = len(targets) > 1
+    answers: list[HostReply] = []
     try:
         for target in targets:
             answers.append(one(target))
@@ -224,11 +224,11 @@ def in_turn(
     except KeyboardInterrupt:
         if not answers:
             raise
-        answers.append(Answer(targets[len(answers)].name, error=interrupted(call)))
-    return (*answers, *(Answer(target.name, error=_not_asked(target)) for target in targets[len(answers) :]))
+        answers.append(HostReply(targets[len(answers)].name, error=interrupted(call)))
+    return (*answers, *(HostReply(target.name, error=_not_asked(target)) for target in targets[len(answers) :]))
 
 
-def _not_asked(target: Target) -> MlxopsError:
+def _not_asked(target: HostTarget) -> MlxopsError:
     from mlxops.core.errors import Interrupted
 
     return Interrupted(
@@ -244,40 +244,40 @@ def change(
     given: Callable[[], Mapping[str, object]],
     *,
     several: bool = False,
-    before: Callable[[Sequence[Target], render.Talk], None] | None = None,
-    around: Callable[[Target, Mapping[str, object], render.Talk, Send], Answer] | None = None,
-    after: Callable[[render.Talk, Answer], None] | None = None,
+    before: Callable[[Sequence[HostTarget], render.Console], None] | None = None,
+    around: Callable[[HostTarget, Mapping[str, object], render.Console, Send], HostReply] | None = None,
+    after: Callable[[render.Console, HostReply], None] | None = None,
 ) -> None:
     """A command that changes one host, or `several`, or shows what it would change. `given` may raise `UsageError`.
 
     `around`: what is done before and after the request itself, which it sends with its last argument.
     """
 
-    def run(talk: render.Talk) -> tuple[Answer, ...]:
+    def run(console: render.Console) -> tuple[HostReply, ...]:
         args = given()
         targets = call.targets(only_one=not several)
         for target in targets:
             check(target, args)
         if before:
-            before(targets, talk)
+            before(targets, console)
 
-        def one(target: Target) -> Answer:
-            def send(sent: Mapping[str, object]) -> Answer:
-                return attended(call, target, sent, talk)
+        def one(target: HostTarget) -> HostReply:
+            def send(sent: Mapping[str, object]) -> HostReply:
+                return attended(call, target, sent, console)
 
-            answer = around(target, args, talk, send) if around else send(args)
+            answer = around(target, args, console, send) if around else send(args)
             if after and answer.result is not None:
-                after(talk, answer)
+                after(console, answer)
             return answer
 
-        return in_turn(call, targets, talk, one)
+        return in_turn(call, targets, console, one)
 
     carry_out(call, run, lambda answers: change_lines(call, answers), key="result")
 
 
 def attended(
-    call: Call, target: Target, args: Mapping[str, object], talk: render.Talk, command: str | None = None
-) -> Answer:
+    call: Call, target: HostTarget, args: Mapping[str, object], console: render.Console, command: str | None = None
+) -> HostReply:
     """Ask for a change, or follow one, and stay until its end. Raises `LeftError` for a Ctrl-C before that."""
     operation = ""
 
@@ -285,24 +285,24 @@ def attended(
         nonlocal operation
         if isinstance(event, Started):
             operation = event.operation
-        talk.hear(host, event)
+        console.hear(host, event)
 
     try:
         return ask(target, command or call.command, args, hear)
     except KeyboardInterrupt:
         if not operation:
             raise
-        talk.close()
+        console.close()
         may_end = (command or call.command) in {*CANCELLABLE, "follow"}
         if may_end and _wants_cancel(operation):
-            raise LeftError(Answer(target.name, error=_cancelled(target, operation, talk))) from None
-        raise LeftError(Answer(target.name, error=_left_running(target, operation))) from None
+            raise LeftError(HostReply(target.name, error=_cancelled(target, operation, console))) from None
+        raise LeftError(HostReply(target.name, error=_left_running(target, operation))) from None
 
 
-def _cancelled(target: Target, operation: str, talk: render.Talk) -> MlxopsError:
+def _cancelled(target: HostTarget, operation: str, console: render.Console) -> MlxopsError:
     from mlxops.core.errors import Interrupted
 
-    answer = ask(target, "cancel", {"operation": operation}, talk.hear)
+    answer = ask(target, "cancel", {"operation": operation}, console.hear)
     if answer.error is not None:
         return answer.error
     if (answer.result or {}).get("cancelled") is True:
@@ -320,7 +320,7 @@ def _cancelled(target: Target, operation: str, talk: render.Talk) -> MlxopsError
     )
 
 
-def _left_running(target: Target, operation: str) -> MlxopsError:
+def _left_running(target: HostTarget, operation: str) -> MlxopsError:
     from mlxops.core.errors import Interrupted
 
     return Interrupted(
@@ -343,7 +343,7 @@ def _wants_cancel(operation: str) -> bool:
         return False
 
 
-def check(target: Target, args: Mapping[str, object]) -> None:
+def check(target: HostTarget, args: Mapping[str, object]) -> None:
     """What can be known to be wrong is said before anything is connected to. Raises `UsageError`."""
     model, port, repo = args.get("model"), args.get("port"), args.get("repo")
     try:
@@ -357,7 +357,7 @@ def check(target: Target, args: Mapping[str, object]) -> None:
         raise aimed_error(error, target.flags) from None
 
 
-def change_lines(call: Call, answers: Sequence[Answer]) -> str:
+def change_lines(call: Call, answers: Sequence[HostReply]) -> str:
     lines = []
     for answer in answers:
         if answer.result is not None:
@@ -374,10 +374,10 @@ def read(
     strict: bool = False,
     all_by_default: bool = True,
 ) -> None:
-    def run(talk: render.Talk) -> tuple[Answer, ...]:
+    def run(console: render.Console) -> tuple[HostReply, ...]:
         targets = call.targets(all_by_default=all_by_default)
-        talk.many = len(targets) > 1
-        answers = ask_all(targets, call.command, args, talk.hear)
+        console.many = len(targets) > 1
+        answers = ask_all(targets, call.command, args, console.hear)
         if strict:
             answers = tuple(drift_refused(answer) for answer in answers)
         return answers
@@ -385,7 +385,7 @@ def read(
     carry_out(call, run, show)
 
 
-def drift_refused(answer: Answer) -> Answer:
+def drift_refused(answer: HostReply) -> HostReply:
     from mlxops.core.errors import Refused
 
     found = (answer.result or {}).get("drift")
@@ -394,4 +394,4 @@ def drift_refused(answer: Answer) -> Answer:
     where = "one place" if len(found) == 1 else f"{len(found)} places"
     codes = ", ".join(dict.fromkeys(str(row.get("code")) for row in found if isinstance(row, dict)))
     error = Refused("drift", f"registry and life disagree in {where}", why=codes, hint="each is named in the status")
-    return Answer(answer.host, answer.result, error)
+    return HostReply(answer.host, answer.result, error)

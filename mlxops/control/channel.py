@@ -26,7 +26,7 @@ class Ended:
     stderr: str
 
 
-class Patience:
+class ReadLimits:
     """How long a command is listened to that says nothing which matters: so many seconds, and so many bytes.
 
     Whoever listens tells what mattered (`heard`), after having dealt with it: the time that takes is not the host's.
@@ -71,7 +71,7 @@ class Patience:
 class Session(Protocol):
     """One command that is running on a host; its standard input was sent and closed."""
 
-    def lines(self, patience: Patience) -> Iterator[str]:
+    def lines(self, patience: ReadLimits) -> Iterator[str]:
         """Its standard output, decoded as UTF-8 (errors replaced), line by line without line ends.
 
         Raises `ConnectionLost` when the connection breaks or `patience` is over.
@@ -107,7 +107,7 @@ class Transport(Protocol):
     def close(self) -> None: ...
 
 
-def events(session: Session, patience: Patience) -> Iterator[Event | None]:
+def events(session: Session, patience: ReadLimits) -> Iterator[Event | None]:
     """What an agent says; None for the empty line that says that it is there. What is no agent's is passed over.
 
     Raises `ConnectionLost`.
@@ -124,7 +124,7 @@ def events(session: Session, patience: Patience) -> Iterator[Event | None]:
 STDERR_BYTES = 8192
 
 
-class Lines:
+class LineBuffer:
     """Bytes in, lines out: UTF-8 with errors replaced, without line ends; lines longer than MAX_LINE are dropped."""
 
     def __init__(self) -> None:

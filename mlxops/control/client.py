@@ -16,14 +16,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mlxops.common.build import build_id
-from mlxops.control.channel import NOISE_BYTES, ConnectionLost, Ended, Patience, Session, Transport, events
+from mlxops.control.channel import NOISE_BYTES, ConnectionLost, Ended, ReadLimits, Session, Transport, events
 from mlxops.control.hints import aimed, aimed_event
 from mlxops.core.errors import AgentProblem, MlxopsError, OutcomeUnknown, Unreachable
-from mlxops.core.protocol import Asker, Done, Event, Failed, Hello, Line, Note, Reached, Request, Started
+from mlxops.core.protocol import Done, Event, Failed, Hello, LogLine, Note, Reached, Request, Requester, Started
 from mlxops.core.settings import Settings
 
 if TYPE_CHECKING:
-    from mlxops.control.deploy import Wish
+    from mlxops.control.deploy import DeployOptions
 
 SILENCE_SECONDS = 30.0
 """The agent says something every five seconds while it follows an operation, and answers a question sooner."""
@@ -45,7 +45,7 @@ PASSING = frozenset({"host_down", "connection_refused", "connection_timeout"})
 
 
 @dataclass(frozen=True)
-class Target:
+class HostTarget:
     """A host to ask. `ssh` None means this machine itself."""
 
     name: str
@@ -59,7 +59,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Answer:
+class HostReply:
     """What came of a request to one host: a result or an error, and whether the host itself was reached."""
 
     host: str
@@ -81,31 +81,33 @@ def local_python() -> tuple[str, ...]:
     return (sys.executable,)
 
 
-def this_asker() -> Asker:
+def this_asker() -> Requester:
     try:
         user = getpass.getuser()
     except (OSError, KeyError):
         user = "?"
-    return Asker(user, socket.gethostname())
+    return Requester(user, socket.gethostname())
 
 
-def ask(target: Target, command: str, args: Mapping[str, object], listen: Listen) -> Answer:
+def ask(target: HostTarget, command: str, args: Mapping[str, object], listen: Listen) -> HostReply:
     """One request to one host. Never raises for what a host or a network can cause."""
     try:
         result = _Conversation(target, command, args, listen).result()
     except MlxopsError as error:
-        return Answer(target.name, error=error, flags=target.flags)
-    return Answer(target.name, result, flags=target.flags)
+        return HostReply(target.name, error=error, flags=target.flags)
+    return HostReply(target.name, result, flags=target.flags)
 
 
-def ask_all(targets: Sequence[Target], command: str, args: Mapping[str, object], listen: Listen) -> tuple[Answer, ...]:
+def ask_all(
+    targets: Sequence[HostTarget], command: str, args: Mapping[str, object], listen: Listen
+) -> tuple[HostReply, ...]:
     """The same request to every host at once; answers in the order of `targets`."""
     if len(targets) == 1:
         return (ask(targets[0], command, args, listen),)
-    answers: dict[int, Answer] = {}
+    answers: dict[int, HostReply] = {}
     broken: list[BaseException] = []
 
-    def one(index: int, target: Target) -> None:
+    def one(index: int, target: HostTarget) -> None:
         try:
             answers[index] = ask(target, command, args, listen)
         except BaseException as error:  # noqa: BLE001 - carried to the main thread, which is the boundary
@@ -121,7 +123,7 @@ def ask_all(targets: Sequence[Target], command: str, args: Mapping[str, object],
     return tuple(answers[index] for index in range(len(targets)))
 
 
-def deploy(target: Target, listen: Listen, wish: Wish) -> Answer:
+def deploy(target: HostTarget, listen: Listen, wish: DeployOptions) -> HostReply:
     """Install this tree's agent on the host, then agree with it on the host's settings; or go back to the build that
     was there before, which agrees with its own control node only."""
     from mlxops.control.deploy import install
@@ -136,14 +138,14 @@ def deploy(target: Target, listen: Listen, wish: Wish) -> Answer:
         finally:
             transport.close()
     except MlxopsError as error:
-        return Answer(target.name, error=error)
+        return HostReply(target.name, error=error)
     if wish.dry_run or (wish.rollback and installed.get("build") != build_id()):
-        return Answer(target.name, installed)
+        return HostReply(target.name, installed)
     agreed = ask(target, "agree", {}, listen)
-    return Answer(target.name, {**installed, **(agreed.result or {})}, agreed.error)
+    return HostReply(target.name, {**installed, **(agreed.result or {})}, agreed.error)
 
 
-def connect(target: Target) -> Transport:
+def connect(target: HostTarget) -> Transport:
     """Raises `Unreachable`."""
     if target.ssh is None:
         from mlxops.control.local import LocalTransport
@@ -154,7 +156,7 @@ def connect(target: Target) -> Transport:
     return open_ssh(target.ssh)
 
 
-def with_address(target: Target) -> Settings:
+def with_address(target: HostTarget) -> Settings:
     """Where servers listen on every interface, the gateway's way to them is the host's name, as SSH resolves it."""
     settings = target.settings
     if settings.address is not None or not _is_wildcard(settings.bind):
@@ -162,7 +164,7 @@ def with_address(target: Target) -> Settings:
     return replace(settings, address=reached_at(target))
 
 
-def reached_at(target: Target) -> str:
+def reached_at(target: HostTarget) -> str:
     """The host name or IP address at which the gateway reaches the host's servers. Raises `Unreachable`."""
     settings = target.settings
     if settings.address is not None or not _is_wildcard(settings.bind):
@@ -178,16 +180,16 @@ def _is_wildcard(address: str) -> bool:
     return ipaddress.ip_address(address).is_unspecified
 
 
-def request_of(target: Target, command: str, args: Mapping[str, object]) -> Request:
+def request_of(target: HostTarget, command: str, args: Mapping[str, object]) -> Request:
     build, asker = build_id(), this_asker()
     return Request(command, args, target.settings, build, asker, target.agreed, ticket=os.urandom(4).hex())
 
 
-def agent_argv(target: Target) -> list[str]:
+def agent_argv(target: HostTarget) -> list[str]:
     return [*target.python, "-P", "-m", "mlxops.agent"]
 
 
-def ended_early(target: Target, ended: Ended, *, greeted: bool) -> Exception:
+def ended_early(target: HostTarget, ended: Ended, *, greeted: bool) -> Exception:
     """The agent's end without a result. Without its first words (`greeted`) there was no agent."""
     words = [line.strip() for line in ended.stderr.splitlines() if line.strip()]
     if greeted:
@@ -217,13 +219,13 @@ def ended_early(target: Target, ended: Ended, *, greeted: bool) -> Exception:
     )
 
 
-def heard(target: Target, session: Session, patience: Patience) -> Iterator[Event | None]:
+def heard(target: HostTarget, session: Session, patience: ReadLimits) -> Iterator[Event | None]:
     """What a host tells, in terms of here: its commands go to it. None: it is there. Raises `ConnectionLost`."""
     for event in events(session, patience):
         yield event and aimed_event(event, target.flags)
 
 
-def lost(target: Target, why: object) -> Unreachable:
+def lost(target: HostTarget, why: object) -> Unreachable:
     """A connection that broke while something was only looked at."""
     message = f"the connection to {target.name} was lost"
     return Unreachable("connection_lost", message, why=str(why), hint="try again")
@@ -232,7 +234,7 @@ def lost(target: Target, why: object) -> Unreachable:
 class _Conversation:
     """One request and what comes of it, over as many connections as that takes."""
 
-    def __init__(self, target: Target, command: str, args: Mapping[str, object], listen: Listen) -> None:
+    def __init__(self, target: HostTarget, command: str, args: Mapping[str, object], listen: Listen) -> None:
         self._target = target
         self._listen = listen
         self._request = request_of(target, command, args)
@@ -326,7 +328,7 @@ class _Conversation:
 
     def _hear(self, session: Session) -> Mapping[str, object]:
         self._hello = False
-        for event in heard(self._target, session, Patience(SILENCE_SECONDS, NOISE_BYTES)):
+        for event in heard(self._target, session, ReadLimits(SILENCE_SECONDS, NOISE_BYTES)):
             if self._hello and not isinstance(event, Hello | Started):
                 self._news = time.monotonic()
             match event:
@@ -346,7 +348,7 @@ class _Conversation:
                     self._mark = mark
                 case _:
                     self._heard += bool(self._operation)
-                    self._mark = event.mark if isinstance(event, Line) else self._mark
+                    self._mark = event.mark if isinstance(event, LogLine) else self._mark
                     self._listen(self._target.name, event)
         raise ended_early(self._target, session.wait(SILENCE_SECONDS), greeted=self._hello)
 

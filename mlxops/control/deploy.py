@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlxops.common.build import PACKAGE, build_id, shipped
-from mlxops.control.channel import NOISE_BYTES, ConnectionLost, Ended, Patience, Transport, events
+from mlxops.control.channel import NOISE_BYTES, ConnectionLost, Ended, ReadLimits, Transport, events
 from mlxops.control.inventory import Host
 from mlxops.core.errors import AgentProblem, OutcomeUnknown, UsageError
 from mlxops.core.protocol import Done, Failed, Note
@@ -87,7 +87,7 @@ class _Search:
 
 
 @dataclass(frozen=True)
-class Wish:
+class DeployOptions:
     """What a deploy is asked for, beyond the agent itself."""
 
     mlxctl: bool = False
@@ -106,7 +106,7 @@ def install(
     note: Callable[[str], None],
     *,
     places: Sequence[str] = PLACES,
-    wish: Wish = Wish(),
+    wish: DeployOptions = DeployOptions(),
 ) -> dict[str, object]:
     """Install the agent of this tree, or find it installed: `{build, python, changed, seconds, path, ...}`.
 
@@ -136,7 +136,7 @@ def install(
     }
 
 
-def _options(wish: Wish, build: str, uv: str, whole: bool) -> dict[str, object]:
+def _options(wish: DeployOptions, build: str, uv: str, whole: bool) -> dict[str, object]:
     """What the installer is told; its `Options`."""
     return {
         "build": build,
@@ -254,14 +254,14 @@ def _run_installer(
     host: Host,
     python: str,
     options: dict[str, object],
-    wish: Wish,
+    wish: DeployOptions,
     note: Callable[[str], None],
 ) -> dict[str, object]:
     program = (PACKAGE / "agent" / "install.py").read_bytes()
     argv = [python, "-I", "-c", _START, str(len(program)), host.settings.state, json.dumps(options)]
     session = transport.start(argv, program + (b"" if wish.rollback else archive(wish.wheels)))
     try:
-        for event in events(session, Patience(SILENCE, NOISE_BYTES, greeted=True)):
+        for event in events(session, ReadLimits(SILENCE, NOISE_BYTES, greeted=True)):
             match event:
                 case Note(message):
                     note(message)
@@ -283,7 +283,7 @@ def _run_installer(
 def _run(transport: Transport, argv: Sequence[str], data: bytes) -> tuple[list[str], Ended]:
     session = transport.start(argv, data)
     try:
-        return list(session.lines(Patience(SILENCE, NOISE_BYTES))), session.wait(30.0)
+        return list(session.lines(ReadLimits(SILENCE, NOISE_BYTES))), session.wait(30.0)
     finally:
         session.close()
 

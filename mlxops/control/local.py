@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO
 
-from mlxops.control.channel import ConnectionLost, Dialogue, Ended, Lines, Patience, Session, Tail
+from mlxops.control.channel import ConnectionLost, Dialogue, Ended, LineBuffer, ReadLimits, Session, Tail
 from mlxops.control.ssh.config import words
 
 _PIPE = 1024 * 1024
@@ -59,7 +59,7 @@ class _NeverStarted:
     def __init__(self, ended: Ended) -> None:
         self._ended = ended
 
-    def lines(self, patience: Patience) -> Iterator[str]:
+    def lines(self, patience: ReadLimits) -> Iterator[str]:
         return iter(())
 
     def wait(self, timeout: float) -> Ended:
@@ -96,8 +96,8 @@ class _LocalSession:
             self._selector.register(stream, event, ready)
         self._write()
 
-    def lines(self, patience: Patience) -> Iterator[str]:
-        lines = Lines()
+    def lines(self, patience: ReadLimits) -> Iterator[str]:
+        lines = LineBuffer()
         while not self._stdout.closed or self._out:
             while self._out:
                 data = self._out.popleft()

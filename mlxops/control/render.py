@@ -15,10 +15,10 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
-from mlxops.control.client import Answer
+from mlxops.control.client import HostReply
 from mlxops.control.hints import aimed
 from mlxops.core.errors import Exit, MlxopsError, OutputFailed, worst
-from mlxops.core.protocol import Event, Line, Note, Phase, Progress
+from mlxops.core.protocol import Event, LogLine, Note, Phase, Progress
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -44,18 +44,18 @@ def one_line(text: object) -> str:
     return " ".join(harmless(text).split())
 
 
-def document(command: str, answers: Sequence[Answer], per_host: Mapping[str, Mapping[str, object]]) -> str:
+def document(command: str, answers: Sequence[HostReply], per_host: Mapping[str, Mapping[str, object]]) -> str:
     """The JSON document of a command. `per_host` holds what each host's row shows beside its name and error."""
     return _json(_document(command, answers, per_host))
 
 
-def document_line(command: str, answers: Sequence[Answer], per_host: Mapping[str, Mapping[str, object]]) -> str:
+def document_line(command: str, answers: Sequence[HostReply], per_host: Mapping[str, Mapping[str, object]]) -> str:
     """The same, where there are many, one a line."""
     return json_line(_document(command, answers, per_host))
 
 
 def _document(
-    command: str, answers: Sequence[Answer], per_host: Mapping[str, Mapping[str, object]]
+    command: str, answers: Sequence[HostReply], per_host: Mapping[str, Mapping[str, object]]
 ) -> dict[str, object]:
     hosts = [
         {
@@ -84,11 +84,11 @@ def json_line(value: object) -> str:
     return json.dumps(value, ensure_ascii=True)
 
 
-def exit_of(answers: Sequence[Answer]) -> Exit:
+def exit_of(answers: Sequence[HostReply]) -> Exit:
     return worst([answer.error.exit for answer in answers if answer.error])
 
 
-class Talk:
+class Console:
     """Notes, phases, progress and errors on standard error, as they come; from several hosts at once, one line each.
 
     On a terminal a download has a bar; elsewhere its progress is a line for every tenth, and at least every minute.
@@ -105,7 +105,7 @@ class Talk:
         self._tasks: dict[str, TaskID] = {}
         self._terminal = self._stream.isatty()
 
-    def __enter__(self) -> Talk:
+    def __enter__(self) -> Console:
         return self
 
     def __exit__(
@@ -130,7 +130,7 @@ class Talk:
                     self._line(host, f"{name}: {message}")
                 case Progress() as progress:
                     self._progress(host, progress)
-                case Line(text):
+                case LogLine(text):
                     say(one_log_line(text))
 
     def note(self, message: str) -> None:
@@ -243,7 +243,7 @@ def _rows(result: Mapping[str, object] | None, key: str) -> list[Mapping[str, ob
     return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
-def status_table(answers: Sequence[Answer]) -> str:
+def status_table(answers: Sequence[HostReply]) -> str:
     many = len(answers) > 1
     rows: list[list[object]] = []
     for answer in answers:
@@ -273,7 +273,7 @@ def status_table(answers: Sequence[Answer]) -> str:
     return "\n".join([text, *running, *drift])
 
 
-def ops_table(answers: Sequence[Answer]) -> str:
+def ops_table(answers: Sequence[HostReply]) -> str:
     rows: list[list[object]] = []
     for answer in answers:
         if answer.error is not None:
@@ -300,7 +300,7 @@ def _detail(row: Mapping[str, object]) -> object:
     return "; ".join(filter(None, [str(row.get("detail") or ""), told]))
 
 
-def list_table(answers: Sequence[Answer]) -> str:
+def list_table(answers: Sequence[HostReply]) -> str:
     many = len(answers) > 1
     rows: list[list[object]] = []
     for answer in answers:
@@ -344,12 +344,12 @@ def _options(flags: object) -> str:
     return ", ".join(shown)
 
 
-def memory_table(answers: Sequence[Answer]) -> str:
+def memory_table(answers: Sequence[HostReply]) -> str:
     """What serves, against the budget, and what each registered model would take."""
     return "\n\n".join(_memory_of(answer, many=len(answers) > 1) for answer in answers)
 
 
-def _memory_of(answer: Answer, *, many: bool) -> str:
+def _memory_of(answer: HostReply, *, many: bool) -> str:
     title = [f"{answer.host}:"] if many else []
     if answer.error is not None:
         return "\n".join([*title, one_line(answer.error.message)])
@@ -393,7 +393,7 @@ def _set_lines(result: Mapping[str, object]) -> str:
     return one_line(f"{result.get('model')} {verb}: {settings or 'no settings of its own'}")
 
 
-def gateway_table(answers: Sequence[Answer]) -> str:
+def gateway_table(answers: Sequence[HostReply]) -> str:
     many = len(answers) > 1
     rows: list[list[object]] = []
     for answer in answers:

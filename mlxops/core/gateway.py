@@ -47,7 +47,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Files:
+class GatewayPaths:
     """How the gateway's files are called in messages; `env` None: the environment is not a file."""
 
     config: str = "the gateway's configuration"
@@ -217,7 +217,7 @@ def tokens_promised(entries: Iterable[Entry], address: str, same_host: SameHost 
     return promised
 
 
-def edit(entry: Entry, key: str, value: str, files: Files) -> str:
+def edit(entry: Entry, key: str, value: str, files: GatewayPaths) -> str:
     """The one change to the gateway's files that gives `litellm_params.key` this value, as a sentence."""
     variable = entry.variables.get(key)
     if variable and files.env:
@@ -236,7 +236,7 @@ def url(address: str, port: int) -> str:
 
 
 def compare(
-    entries: Sequence[Entry], ports: Sequence[Port], files: Files, same_host: SameHost = same_name
+    entries: Sequence[Entry], ports: Sequence[Port], files: GatewayPaths, same_host: SameHost = same_name
 ) -> tuple[Finding, ...]:
     """Everything between the gateway's entries and what answers that is not as it should be; faults first.
 
@@ -293,7 +293,7 @@ Say = Callable[..., Finding]
 
 
 def _of_entry(
-    entry: Entry, target: Port | None, own: Sequence[Port], together: Together, files: Files
+    entry: Entry, target: Port | None, own: Sequence[Port], together: Together, files: GatewayPaths
 ) -> Iterator[Finding]:
     """What is wrong with one entry, whatever is behind it. `own`: the slots with its alias."""
     slot = target if target in own or not own else own[0]
@@ -331,7 +331,7 @@ def _sure(entry: Entry, *fields: str) -> bool:
     return not entry.unsure & set(fields)
 
 
-def _value_for(entry: Entry, variable: str, name: str, slot: Port | None, files: Files) -> str:
+def _value_for(entry: Entry, variable: str, name: str, slot: Port | None, files: GatewayPaths) -> str:
     key = next((key for key, each in entry.variables.items() if each == variable), "")
     base = url(slot.address, slot.port) if slot else ""
     right = {"model": entry.right_model(name), "api_base": base, "api_key": "none"}
@@ -350,7 +350,7 @@ def _of_base(
     say: Say,
     own: Sequence[Port],
     together: Together,
-    files: Files,
+    files: GatewayPaths,
 ) -> Iterator[Finding]:
     right, base = edit(entry, "api_base", url(slot.address, slot.port), files), entry.api_base
     if base is None:
@@ -401,7 +401,7 @@ def _no_url(base: str) -> str:
     return "has a '?' in it, behind which LiteLLM puts the path" if parts.query else ""
 
 
-def _of_name(entry: Entry, target: Port, say: Say, files: Files) -> Iterator[Finding]:
+def _of_name(entry: Entry, target: Port, say: Say, files: GatewayPaths) -> Iterator[Finding]:
     name, sends = target.name, entry.sends
     if name is not None and sends is not None and sends != name:
         right = edit(entry, "model", entry.right_model(name), files)
@@ -422,7 +422,7 @@ def _of_name(entry: Entry, target: Port, say: Say, files: Files) -> Iterator[Fin
         yield say("context_too_small", message, hint, certain=False)
 
 
-def _of_groups(ours: Together, files: Files) -> Iterator[Finding]:
+def _of_groups(ours: Together, files: GatewayPaths) -> Iterator[Finding]:
     """Entries that are wrong only together: LiteLLM balances an alias between all that it is given."""
     by_port: dict[Port, list[str]] = {}
     by_alias: dict[str, dict[tuple[str, int], Port | None]] = {}
@@ -469,7 +469,7 @@ _BROKEN = {State.FAILED, State.WEDGED, State.MISMATCH, State.ORPHAN}
 _PASSING = {State.LOADING, State.DRAINING, State.UNKNOWN}
 
 
-def _of_port(port: Port, here: Sequence[Entry], files: Files) -> Iterator[Finding]:
+def _of_port(port: Port, here: Sequence[Entry], files: GatewayPaths) -> Iterator[Finding]:
     """What a port and its entries are to each other. `here`: the entries that lead to it."""
     alias = port.alias or (here[0].alias if here else None)
 

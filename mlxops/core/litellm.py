@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from mlxops.core.errors import Refused
-from mlxops.core.gateway import ENVIRON, Entry, Files, Finding, Severity, edit
+from mlxops.core.gateway import ENVIRON, Entry, Finding, GatewayPaths, Severity, edit
 from mlxops.core.names import shown
 
 _MAX_ENTRIES = 10_000
@@ -236,7 +236,7 @@ def _upstream(model: str, provider: str | None) -> tuple[str | None, str | None]
 # -- reading the document -----------------------------------------------------------------------------------------
 
 
-def parse(document: object, environ: Environ, files: Files, places: Sequence[str] = ()) -> Config:
+def parse(document: object, environ: Environ, files: GatewayPaths, places: Sequence[str] = ()) -> Config:
     """Read a loaded configuration, its includes merged into it.
 
     `places`: file and line of each item of `model_list`. Raises `Refused` (bad_gateway_config) if LiteLLM would not
@@ -265,7 +265,7 @@ def parse(document: object, environ: Environ, files: Files, places: Sequence[str
     return Config(tuple(entries), reader.synonyms, tuple(findings), reader.instead, reader.certain_defaults())
 
 
-def _without_model(entry: Entry, files: Files) -> Finding:
+def _without_model(entry: Entry, files: GatewayPaths) -> Finding:
     """Return the finding for an entry without a model: LiteLLM does not start with it, also if it is not for a host of
     ours."""
     variable = entry.variables.get("model")
@@ -279,7 +279,7 @@ def _without_model(entry: Entry, files: Files) -> Finding:
     return Finding("unset_variable", entry.alias, None, severity, message, hint)
 
 
-def unusable(files: Files, why: str) -> Refused:
+def unusable(files: GatewayPaths, why: str) -> Refused:
     return Refused(
         "bad_gateway_config",
         f"{files.config} is not a configuration that LiteLLM starts with",
@@ -291,7 +291,7 @@ def unusable(files: Files, why: str) -> Refused:
 class _Reader:
     """Reads entries together with the sections of the document that change them."""
 
-    def __init__(self, document: Mapping[object, object], environ: Environ, files: Files) -> None:
+    def __init__(self, document: Mapping[object, object], environ: Environ, files: GatewayPaths) -> None:
         self.environ = environ
         self.files = files
         self.default_place = f"router_settings.default_litellm_params of {files.config}"

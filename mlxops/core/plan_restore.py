@@ -26,7 +26,7 @@ FIRST_PAUSE = 120.0
 
 
 @dataclass(frozen=True)
-class Step:
+class RestoreStep:
     model: str
     port: int
     why: str = ""
@@ -51,7 +51,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Start:
+class RestoreAttempt:
     """A start by `restore`, as the history tells it."""
 
     wall: float
@@ -72,7 +72,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Moment:
+class Now:
     """Now, in this boot of the host."""
 
     boot_id: str
@@ -83,8 +83,8 @@ class Moment:
 
 @dataclass(frozen=True)
 class RestorePlan:
-    starts: tuple[Step, ...] = ()
-    skipped: tuple[Step, ...] = ()
+    starts: tuple[RestoreStep, ...] = ()
+    skipped: tuple[RestoreStep, ...] = ()
 
 
 def plan_restore(
@@ -92,12 +92,12 @@ def plan_restore(
     world: World,
     *,
     slots: Mapping[int, str],
-    cleared: Iterable[Step] = (),
-    attempts: Mapping[Step, Sequence[float]],
+    cleared: Iterable[RestoreStep] = (),
+    attempts: Mapping[RestoreStep, Sequence[float]],
 ) -> RestorePlan:
     """`cleared`: what reconcile took away, if that is to come back. `attempts`: how many seconds ago `restore` has
     started a step in vain, newest first. Each assignment is served, started, or skipped with the reason."""
-    wanted = {Step(model.name, model.port) for model in registry.models.values() if model.port is not None}
+    wanted = {RestoreStep(model.name, model.port) for model in registry.models.values() if model.port is not None}
     wanted |= {step for step in cleared if _is_free(registry, step)}
     reserved = {state.job.port: state for state in world.boot if state.standing.reserves}
     starts, skipped = [], []
@@ -108,7 +108,7 @@ def plan_restore(
         job = reserved.get(step.port)
         why = _what_is_there(view) or _why_not(step, wanted, job, slots)
         left = (
-            Step(step.model, step.port, why, in_hand=job is not None or _is_in_hand(view, step))
+            RestoreStep(step.model, step.port, why, in_hand=job is not None or _is_in_hand(view, step))
             if why
             else pause(step, attempts.get(step, ()))
         )
@@ -119,13 +119,13 @@ def plan_restore(
     return RestorePlan(tuple(starts), tuple(skipped))
 
 
-def _is_free(registry: Registry, step: Step) -> bool:
+def _is_free(registry: Registry, step: RestoreStep) -> bool:
     """A cleared assignment may come back where nobody has assigned anything else since."""
     entry = registry.models.get(step.model)
     return entry is not None and entry.port is None and not registry.on_port(step.port)
 
 
-def is_wanted(registry: Registry, step: Step, *, cleared: bool) -> bool:
+def is_wanted(registry: Registry, step: RestoreStep, *, cleared: bool) -> bool:
     """Whether a step that was planned is still to be taken: it may have been unloaded since."""
     entry = registry.models.get(step.model)
     return entry is not None and (entry.port == step.port or (cleared and _is_free(registry, step)))
@@ -136,11 +136,11 @@ def _is_down(view: PortView) -> bool:
     return view.unserved or (view.orphan in dead and view.operation is None)
 
 
-def _is_served(view: PortView, step: Step) -> bool:
+def _is_served(view: PortView, step: RestoreStep) -> bool:
     return view.state is State.READY and view.model == step.model and view.owner is not Owner.FOREIGN
 
 
-def _is_in_hand(view: PortView | None, step: Step) -> bool:
+def _is_in_hand(view: PortView | None, step: RestoreStep) -> bool:
     """Whether the port changes without a person: by an operation, a boot job, or a server that loads this model."""
     if view is None:
         return False
@@ -169,7 +169,7 @@ def _what_is_there(view: PortView | None) -> str:
     return f"a process that is not ours holds the port: {view.detail}"
 
 
-def _why_not(step: Step, wanted: Iterable[Step], boot: JobState | None, slots: Mapping[int, str]) -> str:
+def _why_not(step: RestoreStep, wanted: Iterable[RestoreStep], boot: JobState | None, slots: Mapping[int, str]) -> str:
     if boot is not None:
         return f"the port belongs to the boot job {boot.job.name}: {boot.detail}"
     if sum(each.port == step.port for each in wanted) > 1:
@@ -180,25 +180,25 @@ def _why_not(step: Step, wanted: Iterable[Step], boot: JobState | None, slots: M
     return ""
 
 
-def pause(step: Step, attempts: Sequence[float]) -> Step | None:
+def pause(step: RestoreStep, attempts: Sequence[float]) -> RestoreStep | None:
     """The step as it is left, if it was started so many seconds ago, each time in vain; None if it may be taken."""
     if not attempts:
         return None
     by_hand = f"mlxctl load {step.model} {step.port}"
     if len(attempts) >= GIVE_UP:
         why = f"it was started {len(attempts)} times and was not seen to last; when it is mended: {by_hand}"
-        return Step(step.model, step.port, why)
+        return RestoreStep(step.model, step.port, why)
     left = FIRST_PAUSE * 2 ** (len(attempts) - 1) - attempts[0]
     if left <= 0:
         return None
     times = "once" if len(attempts) == 1 else f"{len(attempts)} times"
     why = f"it was started {times} and did not last; the next try may be in {duration(left)}; or now: {by_hand}"
-    return Step(step.model, step.port, why, left)
+    return RestoreStep(step.model, step.port, why, left)
 
 
-def last_cleared(history: Iterable[Mapping[str, object]]) -> tuple[Step, ...]:
+def last_cleared(history: Iterable[Mapping[str, object]]) -> tuple[RestoreStep, ...]:
     """What the latest reconcile that cleared anything has cleared, and nobody has loaded or unloaded since."""
-    found: dict[Step, None] = {}
+    found: dict[RestoreStep, None] = {}
     operation: object = None
     for line in history:
         if line.get("command") == "reconcile":
@@ -213,10 +213,10 @@ def last_cleared(history: Iterable[Mapping[str, object]]) -> tuple[Step, ...]:
     return tuple(found)
 
 
-def starts_of(history: Iterable[Mapping[str, object]]) -> dict[Step, list[Start]]:
+def starts_of(history: Iterable[Mapping[str, object]]) -> dict[RestoreStep, list[RestoreAttempt]]:
     """The starts of each step by `restore`, oldest first, since one is known to have lasted. A load by a person, an
     unload, or a reconcile that takes the assignment away, wipes the slate."""
-    found: dict[Step, list[Start]] = {}
+    found: dict[RestoreStep, list[RestoreAttempt]] = {}
     for line in history:
         command, step = line.get("command"), _step(line)
         if command == "reconcile":
@@ -235,18 +235,18 @@ def starts_of(history: Iterable[Mapping[str, object]]) -> dict[Step, list[Start]
     return found
 
 
-def _start(line: Mapping[str, object]) -> Start | None:
+def _start(line: Mapping[str, object]) -> RestoreAttempt | None:
     boot_id, wall, monotonic = line.get("boot_id"), line.get("wall"), line.get("monotonic")
     if not isinstance(boot_id, str) or not isinstance(wall, int | float) or not isinstance(monotonic, int | float):
         return None
     if not (0 <= wall < LONGEST_UPTIME and 0 <= monotonic < LONGEST_UPTIME):
         return None
-    return Start(float(wall), float(monotonic), boot_id)
+    return RestoreAttempt(float(wall), float(monotonic), boot_id)
 
 
 def in_vain(
-    starts: Mapping[Step, Sequence[Start]], records: Mapping[int, Record], now: Moment
-) -> dict[Step, list[float]]:
+    starts: Mapping[RestoreStep, Sequence[RestoreAttempt]], records: Mapping[int, Record], now: Now
+) -> dict[RestoreStep, list[float]]:
     """How many seconds ago each step was started in vain, newest first."""
     return {
         step: [_ago(start, now) for start in reversed(of)]
@@ -255,13 +255,13 @@ def in_vain(
     }
 
 
-def _ago(start: Start, now: Moment) -> float:
+def _ago(start: RestoreAttempt, now: Now) -> float:
     if start.boot_id == now.boot_id:
         return max(0.0, now.monotonic - start.monotonic)
     return max(now.wall - start.wall, now.monotonic)  # wall time may have been set back; it was before this boot
 
 
-def _lasted(starts: Sequence[Start], step: Step, record: Record | None, now: Moment) -> bool:
+def _lasted(starts: Sequence[RestoreAttempt], step: RestoreStep, record: Record | None, now: Now) -> bool:
     """Whether the server that was started last has served for long, by what can be seen now that it is down.
 
     Its log says so, if anybody asked it anything. Else, if nobody knows of its end but that the host went down, the
@@ -278,7 +278,7 @@ def _lasted(starts: Sequence[Start], step: Step, record: Record | None, now: Mom
     return not crashed_then and now.booted_at - last.wall >= LASTED
 
 
-def lasting(starts: Mapping[Step, Sequence[Start]], world: World, now: Moment) -> Iterator[Step]:
+def lasting(starts: Mapping[RestoreStep, Sequence[RestoreAttempt]], world: World, now: Now) -> Iterator[RestoreStep]:
     """The steps whose servers are seen to have lasted: worth remembering, because an idle server's log tells nothing
     once it is down."""
     for step, of in starts.items():
@@ -290,10 +290,10 @@ def lasting(starts: Mapping[Step, Sequence[Start]], world: World, now: Moment) -
             yield step
 
 
-def _step(row: object) -> Step | None:
+def _step(row: object) -> RestoreStep | None:
     if not isinstance(row, Mapping):
         return None
     model, port = row.get("model"), row.get("port")
     if not isinstance(model, str) or not is_model_name(model) or type(port) is not int:
         return None
-    return Step(model, port)
+    return RestoreStep(model, port)

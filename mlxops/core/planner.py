@@ -19,7 +19,7 @@ from mlxops.core.settings import Settings
 
 
 @dataclass(frozen=True)
-class Target:
+class ModelRef:
     """The model that a load is about. `entry` is None if it has yet to be registered."""
 
     name: str
@@ -50,7 +50,7 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True)
 class LoadPlan:
-    target: Target
+    target: ModelRef
     port: int
     alias: str
     outcome: Outcome
@@ -116,7 +116,7 @@ def _to(port: str | None) -> str:
 
 def resolve(
     registry: Registry, name: str, repo_id: str | None, revision: str | None, port: str | None = None
-) -> Target:
+) -> ModelRef:
     """Which entry and which repository `--model NAME [--repo ORG/NAME[@REVISION]]` means. `port` is for the errors.
 
     Raises `Refused`: unknown_model, ambiguous_model, entry_unusable.
@@ -143,7 +143,7 @@ def resolve(
     if entry is None:
         if repo_id is None:
             raise unknown_model(name, registry, port)
-        return Target(name, repo_id, revision)
+        return ModelRef(name, repo_id, revision)
     if repo_id is None and entry.repo_id is None:
         raise Refused(
             "entry_unusable",
@@ -154,7 +154,7 @@ def resolve(
     chosen = repo_id or entry.repo_id or ""
     repoint = chosen != entry.repo_id or (revision is not None and revision != entry.revision)
     kept = entry.revision if chosen == entry.repo_id else None
-    return Target(entry.name, chosen, revision or kept, entry, repoint)
+    return ModelRef(entry.name, chosen, revision or kept, entry, repoint)
 
 
 def choose_port(settings: Settings, registry: Registry, world: World, name: str, asked: str | None) -> int:
@@ -192,7 +192,7 @@ def plan_load(
     settings: Settings,
     registry: Registry,
     world: World,
-    target: Target,
+    target: ModelRef,
     port: int,
     *,
     wanted: Wanted | None,
@@ -257,7 +257,7 @@ def refuse_alias_elsewhere(settings: Settings, name: str, port: int) -> None:
         )
 
 
-def _refuse_elsewhere(old: PortView, target: Target, outcome: Outcome, force: bool) -> None:
+def _refuse_elsewhere(old: PortView, target: ModelRef, outcome: Outcome, force: bool) -> None:
     """One model, one port: what is on another one is moved if that is wished, or cleaned up; never served twice."""
     if old.state is State.UNKNOWN:
         raise unknown_port(old)
@@ -294,7 +294,7 @@ def unknown_port(view: PortView) -> Refused:
 
 
 def _plan_for_port(
-    view: PortView, target: Target, port: int, alias: str, wanted: Wanted | None, force: bool
+    view: PortView, target: ModelRef, port: int, alias: str, wanted: Wanted | None, force: bool
 ) -> LoadPlan:
     start = LoadPlan(target, port, alias, Outcome.START)
     if view.state is State.UNKNOWN:
@@ -334,7 +334,7 @@ def _force_for(view: PortView) -> str:
     return " --force" if view.owner is Owner.HAND else ""
 
 
-def _plan_on_boot(view: PortView, target: Target, start: LoadPlan) -> LoadPlan:
+def _plan_on_boot(view: PortView, target: ModelRef, start: LoadPlan) -> LoadPlan:
     if view.model == target.name and view.state is State.READY:
         return replace(start, outcome=Outcome.ALREADY, proves=view, notes=("served by the boot job",))
     raise boot_port(view, _served_by(view))
@@ -391,7 +391,7 @@ def _is_of(run: Run, wanted: Wanted) -> bool:
     return (run.repo_id, run.revision) == (wanted.repo_id, wanted.revision)
 
 
-def _is_of_target(run: Run, target: Target) -> bool:
+def _is_of_target(run: Run, target: ModelRef) -> bool:
     """The same, where the target's files are not here: its revision may be a branch, which then proves nothing."""
     return run.repo_id == target.repo_id and run.revision.startswith(target.revision or "")
 
@@ -404,7 +404,7 @@ def _is_as_wanted(server: Server, wanted: Wanted | None) -> bool:
     return argv[len(argv) - len(tail) :] == tail
 
 
-def _elsewhere(world: World, target: Target, port: int) -> list[PortView]:
+def _elsewhere(world: World, target: ModelRef, port: int) -> list[PortView]:
     """The other ports on which the target is served, and its own one if that could not be looked at."""
     own = target.entry.port if target.entry else None
     return [

@@ -44,7 +44,7 @@ class Orphan(StrEnum):
     UNASSIGNED = "it serves, and the registry has no assignment for it"
 
 
-class Answer(StrEnum):
+class Health(StrEnum):
     """What the cheap probe of a server brought."""
 
     SERVING = "serving"
@@ -253,7 +253,7 @@ class Signals:
     """What that operation is doing."""
     progress: Progress | None = None
     """How far it is, where that is a matter of bytes."""
-    answer: Answer = Answer.NOT_ASKED
+    answer: Health = Health.NOT_ASKED
     busy: bool = False
     """Somebody is connected to it, so a probe without an answer may just have to wait."""
     stranger: str = ""
@@ -409,17 +409,17 @@ def _judge_ours(signals: Signals, run: Run, assigned: tuple[str, ...]) -> PortVi
     if run.model not in assigned:
         return replace(_view(signals, State.MISMATCH, owner, f"the registry says {assigned[0]}"), reassigned=True)
     match signals.answer:
-        case Answer.SILENT if signals.busy:
+        case Health.SILENT if signals.busy:
             return _view(signals, State.READY, owner, "busy")
-        case Answer.SILENT:
+        case Health.SILENT:
             return _view(signals, State.WEDGED, owner, "no answer to the probe")
-        case Answer.BROKEN:
+        case Health.BROKEN:
             return _view(signals, State.FAILED, owner, "the server says that it is unhealthy")
-        case Answer.LOADING:
+        case Health.LOADING:
             return _view(signals, State.LOADING, owner, "the server says that it is loading")
-        case Answer.NOT_ASKED:
+        case Health.NOT_ASKED:
             return _view(signals, State.UNKNOWN, None, detail="its server could not be asked")
-        case Answer.SERVING:
+        case Health.SERVING:
             return _view(signals, State.READY, owner)
 
 
@@ -438,17 +438,17 @@ def _stranger(signals: Signals, registry: Registry, owner: Owner) -> PortView:
     server = signals.hand
     model = next((m.name for m in registry.models.values() if server and server.model in _known_as(m)), None)
     assigned = registry.on_port(signals.port)
-    if server is not None and signals.listening and signals.answer is Answer.NOT_ASKED:
+    if server is not None and signals.listening and signals.answer is Health.NOT_ASKED:
         return _view(signals, State.UNKNOWN, None, detail="its server could not be asked")
-    if signals.answer is Answer.SILENT and signals.busy:
+    if signals.answer is Health.SILENT and signals.busy:
         state, detail = State.READY, "busy"
-    elif signals.answer is Answer.SILENT:
+    elif signals.answer is Health.SILENT:
         state, detail = (State.WEDGED, "no answer to the probe") if signals.listening else (State.LOADING, "")
     elif not signals.listening:
         state, detail = State.LOADING, "it does not listen yet"
-    elif signals.answer is Answer.LOADING:
+    elif signals.answer is Health.LOADING:
         state, detail = State.LOADING, "the server says that it is loading"
-    elif signals.answer is Answer.BROKEN:
+    elif signals.answer is Health.BROKEN:
         state, detail = State.FAILED, "the server says that it is unhealthy"
     elif assigned and model is not None and model not in {entry.name for entry in assigned}:
         state, detail = State.MISMATCH, f"the registry says {assigned[0].name}"

@@ -1,7 +1,8 @@
 """Decide which names may be asked for through the gateway without harm. Pure.
 
 A name is asked for only if every server that the gateway may send it to knows the name that the gateway sends: for
-an unknown one mlx-lm drops its model. Agents describe their ports, as `Server`, in the results of `gateway` and `load`.
+an unknown one mlx-lm drops its model. Agents describe their ports, as `GatewayServer`, in the results of `gateway` and
+`load`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ STAR = "*"
 
 
 @dataclass(frozen=True)
-class Server:
+class GatewayServer:
     """A port of a managed host."""
 
     url: str
@@ -34,11 +35,11 @@ class Server:
     """Why it must not be asked at all."""
 
 
-def server_of(row: Mapping[str, object], base: str, slot: str | None, *, idle: bool = False) -> Server:
+def server_of(row: Mapping[str, object], base: str, slot: str | None, *, idle: bool = False) -> GatewayServer:
     """Read a port from its agent's row; see `operations.asking.to_wire`."""
     only, also = row.get("answers_to"), row.get("also_answers_to")
     known = [only, *(also if isinstance(also, list) else [])]
-    return Server(
+    return GatewayServer(
         url=base,
         slot=slot,
         ready=row.get("state") == "ready",
@@ -64,7 +65,9 @@ class Asking:
     """Name that leads to a ready server -> why it is not asked for."""
 
 
-def to_ask(entries: Sequence[Entry] | None, servers: Sequence[Server], same_host: SameHost = same_name) -> Asking:
+def to_ask(
+    entries: Sequence[Entry] | None, servers: Sequence[GatewayServer], same_host: SameHost = same_name
+) -> Asking:
     """Choose the names to ask for.
 
     `entries`: the gateway's; None: not known. Then ask for the aliases of slots, where a wrong name does no harm.
@@ -91,7 +94,7 @@ def to_ask(entries: Sequence[Entry] | None, servers: Sequence[Server], same_host
     return Asking(names, bases, others, skipped)
 
 
-def _by_slot(servers: Sequence[Server]) -> Asking:
+def _by_slot(servers: Sequence[GatewayServer]) -> Asking:
     names: dict[str, tuple[str, ...]] = {}
     skipped: dict[str, str] = {}
     for server in servers:
@@ -103,7 +106,7 @@ def _by_slot(servers: Sequence[Server]) -> Asking:
     return Asking(names, names, {}, skipped)
 
 
-def _target(entry: Entry, servers: Iterable[Server], same_host: SameHost) -> Server | None:
+def _target(entry: Entry, servers: Iterable[GatewayServer], same_host: SameHost) -> GatewayServer | None:
     where = entry.address
     for server in servers:
         at = address_of(server.url)
@@ -112,7 +115,7 @@ def _target(entry: Entry, servers: Iterable[Server], same_host: SameHost) -> Ser
     return None
 
 
-def _why_not(alias: str, ways: Iterable[tuple[Entry, Server | None]]) -> str:
+def _why_not(alias: str, ways: Iterable[tuple[Entry, GatewayServer | None]]) -> str:
     """Return why a name must not be asked for; empty if it may be."""
     if STAR in alias:
         return "it stands for many names"
@@ -122,7 +125,7 @@ def _why_not(alias: str, ways: Iterable[tuple[Entry, Server | None]]) -> str:
     return ""
 
 
-def _unknown_to(server: Server, sends: str | None) -> str:
+def _unknown_to(server: GatewayServer, sends: str | None) -> str:
     """Return why a name must not be sent to a server; empty if it may be."""
     port = (address_of(server.url) or ("", 0))[1]
     if server.not_asked:
@@ -163,10 +166,10 @@ def differ(files: Iterable[Entry], running: Iterable[Entry], alias: str, same_ho
     )
 
 
-def slots_beside(port: int, address: str, slots: Mapping[int, str], ports: Iterable[int]) -> tuple[Server, ...]:
+def slots_beside(port: int, address: str, slots: Mapping[int, str], ports: Iterable[int]) -> tuple[GatewayServer, ...]:
     """Return the host's other ports, by its settings. Each counts as knowing only its slot's alias."""
     return tuple(
-        Server(url(address, each), slots.get(each), ready=False, known=(slots[each],) if each in slots else ())
+        GatewayServer(url(address, each), slots.get(each), ready=False, known=(slots[each],) if each in slots else ())
         for each in ports
         if each != port
     )

@@ -45,7 +45,7 @@ CANCELLABLE = frozenset({"load", "rollback", "pull", "restore"})
 
 
 @dataclass(frozen=True)
-class Asker:
+class Requester:
     """Who asks, as told by the control node; for messages and the history, never for permission."""
 
     user: str = "?"
@@ -63,7 +63,7 @@ class Request:
     args: Mapping[str, object]
     settings: Settings
     build: str
-    asker: Asker = field(default_factory=Asker)
+    asker: Requester = field(default_factory=Requester)
     agreed: bool = False
     """The settings are the host's own agreed ones: `--local` without a hosts.yaml."""
     ticket: str = ""
@@ -124,7 +124,7 @@ def decode_request(data: bytes) -> Request:
         args=args,
         settings=settings_from_wire(settings),
         build=str(wire.get("build", "")),
-        asker=Asker(str(who.get("user", "?")), str(who.get("host", "?"))),
+        asker=Requester(str(who.get("user", "?")), str(who.get("host", "?"))),
         agreed=wire.get("agreed") is True,
         ticket=_ticket(wire.get("ticket")),
         heard=_count(wire.get("heard")),
@@ -163,7 +163,7 @@ class Started:
 
 
 @dataclass(frozen=True)
-class Line:
+class LogLine:
     """A line of a log, without its end and without control characters."""
 
     text: str
@@ -230,7 +230,7 @@ class Failed:
     error: MlxopsError
 
 
-Event = Hello | Started | Line | Reached | Note | Phase | Progress | Done | Failed
+Event = Hello | Started | LogLine | Reached | Note | Phase | Progress | Done | Failed
 
 
 def encode_event(event: Event) -> str:
@@ -241,7 +241,7 @@ def encode_event(event: Event) -> str:
             body |= {"event": "hello", "version": version, "build": build}
         case Started(operation):
             body |= {"event": "started", "operation": operation}
-        case Line(text, mark):
+        case LogLine(text, mark):
             body |= {"event": "line", "text": text, "mark": mark}
         case Reached(mark):
             body |= {"event": "reached", "mark": mark}
@@ -274,7 +274,7 @@ def decode_event(line: str) -> Event | None:
         case "started":
             return Started(str(body.get("operation")))
         case "line":
-            return Line(str(body.get("text")), str(body.get("mark", "")))
+            return LogLine(str(body.get("text")), str(body.get("mark", "")))
         case "reached":
             return Reached(str(body.get("mark", "")))
         case "note":

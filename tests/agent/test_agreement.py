@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from mlxops.agent.agreement import agree, agree_anew
-from mlxops.agent.paths import place
+from mlxops.agent.paths import host_paths
 from mlxops.agent.state.operation_log import create
 from mlxops.agent.state.store import Store
 from mlxops.agent.worker import begin
@@ -39,8 +39,8 @@ def other(settings: Settings, tmp_path: Path) -> Settings:
 
 @pytest.fixture
 def store(settings: Settings) -> Store:
-    where = place(settings, {})
-    return Store(where.state, where.registry)
+    paths = host_paths(settings, {})
+    return Store(paths.state, paths.registry)
 
 
 def agent(settings: Settings, command: str, *before: str) -> subprocess.Popen[bytes]:
@@ -80,17 +80,17 @@ def test_of_two_that_differ_on_a_fresh_host_one_is_heard(settings: Settings, oth
 
 
 def test_what_need_not_be_agreed_on_is_kept_as_it_was_asked_last(settings: Settings, store: Store) -> None:
-    agree(store, place(settings, {}))
+    agree(store, host_paths(settings, {}))
     changed = replace(settings, address="studio.local", env={"A": "1"}, boot=(BootJob(8100, "/opt/start.sh"),))
-    agree(store, place(changed, {}))
+    agree(store, host_paths(changed, {}))
     assert store.agreed() == changed
 
 
 def test_a_worker_whose_settings_were_agreed_anew_before_it_began_does_nothing(
     settings: Settings, other: Settings, store: Store
 ) -> None:
-    agree(store, place(settings, {}))
-    agree_anew(store, place(other, {}))
+    agree(store, host_paths(settings, {}))
+    agree_anew(store, host_paths(other, {}))
     journal, child = begin(store, Request("set", {"model": "a/b", "fields": {}}, settings, build_id()))
     (final,) = [event for event in journal.follow() if event is not None]
     assert child is not None and child.wait(30) == 3
@@ -101,19 +101,19 @@ def test_a_worker_whose_settings_were_agreed_anew_before_it_began_does_nothing(
 def test_settings_are_not_agreed_anew_while_an_operation_works_with_others(
     settings: Settings, other: Settings, store: Store
 ) -> None:
-    agree(store, place(settings, {}))
+    agree(store, host_paths(settings, {}))
     journal, lock = create(store.state / "ops", Request("load", {}, settings, build_id()))
     assert lock is not None
     try:
-        agree_anew(store, place(replace(settings, address="studio.local"), {}))
+        agree_anew(store, host_paths(replace(settings, address="studio.local"), {}))
         with pytest.raises(Busy) as caught:
-            agree_anew(store, place(other, {}))
+            agree_anew(store, host_paths(other, {}))
     finally:
         os.close(lock)
     assert caught.value.code == "settings_in_use" and journal.id in caught.value.why
-    agree_anew(store, place(other, {}))
+    agree_anew(store, host_paths(other, {}))
     with pytest.raises(Refused, match="do not agree"):
-        agree(store, place(settings, {}))
+        agree(store, host_paths(settings, {}))
 
 
 @pytest.mark.parametrize("content", [b"{", b"", b"[]"])

@@ -15,7 +15,7 @@ import pytest
 
 from mlxops.agent.operations import ops
 from mlxops.agent.operations.ops import Cancelling
-from mlxops.agent.state.operation_log import Journal, create, recent
+from mlxops.agent.state.operation_log import OperationLog, create, recent
 from mlxops.common.build import build_id
 from mlxops.core.errors import OutcomeUnknown, Refused
 from mlxops.core.protocol import Request
@@ -32,7 +32,7 @@ def ask(homelab: Homelab) -> Ask:
 
 
 @contextmanager
-def loading(ask: Ask) -> Iterator[tuple[subprocess.Popen[str], Journal]]:
+def loading(ask: Ask) -> Iterator[tuple[subprocess.Popen[str], OperationLog]]:
     """A load that waits for a proof that will never come, and its record."""
     with ask.running("load", "--model", "mine", "--port", ask.port) as process:
         assert process.stderr is not None
@@ -79,7 +79,7 @@ def test_a_worker_that_is_cleaning_up_hears_every_time(ask: Ask) -> None:
 
 
 @pytest.fixture
-def journal(tmp_path: Path) -> Iterator[Journal]:
+def journal(tmp_path: Path) -> Iterator[OperationLog]:
     """The record of a load whose worker lives."""
     folder = tmp_path / "ops"
     folder.mkdir()
@@ -90,7 +90,7 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
 
 
 def test_whoever_waits_for_a_long_end_goes_on_as_long_as_it_is_heard(
-    journal: Journal, monkeypatch: pytest.MonkeyPatch
+    journal: OperationLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ops, "AGAIN_SECONDS", 0.02)
     monkeypatch.setattr(ops, "HEARD_SECONDS", 1.0)

@@ -12,11 +12,11 @@ import pytest
 from mlxops.agent.context import Context
 from mlxops.agent.host.system import this_system
 from mlxops.agent.operations.load import _port_alone
-from mlxops.agent.paths import place
+from mlxops.agent.paths import host_paths
 from mlxops.agent.state.operation_log import create
 from mlxops.agent.state.store import Lock, Store
 from mlxops.core.errors import Busy, Refused
-from mlxops.core.planner import Target
+from mlxops.core.planner import ModelRef
 from mlxops.core.ports import Operation, World
 from mlxops.core.protocol import Event, Request
 from mlxops.core.registry import EMPTY, Registry
@@ -48,7 +48,7 @@ def late(store: Store, port: str = "auto") -> Context:
     def emit(event: Event) -> None:
         pytest.fail(str(event))
 
-    return Late(request, place(settings, os.environ), store, this_system(), emit, {}, operation="mine")
+    return Late(request, host_paths(settings, os.environ), store, this_system(), emit, {}, operation="mine")
 
 
 @contextmanager
@@ -62,8 +62,8 @@ def held(store: Store, *names: str, by: Operation = OTHER) -> Iterator[None]:
             lock.release()
 
 
-def mine() -> Target:
-    return Target("mine", "org/mine")
+def mine() -> ModelRef:
+    return ModelRef("mine", "org/mine")
 
 
 def claim(ctx: Context) -> None:

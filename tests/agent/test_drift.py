@@ -11,7 +11,7 @@ import pytest
 from mlxops.agent.context import Context
 from mlxops.agent.host.system import this_system
 from mlxops.agent.operations.drift import further_drift
-from mlxops.agent.paths import place
+from mlxops.agent.paths import host_paths
 from mlxops.agent.state.store import Store
 from mlxops.core.ports import Owner, PortView, State, World
 from mlxops.core.protocol import Request
@@ -24,9 +24,9 @@ def test_other_files_than_the_registry_names_are_told_of_whatever_answers_or_han
     tmp_path: Path, state: State, told: bool
 ) -> None:
     settings = Settings(hub=str(tmp_path / "hub"), state=str(tmp_path / "state"))
-    where = place(settings, os.environ)
-    store = Store(where.state, where.registry)
-    context = Context(Request("status", {}, settings, ""), where, store, this_system(), lambda event: None, {})
+    paths = host_paths(settings, os.environ)
+    store = Store(paths.state, paths.registry)
+    context = Context(Request("status", {}, settings, ""), paths, store, this_system(), lambda event: None, {})
     view = PortView(8103, None, state, Owner.MLXOPS, "a", run=replace(run("a", 8103), repo_id="org/before"))
     found = further_drift(context, registry(a=8103), World({8103: view}, ()))
     assert [each.code for each in found] == ["settings_changed"] * told

@@ -17,7 +17,17 @@ from pathlib import Path
 import pytest
 
 from mlxops.agent.engines import ENGINES, engine_named, mlx_openai_server, recognise
-from mlxops.agent.engines.base import Command, Engine, NoCompletion, Seen, Serving, complete, get_status, options, which
+from mlxops.agent.engines.base import (
+    Command,
+    DetectedServer,
+    Engine,
+    NoCompletion,
+    Serving,
+    complete,
+    get_status,
+    options,
+    which,
+)
 from mlxops.agent.engines.mlx_lm import MlxLm
 from mlxops.agent.engines.mlx_openai_server import MlxOpenAIServer
 from mlxops.common.build import PACKAGE
@@ -326,7 +336,7 @@ APP = "/Library/Frameworks/Python.framework/Versions/3.12/Resources/Python.app/C
     ids=" ".join,
 )
 def test_mlx_lm_is_recognised_by_the_program_that_runs(start: tuple[str, ...]) -> None:
-    assert recognise((*start, *LM_OPTIONS)) == ("mlx-lm", Seen(8101, "jerry", "0.0.0.0"))
+    assert recognise((*start, *LM_OPTIONS)) == ("mlx-lm", DetectedServer(8101, "jerry", "0.0.0.0"))
 
 
 @pytest.mark.parametrize(
@@ -341,7 +351,7 @@ def test_mlx_lm_is_recognised_by_the_program_that_runs(start: tuple[str, ...]) -
     ids=" ".join,
 )
 def test_mlx_openai_server_is_recognised_by_the_program_that_runs(start: tuple[str, ...]) -> None:
-    assert recognise((*start, *OPENAI_OPTIONS)) == ("mlx-openai-server", Seen(8101, "/hub/x", "0.0.0.0"))
+    assert recognise((*start, *OPENAI_OPTIONS)) == ("mlx-openai-server", DetectedServer(8101, "/hub/x", "0.0.0.0"))
 
 
 SERVER = ("mlx_lm.server", *LM_OPTIONS)
@@ -400,15 +410,21 @@ def test_what_only_carries_the_words_of_a_server_is_none(argv: tuple[str, ...]) 
 
 
 def test_what_the_engines_do_by_themselves_is_known() -> None:
-    assert recognise(["mlx_lm.server"]) == ("mlx-lm", Seen(8080, "", "127.0.0.1"))
-    assert recognise(["mlx-openai-server", "launch"]) == ("mlx-openai-server", Seen(8000, "", "0.0.0.0"))
+    assert recognise(["mlx_lm.server"]) == ("mlx-lm", DetectedServer(8080, "", "127.0.0.1"))
+    assert recognise(["mlx-openai-server", "launch"]) == ("mlx-openai-server", DetectedServer(8000, "", "0.0.0.0"))
     # Its file names the port, and --port counts for nothing.
     assert recognise(["mlx-openai-server", "launch", "--config", "x.yaml", "--port", "1"]) == (
-        "mlx-openai-server", Seen(None, "", None),
+        "mlx-openai-server", DetectedServer(None, "", None),
     )  # fmt: skip
-    assert recognise(["mlx_lm.server", "--port=8102", "--model=a"]) == ("mlx-lm", Seen(8102, "a", "127.0.0.1"))
-    assert recognise(["mlx_lm.server", "--mod=a", "--por", "9", "--hos", "::1"]) == ("mlx-lm", Seen(9, "a", "::1"))
-    assert recognise(["mlx_lm.server", "--port", "1", "--port", "2"]) == ("mlx-lm", Seen(2, "", "127.0.0.1"))
+    assert recognise(["mlx_lm.server", "--port=8102", "--model=a"]) == (
+        "mlx-lm",
+        DetectedServer(8102, "a", "127.0.0.1"),
+    )
+    assert recognise(["mlx_lm.server", "--mod=a", "--por", "9", "--hos", "::1"]) == (
+        "mlx-lm",
+        DetectedServer(9, "a", "::1"),
+    )
+    assert recognise(["mlx_lm.server", "--port", "1", "--port", "2"]) == ("mlx-lm", DetectedServer(2, "", "127.0.0.1"))
 
 
 @pytest.mark.parametrize(

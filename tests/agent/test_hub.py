@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from mlxops.agent.hub.cache import Skipped, Snapshot, completeness, find
-from mlxops.agent.hub.client import MAX_ANSWER, Bytes, Line, NoHub, Patience, plain_name
+from mlxops.agent.hub.client import MAX_ANSWER, Bytes, DownloadTimeouts, HubClient, NoHub, plain_name
 from mlxops.agent.hub.download import _drop, download, verify
 from mlxops.core.errors import DownloadFailed, MlxopsError, Refused
 from mlxops.core.protocol import Event, Note, Progress
@@ -25,7 +25,7 @@ from tests.lab.hub import Hub
 from tests.lab.world import free_port
 
 LLAMA = "tiny-org/tiny-llama"
-QUICK = Patience(stall=60, answer=10, tries=3, backoff=0.01, longest_wait=0.05)
+QUICK = DownloadTimeouts(stall=60, answer=10, tries=3, backoff=0.01, longest_wait=0.05)
 """Patient with a slow machine, and quick to come back."""
 
 
@@ -41,13 +41,17 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "hf" / "hub"
 
 
-def pull(cache: Path, repo_id: str = LLAMA, revision: str | None = None, patience: Patience = QUICK) -> list[Event]:
+def pull(
+    cache: Path, repo_id: str = LLAMA, revision: str | None = None, patience: DownloadTimeouts = QUICK
+) -> list[Event]:
     events: list[Event] = []
     download(repo_id, revision, cache, events.append, patience)
     return events
 
 
-def refused(cache: Path, repo_id: str = LLAMA, revision: str | None = None, patience: Patience = QUICK) -> MlxopsError:
+def refused(
+    cache: Path, repo_id: str = LLAMA, revision: str | None = None, patience: DownloadTimeouts = QUICK
+) -> MlxopsError:
     with pytest.raises(MlxopsError) as caught:
         pull(cache, repo_id, revision, patience)
     error = caught.value
@@ -295,7 +299,7 @@ class TestAPostponement:
     def test_is_as_long_as_the_hub_says(self, faulty: FaultyHub, cache: Path) -> None:
         faulty.fail(Answer(429, {"Retry-After": "1"}), times=1)
         started = time.monotonic()
-        pull(cache, patience=Patience(backoff=0.01, longest_wait=30))
+        pull(cache, patience=DownloadTimeouts(backoff=0.01, longest_wait=30))
         assert time.monotonic() - started >= 1
 
     @pytest.mark.parametrize("part", ["/api/", "/resolve/"])
@@ -314,7 +318,7 @@ class TestABadLine:
 
     def test_that_never_answers_is_unreachable(self, faulty: FaultyHub, cache: Path) -> None:
         faulty.fail(Stall())
-        assert refused(cache, patience=Patience(answer=0.2, tries=2, backoff=0.01)).code == "hub_unreachable"
+        assert refused(cache, patience=DownloadTimeouts(answer=0.2, tries=2, backoff=0.01)).code == "hub_unreachable"
 
     def test_that_huggingface_hub_may_not_use_is_unreachable(
         self, faulty: FaultyHub, cache: Path, monkeypatch: pytest.MonkeyPatch
@@ -334,7 +338,7 @@ class TestABadLine:
     def test_that_stands_still_is_given_up_and_leaves_nothing_half(self, faulty: FaultyHub, cache: Path) -> None:
         faulty.fail(Stall(after=1000), method="GET", part="model-00002")
         started = time.monotonic()
-        error = refused(cache, patience=Patience(stall=1, backoff=0.01))
+        error = refused(cache, patience=DownloadTimeouts(stall=1, backoff=0.01))
         assert error.code == "download_stalled"
         assert time.monotonic() - started < 10, "our own deadline, not huggingface_hub's 65 s"
         assert not list(cache.rglob("*.incomplete")) and not ref(cache, LLAMA).exists()
@@ -486,7 +490,7 @@ class TestAnAnswerWithoutEnd:
     def test_that_trickles_has_a_deadline(self, faulty: FaultyHub, cache: Path, fault: Endless | EndlessHead) -> None:
         faulty.fail(fault, part="/api/")
         started = time.monotonic()
-        error = refused(cache, patience=Patience(answer=0.5, tries=2, backoff=0.01))
+        error = refused(cache, patience=DownloadTimeouts(answer=0.5, tries=2, backoff=0.01))
         assert error.code in {"hub_error", "hub_unreachable"}
         assert time.monotonic() - started < 10
 
@@ -510,14 +514,14 @@ class TestAnAnswerWithoutEnd:
 class TestProgress:
     def test_is_reported_a_few_times_a_second(self) -> None:
         events: list[Event] = []
-        bar = Bytes(events.append, 10**6, Line(QUICK, None)).bars(0)(total=0, desc="Reconstructing", unit="B")
+        bar = Bytes(events.append, 10**6, HubClient(QUICK, None)).bars(0)(total=0, desc="Reconstructing", unit="B")
         for _ in range(10_000):
             bar.update(10)
         assert 1 <= len(events) <= 3
 
     def test_of_a_repeated_try_does_not_go_back(self) -> None:
         events: list[Event] = []
-        progress = Bytes(events.append, 1000, Line(QUICK, None))
+        progress = Bytes(events.append, 1000, HubClient(QUICK, None))
         first = progress.bars(0)(unit="B")
         progress._next = 0
         first.update(800)
@@ -531,7 +535,7 @@ class TestProgress:
 
     def test_counts_what_is_written_not_what_is_transferred(self) -> None:
         events: list[Event] = []
-        progress = Bytes(events.append, 1000, Line(QUICK, None))
+        progress = Bytes(events.append, 1000, HubClient(QUICK, None))
         network = progress.bars(0)(unit="B", desc="Downloading bytes")
         progress._next = 0
         network.update(500)

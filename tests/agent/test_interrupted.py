@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from mlxops.agent.paths import place
+from mlxops.agent.paths import host_paths
 from mlxops.agent.state import recovery
 from mlxops.agent.state.operation_log import create
 from mlxops.agent.state.store import Store
@@ -15,8 +15,8 @@ from mlxops.core.settings import Settings
 
 def test_the_next_one_names_it_writes_its_end_and_removes_what_it_was_writing(tmp_path: Path) -> None:
     settings = Settings(hub=str(tmp_path / "hub"), state=str(tmp_path / "state"))
-    where = place(settings, {})
-    store = Store(where.state, where.registry)
+    paths = host_paths(settings, {})
+    store = Store(paths.state, paths.registry)
     store.ready()
     journal, lock = create(store.state / "ops", Request("load", {"model": "a", "port": "8100"}, settings, ""))
     assert lock is not None

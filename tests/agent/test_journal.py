@@ -15,7 +15,7 @@ import pytest
 
 from mlxops.agent.state import locks
 from mlxops.agent.state import operation_log as journals
-from mlxops.agent.state.operation_log import Journal, create, named
+from mlxops.agent.state.operation_log import OperationLog, create, named
 from mlxops.core.errors import Bug, Busy, Exit, Refused
 from mlxops.core.protocol import Done, Event, Failed, Note, Phase, Request, encode_event
 from mlxops.core.settings import Settings
@@ -33,7 +33,7 @@ def ops(tmp_path: Path) -> Path:
     return folder
 
 
-def made(ops: Path, request: Request = REQUEST) -> Journal:
+def made(ops: Path, request: Request = REQUEST) -> OperationLog:
     """A record without a worker."""
     journal, lock = create(ops, request)
     assert lock is not None
@@ -42,12 +42,12 @@ def made(ops: Path, request: Request = REQUEST) -> Journal:
 
 
 @pytest.fixture
-def journal(ops: Path) -> Journal:
+def journal(ops: Path) -> OperationLog:
     return made(ops)
 
 
 @pytest.fixture
-def held(journal: Journal) -> Iterator[int]:
+def held(journal: OperationLog) -> Iterator[int]:
     """This process is the worker."""
     fd = journal.hold()
     yield fd
@@ -65,7 +65,7 @@ def told(found: Iterator[Event | None]) -> Event:
     raise AssertionError("it has no further event")
 
 
-def write(journal: Journal, data: bytes) -> None:
+def write(journal: OperationLog, data: bytes) -> None:
     with open(journal.folder / "events.jsonl", "ab") as file:
         file.write(data)
 
@@ -74,13 +74,13 @@ def line(event: Event) -> bytes:
     return encode_event(event).encode() + b"\n"
 
 
-def test_a_record_keeps_the_request_and_is_the_users_alone(journal: Journal) -> None:
+def test_a_record_keeps_the_request_and_is_the_users_alone(journal: OperationLog) -> None:
     assert journal.request() == REQUEST
     assert journal.folder.stat().st_mode & 0o777 == 0o700
     assert (journal.folder / "request.json").stat().st_mode & 0o777 == 0o600
 
 
-def test_who_follows_hears_every_event_in_order_and_then_the_result(journal: Journal, held: int) -> None:
+def test_who_follows_hears_every_event_in_order_and_then_the_result(journal: OperationLog, held: int) -> None:
     emit = journal.emitter()
     events: list[Event] = [Phase("start", "é\n\u2028"), Note("half"), Done({"port": 8100})]
     for event in events:
@@ -88,7 +88,7 @@ def test_who_follows_hears_every_event_in_order_and_then_the_result(journal: Jou
     assert list(journal.follow()) == events
 
 
-def test_events_are_heard_as_they_come(journal: Journal, held: int) -> None:
+def test_events_are_heard_as_they_come(journal: OperationLog, held: int) -> None:
     emit, found = journal.emitter(), journal.follow()
     assert next(found) is None, "nothing yet"
     for event in (Note("one"), Note("two"), Phase("proof", "three")):
@@ -97,7 +97,7 @@ def test_events_are_heard_as_they_come(journal: Journal, held: int) -> None:
         assert next(found) is None
 
 
-def test_a_line_that_is_half_written_is_heard_once_it_is_whole(journal: Journal, held: int) -> None:
+def test_a_line_that_is_half_written_is_heard_once_it_is_whole(journal: OperationLog, held: int) -> None:
     found, whole = journal.follow(), line(Note("whole ü"))
     for cut in (1, 10, len(whole) - 1):
         write(journal, whole[:cut])
@@ -107,7 +107,7 @@ def test_a_line_that_is_half_written_is_heard_once_it_is_whole(journal: Journal,
         assert next(found) is None
 
 
-def test_who_comes_late_hears_everything_from_the_first_event(journal: Journal, held: int) -> None:
+def test_who_comes_late_hears_everything_from_the_first_event(journal: OperationLog, held: int) -> None:
     emit = journal.emitter()
     emit(Note("one"))
     first = journal.follow()
@@ -117,24 +117,24 @@ def test_who_comes_late_hears_everything_from_the_first_event(journal: Journal, 
     assert list(journal.follow()) == [Note("one"), Done({})]
 
 
-def test_nothing_after_the_result_counts(journal: Journal, held: int) -> None:
+def test_nothing_after_the_result_counts(journal: OperationLog, held: int) -> None:
     write(journal, line(Failed(Refused("no", "refused"))) + line(Note("later")) + line(Done({})))
     (only,) = journal.follow()
     assert isinstance(only, Failed) and only.error.code == "no"
 
 
-def test_what_is_no_event_is_passed_over(journal: Journal, held: int) -> None:
+def test_what_is_no_event_is_passed_over(journal: OperationLog, held: int) -> None:
     write(journal, b"noise\n\n\xff\xfe\n{}\n" + line(Done({})))
     assert list(journal.follow()) == [Done({})]
 
 
-def last_of(journal: Journal) -> Failed:
+def last_of(journal: OperationLog) -> Failed:
     *_, last = journal.follow()
     assert isinstance(last, Failed)
     return last
 
 
-def test_a_worker_that_ends_without_a_word_was_interrupted(journal: Journal, held: int) -> None:
+def test_a_worker_that_ends_without_a_word_was_interrupted(journal: OperationLog, held: int) -> None:
     write(journal, line(Note("begun")) + line(Done({}))[:-5])
     os.close(held)
     error = last_of(journal).error
@@ -142,7 +142,7 @@ def test_a_worker_that_ends_without_a_word_was_interrupted(journal: Journal, hel
     assert journal.id in error.message and error.hint
 
 
-def test_a_worker_that_is_killed_was_interrupted(journal: Journal) -> None:
+def test_a_worker_that_is_killed_was_interrupted(journal: OperationLog) -> None:
     program = """
 import sys
 from pathlib import Path
@@ -170,7 +170,7 @@ sys.stdin.readline()
     assert isinstance(last, Failed) and last.error.code == "operation_interrupted"
 
 
-def test_a_worker_that_broke_down_is_told_with_its_last_words(journal: Journal) -> None:
+def test_a_worker_that_broke_down_is_told_with_its_last_words(journal: OperationLog) -> None:
     (journal.folder / "stderr").write_text("Traceback:\n  File x\nMemoryError\n")
     error = last_of(journal).error
     assert isinstance(error, Bug) and (error.code, error.why) == ("worker_failed", "MemoryError")
@@ -196,12 +196,12 @@ def test_a_ticket_has_one_record(ops: Path) -> None:
 
 
 def test_the_last_word_of_a_worker_that_ends_just_behind_a_look_is_heard(
-    journal: Journal, held: int, monkeypatch: pytest.MonkeyPatch
+    journal: OperationLog, held: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    emit, read = journal.emitter(), Journal._read_from
+    emit, read = journal.emitter(), OperationLog._read_from
     looks: list[int] = []
 
-    def and_then_it_ends(self: Journal, position: int) -> bytes:
+    def and_then_it_ends(self: OperationLog, position: int) -> bytes:
         data = read(self, position)
         looks.append(position)
         if len(looks) == 1:
@@ -209,11 +209,11 @@ def test_the_last_word_of_a_worker_that_ends_just_behind_a_look_is_heard(
             os.close(held)
         return data
 
-    monkeypatch.setattr(Journal, "_read_from", and_then_it_ends)
+    monkeypatch.setattr(OperationLog, "_read_from", and_then_it_ends)
     assert [event for event in journal.follow() if event] == [Done({})]
 
 
-def test_what_was_heard_is_not_told_again(journal: Journal) -> None:
+def test_what_was_heard_is_not_told_again(journal: OperationLog) -> None:
     emit = journal.emitter()
     for number in range(4):
         emit(Note(str(number)))
@@ -222,7 +222,7 @@ def test_what_was_heard_is_not_told_again(journal: Journal) -> None:
     assert list(journal.follow(heard=99)) == [Done({})], "the end is always told"
 
 
-def test_only_one_worker_holds_a_record(journal: Journal, held: int) -> None:
+def test_only_one_worker_holds_a_record(journal: OperationLog, held: int) -> None:
     assert journal.alive()
     with pytest.raises(BlockingIOError):
         journal.hold()
@@ -232,7 +232,7 @@ def test_only_one_worker_holds_a_record(journal: Journal, held: int) -> None:
 
 
 def test_who_only_asks_whether_a_worker_lives_keeps_none_from_beginning(
-    journal: Journal, monkeypatch: pytest.MonkeyPatch
+    journal: OperationLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While `alive` looks, the lock is taken, for an instant."""
     looks: list[int] = []
@@ -263,13 +263,13 @@ def test_whoever_hangs_with_the_records_does_not_make_others_wait_for_ever(
         os.close(fd)
 
 
-def test_asking_whether_a_worker_lives_makes_nothing(journal: Journal) -> None:
+def test_asking_whether_a_worker_lives_makes_nothing(journal: OperationLog) -> None:
     before = sorted(os.listdir(journal.folder))
     assert not journal.alive() and sorted(os.listdir(journal.folder)) == before
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_a_full_disk_does_not_end_an_operation(journal: Journal) -> None:
+def test_a_full_disk_does_not_end_an_operation(journal: OperationLog) -> None:
     events = journal.folder / "events.jsonl"
     events.unlink()
     events.symlink_to("/dev/full")
@@ -278,7 +278,7 @@ def test_a_full_disk_does_not_end_an_operation(journal: Journal) -> None:
     emit(Done({}))
 
 
-def test_the_wish_to_end_is_seen_by_the_worker(journal: Journal) -> None:
+def test_the_wish_to_end_is_seen_by_the_worker(journal: OperationLog) -> None:
     assert not journal.cancelled
     journal.cancel()
     journal.cancel()
@@ -288,7 +288,7 @@ def test_the_wish_to_end_is_seen_by_the_worker(journal: Journal) -> None:
     assert not journal.cancelled
 
 
-def test_an_operation_is_found_by_its_id(ops: Path, journal: Journal) -> None:
+def test_an_operation_is_found_by_its_id(ops: Path, journal: OperationLog) -> None:
     assert named(ops, journal.id) == journal
 
 
@@ -299,7 +299,7 @@ def test_an_operation_is_found_by_its_id(ops: Path, journal: Journal) -> None:
         *("{id}/..", "{id}/", "{id}\n", "{id}\0", " {id}", "{id} ", "./{id}", "x/../{id}", "{id}/request.json"),
     ],
 )
-def test_what_is_no_id_of_an_operation_finds_nothing(ops: Path, journal: Journal, hostile: str) -> None:
+def test_what_is_no_id_of_an_operation_finds_nothing(ops: Path, journal: OperationLog, hostile: str) -> None:
     assert named(ops, hostile.replace("{id}", journal.id)) is None
 
 
@@ -309,7 +309,7 @@ def test_old_records_go_but_for_those_whose_worker_lives(ops: Path, monkeypatch:
     for name in old:
         (ops / name).mkdir()
     (ops / "somebody's").mkdir()
-    fd = Journal(ops / old[0]).hold()
+    fd = OperationLog(ops / old[0]).hold()
     try:
         new = made(ops)
         assert sorted(os.listdir(ops)) == sorted([old[0], *old[3:], new.id, "somebody's"])

@@ -11,15 +11,15 @@ import pytest
 from mlxops.agent.context import Context
 from mlxops.agent.host.system import this_system
 from mlxops.agent.operations import load
-from mlxops.agent.paths import place
+from mlxops.agent.paths import host_paths
 from mlxops.agent.state.store import Store
 from mlxops.core.errors import Exit, NotStarted
-from mlxops.core.planner import LoadPlan, Outcome, Target
+from mlxops.core.planner import LoadPlan, ModelRef, Outcome
 from mlxops.core.ports import Owner, PortView, State
 from mlxops.core.protocol import Request
 from mlxops.core.settings import Settings
 
-PLAN = LoadPlan(Target("a", "org/a"), 8103, "jerry-s", Outcome.START)
+PLAN = LoadPlan(ModelRef("a", "org/a"), 8103, "jerry-s", Outcome.START)
 
 
 def view(state: State) -> PortView:
@@ -36,9 +36,9 @@ def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Conte
         left = list(states)
         monkeypatch.setattr(Context, "look_again", lambda self, port: view(left.pop(0) if len(left) > 1 else left[0]))
         settings = Settings(hub=str(tmp_path), state=str(tmp_path))
-        where = place(settings, os.environ)
-        store = Store(where.state, where.registry)
-        return Context(Request("load", {}, settings, ""), where, store, this_system(), lambda event: None, {})
+        paths = host_paths(settings, os.environ)
+        store = Store(paths.state, paths.registry)
+        return Context(Request("load", {}, settings, ""), paths, store, this_system(), lambda event: None, {})
 
     return context
 

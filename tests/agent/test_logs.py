@@ -14,7 +14,7 @@ import pytest
 from mlxops.agent import worker
 from mlxops.agent.context import Context
 from mlxops.agent.host.system import this_system
-from mlxops.agent.paths import place
+from mlxops.agent.paths import host_paths
 from mlxops.agent.serving import logs
 from mlxops.agent.state import locks
 from mlxops.agent.state.store import Store
@@ -203,8 +203,8 @@ def test_whoever_hangs_with_the_logs_does_not_make_others_wait_for_ever(log: Pat
 
 def test_a_log_that_cannot_be_cut_ends_no_operation(log: Path, stuck: None, tmp_path: Path) -> None:
     settings = Settings(hub=str(tmp_path / "hub"), state=str(tmp_path))
-    where = place(settings, {})
-    store = Store(where.state, where.registry)
+    paths = host_paths(settings, {})
+    store = Store(paths.state, paths.registry)
     store.ready()
     big = store.log_path(8100)
     big.touch()
@@ -212,7 +212,7 @@ def test_a_log_that_cannot_be_cut_ends_no_operation(log: Path, stuck: None, tmp_
     fd = os.open(big.parent, os.O_RDONLY)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
-        worker._cut_logs(Context(Request("set", {}, settings, ""), where, store, this_system(), lambda event: None, {}))
+        worker._cut_logs(Context(Request("set", {}, settings, ""), paths, store, this_system(), lambda event: None, {}))
     finally:
         os.close(fd)
     assert big.stat().st_size == logs.CAP + 1

@@ -12,9 +12,9 @@ from mlxops.agent import __main__ as agent
 from mlxops.agent.context import LOOKS, Context
 from mlxops.agent.host.system import Look, this_system
 from mlxops.agent.operations.status import status
-from mlxops.agent.paths import place
+from mlxops.agent.paths import host_paths
 from mlxops.agent.state.store import Store
-from mlxops.control.client import Target, ask, local_python
+from mlxops.control.client import HostTarget, ask, local_python
 from mlxops.core.protocol import Done, Failed, Request, decode_event
 from mlxops.core.settings import PortRange, Settings
 from tests.lab.world import free_ports
@@ -55,9 +55,9 @@ def assign(tmp_path: Path, port: int) -> Callable[[bool], None]:
 def told(tmp_path: Path, port: int, system: Overtaken) -> list[object]:
     """The codes of the drift that status finds."""
     settings = Settings(hub=str(tmp_path), state=str(tmp_path / "state"), ports=PortRange(port, port))
-    where = place(settings, {})
-    store = Store(where.state, where.registry)
-    context = Context(Request("status", {}, settings, ""), where, store, system, lambda event: None, {})
+    paths = host_paths(settings, {})
+    store = Store(paths.state, paths.registry)
+    context = Context(Request("status", {}, settings, ""), paths, store, system, lambda event: None, {})
     drift = status(context)["drift"]
     assert isinstance(drift, list)
     return [row["code"] for row in drift if row["code"] != "entry_problem"]
@@ -95,7 +95,7 @@ def test_a_long_list_arrives(tmp_path: Path) -> None:
     settings = Settings(
         registry=str(tmp_path / "registry.json"), hub=str(tmp_path / "hub"), state=str(tmp_path / "state")
     )
-    answer = ask(Target("here", None, local_python(), settings), "list", {}, lambda host, event: None)
+    answer = ask(HostTarget("here", None, local_python(), settings), "list", {}, lambda host, event: None)
     models = (answer.result or {}).get("models")
     assert isinstance(models, list) and len(models) == 20_000, answer.error
 

@@ -17,7 +17,7 @@ import pytest
 from mlxops.agent.context import Context
 from mlxops.agent.host.system import LinuxSystem, System, this_system
 from mlxops.agent.operations import prefetch, stop
-from mlxops.agent.paths import Place, place
+from mlxops.agent.paths import HostPaths, host_paths
 from mlxops.agent.serving.memory import Budget, budget, check_fits, estimate_of, in_use
 from mlxops.agent.serving.observe import observe
 from mlxops.agent.state.store import Store
@@ -41,9 +41,9 @@ OLD_MAC = {"iogpu.wired_limit_mb": "", "hw.memsize": "68719476736\n"}
 """Before macOS 14: `unknown oid`, on standard error."""
 
 
-def here(tmp_path: Path, **settings: object) -> Place:
+def here(tmp_path: Path, **settings: object) -> HostPaths:
     made = replace(Settings(), state=str(tmp_path / "state"), hub=str(tmp_path / "hub"), **settings)  # type: ignore[arg-type]
-    return place(made, {"HOME": str(tmp_path)})
+    return host_paths(made, {"HOME": str(tmp_path)})
 
 
 @pytest.mark.parametrize(
@@ -256,9 +256,9 @@ def test_a_server_that_is_none_of_ours_takes_memory_all_the_same(
     tmp_path: Path, by_hand: tuple[subprocess.Popen[bytes], int]
 ) -> None:
     child, port = by_hand
-    where = here(tmp_path, ports=PortRange(1, 2))
+    paths = here(tmp_path, ports=PortRange(1, 2))
     system = this_system()
-    world = observe(where, Store(where.state, where.registry), EMPTY, system)
+    world = observe(paths, Store(paths.state, paths.registry), EMPTY, system)
     found = next(use for use in in_use(world, system, {}) if use.pid == child.pid)
     assert (found.port, found.model, found.owner) == (port, "org/big", "hand")
     assert found.counted >= 20 * GB, "its weights, and as much for a context that its configuration does not tell"
@@ -268,9 +268,9 @@ def test_what_a_load_reserves_is_counted_until_its_server_is(
     tmp_path: Path, by_hand: tuple[subprocess.Popen[bytes], int]
 ) -> None:
     _, port = by_hand
-    where = here(tmp_path, ports=PortRange(1, 2))
+    paths = here(tmp_path, ports=PortRange(1, 2))
     system = this_system()
-    world = observe(where, Store(where.state, where.registry), EMPTY, system)
+    world = observe(paths, Store(paths.state, paths.registry), EMPTY, system)
     (serving,) = [use for use in in_use(world, system, {}) if use.port == port]
     load = Operation("other", "load", "org/other", reserves=serving.counted + 5)
     uses = in_use(world, system, {port: load, 1: load})
@@ -292,10 +292,10 @@ class Stubborn(LinuxSystem):
 
 
 def context(tmp_path: Path, system: System) -> tuple[Context, list[Event]]:
-    where = here(tmp_path)
+    paths = here(tmp_path)
     told: list[Event] = []
-    request = Request("load", {}, where.settings, "")
-    return Context(request, where, Store(where.state, where.registry), system, told.append, {}), told
+    request = Request("load", {}, paths.settings, "")
+    return Context(request, paths, Store(paths.state, paths.registry), system, told.append, {}), told
 
 
 @pytest.fixture

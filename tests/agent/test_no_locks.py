@@ -20,7 +20,7 @@ from mlxops.agent.context import Context
 from mlxops.agent.host.system import this_system
 from mlxops.agent.operations import ops
 from mlxops.agent.operations.status import status
-from mlxops.agent.paths import place
+from mlxops.agent.paths import host_paths
 from mlxops.agent.state import locks
 from mlxops.agent.state.locks import NoLocks
 from mlxops.agent.state.operation_log import create
@@ -123,8 +123,8 @@ def test_readers_of_a_state_folder_without_locks_have_an_error_or_do_not_know(st
 
     def told(command: str) -> tuple[Context, list[Event]]:
         heard: list[Event] = []
-        where = place(settings, os.environ)
-        return Context(Request(command, {}, settings, ""), where, store, this_system(), heard.append, {}), heard
+        paths = host_paths(settings, os.environ)
+        return Context(Request(command, {}, settings, ""), paths, store, this_system(), heard.append, {}), heard
 
     context, heard = told("ops")
     assert finish(context, heard.append) == 3

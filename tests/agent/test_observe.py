@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mlxops.agent.host.system import LinuxSystem, Listener, Look, Process, PsutilSystem, this_system
-from mlxops.agent.paths import Place
+from mlxops.agent.paths import HostPaths
 from mlxops.agent.serving.observe import ByHand, _hand_started, observe
 from mlxops.agent.state.store import Lock, Store
 from mlxops.core.ports import Operation, PortView, Run, State
@@ -25,14 +25,14 @@ def port() -> int:
 
 
 @pytest.fixture
-def where(tmp_path: Path, port: int) -> Place:
+def paths(tmp_path: Path, port: int) -> HostPaths:
     settings = Settings(bind="127.0.0.1", ports=PortRange(port, port))
-    return Place(settings, tmp_path, tmp_path / "registry.json", tmp_path / "state")
+    return HostPaths(settings, tmp_path, tmp_path / "registry.json", tmp_path / "state")
 
 
 @pytest.fixture
-def store(where: Place) -> Store:
-    made = Store(where.state, where.registry)
+def store(paths: HostPaths) -> Store:
+    made = Store(paths.state, paths.registry)
     made.ready()
     return made
 
@@ -52,54 +52,56 @@ class Ports(LinuxSystem):
         return self.ports[f"pid{pid}"]
 
 
-def seen(where: Place, port: int, *processes: Process, listening: int = 0, **ports: frozenset[int] | None) -> ByHand:
+def seen(
+    paths: HostPaths, port: int, *processes: Process, listening: int = 0, **ports: frozenset[int] | None
+) -> ByHand:
     listeners = (Listener("127.0.0.1", port, frozenset({listening})),) if listening else ()
     look = Look({each.pid: each for each in processes}, listeners)
-    return _hand_started(where, Ports(**ports), look, [port]).get(port, ByHand())
+    return _hand_started(paths, Ports(**ports), look, [port]).get(port, ByHand())
 
 
 NOWHERE: frozenset[int] = frozenset()
 
 
-def test_a_server_of_another_user_is_none_that_we_could_take_over(where: Place, port: int) -> None:
+def test_a_server_of_another_user_is_none_that_we_could_take_over(paths: HostPaths, port: int) -> None:
     own = engine(port)
     other = replace(own, uid=os.getuid() + 1)
     for listening in (0, 77):
-        assert seen(where, port, own, listening=listening, pid77=NOWHERE) != ByHand()
-        assert seen(where, port, other, listening=listening, pid77=NOWHERE) == ByHand()
+        assert seen(paths, port, own, listening=listening, pid77=NOWHERE) != ByHand()
+        assert seen(paths, port, other, listening=listening, pid77=NOWHERE) == ByHand()
 
 
 class TestAPort:
-    def test_belongs_to_the_server_that_listens_there_whatever_its_argv_says(self, where: Place, port: int) -> None:
+    def test_belongs_to_the_server_that_listens_there_whatever_its_argv_says(self, paths: HostPaths, port: int) -> None:
         for words in (engine(port + 1).argv, ("/usr/bin/mlx_lm.server",), ("mlx_lm.server", "--port", "1")):
             process = replace(engine(port), argv=words)
-            found = seen(where, port, process, listening=77)
+            found = seen(paths, port, process, listening=77)
             assert found.listening is not None and found.listening.pid == 77 and not found.portless
 
-    def test_is_not_that_of_a_server_that_listens_elsewhere(self, where: Place, port: int) -> None:
-        assert seen(where, port, engine(port), pid77=frozenset({port + 1})) == ByHand()
+    def test_is_not_that_of_a_server_that_listens_elsewhere(self, paths: HostPaths, port: int) -> None:
+        assert seen(paths, port, engine(port), pid77=frozenset({port + 1})) == ByHand()
 
-    def test_is_not_that_of_a_server_whose_ports_cannot_be_seen(self, where: Place, port: int) -> None:
-        assert seen(where, port, engine(port), pid77=None) == ByHand()
+    def test_is_not_that_of_a_server_whose_ports_cannot_be_seen(self, paths: HostPaths, port: int) -> None:
+        assert seen(paths, port, engine(port), pid77=None) == ByHand()
 
-    def test_has_a_server_that_does_not_listen_yet(self, where: Place, port: int) -> None:
-        found = seen(where, port, engine(port), pid77=NOWHERE)
+    def test_has_a_server_that_does_not_listen_yet(self, paths: HostPaths, port: int) -> None:
+        found = seen(paths, port, engine(port), pid77=NOWHERE)
         assert found.listening is None and [each.pid for each in found.portless] == [77]
 
-    def test_has_a_server_that_lost_it_to_another_one(self, where: Place, port: int) -> None:
-        found = seen(where, port, engine(port), engine(port, 78), listening=77, pid78=NOWHERE)
+    def test_has_a_server_that_lost_it_to_another_one(self, paths: HostPaths, port: int) -> None:
+        found = seen(paths, port, engine(port), engine(port, 78), listening=77, pid78=NOWHERE)
         assert found.listening is not None and found.listening.pid == 77
         assert [each.pid for each in found.portless] == [78]
 
-    def test_that_a_child_of_a_server_listens_on_is_the_servers(self, where: Place, port: int) -> None:
+    def test_that_a_child_of_a_server_listens_on_is_the_servers(self, paths: HostPaths, port: int) -> None:
         child = replace(engine(port), pid=78, ppid=77, argv=("python", "-c", "spawn_main()"))
-        found = seen(where, port, engine(port), child, listening=78)
+        found = seen(paths, port, engine(port), child, listening=78)
         assert found.listening is not None and found.listening.pid == 77
 
-    def test_on_which_another_process_listens_too_is_no_servers(self, where: Place, port: int) -> None:
+    def test_on_which_another_process_listens_too_is_no_servers(self, paths: HostPaths, port: int) -> None:
         both = (Listener("127.0.0.1", port, frozenset({77})), Listener("0.0.0.0", port, frozenset({99})))
         look = Look({77: engine(port), 99: Process(99, 1, 99, os.getuid(), "1", False, ("nc", "-l"))}, both)
-        assert _hand_started(where, Ports(), look, [port]) == {}
+        assert _hand_started(paths, Ports(), look, [port]) == {}
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,7 @@ class TestAPort:
     ],
 )
 def test_where_listeners_of_others_cannot_be_seen_only_a_refused_connection_says_that_there_is_none(
-    where: Place,
+    paths: HostPaths,
     store: Store,
     port: int,
     monkeypatch: pytest.MonkeyPatch,
@@ -125,12 +127,12 @@ def test_where_listeners_of_others_cannot_be_seen_only_a_refused_connection_says
         return socket.socket()
 
     monkeypatch.setattr(socket, "create_connection", connect)
-    view = observe(where, store, store.registry.read(), PsutilSystem()).ports[port]
+    view = observe(paths, store, store.registry.read(), PsutilSystem()).ports[port]
     assert view.state is state and detail in view.detail
 
 
 def test_a_load_that_begins_while_its_port_is_looked_at_is_not_taken_for_one_that_was_cut_short(
-    where: Place, store: Store, port: int, monkeypatch: pytest.MonkeyPatch
+    paths: HostPaths, store: Store, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It has the lock before it writes its record, and nobody had it when it was asked for first."""
     own = this_system().process(os.getpid())
@@ -149,7 +151,7 @@ def test_a_load_that_begins_while_its_port_is_looked_at_is_not_taken_for_one_tha
         return read(asked)
 
     monkeypatch.setattr(store, "run", run)
-    view: PortView = observe(where, store, store.registry.read(), system).ports[port]
+    view: PortView = observe(paths, store, store.registry.read(), system).ports[port]
     assert view.state is State.LOADING and view.operation is not None and view.operation.id == "op"
     for lock in locks:
         assert isinstance(lock, Lock)

@@ -19,7 +19,7 @@ from mlxops.agent.host import programs
 from mlxops.agent.host.programs import MARK, environment
 from mlxops.agent.host.system import Look, Process, System, this_system
 from mlxops.agent.serving import processes
-from mlxops.agent.serving.processes import Gated, leader, members, spawn, stop
+from mlxops.agent.serving.processes import PendingProcess, leader, members, spawn, stop
 from mlxops.agent.serving.servers import find
 from mlxops.core.errors import NotStarted, Refused
 from mlxops.core.ports import Run
@@ -31,7 +31,7 @@ SH = "/bin/sh"
 PYTHON = sys.executable
 
 
-def record(gated: Gated, argv: Sequence[str], run_id: str) -> Run:
+def record(gated: PendingProcess, argv: Sequence[str], run_id: str) -> Run:
     return replace(
         sample_run(),
         argv=tuple(argv),
@@ -48,15 +48,15 @@ class Lab:
     """Starts servers as loads do, and kills the groups that a test left."""
 
     folder: Path
-    started: list[Gated] = field(default_factory=list)
+    started: list[PendingProcess] = field(default_factory=list)
 
-    def gated(self, argv: Sequence[str], extra: Mapping[str, str] | None = None) -> tuple[Gated, Run]:
+    def gated(self, argv: Sequence[str], extra: Mapping[str, str] | None = None) -> tuple[PendingProcess, Run]:
         env = environment(os.environ, extra or {}, f"run-{len(self.started)}-{os.getpid()}")
         gated = spawn(SYSTEM, argv, env, self.folder, self.folder / "log")
         self.started.append(gated)
         return gated, record(gated, argv, env[MARK])
 
-    def running(self, argv: Sequence[str], extra: Mapping[str, str] | None = None) -> tuple[Gated, Run]:
+    def running(self, argv: Sequence[str], extra: Mapping[str, str] | None = None) -> tuple[PendingProcess, Run]:
         """The server has written `up` into its log, and nothing else."""
         gated, run = self.gated(argv, extra)
         gated.open()
@@ -444,7 +444,7 @@ def test_a_process_without_a_mark_does_not_match_a_record_without_one(lab: Lab) 
     assert ours(unknown) == ()
 
 
-def lab_without_mark(lab: Lab) -> Gated:
+def lab_without_mark(lab: Lab) -> PendingProcess:
     gated = spawn(SYSTEM, SERVE, {MARK: ""}, lab.folder, lab.folder / "log")
     lab.started.append(gated)
     gated.open()
@@ -480,7 +480,7 @@ class Adopted:
 
     run: Run
     everyone: frozenset[int]
-    starter: Gated
+    starter: PendingProcess
 
     def stop(self) -> None:
         stop(SYSTEM, self.run, grace=20, reap=self.starter.child.poll)

@@ -13,7 +13,7 @@ import pytest
 from mlxops.agent.engines.base import Command, NoCompletion, Serving
 from mlxops.agent.engines.mlx_lm import MlxLm
 from mlxops.agent.host.system import Listener, Look, System, this_system
-from mlxops.agent.paths import place
+from mlxops.agent.paths import host_paths
 from mlxops.agent.serving import launch
 from mlxops.agent.state.store import Store
 from mlxops.core.errors import NotStarted
@@ -42,8 +42,8 @@ class Seen:
 
 
 def prove(tmp_path: Path, *looks: Look) -> None:
-    where = place(Settings(hub=str(tmp_path), state=str(tmp_path)), os.environ)
-    launch.prove(where, RUN.alias, RUN, cast(System, Seen(*looks)), 1.0)
+    paths = host_paths(Settings(hub=str(tmp_path), state=str(tmp_path)), os.environ)
+    launch.prove(paths, RUN.alias, RUN, cast(System, Seen(*looks)), 1.0)
 
 
 def test_a_listener_whose_process_is_just_ending_is_no_stranger(tmp_path: Path) -> None:
@@ -66,11 +66,11 @@ def test_a_strangers_is_told_at_once_and_nothing_is_sent_to_it(tmp_path: Path) -
 def failure(tmp_path: Path, *argv: str) -> NotStarted:
     """How a load fails whose server is this command."""
     settings = Settings(hub=str(tmp_path), state=str(tmp_path / "state"))
-    where = place(settings, os.environ)
-    store = Store(where.state, where.registry)
+    paths = host_paths(settings, os.environ)
+    store = Store(paths.state, paths.registry)
     store.ready()
     serving = Serving(Model("a"), "a", tmp_path, "127.0.0.1", RUN.port, store.run_folder(RUN.port))
-    started = launch.Start(where, store, this_system(), MlxLm(), Command(argv[:1], "here"), serving, argv=argv)
+    started = launch.Launch(paths, store, this_system(), MlxLm(), Command(argv[:1], "here"), serving, argv=argv)
     started.launch({}, "org/a", "1", "op")
     with pytest.raises(NotStarted) as caught:
         started.wait(30, lambda event: None)

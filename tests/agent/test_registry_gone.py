@@ -18,7 +18,7 @@ import pytest
 
 from mlxops.agent import paths
 from mlxops.agent.state.store import Store
-from mlxops.control.client import Answer
+from mlxops.control.client import HostReply
 from mlxops.control.gateway import check
 from mlxops.control.render import list_table
 from mlxops.core.errors import Refused
@@ -395,7 +395,7 @@ def seen(studio: Studio, port: str) -> list[dict[str, object]]:
 
 def test_every_reader_shows_the_registrys_error_to_people() -> None:
     error = {"code": "registry_missing", "message": "the registry /x is not there", "why": "it is gone", "hint": "cp"}
-    answer = Answer("studio", {"models": [], "ports": [], "registry_error": error})
+    answer = HostReply("studio", {"models": [], "ports": [], "registry_error": error})
     shown = list_table([answer])
     assert "no models" not in shown and "registry_missing" in shown and "it is gone" in shown
     (found,) = check._registry_findings(answer)
@@ -404,7 +404,7 @@ def test_every_reader_shows_the_registrys_error_to_people() -> None:
         "cp",
         "studio",
     ) and "it is gone" in found.message
-    assert "no models" in list_table([Answer("studio", {"models": [], "registry_error": None})])
+    assert "no models" in list_table([HostReply("studio", {"models": [], "registry_error": None})])
 
 
 def test_a_first_init_makes_a_registry_and_after_that_it_is_missed(homelab: Homelab) -> None:

@@ -15,10 +15,10 @@ import pytest
 from mlxops.agent.engines import engine_named
 from mlxops.agent.engines.base import Command, Serving
 from mlxops.agent.hub.snapshot import inspect, judge
-from mlxops.agent.operations.model_files import Files
+from mlxops.agent.operations.model_files import ModelFiles
 from mlxops.agent.operations.preflight import Prepared, check
 from mlxops.core.errors import Refused
-from mlxops.core.planner import LoadPlan, Outcome, Target, Wanted
+from mlxops.core.planner import LoadPlan, ModelRef, Outcome, Wanted
 from mlxops.core.registry import Model
 from tests.lab import cache, models
 from tests.lab.homelab import Homelab, Studio
@@ -180,13 +180,13 @@ def refusal(engine: str, argv: tuple[str, ...], folder: Path) -> str | None:
     entry = Model("odd", REPO)
     found = engine_named(engine)
     serving = Serving(entry, "odd", folder, "127.0.0.1", 8100, folder)
-    files = Files("a" * 40, folder, 0)
+    files = ModelFiles("a" * 40, folder, 0)
     prepared = Prepared(found, Command(argv, "test"), serving, files, Wanted(REPO, files.revision, engine, argv, ""))
     verdict = judge(str(folder), "org")
     if verdict.why and not verdict.whole:
         return verdict.why
     try:
-        check(LoadPlan(Target("odd", REPO, None, entry), 8100, "odd", Outcome.START), prepared, inspect(folder))
+        check(LoadPlan(ModelRef("odd", REPO, None, entry), 8100, "odd", Outcome.START), prepared, inspect(folder))
     except Refused as error:
         return f"{error.code}: {error.why}"
     return None

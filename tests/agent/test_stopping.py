@@ -14,7 +14,7 @@ from mlxops.agent.context import Context
 from mlxops.agent.host.system import this_system
 from mlxops.agent.operations import stop as stopping
 from mlxops.agent.operations.stop import stop
-from mlxops.agent.paths import Place
+from mlxops.agent.paths import HostPaths
 from mlxops.agent.state.store import Store
 from mlxops.core.ports import Owner, PortView, Run, State
 from mlxops.core.protocol import Event, Note, Request
@@ -73,10 +73,10 @@ def test_requests_that_come_meanwhile_are_not_waited_for(tmp_path: Path, monkeyp
 
 def _context(folder: Path, port: int) -> Context:
     settings = Settings(ports=PortRange(port, port))
-    where = Place(settings, folder, folder / "registry.json", folder / "state")
-    store = Store(where.state, where.registry)
+    paths = HostPaths(settings, folder, folder / "registry.json", folder / "state")
+    store = Store(paths.state, paths.registry)
     store.ready()
-    return Context(Request("unload", {}, settings, ""), where, store, this_system(), lambda event: None, {}, "op")
+    return Context(Request("unload", {}, settings, ""), paths, store, this_system(), lambda event: None, {}, "op")
 
 
 def _view(pid: int, port: int, argv: tuple[str, ...]) -> PortView:

@@ -22,7 +22,7 @@ import pytest
 from mlxops.agent import install
 from mlxops.agent.state import locks
 from mlxops.agent.state import store as stores
-from mlxops.agent.state.operation_log import Journal
+from mlxops.agent.state.operation_log import OperationLog
 from mlxops.agent.state.store import Lock, RegistryFile, Store, write_durably
 from mlxops.core.errors import Busy, MlxopsError, Refused
 from mlxops.core.ports import Operation
@@ -536,7 +536,7 @@ def _kind(fd: int) -> str:
     return "folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file"
 
 
-def _write_all_kinds(store: Store, journal: Journal) -> None:
+def _write_all_kinds(store: Store, journal: OperationLog) -> None:
     write_durably(store.state / "host.json", b"{}")
     store.remember(what="x")
     install.stamp(store.state, {})
@@ -551,7 +551,7 @@ def test_on_macos_the_drives_cache_is_flushed_for_files_and_for_folders(
 ) -> None:
     sync = FullSync()
     sync.install(monkeypatch)
-    _write_all_kinds(store, Journal(store.state))
+    _write_all_kinds(store, OperationLog(store.state))
     assert (sync.full, sync.plain) == (DURABLE, [])
 
 
@@ -561,7 +561,7 @@ def test_a_file_system_that_knows_no_such_flush_gets_the_plain_one(
 ) -> None:
     sync = FullSync(refusal)
     sync.install(monkeypatch)
-    _write_all_kinds(store, Journal(store.state))
+    _write_all_kinds(store, OperationLog(store.state))
     assert (sync.full, sync.plain) == ([], DURABLE)
 
 

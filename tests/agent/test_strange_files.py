@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mlxops.common.build import build_id
-from mlxops.core.protocol import Asker, Done, Request, decode_event, decode_request
+from mlxops.core.protocol import Done, Request, Requester, decode_event, decode_request
 from mlxops.core.settings import Settings
 from tests.lab.homelab import Completed, Homelab
 from tests.steps import REPO, Ask, error_of, register, with_fake
@@ -172,7 +172,7 @@ def test_damaged_settings_are_agreed_anew(tmp_path: Path) -> None:
     path.write_bytes(DEEP)
     settings = Settings(state=str(tmp_path))
     for command, event in (("status", "host_json_unusable"), ("agree", Done), ("status", Done)):
-        request = Request(command, {}, settings, build_id(), Asker("me", "here"))
+        request = Request(command, {}, settings, build_id(), Requester("me", "here"))
         told = subprocess.run(
             [sys.executable, "-P", "-m", "mlxops.agent"], input=request.encode(), capture_output=True, check=False
         ).stdout.decode()

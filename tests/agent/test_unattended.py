@@ -12,7 +12,7 @@ import pytest
 
 from mlxops.agent import boot_restore, paths
 from mlxops.agent.host.system import this_system
-from mlxops.agent.paths import place as placed
+from mlxops.agent.paths import host_paths as placed
 from mlxops.agent.state.store import Store
 from mlxops.core.plan_restore import GIVE_UP
 from mlxops.core.settings import PortRange, Settings

@@ -12,7 +12,7 @@ import pytest
 from mlxops.agent.context import Context
 from mlxops.agent.host.system import this_system
 from mlxops.agent.operations.swap import _way_back
-from mlxops.agent.paths import place
+from mlxops.agent.paths import host_paths
 from mlxops.agent.state.store import Store
 from mlxops.core.ports import Owner, PortView, State
 from mlxops.core.protocol import Request
@@ -28,14 +28,14 @@ def test_a_server_whose_entry_names_other_files_by_now_does_not_come_back_with_t
 ) -> None:
     """It would be recorded as what it was, and serve something else."""
     settings = Settings(hub=str(tmp_path / "hub"), state=str(tmp_path / "state"))
-    where = place(settings, os.environ)
-    path = snapshot(where.hub, "org/a")
+    paths = host_paths(settings, os.environ)
+    path = snapshot(paths.hub, "org/a")
     served = path.name
     if other:
         path = path.rename(path.with_name("f" * 40))
-    where.registry.write_text(json.dumps({"version": 1, "models": {"a": entry("org/a", path, 8103)}}))
-    store = Store(where.state, where.registry)
-    context = Context(Request("load", {}, settings, ""), where, store, this_system(), lambda event: None, {})
+    paths.registry.write_text(json.dumps({"version": 1, "models": {"a": entry("org/a", path, 8103)}}))
+    store = Store(paths.state, paths.registry)
+    context = Context(Request("load", {}, settings, ""), paths, store, this_system(), lambda event: None, {})
     run = replace(sample_run("a", 8103), revision=served)
     view = PortView(8103, None, State.READY, Owner.MLXOPS, "a", run=run)
     back = _way_back(context, store.registry.read(), view)

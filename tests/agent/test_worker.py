@@ -8,7 +8,7 @@ import pytest
 
 from mlxops.agent.context import Context
 from mlxops.agent.host.system import this_system
-from mlxops.agent.paths import place
+from mlxops.agent.paths import host_paths
 from mlxops.agent.state.store import Store
 from mlxops.agent.worker import finish
 from mlxops.core.protocol import Done, Event, Failed, Request
@@ -26,9 +26,9 @@ def test_a_wish_to_end_that_comes_with_the_outcome_is_too_late(
         context.cancellation.wish()
 
     settings = Settings(hub=str(tmp_path / "hub"), state=str(tmp_path / "state"))
-    where = place(settings, {})
-    store = Store(where.state, where.registry)
+    paths = host_paths(settings, {})
+    store = Store(paths.state, paths.registry)
     store.ready()  # as for every worker
-    context = Context(Request(command, {}, settings, ""), where, store, this_system(), emit, {})
+    context = Context(Request(command, {}, settings, ""), paths, store, this_system(), emit, {})
     assert finish(context, emit) == status
     assert [type(event) for event in told] == [last]

@@ -73,26 +73,26 @@ def chosen(only: str | None) -> list[str]:
 def run(only: str | None, *, as_json: bool) -> None:
     """Measure, and print. Raises `MlxopsError`, `cache.BuildFailed`."""
     wanted = chosen(only)
-    talk = render.Talk(many=False)
+    console = render.Console(many=False)
     machine = place.machine()
     if place.load() > BUSY:
-        talk.note(f"warning: the machine is busy (load {machine['load']}): its numbers will be of that as well")
+        console.note(f"warning: the machine is busy (load {machine['load']}): its numbers will be of that as well")
     with tempfile.TemporaryDirectory(prefix="mlxops-bench-") as name:
-        report = _measure(Path(name), wanted, machine, talk)
+        report = _measure(Path(name), wanted, machine, console)
     render.say(json.dumps(report.to_wire(), indent=2) if as_json else report.text())
 
 
-def _measure(folder: Path, wanted: Sequence[str], machine: dict[str, object], talk: render.Talk) -> Report:
+def _measure(folder: Path, wanted: Sequence[str], machine: dict[str, object], console: render.Console) -> Report:
     rows: list[Row] = []
     growth: list[Growth] = []
     for contest in CONTESTS:
         if contest.name in wanted:
-            talk.note(f"{contest.name}: {contest.what}")
+            console.note(f"{contest.name}: {contest.what}")
             with _scene(folder, contest.name) as own:
                 rows.append(contest.hold(own))
     for cost in COSTS:
         if cost.name in wanted:
-            talk.note(f"{cost.name}: how what is done for each {cost.unit} grows")
+            console.note(f"{cost.name}: how what is done for each {cost.unit} grows")
             with _scene(folder, cost.name) as own:
                 growth += cost.measure(own)
     return Report(machine, tuple(rows), tuple(growth))

@@ -11,7 +11,7 @@ import os
 import time
 
 from mlxops.control import inventory, render
-from mlxops.control.client import Target
+from mlxops.control.client import HostTarget
 from mlxops.control.watch.link import Link
 from mlxops.core.protocol import Event
 
@@ -22,7 +22,7 @@ def main() -> None:
     path = inventory.hosts_file(os.environ, None)
     assert path is not None
     (host,) = inventory.load(path).select(None, all_by_default=False)
-    link = Link(Target(host.name, host.ssh, host.interpreter(), host.settings), "status", {}, _ignore)
+    link = Link(HostTarget(host.name, host.ssh, host.interpreter(), host.settings), "status", {}, _ignore)
     try:
         link.look()  # opens the connection, and starts the agent
         began = time.perf_counter()

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from mlxops.agent.state.operation_log import Journal
+from mlxops.agent.state.operation_log import OperationLog
 from mlxops.common.build import build_id
 from mlxops.control import client as control
 from mlxops.control import inventory
-from mlxops.control.client import Target, ask
+from mlxops.control.client import HostTarget, ask
 from mlxops.core.errors import Exit
 from mlxops.core.protocol import Event, Phase, Progress, Request
 from mlxops.core.settings import PortRange, Settings
@@ -163,7 +163,7 @@ class TestACutConnection:
         path = inventory.hosts_file(lab.mini.env, None)
         assert path is not None
         host = inventory.load(path).hosts["studio"]
-        target = Target(host.name, host.ssh, host.interpreter(), host.settings)
+        target = HostTarget(host.name, host.ssh, host.interpreter(), host.settings)
         args = {"model": "jerry-xl", "port": str(lab.studio.ports[0]), "repo": QWEN}
         answer = ask(target, "load", args, listen)
         assert answer.error is not None and answer.error.exit == Exit.OUTCOME_UNKNOWN
@@ -339,7 +339,7 @@ def on_a_terminal(lab: Homelab, words: list[str], until: str, answer: str) -> Co
 def test_a_record_of_this_form_is_what_is_told(tmp_path: Path) -> None:
     """The stand of an operation is read from the end of its record, whatever is before."""
     (tmp_path / "events.jsonl").write_text("")
-    journal = Journal(tmp_path)
+    journal = OperationLog(tmp_path)
     assert str(journal.stand()) == ""
     emit = journal.emitter()
     emit(Phase("download", "x is not in the cache"))

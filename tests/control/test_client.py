@@ -14,8 +14,8 @@ import pytest
 
 from mlxops.common.build import build_id
 from mlxops.control import client
-from mlxops.control.channel import ConnectionLost, Ended, Patience
-from mlxops.control.client import Answer, Target, ask, ask_all, gateway_warning, local_python
+from mlxops.control.channel import ConnectionLost, Ended, ReadLimits
+from mlxops.control.client import HostReply, HostTarget, ask, ask_all, gateway_warning, local_python
 from mlxops.control.render import exit_of
 from mlxops.core.errors import Busy, Exit, MlxopsError, Refused, Unreachable
 from mlxops.core.protocol import (
@@ -25,7 +25,7 @@ from mlxops.core.protocol import (
     Event,
     Failed,
     Hello,
-    Line,
+    LogLine,
     Note,
     Phase,
     Progress,
@@ -49,7 +49,7 @@ class Scripted:
     end: Ended | ConnectionLost = field(default_factory=lambda: Ended(0, ""))
     closed: int = 0
 
-    def lines(self, patience: Patience) -> Iterator[str]:
+    def lines(self, patience: ReadLimits) -> Iterator[str]:
         # A host tells nothing twice: who comes back hears who it is, and what is new.
         yield from self.words[:1] if self.closed else self.words
         if isinstance(self.end, ConnectionLost):
@@ -83,12 +83,12 @@ class Wire:
 
 @dataclass
 class Told:
-    answer: Answer
+    answer: HostReply
     heard: list[tuple[str, Event]]
     wire: Wire
 
 
-STUDIO = Target("studio", "studio", ("~/.mlxops/venv/bin/python",), Settings(), flags=" --host studio")
+STUDIO = HostTarget("studio", "studio", ("~/.mlxops/venv/bin/python",), Settings(), flags=" --host studio")
 Talk = Callable[..., Told]
 
 
@@ -101,9 +101,9 @@ def converse(monkeypatch: pytest.MonkeyPatch) -> Talk:
         # A change whose connection is lost is asked for once more, and given up then.
         monkeypatch.setattr(client, "RECONNECT_SECONDS", 0.0)
         monkeypatch.setattr(client, "FIRST_PAUSE", 0.0)
-        connected: list[Target] = []
+        connected: list[HostTarget] = []
 
-        def connect(target: Target) -> Wire:
+        def connect(target: HostTarget) -> Wire:
             connected.append(target)
             return wire
 
@@ -125,7 +125,7 @@ def problem(told: Told) -> MlxopsError:
 
 def test_the_result_of_a_request_is_the_answer(converse: Talk) -> None:
     told = converse(Scripted([HELLO, DONE]))
-    assert told.answer == Answer("studio", {"ports": []}, flags=STUDIO.flags) and told.answer.reachable
+    assert told.answer == HostReply("studio", {"ports": []}, flags=STUDIO.flags) and told.answer.reachable
     assert exit_of([told.answer]) is Exit.DONE
 
 
@@ -209,7 +209,7 @@ def test_an_agent_is_understood_whatever_its_environment_says_of_encodings(
 ) -> None:
     monkeypatch.setenv("PYTHONIOENCODING", encoding)
     settings = Settings(hub=str(tmp_path / "hub"), state=str(tmp_path / "state"), ports=PortRange(1, 2))
-    answer = ask(Target("here", None, local_python(), settings), "status", {}, lambda host, event: None)
+    answer = ask(HostTarget("here", None, local_python(), settings), "status", {}, lambda host, event: None)
     assert answer.error is None
 
 
@@ -248,7 +248,7 @@ def test_a_question_whose_connection_is_lost_can_be_asked_again(
 
 
 def test_a_host_that_cannot_be_reached_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(target: Target) -> Wire:
+    def fail(target: HostTarget) -> Wire:
         raise Unreachable("host_down", "no route", hint="is it on?")
 
     monkeypatch.setattr(client, "connect", fail)
@@ -279,7 +279,7 @@ def test_a_server_on_every_interface_of_this_machine_is_reached_by_its_name(monk
 # -- several hosts --------------------------------------------------------------------------------------------------
 
 
-def hosts(count: int) -> list[Target]:
+def hosts(count: int) -> list[HostTarget]:
     return [replace(STUDIO, name=f"host{number}") for number in range(count)]
 
 
@@ -288,7 +288,7 @@ def test_all_hosts_are_asked_at_once_and_answer_in_the_order_in_which_they_were_
 ) -> None:
     everybody = threading.Barrier(8, timeout=20)
 
-    def connect(target: Target) -> Wire:
+    def connect(target: HostTarget) -> Wire:
         everybody.wait()  # passes only when all are here
         return Wire(Scripted([HELLO, encode_event(Done({"name": target.name}))]))
 
@@ -298,7 +298,7 @@ def test_all_hosts_are_asked_at_once_and_answer_in_the_order_in_which_they_were_
 
 
 def test_a_dead_host_is_one_row_and_keeps_no_other_from_answering(monkeypatch: pytest.MonkeyPatch) -> None:
-    def connect(target: Target) -> Wire:
+    def connect(target: HostTarget) -> Wire:
         if target.name == "host1":
             raise Unreachable("host_down", "no route")
         return Wire(Scripted([HELLO, DONE]))
@@ -314,7 +314,7 @@ def test_a_dead_host_is_one_row_and_keeps_no_other_from_answering(monkeypatch: p
 
 
 def test_a_bug_in_one_thread_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    def connect(target: Target) -> Wire:
+    def connect(target: HostTarget) -> Wire:
         if target.name == "host1":
             raise RuntimeError("a bug")
         return Wire(Scripted([HELLO, DONE]))
@@ -334,7 +334,7 @@ def test_a_bug_in_one_thread_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> Non
     ],
 )
 def test_the_worst_answer_is_the_commands_exit_status(errors: list[MlxopsError | None], status: Exit) -> None:
-    assert exit_of([Answer("h", {} if error is None else None, error) for error in errors]) is status
+    assert exit_of([HostReply("h", {} if error is None else None, error) for error in errors]) is status
 
 
 # -- the gateway's way ----------------------------------------------------------------------------------------------
@@ -354,7 +354,7 @@ def one_after_the_other(monkeypatch: pytest.MonkeyPatch, *sessions: Scripted) ->
     """Each connection has the next session; the last one goes on for ever."""
     wires: list[Wire] = []
 
-    def connect(target: Target) -> Wire:
+    def connect(target: HostTarget) -> Wire:
         wires.append(Wire(sessions[min(len(wires), len(sessions) - 1)]))
         return wires[-1]
 
@@ -370,13 +370,13 @@ def broken(*events: Event, words: Sequence[str] = ()) -> Scripted:
 
 def test_a_log_that_is_followed_is_asked_for_from_where_it_was_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     wires = one_after_the_other(
-        monkeypatch, broken(Reached("1-0-0")), broken(Line("one", "1-4-a"), Line("two", "1-8-b")), broken()
+        monkeypatch, broken(Reached("1-0-0")), broken(LogLine("one", "1-4-a"), LogLine("two", "1-8-b")), broken()
     )
     heard: list[Event] = []
     answer = ask(STUDIO, "logs", {"port": "8100", "follow": True}, lambda host, event: heard.append(event))
     asked = [decode_request(wire.started[0][1]).args.get("after") for wire in wires]
     assert asked == [None, "1-0-0", "1-8-b"]
-    assert [event.text for event in heard if isinstance(event, Line)] == ["one", "two"]
+    assert [event.text for event in heard if isinstance(event, LogLine)] == ["one", "two"]
     assert answer.error is not None and (answer.error.code, answer.error.exit) == ("connection_lost", 5)
 
 
@@ -427,9 +427,9 @@ def test_a_login_that_was_cut_off_is_tried_again_and_one_that_was_refused_is_not
     monkeypatch: pytest.MonkeyPatch, ended: bool, tries: int
 ) -> None:
     sessions = [broken(Started("20260101T000000-00000000")), None, Scripted([HELLO, DONE])]
-    tried: list[Target] = []
+    tried: list[HostTarget] = []
 
-    def connect(target: Target) -> Wire:
+    def connect(target: HostTarget) -> Wire:
         tried.append(target)
         session = sessions[len(tried) - 1]
         if session is None:

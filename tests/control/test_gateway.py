@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from mlxops.control import render
-from mlxops.control.client import Answer, Target
+from mlxops.control.client import HostReply, HostTarget
 from mlxops.control.gateway import check, probe
 from mlxops.control.gateway import config as gatewayfiles
 from mlxops.control.inventory import Gateway
@@ -38,7 +38,7 @@ model_list:
 """
 
 
-def read(folder: Path, text: str | bytes, env: str | None = None) -> gatewayfiles.Told:
+def read(folder: Path, text: str | bytes, env: str | None = None) -> gatewayfiles.GatewayConfig:
     config = folder / "router.yaml"
     config.write_bytes(text if isinstance(text, bytes) else text.encode())
     if env is not None:
@@ -186,9 +186,9 @@ class TestEnvFile:
         assert gatewayfiles.key_of(Gateway(None, None, None, None), {"KEY": "x"}) is None
 
 
-def target(name: str = "studio", address: str = "127.0.0.1") -> Target:
+def target(name: str = "studio", address: str = "127.0.0.1") -> HostTarget:
     settings = Settings(address=address, ports=PortRange(8100, 8101), slots={8100: "jerry-xl"})
-    return Target(name, None, ("python",), settings)
+    return HostTarget(name, None, ("python",), settings)
 
 
 def row(**changes: object) -> dict[str, object]:
@@ -199,7 +199,7 @@ def row(**changes: object) -> dict[str, object]:
 class TestCheck:
     def test_a_host_without_faults_is_answered(self, tmp_path: Path) -> None:
         told = read(tmp_path, ENTRY)
-        (answer,) = check.check(told, [target()], [Answer("studio", {"ports": [row()]})])
+        (answer,) = check.check(told, [target()], [HostReply("studio", {"ports": [row()]})])
         assert answer.error is None
         assert answer.result is not None
         aliases = answer.result["aliases"]
@@ -208,24 +208,24 @@ class TestCheck:
 
     def test_localhost_is_the_address_that_it_resolves_to(self, tmp_path: Path) -> None:
         told = read(tmp_path, ENTRY.replace("127.0.0.1", "localhost"))
-        (answer,) = check.check(told, [target()], [Answer("studio", {"ports": [row()]})])
+        (answer,) = check.check(told, [target()], [HostReply("studio", {"ports": [row()]})])
         assert answer.error is None, answer.result
 
     @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "[::ffff:127.0.0.1]", "LOCALHOST"])
     def test_this_machine_has_more_addresses_than_one(self, tmp_path: Path, host: str) -> None:
         told = read(tmp_path, ENTRY.replace("127.0.0.1", host))
-        (answer,) = check.check(told, [target()], [Answer("studio", {"ports": [row()]})])
+        (answer,) = check.check(told, [target()], [HostReply("studio", {"ports": [row()]})])
         assert (answer.error, answer.result and answer.result["findings"]) == (None, [])
 
     def test_a_number_that_is_none_is_nobodys_promise(self, tmp_path: Path) -> None:
         told = read(tmp_path, ENTRY + f"    model_info: {{max_input_tokens: 0x{'f' * 5000}}}\n")
-        (answer,) = check.check(told, [target()], [Answer("studio", {"ports": [row()]})])
+        (answer,) = check.check(told, [target()], [HostReply("studio", {"ports": [row()]})])
         assert answer.error is None, answer.result
 
     def test_a_host_that_is_not_reached_keeps_its_error_and_what_the_files_tell(self, tmp_path: Path) -> None:
         told = read(tmp_path, ENTRY.replace("openai/jerry-xl", "openai/other"))
         down = Unreachable("host_down", "studio is down")
-        (answer,) = check.check(told, [target()], [Answer("studio", error=down)])
+        (answer,) = check.check(told, [target()], [HostReply("studio", error=down)])
         assert answer.error is down
         assert answer.result is not None
         assert [f["code"] for f in answer.result["findings"]] == ["wrong_name"]  # type: ignore[attr-defined]
@@ -233,13 +233,13 @@ class TestCheck:
     def test_what_an_agent_of_another_version_says_does_not_break_it(self, tmp_path: Path) -> None:
         told = read(tmp_path, ENTRY)
         for odd in ({}, {"ports": 7}, {"ports": [7, {}, {"port": "8100"}]}, {"ports": [row(state="new", owner=[])]}):
-            (answer,) = check.check(told, [target()], [Answer("studio", odd)])
+            (answer,) = check.check(told, [target()], [HostReply("studio", odd)])
             assert answer.result is not None
 
     def test_a_finding_is_mended_on_the_host_that_it_is_about(self, tmp_path: Path) -> None:
         told = read(tmp_path, ENTRY)
         other = replace(target(), flags=" --host studio")
-        (answer,) = check.check(told, [other], [Answer("studio", {"ports": [row(state="idle", owner=None)]})])
+        (answer,) = check.check(told, [other], [HostReply("studio", {"ports": [row(state="idle", owner=None)]})])
         assert answer.result is not None
         hints = [finding["hint"] for finding in answer.result["findings"]]  # type: ignore[attr-defined]
         assert hints[0].startswith("mlxctl load --host studio MODEL 8100;")
@@ -251,7 +251,7 @@ class TestCheck:
 
     def test_without_a_slot_there_is_nothing_to_print(self) -> None:
         with pytest.raises(Refused, match="nothing to print"):
-            check.printed([Target("studio", None, (), Settings())], env=False)
+            check.printed([HostTarget("studio", None, (), Settings())], env=False)
 
 
 Answers = Callable[[int], tuple[int, dict[str, str], bytes]]
@@ -320,7 +320,7 @@ def proxy() -> Iterator[Callable[[Answers], _Proxy]]:
 
 
 class TestThrough:
-    def ask(self, url: str, key: str | None = "sk-canary", seconds: float = 60.0) -> probe.Passage:
+    def ask(self, url: str, key: str | None = "sk-canary", seconds: float = 60.0) -> probe.ProbeResult:
         expected = "http://studio:8100/v1"
         return probe.ask(url, key, "jerry-xl", expected=expected, seconds=seconds, pause=lambda _: None)
 
@@ -387,7 +387,7 @@ class TestThrough:
         bases = ["http://other:8100/v1", "http://studio:8100/v1"]
         at = proxy(lambda n: (200, {"x-litellm-model-api-base": bases[n > 2]}, COMPLETION))
 
-        def ask(seconds: float) -> probe.Passage:
+        def ask(seconds: float) -> probe.ProbeResult:
             known = {"expected": bases[1], "others": [bases[0]], "seconds": seconds, "pause": lambda _: None}
             return probe.ask(at.url, None, "jerry-xl", **known)  # type: ignore[arg-type]
 
@@ -599,18 +599,18 @@ class TestWhatTheRunningGatewayDoes:
 class TestPassingThrough:
     """`gateway --through`, with a gateway that answers as a test wants, and an agent's answer."""
 
-    def passed(self, told: gatewayfiles.Told, at: _Proxy, **changes: object) -> Answer:
+    def passed(self, told: gatewayfiles.GatewayConfig, at: _Proxy, **changes: object) -> HostReply:
         described = Gateway("router.yaml", None, at.url, None)
-        (answer,) = check.check(told, [target()], [Answer("studio", {"ports": [row(**changes)]})])
+        (answer,) = check.check(told, [target()], [HostReply("studio", {"ports": [row(**changes)]})])
         with mock.patch.object(probe, "SECONDS", 1.2):
             (passed,) = check.pass_through(described, told, [answer])
         return passed
 
-    def findings(self, answer: Answer) -> list[tuple[str, str]]:
+    def findings(self, answer: HostReply) -> list[tuple[str, str]]:
         assert answer.result is not None
         return [(f["code"], f["hint"]) for f in answer.result["findings"] if f["severity"] == "fault"]  # type: ignore[attr-defined]
 
-    def alias(self, answer: Answer) -> dict[str, object]:
+    def alias(self, answer: HostReply) -> dict[str, object]:
         rows = (answer.result or {})["aliases"]
         assert isinstance(rows, list) and len(rows) == 1
         return dict(rows[0])

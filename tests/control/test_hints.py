@@ -20,7 +20,7 @@ from mlxops.control.hints import TASKS, aimed, aimed_error, aimed_event
 from mlxops.core import planner
 from mlxops.core.errors import MlxopsError, Refused
 from mlxops.core.ports import World
-from mlxops.core.protocol import Done, Failed, Line, Note, Phase
+from mlxops.core.protocol import Done, Failed, LogLine, Note, Phase
 from mlxops.core.registry import Model, parse
 from mlxops.core.settings import PortRange, Settings
 from mlxops.tasks import namespace
@@ -99,7 +99,7 @@ def test_hints_are_aimed_wherever_they_stand_and_nothing_else_is() -> None:
     assert (failed.error.message, failed.error.why) == ("mlxctl ops", "mlxctl ops")
     assert failed.error.hint == "mlxctl ops --host studio2" and failed.error.details["pid"] == 1
     assert aimed_event(Note("mlxctl ops", "warning"), OTHER) == Note("mlxctl ops --host studio2", "warning")
-    for event in (Line("mlxctl ops"), Phase("start", "mlxctl ops")):
+    for event in (LogLine("mlxctl ops"), Phase("start", "mlxctl ops")):
         assert aimed_event(event, OTHER) == event
 
 

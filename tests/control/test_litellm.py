@@ -511,7 +511,7 @@ def ours(case: Case, folder: Path, port: int = 28123) -> dict[str, str | None] |
     return {name: _sent(told, name, port) for name in case.sends}
 
 
-def _sent(told: gatewayfiles.Told, name: str, port: int) -> str | None:
+def _sent(told: gatewayfiles.GatewayConfig, name: str, port: int) -> str | None:
     """The name that reaches the server, if nothing that we find says that it does not."""
     # A server that knows every name, at the path that all engines have.
     here = Port("here", "127.0.0.1", port, name, State.READY, Owner.MLXOPS, "m", answers_to_any=True)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import pytest
 
-from mlxops.control.channel import Patience
+from mlxops.control.channel import ReadLimits
 from mlxops.control.client import PASSING
 from mlxops.control.ssh.connection import open_ssh
 from mlxops.control.watch.link import COMES_BACK
@@ -815,10 +815,10 @@ def test_every_login_shell_runs_what_it_is_told(world: World, client: SshClient,
         code = "import sys, json; print(json.dumps(sys.argv[1:]))"
         with closing(open_ssh("studio")) as opened:
             with closing(opened.start([sys.executable, "-c", code, "~/x y", *HOSTILE], b"")) as session:
-                assert json.loads(next(session.lines(Patience(20)))) == ["/h h/x y", *HOSTILE]
+                assert json.loads(next(session.lines(ReadLimits(20)))) == ["/h h/x y", *HOSTILE]
                 assert session.wait(20).status == 0
             with closing(opened.start(["/bin/sh", "-s", "--", "a b"], b'cat; echo "$1"\n')) as session:
-                assert list(session.lines(Patience(20))) == ["a b"]
+                assert list(session.lines(ReadLimits(20))) == ["a b"]
 
 
 @pytest.mark.parametrize(

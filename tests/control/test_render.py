@@ -10,9 +10,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mlxops.control.client import Answer
+from mlxops.control.client import HostReply
 from mlxops.control.render import (
-    Talk,
+    Console,
     change_lines,
     document,
     error_document,
@@ -110,7 +110,7 @@ def test_a_table_has_a_line_for_every_row_whatever_is_in_it(rows: list[tuple[obj
 def test_status_shows_every_port_and_what_does_not_agree() -> None:
     idle = {"port": 8101, "alias": None, "state": "idle", "owner": None, "model": None, "memory_bytes": None}
     drift = [{"message": "qwen is assigned\nto 8101", "hint": "mlxctl reconcile"}]
-    assert status_table([Answer("studio", status(ROW, idle, drift=drift))]).split("\n") == [
+    assert status_table([HostReply("studio", status(ROW, idle, drift=drift))]).split("\n") == [
         "PORT  ALIAS     STATE  OWNER   MODEL  MEMORY    DETAIL",
         "8100  jerry-xl  ready  mlxops  qwen   190.0 GB  -",
         "8101  -         idle   -       -      -         -",
@@ -119,7 +119,7 @@ def test_status_shows_every_port_and_what_does_not_agree() -> None:
 
 
 def test_status_of_several_hosts_names_them_and_has_one_row_for_a_dead_one() -> None:
-    lines = status_table([Answer("studio", status(ROW)), Answer("attic", error=DOWN)]).split("\n")
+    lines = status_table([HostReply("studio", status(ROW)), HostReply("attic", error=DOWN)]).split("\n")
     assert [line.split()[0] for line in lines] == ["HOST", "studio", "attic"]
     assert "host_down" in lines[2] and "attic does not answer" in lines[2]
 
@@ -135,7 +135,7 @@ def test_list_shows_models_with_a_short_revision_and_their_problems() -> None:
         "flags": [{"key": "engine", "value": "mlx-lm", "origin": "registry"}],
         "problems": ["no cache", "claimed twice"],
     }
-    assert list_table([Answer("studio", {"models": [model]})]).split("\n") == [
+    assert list_table([HostReply("studio", {"models": [model]})]).split("\n") == [
         "NAME  REPO      REVISION      SIZE    FORMAT  PORT  FLAGS                     PROBLEMS",
         "qwen  org/qwen  0123456789ab  1.5 MB  mlx     8100  engine=mlx-lm (registry)  no cache; claimed twice",
     ]
@@ -240,7 +240,7 @@ def test_whatever_a_host_answers_is_told_without_steering_the_terminal(command: 
 
 
 def test_the_document_has_a_row_for_every_host_with_its_error() -> None:
-    answers = [Answer("studio", status(ROW)), Answer("attic", error=DOWN)]
+    answers = [HostReply("studio", status(ROW)), HostReply("attic", error=DOWN)]
     read = json.loads(document("status", answers, {"studio": {"ports": [ROW]}}))
     assert read == {
         "schema": 1,
@@ -261,15 +261,15 @@ def test_a_command_that_came_to_no_host_has_a_document_too() -> None:
 
 
 def test_all_is_well_only_if_every_host_is() -> None:
-    well = [Answer("a", {}), Answer("b", {})]
+    well = [HostReply("a", {}), HostReply("b", {})]
     assert json.loads(document("list", well, {}))["ok"] is True
-    assert json.loads(document("list", [*well, Answer("c", error=Refused("x", "y"))], {}))["ok"] is False
+    assert json.loads(document("list", [*well, HostReply("c", error=Refused("x", "y"))], {}))["ok"] is False
 
 
 @given(texts)
 @PROPERTY
 def test_a_document_is_pure_ascii(text: str) -> None:
-    raw = document("list", [Answer(text, error=Refused("x", text))], {})
+    raw = document("list", [HostReply(text, error=Refused("x", text))], {})
     assert raw.isascii() and not [c for c in raw if ord(c) < 0x20 and c != "\n"]
     assert json.loads(raw)["hosts"][0]["host"] == text
 
@@ -277,25 +277,25 @@ def test_a_document_is_pure_ascii(text: str) -> None:
 # -- talk -----------------------------------------------------------------------------------------------------------
 
 
-def spoken(*, many: bool = False) -> tuple[Talk, io.StringIO]:
+def spoken(*, many: bool = False) -> tuple[Console, io.StringIO]:
     stream = io.StringIO()
-    return Talk(many=many, stream=stream), stream
+    return Console(many=many, stream=stream), stream
 
 
 def test_talk_in_a_pipe_is_plain_lines() -> None:
-    talk, stream = spoken()
-    talk.hear("studio", Note("hello \x1b[31m\nworld"))
-    talk.hear("studio", Note("careful", "warning"))
-    talk.hear("studio", Phase("start", "x"))
-    talk.note("done")
+    console, stream = spoken()
+    console.hear("studio", Note("hello \x1b[31m\nworld"))
+    console.hear("studio", Note("careful", "warning"))
+    console.hear("studio", Phase("start", "x"))
+    console.note("done")
     assert stream.getvalue().split("\n") == ["hello \\x1b[31m world", "warning: careful", "start: x", "done", ""]
 
 
 def test_of_several_hosts_every_line_names_its_host() -> None:
-    talk, stream = spoken(many=True)
-    talk.hear("studio", Note("a"))
-    talk.error("attic", DOWN)
-    talk.note("b")
+    console, stream = spoken(many=True)
+    console.hear("studio", Note("a"))
+    console.error("attic", DOWN)
+    console.note("b")
     assert stream.getvalue().splitlines() == [
         "studio: a",
         "attic: error: attic does not answer",
@@ -306,24 +306,24 @@ def test_of_several_hosts_every_line_names_its_host() -> None:
 
 
 def test_an_error_is_what_why_and_what_next_a_line_each() -> None:
-    talk, stream = spoken()
-    talk.error("", Refused("x", "no\nway", hint="go"))
+    console, stream = spoken()
+    console.error("", Refused("x", "no\nway", hint="go"))
     assert stream.getvalue() == "error: no way\n  next: go\n"
 
 
 def test_progress_in_a_pipe_is_a_line_for_every_tenth() -> None:
-    talk, stream = spoken()
+    console, stream = spoken()
     for done in range(0, 1001):
-        talk.hear("studio", Progress("weights", done * 1000, 1_000_000))
+        console.hear("studio", Progress("weights", done * 1000, 1_000_000))
     lines = stream.getvalue().splitlines()
     assert len(lines) == 11
     assert lines[0] == "weights: 0 bytes of 1.0 MB, 0%" and lines[-1] == "weights: 1.0 MB of 1.0 MB, 100%"
 
 
 def test_progress_without_a_known_total_is_told_once() -> None:
-    talk, stream = spoken()
+    console, stream = spoken()
     for done in range(5):
-        talk.hear("studio", Progress("weights", done, 0))
+        console.hear("studio", Progress("weights", done, 0))
     assert stream.getvalue().splitlines() == ["weights: 0 bytes"]
 
 
@@ -334,10 +334,10 @@ class Terminal(io.StringIO):
 
 def test_on_a_terminal_what_is_said_beside_a_bar_cannot_steer_it() -> None:
     stream = Terminal()
-    with Talk(many=False, stream=stream) as talk:
-        talk.hear("studio", Progress("weights", 1, 2))
-        talk.hear("studio", Note("[red]not markup[/red] \x1b]0;title\x07"))
-        talk.hear("studio", Progress("weights", 2, 2))
+    with Console(many=False, stream=stream) as console:
+        console.hear("studio", Progress("weights", 1, 2))
+        console.hear("studio", Note("[red]not markup[/red] \x1b]0;title\x07"))
+        console.hear("studio", Progress("weights", 2, 2))
     assert "[red]not markup[/red] \\x1b]0;title\\x07" in stream.getvalue()
 
 
@@ -392,6 +392,6 @@ def test_an_upper_estimate_is_shown_as_one() -> None:
         {"name": "unknown", "port": None, "memory": need | {"upper_estimate": True}},
     ]
     memory = {"budget_bytes": 10**10, "left_bytes": 10**10, "budget_source": "test", "servers": []}
-    *_, known, unknown = memory_table([Answer("studio", {"models": models, "memory": memory})]).splitlines()
+    *_, known, unknown = memory_table([HostReply("studio", {"models": models, "memory": memory})]).splitlines()
     assert known.split() == ["known", "-", "1.0", "GB", "500.0", "MB", "32768", "2.0", "GB", "yes"]
     assert unknown.split() == ["unknown", "-", "1.0", "GB", "up", "to", "500.0", "MB", "32768", "2.0", "GB", "yes"]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxops.control.channel import NOISE_BYTES, ConnectionLost, Ended, Patience, Session, Transport, events
+from mlxops.control.channel import NOISE_BYTES, ConnectionLost, Ended, ReadLimits, Session, Transport, events
 from mlxops.control.ssh import known_hosts
 from mlxops.control.ssh.connection import command_line, open_local, open_ssh
 from mlxops.core.errors import Exit, MlxopsError
@@ -70,7 +70,7 @@ def either(request: pytest.FixtureRequest) -> Iterator[Transport]:
 def run(on: Transport, *argv: str, data: bytes = b"", silence: float = 20.0) -> tuple[list[str], Ended]:
     session = on.start(argv, data)
     try:
-        return list(session.lines(Patience(silence))), session.wait(20)
+        return list(session.lines(ReadLimits(silence))), session.wait(20)
     finally:
         session.close()
 
@@ -653,7 +653,7 @@ def test_much_standard_error_does_not_stop_the_command(either: Transport) -> Non
 def test_lines_arrive_while_the_command_runs(either: Transport) -> None:
     session = either.start(["sh", "-c", "echo first; sleep 600"], b"")
     try:
-        assert next(session.lines(Patience(20))) == "first"
+        assert next(session.lines(ReadLimits(20))) == "first"
         with pytest.raises(ConnectionLost):
             session.wait(0.1)
     finally:
@@ -665,7 +665,7 @@ def test_silence_is_not_waited_for_longer_than_asked(either: Transport) -> None:
     started = time.monotonic()
     try:
         with pytest.raises(ConnectionLost, match="silent"):
-            list(session.lines(Patience(0.5)))
+            list(session.lines(ReadLimits(0.5)))
         assert 0.4 < time.monotonic() - started < 5
     finally:
         end(session)
@@ -691,7 +691,7 @@ def test_a_host_that_talks_without_an_agent_is_not_listened_to_for_ever(
     started = time.monotonic()
     try:
         with pytest.raises(ConnectionLost, match="silent" if how.startswith("errors") else "says"):
-            list(events(session, Patience(1.5, NOISE_BYTES)))
+            list(events(session, ReadLimits(1.5, NOISE_BYTES)))
         assert time.monotonic() - started < 6
     finally:
         session.close()
@@ -700,7 +700,7 @@ def test_a_host_that_talks_without_an_agent_is_not_listened_to_for_ever(
 def test_empty_lines_before_an_agents_first_words_are_no_sign_of_life(either: Transport) -> None:
     session = either.start(["sh", "-c", "while echo; do sleep 0.05; done"], b"")
     with closing(session), pytest.raises(ConnectionLost):
-        list(events(session, Patience(1.0, NOISE_BYTES)))
+        list(events(session, ReadLimits(1.0, NOISE_BYTES)))
 
 
 def test_an_agent_behind_a_long_greeting_is_heard_as_long_as_it_says_something(either: Transport) -> None:
@@ -719,7 +719,7 @@ for text in ["welcome\\n" * 2000, hello + "\\n", *"\\n" * 10, *note, "\\n"]:
         [PYTHON, "-c", "import sys; exec(bytes.fromhex(sys.argv.pop(1)))", code.encode().hex(), HELLO, note], b""
     )
     try:
-        heard = list(events(session, Patience(1.0, NOISE_BYTES)))
+        heard = list(events(session, ReadLimits(1.0, NOISE_BYTES)))
     finally:
         session.close()
     assert heard == [Hello("0", "b"), *[None] * 10, Note("x" * 10)]
@@ -729,7 +729,7 @@ def test_the_time_that_a_listener_takes_is_not_the_hosts(either: Transport) -> N
     code = f"import time; print({HELLO!r}, flush=True); time.sleep(0.5); print('noise', flush=True); time.sleep(0.5)"
     session = either.start([PYTHON, "-c", f"{code}; print({HELLO!r})"], b"")
     try:
-        for _ in events(session, Patience(0.9, NOISE_BYTES)):
+        for _ in events(session, ReadLimits(0.9, NOISE_BYTES)):
             time.sleep(1.0)  # a terminal that is stopped
     finally:
         session.close()
@@ -739,7 +739,7 @@ def test_the_end_of_a_command_is_seen_though_a_child_of_it_goes_on_writing_error
     session = either.start(["sh", "-c", "yes >&2 & echo last; exec >&-"], b"")
     started = time.monotonic()
     try:
-        assert next(session.lines(Patience(20))) == "last"
+        assert next(session.lines(ReadLimits(20))) == "last"
         session.wait(5)
         assert time.monotonic() - started < 4
     except ConnectionLost:
@@ -840,7 +840,7 @@ CHATTY = ["sh", "-c", "while echo tick; do sleep 0.01; done"]
 def test_a_connection_that_breaks_in_the_middle_is_lost(wire: Wire, server: Sshd, how: str) -> None:
     with closing(open_ssh("studio")) as opened:
         session = opened.start(CHATTY, b"")
-        lines = session.lines(Patience(1.0))
+        lines = session.lines(ReadLimits(1.0))
         assert next(lines) == "tick"
         if how == "cut":
             wire.cut()
@@ -862,7 +862,7 @@ def test_a_connection_that_breaks_in_the_middle_is_lost(wire: Wire, server: Sshd
 def test_a_connection_that_breaks_before_the_status_is_lost(wire: Wire, server: Sshd) -> None:
     with closing(open_ssh("studio")) as opened:
         session = opened.start(["sh", "-c", "echo last; exec >&- 2>&-; sleep 600"], b"")
-        assert list(session.lines(Patience(20))) == ["last"]
+        assert list(session.lines(ReadLimits(20))) == ["last"]
         wire.cut()
         with pytest.raises(ConnectionLost):
             session.wait(20)
@@ -891,7 +891,7 @@ def test_a_host_that_is_slow_once_connected_is_given_more_time_than_connecting_h
 def test_half_a_request_on_a_stalled_connection_does_not_block_closing(wire: Wire) -> None:
     with closing(open_ssh("studio")) as opened:
         session = opened.start(["sh", "-c", "read line; echo $line; sleep 600"], b"go\n" + b"x" * 30_000_000)
-        lines = session.lines(Patience(0.5))
+        lines = session.lines(ReadLimits(0.5))
         assert next(lines) == "go"
         wire.stalled = True
         with pytest.raises(ConnectionLost, match="silent"):
@@ -906,7 +906,7 @@ def test_half_a_request_on_a_stalled_connection_does_not_block_closing(wire: Wir
 def test_closing_a_local_session_leaves_the_command_alone_and_no_zombie(tmp_path: Path) -> None:
     done = tmp_path / "done"
     session = open_local().start(["sh", "-c", f"echo $$; sleep 0.3; touch {done}"], b"")
-    pid = int(next(session.lines(Patience(20))))
+    pid = int(next(session.lines(ReadLimits(20))))
     session.close()
     deadline = time.monotonic() + 20
     while _exists(pid) and time.monotonic() < deadline:

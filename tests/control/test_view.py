@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxops.control.client import Answer
+from mlxops.control.client import HostReply
 from mlxops.control.render import harmless
-from mlxops.control.watch.link import Sighting
-from mlxops.control.watch.view import Documents, Lines, Watched, cell_width, clip, frame
+from mlxops.control.watch.link import Observation
+from mlxops.control.watch.view import Documents, LineView, Watched, cell_width, clip, frame
 from mlxops.core.errors import Refused, Unreachable
 from tests.properties import PROPERTY, hostile_texts
 
@@ -34,17 +34,17 @@ def status(*rows: object, drift: object = ()) -> dict[str, object]:
     return {"ports": list(rows), "drift": list(drift) if isinstance(drift, tuple) else drift, "operations": []}
 
 
-def seen(host: str, *rows: object, at: float = NOON, drift: object = ()) -> Sighting:
-    return Sighting(Answer(host, status(*rows, drift=drift)), at)
+def seen(host: str, *rows: object, at: float = NOON, drift: object = ()) -> Observation:
+    return Observation(HostReply(host, status(*rows, drift=drift)), at)
 
 
-def away(host: str, at: float = NOON) -> Sighting:
-    return Sighting(Answer(host, error=DOWN), at)
+def away(host: str, at: float = NOON) -> Observation:
+    return Observation(HostReply(host, error=DOWN), at)
 
 
 class TestLines:
     def test_begin_with_the_whole_once_every_host_was_heard_and_go_on_with_a_line_for_each_change(self) -> None:
-        form = Lines(Watched(["studio", "studio2"]))
+        form = LineView(Watched(["studio", "studio2"]))
         assert form.lines(seen("studio", IDLE)) == []
         (whole,) = form.lines(seen("studio2", LOADING))
         assert [line.split()[0] for line in whole.splitlines()] == ["HOST", "studio", "studio2"]
@@ -54,7 +54,7 @@ class TestLines:
         ]
 
     def test_tell_once_that_a_host_is_away_since_it_was_last_seen_and_what_changed_meanwhile(self) -> None:
-        form = Lines(Watched(["studio2"]))
+        form = LineView(Watched(["studio2"]))
         form.lines(seen("studio2", IDLE, at=NOON))
         assert form.lines(away("studio2", NOON + 30)) == [
             "2027-01-15T08:00:30Z studio2 - away since 2027-01-15T08:00:00Z: host_down: studio2 does not answer"
@@ -66,20 +66,20 @@ class TestLines:
         ]
 
     def test_show_a_host_that_is_away_from_the_start_in_the_whole(self) -> None:
-        (whole,) = Lines(Watched(["studio2"])).lines(away("studio2"))
+        (whole,) = LineView(Watched(["studio2"])).lines(away("studio2"))
         assert "host_down" in whole and "does not answer" in whole
 
     def test_tell_of_a_host_that_is_there_and_says_no_that_it_is_there(self) -> None:
-        form = Lines(Watched(["studio"]))
+        form = LineView(Watched(["studio"]))
         form.lines(seen("studio", IDLE))
         refusal = Refused("settings_differ", "they differ")
-        (line,) = form.lines(Sighting(Answer("studio", error=refusal), NOON + 2))
+        (line,) = form.lines(Observation(HostReply("studio", error=refusal), NOON + 2))
         assert line.endswith("studio - not telling since 2027-01-15T08:00:00Z: settings_differ: they differ")
 
     @given(hostile_texts)
     @PROPERTY
     def test_are_one_line_each_whatever_a_host_says(self, text: str) -> None:
-        form = Lines(Watched(["studio"]))
+        form = LineView(Watched(["studio"]))
         form.lines(seen("studio", IDLE))
         for line in form.lines(seen("studio", IDLE | {"state": "ready", "model": text, "detail": text})):
             assert len(line.splitlines()) == 1 and "\x1b" not in line
@@ -102,7 +102,7 @@ class TestDocuments:
     def test_follow_every_byte_of_a_download(self) -> None:
         form = Documents(Watched(["studio"]))
 
-        def progress(done: int) -> Sighting:
+        def progress(done: int) -> Observation:
             return seen("studio", LOADING | {"progress": {"name": "download", "done": done, "total": 100, "rate": 0}})
 
         form.lines(progress(1))
@@ -120,7 +120,7 @@ class TestDocuments:
         assert form.lines(away("studio2", NOON + 40)) == []
 
 
-def drawn(*sightings: Sighting, width: int, height: int, hosts: tuple[str, ...] = ("studio",)) -> list[str]:
+def drawn(*sightings: Observation, width: int, height: int, hosts: tuple[str, ...] = ("studio",)) -> list[str]:
     watched = Watched(hosts)
     for sighting in sightings:
         watched.take(sighting)

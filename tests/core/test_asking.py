@@ -6,7 +6,7 @@ import pytest
 
 from mlxops.core import probe_names
 from mlxops.core.gateway import Entry, same_base
-from mlxops.core.probe_names import Server, server_of, to_ask
+from mlxops.core.probe_names import GatewayServer, server_of, to_ask
 
 XL, L = "http://studio:8100/v1", "http://studio:8101/v1"
 
@@ -15,12 +15,12 @@ def entry(alias: str, sends: str, base: str | None = XL) -> Entry:
     return Entry(alias, f"openai/{sends}", sends, base, has_key=True)
 
 
-def ready(base: str = XL, *known: str, **how: object) -> Server:
-    return Server(base, "jerry-xl" if base == XL else "jerry-l", known=known, **how)  # type: ignore[arg-type]
+def ready(base: str = XL, *known: str, **how: object) -> GatewayServer:
+    return GatewayServer(base, "jerry-xl" if base == XL else "jerry-l", known=known, **how)  # type: ignore[arg-type]
 
 
 OURS = ready(XL, "jerry-xl", "default_model")
-BESIDE = Server(L, "jerry-l", ready=False, known=("jerry-l",))
+BESIDE = GatewayServer(L, "jerry-l", ready=False, known=("jerry-l",))
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_names_that_lead_to_a_server_which_knows_them_are_asked_for(entries: lis
     ],
 )
 def test_a_name_that_a_server_may_not_know_is_not_asked_for(
-    entries: list[Entry], servers: list[Server], why: str
+    entries: list[Entry], servers: list[GatewayServer], why: str
 ) -> None:
     plan = to_ask(entries, servers)
     assert why in plan.skipped[entries[0].alias]
@@ -71,16 +71,16 @@ def test_a_name_that_a_server_may_not_know_is_not_asked_for(
     [
         ready(XL, "m", any_name=True),
         ready(XL, drops=False),
-        Server(XL, None, known=("any",)),
+        GatewayServer(XL, None, known=("any",)),
     ],
     ids=["answers to any name", "loses nothing by a wrong one", "knows it"],
 )
-def test_a_server_that_a_name_cannot_harm_is_asked(server: Server) -> None:
+def test_a_server_that_a_name_cannot_harm_is_asked(server: GatewayServer) -> None:
     assert to_ask([entry("any", "any")], [server]).skipped == {}
 
 
 def test_an_idle_port_beside_keeps_no_name_from_being_asked_for() -> None:
-    idle = Server(L, None, ready=False, idle=True)
+    idle = GatewayServer(L, None, ready=False, idle=True)
     plan = to_ask([entry("a", "jerry-xl"), entry("a", "x", L)], [OURS, idle])
     assert (plan.skipped, plan.others["a"]) == ({}, (L,))
 

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from mlxops.core import gateway, litellm
 from mlxops.core.errors import Refused
-from mlxops.core.gateway import Entry, Files, Finding, Port, Severity
+from mlxops.core.gateway import Entry, Finding, GatewayPaths, Port, Severity
 from mlxops.core.litellm import Config, Environ
 from mlxops.core.ports import Owner, State
 from tests.properties import PROPERTY, json_values
 
-FILES = Files("router.yaml", "local.env")
+FILES = GatewayPaths("router.yaml", "local.env")
 HOST = "studio.local"
 
 
@@ -251,8 +251,10 @@ def test_nothing_certain_follows_from_a_doubtful_value(name: str, params: dict[s
 
 
 def test_a_variable_is_not_missed_where_the_gateways_environment_is_not_known() -> None:
-    config = litellm.parse({"model_list": [item(api_key="os.environ/KEY")]}, Environ({}, whole=False), Files("r.yaml"))
-    compared = gateway.compare(config.entries, [served()], Files("r.yaml"))
+    config = litellm.parse(
+        {"model_list": [item(api_key="os.environ/KEY")]}, Environ({}, whole=False), GatewayPaths("r.yaml")
+    )
+    compared = gateway.compare(config.entries, [served()], GatewayPaths("r.yaml"))
     assert [(f.code, f.severity.value) for f in compared] == [("unset_variable", "warning")]
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from mlxops.core.errors import MlxopsError, Refused, UsageError
 from mlxops.core.planner import (
     LoadPlan,
+    ModelRef,
     Outcome,
-    Target,
     Wanted,
     check_sent_names,
     choose_port,
@@ -27,7 +27,7 @@ from mlxops.core.planner import (
     resolve,
     unknown_model,
 )
-from mlxops.core.ports import Answer, Operation, Owner, PortView, Signals, State, World
+from mlxops.core.ports import Health, Operation, Owner, PortView, Signals, State, World
 from mlxops.core.registry import EMPTY, Registry, parse
 from mlxops.core.settings import Settings
 from tests.core.worlds import (
@@ -123,10 +123,10 @@ LOADS: dict[str, Load] = {
         "boot_port", (at_boot("b"),), registry(a=None, b=8100), port=8100, force=True
     ),
     "the boot job's server is silent": Load(
-        "boot_port", (replace(at_boot("a"), answer=Answer.SILENT),), registry(a=8100), port=8100
+        "boot_port", (replace(at_boot("a"), answer=Health.SILENT),), registry(a=8100), port=8100
     ),
     "the boot job is another user's": Load(
-        "boot_port", (replace(at_boot(), hand=None, answer=Answer.NOT_ASKED),), registry(a=8100), port=8100
+        "boot_port", (replace(at_boot(), hand=None, answer=Health.NOT_ASKED),), registry(a=8100), port=8100
     ),
     # Somebody else holds the port.
     "a foreign listener": Load("foreign_port", (of_somebody(),), says="pid 6000: nc -l"),
@@ -186,7 +186,7 @@ LOADS: dict[str, Load] = {
     "another model by hand": Load("port_in_use", (by_hand("b"),), says="owner hand"),
     "another model by hand, forced": Load(START, (by_hand("b"),), force=True, stops=(8103,), previous=8103),
     "another model that is silent": Load(
-        "port_in_use", (replace(serving("b"), answer=Answer.SILENT),), registry(a=None, b=8103), says="wedged"
+        "port_in_use", (replace(serving("b"), answer=Health.SILENT),), registry(a=None, b=8103), says="wedged"
     ),
     # The model is served on another port.
     "served on another port": Load(
@@ -244,7 +244,7 @@ LOADS: dict[str, Load] = {
         START, (replace(PORTLESS, run=run("b")),), registry(a=None, b=8103), stops=(8103,), cleared=("b",)
     ),
     "this model, unhealthy": Load(
-        START, (replace(serving(), answer=Answer.BROKEN),), registry(a=8103), stops=(8103,), says="started anew"
+        START, (replace(serving(), answer=Health.BROKEN),), registry(a=8103), stops=(8103,), says="started anew"
     ),
 }
 
@@ -296,7 +296,7 @@ UNLOADS: dict[str, Unload] = {
     "our server": Unload((serving(),), registry(a=8103), stops=True, clears=("a",)),
     "our server without an assignment": Unload((serving(),), stops=True),
     "our server that hangs": Unload(
-        (replace(serving(), answer=Answer.SILENT),), registry(a=8103), stops=True, clears=("a",)
+        (replace(serving(), answer=Health.SILENT),), registry(a=8103), stops=True, clears=("a",)
     ),
     "what an interrupted load left": Unload((INTERRUPTED,), stops=True),
     "a server by hand": Unload((by_hand(),), registry(a=8103), refused="hand_started"),
@@ -459,8 +459,8 @@ RECONCILES: dict[str, Reconcile] = {
     "it is ready": Reconcile((serving(),)),
     "it is ready by hand": Reconcile((by_hand(),)),
     "the boot job serves it": Reconcile((at_boot(),), registry(a=8100)),
-    "it is silent": Reconcile((replace(serving(), answer=Answer.SILENT),), keeps="wedged"),
-    "it is unhealthy": Reconcile((replace(serving(), answer=Answer.BROKEN),), keeps="failed"),
+    "it is silent": Reconcile((replace(serving(), answer=Health.SILENT),), keeps="wedged"),
+    "it is unhealthy": Reconcile((replace(serving(), answer=Health.BROKEN),), keeps="failed"),
     "it starts by hand": Reconcile((replace(by_hand(), listening=False),), keeps="loading"),
     "it is being loaded": Reconcile((LOADING,), keeps="loading"),
     "it is being unloaded": Reconcile(
@@ -617,7 +617,7 @@ def test_init_registers_what_has_no_entry_under_its_full_repository_and_no_port(
 # -- whatever the world is ------------------------------------------------------------------------------------------
 
 NEVER = {Owner.BOOT, Owner.FOREIGN, None}
-targets = st.builds(Target, st.sampled_from([*MODELS, "jerry-l", "c"]), st.sampled_from(["org/a", "org/b"]))
+targets = st.builds(ModelRef, st.sampled_from([*MODELS, "jerry-l", "c"]), st.sampled_from(["org/a", "org/b"]))
 wishes = st.none() | st.builds(wanted, st.sampled_from(["a", "b"]), st.sampled_from(PORTS))
 
 
@@ -626,7 +626,7 @@ def touchable(view: PortView) -> bool:
 
 
 def planned(
-    known: Registry, seen: World, target: Target, port: int, how: Wanted | None, force: bool
+    known: Registry, seen: World, target: ModelRef, port: int, how: Wanted | None, force: bool
 ) -> LoadPlan | None:
     target = replace(target, entry=known.models.get(target.name))
     try:
@@ -639,7 +639,7 @@ def planned(
 @given(registries, seen_ports, targets, st.sampled_from(PORTS), wishes, st.booleans())
 @PROPERTY
 def test_no_load_ever_stops_what_is_foreign_booted_or_unknown(
-    known: Registry, seen: tuple[Signals, ...], target: Target, port: int, how: Wanted | None, force: bool
+    known: Registry, seen: tuple[Signals, ...], target: ModelRef, port: int, how: Wanted | None, force: bool
 ) -> None:
     plan = planned(known, world(known, *seen), target, port, how, force)
     assert plan is None or all(touchable(view) for view in plan.stops)
@@ -648,7 +648,7 @@ def test_no_load_ever_stops_what_is_foreign_booted_or_unknown(
 @given(registries, seen_ports, targets, st.sampled_from(PORTS), wishes)
 @PROPERTY
 def test_no_load_stops_a_server_that_is_ready_without_being_forced(
-    known: Registry, seen: tuple[Signals, ...], target: Target, port: int, how: Wanted | None
+    known: Registry, seen: tuple[Signals, ...], target: ModelRef, port: int, how: Wanted | None
 ) -> None:
     plan = planned(known, world(known, *seen), target, port, how, False)
     assert plan is None or all(view.state is not State.READY for view in plan.stops)
@@ -657,7 +657,7 @@ def test_no_load_stops_a_server_that_is_ready_without_being_forced(
 @given(registries, seen_ports, targets, st.sampled_from(PORTS), wishes, st.booleans())
 @PROPERTY
 def test_no_load_gives_a_port_the_alias_of_another_slot(
-    known: Registry, seen: tuple[Signals, ...], target: Target, port: int, how: Wanted | None, force: bool
+    known: Registry, seen: tuple[Signals, ...], target: ModelRef, port: int, how: Wanted | None, force: bool
 ) -> None:
     plan = planned(known, world(known, *seen), target, port, how, force)
     if plan is not None:
@@ -668,7 +668,7 @@ def test_no_load_gives_a_port_the_alias_of_another_slot(
 @given(registries, seen_ports, targets, st.sampled_from(PORTS), wishes, st.booleans())
 @PROPERTY
 def test_a_load_is_refused_or_leaves_one_model_on_the_port_and_one_port_for_the_model(
-    known: Registry, seen: tuple[Signals, ...], target: Target, port: int, how: Wanted | None, force: bool
+    known: Registry, seen: tuple[Signals, ...], target: ModelRef, port: int, how: Wanted | None, force: bool
 ) -> None:
     before = world(known, *seen)
     plan = planned(known, before, target, port, how, force)
@@ -688,7 +688,7 @@ def test_a_load_is_refused_or_leaves_one_model_on_the_port_and_one_port_for_the_
 @given(registries, seen_ports, targets, st.sampled_from(PORTS), wishes, st.booleans())
 @PROPERTY
 def test_what_comes_back_after_a_failed_swap_was_stopped_by_it(
-    known: Registry, seen: tuple[Signals, ...], target: Target, port: int, how: Wanted | None, force: bool
+    known: Registry, seen: tuple[Signals, ...], target: ModelRef, port: int, how: Wanted | None, force: bool
 ) -> None:
     plan = planned(known, world(known, *seen), target, port, how, force)
     if plan is not None and plan.previous is not None:
@@ -772,7 +772,7 @@ def test_a_port_that_is_chosen_by_itself_is_the_models_own_or_idle_and_without_a
 def test_planning_needs_no_settings_beyond_ports_and_slots() -> None:
     plain = Settings()
     make: Callable[[], LoadPlan] = lambda: plan_load(  # noqa: E731 - read as one sentence
-        plain, EMPTY, World({8100: world(EMPTY).ports[8100]}), Target("a", "org/a"), 8100, wanted=None, force=False
+        plain, EMPTY, World({8100: world(EMPTY).ports[8100]}), ModelRef("a", "org/a"), 8100, wanted=None, force=False
     )
     assert (make().alias, make().outcome) == ("a", Outcome.START)
 

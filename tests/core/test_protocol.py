@@ -12,7 +12,6 @@ from mlxops.core.protocol import (
     CHANGES,
     MARKER,
     READS,
-    Asker,
     Done,
     Event,
     Failed,
@@ -21,6 +20,7 @@ from mlxops.core.protocol import (
     Phase,
     Progress,
     Request,
+    Requester,
     decode_event,
     decode_request,
     encode_event,
@@ -45,7 +45,7 @@ requests = st.builds(
     args=st.dictionaries(texts, json_values, max_size=3),
     settings=settings,
     build=texts,
-    asker=st.builds(Asker, texts, texts),
+    asker=st.builds(Requester, texts, texts),
     agreed=st.booleans(),
 )
 

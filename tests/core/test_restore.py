@@ -11,11 +11,11 @@ import pytest
 from mlxops.core.plan_restore import (
     GIVE_UP,
     LASTED,
-    Moment,
+    Now,
     Record,
+    RestoreAttempt,
     RestorePlan,
-    Start,
-    Step,
+    RestoreStep,
     in_vain,
     last_cleared,
     lasting,
@@ -45,15 +45,15 @@ def world(*views: PortView) -> World:
     return World(seen | {view.port: view for view in views})
 
 
-def plan(of: Registry, seen: World, *, cleared: tuple[Step, ...] = (), **ago: list[float]) -> RestorePlan:
+def plan(of: Registry, seen: World, *, cleared: tuple[RestoreStep, ...] = (), **ago: list[float]) -> RestorePlan:
     slots = {8100: "xl", 8103: "s"}
-    attempts = {Step(m.name, m.port): ago[m.name] for m in of.models.values() if m.port and m.name in ago}
+    attempts = {RestoreStep(m.name, m.port): ago[m.name] for m in of.models.values() if m.port and m.name in ago}
     return plan_restore(of, seen, slots=slots, cleared=cleared, attempts=attempts)
 
 
 def test_starts_what_is_down_in_the_order_of_the_ports() -> None:
     found = plan(registry(b=8102, a=8103, c=8100, d=None), world())
-    assert found.starts == (Step("c", 8100), Step("b", 8102), Step("a", 8103))
+    assert found.starts == (RestoreStep("c", 8100), RestoreStep("b", 8102), RestoreStep("a", 8103))
 
 
 @pytest.mark.parametrize("owner", [Owner.MLXOPS, Owner.HAND, Owner.BOOT])
@@ -107,7 +107,7 @@ def test_does_not_need_a_person_while_it_pauses() -> None:
 
 def test_replaces_what_a_crash_left() -> None:
     left = PortView(8100, None, State.ORPHAN, Owner.MLXOPS, orphan=Orphan.LEADERLESS, members=(5,))
-    assert plan(registry(a=8100), world(left)).starts == (Step("a", 8100),)
+    assert plan(registry(a=8100), world(left)).starts == (RestoreStep("a", 8100),)
 
 
 def test_does_not_decide_between_two_claims() -> None:
@@ -123,23 +123,23 @@ def test_leaves_a_port_to_its_boot_job_unless_that_is_known_not_to_come(standing
     job = BootJob(8100, "/opt/start.sh", "com.example.boot")
     found = plan(registry(a=8100), replace(world(), boot=(JobState(job, standing, "said launchd"),)))
     if standing in {Standing.MISSING, Standing.DISABLED}:
-        assert found == RestorePlan((Step("a", 8100),))
+        assert found == RestorePlan((RestoreStep("a", 8100),))
     else:
         why = "the port belongs to the boot job com.example.boot: said launchd"
-        assert found == RestorePlan(skipped=(Step("a", 8100, why),))
+        assert found == RestorePlan(skipped=(RestoreStep("a", 8100, why),))
 
 
 def test_leaves_a_model_that_is_another_slots_alias() -> None:
     """Edited by hand: `load` refuses it, so it is not announced either."""
     found = plan(registry(xl=8101, s=8103), world())
-    assert found.starts == (Step("s", 8103),)
-    assert found.skipped == (Step("xl", 8101, "xl is the alias of port 8100"),)
+    assert found.starts == (RestoreStep("s", 8103),)
+    assert found.skipped == (RestoreStep("xl", 8101, "xl is the alias of port 8100"),)
 
 
 def test_brings_back_what_was_cleared_where_nothing_came_since() -> None:
-    cleared = (Step("a", 8100), Step("b", 8101), Step("gone", 8102))
+    cleared = (RestoreStep("a", 8100), RestoreStep("b", 8101), RestoreStep("gone", 8102))
     found = plan(registry(a=None, b=8103, c=8101), world(), cleared=cleared)
-    assert found.starts == (Step("a", 8100), Step("c", 8101), Step("b", 8103))
+    assert found.starts == (RestoreStep("a", 8100), RestoreStep("c", 8101), RestoreStep("b", 8103))
 
 
 class TestTheHistory:
@@ -152,9 +152,9 @@ class TestTheHistory:
     def test_tells_what_the_latest_reconcile_cleared_in_all_its_lines(self) -> None:
         second = {**self.RECONCILE, "operation": "2", "cleared": [{"model": "b", "port": 8101}]}
         third = {**self.RECONCILE, "operation": "2", "cleared": [{"model": "c", "port": 8102}]}
-        assert last_cleared([self.RECONCILE]) == (Step("a", 8100),)
-        assert last_cleared([self.RECONCILE, second, third]) == (Step("b", 8101), Step("c", 8102))
-        assert last_cleared([self.RECONCILE, {"command": "reconcile", "stopped": []}]) == (Step("a", 8100),)
+        assert last_cleared([self.RECONCILE]) == (RestoreStep("a", 8100),)
+        assert last_cleared([self.RECONCILE, second, third]) == (RestoreStep("b", 8101), RestoreStep("c", 8102))
+        assert last_cleared([self.RECONCILE, {"command": "reconcile", "stopped": []}]) == (RestoreStep("a", 8100),)
 
     @pytest.mark.parametrize("line", [{"model": "a", "port": 8103}, {"model": "x", "port": 8100}])
     @pytest.mark.parametrize("command", ["load", "unload"])
@@ -163,13 +163,13 @@ class TestTheHistory:
 
     def test_of_odd_lines_is_read_all_the_same(self) -> None:
         odd: list[dict[str, object]] = [{}, {"command": "reconcile", "cleared": "x"}, {"command": "restore"}]
-        assert last_cleared([*odd, self.RECONCILE, *odd]) == (Step("a", 8100),)
+        assert last_cleared([*odd, self.RECONCILE, *odd]) == (RestoreStep("a", 8100),)
         assert starts_of([*odd, {"command": "reconcile", "cleared": [1, {}]}]) == {}
         step = {"model": "a", "port": 8100}
         hostile = [step | {"model": "../../x"}, step | {"model": "a\n"}, step | {"port": True}]
         assert last_cleared([{"command": "reconcile", "operation": "2", "cleared": hostile}]) == ()
         start = {"command": "restore", "boot_id": "boot", **step, "wall": 5, "monotonic": 1}
-        assert starts_of([start]) == {Step("a", 8100): [Start(5.0, 1.0, "boot")]}
+        assert starts_of([start]) == {RestoreStep("a", 8100): [RestoreAttempt(5.0, 1.0, "boot")]}
         times: list[object] = [-1, 10**4000, float("nan"), "1", None]
         spoilt: list[dict[str, object]] = [{key: odd} for key in ("wall", "monotonic") for odd in times]
         spoilt.append({"boot_id": None})
@@ -182,7 +182,7 @@ class TestTheHistory:
             return {"command": "restore", **step, "wall": second, "monotonic": second, "boot_id": "b", **more}
 
         def seconds(*history: dict[str, object]) -> list[float]:
-            return [each.monotonic for each in starts_of(history).get(Step("a", 8100), [])]
+            return [each.monotonic for each in starts_of(history).get(RestoreStep("a", 8100), [])]
 
         load: dict[str, object] = {"command": "load", **step}
         assert seconds(start(1), {**load, "restore": True}, start(3)) == [1, 3]
@@ -194,7 +194,7 @@ class TestTheHistory:
         assert seconds(start(1), {**load, "port": 8101}) == [1]
 
 
-STEP = Step("a", 8100)
+STEP = RestoreStep("a", 8100)
 
 
 class TestAPause:
@@ -252,7 +252,7 @@ class Host:
             down = min(booted + self.up(boots), end)
             served_from: float | None = None
             while self.clock < down:
-                now = Moment(str(boots), booted, self.clock, self.clock - booted)
+                now = Now(str(boots), booted, self.clock, self.clock - booted)
                 alive = served_from is not None and self.clock < served_from + self.lives
                 if self.restore(now, alive=alive):
                     served_from = self.clock
@@ -263,7 +263,7 @@ class Host:
             boots += 1
         return len(self.started)
 
-    def restore(self, now: Moment, *, alive: bool) -> bool:
+    def restore(self, now: Now, *, alive: bool) -> bool:
         """Whether it starts the server."""
         starts = starts_of(self.history)
         view = PortView(8100, None, State.READY if alive else State.FAILED, Owner.MLXOPS if alive else None, "a")
@@ -288,7 +288,7 @@ class Host:
         )
         return True
 
-    def records(self, now: Moment) -> dict[int, Record]:
+    def records(self, now: Now) -> dict[int, Record]:
         if not self.started:
             return {}
         wrote = min(self.lives, self.lives if self.talks is None else self.talks, now.wall - self.started[-1])
@@ -322,7 +322,7 @@ class TestThirtyDays:
         up = [60.0, 200.0, 24 * HOUR, 60.0, 24 * HOUR]
         host = Host(float("inf"), 0.0, up=lambda boot: up[boot] if boot < len(up) else 24 * HOUR)
         host.run(30)
-        assert not pause(STEP, in_vain(starts_of(host.history), {}, Moment("x", 0, host.clock, 1)).get(STEP, ()))
+        assert not pause(STEP, in_vain(starts_of(host.history), {}, Now("x", 0, host.clock, 1)).get(STEP, ()))
 
     def test_a_reboot_does_not_make_five_crashes_undone(self) -> None:
         """The fifth may have gone down with the host for all that is known; those before it have not."""
@@ -330,13 +330,13 @@ class TestThirtyDays:
 
 
 class TestSigns:
-    NOW = Moment("now", 10_000.0, 20_000.0, 10_000.0)
+    NOW = Now("now", 10_000.0, 20_000.0, 10_000.0)
 
-    def vain(self, *starts: Start, record: Record | None) -> list[float] | None:
+    def vain(self, *starts: RestoreAttempt, record: Record | None) -> list[float] | None:
         return in_vain({STEP: starts}, {8100: record} if record else {}, self.NOW).get(STEP)
 
     def test_of_the_log_count_only_with_the_proven_record_of_this_model(self) -> None:
-        start = Start(11_000.0, 1_000.0, "now")
+        start = RestoreAttempt(11_000.0, 1_000.0, "now")
         sign = start.wall + LASTED
         assert self.vain(start, record=Record("a", "now", True, sign)) is None
         assert self.vain(start, record=Record("a", "now", True, sign - 1)) == [9_000.0]
@@ -346,14 +346,14 @@ class TestSigns:
         assert self.vain(start, record=None) == [9_000.0]
 
     def test_of_the_host_count_only_for_what_went_down_with_it(self) -> None:
-        start, record = Start(1_000.0, 5.0, "before"), Record("a", "before", True, None)
+        start, record = RestoreAttempt(1_000.0, 5.0, "before"), Record("a", "before", True, None)
         assert self.vain(start, record=record) is None
         assert self.vain(start, record=Record("a", "before", False, None)) == [19_000.0]
-        assert self.vain(Start(9_000.0, 5.0, "before"), record=record) == [11_000.0]
-        assert self.vain(Start(500.0, 5.0, "before"), start, record=record) == [19_000.0, 19_500.0]
+        assert self.vain(RestoreAttempt(9_000.0, 5.0, "before"), record=record) == [11_000.0]
+        assert self.vain(RestoreAttempt(500.0, 5.0, "before"), start, record=record) == [19_000.0, 19_500.0]
 
     def test_of_another_boot_are_older_than_this_one_whatever_the_clock_said(self) -> None:
-        assert self.vain(Start(10**9, 5.0, "before"), record=None) == [10_000.0]
+        assert self.vain(RestoreAttempt(10**9, 5.0, "before"), record=None) == [10_000.0]
 
     @pytest.mark.parametrize(
         ("view", "seen"),
@@ -365,7 +365,7 @@ class TestSigns:
         ],
     )
     def test_of_a_server_that_serves(self, view: PortView, seen: bool) -> None:
-        old, young = Start(0.0, 10_000 - LASTED, "now"), Start(0.0, 10_001 - LASTED, "now")
+        old, young = RestoreAttempt(0.0, 10_000 - LASTED, "now"), RestoreAttempt(0.0, 10_001 - LASTED, "now")
         assert bool([*lasting({STEP: [old]}, world(view), self.NOW)]) is seen
         assert not [*lasting({STEP: [young]}, world(view), self.NOW)]
-        assert not [*lasting({STEP: [Start(0.0, 1.0, "before")]}, world(view), self.NOW)]
+        assert not [*lasting({STEP: [RestoreAttempt(0.0, 1.0, "before")]}, world(view), self.NOW)]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxops.core.ports import (
-    Answer,
+    Health,
     JobState,
     Operation,
     Orphan,
@@ -79,15 +79,15 @@ CASES: dict[str, tuple[Signals, Registry, State, Owner | None]] = {
     ),
     "a server by hand while an unload runs": (replace(by_hand(), operation=UNLOAD), A, State.DRAINING, Owner.HAND),
     "an ended server with an assignment": (replace(signals(), run=run()), A, State.FAILED, None),
-    "our server, unhealthy": (replace(serving(), answer=Answer.BROKEN), A, State.FAILED, Owner.MLXOPS),
-    "our server, silent": (replace(serving(), answer=Answer.SILENT), A, State.WEDGED, Owner.MLXOPS),
+    "our server, unhealthy": (replace(serving(), answer=Health.BROKEN), A, State.FAILED, Owner.MLXOPS),
+    "our server, silent": (replace(serving(), answer=Health.SILENT), A, State.WEDGED, Owner.MLXOPS),
     "our server, still loading by its own account": (
-        replace(serving(), answer=Answer.LOADING),
+        replace(serving(), answer=Health.LOADING),
         A,
         State.LOADING,
         Owner.MLXOPS,
     ),
-    "a server by hand, not asked": (replace(by_hand(), answer=Answer.NOT_ASKED), A, State.UNKNOWN, None),
+    "a server by hand, not asked": (replace(by_hand(), answer=Health.NOT_ASKED), A, State.UNKNOWN, None),
     "a listener whose process cannot be seen": (
         replace(signals(), listening=True, unowned=True),
         A,
@@ -101,7 +101,7 @@ CASES: dict[str, tuple[Signals, Registry, State, Owner | None]] = {
         None,
     ),
     "a listener of another user": (replace(signals(), listening=True), A, State.FOREIGN, Owner.FOREIGN),
-    "our server, not asked": (replace(serving(), answer=Answer.NOT_ASKED), A, State.UNKNOWN, None),
+    "our server, not asked": (replace(serving(), answer=Health.NOT_ASKED), A, State.UNKNOWN, None),
     "our server and the registry names another model": (serving(), B, State.MISMATCH, Owner.MLXOPS),
     "our server lives and another process listens": (
         replace(serving(), listener_pids=frozenset({6000})),
@@ -138,18 +138,18 @@ CASES: dict[str, tuple[Signals, Registry, State, Owner | None]] = {
         State.LOADING,
         Owner.HAND,
     ),
-    "a server by hand that is silent": (replace(by_hand(), answer=Answer.SILENT), A, State.WEDGED, Owner.HAND),
-    "a server by hand that is unhealthy": (replace(by_hand(), answer=Answer.BROKEN), A, State.FAILED, Owner.HAND),
+    "a server by hand that is silent": (replace(by_hand(), answer=Health.SILENT), A, State.WEDGED, Owner.HAND),
+    "a server by hand that is unhealthy": (replace(by_hand(), answer=Health.BROKEN), A, State.FAILED, Owner.HAND),
     "a server by hand on a port of ours that ended": (replace(by_hand(), run=run()), A, State.READY, Owner.HAND),
     "the boot job's server": (at_boot(), registry(a=8100), State.READY, Owner.BOOT),
     "the boot job's server that another user owns": (
-        replace(at_boot(), hand=None, answer=Answer.NOT_ASKED),
+        replace(at_boot(), hand=None, answer=Health.NOT_ASKED),
         registry(a=8100),
         State.READY,
         Owner.BOOT,
     ),
     "the boot job's server that does not listen yet": (
-        replace(at_boot(), listening=False, listener_pids=frozenset(), answer=Answer.NOT_ASKED),
+        replace(at_boot(), listening=False, listener_pids=frozenset(), answer=Health.NOT_ASKED),
         EMPTY,
         State.LOADING,
         Owner.BOOT,
@@ -163,7 +163,7 @@ CASES: dict[str, tuple[Signals, Registry, State, Owner | None]] = {
     ),
     "a listener that nobody knows": (of_somebody(), EMPTY, State.FOREIGN, Owner.FOREIGN),
     "a listener that nobody knows where a server of ours was": (
-        replace(of_somebody(), run=run(), answer=Answer.SERVING),
+        replace(of_somebody(), run=run(), answer=Health.SERVING),
         A,
         State.FOREIGN,
         Owner.FOREIGN,
@@ -262,14 +262,14 @@ def test_ready_and_ours_needs_every_signal(seen: Signals, known: Registry) -> No
         assert seen.leader_proven and seen.listening
         assert seen.listener_pids and seen.listener_pids <= set(seen.members)
         assert known.models[seen.run.model].port == 8103
-        assert seen.answer is Answer.SERVING
+        assert seen.answer is Health.SERVING
 
 
 @given(anything, registries)
 @PROPERTY
 def test_nothing_is_ready_that_does_not_listen_or_says_that_it_is_not(seen: Signals, known: Registry) -> None:
     if judge(seen, known).state is State.READY:
-        assert seen.listening and seen.answer in {Answer.SERVING, Answer.NOT_ASKED}
+        assert seen.listening and seen.answer in {Health.SERVING, Health.NOT_ASKED}
 
 
 @given(anything, registries)
@@ -312,8 +312,8 @@ def test_where_registry_and_life_agree_there_is_no_drift() -> None:
         (A, (replace(signals(), run=run()),), ("assigned_not_served", 8103, "a")),
         (EMPTY, (serving(),), ("orphan", 8103, "a")),
         (B, (serving(),), ("mismatch", 8103, "a")),
-        (A, (replace(serving(), answer=Answer.SILENT),), ("wedged", 8103, "a")),
-        (A, (replace(serving(), answer=Answer.BROKEN),), ("failed", 8103, "a")),
+        (A, (replace(serving(), answer=Health.SILENT),), ("wedged", 8103, "a")),
+        (A, (replace(serving(), answer=Health.BROKEN),), ("failed", 8103, "a")),
         (registry(a=None), (by_hand(),), ("unregistered_server", 8103, "a")),
         (registry(a=None, b=8100), (at_boot(),), ("boot_port_assigned", 8100, "a")),
         (A, (of_somebody(),), ("foreign", 8103, "a")),
@@ -369,7 +369,7 @@ def test_a_registry_that_cannot_be_read_makes_no_orphan_of_a_healthy_server() ->
 
 def test_a_registry_that_cannot_be_written_is_to_be_mended_before_anything_else() -> None:
     known = replace(A, unwritable="its version is not 1")
-    ill = replace(serving(), answer=Answer.SILENT)
+    ill = replace(serving(), answer=Health.SILENT)
     (found,) = drift(PortRange(8100, 8104), world(known, ill).ports, known)
     assert found.code == "wedged" and "mend the registry" in found.hint and "unload" not in found.hint
 

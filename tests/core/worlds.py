@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 
 from hypothesis import strategies as st
 
-from mlxops.core.ports import Answer, BootClaim, Operation, Owner, Run, Server, Signals, World, judge
+from mlxops.core.ports import BootClaim, Health, Operation, Owner, Run, Server, Signals, World, judge
 from mlxops.core.registry import Registry, parse
 from mlxops.core.settings import BootJob, PortRange, Settings
 
@@ -78,7 +78,7 @@ def serving(name: str = "a", port: int = 8103) -> Signals:
         members=(4000, 4001),
         listening=True,
         listener_pids=frozenset({4000}),
-        answer=Answer.SERVING,
+        answer=Health.SERVING,
     )
 
 
@@ -88,7 +88,7 @@ def by_hand(name: str = "a", port: int = 8103) -> Signals:
         hand=server(name, port),
         listening=True,
         listener_pids=frozenset({5000}),
-        answer=Answer.SERVING,
+        answer=Health.SERVING,
         stranger="pid 5000",
     )
 
@@ -146,7 +146,7 @@ def _whatever(port: int) -> st.SearchStrategy[Signals]:
         | st.builds(
             Operation, id=st.just("op2"), command=st.sampled_from(["load", "unload", "unload-all", "reconcile"])
         ),
-        answer=st.sampled_from(Answer),
+        answer=st.sampled_from(Health),
         stranger=st.sampled_from(["", "pid 6000: x"]),
         error=st.none() | st.none() | st.none() | st.just("permission denied"),
         last_words=st.sampled_from(["", "Killed"]),

@@ -23,12 +23,12 @@ from mlxops.agent import worker
 from mlxops.agent.context import Context
 from mlxops.agent.host.system import this_system
 from mlxops.agent.operations import command
-from mlxops.agent.paths import place
+from mlxops.agent.paths import host_paths
 from mlxops.agent.state import operation_log as journals
-from mlxops.agent.state.operation_log import Journal
+from mlxops.agent.state.operation_log import OperationLog
 from mlxops.agent.state.store import Store
 from mlxops.core.errors import MlxopsError
-from mlxops.core.protocol import Asker, Done, Event, Failed, Note, Phase, Request, decode_event
+from mlxops.core.protocol import Done, Event, Failed, Note, Phase, Request, Requester, decode_event
 from mlxops.core.settings import PortRange, Settings
 from tests.faults import children
 from tests.faults.creations import Fault
@@ -51,7 +51,7 @@ UP_SECONDS = 20.0
 class Ended:
     """How an operation ended. `exit` is negative for a signal."""
 
-    journal: Journal
+    journal: OperationLog
     exit: int
     events: tuple[Event, ...]
     words: str = ""
@@ -117,12 +117,12 @@ class Arena:
     # Operations
 
     def request(self, name: str, **args: object) -> Request:
-        return Request(name, args, self.settings, "", Asker("faults", "here"))
+        return Request(name, args, self.settings, "", Requester("faults", "here"))
 
     def context(self, name: str, **args: object) -> Context:
         request = self.request(name, **args)
-        where = place(request.settings, self.environ)
-        return Context(request, where, self.store, this_system(), lambda event: None, self.environ)
+        paths = host_paths(request.settings, self.environ)
+        return Context(request, paths, self.store, this_system(), lambda event: None, self.environ)
 
     def look(self, name: str = "status", **args: object) -> Mapping[str, object]:
         """A read, or a dry run, in this process."""
@@ -132,7 +132,7 @@ class Arena:
 
     def begin(
         self, name: str, args: Mapping[str, object], *, stopped: bool = False, first: Fault = lambda: None
-    ) -> tuple[Journal, int]:
+    ) -> tuple[OperationLog, int]:
         """Start the worker of an operation; returns its record and its pid. `first` is done in it before all else."""
         self.store.ready()
         journal, lock = journals.create(self.state / "ops", self.request(name, **args))
@@ -164,7 +164,7 @@ class Arena:
         children.wait(tracer, 20)
         return ended
 
-    def ended(self, journal: Journal, pid: int) -> Ended:
+    def ended(self, journal: OperationLog, pid: int) -> Ended:
         status = children.wait(pid, OPERATION_SECONDS)
         try:
             lines = (journal.folder / "events.jsonl").read_text(encoding="utf-8").splitlines()
@@ -217,8 +217,8 @@ class Arena:
 
     def by_path(self, model: str, port: int, *options: str) -> list[str]:
         """The command of a server that is given its model as a path."""
-        where = ["--host", self.address, "--port", str(port)]
-        return [str(self.program), "--model", str(self.snapshots[model]), *where, *options]
+        paths = ["--host", self.address, "--port", str(port)]
+        return [str(self.program), "--model", str(self.snapshots[model]), *paths, *options]
 
     def listener(self, port: int, log: Path) -> int:
         """The process that listens on a port, once there is one. `log`: where to look if none comes."""

@@ -26,7 +26,7 @@ from mlxops.agent.serving import memory
 from mlxops.agent.serving.logs import CAP
 from mlxops.agent.state import recovery
 from mlxops.agent.state.locks import try_flock
-from mlxops.agent.state.operation_log import Journal
+from mlxops.agent.state.operation_log import OperationLog
 from mlxops.agent.state.store import Store
 from mlxops.core.errors import MlxopsError
 from tests.faults import batch, oracle
@@ -450,16 +450,16 @@ def _a_pull_that_is_cancelled_when_all_is_there(arena: Arena) -> None:
 
 def _an_operation_that_is_being_born(arena: Arena) -> None:
     """Nobody takes it for one that was cut short, whenever they look."""
-    real, looked = Journal.hold, list[object]()
+    real, looked = OperationLog.hold, list[object]()
 
-    def hold(journal: Journal) -> int:
+    def hold(journal: OperationLog) -> int:
         if not looked:
             looked.append(oracle.drift_codes(arena))
             ctx = arena.context("reconcile")
-            recovery.settle_all(ctx.store, ctx.where.settings.ports, by=ctx.operation, dry_run=False)
+            recovery.settle_all(ctx.store, ctx.paths.settings.ports, by=ctx.operation, dry_run=False)
         return real(journal)
 
-    with mock.patch.object(Journal, "hold", hold):
+    with mock.patch.object(OperationLog, "hold", hold):
         loaded = arena.run("load", model=ALPHA, port=str(arena.ports[0]))
     assert looked == [[]] and loaded.error is None and loaded.exit == 0, (looked, loaded)
 
@@ -520,7 +520,7 @@ CASES: Mapping[str, Callable[[Arena], None]] = {
 }
 
 
-def _proves(journal: Journal) -> bool:
+def _proves(journal: OperationLog) -> bool:
     """Whether the new server has been started."""
     lines = (journal.folder / "events.jsonl").read_text().splitlines()
     return any(json.loads(each).get("name") == "proof" for each in lines)

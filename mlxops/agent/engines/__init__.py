@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from importlib import import_module
 
-from mlxops.agent.engines.base import Engine, Seen
+from mlxops.agent.engines.base import DetectedServer, Engine
 from mlxops.common.build import engines
 from mlxops.core.errors import Refused
 
@@ -25,13 +25,13 @@ def engine_named(name: str) -> Engine:
     return engine
 
 
-def recognise(argv: Sequence[str]) -> tuple[str, Seen] | None:
+def recognise(argv: Sequence[str]) -> tuple[str, DetectedServer] | None:
     """Return the engine and what the argv says, if a process with this argv is an engine's server program."""
     return _recognised(tuple(argv))
 
 
 @lru_cache(maxsize=4096)
-def _recognised(argv: tuple[str, ...]) -> tuple[str, Seen] | None:
+def _recognised(argv: tuple[str, ...]) -> tuple[str, DetectedServer] | None:
     """Kept, because who looks again and again sees the same few hundred processes each time."""
     for engine in ENGINES.values():
         seen = engine.recognise(argv)

@@ -18,7 +18,7 @@ from typing import Protocol
 from mlxops.common import files
 from mlxops.core.errors import Refused
 from mlxops.core.model_options import Option
-from mlxops.core.ports import Answer
+from mlxops.core.ports import Health
 from mlxops.core.registry import Model
 from mlxops.core.text import utf8
 
@@ -64,7 +64,7 @@ class Serving:
 
 
 @dataclass(frozen=True)
-class Seen:
+class DetectedServer:
     """What the argv of a process that is an engine's program says."""
 
     port: int | None
@@ -118,7 +118,7 @@ class Engine(Protocol):
     def environment(self) -> Mapping[str, str]:
         """Variables that it needs beyond the plain ones."""
 
-    def recognise(self, argv: Sequence[str]) -> Seen | None:
+    def recognise(self, argv: Sequence[str]) -> DetectedServer | None:
         """Return what the argv says if the process runs this engine's server program (see `program`); else None."""
 
     def served_name(self, argv: Sequence[str]) -> str | None:
@@ -133,7 +133,7 @@ class Engine(Protocol):
     def names(self, argv: Sequence[str], version: str | None) -> Names:
         """Return the names that a running server with this argv accepts. `version` None: not known."""
 
-    def health(self, host: str, port: int, timeout: float) -> Answer:
+    def health(self, host: str, port: int, timeout: float) -> Health:
         """The cheap probe. Never loads, evicts or generates anything."""
 
     def fatal(self, log: str) -> str | None:
@@ -404,19 +404,19 @@ def get_status(host: str, port: int, path: str, timeout: float) -> int | None:
     return int(status[1]) if status else None
 
 
-def status_health(host: str, port: int, timeout: float) -> Answer:
+def status_health(host: str, port: int, timeout: float) -> Health:
     """What the status of GET /health says: 200 serves, another is broken, none is silence."""
     try:
         status = get_status(host, port, "/health", timeout)
     except NotSent:
-        return Answer.NOT_ASKED
+        return Health.NOT_ASKED
     match status:
         case None:
-            return Answer.SILENT
+            return Health.SILENT
         case 200:
-            return Answer.SERVING
+            return Health.SERVING
         case _:
-            return Answer.BROKEN
+            return Health.BROKEN
 
 
 class NoCompletion(Exception):

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 
 from mlxops.agent.engines.base import (
     Command,
+    DetectedServer,
     Names,
-    Seen,
     Serving,
     abbreviated,
     check_args,
@@ -26,7 +26,7 @@ from mlxops.agent.engines.base import (
     which,
 )
 from mlxops.core.errors import Refused
-from mlxops.core.ports import Answer
+from mlxops.core.ports import Health
 
 _DEFAULT = "default_model"
 """Its name for the model that it was started with, whatever that is called."""
@@ -97,7 +97,7 @@ class MlxLm:
         # and without any cache, GET /v1/models has no answer.
         return {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": CACHE}
 
-    def recognise(self, argv: Sequence[str]) -> Seen | None:
+    def recognise(self, argv: Sequence[str]) -> DetectedServer | None:
         words = _server_options(argv)
         if words is None:
             return None
@@ -105,7 +105,7 @@ class MlxLm:
         if port is None:
             return None
         model, host = abbreviated(words, "--model", len("--mo")), abbreviated(words, "--host", len("--ho"))
-        return Seen(port, model or "", host or "127.0.0.1")
+        return DetectedServer(port, model or "", host or "127.0.0.1")
 
     def served_name(self, argv: Sequence[str]) -> str | None:
         return abbreviated(argv, "--model", len("--mo"))
@@ -127,7 +127,7 @@ class MlxLm:
             return Names((_DEFAULT,))
         return Names((name, _DEFAULT))
 
-    def health(self, host: str, port: int, timeout: float) -> Answer:
+    def health(self, host: str, port: int, timeout: float) -> Health:
         # 200 also while loading; 503 once the thread that generates has died.
         return status_health(host, port, timeout)
 

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 
 from mlxops.agent.engines.base import (
     Command,
+    DetectedServer,
     Names,
-    Seen,
     Serving,
     check_args,
     expand,
@@ -28,7 +28,7 @@ from mlxops.agent.engines.base import (
     which,
 )
 from mlxops.core.errors import Refused
-from mlxops.core.ports import Answer
+from mlxops.core.ports import Health
 
 _EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(?:Error|Exception): .*(?:\n(?![A-Z]|\s*$).*)?", re.MULTILINE)
 
@@ -116,15 +116,15 @@ class MlxOpenAIServer:
     def environment(self) -> Mapping[str, str]:
         return {"HF_HUB_OFFLINE": "1"}
 
-    def recognise(self, argv: Sequence[str]) -> Seen | None:
+    def recognise(self, argv: Sequence[str]) -> DetectedServer | None:
         if not _is_server(argv):
             return None
         given = options(argv)
         model, host = given.get("--model-path", ""), given.get("--host", "0.0.0.0")
         if "--config" in given:
-            return Seen(None, model, None)  # the file says where it listens; `--port` is ignored
+            return DetectedServer(None, model, None)  # the file says where it listens; `--port` is ignored
         port = port_number(given.get("--port", "8000"))
-        return Seen(port, model, host) if port is not None else None
+        return DetectedServer(port, model, host) if port is not None else None
 
     def served_name(self, argv: Sequence[str]) -> str | None:
         given = options(argv)
@@ -153,7 +153,7 @@ class MlxOpenAIServer:
             not_asked="" if kind in _CHATS else f"it serves {kind}, which gives no chat completions",
         )
 
-    def health(self, host: str, port: int, timeout: float) -> Answer:
+    def health(self, host: str, port: int, timeout: float) -> Health:
         # It binds only after its start-up. /health stays 200 when the process with the weights has died, and
         # /v1/queue/stats would start that one anew, so this says only that the front answers.
         return status_health(host, port, timeout)

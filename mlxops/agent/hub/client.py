@@ -59,7 +59,7 @@ _QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", 
 
 
 @dataclass(frozen=True)
-class Patience:
+class DownloadTimeouts:
     """How long a hub is waited for; in seconds, but for `tries`."""
 
     stall: float = 120.0
@@ -96,10 +96,10 @@ class _Stream(Protocol):
 
 
 @dataclass
-class Line:
+class HubClient:
     """Whether anything still comes from the hub, and where it is."""
 
-    patience: Patience
+    patience: DownloadTimeouts
     endpoint: str | None
     given_up: Callable[[], bool] = lambda: False
     """Nobody wants the download any more. Its threads ask before each piece: they cannot be interrupted."""
@@ -149,7 +149,7 @@ class Line:
         return urlsplit(self.endpoint or "https://huggingface.co").hostname or "the hub"
 
 
-class _Later(Exception):
+class RetryAfter(Exception):
     """The hub postpones: an HTTP status of `TRY_AGAIN`, and after how many seconds, where it says so."""
 
     def __init__(self, status: int, after: float | None) -> None:
@@ -191,7 +191,7 @@ def plain_etag(etag: object) -> str:
 
 
 @contextmanager
-def as_of_a_hub(asked: Asked, line: Line) -> Iterator[None]:
+def as_of_a_hub(asked: Asked, line: HubClient) -> Iterator[None]:
     """What huggingface_hub raises for an answer of another form than it expects is of a dozen kinds.
 
     Raises `DownloadFailed` (hub_error) in their place."""
@@ -205,14 +205,14 @@ def as_of_a_hub(asked: Asked, line: Line) -> Iterator[None]:
 
 
 @contextmanager
-def open_line(patience: Patience, given_up: Callable[[], bool] = lambda: False) -> Iterator[Line]:
+def open_line(patience: DownloadTimeouts, given_up: Callable[[], bool] = lambda: False) -> Iterator[HubClient]:
     """huggingface_hub with a client that tells us of every byte, leaves postponed requests to us, and begins no
     request once nothing comes any more. Its own client is back in place afterwards."""
     import_quietly()
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils._http import default_client_factory
 
-    line = Line(patience, os.environ.get("HF_ENDPOINT") or None, given_up)
+    line = HubClient(patience, os.environ.get("HF_ENDPOINT") or None, given_up)
     set_client_factory(lambda: _hooked(default_client_factory(), line))
     try:
         with _watched(line):
@@ -221,7 +221,7 @@ def open_line(patience: Patience, given_up: Callable[[], bool] = lambda: False) 
         set_client_factory(default_client_factory)
 
 
-def _hooked(client: httpx2.Client, line: Line) -> httpx2.Client:
+def _hooked(client: httpx2.Client, line: HubClient) -> httpx2.Client:
     import httpx2
 
     api = str(httpx2.URL(f"{(line.endpoint or 'https://huggingface.co').rstrip('/')}/api/"))
@@ -266,7 +266,7 @@ def _hooked(client: httpx2.Client, line: Line) -> httpx2.Client:
     def after(response: httpx2.Response) -> None:
         if response.status_code in TRY_AGAIN:
             seconds = response.headers.get("Retry-After", "")
-            raise _Later(response.status_code, float(seconds) if re.fullmatch("[0-9]{1,9}", seconds) else None)
+            raise RetryAfter(response.status_code, float(seconds) if re.fullmatch("[0-9]{1,9}", seconds) else None)
         extensions = response.request.extensions
         question = extensions["mlxops.question"]
         if isinstance(response.stream, httpx2.SyncByteStream):
@@ -311,7 +311,7 @@ def _check_names(response: httpx2.Response, *, question: bool) -> None:
 
 
 @contextmanager
-def _watched(line: Line) -> Iterator[None]:
+def _watched(line: HubClient) -> Iterator[None]:
     """Xet transfers happen in a library of their own, past our client: one that stands still is ended from outside,
     the way huggingface_hub ends it on Ctrl-C. And so is an answer of which the head does not end."""
     over = threading.Event()
@@ -359,7 +359,7 @@ class Bytes:
     files, and moves them from several threads (2.4, `_snapshot_download.py`).
     """
 
-    def __init__(self, emit: Emit, total: int, line: Line) -> None:
+    def __init__(self, emit: Emit, total: int, line: HubClient) -> None:
         self._emit, self._total, self._line = emit, total, line
         self._lock = threading.Lock()
         self._shown = -1
@@ -435,7 +435,7 @@ class _Bar:
 
 
 @dataclass(frozen=True)
-class _No:
+class HubError:
     """What an exception means: the error's code, why it came, and whether asking again may help."""
 
     code: str
@@ -480,7 +480,7 @@ def failure(code: str, asked: Asked, why: str, host: str = "the hub") -> Downloa
     return DownloadFailed(code, _WHAT[code].format(**names), why=why, hint=_HINT[code].format(**names))
 
 
-def persistently(attempt: Callable[[], T], asked: Asked, emit: Emit, line: Line) -> T:
+def persistently(attempt: Callable[[], T], asked: Asked, emit: Emit, line: HubClient) -> T:
     """The attempt's result; repeated, with growing pauses, while the hub only postpones.
 
     Raises `DownloadFailed` or `Refused`; what no hub and no disk can have caused passes as it is.
@@ -508,12 +508,12 @@ def persistently(attempt: Callable[[], T], asked: Asked, emit: Emit, line: Line)
     raise AssertionError("the last try returns or raises")
 
 
-def _disk_full(asked: Asked, no: _No) -> Refused:
+def _disk_full(asked: Asked, no: HubError) -> Refused:
     hint = "make room: mlxctl list shows the sizes; then remove what you do not need"
     return Refused("disk_full", f"{asked}: the disk is full", why=no.why, hint=hint)
 
 
-def _meaning(error: BaseException, line: Line) -> _No | None:
+def _meaning(error: BaseException, line: HubClient) -> HubError | None:
     """What an exception of huggingface_hub's means; None if it is none of a download.
 
     It wraps what happened in a `LocalEntryNotFoundError`: the cause counts.
@@ -521,7 +521,7 @@ def _meaning(error: BaseException, line: Line) -> _No | None:
     meanings = (_meaning_of_one(cause) for cause in _causes(error))
     no = next((no for no in meanings if no is not None), None)
     if line.stalled and (no is None or no.again):
-        return _No("download_stalled", f"nothing has come from {line.host} for {line.patience.stall:.0f} s")
+        return HubError("download_stalled", f"nothing has come from {line.host} for {line.patience.stall:.0f} s")
     return no
 
 
@@ -534,41 +534,41 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         cause = cause.__cause__ or cause.__context__
 
 
-def _meaning_of_one(error: BaseException) -> _No | None:
+def _meaning_of_one(error: BaseException) -> HubError | None:
     import httpx2
     from huggingface_hub import errors
 
     match error:
-        case _Later(status=429):
-            return _No("rate_limited", "it answers 429 Too Many Requests", again=True, after=error.after)
-        case _Later():
-            return _No("hub_error", f"it answers {error.status}", again=True, after=error.after)
+        case RetryAfter(status=429):
+            return HubError("rate_limited", "it answers 429 Too Many Requests", again=True, after=error.after)
+        case RetryAfter():
+            return HubError("hub_error", f"it answers {error.status}", again=True, after=error.after)
         case NoHub():
-            return _No("hub_error", str(error))
+            return HubError("hub_error", str(error))
         case _Late():
-            return _No("hub_error", "its answer does not come to an end", again=True)
+            return HubError("hub_error", "its answer does not come to an end", again=True)
         case errors.HfHubHTTPError():
             return _meaning_of_answer(error)
         case errors.OfflineModeIsEnabled():
-            return _No("hub_unreachable", "HF_HUB_OFFLINE is set there")
+            return HubError("hub_unreachable", "HF_HUB_OFFLINE is set there")
         case httpx2.InvalidURL() | httpx2.TooManyRedirects() | httpx2.UnsupportedProtocol():
-            return _No("hub_error", _said(error))
+            return HubError("hub_error", _said(error))
         case httpx2.TransportError():
-            return _No("hub_unreachable", _said(error), again=True)
+            return HubError("hub_unreachable", _said(error), again=True)
         case errors.FileMetadataError():
-            return _No("hub_error", _said(error))
+            return HubError("hub_error", _said(error))
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
-            return _No("disk_full", _said(error))
+            return HubError("disk_full", _said(error))
         case OSError() if "Consistency check failed" in str(error):
-            return _No("hub_error", "a file arrived with another length than announced", again=True)
+            return HubError("hub_error", "a file arrived with another length than announced", again=True)
         case OSError() if error.errno is not None and not isinstance(error, BrokenPipeError):
-            return _No("cache_not_writable", _said(error))
+            return HubError("cache_not_writable", _said(error))
     if type(error).__module__.partition(".")[0] == "hf_xet":
-        return _No("hub_error", _said(error), again=True)
+        return HubError("hub_error", _said(error), again=True)
     return None
 
 
-def _meaning_of_answer(error: httpx2.HTTPError) -> _No:
+def _meaning_of_answer(error: httpx2.HTTPError) -> HubError:
     """An answer that is final. A hub says 401 of gated, private and unknown repositories alike, and tells them apart
     by headers of its own (huggingface_hub, `hf_raise_for_status`)."""
     from huggingface_hub import errors
@@ -578,16 +578,16 @@ def _meaning_of_answer(error: httpx2.HTTPError) -> _No:
     said = error.server_message or error.response.headers.get("X-Error-Message") or ""
     why = f"it answers {status}" + (f": {_without_token(said)}" if said else "")
     if isinstance(error, errors.GatedRepoError):
-        return _No("gated_repo", why)
+        return HubError("gated_repo", why)
     if isinstance(error, errors.RevisionNotFoundError):
-        return _No("revision_not_found", why)
+        return HubError("revision_not_found", why)
     if isinstance(error, errors.RepositoryNotFoundError):
-        return _No("repo_not_found", why)
+        return HubError("repo_not_found", why)
     if status in (401, 403):
-        return _No("unauthorized", why)
+        return HubError("unauthorized", why)
     if status == 404 and not isinstance(error, errors.EntryNotFoundError):
-        return _No("repo_not_found", why)
-    return _No("hub_error", why)
+        return HubError("repo_not_found", why)
+    return HubError("hub_error", why)
 
 
 def _said(error: BaseException) -> str:

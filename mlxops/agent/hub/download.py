@@ -20,10 +20,10 @@ from mlxops.agent.hub.cache import Skipped, Snapshot, find, is_commit
 from mlxops.agent.hub.client import (
     Asked,
     Bytes,
+    DownloadTimeouts,
     Emit,
-    Line,
+    HubClient,
     NoHub,
-    Patience,
     as_of_a_hub,
     failure,
     open_line,
@@ -78,7 +78,7 @@ class HubFile:
 
 
 @dataclass(frozen=True)
-class Plan:
+class DownloadPlan:
     """What a download consists of: a commit, and the files of it that an engine may need."""
 
     repo_id: str
@@ -95,7 +95,7 @@ def download(
     revision: str | None,
     hub: Path,
     emit: Emit,
-    patience: Patience | None = None,
+    patience: DownloadTimeouts | None = None,
     given_up: Callable[[], bool] = lambda: False,
     check: Check | None = None,
 ) -> Snapshot:
@@ -112,7 +112,7 @@ def download(
     asked = Asked(repo_id, revision)
     folder = hub / ("models--" + repo_id.replace("/", "--"))
     _refuse_impossible(asked)
-    with open_line(patience or Patience(), given_up) as line:
+    with open_line(patience or DownloadTimeouts(), given_up) as line:
         plan = persistently(lambda: _plan(line, asked), asked, emit, line)
         _refuse_other_formats(plan)
         if check is not None:
@@ -132,7 +132,7 @@ def verify(
     commit: str,
     hub: Path,
     emit: Emit,
-    patience: Patience | None = None,
+    patience: DownloadTimeouts | None = None,
     given_up: Callable[[], bool] = lambda: False,
 ) -> int:
     """Compare the content of a downloaded commit with the hub's hashes; returns how many files were compared.
@@ -144,7 +144,7 @@ def verify(
     """
     asked = Asked(repo_id, commit)
     folder = hub / ("models--" + repo_id.replace("/", "--"))
-    with open_line(patience or Patience(), given_up) as line:
+    with open_line(patience or DownloadTimeouts(), given_up) as line:
         plan = persistently(lambda: _plan(line, asked), asked, emit, line)
         removed, kept = [], []
         done = 0
@@ -163,7 +163,7 @@ def verify(
     return len(plan.files)
 
 
-def _is_lost(line: Line, plan: Plan, place: Path, file: HubFile, asked: Asked, emit: Emit) -> bool:
+def _is_lost(line: HubClient, plan: DownloadPlan, place: Path, file: HubFile, asked: Asked, emit: Emit) -> bool:
     size = _size(place)
     return size is None or persistently(lambda: _is_begun_only(line, plan, place, file, size), asked, emit, line)
 
@@ -206,15 +206,15 @@ def _refuse_impossible(asked: Asked) -> None:
         raise failure("revision_not_found", asked, "this cannot be the name of a revision")
 
 
-def _plan(line: Line, asked: Asked) -> Plan:
+def _plan(line: HubClient, asked: Asked) -> DownloadPlan:
     with as_of_a_hub(asked, line):
         commit, files = _described(line, asked)
-    plan = Plan(asked.repo_id, commit, tuple(file for file in files if is_served(file.name)))
+    plan = DownloadPlan(asked.repo_id, commit, tuple(file for file in files if is_served(file.name)))
     line.largest = max((file.size for file in plan.files), default=0)
     return plan
 
 
-def _described(line: Line, asked: Asked) -> tuple[str, list[HubFile]]:
+def _described(line: HubClient, asked: Asked) -> tuple[str, list[HubFile]]:
     """(the commit that was asked for, its files), with any of a dozen exceptions for an answer of another form.
     Raises `NoHub` for names that are none."""
     from huggingface_hub.hf_api import RepoFile
@@ -240,7 +240,7 @@ def _hub_file(file: RepoSibling | RepoFile) -> HubFile:
     return HubFile(plain_name(file.rfilename), size, plain_etag(etag))
 
 
-def _config(line: Line, plan: Plan) -> Mapping[str, object]:
+def _config(line: HubClient, plan: DownloadPlan) -> Mapping[str, object]:
     """Read the repository's config.json, without keeping it; empty if that fails: the download reports errors of the
     hub."""
     try:
@@ -249,7 +249,7 @@ def _config(line: Line, plan: Plan) -> Mapping[str, object]:
         return {}
 
 
-def _content(line: Line, plan: Plan, name: str) -> bytes:
+def _content(line: HubClient, plan: DownloadPlan, name: str) -> bytes:
     """A small file of the repository, which is not kept. Raises what huggingface_hub and its HTTP raise."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils._headers import build_hf_headers
@@ -261,7 +261,7 @@ def _content(line: Line, plan: Plan, name: str) -> bytes:
     return answer.content
 
 
-def _refuse_other_formats(plan: Plan) -> None:
+def _refuse_other_formats(plan: DownloadPlan) -> None:
     names = {file.name for file in plan.files}
     if why := no_model(names):
         raise _not_mlx(plan, f"{why}, at {plan.commit[:12]}")
@@ -269,7 +269,7 @@ def _refuse_other_formats(plan: Plan) -> None:
         raise _not_mlx(plan, f"none of its files at {plan.commit[:12]} is a *.safetensors that an MLX engine loads")
 
 
-def _not_mlx(plan: Plan, why: str) -> Refused:
+def _not_mlx(plan: DownloadPlan, why: str) -> Refused:
     return Refused(
         "not_mlx",
         f"{plan.repo_id} is not a model that an MLX engine can serve",
@@ -278,7 +278,7 @@ def _not_mlx(plan: Plan, why: str) -> Refused:
     )
 
 
-def _prepare(line: Line, folder: Path, plan: Plan, emit: Emit) -> None:
+def _prepare(line: HubClient, folder: Path, plan: DownloadPlan, emit: Emit) -> None:
     _refuse_dead_links(folder, plan)
     _drop_leftovers(folder)
     _drop_begun(line, folder, plan, emit)
@@ -295,7 +295,7 @@ def _drop_leftovers(folder: Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def _refuse_dead_links(folder: Path, plan: Plan) -> None:
+def _refuse_dead_links(folder: Path, plan: DownloadPlan) -> None:
     """Raises `Refused` (link_broken) if the download would replace a link that a person made to a disk that is away."""
     snapshot = folder / "snapshots" / plan.commit
     found = {snapshot / file.name: link_that_leads_nowhere(str(snapshot), file.name) for file in plan.files}
@@ -311,7 +311,7 @@ def _refuse_dead_links(folder: Path, plan: Plan) -> None:
             )
 
 
-def _drop_begun(line: Line, folder: Path, plan: Plan, emit: Emit) -> None:
+def _drop_begun(line: HubClient, folder: Path, plan: DownloadPlan, emit: Emit) -> None:
     """Delete truncated files: huggingface_hub takes any file of the right name for the right one. A complete file that
     differs from the hub's is an edit, and stays."""
     for file in plan.files:
@@ -324,7 +324,7 @@ def _drop_begun(line: Line, folder: Path, plan: Plan, emit: Emit) -> None:
             _drop(folder, place)
 
 
-def _is_begun_only(line: Line, plan: Plan, place: Path, file: HubFile, size: int) -> bool:
+def _is_begun_only(line: HubClient, plan: DownloadPlan, place: Path, file: HubFile, size: int) -> bool:
     """Whether it is the beginning of the hub's file. Text that may only lack a brace is compared with the hub's text.
 
     Raises what a request to the hub raises; `persistently` handles that.
@@ -351,7 +351,7 @@ def _drop(folder: Path, pointer: Path) -> None:
         blob.unlink(missing_ok=True)
 
 
-def _announce(folder: Path, plan: Plan, emit: Emit) -> None:
+def _announce(folder: Path, plan: DownloadPlan, emit: Emit) -> None:
     """Say what will be downloaded; refuse what the disk cannot hold."""
     missing = plan.total - _present(folder, plan)
     here = f", {amount(plan.total - missing)} of it already here" if missing < plan.total else ""
@@ -368,19 +368,19 @@ def _announce(folder: Path, plan: Plan, emit: Emit) -> None:
         )
 
 
-def _present(folder: Path, plan: Plan) -> int:
+def _present(folder: Path, plan: DownloadPlan) -> int:
     """Return the bytes of the plan that need no download: the files are in this snapshot, the hub's or edited, or with
     the same content in another snapshot of the repository."""
     here = [file for file in plan.files if any(_size(place) is not None for place in _places(folder, plan, file))]
     return sum(file.size for file in here)
 
 
-def _places(folder: Path, plan: Plan, file: HubFile) -> tuple[Path, Path]:
+def _places(folder: Path, plan: DownloadPlan, file: HubFile) -> tuple[Path, Path]:
     """Where a file of the plan is looked for before it is downloaded."""
     return folder / "snapshots" / plan.commit / file.name, folder / "blobs" / file.etag
 
 
-def _fetch(line: Line, plan: Plan, folder: Path, progress: Bytes, asked: Asked) -> None:
+def _fetch(line: HubClient, plan: DownloadPlan, folder: Path, progress: Bytes, asked: Asked) -> None:
     from huggingface_hub import snapshot_download
 
     bars = progress.bars(_present(folder, plan))
@@ -395,7 +395,7 @@ def _fetch(line: Line, plan: Plan, folder: Path, progress: Bytes, asked: Asked) 
         )
 
 
-def _prove(folder: Path, plan: Plan, asked: Asked) -> None:
+def _prove(folder: Path, plan: DownloadPlan, asked: Asked) -> None:
     """Raises `DownloadFailed` unless all of it is there. Damaged weights are removed, or they would be taken for
     downloaded the next time."""
     snapshot = folder / "snapshots" / plan.commit
@@ -408,7 +408,7 @@ def _prove(folder: Path, plan: Plan, asked: Asked) -> None:
     raise failure("incomplete_download", asked, why)
 
 
-def _refuse_edits(snapshot: Path, plan: Plan, why: str) -> None:
+def _refuse_edits(snapshot: Path, plan: DownloadPlan, why: str) -> None:
     """Raises `Refused` (not_servable) if engines cannot use a file because of an edit."""
     broken = inspect(snapshot).broken
     for file in plan.files:
@@ -444,7 +444,7 @@ def _write_ref(folder: Path, name: str, commit: str, asked: Asked) -> None:
         raise failure("cache_not_writable", asked, f"{ref}: {error.strerror}") from error
 
 
-def _found(hub: Path, plan: Plan) -> Snapshot:
+def _found(hub: Path, plan: DownloadPlan) -> Snapshot:
     """The cache's own view of what was downloaded. Raises `Refused` (not_mlx)."""
     found = find(hub, plan.repo_id, plan.commit)
     whole = found if isinstance(found, Snapshot) or found is None else found.whole

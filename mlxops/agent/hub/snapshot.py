@@ -71,7 +71,7 @@ _TOTAL = re.compile(rb'\s*\{\s*"metadata":\s*\{[^{}]*"total_size":\s*(\d{1,18})\
 
 
 @dataclass(frozen=True)
-class Files:
+class Listing:
     """What lies in a snapshot folder: names relative to it, symlinks followed (two levels in a Xet cache)."""
 
     sizes: Mapping[str, int]
@@ -269,7 +269,7 @@ def inspect(path: Path) -> ModelFacts:
     try:
         files = _list(folder)
     except OSError as error:
-        files = Files({}, frozenset(), 0)
+        files = Listing({}, frozenset(), 0)
         problems.append(_reason(error))
     if why := no_tokenizer(files.sizes):
         problems.append(why)
@@ -313,7 +313,7 @@ def _own_tokenizer(tokenizer: Mapping[str, object]) -> str | None:
     return str(named) if isinstance(auto_map, dict) and auto_map.get("AutoTokenizer") and named else None
 
 
-def _are_packed(folder: str, files: Files) -> bool:
+def _are_packed(folder: str, files: Listing) -> bool:
     try:
         held = [tensors(f"{folder}/{name}") for name in weights(files.sizes)]
     except (OSError, Damaged):
@@ -321,7 +321,7 @@ def _are_packed(folder: str, files: Files) -> bool:
     return any(is_packed({name: dtype for name, (dtype, _) in each.items()}) for each in held)
 
 
-def _check_tokenizer(folder: str, files: Files, problems: list[str], broken: list[str]) -> None:
+def _check_tokenizer(folder: str, files: Listing, problems: list[str], broken: list[str]) -> None:
     """Check only the last byte of tokenizer.json: parsing many megabytes takes long."""
     if files.sizes.get("tokenizer.json", 0) > 0:
         with suppress(OSError):
@@ -343,7 +343,7 @@ def _check_generation(folder: str, problems: list[str], broken: list[str]) -> No
         pass  # it need not be there
 
 
-def _odd_weights(folder: str, files: Files, config: Mapping[str, object], problems: list[str]) -> Iterator[str]:
+def _odd_weights(folder: str, files: Listing, config: Mapping[str, object], problems: list[str]) -> Iterator[str]:
     """Yield warnings about an index or weights left by another conversion; add to `problems` what cannot be loaded."""
     present = weights(files.sizes)
     index = _indexed(folder, files)
@@ -403,7 +403,7 @@ def weight_files(path: Path) -> dict[str, int]:
     return {name: sizes[name] for name in weights(sizes)}
 
 
-def _list(folder: str) -> Files:
+def _list(folder: str) -> Listing:
     sizes: dict[str, int] = {}
     dangling: set[str] = set()
     seen: set[tuple[int, int]] = set()
@@ -429,7 +429,7 @@ def _list(folder: str) -> Files:
                 if (status.st_dev, status.st_ino) not in seen:
                     seen.add((status.st_dev, status.st_ino))
                     total += status.st_size
-    return Files(sizes, frozenset(dangling), total)
+    return Listing(sizes, frozenset(dangling), total)
 
 
 def _tree(folder: str) -> dict[str, Listed] | None:
@@ -453,7 +453,7 @@ def _tree(folder: str) -> dict[str, Listed] | None:
     return found
 
 
-def _missing(folder: str, files: Files, tree: Mapping[str, Listed] | None) -> str | None:
+def _missing(folder: str, files: Listing, tree: Mapping[str, Listed] | None) -> str | None:
     """Return why a snapshot is incomplete; quick if there is a tree.
 
     Raises `Damaged` for what a download would not repair: an edit that does not parse, a dangling link of a person's.
@@ -474,17 +474,17 @@ def _missing(folder: str, files: Files, tree: Mapping[str, Listed] | None) -> st
     return next((why for _, why in damage(folder, present, files.sizes)), None) or _no_weights(files)
 
 
-def _gone(folder: str, files: Files, name: str) -> str:
+def _gone(folder: str, files: Listing, name: str) -> str:
     if name in files.dangling and (place := link_that_leads_nowhere(folder, name)):
         raise Damaged(f"{printable(name)} is a link to {printable(place)}, which is not there")
     return f"{printable(name)} is missing"
 
 
-def _no_weights(files: Files) -> str | None:
+def _no_weights(files: Listing) -> str | None:
     return None if weights(files.sizes) else "no weights (*.safetensors)"
 
 
-def _missing_of_tree(folder: str, files: Files, tree: Mapping[str, Listed]) -> str | None:
+def _missing_of_tree(folder: str, files: Listing, tree: Mapping[str, Listed]) -> str | None:
     for name in sorted(filter(_NEEDED.fullmatch, tree)):
         if name not in files.sizes:
             return f"{printable(name)} is missing"
@@ -500,7 +500,7 @@ def _missing_of_tree(folder: str, files: Files, tree: Mapping[str, Listed]) -> s
     return None
 
 
-def _indexed(folder: str, files: Files) -> set[str]:
+def _indexed(folder: str, files: Listing) -> set[str]:
     """Return the weight files that the index names; empty if there is no index or it cannot be read."""
     if _INDEX not in files.sizes:
         return set()
@@ -511,7 +511,7 @@ def _indexed(folder: str, files: Files) -> set[str]:
     return {name for name in named.values() if isinstance(name, str)} if isinstance(named, dict) else set()
 
 
-def _adds_up(folder: str, files: Files) -> bool:
+def _adds_up(folder: str, files: Listing) -> bool:
     """Whether the weight files hold as many bytes of tensors together as the index says at its beginning: then none is
     missing and none was cut off. For that, only the lengths of their headers have to be read. Parsing the headers and
     indexes of a thousand repositories takes longer than all the rest of an `init`."""
@@ -536,13 +536,13 @@ def _blob_name(path: str) -> str:
     return os.path.basename(link) if os.path.basename(os.path.dirname(link)) == "blobs" else ""
 
 
-def _no_model(files: Files, tree: Mapping[str, Listed] | None) -> str | None:
+def _no_model(files: Listing, tree: Mapping[str, Listed] | None) -> str | None:
     """Return why a repository holds no model, by the hub's file list or a file that only such repositories have."""
     names = tree.keys() if tree is not None else files.sizes.keys() | files.dangling
     return no_model(names) if tree is not None or names & {"model_index.json", "adapter_config.json"} else None
 
 
-def _without_weights(files: Files, tree: Mapping[str, Listed] | None) -> Verdict:
+def _without_weights(files: Listing, tree: Mapping[str, Listed] | None) -> Verdict:
     for name in sorted({*files.sizes, *files.dangling, *(tree or ())}):
         if kind := _OTHER_FORMATS.get(os.path.splitext(name)[1]):
             return Verdict(files.total, f"not MLX: {kind} ({printable(name)})")

@@ -14,7 +14,7 @@ from mlxops.core.ports import JobState
 def boot(ctx: Context) -> dict[str, object]:
     """`action`: install, remove or show."""
     every = ctx.request.number("every")
-    job = jobs.job(ctx.where.state, ctx.environ, int(every) if every else None)
+    job = jobs.job(ctx.paths.state, ctx.environ, int(every) if every else None)
     manager = jobs.manager(ctx.environ)
     changed, told = False, list[str]()
     try:
@@ -27,7 +27,7 @@ def boot(ctx: Context) -> dict[str, object]:
             case _:
                 told = manager.beside(job)
     except OSError as error:
-        raise state_unwritable(ctx.where.state, error) from None
+        raise state_unwritable(ctx.paths.state, error) from None
     return {"changed": changed, "told": told, **_shown(ctx, manager, job)}
 
 
@@ -37,7 +37,7 @@ def _is_installed(manager: Manager, job: Job) -> bool:
 
 def _shown(ctx: Context, manager: Manager, job: Job) -> dict[str, object]:
     files = {str(path): path.read_text(errors="replace") if path.exists() else None for path in manager.places(job)}
-    own = BootJobs(ctx.where.settings.boot, ctx.system, ctx.environ)
+    own = BootJobs(ctx.paths.settings.boot, ctx.system, ctx.environ)
     look = ctx.system.look(()) if own.jobs else Look()
     rows = [_job_row(own.state(look, each)) for each in own.jobs]
     return {

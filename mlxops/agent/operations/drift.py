@@ -31,9 +31,9 @@ def further_drift(ctx: Context, registry: Registry, world: World) -> Iterator[Dr
             if "also claimed" not in problem:  # told as port_claimed_twice
                 message = f"the registry entry {model.name}: {problem}"
                 yield Drift(
-                    "entry_problem", model.port, model.name, message, f"repair the entry in {ctx.where.registry}"
+                    "entry_problem", model.port, model.name, message, f"repair the entry in {ctx.paths.registry}"
                 )
-    yield from recovery.drift(ctx.store, ctx.where.settings.ports)
+    yield from recovery.drift(ctx.store, ctx.paths.settings.ports)
     yield from _too_big(ctx)
     for path in ctx.store.leftovers():
         yield Drift("leftover", None, None, f"{path} was left by a writer that was killed", "mlxctl reconcile")
@@ -52,7 +52,7 @@ def conflicted_copies(ctx: Context) -> Iterator[Drift]:
     """Yield the copies that a sync service left beside the registry when two machines had written it."""
     for copy in ctx.store.registry.conflicts():
         message = f"{copy} is a conflicted copy: another machine wrote the registry too"
-        hint = f"compare it with {ctx.where.registry}, then move it away; no sync service should have a registry"
+        hint = f"compare it with {ctx.paths.registry}, then move it away; no sync service should have a registry"
         yield Drift("registry_conflict", None, None, message, hint)
 
 
@@ -104,17 +104,17 @@ def _expected(ctx: Context, registry: Registry, view: PortView) -> tuple[str, ..
     Raises `Refused`.
     """
     from mlxops.agent.engines.installation import NotAsked
-    from mlxops.agent.operations.model_files import Files
+    from mlxops.agent.operations.model_files import ModelFiles
     from mlxops.agent.operations.preflight import prepare
-    from mlxops.core.planner import Target
+    from mlxops.core.planner import ModelRef
 
     run = view.run
     assert run is not None
     entry = registry.models[run.model]
-    target = Target(entry.name, run.repo_id, run.revision, entry)
+    target = ModelRef(entry.name, run.repo_id, run.revision, entry)
     try:
         return prepare(
-            ctx, target, view.port, Files(run.revision, Path(entry.cache_path or "/"), 0), ask=False
+            ctx, target, view.port, ModelFiles(run.revision, Path(entry.cache_path or "/"), 0), ask=False
         ).wanted.argv
     except NotAsked:
         return None

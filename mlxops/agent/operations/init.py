@@ -12,12 +12,12 @@ from mlxops.core.registry import Registry
 def init(ctx: Context) -> dict[str, object]:
     from mlxops.agent.hub.cache import scan
 
-    require(ctx.where.hub)
-    there = is_folder(ctx.where.hub)
+    require(ctx.paths.hub)
+    there = is_folder(ctx.paths.hub)
     registry = ctx.usable_registry()
     if not there:
-        ctx.note(f"there was no cache at {ctx.where.hub}; is `hub` in hosts.yaml right?", "warning")
-    found = scan(ctx.where.hub)
+        ctx.note(f"there was no cache at {ctx.paths.hub}; is `hub` in hosts.yaml right?", "warning")
+    found = scan(ctx.paths.hub)
     rows = [(each.repo_id, each.revision, str(each.path)) for each in found.snapshots]
     new = planner.init_entries(registry, rows)
 
@@ -35,5 +35,5 @@ def init(ctx: Context) -> dict[str, object]:
         "skipped": [{"repo_id": each.repo_id, "path": str(each.path), "why": each.why} for each in found.skipped],
         "changed": bool(new) and not ctx.request.dry_run,
         "dry_run": ctx.request.dry_run,
-        "hub": str(ctx.where.hub),
+        "hub": str(ctx.paths.hub),
     }

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from mlxops.agent.context import Context, busy, model_lock, repo_lock
 from mlxops.agent.engines.base import NoCompletion
-from mlxops.agent.operations.model_files import Files, cached
+from mlxops.agent.operations.model_files import ModelFiles, cached
 from mlxops.agent.operations.preflight import (
     Prepared,
     check_before_download,
@@ -27,7 +27,7 @@ from mlxops.agent.state.store import now
 from mlxops.core import names, planner
 from mlxops.core.errors import Busy, MlxopsError, NotStarted, Refused, UsageError
 from mlxops.core.names import shown
-from mlxops.core.planner import LoadPlan, Outcome, Target
+from mlxops.core.planner import LoadPlan, ModelRef, Outcome
 from mlxops.core.ports import Operation, Owner, PortView, Run, State, World, run_of
 from mlxops.core.protocol import Phase
 from mlxops.core.registry import Registry
@@ -49,16 +49,16 @@ def load(
     repo_id, revision = names.repo(repo_text) if repo_text else (None, None)
     asked_port = ctx.request.text("port")
     ctx.usable_registry()
-    require(ctx.where.hub)
+    require(ctx.paths.hub)
     if asked_port not in (None, names.AUTO):
-        planner.refuse_alias_elsewhere(ctx.where.settings, name, names.port(asked_port, ctx.where.settings.ports))
+        planner.refuse_alias_elsewhere(ctx.paths.settings, name, names.port(asked_port, ctx.paths.settings.ports))
 
-    def resolved() -> Target:
+    def resolved() -> ModelRef:
         return planner.resolve(ctx.registry(), name, repo_id, revision, asked_port)
 
     with _port_alone(ctx, resolved) as (port, model):
 
-        def still() -> Target:
+        def still() -> ModelRef:
             """As it is registered by now: only an editor can have made it another one, whose model is not held."""
             target = resolved()
             if target.name != model:
@@ -97,7 +97,7 @@ def _refuse_removed(ctx: Context, repo_id: str) -> None:
 
 
 @contextmanager
-def _port_alone(ctx: Context, resolved: Callable[[], Target]) -> Iterator[tuple[int, str]]:
+def _port_alone(ctx: Context, resolved: Callable[[], ModelRef]) -> Iterator[tuple[int, str]]:
     """The port and the model that are meant, both held. With `auto`, an idle port that somebody else takes in this
     very instant is idle no more: the next one is tried. Raises `Busy`, and what `planner.choose_port` raises."""
     asked = ctx.request.text("port")
@@ -108,7 +108,7 @@ def _port_alone(ctx: Context, resolved: Callable[[], Target]) -> Iterator[tuple[
         world = ctx.observe(registry) if asked == names.AUTO else World()
         idle = World(ports={port: view for port, view in world.ports.items() if port not in gone})
         try:
-            return planner.choose_port(ctx.where.settings, registry, idle, model, asked), model
+            return planner.choose_port(ctx.paths.settings, registry, idle, model, asked), model
         except UsageError:
             # No port is given, and none is the model's: if it is loading somewhere, that is what is meant.
             with ctx.called(model).alone(model_lock(model)):
@@ -133,7 +133,7 @@ def _port_alone(ctx: Context, resolved: Callable[[], Target]) -> Iterator[tuple[
 
 
 def _load_locked(
-    ctx: Context, resolved: Callable[[], Target], port: int, began: float, launching: Callable[[], None]
+    ctx: Context, resolved: Callable[[], ModelRef], port: int, began: float, launching: Callable[[], None]
 ) -> dict[str, object]:
     registry, target = ctx.registry(), resolved()
     _refuse_removed(ctx, target.repo_id)
@@ -199,9 +199,9 @@ def _carry_out(
         return _load_result(ctx, plan, began, changed=True, downtime=downtime)
 
 
-def _plan(ctx: Context, registry: Registry, target: Target, port: int, prepared: Prepared | None) -> LoadPlan:
+def _plan(ctx: Context, registry: Registry, target: ModelRef, port: int, prepared: Prepared | None) -> LoadPlan:
     return planner.plan_load(
-        ctx.where.settings,
+        ctx.paths.settings,
         registry,
         ctx.observe(registry),
         target,
@@ -211,15 +211,15 @@ def _plan(ctx: Context, registry: Registry, target: Target, port: int, prepared:
     )
 
 
-def _download(ctx: Context, target: Target) -> Files:
+def _download(ctx: Context, target: ModelRef) -> ModelFiles:
     from mlxops.agent.operations.pull import fetch
 
     ctx.emit(Phase("download", f"{target.repo_id} is not in the cache"))
     snapshot = fetch(ctx, target.repo_id, target.revision, check_before_download(ctx, target))
-    return Files(snapshot.revision, snapshot.path, snapshot.size_bytes)
+    return ModelFiles(snapshot.revision, snapshot.path, snapshot.size_bytes)
 
 
-def _register(ctx: Context, target: Target, files: Files) -> tuple[Registry, Target]:
+def _register(ctx: Context, target: ModelRef, files: ModelFiles) -> tuple[Registry, ModelRef]:
     """A finished download stays registered, unassigned. A repointed entry changes only with the proof."""
     if target.entry is not None:
         return ctx.registry(), target
@@ -241,7 +241,7 @@ def _adopt(ctx: Context, plan: LoadPlan, prepared: Prepared, began: float) -> di
     assert view is not None
     run = view.run if view.owner is Owner.MLXOPS and view.run else _adopted_run(ctx, view, plan, prepared)
     try:
-        prove(ctx.where, plan.alias, run, ctx.system, ctx.request.number("timeout") or COMPLETION_SECONDS)
+        prove(ctx.paths, plan.alias, run, ctx.system, ctx.request.number("timeout") or COMPLETION_SECONDS)
     except (OSError, NoCompletion) as error:
         raise Refused(
             "not_adopted",
@@ -288,7 +288,7 @@ def _prove_boot_job(ctx: Context, plan: LoadPlan, view: PortView) -> None:
         raise refused
     run = run_of(view.server, plan.port, ctx.system.boot_id())
     try:
-        prove(ctx.where, plan.alias, run, ctx.system, ctx.request.number("timeout") or COMPLETION_SECONDS)
+        prove(ctx.paths, plan.alias, run, ctx.system, ctx.request.number("timeout") or COMPLETION_SECONDS)
     except (OSError, NoCompletion) as error:
         what = f"its server does not answer as {plan.alias}: {error}"
         raise planner.boot_port(view, what[:300]) from None
@@ -336,7 +336,7 @@ def _load_result(
         "model": view.model or plan.target.name,
         "port": plan.port,
         "alias": plan.alias,
-        "url": ctx.where.url(plan.port),
+        "url": ctx.paths.url(plan.port),
         "state": view.state.value,
         "changed": changed,
         "seconds": round(time.monotonic() - began, 3),
@@ -348,9 +348,9 @@ def _load_result(
     }
 
 
-def _dry_attach(ctx: Context, target: Target, running: Operation, port: int, began: float) -> dict[str, object]:
+def _dry_attach(ctx: Context, target: ModelRef, running: Operation, port: int, began: float) -> dict[str, object]:
     note = f"this is running already and would be followed: {running}"
-    alias = ctx.where.settings.alias(port, target.name)
+    alias = ctx.paths.settings.alias(port, target.name)
     result = _dry_load(ctx, LoadPlan(target, port, alias, Outcome.ALREADY, notes=(note,)), None, began)
     return result | {"plan": {"outcome": "attach", "operation": running.id}}
 

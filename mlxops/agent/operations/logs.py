@@ -10,13 +10,13 @@ from mlxops.agent.serving import logs as files
 from mlxops.agent.serving.logs import Mark
 from mlxops.core import names
 from mlxops.core.errors import Refused
-from mlxops.core.protocol import Line, Reached
+from mlxops.core.protocol import LogLine, Reached
 
 
 def logs(ctx: Context) -> dict[str, object]:
     """Each line is an event; with `follow` there is no end but that of the connection, and each comes with its mark:
     whoever loses the connection asks again with `after`."""
-    port = names.port(ctx.request.text("port") or "", ctx.where.settings.ports)
+    port = names.port(ctx.request.text("port") or "", ctx.paths.settings.ports)
     log = ctx.store.log_path(port)
     if ctx.request.flag("follow"):
         _follow(ctx, log)
@@ -30,7 +30,7 @@ def logs(ctx: Context) -> dict[str, object]:
             hint=f"mlxctl status; or wait for one: mlxctl logs {port} --follow",
         ) from None
     for line in files.read(log, start):
-        ctx.emit(Line(line.text))
+        ctx.emit(LogLine(line.text))
     return {"port": port, "path": str(log)}
 
 
@@ -41,7 +41,7 @@ def _follow(ctx: Context, log: Path) -> NoReturn:
         ctx.emit(Reached(str(start)))
         try:
             for line in files.follow(log, start, ctx.beat):
-                ctx.emit(Line(line.text, str(line.mark)))
+                ctx.emit(LogLine(line.text, str(line.mark)))
         except LookupError:
             ctx.note(f"the log was cut or is gone since; what came in between may be in {log.name}.1", "warning")
             start = files.START

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from mlxops.agent.context import Context
 from mlxops.core.errors import Refused
-from mlxops.core.planner import Target
+from mlxops.core.planner import ModelRef
 from mlxops.core.registry import Model
 
 
 @dataclass(frozen=True)
-class Files:
+class ModelFiles:
     """A complete snapshot, as much of it as a load needs to know."""
 
     revision: str
@@ -21,7 +21,7 @@ class Files:
     size_bytes: int
 
 
-def cached(ctx: Context, target: Target) -> Files | None:
+def cached(ctx: Context, target: ModelRef) -> ModelFiles | None:
     """The target's files, if all of them are here: no network is asked. None: they have to be downloaded."""
     from mlxops.agent.hub.cache import Skipped, Snapshot, find
     from mlxops.agent.hub.snapshot import inspect, to_correct
@@ -30,10 +30,10 @@ def cached(ctx: Context, target: Target) -> Files | None:
         own = registered(target.entry)
         if own is not None:
             return own
-    found = find(ctx.where.hub, target.repo_id, target.revision)
+    found = find(ctx.paths.hub, target.repo_id, target.revision)
     whole = found if isinstance(found, Snapshot) or found is None else found.whole
     if whole is not None:
-        return Files(whole.revision, whole.path, whole.size_bytes)
+        return ModelFiles(whole.revision, whole.path, whole.size_bytes)
     if isinstance(found, Skipped) and not found.incomplete:
         hint = "choose a repository with MLX weights, for example of mlx-community"
         if found.path.parent.name == "snapshots" and not found.why.startswith("not MLX"):
@@ -46,7 +46,7 @@ def cached(ctx: Context, target: Target) -> Files | None:
     return None
 
 
-def registered(model: Model) -> Files | None:
+def registered(model: Model) -> ModelFiles | None:
     """The entry's own cache_path, if it is a complete snapshot of the revision that the entry names."""
     from mlxops.agent.hub.snapshot import completeness
 
@@ -61,4 +61,4 @@ def registered(model: Model) -> Files | None:
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     except (OSError, ValueError):
         return None
-    return Files(path.name, path, size)
+    return ModelFiles(path.name, path, size)

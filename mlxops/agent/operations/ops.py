@@ -9,7 +9,7 @@ import time
 from mlxops.agent.context import Context
 from mlxops.agent.host.system import this_system
 from mlxops.agent.state.locks import NoLocks
-from mlxops.agent.state.operation_log import Journal, recent
+from mlxops.agent.state.operation_log import OperationLog, recent
 from mlxops.agent.state.store import Store, named
 from mlxops.common.files import Unfit
 from mlxops.core.errors import Interrupted, MlxopsError, OutcomeUnknown, Refused
@@ -45,7 +45,7 @@ def downloads(ctx: Context) -> list[Operation]:
     return [operation for operation in found if operation is not None]
 
 
-def _row(journal: Journal, alive: bool) -> dict[str, object]:
+def _row(journal: OperationLog, alive: bool) -> dict[str, object]:
     stand = journal.stand()
     row: dict[str, object] = {"operation": journal.id, **_asked(journal), "since": journal.since}
     row |= {"phase": stand.phase.name if stand.phase else None, "detail": str(stand), "error": None}
@@ -67,7 +67,7 @@ def _failed(error: MlxopsError) -> dict[str, object]:
     return {"state": state, "detail": error.message, "error": error.code}
 
 
-def _asked(journal: Journal) -> dict[str, object]:
+def _asked(journal: OperationLog) -> dict[str, object]:
     try:
         request = journal.request()
     except (OSError, ValueError):
@@ -83,7 +83,7 @@ def _asked(journal: Journal) -> dict[str, object]:
     }
 
 
-def find(store: Store, text: str) -> Journal:
+def find(store: Store, text: str) -> OperationLog:
     """The operation of an id, or of the end of one. Raises `Refused` (unknown_operation)."""
     found = [journal for journal in recent(store.state / "ops") if text and journal.id.endswith(text)]
     if len(found) == 1:
@@ -100,7 +100,7 @@ class Cancelling:
     """Asks an operation to end, and sees to it that this is heard: by a worker that cleans up, which may take minutes,
     it is heard each time; by one that was stopped, or hangs in the kernel, it is not."""
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, journal: OperationLog) -> None:
         """Raises `Refused` (operation_ended, not_cancellable)."""
         _refuse_uncancellable(journal)
         self._journal = journal
@@ -130,7 +130,7 @@ class Cancelling:
         )
 
 
-def worker_pid(journal: Journal) -> int | None:
+def worker_pid(journal: OperationLog) -> int | None:
     """The worker of an operation, as far as this user can see it."""
     mark = ("--worker", str(journal.folder))
     for process in this_system().look(()).processes.values():
@@ -139,7 +139,7 @@ def worker_pid(journal: Journal) -> int | None:
     return None
 
 
-def _refuse_uncancellable(journal: Journal) -> None:
+def _refuse_uncancellable(journal: OperationLog) -> None:
     asked = _asked(journal)["command"]
     if not journal.alive():
         what = f"operation {journal.id} has ended already"

@@ -18,14 +18,14 @@ from mlxops.agent.host.system import free_on_disk
 from mlxops.agent.hub.contents import printable
 from mlxops.agent.hub.snapshot import ModelFacts, edited, kept_as_it_is, shape, to_correct
 from mlxops.agent.hub.weights import language_weights
-from mlxops.agent.operations.model_files import Files
+from mlxops.agent.operations.model_files import ModelFiles
 from mlxops.agent.state.store import Lock
 from mlxops.core import memory, planner
 from mlxops.core.errors import Refused
 from mlxops.core.loadable import no_tokenizer, unknown_quantization
 from mlxops.core.model_options import Option, options_of, size_warning
 from mlxops.core.names import shown
-from mlxops.core.planner import LoadPlan, Target, Wanted
+from mlxops.core.planner import LoadPlan, ModelRef, Wanted
 from mlxops.core.ports import Operation
 from mlxops.core.protocol import Phase
 from mlxops.core.registry import Model, Registry
@@ -47,16 +47,16 @@ class Prepared:
     engine: Engine
     command: Command
     serving: Serving
-    files: Files
+    files: ModelFiles
     wanted: Wanted
 
 
-def prepare(ctx: Context, target: Target, port: int, files: Files, *, ask: bool = True) -> Prepared:
+def prepare(ctx: Context, target: ModelRef, port: int, files: ModelFiles, *, ask: bool = True) -> Prepared:
     """Raises `Refused` for an engine that is not there or does not run, and for options that it cannot be given.
 
     `ask`: the engine may be run to learn its options, which takes seconds; without it, that raises `NotAsked`.
     """
-    settings = ctx.where.settings
+    settings = ctx.paths.settings
     entry = target.entry or Model(target.name, target.repo_id)
     engine, command = ctx.engine(target)
     serving = Serving(
@@ -84,9 +84,9 @@ def options(entry: Model, default_engine: str, path: Path) -> tuple[Option, ...]
 def shown_options(ctx: Context, entry: Model, path: Path | None = None) -> list[dict[str, object]]:
     """The options of an entry as `list` shows them, each with its origin; `path`: its files, if they are here."""
     try:
-        found = options(entry, ctx.where.settings.engine, path or Path(entry.cache_path or os.devnull))
+        found = options(entry, ctx.paths.settings.engine, path or Path(entry.cache_path or os.devnull))
     except Refused:  # an engine that is not known: told when it is loaded
-        found = options_of(entry, ctx.where.settings.engine, None, (), needed=())
+        found = options_of(entry, ctx.paths.settings.engine, None, (), needed=())
     return [each.to_wire() for each in found]
 
 
@@ -204,7 +204,7 @@ def served_as(entry: Model) -> str:
     return arguments(entry.args).get("--model-type", str(entry.options.get("model_type") or "lm"))
 
 
-def check_before_download(ctx: Context, target: Target) -> Callable[[Collection[str], Mapping[str, object]], None]:
+def check_before_download(ctx: Context, target: ModelRef) -> Callable[[Collection[str], Mapping[str, object]], None]:
     """Return a check of the hub's file list and config.json against the installed engine.
 
     Raises `Refused` (engine_not_found). The check raises `Refused`: not_servable, unknown_architecture.
@@ -279,7 +279,7 @@ def _reserve_memory(
         if not ctx.request.flag("overcommit"):
             uses = in_use(ctx.observe(registry), ctx.system, ctx.reserved())
             leaving = {view.port for view in plan.stops}
-            check_fits(plan.target.name, need, budget(ctx.where), uses, leaving, list(ctx.where.settings.ports))
+            check_fits(plan.target.name, need, budget(ctx.paths), uses, leaving, list(ctx.paths.settings.ports))
         if not ctx.request.dry_run:
             holder = replace(ctx.holder(plan.port), reserves=need.total)
             held.callback(_taken(ctx, memory_lock(plan.port), holder).release)
@@ -345,7 +345,7 @@ def _warnings(ctx: Context, plan: LoadPlan, prepared: Prepared, facts: ModelFact
     return found
 
 
-def entry_fields(target: Target, files: Files) -> dict[str, object]:
+def entry_fields(target: ModelRef, files: ModelFiles) -> dict[str, object]:
     """What the registry says of the target once it serves; `port` apart."""
     fields = planner.entry_fields(target.repo_id, str(files.path))
     del fields["port"]
@@ -355,7 +355,7 @@ def entry_fields(target: Target, files: Files) -> dict[str, object]:
     return fields | ({"revision": None} if target.entry and target.entry.revision else {})
 
 
-def commit(registry: Registry, plan: LoadPlan, files: Files) -> Registry:
+def commit(registry: Registry, plan: LoadPlan, files: ModelFiles) -> Registry:
     """The one write of a load: the model's files, and the port, which it takes from whoever had it."""
     entry = registry.models.get(plan.target.name)
     changed = entry is None or plan.target.repoint or entry.cache_path != str(files.path)
@@ -368,7 +368,7 @@ def commit(registry: Registry, plan: LoadPlan, files: Files) -> Registry:
 # configuration: in the request's `sent`, as {"8100": ["jerry-xl"]}, and in `promised`, as {"8100": 131072}.
 
 
-def check_name(ctx: Context, target: Target, port: int) -> None:
+def check_name(ctx: Context, target: ModelRef, port: int) -> None:
     """Before anything is downloaded or stopped. Raises `Refused` (gateway_name), and engine_not_found."""
     names = _sent(ctx, port)
     if not names:
@@ -377,7 +377,7 @@ def check_name(ctx: Context, target: Target, port: int) -> None:
     version = installed_version(command.argv, engine.distribution)
     if not engine.any_name(version):
         also = engine.further_names(version)
-        planner.check_sent_names(port, ctx.where.settings.alias(port, target.name), names, also)
+        planner.check_sent_names(port, ctx.paths.settings.alias(port, target.name), names, also)
 
 
 def name_warning(ctx: Context, alias: str, port: int) -> str | None:

@@ -46,7 +46,7 @@ def _ask(ctx: Context, view: PortView) -> Probe:
     began = time.monotonic()
     name, error = names.known[0], None
     try:
-        complete(ctx.where.connect_host, view.port, name, SECONDS)
+        complete(ctx.paths.connect_host, view.port, name, SECONDS)
     except (OSError, NoCompletion) as failure:
         error = str(failure)[:300] or type(failure).__name__
     seconds = round(time.monotonic() - began, 3)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from mlxops.agent.context import Context, model_lock, repo_lock
 from mlxops.agent.hub.cache import Snapshot, find, roots
-from mlxops.agent.operations.model_files import Files
+from mlxops.agent.operations.model_files import ModelFiles
 from mlxops.agent.paths import require
 from mlxops.agent.state.operation_log import named
 from mlxops.agent.state.store import Lock
@@ -41,7 +41,7 @@ def pull(ctx: Context) -> dict[str, object]:
 
     began = time.monotonic()
     repo_id, revision = names.repo(ctx.request.text("repo") or "")
-    before = find(ctx.where.hub, repo_id, revision)
+    before = find(ctx.paths.hub, repo_id, revision)
     if ctx.request.dry_run:
         here = before.revision if isinstance(before, Snapshot) else None
         return {"repo_id": repo_id, "revision": here, "changed": False, "dry_run": True}
@@ -49,7 +49,7 @@ def pull(ctx: Context) -> dict[str, object]:
     verified = None
     if ctx.request.flag("verify"):
         ctx.emit(Phase("verify", f"{repo_id} at {snapshot.revision[:12]}: the content of every file"))
-        verified = verify(repo_id, snapshot.revision, ctx.where.hub, ctx.emit)
+        verified = verify(repo_id, snapshot.revision, ctx.paths.hub, ctx.emit)
     tell_edits(snapshot, ctx.emit)
     changed = not (isinstance(before, Snapshot) and before.revision == snapshot.revision)
     if changed:
@@ -74,13 +74,13 @@ def fetch(ctx: Context, repo_id: str, revision: str | None, check: Check | None 
     """
     from mlxops.agent.hub.download import download
 
-    require(ctx.where.hub)
-    folder = ctx.where.hub / f"models--{repo_id.replace('/', '--')}"
+    require(ctx.paths.hub)
+    folder = ctx.paths.hub / f"models--{repo_id.replace('/', '--')}"
     with _only_download(ctx, repo_id):
         new, begun = not os.path.lexists(folder), _half_files(folder)
         given_up = threading.Event()
         downloading = _beside(
-            lambda: download(repo_id, revision, ctx.where.hub, ctx.emit, given_up=given_up.is_set, check=check)
+            lambda: download(repo_id, revision, ctx.paths.hub, ctx.emit, given_up=given_up.is_set, check=check)
         )
         try:
             return downloading.result()
@@ -88,7 +88,7 @@ def fetch(ctx: Context, repo_id: str, revision: str | None, check: Check | None 
             given_up.set()
             wait([downloading], LET_GO_SECONDS)
             # Whole, it may be served by now.
-            if new and not isinstance(find(ctx.where.hub, repo_id, revision), Snapshot):
+            if new and not isinstance(find(ctx.paths.hub, repo_id, revision), Snapshot):
                 shutil.rmtree(folder, ignore_errors=True)
                 shutil.rmtree(folder.parent / ".locks" / folder.name, ignore_errors=True)
             # Its threads may still hang on the hub, and hold the locks by which a download that runs is told.
@@ -192,9 +192,9 @@ def remove(ctx: Context) -> dict[str, object]:
     }
 
 
-def _tell_copies(ctx: Context, entry: Model, files: Files) -> None:
+def _tell_copies(ctx: Context, entry: Model, files: ModelFiles) -> None:
     """Warn of copies of the model in other roots of the cache."""
-    for root in roots(ctx.where.hub):
+    for root in roots(ctx.paths.hub):
         copy = root / f"models--{(entry.repo_id or '').replace('/', '--')}"
         if copy.is_dir() and not files.path.is_relative_to(copy):
             ctx.note(f"another copy of it stays: {copy}", "warning")
@@ -202,31 +202,31 @@ def _tell_copies(ctx: Context, entry: Model, files: Files) -> None:
 
 def _only_pulled(ctx: Context, name: str) -> Model | None:
     """A repository of the cache that the registry does not know."""
-    here = names.is_repo_id(name) and find(ctx.where.hub, name, None) is not None
+    here = names.is_repo_id(name) and find(ctx.paths.hub, name, None) is not None
     return Model(name, repo_id=name) if here else None
 
 
-def _sharing(ctx: Context, registry: Registry, entry: Model, files: Files) -> list[Model]:
+def _sharing(ctx: Context, registry: Registry, entry: Model, files: ModelFiles) -> list[Model]:
     """Every model that these files are of."""
     return [entry, *(each for each in registry.models.values() if each.name != entry.name and _uses(ctx, each, files))]
 
 
-def _files(ctx: Context, entry: Model) -> Files | None:
+def _files(ctx: Context, entry: Model) -> ModelFiles | None:
     """Return the entry's snapshot, complete or not; its repository's folder, with an empty revision, if that has no
     snapshot; None if nothing of it lies in a cache of ours."""
     own = Path(entry.cache_path) if entry.cache_path and os.path.isabs(entry.cache_path) else None
     if own is None or not own.is_dir() or not own.name.startswith(entry.revision or ""):
-        found = find(ctx.where.hub, entry.repo_id, entry.revision) if entry.repo_id else None
+        found = find(ctx.paths.hub, entry.repo_id, entry.revision) if entry.repo_id else None
         own = found.path if found else None
     if own is None:
         return None
-    inside = roots(ctx.where.hub)
+    inside = roots(ctx.paths.hub)
     if own.parent.name == "snapshots" and own.parent.parent.parent in inside:
-        return Files(own.name, own, 0)
-    return Files("", own, 0) if own.parent in inside and own.name.startswith("models--") else None
+        return ModelFiles(own.name, own, 0)
+    return ModelFiles("", own, 0) if own.parent in inside and own.name.startswith("models--") else None
 
 
-def _uses(ctx: Context, model: Model, files: Files) -> bool:
+def _uses(ctx: Context, model: Model, files: ModelFiles) -> bool:
     own = _files(ctx, model)
     return own is not None and own.path.resolve() == files.path.resolve()
 

@@ -16,7 +16,7 @@ def reconcile(ctx: Context) -> dict[str, object]:
     registry = ctx.usable_registry()
     plan = planner.plan_reconcile(registry, ctx.observe(registry))
     ports = sorted({*(plan.clear or {}).values(), *plan.forget, *(view.port for view in plan.stops)})
-    interrupted = settle_all(ctx.store, ctx.where.settings.ports, by=ctx.operation, dry_run=ctx.request.dry_run)
+    interrupted = settle_all(ctx.store, ctx.paths.settings.ports, by=ctx.operation, dry_run=ctx.request.dry_run)
     stopped, cleared, kept = [], [], list(plan.kept)
     for port in ports:
         try:

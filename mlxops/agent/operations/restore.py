@@ -13,10 +13,10 @@ from mlxops.agent.operations.load import load
 from mlxops.agent.paths import require
 from mlxops.core.errors import Interrupted, MlxopsError, NotStarted, Refused
 from mlxops.core.plan_restore import (
-    Moment,
+    Now,
     Record,
     RestorePlan,
-    Step,
+    RestoreStep,
     in_vain,
     is_wanted,
     last_cleared,
@@ -37,7 +37,7 @@ class _NotWanted(Refused):
 @dataclass(frozen=True)
 class _Plan:
     steps: RestorePlan
-    attempts: Mapping[Step, Sequence[float]]
+    attempts: Mapping[RestoreStep, Sequence[float]]
     """How many seconds ago each was started in vain, newest first."""
     gone: tuple[JobState, ...]
     """Boot jobs of ports to start that are disabled or not installed: they do not reserve their ports."""
@@ -64,7 +64,7 @@ def look(ctx: Context) -> RestorePlan:
 def _try_out(ctx: Context, plan: _Plan) -> dict[str, object]:
     """What would be started, and how; and what would be refused."""
     starts: list[dict[str, object]] = []
-    failed: list[Step] = []
+    failed: list[RestoreStep] = []
     for step in plan.steps.starts:
         asked = replace(ctx.request, command="load", args={**_words(step), "dry_run": True})
         try:
@@ -83,8 +83,8 @@ def _try_out(ctx: Context, plan: _Plan) -> dict[str, object]:
 
 
 def _carry_out(ctx: Context, plan: _Plan) -> dict[str, object]:
-    restored: list[Step] = []
-    failed: list[Step] = []
+    restored: list[RestoreStep] = []
+    failed: list[RestoreStep] = []
     left = list(plan.steps.skipped)
     for step in plan.steps.starts:
         ctx.cancellation.check()
@@ -103,13 +103,13 @@ def _carry_out(ctx: Context, plan: _Plan) -> dict[str, object]:
     return result
 
 
-def _not_started(ctx: Context, step: Step, error: MlxopsError) -> Step:
+def _not_started(ctx: Context, step: RestoreStep, error: MlxopsError) -> RestoreStep:
     ctx.note(f"{step.model} on {step.port}: {error.message}: {error.why}", "warning")
     return replace(step, why=f"{error.code}: {error.message}")
 
 
 def _raise_incomplete(
-    plan: _Plan, failed: Sequence[Step], skipped: Sequence[Step], result: Mapping[str, object], verb: str
+    plan: _Plan, failed: Sequence[RestoreStep], skipped: Sequence[RestoreStep], result: Mapping[str, object], verb: str
 ) -> None:
     down = [*failed, *(step for step in skipped if step.stuck)]
     if not down:
@@ -125,7 +125,7 @@ def _raise_incomplete(
     )
 
 
-def _tell_left(ctx: Context, step: Step) -> None:
+def _tell_left(ctx: Context, step: RestoreStep) -> None:
     ctx.note(f"{step.model} on {step.port} is left: {step.why}", "warning")
 
 
@@ -142,21 +142,21 @@ def _plan(ctx: Context, *, keep: bool) -> _Plan:
     steps = plan_restore(
         registry,
         world,
-        slots=ctx.where.settings.slots,
+        slots=ctx.paths.settings.slots,
         cleared=last_cleared(history) if ctx.request.flag("cleared") else (),
         attempts=attempts,
     )
     if steps.starts:
-        require(ctx.where.hub)
+        require(ctx.paths.hub)
     gone = {state.job.port: state for state in world.boot if not state.standing.reserves}
     return _Plan(steps, attempts, tuple(gone[step.port] for step in steps.starts if step.port in gone))
 
 
-def _now(ctx: Context) -> Moment:
-    return Moment(ctx.system.boot_id(), ctx.system.booted_at(), time.time(), time.monotonic())
+def _now(ctx: Context) -> Now:
+    return Now(ctx.system.boot_id(), ctx.system.booted_at(), time.time(), time.monotonic())
 
 
-def _records(ctx: Context, steps: Iterable[Step]) -> dict[int, Record]:
+def _records(ctx: Context, steps: Iterable[RestoreStep]) -> dict[int, Record]:
     """What is recorded of the ports of these steps; what cannot be read says nothing."""
     found = {}
     for port in {step.port for step in steps}:
@@ -169,11 +169,11 @@ def _records(ctx: Context, steps: Iterable[Step]) -> dict[int, Record]:
     return found
 
 
-def _words(step: Step) -> dict[str, object]:
+def _words(step: RestoreStep) -> dict[str, object]:
     return {"model": step.model, "port": str(step.port), "restore": True}
 
 
-def _start(ctx: Context, step: Step, *, afresh: bool) -> bool:
+def _start(ctx: Context, step: RestoreStep, *, afresh: bool) -> bool:
     """Remembered just before its server is launched: what takes the whole host down counts as well, and what is
     refused before does not. `afresh`: none was started in vain before. Raises what `load` raises, `TakenOut` and
     `_NotWanted`."""
@@ -199,7 +199,7 @@ def _start(ctx: Context, step: Step, *, afresh: bool) -> bool:
 
 
 def _result(
-    ctx: Context, restored: Sequence[Step], failed: Sequence[Step], skipped: Sequence[Step]
+    ctx: Context, restored: Sequence[RestoreStep], failed: Sequence[RestoreStep], skipped: Sequence[RestoreStep]
 ) -> dict[str, object]:
     return {
         "restored": [step.to_wire() for step in restored],

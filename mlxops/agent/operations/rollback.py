@@ -9,13 +9,13 @@ from mlxops.agent.operations.load import load
 from mlxops.agent.operations.model_files import cached
 from mlxops.core import names, planner
 from mlxops.core.errors import Busy, Refused
-from mlxops.core.planner import Served, Target
+from mlxops.core.planner import ModelRef, Served
 from mlxops.core.ports import State
 from mlxops.core.registry import Registry
 
 
 def rollback(ctx: Context) -> dict[str, object]:
-    port = names.port(ctx.request.text("port") or "", ctx.where.settings.ports)
+    port = names.port(ctx.request.text("port") or "", ctx.paths.settings.ports)
     registry = ctx.usable_registry()
     now, before = _past(ctx, registry, port)
     if before is None:
@@ -76,7 +76,7 @@ def _repo(ctx: Context, registry: Registry, before: Served) -> str | None:
     """What the name has to be repointed to; None if a load of the name as it is registered brings just that."""
     entry = registry.models.get(before.model)
     if entry is not None and entry.repo_id == before.repo_id:
-        files = cached(ctx, Target(entry.name, before.repo_id, entry.revision, entry))
+        files = cached(ctx, ModelRef(entry.name, before.repo_id, entry.revision, entry))
         if files is not None and files.revision == before.revision:
             return None
     return f"{before.repo_id}@{before.revision}"

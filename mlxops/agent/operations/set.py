@@ -10,7 +10,7 @@ from mlxops.agent.operations.preflight import prepare, shown_options
 from mlxops.core import model_options, names, planner
 from mlxops.core.errors import Interrupted, MlxopsError, Refused
 from mlxops.core.model_options import Fields
-from mlxops.core.planner import Target, unknown_model
+from mlxops.core.planner import ModelRef, unknown_model
 from mlxops.core.registry import Model, Registry
 
 
@@ -53,15 +53,15 @@ def _apply(registry: Registry, name: str, wanted: Fields) -> Registry:
     return registry.without_fields(name, gone) if gone else registry
 
 
-def _check(ctx: Context, target: Target, entry: Model, wanted: Fields) -> None:
+def _check(ctx: Context, target: ModelRef, entry: Model, wanted: Fields) -> None:
     """As a load would: with the engine that is installed and the files that are here, as far as they are."""
-    engine_named(entry.engine or ctx.where.settings.engine)
+    engine_named(entry.engine or ctx.paths.settings.engine)
     if not wanted.written:
         return
     try:
         files = cached(ctx, target)
         if files is not None:
-            prepare(ctx, Target(entry.name, entry.repo_id or "", files.revision, entry), _some_port(ctx), files)
+            prepare(ctx, ModelRef(entry.name, entry.repo_id or "", files.revision, entry), _some_port(ctx), files)
             return
         why = "its files are not in the cache"
     except Interrupted:
@@ -76,7 +76,7 @@ def _check(ctx: Context, target: Target, entry: Model, wanted: Fields) -> None:
 
 
 def _some_port(ctx: Context) -> int:
-    return ctx.where.settings.ports.first
+    return ctx.paths.settings.ports.first
 
 
 def _runs_otherwise_on(ctx: Context, registry: Registry, name: str) -> int | None:

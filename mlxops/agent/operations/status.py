@@ -15,7 +15,7 @@ from mlxops.core.registry import Model, Registry
 
 def status(ctx: Context) -> dict[str, object]:
     registry, world = ctx.look()
-    rows = [view.to_wire() for port, view in sorted(world.ports.items()) if port in ctx.where.settings.ports]
+    rows = [view.to_wire() for port, view in sorted(world.ports.items()) if port in ctx.paths.settings.ports]
     found = [*rebooted(ctx, registry, world), *world.drift, *further_drift(ctx, registry, world)]
     if ctx.request.flag("probe"):
         from mlxops.agent.operations.probe import failed, probe
@@ -30,7 +30,7 @@ def status(ctx: Context) -> dict[str, object]:
         drift.insert(0, {"code": error.code, "port": None, "model": None, "message": message, "hint": error.hint})
     drift += [each.to_wire() for each in conflicted_copies(ctx)]
     running = [_running(ctx, each) for each in downloads(ctx)]
-    return {"operations": running, "ports": rows, "drift": drift, "registry": str(ctx.where.registry)}
+    return {"operations": running, "ports": rows, "drift": drift, "registry": str(ctx.paths.registry)}
 
 
 def _running(ctx: Context, operation: Operation) -> dict[str, object]:
@@ -43,7 +43,7 @@ def answering(ctx: Context) -> dict[str, object]:
     """`gateway`: what a gateway's entries have to agree with, port by port."""
     registry, world = ctx.look()
     rows = [
-        _answering_row(view, registry) for port, view in sorted(world.ports.items()) if port in ctx.where.settings.ports
+        _answering_row(view, registry) for port, view in sorted(world.ports.items()) if port in ctx.paths.settings.ports
     ]
     error = _tell_unusable(ctx, registry)
     return {"ports": rows, "registry_error": error.to_wire() if error else None}
@@ -82,7 +82,7 @@ def list_models(ctx: Context) -> dict[str, object]:
     for each in conflicted_copies(ctx):
         ctx.note(f"{each.message}: {each.hint}", "warning")
     rows = [_list_row(ctx, model) for model in registry.models.values()]
-    result: dict[str, object] = {"models": rows, "registry": str(ctx.where.registry), "unusable": registry.unwritable}
+    result: dict[str, object] = {"models": rows, "registry": str(ctx.paths.registry), "unusable": registry.unwritable}
     result["registry_error"] = error.to_wire() if error else None
     return result | ({"memory": _memory(ctx, registry)} if ctx.request.flag("memory") else {})
 
@@ -101,7 +101,7 @@ def _memory(ctx: Context, registry: Registry) -> dict[str, object]:
     """The budget, what takes of it now, and what is left."""
     from mlxops.agent.serving.memory import budget, in_use
 
-    limit = budget(ctx.where)
+    limit = budget(ctx.paths)
     uses = in_use(ctx.observe(registry), ctx.system, ctx.reserved())
     used = sum(use.counted for use in uses)
     return {
@@ -116,20 +116,20 @@ def _memory(ctx: Context, registry: Registry) -> dict[str, object]:
 def _list_row(ctx: Context, model: Model) -> dict[str, object]:
     from mlxops.agent.hub.cache import Skipped, Snapshot, find
     from mlxops.agent.hub.snapshot import shape
-    from mlxops.agent.operations.model_files import Files, registered
+    from mlxops.agent.operations.model_files import ModelFiles, registered
     from mlxops.agent.operations.preflight import shown_options
 
     problems = list(model.problems)
     files = registered(model)
     if files is None and model.repo_id is not None:
         try:
-            found = find(ctx.where.hub, model.repo_id, model.revision)
+            found = find(ctx.paths.hub, model.repo_id, model.revision)
         except Refused as closed:
-            found = Skipped(model.repo_id, ctx.where.hub, f"{closed.message}: {closed.why}", incomplete=True)
+            found = Skipped(model.repo_id, ctx.paths.hub, f"{closed.message}: {closed.why}", incomplete=True)
         if found is None:
             problems.append("its files are not in the cache; load downloads them")
         elif isinstance(found, Snapshot):
-            files = Files(found.revision, found.path, found.size_bytes)
+            files = ModelFiles(found.revision, found.path, found.size_bytes)
             problems.append(f"cache_path is dead; its files are at {found.path}")
         else:
             problems.append(f"its files: {found.why}")
@@ -143,7 +143,7 @@ def _list_row(ctx: Context, model: Model) -> dict[str, object]:
         "cache_path": model.cache_path,
         "format": model.format,
         "port": model.port,
-        "engine": model.engine or ctx.where.settings.engine,
+        "engine": model.engine or ctx.paths.settings.engine,
         "size_bytes": files.size_bytes if files else None,
         "context_length": model.context_length or (shaped.context_length if shaped else None),
         "flags": shown_options(ctx, model, path),

@@ -133,7 +133,7 @@ def _free(ctx: Context, port: int) -> bool:
     has is somebody else's, and there is nothing to wait for.
     """
     deadline = time.monotonic() + RELEASE_SECONDS
-    while listeners := ctx.system.look({port}).on(ctx.where.settings.bind, port):
+    while listeners := ctx.system.look({port}).on(ctx.paths.settings.bind, port):
         if any(each.pids for each in listeners) or time.monotonic() > deadline:
             return False
         time.sleep(0.05)

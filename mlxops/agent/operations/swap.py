@@ -18,10 +18,10 @@ from mlxops.agent.operations.prefetch import warm
 from mlxops.agent.operations.preflight import Prepared, commit, prepare
 from mlxops.agent.operations.stop import stop
 from mlxops.agent.serving import processes
-from mlxops.agent.serving.launch import Start, deadline_for
+from mlxops.agent.serving.launch import Launch, deadline_for
 from mlxops.agent.serving.logs import rotated
 from mlxops.core.errors import Interrupted, MlxopsError, NotStarted, OutcomeUnknown
-from mlxops.core.planner import LoadPlan, Target
+from mlxops.core.planner import LoadPlan, ModelRef
 from mlxops.core.ports import Owner, PortView, run_of
 from mlxops.core.protocol import Phase
 from mlxops.core.registry import Model, Registry
@@ -45,7 +45,7 @@ def start_in_place(
         serving = [(view, _way_back(ctx, registry, view)) for view in plan.stops if view.orphan is None]
         if plan.stops:
             warm(ctx, prepared.files.path, plan.target.name)
-        start = Start(ctx.where, ctx.store, ctx.system, prepared.engine, prepared.command, prepared.serving)
+        start = Launch(ctx.paths, ctx.store, ctx.system, prepared.engine, prepared.command, prepared.serving)
         try:
             with ctx.cancellation.shield():
                 asked = [stop(ctx, view, ctx.drain) for view in plan.stops]
@@ -127,7 +127,7 @@ def _registered_there(ctx: Context, port: int) -> str:
     return f"it assigns {names} to the port" if names else "it assigns nothing to the port"
 
 
-def _can_return(back: _WayBack | None) -> bool:
+def _can_return(back: RestartPlan | None) -> bool:
     """Whether there is a way back with all its files: the disk on which the registry cannot be written may be gone."""
     if back is None:
         return False
@@ -137,7 +137,7 @@ def _can_return(back: _WayBack | None) -> bool:
         return False
 
 
-def _abort(ctx: Context, start: Start) -> bool:
+def _abort(ctx: Context, start: Launch) -> bool:
     """Undo a start; whether nothing of it is left. What cannot be undone stays recorded, and is told: the reason of the
     failure matters more."""
     try:
@@ -149,17 +149,17 @@ def _abort(ctx: Context, start: Start) -> bool:
 
 
 @dataclass(frozen=True)
-class _WayBack:
+class RestartPlan:
     """What would bring a server back, found out while it still serves."""
 
     name: str
-    start: Start
+    start: Launch
     repo_id: str
     revision: str
     size_bytes: int
 
 
-def _way_back(ctx: Context, registry: Registry, view: PortView) -> _WayBack | None:
+def _way_back(ctx: Context, registry: Registry, view: PortView) -> RestartPlan | None:
     """None for what is not known well enough to be started by us."""
     entry = registry.models.get(view.model or "")
     if entry is None:
@@ -172,35 +172,35 @@ def _way_back(ctx: Context, registry: Registry, view: PortView) -> _WayBack | No
         return None
 
 
-def _recorded(ctx: Context, view: PortView, entry: Model) -> _WayBack | None:
+def _recorded(ctx: Context, view: PortView, entry: Model) -> RestartPlan | None:
     """One of ours comes back exactly as it was started, whatever its entry says by now."""
     run = view.run
     if run is None:
         return None
-    target = Target(run.model, run.repo_id, run.revision, entry, repoint=run.repo_id != entry.repo_id)
+    target = ModelRef(run.model, run.repo_id, run.revision, entry, repoint=run.repo_id != entry.repo_id)
     files = cached(ctx, target)
     if files is None or files.revision != run.revision:
         return None
     folder = ctx.store.run_folder(view.port)
-    serving = Serving(entry, run.alias, files.path, ctx.where.settings.bind, view.port, folder)
+    serving = Serving(entry, run.alias, files.path, ctx.paths.settings.bind, view.port, folder)
     command = Command(run.argv, "its run record", run.engine_version)
     engine = engine_named(run.engine)
-    start = Start(ctx.where, ctx.store, ctx.system, engine, command, serving, argv=run.argv)
-    return _WayBack(run.model, start, run.repo_id, run.revision, files.size_bytes)
+    start = Launch(ctx.paths, ctx.store, ctx.system, engine, command, serving, argv=run.argv)
+    return RestartPlan(run.model, start, run.repo_id, run.revision, files.size_bytes)
 
 
-def _registered(ctx: Context, view: PortView, entry: Model) -> _WayBack | None:
+def _registered(ctx: Context, view: PortView, entry: Model) -> RestartPlan | None:
     """One that was started by hand comes back as we would start it."""
-    target = Target(entry.name, entry.repo_id or "", entry.revision, entry)
+    target = ModelRef(entry.name, entry.repo_id or "", entry.revision, entry)
     files = cached(ctx, target)
     if files is None or entry.port not in {None, view.port}:
         return None  # assigned elsewhere: it must not be served twice by us
     old = prepare(ctx, target, view.port, files)
-    start = Start(ctx.where, ctx.store, ctx.system, old.engine, old.command, old.serving)
-    return _WayBack(entry.name, start, target.repo_id, files.revision, files.size_bytes)
+    start = Launch(ctx.paths, ctx.store, ctx.system, old.engine, old.command, old.serving)
+    return RestartPlan(entry.name, start, target.repo_id, files.revision, files.size_bytes)
 
 
-def _recover(ctx: Context, serving: list[tuple[PortView, _WayBack | None]], error: BaseException) -> None:
+def _recover(ctx: Context, serving: list[tuple[PortView, RestartPlan | None]], error: BaseException) -> None:
     """After a failed swap or move the old servers come back; the error tells both stories."""
     log = Path(str(error.details.get("log_path"))) if isinstance(error, MlxopsError) else None
     own = _inode(log)
@@ -223,7 +223,7 @@ def _inode(path: Path | None) -> int | None:
         return None
 
 
-def _bring_back(ctx: Context, view: PortView, back: _WayBack | None) -> str:
+def _bring_back(ctx: Context, view: PortView, back: RestartPlan | None) -> str:
     """Start again what was stopped; says what came of it. Nothing, if it was not stopped."""
     known = view.run if view.owner is Owner.MLXOPS else None
     if known is None and view.server is not None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from mlxops.agent.context import RESTORE, Context, busy
 from mlxops.agent.operations.stop import shown_stop, stop, stop_portless, writing_what_was_stopped
-from mlxops.agent.state.operation_log import Journal, named
+from mlxops.agent.state.operation_log import OperationLog, named
 from mlxops.core import names, planner
 from mlxops.core.errors import Interrupted, MlxopsError, UsageError
 from mlxops.core.planner import UnloadPlan
@@ -55,7 +55,7 @@ def _model(ctx: Context) -> str | None:
 
 def _port(ctx: Context, model: str | None) -> int | None:
     if model is None:
-        return names.port(ctx.request.text("port") or "", ctx.where.settings.ports)
+        return names.port(ctx.request.text("port") or "", ctx.paths.settings.ports)
     registry = ctx.registry()
     return planner.port_of(registry, ctx.observe(registry), model)
 
@@ -108,7 +108,7 @@ def _make_way(ctx: Context, port: int, model: str | None) -> Operation | None:
     return None if restoring else holder
 
 
-def _is_restore(journal: Journal) -> bool:
+def _is_restore(journal: OperationLog) -> bool:
     try:
         return journal.request().command == RESTORE
     except (OSError, ValueError):
@@ -120,8 +120,8 @@ def _unload_result(ctx: Context, plan: UnloadPlan, began: float) -> dict[str, ob
     return {
         "model": plan.model,
         "port": port,
-        "alias": ctx.where.settings.slots.get(plan.port),
-        "url": ctx.where.url(plan.port) if port else None,
+        "alias": ctx.paths.settings.slots.get(plan.port),
+        "url": ctx.paths.url(plan.port) if port else None,
         "state": ctx.look_again(port).state.value if port else "idle",
         "changed": plan.changed and not ctx.request.dry_run,
         "seconds": round(time.monotonic() - began, 3),

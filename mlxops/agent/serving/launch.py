@@ -24,14 +24,14 @@ from mlxops.agent.engines.base import Command, Engine, NoCompletion, Serving, co
 from mlxops.agent.host import programs
 from mlxops.agent.host.system import System
 from mlxops.agent.hub.cache import is_commit
-from mlxops.agent.paths import Place
+from mlxops.agent.paths import HostPaths
 from mlxops.agent.serving import logs, processes
 from mlxops.agent.serving.diagnosis import About, explain
 from mlxops.agent.serving.last_words import last_line
-from mlxops.agent.serving.processes import Gated
+from mlxops.agent.serving.processes import PendingProcess
 from mlxops.agent.state.store import Store, now, state_unwritable
 from mlxops.core.errors import MlxopsError, NotStarted
-from mlxops.core.ports import Answer, Run
+from mlxops.core.ports import Health, Run
 from mlxops.core.protocol import Event, Phase
 from mlxops.core.text import clean
 
@@ -58,25 +58,25 @@ def deadline_for(size_bytes: int) -> float:
     return 180.0 + 60.0 * size_bytes / 8e9
 
 
-def prove(where: Place, alias: str, run: Run, system: System, timeout: float) -> None:
+def prove(paths: HostPaths, alias: str, run: Run, system: System, timeout: float) -> None:
     """A completion under `alias` from the recorded group, within `timeout` seconds; and the cheap probe does not say
     otherwise: from then on that alone is asked, and a server that it calls broken is never `ready`.
 
     Raises `OSError` when nobody answers, `NoCompletion` when the answer is another one or not that group's.
     """
-    _check_listener(where, run, system)
-    complete(where.connect_host, run.port, alias, timeout)
+    _check_listener(paths, run, system)
+    complete(paths.connect_host, run.port, alias, timeout)
     engine = ENGINES.get(run.engine)
-    if engine is not None and engine.health(where.connect_host, run.port, HEALTH_SECONDS) is Answer.BROKEN:
+    if engine is not None and engine.health(paths.connect_host, run.port, HEALTH_SECONDS) is Health.BROKEN:
         raise NoCompletion("it answers, and says of itself that it is unhealthy (GET /health)")
-    _check_listener(where, run, system)
+    _check_listener(paths, run, system)
 
 
-def _check_listener(where: Place, run: Run, system: System) -> None:
+def _check_listener(paths: HostPaths, run: Run, system: System) -> None:
     deadline = time.monotonic() + UNSEEN_SECONDS
     while True:
         look = system.look(frozenset([run.port]))
-        listeners = look.on(where.settings.bind, run.port)
+        listeners = look.on(paths.settings.bind, run.port)
         if all(each.pids for each in listeners) or time.monotonic() > deadline:
             break
         time.sleep(TRY_SECONDS)
@@ -89,12 +89,12 @@ def _check_listener(where: Place, run: Run, system: System) -> None:
         raise NoCompletion(f"port {run.port} is answered by {who}, which this load did not start")
 
 
-class Start:
+class Launch:
     """One server being started. Used once: `launch`, then `wait`; `abort` undoes whatever was done."""
 
     def __init__(
         self,
-        where: Place,
+        paths: HostPaths,
         store: Store,
         system: System,
         engine: Engine,
@@ -104,7 +104,7 @@ class Start:
         argv: tuple[str, ...] | None = None,
     ) -> None:
         """`argv` is that of a server that is to come back exactly as it was."""
-        self.where = where
+        self.paths = paths
         self.store = store
         self.system = system
         self.engine = engine
@@ -112,7 +112,7 @@ class Start:
         self.serving = serving
         self.argv = engine.argv(command, serving) if argv is None else argv
         self.log = store.log_path(serving.port)
-        self._gated: Gated | None = None
+        self._gated: PendingProcess | None = None
         self._run: Run | None = None
         self._log_from = 0
         self._asked = self._read = 0.0
@@ -130,7 +130,7 @@ class Start:
         self.store.new_run_folder(self.serving.port)
         self.engine.prepare(self.serving)
         self._head_log()
-        extra = {**self.engine.environment(), **self.where.settings.env}
+        extra = {**self.engine.environment(), **self.paths.settings.env}
         env = programs.environment(environ, extra, run_id)
         self._gated = processes.spawn(self.system, self.argv, env, self.serving.folder, self.log)
         self._run = Run(
@@ -169,7 +169,7 @@ class Start:
         assert run is not None and gated is not None
         emit(Phase("proof", f"waiting for an answer as {run.alias} (at most {timeout:.4g} s)"))
         deadline = time.monotonic() + timeout
-        attempt = _Attempt(self.where, run, self.system)
+        attempt = _Attempt(self.paths, run, self.system)
         self._asked = time.monotonic()
         while time.monotonic() < deadline:
             if gated.child.poll() is not None:
@@ -187,11 +187,11 @@ class Start:
             time.sleep(TRY_SECONDS)
         raise self._failed(f"the server did not answer within {timeout:.4g} s")
 
-    def _see_it_stay(self, run: Run, gated: Gated) -> None:
+    def _see_it_stay(self, run: Run, gated: PendingProcess) -> None:
         """Where another process of the group listens, its leader may be on its way out: it gets a moment for that.
         Raises `NotStarted`."""
         look = self.system.look(frozenset([run.port]))
-        if any(run.pid in each.pids for each in look.on(self.where.settings.bind, run.port)):
+        if any(run.pid in each.pids for each in look.on(self.paths.settings.bind, run.port)):
             return
         try:
             status = gated.child.wait(LEAVE_SECONDS)
@@ -208,7 +208,7 @@ class Start:
         if time.monotonic() - self._asked < HEALTH_SECONDS:
             return False
         self._asked = time.monotonic()
-        return self.engine.health(self.where.connect_host, self.serving.port, 1.0) is Answer.BROKEN
+        return self.engine.health(self.paths.connect_host, self.serving.port, 1.0) is Health.BROKEN
 
     def abort(self) -> None:
         """Nothing of it stays: no process, no record."""
@@ -292,8 +292,8 @@ class _Attempt:
     A completion that is sent while a model loads waits for it, so the answer comes at the first possible moment.
     """
 
-    def __init__(self, where: Place, run: Run, system: System) -> None:
-        self._where = where
+    def __init__(self, paths: HostPaths, run: Run, system: System) -> None:
+        self._where = paths
         self._run = run
         self._system = system
         self._thread: threading.Thread | None = None

@@ -12,7 +12,7 @@ from pathlib import Path
 from mlxops.agent.engines.base import options
 from mlxops.agent.host.system import System
 from mlxops.agent.hub.snapshot import shape, weight_files
-from mlxops.agent.paths import Place
+from mlxops.agent.paths import HostPaths
 from mlxops.agent.serving import servers
 from mlxops.agent.serving.observe import real_path, repo_of
 from mlxops.agent.serving.servers import Found
@@ -35,10 +35,10 @@ class Budget:
     source: str
 
 
-def budget(where: Place, sysctl: Callable[[str], str] | None = None) -> Budget:
+def budget(paths: HostPaths, sysctl: Callable[[str], str] | None = None) -> Budget:
     """`sysctl` reads one kernel variable, as macOS prints it; None: the system's own."""
-    if where.settings.memory is not None:
-        return Budget(where.settings.memory, "memory in hosts.yaml")
+    if paths.settings.memory is not None:
+        return Budget(paths.settings.memory, "memory in hosts.yaml")
     if sysctl is not None or sys.platform == "darwin":
         return _mac_budget(sysctl or _sysctl)
     size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

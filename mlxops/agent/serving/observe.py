@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 
 from mlxops.agent.engines import ENGINES
 from mlxops.agent.host.system import Listener, Look, System, collides
-from mlxops.agent.paths import Place
+from mlxops.agent.paths import HostPaths
 from mlxops.agent.serving import processes, servers
 from mlxops.agent.serving.servers import Found
-from mlxops.agent.state.operation_log import Stand, stand_of
+from mlxops.agent.state.operation_log import OperationState, stand_of
 from mlxops.agent.state.store import Store, utc
 from mlxops.common import files
 from mlxops.core.errors import Interrupted, MlxopsError
-from mlxops.core.ports import Answer, BootClaim, JobState, Run, Server, Signals, Standing, World, drift, judge
+from mlxops.core.ports import BootClaim, Health, JobState, Run, Server, Signals, Standing, World, drift, judge
 from mlxops.core.registry import Registry
 from mlxops.core.text import clean
 
@@ -34,7 +34,7 @@ PROBE_SECONDS = 2.0
 
 
 def observe(
-    where: Place,
+    paths: HostPaths,
     store: Store,
     registry: Registry,
     system: System,
@@ -49,53 +49,53 @@ def observe(
     for asking service managers; default: this process's.
     """
     assigned = {model.port for model in registry.models.values() if model.port is not None}
-    ports = sorted(set(only) if only is not None else set(where.settings.ports) | assigned)
-    jobs = _boot_jobs(where, system, os.environ if environ is None else environ)
-    signals, states = _all_signals(where, store, system, ports, own, jobs)
-    answers = _ask(where, [each for each in signals if each.listening and (each.run or each.hand)])
-    silent = {port for port, answer in answers.items() if answer is Answer.SILENT}
+    ports = sorted(set(only) if only is not None else set(paths.settings.ports) | assigned)
+    jobs = _boot_jobs(paths, system, os.environ if environ is None else environ)
+    signals, states = _all_signals(paths, store, system, ports, own, jobs)
+    answers = _ask(paths, [each for each in signals if each.listening and (each.run or each.hand)])
+    silent = {port for port, answer in answers.items() if answer is Health.SILENT}
     signals, busy = _with_connected(system, signals, silent)
     views = {
         each.port: judge(
-            replace(each, answer=answers.get(each.port, Answer.NOT_ASKED), busy=each.port in busy), registry
+            replace(each, answer=answers.get(each.port, Health.NOT_ASKED), busy=each.port in busy), registry
         )
         for each in signals
     }
-    return World(views, drift(where.settings.ports, views, registry, states), states)
+    return World(views, drift(paths.settings.ports, views, registry, states), states)
 
 
 def _all_signals(
-    where: Place, store: Store, system: System, ports: list[int], own: str | None, jobs: BootJobs | None
+    paths: HostPaths, store: Store, system: System, ports: list[int], own: str | None, jobs: BootJobs | None
 ) -> tuple[list[Signals], tuple[JobState, ...]]:
     """Return the signals of the ports, and the state of their boot jobs. If the host or a port cannot be observed, its
     signals say so: that does not mean that nothing is there."""
     try:
-        look, unsure = _with_unseen(system, system.look(frozenset(ports)), where, ports)
-        hand = _hand_started(where, system, look, ports)
+        look, unsure = _with_unseen(system, system.look(frozenset(ports)), paths, ports)
+        hand = _hand_started(paths, system, look, ports)
     except Interrupted:
         raise
     except MlxopsError as error:
-        return [_unknown(where, port, f"{error.message}: {error.why}") for port in ports], ()
+        return [_unknown(paths, port, f"{error.message}: {error.why}") for port in ports], ()
     found = []
     for port in ports:
         try:
-            seen = _signals(where, store, system, look, hand, port, own, jobs)
+            seen = _signals(paths, store, system, look, hand, port, own, jobs)
         except Interrupted:
             raise
         except MlxopsError as error:
-            seen = _unknown(where, port, f"{error.message}: {error.why}")
+            seen = _unknown(paths, port, f"{error.message}: {error.why}")
         except OSError as error:
-            seen = _unknown(where, port, f"{error.filename or 'its state'} cannot be read: {error.strerror}")
-        found.append(_unknown(where, port, unsure[port]) if port in unsure else seen)
+            seen = _unknown(paths, port, f"{error.filename or 'its state'} cannot be read: {error.strerror}")
+        found.append(_unknown(paths, port, unsure[port]) if port in unsure else seen)
     return _with_boot_jobs(jobs, look, found) if jobs else (found, ())
 
 
-def _boot_jobs(where: Place, system: System, environ: Mapping[str, str]) -> BootJobs | None:
-    if not where.settings.boot:
+def _boot_jobs(paths: HostPaths, system: System, environ: Mapping[str, str]) -> BootJobs | None:
+    if not paths.settings.boot:
         return None
     from mlxops.agent.service.boot_jobs import BootJobs
 
-    return BootJobs(where.settings.boot, system, environ)
+    return BootJobs(paths.settings.boot, system, environ)
 
 
 def _with_boot_jobs(jobs: BootJobs, look: Look, signals: list[Signals]) -> tuple[list[Signals], tuple[JobState, ...]]:
@@ -122,8 +122,8 @@ def _with_boot_jobs(jobs: BootJobs, look: Look, signals: list[Signals]) -> tuple
     ], states
 
 
-def _unknown(where: Place, port: int, why: str) -> Signals:
-    return Signals(port, where.settings.slots.get(port), error=why)
+def _unknown(paths: HostPaths, port: int, why: str) -> Signals:
+    return Signals(port, paths.settings.slots.get(port), error=why)
 
 
 def _with_connected(system: System, signals: list[Signals], silent: set[int]) -> tuple[list[Signals], frozenset[int]]:
@@ -137,18 +137,18 @@ def _with_connected(system: System, signals: list[Signals], silent: set[int]) ->
         return [replace(each, error=why) if each.port in silent else each for each in signals], frozenset()
 
 
-def _with_unseen(system: System, look: Look, where: Place, ports: Iterable[int]) -> tuple[Look, Mapping[int, str]]:
+def _with_unseen(system: System, look: Look, paths: HostPaths, ports: Iterable[int]) -> tuple[Look, Mapping[int, str]]:
     """Where the listeners of other users cannot be seen, a connect tells that there is one: only a refused one tells
     that there is none. Also returns the ports, with the reason, of which that could not be found out."""
     if system.sees_all_listeners:
         return look, {}
     unseen, unsure = [], {}
     for port in ports:
-        if look.on(where.settings.bind, port):
+        if look.on(paths.settings.bind, port):
             continue
         try:
-            with socket.create_connection((where.connect_host, port), 0.5):
-                unseen.append(Listener(where.connect_host, port))
+            with socket.create_connection((paths.connect_host, port), 0.5):
+                unseen.append(Listener(paths.connect_host, port))
         except ConnectionRefusedError:
             continue
         except OSError as error:
@@ -173,15 +173,15 @@ class ByHand:
         return ByHand(listening, tuple(each for each in self.portless if each.pid not in pids))
 
 
-def _hand_started(where: Place, system: System, look: Look, ports: Iterable[int]) -> Mapping[int, ByHand]:
+def _hand_started(paths: HostPaths, system: System, look: Look, ports: Iterable[int]) -> Mapping[int, ByHand]:
     """Return this user's servers by port: the port on which they listen, or if they listen nowhere, were given."""
     mine = [each for each in servers.find(look) if each.process.uid == os.getuid()]
     silent = [each for each in mine if not any(set(each.family) & listener.pids for listener in look.listeners)]
     found: dict[int, ByHand] = {}
     for port in ports:
-        pids = {pid for each in look.on(where.settings.bind, port) for pid in each.pids}
+        pids = {pid for each in look.on(paths.settings.bind, port) for pid in each.pids}
         owner = next((each for each in mine if pids and pids <= set(each.family)), None)
-        meant = [each for each in silent if each.seen.port == port and _same_address(each.seen.host, where)]
+        meant = [each for each in silent if each.seen.port == port and _same_address(each.seen.host, paths)]
         portless = [each for each in meant if _listens_nowhere(system, each)]
         if owner or portless:
             found[port] = ByHand(
@@ -225,16 +225,16 @@ def repo_of(path: str) -> str | None:
     return f"{found[1]}/{found[2]}" if found else None
 
 
-def _same_address(host: str | None, where: Place) -> bool:
+def _same_address(host: str | None, paths: HostPaths) -> bool:
     try:
         address = str(ipaddress.ip_address(host or "0.0.0.0"))
     except ValueError:
         address = "127.0.0.1" if host == "localhost" else "0.0.0.0"
-    return collides(address, where.settings.bind)
+    return collides(address, paths.settings.bind)
 
 
 def _signals(
-    where: Place,
+    paths: HostPaths,
     store: Store,
     system: System,
     look: Look,
@@ -248,8 +248,8 @@ def _signals(
     run, broken = _run_record(store, port)
     holder = holder or store.holder(f"port-{port}")
     operation = None if holder is None or holder.id == own else holder
-    stand = stand_of(store.state / "ops", operation.id) if operation else Stand()
-    listeners = look.on(where.settings.bind, port)
+    stand = stand_of(store.state / "ops", operation.id) if operation else OperationState()
+    listeners = look.on(paths.settings.bind, port)
     pids = frozenset(pid for each in listeners for pid in each.pids)
     unowned = any(not each.pids and each.uid in (None, os.getuid()) for each in listeners)
     members = processes.members(system, look, run) if run else ()
@@ -264,7 +264,7 @@ def _signals(
         server, portless = portless[0], portless[1:]
     return Signals(
         port=port,
-        alias=where.settings.slots.get(port),
+        alias=paths.settings.slots.get(port),
         run=run,
         broken_record=broken,
         leader_proven=run is not None and processes.leader(system, look.processes, run) is not None,
@@ -321,12 +321,12 @@ def _describe(look: Look, pids: Iterable[int]) -> str:
     return "; ".join(named) or "another user's process"
 
 
-def _ask(where: Place, signals: list[Signals]) -> dict[int, Answer]:
+def _ask(paths: HostPaths, signals: list[Signals]) -> dict[int, Health]:
     """The cheap probes, all at once: whatever hangs, this takes no longer than one probe."""
-    answers: dict[int, Answer] = {}
+    answers: dict[int, Health] = {}
 
     def ask(port: int, engine: str) -> None:
-        answers[port] = ENGINES[engine].health(where.connect_host, port, PROBE_SECONDS)
+        answers[port] = ENGINES[engine].health(paths.connect_host, port, PROBE_SECONDS)
 
     asked: dict[int, threading.Thread] = {}
     for each in signals:
@@ -339,7 +339,7 @@ def _ask(where: Place, signals: list[Signals]) -> dict[int, Answer]:
                 asked[each.port] = thread
     for thread in asked.values():
         thread.join(PROBE_SECONDS * 2)
-    return {port: answers.get(port, Answer.SILENT) for port in asked}
+    return {port: answers.get(port, Health.SILENT) for port in asked}
 
 
 def _last_words(log: Path) -> str:

@@ -29,7 +29,7 @@ GATE = Path(__file__).with_name("gate.py")
 
 
 @dataclass
-class Gated:
+class PendingProcess:
     """A process that waits at the gate. `open` lets it become the engine; `abandon` ends it."""
 
     child: subprocess.Popen[bytes]
@@ -55,7 +55,7 @@ class Gated:
             self.pipe = None
 
 
-def spawn(system: System, argv: Sequence[str], env: Mapping[str, str], folder: Path, log: Path) -> Gated:
+def spawn(system: System, argv: Sequence[str], env: Mapping[str, str], folder: Path, log: Path) -> PendingProcess:
     """Start `argv` behind the gate, as leader of a new session, both streams appended to `log`.
 
     Raises `NotStarted` if the system refuses another process.
@@ -94,7 +94,7 @@ def spawn(system: System, argv: Sequence[str], env: Mapping[str, str], folder: P
             why="it was gone before it was seen: killed, most often for want of memory",
             hint="try again; if it stays so, see the host's own log",
         )
-    return Gated(child, writer, process.start)
+    return PendingProcess(child, writer, process.start)
 
 
 def leader(system: System, processes: Mapping[int, Process], run: Run) -> Process | None:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from mlxops.agent.engines import recognise
-from mlxops.agent.engines.base import Seen, program
+from mlxops.agent.engines.base import DetectedServer, program
 from mlxops.agent.host.system import Look, Process
 
 SHELLS = frozenset({"sh", "bash", "dash", "zsh", "ksh", "ash", "busybox", "fish", "nu", "csh", "tcsh"})
@@ -44,7 +44,7 @@ class Found:
 
     process: Process
     engine: str
-    seen: Seen
+    seen: DetectedServer
     family: tuple[int, ...]
     """Its process and all its descendants, without other servers."""
 

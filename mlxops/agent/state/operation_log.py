@@ -58,7 +58,7 @@ _ID = re.compile(r"[0-9]{8}T[0-9]{6}-[0-9a-f]{6,8}")
 
 
 @dataclass(frozen=True)
-class Stand:
+class OperationState:
     """Where an operation is: its latest phase, the bytes of it, and how it ended."""
 
     phase: Phase | None = None
@@ -72,7 +72,7 @@ class Stand:
 
 
 @dataclass(frozen=True)
-class Journal:
+class OperationLog:
     folder: Path
 
     @property
@@ -184,13 +184,13 @@ class Journal:
         except (FileNotFoundError, Unfit):
             return b""
 
-    def stand(self) -> Stand:
+    def stand(self) -> OperationState:
         """Where it is, from the end of its record."""
-        stand = Stand()
+        stand = OperationState()
         for line in self._end().decode(errors="replace").splitlines():
             match decode_event(line):
                 case Phase() as phase:
-                    stand = Stand(phase)
+                    stand = OperationState(phase)
                 case Progress() as progress:
                     stand = replace(stand, progress=progress)
                 case Done() | Failed() as final:
@@ -256,18 +256,18 @@ class Journal:
         )
 
 
-def create(ops: Path, request: Request) -> tuple[Journal, int | None]:
+def create(ops: Path, request: Request) -> tuple[OperationLog, int | None]:
     """A new operation's record, and its lock for the worker; or the record that the same ticket has already, and
     None. Raises `Busy` (operations_locked), `OSError`."""
     # Two requests with one ticket, from two connections, must not both find it new.
     with alone(ops, "operations"):
         ticket = request.ticket or os.urandom(4).hex()
         for folder in ops.glob(f"*-{ticket}"):
-            return Journal(folder), None
+            return OperationLog(folder), None
         _prune(ops)
         folder = ops / f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{ticket}"
         folder.mkdir(mode=0o700)
-        journal = Journal(folder)
+        journal = OperationLog(folder)
         try:
             return journal, _begun(journal, request)
         except BaseException:
@@ -275,7 +275,7 @@ def create(ops: Path, request: Request) -> tuple[Journal, int | None]:
             raise
 
 
-def _begun(journal: Journal, request: Request) -> int:
+def _begun(journal: OperationLog, request: Request) -> int:
     """Everything that a worker needs in order to be heard: a disk that is full is then told by who still can."""
     lock = journal.hold()  # before all else: what can be read and seems dead is taken for cut short
     try:
@@ -289,19 +289,19 @@ def _begun(journal: Journal, request: Request) -> int:
     return lock
 
 
-def named(ops: Path, operation: str) -> Journal | None:
+def named(ops: Path, operation: str) -> OperationLog | None:
     """The record of an operation by its id; None if there is none, or if that is no id."""
     folder = ops / operation
-    return Journal(folder) if _ID.fullmatch(operation) and folder.is_dir() else None
+    return OperationLog(folder) if _ID.fullmatch(operation) and folder.is_dir() else None
 
 
-def stand_of(ops: Path, operation: str) -> Stand:
+def stand_of(ops: Path, operation: str) -> OperationState:
     """Where an operation is by its id; an empty stand if that is not known."""
     journal = named(ops, operation)
-    return journal.stand() if journal else Stand()
+    return journal.stand() if journal else OperationState()
 
 
-def recent(ops: Path) -> list[Journal]:
+def recent(ops: Path) -> list[OperationLog]:
     """The records that are kept, the newest first. Raises `Refused` (state_unreadable)."""
     try:
         names = _names(ops)
@@ -315,7 +315,7 @@ def recent(ops: Path) -> list[Journal]:
         """The second is in the name; within one, the file that was written first tells."""
         return name[:15], _written(ops / name / "request.json") if alike[name[:15]] > 1 else 0
 
-    return [Journal(ops / name) for name in sorted(names, key=began, reverse=True)]
+    return [OperationLog(ops / name) for name in sorted(names, key=began, reverse=True)]
 
 
 def _names(ops: Path) -> list[str]:
@@ -343,5 +343,5 @@ def _prune(ops: Path) -> None:
     """The oldest records beyond the number that is kept go, unless their worker lives."""
     known = [ops / name for name in sorted(_names(ops))]
     for folder in known[: max(0, len(known) - KEPT + 1)]:
-        if not Journal(folder).alive():
+        if not OperationLog(folder).alive():
             shutil.rmtree(folder, ignore_errors=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from mlxops.agent.state.operation_log import Journal, named, recent
+from mlxops.agent.state.operation_log import OperationLog, named, recent
 from mlxops.agent.state.store import Store, state_unreadable
 from mlxops.core.errors import Refused
 from mlxops.core.ports import Drift, Operation
@@ -19,10 +19,10 @@ from mlxops.core.protocol import Failed
 
 
 @dataclass(frozen=True)
-class Cut:
+class InterruptedOperation:
     """An operation without an end whose worker is gone."""
 
-    journal: Journal
+    journal: OperationLog
     operation: Operation
     phase: str
     """What it was doing, in a few words; empty if it had not said anything."""
@@ -34,7 +34,7 @@ class Cut:
         return f"{what}, asked by {self.operation.asker} at {self.operation.since}, was interrupted {when}"
 
 
-def find(store: Store, ports: Iterable[int]) -> Iterator[Cut]:
+def find(store: Store, ports: Iterable[int]) -> Iterator[InterruptedOperation]:
     """All of them, the newest first. `ports`: whose locks are looked at for the port that one was about."""
     held = [left for port in ports if (left := store.left(f"port-{port}"))]
     at = {operation.id: operation.port for operation in held}
@@ -43,7 +43,7 @@ def find(store: Store, ports: Iterable[int]) -> Iterator[Cut]:
             yield cut
 
 
-def _cut(journal: Journal, port: int | None) -> Cut | None:
+def _cut(journal: OperationLog, port: int | None) -> InterruptedOperation | None:
     """None if it came to an end, or left nothing to be read."""
     stand = journal.stand()
     if stand.final is not None:
@@ -61,7 +61,7 @@ def _cut(journal: Journal, port: int | None) -> Cut | None:
         asker=str(request.asker),
         since=journal.since,
     )
-    return Cut(journal, operation, str(stand))
+    return InterruptedOperation(journal, operation, str(stand))
 
 
 def drift(store: Store, ports: Iterable[int]) -> Iterator[Drift]:
@@ -103,7 +103,7 @@ def settle_all(store: Store, ports: Iterable[int], *, by: str, dry_run: bool) ->
     return [f"{cut} ({cut.journal.id})" for cut in found]
 
 
-def _write_end(cut: Cut, by: str) -> None:
+def _write_end(cut: InterruptedOperation, by: str) -> None:
     error = Refused(
         "operation_interrupted",
         f"{cut}",

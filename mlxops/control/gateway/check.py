@@ -15,12 +15,12 @@ from pathlib import Path
 
 import yaml
 
-from mlxops.control.client import Answer, Target, reached_at
+from mlxops.control.client import HostReply, HostTarget, reached_at
 from mlxops.control.gateway import probe
-from mlxops.control.gateway.config import Told, key_of, read
+from mlxops.control.gateway.config import GatewayConfig, key_of, read
 from mlxops.control.hints import aimed
 from mlxops.control.inventory import Gateway
-from mlxops.control.render import Talk
+from mlxops.control.render import Console
 from mlxops.core import gateway as core
 from mlxops.core import probe_names as asking
 from mlxops.core.errors import MlxopsError, Refused, UsageError
@@ -28,7 +28,7 @@ from mlxops.core.gateway import Entry, Finding, Port, Severity
 from mlxops.core.litellm import Config, deployed
 from mlxops.core.names import shown
 from mlxops.core.ports import Owner, State
-from mlxops.core.probe_names import Asking, Server
+from mlxops.core.probe_names import Asking, GatewayServer
 
 RESOLVE_SECONDS = 3.0
 RECEIPT_SECONDS = 30.0
@@ -65,14 +65,14 @@ def _addresses(name: str) -> frozenset[str]:
     return frozenset(found)
 
 
-def slots(target: Target) -> tuple[Port, ...]:
+def slots(target: HostTarget) -> tuple[Port, ...]:
     """A host's ports as they should be. Raises `Unreachable` if SSH must be asked for its address and cannot."""
     settings = target.settings
     address = reached_at(target)
     return tuple(Port(target.name, address, port, settings.slots.get(port)) for port in settings.ports)
 
 
-def seen(expected: Sequence[Port], answer: Answer) -> tuple[Port, ...]:
+def seen(expected: Sequence[Port], answer: HostReply) -> tuple[Port, ...]:
     """The same ports as the host's agent saw them (its answer to `gateway`); as they were, if it was not reached."""
     rows = answer.result.get("ports") if answer.result else None
     by_port = {row.get("port"): row for row in rows if isinstance(row, dict)} if isinstance(rows, list) else {}
@@ -112,7 +112,7 @@ def _strings(value: object) -> frozenset[str]:
 # -- the check ----------------------------------------------------------------------------------------------------
 
 
-def under(told: Told, ports: Sequence[Port]) -> Told:
+def under(told: GatewayConfig, ports: Sequence[Port]) -> GatewayConfig:
     """Return it with its entries under the names that clients use: patterns become the aliases of these ports."""
     return replace(told, entries=_under(told.config, ports))
 
@@ -122,7 +122,7 @@ def _under(config: Config, ports: Sequence[Port]) -> tuple[Entry, ...]:
     return core.claims(config.concrete(names), ports, same_host)
 
 
-def check(told: Told, targets: Sequence[Target], answers: Sequence[Answer]) -> tuple[Answer, ...]:
+def check(told: GatewayConfig, targets: Sequence[HostTarget], answers: Sequence[HostReply]) -> tuple[HostReply, ...]:
     """Each host's answer with its aliases and findings; one with a fault is refused. What concerns no single host
     stands with the first."""
     ports: dict[str, tuple[Port, ...]] = {}
@@ -147,7 +147,7 @@ def check(told: Told, targets: Sequence[Target], answers: Sequence[Answer]) -> t
     )
 
 
-def _registry_findings(answer: Answer) -> Iterator[Finding]:
+def _registry_findings(answer: HostReply) -> Iterator[Finding]:
     """Report a registry that cannot be read: the assignments of its host's ports are then not known."""
     error = (answer.result or {}).get("registry_error")
     if isinstance(error, Mapping):
@@ -156,10 +156,10 @@ def _registry_findings(answer: Answer) -> Iterator[Finding]:
         yield Finding(code, None, None, Severity.WARNING, message, str(error.get("hint")), answer.host)
 
 
-def _checked(told: Told, answer: Answer, ports: Sequence[Port], findings: Sequence[Finding]) -> Answer:
+def _checked(told: GatewayConfig, answer: HostReply, ports: Sequence[Port], findings: Sequence[Finding]) -> HostReply:
     rows = [_row(told, port, findings) for port in ports if port.alias or port.serves or _leading_to(told, port)]
     result = {"aliases": rows, "findings": [each.to_wire() for each in findings]}
-    return Answer(answer.host, result, answer.error or fault(sum(f.severity is Severity.FAULT for f in findings)))
+    return HostReply(answer.host, result, answer.error or fault(sum(f.severity is Severity.FAULT for f in findings)))
 
 
 def fault(count: int) -> MlxopsError | None:
@@ -174,13 +174,13 @@ def fault(count: int) -> MlxopsError | None:
     )
 
 
-def _leading_to(told: Told, port: Port) -> list[Entry]:
+def _leading_to(told: GatewayConfig, port: Port) -> list[Entry]:
     return [
         e for e in told.entries if e.address and e.address[1] == port.port and same_host(e.address[0], port.address)
     ]
 
 
-def _row(told: Told, port: Port, findings: Sequence[Finding]) -> dict[str, object]:
+def _row(told: GatewayConfig, port: Port, findings: Sequence[Finding]) -> dict[str, object]:
     entries = _leading_to(told, port)
     about = [each for each in findings if each.port == port.port or (each.alias and each.alias == port.alias)]
     faults = [each.code for each in about if each.severity is Severity.FAULT]
@@ -209,7 +209,7 @@ def _row(told: Told, port: Port, findings: Sequence[Finding]) -> dict[str, objec
 # -- what to paste ------------------------------------------------------------------------------------------------
 
 
-def printed(targets: Sequence[Target], *, env: bool) -> tuple[dict[str, object], dict[str, str]]:
+def printed(targets: Sequence[HostTarget], *, env: bool) -> tuple[dict[str, object], dict[str, str]]:
     """The document to paste, and the variables that it refers to. Raises `Refused` (no_slots)."""
     ports = [port for target in targets for port in slots(target)]
     if not any(port.alias for port in ports):
@@ -233,35 +233,37 @@ def as_yaml(document: Mapping[str, object], environ: Mapping[str, str]) -> str:
 # -- a load, seen from the gateway --------------------------------------------------------------------------------
 
 
-Send = Callable[[Mapping[str, object]], Answer]
+Send = Callable[[Mapping[str, object]], HostReply]
 """Sends a request with these arguments."""
 
 
-def load(gateway: Gateway | None, target: Target, args: Mapping[str, object], talk: Talk, send: Send) -> Answer:
+def load(
+    gateway: Gateway | None, target: HostTarget, args: Mapping[str, object], console: Console, send: Send
+) -> HostReply:
     """A load that the gateway's names are checked against, and that ends with the receipt: `result.gateway`.
 
     That is `{"asked": bool, "why": str | None, "aliases": [{"alias", "ok", "code", "seconds", "attempts", ...}]}`. A
     receipt that fails is a warning: the server was proven on its port, and it is the gateway's side that is to be
     looked at. A configuration that cannot be read is one too: it must not keep anybody from serving.
     """
-    told = _told(gateway, target, talk)
+    told = _told(gateway, target, console)
     answer = send({**args, **_said_of(target, told)} if told else args)
     if told and answer.error is not None and answer.error.code == "gateway_name":
         _name_the_edit(answer.error, told, target)
     result = answer.result
     if gateway is None or result is None or result.get("state") != "ready" or result.get("dry_run"):
         return answer
-    return replace(answer, result={**result, "gateway": _receipt(gateway, told, target, result, talk)})
+    return replace(answer, result={**result, "gateway": _receipt(gateway, told, target, result, console)})
 
 
-def _told(gateway: Gateway | None, target: Target, talk: Talk) -> Told | None:
+def _told(gateway: Gateway | None, target: HostTarget, console: Console) -> GatewayConfig | None:
     """What the gateway was told; None where that is not known here."""
     if gateway is None or gateway.config is None or not os.path.isfile(Path(gateway.config).expanduser()):
         return None
     try:
         told = read(gateway)
     except Refused as error:
-        talk.note(f"warning: {error.message}: {error.why}; the gateway's names are not checked")
+        console.note(f"warning: {error.message}: {error.why}; the gateway's names are not checked")
         return None
     try:
         return under(told, slots(target))
@@ -269,7 +271,7 @@ def _told(gateway: Gateway | None, target: Target, talk: Talk) -> Told | None:
         return told  # the load itself fails for the same reason, and reports it
 
 
-def _said_of(target: Target, told: Told) -> dict[str, object]:
+def _said_of(target: HostTarget, told: GatewayConfig) -> dict[str, object]:
     """What the agent is told of the gateway: by port, the names that it sends and the tokens that it promises."""
     try:
         address, ports = reached_at(target), target.settings.ports
@@ -283,7 +285,7 @@ def _said_of(target: Target, told: Told) -> dict[str, object]:
     }
 
 
-def _name_the_edit(error: MlxopsError, told: Told, target: Target) -> None:
+def _name_the_edit(error: MlxopsError, told: GatewayConfig, target: HostTarget) -> None:
     name = str(error.details.get("answers_to"))
     wrong = (e for e in told.entries if e.address and e.address[1] == error.details.get("port") and e.sends != name)
     entry = next((e for e in wrong if e.address and same_host(e.address[0], reached_at(target))), None)
@@ -292,7 +294,7 @@ def _name_the_edit(error: MlxopsError, told: Told, target: Target) -> None:
 
 
 def _receipt(
-    gateway: Gateway, told: Told | None, target: Target, result: Mapping[str, object], talk: Talk
+    gateway: Gateway, told: GatewayConfig | None, target: HostTarget, result: Mapping[str, object], console: Console
 ) -> dict[str, object]:
     """Ask through the gateway for each of its names that leads to the port and that the server knows."""
     port, base = result.get("port"), str(result.get("url"))
@@ -313,17 +315,17 @@ def _receipt(
             why = "; ".join(f"{alias}: {each}" for alias, each in receipt.asking.skipped.items())
     if receipt is None or not receipt.asking.names:
         if gateway.url is not None:
-            talk.note(f"gateway: not asked: {why}")
+            console.note(f"gateway: not asked: {why}")
         return {"asked": False, "why": why, "aliases": [], "skipped": {}}
     see = aimed("see: inv gateway", target.flags)
     for alias, each in receipt.asking.skipped.items():
-        talk.note(f"warning: {alias} is not asked for through {gateway.url}: {each}; {see}")
+        console.note(f"warning: {alias} is not asked for through {gateway.url}: {each}; {see}")
     for passage in receipt.passages:
         if passage.ok:
-            talk.note(f"gateway: {passage.alias} answers through {gateway.url} ({passage.seconds:.1f} s)")
+            console.note(f"gateway: {passage.alias} answers through {gateway.url} ({passage.seconds:.1f} s)")
         else:
             help = aimed(receipt.advice(passage), target.flags)
-            talk.note(f"warning: no answer for {passage.alias} through {gateway.url}: {passage.detail}; {help}")
+            console.note(f"warning: no answer for {passage.alias} through {gateway.url}: {passage.detail}; {help}")
     return {
         "asked": bool(receipt.passages),
         "why": why,
@@ -344,9 +346,9 @@ class _Asked:
 
     running: _Running
     asking: Asking
-    passages: tuple[probe.Passage, ...]
+    passages: tuple[probe.ProbeResult, ...]
 
-    def advice(self, passage: probe.Passage) -> str:
+    def advice(self, passage: probe.ProbeResult) -> str:
         return self.running.advice(passage)
 
 
@@ -360,10 +362,10 @@ class _Running:
     """The entries of its files; None: not known here."""
     entries: tuple[Entry, ...] | None
     """The entries that it reports; None: it reports none."""
-    servers: tuple[Server, ...]
+    servers: tuple[GatewayServer, ...]
 
     @staticmethod
-    def of(gateway: Gateway, told: Told | None, key: str | None, servers: Sequence[Server]) -> _Running:
+    def of(gateway: Gateway, told: GatewayConfig | None, key: str | None, servers: Sequence[GatewayServer]) -> _Running:
         ports = [each for server in servers if (each := _port_of(server)) is not None]
         files = under(told, ports).entries if told is not None and told.known else None
         running = probe.deployments(gateway.url or "", key)
@@ -399,7 +401,7 @@ class _Running:
             return False
         return asking.differ(self.files, self.entries, alias, same_host)
 
-    def advice(self, passage: probe.Passage) -> str:
+    def advice(self, passage: probe.ProbeResult) -> str:
         """Return what helps after a failed request."""
         if passage.code == "gateway_down":
             return "start the gateway, or correct `gateway.url` in hosts.yaml"
@@ -425,7 +427,7 @@ class _Running:
         return "see: mlxctl status --probe, and the gateway's log"
 
 
-def _port_of(server: Server) -> Port | None:
+def _port_of(server: GatewayServer) -> Port | None:
     at = core.address_of(server.url)
     return Port(at[0], at[0], at[1], server.slot) if at else None
 
@@ -450,7 +452,7 @@ def _entry_of(deployment: probe.Deployment, files: Sequence[Entry]) -> Entry:
     return next(same, entry)
 
 
-def pass_through(gateway: Gateway, told: Told, answers: Sequence[Answer]) -> tuple[Answer, ...]:
+def pass_through(gateway: Gateway, told: GatewayConfig, answers: Sequence[HostReply]) -> tuple[HostReply, ...]:
     """Ask for a completion under each name whose ready server knows what the gateway sends. A failure is a fault."""
     if gateway.url is None:
         raise UsageError(
@@ -472,17 +474,17 @@ def pass_through(gateway: Gateway, told: Told, answers: Sequence[Answer]) -> tup
     return tuple(_passed(answer, asked) for answer in answers)
 
 
-def _rows(answer: Answer) -> list[dict[str, object]]:
+def _rows(answer: HostReply) -> list[dict[str, object]]:
     rows = (answer.result or {}).get("aliases")
     return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
-def _server(row: Mapping[str, object]) -> Server:
+def _server(row: Mapping[str, object]) -> GatewayServer:
     slot = row.get("slot")
     return asking.server_of(row, str(row["url"]), slot if isinstance(slot, str) else None, idle=row["owner"] is None)
 
 
-def _passed(answer: Answer, asked: _Asked) -> Answer:
+def _passed(answer: HostReply, asked: _Asked) -> HostReply:
     rows, found = [], list(_findings(answer))
     for row in _rows(answer):
         here = [alias for alias, urls in asked.asking.names.items() if row["url"] in urls]
@@ -516,7 +518,7 @@ def _named(row: Mapping[str, object], here: Sequence[str], asked: _Asked) -> dic
     return {"alias": names[0], "names": names} if names and asked.running.files is None else {}
 
 
-def _findings(answer: Answer) -> list[dict[str, object]]:
+def _findings(answer: HostReply) -> list[dict[str, object]]:
     found = (answer.result or {}).get("findings")
     return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
 
@@ -535,7 +537,7 @@ def _skipped(
     return Finding("through_not_asked", alias, _number(row), severity, message, hint, host)
 
 
-def _failed(passage: probe.Passage, host: str, row: Mapping[str, object], asked: _Asked) -> Finding:
+def _failed(passage: probe.ProbeResult, host: str, row: Mapping[str, object], asked: _Asked) -> Finding:
     message = f"{passage.alias}: no answer through {asked.running.gateway.url}: {passage.detail}"
     hint = asked.advice(passage)
     return Finding(f"through_{passage.code}", passage.alias, _number(row), Severity.FAULT, message, hint, host)

@@ -16,7 +16,7 @@ import yaml
 from mlxops.control.inventory import Gateway
 from mlxops.core import env_file
 from mlxops.core.errors import Refused
-from mlxops.core.gateway import Entry, Files, Finding, Severity
+from mlxops.core.gateway import Entry, Finding, GatewayPaths, Severity
 from mlxops.core.litellm import Config, Environ, parse
 
 MAX_BYTES = 512 * 1024
@@ -27,28 +27,28 @@ MAX_DIGITS = 32
 
 
 @dataclass(frozen=True)
-class Told:
+class GatewayConfig:
     """What the gateway's files say. `environ` holds secrets: it is never shown."""
 
     config: Config
     entries: tuple[Entry, ...]
     """`gateway.under` puts these under the names that clients use; before that, an alias may be a pattern."""
     findings: tuple[Finding, ...]
-    files: Files
+    files: GatewayPaths
     environ: Mapping[str, str]
     known: bool = True
     """False: no configuration is named, so that nothing can be held against it."""
 
 
-def read(gateway: Gateway) -> Told:
+def read(gateway: Gateway) -> GatewayConfig:
     """Raises `Refused` (bad_gateway_config, bad_gateway_env) with file and line."""
-    files = Files(gateway.config or "the gateway's configuration", gateway.env)
+    files = GatewayPaths(gateway.config or "the gateway's configuration", gateway.env)
     environ, findings = _environ(gateway.env) if gateway.env else (Environ(dict(os.environ), whole=False), ())
     if gateway.config is None:
-        return Told(Config(), (), findings, files, environ.values, known=False)
+        return GatewayConfig(Config(), (), findings, files, environ.values, known=False)
     document, places, repeated = _merged(gateway.config)
     config = parse(document, environ, files, places)
-    return Told(config, config.entries, (*findings, *repeated, *config.findings), files, environ.values)
+    return GatewayConfig(config, config.entries, (*findings, *repeated, *config.findings), files, environ.values)
 
 
 def key_of(gateway: Gateway, environ: Mapping[str, str]) -> str | None:

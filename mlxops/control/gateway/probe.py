@@ -67,7 +67,7 @@ class Deployment:
 
 
 @dataclass(frozen=True)
-class Passage:
+class ProbeResult:
     """The result of asking for an alias.
 
     `code`: ok, gateway_down, no_completion; or another server answered: fallback, other_deployment (one of the same
@@ -135,7 +135,7 @@ def ask(
     seconds: float = SECONDS,
     clock: Callable[[], float] = time.monotonic,
     pause: Callable[[float], None] = time.sleep,
-) -> Passage:
+) -> ProbeResult:
     """One completion by alias from the gateway at `url`, asked until `seconds` are over. Never raises.
 
     `expected` and `others` are a `Question`'s `bases` and `others`. Reports the last real error: a timeout or a
@@ -144,8 +144,8 @@ def ask(
     bases = (expected,) if isinstance(expected, str) else tuple(expected or ())
     asked, gateway = Question(alias, bases, tuple(others)), _Gateway(url, key, same_host)
     began, attempts = clock(), 0
-    real: Passage | None = None
-    replied: Passage | None = None
+    real: ProbeResult | None = None
+    replied: ProbeResult | None = None
     while True:
         attempts += 1
         left = seconds - (clock() - began)
@@ -175,14 +175,14 @@ def ask_all(
     wanted: Sequence[Question],
     seconds: float = SECONDS,
     same_host: SameHost = same_name,
-) -> tuple[Passage, ...]:
+) -> tuple[ProbeResult, ...]:
     """Ask for all of them in parallel: one slow model does not delay the others."""
     from concurrent.futures import ThreadPoolExecutor
 
     if not wanted:
         return ()
 
-    def one(asked: Question) -> Passage:
+    def one(asked: Question) -> ProbeResult:
         return ask(
             url, key, asked.alias, expected=asked.bases, others=asked.others, same_host=same_host, seconds=seconds
         )
@@ -251,7 +251,7 @@ def _alive(gateway: _Gateway) -> bool:
     return _send(gateway.url, "GET", "/health/liveliness", None, {}, LIVELINESS_SECONDS) is not None
 
 
-def _once(gateway: _Gateway, asked: Question, timeout: float) -> Passage:
+def _once(gateway: _Gateway, asked: Question, timeout: float) -> ProbeResult:
     alias, key = asked.alias, gateway.key
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     number = secrets.randbelow(10**9)
@@ -271,21 +271,23 @@ def _once(gateway: _Gateway, asked: Question, timeout: float) -> Passage:
             reply = send({})
     except ValueError:
         # A key that no header can hold. The exception's text would show it.
-        return Passage(alias, "no_completion", 0, 0, 401, detail="the key has characters that no HTTP header can hold")
+        return ProbeResult(
+            alias, "no_completion", 0, 0, 401, detail="the key has characters that no HTTP header can hold"
+        )
     if reply is None:
-        return Passage(alias, "gateway_down", 0, 0, detail=f"no answer from {gateway.url}")
+        return ProbeResult(alias, "gateway_down", 0, 0, detail=f"no answer from {gateway.url}")
     if reply.status != 200 or completion(reply.body) is None:
         words = _hidden(_words(reply.body), key)
-        return Passage(alias, "no_completion", 0, 0, reply.status, detail=f"it answered {reply.status}: {words}")
+        return ProbeResult(alias, "no_completion", 0, 0, reply.status, detail=f"it answered {reply.status}: {words}")
     return _judged(gateway, asked, reply)
 
 
-def _judged(gateway: _Gateway, asked: Question, reply: _Reply) -> Passage:
+def _judged(gateway: _Gateway, asked: Question, reply: _Reply) -> ProbeResult:
     """Judge a completion by the server that it came from."""
     came_from = reply.api_base
 
-    def passage(code: str, detail: str = "") -> Passage:
-        return Passage(asked.alias, code, 0, 0, 200, came_from, detail)
+    def passage(code: str, detail: str = "") -> ProbeResult:
+        return ProbeResult(asked.alias, code, 0, 0, 200, came_from, detail)
 
     def among(bases: Collection[str]) -> bool:
         return came_from is not None and any(same_base(came_from, each, gateway.same_host) for each in bases)

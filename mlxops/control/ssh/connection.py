@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING
 
 from mlxops.common.files import last_bytes
-from mlxops.control.channel import ConnectionLost, Dialogue, Ended, Lines, Patience, Session, Tail, Transport
+from mlxops.control.channel import ConnectionLost, Dialogue, Ended, LineBuffer, ReadLimits, Session, Tail, Transport
 from mlxops.control.local import LocalTransport, reap
 from mlxops.control.ssh import config, host_keys
 from mlxops.control.ssh.auth import Login
@@ -517,8 +517,8 @@ class _SshSession:
             self._sender = threading.Thread(target=self._send, args=(data,), name="send", daemon=True)
             self._sender.start()
 
-    def lines(self, patience: Patience) -> Iterator[str]:
-        lines = Lines()
+    def lines(self, patience: ReadLimits) -> Iterator[str]:
+        lines = LineBuffer()
         while True:
             self._channel.settimeout(min(_LOOK, patience.left))
             try:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from mlxops.common.files import ask_program, opened
 from mlxops.control.ssh import known_hosts, public_keys
 from mlxops.control.ssh.config import Destination, setting, words
-from mlxops.control.ssh.known_hosts import Known
+from mlxops.control.ssh.known_hosts import HostKeys
 from mlxops.core.errors import Unreachable
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _MAX_BYTES = 1024 * 1024
 _REVOCATION_LIST = b"SSHKRL\n\0"
 
 
-def known_keys(destination: Destination, deadline: float) -> Known:
+def known_keys(destination: Destination, deadline: float) -> HostKeys:
     """Return what is known about the host before it shows its key. Raises `Unreachable`."""
     known = known_hosts.lookup(
         destination.known_hosts, destination.hostname, destination.port, destination.host_key_alias
@@ -32,7 +32,7 @@ def known_keys(destination: Destination, deadline: float) -> Known:
     return known + _from_command(destination, known.name, deadline, "ORDER", None)
 
 
-def preferred(known: Known, allowed: Sequence[str], offered: Sequence[str]) -> tuple[str, ...]:
+def preferred(known: HostKeys, allowed: Sequence[str], offered: Sequence[str]) -> tuple[str, ...]:
     """Return the algorithms to ask for: those of HostKeyAlgorithms (`allowed`) that Paramiko has (`offered`).
 
     Certificates come first if an authority is known, then known kinds, so that a host with several keys shows one that
@@ -54,7 +54,7 @@ def _algorithms(kind: str) -> tuple[str, ...]:
     return ("rsa-sha2-512", "rsa-sha2-256") if kind == "ssh-rsa" else (kind,)
 
 
-def policy(destination: Destination, known: Known, deadline: float) -> paramiko.MissingHostKeyPolicy:
+def policy(destination: Destination, known: HostKeys, deadline: float) -> paramiko.MissingHostKeyPolicy:
     """Return the policy that checks the host's key. Paramiko's own table of keys stays empty, so it always decides."""
     import paramiko
 
@@ -66,7 +66,7 @@ def policy(destination: Destination, known: Known, deadline: float) -> paramiko.
     return Policy()
 
 
-def check(destination: Destination, known: Known, blob: bytes, certificate: bytes | None, deadline: float) -> None:
+def check(destination: Destination, known: HostKeys, blob: bytes, certificate: bytes | None, deadline: float) -> None:
     """Raises `Unreachable` host_key_unknown or host_key_changed unless the key, or its certificate, proves the host."""
     shown = certificate or blob
     known += _from_command(destination, known.name, deadline, "HOSTNAME", shown)
@@ -82,7 +82,7 @@ def check(destination: Destination, known: Known, blob: bytes, certificate: byte
         raise _bad_host_key(destination, known, blob, fault)
 
 
-def _fault(destination: Destination, known: Known, blob: bytes) -> str:
+def _fault(destination: Destination, known: HostKeys, blob: bytes) -> str:
     """Return why a certificate does not prove the host; "" if it does."""
     certificate = public_keys.certificate(blob)
     if certificate is None:
@@ -99,9 +99,9 @@ def _fault(destination: Destination, known: Known, blob: bytes) -> str:
 # -- other sources ------------------------------------------------------------------------------------------------
 
 
-def _from_command(destination: Destination, name: str, deadline: float, what: str, shown: bytes | None) -> Known:
+def _from_command(destination: Destination, name: str, deadline: float, what: str, shown: bytes | None) -> HostKeys:
     """Return the keys that KnownHostsCommand prints, if one is set. Raises `Unreachable` if it fails, as ssh does."""
-    nothing = Known(name, (), (), frozenset())
+    nothing = HostKeys(name, (), (), frozenset())
     if destination.known_hosts_command is None:
         return nothing
     tokens = {
@@ -128,7 +128,7 @@ def _from_command(destination: Destination, name: str, deadline: float, what: st
 
 
 def _refuse_revoked(
-    destination: Destination, known: Known, blob: bytes, certificate: bytes | None, authority: bytes | None
+    destination: Destination, known: HostKeys, blob: bytes, certificate: bytes | None, authority: bytes | None
 ) -> None:
     if blob in known.revoked or authority in known.revoked:
         raise _revoked(destination, known, blob, "a @revoked line of known_hosts")
@@ -176,11 +176,11 @@ def _compare(kind: str) -> str:
     return f"`ssh-keygen -lf /etc/ssh/ssh_host_{file}_key.pub` on that machine"
 
 
-def _details(known: Known, blob: bytes) -> dict[str, object]:
+def _details(known: HostKeys, blob: bytes) -> dict[str, object]:
     return {"kind": public_keys.kind(blob), "fingerprint": public_keys.fingerprint(blob), "name": known.name}
 
 
-def _revoked(destination: Destination, known: Known, blob: bytes, by: str) -> Unreachable:
+def _revoked(destination: Destination, known: HostKeys, blob: bytes, by: str) -> Unreachable:
     kind, shown = public_keys.kind(blob), public_keys.fingerprint(blob)
     error = destination.unreachable(
         "host_key_changed",
@@ -191,7 +191,7 @@ def _revoked(destination: Destination, known: Known, blob: bytes, by: str) -> Un
     return error
 
 
-def _bad_host_key(destination: Destination, known: Known, blob: bytes, fault: str) -> Unreachable:
+def _bad_host_key(destination: Destination, known: HostKeys, blob: bytes, fault: str) -> Unreachable:
     kind, shown = public_keys.kind(blob), public_keys.fingerprint(blob)
     compare = _compare(kind)
     details = _details(known, blob)

@@ -25,7 +25,7 @@ class KnownKey:
 
 
 @dataclass(frozen=True)
-class Known:
+class HostKeys:
     """What the files say of one host.
 
     `keys` are its own. `elsewhere` are those of the same machine's port 22, which OpenSSH accepts as proof for
@@ -48,9 +48,9 @@ class Known:
         """The kinds of key that could be recognised, to be asked for before others."""
         return list(dict.fromkeys(key.kind for key in (*self.keys, *self.elsewhere)))
 
-    def __add__(self, other: Known) -> Known:
+    def __add__(self, other: HostKeys) -> HostKeys:
         """Combine what two sources know about the same host."""
-        return Known(
+        return HostKeys(
             self.name,
             self.keys + other.keys,
             self.elsewhere + other.elsewhere,
@@ -83,17 +83,17 @@ class Known:
         return None
 
 
-def lookup(files: Sequence[Path], hostname: str, port: int, alias: str | None) -> Known:
+def lookup(files: Sequence[Path], hostname: str, port: int, alias: str | None) -> HostKeys:
     """Files that are not there are empty; lines that make no sense are skipped, as OpenSSH does."""
     return _known(_lines(files), hostname, port, alias)
 
 
-def lookup_in(text: str, source: str, hostname: str, port: int, alias: str | None) -> Known:
+def lookup_in(text: str, source: str, hostname: str, port: int, alias: str | None) -> HostKeys:
     """Look up in lines that a command printed. `source` names them in messages."""
     return _known(_lines_of(text, Path(source)), hostname, port, alias)
 
 
-def _known(lines: Iterator[_Line], hostname: str, port: int, alias: str | None) -> Known:
+def _known(lines: Iterator[_Line], hostname: str, port: int, alias: str | None) -> HostKeys:
     plain = (alias or hostname).lower()
     name = plain if alias or port == 22 else f"[{plain}]:{port}"
     keys: list[KnownKey] = []
@@ -111,7 +111,7 @@ def _known(lines: Iterator[_Line], hostname: str, port: int, alias: str | None) 
             authorities.append(key)
         elif not marker:
             (keys if own else elsewhere).append(key)
-    return Known(name, tuple(keys), tuple(elsewhere), frozenset(revoked), tuple(authorities), (plain,))
+    return HostKeys(name, tuple(keys), tuple(elsewhere), frozenset(revoked), tuple(authorities), (plain,))
 
 
 _Line = tuple[str, list[str], KnownKey]

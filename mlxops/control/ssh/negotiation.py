@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mlxops.control.ssh import host_keys
 from mlxops.control.ssh.config import Destination, setting
-from mlxops.control.ssh.known_hosts import Known
+from mlxops.control.ssh.known_hosts import HostKeys
 from mlxops.core.errors import Unreachable
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _SIGNS = ("kex-strict-", "ext-info-")
 class Negotiation:
     """The algorithms of one handshake. `known` decides which kind of host key to ask for."""
 
-    def __init__(self, destination: Destination, known: Known) -> None:
+    def __init__(self, destination: Destination, known: HostKeys) -> None:
         self._destination = destination
         self._known = known
         self._has: dict[str, Sequence[str]] = {}

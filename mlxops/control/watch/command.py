@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from types import FrameType
 
 from mlxops.control import render
-from mlxops.control.client import Answer, Target
-from mlxops.control.watch.link import Sighting, Watch
+from mlxops.control.client import HostReply, HostTarget
+from mlxops.control.watch.link import Observation, Watch
 from mlxops.control.watch.screen import Screen, is_screen, still_read
-from mlxops.control.watch.view import Documents, Lines, Watched, clock, frame
+from mlxops.control.watch.view import Documents, LineView, Watched, clock, frame
 from mlxops.core import names
 from mlxops.core.errors import Exit, UsageError
 from mlxops.core.protocol import Event, Note
@@ -32,8 +32,8 @@ def interval_of(text: str | None) -> float:
 
 
 def stay(
-    targets: Sequence[Target], interval: float, talk: render.Talk, *, json: bool, until_drift: bool
-) -> tuple[Answer, ...]:
+    targets: Sequence[HostTarget], interval: float, console: render.Console, *, json: bool, until_drift: bool
+) -> tuple[HostReply, ...]:
     """Show what changes until Ctrl-C (130) or SIGTERM (143), both of which are its usual end and so need no words.
 
     Returns, with what was seen last, only when no host is left that may come back by itself, or with `until_drift` when
@@ -47,7 +47,9 @@ def stay(
             if not json and is_screen(sys.stdout):
                 _on_screen(targets, interval, watched, until_drift)
             else:
-                _in_lines(targets, interval, watched, talk, Documents(watched) if json else Lines(watched), until_drift)
+                _in_lines(
+                    targets, interval, watched, console, Documents(watched) if json else LineView(watched), until_drift
+                )
     except KeyboardInterrupt:
         raise SystemExit(int(Exit.INTERRUPTED)) from None
     return watched.answers
@@ -68,29 +70,29 @@ def _terminated() -> Iterator[None]:
 
 
 def _in_lines(
-    targets: Sequence[Target],
+    targets: Sequence[HostTarget],
     interval: float,
     watched: Watched,
-    talk: render.Talk,
-    form: Documents | Lines,
+    console: render.Console,
+    form: Documents | LineView,
     until_drift: bool,
 ) -> None:
-    with Watch(targets, interval, talk.hear) as watch:
+    with Watch(targets, interval, console.hear) as watch:
         for sighting in _sightings(watch):
             for line in form.lines(sighting):
                 render.say(line)
             if sighting.last and sighting.answer.error is not None and len(targets) > 1:
-                talk.error(sighting.answer.host, sighting.answer.error)
+                console.error(sighting.answer.host, sighting.answer.error)
             still_read(sys.stdout)
             if until_drift and watched.drifted:
                 return
 
 
-def _sightings(watch: Watch) -> Iterator[Sighting]:
+def _sightings(watch: Watch) -> Iterator[Observation]:
     return (each for each in watch if each is not None)
 
 
-def _on_screen(targets: Sequence[Target], interval: float, watched: Watched, until_drift: bool) -> None:
+def _on_screen(targets: Sequence[HostTarget], interval: float, watched: Watched, until_drift: bool) -> None:
     def hear(host: str, event: Event) -> None:
         if isinstance(event, Note):
             watched.note(host, event.message)
@@ -108,7 +110,7 @@ def _on_screen(targets: Sequence[Target], interval: float, watched: Watched, unt
                 return
 
 
-def _with_a_first_frame(watch: Watch) -> Iterator[Sighting | None]:
+def _with_a_first_frame(watch: Watch) -> Iterator[Observation | None]:
     """Before anything is known, there is something to be seen: who is being connected to."""
     yield None
     yield from watch

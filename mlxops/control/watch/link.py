@@ -14,15 +14,15 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
-from mlxops.control.channel import NOISE_BYTES, ConnectionLost, Dialogue, Patience, Transport
+from mlxops.control.channel import NOISE_BYTES, ConnectionLost, Dialogue, ReadLimits, Transport
 from mlxops.control.client import (
     FIRST_PAUSE,
     LONGEST_PAUSE,
     PASSING,
     SILENCE_SECONDS,
-    Answer,
+    HostReply,
+    HostTarget,
     Listen,
-    Target,
     agent_argv,
     connect,
     ended_early,
@@ -51,7 +51,7 @@ class Link:
     One `look` on an open link is one round trip: the request is known there already.
     """
 
-    def __init__(self, target: Target, command: str, args: Mapping[str, object], listen: Listen) -> None:
+    def __init__(self, target: HostTarget, command: str, args: Mapping[str, object], listen: Listen) -> None:
         self._target = target
         self._request = request_of(target, command, args)
         self._listen = listen
@@ -108,7 +108,7 @@ class Link:
         return self._dialogue
 
     def _hear(self, dialogue: Dialogue, silence: float) -> Done | Failed:
-        for event in heard(self._target, dialogue, Patience(silence, NOISE_BYTES, greeted=self._greeted)):
+        for event in heard(self._target, dialogue, ReadLimits(silence, NOISE_BYTES, greeted=self._greeted)):
             match event:
                 case None:
                     continue
@@ -122,10 +122,10 @@ class Link:
 
 
 @dataclass(frozen=True)
-class Sighting:
+class Observation:
     """What one look at one host brought, and when: wall time in seconds, for display."""
 
-    answer: Answer
+    answer: HostReply
     at: float
     last: bool = False
     """It is not looked at again: what keeps it away does not pass by itself."""
@@ -137,10 +137,10 @@ class Watch:
     It ends by itself only when no host is left that may come back. None is what `wake` brings.
     """
 
-    def __init__(self, targets: Sequence[Target], interval: float, listen: Listen) -> None:
+    def __init__(self, targets: Sequence[HostTarget], interval: float, listen: Listen) -> None:
         self._interval = interval
         self._watching = len(targets)
-        self._news: queue.SimpleQueue[Sighting | BaseException | None] = queue.SimpleQueue()
+        self._news: queue.SimpleQueue[Observation | BaseException | None] = queue.SimpleQueue()
         self._leaving = threading.Event()
         self._threads = [
             threading.Thread(target=self._keep_looking, args=(target, listen), name=f"watch {target.name}", daemon=True)
@@ -164,7 +164,7 @@ class Watch:
         """Have the iteration go round once, from a signal's handler for instance."""
         self._news.put(None)
 
-    def __iter__(self) -> Iterator[Sighting | None]:
+    def __iter__(self) -> Iterator[Observation | None]:
         while self._watching:
             news = self._news.get()
             if isinstance(news, BaseException):
@@ -173,7 +173,7 @@ class Watch:
                 self._watching -= news.last
             yield news
 
-    def _keep_looking(self, target: Target, listen: Listen) -> None:
+    def _keep_looking(self, target: HostTarget, listen: Listen) -> None:
         link = Link(target, "status", {}, listen)
         try:
             self._look_until_told(link, target)
@@ -182,13 +182,13 @@ class Watch:
         finally:
             link.close()
 
-    def _look_until_told(self, link: Link, target: Target) -> None:
+    def _look_until_told(self, link: Link, target: HostTarget) -> None:
         pause, comes_back = FIRST_PAUSE, COMES_BACK
         while not self._leaving.is_set():
             began = time.monotonic()
             answer = _look(link, target)
             last = answer.error is not None and not link.is_open and answer.error.code not in comes_back
-            self._news.put(Sighting(answer, time.time(), last))
+            self._news.put(Observation(answer, time.time(), last))
             if last:
                 return
             if link.is_open:
@@ -205,8 +205,8 @@ class Watch:
                 link.beat()
 
 
-def _look(link: Link, target: Target) -> Answer:
+def _look(link: Link, target: HostTarget) -> HostReply:
     try:
-        return Answer(target.name, link.look())
+        return HostReply(target.name, link.look())
     except MlxopsError as error:
-        return Answer(target.name, error=error)
+        return HostReply(target.name, error=error)

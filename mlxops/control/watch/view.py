@@ -8,9 +8,9 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from mlxops.control.client import Answer
+from mlxops.control.client import HostReply
 from mlxops.control.render import document_line, one_line, size, status_table
-from mlxops.control.watch.link import Sighting
+from mlxops.control.watch.link import Observation
 from mlxops.core.errors import MlxopsError
 from mlxops.core.status_diff import Change, Row, changes, rows, told_apart
 
@@ -24,7 +24,7 @@ CUT = "..."
 
 
 @dataclass(frozen=True)
-class Known:
+class HostState:
     """What is known of one host. Times are wall time in seconds, for display."""
 
     host: str
@@ -42,13 +42,13 @@ class Known:
         return self.result is not None or self.error is not None
 
     @property
-    def answer(self) -> Answer:
+    def answer(self) -> HostReply:
         """What it last told, or why it does not: what it told before that may be wrong by now."""
-        return Answer(self.host, error=self.error) if self.error else Answer(self.host, self.result)
+        return HostReply(self.host, error=self.error) if self.error else HostReply(self.host, self.result)
 
 
 @dataclass(frozen=True)
-class News:
+class ChangeEvent:
     """A change, with its host and the time at which it was seen."""
 
     at: float
@@ -78,15 +78,15 @@ class Watched:
     """The hosts that are watched, and what has changed on them lately."""
 
     def __init__(self, hosts: Sequence[str]) -> None:
-        self._known = {host: Known(host) for host in hosts}
-        self._news: list[News] = []
+        self._known = {host: HostState(host) for host in hosts}
+        self._news: list[ChangeEvent] = []
 
     @property
-    def known(self) -> tuple[Known, ...]:
+    def known(self) -> tuple[HostState, ...]:
         return tuple(self._known.values())
 
     @property
-    def answers(self) -> tuple[Answer, ...]:
+    def answers(self) -> tuple[HostReply, ...]:
         return tuple(known.answer for known in self.known)
 
     @property
@@ -100,24 +100,24 @@ class Watched:
         return self.complete and any(rows(known.answer.result, "drift") for known in self.known)
 
     @property
-    def latest(self) -> tuple[News, ...]:
+    def latest(self) -> tuple[ChangeEvent, ...]:
         return tuple(self._news)
 
     def note(self, host: str, text: str) -> None:
         self._known[host] = replace(self._known[host], note=text)
 
-    def take(self, sighting: Sighting) -> tuple[News, ...]:
+    def take(self, sighting: Observation) -> tuple[ChangeEvent, ...]:
         """Remember what was seen; returns what has changed. The first that is heard of a host is no change."""
         before = self._known[sighting.answer.host]
         after = _after(before, sighting)
         self._known[before.host] = after
         found = _changes(before, after) if before.heard else ()
-        news = tuple(News(sighting.at, before.host, change) for change in found)
+        news = tuple(ChangeEvent(sighting.at, before.host, change) for change in found)
         self._news = [*self._news, *news][-KEPT:]
         return news
 
 
-def _after(before: Known, sighting: Sighting) -> Known:
+def _after(before: HostState, sighting: Observation) -> HostState:
     answer = sighting.answer
     if answer.error is None:
         return replace(before, result=answer.result, error=None, reachable=True, seen=sighting.at, away_since=None)
@@ -126,7 +126,7 @@ def _after(before: Known, sighting: Sighting) -> Known:
     return replace(before, error=answer.error, reachable=answer.reachable, away_since=since, note="")
 
 
-def _changes(before: Known, after: Known) -> Iterator[Change]:
+def _changes(before: HostState, after: HostState) -> Iterator[Change]:
     if after.error is not None:
         if before.error is None or before.error.code != after.error.code:
             yield Change("host", None, _away(after))
@@ -137,7 +137,7 @@ def _changes(before: Known, after: Known) -> Iterator[Change]:
         yield from changes(before.result, after.result)
 
 
-def _away(known: Known) -> str:
+def _away(known: HostState) -> str:
     error = known.error
     assert error is not None and known.away_since is not None
     standing = "away" if not known.reachable else "not telling"
@@ -153,7 +153,7 @@ class Documents:
     def __init__(self, watched: Watched) -> None:
         self._watched = watched
 
-    def lines(self, sighting: Sighting) -> list[str]:
+    def lines(self, sighting: Observation) -> list[str]:
         host = sighting.answer.host
         (before,) = [known for known in self._watched.known if known.host == host]
         news = self._watched.take(sighting)
@@ -170,7 +170,7 @@ class Documents:
         return [document_line("status", [sighting.answer], {host: more})]
 
 
-def _differ(before: Known, after: Known) -> bool:
+def _differ(before: HostState, after: HostState) -> bool:
     if before.error is not None or after.error is not None:
         return False  # a change of these is news
     return told_apart(before.result or {}, after.result or {})
@@ -179,14 +179,14 @@ def _differ(before: Known, after: Known) -> bool:
 # -- for a pipe -----------------------------------------------------------------------------------------------------
 
 
-class Lines:
+class LineView:
     """First the whole, as soon as something is known of every host; then a line for each change."""
 
     def __init__(self, watched: Watched) -> None:
         self._watched = watched
         self._begun = False
 
-    def lines(self, sighting: Sighting) -> list[str]:
+    def lines(self, sighting: Observation) -> list[str]:
         news = self._watched.take(sighting)
         if self._begun:
             return list(map(str, news))
@@ -216,7 +216,7 @@ def frame(watched: Watched, title: str, width: int, height: int) -> list[str]:
     return [*body, "", *news] if news else body
 
 
-def _host(known: Known, many: bool, width: int, idle_together: bool) -> Iterator[str]:
+def _host(known: HostState, many: bool, width: int, idle_together: bool) -> Iterator[str]:
     if known.error is not None:
         yield from _wrapped(f"{known.host}: {_away(known)}", width)
         if known.error.hint:
