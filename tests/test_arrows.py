@@ -40,7 +40,7 @@ PURE = {
     "unicodedata",
 }
 """The standard library's modules that compute and do nothing else."""
-PURE_PARTS = ("urllib.parse",)
+PURE_PARTS = ("urllib.parse", "importlib.import_module")
 """Those of packages that otherwise do more."""
 
 HEAVY = {"huggingface_hub", "fabric", "paramiko", "yaml", "rich", "psutil"}

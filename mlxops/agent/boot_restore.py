@@ -21,9 +21,10 @@ from mlxops.agent.paths import HostPaths, host_paths
 from mlxops.agent.state.store import Store, now
 from mlxops.agent.worker import begin
 from mlxops.common.build import build_id
+from mlxops.core.commands.restore import Restore
 from mlxops.core.errors import Exit, MlxopsError, Refused
 from mlxops.core.plan_restore import RestoreStep
-from mlxops.core.protocol import Done, Event, Failed, Note, Phase, Request, Requester
+from mlxops.core.protocol import Done, Envelope, Event, Failed, Note, Phase, Requester
 
 PATIENCE = 20 * 60.0
 """Seconds for which what may pass is waited for: without a timer nobody tries again. The longest pause between two
@@ -71,7 +72,7 @@ def _restore(state: Path, told: set[str]) -> _Outcome:
     paths = host_paths(agreed, os.environ)
     store = Store(paths.state, paths.registry)
     asker = Requester("boot", socket.gethostname())
-    request = Request("restore", {}, agreed, build_id(), asker, agreed=True)
+    request = Envelope(Restore(), agreed, build_id(), asker, agreed=True)
     left = _look(store, paths, request, told)
     if left is not None:
         pauses = (step.again_in for step in left if step.again_in is not None)
@@ -90,10 +91,10 @@ def _restore(state: Path, told: set[str]) -> _Outcome:
     return _Outcome(int(final.error.exit), LOOK_SECONDS if _may_pass(final.error) else None)
 
 
-def _look(store: Store, paths: HostPaths, request: Request, told: set[str]) -> tuple[RestoreStep, ...] | None:
+def _look(store: Store, paths: HostPaths, request: Envelope, told: set[str]) -> tuple[RestoreStep, ...] | None:
     """What is left, if there is nothing to start; None if there is. Raises what `restore` raises before it begins."""
-    dry = Request(request.command, {"dry_run": True}, request.settings, request.build, request.asker, agreed=True)
-    plan = look(Context(dry, paths, store, this_system(), _tell, dict(os.environ)))
+    dry_run = Restore(dry_run=True)
+    plan = look(Context(dry_run, request.asker, paths, store, this_system(), _tell, dict(os.environ)), dry_run)
     if plan.starts:
         return None
     lines = [f"{step.model} on {step.port} is left: {step.why}" for step in plan.skipped if step.again_in is None]

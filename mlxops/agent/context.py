@@ -16,9 +16,11 @@ from mlxops.agent.state.operation_log import named
 from mlxops.agent.state.store import Store, now
 from mlxops.common.files import said
 from mlxops.core import names
-from mlxops.core.errors import Busy, Interrupted
+from mlxops.core.command import AnyRequest, Draining
+from mlxops.core.commands.load import Load
+from mlxops.core.errors import Busy, Interrupted, MlxopsError
 from mlxops.core.ports import Operation, PortView, World
-from mlxops.core.protocol import Event, Note, Request
+from mlxops.core.protocol import Event, Note, Requester
 from mlxops.core.registry import Registry
 
 if TYPE_CHECKING:
@@ -114,7 +116,8 @@ class Cancellation:
 class Context:
     """What an operation works with. `operation` is its id; empty for reads and dry runs."""
 
-    request: Request
+    request: AnyRequest
+    asker: Requester
     paths: HostPaths
     store: Store
     system: System
@@ -133,6 +136,14 @@ class Context:
         registry = self.store.registry
         return registry.usable() if self.request.dry_run else registry.check_writable()
 
+    def warn_if_unusable(self, registry: Registry) -> MlxopsError | None:
+        """Return the error with which every change is refused, if the registry cannot be used; warn of it."""
+        if not registry.unwritable:
+            return None
+        error = self.store.registry.refusal(registry)
+        self.note(f"{error.message}: {error.why}; {error.hint}", "warning")
+        return error
+
     def engine(self, target: ModelRef) -> tuple[Engine, Command]:
         """Return the engine for a target, and its command. Raises `Refused` (unknown_engine, engine_not_found)."""
         from mlxops.agent.engines import engine_named
@@ -149,8 +160,8 @@ class Context:
     @property
     def drain(self) -> float:
         """Seconds that open requests get."""
-        asked = self.request.number("drain")
-        return DRAIN_SECONDS if asked is None else asked
+        seconds = self.request.drain if isinstance(self.request, Draining) else None
+        return DRAIN_SECONDS if seconds is None else seconds
 
     def observe(self, registry: Registry, *, only: Iterable[int] | None = None) -> World:
         own = self.operation or None
@@ -177,7 +188,7 @@ class Context:
     def remember(self, **what: object) -> None:
         """The history is worth a warning, not a failure."""
         try:
-            self.store.remember(operation=self.operation, by=str(self.request.asker), **what)
+            self.store.remember(operation=self.operation, by=str(self.asker), **what)
         except OSError as error:
             self.note(f"the history could not be written: {said(error)}", "warning")
 
@@ -192,20 +203,20 @@ class Context:
 
     def holder(self, port: int | None = None) -> Operation:
         """How this operation presents itself in the locks that it holds."""
-        request = self.request
+        subject = self.request.subject
         return Operation(
             id=self.operation,
-            command=request.command,
-            model=request.text("model"),
+            command=self.request.name,
+            model=subject.model,
             port=port,
-            asker=str(request.asker),
+            asker=str(self.asker),
             since=now(),
-            repo=request.text("repo"),
+            repo=subject.repo,
         )
 
-    def called(self, model: str) -> Context:
-        """The same operation, of the model by the name that it is registered under."""
-        return replace(self, request=replace(self.request, args={**self.request.args, "model": model}))
+    def doing(self, request: AnyRequest) -> Context:
+        """Return the same operation with another request."""
+        return replace(self, request=request)
 
     def reserved(self) -> dict[int, Operation]:
         """Other operations that keep memory free for what they are about to start, by port."""
@@ -250,20 +261,18 @@ class Context:
         """Whether another operation does just what this one is to do; `port` None: wherever it does it."""
         journal = named(self.store.state / "ops", other.id)
         try:
-            asked = journal.request() if journal else None
+            asked = journal.request().request if journal else None
         except (OSError, ValueError):
             return False
         request = self.request
-        if asked is None or asked.command != request.command:
-            return False
-        if request.command != "load":
-            return _given(asked) == _given(request)
-        anywhere = port is None or request.text("port") == names.AUTO
-        return other.model == request.text("model") and (anywhere or other.port == port) and self._is_of_its_repo(other)
+        if not isinstance(request, Load) or not isinstance(asked, Load):
+            return asked == request
+        anywhere = port is None or request.port == names.AUTO
+        return other.model == request.model and (anywhere or other.port == port) and self._is_of_its_repo(other)
 
     def _is_of_its_repo(self, other: Operation) -> bool:
         """Whether the repository that is asked for, if one is, is the one that another load is about."""
-        asked = self.request.text("repo")
+        asked = self.request.subject.repo
         if asked is None or asked == other.repo:
             return True
         entry = self.registry().named(other.model or "")
@@ -271,11 +280,6 @@ class Context:
             return False
         repo_id, revision = names.repo(asked)
         return entry.repo_id == repo_id and revision in (None, entry.revision)
-
-
-def _given(request: Request) -> dict[str, object]:
-    """What was asked for beyond the defaults."""
-    return {key: value for key, value in request.args.items() if value}
 
 
 def model_lock(name: str) -> str:

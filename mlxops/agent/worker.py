@@ -19,20 +19,21 @@ from types import FrameType
 from mlxops.agent.agreement import confirm
 from mlxops.agent.context import Cancellation, Context
 from mlxops.agent.host.system import shortage, this_system
-from mlxops.agent.operations import command
+from mlxops.agent.operations import operation
 from mlxops.agent.paths import closed, host_paths
 from mlxops.agent.state import operation_log as journals
 from mlxops.agent.state.operation_log import OperationLog
 from mlxops.agent.state.store import Store, disk_failed, state_failed, state_unreadable, state_unwritable
 from mlxops.common.files import is_hosts_fault
-from mlxops.core.errors import Bug, Busy, Exit, MlxopsError, bug
-from mlxops.core.protocol import Done, Event, Failed, Request
+from mlxops.core import wire
+from mlxops.core.errors import Busy, Exit, MlxopsError, bug
+from mlxops.core.protocol import Done, Envelope, Event, Failed
 from mlxops.core.text import amount
 
 CANCEL_POLL_SECONDS = 0.1
 
 
-def begin(store: Store, request: Request) -> tuple[OperationLog, subprocess.Popen[bytes] | None]:
+def begin(store: Store, request: Envelope) -> tuple[OperationLog, subprocess.Popen[bytes] | None]:
     """Start a worker for `request`; None if there is one for its ticket already.
 
     Raises `Refused` when the state folder cannot be written, `Busy` (operations_locked) when others stop half way.
@@ -105,7 +106,8 @@ def run(folder: Path, lock: int) -> int:
     os.environ |= {key: value for key, value in request.settings.env.items() if key == "HF_ENDPOINT"}
     paths = host_paths(request.settings, os.environ)
     context = Context(
-        request=request,
+        request=request.request,
+        asker=request.asker,
         paths=paths,
         store=Store(paths.state, paths.registry),
         system=this_system(),
@@ -132,18 +134,11 @@ def finish(context: Context, emit: Callable[[Event], None]) -> int:
     """Carry out the request of `context`; its outcome becomes one event and the exit status."""
     outcome: Done | Failed
     try:
-        operation = command(context.request.command)
-        if operation is None:
-            raise Bug(
-                "unknown_command",
-                f"the agent knows no command {context.request.command!r}",
-                why="who asks is of another version, although it says that it is not",
-                hint="make both sides equal: inv deploy",
-            )
         with context.cancellation.open():
             if context.operation:
                 confirm(context.store, context.paths)
-            outcome = Done(operation(context))
+            result = operation(context.request.name)(context, context.request)
+            outcome = Done(wire.encode(result), context.request.name)
     except MlxopsError as error:
         outcome = Failed(error)
     except Exception as error:  # noqa: BLE001 - the boundary: what nobody foresaw is a bug, and is told as one

@@ -3,7 +3,7 @@ an unknown name makes mlx-lm drop its model."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from mlxops.agent.engines import ENGINES
 from mlxops.agent.engines.base import Names, installed_version
@@ -42,18 +42,28 @@ def _own_run(view: PortView) -> Run | None:
     return view.run if view.owner is Owner.MLXOPS else None
 
 
-def to_wire(names: Names) -> dict[str, object]:
-    """Return what the control node needs.
+@dataclass(frozen=True)
+class NameFields:
+    """The fields of results that say which names a server knows.
 
     `answers_to`: the only name that the server accepts; None: any, or not known. `also_answers_to`: further names for
     the same model. `answers_to_any`: it accepts any name. `drops_for_others`: it drops its model for an unknown one.
     `not_asked`: why it must not be asked; None if it may be.
     """
-    only = names.known if names.sure and not names.any else ()
-    return {
-        "answers_to": only[0] if only else None,
-        "also_answers_to": list(only[1:]),
-        "answers_to_any": names.any,
-        "drops_for_others": names.drops,
-        "not_asked": names.not_asked or None,
-    }
+
+    answers_to: str | None
+    also_answers_to: tuple[str, ...]
+    answers_to_any: bool
+    drops_for_others: bool
+    not_asked: str | None
+
+
+def name_fields(names: Names) -> NameFields:
+    only = tuple(names.known) if names.sure and not names.any else ()
+    return NameFields(
+        answers_to=only[0] if only else None,
+        also_answers_to=only[1:],
+        answers_to_any=names.any,
+        drops_for_others=names.drops,
+        not_asked=names.not_asked or None,
+    )

@@ -20,6 +20,7 @@ from mlxops.agent.operations.stop import stop
 from mlxops.agent.serving import processes
 from mlxops.agent.serving.launch import Launch, deadline_for
 from mlxops.agent.serving.logs import rotated
+from mlxops.core.commands.load import Load
 from mlxops.core.errors import Interrupted, MlxopsError, NotStarted, OutcomeUnknown
 from mlxops.core.planner import LoadPlan, ModelRef
 from mlxops.core.ports import Owner, PortView, run_of
@@ -29,6 +30,7 @@ from mlxops.core.registry import Model, Registry
 
 def start_in_place(
     ctx: Context,
+    request: Load,
     registry: Registry,
     plan: LoadPlan,
     prepared: Prepared,
@@ -53,7 +55,7 @@ def start_in_place(
             ctx.emit(Phase("start", f"{prepared.engine.name} on port {plan.port}, found by {prepared.command.source}"))
             launching()
             start.launch(dict(ctx.environ), plan.target.repo_id, prepared.files.revision, ctx.operation)
-            run = start.wait(ctx.request.number("timeout") or deadline_for(prepared.files.size_bytes), ctx.emit)
+            run = start.wait(request.timeout or deadline_for(prepared.files.size_bytes), ctx.emit)
             downtime = time.monotonic() - asked[0] if asked else None
             # From here on it is quicker done than undone, and half of it would be an assignment without a server.
             stack.enter_context(ctx.cancellation.shield())
@@ -77,7 +79,7 @@ def start_in_place(
             repo_id=plan.target.repo_id,
             revision=prepared.files.revision,
             replaced=plan.previous.model if plan.previous else None,
-            restore=ctx.request.flag("restore"),
+            restore=request.restore,
         )
         return downtime
 

@@ -32,13 +32,13 @@ from mlxops.core.protocol import (
     MAX_LINE,
     PROTOCOL,
     Done,
+    Envelope,
     Event,
     Failed,
     Phase,
     Progress,
-    Request,
+    decode_envelope,
     decode_event,
-    decode_request,
     encode_event,
 )
 
@@ -79,9 +79,9 @@ class OperationLog:
     def id(self) -> str:
         return self.folder.name
 
-    def request(self) -> Request:
+    def request(self) -> Envelope:
         """What was asked. Raises `OSError`; `ValueError` if the record does not say."""
-        return decode_request(files.read(self.folder / "request.json", MAX_REQUEST))
+        return decode_envelope(files.read(self.folder / "request.json", MAX_REQUEST))
 
     # The worker's side
 
@@ -124,6 +124,15 @@ class OperationLog:
         """Write an event, the end, for a worker that cannot do it any more; nothing if it can."""
         with contextlib.suppress(OSError), _closing(self.hold()), _closing(self._open()) as fd:
             os.write(fd, f"\n{encode_event(event)}\n".encode())
+
+    def seconds(self, *, alive: bool) -> float | None:
+        """Return how long it took, or has taken until now; None if that cannot be read."""
+        try:
+            began = (self.folder / "request.json").stat().st_mtime
+            ended = time.time() if alive else (self.folder / "events.jsonl").stat().st_mtime
+        except OSError:
+            return None
+        return round(max(0.0, ended - began), 3)
 
     @property
     def since(self) -> str:
@@ -256,7 +265,7 @@ class OperationLog:
         )
 
 
-def create(ops: Path, request: Request) -> tuple[OperationLog, int | None]:
+def create(ops: Path, request: Envelope) -> tuple[OperationLog, int | None]:
     """A new operation's record, and its lock for the worker; or the record that the same ticket has already, and
     None. Raises `Busy` (operations_locked), `OSError`."""
     # Two requests with one ticket, from two connections, must not both find it new.
@@ -275,7 +284,7 @@ def create(ops: Path, request: Request) -> tuple[OperationLog, int | None]:
             raise
 
 
-def _begun(journal: OperationLog, request: Request) -> int:
+def _begun(journal: OperationLog, request: Envelope) -> int:
     """Everything that a worker needs in order to be heard: a disk that is full is then told by who still can."""
     lock = journal.hold()  # before all else: what can be read and seems dead is taken for cut short
     try:

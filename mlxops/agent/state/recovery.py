@@ -49,16 +49,17 @@ def _cut(journal: OperationLog, port: int | None) -> InterruptedOperation | None
     if stand.final is not None:
         return None
     try:
-        request = journal.request()
+        envelope = journal.request()
     except (OSError, ValueError):
         return None
-    text = request.text("port") or ""
+    subject = envelope.request.subject
+    text = subject.port or ""
     operation = Operation(
         journal.id,
-        request.command,
-        model=request.text("model"),
+        envelope.request.name,
+        model=subject.model,
         port=port or (int(text) if text.isdecimal() and len(text) <= 5 else None),
-        asker=str(request.asker),
+        asker=str(envelope.asker),
         since=journal.since,
     )
     return InterruptedOperation(journal, operation, str(stand))
