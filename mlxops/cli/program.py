@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from invoke.config import Config
@@ -15,21 +16,25 @@ from invoke.program import Program
 from invoke.tasks import Task
 
 from mlxops import __version__
+from mlxops.cli import options
 from mlxops.control import render
+from mlxops.core.command import UnknownCommandError, request_type
 from mlxops.core.errors import Exit as Status
 from mlxops.core.errors import OutputFailed, UsageError
 
-POSITIONAL = {
-    "load": ("--model", "--port"),
-    "unload": ("--port",),
-    "rollback": ("--port",),
-    "logs": ("--port",),
-}
+
+@cache
+def positional() -> dict[str, tuple[str, ...]]:
+    """Return the commands with positional forms, and the flags that these stand for."""
+    from mlxops.tasks import command_names
+
+    found = {name: options.positions(request_type(name)) for name in command_names()}
+    return {name: flags for name, flags in found.items() if flags}
 
 
 def short(task: str) -> str:
     """The positional form of a task, as its help shows it."""
-    return " ".join(["mlxctl", task, *(flag.removeprefix("--").upper() for flag in POSITIONAL[task])])
+    return " ".join(["mlxctl", task, *(flag.removeprefix("--").upper() for flag in positional()[task])])
 
 
 class _OwnConfig(Config):
@@ -45,11 +50,11 @@ class _OwnConfig(Config):
 class _Mlxctl(Program):
     def print_help(self) -> None:
         super().print_help()
-        print(f"\nShort: {', '.join(map(short, POSITIONAL))}")  # noqa: T201
+        print(f"\nShort: {', '.join(map(short, positional()))}")  # noqa: T201
 
     def print_task_help(self, name: str) -> None:
         super().print_task_help(name)
-        if name in POSITIONAL:
+        if name in positional():
             print(f"Short: {short(name)}\n")  # noqa: T201
 
     def parse_core(self, argv: list[str] | None) -> None:
@@ -93,10 +98,11 @@ def with_flags(words: Sequence[str], takes_value: frozenset[str]) -> list[str]:
 
     `takes_value` are the flags whose next word is their value and not a position.
     """
-    if not words or words[0] not in POSITIONAL:
+    flags = _flags_of(words[0]) if words else ()
+    if not flags:
         return list(words)
     given = {word.partition("=")[0] for word in words}
-    made, free = [words[0]], iter([flag for flag in POSITIONAL[words[0]] if flag not in given])
+    made, free = [words[0]], iter([flag for flag in flags if flag not in given])
     rest = iter(words[1:])
     for word in rest:
         if word.startswith("-"):
@@ -107,6 +113,13 @@ def with_flags(words: Sequence[str], takes_value: frozenset[str]) -> list[str]:
             flag = next(free, None)
             made += [flag, word] if flag else [word]
     return made
+
+
+def _flags_of(command: str) -> tuple[str, ...]:
+    try:
+        return options.positions(request_type(command))
+    except UnknownCommandError:
+        return ()
 
 
 def _arguments(task: Task[Any]) -> list[Argument]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields
 from enum import Enum
 from functools import cache
 from importlib import import_module
+from types import ModuleType
 from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeAlias, TypeVar, cast, get_args
 
 from mlxops.core import names, wire
@@ -115,6 +116,8 @@ class Request(Generic[R]):
 
     dry_run = False
 
+    nested: ClassVar[bool] = False
+    """In JSON documents the result has a key of its own, `result`, and does not lie beside the host's name."""
     group: ClassVar[Group] = Group.HIDDEN
     example: ClassVar[str] = ""
 
@@ -127,11 +130,13 @@ class Request(Generic[R]):
         changes: bool = False,
         cancellable: bool = False,
         repeatable: bool = False,
+        nested: bool = False,
     ) -> None:
         package, _, module = cls.__module__.rpartition(".")
         cls.name = module.replace("_", "-") if package == COMMANDS else ""
         cls.group, cls.example, cls.hosts = group, example, hosts
         cls.changes, cls.cancellable, cls.repeatable = changes, cancellable, repeatable
+        cls.nested = nested or changes
         for base in getattr(cls, "__orig_bases__", ()):
             for argument in get_args(base):
                 cls.result = argument if isinstance(argument, type) else cls.result
@@ -169,16 +174,20 @@ class Draining(Plannable[R]):
     )
 
 
-@cache
-def request_type(name: str) -> type[AnyRequest]:
-    """Return the request of a command; its module is imported now. Raises `UnknownCommandError`."""
+def command_module(name: str) -> ModuleType:
+    """Return the module of `mlxops.core.commands` for a command, imported now. Raises `UnknownCommandError`."""
     if not _NAME.fullmatch(name):
         raise UnknownCommandError(name)
     try:
-        module = import_module(f"{COMMANDS}.{name.replace('-', '_')}")
+        return import_module(f"{COMMANDS}.{name.replace('-', '_')}")
     except ModuleNotFoundError:
         raise UnknownCommandError(name) from None
-    return cast("type[AnyRequest]", getattr(module, name.title().replace("-", "")))
+
+
+@cache
+def request_type(name: str) -> type[AnyRequest]:
+    """Return the request of a command. Raises `UnknownCommandError`."""
+    return cast("type[AnyRequest]", getattr(command_module(name), name.title().replace("-", "")))
 
 
 def decode_request(name: str, args: object) -> AnyRequest:

@@ -19,6 +19,8 @@ class HostReply(Generic[R]):
     host: str
     result: R | None = None
     error: MlxopsError | None = None
+    command: str = ""
+    """The command that the result is of: with `follow` that of the operation; empty if an older agent did not say."""
     flags: str = ""
     """What a suggested command needs to go to this host, such as " --host studio2"."""
 

@@ -26,11 +26,13 @@ from mlxops.control.client import (
     agent_argv,
     connect,
     ended_early,
+    envelope_for,
     heard,
     lost,
-    request_of,
     with_address,
 )
+from mlxops.core.command import AnyRequest
+from mlxops.core.commands.status import Status
 from mlxops.core.errors import MlxopsError
 from mlxops.core.protocol import AGAIN, HEARTBEAT, Done, Failed, Hello
 
@@ -51,9 +53,9 @@ class Link:
     One `look` on an open link is one round trip: the request is known there already.
     """
 
-    def __init__(self, target: HostTarget, command: str, args: Mapping[str, object], listen: Listen) -> None:
+    def __init__(self, target: HostTarget, request: AnyRequest, listen: Listen) -> None:
         self._target = target
-        self._request = request_of(target, command, args)
+        self._envelope = envelope_for(target, request)
         self._listen = listen
         self._transport: Transport | None = None
         self._dialogue: Dialogue | None = None
@@ -103,7 +105,7 @@ class Link:
             self._dialogue.send(AGAIN)
             return self._dialogue
         self._transport = connect(self._target)
-        request = replace(self._request, settings=with_address(self._target))
+        request = replace(self._envelope, settings=with_address(self._target))
         self._dialogue = self._transport.converse(agent_argv(self._target), request.encode() + b"\n")
         return self._dialogue
 
@@ -125,7 +127,7 @@ class Link:
 class Observation:
     """What one look at one host brought, and when: wall time in seconds, for display."""
 
-    answer: HostReply
+    answer: HostReply[Mapping[str, object]]
     at: float
     last: bool = False
     """It is not looked at again: what keeps it away does not pass by itself."""
@@ -174,7 +176,7 @@ class Watch:
             yield news
 
     def _keep_looking(self, target: HostTarget, listen: Listen) -> None:
-        link = Link(target, "status", {}, listen)
+        link = Link(target, Status(), listen)
         try:
             self._look_until_told(link, target)
         except BaseException as error:  # noqa: BLE001 - carried to the main thread, which is the boundary
@@ -205,7 +207,7 @@ class Watch:
                 link.beat()
 
 
-def _look(link: Link, target: HostTarget) -> HostReply:
+def _look(link: Link, target: HostTarget) -> HostReply[Mapping[str, object]]:
     try:
         return HostReply(target.name, link.look())
     except MlxopsError as error:

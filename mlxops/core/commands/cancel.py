@@ -19,7 +19,7 @@ class CancelResult:
 
 
 @dataclass(frozen=True)
-class Cancel(Request[CancelResult]):
+class Cancel(Request[CancelResult], nested=True):
     operation: str = ""
 
 

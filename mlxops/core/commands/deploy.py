@@ -29,7 +29,7 @@ class DeployResult:
 
 
 @dataclass(frozen=True)
-class Deploy(Plannable[DeployResult], group=Group.HOST, example="mlxctl deploy", hosts=Hosts.SEVERAL):
+class Deploy(Plannable[DeployResult], group=Group.HOST, example="mlxctl deploy", hosts=Hosts.SEVERAL, nested=True):
     """Install or upgrade the agent on a host."""
 
     rollback: bool = switch("go back to the build that was there before")

@@ -8,7 +8,7 @@ from mlxops.core.command import Request
 
 
 @dataclass(frozen=True)
-class Follow(Request[object]):
+class Follow(Request[object], nested=True):
     """The result is that of the operation's command."""
 
     operation: str = ""
