@@ -220,7 +220,7 @@ mlxops.agent.operations: drift ops status
 mlxops.agent.serving: logs observe processes servers
 mlxops.agent.state: locks operation_log recovery store
 mlxops.common: build files
-mlxops.core: errors model_options names ports protocol registry settings text
+mlxops.core: drift errors model_options names port_drift ports protocol records registry settings text
 """
 """What the agent imports of mlxops for a `status` of a host where nothing runs; the engines beside, which are found."""
 STATUS_ASKS = """

@@ -16,8 +16,10 @@ from pathlib import Path
 
 import mlxops
 from mlxops.core import errors, protocol
+from mlxops.core.drift import Drift
 from mlxops.core.errors import Exit
-from mlxops.core.ports import Drift, Operation, Owner, PortView, Run, State
+from mlxops.core.ports import Owner, PortView, State
+from mlxops.core.records import Operation, Run
 from mlxops.core.registry import Model
 from mlxops.core.settings import AGREED, Settings
 

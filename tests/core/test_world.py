@@ -8,20 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxops.core.ports import (
-    Health,
-    JobState,
-    Operation,
-    Orphan,
-    Owner,
-    Run,
-    Signals,
-    Standing,
-    State,
-    drift,
-    judge,
-    run_from_wire,
-)
+from mlxops.core.port_drift import drift
+from mlxops.core.ports import Health, JobState, Orphan, Owner, Signals, Standing, State, judge
+from mlxops.core.records import Operation, Run, run_from_wire
 from mlxops.core.registry import EMPTY, Registry
 from mlxops.core.settings import BootJob, PortRange
 from tests.core.worlds import (

@@ -12,8 +12,9 @@ from mlxops.agent.engines.base import each_looked_up_once
 from mlxops.agent.serving import logs
 from mlxops.agent.state import recovery
 from mlxops.agent.state.store import utc
+from mlxops.core.drift import Drift
 from mlxops.core.errors import MlxopsError
-from mlxops.core.ports import Drift, Owner, PortView, State, World
+from mlxops.core.ports import Owner, PortView, State, World
 from mlxops.core.registry import Registry
 from mlxops.core.text import amount
 

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from mlxops.agent.context import Context
 from mlxops.agent.engines.base import NoCompletion, complete
 from mlxops.agent.operations.server_names import names_of
-from mlxops.core.ports import Drift, PortView, State, World
+from mlxops.core.drift import Drift
+from mlxops.core.ports import PortView, State, World
 
 SECONDS = 20.0
 """How long a completion of four tokens may take: a server that is busy with others needs longer."""

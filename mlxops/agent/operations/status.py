@@ -9,7 +9,8 @@ from mlxops.agent.operations.drift import conflicted_copies, further_drift, rebo
 from mlxops.agent.operations.ops import downloads
 from mlxops.agent.state.operation_log import stand_of
 from mlxops.core.errors import MlxopsError, Refused
-from mlxops.core.ports import Operation, PortView
+from mlxops.core.ports import PortView
+from mlxops.core.records import Operation
 from mlxops.core.registry import Model, Registry
 
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 from mlxops.agent.state.operation_log import OperationLog, named, recent
 from mlxops.agent.state.store import Store, state_unreadable
+from mlxops.core.drift import Drift
 from mlxops.core.errors import Refused
-from mlxops.core.ports import Drift, Operation
 from mlxops.core.protocol import Failed
+from mlxops.core.records import Operation
 
 
 @dataclass(frozen=True)
