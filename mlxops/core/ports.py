@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 
+from mlxops.core.described import DescribedText
 from mlxops.core.drift import Drift
 from mlxops.core.protocol import Progress
 from mlxops.core.records import Operation, Run, Server
@@ -17,24 +18,28 @@ from mlxops.core.registry import Model, Registry
 from mlxops.core.settings import BootJob
 
 
-class State(StrEnum):
-    IDLE = "idle"
-    LOADING = "loading"
-    READY = "ready"
-    DRAINING = "draining"
-    FAILED = "failed"
-    WEDGED = "wedged"
-    MISMATCH = "mismatch"
-    FOREIGN = "foreign"
-    ORPHAN = "orphan"
-    UNKNOWN = "unknown"
+class State(DescribedText):
+    """The state of a port."""
+
+    IDLE = "idle", "Nothing runs on the port."
+    LOADING = "loading", "An operation starts a server here, or a server runs that does not serve yet."
+    READY = "ready", "The server is the one that was proven at load, it listens, and it answers the probe."
+    DRAINING = "draining", "An operation stops the server here."
+    FAILED = "failed", "The server ended or is unhealthy; the detail says why."
+    WEDGED = "wedged", "The server does not answer the probe, although no request is running."
+    MISMATCH = "mismatch", "The server serves another model than the registry says, or another process listens here."
+    FOREIGN = "foreign", "A process that is not ours holds the port; mlxops never signals it."
+    ORPHAN = "orphan", "Processes of ours are left without their leader, their port or an assignment."
+    UNKNOWN = "unknown", "The state could not be determined; mlxops changes nothing here."
 
 
-class Owner(StrEnum):
-    MLXOPS = "mlxops"
-    HAND = "hand"
-    BOOT = "boot"
-    FOREIGN = "foreign"
+class Owner(DescribedText):
+    """Who started the server of a port."""
+
+    MLXOPS = "mlxops", "mlxops started or adopted the server."
+    HAND = "hand", "This user started the server by hand."
+    BOOT = "boot", "A boot job of hosts.yaml starts the server."
+    FOREIGN = "foreign", "Any other process that holds the port."
 
 
 class Orphan(StrEnum):
