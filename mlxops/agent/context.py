@@ -19,8 +19,9 @@ from mlxops.core import names
 from mlxops.core.command import AnyRequest, Draining
 from mlxops.core.commands.load import Load
 from mlxops.core.errors import Busy, Interrupted, MlxopsError
-from mlxops.core.ports import Operation, PortView, World
+from mlxops.core.ports import PortView, World
 from mlxops.core.protocol import Event, Note, Requester
+from mlxops.core.records import Operation
 from mlxops.core.registry import Registry
 
 if TYPE_CHECKING:

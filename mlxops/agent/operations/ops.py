@@ -15,8 +15,8 @@ from mlxops.common.files import Unfit
 from mlxops.core.command import Subject
 from mlxops.core.commands.ops import OperationRow, Ops, OpsResult
 from mlxops.core.errors import Interrupted, MlxopsError, OutcomeUnknown, Refused
-from mlxops.core.ports import Operation
 from mlxops.core.protocol import Envelope, Failed
+from mlxops.core.records import Operation
 
 SHOWN = 20
 """Operations that have ended and are listed, the newest."""

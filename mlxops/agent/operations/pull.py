@@ -19,8 +19,8 @@ from mlxops.agent.state.operation_log import named
 from mlxops.core import names
 from mlxops.core.commands.pull import Pull, PullResult
 from mlxops.core.errors import Interrupted
-from mlxops.core.ports import Operation
 from mlxops.core.protocol import Phase, Progress
+from mlxops.core.records import Operation
 
 if TYPE_CHECKING:
     from mlxops.agent.hub.download import Check

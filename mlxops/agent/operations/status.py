@@ -7,7 +7,9 @@ from mlxops.agent.operations.drift import conflicted_copies, further_drift, rebo
 from mlxops.agent.operations.ops import downloads
 from mlxops.agent.state.operation_log import stand_of
 from mlxops.core.commands.status import DriftRow, PortRow, ProbeRow, RunningRow, Status, StatusResult
-from mlxops.core.ports import Drift, Operation, PortView
+from mlxops.core.drift import Drift, DriftCode
+from mlxops.core.ports import PortView
+from mlxops.core.records import Operation
 
 
 def run(ctx: Context, request: Status) -> StatusResult:
@@ -22,12 +24,13 @@ def run(ctx: Context, request: Status) -> StatusResult:
         found += failed(world, probes)
     if registry.unwritable:
         error = ctx.store.registry.refusal(registry)
-        found.insert(0, Drift(error.code, None, None, f"{error.message}: {error.why}", error.hint))
+        code = DriftCode.REGISTRY_MISSING if registry.missing else DriftCode.REGISTRY_UNUSABLE
+        found.insert(0, Drift(code, None, None, f"{error.message}: {error.why}", error.hint))
     found += conflicted_copies(ctx)
     return StatusResult(
         operations=tuple(_running(ctx, each) for each in downloads(ctx)),
         ports=tuple(_port_row(view, probes.get(view.port)) for view in views),
-        drift=tuple(DriftRow(each.code, each.port, each.model, each.message, each.hint) for each in found),
+        drift=tuple(DriftRow(each.code.value, each.port, each.model, each.message, each.hint) for each in found),
         registry=str(ctx.paths.registry),
     )
 

@@ -13,7 +13,7 @@ from mlxops.core.commands.load import PlanRow, PortResult
 from mlxops.core.commands.unload import Unload
 from mlxops.core.errors import UsageError
 from mlxops.core.planner import UnloadPlan
-from mlxops.core.ports import Operation
+from mlxops.core.records import Operation
 
 CANCEL_SECONDS = 60.0
 
