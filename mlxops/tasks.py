@@ -110,8 +110,10 @@ def status(
         if probe:
             why = "a completion from every ready port at every look would be load, not watching"
             raise UsageError("probe_or_watch", "--probe and --watch exclude each other", why=why, hint="leave one out")
-        seconds = live.interval_of(interval)
-        answers = live.stay(call.targets(all_by_default=True), seconds, console, json=call.json, until_drift=strict)
+        seconds = live.parse_interval(interval)
+        answers = live.watch_hosts(
+            call.targets(all_by_default=True), seconds, console, json=call.json, until_drift=strict
+        )
         return tuple(map(runner.drift_refused, answers)) if strict else answers
 
     runner.carry_out(call, run, None)
