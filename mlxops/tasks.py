@@ -129,9 +129,9 @@ def _watch(cli: Cli, request: Status) -> None:
     if request.probe:
         why = "a completion from every ready port at every look would be load, not watching"
         raise UsageError("probe_or_watch", "--probe and --watch exclude each other", why=why, hint="leave one out")
-    seconds = command.interval_of(request.interval)
+    seconds = command.parse_interval(request.interval)
     targets = cli.hosts()
-    replies = command.stay(targets, seconds, cli.console, json=cli.common.json, until_drift=request.strict)
+    replies = command.watch_hosts(targets, seconds, cli.console, json=cli.common.json, until_drift=request.strict)
     cli.replies = tuple(map(_refuse_drift, replies)) if request.strict else replies
 
 

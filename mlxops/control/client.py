@@ -85,13 +85,13 @@ def ask(target: HostTarget, request: Request[R], listen: Listen) -> HostReply[R]
         done = _Conversation(target, request, listen).result()
         followed = done.command not in ("", request.name)
         kind = request_type(done.command).result if followed else request.result
-        result = cast("R", _decoded(target, kind, done.result))
+        result = cast("R", decoded(target, kind, done.result))
     except MlxopsError as error:
         return HostReply(target.name, error=error, flags=target.flags)
     return HostReply(target.name, result, command=done.command or request.name, flags=target.flags)
 
 
-def _decoded(target: HostTarget, kind: type, result: Mapping[str, object]) -> object:
+def decoded(target: HostTarget, kind: type, result: Mapping[str, object]) -> object:
     """Raises `AgentProblem` for a result that is not one of the command."""
     try:
         return wire.decode(kind, result)
