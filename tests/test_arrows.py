@@ -214,12 +214,12 @@ def test_nothing_of_mlxops_imports_a_test() -> None:
 STATUS_ON_A_HOST = """
 mlxops
 mlxops.agent: agreement context paths worker
-mlxops.agent.engines: base
+mlxops.agent.engines: argv base installation
 mlxops.agent.host: programs sockets system
 mlxops.agent.operations: drift ops status
 mlxops.agent.serving: logs observe processes servers
 mlxops.agent.state: locks operation_log recovery store
-mlxops.common: build files
+mlxops.common: build files http
 mlxops.core: errors model_options names ports protocol registry settings text
 """
 """What the agent imports of mlxops for a `status` of a host where nothing runs; the engines beside, which are found."""
