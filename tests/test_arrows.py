@@ -214,7 +214,7 @@ def test_nothing_of_mlxops_imports_a_test() -> None:
 STATUS_ON_A_HOST = """
 mlxops
 mlxops.agent: agreement context paths worker
-mlxops.agent.engines: base
+mlxops.agent.engines: argv base installation
 mlxops.agent.host: programs sockets system
 mlxops.agent.operations: drift ops status
 mlxops.agent.serving: logs observe processes servers

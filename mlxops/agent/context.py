@@ -25,7 +25,7 @@ from mlxops.core.records import Operation
 from mlxops.core.registry import Registry
 
 if TYPE_CHECKING:
-    from mlxops.agent.engines.base import Command, Engine
+    from mlxops.agent.engines.base import Engine, EngineCommand
     from mlxops.core.planner import ModelRef
 
 DRAIN_SECONDS = 30.0
@@ -145,13 +145,13 @@ class Context:
         self.note(f"{error.message}: {error.why}; {error.hint}", "warning")
         return error
 
-    def engine(self, target: ModelRef) -> tuple[Engine, Command]:
+    def engine(self, target: ModelRef) -> tuple[Engine, EngineCommand]:
         """Return the engine for a target, and its command. Raises `Refused` (unknown_engine, engine_not_found)."""
         from mlxops.agent.engines import engine_named
 
         settings = self.paths.settings
         engine = engine_named((target.entry.engine if target.entry else None) or settings.engine)
-        return engine, engine.command(settings.launch.get(engine.name, ()), self.engine_environ)
+        return engine, engine.find_command(settings.launch.get(engine.name, ()), self.engine_environ)
 
     @property
     def engine_environ(self) -> Mapping[str, str]:

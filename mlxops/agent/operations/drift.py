@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlxops.agent.context import Context
-from mlxops.agent.engines.base import each_looked_up_once
+from mlxops.agent.engines.installation import cached_lookups
 from mlxops.agent.serving import logs
 from mlxops.agent.state import recovery
 from mlxops.agent.state.store import utc
@@ -20,7 +20,7 @@ from mlxops.core.text import amount
 
 
 def further_drift(ctx: Context, registry: Registry, world: World) -> Iterator[Drift]:
-    with each_looked_up_once():
+    with cached_lookups():
         settings = [drift for view in world.ports.values() for drift in settings_drift(ctx, registry, view)]
     yield from settings
     for view in world.ports.values():
@@ -99,7 +99,7 @@ def _expected(ctx: Context, registry: Registry, view: PortView) -> tuple[str, ..
 
     Raises `Refused`.
     """
-    from mlxops.agent.engines.installation import NotAsked
+    from mlxops.agent.engines.inspection import HelpNotKnown
     from mlxops.agent.operations.model_files import ModelFiles
     from mlxops.agent.operations.preflight import prepare
     from mlxops.core.planner import ModelRef
@@ -112,7 +112,7 @@ def _expected(ctx: Context, registry: Registry, view: PortView) -> tuple[str, ..
         return prepare(
             ctx, target, view.port, ModelFiles(run.revision, Path(entry.cache_path or "/"), 0), ask=False
         ).wanted.argv
-    except NotAsked:
+    except HelpNotKnown:
         return None
 
 

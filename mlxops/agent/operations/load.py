@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from mlxops.agent.context import Context, busy, model_lock, repo_lock
-from mlxops.agent.engines.base import NoCompletion
 from mlxops.agent.operations.model_files import ModelFiles, cached
 from mlxops.agent.operations.preflight import (
     Prepared,
@@ -24,6 +23,7 @@ from mlxops.agent.operations.stop import shown_stop
 from mlxops.agent.operations.swap import start_in_place
 from mlxops.agent.paths import require
 from mlxops.agent.state.store import now
+from mlxops.common.http import NoCompletion
 from mlxops.core import names, planner
 from mlxops.core.commands.load import Load, LoadResult, PlanRow
 from mlxops.core.errors import Busy, MlxopsError, NotStarted, Refused, UsageError

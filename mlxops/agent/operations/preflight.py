@@ -11,9 +11,15 @@ from pathlib import Path
 
 from mlxops.agent.context import Context, busy, memory_lock
 from mlxops.agent.engines import engine_named
-from mlxops.agent.engines.base import Command, Engine, Serving, installed_version, template_text
-from mlxops.agent.engines.base import options as arguments
-from mlxops.agent.engines.installation import abilities, described, lacks_architecture, lacks_tokenizer
+from mlxops.agent.engines.argv import long_options
+from mlxops.agent.engines.base import Engine, EngineCommand, ServerSpec, template_text
+from mlxops.agent.engines.inspection import (
+    inspect_command,
+    lacks_tokenizer,
+    missing_architecture,
+    quantization_abilities,
+)
+from mlxops.agent.engines.installation import installed_version
 from mlxops.agent.host.system import free_on_disk
 from mlxops.agent.hub.contents import printable
 from mlxops.agent.hub.snapshot import ModelFacts, edited, kept_as_it_is, shape, to_correct
@@ -47,8 +53,8 @@ class Prepared:
     """A server that could be started now."""
 
     engine: Engine
-    command: Command
-    serving: Serving
+    command: EngineCommand
+    serving: ServerSpec
     files: ModelFiles
     wanted: Wanted
 
@@ -56,12 +62,12 @@ class Prepared:
 def prepare(ctx: Context, target: ModelRef, port: int, files: ModelFiles, *, ask: bool = True) -> Prepared:
     """Raises `Refused` for an engine that is not there or does not run, and for options that it cannot be given.
 
-    `ask`: the engine may be run to learn its options, which takes seconds; without it, that raises `NotAsked`.
+    `ask`: the engine may be run to learn its options, which takes seconds; without it, that raises `HelpNotKnown`.
     """
     settings = ctx.paths.settings
     entry = target.entry or Model(target.name, target.repo_id)
     engine, command = ctx.engine(target)
-    serving = Serving(
+    serving = ServerSpec(
         model=entry,
         alias=settings.alias(port, target.name),
         path=files.path,
@@ -71,7 +77,7 @@ def prepare(ctx: Context, target: ModelRef, port: int, files: ModelFiles, *, ask
         options=_with_template(entry, options(entry, settings.engine, files.path), files.path),
     )
     inquire = ctx.engine_environ if ask else None
-    command = described(engine, command, serving, inquire, ctx.store, keep=not ctx.request.dry_run)
+    command = inspect_command(engine, command, serving, inquire, ctx.store, keep=not ctx.request.dry_run)
     argv = engine.argv(command, serving)
     real = os.path.realpath(files.path)
     return Prepared(engine, command, serving, files, Wanted(target.repo_id, files.revision, engine.name, argv, real))
@@ -178,7 +184,7 @@ def _is_language_model(prepared: Prepared) -> bool:
 
 def _served_as(prepared: Prepared) -> str:
     """Return the served type. Decided by the argv: the entry's own args may set it."""
-    return arguments(prepared.wanted.argv).get("--model-type", "lm")
+    return long_options(prepared.wanted.argv).get("--model-type", "lm")
 
 
 def _check_code(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
@@ -205,7 +211,7 @@ def _check_code(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
 
 def served_as(entry: Model) -> str:
     """The kind of model that an entry is served as, before there is an argv."""
-    return arguments(entry.args).get("--model-type", str(entry.options.get("model_type") or "lm"))
+    return long_options(entry.args).get("--model-type", str(entry.options.get("model_type") or "lm"))
 
 
 def check_before_download(ctx: Context, target: ModelRef) -> Callable[[Collection[str], Mapping[str, object]], None]:
@@ -234,11 +240,11 @@ _LIBRARIES = {"lm": "mlx_lm", "multimodal": "mlx_vlm"}
 
 
 def _refuse_architecture(
-    repo_id: str, command: Command, engine: Engine, config: Mapping[str, object], kind: str
+    repo_id: str, command: EngineCommand, engine: Engine, config: Mapping[str, object], kind: str
 ) -> None:
     """Raises `Refused` (unknown_architecture) for one that the installed engine does not know."""
     library = _LIBRARIES.get(kind)
-    if library and (why := lacks_architecture(command, engine, _model_type(config), library)):
+    if library and (why := missing_architecture(command, engine, _model_type(config), library)):
         raise Refused(
             "unknown_architecture",
             f"{repo_id} is of an architecture that the installed engine cannot load",
@@ -253,10 +259,10 @@ def _model_type(config: Mapping[str, object]) -> str | None:
 
 
 def _refuse_quantization(
-    repo_id: str, command: Command, engine: Engine, config: Mapping[str, object], *, packed: bool
+    repo_id: str, command: EngineCommand, engine: Engine, config: Mapping[str, object], *, packed: bool
 ) -> None:
     """Raises `Refused` (not_servable) for weights that the installed engine does not unpack."""
-    known = abilities(command, engine, _model_type(config))
+    known = quantization_abilities(command, engine, _model_type(config))
     if known is not None and (why := unknown_quantization(config, known, packed=packed)):
         raise _not_servable(repo_id, f"{why} (mlx-lm {known.version})")
 
@@ -385,7 +391,7 @@ def check_name(ctx: Context, request: Load, target: ModelRef, port: int) -> None
         return
     engine, command = ctx.engine(target)
     version = installed_version(command.argv, engine.distribution)
-    if not engine.any_name(version):
+    if not engine.accepts_any_name(version):
         also = engine.further_names(version)
         planner.check_sent_names(port, ctx.paths.settings.alias(port, target.name), names, also)
 

@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterator, Mapping
 
 from mlxops.agent.context import Context
-from mlxops.agent.engines.base import NoCompletion, complete
 from mlxops.agent.operations.server_names import names_of
+from mlxops.common.http import NoCompletion, request_completion
 from mlxops.core.commands.status import ProbeRow
 from mlxops.core.drift import Drift, DriftCode
 from mlxops.core.ports import PortView, State, World
@@ -45,7 +45,7 @@ def _ask(ctx: Context, view: PortView) -> ProbeRow:
     began = time.monotonic()
     name, error = names.known[0], None
     try:
-        complete(ctx.paths.connect_host, view.port, name, SECONDS)
+        request_completion(ctx.paths.connect_host, view.port, name, SECONDS)
     except (OSError, NoCompletion) as failure:
         error = str(failure)[:300] or type(failure).__name__
     seconds = round(time.monotonic() - began, 3)

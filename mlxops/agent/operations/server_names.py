@@ -6,21 +6,22 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from mlxops.agent.engines import ENGINES
-from mlxops.agent.engines.base import Names, installed_version
-from mlxops.core.ports import Owner, PortView
+from mlxops.agent.engines.base import ServedNames, installed_version
+from mlxops.agent.engines.installation import installed_version
+from mlxops.core.ports import Owner, PortView, Run, Server
 from mlxops.core.records import Run, Server
 
 
-def names_of(view: PortView) -> Names:
+def names_of(view: PortView) -> ServedNames:
     """Return the names that the server's command shows; for our own servers the alias first, which was proven."""
     if view.owner is None:
-        return Names()
+        return ServedNames()
     run, served = _own_run(view), _served(view)
     engine = ENGINES.get(served.engine) if served else None
     if served is None or engine is None:
-        return Names(not_asked="its name is not known: its program is not one that mlxops knows")
+        return ServedNames(not_asked="its name is not known: its program is not one that mlxops knows")
     recorded = run.engine_version if run else None
-    names = engine.names(served.argv, recorded or installed_version(served.argv, engine.distribution))
+    names = engine.accepted_names(served.argv, recorded or installed_version(served.argv, engine.distribution))
     if run is None or not run.alias:
         return names
     further = tuple(name for name in names.known if name != run.alias)
@@ -59,7 +60,7 @@ class NameFields:
     not_asked: str | None
 
 
-def name_fields(names: Names) -> NameFields:
+def name_fields(names: ServedNames) -> NameFields:
     only = tuple(names.known) if names.sure and not names.any else ()
     return NameFields(
         answers_to=only[0] if only else None,

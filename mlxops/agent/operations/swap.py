@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mlxops.agent.context import Context
 from mlxops.agent.engines import engine_named
-from mlxops.agent.engines.base import Command, Serving
+from mlxops.agent.engines.base import EngineCommand, ServerSpec
 from mlxops.agent.hub.snapshot import completeness
 from mlxops.agent.operations.model_files import cached
 from mlxops.agent.operations.prefetch import warm
@@ -185,8 +185,8 @@ def _recorded(ctx: Context, view: PortView, entry: Model) -> RestartPlan | None:
     if files is None or files.revision != run.revision:
         return None
     folder = ctx.store.run_folder(view.port)
-    serving = Serving(entry, run.alias, files.path, ctx.paths.settings.bind, view.port, folder)
-    command = Command(run.argv, "its run record", run.engine_version)
+    serving = ServerSpec(entry, run.alias, files.path, ctx.paths.settings.bind, view.port, folder)
+    command = EngineCommand(run.argv, "its run record", run.engine_version)
     engine = engine_named(run.engine)
     start = Launch(ctx.paths, ctx.store, ctx.system, engine, command, serving, argv=run.argv)
     return RestartPlan(run.model, start, run.repo_id, run.revision, files.size_bytes)
