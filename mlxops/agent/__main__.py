@@ -167,7 +167,7 @@ def _carry_out(request: Request) -> int:
         agree_anew(store, paths)
         _emit(Done({"agreed": True}))
         return 0
-    if request.agreed and (agreed := store.agreed()) is not None:
+    if request.agreed and (agreed := store.agreed_settings()) is not None:
         # `--local` without a hosts.yaml: the host knows itself best.
         request = replace(request, settings=agreed)
         paths = host_paths(agreed, os.environ)

@@ -18,12 +18,12 @@ def agree(store: Store, paths: HostPaths) -> None:
 
     Raises `Refused` (settings_differ, host_json_unusable, state_unwritable) and `Busy` (settings_locked).
     """
-    store.ready()
-    with store.settling():
-        agreed = store.agreed()
+    store.create_folders()
+    with store.settings_lock():
+        agreed = store.agreed_settings()
         _refuse_others(agreed, paths)
         if agreed != paths.settings:
-            store.agree(paths.settings)
+            store.save_agreed_settings(paths.settings)
 
 
 def agree_anew(store: Store, paths: HostPaths) -> None:
@@ -31,13 +31,13 @@ def agree_anew(store: Store, paths: HostPaths) -> None:
 
     Raises `Busy` (settings_in_use) while an operation works with others: it will write where they say.
     """
-    store.ready()
-    with store.settling():
+    store.create_folders()
+    with store.settings_lock():
         if _found(_readable(store), paths):
             _refuse_while_used(store)
-        store.agree(paths.settings)
+        store.save_agreed_settings(paths.settings)
     with contextlib.suppress(OSError):
-        store.registry.remember()
+        store.registry.record_existence()
 
 
 def confirm(store: Store, paths: HostPaths) -> None:
@@ -45,13 +45,13 @@ def confirm(store: Store, paths: HostPaths) -> None:
 
     Raises what `agree` raises.
     """
-    with store.settling():
-        _refuse_others(store.agreed(), paths)
+    with store.settings_lock():
+        _refuse_others(store.agreed_settings(), paths)
 
 
 def refuse_others(store: Store, paths: HostPaths) -> None:
     """Before a look, which waits for nobody. Raises `Refused` (settings_differ, host_json_unusable)."""
-    _refuse_others(store.agreed(), paths)
+    _refuse_others(store.agreed_settings(), paths)
 
 
 def _refuse_others(agreed: Settings | None, paths: HostPaths) -> None:
@@ -65,7 +65,7 @@ def _found(agreed: Settings | None, paths: HostPaths) -> dict[str, tuple[str, st
 
 def _readable(store: Store) -> Settings | None:
     try:
-        return store.agreed()
+        return store.agreed_settings()
     except Refused:
         return None  # damaged: agreeing anew is what mends it
 

@@ -18,7 +18,7 @@ from mlxops.agent.context import Context
 from mlxops.agent.host.system import this_system
 from mlxops.agent.operations.restore import look
 from mlxops.agent.paths import HostPaths, host_paths
-from mlxops.agent.state.store import Store, now
+from mlxops.agent.state.store import Store, utc_now
 from mlxops.agent.worker import begin
 from mlxops.common.build import build_id
 from mlxops.core.errors import Exit, MlxopsError, Refused
@@ -60,7 +60,7 @@ def run(state: Path, pause: Callable[[float], None] = time.sleep, clock: Callabl
 
 def _restore(state: Path, told: set[str]) -> _Outcome:
     """`told`: what was said already, and is not said again at every look."""
-    agreed = Store(state, state / "no-registry-yet").agreed()
+    agreed = Store(state, state / "no-registry-yet").agreed_settings()
     if agreed is None:
         raise Refused(
             "never_agreed",
@@ -125,5 +125,5 @@ def _tell(event: Event) -> None:
             text = f"error: {error.message}; {error.why}; {error.hint}"
         case _:
             return
-    sys.stdout.write(f"{now()} {text}\n")
+    sys.stdout.write(f"{utc_now()} {text}\n")
     sys.stdout.flush()

@@ -13,7 +13,7 @@ from mlxops.agent.paths import HostPaths
 from mlxops.agent.serving.observe import observe
 from mlxops.agent.state import recovery
 from mlxops.agent.state.operation_log import named
-from mlxops.agent.state.store import Store, now
+from mlxops.agent.state.store import Store, utc_now
 from mlxops.common.files import said
 from mlxops.core import names
 from mlxops.core.errors import Busy, Interrupted
@@ -131,7 +131,7 @@ class Context:
     def usable_registry(self) -> Registry:
         """For a change. Raises `Refused` before anything is done if it could not be written in the end."""
         registry = self.store.registry
-        return registry.usable() if self.request.dry_run else registry.check_writable()
+        return registry.read_usable() if self.request.dry_run else registry.check_writable()
 
     def engine(self, target: ModelRef) -> tuple[Engine, Command]:
         """Return the engine for a target, and its command. Raises `Refused` (unknown_engine, engine_not_found)."""
@@ -160,10 +160,10 @@ class Context:
         """The registry, and life, as they were together. A load or unload that goes on while we look changes both: what
         was seen first then disagrees with what was read later, and that is no drift. So look again, a few times."""
         for _ in range(LOOKS):
-            marks = self.store.marks()
+            marks = self.store.file_versions()
             registry = self.registry()
             world = self.observe(registry)
-            if self.store.marks() == marks and not any(view.overtaken for view in world.ports.values()):
+            if self.store.file_versions() == marks and not any(view.overtaken for view in world.ports.values()):
                 break
         return registry, world
 
@@ -177,7 +177,7 @@ class Context:
     def remember(self, **what: object) -> None:
         """The history is worth a warning, not a failure."""
         try:
-            self.store.remember(operation=self.operation, by=str(self.request.asker), **what)
+            self.store.append_history(operation=self.operation, by=str(self.request.asker), **what)
         except OSError as error:
             self.note(f"the history could not be written: {said(error)}", "warning")
 
@@ -199,7 +199,7 @@ class Context:
             model=request.text("model"),
             port=port,
             asker=str(request.asker),
-            since=now(),
+            since=utc_now(),
             repo=request.text("repo"),
         )
 
@@ -235,8 +235,8 @@ class Context:
         if isinstance(held, Operation):
             raise busy(name, held, attach=self.is_wanted_too(held, port))
         try:
-            if held.left is not None:
-                self._settle(held.left)
+            if held.abandoned is not None:
+                self._settle(held.abandoned)
             yield
         finally:
             held.release()

@@ -37,7 +37,7 @@ def begin(store: Store, request: Request) -> tuple[OperationLog, subprocess.Pope
 
     Raises `Refused` when the state folder cannot be written, `Busy` (operations_locked) when others stop half way.
     """
-    store.ready()
+    store.create_folders()
     try:
         journal, lock = journals.create(store.state / "ops", request)
         if lock is None:

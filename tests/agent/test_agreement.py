@@ -83,7 +83,7 @@ def test_what_need_not_be_agreed_on_is_kept_as_it_was_asked_last(settings: Setti
     agree(store, host_paths(settings, {}))
     changed = replace(settings, address="studio.local", env={"A": "1"}, boot=(BootJob(8100, "/opt/start.sh"),))
     agree(store, host_paths(changed, {}))
-    assert store.agreed() == changed
+    assert store.agreed_settings() == changed
 
 
 def test_a_worker_whose_settings_were_agreed_anew_before_it_began_does_nothing(
@@ -120,8 +120,8 @@ def test_settings_are_not_agreed_anew_while_an_operation_works_with_others(
 def test_agreed_settings_that_are_damaged_are_mended_by_agreeing_anew(
     settings: Settings, store: Store, content: bytes
 ) -> None:
-    store.ready()
+    store.create_folders()
     (store.state / "host.json").write_bytes(content)
     assert said(agent(settings, "status"))["error"]["code"] == "host_json_unusable"
     assert said(agent(settings, "agree"))["event"] == "done"
-    assert store.agreed() == settings
+    assert store.agreed_settings() == settings

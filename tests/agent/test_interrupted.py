@@ -17,7 +17,7 @@ def test_the_next_one_names_it_writes_its_end_and_removes_what_it_was_writing(tm
     settings = Settings(hub=str(tmp_path / "hub"), state=str(tmp_path / "state"))
     paths = host_paths(settings, {})
     store = Store(paths.state, paths.registry)
-    store.ready()
+    store.create_folders()
     journal, lock = create(store.state / "ops", Request("load", {"model": "a", "port": "8100"}, settings, ""))
     assert lock is not None
     os.close(lock)

@@ -205,7 +205,7 @@ def test_a_log_that_cannot_be_cut_ends_no_operation(log: Path, stuck: None, tmp_
     settings = Settings(hub=str(tmp_path / "hub"), state=str(tmp_path))
     paths = host_paths(settings, {})
     store = Store(paths.state, paths.registry)
-    store.ready()
+    store.create_folders()
     big = store.log_path(8100)
     big.touch()
     os.truncate(big, logs.CAP + 1)

@@ -48,7 +48,7 @@ ANSWERS = {
 def store(tmp_path: Path) -> Store:
     (tmp_path / "share").mkdir()
     store = Store(tmp_path / "state", tmp_path / "share" / "registry.json")
-    store.ready()
+    store.create_folders()
     store.registry.update(lambda registry: registry.assign("a", 8100))
     return store
 
@@ -83,7 +83,7 @@ Answer = Callable[[Path, Callable[[], None]], None]
 @pytest.mark.parametrize("number", ANSWERS.values(), ids=ANSWERS)
 def test_a_registry_without_locks_is_refused_before_anything_else(store: Store, answer: Answer, number: int) -> None:
     answer(store.registry.path.parent, refusing(number))
-    for change in (store.registry.check_writable, store.registry.usable):
+    for change in (store.registry.check_writable, store.registry.read_usable):
         with pytest.raises(Refused) as caught:
             change()
         error = caught.value
@@ -99,7 +99,7 @@ def test_a_state_folder_without_locks_is_told_by_every_way_in(store: Store, answ
     me = Operation("op1", "load")
     ways: list[Callable[[], object]] = [
         lambda: store.lock("port-8100", me),
-        lambda: store.settling().__enter__(),
+        lambda: store.settings_lock().__enter__(),
         lambda: begin(store, Request("init", {}, Settings(state=str(store.state)), "")),
     ]
     for way in ways:

@@ -20,10 +20,12 @@ from pathlib import Path
 import pytest
 
 from mlxops.agent import install
-from mlxops.agent.state import locks
+from mlxops.agent.state import durable_files, locks
 from mlxops.agent.state import store as stores
+from mlxops.agent.state.durable_files import write_durably
 from mlxops.agent.state.operation_log import OperationLog
-from mlxops.agent.state.store import Lock, RegistryFile, Store, write_durably
+from mlxops.agent.state.registry_file import RegistryFile
+from mlxops.agent.state.store import Lock, Store
 from mlxops.core.errors import Busy, MlxopsError, Refused
 from mlxops.core.ports import Operation
 from mlxops.core.protocol import Done
@@ -40,7 +42,7 @@ ME = Operation("op1", "load", "a", 8100, "me@mini", "2026-01-01T00:00:00Z", "org
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     made = Store(tmp_path / "state", tmp_path / "hub" / "registry.json")
-    made.ready()
+    made.create_folders()
     made.registry.path.parent.mkdir()
     made.registry.path.write_bytes(CONTENT)
     return made
@@ -57,7 +59,8 @@ def leftovers(folder: Path) -> list[str]:
 PRELUDE = """
 import json, os, sys
 from pathlib import Path
-from mlxops.agent.state.store import Store, write_durably
+from mlxops.agent.state.durable_files import write_durably
+from mlxops.agent.state.store import Store
 from mlxops.core.errors import MlxopsError
 from mlxops.core.ports import Operation
 store = Store(Path(sys.argv[1]), Path(sys.argv[2]))
@@ -140,7 +143,7 @@ def test_a_change_that_changes_nothing_does_not_write(store: Store) -> None:
 
 def test_a_missing_file_is_made_with_its_folder_and_has_no_generation_before(tmp_path: Path) -> None:
     store = Store(tmp_path / "state", tmp_path / "new" / "hub" / "registry.json")
-    store.ready()
+    store.create_folders()
     assert store.registry.read().models == {}
     store.registry.update(move)
     assert parse(store.registry.path.read_bytes()).models["b"].port == 8100
@@ -164,7 +167,7 @@ def test_a_registry_behind_a_link_is_changed_and_the_link_stays(tmp_path: Path) 
     real.write_bytes(CONTENT)
     link.symlink_to(real)
     store = Store(tmp_path / "state", link)
-    store.ready()
+    store.create_folders()
     store.registry.update(move)
     assert link.is_symlink() and os.readlink(link) == str(real)
     assert parse(real.read_bytes()).models["b"].port == 8100
@@ -211,7 +214,7 @@ def test_a_change_that_fails_leaves_no_trace_and_no_lock(store: Store) -> None:
 
 def test_a_folder_where_the_registry_should_be_is_told_and_left_alone(tmp_path: Path) -> None:
     store = Store(tmp_path / "state", tmp_path / "registry.json")
-    store.ready()
+    store.create_folders()
     store.registry.path.mkdir()
     assert store.registry.read().unwritable
     for attempt in attempts(store):
@@ -303,7 +306,7 @@ def test_of_many_writers_at_once_no_change_is_lost_and_no_reader_sees_a_broken_f
 
 
 def test_the_history_of_many_writers_has_every_line_whole(store: Store) -> None:
-    text = 'for i in range(50): store.remember(who=sys.argv[3], i=i, text="x" * 500)'
+    text = 'for i in range(50): store.append_history(who=sys.argv[3], i=i, text="x" * 500)'
     writers = [program(store, text, str(number)) for number in range(3)]
     with ended_after(*writers):
         assert [writer.wait(30) for writer in writers] == [0, 0, 0]
@@ -326,7 +329,7 @@ def test_a_line_of_the_history_waits_for_another_that_is_being_written(
             other.close()
 
         monkeypatch.setattr(time, "sleep", end)
-        store.remember(by="me")
+        store.append_history(by="me")
     assert [line["by"] for line in store.history()] == ["other", "me"]
 
 
@@ -337,12 +340,12 @@ def test_whoever_hangs_with_the_history_does_not_make_others_wait_for_ever(
     with open(store.state / "history.jsonl", "ab") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(OSError, match="another program"):
-            store.remember(by="me")
+            store.append_history(by="me")
 
 
 def test_of_a_long_history_the_whole_lines_of_its_end_are_told(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(5):
-        store.remember(n=number)
+        store.append_history(n=number)
     line = (store.state / "history.jsonl").stat().st_size // 5
     for size, told in ((2 * line, [3, 4]), (2 * line + line // 2, [3, 4]), (5 * line, [0, 1, 2, 3, 4])):
         monkeypatch.setattr(stores, "HISTORY_BYTES", size)
@@ -451,7 +454,7 @@ print(json.dumps({
 
 def test_a_read_only_state_folder_is_told(store: Store) -> None:
     text = """
-print(json.dumps({"ready": attempt(lambda: Store(Path(os.environ["FOLDER"]) / "state", Path("/x")).ready())}))
+print(json.dumps({"ready": attempt(lambda: Store(Path(os.environ["FOLDER"]) / "state", Path("/x")).create_folders())}))
 """
     mount = 'mount --bind "$FOLDER" "$FOLDER" && mount -o remount,bind,ro "$FOLDER"'
     assert mounted(store, mount, text) == {"ready": "state_unwritable"}
@@ -526,7 +529,7 @@ class FullSync:
         self.plain.append(_kind(fd))
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for module in (stores, install):
+        for module in (durable_files, install):
             monkeypatch.setattr(module, "_F_FULLFSYNC", 51)
         monkeypatch.setattr(fcntl, "fcntl", self.fcntl)
         monkeypatch.setattr(os, "fsync", self.fsync)
@@ -538,7 +541,7 @@ def _kind(fd: int) -> str:
 
 def _write_all_kinds(store: Store, journal: OperationLog) -> None:
     write_durably(store.state / "host.json", b"{}")
-    store.remember(what="x")
+    store.append_history(what="x")
     install.stamp(store.state, {})
     journal.emitter()(Done({}))
 
@@ -565,7 +568,7 @@ def test_a_file_system_that_knows_no_such_flush_gets_the_plain_one(
     assert (sync.full, sync.plain) == ([], DURABLE)
 
 
-@pytest.mark.parametrize("flush", [stores.flush, install.flush])
+@pytest.mark.parametrize("flush", [durable_files.flush, install.flush])
 def test_a_flush_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, flush: Callable[[int], None]) -> None:
     FullSync(errno.EIO).install(monkeypatch)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
@@ -631,11 +634,11 @@ def test_a_lock_ends_with_the_process_that_holds_it_however_it_ends(store: Store
 
 def test_a_lock_that_is_given_back_leaves_no_trace_and_one_that_is_not_does(store: Store) -> None:
     lock = taken(store)
-    assert store.left("port-8100") is None, "it is held"
+    assert store.abandoned_by("port-8100") is None, "it is held"
     lock.release()
-    assert store.left("port-8100") is None
+    assert store.abandoned_by("port-8100") is None
     os.close(taken(store).fd)  # as a kill does
-    assert store.left("port-8100") == ME
+    assert store.abandoned_by("port-8100") == ME
 
 
 def test_a_lock_into_which_nothing_can_be_written_is_not_kept(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -708,10 +711,10 @@ def test_the_state_folder_is_the_users_alone(tmp_path: Path) -> None:
     store = Store(tmp_path / "state", tmp_path / "registry.json")
     before = os.umask(0)
     try:
-        store.ready()
+        store.create_folders()
         store.save_run(run())
-        store.agree(Settings())
-        store.remember(what="x")
+        store.save_agreed_settings(Settings())
+        store.append_history(what="x")
         taken(store).release()
     finally:
         os.umask(before)
@@ -722,7 +725,12 @@ def test_the_state_folder_is_the_users_alone(tmp_path: Path) -> None:
 
 def test_looking_makes_nothing(tmp_path: Path) -> None:
     store = Store(tmp_path / "state", tmp_path / "registry.json")
-    assert (store.registry.read().models, store.holder("x"), store.run(8100), store.agreed()) == ({}, None, None, None)
+    assert (store.registry.read().models, store.holder("x"), store.run(8100), store.agreed_settings()) == (
+        {},
+        None,
+        None,
+        None,
+    )
     assert os.listdir(tmp_path) == []
 
 
@@ -743,12 +751,12 @@ def test_a_damaged_run_record_is_not_taken_for_a_missing_one(store: Store, conte
 
 def test_agreed_settings_come_back_and_damaged_ones_are_told(store: Store) -> None:
     settings = Settings(bind="::1", slots={8100: "jerry-xl"})
-    store.agree(settings)
-    assert store.agreed() == settings
+    store.save_agreed_settings(settings)
+    assert store.agreed_settings() == settings
     for content in (b"", b"[]", b"{}", b'{"ports": 1}'):
         (store.state / "host.json").write_bytes(content)
         with pytest.raises(MlxopsError) as caught:
-            store.agreed()
+            store.agreed_settings()
         assert caught.value.code == "host_json_unusable"
 
 

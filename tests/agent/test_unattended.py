@@ -51,8 +51,8 @@ def store(tmp_path: Path, disk: Path) -> Store:
     settings = Settings(hub=str(disk), state=str(tmp_path / "state"), ports=PortRange(port, port))
     where = placed(settings, {})
     store = Store(where.state, where.registry)
-    store.ready()
-    store.agree(settings)
+    store.create_folders()
+    store.save_agreed_settings(settings)
     return store
 
 
@@ -65,7 +65,7 @@ def operations(store: Store) -> list[Path]:
 
 
 def port_of(store: Store) -> int:
-    agreed = store.agreed()
+    agreed = store.agreed_settings()
     assert agreed is not None
     return agreed.ports.first
 
@@ -79,7 +79,7 @@ def assign(store: Store) -> None:
 def started(store: Store, monotonic: float) -> None:
     """By a restore of this boot."""
     when = {"boot_id": this_system().boot_id(), "wall": time.time(), "monotonic": monotonic}
-    store.remember(command="restore", model=NAME, port=port_of(store), **when)
+    store.append_history(command="restore", model=NAME, port=port_of(store), **when)
 
 
 def test_a_disk_that_is_mounted_late_is_waited_for(

@@ -507,7 +507,7 @@ def _has_its_head(arena: Arena, port: int, loaded: Ended) -> None:
 def _two_inits(arena: Arena) -> None:
     """Each tells what it added itself."""
     arena.write_registry({})
-    with _held_at(arena, "mlxops.agent.state.store.RegistryFile.update", "init") as second:
+    with _held_at(arena, "mlxops.agent.state.registry_file.RegistryFile.update", "init") as second:
         one = arena.run("init")
     assert (len(_rows(one, "added")), len(_rows(second[0], "added"))) == (3, 0), (one, second)
 

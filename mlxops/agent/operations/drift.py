@@ -11,7 +11,7 @@ from mlxops.agent.context import Context
 from mlxops.agent.engines.base import each_looked_up_once
 from mlxops.agent.serving import logs
 from mlxops.agent.state import recovery
-from mlxops.agent.state.store import utc
+from mlxops.agent.state.store import format_utc
 from mlxops.core.errors import MlxopsError
 from mlxops.core.ports import Drift, Owner, PortView, State, World
 from mlxops.core.registry import Registry
@@ -44,13 +44,13 @@ def rebooted(ctx: Context, registry: Registry, world: World) -> Iterator[Drift]:
     gone = [view.port for view in world.ports.values() if view.rebooted and view.unserved]
     down = [port for port in gone if registry.on_port(port)]
     if down:
-        message = f"rebooted {utc(ctx.system.booted_at())}; {len(down)} assignment{'s'[: len(down) != 1]} down"
+        message = f"rebooted {format_utc(ctx.system.booted_at())}; {len(down)} assignment{'s'[: len(down) != 1]} down"
         yield Drift("rebooted", None, None, message, "mlxctl restore")
 
 
 def conflicted_copies(ctx: Context) -> Iterator[Drift]:
     """Yield the copies that a sync service left beside the registry when two machines had written it."""
-    for copy in ctx.store.registry.conflicts():
+    for copy in ctx.store.registry.conflicted_copies():
         message = f"{copy} is a conflicted copy: another machine wrote the registry too"
         hint = f"compare it with {ctx.paths.registry}, then move it away; no sync service should have a registry"
         yield Drift("registry_conflict", None, None, message, hint)

@@ -23,7 +23,7 @@ from mlxops.agent.operations.server_names import names_of, to_wire
 from mlxops.agent.operations.stop import shown_stop
 from mlxops.agent.operations.swap import start_in_place
 from mlxops.agent.paths import require
-from mlxops.agent.state.store import now
+from mlxops.agent.state.store import utc_now
 from mlxops.core import names, planner
 from mlxops.core.errors import Busy, MlxopsError, NotStarted, Refused, UsageError
 from mlxops.core.names import shown
@@ -250,7 +250,7 @@ def _adopt(ctx: Context, plan: LoadPlan, prepared: Prepared, began: float) -> di
             hint=f"replace it: mlxctl load {plan.target.name} {plan.port} --force",
         ) from None
     with ctx.cancellation.shield():  # half of it would be a record without an assignment
-        ctx.store.save_run(replace(run, proven_at=now()))
+        ctx.store.save_run(replace(run, proven_at=utc_now()))
         try:
             ctx.store.registry.update(lambda current: commit(current, plan, prepared.files))
         except MlxopsError:
@@ -308,7 +308,7 @@ def _adopted_run(ctx: Context, view: PortView, plan: LoadPlan, prepared: Prepare
         revision=prepared.files.revision,
         operation=ctx.operation,
         log_path=str(ctx.store.log_path(plan.port)),
-        started_at=now(),
+        started_at=utc_now(),
     )
 
 

@@ -8,9 +8,10 @@ import time
 
 from mlxops.agent.context import Context
 from mlxops.agent.host.system import this_system
+from mlxops.agent.state.durable_files import list_matching
 from mlxops.agent.state.locks import NoLocks
 from mlxops.agent.state.operation_log import OperationLog, recent
-from mlxops.agent.state.store import Store, named
+from mlxops.agent.state.store import Store
 from mlxops.common.files import Unfit
 from mlxops.core.errors import Interrupted, MlxopsError, OutcomeUnknown, Refused
 from mlxops.core.ports import Operation
@@ -38,7 +39,7 @@ def ops(ctx: Context) -> dict[str, object]:
 def downloads(ctx: Context) -> list[Operation]:
     """The operations that download now."""
     found = []
-    for path in named(ctx.store.state / "locks", "repo-"):
+    for path in list_matching(ctx.store.state / "locks", "repo-"):
         # Neither what is no file, nor a file system without locks, has a lock that an operation could hold.
         with contextlib.suppress(Unfit, NoLocks):
             found.append(ctx.store.holder(path.name))

@@ -20,7 +20,7 @@ from mlxops.agent.paths import HostPaths
 from mlxops.agent.serving import processes, servers
 from mlxops.agent.serving.servers import Found
 from mlxops.agent.state.operation_log import OperationState, stand_of
-from mlxops.agent.state.store import Store, utc
+from mlxops.agent.state.store import Store, format_utc
 from mlxops.common import files
 from mlxops.core.errors import Interrupted, MlxopsError
 from mlxops.core.ports import BootClaim, Health, JobState, Run, Server, Signals, Standing, World, drift, judge
@@ -348,7 +348,7 @@ def _last_words(log: Path) -> str:
 
     words = last_line(tail(log))
     try:
-        when = utc(log.stat().st_mtime)
+        when = format_utc(log.stat().st_mtime)
     except OSError:
         return ""
     return f"last sign of life {when}" + (f": {words}" if words else "")

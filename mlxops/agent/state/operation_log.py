@@ -23,8 +23,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mlxops.agent.state.durable_files import flush
 from mlxops.agent.state.locks import alone, naming, take_or_close, try_flock
-from mlxops.agent.state.store import flush, state_unreadable
+from mlxops.agent.state.store import state_unreadable
 from mlxops.common import files
 from mlxops.common.files import Unfit
 from mlxops.core.errors import Bug, MlxopsError, Refused

@@ -36,7 +36,7 @@ class InterruptedOperation:
 
 def find(store: Store, ports: Iterable[int]) -> Iterator[InterruptedOperation]:
     """All of them, the newest first. `ports`: whose locks are looked at for the port that one was about."""
-    held = [left for port in ports if (left := store.left(f"port-{port}"))]
+    held = [left for port in ports if (left := store.abandoned_by(f"port-{port}"))]
     at = {operation.id: operation.port for operation in held}
     for journal in recent(store.state / "ops"):
         if not journal.ended and not journal.alive() and (cut := _cut(journal, at.get(journal.id))) is not None:
