@@ -255,11 +255,11 @@ def _status(final: Done | Failed) -> int:
 
 def _follow_same(store: Store, journal: OperationLog, heard: int) -> Done | Failed:
     """Follow an operation; if it finds that the very same one runs already, follow that one."""
-    from mlxops.agent.state.operation_log import named
+    from mlxops.agent.state.operation_log import find_operation
 
     final = _follow(journal, heard)
     if isinstance(final, Failed) and isinstance(final.error, Busy):
-        other = named(store.state / "ops", str(final.error.details.get("attach", "")))
+        other = find_operation(store.state / "ops", str(final.error.details.get("attach", "")))
         if other is not None:
             _emit(Note(f"this is running already ({other.id}); following it"))
             return _follow(other, 0)

@@ -7,7 +7,7 @@ import contextlib
 import os
 
 from mlxops.agent.paths import HostPaths, differences, host_paths, settings_differ
-from mlxops.agent.state.operation_log import recent
+from mlxops.agent.state.operation_log import recent_operations
 from mlxops.agent.state.store import Store
 from mlxops.core.errors import Busy, Refused
 from mlxops.core.settings import Settings
@@ -71,7 +71,7 @@ def _readable(store: Store) -> Settings | None:
 
 
 def _refuse_while_used(store: Store) -> None:
-    running = next((journal for journal in recent(store.state / "ops") if journal.alive()), None)
+    running = next((journal for journal in recent_operations(store.state / "ops") if journal.alive()), None)
     if running is not None:
         raise Busy(
             "settings_in_use",

@@ -12,7 +12,7 @@ from mlxops.agent.host.system import System
 from mlxops.agent.paths import HostPaths
 from mlxops.agent.serving.observe import observe
 from mlxops.agent.state import recovery
-from mlxops.agent.state.operation_log import named
+from mlxops.agent.state.operation_log import find_operation
 from mlxops.agent.state.store import Store, utc_now
 from mlxops.common.files import said
 from mlxops.core import names
@@ -248,7 +248,7 @@ class Context:
 
     def is_wanted_too(self, other: Operation, port: int | None) -> bool:
         """Whether another operation does just what this one is to do; `port` None: wherever it does it."""
-        journal = named(self.store.state / "ops", other.id)
+        journal = find_operation(self.store.state / "ops", other.id)
         try:
             asked = journal.request() if journal else None
         except (OSError, ValueError):

@@ -92,11 +92,11 @@ def run(folder: Path, lock: int) -> int:
     cancellation = Cancellation()
 
     def end(number: int, frame: FrameType | None) -> None:
-        journal.heed()
+        journal.clear_cancel()
         cancellation.wish()
 
     signal.signal(signal.SIGTERM, end)
-    signal.signal(signal.SIGUSR1, lambda number, frame: cancellation.take_out(journal.taken_out))
+    signal.signal(signal.SIGUSR1, lambda number, frame: cancellation.take_out(journal.excluded_ports))
     # Not SIG_IGN, which the server would inherit.
     signal.signal(signal.SIGHUP, lambda number, frame: None)
     threading.Thread(target=_watch_for_cancel, args=(journal,), daemon=True).start()
@@ -177,8 +177,8 @@ def _watch_for_cancel(journal: OperationLog) -> None:
     never = threading.Event()
     out = frozenset[int]()
     while not never.wait(CANCEL_POLL_SECONDS):
-        if journal.cancelled:
+        if journal.cancel_requested:
             os.kill(os.getpid(), signal.SIGTERM)
-        if journal.taken_out != out:
-            out = journal.taken_out
+        if journal.excluded_ports != out:
+            out = journal.excluded_ports
             os.kill(os.getpid(), signal.SIGUSR1)

@@ -178,7 +178,7 @@ def test_locks_that_never_answer_are_not_waited_for(
             store.registry.check_writable()
     finally:
         goes.set()
-    assert "do not answer" in caught.value.why and "local disk" in caught.value.hint
+    assert "does not respond" in caught.value.why and "local disk" in caught.value.hint
 
 
 def test_a_lock_that_comes_too_late_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from mlxops.agent.state import locks
 from mlxops.agent.state import operation_log as journals
-from mlxops.agent.state.operation_log import OperationLog, create, named
+from mlxops.agent.state.operation_log import OperationLog, create, find_operation
 from mlxops.core.errors import Bug, Busy, Exit, Refused
 from mlxops.core.protocol import Done, Event, Failed, Note, Phase, Request, encode_event
 from mlxops.core.settings import Settings
@@ -218,8 +218,8 @@ def test_what_was_heard_is_not_told_again(journal: OperationLog) -> None:
     for number in range(4):
         emit(Note(str(number)))
     emit(Done({}))
-    assert list(journal.follow(heard=2)) == [Note("2"), Note("3"), Done({})]
-    assert list(journal.follow(heard=99)) == [Done({})], "the end is always told"
+    assert list(journal.follow(skip=2)) == [Note("2"), Note("3"), Done({})]
+    assert list(journal.follow(skip=99)) == [Done({})], "the end is always told"
 
 
 def test_only_one_worker_holds_a_record(journal: OperationLog, held: int) -> None:
@@ -279,17 +279,17 @@ def test_a_full_disk_does_not_end_an_operation(journal: OperationLog) -> None:
 
 
 def test_the_wish_to_end_is_seen_by_the_worker(journal: OperationLog) -> None:
-    assert not journal.cancelled
+    assert not journal.cancel_requested
     journal.cancel()
     journal.cancel()
-    assert journal.cancelled
-    journal.heed()
-    journal.heed()
-    assert not journal.cancelled
+    assert journal.cancel_requested
+    journal.clear_cancel()
+    journal.clear_cancel()
+    assert not journal.cancel_requested
 
 
 def test_an_operation_is_found_by_its_id(ops: Path, journal: OperationLog) -> None:
-    assert named(ops, journal.id) == journal
+    assert find_operation(ops, journal.id) == journal
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_an_operation_is_found_by_its_id(ops: Path, journal: OperationLog) -> No
     ],
 )
 def test_what_is_no_id_of_an_operation_finds_nothing(ops: Path, journal: OperationLog, hostile: str) -> None:
-    assert named(ops, hostile.replace("{id}", journal.id)) is None
+    assert find_operation(ops, hostile.replace("{id}", journal.id)) is None
 
 
 def test_old_records_go_but_for_those_whose_worker_lives(ops: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,7 +104,7 @@ def _cancelled_at(arena: Arena, called: str, name: str, *, shielded: bool = Fals
     journal, pid = arena.begin(name, args, first=moment.prepare)
     moment.come()
     journal.cancel()
-    _until(lambda: not journal.cancelled)
+    _until(lambda: not journal.cancel_requested)
     if shielded:
         moment.go()
     return arena.ended(journal, pid)

@@ -10,7 +10,7 @@ from mlxops.agent.context import Context
 from mlxops.agent.host.system import this_system
 from mlxops.agent.state.durable_files import list_matching
 from mlxops.agent.state.locks import NoLocks
-from mlxops.agent.state.operation_log import OperationLog, recent
+from mlxops.agent.state.operation_log import OperationLog, recent_operations
 from mlxops.agent.state.store import Store
 from mlxops.common.files import Unfit
 from mlxops.core.errors import Interrupted, MlxopsError, OutcomeUnknown, Refused
@@ -28,7 +28,7 @@ HEARD_SECONDS = 10.0
 def ops(ctx: Context) -> dict[str, object]:
     ended = 0
     rows = []
-    for journal in recent(ctx.store.state / "ops"):
+    for journal in recent_operations(ctx.store.state / "ops"):
         alive = journal.alive()
         ended += not alive
         if alive or ended <= SHOWN:
@@ -47,7 +47,7 @@ def downloads(ctx: Context) -> list[Operation]:
 
 
 def _row(journal: OperationLog, alive: bool) -> dict[str, object]:
-    stand = journal.stand()
+    stand = journal.state()
     row: dict[str, object] = {"operation": journal.id, **_asked(journal), "since": journal.since}
     row |= {"phase": stand.phase.name if stand.phase else None, "detail": str(stand), "error": None}
     if stand.progress is not None:
@@ -86,7 +86,7 @@ def _asked(journal: OperationLog) -> dict[str, object]:
 
 def find(store: Store, text: str) -> OperationLog:
     """The operation of an id, or of the end of one. Raises `Refused` (unknown_operation)."""
-    found = [journal for journal in recent(store.state / "ops") if text and journal.id.endswith(text)]
+    found = [journal for journal in recent_operations(store.state / "ops") if text and journal.id.endswith(text)]
     if len(found) == 1:
         return found[0]
     raise Refused(
@@ -110,7 +110,7 @@ class Cancelling:
     def __call__(self) -> None:
         """While its end is waited for. Raises `OutcomeUnknown` (worker_silent)."""
         waited = time.monotonic() - self._asked
-        if not self._journal.cancelled and waited > AGAIN_SECONDS:
+        if not self._journal.cancel_requested and waited > AGAIN_SECONDS:
             self._ask()
         elif waited > HEARD_SECONDS and self._journal.alive():
             raise self._silent()

@@ -16,7 +16,7 @@ from mlxops.agent.context import Context, model_lock, repo_lock
 from mlxops.agent.hub.cache import Snapshot, find, roots
 from mlxops.agent.operations.model_files import ModelFiles
 from mlxops.agent.paths import require
-from mlxops.agent.state.operation_log import named
+from mlxops.agent.state.operation_log import find_operation
 from mlxops.agent.state.store import Lock
 from mlxops.core import names
 from mlxops.core.errors import Busy, Interrupted, Refused
@@ -130,10 +130,10 @@ def _only_download(ctx: Context, repo_id: str) -> Iterator[None]:
 
 def _follow(ctx: Context, name: str, holder: Operation) -> None:
     """Pass on the progress of whoever downloads, until it lets go."""
-    journal = named(ctx.store.state / "ops", holder.id)
+    journal = find_operation(ctx.store.state / "ops", holder.id)
     told: Progress | None = None
     while ctx.store.holder(name) == holder:
-        progress = journal.stand().progress if journal else None
+        progress = journal.state().progress if journal else None
         if progress is not None and progress != told:
             ctx.emit(progress)
             told = progress

@@ -7,7 +7,7 @@ from pathlib import Path
 from mlxops.agent.context import Context
 from mlxops.agent.operations.drift import conflicted_copies, further_drift, rebooted
 from mlxops.agent.operations.ops import downloads
-from mlxops.agent.state.operation_log import stand_of
+from mlxops.agent.state.operation_log import operation_state
 from mlxops.core.errors import MlxopsError, Refused
 from mlxops.core.ports import Operation, PortView
 from mlxops.core.registry import Model, Registry
@@ -34,7 +34,7 @@ def status(ctx: Context) -> dict[str, object]:
 
 
 def _running(ctx: Context, operation: Operation) -> dict[str, object]:
-    stand = stand_of(ctx.store.state / "ops", operation.id)
+    stand = operation_state(ctx.store.state / "ops", operation.id)
     progress = stand.progress.to_wire() if stand.progress else None
     return {"operation": operation.id, "command": operation.command, "detail": str(stand), "progress": progress}
 

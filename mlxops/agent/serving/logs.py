@@ -19,7 +19,7 @@ from io import FileIO
 from pathlib import Path
 
 from mlxops.agent.state.durable_files import list_matching
-from mlxops.agent.state.locks import alone
+from mlxops.agent.state.locks import folder_lock
 from mlxops.common.files import open_file
 from mlxops.core.errors import Busy
 from mlxops.core.text import clean
@@ -52,7 +52,7 @@ def rotate(log: Path) -> None:
 
 def _alone(folder: Path) -> AbstractContextManager[None]:
     """Logs get other names: not two at once, and not what is being cut. Raises `Busy` (logs_locked), `OSError`."""
-    return alone(folder, "logs")
+    return folder_lock(folder, "logs")
 
 
 def rotated(log: Path) -> Path:

@@ -19,7 +19,7 @@ from mlxops.agent.state.durable_files import (
     write_durably,
     write_remedy,
 )
-from mlxops.agent.state.locks import alone
+from mlxops.agent.state.locks import folder_lock
 from mlxops.common import files
 from mlxops.core import registry as registries
 from mlxops.core.errors import Refused
@@ -247,7 +247,7 @@ class RegistryFile:
     def _locked(self) -> Iterator[None]:
         # Lock the folder, not the file: every write replaces the file.
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with alone(self.path.parent, "registry"):
+        with folder_lock(self.path.parent, "registry"):
             yield
 
 

@@ -43,7 +43,15 @@ from mlxops.agent.state.durable_files import (
     write_remedy,
     writer_is_alive,
 )
-from mlxops.agent.state.locks import LOCK_SECONDS, NoLocks, alone, flock_within, naming, take_or_close, try_flock
+from mlxops.agent.state.locks import (
+    LOCK_SECONDS,
+    NoLocks,
+    add_path,
+    flock_within,
+    folder_lock,
+    take_or_close,
+    try_flock,
+)
 from mlxops.agent.state.registry_file import RegistryFile
 from mlxops.common import files
 from mlxops.common.files import Unfit, said
@@ -151,7 +159,7 @@ class Store:
         except FileNotFoundError:
             return None
         try:
-            with naming(path):
+            with add_path(path):
                 free = try_flock(fd, shared=True)
         finally:
             os.close(fd)
@@ -244,7 +252,7 @@ class Store:
     def settings_lock(self) -> Iterator[None]:
         """Hold from reading to writing the agreed settings. Raises `Refused` (state_unwritable) and `Busy`
         (settings_locked)."""
-        with self._report_unwritable(), alone(self.state, "settings"):
+        with self._report_unwritable(), folder_lock(self.state, "settings"):
             yield
 
     def agreed_settings(self) -> Settings | None:
