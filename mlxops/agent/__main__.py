@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxops import __version__
-from mlxops.agent.agreement import agree, agree_anew, refuse_others
-from mlxops.agent.paths import HostPaths, closed, host_paths
+from mlxops.agent.agreement import agree, check_agreement, replace_agreement
+from mlxops.agent.paths import HostPaths, folder_closed, host_paths
 from mlxops.agent.state.locks import NoLocks, flock_within
 from mlxops.agent.state.store import Store
 from mlxops.common.build import build_id
@@ -133,7 +133,7 @@ def _told(serve: Callable[[], int]) -> int:
     except Exception as error:  # noqa: BLE001 - the boundary of the agent
         from traceback import format_exc
 
-        failure = closed(error, error.filename) if is_hosts_fault(error) else bug(error, format_exc())
+        failure = folder_closed(error, error.filename) if is_hosts_fault(error) else bug(error, format_exc())
         _emit(Failed(failure))
         return int(failure.exit)
 
@@ -164,7 +164,7 @@ def _carry_out(request: Request) -> int:
     paths = host_paths(request.settings, os.environ)
     store = Store(paths.state, paths.registry)
     if request.command == "agree":
-        agree_anew(store, paths)
+        replace_agreement(store, paths)
         _emit(Done({"agreed": True}))
         return 0
     if request.agreed and (agreed := store.agreed_settings()) is not None:
@@ -175,7 +175,7 @@ def _carry_out(request: Request) -> int:
     if request.changes:
         agree(store, paths)
     else:
-        refuse_others(store, paths)
+        check_agreement(store, paths)
     match request.command:
         case "follow" | "cancel":
             return _attach(request, store)

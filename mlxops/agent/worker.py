@@ -16,11 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from mlxops.agent.agreement import confirm
+from mlxops.agent.agreement import confirm_agreement
 from mlxops.agent.context import Cancellation, Context
 from mlxops.agent.host.system import shortage, this_system
 from mlxops.agent.operations import command
-from mlxops.agent.paths import closed, host_paths
+from mlxops.agent.paths import folder_closed, host_paths
 from mlxops.agent.state import operation_log as journals
 from mlxops.agent.state.operation_log import OperationLog
 from mlxops.agent.state.store import Store, disk_failed, state_failed, state_unreadable, state_unwritable
@@ -142,7 +142,7 @@ def finish(context: Context, emit: Callable[[Event], None]) -> int:
             )
         with context.cancellation.open():
             if context.operation:
-                confirm(context.store, context.paths)
+                confirm_agreement(context.store, context.paths)
             outcome = Done(operation(context))
     except MlxopsError as error:
         outcome = Failed(error)
@@ -163,7 +163,7 @@ def _told(error: Exception, store: Store) -> MlxopsError:
     if state_failed(error, store.state):
         return state_unreadable(Path(os.fsdecode(error.filename)), error)
     if is_hosts_fault(error):
-        return closed(error, error.filename)
+        return folder_closed(error, error.filename)
     return shortage(error) or bug(error, format_exc())
 
 

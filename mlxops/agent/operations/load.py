@@ -22,7 +22,7 @@ from mlxops.agent.operations.preflight import (
 from mlxops.agent.operations.server_names import names_of, to_wire
 from mlxops.agent.operations.stop import shown_stop
 from mlxops.agent.operations.swap import start_in_place
-from mlxops.agent.paths import require
+from mlxops.agent.paths import require_folder
 from mlxops.agent.state.store import utc_now
 from mlxops.core import names, planner
 from mlxops.core.errors import Busy, MlxopsError, NotStarted, Refused, UsageError
@@ -49,7 +49,7 @@ def load(
     repo_id, revision = names.repo(repo_text) if repo_text else (None, None)
     asked_port = ctx.request.text("port")
     ctx.usable_registry()
-    require(ctx.paths.hub)
+    require_folder(ctx.paths.hub)
     if asked_port not in (None, names.AUTO):
         planner.refuse_alias_elsewhere(ctx.paths.settings, name, names.port(asked_port, ctx.paths.settings.ports))
 

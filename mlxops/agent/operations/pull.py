@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from mlxops.agent.context import Context, model_lock, repo_lock
 from mlxops.agent.hub.cache import Snapshot, find, roots
 from mlxops.agent.operations.model_files import ModelFiles
-from mlxops.agent.paths import require
+from mlxops.agent.paths import require_folder
 from mlxops.agent.state.operation_log import find_operation
 from mlxops.agent.state.store import Lock
 from mlxops.core import names
@@ -74,7 +74,7 @@ def fetch(ctx: Context, repo_id: str, revision: str | None, check: Check | None 
     """
     from mlxops.agent.hub.download import download
 
-    require(ctx.paths.hub)
+    require_folder(ctx.paths.hub)
     folder = ctx.paths.hub / f"models--{repo_id.replace('/', '--')}"
     with _only_download(ctx, repo_id):
         new, begun = not os.path.lexists(folder), _half_files(folder)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mlxops.agent.paths import require
+from mlxops.agent.paths import require_folder
 from mlxops.agent.state.durable_files import (
     check_replaceable,
     list_matching,
@@ -49,7 +49,7 @@ class RegistryFile:
         current = self._parse(data)
         if data is None and not current.missing:
             try:
-                require(self.path.parent)
+                require_folder(self.path.parent)
             except Refused as refused:
                 return _missing_registry(f"{refused.message}: {refused.why}")
         return current
@@ -167,11 +167,11 @@ class RegistryFile:
 
     def read_usable(self) -> Registry:
         """Return the registry if it may be written; try no write. Raises `Refused` and `Busy` (registry_locked)."""
-        require(self._configured.parent)
+        require_folder(self._configured.parent)
         current = self.read()
         if current.unwritable:
             raise self.refusal(current)
-        require(self.path.parent)
+        require_folder(self.path.parent)
         if self.path.parent.is_dir():
             with _report_unwritable(self.path), self._locked():
                 pass
