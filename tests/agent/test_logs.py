@@ -178,7 +178,7 @@ def test_a_log_that_gets_another_name_meanwhile_is_none_that_is_too_big(
     log.touch()
     os.truncate(log, logs.CAP + 1)
     gone = log.with_name("8101.log")
-    monkeypatch.setattr(logs, "named", lambda *what: [gone, log])
+    monkeypatch.setattr(logs, "list_matching", lambda *args: [gone, log])
     assert logs.too_big(log.parent) == [(log, logs.CAP + 1)]
 
 
