@@ -218,7 +218,7 @@ mlxops.agent.engines: argv base installation
 mlxops.agent.host: programs sockets system
 mlxops.agent.operations: drift ops status
 mlxops.agent.serving: logs observe processes servers
-mlxops.agent.state: locks operation_log recovery store
+mlxops.agent.state: durable_files locks operation_log recovery registry_file store
 mlxops.common: build files
 mlxops.core: described drift errors model_options names port_drift ports protocol records registry settings text
 """

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxops import __version__
-from mlxops.agent.agreement import agree, agree_anew, refuse_others
-from mlxops.agent.paths import HostPaths, closed, host_paths
+from mlxops.agent.agreement import agree, check_agreement, replace_agreement
+from mlxops.agent.paths import HostPaths, folder_closed, host_paths
 from mlxops.agent.state.locks import NoLocks, flock_within
 from mlxops.agent.state.store import Store
 from mlxops.common.build import build_id
@@ -132,7 +132,7 @@ def _told(serve: Callable[[], int]) -> int:
     except Exception as error:  # noqa: BLE001 - the boundary of the agent
         from traceback import format_exc
 
-        failure = closed(error, error.filename) if is_hosts_fault(error) else bug(error, format_exc())
+        failure = folder_closed(error, error.filename) if is_hosts_fault(error) else bug(error, format_exc())
         _emit(Failed(failure))
         return int(failure.exit)
 
@@ -164,10 +164,10 @@ def _carry_out(envelope: Envelope) -> int:
     store = Store(paths.state, paths.registry)
     request = envelope.request
     if request.name == "agree":
-        agree_anew(store, paths)
+        replace_agreement(store, paths)
         _emit(Done({"agreed": True}, request.name))
         return 0
-    if envelope.agreed and (agreed := store.agreed()) is not None:
+    if envelope.agreed and (agreed := store.agreed_settings()) is not None:
         # `--local` without a hosts.yaml: the host knows itself best.
         envelope = replace(envelope, settings=agreed)
         paths = host_paths(agreed, os.environ)
@@ -175,7 +175,7 @@ def _carry_out(envelope: Envelope) -> int:
     if request.acts:
         agree(store, paths)
         return _change(envelope, store)
-    refuse_others(store, paths)
+    check_agreement(store, paths)
     if request.name in {"follow", "cancel"}:
         return _attach(envelope, store)
     return _look(envelope, store, paths)
@@ -269,11 +269,11 @@ def _status(final: Done | Failed) -> int:
 
 def _follow_same(store: Store, journal: OperationLog, heard: int) -> Done | Failed:
     """Follow an operation; if it finds that the very same one runs already, follow that one."""
-    from mlxops.agent.state.operation_log import named
+    from mlxops.agent.state.operation_log import find_operation
 
     final = _follow(journal, heard)
     if isinstance(final, Failed) and isinstance(final.error, Busy):
-        other = named(store.state / "ops", str(final.error.details.get("attach", "")))
+        other = find_operation(store.state / "ops", str(final.error.details.get("attach", "")))
         if other is not None:
             _emit(Note(f"this is running already ({other.id}); following it"))
             return _follow(other, 0)

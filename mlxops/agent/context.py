@@ -12,8 +12,8 @@ from mlxops.agent.host.system import System
 from mlxops.agent.paths import HostPaths
 from mlxops.agent.serving.observe import observe
 from mlxops.agent.state import recovery
-from mlxops.agent.state.operation_log import named
-from mlxops.agent.state.store import Store, now
+from mlxops.agent.state.operation_log import find_operation
+from mlxops.agent.state.store import Store, utc_now
 from mlxops.common.files import said
 from mlxops.core import names
 from mlxops.core.command import AnyRequest, Draining
@@ -135,7 +135,7 @@ class Context:
     def usable_registry(self) -> Registry:
         """For a change. Raises `Refused` before anything is done if it could not be written in the end."""
         registry = self.store.registry
-        return registry.usable() if self.request.dry_run else registry.check_writable()
+        return registry.read_usable() if self.request.dry_run else registry.check_writable()
 
     def warn_if_unusable(self, registry: Registry) -> MlxopsError | None:
         """Return the error with which every change is refused, if the registry cannot be used; warn of it."""
@@ -172,10 +172,10 @@ class Context:
         """The registry, and life, as they were together. A load or unload that goes on while we look changes both: what
         was seen first then disagrees with what was read later, and that is no drift. So look again, a few times."""
         for _ in range(LOOKS):
-            marks = self.store.marks()
+            marks = self.store.file_versions()
             registry = self.registry()
             world = self.observe(registry)
-            if self.store.marks() == marks and not any(view.overtaken for view in world.ports.values()):
+            if self.store.file_versions() == marks and not any(view.overtaken for view in world.ports.values()):
                 break
         return registry, world
 
@@ -189,7 +189,7 @@ class Context:
     def remember(self, **what: object) -> None:
         """The history is worth a warning, not a failure."""
         try:
-            self.store.remember(operation=self.operation, by=str(self.asker), **what)
+            self.store.append_history(operation=self.operation, by=str(self.asker), **what)
         except OSError as error:
             self.note(f"the history could not be written: {said(error)}", "warning")
 
@@ -211,7 +211,7 @@ class Context:
             model=subject.model,
             port=port,
             asker=str(self.asker),
-            since=now(),
+            since=utc_now(),
             repo=subject.repo,
         )
 
@@ -247,8 +247,8 @@ class Context:
         if isinstance(held, Operation):
             raise busy(name, held, attach=self.is_wanted_too(held, port))
         try:
-            if held.left is not None:
-                self._settle(held.left)
+            if held.abandoned is not None:
+                self._settle(held.abandoned)
             yield
         finally:
             held.release()
@@ -260,7 +260,7 @@ class Context:
 
     def is_wanted_too(self, other: Operation, port: int | None) -> bool:
         """Whether another operation does just what this one is to do; `port` None: wherever it does it."""
-        journal = named(self.store.state / "ops", other.id)
+        journal = find_operation(self.store.state / "ops", other.id)
         try:
             asked = journal.request().request if journal else None
         except (OSError, ValueError):

@@ -16,11 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from mlxops.agent.agreement import confirm
+from mlxops.agent.agreement import confirm_agreement
 from mlxops.agent.context import Cancellation, Context
 from mlxops.agent.host.system import shortage, this_system
 from mlxops.agent.operations import operation
-from mlxops.agent.paths import closed, host_paths
+from mlxops.agent.paths import folder_closed, host_paths
 from mlxops.agent.state import operation_log as journals
 from mlxops.agent.state.operation_log import OperationLog
 from mlxops.agent.state.store import Store, disk_failed, state_failed, state_unreadable, state_unwritable
@@ -38,7 +38,7 @@ def begin(store: Store, request: Envelope) -> tuple[OperationLog, subprocess.Pop
 
     Raises `Refused` when the state folder cannot be written, `Busy` (operations_locked) when others stop half way.
     """
-    store.ready()
+    store.create_folders()
     try:
         journal, lock = journals.create(store.state / "ops", request)
         if lock is None:
@@ -93,11 +93,11 @@ def run(folder: Path, lock: int) -> int:
     cancellation = Cancellation()
 
     def end(number: int, frame: FrameType | None) -> None:
-        journal.heed()
+        journal.clear_cancel()
         cancellation.wish()
 
     signal.signal(signal.SIGTERM, end)
-    signal.signal(signal.SIGUSR1, lambda number, frame: cancellation.take_out(journal.taken_out))
+    signal.signal(signal.SIGUSR1, lambda number, frame: cancellation.take_out(journal.excluded_ports))
     # Not SIG_IGN, which the server would inherit.
     signal.signal(signal.SIGHUP, lambda number, frame: None)
     threading.Thread(target=_watch_for_cancel, args=(journal,), daemon=True).start()
@@ -136,7 +136,7 @@ def finish(context: Context, emit: Callable[[Event], None]) -> int:
     try:
         with context.cancellation.open():
             if context.operation:
-                confirm(context.store, context.paths)
+                confirm_agreement(context.store, context.paths)
             result = operation(context.request.name)(context, context.request)
             outcome = Done(wire.encode(result), context.request.name)
     except MlxopsError as error:
@@ -158,7 +158,7 @@ def _told(error: Exception, store: Store) -> MlxopsError:
     if state_failed(error, store.state):
         return state_unreadable(Path(os.fsdecode(error.filename)), error)
     if is_hosts_fault(error):
-        return closed(error, error.filename)
+        return folder_closed(error, error.filename)
     return shortage(error) or bug(error, format_exc())
 
 
@@ -172,8 +172,8 @@ def _watch_for_cancel(journal: OperationLog) -> None:
     never = threading.Event()
     out = frozenset[int]()
     while not never.wait(CANCEL_POLL_SECONDS):
-        if journal.cancelled:
+        if journal.cancel_requested:
             os.kill(os.getpid(), signal.SIGTERM)
-        if journal.taken_out != out:
-            out = journal.taken_out
+        if journal.excluded_ports != out:
+            out = journal.excluded_ports
             os.kill(os.getpid(), signal.SIGUSR1)

@@ -11,7 +11,7 @@ from mlxops.agent.context import Context
 from mlxops.agent.engines.installation import cached_lookups
 from mlxops.agent.serving import logs
 from mlxops.agent.state import recovery
-from mlxops.agent.state.store import utc
+from mlxops.agent.state.store import format_utc
 from mlxops.core.drift import Drift, DriftCode
 from mlxops.core.errors import MlxopsError
 from mlxops.core.ports import Owner, PortView, State, World
@@ -43,13 +43,13 @@ def rebooted(ctx: Context, registry: Registry, world: World) -> Iterator[Drift]:
     gone = [view.port for view in world.ports.values() if view.rebooted and view.unserved]
     down = [port for port in gone if registry.on_port(port)]
     if down:
-        message = f"rebooted {utc(ctx.system.booted_at())}; {len(down)} assignment{'s'[: len(down) != 1]} down"
+        message = f"rebooted {format_utc(ctx.system.booted_at())}; {len(down)} assignment{'s'[: len(down) != 1]} down"
         yield Drift.of(DriftCode.REBOOTED, None, None, message)
 
 
 def conflicted_copies(ctx: Context) -> Iterator[Drift]:
     """Yield the copies that a sync service left beside the registry when two machines had written it."""
-    for copy in ctx.store.registry.conflicts():
+    for copy in ctx.store.registry.conflicted_copies():
         message = f"{copy} is a conflicted copy: another machine wrote the registry too"
         yield Drift.of(DriftCode.REGISTRY_CONFLICT, None, None, message, registry=ctx.paths.registry)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mlxops.agent.context import Context
-from mlxops.agent.paths import require
+from mlxops.agent.paths import require_folder
 from mlxops.common.files import is_folder
 from mlxops.core import planner
 from mlxops.core.commands.init import Init, InitResult, SkippedRow
@@ -13,7 +13,7 @@ from mlxops.core.registry import Registry
 def run(ctx: Context, request: Init) -> InitResult:
     from mlxops.agent.hub.cache import scan
 
-    require(ctx.paths.hub)
+    require_folder(ctx.paths.hub)
     there = is_folder(ctx.paths.hub)
     registry = ctx.usable_registry()
     if not there:

@@ -21,8 +21,8 @@ from mlxops.agent.operations.preflight import (
 from mlxops.agent.operations.server_names import name_fields, names_of
 from mlxops.agent.operations.stop import shown_stop
 from mlxops.agent.operations.swap import start_in_place
-from mlxops.agent.paths import require
-from mlxops.agent.state.store import now
+from mlxops.agent.paths import require_folder
+from mlxops.agent.state.store import utc_now
 from mlxops.common.http import NoCompletion
 from mlxops.core import names, planner
 from mlxops.core.commands.load import Load, LoadResult, PlanRow
@@ -54,7 +54,7 @@ def load(
     name = names.model_name(request.model or "")
     repo_id, revision = names.repo(request.repo) if request.repo else (None, None)
     ctx.usable_registry()
-    require(ctx.paths.hub)
+    require_folder(ctx.paths.hub)
     if request.port not in (None, names.AUTO):
         planner.refuse_alias_elsewhere(ctx.paths.settings, name, names.port(request.port, ctx.paths.settings.ports))
 
@@ -266,7 +266,7 @@ def _adopt(ctx: Context, request: Load, plan: LoadPlan, prepared: Prepared, bega
             hint=f"replace it: mlxctl load {plan.target.name} {plan.port} --force",
         ) from None
     with ctx.cancellation.shield():  # half of it would be a record without an assignment
-        ctx.store.save_run(replace(run, proven_at=now()))
+        ctx.store.save_run(replace(run, proven_at=utc_now()))
         try:
             ctx.store.registry.update(lambda current: commit(current, plan, prepared.files))
         except MlxopsError:
@@ -324,7 +324,7 @@ def _adopted_run(ctx: Context, view: PortView, plan: LoadPlan, prepared: Prepare
         revision=prepared.files.revision,
         operation=ctx.operation,
         log_path=str(ctx.store.log_path(plan.port)),
-        started_at=now(),
+        started_at=utc_now(),
     )
 
 

@@ -8,9 +8,10 @@ import time
 
 from mlxops.agent.context import Context
 from mlxops.agent.host.system import this_system
+from mlxops.agent.state.durable_files import list_matching
 from mlxops.agent.state.locks import NoLocks
-from mlxops.agent.state.operation_log import OperationLog, recent
-from mlxops.agent.state.store import Store, named
+from mlxops.agent.state.operation_log import OperationLog, recent_operations
+from mlxops.agent.state.store import Store
 from mlxops.common.files import Unfit
 from mlxops.core.command import Subject
 from mlxops.core.commands.ops import OperationRow, Ops, OpsResult
@@ -29,7 +30,7 @@ HEARD_SECONDS = 10.0
 def run(ctx: Context, request: Ops) -> OpsResult:
     ended = 0
     rows = []
-    for journal in recent(ctx.store.state / "ops"):
+    for journal in recent_operations(ctx.store.state / "ops"):
         alive = journal.alive()
         ended += not alive
         if alive or ended <= SHOWN:
@@ -40,7 +41,7 @@ def run(ctx: Context, request: Ops) -> OpsResult:
 def downloads(ctx: Context) -> list[Operation]:
     """The operations that download now."""
     found = []
-    for path in named(ctx.store.state / "locks", "repo-"):
+    for path in list_matching(ctx.store.state / "locks", "repo-"):
         # Neither what is no file, nor a file system without locks, has a lock that an operation could hold.
         with contextlib.suppress(Unfit, NoLocks):
             found.append(ctx.store.holder(path.name))
@@ -48,7 +49,7 @@ def downloads(ctx: Context) -> list[Operation]:
 
 
 def _row(journal: OperationLog, alive: bool) -> OperationRow:
-    stand = journal.stand()
+    stand = journal.state()
     state, detail, error = "running" if alive else "interrupted", str(stand), None
     if isinstance(stand.final, Failed):
         state, detail, error = _failed(stand.final.error)
@@ -98,7 +99,7 @@ def _port(text: str | None) -> int | str | None:
 
 def find(store: Store, text: str) -> OperationLog:
     """The operation of an id, or of the end of one. Raises `Refused` (unknown_operation)."""
-    found = [journal for journal in recent(store.state / "ops") if text and journal.id.endswith(text)]
+    found = [journal for journal in recent_operations(store.state / "ops") if text and journal.id.endswith(text)]
     if len(found) == 1:
         return found[0]
     raise Refused(
@@ -122,7 +123,7 @@ class Cancelling:
     def __call__(self) -> None:
         """While its end is waited for. Raises `OutcomeUnknown` (worker_silent)."""
         waited = time.monotonic() - self._asked
-        if not self._journal.cancelled and waited > AGAIN_SECONDS:
+        if not self._journal.cancel_requested and waited > AGAIN_SECONDS:
             self._ask()
         elif waited > HEARD_SECONDS and self._journal.alive():
             raise self._silent()

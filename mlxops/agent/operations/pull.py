@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from mlxops.agent.context import Context, repo_lock
 from mlxops.agent.hub.cache import Snapshot, find
-from mlxops.agent.paths import require
-from mlxops.agent.state.operation_log import named
+from mlxops.agent.paths import require_folder
+from mlxops.agent.state.operation_log import find_operation
 from mlxops.core import names
 from mlxops.core.commands.pull import Pull, PullResult
 from mlxops.core.errors import Interrupted
@@ -70,7 +70,7 @@ def fetch(ctx: Context, repo_id: str, revision: str | None, check: Check | None 
     """
     from mlxops.agent.hub.download import download
 
-    require(ctx.paths.hub)
+    require_folder(ctx.paths.hub)
     folder = ctx.paths.hub / f"models--{repo_id.replace('/', '--')}"
     with _only_download(ctx, repo_id):
         new, begun = not os.path.lexists(folder), _half_files(folder)
@@ -126,10 +126,10 @@ def _only_download(ctx: Context, repo_id: str) -> Iterator[None]:
 
 def _follow(ctx: Context, name: str, holder: Operation) -> None:
     """Pass on the progress of whoever downloads, until it lets go."""
-    journal = named(ctx.store.state / "ops", holder.id)
+    journal = find_operation(ctx.store.state / "ops", holder.id)
     told: Progress | None = None
     while ctx.store.holder(name) == holder:
-        progress = journal.stand().progress if journal else None
+        progress = journal.state().progress if journal else None
         if progress is not None and progress != told:
             ctx.emit(progress)
             told = progress

@@ -68,7 +68,7 @@ def _remember_cleared(ctx: Context, clear: Mapping[str, int]) -> None:
     """Before it is done, and not to be done without: what was cleared must be found again, by `restore --cleared`, even
     if this very operation is killed. Raises `Refused`."""
     try:
-        ctx.store.remember(
+        ctx.store.append_history(
             operation=ctx.operation, by=str(ctx.asker), command="reconcile", cleared=wire.encode(_rows(clear))
         )
     except OSError as error:

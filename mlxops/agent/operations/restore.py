@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from mlxops.agent.context import RESTORE, Context, TakenOut
 from mlxops.agent.operations.load import load
-from mlxops.agent.paths import require
+from mlxops.agent.paths import require_folder
 from mlxops.core import wire
 from mlxops.core.commands.load import Load
 from mlxops.core.commands.restore import Restore, RestoreResult, RestoreRow
@@ -150,7 +150,7 @@ def _plan(ctx: Context, request: Restore, *, keep: bool) -> _Plan:
         attempts=attempts,
     )
     if steps.starts:
-        require(ctx.paths.hub)
+        require_folder(ctx.paths.hub)
     gone = {state.job.port: state for state in world.boot if not state.standing.reserves}
     return _Plan(steps, attempts, tuple(gone[step.port] for step in steps.starts if step.port in gone))
 

@@ -6,9 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from mlxops.agent.engines import ENGINES
-from mlxops.agent.engines.base import ServedNames, installed_version
+from mlxops.agent.engines.base import ServedNames
 from mlxops.agent.engines.installation import installed_version
-from mlxops.core.ports import Owner, PortView, Run, Server
+from mlxops.core.ports import Owner, PortView
 from mlxops.core.records import Run, Server
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mlxops.agent.context import Context
 from mlxops.agent.operations.drift import conflicted_copies, further_drift, rebooted
 from mlxops.agent.operations.ops import downloads
-from mlxops.agent.state.operation_log import stand_of
+from mlxops.agent.state.operation_log import operation_state
 from mlxops.core.commands.status import DriftRow, PortRow, ProbeRow, RunningRow, Status, StatusResult
 from mlxops.core.drift import Drift, DriftCode
 from mlxops.core.ports import PortView
@@ -36,7 +36,7 @@ def run(ctx: Context, request: Status) -> StatusResult:
 
 
 def _running(ctx: Context, operation: Operation) -> RunningRow:
-    stand = stand_of(ctx.store.state / "ops", operation.id)
+    stand = operation_state(ctx.store.state / "ops", operation.id)
     return RunningRow(operation.id, operation.command, str(stand), stand.progress)
 
 

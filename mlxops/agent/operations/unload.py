@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from mlxops.agent.context import RESTORE, Context, busy
 from mlxops.agent.operations.stop import shown_stop, stop, stop_portless, writing_what_was_stopped
-from mlxops.agent.state.operation_log import OperationLog, named
+from mlxops.agent.state.operation_log import OperationLog, find_operation
 from mlxops.core import names, planner
 from mlxops.core.commands.load import PlanRow, PortResult
 from mlxops.core.commands.unload import Unload
@@ -87,18 +87,18 @@ def make_way(ctx: Context, port: int, model: str | None) -> Operation | None:
     restore to leave this one port alone; whoever is at work there cleans up after itself and gives the
     lock back. Returns the load that was cancelled."""
     restore = ctx.store.holder(RESTORE)
-    if restore is not None and (journal := named(ctx.store.state / "ops", restore.id)):
-        journal.take_out(port)
+    if restore is not None and (journal := find_operation(ctx.store.state / "ops", restore.id)):
+        journal.exclude_port(port)
         ctx.note(f"port {port} is taken out of {restore}")
     holder = ctx.store.holder(f"port-{port}")
-    journal = named(ctx.store.state / "ops", holder.id) if holder and holder.command == "load" else None
+    journal = find_operation(ctx.store.state / "ops", holder.id) if holder and holder.command == "load" else None
     if holder is None or journal is None or model not in {None, holder.model}:
         return None
     if model is None and holder.port != port:
         return None  # it is of another port, and only moves its model away from this one
     restoring = _is_restore(journal)
     if restoring:
-        journal.take_out(port)  # it may have begun since
+        journal.exclude_port(port)  # it may have begun since
     else:
         ctx.note(f"cancelling {holder}")
         journal.cancel()

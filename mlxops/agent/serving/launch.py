@@ -29,7 +29,7 @@ from mlxops.agent.serving import logs, processes
 from mlxops.agent.serving.diagnosis import About, explain
 from mlxops.agent.serving.last_words import last_line
 from mlxops.agent.serving.processes import PendingProcess
-from mlxops.agent.state.store import Store, now, state_unwritable
+from mlxops.agent.state.store import Store, state_unwritable, utc_now
 from mlxops.common.http import NoCompletion, request_completion
 from mlxops.core.errors import MlxopsError, NotStarted
 from mlxops.core.ports import Health
@@ -150,7 +150,7 @@ class Launch:
             boot_id=self.system.boot_id(),
             operation=operation,
             log_path=str(self.log),
-            started_at=now(),
+            started_at=utc_now(),
             engine_version=self.command.version,
         )
         try:
@@ -180,7 +180,7 @@ class Launch:
             outcome = attempt.poll(deadline)
             if outcome is None:
                 self._see_it_stay(run, gated)
-                run = replace(run, proven_at=now())
+                run = replace(run, proven_at=utc_now())
                 return run
             if isinstance(outcome, NoCompletion):
                 raise self._failed(str(outcome))
@@ -234,7 +234,7 @@ class Launch:
         version = self.command.version or "of unknown version"
         with open(self.log, "ab") as file:
             os.chmod(self.log, 0o600)
-            file.write(f"--- mlxops {now()} {self.engine.name} {version}: {shlex.join(self.argv)}\n".encode())
+            file.write(f"--- mlxops {utc_now()} {self.engine.name} {version}: {shlex.join(self.argv)}\n".encode())
             self._log_from = file.tell()
 
     def _own_log(self) -> str:

@@ -69,7 +69,7 @@ def failure(tmp_path: Path, *argv: str) -> NotStarted:
     settings = Settings(hub=str(tmp_path), state=str(tmp_path / "state"))
     paths = host_paths(settings, os.environ)
     store = Store(paths.state, paths.registry)
-    store.ready()
+    store.create_folders()
     serving = ServerSpec(Model("a"), "a", tmp_path, "127.0.0.1", RUN.port, store.run_folder(RUN.port))
     started = launch.Launch(paths, store, this_system(), MlxLm(), EngineCommand(argv[:1], "here"), serving, argv=argv)
     started.launch({}, "org/a", "1", "op")
