@@ -619,6 +619,19 @@ def _need(value: str | None, flag: str, example: str) -> str:
     return value
 
 
+@task(positional=[], auto_shortflags=False, name="help", help={"topic": "page to show; left out: list the pages"})
+def help_(c: Context, topic: str | None = None) -> None:
+    """Show a page of the manual."""
+
+    def run(console: render.Console) -> tuple[HostReply, ...]:
+        from mlxops.cli import manual
+
+        manual.show(topic)
+        return ()
+
+    runner.carry_out(Call("help", None, local=True, json=False, debug=False), run, None)
+
+
 @task(positional=[], auto_shortflags=False)
 def demo(c: Context) -> None:
     """Show the main job here, with tiny real models."""
@@ -775,6 +788,7 @@ namespace = Collection(
     ops,
     logs,
     deploy,
+    help_,
     demo,
     test,
     bench,

@@ -24,6 +24,7 @@ POSITIONAL = {
     "unload": ("--port",),
     "rollback": ("--port",),
     "logs": ("--port",),
+    "help": ("--topic",),
 }
 
 
