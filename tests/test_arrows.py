@@ -220,7 +220,7 @@ mlxops.agent.operations: drift ops status
 mlxops.agent.serving: logs observe processes servers
 mlxops.agent.state: locks operation_log recovery store
 mlxops.common: build files
-mlxops.core: errors model_options names ports protocol registry settings text
+mlxops.core: described drift errors model_options names port_drift ports protocol records registry settings text
 """
 """What the agent imports of mlxops for a `status` of a host where nothing runs; the engines beside, which are found."""
 STATUS_ASKS = """
@@ -229,7 +229,7 @@ mlxops.cli: runner startup
 mlxops.common: build files
 mlxops.control: channel client hints inventory local render
 mlxops.control.ssh: config
-mlxops.core: errors names protocol settings text
+mlxops.core: described errors names protocol settings text
 """
 """What the control node imports for it, with `--local`."""
 OVER_SSH = """

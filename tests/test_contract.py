@@ -16,8 +16,10 @@ from pathlib import Path
 
 import mlxops
 from mlxops.core import errors, protocol
+from mlxops.core.drift import Drift, DriftCode
 from mlxops.core.errors import Exit
-from mlxops.core.ports import Drift, Operation, Owner, PortView, Run, State
+from mlxops.core.ports import Owner, PortView, State
+from mlxops.core.records import Operation, Run
 from mlxops.core.registry import Model
 from mlxops.core.settings import AGREED, Settings
 
@@ -34,7 +36,7 @@ def present() -> dict[str, list[str]]:
     calls = list(_calls())
     return {
         "error codes": sorted({code for kind, code in calls if kind in KINDS}),
-        "drift codes": sorted({code for kind, code in calls if kind == "Drift"} | {"orphan", "mismatch"}),
+        "drift codes": sorted(DriftCode),
         "gateway findings": sorted({code for kind, code in calls if kind == "Finding"}),
         "exit statuses": sorted(f"{each.name} {int(each)}" for each in Exit),
         "port states": sorted(State),

@@ -17,8 +17,9 @@ from mlxops.agent.state.store import Store, now
 from mlxops.common.files import said
 from mlxops.core import names
 from mlxops.core.errors import Busy, Interrupted
-from mlxops.core.ports import Operation, PortView, World
+from mlxops.core.ports import PortView, World
 from mlxops.core.protocol import Event, Note, Request
+from mlxops.core.records import Operation
 from mlxops.core.registry import Registry
 
 if TYPE_CHECKING:

@@ -7,24 +7,25 @@ what to do next (`hint`). It travels from agent to control node as data, so both
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import IntEnum
+
+from mlxops.core.described import DescribedNumber
 
 
-class Exit(IntEnum):
+class Exit(DescribedNumber):
     """Process exit statuses. With several hosts the largest counts, but a bug (1) wins over all."""
 
-    DONE = 0
-    BUG = 1
-    USAGE = 2
-    REFUSED = 3
-    NOT_STARTED = 4
-    UNREACHABLE = 5
-    AGENT = 6
-    OUTCOME_UNKNOWN = 7
-    DOWNLOAD = 8
-    OUTPUT = 74
-    BUSY = 75
-    INTERRUPTED = 130
+    DONE = 0, "The command did what it says."
+    BUG = 1, "mlxops has a bug; --debug shows the traceback."
+    USAGE = 2, "The command line or a setting is wrong."
+    REFUSED = 3, "The state of the host does not allow it, or --strict found drift or faults."
+    NOT_STARTED = 4, "The server did not start."
+    UNREACHABLE = 5, "The host cannot be reached."
+    AGENT = 6, "The agent is missing on the host, has another version, or could not be started."
+    OUTCOME_UNKNOWN = 7, "The outcome is unknown: the connection was lost, or the worker does not respond."
+    DOWNLOAD = 8, "The download failed."
+    OUTPUT = 74, "The result could not be written to standard output."
+    BUSY = 75, "The host is busy or changed during the command, or a server has not ended yet."
+    INTERRUPTED = 130, "The command was interrupted, for example with Ctrl-C."
 
 
 class MlxopsError(Exception):

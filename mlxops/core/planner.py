@@ -13,7 +13,8 @@ from enum import StrEnum
 from mlxops.core.errors import MlxopsError, Refused, UsageError
 from mlxops.core.names import AUTO, is_model_name, is_repo_id, is_revision, shown
 from mlxops.core.names import port as parse_port
-from mlxops.core.ports import Orphan, Owner, PortView, Run, Server, State, World
+from mlxops.core.ports import Orphan, Owner, PortView, State, World
+from mlxops.core.records import Run, Server
 from mlxops.core.registry import Model, Registry
 from mlxops.core.settings import Settings
 

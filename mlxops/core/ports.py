@@ -6,33 +6,40 @@ that the planner decides on. No signal decides alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 
+from mlxops.core.described import DescribedText
+from mlxops.core.drift import Drift
 from mlxops.core.protocol import Progress
+from mlxops.core.records import Operation, Run, Server
 from mlxops.core.registry import Model, Registry
-from mlxops.core.settings import BootJob, PortRange
+from mlxops.core.settings import BootJob
 
 
-class State(StrEnum):
-    IDLE = "idle"
-    LOADING = "loading"
-    READY = "ready"
-    DRAINING = "draining"
-    FAILED = "failed"
-    WEDGED = "wedged"
-    MISMATCH = "mismatch"
-    FOREIGN = "foreign"
-    ORPHAN = "orphan"
-    UNKNOWN = "unknown"
+class State(DescribedText):
+    """The state of a port."""
+
+    IDLE = "idle", "Nothing runs on the port."
+    LOADING = "loading", "An operation starts a server here, or a server runs that does not serve yet."
+    READY = "ready", "The server is the one that was proven at load, it listens, and it answers the probe."
+    DRAINING = "draining", "An operation stops the server here."
+    FAILED = "failed", "The server ended or is unhealthy; the detail says why."
+    WEDGED = "wedged", "The server does not answer the probe, although no request is running."
+    MISMATCH = "mismatch", "The server serves another model than the registry says, or another process listens here."
+    FOREIGN = "foreign", "A process that is not ours holds the port; mlxops never signals it."
+    ORPHAN = "orphan", "Processes of ours are left without their leader, their port or an assignment."
+    UNKNOWN = "unknown", "The state could not be determined; mlxops changes nothing here."
 
 
-class Owner(StrEnum):
-    MLXOPS = "mlxops"
-    HAND = "hand"
-    BOOT = "boot"
-    FOREIGN = "foreign"
+class Owner(DescribedText):
+    """Who started the server of a port."""
+
+    MLXOPS = "mlxops", "mlxops started or adopted the server."
+    HAND = "hand", "This user started the server by hand."
+    BOOT = "boot", "A boot job of hosts.yaml starts the server."
+    FOREIGN = "foreign", "Any other process that holds the port."
 
 
 class Orphan(StrEnum):
@@ -53,133 +60,6 @@ class Health(StrEnum):
     SILENT = "silent"
     NOT_ASKED = "not asked"
     """The question could not even be sent, for reasons of our own, or nobody asked it."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """The run record: what is known of the process that was started, or adopted, for a port.
-
-    `start` and `boot_id` are the kernel's own marks (see the agent's `system`); with pid, pgid and `run_id`, which its
-    environment has, they prove that a process is the recorded one. `*_at` are wall time, for display only.
-    """
-
-    port: int
-    model: str
-    alias: str
-    repo_id: str
-    revision: str
-    engine: str
-    argv: tuple[str, ...]
-    run_id: str
-    pid: int
-    pgid: int
-    start: str
-    boot_id: str
-    operation: str
-    log_path: str
-    started_at: str
-    proven_at: str | None = None
-    engine_version: str | None = None
-    adopted: bool = False
-
-    def to_wire(self) -> dict[str, object]:
-        return {**asdict(self), "argv": list(self.argv)}
-
-
-def run_from_wire(wire: Mapping[str, object]) -> Run:
-    """Raises `ValueError` for anything that `to_wire` cannot have written."""
-    argv = wire.get("argv")
-    if not isinstance(argv, list):
-        raise ValueError("argv is not a list")
-    numbers = {key: wire.get(key) for key in ("port", "pid", "pgid")}
-    texts = {
-        key: wire.get(key)
-        for key in (
-            *("model", "alias", "repo_id", "revision", "engine", "run_id", "start", "boot_id"),
-            *("operation", "log_path", "started_at"),
-        )
-    }
-    optional = {key: wire.get(key) for key in ("proven_at", "engine_version")}
-    if not all(type(value) is int and value > 1 for value in numbers.values()):
-        raise ValueError("port, pid and pgid are not all numbers")
-    if not all(isinstance(value, str) for value in texts.values()):
-        raise ValueError("a text is missing")
-    if not all(value is None or isinstance(value, str) for value in optional.values()):
-        raise ValueError("proven_at or engine_version is not a text")
-    return Run(
-        **numbers,  # type: ignore[arg-type]
-        **texts,  # type: ignore[arg-type]
-        **optional,  # type: ignore[arg-type]
-        argv=tuple(str(word) for word in argv),
-        adopted=wire.get("adopted") is True,
-    )
-
-
-@dataclass(frozen=True)
-class Operation:
-    """A running operation, as the lock that it holds describes it."""
-
-    id: str
-    command: str
-    model: str | None = None
-    port: int | None = None
-    asker: str = "?"
-    since: str = "?"
-    repo: str | None = None
-    reserves: int | None = None
-    """Bytes of memory that what it is about to start will take."""
-
-    def __str__(self) -> str:
-        return f"{self.command} {self.model or ''}".strip() + f", started by {self.asker} at {self.since} ({self.id})"
-
-
-def operation_from_wire(wire: Mapping[str, object]) -> Operation:
-    """Raises `ValueError` for anything that a lock's holder cannot have written into it."""
-    texts = {key: wire.get(key) for key in ("id", "command", "asker", "since")}
-    optional = {key: wire.get(key) for key in ("model", "repo")}
-    if not all(isinstance(value, str) for value in texts.values()):
-        raise ValueError("a text is missing")
-    if not all(value is None or isinstance(value, str) for value in optional.values()):
-        raise ValueError("model or repo is not a text")
-    numbers = {key: wire.get(key) for key in ("port", "reserves")}
-    if not all(value is None or type(value) is int for value in numbers.values()):
-        raise ValueError("port or reserves is not a number")
-    return Operation(**texts, **optional, **numbers)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class Server:
-    """A live server that is not recorded as ours: what its argv says."""
-
-    pid: int
-    pgid: int
-    engine: str
-    model: str
-    argv: tuple[str, ...]
-    start: str = ""
-    path: str = ""
-    """The real path of the model that it was given, if that is a path on this host."""
-    wrappers: tuple[int, ...] = ()
-    """The processes that only run it, such as `uv run` or a script: they end with it."""
-    starter: str = ""
-    """For people: its parent, which goes on without it."""
-
-
-def run_of(server: Server, port: int, boot_id: str) -> Run:
-    """A server that we did not start, as a run: enough to prove its identity, and nothing else."""
-    unknown = dict.fromkeys(("model", "alias", "repo_id", "revision", "run_id", "operation", "log_path"), "")
-    return Run(
-        **unknown,
-        port=port,
-        engine=server.engine,
-        argv=server.argv,
-        pid=server.pid,
-        pgid=server.pgid,
-        start=server.start,
-        boot_id=boot_id,
-        started_at="",
-        adopted=True,
-    )
 
 
 class Standing(StrEnum):
@@ -320,18 +200,6 @@ class PortView:
             and not self.members
             and self.operation is None
         )
-
-
-@dataclass(frozen=True)
-class Drift:
-    code: str
-    port: int | None
-    model: str | None
-    message: str
-    hint: str
-
-    def to_wire(self) -> dict[str, object]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -525,84 +393,3 @@ def _view(
         rebooted=signals.rebooted,
         boot=signals.boot,
     )
-
-
-def drift(
-    ports: PortRange, views: Mapping[int, PortView], registry: Registry, boot: Iterable[JobState] = ()
-) -> tuple[Drift, ...]:
-    """Return the differences between registry, hosts.yaml and the running servers, each with the command that helps."""
-    slots = {view.alias: view.port for view in views.values() if view.alias}
-    idle = next((port for port in ports if port in views and views[port].unserved and not registry.on_port(port)), None)
-    found = [each for view in views.values() for each in _drift_of_port(view, registry.on_port(view.port), slots, idle)]
-    if registry.unwritable:
-        # Every command that changes anything is refused until then.
-        found = [replace(each, hint="mend the registry first, then look again: mlxctl status") for each in found]
-    found += [each for view in views.values() for each in _portless(view)]
-    for model in registry.models.values():
-        port, own = model.port, slots.get(model.name)
-        if port is not None and port not in ports:
-            message = f"{model.name} is assigned to {port}, outside this host's range {ports}"
-            found.append(Drift("port_outside_range", port, model.name, message, "mlxctl reconcile"))
-        if port is not None and own not in (None, port):
-            message = f"{model.name} is the alias of port {own}, and is assigned to {port}"
-            found.append(
-                Drift("alias_elsewhere", port, model.name, message, f"mlxctl unload {port}, then load it there")
-            )
-        if port is not None and len(registry.on_port(port)) > 1:
-            message = f"{model.name} is not the only model that claims port {port}"
-            hint = f"mlxctl unload {port}, then load the right one"
-            found.append(Drift("port_claimed_twice", port, model.name, message, hint))
-    return (*found, *_drift_of_boot_jobs(boot))
-
-
-def _drift_of_boot_jobs(jobs: Iterable[JobState]) -> Iterator[Drift]:
-    comment = "comment out its line (boot:) in hosts.yaml"
-    for state in jobs:
-        port, name = state.job.port, state.job.name
-        if state.standing is Standing.MISSING:
-            message = f"hosts.yaml gives port {port} to the boot job {name}, which is not installed: {state.detail}"
-            yield Drift("boot_job_missing", port, None, message, f"{comment}; or install the job")
-        elif state.standing is Standing.DISABLED:
-            message = f"hosts.yaml gives port {port} to the boot job {name}, which is disabled: {state.detail}"
-            yield Drift("boot_job_disabled", port, None, message, f"{comment}; or enable it: {state.enable}")
-
-
-def _portless(view: PortView) -> Iterator[Drift]:
-    for server in view.portless:
-        what = server.model or "a model"
-        message = f"pid {server.pid} was started for port {view.port}, does not listen, and may hold {what} in memory"
-        yield Drift("portless_server", view.port, None, message, f"stop it on the host: kill {server.pid}")
-
-
-def _drift_of_port(
-    view: PortView, assigned: tuple[Model, ...], slots: Mapping[str, int], idle: int | None
-) -> Iterator[Drift]:
-    """`slots`: the ports of the aliases; `idle`: a free port, for hints."""
-    port, names = view.port, [model.name for model in assigned]
-    if view.unserved:
-        for name in names:
-            message = f"{name} is assigned to {port}, but nothing serves it"
-            load = f"mlxctl load {name} {slots.get(name, port)}, or mlxctl reconcile"
-            yield Drift("assigned_not_served", port, name, message, "mlxctl restore" if view.rebooted else load)
-    elif view.owner is Owner.MLXOPS and view.state in {State.ORPHAN, State.MISMATCH, State.WEDGED, State.FAILED}:
-        yield Drift(view.state.value, port, view.model, f"{port}: {view.detail}", f"mlxctl unload {port}")
-    elif view.owner is Owner.BOOT and view.state is not State.LOADING and names and view.model not in names:
-        message = f"{port} is served by the boot job, and the registry assigns {', '.join(names)} to it"
-        hint = "make its port null in the registry"
-        if idle is not None:
-            hint = f"load it elsewhere, for example: mlxctl load {names[0]} {idle}; or {hint}"
-        yield Drift("boot_port_assigned", port, view.model, message, hint)
-    elif view.owner is Owner.HAND and view.model not in names:
-        message = f"{port} is served by a process that mlxops did not start, and the registry does not say so"
-        yield Drift("unregistered_server", port, view.model, message, f"mlxctl unload {port} --force, then load")
-    elif view.state is State.UNKNOWN:
-        message = f"what is on port {port} could not be determined: {view.detail}"
-        yield Drift("unknown", port, names[0] if names else None, message, "nothing is changed meanwhile; try again")
-    elif view.owner is Owner.FOREIGN and names:
-        message = f"{names[0]} is assigned to {port}, but a process that is not ours holds the port"
-        kill = f": kill {view.pid}" if view.pid is not None else ""
-        hint = f"mlxops never signals it; stop it yourself on the host{kill}"
-        yield Drift("foreign", port, names[0], message, hint)
-    if view.run and view.owner is Owner.MLXOPS and view.alias and view.run.alias != view.alias:
-        message = f"{port} serves under {view.run.alias}, but its slot is {view.alias}"
-        yield Drift("alias_changed", port, view.model, message, f"mlxctl load {view.model} {port} --force")

@@ -17,7 +17,8 @@ import pytest
 from mlxops.agent.engines import ENGINES
 from mlxops.agent.engines.base import Names
 from mlxops.agent.operations.server_names import names_of
-from mlxops.core.ports import Owner, PortView, Run, Server, State
+from mlxops.core.ports import Owner, PortView, State
+from mlxops.core.records import Run, Server
 from tests.faults.lab import MODELS, QuickHost
 from tests.lab import models
 from tests.lab.homelab import Homelab

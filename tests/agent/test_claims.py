@@ -17,8 +17,9 @@ from mlxops.agent.state.operation_log import create
 from mlxops.agent.state.store import Lock, Store
 from mlxops.core.errors import Busy, Refused
 from mlxops.core.planner import ModelRef
-from mlxops.core.ports import Operation, World
+from mlxops.core.ports import World
 from mlxops.core.protocol import Event, Request
+from mlxops.core.records import Operation
 from mlxops.core.registry import EMPTY, Registry
 from mlxops.core.settings import PortRange, Settings
 from tests.core.worlds import PORTS, world

@@ -25,8 +25,8 @@ from mlxops.core.errors import Refused
 from mlxops.core.kv_cache import kv_cache
 from mlxops.core.layers import MODEL_TYPES
 from mlxops.core.memory import Estimate, Use
-from mlxops.core.ports import Operation
 from mlxops.core.protocol import Event, Note, Phase, Request
+from mlxops.core.records import Operation
 from mlxops.core.registry import EMPTY
 from mlxops.core.settings import PortRange, Settings
 from tests.lab.shapes import EVERY_TYPE, MLA, PUBLISHED, Fields, N, nested, plain

@@ -27,8 +27,8 @@ from mlxops.agent.state.operation_log import create
 from mlxops.agent.state.store import Store
 from mlxops.agent.worker import begin, finish
 from mlxops.core.errors import Refused
-from mlxops.core.ports import Operation
 from mlxops.core.protocol import Event, Failed, Request
+from mlxops.core.records import Operation
 from mlxops.core.settings import Settings
 from tests.lab.homelab import Homelab, run, script
 from tests.lab.sshd import missing

@@ -13,7 +13,8 @@ from mlxops.agent.host.system import LinuxSystem, Listener, Look, Process, Psuti
 from mlxops.agent.paths import HostPaths
 from mlxops.agent.serving.observe import ByHand, _hand_started, observe
 from mlxops.agent.state.store import Lock, Store
-from mlxops.core.ports import Operation, PortView, Run, State
+from mlxops.core.ports import PortView, State
+from mlxops.core.records import Operation, Run
 from mlxops.core.settings import PortRange, Settings
 from tests.core.worlds import run as sample_run
 from tests.lab.ports import free_port

@@ -22,7 +22,7 @@ from mlxops.agent.serving import processes
 from mlxops.agent.serving.processes import PendingProcess, leader, members, spawn, stop
 from mlxops.agent.serving.servers import find
 from mlxops.core.errors import NotStarted, Refused
-from mlxops.core.ports import Run
+from mlxops.core.records import Run
 from tests.core.worlds import run as sample_run
 from tests.lab.world import wait_until
 

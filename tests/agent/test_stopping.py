@@ -16,8 +16,9 @@ from mlxops.agent.operations import stop as stopping
 from mlxops.agent.operations.stop import stop
 from mlxops.agent.paths import HostPaths
 from mlxops.agent.state.store import Store
-from mlxops.core.ports import Owner, PortView, Run, State
+from mlxops.core.ports import Owner, PortView, State
 from mlxops.core.protocol import Event, Note, Request
+from mlxops.core.records import Run
 from mlxops.core.settings import PortRange, Settings
 from tests.core.worlds import run
 from tests.lab.ports import free_port

@@ -25,8 +25,8 @@ from mlxops.agent.state import store as stores
 from mlxops.agent.state.operation_log import OperationLog
 from mlxops.agent.state.store import Lock, RegistryFile, Store, write_durably
 from mlxops.core.errors import Busy, MlxopsError, Refused
-from mlxops.core.ports import Operation
 from mlxops.core.protocol import Done
+from mlxops.core.records import Operation
 from mlxops.core.registry import Registry, parse
 from mlxops.core.settings import Settings
 from tests.core.worlds import run
@@ -59,7 +59,7 @@ import json, os, sys
 from pathlib import Path
 from mlxops.agent.state.store import Store, write_durably
 from mlxops.core.errors import MlxopsError
-from mlxops.core.ports import Operation
+from mlxops.core.records import Operation
 store = Store(Path(sys.argv[1]), Path(sys.argv[2]))
 """
 

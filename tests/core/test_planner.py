@@ -27,7 +27,8 @@ from mlxops.core.planner import (
     resolve,
     unknown_model,
 )
-from mlxops.core.ports import Health, Operation, Owner, PortView, Signals, State, World
+from mlxops.core.ports import Health, Owner, PortView, Signals, State, World
+from mlxops.core.records import Operation
 from mlxops.core.registry import EMPTY, Registry, parse
 from mlxops.core.settings import Settings
 from tests.core.worlds import (

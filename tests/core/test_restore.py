@@ -23,7 +23,8 @@ from mlxops.core.plan_restore import (
     plan_restore,
     starts_of,
 )
-from mlxops.core.ports import JobState, Operation, Orphan, Owner, PortView, Standing, State, World
+from mlxops.core.ports import JobState, Orphan, Owner, PortView, Standing, State, World
+from mlxops.core.records import Operation
 from mlxops.core.registry import Registry, parse
 from mlxops.core.settings import BootJob
 

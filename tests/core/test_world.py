@@ -8,20 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxops.core.ports import (
-    Health,
-    JobState,
-    Operation,
-    Orphan,
-    Owner,
-    Run,
-    Signals,
-    Standing,
-    State,
-    drift,
-    judge,
-    run_from_wire,
-)
+from mlxops.core.drift import DriftCode
+from mlxops.core.port_drift import find_drift
+from mlxops.core.ports import Health, JobState, Orphan, Owner, Signals, Standing, State, judge
+from mlxops.core.records import Operation, Run, run_from_wire
 from mlxops.core.registry import EMPTY, Registry
 from mlxops.core.settings import BootJob, PortRange
 from tests.core.worlds import (
@@ -296,7 +286,7 @@ def test_every_port_with_a_detail_tells_it_and_every_view_has_a_row(seen: Signal
 
 
 def codes(known: Registry, *seen: Signals) -> list[tuple[str, int | None, str | None]]:
-    return [(d.code, d.port, d.model) for d in drift(PortRange(8100, 8104), world(known, *seen).ports, known)]
+    return [(d.code, d.port, d.model) for d in find_drift(PortRange(8100, 8104), world(known, *seen).ports, known)]
 
 
 def test_where_registry_and_life_agree_there_is_no_drift() -> None:
@@ -332,13 +322,13 @@ def test_a_difference_is_drift(
 def test_a_boot_job_that_does_not_come_is_drift(standing: Standing) -> None:
     job = BootJob(8100, "/opt/start.sh", "com.example.boot")
     state = JobState(job, standing, "said launchd", enable="sudo launchctl enable system/com.example.boot")
-    found = {each.code: each for each in drift(PortRange(8100, 8104), {}, EMPTY, [state])}
+    found = {each.code: each for each in find_drift(PortRange(8100, 8104), {}, EMPTY, [state])}
     if standing is Standing.MISSING:
-        (told,) = [found.pop("boot_job_missing")]
+        (told,) = [found.pop(DriftCode.BOOT_JOB_MISSING)]
         assert told.port == 8100 and "com.example.boot" in told.message and "said launchd" in told.message
         assert told.hint == "comment out its line (boot:) in hosts.yaml; or install the job"
     if standing is Standing.DISABLED:
-        told = found.pop("boot_job_disabled")
+        told = found.pop(DriftCode.BOOT_JOB_DISABLED)
         assert told.hint.endswith("or enable it: sudo launchctl enable system/com.example.boot")
     assert not found
 
@@ -350,11 +340,11 @@ def test_what_the_boot_job_serves_need_not_be_assigned() -> None:
 def test_an_alias_on_another_port_is_drift_and_leads_back_to_its_own() -> None:
     own = replace(signals(8101), alias="jerry-l")
     known = registry(**{"jerry-l": 8103})
-    down, moved = drift(PortRange(8100, 8104), {8101: judge(own, known), 8103: judge(signals(8103), known)}, known)
+    down, moved = find_drift(PortRange(8100, 8104), {8101: judge(own, known), 8103: judge(signals(8103), known)}, known)
     assert (down.code, moved.code) == ("assigned_not_served", "alias_elsewhere")
     assert down.hint.startswith("mlxctl load jerry-l 8101,") and "alias of port 8101" in moved.message
     there = registry(**{"jerry-l": 8101})
-    (down,) = drift(PortRange(8100, 8104), {8101: judge(own, there)}, there)
+    (down,) = find_drift(PortRange(8100, 8104), {8101: judge(own, there)}, there)
     assert down.code == "assigned_not_served"
 
 
@@ -370,8 +360,8 @@ def test_a_registry_that_cannot_be_read_makes_no_orphan_of_a_healthy_server() ->
 def test_a_registry_that_cannot_be_written_is_to_be_mended_before_anything_else() -> None:
     known = replace(A, unwritable="its version is not 1")
     ill = replace(serving(), answer=Health.SILENT)
-    (found,) = drift(PortRange(8100, 8104), world(known, ill).ports, known)
-    assert found.code == "wedged" and "mend the registry" in found.hint and "unload" not in found.hint
+    (found,) = find_drift(PortRange(8100, 8104), world(known, ill).ports, known)
+    assert found.code == "wedged" and "repair the registry" in found.hint and "unload" not in found.hint
 
 
 def test_two_claims_of_one_port_are_drift_of_both() -> None:
@@ -383,7 +373,7 @@ def test_two_claims_of_one_port_are_drift_of_both() -> None:
 @PROPERTY
 def test_every_drift_says_what_and_what_to_do(known: Registry, seen: tuple[Signals, ...]) -> None:
     views = world(known, *seen).ports
-    for each in drift(PortRange(8100, 8104), views, known):
+    for each in find_drift(PortRange(8100, 8104), views, known):
         assert each.message and each.hint and each.to_wire()["code"] == each.code
 
 

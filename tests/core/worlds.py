@@ -7,7 +7,8 @@ from dataclasses import fields, replace
 
 from hypothesis import strategies as st
 
-from mlxops.core.ports import BootClaim, Health, Operation, Owner, Run, Server, Signals, World, judge
+from mlxops.core.ports import BootClaim, Health, Owner, Signals, World, judge
+from mlxops.core.records import Operation, Run, Server
 from mlxops.core.registry import Registry, parse
 from mlxops.core.settings import BootJob, PortRange, Settings
 

@@ -12,8 +12,9 @@ from mlxops.agent.engines.base import each_looked_up_once
 from mlxops.agent.serving import logs
 from mlxops.agent.state import recovery
 from mlxops.agent.state.store import utc
+from mlxops.core.drift import Drift, DriftCode
 from mlxops.core.errors import MlxopsError
-from mlxops.core.ports import Drift, Owner, PortView, State, World
+from mlxops.core.ports import Owner, PortView, State, World
 from mlxops.core.registry import Registry
 from mlxops.core.text import amount
 
@@ -25,18 +26,16 @@ def further_drift(ctx: Context, registry: Registry, world: World) -> Iterator[Dr
     for view in world.ports.values():
         if view.unserved and view.run is not None and not registry.on_port(view.port):
             message = f"{view.port}: a run record of {view.run.model} describes nothing that lives"
-            yield Drift("leftover", view.port, view.run.model, message, "mlxctl reconcile")
+            yield Drift.of(DriftCode.LEFTOVER, view.port, view.run.model, message)
     for model in registry.models.values():
         for problem in model.problems:
             if "also claimed" not in problem:  # told as port_claimed_twice
                 message = f"the registry entry {model.name}: {problem}"
-                yield Drift(
-                    "entry_problem", model.port, model.name, message, f"repair the entry in {ctx.paths.registry}"
-                )
+                yield Drift.of(DriftCode.ENTRY_PROBLEM, model.port, model.name, message, registry=ctx.paths.registry)
     yield from recovery.drift(ctx.store, ctx.paths.settings.ports)
     yield from _too_big(ctx)
     for path in ctx.store.leftovers():
-        yield Drift("leftover", None, None, f"{path} was left by a writer that was killed", "mlxctl reconcile")
+        yield Drift.of(DriftCode.LEFTOVER, None, None, f"{path} was left by a writer that was killed")
 
 
 def rebooted(ctx: Context, registry: Registry, world: World) -> Iterator[Drift]:
@@ -45,22 +44,20 @@ def rebooted(ctx: Context, registry: Registry, world: World) -> Iterator[Drift]:
     down = [port for port in gone if registry.on_port(port)]
     if down:
         message = f"rebooted {utc(ctx.system.booted_at())}; {len(down)} assignment{'s'[: len(down) != 1]} down"
-        yield Drift("rebooted", None, None, message, "mlxctl restore")
+        yield Drift.of(DriftCode.REBOOTED, None, None, message)
 
 
 def conflicted_copies(ctx: Context) -> Iterator[Drift]:
     """Yield the copies that a sync service left beside the registry when two machines had written it."""
     for copy in ctx.store.registry.conflicts():
         message = f"{copy} is a conflicted copy: another machine wrote the registry too"
-        hint = f"compare it with {ctx.paths.registry}, then move it away; no sync service should have a registry"
-        yield Drift("registry_conflict", None, None, message, hint)
+        yield Drift.of(DriftCode.REGISTRY_CONFLICT, None, None, message, registry=ctx.paths.registry)
 
 
 def _too_big(ctx: Context) -> Iterator[Drift]:
-    hint = "the next change on the host cuts it, for example: mlxctl reconcile"
     for log, size in logs.too_big(ctx.store.state / "logs"):
         port = int(log.stem) if log.stem.isdecimal() else None
-        yield Drift("log_too_big", port, None, f"{log} has {amount(size)}", hint)
+        yield Drift.of(DriftCode.LOG_TOO_BIG, port, None, f"{log} has {amount(size)}")
 
 
 def settings_drift(ctx: Context, registry: Registry, view: PortView) -> Iterator[Drift]:
@@ -71,21 +68,20 @@ def settings_drift(ctx: Context, registry: Registry, view: PortView) -> Iterator
     entry = registry.models.get(run.model)
     if entry is None:
         return
-    hint = f"mlxctl load {run.model} {view.port} --force"
     if entry.repo_id not in (None, run.repo_id):
         message = f"{view.port} serves {run.repo_id}, and the registry says {entry.repo_id}"
-        yield Drift("settings_changed", view.port, run.model, message, hint)
+        yield Drift.of(DriftCode.SETTINGS_CHANGED, view.port, run.model, message)
         return
     wanted = entry.revision or Path(entry.cache_path or run.revision).name
     if not run.revision.startswith(wanted):
         message = f"{view.port} serves {run.repo_id} at {run.revision[:12]}, and the registry says {wanted[:12]}"
-        yield Drift("settings_changed", view.port, run.model, message, hint)
+        yield Drift.of(DriftCode.SETTINGS_CHANGED, view.port, run.model, message)
         return
     try:
         expected = _expected(ctx, registry, view)
     except MlxopsError as error:
         message = f"{view.port}: {run.model} could not be started as it is configured now: {error.message}"
-        yield Drift("settings_changed", view.port, run.model, message, error.hint)
+        yield Drift(DriftCode.SETTINGS_CHANGED, view.port, run.model, message, error.hint)
         return
     found = run.argv
     if run.adopted and expected is not None:
@@ -95,7 +91,7 @@ def settings_drift(ctx: Context, registry: Registry, view: PortView) -> Iterator
         message = (
             f"{view.port}: {run.model} runs with other settings than it would get now: {_difference(found, expected)}"
         )
-        yield Drift("settings_changed", view.port, run.model, message, hint)
+        yield Drift.of(DriftCode.SETTINGS_CHANGED, view.port, run.model, message)
 
 
 def _expected(ctx: Context, registry: Registry, view: PortView) -> tuple[str, ...] | None:

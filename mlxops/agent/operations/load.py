@@ -28,8 +28,9 @@ from mlxops.core import names, planner
 from mlxops.core.errors import Busy, MlxopsError, NotStarted, Refused, UsageError
 from mlxops.core.names import shown
 from mlxops.core.planner import LoadPlan, ModelRef, Outcome
-from mlxops.core.ports import Operation, Owner, PortView, Run, State, World, run_of
+from mlxops.core.ports import Owner, PortView, State, World
 from mlxops.core.protocol import Phase
+from mlxops.core.records import Operation, Run, run_of
 from mlxops.core.registry import Registry
 
 READY_SECONDS = 5.0

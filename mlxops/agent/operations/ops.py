@@ -13,8 +13,8 @@ from mlxops.agent.state.operation_log import OperationLog, recent
 from mlxops.agent.state.store import Store, named
 from mlxops.common.files import Unfit
 from mlxops.core.errors import Interrupted, MlxopsError, OutcomeUnknown, Refused
-from mlxops.core.ports import Operation
 from mlxops.core.protocol import CANCELLABLE, Failed
+from mlxops.core.records import Operation
 
 SHOWN = 20
 """Operations that have ended and are listed, the newest."""

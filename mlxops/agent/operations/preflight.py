@@ -26,8 +26,8 @@ from mlxops.core.loadable import no_tokenizer, unknown_quantization
 from mlxops.core.model_options import Option, options_of, size_warning
 from mlxops.core.names import shown
 from mlxops.core.planner import LoadPlan, ModelRef, Wanted
-from mlxops.core.ports import Operation
 from mlxops.core.protocol import Phase
+from mlxops.core.records import Operation
 from mlxops.core.registry import Model, Registry
 from mlxops.core.text import amount
 

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from mlxops.agent.context import Context
 from mlxops.agent.engines.base import NoCompletion, complete
 from mlxops.agent.operations.server_names import names_of
-from mlxops.core.ports import Drift, PortView, State, World
+from mlxops.core.drift import Drift, DriftCode
+from mlxops.core.ports import PortView, State, World
 
 SECONDS = 20.0
 """How long a completion of four tokens may take: a server that is busy with others needs longer."""
@@ -58,7 +59,5 @@ def failed(world: World, probes: Mapping[object, Probe]) -> Iterator[Drift]:
         if each["ok"] is False and isinstance(port, int):
             view = world.ports[port]
             message = f"{port} is up, and gave no completion: {each['error']}"
-            hint = f"mlxctl logs --port {port}"
-            if view.model:
-                hint += f"; then mlxctl load {view.model} {port} --force"
-            yield Drift("probe_failed", port, view.model, message, hint)
+            reload = f"; then mlxctl load {view.model} {port} --force" if view.model else ""
+            yield Drift.of(DriftCode.PROBE_FAILED, port, view.model, message, reload=reload)

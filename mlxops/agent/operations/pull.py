@@ -21,8 +21,9 @@ from mlxops.agent.state.store import Lock
 from mlxops.core import names
 from mlxops.core.errors import Busy, Interrupted, Refused
 from mlxops.core.planner import unknown_model, unknown_port
-from mlxops.core.ports import Operation, State, World
+from mlxops.core.ports import State, World
 from mlxops.core.protocol import Phase, Progress
+from mlxops.core.records import Operation
 from mlxops.core.registry import Model, Registry
 from mlxops.core.text import amount
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from mlxops.agent.engines import ENGINES
 from mlxops.agent.engines.base import Names, installed_version
-from mlxops.core.ports import Owner, PortView, Run, Server
+from mlxops.core.ports import Owner, PortView
+from mlxops.core.records import Run, Server
 
 
 def names_of(view: PortView) -> Names:

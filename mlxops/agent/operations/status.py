@@ -8,8 +8,10 @@ from mlxops.agent.context import Context
 from mlxops.agent.operations.drift import conflicted_copies, further_drift, rebooted
 from mlxops.agent.operations.ops import downloads
 from mlxops.agent.state.operation_log import stand_of
+from mlxops.core.drift import Drift, DriftCode
 from mlxops.core.errors import MlxopsError, Refused
-from mlxops.core.ports import Operation, PortView
+from mlxops.core.ports import PortView
+from mlxops.core.records import Operation
 from mlxops.core.registry import Model, Registry
 
 
@@ -23,12 +25,11 @@ def status(ctx: Context) -> dict[str, object]:
         probes = probe(ctx, world)
         rows = [row | {"probe": probes.get(row["port"])} for row in rows]
         found += failed(world, probes)
-    drift = [each.to_wire() for each in found]
     if registry.unwritable:
         error = ctx.store.registry.refusal(registry)
-        message = f"{error.message}: {error.why}"
-        drift.insert(0, {"code": error.code, "port": None, "model": None, "message": message, "hint": error.hint})
-    drift += [each.to_wire() for each in conflicted_copies(ctx)]
+        code = DriftCode.REGISTRY_MISSING if registry.missing else DriftCode.REGISTRY_UNUSABLE
+        found.insert(0, Drift(code, None, None, f"{error.message}: {error.why}", error.hint))
+    drift = [each.to_wire() for each in (*found, *conflicted_copies(ctx))]
     running = [_running(ctx, each) for each in downloads(ctx)]
     return {"operations": running, "ports": rows, "drift": drift, "registry": str(ctx.paths.registry)}
 

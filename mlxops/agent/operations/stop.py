@@ -10,8 +10,9 @@ from mlxops.agent.context import Context
 from mlxops.agent.engines import ENGINES
 from mlxops.agent.serving import processes
 from mlxops.core.errors import MlxopsError, OutcomeUnknown, Refused
-from mlxops.core.ports import Owner, PortView, Run, Server, State, run_of
+from mlxops.core.ports import Owner, PortView, State
 from mlxops.core.protocol import Phase
+from mlxops.core.records import Run, Server, run_of
 from mlxops.core.text import amount
 
 END_SECONDS = 5.0

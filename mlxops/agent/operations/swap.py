@@ -22,8 +22,9 @@ from mlxops.agent.serving.launch import Launch, deadline_for
 from mlxops.agent.serving.logs import rotated
 from mlxops.core.errors import Interrupted, MlxopsError, NotStarted, OutcomeUnknown
 from mlxops.core.planner import LoadPlan, ModelRef
-from mlxops.core.ports import Owner, PortView, run_of
+from mlxops.core.ports import Owner, PortView
 from mlxops.core.protocol import Phase
+from mlxops.core.records import run_of
 from mlxops.core.registry import Model, Registry
 
 

@@ -11,7 +11,7 @@ from mlxops.agent.state.operation_log import OperationLog, named
 from mlxops.core import names, planner
 from mlxops.core.errors import Interrupted, MlxopsError, UsageError
 from mlxops.core.planner import UnloadPlan
-from mlxops.core.ports import Operation
+from mlxops.core.records import Operation
 
 CANCEL_SECONDS = 60.0
 

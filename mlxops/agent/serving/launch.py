@@ -31,8 +31,9 @@ from mlxops.agent.serving.last_words import last_line
 from mlxops.agent.serving.processes import PendingProcess
 from mlxops.agent.state.store import Store, now, state_unwritable
 from mlxops.core.errors import MlxopsError, NotStarted
-from mlxops.core.ports import Health, Run
+from mlxops.core.ports import Health
 from mlxops.core.protocol import Event, Phase
+from mlxops.core.records import Run
 from mlxops.core.text import clean
 
 TRY_SECONDS = 0.02

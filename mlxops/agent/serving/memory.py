@@ -19,7 +19,8 @@ from mlxops.agent.serving.servers import Found
 from mlxops.core import memory
 from mlxops.core.errors import Refused
 from mlxops.core.memory import Estimate, Use
-from mlxops.core.ports import Operation, PortView, World
+from mlxops.core.ports import PortView, World
+from mlxops.core.records import Operation
 from mlxops.core.text import amount
 
 GPU_SHARE = 0.75

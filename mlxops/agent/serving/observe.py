@@ -23,7 +23,9 @@ from mlxops.agent.state.operation_log import OperationState, stand_of
 from mlxops.agent.state.store import Store, utc
 from mlxops.common import files
 from mlxops.core.errors import Interrupted, MlxopsError
-from mlxops.core.ports import BootClaim, Health, JobState, Run, Server, Signals, Standing, World, drift, judge
+from mlxops.core.port_drift import find_drift
+from mlxops.core.ports import BootClaim, Health, JobState, Signals, Standing, World, judge
+from mlxops.core.records import Run, Server
 from mlxops.core.registry import Registry
 from mlxops.core.text import clean
 
@@ -61,7 +63,7 @@ def observe(
         )
         for each in signals
     }
-    return World(views, drift(paths.settings.ports, views, registry, states), states)
+    return World(views, find_drift(paths.settings.ports, views, registry, states), states)
 
 
 def _all_signals(

@@ -22,7 +22,7 @@ from mlxops.agent.host.programs import MARK
 from mlxops.agent.host.system import Look, Process, System
 from mlxops.agent.serving import servers
 from mlxops.core.errors import MlxopsError, NotStarted, Refused
-from mlxops.core.ports import Run
+from mlxops.core.records import Run
 from mlxops.core.text import clean
 
 GATE = Path(__file__).with_name("gate.py")

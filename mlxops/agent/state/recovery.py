@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 from mlxops.agent.state.operation_log import OperationLog, named, recent
 from mlxops.agent.state.store import Store, state_unreadable
+from mlxops.core.drift import Drift, DriftCode
 from mlxops.core.errors import Refused
-from mlxops.core.ports import Drift, Operation
 from mlxops.core.protocol import Failed
+from mlxops.core.records import Operation
 
 
 @dataclass(frozen=True)
@@ -69,15 +70,15 @@ def drift(store: Store, ports: Iterable[int]) -> Iterator[Drift]:
         found = list(find(store, ports))
     except (Refused, OSError) as error:
         refused = error if isinstance(error, Refused) else state_unreadable(store.state / "ops", error)
-        yield Drift(refused.code, None, None, f"{refused.message}: {refused.why}", refused.hint)
+        yield Drift(DriftCode.STATE_UNREADABLE, None, None, f"{refused.message}: {refused.why}", refused.hint)
         return
     for cut in found:
         operation = cut.operation
-        again = f"mlxctl {operation.command} {operation.model or ''}".strip()
+        command = f"mlxctl {operation.command} {operation.model or ''}".strip()
         if operation.port is not None:
-            again += f" {operation.port}"
-        hint = f"ask for it again: {again}; or clean up what it left: mlxctl reconcile"
-        yield Drift("interrupted_operation", operation.port, operation.model, f"{cut} ({cut.journal.id})", hint)
+            command += f" {operation.port}"
+        message = f"{cut} ({cut.journal.id})"
+        yield Drift.of(DriftCode.INTERRUPTED_OPERATION, operation.port, operation.model, message, command=command)
 
 
 def settle(store: Store, operation: str, port: int | None, *, by: str) -> str | None:

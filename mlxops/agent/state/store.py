@@ -41,7 +41,7 @@ from mlxops.common import files
 from mlxops.common.files import Unfit, said
 from mlxops.core import registry as registries
 from mlxops.core.errors import Refused
-from mlxops.core.ports import Operation, Run, operation_from_wire, run_from_wire
+from mlxops.core.records import Operation, Run, operation_from_wire, run_from_wire
 from mlxops.core.registry import Registry
 from mlxops.core.settings import Settings, settings_from_wire
 
