@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,8 @@ from invoke.program import Program
 from invoke.tasks import Task
 
 from mlxops import __version__
+from mlxops.cli import overview
+from mlxops.common.build import PACKAGE, build_id
 from mlxops.control import render
 from mlxops.core.errors import Exit as Status
 from mlxops.core.errors import OutputFailed, UsageError
@@ -45,8 +48,14 @@ class _OwnConfig(Config):
 
 class _Mlxctl(Program):
     def print_help(self) -> None:
-        super().print_help()
-        print(f"\nShort: {', '.join(map(short, POSITIONAL))}")  # noqa: T201
+        from mlxops.tasks import namespace
+
+        helps = {name: first_line(task) for name, task in namespace.tasks.items()}
+        print(overview.overview(helps, shutil.get_terminal_size((120, 24)).columns))  # noqa: T201
+
+    def print_version(self) -> None:
+        python = ".".join(map(str, sys.version_info[:3]))
+        print(f"mlxctl {__version__} (build {build_id()}, Python {python}, {PACKAGE})")  # noqa: T201
 
     def print_task_help(self, name: str) -> None:
         super().print_task_help(name)
@@ -74,6 +83,10 @@ class _Mlxctl(Program):
             if not error.message:
                 raise
             raise _usage(error) from None
+
+
+def first_line(task: Task[Any]) -> str:
+    return (task.__doc__ or "").strip().partition("\n")[0]
 
 
 def _usage(error: ParseError | Exit) -> SystemExit:
