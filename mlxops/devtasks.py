@@ -165,3 +165,9 @@ def _develop(name: str, run: Callable[[], None], *, json: bool = False) -> None:
 
 
 TASKS: Mapping[str, Task[Any]] = {"demo": demo, "test": test, "bench": bench, "faults": faults}
+EXAMPLES = {
+    "demo": "inv demo",
+    "test": "inv test --fast",
+    "bench": "inv bench --only status",
+    "faults": "inv faults --minutes 10",
+}

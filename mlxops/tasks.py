@@ -29,6 +29,7 @@ from mlxops.core.replies import HostReply
 if TYPE_CHECKING:
     from mlxops.core.commands.deploy import Deploy
     from mlxops.core.commands.gateway import Gateway
+    from mlxops.core.commands.help import Help
     from mlxops.core.commands.list import List
     from mlxops.core.commands.load import Loading, LoadResult
     from mlxops.core.commands.logs import Logs
@@ -233,6 +234,14 @@ def _print_entries(cli: Cli, request: Gateway) -> None:
     cli.show([reply], lambda replies: check.as_yaml(document, environ))
 
 
+def help_(cli: Cli, request: Help) -> None:
+    from mlxops.cli import manual
+    from mlxops.core.commands.help import HelpResult
+
+    reply = HostReply("manual", HelpResult(request.topic, manual.text_of(request.topic)))
+    cli.show([reply], lambda replies: manual.shown(request.topic))
+
+
 # -- host ---------------------------------------------------------------------------------------------------------
 
 
@@ -253,6 +262,7 @@ BODIES: Mapping[str, Callable[[Cli, Any], None]] = {
     "ops": ops,
     "logs": logs,
     "gateway": gateway,
+    "help": help_,
     "deploy": deploy,
 }
 

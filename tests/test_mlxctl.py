@@ -74,7 +74,6 @@ def test_the_help_of_a_task_says_what_each_flag_is_for() -> None:
 
 
 def test_the_help_names_the_positional_forms() -> None:
-    assert "mlxctl load MODEL PORT, mlxctl unload PORT" in mlxctl("--help").stdout
     assert "Short: mlxctl load MODEL PORT\n" in mlxctl("load", "--help").stdout
     assert "Short" not in mlxctl("status", "--help").stdout
 

@@ -193,8 +193,13 @@ def archive(wheels: Path | None = None) -> bytes:
 
 
 def _control_sources() -> list[Path]:
+    """The rest of the package, for `--mlxctl`: the control part and the manual."""
     folders = (PACKAGE / name for name in ("cli", "control"))
-    return [*(path for folder in folders for path in sorted(folder.rglob("*.py"))), *sorted(PACKAGE.glob("[!_]*.py"))]
+    return [
+        *(path for folder in folders for path in sorted(folder.rglob("*.py"))),
+        *sorted(PACKAGE.glob("[!_]*.py")),
+        *sorted((PACKAGE / "docs").glob("*.md")),
+    ]
 
 
 def _search(transport: Transport, places: Sequence[str]) -> _Search:

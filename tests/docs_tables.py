@@ -1,0 +1,155 @@
+"""Tables of the manual that follow from the code.
+
+`python -m tests.docs_tables` writes them into the pages, between `<!-- generated: NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import sys
+import textwrap
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import Field, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, Protocol, Union, get_args, get_origin, get_type_hints
+
+from mlxops.cli.manual import DOCS
+from mlxops.core.drift import DriftCode
+from mlxops.core.errors import Exit
+from mlxops.core.ports import Owner, State
+
+RESULTS: Mapping[str, type] = {}
+"""Command -> the dataclass of its result, for the manual's page on JSON."""
+_BLOCK = re.compile(r"(?P<start><!-- generated: (?P<name>[a-z]+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
+_WORDS: Mapping[object, str] = {
+    str: "text",
+    int: "integer",
+    float: "number",
+    bool: "true or false",
+    types.NoneType: "null",
+    object: "any",
+    Any: "any",
+}
+
+
+class Described(Protocol):
+    @property
+    def value(self) -> object: ...
+
+    @property
+    def meaning(self) -> str: ...
+
+
+def meanings(heading: str, members: Iterable[Described]) -> str:
+    """Return a table of the members of an enum and what each means."""
+    return table((heading, "meaning"), ((f"`{each.value}`", each.meaning) for each in members))
+
+
+def table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [columns, ("---",) * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+
+
+def json_fields(results: Mapping[str, type]) -> str:
+    """Return a section for each command, then one for each dataclass inside their results."""
+    inner: dict[str, type] = {}
+    sections = [_section(f"`{command}`", result, inner) for command, result in results.items()]
+    written: set[str] = set()
+    while missing := [name for name in inner if name not in written]:
+        for name in missing:
+            sections.append(_section(name, inner[name], inner))
+            written.add(name)
+    return "\n\n".join(sections)
+
+
+def _section(title: str, kind: type, inner: dict[str, type]) -> str:
+    """Return the table of a dataclass. Adds the dataclasses that its fields name to `inner`."""
+    hints = get_type_hints(kind)
+    helps = attribute_docs(kind)
+    rows = ((f"`{each.name}`", json_type(hints[each.name], inner), _help(each, helps)) for each in fields(kind))
+    return f"### {title}\n\n{table(('field', 'type', 'meaning'), rows)}"
+
+
+def _help(each: Field[Any], helps: Mapping[str, str]) -> str:
+    return str(each.metadata.get("help") or helps.get(each.name, ""))
+
+
+def json_type(annotation: Any, inner: dict[str, type]) -> str:
+    """Return the annotation in the words of JSON. Adds the dataclasses that it names to `inner`."""
+    if annotation in _WORDS:
+        return _WORDS[annotation]
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return " or ".join(json_type(each, inner) for each in arguments)
+    if is_dataclass(annotation) and isinstance(annotation, type):
+        inner.setdefault(annotation.__name__, annotation)
+        return annotation.__name__
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return _WORDS[int if issubclass(annotation, int) else str]
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return f"object of {json_type(arguments[1], inner)}"
+    if origin is not None and arguments:
+        return f"list of {json_type(arguments[0], inner)}"
+    return "object"
+
+
+def attribute_docs(kind: type) -> dict[str, str]:
+    """Return field -> the string under it in the source, of the class and its bases."""
+    docs: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        if is_dataclass(base):
+            docs |= dict(_attribute_docs(base))
+    return docs
+
+
+def _attribute_docs(kind: type) -> Iterator[tuple[str, str]]:
+    (node,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    assert isinstance(node, ast.ClassDef)
+    for field_node, doc in zip(node.body, node.body[1:], strict=False):
+        if isinstance(field_node, ast.AnnAssign) and isinstance(field_node.target, ast.Name):
+            text = doc.value if isinstance(doc, ast.Expr) else None
+            if isinstance(text, ast.Constant) and isinstance(text.value, str):
+                yield field_node.target.id, " ".join(text.value.split())
+
+
+TABLES: Mapping[str, Callable[[], str]] = {
+    "states": lambda: meanings("state", State),
+    "owners": lambda: meanings("owner", Owner),
+    "drift": lambda: meanings("drift", DriftCode),
+    "exits": lambda: meanings("exit", Exit),
+    "json": lambda: json_fields(RESULTS),
+}
+
+
+def generated(page: str) -> str:
+    """Return a page with its tables as the code has them now. Raises `KeyError` for an unknown name."""
+
+    def block(match: re.Match[str]) -> str:
+        text = TABLES[match["name"]]()
+        return f"{match['start']}\n{text}\n\n{match['end']}" if text else f"{match['start']}{match['end']}"
+
+    return _BLOCK.sub(block, page)
+
+
+def names(page: str) -> list[str]:
+    return [match["name"] for match in _BLOCK.finditer(page)]
+
+
+def write(folder: Path = DOCS) -> list[Path]:
+    """Return the pages that were changed."""
+    changed = []
+    for path in sorted(folder.glob("*.md")):
+        page = path.read_text(encoding="utf-8")
+        if (new := generated(page)) != page:
+            path.write_text(new, encoding="utf-8")
+            changed.append(path)
+    return changed
+
+
+if __name__ == "__main__":
+    for changed_path in write():
+        sys.stdout.write(f"{changed_path}\n")
