@@ -36,14 +36,13 @@ def overview(entries: Sequence[Entry], columns: int) -> str:
     example_width = max(len(entry.example) for entry in entries)
     help_width = max(len(entry.help) for entry in entries)
     beside = len(_INDENT) * 2 + example_width + help_width <= columns
+
+    def lines(group: str) -> str:
+        return "\n".join(_lines(entry, example_width if beside else 0) for entry in entries if entry.group == group)
+
     blocks = [
         "Usage: mlxctl COMMAND [OPTIONS]\n\nThe manual: mlxctl help",
-        *(
-            "\n".join(
-                [group, *(_lines(entry, example_width if beside else 0) for entry in entries if entry.group == group)]
-            )
-            for group in groups
-        ),
+        *(f"{group}\n{lines(group)}" for group in groups),
         _options("options of most commands", COMMON_OPTIONS),
         _options("options of mlxctl", PROGRAM_OPTIONS),
     ]
