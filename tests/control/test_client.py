@@ -17,10 +17,12 @@ from mlxops.control import client
 from mlxops.control.channel import ConnectionLost, Ended, ReadLimits
 from mlxops.control.client import HostReply, HostTarget, ask, ask_all, gateway_warning, local_python
 from mlxops.control.render import exit_of
+from mlxops.core.command import Group, decode_request, request_type
+from mlxops.core.commands.follow import Follow
+from mlxops.core.commands.load import Load
+from mlxops.core.commands.status import DriftRow, Status, StatusResult
 from mlxops.core.errors import Busy, Exit, MlxopsError, Refused, Unreachable
 from mlxops.core.protocol import (
-    CHANGES,
-    READS,
     Done,
     Event,
     Failed,
@@ -31,13 +33,22 @@ from mlxops.core.protocol import (
     Progress,
     Reached,
     Started,
-    decode_request,
+    decode_envelope,
     encode_event,
 )
 from mlxops.core.settings import PortRange, Settings
+from mlxops.core.wire import decode, encode
+from mlxops.tasks import command_names
+from tests.lab.envelopes import ANY_RESULT
 
 HELLO = encode_event(Hello("0", "b"))
-DONE = encode_event(Done({"ports": []}))
+DONE = encode_event(Done(ANY_RESULT))
+RESULT = decode(StatusResult, ANY_RESULT)
+NAMES = [
+    name for name in command_names() if request_type(name).group is not Group.HIDDEN and name not in {"help", "deploy"}
+]
+CHANGES = [name for name in NAMES if request_type(name)().acts]
+READS = [name for name in NAMES if not request_type(name).changes]
 NOISE = ["", "Last login: Mon", "\x1b[31mmotd", '{"mlxops":', "{}", "\ud83d not text"]
 
 
@@ -83,7 +94,7 @@ class Wire:
 
 @dataclass
 class Told:
-    answer: HostReply
+    answer: HostReply[object]
     heard: list[tuple[str, Event]]
     wire: Wire
 
@@ -109,7 +120,7 @@ def converse(monkeypatch: pytest.MonkeyPatch) -> Talk:
 
         monkeypatch.setattr(client, "connect", connect)
         heard: list[tuple[str, Event]] = []
-        answer = ask(STUDIO, command, args, lambda host, event: heard.append((host, event)))
+        answer = ask(STUDIO, decode_request(command, args), lambda host, event: heard.append((host, event)))
         assert wire.closed == len(connected), "each connection is let go of, once"
         assert not isinstance(session, Scripted) or session.closed == len(connected)
         return Told(answer, heard, wire)
@@ -125,22 +136,23 @@ def problem(told: Told) -> MlxopsError:
 
 def test_the_result_of_a_request_is_the_answer(converse: Talk) -> None:
     told = converse(Scripted([HELLO, DONE]))
-    assert told.answer == HostReply("studio", {"ports": []}, flags=STUDIO.flags) and told.answer.reachable
+    assert told.answer == HostReply("studio", RESULT, command="status", flags=STUDIO.flags)
+    assert told.answer.reachable
     assert exit_of([told.answer]) is Exit.DONE
 
 
 def test_the_agent_is_started_without_a_shell_and_given_the_request_as_data(converse: Talk) -> None:
     ((argv, data),) = converse(Scripted([HELLO, DONE]), "load", model="$(id)", port="8100").wire.started
     assert argv == ["~/.mlxops/venv/bin/python", "-P", "-m", "mlxops.agent"]
-    request = decode_request(data)
-    assert (request.command, request.args) == ("load", {"model": "$(id)", "port": "8100"})
-    assert (request.settings, request.build) == (STUDIO.settings, build_id())
-    assert request.asker.host == socket.gethostname()
+    envelope = decode_envelope(data)
+    assert envelope.request == Load(model="$(id)", port="8100")
+    assert (envelope.settings, envelope.build) == (STUDIO.settings, build_id())
+    assert envelope.asker.host == socket.gethostname()
 
 
 def test_what_a_login_shell_prints_is_passed_over(converse: Talk) -> None:
     told = converse(Scripted([*NOISE, HELLO, *NOISE, encode_event(Note("x")), *NOISE, DONE, *NOISE]))
-    assert told.answer.result == {"ports": []} and told.heard == [("studio", Note("x"))]
+    assert told.answer.result == RESULT and told.heard == [("studio", Note("x"))]
 
 
 def test_what_is_told_meanwhile_is_passed_on_in_order(converse: Talk) -> None:
@@ -150,10 +162,11 @@ def test_what_is_told_meanwhile_is_passed_on_in_order(converse: Talk) -> None:
 
 
 def test_what_a_host_tells_to_do_next_is_done_there(converse: Talk) -> None:
-    rows = [{"code": "orphan", "hint": "mlxctl unload 8100"}]
-    told = converse(Scripted([HELLO, encode_event(Note("see mlxctl ops")), encode_event(Done({"drift": rows}))]))
+    row = DriftRow("orphan", 8100, None, "left over", "mlxctl unload 8100")
+    done = encode_event(Done(encode(replace(RESULT, drift=(row,)))))
+    told = converse(Scripted([HELLO, encode_event(Note("see mlxctl ops")), done]))
     assert told.heard == [("studio", Note("see mlxctl ops --host studio"))]
-    assert told.answer.result == {"drift": [rows[0] | {"hint": "mlxctl unload --host studio 8100"}]}
+    assert told.answer.result == replace(RESULT, drift=(replace(row, hint="mlxctl unload --host studio 8100"),))
     said = Busy("busy", "m", why="w", hint="wait for it: mlxctl ops --follow op1")
     refused = problem(converse(Scripted([HELLO, encode_event(Failed(said))], Ended(75, "")), "load"))
     assert refused.hint == "wait for it: mlxctl ops --host studio --follow op1"
@@ -194,9 +207,9 @@ def test_an_agent_that_there_was_no_room_for_is_not_a_missing_one(converse: Talk
 
 def test_a_shortage_of_descriptors_here_is_told_as_that(tmp_path: Path) -> None:
     few = (
-        "import resource, sys; from mlxops.control.client import *; settings = Settings(state=sys.argv[1]);"
+        "import resource, sys; from mlxops.control.client import *; from mlxops.core.command import decode_request; settings = Settings(state=sys.argv[1]);"
         "target = HostTarget('here', None, local_python(), settings); resource.setrlimit(resource.RLIMIT_NOFILE, (5, 5));"
-        "print(ask(target, 'status', {}, lambda host, event: None).error.code)"
+        "print(ask(target, decode_request('status', {}), lambda host, event: None).error.code)"
     )
     argv = [sys.executable, "-c", few, str(tmp_path)]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
@@ -209,7 +222,9 @@ def test_an_agent_is_understood_whatever_its_environment_says_of_encodings(
 ) -> None:
     monkeypatch.setenv("PYTHONIOENCODING", encoding)
     settings = Settings(hub=str(tmp_path / "hub"), state=str(tmp_path / "state"), ports=PortRange(1, 2))
-    answer = ask(HostTarget("here", None, local_python(), settings), "status", {}, lambda host, event: None)
+    answer = ask(
+        HostTarget("here", None, local_python(), settings), decode_request("status", {}), lambda host, event: None
+    )
     assert answer.error is None
 
 
@@ -228,7 +243,7 @@ LOSSES: dict[str, Callable[[], Scripted | Exception]] = {
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("command", sorted([*CHANGES, "follow"]))
+@pytest.mark.parametrize("command", [*CHANGES, "follow"])
 def test_a_change_whose_connection_is_lost_has_an_unknown_outcome(converse: Talk, loss: str, command: str) -> None:
     error = problem(converse(LOSSES[loss](), command))
     assert (error.code, error.exit, error.why) == ("outcome_unknown", Exit.OUTCOME_UNKNOWN, "reset")
@@ -236,9 +251,7 @@ def test_a_change_whose_connection_is_lost_has_an_unknown_outcome(converse: Talk
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize(
-    ("command", "args"), [*((c, {}) for c in sorted(READS - {"follow"})), ("load", {"dry_run": True})]
-)
+@pytest.mark.parametrize(("command", "args"), [*((c, {}) for c in READS), ("load", {"dry_run": True})])
 def test_a_question_whose_connection_is_lost_can_be_asked_again(
     converse: Talk, loss: str, command: str, args: dict[str, object]
 ) -> None:
@@ -252,7 +265,7 @@ def test_a_host_that_cannot_be_reached_is_an_answer(monkeypatch: pytest.MonkeyPa
         raise Unreachable("host_down", "no route", hint="is it on?")
 
     monkeypatch.setattr(client, "connect", fail)
-    answer = ask(STUDIO, "status", {}, lambda host, event: None)
+    answer = ask(STUDIO, decode_request("status", {}), lambda host, event: None)
     assert answer.error is not None and answer.error.code == "host_down" and not answer.reachable
 
 
@@ -264,7 +277,7 @@ def test_whoever_listens_and_fails_does_not_keep_the_connection_open(monkeypatch
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ask(STUDIO, "status", {}, fail)
+        ask(STUDIO, decode_request("status", {}), fail)
     assert (wire.closed, session.closed) == (1, 1)
 
 
@@ -272,8 +285,12 @@ def test_a_server_on_every_interface_of_this_machine_is_reached_by_its_name(monk
     for bind in ("0.0.0.0", "::"):
         wire = Wire(Scripted([HELLO, DONE]))
         monkeypatch.setattr(client, "connect", lambda target, wire=wire: wire)
-        ask(replace(STUDIO, ssh=None, settings=Settings(bind=bind)), "status", {}, lambda host, event: None)
-        assert decode_request(wire.started[0][1]).settings.address == socket.gethostname()
+        ask(
+            replace(STUDIO, ssh=None, settings=Settings(bind=bind)),
+            decode_request("status", {}),
+            lambda host, event: None,
+        )
+        assert decode_envelope(wire.started[0][1]).settings.address == socket.gethostname()
 
 
 # -- several hosts --------------------------------------------------------------------------------------------------
@@ -290,11 +307,11 @@ def test_all_hosts_are_asked_at_once_and_answer_in_the_order_in_which_they_were_
 
     def connect(target: HostTarget) -> Wire:
         everybody.wait()  # passes only when all are here
-        return Wire(Scripted([HELLO, encode_event(Done({"name": target.name}))]))
+        return Wire(Scripted([HELLO, encode_event(Done({**ANY_RESULT, "registry": target.name}))]))
 
     monkeypatch.setattr(client, "connect", connect)
-    answers = ask_all(hosts(8), "status", {}, lambda host, event: None)
-    assert [answer.result for answer in answers] == [{"name": f"host{number}"} for number in range(8)]
+    answers = ask_all(hosts(8), Status(), lambda host, event: None)
+    assert [answer.result.registry for answer in answers if answer.result] == [f"host{number}" for number in range(8)]
 
 
 def test_a_dead_host_is_one_row_and_keeps_no_other_from_answering(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,7 +321,7 @@ def test_a_dead_host_is_one_row_and_keeps_no_other_from_answering(monkeypatch: p
         return Wire(Scripted([HELLO, DONE]))
 
     monkeypatch.setattr(client, "connect", connect)
-    answers = ask_all(hosts(3), "status", {}, lambda host, event: None)
+    answers = ask_all(hosts(3), decode_request("status", {}), lambda host, event: None)
     assert [(answer.host, answer.reachable) for answer in answers] == [
         ("host0", True),
         ("host1", False),
@@ -321,7 +338,7 @@ def test_a_bug_in_one_thread_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(client, "connect", connect)
     with pytest.raises(RuntimeError, match="a bug"):
-        ask_all(hosts(2), "status", {}, lambda host, event: None)
+        ask_all(hosts(2), decode_request("status", {}), lambda host, event: None)
 
 
 @pytest.mark.parametrize(
@@ -373,8 +390,10 @@ def test_a_log_that_is_followed_is_asked_for_from_where_it_was_heard(monkeypatch
         monkeypatch, broken(Reached("1-0-0")), broken(LogLine("one", "1-4-a"), LogLine("two", "1-8-b")), broken()
     )
     heard: list[Event] = []
-    answer = ask(STUDIO, "logs", {"port": "8100", "follow": True}, lambda host, event: heard.append(event))
-    asked = [decode_request(wire.started[0][1]).args.get("after") for wire in wires]
+    answer = ask(
+        STUDIO, decode_request("logs", {"port": "8100", "follow": True}), lambda host, event: heard.append(event)
+    )
+    asked = [getattr(decode_envelope(wire.started[0][1]).request, "after", None) for wire in wires]
     assert asked == [None, "1-0-0", "1-8-b"]
     assert [event.text for event in heard if isinstance(event, LogLine)] == ["one", "two"]
     assert answer.error is not None and (answer.error.code, answer.error.exit) == ("connection_lost", 5)
@@ -385,19 +404,19 @@ def test_a_host_that_was_there_again_has_its_time_to_come_back_anew(monkeypatch:
     started = Started("20260101T000000-00000000")
     quiet = [broken(started, words=[beat]) for _ in range(3)]
     wires = one_after_the_other(monkeypatch, broken(started), *quiet, Scripted([HELLO, DONE]))
-    assert ask(STUDIO, "init", {}, lambda host, event: None).error is None and len(wires) == 5
+    assert ask(STUDIO, decode_request("init", {}), lambda host, event: None).error is None and len(wires) == 5
 
 
 def test_an_agent_that_ends_before_it_tells_anything_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     wires = one_after_the_other(monkeypatch, broken(Started("20260101T000000-00000000")))
-    answer = ask(STUDIO, "init", {}, lambda host, event: None)
+    answer = ask(STUDIO, decode_request("init", {}), lambda host, event: None)
     assert answer.error is not None and answer.error.exit is Exit.OUTCOME_UNKNOWN and len(wires) == 2
 
 
 def test_noise_is_no_sign_that_a_host_was_there_again(monkeypatch: pytest.MonkeyPatch) -> None:
     started = Started("20260101T000000-00000000")
     wires = one_after_the_other(monkeypatch, broken(started), *(broken(started, words=["noise"]) for _ in range(3)))
-    answer = ask(STUDIO, "init", {}, lambda host, event: None)
+    answer = ask(STUDIO, decode_request("init", {}), lambda host, event: None)
     assert answer.error is not None and answer.error.exit is Exit.OUTCOME_UNKNOWN and len(wires) == 2
 
 
@@ -414,11 +433,13 @@ def test_of_an_operation_that_was_found_running_already_no_event_is_lost_or_told
         Scripted([HELLO, encode_event(Started(other)), encode_event(Phase("proof", "four")), DONE]),
     )
     heard: list[Event] = []
-    answer = ask(STUDIO, "load", {"model": "m", "port": "8100"}, lambda host, event: heard.append(event))
+    answer = ask(
+        STUDIO, decode_request("load", {"model": "m", "port": "8100"}), lambda host, event: heard.append(event)
+    )
     assert answer.error is None
-    requests = [decode_request(wire.started[0][1]) for wire in wires]
-    assert [(request.command, request.heard) for request in requests] == [("load", 0), ("follow", 1), ("follow", 3)]
-    assert [request.args.get("operation") for request in requests] == [None, other, other]
+    envelopes = [decode_envelope(wire.started[0][1]) for wire in wires]
+    assert [(each.request.name, each.heard) for each in envelopes] == [("load", 0), ("follow", 1), ("follow", 3)]
+    assert [each.request for each in envelopes[1:]] == [Follow(other), Follow(other)]
     assert [event.message for event in heard if isinstance(event, Phase)] == ["x", "one", "two", "three", "four"]
 
 
@@ -438,6 +459,6 @@ def test_a_login_that_was_cut_off_is_tried_again_and_one_that_was_refused_is_not
 
     monkeypatch.setattr(client, "connect", connect)
     monkeypatch.setattr(client, "FIRST_PAUSE", 0.0)
-    answer = ask(STUDIO, "init", {}, lambda host, event: None)
+    answer = ask(STUDIO, decode_request("init", {}), lambda host, event: None)
     assert len(tried) == tries and (answer.error is None) is ended
     assert ended or (answer.error is not None and answer.error.exit is Exit.OUTCOME_UNKNOWN)
