@@ -18,11 +18,18 @@ from pathlib import Path
 from typing import Any, Protocol, Union, get_args, get_origin, get_type_hints
 
 from mlxops.cli.manual import DOCS
+from mlxops.core.command import Group, request_type
 from mlxops.core.drift import DriftCode
 from mlxops.core.errors import Exit
 from mlxops.core.ports import Owner, State
+from mlxops.tasks import command_names
 
-RESULTS: Mapping[str, type] = {}
+RESULTS: Mapping[str, type] = {
+    name: kind.result
+    for name in command_names()
+    for kind in [request_type(name)]
+    if kind.group is not Group.HIDDEN and is_dataclass(kind.result)
+}
 """Command -> the dataclass of its result, for the manual's page on JSON."""
 _BLOCK = re.compile(r"(?P<start><!-- generated: (?P<name>[a-z]+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 _WORDS: Mapping[object, str] = {

@@ -40,7 +40,7 @@ PURE = {
     "unicodedata",
 }
 """The standard library's modules that compute and do nothing else."""
-PURE_PARTS = ("urllib.parse",)
+PURE_PARTS = ("urllib.parse", "importlib.import_module")
 """Those of packages that otherwise do more."""
 
 HEAVY = {"huggingface_hub", "fabric", "paramiko", "yaml", "rich", "psutil"}
@@ -214,11 +214,11 @@ def test_nothing_of_mlxops_imports_a_test() -> None:
 STATUS_ON_A_HOST = """
 mlxops
 mlxops.agent: agreement context paths worker
-mlxops.agent.engines: base
+mlxops.agent.engines: argv base installation
 mlxops.agent.host: programs sockets system
 mlxops.agent.operations: drift ops status
 mlxops.agent.serving: logs observe processes servers
-mlxops.agent.state: locks operation_log recovery store
+mlxops.agent.state: durable_files locks operation_log recovery registry_file store
 mlxops.common: build files
 mlxops.core: described drift errors model_options names port_drift ports protocol records registry settings text
 """
@@ -227,7 +227,7 @@ STATUS_ASKS = """
 mlxops: tasks
 mlxops.cli: runner startup
 mlxops.common: build files
-mlxops.control: channel client hints inventory local render
+mlxops.control: channel client hints inventory local render yaml_file
 mlxops.control.ssh: config
 mlxops.core: described errors names protocol settings text
 """

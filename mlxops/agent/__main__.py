@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxops import __version__
-from mlxops.agent.agreement import agree, agree_anew, refuse_others
-from mlxops.agent.paths import HostPaths, closed, host_paths
+from mlxops.agent.agreement import agree, check_agreement, replace_agreement
+from mlxops.agent.paths import HostPaths, folder_closed, host_paths
 from mlxops.agent.state.locks import NoLocks, flock_within
 from mlxops.agent.state.store import Store
 from mlxops.common.build import build_id
@@ -32,15 +32,14 @@ from mlxops.core.protocol import (
     AGAIN,
     HEARTBEAT,
     MAX_LINE,
-    REPEATABLE,
     Done,
+    Envelope,
     Event,
     Failed,
     Hello,
     Note,
-    Request,
     Started,
-    decode_request,
+    decode_envelope,
     encode_event,
 )
 
@@ -133,17 +132,17 @@ def _told(serve: Callable[[], int]) -> int:
     except Exception as error:  # noqa: BLE001 - the boundary of the agent
         from traceback import format_exc
 
-        failure = closed(error, error.filename) if is_hosts_fault(error) else bug(error, format_exc())
+        failure = folder_closed(error, error.filename) if is_hosts_fault(error) else bug(error, format_exc())
         _emit(Failed(failure))
         return int(failure.exit)
 
 
 def _serve() -> int:
-    request = _request()
-    _agree_on_code(request)
-    status = _told(lambda: _carry_out(request))
-    while request.command in REPEATABLE and _asked_again():
-        status = _told(lambda: _carry_out(request))
+    envelope = _read_request()
+    _agree_on_code(envelope)
+    status = _told(lambda: _carry_out(envelope))
+    while envelope.request.repeatable and _asked_again():
+        status = _told(lambda: _carry_out(envelope))
     return status
 
 
@@ -160,35 +159,34 @@ def _asked_again() -> bool:
     return line == AGAIN
 
 
-def _carry_out(request: Request) -> int:
-    paths = host_paths(request.settings, os.environ)
+def _carry_out(envelope: Envelope) -> int:
+    paths = host_paths(envelope.settings, os.environ)
     store = Store(paths.state, paths.registry)
-    if request.command == "agree":
-        agree_anew(store, paths)
-        _emit(Done({"agreed": True}))
+    request = envelope.request
+    if request.name == "agree":
+        replace_agreement(store, paths)
+        _emit(Done({"agreed": True}, request.name))
         return 0
-    if request.agreed and (agreed := store.agreed()) is not None:
+    if envelope.agreed and (agreed := store.agreed_settings()) is not None:
         # `--local` without a hosts.yaml: the host knows itself best.
-        request = replace(request, settings=agreed)
+        envelope = replace(envelope, settings=agreed)
         paths = host_paths(agreed, os.environ)
         store = Store(paths.state, paths.registry)
-    if request.changes:
+    if request.acts:
         agree(store, paths)
-    else:
-        refuse_others(store, paths)
-    match request.command:
-        case "follow" | "cancel":
-            return _attach(request, store)
-        case _:
-            return _change(request, store) if request.changes else _look(request, store, paths)
+        return _change(envelope, store)
+    check_agreement(store, paths)
+    if request.name in {"follow", "cancel"}:
+        return _attach(envelope, store)
+    return _look(envelope, store, paths)
 
 
-def _request() -> Request:
+def _read_request() -> Envelope:
     data = sys.stdin.buffer.readline(MAX_REQUEST + 1)
     try:
         if len(data) > MAX_REQUEST:
             raise ValueError("the request is too long")
-        return decode_request(data)
+        return decode_envelope(data)
     except ValueError as error:
         raise AgentProblem(
             "protocol_mismatch",
@@ -198,53 +196,69 @@ def _request() -> Request:
         ) from None
 
 
-def _agree_on_code(request: Request) -> None:
+def _agree_on_code(envelope: Envelope) -> None:
     """Changes are made only by the code that the asker has too; looking is allowed, and said."""
-    if request.build == build_id():
+    if envelope.build == build_id():
         return
     problem = AgentProblem(
         "agent_differs",
         "the agent on the host is not this mlxops",
-        why=f"the host has {build_id()}{_deployed()}, this is {request.build}",
+        why=f"the host has {build_id()}{_deployed()}, this is {envelope.build}",
         hint="make both sides equal: inv deploy",
     )
-    if request.changes or request.command in {"agree", "cancel"}:
+    if envelope.request.acts or envelope.request.name in {"agree", "cancel"}:
         raise problem
     _emit(Note(f"{problem.message}: {problem.why}; {problem.hint}", "warning"))
 
 
-def _look(request: Request, store: Store, paths: HostPaths) -> int:
+def _look(envelope: Envelope, store: Store, paths: HostPaths) -> int:
     from mlxops.agent.context import Context
     from mlxops.agent.host.system import this_system
     from mlxops.agent.worker import finish
 
     beat = _Beat()
-    return finish(Context(request, paths, store, this_system(), _emit, dict(os.environ), beat=beat), _emit)
+    context = Context(
+        request=envelope.request,
+        asker=envelope.asker,
+        paths=paths,
+        store=store,
+        system=this_system(),
+        emit=_emit,
+        environ=dict(os.environ),
+        beat=beat,
+    )
+    return finish(context, _emit)
 
 
-def _change(request: Request, store: Store) -> int:
-    """Start a worker and follow its record; one that this very request has started before is followed only."""
+def _change(envelope: Envelope, store: Store) -> int:
+    """Start a worker and follow its record. If this request has started one before, only follow."""
     from mlxops.agent.worker import begin
 
-    journal, child = begin(store, request)
-    final = _follow_same(store, journal, request.heard)
+    journal, child = begin(store, envelope)
+    final = _follow_same(store, journal, envelope.heard)
     _emit(final)
     if child is not None:
-        # The result is out; the worker is only a moment from its end, and the last to hold its locks.
+        # The result is out. The worker ends in a moment, and is the last to hold its locks.
         child.wait()
     return _status(final)
 
 
-def _attach(request: Request, store: Store) -> int:
-    """Follow an operation that is there, from where the asker left it; before that, ask it to end if that is asked."""
+def _attach(envelope: Envelope, store: Store) -> int:
+    """Follow a running operation from where the control node left it, or cancel it."""
     from mlxops.agent.operations.ops import Cancelling, find
+    from mlxops.core import wire
+    from mlxops.core.commands.cancel import Cancel, CancelResult
+    from mlxops.core.commands.follow import Follow
 
-    journal = find(store, request.text("operation") or "")
-    if request.command == "cancel":
+    request = envelope.request
+    assert isinstance(request, Follow | Cancel)
+    journal = find(store, request.operation)
+    if isinstance(request, Cancel):
         final = _follow(journal, heard=sys.maxsize, meanwhile=Cancelling(journal))
-        _emit(Done({"operation": journal.id, "cancelled": isinstance(final, Failed), "changed": True}))
+        result = CancelResult(journal.id, cancelled=isinstance(final, Failed), changed=True)
+        _emit(Done(wire.encode(result), request.name))
         return 0
-    final = _follow_same(store, journal, request.heard)
+    final = _follow_same(store, journal, envelope.heard)
     _emit(final)
     return _status(final)
 
@@ -255,11 +269,11 @@ def _status(final: Done | Failed) -> int:
 
 def _follow_same(store: Store, journal: OperationLog, heard: int) -> Done | Failed:
     """Follow an operation; if it finds that the very same one runs already, follow that one."""
-    from mlxops.agent.state.operation_log import named
+    from mlxops.agent.state.operation_log import find_operation
 
     final = _follow(journal, heard)
     if isinstance(final, Failed) and isinstance(final.error, Busy):
-        other = named(store.state / "ops", str(final.error.details.get("attach", "")))
+        other = find_operation(store.state / "ops", str(final.error.details.get("attach", "")))
         if other is not None:
             _emit(Note(f"this is running already ({other.id}); following it"))
             return _follow(other, 0)

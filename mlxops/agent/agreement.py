@@ -1,82 +1,86 @@
-"""The settings on which all who ask this host must agree: read, compared and kept in one step, so that of two that
-differ on a host which nobody has asked before, only one is heard."""
+"""The settings on which all clients of this host must agree (`host.json`).
+
+They are read, compared and saved under one lock. So if two clients that disagree are the first ones on a fresh host,
+one of them is refused.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 
-from mlxops.agent.paths import HostPaths, differences, host_paths, settings_differ
-from mlxops.agent.state.operation_log import recent
+from mlxops.agent.paths import HostPaths, host_paths, settings_differ, settings_differences
+from mlxops.agent.state.operation_log import recent_operations
 from mlxops.agent.state.store import Store
 from mlxops.core.errors import Busy, Refused
 from mlxops.core.settings import Settings
 
 
 def agree(store: Store, paths: HostPaths) -> None:
-    """Before a change: what is asked must agree with what was agreed on; what else is new in it is kept.
+    """Before a change, check the request's settings against the agreed ones, then save them.
 
-    Raises `Refused` (settings_differ, host_json_unusable, state_unwritable) and `Busy` (settings_locked).
+    Settings that need no agreement take the request's values. Raises `Refused` (settings_differ, host_json_unusable,
+    state_unwritable) and `Busy` (settings_locked).
     """
-    store.ready()
-    with store.settling():
-        agreed = store.agreed()
-        _refuse_others(agreed, paths)
+    store.create_folders()
+    with store.settings_lock():
+        agreed = store.agreed_settings()
+        _refuse_differences(agreed, paths)
         if agreed != paths.settings:
-            store.agree(paths.settings)
+            store.save_agreed_settings(paths.settings)
 
 
-def agree_anew(store: Store, paths: HostPaths) -> None:
-    """What `deploy` asks for: these settings count from now on, whatever counted before.
+def replace_agreement(store: Store, paths: HostPaths) -> None:
+    """Save these settings whatever was agreed on before. `deploy` requests this.
 
-    Raises `Busy` (settings_in_use) while an operation works with others: it will write where they say.
+    Raises `Busy` (settings_in_use) while an operation runs with different settings: it writes to the paths in them.
     """
-    store.ready()
-    with store.settling():
-        if _found(_readable(store), paths):
+    store.create_folders()
+    with store.settings_lock():
+        if _differences(_agreed_or_none(store), paths):
             _refuse_while_used(store)
-        store.agree(paths.settings)
+        store.save_agreed_settings(paths.settings)
     with contextlib.suppress(OSError):
-        store.registry.remember()
+        store.registry.record_existence()
 
 
-def confirm(store: Store, paths: HostPaths) -> None:
-    """In the worker, whose record is seen as running from before this on: are its settings still those agreed on?
+def confirm_agreement(store: Store, paths: HostPaths) -> None:
+    """In the worker, check that its settings are still the agreed ones.
 
-    Raises what `agree` raises.
+    From here on its record shows a running operation, so that `replace_agreement` refuses. Raises what `agree` raises.
     """
-    with store.settling():
-        _refuse_others(store.agreed(), paths)
+    with store.settings_lock():
+        _refuse_differences(store.agreed_settings(), paths)
 
 
-def refuse_others(store: Store, paths: HostPaths) -> None:
-    """Before a look, which waits for nobody. Raises `Refused` (settings_differ, host_json_unusable)."""
-    _refuse_others(store.agreed(), paths)
+def check_agreement(store: Store, paths: HostPaths) -> None:
+    """Before a read, check the settings without the lock. Raises `Refused` (settings_differ, host_json_unusable)."""
+    _refuse_differences(store.agreed_settings(), paths)
 
 
-def _refuse_others(agreed: Settings | None, paths: HostPaths) -> None:
-    if found := _found(agreed, paths):
-        raise settings_differ(found)
+def _refuse_differences(agreed: Settings | None, paths: HostPaths) -> None:
+    if differences := _differences(agreed, paths):
+        raise settings_differ(differences)
 
 
-def _found(agreed: Settings | None, paths: HostPaths) -> dict[str, tuple[str, str]]:
-    return differences(host_paths(agreed, os.environ), paths) if agreed else {}
+def _differences(agreed: Settings | None, paths: HostPaths) -> dict[str, tuple[str, str]]:
+    return settings_differences(host_paths(agreed, os.environ), paths) if agreed else {}
 
 
-def _readable(store: Store) -> Settings | None:
+def _agreed_or_none(store: Store) -> Settings | None:
     try:
-        return store.agreed()
+        return store.agreed_settings()
     except Refused:
-        return None  # damaged: agreeing anew is what mends it
+        return None  # damaged; saving new settings repairs it
 
 
 def _refuse_while_used(store: Store) -> None:
-    running = next((journal for journal in recent(store.state / "ops") if journal.alive()), None)
+    running = next((log for log in recent_operations(store.state / "ops") if log.alive()), None)
     if running is not None:
         raise Busy(
             "settings_in_use",
-            "the host's settings cannot be agreed anew now",
-            why=f"operation {running.id} works with those agreed before",
+            "the host's agreed settings cannot be changed now",
+            why=f"operation {running.id} is running with the current ones",
             hint=f"wait for it: mlxctl ops --follow {running.id}; then again: inv deploy",
             details={"operation": running.id},
         )

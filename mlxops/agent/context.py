@@ -12,18 +12,20 @@ from mlxops.agent.host.system import System
 from mlxops.agent.paths import HostPaths
 from mlxops.agent.serving.observe import observe
 from mlxops.agent.state import recovery
-from mlxops.agent.state.operation_log import named
-from mlxops.agent.state.store import Store, now
+from mlxops.agent.state.operation_log import find_operation
+from mlxops.agent.state.store import Store, utc_now
 from mlxops.common.files import said
 from mlxops.core import names
-from mlxops.core.errors import Busy, Interrupted
+from mlxops.core.command import AnyRequest, Draining
+from mlxops.core.commands.load import Load
+from mlxops.core.errors import Busy, Interrupted, MlxopsError
 from mlxops.core.ports import PortView, World
-from mlxops.core.protocol import Event, Note, Request
+from mlxops.core.protocol import Event, Note, Requester
 from mlxops.core.records import Operation
 from mlxops.core.registry import Registry
 
 if TYPE_CHECKING:
-    from mlxops.agent.engines.base import Command, Engine
+    from mlxops.agent.engines.base import Engine, EngineCommand
     from mlxops.core.planner import ModelRef
 
 DRAIN_SECONDS = 30.0
@@ -115,7 +117,8 @@ class Cancellation:
 class Context:
     """What an operation works with. `operation` is its id; empty for reads and dry runs."""
 
-    request: Request
+    request: AnyRequest
+    asker: Requester
     paths: HostPaths
     store: Store
     system: System
@@ -132,15 +135,23 @@ class Context:
     def usable_registry(self) -> Registry:
         """For a change. Raises `Refused` before anything is done if it could not be written in the end."""
         registry = self.store.registry
-        return registry.usable() if self.request.dry_run else registry.check_writable()
+        return registry.read_usable() if self.request.dry_run else registry.check_writable()
 
-    def engine(self, target: ModelRef) -> tuple[Engine, Command]:
+    def warn_if_unusable(self, registry: Registry) -> MlxopsError | None:
+        """Return the error with which every change is refused, if the registry cannot be used; warn of it."""
+        if not registry.unwritable:
+            return None
+        error = self.store.registry.refusal(registry)
+        self.note(f"{error.message}: {error.why}; {error.hint}", "warning")
+        return error
+
+    def engine(self, target: ModelRef) -> tuple[Engine, EngineCommand]:
         """Return the engine for a target, and its command. Raises `Refused` (unknown_engine, engine_not_found)."""
         from mlxops.agent.engines import engine_named
 
         settings = self.paths.settings
         engine = engine_named((target.entry.engine if target.entry else None) or settings.engine)
-        return engine, engine.command(settings.launch.get(engine.name, ()), self.engine_environ)
+        return engine, engine.find_command(settings.launch.get(engine.name, ()), self.engine_environ)
 
     @property
     def engine_environ(self) -> Mapping[str, str]:
@@ -150,8 +161,8 @@ class Context:
     @property
     def drain(self) -> float:
         """Seconds that open requests get."""
-        asked = self.request.number("drain")
-        return DRAIN_SECONDS if asked is None else asked
+        seconds = self.request.drain if isinstance(self.request, Draining) else None
+        return DRAIN_SECONDS if seconds is None else seconds
 
     def observe(self, registry: Registry, *, only: Iterable[int] | None = None) -> World:
         own = self.operation or None
@@ -161,10 +172,10 @@ class Context:
         """The registry, and life, as they were together. A load or unload that goes on while we look changes both: what
         was seen first then disagrees with what was read later, and that is no drift. So look again, a few times."""
         for _ in range(LOOKS):
-            marks = self.store.marks()
+            marks = self.store.file_versions()
             registry = self.registry()
             world = self.observe(registry)
-            if self.store.marks() == marks and not any(view.overtaken for view in world.ports.values()):
+            if self.store.file_versions() == marks and not any(view.overtaken for view in world.ports.values()):
                 break
         return registry, world
 
@@ -178,7 +189,7 @@ class Context:
     def remember(self, **what: object) -> None:
         """The history is worth a warning, not a failure."""
         try:
-            self.store.remember(operation=self.operation, by=str(self.request.asker), **what)
+            self.store.append_history(operation=self.operation, by=str(self.asker), **what)
         except OSError as error:
             self.note(f"the history could not be written: {said(error)}", "warning")
 
@@ -193,20 +204,20 @@ class Context:
 
     def holder(self, port: int | None = None) -> Operation:
         """How this operation presents itself in the locks that it holds."""
-        request = self.request
+        subject = self.request.subject
         return Operation(
             id=self.operation,
-            command=request.command,
-            model=request.text("model"),
+            command=self.request.name,
+            model=subject.model,
             port=port,
-            asker=str(request.asker),
-            since=now(),
-            repo=request.text("repo"),
+            asker=str(self.asker),
+            since=utc_now(),
+            repo=subject.repo,
         )
 
-    def called(self, model: str) -> Context:
-        """The same operation, of the model by the name that it is registered under."""
-        return replace(self, request=replace(self.request, args={**self.request.args, "model": model}))
+    def doing(self, request: AnyRequest) -> Context:
+        """Return the same operation with another request."""
+        return replace(self, request=request)
 
     def reserved(self) -> dict[int, Operation]:
         """Other operations that keep memory free for what they are about to start, by port."""
@@ -236,8 +247,8 @@ class Context:
         if isinstance(held, Operation):
             raise busy(name, held, attach=self.is_wanted_too(held, port))
         try:
-            if held.left is not None:
-                self._settle(held.left)
+            if held.abandoned is not None:
+                self._settle(held.abandoned)
             yield
         finally:
             held.release()
@@ -249,22 +260,20 @@ class Context:
 
     def is_wanted_too(self, other: Operation, port: int | None) -> bool:
         """Whether another operation does just what this one is to do; `port` None: wherever it does it."""
-        journal = named(self.store.state / "ops", other.id)
+        journal = find_operation(self.store.state / "ops", other.id)
         try:
-            asked = journal.request() if journal else None
+            asked = journal.request().request if journal else None
         except (OSError, ValueError):
             return False
         request = self.request
-        if asked is None or asked.command != request.command:
-            return False
-        if request.command != "load":
-            return _given(asked) == _given(request)
-        anywhere = port is None or request.text("port") == names.AUTO
-        return other.model == request.text("model") and (anywhere or other.port == port) and self._is_of_its_repo(other)
+        if not isinstance(request, Load) or not isinstance(asked, Load):
+            return asked == request
+        anywhere = port is None or request.port == names.AUTO
+        return other.model == request.model and (anywhere or other.port == port) and self._is_of_its_repo(other)
 
     def _is_of_its_repo(self, other: Operation) -> bool:
         """Whether the repository that is asked for, if one is, is the one that another load is about."""
-        asked = self.request.text("repo")
+        asked = self.request.subject.repo
         if asked is None or asked == other.repo:
             return True
         entry = self.registry().named(other.model or "")
@@ -272,11 +281,6 @@ class Context:
             return False
         repo_id, revision = names.repo(asked)
         return entry.repo_id == repo_id and revision in (None, entry.revision)
-
-
-def _given(request: Request) -> dict[str, object]:
-    """What was asked for beyond the defaults."""
-    return {key: value for key, value in request.args.items() if value}
 
 
 def model_lock(name: str) -> str:

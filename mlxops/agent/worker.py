@@ -16,28 +16,29 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from mlxops.agent.agreement import confirm
+from mlxops.agent.agreement import confirm_agreement
 from mlxops.agent.context import Cancellation, Context
 from mlxops.agent.host.system import shortage, this_system
-from mlxops.agent.operations import command
-from mlxops.agent.paths import closed, host_paths
+from mlxops.agent.operations import operation
+from mlxops.agent.paths import folder_closed, host_paths
 from mlxops.agent.state import operation_log as journals
 from mlxops.agent.state.operation_log import OperationLog
 from mlxops.agent.state.store import Store, disk_failed, state_failed, state_unreadable, state_unwritable
 from mlxops.common.files import is_hosts_fault
-from mlxops.core.errors import Bug, Busy, Exit, MlxopsError, bug
-from mlxops.core.protocol import Done, Event, Failed, Request
+from mlxops.core import wire
+from mlxops.core.errors import Busy, Exit, MlxopsError, bug
+from mlxops.core.protocol import Done, Envelope, Event, Failed
 from mlxops.core.text import amount
 
 CANCEL_POLL_SECONDS = 0.1
 
 
-def begin(store: Store, request: Request) -> tuple[OperationLog, subprocess.Popen[bytes] | None]:
+def begin(store: Store, request: Envelope) -> tuple[OperationLog, subprocess.Popen[bytes] | None]:
     """Start a worker for `request`; None if there is one for its ticket already.
 
     Raises `Refused` when the state folder cannot be written, `Busy` (operations_locked) when others stop half way.
     """
-    store.ready()
+    store.create_folders()
     try:
         journal, lock = journals.create(store.state / "ops", request)
         if lock is None:
@@ -92,11 +93,11 @@ def run(folder: Path, lock: int) -> int:
     cancellation = Cancellation()
 
     def end(number: int, frame: FrameType | None) -> None:
-        journal.heed()
+        journal.clear_cancel()
         cancellation.wish()
 
     signal.signal(signal.SIGTERM, end)
-    signal.signal(signal.SIGUSR1, lambda number, frame: cancellation.take_out(journal.taken_out))
+    signal.signal(signal.SIGUSR1, lambda number, frame: cancellation.take_out(journal.excluded_ports))
     # Not SIG_IGN, which the server would inherit.
     signal.signal(signal.SIGHUP, lambda number, frame: None)
     threading.Thread(target=_watch_for_cancel, args=(journal,), daemon=True).start()
@@ -105,7 +106,8 @@ def run(folder: Path, lock: int) -> int:
     os.environ |= {key: value for key, value in request.settings.env.items() if key == "HF_ENDPOINT"}
     paths = host_paths(request.settings, os.environ)
     context = Context(
-        request=request,
+        request=request.request,
+        asker=request.asker,
         paths=paths,
         store=Store(paths.state, paths.registry),
         system=this_system(),
@@ -132,18 +134,11 @@ def finish(context: Context, emit: Callable[[Event], None]) -> int:
     """Carry out the request of `context`; its outcome becomes one event and the exit status."""
     outcome: Done | Failed
     try:
-        operation = command(context.request.command)
-        if operation is None:
-            raise Bug(
-                "unknown_command",
-                f"the agent knows no command {context.request.command!r}",
-                why="who asks is of another version, although it says that it is not",
-                hint="make both sides equal: inv deploy",
-            )
         with context.cancellation.open():
             if context.operation:
-                confirm(context.store, context.paths)
-            outcome = Done(operation(context))
+                confirm_agreement(context.store, context.paths)
+            result = operation(context.request.name)(context, context.request)
+            outcome = Done(wire.encode(result), context.request.name)
     except MlxopsError as error:
         outcome = Failed(error)
     except Exception as error:  # noqa: BLE001 - the boundary: what nobody foresaw is a bug, and is told as one
@@ -163,7 +158,7 @@ def _told(error: Exception, store: Store) -> MlxopsError:
     if state_failed(error, store.state):
         return state_unreadable(Path(os.fsdecode(error.filename)), error)
     if is_hosts_fault(error):
-        return closed(error, error.filename)
+        return folder_closed(error, error.filename)
     return shortage(error) or bug(error, format_exc())
 
 
@@ -177,8 +172,8 @@ def _watch_for_cancel(journal: OperationLog) -> None:
     never = threading.Event()
     out = frozenset[int]()
     while not never.wait(CANCEL_POLL_SECONDS):
-        if journal.cancelled:
+        if journal.cancel_requested:
             os.kill(os.getpid(), signal.SIGTERM)
-        if journal.taken_out != out:
-            out = journal.taken_out
+        if journal.excluded_ports != out:
+            out = journal.excluded_ports
             os.kill(os.getpid(), signal.SIGUSR1)

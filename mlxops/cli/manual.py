@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from mlxops.common.build import PACKAGE
-from mlxops.control import render
 from mlxops.core.errors import UsageError
 
 DOCS = PACKAGE / "docs"
@@ -73,14 +72,16 @@ def overview() -> str:
     return "\n".join([*(f"{each.topic:{width}}  {each.summary}" for each in pages), "", "A page: mlxctl help TOPIC"])
 
 
-def show(topic: str | None) -> None:
-    """Print a page, or the topics. Raises `UsageError` unknown_topic, `OutputFailed`, `BrokenPipeError`."""
-    if topic is None:
-        render.say(overview())
-    elif sys.stdout is not None and sys.stdout.isatty():
-        render.say(rendered(page(topic)), end="")
-    else:
-        render.say(page(topic).text, end="")
+def text_of(topic: str | None) -> str:
+    """Return a page as Markdown, or the list of topics. Raises `UsageError` (unknown_topic)."""
+    return overview() if topic is None else page(topic).text.rstrip("\n")
+
+
+def shown(topic: str | None) -> str:
+    """Return what is printed: a page with colours on a terminal, else its text. Raises `UsageError` (unknown_topic)."""
+    if topic is not None and sys.stdout is not None and sys.stdout.isatty():
+        return rendered(page(topic)).rstrip("\n")
+    return text_of(topic)
 
 
 def rendered(page: Page) -> str:

@@ -2,43 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import NamedTuple
 
-GROUPS: Mapping[str, Mapping[str, str]] = {
-    "serve": {
-        "load": "mlxctl load jerry-xl 8100",
-        "unload": "mlxctl unload 8100",
-        "unload-all": "mlxctl unload-all --dry-run",
-        "rollback": "mlxctl rollback 8100",
-        "restore": "mlxctl restore",
-        "reconcile": "mlxctl reconcile --dry-run",
-        "set": "mlxctl set --model jerry-xl --set context_length=32768",
-    },
-    "look": {
-        "status": "mlxctl status --watch",
-        "list": "mlxctl list --memory",
-        "logs": "mlxctl logs 8100 --follow",
-        "ops": "mlxctl ops --follow 7f3a",
-        "gateway": "mlxctl gateway --through",
-        "help": "mlxctl help status",
-    },
-    "files": {
-        "init": "mlxctl init",
-        "pull": "mlxctl pull --repo mlx-community/Qwen3-0.6B-4bit",
-        "remove": "mlxctl remove --model jerry-xl",
-    },
-    "host": {
-        "deploy": "mlxctl deploy",
-        "boot": "mlxctl boot --install --every 5",
-    },
-    "develop": {
-        "demo": "inv demo",
-        "test": "inv test --fast",
-        "bench": "inv bench --only status",
-        "faults": "inv faults --minutes 10",
-    },
-}
-"""Group -> command -> example."""
+
+class Entry(NamedTuple):
+    """A command in the overview."""
+
+    group: str
+    example: str
+    help: str
+
 
 COMMON_OPTIONS = (
     ("--host NAME[,NAME]", "the hosts to ask, as hosts.yaml names them"),
@@ -56,30 +30,30 @@ PROGRAM_OPTIONS = (
 _INDENT = "  "
 
 
-def overview(helps: Mapping[str, str], columns: int) -> str:
-    """Return the help of the program, for a terminal of so many columns. `helps`: command -> its help, one line."""
+def overview(entries: Sequence[Entry], columns: int) -> str:
+    """Return the help of the program, for a terminal of so many columns."""
+    groups = dict.fromkeys(entry.group for entry in entries)
+    example_width = max(len(entry.example) for entry in entries)
+    help_width = max(len(entry.help) for entry in entries)
+    beside = len(_INDENT) * 2 + example_width + help_width <= columns
+
+    def lines(group: str) -> str:
+        return "\n".join(_lines(entry, example_width if beside else 0) for entry in entries if entry.group == group)
+
     blocks = [
         "Usage: mlxctl COMMAND [OPTIONS]\n\nThe manual: mlxctl help",
-        *(_group(name, examples, helps, columns) for name, examples in GROUPS.items()),
+        *(f"{group}\n{lines(group)}" for group in groups),
         _options("options of most commands", COMMON_OPTIONS),
         _options("options of mlxctl", PROGRAM_OPTIONS),
     ]
     return "\n\n".join(blocks)
 
 
-def _group(name: str, examples: Mapping[str, str], helps: Mapping[str, str], columns: int) -> str:
-    """Return an example a line with the command's help beside it, or below it if the lines of a group do not fit."""
-    width = max(len(example) for group in GROUPS.values() for example in group.values())
-    beside = (
-        len(_INDENT) * 2 + width + max(len(helps[command]) for group in GROUPS.values() for command in group) <= columns
-    )
-    lines = [name]
-    for command, example in examples.items():
-        if beside:
-            lines.append(f"{_INDENT}{example:{width}}{_INDENT}{helps[command]}")
-        else:
-            lines += [f"{_INDENT}{example}", f"{_INDENT * 3}{helps[command]}"]
-    return "\n".join(lines)
+def _lines(entry: Entry, width: int) -> str:
+    """Return the example with the help beside it, or below it if `width` is 0."""
+    if width:
+        return f"{_INDENT}{entry.example:{width}}{_INDENT}{entry.help}"
+    return f"{_INDENT}{entry.example}\n{_INDENT * 3}{entry.help}"
 
 
 def _options(title: str, options: tuple[tuple[str, str], ...]) -> str:

@@ -7,6 +7,7 @@ import copy
 import shutil
 import sys
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from invoke.config import Config
@@ -16,24 +17,47 @@ from invoke.program import Program
 from invoke.tasks import Task
 
 from mlxops import __version__
-from mlxops.cli import overview
+from mlxops.cli import options, overview
 from mlxops.common.build import PACKAGE, build_id
 from mlxops.control import render
+from mlxops.core.command import Group, UnknownCommandError, request_type
 from mlxops.core.errors import Exit as Status
 from mlxops.core.errors import OutputFailed, UsageError
 
-POSITIONAL = {
-    "load": ("--model", "--port"),
-    "unload": ("--port",),
-    "rollback": ("--port",),
-    "logs": ("--port",),
-    "help": ("--topic",),
-}
+
+@cache
+def positional() -> dict[str, tuple[str, ...]]:
+    """Return the commands with positional forms, and the flags that these stand for."""
+    from mlxops.tasks import command_names
+
+    found = {name: options.positions(request_type(name)) for name in command_names()}
+    return {name: flags for name, flags in found.items() if flags}
+
+
+def entries() -> list[overview.Entry]:
+    """Return every command for the overview, in the order of the groups."""
+    from mlxops import devtasks
+    from mlxops.tasks import command_names
+
+    kinds = [request_type(name) for name in command_names()]
+    found = [
+        overview.Entry(kind.group.value, kind.example, (kind.__doc__ or "").strip())
+        for group in Group
+        for kind in kinds
+        if kind.group is group is not Group.HIDDEN
+    ]
+    for name, task in devtasks.TASKS.items():
+        found.append(overview.Entry("develop", devtasks.EXAMPLES[name], first_line(task)))
+    return found
+
+
+def first_line(task: Task[Any]) -> str:
+    return (task.__doc__ or "").strip().partition("\n")[0]
 
 
 def short(task: str) -> str:
     """The positional form of a task, as its help shows it."""
-    return " ".join(["mlxctl", task, *(flag.removeprefix("--").upper() for flag in POSITIONAL[task])])
+    return " ".join(["mlxctl", task, *(flag.removeprefix("--").upper() for flag in positional()[task])])
 
 
 class _OwnConfig(Config):
@@ -48,10 +72,7 @@ class _OwnConfig(Config):
 
 class _Mlxctl(Program):
     def print_help(self) -> None:
-        from mlxops.tasks import namespace
-
-        helps = {name: first_line(task) for name, task in namespace.tasks.items()}
-        print(overview.overview(helps, shutil.get_terminal_size((120, 24)).columns))  # noqa: T201
+        print(overview.overview(entries(), shutil.get_terminal_size((120, 24)).columns))  # noqa: T201
 
     def print_version(self) -> None:
         python = ".".join(map(str, sys.version_info[:3]))
@@ -59,7 +80,7 @@ class _Mlxctl(Program):
 
     def print_task_help(self, name: str) -> None:
         super().print_task_help(name)
-        if name in POSITIONAL:
+        if name in positional():
             print(f"Short: {short(name)}\n")  # noqa: T201
 
     def parse_core(self, argv: list[str] | None) -> None:
@@ -85,10 +106,6 @@ class _Mlxctl(Program):
             raise _usage(error) from None
 
 
-def first_line(task: Task[Any]) -> str:
-    return (task.__doc__ or "").strip().partition("\n")[0]
-
-
 def _usage(error: ParseError | Exit) -> SystemExit:
     task = getattr(getattr(error, "context", None), "name", None)
     hint = f"mlxctl {task} --help" if task else "mlxctl --list"
@@ -107,10 +124,11 @@ def with_flags(words: Sequence[str], takes_value: frozenset[str]) -> list[str]:
 
     `takes_value` are the flags whose next word is their value and not a position.
     """
-    if not words or words[0] not in POSITIONAL:
+    flags = _flags_of(words[0]) if words else ()
+    if not flags:
         return list(words)
     given = {word.partition("=")[0] for word in words}
-    made, free = [words[0]], iter([flag for flag in POSITIONAL[words[0]] if flag not in given])
+    made, free = [words[0]], iter([flag for flag in flags if flag not in given])
     rest = iter(words[1:])
     for word in rest:
         if word.startswith("-"):
@@ -121,6 +139,13 @@ def with_flags(words: Sequence[str], takes_value: frozenset[str]) -> list[str]:
             flag = next(free, None)
             made += [flag, word] if flag else [word]
     return made
+
+
+def _flags_of(command: str) -> tuple[str, ...]:
+    try:
+        return options.positions(request_type(command))
+    except UnknownCommandError:
+        return ()
 
 
 def _arguments(task: Task[Any]) -> list[Argument]:

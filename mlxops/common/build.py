@@ -24,7 +24,7 @@ def shipped() -> list[Path]:
     ]
 
 
-NOT_ENGINES = frozenset({"__init__", "base", "installation"})
+NOT_ENGINES = frozenset({"__init__", "argv", "base", "inspection", "installation"})
 """The modules of `agent/engines` that all engines share."""
 
 

@@ -1,34 +1,96 @@
-"""HTTP answers within a deadline, and the one small chat completion that both sides ask for.
+"""HTTP within a time limit: one request, a GET's status, a health probe, and a small chat completion.
 
-A completion proves a server, and the way through a gateway.
+http.client is imported where it is used: with TLS and mail it takes longer to import than all probes of a `status`.
 """
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import re
 import socket
 import time
 from collections.abc import Mapping
-from http.client import HTTPResponse
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mlxops.core.ports import Health
+
+if TYPE_CHECKING:
+    from http.client import HTTPResponse
+
+MAX_RESPONSE_BYTES = 1024 * 1024
+CHAT_COMPLETIONS = "/v1/chat/completions"
 
 
-class _Reads(io.RawIOBase):
-    """What comes from a socket until `deadline`. Its own timeout is for one read: what trickles would never be late."""
+class RequestNotSent(Exception):
+    """This host could not send the request. The server's state is unknown."""
+
+
+class NotHttp(Exception):
+    """The answer is not HTTP."""
+
+
+class NoCompletion(Exception):
+    """The server answered with something other than a completion. The message describes the answer."""
+
+
+@dataclass(frozen=True)
+class HttpReply:
+    status: int
+    body: bytes
+    headers: Mapping[str, str]
+    """Names are in lower case."""
+
+
+def send_request(
+    scheme: str,
+    host: str,
+    port: int | None,
+    method: str,
+    path: str,
+    body: bytes | None = None,
+    headers: Mapping[str, str] | None = None,
+    *,
+    timeout: float,
+    limit: int = MAX_RESPONSE_BYTES,
+) -> HttpReply:
+    """Send one request and read at most `limit` bytes of the body. The whole exchange takes at most `timeout` seconds.
+
+    Raises `OSError` if there is no answer, `NotHttp`, and `ValueError` for a header that cannot be sent.
+    """
+    import http.client
+
+    kind = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
+    connection = kind(host, port, timeout=timeout)
+    connection.response_class = _response_class(time.monotonic() + timeout)
+    try:
+        connection.request(method, path, body, dict(headers or {}))
+        response = connection.getresponse()
+        data = response.read(limit)
+        return HttpReply(response.status, data, {name.lower(): value for name, value in response.getheaders()})
+    except http.client.HTTPException as error:
+        raise NotHttp(type(error).__name__) from None
+    finally:
+        connection.close()
+
+
+class _DeadlineReader(io.RawIOBase):
+    """Reads from a socket until `deadline`. A socket's own timeout limits one read, so a slow trickle never ends."""
 
     def __init__(self, connected: socket.socket, deadline: float) -> None:
         self._socket, self._deadline = connected, deadline
-        self._raw = connected.makefile("rb", buffering=0)  # it stays open, though http.client closes it before the end
+        self._raw = connected.makefile("rb", buffering=0)  # stays open when http.client closes the socket early
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        left = self._deadline - time.monotonic()
-        if left <= 0:
+        seconds = self._deadline - time.monotonic()
+        if seconds <= 0:
             raise TimeoutError("timed out")
-        self._socket.settimeout(left)
+        self._socket.settimeout(seconds)
         return self._raw.readinto(buffer)
 
     def close(self) -> None:
@@ -36,37 +98,112 @@ class _Reads(io.RawIOBase):
         super().close()
 
 
-def answer_until(deadline: float) -> type[HTTPResponse]:
-    """The `response_class` of an http.client connection whose reads raise `TimeoutError` after `deadline` (monotonic
-    seconds)."""
+def _response_class(deadline: float) -> type[HTTPResponse]:
+    """Return a `response_class` for http.client whose reads raise `TimeoutError` after `deadline` (monotonic time)."""
+    from http.client import HTTPResponse
 
-    class Answer(HTTPResponse):
-        def __init__(self, sock: socket.socket, *arguments: Any, **named: Any) -> None:
-            super().__init__(sock, *arguments, **named)
+    class DeadlineResponse(HTTPResponse):
+        def __init__(self, sock: socket.socket, *arguments: Any, **keywords: Any) -> None:
+            super().__init__(sock, *arguments, **keywords)
             self.fp.close()
-            self.fp = io.BufferedReader(_Reads(sock, deadline))
+            self.fp = io.BufferedReader(_DeadlineReader(sock, deadline))
 
-    return Answer
+    return DeadlineResponse
 
 
-def question(model: str, number: int | None = None, extra: Mapping[str, object] | None = None) -> bytes:
-    """Return the body of the request. `number` makes it new to every cache; `extra`: further fields."""
-    asked = {
+_LOCAL_ERRORS = {
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ENOBUFS,
+    errno.EADDRNOTAVAIL,
+    errno.EPERM,
+    errno.EACCES,
+}
+"""This host has no descriptor, memory or local port for a connection, or its firewall forbids it."""
+
+
+def get_status(host: str, port: int, path: str, timeout: float) -> int | None:
+    """Return the HTTP status of a GET; None without an answer within `timeout` seconds. Raises `RequestNotSent`.
+
+    It does without http.client, because `status` calls it.
+    """
+    name = f"[{host}]" if ":" in host else host
+    request = f"GET {path} HTTP/1.1\r\nHost: {name}:{port}\r\nConnection: close\r\n\r\n"
+    answer = b""
+    deadline = time.monotonic() + timeout
+    try:
+        with socket.create_connection((host, port), timeout) as connection:
+            connection.sendall(request.encode())
+            # The first line is enough, but a server logs an error if its answer is cut off. So read to the end.
+            while len(answer) < MAX_RESPONSE_BYTES and (seconds := deadline - time.monotonic()) > 0:
+                connection.settimeout(seconds)  # for each read: one byte a second would otherwise never end
+                if not (part := connection.recv(65536)):
+                    break
+                answer += part
+    except OSError as error:
+        if error.errno in _LOCAL_ERRORS:
+            raise RequestNotSent(str(error)) from None
+        # For other errors, the status may have arrived before the connection failed.
+    status = re.match(rb"HTTP/1\.[01] (\d{3})\b", answer)
+    return int(status[1]) if status else None
+
+
+def probe_health(host: str, port: int, timeout: float) -> Health:
+    """Send GET /health. Status 200 means serving, any other status broken, no answer silent."""
+    try:
+        status = get_status(host, port, "/health", timeout)
+    except RequestNotSent:
+        return Health.NOT_ASKED
+    match status:
+        case None:
+            return Health.SILENT
+        case 200:
+            return Health.SERVING
+        case _:
+            return Health.BROKEN
+
+
+def completion_request(model: str, number: int | None = None, fields: Mapping[str, object] | None = None) -> bytes:
+    """Return the body of a small chat completion request.
+
+    A fresh `number` makes the prompt new to every cache. `fields` are added to the body.
+    """
+    body = {
         "model": model,
         "messages": [{"role": "user", "content": "Say hi." if number is None else f"{number}: say hi."}],
         "max_tokens": 4,
         "temperature": 0,
         "stream": False,
-        **(extra or {}),
+        **(fields or {}),
     }
-    return json.dumps(asked).encode()
+    return json.dumps(body).encode()
 
 
-def completion(body: bytes) -> dict[str, object] | None:
-    """The answer, None if it is no completion. What was generated does not matter (reasoning alone is an answer): that
-    something was does."""
+def parse_completion(body: bytes) -> dict[str, object] | None:
+    """Return the completion; None if the body is something else. The generated text may be empty or reasoning only."""
     try:
         answer = json.loads(body)
         return dict(answer) if isinstance(answer["choices"][0]["message"], dict) else None
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
+
+
+def request_completion(host: str, port: int, model: str, timeout: float) -> dict[str, object]:
+    """Return a small chat completion of a server, received within `timeout` seconds.
+
+    Raises `OSError` if there is no answer, and `NoCompletion`.
+    """
+    headers = {"Content-Type": "application/json"}
+    body = completion_request(model)
+    try:
+        reply = send_request("http", host, port, "POST", CHAT_COMPLETIONS, body, headers, timeout=timeout)
+    except NotHttp as error:
+        raise NoCompletion(f"it does not speak HTTP: {error}") from None
+    start = reply.body[:300].decode(errors="replace")
+    if reply.status != 200:
+        raise NoCompletion(f"it answered {reply.status}: {start}")
+    completion = parse_completion(reply.body)
+    if completion is None:
+        raise NoCompletion(f"it answered 200 without a completion: {start}")
+    return completion

@@ -13,18 +13,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from mlxops.common.build import build_id
 from mlxops.control.channel import NOISE_BYTES, ConnectionLost, Ended, ReadLimits, Session, Transport, events
 from mlxops.control.hints import aimed, aimed_event
+from mlxops.core import wire
+from mlxops.core.command import AnyRequest, Request, request_type
 from mlxops.core.errors import AgentProblem, MlxopsError, OutcomeUnknown, Unreachable
-from mlxops.core.protocol import Done, Event, Failed, Hello, LogLine, Note, Reached, Request, Requester, Started
+from mlxops.core.protocol import Done, Envelope, Event, Failed, Hello, LogLine, Note, Reached, Requester, Started
+from mlxops.core.replies import HostReply as HostReply
 from mlxops.core.settings import Settings
 
 if TYPE_CHECKING:
     from mlxops.control.deploy import DeployOptions
+    from mlxops.core.commands.deploy import DeployResult
 
+R = TypeVar("R")
 SILENCE_SECONDS = 30.0
 """The agent says something every five seconds while it follows an operation, and answers a question sooner."""
 GATEWAY_SECONDS = 3.0
@@ -58,21 +63,6 @@ class HostTarget:
     """What a command needs to go to this host as this one does, as " --host studio2"; "" where it does by itself."""
 
 
-@dataclass(frozen=True)
-class HostReply:
-    """What came of a request to one host: a result or an error, and whether the host itself was reached."""
-
-    host: str
-    result: Mapping[str, object] | None = None
-    error: MlxopsError | None = None
-    flags: str = ""
-    """Those of its target."""
-
-    @property
-    def reachable(self) -> bool:
-        return not isinstance(self.error, Unreachable)
-
-
 Listen = Callable[[str, Event], None]
 """Called with the host's name and what it tells, from the thread that asks that host."""
 
@@ -89,27 +79,41 @@ def this_asker() -> Requester:
     return Requester(user, socket.gethostname())
 
 
-def ask(target: HostTarget, command: str, args: Mapping[str, object], listen: Listen) -> HostReply:
-    """One request to one host. Never raises for what a host or a network can cause."""
+def ask(target: HostTarget, request: Request[R], listen: Listen) -> HostReply[R]:
+    """Send one request to one host. An error of the host or the network is part of the reply."""
     try:
-        result = _Conversation(target, command, args, listen).result()
+        done = _Conversation(target, request, listen).result()
+        followed = done.command not in ("", request.name)
+        kind = request_type(done.command).result if followed else request.result
+        result = cast("R", decoded(target, kind, done.result))
     except MlxopsError as error:
         return HostReply(target.name, error=error, flags=target.flags)
-    return HostReply(target.name, result, flags=target.flags)
+    return HostReply(target.name, result, command=done.command or request.name, flags=target.flags)
 
 
-def ask_all(
-    targets: Sequence[HostTarget], command: str, args: Mapping[str, object], listen: Listen
-) -> tuple[HostReply, ...]:
-    """The same request to every host at once; answers in the order of `targets`."""
+def decoded(target: HostTarget, kind: type, result: Mapping[str, object]) -> object:
+    """Raises `AgentProblem` for a result that is not one of the command."""
+    try:
+        return wire.decode(kind, result)
+    except wire.DecodeError as error:
+        raise AgentProblem(
+            "protocol_mismatch",
+            f"the result of {target.name} cannot be understood",
+            why=str(error)[:300],
+            hint=aimed("make both sides equal: inv deploy", target.flags),
+        ) from None
+
+
+def ask_all(targets: Sequence[HostTarget], request: Request[R], listen: Listen) -> tuple[HostReply[R], ...]:
+    """Send the same request to every host at once; return the replies in the order of `targets`."""
     if len(targets) == 1:
-        return (ask(targets[0], command, args, listen),)
-    answers: dict[int, HostReply] = {}
+        return (ask(targets[0], request, listen),)
+    answers: dict[int, HostReply[R]] = {}
     broken: list[BaseException] = []
 
     def one(index: int, target: HostTarget) -> None:
         try:
-            answers[index] = ask(target, command, args, listen)
+            answers[index] = ask(target, request, listen)
         except BaseException as error:  # noqa: BLE001 - carried to the main thread, which is the boundary
             broken.append(error)
 
@@ -123,26 +127,33 @@ def ask_all(
     return tuple(answers[index] for index in range(len(targets)))
 
 
-def deploy(target: HostTarget, listen: Listen, wish: DeployOptions) -> HostReply:
-    """Install this tree's agent on the host, then agree with it on the host's settings; or go back to the build that
-    was there before, which agrees with its own control node only."""
+def deploy(target: HostTarget, listen: Listen, options: DeployOptions) -> HostReply[DeployResult]:
+    """Install this tree's agent on the host, then agree with it on the host's settings.
+
+    A rollback to another build does not agree: that build agrees with its own control node only.
+    """
     from mlxops.control.deploy import install
     from mlxops.control.inventory import Host
+    from mlxops.core.commands.agree import Agree
+    from mlxops.core.commands.deploy import DeployResult
 
     host = Host(target.name, target.ssh or target.name, target.python, target.settings)
     try:
         transport = connect(target)
         try:
-            by = replace(wish, by=str(this_asker()))
+            by = replace(options, by=str(this_asker()))
             installed = install(transport, host, lambda text: listen(target.name, Note(text)), wish=by)
         finally:
             transport.close()
+        result = wire.decode(DeployResult, installed)
     except MlxopsError as error:
         return HostReply(target.name, error=error)
-    if wish.dry_run or (wish.rollback and installed.get("build") != build_id()):
-        return HostReply(target.name, installed)
-    agreed = ask(target, "agree", {}, listen)
-    return HostReply(target.name, {**installed, **(agreed.result or {})}, agreed.error)
+    if not (options.dry_run or (options.rollback and result.build != build_id())):
+        agreed = ask(target, Agree(), listen)
+        if agreed.error is not None:
+            return HostReply(target.name, result, agreed.error, command="deploy")
+        result = replace(result, agreed=True)
+    return HostReply(target.name, result, command="deploy")
 
 
 def connect(target: HostTarget) -> Transport:
@@ -180,9 +191,9 @@ def _is_wildcard(address: str) -> bool:
     return ipaddress.ip_address(address).is_unspecified
 
 
-def request_of(target: HostTarget, command: str, args: Mapping[str, object]) -> Request:
-    build, asker = build_id(), this_asker()
-    return Request(command, args, target.settings, build, asker, target.agreed, ticket=os.urandom(4).hex())
+def envelope_for(target: HostTarget, request: AnyRequest) -> Envelope:
+    ticket = os.urandom(4).hex()
+    return Envelope(request, target.settings, build_id(), this_asker(), target.agreed, ticket=ticket)
 
 
 def agent_argv(target: HostTarget) -> list[str]:
@@ -234,10 +245,10 @@ def lost(target: HostTarget, why: object) -> Unreachable:
 class _Conversation:
     """One request and what comes of it, over as many connections as that takes."""
 
-    def __init__(self, target: HostTarget, command: str, args: Mapping[str, object], listen: Listen) -> None:
+    def __init__(self, target: HostTarget, request: AnyRequest, listen: Listen) -> None:
         self._target = target
         self._listen = listen
-        self._request = request_of(target, command, args)
+        self._envelope = envelope_for(target, request)
         self._hello = False
         self._operation = ""
         """The record that is followed, and how many of its events were heard."""
@@ -250,13 +261,13 @@ class _Conversation:
     @property
     def _lasting(self) -> bool:
         """It goes on without us, so that we can come back to it."""
-        return self._request.changes or self._request.command == "follow"
+        return self._envelope.request.acts or self._envelope.request.name == "follow"
 
     @property
     def _resumable(self) -> bool:
         return self._lasting or bool(self._mark)
 
-    def result(self) -> Mapping[str, object]:
+    def result(self) -> Done:
         """Raises `MlxopsError`: what the host says, `Unreachable`, or `OutcomeUnknown` when nothing is heard of what
         goes on there for `RECONNECT_SECONDS`."""
         try:
@@ -266,7 +277,7 @@ class _Conversation:
                 raise lost(self._target, why) from None
             return self._attached_again(str(why))
 
-    def _attached_again(self, why: str) -> Mapping[str, object]:
+    def _attached_again(self, why: str) -> Done:
         self._say_lost(why)
         pause, news, since = FIRST_PAUSE, self._news, time.monotonic()
         while True:
@@ -306,11 +317,11 @@ class _Conversation:
             details={"operation": self._operation} if self._operation else None,
         )
 
-    def _over_one_connection(self) -> Mapping[str, object]:
+    def _over_one_connection(self) -> Done:
         transport = connect(self._target)
         try:
-            request = replace(self._next_request(), settings=with_address(self._target))
-            session = transport.start(agent_argv(self._target), request.encode())
+            envelope = replace(self._next_envelope(), settings=with_address(self._target))
+            session = transport.start(agent_argv(self._target), envelope.encode())
             try:
                 return self._hear(session)
             finally:
@@ -318,15 +329,20 @@ class _Conversation:
         finally:
             transport.close()
 
-    def _next_request(self) -> Request:
+    def _next_envelope(self) -> Envelope:
         """The request itself, until the host has named its record; then the rest of that record, or of the log."""
         if self._mark:
-            return replace(self._request, args={**self._request.args, "after": self._mark})
-        if not self._operation:
-            return self._request
-        return replace(self._request, command="follow", args={"operation": self._operation}, heard=self._heard)
+            from mlxops.core.commands.logs import Logs
 
-    def _hear(self, session: Session) -> Mapping[str, object]:
+            assert isinstance(self._envelope.request, Logs)
+            return replace(self._envelope, request=replace(self._envelope.request, after=self._mark))
+        if not self._operation:
+            return self._envelope
+        from mlxops.core.commands.follow import Follow
+
+        return replace(self._envelope, request=Follow(operation=self._operation), heard=self._heard)
+
+    def _hear(self, session: Session) -> Done:
         self._hello = False
         for event in heard(self._target, session, ReadLimits(SILENCE_SECONDS, NOISE_BYTES)):
             if self._hello and not isinstance(event, Hello | Started):
@@ -336,8 +352,8 @@ class _Conversation:
                     continue
                 case Hello():
                     self._hello = True
-                case Done(result):
-                    return result
+                case Done() as done:
+                    return done
                 case Failed(error):
                     raise error
                 case Started(operation) as started:

@@ -19,11 +19,10 @@ from urllib.parse import urlsplit
 import yaml
 
 from mlxops.common.build import engines
-from mlxops.common.files import opened
+from mlxops.control.yaml_file import FileProblem, compose, read_text
 from mlxops.core.errors import UsageError
 from mlxops.core.names import is_name, shown
 from mlxops.core.settings import DEFAULT_ENGINE, BootJob, PortRange, Settings
-from mlxops.core.text import NotUTF8, utf8
 
 MAX_BYTES = 1024 * 1024
 MAX_DEPTH = 16
@@ -31,7 +30,6 @@ MAX_PORTS = 100
 MIN_MEMORY = 1_000_000
 """Bytes; less than this is somebody's gigabytes without their unit."""
 
-_DESCRIPTORS = ("/dev/fd/", "/proc/self/fd/", "/dev/stdin")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _DECIMAL = re.compile(r"0|[1-9][0-9]{0,17}")
 _RANGE = re.compile(r"([1-9][0-9]{0,4})-([1-9][0-9]{0,4})")
@@ -164,74 +162,23 @@ def load(path: Path) -> Inventory:
     )
 
 
-# -- from bytes to nodes ------------------------------------------------------------------------------------------
-
-
-class _NotUsedError(Exception):
-    """A feature of YAML that a hosts file has no use for."""
-
-    def __init__(self, event: yaml.Event, what: str) -> None:
-        super().__init__(what)
-        self.line = event.start_mark.line + 1 if event.start_mark else 0
-
-
-class _Loader(yaml.SafeLoader):
-    """Composes nodes; no anchors, no aliases, no great depth."""
-
-    depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
-        event: yaml.Event = self.peek_event()  # type: ignore[no-untyped-call]
-        if getattr(event, "anchor", None) is not None:
-            raise _NotUsedError(event, "anchors and aliases are not used here")
-        if self.depth >= MAX_DEPTH:
-            raise _NotUsedError(event, "nested too deeply")
-        self.depth += 1
-        try:
-            return super().compose_node(parent, index)  # type: ignore[arg-type]  # typeshed has int; PyYAML passes nodes
-        finally:
-            self.depth -= 1
-
-
 def _compose(path: Path) -> yaml.Node:
-    def bad(line: int, what: str, hint: str) -> UsageError:
-        place = f"{path.name}:{line}" if line else path.name
-        return UsageError("bad_hosts_file", f"{place}: {what}", why=f"it was read as YAML from {path}", hint=hint)
+    """Return the root node of a hosts file. Raises `UsageError` (bad_hosts_file)."""
+    try:
+        node = compose(read_text(path, MAX_BYTES, allow_pipe=True), max_depth=MAX_DEPTH, aliases=False)
+        if node is None:
+            raise FileProblem("is empty", "see the annotated hosts.yaml of mlxops")
+        return node
+    except FileProblem as problem:
+        raise UsageError(
+            "bad_hosts_file",
+            f"{problem.place(path.name)}: {problem.what}",
+            why=f"it was read as YAML from {path}",
+            hint=problem.hint,
+        ) from problem
 
-    try:
-        # A shell's <(...) is a pipe that was opened for us, and may take its time: it may ask for a passphrase.
-        with path.open("rb") if str(path).startswith(_DESCRIPTORS) else opened(path) as stream:
-            data = stream.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise bad(0, f"cannot be read: {error.strerror}", "check the path and its permissions") from error
-    if len(data) > MAX_BYTES:
-        raise bad(0, "is larger than 1 MB", "this cannot be a hosts file; check the path")
-    try:
-        text = utf8(data)
-    except NotUTF8 as error:
-        raise bad(error.line, error.what, "save the file as UTF-8") from None
-    if tab := re.search(r"^ *\t", text, re.MULTILINE):
-        raise bad(text.count("\n", 0, tab.end()) + 1, "a tab in the indentation", "YAML indents with spaces only")
-    try:
-        loader = _Loader(text)
-        try:
-            node = loader.get_single_node()
-        finally:
-            loader.dispose()
-    except _NotUsedError as error:
-        raise bad(error.line, str(error), "write the value out where it is needed") from error
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        what = ", ".join(part for part in (error.problem, error.context) if part)
-        raise bad(
-            mark.line + 1 if mark else 0, what, "correct that line; strings with special characters need quotes"
-        ) from error
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise bad(line, f"the character U+{ord(text[error.position]):04X}", "remove it") from error
-    if node is None:
-        raise bad(0, "is empty", "see the annotated hosts.yaml of mlxops")
-    return node
+
+# -- values with their place --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from mlxops.core import wire
+from mlxops.core.command import AnyRequest, decode_request
 from mlxops.core.errors import MlxopsError, error_from_wire
 from mlxops.core.settings import Settings, settings_from_wire
 from mlxops.core.text import amount, duration
@@ -28,20 +30,9 @@ MAX_LINE = 64 * 1024 * 1024
 16 MiB: of entries as mlxops writes them it makes twice as much, four times as much with every row's memory and problem.
 For one of entries that say nothing it can be more, and then the agent says so instead."""
 
-READS = frozenset({"list", "status", "gateway", "ops", "logs", "follow"})
-REPEATABLE = frozenset({"list", "status", "gateway", "ops"})
-"""What `AGAIN` can ask for once more."""
 AGAIN = b"\n"
 HEARTBEAT = b".\n"
 """There is nothing to ask at present, and the asker is still there."""
-CHANGES = frozenset(
-    {
-        *("init", "load", "unload", "unload-all", "reconcile", "rollback", "set"),
-        *("restore", "boot", "pull", "remove"),
-    }
-)
-CANCELLABLE = frozenset({"load", "rollback", "pull", "restore"})
-"""Those that may take long. The others are a matter of seconds, and better whole than half."""
 
 
 @dataclass(frozen=True)
@@ -56,46 +47,26 @@ class Requester:
 
 
 @dataclass(frozen=True)
-class Request:
-    """`command` with its arguments, the settings of the host that it is meant for, and the asker's build."""
+class Envelope:
+    """A request with what goes with it: the settings of its host, and the build and name of the control node."""
 
-    command: str
-    args: Mapping[str, object]
+    request: AnyRequest
     settings: Settings
     build: str
     asker: Requester = field(default_factory=Requester)
     agreed: bool = False
     """The settings are the host's own agreed ones: `--local` without a hosts.yaml."""
     ticket: str = ""
-    """Names this wish: sent again under the same ticket, it is followed and not carried out twice."""
+    """Identifies the request. A second request with the same ticket follows the first one and does nothing itself."""
     heard: int = 0
-    """Events of the operation's record that the asker has heard over an earlier connection."""
-
-    @property
-    def dry_run(self) -> bool:
-        return self.args.get("dry_run") is True
-
-    @property
-    def changes(self) -> bool:
-        return self.command in CHANGES and not self.dry_run
-
-    def text(self, key: str) -> str | None:
-        value = self.args.get(key)
-        return value if isinstance(value, str) else None
-
-    def number(self, key: str) -> float | None:
-        value = self.args.get(key)
-        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-    def flag(self, key: str) -> bool:
-        return self.args.get(key) is True
+    """Events of the operation's record that the control node received over an earlier connection."""
 
     def encode(self) -> bytes:
         return json.dumps(
             {
                 "mlxops": PROTOCOL,
-                "command": self.command,
-                "args": dict(self.args),
+                "command": self.request.name,
+                "args": wire.encode(self.request),
                 "settings": self.settings.to_wire(),
                 "build": self.build,
                 "asker": {"user": self.asker.user, "host": self.asker.host},
@@ -107,27 +78,26 @@ class Request:
         ).encode()
 
 
-def decode_request(data: bytes) -> Request:
-    """Raises `ValueError` for anything that is not a request of this protocol."""
+def decode_envelope(data: bytes) -> Envelope:
+    """Raises `ValueError` for anything that is not a request of this protocol; `UnknownCommandError` is one."""
     try:
-        wire = json.loads(data)
+        body = json.loads(data)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    if not isinstance(wire, dict) or wire.get("mlxops") != PROTOCOL:
+    if not isinstance(body, dict) or body.get("mlxops") != PROTOCOL:
         raise ValueError(f"not a request of protocol {PROTOCOL}")
-    command, args, settings, asker = (wire.get(key) for key in ("command", "args", "settings", "asker"))
+    command, args, settings, asker = (body.get(key) for key in ("command", "args", "settings", "asker"))
     if not isinstance(command, str) or not isinstance(args, dict) or not isinstance(settings, dict):
         raise ValueError("a request has a command, args and settings")
-    who = asker if isinstance(asker, dict) else {}
-    return Request(
-        command=command,
-        args=args,
+    asker = asker if isinstance(asker, dict) else {}
+    return Envelope(
+        request=decode_request(command, args),
         settings=settings_from_wire(settings),
-        build=str(wire.get("build", "")),
-        asker=Requester(str(who.get("user", "?")), str(who.get("host", "?"))),
-        agreed=wire.get("agreed") is True,
-        ticket=_ticket(wire.get("ticket")),
-        heard=_count(wire.get("heard")),
+        build=str(body.get("build", "")),
+        asker=Requester(str(asker.get("user", "?")), str(asker.get("host", "?"))),
+        agreed=body.get("agreed") is True,
+        ticket=_ticket(body.get("ticket")),
+        heard=_count(body.get("heard")),
     )
 
 
@@ -220,9 +190,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class Done:
-    """The one result of a request; its shape is the command's."""
+    """The one result of a request: the command's result as JSON has it. `command` is empty from older agents."""
 
     result: Mapping[str, object]
+    command: str = ""
 
 
 @dataclass(frozen=True)
@@ -251,8 +222,8 @@ def encode_event(event: Event) -> str:
             body |= {"event": "phase", "name": name, "message": message}
         case Progress(name, done, total, rate):
             body |= {"event": "progress", "name": name, "done": done, "total": total, "rate": rate}
-        case Done(result):
-            body |= {"event": "done", "result": dict(result)}
+        case Done(result, command):
+            body |= {"event": "done", "result": dict(result), "command": command}
         case Failed(error):
             body |= {"event": "failed", "error": error.to_wire()}
     return json.dumps(body, ensure_ascii=True, separators=(",", ":"))
@@ -284,7 +255,7 @@ def decode_event(line: str) -> Event | None:
         case "progress" if _is_size(body.get("done")) and _is_size(body.get("total")):
             return Progress(str(body.get("name")), body["done"], body["total"], _count(body.get("rate")))
         case "done" if isinstance(body.get("result"), dict):
-            return Done(body["result"])
+            return Done(body["result"], str(body.get("command", "")))
         case "failed" if isinstance(body.get("error"), dict):
             return Failed(error_from_wire(body["error"]))
     return None

@@ -1,4 +1,4 @@
-"""The settings on which all who ask a host must agree: one truth, whoever asks first and whatever comes between."""
+"""The settings on which all clients of a host must agree."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mlxops.agent.agreement import agree, agree_anew
+from mlxops.agent.agreement import agree, replace_agreement
 from mlxops.agent.paths import host_paths
 from mlxops.agent.state.operation_log import create
 from mlxops.agent.state.store import Store
@@ -27,13 +27,13 @@ from tests.lab.sshd import missing
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    """Those of a host that nobody has asked before."""
+    """Settings of a fresh host."""
     return Settings(hub=str(tmp_path / "hub"), state=str(tmp_path / "state"), registry=str(tmp_path / "one.json"))
 
 
 @pytest.fixture
 def other(settings: Settings, tmp_path: Path) -> Settings:
-    """The same host, as somebody has it who means another registry."""
+    """Settings of the same host with another registry."""
     return replace(settings, registry=str(tmp_path / "two.json"))
 
 
@@ -44,7 +44,7 @@ def store(settings: Settings) -> Store:
 
 
 def agent(settings: Settings, command: str, *before: str) -> subprocess.Popen[bytes]:
-    """An agent that has been asked."""
+    """Start an agent and send it a request. `before`: a command that runs it."""
     process = subprocess.Popen(
         [*before, sys.executable, "-P", "-m", "mlxops.agent"],
         stdin=subprocess.PIPE,
@@ -58,70 +58,66 @@ def agent(settings: Settings, command: str, *before: str) -> subprocess.Popen[by
     return process
 
 
-def said(process: subprocess.Popen[bytes]) -> Any:
-    """The last event of what an agent tells."""
+def last_event(process: subprocess.Popen[bytes]) -> Any:
+    """Wait for an agent and return its last event."""
     out, _ = process.communicate(timeout=60)
     return json.loads(out.splitlines()[-1])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="strace is Linux's")
-def test_of_two_that_differ_on_a_fresh_host_one_is_heard(settings: Settings, other: Settings) -> None:
+def test_one_of_two_clients_that_disagree_on_a_fresh_host_is_refused(settings: Settings, other: Settings) -> None:
     if shutil.which("strace") is None:
         missing("strace (Debian and Ubuntu: apt-get install strace)")
-    # Between reading and writing there is time for the other to read, too.
+    # Delay the write, so that the second client can read before the first one has written.
     calls = "?rename,?renameat,?renameat2"
     slow = ["strace", "-qq", "-o", os.devnull, "-e", f"trace={calls}", "-e", f"inject={calls}:delay_enter=1500000"]
-    asked = [agent(each, "reconcile", *slow) for each in (settings, other)]
-    last = [said(each) for each in asked]
+    agents = [agent(each, "reconcile", *slow) for each in (settings, other)]
+    last = [last_event(process) for process in agents]
     assert sorted(event["event"] for event in last) == ["done", "failed"], last
     refused = next(event for event in last if event["event"] == "failed")
     assert (refused["error"]["code"], refused["error"]["exit"]) == ("settings_differ", 3)
     assert json.loads(Path(settings.state, "host.json").read_bytes())["registry"] in refused["error"]["why"]
 
 
-def test_what_need_not_be_agreed_on_is_kept_as_it_was_asked_last(settings: Settings, store: Store) -> None:
+def test_settings_that_need_no_agreement_take_the_latest_values(settings: Settings, store: Store) -> None:
     agree(store, host_paths(settings, {}))
     changed = replace(settings, address="studio.local", env={"A": "1"}, boot=(BootJob(8100, "/opt/start.sh"),))
     agree(store, host_paths(changed, {}))
-    assert store.agreed() == changed
+    assert store.agreed_settings() == changed
 
 
-def test_a_worker_whose_settings_were_agreed_anew_before_it_began_does_nothing(
-    settings: Settings, other: Settings, store: Store
-) -> None:
+def test_worker_stops_if_the_agreed_settings_have_changed(settings: Settings, other: Settings, store: Store) -> None:
     agree(store, host_paths(settings, {}))
-    agree_anew(store, host_paths(other, {}))
-    journal, child = begin(store, Request("set", {"model": "a/b", "fields": {}}, settings, build_id()))
-    (final,) = [event for event in journal.follow() if event is not None]
+    replace_agreement(store, host_paths(other, {}))
+    log, child = begin(store, Request("set", {"model": "a/b", "fields": {}}, settings, build_id()))
+    (final,) = [event for event in log.follow() if event is not None]
     assert child is not None and child.wait(30) == 3
     assert isinstance(final, Failed) and final.error.code == "settings_differ", final
     assert not Path(settings.registry or "").exists()
 
 
-def test_settings_are_not_agreed_anew_while_an_operation_works_with_others(
+def test_agreed_settings_cannot_change_while_an_operation_uses_them(
     settings: Settings, other: Settings, store: Store
 ) -> None:
     agree(store, host_paths(settings, {}))
-    journal, lock = create(store.state / "ops", Request("load", {}, settings, build_id()))
+    log, lock = create(store.state / "ops", Request("load", {}, settings, build_id()))
     assert lock is not None
     try:
-        agree_anew(store, host_paths(replace(settings, address="studio.local"), {}))
+        replace_agreement(store, host_paths(replace(settings, address="studio.local"), {}))
         with pytest.raises(Busy) as caught:
-            agree_anew(store, host_paths(other, {}))
+            replace_agreement(store, host_paths(other, {}))
     finally:
         os.close(lock)
-    assert caught.value.code == "settings_in_use" and journal.id in caught.value.why
-    agree_anew(store, host_paths(other, {}))
-    with pytest.raises(Refused, match="do not agree"):
+    assert caught.value.code == "settings_in_use" and log.id in caught.value.why
+    replace_agreement(store, host_paths(other, {}))
+    with pytest.raises(Refused, match="differ"):
         agree(store, host_paths(settings, {}))
 
 
 @pytest.mark.parametrize("content", [b"{", b"", b"[]"])
-def test_agreed_settings_that_are_damaged_are_mended_by_agreeing_anew(
-    settings: Settings, store: Store, content: bytes
-) -> None:
-    store.ready()
+def test_deploy_replaces_damaged_agreed_settings(settings: Settings, store: Store, content: bytes) -> None:
+    store.create_folders()
     (store.state / "host.json").write_bytes(content)
-    assert said(agent(settings, "status"))["error"]["code"] == "host_json_unusable"
-    assert said(agent(settings, "agree"))["event"] == "done"
-    assert store.agreed() == settings
+    assert last_event(agent(settings, "status"))["error"]["code"] == "host_json_unusable"
+    assert last_event(agent(settings, "agree"))["event"] == "done"
+    assert store.agreed_settings() == settings

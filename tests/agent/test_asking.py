@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from mlxops.agent.engines import ENGINES
-from mlxops.agent.engines.base import Names
+from mlxops.agent.engines.base import ServedNames
 from mlxops.agent.operations.server_names import names_of
 from mlxops.core.ports import Owner, PortView, State
 from mlxops.core.records import Run, Server
@@ -28,9 +28,9 @@ NAME = "tiny-org/tiny-qwen3"
 LM, OPENAI = ENGINES["mlx-lm"], ENGINES["mlx-openai-server"]
 
 
-def names(command: str, version: str | None) -> Names:
+def names(command: str, version: str | None) -> ServedNames:
     argv = command.split()
-    return (LM if "mlx_lm" in command else OPENAI).names(argv, version)
+    return (LM if "mlx_lm" in command else OPENAI).accepted_names(argv, version)
 
 
 @pytest.mark.parametrize(

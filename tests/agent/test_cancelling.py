@@ -15,7 +15,7 @@ import pytest
 
 from mlxops.agent.operations import ops
 from mlxops.agent.operations.ops import Cancelling
-from mlxops.agent.state.operation_log import OperationLog, create, recent
+from mlxops.agent.state.operation_log import OperationLog, create, recent_operations
 from mlxops.common.build import build_id
 from mlxops.core.errors import OutcomeUnknown, Refused
 from mlxops.core.protocol import Request
@@ -37,7 +37,7 @@ def loading(ask: Ask) -> Iterator[tuple[subprocess.Popen[str], OperationLog]]:
     with ask.running("load", "--model", "mine", "--port", ask.port) as process:
         assert process.stderr is not None
         next(line for line in process.stderr if line.startswith("proof: "))
-        yield process, recent(ask.studio.state / "ops")[0]
+        yield process, recent_operations(ask.studio.state / "ops")[0]
 
 
 def pid_of(studio: Studio, word: str) -> int:
@@ -73,7 +73,7 @@ def test_a_worker_that_is_cleaning_up_hears_every_time(ask: Ask) -> None:
         for _ in range(2):
             assert journal.alive()
             journal.cancel()
-            wait_until(lambda: not journal.cancelled, 10, "the worker to hear it")
+            wait_until(lambda: not journal.cancel_requested, 10, "the worker to hear it")
         assert finish(process).exit == 130
     nothing_runs(ask.studio)
 
@@ -100,9 +100,9 @@ def test_whoever_waits_for_a_long_end_goes_on_as_long_as_it_is_heard(
     def worker() -> None:
         nonlocal heard
         while not ends.wait(0.005):
-            if journal.cancelled:
+            if journal.cancel_requested:
                 heard += 1
-                journal.heed()
+                journal.clear_cancel()
 
     thread = threading.Thread(target=worker)
     thread.start()
@@ -129,4 +129,4 @@ def test_what_would_be_worse_half_done_is_not_asked_to_end(tmp_path: Path) -> No
     with pytest.raises(Refused) as caught:
         Cancelling(made)
     os.close(lock)
-    assert caught.value.code == "not_cancellable" and not made.cancelled
+    assert caught.value.code == "not_cancellable" and not made.cancel_requested

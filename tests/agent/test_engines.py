@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,20 +17,13 @@ from pathlib import Path
 import pytest
 
 from mlxops.agent.engines import ENGINES, engine_named, mlx_openai_server, recognise
-from mlxops.agent.engines.base import (
-    Command,
-    DetectedServer,
-    Engine,
-    NoCompletion,
-    Serving,
-    complete,
-    get_status,
-    options,
-    which,
-)
+from mlxops.agent.engines.argv import long_options
+from mlxops.agent.engines.base import DetectedServer, Engine, EngineCommand, ServedNames, ServerSpec
+from mlxops.agent.engines.installation import find_program
 from mlxops.agent.engines.mlx_lm import MlxLm
 from mlxops.agent.engines.mlx_openai_server import MlxOpenAIServer
 from mlxops.common.build import PACKAGE
+from mlxops.common.http import NoCompletion, get_status, request_completion
 from mlxops.core.errors import Refused
 from mlxops.core.model_options import options_of
 from mlxops.core.registry import Model
@@ -41,8 +34,8 @@ OPENAI, LM = MlxOpenAIServer(), MlxLm()
 @pytest.fixture(autouse=True)
 def _no_engine_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is installed here must not decide."""
-    monkeypatch.setattr("mlxops.agent.engines.base.USUAL_FOLDERS", ())
-    monkeypatch.setattr(mlx_openai_server, "PROJECT", str(tmp_path / "opt" / "mlx-launch"))
+    monkeypatch.setattr("mlxops.agent.engines.installation.USUAL_FOLDERS", ())
+    monkeypatch.setattr(mlx_openai_server, "UV_PROJECT", str(tmp_path / "opt" / "mlx-launch"))
     monkeypatch.setattr(mlx_openai_server, "HOMEBREW_UV", str(tmp_path / "homebrew" / "uv"))
 
 
@@ -53,10 +46,10 @@ def program(path: Path) -> str:
     return str(path)
 
 
-def serving(**fields: object) -> Serving:
+def serving(**fields: object) -> ServerSpec:
     model = Model("jerry", "org/jerry", **fields)  # type: ignore[arg-type]  # as each test says
     options = options_of(model, "mlx-openai-server", None, (), needed=())
-    return Serving(model, "jerry-xl", Path("/hub/a b/sha"), "127.0.0.1", 8100, Path("/state/run/8100"), options)
+    return ServerSpec(model, "jerry-xl", Path("/hub/a b/sha"), "127.0.0.1", 8100, Path("/state/run/8100"), options)
 
 
 # -- where an engine is found ---------------------------------------------------------------------------------------
@@ -80,18 +73,22 @@ def everywhere(tmp_path: Path) -> dict[str, str]:
 def test_the_command_is_found_in_the_seeds_order(tmp_path: Path, everywhere: dict[str, str]) -> None:
     uv_run = ("run", "--project", str(tmp_path / "opt" / "mlx-launch"), "mlx-openai-server", "launch")
     configured = program(tmp_path / "configured")
-    assert OPENAI.command([configured, "go"], everywhere) == Command((configured, "go"), "`launch` in hosts.yaml")
+    assert OPENAI.find_command([configured, "go"], everywhere) == EngineCommand(
+        (configured, "go"), "`launch` in hosts.yaml"
+    )
     mine = (f"{tmp_path}/mine/engine", "launch", "--log-level", "a b")
-    assert OPENAI.command([], everywhere) == Command(mine, "MLX_LAUNCH_CMD")
+    assert OPENAI.find_command([], everywhere) == EngineCommand(mine, "MLX_LAUNCH_CMD")
     del everywhere["MLX_LAUNCH_CMD"]
-    assert OPENAI.command([], everywhere) == Command((f"{tmp_path}/path/mlx-openai-server", "launch"), "PATH")
+    assert OPENAI.find_command([], everywhere) == EngineCommand(
+        (f"{tmp_path}/path/mlx-openai-server", "launch"), "PATH"
+    )
     (tmp_path / "path" / "mlx-openai-server").unlink()
-    assert OPENAI.command([], everywhere).argv == (f"{tmp_path}/path/uv", *uv_run)
+    assert OPENAI.find_command([], everywhere).argv == (f"{tmp_path}/path/uv", *uv_run)
     (tmp_path / "path" / "uv").unlink()
-    assert OPENAI.command([], everywhere).argv == (f"{tmp_path}/homebrew/uv", *uv_run)
+    assert OPENAI.find_command([], everywhere).argv == (f"{tmp_path}/homebrew/uv", *uv_run)
     (tmp_path / "homebrew" / "uv").unlink()
     with pytest.raises(Refused) as caught:
-        OPENAI.command([], everywhere)
+        OPENAI.find_command([], everywhere)
     assert caught.value.code == "engine_not_found"
     assert "MLX_LAUNCH_CMD" in caught.value.why and "MLX_LAUNCH_CMD" in caught.value.hint
 
@@ -101,27 +98,27 @@ def test_uv_without_its_project_is_no_engine(tmp_path: Path, everywhere: dict[st
     (tmp_path / "path" / "mlx-openai-server").unlink()
     (tmp_path / "opt" / "mlx-launch").rmdir()
     with pytest.raises(Refused):
-        OPENAI.command([], everywhere)
+        OPENAI.find_command([], everywhere)
 
 
 @pytest.mark.parametrize("folder", [".local/bin", "bin"])
 def test_the_users_own_folders_are_looked_at_though_ssh_does_not_give_them(tmp_path: Path, folder: str) -> None:
     found = program(tmp_path / "home" / folder / "mlx-openai-server")
-    assert OPENAI.command([], {"HOME": str(tmp_path / "home"), "PATH": "/nowhere"}).argv == (found, "launch")
+    assert OPENAI.find_command([], {"HOME": str(tmp_path / "home"), "PATH": "/nowhere"}).argv == (found, "launch")
 
 
 def test_the_usual_folders_are_looked_at_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usual = program(tmp_path / "usual" / "mlx_lm.server")
-    monkeypatch.setattr("mlxops.agent.engines.base.USUAL_FOLDERS", (str(tmp_path / "usual"),))
-    assert which("mlx_lm.server", {}) == usual
+    monkeypatch.setattr("mlxops.agent.engines.installation.USUAL_FOLDERS", (str(tmp_path / "usual"),))
+    assert find_program("mlx_lm.server", {}) == usual
     nearer = program(tmp_path / "path" / "mlx_lm.server")
-    assert LM.command([], {"PATH": str(tmp_path / "path")}) == Command((nearer,), "PATH")
+    assert LM.find_command([], {"PATH": str(tmp_path / "path")}) == EngineCommand((nearer,), "PATH")
 
 
 @pytest.mark.parametrize("text", ["", "   ", "'open", '"', "# comment only'"])
 def test_a_launch_command_that_is_none_is_told_and_not_passed_over(everywhere: dict[str, str], text: str) -> None:
     with pytest.raises(Refused) as caught:
-        OPENAI.command([], {**everywhere, "MLX_LAUNCH_CMD": text})
+        OPENAI.find_command([], {**everywhere, "MLX_LAUNCH_CMD": text})
     assert (
         caught.value.code in {"bad_launch_command", "engine_not_found"}
         and "MLX_LAUNCH_CMD" in str(caught.value.hint) + caught.value.why
@@ -132,7 +129,7 @@ def test_a_launch_command_is_split_like_a_shell_would_and_never_given_to_one(
     tmp_path: Path, everywhere: dict[str, str]
 ) -> None:
     text = f"{tmp_path}/mine/engine 'a b' \"c d\" e\\ f $(touch {tmp_path}/canary) ; rm"
-    command = OPENAI.command([], {**everywhere, "MLX_LAUNCH_CMD": text})
+    command = OPENAI.find_command([], {**everywhere, "MLX_LAUNCH_CMD": text})
     assert command.argv[1:4] == ("a b", "c d", "e f")
     assert command.argv[4:] == ("$(touch", f"{tmp_path}/canary)", ";", "rm")
     assert not (tmp_path / "canary").exists()
@@ -144,21 +141,21 @@ def test_a_configured_program_that_is_not_there_is_refused(tmp_path: Path, engin
     plain.write_text("")
     for path in (str(tmp_path / "missing"), str(tmp_path), str(plain), "no-such-program"):
         with pytest.raises(Refused) as caught:
-            engine.command([path, "launch"], {"PATH": "/nowhere"})
+            engine.find_command([path, "launch"], {"PATH": "/nowhere"})
         assert caught.value.code == "engine_not_found" and "hosts.yaml" in caught.value.why
 
 
 def test_a_configured_command_may_begin_in_the_home_directory_or_on_path(tmp_path: Path) -> None:
     environ = {"HOME": str(tmp_path), "PATH": str(tmp_path / "path")}
     at_home = program(tmp_path / "venv" / "bin" / "python")
-    assert LM.command(["~/venv/bin/python", "~/x"], environ).argv == (at_home, f"{tmp_path}/x")
+    assert LM.find_command(["~/venv/bin/python", "~/x"], environ).argv == (at_home, f"{tmp_path}/x")
     on_path = program(tmp_path / "path" / "uv")
-    assert LM.command(["uv", "run"], environ).argv == (on_path, "run")
+    assert LM.find_command(["uv", "run"], environ).argv == (on_path, "run")
 
 
 def test_mlx_lm_that_is_not_installed_is_told_with_what_installs_it() -> None:
     with pytest.raises(Refused) as caught:
-        LM.command([], {"PATH": "/nowhere"})
+        LM.find_command([], {"PATH": "/nowhere"})
     assert caught.value.code == "engine_not_found" and "uv tool install mlx-lm" in caught.value.hint
 
 
@@ -169,7 +166,7 @@ def test_an_engine_that_nobody_knows_is_refused_with_those_that_are_known() -> N
     assert set(ENGINES) == {"mlx-lm", "mlx-openai-server"} and engine_named("mlx-lm").name == "mlx-lm"
 
 
-def test_a_further_engine_is_one_more_file(tmp_path: Path) -> None:
+def test_a_new_engine_is_one_new_file(tmp_path: Path) -> None:
     shutil.copytree(PACKAGE, tmp_path / "mlxops", ignore=shutil.ignore_patterns("__pycache__"))
     engines = tmp_path / "mlxops" / "agent" / "engines"
     (engines / "third_one.py").write_text(
@@ -186,11 +183,42 @@ def test_a_further_engine_is_one_more_file(tmp_path: Path) -> None:
     assert said.split() == ["3", "third-one", "third-one"]
 
 
+class MinimalEngine(Engine):
+    """All that a new engine has to define."""
+
+    name = "third-one"
+    program = "third-one"
+    reserved = frozenset({"--port"})
+
+    def argv(self, command: EngineCommand, spec: ServerSpec) -> tuple[str, ...]:
+        return (*command.argv, "--port", str(spec.port))
+
+    def recognise(self, argv: Sequence[str]) -> DetectedServer | None:
+        return None
+
+    def served_name(self, argv: Sequence[str]) -> str | None:
+        return long_options(argv).get("--model")
+
+
+def test_a_new_engine_defines_six_members(tmp_path: Path) -> None:
+    engine = MinimalEngine()
+    path = program(tmp_path / "path" / "third-one")
+    assert engine.find_command([], {"PATH": str(tmp_path / "path")}) == EngineCommand((path,), "PATH")
+    with pytest.raises(Refused) as caught:
+        engine.find_command([], {"PATH": "/nowhere"})
+    assert "uv tool install third-one" in caught.value.hint
+    assert engine.distribution == "third_one" and not engine.drains and engine.needs == frozenset()
+    assert engine.environment() == {"HF_HUB_OFFLINE": "1"} and engine.fatal_error("ValueError: x") is None
+    assert engine.help_argv(EngineCommand(("x",), "PATH", "1.0"), serving(args=("--a",))) == ("x", "--help")
+    assert engine.accepted_names(["x", "--model", "jerry"], None) == ServedNames(("jerry",))
+    assert engine.accepted_names(["x"], None).not_asked
+
+
 # -- the argv -------------------------------------------------------------------------------------------------------
 
 
 def test_mlx_lm_serves_the_alias_as_a_link_in_a_folder_of_its_own() -> None:
-    assert LM.argv(Command(("/bin/mlx_lm.server",), ""), serving(args=("--temp", "0"))) == (
+    assert LM.argv(EngineCommand(("/bin/mlx_lm.server",), ""), serving(args=("--temp", "0"))) == (
         *("/bin/mlx_lm.server", "--model", "jerry-xl", "--host", "127.0.0.1", "--port", "8100"),
         *("--temp", "0"),
     )
@@ -201,7 +229,7 @@ def test_the_link_points_to_the_snapshot_and_is_renewed(tmp_path: Path) -> None:
         snapshot = tmp_path / f"snapshot{number}"
         snapshot.mkdir()
         for alias in ("jerry-xl", "org/name"):
-            LM.prepare(Serving(Model("m"), alias, snapshot, "127.0.0.1", 8100, tmp_path / "run"))
+            LM.prepare_folder(ServerSpec(Model("m"), alias, snapshot, "127.0.0.1", 8100, tmp_path / "run"))
             assert os.readlink(tmp_path / "run" / alias) == str(snapshot)
 
 
@@ -209,18 +237,18 @@ def test_mlx_lm_is_given_its_options_and_refuses_those_that_it_has_not(tmp_path:
     template = tmp_path / "template.jinja"
     template.write_text("{{ m }}")
     argv = LM.argv(
-        Command(("x",), ""),
+        EngineCommand(("x",), ""),
         serving(options={"chat_template": str(template), "reasoning_parser": None}, trust_remote_code=True),
     )
     assert argv[-3:] == ("--chat-template", "{{ m }}", "--trust-remote-code")
     with pytest.raises(Refused) as caught:
-        LM.argv(Command(("x",), ""), serving(options={"tool_call_parser": "qwen3"}))
+        LM.argv(EngineCommand(("x",), ""), serving(options={"tool_call_parser": "qwen3"}))
     assert caught.value.code == "unsupported_option" and "tool_call_parser" in caught.value.message
 
 
 def test_mlx_openai_server_is_given_the_path_the_alias_and_the_entrys_options() -> None:
     argv = OPENAI.argv(
-        Command(("/bin/uv", "run", "mlx-openai-server", "launch"), ""),
+        EngineCommand(("/bin/uv", "run", "mlx-openai-server", "launch"), ""),
         serving(
             options={"tool_call_parser": "qwen3_moe", "reasoning_parser": "qwen3", "chat_template": "/t.jinja"},
             context_length=4096,
@@ -230,7 +258,7 @@ def test_mlx_openai_server_is_given_the_path_the_alias_and_the_entrys_options() 
     )
     assert argv[:4] == ("/bin/uv", "run", "mlx-openai-server", "launch")
     assert argv[-2:] == ("--queue-size", "9") and "--trust-remote-code" in argv and "--no-log-file" in argv
-    given, bare = options(argv), {"--trust-remote-code", "--no-log-file", "--enable-auto-tool-choice"}
+    given, bare = long_options(argv), {"--trust-remote-code", "--no-log-file", "--enable-auto-tool-choice"}
     assert bare <= set(argv)
     assert {key: given[key] for key in given if key not in bare} == {
         "--model-path": "/hub/a b/sha",
@@ -247,9 +275,11 @@ def test_mlx_openai_server_is_given_the_path_the_alias_and_the_entrys_options() 
 
 
 def test_a_value_replaces_a_default_flag() -> None:
-    bare = Command(("x",), "")
-    assert options(OPENAI.argv(bare, serving()))["--model-type"] == "lm"
-    assert options(OPENAI.argv(bare, serving(options={"model_type": "multimodal"})))["--model-type"] == "multimodal"
+    bare = EngineCommand(("x",), "")
+    assert long_options(OPENAI.argv(bare, serving()))["--model-type"] == "lm"
+    assert (
+        long_options(OPENAI.argv(bare, serving(options={"model_type": "multimodal"})))["--model-type"] == "multimodal"
+    )
     assert "--model-type" not in OPENAI.argv(bare, serving(options={"model_type": None}))
 
 
@@ -257,7 +287,7 @@ def test_a_value_replaces_a_default_flag() -> None:
 def test_an_argument_that_the_installed_version_does_not_mention_is_refused_with_what_was_perhaps_meant(
     engine: Engine,
 ) -> None:
-    told = Command(("x",), "", "1", "usage: x [--max-tokens N]\n  --max-tokens N  at most\n")
+    told = EngineCommand(("x",), "", "1", "usage: x [--max-tokens N]\n  --max-tokens N  at most\n")
     for fine in (("--max-tokens", "-1"), ("--max-tok=7",), ("free", "-q")):
         assert engine.argv(told, serving(args=fine))[-len(fine) :] == fine
     with pytest.raises(Refused) as caught:
@@ -267,7 +297,7 @@ def test_an_argument_that_the_installed_version_does_not_mention_is_refused_with
 
 @pytest.mark.parametrize("engine", [OPENAI, LM], ids=lambda engine: engine.name)
 def test_code_of_the_repository_runs_only_if_the_entry_says_so(engine: Engine) -> None:
-    assert "--trust-remote-code" not in engine.argv(Command(("x",), ""), serving())
+    assert "--trust-remote-code" not in engine.argv(EngineCommand(("x",), ""), serving())
 
 
 @pytest.mark.parametrize("engine", [OPENAI, LM], ids=lambda engine: engine.name)
@@ -277,7 +307,7 @@ def test_code_of_the_repository_runs_only_if_the_entry_says_so(engine: Engine) -
 )
 def test_a_models_own_arguments_cannot_take_what_belongs_to_mlxops(engine: Engine, word: str) -> None:
     with pytest.raises(Refused) as caught:
-        engine.argv(Command(("x",), ""), serving(args=("--fine", word)))
+        engine.argv(EngineCommand(("x",), ""), serving(args=("--fine", word)))
     assert caught.value.code == "reserved_argument"
 
 
@@ -294,12 +324,12 @@ def test_a_models_own_arguments_cannot_take_what_belongs_to_mlxops(engine: Engin
 )
 def test_nor_what_belongs_to_mlxops_with_this_engine(engine: Engine, word: str) -> None:
     with pytest.raises(Refused):
-        engine.argv(Command(("x",), ""), serving(args=(word,)))
+        engine.argv(EngineCommand(("x",), ""), serving(args=(word,)))
 
 
 @pytest.mark.parametrize("word", ["--temp", "--max-tokens=9", "-x", "--log-level", "port", "--ports-of-call", "8100"])
 def test_other_arguments_are_passed_on(word: str) -> None:
-    assert LM.argv(Command(("x",), ""), serving(args=(word,)))[-1] == word
+    assert LM.argv(EngineCommand(("x",), ""), serving(args=(word,)))[-1] == word
 
 
 @pytest.mark.parametrize("engine", [OPENAI, LM], ids=lambda engine: engine.name)
@@ -457,13 +487,13 @@ def test_nothing_else_is_recognised(argv: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("engine", [OPENAI, LM], ids=lambda engine: engine.name)
 @pytest.mark.parametrize("log", ["", "INFO starting\nINFO ready\n", "ValueError: in a request\n"])
 def test_a_log_without_a_failed_start_is_not_fatal(engine: Engine, log: str) -> None:
-    assert engine.fatal(log) is None
+    assert engine.fatal_error(log) is None
 
 
 def test_a_failed_start_of_a_server_that_stays_up_is_found_in_its_log() -> None:
     log = "Exception in thread Thread-1:\nTraceback (most recent call last):\n  File x\nValueError: no weights\n"
-    assert LM.fatal(log) == "ValueError: no weights"
-    said = OPENAI.fatal("INFO x\nERROR: Application startup failed. Exiting.\n")
+    assert LM.fatal_error(log) == "ValueError: no weights"
+    said = OPENAI.fatal_error("INFO x\nERROR: Application startup failed. Exiting.\n")
     assert said is not None and "startup failed" in said
 
 
@@ -552,7 +582,7 @@ def test_a_completion_is_waited_for_altogether_and_not_for_each_byte(first: list
     with answering(itertools.chain(first, itertools.repeat(then, 400)), 0.05) as (host, port):
         began = time.monotonic()
         with pytest.raises((OSError, NoCompletion)):
-            complete(host, port, "jerry", 0.5)
+            request_completion(host, port, "jerry", 0.5)
         assert time.monotonic() - began < 5
 
 
@@ -571,11 +601,11 @@ COMPLETION = b'{"choices": [{"message": {}}]}'
 def test_a_completion_may_come_in_pieces(length: bytes) -> None:
     pieces = [HEAD, length, b"\r\n", *(COMPLETION[at : at + 1] for at in range(30))]
     with answering(pieces, 0.01) as (host, port):
-        assert complete(host, port, "jerry", 30) == {"choices": [{"message": {}}]}
+        assert request_completion(host, port, "jerry", 30) == {"choices": [{"message": {}}]}
 
 
 @pytest.mark.parametrize("body", [b"[" * 200_000, b"9" * 10_000, b"\xff", b'{"choices": []}', b"{}"])
 def test_another_answer_than_a_completion_is_told_as_that(body: bytes) -> None:
     pieces = [HEAD, b"Content-Length: %d\r\n\r\n" % len(body), body]
     with answering(pieces) as (host, port), pytest.raises(NoCompletion):
-        complete(host, port, "jerry", 10)
+        request_completion(host, port, "jerry", 10)

@@ -178,7 +178,7 @@ def test_a_log_that_gets_another_name_meanwhile_is_none_that_is_too_big(
     log.touch()
     os.truncate(log, logs.CAP + 1)
     gone = log.with_name("8101.log")
-    monkeypatch.setattr(logs, "named", lambda *what: [gone, log])
+    monkeypatch.setattr(logs, "list_matching", lambda *args: [gone, log])
     assert logs.too_big(log.parent) == [(log, logs.CAP + 1)]
 
 
@@ -205,7 +205,7 @@ def test_a_log_that_cannot_be_cut_ends_no_operation(log: Path, stuck: None, tmp_
     settings = Settings(hub=str(tmp_path / "hub"), state=str(tmp_path))
     paths = host_paths(settings, {})
     store = Store(paths.state, paths.registry)
-    store.ready()
+    store.create_folders()
     big = store.log_path(8100)
     big.touch()
     os.truncate(big, logs.CAP + 1)

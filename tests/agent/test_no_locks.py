@@ -1,4 +1,4 @@
-"""File systems without locks, or whose locks never answer: found out before anything is stopped, and told as such."""
+"""File systems without locks, or whose lock service does not respond: detected before anything is stopped."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.lab.homelab import Homelab, run, script
 from tests.lab.sshd import missing
 from tests.steps import REPO, Ask, error_of, listener, register, with_fake
 
-ANSWERS = {
+LOCK_ERRORS = {
     "ENOTSUP: SMB on a Mac": errno.ENOTSUP,
     "ENOLCK: NFS without a lock service": errno.ENOLCK,
     "EOPNOTSUPP: FUSE": errno.EOPNOTSUPP,
@@ -48,42 +48,42 @@ ANSWERS = {
 def store(tmp_path: Path) -> Store:
     (tmp_path / "share").mkdir()
     store = Store(tmp_path / "state", tmp_path / "share" / "registry.json")
-    store.ready()
+    store.create_folders()
     store.registry.update(lambda registry: registry.assign("a", 8100))
     return store
 
 
 @pytest.fixture
-def answer(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, Callable[[], None]], None]:
-    """flock(2) of what lies in a folder does this from now on."""
+def on_flock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, Callable[[], None]], None]:
+    """Call a function first when a file below a folder is locked."""
     real = fcntl.flock
-    monkeypatch.setattr(locks, "_answering", set())
+    monkeypatch.setattr(locks, "_responsive_devices", set())
 
-    def on(folder: Path, does: Callable[[], None]) -> None:
+    def install_hook(folder: Path, hook: Callable[[], None]) -> None:
         def flock(fd: int, operation: int) -> None:
             if Path(os.path.realpath(f"/dev/fd/{fd}")).is_relative_to(folder):
-                does()
+                hook()
             real(fd, operation)
 
         monkeypatch.setattr(fcntl, "flock", flock)
 
-    return on
+    return install_hook
 
 
-def refusing(number: int) -> Callable[[], None]:
+def failing(number: int) -> Callable[[], None]:
     def flock() -> None:
         raise OSError(number, os.strerror(number))
 
     return flock
 
 
-Answer = Callable[[Path, Callable[[], None]], None]
+OnFlock = Callable[[Path, Callable[[], None]], None]
 
 
-@pytest.mark.parametrize("number", ANSWERS.values(), ids=ANSWERS)
-def test_a_registry_without_locks_is_refused_before_anything_else(store: Store, answer: Answer, number: int) -> None:
-    answer(store.registry.path.parent, refusing(number))
-    for change in (store.registry.check_writable, store.registry.usable):
+@pytest.mark.parametrize("number", LOCK_ERRORS.values(), ids=LOCK_ERRORS)
+def test_registry_without_locks_is_refused_first(store: Store, on_flock: OnFlock, number: int) -> None:
+    on_flock(store.registry.path.parent, failing(number))
+    for change in (store.registry.check_writable, store.registry.read_usable):
         with pytest.raises(Refused) as caught:
             change()
         error = caught.value
@@ -92,19 +92,19 @@ def test_a_registry_without_locks_is_refused_before_anything_else(store: Store, 
     assert store.registry.read().models["a"].port == 8100
 
 
-@pytest.mark.parametrize("number", ANSWERS.values(), ids=ANSWERS)
-def test_a_state_folder_without_locks_is_told_by_every_way_in(store: Store, answer: Answer, number: int) -> None:
+@pytest.mark.parametrize("number", LOCK_ERRORS.values(), ids=LOCK_ERRORS)
+def test_every_writer_reports_a_state_folder_without_locks(store: Store, on_flock: OnFlock, number: int) -> None:
     (store.state / "locks" / "port-8100").touch()
-    answer(store.state, refusing(number))
+    on_flock(store.state, failing(number))
     me = Operation("op1", "load")
-    ways: list[Callable[[], object]] = [
+    writers: list[Callable[[], object]] = [
         lambda: store.lock("port-8100", me),
-        lambda: store.settling().__enter__(),
+        lambda: store.settings_lock().__enter__(),
         lambda: begin(store, Request("init", {}, Settings(state=str(store.state)), "")),
     ]
-    for way in ways:
+    for write in writers:
         with pytest.raises(Refused) as caught:
-            way()
+            write()
         error = caught.value
         assert error.code == "state_unwritable" and str(store.state) in error.message
         assert "this file system has no locks" in error.why and "local disk" in error.hint
@@ -112,35 +112,35 @@ def test_a_state_folder_without_locks_is_told_by_every_way_in(store: Store, answ
         store.holder("port-8100")
 
 
-def test_readers_of_a_state_folder_without_locks_have_an_error_or_do_not_know(store: Store, answer: Answer) -> None:
+def test_readers_report_a_state_folder_without_locks(store: Store, on_flock: OnFlock) -> None:
     settings = Settings(hub=str(store.registry.path.parent), state=str(store.state))
-    journal, lock = create(store.state / "ops", Request("load", {"model": "a", "port": "8100"}, settings, ""))
+    log, lock = create(store.state / "ops", Request("load", {"model": "a", "port": "8100"}, settings, ""))
     assert lock is not None
     os.close(lock)
     for name in ("port-8100", "repo-org--a"):
         (store.state / "locks" / name).touch()
-    answer(store.state, refusing(errno.ENOTSUP))
+    on_flock(store.state, failing(errno.ENOTSUP))
 
-    def told(command: str) -> tuple[Context, list[Event]]:
-        heard: list[Event] = []
+    def context_of(command: str) -> tuple[Context, list[Event]]:
+        events: list[Event] = []
         paths = host_paths(settings, os.environ)
-        return Context(Request(command, {}, settings, ""), paths, store, this_system(), heard.append, {}), heard
+        return Context(Request(command, {}, settings, ""), paths, store, this_system(), events.append, {}), events
 
-    context, heard = told("ops")
-    assert finish(context, heard.append) == 3
-    (failed,) = heard
+    context, events = context_of("ops")
+    assert finish(context, events.append) == 3
+    (failed,) = events
     assert isinstance(failed, Failed) and failed.error.code == "state_unreadable"
     assert str(store.state) in failed.error.message and "local disk" in failed.error.hint
-    rows: Any = status(told("status")[0])
+    rows: Any = status(context_of("status")[0])
     assert next(row for row in rows["ports"] if row["port"] == 8100)["state"] == "unknown"
-    assert "state_unreadable" in {each["code"] for each in rows["drift"]}
+    assert "state_unreadable" in {drift["code"] for drift in rows["drift"]}
     assert ops.downloads(context) == []
-    assert not journal.ended
+    assert not log.ended
 
 
-def test_a_deploy_to_a_state_folder_without_locks_says_so(tmp_path: Path, answer: Answer) -> None:
+def test_deploy_reports_a_state_folder_without_locks(tmp_path: Path, on_flock: OnFlock) -> None:
     (tmp_path / "state").mkdir()
-    answer(tmp_path / "state", refusing(errno.ENOTSUP))
+    on_flock(tmp_path / "state", failing(errno.ENOTSUP))
     lock = os.open(tmp_path / "state" / "deploy.lock", os.O_RDWR | os.O_CREAT)
     try:
         with pytest.raises(install.ProblemError) as caught:
@@ -150,44 +150,44 @@ def test_a_deploy_to_a_state_folder_without_locks_says_so(tmp_path: Path, answer
     assert "no locks" in caught.value.why and "local disk" in caught.value.hint
 
 
-def test_an_agent_starts_and_a_download_begins_where_there_are_no_locks(
-    tmp_path: Path, answer: Answer, monkeypatch: pytest.MonkeyPatch
+def test_agent_starts_and_download_begins_without_locks(
+    tmp_path: Path, on_flock: OnFlock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stamp, lock = tmp_path / "installed.json", tmp_path / "etag.lock"
     stamp.touch()
     lock.touch()
     monkeypatch.setattr(agent, "STAMP", str(stamp))
-    answer(tmp_path, refusing(errno.ENOTSUP))
+    on_flock(tmp_path, failing(errno.ENOTSUP))
     agent._use_build()
     assert locks.is_locked(lock)
 
 
-def test_locks_that_never_answer_are_not_waited_for(
-    store: Store, answer: Answer, monkeypatch: pytest.MonkeyPatch
+def test_unresponsive_lock_service_is_not_waited_for(
+    store: Store, on_flock: OnFlock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As with NFS when the server's lock service is down: files can be read, and flock(2) does not return."""
+    """NFS while the server's lock service is down: files can be read, but flock(2) does not return."""
     monkeypatch.setattr(locks, "ANSWER_SECONDS", 0.05)
-    goes = threading.Event()
+    released = threading.Event()
 
     def hang() -> None:
-        goes.wait(30)
+        released.wait(30)
 
-    answer(store.registry.path.parent, hang)
+    on_flock(store.registry.path.parent, hang)
     try:
         with pytest.raises(Refused) as caught:
             store.registry.check_writable()
     finally:
-        goes.set()
-    assert "do not answer" in caught.value.why and "local disk" in caught.value.hint
+        released.set()
+    assert "does not respond" in caught.value.why and "local disk" in caught.value.hint
 
 
-def test_a_lock_that_comes_too_late_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock_that_is_granted_too_late_is_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "ANSWER_SECONDS", 0.05)
-    monkeypatch.setattr(locks, "_answering", set())
-    real, goes, done = fcntl.flock, threading.Event(), threading.Event()
+    monkeypatch.setattr(locks, "_responsive_devices", set())
+    real, released, done = fcntl.flock, threading.Event(), threading.Event()
 
     def late(fd: int, operation: int) -> None:
-        goes.wait(30)
+        released.wait(30)
         real(fd, operation)
         done.set()
 
@@ -196,7 +196,7 @@ def test_a_lock_that_comes_too_late_is_given_back(tmp_path: Path, monkeypatch: p
     with pytest.raises(NoLocks):
         locks.try_flock(fd)
     os.close(fd)
-    goes.set()
+    released.set()
     assert done.wait(30)
     monkeypatch.setattr(fcntl, "flock", real)
     other = os.open(tmp_path, os.O_RDONLY)
@@ -208,7 +208,7 @@ def test_a_lock_that_comes_too_late_is_given_back(tmp_path: Path, monkeypatch: p
 
 @pytest.fixture
 def share(homelab: Homelab) -> Iterator[list[str]]:
-    """What has to be put before a command so that flock(2) is refused in the registry's folder."""
+    """A command prefix that makes flock(2) fail in the registry's folder."""
     if sys.platform != "linux":
         pytest.skip("strace is Linux's")
     if shutil.which("strace") is None:
@@ -217,7 +217,7 @@ def share(homelab: Homelab) -> Iterator[list[str]]:
     yield [*strace, "-e", "trace=flock", "-e", "inject=flock:error=EOPNOTSUPP"]
 
 
-def test_no_server_is_stopped_or_started_for_a_registry_without_locks(homelab: Homelab, share: list[str]) -> None:
+def test_no_server_is_stopped_or_started_if_the_registry_has_no_locks(homelab: Homelab, share: list[str]) -> None:
     studio, ask = homelab.studio, Ask(with_fake(homelab), "local")
     register(studio, "mine")
     register(studio, "other", repo=REPO)
@@ -225,23 +225,23 @@ def test_no_server_is_stopped_or_started_for_a_registry_without_locks(homelab: H
     pid, registry = listener(studio, ask.port), studio.registry_path.read_bytes()
     port, free = str(ask.port), str(studio.ports[1])
     try:
-        for words in (
+        for command in (
             ["load", "other", port, "--force"],
             ["load", "other", port, "--force", "--dry-run"],
             ["load", "other", free],
             ["unload", port],
         ):
             answer = run(
-                [*share, script("mlxctl"), *words, "--json", "--local"], studio.home, studio.environment, None, 60
+                [*share, script("mlxctl"), *command, "--json", "--local"], studio.home, studio.environment, None, 60
             )
             error = error_of(answer)
             assert (answer.exit, error["code"]) == (3, "registry_unwritable"), str(answer)
             assert "no locks" in error["why"] and "local disk" in error["hint"]
             assert str(studio.registry_path) in error["message"]
             assert listener(studio, ask.port) == pid and listener(studio, int(free)) is None
-        for words in (["status"], ["list"]):
-            seen = run([*share, script("mlxctl"), *words, "--local"], studio.home, studio.environment, None, 60)
-            assert seen.exit == 0 and "mine" in seen.stdout, str(seen)
+        for command in (["status"], ["list"]):
+            answer = run([*share, script("mlxctl"), *command, "--local"], studio.home, studio.environment, None, 60)
+            assert answer.exit == 0 and "mine" in answer.stdout, str(answer)
         assert studio.registry_path.read_bytes() == registry
     finally:
         ask.result("unload", "--port", ask.port)

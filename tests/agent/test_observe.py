@@ -34,7 +34,7 @@ def paths(tmp_path: Path, port: int) -> HostPaths:
 @pytest.fixture
 def store(paths: HostPaths) -> Store:
     made = Store(paths.state, paths.registry)
-    made.ready()
+    made.create_folders()
     return made
 
 

@@ -21,7 +21,7 @@ from mlxops.core.errors import Refused
 def store(tmp_path: Path) -> Store:
     (tmp_path / "disk").mkdir()
     store = Store(tmp_path / "state", tmp_path / "disk" / "registry.json")
-    store.ready()
+    store.create_folders()
     store.registry.update(lambda registry: registry.assign("a", 8100))
     return store
 
@@ -71,7 +71,7 @@ def test_a_disk_that_cannot_flush_folders_takes_a_registry(
 def test_what_a_disk_says_no_with_is_told_with_what_helps(
     store: Store, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    monkeypatch.setattr("mlxops.agent.state.store._write_all", fails(number))
+    monkeypatch.setattr("mlxops.agent.state.durable_files._write_all", fails(number))
     error = refused(store)
     assert error.code == "registry_unwritable" and error.why == os.strerror(number)
     assert str(store.registry.path) in error.message and error.hint
@@ -140,4 +140,4 @@ def test_the_companions_that_a_mac_leaves_on_smb_are_left_alone(store: Store) ->
     companion = store.registry.path.with_name("._registry.json")
     companion.write_bytes(b"\0\x05\x16\x07")
     store.registry.update(lambda registry: registry.assign("a", 8101))
-    assert companion.exists() and not store.registry.conflicts() and not store.leftovers()
+    assert companion.exists() and not store.registry.conflicted_copies() and not store.leftovers()

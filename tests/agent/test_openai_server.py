@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mlxops.agent.engines.base import Command, Serving
+from mlxops.agent.engines.base import EngineCommand, ServerSpec
 from mlxops.agent.engines.mlx_openai_server import MlxOpenAIServer, known_options
 from mlxops.core.errors import Refused
 from mlxops.core.model_options import Option, Origin
@@ -189,15 +189,15 @@ HELP_1_4 = """\
 """
 
 
-def serving(tmp_path: Path, *options: Option, **fields: Any) -> Serving:
-    return Serving(Model("m", "org/m", **fields), "jerry-xl", tmp_path, "127.0.0.1", 8100, tmp_path, options)
+def serving(tmp_path: Path, *options: Option, **fields: Any) -> ServerSpec:
+    return ServerSpec(Model("m", "org/m", **fields), "jerry-xl", tmp_path, "127.0.0.1", 8100, tmp_path, options)
 
 
 def registered(key: str, value: str) -> Option:
     return Option(key, value, Origin.REGISTRY)
 
 
-def argv(command: Command, served: Serving) -> str:
+def argv(command: EngineCommand, served: ServerSpec) -> str:
     return " ".join(ENGINE.argv(command, served))
 
 
@@ -209,20 +209,20 @@ def test_its_help_tells_its_options_and_their_values() -> None:
 
 @pytest.mark.parametrize(("version", "named"), [("1.4.2", False), ("1.6.3", False), ("1.7.0", True), ("1.10.1", True)])
 def test_the_served_name_is_given_to_versions_that_take_one(tmp_path: Path, version: str, named: bool) -> None:
-    assert ("--served-model-name" in argv(Command(("x", "launch"), "PATH", version), serving(tmp_path))) is named
+    assert ("--served-model-name" in argv(EngineCommand(("x", "launch"), "PATH", version), serving(tmp_path))) is named
 
 
 def test_where_the_version_is_not_known_its_help_decides(tmp_path: Path) -> None:
-    behind_uv = Command(("uv", "run", "x", "launch"), "uv run")
-    assert ENGINE.inquiry(behind_uv, serving(tmp_path)) == ("uv", "run", "x", "launch", "--help")
-    known = Command(behind_uv.argv, behind_uv.source, None, HELP_1_4)
+    behind_uv = EngineCommand(("uv", "run", "x", "launch"), "uv run")
+    assert ENGINE.help_argv(behind_uv, serving(tmp_path)) == ("uv", "run", "x", "launch", "--help")
+    known = EngineCommand(behind_uv.argv, behind_uv.source, None, HELP_1_4)
     assert "--served-model-name" not in argv(known, serving(tmp_path))
 
 
 def test_a_plain_installation_without_parsers_is_not_run_to_be_asked(tmp_path: Path) -> None:
-    plain = Command(("x", "launch"), "PATH", "1.8.1")
-    assert ENGINE.inquiry(plain, serving(tmp_path)) == ()
-    assert ENGINE.inquiry(plain, serving(tmp_path, registered("reasoning_parser", "qwen3"))) != ()
+    plain = EngineCommand(("x", "launch"), "PATH", "1.8.1")
+    assert ENGINE.help_argv(plain, serving(tmp_path)) == ()
+    assert ENGINE.help_argv(plain, serving(tmp_path, registered("reasoning_parser", "qwen3"))) != ()
 
 
 def test_fields_become_flags(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_fields_become_flags(tmp_path: Path) -> None:
         Option("reasoning_parser", None, Origin.REGISTRY),
     )
     served = serving(tmp_path, *options, context_length=4096, trust_remote_code=True, args=("--max-tokens", "9"))
-    assert argv(Command(("x", "launch"), "PATH", "1.8.1", HELP_1_4.replace("glm4", "x")), served).endswith(
+    assert argv(EngineCommand(("x", "launch"), "PATH", "1.8.1", HELP_1_4.replace("glm4", "x")), served).endswith(
         "--no-log-file --model-type multimodal --chat-template-file /t.jinja --tool-call-parser qwen3 "
         "--enable-auto-tool-choice --context-length 4096 --trust-remote-code --max-tokens 9"
     )
@@ -241,7 +241,9 @@ def test_fields_become_flags(tmp_path: Path) -> None:
 
 def test_a_models_own_args_win_over_its_familys_defaults(tmp_path: Path) -> None:
     family = Option("reasoning_parser", "qwen3", Origin.FAMILY)
-    words = argv(Command(("x",), "PATH", "1.8.1"), serving(tmp_path, family, args=("--reasoning-parser=harmony",)))
+    words = argv(
+        EngineCommand(("x",), "PATH", "1.8.1"), serving(tmp_path, family, args=("--reasoning-parser=harmony",))
+    )
     assert "--reasoning-parser qwen3" not in words and words.endswith("--reasoning-parser=harmony")
 
 
@@ -263,7 +265,7 @@ def test_a_models_own_args_win_over_its_familys_defaults(tmp_path: Path) -> None
 )
 def test_flags_that_belong_to_mlxops_are_refused_however_they_are_written(tmp_path: Path, word: str) -> None:
     with pytest.raises(Refused, match="args contain"):
-        ENGINE.argv(Command(("x",), "PATH", "1.8.1"), serving(tmp_path, args=(word, "1")))
+        ENGINE.argv(EngineCommand(("x",), "PATH", "1.8.1"), serving(tmp_path, args=(word, "1")))
 
 
 def test_one_that_is_only_asked_for_its_options_is_no_server() -> None:
@@ -273,7 +275,7 @@ def test_one_that_is_only_asked_for_its_options_is_no_server() -> None:
 
 def test_other_flags_pass(tmp_path: Path) -> None:
     assert "--max-tokens=5 --seed 1" in argv(
-        Command(("x",), "PATH", "1.8.1"), serving(tmp_path, args=("--max-tokens=5", "--seed", "1"))
+        EngineCommand(("x",), "PATH", "1.8.1"), serving(tmp_path, args=("--max-tokens=5", "--seed", "1"))
     )
 
 

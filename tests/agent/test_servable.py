@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mlxops.agent.engines import engine_named
-from mlxops.agent.engines.base import Command, Serving
+from mlxops.agent.engines.base import EngineCommand, ServerSpec
 from mlxops.agent.hub.snapshot import inspect, judge
 from mlxops.agent.operations.model_files import ModelFiles
 from mlxops.agent.operations.preflight import Prepared, check
@@ -179,9 +179,11 @@ def refusal(engine: str, argv: tuple[str, ...], folder: Path) -> str | None:
     """Why a load of this folder would be refused before anything stops; None if it would be tried."""
     entry = Model("odd", REPO)
     found = engine_named(engine)
-    serving = Serving(entry, "odd", folder, "127.0.0.1", 8100, folder)
+    serving = ServerSpec(entry, "odd", folder, "127.0.0.1", 8100, folder)
     files = ModelFiles("a" * 40, folder, 0)
-    prepared = Prepared(found, Command(argv, "test"), serving, files, Wanted(REPO, files.revision, engine, argv, ""))
+    prepared = Prepared(
+        found, EngineCommand(argv, "test"), serving, files, Wanted(REPO, files.revision, engine, argv, "")
+    )
     verdict = judge(str(folder), "org")
     if verdict.why and not verdict.whole:
         return verdict.why

@@ -76,7 +76,7 @@ def _context(folder: Path, port: int) -> Context:
     settings = Settings(ports=PortRange(port, port))
     paths = HostPaths(settings, folder, folder / "registry.json", folder / "state")
     store = Store(paths.state, paths.registry)
-    store.ready()
+    store.create_folders()
     return Context(Request("unload", {}, settings, ""), paths, store, this_system(), lambda event: None, {}, "op")
 
 

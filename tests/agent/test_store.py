@@ -1,4 +1,5 @@
-"""The state folder and the registry's file: one writer at a time, old or new and nothing between, locks that die."""
+"""The state folder and the registry's file: atomic durable writes, one writer at a time, locks that do not outlive
+their holder."""
 
 from __future__ import annotations
 
@@ -20,10 +21,12 @@ from pathlib import Path
 import pytest
 
 from mlxops.agent import install
-from mlxops.agent.state import locks
+from mlxops.agent.state import durable_files, locks
 from mlxops.agent.state import store as stores
+from mlxops.agent.state.durable_files import write_durably
 from mlxops.agent.state.operation_log import OperationLog
-from mlxops.agent.state.store import Lock, RegistryFile, Store, write_durably
+from mlxops.agent.state.registry_file import RegistryFile
+from mlxops.agent.state.store import Lock, Store
 from mlxops.core.errors import Busy, MlxopsError, Refused
 from mlxops.core.protocol import Done
 from mlxops.core.records import Operation
@@ -40,7 +43,7 @@ ME = Operation("op1", "load", "a", 8100, "me@mini", "2026-01-01T00:00:00Z", "org
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     made = Store(tmp_path / "state", tmp_path / "hub" / "registry.json")
-    made.ready()
+    made.create_folders()
     made.registry.path.parent.mkdir()
     made.registry.path.write_bytes(CONTENT)
     return made
@@ -57,7 +60,8 @@ def leftovers(folder: Path) -> list[str]:
 PRELUDE = """
 import json, os, sys
 from pathlib import Path
-from mlxops.agent.state.store import Store, write_durably
+from mlxops.agent.state.durable_files import write_durably
+from mlxops.agent.state.store import Store
 from mlxops.core.errors import MlxopsError
 from mlxops.core.records import Operation
 store = Store(Path(sys.argv[1]), Path(sys.argv[2]))
@@ -65,7 +69,7 @@ store = Store(Path(sys.argv[1]), Path(sys.argv[2]))
 
 
 def program(store: Store, text: str, *args: str, before: Sequence[str] = ()) -> subprocess.Popen[bytes]:
-    """Another process with `store` on the same folders."""
+    """Start another process with `store` on the same folders."""
     return subprocess.Popen(
         [*before, sys.executable, "-P", "-c", PRELUDE + text, str(store.state), str(store.registry.path), *args],
         stdin=subprocess.PIPE,
@@ -84,7 +88,7 @@ def ended_after(*processes: subprocess.Popen[bytes]) -> Iterator[None]:
             process.communicate()
 
 
-def says(process: subprocess.Popen[bytes]) -> bytes:
+def next_line(process: subprocess.Popen[bytes]) -> bytes:
     assert process.stdout is not None
     return process.stdout.readline().strip()
 
@@ -92,7 +96,7 @@ def says(process: subprocess.Popen[bytes]) -> bytes:
 # -- one transaction ------------------------------------------------------------------------------------------------
 
 
-def test_a_change_is_on_disk_and_everything_else_is_as_it_was(store: Store) -> None:
+def test_update_writes_the_change_and_keeps_everything_else(store: Store) -> None:
     returned = store.registry.update(move)
     written = json.loads(store.registry.path.read_bytes())
     assert written == returned.raw
@@ -100,16 +104,14 @@ def test_a_change_is_on_disk_and_everything_else_is_as_it_was(store: Store) -> N
     assert written["kept"] is True
 
 
-def test_the_generation_before_is_kept_byte_for_byte(store: Store) -> None:
+def test_previous_version_is_kept_byte_for_byte(store: Store) -> None:
     store.registry.update(move)
     previous = store.state / "registry.previous.json"
     assert previous.read_bytes() == CONTENT
     assert stat.S_IMODE(previous.stat().st_mode) == 0o600
 
 
-def test_without_names_for_one_file_in_two_folders_the_generation_before_is_a_copy(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_previous_version_is_a_copy_where_hard_links_fail(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def another_disk(source: Path, target: Path) -> None:
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(source), None, str(target))
 
@@ -120,8 +122,8 @@ def test_without_names_for_one_file_in_two_folders_the_generation_before_is_a_co
     assert not leftovers(store.state)
 
 
-def test_an_edit_after_a_write_that_failed_halfway_leaves_the_generation_before_to_the_next_write(store: Store) -> None:
-    """The write was killed between its two names: both are of one file then."""
+def test_update_after_a_killed_update_keeps_the_previous_version(store: Store) -> None:
+    """The update was killed after it had linked the backup: both names are one file then."""
     previous = store.state / "registry.previous.json"
     os.link(store.registry.path, previous)
     store.registry.update(move)
@@ -130,7 +132,7 @@ def test_an_edit_after_a_write_that_failed_halfway_leaves_the_generation_before_
     assert not leftovers(store.state)
 
 
-def test_a_change_that_changes_nothing_does_not_write(store: Store) -> None:
+def test_update_without_a_change_does_not_write(store: Store) -> None:
     before = store.registry.path.stat()
     store.registry.update(lambda registry: registry.assign("a", 8100))
     after = store.registry.path.stat()
@@ -138,9 +140,9 @@ def test_a_change_that_changes_nothing_does_not_write(store: Store) -> None:
     assert not (store.state / "registry.previous.json").exists()
 
 
-def test_a_missing_file_is_made_with_its_folder_and_has_no_generation_before(tmp_path: Path) -> None:
+def test_first_update_creates_file_and_folder_without_a_backup(tmp_path: Path) -> None:
     store = Store(tmp_path / "state", tmp_path / "new" / "hub" / "registry.json")
-    store.ready()
+    store.create_folders()
     assert store.registry.read().models == {}
     store.registry.update(move)
     assert parse(store.registry.path.read_bytes()).models["b"].port == 8100
@@ -149,7 +151,7 @@ def test_a_missing_file_is_made_with_its_folder_and_has_no_generation_before(tmp
 
 @pytest.mark.parametrize("mode", [0o644, 0o600, 0o664])
 @pytest.mark.parametrize("umask", [0o022, 0o077])
-def test_the_files_mode_stays_whatever_the_writers_umask_is(store: Store, mode: int, umask: int) -> None:
+def test_update_keeps_the_files_mode_under_any_umask(store: Store, mode: int, umask: int) -> None:
     store.registry.path.chmod(mode)
     before = os.umask(umask)
     try:
@@ -159,18 +161,18 @@ def test_the_files_mode_stays_whatever_the_writers_umask_is(store: Store, mode: 
     assert stat.S_IMODE(store.registry.path.stat().st_mode) == mode
 
 
-def test_a_registry_behind_a_link_is_changed_and_the_link_stays(tmp_path: Path) -> None:
+def test_update_follows_a_link_and_keeps_it(tmp_path: Path) -> None:
     real, link = tmp_path / "real.json", tmp_path / "registry.json"
     real.write_bytes(CONTENT)
     link.symlink_to(real)
     store = Store(tmp_path / "state", link)
-    store.ready()
+    store.create_folders()
     store.registry.update(move)
     assert link.is_symlink() and os.readlink(link) == str(real)
     assert parse(real.read_bytes()).models["b"].port == 8100
 
 
-def test_a_change_is_made_to_what_is_on_disk_now_and_not_to_what_was_read_before(store: Store) -> None:
+def test_update_reads_the_file_again(store: Store) -> None:
     store.registry.read()
     store.registry.path.write_bytes(CONTENT.replace(b"8100", b"8105"))
     seen: list[int | None] = []
@@ -183,23 +185,23 @@ def test_a_change_is_made_to_what_is_on_disk_now_and_not_to_what_was_read_before
     assert seen == [8105]
 
 
-def attempts(store: Store) -> tuple[Callable[[], object], ...]:
+def writers(store: Store) -> tuple[Callable[[], object], ...]:
     return lambda: store.registry.update(move), store.registry.check_writable
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"{", b'{"version": 2, "models": {}, "lanes": {}}', b'{"version": 1, "models": {"a": 1}}']
 )
-def test_a_file_that_is_not_version_1_is_never_overwritten(store: Store, content: bytes) -> None:
+def test_file_that_is_not_version_1_is_never_overwritten(store: Store, content: bytes) -> None:
     store.registry.path.write_bytes(content)
-    for attempt in attempts(store):
+    for write in writers(store):
         with pytest.raises(Refused) as caught:
-            attempt()
+            write()
         assert caught.value.code == "registry_unusable" and caught.value.why
     assert store.registry.path.read_bytes() == content
 
 
-def test_a_change_that_fails_leaves_no_trace_and_no_lock(store: Store) -> None:
+def test_failed_change_leaves_no_trace_and_no_lock(store: Store) -> None:
     def fail(registry: Registry) -> Registry:
         raise RuntimeError("a bug")
 
@@ -209,41 +211,41 @@ def test_a_change_that_fails_leaves_no_trace_and_no_lock(store: Store) -> None:
     store.registry.update(move)
 
 
-def test_a_folder_where_the_registry_should_be_is_told_and_left_alone(tmp_path: Path) -> None:
+def test_folder_in_place_of_the_registry_is_refused_and_kept(tmp_path: Path) -> None:
     store = Store(tmp_path / "state", tmp_path / "registry.json")
-    store.ready()
+    store.create_folders()
     store.registry.path.mkdir()
     assert store.registry.read().unwritable
-    for attempt in attempts(store):
+    for write in writers(store):
         with pytest.raises(Refused):
-            attempt()
+            write()
     assert store.registry.path.is_dir() and not leftovers(tmp_path)
 
 
-def test_a_generation_before_that_cannot_be_kept_is_told_by_its_name_before_anything_is_done(store: Store) -> None:
+def test_backup_that_cannot_be_written_is_refused_with_its_path(store: Store) -> None:
     previous = store.state / "registry.previous.json"
     previous.mkdir()
-    for attempt in (store.registry.check_writable, lambda: store.registry.update(move)):
+    for write in writers(store):
         with pytest.raises(Refused) as caught:
-            attempt()
+            write()
         assert caught.value.code == "registry_unwritable" and str(previous) in caught.value.message
         assert "move it away" in caught.value.hint
     assert store.registry.path.read_bytes() == CONTENT
     assert not leftovers(store.state) and not leftovers(store.registry.path.parent)
 
 
-def test_looking_whether_a_write_would_succeed_leaves_everything_as_it_was(store: Store) -> None:
+def test_check_writable_changes_nothing(store: Store) -> None:
     before = store.registry.path.stat()
     store.registry.check_writable()
     assert os.listdir(store.registry.path.parent) == ["registry.json"]
     assert store.registry.path.stat().st_mtime_ns == before.st_mtime_ns
 
 
-def test_what_killed_writers_left_is_removed_by_the_next_write_and_nothing_else_is(store: Store) -> None:
+def test_update_removes_only_leftovers_of_killed_writers(store: Store) -> None:
     folder = store.registry.path.parent
     (folder / ".registry.json.4711.abcdef01.tmp").write_bytes(b"half")
     for name in (".other.json.1.ab.tmp", "registry.json.tmp", "models--org--a"):
-        (folder / name).write_bytes(b"somebody's")
+        (folder / name).write_bytes(b"other")
     store.registry.update(move)
     assert sorted(os.listdir(folder)) == [
         ".other.json.1.ab.tmp",
@@ -253,7 +255,7 @@ def test_what_killed_writers_left_is_removed_by_the_next_write_and_nothing_else_
     ]
 
 
-def test_a_write_that_fails_leaves_no_temporary_file(tmp_path: Path) -> None:
+def test_failed_write_leaves_no_temporary_file(tmp_path: Path) -> None:
     target = tmp_path / "file"
     (target / "full").mkdir(parents=True)
     with pytest.raises(OSError):
@@ -261,7 +263,7 @@ def test_a_write_that_fails_leaves_no_temporary_file(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_a_transaction_waits_for_another_programs_lock_and_then_says_so(
+def test_update_waits_for_another_programs_lock_for_a_limited_time(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(locks, "LOCK_SECONDS", 0.05)
@@ -287,7 +289,7 @@ for i in range({EACH}):
 """
 
 
-def test_of_many_writers_at_once_no_change_is_lost_and_no_reader_sees_a_broken_file(store: Store) -> None:
+def test_concurrent_writers_lose_no_change_and_readers_see_whole_files(store: Store) -> None:
     writers = [program(store, WRITE_MANY, str(number)) for number in range(WRITERS)]
     counts: list[int] = []
     with ended_after(*writers):
@@ -302,8 +304,8 @@ def test_of_many_writers_at_once_no_change_is_lost_and_no_reader_sees_a_broken_f
     assert not leftovers(store.registry.path.parent)
 
 
-def test_the_history_of_many_writers_has_every_line_whole(store: Store) -> None:
-    text = 'for i in range(50): store.remember(who=sys.argv[3], i=i, text="x" * 500)'
+def test_history_of_concurrent_writers_has_whole_lines(store: Store) -> None:
+    text = 'for i in range(50): store.append_history(who=sys.argv[3], i=i, text="x" * 500)'
     writers = [program(store, text, str(number)) for number in range(3)]
     with ended_after(*writers):
         assert [writer.wait(30) for writer in writers] == [0, 0, 0]
@@ -312,10 +314,8 @@ def test_the_history_of_many_writers_has_every_line_whole(store: Store) -> None:
     assert all(line["at"].endswith("Z") for line in lines)
 
 
-def test_a_line_of_the_history_waits_for_another_that_is_being_written(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its first half is no line that a full disk cut off."""
+def test_history_waits_for_a_line_that_is_being_written(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first half is not a line that a full disk cut off."""
     history = store.state / "history.jsonl"
     with open(history, "ab", buffering=0) as other:
         fcntl.flock(other, fcntl.LOCK_EX)
@@ -326,38 +326,38 @@ def test_a_line_of_the_history_waits_for_another_that_is_being_written(
             other.close()
 
         monkeypatch.setattr(time, "sleep", end)
-        store.remember(by="me")
+        store.append_history(by="me")
     assert [line["by"] for line in store.history()] == ["other", "me"]
 
 
-def test_whoever_hangs_with_the_history_does_not_make_others_wait_for_ever(
+def test_process_that_hangs_with_the_history_blocks_others_for_a_limited_time(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stores, "LOCK_SECONDS", 0.05)
     with open(store.state / "history.jsonl", "ab") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(OSError, match="another program"):
-            store.remember(by="me")
+            store.append_history(by="me")
 
 
-def test_of_a_long_history_the_whole_lines_of_its_end_are_told(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_history_returns_the_whole_lines_of_a_long_files_end(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(5):
-        store.remember(n=number)
+        store.append_history(n=number)
     line = (store.state / "history.jsonl").stat().st_size // 5
-    for size, told in ((2 * line, [3, 4]), (2 * line + line // 2, [3, 4]), (5 * line, [0, 1, 2, 3, 4])):
+    for size, expected in ((2 * line, [3, 4]), (2 * line + line // 2, [3, 4]), (5 * line, [0, 1, 2, 3, 4])):
         monkeypatch.setattr(stores, "HISTORY_BYTES", size)
-        assert [each["n"] for each in store.history()] == told
+        assert [entry["n"] for entry in store.history()] == expected
 
 
-# -- the disk says no -----------------------------------------------------------------------------------------------
+# -- disk errors ---------------------------------------------------------------------------------------------------
 
 
-def refused_in(process: subprocess.Popen[bytes]) -> dict[str, str]:
+def answers_of(process: subprocess.Popen[bytes]) -> dict[str, str]:
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0, out
-    answer = json.loads(out)
-    assert isinstance(answer, dict)
-    return answer
+    answers = json.loads(out)
+    assert isinstance(answers, dict)
+    return answers
 
 
 TRY = """
@@ -372,7 +372,7 @@ def content():
 """
 
 
-def test_a_limit_on_file_sizes_is_told_and_the_old_content_stays(store: Store) -> None:
+def test_file_size_limit_is_reported_and_the_old_content_stays(store: Store) -> None:
     text = f"""{TRY}
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (40, 40))
@@ -381,7 +381,7 @@ print(json.dumps({{
     "check": attempt(store.registry.check_writable),
 }}))
 """
-    answers = refused_in(program(store, text))
+    answers = answers_of(program(store, text))
     assert answers == {"update": "registry_unwritable", "check": "registry_unwritable"}
     assert store.registry.path.read_bytes() == CONTENT
     assert not leftovers(store.registry.path.parent) and not leftovers(store.state)
@@ -389,9 +389,9 @@ print(json.dumps({{
 
 
 def mounted(store: Store, mount: str, text: str) -> dict[str, str]:
-    """Run `text` in a process for which the registry's folder is mounted otherwise."""
+    """Run `text` in a process in whose mount namespace `mount` has been run."""
     if sys.platform != "linux":
-        pytest.skip("mounts of one's own are Linux's")
+        pytest.skip("only Linux has mount namespaces")
     own = ["unshare", "-Urm", "sh", "-c"]
     if (
         shutil.which("unshare") is None
@@ -399,12 +399,12 @@ def mounted(store: Store, mount: str, text: str) -> dict[str, str]:
     ):
         missing("the right to make a mount namespace (unshare -Urm)")
     folder = store.registry.path.parent
-    return refused_in(
+    return answers_of(
         program(store, TRY + text, before=["env", f"FOLDER={folder}", *own, f'{mount} && exec "$@"', "sh"])
     )
 
 
-def test_a_full_disk_is_told_before_and_during_a_change_and_the_old_content_stays(store: Store) -> None:
+def test_full_disk_is_reported_and_the_old_content_stays(store: Store) -> None:
     text = """
 Path(sys.argv[2]).write_text('{"version": 1, "models": {}}')
 with open(Path(sys.argv[2]).with_name("filler"), "wb", buffering=0) as file:
@@ -432,7 +432,7 @@ print(json.dumps({
     }
 
 
-def test_a_read_only_registry_is_told_before_anything_is_started_and_can_still_be_read(store: Store) -> None:
+def test_read_only_registry_can_be_read_and_is_refused_for_writing(store: Store) -> None:
     text = """
 print(json.dumps({
     "read": str(store.registry.read().models["a"].port),
@@ -449,9 +449,9 @@ print(json.dumps({
     }
 
 
-def test_a_read_only_state_folder_is_told(store: Store) -> None:
+def test_read_only_state_folder_is_refused(store: Store) -> None:
     text = """
-print(json.dumps({"ready": attempt(lambda: Store(Path(os.environ["FOLDER"]) / "state", Path("/x")).ready())}))
+print(json.dumps({"ready": attempt(lambda: Store(Path(os.environ["FOLDER"]) / "state", Path("/x")).create_folders())}))
 """
     mount = 'mount --bind "$FOLDER" "$FOLDER" && mount -o remount,bind,ro "$FOLDER"'
     assert mounted(store, mount, text) == {"ready": "state_unwritable"}
@@ -469,9 +469,7 @@ os._exit(0)
 @pytest.mark.skipif(sys.platform != "linux", reason="strace is Linux's")
 @pytest.mark.parametrize("call", ["write", "fsync", "rename"])
 @pytest.mark.parametrize("fault", ["signal=SIGKILL", "error=ENOSPC", "error=EIO"])
-def test_whichever_write_flush_or_rename_fails_or_is_the_last_the_file_is_old_or_new(
-    store: Store, fault: str, call: str
-) -> None:
+def test_file_is_old_or_new_when_any_write_flush_or_rename_fails(store: Store, fault: str, call: str) -> None:
     new = parse(CONTENT).assign("b", 8100).encode()
     changed = []
     for number in range(1, 10):
@@ -489,8 +487,8 @@ def test_whichever_write_flush_or_rename_fails_or_is_the_last_the_file_is_old_or
         store.registry.path.write_bytes(CONTENT)
         assert store.registry.update(move).models["b"].port == 8100, "the lock is free"
         assert not leftovers(store.registry.path.parent)
-    # The generation before gets one more name; the new one is written, flushed, renamed, its folder flushed.
-    # Killed before the last flush, the new one is there; if that flush fails, it is taken back, as it is told.
+    # An update links the old file, writes, flushes and renames the new one, then flushes the folder. If it is killed
+    # before the last flush, the new file is there. If that flush fails, the update is undone and reported as failed.
     killed = "KILL" in fault
     assert changed == {"write": [False], "fsync": [False, killed], "rename": [False, False]}[call]
 
@@ -499,7 +497,7 @@ CALLS = {"write": "write", "fsync": "fsync", "rename": "?rename,?renameat,?renam
 
 
 def under_strace(store: Store, fault: str) -> int:
-    """The exit status of one transaction with a fault."""
+    """Run one update with a fault; return the exit status."""
     if shutil.which("strace") is None:
         missing("strace (Debian and Ubuntu: apt-get install strace)")
     before = ["strace", "-qq", "-o", os.devnull, "-e", f"trace={','.join(CALLS.values())}", "-e", fault]
@@ -509,7 +507,7 @@ def under_strace(store: Store, fault: str) -> int:
 
 
 class FullSync:
-    """What macOS has in place of a true fsync(2), which cannot be run here: it is recorded which files are flushed."""
+    """A stand-in for F_FULLFSYNC of macOS, which cannot run here. It records which files are flushed."""
 
     def __init__(self, refusal: int | None = None) -> None:
         self.full: list[str] = []
@@ -526,7 +524,7 @@ class FullSync:
         self.plain.append(_kind(fd))
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for module in (stores, install):
+        for module in (durable_files, install):
             monkeypatch.setattr(module, "_F_FULLFSYNC", 51)
         monkeypatch.setattr(fcntl, "fcntl", self.fcntl)
         monkeypatch.setattr(os, "fsync", self.fsync)
@@ -536,37 +534,35 @@ def _kind(fd: int) -> str:
     return "folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file"
 
 
-def _write_all_kinds(store: Store, journal: OperationLog) -> None:
+def _write_every_durable_file(store: Store, log: OperationLog) -> None:
     write_durably(store.state / "host.json", b"{}")
-    store.remember(what="x")
+    store.append_history(command="x")
     install.stamp(store.state, {})
-    journal.emitter()(Done({}))
+    log.emitter()(Done({}))
 
 
 DURABLE = ["file", "folder", "file", "file", "folder", "file"]
 
 
-def test_on_macos_the_drives_cache_is_flushed_for_files_and_for_folders(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_macos_flushes_the_drives_cache_for_files_and_folders(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     sync = FullSync()
     sync.install(monkeypatch)
-    _write_all_kinds(store, OperationLog(store.state))
+    _write_every_durable_file(store, OperationLog(store.state))
     assert (sync.full, sync.plain) == (DURABLE, [])
 
 
 @pytest.mark.parametrize("refusal", [errno.ENOTSUP, errno.EINVAL, errno.ENOTTY])
-def test_a_file_system_that_knows_no_such_flush_gets_the_plain_one(
+def test_fsync_is_used_where_full_fsync_is_unsupported(
     store: Store, monkeypatch: pytest.MonkeyPatch, refusal: int
 ) -> None:
     sync = FullSync(refusal)
     sync.install(monkeypatch)
-    _write_all_kinds(store, OperationLog(store.state))
+    _write_every_durable_file(store, OperationLog(store.state))
     assert (sync.full, sync.plain) == ([], DURABLE)
 
 
-@pytest.mark.parametrize("flush", [stores.flush, install.flush])
-def test_a_flush_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, flush: Callable[[int], None]) -> None:
+@pytest.mark.parametrize("flush", [durable_files.flush, install.flush])
+def test_failed_flush_is_an_error(monkeypatch: pytest.MonkeyPatch, flush: Callable[[int], None]) -> None:
     FullSync(errno.EIO).install(monkeypatch)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         flush(0)
@@ -581,7 +577,7 @@ def taken(store: Store, name: str = "port-8100", by: Operation = ME) -> Lock:
     return lock
 
 
-def test_who_finds_a_lock_taken_is_told_by_whom(store: Store) -> None:
+def test_lock_that_is_taken_names_its_holder(store: Store) -> None:
     lock = taken(store)
     assert store.lock("port-8100", replace(ME, id="op2")) == ME
     assert store.holder("port-8100") == ME
@@ -591,9 +587,9 @@ def test_who_finds_a_lock_taken_is_told_by_whom(store: Store) -> None:
     taken(store, by=replace(ME, id="op2")).release()
 
 
-def test_asking_who_holds_a_lock_changes_nothing(store: Store) -> None:
+def test_holder_changes_nothing(store: Store) -> None:
     assert store.holder("port-8100") is None
-    assert os.listdir(store.state / "locks") == [], "not even a file is made"
+    assert os.listdir(store.state / "locks") == [], "no file is created"
     lock = taken(store)
     path = store.state / "locks" / "port-8100"
     before = path.stat()
@@ -603,7 +599,7 @@ def test_asking_who_holds_a_lock_changes_nothing(store: Store) -> None:
     lock.release()
 
 
-def test_a_lock_whose_content_is_damaged_still_holds(store: Store) -> None:
+def test_lock_with_damaged_content_still_holds(store: Store) -> None:
     lock = taken(store)
     (store.state / "locks" / "port-8100").write_bytes(b"[")
     assert store.holder("port-8100") == Operation("?", "?")
@@ -618,10 +614,10 @@ sys.stdin.readline()
 """
 
 
-def test_a_lock_ends_with_the_process_that_holds_it_however_it_ends(store: Store) -> None:
+def test_lock_ends_with_the_process_that_holds_it(store: Store) -> None:
     holder = program(store, HOLD)
     with ended_after(holder):
-        assert says(holder) == b"held"
+        assert next_line(holder) == b"held"
         assert store.holder("port-8100") == Operation("op9", "load")
         holder.kill()
         holder.wait()
@@ -629,16 +625,16 @@ def test_a_lock_ends_with_the_process_that_holds_it_however_it_ends(store: Store
         taken(store).release()
 
 
-def test_a_lock_that_is_given_back_leaves_no_trace_and_one_that_is_not_does(store: Store) -> None:
+def test_lock_names_its_last_holder_only_if_it_was_not_released(store: Store) -> None:
     lock = taken(store)
-    assert store.left("port-8100") is None, "it is held"
+    assert store.abandoned_by("port-8100") is None, "it is held"
     lock.release()
-    assert store.left("port-8100") is None
+    assert store.abandoned_by("port-8100") is None
     os.close(taken(store).fd)  # as a kill does
-    assert store.left("port-8100") == ME
+    assert store.abandoned_by("port-8100") == ME
 
 
-def test_a_lock_into_which_nothing_can_be_written_is_not_kept(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock_that_cannot_be_written_is_released(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(fd: int, data: bytes, at: int) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -648,7 +644,7 @@ def test_a_lock_into_which_nothing_can_be_written_is_not_kept(store: Store, monk
     taken(store).release()
 
 
-def test_a_child_does_not_inherit_a_lock(store: Store) -> None:
+def test_child_does_not_inherit_a_lock(store: Store) -> None:
     lock = taken(store)
     child = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE, close_fds=False)
     with ended_after(child):
@@ -657,7 +653,7 @@ def test_a_child_does_not_inherit_a_lock(store: Store) -> None:
         taken(store).release()
 
 
-def test_a_child_does_not_inherit_the_registrys_lock(store: Store) -> None:
+def test_child_does_not_inherit_the_registrys_lock(store: Store) -> None:
     children: list[subprocess.Popen[bytes]] = []
 
     def change(registry: Registry) -> Registry:
@@ -672,7 +668,7 @@ def test_a_child_does_not_inherit_the_registrys_lock(store: Store) -> None:
         store.registry.update(lambda registry: registry.clear(["b"]))
 
 
-def test_a_transaction_that_is_killed_in_the_middle_frees_the_lock(store: Store) -> None:
+def test_killed_update_releases_the_lock(store: Store) -> None:
     text = """
 def change(registry):
     print("in", flush=True)
@@ -682,13 +678,13 @@ store.registry.update(change)
 """
     holder = program(store, text)
     with ended_after(holder):
-        assert says(holder) == b"in"
+        assert next_line(holder) == b"in"
         holder.kill()
         holder.wait()
         store.registry.update(move)
 
 
-def test_two_that_want_a_lock_at_once_do_not_both_get_it(store: Store) -> None:
+def test_only_one_of_several_processes_gets_a_lock(store: Store) -> None:
     text = """
 got = store.lock("port-8100", Operation(sys.argv[3], "load"))
 print(got.id if isinstance(got, Operation) else "mine", flush=True)
@@ -696,37 +692,42 @@ sys.stdin.readline()
 """
     racers = [program(store, text, f"op{number}") for number in range(4)]
     with ended_after(*racers):
-        told = [says(racer).decode() for racer in racers]
-    assert told.count("mine") == 1
-    assert set(told) - {"mine"} == {f"op{told.index('mine')}"}
+        answers = [next_line(racer).decode() for racer in racers]
+    assert answers.count("mine") == 1
+    assert set(answers) - {"mine"} == {f"op{answers.index('mine')}"}
 
 
 # -- the rest of the state folder -----------------------------------------------------------------------------------
 
 
-def test_the_state_folder_is_the_users_alone(tmp_path: Path) -> None:
+def test_state_folder_is_private_to_the_user(tmp_path: Path) -> None:
     store = Store(tmp_path / "state", tmp_path / "registry.json")
     before = os.umask(0)
     try:
-        store.ready()
+        store.create_folders()
         store.save_run(run())
-        store.agree(Settings())
-        store.remember(what="x")
+        store.save_agreed_settings(Settings())
+        store.append_history(command="x")
         taken(store).release()
     finally:
         os.umask(before)
-    found = [store.state, *store.state.rglob("*")]
-    assert len(found) == 9
-    assert all(stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600) for path in found)
+    paths = [store.state, *store.state.rglob("*")]
+    assert len(paths) == 9
+    assert all(stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600) for path in paths)
 
 
-def test_looking_makes_nothing(tmp_path: Path) -> None:
+def test_reading_creates_nothing(tmp_path: Path) -> None:
     store = Store(tmp_path / "state", tmp_path / "registry.json")
-    assert (store.registry.read().models, store.holder("x"), store.run(8100), store.agreed()) == ({}, None, None, None)
+    assert (store.registry.read().models, store.holder("x"), store.run(8100), store.agreed_settings()) == (
+        {},
+        None,
+        None,
+        None,
+    )
     assert os.listdir(tmp_path) == []
 
 
-def test_a_run_record_is_kept_until_it_is_forgotten(store: Store) -> None:
+def test_run_record_is_kept_until_it_is_deleted(store: Store) -> None:
     store.save_run(run(port=8103))
     assert store.run(8103) == run(port=8103) and store.run(8104) is None
     store.forget_run(8103)
@@ -735,24 +736,24 @@ def test_a_run_record_is_kept_until_it_is_forgotten(store: Store) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b"\xff", b'{"port": 8103, "argv": []}'])
-def test_a_damaged_run_record_is_not_taken_for_a_missing_one(store: Store, content: bytes) -> None:
+def test_damaged_run_record_is_not_a_missing_one(store: Store, content: bytes) -> None:
     (store.state / "run" / "8103.json").write_bytes(content)
     with pytest.raises(ValueError):
         store.run(8103)
 
 
-def test_agreed_settings_come_back_and_damaged_ones_are_told(store: Store) -> None:
+def test_agreed_settings_are_read_back_and_damaged_ones_refused(store: Store) -> None:
     settings = Settings(bind="::1", slots={8100: "jerry-xl"})
-    store.agree(settings)
-    assert store.agreed() == settings
+    store.save_agreed_settings(settings)
+    assert store.agreed_settings() == settings
     for content in (b"", b"[]", b"{}", b'{"ports": 1}'):
         (store.state / "host.json").write_bytes(content)
         with pytest.raises(MlxopsError) as caught:
-            store.agreed()
+            store.agreed_settings()
         assert caught.value.code == "host_json_unusable"
 
 
-def test_a_servers_folder_is_made_anew_and_what_its_links_lead_to_is_left_alone(store: Store, tmp_path: Path) -> None:
+def test_new_run_folder_is_empty_and_link_targets_are_kept(store: Store, tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
     (model / "weights").write_bytes(b"w")
@@ -772,28 +773,28 @@ def test_a_servers_folder_is_made_anew_and_what_its_links_lead_to_is_left_alone(
     assert (model / "weights").read_bytes() == b"w"
 
 
-def test_a_folder_that_a_killed_start_was_about_to_remove_is_removed_later(store: Store) -> None:
+def test_run_folder_left_by_a_killed_start_is_removed_later(store: Store) -> None:
     left = store.state / "run" / ".8103.999999999.0123abcd.tmp"
     (left / "org").mkdir(parents=True)
     assert store.remove_leftovers() == [left] and not left.exists()
 
 
-def test_a_lock_is_there_as_soon_as_it_is_reported(store: Store) -> None:
-    """Between taking a lock and writing who took it there is an instant; whoever asks then waits for the name."""
+def test_holder_waits_until_the_lock_names_its_holder(store: Store) -> None:
+    """A process takes the lock an instant before it writes its name."""
     fd = os.open(store.state / "locks" / "port-8100", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
         text = 'print(store.holder("port-8100").id, flush=True)'
         asker = program(store, "print('ask', flush=True)\n" + text)
         with ended_after(asker):
-            assert says(asker) == b"ask"
+            assert next_line(asker) == b"ask"
             os.pwrite(fd, json.dumps(ME.__dict__).encode(), 0)
-            assert says(asker) == b"op1"
+            assert next_line(asker) == b"op1"
     finally:
         os.close(fd)
 
 
-def test_the_registry_file_is_the_only_thing_that_a_write_leaves_beside_it(store: Store) -> None:
+def test_update_leaves_only_the_registry_file_in_its_folder(store: Store) -> None:
     RegistryFile(store.registry.path, store.state / "registry.previous.json").update(move)
     assert os.listdir(store.registry.path.parent) == ["registry.json"]
     wait_until(lambda: not leftovers(store.state), 1, "the end of temporary files")

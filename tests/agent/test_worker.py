@@ -28,7 +28,7 @@ def test_a_wish_to_end_that_comes_with_the_outcome_is_too_late(
     settings = Settings(hub=str(tmp_path / "hub"), state=str(tmp_path / "state"))
     paths = host_paths(settings, {})
     store = Store(paths.state, paths.registry)
-    store.ready()  # as for every worker
+    store.create_folders()  # as for every worker
     context = Context(Request(command, {}, settings, ""), paths, store, this_system(), emit, {})
     assert finish(context, emit) == status
     assert [type(event) for event in told] == [last]

@@ -166,7 +166,7 @@ def _transaction(folder: Path) -> Iterator[Mapping[str, Timed]]:
     hub = folder / "hub"
     hub.mkdir()
     store = Store(folder / "state", hub / "registry.json")
-    store.ready()
+    store.create_folders()
     entry = {"repo_id": "org/model", "model_id": "org/model", "cache_path": "/hub/models--org--model", "format": "mlx"}
     known = {f"model-{number}": {**entry, "port": None} for number in range(7)}
     store.registry.path.write_text(json.dumps({"version": 1, "models": known}, indent=2), encoding="utf-8")

@@ -24,10 +24,10 @@ def main() -> None:
     (host,) = inventory.load(path).select(None, all_by_default=False)
     link = Link(HostTarget(host.name, host.ssh, host.interpreter(), host.settings), "status", {}, _ignore)
     try:
-        link.look()  # opens the connection, and starts the agent
+        link.poll()  # opens the connection, and starts the agent
         began = time.perf_counter()
         for _ in range(LOOKS):
-            link.look()
+            link.poll()
         render.say(str((time.perf_counter() - began) / LOOKS))
     finally:
         link.close()

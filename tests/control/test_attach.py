@@ -340,14 +340,14 @@ def test_a_record_of_this_form_is_what_is_told(tmp_path: Path) -> None:
     """The stand of an operation is read from the end of its record, whatever is before."""
     (tmp_path / "events.jsonl").write_text("")
     journal = OperationLog(tmp_path)
-    assert str(journal.stand()) == ""
+    assert str(journal.state()) == ""
     emit = journal.emitter()
     emit(Phase("download", "x is not in the cache"))
     for done in range(2000):
         emit(Progress("download", done * 10**8, 2 * 10**11, rate=10**8))
-    assert str(journal.stand()) == "download 200 GB of 200 GB, 99%, 100 MB/s, 1 s left"
+    assert str(journal.state()) == "download 200 GB of 200 GB, 99%, 100 MB/s, 1 s left"
     emit(Phase("check", "x at abc"))
-    assert str(journal.stand()) == "check: x at abc"
+    assert str(journal.state()) == "check: x at abc"
 
 
 def test_the_same_ticket_is_carried_out_once(homelab: Homelab) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from invoke.parser import Parser
 
 import mlxops
-from mlxops.agent.engines.base import check_args
+from mlxops.agent.engines.argv import check_model_args
 from mlxops.cli.program import with_flags
 from mlxops.control.hints import TASKS, aimed, aimed_error, aimed_event
 from mlxops.core import planner
@@ -159,11 +159,11 @@ PROVOKED: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
     "an entry that says nothing": (lambda: planner.resolve(TWO, "c", None, None, "8101"), ("load c 8101",)),
     "no port": (lambda: planner.choose_port(SETTINGS, TWO, World(), "a", None), ("load a --port auto",)),
     "reserved, with its value": (
-        lambda: check_args("mlx-lm", OWN, frozenset({"--model"}), None),
+        lambda: check_model_args("mlx-lm", OWN, frozenset({"--model"}), None),
         ("--set 'args=--max-tokens 7 --seed'",),
     ),
     "unknown argument": (
-        lambda: check_args("mlx-lm", OWN, frozenset(), "--max-tokens --model"),
+        lambda: check_model_args("mlx-lm", OWN, frozenset(), "--max-tokens --model"),
         ("--set 'args=--max-tokens 7 --model '\"'\"'x y'\"'\"''",),
     ),
 }

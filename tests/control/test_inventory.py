@@ -252,7 +252,7 @@ def test_what_cannot_be_meant_is_refused_with_its_place(tmp_path: Path, setting:
         (b"hosts:\n  a: {ssh: x\0y}\n", "hosts.yaml:2: the character U+0000"),
         ("hosts: {a: {}}\n---\nhosts: {b: {}}\n", "hosts.yaml:2: "),
         ("hosts: " + "[" * 5000, "nested too deeply"),
-        ("hosts: {a: {}}\n" + "#" * 1024 * 1024, "is larger than 1 MB"),
+        ("hosts: {a: {}}\n" + "#" * 1024 * 1024, "is too large: more than 1024 kB"),
         ("hosts: {a: {}}\ngateway: {url: ftp://x}\n", "hosts.yaml:2: gateway.url: 'ftp://x' is not a URL"),
         ("hosts: {a: {}}\ngateway: {url: 'http://u:p@x'}\n", "gateway.url"),
         ("hosts: {a: {}}\ngateway: {key_env: sk-1234}\n", "gateway.key_env"),

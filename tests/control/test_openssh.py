@@ -20,7 +20,7 @@ import pytest
 from mlxops.control.channel import ReadLimits
 from mlxops.control.client import PASSING
 from mlxops.control.ssh.connection import open_ssh
-from mlxops.control.watch.link import COMES_BACK
+from mlxops.control.watch.link import RETRYABLE_CODES
 from mlxops.core.errors import MlxopsError
 from tests.control.test_transport import HOSTILE
 from tests.lab.fakeagent import SECURITY_KEY, FakeAgent, SecurityKey
@@ -920,7 +920,7 @@ def test_a_passphrase_in_the_keychain_is_named(world: World, client: SshClient) 
 
 
 def test_a_missing_algorithm_is_not_tried_again() -> None:
-    assert "no_common_algorithm" not in PASSING | COMES_BACK
+    assert "no_common_algorithm" not in PASSING | RETRYABLE_CODES
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])

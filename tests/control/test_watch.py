@@ -20,7 +20,6 @@ from typing import Any
 import pytest
 
 from mlxops.common.build import build_id
-from mlxops.control.watch.screen import ENTER, HOME, LEAVE
 from mlxops.core.protocol import AGAIN, HEARTBEAT, Request
 from mlxops.core.settings import Settings
 from tests.lab.homelab import Homelab, Studio, script
@@ -427,44 +426,59 @@ class TestTheAgent:
         assert agent.stdout is not None and b'"event":"done"' not in agent.stdout.read()
 
 
-class Terminal:
-    """`mlxctl status --watch` on a terminal of its own, of so many columns and lines."""
+ENTER, HOME, LEAVE = "\x1b[?1049h", "\x1b[H", "\x1b[?25h\x1b[?1049l"
+"""xterm's sequences for the alternate screen and the cursor, as rich writes them."""
 
-    def __init__(self, lab: Homelab, *, interval: str = "0.1", columns: int = 60, lines: int = 24) -> None:
+
+class Terminal:
+    """`mlxctl status --watch` on a pseudo-terminal of the given size."""
+
+    def __init__(
+        self,
+        lab: Homelab,
+        *,
+        interval: str = "0.1",
+        columns: int = 60,
+        lines: int = 24,
+        shell: str = 'exec "$@"',
+        **environ: str,
+    ) -> None:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             os.chdir(lab.mini.elsewhere)
-            words = ["mlxctl", "status", "--watch", "--interval", interval]
-            os.execve(script("mlxctl"), words, lab.mini.env | {"TERM": "xterm"})
+            command = [str(script("mlxctl")), "status", "--watch", "--interval", interval]
+            argv = ["/bin/sh", "-c", shell, "sh", *command]
+            os.execve(argv[0], argv, lab.mini.env | {"TERM": "xterm"} | environ)
         self.resize(columns, lines)
         self.before = termios.tcgetattr(self.fd)
         self.reader = Reader(self.fd)
 
     def resize(self, columns: int, lines: int) -> None:
+        self.columns, self.lines = columns, lines
         fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
 
     @property
     def frame(self) -> list[str]:
-        """The lines of the last frame that is complete."""
-        frames = self.reader.read().split(HOME)[1:]
-        whole = [each for each in frames if each.endswith("\x1b[J")]
-        return whole[-1].removesuffix("\x1b[K\x1b[J").split("\x1b[K\r\n") if whole else []
+        """The lines of the last frame that fills the whole terminal at its present size."""
+        frames = [frame.split("\r\n") for frame in self.reader.read().split(HOME)[1:]]
+        full = [f for f in frames if len(f) == self.lines and all(len(line) >= self.columns for line in f)]
+        return [line.rstrip() for line in full[-1]] if full else []
 
-    def shows(self, *words: str) -> list[str]:
-        def found() -> list[str]:
+    def shows(self, *texts: str) -> list[str]:
+        def lines_with_texts() -> list[str]:
             lines = self.frame
-            return lines if all(any(word in line for line in lines) for word in words) else []
+            return lines if all(any(text in line for line in lines) for text in texts) else []
 
         try:
-            return wait_until(found, SOON, f"{words} on the screen")
+            return wait_until(lines_with_texts, SOON, f"{texts} on the screen")
         except TimeoutError as late:
             raise AssertionError(f"{late}; it shows:\n" + "\n".join(self.frame)) from None
 
     def press(self, key: bytes) -> None:
         os.write(self.fd, key)
 
-    def ends(self) -> int:
-        """Its exit status. What it still writes is read, so that it can end."""
+    def exit_status(self) -> int:
+        """Wait for the end. Read the rest of the output, so that it can end."""
         statuses = wait_until(self._waited, SOON, "its end")
         self.reader.read()
         return os.waitstatus_to_exitcode(statuses[0])
@@ -488,72 +502,108 @@ class Terminal:
 
 
 class TestOnATerminal:
-    def test_the_view_is_drawn_in_place_fits_60_columns_and_is_taken_away_by_ctrl_c(self, remote: Ask) -> None:
+    def test_view_fits_60_columns_and_ctrl_c_restores_the_terminal(self, remote: Ask) -> None:
         name = "mlx-community.Qwen3-235B-A22B-Instruct-2507-6bit-and-more"
         register(remote.studio, name)
         with Terminal(remote.lab) as terminal:
             terminal.shows(f"{remote.port}  jerry-xl  idle")
             remote("load", "--model", name, "--port", remote.port).ok()
             lines = terminal.shows(f"{remote.port}  jerry-xl  ready", "-> ready mlx")
-            assert max(map(len, lines)) <= 60 and any("Qwen3-235B" in line and line.endswith("...") for line in lines)
+            assert max(map(len, lines)) <= 60 and any("Qwen3-235B" in line and line.endswith("…") for line in lines)
             terminal.press(b"\x03")
-            assert terminal.ends() == 130
-            said = terminal.reader.text
+            assert terminal.exit_status() == 130
+            output = terminal.reader.text
             assert termios.tcgetattr(terminal.fd) == terminal.before
-        assert said.count(ENTER) == said.count(LEAVE) == 1
-        assert said.endswith(LEAVE), "nothing is written after the terminal was given back"
-        assert "Traceback" not in said and "interrupted" not in said
+        assert output.count(ENTER) == output.count(LEAVE) == 1
+        assert output.endswith(LEAVE), "nothing is written after the terminal was restored"
+        assert "Traceback" not in output and "interrupted" not in output
         gone(remote.studio)
 
-    def test_a_resized_terminal_is_drawn_anew(self, homelab: Homelab) -> None:
-        with Terminal(homelab, interval="60") as terminal:
-            terminal.shows("ALIAS     STATE  MODEL")
-            terminal.resize(120, 10)
-            lines = terminal.shows("OWNER  MODEL  MEMORY")
-            assert len(lines) <= 10
-            terminal.resize(60, 4)
-            wait_until(lambda: len(terminal.frame) <= 4, SOON, "a frame of four lines")
+    def test_frames_overwrite_each_other_without_clearing_the_screen(self, homelab: Homelab) -> None:
+        with Terminal(homelab) as terminal:
+            terminal.shows("idle")
+            wait_until(lambda: terminal.reader.read().count(HOME) > 10, SOON, "ten frames")
             terminal.press(b"\x03")
-            assert terminal.ends() == 130
+            assert terminal.exit_status() == 130
+            assert not re.search(r"\x1b\[\d*[JK]", terminal.reader.text), "an erased cell flickers"
         gone(homelab.studio)
 
-    def test_a_host_that_is_away_is_shown_as_away_since_when(self, homelab: Homelab) -> None:
+    def test_resized_terminal_is_redrawn(self, homelab: Homelab) -> None:
+        # Exported sizes of a shell are those of its start.
+        with Terminal(homelab, interval="60", COLUMNS="60", LINES="24") as terminal:
+            terminal.shows("ALIAS     STATE  MODEL")
+            terminal.resize(120, 10)
+            terminal.shows("OWNER  MODEL  MEMORY")
+            terminal.resize(60, 4)
+            terminal.shows("mlxops status")
+            terminal.press(b"\x03")
+            assert terminal.exit_status() == 130
+        gone(homelab.studio)
+
+    def test_host_that_goes_away_is_shown_with_the_time(self, homelab: Homelab) -> None:
         with Terminal(homelab, columns=100) as terminal:
             terminal.shows("idle")
             homelab.studio.sshd.stop()
             lines = terminal.shows("studio: away since 20", "connection_refused")
-            assert not [line for line in lines if "jerry-xl" in line], (
-                "what it said before is not shown as if it were so"
-            )
+            assert not [line for line in lines if "jerry-xl" in line], "its earlier status is not shown as present"
             homelab.studio.sshd.start()
             terminal.shows("jerry-xl", "back, was away since")
             terminal.press(b"\x03")
-            assert terminal.ends() == 130
+            assert terminal.exit_status() == 130
         gone(homelab.studio)
 
-    def test_sigterm_gives_the_terminal_back(self, homelab: Homelab) -> None:
+    def test_sigterm_restores_the_terminal(self, homelab: Homelab) -> None:
         with Terminal(homelab) as terminal:
             terminal.shows("idle")
             os.kill(terminal.pid, signal.SIGTERM)
-            assert terminal.ends() == 143
+            assert terminal.exit_status() == 143
             assert terminal.reader.text.endswith(LEAVE)
         gone(homelab.studio)
 
-    def test_ctrl_z_gives_the_terminal_back_until_it_goes_on(self, homelab: Homelab) -> None:
+    def test_ctrl_c_before_the_first_reply_restores_the_terminal(self, homelab: Homelab) -> None:
         with Terminal(homelab) as terminal:
-            terminal.shows("idle")
-            os.kill(terminal.pid, signal.SIGTSTP)
-            terminal.reader.until(re.escape(LEAVE))
-            os.kill(terminal.pid, signal.SIGCONT)
-            wait_until(lambda: terminal.reader.read().count(ENTER) == 2, SOON, "the view again")
+            terminal.reader.until(re.escape(ENTER))
             terminal.press(b"\x03")
-            assert terminal.ends() == 130
+            assert terminal.exit_status() == 130
+            assert terminal.reader.text.count(ENTER) == terminal.reader.text.count(LEAVE) == 1
         gone(homelab.studio)
 
-    def test_a_terminal_that_is_closed_ends_it(self, homelab: Homelab) -> None:
+    def test_ctrl_z_gives_the_shell_its_screen_until_fg(self, homelab: Homelab) -> None:
+        with Terminal(homelab, shell='set -m; "$@"; echo "status $?"; fg') as terminal:
+            terminal.shows("idle")
+            terminal.press(b"\x1a")
+            terminal.reader.until(f"{re.escape(LEAVE)}[^\x1b]*status 1[0-9]+[^\x1b]*{re.escape(ENTER)}")
+            frames = terminal.reader.text.count(HOME)
+            wait_until(lambda: terminal.reader.read().count(HOME) > frames + 2, SOON, "further frames")
+            terminal.press(b"\x03")
+            assert terminal.exit_status() == 130
+            assert LEAVE in terminal.reader.text.rpartition(ENTER)[2]
+        gone(homelab.studio)
+
+    def test_encoding_without_an_ellipsis_is_enough(self, homelab: Homelab) -> None:
+        with Terminal(homelab, columns=12, PYTHONIOENCODING="ascii") as terminal:
+            terminal.shows("mlxops stat?")
+            terminal.press(b"\x03")
+            assert terminal.exit_status() == 130
+        gone(homelab.studio)
+
+    def test_closed_terminal_ends_the_watch(self, homelab: Homelab) -> None:
         with Terminal(homelab) as terminal:
             terminal.shows("idle")
             one_agent(homelab.studio)
             process, terminal.pid = terminal.pid, 0
         os.waitpid(process, 0)
+        gone(homelab.studio)
+
+    def test_closed_terminal_ends_a_watch_that_ignores_sighup(self, homelab: Homelab) -> None:
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            terminal = Terminal(homelab)
+        finally:
+            signal.signal(signal.SIGHUP, before)
+        with terminal:
+            terminal.shows("idle")
+            process, terminal.pid = terminal.pid, 0
+        _, status = os.waitpid(process, 0)
+        assert os.waitstatus_to_exitcode(status) == 141
         gone(homelab.studio)

@@ -6,12 +6,12 @@ import json
 
 import pytest
 
-from mlxops.common.http import completion, question
+from mlxops.common.http import completion_request, parse_completion
 
 
 def test_an_answer_with_a_message_is_one_whatever_it_says() -> None:
     answer = {"id": "1", "choices": [{"message": {"reasoning": "hm"}}]}
-    assert completion(json.dumps(answer).encode()) == answer
+    assert parse_completion(json.dumps(answer).encode()) == answer
 
 
 @pytest.mark.parametrize(
@@ -23,9 +23,9 @@ def test_an_answer_with_a_message_is_one_whatever_it_says() -> None:
     ids=lambda body: body[:40].decode(errors="replace"),
 )
 def test_anything_else_is_none(body: bytes) -> None:
-    assert completion(body) is None
+    assert parse_completion(body) is None
 
 
 def test_it_is_asked_for_little_under_the_name_that_is_given() -> None:
-    asked = json.loads(question("jerry-xl"))
+    asked = json.loads(completion_request("jerry-xl"))
     assert asked["model"] == "jerry-xl" and 0 < asked["max_tokens"] < 10 and asked["stream"] is False

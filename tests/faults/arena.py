@@ -134,7 +134,7 @@ class Arena:
         self, name: str, args: Mapping[str, object], *, stopped: bool = False, first: Fault = lambda: None
     ) -> tuple[OperationLog, int]:
         """Start the worker of an operation; returns its record and its pid. `first` is done in it before all else."""
-        self.store.ready()
+        self.store.create_folders()
         journal, lock = journals.create(self.state / "ops", self.request(name, **args))
         assert lock is not None
         os.environ.update(self.environ)

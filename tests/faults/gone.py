@@ -104,7 +104,7 @@ def _without_locks(arena: Arena) -> Callable[[], None]:
             real(fd, operation)
 
         fcntl.flock = flock  # type: ignore[assignment]  # ours asks with descriptors only
-        locks._answering.clear()
+        locks._responsive_devices.clear()
 
     return fault
 

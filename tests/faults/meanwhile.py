@@ -104,7 +104,7 @@ def _cancelled_at(arena: Arena, called: str, name: str, *, shielded: bool = Fals
     journal, pid = arena.begin(name, args, first=moment.prepare)
     moment.come()
     journal.cancel()
-    _until(lambda: not journal.cancelled)
+    _until(lambda: not journal.cancel_requested)
     if shielded:
         moment.go()
     return arena.ended(journal, pid)
@@ -507,7 +507,7 @@ def _has_its_head(arena: Arena, port: int, loaded: Ended) -> None:
 def _two_inits(arena: Arena) -> None:
     """Each tells what it added itself."""
     arena.write_registry({})
-    with _held_at(arena, "mlxops.agent.state.store.RegistryFile.update", "init") as second:
+    with _held_at(arena, "mlxops.agent.state.registry_file.RegistryFile.update", "init") as second:
         one = arena.run("init")
     assert (len(_rows(one, "added")), len(_rows(second[0], "added"))) == (3, 0), (one, second)
 

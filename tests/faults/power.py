@@ -157,7 +157,7 @@ def trial(arena: Arena, number: int, seed: int, writer: Writer | None = None) ->
     """
     rng = random.Random(f"{seed} power {number}")
     arena.sweep()
-    arena.store.ready()
+    arena.store.create_folders()
     models: dict[str, dict[str, object]] = {
         f"m{index}": {"repo_id": f"org/m{index}", "port": None, "note": "x" * rng.randrange(200)}
         for index in range(rng.randrange(1, 12))

@@ -70,7 +70,7 @@ TOLD = {
     "registry_unwritable": "No space left",
     "does_not_fit": "are free",
     # An operation whose own record could not take its last word says that this may be why.
-    "operation_interrupted": "its disk takes no more",
+    "operation_interrupted": "its disk is full",
 }
 
 

@@ -1,4 +1,4 @@
-"""The engines that mlxops can drive, one file each: `mlx_lm.py` has the engine `mlx-lm`, as its `ENGINE`."""
+"""The supported engines, one file each: `mlx_lm.py` defines the engine `mlx-lm` as its `ENGINE`."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ ENGINES: dict[str, Engine] = {name: import_module(f"{__name__}.{name.replace('-'
 
 
 def engine_named(name: str) -> Engine:
+    """Return an engine by its name. Raises `Refused` (unknown_engine)."""
     engine = ENGINES.get(name)
     if engine is None:
         raise Refused(
             "unknown_engine",
             f"there is no engine {name!r}",
-            why=f"this mlxops knows {', '.join(ENGINES)}",
+            why=f"the engines are {', '.join(ENGINES)}",
             hint="correct `engine` in the registry entry or in hosts.yaml",
         )
     return engine
 
 
 def recognise(argv: Sequence[str]) -> tuple[str, DetectedServer] | None:
-    """Return the engine and what the argv says, if a process with this argv is an engine's server program."""
-    return _recognised(tuple(argv))
+    """Return the engine's name and what the argv shows if a process with this argv is an engine's server; else None."""
+    return _recognise(tuple(argv))
 
 
 @lru_cache(maxsize=4096)
-def _recognised(argv: tuple[str, ...]) -> tuple[str, DetectedServer] | None:
-    """Kept, because who looks again and again sees the same few hundred processes each time."""
+def _recognise(argv: tuple[str, ...]) -> tuple[str, DetectedServer] | None:
+    """Cached, because repeated observations see the same few hundred processes."""
     for engine in ENGINES.values():
-        seen = engine.recognise(argv)
-        if seen is not None:
-            return engine.name, seen
+        server = engine.recognise(argv)
+        if server is not None:
+            return engine.name, server
     return None

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mlxops.agent.hub.contents import Damaged, printable, read
 from mlxops.agent.hub.snapshot import ModelFacts, completeness, inspect, judge
-from mlxops.agent.paths import closed
+from mlxops.agent.paths import folder_closed
 from mlxops.common.files import dangles, is_folder
 from mlxops.core.names import is_repo_id, is_revision
 
@@ -79,7 +79,7 @@ def roots(hub: Path) -> tuple[Path, ...]:
     except (FileNotFoundError, NotADirectoryError):
         found = []
     except OSError as error:
-        raise closed(error, hub) from None
+        raise folder_closed(error, hub) from None
     if hub.parent != hub and next(_repos(hub.parent), None) is not None:
         found.append(hub.parent)
     return tuple(found)

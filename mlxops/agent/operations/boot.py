@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from mlxops.agent.context import Context
 from mlxops.agent.host.system import Look
 from mlxops.agent.service import restore_job as jobs
 from mlxops.agent.service.boot_jobs import BootJobs
 from mlxops.agent.service.restore_job import Job, Manager
 from mlxops.agent.state.store import state_unwritable
+from mlxops.core.commands.boot import Boot, BootJobRow, BootResult
 from mlxops.core.ports import JobState
 
 
-def boot(ctx: Context) -> dict[str, object]:
-    """`action`: install, remove or show."""
-    every = ctx.request.number("every")
-    job = jobs.job(ctx.paths.state, ctx.environ, int(every) if every else None)
+def run(ctx: Context, request: Boot) -> BootResult:
+    job = jobs.job(ctx.paths.state, ctx.environ, request.every)
     manager = jobs.manager(ctx.environ)
     changed, told = False, list[str]()
     try:
-        match ctx.request.text("action"):
+        match request.action:
             case "install":
                 changed = not _is_installed(manager, job)
                 told = manager.install(job)
@@ -28,27 +29,29 @@ def boot(ctx: Context) -> dict[str, object]:
                 told = manager.beside(job)
     except OSError as error:
         raise state_unwritable(ctx.paths.state, error) from None
-    return {"changed": changed, "told": told, **_shown(ctx, manager, job)}
+    return _result(ctx, manager, job, changed=changed, told=told)
 
 
 def _is_installed(manager: Manager, job: Job) -> bool:
     return all(path.exists() and path.read_bytes() == data for path, data in manager.files(job).items())
 
 
-def _shown(ctx: Context, manager: Manager, job: Job) -> dict[str, object]:
+def _result(ctx: Context, manager: Manager, job: Job, *, changed: bool, told: Sequence[str]) -> BootResult:
     files = {str(path): path.read_text(errors="replace") if path.exists() else None for path in manager.places(job)}
     own = BootJobs(ctx.paths.settings.boot, ctx.system, ctx.environ)
     look = ctx.system.look(()) if own.jobs else Look()
     rows = [_job_row(own.state(look, each)) for each in own.jobs]
-    return {
-        "state": manager.state() if any(files.values()) else "not installed",
-        "files": files,
-        "argv": list(job.argv),
-        "boot_job": rows[0] if rows else None,
-        "boot_jobs": rows,
-    }
+    return BootResult(
+        changed=changed,
+        told=tuple(told),
+        state=manager.state() if any(files.values()) else "not installed",
+        files=files,
+        argv=tuple(job.argv),
+        boot_job=rows[0] if rows else None,
+        boot_jobs=tuple(rows),
+    )
 
 
-def _job_row(state: JobState) -> dict[str, object]:
-    row = {**state.job.to_wire(), "there": state.standing.reserves}
-    return row | {"standing": state.standing.value, "detail": state.detail}
+def _job_row(state: JobState) -> BootJobRow:
+    job, standing = state.job, state.standing
+    return BootJobRow(job.port, job.script, job.label, standing.reserves, standing.value, state.detail)

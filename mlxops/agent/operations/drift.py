@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlxops.agent.context import Context
-from mlxops.agent.engines.base import each_looked_up_once
+from mlxops.agent.engines.installation import cached_lookups
 from mlxops.agent.serving import logs
 from mlxops.agent.state import recovery
-from mlxops.agent.state.store import utc
+from mlxops.agent.state.store import format_utc
 from mlxops.core.drift import Drift, DriftCode
 from mlxops.core.errors import MlxopsError
 from mlxops.core.ports import Owner, PortView, State, World
@@ -20,7 +20,7 @@ from mlxops.core.text import amount
 
 
 def further_drift(ctx: Context, registry: Registry, world: World) -> Iterator[Drift]:
-    with each_looked_up_once():
+    with cached_lookups():
         settings = [drift for view in world.ports.values() for drift in settings_drift(ctx, registry, view)]
     yield from settings
     for view in world.ports.values():
@@ -43,13 +43,13 @@ def rebooted(ctx: Context, registry: Registry, world: World) -> Iterator[Drift]:
     gone = [view.port for view in world.ports.values() if view.rebooted and view.unserved]
     down = [port for port in gone if registry.on_port(port)]
     if down:
-        message = f"rebooted {utc(ctx.system.booted_at())}; {len(down)} assignment{'s'[: len(down) != 1]} down"
+        message = f"rebooted {format_utc(ctx.system.booted_at())}; {len(down)} assignment{'s'[: len(down) != 1]} down"
         yield Drift.of(DriftCode.REBOOTED, None, None, message)
 
 
 def conflicted_copies(ctx: Context) -> Iterator[Drift]:
     """Yield the copies that a sync service left beside the registry when two machines had written it."""
-    for copy in ctx.store.registry.conflicts():
+    for copy in ctx.store.registry.conflicted_copies():
         message = f"{copy} is a conflicted copy: another machine wrote the registry too"
         yield Drift.of(DriftCode.REGISTRY_CONFLICT, None, None, message, registry=ctx.paths.registry)
 
@@ -99,7 +99,7 @@ def _expected(ctx: Context, registry: Registry, view: PortView) -> tuple[str, ..
 
     Raises `Refused`.
     """
-    from mlxops.agent.engines.installation import NotAsked
+    from mlxops.agent.engines.inspection import HelpNotKnown
     from mlxops.agent.operations.model_files import ModelFiles
     from mlxops.agent.operations.preflight import prepare
     from mlxops.core.planner import ModelRef
@@ -112,7 +112,7 @@ def _expected(ctx: Context, registry: Registry, view: PortView) -> tuple[str, ..
         return prepare(
             ctx, target, view.port, ModelFiles(run.revision, Path(entry.cache_path or "/"), 0), ask=False
         ).wanted.argv
-    except NotAsked:
+    except HelpNotKnown:
         return None
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from mlxops.agent.context import Context
-from mlxops.agent.paths import require
+from mlxops.agent.paths import require_folder
 from mlxops.common.files import is_folder
 from mlxops.core import planner
+from mlxops.core.commands.init import Init, InitResult, SkippedRow
 from mlxops.core.registry import Registry
 
 
-def init(ctx: Context) -> dict[str, object]:
+def run(ctx: Context, request: Init) -> InitResult:
     from mlxops.agent.hub.cache import scan
 
-    require(ctx.paths.hub)
+    require_folder(ctx.paths.hub)
     there = is_folder(ctx.paths.hub)
     registry = ctx.usable_registry()
     if not there:
@@ -26,14 +27,14 @@ def init(ctx: Context) -> dict[str, object]:
         new = planner.init_entries(current, rows)
         return current.add(new)
 
-    if new and not ctx.request.dry_run:
+    if new and not request.dry_run:
         ctx.store.registry.update(add)
         ctx.remember(command="init", added=sorted(new))
-    return {
-        "added": sorted(new),
-        "existing": sorted(repo_id for repo_id, _, _ in rows if repo_id not in new),
-        "skipped": [{"repo_id": each.repo_id, "path": str(each.path), "why": each.why} for each in found.skipped],
-        "changed": bool(new) and not ctx.request.dry_run,
-        "dry_run": ctx.request.dry_run,
-        "hub": str(ctx.paths.hub),
-    }
+    return InitResult(
+        added=tuple(sorted(new)),
+        existing=tuple(sorted(repo_id for repo_id, _, _ in rows if repo_id not in new)),
+        skipped=tuple(SkippedRow(each.repo_id, str(each.path), each.why) for each in found.skipped),
+        changed=bool(new) and not request.dry_run,
+        dry_run=request.dry_run,
+        hub=str(ctx.paths.hub),
+    )

@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from mlxops.agent.context import Context, busy, model_lock, repo_lock
-from mlxops.agent.engines.base import NoCompletion
 from mlxops.agent.operations.model_files import ModelFiles, cached
 from mlxops.agent.operations.preflight import (
     Prepared,
@@ -19,12 +18,14 @@ from mlxops.agent.operations.preflight import (
     preflight,
     prepare,
 )
-from mlxops.agent.operations.server_names import names_of, to_wire
+from mlxops.agent.operations.server_names import name_fields, names_of
 from mlxops.agent.operations.stop import shown_stop
 from mlxops.agent.operations.swap import start_in_place
-from mlxops.agent.paths import require
-from mlxops.agent.state.store import now
+from mlxops.agent.paths import require_folder
+from mlxops.agent.state.store import utc_now
+from mlxops.common.http import NoCompletion
 from mlxops.core import names, planner
+from mlxops.core.commands.load import Load, LoadResult, PlanRow
 from mlxops.core.errors import Busy, MlxopsError, NotStarted, Refused, UsageError
 from mlxops.core.names import shown
 from mlxops.core.planner import LoadPlan, ModelRef, Outcome
@@ -37,27 +38,30 @@ READY_SECONDS = 5.0
 """How long a server that has just answered a completion may take to look ready."""
 
 
+def run(ctx: Context, request: Load) -> LoadResult:
+    return load(ctx, request)
+
+
 def load(
     ctx: Context,
+    request: Load,
     once_alone: Callable[[Registry], None] = lambda _: None,
     launching: Callable[[], None] = lambda: None,
-) -> dict[str, object]:
+) -> LoadResult:
     """`once_alone` is called when nobody else can work on the port and the model, and may raise; `launching` when
     everything was checked, just before the server is started."""
     began = time.monotonic()
-    name = names.model_name(ctx.request.text("model") or "")
-    repo_text = ctx.request.text("repo")
-    repo_id, revision = names.repo(repo_text) if repo_text else (None, None)
-    asked_port = ctx.request.text("port")
+    name = names.model_name(request.model or "")
+    repo_id, revision = names.repo(request.repo) if request.repo else (None, None)
     ctx.usable_registry()
-    require(ctx.paths.hub)
-    if asked_port not in (None, names.AUTO):
-        planner.refuse_alias_elsewhere(ctx.paths.settings, name, names.port(asked_port, ctx.paths.settings.ports))
+    require_folder(ctx.paths.hub)
+    if request.port not in (None, names.AUTO):
+        planner.refuse_alias_elsewhere(ctx.paths.settings, name, names.port(request.port, ctx.paths.settings.ports))
 
     def resolved() -> ModelRef:
-        return planner.resolve(ctx.registry(), name, repo_id, revision, asked_port)
+        return planner.resolve(ctx.registry(), name, repo_id, revision, request.port)
 
-    with _port_alone(ctx, resolved) as (port, model):
+    with _port_alone(ctx, request, resolved) as (port, model):
 
         def still() -> ModelRef:
             """As it is registered by now: only an editor can have made it another one, whose model is not held."""
@@ -72,9 +76,11 @@ def load(
             return target
 
         once_alone(ctx.registry())
-        if ctx.request.dry_run and (running := _running(ctx.called(model), port, model)):
+        request = replace(request, model=model)
+        ctx = ctx.doing(request)
+        if request.dry_run and (running := _running(ctx, port, model)):
             return _dry_attach(ctx, still(), running, running.port or port, began)
-        return _load_locked(ctx.called(model), still, port, began, launching)
+        return _load_locked(ctx, request, still, port, began, launching)
 
 
 def _running(ctx: Context, port: int, model: str) -> Operation | None:
@@ -98,10 +104,10 @@ def _refuse_removed(ctx: Context, repo_id: str) -> None:
 
 
 @contextmanager
-def _port_alone(ctx: Context, resolved: Callable[[], ModelRef]) -> Iterator[tuple[int, str]]:
+def _port_alone(ctx: Context, request: Load, resolved: Callable[[], ModelRef]) -> Iterator[tuple[int, str]]:
     """The port and the model that are meant, both held. With `auto`, an idle port that somebody else takes in this
     very instant is idle no more: the next one is tried. Raises `Busy`, and what `planner.choose_port` raises."""
-    asked = ctx.request.text("port")
+    asked = request.port
     gone: set[int] = set()
 
     def chosen() -> tuple[int, str]:
@@ -112,7 +118,7 @@ def _port_alone(ctx: Context, resolved: Callable[[], ModelRef]) -> Iterator[tupl
             return planner.choose_port(ctx.paths.settings, registry, idle, model, asked), model
         except UsageError:
             # No port is given, and none is the model's: if it is loading somewhere, that is what is meant.
-            with ctx.called(model).alone(model_lock(model)):
+            with ctx.doing(replace(request, model=model)).alone(model_lock(model)):
                 raise
 
     with ExitStack() as held:
@@ -120,7 +126,8 @@ def _port_alone(ctx: Context, resolved: Callable[[], ModelRef]) -> Iterator[tupl
             port, model = chosen()
             try:
                 with ExitStack() as locks:
-                    locks.enter_context(ctx.called(model).locked(port, model_lock(model)))
+                    asking = ctx.doing(replace(request, model=model))
+                    locks.enter_context(asking.locked(port, model_lock(model)))
                     # What was read before the locks may be old by now: another port or name may be meant.
                     if chosen() == (port, model):
                         held.push(locks.pop_all())
@@ -134,15 +141,20 @@ def _port_alone(ctx: Context, resolved: Callable[[], ModelRef]) -> Iterator[tupl
 
 
 def _load_locked(
-    ctx: Context, resolved: Callable[[], ModelRef], port: int, began: float, launching: Callable[[], None]
-) -> dict[str, object]:
+    ctx: Context,
+    request: Load,
+    resolved: Callable[[], ModelRef],
+    port: int,
+    began: float,
+    launching: Callable[[], None],
+) -> LoadResult:
     registry, target = ctx.registry(), resolved()
     _refuse_removed(ctx, target.repo_id)
     files = cached(ctx, target)
     prepared = prepare(ctx, target, port, files) if files else None
-    plan = _plan(ctx, registry, target, port, prepared)
+    plan = _plan(ctx, request, registry, target, port, prepared)
     if plan.outcome is not Outcome.ALREADY:
-        check_name(ctx, target, port)
+        check_name(ctx, request, target, port)
     if plan.outcome is Outcome.START and prepared is None:
         if ctx.request.dry_run:
             return _dry_load(ctx, plan, None, began)
@@ -150,7 +162,7 @@ def _load_locked(
         # A download takes hours; what was set meanwhile counts.
         registry, target = _register(ctx, resolved(), files)
         prepared = prepare(ctx, target, port, files)
-        plan = _plan(ctx, registry, target, port, prepared)
+        plan = _plan(ctx, request, registry, target, port, prepared)
     with ExitStack() as held:
         locks: list[str] = []
         while more := [name for name in _locks_of_stops(ctx, registry, plan) if name not in locks]:
@@ -159,8 +171,8 @@ def _load_locked(
             locks += more
             # What was planned before it was held may be otherwise by now.
             registry = ctx.registry()
-            plan = _plan(ctx, registry, target, port, prepared)
-        return _carry_out(ctx, held, registry, plan, prepared, began, launching)
+            plan = _plan(ctx, request, registry, target, port, prepared)
+        return _carry_out(ctx, request, held, registry, plan, prepared, began, launching)
 
 
 def _locks_of_stops(ctx: Context, registry: Registry, plan: LoadPlan) -> list[str]:
@@ -175,32 +187,35 @@ def _locks_of_stops(ctx: Context, registry: Registry, plan: LoadPlan) -> list[st
 
 def _carry_out(
     ctx: Context,
+    request: Load,
     held: ExitStack,
     registry: Registry,
     plan: LoadPlan,
     prepared: Prepared | None,
     began: float,
     launching: Callable[[], None],
-) -> dict[str, object]:
+) -> LoadResult:
     """`held`: what is given back when the load is over."""
     for note in plan.notes:
         ctx.note(note)
     if plan.outcome is Outcome.START and prepared is not None:
-        plan = replace(plan, notes=(*plan.notes, *preflight(ctx, held, registry, plan, prepared)))
+        plan = replace(plan, notes=(*plan.notes, *preflight(ctx, request, held, registry, plan, prepared)))
     if ctx.request.dry_run:
         return _dry_load(ctx, plan, prepared, began)
     if plan.proves is not None:
-        _prove_boot_job(ctx, plan, plan.proves)
+        _prove_boot_job(ctx, request, plan, plan.proves)
     if plan.outcome is Outcome.ALREADY or prepared is None:
         return _load_result(ctx, plan, began, changed=False)
     if plan.outcome is Outcome.ADOPT:
-        return _adopt(ctx, plan, prepared, began)
-    downtime = start_in_place(ctx, registry, plan, prepared, launching)
+        return _adopt(ctx, request, plan, prepared, began)
+    downtime = start_in_place(ctx, request, registry, plan, prepared, launching)
     with ctx.cancellation.shield():  # it serves: there is nothing left to cancel
         return _load_result(ctx, plan, began, changed=True, downtime=downtime)
 
 
-def _plan(ctx: Context, registry: Registry, target: ModelRef, port: int, prepared: Prepared | None) -> LoadPlan:
+def _plan(
+    ctx: Context, request: Load, registry: Registry, target: ModelRef, port: int, prepared: Prepared | None
+) -> LoadPlan:
     return planner.plan_load(
         ctx.paths.settings,
         registry,
@@ -208,7 +223,7 @@ def _plan(ctx: Context, registry: Registry, target: ModelRef, port: int, prepare
         target,
         port,
         wanted=prepared.wanted if prepared else None,
-        force=ctx.request.flag("force"),
+        force=request.force,
     )
 
 
@@ -234,7 +249,7 @@ def _register(ctx: Context, target: ModelRef, files: ModelFiles) -> tuple[Regist
     return registry, replace(target, entry=registry.models[target.name])
 
 
-def _adopt(ctx: Context, plan: LoadPlan, prepared: Prepared, began: float) -> dict[str, object]:
+def _adopt(ctx: Context, request: Load, plan: LoadPlan, prepared: Prepared, began: float) -> LoadResult:
     """A live server that is as wanted becomes ours: the same proof, then the record, then the assignment."""
     from mlxops.agent.serving.launch import COMPLETION_SECONDS, prove
 
@@ -242,7 +257,7 @@ def _adopt(ctx: Context, plan: LoadPlan, prepared: Prepared, began: float) -> di
     assert view is not None
     run = view.run if view.owner is Owner.MLXOPS and view.run else _adopted_run(ctx, view, plan, prepared)
     try:
-        prove(ctx.paths, plan.alias, run, ctx.system, ctx.request.number("timeout") or COMPLETION_SECONDS)
+        prove(ctx.paths, plan.alias, run, ctx.system, request.timeout or COMPLETION_SECONDS)
     except (OSError, NoCompletion) as error:
         raise Refused(
             "not_adopted",
@@ -251,7 +266,7 @@ def _adopt(ctx: Context, plan: LoadPlan, prepared: Prepared, began: float) -> di
             hint=f"replace it: mlxctl load {plan.target.name} {plan.port} --force",
         ) from None
     with ctx.cancellation.shield():  # half of it would be a record without an assignment
-        ctx.store.save_run(replace(run, proven_at=now()))
+        ctx.store.save_run(replace(run, proven_at=utc_now()))
         try:
             ctx.store.registry.update(lambda current: commit(current, plan, prepared.files))
         except MlxopsError:
@@ -273,7 +288,7 @@ def _adopt(ctx: Context, plan: LoadPlan, prepared: Prepared, began: float) -> di
     return _load_result(ctx, plan, began, changed=False)
 
 
-def _prove_boot_job(ctx: Context, plan: LoadPlan, view: PortView) -> None:
+def _prove_boot_job(ctx: Context, request: Load, plan: LoadPlan, view: PortView) -> None:
     """The boot job's server is what was asked for only if it answers under the alias. Raises `Refused` (boot_port)."""
     from mlxops.agent.serving.launch import COMPLETION_SECONDS, prove
 
@@ -289,7 +304,7 @@ def _prove_boot_job(ctx: Context, plan: LoadPlan, view: PortView) -> None:
         raise refused
     run = run_of(view.server, plan.port, ctx.system.boot_id())
     try:
-        prove(ctx.paths, plan.alias, run, ctx.system, ctx.request.number("timeout") or COMPLETION_SECONDS)
+        prove(ctx.paths, plan.alias, run, ctx.system, request.timeout or COMPLETION_SECONDS)
     except (OSError, NoCompletion) as error:
         what = f"its server does not answer as {plan.alias}: {error}"
         raise planner.boot_port(view, what[:300]) from None
@@ -309,7 +324,7 @@ def _adopted_run(ctx: Context, view: PortView, plan: LoadPlan, prepared: Prepare
         revision=prepared.files.revision,
         operation=ctx.operation,
         log_path=str(ctx.store.log_path(plan.port)),
-        started_at=now(),
+        started_at=utc_now(),
     )
 
 
@@ -330,42 +345,47 @@ def _ready(ctx: Context, plan: LoadPlan) -> PortView:
 
 def _load_result(
     ctx: Context, plan: LoadPlan, began: float, *, changed: bool, downtime: float | None = None
-) -> dict[str, object]:
+) -> LoadResult:
     """Observe the port again and report what is there. Raises `NotStarted` if that is not a ready server."""
     view = ctx.look_again(plan.port) if ctx.request.dry_run else _ready(ctx, plan)
-    return {
-        "model": view.model or plan.target.name,
-        "port": plan.port,
-        "alias": plan.alias,
-        "url": ctx.paths.url(plan.port),
-        "state": view.state.value,
-        "changed": changed,
-        "seconds": round(time.monotonic() - began, 3),
-        "downtime_seconds": None if downtime is None else round(downtime, 3),
-        "log_path": view.run.log_path if view.run else None,
-        "pid": view.pid,
-        "notes": list(plan.notes),
-        **to_wire(names_of(view)),
-    }
+    names = name_fields(names_of(view))
+    return LoadResult(
+        model=view.model or plan.target.name,
+        port=plan.port,
+        alias=plan.alias,
+        url=ctx.paths.url(plan.port),
+        state=view.state.value,
+        changed=changed,
+        seconds=round(time.monotonic() - began, 3),
+        downtime_seconds=None if downtime is None else round(downtime, 3),
+        log_path=view.run.log_path if view.run else None,
+        pid=view.pid,
+        notes=tuple(plan.notes),
+        answers_to=names.answers_to,
+        also_answers_to=names.also_answers_to,
+        answers_to_any=names.answers_to_any,
+        drops_for_others=names.drops_for_others,
+        not_asked=names.not_asked,
+    )
 
 
-def _dry_attach(ctx: Context, target: ModelRef, running: Operation, port: int, began: float) -> dict[str, object]:
+def _dry_attach(ctx: Context, target: ModelRef, running: Operation, port: int, began: float) -> LoadResult:
     note = f"this is running already and would be followed: {running}"
     alias = ctx.paths.settings.alias(port, target.name)
     result = _dry_load(ctx, LoadPlan(target, port, alias, Outcome.ALREADY, notes=(note,)), None, began)
-    return result | {"plan": {"outcome": "attach", "operation": running.id}}
+    return replace(result, plan=PlanRow("attach", operation=running.id))
 
 
-def _dry_load(ctx: Context, plan: LoadPlan, prepared: Prepared | None, began: float) -> dict[str, object]:
-    result = _load_result(ctx, plan, began, changed=False)
-    return result | {
-        "model": plan.target.name,
-        "dry_run": True,
-        "plan": {
-            "outcome": plan.outcome.value,
-            "download": plan.target.repo_id if prepared is None and plan.outcome is Outcome.START else None,
-            "stops": [shown_stop(view) for view in plan.stops],
-            "clears": list(plan.cleared),
-            "argv": list(prepared.wanted.argv) if prepared else None,
-        },
-    }
+def _dry_load(ctx: Context, plan: LoadPlan, prepared: Prepared | None, began: float) -> LoadResult:
+    return replace(
+        _load_result(ctx, plan, began, changed=False),
+        model=plan.target.name,
+        dry_run=True,
+        plan=PlanRow(
+            outcome=plan.outcome.value,
+            download=plan.target.repo_id if prepared is None and plan.outcome is Outcome.START else None,
+            stops=tuple(shown_stop(view) for view in plan.stops),
+            clears=tuple(plan.cleared),
+            argv=tuple(prepared.wanted.argv) if prepared else None,
+        ),
+    )

@@ -9,19 +9,20 @@ from mlxops.agent.context import Context
 from mlxops.agent.serving import logs as files
 from mlxops.agent.serving.logs import Mark
 from mlxops.core import names
+from mlxops.core.commands.logs import Logs, LogsResult
 from mlxops.core.errors import Refused
 from mlxops.core.protocol import LogLine, Reached
 
 
-def logs(ctx: Context) -> dict[str, object]:
+def run(ctx: Context, request: Logs) -> LogsResult:
     """Each line is an event; with `follow` there is no end but that of the connection, and each comes with its mark:
     whoever loses the connection asks again with `after`."""
-    port = names.port(ctx.request.text("port") or "", ctx.paths.settings.ports)
+    port = names.port(request.port or "", ctx.paths.settings.ports)
     log = ctx.store.log_path(port)
-    if ctx.request.flag("follow"):
-        _follow(ctx, log)
+    if request.follow:
+        _follow(ctx, request, log)
     try:
-        start = _lines_asked(ctx, log)
+        start = files.last_lines(log, request.lines)
     except FileNotFoundError:
         raise Refused(
             "no_log",
@@ -31,11 +32,11 @@ def logs(ctx: Context) -> dict[str, object]:
         ) from None
     for line in files.read(log, start):
         ctx.emit(LogLine(line.text))
-    return {"port": port, "path": str(log)}
+    return LogsResult(port, str(log))
 
 
-def _follow(ctx: Context, log: Path) -> NoReturn:
-    start = files.mark(ctx.request.text("after") or "") or _start(ctx, log)
+def _follow(ctx: Context, request: Logs, log: Path) -> NoReturn:
+    start = files.mark(request.after or "") or _start(log, request.lines)
     while True:
         # Also before the first line: nothing of what comes in the meantime must be lost.
         ctx.emit(Reached(str(start)))
@@ -47,12 +48,8 @@ def _follow(ctx: Context, log: Path) -> NoReturn:
             start = files.START
 
 
-def _start(ctx: Context, log: Path) -> Mark:
+def _start(log: Path, count: int) -> Mark:
     try:
-        return _lines_asked(ctx, log)
+        return files.last_lines(log, count)
     except FileNotFoundError:
         return files.START
-
-
-def _lines_asked(ctx: Context, log: Path) -> Mark:
-    return files.last_lines(log, int(ctx.request.number("lines") or 0))

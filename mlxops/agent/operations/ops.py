@@ -8,12 +8,15 @@ import time
 
 from mlxops.agent.context import Context
 from mlxops.agent.host.system import this_system
+from mlxops.agent.state.durable_files import list_matching
 from mlxops.agent.state.locks import NoLocks
-from mlxops.agent.state.operation_log import OperationLog, recent
-from mlxops.agent.state.store import Store, named
+from mlxops.agent.state.operation_log import OperationLog, recent_operations
+from mlxops.agent.state.store import Store
 from mlxops.common.files import Unfit
+from mlxops.core.command import Subject
+from mlxops.core.commands.ops import OperationRow, Ops, OpsResult
 from mlxops.core.errors import Interrupted, MlxopsError, OutcomeUnknown, Refused
-from mlxops.core.protocol import CANCELLABLE, Failed
+from mlxops.core.protocol import Envelope, Failed
 from mlxops.core.records import Operation
 
 SHOWN = 20
@@ -24,68 +27,79 @@ HEARD_SECONDS = 10.0
 """A worker looks ten times a second whether it is to end, and hears it between any two steps of its own."""
 
 
-def ops(ctx: Context) -> dict[str, object]:
+def run(ctx: Context, request: Ops) -> OpsResult:
     ended = 0
     rows = []
-    for journal in recent(ctx.store.state / "ops"):
+    for journal in recent_operations(ctx.store.state / "ops"):
         alive = journal.alive()
         ended += not alive
         if alive or ended <= SHOWN:
             rows.append(_row(journal, alive))
-    return {"operations": rows}
+    return OpsResult(tuple(rows))
 
 
 def downloads(ctx: Context) -> list[Operation]:
     """The operations that download now."""
     found = []
-    for path in named(ctx.store.state / "locks", "repo-"):
+    for path in list_matching(ctx.store.state / "locks", "repo-"):
         # Neither what is no file, nor a file system without locks, has a lock that an operation could hold.
         with contextlib.suppress(Unfit, NoLocks):
             found.append(ctx.store.holder(path.name))
     return [operation for operation in found if operation is not None]
 
 
-def _row(journal: OperationLog, alive: bool) -> dict[str, object]:
-    stand = journal.stand()
-    row: dict[str, object] = {"operation": journal.id, **_asked(journal), "since": journal.since}
-    row |= {"phase": stand.phase.name if stand.phase else None, "detail": str(stand), "error": None}
-    if stand.progress is not None:
-        row["progress"] = stand.progress.to_wire()
+def _row(journal: OperationLog, alive: bool) -> OperationRow:
+    stand = journal.state()
+    state, detail, error = "running" if alive else "interrupted", str(stand), None
     if isinstance(stand.final, Failed):
-        return row | _failed(stand.final.error)
-    if stand.final is not None:
-        return row | {"state": "done", "detail": ""}
-    return row | {"state": "running" if alive else "interrupted"}
+        state, detail, error = _failed(stand.final.error)
+    elif stand.final is not None:
+        state, detail = "done", ""
+    envelope = _envelope(journal)
+    subject = envelope.request.subject if envelope else Subject()
+    return OperationRow(
+        operation=journal.id,
+        command=envelope.request.name if envelope else None,
+        model=subject.model,
+        repo=subject.repo,
+        port=_port(subject.port),
+        asker=str(envelope.asker) if envelope else None,
+        since=journal.since,
+        phase=stand.phase.name if stand.phase else None,
+        detail=detail,
+        error=error,
+        state=state,
+        progress=stand.progress,
+        seconds=journal.seconds(alive=alive),
+    )
 
 
-def _failed(error: MlxopsError) -> dict[str, object]:
-    """An end without a result; that somebody wanted it, or that another operation did the same, is no failure."""
+def _failed(error: MlxopsError) -> tuple[str, str, str | None]:
+    """Return (state, detail, code) for an end without a result.
+
+    A cancelled operation has not failed, and neither has one that found another operation doing the same.
+    """
     followed = error.details.get("attach")
     if followed:
-        return {"state": "followed", "detail": f"another one did the same: {followed}", "error": None}
-    state = "cancelled" if isinstance(error, Interrupted) else "failed"
-    return {"state": state, "detail": error.message, "error": error.code}
+        return "followed", f"another one did the same: {followed}", None
+    return "cancelled" if isinstance(error, Interrupted) else "failed", error.message, error.code
 
 
-def _asked(journal: OperationLog) -> dict[str, object]:
+def _envelope(journal: OperationLog) -> Envelope | None:
     try:
-        request = journal.request()
+        return journal.request()
     except (OSError, ValueError):
-        return {"command": None, "model": None, "repo": None, "port": None, "asker": None}
-    port = request.text("port")
-    return {
-        "command": request.command,
-        "model": request.text("model"),
-        "repo": request.text("repo"),
-        # As it was asked for, which may have been `auto`, or nothing that is a port.
-        "port": int(port) if port and re.fullmatch(r"[0-9]{1,5}", port, re.ASCII) else port,
-        "asker": str(request.asker),
-    }
+        return None
+
+
+def _port(text: str | None) -> int | str | None:
+    """Return the port as a number, if it is one; it may have been given as `auto`, or wrongly."""
+    return int(text) if text and re.fullmatch(r"[0-9]{1,5}", text, re.ASCII) else text
 
 
 def find(store: Store, text: str) -> OperationLog:
     """The operation of an id, or of the end of one. Raises `Refused` (unknown_operation)."""
-    found = [journal for journal in recent(store.state / "ops") if text and journal.id.endswith(text)]
+    found = [journal for journal in recent_operations(store.state / "ops") if text and journal.id.endswith(text)]
     if len(found) == 1:
         return found[0]
     raise Refused(
@@ -109,7 +123,7 @@ class Cancelling:
     def __call__(self) -> None:
         """While its end is waited for. Raises `OutcomeUnknown` (worker_silent)."""
         waited = time.monotonic() - self._asked
-        if not self._journal.cancelled and waited > AGAIN_SECONDS:
+        if not self._journal.cancel_requested and waited > AGAIN_SECONDS:
             self._ask()
         elif waited > HEARD_SECONDS and self._journal.alive():
             raise self._silent()
@@ -140,14 +154,15 @@ def worker_pid(journal: OperationLog) -> int | None:
 
 
 def _refuse_uncancellable(journal: OperationLog) -> None:
-    asked = _asked(journal)["command"]
+    envelope = _envelope(journal)
+    name = envelope.request.name if envelope else None
     if not journal.alive():
         what = f"operation {journal.id} has ended already"
-        raise Refused("operation_ended", what, why=f"what was asked: {asked}", hint="mlxctl ops")
-    if asked not in CANCELLABLE:
+        raise Refused("operation_ended", what, why=f"it was: {name}", hint="mlxctl ops")
+    if envelope is None or not envelope.request.cancellable:
         raise Refused(
             "not_cancellable",
-            f"{asked} cannot be cancelled",
+            f"{name} cannot be cancelled",
             why="it is done in seconds, and half of it would be worse than all of it",
             hint=f"wait for it: mlxctl ops --follow {journal.id}",
         )

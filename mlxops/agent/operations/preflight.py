@@ -11,9 +11,15 @@ from pathlib import Path
 
 from mlxops.agent.context import Context, busy, memory_lock
 from mlxops.agent.engines import engine_named
-from mlxops.agent.engines.base import Command, Engine, Serving, installed_version, template_text
-from mlxops.agent.engines.base import options as arguments
-from mlxops.agent.engines.installation import abilities, described, lacks_architecture, lacks_tokenizer
+from mlxops.agent.engines.argv import long_options
+from mlxops.agent.engines.base import Engine, EngineCommand, ServerSpec, template_text
+from mlxops.agent.engines.inspection import (
+    inspect_command,
+    lacks_tokenizer,
+    missing_architecture,
+    quantization_abilities,
+)
+from mlxops.agent.engines.installation import installed_version
 from mlxops.agent.host.system import free_on_disk
 from mlxops.agent.hub.contents import printable
 from mlxops.agent.hub.snapshot import ModelFacts, edited, kept_as_it_is, shape, to_correct
@@ -21,6 +27,8 @@ from mlxops.agent.hub.weights import language_weights
 from mlxops.agent.operations.model_files import ModelFiles
 from mlxops.agent.state.store import Lock
 from mlxops.core import memory, planner
+from mlxops.core.commands.list import OptionRow
+from mlxops.core.commands.load import Load
 from mlxops.core.errors import Refused
 from mlxops.core.loadable import no_tokenizer, unknown_quantization
 from mlxops.core.model_options import Option, options_of, size_warning
@@ -45,8 +53,8 @@ class Prepared:
     """A server that could be started now."""
 
     engine: Engine
-    command: Command
-    serving: Serving
+    command: EngineCommand
+    serving: ServerSpec
     files: ModelFiles
     wanted: Wanted
 
@@ -54,12 +62,12 @@ class Prepared:
 def prepare(ctx: Context, target: ModelRef, port: int, files: ModelFiles, *, ask: bool = True) -> Prepared:
     """Raises `Refused` for an engine that is not there or does not run, and for options that it cannot be given.
 
-    `ask`: the engine may be run to learn its options, which takes seconds; without it, that raises `NotAsked`.
+    `ask`: the engine may be run to learn its options, which takes seconds; without it, that raises `HelpNotKnown`.
     """
     settings = ctx.paths.settings
     entry = target.entry or Model(target.name, target.repo_id)
     engine, command = ctx.engine(target)
-    serving = Serving(
+    serving = ServerSpec(
         model=entry,
         alias=settings.alias(port, target.name),
         path=files.path,
@@ -69,7 +77,7 @@ def prepare(ctx: Context, target: ModelRef, port: int, files: ModelFiles, *, ask
         options=_with_template(entry, options(entry, settings.engine, files.path), files.path),
     )
     inquire = ctx.engine_environ if ask else None
-    command = described(engine, command, serving, inquire, ctx.store, keep=not ctx.request.dry_run)
+    command = inspect_command(engine, command, serving, inquire, ctx.store, keep=not ctx.request.dry_run)
     argv = engine.argv(command, serving)
     real = os.path.realpath(files.path)
     return Prepared(engine, command, serving, files, Wanted(target.repo_id, files.revision, engine.name, argv, real))
@@ -81,13 +89,13 @@ def options(entry: Model, default_engine: str, path: Path) -> tuple[Option, ...]
     return options_of(entry, default_engine, shape(path).model_type, _names(path), needed=engine.needs)
 
 
-def shown_options(ctx: Context, entry: Model, path: Path | None = None) -> list[dict[str, object]]:
-    """The options of an entry as `list` shows them, each with its origin; `path`: its files, if they are here."""
+def option_rows(ctx: Context, entry: Model, path: Path | None = None) -> tuple[OptionRow, ...]:
+    """Return the options of an entry as `list` shows them. `path`: its files, if they are here."""
     try:
         found = options(entry, ctx.paths.settings.engine, path or Path(entry.cache_path or os.devnull))
     except Refused:  # an engine that is not known: told when it is loaded
         found = options_of(entry, ctx.paths.settings.engine, None, (), needed=())
-    return [each.to_wire() for each in found]
+    return tuple(OptionRow(each.key, each.value, each.origin.value) for each in found)
 
 
 def _names(path: Path) -> frozenset[str]:
@@ -121,7 +129,9 @@ def _template(entry: Model, path: Path, name: str) -> Path:
     return file
 
 
-def preflight(ctx: Context, held: ExitStack, registry: Registry, plan: LoadPlan, prepared: Prepared) -> tuple[str, ...]:
+def preflight(
+    ctx: Context, request: Load, held: ExitStack, registry: Registry, plan: LoadPlan, prepared: Prepared
+) -> tuple[str, ...]:
     """All that can be known of the new server before an old one is stopped; returns warnings, which it also tells.
 
     Its memory is reserved until `held` ends. Raises `Refused`: not_servable, code_would_run, unknown_architecture,
@@ -132,11 +142,11 @@ def preflight(ctx: Context, held: ExitStack, registry: Registry, plan: LoadPlan,
     ctx.emit(Phase("check", f"{plan.target.repo_id} at {prepared.files.revision[:12]}"))
     facts = inspect(prepared.files.path)
     check(plan, prepared, facts)
-    _reserve_memory(ctx, held, registry, plan, prepared, facts)
+    _reserve_memory(ctx, request, held, registry, plan, prepared, facts)
     _check_disk(ctx, plan)
     if facts.auto_map and not prepared.serving.model.trust_remote_code:
         ctx.note(f"code of the repository is not run: {' and '.join(facts.auto_map)} name it (auto_map)")
-    warnings = tuple(_warnings(ctx, plan, prepared, facts))
+    warnings = tuple(_warnings(ctx, request, plan, prepared, facts))
     for warning in warnings:
         ctx.note(warning, "warning")
     return warnings
@@ -174,7 +184,7 @@ def _is_language_model(prepared: Prepared) -> bool:
 
 def _served_as(prepared: Prepared) -> str:
     """Return the served type. Decided by the argv: the entry's own args may set it."""
-    return arguments(prepared.wanted.argv).get("--model-type", "lm")
+    return long_options(prepared.wanted.argv).get("--model-type", "lm")
 
 
 def _check_code(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
@@ -201,7 +211,7 @@ def _check_code(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
 
 def served_as(entry: Model) -> str:
     """The kind of model that an entry is served as, before there is an argv."""
-    return arguments(entry.args).get("--model-type", str(entry.options.get("model_type") or "lm"))
+    return long_options(entry.args).get("--model-type", str(entry.options.get("model_type") or "lm"))
 
 
 def check_before_download(ctx: Context, target: ModelRef) -> Callable[[Collection[str], Mapping[str, object]], None]:
@@ -230,11 +240,11 @@ _LIBRARIES = {"lm": "mlx_lm", "multimodal": "mlx_vlm"}
 
 
 def _refuse_architecture(
-    repo_id: str, command: Command, engine: Engine, config: Mapping[str, object], kind: str
+    repo_id: str, command: EngineCommand, engine: Engine, config: Mapping[str, object], kind: str
 ) -> None:
     """Raises `Refused` (unknown_architecture) for one that the installed engine does not know."""
     library = _LIBRARIES.get(kind)
-    if library and (why := lacks_architecture(command, engine, _model_type(config), library)):
+    if library and (why := missing_architecture(command, engine, _model_type(config), library)):
         raise Refused(
             "unknown_architecture",
             f"{repo_id} is of an architecture that the installed engine cannot load",
@@ -249,10 +259,10 @@ def _model_type(config: Mapping[str, object]) -> str | None:
 
 
 def _refuse_quantization(
-    repo_id: str, command: Command, engine: Engine, config: Mapping[str, object], *, packed: bool
+    repo_id: str, command: EngineCommand, engine: Engine, config: Mapping[str, object], *, packed: bool
 ) -> None:
     """Raises `Refused` (not_servable) for weights that the installed engine does not unpack."""
-    known = abilities(command, engine, _model_type(config))
+    known = quantization_abilities(command, engine, _model_type(config))
     if known is not None and (why := unknown_quantization(config, known, packed=packed)):
         raise _not_servable(repo_id, f"{why} (mlx-lm {known.version})")
 
@@ -267,7 +277,13 @@ def _not_servable(repo_id: str, why: str) -> Refused:
 
 
 def _reserve_memory(
-    ctx: Context, held: ExitStack, registry: Registry, plan: LoadPlan, prepared: Prepared, facts: ModelFacts
+    ctx: Context,
+    request: Load,
+    held: ExitStack,
+    registry: Registry,
+    plan: LoadPlan,
+    prepared: Prepared,
+    facts: ModelFacts,
 ) -> None:
     """Until its server has it, the memory that a load was granted is kept from others: two that begin at once must not
     both be let in where only one fits."""
@@ -276,7 +292,7 @@ def _reserve_memory(
     cache, asked = facts.shape.served_as(_served_as(prepared)), prepared.serving.model.context_length
     need = memory.estimate(facts.weight_bytes, cache, facts.shape.context_length, asked)
     with _reckoning_alone(ctx):
-        if not ctx.request.flag("overcommit"):
+        if not request.overcommit:
             uses = in_use(ctx.observe(registry), ctx.system, ctx.reserved())
             leaving = {view.port for view in plan.stops}
             check_fits(plan.target.name, need, budget(ctx.paths), uses, leaving, list(ctx.paths.settings.ports))
@@ -320,7 +336,7 @@ def _check_disk(ctx: Context, plan: LoadPlan) -> None:
         )
 
 
-def _warnings(ctx: Context, plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> list[str]:
+def _warnings(ctx: Context, request: Load, plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> list[str]:
     files = prepared.files
     found = [
         f"{each}: {kept_as_it_is(files.path / each.name, plan.target.repo_id, files.revision)}"
@@ -330,12 +346,12 @@ def _warnings(ctx: Context, plan: LoadPlan, prepared: Prepared, facts: ModelFact
     size = size_warning(plan.alias, facts.weight_bytes)
     if size:
         found.append(size)
-    named = name_warning(ctx, plan.alias, plan.port)
+    named = name_warning(request, plan.alias, plan.port)
     if named:
         found.append(named)
     asked = prepared.serving.model.context_length
     longest = facts.shape.context_length
-    promised = context_warning(ctx, plan.port, asked or longest)
+    promised = context_warning(request, plan.port, asked or longest)
     if promised:
         found.append(promised)
     if asked and longest and asked > longest:
@@ -368,39 +384,29 @@ def commit(registry: Registry, plan: LoadPlan, files: ModelFiles) -> Registry:
 # configuration: in the request's `sent`, as {"8100": ["jerry-xl"]}, and in `promised`, as {"8100": 131072}.
 
 
-def check_name(ctx: Context, target: ModelRef, port: int) -> None:
+def check_name(ctx: Context, request: Load, target: ModelRef, port: int) -> None:
     """Before anything is downloaded or stopped. Raises `Refused` (gateway_name), and engine_not_found."""
-    names = _sent(ctx, port)
+    names = request.sent.get(str(port), ())
     if not names:
         return
     engine, command = ctx.engine(target)
     version = installed_version(command.argv, engine.distribution)
-    if not engine.any_name(version):
+    if not engine.accepts_any_name(version):
         also = engine.further_names(version)
         planner.check_sent_names(port, ctx.paths.settings.alias(port, target.name), names, also)
 
 
-def name_warning(ctx: Context, alias: str, port: int) -> str | None:
+def name_warning(request: Load, alias: str, port: int) -> str | None:
     """Return a warning if the gateway sends a name that this engine knows beside the alias, and others may not."""
-    other = [name for name in _sent(ctx, port) if name != alias]
+    other = [name for name in request.sent.get(str(port), ()) if name != alias]
     if not other:
         return None
     return f"the gateway sends the name {shown(other[0])} to port {port}; another engine there would only know {alias}"
 
 
-def _sent(ctx: Context, port: int) -> list[str]:
-    names = _of_port(ctx, "sent", port)
-    return list(map(str, names)) if isinstance(names, list) else []
-
-
-def context_warning(ctx: Context, port: int, context_length: int | None) -> str | None:
+def context_warning(request: Load, port: int, context_length: int | None) -> str | None:
     """A sentence, if the gateway promises more input tokens than the model that comes to this port takes."""
-    promised = _of_port(ctx, "promised", port)
-    if not isinstance(promised, int) or context_length is None or promised <= context_length:
+    promised = request.promised.get(str(port))
+    if promised is None or context_length is None or promised <= context_length:
         return None
     return f"the gateway promises {promised} input tokens on port {port}; this model takes {context_length}"
-
-
-def _of_port(ctx: Context, key: str, port: int) -> object:
-    said = ctx.request.args.get(key)
-    return said.get(str(port)) if isinstance(said, dict) else None

@@ -7,22 +7,20 @@ import time
 from collections.abc import Iterator, Mapping
 
 from mlxops.agent.context import Context
-from mlxops.agent.engines.base import NoCompletion, complete
 from mlxops.agent.operations.server_names import names_of
+from mlxops.common.http import NoCompletion, request_completion
+from mlxops.core.commands.status import ProbeRow
 from mlxops.core.drift import Drift, DriftCode
 from mlxops.core.ports import PortView, State, World
 
 SECONDS = 20.0
 """How long a completion of four tokens may take: a server that is busy with others needs longer."""
 
-Probe = dict[str, object]
-"""`{"ok", "seconds", "error", "name", "not_asked"}`. `ok` is None if it was not asked, for the reason `not_asked`."""
 
-
-def probe(ctx: Context, world: World) -> dict[object, Probe]:
+def probe(ctx: Context, world: World) -> dict[int, ProbeRow]:
     """port -> what came of it. Takes no longer than the slowest, and never much longer than `SECONDS`."""
     ready = [view for view in world.ports.values() if view.state is State.READY]
-    probes: dict[object, Probe] = {}
+    probes: dict[int, ProbeRow] = {}
 
     def ask(view: PortView) -> None:
         probes[view.port] = _ask(ctx, view)
@@ -34,30 +32,30 @@ def probe(ctx: Context, world: World) -> dict[object, Probe]:
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
     error = f"no completion within {SECONDS:.0f} s"
-    late: Probe = {"ok": False, "seconds": SECONDS, "error": error, "name": None, "not_asked": None}
+    late = ProbeRow(ok=False, seconds=SECONDS, error=error, name=None, not_asked=None)
     return {view.port: probes.get(view.port, late) for view in ready}
 
 
-def _ask(ctx: Context, view: PortView) -> Probe:
+def _ask(ctx: Context, view: PortView) -> ProbeRow:
     """Ask under a name that the server knows, so that it neither loads nor drops a model because of us."""
     names = names_of(view)
     if names.not_asked or not names.known:
         why = names.not_asked or "its name is not known"
-        return {"ok": None, "seconds": 0.0, "error": None, "name": None, "not_asked": why}
+        return ProbeRow(ok=None, seconds=0.0, error=None, name=None, not_asked=why)
     began = time.monotonic()
     name, error = names.known[0], None
     try:
-        complete(ctx.paths.connect_host, view.port, name, SECONDS)
+        request_completion(ctx.paths.connect_host, view.port, name, SECONDS)
     except (OSError, NoCompletion) as failure:
         error = str(failure)[:300] or type(failure).__name__
     seconds = round(time.monotonic() - began, 3)
-    return {"ok": error is None, "seconds": seconds, "error": error, "name": name, "not_asked": None}
+    return ProbeRow(ok=error is None, seconds=seconds, error=error, name=name, not_asked=None)
 
 
-def failed(world: World, probes: Mapping[object, Probe]) -> Iterator[Drift]:
+def failed(world: World, probes: Mapping[int, ProbeRow]) -> Iterator[Drift]:
     for port, each in probes.items():
-        if each["ok"] is False and isinstance(port, int):
+        if each.ok is False:
             view = world.ports[port]
-            message = f"{port} is up, and gave no completion: {each['error']}"
+            message = f"{port} is up, and gave no completion: {each.error}"
             reload = f"; then mlxctl load {view.model} {port} --force" if view.model else ""
             yield Drift.of(DriftCode.PROBE_FAILED, port, view.model, message, reload=reload)

@@ -8,16 +8,17 @@ from mlxops.agent.context import DRAIN_SECONDS, Context
 from mlxops.agent.operations.stop import stop, writing_what_was_stopped
 from mlxops.agent.state.recovery import settle_all
 from mlxops.agent.state.store import state_unwritable
-from mlxops.core import planner
+from mlxops.core import planner, wire
+from mlxops.core.commands.reconcile import ClearedRow, Reconcile, ReconcileResult, StoppedRow
 from mlxops.core.errors import Busy
 
 
-def reconcile(ctx: Context) -> dict[str, object]:
+def run(ctx: Context, request: Reconcile) -> ReconcileResult:
     registry = ctx.usable_registry()
     plan = planner.plan_reconcile(registry, ctx.observe(registry))
     ports = sorted({*(plan.clear or {}).values(), *plan.forget, *(view.port for view in plan.stops)})
     interrupted = settle_all(ctx.store, ctx.paths.settings.ports, by=ctx.operation, dry_run=ctx.request.dry_run)
-    stopped, cleared, kept = [], [], list(plan.kept)
+    stopped, cleared, kept = list[StoppedRow](), list[ClearedRow](), list(plan.kept)
     for port in ports:
         try:
             with ctx.locked(port):
@@ -28,20 +29,20 @@ def reconcile(ctx: Context) -> dict[str, object]:
         stopped += now_stopped
         cleared += now_cleared
     if stopped and not ctx.request.dry_run:
-        ctx.remember(command="reconcile", stopped=stopped)
+        ctx.remember(command="reconcile", stopped=wire.encode(stopped))
     leftovers = ctx.store.leftovers() if ctx.request.dry_run else ctx.store.remove_leftovers()
-    return {
-        "cleared": cleared,
-        "stopped": stopped,
-        "interrupted": interrupted,
-        "leftovers": [str(path) for path in leftovers],
-        "kept": kept,
-        "changed": bool(stopped or cleared or interrupted or leftovers) and not ctx.request.dry_run,
-        "dry_run": ctx.request.dry_run,
-    }
+    return ReconcileResult(
+        cleared=tuple(cleared),
+        stopped=tuple(stopped),
+        interrupted=tuple(interrupted),
+        leftovers=tuple(map(str, leftovers)),
+        kept=tuple(kept),
+        changed=bool(stopped or cleared or interrupted or leftovers) and not request.dry_run,
+        dry_run=request.dry_run,
+    )
 
 
-def _reconcile_port(ctx: Context, port: int) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
+def _reconcile_port(ctx: Context, port: int) -> tuple[list[StoppedRow], list[ClearedRow]]:
     """Looked at once more under the port's lock: what was absent a moment ago may be loading by now."""
     registry = ctx.registry()
     world = ctx.observe(registry, only=[port])
@@ -59,9 +60,7 @@ def _reconcile_port(ctx: Context, port: int) -> tuple[list[dict[str, object]], l
                 )
         if plan.forget:
             ctx.store.forget_run(port)
-    stopped: list[dict[str, object]] = [
-        {"port": view.port, "model": view.model, "pid": view.pid, "why": view.detail} for view in plan.stops
-    ]
+    stopped = [StoppedRow(view.port, view.model, view.pid, view.detail) for view in plan.stops]
     return stopped, _rows(clear)
 
 
@@ -69,12 +68,12 @@ def _remember_cleared(ctx: Context, clear: Mapping[str, int]) -> None:
     """Before it is done, and not to be done without: what was cleared must be found again, by `restore --cleared`, even
     if this very operation is killed. Raises `Refused`."""
     try:
-        ctx.store.remember(
-            operation=ctx.operation, by=str(ctx.request.asker), command="reconcile", cleared=_rows(clear)
+        ctx.store.append_history(
+            operation=ctx.operation, by=str(ctx.asker), command="reconcile", cleared=wire.encode(_rows(clear))
         )
     except OSError as error:
         raise state_unwritable(ctx.store.state, error) from None
 
 
-def _rows(clear: Mapping[str, int]) -> list[dict[str, object]]:
-    return [{"model": name, "port": port} for name, port in clear.items()]
+def _rows(clear: Mapping[str, int]) -> list[ClearedRow]:
+    return [ClearedRow(name, port) for name, port in clear.items()]

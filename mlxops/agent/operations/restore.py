@@ -10,7 +10,10 @@ from dataclasses import dataclass, replace
 
 from mlxops.agent.context import RESTORE, Context, TakenOut
 from mlxops.agent.operations.load import load
-from mlxops.agent.paths import require
+from mlxops.agent.paths import require_folder
+from mlxops.core import wire
+from mlxops.core.commands.load import Load
+from mlxops.core.commands.restore import Restore, RestoreResult, RestoreRow
 from mlxops.core.errors import Interrupted, MlxopsError, NotStarted, Refused
 from mlxops.core.plan_restore import (
     Now,
@@ -43,53 +46,53 @@ class _Plan:
     """Boot jobs of ports to start that are disabled or not installed: they do not reserve their ports."""
 
 
-def restore(ctx: Context) -> dict[str, object]:
+def run(ctx: Context, request: Restore) -> RestoreResult:
     """Start each assignment that nothing serves, in the order of the ports. One that fails does not stop the others.
 
     Raises `NotStarted` (restore_incomplete) at the end if one failed, or stays down until a person acts."""
     with ctx.alone(RESTORE):
-        plan = _plan(ctx, keep=not ctx.request.dry_run)
+        plan = _plan(ctx, request, keep=not request.dry_run)
         for state in plan.gone:
             ctx.note(f"the boot job {state.job.name} of port {state.job.port} is {state.standing}: {state.detail}")
         for step in plan.steps.skipped:
             _tell_left(ctx, step)
-        return _try_out(ctx, plan) if ctx.request.dry_run else _carry_out(ctx, plan)
+        return _try_out(ctx, plan) if request.dry_run else _carry_out(ctx, request, plan)
 
 
-def look(ctx: Context) -> RestorePlan:
+def look(ctx: Context, request: Restore) -> RestorePlan:
     """What `restore` would do now. Nothing is changed, but what is seen to last is remembered."""
-    return _plan(ctx, keep=True).steps
+    return _plan(ctx, request, keep=True).steps
 
 
-def _try_out(ctx: Context, plan: _Plan) -> dict[str, object]:
+def _try_out(ctx: Context, plan: _Plan) -> RestoreResult:
     """What would be started, and how; and what would be refused."""
-    starts: list[dict[str, object]] = []
+    starts: list[RestoreRow] = []
     failed: list[RestoreStep] = []
     for step in plan.steps.starts:
-        asked = replace(ctx.request, command="load", args={**_words(step), "dry_run": True})
+        wanted = replace(_load_of(step), dry_run=True)
         try:
-            tried = load(replace(ctx, request=asked)).get("plan")
+            tried = load(ctx.doing(wanted), wanted).plan
         except Interrupted:
             raise
         except MlxopsError as error:
             failed.append(_not_started(ctx, step, error))
             continue
-        argv = tried.get("argv") if isinstance(tried, dict) else None
-        starts.append(step.to_wire() | {"argv": argv})
+        argv = tried.argv if tried else None
+        starts.append(replace(_row(step), argv=argv))
         ctx.note(f"{step.model} on {step.port}: {shlex.join(argv) if argv else 'its files would be downloaded first'}")
-    result = _result(ctx, (), failed, plan.steps.skipped) | {"restored": starts}
+    result = replace(_result(ctx, (), failed, plan.steps.skipped), restored=tuple(starts))
     _raise_incomplete(plan, failed, plan.steps.skipped, result, "would not start")
     return result
 
 
-def _carry_out(ctx: Context, plan: _Plan) -> dict[str, object]:
+def _carry_out(ctx: Context, request: Restore, plan: _Plan) -> RestoreResult:
     restored: list[RestoreStep] = []
     failed: list[RestoreStep] = []
     left = list(plan.steps.skipped)
     for step in plan.steps.starts:
         ctx.cancellation.check()
         try:
-            if _start(ctx, step, afresh=step not in plan.attempts):
+            if _start(ctx, request, step, afresh=step not in plan.attempts):
                 restored.append(step)
         except (TakenOut, _NotWanted):
             left.append(replace(step, why=UNLOADED, in_hand=True))
@@ -109,7 +112,7 @@ def _not_started(ctx: Context, step: RestoreStep, error: MlxopsError) -> Restore
 
 
 def _raise_incomplete(
-    plan: _Plan, failed: Sequence[RestoreStep], skipped: Sequence[RestoreStep], result: Mapping[str, object], verb: str
+    plan: _Plan, failed: Sequence[RestoreStep], skipped: Sequence[RestoreStep], result: RestoreResult, verb: str
 ) -> None:
     down = [*failed, *(step for step in skipped if step.stuck)]
     if not down:
@@ -121,7 +124,7 @@ def _raise_incomplete(
         f"{len(down)} of {count} {verb}: {named}",
         why="; ".join(step.why for step in down)[:600],
         hint=f"what serves now: mlxctl status; then for each: mlxctl load {down[0].model} {down[0].port}",
-        details=result,
+        details=wire.encode(result),
     )
 
 
@@ -129,7 +132,7 @@ def _tell_left(ctx: Context, step: RestoreStep) -> None:
     ctx.note(f"{step.model} on {step.port} is left: {step.why}", "warning")
 
 
-def _plan(ctx: Context, *, keep: bool) -> _Plan:
+def _plan(ctx: Context, request: Restore, *, keep: bool) -> _Plan:
     registry = ctx.usable_registry()
     history = ctx.history()
     world = ctx.observe(registry)
@@ -143,11 +146,11 @@ def _plan(ctx: Context, *, keep: bool) -> _Plan:
         registry,
         world,
         slots=ctx.paths.settings.slots,
-        cleared=last_cleared(history) if ctx.request.flag("cleared") else (),
+        cleared=last_cleared(history) if request.cleared else (),
         attempts=attempts,
     )
     if steps.starts:
-        require(ctx.paths.hub)
+        require_folder(ctx.paths.hub)
     gone = {state.job.port: state for state in world.boot if not state.standing.reserves}
     return _Plan(steps, attempts, tuple(gone[step.port] for step in steps.starts if step.port in gone))
 
@@ -169,17 +172,17 @@ def _records(ctx: Context, steps: Iterable[RestoreStep]) -> dict[int, Record]:
     return found
 
 
-def _words(step: RestoreStep) -> dict[str, object]:
-    return {"model": step.model, "port": str(step.port), "restore": True}
+def _load_of(step: RestoreStep) -> Load:
+    return Load(model=step.model, port=str(step.port), restore=True)
 
 
-def _start(ctx: Context, step: RestoreStep, *, afresh: bool) -> bool:
+def _start(ctx: Context, request: Restore, step: RestoreStep, *, afresh: bool) -> bool:
     """Remembered just before its server is launched: what takes the whole host down counts as well, and what is
     refused before does not. `afresh`: none was started in vain before. Raises what `load` raises, `TakenOut` and
     `_NotWanted`."""
 
     def check(registry: Registry) -> None:
-        if not is_wanted(registry, step, cleared=ctx.request.flag("cleared")):
+        if not is_wanted(registry, step, cleared=request.cleared):
             raise _NotWanted("not_wanted", f"{step.model} is not assigned to port {step.port} any more")
 
     def remember() -> None:
@@ -193,18 +196,23 @@ def _start(ctx: Context, step: RestoreStep, *, afresh: bool) -> bool:
             afresh=afresh,
         )
 
-    asked = replace(ctx.request, command="load", args=_words(step))
+    wanted = _load_of(step)
     with ctx.cancellation.part(step.port):
-        return load(replace(ctx, request=asked), check, remember)["changed"] is True
+        return load(ctx.doing(wanted), wanted, check, remember).changed
 
 
 def _result(
     ctx: Context, restored: Sequence[RestoreStep], failed: Sequence[RestoreStep], skipped: Sequence[RestoreStep]
-) -> dict[str, object]:
-    return {
-        "restored": [step.to_wire() for step in restored],
-        "failed": [step.to_wire() for step in failed],
-        "skipped": [step.to_wire() for step in skipped],
-        "changed": bool(restored) and not ctx.request.dry_run,
-        "dry_run": ctx.request.dry_run,
-    }
+) -> RestoreResult:
+    return RestoreResult(
+        restored=tuple(map(_row, restored)),
+        failed=tuple(map(_row, failed)),
+        skipped=tuple(map(_row, skipped)),
+        changed=bool(restored) and not ctx.request.dry_run,
+        dry_run=ctx.request.dry_run,
+    )
+
+
+def _row(step: RestoreStep) -> RestoreRow:
+    again_in = None if step.again_in is None else round(step.again_in, 3)
+    return RestoreRow(step.model, step.port, step.why, again_in)

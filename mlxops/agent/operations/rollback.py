@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from mlxops.agent.context import Context
 from mlxops.agent.operations.load import load
 from mlxops.agent.operations.model_files import cached
 from mlxops.core import names, planner
+from mlxops.core.commands.load import Load, LoadResult
+from mlxops.core.commands.rollback import Rollback
 from mlxops.core.errors import Busy, Refused
 from mlxops.core.planner import ModelRef, Served
 from mlxops.core.ports import State
 from mlxops.core.registry import Registry
 
 
-def rollback(ctx: Context) -> dict[str, object]:
-    port = names.port(ctx.request.text("port") or "", ctx.paths.settings.ports)
+def run(ctx: Context, request: Rollback) -> LoadResult:
+    port = names.port(request.port or "", ctx.paths.settings.ports)
     registry = ctx.usable_registry()
     now, before = _past(ctx, registry, port)
     if before is None:
@@ -39,8 +39,19 @@ def rollback(ctx: Context) -> dict[str, object]:
                 hint=f"look first: mlxctl status; then, if it is still wanted: mlxctl rollback {port}",
             )
 
-    args = {**ctx.request.args, "model": before.model, "repo": repo, "force": True}
-    return load(replace(ctx, request=replace(ctx.request, command="load", args=args)), unchanged)
+    wanted = Load(
+        model=before.model,
+        port=str(port),
+        repo=repo,
+        force=True,
+        timeout=request.timeout,
+        overcommit=request.overcommit,
+        drain=request.drain,
+        dry_run=request.dry_run,
+        sent=request.sent,
+        promised=request.promised,
+    )
+    return load(ctx.doing(wanted), wanted, unchanged)
 
 
 def _load_instead(registry: Registry, port: int, now: Served | None) -> str:

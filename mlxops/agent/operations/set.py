@@ -6,20 +6,20 @@ from mlxops.agent.context import Context
 from mlxops.agent.engines import ENGINES, engine_named
 from mlxops.agent.operations.drift import settings_drift
 from mlxops.agent.operations.model_files import cached
-from mlxops.agent.operations.preflight import prepare, shown_options
+from mlxops.agent.operations.preflight import option_rows, prepare
 from mlxops.core import model_options, names, planner
+from mlxops.core.commands.set import Set, SetResult
 from mlxops.core.errors import Interrupted, MlxopsError, Refused
 from mlxops.core.model_options import Fields
 from mlxops.core.planner import ModelRef, unknown_model
 from mlxops.core.registry import Model, Registry
 
 
-def set_(ctx: Context) -> dict[str, object]:
-    """The entry's new fields. Raises `Refused` for what could not be served with them."""
-    words = ctx.request.args.get("set")
-    wanted = model_options.parse([str(word) for word in words] if isinstance(words, list) else [])
+def run(ctx: Context, request: Set) -> SetResult:
+    """Raises `Refused` for what could not be served with the new fields."""
+    wanted = model_options.parse(request.set)
     registry = ctx.usable_registry()
-    target = planner.resolve(registry, names.model_name(ctx.request.text("model") or ""), None, None)
+    target = planner.resolve(registry, names.model_name(request.model or ""), None, None)
     if target.entry is None:
         raise unknown_model(target.name, registry)
     name = target.entry.name
@@ -27,21 +27,21 @@ def set_(ctx: Context) -> dict[str, object]:
     changed = after.raw != registry.raw
     if changed:
         _check(ctx, planner.resolve(after, name, None, None), after.models[name], wanted)
-    if changed and not ctx.request.dry_run:
+    if changed and not request.dry_run:
         after = ctx.store.registry.update(lambda current: _apply(current, name, wanted))
         ctx.remember(command="set", model=name, written=dict(wanted.written), removed=list(wanted.removed))
     entry = after.models[name]
     running = _runs_otherwise_on(ctx, after, name) if changed else None
     if running is not None:
         ctx.note(f"{name} serves port {running} with its old settings until: mlxctl load {name} {running} --force")
-    return {
-        "model": name,
-        "changed": changed and not ctx.request.dry_run,
-        "dry_run": ctx.request.dry_run,
-        "revision": entry.revision,
-        "options": shown_options(ctx, entry),
-        "restart_needed_on": running,
-    }
+    return SetResult(
+        model=name,
+        changed=changed and not request.dry_run,
+        dry_run=request.dry_run,
+        revision=entry.revision,
+        options=option_rows(ctx, entry),
+        restart_needed_on=running,
+    )
 
 
 def _apply(registry: Registry, name: str, wanted: Fields) -> Registry:

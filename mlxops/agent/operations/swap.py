@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mlxops.agent.context import Context
 from mlxops.agent.engines import engine_named
-from mlxops.agent.engines.base import Command, Serving
+from mlxops.agent.engines.base import EngineCommand, ServerSpec
 from mlxops.agent.hub.snapshot import completeness
 from mlxops.agent.operations.model_files import cached
 from mlxops.agent.operations.prefetch import warm
@@ -20,6 +20,7 @@ from mlxops.agent.operations.stop import stop
 from mlxops.agent.serving import processes
 from mlxops.agent.serving.launch import Launch, deadline_for
 from mlxops.agent.serving.logs import rotated
+from mlxops.core.commands.load import Load
 from mlxops.core.errors import Interrupted, MlxopsError, NotStarted, OutcomeUnknown
 from mlxops.core.planner import LoadPlan, ModelRef
 from mlxops.core.ports import Owner, PortView
@@ -30,6 +31,7 @@ from mlxops.core.registry import Model, Registry
 
 def start_in_place(
     ctx: Context,
+    request: Load,
     registry: Registry,
     plan: LoadPlan,
     prepared: Prepared,
@@ -54,7 +56,7 @@ def start_in_place(
             ctx.emit(Phase("start", f"{prepared.engine.name} on port {plan.port}, found by {prepared.command.source}"))
             launching()
             start.launch(dict(ctx.environ), plan.target.repo_id, prepared.files.revision, ctx.operation)
-            run = start.wait(ctx.request.number("timeout") or deadline_for(prepared.files.size_bytes), ctx.emit)
+            run = start.wait(request.timeout or deadline_for(prepared.files.size_bytes), ctx.emit)
             downtime = time.monotonic() - asked[0] if asked else None
             # From here on it is quicker done than undone, and half of it would be an assignment without a server.
             stack.enter_context(ctx.cancellation.shield())
@@ -78,7 +80,7 @@ def start_in_place(
             repo_id=plan.target.repo_id,
             revision=prepared.files.revision,
             replaced=plan.previous.model if plan.previous else None,
-            restore=ctx.request.flag("restore"),
+            restore=request.restore,
         )
         return downtime
 
@@ -183,8 +185,8 @@ def _recorded(ctx: Context, view: PortView, entry: Model) -> RestartPlan | None:
     if files is None or files.revision != run.revision:
         return None
     folder = ctx.store.run_folder(view.port)
-    serving = Serving(entry, run.alias, files.path, ctx.paths.settings.bind, view.port, folder)
-    command = Command(run.argv, "its run record", run.engine_version)
+    serving = ServerSpec(entry, run.alias, files.path, ctx.paths.settings.bind, view.port, folder)
+    command = EngineCommand(run.argv, "its run record", run.engine_version)
     engine = engine_named(run.engine)
     start = Launch(ctx.paths, ctx.store, ctx.system, engine, command, serving, argv=run.argv)
     return RestartPlan(run.model, start, run.repo_id, run.revision, files.size_bytes)

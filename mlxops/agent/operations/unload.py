@@ -7,35 +7,37 @@ from dataclasses import replace
 
 from mlxops.agent.context import RESTORE, Context, busy
 from mlxops.agent.operations.stop import shown_stop, stop, stop_portless, writing_what_was_stopped
-from mlxops.agent.state.operation_log import OperationLog, named
+from mlxops.agent.state.operation_log import OperationLog, find_operation
 from mlxops.core import names, planner
-from mlxops.core.errors import Interrupted, MlxopsError, UsageError
+from mlxops.core.commands.load import PlanRow, PortResult
+from mlxops.core.commands.unload import Unload
+from mlxops.core.errors import UsageError
 from mlxops.core.planner import UnloadPlan
 from mlxops.core.records import Operation
 
 CANCEL_SECONDS = 60.0
 
 
-def unload(ctx: Context) -> dict[str, object]:
+def run(ctx: Context, request: Unload) -> PortResult:
     began = time.monotonic()
     ctx.usable_registry()
-    model = _model(ctx)
+    model = _model(request)
     cancelled: Operation | None = None
     while True:
-        port = _port(ctx, model)
+        port = _port(ctx, request, model)
         if port is None:
-            return _unload_result(ctx, _with_cancelled(UnloadPlan(0, model=model), cancelled), began)
+            return unload_result(ctx, with_cancelled(UnloadPlan(0, model=model), cancelled), began)
         if not ctx.request.dry_run:
             entry = ctx.registry().named(model) if model else None
-            cancelled = _make_way(ctx, port, entry.name if entry else model) or cancelled
+            cancelled = make_way(ctx, port, entry.name if entry else model) or cancelled
         with ctx.locked(port):
             # What was read before the lock may be old by now: another model must not be stopped for one that has moved.
-            if _port(ctx, model) == port:
-                plan = _unload_port(ctx, port, force=ctx.request.flag("force"))
-                return _unload_result(ctx, _with_cancelled(plan, cancelled), began)
+            if _port(ctx, request, model) == port:
+                plan = unload_port(ctx, port, force=request.force)
+                return unload_result(ctx, with_cancelled(plan, cancelled), began)
 
 
-def _with_cancelled(plan: UnloadPlan, load: Operation | None) -> UnloadPlan:
+def with_cancelled(plan: UnloadPlan, load: Operation | None) -> UnloadPlan:
     """A load that was in the way and was cancelled is what was unloaded, if there was nothing else."""
     if load is None or plan.changed:
         return plan
@@ -43,9 +45,9 @@ def _with_cancelled(plan: UnloadPlan, load: Operation | None) -> UnloadPlan:
     return replace(plan, port=plan.port or load.port or 0, model=load.model, cancelled=True, notes=(*plan.notes, note))
 
 
-def _model(ctx: Context) -> str | None:
+def _model(request: Unload) -> str | None:
     """The model that is to be unloaded, wherever it is; None: whatever is on the port."""
-    port, model = ctx.request.text("port"), ctx.request.text("model")
+    port, model = request.port, request.model
     if (port is None) == (model is None):
         why = "neither is given" if port is None else "both are given"
         example = "what serves where: mlxctl status" if port is None else f"mlxctl unload {port}"
@@ -53,14 +55,14 @@ def _model(ctx: Context) -> str | None:
     return None if model is None else names.model_name(model)
 
 
-def _port(ctx: Context, model: str | None) -> int | None:
+def _port(ctx: Context, request: Unload, model: str | None) -> int | None:
     if model is None:
-        return names.port(ctx.request.text("port") or "", ctx.paths.settings.ports)
+        return names.port(request.port or "", ctx.paths.settings.ports)
     registry = ctx.registry()
     return planner.port_of(registry, ctx.observe(registry), model)
 
 
-def _unload_port(ctx: Context, port: int, *, force: bool) -> UnloadPlan:
+def unload_port(ctx: Context, port: int, *, force: bool) -> UnloadPlan:
     """Plan and apply for one port whose lock is held."""
     registry = ctx.registry()
     plan = planner.plan_unload(registry, ctx.observe(registry), port, force=force)
@@ -80,23 +82,23 @@ def _unload_port(ctx: Context, port: int, *, force: bool) -> UnloadPlan:
     return plan
 
 
-def _make_way(ctx: Context, port: int, model: str | None) -> Operation | None:
+def make_way(ctx: Context, port: int, model: str | None) -> Operation | None:
     """A load that is running on the port is asked to end, unless it is of another model than is to be unloaded, and a
     restore to leave this one port alone; whoever is at work there cleans up after itself and gives the
     lock back. Returns the load that was cancelled."""
     restore = ctx.store.holder(RESTORE)
-    if restore is not None and (journal := named(ctx.store.state / "ops", restore.id)):
-        journal.take_out(port)
+    if restore is not None and (journal := find_operation(ctx.store.state / "ops", restore.id)):
+        journal.exclude_port(port)
         ctx.note(f"port {port} is taken out of {restore}")
     holder = ctx.store.holder(f"port-{port}")
-    journal = named(ctx.store.state / "ops", holder.id) if holder and holder.command == "load" else None
+    journal = find_operation(ctx.store.state / "ops", holder.id) if holder and holder.command == "load" else None
     if holder is None or journal is None or model not in {None, holder.model}:
         return None
     if model is None and holder.port != port:
         return None  # it is of another port, and only moves its model away from this one
     restoring = _is_restore(journal)
     if restoring:
-        journal.take_out(port)  # it may have begun since
+        journal.exclude_port(port)  # it may have begun since
     else:
         ctx.note(f"cancelling {holder}")
         journal.cancel()
@@ -110,55 +112,29 @@ def _make_way(ctx: Context, port: int, model: str | None) -> Operation | None:
 
 def _is_restore(journal: OperationLog) -> bool:
     try:
-        return journal.request().command == RESTORE
+        return journal.request().request.name == RESTORE
     except (OSError, ValueError):
         return False
 
 
-def _unload_result(ctx: Context, plan: UnloadPlan, began: float) -> dict[str, object]:
-    port = plan.port or None
-    return {
-        "model": plan.model,
-        "port": port,
-        "alias": ctx.paths.settings.slots.get(plan.port),
-        "url": ctx.paths.url(plan.port) if port else None,
-        "state": ctx.look_again(port).state.value if port else "idle",
-        "changed": plan.changed and not ctx.request.dry_run,
-        "seconds": round(time.monotonic() - began, 3),
-        "downtime_seconds": None,
-        "log_path": plan.stop.run.log_path if plan.stop and plan.stop.run else None,
-        "notes": list(plan.notes),
-        **({"dry_run": True, "plan": _shown_unload(plan)} if ctx.request.dry_run else {}),
-    }
+def unload_result(ctx: Context, plan: UnloadPlan, began: float) -> PortResult:
+    port, dry_run = plan.port or None, ctx.request.dry_run
+    return PortResult(
+        model=plan.model,
+        port=port,
+        alias=ctx.paths.settings.slots.get(plan.port),
+        url=ctx.paths.url(plan.port) if port else None,
+        state=ctx.look_again(port).state.value if port else "idle",
+        changed=plan.changed and not dry_run,
+        seconds=round(time.monotonic() - began, 3),
+        log_path=plan.stop.run.log_path if plan.stop and plan.stop.run else None,
+        notes=tuple(plan.notes),
+        dry_run=dry_run,
+        plan=_plan_row(plan) if dry_run else None,
+    )
 
 
-def _shown_unload(plan: UnloadPlan) -> dict[str, object]:
+def _plan_row(plan: UnloadPlan) -> PlanRow:
     stops = [shown_stop(plan.stop, owner=True)] if plan.stop else []
     stops += [f"{each.model or 'a server'} for {plan.port}, pid {each.pid}, owner hand" for each in plan.portless]
-    return {"stops": stops, "clears": list(plan.clear)}
-
-
-def unload_all(ctx: Context) -> dict[str, object]:
-    """Every port on its own: one that cannot be unloaded does not keep the others."""
-    began = time.monotonic()
-    registry = ctx.usable_registry()
-    plans = planner.plan_unload_all(registry, ctx.observe(registry))
-    done: list[dict[str, object]] = []
-    errors: list[MlxopsError] = []
-    for plan in plans:
-        if not plan.changed:
-            done.append(_unload_result(ctx, plan, began))
-            continue
-        try:
-            cancelled = None if ctx.request.dry_run else _make_way(ctx, plan.port, None)
-            with ctx.locked(plan.port):
-                ended = _with_cancelled(_unload_port(ctx, plan.port, force=True), cancelled)
-                done.append(_unload_result(ctx, ended, began))
-        except Interrupted:
-            raise
-        except MlxopsError as error:
-            ctx.note(f"{plan.port}: {error.message}", "warning")
-            errors.append(error)
-    if errors:
-        raise planner.merge_refusals(errors)
-    return {"ports": done, "changed": any(row["changed"] for row in done), "dry_run": ctx.request.dry_run}
+    return PlanRow(stops=tuple(stops), clears=tuple(plan.clear))

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mlxops.agent.engines import ENGINES
-from mlxops.agent.engines.base import Command, Engine, NoCompletion, Serving, complete
+from mlxops.agent.engines.base import Engine, EngineCommand, ServerSpec
 from mlxops.agent.host import programs
 from mlxops.agent.host.system import System
 from mlxops.agent.hub.cache import is_commit
@@ -29,7 +29,8 @@ from mlxops.agent.serving import logs, processes
 from mlxops.agent.serving.diagnosis import About, explain
 from mlxops.agent.serving.last_words import last_line
 from mlxops.agent.serving.processes import PendingProcess
-from mlxops.agent.state.store import Store, now, state_unwritable
+from mlxops.agent.state.store import Store, state_unwritable, utc_now
+from mlxops.common.http import NoCompletion, request_completion
 from mlxops.core.errors import MlxopsError, NotStarted
 from mlxops.core.ports import Health
 from mlxops.core.protocol import Event, Phase
@@ -66,7 +67,7 @@ def prove(paths: HostPaths, alias: str, run: Run, system: System, timeout: float
     Raises `OSError` when nobody answers, `NoCompletion` when the answer is another one or not that group's.
     """
     _check_listener(paths, run, system)
-    complete(paths.connect_host, run.port, alias, timeout)
+    request_completion(paths.connect_host, run.port, alias, timeout)
     engine = ENGINES.get(run.engine)
     if engine is not None and engine.health(paths.connect_host, run.port, HEALTH_SECONDS) is Health.BROKEN:
         raise NoCompletion("it answers, and says of itself that it is unhealthy (GET /health)")
@@ -99,8 +100,8 @@ class Launch:
         store: Store,
         system: System,
         engine: Engine,
-        command: Command,
-        serving: Serving,
+        command: EngineCommand,
+        serving: ServerSpec,
         *,
         argv: tuple[str, ...] | None = None,
     ) -> None:
@@ -129,7 +130,7 @@ class Launch:
     def _launch(self, environ: dict[str, str], repo_id: str, revision: str, operation: str) -> Run:
         run_id = secrets.token_hex(8)
         self.store.new_run_folder(self.serving.port)
-        self.engine.prepare(self.serving)
+        self.engine.prepare_folder(self.serving)
         self._head_log()
         extra = {**self.engine.environment(), **self.paths.settings.env}
         env = programs.environment(environ, extra, run_id)
@@ -149,7 +150,7 @@ class Launch:
             boot_id=self.system.boot_id(),
             operation=operation,
             log_path=str(self.log),
-            started_at=now(),
+            started_at=utc_now(),
             engine_version=self.command.version,
         )
         try:
@@ -179,7 +180,7 @@ class Launch:
             outcome = attempt.poll(deadline)
             if outcome is None:
                 self._see_it_stay(run, gated)
-                run = replace(run, proven_at=now())
+                run = replace(run, proven_at=utc_now())
                 return run
             if isinstance(outcome, NoCompletion):
                 raise self._failed(str(outcome))
@@ -204,7 +205,7 @@ class Launch:
         if time.monotonic() - self._read < LOG_SECONDS:
             return False
         self._read = time.monotonic()
-        if self.engine.fatal(self._own_log()) is not None:
+        if self.engine.fatal_error(self._own_log()) is not None:
             return True
         if time.monotonic() - self._asked < HEALTH_SECONDS:
             return False
@@ -233,7 +234,7 @@ class Launch:
         version = self.command.version or "of unknown version"
         with open(self.log, "ab") as file:
             os.chmod(self.log, 0o600)
-            file.write(f"--- mlxops {now()} {self.engine.name} {version}: {shlex.join(self.argv)}\n".encode())
+            file.write(f"--- mlxops {utc_now()} {self.engine.name} {version}: {shlex.join(self.argv)}\n".encode())
             self._log_from = file.tell()
 
     def _own_log(self) -> str:
@@ -247,7 +248,7 @@ class Launch:
 
     def _failed(self, what: str, status: int | None = None) -> NotStarted:
         log = self._own_log()
-        words = self.engine.fatal(log) or last_line(log)
+        words = self.engine.fatal_error(log) or last_line(log)
         last = f"its last words: {words.strip()[:400]}" if words else "it wrote nothing to its log"
         serving = self.serving
         about = About(
@@ -272,7 +273,7 @@ class Launch:
         )
 
 
-def _revision(serving: Serving) -> str:
+def _revision(serving: ServerSpec) -> str:
     """Return the commit that is served; for a folder that is no snapshot, the branch for hints."""
     return serving.path.name if is_commit(serving.path.name) else "main"
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
-from mlxops.agent.state.locks import alone
-from mlxops.agent.state.store import named
+from mlxops.agent.state.durable_files import list_matching
+from mlxops.agent.state.locks import folder_lock
 from mlxops.common.files import open_file
 from mlxops.core.errors import Busy
 from mlxops.core.text import clean
@@ -52,7 +52,7 @@ def rotate(log: Path) -> None:
 
 def _alone(folder: Path) -> AbstractContextManager[None]:
     """Logs get other names: not two at once, and not what is being cut. Raises `Busy` (logs_locked), `OSError`."""
-    return alone(folder, "logs")
+    return folder_lock(folder, "logs")
 
 
 def rotated(log: Path) -> Path:
@@ -67,7 +67,7 @@ def _numbered(log: Path, number: int) -> Path:
 def too_big(folder: Path) -> list[tuple[Path, int]]:
     """The logs that are over their cap, with their sizes. Raises `OSError`."""
     found = []
-    for log in named(folder, "", ".log"):
+    for log in list_matching(folder, "", ".log"):
         # It gets another name when its port's next server starts, at any moment.
         with contextlib.suppress(FileNotFoundError):
             found.append((log, log.lstat().st_size))

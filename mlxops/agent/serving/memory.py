@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlxops.agent.engines.base import options
+from mlxops.agent.engines.argv import long_options
 from mlxops.agent.host.system import System
 from mlxops.agent.hub.snapshot import shape, weight_files
 from mlxops.agent.paths import HostPaths
@@ -101,7 +101,7 @@ def _use(world: World, system: System, server: Found, view: PortView | None) -> 
     """Describe a server's memory. `view`: the port of ours that it serves, if any."""
     process, seen = server.process, server.seen
     path = real_path(system.folder(process.pid), seen.model)
-    given = options(process.argv)
+    given = long_options(process.argv)
     asked, model_type = given.get("--context-length", ""), given.get("--model-type", "lm")
     expected = estimate_of(Path(path), int(asked) if asked.isdecimal() else None, model_type) if path else None
     owner = "hand" if process.uid == os.getuid() else "foreign"

@@ -19,8 +19,8 @@ from mlxops.agent.host.system import Listener, Look, System, collides
 from mlxops.agent.paths import HostPaths
 from mlxops.agent.serving import processes, servers
 from mlxops.agent.serving.servers import Found
-from mlxops.agent.state.operation_log import OperationState, stand_of
-from mlxops.agent.state.store import Store, utc
+from mlxops.agent.state.operation_log import OperationState, operation_state
+from mlxops.agent.state.store import Store, format_utc
 from mlxops.common import files
 from mlxops.core.errors import Interrupted, MlxopsError
 from mlxops.core.port_drift import find_drift
@@ -250,7 +250,7 @@ def _signals(
     run, broken = _run_record(store, port)
     holder = holder or store.holder(f"port-{port}")
     operation = None if holder is None or holder.id == own else holder
-    stand = stand_of(store.state / "ops", operation.id) if operation else OperationState()
+    stand = operation_state(store.state / "ops", operation.id) if operation else OperationState()
     listeners = look.on(paths.settings.bind, port)
     pids = frozenset(pid for each in listeners for pid in each.pids)
     unowned = any(not each.pids and each.uid in (None, os.getuid()) for each in listeners)
@@ -350,7 +350,7 @@ def _last_words(log: Path) -> str:
 
     words = last_line(tail(log))
     try:
-        when = utc(log.stat().st_mtime)
+        when = format_utc(log.stat().st_mtime)
     except OSError:
         return ""
     return f"last sign of life {when}" + (f": {words}" if words else "")

@@ -12,7 +12,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from mlxops.agent.engines import recognise
-from mlxops.agent.engines.base import DetectedServer, program
+from mlxops.agent.engines.argv import program_of
+from mlxops.agent.engines.base import DetectedServer
 from mlxops.agent.host.system import Look, Process
 
 SHELLS = frozenset({"sh", "bash", "dash", "zsh", "ksh", "ash", "busybox", "fish", "nu", "csh", "tcsh"})
@@ -112,7 +113,7 @@ def starter(look: Look, pid: int) -> Process | None:
 
 def is_wrapper(argv: Sequence[str]) -> bool:
     """Whether a process with this argv does nothing but run a command."""
-    runs = program(argv)
+    runs = program_of(argv)
     if runs is None:
         return False
     name = _name(argv)

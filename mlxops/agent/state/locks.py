@@ -1,4 +1,4 @@
-"""flock(2), taken with a limit: whoever is stopped, or hangs, with a lock must not make all others wait for ever."""
+"""flock(2) with a time limit: a process that hangs while it holds a lock must not block the others without end."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from pathlib import Path
 from mlxops.core.errors import Busy
 
 LOCK_SECONDS = 10.0
-"""How long one waits for what others hold for milliseconds, so this is never a queue."""
-LOOK_SECONDS = 0.25
-"""The same for a lock that is held for long or, by those who look whether it is held, for microseconds: it tells the
-two apart."""
+"""Limit of the wait for a lock that other processes hold for milliseconds."""
+PROBE_SECONDS = 0.25
+"""Limit of the wait for a lock that a worker holds for long. A process that only probes the lock holds it for
+microseconds; this wait outlasts such a probe."""
 ANSWER_SECONDS = 10.0
-"""How long the system may take to say whether a lock is free. A network file system whose lock service is down never
-answers, although its files can be read."""
+"""Limit of one flock(2) call. If the lock service of a network file system is down, the call never returns, although
+files can be read."""
 
 _NO_LOCKS = frozenset({errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.ENOSYS, errno.EBADF})
-"""Linux's NFS answers EBADF for a folder: its exclusive locks need a descriptor that can be written."""
-_answering: set[int] = set()
-"""The devices whose locks this process has seen to answer."""
+"""Linux NFS returns EBADF for a folder: its exclusive locks need a writable descriptor."""
+_responsive_devices: set[int] = set()
+"""Devices on which a flock(2) call of this process has returned."""
 
 
 class NoLocks(OSError):
-    """The file system has no flock(2), or its lock service does not answer."""
+    """The file system has no flock(2), or its lock service does not respond."""
 
 
 def try_flock(fd: int, *, shared: bool = False) -> bool:
@@ -42,14 +42,14 @@ def try_flock(fd: int, *, shared: bool = False) -> bool:
     except OSError as error:
         if error.errno not in _NO_LOCKS | {errno.ETIMEDOUT}:
             raise
-        why = "the locks of this file system do not answer" if error.errno == errno.ETIMEDOUT else NO_LOCKS
+        why = "the lock service of this file system does not respond" if error.errno == errno.ETIMEDOUT else NO_LOCKS
         raise NoLocks(errno.ENOLCK, f"{why} (flock: {error.strerror})") from None
     return True
 
 
 @contextmanager
-def naming(path: str | Path) -> Iterator[None]:
-    """Add the path to a `NoLocks`."""
+def add_path(path: str | Path) -> Iterator[None]:
+    """Set the path of a `NoLocks`."""
     try:
         yield
     except NoLocks as error:
@@ -62,16 +62,16 @@ NO_LOCKS = "this file system has no locks"
 
 def _flock(fd: int, operation: int) -> None:
     device = os.fstat(fd).st_dev
-    if device not in _answering:
-        _first_flock(fd, operation)
-        _answering.add(device)
+    if device not in _responsive_devices:
+        _flock_in_thread(fd, operation)
+        _responsive_devices.add(device)
         return
     fcntl.flock(fd, operation)
 
 
-def _first_flock(fd: int, operation: int) -> None:
-    """Lock in a thread, because a call that waits for a lock service cannot be interrupted. Raises `OSError`."""
-    # A second descriptor: if the lock comes too late, closing it gives the lock back. `fd` may then be another file.
+def _flock_in_thread(fd: int, operation: int) -> None:
+    """Lock in a thread: a call that waits for a lock service cannot be interrupted. Raises `OSError`."""
+    # Use a second descriptor: if the call returns too late, closing it releases the lock, and `fd` may be another file.
     own = os.dup(fd)
 
     def lock() -> None:
@@ -80,11 +80,11 @@ def _first_flock(fd: int, operation: int) -> None:
         finally:
             os.close(own)
 
-    _within(ANSWER_SECONDS, lock)
+    _call_within(ANSWER_SECONDS, lock)
 
 
-def _within(seconds: float, call: Callable[[], None]) -> None:
-    """Call in a thread. Raises what `call` raises, and `TimeoutError`."""
+def _call_within(seconds: float, call: Callable[[], None]) -> None:
+    """Run `call` in a thread. Raises its exception, or `TimeoutError`."""
     failed: list[BaseException] = []
 
     def run() -> None:
@@ -102,7 +102,7 @@ def _within(seconds: float, call: Callable[[], None]) -> None:
         raise failed[0]
 
 
-def flock_within(fd: int, seconds: float = LOOK_SECONDS, *, shared: bool = False) -> bool:
+def flock_within(fd: int, seconds: float = PROBE_SECONDS, *, shared: bool = False) -> bool:
     """Take the lock within `seconds`. Raises what `try_flock` raises."""
     deadline = time.monotonic() + seconds
     while not try_flock(fd, shared=shared):
@@ -113,12 +113,12 @@ def flock_within(fd: int, seconds: float = LOOK_SECONDS, *, shared: bool = False
 
 
 def take_or_close(fd: int, path: Path) -> bool:
-    """Take the lock of an open file, for long. Close the file if another process holds the lock, and on any error.
+    """Take the lock of an open file. Close the file if another process holds the lock, and on any error.
 
-    Processes that only look whether it is held have it for microseconds. Raises `OSError`.
+    Waits out processes that only probe the lock. Raises `OSError`.
     """
     try:
-        with naming(path):
+        with add_path(path):
             taken = flock_within(fd)
     except BaseException:
         os.close(fd)
@@ -129,7 +129,10 @@ def take_or_close(fd: int, path: Path) -> bool:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether the lock of a file is held: False for a missing file, True where there are no locks. Raises `OSError`."""
+    """Return whether the lock of a file is held. Raises `OSError`.
+
+    A missing file is not locked. On a file system without locks the answer is unknown and counts as held.
+    """
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -137,23 +140,23 @@ def is_locked(path: Path) -> bool:
     try:
         return not try_flock(fd)
     except NoLocks:
-        return True  # not known, so it counts as held
+        return True
     finally:
         os.close(fd)
 
 
 @contextmanager
-def alone(folder: Path, what: str) -> Iterator[None]:
-    """Hold a folder's lock, for milliseconds. Raises `Busy` (registry_locked, settings_locked, operations_locked,
-    logs_locked) and `OSError`, of it `NoLocks`."""
+def folder_lock(folder: Path, name: str) -> Iterator[None]:
+    """Hold a folder's lock for milliseconds. Raises `Busy` (registry_locked, settings_locked, operations_locked,
+    logs_locked) and `OSError`; its subclass `NoLocks` if the file system has no locks."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with naming(folder):
+        with add_path(folder):
             free = flock_within(fd, LOCK_SECONDS)
         if not free:
             raise Busy(
-                f"{what}_locked",
-                f"another program holds the lock of the {what}",
+                f"{name}_locked",
+                f"another program holds the lock of the {name}",
                 why=f"it has been held for {LOCK_SECONDS:.0f} s; a transaction takes milliseconds",
                 hint=f"find it on the host: lsof {shlex.quote(str(folder))}",
             )

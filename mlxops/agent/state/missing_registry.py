@@ -1,5 +1,8 @@
-"""Decide whether a missing registry file may be taken for an empty registry. It may not if a link's target is gone, a
-disk is not mounted, a sync service replaced the file, or this host had one before."""
+"""Decide whether a missing registry file means an empty registry.
+
+It does not if a link's target is gone, a disk is not mounted, a sync service replaced the file, or this host had a
+registry before.
+"""
 
 from __future__ import annotations
 
@@ -12,39 +15,39 @@ from pathlib import Path
 
 from mlxops.common import files
 
-MAX_BYTES = 1024 * 1024
-_WRITERS = frozenset({"init", "load"})
-"""The commands of the history after which there was a registry."""
+MAX_STATE_BYTES = 1024 * 1024
+_REGISTRY_WRITERS = frozenset({"init", "load"})
+"""Commands in the history that prove that there was a registry."""
 
 
 def reason(configured: Path, real: Path) -> str | None:
-    """Return why the missing file is not an empty registry; None if there may never have been one.
+    """Return why the missing file does not mean an empty registry; None if there may never have been one.
 
-    `configured`: the path as the settings name it; `real`: the same without links.
+    `configured`: the path in the settings; `real`: the same with links resolved.
     """
     if link := files.dangling_link(configured):
         return f"{link} is a link to {os.path.realpath(link)}, which is not there; perhaps its disk is not mounted"
-    placeholder = next(iter(_named(real, _PLACEHOLDER)), None)
+    placeholder = next(iter(_matching_files(real, _PLACEHOLDER)), None)
     if placeholder is not None:
         bring = f" (on a Mac: brctl download {shlex.quote(str(real))})" if placeholder.suffix == ".icloud" else ""
         return f"a sync service keeps only a placeholder of it on this host: {placeholder}{bring}"
-    copies = conflicts(real) or _named(real, _OTHER_HOSTS)
+    copies = conflicted_copies(real) or _matching_files(real, _OTHER_HOSTS)
     if copies:
         return f"it is gone, and a sync service left conflicted copies: {', '.join(map(str, copies[:3]))}"
     return None
 
 
-def way_back(real: Path) -> str | None:
-    """The beginning of a hint: how to undo what a sync service did; None: it did nothing that can be seen."""
-    if _named(real, _PLACEHOLDER):
+def sync_service_hint(real: Path) -> str | None:
+    """Return the beginning of a hint: how to undo what a sync service did. None if there is no sign of one."""
+    if _matching_files(real, _PLACEHOLDER):
         return "have its sync service bring it back; or "
-    copies = conflicts(real) or _named(real, _OTHER_HOSTS)
+    copies = conflicted_copies(real) or _matching_files(real, _OTHER_HOSTS)
     if not copies:
         return None
     return f"put the right copy back: cp {shlex.quote(str(copies[0]))} {shlex.quote(str(real))}; or "
 
 
-# What sync services make of a name: `{}` is the stem, `[]` the suffix.
+# How sync services rename a file: `{}` is the stem, `[]` the suffix.
 
 _PLACEHOLDER = (
     r"\.{}[]\.icloud",  # iCloud Drive up to macOS 13
@@ -58,53 +61,53 @@ _CONFLICT = (
 )
 _OTHER_HOSTS = (
     r"{}-[^/]+[]",
-)  # OneDrive: registry-MINI.json. Only counts if registry.json itself is gone: other files have such names, too.
+)  # OneDrive: registry-MINI.json. Counts only if registry.json itself is gone: other files have such names, too.
 
 
-def conflicts(registry: Path) -> list[Path]:
+def conflicted_copies(registry: Path) -> list[Path]:
     """Return the conflicted copies beside the registry."""
-    return _named(registry, _CONFLICT)
+    return _matching_files(registry, _CONFLICT)
 
 
-def _named(registry: Path, patterns: Iterable[str]) -> list[Path]:
+def _matching_files(registry: Path, patterns: Iterable[str]) -> list[Path]:
     stem, suffix = re.escape(registry.stem), re.escape(registry.suffix)
-    wanted = [re.compile(each.replace("{}", stem).replace("[]", suffix), re.IGNORECASE) for each in patterns]
+    compiled = [re.compile(text.replace("{}", stem).replace("[]", suffix), re.IGNORECASE) for text in patterns]
     try:
         names = os.listdir(registry.parent)
     except OSError:
         return []
-    return [registry.parent / name for name in sorted(names) if any(each.fullmatch(name) for each in wanted)]
+    return [registry.parent / name for name in sorted(names) if any(pattern.fullmatch(name) for pattern in compiled)]
 
 
-# What the state folder says about earlier registries
+# Evidence of earlier registries in the state folder
 
 
-def remembered(mark: Path) -> frozenset[str]:
-    """Return the paths at which this host has had a registry."""
+def read_known_paths(file: Path) -> frozenset[str]:
+    """Return the paths at which this host has had a registry, from registry.known.json."""
     try:
-        paths = json.loads(files.read(mark, MAX_BYTES))["paths"]
+        paths = json.loads(files.read(file, MAX_STATE_BYTES))["paths"]
         return frozenset(path for path in paths if isinstance(path, str))
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return frozenset()
 
 
-def encoded(paths: Iterable[str]) -> bytes:
+def encode_known_paths(paths: Iterable[str]) -> bytes:
     return json.dumps({"paths": sorted(paths)}, indent=2).encode()
 
 
-def had_one_before_marks(state: Path) -> bool:
-    """Whether the state of an older mlxops, which wrote no registry.known.json, shows that there was a registry."""
+def older_state_shows_registry(state: Path) -> bool:
+    """Return whether the state of an older mlxops, without registry.known.json, proves that there was a registry."""
     if os.path.lexists(state / "registry.previous.json"):
         return True
     try:
-        data = files.read_end(state / "history.jsonl", MAX_BYTES)
+        data = files.read_end(state / "history.jsonl", MAX_STATE_BYTES)
     except OSError:
         return False
-    return any(_wrote(line) for line in data.splitlines())
+    return any(_proves_registry(line) for line in data.splitlines())
 
 
-def _wrote(line: bytes) -> bool:
+def _proves_registry(line: bytes) -> bool:
     try:
-        return json.loads(line)["command"] in _WRITERS
+        return json.loads(line)["command"] in _REGISTRY_WRITERS
     except (ValueError, LookupError, TypeError, RecursionError):
         return False

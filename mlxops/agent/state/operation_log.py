@@ -1,12 +1,13 @@
-"""The record of one operation: its request, its events, and whether its worker lives. Kept on the host, so that
-an operation outlives the connection that asked for it, and anybody can follow it.
+"""The record of one operation: its request, its events, and whether its worker is alive.
 
-    ops/<id>/request.json   as it was asked
-    ops/<id>/events.jsonl   one event a line, appended by the worker
-    ops/<id>/lock           held by the worker for as long as it lives
-    ops/<id>/cancel         made by who wants it to end, taken away by the worker that has heard it
-    ops/<id>/without-<port> made by who wants it to leave that port alone; of a restore
-    ops/<id>/stderr         what the worker's libraries print
+It is kept on the host, so that an operation outlives the connection that requested it, and any client can follow it.
+
+    ops/<id>/request.json   the request
+    ops/<id>/events.jsonl   one event per line, appended by the worker
+    ops/<id>/lock           held by the worker while it lives
+    ops/<id>/cancel         created by a client to cancel the operation, removed by the worker when it reacts
+    ops/<id>/without-<port> created by a client to exclude a port from a restore
+    ops/<id>/stderr         output of the worker's libraries
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mlxops.agent.state.locks import alone, naming, take_or_close, try_flock
-from mlxops.agent.state.store import flush, state_unreadable
+from mlxops.agent.state.durable_files import flush
+from mlxops.agent.state.locks import add_path, folder_lock, take_or_close, try_flock
+from mlxops.agent.state.store import state_unreadable
 from mlxops.common import files
 from mlxops.common.files import Unfit
 from mlxops.core.errors import Bug, MlxopsError, Refused
@@ -32,34 +34,34 @@ from mlxops.core.protocol import (
     MAX_LINE,
     PROTOCOL,
     Done,
+    Envelope,
     Event,
     Failed,
     Phase,
     Progress,
-    Request,
+    decode_envelope,
     decode_event,
-    decode_request,
     encode_event,
 )
 
-MAX_REQUEST = 8 * 1024 * 1024
-"""Bytes, encoded: the longest that an agent accepts has an eighth of it."""
-KEPT = 200
-"""Operations whose records are kept."""
+MAX_REQUEST_BYTES = 8 * 1024 * 1024
+"""Limit of an encoded request. An agent accepts an eighth of it."""
+KEPT_OPERATIONS = 200
 POLL_SECONDS = 0.015
-PATIENT_POLL_SECONDS = 0.1
-"""After a few seconds without news: a download of an hour is not worth a core's attention."""
-PATIENT_AFTER_SECONDS = 3.0
-ACTIVITY_BYTES = 65536
-"""How much of a record's end tells where the operation is: some hundred events."""
-_ENDS = tuple(f'{{"mlxops":{PROTOCOL},"event":"{event}"'.encode() for event in ("done", "failed"))
-_seen_ended: set[Path] = set()
+SLOW_POLL_SECONDS = 0.1
+"""The interval after `SLOW_AFTER_SECONDS` without an event: a long download needs no fast polling."""
+SLOW_AFTER_SECONDS = 3.0
+TAIL_BYTES = 65536
+"""How much of the events' end is read for the operation's state: some hundred events."""
+_FINAL_PREFIXES = tuple(f'{{"mlxops":{PROTOCOL},"event":"{event}"'.encode() for event in ("done", "failed"))
+_known_ended: set[Path] = set()
+"""Folders of operations that are known to have ended."""
 _ID = re.compile(r"[0-9]{8}T[0-9]{6}-[0-9a-f]{6,8}")
 
 
 @dataclass(frozen=True)
 class OperationState:
-    """Where an operation is: its latest phase, the bytes of it, and how it ended."""
+    """The state of an operation: its latest phase, the progress in it, and its result."""
 
     phase: Phase | None = None
     progress: Progress | None = None
@@ -79,29 +81,33 @@ class OperationLog:
     def id(self) -> str:
         return self.folder.name
 
-    def request(self) -> Request:
-        """What was asked. Raises `OSError`; `ValueError` if the record does not say."""
-        return decode_request(files.read(self.folder / "request.json", MAX_REQUEST))
+    def request(self) -> Envelope:
+        """Return the request. Raises `OSError`, and `ValueError` if the record is damaged."""
+        return decode_envelope(files.read(self.folder / "request.json", MAX_REQUEST_BYTES))
 
-    # The worker's side
+    # For the worker
 
     def hold(self) -> int:
-        """The lock that says that the worker lives, as a descriptor for the worker to inherit: so there is no moment
-        at which the operation exists and seems dead. Raises `OSError`; of it `BlockingIOError` if a worker lives."""
+        """Take the worker's lock and return its descriptor, which the worker inherits.
+
+        So the operation never looks dead before its worker runs. Raises `OSError`; `BlockingIOError` if a worker is
+        alive.
+        """
         path = self.folder / "lock"
         fd = files.open_file(path, os.O_RDWR | os.O_CREAT)
         if not take_or_close(fd, path):
-            raise BlockingIOError(errno.EWOULDBLOCK, "its worker lives", str(self.folder))
+            raise BlockingIOError(errno.EWOULDBLOCK, "its worker is alive", str(self.folder))
         return fd
 
     def emitter(self) -> Callable[[Event], None]:
-        fd = self._open()
+        """Return the function that appends an event."""
+        fd = self._open_events()
         whole = True
 
         def emit(event: Event) -> None:
             nonlocal whole
-            # A full disk must not end an operation because its diary cannot be kept. What got in half is closed by
-            # a line's end, so that what follows can be read.
+            # Ignore a failed write: a full disk must not end an operation. After a partial write, start a new line, so
+            # that the next event can be read.
             line = ("" if whole else "\n") + encode_event(event) + "\n"
             whole = False
             with contextlib.suppress(OSError):
@@ -111,102 +117,116 @@ class OperationLog:
 
         return emit
 
-    def _open(self) -> int:
+    def _open_events(self) -> int:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-        # A pipe that nobody reads does not make us wait: it is an error.
+        # Without O_NONBLOCK, opening a named pipe without a reader would block.
         return os.open(self.folder / "events.jsonl", flags | os.O_NONBLOCK, 0o600)
 
     def discard(self) -> None:
-        """For an operation that nobody ever worked on: it did not begin, so it was not cut short either."""
+        """Remove the record of an operation whose worker did not start: it was not interrupted."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def append(self, event: Event) -> None:
-        """Write an event, the end, for a worker that cannot do it any more; nothing if it can."""
-        with contextlib.suppress(OSError), _closing(self.hold()), _closing(self._open()) as fd:
+        """Write the final event for a worker that is dead. Do nothing if a worker is alive."""
+        with contextlib.suppress(OSError), _closing(self.hold()), _closing(self._open_events()) as fd:
             os.write(fd, f"\n{encode_event(event)}\n".encode())
+
+    def seconds(self, *, alive: bool) -> float | None:
+        """Return how long it took, or has taken until now; None if that cannot be read."""
+        try:
+            began = (self.folder / "request.json").stat().st_mtime
+            ended = time.time() if alive else (self.folder / "events.jsonl").stat().st_mtime
+        except OSError:
+            return None
+        return round(max(0.0, ended - began), 3)
 
     @property
     def since(self) -> str:
-        """When it was asked for: wall time, UTC. As the id says, which may be no time that there ever was."""
+        """The time of the request in UTC, taken from the id. It may not be a valid date."""
         day, at = self.id[:8], self.id[9:15]
         return f"{day[:4]}-{day[4:6]}-{day[6:]}T{at[:2]}:{at[2:4]}:{at[4:]}Z"
 
     @property
-    def cancelled(self) -> bool:
-        """Whether somebody wants it to end, and its worker has not heard that yet."""
+    def cancel_requested(self) -> bool:
+        """Whether a client has cancelled it and its worker has not reacted yet."""
         return (self.folder / "cancel").exists()
 
-    def heed(self) -> None:
-        """The wish to end was heard."""
+    def clear_cancel(self) -> None:
+        """Acknowledge `cancel`."""
         with contextlib.suppress(OSError):
             (self.folder / "cancel").unlink(missing_ok=True)
 
     @property
-    def taken_out(self) -> frozenset[int]:
-        """The ports that it is to leave alone."""
-        named = (path.name.partition("-")[2] for path in self.folder.glob("without-*"))
-        return frozenset(int(port) for port in named if port.isdecimal())
+    def excluded_ports(self) -> frozenset[int]:
+        """The ports that a restore leaves alone."""
+        ports = (path.name.partition("-")[2] for path in self.folder.glob("without-*"))
+        return frozenset(int(port) for port in ports if port.isdecimal())
 
-    # Everybody else's
+    # For every other process
 
     def cancel(self) -> None:
         (self.folder / "cancel").touch(mode=0o600)
 
-    def take_out(self, port: int) -> None:
+    def exclude_port(self, port: int) -> None:
         (self.folder / f"without-{port}").touch(mode=0o600)
 
     def alive(self) -> bool:
-        """Whether its worker holds the lock."""
+        """Return whether its worker holds the lock."""
         try:
             fd = files.open_file(self.folder / "lock")
         except (FileNotFoundError, Unfit):
             return False
         try:
-            with naming(self.folder / "lock"):
+            with add_path(self.folder / "lock"):
                 return not try_flock(fd, shared=True)
         finally:
             os.close(fd)
 
     @property
     def ended(self) -> bool:
-        """Whether its record has an end. Quick, for looking at all of them: the last line's first bytes tell, and who
-        has seen an end once does not look for it again."""
-        if self.folder not in _seen_ended and self._end().rstrip().rpartition(b"\n")[2].startswith(_ENDS):
-            _seen_ended.add(self.folder)
-        return self.folder in _seen_ended
+        """Whether its record has a final event.
 
-    def _end(self) -> bytes:
-        """The end of its events: at least the whole last line, which may be a long result."""
+        Fast, because it is asked for every operation: it compares the first bytes of the last line, and remembers the
+        operations that have ended.
+        """
+        if self.folder not in _known_ended:
+            last_line = self._read_tail().rstrip().rpartition(b"\n")[2]
+            if last_line.startswith(_FINAL_PREFIXES):
+                _known_ended.add(self.folder)
+        return self.folder in _known_ended
+
+    def _read_tail(self) -> bytes:
+        """Return the end of its events, with at least the whole last line, which may be a long result."""
         events = self.folder / "events.jsonl"
         try:
-            data = files.read_end(events, ACTIVITY_BYTES)
+            data = files.read_end(events, TAIL_BYTES)
             return data if b"\n" in data.rstrip() else files.read_end(events, 2 * MAX_LINE)
         except (FileNotFoundError, Unfit):
             return b""
 
-    def stand(self) -> OperationState:
-        """Where it is, from the end of its record."""
-        stand = OperationState()
-        for line in self._end().decode(errors="replace").splitlines():
+    def state(self) -> OperationState:
+        """Return its state, read from the end of its events."""
+        state = OperationState()
+        for line in self._read_tail().decode(errors="replace").splitlines():
             match decode_event(line):
                 case Phase() as phase:
-                    stand = OperationState(phase)
+                    state = OperationState(phase)
                 case Progress() as progress:
-                    stand = replace(stand, progress=progress)
+                    state = replace(state, progress=progress)
                 case Done() | Failed() as final:
-                    stand = replace(stand, final=final)
-        return stand
+                    state = replace(state, final=final)
+        return state
 
-    def follow(self, heard: int = 0) -> Iterator[Event | None]:
-        """Its events after the first `heard` to the last, as they come; None while there is nothing to tell.
+    def follow(self, skip: int = 0) -> Iterator[Event | None]:
+        """Yield its events after the first `skip`, up to the final one, as they are written. Yield None while waiting.
 
-        A worker that ended without a last word is told as a `Failed`.
+        If the worker ended without a final event, yield a `Failed`.
         """
         rest = b""
         position = 0
-        news = time.monotonic()
+        last_data = time.monotonic()
         while True:
-            # Asked before reading: what a worker wrote before it ended is then never missed.
+            # Check before reading, so that the last events of a worker that ends in between are not missed.
             alive = self.alive()
             data = self._read_from(position)
             position += len(data)
@@ -218,17 +238,17 @@ class OperationLog:
                 if isinstance(event, Done | Failed):
                     yield event
                     return
-                if heard > 0:
-                    heard -= 1
+                if skip > 0:
+                    skip -= 1
                 else:
                     yield event
             if not alive and not data:
-                yield Failed(self._ended_silently())
+                yield Failed(self._missing_result_error())
                 return
-            news = time.monotonic() if data else news
+            last_data = time.monotonic() if data else last_data
             yield None
-            patient = time.monotonic() - news > PATIENT_AFTER_SECONDS
-            time.sleep(PATIENT_POLL_SECONDS if patient else POLL_SECONDS)
+            slow = time.monotonic() - last_data > SLOW_AFTER_SECONDS
+            time.sleep(SLOW_POLL_SECONDS if slow else POLL_SECONDS)
 
     def _read_from(self, position: int) -> bytes:
         try:
@@ -238,7 +258,7 @@ class OperationLog:
         except (FileNotFoundError, Unfit):
             return b""
 
-    def _ended_silently(self) -> MlxopsError:
+    def _missing_result_error(self) -> MlxopsError:
         with contextlib.suppress(OSError):
             last = files.read_end(self.folder / "stderr", 2000).decode(errors="replace").strip()
             if last:
@@ -251,80 +271,80 @@ class OperationLog:
         return Refused(
             "operation_interrupted",
             f"operation {self.id} was interrupted",
-            why="its worker was killed, the host went down, or its disk takes no more",
-            hint="see what it left: mlxctl status; then ask for the same thing again",
+            why="its worker was killed, the host went down, or its disk is full",
+            hint="see what it left: mlxctl status; then run the same command again",
         )
 
 
-def create(ops: Path, request: Request) -> tuple[OperationLog, int | None]:
-    """A new operation's record, and its lock for the worker; or the record that the same ticket has already, and
-    None. Raises `Busy` (operations_locked), `OSError`."""
-    # Two requests with one ticket, from two connections, must not both find it new.
-    with alone(ops, "operations"):
+def create(ops: Path, request: Envelope) -> tuple[OperationLog, int | None]:
+    """Create an operation's record. Return it and the lock for its worker; or if the ticket already has a record, that
+    record and None. Raises `Busy` (operations_locked), `OSError`."""
+    # Without the lock, two requests with one ticket, from two connections, could both create a record.
+    with folder_lock(ops, "operations"):
         ticket = request.ticket or os.urandom(4).hex()
         for folder in ops.glob(f"*-{ticket}"):
             return OperationLog(folder), None
         _prune(ops)
         folder = ops / f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{ticket}"
         folder.mkdir(mode=0o700)
-        journal = OperationLog(folder)
+        log = OperationLog(folder)
         try:
-            return journal, _begun(journal, request)
+            return log, _write_request(log, request)
         except BaseException:
-            journal.discard()
+            log.discard()
             raise
 
 
-def _begun(journal: OperationLog, request: Request) -> int:
-    """Everything that a worker needs in order to be heard: a disk that is full is then told by who still can."""
-    lock = journal.hold()  # before all else: what can be read and seems dead is taken for cut short
+def _write_request(log: OperationLog, request: Envelope) -> int:
+    """Create the files that a worker needs in order to report: a full disk then shows here. Return the lock."""
+    lock = log.hold()  # first: a record that can be read and whose lock is free counts as interrupted
     try:
-        fd = os.open(journal.folder / "request.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fd = os.open(log.folder / "request.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with open(fd, "wb") as file:
             file.write(request.encode())
-        os.close(journal._open())
+        os.close(log._open_events())
     except BaseException:
         os.close(lock)
         raise
     return lock
 
 
-def named(ops: Path, operation: str) -> OperationLog | None:
-    """The record of an operation by its id; None if there is none, or if that is no id."""
+def find_operation(ops: Path, operation: str) -> OperationLog | None:
+    """Return the record of an operation by its id; None if there is none, or if the id is invalid."""
     folder = ops / operation
     return OperationLog(folder) if _ID.fullmatch(operation) and folder.is_dir() else None
 
 
-def stand_of(ops: Path, operation: str) -> OperationState:
-    """Where an operation is by its id; an empty stand if that is not known."""
-    journal = named(ops, operation)
-    return journal.stand() if journal else OperationState()
+def operation_state(ops: Path, operation: str) -> OperationState:
+    """Return the state of an operation by its id; an empty state if it has no record."""
+    log = find_operation(ops, operation)
+    return log.state() if log else OperationState()
 
 
-def recent(ops: Path) -> list[OperationLog]:
-    """The records that are kept, the newest first. Raises `Refused` (state_unreadable)."""
+def recent_operations(ops: Path) -> list[OperationLog]:
+    """Return all records, the newest first. Raises `Refused` (state_unreadable)."""
     try:
-        names = _names(ops)
+        names = _list_ids(ops)
     except FileNotFoundError:
         return []
     except NotADirectoryError as error:
         raise state_unreadable(ops, error) from None
-    alike = Counter(name[:15] for name in names)
+    in_second = Counter(name[:15] for name in names)
 
-    def began(name: str) -> tuple[str, int]:
-        """The second is in the name; within one, the file that was written first tells."""
-        return name[:15], _written(ops / name / "request.json") if alike[name[:15]] > 1 else 0
+    def start_key(name: str) -> tuple[str, int]:
+        """The name contains the second. Within one second, compare when the request was written."""
+        return name[:15], _modified_ns(ops / name / "request.json") if in_second[name[:15]] > 1 else 0
 
-    return [OperationLog(ops / name) for name in sorted(names, key=began, reverse=True)]
+    return [OperationLog(ops / name) for name in sorted(names, key=start_key, reverse=True)]
 
 
-def _names(ops: Path) -> list[str]:
-    """The folders that are called like operations; not what else lies there. Raises `OSError`."""
+def _list_ids(ops: Path) -> list[str]:
+    """Return the names of the folders that are named like operations. Raises `OSError`."""
     with os.scandir(ops) as entries:
-        return [each.name for each in entries if _ID.fullmatch(each.name) and each.is_dir(follow_symlinks=False)]
+        return [entry.name for entry in entries if _ID.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)]
 
 
-def _written(path: Path) -> int:
+def _modified_ns(path: Path) -> int:
     try:
         return path.stat().st_mtime_ns
     except OSError:
@@ -340,8 +360,8 @@ def _closing(fd: int) -> Iterator[int]:
 
 
 def _prune(ops: Path) -> None:
-    """The oldest records beyond the number that is kept go, unless their worker lives."""
-    known = [ops / name for name in sorted(_names(ops))]
-    for folder in known[: max(0, len(known) - KEPT + 1)]:
+    """Make room for one more record: remove the oldest ones whose worker is not alive."""
+    folders = [ops / name for name in sorted(_list_ids(ops))]
+    for folder in folders[: max(0, len(folders) - KEPT_OPERATIONS + 1)]:
         if not OperationLog(folder).alive():
             shutil.rmtree(folder, ignore_errors=True)

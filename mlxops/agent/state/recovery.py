@@ -1,9 +1,9 @@
-"""Operations that were cut short: their worker was killed, or the host went down, before they had a result.
+"""Interrupted operations: their worker was killed, or the host went down, before they had a result.
 
-Such an operation is found in two ways: its record has no end although nobody works on it, and it never gave back the
-locks that it held. What it did to a port is seen by looking at the port, so repairing needs no memory of it: whoever
-takes the port's lock next does what its own plan says. The record is for people: it is named by `status`, and
-by the next command on that port, which then writes its end.
+An interrupted operation shows in two ways: its record has no final event although no worker is alive, and it did not
+release its locks. Repairing a port needs no record of what was interrupted: the next command that takes the port's
+lock observes the port and plans from that. The record is for people: `status` names the operation, and the next
+command on that port also names it and writes its final event.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from mlxops.agent.state.operation_log import OperationLog, named, recent
+from mlxops.agent.state.operation_log import OperationLog, find_operation, recent_operations
 from mlxops.agent.state.store import Store, state_unreadable
 from mlxops.core.drift import Drift, DriftCode
 from mlxops.core.errors import Refused
@@ -21,94 +21,106 @@ from mlxops.core.records import Operation
 
 @dataclass(frozen=True)
 class InterruptedOperation:
-    """An operation without an end whose worker is gone."""
+    """An operation without a final event whose worker is dead."""
 
-    journal: OperationLog
+    log: OperationLog
     operation: Operation
     phase: str
-    """What it was doing, in a few words; empty if it had not said anything."""
+    """Its last phase with the progress; empty if it had not reported one."""
 
     def __str__(self) -> str:
-        where = f" on {self.operation.port}" if self.operation.port else ""
-        what = f"{self.operation.command} {self.operation.model or ''}".strip() + where
-        when = f"while it was at {self.phase}" if self.phase else "before it told anything"
-        return f"{what}, asked by {self.operation.asker} at {self.operation.since}, was interrupted {when}"
+        port = f" on {self.operation.port}" if self.operation.port else ""
+        command = f"{self.operation.command} {self.operation.model or ''}".strip() + port
+        when = f"while it was at {self.phase}" if self.phase else "before it reported anything"
+        return f"{command}, asked by {self.operation.asker} at {self.operation.since}, was interrupted {when}"
+
+    @property
+    def with_id(self) -> str:
+        return f"{self} ({self.log.id})"
 
 
-def find(store: Store, ports: Iterable[int]) -> Iterator[InterruptedOperation]:
-    """All of them, the newest first. `ports`: whose locks are looked at for the port that one was about."""
-    held = [left for port in ports if (left := store.left(f"port-{port}"))]
-    at = {operation.id: operation.port for operation in held}
-    for journal in recent(store.state / "ops"):
-        if not journal.ended and not journal.alive() and (cut := _cut(journal, at.get(journal.id))) is not None:
-            yield cut
+def find_interrupted(store: Store, ports: Iterable[int]) -> Iterator[InterruptedOperation]:
+    """Yield all interrupted operations, the newest first.
+
+    `ports`: a request may not name its port; an abandoned lock of one of these ports then does.
+    """
+    abandoned = [operation for port in ports if (operation := store.abandoned_by(f"port-{port}"))]
+    locked_ports = {operation.id: operation.port for operation in abandoned}
+    for log in recent_operations(store.state / "ops"):
+        if log.ended or log.alive():
+            continue
+        interrupted = _interrupted_operation(log, locked_ports.get(log.id))
+        if interrupted is not None:
+            yield interrupted
 
 
-def _cut(journal: OperationLog, port: int | None) -> InterruptedOperation | None:
-    """None if it came to an end, or left nothing to be read."""
-    stand = journal.stand()
-    if stand.final is not None:
+def _interrupted_operation(log: OperationLog, port: int | None) -> InterruptedOperation | None:
+    """Describe the operation of a dead worker; None if it has a final event, or if its request cannot be read."""
+    state = log.state()
+    if state.final is not None:
         return None
     try:
-        request = journal.request()
+        envelope = log.request()
     except (OSError, ValueError):
         return None
-    text = request.text("port") or ""
+    subject = envelope.request.subject
+    text = subject.port or ""
     operation = Operation(
-        journal.id,
-        request.command,
-        model=request.text("model"),
+        log.id,
+        envelope.request.name,
+        model=subject.model,
         port=port or (int(text) if text.isdecimal() and len(text) <= 5 else None),
-        asker=str(request.asker),
-        since=journal.since,
+        asker=str(envelope.asker),
+        since=log.since,
     )
-    return InterruptedOperation(journal, operation, str(stand))
+    return InterruptedOperation(log, operation, str(state))
 
 
 def drift(store: Store, ports: Iterable[int]) -> Iterator[Drift]:
+    """Yield a drift for each interrupted operation, or one that says that the records cannot be read."""
     try:
-        found = list(find(store, ports))
+        interrupted = list(find_interrupted(store, ports))
     except (Refused, OSError) as error:
         refused = error if isinstance(error, Refused) else state_unreadable(store.state / "ops", error)
         yield Drift(DriftCode.STATE_UNREADABLE, None, None, f"{refused.message}: {refused.why}", refused.hint)
         return
-    for cut in found:
-        operation = cut.operation
-        command = f"mlxctl {operation.command} {operation.model or ''}".strip()
+    for each in interrupted:
+        operation = each.operation
+        again = f"mlxctl {operation.command} {operation.model or ''}".strip()
         if operation.port is not None:
-            command += f" {operation.port}"
-        message = f"{cut} ({cut.journal.id})"
-        yield Drift.of(DriftCode.INTERRUPTED_OPERATION, operation.port, operation.model, message, command=command)
+            again += f" {operation.port}"
+        yield Drift.of(DriftCode.INTERRUPTED_OPERATION, operation.port, operation.model, each.with_id, command=again)
 
 
 def settle(store: Store, operation: str, port: int | None, *, by: str) -> str | None:
-    """Write the end of an interrupted operation; return a sentence that names it, None if it was not interrupted.
+    """Write the final event of an interrupted operation and remove its temporary files.
 
-    `by`: the operation that repairs what it left.
+    Return a sentence that names the operation; None if it was not interrupted. `by`: the operation that repairs what
+    it left.
     """
-    journal = named(store.state / "ops", operation)
-    cut = _cut(journal, port) if journal is not None and not journal.alive() else None
-    if cut is None:
+    log = find_operation(store.state / "ops", operation)
+    interrupted = _interrupted_operation(log, port) if log is not None and not log.alive() else None
+    if interrupted is None:
         return None
-    _write_end(cut, by)
+    _write_final_event(interrupted, by)
     store.remove_leftovers()
-    return f"{cut} ({cut.journal.id})"
+    return interrupted.with_id
 
 
 def settle_all(store: Store, ports: Iterable[int], *, by: str, dry_run: bool) -> list[str]:
-    """Write the end of every interrupted operation, unless it is a dry run; return a sentence for each."""
-    found = list(find(store, ports))
-    for cut in found:
+    """Write the final event of every interrupted operation, unless it is a dry run. Return a sentence for each."""
+    interrupted = list(find_interrupted(store, ports))
+    for each in interrupted:
         if not dry_run:
-            _write_end(cut, by)
-    return [f"{cut} ({cut.journal.id})" for cut in found]
+            _write_final_event(each, by)
+    return [each.with_id for each in interrupted]
 
 
-def _write_end(cut: InterruptedOperation, by: str) -> None:
+def _write_final_event(interrupted: InterruptedOperation, by: str) -> None:
     error = Refused(
         "operation_interrupted",
-        f"{cut}",
+        f"{interrupted}",
         why="its worker was killed, or the host went down",
-        hint=f"what it left was taken care of by {by}",
+        hint=f"what it left was cleaned up by {by}",
     )
-    cut.journal.append(Failed(error))
+    interrupted.log.append(Failed(error))

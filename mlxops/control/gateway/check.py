@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -23,6 +24,9 @@ from mlxops.control.inventory import Gateway
 from mlxops.control.render import Console
 from mlxops.core import gateway as core
 from mlxops.core import probe_names as asking
+from mlxops.core import wire
+from mlxops.core.commands.gateway import ServedPort, ServedPorts
+from mlxops.core.commands.load import Loading, LoadResult
 from mlxops.core.errors import MlxopsError, Refused, UsageError
 from mlxops.core.gateway import Entry, Finding, Port, Severity
 from mlxops.core.litellm import Config, deployed
@@ -72,41 +76,31 @@ def slots(target: HostTarget) -> tuple[Port, ...]:
     return tuple(Port(target.name, address, port, settings.slots.get(port)) for port in settings.ports)
 
 
-def seen(expected: Sequence[Port], answer: HostReply) -> tuple[Port, ...]:
+def seen(expected: Sequence[Port], answer: HostReply[ServedPorts]) -> tuple[Port, ...]:
     """The same ports as the host's agent saw them (its answer to `gateway`); as they were, if it was not reached."""
-    rows = answer.result.get("ports") if answer.result else None
-    by_port = {row.get("port"): row for row in rows if isinstance(row, dict)} if isinstance(rows, list) else {}
+    by_port = {row.port: row for row in answer.result.ports} if answer.result else {}
     return tuple(_seen(port, by_port[port.port]) if port.port in by_port else port for port in expected)
 
 
-def _seen(port: Port, row: Mapping[str, object]) -> Port:
-    def text(key: str) -> str | None:
-        value = row.get(key)
-        return value if isinstance(value, str) else None
-
-    owner, state, context, also = text("owner"), text("state"), row.get("context_length"), row.get("also_answers_to")
+def _seen(port: Port, row: ServedPort) -> Port:
     return Port(
         port.host,
         port.address,
         port.port,
         port.alias,
-        state=State(state) if state in set(State) else State.UNKNOWN,
-        owner=Owner(owner) if owner in set(Owner) else None,
-        model=text("model"),
-        answers_to=text("answers_to"),
-        also_answers_to=tuple(name for name in also if isinstance(name, str)) if isinstance(also, list) else (),
-        answers_to_any=row.get("answers_to_any") is True,
-        drops_for_others=row.get("drops_for_others") is not False,
-        paths=_strings(row.get("paths")),
-        not_asked=text("not_asked") or "",
-        context_length=context if isinstance(context, int) else None,
-        assigned=row.get("assigned") is True,
-        detail=text("detail") or "",
+        state=State(row.state) if row.state in set(State) else State.UNKNOWN,
+        owner=Owner(row.owner) if row.owner in set(Owner) else None,
+        model=row.model,
+        answers_to=row.answers_to,
+        also_answers_to=row.also_answers_to,
+        answers_to_any=row.answers_to_any,
+        drops_for_others=row.drops_for_others,
+        paths=frozenset(row.paths),
+        not_asked=row.not_asked or "",
+        context_length=row.context_length,
+        assigned=row.assigned,
+        detail=row.detail,
     )
-
-
-def _strings(value: object) -> frozenset[str]:
-    return frozenset(each for each in value if isinstance(each, str)) if isinstance(value, list) else frozenset()
 
 
 # -- the check ----------------------------------------------------------------------------------------------------
@@ -122,7 +116,13 @@ def _under(config: Config, ports: Sequence[Port]) -> tuple[Entry, ...]:
     return core.claims(config.concrete(names), ports, same_host)
 
 
-def check(told: GatewayConfig, targets: Sequence[HostTarget], answers: Sequence[HostReply]) -> tuple[HostReply, ...]:
+Rows = Mapping[str, object]
+"""`{"aliases": [...], "findings": [...]}`: what `gateway` found on a host."""
+
+
+def check(
+    told: GatewayConfig, targets: Sequence[HostTarget], answers: Sequence[HostReply[ServedPorts]]
+) -> tuple[HostReply[Rows], ...]:
     """Each host's answer with its aliases and findings; one with a fault is refused. What concerns no single host
     stands with the first."""
     ports: dict[str, tuple[Port, ...]] = {}
@@ -147,19 +147,22 @@ def check(told: GatewayConfig, targets: Sequence[HostTarget], answers: Sequence[
     )
 
 
-def _registry_findings(answer: HostReply) -> Iterator[Finding]:
+def _registry_findings(answer: HostReply[ServedPorts]) -> Iterator[Finding]:
     """Report a registry that cannot be read: the assignments of its host's ports are then not known."""
-    error = (answer.result or {}).get("registry_error")
-    if isinstance(error, Mapping):
-        message = f"{error.get('message')}: {error.get('why')}"
-        code = str(error.get("code"))
-        yield Finding(code, None, None, Severity.WARNING, message, str(error.get("hint")), answer.host)
+    error = answer.result.registry_error if answer.result else None
+    if error is not None:
+        message = f"{error.message}: {error.why}"
+        yield Finding(error.code, None, None, Severity.WARNING, message, error.hint, answer.host)
 
 
-def _checked(told: GatewayConfig, answer: HostReply, ports: Sequence[Port], findings: Sequence[Finding]) -> HostReply:
+def _checked(
+    told: GatewayConfig, answer: HostReply[ServedPorts], ports: Sequence[Port], findings: Sequence[Finding]
+) -> HostReply[Rows]:
     rows = [_row(told, port, findings) for port in ports if port.alias or port.serves or _leading_to(told, port)]
     result = {"aliases": rows, "findings": [each.to_wire() for each in findings]}
-    return HostReply(answer.host, result, answer.error or fault(sum(f.severity is Severity.FAULT for f in findings)))
+    return HostReply[Rows](
+        answer.host, result, answer.error or fault(sum(f.severity is Severity.FAULT for f in findings))
+    )
 
 
 def fault(count: int) -> MlxopsError | None:
@@ -233,30 +236,32 @@ def as_yaml(document: Mapping[str, object], environ: Mapping[str, str]) -> str:
 # -- a load, seen from the gateway --------------------------------------------------------------------------------
 
 
-Send = Callable[[Mapping[str, object]], HostReply]
-"""Sends a request with these arguments."""
+def with_names(request: Loading, target: HostTarget, told: GatewayConfig | None) -> Loading:
+    """Return the request with what the gateway sends to the host's ports, and promises of them."""
+    return replace(request, **_said_of(target, told)) if told else request
 
 
-def load(
-    gateway: Gateway | None, target: HostTarget, args: Mapping[str, object], console: Console, send: Send
-) -> HostReply:
-    """A load that the gateway's names are checked against, and that ends with the receipt: `result.gateway`.
+def completed(
+    reply: HostReply[LoadResult],
+    gateway: Gateway,
+    told: GatewayConfig | None,
+    target: HostTarget,
+    console: Console,
+) -> HostReply[LoadResult]:
+    """Return a load's reply with the receipt of the gateway: `result.gateway`.
 
     That is `{"asked": bool, "why": str | None, "aliases": [{"alias", "ok", "code", "seconds", "attempts", ...}]}`. A
-    receipt that fails is a warning: the server was proven on its port, and it is the gateway's side that is to be
-    looked at. A configuration that cannot be read is one too: it must not keep anybody from serving.
+    receipt that fails is a warning: the server was proven on its port, and the fault is on the gateway's side.
     """
-    told = _told(gateway, target, console)
-    answer = send({**args, **_said_of(target, told)} if told else args)
-    if told and answer.error is not None and answer.error.code == "gateway_name":
-        _name_the_edit(answer.error, told, target)
-    result = answer.result
-    if gateway is None or result is None or result.get("state") != "ready" or result.get("dry_run"):
-        return answer
-    return replace(answer, result={**result, "gateway": _receipt(gateway, told, target, result, console)})
+    if told and reply.error is not None and reply.error.code == "gateway_name":
+        _name_the_edit(reply.error, told, target)
+    result = reply.result
+    if result is None or result.state != "ready" or result.dry_run:
+        return reply
+    return replace(reply, result=replace(result, gateway=_receipt(gateway, told, target, result, console)))
 
 
-def _told(gateway: Gateway | None, target: HostTarget, console: Console) -> GatewayConfig | None:
+def known_config(gateway: Gateway | None, target: HostTarget, console: Console) -> GatewayConfig | None:
     """What the gateway was told; None where that is not known here."""
     if gateway is None or gateway.config is None or not os.path.isfile(Path(gateway.config).expanduser()):
         return None
@@ -271,7 +276,7 @@ def _told(gateway: Gateway | None, target: HostTarget, console: Console) -> Gate
         return told  # the load itself fails for the same reason, and reports it
 
 
-def _said_of(target: HostTarget, told: GatewayConfig) -> dict[str, object]:
+def _said_of(target: HostTarget, told: GatewayConfig) -> dict[str, Any]:
     """What the agent is told of the gateway: by port, the names that it sends and the tokens that it promises."""
     try:
         address, ports = reached_at(target), target.settings.ports
@@ -280,7 +285,7 @@ def _said_of(target: HostTarget, told: GatewayConfig) -> dict[str, object]:
     sent = core.names_sent(told.entries, address, same_host)
     promised = core.tokens_promised(told.entries, address, same_host)
     return {
-        "sent": {str(port): list(names) for port, names in sent.items() if port in ports},
+        "sent": {str(port): tuple(names) for port, names in sent.items() if port in ports},
         "promised": {str(port): tokens for port, tokens in promised.items() if port in ports},
     }
 
@@ -294,20 +299,20 @@ def _name_the_edit(error: MlxopsError, told: GatewayConfig, target: HostTarget) 
 
 
 def _receipt(
-    gateway: Gateway, told: GatewayConfig | None, target: HostTarget, result: Mapping[str, object], console: Console
+    gateway: Gateway, told: GatewayConfig | None, target: HostTarget, result: LoadResult, console: Console
 ) -> dict[str, object]:
     """Ask through the gateway for each of its names that leads to the port and that the server knows."""
-    port, base = result.get("port"), str(result.get("url"))
+    port, base = result.port, str(result.url)
     key = key_of(gateway, told.environ if told is not None else {})
     why, receipt = None, None
     if gateway.url is None:
         why = "no url of the gateway is configured"
     elif gateway.key_env and not key:
         why = f"{gateway.key_env} is set neither here nor in the gateway's env file"
-    elif isinstance(port, int):
-        settings, slot = target.settings, str(result.get("alias"))
+    elif port is not None:
+        settings, slot = target.settings, str(result.alias)
         beside = asking.slots_beside(port, reached_at(target), settings.slots, settings.ports)
-        server = asking.server_of(result, base, slot)
+        server = asking.server_of(wire.encode(result), base, slot)
         receipt = _Running.of(gateway, told, key, (server, *beside)).ask(RECEIPT_SECONDS)
         if not receipt.asking.names:
             why = aimed(f"{receipt.running.nowhere(slot, port)}; see: inv gateway", target.flags)
@@ -452,7 +457,9 @@ def _entry_of(deployment: probe.Deployment, files: Sequence[Entry]) -> Entry:
     return next(same, entry)
 
 
-def pass_through(gateway: Gateway, told: GatewayConfig, answers: Sequence[HostReply]) -> tuple[HostReply, ...]:
+def pass_through(
+    gateway: Gateway, told: GatewayConfig, answers: Sequence[HostReply[Rows]]
+) -> tuple[HostReply[Rows], ...]:
     """Ask for a completion under each name whose ready server knows what the gateway sends. A failure is a fault."""
     if gateway.url is None:
         raise UsageError(
@@ -474,7 +481,7 @@ def pass_through(gateway: Gateway, told: GatewayConfig, answers: Sequence[HostRe
     return tuple(_passed(answer, asked) for answer in answers)
 
 
-def _rows(answer: HostReply) -> list[dict[str, object]]:
+def _rows(answer: HostReply[Rows]) -> list[dict[str, object]]:
     rows = (answer.result or {}).get("aliases")
     return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
@@ -484,7 +491,7 @@ def _server(row: Mapping[str, object]) -> GatewayServer:
     return asking.server_of(row, str(row["url"]), slot if isinstance(slot, str) else None, idle=row["owner"] is None)
 
 
-def _passed(answer: HostReply, asked: _Asked) -> HostReply:
+def _passed(answer: HostReply[Rows], asked: _Asked) -> HostReply[Rows]:
     rows, found = [], list(_findings(answer))
     for row in _rows(answer):
         here = [alias for alias, urls in asked.asking.names.items() if row["url"] in urls]
@@ -509,7 +516,7 @@ def _passed(answer: HostReply, asked: _Asked) -> HostReply:
         found += [each.to_wire() for each in new]
     count = sum(each.get("severity") == Severity.FAULT.value for each in found)
     error = answer.error if answer.error and answer.error.code != "gateway_faults" else fault(count)
-    return replace(answer, result={"aliases": rows, "findings": found}, error=error)
+    return HostReply(answer.host, {"aliases": rows, "findings": found}, error)
 
 
 def _named(row: Mapping[str, object], here: Sequence[str], asked: _Asked) -> dict[str, object]:
@@ -518,7 +525,7 @@ def _named(row: Mapping[str, object], here: Sequence[str], asked: _Asked) -> dic
     return {"alias": names[0], "names": names} if names and asked.running.files is None else {}
 
 
-def _findings(answer: HostReply) -> list[dict[str, object]]:
+def _findings(answer: HostReply[Rows]) -> list[dict[str, object]]:
     found = (answer.result or {}).get("findings")
     return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
 

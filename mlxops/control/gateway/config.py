@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from mlxops.control.inventory import Gateway
+from mlxops.control.yaml_file import FileProblem, compose, construct, read_text
 from mlxops.core import env_file
 from mlxops.core.errors import Refused
 from mlxops.core.gateway import Entry, Finding, GatewayPaths, Severity
@@ -21,9 +22,7 @@ from mlxops.core.litellm import Config, Environ, parse
 
 MAX_BYTES = 512 * 1024
 MAX_FILES = 20
-MAX_MERGED = 10_000
-"""Keys that a mapping may have after its merge keys are followed."""
-MAX_DIGITS = 32
+MAX_DEPTH = 100
 
 
 @dataclass(frozen=True)
@@ -71,55 +70,11 @@ def _environ(name: str) -> tuple[Environ, tuple[Finding, ...]]:
 
 
 def _text(name: str, code: str) -> str:
-    def bad(what: str, why: str, hint: str) -> Refused:
-        return Refused(code, f"{name} {what}", why=why, hint=hint)
-
-    path = Path(name).expanduser()
     try:
-        # A named pipe would block for ever.
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise bad("is not a file", "only a regular file is read", "see `gateway` in hosts.yaml")
-        with path.open("rb") as stream:
-            data = stream.read(MAX_BYTES + 1)
-    except OSError as error:
-        hint = "see `gateway` in hosts.yaml: its paths are those of this machine"
-        raise bad("cannot be read", error.strerror or str(error), hint) from None
-    if len(data) > MAX_BYTES:
-        raise bad("is too large", f"more than {MAX_BYTES // 1024} kB are not read", "see `gateway` in hosts.yaml")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise Refused(code, f"{name} is UTF-16", why="it is read as UTF-8", hint="save it as UTF-8") from None
-        line = data.count(b"\n", 0, error.start) + 1
-        why = "it has bytes that are no character of it"
-        raise Refused(code, f"{name}:{line} is not UTF-8", why=why, hint="save the file as UTF-8") from None
-
-
-class _Bomb(Exception):
-    """A document that would unfold to far more than it says."""
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe, and bounded where PyYAML is not: merge keys that unfold, numbers that take minutes to read."""
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        merged = 0
-        for key, value in node.value:
-            if key.tag == "tag:yaml.org,2002:merge":
-                for inner in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                    if isinstance(inner, yaml.MappingNode):
-                        self.flatten_mapping(inner)
-                        merged += len(inner.value)
-                    if merged > MAX_MERGED:
-                        raise _Bomb("its merge keys unfold without end")
-        super().flatten_mapping(node)
-
-    def number(self, node: yaml.ScalarNode) -> object:
-        return node.value if len(node.value) > MAX_DIGITS else self.construct_yaml_int(node)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.number)
+        return read_text(Path(name).expanduser(), MAX_BYTES)
+    except FileProblem as problem:
+        why = "it belongs to the gateway's files that `gateway` in hosts.yaml names: paths of this machine"
+        raise Refused(code, f"{problem.place(name)} {problem.what}", why=why, hint=problem.hint) from None
 
 
 @dataclass(frozen=True)
@@ -219,32 +174,17 @@ def _repeated(document: _Document) -> list[Finding]:
 
 def _load(name: str) -> _Document:
     text = _text(name, "bad_gateway_config")
-
-    def bad(line: int | None, why: str) -> Refused:
-        place = f"{name}:{line}" if line else name
-        hint = "correct that file; LiteLLM could not read it either"
-        return Refused("bad_gateway_config", f"{place} cannot be read as YAML", why=why, hint=hint)
-
     try:
-        loader = _Loader(text)
-        try:
-            node = loader.get_single_node()
-            lines = _lines(node)  # construct_document replaces merge keys in the node
-            document = loader.construct_document(node) if node is not None else None
-        finally:
-            loader.dispose()
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        why = ", ".join(part for part in (error.problem, error.context) if part)
-        raise bad(mark.line + 1 if mark else None, why) from None
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise bad(line, f"the character U+{ord(text[error.position]):04X}") from None
-    except RecursionError:
-        raise bad(None, "it is nested too deeply") from None
-    except (_Bomb, ValueError, OverflowError, yaml.YAMLError) as error:
-        raise bad(None, str(error)[:200]) from None
-    return _Document(name, document, *lines)
+        node = compose(text, max_depth=MAX_DEPTH, aliases=True)
+        lines = _lines(node)  # `construct` replaces merge keys in the node
+        return _Document(name, construct(node) if node is not None else None, *lines)
+    except FileProblem as problem:
+        raise Refused(
+            "bad_gateway_config",
+            f"{problem.place(name)} cannot be read as YAML",
+            why=problem.what,
+            hint=f"{problem.hint}; LiteLLM could not read the file either",
+        ) from None
 
 
 _DEPTH = 6

@@ -12,7 +12,6 @@ not forward these fields. A key may be forbidden to set `cache`.
 
 from __future__ import annotations
 
-import http.client
 import json
 import secrets
 import time
@@ -20,7 +19,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from urllib.parse import quote, urlsplit
 
-from mlxops.common.http import answer_until, completion, question
+from mlxops.common.http import (
+    MAX_RESPONSE_BYTES,
+    NotHttp,
+    completion_request,
+    parse_completion,
+    send_request,
+)
 from mlxops.core.gateway import SameHost, same_base, same_name
 
 SECONDS = 60.0
@@ -28,7 +33,6 @@ SECONDS = 60.0
 LIVELINESS_SECONDS = 5.0
 INFO_SECONDS = 5.0
 PAUSE = 1.0
-MAX_BODY = 1024 * 1024
 MAX_INFO = 64 * 1024 * 1024
 """Bytes of `/v1/model/info`; LiteLLM sends about 8000 for each entry."""
 MAX_PATTERNS = 32
@@ -257,7 +261,7 @@ def _once(gateway: _Gateway, asked: Question, timeout: float) -> ProbeResult:
     number = secrets.randbelow(10**9)
 
     def send(extra: Mapping[str, object]) -> _Reply | None:
-        body = question(alias, number, extra)
+        body = completion_request(alias, number, extra)
         reply = _send(gateway.url, "POST", "/v1/chat/completions", body, headers, timeout)
         if reply is not None and reply.status in {404, 405} and _error(reply.body) is None:
             # The path is missing, not the model: this gateway may have no /v1.
@@ -276,7 +280,7 @@ def _once(gateway: _Gateway, asked: Question, timeout: float) -> ProbeResult:
         )
     if reply is None:
         return ProbeResult(alias, "gateway_down", 0, 0, detail=f"no answer from {gateway.url}")
-    if reply.status != 200 or completion(reply.body) is None:
+    if reply.status != 200 or parse_completion(reply.body) is None:
         words = _hidden(_words(reply.body), key)
         return ProbeResult(alias, "no_completion", 0, 0, reply.status, detail=f"it answered {reply.status}: {words}")
     return _judged(gateway, asked, reply)
@@ -318,30 +322,25 @@ def _send(
     data: bytes | None,
     headers: Mapping[str, str],
     timeout: float,
-    limit: int = MAX_BODY,
+    limit: int = MAX_RESPONSE_BYTES,
 ) -> _Reply | None:
     """Send a request; None if nothing answers. Raises `ValueError` for headers that cannot be sent."""
     parts = urlsplit(url)
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    connection = kind(parts.hostname or "", parts.port, timeout=timeout)
-    connection.response_class = answer_until(time.monotonic() + timeout)
     # `url` may end in /v1, as a client's base URL does.
-    base = parts.path.rstrip("/").removesuffix("/v1")
+    path = parts.path.rstrip("/").removesuffix("/v1") + path
     try:
-        connection.request(method, base + path, data, dict(headers))
-        response = connection.getresponse()
-        body = response.read(limit)
-        fallbacks = response.getheader("x-litellm-attempted-fallbacks", "0").strip()
-        return _Reply(
-            response.status,
-            body,
-            response.getheader("x-litellm-model-api-base"),
-            fallbacks=fallbacks.isdecimal() and int(fallbacks[:9]) > 0,
+        reply = send_request(
+            parts.scheme, parts.hostname or "", parts.port, method, path, data, headers, timeout=timeout, limit=limit
         )
-    except (OSError, http.client.HTTPException):
+    except (OSError, NotHttp):
         return None
-    finally:
-        connection.close()
+    fallbacks = reply.headers.get("x-litellm-attempted-fallbacks", "0").strip()
+    return _Reply(
+        reply.status,
+        reply.body,
+        reply.headers.get("x-litellm-model-api-base"),
+        fallbacks=fallbacks.isdecimal() and int(fallbacks[:9]) > 0,
+    )
 
 
 def _words(body: bytes) -> str:

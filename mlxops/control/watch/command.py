@@ -1,63 +1,66 @@
-"""`status --watch`, from the first look to the last."""
+"""`status --watch`: poll the hosts and show what changes, until the user ends it."""
 
 from __future__ import annotations
 
+import os
+import select
 import signal
+import stat
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import TextIO
 
 from mlxops.control import render
 from mlxops.control.client import HostReply, HostTarget
-from mlxops.control.watch.link import Observation, Watch
-from mlxops.control.watch.screen import Screen, is_screen, still_read
-from mlxops.control.watch.view import Documents, LineView, Watched, clock, frame
+from mlxops.control.watch.link import Watch
+from mlxops.control.watch.view import Documents, LineView, Watched
 from mlxops.core import names
+from mlxops.core.commands.status import StatusResult
 from mlxops.core.errors import Exit, UsageError
 from mlxops.core.protocol import Event, Note
 
-INTERVAL_SECONDS = 2.0
-LEAST_SECONDS = 0.1
-"""A host that is looked at more often has nothing else to do."""
+DEFAULT_INTERVAL_SECONDS = 2.0
+SHORTEST_INTERVAL_SECONDS = 0.1
+"""A shorter interval keeps the host busy with nothing else."""
 
 
-def interval_of(text: str | None) -> float:
-    """Raises `UsageError`."""
-    seconds = INTERVAL_SECONDS if text is None else names.seconds(text, "--interval")
-    if seconds < LEAST_SECONDS:
-        why = f"a look more often than every {LEAST_SECONDS:g} s would keep the host busy"
+def parse_interval(text: str | None) -> float:
+    """Return the value of `--interval` in seconds. Raises `UsageError` (bad_duration)."""
+    seconds = DEFAULT_INTERVAL_SECONDS if text is None else names.seconds(text, "--interval")
+    if seconds < SHORTEST_INTERVAL_SECONDS:
+        why = f"polling a host more often than every {SHORTEST_INTERVAL_SECONDS:g} s would keep it busy"
         raise UsageError("bad_duration", f"--interval {text} is too short", why=why, hint="for example: --interval 2")
     return seconds
 
 
-def stay(
+def watch_hosts(
     targets: Sequence[HostTarget], interval: float, console: render.Console, *, json: bool, until_drift: bool
-) -> tuple[HostReply, ...]:
-    """Show what changes until Ctrl-C (130) or SIGTERM (143), both of which are its usual end and so need no words.
+) -> tuple[HostReply[StatusResult], ...]:
+    """Show what changes until Ctrl-C (exit status 130) or SIGTERM (143). Both are normal ends: print no error.
 
-    Returns, with what was seen last, only when no host is left that may come back by itself, or with `until_drift` when
-    registry and life disagree. Raises `SystemExit`, `BrokenPipeError`.
+    Return the latest replies when no host can recover by itself, or with `until_drift` when there is drift.
+    Raises `SystemExit`, and `BrokenPipeError` if the output has no reader.
     """
-    if sys.stdout is None:  # closed before we began
+    if sys.stdout is None:  # it was closed before the start
         raise BrokenPipeError
     watched = Watched([target.name for target in targets])
     try:
-        with _terminated():
-            if not json and is_screen(sys.stdout):
-                _on_screen(targets, interval, watched, until_drift)
+        with _sigterm_as_exit():
+            if not json and _is_terminal(sys.stdout):
+                _show_on_terminal(targets, interval, watched, until_drift)
             else:
-                _in_lines(
-                    targets, interval, watched, console, Documents(watched) if json else LineView(watched), until_drift
-                )
+                form = Documents(watched) if json else LineView(watched)
+                _print_lines(targets, interval, watched, console, form, until_drift)
     except KeyboardInterrupt:
         raise SystemExit(int(Exit.INTERRUPTED)) from None
-    return watched.answers
+    return watched.replies
 
 
 @contextmanager
-def _terminated() -> Iterator[None]:
-    """SIGTERM goes the way of Ctrl-C: what was drawn is taken away, what was opened is closed."""
+def _sigterm_as_exit() -> Iterator[None]:
+    """Turn SIGTERM into `SystemExit`, so that the terminal is restored and connections are closed."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
@@ -69,7 +72,12 @@ def _terminated() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _in_lines(
+def _is_terminal(stream: TextIO) -> bool:
+    """Return whether the stream can show a live view. rich draws nothing on the `unknown` terminal either."""
+    return stream.isatty() and os.environ.get("TERM", "dumb").lower() not in {"dumb", "unknown"}
+
+
+def _print_lines(
     targets: Sequence[HostTarget],
     interval: float,
     watched: Watched,
@@ -78,39 +86,43 @@ def _in_lines(
     until_drift: bool,
 ) -> None:
     with Watch(targets, interval, console.hear) as watch:
-        for sighting in _sightings(watch):
-            for line in form.lines(sighting):
+        for observation in watch:
+            if observation is None:
+                continue
+            for line in form.lines(observation):
                 render.say(line)
-            if sighting.last and sighting.answer.error is not None and len(targets) > 1:
-                console.error(sighting.answer.host, sighting.answer.error)
-            still_read(sys.stdout)
+            reply = observation.reply
+            if observation.last and reply.error is not None and len(targets) > 1:
+                console.error(reply.host, reply.error)
+            _require_reader(sys.stdout)
             if until_drift and watched.drifted:
                 return
 
 
-def _sightings(watch: Watch) -> Iterator[Observation]:
-    return (each for each in watch if each is not None)
+def _require_reader(stream: TextIO) -> None:
+    """Raise `BrokenPipeError` if the reader of a pipe or socket is gone. Write nothing."""
+    mode = os.fstat(stream.fileno()).st_mode
+    if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
+        return  # files have no readers, and macOS cannot poll devices
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    if any(event & (select.POLLERR | select.POLLHUP | select.POLLNVAL) for _, event in poll.poll(0)):
+        raise BrokenPipeError
 
 
-def _on_screen(targets: Sequence[HostTarget], interval: float, watched: Watched, until_drift: bool) -> None:
-    def hear(host: str, event: Event) -> None:
+def _show_on_terminal(targets: Sequence[HostTarget], interval: float, watched: Watched, until_drift: bool) -> None:
+    from mlxops.control.watch.terminal import TerminalView  # imports rich
+
+    def take_note(host: str, event: Event) -> None:
         if isinstance(event, Note):
-            watched.note(host, event.message)
+            watched.set_note(host, event.message)
 
-    watch = Watch(targets, interval, hear)
-    with Screen(watch.wake) as screen, watch:
-        at = ""
-        for sighting in _with_a_first_frame(watch):
-            if sighting is not None:
-                watched.take(sighting)
-                at = clock(sighting.at)
-            width, height = screen.size
-            screen.draw(frame(watched, f"mlxops status  {at or '-'}  every {interval:g} s", width, height))
+    watch = Watch(targets, interval, take_note)
+    with TerminalView(watched, interval, watch.wake) as view, watch:
+        view.draw()  # before the first reply it shows which hosts are being connected to
+        for observation in watch:
+            if observation is not None:
+                watched.update(observation)
+            view.draw()
             if until_drift and watched.drifted:
                 return
-
-
-def _with_a_first_frame(watch: Watch) -> Iterator[Observation | None]:
-    """Before anything is known, there is something to be seen: who is being connected to."""
-    yield None
-    yield from watch

@@ -1,7 +1,7 @@
-"""Looking at hosts again and again, over connections that stay open and come back by themselves.
+"""Poll hosts over connections that stay open and are made again after they break.
 
-One agent lives on each host for as long as it is watched. It looks when it is asked to and at no other time, so a slow
-host or a slow reader never makes a queue; and when the asking ends, so does the agent.
+One agent runs on each watched host. It reads the status only on request, so that neither a slow host nor a slow reader
+builds up a queue. It ends when its requests end.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Self
+from typing import Generic, Self, TypeVar, cast
 
 from mlxops.control.channel import NOISE_BYTES, ConnectionLost, Dialogue, ReadLimits, Transport
 from mlxops.control.client import (
@@ -25,35 +25,42 @@ from mlxops.control.client import (
     Listen,
     agent_argv,
     connect,
+    decoded,
     ended_early,
+    envelope_for,
     heard,
     lost,
-    request_of,
     with_address,
 )
+from mlxops.core.command import Request
+from mlxops.core.commands.status import Status, StatusResult
 from mlxops.core.errors import MlxopsError
 from mlxops.core.protocol import AGAIN, HEARTBEAT, Done, Failed, Hello
 
 HEARTBEAT_SECONDS = 5.0
-"""A third of the silence after which the agent takes us for gone."""
-GONE_SECONDS = 10.0
-"""A host that does not answer for so long on an open connection is away."""
-COMES_BACK = PASSING | {"connection_lost", "host_locked"}
-"""Ways of being away after which a host is tried again. For the others somebody has to do something first; but an agent
-that was there and is missing is probably being replaced."""
-LEAVING_SECONDS = 1.0
-"""How long leaving waits for connections that are just being made."""
+"""A third of the silence after which the agent assumes that its client is gone."""
+REPLY_SECONDS = 10.0
+"""A host that does not answer on an open connection within this time is away."""
+RETRYABLE_CODES = PASSING | {"connection_lost", "host_locked"}
+"""Errors after which a host is tried again. The others need a user's action first."""
+RETRYABLE_CODES_OF_KNOWN_AGENT = RETRYABLE_CODES | {"agent_missing", "agent_not_started"}
+"""The same once an agent has answered: if it is missing now, it is probably being replaced."""
+CLOSE_SECONDS = 1.0
+"""How long closing waits for connections that are being made at that moment."""
+
+R = TypeVar("R")
 
 
-class Link:
-    """A connection to one host's agent that is opened when it is first needed and then stays open.
+class Link(Generic[R]):
+    """A connection to one host's agent. The first poll opens it, and it stays open.
 
-    One `look` on an open link is one round trip: the request is known there already.
+    A poll on an open link is one round trip: the agent already has the request.
     """
 
-    def __init__(self, target: HostTarget, command: str, args: Mapping[str, object], listen: Listen) -> None:
+    def __init__(self, target: HostTarget, request: Request[R], listen: Listen) -> None:
         self._target = target
-        self._request = request_of(target, command, args)
+        self._request = request
+        self._envelope = envelope_for(target, request)
         self._listen = listen
         self._transport: Transport | None = None
         self._dialogue: Dialogue | None = None
@@ -63,14 +70,14 @@ class Link:
     def is_open(self) -> bool:
         return self._dialogue is not None
 
-    def look(self) -> Mapping[str, object]:
-        """The result of the request, as it is now.
+    def poll(self) -> R:
+        """Repeat the request and return its result.
 
-        Raises `MlxopsError`: what the agent says, and then the link stays open; or `Unreachable` and `AgentProblem`,
-        and then it is closed. The next look opens it again.
+        Raises `MlxopsError`. After an error from the agent the link stays open. After `Unreachable` and `AgentProblem`
+        it is closed, and the next poll opens it again.
         """
         try:
-            outcome = self._hear(self._asked(), GONE_SECONDS if self._greeted else SILENCE_SECONDS)
+            outcome = self._read_outcome(self._send_request(), REPLY_SECONDS if self._greeted else SILENCE_SECONDS)
         except ConnectionLost as why:
             self.close()
             raise lost(self._target, why) from None
@@ -79,10 +86,10 @@ class Link:
             raise
         if isinstance(outcome, Failed):
             raise outcome.error
-        return outcome.result
+        return cast("R", decoded(self._target, self._request.result, outcome.result))
 
-    def beat(self) -> None:
-        """Say that we are still here. A link that is broken is found so by the next look."""
+    def send_heartbeat(self) -> None:
+        """Keep the agent running. Ignore a broken connection: the next poll reports it."""
         if self._dialogue is not None:
             try:
                 self._dialogue.send(HEARTBEAT)
@@ -90,7 +97,7 @@ class Link:
                 pass
 
     def close(self) -> None:
-        """The agent sees the end of its input, and ends."""
+        """Close the connection. The agent reads the end of its input and ends."""
         dialogue, transport, self._dialogue, self._transport = self._dialogue, self._transport, None, None
         self._greeted = False
         if dialogue is not None:
@@ -98,16 +105,16 @@ class Link:
         if transport is not None:
             transport.close()
 
-    def _asked(self) -> Dialogue:
+    def _send_request(self) -> Dialogue:
         if self._dialogue is not None:
             self._dialogue.send(AGAIN)
             return self._dialogue
         self._transport = connect(self._target)
-        request = replace(self._request, settings=with_address(self._target))
+        request = replace(self._envelope, settings=with_address(self._target))
         self._dialogue = self._transport.converse(agent_argv(self._target), request.encode() + b"\n")
         return self._dialogue
 
-    def _hear(self, dialogue: Dialogue, silence: float) -> Done | Failed:
+    def _read_outcome(self, dialogue: Dialogue, silence: float) -> Done | Failed:
         for event in heard(self._target, dialogue, ReadLimits(silence, NOISE_BYTES, greeted=self._greeted)):
             match event:
                 case None:
@@ -123,27 +130,27 @@ class Link:
 
 @dataclass(frozen=True)
 class Observation:
-    """What one look at one host brought, and when: wall time in seconds, for display."""
+    """The outcome of one poll of one host. `at` is wall time in seconds, for display."""
 
-    answer: HostReply
+    reply: HostReply[StatusResult]
     at: float
     last: bool = False
-    """It is not looked at again: what keeps it away does not pass by itself."""
+    """The host is not polled again: its error needs a user's action."""
 
 
 class Watch:
-    """Every target is looked at each `interval` seconds; iterate over it for what is seen.
+    """Poll every target each `interval` seconds. Iterate over it for the observations.
 
-    It ends by itself only when no host is left that may come back. None is what `wake` brings.
+    The iteration ends by itself only when no host is left that may recover. A call of `wake` yields None.
     """
 
     def __init__(self, targets: Sequence[HostTarget], interval: float, listen: Listen) -> None:
         self._interval = interval
-        self._watching = len(targets)
-        self._news: queue.SimpleQueue[Observation | BaseException | None] = queue.SimpleQueue()
-        self._leaving = threading.Event()
+        self._polled_hosts = len(targets)
+        self._queue: queue.SimpleQueue[Observation | BaseException | None] = queue.SimpleQueue()
+        self._closing = threading.Event()
         self._threads = [
-            threading.Thread(target=self._keep_looking, args=(target, listen), name=f"watch {target.name}", daemon=True)
+            threading.Thread(target=self._run_thread, args=(target, listen), name=f"watch {target.name}", daemon=True)
             for target in targets
         ]
 
@@ -155,58 +162,58 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._leaving.set()
-        deadline = time.monotonic() + LEAVING_SECONDS
+        self._closing.set()
+        deadline = time.monotonic() + CLOSE_SECONDS
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def wake(self) -> None:
-        """Have the iteration go round once, from a signal's handler for instance."""
-        self._news.put(None)
+        """Let the iteration yield None once. A signal handler may call this."""
+        self._queue.put(None)
 
     def __iter__(self) -> Iterator[Observation | None]:
-        while self._watching:
-            news = self._news.get()
-            if isinstance(news, BaseException):
-                raise news
-            if news is not None:
-                self._watching -= news.last
-            yield news
+        while self._polled_hosts:
+            item = self._queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is not None:
+                self._polled_hosts -= item.last
+            yield item
 
-    def _keep_looking(self, target: HostTarget, listen: Listen) -> None:
-        link = Link(target, "status", {}, listen)
+    def _run_thread(self, target: HostTarget, listen: Listen) -> None:
+        link = Link(target, Status(), listen)
         try:
-            self._look_until_told(link, target)
-        except BaseException as error:  # noqa: BLE001 - carried to the main thread, which is the boundary
-            self._news.put(error)
+            self._poll_until_closed(link, target)
+        except BaseException as error:  # noqa: BLE001 - the main thread raises it
+            self._queue.put(error)
         finally:
             link.close()
 
-    def _look_until_told(self, link: Link, target: HostTarget) -> None:
-        pause, comes_back = FIRST_PAUSE, COMES_BACK
-        while not self._leaving.is_set():
+    def _poll_until_closed(self, link: Link[StatusResult], target: HostTarget) -> None:
+        pause, retryable = FIRST_PAUSE, RETRYABLE_CODES
+        while not self._closing.is_set():
             began = time.monotonic()
-            answer = _look(link, target)
-            last = answer.error is not None and not link.is_open and answer.error.code not in comes_back
-            self._news.put(Observation(answer, time.time(), last))
+            reply = _poll(link, target)
+            last = reply.error is not None and not link.is_open and reply.error.code not in retryable
+            self._queue.put(Observation(reply, time.time(), last))
             if last:
                 return
             if link.is_open:
-                pause, comes_back = FIRST_PAUSE, COMES_BACK | {"agent_missing", "agent_not_started"}
+                pause, retryable = FIRST_PAUSE, RETRYABLE_CODES_OF_KNOWN_AGENT
                 self._wait(link, began + self._interval)
             else:
-                self._leaving.wait(pause)
+                self._closing.wait(pause)
                 pause = min(pause * 2, LONGEST_PAUSE)
 
-    def _wait(self, link: Link, until: float) -> None:
-        """Until it is time for the next look; meanwhile the agent hears that we are still here."""
-        while (left := until - time.monotonic()) > 0 and not self._leaving.wait(min(left, HEARTBEAT_SECONDS)):
+    def _wait(self, link: Link[StatusResult], until: float) -> None:
+        """Wait for the time of the next poll, and send heartbeats in between."""
+        while (left := until - time.monotonic()) > 0 and not self._closing.wait(min(left, HEARTBEAT_SECONDS)):
             if left > HEARTBEAT_SECONDS:
-                link.beat()
+                link.send_heartbeat()
 
 
-def _look(link: Link, target: HostTarget) -> HostReply:
+def _poll(link: Link[StatusResult], target: HostTarget) -> HostReply[StatusResult]:
     try:
-        return HostReply(target.name, link.look())
+        return HostReply(target.name, link.poll())
     except MlxopsError as error:
         return HostReply(target.name, error=error)

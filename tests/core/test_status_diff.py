@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxops.core.status_diff import Change, changes, told_apart
+from mlxops.core.status_diff import Change, changes, differ_beyond_memory
 from tests.properties import PROPERTY, json_values
 
 IDLE: dict[str, object] = {
@@ -133,7 +133,7 @@ def test_whatever_a_person_is_told_a_program_is_told_too(
     before: Mapping[str, object], after: Mapping[str, object]
 ) -> None:
     if changes(before, after):
-        assert told_apart(before, after)
+        assert differ_beyond_memory(before, after)
 
 
 @given(
@@ -144,4 +144,4 @@ def test_whatever_a_person_is_told_a_program_is_told_too(
 def test_whatever_a_host_sends_is_compared(before: Mapping[str, object], after: Mapping[str, object]) -> None:
     assert changes(before, before) == changes(after, after) == ()
     assert all(isinstance(change.text, str) for change in changes(before, after))
-    told_apart(before, after)
+    differ_beyond_memory(before, after)

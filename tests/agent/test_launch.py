@@ -10,12 +10,13 @@ from typing import cast
 
 import pytest
 
-from mlxops.agent.engines.base import Command, NoCompletion, Serving
+from mlxops.agent.engines.base import EngineCommand, ServerSpec
 from mlxops.agent.engines.mlx_lm import MlxLm
 from mlxops.agent.host.system import Listener, Look, System, this_system
 from mlxops.agent.paths import host_paths
 from mlxops.agent.serving import launch
 from mlxops.agent.state.store import Store
+from mlxops.common.http import NoCompletion
 from mlxops.core.errors import NotStarted
 from mlxops.core.registry import Model
 from mlxops.core.settings import Settings
@@ -68,9 +69,9 @@ def failure(tmp_path: Path, *argv: str) -> NotStarted:
     settings = Settings(hub=str(tmp_path), state=str(tmp_path / "state"))
     paths = host_paths(settings, os.environ)
     store = Store(paths.state, paths.registry)
-    store.ready()
-    serving = Serving(Model("a"), "a", tmp_path, "127.0.0.1", RUN.port, store.run_folder(RUN.port))
-    started = launch.Launch(paths, store, this_system(), MlxLm(), Command(argv[:1], "here"), serving, argv=argv)
+    store.create_folders()
+    serving = ServerSpec(Model("a"), "a", tmp_path, "127.0.0.1", RUN.port, store.run_folder(RUN.port))
+    started = launch.Launch(paths, store, this_system(), MlxLm(), EngineCommand(argv[:1], "here"), serving, argv=argv)
     started.launch({}, "org/a", "1", "op")
     with pytest.raises(NotStarted) as caught:
         started.wait(30, lambda event: None)

@@ -1,4 +1,4 @@
-"""Locks that are taken with a limit."""
+"""Locks that are taken with a time limit."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from mlxops.agent import __main__ as agent
 from mlxops.agent.state import locks
 
 
-def test_an_agent_that_starts_while_a_deploy_looks_holds_its_build_all_the_same(
+def test_agent_that_starts_while_a_deploy_probes_its_lock_still_gets_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stamp = tmp_path / "installed.json"
     stamp.touch()
     monkeypatch.setattr(agent, "STAMP", str(stamp))
-    looking = os.open(stamp, os.O_RDONLY)
-    assert locks.try_flock(looking)
-    monkeypatch.setattr("time.sleep", lambda _: os.close(looking))
+    probing = os.open(stamp, os.O_RDONLY)
+    assert locks.try_flock(probing)
+    monkeypatch.setattr("time.sleep", lambda _: os.close(probing))
     before = set(os.listdir("/dev/fd"))
     agent._use_build()
     held = [int(fd) for fd in set(os.listdir("/dev/fd")) - before if os.path.exists(f"/dev/fd/{fd}")]

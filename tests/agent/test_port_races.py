@@ -38,7 +38,7 @@ class Late(Context):
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     made = Store(tmp_path / "state", tmp_path / "registry.json")
-    made.ready()
+    made.create_folders()
     return made
 
 

@@ -1,4 +1,4 @@
-"""What the system runs at boot, without anybody who asks: what it waits for, and what it does not."""
+"""`restore` as run at boot: which failures it retries, and which it does not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from mlxops.agent import boot_restore, paths
 from mlxops.agent.host.system import this_system
-from mlxops.agent.paths import host_paths as placed
+from mlxops.agent.paths import host_paths
 from mlxops.agent.state.store import Store
 from mlxops.core.plan_restore import GIVE_UP
 from mlxops.core.settings import PortRange, Settings
@@ -23,7 +23,7 @@ NAME = "tiny-org/tiny-llama"
 
 @dataclass
 class Clock:
-    """Time passes only where it is waited; `then` happens after so many seconds."""
+    """Only `pause` advances the time. `then`: seconds after which to call a function once."""
 
     now: float = 0.0
     pauses: list[float] = field(default_factory=list)
@@ -39,7 +39,7 @@ class Clock:
 
 @pytest.fixture
 def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where a disk is mounted, at times."""
+    """A path on a disk that is not mounted yet."""
     monkeypatch.setattr(paths, "VOLUMES", (str(tmp_path / "Volumes"),))
     (tmp_path / "Volumes").mkdir()
     return tmp_path / "Volumes" / "models"
@@ -49,10 +49,10 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def store(tmp_path: Path, disk: Path) -> Store:
     port = free_port()
     settings = Settings(hub=str(disk), state=str(tmp_path / "state"), ports=PortRange(port, port))
-    where = placed(settings, {})
-    store = Store(where.state, where.registry)
-    store.ready()
-    store.agree(settings)
+    host = host_paths(settings, {})
+    store = Store(host.state, host.registry)
+    store.create_folders()
+    store.save_agreed_settings(settings)
     return store
 
 
@@ -65,7 +65,7 @@ def operations(store: Store) -> list[Path]:
 
 
 def port_of(store: Store) -> int:
-    agreed = store.agreed()
+    agreed = store.agreed_settings()
     assert agreed is not None
     return agreed.ports.first
 
@@ -76,13 +76,13 @@ def assign(store: Store) -> None:
     store.registry.path.write_text(json.dumps({"version": 1, "models": {NAME: entry}}))
 
 
-def started(store: Store, monotonic: float) -> None:
-    """By a restore of this boot."""
+def record_start(store: Store, monotonic: float) -> None:
+    """Add a start by a restore of this boot to the history."""
     when = {"boot_id": this_system().boot_id(), "wall": time.time(), "monotonic": monotonic}
-    store.remember(command="restore", model=NAME, port=port_of(store), **when)
+    store.append_history(command="restore", model=NAME, port=port_of(store), **when)
 
 
-def test_a_disk_that_is_mounted_late_is_waited_for(
+def test_restore_waits_for_a_disk_that_is_mounted_late(
     store: Store, disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = Clock(then=(300, disk.mkdir))
@@ -94,22 +94,20 @@ def test_a_disk_that_is_mounted_late_is_waited_for(
     )
 
 
-def test_one_that_stays_away_is_given_up(store: Store) -> None:
+def test_restore_gives_up_if_the_disk_stays_missing(store: Store) -> None:
     clock = Clock()
     assert run(store, clock) == 3
-    assert clock.now == boot_restore.PATIENCE
+    assert clock.now == boot_restore.RETRY_LIMIT_SECONDS
 
 
-def test_what_will_not_pass_is_not_waited_for(tmp_path: Path) -> None:
+def test_missing_agreement_is_not_retried(tmp_path: Path) -> None:
     clock = Clock()
     assert boot_restore.run(tmp_path / "state", clock.pause, lambda: clock.now) == 3
     assert clock.pauses == []
 
 
-def test_a_registry_that_the_host_had_is_waited_for_and_its_absence_is_no_success(
-    store: Store, disk: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Its disk is there late; what is in the place of it is an empty folder, or a link that leads nowhere."""
+def test_missing_registry_is_retried_and_fails(store: Store, disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its disk is mounted late. Until then the path is an empty folder, or a dangling link."""
     disk.mkdir()
     assign(store)
     store.registry.check_writable()
@@ -122,26 +120,28 @@ def test_a_registry_that_the_host_had_is_waited_for_and_its_absence_is_no_succes
     assert run(store, Clock()) == 3 and operations(store) == []
 
 
-def test_the_pause_after_a_start_in_vain_is_waited_for(store: Store, disk: Path) -> None:
-    """Else a host that is rebooted twice at once would stay without it, where no timer tries again. It is unloaded
-    before it would be started."""
+def test_restore_waits_for_the_pause_after_a_failed_start(store: Store, disk: Path) -> None:
+    """Otherwise a host that is rebooted twice in a row would stay without the server if no timer retries.
+
+    Here the model is unloaded before the start is due.
+    """
     disk.mkdir()
     assign(store)
-    started(store, time.monotonic())
+    record_start(store, time.monotonic())
     clock = Clock(then=(60, store.registry.path.unlink))
     assert run(store, clock) == 0
     assert clock.pauses == [60] and operations(store) == []
 
 
-def test_what_is_left_to_a_person_is_said_once_and_not_waited_for(
+def test_server_that_needs_a_person_is_reported_once_and_not_retried(
     store: Store, disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     disk.mkdir()
     assign(store)
     for _ in range(GIVE_UP):
-        started(store, 0)
+        record_start(store, 0)
     clock = Clock()
     assert run(store, clock) == 4
     assert clock.pauses == [] and operations(store) == []
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.endswith(f"when it is mended: mlxctl load {NAME} {port_of(store)}")
+    assert line.endswith(f": mlxctl load {NAME} {port_of(store)}")

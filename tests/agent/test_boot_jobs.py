@@ -18,7 +18,7 @@ from mlxops.agent.service import managers
 from mlxops.agent.service.boot_jobs import BootJobs, Roots
 from mlxops.core.ports import Standing
 from mlxops.core.settings import BootJob
-from tests.agent.test_boot import calls, recorder
+from tests.agent.test_restore_job import calls, recorder
 from tests.faults.lab import MODELS, QuickHost
 from tests.lab.homelab import Homelab
 from tests.lab.world import wait_until

@@ -289,9 +289,9 @@ def test_an_operation_with_a_very_long_result_is_not_taken_for_interrupted(tmp_p
     os.close(lock)
     emit = journal.emitter()
     emit(Phase("scan", "the cache"))
-    assert not journal.ended and journal.stand().final is None
+    assert not journal.ended and journal.state().final is None
     emit(Done({"added": ["org/model"] * 20_000}))
-    assert journal.ended and isinstance(journal.stand().final, Done)
+    assert journal.ended and isinstance(journal.state().final, Done)
 
 
 def test_a_server_of_before_a_reboot_is_nobody_we_know(host: QuickHost) -> None:

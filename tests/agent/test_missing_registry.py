@@ -57,7 +57,7 @@ def disk(folder: Path, *, known: bool = True) -> Disk:
 
 def opened(folder: Path, registry: Path, there: Path, *, known: bool = True) -> Disk:
     store = Store(folder / "state", registry)
-    store.ready()
+    store.create_folders()
     if known:
         store.registry.update(lambda found: found.assign("a", 8102))
     return Disk(store, registry, there)
@@ -191,7 +191,7 @@ def test_copies_beside_a_registry_that_is_there_are_told_and_in_nobodys_way(tmp_
     copy = on.there.with_name("registry (conflicted copy).json")
     copy.write_bytes(CONTENT)
     on.there.with_name("registry-MINI.json").write_bytes(CONTENT)
-    assert on.store.registry.conflicts() == [copy]
+    assert on.store.registry.conflicted_copies() == [copy]
     on.store.registry.check_writable()
 
 
@@ -322,7 +322,7 @@ def stale(path: Path) -> bytes:
 
 def test_a_stale_network_disk_is_no_empty_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on = disk(tmp_path)
-    monkeypatch.setattr("mlxops.agent.state.store._read", stale)
+    monkeypatch.setattr("mlxops.agent.state.registry_file.read_if_exists", stale)
     assert "Stale" in (on.store.registry.read().unwritable or "")
 
 
@@ -448,7 +448,7 @@ SPOILED = {"edited by hand": CONTENT[:-1], "UTF-16": CONTENT.decode().encode("ut
 
 
 @pytest.mark.parametrize("content", SPOILED.values(), ids=SPOILED)
-@pytest.mark.parametrize("way", ["begin with an empty one: ", "go back to the generation before its last change: "])
+@pytest.mark.parametrize("way", ["begin with an empty one: ", "go back to the version before its last change: "])
 def test_a_registry_that_can_be_repaired_is_kept_by_every_hint(tmp_path: Path, content: bytes, way: str) -> None:
     on = disk(tmp_path)
     on.there.write_bytes(content)

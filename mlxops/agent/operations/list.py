@@ -1,0 +1,100 @@
+"""`list`: the registered models, and the memory that they need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mlxops.agent.context import Context
+from mlxops.agent.operations.drift import conflicted_copies
+from mlxops.core.commands.list import EstimateRow, List, ListResult, MemoryRow, ModelRow, UseRow
+from mlxops.core.errors import Refused
+from mlxops.core.registry import Model, Registry
+from mlxops.core.replies import ErrorRow
+
+
+def run(ctx: Context, request: List) -> ListResult:
+    registry = ctx.registry()
+    error = ctx.warn_if_unusable(registry)
+    for each in conflicted_copies(ctx):
+        ctx.note(f"{each.message}: {each.hint}", "warning")
+    return ListResult(
+        models=tuple(_model_row(ctx, model, memory=request.memory) for model in registry.models.values()),
+        registry=str(ctx.paths.registry),
+        unusable=registry.unwritable,
+        registry_error=ErrorRow.of(error) if error else None,
+        memory=_memory(ctx, registry) if request.memory else None,
+    )
+
+
+def _memory(ctx: Context, registry: Registry) -> MemoryRow:
+    from mlxops.agent.serving.memory import budget, in_use
+
+    limit = budget(ctx.paths)
+    uses = in_use(ctx.observe(registry), ctx.system, ctx.reserved())
+    used = sum(use.counted for use in uses)
+    return MemoryRow(
+        budget_bytes=limit.size,
+        budget_source=limit.source,
+        used_bytes=used,
+        left_bytes=limit.size - used,
+        servers=tuple(
+            UseRow(use.port, use.model, use.owner, use.pid, use.estimated_bytes, use.resident_bytes, use.counted)
+            for use in uses
+        ),
+    )
+
+
+def _model_row(ctx: Context, model: Model, *, memory: bool) -> ModelRow:
+    from mlxops.agent.hub.cache import Skipped, Snapshot, find
+    from mlxops.agent.hub.snapshot import shape
+    from mlxops.agent.operations.model_files import ModelFiles, registered
+    from mlxops.agent.operations.preflight import option_rows
+
+    problems = list(model.problems)
+    files = registered(model)
+    if files is None and model.repo_id is not None:
+        try:
+            found = find(ctx.paths.hub, model.repo_id, model.revision)
+        except Refused as closed:
+            found = Skipped(model.repo_id, ctx.paths.hub, f"{closed.message}: {closed.why}", incomplete=True)
+        if found is None:
+            problems.append("its files are not in the cache; load downloads them")
+        elif isinstance(found, Snapshot):
+            files = ModelFiles(found.revision, found.path, found.size_bytes)
+            problems.append(f"cache_path is dead; its files are at {found.path}")
+        else:
+            problems.append(f"its files: {found.why}")
+    path = files.path if files else None
+    shaped = shape(path) if path else None
+    return ModelRow(
+        name=model.name,
+        repo_id=model.repo_id,
+        model_id=model.model_id,
+        revision=files.revision if files else model.revision,
+        cache_path=model.cache_path,
+        format=model.format,
+        port=model.port,
+        engine=model.engine or ctx.paths.settings.engine,
+        size_bytes=files.size_bytes if files else None,
+        context_length=model.context_length or (shaped.context_length if shaped else None),
+        flags=option_rows(ctx, model, path),
+        problems=tuple(problems),
+        memory=_estimate(path, model) if memory and path else None,
+    )
+
+
+def _estimate(path: Path, model: Model) -> EstimateRow | None:
+    from mlxops.agent.operations.preflight import served_as
+    from mlxops.agent.serving.memory import estimate_of
+
+    found = estimate_of(path, model.context_length, served_as(model))
+    if found is None:
+        return None
+    return EstimateRow(
+        weight_bytes=found.weight_bytes,
+        context_bytes=found.context_bytes,
+        context_tokens=found.context_tokens,
+        state_bytes=found.state_bytes,
+        upper_estimate=not found.certain,
+        total_bytes=found.total,
+    )

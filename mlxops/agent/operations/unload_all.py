@@ -1,0 +1,38 @@
+"""`unload-all`: stop every MLX server of the host."""
+
+from __future__ import annotations
+
+import time
+
+from mlxops.agent.context import Context
+from mlxops.agent.operations.unload import make_way, unload_port, unload_result, with_cancelled
+from mlxops.core import planner
+from mlxops.core.commands.load import PortResult
+from mlxops.core.commands.unload_all import UnloadAll, UnloadAllResult
+from mlxops.core.errors import Interrupted, MlxopsError
+
+
+def run(ctx: Context, request: UnloadAll) -> UnloadAllResult:
+    """Every port on its own: one that cannot be unloaded does not keep the others."""
+    began = time.monotonic()
+    registry = ctx.usable_registry()
+    plans = planner.plan_unload_all(registry, ctx.observe(registry))
+    done: list[PortResult] = []
+    errors: list[MlxopsError] = []
+    for plan in plans:
+        if not plan.changed:
+            done.append(unload_result(ctx, plan, began))
+            continue
+        try:
+            cancelled = None if request.dry_run else make_way(ctx, plan.port, None)
+            with ctx.locked(plan.port):
+                ended = with_cancelled(unload_port(ctx, plan.port, force=True), cancelled)
+                done.append(unload_result(ctx, ended, began))
+        except Interrupted:
+            raise
+        except MlxopsError as error:
+            ctx.note(f"{plan.port}: {error.message}", "warning")
+            errors.append(error)
+    if errors:
+        raise planner.merge_refusals(errors)
+    return UnloadAllResult(tuple(done), changed=any(row.changed for row in done), dry_run=request.dry_run)

@@ -1,0 +1,106 @@
+"""Invoke tasks made from request dataclasses: every flag, type, default and help text is declared there."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+from invoke.tasks import Task, task
+
+from mlxops.core.command import AnyRequest, Hosts, Option, options_of
+from mlxops.core.errors import UsageError
+
+R = TypeVar("R", bound=AnyRequest)
+
+
+@dataclass(frozen=True)
+class Common:
+    """The flags that every command has."""
+
+    host: str | None = None
+    local: bool = False
+    json: bool = False
+    debug: bool = False
+
+
+HOST = {
+    Hosts.ONE: "host in hosts.yaml",
+    Hosts.SEVERAL: "host or hosts in hosts.yaml, separated by commas",
+    Hosts.ALL: "host or hosts in hosts.yaml, separated by commas; left out: all",
+}
+COMMON = {
+    "local": "this machine itself, without SSH",
+    "json": "print one JSON document",
+    "debug": "print the traceback of a bug",
+}
+Given = Mapping[str, Any]
+"""What Invoke hands to a task: texts, flags and lists by field name."""
+
+
+def task_of(kind: type[AnyRequest], carry_out: Callable[[type[AnyRequest], Common, Given], None]) -> Task[Any]:
+    """Return the Invoke task of a command. All its arguments are flags: positionals would swallow `--help`."""
+    options = options_of(kind)
+
+    def body(context: object, **given: Any) -> None:
+        common = Common(**{each.name: given.pop(each.name) for each in fields(Common)})
+        carry_out(kind, common, given)
+
+    parameters = [
+        *(_parameter(name, _default(option, default)) for name, option, default in options),
+        *(_parameter(each.name, each.default) for each in fields(Common)),
+    ]
+    # Invoke reads the flags from the signature.
+    signature = inspect.Signature([inspect.Parameter("c", inspect.Parameter.POSITIONAL_OR_KEYWORD), *parameters])
+    setattr(body, "__signature__", signature)  # noqa: B010 - mypy knows no such attribute of functions
+    body.__doc__ = kind.__doc__
+    made: Task[Any] = task(
+        name=kind.name,
+        positional=[],
+        iterable=[name for name, _, default in options if isinstance(default, tuple)],
+        auto_shortflags=False,
+        help={name: option.help for name, option, _ in options} | {"host": HOST[kind.hosts]} | COMMON,
+    )(body)
+    return made
+
+
+def _parameter(name: str, default: object) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default)
+
+
+def _default(option: Option, default: object) -> object:
+    """Return Invoke's default. It would convert the text of a number itself, with errors of its own."""
+    return None if option.parse or isinstance(default, tuple) else default
+
+
+def parse(kind: type[R], given: Given) -> R:
+    """Return the request that was typed. Raises `UsageError`."""
+    values = {}
+    for name, option, default in options_of(kind):
+        value = given.get(name)
+        if value is None or value == []:
+            if option.needed:
+                raise _missing(name, option)
+            value = default
+        elif option.parse:
+            value = option.parse(value)
+        elif isinstance(default, tuple):
+            value = tuple(value)
+        values[name] = value
+    return kind(**values).checked()
+
+
+def _missing(name: str, option: Option) -> UsageError:
+    return UsageError(
+        "missing_argument",
+        f"--{name} is needed",
+        why="there is no default for it",
+        hint=f"for example: {option.needed}",
+    )
+
+
+def positions(kind: type[AnyRequest]) -> tuple[str, ...]:
+    """Return the flags that `mlxctl` takes without their names, in their order, such as `--model`, `--port`."""
+    found = [(option.position, f"--{name.replace('_', '-')}") for name, option, _ in options_of(kind)]
+    return tuple(flag for position, flag in sorted((p, f) for p, f in found if p is not None))

@@ -1,0 +1,17 @@
+"""`agree`: make these settings the host's own. `deploy` asks for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mlxops.core.command import Request
+
+
+@dataclass(frozen=True)
+class AgreeResult:
+    agreed: bool
+
+
+@dataclass(frozen=True)
+class Agree(Request[AgreeResult]):
+    pass

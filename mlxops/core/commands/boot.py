@@ -1,0 +1,84 @@
+"""`boot`: have the host start its models at boot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+from mlxops.core.command import Group, Hosts, Request, option, switch, whole
+from mlxops.core.errors import UsageError
+from mlxops.core.replies import HostReply
+from mlxops.core.tables import each_host, harmless, one_line
+
+
+@dataclass(frozen=True)
+class BootJobRow:
+    """A job of the host itself that starts a server."""
+
+    port: int
+    script: str | None
+    label: str | None
+    there: bool
+    standing: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class BootResult:
+    changed: bool
+    told: tuple[str, ...]
+    """What the user should know or do."""
+    state: str
+    files: Mapping[str, str | None]
+    """Path -> content; None: it does not exist."""
+    argv: tuple[str, ...]
+    boot_job: BootJobRow | None
+    boot_jobs: tuple[BootJobRow, ...]
+
+
+@dataclass(frozen=True)
+class Boot(
+    Request[BootResult],
+    group=Group.HOST,
+    example="mlxctl boot --install --every 5",
+    hosts=Hosts.SEVERAL,
+    changes=True,
+):
+    """Have the host start its models at boot."""
+
+    install: bool = switch("have the system run restore at boot", sent=False)
+    every: int | None = option(
+        "minutes; also have it run that often, which brings crashed servers back (implies --install)",
+        parse=whole("--every", 1, 1440),
+    )
+    remove: bool = switch("have it run it no more", sent=False)
+    show: bool = switch("show what is installed; the default", sent=False)
+    action: str = "show"
+    dry_run: bool = False
+
+    def checked(self) -> Self:
+        flags = (("every" if self.every else "install", self.install or self.every), ("remove", self.remove))
+        chosen = [name for name, on in (*flags, ("show", self.show)) if on] or ["show"]
+        if len(chosen) > 1:
+            raise UsageError(
+                "one_action",
+                f"--{chosen[0]} and --{chosen[1]} exclude each other",
+                why="each leaves something else installed, or changes nothing",
+                hint="one after the other",
+            )
+        action = "install" if chosen == ["every"] else chosen[0]
+        return replace(self, action=action, dry_run=action == "show")
+
+
+def show(replies: Sequence[HostReply[BootResult]]) -> str:
+    return each_host(replies, _lines)
+
+
+def _lines(result: BootResult) -> str:
+    lines = [f"restore at boot: {one_line(result.state)}"]
+    lines += [f"{'' if text else 'not '}there: {one_line(path)}" for path, text in result.files.items()]
+    for job in result.boot_jobs:
+        what = f"the host's own boot job {job.label or job.script} of port {job.port}"
+        lines.append(one_line(f"{what}: {job.standing}; {job.detail}"))
+    return "\n".join([*lines, *map(harmless, result.told)])

@@ -1,0 +1,35 @@
+"""`cancel`: end an operation. `ops --cancel` asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mlxops.core.command import Request
+from mlxops.core.replies import HostReply
+from mlxops.core.tables import each_host, one_line
+
+
+@dataclass(frozen=True)
+class CancelResult:
+    operation: str
+    cancelled: bool
+    """False: it was done before it could be cancelled."""
+    changed: bool
+
+
+@dataclass(frozen=True)
+class Cancel(Request[CancelResult], nested=True):
+    operation: str = ""
+
+
+def show(replies: Sequence[HostReply[CancelResult]]) -> str:
+    return each_host(replies, _line)
+
+
+def _line(result: CancelResult) -> str:
+    cancelled = "was cancelled; nothing half done is left"
+    return one_line(f"operation {result.operation} {cancelled if result.cancelled else _LATE}")
+
+
+_LATE = "was done before it could be cancelled"

@@ -1,0 +1,21 @@
+"""`help`: show the manual. No host is asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mlxops.core.command import Group, Request, option
+
+
+@dataclass(frozen=True)
+class HelpResult:
+    topic: str | None
+    text: str
+    """Markdown; without a topic one line for each page."""
+
+
+@dataclass(frozen=True)
+class Help(Request[HelpResult], group=Group.LOOK, example="mlxctl help status"):
+    """Show a page of the manual."""
+
+    topic: str | None = option("page to show; left out: list the pages", position=0)

@@ -1,0 +1,170 @@
+"""`list`: the registered models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mlxops.core.command import Group, Hosts, Request, switch
+from mlxops.core.replies import ErrorRow, HostReply
+from mlxops.core.tables import host_table, one_line, size, table
+from mlxops.core.wire import omitted
+
+NO_MODELS = "no models are registered; what the cache holds: `mlxctl init`; or load one: `mlxctl load ORG/NAME PORT`"
+
+
+@dataclass(frozen=True)
+class OptionRow:
+    """An option of a model. `origin`: registry, family or settings."""
+
+    key: str
+    value: str | int | bool | tuple[str, ...] | None
+    origin: str
+
+
+@dataclass(frozen=True)
+class EstimateRow:
+    """The memory that a model is expected to need, in bytes."""
+
+    weight_bytes: int
+    context_bytes: int
+    context_tokens: int | None
+    state_bytes: int
+    upper_estimate: bool
+    total_bytes: int
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """A registered model."""
+
+    name: str
+    repo_id: str | None
+    model_id: str | None
+    revision: str | None
+    cache_path: str | None
+    format: str | None
+    port: int | None
+    engine: str
+    size_bytes: int | None
+    context_length: int | None
+    flags: tuple[OptionRow, ...]
+    problems: tuple[str, ...]
+    memory: EstimateRow | None = None
+    """With `--memory`, if its files are here."""
+
+
+@dataclass(frozen=True)
+class UseRow:
+    """The memory of one server, in bytes. `counted_bytes`: what of it is counted against the budget."""
+
+    port: int | None
+    model: str | None
+    owner: str | None
+    pid: int | None
+    estimated_bytes: int | None
+    resident_bytes: int | None
+    counted_bytes: int
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """The memory budget of a host."""
+
+    budget_bytes: int
+    budget_source: str
+    used_bytes: int
+    left_bytes: int
+    servers: tuple[UseRow, ...]
+
+
+@dataclass(frozen=True)
+class ListResult:
+    models: tuple[ModelRow, ...]
+    registry: str
+    unusable: str | None
+    """Why the registry cannot be used; None if it can."""
+    registry_error: ErrorRow | None
+    memory: MemoryRow | None = omitted(None)
+
+
+@dataclass(frozen=True)
+class List(
+    Request[ListResult],
+    group=Group.LOOK,
+    example="mlxctl list --memory",
+    hosts=Hosts.ALL,
+    repeatable=True,
+):
+    """Show the registered models."""
+
+    memory: bool = switch("estimate each model, and show the budget and what serves already")
+
+
+def show(replies: Sequence[HostReply[ListResult]]) -> str:
+    many = len(replies) > 1
+    rows: list[list[object]] = []
+    for reply in replies:
+        if reply.error is not None:
+            rows.append([reply.host, reply.error.code, "", "", "", "", "", "", reply.error.message])
+        if reply.result is None:
+            continue
+        if error := reply.result.registry_error:
+            rows.append([reply.host, error.code, "", "", "", "", "", "", f"{error.message}: {error.why}"])
+        for row in reply.result.models:
+            about = [reply.host, row.name, row.repo_id, (row.revision or "")[:12], size(row.size_bytes)]
+            rows.append([*about, row.format, row.port, shown_options(row.flags), "; ".join(row.problems)])
+    if not rows:
+        return NO_MODELS
+    columns = ["HOST", "NAME", "REPO", "REVISION", "SIZE", "FORMAT", "PORT", "FLAGS", "PROBLEMS"]
+    return host_table(columns, rows, many=many)
+
+
+def shown_options(options: Sequence[OptionRow]) -> str:
+    """Return `key=value (origin)` of each, without the host's own defaults, which are the same for all."""
+    return ", ".join(f"{row.key}={_value(row)} ({row.origin})" for row in options if row.origin != "settings")
+
+
+def _value(row: OptionRow) -> str:
+    if isinstance(row.value, tuple):
+        return " ".join(row.value)
+    return "null" if row.value is None else str(row.value)
+
+
+def show_memory(replies: Sequence[HostReply[ListResult]]) -> str:
+    """Return the budget, what serves, and what each registered model would need."""
+    return "\n\n".join(_memory(reply, many=len(replies) > 1) for reply in replies)
+
+
+def _memory(reply: HostReply[ListResult], *, many: bool) -> str:
+    title = [f"{reply.host}:"] if many else []
+    if reply.error is not None:
+        return "\n".join([*title, one_line(reply.error.message)])
+    if reply.result is None or reply.result.memory is None:
+        return "\n".join(title)
+    memory = reply.result.memory
+    serving = [
+        [use.port, use.model, use.owner, *map(size, (use.estimated_bytes, use.resident_bytes, use.counted_bytes))]
+        for use in memory.servers
+    ]
+    models = [_need(row, memory.left_bytes) for row in reply.result.models]
+    budget = f"budget {size(memory.budget_bytes)} ({one_line(memory.budget_source)})"
+    return "\n".join(
+        [
+            *title,
+            f"{budget}, in use {size(memory.used_bytes)}, left {size(memory.left_bytes)}",
+            "",
+            table(["PORT", "SERVES", "OWNER", "ESTIMATE", "RESIDENT", "COUNTED"], serving),
+            "",
+            table(["MODEL", "PORT", "WEIGHTS", "CONTEXT", "TOKENS", "NEEDS", "FITS NOW"], models),
+        ]
+    )
+
+
+def _need(row: ModelRow, left: int) -> list[object]:
+    need = row.memory
+    if need is None:
+        return [row.name, row.port, "-", "-", None, "-", "-"]
+    context = f"{'up to ' if need.upper_estimate else ''}{size(need.context_bytes)}"
+    fits = "yes" if need.total_bytes <= left else "no"
+    return [row.name, row.port, size(need.weight_bytes), context, need.context_tokens, size(need.total_bytes), fits]

@@ -1,0 +1,58 @@
+"""`restore`: start what is assigned and nothing serves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mlxops.core.command import Group, Hosts, Plannable, switch
+from mlxops.core.replies import HostReply
+from mlxops.core.tables import each_host, one_line
+from mlxops.core.wire import omitted
+
+
+@dataclass(frozen=True)
+class RestoreRow:
+    model: str
+    port: int
+    why: str = omitted("")
+    again_in_seconds: float | None = omitted(None)
+    argv: tuple[str, ...] | None = omitted(())
+    """In a dry run: what would be run; None if its files would be downloaded first."""
+
+
+@dataclass(frozen=True)
+class RestoreResult:
+    restored: tuple[RestoreRow, ...]
+    failed: tuple[RestoreRow, ...]
+    skipped: tuple[RestoreRow, ...]
+    changed: bool
+    dry_run: bool
+
+
+@dataclass(frozen=True)
+class Restore(
+    Plannable[RestoreResult],
+    group=Group.SERVE,
+    example="mlxctl restore",
+    hosts=Hosts.SEVERAL,
+    changes=True,
+    cancellable=True,
+):
+    """Start what is assigned and nothing serves."""
+
+    cleared: bool = switch("also what the latest reconcile has cleared")
+
+
+def show(replies: Sequence[HostReply[RestoreResult]]) -> str:
+    return each_host(replies, line)
+
+
+def line(result: RestoreResult) -> str:
+    verb = "would start" if result.dry_run else "started"
+    left = f"; left: {_named(result.skipped)}" if result.skipped else ""
+    return one_line(f"{verb} {_named(result.restored) or 'nothing'}{left}")
+
+
+def _named(rows: Sequence[RestoreRow]) -> str:
+    return ", ".join(f"{row.model} on {row.port}" for row in rows)

@@ -1,0 +1,173 @@
+"""Tasks for people who work on mlxops: they need the checkout."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from invoke.context import Context
+from invoke.tasks import Task, task
+
+from mlxops.cli.options import COMMON, Common
+from mlxops.cli.runner import Cli
+from mlxops.cli.targets import checkout
+from mlxops.core import names
+from mlxops.core.command import Request
+from mlxops.core.errors import MlxopsError, UsageError
+
+
+@task(positional=[], auto_shortflags=False)
+def demo(c: Context) -> None:
+    """Show the main job here, with tiny real models."""
+
+    def run() -> None:
+        from tests.lab import demo as lab
+
+        lab.run()
+
+    _develop("demo", run)
+
+
+@task(
+    positional=[],
+    auto_shortflags=False,
+    help={
+        "only": "pytest's -k: only tests whose names match",
+        "fast": "only what needs neither engine, hub nor sshd",
+        "all_engines": "with every version of mlx-openai-server that is driven; builds 2 GB for each once",
+    },
+)
+def test(c: Context, only: str | None = None, fast: bool = False, all_engines: bool = False) -> None:
+    """Check formatting, lint, types, and run the tests."""
+    chosen = [*(["-k", only] if only else []), *(["--all-engines"] if all_engines else [])]
+    _develop("test", lambda: _checks(chosen, fast))
+
+
+def _checks(chosen: Sequence[str], fast: bool) -> None:
+    """Run every check, also after a failed one, the tests last. Raises `SystemExit` with the failed commands."""
+    import subprocess
+    from importlib.util import find_spec
+
+    if missing := [name for name in ("ruff", "mypy", "pytest", "hypothesis") if find_spec(name) is None]:
+        raise MlxopsError(
+            "test_tools_missing",
+            f"{', '.join(missing)} cannot be imported",
+            why=f"they come with the extra `dev`, which {sys.executable} has not",
+            hint="in this folder: pip install -e '.[dev]'",
+        )
+    tests = ["pytest", *chosen, *(["tests/core", "tests/test_arrows.py"] if fast else [])]
+    # One cache for each platform: mypy discards a cache that was made with other options.
+    types = [["mypy", "--platform", each, "--cache-dir", f".mypy_cache/{each}"] for each in ("linux", "darwin")]
+    failed = []
+    for words in (["ruff", "format", "--check"], ["ruff", "check"], *types, tests):
+        print(f"$ {' '.join(words)}", flush=True)  # noqa: T201
+        if subprocess.run([sys.executable, "-m", *words], check=False).returncode != 0:
+            failed.append(" ".join(words))
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+@task(
+    positional=[],
+    auto_shortflags=False,
+    help={"only": "rows to measure, separated by commas; an unknown one lists them", "json": COMMON["json"]},
+)
+def bench(c: Context, only: str | None = None, json: bool = False) -> None:
+    """Measure mlxops against what it is made of."""
+
+    def run() -> None:
+        from tests.benchmarks import bench
+
+        bench.run(only, as_json=json)
+
+    _develop("bench", run, json=json)
+
+
+@task(
+    positional=[],
+    auto_shortflags=False,
+    help={
+        "minutes": "how long it goes on (10)",
+        "seed": "which faults: the same number gives the same ones (1)",
+        "state": "the file that counts; left out: faults.json in the test cache. The next run goes on with it",
+        "only": "kinds of fault, separated by commas",
+        "at": "with --only KIND: this one trial again, with all that it says",
+    },
+)
+def faults(
+    c: Context,
+    minutes: str = "10",
+    seed: str = "1",
+    state: str | None = None,
+    only: str | None = None,
+    at: str | None = None,
+) -> None:
+    """Cause fault after fault, and see what survives."""
+
+    def run() -> None:
+        from tests.faults import campaign
+
+        number = int(names.seconds(seed, "--seed"))
+        if at is not None:
+            campaign.replay(
+                _need(only, "--only", "faults --only kills --at 12"), int(names.seconds(at, "--at")), number
+            )
+        minutes_given = names.seconds(minutes, "--minutes")
+        if not campaign.run(minutes_given, number, Path(state) if state else None, only):
+            raise MlxopsError(
+                "faults_lost",
+                "some faults were not survived",
+                why="each is in the file that counts, with what was wrong",
+                hint="one of them again: inv faults --only KIND --at NUMBER",
+            )
+
+    _develop("faults", run)
+
+
+def _need(value: str | None, flag: str, example: str) -> str:
+    if value is None:
+        why = "there is no default for it"
+        raise UsageError("missing_argument", f"{flag} is needed", why=why, hint=f"for example: {example}")
+    return value
+
+
+def _develop(name: str, run: Callable[[], None], *, json: bool = False) -> None:
+    """Run a task in the checkout. Raises `SystemExit`, with an error that says so if there is no checkout."""
+    cli = Cli(Request, Common(local=True, json=json), name=name)
+    folder = checkout()
+    try:
+        if folder is None or not (folder / "tests" / "lab").is_dir():
+            raise UsageError(
+                "checkout_needed",
+                f"{name} needs the checkout of mlxops",
+                why="it uses the tests, which are not installed",
+                hint=f"in its folder: inv {name}",
+            )
+        os.chdir(folder)
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
+        run()
+    except MlxopsError as error:
+        raise SystemExit(cli.fail(error)) from None
+    except KeyboardInterrupt:
+        raise SystemExit(cli.fail(cli.interruption())) from None
+    except (RuntimeError, OSError, ModuleNotFoundError) as error:
+        failed = MlxopsError(
+            f"{name}_failed",
+            f"{name} failed",
+            why=str(error) or type(error).__name__,
+            hint="pip install -e '.[dev]' has what it needs",
+        )
+        raise SystemExit(cli.fail(failed)) from None
+
+
+TASKS: Mapping[str, Task[Any]] = {"demo": demo, "test": test, "bench": bench, "faults": faults}
+EXAMPLES = {
+    "demo": "inv demo",
+    "test": "inv test --fast",
+    "bench": "inv bench --only status",
+    "faults": "inv faults --minutes 10",
+}
