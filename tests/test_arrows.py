@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from mlxops.common.build import build_id
-from mlxops.core.protocol import Request
 from mlxops.core.settings import Settings
+from tests.lab.envelopes import envelope
 
 CHECKOUT = Path(__file__).parents[1]
 PACKAGE = CHECKOUT / "mlxops"
@@ -258,7 +258,7 @@ def test_status_on_a_host_imports_only_what_it_needs(tmp_path: Path) -> None:
     settings = Settings(hub=str(tmp_path / "hub"), state=str(tmp_path / "state"))
     done = subprocess.run(
         [sys.executable, "-P", "-X", "importtime", "-m", "mlxops.agent"],
-        input=Request("status", {}, settings, build_id()).encode(),
+        input=envelope("status", {}, settings, build_id()).encode(),
         capture_output=True,
         timeout=60,
         check=True,

@@ -94,7 +94,7 @@ def _restore(state: Path, printed: set[str]) -> _Outcome:
 def _plan(store: Store, paths: HostPaths, request: Envelope, printed: set[str]) -> tuple[RestoreStep, ...] | None:
     """Return the skipped steps if there is nothing to start; None if there is. Raises what `restore` raises first."""
     dry_run = Restore(dry_run=True)
-    plan = look(Context(dry_run, request.asker, paths, store, this_system(), _print, dict(os.environ)), dry_run)
+    plan = look(Context(dry_run, paths, store, this_system(), _print, dict(os.environ), request.asker), dry_run)
     if plan.starts:
         return None
     lines = [f"{step.model} on {step.port} is left: {step.why}" for step in plan.skipped if step.again_in is None]

@@ -118,12 +118,12 @@ class Context:
     """What an operation works with. `operation` is its id; empty for reads and dry runs."""
 
     request: AnyRequest
-    asker: Requester
     paths: HostPaths
     store: Store
     system: System
     emit: Callable[[Event], None]
     environ: Mapping[str, str]
+    asker: Requester = field(default_factory=Requester)
     operation: str = ""
     beat: Callable[[], None] = lambda: None
     """Says that the connection lives, now and then, while there is nothing to tell; raises if nobody listens."""

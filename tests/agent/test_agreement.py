@@ -20,8 +20,9 @@ from mlxops.agent.state.store import Store
 from mlxops.agent.worker import begin
 from mlxops.common.build import build_id
 from mlxops.core.errors import Busy, Refused
-from mlxops.core.protocol import Failed, Request
+from mlxops.core.protocol import Failed
 from mlxops.core.settings import BootJob, Settings
+from tests.lab.envelopes import envelope
 from tests.lab.sshd import missing
 
 
@@ -52,7 +53,7 @@ def agent(settings: Settings, command: str, *before: str) -> subprocess.Popen[by
         env={"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], "PYTHONDONTWRITEBYTECODE": "1"},
     )
     assert process.stdin is not None
-    process.stdin.write(Request(command, {}, settings, build_id()).encode())
+    process.stdin.write(envelope(command, {}, settings, build_id()).encode())
     process.stdin.close()
     process.stdin = None
     return process
@@ -89,7 +90,7 @@ def test_settings_that_need_no_agreement_take_the_latest_values(settings: Settin
 def test_worker_stops_if_the_agreed_settings_have_changed(settings: Settings, other: Settings, store: Store) -> None:
     agree(store, host_paths(settings, {}))
     replace_agreement(store, host_paths(other, {}))
-    log, child = begin(store, Request("set", {"model": "a/b", "fields": {}}, settings, build_id()))
+    log, child = begin(store, envelope("set", {"model": "a/b", "fields": {}}, settings, build_id()))
     (final,) = [event for event in log.follow() if event is not None]
     assert child is not None and child.wait(30) == 3
     assert isinstance(final, Failed) and final.error.code == "settings_differ", final
@@ -100,7 +101,7 @@ def test_agreed_settings_cannot_change_while_an_operation_uses_them(
     settings: Settings, other: Settings, store: Store
 ) -> None:
     agree(store, host_paths(settings, {}))
-    log, lock = create(store.state / "ops", Request("load", {}, settings, build_id()))
+    log, lock = create(store.state / "ops", envelope("load", {}, settings, build_id()))
     assert lock is not None
     try:
         replace_agreement(store, host_paths(replace(settings, address="studio.local"), {}))

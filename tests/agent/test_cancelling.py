@@ -18,8 +18,8 @@ from mlxops.agent.operations.ops import Cancelling
 from mlxops.agent.state.operation_log import OperationLog, create, recent_operations
 from mlxops.common.build import build_id
 from mlxops.core.errors import OutcomeUnknown, Refused
-from mlxops.core.protocol import Request
 from mlxops.core.settings import Settings
+from tests.lab.envelopes import envelope
 from tests.lab.homelab import Homelab, Studio
 from tests.lab.world import wait_until
 from tests.steps import FAKE, Ask, error_of, finish, nothing_runs, register, with_fake
@@ -83,7 +83,7 @@ def journal(tmp_path: Path) -> Iterator[OperationLog]:
     """The record of a load whose worker lives."""
     folder = tmp_path / "ops"
     folder.mkdir()
-    made, lock = create(folder, Request("load", {}, Settings(), build_id()))
+    made, lock = create(folder, envelope("load", {}, Settings(), build_id()))
     assert lock is not None
     yield made
     os.close(lock)
@@ -124,7 +124,7 @@ def test_whoever_waits_for_a_long_end_goes_on_as_long_as_it_is_heard(
 def test_what_would_be_worse_half_done_is_not_asked_to_end(tmp_path: Path) -> None:
     folder = tmp_path / "ops"
     folder.mkdir()
-    made, lock = create(folder, Request("unload", {}, Settings(), build_id()))
+    made, lock = create(folder, envelope("unload", {}, Settings(), build_id()))
     assert lock is not None
     with pytest.raises(Refused) as caught:
         Cancelling(made)

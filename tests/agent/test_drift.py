@@ -14,9 +14,9 @@ from mlxops.agent.operations.drift import further_drift
 from mlxops.agent.paths import host_paths
 from mlxops.agent.state.store import Store
 from mlxops.core.ports import Owner, PortView, State, World
-from mlxops.core.protocol import Request
 from mlxops.core.settings import Settings
 from tests.core.worlds import registry, run
+from tests.lab.envelopes import envelope
 
 
 @pytest.mark.parametrize(("state", "told"), [(State.READY, True), (State.WEDGED, True), (State.LOADING, False)])
@@ -26,7 +26,7 @@ def test_other_files_than_the_registry_names_are_told_of_whatever_answers_or_han
     settings = Settings(hub=str(tmp_path / "hub"), state=str(tmp_path / "state"))
     paths = host_paths(settings, os.environ)
     store = Store(paths.state, paths.registry)
-    context = Context(Request("status", {}, settings, ""), paths, store, this_system(), lambda event: None, {})
+    context = Context(envelope("status", {}, settings, "").request, paths, store, this_system(), lambda event: None, {})
     view = PortView(8103, None, state, Owner.MLXOPS, "a", run=replace(run("a", 8103), repo_id="org/before"))
     found = further_drift(context, registry(a=8103), World({8103: view}, ()))
     assert [each.code for each in found] == ["settings_changed"] * told

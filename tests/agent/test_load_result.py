@@ -16,8 +16,8 @@ from mlxops.agent.state.store import Store
 from mlxops.core.errors import Exit, NotStarted
 from mlxops.core.planner import LoadPlan, ModelRef, Outcome
 from mlxops.core.ports import Owner, PortView, State
-from mlxops.core.protocol import Request
 from mlxops.core.settings import Settings
+from tests.lab.envelopes import envelope
 
 PLAN = LoadPlan(ModelRef("a", "org/a"), 8103, "jerry-s", Outcome.START)
 
@@ -38,7 +38,7 @@ def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Conte
         settings = Settings(hub=str(tmp_path), state=str(tmp_path))
         paths = host_paths(settings, os.environ)
         store = Store(paths.state, paths.registry)
-        return Context(Request("load", {}, settings, ""), paths, store, this_system(), lambda event: None, {})
+        return Context(envelope("load", {}, settings, "").request, paths, store, this_system(), lambda event: None, {})
 
     return context
 

@@ -19,9 +19,9 @@ from mlxops.agent.serving import logs
 from mlxops.agent.state import locks
 from mlxops.agent.state.store import Store
 from mlxops.core.errors import Busy
-from mlxops.core.protocol import Request
 from mlxops.core.settings import Settings
 from tests.lab import models
+from tests.lab.envelopes import envelope
 from tests.lab.homelab import Homelab
 from tests.lab.wired import client, wired
 from tests.lab.world import wait_until
@@ -212,7 +212,9 @@ def test_a_log_that_cannot_be_cut_ends_no_operation(log: Path, stuck: None, tmp_
     fd = os.open(big.parent, os.O_RDONLY)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
-        worker._cut_logs(Context(Request("set", {}, settings, ""), paths, store, this_system(), lambda event: None, {}))
+        worker._cut_logs(
+            Context(envelope("set", {}, settings, "").request, paths, store, this_system(), lambda event: None, {})
+        )
     finally:
         os.close(fd)
     assert big.stat().st_size == logs.CAP + 1

@@ -15,8 +15,9 @@ from mlxops.agent.operations.status import status
 from mlxops.agent.paths import host_paths
 from mlxops.agent.state.store import Store
 from mlxops.control.client import HostTarget, ask, local_python
-from mlxops.core.protocol import Done, Failed, Request, decode_event
+from mlxops.core.protocol import Done, Failed, decode_event
 from mlxops.core.settings import PortRange, Settings
+from tests.lab.envelopes import envelope
 from tests.lab.world import free_ports
 
 System = type(this_system())
@@ -57,7 +58,7 @@ def told(tmp_path: Path, port: int, system: Overtaken) -> list[object]:
     settings = Settings(hub=str(tmp_path), state=str(tmp_path / "state"), ports=PortRange(port, port))
     paths = host_paths(settings, {})
     store = Store(paths.state, paths.registry)
-    context = Context(Request("status", {}, settings, ""), paths, store, system, lambda event: None, {})
+    context = Context(envelope("status", {}, settings, "").request, paths, store, system, lambda event: None, {})
     drift = status(context)["drift"]
     assert isinstance(drift, list)
     return [row["code"] for row in drift if row["code"] != "entry_problem"]

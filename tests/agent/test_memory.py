@@ -25,10 +25,11 @@ from mlxops.core.errors import Refused
 from mlxops.core.kv_cache import kv_cache
 from mlxops.core.layers import MODEL_TYPES
 from mlxops.core.memory import Estimate, Use
-from mlxops.core.protocol import Event, Note, Phase, Request
+from mlxops.core.protocol import Event, Note, Phase
 from mlxops.core.records import Operation
 from mlxops.core.registry import EMPTY
 from mlxops.core.settings import PortRange, Settings
+from tests.lab.envelopes import envelope
 from tests.lab.shapes import EVERY_TYPE, MLA, PUBLISHED, Fields, N, nested, plain
 from tests.lab.world import free_port
 
@@ -294,7 +295,7 @@ class Stubborn(LinuxSystem):
 def context(tmp_path: Path, system: System) -> tuple[Context, list[Event]]:
     paths = here(tmp_path)
     told: list[Event] = []
-    request = Request("load", {}, paths.settings, "")
+    request = envelope("load", {}, paths.settings, "")
     return Context(request, paths, Store(paths.state, paths.registry), system, told.append, {}), told
 
 

@@ -27,9 +27,10 @@ from mlxops.agent.state.operation_log import create
 from mlxops.agent.state.store import Store
 from mlxops.agent.worker import begin, finish
 from mlxops.core.errors import Refused
-from mlxops.core.protocol import Event, Failed, Request
+from mlxops.core.protocol import Event, Failed
 from mlxops.core.records import Operation
 from mlxops.core.settings import Settings
+from tests.lab.envelopes import envelope
 from tests.lab.homelab import Homelab, run, script
 from tests.lab.sshd import missing
 from tests.steps import REPO, Ask, error_of, listener, register, with_fake
@@ -100,7 +101,7 @@ def test_every_writer_reports_a_state_folder_without_locks(store: Store, on_floc
     writers: list[Callable[[], object]] = [
         lambda: store.lock("port-8100", me),
         lambda: store.settings_lock().__enter__(),
-        lambda: begin(store, Request("init", {}, Settings(state=str(store.state)), "")),
+        lambda: begin(store, envelope("init", {}, Settings(state=str(store.state)), "")),
     ]
     for write in writers:
         with pytest.raises(Refused) as caught:
@@ -114,7 +115,7 @@ def test_every_writer_reports_a_state_folder_without_locks(store: Store, on_floc
 
 def test_readers_report_a_state_folder_without_locks(store: Store, on_flock: OnFlock) -> None:
     settings = Settings(hub=str(store.registry.path.parent), state=str(store.state))
-    log, lock = create(store.state / "ops", Request("load", {"model": "a", "port": "8100"}, settings, ""))
+    log, lock = create(store.state / "ops", envelope("load", {"model": "a", "port": "8100"}, settings, ""))
     assert lock is not None
     os.close(lock)
     for name in ("port-8100", "repo-org--a"):
@@ -124,7 +125,9 @@ def test_readers_report_a_state_folder_without_locks(store: Store, on_flock: OnF
     def context_of(command: str) -> tuple[Context, list[Event]]:
         events: list[Event] = []
         paths = host_paths(settings, os.environ)
-        return Context(Request(command, {}, settings, ""), paths, store, this_system(), events.append, {}), events
+        return Context(
+            envelope(command, {}, settings, "").request, paths, store, this_system(), events.append, {}
+        ), events
 
     context, events = context_of("ops")
     assert finish(context, events.append) == 3

@@ -16,13 +16,14 @@ import pytest
 from mlxops.agent.state import locks, operation_log
 from mlxops.agent.state.operation_log import OperationLog, create, find_operation
 from mlxops.core.errors import Bug, Busy, Exit, Refused
-from mlxops.core.protocol import Done, Event, Failed, Note, Phase, Request, encode_event
+from mlxops.core.protocol import Done, Envelope, Event, Failed, Note, Phase, encode_event
 from mlxops.core.settings import Settings
+from tests.lab.envelopes import envelope
 
 pytestmark = pytest.mark.timeout(30)
 """Following does not end while a worker is alive."""
 
-REQUEST = Request("load", {"model": "a\u202e", "port": "8100"}, Settings(), "build")
+REQUEST = envelope("load", {"model": "a\u202e", "port": "8100"}, Settings(), "build")
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def ops(tmp_path: Path) -> Path:
     return folder
 
 
-def create_log(ops: Path, request: Request = REQUEST) -> OperationLog:
+def create_log(ops: Path, request: Envelope = REQUEST) -> OperationLog:
     """Create a record without a worker."""
     log, lock = create(ops, request)
     assert lock is not None

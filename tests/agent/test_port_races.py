@@ -18,11 +18,12 @@ from mlxops.agent.state.store import Lock, Store
 from mlxops.core.errors import Busy, Refused
 from mlxops.core.planner import ModelRef
 from mlxops.core.ports import World
-from mlxops.core.protocol import Event, Request
+from mlxops.core.protocol import Event
 from mlxops.core.records import Operation
 from mlxops.core.registry import EMPTY, Registry
 from mlxops.core.settings import PortRange, Settings
 from tests.core.worlds import PORTS, world
+from tests.lab.envelopes import envelope
 
 FIRST, SECOND = sorted(PORTS)[:2]
 OTHER = Operation("other", "load", "other")
@@ -44,7 +45,7 @@ def store(tmp_path: Path) -> Store:
 
 def late(store: Store, port: str = "auto") -> Context:
     settings = Settings(hub=str(store.state), state=str(store.state), ports=PortRange(min(PORTS), max(PORTS)))
-    request = Request("load", {"model": "mine", "port": port}, settings, "build")
+    request = envelope("load", {"model": "mine", "port": port}, settings, "build")
 
     def emit(event: Event) -> None:
         pytest.fail(str(event))

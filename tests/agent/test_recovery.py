@@ -9,8 +9,8 @@ from mlxops.agent.paths import host_paths
 from mlxops.agent.state import recovery
 from mlxops.agent.state.operation_log import create
 from mlxops.agent.state.store import Store
-from mlxops.core.protocol import Request
 from mlxops.core.settings import Settings
+from tests.lab.envelopes import envelope
 
 
 def test_settle_names_and_ends_an_interrupted_operation_and_removes_leftovers(tmp_path: Path) -> None:
@@ -18,7 +18,7 @@ def test_settle_names_and_ends_an_interrupted_operation_and_removes_leftovers(tm
     paths = host_paths(settings, {})
     store = Store(paths.state, paths.registry)
     store.create_folders()
-    log, lock = create(store.state / "ops", Request("load", {"model": "a", "port": "8100"}, settings, ""))
+    log, lock = create(store.state / "ops", envelope("load", {"model": "a", "port": "8100"}, settings, ""))
     assert lock is not None
     os.close(lock)
     half = store.state / "run" / ".8100.json.999999999.0123abcd.tmp"

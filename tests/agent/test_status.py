@@ -19,9 +19,10 @@ import pytest
 
 from mlxops.agent.serving.diagnosis import About, explain
 from mlxops.agent.state.operation_log import create
-from mlxops.core.protocol import Done, Phase, Request
+from mlxops.core.protocol import Done, Phase
 from mlxops.core.settings import Settings
 from tests.faults.lab import MODELS, QuickHost
+from tests.lab.envelopes import envelope
 from tests.lab.homelab import Homelab
 from tests.lab.world import wait_until
 
@@ -284,7 +285,7 @@ def test_a_load_that_fails_says_why_and_what_helps(host: QuickHost) -> None:
 
 
 def test_an_operation_with_a_very_long_result_is_not_taken_for_interrupted(tmp_path: Path) -> None:
-    journal, lock = create(tmp_path, Request("init", {}, Settings(), ""))
+    journal, lock = create(tmp_path, envelope("init", {}, Settings(), ""))
     assert lock is not None
     os.close(lock)
     emit = journal.emitter()

@@ -17,10 +17,11 @@ from mlxops.agent.operations.stop import stop
 from mlxops.agent.paths import HostPaths
 from mlxops.agent.state.store import Store
 from mlxops.core.ports import Owner, PortView, State
-from mlxops.core.protocol import Event, Note, Request
+from mlxops.core.protocol import Event, Note
 from mlxops.core.records import Run
 from mlxops.core.settings import PortRange, Settings
 from tests.core.worlds import run
+from tests.lab.envelopes import envelope
 from tests.lab.ports import free_port
 from tests.lab.world import listening, wait_until
 
@@ -77,7 +78,9 @@ def _context(folder: Path, port: int) -> Context:
     paths = HostPaths(settings, folder, folder / "registry.json", folder / "state")
     store = Store(paths.state, paths.registry)
     store.create_folders()
-    return Context(Request("unload", {}, settings, ""), paths, store, this_system(), lambda event: None, {}, "op")
+    return Context(
+        envelope("unload", {}, settings, "").request, paths, store, this_system(), lambda event: None, {}, "op"
+    )
 
 
 def _view(pid: int, port: int, argv: tuple[str, ...]) -> PortView:

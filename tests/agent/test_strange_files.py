@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from mlxops.common.build import build_id
-from mlxops.core.protocol import Done, Request, Requester, decode_event, decode_request
+from mlxops.core.protocol import Done, Requester, decode_envelope, decode_event
 from mlxops.core.settings import Settings
+from tests.lab.envelopes import envelope
 from tests.lab.homelab import Completed, Homelab
 from tests.steps import REPO, Ask, error_of, register, with_fake
 
@@ -172,7 +173,7 @@ def test_damaged_settings_are_agreed_anew(tmp_path: Path) -> None:
     path.write_bytes(DEEP)
     settings = Settings(state=str(tmp_path))
     for command, event in (("status", "host_json_unusable"), ("agree", Done), ("status", Done)):
-        request = Request(command, {}, settings, build_id(), Requester("me", "here"))
+        request = envelope(command, {}, settings, build_id(), Requester("me", "here"))
         told = subprocess.run(
             [sys.executable, "-P", "-m", "mlxops.agent"], input=request.encode(), capture_output=True, check=False
         ).stdout.decode()
@@ -244,7 +245,7 @@ def test_the_folder_of_the_operations(serving: Ask) -> None:
 def test_folders_that_are_called_like_operations(serving: Ask) -> None:
     ops = serving.studio.state / "ops"
     request = next(ops.glob("*/request.json")).read_bytes()
-    decode_request(request)
+    decode_envelope(request)
     (ops / "99999999T999999-aaaaaa").mkdir()
     (ops / "99999999T999999-bbbbbb").touch()
     KINDS["loop"](ops / "99999999T999999-cccccc")

@@ -15,11 +15,11 @@ from mlxops.agent.operations.swap import _way_back
 from mlxops.agent.paths import host_paths
 from mlxops.agent.state.store import Store
 from mlxops.core.ports import Owner, PortView, State
-from mlxops.core.protocol import Request
 from mlxops.core.settings import Settings
 from tests.core.worlds import run as sample_run
 from tests.faults.arena import entry
 from tests.faults.snapshots import snapshot
+from tests.lab.envelopes import envelope
 
 
 @pytest.mark.parametrize("other", [False, True])
@@ -35,7 +35,7 @@ def test_a_server_whose_entry_names_other_files_by_now_does_not_come_back_with_t
         path = path.rename(path.with_name("f" * 40))
     paths.registry.write_text(json.dumps({"version": 1, "models": {"a": entry("org/a", path, 8103)}}))
     store = Store(paths.state, paths.registry)
-    context = Context(Request("load", {}, settings, ""), paths, store, this_system(), lambda event: None, {})
+    context = Context(envelope("load", {}, settings, "").request, paths, store, this_system(), lambda event: None, {})
     run = replace(sample_run("a", 8103), revision=served)
     view = PortView(8103, None, State.READY, Owner.MLXOPS, "a", run=run)
     back = _way_back(context, store.registry.read(), view)

@@ -11,8 +11,9 @@ from mlxops.agent.host.system import this_system
 from mlxops.agent.paths import host_paths
 from mlxops.agent.state.store import Store
 from mlxops.agent.worker import finish
-from mlxops.core.protocol import Done, Event, Failed, Request
+from mlxops.core.protocol import Done, Event, Failed
 from mlxops.core.settings import Settings
+from tests.lab.envelopes import envelope
 
 
 @pytest.mark.parametrize(("command", "last", "status"), [("list", Done, 0), ("unload", Failed, 2)])
@@ -29,6 +30,6 @@ def test_a_wish_to_end_that_comes_with_the_outcome_is_too_late(
     paths = host_paths(settings, {})
     store = Store(paths.state, paths.registry)
     store.create_folders()  # as for every worker
-    context = Context(Request(command, {}, settings, ""), paths, store, this_system(), emit, {})
+    context = Context(envelope(command, {}, settings, "").request, paths, store, this_system(), emit, {})
     assert finish(context, emit) == status
     assert [type(event) for event in told] == [last]

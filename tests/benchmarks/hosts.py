@@ -14,10 +14,10 @@ import yaml
 
 from mlxops.common.build import build_id
 from mlxops.control import inventory
-from mlxops.core.protocol import Request
 from tests.benchmarks.contest import BenchFailed, Contest, Cost, Program, Timed
 from tests.benchmarks.place import fabric, homelab, inv, pyinfra, ssh
 from tests.benchmarks.stats import Limit
+from tests.lab.envelopes import envelope
 from tests.lab.homelab import CHECKOUT, Homelab, Studio
 
 FLEET = 32
@@ -88,7 +88,7 @@ def _agent(lab: Homelab, studio: Studio) -> Program:
     hosts = inventory.load(lab.mini.home / ".config" / "mlxops" / "hosts.yaml").hosts
     request = studio.folder / "request.json"
     if not request.exists():
-        request.write_bytes(Request("status", {}, hosts[studio.name].settings, build_id()).encode())
+        request.write_bytes(envelope("status", {}, hosts[studio.name].settings, build_id()).encode())
     plain = ssh(lab, studio.name)
     line = f"exec {sys.executable} -P -m mlxops.agent < {request}"
     return Program([*plain.argv[:-1], line], plain.cwd, plain.env)

@@ -21,9 +21,10 @@ from mlxops.control import client as control
 from mlxops.control import inventory
 from mlxops.control.client import HostTarget, ask
 from mlxops.core.errors import Exit
-from mlxops.core.protocol import Event, Phase, Progress, Request
+from mlxops.core.protocol import Event, Phase, Progress
 from mlxops.core.settings import PortRange, Settings
 from tests.lab import cache, models
+from tests.lab.envelopes import envelope
 from tests.lab.homelab import Completed, Homelab, script
 from tests.lab.hub import Hub
 from tests.lab.wire import Wire
@@ -361,7 +362,7 @@ def test_the_same_ticket_is_carried_out_once(homelab: Homelab) -> None:
         ports=PortRange(homelab.studio.ports[0], homelab.studio.ports[-1]),
         slots=dict(homelab.studio.slots),
     )
-    request = Request("init", {}, wire, build_id(), ticket="0123abcd")
+    request = envelope("init", {}, wire, build_id(), ticket="0123abcd")
 
     def ask_agent() -> list[dict[str, Any]]:
         done = subprocess.run(

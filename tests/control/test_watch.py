@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 
 from mlxops.common.build import build_id
-from mlxops.core.protocol import AGAIN, HEARTBEAT, Request
+from mlxops.core.protocol import AGAIN, HEARTBEAT
 from mlxops.core.settings import Settings
+from tests.lab.envelopes import envelope
 from tests.lab.homelab import Homelab, Studio, script
 from tests.lab.hub import Hub
 from tests.lab.wire import Wire
@@ -382,7 +383,7 @@ class TestTheAgent:
 
     def request(self, homelab: Homelab, command: str = "status") -> bytes:
         settings = Settings(hub=str(homelab.studio.hub), state=str(homelab.studio.state))
-        return Request(command, {}, settings, build_id()).encode() + b"\n"
+        return envelope(command, {}, settings, build_id()).encode() + b"\n"
 
     def test_answers_as_often_as_it_is_asked_and_ends_with_its_input(
         self, homelab: Homelab, agent: subprocess.Popen[bytes]

@@ -13,21 +13,22 @@ from mlxops.core.protocol import (
     MARKER,
     READS,
     Done,
+    Envelope,
     Event,
     Failed,
     Hello,
     Note,
     Phase,
     Progress,
-    Request,
     Requester,
+    decode_envelope,
     decode_event,
-    decode_request,
     encode_event,
 )
 from mlxops.core.settings import Settings
 from tests.core.test_errors import any_error
 from tests.core.test_settings import settings
+from tests.lab.envelopes import envelope
 from tests.properties import PROPERTY, hostile_texts, json_values
 
 texts = hostile_texts
@@ -40,7 +41,7 @@ events: st.SearchStrategy[Event] = st.one_of(
     st.builds(Failed, any_error),
 )
 requests = st.builds(
-    Request,
+    Envelope,
     command=texts,
     args=st.dictionaries(texts, json_values, max_size=3),
     settings=settings,
@@ -78,8 +79,8 @@ def test_an_event_is_one_line_of_printable_ascii_that_begins_with_the_marker(eve
 
 @given(requests)
 @PROPERTY
-def test_a_request_comes_back_as_it_went(request: Request) -> None:
-    assert decode_request(request.encode()) == request
+def test_a_request_comes_back_as_it_went(request: Envelope) -> None:
+    assert decode_envelope(request.encode()) == request
     assert request.encode().isascii()
 
 
@@ -139,7 +140,7 @@ def test_an_event_of_the_wrong_shape_never_makes_reading_fail(body: dict[str, ob
 )
 def test_what_is_no_request_is_a_value_error(data: bytes) -> None:
     with pytest.raises(ValueError):
-        decode_request(data)
+        decode_envelope(data)
 
 
 @given(st.dictionaries(st.sampled_from(["mlxops", "command", "args", "settings", "build", "asker"]), json_values))
@@ -147,13 +148,13 @@ def test_what_is_no_request_is_a_value_error(data: bytes) -> None:
 def test_a_request_of_the_wrong_shape_is_a_value_error_at_most(wire: dict[str, object]) -> None:
     whole = {"mlxops": 1, "command": "status", "args": {}, "settings": Settings().to_wire(), **wire}
     try:
-        decode_request(json.dumps(whole).encode())
+        decode_envelope(json.dumps(whole).encode())
     except ValueError:
         pass
 
 
-def request(command: str, **args: object) -> Request:
-    return Request(command, args, Settings(), "b")
+def request(command: str, **args: object) -> Envelope:
+    return envelope(command, args, Settings(), "b")
 
 
 @pytest.mark.parametrize("command", sorted(CHANGES))

@@ -28,12 +28,13 @@ from mlxops.agent.state import operation_log as journals
 from mlxops.agent.state.operation_log import OperationLog
 from mlxops.agent.state.store import Store
 from mlxops.core.errors import MlxopsError
-from mlxops.core.protocol import Done, Event, Failed, Note, Phase, Request, Requester, decode_event
+from mlxops.core.protocol import Done, Envelope, Event, Failed, Note, Phase, Requester, decode_event
 from mlxops.core.settings import PortRange, Settings
 from tests.faults import children
 from tests.faults.creations import Fault
 from tests.faults.lab import install_engine
 from tests.faults.snapshots import MODELS, snapshot
+from tests.lab.envelopes import envelope
 from tests.lab.homelab import _addresses as loopback_addresses
 from tests.lab.world import free_ports
 
@@ -116,8 +117,8 @@ class Arena:
 
     # Operations
 
-    def request(self, name: str, **args: object) -> Request:
-        return Request(name, args, self.settings, "", Requester("faults", "here"))
+    def request(self, name: str, **args: object) -> Envelope:
+        return envelope(name, args, self.settings, "", Requester("faults", "here"))
 
     def context(self, name: str, **args: object) -> Context:
         request = self.request(name, **args)

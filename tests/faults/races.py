@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mlxops.common.build import build_id
-from mlxops.core.protocol import Request
 from tests.faults import children, oracle, strikes
 from tests.faults.arena import Arena
 from tests.faults.snapshots import MODELS
+from tests.lab.envelopes import envelope
 
 PROCESSES = 8
 ALLOWED = {0, 3, 75, 130}
@@ -99,7 +99,7 @@ def _go(pid: int) -> None:
 def _agent(arena: Arena, index: int, command: str, args: Mapping[str, object]) -> int:
     """The same through a real agent with a worker of its own."""
     folder = arena.folder / f"agent{index}"
-    request = Request(command, args, arena.settings, build_id())
+    request = envelope(command, args, arena.settings, build_id())
     folder.with_suffix(".in").write_bytes(request.encode())
     argv = ["/bin/sh", "-c", 'exec "$0" -P -m mlxops.agent < "$1"', sys.executable, str(folder.with_suffix(".in"))]
     return children.spawn(argv, folder.with_suffix(".out"))

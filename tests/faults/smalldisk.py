@@ -11,9 +11,9 @@ from pathlib import Path
 
 from mlxops.agent.operations.preflight import ROOM_BYTES
 from mlxops.common.build import build_id
-from mlxops.core.protocol import Request
 from tests.faults import oracle
 from tests.faults.arena import Arena
+from tests.lab.envelopes import envelope
 from tests.lab.leaks import become_subreaper
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -111,7 +111,7 @@ def _ask(arena: Arena, command: str, **args: object) -> tuple[int, dict[str, obj
     """The agent's exit status and its last word: the error of a failure."""
     done = subprocess.run(
         [sys.executable, "-P", "-m", "mlxops.agent"],
-        input=Request(command, args, arena.settings, build_id()).encode(),
+        input=envelope(command, args, arena.settings, build_id()).encode(),
         env=arena.environ,
         capture_output=True,
         timeout=60,
