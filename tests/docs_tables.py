@@ -77,12 +77,27 @@ def _section(title: str, kind: type, inner: dict[str, type]) -> str:
     """Return the table of a dataclass. Adds the dataclasses that its fields name to `inner`."""
     hints = get_type_hints(kind)
     helps = attribute_docs(kind)
-    rows = ((f"`{each.name}`", json_type(hints[each.name], inner), _help(each, helps)) for each in fields(kind))
-    return f"### {title}\n\n{table(('field', 'type', 'meaning'), rows)}"
+    rows = ((f"`{each.name}`", _type(each, hints, inner), _help(each, helps)) for each in fields(kind))
+    return "\n\n".join([f"### {title}", *_about(kind), table(("field", "type", "meaning"), rows)])
+
+
+def _about(kind: type) -> list[str]:
+    """Return the first paragraph of the docstring, unless `dataclass` made it."""
+    doc = kind.__dict__.get("__doc__") or ""
+    return [] if not doc or doc.startswith(f"{kind.__name__}(") else [_in_json(doc.partition("\n\n")[0])]
+
+
+def _type(each: Field[Any], hints: Mapping[str, Any], inner: dict[str, type]) -> str:
+    text = json_type(hints[each.name], inner)
+    return f"{text.removesuffix(' or null')}, or left out" if each.metadata.get("omit") else text
 
 
 def _help(each: Field[Any], helps: Mapping[str, str]) -> str:
-    return str(each.metadata.get("help") or helps.get(each.name, ""))
+    return _in_json(str(each.metadata.get("help") or helps.get(each.name, "")))
+
+
+def _in_json(text: str) -> str:
+    return re.sub(r"\bNone\b", "null", " ".join(text.split()))
 
 
 def json_type(annotation: Any, inner: dict[str, type]) -> str:

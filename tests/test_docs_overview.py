@@ -12,13 +12,14 @@ import pytest
 
 import mlxops
 from mlxops.cli import overview
-from mlxops.cli.program import POSITIONAL, first_line, with_flags
+from mlxops.cli.program import entries, with_flags
 from mlxops.common.build import build_id
-from mlxops.tasks import namespace
+from mlxops.tasks import tasks
 
 MLXCTL = str(Path(sysconfig.get_path("scripts")) / "mlxctl")
-EXAMPLES = {command: example for group in overview.GROUPS.values() for command, example in group.items()}
-HELPS = {name: first_line(task) for name, task in namespace.tasks.items()}
+ENTRIES = entries()
+EXAMPLES = {entry.example.split()[1]: entry for entry in ENTRIES}
+TASKS = {task.name: task for task in tasks(())}
 
 
 def mlxctl(*args: str, columns: int = 120) -> str:
@@ -28,38 +29,38 @@ def mlxctl(*args: str, columns: int = 120) -> str:
 
 
 def test_every_command_is_in_one_group() -> None:
-    commands = [command for group in overview.GROUPS.values() for command in group]
-    assert sorted(commands) == sorted(namespace.task_names)
+    assert sorted(EXAMPLES) == sorted(TASKS) and len(ENTRIES) == len(EXAMPLES)
 
 
 @pytest.mark.parametrize("command", EXAMPLES)
 def test_example_is_a_command_line_of_its_command(command: str) -> None:
-    program, *args = EXAMPLES[command].split()
-    assert program == ("inv" if command in overview.GROUPS["develop"] else "mlxctl") and args[0] == command
-    arguments = namespace[command].get_arguments()
+    entry = EXAMPLES[command]
+    program, *args = entry.example.split()
+    assert program == ("inv" if entry.group == "develop" else "mlxctl")
+    arguments = TASKS[command].get_arguments()
     flags = {f"--{(each.name or '').replace('_', '-')}": each.takes_value for each in arguments}
     rest = iter(with_flags(args, frozenset(flag for flag, takes_value in flags.items() if takes_value))[1:])
     for flag in rest:
-        assert flag in flags, EXAMPLES[command]
+        assert flag in flags, entry.example
         if flags[flag]:
             next(rest)
 
 
 def test_program_without_arguments_shows_the_overview() -> None:
-    assert mlxctl() == mlxctl("--help") == overview.overview(HELPS, 120) + "\n"
+    assert mlxctl() == mlxctl("--help") == overview.overview(ENTRIES, 120) + "\n"
 
 
 def test_groups_come_in_order_and_options_last() -> None:
-    lines = overview.overview(HELPS, 120).splitlines()
+    lines = overview.overview(ENTRIES, 120).splitlines()
     titles = [line for line in lines[3:] if line and not line.startswith(" ")]
     assert titles == ["serve", "look", "files", "host", "develop", "options of most commands", "options of mlxctl"]
 
 
 @pytest.mark.parametrize(("columns", "longest"), [(120, 120), (80, 80)])
 def test_overview_fits_its_columns(columns: int, longest: int) -> None:
-    text = overview.overview(HELPS, columns)
+    text = overview.overview(ENTRIES, columns)
     assert max(map(len, text.splitlines())) <= longest
-    assert all(example in text for example in EXAMPLES.values())
+    assert all(entry.example in text and entry.help in text for entry in ENTRIES)
 
 
 def test_options_of_invoke_without_meaning_are_hidden() -> None:
@@ -69,7 +70,6 @@ def test_options_of_invoke_without_meaning_are_hidden() -> None:
 
 
 def test_help_of_a_command_names_its_positions() -> None:
-    assert POSITIONAL["load"] == ("--model", "--port")
     assert "Short: mlxctl load MODEL PORT\n" in mlxctl("load", "--help")
 
 

@@ -10,6 +10,7 @@ import pytest
 from mlxops.cli.manual import DOCS
 from mlxops.core.drift import DriftCode
 from mlxops.core.ports import State
+from mlxops.core.wire import omitted
 from tests import docs_tables
 
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md"))}
@@ -35,10 +36,14 @@ class Row:
     state: State = field(metadata={"help": "the port's state"})
     notes: tuple[str, ...] = ()
     """Remarks, in a sentence | each."""
+    pid: int | None = omitted(None)
+    """None: it has ended."""
 
 
 @dataclass(frozen=True)
 class Result:
+    """What every port serves."""
+
     rows: tuple[Row, ...]
     first: Row | None
     extra: Mapping[str, float] | None = None
@@ -49,6 +54,8 @@ def test_json_fields_are_made_from_dataclasses() -> None:
     assert docs_tables.json_fields({"status": Result}) == "\n".join(
         [
             "### `status`",
+            "",
+            "What every port serves.",
             "",
             "| field | type | meaning |",
             "| --- | --- | --- |",
@@ -63,5 +70,6 @@ def test_json_fields_are_made_from_dataclasses() -> None:
             "| `port` | integer |  |",
             "| `state` | text | the port's state |",
             "| `notes` | list of text | Remarks, in a sentence / each. |",
+            "| `pid` | integer, or left out | null: it has ended. |",
         ]
     )

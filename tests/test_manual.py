@@ -13,15 +13,17 @@ from pathlib import Path
 import pytest
 
 from mlxops.cli import manual
-from mlxops.cli.program import POSITIONAL
+from mlxops.cli.options import positions
 from mlxops.control.inventory import load
+from mlxops.core.command import request_type
 from mlxops.core.errors import UsageError
-from mlxops.tasks import namespace
+from mlxops.tasks import tasks
 
 CHECKOUT = Path(__file__).parents[1]
 README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 DEVELOP = ("bench", "demo", "faults", "test")
+TASKS = {task.name: task for task in tasks(())}
 
 
 def sources() -> dict[str, str]:
@@ -44,7 +46,7 @@ def test_readme_has_at_most_200_lines() -> None:
 
 def test_readme_shows_every_command() -> None:
     shown = set(re.findall(r"^\| `mlxctl ([a-z-]+)", README, re.MULTILINE))
-    assert shown == set(namespace.task_names) - set(DEVELOP)
+    assert shown == set(TASKS) - set(DEVELOP)
 
 
 @pytest.mark.parametrize("topic", manual.topics())
@@ -68,8 +70,8 @@ def test_commands_and_flags_exist(text: str) -> None:
         if found is None:
             continue
         name, rest = found.groups()
-        assert name in namespace.task_names, span
-        flags = {f"--{(each.name or '').replace('_', '-')}" for each in namespace[name].get_arguments()}
+        assert name in TASKS, span
+        flags = {f"--{(each.name or '').replace('_', '-')}" for each in TASKS[name].get_arguments()}
         used = set(re.findall(r"(?<!\S)(--[a-z-]+)", rest.split(" | ")[0])) - {"--help"}
         assert used <= flags, span
 
@@ -136,12 +138,12 @@ def test_page_on_a_terminal_is_rendered() -> None:
 
 
 def test_rich_is_imported_only_on_a_terminal() -> None:
-    code = "import sys; from mlxops.cli import manual; manual.show('status'); sys.exit('rich' in sys.modules)"
+    code = "import sys; from mlxops.cli import manual; manual.shown('status'); sys.exit('rich' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0
 
 
 def test_help_is_positional() -> None:
-    assert POSITIONAL["help"] == ("--topic",)
+    assert positions(request_type("help")) == ("--topic",)
 
 
 def on_terminal(command: list[str]) -> str:

@@ -16,6 +16,7 @@ MAX_COLUMNS = 100
 _COMMENT_LINE = re.compile(r"^<!--.*-->\n", re.MULTILINE)
 _PAGE_LINK = re.compile(r"\[([^\]]+)\]\(([a-z-]+)\.md(?:#[a-z-]*)?\)")
 _SECTION_LINK = re.compile(r"\[([^\]]+)\]\(#[a-z-]*\)")
+_SECTION = re.compile(r"^##? .*", re.MULTILINE)
 _CODE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 
@@ -32,8 +33,9 @@ class Page:
         return paragraph.partition(". ")[0].rstrip(".")
 
     @property
-    def headings(self) -> str:
-        return "\n".join(line for line in _CODE.sub("", self.text).splitlines() if line.startswith("#")).lower()
+    def sections(self) -> str:
+        """The title and the headings of sections, in small letters."""
+        return "\n".join(_SECTION.findall(_CODE.sub("", self.text))).lower()
 
 
 def topics() -> tuple[str, ...]:
@@ -62,7 +64,7 @@ def nearest_topic(word: str) -> str:
     if similar:
         return similar[0]
     has_word = re.compile(rf"(?<![\w-]){re.escape(wanted)}(?![\w-])" if wanted else r"(?!)")
-    return next((topic for topic in topics() if has_word.search(page(topic).headings)), "")
+    return next((topic for topic in topics() if has_word.search(page(topic).sections)), "")
 
 
 def overview() -> str:
