@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -36,36 +37,49 @@ def demo(c: Context) -> None:
     auto_shortflags=False,
     help={
         "only": "pytest's -k: only tests whose names match",
-        "fast": "only what needs neither engine, hub nor sshd",
-        "all_engines": "with every version of mlx-openai-server that is driven; builds 2 GB for each once",
+        "fast": "neither mypy nor the tests that need the lab: engine, hub, sshd, deploy, faults; about a minute",
+        "long": "also the tests that are marked as long",
+        "all_engines": "also older versions of mlx-openai-server; each takes 2 GB of disk",
     },
 )
-def test(c: Context, only: str | None = None, fast: bool = False, all_engines: bool = False) -> None:
+def test(
+    c: Context, only: str | None = None, fast: bool = False, long: bool = False, all_engines: bool = False
+) -> None:
     """Check formatting, lint, types, and run the tests."""
-    chosen = [*(["-k", only] if only else []), *(["--all-engines"] if all_engines else [])]
-    _develop("test", lambda: _checks(chosen, fast))
+    marks = ["-m", "not lab"] if fast else []
+    selection = ["-k", only] if only else []
+    options = [*marks, *selection, *(["--long"] if long else []), *(["--all-engines"] if all_engines else [])]
+    _develop("test", lambda: _checks(options, types=not fast))
 
 
-def _checks(chosen: Sequence[str], fast: bool) -> None:
-    """Run every check, also after a failed one, the tests last. Raises `SystemExit` with the failed commands."""
+WORKERS = ("-n", "logical", "--maxprocesses", "4", "--dist", "loadgroup")
+"""pytest-xdist: one worker for each processor, at most four, because the lab's programs take memory and time too.
+`loadgroup`: tests/conftest.py says which tests one worker runs together."""
+
+
+def _checks(options: Sequence[str], *, types: bool) -> None:
+    """Run the checks and the tests, which get pytest's `options`. Go on after a failure.
+
+    Raises `SystemExit` with the failed commands.
+    """
     import subprocess
     from importlib.util import find_spec
 
-    if missing := [name for name in ("ruff", "mypy", "pytest", "hypothesis") if find_spec(name) is None]:
+    if missing := [name for name in ("ruff", "mypy", "pytest", "xdist", "hypothesis") if find_spec(name) is None]:
         raise MlxopsError(
             "test_tools_missing",
             f"{', '.join(missing)} cannot be imported",
-            why=f"they come with the extra `dev`, which {sys.executable} has not",
+            why=f"the extra `dev` installs them, and {sys.executable} does not have it",
             hint="in this folder: pip install -e '.[dev]'",
         )
-    tests = ["pytest", *chosen, *(["tests/core", "tests/test_arrows.py"] if fast else [])]
     # One cache for each platform: mypy discards a cache that was made with other options.
-    types = [["mypy", "--platform", each, "--cache-dir", f".mypy_cache/{each}"] for each in ("linux", "darwin")]
+    platforms = ("linux", "darwin") if types else ()
+    mypy = [["mypy", "--platform", name, "--cache-dir", f".mypy_cache/{name}"] for name in platforms]
     failed = []
-    for words in (["ruff", "format", "--check"], ["ruff", "check"], *types, tests):
-        print(f"$ {' '.join(words)}", flush=True)  # noqa: T201
-        if subprocess.run([sys.executable, "-m", *words], check=False).returncode != 0:
-            failed.append(" ".join(words))
+    for command in (["ruff", "format", "--check"], ["ruff", "check"], *mypy, ["pytest", *WORKERS, *options]):
+        print(f"$ {shlex.join(command)}", flush=True)  # noqa: T201
+        if subprocess.run([sys.executable, "-m", *command], check=False).returncode != 0:
+            failed.append(shlex.join(command))
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 

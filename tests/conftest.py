@@ -47,29 +47,58 @@ def _move_out() -> Path:
     return folder
 
 
-# A shell that runs the tests in the background has them ignore these, and so would everything that they start.
+# A background job of a shell ignores these signals, and so would every program that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 _THROWAWAY = _move_out()
 leaks.become_subreaper()
 
 
+LAB_FIXTURES = {"engine", "openai_server", "tiny_models", "hub", "litellm", "make_homelab"}
+"""The fixtures of this file that build or start a part of the lab."""
+OPTIONAL_MARKS = {"all_engines": "--all-engines", "long": "--long"}
+"""Marks of tests that run only with an option."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--leak-patience", type=float, default=5.0, help="seconds that a test's processes and threads have to end"
     )
-    parser.addoption(
-        "--all-engines",
-        action="store_true",
-        help="every version of mlx-openai-server that is driven, not the latest alone",
-    )
+    parser.addoption("--all-engines", action="store_true", help="test every supported version of mlx-openai-server")
+    parser.addoption("--long", action="store_true", help="also run the tests that are marked `long`")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.option.all_engines:
-        others = [item for item in items if item.get_closest_marker("all_engines")]
-        config.hook.pytest_deselected(items=others)
-        items[:] = [item for item in items if item not in others]
+    """Deselect the optional tests, mark the tests that need the lab, and group the tests for pytest-xdist.
+
+    This runs before other plugins, because `-m` and pytest-xdist read the marks that are set here.
+    """
+    left_out = [mark for mark, option in OPTIONAL_MARKS.items() if not config.getoption(option)]
+    deselected = [item for item in items if any(map(item.get_closest_marker, left_out))]
+    config.hook.pytest_deselected(items=deselected)
+    items[:] = [item for item in items if item not in deselected]
+    for item in items:
+        if _lab_fixtures(item):
+            item.add_marker(pytest.mark.lab)
+        if any(definition.scope in ("module", "class") for definition in _fixtures(item).values()):
+            # One worker runs them all. A second worker would set up the shared fixture again.
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    if hasattr(config, "workerinput"):
+        # Start the long tests first, so that the workers finish at about the same time.
+        items.sort(key=lambda item: item.get_closest_marker("lab") is None)
+
+
+def _fixtures(item: pytest.Item) -> dict[str, pytest.FixtureDef[object]]:
+    """Return the fixtures that a test uses. If a name is defined more than once, the last definition is the one."""
+    info = getattr(item, "_fixtureinfo", None)
+    return {name: definitions[-1] for name, definitions in info.name2fixturedefs.items()} if info else {}
+
+
+def _lab_fixtures(item: pytest.Item) -> set[str]:
+    """Return the fixtures of the lab that a test uses. Test files may use the same names for fixtures of their own."""
+    fixtures = _fixtures(item)
+    return {name for name in LAB_FIXTURES & fixtures.keys() if fixtures[name].func.__module__ == __name__}
 
 
 def pytest_unconfigure() -> None:
@@ -84,7 +113,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         "hub": cache.hub_venv,
         "litellm": cache.gateway_venv,
     }
-    needed = {name for item in session.items for name in getattr(item, "fixturenames", ())}
+    needed = {name for item in session.items for name in _lab_fixtures(item)}
     if cache.has_openai_server():
         for item in session.items:
             chosen = getattr(item, "callspec", None)
@@ -128,6 +157,8 @@ def _nothing_left_by_the_test(watch: leaks.Watch, pytestconfig: pytest.Config) -
 def _checked(watch: leaks.Watch, who: str, config: pytest.Config) -> Generator[None]:
     before = watch.look()
     yield
+    # A command that runs inside this process ignores SIGINT at its end. The next test's programs would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if found := watch.leaks(before, config.getoption("--leak-patience")):
         # One failure, not one for each test that follows.
         world.end(watch.look().processes - before.processes)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
-from mlxops import tasks
+from mlxops import devtasks, tasks
 from mlxops.cli import runner
 from mlxops.cli.runner import Call, LeftError
 from mlxops.control.client import HostReply, HostTarget
@@ -140,5 +140,5 @@ class TestOneDocumentALine:
 def test_the_checks_say_how_to_get_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MlxopsError, match="ruff, mypy, pytest") as refused:
-        tasks._checks([], fast=True)
+        devtasks._checks([], types=False)
     assert "pip install -e '.[dev]'" in refused.value.hint

@@ -152,15 +152,15 @@ AS_A_RULE = {"code for the model"}
 
 
 @pytest.fixture(scope="module")
-def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def odd(engine: Path, tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the odd variants; the file `canary` beside it has the names of those whose code ran."""
     folder = tmp_path_factory.mktemp("odd") / "models"
     folder.mkdir()
     run_odd(
         "make",
-        str(models.tiny_models() / models.QWEN),
+        str(tiny_models / models.QWEN),
         str(folder),
-        python=cache.engine_venv("mlx-lm"),
+        python=engine,
         folder=folder.parent,
     )
     return folder

@@ -11,6 +11,8 @@ import pytest
 from tests.benchmarks import bench
 from tests.lab.homelab import CHECKOUT, Completed, run
 
+pytestmark = pytest.mark.lab
+
 
 def inv_bench(*words: str) -> Completed:
     return run([str(Path(sysconfig.get_path("scripts")) / "inv"), "bench", *words], CHECKOUT, dict(os.environ))

@@ -28,6 +28,8 @@ from tests.lab.sshd import SshClient, Sshd, descendants
 from tests.lab.world import wait_until
 from tests.steps import nothing_runs, servers
 
+pytestmark = pytest.mark.lab
+
 HERE = [str(Path(sys.base_prefix) / "bin")]
 """Where the interpreter of the tests is; the places of a real host are searched in tests of their own."""
 

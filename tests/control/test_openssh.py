@@ -27,6 +27,8 @@ from tests.lab.fakeagent import SECURITY_KEY, FakeAgent, SecurityKey
 from tests.lab.homelab import Homelab
 from tests.lab.sshd import SshAgent, SshClient, Sshd, certify, keygen, program, public
 
+pytestmark = pytest.mark.lab
+
 
 def convert(key: Path, passphrase: str, *options: str) -> None:
     argv = [program("ssh-keygen"), "-q", "-p", "-P", "", "-N", passphrase, *options, "-f", str(key)]

@@ -26,6 +26,8 @@ from mlxops.core.protocol import Hello, Note, encode_event
 from tests.lab.sshd import SshClient, Sshd, descendants, keygen, program, public
 from tests.lab.wire import Wire
 
+pytestmark = pytest.mark.lab
+
 PYTHON = sys.executable
 HOSTILE = [
     *("a b", "", "'", '"', "*", "~", "~root", "-n", "--", "\\", "a\\\\b'\\", "$HOME", "!!", "#x", "{a,b}", "\t"),

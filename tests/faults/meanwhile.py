@@ -48,6 +48,8 @@ class _Moment:
     _made: list[Path] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        owner, attribute = _owner(self.called)
+        assert hasattr(owner, attribute), f"{self.called} does not exist"
         name = f"{time.monotonic_ns()}"
         self._at, self._go = self.arena.folder / f"at-{name}", self.arena.folder / f"go-{name}"
 
@@ -275,7 +277,7 @@ def _what_cannot_be_undone_keeps_its_record(arena: Arena) -> None:
     assert arena.run("set", model=BETA, set=["args=--fake-mute 1"]).exit == 0
 
     def prepare() -> None:
-        owner, name = _owner("mlxops.agent.serving.launch.Start.abort")
+        owner, name = _owner("mlxops.agent.serving.launch.Launch.abort")
 
         def abort(start: object) -> None:
             raise MlxopsError("will_not_die", "it is still there")
@@ -512,7 +514,7 @@ def _two_inits(arena: Arena) -> None:
     assert (len(_rows(one, "added")), len(_rows(second[0], "added"))) == (3, 0), (one, second)
 
 
-STARTS = f"{OPERATIONS}.swap.Start"
+STARTS = f"{OPERATIONS}.swap.Launch"
 CASES: Mapping[str, Callable[[Arena], None]] = {
     name[1:].replace("_", " "): case
     for name, case in list(globals().items())

@@ -16,6 +16,8 @@ from tests.faults import campaign, reuse
 from tests.lab.homelab import CHECKOUT, run, script
 from tests.lab.sshd import missing
 
+pytestmark = pytest.mark.lab
+
 SEED = 7
 NEEDS_STRACE = {"kills", "errors", "power"}
 

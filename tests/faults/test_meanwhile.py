@@ -10,6 +10,8 @@ import pytest
 from tests.faults import meanwhile
 from tests.lab.homelab import CHECKOUT
 
+pytestmark = pytest.mark.lab
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the arena collects orphans by what Linux alone has")
 @pytest.mark.parametrize("case", meanwhile.CASES)

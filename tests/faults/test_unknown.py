@@ -13,6 +13,8 @@ from tests.faults import reuse, unknown
 from tests.lab.homelab import CHECKOUT
 from tests.lab.sshd import missing
 
+pytestmark = pytest.mark.lab
+
 
 def left_alone(*argv: str) -> None:
     command = [*argv[:-1], sys.executable, "-m", "tests.faults.unknown", *argv[-1].split("\t")]

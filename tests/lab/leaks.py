@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import psutil
 
-from tests.lab.world import Process, below, descendants, listeners, processes_below
+from tests.lab.world import Process, below, children, descendants, listeners, processes_below
 
 T = TypeVar("T")
 _PR_SET_CHILD_SUBREAPER = 36
@@ -127,7 +127,7 @@ def reap_orphans() -> None:
     Children that this process started with `subprocess` are left alone: their objects wait for them, and would
     take a status that is gone for a success.
     """
-    ended = {child.pid for child in psutil.Process().children() if _is_zombie(child)}
+    ended = {pid for pid in children() if _is_zombie(pid)}
     if not ended:
         return
     for pid in ended - {found.pid for found in gc.get_objects() if issubclass(type(found), subprocess.Popen)}:
@@ -137,9 +137,9 @@ def reap_orphans() -> None:
             continue
 
 
-def _is_zombie(process: psutil.Process) -> bool:
+def _is_zombie(pid: int) -> bool:
     try:
-        return process.status() == psutil.STATUS_ZOMBIE
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import socket
 from collections.abc import Iterable
+
+_FIRST, _END = 20_000, 32_768
+"""Outgoing connections take local ports from 32768 on Linux and from 49152 on macOS."""
+_RANDOM = random.SystemRandom()
+"""Property tests seed the ordinary generator: two test workers would get the same ports from it."""
 
 
 def listening(address: str, port: int) -> bool:
@@ -15,7 +21,7 @@ def listening(address: str, port: int) -> bool:
 
 def can_bind(address: str, port: int = 0) -> bool:
     """Whether a server could listen there now: False also for an address that this machine does not have."""
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
         # As servers do; otherwise a closed connection of a minute ago would still count.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -26,21 +32,19 @@ def can_bind(address: str, port: int = 0) -> bool:
 
 
 def free_port(address: str = "127.0.0.1") -> int:
-    """A port that the system chose; it is free until someone takes it, so whoever uses it must be ready to retry."""
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        port = probe.getsockname()[1]
-    assert isinstance(port, int)
-    return port
+    """Return a free port. Another program may take it before the caller does, so the caller must be ready to retry."""
+    return free_ports([address], 1)[0]
 
 
 def free_ports(addresses: Iterable[str], count: int) -> range:
-    """`count` ports in a row that are free on every one of the addresses."""
+    """Return `count` consecutive ports that are free on each of the addresses.
+
+    Not from the range of which the system takes the local ports of outgoing connections: a client of a lab's address
+    gets its local port at that very address, and a server could not listen there until the connection is forgotten.
+    """
     every = list(addresses)
     for _ in range(200):
-        first = free_port(every[0])
-        if first + count <= 65536 and all(
-            can_bind(address, port) for port in range(first, first + count) for address in every
-        ):
+        first = _RANDOM.randrange(_FIRST, _END - count)
+        if all(can_bind(address, port) for port in range(first, first + count) for address in every):
             return range(first, first + count)
     raise RuntimeError(f"no {count} free ports in a row on {', '.join(every)}")

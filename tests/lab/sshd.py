@@ -8,7 +8,6 @@ import secrets
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -18,6 +17,8 @@ from types import TracebackType
 from typing import NoReturn, Self
 
 import pytest
+
+from tests.lab.ports import free_port
 
 START_SECONDS = 20.0
 
@@ -115,7 +116,7 @@ class Sshd:
         if os.geteuid() == 0 and Path("/run").is_dir():
             Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # the compiled-in privilege separation directory
         for _ in range(10):
-            port = self.port or _free_port(self.address)
+            port = self.port or free_port(self.address)
             if self._start_on(port):
                 self.port = port
                 return
@@ -296,13 +297,6 @@ def descendants(pid: int) -> list[int]:
 def _with_environment(text: str) -> list[int]:
     listing = subprocess.run(["ps", "axeww", "-o", "pid=,args="], check=True, capture_output=True).stdout
     return [int(line.split()[0]) for line in listing.splitlines() if text.encode() in line]
-
-
-def _free_port(address: str) -> int:
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.bind((address, 0))
-        return int(probe.getsockname()[1])
 
 
 def _kill(pid: int) -> None:
