@@ -20,7 +20,7 @@ from mlxops.agent.host.programs import MARK, environment
 from mlxops.agent.host.system import Look, Process, System, this_system
 from mlxops.agent.serving import processes
 from mlxops.agent.serving.processes import PendingProcess, leader, members, spawn, stop
-from mlxops.agent.serving.servers import find
+from mlxops.agent.serving.servers import find_servers
 from mlxops.core.errors import NotStarted, Refused
 from mlxops.core.records import Run
 from tests.core.worlds import run as sample_run
@@ -495,7 +495,9 @@ def adopted(lab: Lab, argv: Sequence[str], processes: int) -> Adopted:
     """`argv` starts mlx_lm.server for port 8103 in one way or another; so many processes are then in the group."""
     starter, run = lab.running(argv)
     wait_until(lambda: len(group(run)) == processes, 20, "its group")
-    (server,) = (each for each in find(SYSTEM.look(())) if each.process.pgid == run.pgid and each.seen.port == 8103)
+    (server,) = (
+        each for each in find_servers(SYSTEM.look(())) if each.process.pgid == run.pgid and each.detected.port == 8103
+    )
     own = replace(run, run_id="", adopted=True, pid=server.process.pid, start=server.process.start)
     return Adopted(own, frozenset(group(run)), starter)
 

@@ -31,7 +31,7 @@ def test_two_servers_in_one_tmux_are_two_and_tmux_is_none() -> None:
         12 10 12 bash
         13 12 13 {OTHER}
     """)
-    assert [(each.process.pid, each.family) for each in servers.find(look)] == [(11, (11,)), (13, (13,))]
+    assert [(each.process.pid, each.family) for each in servers.find_servers(look)] == [(11, (11,)), (13, (13,))]
 
 
 def test_a_server_has_all_that_it_started_and_its_forks() -> None:
@@ -42,7 +42,7 @@ def test_a_server_has_all_that_it_started_and_its_forks() -> None:
         14 11 14 {ENGINE}
         15 11 11 Z {ENGINE}
     """)
-    (found,) = servers.find(look)
+    (found,) = servers.find_servers(look)
     assert (found.process.pid, sorted(found.family)) == (11, [11, 12, 13, 14])
 
 
@@ -53,7 +53,7 @@ def test_a_script_that_becomes_a_server_has_the_one_that_it_started_before_as_a_
         12 11 11 {OTHER}
         13 12 11 python -c child
     """)
-    assert [each.family for each in servers.find(look)] == [(11,), (12, 13)]
+    assert [each.family for each in servers.find_servers(look)] == [(11,), (12, 13)]
     assert (servers.family(look, 11), servers.family(look, 12)) == ((11,), (12, 13))
     assert servers.wrappers(look, 12) == ()
 

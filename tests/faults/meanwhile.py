@@ -275,7 +275,7 @@ def _what_cannot_be_undone_keeps_its_record(arena: Arena) -> None:
     assert arena.run("set", model=BETA, set=["args=--fake-mute 1"]).exit == 0
 
     def prepare() -> None:
-        owner, name = _owner("mlxops.agent.serving.launch.Start.abort")
+        owner, name = _owner("mlxops.agent.serving.launch.Launch.abort")
 
         def abort(start: object) -> None:
             raise MlxopsError("will_not_die", "it is still there")
