@@ -109,7 +109,7 @@ class TestAPort:
     ("error", "state", "detail"),
     [
         (ConnectionRefusedError(), State.IDLE, ""),
-        (TimeoutError("timed out"), State.UNKNOWN, "cannot find out: timed out"),
+        (TimeoutError("timed out"), State.UNKNOWN, "cannot find out whether anything listens: timed out"),
         (None, State.UNKNOWN, "something listens"),
     ],
 )

@@ -159,7 +159,7 @@ KILL_SECONDS = 30.0
 def stop(system: System, run: Run, *, grace: float, reap: Callable[[], object] = lambda: None) -> Stopped:
     """Stop the recorded server: SIGTERM, wait up to `grace` seconds, SIGKILL. Prove that no process is left.
 
-    First signal the listener and the processes above it (a shell, uv). Its children are spared, because it needs them to
+    First signal the listener and the processes above it (a shell, uv). Spare its children, because it needs them to
     finish open requests: the child of mlx-openai-server that holds the weights dies of SIGTERM, and open requests then
     hang. Signal the processes that outlive it next.
 
