@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mlxops.agent.service import restore_job
-from mlxops.agent.service.restore_job import RestoreJob, Launchd, Systemd
+from mlxops.agent.service.restore_job import Launchd, RestoreJob, Systemd
 from mlxops.core.errors import Refused
 from tests.lab.homelab import Homelab
 from tests.lab.sshd import missing
