@@ -191,12 +191,12 @@ class BootJobs:
         # `systemd-run --scope` gives a server a group of its own, and in a container the groups are hidden.
         mark = self._system.variables(chain[0].pid).get("INVOCATION_ID", "")
         mark = "" if mark == self._environ.get("INVOCATION_ID") else mark
-        for user, shown in managers.units if units or mark else ():
-            main = shown.get("MainPID", "")
-            if (main.isdecimal() and int(main) in pids) or (mark and mark == shown.get("InvocationID")):
-                unit = shown.get("Id") or unit_of(job.label)
+        for user, info in managers.units if units or mark else ():
+            main = info.get("MainPID", "")
+            if (main.isdecimal() and int(main) in pids) or (mark and mark == info.get("InvocationID")):
+                unit = info.get("Id") or unit_of(job.label)
                 return BootClaim(job, f"systemd's unit {unit} started it", systemctl("stop", unit, user=user))
-        if units or not mark or port != job.port or any(shown.get("InvocationID") for _, shown in managers.units):
+        if units or not mark or port != job.port or any(info.get("InvocationID") for _, info in managers.units):
             return None
         how = "a systemd unit started it (INVOCATION_ID), but which one cannot be seen from here"
         return BootClaim(job, how, managers.stop())
@@ -279,8 +279,8 @@ class BootJobs:
 
     def _absences(self, job: BootJob, exists: bool) -> Iterator[str]:
         if job.label:
-            asked = self._managers[job].asked
-            negation = f"{' and '.join(asked)} know no" if len(asked) > 1 else f"{asked[0]} knows no" if asked else ""
+            names = self._managers[job].available
+            negation = f"{' and '.join(names)} know no" if len(names) > 1 else f"{names[0]} knows no" if names else ""
             yield f"{negation} {job.label}" if negation else f"no service manager that could know {job.label} runs here"
         if job.script:
             yield f"nothing runs {job.script}" if exists else f"{job.script} is not there"
@@ -300,7 +300,7 @@ class _Managers:
         self.label = job.label
 
     @property
-    def asked(self) -> list[str]:
+    def available(self) -> list[str]:
         """The service managers that can be asked about the label."""
         systemd = which("systemctl", self._environ) is not None
         return [name for name, here in (("launchd", self.asks_launchd), ("systemd", systemd)) if here]
@@ -326,8 +326,8 @@ class _Managers:
         if self.asks_launchd and (self._job.label or self._own_plist):
             self._find_domain()
             return bootout(self.domain or "system", self.label)
-        for user, shown in self._known_units():
-            return systemctl("stop", shown.get("Id") or unit_of(self._job.label), user=user)
+        for user, info in self._known_units():
+            return systemctl("stop", info.get("Id") or unit_of(self._job.label), user=user)
         if self._job.label:
             # Neither launchd nor systemd knows it: another program starts it, and has its own stop command.
             return f"stop what starts it (under launchd: {bootout('system', self._job.label)})"
@@ -374,11 +374,11 @@ class _Managers:
         return []
 
     def _of_launchd(self) -> Iterator[JobState]:
-        shown, own = self.launchd, self._own_plist
-        if shown is not None:
+        info, own = self.launchd, self._own_plist
+        if info is not None:
             name = f"launchd has it as {self.domain}/{self.label}"
-            standing = Standing.ACTIVE if shown.active else Standing.LOADED
-            pid = f", pid {shown.pid}" if shown.pid else f", {shown.state or 'loaded'}"
+            standing = Standing.ACTIVE if info.active else Standing.LOADED
+            pid = f", pid {info.pid}" if info.pid else f", {info.state or 'loaded'}"
             yield JobState(self._job, standing, name + pid, bootout(self.domain, self.label))
         elif own is not None:
             off = self._disabled(own.domain, own.label)
@@ -431,18 +431,18 @@ class _Managers:
             return ()
         names = [unit_of(self._job.label)] if self._job.label else []
         names += [path.name for _, path in self._unit_files if path.name not in names]
-        found = []
+        infos = []
         for user in (False, True):
             for name in names[:2]:
-                shown = self._show(user, name)
-                if shown:
-                    found.append((user, shown))
-                if standing_of_unit(shown) not in {Standing.MISSING, Standing.UNKNOWN}:
-                    return tuple(found)
-        return tuple(found)
+                info = self._show(user, name)
+                if info:
+                    infos.append((user, info))
+                if standing_of_unit(info) not in {Standing.MISSING, Standing.UNKNOWN}:
+                    return tuple(infos)
+        return tuple(infos)
 
     def _known_units(self) -> list[tuple[bool, Mapping[str, str]]]:
-        return [(user, shown) for user, shown in self.units if standing_of_unit(shown) is not Standing.MISSING]
+        return [(user, info) for user, info in self.units if standing_of_unit(info) is not Standing.MISSING]
 
     def _show(self, user: bool, unit: str) -> Mapping[str, str]:
         scope = ("--user",) if user else ()
@@ -468,13 +468,13 @@ class _Managers:
         return ""
 
     def _of_systemd(self) -> Iterator[JobState]:
-        for user, shown in self._known_units():
-            unit = shown.get("Id") or unit_of(self._job.label)
-            standing = standing_of_unit(shown)
-            what = "/".join(filter(None, (shown.get("ActiveState"), shown.get("SubState"))))
-            state = shown.get("UnitFileState") or shown.get("LoadState")
-            detail = f"systemd{' --user' if user else ''} has {unit}: {what}, {state}"
-            verb = "unmask" if "masked" in (shown.get("LoadState"), state) else "enable --now"
+        for user, info in self._known_units():
+            unit = info.get("Id") or unit_of(self._job.label)
+            standing = standing_of_unit(info)
+            activity = "/".join(filter(None, (info.get("ActiveState"), info.get("SubState"))))
+            state = info.get("UnitFileState") or info.get("LoadState")
+            detail = f"systemd{' --user' if user else ''} has {unit}: {activity}, {state}"
+            verb = "unmask" if "masked" in (info.get("LoadState"), state) else "enable --now"
             again = systemctl(verb, unit, user=user) if standing is Standing.DISABLED else ""
             yield JobState(self._job, standing, detail, systemctl("stop", unit, user=user), again)
         if not self._known_units():
@@ -485,13 +485,13 @@ class _Managers:
     @cached_property
     def _unit_files(self) -> list[tuple[bool, Path]]:
         """The unit files with the job's name, else those that run the script."""
-        found = [
+        unit_files = [
             (user, path)
             for user, folder in self._roots.units(self._home, self._environ.get("XDG_CONFIG_HOME", ""))
             for path in sorted(folder.glob("*.service"))
         ]
-        named = [(user, path) for user, path in found if self._job.label and is_unit(self._job.label, path.name)]
-        return named or [(user, path) for user, path in found if self._is_run_by(path)]
+        named = [(user, path) for user, path in unit_files if self._job.label and is_unit(self._job.label, path.name)]
+        return named or [(user, path) for user, path in unit_files if self._is_run_by(path)]
 
     @cached_property
     def names_in_files(self) -> tuple[str, ...]:
@@ -548,10 +548,10 @@ class _Script:
 def _file(path: str) -> tuple[int, int] | None:
     """Return device and inode, which identify a regular file under any path or spelling; None for others."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return None
-    return (found.st_dev, found.st_ino) if stat.S_ISREG(found.st_mode) else None
+    return (status.st_dev, status.st_ino) if stat.S_ISREG(status.st_mode) else None
 
 
 def _exists(path: Path) -> bool | None:
@@ -582,10 +582,10 @@ def _keys_of(path: Path) -> Mapping[str, object]:
 
     try:
         with open(files.open_file(path), "rb") as stream:
-            found = plistlib.load(stream)
+            keys = plistlib.load(stream)
     except (OSError, ValueError, plistlib.InvalidFileException):
         return {}
-    return found if isinstance(found, dict) else {}
+    return keys if isinstance(keys, dict) else {}
 
 
 def _lines(path: Path) -> list[str]:

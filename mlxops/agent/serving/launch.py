@@ -246,7 +246,7 @@ class Launch:
         except OSError:
             return ""
 
-    def _error(self, what: str, status: int | None = None) -> NotStarted:
+    def _error(self, problem: str, status: int | None = None) -> NotStarted:
         log = self._read_own_log()
         last_words = self.engine.fatal_error(log) or last_line(log)
         last = f"its last words: {last_words.strip()[:400]}" if last_words else "it wrote nothing to its log"
@@ -254,14 +254,14 @@ class Launch:
         about = About(
             serving.model.name, serving.model.repo_id or "", serving.port, self.command.argv[0], _revision(serving)
         )
-        cause = explain(f"{last_words}\n{what}", log, status, about)
+        cause = explain(f"{last_words}\n{problem}", log, status, about)
         see = f"read its log on the host: {self.log}"
         if status == 0 and not last_words:
             stay = f"its launcher ({self.command.source}) must run until the server ends: no setsid, no & at the end"
             see = f"{stay}; {see}"
         return NotStarted(
             "server_did_not_start",
-            f"{serving.model.name} did not start on port {serving.port}: {what}",
+            f"{serving.model.name} did not start on port {serving.port}: {problem}",
             why=f"{cause.reason}; {last}" if cause else last,
             hint=f"{cause.help}; its log on the host: {self.log}" if cause else see,
             details={

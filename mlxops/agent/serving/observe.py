@@ -349,12 +349,12 @@ def _last_words(log: Path) -> str:
     """Return when a server last wrote to its log, and what: the only evidence of how it ended."""
     from mlxops.agent.serving.last_words import last_line  # its patterns take 2 ms to compile
 
-    words = last_line(tail(log))
+    line = last_line(tail(log))
     try:
         when = format_utc(log.stat().st_mtime)
     except OSError:
         return ""
-    return f"last sign of life {when}" + (f": {words}" if words else "")
+    return f"last sign of life {when}" + (f": {line}" if line else "")
 
 
 def tail(path: Path, size: int = 8192) -> str:

@@ -255,8 +255,8 @@ class _Stopping:
             pause = min(pause * 1.5, 0.25)
 
     def _living(self, look: Look) -> set[int]:
-        found = ((pid, look.processes.get(pid)) for pid in self._known)
-        return {pid for pid, process in found if process and process.start == self._known[pid] and not process.zombie}
+        known = ((pid, look.processes.get(pid)) for pid in self._known)
+        return {pid for pid, process in known if process and process.start == self._known[pid] and not process.zombie}
 
 
 def _children_of_the_server(look: Look, port: int, ours: Collection[int]) -> set[int]:

@@ -132,10 +132,10 @@ def _name(argv: Sequence[str]) -> str:
 
 def _runs_a_script(argv: Sequence[str]) -> bool:
     """Whether a shell with this argv runs a file or a command string. Without one, it may be interactive."""
-    words = iter(argv[1:])
-    for word in words:
+    arguments = iter(argv[1:])
+    for word in arguments:
         if word in _SHELL_OPTIONS_WITH_VALUE:
-            next(words, None)
+            next(arguments, None)
         elif word[:1] not in {"-", "+"} or word == "--command" or (not word.startswith("--") and "c" in word):
             return True
     return False
