@@ -36,7 +36,9 @@ def _is_installed(manager: ServiceManager, job: RestoreJob) -> bool:
     return all(path.exists() and path.read_bytes() == data for path, data in manager.files(job).items())
 
 
-def _result(ctx: Context, manager: ServiceManager, job: RestoreJob, *, changed: bool, told: Sequence[str]) -> BootResult:
+def _result(
+    ctx: Context, manager: ServiceManager, job: RestoreJob, *, changed: bool, told: Sequence[str]
+) -> BootResult:
     files = {str(path): path.read_text(errors="replace") if path.exists() else None for path in manager.job_paths(job)}
     own = BootJobs(ctx.paths.settings.boot, ctx.system, ctx.environ)
     look = ctx.system.look(()) if own.jobs else Look()
