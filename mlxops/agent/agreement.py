@@ -31,7 +31,7 @@ def agree(store: Store, paths: HostPaths) -> None:
 
 
 def replace_agreement(store: Store, paths: HostPaths) -> None:
-    """Save these settings whatever was agreed on before. `deploy` requests this.
+    """Replace the agreed settings by these. `deploy` requests this.
 
     Raises `Busy` (settings_in_use) while an operation runs with different settings: it writes to the paths in them.
     """

@@ -1,12 +1,11 @@
-"""Installs an agent on the host that it runs on. Sent there by `deploy`, before anything of mlxops is there.
+"""Install an agent on this host. `deploy` sends this file to a host that may have nothing of mlxops yet.
 
-Arguments: LENGTH STATE OPTIONS (JSON, see `Options`). Standard input: the sources, and the wheels if there are any,
-as a tar.
+Arguments: LENGTH STATE OPTIONS (JSON, see `Options`). Standard input: a tar of the sources and, if used, the wheels.
 
-Standard library only, nothing of mlxops, Python 3.11. It answers with events of the protocol. An agent counts as
-installed when its stamp is there, which is written last; `<state>/venv` points to the one in use, and is turned
-to a new one by one rename. Whatever ends this in between leaves the old agent at work and the new one unstamped.
-The build before stays, for `--rollback`, and so does every one that a process uses: agents hold a lock on their stamp.
+It needs Python 3.11 and only the standard library, and prints events of the protocol. An agent counts as installed once
+its stamp exists, which is written last. `<state>/venv` links to the agent in use; one rename switches it. If this
+program is killed, the old agent stays in use and the new one has no stamp. The previous build stays for `--rollback`,
+and so does every build that a process uses: agents hold a lock on their stamp.
 """
 
 from __future__ import annotations
@@ -31,17 +30,18 @@ from pathlib import Path
 LOCK_SECONDS = 900.0
 STAMP = "installed.json"
 PREVIOUS = "venv.previous"
-IMPORTED = {"pyyaml": "yaml"}
-"""Packages that are imported by another name."""
+MODULE_NAMES = {"pyyaml": "yaml"}
+"""Packages whose module has another name."""
 LAST_LINES = 12
-_DROPPED = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PIP_TARGET", "PIP_PREFIX", "PIP_REQUIRE_VIRTUALENV")
-_ABOUT = "import sys; print(sys.version.split()[0], sys._base_executable)"
+"""How many lines of a failed command's output are reported."""
+_DROPPED_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PIP_TARGET", "PIP_PREFIX", "PIP_REQUIRE_VIRTUALENV")
+_PRINT_PYTHON = "import sys; print(sys.version.split()[0], sys._base_executable)"
 _F_FULLFSYNC: int | None = getattr(fcntl, "F_FULLFSYNC", None)
-_CHECK = "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))"
+_CHECK_MODULES = "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))"
 
 
 class ProblemError(Exception):
-    """Installing failed: what, why, and what to do."""
+    """The installation failed: what, why, and what to do."""
 
     code = "install_failed"
     exit = 6
@@ -56,13 +56,13 @@ class NothingBeforeError(ProblemError):
     exit = 3
 
 
-AGENT = {"__init__.py", "agent", "common", "core"}
-"""What an agent needs of the package. `mlxctl` needs the rest, too."""
+AGENT_PARTS = {"__init__.py", "agent", "common", "core"}
+"""The parts of the package that an agent needs. `mlxctl` needs all of it."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """`requirements`: the agent's; `control`: those that `mlxctl` needs beyond them; `by`: who deploys."""
+    """`requirements`: those of the agent. `control`: further ones of `mlxctl`. `by`: who deploys."""
 
     build: str = ""
     uv: str | None = None
@@ -80,14 +80,16 @@ def main(arguments: list[str], archive: bytes) -> int:
     options = Options(**json.loads(wire))
     os.umask(0o077)
     try:
-        do = rollback if options.rollback else install
-        result = do(Path(state), options, archive)
-        tell(event="done", result=result)
+        action = rollback if options.rollback else install
+        result = action(Path(state), options, archive)
+        emit(event="done", result=result)
         return 0
     except ProblemError as error:
-        return failed(error.message, error.why, error.hint, error.code, error.exit)
+        return emit_failure(error.message, error.why, error.hint, error.code, error.exit)
     except OSError as error:
-        return failed("the agent cannot be installed", str(error), f"check the disk and the permissions of {state}")
+        return emit_failure(
+            "the agent cannot be installed", str(error), f"check the disk and the permissions of {state}"
+        )
 
 
 def install(state: Path, options: Options, archive: bytes) -> dict[str, object]:
@@ -96,68 +98,68 @@ def install(state: Path, options: Options, archive: bytes) -> dict[str, object]:
     home = state / "agents" / options.build
     link = state / "venv"
     script = state / "bin" / "mlxctl"
-    # Once asked for, it comes along with every further deploy: half a mlxctl would be none.
+    # Once installed, mlxctl is part of every later deploy, so that it always fits the agent.
     full = options.mlxctl or script.exists()
-    requirements = wanted([*options.requirements, *(options.control if full else ())])
-    modules = [*map(imported, requirements), *(["mlxops.cli.program"] if full else [])]
-    whole = (home / STAMP).is_file() and not fault(home, options.build, modules)
-    changed = not whole or not points_to(link, home)
+    requirements = applicable([*options.requirements, *(options.control if full else ())])
+    modules = [*map(module_of, requirements), *(["mlxops.cli.program"] if full else [])]
+    complete = (home / STAMP).is_file() and not find_fault(home, options.build, modules)
+    changed = not complete or not points_to(link, home)
     if options.dry_run:
         return {"build": options.build, "changed": changed, "path": str(home), "dry_run": True}
-    if not whole:
+    if not complete:
         build_agent(home, options, requirements, modules, archive, full=full)
     if not points_to(link, home):
-        tell_replaced(link)
-        turn(link, home)
+        note_replaced(link)
+        switch(link, home)
     if full:
         link_mlxctl(state, script)
     pruned = prune(state)
-    python = ask([str(home / "bin" / "python"), "-I", "-c", _ABOUT])
+    python = capture([str(home / "bin" / "python"), "-I", "-c", _PRINT_PYTHON])
     result = {"build": options.build, "python": python.stdout.strip(), "changed": changed, "path": str(home)}
     return result | {"pruned": pruned, "mlxctl": str(script) if full else None}
 
 
-def imported(requirement: str) -> str:
-    """The module by which a requirement is imported."""
+def module_of(requirement: str) -> str:
+    """Return the module name of a requirement."""
     name = re.split(r"[^\w-]", requirement)[0].replace("-", "_")
-    return IMPORTED.get(name, name)
+    return MODULE_NAMES.get(name, name)
 
 
 def lock(state: Path) -> None:
-    """Until the end of this process."""
+    """Hold the deploy lock until this process ends."""
     state.mkdir(parents=True, exist_ok=True)
     state.chmod(0o700)
-    wait_for(os.open(state / "deploy.lock", os.O_RDWR | os.O_CREAT, 0o600))
+    wait_for_lock(os.open(state / "deploy.lock", os.O_RDWR | os.O_CREAT, 0o600))
 
 
 def rollback(state: Path, options: Options, archive: bytes) -> dict[str, object]:
-    """Back to the build before; once more, and it is forward again."""
+    """Switch to the previous build. A second rollback switches back."""
     if not options.dry_run:
         lock(state)
     link = state / "venv"
-    before = state / PREVIOUS
-    home = state / os.readlink(before) if before.is_symlink() else None
+    previous = state / PREVIOUS
+    home = state / os.readlink(previous) if previous.is_symlink() else None
     if home is None or not (home / STAMP).is_file():
-        raise NothingBeforeError("there is no build to go back to", "one was deployed so far", "the present one stays")
-    if found := fault(home, home.name, []):
-        raise ProblemError(f"the build before, {home.name}, does not work any more", found, "the present one stays")
+        raise NothingBeforeError("there is no previous build", "only one build was deployed", "the current one stays")
+    if fault := find_fault(home, home.name, []):
+        raise ProblemError(f"the previous build, {home.name}, no longer works", fault, "the current one stays")
     if options.dry_run:
         return {"build": home.name, "changed": True, "path": str(home), "dry_run": True}
-    turn(link, home)
-    python = ask([str(home / "bin" / "python"), "-I", "-c", _ABOUT])
+    switch(link, home)
+    python = capture([str(home / "bin" / "python"), "-I", "-c", _PRINT_PYTHON])
     return {"build": home.name, "python": python.stdout.strip(), "changed": True, "path": str(home)}
 
 
-def tell_replaced(link: Path) -> None:
+def note_replaced(link: Path) -> None:
     try:
         old = json.loads((link / STAMP).read_text())
         note(f"this replaces {old['build']}, deployed by {old.get('by', '?')} at {old.get('at', '?')}")
     except (OSError, ValueError, LookupError, TypeError):
-        return  # there was none
+        return  # there is no old agent
 
 
 def link_mlxctl(state: Path, script: Path) -> None:
-    """`<state>/bin/mlxctl` runs what `venv` points to; the user's own folder of programs gets a link to it."""
+    """Create `<state>/bin/mlxctl`, which runs the agent in use, and a link to it in ~/.local/bin."""
     script.parent.mkdir(exist_ok=True)
     new = script.with_name("mlxctl.new")
     new.write_text(f'#!/bin/sh\nexec {shlex.quote(str(state / "venv/bin/python"))} -P -m mlxops.mlxctl "$@"\n')
@@ -167,15 +169,15 @@ def link_mlxctl(state: Path, script: Path) -> None:
     if link.is_symlink() and os.readlink(link) == str(script):
         return
     if link.is_symlink() or link.exists():
-        note(f"{link} is there and not ours: it was left as it is; the program is {script}")
+        note(f"{link} exists and is not a link of mlxops: it was not changed; the program is {script}")
         return
     link.parent.mkdir(parents=True, exist_ok=True)
     link.symlink_to(script)
-    note(f"{link} is mlxctl now; if it is not found, add {link.parent} to PATH")
+    note(f"created {link}; if the shell does not find mlxctl, add {link.parent} to PATH")
 
 
 def prune(state: Path) -> list[str]:
-    """Remove the builds that are neither in use, nor the present one, nor the one before."""
+    """Remove the builds other than the current one, the previous one, and those in use."""
     kept = {os.readlink(state / name).rpartition("/")[2] for name in ("venv", PREVIOUS) if (state / name).is_symlink()}
     pruned = []
     for home in sorted((state / "agents").iterdir()):
@@ -193,29 +195,29 @@ def in_use(home: Path) -> bool:
         return False
     try:
         fcntl.flock(stamp, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # in use, or not known: the file system has no locks
+    except OSError:  # in use, or unknown because the file system has no locks
         return True
     finally:
         os.close(stamp)
     return False
 
 
-def wait_for(lock: int) -> None:
+def wait_for_lock(lock: int) -> None:
     deadline = time.monotonic() + LOCK_SECONDS
-    told = False
+    noted = False
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
-            if not told:
-                note("another deploy is at work on this host; waiting for it")
-                told = True
+            if not noted:
+                note("another deploy is running on this host; waiting for it")
+                noted = True
             if time.monotonic() > deadline:
                 raise ProblemError(
-                    "another deploy is at work on this host",
+                    "another deploy is running on this host",
                     f"it has not ended within {LOCK_SECONDS:.0f} s",
-                    "see what it does: ps -ef | grep pip",
+                    "see what it is doing: ps -ef | grep pip",
                 ) from None
             time.sleep(0.1)
         except OSError as error:
@@ -229,25 +231,25 @@ def wait_for(lock: int) -> None:
 def build_agent(
     home: Path, options: Options, requirements: list[str], modules: list[str], archive: bytes, *, full: bool
 ) -> None:
-    """Everything up to the stamp. A virtual environment cannot be moved: it is made where it will be."""
+    """Build the agent in place, because a virtual environment cannot be moved. Write the stamp last."""
     if home.exists():
         if in_use(home):
             raise ProblemError(
-                "the agent has to be made anew, and is at work", f"a process uses {home}", "deploy when it has ended"
+                "the agent must be rebuilt but is in use", f"a process uses {home}", "deploy again when it has ended"
             )
-        note("making it anew: it is not whole, or mlxctl is to come with it")
+        note("rebuilding the agent: it is incomplete, or mlxctl is to be added")
         shutil.rmtree(home)
     home.parent.mkdir(parents=True, exist_ok=True)
     python = home / "bin" / "python"
     uv = options.uv
-    note("making the environment")
+    note("creating the environment")
     if uv:
         run([uv, "venv", "--quiet", "--no-project", "--no-config", "--python", sys.executable, str(home)])
     else:
         run([sys.executable, "-I", "-m", "venv", str(home)])
     unpack(archive, site_packages(python), home / "wheels", full=full)
     if requirements:
-        note(f"installing {', '.join(map(imported, requirements))}")
+        note(f"installing {', '.join(map(module_of, requirements))}")
         pip = (
             [uv, "pip", "install", "--compile-bytecode", "--python", str(python)]
             if uv
@@ -256,9 +258,9 @@ def build_agent(
         run([*pip, *(["--no-index", "--find-links", str(home / "wheels")] if options.wheels else []), *requirements])
         shutil.rmtree(home / "wheels", ignore_errors=True)
     run([str(python), "-I", "-m", "compileall", "-q", str(site_packages(python) / "mlxops")])
-    if found := fault(home, options.build, modules):
-        raise ProblemError("the new agent does not work", found, "the agent in use was left as it is; deploy again")
-    os.sync()  # the stamp must not reach the disk before what it vouches for
+    if fault := find_fault(home, options.build, modules):
+        raise ProblemError("the new agent does not work", fault, "the agent in use was not changed; deploy again")
+    os.sync()  # the stamp must not reach the disk before the files
     stamp(
         home,
         {
@@ -271,30 +273,29 @@ def build_agent(
     )
 
 
-def fault(home: Path, build: str, modules: list[str]) -> str:
-    """Why it is not the agent of this build with its dependencies; empty if it is."""
+def find_fault(home: Path, build: str, modules: list[str]) -> str:
+    """Return why this is not a working agent of this build with its dependencies; empty if it is."""
     python = str(home / "bin" / "python")
     try:
-        said = ask([python, "-I", "-m", "mlxops.agent", "--build"])
-        found = ask([python, "-I", "-c", _CHECK, *modules])
+        version = capture([python, "-I", "-m", "mlxops.agent", "--build"])
+        imports = capture([python, "-I", "-c", _CHECK_MODULES, *modules])
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
-    if said.returncode != 0:
-        return said.stderr.strip()[-300:] or f"it ended with {said.returncode}"
-    if said.stdout.strip() != build:
-        return f"it is {said.stdout.strip()}, not {build}: were the sources edited meanwhile?"
-    return "" if found.returncode == 0 else f"one of {', '.join(modules)} is missing"
+    if version.returncode != 0:
+        return version.stderr.strip()[-300:] or f"it ended with {version.returncode}"
+    if version.stdout.strip() != build:
+        return f"it is {version.stdout.strip()}, not {build}: were the sources edited during the deploy?"
+    return "" if imports.returncode == 0 else f"one of {', '.join(modules)} is missing"
 
 
-def wanted(requirements: list[str]) -> list[str]:
-    """Those that hold for this system; the only markers there are name sys_platform."""
-    return [
-        each for each in requirements if "sys_platform" not in each or re.search(rf"['\"]{sys.platform}['\"]", each)
-    ]
+def applicable(requirements: list[str]) -> list[str]:
+    """Return the requirements for this system. Their only markers are about sys_platform."""
+    own = rf"['\"]{sys.platform}['\"]"
+    return [text for text in requirements if "sys_platform" not in text or re.search(own, text)]
 
 
 def site_packages(python: Path) -> Path:
-    answer = ask([str(python), "-I", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"])
+    answer = capture([str(python), "-I", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"])
     if answer.returncode != 0:
         raise ProblemError(
             "the new environment does not work", answer.stderr.strip()[-300:], "check Python on the host"
@@ -303,29 +304,29 @@ def site_packages(python: Path) -> Path:
 
 
 def unpack(archive: bytes, folder: Path, wheels: Path, *, full: bool) -> None:
-    """The agent; with `full` also the control part; and wheels into a folder of their own."""
+    """Unpack the agent, with `full` also the control node's part, and the wheels into their own folder."""
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         for member in tar:
             source = tar.extractfile(member)
             parts = Path(member.name).parts
             if source is None or len(parts) < 2 or parts[0] not in {"mlxops", "wheels"} or ".." in parts:
-                raise ProblemError("the archive is not mlxops's", member.name, "deploy again")
-            if parts[0] == "mlxops" and not full and parts[1] not in AGENT:
+                raise ProblemError("the archive is not one of mlxops", member.name, "deploy again")
+            if parts[0] == "mlxops" and not full and parts[1] not in AGENT_PARTS:
                 continue
             target = wheels / parts[-1] if parts[0] == "wheels" else folder / member.name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(source.read())
 
 
-def ask(command: list[str]) -> subprocess.CompletedProcess[str]:
+def capture(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=60, check=False
     )
 
 
 def run(command: list[str]) -> None:
-    """Its last lines are the reason if it fails. What it says also keeps the connection from being silent."""
-    environ = {key: value for key, value in os.environ.items() if key not in _DROPPED} | {"PIP_USER": "0"}
+    """Run a command; report its last lines if it fails. Print a newline per line: a silent connection times out."""
+    environ = {key: value for key, value in os.environ.items() if key not in _DROPPED_VARIABLES} | {"PIP_USER": "0"}
     last: deque[str] = deque(maxlen=LAST_LINES)
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environ
@@ -338,14 +339,14 @@ def run(command: list[str]) -> None:
     if process.returncode != 0:
         raise ProblemError(
             f"{Path(command[0]).name} {' '.join(command[1:5])} ended with {process.returncode}",
-            " | ".join(line for line in last if line) or "it said nothing",
-            "the agent in use was left as it is; put that right and deploy again",
+            " | ".join(line for line in last if line) or "it printed nothing",
+            "the agent in use was not changed; fix the cause and deploy again",
         )
 
 
-def stamp(home: Path, what: dict[str, object]) -> None:
+def stamp(home: Path, content: dict[str, object]) -> None:
     with (home / f"{STAMP}.new").open("w") as file:
-        json.dump(what, file)
+        json.dump(content, file)
         file.flush()
         flush(file.fileno())
     (home / f"{STAMP}.new").replace(home / STAMP)
@@ -356,14 +357,14 @@ def points_to(link: Path, home: Path) -> bool:
     return link.is_symlink() and (link.parent / os.readlink(link)) == home
 
 
-def turn(link: Path, home: Path) -> None:
+def switch(link: Path, home: Path) -> None:
     if link.exists() and not link.is_symlink():
-        link.rename(link.with_name(f"venv.before-{time.time_ns()}"))  # somebody made it by hand
+        link.rename(link.with_name(f"venv.before-{time.time_ns()}"))  # not created by a deploy
     if link.is_symlink():
-        before = link.with_name(f"{PREVIOUS}.new")
-        before.unlink(missing_ok=True)
-        before.symlink_to(os.readlink(link))
-        before.replace(link.with_name(PREVIOUS))
+        previous = link.with_name(f"{PREVIOUS}.new")
+        previous.unlink(missing_ok=True)
+        previous.symlink_to(os.readlink(link))
+        previous.replace(link.with_name(PREVIOUS))
     new = link.with_name("venv.new")
     new.unlink(missing_ok=True)
     new.symlink_to(home.relative_to(link.parent))
@@ -380,7 +381,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def flush(descriptor: int) -> None:
-    """As `store.flush`, which is not there yet."""
+    """Like `durable_files.flush`, which is not installed yet."""
     try:
         if _F_FULLFSYNC is not None:
             fcntl.fcntl(descriptor, _F_FULLFSYNC)
@@ -392,16 +393,18 @@ def flush(descriptor: int) -> None:
 
 
 def note(message: str) -> None:
-    tell(event="note", level="info", message=message)
+    emit(event="note", level="info", message=message)
 
 
-def failed(message: str, why: str, hint: str, code: str = ProblemError.code, exit: int = ProblemError.exit) -> int:
-    """Tell it; returns the exit status."""
-    tell(event="failed", error={"code": code, "exit": exit, "message": message, "why": why, "hint": hint})
+def emit_failure(
+    message: str, why: str, hint: str, code: str = ProblemError.code, exit: int = ProblemError.exit
+) -> int:
+    """Emit the error and return the exit status."""
+    emit(event="failed", error={"code": code, "exit": exit, "message": message, "why": why, "hint": hint})
     return exit
 
 
-def tell(**body: object) -> None:
+def emit(**body: object) -> None:
     sys.stdout.write(json.dumps({"mlxops": 1, **body}, separators=(",", ":")) + "\n")
     sys.stdout.flush()
 

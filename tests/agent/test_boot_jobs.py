@@ -1,4 +1,4 @@
-"""Whose a server is that the system starts at boot, and whether its job is installed."""
+"""Servers that the system starts at boot: which job they belong to, and whether the job is installed."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ gui/501/com.example.mlx = {
 	last exit code = (never exited)
 }
 """
-"""What `launchctl print` shows of a job, in the order of macOS 14."""
+"""Output of `launchctl print` for a job, in the order of macOS 14."""
 
 
 @dataclass
 class Seen(LinuxSystem):
-    """Processes as they are said to be; all else is this system's."""
+    """A system with scripted processes. Everything else is from this system."""
 
     environs: dict[int, dict[str, str]] = field(default_factory=dict)
     cgroups: dict[int, str] = field(default_factory=dict)
@@ -83,7 +83,7 @@ ENGINE = ("/venv/bin/python", "/venv/bin/mlx_lm.server", "--model", "org/a", "--
 
 @dataclass
 class Box:
-    """A host of files of its own, with a server that is the child of `parent`."""
+    """A host with its own files, and a server that is the child of `parent`."""
 
     root: Path
 
@@ -165,14 +165,14 @@ CGROUPS: dict[str, tuple[str, str, str]] = {
 }
 
 
-class TestAServerBelongsToTheJob:
+class TestServerBelongsToTheJob:
     @pytest.mark.parametrize("case", CGROUPS)
     def test_if_its_control_group_is_the_unit(self, box: Box, case: str) -> None:
         cgroup, label, stop = CGROUPS[case]
         claim = box.claim(Seen(cgroups={SERVER: cgroup}), "/sbin/init", label=label)
         assert claim.stop == stop and "systemd" in claim.how
 
-    def test_if_what_started_it_is_in_the_units_group(self, box: Box) -> None:
+    def test_if_its_starter_is_in_the_units_group(self, box: Box) -> None:
         """`systemd-run --scope` in a start script gives the server a group of its own."""
         groups = {SERVER: "0::/system.slice/run-r1.scope", PARENT: "0::/system.slice/mlx.service"}
         assert (
@@ -199,7 +199,7 @@ class TestAServerBelongsToTheJob:
         box.launchctl(f'[ "$2" = {domain}/{LABEL} ] && exec /bin/cat {shown}; exit 113')
         assert box.claim(Seen(), "/bin/bash", "/srv/other.sh", label=LABEL).stop == stop
 
-    def test_if_systemd_calls_it_the_units_main_process_in_a_scope_of_its_own(self, box: Box) -> None:
+    def test_if_it_is_the_units_main_process_in_its_own_scope(self, box: Box) -> None:
         """A script that ends in `exec systemd-run --scope ...`."""
         box.systemctl(f"echo Id=mlx.service; echo LoadState=loaded; echo ActiveState=active; echo MainPID={SERVER}")
         seen = Seen(cgroups={SERVER: "0::/system.slice/run-r1.scope"})
@@ -219,8 +219,8 @@ class TestAServerBelongsToTheJob:
         claim = box.claim(seen, "/sbin/init", script=str(box.script), label=label)
         assert claim.stop == "sudo systemctl stop any.service"
 
-    def test_and_a_unit_that_only_surrounds_its_script_is_not_what_is_to_be_stopped(self, box: Box) -> None:
-        """A login's, a terminal's or a container's would take everything else along."""
+    def test_but_a_unit_around_its_script_is_not_to_be_stopped(self, box: Box) -> None:
+        """Stopping the unit of a login, a terminal or a container would stop everything else in it."""
         seen = Seen(cgroups={PARENT: "0::/system.slice/docker.service", SERVER: "0::/system.slice/docker.service"})
         claim = box.claim(seen, "/bin/bash", str(box.script), script=str(box.script))
         assert claim.stop == f"stop what runs {box.script}"
@@ -258,7 +258,7 @@ class TestAServerBelongsToTheJob:
         ],
         ids=" ".join,
     )
-    def test_if_its_script_runs_above_it_however_that_is_spelled(self, box: Box, argv: tuple[str, ...]) -> None:
+    def test_if_its_script_runs_above_it_in_any_spelling(self, box: Box, argv: tuple[str, ...]) -> None:
         (box.root / "usr").mkdir()
         link = box.root / "usr" / "begin"
         link.symlink_to(box.script)
@@ -267,7 +267,7 @@ class TestAServerBelongsToTheJob:
         assert box.claim(seen, *words, script=str(box.script)) is not None
 
     @pytest.mark.parametrize("configured", ["link", "a link, and the file is gone", "trailing slash", "home", "spaces"])
-    def test_if_hosts_yaml_spells_the_script_otherwise(self, box: Box, configured: str) -> None:
+    def test_if_hosts_yaml_spells_the_script_differently(self, box: Box, configured: str) -> None:
         script = box.write("home/bin/start all.sh", "#!/bin/sh\n") if configured in {"home", "spaces"} else box.script
         (box.root / "usr").symlink_to(box.root / "opt")
         if "gone" in configured:
@@ -281,20 +281,20 @@ class TestAServerBelongsToTheJob:
         }[configured]
         assert box.claim(Seen(), "/bin/bash", str(script), script=path) is not None
 
-    def test_if_the_script_has_gone_to_another_folder_since(self, box: Box) -> None:
+    def test_if_the_script_has_changed_its_folder(self, box: Box) -> None:
         seen = Seen(folders={PARENT: "/"}, environs={PARENT: {"PWD": str(box.script.parent)}})
         assert box.claim(seen, "/bin/bash", "start.sh", script=str(box.script)) is not None
 
-    def test_if_what_keeps_it_running_has_the_script_in_its_environment(self, box: Box) -> None:
+    def test_if_its_supervisor_has_the_script_in_its_environment(self, box: Box) -> None:
         seen = Seen(environs={PARENT: {"JOB": f"/bin/bash {box.script}"}})
         assert box.claim(seen, "/usr/bin/python3", "keeper.py", script=str(box.script)) is not None
 
     @pytest.mark.parametrize("port", [8100, 8105])
-    def test_on_whatever_port_it_is(self, box: Box, port: int) -> None:
+    def test_on_any_port(self, box: Box, port: int) -> None:
         assert box.claim(Seen(), "/bin/bash", str(box.script), port=port, script=str(box.script)).job.port == 8100
 
 
-class TestAServerDoesNotBelongToTheJob:
+class TestServerDoesNotBelongToTheJob:
     @pytest.mark.parametrize(
         ("environ", "cgroup", "parent"),
         [
@@ -321,10 +321,10 @@ class TestAServerDoesNotBelongToTheJob:
         argv = [word.replace("SCRIPT", str(box.script)).replace("OTHER", str(other)) for word in parent]
         assert box.claim(seen, *argv) is None
 
-    def test_because_this_command_itself_was_started_beside_the_script(
+    def test_because_this_command_was_started_beside_the_script(
         self, box: Box, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """What is in the environment of everything that is started here says nothing."""
+        """Variables that every process started here inherits prove nothing."""
         here = process(os.getpid(), 1, "/usr/bin/python3", "harness.py")
         seen = Seen(environs={here.pid: {"JOB": str(box.script)}})
         look = Look({here.pid: here, SERVER: process(SERVER, here.pid, *ENGINE)})
@@ -355,9 +355,9 @@ UNIT_STATES: dict[str, tuple[dict[str, str], Standing]] = {
 }
 
 
-class TestAJobIs:
+class TestJobIs:
     @pytest.mark.parametrize("case", UNIT_STATES)
-    def test_as_systemd_says(self, box: Box, case: str) -> None:
+    def test_as_systemd_reports(self, box: Box, case: str) -> None:
         shown, standing = UNIT_STATES[case]
         lines = "; ".join(f"echo {key}={value}" for key, value in {"Id": "mlx.service", **shown}.items())
         box.systemctl(f'case "$*" in *--user*) echo LoadState=not-found;; *) {lines};; esac')
@@ -376,7 +376,7 @@ class TestAJobIs:
         [("state = running\n\tpid = 7", Standing.ACTIVE), ("state = spawn scheduled", Standing.ACTIVE),
          ("state = not running", Standing.LOADED), ("", Standing.LOADED)],
     )  # fmt: skip
-    def test_as_launchd_says(self, box: Box, state: str, standing: Standing) -> None:
+    def test_as_launchd_reports(self, box: Box, state: str, standing: Standing) -> None:
         shown = box.write("shown", f"system/{LABEL} = {{\n\tactive count = 1\n\t{state}\n}}\n")
         box.launchctl(f'[ "$2" = system/{LABEL} ] && exec /bin/cat {shown}; exit 113')
         assert box.state(label=LABEL).standing is standing
@@ -390,9 +390,7 @@ class TestAJobIs:
 
     @pytest.mark.parametrize("said", DISABLED)
     @pytest.mark.parametrize("folder", ["Library/LaunchDaemons", "Library/LaunchAgents", "home/Library/LaunchAgents"])
-    def test_installed_or_disabled_where_only_its_property_list_is_there(
-        self, box: Box, folder: str, said: str
-    ) -> None:
+    def test_installed_or_disabled_where_only_its_property_list_exists(self, box: Box, folder: str, said: str) -> None:
         path = box.plist(folder, LABEL)
         box.launchctl(f'case "$1" in print-disabled) {said};; *) exit 113;; esac')
         found = box.state(label=LABEL.upper())
@@ -418,7 +416,7 @@ class TestAJobIs:
     @pytest.mark.parametrize(
         "path", ["etc/crontab", "etc/cron.d/mlx", "etc/rc.local", "etc/supervisor/conf.d/mlx.conf"]
     )
-    def test_installed_where_something_else_runs_its_script(self, box: Box, path: str) -> None:
+    def test_installed_where_another_file_runs_its_script(self, box: Box, path: str) -> None:
         box.write(path, f"# {box.script}\n")
         assert box.state().standing is Standing.MISSING, "a comment runs nothing"
         box.write(path, f"@reboot me {box.script} >/dev/null\n")
@@ -429,7 +427,7 @@ class TestAJobIs:
         recorder(box.root / "bin", "crontab", f"echo @reboot {box.script}")
         assert box.state().standing is Standing.INSTALLED
 
-    def test_running_while_something_keeps_its_script_running(self, box: Box) -> None:
+    def test_running_while_a_supervisor_keeps_its_script_running(self, box: Box) -> None:
         keeper = process(PARENT, 1, "/usr/bin/python3", "keeper.py", str(box.script))
         assert box.state(keeper).standing is Standing.ACTIVE
 
@@ -465,7 +463,7 @@ class TestAJobIs:
         box.write(f"{private}/x", "")
         assert box.state(label="mlx").standing is Standing.UNKNOWN
 
-    def test_running_where_its_unit_is_disabled_and_something_else_runs_its_script(self, box: Box) -> None:
+    def test_running_where_its_unit_is_disabled_but_its_script_runs(self, box: Box) -> None:
         box.systemctl("echo LoadState=loaded; echo ActiveState=inactive; echo UnitFileState=disabled")
         assert box.state().standing is Standing.DISABLED
         assert box.state(process(PARENT, 1, "/bin/bash", str(box.script))).standing is Standing.ACTIVE
@@ -486,11 +484,11 @@ while True:
     subprocess.run(os.environ["JOB"].split(), start_new_session=True, cwd=os.environ["JOB_FOLDER"])
     time.sleep(0.3)
 """
-"""Stands for launchd's KeepAlive: starts the job in a session of its own, and again a moment after it ends."""
+"""A stand-in for launchd's KeepAlive: starts the job in its own session, and restarts it when it ends."""
 
 
-class TestAKeptServer:
-    """Of this user, as with launchd's UserName; the script's last line becomes the server."""
+class TestKeptServer:
+    """Runs as this user, as with launchd's UserName. The script ends in `exec` of the server."""
 
     @pytest.fixture
     def host(self, make_homelab: Callable[..., Homelab]) -> Iterator[QuickHost]:
@@ -506,7 +504,7 @@ class TestAKeptServer:
 
     @contextmanager
     def kept(self, host: QuickHost, **marks: str) -> Iterator[int]:
-        """The job under its keeper; the server's pid."""
+        """Start the job under its keeper; return the server's pid."""
         environ = {"JOB": f"/bin/sh {self.script}", "JOB_FOLDER": str(self.script.parent), **marks}
         words = [f"{key}={value}" for key, value in environ.items()]
         with host.running("env", *words, sys.executable, "-c", KEEPER):
@@ -542,7 +540,7 @@ class TestAKeptServer:
                 assert f"launchctl bootout system/{LABEL}" in error["hint"]
             assert self.pid(host) == pid
 
-    def test_is_told_by_launchds_pid_alone(self, host: QuickHost) -> None:
+    def test_is_recognised_by_launchds_pid_alone(self, host: QuickHost) -> None:
         port, shown = host.ports[0], host.studio.folder / "pid"
         recorder(
             host.studio.folder / "bin",
@@ -562,7 +560,7 @@ class TestAKeptServer:
             assert host.status()["ports"][0]["owner"] == "hand", "the job is another process"
 
     def test_keeps_its_port_while_it_is_down(self, host: QuickHost) -> None:
-        """Between two starts, `load` and `restore` would take the port, and the job would fail again and again."""
+        """Otherwise `load` and `restore` would take the port between two starts, and the job would keep failing."""
         host.edit(MODELS[0], port=host.ports[0])
         with host.running("env", f"JOB={self.script}", sys.executable, "-c", "import time; time.sleep(300)"):
             wait_until(lambda: host.process(f"JOB={self.script}") is None, WAIT, "the keeper")
@@ -573,7 +571,7 @@ class TestAKeptServer:
             refused = host.mlxctl("load", MODELS[0], str(host.ports[0]), "--json")
             assert refused.json["hosts"][0]["error"]["code"] == "boot_port"
 
-    def test_that_is_not_installed_reserves_nothing(self, host: QuickHost) -> None:
+    def test_of_a_job_that_is_not_installed_reserves_nothing(self, host: QuickHost) -> None:
         host.edit(MODELS[0], port=host.ports[0])
         drift = {each["code"]: each for each in host.status()["drift"]}
         missing = drift["boot_job_missing"]
@@ -593,7 +591,7 @@ class TestAKeptServer:
             assert host.status()["ports"][0]["owner"] == "hand"
             host.mlxctl("unload", str(host.ports[0]), "--force").ok()
 
-    def test_of_a_script_that_starts_several_is_the_jobs_on_every_port(self, host: QuickHost) -> None:
+    def test_of_a_script_that_starts_several_belongs_to_the_job_on_every_port(self, host: QuickHost) -> None:
         first, second = host.ports[:2]
         lines = [host.by_hand(MODELS[0], first), host.by_hand(MODELS[1], second), "wait"]
         self.script.write_text("#!/bin/sh\n" + "\n".join(lines) + "\n")
@@ -607,7 +605,7 @@ class TestAKeptServer:
 
 
 def end_keeper(host: QuickHost) -> None:
-    """Its server has a session of its own, and would be started again before the keeper has ended."""
+    """Kill the keeper first: it would restart the server, which has its own session."""
     while (keeper := host.process("start_new_session")) is not None:
         keeper.kill()
         keeper.wait(WAIT)

@@ -1,5 +1,4 @@
-"""Folders that may not be entered or read: told as what they are, by every command, and in nobody's way who does not
-need them."""
+"""Folders that may not be entered or read: commands that need them report them, others work."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ from tests.steps import REPO, error_of, register, with_fake
 
 @pytest.fixture
 def bound(homelab: Homelab) -> Callable[..., Completed]:
-    """`mlxctl ... --local` by somebody for whom permissions count. For root they do not, unless it gives that up."""
+    """Run `mlxctl ... --local` without root's right to ignore permissions."""
     before: list[str] = []
     if os.geteuid() == 0:
         if shutil.which("setpriv") is None:
@@ -50,7 +49,7 @@ def closed(folder: Path, mode: int = 0o000) -> Iterator[None]:
 
 
 def test_every_command_names_a_closed_folder(homelab: Homelab, bound: Callable[..., Completed]) -> None:
-    """The registry is within."""
+    """The registry is in it."""
     studio = with_fake(homelab).studio
     register(studio, "mine")
     port = studio.ports[0]
@@ -76,7 +75,7 @@ def test_every_command_names_a_closed_folder(homelab: Homelab, bound: Callable[.
             assert "empty one" not in answer.stdout + answer.stderr, str(answer)
 
 
-def test_what_needs_no_hub_works_without_it(homelab: Homelab, bound: Callable[..., Completed]) -> None:
+def test_commands_that_need_no_hub_work_without_it(homelab: Homelab, bound: Callable[..., Completed]) -> None:
     studio = with_fake(homelab).studio
     register(studio, "mine")
     registry = studio.folder / "registry.json"
@@ -103,7 +102,7 @@ def refuse(number: int) -> Callable[..., Any]:
     return call
 
 
-def test_a_hub_that_cannot_be_read_is_no_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_hub_is_not_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "scandir", refuse(errno.EACCES))
     for look in (lambda: scan(tmp_path), lambda: find(tmp_path, REPO)):
         with pytest.raises(Refused) as caught:
@@ -111,7 +110,7 @@ def test_a_hub_that_cannot_be_read_is_no_empty_one(tmp_path: Path, monkeypatch: 
         assert caught.value.code == "folder_closed" and str(tmp_path) in caught.value.message
 
 
-def test_one_repository_that_is_closed_hides_no_other(homelab: Homelab, bound: Callable[..., Completed]) -> None:
+def test_closed_repository_hides_no_other(homelab: Homelab, bound: Callable[..., Completed]) -> None:
     studio = homelab.studio
     studio.install(REPO, "tiny-qwen3")
     shut = studio.hub / "models--tiny-org--shut"
@@ -129,14 +128,14 @@ def test_one_repository_that_is_closed_hides_no_other(homelab: Homelab, bound: C
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.ESTALE, errno.EIO, errno.ENOTCONN, errno.EROFS])
-def test_what_the_hosts_disks_do_not_allow_is_no_bug(tmp_path: Path, number: int) -> None:
+def test_disk_and_permission_errors_are_not_bugs(tmp_path: Path, number: int) -> None:
     store = Store(tmp_path / "state", tmp_path / "registry.json")
     error = _told(OSError(number, os.strerror(number), "/Volumes/X/hub"), store)
     assert isinstance(error, MlxopsError) and not isinstance(error, Bug)
     assert error.exit == 3 and "/Volumes/X/hub" in error.message and os.strerror(number) in error.why and error.hint
 
 
-def test_what_macos_does_not_allow_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_macos_permission_errors_get_their_own_hint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.platform", "darwin")
     hint = files.remedy(OSError(errno.EPERM, "Operation not permitted", "/Volumes/My Models/hub"))
     assert hint is not None and "full disk access" in hint and "chflags nouchg '/Volumes/My Models/hub'" in hint

@@ -1,4 +1,4 @@
-"""Servers that people start in their own ways: seen as what they are, stopped alone, and nothing else is signalled."""
+"""Servers that people start by hand: recognised, stopped alone, and no other process is signalled."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WAIT = 30.0
 
 @pytest.fixture
 def host(make_homelab: Callable[..., Homelab]) -> Iterator[QuickHost]:
-    """A Studio whose engine is up in no time, with three registered models."""
+    """A Studio with a fast fake engine and three registered models."""
     quick = QuickHost(make_homelab())
     quick.mlxctl("init").ok()
     yield quick
@@ -36,7 +36,7 @@ def host(make_homelab: Callable[..., Homelab]) -> Iterator[QuickHost]:
 
 
 def command(host: QuickHost, port: int, *options: str, model: str = MODELS[0]) -> str:
-    """A line of shell that is a server in the foreground."""
+    """Return a shell command that runs a server in the foreground."""
     return host.by_hand(model, port, *options).removesuffix(" &")
 
 
@@ -50,7 +50,7 @@ def row(host: QuickHost, port: int) -> tuple[str, str | None, int | None]:
 
 
 def listener(host: QuickHost, port: int) -> int:
-    """The process that listens on a port, once there is one."""
+    """Wait for a listener on a port; return its process."""
 
     def found() -> int:
         for process in psutil.process_iter():
@@ -85,7 +85,7 @@ def result(host: QuickHost, *words: str) -> dict[str, Any]:
 
 
 def memory(host: QuickHost) -> dict[int | None, list[dict[str, Any]]]:
-    """The servers of this host's folder that take memory, by port."""
+    """Return the memory use of this host's servers by port."""
     servers = host.mlxctl("list", "--memory", "--json").ok().json["hosts"][0]["memory"]["servers"]
     found: dict[int | None, list[dict[str, Any]]] = {}
     own = {process.pid for process in host.studio.processes()}
@@ -101,7 +101,7 @@ def needed(program: str) -> str:
 
 @contextmanager
 def tmux(host: QuickHost, *windows: str) -> Iterator[Callable[..., list[str]]]:
-    """A tmux of its own with a window for each command; what is yielded asks it."""
+    """Start a private tmux with a window per command; yield a function that runs tmux commands."""
     program = needed("tmux")
 
     def ask(*words: str) -> list[str]:
@@ -122,7 +122,7 @@ def tmux(host: QuickHost, *windows: str) -> Iterator[Callable[..., list[str]]]:
 
 
 class TestTmux:
-    def test_with_a_server_in_a_window_loses_that_window_only(self, host: QuickHost) -> None:
+    def test_loses_only_the_window_of_the_stopped_server(self, host: QuickHost) -> None:
         first, second = host.ports[:2]
         with tmux(host, command(host, first), "sleep 1000", command(host, second, model=MODELS[1])) as ask:
             (carrier,) = map(int, ask("display-message", "-p", "#{pid}"))
@@ -138,7 +138,7 @@ class TestTmux:
             assert not alive(other)
             assert ask("list-windows", "-F", "#{pane_current_command}") == ["sleep"]
 
-    def test_whose_server_has_ended_is_no_server(self, host: QuickHost) -> None:
+    def test_without_its_server_is_not_a_server(self, host: QuickHost) -> None:
         port = host.ports[0]
         with tmux(host, command(host, port), "sleep 1000") as ask:
             os.kill(listener(host, port), signal.SIGINT)
@@ -154,7 +154,7 @@ CARRIERS = ("ssh studio2", "docker exec box", "watch pgrep -fl", "kubectl exec p
 
 @contextmanager
 def carried(host: QuickHost, words: str) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Processes that wait, and have the words of a server behind those of something else."""
+    """Idle processes of other programs with a server's words in their arguments."""
     folder = host.studio.folder / "carriers"
     folder.mkdir()
     processes = []
@@ -170,7 +170,7 @@ def carried(host: QuickHost, words: str) -> Iterator[list[subprocess.Popen[bytes
             process.wait()
 
 
-def test_what_only_carries_a_servers_words_is_not_seen_and_not_signalled(host: QuickHost) -> None:
+def test_process_with_a_servers_words_is_not_a_server(host: QuickHost) -> None:
     port = host.ports[0]
     with carried(host, command(host, port)) as processes:
         assert row(host, port) == ("idle", None, None) and memory(host) == {}
@@ -180,9 +180,9 @@ def test_what_only_carries_a_servers_words_is_not_seen_and_not_signalled(host: Q
         assert [process.poll() for process in processes] == [None] * len(processes)
 
 
-class TestAScriptThatStartsSeveral:
+class TestScriptThatStartsSeveral:
     @pytest.mark.parametrize("tee", ["", " | tee log >/dev/null"])
-    def test_loses_one_and_the_others_stay(self, host: QuickHost, tee: str) -> None:
+    def test_keeps_the_other_servers(self, host: QuickHost, tee: str) -> None:
         ports = host.ports[:3]
         lines = [command(host, port, model=model) + f"{tee} &" for port, model in zip(ports, MODELS, strict=False)]
         with host.running("sh", "-c", "\n".join([*lines, "wait"])) as script:
@@ -199,7 +199,7 @@ class TestAScriptThatStartsSeveral:
             assert not alive(pids[2])
             wait_until(lambda: script.poll() is not None, WAIT, "the script, which ends by itself")
 
-    def test_has_one_that_is_adopted_and_then_stopped(self, host: QuickHost) -> None:
+    def test_has_one_server_adopted_and_stopped(self, host: QuickHost) -> None:
         port, other = host.ports[:2]
         planned = result(host, "load", MODELS[0], str(port), "--dry-run")
         folder = host.studio.folder / "by-hand"
@@ -215,7 +215,7 @@ class TestAScriptThatStartsSeveral:
             assert [alive(pid) for pid in pids] == [False, True]
 
 
-def test_a_program_that_started_a_server_stays_and_is_named(host: QuickHost) -> None:
+def test_program_that_started_a_server_stays_and_is_named(host: QuickHost) -> None:
     port = host.ports[0]
     code = f"import subprocess, time\nsubprocess.Popen({shlex.split(command(host, port))!r})\nwhile 1: time.sleep(1)"
     with host.running(sys.executable, "-c", code) as panel:
@@ -228,7 +228,7 @@ def test_a_program_that_started_a_server_stays_and_is_named(host: QuickHost) -> 
         assert not alive(pid) and panel.poll() is None
 
 
-def test_what_only_runs_a_server_goes_with_it_and_is_named_before(host: QuickHost) -> None:
+def test_wrapper_is_named_and_stopped_with_its_server(host: QuickHost) -> None:
     port = host.ports[0]
     with host.running("sh", "-c", f"while :; do {command(host, port)}; sleep 0.01; done") as loop:
         pid = listener(host, port)
@@ -238,8 +238,8 @@ def test_what_only_runs_a_server_goes_with_it_and_is_named_before(host: QuickHos
         assert loop.poll() == -signal.SIGTERM and row(host, port) == ("idle", None, None)
 
 
-class TestAServerWithoutItsPort:
-    def test_is_loading_and_blocks_the_port_that_it_was_given(self, host: QuickHost) -> None:
+class TestServerWithoutItsPort:
+    def test_is_loading_and_blocks_the_port_in_its_arguments(self, host: QuickHost) -> None:
         port = host.ports[-1]  # the only one without an alias
         with host.running("sh", "-c", "exec " + command(host, port, "--fake-late", "1000")) as server:
             assert row(host, port) == ("loading", "hand", server.pid)
@@ -248,7 +248,7 @@ class TestAServerWithoutItsPort:
             assert result(host, "unload", str(port), "--force")["state"] == "idle"
             assert server.poll() == -signal.SIGTERM
 
-    def test_is_told_counted_and_stopped_beside_the_one_that_has_it(self, host: QuickHost) -> None:
+    def test_is_listed_counted_and_stopped_beside_the_listening_one(self, host: QuickHost) -> None:
         port = host.ports[0]
         host.mlxctl("load", MODELS[0], str(port)).ok()
         late = "exec " + command(host, port, "--fake-late", "1000", model=MODELS[1])
@@ -261,13 +261,13 @@ class TestAServerWithoutItsPort:
             assert result(host, "unload", str(port), "--force")["state"] == "idle"
             assert server.poll() == -signal.SIGTERM
 
-    def test_is_stopped_although_a_stranger_has_the_port_and_that_one_stays(self, host: QuickHost) -> None:
+    def test_is_stopped_while_a_foreign_listener_stays(self, host: QuickHost) -> None:
         port = host.ports[0]
         code = f"import socket, time; s = socket.create_server(('{host.studio.address}', {port})); time.sleep(1000)"
         late = "exec " + command(host, port, "--fake-late", "1000")
         with host.running(sys.executable, "-c", code) as stranger, host.running("sh", "-c", late) as server:
             listener(host, port)
-            wait_until(lambda: host.status()["drift"], WAIT, "it to be told")
+            wait_until(lambda: host.status()["drift"], WAIT, "its drift")
             refused = error(host, 3, "unload", str(port))
             assert refused["hint"].endswith(f"kill {stranger.pid}")
             done = result(host, "unload", str(port), "--force")
@@ -275,7 +275,7 @@ class TestAServerWithoutItsPort:
             assert server.poll() == -signal.SIGTERM and stranger.poll() is None
 
 
-def test_the_port_on_which_a_server_listens_counts_and_not_the_one_in_its_argv(host: QuickHost) -> None:
+def test_listening_port_counts_and_not_the_one_in_the_arguments(host: QuickHost) -> None:
     said, real = host.ports[:2]
     words = shlex.split(command(host, said))
     # Its arguments stay as they were: what a sitecustomize or a configuration file does.
@@ -307,7 +307,7 @@ SCRIPTS = {
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-def test_however_an_engine_is_launched_it_is_ready_and_nothing_touches_it(host: QuickHost, prefix: str) -> None:
+def test_engine_with_any_launch_prefix_is_ready_and_stays(host: QuickHost, prefix: str) -> None:
     port = host.ports[0]
     paths = {"engine": str(host.program), "interpreter": sys.executable}
     for name, text in SCRIPTS.items():
@@ -329,8 +329,8 @@ def test_however_an_engine_is_launched_it_is_ready_and_nothing_touches_it(host: 
     wait_until(lambda: not host.process("--model"), WAIT, "the end of everything")
 
 
-def test_a_real_server_that_lost_its_port_holds_its_model_and_is_told(engine: Path, homelab: Homelab) -> None:
-    """mlx_lm.server goes on without a port: its main thread has ended, the one with the model has not."""
+def test_real_server_without_its_port_is_reported_with_its_memory(engine: Path, homelab: Homelab) -> None:
+    """mlx_lm.server keeps running without a port: its main thread has ended, but not the thread with the model."""
     studio = homelab.studio
     paths = [studio.install(f"tiny-org/{model}", model) for model in (models.QWEN, models.LLAMA)]
     port = str(studio.ports[0])

@@ -1,5 +1,7 @@
-"""What a log says of a server's end, and what is known of it. The logs are of issue threads (mlx, mlx-lm,
-mlx-openai-server), shortened in the middle, and of the two engines as they ran here."""
+"""The last words in a server's log, and known causes.
+
+The logs are shortened ones from issue threads (mlx, mlx-lm, mlx-openai-server), or from runs of both engines.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +95,7 @@ LOGS: dict[str, tuple[str, str, str | None]] = {
         "ValueError: Received parameters not in model: model.layers.9.self_attn.q_norm.weight.",
         "files_do_not_fit",
     ),
-    "killed by macOS, told by zsh": (
+    "killed by macOS, reported by zsh": (
         f"Fetching 15 files: 100%|####| 15/15\nzsh: killed     mlx_lm.server --model x\n{TRACKER}",
         "zsh: killed     mlx_lm.server --model x",
         "killed_by_system",
@@ -195,14 +197,14 @@ LOGS: dict[str, tuple[str, str, str | None]] = {
 
 
 @pytest.mark.parametrize("log", LOGS)
-def test_the_end_of_a_log_is_told_by_its_error(log: str) -> None:
+def test_last_line_is_the_logs_error(log: str) -> None:
     text, words, code = LOGS[log]
     assert last_line(text) == words
     cause = explain(words, text, 1, ABOUT)
     assert (cause.code if cause else None) == code
 
 
-def test_the_help_of_every_cause_can_be_told() -> None:
+def test_texts_of_every_pattern_can_be_formatted() -> None:
     for text, words, code in LOGS.values():
         if code:
             cause = explain(words, text, 1, ABOUT)

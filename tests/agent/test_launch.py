@@ -1,4 +1,4 @@
-"""Whose a listener is at the moment of the proof. What is seen of it is given: no system shows it on demand."""
+"""The owner of a listener at the proof, and the errors of a failed start. Observations are scripted."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from mlxops.core.settings import Settings
 from tests.core.worlds import run
 
 RUN = run(port=8103)
-NOBODYS = Look(listeners=(Listener("127.0.0.1", RUN.port),))
+WITHOUT_PROCESS = Look(listeners=(Listener("127.0.0.1", RUN.port),))
 
 
-class Seen:
-    """What is seen, look by look; the last one for ever."""
+class ScriptedSystem:
+    """Returns the given observations one after the other, then the last one again and again."""
 
     def __init__(self, *looks: Look) -> None:
         self._looks = list(looks)
@@ -44,28 +44,28 @@ class Seen:
 
 def prove(tmp_path: Path, *looks: Look) -> None:
     paths = host_paths(Settings(hub=str(tmp_path), state=str(tmp_path)), os.environ)
-    launch.prove(paths, RUN.alias, RUN, cast(System, Seen(*looks)), 1.0)
+    launch.prove(paths, RUN.alias, RUN, cast(System, ScriptedSystem(*looks)), 1.0)
 
 
-def test_a_listener_whose_process_is_just_ending_is_no_stranger(tmp_path: Path) -> None:
+def test_listener_whose_process_is_just_ending_is_not_foreign(tmp_path: Path) -> None:
     with pytest.raises(ConnectionRefusedError, match="nothing listens on 8103 yet"):
-        prove(tmp_path, NOBODYS, Look())
+        prove(tmp_path, WITHOUT_PROCESS, Look())
 
 
-def test_one_whose_process_cannot_be_seen_for_a_while_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listener_whose_process_stays_invisible_is_foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "UNSEEN_SECONDS", 0.05)
     with pytest.raises(NoCompletion, match="a process that cannot be seen"):
-        prove(tmp_path, NOBODYS)
+        prove(tmp_path, WITHOUT_PROCESS)
 
 
-def test_a_strangers_is_told_at_once_and_nothing_is_sent_to_it(tmp_path: Path) -> None:
+def test_foreign_listener_is_reported_at_once_and_gets_no_request(tmp_path: Path) -> None:
     other = Look(listeners=(Listener("127.0.0.1", RUN.port, frozenset({77})),))
     with pytest.raises(NoCompletion, match="pid 77"):
         prove(tmp_path, other)
 
 
 def failure(tmp_path: Path, *argv: str) -> NotStarted:
-    """How a load fails whose server is this command."""
+    """Start this command as a server; return the error."""
     settings = Settings(hub=str(tmp_path), state=str(tmp_path / "state"))
     paths = host_paths(settings, os.environ)
     store = Store(paths.state, paths.registry)
@@ -80,12 +80,12 @@ def failure(tmp_path: Path, *argv: str) -> NotStarted:
     return caught.value
 
 
-def test_a_command_that_leaves_its_server_alone_is_told_to_stay(tmp_path: Path) -> None:
-    assert "what starts it (here) must stay" in failure(tmp_path, "/bin/sh", "-c", "exit 0").hint
-    assert "must stay" not in failure(tmp_path, "/bin/sh", "-c", "echo no model; exit 0").hint
+def test_launcher_that_exits_gets_a_hint(tmp_path: Path) -> None:
+    assert "its launcher (here) must run" in failure(tmp_path, "/bin/sh", "-c", "exit 0").hint
+    assert "must run" not in failure(tmp_path, "/bin/sh", "-c", "echo no model; exit 0").hint
 
 
-def test_what_a_server_says_begins_behind_the_line_with_which_its_log_is_headed(tmp_path: Path) -> None:
-    """That line has its whole command, in which anything may stand."""
+def test_first_line_of_the_log_is_not_the_servers(tmp_path: Path) -> None:
+    """That line has the whole command, which may contain words of an error."""
     error = failure(tmp_path, "/bin/sh", "-c", "exit 3", "ValueError: Model type qwen9 not supported.")
     assert error.why == "it wrote nothing to its log"

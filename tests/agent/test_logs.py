@@ -1,4 +1,4 @@
-"""The servers' logs: rotated at start, cut under a writer, read from afar and made harmless."""
+"""The servers' logs: rotated at start, truncated under a writer, read remotely without control characters."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def end_of(log: Path, count: int) -> list[str]:
     return [line.text for line in logs.read(log, logs.last_lines(log, count))]
 
 
-class TestTheEnd:
-    def test_is_the_last_lines_made_harmless(self, log: Path) -> None:
+class TestLastLines:
+    def test_have_no_control_characters(self, log: Path) -> None:
         log.write_bytes(b"".join(b"line %d\n" % number for number in range(200_000)) + HOSTILE + b"unfinished")
         first, hostile, last, rest = end_of(log, 3)
         assert (first, last, rest) == ("line 199999", "last", "unfinished")
@@ -48,12 +48,12 @@ class TestTheEnd:
         assert all(character.isprintable() or character == "\ufffd" for character in hostile)
 
     @pytest.mark.parametrize("count", [0, 1, 2, 3, 9])
-    def test_is_never_more_than_was_asked_for(self, log: Path, count: int) -> None:
+    def test_are_at_most_the_requested_number(self, log: Path, count: int) -> None:
         log.write_bytes(b"\none\ntwo\n")
         assert end_of(log, count) == ["", "one", "two"][max(0, 3 - count) :]
 
-    def test_of_very_many_lines_is_found_with_one_block_in_memory(self, log: Path) -> None:
-        """Whoever keeps what has been read reads a log of millions of lines for minutes."""
+    def test_of_a_long_log_need_one_block_of_memory(self, log: Path) -> None:
+        """A reader that keeps all blocks takes minutes for a log of millions of lines."""
         log.write_bytes(b"\n" * 5_000_000)
         tracemalloc.start()
         try:
@@ -62,18 +62,18 @@ class TestTheEnd:
         finally:
             tracemalloc.stop()
 
-    def test_of_an_empty_log_is_nothing(self, log: Path) -> None:
+    def test_of_an_empty_log_are_none(self, log: Path) -> None:
         log.touch()
         assert end_of(log, 5) == []
 
-    def test_with_a_line_longer_than_any_buffer_is_all_of_it(self, log: Path) -> None:
+    def test_include_a_line_longer_than_any_buffer(self, log: Path) -> None:
         log.write_bytes(b"a" * 300_000 + b"\nlast\n")
         pieces = end_of(log, 2)
         assert "".join(pieces) == "a" * 300_000 + "last"
 
 
-def following(log: Path, start: logs.Mark = logs.START) -> Iterator[logs.Read]:
-    """What is followed; fails when there is nothing to tell for long."""
+def following(log: Path, start: logs.Mark = logs.START) -> Iterator[logs.Line]:
+    """Follow the log; fail if no line comes for long."""
     waiting: list[None] = []
     lines = logs.follow(log, start, lambda: waiting.append(None) if len(waiting) < 20 else pytest.fail("no line"))
     for line in lines:
@@ -81,12 +81,12 @@ def following(log: Path, start: logs.Mark = logs.START) -> Iterator[logs.Read]:
         yield line
 
 
-def texts(lines: Iterator[logs.Read], count: int) -> list[str]:
+def texts(lines: Iterator[logs.Line], count: int) -> list[str]:
     return [next(lines).text for _ in range(count)]
 
 
 class TestFollowing:
-    def test_goes_on_over_a_rotation_and_a_cut(self, log: Path) -> None:
+    def test_continues_after_rotation_and_truncation(self, log: Path) -> None:
         with open(log, "ab", buffering=0) as server:
             server.write(b"one\ntw")
             lines = following(log)
@@ -95,7 +95,7 @@ class TestFollowing:
             assert texts(lines, 1) == ["two"]
             logs.rotate(log)
             server.write(b"the last words\n")
-            assert texts(lines, 1) == ["the last words"], "what the old server still said"
+            assert texts(lines, 1) == ["the last words"], "the old server's last line"
         with open(log, "ab", buffering=0) as server:
             server.write(b"a new server\n")
             assert texts(lines, 1) == ["a new server"]
@@ -103,7 +103,7 @@ class TestFollowing:
             server.write(b"cut\n")
             assert texts(lines, 1) == ["cut"]
 
-    def test_misses_no_start_that_came_and_went_between_two_looks(self, log: Path) -> None:
+    def test_misses_no_start_between_two_polls(self, log: Path) -> None:
         log.write_bytes(b"one\n")
         lines = following(log)
         assert texts(lines, 1) == ["one"]
@@ -114,28 +114,28 @@ class TestFollowing:
             log.write_text(f"start {number}\n")
         assert texts(lines, 3) == ["last words without an end", "start 0", "start 1"]
 
-    def test_begins_before_there_is_a_log(self, log: Path) -> None:
-        rests = 0
+    def test_begins_before_the_log_exists(self, log: Path) -> None:
+        calls = 0
 
-        def rest() -> None:
-            nonlocal rests
-            rests += 1
+        def idle() -> None:
+            nonlocal calls
+            calls += 1
             log.write_bytes(b"here\n")
 
-        assert next(logs.follow(log, logs.START, rest)).text == "here" and rests == 1
+        assert next(logs.follow(log, logs.START, idle)).text == "here" and calls == 1
 
-    def test_goes_on_behind_every_line_whose_mark_is_known(self, log: Path) -> None:
+    def test_continues_after_each_mark(self, log: Path) -> None:
         log.write_bytes(b"one\ntwo\n")
         marks = [logs.START, *(next(lines).mark for lines in [following(log)] for _ in range(2))]
         logs.rotate(log)
         log.write_bytes(b"three\n")
-        for heard, start in enumerate(marks[1:], 1):
-            again = logs.mark(str(start))
-            assert again == start
-            assert texts(following(log, again), 3 - heard) == ["one", "two", "three"][heard:]
+        for count, mark in enumerate(marks[1:], 1):
+            parsed = logs.parse_mark(str(mark))
+            assert parsed == mark
+            assert texts(following(log, parsed), 3 - count) == ["one", "two", "three"][count:]
 
     @pytest.mark.parametrize("spoil", ["cut", "other", "gone"])
-    def test_behind_a_mark_that_is_in_no_log_any_more_is_said(self, log: Path, spoil: str) -> None:
+    def test_after_a_mark_whose_log_is_gone_is_an_error(self, log: Path, spoil: str) -> None:
         log.write_bytes(b"one\ntwo\n")
         start = second_mark(log)
         match spoil:
@@ -149,12 +149,12 @@ class TestFollowing:
             next(logs.follow(log, start, lambda: None))
 
     @pytest.mark.parametrize("text", ["", "-", "1-2", "1-2-3-4", "x-1-1", "1-2-3\n", "f" * 17 + "-1-1", "\u0661-1-1"])
-    def test_of_no_mark_is_known_as_such(self, text: str) -> None:
-        assert logs.mark(text) is None
+    def test_rejects_an_invalid_mark(self, text: str) -> None:
+        assert logs.parse_mark(text) is None
 
 
 def second_mark(log: Path) -> logs.Mark:
-    """The mark behind the second line."""
+    """Return the mark after the second line."""
     lines = following(log)
     next(lines)
     return next(lines).mark
@@ -172,9 +172,7 @@ def test_three_earlier_logs_are_kept(log: Path) -> None:
     }
 
 
-def test_a_log_that_gets_another_name_meanwhile_is_none_that_is_too_big(
-    log: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_log_that_is_renamed_during_the_check_is_not_too_big(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log.touch()
     os.truncate(log, logs.CAP + 1)
     gone = log.with_name("8101.log")
@@ -184,7 +182,7 @@ def test_a_log_that_gets_another_name_meanwhile_is_none_that_is_too_big(
 
 @pytest.fixture
 def stuck(log: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Somebody was stopped while it cut a log of the folder."""
+    """Another process hangs while it holds the lock of the folder."""
     monkeypatch.setattr(locks, "LOCK_SECONDS", 0.05)
     fd = os.open(log.parent, os.O_RDONLY)
     fcntl.flock(fd, fcntl.LOCK_EX)
@@ -192,16 +190,16 @@ def stuck(log: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     os.close(fd)
 
 
-def test_whoever_hangs_with_the_logs_does_not_make_others_wait_for_ever(log: Path, stuck: None) -> None:
+def test_process_that_hangs_with_the_logs_blocks_others_for_a_limited_time(log: Path, stuck: None) -> None:
     log.write_text("one\n")
     with pytest.raises(Busy) as caught:
         logs.cut(log, 0)
     assert caught.value.code == "logs_locked"
     logs.rotate(log)
-    assert log.read_text() == "one\n", "a server starts all the same, and its log begins behind"
+    assert log.read_text() == "one\n", "a server can start, and appends to the old log"
 
 
-def test_a_log_that_cannot_be_cut_ends_no_operation(log: Path, stuck: None, tmp_path: Path) -> None:
+def test_log_that_cannot_be_truncated_fails_no_operation(log: Path, stuck: None, tmp_path: Path) -> None:
     settings = Settings(hub=str(tmp_path / "hub"), state=str(tmp_path))
     paths = host_paths(settings, {})
     store = Store(paths.state, paths.registry)
@@ -220,14 +218,14 @@ def test_a_log_that_cannot_be_cut_ends_no_operation(log: Path, stuck: None, tmp_
     assert big.stat().st_size == logs.CAP + 1
 
 
-def test_what_is_not_too_big_any_more_is_not_cut(log: Path) -> None:
-    """Another one was quicker, or it is the log of the next server by now."""
+def test_log_that_is_not_too_big_any_more_is_not_truncated(log: Path) -> None:
+    """Another process truncated it, or it is the next server's log."""
     log.write_bytes(b"12345")
     assert not logs.cut(log, 5) and log.read_bytes() == b"12345"
     assert logs.cut(log, 4) and log.read_bytes() == b""
 
 
-def test_a_cut_keeps_three_earlier_logs_too(log: Path) -> None:
+def test_truncation_keeps_three_earlier_logs(log: Path) -> None:
     for number in range(6):
         log.write_text(f"cut {number}")
         logs.cut(log, 0)
@@ -235,7 +233,7 @@ def test_a_cut_keeps_three_earlier_logs_too(log: Path) -> None:
     assert len(os.listdir(log.parent)) == 4
 
 
-def test_a_cut_takes_nothing_away_that_comes_after_it(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_truncation_keeps_later_output(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logs, "KEPT_BYTES", 100)
     with subprocess.Popen(
         ["sh", "-c", f"exec >>'{log}'; seq 1000; read x; echo after"], stdin=subprocess.PIPE
@@ -252,8 +250,8 @@ def test_a_cut_takes_nothing_away_that_comes_after_it(log: Path, monkeypatch: py
     assert log.with_name("8100.log.1").stat().st_size == 100
 
 
-def test_from_the_mini(homelab: Homelab) -> None:
-    """The whole way: a load heads its log, the Mini reads and follows it, status warns, the next change cuts it."""
+def test_logs_are_read_and_truncated_from_the_mini(homelab: Homelab) -> None:
+    """A load writes the first line, the Mini reads and follows the log, status warns, the next change truncates it."""
     lab, studio = homelab, homelab.studio
     port = studio.ports[0]
     assert lab.mini.mlxctl("logs", str(port), "--json").json["hosts"][0]["error"]["code"] == "no_log"
@@ -264,8 +262,8 @@ def test_from_the_mini(homelab: Homelab) -> None:
     assert " mlx-lm 0.32.2: " in log.read_text().splitlines()[0]
     with log.open("ab") as server:
         server.write(HOSTILE)
-    shown = lab.mini.mlxctl("logs", str(port), "--lines", "2").ok().stdout
-    assert "\x1b" not in shown and "\x07" not in shown and shown.endswith("\nlast\n") and "café" in shown
+    output = lab.mini.mlxctl("logs", str(port), "--lines", "2").ok().stdout
+    assert "\x1b" not in output and "\x07" not in output and output.endswith("\nlast\n") and "café" in output
     document = lab.mini.mlxctl("logs", "--port", str(port), "--lines", "1", "--json").ok().json
     assert document["hosts"][0]["lines"] == ["last"]
     with client(lab, "logs", str(port), "--lines", "1", "--follow") as follower:
@@ -288,8 +286,8 @@ def test_from_the_mini(homelab: Homelab) -> None:
     assert lab.mini.mlxctl("status", "--json", "--strict").ok().json["hosts"][0]["drift"] == []
 
 
-def test_followed_from_the_mini_over_cuts_has_no_line_twice_and_none_lost(homelab: Homelab) -> None:
-    """It is cut between lines, in the middle of many, and over a rotation; the log is there only later."""
+def test_following_across_lost_connections_repeats_and_loses_no_line(homelab: Homelab) -> None:
+    """The connection is cut between lines, among many lines, and during a rotation. The log does not exist at first."""
     port = homelab.studio.ports[0]
     log = homelab.studio.state / "logs" / f"{port}.log"
     log.parent.mkdir(parents=True)
@@ -304,37 +302,37 @@ def test_followed_from_the_mini_over_cuts_has_no_line_twice_and_none_lost(homela
 
     with wired(homelab) as wire, client(homelab, "logs", str(port), "--follow") as follower:
         assert follower.stdout is not None and follower.stderr is not None
-        heard = 0
+        received = 0
 
-        def hear(until: int) -> None:
-            nonlocal heard
-            while heard < until:
-                heard += 1
+        def read_lines(until: int) -> None:
+            nonlocal received
+            while received < until:
+                received += 1
                 assert follower.stdout is not None
-                assert follower.stdout.readline() == f"line {heard}\n"
+                assert follower.stdout.readline() == f"line {received}\n"
 
         write(1)
-        hear(1)
+        read_lines(1)
         for cut in (wire.cut, homelab.studio.sshd.kill_connections, homelab.studio.sshd.kill_sessions):
             cut()
             write(3)
-            hear(count)
+            read_lines(count)
             write(3000)
-            hear(count - 2000)
+            read_lines(count - 2000)
             cut()
             logs.rotate(log)
             write(3)
-            hear(count)
+            read_lines(count)
         follower.kill()
-        said = follower.stderr.read()
-    write(1)  # whoever still follows notices now that nobody listens
+        errors = follower.stderr.read()
+    write(1)  # an agent that still follows now notices that its connection is gone
     wait_until(lambda: not homelab.studio.processes(), 30, "the end of the agents")
-    assert said.count("reconnecting") == 6 and "the operation goes on" not in said, said
-    assert "cut or is gone" not in said, said
+    assert errors.count("reconnecting") == 6 and "the operation goes on" not in errors, errors
+    assert "cut or is gone" not in errors, errors
 
 
-def test_that_is_not_followed_is_not_taken_up_again(homelab: Homelab) -> None:
-    """A question that changes nothing and has an end is asked again by whoever asked it."""
+def test_read_without_follow_is_not_resumed(homelab: Homelab) -> None:
+    """A read that ends by itself can be repeated by the user."""
     port = homelab.studio.ports[0]
     log = homelab.studio.state / "logs" / f"{port}.log"
     log.parent.mkdir(parents=True)

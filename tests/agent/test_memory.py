@@ -1,4 +1,4 @@
-"""The memory of a host: its budget, what takes of it, what is read ahead, what comes back."""
+"""The memory of a host: budget, use, prefetch, and memory that a stopped server returns."""
 
 from __future__ import annotations
 
@@ -55,20 +55,20 @@ def here(tmp_path: Path, **settings: object) -> HostPaths:
         (OLD_MAC, 51_539_607_552, "three quarters of RAM"),
     ],
 )
-def test_a_macs_budget_is_what_the_gpu_may_wire(
+def test_budget_on_macos_is_the_gpus_wired_limit(
     tmp_path: Path, printed: dict[str, str], size: int, source: str
 ) -> None:
     found = budget(here(tmp_path), printed.__getitem__)
     assert found.size == size and found.source.startswith(source)
 
 
-def test_the_hosts_file_wins_over_what_the_system_says(tmp_path: Path) -> None:
+def test_memory_setting_overrides_the_system(tmp_path: Path) -> None:
     found = budget(here(tmp_path, memory=186 * GB), STUDIO_256.__getitem__)
     assert (found.size, found.source) == (186 * GB, "memory in hosts.yaml")
     assert 0 < budget(here(tmp_path)).size < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_the_refusal_has_the_numbers_and_the_fewest_unloads(tmp_path: Path) -> None:
+def test_refusal_has_the_numbers_and_the_fewest_unloads(tmp_path: Path) -> None:
     uses = [
         Use(8100, "jerry-xl", "boot", 10, 190 * GB, None),
         Use(8101, "big", "mlxops", 11, 30 * GB, 40 * GB),
@@ -88,7 +88,7 @@ def test_the_refusal_has_the_numbers_and_the_fewest_unloads(tmp_path: Path) -> N
 
 
 def snapshot(tmp_path: Path, config: Fields, gigabytes: float, dtype: str = "BF16") -> Path:
-    """A snapshot whose weights are that large and take no room on the disk."""
+    """Create a snapshot with sparse weights of that size."""
     folder = tmp_path / "snapshot"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
@@ -121,7 +121,7 @@ def snapshot(tmp_path: Path, config: Fields, gigabytes: float, dtype: str = "BF1
         ("google/gemma-4-26B-A4B", 15.6, 18, True),
     ],
 )
-def test_what_fits_is_let_in_and_what_does_not_is_refused(
+def test_model_is_refused_only_if_it_does_not_fit(
     tmp_path: Path, repo: str, weights: float, memory: int, fits: bool
 ) -> None:
     need = estimate_of(snapshot(tmp_path, PUBLISHED[repo][0], weights))
@@ -134,7 +134,7 @@ def test_what_fits_is_let_in_and_what_does_not_is_refused(
             check_fits(repo, need, limit, (), (), ())
 
 
-def test_a_refusal_says_that_the_estimate_may_be_too_high(tmp_path: Path) -> None:
+def test_refusal_says_that_the_estimate_may_be_too_high(tmp_path: Path) -> None:
     need = estimate_of(snapshot(tmp_path, PUBLISHED["google/gemma-3-1b-it"][0] | {"model_type": "gemma5"}, 1))
     assert need is not None
     with pytest.raises(Refused) as caught:
@@ -143,8 +143,8 @@ def test_a_refusal_says_that_the_estimate_may_be_too_high(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("weights", "size"), [("F32", 4), ("BF16", 2), ("F16", 2)])
-def test_the_weights_tell_whether_values_have_32_bits(tmp_path: Path, weights: str, size: int) -> None:
-    """Many a conversion left `torch_dtype: float32` in config.json and made the weights smaller."""
+def test_value_size_is_taken_from_the_weights(tmp_path: Path, weights: str, size: int) -> None:
+    """Many conversions shrank the weights but left `torch_dtype: float32` in config.json."""
     config = PUBLISHED["google/gemma-2-27b-it"][0] | {"torch_dtype": "float32"}
     need = estimate_of(snapshot(tmp_path, config, 1, weights))
     assert need is not None and need.context_bytes == PUBLISHED["google/gemma-2-27b-it"][1] * size
@@ -160,7 +160,7 @@ def test_the_weights_tell_whether_values_have_32_bits(tmp_path: Path, weights: s
         ({"max_position_embeddings": "2048"}, N),
     ],
 )
-def test_a_context_is_as_long_as_the_model_can(tmp_path: Path, config: Fields, tokens: int) -> None:
+def test_context_length_is_limited_by_the_model(tmp_path: Path, config: Fields, tokens: int) -> None:
     need = estimate_of(snapshot(tmp_path, EVERY_TYPE["llama"] | config, 1))
     assert need is not None and need.context_tokens == tokens
     nested = snapshot(tmp_path / "snapshot", {"model_type": "kimi_vl", "text_config": EVERY_TYPE["llama"] | config}, 1)
@@ -181,7 +181,7 @@ Rows = list[tuple[int, int | None, int]]
 
 
 def kept_by(python: Path, configs: dict[str, Fields]) -> dict[str, Rows | str]:
-    """What mlx-lm keeps for each of the configurations, or why it does not take it."""
+    """Return the cache size of mlx-lm for each configuration, or why it refuses it."""
     script = Path(__file__).parents[1] / "lab" / "kvshapes.py"
     done = subprocess.run(
         [python, script],
@@ -197,7 +197,7 @@ def kept_by(python: Path, configs: dict[str, Fields]) -> dict[str, Rows | str]:
 
 
 def differences(answers: dict[str, Rows | str]) -> dict[str, tuple[int, int]]:
-    """(what is estimated, what the engine keeps) of a full context, in bytes, where these are not equal."""
+    """Return (estimate, size in the engine) of a full context, in bytes, where they differ."""
     found = {}
     for name, rows in answers.items():
         cache = kv_cache(PUBLISHED[name][0] if name in PUBLISHED else EVERY_TYPE[name])
@@ -209,7 +209,7 @@ def differences(answers: dict[str, Rows | str]) -> dict[str, tuple[int, int]]:
     return found
 
 
-def test_the_estimate_is_what_mlx_lm_keeps_of_every_model_type(engine: Path) -> None:
+def test_estimate_equals_the_cache_of_mlx_lm_for_every_model_type(engine: Path) -> None:
     published = {repo: config for repo, (config, _) in PUBLISHED.items()}
     answers = kept_by(engine / "bin" / "python", published | EVERY_TYPE)
     refused = {name: why for name, why in answers.items() if isinstance(why, str)}
@@ -230,7 +230,7 @@ def test_every_model_type_of_mlx_lm_has_a_rule(engine: Path) -> None:
     } == set()
 
 
-def test_the_mlx_lm_of_mlx_openai_server_never_keeps_more(openai_server: Path) -> None:
+def test_estimate_covers_the_mlx_lm_of_mlx_openai_server(openai_server: Path) -> None:
     answers = kept_by(openai_server.parent / "python", EVERY_TYPE)
     assert sum(isinstance(rows, list) for rows in answers.values()) > 100
     assert {name for name, (ours, kept) in differences(answers).items() if ours < kept} == set()
@@ -238,7 +238,7 @@ def test_the_mlx_lm_of_mlx_openai_server_never_keeps_more(openai_server: Path) -
 
 @pytest.fixture
 def by_hand(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """A process that says in its argv that it serves a model of the cache, on a port that is not ours."""
+    """A process whose arguments are those of a server of a cached model, on a port that is not ours."""
     snapshot = tmp_path / "hub" / "models--org--big" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text('{"model_type": "llama"}')
@@ -253,21 +253,17 @@ def by_hand(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
         child.kill()
 
 
-def test_a_server_that_is_none_of_ours_takes_memory_all_the_same(
-    tmp_path: Path, by_hand: tuple[subprocess.Popen[bytes], int]
-) -> None:
+def test_foreign_server_counts_as_memory_in_use(tmp_path: Path, by_hand: tuple[subprocess.Popen[bytes], int]) -> None:
     child, port = by_hand
     paths = here(tmp_path, ports=PortRange(1, 2))
     system = this_system()
     world = observe(paths, Store(paths.state, paths.registry), EMPTY, system)
     found = next(use for use in in_use(world, system, {}) if use.pid == child.pid)
     assert (found.port, found.model, found.owner) == (port, "org/big", "hand")
-    assert found.counted >= 20 * GB, "its weights, and as much for a context that its configuration does not tell"
+    assert found.counted >= 20 * GB, "its weights, and as much for a context of unknown length"
 
 
-def test_what_a_load_reserves_is_counted_until_its_server_is(
-    tmp_path: Path, by_hand: tuple[subprocess.Popen[bytes], int]
-) -> None:
+def test_reservation_counts_until_the_server_does(tmp_path: Path, by_hand: tuple[subprocess.Popen[bytes], int]) -> None:
     _, port = by_hand
     paths = here(tmp_path, ports=PortRange(1, 2))
     system = this_system()
@@ -283,7 +279,7 @@ def test_what_a_load_reserves_is_counted_until_its_server_is(
 
 
 class Stubborn(LinuxSystem):
-    """The system, with as much memory available as a test says, one answer after the other; the last one stays."""
+    """The system with scripted sizes of available memory; the last one repeats."""
 
     def __init__(self, *available: int) -> None:
         self.answers = list(available)
@@ -294,14 +290,14 @@ class Stubborn(LinuxSystem):
 
 def context(tmp_path: Path, system: System) -> tuple[Context, list[Event]]:
     paths = here(tmp_path)
-    told: list[Event] = []
+    events: list[Event] = []
     request = envelope("load", {}, paths.settings, "")
-    return Context(request, paths, Store(paths.state, paths.registry), system, told.append, {}), told
+    return Context(request, paths, Store(paths.state, paths.registry), system, events.append, {}), events
 
 
 @pytest.fixture
 def cold(tmp_path: Path) -> Path:
-    """A snapshot whose weights are on disk and not in the page cache; on a file system that has none it is skipped."""
+    """A snapshot whose weights are not in the page cache. Skip on a file system without a page cache."""
     snapshot = tmp_path / "snapshot"
     snapshot.mkdir()
     weights = snapshot / "model.safetensors"
@@ -317,7 +313,7 @@ def cold(tmp_path: Path) -> Path:
 
 
 def cached_share(path: Path) -> float:
-    """How much of a file is in the page cache: mincore(2)."""
+    """Return how many bytes of a file are in the page cache (mincore(2))."""
     size = path.stat().st_size
     pages = -(-size // mmap.PAGESIZE)
     with path.open("rb") as file, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) as mapped:
@@ -329,18 +325,18 @@ def cached_share(path: Path) -> float:
     return sum(each & 1 for each in seen) / pages
 
 
-def test_the_weights_are_in_the_page_cache_before_anything_stops(tmp_path: Path, cold: Path) -> None:
-    ctx, told = context(tmp_path, Stubborn(GB))
+def test_weights_are_prefetched_before_anything_stops(tmp_path: Path, cold: Path) -> None:
+    ctx, events = context(tmp_path, Stubborn(GB))
     prefetch.warm(ctx, cold, "m")
     assert cached_share(cold / "model.safetensors") == 1.0
-    assert isinstance(told[0], Phase) and told[0].name == "warm"
+    assert isinstance(events[0], Phase) and events[0].name == "warm"
 
 
-def test_where_memory_is_short_they_are_not_read_and_that_is_said(tmp_path: Path, cold: Path) -> None:
-    ctx, told = context(tmp_path, Stubborn(8 * 1024 * 1024))
+def test_weights_are_not_prefetched_if_memory_is_short(tmp_path: Path, cold: Path) -> None:
+    ctx, events = context(tmp_path, Stubborn(8 * 1024 * 1024))
     prefetch.warm(ctx, cold, "m")
     assert cached_share(cold / "model.safetensors") < 0.5
-    assert isinstance(told[0], Note) and "not read ahead" in told[0].message
+    assert isinstance(events[0], Note) and "not read ahead" in events[0].message
 
 
 # -- memory comes back ----------------------------------------------------------------------------------------------
@@ -351,16 +347,16 @@ def test_where_memory_is_short_they_are_not_read_and_that_is_said(tmp_path: Path
     [((100 * GB, 100 * GB, 140 * GB), False), ((100 * GB, 101 * GB), True)],
     ids=["a little later", "not at all"],
 )
-def test_the_memory_of_a_server_that_is_gone_is_seen_to_return(
+def test_memory_of_a_stopped_server_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, available: Iterable[int], said: bool
 ) -> None:
     monkeypatch.setattr(stop, "RETURN_SECONDS", 0.3)
-    ctx, told = context(tmp_path, Stubborn(*available))
+    ctx, events = context(tmp_path, Stubborn(*available))
     stop._see_memory_return(ctx, 100 * GB, 60 * GB)
-    assert [isinstance(event, Note) and "not seen to return" in event.message for event in told] == [True] * said
+    assert [isinstance(event, Note) and "not seen to return" in event.message for event in events] == [True] * said
 
 
-def test_a_latent_model_that_is_served_to_see_is_reckoned_with_full_keys_and_values(tmp_path: Path) -> None:
+def test_latent_model_served_as_multimodal_is_estimated_with_full_keys_and_values(tmp_path: Path) -> None:
     path = snapshot(tmp_path, nested("kimi_vl", plain("deepseek_v3", 27, 16, 16, 2048, **MLA)), 1)
     text, seeing = estimate_of(path), estimate_of(path, model_type="multimodal")
     assert text is not None and text.context_bytes == 27 * 576 * N * 2

@@ -1,4 +1,4 @@
-"""A registry that was there and is not: refused by what would write it, told by what only looks, never empty."""
+"""A registry that has disappeared: writers refuse it, readers report it, and it never counts as empty."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ CONTENT = b'{"version": 1, "models": {"a": {"repo_id": "org/a", "port": 8100}}}'
 
 @dataclass(frozen=True)
 class Disk:
-    """A registry on a disk, `there` being its file, that the store reaches at `registry`."""
+    """A registry on a disk: its file is `there`, and the store's path to it is `registry`."""
 
     store: Store
     registry: Path
     there: Path
 
     def refused(self) -> Refused:
-        """What a change is refused with; nothing is made by trying."""
+        """Return the error of a change, and check that the attempt creates nothing."""
         before = tree(self.store.state.parent)
         with pytest.raises(Refused) as checked:
             self.store.registry.check_writable()
@@ -64,7 +64,7 @@ def opened(folder: Path, registry: Path, there: Path, *, known: bool = True) -> 
 
 
 def again(on: Disk) -> Disk:
-    """As the next process finds it, which resolves the links anew."""
+    """Return a new store, which resolves the links again, like the next process."""
     return Disk(Store(on.store.state, on.registry), on.registry, on.there)
 
 
@@ -89,7 +89,7 @@ GONE: dict[str, Callable[[Disk], object]] = {
 
 
 @pytest.mark.parametrize("how", GONE)
-def test_a_registry_that_the_host_had_is_missed(tmp_path: Path, how: str) -> None:
+def test_registry_that_has_disappeared_is_missing(tmp_path: Path, how: str) -> None:
     on = disk(tmp_path)
     GONE[how](on)
     found = on.store.registry.read()
@@ -99,8 +99,8 @@ def test_a_registry_that_the_host_had_is_missed(tmp_path: Path, how: str) -> Non
     assert str(on.there.parent) in refused.message and refused.why and refused.hint
 
 
-def test_a_registry_that_was_only_found_fit_to_be_written_is_missed(tmp_path: Path) -> None:
-    """Somebody else has written it; this host never changed it."""
+def test_registry_that_was_only_checked_is_missing_later(tmp_path: Path) -> None:
+    """Another program wrote it; this host never changed it."""
     on = disk(tmp_path, known=False)
     on.store.registry.check_writable()
     on.there.unlink()
@@ -108,7 +108,7 @@ def test_a_registry_that_was_only_found_fit_to_be_written_is_missed(tmp_path: Pa
 
 
 @pytest.mark.parametrize("how", GONE)
-def test_nothing_is_missed_once_it_is_back(tmp_path: Path, how: str) -> None:
+def test_registry_that_is_back_is_not_missing(tmp_path: Path, how: str) -> None:
     on = disk(tmp_path)
     content = on.there.read_bytes()
     GONE[how](on)
@@ -124,8 +124,8 @@ LINKS = ("file", "folder", "above", "twice")
 
 @pytest.mark.parametrize("where", LINKS)
 @pytest.mark.parametrize("known", [True, False])
-def test_a_link_whose_disk_is_away_is_no_fresh_host(tmp_path: Path, where: str, known: bool) -> None:
-    """Even the first command of all is refused: nobody makes a link to nothing."""
+def test_dangling_link_is_not_a_fresh_host(tmp_path: Path, where: str, known: bool) -> None:
+    """Even the very first command is refused, because links are not created without a target."""
     there = tmp_path / "disk" / "mlx" / "registry.json"
     there.parent.mkdir(parents=True)
     there.write_bytes(CONTENT)
@@ -171,7 +171,7 @@ def test_a_link_whose_disk_is_away_is_no_fresh_host(tmp_path: Path, where: str, 
         "registry-MINI.json",
     ],
 )
-def test_what_a_sync_service_leaves_tells_that_there_was_one(tmp_path: Path, name: str) -> None:
+def test_files_of_a_sync_service_prove_that_there_was_a_registry(tmp_path: Path, name: str) -> None:
     on = disk(tmp_path, known=False)
     on.there.rename(on.there.with_name(name))
     assert name in (on.store.registry.read().unwritable or "")
@@ -179,14 +179,14 @@ def test_what_a_sync_service_leaves_tells_that_there_was_one(tmp_path: Path, nam
 
 
 @pytest.mark.parametrize("name", ["registry.json.bak", "._registry.json", "registry.yaml", "other (1).json", "2.json"])
-def test_what_else_lies_there_tells_nothing(tmp_path: Path, name: str) -> None:
+def test_other_files_prove_nothing(tmp_path: Path, name: str) -> None:
     on = disk(tmp_path, known=False)
     on.there.rename(on.there.with_name(name))
     on.store.registry.check_writable()
     assert not on.store.registry.read().missing
 
 
-def test_copies_beside_a_registry_that_is_there_are_told_and_in_nobodys_way(tmp_path: Path) -> None:
+def test_conflicted_copies_beside_a_registry_are_listed_and_block_nothing(tmp_path: Path) -> None:
     on = disk(tmp_path)
     copy = on.there.with_name("registry (conflicted copy).json")
     copy.write_bytes(CONTENT)
@@ -195,7 +195,7 @@ def test_copies_beside_a_registry_that_is_there_are_told_and_in_nobodys_way(tmp_
     on.store.registry.check_writable()
 
 
-def test_another_registry_than_the_one_that_the_host_had_may_be_new(tmp_path: Path) -> None:
+def test_registry_at_another_path_may_be_new(tmp_path: Path) -> None:
     on = disk(tmp_path)
     other = Store(on.store.state, tmp_path / "other.json")
     other.registry.check_writable()
@@ -214,7 +214,9 @@ def test_another_registry_than_the_one_that_the_host_had_may_be_new(tmp_path: Pa
         ("host.json", b"{}", False),
     ],
 )
-def test_the_state_of_an_earlier_mlxops_tells_too(tmp_path: Path, name: str, content: bytes, known: bool) -> None:
+def test_state_of_an_older_mlxops_proves_that_there_was_a_registry(
+    tmp_path: Path, name: str, content: bytes, known: bool
+) -> None:
     on = disk(tmp_path, known=False)
     (on.store.state / name).write_bytes(content)
     on.there.unlink()
@@ -222,7 +224,7 @@ def test_the_state_of_an_earlier_mlxops_tells_too(tmp_path: Path, name: str, con
 
 
 def run_commands(hint: str, number: int, within: Path) -> None:
-    """Type the `number`th way that the hint names. It must not touch anything but what is in `within`."""
+    """Run the `number`th command of the hint. It may only change files in `within`."""
     commands = [part.split(": ", 1)[1] for part in hint.replace("; or, ", "; or ").split("; or ") if ": " in part]
     outside = [word for word in shlex.split(commands[number]) if word[0] == "/" and not word.startswith(f"{within}/")]
     assert not outside, outside
@@ -231,7 +233,7 @@ def run_commands(hint: str, number: int, within: Path) -> None:
 
 @pytest.mark.parametrize(("way", "models"), [(0, {"a": 8100}), (1, {})])
 @pytest.mark.parametrize("how", ["deleted", "its disk's mount point is left, empty"])
-def test_a_reset_works_as_the_error_says(tmp_path: Path, how: str, way: int, models: dict[str, int]) -> None:
+def test_suggested_reset_works(tmp_path: Path, how: str, way: int, models: dict[str, int]) -> None:
     folder = tmp_path / "a folder with 'quotes'"
     folder.mkdir()
     on = disk(folder)
@@ -242,9 +244,7 @@ def test_a_reset_works_as_the_error_says(tmp_path: Path, how: str, way: int, mod
 
 
 @pytest.mark.parametrize(("way", "models"), [(0, {"a": 8100}), (1, {})])
-def test_a_link_whose_disk_is_gone_for_good_is_replaced_as_the_error_says(
-    tmp_path: Path, way: int, models: dict[str, int]
-) -> None:
+def test_suggested_replacement_of_a_dangling_link_works(tmp_path: Path, way: int, models: dict[str, int]) -> None:
     on = disk(tmp_path, known=False)
     (tmp_path / "hub").mkdir()
     registry = tmp_path / "hub" / "registry.json"
@@ -281,7 +281,7 @@ def bound(path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", STRANGE)
-def test_what_is_in_its_place_is_told_and_left_alone(tmp_path: Path, what: str) -> None:
+def test_other_file_types_are_reported_and_kept(tmp_path: Path, what: str) -> None:
     on = disk(tmp_path)
     STRANGE[what](on.there)
     on = again(on)
@@ -300,14 +300,14 @@ def test_what_is_in_its_place_is_told_and_left_alone(tmp_path: Path, what: str) 
 
 
 @pytest.mark.parametrize("content", [b"\xef\xbb\xbf" + CONTENT, CONTENT.replace(b",", b",\r\n")])
-def test_what_editors_do_to_it_is_understood(tmp_path: Path, content: bytes) -> None:
+def test_changes_by_editors_are_understood(tmp_path: Path, content: bytes) -> None:
     on = disk(tmp_path)
     on.there.write_bytes(content)
     assert on.store.registry.read().models["a"].port == 8100
     on.store.registry.check_writable()
 
 
-def test_a_link_into_a_repository_stays_and_its_target_changes(tmp_path: Path) -> None:
+def test_link_into_a_repository_stays_and_its_target_changes(tmp_path: Path) -> None:
     on = disk(tmp_path, known=False)
     (tmp_path / "hub").mkdir()
     registry = tmp_path / "hub" / "registry.json"
@@ -320,7 +320,7 @@ def stale(path: Path) -> bytes:
     raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
 
 
-def test_a_stale_network_disk_is_no_empty_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stale_network_disk_is_not_an_empty_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on = disk(tmp_path)
     monkeypatch.setattr("mlxops.agent.state.registry_file.read_if_exists", stale)
     assert "Stale" in (on.store.registry.read().unwritable or "")
@@ -344,7 +344,7 @@ WRITERS = (
 
 @pytest.fixture
 def studio(homelab: Homelab) -> Studio:
-    """Its registry is a link to a disk."""
+    """A Studio whose registry is a link to a disk."""
     studio = homelab.studio
     disk = studio.folder / "disks" / "External" / "mlx"
     disk.mkdir(parents=True)
@@ -356,7 +356,7 @@ def studio(homelab: Homelab) -> Studio:
 
 @contextmanager
 def away(disk: Path) -> Iterator[None]:
-    """Unmounted; its mount point goes with it, and what is written there meanwhile is an error."""
+    """Unmount the disk and remove its mount point. Fail if anything is written there before it is back."""
     kept = disk.with_name("kept")
     disk.rename(kept)
     try:
@@ -366,7 +366,7 @@ def away(disk: Path) -> Iterator[None]:
         kept.rename(disk)
 
 
-def test_without_its_disk_no_command_writes_and_none_says_that_there_are_no_models(studio: Studio) -> None:
+def test_without_its_disk_no_command_writes_or_reports_an_empty_registry(studio: Studio) -> None:
     port = str(studio.ports[0])
     studio.mlxctl("load", "mine", port).ok()
     registry = studio.registry_path.read_bytes()
@@ -393,7 +393,7 @@ def seen(studio: Studio, port: str) -> list[dict[str, object]]:
     return [next(row for row in host["ports"] if row["port"] == int(port)), *host["drift"]]
 
 
-def test_every_reader_shows_the_registrys_error_to_people() -> None:
+def test_every_reader_prints_the_registrys_error() -> None:
     error = {"code": "registry_missing", "message": "the registry /x is not there", "why": "it is gone", "hint": "cp"}
     answer = HostReply("studio", {"models": [], "ports": [], "registry_error": error})
     shown = list_table([answer])
@@ -407,7 +407,7 @@ def test_every_reader_shows_the_registrys_error_to_people() -> None:
     assert "no models" in list_table([HostReply("studio", {"models": [], "registry_error": None})])
 
 
-def test_a_first_init_makes_a_registry_and_after_that_it_is_missed(homelab: Homelab) -> None:
+def test_registry_is_created_by_the_first_init_and_missing_later(homelab: Homelab) -> None:
     ask = Ask(homelab, "local")
     homelab.studio.install(REPO, "tiny-qwen3")
     assert ask.document("init")["result"]["added"] == [REPO]
@@ -429,7 +429,7 @@ def test_status_names_conflicted_copies(homelab: Homelab) -> None:
     assert drift["code"] == "registry_conflict" and str(copy) in drift["message"]
 
 
-def test_where_disks_are_mounted_readers_miss_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_registry_on_an_unmounted_disk_is_missing_for_readers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paths, "VOLUMES", (str(tmp_path / "Volumes"),))
     store = Store(tmp_path / "state", tmp_path / "Volumes" / "X" / "registry.json")
     found: Registry = store.registry.read()
@@ -449,7 +449,7 @@ SPOILED = {"edited by hand": CONTENT[:-1], "UTF-16": CONTENT.decode().encode("ut
 
 @pytest.mark.parametrize("content", SPOILED.values(), ids=SPOILED)
 @pytest.mark.parametrize("way", ["begin with an empty one: ", "go back to the version before its last change: "])
-def test_a_registry_that_can_be_repaired_is_kept_by_every_hint(tmp_path: Path, content: bytes, way: str) -> None:
+def test_every_hint_keeps_a_repairable_registry(tmp_path: Path, content: bytes, way: str) -> None:
     on = disk(tmp_path)
     on.there.write_bytes(content)
     command = on.refused().hint.partition(way)[2].partition("; or ")[0]
@@ -458,7 +458,7 @@ def test_a_registry_that_can_be_repaired_is_kept_by_every_hint(tmp_path: Path, c
     assert on.store.registry.read().unwritable is None
 
 
-def test_a_conflicted_copy_is_put_back_by_the_hint(tmp_path: Path) -> None:
+def test_hint_restores_a_conflicted_copy(tmp_path: Path) -> None:
     on = disk(tmp_path)
     on.there.rename(on.there.with_name("registry (Mini's conflicted copy 2026-01-31).json"))
     command = again(on).refused().hint.partition("put the right copy back: ")[2].partition("; or ")[0]
@@ -466,13 +466,13 @@ def test_a_conflicted_copy_is_put_back_by_the_hint(tmp_path: Path) -> None:
     assert on.store.registry.read().models.keys() == {"a"}
 
 
-def test_what_a_sync_service_took_away_it_brings_back(tmp_path: Path) -> None:
+def test_placeholder_gets_a_hint_about_its_sync_service(tmp_path: Path) -> None:
     on = disk(tmp_path)
     on.there.rename(on.there.with_name(".registry.json.icloud"))
     assert again(on).refused().hint.startswith("have its sync service bring it back")
 
 
-def test_drift_names_the_registry_that_is_missed(homelab: Homelab) -> None:
+def test_drift_names_a_missing_registry(homelab: Homelab) -> None:
     register(homelab.studio, "mine")
     homelab.studio.registry_path.write_bytes(b"")
     (drift,) = Ask(homelab, "local").document("status")["drift"]

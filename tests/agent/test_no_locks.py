@@ -147,7 +147,7 @@ def test_deploy_reports_a_state_folder_without_locks(tmp_path: Path, on_flock: O
     lock = os.open(tmp_path / "state" / "deploy.lock", os.O_RDWR | os.O_CREAT)
     try:
         with pytest.raises(install.ProblemError) as caught:
-            install.wait_for(lock)
+            install.wait_for_lock(lock)
     finally:
         os.close(lock)
     assert "no locks" in caught.value.why and "local disk" in caught.value.hint

@@ -1,4 +1,4 @@
-"""One look at a port: whose a server is, what nobody can see, and what comes in between."""
+"""One observation of a port: the owner of a server, invisible listeners, and concurrent changes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def engine(port: int, pid: int = 77, *, ppid: int = 1) -> Process:
 
 
 class Ports(LinuxSystem):
-    """A system that says of each process on which ports it listens."""
+    """A system with scripted listening ports of each process."""
 
     def __init__(self, **ports: frozenset[int] | None) -> None:
         self.ports = ports
@@ -53,7 +53,7 @@ class Ports(LinuxSystem):
         return self.ports[f"pid{pid}"]
 
 
-def seen(
+def hand_started(
     paths: HostPaths, port: int, *processes: Process, listening: int = 0, **ports: frozenset[int] | None
 ) -> ByHand:
     listeners = (Listener("127.0.0.1", port, frozenset({listening})),) if listening else ()
@@ -64,42 +64,42 @@ def seen(
 NOWHERE: frozenset[int] = frozenset()
 
 
-def test_a_server_of_another_user_is_none_that_we_could_take_over(paths: HostPaths, port: int) -> None:
+def test_server_of_another_user_is_not_hand_started(paths: HostPaths, port: int) -> None:
     own = engine(port)
     other = replace(own, uid=os.getuid() + 1)
     for listening in (0, 77):
-        assert seen(paths, port, own, listening=listening, pid77=NOWHERE) != ByHand()
-        assert seen(paths, port, other, listening=listening, pid77=NOWHERE) == ByHand()
+        assert hand_started(paths, port, own, listening=listening, pid77=NOWHERE) != ByHand()
+        assert hand_started(paths, port, other, listening=listening, pid77=NOWHERE) == ByHand()
 
 
-class TestAPort:
-    def test_belongs_to_the_server_that_listens_there_whatever_its_argv_says(self, paths: HostPaths, port: int) -> None:
-        for words in (engine(port + 1).argv, ("/usr/bin/mlx_lm.server",), ("mlx_lm.server", "--port", "1")):
-            process = replace(engine(port), argv=words)
-            found = seen(paths, port, process, listening=77)
+class TestPort:
+    def test_belongs_to_the_listening_server_with_any_arguments(self, paths: HostPaths, port: int) -> None:
+        for argv in (engine(port + 1).argv, ("/usr/bin/mlx_lm.server",), ("mlx_lm.server", "--port", "1")):
+            process = replace(engine(port), argv=argv)
+            found = hand_started(paths, port, process, listening=77)
             assert found.listening is not None and found.listening.pid == 77 and not found.portless
 
-    def test_is_not_that_of_a_server_that_listens_elsewhere(self, paths: HostPaths, port: int) -> None:
-        assert seen(paths, port, engine(port), pid77=frozenset({port + 1})) == ByHand()
+    def test_does_not_belong_to_a_server_that_listens_elsewhere(self, paths: HostPaths, port: int) -> None:
+        assert hand_started(paths, port, engine(port), pid77=frozenset({port + 1})) == ByHand()
 
-    def test_is_not_that_of_a_server_whose_ports_cannot_be_seen(self, paths: HostPaths, port: int) -> None:
-        assert seen(paths, port, engine(port), pid77=None) == ByHand()
+    def test_does_not_belong_to_a_server_whose_ports_cannot_be_seen(self, paths: HostPaths, port: int) -> None:
+        assert hand_started(paths, port, engine(port), pid77=None) == ByHand()
 
     def test_has_a_server_that_does_not_listen_yet(self, paths: HostPaths, port: int) -> None:
-        found = seen(paths, port, engine(port), pid77=NOWHERE)
+        found = hand_started(paths, port, engine(port), pid77=NOWHERE)
         assert found.listening is None and [each.pid for each in found.portless] == [77]
 
     def test_has_a_server_that_lost_it_to_another_one(self, paths: HostPaths, port: int) -> None:
-        found = seen(paths, port, engine(port), engine(port, 78), listening=77, pid78=NOWHERE)
+        found = hand_started(paths, port, engine(port), engine(port, 78), listening=77, pid78=NOWHERE)
         assert found.listening is not None and found.listening.pid == 77
         assert [each.pid for each in found.portless] == [78]
 
-    def test_that_a_child_of_a_server_listens_on_is_the_servers(self, paths: HostPaths, port: int) -> None:
+    def test_belongs_to_the_server_whose_child_listens(self, paths: HostPaths, port: int) -> None:
         child = replace(engine(port), pid=78, ppid=77, argv=("python", "-c", "spawn_main()"))
-        found = seen(paths, port, engine(port), child, listening=78)
+        found = hand_started(paths, port, engine(port), child, listening=78)
         assert found.listening is not None and found.listening.pid == 77
 
-    def test_on_which_another_process_listens_too_is_no_servers(self, paths: HostPaths, port: int) -> None:
+    def test_with_a_second_listener_belongs_to_no_server(self, paths: HostPaths, port: int) -> None:
         both = (Listener("127.0.0.1", port, frozenset({77})), Listener("0.0.0.0", port, frozenset({99})))
         look = Look({77: engine(port), 99: Process(99, 1, 99, os.getuid(), "1", False, ("nc", "-l"))}, both)
         assert _hand_started(paths, Ports(), look, [port]) == {}
@@ -109,11 +109,11 @@ class TestAPort:
     ("error", "state", "detail"),
     [
         (ConnectionRefusedError(), State.IDLE, ""),
-        (TimeoutError("timed out"), State.UNKNOWN, "could not be found out: timed out"),
+        (TimeoutError("timed out"), State.UNKNOWN, "cannot find out whether anything listens: timed out"),
         (None, State.UNKNOWN, "something listens"),
     ],
 )
-def test_where_listeners_of_others_cannot_be_seen_only_a_refused_connection_says_that_there_is_none(
+def test_only_a_refused_connect_proves_that_no_invisible_listener_exists(
     paths: HostPaths,
     store: Store,
     port: int,
@@ -132,10 +132,10 @@ def test_where_listeners_of_others_cannot_be_seen_only_a_refused_connection_says
     assert view.state is state and detail in view.detail
 
 
-def test_a_load_that_begins_while_its_port_is_looked_at_is_not_taken_for_one_that_was_cut_short(
+def test_load_that_begins_during_an_observation_is_not_interrupted(
     paths: HostPaths, store: Store, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has the lock before it writes its record, and nobody had it when it was asked for first."""
+    """It takes the lock after the holder was read, and before it writes its record."""
     own = this_system().process(os.getpid())
     assert own is not None
     system = this_system()
@@ -146,10 +146,10 @@ def test_a_load_that_begins_while_its_port_is_looked_at_is_not_taken_for_one_tha
     locks: list[Lock | Operation] = []
     read = store.run
 
-    def run(asked: int) -> Run | None:
+    def run(number: int) -> Run | None:
         locks.append(store.lock(f"port-{port}", Operation("op", "load", "a", port)))
         store.save_run(began)
-        return read(asked)
+        return read(number)
 
     monkeypatch.setattr(store, "run", run)
     view: PortView = observe(paths, store, store.registry.read(), system).ports[port]

@@ -1,4 +1,4 @@
-"""Disks that cannot do everything: found out before anything is started where that can be, worked with where it may."""
+"""File systems with missing features: supported where possible, else refused before anything is started."""
 
 from __future__ import annotations
 
@@ -40,9 +40,7 @@ def fails(number: int) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.EINVAL])
-def test_a_disk_that_keeps_no_modes_takes_a_registry(
-    store: Store, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
+def test_registry_can_be_on_a_disk_without_modes(store: Store, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """exFAT and SMB."""
     monkeypatch.setattr(os, "fchmod", fails(number))
     monkeypatch.setattr(os, "link", fails(number))
@@ -51,10 +49,10 @@ def test_a_disk_that_keeps_no_modes_takes_a_registry(
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EBADF])
-def test_a_disk_that_cannot_flush_folders_takes_a_registry(
+def test_registry_can_be_on_a_disk_that_cannot_flush_folders(
     store: Store, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """SMB, and some of FUSE. A file that cannot be flushed is another matter."""
+    """SMB and some FUSE file systems. A file that cannot be flushed is an error."""
     real = os.fsync
 
     def fsync(fd: int) -> None:
@@ -68,19 +66,15 @@ def test_a_disk_that_cannot_flush_folders_takes_a_registry(
 
 
 @pytest.mark.parametrize("number", [errno.EDQUOT, errno.ENOSPC, errno.EROFS, errno.EACCES])
-def test_what_a_disk_says_no_with_is_told_with_what_helps(
-    store: Store, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
+def test_disk_errors_are_reported_with_a_remedy(store: Store, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr("mlxops.agent.state.durable_files._write_all", fails(number))
     error = refused(store)
     assert error.code == "registry_unwritable" and error.why == os.strerror(number)
     assert str(store.registry.path) in error.message and error.hint
 
 
-def test_an_immutable_registry_is_found_out_before_anything_is_started(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`chflags uchg` and `chattr +i`: its folder takes files, and a rename over it is refused in the end."""
+def test_immutable_registry_is_refused_first(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`chflags uchg` and `chattr +i`: the folder accepts new files, but a rename over the file fails."""
     path, real = store.registry.path, os.open
 
     def opened(name: object, flags: int, *more: int, **named: int) -> int:
@@ -95,7 +89,7 @@ def test_an_immutable_registry_is_found_out_before_anything_is_started(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="chattr is Linux's")
-def test_a_really_immutable_registry_is_found_out(store: Store) -> None:
+def test_really_immutable_registry_is_refused(store: Store) -> None:
     path = store.registry.path
     chattr = shutil.which("chattr")
     if chattr is None or subprocess.run([chattr, "+i", path], check=False, capture_output=True).returncode:
@@ -107,14 +101,14 @@ def test_a_really_immutable_registry_is_found_out(store: Store) -> None:
     store.registry.check_writable()
 
 
-def test_another_users_registry_in_a_shared_folder_is_found_out(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in /tmp: anybody may make files there, and only their owners replace them."""
+def test_another_users_registry_in_a_sticky_folder_is_refused(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in /tmp: all users may create files there, but only the owner may replace a file."""
     store.registry.path.parent.chmod(0o1777)
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 4711)
     assert "another user's" in refused(store).why
 
 
-def test_a_read_only_file_in_a_folder_of_ours_is_replaced(store: Store) -> None:
+def test_read_only_file_in_our_folder_is_replaced(store: Store) -> None:
     store.registry.path.chmod(0o444)
     store.registry.check_writable()
     store.registry.update(lambda registry: registry.assign("a", 8101))
@@ -122,7 +116,7 @@ def test_a_read_only_file_in_a_folder_of_ours_is_replaced(store: Store) -> None:
 
 
 @pytest.mark.parametrize("how", ["its folder is a link", "two links"])
-def test_whichever_way_leads_to_it_there_is_one_registry(store: Store, tmp_path: Path, how: str) -> None:
+def test_all_paths_of_a_registry_share_one_lock(store: Store, tmp_path: Path, how: str) -> None:
     other = tmp_path / "other"
     if how == "two links":
         other.mkdir()
@@ -136,7 +130,7 @@ def test_whichever_way_leads_to_it_there_is_one_registry(store: Store, tmp_path:
     assert other.is_symlink() or (other / "registry.json").is_symlink()
 
 
-def test_the_companions_that_a_mac_leaves_on_smb_are_left_alone(store: Store) -> None:
+def test_companion_files_of_macos_on_smb_are_ignored(store: Store) -> None:
     companion = store.registry.path.with_name("._registry.json")
     companion.write_bytes(b"\0\x05\x16\x07")
     store.registry.update(lambda registry: registry.assign("a", 8101))

@@ -1,4 +1,4 @@
-"""Which port a load gets, and who is told what, when somebody else is quicker by an instant."""
+"""Which port a load gets when another operation takes a port or the model an instant before."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OTHER = Operation("other", "load", "other")
 
 
 class Late(Context):
-    """It has looked before the others came: all ports seem idle."""
+    """A context with an outdated observation: all ports seem idle."""
 
     def observe(self, registry: Registry, *, only: object = None) -> World:
         return world(EMPTY)
@@ -73,7 +73,7 @@ def claim(ctx: Context) -> None:
         pass
 
 
-def test_an_idle_port_that_is_taken_in_this_instant_is_passed_over(store: Store) -> None:
+def test_auto_skips_an_idle_port_that_was_just_taken(store: Store) -> None:
     with held(store, f"port-{FIRST}"), _port_alone(late(store), mine) as held_port:
         assert held_port == (SECOND, "mine")
         held_now = store.holder(f"port-{SECOND}"), store.holder("model-mine")
@@ -81,18 +81,18 @@ def test_an_idle_port_that_is_taken_in_this_instant_is_passed_over(store: Store)
     assert store.holder(f"port-{SECOND}") is None
 
 
-def test_when_all_are_taken_there_is_no_idle_one(store: Store) -> None:
+def test_auto_is_refused_when_all_ports_are_taken(store: Store) -> None:
     with held(store, *(f"port-{port}" for port in PORTS)), pytest.raises(Refused) as caught:
         claim(late(store))
     assert caught.value.code == "no_idle_port"
 
 
-def test_a_port_that_was_named_is_not_exchanged_for_another(store: Store) -> None:
+def test_requested_port_is_not_replaced_by_another(store: Store) -> None:
     with held(store, f"port-{FIRST}"), pytest.raises(Busy, match=f"holds port {FIRST}: load other, started by"):
         claim(late(store, str(FIRST)))
 
 
-def test_a_model_that_somebody_works_with_keeps_no_port(store: Store) -> None:
+def test_load_of_a_busy_model_releases_the_port(store: Store) -> None:
     with held(store, "model-mine"), pytest.raises(Busy, match="holds model mine: ") as caught:
         claim(late(store))
     assert "attach" not in caught.value.details
@@ -100,11 +100,11 @@ def test_a_model_that_somebody_works_with_keeps_no_port(store: Store) -> None:
 
 
 @pytest.mark.parametrize(("port", "same"), [("auto", True), (str(FIRST), True), (str(SECOND), False)])
-def test_the_same_load_wherever_it_found_a_port_is_followed(store: Store, port: str, same: bool) -> None:
-    journal, lock = create(store.state / "ops", late(store).request)
+def test_same_load_is_followed_on_any_port(store: Store, port: str, same: bool) -> None:
+    log, lock = create(store.state / "ops", late(store).request)
     assert lock is not None
     os.close(lock)
-    running = Operation(journal.id, "load", "mine", FIRST)
+    running = Operation(log.id, "load", "mine", FIRST)
     with held(store, f"port-{FIRST}", "model-mine", by=running), pytest.raises(Busy) as caught:
         claim(late(store, port))
-    assert (caught.value.details.get("attach") == journal.id) is same
+    assert (caught.value.details.get("attach") == log.id) is same

@@ -1,4 +1,4 @@
-"""Real processes: nothing runs unrecorded, nothing is signalled that is not proven ours, nothing of ours is left."""
+"""Real processes: none runs unrecorded, none is signalled unless proven ours, and none of ours is left behind."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mlxops.agent.host.programs import MARK, environment
 from mlxops.agent.host.system import Look, Process, System, this_system
 from mlxops.agent.serving import processes
 from mlxops.agent.serving.processes import PendingProcess, leader, members, spawn, stop
-from mlxops.agent.serving.servers import find
+from mlxops.agent.serving.servers import find_servers
 from mlxops.core.errors import NotStarted, Refused
 from mlxops.core.records import Run
 from tests.core.worlds import run as sample_run
@@ -45,7 +45,7 @@ def record(gated: PendingProcess, argv: Sequence[str], run_id: str) -> Run:
 
 @dataclass
 class Lab:
-    """Starts servers as loads do, and kills the groups that a test left."""
+    """Starts servers as a load does, and kills the groups that a test leaves."""
 
     folder: Path
     started: list[PendingProcess] = field(default_factory=list)
@@ -57,7 +57,7 @@ class Lab:
         return gated, record(gated, argv, env[MARK])
 
     def running(self, argv: Sequence[str], extra: Mapping[str, str] | None = None) -> tuple[PendingProcess, Run]:
-        """The server has written `up` into its log, and nothing else."""
+        """Start a server and wait until it has written `up` to its log."""
         gated, run = self.gated(argv, extra)
         gated.open()
         wait_until(lambda: self.log.startswith("up"), 20, f"{argv} to say that it is up")
@@ -110,7 +110,7 @@ STUBBORN = (PYTHON, "-S", "-c", "import signal; signal.signal(signal.SIGTERM, si
 # -- the gate -------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_of_the_engine_runs_before_the_gate_opens(lab: Lab) -> None:
+def test_engine_does_not_run_before_the_gate_opens(lab: Lab) -> None:
     gated, run = lab.gated([SH, "-c", "echo up > ran"])
     wait_until(lambda: "gate.py" in " ".join(argv(gated.pid)), 10, "the gate")
     assert proven(run) and ours(run) == (gated.pid,), "it can be recorded, found and stopped already"
@@ -125,14 +125,14 @@ def argv(pid: int) -> tuple[str, ...]:
     return process.argv if process else ()
 
 
-def test_a_start_that_is_abandoned_never_runs_the_engine(lab: Lab) -> None:
+def test_abandoned_start_never_runs_the_engine(lab: Lab) -> None:
     gated, run = lab.gated([SH, "-c", "echo up > ran"])
     gated.abandon()
     assert gated.child.returncode == 0
     assert not (lab.folder / "ran").exists() and not group(run)
 
 
-def test_if_who_starts_it_is_killed_before_the_record_is_written_the_engine_never_runs(tmp_path: Path) -> None:
+def test_engine_never_runs_if_its_starter_is_killed_before_the_record(tmp_path: Path) -> None:
     program = f"""
 import sys
 from pathlib import Path
@@ -153,14 +153,14 @@ sys.stdin.readline()
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_program_that_cannot_be_run_says_so_in_its_log(lab: Lab) -> None:
+def test_program_that_cannot_run_is_reported_in_the_log(lab: Lab) -> None:
     gated, _ = lab.gated(["/no/such/engine"])
     gated.open()
     assert gated.child.wait(10) == 127
     assert "cannot run '/no/such/engine': No such file" in lab.log
 
 
-def test_a_start_that_the_system_refuses_leaves_no_descriptor_open(lab: Lab) -> None:
+def test_failed_spawn_leaves_no_descriptor_open(lab: Lab) -> None:
     before = os.listdir("/dev/fd")
     with pytest.raises(NotStarted) as caught:
         spawn(SYSTEM, SERVE, {}, lab.folder, lab.folder / "missing" / "log")
@@ -168,9 +168,9 @@ def test_a_start_that_the_system_refuses_leaves_no_descriptor_open(lab: Lab) -> 
     assert len(os.listdir("/dev/fd")) == len(before)
 
 
-# -- what a server is given -----------------------------------------------------------------------------------------
+# -- what a server inherits -----------------------------------------------------------------------------------------
 
-TELL = """
+DUMP_STATE = """
 import json, os, sys
 def is_open(fd):
     try:
@@ -178,26 +178,26 @@ def is_open(fd):
     except OSError:
         return False
     return True
-told = {"env": dict(os.environ), "fds": [fd for fd in range(1024) if is_open(fd)], "cwd": os.getcwd(),
+dumped = {"env": dict(os.environ), "fds": [fd for fd in range(1024) if is_open(fd)], "cwd": os.getcwd(),
         "stdin": os.path.realpath("/dev/fd/0"), "sid": os.getsid(0), "pgid": os.getpgid(0), "pid": os.getpid()}
-json.dump(told, open("told", "w"))
+json.dump(dumped, open("dumped", "w"))
 """
 
 
-def told(lab: Lab) -> dict[str, object]:
-    answer = json.loads((lab.folder / "told").read_text())
+def dumped(lab: Lab) -> dict[str, object]:
+    answer = json.loads((lab.folder / "dumped").read_text())
     assert isinstance(answer, dict)
     return answer
 
 
-def test_a_servers_environment_is_built_and_holds_no_token(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_environment_is_built_and_has_no_token(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "SSH_AUTH_SOCK", "PYTHONPATH", "ANY"):
         monkeypatch.setenv(name, "canary")
     extra = {"HF_HUB_OFFLINE": "1", "MINE": "a b", "HF_TOKEN": "canary", "my_token": "canary"}
-    gated, run = lab.gated([PYTHON, "-S", "-c", TELL], extra)
+    gated, run = lab.gated([PYTHON, "-S", "-c", DUMP_STATE], extra)
     gated.open()
     assert gated.child.wait(20) == 0
-    env = told(lab)["env"]
+    env = dumped(lab)["env"]
     assert isinstance(env, dict)
     assert "canary" not in json.dumps(env)
     kept = {"HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "LC_CTYPE", "TMPDIR", "TZ"}
@@ -206,24 +206,24 @@ def test_a_servers_environment_is_built_and_holds_no_token(lab: Lab, monkeypatch
     assert set(env["PATH"].split(":")) >= {"/usr/bin", "/bin"}
 
 
-def test_a_server_holds_nothing_of_who_started_it(lab: Lab) -> None:
+def test_server_inherits_no_descriptor_and_no_session(lab: Lab) -> None:
     reader, writer = os.pipe()
     os.set_inheritable(writer, True)
     try:
-        gated, _ = lab.gated([PYTHON, "-S", "-c", TELL])
+        gated, _ = lab.gated([PYTHON, "-S", "-c", DUMP_STATE])
         gated.open()
         assert gated.child.wait(20) == 0
     finally:
         os.close(reader)
         os.close(writer)
-    answer = told(lab)
+    answer = dumped(lab)
     assert answer["fds"] == [0, 1, 2]
     assert answer["stdin"] == "/dev/null"
     assert answer["cwd"] == str(lab.folder)
     assert answer["sid"] == answer["pgid"] == answer["pid"] == gated.pid != os.getsid(0)
 
 
-def test_both_streams_go_to_the_end_of_a_log_that_is_the_users_alone(lab: Lab) -> None:
+def test_both_streams_are_appended_to_a_private_log(lab: Lab) -> None:
     (lab.folder / "log").write_text("before\n")
     gated, _ = lab.gated([SH, "-c", "echo out; echo err >&2"])
     gated.open()
@@ -235,21 +235,21 @@ def test_both_streams_go_to_the_end_of_a_log_that_is_the_users_alone(lab: Lab) -
 # -- stopping -------------------------------------------------------------------------------------------------------
 
 
-def test_a_server_that_ends_when_asked_is_not_killed(lab: Lab) -> None:
+def test_server_that_ends_on_sigterm_is_not_killed(lab: Lab) -> None:
     gated, run = lab.running(SERVE)
     stopped = stop(SYSTEM, run, grace=20, reap=gated.child.poll)
     assert not stopped.killed and gated.child.wait(10) == -signal.SIGTERM
     assert not group(run)
 
 
-def test_a_server_that_ignores_being_asked_is_killed(lab: Lab) -> None:
+def test_server_that_ignores_sigterm_is_killed(lab: Lab) -> None:
     gated, run = lab.running(STUBBORN)
     stopped = stop(SYSTEM, run, grace=0.2, reap=gated.child.poll)
     assert stopped.killed and stopped.seconds >= 0.2
     assert gated.child.wait(10) == -signal.SIGKILL and not group(run)
 
 
-def test_a_stubborn_child_goes_with_its_group(lab: Lab) -> None:
+def test_stubborn_child_is_killed_with_its_group(lab: Lab) -> None:
     code = f"import subprocess, signal; subprocess.Popen({list(STUBBORN)!r}); signal.pause()"
     gated, run = lab.running((PYTHON, "-S", "-c", code))
     assert len(ours(run)) == 2
@@ -277,7 +277,7 @@ while True:
 
 @pytest.mark.parametrize("how", ["ends its child", "leaves its child"])
 @pytest.mark.parametrize("wrapper", [False, True])
-def test_a_server_has_its_child_for_as_long_as_it_drains(lab: Lab, how: str, wrapper: bool) -> None:
+def test_server_keeps_its_child_while_it_drains(lab: Lab, how: str, wrapper: bool) -> None:
     own = (PYTHON, "-S", "-c", DRAINS, how)
     _, run = lab.running((SH, "-c", '"$0" "$@"; exit', *own) if wrapper else own)
     wait_until(lambda: lab.log.endswith("\n"), 20, "its port")
@@ -287,7 +287,7 @@ def test_a_server_has_its_child_for_as_long_as_it_drains(lab: Lab, how: str, wra
     assert group(run) == set()
 
 
-def test_a_child_that_outlived_its_leader_is_found_by_its_mark_and_stopped(lab: Lab) -> None:
+def test_child_that_outlives_its_leader_is_found_by_its_mark_and_stopped(lab: Lab) -> None:
     gated, run = lab.running([SH, "-c", f'{PYTHON} -S -c "$0" & exit', WAIT])
     gated.child.wait(10)
     assert not proven(run)
@@ -297,23 +297,23 @@ def test_a_child_that_outlived_its_leader_is_found_by_its_mark_and_stopped(lab: 
     assert not group(run)
 
 
-def test_a_zombie_counts_as_gone(lab: Lab) -> None:
+def test_zombie_counts_as_gone(lab: Lab) -> None:
     gated, run = lab.running(SERVE)
-    stopped = stop(SYSTEM, run, grace=20)  # nobody collects it
+    stopped = stop(SYSTEM, run, grace=20)  # no process collects it
     assert not stopped.killed and stopped.seconds < 10
     found = SYSTEM.process(gated.pid)
     assert found is not None and found.zombie
     assert ours(run) == () and not proven(run)
 
 
-def test_stopping_what_is_gone_does_nothing(lab: Lab) -> None:
+def test_stopping_a_gone_server_does_nothing(lab: Lab) -> None:
     gated, run = lab.running(SERVE)
     stop(SYSTEM, run, grace=20, reap=gated.child.poll)
     assert not stop(SYSTEM, run, grace=20).killed
 
 
 class Fading:
-    """A system on which a server's group is what it is told to be."""
+    """A system with a scripted process group."""
 
     def __init__(self, run: Run, *pids: int) -> None:
         self._run = run
@@ -330,7 +330,7 @@ class Fading:
         return Look(self.processes)
 
 
-def test_a_child_on_its_way_out_that_has_lost_its_mark_is_no_stranger(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exiting_child_that_has_lost_its_mark_is_still_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[tuple[int, int]] = []
     monkeypatch.setattr(os, "killpg", lambda pgid, number: sent.append((pgid, number)))
     run = sample_run()
@@ -341,15 +341,13 @@ def test_a_child_on_its_way_out_that_has_lost_its_mark_is_no_stranger(monkeypatc
     assert stopping.send(signal.SIGKILL)
     assert sent == [(run.pgid, signal.SIGTERM), (run.pgid, signal.SIGKILL)]
     (changed,) = system.processes.keys() - system.marked
-    system.processes[changed] = replace(system.processes[changed], start="another by now")
+    system.processes[changed] = replace(system.processes[changed], start="another")
     with pytest.raises(Refused, match="may not be signalled") as caught:
         stopping.send(signal.SIGKILL)
     assert caught.value.hint.endswith(f"kill {changed}; then: mlxctl unload {run.port}")
 
 
-def test_of_a_program_that_only_prints_something_nothing_is_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_timed_out_helper_program_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Late(subprocess.Popen[str]):
         def communicate(self, input: str | None = None, timeout: float | None = None) -> tuple[str, str]:
             if timeout is None:
@@ -381,7 +379,7 @@ TAMPERED = {
 
 
 @pytest.mark.parametrize("case", TAMPERED)
-def test_a_process_that_differs_from_the_record_and_has_no_mark_is_not_ours(lab: Lab, case: str) -> None:
+def test_process_that_differs_from_the_record_is_not_ours(lab: Lab, case: str) -> None:
     gated, run = lab.running(SERVE)
     other = replace(run, run_id="another", **TAMPERED[case])  # type: ignore[arg-type]  # as the table says
     assert not proven(other) and ours(other) == ()
@@ -389,15 +387,15 @@ def test_a_process_that_differs_from_the_record_and_has_no_mark_is_not_ours(lab:
     assert gated.child.poll() is None
 
 
-def test_what_a_process_is_called_proves_nothing_either_way(lab: Lab) -> None:
-    """A prefix that replaces itself leaves another argv than the recorded one. The mark of another run counts."""
+def test_command_line_proves_nothing(lab: Lab) -> None:
+    """A prefix that execs the engine leaves another argv than the recorded one. The mark of another run counts."""
     _, run = lab.running(SERVE)
     assert proven(replace(run, argv=("/usr/bin/nice", "-n", "10", "/bin/engine")))
     assert not proven(replace(run, run_id="another"))
 
 
 @pytest.mark.parametrize("prefix", [(), ("/usr/bin/env", "-i")], ids=["a mark", "an empty environment"])
-def test_a_process_without_a_mark_is_told_by_its_start(lab: Lab, prefix: tuple[str, ...]) -> None:
+def test_process_without_a_mark_is_identified_by_its_start_time(lab: Lab, prefix: tuple[str, ...]) -> None:
     """An environment that cannot be seen, as of a hardened program on macOS, looks like an empty one."""
     gated, run = lab.running((*prefix, *SERVE))
     assert proven(run) and (SYSTEM.environment(gated.pid, MARK) is None) is bool(prefix)
@@ -405,25 +403,25 @@ def test_a_process_without_a_mark_is_told_by_its_start(lab: Lab, prefix: tuple[s
     assert not stop(SYSTEM, run, grace=20, reap=gated.child.poll).killed and not group(run)
 
 
-def test_a_child_that_has_left_its_group_goes_with_its_server(lab: Lab) -> None:
+def test_child_that_has_left_its_group_is_stopped_with_its_server(lab: Lab) -> None:
     code = f"import subprocess, signal; subprocess.Popen({list(SERVE)!r}, start_new_session=True); signal.pause()"
     gated, run = lab.running((PYTHON, "-S", "-c", code))
     (child,) = [p.pid for p in SYSTEM.look(()).processes.values() if p.ppid == gated.pid]
-    assert ours(run) == (gated.pid,), "it proves nothing of the server"
+    assert ours(run) == (gated.pid,), "it does not prove the server"
     stop(SYSTEM, run, grace=20, reap=gated.child.poll)
     wait_until(lambda: (seen := SYSTEM.process(child)) is None or seen.zombie, 5, "the end of the child")
 
 
-def test_a_process_is_ours_also_in_the_instant_in_which_it_becomes_another_program(lab: Lab) -> None:
-    """The kernel then shows no arguments: who takes that for another process takes a living server for gone."""
+def test_process_is_ours_during_exec(lab: Lab) -> None:
+    """The kernel then shows no arguments. That must not make a living server look gone."""
     gated, run = lab.running(SERVE)
-    seen = SYSTEM.look(()).processes
-    between = {**seen, gated.pid: replace(seen[gated.pid], argv=())}
+    observed = SYSTEM.look(()).processes
+    between = {**observed, gated.pid: replace(observed[gated.pid], argv=())}
     assert leader(SYSTEM, between, run) is not None
     assert leader(SYSTEM, between, replace(run, start="1")) is None
 
 
-def test_after_a_reboot_nothing_is_ours_whatever_the_numbers_and_marks_say(lab: Lab) -> None:
+def test_nothing_is_ours_after_a_reboot(lab: Lab) -> None:
     gated, run = lab.running(SERVE)
     other = replace(run, boot_id="the boot before")
     assert not proven(other) and ours(other) == ()
@@ -431,14 +429,14 @@ def test_after_a_reboot_nothing_is_ours_whatever_the_numbers_and_marks_say(lab: 
     assert gated.child.poll() is None
 
 
-def test_an_adopted_server_has_no_mark_so_only_its_leader_proves_it(lab: Lab) -> None:
+def test_adopted_server_is_proven_by_its_leader_only(lab: Lab) -> None:
     gated, run = lab.running(SERVE)
     adopted = replace(run, run_id="", adopted=True)
     assert proven(adopted) and ours(adopted) == (gated.pid,)
     assert ours(replace(adopted, start="1")) == ()
 
 
-def test_a_process_without_a_mark_does_not_match_a_record_without_one(lab: Lab) -> None:
+def test_process_without_a_mark_does_not_match_a_record_without_one(lab: Lab) -> None:
     gated = lab_without_mark(lab)
     unknown = replace(record(gated, ("x", "y"), ""), start="1")
     assert ours(unknown) == ()
@@ -461,7 +459,7 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_a_wrapped_server_keeps_its_identity(lab: Lab, wrapper: str) -> None:
+def test_wrapped_server_keeps_its_identity(lab: Lab, wrapper: str) -> None:
     wait = WAIT.replace("'", '"')
     program = lab.script(WRAPPERS[wrapper].format(python=PYTHON, wait=wait))
     gated, run = lab.running([program, "--model", "a b", "--port", "8103"])
@@ -471,12 +469,12 @@ def test_a_wrapped_server_keeps_its_identity(lab: Lab, wrapper: str) -> None:
     assert not group(run)
 
 
-# -- in a group that we did not make ----------------------------------------------------------------------------------
+# -- in a group that we did not create ---------------------------------------------------------------------------------
 
 
 @dataclass
 class Adopted:
-    """A server in the group of what started it."""
+    """A server in the process group of its starter."""
 
     run: Run
     everyone: frozenset[int]
@@ -492,10 +490,12 @@ class Adopted:
 
 
 def adopted(lab: Lab, argv: Sequence[str], processes: int) -> Adopted:
-    """`argv` starts mlx_lm.server for port 8103 in one way or another; so many processes are then in the group."""
+    """Adopt the mlx_lm.server for port 8103 that `argv` starts, in a group of so many processes."""
     starter, run = lab.running(argv)
     wait_until(lambda: len(group(run)) == processes, 20, "its group")
-    (server,) = (each for each in find(SYSTEM.look(())) if each.process.pgid == run.pgid and each.seen.port == 8103)
+    (server,) = (
+        each for each in find_servers(SYSTEM.look(())) if each.process.pgid == run.pgid and each.detected.port == 8103
+    )
     own = replace(run, run_id="", adopted=True, pid=server.process.pid, start=server.process.start)
     return Adopted(own, frozenset(group(run)), starter)
 
@@ -506,7 +506,7 @@ def engine(lab: Lab) -> str:
 
 
 STARTERS = {
-    # What starts the server, as a script of a shell; how many processes of the group are left when it was stopped.
+    # Shell script that starts the server; processes in its group; processes left after the stop.
     "alone": ("{engine} --port 8103\n:", 2, 0),
     "with a word to tee": ("{engine} --port 8103 | tee {log}", 3, 0),
     "with something else in the background": ("sleep 1000 &\n{engine} --port 8103\nwait", 3, 2),
@@ -519,25 +519,23 @@ STARTERS = {
 
 
 @pytest.mark.parametrize("how", STARTERS)
-def test_a_server_in_anothers_group_is_stopped_and_its_neighbours_stay(lab: Lab, how: str) -> None:
+def test_server_in_a_foreign_group_is_stopped_alone(lab: Lab, how: str) -> None:
     text, processes, left = STARTERS[how]
     script = text.format(engine=engine(lab), log=lab.folder / "log", lock=lab.folder / "lock")
     adopted_one = adopted(lab, [SH, "-c", f": ;{script}"], processes)
     adopted_one.stop()
     wait_until(lambda: len(adopted_one.left) == left, 5, f"{left} of the group to be left")
-    assert len(group(adopted_one.run)) == left, "and nothing was started in its place"
+    assert len(group(adopted_one.run)) == left, "no new server was started"
 
 
-def test_a_program_that_started_a_server_among_other_things_stays(lab: Lab) -> None:
+def test_program_with_other_work_that_started_a_server_stays(lab: Lab) -> None:
     code = f"import subprocess, time; subprocess.Popen([{engine(lab)!r}, '--port', '8103'])\nwhile True: time.sleep(1)"
     panel = adopted(lab, [PYTHON, "-S", "-c", code], 2)
     panel.stop()
     assert panel.left == {panel.starter.pid} and panel.starter.child.poll() is None
 
 
-def test_a_process_that_has_the_pid_of_one_that_ended_meanwhile_is_not_signalled(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_process_that_reuses_a_pid_is_not_signalled(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     _, run = lab.running(SERVE)
     other = replace(run, run_id="", adopted=True)
     look = SYSTEM.look(())
@@ -548,8 +546,8 @@ def test_a_process_that_has_the_pid_of_one_that_ended_meanwhile_is_not_signalled
     assert group(run) == {run.pid}
 
 
-def test_what_survives_being_killed_is_told(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel can keep a process: here the signals go astray."""
+def test_process_that_survives_sigkill_is_reported(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel may fail to remove a process; here the signals are dropped."""
     _, run = lab.running(SERVE)
     monkeypatch.setattr(processes, "KILL_SECONDS", 0.05)
     monkeypatch.setattr(os, "killpg", lambda pgid, number: None)

@@ -1,4 +1,4 @@
-"""What the system is given to run at boot, checked by the systems' own parsers; and the commands that give it."""
+"""The job that restores servers at boot: its files, checked by the systems' own parsers, and how it is installed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mlxops.agent.service import restore_job
-from mlxops.agent.service.restore_job import Job, Launchd, Systemd
+from mlxops.agent.service.restore_job import Launchd, RestoreJob, Systemd
 from mlxops.core.errors import Refused
 from tests.lab.homelab import Homelab
 from tests.lab.sshd import missing
@@ -24,16 +24,16 @@ HOSTILE = ' a "b" %h $HOME \\n ;&'
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> Job:
+def job(tmp_path: Path) -> RestoreJob:
     state = tmp_path / f"state{HOSTILE}"
     (state / "logs").mkdir(parents=True)
     argv = (sys.executable, "-P", "-m", "mlxops.agent", "--restore", str(state))
     environ = {"HF_HOME": f"/disk/hf{HOSTILE}", "MLX_LAUNCH_CMD": "~/bin/serve --x"}
-    return Job(argv, state / "logs" / "restore.log", tmp_path / "home", USER, 5, environ)
+    return RestoreJob(argv, state / "logs" / "restore.log", tmp_path / "home", USER, 5, environ)
 
 
 def recorder(folder: Path, name: str, script: str = "exit 0") -> Path:
-    """A stand-in that writes down how it was called, an argument a line."""
+    """Create a stand-in for a program, which appends its arguments to `calls`."""
     folder.mkdir(exist_ok=True)
     program = folder / name
     program.write_text(f"#!/bin/sh\nprintf '%s ' {name} \"$@\" >>'{folder}/calls'; echo >>'{folder}/calls'\n{script}\n")
@@ -45,17 +45,17 @@ def calls(folder: Path) -> list[str]:
     return [line.strip() for line in (folder / "calls").read_text().splitlines()]
 
 
-class TestThePropertyList:
-    def test_of_the_agent_runs_restore_and_lets_the_servers_live(self, job: Job) -> None:
+class TestPropertyList:
+    def test_of_the_agent_runs_restore_and_keeps_the_servers(self, job: RestoreJob) -> None:
         keys = plistlib.loads(restore_job.launch_agent(job))
         assert keys["ProgramArguments"] == list(job.argv)
         assert (keys["Label"], keys["RunAtLoad"], keys["AbandonProcessGroup"]) == ("org.mlxops.restore", True, True)
         assert keys["StartInterval"] == 300
         assert keys["EnvironmentVariables"] == dict(job.environ)
-        assert keys["ProcessType"] == "Interactive", "the servers would be throttled with it"
+        assert keys["ProcessType"] == "Interactive", "otherwise the servers are throttled"
         assert "KeepAlive" not in keys and "UserName" not in keys
 
-    def test_of_the_daemon_runs_it_as_the_user(self, job: Job) -> None:
+    def test_of_the_daemon_runs_restore_as_the_user(self, job: RestoreJob) -> None:
         keys = plistlib.loads(restore_job.launch_daemon(job))
         assert (keys["UserName"], keys["EnvironmentVariables"]["HOME"]) == (job.user, str(job.home))
         assert keys["EnvironmentVariables"].items() >= job.environ.items()
@@ -63,8 +63,8 @@ class TestThePropertyList:
         assert keys["AbandonProcessGroup"] is True
 
 
-class TestTheUnit:
-    def test_is_what_systemd_understands(self, job: Job, tmp_path: Path) -> None:
+class TestUnit:
+    def test_passes_systemd_analyze(self, job: RestoreJob, tmp_path: Path) -> None:
         if shutil.which("systemd-analyze") is None:
             missing("systemd-analyze (Debian and Ubuntu: apt-get install systemd)")
         (tmp_path / "mlxops-restore.service").write_text(restore_job.service(job))
@@ -79,15 +79,15 @@ class TestTheUnit:
             )
             assert done.returncode == 0 and "mlxops" not in done.stderr, done.stderr
 
-    def test_says_that_the_servers_live_on(self, job: Job) -> None:
+    def test_keeps_the_servers(self, job: RestoreJob) -> None:
         assert "\nKillMode=process\n" in restore_job.service(job)
 
-    def test_quotes_what_systemd_would_expand(self, job: Job) -> None:
+    def test_quotes_specifiers_and_variables(self, job: RestoreJob) -> None:
         (line,) = [line for line in restore_job.service(job).splitlines() if line.startswith("ExecStart=")]
         assert '%%h $$HOME \\\\n ;&"' in line and 'a \\"b\\"' in line
 
-    def test_carries_the_environment(self, job: Job) -> None:
-        """How systemd reads it, the test of the real one tells; that a `$` stays alone, systemd.exec(5)."""
+    def test_has_the_environment(self, job: RestoreJob) -> None:
+        """A `$` is not expanded there: systemd.exec(5). The test with a real systemd reads it back."""
         lines = [line for line in restore_job.service(job).splitlines() if line.startswith("Environment=")]
         assert lines == [
             'Environment="HF_HOME=/disk/hf a \\"b\\" %%h $HOME \\\\n ;&"',
@@ -95,7 +95,7 @@ class TestTheUnit:
         ]
 
 
-def test_only_what_mlxops_reads_goes_into_the_job_and_no_secret() -> None:
+def test_job_has_only_variables_that_mlxops_reads_and_no_secret() -> None:
     environ = {
         "HF_HOME": "/disk/hf",
         "HF_HUB_CACHE": "/disk/hub",
@@ -105,15 +105,15 @@ def test_only_what_mlxops_reads_goes_into_the_job_and_no_secret() -> None:
         "SHELL": "/bin/sh",
         "XDG_CACHE_HOME": "two\nlines",
     }
-    found = restore_job.kept(environ)
-    assert found == {key: environ[key] for key in ("PATH", "MLX_LAUNCH_CMD", "HF_HOME", "HF_HUB_CACHE")}
-    assert restore_job.kept({"HF_ENDPOINT": "https://hub.example"}) == {"HF_ENDPOINT": "https://hub.example"}
-    assert restore_job.kept({"HF_ENDPOINT": "https://me:secret@hub.example"}) == {}
-    assert restore_job.job(Path("/s"), {"HOME": "/h", **environ}, None).environ == found
+    variables = restore_job.job_environment(environ)
+    assert variables == {key: environ[key] for key in ("PATH", "MLX_LAUNCH_CMD", "HF_HOME", "HF_HUB_CACHE")}
+    assert restore_job.job_environment({"HF_ENDPOINT": "https://hub.example"}) == {"HF_ENDPOINT": "https://hub.example"}
+    assert restore_job.job_environment({"HF_ENDPOINT": "https://me:secret@hub.example"}) == {}
+    assert restore_job.make_job(Path("/s"), {"HOME": "/h", **environ}, None).environ == variables
 
 
 class TestSystemd:
-    def test_is_told_and_untold(self, job: Job, tmp_path: Path) -> None:
+    def test_installs_and_removes_the_units(self, job: RestoreJob, tmp_path: Path) -> None:
         bin = tmp_path / "bin"
         recorder(bin, "systemctl", 'case "$*" in *is-enabled*) echo enabled;; esac')
         manager = Systemd({"PATH": str(bin)})
@@ -134,57 +134,57 @@ class TestSystemd:
             "systemctl --user daemon-reload",
         ]
 
-    def test_without_an_interval_takes_the_timer_away(self, job: Job, tmp_path: Path) -> None:
+    def test_without_an_interval_removes_the_timer(self, job: RestoreJob, tmp_path: Path) -> None:
         bin = tmp_path / "bin"
         recorder(bin, "systemctl")
         manager = Systemd({"PATH": str(bin)})
         manager.install(job)
         manager.install(replace(job, every=None))
-        assert [path.name for path in manager.places(job) if path.exists()] == ["mlxops-restore.service"]
+        assert [path.name for path in manager.job_paths(job) if path.exists()] == ["mlxops-restore.service"]
 
-    def test_that_fails_is_quoted(self, job: Job, tmp_path: Path) -> None:
+    def test_failure_is_quoted(self, job: RestoreJob, tmp_path: Path) -> None:
         recorder(tmp_path / "bin", "systemctl", "echo Failed to connect to bus: No medium found >&2; exit 1")
         with pytest.raises(Refused) as caught:
             Systemd({"PATH": str(tmp_path / "bin")}).install(job)
         assert "Failed to connect to bus" in caught.value.why and caught.value.hint
 
-    @pytest.mark.parametrize("fails", ["daemon-reload", "enable mlxops-restore.service", "enable --now"])
-    def test_that_fails_leaves_what_was_there(self, job: Job, tmp_path: Path, fails: str) -> None:
-        recorder(tmp_path / "bin", "systemctl", f'case "$*" in *"{fails}"*) exit 1;; esac')
+    @pytest.mark.parametrize("failing", ["daemon-reload", "enable mlxops-restore.service", "enable --now"])
+    def test_failed_install_restores_the_files(self, job: RestoreJob, tmp_path: Path, failing: str) -> None:
+        recorder(tmp_path / "bin", "systemctl", f'case "$*" in *"{failing}"*) exit 1;; esac')
         manager = Systemd({"PATH": str(tmp_path / "bin")})
         with pytest.raises(Refused):
             manager.install(job)
-        assert [path for path in manager.places(job) if path.exists()] == []
-        older = dict.fromkeys(manager.places(job), b"older")
+        assert [path for path in manager.job_paths(job) if path.exists()] == []
+        older = dict.fromkeys(manager.job_paths(job), b"older")
         for path, text in older.items():
             path.write_bytes(text)
         with pytest.raises(Refused):
             manager.install(job)
-        assert {path: path.read_bytes() for path in manager.places(job)} == older
-        folder = manager.places(job)[0].parent
+        assert {path: path.read_bytes() for path in manager.job_paths(job)} == older
+        folder = manager.job_paths(job)[0].parent
         assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in older)
 
-    def test_removes_its_files_whatever_systemd_says(self, job: Job, tmp_path: Path) -> None:
+    def test_removes_its_files_even_if_systemctl_fails(self, job: RestoreJob, tmp_path: Path) -> None:
         bin = tmp_path / "bin"
         recorder(bin, "systemctl")
         manager = Systemd({"PATH": str(bin)})
         manager.install(job)
-        for path in manager.places(job):
+        for path in manager.job_paths(job):
             wants = path.parent / ("timers" if path.suffix == ".timer" else "default")
             wants = wants.with_suffix(".target.wants")
             wants.mkdir()
             (wants / path.name).symlink_to(path)
         recorder(bin, "systemctl", "echo Failed to connect to bus: No medium found >&2; exit 1")
-        removed, told = manager.remove(job)
-        assert removed and "Failed to connect to bus" in told[0] and len(told) == 1
-        folder = manager.places(job)[0].parent
+        removed, notes = manager.remove(job)
+        assert removed and "Failed to connect to bus" in notes[0] and len(notes) == 1
+        folder = manager.job_paths(job)[0].parent
         assert [path for path in folder.rglob("*") if not path.is_dir()] == []
         assert manager.remove(job) == (False, [])
 
-    def test_that_cannot_be_asked_says_so(self, tmp_path: Path) -> None:
+    def test_state_is_unknown_if_systemctl_fails(self, tmp_path: Path) -> None:
         recorder(tmp_path / "bin", "systemctl", "echo Failed to connect to bus: No medium found >&2; exit 1")
-        told = Systemd({"PATH": str(tmp_path / "bin")}).state()
-        assert told.startswith("unknown: this user's systemd could not be asked (Failed to connect")
+        state = Systemd({"PATH": str(tmp_path / "bin")}).state()
+        assert state.startswith("unknown: systemctl failed (Failed to connect")
 
 
 @pytest.fixture
@@ -194,20 +194,22 @@ def mac(tmp_path: Path) -> Launchd:
 
 
 class TestLaunchd:
-    """With a stand-in for launchctl: what it is told is what launchctl(1) documents."""
+    """With a stand-in for launchctl that expects what launchctl(1) documents."""
 
     DOMAIN = f"gui/{os.getuid()}"
     ABSENT = 'case "$1" in print) exit 113;; bootout) exit 3;; esac'
 
-    def test_is_told_and_untold_and_root_only_printed(self, job: Job, mac: Launchd, tmp_path: Path) -> None:
+    def test_installs_and_removes_the_job_and_prints_root_commands(
+        self, job: RestoreJob, mac: Launchd, tmp_path: Path
+    ) -> None:
         bin = tmp_path / "bin"
         recorder(bin, "launchctl", self.ABSENT)
         recorder(bin, "sudo")
-        told = mac.install(job)
+        notes = mac.install(job)
         plist = tmp_path / "home" / "Library" / "LaunchAgents" / "org.mlxops.restore.plist"
         assert plistlib.loads(plist.read_bytes())["Label"] == "org.mlxops.restore"
         assert plist.stat().st_mode & 0o022 == 0
-        printed = [line.strip() for line in told if "sudo" in line]
+        printed = [line.strip() for line in notes if "sudo" in line]
         assert [line.split()[:3] for line in printed] == [["sudo", "install", "-o"], ["sudo", "launchctl", "bootstrap"]]
         ours = job.log.parent.parent / "org.mlxops.restore.daemon.plist"
         assert plistlib.loads(ours.read_bytes())["UserName"]
@@ -221,70 +223,70 @@ class TestLaunchd:
             f"launchctl bootout {self.DOMAIN}/org.mlxops.restore",
         ]
 
-    def test_waits_for_the_end_of_an_older_job(self, job: Job, mac: Launchd, tmp_path: Path) -> None:
-        """bootout returns at once; the job is there for a while, and a bootstrap fails with 5 for another while."""
+    def test_waits_until_an_older_job_has_ended(self, job: RestoreJob, mac: Launchd, tmp_path: Path) -> None:
+        """bootout returns at once, the job exists for a while, and bootstrap fails with 5 for another while."""
         count = f'PATH=/usr/bin:/bin; echo x >>"{tmp_path}/$1"; n=$(wc -l <"{tmp_path}/$1")'
         recorder(
             tmp_path / "bin",
             "launchctl",
             f'{count}; case "$1" in print) [ $n -le 2 ] || exit 113;; bootstrap) [ $n -gt 2 ] || exit 5;; esac',
         )
-        told = mac.install(job)
+        notes = mac.install(job)
         assert [line.split()[1] for line in calls(tmp_path / "bin")] == ["bootout", *["print"] * 3, *["bootstrap"] * 3]
-        assert "at the next login" not in told[0]
+        assert "at the next login" not in notes[0]
 
-    def test_waits_no_longer_than_it_takes(self, job: Job, mac: Launchd, tmp_path: Path) -> None:
+    def test_waits_for_a_limited_number_of_tries(self, job: RestoreJob, mac: Launchd, tmp_path: Path) -> None:
         recorder(tmp_path / "bin", "launchctl", 'case "$1" in bootstrap) echo "5: I/O error" >&2; exit 5;; esac')
-        assert "at the next login; now it says: 5: I/O error" in mac.install(job)[0]
+        assert "at the next login; now it reports: 5: I/O error" in mac.install(job)[0]
         assert len(calls(tmp_path / "bin")) == 1 + 5 + 5
 
-    def test_without_a_login_at_the_screen_says_when_it_will_be_loaded(
-        self, job: Job, mac: Launchd, tmp_path: Path
+    def test_without_a_login_reports_when_the_job_is_loaded(
+        self, job: RestoreJob, mac: Launchd, tmp_path: Path
     ) -> None:
         recorder(
             tmp_path / "bin", "launchctl", "echo 'Bootstrap failed: 125: Domain does not support it' >&2; exit 125"
         )
-        told = mac.install(job)
-        assert "at the next login" in told[0] and "125" in told[0]
+        notes = mac.install(job)
+        assert "at the next login" in notes[0] and "125" in notes[0]
 
-    def test_that_is_not_there_leaves_what_was_there(self, job: Job, mac: Launchd) -> None:
+    def test_missing_launchctl_leaves_no_files(self, job: RestoreJob, mac: Launchd) -> None:
         with pytest.raises(Refused):
             mac.install(job)
         assert [path for path in mac.files(job) if path.exists()] == []
 
-    def test_tells_of_the_daemon_that_was_installed(self, job: Job, mac: Launchd, tmp_path: Path) -> None:
+    def test_reports_an_installed_daemon(self, job: RestoreJob, mac: Launchd, tmp_path: Path) -> None:
         recorder(tmp_path / "bin", "launchctl", self.ABSENT)
         mac.install(job)
         installed = tmp_path / "daemons" / "org.mlxops.restore.daemon.plist"
-        assert mac.beside(job) == []
+        assert mac.daemon_notes(job) == []
         installed.write_bytes((job.log.parent.parent / installed.name).read_bytes())
-        assert mac.install(job) == mac.beside(job)
-        assert len(mac.beside(job)) == 1 and "as it would be now" in mac.beside(job)[0]
-        told = mac.install(replace(job, every=7))
-        assert "another than it would be now" in told[0]
-        assert [line.split()[1:3] for line in told[1:]] == [
+        assert mac.install(job) == mac.daemon_notes(job)
+        assert len(mac.daemon_notes(job)) == 1 and "up to date" in mac.daemon_notes(job)[0]
+        notes = mac.install(replace(job, every=7))
+        assert "out of date" in notes[0]
+        assert [line.split()[1:3] for line in notes[1:]] == [
             ["launchctl", "bootout"],
             ["install", "-o"],
             ["launchctl", "bootstrap"],
         ]
-        removed, told = mac.remove(job)
-        assert removed and "at each boot" in told[0]
-        assert [line.strip() for line in told[1:]] == [
+        removed, notes = mac.remove(job)
+        assert removed and "at each boot" in notes[0]
+        assert [line.strip() for line in notes[1:]] == [
             "sudo launchctl bootout system/org.mlxops.restore.daemon",
             f"sudo rm {installed}",
         ]
-        assert mac.remove(job) == (False, told), "it is told again as long as it is there"
+        assert mac.remove(job) == (False, notes), "the note is repeated while the daemon is installed"
 
     @pytest.mark.parametrize(
         ("script", "state"),
-        [("exit 0", "loaded"), ("exit 113", "not loaded"), ("echo no >&2; exit 64", "unknown: launchd could")],
+        [("exit 0", "loaded"), ("exit 113", "not loaded"), ("echo no >&2; exit 64", "unknown: launchctl failed")],
     )
-    def test_says_what_it_knows(self, mac: Launchd, tmp_path: Path, script: str, state: str) -> None:
+    def test_state_is_read_from_launchctl(self, mac: Launchd, tmp_path: Path, script: str, state: str) -> None:
         recorder(tmp_path / "bin", "launchctl", script)
         assert mac.state().startswith(state) and (state.startswith("unknown") or mac.state() == state)
 
 
-def test_the_command_installs_shows_and_removes(make_homelab: Callable[..., Homelab], tmp_path: Path) -> None:
+def test_boot_command_installs_shows_and_removes_the_job(make_homelab: Callable[..., Homelab], tmp_path: Path) -> None:
     if sys.platform != "linux":
         pytest.skip("the stand-in is systemctl's")
     lab = make_homelab()
@@ -292,8 +294,8 @@ def test_the_command_installs_shows_and_removes(make_homelab: Callable[..., Home
     recorder(bin, "systemctl", 'case "$*" in *is-enabled*) echo enabled;; esac')
     lab.studio.env["PATH"] = f"{bin}:/usr/bin:/bin"
 
-    def run(*words: str) -> dict[str, object]:
-        result: dict[str, object] = lab.studio.mlxctl("boot", *words, "--json").ok().json["hosts"][0]["result"]
+    def run(*arguments: str) -> dict[str, object]:
+        result: dict[str, object] = lab.studio.mlxctl("boot", *arguments, "--json").ok().json["hosts"][0]["result"]
         return result
 
     lab.configure(boot={"port": lab.studio.ports[0], "label": "com.example.mlx"})
@@ -301,10 +303,10 @@ def test_the_command_installs_shows_and_removes(make_homelab: Callable[..., Home
     assert isinstance(before["boot_job"], dict)
     assert (before["boot_job"]["there"], before["boot_job"]["standing"]) == (False, "not installed")
     assert (before["state"], before["changed"]) == ("not installed", False)
-    assert not lab.studio.state.exists(), "looking makes nothing"
+    assert not lab.studio.state.exists(), "--show creates nothing"
     assert run("--every", "5")["changed"] is True
-    shown = run()
-    assert shown["state"] == "enabled" and isinstance(shown["files"], dict) and all(shown["files"].values())
+    result = run()
+    assert result["state"] == "enabled" and isinstance(result["files"], dict) and all(result["files"].values())
     assert run("--every", "5")["changed"] is False
     assert run("--remove")["changed"] is True
     assert run("--show")["state"] == "not installed"

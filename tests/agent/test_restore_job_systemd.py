@@ -1,4 +1,4 @@
-"""The unit under a real systemd: a manager of its own, in namespaces of its own, where this user may make them."""
+"""The unit under a real systemd: a private user manager in private namespaces, if this user may create them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SYSTEMD = Path("/lib/systemd/systemd")
 NAMESPACES = ("unshare", "--mount", "--cgroup", "--pid", "--fork", "--mount-proc", "--kill-child")
 MANAGER = """
 set -u
-mount -t tmpfs run /run && mkdir -p /run/systemd/system  # what systemd takes for a booted system
+mount -t tmpfs run /run && mkdir -p /run/systemd/system  # systemd takes this for a booted system
 mount -t cgroup2 cgroup /sys/fs/cgroup
 GROUP=/sys/fs/cgroup/mlxops-test-$1; mkdir "$GROUP" && echo $$ >"$GROUP/cgroup.procs"
 "$SYSTEMD" --user </dev/null >"$HOME/systemd.log" 2>&1 &
@@ -46,10 +46,10 @@ echo $$ >/sys/fs/cgroup/cgroup.procs; find "$GROUP" -depth -type d -exec rmdir {
 """
 
 
-def may_make_namespaces() -> bool:
+def may_create_namespaces() -> bool:
     mounts = "mount -t tmpfs run /run && mount -t cgroup2 cgroup /sys/fs/cgroup"
-    tried = f"{mounts} && mkdir /sys/fs/cgroup/mlxops-test-$1 && rmdir /sys/fs/cgroup/mlxops-test-$1"
-    argv = [*NAMESPACES, "sh", "-c", tried, "sh", str(os.getpid())]
+    steps = f"{mounts} && mkdir /sys/fs/cgroup/mlxops-test-$1 && rmdir /sys/fs/cgroup/mlxops-test-$1"
+    argv = [*NAMESPACES, "sh", "-c", steps, "sh", str(os.getpid())]
     return subprocess.run(argv, capture_output=True, check=False).returncode == 0
 
 
@@ -73,13 +73,13 @@ systemctl --user mask --runtime mlx-launch@"$PORT" 2>/dev/null; echo "masked: $(
 """
 
 
-def test_a_boot_jobs_server_is_recognised_by_its_unit(tmp_path: Path, tiny_models: Path) -> None:
-    """An instance of a template whose script ends in exec: nothing in the server's command tells."""
-    home, port = a_host(tmp_path, tiny_models)
+def test_boot_jobs_server_is_recognised_by_its_unit(tmp_path: Path, tiny_models: Path) -> None:
+    """An instance of a template whose script ends in exec: the server's command does not name the script."""
+    home, port = set_up_host(tmp_path, tiny_models)
     hosts = home / ".config" / "mlxops" / "hosts.yaml"
-    listed = yaml.safe_load(hosts.read_text())
-    listed["hosts"]["studio"]["boot"] = {"port": port, "label": f"mlx-launch@{port}"}
-    hosts.write_text(yaml.safe_dump(listed))
+    document = yaml.safe_load(hosts.read_text())
+    document["hosts"]["studio"]["boot"] = {"port": port, "label": f"mlx-launch@{port}"}
+    hosts.write_text(yaml.safe_dump(document))
     engine = cache.engine_venv("mlx-lm") / "bin" / "mlx_lm.server"
     snapshot = next((home / "hub").glob("models--org--model/snapshots/*"))
     start = home / "start.sh"
@@ -87,11 +87,11 @@ def test_a_boot_jobs_server_is_recognised_by_its_unit(tmp_path: Path, tiny_model
     start.chmod(0o755)
     unit = home / ".config" / "systemd" / "user" / "mlx-launch@.service"
     unit.parent.mkdir(parents=True)
-    kept = f"[Service]\nExecStart=/usr/bin/env bash -c 'exec {start} %i'\nRestart=always\n"
-    unit.write_text(f"{kept}[Install]\nWantedBy=default.target\n")
-    said = in_a_manager(home, port, BOOT_JOB, ENGINE=str(engine), MODEL=str(snapshot))
+    service = f"[Service]\nExecStart=/usr/bin/env bash -c 'exec {start} %i'\nRestart=always\n"
+    unit.write_text(f"{service}[Install]\nWantedBy=default.target\n")
+    lines = run_in_manager(home, port, BOOT_JOB, ENGINE=str(engine), MODEL=str(snapshot))
     stop = f"as the operator of the host: systemctl --user stop mlx-launch@{port}.service; then try again"
-    assert said == [
+    assert lines == [
         "before: boot_job_disabled",
         "boot, 0 words of the script",
         stop,
@@ -103,9 +103,9 @@ def test_a_boot_jobs_server_is_recognised_by_its_unit(tmp_path: Path, tiny_model
     ]
 
 
-def test_restores_a_server_that_outlives_the_service(tmp_path: Path, tiny_models: Path) -> None:
-    home, port = a_host(tmp_path, tiny_models)
-    assert in_a_manager(home, port, RESTORE) == [
+def test_restored_server_outlives_the_service(tmp_path: Path, tiny_models: Path) -> None:
+    home, port = set_up_host(tmp_path, tiny_models)
+    assert run_in_manager(home, port, RESTORE) == [
         "timer active",
         "service inactive",
         "another server",
@@ -115,14 +115,14 @@ def test_restores_a_server_that_outlives_the_service(tmp_path: Path, tiny_models
     ]
 
 
-def a_host(tmp_path: Path, tiny_models: Path) -> tuple[Path, int]:
-    """A home directory with a model and a hosts.yaml; and the port."""
+def set_up_host(tmp_path: Path, tiny_models: Path) -> tuple[Path, int]:
+    """Create a home directory with a model and a hosts.yaml; return it and the port."""
     if sys.platform != "linux":
         pytest.skip("systemd is Linux's")
     if not SYSTEMD.exists():
         missing("systemd (Debian and Ubuntu: apt-get install systemd)")
-    if shutil.which("unshare") is None or not may_make_namespaces():
-        pytest.skip("this user may not make mount and cgroup namespaces")
+    if shutil.which("unshare") is None or not may_create_namespaces():
+        pytest.skip("this user may not create mount and cgroup namespaces")
     home, port = tmp_path / "home", free_port()
     models.install_snapshot(home / "hub", "org/model", tiny_models / models.QWEN)
     hosts = home / ".config" / "mlxops" / "hosts.yaml"
@@ -140,8 +140,8 @@ def a_host(tmp_path: Path, tiny_models: Path) -> tuple[Path, int]:
     return home, port
 
 
-def in_a_manager(home: Path, port: int, body: str, **environ: str) -> list[str]:
-    """The lines that a piece of shell prints beside a user's systemd of its own."""
+def run_in_manager(home: Path, port: int, body: str, **environ: str) -> list[str]:
+    """Run a shell script with a private systemd user manager; return the lines that it prints."""
     done = subprocess.run(
         [*NAMESPACES, "sh", "-c", MANAGER + body + END, "sh", str(os.getpid())],
         env={

@@ -1,4 +1,4 @@
-"""Which processes belong to a server, decided from a process table that is written down here."""
+"""Which processes belong to a server, decided from a given process table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OTHER = "python /venv/bin/mlx_lm.server --model b --port 8102"
 
 
 def table(text: str) -> Look:
-    """Lines of `pid ppid pgid command`; a `Z` before the command is a zombie, a `U` another user's."""
+    """Parse lines of `pid ppid pgid command`. Before the command, `Z` marks a zombie, `U` another user's process."""
     found = {}
     for line in text.strip().splitlines():
         pid, ppid, pgid, *words = shlex.split(line)
@@ -24,17 +24,17 @@ def table(text: str) -> Look:
     return Look(found)
 
 
-def test_two_servers_in_one_tmux_are_two_and_tmux_is_none() -> None:
+def test_two_servers_in_one_tmux_are_two_and_tmux_is_not_a_server() -> None:
     look = table(f"""
         10 1 10 tmux new-session -d {ENGINE}
         11 10 11 {ENGINE}
         12 10 12 bash
         13 12 13 {OTHER}
     """)
-    assert [(each.process.pid, each.family) for each in servers.find(look)] == [(11, (11,)), (13, (13,))]
+    assert [(each.process.pid, each.family) for each in servers.find_servers(look)] == [(11, (11,)), (13, (13,))]
 
 
-def test_a_server_has_all_that_it_started_and_its_forks() -> None:
+def test_server_includes_its_descendants_and_forks() -> None:
     look = table(f"""
         11 1 11 {ENGINE}
         12 11 11 python -c 'from multiprocessing.spawn import spawn_main'
@@ -42,23 +42,23 @@ def test_a_server_has_all_that_it_started_and_its_forks() -> None:
         14 11 14 {ENGINE}
         15 11 11 Z {ENGINE}
     """)
-    (found,) = servers.find(look)
+    (found,) = servers.find_servers(look)
     assert (found.process.pid, sorted(found.family)) == (11, [11, 12, 13, 14])
 
 
-def test_a_script_that_becomes_a_server_has_the_one_that_it_started_before_as_a_child_of_its_own() -> None:
+def test_script_that_becomes_a_server_has_the_first_server_as_a_child() -> None:
     """`mlx_lm.server ... & exec mlx_lm.server ...`"""
     look = table(f"""
         11 1 11 {ENGINE}
         12 11 11 {OTHER}
         13 12 11 python -c child
     """)
-    assert [each.family for each in servers.find(look)] == [(11,), (12, 13)]
+    assert [each.family for each in servers.find_servers(look)] == [(11,), (12, 13)]
     assert (servers.family(look, 11), servers.family(look, 12)) == ((11,), (12, 13))
     assert servers.wrappers(look, 12) == ()
 
 
-def test_a_table_that_was_read_while_pids_were_used_again_ends() -> None:
+def test_process_table_with_a_cycle_is_handled() -> None:
     look = table(f"11 12 11 {ENGINE}\n12 11 11 python x.py")
     assert servers.family(look, 11) == (11, 12) and servers.wrappers(look, 11) == ()
 
@@ -84,7 +84,7 @@ WRAPPERS = [
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_what_only_runs_a_server_belongs_to_it(wrapper: str) -> None:
+def test_wrapper_belongs_to_its_server(wrapper: str) -> None:
     look = table(f"10 1 10 {wrapper}\n11 10 10 {ENGINE}")
     assert servers.wrappers(look, 11) == (10,) and servers.starter(look, 11) is None
 
@@ -110,20 +110,20 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("parent", OTHERS)
-def test_what_has_a_life_of_its_own_stays_and_is_named(parent: str) -> None:
+def test_parent_with_other_work_is_a_starter_and_no_wrapper(parent: str) -> None:
     look = table(f"10 1 10 {parent}\n11 10 10 {ENGINE}")
     starter = servers.starter(look, 11)
     assert servers.wrappers(look, 11) == () and starter is not None and starter.pid == 10
 
 
 @pytest.mark.parametrize("shell", ["-zsh", "bash", "zsh -l", "bash --norc", "bash -i", "/bin/sh", "sh -s"])
-def test_a_shell_in_which_somebody_may_be_typing_stays_and_is_not_worth_a_word(shell: str) -> None:
+def test_interactive_shell_is_neither_wrapper_nor_starter(shell: str) -> None:
     look = table(f"10 1 10 {shell}\n11 10 10 {ENGINE}")
     assert servers.wrappers(look, 11) == () and servers.starter(look, 11) is None
 
 
 @pytest.mark.parametrize("init", ["/usr/lib/systemd/systemd --user", "/sbin/launchd"])
-def test_what_takes_orphans_over_did_not_start_them(init: str) -> None:
+def test_init_is_not_a_starter(init: str) -> None:
     assert servers.starter(table(f"10 1 10 {init}\n11 10 11 {ENGINE}"), 11) is None
 
 
@@ -138,15 +138,15 @@ def test_what_takes_orphans_over_did_not_start_them(init: str) -> None:
     ],
     ids=["two servers", "a tee", "another group", "another user", "a zombie"],
 )
-def test_a_script_belongs_to_a_server_only_if_it_runs_nothing_else(look: str) -> None:
+def test_script_that_runs_something_else_is_no_wrapper(look: str) -> None:
     assert servers.wrappers(table(look), 11) == ()
 
 
-def test_a_script_whose_other_child_has_ended_belongs_to_the_last_one() -> None:
+def test_script_whose_other_child_has_ended_is_a_wrapper() -> None:
     assert servers.wrappers(table(f"10 1 10 sh x.sh\n11 10 10 {ENGINE}\n12 10 10 Z {OTHER}"), 11) == (10,)
 
 
-def test_wrappers_of_wrappers_belong_to_it_up_to_the_first_that_does_not() -> None:
+def test_nested_wrappers_belong_to_the_server() -> None:
     look = table(f"""
         8 1 8 tmux
         9 8 9 python notebook.py

@@ -1,4 +1,4 @@
-"""What `status` says is what is there: owners, states, drift, and what a cut operation left."""
+"""`status` shows the truth: owners, states, drift, and leftovers of an interrupted operation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WAIT = 60.0
 
 @pytest.fixture
 def host(make_homelab: Callable[..., Homelab]) -> Iterator[QuickHost]:
-    """A Studio whose engine is up in no time, with three registered models."""
+    """A Studio with a fast fake engine and three registered models."""
     quick = QuickHost(make_homelab())
     quick.mlxctl("init").ok()
     yield quick
@@ -51,8 +51,8 @@ def found(host: QuickHost, words: str) -> psutil.Process:
     return wait_until(lambda: host.process(words), WAIT, words) or pytest.fail(words)
 
 
-class TestAnInterruptedOperation:
-    def test_is_named_by_the_status_and_by_the_next_command_which_puts_it_right(self, host: QuickHost) -> None:
+class TestInterruptedOperation:
+    def test_is_named_by_status_and_repaired_by_the_next_command(self, host: QuickHost) -> None:
         port = host.ports[0]
         host.engine("--fake-late", "100")
         with host.start("load", MODELS[0], str(port)) as asker:
@@ -68,7 +68,7 @@ class TestAnInterruptedOperation:
         assert "was interrupted" in again.stderr
         assert row(host, port)["state"] == "ready" and codes(host) == []
 
-    def test_of_a_swap_leaves_an_assignment_that_reconcile_clears_and_remembers(self, host: QuickHost) -> None:
+    def test_of_a_swap_leaves_an_assignment_that_reconcile_clears(self, host: QuickHost) -> None:
         port = host.ports[0]
         host.mlxctl("load", MODELS[0], str(port)).ok()
         host.engine("--fake-late", "100")
@@ -87,7 +87,7 @@ class TestAnInterruptedOperation:
 
 
 class TestDrift:
-    def test_tells_that_a_server_runs_with_other_settings_than_it_would_get_now(self, host: QuickHost) -> None:
+    def test_names_a_server_with_outdated_settings(self, host: QuickHost) -> None:
         port = str(host.ports[0])
         host.mlxctl("load", MODELS[0], port).ok()
         assert codes(host) == []
@@ -98,12 +98,12 @@ class TestDrift:
         host.mlxctl("load", MODELS[0], port, "--force").ok()
         assert host.mlxctl("status", "--strict").exit == 0
 
-    def test_tells_hand_edits_that_do_not_mean_what_they_say(self, host: QuickHost) -> None:
+    def test_names_contradictory_hand_edits(self, host: QuickHost) -> None:
         host.edit(MODELS[0], repo_id="not a repository")
         host.edit(MODELS[1], port=str(host.ports[1]))
         assert sorted(codes(host)) == ["assigned_not_served", "entry_problem", "entry_problem"]
 
-    def test_tells_what_killed_writers_left_and_reconcile_removes_it(self, host: QuickHost) -> None:
+    def test_names_leftovers_that_reconcile_removes(self, host: QuickHost) -> None:
         gone = subprocess.Popen(["true"])
         gone.wait()
         beside = host.studio.hub / f".registry.json.{gone.pid}.abcd.tmp"
@@ -116,7 +116,7 @@ class TestDrift:
 
 
 class TestOwners:
-    def test_a_boot_jobs_server_is_named_and_never_stopped(self, host: QuickHost) -> None:
+    def test_boot_jobs_server_is_named_and_never_stopped(self, host: QuickHost) -> None:
         port = host.ports[0]
         script = host.studio.folder / "start.sh"
         alias = host.studio.slots[port]
@@ -140,7 +140,7 @@ class TestOwners:
             assert host.mlxctl("unload-all", "--yes").exit == 0
             assert host.studio.listening(port)
 
-    def test_a_stranger_that_answers_like_a_server_is_foreign(self, host: QuickHost) -> None:
+    def test_process_that_answers_like_a_server_is_foreign(self, host: QuickHost) -> None:
         port = host.ports[0]
         code = (
             "import http.server as h,sys\n"
@@ -158,7 +158,7 @@ class TestOwners:
             assert host.studio.listening(port)
 
 
-class TestAServerThatAnswersStrangely:
+class TestServerThatMisbehaves:
     @pytest.mark.parametrize(
         ("kind", "why"), [("sick", "says of itself that it is unhealthy"), ("deep", "without a completion")]
     )
@@ -169,8 +169,8 @@ class TestAServerThatAnswersStrangely:
         assert done.exit == 4 and why in done.stderr, str(done)
         assert not host.studio.listening(port) and row(host, port)["state"] == "idle"
 
-    def test_keeps_nobody_longer_than_the_timeout(self, host: QuickHost) -> None:
-        """Neither when it is started, nor when it is adopted."""
+    def test_blocks_no_longer_than_the_timeout(self, host: QuickHost) -> None:
+        """Both when it is started and when it is adopted."""
         port, other = host.ports[0], host.ports[-1]
         host.edit(MODELS[0], args=["--fake-answer", "endless"])
         began = time.monotonic()
@@ -187,8 +187,8 @@ class TestAServerThatAnswersStrangely:
         assert time.monotonic() - began < WAIT / 2
 
 
-class TestTheStateOfAPort:
-    def test_is_known_within_seconds_although_every_port_hangs(self, host: QuickHost) -> None:
+class TestPortState:
+    def test_is_known_within_seconds_if_every_port_hangs(self, host: QuickHost) -> None:
         host.lab.configure(launch={"mlx-lm": [str(host.program), "--fake-mute", "1"]})
         script = "\n".join(host.by_hand(MODELS[0], port, "--fake-mute", "1") for port in host.ports) + "\nwait\n"
         with host.running("sh", "-c", script):
@@ -200,7 +200,7 @@ class TestTheStateOfAPort:
         assert states == dict.fromkeys(host.ports, ("hand", "wedged"))
         assert took < 2.0 * len(host.ports), f"{took:.1f} s: the ports were asked one after the other"
 
-    def test_has_the_last_sign_of_life_of_a_server_that_ended(self, host: QuickHost) -> None:
+    def test_has_the_last_log_line_of_a_server_that_ended(self, host: QuickHost) -> None:
         port = host.ports[0]
         host.edit(MODELS[0], args=["--fake-words", "[METAL] Insufficient Memory"])
         host.mlxctl("load", MODELS[0], str(port)).ok()
@@ -210,7 +210,7 @@ class TestTheStateOfAPort:
         assert seen["state"] == "failed"
         assert "last sign of life 20" in seen["detail"] and "Insufficient Memory" in seen["detail"]
 
-    def test_is_proven_by_a_completion_if_that_is_asked_for(self, host: QuickHost) -> None:
+    def test_is_proven_by_a_completion_with_probe(self, host: QuickHost) -> None:
         port = host.ports[0]
         host.mlxctl("load", MODELS[0], str(port)).ok()
         assert row(host, port, "--probe")["probe"]["ok"] is True
@@ -219,7 +219,7 @@ class TestTheStateOfAPort:
         assert row(host, port, "--probe")["probe"]["ok"] is False
         assert host.mlxctl("status", "--probe", "--strict").exit == 3
 
-    def test_is_wedged_only_when_nothing_is_in_flight(self, host: QuickHost) -> None:
+    def test_is_wedged_only_if_no_request_is_in_flight(self, host: QuickHost) -> None:
         port = host.ports[0]
         host.mlxctl("load", MODELS[0], str(port)).ok()
         server = found(host, f"--port {port}")
@@ -237,7 +237,7 @@ ABOUT = About("jerry-xl", "org/model", 8100, "/opt/engine/bin/mlx_lm.server")
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "said"),
+    ("words", "code", "text"),
     [
         (
             "[METAL] Command buffer execution failed: Insufficient Memory (00000008:kIOGPU...)",
@@ -260,13 +260,13 @@ ABOUT = About("jerry-xl", "org/model", 8100, "/opt/engine/bin/mlx_lm.server")
         ("mlx_lm.server: error: unrecognized arguments: --bogus", "option_refused", "--bogus"),
     ],
 )
-def test_known_last_words_are_explained(words: str, code: str, said: str) -> None:
+def test_known_last_words_are_explained(words: str, code: str, text: str) -> None:
     cause = explain(words, "", 1, ABOUT)
     assert cause is not None and cause.code == code
-    assert said in f"{cause.reason} {cause.help}"
+    assert text in f"{cause.reason} {cause.help}"
 
 
-def test_what_is_not_known_is_not_explained_and_braces_are_no_format() -> None:
+def test_unknown_last_words_are_not_explained_and_braces_are_kept() -> None:
     assert explain("all is well", "", 1, ABOUT) is None
     cause = explain("ValueError: Model type {program!r} not supported.", "", 0, ABOUT)
     assert cause is not None and "{program!r}" in cause.reason
@@ -274,7 +274,7 @@ def test_what_is_not_known_is_not_explained_and_braces_are_no_format() -> None:
     assert killed is not None and killed.code == "killed_by_system"
 
 
-def test_a_load_that_fails_says_why_and_what_helps(host: QuickHost) -> None:
+def test_failed_load_has_a_reason_and_a_remedy(host: QuickHost) -> None:
     host.edit(MODELS[0], args=["--fake-exit", "0", "--fake-words", "ValueError: Model type qwen9 not supported."])
     done = host.mlxctl("load", MODELS[0], str(host.ports[0]), "--json")
     assert done.exit == 4
@@ -284,19 +284,19 @@ def test_a_load_that_fails_says_why_and_what_helps(host: QuickHost) -> None:
     assert row(host, host.ports[0])["state"] == "idle"
 
 
-def test_an_operation_with_a_very_long_result_is_not_taken_for_interrupted(tmp_path: Path) -> None:
-    journal, lock = create(tmp_path, envelope("init", {}, Settings(), ""))
+def test_operation_with_a_long_result_is_not_interrupted(tmp_path: Path) -> None:
+    log, lock = create(tmp_path, envelope("init", {}, Settings(), ""))
     assert lock is not None
     os.close(lock)
-    emit = journal.emitter()
+    emit = log.emitter()
     emit(Phase("scan", "the cache"))
-    assert not journal.ended and journal.state().final is None
+    assert not log.ended and log.state().final is None
     emit(Done({"added": ["org/model"] * 20_000}))
-    assert journal.ended and isinstance(journal.state().final, Done)
+    assert log.ended and isinstance(log.state().final, Done)
 
 
-def test_a_server_of_before_a_reboot_is_nobody_we_know(host: QuickHost) -> None:
-    """The record says another boot: pid, group and start time may all be the same by chance, and prove nothing."""
+def test_record_from_before_a_reboot_proves_nothing(host: QuickHost) -> None:
+    """The record has another boot id. Pid, group and start time may match by chance and prove nothing."""
     port = host.ports[0]
     host.mlxctl("load", MODELS[0], str(port)).ok()
     record = host.studio.state / "run" / f"{port}.json"

@@ -1,4 +1,4 @@
-"""Stopping a server: gone means that its port is free, too."""
+"""Stopping a server: its port must be free, too."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ asked.set()
 exit_of_one_thread = {"x86_64": 60, "aarch64": 93}[platform.machine()]
 ctypes.CDLL(None).syscall(exit_of_one_thread, 0)
 """
-"""A server whose first thread ends when it is asked to, and its other one some seconds later. The port is open until
-then, and the process has been a zombie all the time."""
+"""A server whose main thread ends on SIGTERM, and whose other thread ends seconds later. Until then the port is open,
+while the process looks like a zombie."""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="how Linux shows a process whose first thread has ended")
-def test_a_port_that_closes_a_moment_later_is_waited_for(tmp_path: Path) -> None:
+def test_stop_waits_until_the_port_is_free(tmp_path: Path) -> None:
     port = free_port()
     argv = (sys.executable, "-c", LINGERS, str(port), "1")
     with subprocess.Popen(argv, start_new_session=True, cwd=tmp_path) as child:
-        # Somebody has to collect it when it ends, as init does for a server whose agent has gone.
+        # A thread must collect it when it ends, as init does for a server whose agent has gone.
         reaper = threading.Thread(target=child.wait)
         reaper.start()
         try:
@@ -62,15 +62,15 @@ def test_a_port_that_closes_a_moment_later_is_waited_for(tmp_path: Path) -> None
             reaper.join()
 
 
-def test_requests_that_come_meanwhile_are_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or a server that is in use would never end."""
-    told: list[Event] = []
-    context = replace(_context(tmp_path, 8103), emit=told.append)
+def test_stop_does_not_wait_for_new_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a server in use would never end."""
+    events: list[Event] = []
+    context = replace(_context(tmp_path, 8103), emit=events.append)
     open_now = iter([{("there", 1), ("there", 2)}, {("there", 2), ("there", 3)}])
     monkeypatch.setattr(stopping, "_connections", lambda ctx, run: frozenset(next(open_now, {("there", 3)})))
     view = PortView(8103, None, State.READY, Owner.MLXOPS, "x", run=run())
     stopping._wait_for_requests(context, view, run(), grace=1)
-    assert told == [Note("2 open requests get up to 1 s")]
+    assert events == [Note("2 open requests get up to 1 s")]
 
 
 def _context(folder: Path, port: int) -> Context:

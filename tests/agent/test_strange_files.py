@@ -1,4 +1,4 @@
-"""Strange things in the place of files: skipped, or told with their path; never waited for, nor read without end."""
+"""Pipes, devices and folders in place of files: skipped or reported with their path, without hanging."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.lab.homelab import Completed, Homelab
 from tests.steps import REPO, Ask, error_of, register, with_fake
 
 DEEP = b"[" * 100_000
-"""JSON that ends Python's own parser with another error than JSON that is wrong."""
+"""JSON for which Python's parser raises another error than for invalid JSON."""
 KINDS: dict[str, Callable[[Path], object]] = {
     "pipe": os.mkfifo,
     "folder": Path.mkdir,
@@ -34,7 +34,7 @@ NO_FILE = sorted(KINDS.keys() - {"deep"})
 
 @contextmanager
 def instead(path: Path, kind: str) -> Iterator[None]:
-    """Something else in the place of a file; what was there is back afterwards."""
+    """Replace a file by something else; put it back at the end."""
     kept = path.with_name(f"kept-{path.name}")
     was = os.path.lexists(path)
     if was:
@@ -50,7 +50,7 @@ def instead(path: Path, kind: str) -> Iterator[None]:
 
 @pytest.fixture
 def ask(homelab: Homelab) -> Ask:
-    """On the studio itself; there is one model, which is nowhere loaded."""
+    """Commands on the studio itself, with one registered model that is not loaded."""
     register(homelab.studio, "mine")
     return Ask(with_fake(homelab), "local")
 
@@ -69,14 +69,14 @@ def serving(ask: Ask) -> Iterator[Ask]:
 
 
 @pytest.mark.parametrize("kind", NO_FILE)
-def test_a_template_that_is_no_file_is_refused(ask: Ask, tmp_path: Path, kind: str) -> None:
+def test_template_that_is_not_a_file_is_refused(ask: Ask, tmp_path: Path, kind: str) -> None:
     template = tmp_path / "own.jinja"
     with instead(template, kind):
         error = ask.error(3, "set", "--model", "mine", "--set", f"chat_template={template}", "--dry-run")
     assert error["code"] == "bad_chat_template" and error["why"] == f"{template}: is not a file"
 
 
-def test_a_template_without_end_is_refused(ask: Ask, tmp_path: Path) -> None:
+def test_endless_template_is_refused(ask: Ask, tmp_path: Path) -> None:
     template = tmp_path / "own.jinja"
     with open(template, "wb") as file:
         file.truncate(2 * 1024 * 1024)
@@ -84,7 +84,7 @@ def test_a_template_without_end_is_refused(ask: Ask, tmp_path: Path) -> None:
     assert error["code"] == "bad_chat_template" and "2097152 bytes, more than" in error["why"]
 
 
-def test_a_template_that_became_a_pipe_is_told_by_status(serving: Ask, tmp_path: Path) -> None:
+def test_status_names_a_template_that_became_a_pipe(serving: Ask, tmp_path: Path) -> None:
     template = tmp_path / "own.jinja"
     template.write_text("{{ messages }}")
     serving.result("set", "--model", "mine", "--set", f"chat_template={template}")
@@ -97,7 +97,7 @@ def test_a_template_that_became_a_pipe_is_told_by_status(serving: Ask, tmp_path:
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
-def test_the_registry(serving: Ask, kind: str) -> None:
+def test_registry_that_is_not_a_file_is_refused(serving: Ask, kind: str) -> None:
     with instead(serving.studio.registry_path, kind):
         host = serving.document("status")
         assert host["drift"][0]["code"] == "registry_unusable" and host["registry"] == str(serving.studio.registry_path)
@@ -110,8 +110,8 @@ def test_the_registry(serving: Ask, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", NO_FILE)
-def test_the_lock_of_a_port(serving: Ask, kind: str) -> None:
-    """Whether anybody works on the port is then not known, so nothing is done to it."""
+def test_port_lock_that_is_not_a_file_is_reported(serving: Ask, kind: str) -> None:
+    """It is then unknown whether an operation holds the port, so nothing is done to it."""
     lock = serving.studio.state / "locks" / f"port-{serving.port}"
     with instead(lock, kind):
         row = serving.row()
@@ -122,7 +122,7 @@ def test_the_lock_of_a_port(serving: Ask, kind: str) -> None:
 
 
 @pytest.mark.parametrize("content", [DEEP, b'{"id": [], "command": {}}', b'{"id": "x", "command": "load", "more": 1}'])
-def test_what_a_lock_says_matters_to_nobody(ask: Ask, content: bytes) -> None:
+def test_content_of_a_free_lock_is_ignored(ask: Ask, content: bytes) -> None:
     lock = ask.studio.state / "locks" / f"port-{ask.port}"
     lock.parent.mkdir(parents=True)
     lock.write_bytes(content)
@@ -131,7 +131,7 @@ def test_what_a_lock_says_matters_to_nobody(ask: Ask, content: bytes) -> None:
     ask.result("unload", "--port", ask.port)
 
 
-def test_a_download_whose_lock_is_a_pipe_is_not_waited_for(ask: Ask) -> None:
+def test_download_whose_lock_is_a_pipe_is_not_waited_for(ask: Ask) -> None:
     lock = ask.studio.state / "locks" / "repo-org--name"
     lock.parent.mkdir(parents=True)
     with instead(lock, "pipe"):
@@ -139,7 +139,7 @@ def test_a_download_whose_lock_is_a_pipe_is_not_waited_for(ask: Ask) -> None:
 
 
 @pytest.mark.parametrize("kind", NO_FILE)
-def test_a_run_record(serving: Ask, kind: str) -> None:
+def test_run_record_that_is_not_a_file_is_reported(serving: Ask, kind: str) -> None:
     record = serving.studio.state / "run" / f"{serving.port}.json"
     with instead(record, kind):
         row = serving.row()
@@ -147,7 +147,7 @@ def test_a_run_record(serving: Ask, kind: str) -> None:
         assert serving.result("reconcile")["cleared"] == []
 
 
-def test_a_run_record_that_says_nothing_is_in_nobodys_way(ask: Ask) -> None:
+def test_damaged_run_record_blocks_nothing(ask: Ask) -> None:
     record = ask.studio.state / "run" / f"{ask.port}.json"
     record.parent.mkdir(parents=True)
     record.write_bytes(DEEP)
@@ -158,7 +158,7 @@ def test_a_run_record_that_says_nothing_is_in_nobodys_way(ask: Ask) -> None:
 
 
 @pytest.mark.parametrize("kind", NO_FILE)
-def test_the_agreed_settings(ask: Ask, kind: str) -> None:
+def test_agreed_settings_that_are_not_a_file_are_refused(ask: Ask, kind: str) -> None:
     ask.studio.state.mkdir()
     path = ask.studio.state / "host.json"
     with instead(path, kind):
@@ -167,23 +167,23 @@ def test_the_agreed_settings(ask: Ask, kind: str) -> None:
             assert error["code"] == "state_unreadable" and str(path) in error["message"]
 
 
-def test_damaged_settings_are_agreed_anew(tmp_path: Path) -> None:
-    """As `deploy` does, which is what the refusal names; nothing else is done by them."""
+def test_damaged_settings_are_replaced_by_deploy(tmp_path: Path) -> None:
+    """The refusal suggests `deploy`. Other commands do not replace them."""
     path = tmp_path / "host.json"
     path.write_bytes(DEEP)
     settings = Settings(state=str(tmp_path))
     for command, event in (("status", "host_json_unusable"), ("agree", Done), ("status", Done)):
         request = envelope(command, {}, settings, build_id(), Requester("me", "here"))
-        told = subprocess.run(
+        output = subprocess.run(
             [sys.executable, "-P", "-m", "mlxops.agent"], input=request.encode(), capture_output=True, check=False
         ).stdout.decode()
-        last = decode_event(told.splitlines()[-1])
-        assert isinstance(last, Done) if event is Done else f'"code":"{event}"' in told, told
+        last = decode_event(output.splitlines()[-1])
+        assert isinstance(last, Done) if event is Done else f'"code":"{event}"' in output, output
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
-def test_the_history(serving: Ask, kind: str) -> None:
-    """What cannot be remembered is a warning."""
+def test_history_that_is_not_a_file_is_a_warning(serving: Ask, kind: str) -> None:
+    """A change that cannot be recorded is a warning."""
     path = serving.studio.state / "history.jsonl"
     with instead(path, kind):
         assert serving.document("status")["drift"] == []
@@ -197,13 +197,13 @@ def test_the_history(serving: Ask, kind: str) -> None:
                 assert f"could not be read: {path}: is not a file" in answer.stderr
 
 
-def test_a_log(ask: Ask) -> None:
+def test_log_that_is_not_a_file_is_reported(ask: Ask) -> None:
     log = ask.studio.state / "logs" / f"{ask.port}.log"
     log.parent.mkdir(parents=True)
     (log.parent / "gone.log").symlink_to("nowhere")
     with instead(log, "pipe"):
         assert ask.document("status")["drift"] == []
-        assert told_with(log, ask("logs", "--port", ask.port, "--json"))
+        assert names_path(log, ask("logs", "--port", ask.port, "--json"))
         ask.result("load", "--model", "mine", "--port", ask.port)
         ask.result("unload", "--port", ask.port)
 
@@ -211,38 +211,38 @@ def test_a_log(ask: Ask) -> None:
 # -- the folders of the state ----------------------------------------------------------------------------------------
 
 
-def told_with(path: Path, answer: Completed) -> bool:
+def names_path(path: Path, answer: Completed) -> bool:
     error = error_of(answer)
     return error["exit"] == 3 and str(path) in f"{error['message']} {error['why']}"
 
 
 @pytest.mark.parametrize("kind", ["loop", "deep"])
-def test_the_state_itself(ask: Ask, kind: str) -> None:
+def test_state_folder_that_is_not_a_folder_is_refused(ask: Ask, kind: str) -> None:
     with instead(ask.studio.state, kind):
         for command in (("status",), ("ops",), ("reconcile",), ("load", "--model", "mine", "--port", ask.port)):
-            assert told_with(ask.studio.state, ask(*command, "--json")), command
+            assert names_path(ask.studio.state, ask(*command, "--json")), command
 
 
-def test_the_folder_of_the_locks(serving: Ask) -> None:
+def test_locks_folder_that_is_not_a_folder_is_refused(serving: Ask) -> None:
     with instead(serving.studio.state / "locks", "deep"):
         assert serving.row()["state"] == "unknown"
-        assert told_with(serving.studio.state / "locks", serving("reconcile", "--json"))
+        assert names_path(serving.studio.state / "locks", serving("reconcile", "--json"))
 
 
-def test_the_folder_of_the_operations(serving: Ask) -> None:
+def test_operations_folder_that_is_not_a_folder_is_refused(serving: Ask) -> None:
     folder = serving.studio.state / "ops"
     with instead(folder, "deep"):
         (drift,) = serving.document("status")["drift"]
         assert drift["code"] == "state_unreadable" and str(folder) in drift["message"]
         assert serving.row()["state"] == "ready"
         for command in (("ops",), ("reconcile", "--dry-run"), ("reconcile",), ("ops", "--follow", "abcdef")):
-            assert told_with(folder, serving(*command, "--json")), command
+            assert names_path(folder, serving(*command, "--json")), command
 
 
 # -- the records of operations ---------------------------------------------------------------------------------------
 
 
-def test_folders_that_are_called_like_operations(serving: Ask) -> None:
+def test_folders_named_like_operations_are_handled(serving: Ask) -> None:
     ops = serving.studio.state / "ops"
     request = next(ops.glob("*/request.json")).read_bytes()
     decode_envelope(request)
@@ -276,7 +276,7 @@ def test_folders_that_are_called_like_operations(serving: Ask) -> None:
 # -- the history's lines ---------------------------------------------------------------------------------------------
 
 
-def test_lines_that_no_load_can_have_written_are_skipped_by_rollback(ask: Ask) -> None:
+def test_rollback_skips_history_lines_that_no_load_wrote(ask: Ask) -> None:
     register(ask.studio, "other")
     for name in ("mine", "other"):
         ask.result("load", "--model", name, "--port", ask.port, "--force")

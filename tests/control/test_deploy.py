@@ -152,7 +152,7 @@ def test_a_damaged_agent_is_made_anew(home: Path, bare: None) -> None:
     (package / "core" / "errors.py").write_text("")
     said: list[str] = []
     assert deploy.install(open_local(), host(), said.append, places=HERE)["changed"] is True
-    assert any("making it anew" in note for note in said)
+    assert any("rebuilding the agent" in note for note in said)
     assert build_of(home) == build_id()
 
 
@@ -281,7 +281,7 @@ def test_deploys_of_two_control_nodes_leave_servers_alone_and_tell_them_of_each_
 def test_rollback_goes_to_the_build_before_and_back(home: Path, bare: None) -> None:
     back = deploy.DeployOptions(rollback=True)
     deploy.install(open_local(), host(), quiet, places=HERE)
-    with pytest.raises(Refused, match="no build to go back to"):
+    with pytest.raises(Refused, match="no previous build"):
         deploy.install(open_local(), host(), quiet, places=HERE, wish=back)
     looked = deploy.install(open_local(), host(), quiet, places=HERE, wish=deploy.DeployOptions(dry_run=True))
     assert looked["changed"] is False and looked["dry_run"] is True

@@ -131,7 +131,9 @@ def _start(arena: Arena, how: str) -> Scene:
     ports = arena.ports[1:2] if carried else arena.ports[:2]
     for port in ports:
         arena.listener(port, carriers / "output")
-    found = {each.process.argv[-len(words) :]: each.process.pid for each in servers.find(this_system().look(()))}
+    found = {
+        each.process.argv[-len(words) :]: each.process.pid for each in servers.find_servers(this_system().look(()))
+    }
     return Scene(group, found.get(tuple(words)))
 
 

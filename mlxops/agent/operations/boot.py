@@ -6,17 +6,17 @@ from collections.abc import Sequence
 
 from mlxops.agent.context import Context
 from mlxops.agent.host.system import Look
-from mlxops.agent.service import restore_job as jobs
+from mlxops.agent.service import restore_job
 from mlxops.agent.service.boot_jobs import BootJobs
-from mlxops.agent.service.restore_job import Job, Manager
+from mlxops.agent.service.restore_job import RestoreJob, ServiceManager
 from mlxops.agent.state.store import state_unwritable
 from mlxops.core.commands.boot import Boot, BootJobRow, BootResult
 from mlxops.core.ports import JobState
 
 
 def run(ctx: Context, request: Boot) -> BootResult:
-    job = jobs.job(ctx.paths.state, ctx.environ, request.every)
-    manager = jobs.manager(ctx.environ)
+    job = restore_job.make_job(ctx.paths.state, ctx.environ, request.every)
+    manager = restore_job.service_manager(ctx.environ)
     changed, told = False, list[str]()
     try:
         match request.action:
@@ -26,18 +26,20 @@ def run(ctx: Context, request: Boot) -> BootResult:
             case "remove":
                 changed, told = manager.remove(job)
             case _:
-                told = manager.beside(job)
+                told = manager.daemon_notes(job)
     except OSError as error:
         raise state_unwritable(ctx.paths.state, error) from None
     return _result(ctx, manager, job, changed=changed, told=told)
 
 
-def _is_installed(manager: Manager, job: Job) -> bool:
+def _is_installed(manager: ServiceManager, job: RestoreJob) -> bool:
     return all(path.exists() and path.read_bytes() == data for path, data in manager.files(job).items())
 
 
-def _result(ctx: Context, manager: Manager, job: Job, *, changed: bool, told: Sequence[str]) -> BootResult:
-    files = {str(path): path.read_text(errors="replace") if path.exists() else None for path in manager.places(job)}
+def _result(
+    ctx: Context, manager: ServiceManager, job: RestoreJob, *, changed: bool, told: Sequence[str]
+) -> BootResult:
+    files = {str(path): path.read_text(errors="replace") if path.exists() else None for path in manager.job_paths(job)}
     own = BootJobs(ctx.paths.settings.boot, ctx.system, ctx.environ)
     look = ctx.system.look(()) if own.jobs else Look()
     rows = [_job_row(own.state(look, each)) for each in own.jobs]

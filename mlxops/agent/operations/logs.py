@@ -36,7 +36,7 @@ def run(ctx: Context, request: Logs) -> LogsResult:
 
 
 def _follow(ctx: Context, request: Logs, log: Path) -> NoReturn:
-    start = files.mark(request.after or "") or _start(log, request.lines)
+    start = files.parse_mark(request.after or "") or _start(log, request.lines)
     while True:
         # Also before the first line: nothing of what comes in the meantime must be lost.
         ctx.emit(Reached(str(start)))

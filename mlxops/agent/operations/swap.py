@@ -19,7 +19,7 @@ from mlxops.agent.operations.preflight import Prepared, commit, prepare
 from mlxops.agent.operations.stop import stop
 from mlxops.agent.serving import processes
 from mlxops.agent.serving.launch import Launch, deadline_for
-from mlxops.agent.serving.logs import rotated
+from mlxops.agent.serving.logs import previous_log
 from mlxops.core.commands.load import Load
 from mlxops.core.errors import Interrupted, MlxopsError, NotStarted, OutcomeUnknown
 from mlxops.core.planner import LoadPlan, ModelRef
@@ -211,10 +211,10 @@ def _recover(ctx: Context, serving: list[tuple[PortView, RestartPlan | None]], e
     for story in stories:
         ctx.note(story, "warning")
     if stories and isinstance(error, MlxopsError):
-        if log and own is not None and _inode(log) != own == _inode(rotated(log)):
+        if log and own is not None and _inode(log) != own == _inode(previous_log(log)):
             # The old server writes there now; what the new one said is in the log before.
-            error.hint = error.hint.replace(str(log), str(rotated(log)))
-            error.details["log_path"] = str(rotated(log))
+            error.hint = error.hint.replace(str(log), str(previous_log(log)))
+            error.details["log_path"] = str(previous_log(log))
         error.details["previous"] = "; ".join(stories)
         error.why = "; ".join(filter(None, [error.why, *stories]))
 

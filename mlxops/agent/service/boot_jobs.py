@@ -4,7 +4,7 @@ A server belongs to a job if the service manager says so (launchd's pid for the 
 environment has the variable that the manager sets, or if one of its ancestors runs the job's script. If the script ends
 in `exec`, only the first two remain: the server has taken the script's pid, and its command does not name the script.
 
-launchd was not at hand: its part is tested with recorded formats. The tests run a real systemd.
+launchd was not available: its part is tested with recorded output. The tests run a real systemd.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _SOURCES = (
     *("/usr/lib/cron/tabs/*", "/etc/rc.local", "/etc/rc.d/rc.local", "/etc/init.d/*"),
     *("/etc/supervisor/conf.d/*", "/etc/supervisord.d/*", "/etc/supervisord.conf", "/etc/service/*/run"),
 )
-"""What else starts things at boot on macOS and Linux, as plain text."""
+"""Other files, in plain text, that start programs at boot on macOS and Linux."""
 _SPOOLS = ("/var/spool/cron/crontabs", "/var/spool/cron", "/usr/lib/cron/tabs")
 _MAX_SOURCE = 256 * 1024
 
@@ -87,7 +87,7 @@ class Roots:
             yield from self.system.glob(pattern.lstrip("/"))
 
     def closed(self) -> bool:
-        """Whether there may be crontabs that this user cannot read."""
+        """Return whether there may be crontabs that this user cannot read."""
         for each in _SPOOLS:
             folder = self.system / each.lstrip("/")
             if _exists(folder) is not False and not os.access(folder, os.R_OK | os.X_OK):
@@ -107,7 +107,7 @@ class BootJobs:
         self._roots = roots or Roots()
         self._managers = {job: _Managers(job, environ, self._roots) for job in jobs}
 
-    # -- whose a server is ---------------------------------------------------------------------------------------
+    # -- the owner of a server -----------------------------------------------------------------------------------
 
     def claim(self, look: Look, port: int, pids: Collection[int]) -> BootClaim | None:
         """Return the boot job to which one of these processes belongs: the port's own job first, then any other.
@@ -117,12 +117,12 @@ class BootJobs:
         chains = [list(look.ancestors(pid)) for pid in sorted(pids)]
         for job in sorted(self.jobs, key=lambda each: each.port != port):
             for chain in chains:
-                found = self._by_marks(job, [job.label], chain) or self._by_script(job, look, chain)
-                # What takes longer comes last.
-                found = found or self._by_marks(job, self._managers[job].names_in_files, chain)
-                found = found or self._by_asking(job, chain, port)
-                if found:
-                    return found
+                claim = self._by_marks(job, [job.label], chain) or self._by_script(job, look, chain)
+                # The slower ways come last.
+                claim = claim or self._by_marks(job, self._managers[job].names_in_files, chain)
+                claim = claim or self._by_query(job, chain, port)
+                if claim:
+                    return claim
         return None
 
     def unseen(self, look: Look, port: int) -> BootClaim | None:
@@ -136,7 +136,7 @@ class BootJobs:
         return state.stop or self._managers[state.job].stop()
 
     def _by_marks(self, job: BootJob, names: Collection[str], chain: list[Process]) -> BootClaim | None:
-        """Look for one of these labels or units in what service managers give a process: control group, variables."""
+        """Search the control groups and the service managers' variables of the processes for one of these names."""
         for process in chain if any(names) else ():
             units = self._system.units(process.pid)
             unit = next((unit for unit in units if any(is_unit(name, unit) for name in names)), None)
@@ -144,11 +144,11 @@ class BootJobs:
                 user = in_user_manager(units, (each.argv for each in chain))
                 stop = systemctl("stop", unit, user=user)
                 return BootClaim(job, f"systemd's {'user ' if user else ''}unit {unit} started it", stop)
-            seen = self._system.variables(process.pid)
-            label = seen.get("XPC_SERVICE_NAME", "")
+            variables = self._system.variables(process.pid)
+            label = variables.get("XPC_SERVICE_NAME", "")
             if any(same_label(name, label) for name in names):
                 return BootClaim(job, f"launchd's job {label} started it", self._managers[job].stop(label))
-            program = seen.get("SUPERVISOR_PROCESS_NAME", "")
+            program = variables.get("SUPERVISOR_PROCESS_NAME", "")
             if any(same_label(name, program) for name in names):
                 return BootClaim(job, f"supervisord's program {program} started it", f"supervisorctl stop {program}")
         return None
@@ -161,10 +161,12 @@ class BootJobs:
             if script.is_named_by(words_of(process.argv), self._folders(look, process)):
                 how = f"{job.script} runs above it (pid {process.pid})"
                 return BootClaim(job, how, self._stop_by_file(job, chain))
-        # pm2 sets this variable. Other keepers often have the script in a variable, which their children inherit.
-        seen = self._system.variables(chain[0].pid)
-        if script.is_named_by([seen.get("pm_exec_path", "")], []):
-            return BootClaim(job, f"pm2 started it from {job.script}", f"pm2 stop {seen.get('name') or job.script}")
+        # pm2 sets pm_exec_path. Other process supervisors often have the script in some variable.
+        variables = self._system.variables(chain[0].pid)
+        if script.is_named_by([variables.get("pm_exec_path", "")], []):
+            return BootClaim(
+                job, f"pm2 started it from {job.script}", f"pm2 stop {variables.get('name') or job.script}"
+            )
         for process in chain[1:]:
             if process.pid not in self._own and self._carries(script, process, chain[0].pid):
                 how = f"pid {process.pid}, which runs {job.script}, started it"
@@ -176,7 +178,7 @@ class BootJobs:
         marked = self._by_marks(job, self._managers[job].names_in_files, chain)
         return marked.stop if marked else self._managers[job].stop()
 
-    def _by_asking(self, job: BootJob, chain: list[Process], port: int) -> BootClaim | None:
+    def _by_query(self, job: BootJob, chain: list[Process], port: int) -> BootClaim | None:
         if not job.label or not chain:
             return None
         managers = self._managers[job]
@@ -189,56 +191,58 @@ class BootJobs:
         # `systemd-run --scope` gives a server a group of its own, and in a container the groups are hidden.
         mark = self._system.variables(chain[0].pid).get("INVOCATION_ID", "")
         mark = "" if mark == self._environ.get("INVOCATION_ID") else mark
-        for user, shown in managers.units if units or mark else ():
-            main = shown.get("MainPID", "")
-            if (main.isdecimal() and int(main) in pids) or (mark and mark == shown.get("InvocationID")):
-                unit = shown.get("Id") or unit_of(job.label)
+        for user, info in managers.units if units or mark else ():
+            main = info.get("MainPID", "")
+            if (main.isdecimal() and int(main) in pids) or (mark and mark == info.get("InvocationID")):
+                unit = info.get("Id") or unit_of(job.label)
                 return BootClaim(job, f"systemd's unit {unit} started it", systemctl("stop", unit, user=user))
-        if units or not mark or port != job.port or any(shown.get("InvocationID") for _, shown in managers.units):
+        if units or not mark or port != job.port or any(info.get("InvocationID") for _, info in managers.units):
             return None
-        how = "a systemd unit started it (INVOCATION_ID), and which one cannot be seen from here"
+        how = "a systemd unit started it (INVOCATION_ID), but which one cannot be seen from here"
         return BootClaim(job, how, managers.stop())
 
     def _carries(self, script: _Script, process: Process, child: int | None = None) -> bool:
-        """Whether the environment of a process that is no shell and no terminal names the script, in its own folder or
-        in the one in which it started `child`."""
+        """Return whether a variable of a process that is not a shell or terminal names the script.
+
+        Relative paths are tried in its folder and in the folder of `child`.
+        """
         if program_of(process.argv) in SHELLS | CARRIERS or process.pid == 1:
             return False
-        values = [each for each in self._system.variables(process.pid).values() if script.may_be_in(each)]
-        places = [self._system.folder(pid) for pid in (process.pid, child) if pid is not None] if values else []
-        return any(script.is_named_by(words_in(value), filter(None, places)) for value in values)
+        values = [value for value in self._system.variables(process.pid).values() if script.may_be_in(value)]
+        folders = [self._system.folder(pid) for pid in (process.pid, child) if pid is not None] if values else []
+        return any(script.is_named_by(words_in(value), filter(None, folders)) for value in values)
 
     @cached_property
     def _own(self) -> frozenset[int]:
-        """This process and its ancestors: everything that is started from here inherits their variables."""
-        found = set()
+        """This process and its ancestors. Every server started from here inherits their variables."""
+        pids = set()
         process = self._system.process(os.getpid())
-        while process is not None and process.pid not in found:
-            found.add(process.pid)
+        while process is not None and process.pid not in pids:
+            pids.add(process.pid)
             process = self._system.process(process.ppid) if process.ppid > 0 else None
-        return frozenset(found)
+        return frozenset(pids)
 
     def _folders(self, look: Look, process: Process) -> list[str]:
         """Return the folders that a relative path in its command may refer to: a process may change its folder."""
         parent = self._system.folder(process.ppid) if process.ppid in look.processes else None
-        begun = self._system.variables(process.pid).get("PWD")
-        return [each for each in (self._system.folder(process.pid), begun, parent) if each]
+        initial = self._system.variables(process.pid).get("PWD")
+        return [folder for folder in (self._system.folder(process.pid), initial, parent) if folder]
 
-    # -- whether a job is there ----------------------------------------------------------------------------------
+    # -- the state of a job --------------------------------------------------------------------------------------
 
     def state(self, look: Look, job: BootJob) -> JobState:
         """Return whether the system will start the job, as far as can be seen without root."""
         managers = self._managers[job]
-        found = managers.state()
-        if found is not None and found.standing not in {Standing.UNKNOWN, Standing.DISABLED}:
-            return found
+        known = managers.state()
+        if known is not None and known.standing not in {Standing.UNKNOWN, Standing.DISABLED}:
+            return known
         runner = self._runner(look, job)
         if runner is not None:
             return JobState(job, Standing.ACTIVE, f"pid {runner.pid} runs {job.script}", managers.stop())
         source = self._source(job)
         if source is not None:
             return JobState(job, Standing.INSTALLED, f"{source} runs {job.script}", f"take it out of {source}")
-        return found or self._absent(job)
+        return known or self._absent(job)
 
     def _runner(self, look: Look, job: BootJob) -> Process | None:
         """Return a living process that runs the script, or keeps it running."""
@@ -267,23 +271,23 @@ class BootJobs:
     def _absent(self, job: BootJob) -> JobState:
         """Return the state of a job that no service manager knows and whose script no visible process runs."""
         managers = self._managers[job]
-        there = _exists(Path(_Script(job.script, self._environ).path)) if job.script else False
-        if there is None or (there and not job.label and self._roots.closed()):
-            why = f"{job.script} is there, what runs it cannot be seen from here, and no label is given"
+        exists = _exists(Path(_Script(job.script, self._environ).path)) if job.script else False
+        if exists is None or (exists and not job.label and self._roots.closed()):
+            why = f"{job.script} exists, this user cannot see what runs it, and hosts.yaml has no label for it"
             return JobState(job, Standing.UNKNOWN, why, managers.stop())
-        return JobState(job, Standing.MISSING, "; ".join(self._absences(job, there)))
+        return JobState(job, Standing.MISSING, "; ".join(self._absences(job, exists)))
 
-    def _absences(self, job: BootJob, there: bool) -> Iterator[str]:
+    def _absences(self, job: BootJob, exists: bool) -> Iterator[str]:
         if job.label:
-            asked = self._managers[job].asked
-            here = f"{' and '.join(asked)} know no" if len(asked) > 1 else f"{asked[0]} knows no" if asked else ""
-            yield f"{here} {job.label}" if here else f"no service manager runs here that could know {job.label}"
+            names = self._managers[job].available
+            negation = f"{' and '.join(names)} know no" if len(names) > 1 else f"{names[0]} knows no" if names else ""
+            yield f"{negation} {job.label}" if negation else f"no service manager that could know {job.label} runs here"
         if job.script:
-            yield f"nothing runs {job.script}" if there else f"{job.script} is not there"
+            yield f"nothing runs {job.script}" if exists else f"{job.script} is not there"
 
 
 class _Managers:
-    """What launchd and systemd say about one job. Each is asked once, when needed."""
+    """The reports of launchd and systemd about one job. Each is asked at most once, when needed."""
 
     def __init__(self, job: BootJob, environ: Mapping[str, str], roots: Roots) -> None:
         self._job = job
@@ -296,7 +300,7 @@ class _Managers:
         self.label = job.label
 
     @property
-    def asked(self) -> list[str]:
+    def available(self) -> list[str]:
         """The service managers that can be asked about the label."""
         systemd = which("systemctl", self._environ) is not None
         return [name for name, here in (("launchd", self.asks_launchd), ("systemd", systemd)) if here]
@@ -307,11 +311,13 @@ class _Managers:
 
     def state(self) -> JobState | None:
         """Return the job's state; None if neither knows the job."""
-        found = [*self._of_launchd(), *self._of_systemd()]
+        states = [*self._of_launchd(), *self._of_systemd()]
         if self._unanswered:
-            found.append(JobState(self._job, Standing.UNKNOWN, "; ".join(dict.fromkeys(self._unanswered)), self.stop()))
+            states.append(
+                JobState(self._job, Standing.UNKNOWN, "; ".join(dict.fromkeys(self._unanswered)), self.stop())
+            )
         order = [*(each for each in Standing if each is not Standing.DISABLED), Standing.DISABLED]
-        return min(found, key=lambda state: order.index(state.standing), default=None)
+        return min(states, key=lambda state: order.index(state.standing), default=None)
 
     def stop(self, label: str = "") -> str:
         """Return the command that stops the job, or launchd's job `label` that runs the same script."""
@@ -320,18 +326,18 @@ class _Managers:
         if self.asks_launchd and (self._job.label or self._own_plist):
             self._find_domain()
             return bootout(self.domain or "system", self.label)
-        for user, shown in self._known_units():
-            return systemctl("stop", shown.get("Id") or unit_of(self._job.label), user=user)
+        for user, info in self._known_units():
+            return systemctl("stop", info.get("Id") or unit_of(self._job.label), user=user)
         if self._job.label:
-            # Neither launchd nor systemd knows it: something else starts it, with a stop command of its own.
+            # Neither launchd nor systemd knows it: another program starts it, and has its own stop command.
             return f"stop what starts it (under launchd: {bootout('system', self._job.label)})"
         return f"stop what runs {self._job.script}"
 
     # -- launchd -------------------------------------------------------------------------------------------------
 
     def _domain_of(self, label: str) -> str:
-        found = (each.domain for each in self._plists if same_label(label, each.label))
-        return next(found, self.domain or "system")
+        domains = (plist.domain for plist in self._plists if same_label(label, plist.label))
+        return next(domains, self.domain or "system")
 
     def _find_domain(self) -> None:
         """Set domain and label from the property list, else ask launchd."""
@@ -368,12 +374,12 @@ class _Managers:
         return []
 
     def _of_launchd(self) -> Iterator[JobState]:
-        shown, own = self.launchd, self._own_plist
-        if shown is not None:
-            where = f"launchd has it as {self.domain}/{self.label}"
-            standing = Standing.ACTIVE if shown.active else Standing.LOADED
-            pid = f", pid {shown.pid}" if shown.pid else f", {shown.state or 'loaded'}"
-            yield JobState(self._job, standing, where + pid, bootout(self.domain, self.label))
+        info, own = self.launchd, self._own_plist
+        if info is not None:
+            name = f"launchd has it as {self.domain}/{self.label}"
+            standing = Standing.ACTIVE if info.active else Standing.LOADED
+            pid = f", pid {info.pid}" if info.pid else f", {info.state or 'loaded'}"
+            yield JobState(self._job, standing, name + pid, bootout(self.domain, self.label))
         elif own is not None:
             off = self._disabled(own.domain, own.label)
             if own.keys.get("Disabled") is True if off is None else off:
@@ -381,7 +387,7 @@ class _Managers:
                 yield JobState(self._job, Standing.DISABLED, f"launchd does not load {own.path}", enable=again)
             else:
                 when = "boot" if own.domain == "system" else "login"
-                why = f"{own.path} is there, and launchd loads it at the next {when}"
+                why = f"{own.path} exists, and launchd loads it at the next {when}"
                 yield JobState(self._job, Standing.INSTALLED, why, bootout(own.domain, own.label))
 
     def _disabled(self, domain: str, label: str) -> bool | None:
@@ -425,18 +431,18 @@ class _Managers:
             return ()
         names = [unit_of(self._job.label)] if self._job.label else []
         names += [path.name for _, path in self._unit_files if path.name not in names]
-        found = []
+        infos = []
         for user in (False, True):
             for name in names[:2]:
-                shown = self._show(user, name)
-                if shown:
-                    found.append((user, shown))
-                if standing_of_unit(shown) not in {Standing.MISSING, Standing.UNKNOWN}:
-                    return tuple(found)
-        return tuple(found)
+                info = self._show(user, name)
+                if info:
+                    infos.append((user, info))
+                if standing_of_unit(info) not in {Standing.MISSING, Standing.UNKNOWN}:
+                    return tuple(infos)
+        return tuple(infos)
 
     def _known_units(self) -> list[tuple[bool, Mapping[str, str]]]:
-        return [(user, shown) for user, shown in self.units if standing_of_unit(shown) is not Standing.MISSING]
+        return [(user, info) for user, info in self.units if standing_of_unit(info) is not Standing.MISSING]
 
     def _show(self, user: bool, unit: str) -> Mapping[str, str]:
         scope = ("--user",) if user else ()
@@ -462,30 +468,30 @@ class _Managers:
         return ""
 
     def _of_systemd(self) -> Iterator[JobState]:
-        for user, shown in self._known_units():
-            unit = shown.get("Id") or unit_of(self._job.label)
-            standing = standing_of_unit(shown)
-            what = "/".join(filter(None, (shown.get("ActiveState"), shown.get("SubState"))))
-            state = shown.get("UnitFileState") or shown.get("LoadState")
-            detail = f"systemd{' --user' if user else ''} has {unit}: {what}, {state}"
-            verb = "unmask" if "masked" in (shown.get("LoadState"), state) else "enable --now"
+        for user, info in self._known_units():
+            unit = info.get("Id") or unit_of(self._job.label)
+            standing = standing_of_unit(info)
+            activity = "/".join(filter(None, (info.get("ActiveState"), info.get("SubState"))))
+            state = info.get("UnitFileState") or info.get("LoadState")
+            detail = f"systemd{' --user' if user else ''} has {unit}: {activity}, {state}"
+            verb = "unmask" if "masked" in (info.get("LoadState"), state) else "enable --now"
             again = systemctl(verb, unit, user=user) if standing is Standing.DISABLED else ""
             yield JobState(self._job, standing, detail, systemctl("stop", unit, user=user), again)
         if not self._known_units():
             for user, path in self._unit_files:
                 stop = systemctl("stop", path.name, user=user)
-                yield JobState(self._job, Standing.INSTALLED, f"{path} is there, and systemd does not run", stop)
+                yield JobState(self._job, Standing.INSTALLED, f"{path} exists, but systemd does not run", stop)
 
     @cached_property
     def _unit_files(self) -> list[tuple[bool, Path]]:
         """The unit files with the job's name, else those that run the script."""
-        found = [
+        unit_files = [
             (user, path)
             for user, folder in self._roots.units(self._home, self._environ.get("XDG_CONFIG_HOME", ""))
             for path in sorted(folder.glob("*.service"))
         ]
-        named = [(user, path) for user, path in found if self._job.label and is_unit(self._job.label, path.name)]
-        return named or [(user, path) for user, path in found if self._is_run_by(path)]
+        named = [(user, path) for user, path in unit_files if self._job.label and is_unit(self._job.label, path.name)]
+        return named or [(user, path) for user, path in unit_files if self._is_run_by(path)]
 
     @cached_property
     def names_in_files(self) -> tuple[str, ...]:
@@ -494,7 +500,7 @@ class _Managers:
         return (*labels, *(path.name for _, path in self._unit_files))
 
     def _is_run_by(self, unit: Path) -> bool:
-        if self._script is None or "lib" in unit.parts[:4]:  # a distribution's, of which there are hundreds
+        if self._script is None or "lib" in unit.parts[:4]:  # skip the hundreds of units of a distribution
             return False
         return any(self._script.is_in(line) for line in _lines(unit) if line.lstrip().startswith("ExecStart"))
 
@@ -516,7 +522,7 @@ class _Script:
         self._spelled = re.compile("|".join(rf"(?<![\w./-]){re.escape(name)}(?![\w./-])" for name in names))
 
     def is_named_by(self, words: Iterable[str], folders: Iterable[str]) -> bool:
-        """Whether one of the words is the script's path. Relative words are tried in each of the folders."""
+        """Return whether one of the words is the script's path. Relative words are tried in each of the folders."""
         folders = list(folders)
         return any(
             self._is(os.path.join(folder, word))
@@ -531,25 +537,25 @@ class _Script:
         return self._file is not None and _file(path) == self._file
 
     def may_be_in(self, text: str) -> bool:
-        """Whether a text may name the script: a quick check before its words are looked at."""
+        """Return whether a text may name the script: a quick check before `is_named_by`."""
         return self._name in text
 
     def is_in(self, line: str) -> bool:
-        """Whether a line of configuration runs the script: it has its path, or its name and folder."""
+        """Return whether a line of configuration contains the script's path, or its name and folder."""
         return self._name in line and (bool(self._spelled.search(line)) or self._folder in line)
 
 
 def _file(path: str) -> tuple[int, int] | None:
-    """Return device and inode, which identify a regular file whatever path or case leads to it; None for others."""
+    """Return device and inode, which identify a regular file under any path or spelling; None for others."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return None
-    return (found.st_dev, found.st_ino) if stat.S_ISREG(found.st_mode) else None
+    return (status.st_dev, status.st_ino) if stat.S_ISREG(status.st_mode) else None
 
 
 def _exists(path: Path) -> bool | None:
-    """Whether the path exists; None if that cannot be seen, as in a folder that may not be entered."""
+    """Return whether the path exists; None if that cannot be seen, as in a folder that may not be entered."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -576,10 +582,10 @@ def _keys_of(path: Path) -> Mapping[str, object]:
 
     try:
         with open(files.open_file(path), "rb") as stream:
-            found = plistlib.load(stream)
+            keys = plistlib.load(stream)
     except (OSError, ValueError, plistlib.InvalidFileException):
         return {}
-    return found if isinstance(found, dict) else {}
+    return keys if isinstance(keys, dict) else {}
 
 
 def _lines(path: Path) -> list[str]:
@@ -595,7 +601,7 @@ def _plain_lines(text: str) -> list[str]:
 
 
 def _ask(environ: Mapping[str, str], *command: str) -> subprocess.CompletedProcess[str]:
-    return service_managers.ask_manager(environ, *command, seconds=service_managers.LOOK_SECONDS)
+    return service_managers.ask_manager(environ, *command, seconds=service_managers.STATUS_TIMEOUT_SECONDS)
 
 
 def _own_crontab(environ: Mapping[str, str]) -> str:

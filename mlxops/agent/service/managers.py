@@ -8,13 +8,14 @@ from collections.abc import Mapping
 
 from mlxops.core.errors import Refused
 
-TIMEOUT = 30.0
-LOOK_SECONDS = 5.0
-"""For a question that `status` waits for."""
+TIMEOUT_SECONDS = 30.0
+STATUS_TIMEOUT_SECONDS = 5.0
+"""The timeout of a query for which `status` waits."""
 ABSENT = 113
-"""What `launchctl print` ends with for a job that is not there ("Could not find service"); all else says nothing."""
+"""Exit status of `launchctl print` for a job that does not exist ("Could not find service"). Any other failure leaves
+open whether the job exists."""
 NO_DOMAIN = 112
-"""Its exit status for a domain that is not there, such as gui/UID without a login at the screen."""
+"""Its exit status for a domain that does not exist, such as gui/UID without a login at the screen."""
 FOLDERS = "/bin:/usr/bin:/usr/local/bin:/sbin:/usr/sbin"
 
 
@@ -23,7 +24,7 @@ def which(program: str, environ: Mapping[str, str]) -> str | None:
 
 
 def ask_manager(
-    environ: Mapping[str, str], program: str, *arguments: str, seconds: float = TIMEOUT
+    environ: Mapping[str, str], program: str, *arguments: str, seconds: float = TIMEOUT_SECONDS
 ) -> subprocess.CompletedProcess[str]:
     """Run a service manager's program. Raises `Refused` (no_service_manager), and `OSError`."""
     path = which(program, environ)
@@ -31,8 +32,8 @@ def ask_manager(
         raise Refused(
             "no_service_manager",
             f"{program} is not on this host",
-            why="a job at boot needs launchd, or systemd",
-            hint="have the host's own init system run `mlxctl restore --local`",
+            why="a job at boot needs launchd or systemd",
+            hint="make the host's own init system run `mlxctl restore --local`",
         )
     try:
         return subprocess.run(

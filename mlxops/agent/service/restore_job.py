@@ -1,9 +1,9 @@
-"""How the system is told to run `restore`: launchd on macOS, a systemd user unit on Linux. Nothing here needs root;
-what would need it is printed for the operator and never run.
+"""Install `restore` as a job of the system: launchd on macOS, a systemd user unit on Linux.
 
-The unit texts are pure functions of a `Job`. Sources: launchd.plist(5), launchctl(1), systemd.service(5),
-systemd.kill(5), systemd.timer(5). launchd itself was not at hand: its plist is checked by its parser, its command by
-a recorded stand-in.
+Nothing here needs root. Commands that need root are printed for the operator and never run. The unit texts are pure
+functions of a `RestoreJob`. Sources: launchd.plist(5), launchctl(1), systemd.service(5),
+systemd.kill(5), systemd.timer(5). launchd was not available: the tests check its plist with a parser and its commands
+with a stand-in that records them.
 """
 
 from __future__ import annotations
@@ -26,70 +26,75 @@ from mlxops.core.errors import Refused
 
 LABEL = "org.mlxops.restore"
 UNIT = "mlxops-restore"
-BUSY = 5
-"""What `launchctl bootstrap` ends with ("Input/output error") while an older job of that label is just ending."""
+STILL_ENDING = 5
+"""Exit status of `launchctl bootstrap` ("Input/output error") while an older job with that label is ending."""
 DAEMONS = Path("/Library/LaunchDaemons")
-KEPT = (
+JOB_VARIABLES = (
     *("PATH", "MLX_LAUNCH_CMD", "HF_ENDPOINT", "HF_HUB_OFFLINE"),
     *("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"),
 )
-"""What mlxops reads of its environment to find the cache, with the registry in it, and the engine. launchd and systemd
-give a job next to nothing, so without these it would look at another registry than whoever installed it. They go into
-the job, and no absolute paths into host.json: those would help only where the paths are the settings' own, would not
-find the engine, and two sessions of one host that differ in HF_HOME would disagree for ever."""
+"""The variables from which mlxops finds the cache, with the registry in it, and the engine.
+
+launchd and systemd give a job a nearly empty environment. Without these variables, the job would use another registry
+than the session that installed it. Absolute paths in host.json would be no replacement: they would not help to find the
+engine, and two sessions of one host with different HF_HOME could never agree on the settings.
+"""
 
 
 @dataclass(frozen=True)
-class Job:
-    """What the system is to run, as whom, and every how many minutes after the boot; None: only then."""
+class RestoreJob:
+    """The command that the system runs, and as which user."""
 
     argv: tuple[str, ...]
     log: Path
     home: Path
     user: str
     every: int | None = None
+    """The interval in minutes; None: only at boot."""
     environ: Mapping[str, str] = field(default_factory=dict)
 
 
-def job(state: Path, environ: Mapping[str, str], every: int | None) -> Job:
-    """The job of this agent. It names `<state>/venv`, so that a deploy changes what is run, and not the job."""
-    own = state / "venv" / "bin" / "python"
-    here = Path(sys.prefix).resolve() == (state / "venv").resolve()
-    argv = (str(own) if here else sys.executable, "-P", "-m", "mlxops.agent", "--restore", str(state))
+def make_job(state: Path, environ: Mapping[str, str], every: int | None) -> RestoreJob:
+    """Return the job of this agent. It uses the link `<state>/venv`, so a deploy does not have to change the job."""
+    linked = state / "venv" / "bin" / "python"
+    is_linked = Path(sys.prefix).resolve() == (state / "venv").resolve()
+    argv = (str(linked) if is_linked else sys.executable, "-P", "-m", "mlxops.agent", "--restore", str(state))
     home = environ.get("HOME") or str(Path.home())
-    return Job(argv, state / "logs" / "restore.log", Path(home), getpass.getuser(), every, kept(environ))
+    return RestoreJob(
+        argv, state / "logs" / "restore.log", Path(home), getpass.getuser(), every, job_environment(environ)
+    )
 
 
-def kept(environ: Mapping[str, str]) -> dict[str, str]:
-    """What of an environment goes into the job, which everybody may read: no address with a password in it either."""
-    found = {key: environ[key] for key in KEPT if environ.get(key, "\n").isprintable()}
-    if "@" in found.get("HF_ENDPOINT", ""):
-        del found["HF_ENDPOINT"]
-    return found
+def job_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables for the job. All users can read its file, so leave out an address with a password."""
+    variables = {key: environ[key] for key in JOB_VARIABLES if environ.get(key, "\n").isprintable()}
+    if "@" in variables.get("HF_ENDPOINT", ""):
+        del variables["HF_ENDPOINT"]
+    return variables
 
 
-def launch_agent(job: Job) -> bytes:
-    """A LaunchAgent: runs when the user logs in at the screen."""
+def launch_agent(job: RestoreJob) -> bytes:
+    """Return the LaunchAgent, which runs when the user logs in at the screen."""
     return plistlib.dumps(_launchd(job, LABEL))
 
 
-def launch_daemon(job: Job) -> bytes:
-    """A LaunchDaemon: runs at boot, as the user. Only root can install it."""
+def launch_daemon(job: RestoreJob) -> bytes:
+    """Return the LaunchDaemon, which runs at boot as the user. Only root can install it."""
     environment = {**job.environ, "HOME": str(job.home), "USER": job.user, "LOGNAME": job.user}
     return plistlib.dumps(
         _launchd(job, f"{LABEL}.daemon") | {"UserName": job.user, "EnvironmentVariables": environment}
     )
 
 
-def _launchd(job: Job, label: str) -> dict[str, object]:
+def _launchd(job: RestoreJob, label: str) -> dict[str, object]:
     keys: dict[str, object] = {
         "Label": label,
         "ProgramArguments": list(job.argv),
         "RunAtLoad": True,
-        # Without it launchd kills the servers when the command that has started them ends.
+        # Otherwise launchd kills the servers when the command that started them ends.
         "AbandonProcessGroup": True,
-        # launchd.plist(5): a job that says nothing here gets "light resource limits", which throttle its CPU and disk,
-        # and the servers that it starts inherit them.
+        # launchd.plist(5): by default a job gets "light resource limits", which throttle CPU and disk, and which the
+        # servers would inherit.
         "ProcessType": "Interactive",
         "EnvironmentVariables": dict(job.environ),
         "StandardOutPath": str(job.log),
@@ -98,10 +103,10 @@ def _launchd(job: Job, label: str) -> dict[str, object]:
     return keys | ({"StartInterval": job.every * 60} if job.every else {})
 
 
-def service(job: Job) -> str:
-    """A systemd user unit."""
+def service(job: RestoreJob) -> str:
+    """Return the systemd user unit."""
     quoted = [_systemd_quoted(f"{key}={value}", dollar="$") for key, value in job.environ.items()]
-    environment = "".join(f"Environment={each}\n" for each in quoted)
+    environment = "".join(f"Environment={text}\n" for text in quoted)
     return f"""\
 [Unit]
 Description=Start the MLX servers that the registry of mlxops assigns
@@ -120,8 +125,8 @@ WantedBy=default.target
 """
 
 
-def timer(job: Job) -> str:
-    """Its timer: from the end of one run to the beginning of the next."""
+def timer(job: RestoreJob) -> str:
+    """Return its timer. The interval is from the end of one run to the start of the next."""
     return f"""\
 [Unit]
 Description=Bring crashed MLX servers back
@@ -144,27 +149,29 @@ def _systemd_quoted(text: str, dollar: str = "$$") -> str:
     return '"' + _systemd_escaped(text).replace('"', '\\"').replace("$", dollar) + '"'
 
 
-class Manager(Protocol):
-    """What runs jobs on this system."""
+class ServiceManager(Protocol):
+    """The system's service manager."""
 
-    def install(self, job: Job) -> list[str]:
-        """Write its files and tell it. Returns what the operator has to know. Raises `Refused` and `OSError`, and then
-        the files are as they were."""
+    def install(self, job: RestoreJob) -> list[str]:
+        """Write the job's files and activate it. Return notes for the operator.
 
-    def remove(self, job: Job) -> tuple[bool, list[str]]:
-        """Whether there was anything, and what the operator has to know. Raises `OSError`."""
+        Raises `Refused` and `OSError`, and then restores the files.
+        """
 
-    def files(self, job: Job) -> Mapping[Path, bytes]:
-        """What `install` writes."""
+    def remove(self, job: RestoreJob) -> tuple[bool, list[str]]:
+        """Remove the job. Return whether it was installed, and notes for the operator. Raises `OSError`."""
 
-    def places(self, job: Job) -> Sequence[Path]:
-        """Where it may have written what has the job run."""
+    def files(self, job: RestoreJob) -> Mapping[Path, bytes]:
+        """Return the files that `install` writes."""
+
+    def job_paths(self, job: RestoreJob) -> Sequence[Path]:
+        """Return the paths of the files that make the system run the job."""
 
     def state(self) -> str:
-        """What the system says of the job, in a word or two."""
+        """Return what the system reports about the job, in a word or two."""
 
-    def beside(self, job: Job) -> list[str]:
-        """What the operator has installed besides, and what became of it."""
+    def daemon_notes(self, job: RestoreJob) -> list[str]:
+        """Return notes about a job that the operator has installed as root."""
 
 
 class Launchd:
@@ -176,7 +183,7 @@ class Launchd:
         pause: Callable[[], None] = lambda: time.sleep(0.25),
         tries: int = 40,
     ) -> None:
-        """`pause` comes between two of the `tries` that launchd gets for what it does in its own time."""
+        """launchd finishes some requests later: they are tried `tries` times, with a `pause` in between."""
         self._environ = environ
         self._daemons = daemons
         self._pause = pause
@@ -184,26 +191,26 @@ class Launchd:
         self._domain = f"gui/{os.getuid()}"
         self._job = f"{self._domain}/{LABEL}"
 
-    def files(self, job: Job) -> Mapping[Path, bytes]:
-        (plist,) = self.places(job)
+    def files(self, job: RestoreJob) -> Mapping[Path, bytes]:
+        (plist,) = self.job_paths(job)
         return {plist: launch_agent(job), self._daemon(job): launch_daemon(job)}
 
-    def install(self, job: Job) -> list[str]:
-        (plist,) = self.places(job)
+    def install(self, job: RestoreJob) -> list[str]:
+        (plist,) = self.job_paths(job)
         with _writing(self.files(job)):
-            self._run("bootout", self._job)  # an older one; mostly there is none
+            self._run("bootout", self._job)  # fails if there is no older job
             self._wait_until_gone()
             done = self._bootstrap(plist)
-        told = self.beside(job) or [
-            "it runs when this user logs in at the screen; to have it at boot, without a login, as an administrator:",
-            *self._put_daemon(job),
+        notes = self.daemon_notes(job) or [
+            "it runs when this user logs in at the screen; to run it at boot, without a login, as an administrator:",
+            *self._daemon_installation(job),
         ]
         if done.returncode != 0:
-            told.insert(0, f"launchd loads it at the next login; now it says: {_said(done)}")
-        return told
+            notes.insert(0, f"launchd loads it at the next login; now it reports: {_last_line(done)}")
+        return notes
 
     def _wait_until_gone(self) -> None:
-        """`bootout` returns before the job has ended."""
+        """Wait until the old job has ended: `bootout` returns before that."""
         for _ in range(self._tries):
             if self._run("print", self._job).returncode != 0:
                 return
@@ -212,27 +219,27 @@ class Launchd:
     def _bootstrap(self, plist: Path) -> subprocess.CompletedProcess[str]:
         for _ in range(self._tries - 1):
             done = self._run("bootstrap", self._domain, str(plist))
-            if done.returncode != BUSY:
+            if done.returncode != STILL_ENDING:
                 return done
             self._pause()
         return self._run("bootstrap", self._domain, str(plist))
 
-    def remove(self, job: Job) -> tuple[bool, list[str]]:
-        told = []
+    def remove(self, job: RestoreJob) -> tuple[bool, list[str]]:
+        notes = []
         try:
             self._run("bootout", self._job)
         except Refused as error:
-            told.append(f"{error.message}: the job ends with the login session at the latest")
-        found = [path for path in self.files(job) if path.exists()]
-        for path in found:
+            notes.append(f"{error.message}: the job ends with the login session at the latest")
+        existing = [path for path in self.files(job) if path.exists()]
+        for path in existing:
             path.unlink()
         installed = self._installed()
         if installed.exists():
-            told += [f"{installed} still has it run at each boot; to remove that, as an administrator:"]
-            told += self._take_daemon()
-        return bool(found), told
+            notes += [f"{installed} still runs it at each boot; to remove that, as an administrator:"]
+            notes += self._daemon_removal()
+        return bool(existing), notes
 
-    def places(self, job: Job) -> Sequence[Path]:
+    def job_paths(self, job: RestoreJob) -> Sequence[Path]:
         return [job.home / "Library" / "LaunchAgents" / f"{LABEL}.plist"]
 
     def state(self) -> str:
@@ -242,39 +249,39 @@ class Launchd:
             return f"unknown: {error.message}"
         if done.returncode == ABSENT:
             return "not loaded"
-        return "loaded" if done.returncode == 0 else f"unknown: launchd could not be asked ({_said(done)})"
+        return "loaded" if done.returncode == 0 else f"unknown: launchctl failed ({_last_line(done)})"
 
-    def beside(self, job: Job) -> list[str]:
+    def daemon_notes(self, job: RestoreJob) -> list[str]:
         installed = self._installed()
         if not installed.exists():
             return []
         try:
             same = installed.read_bytes() == launch_daemon(job)
         except OSError as error:
-            return [f"{installed} is there and cannot be read: {error.strerror}"]
+            return [f"{installed} exists but cannot be read: {error.strerror}"]
         if same:
-            return [f"{installed} is there, and as it would be now: it runs at boot, without a login"]
+            return [f"{installed} is installed and up to date: it runs at boot, without a login"]
         return [
-            f"{installed} is there, and another than it would be now; to renew it, as an administrator:",
-            *self._take_daemon()[:1],
-            *self._put_daemon(job),
+            f"{installed} is installed but out of date; to renew it, as an administrator:",
+            *self._daemon_removal()[:1],
+            *self._daemon_installation(job),
         ]
 
-    def _daemon(self, job: Job) -> Path:
-        """Ours, for the operator to install."""
+    def _daemon(self, job: RestoreJob) -> Path:
+        """Return the path of our copy, which the operator may install."""
         return job.log.parent.parent / f"{LABEL}.daemon.plist"
 
     def _installed(self) -> Path:
         return self._daemons / f"{LABEL}.daemon.plist"
 
-    def _put_daemon(self, job: Job) -> list[str]:
+    def _daemon_installation(self, job: RestoreJob) -> list[str]:
         ours, system = shlex.quote(str(self._daemon(job))), shlex.quote(str(self._installed()))
         return [
             f"  sudo install -o root -g wheel -m 644 {ours} {system}",
             f"  sudo launchctl bootstrap system {system}",
         ]
 
-    def _take_daemon(self) -> list[str]:
+    def _daemon_removal(self) -> list[str]:
         return [
             f"  sudo launchctl bootout system/{LABEL}.daemon",
             f"  sudo rm {shlex.quote(str(self._installed()))}",
@@ -286,16 +293,16 @@ class Launchd:
 
 class Systemd:
     def __init__(self, environ: Mapping[str, str]) -> None:
-        # A session over SSH may come without the way to the user's manager.
+        # A session over SSH may lack this variable, which leads to the user's systemd.
         self._environ = {"XDG_RUNTIME_DIR": f"/run/user/{os.getuid()}", **environ}
 
-    def files(self, job: Job) -> Mapping[Path, bytes]:
+    def files(self, job: RestoreJob) -> Mapping[Path, bytes]:
         units = {f"{UNIT}.service": service(job)} | ({f"{UNIT}.timer": timer(job)} if job.every else {})
         return {self._folder(job) / name: text.encode() for name, text in units.items()}
 
-    def install(self, job: Job) -> list[str]:
+    def install(self, job: RestoreJob) -> list[str]:
         old = self._folder(job) / f"{UNIT}.timer"
-        had = {path.name for path in self.places(job) if path.exists()}
+        had = {path.name for path in self.job_paths(job) if path.exists()}
         with _writing(self.files(job)):
             try:
                 self._systemctl("daemon-reload")
@@ -309,38 +316,38 @@ class Systemd:
             except BaseException:
                 for name in self.files(job):
                     if name.name not in had:
-                        self._forget(name)
+                        self._disable(name)
                 raise
         if Path("/var/lib/systemd/linger", job.user).exists():
             return []
         return [
-            "it runs when this user logs in, and the servers end with the last session; to have it at boot:",
+            "it runs when this user logs in, and the servers end with the last session; to run it at boot:",
             f"  sudo loginctl enable-linger {shlex.quote(job.user)}",
         ]
 
-    def remove(self, job: Job) -> tuple[bool, list[str]]:
-        """Whatever systemd says: without its files it runs nothing any more, once it looks."""
-        units = [path for path in self.places(job) if path.exists()]
-        told = [said for unit in units if (said := self._forget(unit))]
+    def remove(self, job: RestoreJob) -> tuple[bool, list[str]]:
+        """Remove the files even if systemctl fails: without them systemd runs nothing after its next start."""
+        units = [path for path in self.job_paths(job) if path.exists()]
+        notes = [note for unit in units if (note := self._disable(unit))]
         for unit in units:
             unit.unlink()
         if units:
             with suppress(Refused):
                 self._systemctl("daemon-reload")
-        return bool(units), told[:1]
+        return bool(units), notes[:1]
 
-    def _forget(self, unit: Path) -> str:
-        """Have it neither run nor be run any more; returns what keeps systemd from being told, if anything does."""
-        said = ""
+    def _disable(self, unit: Path) -> str:
+        """Stop and disable a unit. Return a note if systemctl fails, else an empty string."""
+        note = ""
         try:
             self._systemctl("disable", *(["--now"] if unit.suffix == ".timer" else []), unit.name)
         except Refused as error:
-            said = f"systemd could not be told, and knows it until this user's systemd ends: {error.why}"
+            note = f"systemctl failed, so systemd keeps the job until this user's systemd ends: {error.why}"
         target = "timers" if unit.suffix == ".timer" else "default"
         (unit.parent / f"{target}.target.wants" / unit.name).unlink(missing_ok=True)
-        return said
+        return note
 
-    def places(self, job: Job) -> Sequence[Path]:
+    def job_paths(self, job: RestoreJob) -> Sequence[Path]:
         return [self._folder(job) / f"{UNIT}.{kind}" for kind in ("service", "timer")]
 
     def state(self) -> str:
@@ -348,12 +355,12 @@ class Systemd:
             done = ask_manager(self._environ, "systemctl", "--user", "is-enabled", f"{UNIT}.service")
         except Refused as error:
             return f"unknown: {error.message}"
-        return done.stdout.strip() or f"unknown: this user's systemd could not be asked ({_said(done)})"
+        return done.stdout.strip() or f"unknown: systemctl failed ({_last_line(done)})"
 
-    def beside(self, job: Job) -> list[str]:
+    def daemon_notes(self, job: RestoreJob) -> list[str]:
         return []
 
-    def _folder(self, job: Job) -> Path:
+    def _folder(self, job: RestoreJob) -> Path:
         config = self._environ.get("XDG_CONFIG_HOME", "")
         return (Path(config) if config.startswith("/") else job.home / ".config") / "systemd" / "user"
 
@@ -363,23 +370,23 @@ class Systemd:
             raise Refused(
                 "boot_not_installed",
                 f"systemctl --user {shlex.join(arguments)} failed",
-                why=_said(done),
-                hint="is this user's systemd running? see: systemctl --user status",
+                why=_last_line(done),
+                hint="check whether this user's systemd runs: systemctl --user status",
             )
 
 
-def manager(environ: Mapping[str, str]) -> Manager:
+def service_manager(environ: Mapping[str, str]) -> ServiceManager:
     return Launchd(environ) if sys.platform == "darwin" else Systemd(environ)
 
 
-def _said(done: subprocess.CompletedProcess[str]) -> str:
+def _last_line(done: subprocess.CompletedProcess[str]) -> str:
     lines = (done.stderr or done.stdout).strip().splitlines()
     return lines[-1][:300] if lines else f"it ended with {done.returncode}"
 
 
 @contextmanager
 def _writing(files: Mapping[Path, bytes]) -> Iterator[None]:
-    """Written; and put back as they were if what follows fails: then nothing is installed."""
+    """Write the files. Restore them if the body fails."""
     before = {path: path.read_bytes() if path.exists() else None for path in files}
     try:
         _write(files)

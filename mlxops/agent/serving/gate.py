@@ -1,11 +1,11 @@
-"""What a server process is before it becomes the engine: it waits until it has been recorded.
+"""Make a new server process wait until it has been recorded; then it becomes the engine.
 
-Run as `python -I -S gate.py <fd> ARGV...`. A byte on the pipe `fd` says that the record of this very process
-is on disk; only then does it become ARGV. An end of file says that whoever started it is gone: it ends, and
-nothing unrecorded ever ran. Standard library's fastest parts only: this is on the way of every load.
+Run as `python -I -S gate.py <fd> ARGV...`. A newline on the pipe `fd` means that the record of this process is on
+disk: exec ARGV. End of file means that the parent is gone: exit, so that nothing unrecorded runs. Import little: every
+load runs this.
 """
 
-import _signal  # type: ignore[import-not-found]  # of `signal` what is in C: the rest takes 3 ms to import
+import _signal  # type: ignore[import-not-found]  # the C part of `signal`: the rest takes 3 ms to import
 import os
 import sys
 
@@ -15,7 +15,7 @@ def main() -> None:
     if os.read(pipe, 1) != b"\n":
         raise SystemExit(0)
     os.close(pipe)
-    # Python ignores them for its own sake, and what is ignored stays so across exec(2).
+    # Python ignores these signals, and exec(2) keeps ignored signals ignored.
     for number in (_signal.SIGPIPE, _signal.SIGXFSZ):
         _signal.signal(number, _signal.SIG_DFL)
     argv = sys.argv[2:]

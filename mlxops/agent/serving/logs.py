@@ -1,7 +1,7 @@
-"""The servers' logs: one file a port, both streams, appended to. Kept small, and read.
+"""The servers' logs: one file per port with both output streams. Rotate, truncate, read and follow them.
 
-A server is started with its log opened for appending, so a file can be cut under it: what it writes next goes to the
-new end. `<port>.log` is the present server's (or the last one's), `<port>.log.1` to `.3` those before.
+A server's log is opened for appending, so it can be truncated while the server runs: the next write goes to the new
+end. `<port>.log` belongs to the current or the last server, `<port>.log.1` to `.3` to the ones before.
 """
 
 from __future__ import annotations
@@ -24,39 +24,41 @@ from mlxops.common.files import open_file
 from mlxops.core.errors import Busy
 from mlxops.core.text import clean
 
-KEPT = 3
-"""Logs of earlier starts."""
+KEPT_LOGS = 3
+"""How many earlier logs are kept."""
 CAP = 64 * 1024 * 1024
-"""Bytes; a log that is larger is cut when something is changed on the host."""
+"""The size in bytes above which a change on the host truncates a log."""
 KEPT_BYTES = 4 * 1024 * 1024
-"""What is kept of the end of a log that is cut."""
-LONGEST_LINE = 64 * 1024
-BLOCK = 256 * 1024
-"""Bytes that are read at once where the last lines are looked for."""
-CHECKED = 64
-"""Bytes before a mark that its checksum is of."""
-POLL_SECONDS = 0.1
+"""How much of the end of a truncated log is kept."""
+MAX_LINE_BYTES = 64 * 1024
+BLOCK_BYTES = 256 * 1024
+"""How much is read at once to find the last lines."""
+CHECKSUM_BYTES = 64
+"""How many bytes before a mark its checksum covers."""
+FOLLOW_POLL_SECONDS = 0.1
 _MARK = re.compile(r"[0-9a-f]{1,16}-[0-9a-f]{1,16}-[0-9a-f]{1,8}")
 
 
 def rotate(log: Path) -> None:
-    """Make place for a new log; or, where the others do not come to an end with theirs, leave it as it is: the new one
-    then begins behind it, which is no reason for a server not to start. Raises `OSError`."""
-    with contextlib.suppress(Busy), _alone(log.parent):
-        for number in range(KEPT, 0, -1):
+    """Rename the logs to make room for a new one. Raises `OSError`.
+
+    If the lock is not released in time, do nothing: the new server then appends to the old log, and still starts.
+    """
+    with contextlib.suppress(Busy), _logs_lock(log.parent):
+        for number in range(KEPT_LOGS, 0, -1):
             older = _numbered(log, number)
             newer = _numbered(log, number - 1)
             if newer.exists():
                 newer.replace(older)
 
 
-def _alone(folder: Path) -> AbstractContextManager[None]:
-    """Logs get other names: not two at once, and not what is being cut. Raises `Busy` (logs_locked), `OSError`."""
+def _logs_lock(folder: Path) -> AbstractContextManager[None]:
+    """Hold while logs are renamed or truncated. Raises `Busy` (logs_locked), `OSError`."""
     return folder_lock(folder, "logs")
 
 
-def rotated(log: Path) -> Path:
-    """What was `log` before it was rotated last."""
+def previous_log(log: Path) -> Path:
+    """Return the path of the log before `log`."""
     return _numbered(log, 1)
 
 
@@ -65,23 +67,25 @@ def _numbered(log: Path, number: int) -> Path:
 
 
 def too_big(folder: Path) -> list[tuple[Path, int]]:
-    """The logs that are over their cap, with their sizes. Raises `OSError`."""
-    found = []
+    """Return the logs that are larger than `CAP`, with their sizes. Raises `OSError`."""
+    sizes = []
     for log in list_matching(folder, "", ".log"):
-        # It gets another name when its port's next server starts, at any moment.
+        # The start of a server may rename it at any moment.
         with contextlib.suppress(FileNotFoundError):
-            found.append((log, log.lstat().st_size))
-    return [(log, size) for log, size in found if size > CAP]
+            sizes.append((log, log.lstat().st_size))
+    return [(log, size) for log, size in sizes if size > CAP]
 
 
 def cut(log: Path, cap: int = CAP) -> bool:
-    """Copy the end of a log of more than `cap` bytes away and empty it, while its server writes on. What the server
-    writes in the instant between the two is lost, and only that. Returns whether it was still as long: somebody else
-    may have been quicker, or another server's log have its name by now. Raises `Busy` (logs_locked), `OSError`."""
-    with _alone(log.parent):
+    """Copy the end of a log of more than `cap` bytes to `.log.1` and empty the log, while its server runs.
+
+    Only output of the instant between the two is lost. Return False if the log is not that long: another
+    process has truncated it, or renamed it for the next server. Raises `Busy` (logs_locked), `OSError`.
+    """
+    with _logs_lock(log.parent):
         if log.lstat().st_size <= cap:
             return False
-        for number in range(KEPT, 1, -1):
+        for number in range(KEPT_LOGS, 1, -1):
             if _numbered(log, number - 1).exists():
                 _numbered(log, number - 1).replace(_numbered(log, number))
         with open(log, "rb") as source, open(_numbered(log, 1), "wb") as copy:
@@ -94,149 +98,154 @@ def cut(log: Path, cap: int = CAP) -> bool:
 
 @dataclass(frozen=True)
 class Mark:
-    """How far somebody has read: a file by its inode, for it gets another name when the next server starts; a position
-    in it; and a checksum of what is before that, for it may be cut, and an inode used again."""
+    """A reading position. It stays valid when the log is renamed, and becomes invalid when it is truncated."""
 
     inode: int
+    """Identifies the file after a rename."""
     position: int
     before: int
+    """A checksum of the bytes before the position: the log may be truncated, and an inode may be reused."""
 
     def __str__(self) -> str:
         return f"{self.inode:x}-{self.position:x}-{self.before:x}"
 
 
 START = Mark(0, 0, 0)
-"""The beginning of a log that is yet to come."""
+"""The beginning of a log that may not exist yet."""
 
 
-def mark(text: str) -> Mark | None:
-    """The mark of `str(mark)`; None if the text is none."""
+def parse_mark(text: str) -> Mark | None:
+    """Return the mark that `str(mark)` wrote; None if the text is not a mark."""
     if not _MARK.fullmatch(text):
         return None
     return Mark(*(int(part, 16) for part in text.split("-")))
 
 
 def last_lines(log: Path, count: int) -> Mark:
-    """Where the last `count` whole lines of a log begin. Raises `FileNotFoundError`."""
+    """Return the mark at which the last `count` complete lines of a log begin. Raises `FileNotFoundError`."""
     with open(open_file(log), "rb", buffering=0) as file:
         size = start = file.seek(0, 2)
         block, ends = b"", 0
         while start > 0 and ends <= count and size - start < CAP:
-            step = min(BLOCK, start)
+            step = min(BLOCK_BYTES, start)
             start -= step
             block = os.pread(file.fileno(), step, start)
             ends += block.count(b"\n")
         if ends > count:
-            # The end of the line before them is in the block that was read last.
+            # The newline before these lines is in the block that was read last.
             start += len(block) - len(block.split(b"\n", ends - count)[-1])
-        return _mark(file, start)
+        return _mark_at(file, start)
 
 
-def _mark(file: FileIO, position: int) -> Mark:
-    first = max(0, position - CHECKED)
+def _mark_at(file: FileIO, position: int) -> Mark:
+    first = max(0, position - CHECKSUM_BYTES)
     before = os.pread(file.fileno(), position - first, first)
     return Mark(os.fstat(file.fileno()).st_ino, position, zlib.crc32(before))
 
 
 @dataclass(frozen=True)
-class Read:
-    """A line, made harmless, and where reading goes on after it."""
+class Line:
+    """A line without control characters, and the mark after it."""
 
     text: str
     mark: Mark
 
 
 class _Reader:
-    """One log file, read on from a position."""
+    """Reads one log file from a position on."""
 
     def __init__(self, file: FileIO, position: int = 0) -> None:
         self.file = file
-        self._go_to(position)
+        self._seek(position)
 
-    def _go_to(self, position: int) -> None:
+    def _seek(self, position: int) -> None:
         self.file.seek(position)
         self._position = position
-        """Behind the last line that was given out."""
+        """After the last returned line."""
         self._pending = b""
 
-    def lines(self) -> Iterator[Read]:
-        """The whole lines that are there by now; a very long one in pieces."""
-        if os.fstat(self.file.fileno()).st_size < self.file.tell():
-            self._go_to(0)  # cut: what is in it now is all new
-        while data := self.file.read(LONGEST_LINE):
+    def lines(self) -> Iterator[Line]:
+        """Yield the complete lines up to the end of the file; a very long line in pieces."""
+        if os.fstat(self.file.fileno()).st_size < self._position + len(self._pending):
+            self._seek(0)  # truncated: everything in it is new
+        while data := self.file.read(MAX_LINE_BYTES):
             *lines, self._pending = (self._pending + data).split(b"\n")
             for line in lines:
-                yield self._given(line + b"\n")
-            if len(self._pending) > LONGEST_LINE:
+                yield self._line(line + b"\n")
+            if len(self._pending) > MAX_LINE_BYTES:
                 yield from self.rest()
 
-    def rest(self) -> Iterator[Read]:
-        """What follows the last line's end."""
+    def rest(self) -> Iterator[Line]:
+        """Yield the incomplete last line."""
         pending, self._pending = self._pending, b""
         if pending:
-            yield self._given(pending)
+            yield self._line(pending)
 
-    def _given(self, line: bytes) -> Read:
+    def _line(self, line: bytes) -> Line:
         self._position += len(line)
-        return Read(_shown(line), _mark(self.file, self._position))
+        return Line(_clean_text(line), _mark_at(self.file, self._position))
 
 
-def read(log: Path, start: Mark) -> Iterator[Read]:
-    """What a log has from a mark to its end. Raises `FileNotFoundError`."""
+def read(log: Path, start: Mark) -> Iterator[Line]:
+    """Yield the lines from a mark to the end of the log. Raises `FileNotFoundError`."""
     with open(open_file(log), "rb", buffering=0) as file:
         reader = _Reader(file, start.position)
         yield from reader.lines()
         yield from reader.rest()
 
 
-def follow(log: Path, start: Mark, idle: Callable[[], None]) -> Iterator[Read]:
-    """The lines that come after a mark, for ever: over rotations, over a cut, and from a file that is yet to come.
+def follow(log: Path, start: Mark, idle: Callable[[], None]) -> Iterator[Line]:
+    """Yield the lines after a mark without end, across rotations and truncation. The log may not exist yet.
 
-    `idle` is called while there is nothing to tell. Raises `LookupError` if what the mark is in is not there any more.
+    `idle` is called while there is no new line. Raises `LookupError` if the mark's file or its content is gone.
     """
-    reader = _at(log, start)
+    reader = _reader_at(log, start)
     while True:
         if reader is None:
-            reader = _reader(log)
-        newer = _newer(log, reader.file) if reader else None
-        told = False
-        # Looked for before reading: then what the old server still wrote into the older file is not missed.
+            reader = _open_reader(log)
+        newer = _next_log(log, reader.file) if reader else None
+        has_new_line = False
+        # `newer` was found before this reading, so the last lines of the old server are not missed.
         for line in reader.lines() if reader else ():
-            told = True
+            has_new_line = True
             yield line
         if reader is not None and newer is not None:
             yield from reader.rest()
             reader.file.close()
             reader = newer
-        elif not told:
+        elif not has_new_line:
             idle()
-            time.sleep(POLL_SECONDS)
+            time.sleep(FOLLOW_POLL_SECONDS)
 
 
-def _at(log: Path, start: Mark) -> _Reader | None:
-    """The file of a mark, whatever its name is by now."""
+def _reader_at(log: Path, start: Mark) -> _Reader | None:
+    """Find the file of a mark, which may have been renamed. Return None for `START`."""
     if start == START:
         return None
-    for number in range(KEPT + 1):
-        reader = _reader(_numbered(log, number), start.position)
-        if reader is not None and _mark(reader.file, start.position) == start:
+    for number in range(KEPT_LOGS + 1):
+        reader = _open_reader(_numbered(log, number), start.position)
+        if reader is not None and _mark_at(reader.file, start.position) == start:
             return reader
         if reader is not None:
             reader.file.close()
     raise LookupError(str(start))
 
 
-def _newer(log: Path, file: FileIO) -> _Reader | None:
-    """The log of the start that came next; None as long as there was none."""
+def _next_log(log: Path, file: FileIO) -> _Reader | None:
+    """Return the log of the next start after `file`; None if there is none yet."""
     if _is_same(log, file):
         return None
-    files = {number: found for number in range(KEPT + 1) if (found := _reader(_numbered(log, number))) is not None}
-    at = next((number for number in files if _is_same(_numbered(log, number), file)), KEPT + 1)
-    next_one = max((number for number in files if number < at), default=None)
-    for number, each in files.items():
-        if number != next_one:
-            each.file.close()
-    return None if next_one is None else files[next_one]
+    readers = {
+        number: reader
+        for number in range(KEPT_LOGS + 1)
+        if (reader := _open_reader(_numbered(log, number))) is not None
+    }
+    current = next((number for number in readers if _is_same(_numbered(log, number), file)), KEPT_LOGS + 1)
+    following = max((number for number in readers if number < current), default=None)
+    for number, reader in readers.items():
+        if number != following:
+            reader.file.close()
+    return None if following is None else readers[following]
 
 
 def _is_same(path: Path, file: FileIO) -> bool:
@@ -246,12 +255,12 @@ def _is_same(path: Path, file: FileIO) -> bool:
         return False
 
 
-def _reader(path: Path, position: int = 0) -> _Reader | None:
+def _open_reader(path: Path, position: int = 0) -> _Reader | None:
     try:
         return _Reader(open(open_file(path), "rb", buffering=0), position)
     except FileNotFoundError:
         return None
 
 
-def _shown(line: bytes) -> str:
+def _clean_text(line: bytes) -> str:
     return clean(line.decode("utf-8", "replace").rstrip("\r\n"))

@@ -1,4 +1,4 @@
-"""Does a model fit in memory beside what serves already? Budget, what is in use, and the refusal with its numbers."""
+"""Check whether a model fits in memory: the budget, the memory in use, and the refusal with its numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mlxops.agent.hub.snapshot import shape, weight_files
 from mlxops.agent.paths import HostPaths
 from mlxops.agent.serving import servers
 from mlxops.agent.serving.observe import real_path, repo_of
-from mlxops.agent.serving.servers import Found
+from mlxops.agent.serving.servers import ServerProcess
 from mlxops.core import memory
 from mlxops.core.errors import Refused
 from mlxops.core.memory import Estimate, Use
@@ -24,20 +24,20 @@ from mlxops.core.records import Operation
 from mlxops.core.text import amount
 
 GPU_SHARE = 0.75
-"""What macOS lets the GPU wire by default: about three quarters of RAM."""
+"""The default of macOS for the memory that the GPU may wire: about three quarters of RAM."""
 LINUX_SHARE = 0.9
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes that all servers together may take, and what says so."""
+    """The bytes that all servers together may use, and where the number comes from."""
 
     size: int
     source: str
 
 
 def budget(paths: HostPaths, sysctl: Callable[[str], str] | None = None) -> Budget:
-    """`sysctl` reads one kernel variable, as macOS prints it; None: the system's own."""
+    """Return the host's memory budget. `sysctl` returns a kernel variable as macOS prints it; default: the real one."""
     if paths.settings.memory is not None:
         return Budget(paths.settings.memory, "memory in hosts.yaml")
     if sysctl is not None or sys.platform == "darwin":
@@ -47,14 +47,16 @@ def budget(paths: HostPaths, sysctl: Callable[[str], str] | None = None) -> Budg
 
 
 def _mac_budget(sysctl: Callable[[str], str]) -> Budget:
-    # 0 is the default, and means a share of RAM; the variable is there since macOS 14.
-    wired = _number(sysctl("iogpu.wired_limit_mb")) * 1024 * 1024
+    # 0 is the default and means a share of RAM. The variable exists since macOS 14.
+    wired = _parse_number(sysctl("iogpu.wired_limit_mb")) * 1024 * 1024
     if wired:
         return Budget(wired, "iogpu.wired_limit_mb")
-    return Budget(int(_number(sysctl("hw.memsize")) * GPU_SHARE), "three quarters of RAM, the GPU's default limit")
+    return Budget(
+        int(_parse_number(sysctl("hw.memsize")) * GPU_SHARE), "three quarters of RAM, the GPU's default limit"
+    )
 
 
-def _number(text: str) -> int:
+def _parse_number(text: str) -> int:
     return int(text.strip()) if text.strip().isdecimal() else 0
 
 
@@ -65,8 +67,10 @@ def _sysctl(name: str) -> str:
 
 
 def estimate_of(path: Path, context_length: int | None = None, model_type: str = "lm") -> Estimate | None:
-    """What the snapshot at `path` would take; None if there are no weights. `context_length`: tokens, if it is set;
-    `model_type`: what the engine serves it as."""
+    """Estimate the memory of the snapshot at `path`; None if it has no weights.
+
+    `context_length`: in tokens, if it is set. `model_type`: the type as which the engine serves it.
+    """
     weights = sum(weight_files(path).values())
     if not weights:
         return None
@@ -75,39 +79,40 @@ def estimate_of(path: Path, context_length: int | None = None, model_type: str =
 
 
 def in_use(world: World, system: System, reserved: Mapping[int, Operation]) -> tuple[Use, ...]:
-    """Every MLX server of this machine: ours, those started by hand, boot's and other users', on any port.
+    """Return the memory use of every MLX server of this machine: managed, started by hand, by boot or by other users,
+    on any port.
 
-    What listens on a port of ours without being recognised is listed too, of unknown size: other users' processes
-    cannot be looked into everywhere. And what is `reserved` for servers that are about to be started, by port.
+    Also list unrecognised processes that listen on our ports, with unknown size: not every system shows other users'
+    processes. `reserved`: the memory of servers that are about to start, by port.
     """
     look = system.look(())
-    found, seen = [], set()
-    for server in servers.find(look):
+    uses, ports_seen = [], set()
+    for server in servers.find_servers(look):
         view = next((v for v in world.ports.values() if {v.pid, *v.members} & set(server.family)), None)
-        found.append(_use(world, system, server, view))
-        seen |= {view.port} if view else set()
+        uses.append(_use(world, system, server, view))
+        ports_seen |= {view.port} if view else set()
     for view in world.ports.values():
-        if view.owner is not None and view.pid is not None and view.port not in seen:
+        if view.owner is not None and view.pid is not None and view.port not in ports_seen:
             size = view.memory_bytes
-            found.append(Use(view.port, view.model or "unknown", view.owner.value, view.pid, None, size))
+            uses.append(Use(view.port, view.model or "unknown", view.owner.value, view.pid, None, size))
     for port, operation in reserved.items():
-        more = (operation.reserves or 0) - sum(use.counted for use in found if use.port == port)
+        more = (operation.reserves or 0) - sum(use.counted for use in uses if use.port == port)
         if more > 0:
-            found.append(Use(port, operation.model or "unknown", "loading", None, more, None))
-    return tuple(sorted(found, key=lambda use: (use.port or 0, use.pid or 0)))
+            uses.append(Use(port, operation.model or "unknown", "loading", None, more, None))
+    return tuple(sorted(uses, key=lambda use: (use.port or 0, use.pid or 0)))
 
 
-def _use(world: World, system: System, server: Found, view: PortView | None) -> Use:
-    """Describe a server's memory. `view`: the port of ours that it serves, if any."""
-    process, seen = server.process, server.seen
-    path = real_path(system.folder(process.pid), seen.model)
-    given = long_options(process.argv)
-    asked, model_type = given.get("--context-length", ""), given.get("--model-type", "lm")
-    expected = estimate_of(Path(path), int(asked) if asked.isdecimal() else None, model_type) if path else None
+def _use(world: World, system: System, server: ServerProcess, view: PortView | None) -> Use:
+    """Describe a server's memory. `view`: the managed port that it serves, if any."""
+    process, detected = server.process, server.detected
+    path = real_path(system.folder(process.pid), detected.model)
+    flags = long_options(process.argv)
+    context, model_type = flags.get("--context-length", ""), flags.get("--model-type", "lm")
+    expected = estimate_of(Path(path), int(context) if context.isdecimal() else None, model_type) if path else None
     owner = "hand" if process.uid == os.getuid() else "foreign"
     return Use(
-        port=view.port if view else _port(world, system, server),
-        model=(view.model if view else None) or repo_of(path) or seen.model or "unknown",
+        port=view.port if view else _server_port(world, system, server),
+        model=(view.model if view else None) or repo_of(path) or detected.model or "unknown",
         owner=view.owner.value if view and view.owner else owner,
         pid=process.pid,
         estimated_bytes=expected.total if expected else None,
@@ -115,21 +120,21 @@ def _use(world: World, system: System, server: Found, view: PortView | None) -> 
     )
 
 
-def _port(world: World, system: System, server: Found) -> int | None:
-    """Return the port on which a server listens, else the one it was given, unless another server has taken that."""
+def _server_port(world: World, system: System, server: ServerProcess) -> int | None:
+    """Return the port on which a server listens, else the port in its arguments unless it could not bind it."""
     ports = {port for pid in server.family for port in system.ports_of(pid) or ()}
     if ports:
         return min(ports)
-    lost = any(server.process.pid == each.pid for view in world.ports.values() for each in view.portless)
-    return None if lost else server.seen.port
+    portless = any(server.process.pid == each.pid for view in world.ports.values() for each in view.portless)
+    return None if portless else server.detected.port
 
 
 def check_fits(
     name: str, need: Estimate, limit: Budget, uses: Collection[Use], leaving: Collection[int], ports: Collection[int]
 ) -> None:
-    """Raises `Refused` (does_not_fit) with the numbers and the smallest set of unloads that would make room.
+    """Raise `Refused` (does_not_fit) if a model does not fit, with the smallest set of unloads that would make room.
 
-    `leaving` are the ports that are freed anyway; only servers on `ports` can be unloaded.
+    `leaving`: ports that will be free anyway. Only servers on `ports` can be unloaded.
     """
     staying = [use for use in uses if use.port not in leaving]
     used = sum(use.counted for use in staying)
@@ -155,5 +160,5 @@ def check_fits(
 
 def _make_room(room: tuple[Use, ...] | None) -> str:
     if room is None:
-        return "nothing that could be unloaded makes room; choose a smaller model, or take the risk: --overcommit"
+        return "no unload would make enough room; choose a smaller model, or take the risk: --overcommit"
     return f"make room: {'; '.join(use.unload for use in room)}; or take the risk: --overcommit"

@@ -1,4 +1,4 @@
-"""Look at every port of the host, once, and say what is there. Changes nothing."""
+"""Observe every port of the host once and determine its state. Changes nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mlxops.agent.engines import ENGINES
 from mlxops.agent.host.system import Listener, Look, System, collides
 from mlxops.agent.paths import HostPaths
 from mlxops.agent.serving import processes, servers
-from mlxops.agent.serving.servers import Found
+from mlxops.agent.serving.servers import ServerProcess
 from mlxops.agent.state.operation_log import OperationState, operation_state
 from mlxops.agent.state.store import Store, format_utc
 from mlxops.common import files
@@ -45,21 +45,21 @@ def observe(
     only: Iterable[int] | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> World:
-    """All ports of the range and those that the registry names, in one pass.
+    """Observe all ports of the range and all assigned ports, in one pass.
 
-    `own` is the operation that asks: it is not in its own way. `only` restricts the ports. `environ` is the environment
-    for asking service managers; default: this process's.
+    `own`: the operation that observes; its locks are ignored. `only` restricts the ports. `environ`: the environment
+    for the service managers' programs; default: this process's.
     """
     assigned = {model.port for model in registry.models.values() if model.port is not None}
     ports = sorted(set(only) if only is not None else set(paths.settings.ports) | assigned)
     jobs = _boot_jobs(paths, system, os.environ if environ is None else environ)
     signals, states = _all_signals(paths, store, system, ports, own, jobs)
-    answers = _ask(paths, [each for each in signals if each.listening and (each.run or each.hand)])
-    silent = {port for port, answer in answers.items() if answer is Health.SILENT}
+    health = _probe_health(paths, [each for each in signals if each.listening and (each.run or each.hand)])
+    silent = {port for port, answer in health.items() if answer is Health.SILENT}
     signals, busy = _with_connected(system, signals, silent)
     views = {
         each.port: judge(
-            replace(each, answer=answers.get(each.port, Health.NOT_ASKED), busy=each.port in busy), registry
+            replace(each, answer=health.get(each.port, Health.NOT_ASKED), busy=each.port in busy), registry
         )
         for each in signals
     }
@@ -69,8 +69,10 @@ def observe(
 def _all_signals(
     paths: HostPaths, store: Store, system: System, ports: list[int], own: str | None, jobs: BootJobs | None
 ) -> tuple[list[Signals], tuple[JobState, ...]]:
-    """Return the signals of the ports, and the state of their boot jobs. If the host or a port cannot be observed, its
-    signals say so: that does not mean that nothing is there."""
+    """Return the signals of the ports, and the state of their boot jobs.
+
+    If the host or a port cannot be observed, the signals have an error: the port may be in use.
+    """
     try:
         look, unsure = _with_unseen(system, system.look(frozenset(ports)), paths, ports)
         hand = _hand_started(paths, system, look, ports)
@@ -78,18 +80,18 @@ def _all_signals(
         raise
     except MlxopsError as error:
         return [_unknown(paths, port, f"{error.message}: {error.why}") for port in ports], ()
-    found = []
+    signals = []
     for port in ports:
         try:
-            seen = _signals(paths, store, system, look, hand, port, own, jobs)
+            observed = _signals(paths, store, system, look, hand, port, own, jobs)
         except Interrupted:
             raise
         except MlxopsError as error:
-            seen = _unknown(paths, port, f"{error.message}: {error.why}")
+            observed = _unknown(paths, port, f"{error.message}: {error.why}")
         except OSError as error:
-            seen = _unknown(paths, port, f"{error.filename or 'its state'} cannot be read: {error.strerror}")
-        found.append(_unknown(paths, port, unsure[port]) if port in unsure else seen)
-    return _with_boot_jobs(jobs, look, found) if jobs else (found, ())
+            observed = _unknown(paths, port, f"{error.filename or 'its state'} cannot be read: {error.strerror}")
+        signals.append(_unknown(paths, port, unsure[port]) if port in unsure else observed)
+    return _with_boot_jobs(jobs, look, signals) if jobs else (signals, ())
 
 
 def _boot_jobs(paths: HostPaths, system: System, environ: Mapping[str, str]) -> BootJobs | None:
@@ -103,8 +105,7 @@ def _boot_jobs(paths: HostPaths, system: System, environ: Mapping[str, str]) -> 
 def _with_boot_jobs(jobs: BootJobs, look: Look, signals: list[Signals]) -> tuple[list[Signals], tuple[JobState, ...]]:
     """Add a claim to each idle port that a running job is about to take, and return the state of the jobs.
 
-    A job that already serves, on its own port or elsewhere, is running, and takes no idle port. Service managers are
-    asked only about the others.
+    A job that already serves, on any port, takes no idle port. Service managers are asked only about the other jobs.
     """
     serving = {each.boot.job: each.boot for each in signals if each.boot}
     ports = {each.port for each in signals}
@@ -129,7 +130,7 @@ def _unknown(paths: HostPaths, port: int, why: str) -> Signals:
 
 
 def _with_connected(system: System, signals: list[Signals], silent: set[int]) -> tuple[list[Signals], frozenset[int]]:
-    """Which silent servers somebody is connected to; without that, nobody can say whether they are wedged or busy."""
+    """Find the silent servers with an open connection: they are busy, the others are wedged."""
     try:
         return signals, system.connected(silent) if silent else frozenset()
     except Interrupted:
@@ -140,8 +141,8 @@ def _with_connected(system: System, signals: list[Signals], silent: set[int]) ->
 
 
 def _with_unseen(system: System, look: Look, paths: HostPaths, ports: Iterable[int]) -> tuple[Look, Mapping[int, str]]:
-    """Where the listeners of other users cannot be seen, a connect tells that there is one: only a refused one tells
-    that there is none. Also returns the ports, with the reason, of which that could not be found out."""
+    """Where other users' listeners are invisible, add those that accept a connect. Only a refused connect means that
+    there is none. Also return the ports for which that could not be found out, with the reason."""
     if system.sees_all_listeners:
         return look, {}
     unseen, unsure = [], {}
@@ -154,7 +155,7 @@ def _with_unseen(system: System, look: Look, paths: HostPaths, ports: Iterable[i
         except ConnectionRefusedError:
             continue
         except OSError as error:
-            unsure[port] = f"whether anything listens could not be found out: {error.strerror or error}"
+            unsure[port] = f"cannot find out whether anything listens: {error.strerror or error}"
     return replace(look, listeners=(*look.listeners, *unseen)), unsure
 
 
@@ -164,7 +165,7 @@ class ByHand:
 
     listening: Server | None = None
     portless: tuple[Server, ...] = ()
-    """Servers that were given this port, and listen nowhere."""
+    """Servers that were started for this port and listen nowhere."""
 
     @property
     def first(self) -> Server | None:
@@ -176,37 +177,37 @@ class ByHand:
 
 
 def _hand_started(paths: HostPaths, system: System, look: Look, ports: Iterable[int]) -> Mapping[int, ByHand]:
-    """Return this user's servers by port: the port on which they listen, or if they listen nowhere, were given."""
-    mine = [each for each in servers.find(look) if each.process.uid == os.getuid()]
+    """Return this user's servers by port: the port on which they listen, else the port in their arguments."""
+    mine = [each for each in servers.find_servers(look) if each.process.uid == os.getuid()]
     silent = [each for each in mine if not any(set(each.family) & listener.pids for listener in look.listeners)]
-    found: dict[int, ByHand] = {}
+    by_port: dict[int, ByHand] = {}
     for port in ports:
         pids = {pid for each in look.on(paths.settings.bind, port) for pid in each.pids}
         owner = next((each for each in mine if pids and pids <= set(each.family)), None)
-        meant = [each for each in silent if each.seen.port == port and _same_address(each.seen.host, paths)]
-        portless = [each for each in meant if _listens_nowhere(system, each)]
+        intended = [each for each in silent if each.detected.port == port and _same_address(each.detected.host, paths)]
+        portless = [each for each in intended if _listens_nowhere(system, each)]
         if owner or portless:
-            found[port] = ByHand(
+            by_port[port] = ByHand(
                 _server(system, look, owner) if owner else None,
                 tuple(_server(system, look, each) for each in portless),
             )
-    return found
+    return by_port
 
 
-def _listens_nowhere(system: System, found: Found) -> bool:
-    """Whether a server listens on no port at all, observed or not. False if that cannot be seen."""
-    return all(system.ports_of(pid) == frozenset() for pid in found.family)
+def _listens_nowhere(system: System, server: ServerProcess) -> bool:
+    """Return whether a server listens on no port, observed or not; False if that cannot be seen."""
+    return all(system.ports_of(pid) == frozenset() for pid in server.family)
 
 
-def _server(system: System, look: Look, found: Found) -> Server:
-    process = found.process
-    path = real_path(system.folder(process.pid), found.seen.model)
+def _server(system: System, look: Look, server: ServerProcess) -> Server:
+    process = server.process
+    path = real_path(system.folder(process.pid), server.detected.model)
     starter = servers.starter(look, process.pid)
     return Server(
         process.pid,
         process.pgid,
-        found.engine,
-        repo_of(path) or found.seen.model,
+        server.engine,
+        repo_of(path) or server.detected.model,
         process.argv,
         process.start,
         path=path,
@@ -216,15 +217,15 @@ def _server(system: System, look: Look, found: Found) -> Server:
 
 
 def real_path(folder: str | None, model: str) -> str:
-    """Where a server's model argument leads from its working directory, through links; empty if nowhere."""
+    """Resolve a server's model argument from its working directory, through links; "" if it is no folder."""
     path = os.path.realpath(os.path.join(folder or "/", model))
     return path if model and os.path.isdir(path) else ""
 
 
 def repo_of(path: str) -> str | None:
-    """The repository whose snapshot a path of a Hugging Face cache is."""
-    found = re.search(r"/models--([^/]+)--([^/]+)/snapshots/[^/]+$", path)
-    return f"{found[1]}/{found[2]}" if found else None
+    """Return the repository of a snapshot path in a Hugging Face cache."""
+    match = re.search(r"/models--([^/]+)--([^/]+)/snapshots/[^/]+$", path)
+    return f"{match[1]}/{match[2]}" if match else None
 
 
 def _same_address(host: str | None, paths: HostPaths) -> bool:
@@ -245,12 +246,12 @@ def _signals(
     own: str | None,
     jobs: BootJobs | None,
 ) -> Signals:
-    # Asked before and after its record is read: a load that ends in between must not look like one that was cut short.
+    # Read the holder before and after the record: a load that ends in between must not look interrupted.
     holder = store.holder(f"port-{port}")
     run, broken = _run_record(store, port)
     holder = holder or store.holder(f"port-{port}")
     operation = None if holder is None or holder.id == own else holder
-    stand = operation_state(store.state / "ops", operation.id) if operation else OperationState()
+    state = operation_state(store.state / "ops", operation.id) if operation else OperationState()
     listeners = look.on(paths.settings.bind, port)
     pids = frozenset(pid for each in listeners for pid in each.pids)
     unowned = any(not each.pids and each.uid in (None, os.getuid()) for each in listeners)
@@ -278,8 +279,8 @@ def _signals(
         portless=portless,
         boot=claim,
         operation=operation,
-        activity=str(stand),
-        progress=stand.progress,
+        activity=str(state),
+        progress=state.progress,
         stranger=_describe(look, others) if listeners and (others or not pids) else "",
         memory_bytes=system.memory(members) if members else None,
         last_words=_last_words(store.log_path(port)) if run is not None and not members else "",
@@ -288,7 +289,7 @@ def _signals(
 
 
 def _run_record(store: Store, port: int) -> tuple[Run | None, bool]:
-    """The record, and whether there is one that says nothing. Raises `OSError` for one that may say anything."""
+    """Return the record, and whether it is damaged. Raises `OSError` if it cannot be read."""
     try:
         return store.run(port), False
     except ValueError:
@@ -304,60 +305,60 @@ def _boot_claim(
     members: tuple[int, ...],
     hand: Server | None,
 ) -> BootClaim | None:
-    """Return the claim of a boot job to a port's server; None for a server that mlxops itself started."""
+    """Return the claim of a boot job to a port's server; None for a server that mlxops started."""
     pids = {pid for each in listeners for pid in each.pids} | ({hand.pid} if hand else set())
     if run is not None and not run.adopted and pids & set(members):
         return None
-    # A listener of this user without a process is one that is just ending, and not the boot job's.
+    # If this user's listener has no process, the process is just ending; it is not the boot job's.
     if listeners and not pids and all(each.uid != os.getuid() for each in listeners):
         return jobs.unseen(look, port)
     return jobs.claim(look, port, pids)
 
 
 def _describe(look: Look, pids: Iterable[int]) -> str:
-    named = [
+    descriptions = [
         f"pid {pid}: {clean(shlex.join(look.processes[pid].argv))[:160]}"
         for pid in sorted(pids)
         if pid in look.processes
     ]
-    return "; ".join(named) or "another user's process"
+    return "; ".join(descriptions) or "another user's process"
 
 
-def _ask(paths: HostPaths, signals: list[Signals]) -> dict[int, Health]:
-    """The cheap probes, all at once: whatever hangs, this takes no longer than one probe."""
-    answers: dict[int, Health] = {}
+def _probe_health(paths: HostPaths, signals: list[Signals]) -> dict[int, Health]:
+    """Probe all servers in parallel, so that hung servers delay this by no more than one probe's time limit."""
+    health: dict[int, Health] = {}
 
-    def ask(port: int, engine: str) -> None:
-        answers[port] = ENGINES[engine].health(paths.connect_host, port, PROBE_SECONDS)
+    def probe(port: int, engine: str) -> None:
+        health[port] = ENGINES[engine].health(paths.connect_host, port, PROBE_SECONDS)
 
-    asked: dict[int, threading.Thread] = {}
+    threads: dict[int, threading.Thread] = {}
     for each in signals:
         engine = each.run.engine if each.run and each.members else each.hand.engine if each.hand else None
-        thread = threading.Thread(target=ask, args=(each.port, engine), daemon=True)
-        # RuntimeError: the system gives us no further thread.
+        thread = threading.Thread(target=probe, args=(each.port, engine), daemon=True)
+        # RuntimeError: the system allows no further thread.
         with contextlib.suppress(RuntimeError):
             if engine in ENGINES:
                 thread.start()
-                asked[each.port] = thread
-    for thread in asked.values():
+                threads[each.port] = thread
+    for thread in threads.values():
         thread.join(PROBE_SECONDS * 2)
-    return {port: answers.get(port, Health.SILENT) for port in asked}
+    return {port: health.get(port, Health.SILENT) for port in threads}
 
 
 def _last_words(log: Path) -> str:
-    """When a server last wrote to its log, and what: how it ended, nobody saw who could tell."""
+    """Return when a server last wrote to its log, and what: the only evidence of how it ended."""
     from mlxops.agent.serving.last_words import last_line  # its patterns take 2 ms to compile
 
-    words = last_line(tail(log))
+    line = last_line(tail(log))
     try:
         when = format_utc(log.stat().st_mtime)
     except OSError:
         return ""
-    return f"last sign of life {when}" + (f": {words}" if words else "")
+    return f"last sign of life {when}" + (f": {line}" if line else "")
 
 
 def tail(path: Path, size: int = 8192) -> str:
-    """The end of a log, made harmless; empty if there is none."""
+    """Return the end of a log without control characters; empty if there is none."""
     try:
         end = files.read_end(path, size).decode(errors="replace")
         return "\n".join(clean(line) for line in end.splitlines())

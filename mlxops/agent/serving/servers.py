@@ -1,8 +1,8 @@
 """Decide which processes are servers, and which other processes belong to each. Pure: works on one `Look`.
 
-A server is a process that runs an engine's program, with all its descendants. Words in an argv are never enough: tmux,
-an ssh client or a notebook may have them, too. A parent that only waits for the server, such as `uv run` or a shell
-with a script, belongs to it. Every other parent has work of its own, and does not.
+A server is a process that runs an engine's program, with all its descendants. Words in an argv are not enough: tmux, an
+ssh client or a notebook may have them too. A parent that only waits for the server, such as `uv run` or a shell with a
+script, belongs to it. Every other parent has work of its own and does not belong to it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ PREFIXES = frozenset(
         *("doppler", "infisical", "chamber", "aws-vault"),
     }
 )
-"""Programs whose only work is to run the command that they are given."""
+"""Programs that only run the command in their arguments."""
 RUNNERS = frozenset(
     {
         *("uv", "poetry", "pdm", "pipenv", "pipx", "hatch", "rye", "pixi", "conda", "mamba", "micromamba"),
         *("mise", "asdf", "pyenv", "devbox", "nix", "op"),
     }
 )
-"""Programs that do so with one of these subcommands."""
+"""Programs that do so with one of the subcommands in `_RUN`."""
 _RUN = frozenset({"run", "exec", "x", "tool", "shell", "develop"})
 _SHELL_OPTIONS_WITH_VALUE = frozenset({"-o", "+o", "-O", "+O", "--rcfile", "--init-file"})
 INITS = frozenset({"init", "systemd", "launchd"})
@@ -40,21 +40,23 @@ INITS = frozenset({"init", "systemd", "launchd"})
 
 
 @dataclass(frozen=True)
-class Found:
+class ServerProcess:
     """A server in the process table."""
 
     process: Process
     engine: str
-    seen: DetectedServer
+    detected: DetectedServer
     family: tuple[int, ...]
     """Its process and all its descendants, without other servers."""
 
 
-def find(look: Look) -> list[Found]:
+def find_servers(look: Look) -> list[ServerProcess]:
     """Return the servers of all users. A fork of a server, which has the same argv, is part of that server."""
-    known = {p.pid: found for p in look.processes.values() if not p.zombie and (found := recognise(p.argv))}
-    roots = {pid for pid in known if not _is_fork(look, pid)}
-    return [Found(look.processes[pid], *known[pid], _below(look, pid, roots)) for pid in sorted(roots)]
+    recognised = {p.pid: pair for p in look.processes.values() if not p.zombie and (pair := recognise(p.argv))}
+    roots = {pid for pid in recognised if not _is_fork(look, pid)}
+    return [
+        ServerProcess(look.processes[pid], *recognised[pid], _descendants(look, pid, roots)) for pid in sorted(roots)
+    ]
 
 
 def _is_fork(look: Look, pid: int) -> bool:
@@ -65,16 +67,16 @@ def _is_fork(look: Look, pid: int) -> bool:
 def family(look: Look, pid: int) -> tuple[int, ...]:
     """Return a process and all its descendants, without other servers."""
     if not recognise(look.processes[pid].argv):
-        return _below(look, pid, ())  # adopted, and its argv has changed: a server below it is itself
+        return _descendants(look, pid, ())  # adopted, and its argv has changed: a server below it is the same server
     others = {p.pid for p in look.processes.values() if recognise(p.argv) and not _is_fork(look, p.pid)}
-    return _below(look, pid, others)
+    return _descendants(look, pid, others)
 
 
-def _below(look: Look, pid: int, others: Collection[int]) -> tuple[int, ...]:
-    found = [pid]
-    for each in found:
-        found += [child for child in look.children.get(each, ()) if child not in others and child not in found]
-    return tuple(found)
+def _descendants(look: Look, pid: int, others: Collection[int]) -> tuple[int, ...]:
+    pids = [pid]
+    for each in pids:
+        pids += [child for child in look.children.get(each, ()) if child not in others and child not in pids]
+    return tuple(pids)
 
 
 def wrappers(look: Look, pid: int) -> tuple[int, ...]:
@@ -82,7 +84,7 @@ def wrappers(look: Look, pid: int) -> tuple[int, ...]:
 
     Each has the same process group and user, runs a program that does nothing else, and has no other child.
     """
-    found: list[int] = []
+    pids: list[int] = []
     current = look.processes[pid]
     while True:
         parent = look.processes.get(current.ppid)
@@ -94,8 +96,8 @@ def wrappers(look: Look, pid: int) -> tuple[int, ...]:
             or not is_wrapper(parent.argv)
             or look.children.get(parent.pid, ()) != (current.pid,)
         ):
-            return tuple(reversed(found))
-        found.append(parent.pid)
+            return tuple(reversed(pids))
+        pids.append(parent.pid)
         current = parent
 
 
@@ -130,10 +132,10 @@ def _name(argv: Sequence[str]) -> str:
 
 def _runs_a_script(argv: Sequence[str]) -> bool:
     """Whether a shell with this argv runs a file or a command string. Without one, it may be interactive."""
-    words = iter(argv[1:])
-    for word in words:
+    arguments = iter(argv[1:])
+    for word in arguments:
         if word in _SHELL_OPTIONS_WITH_VALUE:
-            next(words, None)
+            next(arguments, None)
         elif word[:1] not in {"-", "+"} or word == "--command" or (not word.startswith("--") and "c" in word):
             return True
     return False
