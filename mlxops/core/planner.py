@@ -1,17 +1,18 @@
-"""(registry, what was observed, what is asked) -> what to do. Pure: it looks at nothing and changes nothing.
+"""Decide what an operation does, from the registry, the observed ports and the request. Pure.
 
-A plan is a value that can be shown (`--dry-run`) before it is carried out. What must not be done is a `Refused`.
+A plan is a value: `--dry-run` shows it, an operation executes it. A plan that is not allowed raises `Refused`.
 """
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from mlxops.core.errors import MlxopsError, Refused, UsageError
-from mlxops.core.names import AUTO, is_model_name, is_repo_id, is_revision, shown
+from mlxops.core import refusals
+from mlxops.core.errors import Refused
+from mlxops.core.names import AUTO, is_model_name, is_repo_id, is_revision
 from mlxops.core.names import port as parse_port
 from mlxops.core.ports import Orphan, Owner, PortView, State, World
 from mlxops.core.records import Run, Server
@@ -21,32 +22,37 @@ from mlxops.core.settings import Settings
 
 @dataclass(frozen=True)
 class ModelRef:
-    """The model that a load is about. `entry` is None if it has yet to be registered."""
+    """The model to load. `entry` is None if it is not registered yet."""
 
     name: str
     repo_id: str
     revision: str | None = None
     entry: Model | None = None
     repoint: bool = False
-    """The entry is to serve another repository or revision than it says."""
+    """The load changes the entry's repository or revision."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """How the target would be served: what a running server is compared with."""
+    """How the model would be served. Running servers are compared with this."""
 
     repo_id: str
     revision: str
     engine: str
     argv: tuple[str, ...]
     path: str = ""
-    """The real path of its snapshot."""
+    """The real path of the snapshot."""
 
 
 class Outcome(StrEnum):
+    """What a load does on its port."""
+
     ALREADY = "already"
+    """Nothing: the model is served there."""
     ADOPT = "adopt"
+    """Take over the running server."""
     START = "start"
+    """Start a server."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +62,15 @@ class LoadPlan:
     alias: str
     outcome: Outcome
     stops: tuple[PortView, ...] = ()
-    """What is stopped first, in this order."""
+    """The servers to stop first, in this order."""
     previous: PortView | None = None
-    """What serves the port now and is started again if the new one fails."""
+    """The server that the port has now. It is started again if the new one fails."""
     adopts: PortView | None = None
-    """What becomes ours as it is."""
+    """The running server to adopt."""
     proves: PortView | None = None
-    """What serves already without being ours, and has to answer under the alias."""
+    """A server that is not ours, serves already, and must answer under the alias."""
     cleared: tuple[str, ...] = ()
-    """Other entries that lose their claim on the port in the write that assigns it."""
+    """Other entries that are assigned to the port. The write that assigns it clears them."""
     notes: tuple[str, ...] = ()
 
 
@@ -73,12 +79,12 @@ class UnloadPlan:
     port: int
     stop: PortView | None = None
     portless: tuple[Server, ...] = ()
-    """Servers started by hand for this port that listen nowhere. They are stopped, too."""
+    """Servers started by hand for this port that do not listen. They are stopped too."""
     clear: tuple[str, ...] = ()
     model: str | None = None
     notes: tuple[str, ...] = ()
     cancelled: bool = False
-    """A load that was on its way there was ended."""
+    """A running load of this port was cancelled."""
 
     @property
     def changed(self) -> bool:
@@ -89,104 +95,60 @@ class UnloadPlan:
 class ReconcilePlan:
     stops: tuple[PortView, ...] = ()
     clear: Mapping[str, int] | None = None
-    """Model name -> the port that it loses."""
+    """Model name -> the port that is cleared."""
     forget: tuple[int, ...] = ()
-    """Ports whose run record describes nothing that lives."""
+    """Ports whose run record describes no living process."""
     kept: tuple[str, ...] = ()
-    """What was left alone, and why."""
-
-
-def unknown_model(name: str, registry: Registry, port: str | None = None) -> Refused:
-    """`port`: as it was typed, if any."""
-    import difflib
-
-    # Also by the part behind the organisation, which people leave out.
-    known = {alike: model for model in registry.models for alike in (model, model.rpartition("/")[2])}
-    close = [*dict.fromkeys(known[alike] for alike in difflib.get_close_matches(name, known, n=3))]
-    return Refused(
-        "unknown_model",
-        f"there is no model {name!r} in the registry",
-        why="did you mean " + " or ".join(close) + "?" if close else "it was neither registered nor found by init",
-        hint=f"see: mlxctl list; or register it: mlxctl load {name} {_to(port)} --repo org/name",
-    )
-
-
-def _to(port: str | None) -> str:
-    return port if port and port.isdecimal() else f"--port {AUTO}"
+    """A sentence for each port that is left alone, with the reason."""
 
 
 def resolve(
     registry: Registry, name: str, repo_id: str | None, revision: str | None, port: str | None = None
 ) -> ModelRef:
-    """Which entry and which repository `--model NAME [--repo ORG/NAME[@REVISION]]` means. `port` is for the errors.
+    """Return the model that `--model NAME [--repo ORG/NAME[@REVISION]]` means. `port` is used in error texts only.
 
     Raises `Refused`: unknown_model, ambiguous_model, entry_unusable.
     """
     entry = registry.models.get(name)
     if entry is None and is_repo_id(name):
         if repo_id not in (None, name):
-            raise Refused(
-                "ambiguous_model",
-                f"--model {name} and --repo {repo_id} are two repositories",
-                why="a model that is named by its repository cannot serve another one",
-                hint=f"give it a name: mlxctl load {name.rpartition('/')[2]} {_to(port)} --repo {repo_id}",
-            )
+            raise refusals.two_repositories(name, repo_id, port)
         named = registry.with_repo(name)
         if len(named) > 1:
-            raise Refused(
-                "ambiguous_model",
-                f"several models are of {name}: {', '.join(model.name for model in named)}",
-                why="a repository is only then a model's name when one entry has it",
-                hint=f"name the one that you mean: mlxctl load {named[0].name} {_to(port)}",
-            )
+            raise refusals.several_entries(name, named, port)
         entry = named[0] if named else None
         repo_id = name
     if entry is None:
         if repo_id is None:
-            raise unknown_model(name, registry, port)
+            raise refusals.unknown_model(name, registry, port)
         return ModelRef(name, repo_id, revision)
     if repo_id is None and entry.repo_id is None:
-        raise Refused(
-            "entry_unusable",
-            f"the registry entry {entry.name!r} does not say what it is",
-            why="; ".join(entry.problems),
-            hint=f"repoint it: mlxctl load {entry.name} {_to(port)} --repo org/name",
-        )
-    chosen = repo_id or entry.repo_id or ""
-    repoint = chosen != entry.repo_id or (revision is not None and revision != entry.revision)
-    kept = entry.revision if chosen == entry.repo_id else None
-    return ModelRef(entry.name, chosen, revision or kept, entry, repoint)
+        raise refusals.entry_without_repo(entry, port)
+    repo = repo_id or entry.repo_id or ""
+    repoint = repo != entry.repo_id or (revision is not None and revision != entry.revision)
+    pinned = entry.revision if repo == entry.repo_id else None
+    return ModelRef(entry.name, repo, revision or pinned, entry, repoint)
 
 
-def choose_port(settings: Settings, registry: Registry, world: World, name: str, asked: str | None) -> int:
-    """The port of a load: as asked, or the model's own slot, or where it is now, or (auto) an idle one.
+def choose_port(settings: Settings, registry: Registry, world: World, name: str, typed: str | None) -> int:
+    """Return the port of a load: the typed one, else the model's own slot, else its current port. If "auto" is typed
+    and the model has neither, return the lowest idle port without an alias.
 
-    Raises `UsageError` for a malformed port and where none can be told, `Refused` (no_idle_port).
+    Raises `UsageError` (bad_port, port_needed) and `Refused` (no_idle_port).
     """
-    if asked is not None and asked != AUTO:
-        return parse_port(asked, settings.ports)
+    if typed is not None and typed != AUTO:
+        return parse_port(typed, settings.ports)
     entry = registry.models.get(name)
     current = entry.port if entry else None
     for own in (settings.slot_of(name), current):
         if own is not None and own in settings.ports:
             return own
-    if asked is None:
-        raise UsageError(
-            "port_needed",
-            f"no port is given, and {name!r} has none of its own",
-            why="it is neither the alias of a slot nor assigned to a port",
-            hint=f"let one be chosen: mlxctl load {name} --port auto; the ports: mlxctl status",
-        )
+    if typed is None:
+        raise refusals.port_needed(name)
     for port, view in sorted(world.ports.items()):
         if port in settings.ports and port not in settings.slots and view.unserved and not registry.on_port(port):
             return port
-    idle = [f"{port} ({view.alias})" for port, view in sorted(world.ports.items()) if view.unserved and view.alias]
-    raise Refused(
-        "no_idle_port",
-        "no port without an alias is idle",
-        why=f"idle slots with an alias: {', '.join(idle) or 'none'}",
-        hint="name one of them with --port, or unload a model first",
-    )
+    raise refusals.no_idle_port(world)
 
 
 def plan_load(
@@ -199,7 +161,7 @@ def plan_load(
     wanted: Wanted | None,
     force: bool,
 ) -> LoadPlan:
-    """What loading `target` on `port` takes. `wanted` is None while its files are not here.
+    """Return the plan to load `target` on `port`. `wanted` is None if the files are not in the cache yet.
 
     Raises `Refused`: alias_elsewhere, boot_port, foreign_port, unknown_port, port_in_use, model_elsewhere.
     """
@@ -210,195 +172,119 @@ def plan_load(
     stops = [*plan.stops]
     if plan.outcome is not Outcome.ALREADY:
         for old in _elsewhere(world, target, port):
-            _refuse_elsewhere(old, target, plan.outcome, force)
+            _refuse_second_server(old, target, plan.outcome, force)
             stops.append(old)
+    if plan.outcome is Outcome.ALREADY:
+        return plan
     cleared = tuple(model.name for model in registry.on_port(port) if model.name != target.name)
-    stale = [f"port {port} is taken over from {name}" for name in cleared]
-    return LoadPlan(
-        target,
-        port,
-        alias,
-        plan.outcome,
-        tuple(stops),
-        plan.previous,
-        view if plan.outcome is Outcome.ADOPT else None,
-        plan.proves,
-        cleared if plan.outcome is not Outcome.ALREADY else (),
-        (*plan.notes, *(stale if plan.outcome is not Outcome.ALREADY else ())),
+    return replace(
+        plan,
+        stops=tuple(stops),
+        adopts=view if plan.outcome is Outcome.ADOPT else None,
+        cleared=cleared,
+        notes=(*plan.notes, *(f"port {port} is taken over from {name}" for name in cleared)),
     )
 
 
-def check_sent_names(port: int, answers_to: str, sent: Sequence[str], also: Sequence[str] = ()) -> None:
-    """Check that the new server on a port will know all names that the gateway sends: `answers_to`, and those of its
-    engine (`also`).
+def check_sent_names(port: int, answers_to: str, sent: Sequence[str], also: Collection[str] = ()) -> None:
+    """Check that the new server on a port will know all names that the gateway sends.
 
-    Raises `Refused` (gateway_name), with `answers_to` in `details`.
+    It knows `answers_to` and the names of its engine (`also`). Raises `Refused` (gateway_name), with `answers_to` in
+    `details`.
     """
-    wrong = [name for name in sent if name not in (answers_to, *also)]
-    if not wrong:
-        return
-    raise Refused(
-        "gateway_name",
-        f"the gateway sends the name {', '.join(map(shown, wrong))} to port {port}, and the server would not know it",
-        why=f"port {port} answers to {answers_to}, whatever model and engine is behind it",
-        hint=f"in the gateway's entry for port {port}: model: openai/{answers_to}",
-        details={"port": port, "answers_to": answers_to, "sent": list(sent)},
-    )
+    unknown = [name for name in sent if name not in (answers_to, *also)]
+    if unknown:
+        raise refusals.gateway_name(port, answers_to, sent, unknown)
 
 
 def refuse_alias_elsewhere(settings: Settings, name: str, port: int) -> None:
     """Raises `Refused` (alias_elsewhere) if `name` is the alias of another slot than `port`."""
     own = settings.slot_of(name)
     if own is not None and own != port:
-        raise Refused(
-            "alias_elsewhere",
-            f"{name} is the alias of port {own}",
-            why="an alias never changes its port: the gateway's entry for it is fixed",
-            hint=f"load it there: --port {own}; or another model on {port}",
-        )
+        raise refusals.alias_elsewhere(name, own, port)
 
 
-def _refuse_elsewhere(old: PortView, target: ModelRef, outcome: Outcome, force: bool) -> None:
-    """One model, one port: what is on another one is moved if that is wished, or cleaned up; never served twice."""
+def _refuse_second_server(old: PortView, target: ModelRef, outcome: Outcome, force: bool) -> None:
+    """Refuse to serve a model on two ports. The load may stop the server on the other port (`old`) if `force` is set,
+    or if that server is broken."""
     if old.state is State.UNKNOWN:
-        raise unknown_port(old)
+        raise refusals.unknown_port(old)
     if outcome is Outcome.ADOPT:
-        raise Refused(
-            "model_elsewhere",
-            f"{target.name} is served on port {old.port} too",
-            why="one model, one port; a running server is adopted only where it is the only one",
-            hint=f"first: mlxctl unload {old.port}{_force_for(old)}",
-        )
+        raise refusals.adopted_twice(target.name, old)
     if old.state not in {State.ORPHAN, State.FAILED} and not force:
-        raise Refused(
-            "model_elsewhere",
-            f"{target.name} is served on port {old.port}",
-            why="one model, one port",
-            hint=f"move it: add --force; or first: mlxctl unload {old.port}{_force_for(old)}",
-        )
+        raise refusals.served_elsewhere(target.name, old)
     if old.owner is not Owner.MLXOPS:
-        raise Refused(
-            "model_elsewhere",
-            f"{target.name} is served on port {old.port} by a process that mlxops did not start",
-            why="only servers of ours are moved",
-            hint=f"first: mlxctl unload {old.port} --force",
-        )
-
-
-def unknown_port(view: PortView) -> Refused:
-    return Refused(
-        "unknown_port",
-        f"what is on port {view.port} could not be determined",
-        why=view.detail,
-        hint="nothing is changed while it is unknown; try again, then look on the host itself",
-    )
+        raise refusals.not_ours_elsewhere(target.name, old)
 
 
 def _plan_for_port(
     view: PortView, target: ModelRef, port: int, alias: str, wanted: Wanted | None, force: bool
 ) -> LoadPlan:
+    """Return the plan as far as this port decides it."""
     start = LoadPlan(target, port, alias, Outcome.START)
     if view.state is State.UNKNOWN:
-        raise unknown_port(view)
+        raise refusals.unknown_port(view)
     if view.owner is Owner.BOOT:
         return _plan_on_boot(view, target, start)
     if view.owner is Owner.FOREIGN or view.state is State.FOREIGN:
-        raise Refused(
-            "foreign_port",
-            f"port {port} is held by a process that is not ours",
-            why=view.detail,
-            hint=f"mlxops never signals it; stop it yourself on the host{_kill(view)}, then try again",
-        )
+        raise refusals.foreign_port(view, after=", then try again")
     if view.owner is None:
         return start
     if view.owner is Owner.MLXOPS and view.run is not None and view.run.model == target.name:
         return _plan_on_same(view, wanted, start, force)
     if view.owner is Owner.HAND and view.server is not None and _is_as_wanted(view.server, wanted):
-        notes = ("it was started by hand and is adopted", *_what_stays(view))
-        return LoadPlan(target, port, alias, Outcome.ADOPT, notes=notes)
+        notes = ("it was started by hand and is adopted", *_parent_note(view))
+        return replace(start, outcome=Outcome.ADOPT, notes=notes)
     if view.orphan in {Orphan.INTERRUPTED, Orphan.LEADERLESS, Orphan.PORTLESS}:
-        return LoadPlan(
-            target, port, alias, Outcome.START, stops=(view,), notes=(f"{port}: {view.detail}; it is stopped",)
-        )
+        return replace(start, stops=(view,), notes=(f"{port}: {view.detail}; it is stopped",))
     if not force:
-        raise Refused(
-            "port_in_use",
-            f"port {port} serves {view.model or 'another model'}",
-            why=f"it is {view.state}, owner {view.owner}, pid {view.pid}",
-            hint=f"swap it: add --force; or first: mlxctl unload {port}{_force_for(view)}",
-        )
-    return LoadPlan(target, port, alias, Outcome.START, stops=(view,), previous=view, notes=_what_stays(view))
-
-
-def _force_for(view: PortView) -> str:
-    """What `unload` wants for a server that somebody has started by hand."""
-    return " --force" if view.owner is Owner.HAND else ""
+        raise refusals.port_in_use(view)
+    return replace(start, stops=(view,), previous=view, notes=_parent_note(view))
 
 
 def _plan_on_boot(view: PortView, target: ModelRef, start: LoadPlan) -> LoadPlan:
     if view.model == target.name and view.state is State.READY:
         return replace(start, outcome=Outcome.ALREADY, proves=view, notes=("served by the boot job",))
-    raise boot_port(view, _served_by(view))
+    raise refusals.boot_port(view, _serves(view))
 
 
-def _served_by(view: PortView) -> str:
+def _serves(view: PortView) -> str:
     return f"it serves {view.model or 'something unknown'}" if view.pid else ""
 
 
-def boot_port(view: PortView, what: str) -> Refused:
-    """`what` is there instead of what is wanted."""
-    claim = view.boot
-    name = f" {claim.job.name}" if claim else ""
-    other = f", which hosts.yaml gives port {claim.job.port}" if claim and claim.job.port != view.port else ""
-    why = [claim.how if claim else "", what, "the system starts it again when it is stopped"]
-    return Refused(
-        "boot_port",
-        f"port {view.port} belongs to the boot job{name}{other}",
-        why="; ".join(filter(None, why)),
-        hint=f"as the operator of the host: {claim.stop if claim else 'stop the job'}; then try again",
-    )
-
-
 def _plan_on_same(view: PortView, wanted: Wanted | None, start: LoadPlan, force: bool) -> LoadPlan:
-    """The port's server is of ours and serves this very model."""
+    """Plan a load of the model that our own server on the port has already."""
     run = view.run
     assert run is not None
-    same = _is_of_target(run, start.target) if wanted is None else _is_of(run, wanted)
-    as_wanted = same and (wanted is None or (run.engine, run.argv) == (wanted.engine, wanted.argv))
+    same_files = _has_repo_of(run, start.target) if wanted is None else _has_files_of(run, wanted)
+    as_wanted = same_files and (wanted is None or (run.engine, run.argv) == (wanted.engine, wanted.argv))
     if view.state is State.READY and not force:
-        if not same:
-            raise Refused(
-                "port_in_use",
-                f"port {view.port} serves {run.model} from {run.repo_id} at {run.revision[:12]}",
-                why="another repository or revision is asked for",
-                hint="swap it: add --force",
-            )
+        if not same_files:
+            raise refusals.serves_other_files(view.port, run)
         notes = () if as_wanted else ("its settings differ from those it was started with; --force restarts it",)
-        return LoadPlan(start.target, start.port, start.alias, Outcome.ALREADY, notes=notes)
+        return replace(start, outcome=Outcome.ALREADY, notes=notes)
     if view.state is State.READY and as_wanted:
-        return LoadPlan(start.target, start.port, start.alias, Outcome.ALREADY)
+        return replace(start, outcome=Outcome.ALREADY)
     if (view.orphan is Orphan.UNASSIGNED or (view.reassigned and not force)) and as_wanted:
-        return LoadPlan(
-            start.target, start.port, start.alias, Outcome.ADOPT, notes=("it serves; its assignment returns",)
-        )
+        return replace(start, outcome=Outcome.ADOPT, notes=("it serves; its assignment returns",))
+    notes = () if view.state is State.READY else (f"{view.port}: {view.detail}; it is restarted",)
     proven = run.proven_at is not None
-    note = () if view.state is State.READY else (f"{view.port}: {view.detail}; it is started anew",)
-    return LoadPlan(
-        start.target, start.port, start.alias, Outcome.START, (view,), view if proven and force else None, notes=note
-    )
+    return replace(start, stops=(view,), previous=view if proven and force else None, notes=notes)
 
 
-def _is_of(run: Run, wanted: Wanted) -> bool:
+def _has_files_of(run: Run, wanted: Wanted) -> bool:
     return (run.repo_id, run.revision) == (wanted.repo_id, wanted.revision)
 
 
-def _is_of_target(run: Run, target: ModelRef) -> bool:
-    """The same, where the target's files are not here: its revision may be a branch, which then proves nothing."""
+def _has_repo_of(run: Run, target: ModelRef) -> bool:
+    """Whether the run has the target's repository and revision. For targets whose files are not in the cache; if the
+    revision is a branch, it equals no commit."""
     return run.repo_id == target.repo_id and run.revision.startswith(target.revision or "")
 
 
 def _is_as_wanted(server: Server, wanted: Wanted | None) -> bool:
-    """The same files, and an argv that ends with what we would give it: how it was launched may differ."""
+    """Whether a server has the wanted files, and an argv that ends with our arguments. How it was launched may
+    differ."""
     if wanted is None or (server.engine, server.path) != (wanted.engine, wanted.path):
         return False
     argv, tail = server.argv, wanted.argv[1:]
@@ -406,7 +292,7 @@ def _is_as_wanted(server: Server, wanted: Wanted | None) -> bool:
 
 
 def _elsewhere(world: World, target: ModelRef, port: int) -> list[PortView]:
-    """The other ports on which the target is served, and its own one if that could not be looked at."""
+    """Return the other ports on which the target is served, and its assigned port if that could not be observed."""
     own = target.entry.port if target.entry else None
     return [
         view
@@ -424,42 +310,26 @@ def plan_unload(registry: Registry, world: World, port: int, *, force: bool) -> 
     clear = tuple(model.name for model in registry.on_port(port))
     name = view.model if view.owner is Owner.MLXOPS or not clear else clear[0]
     if view.state is State.UNKNOWN:
-        raise unknown_port(view)
+        raise refusals.unknown_port(view)
     if view.owner is None:
         return UnloadPlan(port, clear=clear, model=name)
     if view.owner in {Owner.BOOT, Owner.FOREIGN} and force and view.portless:
         note = f"{port} is still held by another process: {view.detail or f'pid {view.pid}'}"
         return UnloadPlan(port, portless=view.portless, model=name, notes=(note,))
     if view.owner is Owner.BOOT:
-        raise boot_port(view, _served_by(view))
+        raise refusals.boot_port(view, _serves(view))
     if view.owner is Owner.FOREIGN:
-        raise Refused(
-            "foreign_port",
-            f"port {port} is held by a process that is not ours",
-            why=view.detail or f"its pid is {view.pid}",
-            hint=f"mlxops never signals it; stop it yourself as the operator of the host{_kill(view)}",
-        )
+        raise refusals.foreign_port(view)
     if view.owner is Owner.HAND and not force:
-        words = f"pid {view.pid}: {shlex.join(view.server.argv if view.server else ())[:200]}"
-        raise Refused(
-            "hand_started",
-            f"the server on port {port} was started by hand",
-            why="; ".join([words, *_what_stays(view)]),
-            hint=f"to stop it anyway: mlxctl unload {port} --force",
-        )
-    notes = [*_what_stays(view)]
+        raise refusals.hand_started(view, shlex.join(view.server.argv if view.server else ()), _parent_note(view))
+    notes = [*_parent_note(view)]
     if view.portless and not force:
-        pids = ", ".join(str(each.pid) for each in view.portless)
-        notes.append(f"pid {pids}, started by hand for port {port}, listens nowhere and stays; --force stops it, too")
+        pids = ", ".join(str(server.pid) for server in view.portless)
+        notes.append(f"pid {pids}, started by hand for port {port}, does not listen and stays; --force stops it too")
     return UnloadPlan(port, view, view.portless if force else (), clear, name, tuple(notes))
 
 
-def _kill(view: PortView) -> str:
-    """Return the command that ends a foreign process, if its pid is known. A boot job would only start it again."""
-    return f": kill {view.pid}" if view.pid is not None and view.owner is Owner.FOREIGN else ""
-
-
-def _what_stays(view: PortView) -> tuple[str, ...]:
+def _parent_note(view: PortView) -> tuple[str, ...]:
     """Note that the parent of a server started by hand is not stopped with it."""
     if view.owner is not Owner.HAND or view.server is None or not view.server.starter:
         return ()
@@ -468,7 +338,7 @@ def _what_stays(view: PortView) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Served:
-    """What a port served, or serves."""
+    """A model that a port serves, or served."""
 
     model: str
     repo_id: str
@@ -476,9 +346,10 @@ class Served:
 
 
 def served_before(history: Sequence[Mapping[str, object]], port: int, now: Served | None) -> Served | None:
-    """The latest load on `port` of something other than what it serves `now`; None: there was none.
+    """Return the model of the latest load on `port` that differs from `now`, the model that it serves; None if there
+    was none.
 
-    `history` is oldest first; lines that no load can have written are skipped. Twice in a row leads back to where it
+    `history` is oldest first. Lines that a load cannot have written are skipped. Two rollbacks in a row end where they
     began, as with `cd -`.
     """
     for entry in reversed(history):
@@ -494,7 +365,8 @@ def served_before(history: Sequence[Mapping[str, object]], port: int, now: Serve
 
 
 def port_of(registry: Registry, world: World, name: str) -> int | None:
-    """Where `unload --model NAME` has something to do: the assignment, else a server of it; None: nowhere.
+    """Return the port for `unload --model NAME`: the assigned one, else that of a server of the model; None if it has
+    neither.
 
     Raises `Refused` (unknown_model).
     """
@@ -506,19 +378,20 @@ def port_of(registry: Registry, world: World, name: str) -> int | None:
         if view.owner in {Owner.MLXOPS, Owner.HAND} and view.model == known_as:
             return view.port
     if entry is None:
-        raise unknown_model(name, registry)
+        raise refusals.unknown_model(name, registry)
     return None
 
 
 def plan_unload_all(registry: Registry, world: World) -> tuple[UnloadPlan, ...]:
-    """Every server of owner mlxops and hand, and every assignment; boot and foreign ones are left alone."""
+    """Plan to stop every server of the owners mlxops and hand, and to clear every assignment of a port that can be
+    freed. Servers of the owners boot and foreign are left alone."""
     plans = []
     for port, view in sorted(world.ports.items()):
         try:
             plan = plan_unload(registry, world, port, force=True)
-        except Refused as refusal:
+        except Refused as error:
             if registry.on_port(port) or view.owner is Owner.BOOT:
-                plans.append(UnloadPlan(port, notes=(f"{port} is left alone: {refusal.message}",)))
+                plans.append(UnloadPlan(port, notes=(f"{port} is left alone: {error.message}",)))
             continue
         if plan.changed:
             plans.append(plan)
@@ -526,9 +399,10 @@ def plan_unload_all(registry: Registry, world: World) -> tuple[UnloadPlan, ...]:
 
 
 def plan_reconcile(registry: Registry, world: World) -> ReconcilePlan:
-    """Clear what is absent by every signal; stop what is proven ours and belongs to nothing."""
+    """Clear assignments that nothing serves by every signal, and stop processes that are proven ours and serve
+    nothing."""
     clear: dict[str, int] = {}
-    stops, forget, kept = [], [], []
+    stops, forget, kept = list[PortView](), list[int](), list[str]()
     for port, view in sorted(world.ports.items()):
         claims = registry.on_port(port)
         if view.unserved:
@@ -545,20 +419,12 @@ def plan_reconcile(registry: Registry, world: World) -> ReconcilePlan:
     return ReconcilePlan(tuple(stops), clear, tuple(forget), tuple(kept))
 
 
-def init_entries(registry: Registry, found: Iterable[tuple[str, str, str]]) -> dict[str, dict[str, object]]:
-    """New entries for (repo id, revision, cache path) rows whose repository has none. Existing ones never change."""
-    have = {model.repo_id for model in registry.models.values()} | set(registry.models)
-    return {repo_id: entry_fields(repo_id, cache_path) for repo_id, _, cache_path in found if repo_id not in have}
+def init_entries(registry: Registry, snapshots: Iterable[tuple[str, str, str]]) -> dict[str, dict[str, object]]:
+    """Return new entries for the snapshots (repo id, revision, cache path) whose repository has no entry."""
+    known = {model.repo_id for model in registry.models.values()} | set(registry.models)
+    return {repo_id: entry_fields(repo_id, cache_path) for repo_id, _, cache_path in snapshots if repo_id not in known}
 
 
 def entry_fields(repo_id: str, cache_path: str) -> dict[str, object]:
-    """The five fields of version 1 for a model that is not assigned."""
+    """Return the five fields of version 1 for a model without a port."""
     return {"repo_id": repo_id, "model_id": repo_id, "cache_path": cache_path, "format": "mlx", "port": None}
-
-
-def merge_refusals(errors: Sequence[MlxopsError]) -> MlxopsError:
-    """Merge errors into the first one with the largest exit status, and name the others in it."""
-    first, *others = sorted(errors, key=lambda error: -error.exit)
-    if others:
-        first.why = "; ".join(filter(None, [first.why, *(error.message for error in others)]))
-    return first

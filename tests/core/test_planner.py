@@ -18,17 +18,16 @@ from mlxops.core.planner import (
     check_sent_names,
     choose_port,
     init_entries,
-    merge_refusals,
     plan_load,
     plan_reconcile,
     plan_unload,
     plan_unload_all,
     port_of,
     resolve,
-    unknown_model,
 )
 from mlxops.core.ports import Health, Owner, PortView, Signals, State, World
 from mlxops.core.records import Operation
+from mlxops.core.refusals import merge_refusals, unknown_model
 from mlxops.core.registry import EMPTY, Registry, parse
 from mlxops.core.settings import Settings
 from tests.core.worlds import (
@@ -245,7 +244,7 @@ LOADS: dict[str, Load] = {
         START, (replace(PORTLESS, run=run("b")),), registry(a=None, b=8103), stops=(8103,), cleared=("b",)
     ),
     "this model, unhealthy": Load(
-        START, (replace(serving(), answer=Health.BROKEN),), registry(a=8103), stops=(8103,), says="started anew"
+        START, (replace(serving(), answer=Health.BROKEN),), registry(a=8103), stops=(8103,), says="restarted"
     ),
 }
 

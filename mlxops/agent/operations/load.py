@@ -24,7 +24,7 @@ from mlxops.agent.operations.swap import start_in_place
 from mlxops.agent.paths import require_folder
 from mlxops.agent.state.store import utc_now
 from mlxops.common.http import NoCompletion
-from mlxops.core import names, planner
+from mlxops.core import names, planner, refusals
 from mlxops.core.commands.load import Load, LoadResult, PlanRow
 from mlxops.core.errors import Busy, MlxopsError, NotStarted, Refused, UsageError
 from mlxops.core.names import shown
@@ -293,13 +293,13 @@ def _prove_boot_job(ctx: Context, request: Load, plan: LoadPlan, view: PortView)
     from mlxops.agent.serving.launch import COMPLETION_SECONDS, prove
 
     if view.server is None:
-        raise planner.boot_port(view, "its server is gone")
+        raise refusals.boot_port(view, "its server is gone")
     names = names_of(view)
     if names.not_asked:
-        raise planner.boot_port(view, f"its server is not asked: {names.not_asked}")
+        raise refusals.boot_port(view, f"its server is not asked: {names.not_asked}")
     if names.sure and not names.any and plan.alias not in names.known:
         what = f"its server answers to {' and '.join(map(shown, names.known))}, not to {plan.alias}"
-        refused = planner.boot_port(view, what[:300])
+        refused = refusals.boot_port(view, what[:300])
         refused.hint = f"have the boot job start it under the name {plan.alias}; or, {refused.hint}"
         raise refused
     run = run_of(view.server, plan.port, ctx.system.boot_id())
@@ -307,7 +307,7 @@ def _prove_boot_job(ctx: Context, request: Load, plan: LoadPlan, view: PortView)
         prove(ctx.paths, plan.alias, run, ctx.system, request.timeout or COMPLETION_SECONDS)
     except (OSError, NoCompletion) as error:
         what = f"its server does not answer as {plan.alias}: {error}"
-        raise planner.boot_port(view, what[:300]) from None
+        raise refusals.boot_port(view, what[:300]) from None
 
 
 def _adopted_run(ctx: Context, view: PortView, plan: LoadPlan, prepared: Prepared) -> Run:

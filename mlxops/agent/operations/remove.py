@@ -14,9 +14,9 @@ from mlxops.agent.state.store import Lock
 from mlxops.core import names
 from mlxops.core.commands.remove import Remove, RemoveResult
 from mlxops.core.errors import Busy, Refused
-from mlxops.core.planner import unknown_model, unknown_port
 from mlxops.core.ports import State, World
 from mlxops.core.records import Operation
+from mlxops.core.refusals import unknown_model, unknown_port
 from mlxops.core.registry import Model, Registry
 from mlxops.core.text import amount
 

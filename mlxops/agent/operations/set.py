@@ -11,7 +11,8 @@ from mlxops.core import model_options, names, planner
 from mlxops.core.commands.set import Set, SetResult
 from mlxops.core.errors import Interrupted, MlxopsError, Refused
 from mlxops.core.model_options import Fields
-from mlxops.core.planner import ModelRef, unknown_model
+from mlxops.core.planner import ModelRef
+from mlxops.core.refusals import unknown_model
 from mlxops.core.registry import Model, Registry
 
 

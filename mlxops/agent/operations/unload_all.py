@@ -6,7 +6,7 @@ import time
 
 from mlxops.agent.context import Context
 from mlxops.agent.operations.unload import make_way, unload_port, unload_result, with_cancelled
-from mlxops.core import planner
+from mlxops.core import planner, refusals
 from mlxops.core.commands.load import PortResult
 from mlxops.core.commands.unload_all import UnloadAll, UnloadAllResult
 from mlxops.core.errors import Interrupted, MlxopsError
@@ -34,5 +34,5 @@ def run(ctx: Context, request: UnloadAll) -> UnloadAllResult:
             ctx.note(f"{plan.port}: {error.message}", "warning")
             errors.append(error)
     if errors:
-        raise planner.merge_refusals(errors)
+        raise refusals.merge_refusals(errors)
     return UnloadAllResult(tuple(done), changed=any(row.changed for row in done), dry_run=request.dry_run)
