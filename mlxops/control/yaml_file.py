@@ -7,7 +7,6 @@ an integer as text.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import yaml
@@ -72,10 +71,11 @@ def compose(text: str, *, max_depth: int, aliases: bool) -> yaml.Node | None:
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
-        problem = _marked(error)
-        if problem.line and re.match(r" *\t", text.split("\n")[problem.line - 1]):
-            raise FileProblem("a tab in the indentation", "YAML indents with spaces only", problem.line) from error
-        raise problem from error
+        mark = error.problem_mark
+        if mark is not None and text.startswith("\t", mark.index):
+            problem = FileProblem("a tab, where YAML allows only spaces", "replace it with spaces", mark.line + 1)
+            raise problem from error
+        raise _marked(error) from error
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise FileProblem(f"the character U+{ord(text[error.position]):04X}", "remove it", line) from error

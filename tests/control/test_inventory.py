@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 
 from mlxops.control.inventory import Inventory, hosts_file, load
 from mlxops.core.errors import Exit, UsageError
-from mlxops.core.settings import BootJob, PortRange
+from mlxops.core.settings import BootJob, PortRange, Settings
 
 EXAMPLE = Path(__file__).parents[2] / "hosts.yaml"
 
@@ -88,10 +90,20 @@ def test_the_defaults_that_the_example_shows_as_comments_are_true(tmp_path: Path
     assert explicit.host("studio").python == plain.host("studio").interpreter()
 
 
+@pytest.mark.parametrize("key", ["ssh", "python", *(each.name for each in fields(Settings))])
+def test_every_setting_is_in_the_example(key: str) -> None:
+    assert re.search(rf"^    (# )?{key}:( |$)", EXAMPLE.read_text(), re.MULTILINE)
+
+
+def test_every_host_key_is_named_when_a_key_is_unknown(tmp_path: Path) -> None:
+    known = ["ssh", "python", *(each.name for each in fields(Settings))]
+    assert refusal(tmp_path, one("unheard_of: 1")).why == f"known here: {', '.join(known)}"
+
+
 def test_several_hosts_need_a_default_only_where_one_is_meant(tmp_path: Path) -> None:
     inventory = read(tmp_path, "hosts: {a: {}, b: {}}")
     assert [host.name for host in inventory.select(None, all_by_default=True)] == ["a", "b"]
-    with pytest.raises(UsageError, match="which host is meant") as caught:
+    with pytest.raises(UsageError, match="needs one host") as caught:
         inventory.select(None, all_by_default=False)
     assert caught.value.code == "no_default_host" and "a, b" in caught.value.why
 
@@ -174,8 +186,8 @@ def test_launch_can_be_told_for_each_engine(tmp_path: Path) -> None:
         ("slots:", "hosts.studio.slots: has no value"),
         ("bind: studio.local", "is not an IP address"),
         ("bind: 0", "'0' is a number"),
-        ("address: studio.local", "nobody can reach studio.local while the servers listen on 127.0.0.1"),
-        ("address: 192.168.1.2", "nobody can reach"),
+        ("address: studio.local", "studio.local cannot be reached while the servers listen on 127.0.0.1"),
+        ("address: 192.168.1.2", "192.168.1.2 cannot be reached"),
         ("address: http://studio", "is not an address"),
         ("address: studio:8100", "is not an address"),
         ("ssh: -oProxyCommand=touch", "is not a destination"),
@@ -202,7 +214,7 @@ def test_launch_can_be_told_for_each_engine(tmp_path: Path) -> None:
         ("env: {HF_TOKEN: hf_x}", "does not belong here"),
         ('env: {A: "x\\ny"}', "has a character that cannot be shown"),
         ("memory: lots", "is not a size"),
-        ("memory: 200", "200 bytes hold no model"),
+        ("memory: 200", "200 bytes are too few for a model"),
         ("memory: 1e9", "is not a size"),
         ("memory: 3:20", "is not a plain decimal number"),
         ("boot: {port: 8110, script: /x}", "hosts.studio.boot.port: 8110 is outside"),
@@ -245,7 +257,7 @@ def test_what_cannot_be_meant_is_refused_with_its_place(tmp_path: Path, setting:
         ("hosts: {'a,b': {}}\n", "is not a host name"),
         ("hosts: {'-a': {}}\n", "is not a host name"),
         ("hosts: {no: {}}\n", "YAML reads the key no as true or false"),
-        ("hosts:\n\ta: {}\n", "hosts.yaml:2: a tab in the indentation"),
+        ("hosts:\n\ta: {}\n", "hosts.yaml:2: a tab, where YAML allows only spaces"),
         (b"hosts:\n  a: {ssh: \xff}\n", "hosts.yaml:2: is not UTF-8"),
         ("hosts:\n  a: {ssh: a}\n".encode("utf-16"), "hosts.yaml: is UTF-16"),
         (b"\0" * 64, "hosts.yaml: holds nothing but zero bytes"),
