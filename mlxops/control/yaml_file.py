@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from mlxops.common.files import opened
+from mlxops.common.files import read_start
 from mlxops.core.text import NotUTF8, utf8
 
 MAX_NODES = 250_000
@@ -44,8 +44,11 @@ def read_text(path: Path, max_bytes: int, *, allow_pipe: bool = False) -> str:
     """
     from_shell = allow_pipe and str(path).startswith(_DESCRIPTORS)
     try:
-        with path.open("rb") if from_shell else opened(path) as stream:
-            data = stream.read(max_bytes + 1)
+        if from_shell:
+            with path.open("rb") as stream:
+                data = stream.read(max_bytes + 1)
+        else:
+            data = read_start(path, max_bytes + 1)
     except OSError as error:
         reason = error.strerror or str(error)
         raise FileProblem(f"cannot be read: {reason}", "check the path and its permissions") from error

@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Protocol
 
-from mlxops.common.files import opened
+from mlxops.common.files import read_start
 from mlxops.control.ssh import private_keys, public_keys
 from mlxops.control.ssh.agent import Agent, AgentError
 from mlxops.control.ssh.config import Destination, setting, words
@@ -379,8 +379,7 @@ def _named(offer: Offer) -> str:
 
 def _first_line(path: Path) -> list[bytes]:
     try:
-        with opened(path) as stream:
-            return stream.readline(65536).split()
+        return read_start(path, 65536).partition(b"\n")[0].split()
     except OSError:
         return []
 

@@ -12,8 +12,9 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
-from mlxops.common.files import ask_program, opened
+from mlxops.common.files import read_start
 from mlxops.core.errors import Unreachable, UsageError
 from mlxops.core.names import shown
 
@@ -164,8 +165,7 @@ def _places(file: Path, keyword: str, applied: set[tuple[str, int]]) -> list[tup
     found: list[tuple[str, str]] = []
     counts = True
     try:
-        with opened(file) as stream:
-            text = stream.read(_MAX_ANSWER).decode("utf-8", "replace")
+        text = read_start(file, _MAX_ANSWER).decode("utf-8", "replace")
     except (OSError, ValueError):
         return found
     for number, line in enumerate(text.splitlines(), 1):
@@ -309,3 +309,22 @@ def _files(value: str, path: Callable[[str], Path]) -> list[Path]:
         found.append(path(" ".join(words[:count])))
         words = words[count:]
     return [each for each in found if str(each) != "."]
+
+
+def ask_program(argv: Sequence[str], timeout: float, limit: int) -> tuple[int, bytes, bytes]:
+    """Run a helper program. Return its exit status and the last `limit` bytes of standard output and standard error.
+
+    The output goes to files, not to pipes: a process that the program leaves behind may keep a pipe open indefinitely.
+    Raises `OSError`, `ValueError` and `subprocess.TimeoutExpired`.
+    """
+    import tempfile
+
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, timeout=timeout, check=False)
+        return done.returncode, last_bytes(out, limit), last_bytes(errors, limit)
+
+
+def last_bytes(stream: IO[bytes], count: int) -> bytes:
+    """Return the end of a file to which another process may still write."""
+    stream.seek(max(0, stream.seek(0, os.SEEK_END) - count))
+    return stream.read(count)

@@ -22,12 +22,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING
 
-from mlxops.common.files import last_bytes
 from mlxops.control.channel import ConnectionLost, Dialogue, Ended, LineBuffer, ReadLimits, Session, Tail, Transport
 from mlxops.control.local import LocalTransport, reap
 from mlxops.control.ssh import config, host_keys
 from mlxops.control.ssh.auth import Login
-from mlxops.control.ssh.config import Destination, words
+from mlxops.control.ssh.config import Destination, last_bytes, words
 from mlxops.control.ssh.negotiation import Negotiation
 from mlxops.core.errors import Unreachable
 

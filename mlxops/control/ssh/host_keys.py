@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxops.common.files import ask_program, opened
+from mlxops.common.files import read_start
 from mlxops.control.ssh import known_hosts, public_keys
-from mlxops.control.ssh.config import Destination, setting, words
+from mlxops.control.ssh.config import Destination, ask_program, setting, words
 from mlxops.control.ssh.known_hosts import HostKeys
 from mlxops.core.errors import Unreachable
 
@@ -147,8 +147,7 @@ def _refuse_revoked(
 
 def _is_revoked(file: Path, blob: bytes, certificate: bytes | None, authority: bytes | None) -> bool:
     """Raises `OSError` if the file cannot be read, or is no list."""
-    with opened(file) as stream:
-        content = stream.read(known_hosts.MAX_BYTES)
+    content = read_start(file, known_hosts.MAX_BYTES)
     if content.startswith(_REVOCATION_LIST):
         return _in_revocation_list(file, certificate or blob)
     listed = (public_keys.from_line(line.split()) for line in content.splitlines())

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlxops.common.files import opened
+from mlxops.common.files import read_start
 from mlxops.control.ssh import public_keys
 
 MAX_BYTES = 64 * 1024 * 1024
@@ -121,8 +121,7 @@ _Line = tuple[str, list[str], KnownKey]
 def _lines(files: Sequence[Path]) -> Iterator[_Line]:
     for file in files:
         try:
-            with opened(file) as stream:
-                text = stream.read(MAX_BYTES).decode("utf-8", "replace")
+            text = read_start(file, MAX_BYTES).decode("utf-8", "replace")
         except (OSError, ValueError):
             continue
         yield from _lines_of(text, file)

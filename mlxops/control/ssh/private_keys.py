@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxops.common.files import opened
+from mlxops.common.files import read_start
 from mlxops.control.ssh.public_keys import kind, packed
 
 if TYPE_CHECKING:
@@ -54,8 +54,7 @@ def read(path: Path) -> PrivateKey:
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
-    with opened(path) as stream:
-        text = stream.read(_MAX_BYTES)
+    text = read_start(path, _MAX_BYTES)
     own = b"BEGIN OPENSSH PRIVATE KEY" in text
     load = serialization.load_ssh_private_key if own else serialization.load_pem_private_key
     try:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlxops.common.files import opened
+from mlxops.common.files import read_start
 
 CERTIFICATE = "-cert-v01@openssh.com"
 """The suffix of certificate types."""
@@ -157,8 +157,7 @@ def packed(field: bytes) -> bytes:
 
 def _content(path: Path) -> bytes:
     try:
-        with opened(path) as stream:
-            return stream.read(_MAX_BYTES)
+        return read_start(path, _MAX_BYTES)
     except (OSError, ValueError):
         return b""
 
