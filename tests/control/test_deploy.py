@@ -280,17 +280,17 @@ def test_rollback_goes_to_the_build_before_and_back(home: Path, bare: None) -> N
     back = deploy.DeployOptions(rollback=True)
     deploy.install(open_local(), host(), quiet, places=HERE)
     with pytest.raises(Refused, match="no build to go back to"):
-        deploy.install(open_local(), host(), quiet, places=HERE, wish=back)
-    looked = deploy.install(open_local(), host(), quiet, places=HERE, wish=deploy.DeployOptions(dry_run=True))
+        deploy.install(open_local(), host(), quiet, places=HERE, options=back)
+    looked = deploy.install(open_local(), host(), quiet, places=HERE, options=deploy.DeployOptions(dry_run=True))
     assert looked["changed"] is False and looked["dry_run"] is True
     name = another_build(home)
     assert deploy.install(open_local(), host(), quiet, places=HERE)["changed"] is True
     assert build_of(home) == build_id()
-    assert deploy.install(open_local(), host(), quiet, places=HERE, wish=back)["build"] == name
+    assert deploy.install(open_local(), host(), quiet, places=HERE, options=back)["build"] == name
     assert build_of(home) == name
-    again = deploy.install(open_local(), host(), quiet, places=HERE, wish=deploy.DeployOptions(dry_run=True))
+    again = deploy.install(open_local(), host(), quiet, places=HERE, options=deploy.DeployOptions(dry_run=True))
     assert again["changed"] is True and again["build"] == build_id() and build_of(home) == name
-    deploy.install(open_local(), host(), quiet, places=HERE, wish=back)
+    deploy.install(open_local(), host(), quiet, places=HERE, options=back)
     assert build_of(home) == build_id()
 
 
@@ -308,7 +308,7 @@ def test_mlxctl_is_linked_into_the_users_own_folder_and_stays_with_the_next_depl
 ) -> None:
     monkeypatch.setattr(deploy, "control_requirements", lambda: ())
     said: list[str] = []
-    done = deploy.install(open_local(), host(), said.append, places=HERE, wish=deploy.DeployOptions(mlxctl=True))
+    done = deploy.install(open_local(), host(), said.append, places=HERE, options=deploy.DeployOptions(mlxctl=True))
     link = home / ".local" / "bin" / "mlxctl"
     assert os.readlink(link) == done["mlxctl"] and any(str(link) in note for note in said)
     assert "venv/bin/python" in link.read_text()
@@ -323,7 +323,7 @@ def test_somebody_elses_mlxctl_is_left_alone(home: Path, bare: None, monkeypatch
     monkeypatch.setattr(deploy, "control_requirements", lambda: ())
     link = program(home / ".local" / "bin" / "mlxctl", "echo theirs")
     said: list[str] = []
-    deploy.install(open_local(), host(), said.append, places=HERE, wish=deploy.DeployOptions(mlxctl=True))
+    deploy.install(open_local(), host(), said.append, places=HERE, options=deploy.DeployOptions(mlxctl=True))
     assert "theirs" in link.read_text() and any("not ours" in note for note in said)
 
 
@@ -333,14 +333,14 @@ def test_wheels_make_a_package_index_unnecessary(home: Path, tmp_path: Path, mon
     wheels = tmp_path / "wheels"
     wheels.mkdir()
     with pytest.raises(MlxopsError, match="no wheel"):
-        deploy.install(open_local(), host(), quiet, places=HERE, wish=deploy.DeployOptions(wheels=wheels))
+        deploy.install(open_local(), host(), quiet, places=HERE, options=deploy.DeployOptions(wheels=wheels))
     made = wheels / "onlyhere-1.0-py3-none-any.whl"
     with zipfile.ZipFile(made, "w") as wheel:
         wheel.writestr("onlyhere.py", "")
         wheel.writestr("onlyhere-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: onlyhere\nVersion: 1.0\n")
         wheel.writestr("onlyhere-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr("onlyhere-1.0.dist-info/RECORD", "")
-    done = deploy.install(open_local(), host(), quiet, places=HERE, wish=deploy.DeployOptions(wheels=wheels))
+    done = deploy.install(open_local(), host(), quiet, places=HERE, options=deploy.DeployOptions(wheels=wheels))
     assert done["changed"] is True
     python = home / ".mlxops" / "venv" / "bin" / "python"
     subprocess.run([python, "-I", "-c", "import onlyhere"], check=True)

@@ -49,7 +49,7 @@ class PrivateKey:
 
 
 def read(path: Path) -> PrivateKey:
-    """Raises `Encrypted`; `ValueError` if it is no key or of an unsupported type; `OSError`."""
+    """Read a private key. Raises `Encrypted`, `ValueError` for other content or an unsupported type, and `OSError`."""
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa

@@ -109,9 +109,9 @@ def certificate(blob: bytes) -> Certificate | None:
 
 
 def signature_is_good(blob: bytes) -> bool:
-    """Whether a certificate was signed by the authority that it names.
+    """Return whether the authority in a certificate signed it.
 
-    Also False for authorities on a security key (sk-), whose signatures cannot be checked here.
+    Also False for authorities on a security key (sk-): this cannot check their signatures.
     """
     from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
     from cryptography.hazmat.primitives.serialization import ssh
