@@ -1,6 +1,6 @@
 """Open files without blocking, read them with a limit, and explain errors.
 
-Other programs may put anything at a path that mlxops reads. Opening a named pipe blocks until somebody writes to it; a
+Other programs may put anything at a path that mlxops reads. Opening a named pipe blocks until a process writes to it; a
 device such as /dev/zero has no end.
 """
 
