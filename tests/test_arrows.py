@@ -28,6 +28,7 @@ PURE = {
     "difflib",
     "enum",
     "functools",
+    "ipaddress",
     "itertools",
     "json",
     "math",

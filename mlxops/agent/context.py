@@ -14,7 +14,7 @@ from mlxops.agent.serving.observe import observe
 from mlxops.agent.state import recovery
 from mlxops.agent.state.operation_log import find_operation
 from mlxops.agent.state.store import Store, utc_now
-from mlxops.common.files import said
+from mlxops.common.files import describe_error
 from mlxops.core import names
 from mlxops.core.command import AnyRequest, Draining
 from mlxops.core.commands.load import Load
@@ -191,7 +191,7 @@ class Context:
         try:
             self.store.append_history(operation=self.operation, by=str(self.asker), **what)
         except OSError as error:
-            self.note(f"the history could not be written: {said(error)}", "warning")
+            self.note(f"the history could not be written: {describe_error(error)}", "warning")
 
     def history(self) -> list[dict[str, object]]:
         """What was remembered, oldest first; one that cannot be read keeps nobody from starting what the registry
@@ -199,7 +199,7 @@ class Context:
         try:
             return self.store.history()
         except OSError as error:
-            self.note(f"the history could not be read: {said(error)}", "warning")
+            self.note(f"the history could not be read: {describe_error(error)}", "warning")
             return []
 
     def holder(self, port: int | None = None) -> Operation:

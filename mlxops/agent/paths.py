@@ -146,6 +146,6 @@ def folder_closed(error: OSError, path: str | Path) -> Refused:
     return Refused(
         "folder_closed",
         f"{error.filename or path} cannot be read",
-        why=files.said(error),
+        why=files.describe_error(error),
         hint=files.remedy(error) or "repair it on the host, then try again",
     )

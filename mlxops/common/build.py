@@ -1,7 +1,4 @@
-"""Which code this is: a version and a hash of the sources that both sides share.
-
-Beside core, which reads no files, because both sides use it.
-"""
+"""Identify the code: the version, and a hash of the sources that run on the host."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def shipped() -> list[Path]:
-    """What an agent consists of, in a fixed order: the package itself, common, core and agent."""
+    """Return the source files of an agent in a fixed order: the package itself, common, core and agent."""
     return [
         PACKAGE / "__init__.py",
         *sorted((PACKAGE / "common").rglob("*.py")),
@@ -37,7 +34,7 @@ def engines() -> tuple[str, ...]:
 
 @cache
 def build_id() -> str:
-    """`<version>+<12 hex digits>`; equal exactly when version and shipped sources are equal."""
+    """Return `<version>+<12 hex digits>`. Equal ids mean equal version and equal shipped sources."""
     digest = hashlib.sha256()
     for path in shipped():
         data = path.read_bytes()

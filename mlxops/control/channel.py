@@ -1,4 +1,4 @@
-"""The one seam between local and remote: run a command on a host, and read its output within limits."""
+"""Run a command on a host and read its output within limits: the interface that SSH and this machine share."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from typing import Protocol
 from mlxops.core.protocol import MARKER, MAX_LINE, Event, Hello, decode_event
 
 NOISE_BYTES = 1024 * 1024
-"""Hundreds of times what a host prints as a greeting."""
+"""Hundreds of times the text that a host prints at a login."""
 
 
 class ConnectionLost(Exception):
-    """The connection broke, or was silent for too long, before the command's end was seen."""
+    """The connection broke, or was silent for too long, before the command was known to have ended."""
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended: its exit status, and the last of what it wrote to standard error."""
+    """The exit status of a command, and the end of its standard error."""
 
     status: int
     stderr: str
 
 
 class ReadLimits:
-    """How long a command is listened to that says nothing which matters: so many seconds, and so many bytes.
+    """Limits on reading from a command that sends nothing useful: seconds and bytes.
 
-    Whoever listens tells what mattered (`heard`), after having dealt with it: the time that takes is not the host's.
-    That there is something at all is no sign of life of an agent; an account may run a program that prints for ever.
+    The reader calls `restart` after it has handled a useful line, so its own time does not count. Other output is no
+    sign of a living agent: an account may run a program at login that never stops printing.
     """
 
     def __init__(self, seconds: float, noise: int | None = None, *, greeted: bool = False) -> None:
         self.seconds = seconds
         self.greeted = greeted
-        """An agent is there."""
+        """An agent has sent its greeting."""
         self._noise = noise
         self._since = time.monotonic()
         self._bytes = 0
@@ -49,97 +49,96 @@ class ReadLimits:
     def over(self) -> bool:
         return self.left == 0.0 or (self._noise is not None and self._bytes > self._noise)
 
-    def heard(self) -> None:
+    def restart(self) -> None:
         self._since, self._bytes = time.monotonic(), 0
 
-    def took(self, count: int) -> None:
-        """So many bytes came; whether they matter is told later."""
+    def count(self, count: int) -> None:
+        """Count bytes that were received. If they turn out useful, the reader calls `restart`."""
         self._bytes += count
 
-    def waits_for_the_rest_of(self, line: bytes | bytearray) -> None:
-        """What came last is a line without its end."""
+    def allow_unfinished(self, line: bytes | bytearray) -> None:
+        """Restart for the beginning of a line if it is an event, which may be long and the connection slow."""
         if self.greeted and line.startswith(MARKER.encode()):
-            self.heard()  # a long event over a slow connection
+            self.restart()
 
     def __str__(self) -> str:
         if self._noise is None or not self._bytes:
             return f"was silent for {self.seconds:.0f} s"
-        told = f"said nothing that an agent says, and {self._bytes} bytes of something else"
-        return f"{told}: see what its account runs at a login"
+        return f"sent {self._bytes} bytes, but nothing from an agent: see what its account runs at a login"
 
 
 class Session(Protocol):
-    """One command that is running on a host; its standard input was sent and closed."""
+    """A command that is running on a host. Its standard input was sent and closed."""
 
-    def lines(self, patience: ReadLimits) -> Iterator[str]:
-        """Its standard output, decoded as UTF-8 (errors replaced), line by line without line ends.
+    def lines(self, limits: ReadLimits) -> Iterator[str]:
+        """Yield the lines of its standard output without line ends, decoded as UTF-8 (errors replaced).
 
-        Raises `ConnectionLost` when the connection breaks or `patience` is over.
+        Raises `ConnectionLost` when the connection breaks or a limit is reached.
         """
 
     def wait(self, timeout: float) -> Ended:
-        """After the last line: how it ended. Raises `ConnectionLost`."""
+        """Wait for its end, after the last line. Raises `ConnectionLost`."""
 
     def close(self) -> None:
-        """Let go of it; never blocks. What it started on the host goes on."""
+        """Close the session without blocking. Processes that the command started on the host keep running."""
 
 
 class Dialogue(Session, Protocol):
-    """A command whose standard input stays open, so that more can be asked of it. `close` ends its input."""
+    """A command whose standard input stays open for more requests. `close` closes it."""
 
     def send(self, data: bytes) -> None:
-        """A few bytes more for its standard input. Raises `ConnectionLost`."""
+        """Write a few more bytes to its standard input. Raises `ConnectionLost`."""
 
 
 class Transport(Protocol):
-    """A way to run commands on one host. Not shared between threads."""
+    """A way to run commands on one host. Use it from one thread only."""
 
     def start(self, argv: Sequence[str], data: bytes) -> Session:
-        """Run `argv`, which no shell ever parses, with `data` as its standard input.
+        """Run `argv`, which no shell parses, with `data` as its standard input.
 
-        An argument that begins with `~/` means the host's home directory.
-        Raises `Unreachable` when the connection cannot be had, `ConnectionLost` when it breaks.
+        `~/` at the beginning of an argument is the host's home directory.
+        Raises `Unreachable` if there is no connection, `ConnectionLost` if it breaks.
         """
 
     def converse(self, argv: Sequence[str], data: bytes) -> Dialogue:
-        """The same, but its standard input stays open after `data`."""
+        """Run `argv` in the same way, but leave its standard input open after `data`."""
 
     def close(self) -> None: ...
 
 
-def events(session: Session, patience: ReadLimits) -> Iterator[Event | None]:
-    """What an agent says; None for the empty line that says that it is there. What is no agent's is passed over.
+def events(session: Session, limits: ReadLimits) -> Iterator[Event | None]:
+    """Yield the agent's events; None for the empty line that it sends as a sign of life. Skip all other lines.
 
     Raises `ConnectionLost`.
     """
-    for line in session.lines(patience):
+    for line in session.lines(limits):
         event = decode_event(line)
-        patience.greeted = patience.greeted or isinstance(event, Hello)
-        if event is not None or (not line and patience.greeted):
+        limits.greeted = limits.greeted or isinstance(event, Hello)
+        if event is not None or (not line and limits.greeted):
             yield event
-            if patience.greeted:
-                patience.heard()
+            if limits.greeted:
+                limits.restart()
 
 
 STDERR_BYTES = 8192
 
 
 class LineBuffer:
-    """Bytes in, lines out: UTF-8 with errors replaced, without line ends; lines longer than MAX_LINE are dropped."""
+    """Split bytes into lines: UTF-8 with errors replaced, without line ends. Drop lines longer than MAX_LINE."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
         self._dropping = False
 
     @property
-    def rest(self) -> bytearray:
-        """The line that has no end yet; empty if it is too long already."""
+    def unfinished(self) -> bytearray:
+        """The line that has no end yet; empty if it is already too long."""
         return self._buffer
 
     def feed(self, data: bytes) -> list[str]:
         lines: list[str] = []
-        *ended, rest = data.split(b"\n")
-        for piece in ended:
+        *complete, rest = data.split(b"\n")
+        for piece in complete:
             self._add(piece)
             if not self._dropping:
                 lines.append(self._text())
@@ -149,7 +148,7 @@ class LineBuffer:
         return lines
 
     def end(self) -> list[str]:
-        """The last line, if it had no end."""
+        """Return the last line if it has no line end."""
         return [self._text()] if self._buffer and not self._dropping else []
 
     def _add(self, piece: bytes) -> None:

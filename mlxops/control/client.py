@@ -142,7 +142,7 @@ def deploy(target: HostTarget, listen: Listen, options: DeployOptions) -> HostRe
         transport = connect(target)
         try:
             by = replace(options, by=str(this_asker()))
-            installed = install(transport, host, lambda text: listen(target.name, Note(text)), wish=by)
+            installed = install(transport, host, lambda text: listen(target.name, Note(text)), options=by)
         finally:
             transport.close()
         result = wire.decode(DeployResult, installed)

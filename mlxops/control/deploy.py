@@ -1,8 +1,8 @@
-"""Puts this tree's agent on a host that has nothing but SSH and, somewhere, Python 3.11 or uv.
+"""Install this tree's agent on a host that has only SSH and, somewhere, Python 3.11 or uv.
 
-Two steps: a shell script looks for an interpreter, because nothing else is sure to be there; then that
-interpreter runs `agent/install.py`, which is sent together with the sources. Both arrive on standard input, and
-what varies is an argument: no value is ever part of a program's text.
+Two steps. A shell script looks for a Python interpreter: no other language is certain to exist. That interpreter then
+runs `agent/install.py`, which is sent together with the sources. Both programs arrive on standard input. Values are
+passed as arguments and never become part of a program's text.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from mlxops.control.inventory import Host
 from mlxops.core.errors import AgentProblem, OutcomeUnknown, UsageError
 from mlxops.core.protocol import Done, Failed, Note
 
-DEPENDENCIES = ("huggingface_hub", "psutil")
-"""Those of mlxops's own dependencies that the agent uses."""
-PLACES = (
+AGENT_DEPENDENCIES = ("huggingface_hub", "psutil")
+"""The dependencies of mlxops that the agent uses."""
+SEARCH_FOLDERS = (
     "PATH",
     "/opt/homebrew/bin",
     "/usr/local/bin",
@@ -35,11 +35,12 @@ PLACES = (
     "~/.pyenv/versions/*/bin",
     "~/.local/share/uv/python/*/bin",
 )
-"""Where Python and uv are looked for: folders, also as patterns; PATH stands for the folders of the host's PATH."""
+"""Folders, or patterns of folders, in which to look for Python and uv. PATH stands for the folders of the host's
+PATH."""
 UV_PYTHON = "3.12"
-"""What uv is asked for where there is no Python."""
-SILENCE = 300.0
-"""Seconds; pip says nothing while it downloads."""
+"""The version that uv installs if there is no Python."""
+SILENCE_SECONDS = 300.0
+"""Longest time without output: pip prints nothing while it downloads."""
 _FOUND = "mlxops-found"
 
 FIND = r"""
@@ -49,7 +50,7 @@ here() {
     [ -x "$1/uv" ] && say uv "$1/uv"
     for name in python3.13 python3.12 python3.11 python3; do
         [ -x "$1/$name" ] || continue
-        # Apple's is 3.9, or a stub that opens a window on the Mac's screen.
+        # Apple's Python is 3.9, or a stub that opens a dialog on the Mac's screen.
         [ "$1/$(uname -s)" = /usr/bin/Darwin ] && continue
         about=$("$1/$name" -I -c 'import sys
 if sys.version_info < (3, 11): print("old"); sys.exit()
@@ -69,18 +70,18 @@ for place in "$@"; do
     fi
 done
 """
-# The program is as long as its first argument says; the archive follows it.
-_START = "import sys; exec(compile(sys.stdin.buffer.read(int(sys.argv[1])), 'install', 'exec'))"
+# The first argument is the length of the program on standard input. The archive follows it.
+_START_INSTALLER = "import sys; exec(compile(sys.stdin.buffer.read(int(sys.argv[1])), 'install', 'exec'))"
 
 
 @dataclass
-class _Search:
-    """What the script found, in the order in which it looked."""
+class _SearchResult:
+    """Folders, Python interpreters and uv programs on the host, in the order of the search."""
 
     looked: list[str] = field(default_factory=list)
     whole: list[str] = field(default_factory=list)
     bare: list[str] = field(default_factory=list)
-    """Python without venv or ensurepip, as Debian has it; enough when there is uv."""
+    """Python without venv or ensurepip, as on Debian. Enough if there is uv."""
     old: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
     uv: list[str] = field(default_factory=list)
@@ -88,14 +89,14 @@ class _Search:
 
 @dataclass(frozen=True)
 class DeployOptions:
-    """What a deploy is asked for, beyond the agent itself."""
+    """The options of a deploy."""
 
     mlxctl: bool = False
-    """Also the control part, and `mlxctl` in the user's own folder of programs."""
+    """Also install the control part, and `mlxctl` in the user's folder of programs."""
     wheels: Path | None = None
-    """A folder with all wheels that are needed, for a host without a package index."""
+    """A folder with all the wheels that the agent needs, for a host without a package index."""
     rollback: bool = False
-    """Instead: back to the build that was there before."""
+    """Return to the build before instead."""
     dry_run: bool = False
     by: str = "?"
 
@@ -105,13 +106,13 @@ def install(
     host: Host,
     note: Callable[[str], None],
     *,
-    places: Sequence[str] = PLACES,
-    wish: DeployOptions = DeployOptions(),
+    places: Sequence[str] = SEARCH_FOLDERS,
+    options: DeployOptions = DeployOptions(),
 ) -> dict[str, object]:
-    """Install the agent of this tree, or find it installed: `{build, python, changed, seconds, path, ...}`.
+    """Install the agent of this tree, unless it is installed. Return `{build, python, changed, seconds, path, ...}`.
 
-    Raises `AgentProblem` no_python or install_failed, `UsageError` no_wheels, `OutcomeUnknown` when the connection
-    broke; doing it again is always safe.
+    Raises `AgentProblem` no_python or install_failed, `UsageError` no_wheels, and `OutcomeUnknown` when the connection
+    broke. A repeated deploy is always safe.
     """
     started = time.monotonic()
     build = build_id()
@@ -119,15 +120,17 @@ def install(
         found = _search(transport, places)
         uv = found.uv[0] if found.uv else ""
         python = _choose(transport, host, found, uv, note)
-        if not wish.dry_run:
-            note("going back to the build before" if wish.rollback else f"{build}, with {python}")
-        result = _run_installer(transport, host, python, _options(wish, build, uv, python in found.whole), wish, note)
+        if not options.dry_run:
+            note("returning to the build before" if options.rollback else f"{build}, with {python}")
+        result = _run_installer(
+            transport, host, python, options, _installer_options(options, build, uv, python in found.whole), note
+        )
     except ConnectionLost as error:
         raise OutcomeUnknown(
             "deploy_interrupted",
             f"the connection to {host.name} broke during deploy",
             why=str(error),
-            hint="run deploy again: it goes on from what is there; the agent in use was left as it is",
+            hint="run deploy again, it continues; the agent in use is unchanged",
         ) from error
     return {
         **result,
@@ -136,52 +139,53 @@ def install(
     }
 
 
-def _options(wish: DeployOptions, build: str, uv: str, whole: bool) -> dict[str, object]:
-    """What the installer is told; its `Options`."""
+def _installer_options(options: DeployOptions, build: str, uv: str, whole: bool) -> dict[str, object]:
+    """Return the installer's `Options` as JSON."""
     return {
         "build": build,
         "uv": None if whole else uv or None,
         "requirements": requirements(),
         "control": control_requirements(),
-        "by": wish.by,
-        "mlxctl": wish.mlxctl,
-        "wheels": wish.wheels is not None,
-        "rollback": wish.rollback,
-        "dry_run": wish.dry_run,
+        "by": options.by,
+        "mlxctl": options.mlxctl,
+        "wheels": options.wheels is not None,
+        "rollback": options.rollback,
+        "dry_run": options.dry_run,
     }
 
 
 def requirements() -> list[str]:
-    """The agent's dependencies, pinned as those of mlxops are."""
-    return [_pinned()[name] for name in DEPENDENCIES]
+    """Return the agent's dependencies, with the pins of mlxops."""
+    return [_pinned()[name] for name in AGENT_DEPENDENCIES]
 
 
 def control_requirements() -> list[str]:
-    """What the control part needs beyond them."""
-    return [requirement for name, requirement in _pinned().items() if name not in ("huggingface_hub", "psutil")]
+    """Return the other dependencies, which only the control part needs."""
+    return [requirement for name, requirement in _pinned().items() if name not in AGENT_DEPENDENCIES]
 
 
 def _pinned() -> dict[str, str]:
     from importlib.metadata import requires
 
-    names = {re.split(r"[^A-Za-z0-9_.-]", each)[0]: each for each in requires("mlxops") or () if "extra ==" not in each}
-    return {name.replace("-", "_").lower(): requirement for name, requirement in names.items()}
+    requirements = [line for line in requires("mlxops") or () if "extra ==" not in line]
+    names = [re.split(r"[^A-Za-z0-9_.-]", line)[0].replace("-", "_").lower() for line in requirements]
+    return dict(zip(names, requirements, strict=True))
 
 
 def archive(wheels: Path | None = None) -> bytes:
-    """The sources as a tar, and wheels; equal files give equal bytes. Raises `UsageError` (no_wheels)."""
+    """Return a tar of the sources and wheels. Equal files give equal bytes. Raises `UsageError` (no_wheels)."""
     files = {f"mlxops/{path.relative_to(PACKAGE).as_posix()}": path for path in [*shipped(), *_control_sources()]}
     if wheels is not None:
-        found = sorted(wheels.glob("*.whl"))
-        if not found:
+        paths = sorted(wheels.glob("*.whl"))
+        if not paths:
             raise UsageError(
                 "no_wheels",
                 f"there is no wheel in {wheels}",
-                why="--wheels is the folder with all that the agent needs",
+                why="--wheels names a folder with all the wheels that the agent needs",
                 hint=f"on a machine like the host: pip download -d {shlex.quote(str(wheels))} --only-binary=:all: "
                 "huggingface_hub psutil",
             )
-        files |= {f"wheels/{path.name}": path for path in found}
+        files |= {f"wheels/{path.name}": path for path in paths}
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for name, path in files.items():
@@ -202,42 +206,42 @@ def _control_sources() -> list[Path]:
     ]
 
 
-def _search(transport: Transport, places: Sequence[str]) -> _Search:
+def _search(transport: Transport, places: Sequence[str]) -> _SearchResult:
     lines, ended = _run(transport, ["/bin/sh", "-s", "--", *places], FIND.encode())
-    found = _Search()
+    found = _SearchResult()
     for line in lines:
         marker, *fields = line.split("\t")
         if marker == _FOUND and len(fields) >= 2:
-            kept: list[str] | None = getattr(found, fields[0], None)
-            if kept is not None and fields[1] not in kept:
-                kept.append(fields[1])
+            paths: list[str] | None = getattr(found, fields[0], None)
+            if paths is not None and fields[1] not in paths:
+                paths.append(fields[1])
     if not found.looked:
         raise AgentProblem(
             "no_python",
             "the host does not run a shell script",
-            why=f"/bin/sh ended with {ended.status}: {_last(ended)}",
+            why=f"/bin/sh ended with {ended.status}: {_end_of_stderr(ended)}",
             hint="the account needs a login shell that runs commands",
         )
     return found
 
 
-def _choose(transport: Transport, host: Host, found: _Search, uv: str, note: Callable[[str], None]) -> str:
-    """The interpreter that installs, and that the agent will run on."""
+def _choose(transport: Transport, host: Host, found: _SearchResult, uv: str, note: Callable[[str], None]) -> str:
+    """Return the interpreter that runs the installer, and later the agent."""
     if found.whole:
         return found.whole[0]
     if uv and found.bare:
         return found.bare[0]
     if uv:
         note(f"there is no Python 3.11 or later; {uv} fetches {UV_PYTHON}")
-        _, ended = _run(transport, [uv, "python", "install", UV_PYTHON], b"")
-        lines, found_it = _run(transport, [uv, "python", "find", "--no-project", UV_PYTHON], b"")
+        _, installed = _run(transport, [uv, "python", "install", UV_PYTHON], b"")
+        lines, located = _run(transport, [uv, "python", "find", "--no-project", UV_PYTHON], b"")
         paths = [line for line in lines if line.startswith("/")]
-        if ended.status == 0 and found_it.status == 0 and paths:
+        if installed.status == 0 and located.status == 0 and paths:
             return paths[-1]
         raise AgentProblem(
             "no_python",
             f"{host.name} has no Python 3.11 or later, and uv could not fetch one",
-            why=_last(ended) or _last(found_it),
+            why=_end_of_stderr(installed) or _end_of_stderr(located),
             hint=f"run it on the host: {uv} python install {UV_PYTHON}",
         )
     reasons = [f"looked in {', '.join(found.looked)}"]
@@ -258,15 +262,15 @@ def _run_installer(
     transport: Transport,
     host: Host,
     python: str,
-    options: dict[str, object],
-    wish: DeployOptions,
+    options: DeployOptions,
+    installer_options: dict[str, object],
     note: Callable[[str], None],
 ) -> dict[str, object]:
     program = (PACKAGE / "agent" / "install.py").read_bytes()
-    argv = [python, "-I", "-c", _START, str(len(program)), host.settings.state, json.dumps(options)]
-    session = transport.start(argv, program + (b"" if wish.rollback else archive(wish.wheels)))
+    argv = [python, "-I", "-c", _START_INSTALLER, str(len(program)), host.settings.state, json.dumps(installer_options)]
+    session = transport.start(argv, program + (b"" if options.rollback else archive(options.wheels)))
     try:
-        for event in events(session, ReadLimits(SILENCE, NOISE_BYTES, greeted=True)):
+        for event in events(session, ReadLimits(SILENCE_SECONDS, NOISE_BYTES, greeted=True)):
             match event:
                 case Note(message):
                     note(message)
@@ -280,19 +284,19 @@ def _run_installer(
     raise AgentProblem(
         "install_failed",
         f"installing on {host.name} ended with {ended.status}",
-        why=_last(ended) or "it said nothing",
-        hint="run deploy again; the agent in use was left as it is",
+        why=_end_of_stderr(ended) or "it printed nothing to standard error",
+        hint="run deploy again; the agent in use is unchanged",
     )
 
 
 def _run(transport: Transport, argv: Sequence[str], data: bytes) -> tuple[list[str], Ended]:
     session = transport.start(argv, data)
     try:
-        return list(session.lines(ReadLimits(SILENCE, NOISE_BYTES))), session.wait(30.0)
+        return list(session.lines(ReadLimits(SILENCE_SECONDS, NOISE_BYTES))), session.wait(30.0)
     finally:
         session.close()
 
 
-def _last(ended: Ended) -> str:
-    """The end of standard error, on one line."""
+def _end_of_stderr(ended: Ended) -> str:
+    """Return the last lines of standard error on one line."""
     return " | ".join(line.strip() for line in ended.stderr.splitlines()[-6:] if line.strip())

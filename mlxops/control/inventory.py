@@ -1,20 +1,18 @@
-"""hosts.yaml: which hosts there are, how they are reached, and what each is told about itself.
+"""hosts.yaml: the managed hosts, how to reach them, and their settings.
 
-Read strictly. A setting that is misspelt, of the wrong type or contradicts another is refused with file, line
-and key, because the alternative is a server that silently runs with a default. The nodes are read by hand
-instead of being constructed: that keeps the line numbers, and shows what YAML 1.1 made of a word.
+The file is read strictly. A misspelt key, a value of the wrong type, or a contradiction is an error with file, line and
+key: otherwise a server would silently run with a default. The YAML nodes are not converted to Python values, because
+nodes have line numbers and show what YAML 1.1 makes of a word such as `off`.
 """
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import yaml
 
@@ -22,50 +20,193 @@ from mlxops.common.build import engines
 from mlxops.control.yaml_file import FileProblem, compose, read_text
 from mlxops.core.errors import UsageError
 from mlxops.core.names import is_name, shown
-from mlxops.core.settings import DEFAULT_ENGINE, BootJob, PortRange, Settings
+from mlxops.core.settings import Settings, absolute_path, argv, read_settings, variable_name
 
 MAX_BYTES = 1024 * 1024
 MAX_DEPTH = 16
-MAX_PORTS = 100
-MIN_MEMORY = 1_000_000
-"""Bytes; less than this is somebody's gigabytes without their unit."""
+_SEE_EXAMPLE = "see the annotated hosts.yaml of mlxops"
+_BOOLEAN_WORDS = "in YAML 1.1 on, off, yes, no, true and false are all booleans"
+_TAG = "tag:yaml.org,2002:"
+_KINDS = {"str": "text", "int": "number", "bool": "boolean", "null": "nothing", "timestamp": "date"}
 
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_DECIMAL = re.compile(r"0|[1-9][0-9]{0,17}")
-_RANGE = re.compile(r"([1-9][0-9]{0,4})-([1-9][0-9]{0,4})")
-_SIZE = re.compile(r"([1-9][0-9]{0,6}(?:\.[0-9]{1,3})?) ?([MGT])(i?)B")
-_DNS_NAME = re.compile(
-    r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*"
-)
-_URL = re.compile(r"https?://[^\s/@?#]+(/[^\s@?#]*)?")
-_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
-_STR, _INT, _BOOL, _NULL = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "bool", "null"))
-_KINDS = {_INT: "a number", _BOOL: "true or false", _NULL: "nothing", "tag:yaml.org,2002:timestamp": "a date"}
+@dataclass(frozen=True)
+class YAMLValue:
+    """A YAML node with its place. Implements `mlxops.core.settings.Value`."""
+
+    file: str
+    key: str
+    line: int
+    node: yaml.Node
+
+    @property
+    def kind(self) -> str:
+        """Return text, number, boolean, nothing, date, list, mapping, or the name of another YAML type."""
+        if isinstance(self.node, yaml.MappingNode):
+            return "mapping"
+        if isinstance(self.node, yaml.SequenceNode):
+            return "list"
+        name = self.node.tag.removeprefix(_TAG)
+        return _KINDS.get(name, name)
+
+    @property
+    def raw(self) -> str:
+        return str(self.node.value) if isinstance(self.node, yaml.ScalarNode) else ""
+
+    def bad(self, what: str, why: str, hint: str) -> UsageError:
+        place = f"{self.file}:{self.line}: {self.key}: " if self.key else f"{self.file}: "
+        return UsageError("bad_hosts_file", place + what, why=why, hint=hint)
+
+    def mapping(self) -> dict[str, YAMLValue]:
+        """Return the entries of a mapping. A key is text or a plain number, whose digits are returned."""
+        if self.kind != "mapping":
+            raise self._wrong_kind("a mapping (key: value)")
+        entries: dict[str, YAMLValue] = {}
+        for key_node, node in self.node.value:
+            key = self._below("", key_node)
+            name = key.raw if isinstance(key_node, yaml.ScalarNode) else "?"
+            value = YAMLValue(self.file, self._below(name, key_node).key, key.line, node)
+            if key.kind == "boolean":
+                raise value.bad(f"YAML reads the key {name} as true or false", _BOOLEAN_WORDS, f'quote it: "{name}"')
+            if key.kind not in ("text", "number") or not name or not name.isprintable():
+                raise value.bad("is not a key", "a key is one line of plain text", "correct or quote the key")
+            if name in entries:
+                raise value.bad("is there twice", f"the first is in line {entries[name].line}", "remove one of them")
+            entries[name] = value
+        return entries
+
+    def entries(self, known: Sequence[str]) -> dict[str, YAMLValue]:
+        """Return the entries of a mapping that has no other keys than `known`."""
+        entries = self.mapping()
+        for key, value in entries.items():
+            if key not in known:
+                import difflib
+
+                close = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean {close[0]}?" if close else "remove it"
+                raise value.bad("unknown key", f"known here: {', '.join(known)}", hint)
+        return entries
+
+    def sequence(self) -> list[YAMLValue]:
+        if self.kind != "list":
+            raise self._wrong_kind("a list: [one, two]")
+        return [
+            YAMLValue(self.file, f"{self.key}[{index}]", node.start_mark.line + 1, node)
+            for index, node in enumerate(self.node.value)
+        ]
+
+    def text(self, *, empty: bool = False) -> str:
+        """Return one line of text without control or invisible characters."""
+        if self.kind != "text":
+            raise self._wrong_kind("text")
+        if not self.raw.isprintable():
+            raise self.bad(
+                f"has a character that cannot be shown: {shown(self.raw)}",
+                "line ends, NUL, escape sequences and invisible characters are never part of a setting",
+                "remove it",
+            )
+        if not self.raw and not empty:
+            raise self.bad("is empty", "an empty value would be a silent default", "give it a value or remove the key")
+        return self.raw
+
+    def number(self) -> int:
+        if self.kind != "number":
+            raise self._wrong_kind("a whole number")
+        if not re.fullmatch(r"0|[1-9][0-9]{0,17}", self.raw):
+            raise self.bad(
+                f"{self.raw} is not a plain decimal number",
+                "YAML would read leading zeros as octal and colons as sixtieths",
+                "write digits only",
+            )
+        return int(self.raw)
+
+    def _below(self, key: str, node: yaml.Node) -> YAMLValue:
+        name = key if key.isprintable() else ascii(key)
+        return YAMLValue(self.file, f"{self.key}.{name}" if self.key else name, node.start_mark.line + 1, node)
+
+    def _wrong_kind(self, wanted: str) -> UsageError:
+        kind, raw, why = self.kind, shown(self.raw), f"it must be {wanted}"
+        if kind in ("mapping", "list"):
+            return self.bad(f"is a {kind}", why, _SEE_EXAMPLE)
+        if kind == "text":
+            return self.bad(f"{raw} is text", why, _SEE_EXAMPLE)
+        if kind == "nothing":
+            return self.bad(
+                "has no value",
+                "in YAML an empty value, null and a lone ~ are no value",
+                f"make it {wanted}, or remove the key",
+            )
+        if kind == "boolean":
+            what = f"YAML reads {self.raw} as true or false"
+            return self.bad(what, _BOOLEAN_WORDS, f'{why}; quote it: "{self.raw}"')
+        article = {"number": "a number", "date": "a date"}.get(kind, f"of the YAML type {shown(kind)}")
+        hint = f'quote it: "{self.raw}"' if wanted == "text" and self.raw.isprintable() else f"make it {wanted}"
+        return self.bad(f"{raw} is {article}", why, hint)
+
+
+# -- what the file describes --------------------------------------------------------------------------------------
+
+
+def _checked(check: Callable[[YAMLValue], object]) -> dict[str, Callable[[YAMLValue], object]]:
+    """Declare a key of hosts.yaml: metadata for the field of the same name."""
+    return {"check": check}
+
+
+def _ssh_name(value: YAMLValue) -> str:
+    text = value.text()
+    if text.startswith("-") or re.search(r"\s", text):
+        raise value.bad(
+            f"{shown(text)} is not a destination",
+            "it is one word, as typed after ssh; a leading '-' would be an option",
+            "use a Host alias of ~/.ssh/config, or user@name",
+        )
+    return text
+
+
+def _url(value: YAMLValue) -> str:
+    text = value.text()
+    if not re.fullmatch(r"https?://[^\s/@?#]+(/[^\s@?#]*)?", text) or not _has_valid_port(text):
+        raise value.bad(
+            f"{shown(text)} is not a URL of a gateway",
+            "it is http:// or https://, host and port, without user or password",
+            "for example: http://127.0.0.1:4000",
+        )
+    return text.rstrip("/")
+
+
+def _has_valid_port(url: str) -> bool:
+    """Return whether the URL has a port that can be used, or none."""
+    from urllib.parse import urlsplit
+
+    try:
+        return urlsplit(url).port != 0
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)
 class Gateway:
-    """Where the gateway's own configuration lies. It is read, never written."""
+    """The gateway's own files and address. mlxops reads the files and never writes them."""
 
-    config: str | None
-    env: str | None
-    url: str | None
-    key_env: str | None
+    config: str | None = field(default=None, metadata=_checked(absolute_path))
+    env: str | None = field(default=None, metadata=_checked(absolute_path))
+    url: str | None = field(default=None, metadata=_checked(_url))
+    key_env: str | None = field(default=None, metadata=_checked(variable_name))
 
 
 @dataclass(frozen=True)
 class Host:
-    """A managed host. `ssh` is what one would type after `ssh`; `python` runs the agent there."""
+    """A managed host."""
 
     name: str
-    ssh: str
-    python: tuple[str, ...] | None
-    """None: the interpreter that `deploy` made, `<state>/venv/bin/python`."""
+    ssh: str = field(metadata=_checked(_ssh_name))
+    """The destination, as typed after `ssh`."""
+    python: tuple[str, ...] | None = field(metadata=_checked(argv))
+    """The argv prefix that runs the agent; None: the interpreter that `deploy` made, `<state>/venv/bin/python`."""
     settings: Settings
 
     def interpreter(self) -> tuple[str, ...]:
-        """The argv prefix that runs the agent, whoever chose it."""
+        """Return the argv prefix that runs the agent: `python`, or its default."""
         return self.python or (f"{self.settings.state.rstrip('/')}/venv/bin/python",)
 
 
@@ -73,7 +214,7 @@ class Host:
 class Inventory:
     path: Path
     default: str | None
-    """None: there are several hosts, and none of them is meant where one has to be named."""
+    """The host for commands without --host; None: there are several hosts and no default."""
     hosts: Mapping[str, Host]
     gateway: Gateway | None
 
@@ -89,7 +230,7 @@ class Inventory:
         )
 
     def select(self, names: str | None, *, all_by_default: bool) -> tuple[Host, ...]:
-        """The hosts of `"a,b"`, each once, in the order given; None: all of them, or the default one.
+        """Return the hosts of `"a,b"` in that order, each once. None selects all hosts, or the default one.
 
         Raises `UsageError`: unknown_host, no_default_host.
         """
@@ -98,7 +239,7 @@ class Inventory:
         if names is None and self.default is None:
             raise UsageError(
                 "no_default_host",
-                "it is not said which host is meant",
+                "this command needs one host, and --host is missing",
                 why=f"{self.path} has {', '.join(self.hosts)}, and no default",
                 hint=f"name one with --host; or add a line to that file: default: {next(iter(self.hosts))}",
             )
@@ -107,15 +248,19 @@ class Inventory:
         return tuple(self.host(name) for name in dict.fromkeys(part.strip() for part in names.split(",")))
 
 
-def hosts_file(environ: Mapping[str, str], beside: Path | None) -> Path | None:
-    """The file that is in force: `MLXOPS_HOSTS_FILE`, the user's own, or the one in `beside`; None: there is none.
+# -- find and read the file ---------------------------------------------------------------------------------------
 
-    Raises `UsageError` if the variable names a file that does not exist: falling back to another file would
-    send a command to another machine.
+
+def hosts_file(environ: Mapping[str, str], beside: Path | None) -> Path | None:
+    """Return the hosts file to use: the one that `MLXOPS_HOSTS_FILE` names, else the user's, else the one in the folder
+    `beside`; None if there is none.
+
+    Raises `UsageError` if the variable names a file that does not exist: another file would send the command to another
+    machine.
     """
     named = environ.get("MLXOPS_HOSTS_FILE")
     if named:
-        path = Path(os.path.expanduser(named))  # a user that is not known stays as it is written
+        path = Path(os.path.expanduser(named))  # keeps ~name if there is no such user
         try:
             if not stat.S_ISDIR(os.stat(path).st_mode):
                 return path
@@ -132,12 +277,12 @@ def hosts_file(environ: Mapping[str, str], beside: Path | None) -> Path | None:
     candidates = [home / ".config" / "mlxops" / "hosts.yaml"]
     if beside is not None:
         candidates.append(beside / "hosts.yaml")
-    return next((path for path in candidates if _is_meant(path)), None)
+    return next((path for path in candidates if _is_present(path)), None)
 
 
-def _is_meant(path: Path) -> bool:
-    """Whether somebody has put a hosts file there, even if it cannot be read now: a link to a disk that is away, or a
-    folder that is closed to us. The next file would be of other machines."""
+def _is_present(path: Path) -> bool:
+    """Return whether there is a hosts file, even if it cannot be read now: a link to an unmounted disk, or a folder
+    without access. The next candidate describes other machines, so it is no replacement."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -148,11 +293,11 @@ def _is_meant(path: Path) -> bool:
 
 
 def load(path: Path) -> Inventory:
-    """Raises `UsageError` bad_hosts_file for a file that cannot be read, or that says something impossible."""
-    top = _Value(path.name, "", 1, _compose(path))
+    """Raises `UsageError` (bad_hosts_file) if the file cannot be read or has a wrong setting."""
+    top = YAMLValue(path.name, "", 1, _compose(path))
     entries = top.entries(("default", "hosts", "gateway"))
     if "hosts" not in entries or not entries["hosts"].mapping():
-        raise top.bad("no hosts", "there is nothing to manage", "add a host: see the annotated hosts.yaml of mlxops")
+        raise top.bad("no hosts", "there is nothing to manage", f"add a host: {_SEE_EXAMPLE}")
     hosts = {name: _host(name, value) for name, value in entries["hosts"].mapping().items()}
     return Inventory(
         path=path,
@@ -163,11 +308,10 @@ def load(path: Path) -> Inventory:
 
 
 def _compose(path: Path) -> yaml.Node:
-    """Return the root node of a hosts file. Raises `UsageError` (bad_hosts_file)."""
     try:
         node = compose(read_text(path, MAX_BYTES, allow_pipe=True), max_depth=MAX_DEPTH, aliases=False)
         if node is None:
-            raise FileProblem("is empty", "see the annotated hosts.yaml of mlxops")
+            raise FileProblem("is empty", _SEE_EXAMPLE)
         return node
     except FileProblem as problem:
         raise UsageError(
@@ -178,406 +322,30 @@ def _compose(path: Path) -> yaml.Node:
         ) from problem
 
 
-# -- values with their place --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Value:
-    """A value of the file, and where it stands."""
-
-    file: str
-    key: str
-    line: int
-    node: yaml.Node
-
-    def bad(self, what: str, why: str, hint: str) -> UsageError:
-        place = f"{self.file}:{self.line}: {self.key}: " if self.key else f"{self.file}: "
-        return UsageError("bad_hosts_file", place + what, why=why, hint=hint)
-
-    def below(self, key: str, line: int, node: yaml.Node) -> _Value:
-        return _Value(self.file, f"{self.key}.{key}" if self.key else key, line, node)
-
-    def mapping(self) -> dict[str, _Value]:
-        """The entries of a mapping. Keys are strings, or plain numbers as their digits."""
-        if not isinstance(self.node, yaml.MappingNode):
-            raise self.wrong_kind("a mapping (key: value)")
-        found: dict[str, _Value] = {}
-        for key_node, node in self.node.value:
-            line = key_node.start_mark.line + 1
-            raw = key_node.value if isinstance(key_node, yaml.ScalarNode) else "?"
-            value = self.below(raw if raw.isprintable() else ascii(raw), line, node)
-            if key_node.tag == _BOOL:
-                raise value.bad(f"YAML reads the key {raw} as true or false", _BOOL_WHY, f'quote it: "{raw}"')
-            if key_node.tag not in (_STR, _INT) or not raw or not raw.isprintable():
-                raise value.bad("is not a key", "a key is one line of plain text", "correct or quote the key")
-            if raw in found:
-                raise value.bad("is there twice", f"the first is in line {found[raw].line}", "remove one of them")
-            found[raw] = value
-        return found
-
-    def entries(self, known: tuple[str, ...]) -> dict[str, _Value]:
-        """The entries of a mapping that has no keys but `known`."""
-        found = self.mapping()
-        for key, value in found.items():
-            if key not in known:
-                import difflib
-
-                close = difflib.get_close_matches(key, known, n=1)
-                meant = f"did you mean {close[0]}?" if close else "remove it"
-                raise value.bad("unknown key", f"known here: {', '.join(known)}", meant)
-        return found
-
-    def sequence(self) -> list[_Value]:
-        if not isinstance(self.node, yaml.SequenceNode):
-            raise self.wrong_kind("a list: [one, two]")
-        return [
-            _Value(self.file, f"{self.key}[{index}]", node.start_mark.line + 1, node)
-            for index, node in enumerate(self.node.value)
-        ]
-
-    def text(self, *, empty: bool = False) -> str:
-        """One line of text without control or invisible characters."""
-        node = self.node
-        if not isinstance(node, yaml.ScalarNode) or node.tag != _STR:
-            raise self.wrong_kind("text")
-        if not node.value.isprintable():
-            raise self.bad(
-                f"has a character that cannot be shown: {shown(node.value)}",
-                "line ends, NUL, escape sequences and invisible characters are never part of a setting",
-                "remove it",
-            )
-        if not node.value and not empty:
-            raise self.bad("is empty", "an empty value would be a silent default", "give it a value or remove the key")
-        return str(node.value)
-
-    def number(self) -> int:
-        node = self.node
-        if not isinstance(node, yaml.ScalarNode) or node.tag != _INT:
-            raise self.wrong_kind("a whole number")
-        if not _DECIMAL.fullmatch(node.value):
-            raise self.bad(
-                f"{node.value} is not a plain decimal number",
-                "YAML would read leading zeros as octal and colons as sixtieths",
-                "write digits only",
-            )
-        return int(node.value)
-
-    def wrong_kind(self, wanted: str) -> UsageError:
-        node = self.node
-        if isinstance(node, yaml.MappingNode):
-            return self.bad("is a mapping", f"it must be {wanted}", "see the annotated hosts.yaml of mlxops")
-        if isinstance(node, yaml.SequenceNode):
-            return self.bad("is a list", f"it must be {wanted}", "see the annotated hosts.yaml of mlxops")
-        raw = str(node.value)
-        if node.tag == _NULL:
-            return self.bad(
-                "has no value",
-                "an empty value, null and a lone ~ are nothing in YAML",
-                f"make it {wanted}, or remove the key",
-            )
-        if node.tag == _BOOL:
-            return self.bad(f"YAML reads {raw} as true or false", _BOOL_WHY, f'it must be {wanted}; quote it: "{raw}"')
-        if node.tag == _STR:
-            return self.bad(f"{shown(raw)} is text", f"it must be {wanted}", "see the annotated hosts.yaml of mlxops")
-        kind = _KINDS.get(node.tag, f"of the YAML type {shown(node.tag.rpartition(':')[2])}")
-        hint = f'quote it: "{raw}"' if wanted == "text" and raw.isprintable() else f"make it {wanted}"
-        return self.bad(f"{shown(raw)} is {kind}", f"it must be {wanted}", hint)
-
-
-_BOOL_WHY = "in YAML 1.1 on, off, yes, no, true and false are all booleans"
-
-
-# -- from nodes to hosts ------------------------------------------------------------------------------------------
-
-_HOST_KEYS = (
-    "ssh",
-    "address",
-    "bind",
-    "hub",
-    "registry",
-    "state",
-    "python",
-    "engine",
-    "launch",
-    "env",
-    "ports",
-    "slots",
-    "boot",
-    "memory",
-)
-
-
-def _default(value: _Value | None, hosts: Mapping[str, Host]) -> str | None:
+def _default(value: YAMLValue | None, hosts: Mapping[str, Host]) -> str | None:
     if value is None:
         return next(iter(hosts)) if len(hosts) == 1 else None
     name = value.text()
     if name not in hosts:
-        raise value.bad(f"{shown(name)} is not a host", f"the hosts are: {', '.join(hosts)}", "name one of those")
+        raise value.bad(f"{shown(name)} is not a host", f"the hosts are: {', '.join(hosts)}", "use one of those")
     return name
 
 
-def _gateway(value: _Value) -> Gateway:
-    entries = value.entries(("config", "env", "url", "key_env"))
-
-    def optional(key: str, read: Callable[[_Value], str]) -> str | None:
-        return read(entries[key]) if key in entries else None
-
-    return Gateway(
-        config=optional("config", _path),
-        env=optional("env", _path),
-        url=optional("url", _url),
-        key_env=optional("key_env", _variable),
-    )
-
-
-def _host(name: str, value: _Value) -> Host:
+def _host(name: str, value: YAMLValue) -> Host:
     if not is_name(name):
         raise value.bad("is not a host name", "a name is 1-64 letters, digits, '.', '_' or '-'", "rename the host")
-    entries = value.entries(_HOST_KEYS)
-    defaults = Settings()
-    ports = _ports(entries["ports"]) if "ports" in entries else defaults.ports
-    engine = _engine(entries["engine"]) if "engine" in entries else DEFAULT_ENGINE
-    bind = _bind(entries["bind"]) if "bind" in entries else defaults.bind
-    python = _argv(entries["python"], program=_path) if "python" in entries else None
-    return Host(
-        name=name,
-        ssh=_ssh(entries["ssh"]) if "ssh" in entries else name,
-        python=python,
-        settings=Settings(
-            address=_address(entries["address"], bind) if "address" in entries else None,
-            bind=bind,
-            hub=_path(entries["hub"]) if "hub" in entries else None,
-            registry=_path(entries["registry"]) if "registry" in entries else None,
-            state=_path(entries["state"]) if "state" in entries else defaults.state,
-            engine=engine,
-            launch=_launch(entries["launch"], engine) if "launch" in entries else {},
-            env=_env(entries["env"]) if "env" in entries else {},
-            ports=ports,
-            slots=_slots(entries["slots"], ports) if "slots" in entries else {},
-            boot=_boot(entries["boot"], ports) if "boot" in entries else (),
-            memory=_memory(entries["memory"]) if "memory" in entries else None,
-        ),
-    )
+    checks = _checks(Host)
+    entries = value.entries((*checks, *(each.name for each in fields(Settings))))
+    own = {"ssh": name, "python": None} | {key: check(entries[key]) for key, check in checks.items() if key in entries}
+    settings = read_settings(entries, engines())
+    return Host(name=name, settings=settings, **own)  # type: ignore[arg-type]  # a check returns its field's type
 
 
-def _ssh(value: _Value) -> str:
-    text = value.text()
-    if text.startswith("-") or re.search(r"\s", text):
-        raise value.bad(
-            f"{shown(text)} is not a destination",
-            "it is one word, as typed after ssh; a leading '-' would be an option",
-            "use a Host alias of ~/.ssh/config, or user@name",
-        )
-    return text
+def _gateway(value: YAMLValue) -> Gateway:
+    checks = _checks(Gateway)
+    entries = value.entries(tuple(checks))
+    return Gateway(**{key: checks[key](entry) for key, entry in entries.items()})  # type: ignore[arg-type]  # the same
 
 
-def _path(value: _Value) -> str:
-    text = value.text()
-    if not text.startswith(("/", "~/")):
-        raise value.bad(
-            f"{shown(text)} is a relative path",
-            "there is no folder on the host that it could be relative to",
-            "begin it with / or ~/",
-        )
-    return text
-
-
-def _url(value: _Value) -> str:
-    text = value.text()
-    if not _URL.fullmatch(text) or not _has_port(text):
-        raise value.bad(
-            f"{shown(text)} is not a URL of a gateway",
-            "it is http:// or https://, host and port, without user or password",
-            "for example: http://127.0.0.1:4000",
-        )
-    return text.rstrip("/")
-
-
-def _has_port(url: str) -> bool:
-    """Whether what stands where a URL has its port is one, or nothing."""
-    try:
-        return urlsplit(url).port != 0
-    except ValueError:
-        return False
-
-
-def _variable(value: _Value) -> str:
-    text = value.text()
-    if not _VARIABLE.fullmatch(text):
-        raise value.bad(
-            f"{shown(text)} is not a variable's name",
-            "this is the name of an environment variable, never the secret itself",
-            "for example: LITELLM_MASTER_KEY",
-        )
-    return text
-
-
-def _ports(value: _Value) -> PortRange:
-    node = value.node
-    text = str(node.value) if isinstance(node, yaml.ScalarNode) else ""
-    matched = _RANGE.fullmatch(text)
-    hint = f"for one port: {text}-{text}" if _DECIMAL.fullmatch(text) else "for example: 8100-8109"
-    if matched is None or node.tag != _STR:
-        raise value.bad("is not a range of ports", "a range is written first-last, both included", hint)
-    first, last = int(matched[1]), int(matched[2])
-    if not first <= last <= 65535:
-        raise value.bad(f"{text} is not a range of ports", "1 <= first <= last <= 65535", "for example: 8100-8109")
-    if last - first >= MAX_PORTS:
-        raise value.bad(f"{last - first + 1} ports", f"at most {MAX_PORTS} are looked after", "narrow the range")
-    return PortRange(first, last)
-
-
-def _slots(value: _Value, ports: PortRange) -> dict[int, str]:
-    slots: dict[int, str] = {}
-    for key, entry in value.mapping().items():
-        if not _DECIMAL.fullmatch(key):
-            raise entry.bad("is not a port", "slots map ports to aliases", "for example: {8100: jerry-xl}")
-        if int(key) not in ports:
-            raise entry.bad("is outside the host's ports", f"they are {ports}", "correct the port, or widen ports")
-        alias = entry.text()
-        if not is_name(alias):
-            raise entry.bad(
-                f"{shown(alias)} is not an alias",
-                "an alias is 1-64 letters, digits, '.', '_' or '-', a letter or digit first",
-                "use the name that the gateway sends for this port",
-            )
-        if alias in slots.values():
-            raise entry.bad(f"the alias {alias} is there twice", "an alias belongs to one port", "rename one of them")
-        slots[int(key)] = alias
-    return slots
-
-
-def _engine_name(name: str, value: _Value) -> str:
-    if name not in engines():
-        raise value.bad(f"{shown(name)} is not an engine", f"known: {', '.join(engines())}", "name one of those")
-    return name
-
-
-def _engine(value: _Value) -> str:
-    return _engine_name(value.text(), value)
-
-
-def _program(value: _Value) -> str:
-    text = value.text()
-    return _path(value) if "/" in text else text
-
-
-def _argv(value: _Value, program: Callable[[_Value], str]) -> tuple[str, ...]:
-    items = value.sequence()
-    if not items:
-        raise value.bad("is empty", "without a program there is nothing to run", "name the program, or remove the key")
-    return (program(items[0]), *(item.text() for item in items[1:]))
-
-
-def _launch(value: _Value, engine: str) -> dict[str, tuple[str, ...]]:
-    """An argv prefix of the host's own engine, or one per engine; an empty list is none."""
-    if isinstance(value.node, yaml.MappingNode):
-        given = {_engine_name(name, entry): entry for name, entry in value.mapping().items()}
-    else:
-        given = {engine: value}
-    return {name: _argv(entry, _program) for name, entry in given.items() if entry.sequence()}
-
-
-def _env(value: _Value) -> dict[str, str]:
-    env: dict[str, str] = {}
-    for key, entry in value.mapping().items():
-        if not _VARIABLE.fullmatch(key):
-            raise entry.bad("is not a variable's name", "letters, digits and _, no digit first", "correct the name")
-        if key in _SECRETS:
-            raise entry.bad(
-                "does not belong here",
-                "an engine needs no access to the hub, and this file is no place for a secret",
-                "log in on the host instead: hf auth login",
-            )
-        env[key] = entry.text(empty=True)
-    return env
-
-
-def _bind(value: _Value) -> str:
-    text = value.text()
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        raise value.bad(
-            f"{shown(text)} is not an IP address",
-            "servers listen on an address, not on a name",
-            "0.0.0.0 is every interface, 127.0.0.1 this machine only",
-        ) from None
-    return text
-
-
-def _address(value: _Value, bind: str) -> str:
-    text = value.text()
-    if not _is_ip(text) and not _DNS_NAME.fullmatch(text):
-        raise value.bad(
-            f"{shown(text)} is not an address",
-            "it is a host name or an IP address, without scheme and port",
-            "for example: studio.local",
-        )
-    if _is_loopback(bind) and not _is_loopback(text):
-        raise value.bad(
-            f"nobody can reach {text} while the servers listen on {bind}",
-            "bind is a loopback address (127.0.0.1 unless given)",
-            "add `bind: 0.0.0.0`, or remove address",
-        )
-    return text
-
-
-def _is_ip(text: str) -> bool:
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _is_loopback(text: str) -> bool:
-    return ipaddress.ip_address(text).is_loopback if _is_ip(text) else text.lower().rstrip(".") == "localhost"
-
-
-def _boot(value: _Value, ports: PortRange) -> tuple[BootJob, ...]:
-    """Read one job, or a list of them."""
-    several = isinstance(value.node, yaml.SequenceNode)
-    jobs = tuple(_boot_job(each, ports) for each in (value.sequence() if several else [value]))
-    for port in {job.port for job in jobs}:
-        if sum(job.port == port for job in jobs) > 1:
-            raise value.bad(f"port {port} is there twice", "one server, one port", "remove one of them")
-    return jobs
-
-
-def _boot_job(value: _Value, ports: PortRange) -> BootJob:
-    entries = value.entries(("port", "script", "label"))
-    if "port" not in entries:
-        raise value.bad("port is missing", "it is where the boot job's server is", "add port")
-    if "script" not in entries and "label" not in entries:
-        raise value.bad(
-            "script and label are missing",
-            "one of them is needed to recognise the boot job's server",
-            "add the path that the system runs (script), or the job's label",
-        )
-    port = entries["port"].number()
-    if port not in ports:
-        raise entries["port"].bad(f"{port} is outside the host's ports", f"they are {ports}", "correct the port")
-    script = _path(entries["script"]) if "script" in entries else ""
-    label = entries["label"].text() if "label" in entries else ""
-    return BootJob(port, script, label)
-
-
-def _memory(value: _Value) -> int | None:
-    """Bytes; None for `auto`."""
-    if value.node.tag == _INT:
-        size = value.number()
-    else:
-        text = value.text()
-        if text == "auto":
-            return None
-        matched = _SIZE.fullmatch(text)
-        if matched is None:
-            raise value.bad(
-                f"{shown(text)} is not a size", "it is auto, 200GB, 186GiB or bytes", "for example: memory: 200GB"
-            )
-        base = 1024 if matched[3] else 1000
-        size = round(float(matched[1]) * base ** {"M": 2, "G": 3, "T": 4}[matched[2]])
-    if size < MIN_MEMORY:
-        raise value.bad(f"{size} bytes hold no model", "a number without a unit is bytes", f"for example: {size}GB")
-    return size
+def _checks(declaring: type[Host | Gateway]) -> dict[str, Callable[[YAMLValue], object]]:
+    return {each.name: each.metadata["check"] for each in fields(declaring) if "check" in each.metadata}

@@ -1,4 +1,4 @@
-"""The runner that needs no connection: commands of this machine, under the rules of a remote session."""
+"""Run commands on this machine, with the interface and the limits of a remote session."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import IO
 
 from mlxops.control.channel import ConnectionLost, Dialogue, Ended, LineBuffer, ReadLimits, Session, Tail
-from mlxops.control.ssh.config import words
+from mlxops.control.ssh.config import error_text
 
 _PIPE = 1024 * 1024
-"""Bytes, the most that a pipe holds (Linux, for anybody but root)."""
+"""The most bytes that a pipe holds (Linux, for users other than root)."""
 
 
 class LocalTransport:
-    """The same, without SSH: in the home directory, out of reach of this terminal's Ctrl-C."""
+    """Runs commands in the home directory, as sshd does. Ctrl-C in this terminal does not reach them."""
 
     def start(self, argv: Sequence[str], data: bytes) -> Session:
-        process = _started(argv)
+        process = _start_process(argv)
         return process if isinstance(process, _NeverStarted) else _LocalSession(process, data)
 
     def converse(self, argv: Sequence[str], data: bytes) -> Dialogue:
-        process = _started(argv)
+        process = _start_process(argv)
         return process if isinstance(process, _NeverStarted) else _LocalDialogue(process, data)
 
     def close(self) -> None:
         pass
 
 
-def _started(argv: Sequence[str]) -> subprocess.Popen[bytes] | _NeverStarted:
+def _start_process(argv: Sequence[str]) -> subprocess.Popen[bytes] | _NeverStarted:
     home = os.environ.get("HOME") or pwd.getpwuid(os.getuid()).pw_dir
     expanded = [f"{home}/{argument[2:]}" if argument.startswith("~/") else argument for argument in argv]
     if any("\0" in argument for argument in expanded):
@@ -49,9 +49,9 @@ def _started(argv: Sequence[str]) -> subprocess.Popen[bytes] | _NeverStarted:
             process_group=0,
         )
     except OSError as error:
-        # What a shell would answer, so that both sides of the seam fail alike.
+        # A shell's exit statuses, so that this fails as it does over SSH.
         status = 127 if isinstance(error, FileNotFoundError) else 126
-        return _NeverStarted(Ended(status, f"{expanded[0]}: {words(error)}"))
+        return _NeverStarted(Ended(status, f"{expanded[0]}: {error_text(error)}"))
     return process
 
 
@@ -59,7 +59,7 @@ class _NeverStarted:
     def __init__(self, ended: Ended) -> None:
         self._ended = ended
 
-    def lines(self, patience: ReadLimits) -> Iterator[str]:
+    def lines(self, limits: ReadLimits) -> Iterator[str]:
         return iter(())
 
     def wait(self, timeout: float) -> Ended:
@@ -73,7 +73,7 @@ class _NeverStarted:
 
 
 class _LocalSession:
-    """One thread does it all: whatever pipe is ready is read or written."""
+    """Reads and writes the pipes as they become ready, without threads."""
 
     def __init__(self, process: subprocess.Popen[bytes], data: bytes) -> None:
         assert process.stdin is not None and process.stdout is not None and process.stderr is not None
@@ -96,24 +96,24 @@ class _LocalSession:
             self._selector.register(stream, event, ready)
         self._write()
 
-    def lines(self, patience: ReadLimits) -> Iterator[str]:
+    def lines(self, limits: ReadLimits) -> Iterator[str]:
         lines = LineBuffer()
         while not self._stdout.closed or self._out:
             while self._out:
                 data = self._out.popleft()
-                patience.took(len(data))
+                limits.count(len(data))
                 yield from lines.feed(data)
-                patience.waits_for_the_rest_of(lines.rest)
-            if patience.over:
-                raise ConnectionLost(f"the command {patience}")
+                limits.allow_unfinished(lines.unfinished)
+            if limits.over:
+                raise ConnectionLost(f"the command {limits}")
             if not self._stdout.closed:
-                self._turn(patience.left)
+                self._turn(limits.left)
         yield from lines.end()
 
     def wait(self, timeout: float) -> Ended:
         deadline = time.monotonic() + timeout
         try:
-            # A child of the command may hold standard error open for ever; its own end is what counts.
+            # Wait for the command, not for its standard error: a child of it may keep that open indefinitely.
             while self._process.poll() is None and self._selector.get_map():
                 if time.monotonic() >= deadline:
                     raise subprocess.TimeoutExpired(self._process.args, timeout)
@@ -122,7 +122,7 @@ class _LocalSession:
             status = self._process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             raise ConnectionLost(f"the command did not end within {timeout:.0f} s") from None
-        for _ in range(_PIPE // 65536):  # what it wrote itself; a child of it may go on for ever
+        for _ in range(_PIPE // 65536):  # its own last output; a child of it may write without end
             if not self._selector.get_map() or not self._turn(0):
                 break
             self._out.clear()
@@ -130,12 +130,12 @@ class _LocalSession:
 
     def close(self) -> None:
         for stream in (self._stdin, self._stdout, self._stderr_stream):
-            self._end(stream)
+            self._close(stream)
         self._selector.close()
         reap(self._process)
 
     def _turn(self, timeout: float) -> bool:
-        """Wait for any of the pipes, and serve all that are ready; False: none was."""
+        """Wait for the pipes, and read or write those that are ready. Return whether there were any."""
         events = self._selector.select(timeout)
         for key, _ in events:
             key.data()
@@ -146,7 +146,7 @@ class _LocalSession:
         if data:
             take(data)
         else:
-            self._end(stream)
+            self._close(stream)
 
     def _write(self) -> None:
         try:
@@ -155,14 +155,14 @@ class _LocalSession:
         except BlockingIOError:
             return
         except OSError:
-            self._end(self._stdin)  # it does not read; its end tells why
+            self._close(self._stdin)  # it does not read any more; `wait` returns why
         else:
             self._sent()
 
     def _sent(self) -> None:
-        self._end(self._stdin)
+        self._close(self._stdin)
 
-    def _end(self, stream: IO[bytes]) -> None:
+    def _close(self, stream: IO[bytes]) -> None:
         if not stream.closed:
             if stream in self._selector.get_map():
                 self._selector.unregister(stream)
@@ -179,11 +179,11 @@ class _LocalDialogue(_LocalSession):
         self._write()
 
     def _sent(self) -> None:
-        """Its standard input stays open; until there is more, nobody waits to write."""
+        """Leave standard input open, and stop waiting for it until there is more to write."""
         self._selector.unregister(self._stdin)
 
 
 def reap(process: subprocess.Popen[bytes]) -> None:
-    """Collect its exit status when it comes; a child that nobody waits for stays a zombie."""
+    """Collect its exit status when it ends. Otherwise it would stay a zombie."""
     if process.poll() is None:
         threading.Thread(target=process.wait, name="reap", daemon=True).start()

@@ -7,12 +7,11 @@ an integer as text.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import yaml
 
-from mlxops.common.files import opened
+from mlxops.common.files import read_start
 from mlxops.core.text import NotUTF8, utf8
 
 MAX_NODES = 250_000
@@ -45,8 +44,11 @@ def read_text(path: Path, max_bytes: int, *, allow_pipe: bool = False) -> str:
     """
     from_shell = allow_pipe and str(path).startswith(_DESCRIPTORS)
     try:
-        with path.open("rb") if from_shell else opened(path) as stream:
-            data = stream.read(max_bytes + 1)
+        if from_shell:
+            with path.open("rb") as stream:
+                data = stream.read(max_bytes + 1)
+        else:
+            data = read_start(path, max_bytes + 1)
     except OSError as error:
         reason = error.strerror or str(error)
         raise FileProblem(f"cannot be read: {reason}", "check the path and its permissions") from error
@@ -72,10 +74,11 @@ def compose(text: str, *, max_depth: int, aliases: bool) -> yaml.Node | None:
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
-        problem = _marked(error)
-        if problem.line and re.match(r" *\t", text.split("\n")[problem.line - 1]):
-            raise FileProblem("a tab in the indentation", "YAML indents with spaces only", problem.line) from error
-        raise problem from error
+        mark = error.problem_mark
+        if mark is not None and text.startswith("\t", mark.index):
+            problem = FileProblem("a tab, where YAML allows only spaces", "replace it with spaces", mark.line + 1)
+            raise problem from error
+        raise _marked(error) from error
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise FileProblem(f"the character U+{ord(text[error.position]):04X}", "remove it", line) from error

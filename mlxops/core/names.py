@@ -1,31 +1,39 @@
-"""What may be typed: names, repositories, ports, durations. Validated once, at the edge, before anything is asked."""
+"""Check arguments: names, repositories, ports, numbers, durations. A wrong one is refused before the host is asked."""
 
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 from mlxops.core.errors import UsageError
-from mlxops.core.settings import PortRange
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_REPO_PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
-_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
+if TYPE_CHECKING:
+    from mlxops.core.settings import PortRange
+
 AUTO = "auto"
+
+# Compiled at the first use: compiling all of them takes a millisecond, at every start.
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+_REPO_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
+_REVISION = r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}"
 
 
 def is_name(text: str) -> bool:
-    """A model name or alias: `[A-Za-z0-9][A-Za-z0-9._-]{0,63}`."""
-    return _NAME.fullmatch(text) is not None
+    """Return whether this can be a model name or alias: `[A-Za-z0-9][A-Za-z0-9._-]{0,63}`."""
+    return re.fullmatch(_NAME, text) is not None
 
 
 def is_repo_id(text: str) -> bool:
-    """`org/name` as the Hugging Face hub allows it: at most 96 characters, no `..`, no `--`, no leading or
-    trailing `-` or `.` (huggingface_hub's `validate_repo_id`)."""
+    """Return whether this can be the `org/name` of a repository on the Hugging Face hub.
+
+    Its rules (huggingface_hub's `validate_repo_id`): at most 96 characters, no `..`, no `--`, no leading or trailing
+    `-` or `.`.
+    """
     parts = text.split("/")
     return (
         len(parts) == 2
         and len(text) <= 96
-        and all(_REPO_PART.fullmatch(part) for part in parts)
+        and all(re.fullmatch(_REPO_PART, part) for part in parts)
         and "--" not in text
         and ".." not in text
         and not text.endswith(".git")
@@ -37,16 +45,17 @@ def is_model_name(text: str) -> bool:
 
 
 def is_revision(text: str) -> bool:
-    """A branch, tag or commit, in a form that can be neither an option nor a way out of a folder."""
-    return _REVISION.fullmatch(text) is not None and ".." not in text
+    """Return whether this can be a branch, tag or commit. An option, or a path that leaves its folder, cannot."""
+    return re.fullmatch(_REVISION, text) is not None and ".." not in text
 
 
 def shown(text: str) -> str:
-    """User-supplied text, safe to print: quoted, escaped, of bounded length."""
+    """Return user-supplied text in a form that is safe to print: quoted, escaped, of limited length."""
     return ascii(text if len(text) <= 80 else text[:77] + "...")
 
 
 def model_name(text: str) -> str:
+    """Raises `UsageError` (bad_name)."""
     if is_model_name(text):
         return text
     raise UsageError(
@@ -58,7 +67,7 @@ def model_name(text: str) -> str:
 
 
 def repo(text: str) -> tuple[str, str | None]:
-    """`org/name[@revision]` -> (repo id, revision or None)."""
+    """Split `org/name[@revision]` into repo id and revision. Raises `UsageError` (bad_repo)."""
     repo_id, at, revision = text.partition("@")
     if not is_repo_id(repo_id) or (at and not is_revision(revision)):
         raise UsageError(
@@ -71,6 +80,7 @@ def repo(text: str) -> tuple[str, str | None]:
 
 
 def port(text: str, ports: PortRange) -> int:
+    """Raises `UsageError` (bad_port)."""
     number = int(text) if re.fullmatch(r"[0-9]{1,5}", text, re.ASCII) else None
     if number is None or number not in ports:
         raise UsageError(
@@ -83,7 +93,7 @@ def port(text: str, ports: PortRange) -> int:
 
 
 def whole(text: str, flag: str, least: int, most: int) -> int:
-    """A whole number. Raises `UsageError` (bad_number)."""
+    """Return a whole number. Raises `UsageError` (bad_number)."""
     if re.fullmatch(r"[0-9]{1,10}", text, re.ASCII) and least <= int(text) <= most:
         return int(text)
     raise UsageError(
@@ -95,7 +105,7 @@ def whole(text: str, flag: str, least: int, most: int) -> int:
 
 
 def seconds(text: str, flag: str, *, zero: bool = False) -> float:
-    """A duration in seconds, more than 0 (or, with `zero`, not less) and at most a day."""
+    """Return a duration of at most a day, more than 0 s; `zero` allows 0 s. Raises `UsageError` (bad_duration)."""
     if re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,3})?", text, re.ASCII) and (zero or float(text)) and float(text) <= 86400:
         return float(text)
     raise UsageError(

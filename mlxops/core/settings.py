@@ -1,17 +1,30 @@
-"""What a managed host is told about itself: paths, ports, slots, engines.
+"""The settings of a managed host: paths, ports, slots, engines.
 
-The control node reads it from hosts.yaml, sends it with every request, and the host keeps what it agreed to.
-Paths may begin with `~`; the agent expands them, because only the host knows its home directory.
+`Settings` declares each setting once: its key in hosts.yaml, its default, the check of its value, its JSON form. To add
+a setting, add a field here and an example in hosts.yaml.
+
+The control node reads the settings from hosts.yaml and sends them with every request. The host stores them in
+host.json. Paths may begin with `~`: the agent expands them, because only the host knows its home directory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Protocol, TypeVar
+
+from mlxops.core.errors import UsageError
+from mlxops.core.names import is_name, shown
 
 DEFAULT_ENGINE = "mlx-openai-server"
 AGREED = ("registry", "hub", "ports", "slots", "bind")
-"""The settings on which every control node of a host must agree: a difference would mean two truths."""
+"""The settings on which all control nodes of a host must agree: others would write other files, or use other ports."""
+MAX_PORTS = 100
+MIN_MEMORY = 1_000_000
+"""Bytes. A smaller number is probably gigabytes without the unit."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -33,138 +46,439 @@ class PortRange:
 
 @dataclass(frozen=True)
 class BootJob:
-    """A server that the system itself starts at boot; mlxops recognises it and never touches it."""
+    """A server that launchd or systemd starts at boot. mlxops recognises it and never stops or starts it."""
 
     port: int
     script: str = ""
     """The path of the script that the system runs."""
     label: str = ""
-    """launchd's label, or systemd's unit. At least one of the two is given."""
+    """launchd's label, or systemd's unit. A job has a script, a label, or both."""
 
     @property
     def name(self) -> str:
-        """Its name for people."""
+        """Return the name to show to people."""
         return self.label or self.script
 
     def to_wire(self) -> dict[str, object]:
         return {"port": self.port, "script": self.script, "label": self.label}
 
 
-@dataclass(frozen=True)
-class Settings:
-    """One managed host's settings; the defaults are those that hosts.yaml documents."""
+class Value(Protocol):
+    """A value of hosts.yaml. It knows its place: file, line and key.
 
-    address: str | None = None
-    bind: str = "127.0.0.1"
-    hub: str | None = None
-    registry: str | None = None
-    state: str = "~/.mlxops"
-    engine: str = DEFAULT_ENGINE
-    launch: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    env: Mapping[str, str] = field(default_factory=dict)
-    ports: PortRange = PortRange(8100, 8109)
-    slots: Mapping[int, str] = field(default_factory=dict)
-    boot: tuple[BootJob, ...] = ()
-    memory: int | None = None
-    """Bytes for all servers together; None: the agent finds out."""
+    Its methods raise `UsageError` (bad_hosts_file) for a value of another kind.
+    """
 
-    def alias(self, port: int, model: str) -> str:
-        """The name under which `model` is served on `port`: the slot's, else its own."""
-        return self.slots.get(port, model)
+    @property
+    def kind(self) -> str:
+        """`text`, `number`, `list`, `mapping`, or another kind of YAML."""
 
-    def slot_of(self, name: str) -> int | None:
-        """The port whose fixed alias is `name`."""
-        return next((port for port, alias in self.slots.items() if alias == name), None)
+    @property
+    def raw(self) -> str:
+        """The characters in the file; "" for a list or mapping."""
 
-    def to_wire(self) -> dict[str, object]:
-        """JSON-safe; the inverse of `settings_from_wire`."""
-        return {
-            "address": self.address,
-            "bind": self.bind,
-            "hub": self.hub,
-            "registry": self.registry,
-            "state": self.state,
-            "engine": self.engine,
-            "launch": {engine: list(argv) for engine, argv in self.launch.items()},
-            "env": dict(self.env),
-            "ports": [self.ports.first, self.ports.last],
-            "slots": {str(port): alias for port, alias in self.slots.items()},
-            "boot": _boot_to_wire(self.boot),
-            "memory": self.memory,
-        }
+    def text(self, *, empty: bool = False) -> str:
+        """Return printable text of one line. `empty`: "" is allowed."""
+
+    def number(self) -> int: ...
+
+    def sequence(self) -> Sequence[Value]: ...
+
+    def mapping(self) -> Mapping[str, Value]: ...
+
+    def entries(self, known: Sequence[str]) -> Mapping[str, Value]:
+        """Return the entries of a mapping that has no other keys than `known`."""
+
+    def bad(self, what: str, why: str, hint: str) -> UsageError:
+        """Return the error to raise, with the place of the value."""
+
+
+# -- declare a setting --------------------------------------------------------------------------------------------
+
+
+class Setting:
+    """How the value of a field is read from hosts.yaml, written to JSON, and read from JSON."""
+
+    def __init__(
+        self,
+        check: Callable[[Value, Settings, Sequence[str]], object],
+        write: Callable[[T], object],
+        read: Callable[[object, str], T],
+        *,
+        dependent: bool,
+    ) -> None:
+        self.check = check
+        self.write: Callable[..., object] = write
+        self.read: Callable[[object, str], object] = read
+        self.dependent = dependent
+
+
+def setting(
+    check: Callable[[Value], T], form: tuple[Callable[[T], object], Callable[[object, str], T]]
+) -> dict[str, Setting]:
+    """Declare a setting: metadata for a field of `Settings`.
+
+    `check` returns the value for the field, or raises `value.bad(...)`. `form` is the JSON form: a pair of functions
+    that write and read it. The second argument of the latter is the key, for messages.
+    """
+    return {"setting": Setting(lambda value, _settings, _engines: check(value), *form, dependent=False)}
+
+
+def dependent_setting(
+    check: Callable[[Value, Settings, Sequence[str]], T],
+    form: tuple[Callable[[T], object], Callable[[object, str], T]],
+) -> dict[str, Setting]:
+    """Declare a setting whose check needs other settings, or the names of the engines.
+
+    Dependent settings are read after all the others, in the order of the fields. Their checks get what was read before.
+    """
+    return {"setting": Setting(check, *form, dependent=True)}
+
+
+def read_settings(entries: Mapping[str, Value], engines: Sequence[str]) -> Settings:
+    """Return the settings of a host's entries in hosts.yaml; other entries are ignored.
+
+    Raises `UsageError` (bad_hosts_file).
+    """
+    declared = {name: one for name, one in _declared().items() if name in entries}
+    settings = Settings()
+    for name in sorted(declared, key=lambda name: declared[name].dependent):
+        value = declared[name].check(entries[name], settings, engines)
+        settings = replace(settings, **{name: value})  # type: ignore[arg-type]  # the check returns the field's type
+    return settings
 
 
 def settings_from_wire(wire: Mapping[str, object]) -> Settings:
-    """The settings that `to_wire` described.
+    """Return the settings that `Settings.to_wire` wrote.
 
     Raises `ValueError` for anything that `to_wire` cannot have written.
     """
-    ports = _list(wire, "ports")
-    if len(ports) != 2:
-        raise ValueError("ports: not a pair")
-    return Settings(
-        address=_optional(wire, "address"),
-        bind=_string(wire, "bind"),
-        hub=_optional(wire, "hub"),
-        registry=_optional(wire, "registry"),
-        state=_string(wire, "state"),
-        engine=_string(wire, "engine"),
-        launch={engine: tuple(map(str, _as_list(argv, "launch"))) for engine, argv in _map(wire, "launch").items()},
-        env={key: str(value) for key, value in _map(wire, "env").items()},
-        ports=PortRange(_as_int(ports[0], "ports"), _as_int(ports[1], "ports")),
-        slots={int(port): str(alias) for port, alias in _map(wire, "slots").items()},
-        boot=_boot(wire.get("boot")),
-        memory=None if wire.get("memory") is None else _as_int(wire.get("memory"), "memory"),
-    )
+    values = {name: one.read(wire.get(name), name) for name, one in _declared().items()}
+    return Settings(**values)  # type: ignore[arg-type]  # `read` returns the field's type
 
 
-def _boot_to_wire(jobs: tuple[BootJob, ...]) -> object:
-    """Write one job, or none, as version 0.1.0 does: after `deploy --rollback` it reads this host.json."""
-    if len(jobs) < 2:
-        return jobs[0].to_wire() if jobs else None
-    return [job.to_wire() for job in jobs]
+def _declared() -> dict[str, Setting]:
+    return {each.name: each.metadata["setting"] for each in fields(Settings)}
 
 
-def _boot(value: object) -> tuple[BootJob, ...]:
-    """Read null, one job, or a list of jobs."""
-    jobs = value if isinstance(value, list) else [value] if isinstance(value, dict) else []
-    found = []
-    for job in jobs:
-        if not isinstance(job, dict):
-            raise ValueError("boot: not an object")
-        found.append(BootJob(_as_int(job.get("port"), "boot"), str(job.get("script", "")), str(job.get("label", ""))))
-    return tuple(found)
+# -- checks of hosts.yaml -----------------------------------------------------------------------------------------
 
 
-def _string(wire: Mapping[str, object], key: str) -> str:
-    value = wire.get(key)
+def absolute_path(value: Value) -> str:
+    text = value.text()
+    if not text.startswith(("/", "~/")):
+        raise value.bad(
+            f"{shown(text)} is a relative path",
+            "a relative path has no meaning here: there is no working folder",
+            "begin it with / or ~/",
+        )
+    return text
+
+
+def variable_name(value: Value) -> str:
+    text = value.text()
+    if not _is_variable(text):
+        raise value.bad(
+            f"{shown(text)} is not a variable's name",
+            "this is the name of an environment variable, never the secret itself",
+            "for example: LITELLM_MASTER_KEY",
+        )
+    return text
+
+
+def argv(value: Value, program: Callable[[Value], str] = absolute_path) -> tuple[str, ...]:
+    """Return a program and its arguments. `program` checks the first item."""
+    items = value.sequence()
+    if not items:
+        raise value.bad("is empty", "without a program there is nothing to run", "name the program, or remove the key")
+    return (program(items[0]), *(item.text() for item in items[1:]))
+
+
+def _program(value: Value) -> str:
+    """Return a path, or the name of a program to look for."""
+    return absolute_path(value) if "/" in value.text() else value.text()
+
+
+def _is_variable(text: str) -> bool:
+    return re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", text) is not None
+
+
+def _bind(value: Value) -> str:
+    text = value.text()
+    if not _is_ip(text):
+        raise value.bad(
+            f"{shown(text)} is not an IP address",
+            "servers listen on an address, not on a name",
+            "0.0.0.0 is every interface, 127.0.0.1 this machine only",
+        )
+    return text
+
+
+def _address(value: Value, settings: Settings, _engines: Sequence[str]) -> str:
+    text = value.text()
+    if not _is_ip(text) and not _is_dns_name(text):
+        raise value.bad(
+            f"{shown(text)} is not an address",
+            "it is a host name or an IP address, without scheme and port",
+            "for example: studio.local",
+        )
+    if _is_loopback(settings.bind) and not _is_loopback(text):
+        raise value.bad(
+            f"{text} cannot be reached while the servers listen on {settings.bind}",
+            "bind is a loopback address (127.0.0.1 by default)",
+            "add `bind: 0.0.0.0`, or remove address",
+        )
+    return text
+
+
+def _is_ip(text: str) -> bool:
+    import ipaddress
+
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_loopback(text: str) -> bool:
+    import ipaddress
+
+    return ipaddress.ip_address(text).is_loopback if _is_ip(text) else text.lower().rstrip(".") == "localhost"
+
+
+def _is_dns_name(text: str) -> bool:
+    label = "[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?"
+    return re.fullmatch(rf"(?=.{{1,253}}$){label}(\.{label})*", text) is not None
+
+
+def _engine(value: Value, _settings: Settings, engines: Sequence[str]) -> str:
+    return _engine_name(value.text(), value, engines)
+
+
+def _engine_name(name: str, value: Value, engines: Sequence[str]) -> str:
+    if name not in engines:
+        raise value.bad(f"{shown(name)} is not an engine", f"known: {', '.join(engines)}", "use one of those")
+    return name
+
+
+def _launch(value: Value, settings: Settings, engines: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Read one list for the host's own engine, or a list for each engine. An empty list counts as no entry."""
+    if value.kind == "mapping":
+        entries = {_engine_name(name, entry, engines): entry for name, entry in value.mapping().items()}
+    else:
+        entries = {settings.engine: value}
+    return {name: argv(entry, _program) for name, entry in entries.items() if entry.sequence()}
+
+
+def _env(value: Value) -> dict[str, str]:
+    env: dict[str, str] = {}
+    for key, entry in value.mapping().items():
+        if not _is_variable(key):
+            raise entry.bad("is not a variable's name", "letters, digits and _, no digit first", "correct the name")
+        if key in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+            raise entry.bad(
+                "does not belong here",
+                "an engine needs no access to the hub, and this file is no place for a secret",
+                "log in on the host instead: hf auth login",
+            )
+        env[key] = entry.text(empty=True)
+    return env
+
+
+def _ports(value: Value) -> PortRange:
+    raw = value.raw
+    matched = re.fullmatch(r"([1-9][0-9]{0,4})-([1-9][0-9]{0,4})", raw)
+    if matched is None or value.kind != "text":
+        hint = f"for one port: {raw}-{raw}" if re.fullmatch(r"[0-9]{1,5}", raw) else "for example: 8100-8109"
+        raise value.bad("is not a range of ports", "a range is written first-last, both included", hint)
+    first, last = int(matched[1]), int(matched[2])
+    if not first <= last <= 65535:
+        raise value.bad(f"{raw} is not a range of ports", "1 <= first <= last <= 65535", "for example: 8100-8109")
+    if last - first >= MAX_PORTS:
+        raise value.bad(f"{last - first + 1} ports are too many", f"the limit is {MAX_PORTS}", "use a smaller range")
+    return PortRange(first, last)
+
+
+def _slots(value: Value, settings: Settings, _engines: Sequence[str]) -> dict[int, str]:
+    slots: dict[int, str] = {}
+    for key, entry in value.mapping().items():
+        if not re.fullmatch(r"0|[1-9][0-9]{0,17}", key):
+            raise entry.bad("is not a port", "slots map ports to aliases", "for example: {8100: jerry-xl}")
+        if int(key) not in settings.ports:
+            raise entry.bad(
+                "is outside the host's ports", f"they are {settings.ports}", "correct the port, or extend `ports`"
+            )
+        alias = entry.text()
+        if not is_name(alias):
+            raise entry.bad(
+                f"{shown(alias)} is not an alias",
+                "an alias is 1-64 letters, digits, '.', '_' or '-', a letter or digit first",
+                "use the name that the gateway sends for this port",
+            )
+        if alias in slots.values():
+            raise entry.bad(f"the alias {alias} is there twice", "an alias belongs to one port", "rename one of them")
+        slots[int(key)] = alias
+    return slots
+
+
+def _boot(value: Value, settings: Settings, _engines: Sequence[str]) -> tuple[BootJob, ...]:
+    """Read one job, or a list of jobs."""
+    values = value.sequence() if value.kind == "list" else [value]
+    jobs = tuple(_boot_job(each, settings.ports) for each in values)
+    ports = [job.port for job in jobs]
+    for port in ports:
+        if ports.count(port) > 1:
+            raise value.bad(f"port {port} is there twice", "a port has one server", "remove one of the jobs")
+    return jobs
+
+
+def _boot_job(value: Value, ports: PortRange) -> BootJob:
+    entries = value.entries(("port", "script", "label"))
+    if "port" not in entries:
+        raise value.bad("port is missing", "mlxops must know the port of the boot job's server", "add port")
+    if "script" not in entries and "label" not in entries:
+        raise value.bad(
+            "script and label are missing",
+            "mlxops recognises the boot job's server by one of them",
+            "add the path that the system runs (script), or the job's label",
+        )
+    port = entries["port"].number()
+    if port not in ports:
+        raise entries["port"].bad(f"{port} is outside the host's ports", f"they are {ports}", "correct the port")
+    script = absolute_path(entries["script"]) if "script" in entries else ""
+    label = entries["label"].text() if "label" in entries else ""
+    return BootJob(port, script, label)
+
+
+def _memory(value: Value) -> int | None:
+    """Return bytes; None for `auto`."""
+    if value.kind == "number":
+        size = value.number()
+    elif (text := value.text()) == "auto":
+        return None
+    else:
+        matched = re.fullmatch(r"([1-9][0-9]{0,6}(?:\.[0-9]{1,3})?) ?([MGT])(i?)B", text)
+        if matched is None:
+            raise value.bad(
+                f"{shown(text)} is not a size", "it is auto, 200GB, 186GiB or bytes", "for example: memory: 200GB"
+            )
+        base = 1024 if matched[3] else 1000
+        size = round(float(matched[1]) * base ** {"M": 2, "G": 3, "T": 4}[matched[2]])
+    if size < MIN_MEMORY:
+        raise value.bad(
+            f"{size} bytes are too few for a model", "a number without a unit is bytes", f"for example: {size}GB"
+        )
+    return size
+
+
+# -- JSON forms ---------------------------------------------------------------------------------------------------
+
+
+def _same(value: T) -> T:
+    return value
+
+
+def _text_from(value: object, key: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{key}: not a string")
     return value
 
 
-def _optional(wire: Mapping[str, object], key: str) -> str | None:
-    return None if wire.get(key) is None else _string(wire, key)
+def _integer_from(value: object, key: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{key}: not an integer")
+    return value
 
 
-def _list(wire: Mapping[str, object], key: str) -> list[object]:
-    return _as_list(wire.get(key), key)
-
-
-def _as_list(value: object, key: str) -> list[object]:
+def _list_from(value: object, key: str) -> list[object]:
     if not isinstance(value, list):
         raise ValueError(f"{key}: not a list")
     return value
 
 
-def _map(wire: Mapping[str, object], key: str) -> dict[str, object]:
-    value = wire.get(key)
+def _object_from(value: object, key: str) -> dict[str, object]:
     if not isinstance(value, dict):
         raise ValueError(f"{key}: not an object")
     return value
 
 
-def _as_int(value: object, key: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{key}: not an integer")
-    return value
+def _optional(read: Callable[[object, str], T]) -> Callable[[object, str], T | None]:
+    return lambda value, key: None if value is None else read(value, key)
+
+
+def _ports_from(value: object, key: str) -> PortRange:
+    pair = _list_from(value, key)
+    if len(pair) != 2:
+        raise ValueError(f"{key}: not a pair")
+    return PortRange(_integer_from(pair[0], key), _integer_from(pair[1], key))
+
+
+def _boot_to_wire(jobs: Iterable[BootJob]) -> object:
+    """Write no job as null and one job as an object. Version 0.1.0 reads only those: after `deploy --rollback`, too."""
+    written = [job.to_wire() for job in jobs]
+    if len(written) < 2:
+        return written[0] if written else None
+    return written
+
+
+def _boot_from(value: object, key: str) -> tuple[BootJob, ...]:
+    """Read null, one job, or a list of jobs."""
+    jobs = value if isinstance(value, list) else [value] if isinstance(value, dict) else []
+    return tuple(_boot_job_from(_object_from(job, key), key) for job in jobs)
+
+
+def _boot_job_from(job: Mapping[str, object], key: str) -> BootJob:
+    return BootJob(_integer_from(job.get("port"), key), str(job.get("script", "")), str(job.get("label", "")))
+
+
+TEXT = (_same, _text_from)
+OPTIONAL_TEXT = (_same, _optional(_text_from))
+OPTIONAL_INTEGER = (_same, _optional(_integer_from))
+TEXTS = (
+    dict[str, str],
+    lambda value, key: {name: str(text) for name, text in _object_from(value, key).items()},
+)
+ARGVS = (
+    lambda argvs: {engine: list(argv) for engine, argv in argvs.items()},
+    lambda value, key: {
+        engine: tuple(map(str, _list_from(argv, key))) for engine, argv in _object_from(value, key).items()
+    },
+)
+PORTS = (lambda ports: [ports.first, ports.last], _ports_from)
+SLOTS = (
+    lambda slots: {str(port): alias for port, alias in slots.items()},
+    lambda value, key: {int(port): str(alias) for port, alias in _object_from(value, key).items()},
+)
+BOOT = (_boot_to_wire, _boot_from)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One managed host's settings, with the defaults that hosts.yaml documents."""
+
+    address: str | None = field(default=None, metadata=dependent_setting(_address, OPTIONAL_TEXT))
+    bind: str = field(default="127.0.0.1", metadata=setting(_bind, TEXT))
+    hub: str | None = field(default=None, metadata=setting(absolute_path, OPTIONAL_TEXT))
+    registry: str | None = field(default=None, metadata=setting(absolute_path, OPTIONAL_TEXT))
+    state: str = field(default="~/.mlxops", metadata=setting(absolute_path, TEXT))
+    engine: str = field(default=DEFAULT_ENGINE, metadata=dependent_setting(_engine, TEXT))
+    launch: Mapping[str, tuple[str, ...]] = field(default_factory=dict, metadata=dependent_setting(_launch, ARGVS))
+    env: Mapping[str, str] = field(default_factory=dict, metadata=setting(_env, TEXTS))
+    ports: PortRange = field(default=PortRange(8100, 8109), metadata=setting(_ports, PORTS))
+    slots: Mapping[int, str] = field(default_factory=dict, metadata=dependent_setting(_slots, SLOTS))
+    boot: tuple[BootJob, ...] = field(default=(), metadata=dependent_setting(_boot, BOOT))
+    memory: int | None = field(default=None, metadata=setting(_memory, OPTIONAL_INTEGER))
+    """Bytes for all servers together; None: the agent decides."""
+
+    def alias(self, port: int, model: str) -> str:
+        """Return the name under which `model` is served on `port`: the slot's alias, else its own name."""
+        return self.slots.get(port, model)
+
+    def slot_of(self, name: str) -> int | None:
+        """Return the port whose alias is `name`."""
+        return next((port for port, alias in self.slots.items() if alias == name), None)
+
+    def to_wire(self) -> dict[str, object]:
+        """Return the settings as JSON; `settings_from_wire` reads them."""
+        return {name: one.write(getattr(self, name)) for name, one in _declared().items()}

@@ -60,7 +60,7 @@ class Scripted:
     end: Ended | ConnectionLost = field(default_factory=lambda: Ended(0, ""))
     closed: int = 0
 
-    def lines(self, patience: ReadLimits) -> Iterator[str]:
+    def lines(self, limits: ReadLimits) -> Iterator[str]:
         # A host tells nothing twice: who comes back hears who it is, and what is new.
         yield from self.words[:1] if self.closed else self.words
         if isinstance(self.end, ConnectionLost):

@@ -1,4 +1,4 @@
-"""Deploying to a host that has nothing: a throwaway home behind a real sshd, real Python, real pip."""
+"""Deploy to an empty home folder behind a real sshd, with real Python and pip."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.steps import nothing_runs, servers
 pytestmark = pytest.mark.lab
 
 HERE = [str(Path(sys.base_prefix) / "bin")]
-"""Where the interpreter of the tests is; the places of a real host are searched in tests of their own."""
+"""The folder of the tests' interpreter. Other tests search the folders of a real host."""
 
 
 @pytest.fixture
@@ -44,8 +44,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An agent without dependencies, which spares the minutes of a slow package index."""
-    monkeypatch.setattr(deploy, "DEPENDENCIES", ())
+    """Install an agent without dependencies: a slow package index can take minutes."""
+    monkeypatch.setattr(deploy, "AGENT_DEPENDENCIES", ())
 
 
 def host(state: str = "~/.mlxops") -> Host:
@@ -78,7 +78,7 @@ def refusal(*places: Path | str) -> AgentProblem:
     return error
 
 
-def test_a_fresh_host_gets_a_whole_agent_over_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fresh_host_gets_a_complete_agent_over_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = tmp_path / "home of the host"
     home.mkdir()
     mirror = {key: value for key, value in os.environ.items() if key.startswith("PIP_")}
@@ -86,14 +86,14 @@ def test_a_fresh_host_gets_a_whole_agent_over_ssh(tmp_path: Path, monkeypatch: p
         client = SshClient(tmp_path / "client")
         client.host("studio", sshd)
         monkeypatch.setenv("PATH", client.path)
-        said: list[str] = []
+        notes: list[str] = []
         with closing(open_ssh("studio")) as transport:
-            first = deploy.install(transport, host(), said.append, places=HERE)
+            first = deploy.install(transport, host(), notes.append, places=HERE)
             again = deploy.install(transport, host(), quiet, places=HERE)
     state = home / ".mlxops"
     assert (first["build"], first["changed"], first["path"]) == (build_id(), True, str(state / "agents" / build_id()))
     assert str(first["python"]).startswith(sys.version.split()[0])
-    assert any("huggingface_hub" in note for note in said)
+    assert any("huggingface_hub" in note for note in notes)
     assert (again["changed"], again["path"]) == (False, first["path"])
     assert isinstance(again["seconds"], float) and again["seconds"] < 5
     assert build_of(home) == build_id()
@@ -114,10 +114,10 @@ def test_a_fresh_host_gets_a_whole_agent_over_ssh(tmp_path: Path, monkeypatch: p
         assert list((module / "__pycache__").iterdir()), f"{module} was not compiled"
 
 
-def test_an_interrupted_deploy_leaves_the_old_agent_and_the_next_one_repairs(
+def test_interrupted_deploy_keeps_the_old_agent_and_the_next_repairs(
     home: Path, bare: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # What is killed leaves its temporary files, and may leave them here.
+    # A killed process leaves its temporary files.
     (tmp_path / "tmp").mkdir(exist_ok=True)
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     others = set(descendants(os.getpid()))
@@ -146,22 +146,22 @@ def test_an_interrupted_deploy_leaves_the_old_agent_and_the_next_one_repairs(
     assert (new / "installed.json").exists() and old.exists()
 
 
-def test_a_damaged_agent_is_made_anew(home: Path, bare: None) -> None:
+def test_damaged_agent_is_replaced(home: Path, bare: None) -> None:
     deploy.install(open_local(), host(), quiet, places=HERE)
     package = next((home / ".mlxops" / "venv" / "lib").glob("python*/site-packages/mlxops"))
     (package / "core" / "errors.py").write_text("")
-    said: list[str] = []
-    assert deploy.install(open_local(), host(), said.append, places=HERE)["changed"] is True
-    assert any("rebuilding the agent" in note for note in said)
+    notes: list[str] = []
+    assert deploy.install(open_local(), host(), notes.append, places=HERE)["changed"] is True
+    assert any("rebuilding the agent" in note for note in notes)
     assert build_of(home) == build_id()
 
 
 def test_two_deploys_at_once_wait_for_each_other(home: Path, bare: None) -> None:
     results: list[object] = []
-    said: list[str] = []
+    notes: list[str] = []
 
     def one() -> None:
-        results.append(deploy.install(open_local(), host(), said.append, places=HERE)["changed"])
+        results.append(deploy.install(open_local(), host(), notes.append, places=HERE)["changed"])
 
     threads = [threading.Thread(target=one) for _ in range(2)]
     for thread in threads:
@@ -169,10 +169,10 @@ def test_two_deploys_at_once_wait_for_each_other(home: Path, bare: None) -> None
     for thread in threads:
         thread.join()
     assert sorted(map(str, results)) == ["False", "True"]
-    assert any("waiting" in note for note in said)
+    assert any("waiting" in note for note in notes)
 
 
-def test_pips_failure_is_told_in_its_own_words(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pip_s_error_is_quoted(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deploy, "requirements", lambda: ["no such requirement !!"])
     error = refusal(*HERE)
     assert error.code == "install_failed" and "no such requirement" in error.why
@@ -197,7 +197,7 @@ def test_a_broken_connection_is_an_unknown_outcome(
 
 
 def older_build(home: Path, name: str) -> Path:
-    """A build that was deployed before the present one, and that `venv` leads to now."""
+    """Make an older build, to which `venv` leads now."""
     state = home / ".mlxops"
     shutil.copytree(state / "agents" / build_id(), state / "agents" / name, symlinks=True)
     stamp = state / "agents" / name / "installed.json"
@@ -211,7 +211,7 @@ def builds(home: Path) -> set[str]:
     return {path.name for path in (home / ".mlxops" / "agents").iterdir()}
 
 
-def test_a_build_that_a_process_uses_stays_and_older_ones_go(home: Path, bare: None) -> None:
+def test_build_in_use_is_kept_and_older_builds_are_removed(home: Path, bare: None) -> None:
     deploy.install(open_local(), host(), quiet, places=HERE)
     older_build(home, "unused")
     used = older_build(home, "used")
@@ -222,9 +222,9 @@ def test_a_build_that_a_process_uses_stays_and_older_ones_go(home: Path, bare: N
     ) as agent:
         assert agent.stdout is not None and agent.stdin is not None
         assert b"hello" in agent.stdout.readline()
-        said: list[str] = []
-        assert deploy.install(open_local(), host(), said.append, places=HERE)["pruned"] == ["unused"]
-        assert "this replaces before, deployed by chris@mini2 at 2026-01-02T03:04:05Z" in said
+        notes: list[str] = []
+        assert deploy.install(open_local(), host(), notes.append, places=HERE)["pruned"] == ["unused"]
+        assert "this replaces before, deployed by chris@mini2 at 2026-01-02T03:04:05Z" in notes
         assert builds(home) == {"used", "before", build_id()}
         agent.stdin.close()
         agent.wait(60)
@@ -233,21 +233,21 @@ def test_a_build_that_a_process_uses_stays_and_older_ones_go(home: Path, bare: N
 
 
 def another_build(home: Path) -> str:
-    """What another control node, whose sources differ by one line, has deployed; returns the build's name."""
+    """Deploy like another control node whose sources differ by one line. Return the name of the build."""
     state = home / ".mlxops"
     other = older_build(home, "0.1.0+000000000000")
     core = next(other.glob("lib/python*/site-packages/mlxops/core/__init__.py"))
     core.write_text("# another\n")
     python = other / "bin" / "python"
-    said = subprocess.run([python, "-I", "-m", "mlxops.agent", "--build"], capture_output=True, text=True, check=True)
-    name = said.stdout.strip()
+    notes = subprocess.run([python, "-I", "-m", "mlxops.agent", "--build"], capture_output=True, text=True, check=True)
+    name = notes.stdout.strip()
     other.rename(state / "agents" / name)
     (state / "venv").unlink()
     (state / "venv").symlink_to(f"agents/{name}")
     return name
 
 
-def test_deploys_of_two_control_nodes_leave_servers_alone_and_tell_them_of_each_other(
+def test_deploys_of_two_control_nodes_keep_servers_and_are_reported(
     homelab: Homelab, bare: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     studio, port = homelab.studio, homelab.studio.ports[0]
@@ -270,7 +270,7 @@ def test_deploys_of_two_control_nodes_leave_servers_alone_and_tell_them_of_each_
     assert (refused.exit, error["code"], error["why"]) == (6, "agent_differs", who)
 
     deploy.install(open_local(), host(), quiet, places=HERE)
-    wait_until(lambda: studio.processes() == {server}, 10, "nothing but the server, which serves on whoever deploys")
+    wait_until(lambda: studio.processes() == {server}, 10, "nothing but the server, which serves through a deploy")
     assert studio.completion(port, "jerry-xl")["model"] == "jerry-xl"
     document = homelab.mini.mlxctl("status", "--json").ok().json["hosts"][0]
     assert (document["ports"][0]["state"], document["drift"]) == ("ready", [])
@@ -282,37 +282,37 @@ def test_rollback_goes_to_the_build_before_and_back(home: Path, bare: None) -> N
     back = deploy.DeployOptions(rollback=True)
     deploy.install(open_local(), host(), quiet, places=HERE)
     with pytest.raises(Refused, match="no previous build"):
-        deploy.install(open_local(), host(), quiet, places=HERE, wish=back)
-    looked = deploy.install(open_local(), host(), quiet, places=HERE, wish=deploy.DeployOptions(dry_run=True))
+        deploy.install(open_local(), host(), quiet, places=HERE, options=back)
+    looked = deploy.install(open_local(), host(), quiet, places=HERE, options=deploy.DeployOptions(dry_run=True))
     assert looked["changed"] is False and looked["dry_run"] is True
     name = another_build(home)
     assert deploy.install(open_local(), host(), quiet, places=HERE)["changed"] is True
     assert build_of(home) == build_id()
-    assert deploy.install(open_local(), host(), quiet, places=HERE, wish=back)["build"] == name
+    assert deploy.install(open_local(), host(), quiet, places=HERE, options=back)["build"] == name
     assert build_of(home) == name
-    again = deploy.install(open_local(), host(), quiet, places=HERE, wish=deploy.DeployOptions(dry_run=True))
+    again = deploy.install(open_local(), host(), quiet, places=HERE, options=deploy.DeployOptions(dry_run=True))
     assert again["changed"] is True and again["build"] == build_id() and build_of(home) == name
-    deploy.install(open_local(), host(), quiet, places=HERE, wish=back)
+    deploy.install(open_local(), host(), quiet, places=HERE, options=back)
     assert build_of(home) == build_id()
 
 
-def test_a_worker_runs_by_its_builds_own_path(home: Path, bare: None) -> None:
-    """`venv` may lead elsewhere before it ends; what it imports late must still be its own."""
+def test_worker_runs_from_its_own_build(home: Path, bare: None) -> None:
+    """`venv` may lead to another build before the worker ends, and it imports some modules late."""
     deploy.install(open_local(), host(), quiet, places=HERE)
     python = home / ".mlxops" / "venv" / "bin" / "python"
     code = "from mlxops.agent.worker import _own_python; print(_own_python())"
-    said = subprocess.run([python, "-P", "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-    assert said == str(home / ".mlxops" / "agents" / build_id() / "bin" / "python")
+    notes = subprocess.run([python, "-P", "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert notes == str(home / ".mlxops" / "agents" / build_id() / "bin" / "python")
 
 
-def test_mlxctl_is_linked_into_the_users_own_folder_and_stays_with_the_next_deploy(
+def test_mlxctl_is_linked_and_stays_with_the_next_deploy(
     home: Path, bare: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(deploy, "control_requirements", lambda: ())
-    said: list[str] = []
-    done = deploy.install(open_local(), host(), said.append, places=HERE, wish=deploy.DeployOptions(mlxctl=True))
+    notes: list[str] = []
+    done = deploy.install(open_local(), host(), notes.append, places=HERE, options=deploy.DeployOptions(mlxctl=True))
     link = home / ".local" / "bin" / "mlxctl"
-    assert os.readlink(link) == done["mlxctl"] and any(str(link) in note for note in said)
+    assert os.readlink(link) == done["mlxctl"] and any(str(link) in note for note in notes)
     assert "venv/bin/python" in link.read_text()
     package = next((home / ".mlxops" / "venv" / "lib").glob("python*/site-packages/mlxops"))
     assert (package / "tasks.py").is_file() and (package / "control").is_dir()
@@ -321,12 +321,12 @@ def test_mlxctl_is_linked_into_the_users_own_folder_and_stays_with_the_next_depl
     assert (package / "tasks.py").is_file(), "without it the link would lead to half a program"
 
 
-def test_somebody_elses_mlxctl_is_left_alone(home: Path, bare: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_foreign_mlxctl_is_kept(home: Path, bare: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deploy, "control_requirements", lambda: ())
     link = program(home / ".local" / "bin" / "mlxctl", "echo theirs")
-    said: list[str] = []
-    deploy.install(open_local(), host(), said.append, places=HERE, wish=deploy.DeployOptions(mlxctl=True))
-    assert "theirs" in link.read_text() and any("not ours" in note for note in said)
+    notes: list[str] = []
+    deploy.install(open_local(), host(), notes.append, places=HERE, options=deploy.DeployOptions(mlxctl=True))
+    assert "theirs" in link.read_text() and any("not ours" in note for note in notes)
 
 
 def test_wheels_make_a_package_index_unnecessary(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,14 +335,14 @@ def test_wheels_make_a_package_index_unnecessary(home: Path, tmp_path: Path, mon
     wheels = tmp_path / "wheels"
     wheels.mkdir()
     with pytest.raises(MlxopsError, match="no wheel"):
-        deploy.install(open_local(), host(), quiet, places=HERE, wish=deploy.DeployOptions(wheels=wheels))
+        deploy.install(open_local(), host(), quiet, places=HERE, options=deploy.DeployOptions(wheels=wheels))
     made = wheels / "onlyhere-1.0-py3-none-any.whl"
     with zipfile.ZipFile(made, "w") as wheel:
         wheel.writestr("onlyhere.py", "")
         wheel.writestr("onlyhere-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: onlyhere\nVersion: 1.0\n")
         wheel.writestr("onlyhere-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr("onlyhere-1.0.dist-info/RECORD", "")
-    done = deploy.install(open_local(), host(), quiet, places=HERE, wish=deploy.DeployOptions(wheels=wheels))
+    done = deploy.install(open_local(), host(), quiet, places=HERE, options=deploy.DeployOptions(wheels=wheels))
     assert done["changed"] is True
     python = home / ".mlxops" / "venv" / "bin" / "python"
     subprocess.run([python, "-I", "-c", "import onlyhere"], check=True)
@@ -352,7 +352,7 @@ def test_wheels_make_a_package_index_unnecessary(home: Path, tmp_path: Path, mon
 # -- looking for an interpreter -----------------------------------------------------------------------------------
 
 
-def test_without_python_it_says_where_it_looked_and_how_to_get_one(home: Path, tmp_path: Path) -> None:
+def test_missing_python_is_reported_with_folders_and_remedy(home: Path, tmp_path: Path) -> None:
     error = refusal(tmp_path / "empty", "~/.pyenv/versions/*/bin")
     assert error.code == "no_python" and str(tmp_path / "empty") in error.why and f"{home}/.pyenv" in error.why
     assert "astral.sh/uv" in error.hint
@@ -365,7 +365,7 @@ def test_python_that_is_too_old_or_broken_is_named(home: Path, tmp_path: Path) -
     assert f"older than 3.11: {old}" in why and f"does not start: {broken}" in why
 
 
-def test_python_without_venv_is_told_from_no_python(home: Path, tmp_path: Path) -> None:
+def test_python_without_venv_is_distinguished_from_no_python(home: Path, tmp_path: Path) -> None:
     python = program(tmp_path / "bin" / "python3", "echo bare")
     error = refusal(tmp_path / "bin")
     assert f"without venv or ensurepip: {python}" in error.why and "python3-venv" in error.hint
@@ -389,19 +389,19 @@ def test_patterns_and_path_are_searched(home: Path, tmp_path: Path, monkeypatch:
     assert found("PATH") == [str(on_path)]
 
 
-def test_a_python_that_reads_its_input_does_not_eat_the_script(home: Path, tmp_path: Path) -> None:
+def test_python_that_reads_its_input_does_not_consume_the_script(home: Path, tmp_path: Path) -> None:
     program(tmp_path / "one" / "python3", "cat >/dev/null; exit 1")
     python = program(tmp_path / "two" / "python3", "echo whole")
     assert found(str(tmp_path / "one"), str(tmp_path / "two")) == [str(python)]
 
 
-def test_hostile_folders_are_only_folders(home: Path, tmp_path: Path) -> None:
+def test_shell_syntax_in_folder_names_is_not_executed(home: Path, tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     found(f"$(touch {canary})", f"; touch {canary}", f"`touch {canary}`", "-n", "")
     assert not canary.exists()
 
 
-def test_uv_fetches_a_python_where_there_is_none(home: Path, tmp_path: Path, bare: None) -> None:
+def test_uv_installs_a_missing_python(home: Path, tmp_path: Path, bare: None) -> None:
     calls = tmp_path / "calls"
     real = Path(sys.base_prefix) / "bin" / "python3"
     program(
@@ -416,7 +416,7 @@ def test_uv_fetches_a_python_where_there_is_none(home: Path, tmp_path: Path, bar
     assert "venv" in calls.read_text()
 
 
-def test_uv_that_cannot_fetch_one_is_quoted(home: Path, tmp_path: Path) -> None:
+def test_uv_s_error_is_quoted(home: Path, tmp_path: Path) -> None:
     program(tmp_path / "bin" / "uv", "echo no network >&2; exit 2")
     error = refusal(tmp_path / "bin")
     assert error.code == "no_python" and "no network" in error.why
@@ -430,7 +430,7 @@ def test_equal_sources_give_equal_archives() -> None:
     assert first == deploy.archive()
 
 
-def test_the_agents_dependencies_are_pinned_as_the_projects() -> None:
+def test_agent_s_dependencies_have_the_project_s_pins() -> None:
     hub, psutil = deploy.requirements()
     pins = hub.replace("-", "_").removeprefix("huggingface_hub").split(",")
     declared = (PACKAGE.parent / "pyproject.toml").read_text().splitlines()

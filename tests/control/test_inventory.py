@@ -1,10 +1,12 @@
-"""hosts.yaml: what is accepted, and that everything else is refused with its line and key."""
+"""hosts.yaml: correct files are read; wrong ones are refused with line and key."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 
 from mlxops.control.inventory import Inventory, hosts_file, load
 from mlxops.core.errors import Exit, UsageError
-from mlxops.core.settings import BootJob, PortRange
+from mlxops.core.settings import BootJob, PortRange, Settings
 
 EXAMPLE = Path(__file__).parents[2] / "hosts.yaml"
 
@@ -52,8 +54,8 @@ def test_the_example_describes_the_homelab() -> None:
     assert inventory.gateway is not None and inventory.gateway.key_env == "LITELLM_MASTER_KEY"
 
 
-def test_the_examples_boot_job_is_commented_out_and_correct(tmp_path: Path) -> None:
-    """Nobody else's host has it: a line that is in force would keep its port from everything else."""
+def test_example_s_boot_job_is_commented_out_and_correct(tmp_path: Path) -> None:
+    """If it were active, it would block its port on every host of users who copy the example."""
     shown = EXAMPLE.read_text()
     assert load(EXAMPLE).host("studio").settings.boot == ()
     explicit = read(tmp_path, shown.replace("    # boot: {", "    boot: {"))
@@ -77,7 +79,7 @@ def test_boot_jobs_are_named_by_label_script_or_both(tmp_path: Path, text: str, 
     assert read(tmp_path, one(f"boot: {text}")).host("studio").settings.boot == jobs
 
 
-def test_the_defaults_that_the_example_shows_as_comments_are_true(tmp_path: Path) -> None:
+def test_commented_defaults_of_the_example_are_true(tmp_path: Path) -> None:
     plain = load(EXAMPLE)
     shown = EXAMPLE.read_text()
     for key in ("state:", "python:", "engine:", "memory:"):
@@ -88,10 +90,20 @@ def test_the_defaults_that_the_example_shows_as_comments_are_true(tmp_path: Path
     assert explicit.host("studio").python == plain.host("studio").interpreter()
 
 
-def test_several_hosts_need_a_default_only_where_one_is_meant(tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["ssh", "python", *(each.name for each in fields(Settings))])
+def test_every_setting_is_in_the_example(key: str) -> None:
+    assert re.search(rf"^    (# )?{key}:( |$)", EXAMPLE.read_text(), re.MULTILINE)
+
+
+def test_every_host_key_is_named_when_a_key_is_unknown(tmp_path: Path) -> None:
+    known = ["ssh", "python", *(each.name for each in fields(Settings))]
+    assert refusal(tmp_path, one("unheard_of: 1")).why == f"known here: {', '.join(known)}"
+
+
+def test_several_hosts_need_a_default_for_a_single_host_command(tmp_path: Path) -> None:
     inventory = read(tmp_path, "hosts: {a: {}, b: {}}")
     assert [host.name for host in inventory.select(None, all_by_default=True)] == ["a", "b"]
-    with pytest.raises(UsageError, match="which host is meant") as caught:
+    with pytest.raises(UsageError, match="needs one host") as caught:
         inventory.select(None, all_by_default=False)
     assert caught.value.code == "no_default_host" and "a, b" in caught.value.why
 
@@ -104,7 +116,7 @@ def test_a_host_without_settings_has_the_documented_defaults(tmp_path: Path) -> 
     assert host.interpreter() == ("~/.mlxops/venv/bin/python",)
 
 
-def test_everything_that_can_be_said_is_read(tmp_path: Path) -> None:
+def test_every_setting_is_read(tmp_path: Path) -> None:
     host = read(
         tmp_path,
         """
@@ -147,7 +159,7 @@ def test_memory_is_auto_or_a_size(tmp_path: Path, text: str, size: int | None) -
     assert read(tmp_path, one(f"memory: {text}")).host("studio").settings.memory == size
 
 
-def test_launch_can_be_told_for_each_engine(tmp_path: Path) -> None:
+def test_launch_can_be_set_for_each_engine(tmp_path: Path) -> None:
     host = read(tmp_path, one("launch: {mlx-lm: [mlx_lm.server], mlx-openai-server: []}")).host("studio")
     assert host.settings.launch == {"mlx-lm": ("mlx_lm.server",)}
 
@@ -174,8 +186,8 @@ def test_launch_can_be_told_for_each_engine(tmp_path: Path) -> None:
         ("slots:", "hosts.studio.slots: has no value"),
         ("bind: studio.local", "is not an IP address"),
         ("bind: 0", "'0' is a number"),
-        ("address: studio.local", "nobody can reach studio.local while the servers listen on 127.0.0.1"),
-        ("address: 192.168.1.2", "nobody can reach"),
+        ("address: studio.local", "studio.local cannot be reached while the servers listen on 127.0.0.1"),
+        ("address: 192.168.1.2", "192.168.1.2 cannot be reached"),
         ("address: http://studio", "is not an address"),
         ("address: studio:8100", "is not an address"),
         ("ssh: -oProxyCommand=touch", "is not a destination"),
@@ -202,7 +214,7 @@ def test_launch_can_be_told_for_each_engine(tmp_path: Path) -> None:
         ("env: {HF_TOKEN: hf_x}", "does not belong here"),
         ('env: {A: "x\\ny"}', "has a character that cannot be shown"),
         ("memory: lots", "is not a size"),
-        ("memory: 200", "200 bytes hold no model"),
+        ("memory: 200", "200 bytes are too few for a model"),
         ("memory: 1e9", "is not a size"),
         ("memory: 3:20", "is not a plain decimal number"),
         ("boot: {port: 8110, script: /x}", "hosts.studio.boot.port: 8110 is outside"),
@@ -222,7 +234,7 @@ def test_launch_can_be_told_for_each_engine(tmp_path: Path) -> None:
         ("ssh: 'a", "hosts.yaml:"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_with_its_place(tmp_path: Path, setting: str, expected: str) -> None:
+def test_wrong_setting_is_refused_with_its_place(tmp_path: Path, setting: str, expected: str) -> None:
     error = refusal(tmp_path, one(setting))
     assert expected in error.message
     if setting.split(":")[0] in ("ports", "bind", "address", "hub", "memory", "engine"):
@@ -245,7 +257,7 @@ def test_what_cannot_be_meant_is_refused_with_its_place(tmp_path: Path, setting:
         ("hosts: {'a,b': {}}\n", "is not a host name"),
         ("hosts: {'-a': {}}\n", "is not a host name"),
         ("hosts: {no: {}}\n", "YAML reads the key no as true or false"),
-        ("hosts:\n\ta: {}\n", "hosts.yaml:2: a tab in the indentation"),
+        ("hosts:\n\ta: {}\n", "hosts.yaml:2: a tab, where YAML allows only spaces"),
         (b"hosts:\n  a: {ssh: \xff}\n", "hosts.yaml:2: is not UTF-8"),
         ("hosts:\n  a: {ssh: a}\n".encode("utf-16"), "hosts.yaml: is UTF-16"),
         (b"\0" * 64, "hosts.yaml: holds nothing but zero bytes"),
@@ -259,11 +271,11 @@ def test_what_cannot_be_meant_is_refused_with_its_place(tmp_path: Path, setting:
         ("hosts: {a: {}}\ngateway: {config: router.yaml}\n", "gateway.config: 'router.yaml' is a relative path"),
     ],
 )
-def test_a_file_that_is_not_a_hosts_file_is_refused(tmp_path: Path, text: str | bytes, expected: str) -> None:
+def test_file_that_is_not_a_hosts_file_is_refused(tmp_path: Path, text: str | bytes, expected: str) -> None:
     assert expected in refusal(tmp_path, text).message
 
 
-def test_a_misspelt_key_is_answered_with_the_right_one(tmp_path: Path) -> None:
+def test_misspelt_key_gets_a_suggestion(tmp_path: Path) -> None:
     assert refusal(tmp_path, one("regsitry: /x")).hint == "did you mean registry?"
 
 
@@ -277,13 +289,13 @@ def test_an_address_that_bind_allows_is_accepted(tmp_path: Path) -> None:
         assert read(tmp_path, one(setting)).host("studio").settings.address is not None
 
 
-def test_a_file_that_cannot_be_read_is_said(tmp_path: Path) -> None:
+def test_unreadable_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be read"):
         load(tmp_path)
 
 
 @given(st.binary(max_size=200))
-def test_no_bytes_are_worse_than_a_refusal(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+def test_any_bytes_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     folder = tmp_path_factory.getbasetemp()
     try:
         read(folder, b"hosts:\n  a:\n    env: {A: x}\n" + data)
@@ -306,7 +318,7 @@ def test_hosts_are_selected_by_name_once_each(tmp_path: Path) -> None:
         assert caught.value.code == "unknown_host" and "a, b, c" in caught.value.why
 
 
-def test_the_file_in_force_is_the_named_one_then_the_users_then_the_repositorys(tmp_path: Path) -> None:
+def test_named_file_wins_over_the_user_s_and_the_repository_s(tmp_path: Path) -> None:
     home, beside = tmp_path / "home", tmp_path / "repo"
     users = home / ".config" / "mlxops" / "hosts.yaml"
     users.parent.mkdir(parents=True)
@@ -326,8 +338,8 @@ def test_the_file_in_force_is_the_named_one_then_the_users_then_the_repositorys(
 
 
 @pytest.mark.parametrize("how", ["dangling", "loop", "folder away", "closed folder", "pipe", "folder"])
-def test_a_hosts_file_of_the_user_that_cannot_be_read_is_not_passed_over_for_another(tmp_path: Path, how: str) -> None:
-    """That would send a command to other machines."""
+def test_unreadable_user_file_is_not_replaced_by_another(tmp_path: Path, how: str) -> None:
+    """The other file describes other machines."""
     beside = tmp_path / "checkout"
     beside.mkdir()
     (beside / "hosts.yaml").write_text("hosts: {other: {}}\n")
@@ -358,9 +370,9 @@ def test_a_hosts_file_of_the_user_that_cannot_be_read_is_not_passed_over_for_ano
         users.parent.chmod(0o700)
 
 
-def test_a_named_pipe_is_no_hosts_file_but_what_a_shell_substitutes_is(tmp_path: Path) -> None:
+def test_named_pipe_is_refused_and_process_substitution_is_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UsageError, match="regular file"):
+    with pytest.raises(UsageError, match="is not a file"):
         load(tmp_path / "pipe")
     code = (
         "import sys, pathlib; from mlxops.control.inventory import load; print(*load(pathlib.Path(sys.argv[1])).hosts)"

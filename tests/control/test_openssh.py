@@ -1,4 +1,4 @@
-"""Whatever `ssh NAME` logs in to, mlxops logs in to: OpenSSH itself is asked first, with the same configuration."""
+"""mlxops logs in where `ssh NAME` logs in: each case runs OpenSSH first, with the same configuration."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mlxops.control.client import PASSING
 from mlxops.control.ssh.connection import open_ssh
 from mlxops.control.watch.link import RETRYABLE_CODES
 from mlxops.core.errors import MlxopsError
-from tests.control.test_transport import HOSTILE
+from tests.control.test_ssh_connection import HOSTILE
 from tests.lab.fakeagent import SECURITY_KEY, FakeAgent, SecurityKey
 from tests.lab.homelab import Homelab
 from tests.lab.sshd import SshAgent, SshClient, Sshd, certify, keygen, program, public
@@ -63,7 +63,7 @@ class World:
             "valid": ["-V", "-1h:+1h"],
         }.items():
             certify(self.ca, self.ed, self.plain.user, *how, to=self.keys / f"{name}.crt")
-        certify(self.ca, self.ed, "somebody-else", to=self.keys / "wrong.crt")
+        certify(self.ca, self.ed, "another-user", to=self.keys / "wrong.crt")
         certify(self.other_ca, self.ed, self.plain.user, to=self.keys / "stranger.crt")
         certify(self.rsa_ca, self.ed, self.plain.user, to=self.keys / "by-rsa.crt")
         self.beside = self.keys / "beside"
@@ -123,13 +123,13 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SshClient:
 
 
 def ssh(name: str, *options: str) -> int:
-    """The oracle: how `ssh NAME true` ends, without a question."""
+    """Return the exit status of `ssh NAME true`, without prompts."""
     argv = ["ssh", "-o", "BatchMode=yes", *options, name, "true"]
     return subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=30, check=False).returncode
 
 
 def outcome(name: str) -> MlxopsError | None:
-    """What mlxops makes of it: None if it logs in."""
+    """Return the error of mlxops; None if it logs in."""
     try:
         with closing(open_ssh(name)) as opened:
             session = opened.start(["true"], b"")
@@ -142,7 +142,7 @@ def outcome(name: str) -> MlxopsError | None:
 
 
 def same(name: str) -> tuple[str, MlxopsError | None]:
-    """`in` or the error's code, after OpenSSH came to the same end."""
+    """Return `in` or the error's code. Fail unless OpenSSH ends in the same way."""
     status, error = ssh(name), outcome(name)
     shown = error and (error.code, error.why, error.hint)
     assert (status == 0) == (error is None), f"ssh ended with {status}, mlxops with {shown}"
@@ -224,7 +224,7 @@ LOGINS = {
         lambda w: [f"CertificateFile {w.keys}/later.crt", f"IdentityFile {w.ed}"], REFUSED, ("not valid before 2090",)
     ),
     "a certificate for another name": Row(
-        lambda w: [f"CertificateFile {w.keys}/wrong.crt", f"IdentityFile {w.ed}"], REFUSED, ("is for somebody-else",)
+        lambda w: [f"CertificateFile {w.keys}/wrong.crt", f"IdentityFile {w.ed}"], REFUSED, ("is for another-user",)
     ),
     "a certificate by another authority": Row(
         lambda w: [f"CertificateFile {w.keys}/stranger.crt", f"IdentityFile {w.ed}"], REFUSED
@@ -270,7 +270,7 @@ LOGINS = {
     "IdentityAgent ${NAME}": Row(lambda w: ["IdentityAgent ${LAB_AGENT}"]),
     "IdentityAgent none": Row(lambda w: ["IdentityAgent none", "IdentityFile none"], REFUSED),
     "an agent that is not there": Row(
-        lambda w: [f"IdentityAgent {w.folder}/nobody", f"IdentityFile {w.certified.client_key}"]
+        lambda w: [f"IdentityAgent {w.folder}/missing", f"IdentityFile {w.certified.client_key}"]
     ),
     "IdentityFile is a public key, the private one in the agent": Row(
         lambda w: [
@@ -310,9 +310,7 @@ LOGINS = {
 
 
 @pytest.mark.parametrize("case", LOGINS)
-def test_a_login_ends_as_that_of_openssh(
-    world: World, client: SshClient, monkeypatch: pytest.MonkeyPatch, case: str
-) -> None:
+def test_login_ends_like_openssh_s(world: World, client: SshClient, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     row = LOGINS[case]
     monkeypatch.setenv("LAB_AGENT", str(world.agent(world.beside / "ed25519").path))
     client.block("studio", world.certified, *row.lines(world))
@@ -322,7 +320,7 @@ def test_a_login_ends_as_that_of_openssh(
 
 
 class Trust(NamedTuple):
-    """What is known of the host, and how it ends."""
+    """A known_hosts situation and its result."""
 
     known: Callable[[World, Sshd], Sequence[str]]
     """Lines of known_hosts."""
@@ -365,7 +363,7 @@ def revocations(world: World, *keys: Path, options: Sequence[str] = ()) -> Path:
     return path
 
 
-TOLD = 'test "$1" = HOSTNAME && echo "[$2]:PORT $3 $4"; true'
+LOGGED = 'test "$1" = HOSTNAME && echo "[$2]:PORT $3 $4"; true'
 UNKNOWN, CHANGED = "host_key_unknown", "host_key_changed"
 TRUST = {
     "the address": Trust(lambda w, s: [authority(w, at(s))]),
@@ -458,9 +456,9 @@ TRUST = {
         lambda w, s: [],
         lines=lambda w, s: [f"KnownHostsCommand /bin/echo {authority(w, '*')}"],
     ),
-    "KnownHostsCommand is told of the key": Trust(
+    "KnownHostsCommand gets the key": Trust(
         lambda w, s: [],
-        lines=lambda w, s: [f"KnownHostsCommand {script(w, TOLD.replace('PORT', str(s.port)))} %I %h %t %K"],
+        lines=lambda w, s: [f"KnownHostsCommand {script(w, LOGGED.replace('PORT', str(s.port)))} %I %h %t %K"],
         server="none",
     ),
     "KnownHostsCommand prints another key": Trust(
@@ -581,9 +579,7 @@ def hosts(world: World) -> dict[str, Sshd]:
 
 
 @pytest.mark.parametrize("case", TRUST)
-def test_a_host_is_trusted_as_openssh_trusts_it(
-    world: World, hosts: dict[str, Sshd], client: SshClient, case: str
-) -> None:
+def test_host_is_trusted_like_by_openssh(world: World, hosts: dict[str, Sshd], client: SshClient, case: str) -> None:
     row = TRUST[case]
     server = hosts[row.server]
     client.host("studio", server, *row.lines(world, server), known=False)
@@ -596,7 +592,7 @@ def test_a_host_is_trusted_as_openssh_trusts_it(
 
 
 class Way(NamedTuple):
-    """How the host is reached, and how it ends."""
+    """A way to reach the host, and its result."""
 
     lines: Callable[[Sshd], Sequence[str]]
     end: str = "in"
@@ -635,7 +631,7 @@ WAYS = {
         lambda s: ["BindInterface nowhere0"], "host_down", ("BindInterface (", "nowhere0")
     ),
     "AddressFamily without an address": Way(lambda s: ["AddressFamily inet6"], "host_down"),
-    "an own user, twice": Way(lambda s: [f"User {s.user}", "User nobody"]),
+    "an own user, twice": Way(lambda s: [f"User {s.user}", "User daemon"]),
     "RemoteCommand": Way(lambda s: ["RemoteCommand echo hello", "RequestTTY yes"], ssh=255),
     "ForkAfterAuthentication": Way(lambda s: ["ForkAfterAuthentication yes"]),
     "SendEnv, SetEnv, LocalCommand": Way(
@@ -719,7 +715,7 @@ def ways(world: World) -> dict[str, Sshd]:
 
 
 @pytest.mark.parametrize("case", WAYS)
-def test_a_host_is_reached_as_openssh_reaches_it(ways: dict[str, Sshd], client: SshClient, case: str) -> None:
+def test_host_is_reached_like_by_openssh(ways: dict[str, Sshd], client: SshClient, case: str) -> None:
     row = WAYS[case]
     server = ways[row.server]
     client.host("studio", server, *row.lines(server))
@@ -733,7 +729,7 @@ def test_a_host_is_reached_as_openssh_reaches_it(ways: dict[str, Sshd], client: 
 
 
 def follow(hint: str, tmp_path: Path) -> None:
-    """Do what a hint about a host key says: type its last command, and answer yes."""
+    """Follow a hint about a host key: run its last command and answer yes."""
     command = hint.split("`")[-2]
     says_yes = tmp_path / "yes"
     says_yes.write_text("#!/bin/sh\necho yes\n")
@@ -759,7 +755,7 @@ def follow(hint: str, tmp_path: Path) -> None:
         "NoHostAuthenticationForLocalhost yes",
     ],
 )
-def test_what_is_said_of_an_unknown_host_helps(world: World, client: SshClient, tmp_path: Path, line: str) -> None:
+def test_hint_about_an_unknown_host_works(world: World, client: SshClient, tmp_path: Path, line: str) -> None:
     client.host("studio", world.plain, line, known=False)
     error = outcome("studio")
     assert error is not None and error.code == UNKNOWN
@@ -767,10 +763,10 @@ def test_what_is_said_of_an_unknown_host_helps(world: World, client: SshClient, 
     assert outcome("studio") is None
 
 
-def test_what_is_said_of_an_unknown_jump_host_helps(world: World, client: SshClient, tmp_path: Path) -> None:
+def test_hint_about_an_unknown_jump_host_works(world: World, client: SshClient, tmp_path: Path) -> None:
     bastion = world.certified
     client.host("studio", world.plain, f"ProxyJump {bastion.user}@{bastion.address}:{bastion.port}")
-    client.block(bastion.address, bastion, "User nobody", f"IdentityFile {bastion.client_key}", known=False)
+    client.block(bastion.address, bastion, "User daemon", f"IdentityFile {bastion.client_key}", known=False)
     client.config.write_text(client.config.read_text().replace(f"Port {bastion.port}", "Port 1"))
     error = outcome("studio")
     assert error is not None and error.code == UNKNOWN and f"-p {bastion.port}" in error.hint
@@ -781,7 +777,7 @@ def test_what_is_said_of_an_unknown_jump_host_helps(world: World, client: SshCli
 @pytest.mark.parametrize(
     "case", ["Ciphers that Paramiko lacks", "MACs that Paramiko lacks", "KexAlgorithms that Paramiko lacks"]
 )
-def test_the_line_that_is_said_to_be_changed_helps(world: World, client: SshClient, case: str) -> None:
+def test_hint_to_change_a_line_works(world: World, client: SshClient, case: str) -> None:
     [line] = WAYS[case].lines(world.plain)
     # Otherwise no MAC is needed, and ssh asks for none.
     client.host("studio", world.plain, line, "Ciphers aes128-ctr" if line.startswith("MACs") else "")
@@ -792,23 +788,21 @@ def test_the_line_that_is_said_to_be_changed_helps(world: World, client: SshClie
     assert outcome("studio") is None
 
 
-def test_the_line_that_is_said_to_be_missing_on_the_host_helps(
-    ways: dict[str, Sshd], client: SshClient, tmp_path: Path
-) -> None:
+def test_hint_to_add_a_line_on_the_host_works(ways: dict[str, Sshd], client: SshClient, tmp_path: Path) -> None:
     client.host("studio", ways["chacha"])
     error = outcome("studio")
     assert error is not None and error.code == "no_common_algorithm"
     line = error.hint.removeprefix("in the host's sshd_config: ")
     with Sshd(tmp_path / "server", extra=line) as server:
-        client.host("mended", server)
-        assert outcome("mended") is None
+        client.host("repaired", server)
+        assert outcome("repaired") is None
 
 
 SHELLS = ("bash", "dash", "zsh", "fish", "csh", "tcsh", "nu")
 
 
 @pytest.mark.parametrize("name", SHELLS)
-def test_every_login_shell_runs_what_it_is_told(world: World, client: SshClient, tmp_path: Path, name: str) -> None:
+def test_every_login_shell_runs_the_command_line(world: World, client: SshClient, tmp_path: Path, name: str) -> None:
     shell = shutil.which(name)
     if shell is None:
         pytest.skip(f"{name} is not installed")
@@ -827,7 +821,7 @@ def test_every_login_shell_runs_what_it_is_told(world: World, client: SshClient,
     ("shell", "extra"),
     [("/bin/false", ""), ("/usr/sbin/nologin", ""), ("/bin/rbash", ""), (None, "ForceCommand internal-sftp")],
 )
-def test_an_account_that_runs_no_commands_is_told_as_that(tmp_path: Path, shell: str | None, extra: str) -> None:
+def test_account_that_runs_no_commands_is_reported(tmp_path: Path, shell: str | None, extra: str) -> None:
     if shell is not None and not Path(shell).exists():
         pytest.skip(f"{shell} is not installed")
     with Homelab(tmp_path) as lab:
@@ -861,7 +855,7 @@ def test_a_security_key_in_the_agent_logs_in(client: SshClient, tmp_path: Path) 
 
 
 def test_an_agent_that_refuses_to_sign_does_not_end_the_login(world: World, client: SshClient) -> None:
-    """It asks a person (ssh-add -c), who says no; or it is locked, or the key is for other hosts (ssh-add -h)."""
+    """The user refused (ssh-add -c), the agent is locked, or the key is for other hosts (ssh-add -h)."""
     server = world.certified
     held = key_in(server.client_key)
     with FakeAgent([held], lambda data: None) as agent:
@@ -876,8 +870,8 @@ def test_an_agent_that_refuses_to_sign_does_not_end_the_login(world: World, clie
         assert end == REFUSED and error is not None and "it refuses" in error.why
 
 
-def test_an_agent_signs_only_what_the_host_takes(world: World, client: SshClient) -> None:
-    """A signature may cost a touch or a question."""
+def test_agent_signs_only_for_keys_that_the_host_accepts(world: World, client: SshClient) -> None:
+    """A signature may need a touch or a confirmation."""
     token = SecurityKey()
     with FakeAgent([token.blob, key_in(world.ed)], lambda data: None) as agent:
         client.block(
@@ -911,7 +905,7 @@ def key_in(path: Path) -> bytes:
 
 
 def test_a_passphrase_in_the_keychain_is_named(world: World, client: SshClient) -> None:
-    """Recorded: OpenSSH on macOS says `usekeychain yes`. The Keychain itself was not at hand."""
+    """Recorded: OpenSSH on macOS says `usekeychain yes`. No Keychain was available for this test."""
     wrapper = client.bin / "ssh"
     wrapper.write_text(f'{wrapper.read_text().replace("exec ", "")}test "$1" != -G || echo usekeychain yes\n')
     client.block("studio", world.certified, f"IdentityFile {world.encrypted}")
@@ -921,7 +915,7 @@ def test_a_passphrase_in_the_keychain_is_named(world: World, client: SshClient) 
     assert "ssh-add --apple-load-keychain" in error.hint
 
 
-def test_a_missing_algorithm_is_not_tried_again() -> None:
+def test_missing_algorithm_is_not_retried() -> None:
     assert "no_common_algorithm" not in PASSING | RETRYABLE_CODES
 
 
@@ -962,7 +956,7 @@ def test_a_certificate_without_its_key_in_the_agent_logs_in(world: World, client
     assert same("studio")[0] == "in"
 
 
-def test_a_configuration_as_teleport_writes_it_is_understood(world: World, client: SshClient) -> None:
+def test_teleport_s_configuration_works(world: World, client: SshClient) -> None:
     """`tsh config`: RSA certificates on both sides, host certificates alone allowed, an authority file of its own."""
     folder = world.folder / "tele port"
     folder.mkdir()

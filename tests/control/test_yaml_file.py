@@ -42,7 +42,8 @@ def test_yaml_within_the_limits_is_read(text: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("text", "line", "what"),
     [
-        ("a:\n\tb: 1\n", 2, "a tab in the indentation"),
+        ("a:\n\tb: 1\n", 2, "a tab, where YAML allows only spaces"),
+        ("a:\r\tb: 1\n", 2, "a tab, where YAML allows only spaces"),
         ("a: 1\nb: 'x\n", 3, "found unexpected end of stream"),
         ("a: *x\n", 1, "found undefined alias"),
         ("a: 1\nb: \x07\n", 2, "the character U+0007"),

@@ -1,4 +1,4 @@
-"""What may be typed, and what is told of what may not."""
+"""Checks of arguments, and their errors."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ def refused(call: object, *args: object) -> UsageError:
 
 
 @pytest.mark.parametrize("text", ["a", "jerry-xl", "Q3.5_b-4", "0", "a" * 64, "a..b"])
-def test_a_name_is_letters_digits_and_a_few_marks(text: str) -> None:
+def test_name_has_letters_digits_and_a_few_marks(text: str) -> None:
     assert names.is_name(text) and names.model_name(text) == text
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_what_could_mean_something_to_a_shell_a_path_or_a_terminal_is_no_name(text: str) -> None:
+def test_text_special_to_shell_path_or_terminal_is_no_name(text: str) -> None:
     assert not names.is_name(text)
     assert refused(names.model_name, text).code == "bad_name"
 
@@ -100,7 +100,7 @@ def test_a_repository_is_an_organisation_and_a_name(text: str) -> None:
         "a/$(id)",
     ],
 )
-def test_anything_else_is_no_repository(text: str) -> None:
+def test_other_text_is_no_repository(text: str) -> None:
     assert not names.is_repo_id(text)
     assert refused(names.repo, text).code == "bad_repo"
 
@@ -111,20 +111,20 @@ def test_a_repository_may_name_a_revision(revision: str) -> None:
 
 
 @pytest.mark.parametrize("revision", ["", "-f", "../main", "a..b", "a b", "a\n", "$(id)", "@", "a@b", ".x", "a" * 129])
-def test_a_revision_that_is_an_option_or_leads_out_of_a_folder_is_refused(revision: str) -> None:
+def test_revision_that_is_an_option_or_leaves_its_folder_is_refused(revision: str) -> None:
     assert not names.is_revision(revision)
     assert refused(names.repo, f"org/name@{revision}").code == "bad_repo"
 
 
 @pytest.mark.parametrize(("text", "number"), [("8100", 8100), ("8109", 8109), ("08101", 8101)])
-def test_a_port_of_the_range_is_one(text: str, number: int) -> None:
+def test_port_in_the_range_is_accepted(text: str, number: int) -> None:
     assert names.port(text, PORTS) == number
 
 
 @pytest.mark.parametrize(
     "text", [*HOSTILE, "8099", "8110", "abc", "81e2", "+8100", "8_100", "８１００", "8100.0", "9" * 99]
 )
-def test_anything_else_is_no_port_and_the_range_is_told(text: str) -> None:
+def test_other_text_is_refused_with_the_port_range(text: str) -> None:
     error = refused(names.port, text, PORTS)
     assert error.code == "bad_port" and "8100-8109" in error.why
 
@@ -134,34 +134,34 @@ def test_a_duration_is_a_number_of_seconds(text: str, number: float) -> None:
     assert names.seconds(text, "--timeout") == number
 
 
-def test_zero_is_a_duration_where_it_means_now() -> None:
+def test_zero_is_a_duration_where_allowed() -> None:
     assert names.seconds("0", "--drain", zero=True) == 0
     assert refused(names.seconds, "0", "--drain").code == "bad_duration"
 
 
 @pytest.mark.parametrize("text", [*HOSTILE[:20], "0", "0.0", "-1", "1e9", "inf", "nan", "86400.5", "10m", "٣", "1."])
-def test_anything_else_is_no_duration(text: str) -> None:
+def test_other_text_is_no_duration(text: str) -> None:
     error = refused(names.seconds, text, "--timeout")
     assert error.code == "bad_duration" and "--timeout" in error.message
 
 
 @given(hostile_texts)
 @PROPERTY
-def test_whatever_is_typed_is_shown_in_one_short_printable_line(text: str) -> None:
+def test_any_text_is_shown_in_one_short_printable_line(text: str) -> None:
     shown = names.shown(text)
     assert shown.isascii() and shown.isprintable() and len(shown) <= 80 * 10 + 2
 
 
 @given(st.text(max_size=100))
 @PROPERTY
-def test_what_is_a_name_is_a_file_name_and_no_option(text: str) -> None:
+def test_name_is_a_file_name_and_no_option(text: str) -> None:
     if names.is_name(text):
         assert text not in {".", ".."} and "/" not in text and not text.startswith("-") and text.isascii()
 
 
 @given(st.from_regex(r"[a-zA-Z0-9._/@-]{1,40}", fullmatch=True))
 @PROPERTY
-def test_what_is_a_repository_has_two_parts_that_are_folder_names(text: str) -> None:
+def test_repository_has_two_parts_that_are_folder_names(text: str) -> None:
     if names.is_repo_id(text):
         organisation, name = text.split("/")
         assert all(part not in {".", ".."} and not part.startswith(("-", ".")) for part in (organisation, name))

@@ -1,4 +1,4 @@
-"""Settings travel as data."""
+"""The JSON form of settings."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ settings = st.builds(
 
 @given(settings)
 @PROPERTY
-def test_settings_come_back_as_they_went(sent: Settings) -> None:
+def test_settings_survive_the_round_trip(sent: Settings) -> None:
     assert settings_from_wire(json.loads(json.dumps(sent.to_wire()))) == sent
 
 
 @given(st.sampled_from(sorted(Settings().to_wire())), json_values)
 @PROPERTY
-def test_tampered_settings_are_read_or_refused_as_a_wrong_value(key: str, value: object) -> None:
+def test_tampered_settings_are_read_or_refused(key: str, value: object) -> None:
     try:
         read = settings_from_wire({**Settings().to_wire(), key: value})
     except ValueError:
@@ -46,20 +46,20 @@ def test_tampered_settings_are_read_or_refused_as_a_wrong_value(key: str, value:
 
 
 @pytest.mark.parametrize("key", ["bind", "state", "engine", "launch", "env", "ports", "slots"])
-def test_settings_without_what_every_host_has_are_refused(key: str) -> None:
+def test_settings_without_a_required_key_are_refused(key: str) -> None:
     wire = Settings().to_wire()
     del wire[key]
     with pytest.raises(ValueError, match=key):
         settings_from_wire(wire)
 
 
-def test_a_slot_names_what_it_serves_and_any_other_port_the_model() -> None:
+def test_slot_serves_under_its_alias_and_other_ports_under_the_model() -> None:
     homelab = Settings(slots={8100: "jerry-xl"})
     assert (homelab.alias(8100, "qwen"), homelab.alias(8101, "qwen")) == ("jerry-xl", "qwen")
     assert (homelab.slot_of("jerry-xl"), homelab.slot_of("qwen")) == (8100, None)
 
 
-def test_a_range_of_ports_has_both_its_ends() -> None:
+def test_port_range_includes_both_ends() -> None:
     ports = PortRange(8100, 8102)
     assert list(ports) == [8100, 8101, 8102] and str(ports) == "8100-8102"
     assert 8099 not in ports and 8100 in ports and 8102 in ports and 8103 not in ports and "8100" not in ports
@@ -73,7 +73,5 @@ def test_a_range_of_ports_has_both_its_ends() -> None:
     ],
     ids=["no job", "one job"],
 )
-def test_settings_with_at_most_one_boot_job_are_written_as_the_version_before_reads_them(
-    jobs: tuple[BootJob, ...], wire: object
-) -> None:
+def test_at_most_one_boot_job_is_written_as_in_version_0_1_0(jobs: tuple[BootJob, ...], wire: object) -> None:
     assert Settings(boot=jobs).to_wire()["boot"] == wire

@@ -54,7 +54,7 @@ from mlxops.agent.state.locks import (
 )
 from mlxops.agent.state.registry_file import RegistryFile
 from mlxops.common import files
-from mlxops.common.files import Unfit, said
+from mlxops.common.files import Unfit, describe_error
 from mlxops.core.errors import Refused
 from mlxops.core.records import Operation, Run, operation_from_wire, run_from_wire
 from mlxops.core.settings import Settings, settings_from_wire
@@ -346,7 +346,7 @@ def state_unwritable(state: Path, error: OSError) -> Refused:
     return Refused(
         "state_unwritable",
         f"the state folder {state} cannot be written",
-        why=said(error),
+        why=describe_error(error),
         hint=write_remedy(error, state, _RELOCATE_STATE),
     )
 
@@ -356,7 +356,7 @@ def state_unreadable(path: Path, error: OSError) -> Refused:
     return Refused(
         "state_unreadable",
         f"{path}, of the host's state, cannot be read",
-        why=said(error),
+        why=describe_error(error),
         hint=relocate or files.remedy(error) or "repair it on the host, or move it away, then try again",
     )
 

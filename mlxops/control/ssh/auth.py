@@ -1,4 +1,4 @@
-"""Log in with public keys, as OpenSSH does. Never asks the user anything."""
+"""Log in with public keys, as OpenSSH does, without prompting."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Protocol
 
-from mlxops.common.files import opened
+from mlxops.common.files import read_start
 from mlxops.control.ssh import private_keys, public_keys
 from mlxops.control.ssh.agent import Agent, AgentError
-from mlxops.control.ssh.config import Destination, setting, words
+from mlxops.control.ssh.config import Destination, describe_option, error_text
 from mlxops.control.ssh.identities import Identity, Offer, offers, signatures
 from mlxops.control.ssh.private_keys import PrivateKey
 from mlxops.control.ssh.public_keys import packed
@@ -25,8 +25,8 @@ from mlxops.core.errors import Unreachable
 if TYPE_CHECKING:
     import paramiko
 
-_MOMENT = 0.4
-"""Seconds."""
+_REPORT_SECONDS = 0.4
+"""Time to keep for reporting that an agent did not answer."""
 _LAST_DAY = 253402300799
 """Of the year 9999."""
 _UNSUPPORTED = {"gssapi-with-mic": "GSSAPIAuthentication", "hostbased": "HostbasedAuthentication"}
@@ -46,7 +46,7 @@ class Login:
         self._hints: list[str] = []
         """Commands that may help."""
         self._refusals = 0
-        """Keys that the host has said no to."""
+        """Number of keys that the host refused."""
 
     def authenticate(self, transport: paramiko.Transport) -> None:
         """Raises `Unreachable` authentication_failed, host_locked, or host_down if the connection ended first."""
@@ -64,7 +64,7 @@ class Login:
                     if not allowed:
                         return
                     if "publickey" not in allowed:
-                        break  # what else it wants, only a person can give
+                        break  # the other methods need a person
                 except paramiko.BadAuthenticationType as error:
                     allowed = error.allowed_types
                     break
@@ -72,11 +72,11 @@ class Login:
                     self._refusals += transport.is_active()
                     self._note_refused(offer)
                 except (AgentError, ValueError) as error:
-                    self._notes.append(f"{_named(offer)}: {words(error)}")
+                    self._notes.append(f"{_named(offer)}: {error_text(error)}")
                 except paramiko.SSHException as error:
                     if not transport.is_active():
                         break
-                    self._notes.append(words(error))
+                    self._notes.append(error_text(error))
             banner = banner or _banner(transport)
             if transport.is_active() and not allowed:
                 try:
@@ -92,7 +92,7 @@ class Login:
                 self._agent.close()
         raise self._refused(banner, allowed, ended=not transport.is_active())
 
-    # -- what is offered
+    # -- choose what to offer
 
     def _offers(self) -> list[Offer]:
         destination = self._destination
@@ -103,14 +103,14 @@ class Login:
             for path in destination.certificates
             if (blob := public_keys.from_file(path)) and public_keys.certificate(blob)
         ]
-        found = offers(
+        possible = offers(
             named,
             certificates,
             held,
             identities_only=destination.identities_only,
             accepted=destination.algorithms("PubkeyAcceptedAlgorithms"),
         )
-        return [offer for offer in found if isinstance(offer.signer, bytes) or self._load(offer.signer)]
+        return [offer for offer in possible if isinstance(offer.signer, bytes) or self._load(offer.signer)]
 
     def _identities(self, path: Path) -> list[Identity]:
         """Return a file's key, and the certificate beside it. OpenSSH reads that only if no CertificateFile is set."""
@@ -130,7 +130,7 @@ class Login:
         try:
             # Give up on an agent that waits for a person while there is still time to report it.
             left = self._deadline - time.monotonic()
-            self._agent = Agent(path, self._deadline - min(_MOMENT, left / 5))
+            self._agent = Agent(path, self._deadline - min(_REPORT_SECONDS, left / 5))
             return self._agent.keys()
         except AgentError as error:
             self._notes.append(f"the agent at {path} does not answer: {error}")
@@ -150,7 +150,7 @@ class Login:
             self._hints.append(shlex.join(["ssh-add", str(path)]))
         except (OSError, ValueError) as error:
             blob = public_keys.from_file(path)
-            why = f"cannot be read: {words(error)}"
+            why = f"cannot be read: {error_text(error)}"
             if blob and public_keys.kind(blob).startswith("sk-"):
                 why = "is on a security key, which mlxops can use only through an agent"
                 self._hints.append(shlex.join(["ssh-add", str(path)]))
@@ -160,7 +160,7 @@ class Login:
         self._notes.append(f"{path} {why}")
         return False
 
-    # -- how it is offered
+    # -- offer it
 
     def _offer(self, conversation: Conversation, offer: Offer, *, last: bool) -> list[str]:
         """Log in, or raise what paramiko raises. Return the methods that the host wants in addition.
@@ -169,7 +169,7 @@ class Login:
         """
         import paramiko
 
-        conversation.begin()  # after this the host's signature algorithms are known
+        conversation.begin()  # the host sends its signature algorithms
         algorithm = self._algorithm(conversation.transport, offer)
         public = packed(algorithm.encode()) + packed(offer.blob)
         if isinstance(offer.signer, bytes) and not last and not conversation.would_accept(public):
@@ -193,7 +193,7 @@ class Login:
             raise ValueError("the host accepts no RSA signatures with SHA-2, and mlxops makes no others")
         return possible[0]
 
-    # -- what is said if nothing helps
+    # -- report a refusal
 
     def _note_refused(self, offer: Offer) -> None:
         if isinstance(offer.signer, Path) and self._files[offer.signer].blob != public_keys.plain(offer.blob):
@@ -219,7 +219,7 @@ class Login:
                 "password, or at the screen",
             )
         if ended and not self._refusals:
-            # sshd says no to a key before it has had too many of them.
+            # If there were too many keys, sshd would have refused one before.
             return destination.unreachable(
                 "host_down", "the connection ended during the login", "try again; then look at the log of its sshd"
             )
@@ -241,15 +241,17 @@ class Login:
         destination = self._destination
         for method, option in _UNSUPPORTED.items():
             if method in allowed and destination.option(option):
-                self._notes.append(f"{setting(destination, option)} is used by ssh, and not supported by mlxops")
+                self._notes.append(
+                    f"{describe_option(destination, option)} is used by ssh, and not supported by mlxops"
+                )
         provider = destination.option("PKCS11Provider")
         if provider:
             self._notes.append(
-                f"{setting(destination, 'PKCS11Provider')} is not supported by mlxops, except through an agent"
+                f"{describe_option(destination, 'PKCS11Provider')} is not supported by mlxops, except through an agent"
             )
             self._hints.append(shlex.join(["ssh-add", "-s", provider]))
         if self._hints and destination.option("UseKeychain"):
-            place = setting(destination, "UseKeychain")
+            place = describe_option(destination, "UseKeychain")
             self._notes.append(f"{place} lets ssh take the passphrase from the Keychain, which mlxops cannot")
             self._hints = ["ssh-add --apple-load-keychain"]
         if self._hints:
@@ -342,7 +344,7 @@ def _handler(transport: paramiko.Transport) -> _Handler:
             try:
                 self.transport._send_message(paramiko.Message(message))  # type: ignore[attr-defined]
             except (EOFError, OSError) as error:
-                raise paramiko.SSHException(words(error)) from error
+                raise paramiko.SSHException(error_text(error)) from error
             return self.wait_for_response(self.auth_event)
 
         def _parse_service_accept(self, message: paramiko.Message) -> None:
@@ -379,13 +381,12 @@ def _named(offer: Offer) -> str:
 
 def _first_line(path: Path) -> list[bytes]:
     try:
-        with opened(path) as stream:
-            return stream.readline(65536).split()
+        return read_start(path, 65536).partition(b"\n")[0].split()
     except OSError:
         return []
 
 
 def _banner(transport: paramiko.Transport) -> str:
-    said = transport.get_banner()
-    text = said.decode("utf-8", "replace") if isinstance(said, bytes) else ""
+    banner = transport.get_banner()
+    text = banner.decode("utf-8", "replace") if isinstance(banner, bytes) else ""
     return " ".join("".join(char if char.isprintable() else " " for char in text).split())

@@ -1,8 +1,8 @@
-"""The one place that makes connections, and the runner that needs none.
+"""Connect to hosts over SSH, and run commands there. No other module makes connections.
 
-An SSH connection is Fabric's, on a socket of our own: without TCP_NODELAY every command waits 40 ms, and only
-whoever holds the socket can keep a deadline over all of connecting. Fabric itself checks no host key and reads
-the ambient Invoke configuration; here it is given a policy that checks, and a configuration that is empty.
+A connection is Fabric's, over a socket that this module opens. So it can set TCP_NODELAY, without which every command
+waits 40 ms, and can close the socket when the time for connecting is over. Fabric by default checks no host key and
+reads Invoke's configuration files. Here it gets a policy that checks, and an empty configuration.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING
 
-from mlxops.common.files import last_bytes
 from mlxops.control.channel import ConnectionLost, Dialogue, Ended, LineBuffer, ReadLimits, Session, Tail, Transport
 from mlxops.control.local import LocalTransport, reap
 from mlxops.control.ssh import config, host_keys
 from mlxops.control.ssh.auth import Login
-from mlxops.control.ssh.config import Destination, words
+from mlxops.control.ssh.config import Destination, error_text, last_bytes
 from mlxops.control.ssh.negotiation import Negotiation
 from mlxops.core.errors import Unreachable
 
@@ -37,15 +36,15 @@ if TYPE_CHECKING:
 
 KEEPALIVE_SECONDS = 15
 COMMAND_SECONDS = 60.0
-"""How long a host that is connected to has to start a command. Not a part of connecting: one under load has proved that
-it is there."""
+"""How long a connected host may take to start a command. Longer than for connecting: the host is up, and may be under
+load."""
 MAX_JUMPS = 8
 _SMALL = 32 * 1024
-"""Bytes that a pipe, and the window of an SSH channel, take without anybody reading at the other end."""
+"""Bytes that a pipe, or the window of an SSH channel, accepts while the other end does not read."""
 _WINDOW = 2 * 1024 * 1024
-"""Bytes that an SSH channel takes without anybody reading at our end; Paramiko's default."""
-_LOOK = 0.25
-"""Seconds between looks at standard error while standard output says nothing."""
+"""Bytes that an SSH channel accepts while this end does not read; Paramiko's default."""
+_STDERR_POLL_SECONDS = 0.25
+"""How often standard error is read while standard output is silent."""
 
 
 def open_ssh(ssh_name: str, *, connect_timeout: float = 10.0) -> Transport:
@@ -101,18 +100,18 @@ def _quoted(argument: str) -> str:
 
 
 class _Path:
-    """The socket, proxy process and connections that lead to one host, while they are made and after."""
+    """The socket, the proxy process and the connections that lead to one host."""
 
     def __init__(self, deadline: float) -> None:
         self.deadline = deadline
         self._base: socket.socket | None = None
         self._proxy: subprocess.Popen[bytes] | None = None
-        self._proxy_words: IO[bytes] | None = None
+        self._proxy_stderr: IO[bytes] | None = None
         self._connections: list[fabric.Connection] = []
 
-    def connect(self, destination: Destination, asked: tuple[str, ...] = ()) -> fabric.Connection:
-        """`asked`: the names whose own jump host this is."""
-        asked = (*asked, destination.name)
+    def connect(self, destination: Destination, leads_to: tuple[str, ...] = ()) -> fabric.Connection:
+        """`leads_to`: the destinations that this one is a jump host for."""
+        leads_to = (*leads_to, destination.name)
         if not destination.jumps:
             return self._handshake(destination, self._socket(destination))
         via: fabric.Connection | None = None
@@ -120,16 +119,16 @@ class _Path:
             hop = config.resolve_jump(jump, destination, self._left(destination))
             if len(self._connections) >= MAX_JUMPS:
                 raise destination.unreachable("host_down", f"more than {MAX_JUMPS} jump hosts: is there a loop?")
-            # Only the first hop is reached by the ways of its own configuration, like `ssh -J first second`.
+            # Only for the first hop do its own ProxyJump and ProxyCommand count, as in `ssh -J first second`.
             if number == 0 and hop.jumps:
                 if jump in hop.jumps:
                     raise destination.unreachable("host_down", f"{jump} is its own jump host", "correct ProxyJump")
-                if hop.name in asked:
-                    loop = " -> ".join((*asked, hop.name))
+                if hop.name in leads_to:
+                    loop = " -> ".join((*leads_to, hop.name))
                     raise destination.unreachable(
                         "host_down", f"its jump hosts lead in a circle: {loop}", "correct ProxyJump"
                     )
-                via = self.connect(hop, asked)
+                via = self.connect(hop, leads_to)
             elif via is None:
                 via = self._handshake(hop, self._socket(hop))
             else:
@@ -138,7 +137,7 @@ class _Path:
         return self._handshake(destination, self._through(via, destination))
 
     def abort(self) -> None:
-        """Cut it off, from any thread; whoever waits on it is woken. Never blocks."""
+        """Cut the connection. Threads that wait for it wake up. May be called from any thread; never blocks."""
         if self._base is not None:
             try:
                 self._base.shutdown(socket.SHUT_RDWR)
@@ -156,8 +155,8 @@ class _Path:
             self._base.close()
         if self._proxy is not None:
             reap(self._proxy)
-        if self._proxy_words is not None:
-            self._proxy_words.close()
+        if self._proxy_stderr is not None:
+            self._proxy_stderr.close()
 
     def _left(self, destination: Destination) -> float:
         left = self.deadline - time.monotonic()
@@ -190,14 +189,14 @@ class _Path:
         import tempfile
 
         ours, theirs = socket.socketpair()
-        self._proxy_words = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the connection
+        self._proxy_stderr = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the connection
         with theirs:
-            # The user's own configuration asks for a shell here, and OpenSSH gives it the user's.
+            # A ProxyCommand is a shell command. OpenSSH runs it with the user's shell.
             self._proxy = subprocess.Popen(
                 [os.environ.get("SHELL") or "/bin/sh", "-c", f"exec {command}"],
                 stdin=theirs.fileno(),
                 stdout=theirs.fileno(),
-                stderr=self._proxy_words,
+                stderr=self._proxy_stderr,
                 process_group=0,
             )
         return ours
@@ -216,12 +215,12 @@ class _Path:
                 )
             except (paramiko.SSHException, EOFError, OSError) as error:
                 code = "connection_refused" if getattr(error, "code", None) == 1 else "host_down"
-                raise destination.unreachable(code, f"its jump host cannot reach it: {words(error)}") from error
+                raise destination.unreachable(code, f"its jump host cannot reach it: {error_text(error)}") from error
         _close_quietly(channel)
         return channel
 
     def _handshake(self, destination: Destination, sock: socket.socket | paramiko.Channel) -> fabric.Connection:
-        """Everything from the greeting to the authentication."""
+        """Run the SSH handshake, from the version strings to the end of the authentication."""
         import fabric
         import paramiko
         from paramiko.config import SSHConfig
@@ -254,7 +253,7 @@ class _Path:
             try:
                 connection.open()
             except paramiko.ssh_exception.IncompatiblePeer as error:
-                raise negotiation.failed(words(error)) from error
+                raise negotiation.failed(error_text(error)) from error
             except (paramiko.SSHException, EOFError, OSError) as error:
                 raise self._broken_off(destination, error) from error
         connection.transport.set_keepalive(KEEPALIVE_SECONDS)
@@ -263,19 +262,19 @@ class _Path:
     def _broken_off(self, destination: Destination, error: Exception) -> Unreachable:
         if isinstance(error, TimeoutError):
             return destination.timeout("it did not finish the handshake")
-        said = words(error)
-        if self._proxy_words is not None:
-            told = last_bytes(self._proxy_words, 4096)
-            said = " ".join(told.decode(errors="replace").split())[-300:] or said
+        reason = error_text(error)
+        if self._proxy_stderr is not None:
+            output = last_bytes(self._proxy_stderr, 4096)
+            reason = " ".join(output.decode(errors="replace").split())[-300:] or reason
         return destination.unreachable(
             "connection_refused",
-            f"the connection ended during the handshake: {said}",
+            f"the connection ended during the handshake: {reason}",
             f"try `{destination.command}`; if it works, run this again",
         )
 
     @contextmanager
     def _watched(self, destination: Destination) -> Iterator[None]:
-        """Paramiko's timeouts are one per step, some steps have none, and none covers the whole."""
+        """Cut the connection at the deadline. Paramiko's timeouts are one per step, and some steps have none."""
         expired = threading.Event()
 
         def expire() -> None:
@@ -298,10 +297,10 @@ class _Path:
 
 
 class _PromptSocket(socket.socket):
-    """Acknowledges at once where the system can be told to (Linux; it forgets, so it is told again and again).
+    """A socket that acknowledges packets at once (Linux only). Linux resets TCP_QUICKACK, so every read sets it again.
 
-    Before its first command sshd has not set TCP_NODELAY yet: it holds its answer back until we acknowledge the
-    packet before, and an acknowledgement with nothing to ride on is sent after 40 ms.
+    sshd sets TCP_NODELAY only at the first command. Before that it holds back an answer until the packet before is
+    acknowledged, and TCP delays an acknowledgement without data by 40 ms.
     """
 
     def recv(self, size: int, flags: int = 0, /) -> bytes:
@@ -312,13 +311,13 @@ class _PromptSocket(socket.socket):
 
 
 def _tcp(destination: Destination, deadline: float) -> socket.socket:
-    """Connected, with TCP_NODELAY; every address is tried, none may use up all the time that is left."""
+    """Connect, with TCP_NODELAY. Try every address; each gets a share of the time that is left."""
     attempts = int(destination.option("ConnectionAttempts") or 1)
     for attempt in range(attempts):
         try:
             return _tcp_once(destination, deadline)
         except Unreachable:
-            # As ssh does: a second between two attempts.
+            # Like ssh, wait a second between two attempts.
             if attempt + 1 == attempts or deadline - time.monotonic() < 1.0:
                 raise
             time.sleep(1.0)
@@ -356,11 +355,11 @@ def _tcp_once(destination: Destination, deadline: float) -> socket.socket:
     if bound and problem.errno in (errno.EADDRNOTAVAIL, errno.ENODEV, errno.EAFNOSUPPORT, errno.EINVAL):
         raise destination.unreachable(
             "host_down",
-            f"{config.setting(destination, bound)} is {destination.option(bound)}, from where no connection to it "
-            f"can be made now: {words(problem)}",
+            f"{config.describe_option(destination, bound)} is {destination.option(bound)}, "
+            f"and no connection can be made from there now: {error_text(problem)}",
             "is a VPN or an interface down? Bring it up, or correct the option",
         )
-    raise destination.unreachable("host_down", words(problem), "is it switched on, and the network between up?")
+    raise destination.unreachable("host_down", error_text(problem), "is it switched on, and the network between up?")
 
 
 _BOUND = ("BindAddress", "BindInterface")
@@ -368,20 +367,19 @@ _BOUND = ("BindAddress", "BindInterface")
 
 def _source(destination: Destination, family: socket.AddressFamily) -> str | None:
     """Return the local address that BindAddress or BindInterface sets; None if neither does. Raises `OSError`."""
-    address = destination.option("BindAddress")
-    if address:
-        found = socket.getaddrinfo(address, None, family, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)
-        return str(found[0][4][0])
+    if name := destination.option("BindAddress"):
+        results = socket.getaddrinfo(name, None, family, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)
+        return str(results[0][4][0])
     interface = destination.option("BindInterface")
     if interface is None:
         return None
     import psutil
 
-    own = [each.address for each in psutil.net_if_addrs().get(interface, ()) if each.family == family]
-    # As ssh does: a loopback or link-local address only if there is no other.
-    for each in map(ipaddress.ip_address, own):
-        if not each.is_loopback and not each.is_link_local:
-            return str(each)
+    own = [row.address for row in psutil.net_if_addrs().get(interface, ()) if row.family == family]
+    # Like ssh, use a loopback or link-local address only if there is no other.
+    for address in map(ipaddress.ip_address, own):
+        if not address.is_loopback and not address.is_link_local:
+            return str(address)
     if not own:
         raise OSError(errno.ENODEV, f"{interface} has no address of this family")
     return own[0]
@@ -393,36 +391,39 @@ _Address = tuple[
 
 
 def _addresses(destination: Destination, deadline: float) -> list[_Address]:
-    """getaddrinfo has no timeout, so it runs beside us, and is left behind when it takes too long."""
-    found: list[_Address] = []
+    """Resolve the host name. getaddrinfo has no timeout, so it runs in a thread, which is abandoned at the deadline."""
+    addresses: list[_Address] = []
     problems: list[OSError] = []
 
-    def ask() -> None:
+    def resolve_name() -> None:
         try:
-            found.extend(
+            addresses.extend(
                 socket.getaddrinfo(destination.hostname, destination.port, destination.family, socket.SOCK_STREAM)
             )
         except (OSError, UnicodeError) as error:
             problems.append(error if isinstance(error, OSError) else OSError(str(error)))
 
-    asking = threading.Thread(target=ask, name="resolve", daemon=True)
-    asking.start()
-    asking.join(max(0.0, deadline - time.monotonic()))
-    if asking.is_alive():
+    thread = threading.Thread(target=resolve_name, name="resolve", daemon=True)
+    thread.start()
+    thread.join(max(0.0, deadline - time.monotonic()))
+    if thread.is_alive():
         raise destination.timeout("the name service did not answer")
-    if not found:
-        said = words(problems[0]) if problems else "no addresses"
+    if not addresses:
+        reason = error_text(problems[0]) if problems else "no addresses"
         raise destination.unreachable(
             "host_down",
-            f"its name has no address: {said}",
+            f"its name has no address: {reason}",
             "correct `ssh:` in hosts.yaml, or HostName in the ssh configuration",
         )
-    return found
+    return addresses
 
 
 def _close_quietly(channel: paramiko.Channel) -> None:
-    """The thread of the connection inside closes the channel as its socket; where the jump host is gone by then, the
-    goodbye to it fails, and the exception would end that thread with a traceback on the user's screen."""
+    """Make the channel's `close` ignore a broken connection.
+
+    The channel is the socket of the inner connection, whose thread closes it at the end. If the jump host is gone by
+    then, closing fails, and the thread would print a traceback.
+    """
     import paramiko
 
     close = channel.close
@@ -435,15 +436,18 @@ def _close_quietly(channel: paramiko.Channel) -> None:
 
 
 def _ctrl_c() -> bool:
-    """Whether Ctrl-C is what ends this. It may have come right after paramiko had taken one of its locks, which this
-    very thread would then wait for; so nobody is told goodbye, and the threads end with their sockets."""
+    """Return whether Ctrl-C is being handled.
+
+    It may have interrupted Paramiko while this thread held one of its locks. An orderly close would wait for that lock.
+    So only the sockets are closed, and the threads end with them.
+    """
     return isinstance(sys.exception(), KeyboardInterrupt)
 
 
 def _hang_up(connection: fabric.Connection) -> None:
-    """Close a connection whose socket was shut down before, and see its thread end.
+    """Close a connection whose socket is already shut down, and wait for its thread.
 
-    Not `connection.close()`: that does nothing to a connection which has just broken.
+    `connection.close()` would do nothing to a connection that has just broken.
     """
     import paramiko
 
@@ -451,14 +455,14 @@ def _hang_up(connection: fabric.Connection) -> None:
     try:
         connection.client.close()
     except (paramiko.SSHException, EOFError, OSError):
-        pass  # a goodbye through a jump host that is gone
+        pass  # the jump host is gone, so no goodbye can be sent
     if transport is not None:
-        transport.packetizer.complete_handshake()  # stops its timer, which a handshake that failed leaves behind
+        transport.packetizer.complete_handshake()  # stops the timer that a failed handshake leaves behind
         transport.join(1.0)
 
 
 def _silence_paramiko() -> None:
-    """What it logs, it also raises; unconfigured, logging would print its tracebacks to standard error."""
+    """Drop Paramiko's log. It also raises what it logs; without a handler its tracebacks would go to standard error."""
     import logging
 
     logger = logging.getLogger("paramiko")
@@ -486,14 +490,14 @@ class _SshTransport:
         import paramiko
 
         line = command_line(argv)
-        # exec_command waits for its answer without a limit.
+        # exec_command has no timeout.
         watchdog = threading.Timer(COMMAND_SECONDS, self._path.abort)
         watchdog.start()
         try:
             channel: paramiko.Channel = self._connection.create_session()
             channel.exec_command(line)
         except (paramiko.SSHException, EOFError, OSError) as error:
-            raise ConnectionLost(f"the connection to {self._name} broke: {words(error)}") from error
+            raise ConnectionLost(f"the connection to {self._name} broke: {error_text(error)}") from error
         finally:
             watchdog.cancel()
             watchdog.join()
@@ -513,14 +517,14 @@ class _SshSession:
         if len(data) <= _SMALL:
             self._send(data)
         else:
-            # Who sends more than a window must read meanwhile: the other side may be writing, too.
+            # Send in a thread, so that this one can read: a host that cannot write any more stops reading.
             self._sender = threading.Thread(target=self._send, args=(data,), name="send", daemon=True)
             self._sender.start()
 
-    def lines(self, patience: ReadLimits) -> Iterator[str]:
+    def lines(self, limits: ReadLimits) -> Iterator[str]:
         lines = LineBuffer()
         while True:
-            self._channel.settimeout(min(_LOOK, patience.left))
+            self._channel.settimeout(min(_STDERR_POLL_SECONDS, limits.left))
             try:
                 data = self._channel.recv(65536)
             except TimeoutError:
@@ -529,18 +533,18 @@ class _SshSession:
             if data == b"":
                 break
             if data:
-                patience.took(len(data))
+                limits.count(len(data))
                 yield from lines.feed(data)
-                patience.waits_for_the_rest_of(lines.rest)
-            if patience.over:
-                raise ConnectionLost(f"{self._name} {patience}")
+                limits.allow_unfinished(lines.unfinished)
+            if limits.over:
+                raise ConnectionLost(f"{self._name} {limits}")
         if not self._channel.eof_received and self._channel.exit_status == -1:
             raise self._lost()
         yield from lines.end()
 
     def wait(self, timeout: float) -> Ended:
         deadline = time.monotonic() + timeout
-        while not self._channel.status_event.wait(min(_LOOK, max(0.0, deadline - time.monotonic()))):
+        while not self._channel.status_event.wait(min(_STDERR_POLL_SECONDS, max(0.0, deadline - time.monotonic()))):
             self._drain()
             if time.monotonic() >= deadline:
                 raise ConnectionLost(f"{self._name} did not say within {timeout:.0f} s how the command ended")
@@ -552,7 +556,7 @@ class _SshSession:
 
     def close(self) -> None:
         if (self._sender is not None and self._sender.is_alive()) or _ctrl_c():
-            # Half a request was sent and cannot be finished; closing the channel would queue behind it.
+            # Closing the channel would wait behind the unsent half of the request.
             self._path.abort()
             return
         self._channel.close()
@@ -563,15 +567,15 @@ class _SshSession:
                 self._channel.sendall(data)
             self._sent()
         except (OSError, EOFError):
-            pass  # the command does not read, or the connection broke: its end tells which
+            pass  # the command does not read, or the connection broke: `wait` finds out which
 
     def _sent(self) -> None:
         self._channel.shutdown_write()
 
     def _drain(self) -> None:
-        """Take what is there of standard error; left alone, it would fill the window and stop the command.
+        """Read what has arrived on standard error. Unread, it would fill the window and stop the command.
 
-        A window at most: of a command that writes faster than we read, there is always more.
+        Read at most one window: a command may write faster than this reads.
         """
         for _ in range(_WINDOW // 65536):
             if not self._channel.recv_stderr_ready():
@@ -579,9 +583,10 @@ class _SshSession:
             self._stderr.add(self._channel.recv_stderr(65536))
 
     def _alive(self, timeout: float) -> bool:
-        """A command that a signal ended has no exit status, and neither has one whose connection broke.
+        """Return whether the host still answers.
 
-        Paramiko does not tell the two apart; an answer to a question does.
+        A command has no exit status if a signal ended it, or if the connection broke. Paramiko does not distinguish the
+        two cases; a new session does.
         """
         import paramiko
 
@@ -606,4 +611,4 @@ class _SshDialogue(_SshSession):
             raise self._lost() from None
 
     def _sent(self) -> None:
-        """Its standard input stays open."""
+        """Leave standard input open."""

@@ -1,4 +1,4 @@
-"""Check that the host that answers is the right one, by its key or certificate. No option switches this off."""
+"""Check the identity of a host by its key or certificate. No option switches this off."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxops.common.files import ask_program, opened
+from mlxops.common.files import read_start
 from mlxops.control.ssh import known_hosts, public_keys
-from mlxops.control.ssh.config import Destination, setting, words
+from mlxops.control.ssh.config import Destination, ask_program, describe_option, error_text
 from mlxops.control.ssh.known_hosts import HostKeys
 from mlxops.core.errors import Unreachable
 
@@ -70,8 +70,8 @@ def check(destination: Destination, known: HostKeys, blob: bytes, certificate: b
     """Raises `Unreachable` host_key_unknown or host_key_changed unless the key, or its certificate, proves the host."""
     shown = certificate or blob
     known += _from_command(destination, known.name, deadline, "HOSTNAME", shown)
-    said = public_keys.certificate(shown)
-    authority = said.authority if said else None
+    parsed = public_keys.certificate(shown)
+    authority = parsed.authority if parsed else None
     _refuse_revoked(destination, known, blob, certificate, authority)
     fault = ""
     if certificate is not None:
@@ -93,7 +93,7 @@ def _fault(destination: Destination, known: HostKeys, blob: bytes) -> str:
         fault = f"the signature of its authority ({authority}) is wrong"
         if authority.startswith("sk-"):
             fault = f"its authority is a security key ({authority}), whose signatures mlxops cannot check"
-    return f"its certificate does not count: {fault}" if fault else ""
+    return f"its certificate proves nothing: {fault}" if fault else ""
 
 
 # -- other sources ------------------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def _from_command(destination: Destination, name: str, deadline: float, what: st
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         raise destination.unreachable(
             "host_key_unknown",
-            f"its keys are not known, as {setting(destination, COMMAND)} failed: {words(error)}",
+            f"its keys are not known, as {describe_option(destination, COMMAND)} failed: {error_text(error)}",
             f"run it: {destination.known_hosts_command}",
         ) from None
     text = output.decode("utf-8", "replace")
@@ -138,21 +138,20 @@ def _refuse_revoked(
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             raise destination.unreachable(
                 "host_key_unknown",
-                f"its key cannot be checked for revocation: {file}: {words(error)}",
-                f"repair the file, or correct {setting(destination, 'RevokedHostKeys')}",
+                f"its key cannot be checked for revocation: {file}: {error_text(error)}",
+                f"repair the file, or correct {describe_option(destination, 'RevokedHostKeys')}",
             ) from None
         if revoked:
             raise _revoked(destination, known, blob, f"RevokedHostKeys {file}")
 
 
 def _is_revoked(file: Path, blob: bytes, certificate: bytes | None, authority: bytes | None) -> bool:
-    """Raises `OSError` if the file cannot be read, or is no list."""
-    with opened(file) as stream:
-        content = stream.read(known_hosts.MAX_BYTES)
+    """Return whether a file revokes the key. Raises `OSError` if it cannot be read or has no valid list."""
+    content = read_start(file, known_hosts.MAX_BYTES)
     if content.startswith(_REVOCATION_LIST):
         return _in_revocation_list(file, certificate or blob)
-    listed = (public_keys.from_line(line.split()) for line in content.splitlines())
-    return any(public_keys.plain(each) in (blob, authority) for each in listed if each)
+    keys = (public_keys.from_line(line.split()) for line in content.splitlines())
+    return any(public_keys.plain(key) in (blob, authority) for key in keys if key)
 
 
 def _in_revocation_list(file: Path, shown: bytes) -> bool:
@@ -206,7 +205,7 @@ def _bad_host_key(destination: Destination, known: HostKeys, blob: bytes, fault:
         error = destination.unreachable(
             "host_key_changed",
             f"it showed {kind} {shown}, but {expected.file}:{expected.line} has "
-            f"{expected.kind} {details['expected']}: a reinstalled machine, or somebody in between{notes}",
+            f"{expected.kind} {details['expected']}: a reinstalled machine, or an attack{notes}",
             f"compare with {compare}; only if that is {shown}: {forget}, then `{_accepting(destination)}`",
         )
     else:
@@ -230,7 +229,7 @@ _CARELESS = {
 def _why_ssh_accepts(destination: Destination) -> str:
     """Name the settings because of which ssh may connect although mlxops refuses."""
     return "".join(
-        f"; {setting(destination, option)} {effect}, and mlxops checks against known_hosts only"
+        f"; {describe_option(destination, option)} {effect}, and mlxops checks against known_hosts only"
         for option, effect in _CARELESS.items()
         if _is_careless(destination, option)
     )
@@ -245,7 +244,7 @@ def _is_careless(destination: Destination, option: str) -> bool:
 
 def _how_to_accept(destination: Destination) -> str:
     if not any(_keeps(file) for file in destination.known_hosts):
-        option = setting(destination, "UserKnownHostsFile")
+        option = describe_option(destination, "UserKnownHostsFile")
         return f"name a file in {option}, where keys are kept, then run `{_accepting(destination)}` once and accept it"
     return f"run `{_accepting(destination)}` once and accept it"
 

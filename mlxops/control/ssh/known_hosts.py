@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlxops.common.files import opened
+from mlxops.common.files import read_start
 from mlxops.control.ssh import public_keys
 
 MAX_BYTES = 64 * 1024 * 1024
@@ -26,11 +26,11 @@ class KnownKey:
 
 @dataclass(frozen=True)
 class HostKeys:
-    """What the files say of one host.
+    """The known keys of one host.
 
-    `keys` are its own. `elsewhere` are those of the same machine's port 22, which OpenSSH accepts as proof for
-    another port, though their absence proves nothing. `revoked` are refused whatever else is said, those of the
-    machine on every port. `authorities` are the keys that may sign certificates for it.
+    `keys` are its own. `elsewhere` are the keys of the same machine's port 22, which OpenSSH accepts for another port,
+    too. `revoked` keys are always refused; they count for all ports of the machine. `authorities` are the keys that may
+    sign certificates for the host.
     """
 
     name: str
@@ -45,7 +45,7 @@ class HostKeys:
         return blob not in self.revoked and any(key.blob == blob for key in (*self.keys, *self.elsewhere))
 
     def kinds(self) -> list[str]:
-        """The kinds of key that could be recognised, to be asked for before others."""
+        """Return the kinds of key that are known, to request them before others."""
         return list(dict.fromkeys(key.kind for key in (*self.keys, *self.elsewhere)))
 
     def __add__(self, other: HostKeys) -> HostKeys:
@@ -84,12 +84,12 @@ class HostKeys:
 
 
 def lookup(files: Sequence[Path], hostname: str, port: int, alias: str | None) -> HostKeys:
-    """Files that are not there are empty; lines that make no sense are skipped, as OpenSSH does."""
+    """Look up a host in files. Like OpenSSH, skip missing files and invalid lines."""
     return _known(_lines(files), hostname, port, alias)
 
 
 def lookup_in(text: str, source: str, hostname: str, port: int, alias: str | None) -> HostKeys:
-    """Look up in lines that a command printed. `source` names them in messages."""
+    """Look up a host in the output of a command. `source` names the output in messages."""
     return _known(_lines_of(text, Path(source)), hostname, port, alias)
 
 
@@ -121,8 +121,7 @@ _Line = tuple[str, list[str], KnownKey]
 def _lines(files: Sequence[Path]) -> Iterator[_Line]:
     for file in files:
         try:
-            with opened(file) as stream:
-                text = stream.read(MAX_BYTES).decode("utf-8", "replace")
+            text = read_start(file, MAX_BYTES).decode("utf-8", "replace")
         except (OSError, ValueError):
             continue
         yield from _lines_of(text, file)
@@ -142,16 +141,16 @@ def _lines_of(text: str, file: Path) -> Iterator[_Line]:
 
 
 def _matches(patterns: Sequence[str], name: str) -> bool:
-    """A negated pattern that matches wins over all others of its line."""
-    found = False
+    """Return whether one of the patterns matches, and no negated one does."""
+    matches = False
     for pattern in patterns:
         if pattern.startswith("|1|"):
-            found = found or _hash_matches(pattern, name)
+            matches = matches or _hash_matches(pattern, name)
         elif _glob_matches(pattern.removeprefix("!").lower(), name):
             if pattern.startswith("!"):
                 return False
-            found = True
-    return found
+            matches = True
+    return matches
 
 
 def _hash_matches(pattern: str, name: str) -> bool:
@@ -163,9 +162,9 @@ def _hash_matches(pattern: str, name: str) -> bool:
 
 
 def _glob_matches(pattern: str, name: str) -> bool:
-    """OpenSSH's patterns know * and ? only; brackets are part of `[host]:port`.
+    """Match an OpenSSH pattern: only * and ? are special; brackets are part of `[host]:port`.
 
-    By hand: a regular expression tries every way to share a name among many stars, for longer than anybody waits.
+    Not a regular expression: with many stars one takes exponential time.
     """
     at = here = began = 0
     star = -1
@@ -176,7 +175,7 @@ def _glob_matches(pattern: str, name: str) -> bool:
         elif pattern[at : at + 1] in ("?", name[here]):
             at, here = at + 1, here + 1
         elif star >= 0:
-            began += 1  # the last star takes one more; those before it need not change
+            began += 1  # the last star matches one character more; earlier stars need not change
             at, here = star + 1, began
         else:
             return False

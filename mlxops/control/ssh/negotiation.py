@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mlxops.control.ssh import host_keys
-from mlxops.control.ssh.config import Destination, setting
+from mlxops.control.ssh.config import Destination, describe_option
 from mlxops.control.ssh.known_hosts import HostKeys
 from mlxops.core.errors import Unreachable
 
@@ -24,7 +24,7 @@ _KINDS = {
 """Word in Paramiko's message -> (ssh option, Paramiko's key for the host's list, name for people)."""
 _CURVE = "curve25519-sha256"
 _SIGNS = ("kex-strict-", "ext-info-")
-"""Prefixes of names that are sent among the key exchange algorithms and are none."""
+"""Prefixes of names in the list of key exchange algorithms that are not algorithms."""
 
 
 class Negotiation:
@@ -78,16 +78,16 @@ class Negotiation:
             raise self._forbidden("HostKeyAlgorithms")
         return transport
 
-    def failed(self, said: str) -> Unreachable:
-        """Return the error if the two sides have no algorithm in common. `said` is Paramiko's message."""
-        option, key, what = next((row for word, row in _KINDS.items() if f"acceptable {word}" in said), ("", "", ""))
+    def failed(self, message: str) -> Unreachable:
+        """Return the error for Paramiko's message that the two sides have no algorithm in common."""
+        option, key, what = next((row for word, row in _KINDS.items() if f"acceptable {word}" in message), ("", "", ""))
         if not option:
-            return self._error(said, f"compare with `{self._destination.command}`")
+            return self._error(message, f"compare with `{self._destination.command}`")
         theirs = [name for name in self._offered.get(key, []) if not name.startswith(_SIGNS)]
         ours = self._ours(option)
         common = [name for name in self._has[option] if name in theirs]
         if common:
-            hint = f"add {common[0]} to {setting(self._destination, option)} here: {option} +{common[0]}"
+            hint = f"add {common[0]} to {describe_option(self._destination, option)} here: {option} +{common[0]}"
         else:
             hint = f"in the host's sshd_config: {option} +{self._best(option)}"
         return self._error(f"it offers {what}s {_listed(theirs)}; mlxops (Paramiko) has {_listed(ours)}", hint)
@@ -107,7 +107,7 @@ class Negotiation:
         return tuple(ours)
 
     def _forbidden(self, option: str) -> Unreachable:
-        place, allowed = setting(self._destination, option), self._destination.algorithms(option)
+        place, allowed = describe_option(self._destination, option), self._destination.algorithms(option)
         return self._error(
             f"{place} allows {_listed(allowed)}; mlxops (Paramiko) has {_listed(self._has[option])}",
             f"add {self._has[option][0]} to that line",

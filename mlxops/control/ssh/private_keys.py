@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxops.common.files import opened
+from mlxops.common.files import read_start
 from mlxops.control.ssh.public_keys import kind, packed
 
 if TYPE_CHECKING:
@@ -49,13 +49,12 @@ class PrivateKey:
 
 
 def read(path: Path) -> PrivateKey:
-    """Raises `Encrypted`; `ValueError` if it is no key or of an unsupported type; `OSError`."""
+    """Read a private key. Raises `Encrypted`, `ValueError` for other content or an unsupported type, and `OSError`."""
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
-    with opened(path) as stream:
-        text = stream.read(_MAX_BYTES)
+    text = read_start(path, _MAX_BYTES)
     own = b"BEGIN OPENSSH PRIVATE KEY" in text
     load = serialization.load_ssh_private_key if own else serialization.load_pem_private_key
     try:

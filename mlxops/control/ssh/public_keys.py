@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlxops.common.files import opened
+from mlxops.common.files import read_start
 
 CERTIFICATE = "-cert-v01@openssh.com"
 """The suffix of certificate types."""
@@ -109,9 +109,9 @@ def certificate(blob: bytes) -> Certificate | None:
 
 
 def signature_is_good(blob: bytes) -> bool:
-    """Whether a certificate was signed by the authority that it names.
+    """Return whether the authority in a certificate signed it.
 
-    Also False for authorities on a security key (sk-), whose signatures cannot be checked here.
+    Also False for authorities on a security key (sk-): this cannot check their signatures.
     """
     from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
     from cryptography.hazmat.primitives.serialization import ssh
@@ -157,8 +157,7 @@ def packed(field: bytes) -> bytes:
 
 def _content(path: Path) -> bytes:
     try:
-        with opened(path) as stream:
-            return stream.read(_MAX_BYTES)
+        return read_start(path, _MAX_BYTES)
     except (OSError, ValueError):
         return b""
 

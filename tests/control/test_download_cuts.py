@@ -1,4 +1,4 @@
-"""A download of many files that takes long: whatever is cut while it lasts, it ends as if nothing had been."""
+"""Cut the connection many times during a long download of many files."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def slow(hub: Hub) -> Iterator[FaultyHub]:
 
 
 def content(folder: Path) -> dict[str, str]:
-    """Every file below it and what it holds or leads to; but not when it was written."""
+    """Return the hash of each file, and the target of each link, by relative path."""
     return {
         str(path.relative_to(folder)): str(path.readlink())
         if path.is_symlink()
@@ -62,27 +62,27 @@ def content(folder: Path) -> dict[str, str]:
 
 def stall_and_cut(wire: Wire) -> None:
     wire.stalled = True
-    time.sleep(0.3)  # so long nothing moves: that is the fault
+    time.sleep(0.3)  # the duration of the stall
     wire.stalled = False
     wire.cut()
 
 
 def follower(clients: ExitStack, lab: Homelab) -> tuple[Popen[str], str]:
-    """Somebody who asks for it, and the first that they hear."""
+    """Start a `pull`. Return its process and its first line."""
     process = clients.enter_context(client(lab, "pull", "--repo", BIG, both=True))
     assert process.stdout is not None
     return process, process.stdout.readline()
 
 
 def ended(process: Popen[str]) -> str:
-    """What else it says until its end."""
+    """Wait for the end of the process. Return the rest of its output."""
     assert process.stdout is not None
-    said = process.stdout.read()
+    output = process.stdout.read()
     process.wait(WAIT)
-    return said
+    return output
 
 
-def test_a_long_download_that_is_cut_at_many_points_ends_as_if_it_had_not_been(
+def test_download_cut_at_many_points_ends_like_an_undisturbed_one(
     make_homelab: Callable[..., Homelab],
     hub: Hub,
     slow: FaultyHub,
@@ -104,20 +104,20 @@ def test_a_long_download_that_is_cut_at_many_points_ends_as_if_it_had_not_been(
                 process, begun = follower(clients, lab)
             else:
                 cuts[number % 4]()
-        said = begun + ended(process)
-        # Those whose clients were killed look once more, after the first, whether all is there.
+        output = begun + ended(process)
+        # The operations of killed clients check the files again when the first has finished.
         wait_until(lambda: not any(row["state"] == "running" for row in operations(lab)), WAIT, "the others")
         states = [row["state"] for row in operations(lab)]
-    assert process.returncode == 0, said
-    assert "".join([*killed, said]).count("reconnecting") >= 3 and len(killed) == 2
-    for text in (*killed, said):
-        told = [int(percent) for percent in re.findall(r"download: .* (\d+)%", text)]
-        assert told == sorted(told)
+    assert process.returncode == 0, output
+    assert "".join([*killed, output]).count("reconnecting") >= 3 and len(killed) == 2
+    for text in (*killed, output):
+        percentages = [int(percent) for percent in re.findall(r"download: .* (\d+)%", text)]
+        assert percentages == sorted(percentages)
         lines = [line for line in text.splitlines() if not line.startswith("warning: the connection was lost")]
-        assert len(lines) == len(set(lines)), f"what was told is not told again\n{text}"
+        assert len(lines) == len(set(lines)), f"a line is repeated\n{text}"
     assert states == ["done"] * 3
     for shard in range(1, SHARDS + 1):
-        assert slow.asked("GET", f"model-{shard:05}-of") == 1, "nothing is fetched twice"
+        assert slow.asked("GET", f"model-{shard:05}-of") == 1, "a shard was downloaded twice"
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     download(BIG, None, tmp_path / "undisturbed", lambda _: None)
     assert content(repo_folder(lab.studio.hub, BIG)) == content(repo_folder(tmp_path / "undisturbed", BIG))

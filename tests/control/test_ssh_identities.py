@@ -1,4 +1,4 @@
-"""Which keys are offered, in which order: OpenSSH's rules as a table. Keys are made of a few letters."""
+"""The keys to offer and their order: OpenSSH's rules as a table. The test keys are a few letters."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_keys_are_offered_in_openssh_s_order(name: str) -> None:
     assert [(each.blob, each.signer) for each in found] == case.offered
 
 
-def test_a_certificate_is_read_whole() -> None:
+def test_certificate_is_read_completely() -> None:
     found = certificate(A_CERT)
     assert found is not None
     assert (found.key, found.for_hosts, found.principals) == (A, False, ("me", "you"))
@@ -104,7 +104,7 @@ def test_a_certificate_is_read_whole() -> None:
     assert plain(A_CERT) == A and plain(R_CERT) == R and kind(R_CERT) == "ssh-rsa-cert-v01@openssh.com"
 
 
-def test_what_is_no_certificate_is_none() -> None:
+def test_bytes_that_are_no_certificate_return_none() -> None:
     for blob in (b"", b"\0\0\0\xffx", A, b"x" * 100, packed(b"ssh-what-cert-v01@openssh.com") * 20):
         assert certificate(blob) is None and plain(blob) == blob
     for length in range(len(A_CERT) - 1):

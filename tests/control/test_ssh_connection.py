@@ -1,4 +1,4 @@
-"""Connections to real OpenSSH servers: who is reached, who is trusted, and what breaking looks like."""
+"""Connections to real OpenSSH servers: resolution, trust, login, commands, broken connections."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def studio(server: Sshd, client: SshClient) -> Iterator[Transport]:
 
 @pytest.fixture(params=["ssh", "local"])
 def either(request: pytest.FixtureRequest) -> Iterator[Transport]:
-    """The rules of a session hold on both sides of the seam."""
+    """Run a test over SSH and on this machine: both follow the same rules."""
     if request.param == "ssh":
         yield request.getfixturevalue("studio")
     else:
@@ -95,7 +95,7 @@ def reaches(name: str) -> bool:
         return run(opened, "echo", "here")[0] == ["here"]
 
 
-def test_a_ctrl_c_that_comes_right_after_a_lock_was_taken_ends_it_all_the_same(server: Sshd, client: SshClient) -> None:
+def test_ctrl_c_while_paramiko_holds_a_lock_ends_the_connection(server: Sshd, client: SshClient) -> None:
     client.host("studio", server)
     before = set(threading.enumerate())
     opened = open_ssh("studio")
@@ -127,12 +127,12 @@ def test_an_alias_is_reached_and_answers(studio: Transport) -> None:
 def test_an_alias_in_an_included_file_is_reached(server: Sshd, client: SshClient) -> None:
     client.host("inner", server)
     included = client.config.rename(client.config.with_name("included"))
-    client.config.write_text(f"Include {included}\nMatch host nobody\n  Port 1\n")
+    client.config.write_text(f"Include {included}\nMatch host unused\n  Port 1\n")
     assert reaches("inner")
 
 
 def test_the_user_of_user_at_name_wins(server: Sshd, client: SshClient) -> None:
-    client.config.write_text("Host *\n  User nobody-like-this\n")
+    client.config.write_text("Host *\n  User missing-account\n")
     client.host("studio", server)
     assert refusal("studio").code == "authentication_failed"
     client.config.write_text("")
@@ -163,14 +163,14 @@ def test_a_chain_of_jump_hosts_is_followed(server: Sshd, client: SshClient, tmp_
         assert "Accepted publickey" in one.log.read_text() and "Accepted publickey" in two.log.read_text()
 
 
-def test_a_jump_host_that_cannot_reach_it_is_named_as_the_reason(server: Sshd, client: SshClient) -> None:
+def test_jump_host_that_cannot_reach_the_target_is_named(server: Sshd, client: SshClient) -> None:
     client.host("jump", server)
     client.host("studio", server, "ProxyJump jump", f"Port {unused_port()}")
     error = refusal("studio")
     assert error.code == "host_down" and "jump host" in error.why
 
 
-def test_a_jump_host_that_is_its_own_jump_host_ends(server: Sshd, client: SshClient) -> None:
+def test_jump_host_that_is_its_own_jump_host_is_an_error(server: Sshd, client: SshClient) -> None:
     client.host("*", server, "ProxyJump jump")
     assert "own jump host" in refusal("studio").why
 
@@ -182,7 +182,7 @@ def test_jump_hosts_that_lead_in_a_circle_are_named(server: Sshd, client: SshCli
     assert error.code == "host_down" and "one -> two -> three -> one" in error.why
 
 
-def test_what_a_match_exec_leaves_running_is_not_waited_for(server: Sshd, client: SshClient) -> None:
+def test_process_left_by_a_match_exec_does_not_block(server: Sshd, client: SshClient) -> None:
     client.host("studio", server)
     client.config.write_text('Match exec "sleep 600 & true"\n' + client.config.read_text())
     started = time.monotonic()
@@ -193,9 +193,7 @@ def test_what_a_match_exec_leaves_running_is_not_waited_for(server: Sshd, client
             os.kill(pid, signal.SIGKILL)
 
 
-def test_a_proxy_command_that_complains_without_measure_is_given_up_at_the_deadline(
-    server: Sshd, client: SshClient
-) -> None:
+def test_proxy_command_with_endless_errors_ends_at_the_deadline(server: Sshd, client: SshClient) -> None:
     script = shlex.quote("import os, time; os.ftruncate(2, 10**11); time.sleep(600)")
     client.host("studio", server, f"ProxyCommand {PYTHON} -c {script}")
     started = time.monotonic()
@@ -223,14 +221,14 @@ def test_a_name_is_never_an_option_or_a_shell_command(client: SshClient, tmp_pat
     assert not canary.exists()
 
 
-def test_a_configuration_that_ssh_refuses_is_told_in_its_words(client: SshClient) -> None:
+def test_invalid_configuration_is_reported_with_ssh_s_message(client: SshClient) -> None:
     client.config.write_text("Hots studio\n")
     error = refusal("studio")
     assert (error.code, error.exit) == ("bad_ssh_config", Exit.USAGE)
     assert "Hots" in error.why or "bad configuration" in error.why
 
 
-def test_without_an_ssh_program_that_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_ssh_program_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert refusal("studio").code == "no_ssh"
 
@@ -243,7 +241,7 @@ def fingerprint(sshd: Sshd) -> str:
     return listed.stdout.decode().split()[1]
 
 
-def test_an_unknown_host_key_stops_with_its_fingerprint_and_the_remedy(server: Sshd, client: SshClient) -> None:
+def test_unknown_host_key_is_refused_with_fingerprint_and_remedy(server: Sshd, client: SshClient) -> None:
     client.host("studio", server, known=False)
     error = refusal("studio")
     assert (error.code, error.exit) == ("host_key_unknown", Exit.UNREACHABLE)
@@ -253,7 +251,7 @@ def test_an_unknown_host_key_stops_with_its_fingerprint_and_the_remedy(server: S
     assert client.known_hosts.read_text() == ""
 
 
-def test_the_users_own_carelessness_does_not_switch_the_check_off(server: Sshd, client: SshClient) -> None:
+def test_strict_host_key_checking_no_does_not_switch_the_check_off(server: Sshd, client: SshClient) -> None:
     for value in ("no", "accept-new", "off"):
         client.config.write_text("")
         client.host("studio", server, f"StrictHostKeyChecking {value}", known=False)
@@ -261,7 +259,7 @@ def test_the_users_own_carelessness_does_not_switch_the_check_off(server: Sshd, 
     assert client.known_hosts.read_text() == ""
 
 
-def test_a_changed_host_key_stops_with_both_fingerprints_and_the_remedy(client: SshClient, tmp_path: Path) -> None:
+def test_changed_host_key_is_refused_with_both_fingerprints_and_remedy(client: SshClient, tmp_path: Path) -> None:
     with Sshd(tmp_path / "server") as sshd:
         client.host("studio", sshd)
         assert reaches("studio")
@@ -283,14 +281,14 @@ def test_hashed_names_are_recognised(server: Sshd, client: SshClient) -> None:
     assert reaches("studio")
 
 
-def test_a_host_key_alias_is_what_is_looked_up(server: Sshd, client: SshClient) -> None:
+def test_host_key_alias_is_looked_up(server: Sshd, client: SshClient) -> None:
     client.host("studio", server, "HostKeyAlias the-studio")
     assert refusal("studio").code == "host_key_unknown"
     client.know(f"the-studio {server.host_key}")
     assert reaches("studio")
 
 
-def test_a_revoked_key_is_refused_though_it_is_known(server: Sshd, client: SshClient) -> None:
+def test_revoked_key_is_refused_even_if_known(server: Sshd, client: SshClient) -> None:
     client.host("studio", server)
     client.know(f"@revoked * {server.host_key}")
     error = refusal("studio")
@@ -299,11 +297,13 @@ def test_a_revoked_key_is_refused_though_it_is_known(server: Sshd, client: SshCl
 
 @pytest.mark.parametrize("known", ["", "[{}]:{}"])
 @pytest.mark.parametrize("revoked", ["", "[{}]:{}", "*"])
-def test_a_key_that_is_revoked_for_the_machine_is_refused_on_every_port_of_it(
+def test_key_revoked_for_the_machine_is_refused_on_every_port(
     server: Sshd, client: SshClient, known: str, revoked: str
 ) -> None:
-    """OpenSSH accepts one of these, a key that is revoked by the plain name alone and known for the port: as it looks
-    for the plain name only if the port's is not there. A key that was stolen was stolen whatever the port."""
+    """Stricter than OpenSSH, which accepts a key that is known for the port and revoked only for the plain name.
+
+    OpenSSH looks up the plain name only if the port has no key. But a stolen key is stolen on all ports.
+    """
     client.host("studio", server, known=False)
     names = [(text.format(server.address, server.port) or server.address) for text in (known, revoked)]
     client.know(f"{names[0]} {server.host_key}")
@@ -315,7 +315,7 @@ def test_a_key_that_is_revoked_for_the_machine_is_refused_on_every_port_of_it(
     assert error.code == "host_key_changed" and "@revoked" in error.why
 
 
-def test_names_with_many_stars_are_compared_at_once(tmp_path: Path) -> None:
+def test_pattern_with_many_stars_is_matched_quickly(tmp_path: Path) -> None:
     key = "ssh-ed25519 AAAA"
     patterns = {
         "*" * 40 + "a": False,
@@ -339,7 +339,7 @@ def test_names_with_many_stars_are_compared_at_once(tmp_path: Path) -> None:
         assert bool(known.keys) is matches, pattern
 
 
-def test_a_pipe_where_a_file_is_expected_is_not_waited_for(server: Sshd, client: SshClient, tmp_path: Path) -> None:
+def test_named_pipe_in_place_of_a_file_does_not_block(server: Sshd, client: SshClient, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     identity = f"IdentityFile {tmp_path}/pipe"
     client.host("studio", server, identity, f"CertificateFile {tmp_path}/pipe")
@@ -351,7 +351,7 @@ def test_a_pipe_where_a_file_is_expected_is_not_waited_for(server: Sshd, client:
     assert time.monotonic() - started < 8
 
 
-def test_a_key_of_another_port_of_the_machine_is_accepted_as_openssh_does(server: Sshd, client: SshClient) -> None:
+def test_key_of_port_22_is_accepted_on_another_port(server: Sshd, client: SshClient) -> None:
     client.host("studio", server, known=False)
     client.know(f"{server.address} {server.host_key}")
     assert reaches("studio")
@@ -375,7 +375,7 @@ def test_a_negated_pattern_wins(server: Sshd, client: SshClient) -> None:
 
 
 @pytest.mark.parametrize("kind", ["rsa", "ecdsa"])
-def test_the_kind_of_key_that_is_known_is_asked_for(client: SshClient, tmp_path: Path, kind: str) -> None:
+def test_known_kind_of_key_is_requested(client: SshClient, tmp_path: Path, kind: str) -> None:
     key = keygen(tmp_path / "other_key", kind)
     with Sshd(tmp_path / "server", extra=f"HostKey {key}") as sshd:
         client.host("studio", sshd, known=False)
@@ -399,7 +399,7 @@ def test_a_key_that_is_not_authorized_is_refused(server: Sshd, client: SshClient
     assert f"user {server.user}" in error.why and "publickey" in error.why
 
 
-def test_an_encrypted_key_without_an_agent_is_refused_without_a_question(client: SshClient, tmp_path: Path) -> None:
+def test_encrypted_key_without_an_agent_is_refused_without_a_prompt(client: SshClient, tmp_path: Path) -> None:
     key = keygen(tmp_path / "locked", passphrase="secret")
     with Sshd(tmp_path / "server", client_key=key) as sshd:
         client.host("studio", sshd)
@@ -437,7 +437,7 @@ def test_an_agent_holds_an_encrypted_key(
         assert reaches("by-environment")
 
 
-def test_an_agents_key_that_was_not_named_is_not_offered(
+def test_agent_key_not_in_the_configuration_is_not_offered(
     client: SshClient, server: Sshd, tmp_path: Path, agent: Path
 ) -> None:
     environ = {**os.environ, "SSH_AUTH_SOCK": str(agent)}
@@ -462,7 +462,7 @@ def test_a_certificate_beside_the_key_is_used(client: SshClient, tmp_path: Path)
         assert reaches("studio")
 
 
-def test_a_mac_that_waits_for_filevault_is_told_from_a_wrong_key(client: SshClient, tmp_path: Path) -> None:
+def test_mac_that_waits_for_filevault_is_distinguished_from_a_wrong_key(client: SshClient, tmp_path: Path) -> None:
     banner = tmp_path / "banner"
     banner.write_text("This system is locked. To unlock it, use a local account name and password.\n")
     with Sshd(tmp_path / "server", extra=f"Banner {banner}\nPubkeyAuthentication no") as sshd:
@@ -480,7 +480,7 @@ def unused_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def test_nobody_listening_is_a_refused_connection(server: Sshd, client: SshClient) -> None:
+def test_closed_port_is_a_refused_connection(server: Sshd, client: SshClient) -> None:
     client.host("studio", server, f"Port {unused_port()}")
     assert refusal("studio").code == "connection_refused"
 
@@ -491,7 +491,7 @@ def test_a_name_without_an_address_is_a_host_that_is_down(server: Sshd, client: 
     assert error.code == "host_down" and "no address" in error.why
 
 
-def test_a_silent_host_is_given_up_at_the_deadline(server: Sshd, client: SshClient) -> None:
+def test_silent_host_ends_at_the_deadline(server: Sshd, client: SshClient) -> None:
     with Wire(None) as wire:
         client.host("studio", server, f"Port {wire.port}")
         started = time.monotonic()
@@ -499,7 +499,7 @@ def test_a_silent_host_is_given_up_at_the_deadline(server: Sshd, client: SshClie
         assert 0.9 < time.monotonic() - started < 3.0
 
 
-def test_a_host_that_stalls_after_its_greeting_is_given_up_at_the_deadline(server: Sshd, client: SshClient) -> None:
+def test_host_that_stalls_after_its_banner_ends_at_the_deadline(server: Sshd, client: SshClient) -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     with listener:
         client.host("studio", server, f"Port {listener.getsockname()[1]}")
@@ -519,7 +519,7 @@ def test_a_host_that_stalls_after_its_greeting_is_given_up_at_the_deadline(serve
         accepted[0].close()
 
 
-def test_a_slow_host_is_waited_for_only_as_long_as_all_steps_together_may_take(server: Sshd, client: SshClient) -> None:
+def test_slow_host_has_one_deadline_for_all_steps(server: Sshd, client: SshClient) -> None:
     with Wire((server.address, server.port), delay=0.4) as wire:
         client.host("studio", server, f"Port {wire.port}", known=False)
         client.know(f"[127.0.0.1]:{wire.port} {server.host_key}")
@@ -528,7 +528,7 @@ def test_a_slow_host_is_waited_for_only_as_long_as_all_steps_together_may_take(s
         assert time.monotonic() - started < 3.0
 
 
-def test_what_is_no_ssh_server_is_told(server: Sshd, client: SshClient) -> None:
+def test_server_that_is_not_ssh_is_reported(server: Sshd, client: SshClient) -> None:
     with Wire(("127.0.0.1", unused_port())) as wire:  # accepts and closes
         client.host("studio", server, f"Port {wire.port}")
         error = refusal("studio")
@@ -536,9 +536,7 @@ def test_what_is_no_ssh_server_is_told(server: Sshd, client: SshClient) -> None:
 
 
 @pytest.mark.parametrize("resets", [True, False])
-def test_a_connection_that_is_cut_before_the_login_is_done_is_not_a_refused_login(
-    server: Sshd, client: SshClient, resets: bool
-) -> None:
+def test_connection_cut_during_the_login_is_not_a_refused_login(server: Sshd, client: SshClient, resets: bool) -> None:
     refused: list[int] = []
     with Wire((server.address, server.port)) as wire:
         wire.resets = resets
@@ -561,15 +559,15 @@ def test_failures_print_nothing(
     with_key(client, server, keygen(tmp_path / "stranger"))
     refusal("studio")
     with Wire(("127.0.0.1", unused_port())) as wire:
-        client.host("nobody", server, f"Port {wire.port}")
-        refusal("nobody")
+        client.host("cut", server, f"Port {wire.port}")
+        refusal("cut")
     assert capfd.readouterr() == ("", "")
 
 
 # -- commands -----------------------------------------------------------------------------------------------------
 
 
-def test_arguments_arrive_as_they_were_given(either: Transport, tmp_path: Path) -> None:
+def test_arguments_arrive_unchanged(either: Transport, tmp_path: Path) -> None:
     canary = Path(os.environ["HOME"]) / "canary"
     lines, ended = run(either, *python("import sys, json\nprint(json.dumps(sys.argv[1:]))", *HOSTILE))
     assert ended == Ended(0, "")
@@ -590,7 +588,7 @@ def test_every_login_shell_understands_the_command_line(shell: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("argument", ["a\nb", "a\rb", "a\0b"])
-def test_what_no_command_line_can_hold_is_refused(studio: Transport, argument: str) -> None:
+def test_argument_with_line_end_or_nul_is_refused(studio: Transport, argument: str) -> None:
     with pytest.raises(ValueError, match="line end"):
         studio.start(["echo", argument], b"")
 
@@ -608,17 +606,17 @@ def test_a_tilde_is_the_home_directory_here(tmp_path: Path, monkeypatch: pytest.
     assert run(open_local(), "echo", "~/a b")[0] == [f"{tmp_path}/a b"]
 
 
-def test_status_and_standard_error_are_told(either: Transport) -> None:
+def test_status_and_standard_error_are_returned(either: Transport) -> None:
     lines, ended = run(either, "sh", "-c", "echo out; echo err >&2; exit 7")
     assert (lines, ended) == (["out"], Ended(7, "err\n"))
 
 
-def test_a_program_that_is_not_there_is_127(either: Transport) -> None:
+def test_missing_program_has_status_127(either: Transport) -> None:
     lines, ended = run(either, "/no/such/program")
     assert lines == [] and ended.status == 127 and "/no/such/program" in ended.stderr
 
 
-def test_a_command_that_a_signal_ended_is_not_a_broken_connection(either: Transport) -> None:
+def test_command_ended_by_a_signal_is_not_a_broken_connection(either: Transport) -> None:
     lines, ended = run(either, "sh", "-c", "echo before; kill -9 $$")
     assert lines == ["before"] and ended.status < 0
 
@@ -628,7 +626,7 @@ def test_lines_are_decoded_and_cut(either: Transport) -> None:
     assert run(either, PYTHON, "-c", code)[0] == ["aä", "", "\ufffd", "last"]
 
 
-def test_an_endless_line_is_dropped_and_the_next_one_is_not(either: Transport, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_long_line_is_dropped_and_the_next_one_is_read(either: Transport, monkeypatch: pytest.MonkeyPatch) -> None:
     longest = 4 * 1024 * 1024
     monkeypatch.setattr("mlxops.control.channel.MAX_LINE", longest)
     code = f"print('a'); print('x' * {longest + 1}); print('y' * {longest}); print('b')"
@@ -642,7 +640,7 @@ def test_a_megabyte_goes_both_ways_at_once(either: Transport) -> None:
     assert ended.status == 0 and "\n".join(lines) + "\n" == sent.decode()
 
 
-def test_a_command_that_does_not_read_does_not_stop_us(either: Transport) -> None:
+def test_command_that_does_not_read_does_not_block(either: Transport) -> None:
     assert run(either, "sh", "-c", "exec <&-; echo done", data=b"x" * 8_000_000)[0] == ["done"]
 
 
@@ -662,7 +660,7 @@ def test_lines_arrive_while_the_command_runs(either: Transport) -> None:
         end(session)
 
 
-def test_silence_is_not_waited_for_longer_than_asked(either: Transport) -> None:
+def test_silence_ends_at_the_limit(either: Transport) -> None:
     session = either.start(["sh", "-c", "echo first; sleep 600"], b"")
     started = time.monotonic()
     try:
@@ -686,9 +684,7 @@ TALKERS = {
 
 @pytest.mark.parametrize("greets", [False, True])
 @pytest.mark.parametrize("how", TALKERS)
-def test_a_host_that_talks_without_an_agent_is_not_listened_to_for_ever(
-    either: Transport, how: str, greets: bool
-) -> None:
+def test_endless_output_without_an_agent_ends_at_the_limit(either: Transport, how: str, greets: bool) -> None:
     session = either.start(["sh", "-c", f"{f'echo {shlex.quote(HELLO)};' if greets else ''} {TALKERS[how]}"], b"")
     started = time.monotonic()
     try:
@@ -699,14 +695,14 @@ def test_a_host_that_talks_without_an_agent_is_not_listened_to_for_ever(
         session.close()
 
 
-def test_empty_lines_before_an_agents_first_words_are_no_sign_of_life(either: Transport) -> None:
+def test_empty_lines_before_the_hello_are_no_sign_of_life(either: Transport) -> None:
     session = either.start(["sh", "-c", "while echo; do sleep 0.05; done"], b"")
     with closing(session), pytest.raises(ConnectionLost):
         list(events(session, ReadLimits(1.0, NOISE_BYTES)))
 
 
-def test_an_agent_behind_a_long_greeting_is_heard_as_long_as_it_says_something(either: Transport) -> None:
-    """A login's text of some kB; then for longer than the patience lasts beats, and bits of one long event."""
+def test_agent_behind_a_long_greeting_is_read_while_it_sends(either: Transport) -> None:
+    """Some kB of login text; then, for longer than the limit, signs of life and pieces of one long event."""
     note = encode_event(Note("x" * 40))
     code = """
 import sys, time
@@ -727,7 +723,7 @@ for text in ["welcome\\n" * 2000, hello + "\\n", *"\\n" * 10, *note, "\\n"]:
     assert heard == [Hello("0", "b"), *[None] * 10, Note("x" * 10)]
 
 
-def test_the_time_that_a_listener_takes_is_not_the_hosts(either: Transport) -> None:
+def test_reader_s_own_time_does_not_count_as_silence(either: Transport) -> None:
     code = f"import time; print({HELLO!r}, flush=True); time.sleep(0.5); print('noise', flush=True); time.sleep(0.5)"
     session = either.start([PYTHON, "-c", f"{code}; print({HELLO!r})"], b"")
     try:
@@ -737,7 +733,7 @@ def test_the_time_that_a_listener_takes_is_not_the_hosts(either: Transport) -> N
         session.close()
 
 
-def test_the_end_of_a_command_is_seen_though_a_child_of_it_goes_on_writing_errors(either: Transport) -> None:
+def test_end_of_a_command_is_seen_while_its_child_writes_errors(either: Transport) -> None:
     session = either.start(["sh", "-c", "yes >&2 & echo last; exec >&-"], b"")
     started = time.monotonic()
     try:
@@ -795,10 +791,10 @@ def test_ambient_settings_of_invoke_and_fabric_change_nothing(
     files = [home / ".fabric.yaml", home / ".invoke.yaml"]
     for file in files:
         file.write_text(
-            "user: nobody\nport: 1\nrun: {dry: true, echo: true, pty: true}\nconnect_kwargs: {password: x}\n"
+            "user: daemon\nport: 1\nrun: {dry: true, echo: true, pty: true}\nconnect_kwargs: {password: x}\n"
         )
     for prefix in ("INVOKE", "FABRIC"):
-        for name, value in (("RUN_DRY", "1"), ("RUN_ECHO", "1"), ("RUN_PTY", "1"), ("USER", "nobody"), ("PORT", "1")):
+        for name, value in (("RUN_DRY", "1"), ("RUN_ECHO", "1"), ("RUN_PTY", "1"), ("USER", "daemon"), ("PORT", "1")):
             monkeypatch.setenv(f"{prefix}_{name}", value)
     try:
         with closing(open_ssh("studio")) as opened:
@@ -808,7 +804,7 @@ def test_ambient_settings_of_invoke_and_fabric_change_nothing(
             file.unlink()
 
 
-def test_many_hosts_are_asked_at_once(server: Sshd, client: SshClient) -> None:
+def test_many_hosts_are_reached_in_parallel(server: Sshd, client: SshClient) -> None:
     client.host("studio", server)
     answers: dict[int, list[str]] = {}
 
@@ -881,7 +877,7 @@ def test_a_connection_that_broke_starts_no_more_commands(wire: Wire) -> None:
             run(opened, "sleep", "600")
 
 
-def test_a_host_that_is_slow_once_connected_is_given_more_time_than_connecting_has(wire: Wire) -> None:
+def test_connected_slow_host_has_more_time_than_connecting(wire: Wire) -> None:
     with closing(open_ssh("studio", connect_timeout=1.5)) as opened:
         wire.stalled = True
         moving = threading.Timer(3.0, setattr, (wire, "stalled", False))
@@ -924,6 +920,6 @@ def _exists(pid: int) -> bool:
     return True
 
 
-def test_a_break_of_the_terminal_does_not_reach_a_local_command() -> None:
+def test_terminal_interrupt_does_not_reach_a_local_command() -> None:
     lines, _ = run(open_local(), *python("import os\nprint(os.getpgrp() == os.getpid())"))
     assert lines == ["True"]
