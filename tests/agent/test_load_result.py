@@ -54,4 +54,4 @@ def test_any_other_state_is_a_failure(seen: Callable[..., Context], state: State
 
 def test_a_server_that_is_late_with_an_answer_is_waited_for(seen: Callable[..., Context]) -> None:
     result = load._load_result(seen(State.WEDGED, State.UNKNOWN, State.READY), PLAN, 0.0, changed=True)
-    assert result["state"] == "ready"
+    assert result.state == "ready"

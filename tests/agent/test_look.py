@@ -11,10 +11,12 @@ import pytest
 from mlxops.agent import __main__ as agent
 from mlxops.agent.context import LOOKS, Context
 from mlxops.agent.host.system import Look, this_system
-from mlxops.agent.operations.status import status
+from mlxops.agent.operations import status
 from mlxops.agent.paths import host_paths
 from mlxops.agent.state.store import Store
 from mlxops.control.client import HostTarget, ask, local_python
+from mlxops.core.commands.list import List
+from mlxops.core.commands.status import Status
 from mlxops.core.protocol import Done, Failed, decode_event
 from mlxops.core.settings import PortRange, Settings
 from tests.lab.envelopes import envelope
@@ -59,9 +61,8 @@ def told(tmp_path: Path, port: int, system: Overtaken) -> list[object]:
     paths = host_paths(settings, {})
     store = Store(paths.state, paths.registry)
     context = Context(envelope("status", {}, settings, "").request, paths, store, system, lambda event: None, {})
-    drift = status(context)["drift"]
-    assert isinstance(drift, list)
-    return [row["code"] for row in drift if row["code"] != "entry_problem"]
+    drift = status.run(context, Status()).drift
+    return [row.code for row in drift if row.code != "entry_problem"]
 
 
 def test_an_unload_that_ends_while_status_looks_is_no_drift(
@@ -96,9 +97,8 @@ def test_a_long_list_arrives(tmp_path: Path) -> None:
     settings = Settings(
         registry=str(tmp_path / "registry.json"), hub=str(tmp_path / "hub"), state=str(tmp_path / "state")
     )
-    answer = ask(HostTarget("here", None, local_python(), settings), "list", {}, lambda host, event: None)
-    models = (answer.result or {}).get("models")
-    assert isinstance(models, list) and len(models) == 20_000, answer.error
+    answer = ask(HostTarget("here", None, local_python(), settings), List(), lambda host, event: None)
+    assert answer.result is not None and len(answer.result.models) == 20_000, answer.error
 
 
 def test_a_result_that_nobody_would_listen_to_is_told_as_that(

@@ -292,7 +292,7 @@ def context(tmp_path: Path, system: System) -> tuple[Context, list[Event]]:
     paths = here(tmp_path)
     events: list[Event] = []
     request = envelope("load", {}, paths.settings, "")
-    return Context(request, paths, Store(paths.state, paths.registry), system, events.append, {}), events
+    return Context(request.request, paths, Store(paths.state, paths.registry), system, events.append, {}), events
 
 
 @pytest.fixture

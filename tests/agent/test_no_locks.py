@@ -10,7 +10,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,14 +17,14 @@ from mlxops.agent import __main__ as agent
 from mlxops.agent import install
 from mlxops.agent.context import Context
 from mlxops.agent.host.system import this_system
-from mlxops.agent.operations import ops
-from mlxops.agent.operations.status import status
+from mlxops.agent.operations import ops, status
 from mlxops.agent.paths import host_paths
 from mlxops.agent.state import locks
 from mlxops.agent.state.locks import NoLocks
 from mlxops.agent.state.operation_log import create
 from mlxops.agent.state.store import Store
 from mlxops.agent.worker import begin, finish
+from mlxops.core.commands.status import Status
 from mlxops.core.errors import Refused
 from mlxops.core.protocol import Event, Failed
 from mlxops.core.records import Operation
@@ -134,9 +133,9 @@ def test_readers_report_a_state_folder_without_locks(store: Store, on_flock: OnF
     (failed,) = events
     assert isinstance(failed, Failed) and failed.error.code == "state_unreadable"
     assert str(store.state) in failed.error.message and "local disk" in failed.error.hint
-    rows: Any = status(context_of("status")[0])
-    assert next(row for row in rows["ports"] if row["port"] == 8100)["state"] == "unknown"
-    assert "state_unreadable" in {drift["code"] for drift in rows["drift"]}
+    result = status.run(context_of("status")[0], Status())
+    assert next(row for row in result.ports if row.port == 8100).state == "unknown"
+    assert "state_unreadable" in {row.code for row in result.drift}
     assert ops.downloads(context) == []
     assert not log.ended
 

@@ -15,10 +15,11 @@ from mlxops.agent.operations.load import _port_alone
 from mlxops.agent.paths import host_paths
 from mlxops.agent.state.operation_log import create
 from mlxops.agent.state.store import Lock, Store
+from mlxops.core.commands.load import Load
 from mlxops.core.errors import Busy, Refused
 from mlxops.core.planner import ModelRef
 from mlxops.core.ports import World
-from mlxops.core.protocol import Event
+from mlxops.core.protocol import Envelope, Event
 from mlxops.core.records import Operation
 from mlxops.core.registry import EMPTY, Registry
 from mlxops.core.settings import PortRange, Settings
@@ -50,7 +51,7 @@ def late(store: Store, port: str = "auto") -> Context:
     def emit(event: Event) -> None:
         pytest.fail(str(event))
 
-    return Late(request, host_paths(settings, os.environ), store, this_system(), emit, {}, operation="mine")
+    return Late(request.request, host_paths(settings, os.environ), store, this_system(), emit, {}, operation="mine")
 
 
 @contextmanager
@@ -69,12 +70,13 @@ def mine() -> ModelRef:
 
 
 def claim(ctx: Context) -> None:
-    with _port_alone(ctx, mine):
+    assert isinstance(ctx.request, Load)
+    with _port_alone(ctx, ctx.request, mine):
         pass
 
 
 def test_auto_skips_an_idle_port_that_was_just_taken(store: Store) -> None:
-    with held(store, f"port-{FIRST}"), _port_alone(late(store), mine) as held_port:
+    with held(store, f"port-{FIRST}"), _port_alone(late(store), Load(model="mine", port="auto"), mine) as held_port:
         assert held_port == (SECOND, "mine")
         held_now = store.holder(f"port-{SECOND}"), store.holder("model-mine")
         assert [operation.id for operation in held_now if operation] == ["mine", "mine"]
@@ -101,7 +103,7 @@ def test_load_of_a_busy_model_releases_the_port(store: Store) -> None:
 
 @pytest.mark.parametrize(("port", "same"), [("auto", True), (str(FIRST), True), (str(SECOND), False)])
 def test_same_load_is_followed_on_any_port(store: Store, port: str, same: bool) -> None:
-    log, lock = create(store.state / "ops", late(store).request)
+    log, lock = create(store.state / "ops", Envelope(late(store).request, Settings(), "build"))
     assert lock is not None
     os.close(lock)
     running = Operation(log.id, "load", "mine", FIRST)

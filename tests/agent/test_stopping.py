@@ -79,7 +79,13 @@ def _context(folder: Path, port: int) -> Context:
     store = Store(paths.state, paths.registry)
     store.create_folders()
     return Context(
-        envelope("unload", {}, settings, "").request, paths, store, this_system(), lambda event: None, {}, "op"
+        envelope("unload", {}, settings, "").request,
+        paths,
+        store,
+        this_system(),
+        lambda event: None,
+        {},
+        operation="op",
     )
 
 

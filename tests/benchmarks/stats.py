@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from mlxops.control import render
+from mlxops.core.tables import table
 
 SLACK = 1.5
 """How far above a straight line a cost may end before it counts as growing faster than the work: on a machine with
@@ -163,7 +163,7 @@ def rows_table(rows: Sequence[Row]) -> str:
         for what, each in ((row.what, row.of(row.ours)), *((each.name, each) for each in row.beside)):
             lines.append([row.name, what, each, yardstick, f"{row.ratio(each.name):.2f}", most, verdict])
             most, verdict = None, Verdict.NONE.value
-    return render.table(["ROW", "WHAT", "TOOK", "YARDSTICK", "RATIO", "AT MOST", "VERDICT"], lines)
+    return table(["ROW", "WHAT", "TOOK", "YARDSTICK", "RATIO", "AT MOST", "VERDICT"], lines)
 
 
 def growth_table(costs: Sequence[Growth]) -> str:
@@ -177,7 +177,7 @@ def growth_table(costs: Sequence[Growth]) -> str:
         ]
         for each in costs
     ]
-    return render.table(["COST", "WHAT", "MEDIANS", "EACH", "GROWS"], lines)
+    return table(["COST", "WHAT", "MEDIANS", "EACH", "GROWS"], lines)
 
 
 def _short(seconds: float) -> str:

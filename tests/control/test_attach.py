@@ -20,6 +20,7 @@ from mlxops.common.build import build_id
 from mlxops.control import client as control
 from mlxops.control import inventory
 from mlxops.control.client import HostTarget, ask
+from mlxops.core.commands.load import Load
 from mlxops.core.errors import Exit
 from mlxops.core.protocol import Event, Phase, Progress
 from mlxops.core.settings import PortRange, Settings
@@ -165,8 +166,8 @@ class TestACutConnection:
         assert path is not None
         host = inventory.load(path).hosts["studio"]
         target = HostTarget(host.name, host.ssh, host.interpreter(), host.settings)
-        args = {"model": "jerry-xl", "port": str(lab.studio.ports[0]), "repo": QWEN}
-        answer = ask(target, "load", args, listen)
+        args: dict[str, Any] = {"model": "jerry-xl", "port": str(lab.studio.ports[0]), "repo": QWEN}
+        answer = ask(target, Load(**args), listen)
         assert answer.error is not None and answer.error.exit == Exit.OUTCOME_UNKNOWN
         assert "--follow" in answer.error.hint
         wire.stalled = False

@@ -207,9 +207,11 @@ def test_an_agent_that_there_was_no_room_for_is_not_a_missing_one(converse: Talk
 
 def test_a_shortage_of_descriptors_here_is_told_as_that(tmp_path: Path) -> None:
     few = (
-        "import resource, sys; from mlxops.control.client import *; from mlxops.core.command import decode_request; settings = Settings(state=sys.argv[1]);"
-        "target = HostTarget('here', None, local_python(), settings); resource.setrlimit(resource.RLIMIT_NOFILE, (5, 5));"
-        "print(ask(target, decode_request('status', {}), lambda host, event: None).error.code)"
+        "import resource, sys; from mlxops.control.client import *; from mlxops.core.commands.status import Status;"
+        "settings = Settings(state=sys.argv[1]);"
+        "target = HostTarget('here', None, local_python(), settings); "
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (5, 5));"
+        "print(ask(target, Status(), lambda host, event: None).error.code)"
     )
     argv = [sys.executable, "-c", few, str(tmp_path)]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)

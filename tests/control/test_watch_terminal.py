@@ -11,10 +11,12 @@ from rich.console import Console
 from rich.segment import Segment
 
 from mlxops.control.client import HostReply
-from mlxops.control.render import harmless
 from mlxops.control.watch.link import Observation
 from mlxops.control.watch.terminal import StatusView
 from mlxops.control.watch.view import Watched
+from mlxops.core.commands.status import StatusResult
+from mlxops.core.tables import harmless
+from mlxops.core.wire import decode
 from tests.control.test_watch_view import IDLE, LOADING, NOON, failed, observed
 from tests.properties import PROPERTY, hostile_texts
 
@@ -69,7 +71,11 @@ def test_status_from_before_a_host_went_away_is_hidden() -> None:
 
 def test_download_without_a_port_is_shown() -> None:
     result = {"ports": [IDLE], "operations": [{"operation": "x1", "command": "pull", "detail": "5 GB of 9 GB"}]}
-    lines = drawn(Observation(HostReply("studio", result), NOON), width=80, height=24)
+    lines = drawn(
+        Observation(HostReply("studio", decode(StatusResult, result | {"drift": [], "registry": "/r"})), NOON),
+        width=80,
+        height=24,
+    )
     assert lines[-1] == "running: pull x1: 5 GB of 9 GB"
 
 

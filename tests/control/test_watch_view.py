@@ -9,7 +9,9 @@ from hypothesis import given
 from mlxops.control.client import HostReply
 from mlxops.control.watch.link import Observation
 from mlxops.control.watch.view import Documents, LineView, Watched
+from mlxops.core.commands.status import StatusResult
 from mlxops.core.errors import Refused, Unreachable
+from mlxops.core.wire import decode
 from tests.properties import PROPERTY, hostile_texts
 
 NOON = 1_800_000_000.0
@@ -26,9 +28,9 @@ LOADING: dict[str, object] = {
 }
 
 
-def observed(host: str, *ports: object, at: float = NOON, drift: object = ()) -> Observation:
-    drift_rows = list(drift) if isinstance(drift, tuple) else drift
-    return Observation(HostReply(host, {"ports": list(ports), "drift": drift_rows, "operations": []}), at)
+def observed(host: str, *ports: object, at: float = NOON, drift: Sequence[object] = ()) -> Observation:
+    result = {"ports": list(ports), "drift": list(drift), "operations": [], "registry": "/r"}
+    return Observation(HostReply(host, decode(StatusResult, result)), at)
 
 
 def failed(host: str, at: float = NOON) -> Observation:

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from mlxops.core.command import request_type
+from mlxops.core.commands.load import Load
 from mlxops.core.protocol import (
-    CHANGES,
     MARKER,
-    READS,
     Done,
     Envelope,
     Event,
@@ -26,6 +26,8 @@ from mlxops.core.protocol import (
     encode_event,
 )
 from mlxops.core.settings import Settings
+from mlxops.core.wire import DecodeError
+from mlxops.tasks import command_names
 from tests.core.test_errors import any_error
 from tests.core.test_settings import settings
 from tests.lab.envelopes import envelope
@@ -157,18 +159,26 @@ def request(command: str, **args: object) -> Envelope:
     return envelope(command, args, Settings(), "b")
 
 
-@pytest.mark.parametrize("command", sorted(CHANGES))
-def test_a_change_changes_unless_it_is_a_dry_run(command: str) -> None:
-    assert request(command).changes and not request(command, dry_run=True).changes
-    assert request(command, dry_run="yes").changes, "only the word true makes it dry"
+CHANGES = [name for name in command_names() if request_type(name).changes]
 
 
-@pytest.mark.parametrize("command", sorted(READS))
-def test_a_read_changes_nothing(command: str) -> None:
-    assert not request(command).changes
+@pytest.mark.parametrize("command", CHANGES)
+def test_a_change_acts_unless_it_is_a_dry_run(command: str) -> None:
+    assert request(command).request.acts and not request(command, dry_run=True).request.acts
 
 
-def test_an_argument_of_another_type_reads_as_absent() -> None:
-    asked = request("load", port=8100, timeout="9", force=1, deep=True)
-    assert (asked.text("port"), asked.number("timeout"), asked.number("deep")) == (None, None, None)
-    assert (asked.flag("force"), asked.flag("deep"), asked.number("port")) == (False, True, 8100.0)
+@pytest.mark.parametrize("command", sorted(set(command_names()) - set(CHANGES)))
+def test_a_read_does_not_act(command: str) -> None:
+    assert not request(command).request.acts
+
+
+@pytest.mark.parametrize(
+    "args", [{"port": 8100}, {"timeout": "9"}, {"force": 1}, {"sent": {"8100": "a"}}, {"model": []}]
+)
+def test_an_argument_of_another_type_is_refused(args: dict[str, object]) -> None:
+    with pytest.raises(DecodeError, match=next(iter(args))):
+        request("load", **args)
+
+
+def test_an_unknown_argument_is_ignored() -> None:
+    assert request("load", model="a", later=True).request == Load(model="a")

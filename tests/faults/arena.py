@@ -22,11 +22,12 @@ import mlxops.agent
 from mlxops.agent import worker
 from mlxops.agent.context import Context
 from mlxops.agent.host.system import this_system
-from mlxops.agent.operations import command
+from mlxops.agent.operations import operation
 from mlxops.agent.paths import host_paths
 from mlxops.agent.state import operation_log as journals
 from mlxops.agent.state.operation_log import OperationLog
 from mlxops.agent.state.store import Store
+from mlxops.core import wire
 from mlxops.core.errors import MlxopsError
 from mlxops.core.protocol import Done, Envelope, Event, Failed, Note, Phase, Requester, decode_event
 from mlxops.core.settings import PortRange, Settings
@@ -123,13 +124,13 @@ class Arena:
     def context(self, name: str, **args: object) -> Context:
         request = self.request(name, **args)
         paths = host_paths(request.settings, self.environ)
-        return Context(request, paths, self.store, this_system(), lambda event: None, self.environ)
+        return Context(request.request, paths, self.store, this_system(), lambda event: None, self.environ)
 
     def look(self, name: str = "status", **args: object) -> Mapping[str, object]:
         """A read, or a dry run, in this process."""
-        operation = command(name)
-        assert operation is not None
-        return operation(self.context(name, **args))
+        ctx = self.context(name, **args)
+        result: Mapping[str, object] = wire.encode(operation(name)(ctx, ctx.request))
+        return result
 
     def begin(
         self, name: str, args: Mapping[str, object], *, stopped: bool = False, first: Fault = lambda: None
