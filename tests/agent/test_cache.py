@@ -352,7 +352,7 @@ class TestTheFormat:
         ("written_by", "reason"),
         [
             ("pt", "not MLX: safetensors in PyTorch's format"),
-            (None, "not MLX: nothing says that its safetensors are MLX's"),
+            (None, "not MLX: neither its safetensors nor its README.md mention MLX"),
         ],
     )
     def test_of_others_safetensors_is_told(
@@ -414,7 +414,7 @@ class TestHostileContents:
     def test_with_a_name_of_no_repository_are_told(self, hub: Path, name: str) -> None:
         (hub / name / "snapshots" / OLD).mkdir(parents=True)
         skipped = only_skipped(scan(hub))
-        assert skipped.why == "not the folder of a repository org/name"
+        assert skipped.why == "its name is not that of a repository org/name"
         assert skipped.repo_id.isprintable() and skipped.repo_id.isascii()
 
     @pytest.mark.parametrize("target", ["/nowhere/else", "models--a--link"], ids=["a disk that is away", "a loop"])
@@ -424,7 +424,7 @@ class TestHostileContents:
             (hub / name).symlink_to(target)
         found = scan(hub)
         assert [each.path for each in found.snapshots] == [path]
-        assert [each.why for each in found.skipped] == [f"a link to {target}, which is not there"] * 2
+        assert [each.why for each in found.skipped] == [f"a link to {target}, which does not exist"] * 2
         assert find(hub, "a/link") == find(hub, "a/link", OLD) == found.skipped[0]
 
     @pytest.mark.skipif(os.uname().sysname == "Darwin", reason="macOS has no file names that are not UTF-8")

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from mlxops.agent.hub.cache import Snapshot, completeness, find
-from mlxops.agent.hub.download import download, tell_edits, verify
+from mlxops.agent.hub.download import download, verify, warn_of_edits
 from mlxops.agent.hub.snapshot import edited, inspect
 from mlxops.core.errors import DownloadFailed, Refused
 from mlxops.core.protocol import Event, Note
@@ -122,7 +122,7 @@ class TestAnEdit:
             original = file.read_bytes()
             way(file, longer(original))
             events: list[Event] = []
-            tell_edits(snapshot, events.append)
+            warn_of_edits(snapshot, events.append)
             (said,) = warnings(events)
             assert said.startswith("config.json differs from the hub's (")
             assert f"rm {os.path.realpath(file)}; mlxctl pull --repo {LLAMA}@{snapshot.revision}" in said
@@ -218,7 +218,7 @@ class TestALinkOfSomebodys:
         link.symlink_to(tmp_path / "disk" / "big")
         found = find(cache, QWEN)
         assert not isinstance(found, Snapshot) and found is not None and not found.incomplete
-        assert found.why == f"cannot be read: model.safetensors is a link to {tmp_path}/disk/big, which is not there"
+        assert found.why == f"cannot be read: model.safetensors is a link to {tmp_path}/disk/big, which does not exist"
         with pytest.raises(Refused) as caught:
             download(QWEN, None, cache, lambda _: None, QUICK)
         assert caught.value.code == "link_broken" and f"rm {link}" in caught.value.hint
@@ -270,7 +270,7 @@ class TestWhatIsCutOff:
         file = download(LLAMA, None, cache, lambda _: None, QUICK).path / "config.json"
         whole = file.read_bytes()
         file.resolve().write_bytes(bytes(len(whole)))
-        with pytest.raises(DownloadFailed, match="not those of the hub"):
+        with pytest.raises(DownloadFailed, match="differ from the hub's"):
             verify(LLAMA, file.parent.name, cache, lambda _: None, QUICK)
         download(LLAMA, None, cache, lambda _: None, QUICK)
         assert file.read_bytes() == whole
@@ -324,7 +324,7 @@ def test_a_config_in_another_encoding_is_told_as_what_it_is(homelab: Homelab, co
     words = ("load", "--model", QWEN, "--port", str(studio.ports[0]), "--dry-run", "--json")
     error = studio.mlxctl(*words).json["hosts"][0]["error"]
     assert (error["code"], error["why"]) == ("not_servable", f"cannot be read: config.json: {said}")
-    assert error["hint"].startswith(f"correct {config}, or have the hub's again: rm {blob}; mlxctl pull --local")
+    assert error["hint"].startswith(f"correct {config}, or restore the hub's file: rm {blob}; mlxctl pull --local")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer_config.json", "tokenizer.json"])

@@ -15,8 +15,15 @@ from typing import Any
 import pytest
 
 from mlxops.agent.hub.cache import Skipped, Snapshot, completeness, find
-from mlxops.agent.hub.client import MAX_ANSWER, Bytes, DownloadTimeouts, HubClient, NoHub, plain_name
-from mlxops.agent.hub.download import _drop, download, verify
+from mlxops.agent.hub.client import (
+    MAX_ANSWER_BYTES,
+    DownloadProgress,
+    DownloadTimeouts,
+    HubClient,
+    InvalidAnswer,
+    check_name,
+)
+from mlxops.agent.hub.download import _remove_file, download, verify
 from mlxops.core.errors import DownloadFailed, MlxopsError, Refused
 from mlxops.core.protocol import Event, Note, Progress
 from tests.lab import models
@@ -42,18 +49,18 @@ def cache(tmp_path: Path) -> Path:
 
 
 def pull(
-    cache: Path, repo_id: str = LLAMA, revision: str | None = None, patience: DownloadTimeouts = QUICK
+    cache: Path, repo_id: str = LLAMA, revision: str | None = None, timeouts: DownloadTimeouts = QUICK
 ) -> list[Event]:
     events: list[Event] = []
-    download(repo_id, revision, cache, events.append, patience)
+    download(repo_id, revision, cache, events.append, timeouts)
     return events
 
 
 def refused(
-    cache: Path, repo_id: str = LLAMA, revision: str | None = None, patience: DownloadTimeouts = QUICK
+    cache: Path, repo_id: str = LLAMA, revision: str | None = None, timeouts: DownloadTimeouts = QUICK
 ) -> MlxopsError:
     with pytest.raises(MlxopsError) as caught:
-        pull(cache, repo_id, revision, patience)
+        pull(cache, repo_id, revision, timeouts)
     error = caught.value
     assert error.why and error.hint, "every error says why, and what to do"
     assert "\n" not in error.message + error.why + error.hint
@@ -299,7 +306,7 @@ class TestAPostponement:
     def test_is_as_long_as_the_hub_says(self, faulty: FaultyHub, cache: Path) -> None:
         faulty.fail(Answer(429, {"Retry-After": "1"}), times=1)
         started = time.monotonic()
-        pull(cache, patience=DownloadTimeouts(backoff=0.01, longest_wait=30))
+        pull(cache, timeouts=DownloadTimeouts(backoff=0.01, longest_wait=30))
         assert time.monotonic() - started >= 1
 
     @pytest.mark.parametrize("part", ["/api/", "/resolve/"])
@@ -318,7 +325,7 @@ class TestABadLine:
 
     def test_that_never_answers_is_unreachable(self, faulty: FaultyHub, cache: Path) -> None:
         faulty.fail(Stall())
-        assert refused(cache, patience=DownloadTimeouts(answer=0.2, tries=2, backoff=0.01)).code == "hub_unreachable"
+        assert refused(cache, timeouts=DownloadTimeouts(answer=0.2, tries=2, backoff=0.01)).code == "hub_unreachable"
 
     def test_that_huggingface_hub_may_not_use_is_unreachable(
         self, faulty: FaultyHub, cache: Path, monkeypatch: pytest.MonkeyPatch
@@ -338,7 +345,7 @@ class TestABadLine:
     def test_that_stands_still_is_given_up_and_leaves_nothing_half(self, faulty: FaultyHub, cache: Path) -> None:
         faulty.fail(Stall(after=1000), method="GET", part="model-00002")
         started = time.monotonic()
-        error = refused(cache, patience=DownloadTimeouts(stall=1, backoff=0.01))
+        error = refused(cache, timeouts=DownloadTimeouts(stall=1, backoff=0.01))
         assert error.code == "download_stalled"
         assert time.monotonic() - started < 10, "our own deadline, not huggingface_hub's 65 s"
         assert not list(cache.rglob("*.incomplete")) and not ref(cache, LLAMA).exists()
@@ -391,15 +398,15 @@ class TestAHubThatLies:
         ["", "/", "a/", "..", "a\\b", "a\0b", "a\nb", "\x1b[31m", "\ud800", "a\u2028b", "x" * 256, "ä" * 128, None, 7],
     )
     def test_of_a_name_is_told(self, name: object) -> None:
-        with pytest.raises(NoHub) as caught:
-            plain_name(name)
+        with pytest.raises(InvalidAnswer) as caught:
+            check_name(name)
         assert str(caught.value).isprintable()
 
     @pytest.mark.parametrize(
         "name", [".gitattributes", "a/b.json", "..x", "-rf", "模型 1.json", "x" * 255, "at 3.04.05\u202fPM.png"]
     )
     def test_is_not_taken_for_one_that_has_strange_files(self, name: str) -> None:
-        assert plain_name(name) == name
+        assert check_name(name) == name
 
     @pytest.mark.parametrize("outside", ["../victim", "{tmp_path}/victim", "snapshots/../../victim"])
     def test_could_not_even_then_delete(self, tmp_path: Path, outside: str) -> None:
@@ -407,8 +414,8 @@ class TestAHubThatLies:
         folder, victim = tmp_path / "models--a--b", tmp_path / "victim"
         (folder / "snapshots").mkdir(parents=True)
         victim.write_text("what must not go")
-        with pytest.raises(NoHub):
-            _drop(folder, folder / outside.format(tmp_path=tmp_path))
+        with pytest.raises(InvalidAnswer):
+            _remove_file(folder, folder / outside.format(tmp_path=tmp_path))
         assert victim.exists()
 
     @pytest.mark.parametrize("sha", ["../../x", "c" * 39, "C" * 40, "c" * 40 + "\n"])
@@ -484,13 +491,13 @@ class TestAnAnswerWithoutEnd:
         faulty.fail(Endless(b" " * 65536), part="/api/")
         error = refused(cache)
         assert error.code == "hub_error" and "more than 67.1 MB" in error.why
-        assert faulty.sent < MAX_ANSWER + 16 * 1024 * 1024, "the rest is what sockets hold"
+        assert faulty.sent < MAX_ANSWER_BYTES + 16 * 1024 * 1024, "the rest is what sockets hold"
 
     @pytest.mark.parametrize("fault", [Endless(b" ", 0.05), EndlessHead(0.05)], ids=["its body", "its head"])
     def test_that_trickles_has_a_deadline(self, faulty: FaultyHub, cache: Path, fault: Endless | EndlessHead) -> None:
         faulty.fail(fault, part="/api/")
         started = time.monotonic()
-        error = refused(cache, patience=DownloadTimeouts(answer=0.5, tries=2, backoff=0.01))
+        error = refused(cache, timeouts=DownloadTimeouts(answer=0.5, tries=2, backoff=0.01))
         assert error.code in {"hub_error", "hub_unreachable"}
         assert time.monotonic() - started < 10
 
@@ -514,14 +521,16 @@ class TestAnAnswerWithoutEnd:
 class TestProgress:
     def test_is_reported_a_few_times_a_second(self) -> None:
         events: list[Event] = []
-        bar = Bytes(events.append, 10**6, HubClient(QUICK, None)).bars(0)(total=0, desc="Reconstructing", unit="B")
+        bar = DownloadProgress(events.append, 10**6, HubClient(QUICK, None)).bars(0)(
+            total=0, desc="Reconstructing", unit="B"
+        )
         for _ in range(10_000):
             bar.update(10)
         assert 1 <= len(events) <= 3
 
     def test_of_a_repeated_try_does_not_go_back(self) -> None:
         events: list[Event] = []
-        progress = Bytes(events.append, 1000, HubClient(QUICK, None))
+        progress = DownloadProgress(events.append, 1000, HubClient(QUICK, None))
         first = progress.bars(0)(unit="B")
         progress._next = 0
         first.update(800)
@@ -535,7 +544,7 @@ class TestProgress:
 
     def test_counts_what_is_written_not_what_is_transferred(self) -> None:
         events: list[Event] = []
-        progress = Bytes(events.append, 1000, HubClient(QUICK, None))
+        progress = DownloadProgress(events.append, 1000, HubClient(QUICK, None))
         network = progress.bars(0)(unit="B", desc="Downloading bytes")
         progress._next = 0
         network.update(500)

@@ -435,10 +435,10 @@ def _a_pull_that_is_cancelled_when_all_is_there(arena: Arena) -> None:
     def prepare() -> None:
         owner, name = _owner("mlxops.agent.hub.download.download")
 
-        def download(*given: object, given_up: Callable[[], bool], **named: object) -> None:
+        def download(*given: object, is_cancelled: Callable[[], bool], **named: object) -> None:
             shutil.copytree(aside, folder, symlinks=True)
             there.touch()
-            _until(given_up)
+            _until(is_cancelled)
 
         setattr(owner, name, download)
 

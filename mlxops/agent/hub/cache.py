@@ -1,7 +1,7 @@
-"""What the host's Hugging Face caches hold. Reads only, needs no network, imports no huggingface_hub.
+"""List the repositories in the host's Hugging Face caches. Reads only, without network and huggingface_hub.
 
 A cache is a folder of `models--org--name`, each with `refs/<branch>` (a file with a commit), `snapshots/<commit>/`
-(symlinks) and `blobs/` (what they lead to; since 2.x often one more symlink, into the cache's own `blobs/`).
+(symlinks) and `blobs/` (their targets; since 2.x often symlinks too, into a `blobs/` of the whole cache).
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ class Snapshot:
 
     repo_id: str
     revision: str
-    """The commit: the snapshot folder's name."""
+    """The commit, which is also the folder's name."""
     path: Path
-    """As it is called in the cache; symlinks are not resolved."""
+    """The path in the cache. Symlinks are not resolved."""
     size_bytes: int
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A repository that is there and cannot be registered."""
+    """A repository in a cache that cannot be registered."""
 
     repo_id: str
-    """Or the folder's name, where that is none of a repository."""
+    """The folder's name if that is not a repository's."""
     path: Path
     why: str
     incomplete: bool
     whole: Snapshot | None = None
-    """The snapshot, if it is complete and only not in MLX's format: engines convert such weights while they load."""
+    """The snapshot if it is complete but not in MLX's format. Engines convert such weights while they load them."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ class Scan:
 
 
 def roots(hub: Path) -> tuple[Path, ...]:
-    """The folders in which models are looked for, those that are there: the hub, and the folder that it lies in if
-    that holds models too (a download with `cache_dir=$HF_HOME` puts them beside the hub).
+    """Return the existing folders to search for models: the hub, and its parent if that has models too.
 
-    Raises `Refused` (folder_closed) for a hub that may not be read: that does not mean that it is empty.
+    (A download with `cache_dir=$HF_HOME` puts them beside the hub.) Raises `Refused` (folder_closed) if the hub must
+    not be read, because that does not mean that it is empty.
     """
     try:
         with os.scandir(hub) as entries:
@@ -86,7 +86,7 @@ def roots(hub: Path) -> tuple[Path, ...]:
 
 
 def scan(hub: Path) -> Scan:
-    """Every repository of both roots, once: as its main branch, else as its newest complete snapshot."""
+    """Return each repository of the roots once: its main branch, else its newest complete snapshot."""
     snapshots: dict[str, Snapshot] = {}
     skipped: dict[str, Skipped] = {}
     for root in roots(hub):
@@ -95,7 +95,7 @@ def scan(hub: Path) -> Scan:
             key = repo_id or f"{root}/{folder}"
             if key in snapshots:
                 continue
-            match _best(root, folder, repo_id):
+            match _best_snapshot(root, folder, repo_id):
                 case Snapshot() as snapshot:
                     snapshots[key] = snapshot
                     skipped.pop(key, None)
@@ -105,17 +105,23 @@ def scan(hub: Path) -> Scan:
 
 
 def find(hub: Path, repo_id: str, revision: str | None = None) -> Snapshot | Skipped | None:
-    """What the caches hold of a repository, or of one revision of it: a commit, the beginning of one (7 or more
-    digits, if there is only one such), a branch or a tag. None: nothing of it is here."""
+    """Return what the caches have of a repository or of one of its revisions; None if there is nothing.
+
+    A revision is a commit, an unambiguous prefix of at least 7 digits, a branch or a tag.
+    """
     folder = _PREFIX + repo_id.replace("/", "--")
     if _repo_id(folder) != repo_id:
         return None
     fallback: Skipped | None = None
     for root in roots(hub):
-        dead = dangles(root / folder)
-        if not _is_folder_or_closed(root / folder) and not dead:
+        dangling = dangles(root / folder)
+        if not _is_folder_or_closed(root / folder) and not dangling:
             continue
-        found = _best(root, folder, repo_id) if revision is None or dead else _at(root / folder, repo_id, revision)
+        found = (
+            _best_snapshot(root, folder, repo_id)
+            if revision is None or dangling
+            else _find_revision(root / folder, repo_id, revision)
+        )
         if isinstance(found, Snapshot):
             return found
         fallback = fallback or found
@@ -123,12 +129,12 @@ def find(hub: Path, repo_id: str, revision: str | None = None) -> Snapshot | Ski
 
 
 def is_commit(text: str) -> bool:
-    """The full name of a commit, in git's SHA-1 or SHA-256."""
+    """Return whether this is a full commit hash, of git's SHA-1 or SHA-256."""
     return _COMMIT.fullmatch(text) is not None
 
 
 def _repos(root: Path) -> Iterator[str]:
-    """Yield the names of the model folders in a root, dangling links to some included; none if it cannot be read."""
+    """Yield the names of the model folders in a root, with dangling links; nothing if the root cannot be read."""
     try:
         with os.scandir(root) as entries:
             for entry in entries:
@@ -141,31 +147,31 @@ def _repos(root: Path) -> Iterator[str]:
 
 
 def _is_folder_or_closed(path: Path | os.DirEntry[str]) -> bool:
-    """Whether this is a folder. One that may not be examined counts: reading it then raises an error that says why."""
+    """Return whether this is a folder or cannot be examined. Reading the latter raises an error with the reason."""
     try:
         return path.is_dir() if isinstance(path, os.DirEntry) else is_folder(path)
     except OSError:
         return True
 
 
-def _leads_nowhere(path: str) -> str | None:
+def _broken_link_target(path: str) -> str | None:
     """Return the target of a dangling link or a loop; None for any other path."""
     return os.readlink(path) if dangles(path) else None
 
 
 def _repo_id(folder: str) -> str | None:
-    """`models--org--name` -> `org/name`; None where that is not certain (`models--a--b--c`) or not allowed."""
+    """Return `org/name` for `models--org--name`; None if the name is ambiguous (`models--a--b--c`) or invalid."""
     repo_id = folder.removeprefix(_PREFIX).replace("--", "/")
     return repo_id if is_repo_id(repo_id) else None
 
 
-def _best(root: Path, folder: str, repo_id: str | None) -> Snapshot | Skipped:
-    """The repository's main snapshot if it is complete, else the newest that is; else why there is none."""
+def _best_snapshot(root: Path, folder: str, repo_id: str | None) -> Snapshot | Skipped:
+    """Return the repository's main snapshot if it is complete, else its newest complete one, else why there is none."""
     repo = f"{root}/{folder}"
     if repo_id is None:
-        return Skipped(printable(folder), Path(repo), "not the folder of a repository org/name", incomplete=False)
-    if place := _leads_nowhere(repo):
-        return Skipped(repo_id, Path(repo), f"a link to {printable(place)}, which is not there", incomplete=False)
+        return Skipped(printable(folder), Path(repo), "its name is not that of a repository org/name", incomplete=False)
+    if target := _broken_link_target(repo):
+        return Skipped(repo_id, Path(repo), f"a link to {printable(target)}, which does not exist", incomplete=False)
     try:
         commits = _commits(repo)
     except OSError as error:
@@ -176,15 +182,15 @@ def _best(root: Path, folder: str, repo_id: str | None) -> Snapshot | Skipped:
         commits.insert(0, main)
     fallback: Skipped | None = None
     for commit in commits:
-        judged = _judged(repo, repo_id, commit)
+        judged = _judge_commit(repo, repo_id, commit)
         if isinstance(judged, Snapshot) or not judged.incomplete:
             return judged
         fallback = fallback or judged
     return fallback or Skipped(repo_id, Path(repo), "incomplete: no snapshot", incomplete=True)
 
 
-def _at(repo: Path, repo_id: str, revision: str) -> Snapshot | Skipped | None:
-    """The snapshot that `revision` means in this repository's folder, if it is there."""
+def _find_revision(repo: Path, repo_id: str, revision: str) -> Snapshot | Skipped | None:
+    """Return the snapshot of a revision in this repository's folder; None if it has none."""
     try:
         commits = _commits(str(repo))
     except OSError as error:
@@ -193,10 +199,10 @@ def _at(repo: Path, repo_id: str, revision: str) -> Snapshot | Skipped | None:
     if commit is None and _COMMIT_PREFIX.fullmatch(revision):
         matching = [name for name in commits if name.startswith(revision)]
         commit = matching[0] if len(matching) == 1 else None
-    return _judged(str(repo), repo_id, commit) if commit in commits and commit is not None else None
+    return _judge_commit(str(repo), repo_id, commit) if commit in commits and commit is not None else None
 
 
-def _judged(repo: str, repo_id: str, commit: str) -> Snapshot | Skipped:
+def _judge_commit(repo: str, repo_id: str, commit: str) -> Snapshot | Skipped:
     path = f"{repo}/snapshots/{commit}"
     verdict = judge(path, repo_id.partition("/")[0])
     snapshot = Snapshot(repo_id, commit, Path(path), verdict.size_bytes)
@@ -206,7 +212,7 @@ def _judged(repo: str, repo_id: str, commit: str) -> Snapshot | Skipped:
 
 
 def _commits(repo: str) -> list[str]:
-    """The commits of which there is a folder, the newest first. Raises `OSError` if that cannot be read."""
+    """Return the commits that have a folder, newest first. Raises `OSError` if they cannot be read."""
     try:
         with os.scandir(f"{repo}/snapshots") as entries:
             found = [entry for entry in entries if is_commit(entry.name) and entry.is_dir()]
@@ -218,7 +224,7 @@ def _commits(repo: str) -> list[str]:
 
 
 def _ref(repo: str, name: str) -> str | None:
-    """The commit that a branch or tag stood for when it was last downloaded."""
+    """Return the commit of a branch or tag at its last download; None if it is not known."""
     try:
         commit = read(f"{repo}/refs/{name}", 128).decode("ascii").strip()
     except (OSError, Damaged, ValueError):

@@ -1,10 +1,10 @@
-"""The line to a Hugging Face hub: huggingface_hub made quiet, watched byte by byte, and asked again where that helps.
+"""An instrumented huggingface_hub: quiet, with time and size limits, retries and its errors mapped to ours.
 
-huggingface_hub 2.4 reports a postponed request (429, 5xx) as a file that is missing from the cache, sleeps on a 429
-for as long as the hub likes, notices a stall after about 65 seconds, draws on stderr, reads whatever a hub sends
-without an end, and makes paths of what it says. Here its HTTP client gets hooks that leave postponed requests to us,
-bound every answer, and refuse names that are none; and its progress bars are ours. It is imported only when a download
-begins: the import takes half a second.
+By itself, huggingface_hub 2.4 reports a temporary refusal (429, 5xx) as a file that is missing from the cache, sleeps
+on a 429 for as long as the hub says, detects a stall only after about 65 seconds, draws on stderr, reads answers of any
+length, and makes paths of the names in them. Here, hooks in its HTTP client leave retries to us, limit every answer and
+refuse invalid names. Its progress bars are replaced. It is imported only for a download, because that takes half a
+second.
 """
 
 from __future__ import annotations
@@ -39,50 +39,51 @@ if TYPE_CHECKING:
 Emit = Callable[[Event], None]
 T = TypeVar("T")
 
-TRY_AGAIN = frozenset({408, 429, 500, 502, 503, 504})
-"""HTTP statuses with which a hub does not refuse, only postpones."""
-REPORT_EVERY = 0.2
-"""Seconds between two reports of progress."""
-RATE_OVER = 10.0
-"""Seconds over which the rate is an average."""
-MAX_ANSWER = 64 * 1024 * 1024
-"""Bytes of an answer that is no file's content; a listing of 10,000 files has some three million."""
-MAX_NAME = 255
-"""Bytes of one part of a path, in every file system that holds a cache."""
-_NO_TEXT = frozenset({"Cc", "Cs", "Zl", "Zp"})
-"""Unicode's categories of control characters, lone surrogates, and what breaks a line. Not all that is unprintable to
-Python: names of screenshots, which people do upload, have spaces of other kinds."""
-_UNPACKED = frozenset({"gzip", "deflate", "br", "zstd"})
-"""What httpx2 unpacks, without a bound."""
-_QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_VERBOSITY": "critical"}
-"""huggingface_hub reads its settings once, when it is imported."""
+RETRYABLE_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
+"""HTTP statuses of temporary failures."""
+REPORT_INTERVAL_SECONDS = 0.2
+"""The shortest time between two progress events."""
+RATE_WINDOW_SECONDS = 10.0
+"""The reported rate is the average over this time."""
+MAX_ANSWER_BYTES = 64 * 1024 * 1024
+"""For answers other than file contents. A listing of 10,000 files has about three million bytes."""
+MAX_NAME_BYTES = 255
+"""For one part of a path, in every file system that may hold a cache."""
+_FORBIDDEN_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
+"""Unicode categories that a file name must not contain: control characters, lone surrogates, line breaks.
+
+Other characters that Python calls unprintable are allowed: the names of macOS screenshots contain special spaces."""
+_DECODED_ENCODINGS = frozenset({"gzip", "deflate", "br", "zstd"})
+"""Encodings that httpx2 decodes without a limit."""
+_QUIET_SETTINGS = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_VERBOSITY": "critical"}
+"""Environment variables for its import. huggingface_hub reads its settings once."""
 
 
 @dataclass(frozen=True)
 class DownloadTimeouts:
-    """How long a hub is waited for; in seconds, but for `tries`."""
+    """Time limits of a download, in seconds, and its number of tries."""
 
     stall: float = 120.0
-    """Without a single byte."""
+    """For the time without a single byte."""
     answer: float = 30.0
-    """For the whole of an answer to a question about the repository."""
+    """For a complete answer about the repository. File contents have no such limit."""
     tries: int = 4
     backoff: float = 2.0
-    """Before the second try; doubled before each further one."""
+    """The pause before the second try. It doubles before each further try."""
     longest_wait: float = 60.0
-    """However much later the hub says that we should come back."""
+    """The longest pause, even if the hub asks for a longer one."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What somebody wants: a repository, and a branch, tag or commit of it, if they said which."""
+class RepoRevision:
+    """A repository with the requested branch, tag or commit; None for the default branch."""
 
     repo_id: str
     revision: str | None
 
     @property
     def branch(self) -> str:
-        """The revision that is meant; unsaid, it is the hub's default, main."""
+        """The requested revision, or the hub's default branch, main."""
         return self.revision or "main"
 
     def __str__(self) -> str:
@@ -90,58 +91,60 @@ class Asked:
 
 
 class _Stream(Protocol):
-    """As much of a connection of httpcore2's as is used here."""
+    """The part of an httpcore2 connection that is used here."""
 
     def get_extra_info(self, info: str) -> Any: ...
 
 
 @dataclass
 class HubClient:
-    """Whether anything still comes from the hub, and where it is."""
+    """The connection to a hub: its address, its limits, and when it last sent data."""
 
-    patience: DownloadTimeouts
+    timeouts: DownloadTimeouts
     endpoint: str | None
-    given_up: Callable[[], bool] = lambda: False
-    """Nobody wants the download any more. Its threads ask before each piece: they cannot be interrupted."""
+    is_cancelled: Callable[[], bool] = lambda: False
+    """Returns whether the download is cancelled. The download threads call it for each piece, because a thread cannot
+    be interrupted."""
     largest: int | None = None
-    """Bytes of the largest file that the hub announced; None before it did."""
+    """Bytes of the largest file in the hub's listing; None before the listing is known."""
     _last: float = field(default_factory=time.monotonic)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _streams: WeakSet[_Stream] = field(default_factory=WeakSet)
     _due: dict[object, float] = field(default_factory=dict)
-    """Until when the head of each answer that is waited for has to be there."""
+    """The deadline for the headers of each pending answer."""
 
     def api(self) -> HfApi:
         from huggingface_hub import HfApi
 
         return HfApi(endpoint=self.endpoint, library_name="mlxops")
 
-    def heard(self) -> None:
+    def note_activity(self) -> None:
         self._last = time.monotonic()
 
     @property
     def stalled(self) -> bool:
-        return time.monotonic() - self._last > self.patience.stall
+        return time.monotonic() - self._last > self.timeouts.stall
 
-    def traced(self, event: str, info: Mapping[str, object], key: object, patience: float) -> None:
-        """What httpcore2 tells of one request (its extension `trace`). Its timeouts are for a single read: a head that
-        trickles would never be late."""
+    def handle_trace(self, event: str, info: Mapping[str, object], key: object, timeout: float) -> None:
+        """Handle a trace event of httpcore2 for one request (its extension `trace`): keep a deadline for the headers.
+
+        httpcore2's own timeouts limit a single read, so headers that trickle would never time out."""
         if event.endswith(("connect_tcp.complete", "start_tls.complete")):
             with self._lock:
                 self._streams.add(cast("_Stream", info["return_value"]))
         elif event.endswith("receive_response_headers.started"):
-            self._due[key] = time.monotonic() + patience
+            self._due[key] = time.monotonic() + timeout
         elif "receive_response_headers." in event:
             self._due.pop(key, None)
 
-    def hang_up_if_late(self) -> None:
-        """End every connection if the head of any answer is late: whoever reads from them then fails."""
+    def close_if_late(self) -> None:
+        """Shut down all connections if the headers of any answer are late. Reads from them then fail."""
         now = time.monotonic()
         if any(due < now for due in self._due.copy().values()):
             with self._lock:
                 streams = list(self._streams)
             for stream in streams:
-                with contextlib.suppress(OSError):  # it is closed already
+                with contextlib.suppress(OSError):  # already closed
                     stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
     @property
@@ -150,7 +153,7 @@ class HubClient:
 
 
 class RetryAfter(Exception):
-    """The hub postpones: an HTTP status of `TRY_AGAIN`, and after how many seconds, where it says so."""
+    """The hub sent a status of `RETRYABLE_STATUSES`. `after`: the seconds of its Retry-After header, if any."""
 
     def __init__(self, status: int, after: float | None) -> None:
         super().__init__(f"HTTP {status}")
@@ -158,123 +161,133 @@ class RetryAfter(Exception):
 
 
 class _Stalled(Exception):
-    """Nothing has come for too long."""
+    """The hub has sent no data for too long."""
 
 
-class _Late(Exception):
-    """An answer keeps coming, and does not end."""
+class _AnswerTooSlow(Exception):
+    """An answer did not end before its deadline."""
 
 
-class _GivenUp(Exception):
-    """Nobody wants it any more."""
+class _Cancelled(Exception):
+    """The download was cancelled."""
 
 
-class NoHub(Exception):
-    """What came is nothing that a hub sends; the text says what it was. Asked again, it would be the same."""
+class InvalidAnswer(Exception):
+    """The answer is not valid for a hub. The message describes it. A retry would not help."""
 
 
-def plain_name(name: object) -> str:
-    """The name of a file of a repository, which becomes a path of this host. Raises `NoHub` unless it is a relative
-    POSIX path that leads nowhere but downwards."""
-    if isinstance(name, str) and "\\" not in name and not any(unicodedata.category(char) in _NO_TEXT for char in name):
+def check_name(name: object) -> str:
+    """Return a repository's file name, from which a path on this host is made.
+
+    Raises `InvalidAnswer` unless it is a relative POSIX path without `.` and `..`.
+    """
+    if (
+        isinstance(name, str)
+        and "\\" not in name
+        and not any(unicodedata.category(char) in _FORBIDDEN_CATEGORIES for char in name)
+    ):
         parts = name.split("/")
-        if all(part not in {"", ".", ".."} and len(part.encode()) <= MAX_NAME for part in parts):
+        if all(part not in {"", ".", ".."} and len(part.encode()) <= MAX_NAME_BYTES for part in parts):
             return name
-    raise NoHub(f"it names a file {printable(str(name))!r}, which no file of a repository can be called")
+    raise InvalidAnswer(f"it names a file {printable(str(name))!r}, which is not a valid name")
 
 
-def plain_etag(etag: object) -> str:
-    """The name of a file's content, under which the cache keeps it. Raises `NoHub` for what could lead elsewhere."""
+def check_etag(etag: object) -> str:
+    """Return the hash that names a file's content in the cache. Raises `InvalidAnswer` if it could be a path."""
     if isinstance(etag, str) and re.fullmatch(r"[A-Za-z0-9]{1,128}", etag):
         return etag
-    raise NoHub(f"it calls the content of a file {printable(str(etag))!r}")
+    raise InvalidAnswer(f"it calls the content of a file {printable(str(etag))!r}")
 
 
 @contextmanager
-def as_of_a_hub(asked: Asked, line: HubClient) -> Iterator[None]:
-    """What huggingface_hub raises for an answer of another form than it expects is of a dozen kinds.
+def report_invalid_answers(repo: RepoRevision, client: HubClient) -> Iterator[None]:
+    """Raise `DownloadFailed` (hub_error) for an answer of an unexpected form.
 
-    Raises `DownloadFailed` (hub_error) in their place."""
+    huggingface_hub raises a dozen kinds of exceptions for such answers."""
     try:
         yield
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        if isinstance(error, OSError):  # huggingface_hub's exception for a 400 is both
+        if isinstance(error, OSError):  # huggingface_hub's exception for status 400 is also a ValueError
             raise
-        why = f"its answer is not that of a Hugging Face hub: {_said(error)}"
-        raise failure("hub_error", asked, why, line.host) from None
+        why = f"its answer is not that of a Hugging Face hub: {_describe(error)}"
+        raise failure("hub_error", repo, why, client.host) from None
 
 
 @contextmanager
-def open_line(patience: DownloadTimeouts, given_up: Callable[[], bool] = lambda: False) -> Iterator[HubClient]:
-    """huggingface_hub with a client that tells us of every byte, leaves postponed requests to us, and begins no
-    request once nothing comes any more. Its own client is back in place afterwards."""
+def open_client(timeouts: DownloadTimeouts, is_cancelled: Callable[[], bool] = lambda: False) -> Iterator[HubClient]:
+    """Give huggingface_hub an HTTP client with our hooks; restore its own client afterwards.
+
+    The hooks note every received byte, leave retries to us, and send no request after a stall."""
     import_quietly()
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils._http import default_client_factory
 
-    line = HubClient(patience, os.environ.get("HF_ENDPOINT") or None, given_up)
-    set_client_factory(lambda: _hooked(default_client_factory(), line))
+    client = HubClient(timeouts, os.environ.get("HF_ENDPOINT") or None, is_cancelled)
+    set_client_factory(lambda: _add_hooks(default_client_factory(), client))
     try:
-        with _watched(line):
-            yield line
+        with _watch_stalls(client):
+            yield client
     finally:
         set_client_factory(default_client_factory)
 
 
-def _hooked(client: httpx2.Client, line: HubClient) -> httpx2.Client:
+def _add_hooks(client: httpx2.Client, hub: HubClient) -> httpx2.Client:
     import httpx2
 
-    api = str(httpx2.URL(f"{(line.endpoint or 'https://huggingface.co').rstrip('/')}/api/"))
+    api = str(httpx2.URL(f"{(hub.endpoint or 'https://huggingface.co').rstrip('/')}/api/"))
 
-    class Heard(httpx2.SyncByteStream):
+    class LimitedStream(httpx2.SyncByteStream):
         def __init__(self, stream: httpx2.SyncByteStream, most: int, until: float | None) -> None:
             self._stream, self._most, self._until = stream, most, until
 
         def __iter__(self) -> Iterator[bytes]:
             got = 0
             for chunk in self._stream:
-                if line.given_up():
-                    raise _GivenUp
-                line.heard()
+                if hub.is_cancelled():
+                    raise _Cancelled
+                hub.note_activity()
                 got += len(chunk)
                 if got > self._most:
-                    raise NoHub(f"it sends more than {amount(self._most)} where there cannot be more")
+                    raise InvalidAnswer(f"it sends more than {amount(self._most)}, the limit for this answer")
                 if self._until is not None and time.monotonic() > self._until:
-                    raise _Late
+                    raise _AnswerTooSlow
                 yield chunk
 
         def close(self) -> None:
             self._stream.close()
 
     def before(request: httpx2.Request) -> None:
-        if line.given_up():
-            raise _GivenUp
-        if line.stalled:
+        if hub.is_cancelled():
+            raise _Cancelled
+        if hub.stalled:
             raise _Stalled
-        # A redirected request inherits what the first one was: where it leads to tells nothing.
+        # A redirected request keeps the kind of the first request: its own address does not show the kind.
         question = request.extensions.setdefault(
-            "mlxops.question", line.largest is None or str(request.url).startswith(api)
+            "mlxops.question", hub.largest is None or str(request.url).startswith(api)
         )
         request.extensions.setdefault("mlxops.asked", time.monotonic())
-        patience = line.patience.answer if question else line.patience.stall
+        timeout = hub.timeouts.answer if question else hub.timeouts.stall
         timeouts = request.extensions.get("timeout", {})
-        timeouts["read"] = min(timeouts.get("read") or patience, patience)
+        timeouts["read"] = min(timeouts.get("read") or timeout, timeout)
         key = object()
-        request.extensions["trace"] = lambda event, info: line.traced(event, info, key, patience)
+        request.extensions["trace"] = lambda event, info: hub.handle_trace(event, info, key, timeout)
         request.headers["Accept-Encoding"] = "identity"
 
     def after(response: httpx2.Response) -> None:
-        if response.status_code in TRY_AGAIN:
+        if response.status_code in RETRYABLE_STATUSES:
             seconds = response.headers.get("Retry-After", "")
             raise RetryAfter(response.status_code, float(seconds) if re.fullmatch("[0-9]{1,9}", seconds) else None)
         extensions = response.request.extensions
         question = extensions["mlxops.question"]
         if isinstance(response.stream, httpx2.SyncByteStream):
-            until = extensions["mlxops.asked"] + line.patience.answer if question else None
+            until = extensions["mlxops.asked"] + hub.timeouts.answer if question else None
             content = not question and response.status_code in {200, 206}
-            response.stream = Heard(response.stream, (line.largest or 0) if content else MAX_ANSWER, until)
-        # Nobody asked for it, and a few bytes of it may unpack to more than a disk holds. As it is, it is no answer.
-        if _UNPACKED & {word.strip() for word in response.headers.get("Content-Encoding", "").lower().split(",")}:
+            response.stream = LimitedStream(response.stream, (hub.largest or 0) if content else MAX_ANSWER_BYTES, until)
+        # We asked for no compression, and a few compressed bytes may decode to more than a disk holds. Without
+        # decoding, the answer is invalid.
+        if _DECODED_ENCODINGS & {
+            word.strip() for word in response.headers.get("Content-Encoding", "").lower().split(",")
+        }:
             del response.headers["Content-Encoding"]
         _check_names(response, question=question)
 
@@ -286,44 +299,46 @@ def _hooked(client: httpx2.Client, line: HubClient) -> httpx2.Client:
 
 
 def _check_names(response: httpx2.Response, *, question: bool) -> None:
-    """huggingface_hub makes paths of the names that it is told, and of few of them it looks at where they lead (2.4,
-    `file_download.py`, `blob_path`). Raises `NoHub`."""
+    """Check every name in an answer from which huggingface_hub makes a path. Raises `InvalidAnswer`.
+
+    huggingface_hub itself checks few of them (2.4, `file_download.py`, `blob_path`)."""
     commit = response.headers.get("X-Repo-Commit")
     if commit is not None and not is_commit(commit):
-        raise NoHub(f"it names a commit {printable(commit)!r}")
+        raise InvalidAnswer(f"it names a commit {printable(commit)!r}")
     for header in ("X-Linked-Etag", "ETag", "X-Xet-Hash"):
-        # As huggingface_hub strips them. Those of answers become no path, and may be anything.
+        # Stripped as in huggingface_hub. Those of answers about the repository never become a path.
         etag = response.headers.get(header, "").lstrip("W/").strip('"')
         if not question and ("/" in etag or etag in {".", ".."}):
-            raise NoHub(f"it calls the content of a file {printable(etag)!r}")
+            raise InvalidAnswer(f"it calls the content of a file {printable(etag)!r}")
     if question and response.status_code == 200 and response.request.method == "GET":
-        # A listing, which huggingface_hub asks for by itself, is a list.
+        # huggingface_hub requests listings by itself. A listing is a JSON list.
         try:
             answer = response.json() if response.read().lstrip().startswith(b"[") else []
         except (ValueError, RecursionError):
-            return  # whoever asked will say so
+            return  # the caller reports it
         for entry in answer:
             if isinstance(entry, dict) and entry.get("type") == "file":
-                plain_name(entry.get("path"))
-                plain_etag(entry.get("oid"))
+                check_name(entry.get("path"))
+                check_etag(entry.get("oid"))
                 if isinstance(lfs := entry.get("lfs"), dict):
-                    plain_etag(lfs.get("oid"))
+                    check_etag(lfs.get("oid"))
 
 
 @contextmanager
-def _watched(line: HubClient) -> Iterator[None]:
-    """Xet transfers happen in a library of their own, past our client: one that stands still is ended from outside,
-    the way huggingface_hub ends it on Ctrl-C. And so is an answer of which the head does not end."""
+def _watch_stalls(client: HubClient) -> Iterator[None]:
+    """End stalled transfers from a thread of our own, and connections whose headers are late.
+
+    Xet transfers use their own library, not our HTTP client. They are aborted as huggingface_hub does on Ctrl-C."""
     over = threading.Event()
 
     def watch() -> None:
-        while not over.wait(min(1.0, line.patience.stall, line.patience.answer)):
-            line.hang_up_if_late()
-            if line.stalled or line.given_up():
+        while not over.wait(min(1.0, client.timeouts.stall, client.timeouts.answer)):
+            client.close_if_late()
+            if client.stalled or client.is_cancelled():
                 try:
                     from huggingface_hub.utils._xet import abort_xet_session
                 except ImportError:
-                    continue  # no Xet, no need
+                    continue  # Xet is not installed
                 abort_xet_session()  # type: ignore[no-untyped-call]
 
     watcher = threading.Thread(target=watch, name="download-watch", daemon=True)
@@ -336,8 +351,8 @@ def _watched(line: HubClient) -> Iterator[None]:
 
 
 def import_quietly() -> None:
-    before = {key: os.environ.get(key) for key in _QUIET}
-    os.environ.update(_QUIET)
+    before = {key: os.environ.get(key) for key in _QUIET_SETTINGS}
+    os.environ.update(_QUIET_SETTINGS)
     try:
         import huggingface_hub.constants
         import huggingface_hub.utils.logging  # noqa: F401
@@ -352,28 +367,28 @@ def import_quietly() -> None:
 # --- progress -----------------------------------------------------------------------------------------------------
 
 
-class Bytes:
-    """The progress of one download in bytes, taken from the bars that huggingface_hub believes to draw.
+class DownloadProgress:
+    """The progress of one download in bytes, read from the progress bars of huggingface_hub.
 
-    It makes a bar of the bytes that reach the disk, one of those that come over the network, and one that counts
-    files, and moves them from several threads (2.4, `_snapshot_download.py`).
+    It creates a bar for bytes written to disk, one for bytes received and one for files, and updates them from several
+    threads (2.4, `_snapshot_download.py`).
     """
 
-    def __init__(self, emit: Emit, total: int, line: HubClient) -> None:
-        self._emit, self._total, self._line = emit, total, line
+    def __init__(self, emit: Emit, total: int, client: HubClient) -> None:
+        self._emit, self._total, self._client = emit, total, client
         self._lock = threading.Lock()
         self._shown = -1
         self._next = 0.0
         self._lately: deque[tuple[float, int]] = deque()
 
     def bars(self, base: int) -> type[_Bar]:
-        """The class of bars for one try that begins with `base` bytes already there."""
+        """Return the class of bars for one try, at whose start `base` bytes are already on disk."""
         bytes_ = self
         self._report(base)
 
         class Bar(_Bar):
-            def moved(self) -> None:
-                bytes_._line.heard()
+            def on_change(self) -> None:
+                bytes_._client.note_activity()
                 if self.counts_written:
                     bytes_._report(base + self.n)
 
@@ -383,24 +398,24 @@ class Bytes:
         self._emit(Progress("download", self._total, self._total))
 
     def _report(self, done: int) -> None:
-        """Never backwards, though a repeated try begins anew, and the total only once it is proven."""
+        """Emit progress that only grows, although a retry starts over. The total is left to `finish`."""
         with self._lock:
             now = time.monotonic()
             if self._shown < done < self._total and now >= self._next:
-                self._shown, self._next = done, now + REPORT_EVERY
+                self._shown, self._next = done, now + REPORT_INTERVAL_SECONDS
                 self._emit(Progress("download", done, self._total, self._rate(now, done)))
 
     def _rate(self, now: float, done: int) -> int:
-        """Bytes a second over the last `RATE_OVER` seconds; 0 in the first one, when it would be a guess."""
+        """Return bytes per second over the rate window; 0 in the first second, which is too short to measure."""
         self._lately.append((now, done))
-        while len(self._lately) > 2 and now - self._lately[0][0] > RATE_OVER:
+        while len(self._lately) > 2 and now - self._lately[0][0] > RATE_WINDOW_SECONDS:
             self._lately.popleft()
         since, before = self._lately[0]
         return int((done - before) / (now - since)) if now - since >= 1.0 else 0
 
 
 class _Bar:
-    """As much of tqdm as huggingface_hub calls."""
+    """The part of tqdm that huggingface_hub uses."""
 
     def __init__(self, *_: object, total: float | None = None, desc: str = "", unit: str = "", **__: object) -> None:
         self.n = 0
@@ -409,13 +424,13 @@ class _Bar:
         self.counts_bytes = unit == "B"
         self.counts_written = self.counts_bytes and not desc.startswith("Downloading")
 
-    def moved(self) -> None:
-        """Bytes came, or were rolled back."""
+    def on_change(self) -> None:
+        """Called when the number of bytes changes."""
 
     def update(self, n: float | None = 1) -> None:
         self.n += int(n or 0)
         if self.counts_bytes and n:
-            self.moved()
+            self.on_change()
 
     def refresh(self, *_: object, **__: object) -> None: ...
     def close(self) -> None: ...
@@ -431,98 +446,99 @@ class _Bar:
     ) -> None: ...
 
 
-# --- when the hub says no -----------------------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class HubError:
-    """What an exception means: the error's code, why it came, and whether asking again may help."""
+    """The meaning of an exception: our error code, the reason, and whether a retry may help."""
 
     code: str
     why: str
     again: bool = False
     after: float | None = None
-    """Seconds that the hub asked us to wait."""
+    """Seconds to wait, as requested by the hub."""
 
 
-_WHAT = {
-    "repo_not_found": "{asked}: the hub has no such repository",
-    "revision_not_found": "{asked}: the repository has no such revision",
-    "gated_repo": "{asked} is gated: its authors want to know who downloads it",
-    "unauthorized": "{asked}: the hub refuses us",
-    "rate_limited": "{asked}: the hub limits how much we may ask",
-    "hub_unreachable": "{asked}: {host} cannot be reached",
-    "hub_error": "{asked}: {host} does not work as a hub should",
-    "download_stalled": "{asked}: the download stands still",
-    "cache_not_writable": "{asked} cannot be written to the cache",
-    "incomplete_download": "{asked}: the download is not complete",
-    "wrong_content": "{asked}: files in the cache are not those of the hub",
+_MESSAGES = {
+    "repo_not_found": "{repo}: the hub has no such repository",
+    "revision_not_found": "{repo}: the repository has no such revision",
+    "gated_repo": "{repo} is gated: only accounts that have access may download it",
+    "unauthorized": "{repo}: the hub refuses access",
+    "rate_limited": "{repo}: the hub's rate limit is reached",
+    "hub_unreachable": "{repo}: {host} cannot be reached",
+    "hub_error": "{repo}: {host} does not answer as a hub should",
+    "download_stalled": "{repo}: the download has stalled",
+    "cache_not_writable": "{repo} cannot be written to the cache",
+    "incomplete_download": "{repo}: the download is not complete",
+    "wrong_content": "{repo}: files in the cache differ from the hub's",
 }
-_LOGIN = "on the host that downloads, as the user that runs mlxops: hf auth login"
-_AGAIN = "try again: mlxctl pull --repo {asked} (what has arrived is kept)"
-_HINT = {
-    "repo_not_found": f"check the spelling; if it is private, log in {_LOGIN}",
+_LOGIN_HINT = "on the host that downloads, as the user that runs mlxops: hf auth login"
+_RETRY_HINT = "try again: mlxctl pull --repo {repo} (complete files are kept)"
+_HINTS = {
+    "repo_not_found": f"check the spelling; if it is private, log in {_LOGIN_HINT}",
     "revision_not_found": "see its branches, tags and commits: https://huggingface.co/{repo_id}/commits/main",
-    "gated_repo": f"accept its terms at https://huggingface.co/{{repo_id}}, then log in {_LOGIN}",
-    "unauthorized": f"log in with a token that may read it, {_LOGIN}",
-    "rate_limited": f"wait some minutes, or log in for a higher limit, {_LOGIN}",
-    "hub_unreachable": "check the network, HF_ENDPOINT and HF_HUB_OFFLINE on the host that downloads, then " + _AGAIN,
-    "hub_error": f"see https://status.huggingface.co; later, {_AGAIN}",
-    "download_stalled": f"check the host's network, then {_AGAIN}",
+    "gated_repo": f"accept its terms at https://huggingface.co/{{repo_id}}, then log in {_LOGIN_HINT}",
+    "unauthorized": f"log in with a token that may read it, {_LOGIN_HINT}",
+    "rate_limited": f"wait some minutes, or log in for a higher limit, {_LOGIN_HINT}",
+    "hub_unreachable": "check the network, HF_ENDPOINT and HF_HUB_OFFLINE on the host that downloads; then "
+    + _RETRY_HINT,
+    "hub_error": f"see https://status.huggingface.co; later {_RETRY_HINT}",
+    "download_stalled": f"check the host's network; then {_RETRY_HINT}",
     "cache_not_writable": "check the owner and permissions of the cache folder",
-    "incomplete_download": _AGAIN,
-    "wrong_content": "download them anew: mlxctl pull --repo {asked}",
+    "incomplete_download": _RETRY_HINT,
+    "wrong_content": "download them again: mlxctl pull --repo {repo}",
 }
 
 
-def failure(code: str, asked: Asked, why: str, host: str = "the hub") -> DownloadFailed:
-    names = {"asked": str(asked), "repo_id": asked.repo_id, "host": host}
-    return DownloadFailed(code, _WHAT[code].format(**names), why=why, hint=_HINT[code].format(**names))
+def failure(code: str, repo: RepoRevision, why: str, host: str = "the hub") -> DownloadFailed:
+    names = {"repo": str(repo), "repo_id": repo.repo_id, "host": host}
+    return DownloadFailed(code, _MESSAGES[code].format(**names), why=why, hint=_HINTS[code].format(**names))
 
 
-def persistently(attempt: Callable[[], T], asked: Asked, emit: Emit, line: HubClient) -> T:
-    """The attempt's result; repeated, with growing pauses, while the hub only postpones.
+def with_retries(attempt: Callable[[], T], repo: RepoRevision, emit: Emit, client: HubClient) -> T:
+    """Return the result of `attempt`; retry with growing pauses after temporary failures.
 
-    Raises `DownloadFailed` or `Refused`; what no hub and no disk can have caused passes as it is.
+    Raises `DownloadFailed` or `Refused`. Exceptions that neither hub nor disk can cause pass unchanged.
     """
-    pause = line.patience.backoff
-    for left in reversed(range(line.patience.tries)):
+    pause = client.timeouts.backoff
+    for tries_left in reversed(range(client.timeouts.tries)):
         try:
             return attempt()
         except MlxopsError:
             raise
         except Exception as error:
-            no = _meaning(error, line)
-            if no is None:
+            problem = _classify(error, client)
+            if problem is None:
                 raise
-            if no.code == "disk_full":
-                raise _disk_full(asked, no) from None
-            if not no.again or not left:
-                # The exception is not chained: it may hold headers, and with them the token.
-                raise failure(no.code, asked, no.why, line.host) from None
-            wait = min(max(pause, no.after or 0.0), line.patience.longest_wait)
+            if problem.code == "disk_full":
+                raise _disk_full(repo, problem) from None
+            if not problem.again or not tries_left:
+                # Not chained: the exception may hold request headers, and so the token.
+                raise failure(problem.code, repo, problem.why, client.host) from None
+            wait = min(max(pause, problem.after or 0.0), client.timeouts.longest_wait)
             pause *= 2
-            emit(Note(f"{asked}: {no.why}; trying again in {wait:.0f} s", "warning"))
+            emit(Note(f"{repo}: {problem.why}; trying again in {wait:.0f} s", "warning"))
         time.sleep(wait)
-        line.heard()  # it was we who paused
+        client.note_activity()  # our own pause is not a stall
     raise AssertionError("the last try returns or raises")
 
 
-def _disk_full(asked: Asked, no: HubError) -> Refused:
-    hint = "make room: mlxctl list shows the sizes; then remove what you do not need"
-    return Refused("disk_full", f"{asked}: the disk is full", why=no.why, hint=hint)
+def _disk_full(repo: RepoRevision, problem: HubError) -> Refused:
+    hint = "free disk space: mlxctl list shows the sizes; then delete models that you do not need"
+    return Refused("disk_full", f"{repo}: the disk is full", why=problem.why, hint=hint)
 
 
-def _meaning(error: BaseException, line: HubClient) -> HubError | None:
-    """What an exception of huggingface_hub's means; None if it is none of a download.
+def _classify(error: BaseException, client: HubClient) -> HubError | None:
+    """Return the meaning of an exception of huggingface_hub; None if it does not come from a download.
 
-    It wraps what happened in a `LocalEntryNotFoundError`: the cause counts.
+    huggingface_hub wraps the real exception in a `LocalEntryNotFoundError`, so its causes are examined too.
     """
-    meanings = (_meaning_of_one(cause) for cause in _causes(error))
-    no = next((no for no in meanings if no is not None), None)
-    if line.stalled and (no is None or no.again):
-        return HubError("download_stalled", f"nothing has come from {line.host} for {line.patience.stall:.0f} s")
-    return no
+    meanings = (_classify_one(cause) for cause in _causes(error))
+    problem = next((meaning for meaning in meanings if meaning is not None), None)
+    if client.stalled and (problem is None or problem.again):
+        return HubError("download_stalled", f"{client.host} has sent nothing for {client.timeouts.stall:.0f} s")
+    return problem
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -534,7 +550,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         cause = cause.__cause__ or cause.__context__
 
 
-def _meaning_of_one(error: BaseException) -> HubError | None:
+def _classify_one(error: BaseException) -> HubError | None:
     import httpx2
     from huggingface_hub import errors
 
@@ -543,40 +559,42 @@ def _meaning_of_one(error: BaseException) -> HubError | None:
             return HubError("rate_limited", "it answers 429 Too Many Requests", again=True, after=error.after)
         case RetryAfter():
             return HubError("hub_error", f"it answers {error.status}", again=True, after=error.after)
-        case NoHub():
+        case InvalidAnswer():
             return HubError("hub_error", str(error))
-        case _Late():
-            return HubError("hub_error", "its answer does not come to an end", again=True)
+        case _AnswerTooSlow():
+            return HubError("hub_error", "its answer took too long", again=True)
         case errors.HfHubHTTPError():
-            return _meaning_of_answer(error)
+            return _classify_status(error)
         case errors.OfflineModeIsEnabled():
             return HubError("hub_unreachable", "HF_HUB_OFFLINE is set there")
         case httpx2.InvalidURL() | httpx2.TooManyRedirects() | httpx2.UnsupportedProtocol():
-            return HubError("hub_error", _said(error))
+            return HubError("hub_error", _describe(error))
         case httpx2.TransportError():
-            return HubError("hub_unreachable", _said(error), again=True)
+            return HubError("hub_unreachable", _describe(error), again=True)
         case errors.FileMetadataError():
-            return HubError("hub_error", _said(error))
+            return HubError("hub_error", _describe(error))
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
-            return HubError("disk_full", _said(error))
+            return HubError("disk_full", _describe(error))
         case OSError() if "Consistency check failed" in str(error):
             return HubError("hub_error", "a file arrived with another length than announced", again=True)
         case OSError() if error.errno is not None and not isinstance(error, BrokenPipeError):
-            return HubError("cache_not_writable", _said(error))
+            return HubError("cache_not_writable", _describe(error))
     if type(error).__module__.partition(".")[0] == "hf_xet":
-        return HubError("hub_error", _said(error), again=True)
+        return HubError("hub_error", _describe(error), again=True)
     return None
 
 
-def _meaning_of_answer(error: httpx2.HTTPError) -> HubError:
-    """An answer that is final. A hub says 401 of gated, private and unknown repositories alike, and tells them apart
-    by headers of its own (huggingface_hub, `hf_raise_for_status`)."""
+def _classify_status(error: httpx2.HTTPError) -> HubError:
+    """Return the meaning of a final HTTP error.
+
+    A hub sends 401 for gated, private and unknown repositories. Its own headers distinguish them (huggingface_hub,
+    `hf_raise_for_status`)."""
     from huggingface_hub import errors
 
     assert isinstance(error, errors.HfHubHTTPError)
     status = error.response.status_code
-    said = error.server_message or error.response.headers.get("X-Error-Message") or ""
-    why = f"it answers {status}" + (f": {_without_token(said)}" if said else "")
+    detail = error.server_message or error.response.headers.get("X-Error-Message") or ""
+    why = f"it answers {status}" + (f": {_without_token(detail)}" if detail else "")
     if isinstance(error, errors.GatedRepoError):
         return HubError("gated_repo", why)
     if isinstance(error, errors.RevisionNotFoundError):
@@ -590,13 +608,13 @@ def _meaning_of_answer(error: httpx2.HTTPError) -> HubError:
     return HubError("hub_error", why)
 
 
-def _said(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     text = str(error).strip().partition("\n")[0]
     return _without_token(f"{type(error).__name__}: {text}" if text else type(error).__name__)
 
 
 def _without_token(text: str) -> str:
-    """Text of the hub's, for people: one bounded line, and should it echo the token, without it."""
+    """Return text of the hub as one short line, without the token, which a hub may echo."""
     from huggingface_hub import get_token
 
     token = get_token()

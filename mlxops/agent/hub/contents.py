@@ -1,7 +1,7 @@
-"""Read one file of a model repository in a cache: within limits, parsed as engines parse it, compared with the hub's.
+"""Read one file of a model repository: with size limits, parsed as engines parse it, compared with the hub's.
 
-A file may differ from the hub's for two reasons. A person edited it: then it must be kept. Or a copy or a disk failed:
-then it ends early. mlxops downloads only the second kind again without being asked.
+A file may differ from the hub's because a person edited it, or because a copy or a disk failed and it ends early.
+mlxops keeps edits, and downloads truncated files again.
 """
 
 from __future__ import annotations
@@ -16,25 +16,26 @@ from mlxops.common import files
 from mlxops.core.text import NotUTF8, utf8
 
 MAX_TEXT = 64 * 1024 * 1024
-"""Bytes; a tokenizer.json of 250,000 words has 35 million, a config.json a few thousand."""
+"""A tokenizer.json of 250,000 words has 35 million bytes, a config.json a few thousand."""
 _LOST = b"\0\0"
-"""How text ends after a power loss in which the disk kept its length and not its bytes. One NUL may be UTF-16's."""
+"""The end of a text file whose length, but not its bytes, reached the disk before a power loss. A single NUL may belong
+to UTF-16."""
 _POINTER = b"version https://git-lfs."
-"""The beginning of the file that a clone without Git LFS leaves in the place of a large one."""
+"""The beginning of the small file that a clone without Git LFS has instead of a large one."""
 _PIECE = 4 * 1024 * 1024
 _LITERALS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
 _TAG = re.compile(r"\{#.*?#\}|\{%[-+]?\s*(\w+)(.*?)%\}|\{\{.*?\}\}", re.DOTALL)
 _BLOCKS = frozenset({"for", "if", "macro", "call", "filter", "block", "generation", "raw", "with", "autoescape"})
-"""Jinja's statements that need an end; `set` needs one if it has no `=`."""
+"""Jinja statements that need an end tag; `set` needs one if it has no `=`."""
 
 
 class Damaged(Exception):
-    """A file that exists and is not as it should be; the text says how."""
+    """A file exists but cannot be used. The message says why."""
 
     def __init__(self, text: str, *, ends_early: bool = False) -> None:
         super().__init__(text)
         self.ends_early = ends_early
-        """It is the beginning of a good file: downloading it again would help."""
+        """It is the beginning of a good file, so downloading it again would help."""
 
 
 def printable(text: str) -> str:
@@ -47,11 +48,12 @@ def printable(text: str) -> str:
 
 
 def base(path: str) -> str:
+    """Return the last part of a path, printable."""
     return printable(path.rpartition("/")[2])
 
 
 def read(path: str, limit: int) -> bytes:
-    """Return the bytes of a regular file. Raises `OSError`; `Damaged` if it is none, or longer than `limit`."""
+    """Return a file's bytes. Raises `OSError`, and `Damaged` if it is not a regular file or longer than `limit`."""
     try:
         return files.read(path, limit)
     except files.Unfit as error:
@@ -84,12 +86,12 @@ def parse(data: bytes, what: str) -> dict[str, object]:
 
 
 def is_pointer(start: bytes) -> bool:
-    """Whether a file that begins like that was left by a clone without Git LFS."""
+    """Return whether a file with this beginning is a Git LFS pointer."""
     return start.startswith(_POINTER)
 
 
 def _other_text(data: bytes) -> str | None:
-    """What bytes are that are not JSON's UTF-8; None if they are."""
+    """Return why bytes are not UTF-8 without a byte order mark; None if they are."""
     if data.startswith(codecs.BOM_UTF8):
         return "it begins with a byte order mark; save it as UTF-8 without one"
     try:
@@ -100,9 +102,9 @@ def _other_text(data: bytes) -> str | None:
 
 
 def ends_early(path: str, name: str, size: int, whole: int) -> bool:
-    """Whether the file called `name`, of `size` bytes, is only the beginning of the hub's, which has `whole` bytes.
+    """Return whether the file called `name`, of `size` bytes, is the beginning of the hub's file of `whole` bytes.
 
-    False for what may be an edit: JSON and templates that parse, text whose last line is complete, anything longer.
+    False for a possible edit: JSON or a template that parses, text whose last line is complete, any longer file.
     """
     if size == 0:
         return whole > 0
@@ -121,12 +123,12 @@ def ends_early(path: str, name: str, size: int, whole: int) -> bool:
 
 
 def is_text(name: str) -> bool:
-    """Whether people edit files of that name with an editor."""
+    """Return whether a file of this name is text that people edit."""
     return name.endswith((".json", ".jinja", ".txt", ".py", ".md"))
 
 
-def can_be_an_edit(path: str, name: str, size: int, whole: int) -> bool:
-    """Whether a person may have written a file that differs from the hub's: it is text, and does not end early."""
+def may_be_edit(path: str, name: str, size: int, whole: int) -> bool:
+    """Return whether a file that differs from the hub's may be an edit: it is text and does not end early."""
     if not is_text(name) or size > MAX_TEXT or ends_early(path, name, size, whole):
         return False
     data = read(path, MAX_TEXT)
@@ -140,7 +142,7 @@ def can_be_an_edit(path: str, name: str, size: int, whole: int) -> bool:
 def content_hash(path: str | Path, etag: str, limit: int | None = None) -> str | None:
     """Return the hash of a file's content in the form of `etag`: SHA-256 for LFS files of the hub, else git's SHA-1.
 
-    None if the file cannot be read or is longer than `limit`, or if `etag` is neither."""
+    None if the file cannot be read or is longer than `limit`, or if `etag` has neither form."""
     if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", etag) is None:
         return None
     try:
@@ -175,7 +177,8 @@ def _json_ends_early(data: bytes) -> bool:
         json.loads(text)
     except json.JSONDecodeError as error:
         rest = text[error.pos :].strip()
-        # A quote that an edit forgot ends at its line, which json reports as another error than "Unterminated string".
+        # If an edit lacks a closing quote, the string ends at its line, and json reports an error other than
+        # "Unterminated string".
         return (
             error.msg.startswith("Unterminated string")
             or any(word.startswith(rest) for word in _LITERALS)
@@ -188,7 +191,7 @@ def _json_ends_early(data: bytes) -> bool:
 
 
 def _template_ends_early(data: bytes) -> bool:
-    """Whether a template ends within a tag or an open block: Jinja would not parse it."""
+    """Return whether a template ends inside a tag or an open block, so that Jinja would not parse it."""
     text = _text(data)
     if text is None:
         return False
@@ -199,5 +202,5 @@ def _template_ends_early(data: bytes) -> bool:
             open_blocks += 1
         elif word.startswith("end"):
             open_blocks -= 1
-    left = _TAG.sub("", text)
-    return open_blocks > 0 or left.endswith("{") or any(opening in left for opening in ("{%", "{{", "{#"))
+    remainder = _TAG.sub("", text)
+    return open_blocks > 0 or remainder.endswith("{") or any(opening in remainder for opening in ("{%", "{{", "{#"))

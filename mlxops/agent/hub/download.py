@@ -1,9 +1,8 @@
-"""Downloads from the Hugging Face hub into the host's cache, by huggingface_hub, of a commit that is fixed first.
+"""Download a repository from a Hugging Face hub into the host's cache, with huggingface_hub.
 
-What huggingface_hub leaves to its caller is added here: when to try again and when not, a deadline for a download
-that stands still, disk space before the first byte, proof of completeness after the last, and one line of what,
-why and what to do for each way in which a hub says no. The token is huggingface_hub's business: it finds and
-sends it; nothing here reads it.
+First the revision is resolved to a commit, then that commit is downloaded. This module adds to huggingface_hub:
+retries, a limit for stalls, a check of the disk space before the download, a check of completeness after it, and an
+error with reason and hint for each failure. The token is found and sent by huggingface_hub. Nothing here reads it.
 """
 
 from __future__ import annotations
@@ -18,39 +17,39 @@ from typing import TYPE_CHECKING
 from mlxops.agent.host.system import free_on_disk
 from mlxops.agent.hub.cache import Skipped, Snapshot, find, is_commit
 from mlxops.agent.hub.client import (
-    Asked,
-    Bytes,
+    DownloadProgress,
     DownloadTimeouts,
     Emit,
     HubClient,
-    NoHub,
-    as_of_a_hub,
+    InvalidAnswer,
+    RepoRevision,
+    check_etag,
+    check_name,
     failure,
-    open_line,
-    persistently,
-    plain_etag,
-    plain_name,
+    open_client,
+    report_invalid_answers,
+    with_retries,
 )
 from mlxops.agent.hub.contents import (
     MAX_TEXT,
     Damaged,
-    can_be_an_edit,
     content_hash,
     is_pointer,
     is_text,
+    may_be_edit,
     parse,
     printable,
     read,
 )
 from mlxops.agent.hub.snapshot import (
+    broken_link_target,
     completeness,
+    correction_hint,
     damaged_weights,
+    edit_notice,
     edited,
     inspect,
-    is_begun_only,
-    kept_as_it_is,
-    link_that_leads_nowhere,
-    to_correct,
+    is_truncated,
 )
 from mlxops.agent.hub.weights import NOT_SERVED, is_served, is_weight, wrong_length
 from mlxops.agent.state.locks import is_locked
@@ -64,7 +63,7 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile, RepoSibling
 
 
-Check = Callable[[Collection[str], Mapping[str, object]], None]
+FilesCheck = Callable[[Collection[str], Mapping[str, object]], None]
 
 
 @dataclass(frozen=True)
@@ -74,12 +73,12 @@ class HubFile:
     name: str
     size: int
     etag: str
-    """The name under which the cache keeps its content in `blobs/`: the SHA-256 of an LFS file, git's of others."""
+    """Its content's name in the cache's `blobs/`: SHA-256 for an LFS file, git's blob id for others."""
 
 
 @dataclass(frozen=True)
 class DownloadPlan:
-    """What a download consists of: a commit, and the files of it that an engine may need."""
+    """A commit to download, and those of its files that an engine may need."""
 
     repo_id: str
     commit: str
@@ -95,36 +94,36 @@ def download(
     revision: str | None,
     hub: Path,
     emit: Emit,
-    patience: DownloadTimeouts | None = None,
-    given_up: Callable[[], bool] = lambda: False,
-    check: Check | None = None,
+    timeouts: DownloadTimeouts | None = None,
+    is_cancelled: Callable[[], bool] = lambda: False,
+    check: FilesCheck | None = None,
 ) -> Snapshot:
-    """Bring `revision` (a branch, a tag, a commit; None: main) of a repository into the cache `hub`.
+    """Download `revision` (a branch, tag or commit; None: main) of a repository into the cache `hub`.
 
-    `given_up` is asked by the threads that download, whether anybody still wants it. `check` gets the names of the
-    repository's files and its config.json before anything is downloaded, and may refuse.
+    The download threads call `is_cancelled` to learn whether the download is cancelled. `check` gets the names of the
+    repository's files and its config.json before the download, and may raise `Refused`.
 
-    Emits notes, and `Progress("download", done, total)` in bytes, which never goes back and ends at the total.
+    Emits notes, and `Progress("download", done, total)` in bytes, which only grows and ends at the total.
     Raises `Refused` (disk_full, not_mlx) and `DownloadFailed` (repo_not_found, revision_not_found, gated_repo,
     unauthorized, rate_limited, hub_unreachable, hub_error, download_stalled, cache_not_writable,
     incomplete_download).
     """
-    asked = Asked(repo_id, revision)
+    repo = RepoRevision(repo_id, revision)
     folder = hub / ("models--" + repo_id.replace("/", "--"))
-    _refuse_impossible(asked)
-    with open_line(patience or DownloadTimeouts(), given_up) as line:
-        plan = persistently(lambda: _plan(line, asked), asked, emit, line)
+    _refuse_impossible(repo)
+    with open_client(timeouts or DownloadTimeouts(), is_cancelled) as client:
+        plan = with_retries(lambda: _make_plan(client, repo), repo, emit, client)
         _refuse_other_formats(plan)
         if check is not None:
-            check({file.name for file in plan.files}, _config(line, plan))
-        persistently(lambda: _prepare(line, folder, plan, emit), asked, emit, line)
-        progress = Bytes(emit, plan.total, line)
-        persistently(lambda: _fetch(line, plan, folder, progress, asked), asked, emit, line)
-    _prove(folder, plan, asked)
+            check({file.name for file in plan.files}, _read_config(client, plan))
+        with_retries(lambda: _prepare(client, folder, plan, emit), repo, emit, client)
+        progress = DownloadProgress(emit, plan.total, client)
+        with_retries(lambda: _fetch(client, plan, folder, progress, repo), repo, emit, client)
+    _check_complete(folder, plan, repo)
     progress.finish()
-    if not plan.commit.startswith(asked.branch):
-        _write_ref(folder, asked.branch, plan.commit, asked)
-    return _found(hub, plan)
+    if not plan.commit.startswith(repo.branch):
+        _write_ref(folder, repo.branch, plan.commit, repo)
+    return _downloaded_snapshot(hub, plan)
 
 
 def verify(
@@ -132,103 +131,105 @@ def verify(
     commit: str,
     hub: Path,
     emit: Emit,
-    patience: DownloadTimeouts | None = None,
-    given_up: Callable[[], bool] = lambda: False,
+    timeouts: DownloadTimeouts | None = None,
+    is_cancelled: Callable[[], bool] = lambda: False,
 ) -> int:
-    """Compare the content of a downloaded commit with the hub's hashes; returns how many files were compared.
+    """Compare a downloaded commit with the hub's hashes. Return the number of compared files.
 
-    Remove files that end early. Keep complete ones: damage of the right length looks like weights that were fine-tuned
-    in place.
+    Remove truncated files. Keep complete files that differ: damage that keeps the length cannot be distinguished from
+    weights that were fine-tuned in place.
 
-    Raises what `download` raises, and `DownloadFailed` (wrong_content) with the commands that bring the hub's files.
+    Raises what `download` raises, and `DownloadFailed` (wrong_content) with the commands that restore the hub's files.
     """
-    asked = Asked(repo_id, commit)
+    repo = RepoRevision(repo_id, commit)
     folder = hub / ("models--" + repo_id.replace("/", "--"))
-    with open_line(patience or DownloadTimeouts(), given_up) as line:
-        plan = persistently(lambda: _plan(line, asked), asked, emit, line)
+    with open_client(timeouts or DownloadTimeouts(), is_cancelled) as client:
+        plan = with_retries(lambda: _make_plan(client, repo), repo, emit, client)
         removed, kept = [], []
         done = 0
         for file in plan.files:
-            place = folder / "snapshots" / commit / file.name
-            if content_hash(place, file.etag) != file.etag and not _is_somebodys_own(place, file):
-                if _is_lost(line, plan, place, file, asked, emit):
+            path = folder / "snapshots" / commit / file.name
+            if content_hash(path, file.etag) != file.etag and not _may_be_edit(path, file):
+                if _is_lost(client, plan, path, file, repo, emit):
                     removed.append(file.name)
-                    _drop(folder, place)
+                    _remove_file(folder, path)
                 else:
                     kept.append(file.name)
             done += file.size
             emit(Progress("verify", done, plan.total))
     if removed or kept:
-        raise _wrong_content(folder / "snapshots" / commit, asked, removed, kept)
+        raise _wrong_content(folder / "snapshots" / commit, repo, removed, kept)
     return len(plan.files)
 
 
-def _is_lost(line: HubClient, plan: DownloadPlan, place: Path, file: HubFile, asked: Asked, emit: Emit) -> bool:
-    size = _size(place)
-    return size is None or persistently(lambda: _is_begun_only(line, plan, place, file, size), asked, emit, line)
+def _is_lost(client: HubClient, plan: DownloadPlan, path: Path, file: HubFile, repo: RepoRevision, emit: Emit) -> bool:
+    size = _size(path)
+    return size is None or with_retries(lambda: _is_truncated(client, plan, path, file, size), repo, emit, client)
 
 
-def _wrong_content(snapshot: Path, asked: Asked, removed: list[str], kept: list[str]) -> DownloadFailed:
-    said = {"removed, because it ends early": removed, "kept, because somebody may have made it": kept}
-    why = "; ".join(f"{what}: {', '.join(map(printable, names))}" for what, names in said.items() if names)
-    error = failure("wrong_content", asked, why[:400])
+def _wrong_content(snapshot: Path, repo: RepoRevision, removed: list[str], kept: list[str]) -> DownloadFailed:
+    groups = {"removed, because truncated": removed, "kept, because it may be an edit": kept}
+    why = "; ".join(f"{what}: {', '.join(map(printable, names))}" for what, names in groups.items() if names)
+    error = failure("wrong_content", repo, why[:400])
     if kept:
         files = dict.fromkeys(os.path.realpath(snapshot / name) for name in kept)
-        error.hint = f"to have the hub's again: rm {shlex.join(files)}; mlxctl pull --repo {asked}"
+        error.hint = f"to restore the hub's files: rm {shlex.join(files)}; mlxctl pull --repo {repo}"
     return error
 
 
-def _is_somebodys_own(place: Path, file: HubFile) -> bool:
-    """Whether a file that differs from the hub's may be an edit: text that does not end early, or weights of another
-    size that fit their own header."""
-    size = _size(place)
+def _may_be_edit(path: Path, file: HubFile) -> bool:
+    """Return whether a file that differs from the hub's may be an edit.
+
+    An edit is complete text, or weights of another size that fit their own header."""
+    size = _size(path)
     if size is None:
         return False
     try:
         if is_weight(file.name):
-            return size != file.size and wrong_length(str(place), size) is None
-        return can_be_an_edit(str(place), file.name, size, file.size)
+            return size != file.size and wrong_length(str(path), size) is None
+        return may_be_edit(str(path), file.name, size, file.size)
     except (OSError, Damaged):
         return False
 
 
-def tell_edits(snapshot: Snapshot, emit: Emit) -> None:
+def warn_of_edits(snapshot: Snapshot, emit: Emit) -> None:
     """Warn of edited files in a snapshot, with the commands that restore the hub's."""
-    for each in edited(snapshot.path):
-        kept = kept_as_it_is(snapshot.path / each.name, snapshot.repo_id, snapshot.revision)
-        emit(Note(f"{each}: {kept}", "warning"))
+    for edit in edited(snapshot.path):
+        kept = edit_notice(snapshot.path / edit.name, snapshot.repo_id, snapshot.revision)
+        emit(Note(f"{edit}: {kept}", "warning"))
 
 
-def _refuse_impossible(asked: Asked) -> None:
-    if not is_repo_id(asked.repo_id):
-        raise failure("repo_not_found", asked, "this cannot be the name of a repository")
-    if asked.revision is not None and not is_revision(asked.revision):
-        raise failure("revision_not_found", asked, "this cannot be the name of a revision")
+def _refuse_impossible(repo: RepoRevision) -> None:
+    if not is_repo_id(repo.repo_id):
+        raise failure("repo_not_found", repo, "this is not a valid repository name")
+    if repo.revision is not None and not is_revision(repo.revision):
+        raise failure("revision_not_found", repo, "this is not a valid revision name")
 
 
-def _plan(line: HubClient, asked: Asked) -> DownloadPlan:
-    with as_of_a_hub(asked, line):
-        commit, files = _described(line, asked)
-    plan = DownloadPlan(asked.repo_id, commit, tuple(file for file in files if is_served(file.name)))
-    line.largest = max((file.size for file in plan.files), default=0)
+def _make_plan(client: HubClient, repo: RepoRevision) -> DownloadPlan:
+    with report_invalid_answers(repo, client):
+        commit, files = _list_files(client, repo)
+    plan = DownloadPlan(repo.repo_id, commit, tuple(file for file in files if is_served(file.name)))
+    client.largest = max((file.size for file in plan.files), default=0)
     return plan
 
 
-def _described(line: HubClient, asked: Asked) -> tuple[str, list[HubFile]]:
-    """(the commit that was asked for, its files), with any of a dozen exceptions for an answer of another form.
-    Raises `NoHub` for names that are none."""
+def _list_files(client: HubClient, repo: RepoRevision) -> tuple[str, list[HubFile]]:
+    """Return the requested commit and its files.
+
+    Raises `InvalidAnswer` for invalid names, and a dozen kinds of exceptions for an answer of an unexpected form."""
     from huggingface_hub.hf_api import RepoFile
 
-    api = line.api()
-    info = api.model_info(asked.repo_id, revision=asked.branch, timeout=line.patience.answer, files_metadata=True)
+    api = client.api()
+    info = api.model_info(repo.repo_id, revision=repo.branch, timeout=client.timeouts.answer, files_metadata=True)
     commit = info.sha or ""
     if not is_commit(commit):
         raise ValueError("no commit")
-    if is_commit(asked.branch) and commit != asked.branch:
-        raise NoHub(f"asked for that commit, it describes {commit}")
+    if is_commit(repo.branch) and commit != repo.branch:
+        raise InvalidAnswer(f"it was asked for that commit and describes {commit}")
     files: list[RepoSibling | RepoFile] = [*(info.siblings or ())]
-    if any(file.size is None for file in files):  # a mirror, perhaps; huggingface.co tells them
-        listing = api.list_repo_tree(asked.repo_id, recursive=True, revision=commit)
+    if any(file.size is None for file in files):  # perhaps a mirror; huggingface.co gives the sizes
+        listing = api.list_repo_tree(repo.repo_id, recursive=True, revision=commit)
         files = [entry for entry in listing if isinstance(entry, RepoFile)]
     return commit, [_hub_file(file) for file in files]
 
@@ -236,26 +237,26 @@ def _described(line: HubClient, asked: Asked) -> tuple[str, list[HubFile]]:
 def _hub_file(file: RepoSibling | RepoFile) -> HubFile:
     size, etag = (file.size, file.blob_id) if file.lfs is None else (file.lfs.size, file.lfs.sha256)
     if not isinstance(size, int) or size < 0:
-        raise NoHub(f"it says that a file has {printable(str(size))} bytes")
-    return HubFile(plain_name(file.rfilename), size, plain_etag(etag))
+        raise InvalidAnswer(f"it gives a file a size of {printable(str(size))} bytes")
+    return HubFile(check_name(file.rfilename), size, check_etag(etag))
 
 
-def _config(line: HubClient, plan: DownloadPlan) -> Mapping[str, object]:
-    """Read the repository's config.json, without keeping it; empty if that fails: the download reports errors of the
+def _read_config(client: HubClient, plan: DownloadPlan) -> Mapping[str, object]:
+    """Read the repository's config.json without storing it; empty if that fails. The download reports errors of the
     hub."""
     try:
-        return parse(_content(line, plan, "config.json"), "config.json")
-    except Exception:  # noqa: BLE001 - of a dozen kinds, and the download will meet it again
+        return parse(_read_file(client, plan, "config.json"), "config.json")
+    except Exception:  # noqa: BLE001 - a dozen kinds; the download reports it
         return {}
 
 
-def _content(line: HubClient, plan: DownloadPlan, name: str) -> bytes:
-    """A small file of the repository, which is not kept. Raises what huggingface_hub and its HTTP raise."""
+def _read_file(client: HubClient, plan: DownloadPlan, name: str) -> bytes:
+    """Read a small file of the repository without storing it. Raises what huggingface_hub and its HTTP client raise."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils._headers import build_hf_headers
     from huggingface_hub.utils._http import get_session, hf_raise_for_status
 
-    url = hf_hub_url(plan.repo_id, name, revision=plan.commit, endpoint=line.endpoint)
+    url = hf_hub_url(plan.repo_id, name, revision=plan.commit, endpoint=client.endpoint)
     answer = get_session().get(url, headers=build_hf_headers(), follow_redirects=True)
     hf_raise_for_status(answer)
     return answer.content
@@ -278,73 +279,75 @@ def _not_mlx(plan: DownloadPlan, why: str) -> Refused:
     )
 
 
-def _prepare(line: HubClient, folder: Path, plan: DownloadPlan, emit: Emit) -> None:
-    _refuse_dead_links(folder, plan)
+def _prepare(client: HubClient, folder: Path, plan: DownloadPlan, emit: Emit) -> None:
+    _refuse_broken_links(folder, plan)
     _drop_leftovers(folder)
-    _drop_begun(line, folder, plan, emit)
+    _drop_truncated(client, folder, plan, emit)
     _announce(folder, plan, emit)
 
 
 def _drop_leftovers(folder: Path) -> None:
-    """What a killed download has begun is never taken up again: the next one gives its file another name
-    (huggingface_hub 2.4, `file_download.py`, `<etag>.<8 hex>.incomplete`). Files of a download that runs, by whatever
-    program, are told by their lock."""
+    """Delete partial files of killed downloads. huggingface_hub never resumes them: each try uses a new name
+    (2.4, `file_download.py`, `<etag>.<8 hex>.incomplete`).
+
+    Partial files of a running download, also by another program, are locked and stay."""
     for leftover in (folder / "blobs").glob("*.incomplete"):
         etag = leftover.name.partition(".")[0]
         if not is_locked(folder.parent / ".locks" / folder.name / f"{etag}.lock"):
             leftover.unlink(missing_ok=True)
 
 
-def _refuse_dead_links(folder: Path, plan: DownloadPlan) -> None:
-    """Raises `Refused` (link_broken) if the download would replace a link that a person made to a disk that is away."""
+def _refuse_broken_links(folder: Path, plan: DownloadPlan) -> None:
+    """Raise `Refused` (link_broken) if the download would replace a person's link to a disk that is not mounted."""
     snapshot = folder / "snapshots" / plan.commit
-    found = {snapshot / file.name: link_that_leads_nowhere(str(snapshot), file.name) for file in plan.files}
-    if folder.is_symlink() and not os.path.exists(folder):  # a target that cannot be seen counts as away
+    found = {snapshot / file.name: broken_link_target(str(snapshot), file.name) for file in plan.files}
+    if folder.is_symlink() and not os.path.exists(folder):  # an unreadable target counts as missing
         found = {folder: os.readlink(folder)}
-    for link, place in found.items():
-        if place:
+    for link, path in found.items():
+        if path:
             raise Refused(
                 "link_broken",
-                f"{plan.repo_id} is not downloaded over a link that a person made",
-                why=f"{printable(link.name)} is a link to {printable(place)}, which is not there",
-                hint=f"mount what it leads to, or delete the link: rm {shlex.quote(str(link))}",
+                f"{plan.repo_id} is not downloaded, because that would replace a link that a person made",
+                why=f"{printable(link.name)} is a link to {printable(path)}, which does not exist",
+                hint=f"mount the disk that it points to, or delete the link: rm {shlex.quote(str(link))}",
             )
 
 
-def _drop_begun(line: HubClient, folder: Path, plan: DownloadPlan, emit: Emit) -> None:
-    """Delete truncated files: huggingface_hub takes any file of the right name for the right one. A complete file that
-    differs from the hub's is an edit, and stays."""
+def _drop_truncated(client: HubClient, folder: Path, plan: DownloadPlan, emit: Emit) -> None:
+    """Delete truncated files, because huggingface_hub accepts any file of the right name. A complete file that differs
+    from the hub's is an edit and stays."""
     for file in plan.files:
-        for place in _places(folder, plan, file):
-            actual = _size(place)
-            if actual is None or actual == file.size or not _is_begun_only(line, plan, place, file, actual):
+        for path in _possible_paths(folder, plan, file):
+            actual = _size(path)
+            if actual is None or actual == file.size or not _is_truncated(client, plan, path, file, actual):
                 continue
             what = f"{printable(file.name)} has {actual} of {file.size} bytes in the cache"
             emit(Note(f"{what}: downloading it again", "warning"))
-            _drop(folder, place)
+            _remove_file(folder, path)
 
 
-def _is_begun_only(line: HubClient, plan: DownloadPlan, place: Path, file: HubFile, size: int) -> bool:
-    """Whether it is the beginning of the hub's file. Text that may only lack a brace is compared with the hub's text.
+def _is_truncated(client: HubClient, plan: DownloadPlan, path: Path, file: HubFile, size: int) -> bool:
+    """Return whether a file is a truncated copy of the hub's. Text is compared with the hub's, because an edit may just
+    lack a closing brace.
 
-    Raises what a request to the hub raises; `persistently` handles that.
+    Raises what a request to the hub raises. `with_retries` handles that.
     """
     try:
-        begun = is_begun_only(str(place), file.name, size, file.size)
-        if not begun or not size or not is_text(file.name) or max(size, file.size) > MAX_TEXT:
-            return begun
-        content = read(str(place), MAX_TEXT)
+        truncated = is_truncated(str(path), file.name, size, file.size)
+        if not truncated or not size or not is_text(file.name) or max(size, file.size) > MAX_TEXT:
+            return truncated
+        content = read(str(path), MAX_TEXT)
     except (OSError, Damaged):
         return False
-    return is_pointer(content) or _content(line, plan, file.name).startswith(content.rstrip(b"\0"))
+    return is_pointer(content) or _read_file(client, plan, file.name).startswith(content.rstrip(b"\0"))
 
 
-def _drop(folder: Path, pointer: Path) -> None:
-    """Remove a file of a snapshot and what it leads to in the repository's own `blobs/`, and nothing else.
+def _remove_file(folder: Path, pointer: Path) -> None:
+    """Remove a file of a snapshot, and its content if that is in the repository's own `blobs/`.
 
-    Raises `NoHub` for one that is not in the folder, though no name of a hub's comes that far."""
+    Raises `InvalidAnswer` for a path outside of the folder. That is a second check: `check_name` refuses such names."""
     if not Path(os.path.normpath(pointer)).is_relative_to(os.path.normpath(folder)):
-        raise NoHub(f"{printable(str(pointer))} is no file of its repository")
+        raise InvalidAnswer(f"{printable(str(pointer))} is outside of its repository")
     blob = pointer.parent / pointer.readlink() if pointer.is_symlink() else pointer
     pointer.unlink(missing_ok=True)
     if blob.parent.resolve() == (folder / "blobs").resolve():
@@ -352,7 +355,7 @@ def _drop(folder: Path, pointer: Path) -> None:
 
 
 def _announce(folder: Path, plan: DownloadPlan, emit: Emit) -> None:
-    """Say what will be downloaded; refuse what the disk cannot hold."""
+    """Announce the download. Raise `Refused` (disk_full) if the disk has too little space."""
     missing = plan.total - _present(folder, plan)
     here = f", {amount(plan.total - missing)} of it already here" if missing < plan.total else ""
     what = f"{amount(plan.total)} in {len(plan.files)} files{here}"
@@ -362,76 +365,78 @@ def _announce(folder: Path, plan: DownloadPlan, emit: Emit) -> None:
         raise Refused(
             "disk_full",
             f"{plan.repo_id} does not fit on the disk: {amount(missing)} to download, {amount(free)} free",
-            why=f"the disk of {folder.parent} has {amount(missing - free)} too little",
-            hint="make room: mlxctl list shows the sizes; then remove what you do not need",
+            why=f"the disk of {folder.parent} is {amount(missing - free)} short",
+            hint="free disk space: mlxctl list shows the sizes; then delete models that you do not need",
             details={"needed_bytes": missing, "free_bytes": free},
         )
 
 
 def _present(folder: Path, plan: DownloadPlan) -> int:
-    """Return the bytes of the plan that need no download: the files are in this snapshot, the hub's or edited, or with
-    the same content in another snapshot of the repository."""
-    here = [file for file in plan.files if any(_size(place) is not None for place in _places(folder, plan, file))]
+    """Return the bytes of the plan that need no download.
+
+    Such a file is in this snapshot, edited or not, or another snapshot of the repository has the same content."""
+    here = [file for file in plan.files if any(_size(path) is not None for path in _possible_paths(folder, plan, file))]
     return sum(file.size for file in here)
 
 
-def _places(folder: Path, plan: DownloadPlan, file: HubFile) -> tuple[Path, Path]:
-    """Where a file of the plan is looked for before it is downloaded."""
+def _possible_paths(folder: Path, plan: DownloadPlan, file: HubFile) -> tuple[Path, Path]:
+    """Return the paths at which a file of the plan may be already: in the snapshot and in `blobs/`."""
     return folder / "snapshots" / plan.commit / file.name, folder / "blobs" / file.etag
 
 
-def _fetch(line: HubClient, plan: DownloadPlan, folder: Path, progress: Bytes, asked: Asked) -> None:
+def _fetch(client: HubClient, plan: DownloadPlan, folder: Path, progress: DownloadProgress, repo: RepoRevision) -> None:
     from huggingface_hub import snapshot_download
 
     bars = progress.bars(_present(folder, plan))
-    with as_of_a_hub(asked, line):
+    with report_invalid_answers(repo, client):
         snapshot_download(
             plan.repo_id,
             revision=plan.commit,
             cache_dir=folder.parent,
             ignore_patterns=list(NOT_SERVED),
-            endpoint=line.endpoint,
-            tqdm_class=bars,  # as much of tqdm as it calls
+            endpoint=client.endpoint,
+            tqdm_class=bars,
         )
 
 
-def _prove(folder: Path, plan: DownloadPlan, asked: Asked) -> None:
-    """Raises `DownloadFailed` unless all of it is there. Damaged weights are removed, or they would be taken for
-    downloaded the next time."""
+def _check_complete(folder: Path, plan: DownloadPlan, repo: RepoRevision) -> None:
+    """Raise `DownloadFailed` if a file is missing or damaged. Remove damaged weights, or the next download would keep
+    them."""
     snapshot = folder / "snapshots" / plan.commit
     why = completeness(snapshot)
     if why is None:
         return
     for name in {file.name for file in plan.files} & set(damaged_weights(snapshot)):
-        _drop(folder, snapshot / name)
+        _remove_file(folder, snapshot / name)
     _refuse_edits(snapshot, plan, why)
-    raise failure("incomplete_download", asked, why)
+    raise failure("incomplete_download", repo, why)
 
 
 def _refuse_edits(snapshot: Path, plan: DownloadPlan, why: str) -> None:
-    """Raises `Refused` (not_servable) if engines cannot use a file because of an edit."""
+    """Raise `Refused` (not_servable) if engines cannot use a file because of an edit."""
     broken = inspect(snapshot).broken
     for file in plan.files:
-        place = snapshot / file.name
-        if file.name not in broken and not (is_text(file.name) and _looks_begun(place, file)):
+        path = snapshot / file.name
+        if file.name not in broken and not (is_text(file.name) and _looks_truncated(path, file)):
             continue
-        if content_hash(place, file.etag) == file.etag:
-            continue  # the hub's is no better
-        hint = to_correct(place, plan.repo_id, plan.commit)
+        if content_hash(path, file.etag) == file.etag:
+            continue  # the hub's file has the same problem
+        hint = correction_hint(path, plan.repo_id, plan.commit)
         raise Refused("not_servable", f"{plan.repo_id} cannot be served", why=why, hint=hint)
 
 
-def _looks_begun(place: Path, file: HubFile) -> bool:
-    size = _size(place)
+def _looks_truncated(path: Path, file: HubFile) -> bool:
+    size = _size(path)
     try:
-        return size not in (None, file.size) and is_begun_only(str(place), file.name, size or 0, file.size)
+        return size not in (None, file.size) and is_truncated(str(path), file.name, size or 0, file.size)
     except (OSError, Damaged):
         return False
 
 
-def _write_ref(folder: Path, name: str, commit: str, asked: Asked) -> None:
-    """`refs/<branch>`, as huggingface_hub writes it for a branch (`file_download.py`), whole or not at all. It comes
-    after the download, so that an interrupted one leaves the branch where it was."""
+def _write_ref(folder: Path, name: str, commit: str, repo: RepoRevision) -> None:
+    """Write `refs/<branch>` atomically, in huggingface_hub's form (`file_download.py`).
+
+    Done after the download, so that an interrupted download leaves the branch at its old commit."""
     ref = folder / "refs" / name
     try:
         if ref.is_file() and ref.read_bytes() == commit.encode():
@@ -441,11 +446,11 @@ def _write_ref(folder: Path, name: str, commit: str, asked: Asked) -> None:
         temporary.write_text(commit)
         temporary.replace(ref)
     except OSError as error:
-        raise failure("cache_not_writable", asked, f"{ref}: {error.strerror}") from error
+        raise failure("cache_not_writable", repo, f"{ref}: {error.strerror}") from error
 
 
-def _found(hub: Path, plan: DownloadPlan) -> Snapshot:
-    """The cache's own view of what was downloaded. Raises `Refused` (not_mlx)."""
+def _downloaded_snapshot(hub: Path, plan: DownloadPlan) -> Snapshot:
+    """Return the downloaded snapshot as the cache shows it. Raises `Refused` (not_mlx)."""
     found = find(hub, plan.repo_id, plan.commit)
     whole = found if isinstance(found, Snapshot) or found is None else found.whole
     if whole is not None:

@@ -1,9 +1,9 @@
-"""Delete one snapshot of a Hugging Face cache, with all that only it uses, and count what that frees.
+"""Delete one snapshot of a Hugging Face cache with all files that only it uses, and count the freed bytes.
 
-huggingface_hub cannot do this: its scan skips a whole repository if anything in it is out of order (a branch whose
-download broke off, a link to a blob that is gone, a `._` file of a disk without extended attributes), and then deletes
-nothing. Files that other snapshots or repositories share stay, and so do files that no download put there, and files
-outside of the repository that links lead to.
+huggingface_hub cannot do this. Its scan skips a whole repository if anything in it is irregular (an interrupted
+download of a branch, a link to a missing blob, a `._` file of a disk without extended attributes), and then deletes
+nothing. Three kinds of files stay: those shared with other snapshots or repositories, those that no download created,
+and the targets of links that lead out of the repository.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlxops.agent.hub.cache import is_commit
-from mlxops.agent.hub.snapshot import is_of_a_download
+from mlxops.agent.hub.snapshot import is_downloaded
 from mlxops.agent.state.locks import is_locked
 from mlxops.core.errors import Busy, Refused
 
-_STORE = "blobs"
-"""Beside the repositories: what several of them share, since huggingface_hub 2 (`utils/_shared_blobs.py`)."""
-_PARTS = ("snapshots", "blobs", "refs", "trees", ".no_exist")
-"""What huggingface_hub keeps in a repository's folder."""
+_SHARED_STORE = "blobs"
+"""The folder beside the repositories for shared files, since huggingface_hub 2 (`utils/_shared_blobs.py`)."""
+_HUB_FOLDERS = ("snapshots", "blobs", "refs", "trees", ".no_exist")
+"""The folders of huggingface_hub in a repository's folder."""
 
 
 @dataclass(frozen=True)
 class Deleted:
-    """What deleting a snapshot did, or would do."""
+    """The result of deleting a snapshot, or of its dry run."""
 
     freed_bytes: int
     linked_bytes: int
-    """Bytes of files elsewhere that the cache only links to: the links are deleted, the files stay."""
+    """Bytes of files outside of the cache to which its links lead. The links are deleted, the files stay."""
     kept: tuple[str, ...]
-    """The commits of its repository that stay."""
+    """The repository's commits that stay."""
     own: tuple[str, ...] = ()
-    """Files that no download put there. They stay."""
+    """Files that no download created. They stay."""
 
 
 def delete(repo: Path, commit: str | None, *, dry_run: bool) -> Deleted:
-    """Delete a snapshot; with the last one, or if there is none (`commit` is None), the repository's whole folder.
+    """Delete a snapshot. If no other snapshot is left, or with `commit` None, delete the repository's whole folder.
 
     Raises `Busy` while another program downloads it, `Refused` (cache_not_writable, nothing_to_remove).
     """
@@ -50,32 +50,32 @@ def delete(repo: Path, commit: str | None, *, dry_run: bool) -> Deleted:
     if busy := next(_running_downloads(repo), None):
         raise Busy(
             "busy",
-            f"another program downloads into {repo}",
+            f"another program is downloading into {repo}",
             why=f"it holds the lock of {busy.name}",
-            hint="wait for its end, or end it; then try again",
+            hint="wait until it ends, or stop it; then try again",
         )
     if repo.is_symlink() and not others:
         linked = _bytes_behind(repo, _links(repo, commit))
         if not dry_run:
-            _carry_out(repo, [repo], [])
+            _delete_paths(repo, [repo], [])
         return Deleted(0, linked, ())
     files = list(_files_of(repo, commit, others))
-    own = tuple(str(path) for path in files if _is_somebodys_own(repo, path))
-    goes = [path for path in files if str(path) not in own]
-    if not goes:
-        place = repo / "snapshots" / commit if commit else repo
-        names = ", ".join(os.path.relpath(path, place) for path in own)
+    own = tuple(str(path) for path in files if _is_own_file(repo, path))
+    doomed = [path for path in files if str(path) not in own]
+    if not doomed:
+        folder = repo / "snapshots" / commit if commit else repo
+        names = ", ".join(os.path.relpath(path, folder) for path in own)
         raise Refused(
             "nothing_to_remove",
-            f"nothing that was downloaded is left in {place}",
-            why=f"no download put there what is left: {names}"[:300] if own else "it is empty",
-            hint=f"delete it by hand if you do not need it: rm -r {shlex.quote(str(place))}",
+            f"there are no downloaded files in {folder}",
+            why=f"no download created the files that are left: {names}"[:300] if own else "it is empty",
+            hint=f"delete it by hand if you do not need it: rm -r {shlex.quote(str(folder))}",
         )
-    linked = _bytes_behind(repo, goes)
-    shared = _Shared(repo, goes)
-    freed = _freed(goes) + shared.size
+    linked = _bytes_behind(repo, doomed)
+    shared = _SharedBlobs(repo, doomed)
+    freed = _freed(doomed) + shared.size
     if not dry_run:
-        _carry_out(repo, goes, [] if others else [repo.parent / ".locks" / repo.name])
+        _delete_paths(repo, doomed, [] if others else [repo.parent / ".locks" / repo.name])
         shared.sweep()
     return Deleted(freed, linked, others, own)
 
@@ -94,21 +94,21 @@ def _running_downloads(repo: Path) -> Iterator[Path]:
 
 
 def _files_of(repo: Path, commit: str | None, others: tuple[str, ...]) -> Iterator[Path]:
-    """Yield everything to delete, links first: an interruption then leaves no link to a deleted blob."""
+    """Yield all files to delete, links first, so that an interruption leaves no link to a deleted blob."""
     if not others:
-        for part in _PARTS:
+        for part in _HUB_FOLDERS:
             yield from _below(repo / part)
-        yield from (path for path in _entries(repo) if path.name not in _PARTS)
+        yield from (path for path in _entries(repo) if path.name not in _HUB_FOLDERS)
         return
     assert commit is not None
     mine = list(_links(repo, commit))
     yield from mine
-    yield from (ref for ref in _below(repo / "refs") if _says(ref, commit))
+    yield from (ref for ref in _below(repo / "refs") if _names_commit(ref, commit))
     yield from _below(repo / ".no_exist" / commit)
     if (tree := repo / "trees" / f"{commit}.json").exists():
         yield tree
-    staying = {_first_hop(path) for other in others for path in _links(repo, other)}
-    used = {_first_hop(path) for path in mine} - staying
+    kept_blobs = {_first_hop(path) for other in others for path in _links(repo, other)}
+    used = {_first_hop(path) for path in mine} - kept_blobs
     yield from (blob for blob in _entries(repo / "blobs") if blob in used or blob.suffix == ".incomplete")
 
 
@@ -118,7 +118,7 @@ def _links(repo: Path, commit: str | None) -> Iterator[Path]:
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """Yield everything below a folder but folders. Links are not followed."""
+    """Yield all files and links below a folder, without following links."""
     for entry in _entries(folder):
         if entry.is_dir() and not entry.is_symlink():
             yield from _below(entry)
@@ -133,7 +133,7 @@ def _entries(folder: Path) -> list[Path]:
         return []
 
 
-def _says(ref: Path, commit: str) -> bool:
+def _names_commit(ref: Path, commit: str) -> bool:
     try:
         return ref.read_bytes()[:128].strip() == commit.encode()
     except OSError:
@@ -141,36 +141,37 @@ def _says(ref: Path, commit: str) -> bool:
 
 
 def _first_hop(path: Path) -> Path | None:
-    """Return the blob that a file of a snapshot links to, existing or not. The blob may be a link itself."""
+    """Return the blob to which a file of a snapshot links, even if it is missing. The blob may itself be a link."""
     if not path.is_symlink():
         return None
     return Path(os.path.normpath(path.parent / os.readlink(path)))
 
 
-def _is_somebodys_own(repo: Path, path: Path) -> bool:
-    """Whether a person put a file there: it lies beside huggingface_hub's folders, or is a plain file among links."""
+def _is_own_file(repo: Path, path: Path) -> bool:
+    """Return whether a person created a file: outside of huggingface_hub's folders, or a plain file among links."""
     parts = path.relative_to(repo).parts
     if path.name == ".DS_Store" or path.name.startswith("._"):
-        return False  # macOS leaves these everywhere
-    if parts[0] not in _PARTS:
+        return False  # macOS creates these in every folder
+    if parts[0] not in _HUB_FOLDERS:
         return True
     if parts[0] != "snapshots" or len(parts) < 3 or path.is_symlink():
         return False
     folder = repo / "snapshots" / parts[1]
     beside = list(_below(folder))
-    # On a disk without links, downloads put plain files there.
+    # On a disk without links, downloads create plain files.
     plain = not any(each.is_symlink() for each in beside) and any(_is_downloaded(folder, each) for each in beside)
     return not plain and not _is_downloaded(folder, path)
 
 
 def _is_downloaded(folder: Path, path: Path) -> bool:
-    return is_of_a_download(str(folder), path.relative_to(folder).as_posix())
+    return is_downloaded(str(folder), path.relative_to(folder).as_posix())
 
 
 def _bytes_behind(repo: Path, paths: list[Path] | Iterator[Path]) -> int:
-    """Return the bytes of regular files that links among `paths` lead to, outside of the repository and of the cache's
-    own store. If the repository is itself a link, everything lies outside."""
-    inside = [os.path.join(os.path.realpath(repo.parent), _STORE)]
+    """Return the bytes of the files outside of the repository and the cache's store to which links in `paths` lead.
+
+    If the repository itself is a link, all its files are outside."""
+    inside = [os.path.join(os.path.realpath(repo.parent), _SHARED_STORE)]
     if not repo.is_symlink() or _commits(repo)[1:]:
         inside.append(os.path.realpath(repo))
     sizes: dict[str, int] = {}
@@ -183,7 +184,7 @@ def _bytes_behind(repo: Path, paths: list[Path] | Iterator[Path]) -> int:
 
 
 def _freed(paths: list[Path]) -> int:
-    """Return the bytes of the regular files among `paths`, without those that have a hard link elsewhere."""
+    """Return the bytes of the regular files in `paths`, without those that have a hard link elsewhere."""
     seen: dict[tuple[int, int], tuple[int, int, int]] = {}
     for path in paths:
         with contextlib.suppress(OSError):
@@ -194,15 +195,15 @@ def _freed(paths: list[Path]) -> int:
     return sum(size for count, links, size in seen.values() if count >= links)
 
 
-def _carry_out(repo: Path, paths: list[Path], folders: list[Path]) -> None:
-    """Raises `Refused` (cache_not_writable)."""
+def _delete_paths(repo: Path, paths: list[Path], folders: list[Path]) -> None:
+    """Delete these paths and folders, then all empty folders. Raises `Refused` (cache_not_writable)."""
     try:
         for path in paths:
             path.unlink(missing_ok=True)
     except OSError as error:
         raise Refused(
             "cache_not_writable",
-            f"{repo} could not be deleted, or not all of it",
+            f"{repo} could not be deleted completely",
             why=f"{error.filename}: {error.strerror}",
             hint="repair the permissions of that folder on the host, then try again",
         ) from None
@@ -210,25 +211,25 @@ def _carry_out(repo: Path, paths: list[Path], folders: list[Path]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     for emptied, _, _ in os.walk(repo, topdown=False):
         with contextlib.suppress(OSError):
-            os.rmdir(emptied)  # where nothing stays
+            os.rmdir(emptied)  # fails if it is not empty
 
 
-class _Shared:
-    """The files of the cache's shared store that only the deleted blobs link to."""
+class _SharedBlobs:
+    """The files of the cache's shared store to which only the deleted blobs link."""
 
-    def __init__(self, repo: Path, goes: list[Path]) -> None:
+    def __init__(self, repo: Path, doomed: list[Path]) -> None:
         self._cache = repo.parent
         self.size = 0
         self._paths: set[Path] = set()
-        blobs = {path for path in goes if path.is_symlink() and path.parent.name == _STORE}
-        if not blobs or not (self._cache / _STORE).is_dir():
+        blobs = {path for path in doomed if path.is_symlink() and path.parent.name == _SHARED_STORE}
+        if not blobs or not (self._cache / _SHARED_STORE).is_dir():
             return
         from mlxops.agent.hub.client import import_quietly
 
         import_quietly()
         try:
             from huggingface_hub.utils import _shared_blobs as store
-        except ImportError:  # before it had such a store
+        except ImportError:  # a version without a shared store
             return
         self._paths = {path for blob in blobs if (path := store.shared_blob_target(blob, self._cache))}
         self.size = sum(

@@ -1,8 +1,8 @@
-"""One snapshot folder of a Hugging Face cache: is all of it there, is it MLX, what can be known of its model.
+"""One snapshot folder of a Hugging Face cache: whether it is complete, whether it is MLX, and facts about its model.
 
-Reads only, standard library only, and no more than it needs: `init` asks this of every repository of a cache.
-Everything in a snapshot comes from outside. Nothing in it may raise past this module, block it (a named pipe
-called config.json), or make it read without bound.
+Reads only, with the standard library, and as little as possible, because `init` examines every repository of a cache.
+The content of a snapshot is untrusted. It must not raise an exception out of this module, block it (a named pipe called
+config.json) or make it read without limit.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from mlxops.agent.hub.weights import (
     weights,
     wrong_length,
 )
-from mlxops.common import files as reading
+from mlxops.common import files as files_io
 from mlxops.core.kv_cache import HALF, KVCache, kv_cache, language_model, seeing_cache
 from mlxops.core.loadable import is_packed, no_model, no_tokenizer, unsaid_quantization
 
@@ -40,7 +40,7 @@ MAX_JSON = contents.MAX_TEXT
 MAX_CONFIG = 8 * 1024 * 1024
 MAX_README = 16 * 1024
 MAX_HASHED = 8 * 1024 * 1024
-"""Bytes. Larger files are not hashed at each load to find edits."""
+"""Files with more bytes are not hashed to find edits, because that is done at each load."""
 
 _OTHER_FORMATS = {
     ".gguf": "GGUF",
@@ -58,35 +58,35 @@ _NEEDED = re.compile(
 )
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_context_length", "max_seq_len")
 _PARSED = ("special_tokens_map.json", "added_tokens.json")
-"""What engines parse beside the two configurations, if it is there."""
+"""Files that engines parse besides the two configurations, if they exist."""
 _QUANTIZED = ("quantization", "quantization_config")
-_OF_THE_MODEL = ("generation_config.json", "README.md")
-"""Files that a model does not need, and that people edit."""
+_EDITED_FILES = ("generation_config.json", "README.md")
+"""Files that engines do not need but people edit."""
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS_HEAD = 64 * 1024
-"""Bytes at the beginning of a weight file that name the types of its first tensors."""
+"""Bytes at the beginning of a weight file that contain the types of its first tensors."""
 _INDEX_HEAD = 4096
-"""Bytes of an index in which its metadata are: they come first (mlx_lm.utils.save_model; transformers sorts keys)."""
+"""Bytes at the beginning of an index that contain its metadata (mlx_lm.utils.save_model; transformers sorts keys)."""
 _TOTAL = re.compile(rb'\s*\{\s*"metadata":\s*\{[^{}]*"total_size":\s*(\d{1,18})\s*[,}]')
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What lies in a snapshot folder: names relative to it, symlinks followed (two levels in a Xet cache)."""
+    """The files of a snapshot folder, with relative names. Symlinks are followed (two levels in a Xet cache)."""
 
     sizes: Mapping[str, int]
     dangling: frozenset[str]
-    """Names that lead to no regular file: the blob is gone, a loop, a pipe."""
+    """Names that are not regular files: links to missing blobs, loops, pipes."""
     total: int
-    """Bytes; a file under two names counts once."""
+    """Bytes. A file with two names counts once."""
 
 
 class Listed(NamedTuple):
-    """A file as the hub lists it."""
+    """A file in the hub's list."""
 
     size: int
     etag: str
-    """SHA-256 for files that the hub keeps in LFS, git's blob id for the others; empty if not listed."""
+    """SHA-256 for LFS files, git's blob id for others; empty if the list has none."""
 
 
 @dataclass(frozen=True)
@@ -105,34 +105,34 @@ class Edited:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`why` is None for a complete MLX snapshot, else one line; `incomplete`: a download would help."""
+    """`why` is None for a complete MLX snapshot, else one line. `incomplete`: a download would repair it."""
 
     size_bytes: int
     why: str | None
     incomplete: bool = False
     whole: bool = False
-    """It is complete and only not in MLX's format: engines convert such weights while they load them."""
+    """It is complete but not in MLX's format. Engines convert such weights while they load them."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What config.json alone tells: cheap enough to be asked for every model of a list."""
+    """The facts in config.json alone, which are cheap enough to read for every model of a list."""
 
     model_type: str | None
     context_length: int | None
     cache: KVCache | None
-    """What it keeps of a conversation; None if the configuration does not say."""
-    seeing: KVCache | None
-    """The same where it is served as another model than a language model."""
+    """The size of its KV cache; None if config.json does not show it."""
+    other_cache: KVCache | None
+    """The size when it is served as a model other than a language model."""
 
     def served_as(self, model_type: str) -> KVCache | None:
-        """`model_type`: the engine's option, lm or another."""
-        return self.cache if model_type == "lm" else self.seeing
+        """Return the cache for a value of the engine's option `model_type`, `lm` or another."""
+        return self.cache if model_type == "lm" else self.other_cache
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the files tell before anything is started."""
+    """What the files show before a server is started."""
 
     shape: Shape
     architectures: tuple[str, ...]
@@ -140,27 +140,27 @@ class ModelFacts:
     quantization: str | None
     """For people: "6-bit gs64"."""
     model_file: str | None
-    """A Python file of the repository that config.json names as the model; mlx-lm 0.30.6-0.31.3 import it unasked."""
+    """A Python file of the repository that config.json names. mlx-lm 0.30.6-0.31.3 import it without being asked to."""
     auto_map: tuple[str, ...]
-    """The files that name code for transformers, which runs only if it is trusted."""
+    """The files that name code for transformers. It runs only if it is trusted."""
     has_chat_template: bool
     problems: tuple[str, ...]
-    """Why an engine could not serve it; empty if nothing is known against it."""
+    """Why an engine cannot serve it; empty if no problem is known."""
     broken: tuple[str, ...] = ()
     """The text files that do not parse. `problems` says why."""
     oddities: tuple[str, ...] = ()
-    """Warnings about files that can be served."""
+    """Warnings that do not prevent serving."""
     language_weights: bool = True
-    """There are weights that a language model's engine loads (model*.safetensors)."""
+    """There are weights that an engine for language models loads (model*.safetensors)."""
     config: Mapping[str, object] = field(default_factory=dict)
     tokenizer_class: str | None = None
-    """The tokenizer's class, if it needs code of the repository and no tokenizer.json makes that unnecessary."""
+    """The tokenizer's class if it needs code of the repository, and there is no tokenizer.json instead."""
     packed: bool = False
     """The weights are quantized, whatever config.json says."""
 
 
 def judge(folder: str, org: str) -> Verdict:
-    """Whether a snapshot of a repository of `org` can be registered; never raises."""
+    """Return whether a snapshot of a repository of `org` can be registered. Never raises."""
     try:
         files, tree = _list(folder), _tree(folder)
         if why := _no_model(files, tree):
@@ -178,9 +178,9 @@ def judge(folder: str, org: str) -> Verdict:
 
 
 def completeness(snapshot_dir: Path) -> str | None:
-    """Return None if everything that an engine needs is there and complete, else one line why not.
+    """Return why a snapshot is incomplete, in one line; None if all files that an engine needs are complete.
 
-    The thorough form: it also holds every weight file against its own header.
+    More thorough than `judge`: it compares each weight file with its header.
     """
     folder = str(snapshot_dir)
     try:
@@ -193,22 +193,23 @@ def completeness(snapshot_dir: Path) -> str | None:
 
 
 def damaged_weights(snapshot_dir: Path) -> tuple[str, ...]:
-    """The weight files whose length is not what their own header says."""
+    """Return the weight files whose length does not match their header."""
     folder = str(snapshot_dir)
     sizes = _list(folder).sizes
     return tuple(name for name, _ in damage(folder, weights(sizes), sizes))
 
 
-def is_begun_only(path: str, name: str, size: int, whole: int) -> bool:
-    """Whether a file of `size` bytes, of which the hub has `whole`, is truncated. A complete file is an edit: weights
-    that fit their header, text that parses. Raises `OSError`, `Damaged`."""
+def is_truncated(path: str, name: str, size: int, whole: int) -> bool:
+    """Return whether a file of `size` bytes is a truncated form of the hub's file of `whole` bytes.
+
+    Weights that match their header, and text that parses, are complete: an edit. Raises `OSError`, `Damaged`."""
     if is_weight(name):
         return wrong_length(path, size) is not None
     return contents.ends_early(path, name, size, whole)
 
 
 def edited(snapshot_dir: Path) -> tuple[Edited, ...]:
-    """Return the files of a snapshot that differ from the hub's, judged by its file list and the blobs' names."""
+    """Return the files of a snapshot that differ from the hub's, by its file list and the names of blobs."""
     folder = str(snapshot_dir)
     try:
         files = _list(folder)
@@ -217,7 +218,7 @@ def edited(snapshot_dir: Path) -> tuple[Edited, ...]:
     tree = _tree(folder) or {}
     links = any(os.path.islink(f"{folder}/{name}") for name in files.sizes)
     found = []
-    for name in sorted(filter(_is_of_the_model, files.sizes)):
+    for name in sorted(filter(_is_model_file, files.sizes)):
         size, listed = files.sizes[name], tree.get(name)
         etag = listed.etag if listed else _blob_name(f"{folder}/{name}")
         if listed is not None and size != listed.size:
@@ -229,30 +230,30 @@ def edited(snapshot_dir: Path) -> tuple[Edited, ...]:
     return tuple(found)
 
 
-def is_of_a_download(folder: str, name: str) -> bool:
-    """Whether a download puts a file of this name into the snapshot."""
-    return _is_of_the_model(name) or name == _INDEX or name in (_tree(folder) or ())
+def is_downloaded(folder: str, name: str) -> bool:
+    """Return whether a download creates a file of this name in the snapshot."""
+    return _is_model_file(name) or name == _INDEX or name in (_tree(folder) or ())
 
 
-def kept_as_it_is(file: Path, repo_id: str, revision: str) -> str:
-    """Say that an edited file is kept, with the commands that restore the hub's."""
-    return f"it is kept, and served as it is (to have the hub's again: {hubs_again(file, repo_id, revision)})"
+def edit_notice(file: Path, repo_id: str, revision: str) -> str:
+    """Return a sentence that an edited file is kept, with the commands that restore the hub's."""
+    return f"it is kept and served as it is (to restore the hub's file: {restore_commands(file, repo_id, revision)})"
 
 
-def to_correct(file: Path, repo_id: str, revision: str) -> str:
-    """What to do about a file that engines do not parse."""
-    return f"correct {file}, or have the hub's again: {hubs_again(file, repo_id, revision)}"
+def correction_hint(file: Path, repo_id: str, revision: str) -> str:
+    """Return a hint for a file that engines cannot parse."""
+    return f"correct {file}, or restore the hub's file: {restore_commands(file, repo_id, revision)}"
 
 
-def hubs_again(file: Path, repo_id: str, revision: str) -> str:
-    """Return the commands that replace an edited file by the hub's. They delete the file behind a link, too."""
+def restore_commands(file: Path, repo_id: str, revision: str) -> str:
+    """Return the commands that replace an edited file by the hub's. They also delete the target of a link."""
     return f"rm {shlex.quote(os.path.realpath(file))}; mlxctl pull --repo {repo_id}@{revision}"
 
 
-def link_that_leads_nowhere(folder: str, name: str) -> str | None:
-    """Return the target of a dangling link that a person made to a place outside of the cache; None for other paths."""
+def broken_link_target(folder: str, name: str) -> str | None:
+    """Return the target of a dangling link that leads out of the cache, which only a person makes; else None."""
     path = f"{folder}/{name}"
-    if not os.path.islink(path) or os.path.exists(path):  # a target that cannot be seen counts as away
+    if not os.path.islink(path) or os.path.exists(path):  # an unreadable target counts as missing
         return None
     cache = os.path.realpath(os.path.join(folder, *3 * (os.pardir,)))
     target = os.path.realpath(path)
@@ -260,7 +261,7 @@ def link_that_leads_nowhere(folder: str, name: str) -> str | None:
 
 
 def inspect(path: Path) -> ModelFacts:
-    """The facts of the snapshot at `path`; bad files never raise, they become problems."""
+    """Return the facts of the snapshot at `path`. Bad files never raise; they are listed in `problems`."""
     folder = str(path)
     problems: list[str] = []
     broken: list[str] = []
@@ -281,7 +282,7 @@ def inspect(path: Path) -> ModelFacts:
         problems.append(why)
     oddities = [] if problems else list(_odd_weights(folder, files, config, problems))
     if "modules.json" in files.sizes or "1_Pooling/config.json" in files.sizes:
-        oddities.append("it is a model for embeddings (sentence-transformers): its chat completions mean nothing")
+        oddities.append("it is a model for embeddings (sentence-transformers): its chat completions are meaningless")
     architectures = config.get("architectures")
     model_file = config.get("model_file")
     return ModelFacts(
@@ -322,17 +323,17 @@ def _are_packed(folder: str, files: Listing) -> bool:
 
 
 def _check_tokenizer(folder: str, files: Listing, problems: list[str], broken: list[str]) -> None:
-    """Check only the last byte of tokenizer.json: parsing many megabytes takes long."""
+    """Check only the beginning and end of tokenizer.json, because parsing many megabytes takes long."""
     if files.sizes.get("tokenizer.json", 0) > 0:
         with suppress(OSError):
             pointer = contents.is_pointer(first_bytes(f"{folder}/tokenizer.json", 64))
-            if pointer or not reading.read_end(f"{folder}/tokenizer.json", 64).rstrip().endswith(b"}"):
-                problems.append(f"tokenizer.json {'is a Git LFS pointer' if pointer else 'ends before its end'}")
+            if pointer or not files_io.read_end(f"{folder}/tokenizer.json", 64).rstrip().endswith(b"}"):
+                problems.append(f"tokenizer.json {'is a Git LFS pointer' if pointer else 'is cut off'}")
                 broken.append("tokenizer.json")
 
 
 def _check_generation(folder: str, problems: list[str], broken: list[str]) -> None:
-    """Report a generation_config.json that is JSON but no object: engines fail on it (they ignore invalid JSON)."""
+    """Report a generation_config.json that is JSON but not an object. Engines fail on it, but ignore invalid JSON."""
     try:
         json_object(f"{folder}/generation_config.json", MAX_CONFIG)
     except Damaged as error:
@@ -340,15 +341,15 @@ def _check_generation(folder: str, problems: list[str], broken: list[str]) -> No
             problems.append(str(error))
             broken.append("generation_config.json")
     except OSError:
-        pass  # it need not be there
+        pass  # it is optional
 
 
 def _odd_weights(folder: str, files: Listing, config: Mapping[str, object], problems: list[str]) -> Iterator[str]:
-    """Yield warnings about an index or weights left by another conversion; add to `problems` what cannot be loaded."""
+    """Yield warnings about an index or weights of another conversion. Add to `problems` what prevents loading."""
     present = weights(files.sizes)
     index = _indexed(folder, files)
     if index and not index >= set(present) and not index <= set(present):
-        yield f"{_INDEX} names other weight files than are here; engines do not read it"
+        yield f"{_INDEX} names other weight files than those present; engines do not read it"
     try:
         if present and (unsaid := unsaid_quantization(config, tensors(f"{folder}/{present[0]}"))):
             problems.append(unsaid)
@@ -357,13 +358,13 @@ def _odd_weights(folder: str, files: Listing, config: Mapping[str, object], prob
         problems.append(_reason(error))
         return
     if left and left.why:
-        problems.append(f"{left.why}: it was left by another conversion, and engines load every model*.safetensors")
+        problems.append(f"{left.why}: it is left from another conversion, and engines load every model*.safetensors")
     elif left:
-        yield f"{printable(left.names[0])} is loaded too, and looks like the rest of another conversion"
+        yield f"{printable(left.names[0])} is loaded too, and seems to be left from another conversion"
 
 
 def shape(path: Path) -> Shape:
-    """The shape of the model in the snapshot at `path`; a bad file never raises, it tells nothing."""
+    """Return the shape of the model in the snapshot at `path`. For a bad config.json, its fields are None."""
     folder = str(path)
     return _shape(_object(folder, "config.json", [], []), folder)
 
@@ -371,20 +372,21 @@ def shape(path: Path) -> Shape:
 def _shape(config: Mapping[str, object], folder: str) -> Shape:
     longest = (_positive(each, key) for key in _CONTEXT for each in (config, language_model(config)))
     model_type = config.get("model_type")
-    cache, seeing = kv_cache(config), seeing_cache(config)
+    cache, other_cache = kv_cache(config), seeing_cache(config)
     if cache and cache.value_bytes > HALF and _has_halves(folder):
-        cache, seeing = replace(cache, value_bytes=HALF), seeing and replace(seeing, value_bytes=HALF)
+        cache, other_cache = replace(cache, value_bytes=HALF), other_cache and replace(other_cache, value_bytes=HALF)
     return Shape(
         model_type=model_type if isinstance(model_type, str) else None,
         context_length=next(filter(None, longest), None),
         cache=cache,
-        seeing=seeing,
+        other_cache=other_cache,
     )
 
 
 def _has_halves(folder: str) -> bool:
-    """Whether the weights, and so the cache, have 16 bits. The `torch_dtype` of config.json does not show it:
-    mlx_lm.convert leaves that unchanged."""
+    """Return whether the weights, and so the KV cache, have 16 bits.
+
+    The `torch_dtype` of config.json does not show it, because mlx_lm.convert leaves it unchanged."""
     try:
         files = _list(folder)
         name = weights(files.sizes)[0]
@@ -395,7 +397,7 @@ def _has_halves(folder: str) -> bool:
 
 
 def weight_files(path: Path) -> dict[str, int]:
-    """The weight files of the snapshot at `path` with their sizes in bytes; empty where it cannot be read."""
+    """Return the weight files of the snapshot at `path` with their sizes in bytes; empty if it cannot be read."""
     try:
         sizes = _list(str(path)).sizes
     except OSError:
@@ -433,8 +435,9 @@ def _list(folder: str) -> Listing:
 
 
 def _tree(folder: str) -> dict[str, Listed] | None:
-    """Return all files of the commit, as huggingface_hub 1.22 and later list them beside the snapshots
-    (`_tree_cache.py`, format 1); None if there is no such list or it cannot be read."""
+    """Return the hub's list of the commit's files; None if there is none or it cannot be read.
+
+    huggingface_hub 1.22 and later store it beside the snapshots (`_tree_cache.py`, format 1)."""
     repo, commit = os.path.dirname(os.path.dirname(folder)), os.path.basename(folder)
     try:
         listing = json_object(f"{repo}/trees/{commit}.json", MAX_JSON)
@@ -454,19 +457,19 @@ def _tree(folder: str) -> dict[str, Listed] | None:
 
 
 def _missing(folder: str, files: Listing, tree: Mapping[str, Listed] | None) -> str | None:
-    """Return why a snapshot is incomplete; quick if there is a tree.
+    """Return why a snapshot is incomplete; None if it is complete. Fast if there is a tree.
 
-    Raises `Damaged` for what a download would not repair: an edit that does not parse, a dangling link of a person's.
+    Raises `Damaged` for what a download would not repair: an edit that does not parse, a person's dangling link.
     """
     if "config.json" not in files.sizes:
-        return _gone(folder, files, "config.json")
+        return _missing_file(folder, files, "config.json")
     for name in sorted(files.dangling):
         if _NEEDED.fullmatch(name) or (name in weights(files.dangling)):
-            return _gone(folder, files, name)
+            return _missing_file(folder, files, name)
     if tree is not None:
         return _missing_of_tree(folder, files, tree) or _no_weights(files)
     json_object(f"{folder}/config.json", MAX_CONFIG)
-    if _adds_up(folder, files):
+    if _sizes_match_index(folder, files):
         return None
     present = weights(files.sizes)
     if why := missing(present, _indexed(folder, files)):
@@ -474,9 +477,9 @@ def _missing(folder: str, files: Listing, tree: Mapping[str, Listed] | None) -> 
     return next((why for _, why in damage(folder, present, files.sizes)), None) or _no_weights(files)
 
 
-def _gone(folder: str, files: Listing, name: str) -> str:
-    if name in files.dangling and (place := link_that_leads_nowhere(folder, name)):
-        raise Damaged(f"{printable(name)} is a link to {printable(place)}, which is not there")
+def _missing_file(folder: str, files: Listing, name: str) -> str:
+    if name in files.dangling and (target := broken_link_target(folder, name)):
+        raise Damaged(f"{printable(name)} is a link to {printable(target)}, which does not exist")
     return f"{printable(name)} is missing"
 
 
@@ -494,14 +497,14 @@ def _missing_of_tree(folder: str, files: Listing, tree: Mapping[str, Listed]) ->
     for name in sorted((*filter(_NEEDED.fullmatch, tree), *present)):
         size, listed = files.sizes[name], tree.get(name)
         if listed is None or size == listed.size:
-            continue  # not of the hub, or of the same size: checked before it is loaded
-        if is_begun_only(f"{folder}/{name}", name, size, listed.size):
+            continue  # not in the list, or of the same size: checked before a load
+        if is_truncated(f"{folder}/{name}", name, size, listed.size):
             return f"{printable(name)} has {size} of {listed.size} bytes"
     return None
 
 
 def _indexed(folder: str, files: Listing) -> set[str]:
-    """Return the weight files that the index names; empty if there is no index or it cannot be read."""
+    """Return the weight files that the index names; empty if there is no readable index."""
     if _INDEX not in files.sizes:
         return set()
     try:
@@ -511,10 +514,11 @@ def _indexed(folder: str, files: Listing) -> set[str]:
     return {name for name in named.values() if isinstance(name, str)} if isinstance(named, dict) else set()
 
 
-def _adds_up(folder: str, files: Listing) -> bool:
-    """Whether the weight files hold as many bytes of tensors together as the index says at its beginning: then none is
-    missing and none was cut off. For that, only the lengths of their headers have to be read. Parsing the headers and
-    indexes of a thousand repositories takes longer than all the rest of an `init`."""
+def _sizes_match_index(folder: str, files: Listing) -> bool:
+    """Return whether the weight files together have as many bytes of tensors as the beginning of the index says.
+
+    If so, none is missing and none is truncated. This reads only the lengths of the headers: parsing the headers and
+    indexes of a thousand repositories takes longer than the rest of `init`."""
     if _INDEX not in files.sizes or any(map(is_weight, files.dangling)):
         return False
     total = _TOTAL.match(first_bytes(f"{folder}/{_INDEX}", _INDEX_HEAD))
@@ -523,12 +527,12 @@ def _adds_up(folder: str, files: Listing) -> bool:
     return total is not None and sum(files.sizes[name] for name in present) == headers + int(total[1])
 
 
-def _is_of_the_model(name: str) -> bool:
-    return name in _OF_THE_MODEL or is_weight(name) or _NEEDED.fullmatch(name) is not None
+def _is_model_file(name: str) -> bool:
+    return name in _EDITED_FILES or is_weight(name) or _NEEDED.fullmatch(name) is not None
 
 
 def _blob_name(path: str) -> str:
-    """Return the name of the blob that a file links to, which is the hub's hash of it; empty if it is no such link."""
+    """Return the name of the blob to which a file links, which is the hub's hash; empty for other files."""
     try:
         link = os.readlink(path)
     except OSError:
@@ -537,7 +541,7 @@ def _blob_name(path: str) -> str:
 
 
 def _no_model(files: Listing, tree: Mapping[str, Listed] | None) -> str | None:
-    """Return why a repository holds no model, by the hub's file list or a file that only such repositories have."""
+    """Return why a repository is not a model, by the hub's file list or by a file that no model has; else None."""
     names = tree.keys() if tree is not None else files.sizes.keys() | files.dangling
     return no_model(names) if tree is not None or names & {"model_index.json", "adapter_config.json"} else None
 
@@ -552,7 +556,7 @@ def _without_weights(files: Listing, tree: Mapping[str, Listed] | None) -> Verdi
 
 
 def _not_mlx(folder: str, org: str, present: list[str]) -> str | None:
-    """None for MLX, else why not. The cheapest evidence first; that of the hub itself is the model card's."""
+    """Return why a snapshot is not MLX; None if it is. The cheapest evidence is examined first."""
     if org == "mlx-community" or _quantization(json_object(f"{folder}/config.json", MAX_CONFIG)):
         return None
     first = f"{folder}/{present[0]}"
@@ -564,11 +568,11 @@ def _not_mlx(folder: str, org: str, present: list[str]) -> str | None:
         return None
     if written_by == "pt":
         return "not MLX: safetensors in PyTorch's format"
-    return "not MLX: nothing says that its safetensors are MLX's"
+    return "not MLX: neither its safetensors nor its README.md mention MLX"
 
 
 def _quantization(config: Mapping[str, object]) -> str | None:
-    """config.json's `quantization` as mlx_lm.convert writes it."""
+    """Return the quantization in config.json for people, as mlx_lm.convert writes it; None if there is none."""
     quantization = config.get("quantization")
     if not isinstance(quantization, dict):
         return None
@@ -580,15 +584,15 @@ def _quantization(config: Mapping[str, object]) -> str | None:
 
 
 def _card_says_mlx(folder: str) -> bool:
-    """The front matter of README.md has `library_name: mlx` or the tag mlx (hub-docs, modelcard.md)."""
+    """Return whether the front matter of README.md has `library_name: mlx` or the tag mlx (hub-docs, modelcard.md)."""
     try:
-        with open(reading.open_file(f"{folder}/README.md"), "rb", buffering=0) as file:
+        with open(files_io.open_file(f"{folder}/README.md"), "rb", buffering=0) as file:
             card = file.read(MAX_README).decode("utf-8", "replace")
     except OSError:
         return False
     front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", card, re.DOTALL)
-    said = r"""^(library_name:\s*|\s*-\s+|tags:\s*\[(.*,)?\s*)["']?mlx["']?\s*([,\]].*)?$"""
-    return front is not None and re.search(said, front[1], re.MULTILINE) is not None
+    pattern = r"""^(library_name:\s*|\s*-\s+|tags:\s*\[(.*,)?\s*)["']?mlx["']?\s*([,\]].*)?$"""
+    return front is not None and re.search(pattern, front[1], re.MULTILINE) is not None
 
 
 def _positive(mapping: Mapping[str, object], key: str) -> int | None:
@@ -599,7 +603,7 @@ def _positive(mapping: Mapping[str, object], key: str) -> int | None:
 def _object(
     folder: str, name: str, problems: list[str], broken: list[str], *, optional: bool = False
 ) -> Mapping[str, object]:
-    """The JSON object in a file of the folder; an empty one, and a problem, where it cannot be had."""
+    """Read the JSON object in a file of the folder. If that fails, return an empty one and add to `problems`."""
     try:
         return json_object(f"{folder}/{name}", MAX_CONFIG if name == "config.json" else MAX_JSON)
     except FileNotFoundError:

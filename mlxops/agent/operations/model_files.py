@@ -24,7 +24,7 @@ class ModelFiles:
 def cached(ctx: Context, target: ModelRef) -> ModelFiles | None:
     """The target's files, if all of them are here: no network is asked. None: they have to be downloaded."""
     from mlxops.agent.hub.cache import Skipped, Snapshot, find
-    from mlxops.agent.hub.snapshot import inspect, to_correct
+    from mlxops.agent.hub.snapshot import correction_hint, inspect
 
     if target.entry is not None and not target.repoint:
         own = registered(target.entry)
@@ -41,7 +41,7 @@ def cached(ctx: Context, target: ModelRef) -> ModelFiles | None:
             broken = inspect(found.path).broken
             hint = f"repair {found.path}; this downloads what was deleted there: mlxctl pull --repo {repo}"
             if broken:
-                hint = to_correct(found.path / broken[0], target.repo_id, found.path.name)
+                hint = correction_hint(found.path / broken[0], target.repo_id, found.path.name)
         raise Refused("not_servable", f"{target.repo_id} cannot be served", why=found.why, hint=hint)
     return None
 

@@ -22,7 +22,7 @@ from mlxops.agent.engines.inspection import (
 from mlxops.agent.engines.installation import installed_version
 from mlxops.agent.host.system import free_on_disk
 from mlxops.agent.hub.contents import printable
-from mlxops.agent.hub.snapshot import ModelFacts, edited, kept_as_it_is, shape, to_correct
+from mlxops.agent.hub.snapshot import ModelFacts, correction_hint, edit_notice, edited, shape
 from mlxops.agent.hub.weights import language_weights
 from mlxops.agent.operations.model_files import ModelFiles
 from mlxops.agent.state.store import Lock
@@ -170,7 +170,7 @@ def _check_files(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
     repo, revision = plan.target.repo_id, prepared.files.revision
     hint = f"compare its files with the hub's: mlxctl pull --repo {repo}@{revision} --verify"
     if facts.broken:
-        hint = to_correct(prepared.files.path / facts.broken[0], repo, revision)
+        hint = correction_hint(prepared.files.path / facts.broken[0], repo, revision)
     if facts.problems:
         raise Refused("not_servable", f"{repo} cannot be served", why="; ".join(facts.problems)[:400], hint=hint)
     if _is_language_model(prepared) and not facts.language_weights:
@@ -339,7 +339,7 @@ def _check_disk(ctx: Context, plan: LoadPlan) -> None:
 def _warnings(ctx: Context, request: Load, plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> list[str]:
     files = prepared.files
     found = [
-        f"{each}: {kept_as_it_is(files.path / each.name, plan.target.repo_id, files.revision)}"
+        f"{each}: {edit_notice(files.path / each.name, plan.target.repo_id, files.revision)}"
         for each in edited(files.path)
     ]
     found += facts.oddities

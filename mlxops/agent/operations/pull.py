@@ -23,7 +23,7 @@ from mlxops.core.protocol import Phase, Progress
 from mlxops.core.records import Operation
 
 if TYPE_CHECKING:
-    from mlxops.agent.hub.download import Check
+    from mlxops.agent.hub.download import FilesCheck
 
 FOLLOW_SECONDS = 0.2
 LET_GO_SECONDS = 2.0
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 def run(ctx: Context, request: Pull) -> PullResult:
     """Bring what the hub has now into the cache; with `verify`, compare every file's content with the hub's hashes."""
-    from mlxops.agent.hub.download import tell_edits, verify
+    from mlxops.agent.hub.download import verify, warn_of_edits
 
     began = time.monotonic()
     repo_id, revision = names.repo(request.repo or "")
@@ -46,7 +46,7 @@ def run(ctx: Context, request: Pull) -> PullResult:
     if request.verify:
         ctx.emit(Phase("verify", f"{repo_id} at {snapshot.revision[:12]}: the content of every file"))
         verified = verify(repo_id, snapshot.revision, ctx.paths.hub, ctx.emit)
-    tell_edits(snapshot, ctx.emit)
+    warn_of_edits(snapshot, ctx.emit)
     changed = not (isinstance(before, Snapshot) and before.revision == snapshot.revision)
     if changed:
         ctx.remember(command="pull", repo_id=repo_id, revision=snapshot.revision)
@@ -61,7 +61,7 @@ def run(ctx: Context, request: Pull) -> PullResult:
     )
 
 
-def fetch(ctx: Context, repo_id: str, revision: str | None, check: Check | None = None) -> Snapshot:
+def fetch(ctx: Context, repo_id: str, revision: str | None, check: FilesCheck | None = None) -> Snapshot:
     """Download a repository, or follow the operation that does, and see then what is left to do: mostly nothing.
     `check` may refuse before anything is downloaded.
 
@@ -76,7 +76,7 @@ def fetch(ctx: Context, repo_id: str, revision: str | None, check: Check | None 
         new, begun = not os.path.lexists(folder), _half_files(folder)
         given_up = threading.Event()
         downloading = _beside(
-            lambda: download(repo_id, revision, ctx.paths.hub, ctx.emit, given_up=given_up.is_set, check=check)
+            lambda: download(repo_id, revision, ctx.paths.hub, ctx.emit, is_cancelled=given_up.is_set, check=check)
         )
         try:
             return downloading.result()
