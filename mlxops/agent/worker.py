@@ -83,7 +83,7 @@ def run(folder: Path, lock: int) -> int:
     """
     from mlxops.agent.host import process_setup
 
-    process_setup.shed()
+    process_setup.reset_inherited_settings()
     os.umask(0o077)
     journal = OperationLog(folder)
     try:

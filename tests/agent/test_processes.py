@@ -359,7 +359,7 @@ def test_of_a_program_that_only_prints_something_nothing_is_left(
 
     monkeypatch.setattr(subprocess, "Popen", Late)
     text = f"sleep 1000 >/dev/null 2>&1 & echo $! >{tmp_path}/new; mv {tmp_path}/new {tmp_path}/pid; wait"
-    assert programs.ask([SH, "-c", text], {"PATH": "/usr/bin:/bin"}, 1) == (None, "")
+    assert programs.run_program([SH, "-c", text], {"PATH": "/usr/bin:/bin"}, 1) == (None, "")
     child = int((tmp_path / "pid").read_text())
     try:
         wait_until(lambda: (seen := SYSTEM.process(child)) is None or seen.zombie, 5, "the end of its child")

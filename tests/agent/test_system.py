@@ -296,9 +296,9 @@ def test_listeners_and_connections_are_told_by_the_kernel_and_without_it(
     assert [(each.address, each.port) for each in sockets.tcp(sockets.LISTENING) if each.port == port] == [
         (address, port)
     ]
-    ends = {each.port: each for each in sockets.tcp(sockets.CONNECTED) if {each.port, each.far[1]} == {port, own}}
-    assert (ends[own].address, ends[own].far, ends[own].inode) == (address, (address, port), str(inode))
-    assert ends[port].far == (address, own)
+    ends = {each.port: each for each in sockets.tcp(sockets.CONNECTED) if {each.port, each.remote[1]} == {port, own}}
+    assert (ends[own].address, ends[own].remote, ends[own].inode) == (address, (address, port), str(inode))
+    assert ends[port].remote == (address, own)
     assert LinuxSystem().connections(port, []) == {(address, own)} and LinuxSystem().connected({port}) == {port}
 
 

@@ -62,7 +62,9 @@ def inspect_command(
 
 
 def _read_help(engine: Engine, argv: Sequence[str], environ: Mapping[str, str]) -> str:
-    status, output = programs.ask(argv, programs.environment(environ, engine.environment(), ""), HELP_TIMEOUT_SECONDS)
+    status, output = programs.run_program(
+        argv, programs.environment(environ, engine.environment(), ""), HELP_TIMEOUT_SECONDS
+    )
     if status == 0:
         return output
     last = next((line.strip() for line in reversed(output.splitlines()) if line.strip()), "no output")

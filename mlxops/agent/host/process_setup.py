@@ -1,5 +1,7 @@
-"""What a worker has from whoever asked, with `--local` a shell or a job of theirs, and must not keep: its server, which
-has it from the worker, outlives them all."""
+"""Reset the signal handling and the limits that a worker inherits, with `--local` from a user's shell or job.
+
+The worker's server inherits them in turn, and runs longer than that shell.
+"""
 
 from __future__ import annotations
 
@@ -8,36 +10,39 @@ import resource
 import signal
 import sys
 
-KEPT_BY_PYTHON = frozenset({signal.SIGPIPE, signal.SIGXFSZ})
-"""Those that every Python ignores for its own sake; `subprocess` and the gate see to it that no child does."""
+IGNORED_BY_PYTHON = frozenset({signal.SIGPIPE, signal.SIGXFSZ})
+"""Signals that each Python process ignores. `subprocess` and the gate reset them in children."""
 
-RAISED = ("NOFILE", "FSIZE", "CPU", "AS", "DATA", "RSS", "NPROC", "MEMLOCK")
-"""The limits of which a server can never have too much. Not CORE: a crash would write all of a model to the disk. Not
-STACK: it decides where memory is mapped and how large the stacks of threads are."""
+RAISED_LIMITS = ("NOFILE", "FSIZE", "CPU", "AS", "DATA", "RSS", "NPROC", "MEMLOCK")
+"""Limits that are safe to raise. Not CORE: a crash would write the whole model to disk. Not STACK: it determines where
+memory is mapped and the stack size of threads."""
 
 OPEN_MAX = 10240
-"""<sys/syslimits.h> of macOS, which grants no "unlimited" files but so many (setrlimit(2), "compatibility")."""
+"""The highest file limit of macOS: "unlimited" is not allowed (<sys/syslimits.h>; setrlimit(2), COMPATIBILITY)."""
 
 
-def shed() -> None:
-    """Before anything else is done, and before there are threads, each of which has a mask of its own."""
-    _heed_signals()
+def reset_inherited_settings() -> None:
+    """Reset signals and raise limits. Call it before any thread exists: each thread has its own signal mask."""
+    _reset_signals()
     _raise_limits()
 
 
-def _heed_signals() -> None:
-    """No signal is held back or ignored. (One that is would stay so across exec(2), in the engine as well: a server
-    that holds back SIGTERM ends by force only.)"""
-    for number in signal.valid_signals() - KEPT_BY_PYTHON:
+def _reset_signals() -> None:
+    """Unblock all signals and ignore none.
+
+    exec(2) passes blocked and ignored signals on to the engine. A server that blocks SIGTERM can only be killed."""
+    for number in signal.valid_signals() - IGNORED_BY_PYTHON:
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
 
 def _raise_limits() -> None:
-    """Each to what this user may have. A hard limit is the administrator's word, or a shell's that nobody can take
-    back: it stays, and what it makes fail is told by whatever fails."""
-    for name in RAISED:
+    """Raise each soft limit to its hard limit.
+
+    Hard limits stay: an administrator or shell set them, and they cannot be raised. If one is too low, the operation
+    that exceeds it reports the error."""
+    for name in RAISED_LIMITS:
         number = getattr(resource, f"RLIMIT_{name}", None)
         if number is None:
             continue

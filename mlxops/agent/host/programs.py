@@ -8,24 +8,24 @@ import subprocess
 from collections.abc import Mapping, Sequence
 
 MARK = "MLXOPS_RUN"
-"""The variable of a server's environment that names the run it belongs to."""
+"""The environment variable of a server that contains its run id."""
 
-_KEPT = ("HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "LC_CTYPE", "TMPDIR", "TZ", "HF_HOME", "HF_HUB_CACHE")
-_FOLDERS = "/opt/homebrew/bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
+_KEPT_VARIABLES = ("HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "LC_CTYPE", "TMPDIR", "TZ", "HF_HOME", "HF_HUB_CACHE")
+_PATH = "/opt/homebrew/bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
 
 
 def environment(environ: Mapping[str, str], extra: Mapping[str, str], run_id: str) -> dict[str, str]:
-    """A server's environment: built from these, so that no token and nothing of the asker's shell is in it."""
-    built = {key: environ[key] for key in _KEPT if key in environ}
-    built |= {"PATH": _FOLDERS, "PYTHONUNBUFFERED": "1"}
+    """Return the environment for a server: selected variables only, without tokens and the rest of the user's shell."""
+    built = {key: environ[key] for key in _KEPT_VARIABLES if key in environ}
+    built |= {"PATH": _PATH, "PYTHONUNBUFFERED": "1"}
     built |= {key: value for key, value in extra.items() if "TOKEN" not in key.upper()}
     return built | {MARK: run_id}
 
 
-def ask(argv: Sequence[str], env: Mapping[str, str], seconds: float) -> tuple[int | None, str]:
-    """Run a program that only prints something and ends: (its status, what it printed), None if it took too long.
+def run_program(argv: Sequence[str], env: Mapping[str, str], seconds: float) -> tuple[int | None, str]:
+    """Run a program until it ends. Return its exit status (None after `seconds`) and its output.
 
-    It gets a session of its own, and nothing of it is left in the end.
+    It runs in its own session. If it takes too long, its process group is killed.
     """
     try:
         child = subprocess.Popen(
@@ -42,12 +42,12 @@ def ask(argv: Sequence[str], env: Mapping[str, str], seconds: float) -> tuple[in
     except OSError as error:
         return 127, error.strerror or str(error)
     try:
-        said, _ = child.communicate(timeout=seconds)
-        return child.returncode, said
+        output, _ = child.communicate(timeout=seconds)
+        return child.returncode, output
     except subprocess.TimeoutExpired:
         return None, ""
     finally:
         if child.returncode is None:
-            # Not reaped yet, so its pid is still its own.
+            # It is not reaped yet, so its pid cannot belong to another process.
             os.killpg(child.pid, signal.SIGKILL)
             child.communicate()

@@ -1,7 +1,7 @@
-"""The operating system as the agent sees it: processes, listeners, the boot's identity. Reads only.
+"""Read processes, listeners and the boot id from the operating system.
 
-One seam with two sides. On Linux /proc is read directly: one pass, raw kernel numbers. Elsewhere, which means
-macOS, psutil looks. Both sides run in the tests on Linux and are compared there; on macOS itself they were not run.
+One interface, two implementations. On Linux, /proc is read directly: one pass, raw kernel numbers. Elsewhere, which
+means macOS, psutil is used. The tests run and compare both on Linux. They were not run on macOS.
 """
 
 from __future__ import annotations
@@ -23,37 +23,38 @@ from mlxops.agent.host import sockets
 from mlxops.agent.host.sockets import Socket
 from mlxops.core.errors import Refused
 
-_SHORT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
-"""Errors that say something of us, who have no descriptor or memory left, and nothing of what was looked at: they must
-not be taken for its absence. Any other one says that a process has ended meanwhile, or is not ours to see."""
+_SHORTAGE_ERRORS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
+"""Errors because this process has no descriptor or memory left. They do not mean that the object is absent.
+
+Any other error means that a process has ended in between, or must not be seen."""
 
 
-def _unseen(error: Exception) -> Refused:
-    """What could not be looked at for reasons of our own. Nothing may be concluded from it."""
+def _not_seen(error: Exception) -> Refused:
+    """Return the error for a failed observation, from which nothing may be concluded."""
     return Refused(
         "not_seen",
-        "the processes of this host could not be looked at",
+        "the processes of this host could not be read",
         why=getattr(error, "strerror", None) or str(error),
-        hint="nothing is changed meanwhile; see the host's limits (ulimit -n) and its memory, then try again",
+        hint="nothing was changed; check the host's limits (ulimit -n) and its memory, then try again",
     )
 
 
 def shortage(error: Exception) -> Refused | None:
-    """What is told of an error that comes from a shortage of our own; None for any other error."""
-    return _unseen(error) if getattr(error, "errno", None) in _SHORT else None
+    """Return the error to report if this process is short of descriptors or memory; None for any other error."""
+    return _not_seen(error) if getattr(error, "errno", None) in _SHORTAGE_ERRORS else None
 
 
 def _check_shortage(error: Exception) -> None:
-    if told := shortage(error):
-        raise told from None
+    if refused := shortage(error):
+        raise refused from None
 
 
 @dataclass(frozen=True)
 class Process:
     """One row of the process table.
 
-    `start` is the kernel's raw start time as text: clock ticks since boot on Linux, the kernel's own time stamp
-    on macOS. It never moves when the wall clock is stepped, so it is compared and never calculated with.
+    `start` is the kernel's raw start time as text: clock ticks since boot on Linux, the kernel's own time stamp on
+    macOS. It does not change when the wall clock is set. Compare it, but do not calculate with it.
     """
 
     pid: int
@@ -67,33 +68,35 @@ class Process:
 
 @dataclass(frozen=True)
 class Listener:
-    """A listening TCP socket. `pids` is empty when its owner cannot be seen: that is not the same as free."""
+    """A listening TCP socket. `pids` is empty if its owner is hidden, which does not mean that the port is free."""
 
     address: str
     port: int
     pids: frozenset[int] = frozenset()
     uid: int | None = field(default=None, compare=False)
-    """Whose it is; None where the system does not tell."""
+    """The owner's user id; None if the system does not show it."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """Processes and listeners, looked at once."""
+    """The processes and listeners of the host at one moment."""
 
     processes: Mapping[int, Process] = field(default_factory=dict)
     listeners: tuple[Listener, ...] = ()
 
     def group(self, pgid: int) -> tuple[Process, ...]:
-        """The living members of a process group: a zombie holds no memory, port or file, so it does not count."""
+        """Return the living processes of a group. Zombies hold no memory, port or file, so they do not count."""
         return tuple(p for p in self.processes.values() if p.pgid == pgid and not p.zombie)
 
     def on(self, bind: str, port: int) -> tuple[Listener, ...]:
-        """The listeners that a server bound to `bind:port` would collide with."""
-        return tuple(each for each in self.listeners if each.port == port and collides(each.address, bind))
+        """Return the listeners that prevent a server from binding `bind:port`."""
+        return tuple(
+            listener for listener in self.listeners if listener.port == port and collides(listener.address, bind)
+        )
 
     @cached_property
     def children(self) -> Mapping[int, tuple[int, ...]]:
-        """The living children of each process."""
+        """Map each process to its living children."""
         found: dict[int, list[int]] = {}
         for process in self.processes.values():
             if not process.zombie and process.ppid != process.pid:
@@ -101,6 +104,7 @@ class Look:
         return {pid: tuple(children) for pid, children in found.items()}
 
     def ancestors(self, pid: int) -> Iterable[Process]:
+        """Yield a process, its parent and so on."""
         seen: set[int] = set()
         while pid in self.processes and pid not in seen:
             seen.add(pid)
@@ -109,66 +113,67 @@ class Look:
 
 
 def collides(one: str, other: str) -> bool:
-    """Two listening addresses cannot share a port: they are equal, or one of them means every address."""
-    addresses = [ipaddress.ip_address(_plain(each)) for each in (one, other)]
+    """Return whether two listening addresses cannot share a port: they are equal, or one means all addresses."""
+    addresses = [ipaddress.ip_address(_normalise(text)) for text in (one, other)]
     return addresses[0] == addresses[1] or any(address.is_unspecified for address in addresses)
 
 
-def _plain(text: str) -> str:
-    """An address in its one usual form; an IPv4 address that is written as IPv6 is that IPv4 address."""
+def _normalise(text: str) -> str:
+    """Return an address in its normal form. An IPv4 address written as IPv6 becomes IPv4."""
     address = ipaddress.ip_address(text)
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return str(mapped or address)
 
 
 def free_on_disk(path: Path) -> int:
-    """Bytes; `path` itself may not be there yet."""
-    return shutil.disk_usage(next(each for each in (path, *path.parents) if os.path.exists(each))).free
+    """Return the free bytes on the disk of `path`, which need not exist."""
+    return shutil.disk_usage(next(folder for folder in (path, *path.parents) if os.path.exists(folder))).free
 
 
 class System(Protocol):
-    """Raises `Refused` (not_seen) where the system says neither yes nor no."""
+    """The operating system. Methods raise `Refused` (not_seen) if this process lacks the means to look."""
 
     sees_all_listeners: bool
-    """Also those of other users; where not, only a connect tells that something listens."""
+    """Listeners of other users are visible too. If not, only a connection attempt shows that a port is in use."""
 
     def boot_id(self) -> str:
-        """What identifies this boot; another after a reboot."""
+        """Return the id of this boot, which changes with a reboot."""
 
     def booted_at(self) -> float:
-        """When it was, as wall time in seconds since the epoch; for display."""
+        """Return the time of the boot in seconds since the epoch, for display."""
 
     def look(self, ports: Container[int]) -> Look:
-        """Every process, and the listeners on `ports`."""
+        """Return all processes, and the listeners on `ports`."""
 
     def connected(self, ports: Container[int]) -> frozenset[int]:
-        """Those of the ports at which somebody is connected to a server: a request may be in flight there."""
+        """Return those of the ports that have a client connected: a request may be in progress there."""
 
-    def process(self, pid: int) -> Process | None: ...
+    def process(self, pid: int) -> Process | None:
+        """Return a process; None if it does not exist."""
 
     def ports_of(self, pid: int) -> frozenset[int] | None:
         """Return the ports on which a process listens; None if it is gone, hidden, or in another network namespace."""
 
     def environment(self, pid: int, key: str) -> str | None:
-        """A variable of another process's environment; None if it is not there or must not be seen."""
+        """Return a variable of another process's environment; None if it is not set or hidden."""
 
     def variables(self, pid: int) -> Mapping[str, str]:
-        """Return another process's environment, as it was when its program began; empty if hidden."""
+        """Return another process's environment at the start of its program; empty if hidden."""
 
     def units(self, pid: int) -> tuple[str, ...]:
         """Return the systemd units whose control group a process is in; empty if there are none."""
 
     def folder(self, pid: int) -> str | None:
-        """A process's working directory; None if it is gone or must not be seen."""
+        """Return a process's working directory; None if it is gone or hidden."""
 
     def memory(self, pids: Iterable[int]) -> int:
-        """Resident bytes of these processes together; shared pages count more than once."""
+        """Return the resident bytes of these processes together. Shared pages count several times."""
 
     def available(self) -> int | None:
-        """Bytes that a new program could have without anything being swapped out; None if that is not told."""
+        """Return the bytes that a new program can use without swapping; None if not known."""
 
     def connections(self, port: int, pids: Iterable[int]) -> frozenset[tuple[str, int]]:
-        """The far ends of the TCP connections that are open to `port`, which these processes serve."""
+        """Return the remote ends of the TCP connections to `port`, which these processes serve."""
 
 
 _UNITS = (".service", ".scope")
@@ -188,12 +193,12 @@ def this_system() -> System:
 
 
 class LinuxSystem:
-    """/proc, as proc(5) describes it, and the kernel's own word about sockets."""
+    """Linux: /proc (proc(5)), and sock_diag for sockets."""
 
     root = Path("/proc")
     sees_all_listeners = True
 
-    @cache  # noqa: B019 - one system a process, and no process sees two boots
+    @cache  # noqa: B019 - one instance per process, and a process sees one boot
     def boot_id(self) -> str:
         return (self.root / "sys/kernel/random/boot_id").read_text().strip()
 
@@ -209,7 +214,7 @@ class LinuxSystem:
         except OSError as error:
             _check_shortage(error)
             return None
-        # The name in parentheses may hold anything, so the fields are counted from the last parenthesis.
+        # The name in parentheses may contain any character, so the fields are counted from the last parenthesis.
         fields = stat[stat.rindex(b")") + 2 :].split()
         return Process(
             pid=pid,
@@ -222,25 +227,25 @@ class LinuxSystem:
         )
 
     def look(self, ports: Container[int]) -> Look:
-        # Listeners first: a server that comes up in between is then seen as a process without a port, which
-        # decides nothing, and not as a port without a process.
+        # Listeners first: a server that starts in between then appears as a process without a port, which is
+        # harmless, and not as a port without a process.
         listening = self._listening(ports)
         processes = {p.pid: p for p in map(self.process, self._pids()) if p is not None}
-        owners = self._owners({each.inode for each in listening}) if listening else {}
-        # A child that a server has made meanwhile holds its listener too: it is told, or, if it has ended, not counted.
+        owners = self._owners({socket.inode for socket in listening}) if listening else {}
+        # A child that a server forked in between also holds its listener. Read it too, unless it has ended.
         later = map(self.process, set().union(*owners.values()) - processes.keys())
         processes |= {p.pid: p for p in later if p is not None}
         living = {p.pid for p in processes.values() if not p.zombie}
         owners = {inode: pids & living for inode, pids in owners.items() if pids & living}
-        if any(each.inode not in owners for each in listening):
-            # Closed while its owner was looked for, or still there and nobody's that can be seen: two different things.
-            open_still = {each.inode for each in self._listening(ports)}
-            listening = [each for each in listening if each.inode in owners or each.inode in open_still]
+        if any(socket.inode not in owners for socket in listening):
+            # Either it was closed while its owner was searched for, or its owner is hidden.
+            still_open = {socket.inode for socket in self._listening(ports)}
+            listening = [socket for socket in listening if socket.inode in owners or socket.inode in still_open]
         return Look(
             processes,
             tuple(
-                Listener(_plain(each.address), each.port, frozenset(owners.get(each.inode, ())), each.uid)
-                for each in listening
+                Listener(_normalise(socket.address), socket.port, frozenset(owners.get(socket.inode, ())), socket.uid)
+                for socket in listening
             ),
         )
 
@@ -258,7 +263,7 @@ class LinuxSystem:
             with contextlib.suppress(FileNotFoundError):  # closed in between
                 open_files.add(os.readlink(f"{folder}/{name}"))
         listening = self._sockets(sockets.LISTENING)
-        return frozenset(each.port for each in listening if f"socket:[{each.inode}]" in open_files)
+        return frozenset(socket.port for socket in listening if f"socket:[{socket.inode}]" in open_files)
 
     def environment(self, pid: int, key: str) -> str | None:
         try:
@@ -275,7 +280,7 @@ class LinuxSystem:
         except OSError as error:
             _check_shortage(error)
             return {}
-        pairs = (os.fsdecode(each).partition("=") for each in block.split(b"\0") if each)
+        pairs = (os.fsdecode(item).partition("=") for item in block.split(b"\0") if item)
         return {key: value for key, _, value in pairs}
 
     def units(self, pid: int) -> tuple[str, ...]:
@@ -309,26 +314,28 @@ class LinuxSystem:
 
     def connections(self, port: int, pids: Iterable[int]) -> frozenset[tuple[str, int]]:
         return frozenset(
-            (_plain(each.far[0]), each.far[1]) for each in self._sockets(sockets.CONNECTED) if each.port == port
+            (_normalise(socket.remote[0]), socket.remote[1])
+            for socket in self._sockets(sockets.CONNECTED)
+            if socket.port == port
         )
 
     def _pids(self) -> Iterable[int]:
         try:
             return [int(name) for name in os.listdir(self.root) if name.isdigit()]
         except OSError as error:
-            raise _unseen(error) from None
+            raise _not_seen(error) from None
 
     def connected(self, ports: Container[int]) -> frozenset[int]:
-        return frozenset(each.port for each in self._sockets(sockets.CONNECTED) if each.port in ports)
+        return frozenset(socket.port for socket in self._sockets(sockets.CONNECTED) if socket.port in ports)
 
     def _listening(self, ports: Container[int]) -> list[Socket]:
-        return [each for each in self._sockets(sockets.LISTENING) if each.port in ports]
+        return [socket for socket in self._sockets(sockets.LISTENING) if socket.port in ports]
 
     def _sockets(self, state: int) -> list[Socket]:
         try:
             return sockets.tcp(state)
         except OSError as error:
-            raise _unseen(error) from None
+            raise _not_seen(error) from None
 
     def _owners(self, inodes: set[str]) -> dict[str, set[int]]:
         wanted = {f"socket:[{inode}]": inode for inode in inodes}
@@ -342,16 +349,16 @@ class LinuxSystem:
                         owners.setdefault(inode, set()).add(pid)
             except OSError as error:
                 _check_shortage(error)
-                continue  # ended meanwhile, or not ours to see
+                continue  # it has ended, or is hidden
         return owners
 
 
 class PsutilSystem:
-    """psutil, for macOS. It sees listeners of the user's own processes only."""
+    """macOS, with psutil. It sees only listeners of the user's own processes."""
 
     sees_all_listeners = False
 
-    @cache  # noqa: B019 - as above; here it costs a process each time
+    @cache  # noqa: B019 - as above; each call starts a process
     def boot_id(self) -> str:
         if sys.platform != "darwin":
             return LinuxSystem().boot_id()
@@ -371,7 +378,7 @@ class PsutilSystem:
             process = psutil.Process(pid)
             with process.oneshot():
                 zombie = process.status() == psutil.STATUS_ZOMBIE
-                # Its identity holds the kernel's start time without the correction for a stepped clock.
+                # `_ident` has the kernel's start time without corrections for changes of the wall clock.
                 start = repr(process._ident[1])  # type: ignore[attr-defined]
                 try:
                     argv = tuple(process.cmdline())
@@ -390,7 +397,7 @@ class PsutilSystem:
         except (psutil.Error, OSError) as error:
             _check_shortage(error)
             return None
-        return frozenset(each.laddr.port for each in connections if each.status == psutil.CONN_LISTEN)
+        return frozenset(connection.laddr.port for connection in connections if connection.status == psutil.CONN_LISTEN)
 
     def look(self, ports: Container[int]) -> Look:
         import psutil
@@ -403,11 +410,11 @@ class PsutilSystem:
                 continue
             processes[pid] = process
             if not ports:
-                continue  # to look at the sockets of every process takes long
+                continue  # reading the sockets of each process is slow
             try:
                 for connection in psutil.Process(pid).net_connections(kind="tcp"):
                     if connection.status == psutil.CONN_LISTEN and connection.laddr.port in ports:
-                        found.setdefault((_plain(connection.laddr.ip), connection.laddr.port), set()).add(pid)
+                        found.setdefault((_normalise(connection.laddr.ip), connection.laddr.port), set()).add(pid)
             except (psutil.Error, OSError) as error:
                 _check_shortage(error)
                 continue
@@ -426,7 +433,9 @@ class PsutilSystem:
             except (psutil.Error, OSError) as error:
                 _check_shortage(error)
                 continue
-            found |= {each.laddr.port for each in connections if each.status == psutil.CONN_ESTABLISHED}
+            found |= {
+                connection.laddr.port for connection in connections if connection.status == psutil.CONN_ESTABLISHED
+            }
         return frozenset(port for port in found if port in ports)
 
     def environment(self, pid: int, key: str) -> str | None:
@@ -482,7 +491,7 @@ class PsutilSystem:
             try:
                 for connection in psutil.Process(pid).net_connections(kind="tcp"):
                     if connection.status == psutil.CONN_ESTABLISHED and connection.laddr.port == port:
-                        found.add((_plain(connection.raddr.ip), connection.raddr.port))
+                        found.add((_normalise(connection.raddr.ip), connection.raddr.port))
             except (psutil.Error, OSError):
                 continue
         return frozenset(found)
@@ -494,11 +503,11 @@ def _all_pids() -> list[int]:
     try:
         return psutil.pids()
     except OSError as error:
-        raise _unseen(error) from None
+        raise _not_seen(error) from None
 
 
 def _read(path: str) -> bytes:
-    # Not `open`, whose questions about the file take longer than its few bytes; there are hundreds of such files.
+    # `open` examines the file first, which takes longer than reading its few bytes; there are hundreds of such files.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         parts = [os.read(descriptor, 65536)]

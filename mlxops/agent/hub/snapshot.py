@@ -156,7 +156,7 @@ class ModelFacts:
     tokenizer_class: str | None = None
     """The tokenizer's class if it needs code of the repository, and there is no tokenizer.json instead."""
     packed: bool = False
-    """The weights are quantized, whatever config.json says."""
+    """The weights are quantized, which config.json may not show."""
 
 
 def judge(folder: str, org: str) -> Verdict:
