@@ -1,4 +1,4 @@
-"""What lies in Hugging Face caches: whole, half, of other formats, and hostile."""
+"""Snapshots in Hugging Face caches: complete, incomplete, of other formats, and hostile."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def safetensors(size: int = 40, written_by: str | None = "mlx") -> bytes:
 
 
 def model(folder: Path, config: object = QUANTIZED, written_by: str | None = "mlx", shards: int = 1) -> Path:
-    """The directory of a complete model."""
+    """Create the folder of a complete model."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text("{}")
@@ -81,7 +81,7 @@ def why(hub: Path) -> tuple[str, bool]:
     return skipped.why, skipped.incomplete
 
 
-class TestTheHub:
+class TestRoots:
     @pytest.mark.parametrize(
         ("environ", "folder"),
         [
@@ -94,10 +94,10 @@ class TestTheHub:
             ({"HOME": "/h", "HF_HOME": "/y", "HUGGINGFACE_HUB_CACHE": "/z", "HF_HUB_CACHE": "/w"}, "/w"),
         ],
     )
-    def test_is_where_huggingface_hub_keeps_it(self, environ: dict[str, str], folder: str) -> None:
+    def test_hub_is_where_huggingface_hub_keeps_it(self, environ: dict[str, str], folder: str) -> None:
         assert default_hub(environ) == Path(folder)
 
-    def test_and_its_parent_are_looked_at_if_they_hold_models(self, hub: Path, source: Path) -> None:
+    def test_parent_folder_with_models_is_a_root(self, hub: Path, source: Path) -> None:
         assert roots(hub) == (hub,)
         install_snapshot(hub.parent, REPO, source)
         assert roots(hub) == (hub, hub.parent)
@@ -105,15 +105,15 @@ class TestTheHub:
         assert roots(hub) == (hub.parent,)
         assert only_snapshot(scan(hub)).path.is_relative_to(hub.parent / "models--org--model")
 
-    def test_that_is_not_there_holds_nothing(self, tmp_path: Path) -> None:
+    def test_missing_hub_has_no_models(self, tmp_path: Path) -> None:
         assert scan(tmp_path / "no" / "hub") == Scan((), ())
         assert find(tmp_path / "no" / "hub", REPO) is None
 
 
-class TestACompleteSnapshot:
+class TestCompleteSnapshot:
     @pytest.mark.parametrize(("trees", "xet"), [(False, False), (True, False), (True, True), (False, True)])
     @pytest.mark.parametrize("shards", [1, 3])
-    def test_is_found_in_every_layout(
+    def test_complete_snapshot_is_found_in_every_layout(
         self, hub: Path, source: Path, sharded: Path, trees: bool, xet: bool, shards: int
     ) -> None:
         directory = source if shards == 1 else sharded
@@ -124,14 +124,14 @@ class TestACompleteSnapshot:
         assert find(hub, REPO) == snapshot
         assert completeness(path) is None
 
-    def test_needs_no_card_and_no_pictures(self, hub: Path, source: Path) -> None:
+    def test_card_and_pictures_may_be_missing(self, hub: Path, source: Path) -> None:
         (source / "picture.png").write_bytes(b"x")
         path = install_snapshot(hub, REPO, source, trees=True)
         (path / "README.md").unlink()
         (path / "picture.png").unlink()
         only_snapshot(scan(hub))
 
-    def test_needs_no_weights_that_no_engine_loads(self, hub: Path, source: Path) -> None:
+    def test_weights_that_no_engine_loads_may_be_missing(self, hub: Path, source: Path) -> None:
         (source / "original").mkdir()
         for name in ("consolidated.safetensors", "original/model.safetensors", "model.gguf", "adapter.safetensors"):
             (source / name).write_bytes(b"not downloaded")
@@ -140,28 +140,26 @@ class TestACompleteSnapshot:
             (path / name).unlink()
         only_snapshot(scan(hub))
 
-    def test_of_main_is_preferred_to_a_newer_one(self, hub: Path, source: Path) -> None:
+    def test_main_is_preferred_to_a_newer_snapshot(self, hub: Path, source: Path) -> None:
         install_snapshot(hub, REPO, source, OLD)
         os.utime(install_snapshot(hub, REPO, source, NEW, ref=None), (2e9, 2e9))
         assert only_snapshot(scan(hub)).revision == OLD
 
     @pytest.mark.parametrize("main", ["", "junk\n", "c" * 40, "\x00" * 40, "a" * 1000])
-    def test_that_is_the_newest_stands_in_for_a_main_that_says_nothing(
-        self, hub: Path, source: Path, main: str
-    ) -> None:
+    def test_newest_snapshot_replaces_an_unusable_main(self, hub: Path, source: Path, main: str) -> None:
         os.utime(install_snapshot(hub, REPO, source, OLD), (1e9, 1e9))
         install_snapshot(hub, REPO, source, NEW, ref=None)
         (repo_folder(hub, REPO) / "refs" / "main").write_text(main)
         assert only_snapshot(scan(hub)).revision == NEW
 
-    def test_stands_in_for_a_main_that_is_half_downloaded(self, hub: Path, source: Path) -> None:
+    def test_complete_snapshot_replaces_an_incomplete_main(self, hub: Path, source: Path) -> None:
         install_snapshot(hub, REPO, source, OLD)
         (install_snapshot(hub, REPO, source, NEW) / "model.safetensors").unlink()
         snapshot = only_snapshot(scan(hub))
         assert snapshot.revision == OLD
         assert find(hub, REPO) == snapshot
 
-    def test_of_the_hub_is_preferred_to_one_beside_it_and_that_to_half_a_one(self, hub: Path, source: Path) -> None:
+    def test_hub_is_preferred_to_its_parent_if_complete(self, hub: Path, source: Path) -> None:
         outer = install_snapshot(hub.parent, REPO, source, OLD)
         inner = install_snapshot(hub, REPO, source, NEW)
         assert only_snapshot(scan(hub)).path == inner
@@ -170,33 +168,33 @@ class TestACompleteSnapshot:
         assert find(hub, REPO) == only_snapshot(scan(hub))
 
 
-class TestARevision:
-    def test_is_found_by_commit_by_its_beginning_and_by_branch(self, hub: Path, source: Path) -> None:
+class TestRevision:
+    def test_revision_is_found_by_commit_prefix_and_branch(self, hub: Path, source: Path) -> None:
         install_snapshot(hub, REPO, source, OLD, ref="refs-of/a-branch")
         install_snapshot(hub, REPO, source, NEW)
         for revision, sha in ((OLD, OLD), (OLD[:7], OLD), (NEW[:12], NEW), ("refs-of/a-branch", OLD), ("main", NEW)):
             found = find(hub, REPO, revision)
             assert isinstance(found, Snapshot) and found.revision == sha, revision
 
-    def test_that_is_not_here_is_none(self, hub: Path, source: Path) -> None:
+    def test_missing_revision_returns_none(self, hub: Path, source: Path) -> None:
         install_snapshot(hub, REPO, source, OLD)
         install_snapshot(hub, REPO, source, OLD[:39] + "b", ref=None)
         for revision in ("c" * 40, OLD[:6], OLD[:7], "v1", "../refs/main", "-x", "", "refs"):
             assert find(hub, REPO, revision) is None, revision
 
-    def test_that_is_half_here_is_told(self, hub: Path, source: Path) -> None:
+    def test_incomplete_revision_is_reported(self, hub: Path, source: Path) -> None:
         (install_snapshot(hub, REPO, source, OLD) / "config.json").unlink()
         found = find(hub, REPO, OLD)
         assert isinstance(found, Skipped) and found.incomplete
 
     @pytest.mark.parametrize("repo_id", ["org", "org/a/b", "../x", "a--b/c", "", "org/model/../x"])
-    def test_of_an_impossible_repository_is_none(self, hub: Path, source: Path, repo_id: str) -> None:
+    def test_invalid_repository_returns_none(self, hub: Path, source: Path, repo_id: str) -> None:
         install_snapshot(hub, REPO, source)
         assert find(hub, repo_id) is None
 
 
-class TestAnIncompleteSnapshot:
-    def test_after_an_interrupted_download_is_told(self, hub: Path, source: Path) -> None:
+class TestIncompleteSnapshot:
+    def test_interrupted_download_is_reported(self, hub: Path, source: Path) -> None:
         path = install_snapshot(hub, REPO, source)
         weights = (path / "model.safetensors").resolve()
         weights.rename(weights.with_name(weights.name + ".1234abcd.incomplete"))
@@ -204,11 +202,11 @@ class TestAnIncompleteSnapshot:
         assert why(hub) == ("incomplete: no weights (*.safetensors)", True)
 
     @pytest.mark.parametrize("trees", [False, True])
-    def test_lacks_a_shard(self, hub: Path, sharded: Path, trees: bool) -> None:
+    def test_missing_shard_is_reported(self, hub: Path, sharded: Path, trees: bool) -> None:
         (install_snapshot(hub, REPO, sharded, trees=trees) / SHARDS[1]).unlink()
         assert why(hub) == (f"incomplete: {SHARDS[1]} is missing", True)
 
-    def test_lacks_a_shard_though_it_lacks_the_index_too(self, hub: Path, sharded: Path) -> None:
+    def test_missing_shard_is_reported_without_an_index(self, hub: Path, sharded: Path) -> None:
         path = install_snapshot(hub, REPO, sharded)
         (path / "model.safetensors.index.json").unlink()
         only_snapshot(scan(hub))
@@ -217,28 +215,28 @@ class TestAnIncompleteSnapshot:
 
     @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
     @pytest.mark.parametrize(("trees", "xet"), [(False, False), (True, False), (True, True)])
-    def test_has_a_link_that_leads_nowhere(self, hub: Path, source: Path, name: str, trees: bool, xet: bool) -> None:
+    def test_dangling_link_is_reported(self, hub: Path, source: Path, name: str, trees: bool, xet: bool) -> None:
         (install_snapshot(hub, REPO, source, trees=trees, xet=xet) / name).resolve().unlink()
         assert why(hub) == (f"incomplete: {name} is missing", True)
 
-    def test_has_a_tokenizer_that_is_cut_off(self, hub: Path, source: Path) -> None:
+    def test_truncated_tokenizer_is_reported(self, hub: Path, source: Path) -> None:
         (source / "tokenizer.json").write_text('{"vocab": 1}')
         path = install_snapshot(hub, REPO, source, trees=True)
         (path / "tokenizer.json").resolve().write_text('{"vocab"')
         assert why(hub) == ("incomplete: tokenizer.json has 8 of 12 bytes", True)
 
-    def test_has_a_repository_folder_without_snapshots(self, hub: Path) -> None:
+    def test_repository_without_snapshots_is_reported(self, hub: Path) -> None:
         (repo_folder(hub, REPO) / "blobs").mkdir(parents=True)
         assert why(hub) == ("incomplete: no snapshot", True)
 
     @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}"])
-    def test_has_a_config_that_cannot_be_read(self, hub: Path, source: Path, content: bytes) -> None:
+    def test_unreadable_config_is_reported(self, hub: Path, source: Path, content: bytes) -> None:
         path = install_snapshot(hub, REPO, source)
         (path / "config.json").resolve().write_bytes(content)
         reason, _ = why(hub)
         assert "config.json is not" in reason or "config.json: it is UTF-16" in reason
 
-    def test_has_weights_longer_than_their_header_says(self, hub: Path, source: Path) -> None:
+    def test_too_long_weights_are_reported(self, hub: Path, source: Path) -> None:
         path = install_snapshot(hub, REPO, source)
         with (path / "model.safetensors").open("ab") as file:
             file.write(b"more")
@@ -247,7 +245,7 @@ class TestAnIncompleteSnapshot:
 
     @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(data=st.data())
-    def test_has_weights_cut_off_at_any_byte(self, hub: Path, source: Path, data: st.DataObject) -> None:
+    def test_weights_truncated_at_any_byte_are_reported(self, hub: Path, source: Path, data: st.DataObject) -> None:
         whole = safetensors()
         path = install_snapshot(hub, REPO, source)
         cut = data.draw(st.integers(0, len(whole) - 1))
@@ -257,12 +255,12 @@ class TestAnIncompleteSnapshot:
         (path / "model.safetensors").resolve().write_bytes(whole)
         assert completeness(path) is None
 
-    @pytest.mark.parametrize("total", [0, 8, -8, None], ids=["right", "too much", "too little", "not told"])
+    @pytest.mark.parametrize("total", [0, 8, -8, None], ids=["right", "too much", "too little", "missing"])
     @pytest.mark.parametrize("cut", [0, 1, 60, 10**6])
-    def test_has_a_shard_that_is_cut_off_whatever_its_index_says(
+    def test_truncated_shard_is_reported_with_any_index(
         self, hub: Path, sharded: Path, total: int | None, cut: int
     ) -> None:
-        """An old cache, without the hub's listing; a true sum in the index spares the reading of the headers."""
+        """An old cache without the hub's listing. If the sum in the index is right, no header is read."""
         path = install_snapshot(hub, REPO, sharded)
         index = json.loads((path / "model.safetensors.index.json").read_text())
         weights = {name: (path / name).read_bytes() for name in set(index["weight_map"].values())}
@@ -288,13 +286,13 @@ class TestAnIncompleteSnapshot:
             json.dumps({"version": "https://git-lfs.github.com/spec/v1"}).encode(),
         ],
     )
-    def test_has_weights_with_an_absurd_header(self, hub: Path, source: Path, content: bytes) -> None:
+    def test_invalid_weight_header_is_reported(self, hub: Path, source: Path, content: bytes) -> None:
         path = install_snapshot(hub, REPO, source)
         (path / "model.safetensors").resolve().write_bytes(content)
         reason, incomplete = why(hub)
         assert reason.startswith("incomplete: model.safetensors ") and incomplete
 
-    def test_of_the_right_size_and_wrong_content_is_seen_by_the_thorough_look(self, hub: Path, source: Path) -> None:
+    def test_completeness_detects_wrong_header_of_right_size(self, hub: Path, source: Path) -> None:
         path = install_snapshot(hub, REPO, source, trees=True)
         weights = (path / "model.safetensors").resolve()
         weights.write_bytes(b"\xff" * weights.stat().st_size)
@@ -302,8 +300,8 @@ class TestAnIncompleteSnapshot:
         assert any("model.safetensors" in problem for problem in inspect(path).problems)
 
     @pytest.mark.parametrize("named", ["../../../../etc/passwd", "sub/model.safetensors", "", 7, [], None])
-    def test_is_not_made_of_one_whose_index_names_other_places(self, hub: Path, source: Path, named: object) -> None:
-        """Engines do not read it, and nothing here looks at a place that it names."""
+    def test_paths_in_the_index_are_ignored(self, hub: Path, source: Path, named: object) -> None:
+        """Engines do not read the index, and no path in it is opened."""
         (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": named}}))
         install_snapshot(hub, REPO, source)
         only_snapshot(scan(hub))
@@ -311,7 +309,7 @@ class TestAnIncompleteSnapshot:
     @pytest.mark.parametrize(
         "listing", ["", "[]", '{"format_version": 2, "files": {}}', '{"format_version": 1, "files": {"x": 1}}']
     )
-    def test_is_told_by_its_headers_if_the_hubs_listing_is_useless(self, hub: Path, source: Path, listing: str) -> None:
+    def test_headers_decide_if_the_hubs_listing_is_unusable(self, hub: Path, source: Path, listing: str) -> None:
         path = install_snapshot(hub, REPO, source, OLD, trees=True)
         (repo_folder(hub, REPO) / "trees" / f"{OLD}.json").write_text(listing)
         only_snapshot(scan(hub))
@@ -320,7 +318,7 @@ class TestAnIncompleteSnapshot:
         assert why(hub)[1]
 
 
-class TestTheFormat:
+class TestFormat:
     def weights(self, folder: Path, **names: bytes) -> Path:
         (folder / "model.safetensors").unlink()
         for name, content in names.items():
@@ -336,15 +334,15 @@ class TestTheFormat:
             ("weights__npz", "not MLX: weights of an MLX older than safetensors (weights.npz)"),
         ],
     )
-    def test_of_other_weights_is_named(self, hub: Path, source: Path, name: str, reason: str, trees: bool) -> None:
+    def test_other_weight_format_is_named(self, hub: Path, source: Path, name: str, reason: str, trees: bool) -> None:
         install_snapshot(hub, REPO, self.weights(source, **{name: b"x"}), trees=trees)
         assert why(hub) == (reason, False)
 
-    def test_of_mistrals_own_weights_is_no_engines(self, hub: Path, source: Path) -> None:
+    def test_consolidated_weights_are_not_mlx(self, hub: Path, source: Path) -> None:
         install_snapshot(hub, REPO, self.weights(source, consolidated__safetensors=safetensors()), trees=True)
         assert why(hub) == ("not MLX: the repository has no weights (*.safetensors)", False)
 
-    def test_without_weights_is_no_download_cut_short_if_the_hub_lists_none(self, hub: Path, source: Path) -> None:
+    def test_repository_without_weights_is_not_incomplete(self, hub: Path, source: Path) -> None:
         install_snapshot(hub, REPO, self.weights(source), trees=True)
         assert why(hub) == ("not MLX: the repository has no weights (*.safetensors)", False)
 
@@ -355,27 +353,27 @@ class TestTheFormat:
             (None, "not MLX: neither its safetensors nor its README.md mention MLX"),
         ],
     )
-    def test_of_others_safetensors_is_told(
+    def test_safetensors_of_other_libraries_are_reported(
         self, hub: Path, tmp_path: Path, written_by: str | None, reason: str
     ) -> None:
         install_snapshot(hub, REPO, model(tmp_path / "m", config={}, written_by=written_by))
         assert why(hub) == (reason, False)
 
     @pytest.mark.parametrize("bits", ["4", None, 0, True])
-    def test_is_not_proven_by_somebody_elses_quantization(self, hub: Path, tmp_path: Path, bits: object) -> None:
+    def test_other_quantization_does_not_prove_mlx(self, hub: Path, tmp_path: Path, bits: object) -> None:
         config = {"quantization": {"group_size": 64, "bits": bits}, "quantization_config": {"bits": 4}}
         install_snapshot(hub, REPO, model(tmp_path / "m", config=config, written_by="pt"))
         assert why(hub)[0].startswith("not MLX")
 
-    def test_is_mlx_by_the_weights_own_word(self, hub: Path, tmp_path: Path) -> None:
+    def test_weight_metadata_proves_mlx(self, hub: Path, tmp_path: Path) -> None:
         install_snapshot(hub, REPO, model(tmp_path / "m", config={}, written_by="mlx"))
         only_snapshot(scan(hub))
 
-    def test_is_mlx_by_its_quantization(self, hub: Path, tmp_path: Path) -> None:
+    def test_quantization_proves_mlx(self, hub: Path, tmp_path: Path) -> None:
         install_snapshot(hub, REPO, model(tmp_path / "m", written_by=None))
         only_snapshot(scan(hub))
 
-    def test_is_mlx_by_its_organisation(self, hub: Path, tmp_path: Path) -> None:
+    def test_organisation_proves_mlx(self, hub: Path, tmp_path: Path) -> None:
         install_snapshot(hub, "mlx-community/m", model(tmp_path / "m", config={}, written_by=None))
         only_snapshot(scan(hub))
 
@@ -392,7 +390,7 @@ class TestTheFormat:
             ("---\n" * 100_000, False),
         ],
     )
-    def test_is_mlx_by_its_card(self, hub: Path, tmp_path: Path, card: str, is_mlx: bool) -> None:
+    def test_model_card_proves_mlx(self, hub: Path, tmp_path: Path, card: str, is_mlx: bool) -> None:
         directory = model(tmp_path / "m", config={}, written_by=None)
         (directory / "README.md").write_text(card)
         install_snapshot(hub, REPO, directory)
@@ -400,7 +398,7 @@ class TestTheFormat:
 
 
 class TestHostileContents:
-    def test_that_are_no_models_are_passed_over(self, hub: Path, source: Path) -> None:
+    def test_other_folders_are_ignored(self, hub: Path, source: Path) -> None:
         path = install_snapshot(hub, REPO, source, xet=True)
         for folder in (".locks/models--org--other", "datasets--org--d", "spaces--org--s", "tmp"):
             (hub / folder).mkdir(parents=True)
@@ -411,14 +409,14 @@ class TestHostileContents:
     @pytest.mark.parametrize(
         "name", ["models--a--b--c", "models--gpt2", "models--", "models--a--..", "models--\x1b[1m--b"]
     )
-    def test_with_a_name_of_no_repository_are_told(self, hub: Path, name: str) -> None:
+    def test_invalid_repository_name_is_reported(self, hub: Path, name: str) -> None:
         (hub / name / "snapshots" / OLD).mkdir(parents=True)
         skipped = only_skipped(scan(hub))
         assert skipped.why == "its name is not that of a repository org/name"
         assert skipped.repo_id.isprintable() and skipped.repo_id.isascii()
 
     @pytest.mark.parametrize("target", ["/nowhere/else", "models--a--link"], ids=["a disk that is away", "a loop"])
-    def test_that_are_links_to_nothing_are_told_and_hide_no_other(self, hub: Path, source: Path, target: str) -> None:
+    def test_dangling_links_are_reported_and_hide_no_model(self, hub: Path, source: Path, target: str) -> None:
         path = install_snapshot(hub, REPO, source)
         for name in ("models--a--link", "models--z--link"):
             (hub / name).symlink_to(target)
@@ -428,7 +426,7 @@ class TestHostileContents:
         assert find(hub, "a/link") == find(hub, "a/link", OLD) == found.skipped[0]
 
     @pytest.mark.skipif(os.uname().sysname == "Darwin", reason="macOS has no file names that are not UTF-8")
-    def test_with_names_that_are_no_text_are_told(self, hub: Path, source: Path) -> None:
+    def test_undecodable_name_is_reported(self, hub: Path, source: Path) -> None:
         os.mkdir(os.fsencode(hub) + b"/models--a--\xff")
         assert only_skipped(scan(hub)).repo_id == "models--a--\\udcff"
         path = install_snapshot(hub, REPO, source)
@@ -438,7 +436,7 @@ class TestHostileContents:
 
     @pytest.mark.parametrize("part", ["snapshots", "refs/main", "refs", "trees", f"trees/{OLD}.json", "blobs"])
     @pytest.mark.parametrize("kind", ["file", "folder", "pipe", "loop", "nowhere"])
-    def test_in_place_of_any_part_of_a_repository_neither_raise_nor_block(
+    def test_odd_files_instead_of_folders_neither_raise_nor_block(
         self, hub: Path, source: Path, part: str, kind: str
     ) -> None:
         install_snapshot(hub, REPO, source, OLD, trees=True)
@@ -454,7 +452,7 @@ class TestHostileContents:
     )
     @pytest.mark.parametrize("kind", ["file", "folder", "pipe", "loop", "nowhere"])
     @pytest.mark.parametrize("trees", [False, True])
-    def test_in_place_of_any_file_neither_raise_nor_block(
+    def test_odd_files_instead_of_files_neither_raise_nor_block(
         self, hub: Path, tmp_path: Path, name: str, kind: str, trees: bool
     ) -> None:
         path = install_snapshot(hub, REPO, model(tmp_path / "m", config={}, written_by=None), trees=trees)
@@ -463,7 +461,7 @@ class TestHostileContents:
         inspect(path)
         completeness(path)
 
-    def test_too_large_to_be_true_are_not_read(self, hub: Path, source: Path) -> None:
+    def test_too_large_files_are_not_read(self, hub: Path, source: Path) -> None:
         path = install_snapshot(hub, REPO, source)
         with (path / "config.json").resolve().open("r+b") as file:
             file.truncate(10**12)
@@ -471,14 +469,14 @@ class TestHostileContents:
         assert "config.json is of 1000000000000 bytes" in reason
         assert inspect(path).problems
 
-    def test_nested_without_end_are_not_followed(self, hub: Path, source: Path) -> None:
+    def test_folder_loops_are_not_followed(self, hub: Path, source: Path) -> None:
         path = install_snapshot(hub, REPO, source)
         (path / "deep" / "/".join("d" * 30)).mkdir(parents=True)
         (path / "up").symlink_to("..")
         only_snapshot(scan(hub))
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-    def test_that_may_not_be_read_are_told(self, hub: Path, source: Path) -> None:
+    def test_unreadable_repository_is_reported(self, hub: Path, source: Path) -> None:
         install_snapshot(hub, REPO, source)
         (repo_folder(hub, REPO) / "snapshots").chmod(0)
         try:
@@ -488,7 +486,7 @@ class TestHostileContents:
 
     @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(content=st.binary(max_size=200), name=st.sampled_from(["config.json", "model.safetensors", "README.md"]))
-    def test_of_any_bytes_never_raise(self, hub: Path, source: Path, content: bytes, name: str) -> None:
+    def test_arbitrary_bytes_never_raise(self, hub: Path, source: Path, content: bytes, name: str) -> None:
         path = install_snapshot(hub, REPO, source)
         original = (path / name).read_bytes()
         (path / name).resolve().write_bytes(content)
@@ -500,7 +498,7 @@ class TestHostileContents:
 
 
 def replace(path: Path, kind: str) -> None:
-    """Put something else in the place of a file or folder."""
+    """Replace a file or folder by something else."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -515,8 +513,8 @@ def replace(path: Path, kind: str) -> None:
     make[kind]()
 
 
-class TestTheFacts:
-    def test_are_those_of_the_config(self, tmp_path: Path) -> None:
+class TestModelFacts:
+    def test_facts_come_from_the_config(self, tmp_path: Path) -> None:
         config = {**QUANTIZED, "architectures": ["Qwen3ForCausalLM"], "max_position_embeddings": 40960}
         facts = inspect(model(tmp_path / "m", config=config, shards=3))
         assert (facts.shape.model_type, facts.architectures) == ("qwen3", ("Qwen3ForCausalLM",))
@@ -524,27 +522,27 @@ class TestTheFacts:
         assert facts.weight_bytes == 3 * len(safetensors())
         assert (facts.model_file, facts.auto_map, facts.has_chat_template, facts.problems) == (None, (), False, ())
 
-    def test_are_looked_for_in_a_text_config(self, tmp_path: Path) -> None:
+    def test_text_config_is_read_too(self, tmp_path: Path) -> None:
         config = {"text_config": {"max_position_embeddings": 131072}}
         assert inspect(model(tmp_path / "m", config=config)).shape.context_length == 131072
 
     @pytest.mark.parametrize("value", ["8192", 0, -1, True, None, [8192]])
-    def test_that_are_no_numbers_are_not_known(self, tmp_path: Path, value: object) -> None:
+    def test_invalid_numbers_are_ignored(self, tmp_path: Path, value: object) -> None:
         assert inspect(model(tmp_path / "m", config={"max_position_embeddings": value})).shape.context_length is None
 
-    def test_tell_what_code_the_files_name(self, tmp_path: Path) -> None:
+    def test_code_named_in_files_is_reported(self, tmp_path: Path) -> None:
         directory = model(tmp_path / "m", config={"model_file": "evil.py", "auto_map": {"AutoConfig": "x.Y"}})
         (directory / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["x.Y", null]}}')
         facts = inspect(directory)
         assert (facts.model_file, facts.auto_map) == ("evil.py", ("config.json", "tokenizer_config.json"))
 
     @pytest.mark.parametrize("name", ["chat_template.jinja", "chat_template.json"])
-    def test_know_a_chat_template_in_a_file_of_its_own(self, tmp_path: Path, name: str) -> None:
+    def test_chat_template_file_is_found(self, tmp_path: Path, name: str) -> None:
         directory = model(tmp_path / "m")
         (directory / name).write_text("{}")
         assert inspect(directory).has_chat_template
 
-    def test_know_a_chat_template_of_the_tokenizer(self, tmp_path: Path) -> None:
+    def test_chat_template_of_the_tokenizer_is_found(self, tmp_path: Path) -> None:
         directory = model(tmp_path / "m")
         (directory / "tokenizer_config.json").write_text('{"chat_template": "{{ x }}"}')
         assert inspect(directory).has_chat_template
@@ -557,15 +555,15 @@ class TestTheFacts:
             (SHARDS[0], f"{SHARDS[0]} is missing"),
         ],
     )
-    def test_name_what_is_missing(self, tmp_path: Path, name: str, problem: str) -> None:
+    def test_missing_file_is_a_problem(self, tmp_path: Path, name: str, problem: str) -> None:
         directory = model(tmp_path / "m", shards=3)
         (directory / name).unlink()
         assert inspect(directory).problems == (problem,)
 
-    def test_name_weights_that_are_not_there_at_all(self, tmp_path: Path) -> None:
+    def test_missing_weights_are_a_problem(self, tmp_path: Path) -> None:
         directory = model(tmp_path / "m")
         (directory / "model.safetensors").unlink()
         assert inspect(directory).problems == ("no weights (*.safetensors)",)
 
-    def test_of_a_folder_that_is_not_there_are_problems(self, tmp_path: Path) -> None:
+    def test_missing_folder_is_a_problem(self, tmp_path: Path) -> None:
         assert inspect(tmp_path / "gone").problems

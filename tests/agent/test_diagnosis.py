@@ -1,7 +1,7 @@
-"""What the real mlx-lm says when it fails, and what becomes of it: the table of causes knows its very words.
+"""Failures of the real mlx-lm, and how they are explained: the table of causes matches its messages.
 
-The engine is started through a script, behind which its version cannot be seen: what mlxops would find out beforehand
-comes from the engine itself then, as it does with a launcher that brings its own environment.
+The engine is started by a script, so its version is unknown. Checks that need the version are then skipped, as for a
+launcher with its own environment, and the errors come from the engine itself.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ REPO = "tiny-org/spoiled"
 
 @pytest.fixture
 def studio(homelab: Homelab) -> Studio:
-    """A Studio with a registered model that can still be spoiled, and the engine behind a script."""
+    """Return a studio with a registered model that a test can spoil, and with the engine behind a script."""
     studio = homelab.studio
     launcher = studio.folder / "launcher"
     engine = cache.engine_venv("mlx-lm") / "bin" / "mlx_lm.server"
@@ -42,14 +42,14 @@ def studio(homelab: Homelab) -> Studio:
 
 
 def replaced(studio: Studio, name: str, text: str) -> None:
-    """Another content of a file of the snapshot."""
+    """Replace the content of a file of the snapshot."""
     path = Path(studio.registry()["models"][REPO]["cache_path"]) / name
     path.unlink()
     path.write_text(text, encoding="utf-8")
 
 
 def failure(studio: Studio) -> Any:
-    """The error of a load that must not succeed, and must leave nothing."""
+    """Return the error of a load that must fail and leave nothing behind."""
     port = studio.ports[0]
     done = studio.mlxctl("load", REPO, str(port), "--json", "--timeout", "60")
     assert done.exit == 4, done
@@ -80,9 +80,7 @@ def with_a_broken_template(studio: Studio) -> None:
         (of_another_width, "files_do_not_fit", "Expected shape (64, 64) but received shape (128, 64)"),
     ],
 )
-def test_a_model_that_the_engine_cannot_serve_is_explained(
-    studio: Studio, spoil: Callable[[Studio], None], cause: str, says: str
-) -> None:
+def test_failed_start_is_explained(studio: Studio, spoil: Callable[[Studio], None], cause: str, says: str) -> None:
     spoil(studio)
     error = failure(studio)
     assert error["details"]["cause"] == cause, error
@@ -91,7 +89,7 @@ def test_a_model_that_the_engine_cannot_serve_is_explained(
 
 @contextmanager
 def starting(studio: Studio) -> Iterator[Future[Any]]:
-    """A load that must fail, while its engine is held at its start: every check before that was passed."""
+    """Start a load that must fail, and hold its engine at its start, after all checks have passed."""
     (studio.folder / "wait").touch()
     with ThreadPoolExecutor() as pool:
         failing = pool.submit(failure, studio)
@@ -102,7 +100,7 @@ def starting(studio: Studio) -> Iterator[Future[Any]]:
             (studio.folder / "go").touch()
 
 
-def test_files_that_vanish_while_the_engine_starts_are_missed(studio: Studio) -> None:
+def test_deleted_files_are_reported_as_missing(studio: Studio) -> None:
     with starting(studio) as failing:
         path = Path(studio.registry()["models"][REPO]["cache_path"])
         for file in path.glob("*.safetensors"):
@@ -112,7 +110,7 @@ def test_files_that_vanish_while_the_engine_starts_are_missed(studio: Studio) ->
     assert REPO in error["hint"], error
 
 
-def test_a_port_that_somebody_takes_while_the_engine_starts_is_told_as_that(studio: Studio) -> None:
+def test_port_taken_during_the_start_is_reported(studio: Studio) -> None:
     with starting(studio) as failing, socket.create_server((studio.address, studio.ports[0])):
         error = failing.result()
     assert error["details"]["cause"] == "port_taken", error

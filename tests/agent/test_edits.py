@@ -1,4 +1,4 @@
-"""Files of a snapshot that a person edited are theirs: kept, served, mentioned. What is cut off is fetched again."""
+"""Edited files of a snapshot are kept, served and mentioned. Truncated files are downloaded again."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Edit = Callable[[bytes], bytes]
 
 
 def longer(content: bytes) -> bytes:
-    """As a person edits a configuration: one more key, indented otherwise."""
+    """Edit as a person does: one more key, other indentation."""
     return json.dumps({**json.loads(content), "my_own_setting": "of some length, so that it shows"}, indent=8).encode()
 
 
@@ -63,12 +63,12 @@ LOADABLE = {each for each in EDITS if "mistake" not in each and "UTF-16" not in 
 
 
 def in_the_blob(file: Path, content: bytes) -> None:
-    """As `vi` writes through a link."""
+    """Write through the link, like `vi`."""
     file.resolve().write_bytes(content)
 
 
 def in_its_place(file: Path, content: bytes) -> None:
-    """As `sed -i` puts a file of its own in the place of a link."""
+    """Replace the link by a file, like `sed -i`."""
     file.unlink()
     file.write_bytes(content)
 
@@ -80,9 +80,9 @@ def warnings(events: list[Event]) -> list[str]:
     return [event.message for event in events if isinstance(event, Note) and event.level == "warning"]
 
 
-class TestAnEdit:
+class TestEdit:
     @pytest.mark.parametrize("way", WAYS)
-    def test_is_kept_by_a_download_and_by_verify(
+    def test_edit_is_kept_by_download_and_verify(
         self,
         faulty: FaultyHub,  # noqa: F811
         cache: Path,  # noqa: F811
@@ -105,13 +105,15 @@ class TestAnEdit:
     @pytest.mark.parametrize("trees", [True, False])
     @pytest.mark.parametrize("xet", [True, False])
     @pytest.mark.parametrize("way", WAYS)
-    def test_is_seen_in_every_layout(self, tmp_path: Path, tiny_models: Path, trees: bool, xet: bool, way: str) -> None:
+    def test_edit_is_found_in_every_layout(
+        self, tmp_path: Path, tiny_models: Path, trees: bool, xet: bool, way: str
+    ) -> None:
         snapshot = models.install_snapshot(tmp_path, QWEN, tiny_models / models.QWEN, trees=trees, xet=xet)
         assert edited(snapshot) == ()
         WAYS[way](snapshot / "config.json", as_long((snapshot / "config.json").read_bytes()))
         assert [each.name for each in edited(snapshot)] == ["config.json"]
 
-    def test_is_told_with_commands_that_bring_the_hubs_file_back(
+    def test_warning_has_the_commands_that_restore_the_file(
         self,
         faulty: FaultyHub,  # noqa: F811
         cache: Path,  # noqa: F811
@@ -123,14 +125,14 @@ class TestAnEdit:
             way(file, longer(original))
             events: list[Event] = []
             warn_of_edits(snapshot, events.append)
-            (said,) = warnings(events)
-            assert said.startswith("config.json differs from the hub's (")
-            assert f"rm {os.path.realpath(file)}; mlxctl pull --repo {LLAMA}@{snapshot.revision}" in said
+            (text,) = warnings(events)
+            assert text.startswith("config.json differs from the hub's (")
+            assert f"rm {os.path.realpath(file)}; mlxctl pull --repo {LLAMA}@{snapshot.revision}" in text
             os.unlink(os.path.realpath(file))
             download(LLAMA, snapshot.revision, cache, lambda _: None, QUICK)
             assert file.read_bytes() == original and edited(snapshot.path) == ()
 
-    def test_stays_in_its_snapshot_when_the_branch_moves_on(
+    def test_edit_stays_in_its_snapshot_when_the_branch_moves(
         self,
         hub: Hub,
         faulty: FaultyHub,  # noqa: F811
@@ -147,13 +149,13 @@ class TestAnEdit:
         assert new != old and (old / "config.json").read_bytes() == mine
         assert isinstance(find(cache, repo), Snapshot)
 
-    def test_of_weights_is_kept_if_it_fits_its_header(
+    def test_edited_weights_that_match_their_header_are_kept(
         self,
         faulty: FaultyHub,  # noqa: F811
         cache: Path,  # noqa: F811
         tiny_models: Path,
     ) -> None:
-        """Quantized anew in its place, for instance."""
+        """For example, weights that were quantized again."""
         file = download(QWEN, None, cache, lambda _: None, QUICK).path / "model.safetensors"
         weights = (tiny_models / models.LLAMA / "model-00001-of-00002.safetensors").read_bytes()
         in_its_place(file, weights)
@@ -162,8 +164,8 @@ class TestAnEdit:
         assert file.read_bytes() == weights and completeness(file.parent) is None
 
 
-class TestAnEditThatLooksCutOff:
-    """A person forgot a brace, or ends no last line: held against the hub's file, it is not the beginning of it."""
+class TestEditThatLooksTruncated:
+    """A missing brace or last line end: the file looks truncated, but is not the beginning of the hub's file."""
 
     @pytest.mark.parametrize("way", WAYS)
     @pytest.mark.parametrize(
@@ -174,7 +176,7 @@ class TestAnEditThatLooksCutOff:
             ("README.md", b"mine", True),
         ],
     )
-    def test_is_kept_and_told(
+    def test_edit_is_kept_with_a_warning(
         self,
         faulty: FaultyHub,  # noqa: F811
         cache: Path,  # noqa: F811
@@ -196,8 +198,8 @@ class TestAnEditThatLooksCutOff:
         assert file.read_bytes() == mine
 
 
-class TestALinkOfSomebodys:
-    def test_to_another_disk_is_served(self, tmp_path: Path, tiny_models: Path) -> None:
+class TestLinkOfAPerson:
+    def test_link_to_another_disk_is_served(self, tmp_path: Path, tiny_models: Path) -> None:
         snapshot = models.install_snapshot(tmp_path / "hub", QWEN, tiny_models / models.QWEN, trees=True)
         disk = tmp_path / "disk"
         disk.mkdir()
@@ -206,7 +208,7 @@ class TestALinkOfSomebodys:
         (snapshot / "model.safetensors").symlink_to(disk / "big")
         assert isinstance(find(tmp_path / "hub", QWEN), Snapshot) and edited(snapshot) == ()
 
-    def test_to_a_disk_that_is_not_there_is_neither_incomplete_nor_replaced(
+    def test_link_to_a_missing_disk_is_not_replaced(
         self,
         faulty: FaultyHub,  # noqa: F811
         cache: Path,  # noqa: F811
@@ -228,11 +230,13 @@ class TestALinkOfSomebodys:
 TEXTS = ["config.json", "tokenizer_config.json", "tokenizer.json", "chat_template.jinja"]
 
 
-class TestWhatIsCutOff:
+class TestTruncatedFile:
     @pytest.mark.parametrize("name", TEXTS)
     @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(data=st.data())
-    def test_at_any_byte_is_incomplete(self, tmp_path: Path, tiny_models: Path, name: str, data: st.DataObject) -> None:
+    def test_file_truncated_at_any_byte_is_incomplete(
+        self, tmp_path: Path, tiny_models: Path, name: str, data: st.DataObject
+    ) -> None:
         file = models.install_snapshot(tmp_path, QWEN, tiny_models / models.QWEN, trees=True) / name
         whole = (tiny_models / models.QWEN / name).read_bytes()
         cut = data.draw(st.integers(0, len(whole.rstrip()) - 1))
@@ -246,7 +250,7 @@ class TestWhatIsCutOff:
             file.write_bytes(whole)
 
     @pytest.mark.parametrize("way", WAYS)
-    def test_is_fetched_again(
+    def test_truncated_file_is_downloaded_again(
         self,
         faulty: FaultyHub,  # noqa: F811
         cache: Path,  # noqa: F811
@@ -262,7 +266,7 @@ class TestWhatIsCutOff:
             assert file.read_bytes() == whole
             assert any(f"{name} has" in each and "downloading it again" in each for each in warnings(events))
 
-    def test_keeps_its_length_where_a_disk_lost_power(
+    def test_file_with_lost_bytes_is_downloaded_again(
         self,
         faulty: FaultyHub,  # noqa: F811
         cache: Path,  # noqa: F811
@@ -276,13 +280,13 @@ class TestWhatIsCutOff:
         assert file.read_bytes() == whole
 
 
-class TestAServerWithAnEdit:
-    """With the real engine, and a hub that would be asked if anything were missing."""
+class TestServerWithEdit:
+    """With the real engine, and a hub that is asked if a file is missing."""
 
     def warned(self, answer: Any, name: str = "config.json") -> bool:
         return f"{name} differs from the hub's" in answer.ok().stderr
 
-    def test_is_loaded_restored_and_pulled_and_the_edit_stays(self, online_homelab: Homelab) -> None:
+    def test_edit_survives_load_restore_and_pull(self, online_homelab: Homelab) -> None:
         studio = online_homelab.studio
         port = studio.ports[0]
         pulled = studio.mlxctl("pull", "--repo", QWEN, "--json").ok().json["hosts"][0]["result"]
@@ -302,12 +306,12 @@ class TestAServerWithAnEdit:
 
 
 def offline(studio: Studio) -> dict[str, str]:
-    """Nothing is found out from a hub: port 9 is "discard", which nobody serves."""
+    """Make the hub unreachable: no program listens on port 9 ("discard")."""
     return {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "text"),
     [
         ("{}".encode("utf-16"), "it is UTF-16; save it as UTF-8"),
         ('{"a": "b"}'.encode("utf-16-le"), "it is UTF-16; save it as UTF-8"),
@@ -315,20 +319,20 @@ def offline(studio: Studio) -> dict[str, str]:
         (b"\xef\xbb\xbf{}", "it begins with a byte order mark; save it as UTF-8 without one"),
     ],
 )
-def test_a_config_in_another_encoding_is_told_as_what_it_is(homelab: Homelab, content: bytes, said: str) -> None:
+def test_config_in_another_encoding_is_reported(homelab: Homelab, content: bytes, text: str) -> None:
     studio = homelab.studio
     config = studio.install(QWEN, models.QWEN) / "config.json"
     blob = config.resolve()
     blob.write_bytes(content)
-    assert f"config.json: {said}" in studio.mlxctl("init").ok().stdout
+    assert f"config.json: {text}" in studio.mlxctl("init").ok().stdout
     words = ("load", "--model", QWEN, "--port", str(studio.ports[0]), "--dry-run", "--json")
     error = studio.mlxctl(*words).json["hosts"][0]["error"]
-    assert (error["code"], error["why"]) == ("not_servable", f"cannot be read: config.json: {said}")
+    assert (error["code"], error["why"]) == ("not_servable", f"cannot be read: config.json: {text}")
     assert error["hint"].startswith(f"correct {config}, or restore the hub's file: rm {blob}; mlxctl pull --local")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer_config.json", "tokenizer.json"])
-def test_what_a_clone_without_git_lfs_left_is_called_so_and_fetched_again(
+def test_git_lfs_pointer_is_named_and_downloaded_again(
     faulty: FaultyHub,  # noqa: F811
     cache: Path,  # noqa: F811
     name: str,
@@ -343,7 +347,7 @@ def test_what_a_clone_without_git_lfs_left_is_called_so_and_fetched_again(
     assert file.read_bytes() == whole
 
 
-def test_what_goes_with_a_removed_model_is_told_before_and_after(homelab: Homelab) -> None:
+def test_remove_names_edited_files(homelab: Homelab) -> None:
     studio = homelab.studio
     config = studio.install(QWEN, models.QWEN) / "config.json"
     config.resolve().write_bytes(longer(config.read_bytes()))

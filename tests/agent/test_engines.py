@@ -1,4 +1,4 @@
-"""What mlxops knows of the two server programs, against real files and real command lines."""
+"""The engines: finding them, their command lines, recognising their processes, and probes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OPENAI, LM = MlxOpenAIServer(), MlxLm()
 
 @pytest.fixture(autouse=True)
 def _no_engine_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is installed here must not decide."""
+    """Hide engines that are installed on this machine."""
     monkeypatch.setattr("mlxops.agent.engines.installation.USUAL_FOLDERS", ())
     monkeypatch.setattr(mlx_openai_server, "UV_PROJECT", str(tmp_path / "opt" / "mlx-launch"))
     monkeypatch.setattr(mlx_openai_server, "HOMEBREW_UV", str(tmp_path / "homebrew" / "uv"))
@@ -52,12 +52,12 @@ def serving(**fields: object) -> ServerSpec:
     return ServerSpec(model, "jerry-xl", Path("/hub/a b/sha"), "127.0.0.1", 8100, Path("/state/run/8100"), options)
 
 
-# -- where an engine is found ---------------------------------------------------------------------------------------
+# -- finding an engine ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def everywhere(tmp_path: Path) -> dict[str, str]:
-    """Every place of the seed has the engine; this is the host's environment."""
+def all_installed(tmp_path: Path) -> dict[str, str]:
+    """Install the engine in each place where it is searched for. Return the host's environment."""
     program(tmp_path / "path" / "mlx-openai-server")
     program(tmp_path / "path" / "uv")
     program(tmp_path / "homebrew" / "uv")
@@ -70,44 +70,44 @@ def everywhere(tmp_path: Path) -> dict[str, str]:
     }
 
 
-def test_the_command_is_found_in_the_seeds_order(tmp_path: Path, everywhere: dict[str, str]) -> None:
+def test_command_is_searched_in_a_fixed_order(tmp_path: Path, all_installed: dict[str, str]) -> None:
     uv_run = ("run", "--project", str(tmp_path / "opt" / "mlx-launch"), "mlx-openai-server", "launch")
     configured = program(tmp_path / "configured")
-    assert OPENAI.find_command([configured, "go"], everywhere) == EngineCommand(
+    assert OPENAI.find_command([configured, "go"], all_installed) == EngineCommand(
         (configured, "go"), "`launch` in hosts.yaml"
     )
     mine = (f"{tmp_path}/mine/engine", "launch", "--log-level", "a b")
-    assert OPENAI.find_command([], everywhere) == EngineCommand(mine, "MLX_LAUNCH_CMD")
-    del everywhere["MLX_LAUNCH_CMD"]
-    assert OPENAI.find_command([], everywhere) == EngineCommand(
+    assert OPENAI.find_command([], all_installed) == EngineCommand(mine, "MLX_LAUNCH_CMD")
+    del all_installed["MLX_LAUNCH_CMD"]
+    assert OPENAI.find_command([], all_installed) == EngineCommand(
         (f"{tmp_path}/path/mlx-openai-server", "launch"), "PATH"
     )
     (tmp_path / "path" / "mlx-openai-server").unlink()
-    assert OPENAI.find_command([], everywhere).argv == (f"{tmp_path}/path/uv", *uv_run)
+    assert OPENAI.find_command([], all_installed).argv == (f"{tmp_path}/path/uv", *uv_run)
     (tmp_path / "path" / "uv").unlink()
-    assert OPENAI.find_command([], everywhere).argv == (f"{tmp_path}/homebrew/uv", *uv_run)
+    assert OPENAI.find_command([], all_installed).argv == (f"{tmp_path}/homebrew/uv", *uv_run)
     (tmp_path / "homebrew" / "uv").unlink()
     with pytest.raises(Refused) as caught:
-        OPENAI.find_command([], everywhere)
+        OPENAI.find_command([], all_installed)
     assert caught.value.code == "engine_not_found"
     assert "MLX_LAUNCH_CMD" in caught.value.why and "MLX_LAUNCH_CMD" in caught.value.hint
 
 
-def test_uv_without_its_project_is_no_engine(tmp_path: Path, everywhere: dict[str, str]) -> None:
-    del everywhere["MLX_LAUNCH_CMD"]
+def test_uv_without_its_project_is_not_an_engine(tmp_path: Path, all_installed: dict[str, str]) -> None:
+    del all_installed["MLX_LAUNCH_CMD"]
     (tmp_path / "path" / "mlx-openai-server").unlink()
     (tmp_path / "opt" / "mlx-launch").rmdir()
     with pytest.raises(Refused):
-        OPENAI.find_command([], everywhere)
+        OPENAI.find_command([], all_installed)
 
 
 @pytest.mark.parametrize("folder", [".local/bin", "bin"])
-def test_the_users_own_folders_are_looked_at_though_ssh_does_not_give_them(tmp_path: Path, folder: str) -> None:
+def test_folders_of_the_user_are_searched(tmp_path: Path, folder: str) -> None:
     found = program(tmp_path / "home" / folder / "mlx-openai-server")
     assert OPENAI.find_command([], {"HOME": str(tmp_path / "home"), "PATH": "/nowhere"}).argv == (found, "launch")
 
 
-def test_the_usual_folders_are_looked_at_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_usual_folders_are_searched_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usual = program(tmp_path / "usual" / "mlx_lm.server")
     monkeypatch.setattr("mlxops.agent.engines.installation.USUAL_FOLDERS", (str(tmp_path / "usual"),))
     assert find_program("mlx_lm.server", {}) == usual
@@ -116,27 +116,25 @@ def test_the_usual_folders_are_looked_at_last(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("text", ["", "   ", "'open", '"', "# comment only'"])
-def test_a_launch_command_that_is_none_is_told_and_not_passed_over(everywhere: dict[str, str], text: str) -> None:
+def test_invalid_launch_command_is_refused(all_installed: dict[str, str], text: str) -> None:
     with pytest.raises(Refused) as caught:
-        OPENAI.find_command([], {**everywhere, "MLX_LAUNCH_CMD": text})
+        OPENAI.find_command([], {**all_installed, "MLX_LAUNCH_CMD": text})
     assert (
         caught.value.code in {"bad_launch_command", "engine_not_found"}
         and "MLX_LAUNCH_CMD" in str(caught.value.hint) + caught.value.why
     )
 
 
-def test_a_launch_command_is_split_like_a_shell_would_and_never_given_to_one(
-    tmp_path: Path, everywhere: dict[str, str]
-) -> None:
+def test_launch_command_is_split_without_running_a_shell(tmp_path: Path, all_installed: dict[str, str]) -> None:
     text = f"{tmp_path}/mine/engine 'a b' \"c d\" e\\ f $(touch {tmp_path}/canary) ; rm"
-    command = OPENAI.find_command([], {**everywhere, "MLX_LAUNCH_CMD": text})
+    command = OPENAI.find_command([], {**all_installed, "MLX_LAUNCH_CMD": text})
     assert command.argv[1:4] == ("a b", "c d", "e f")
     assert command.argv[4:] == ("$(touch", f"{tmp_path}/canary)", ";", "rm")
     assert not (tmp_path / "canary").exists()
 
 
 @pytest.mark.parametrize("engine", [OPENAI, LM], ids=lambda engine: engine.name)
-def test_a_configured_program_that_is_not_there_is_refused(tmp_path: Path, engine: Engine) -> None:
+def test_missing_configured_program_is_refused(tmp_path: Path, engine: Engine) -> None:
     plain = tmp_path / "not-executable"
     plain.write_text("")
     for path in (str(tmp_path / "missing"), str(tmp_path), str(plain), "no-such-program"):
@@ -145,7 +143,7 @@ def test_a_configured_program_that_is_not_there_is_refused(tmp_path: Path, engin
         assert caught.value.code == "engine_not_found" and "hosts.yaml" in caught.value.why
 
 
-def test_a_configured_command_may_begin_in_the_home_directory_or_on_path(tmp_path: Path) -> None:
+def test_configured_command_may_use_home_and_path(tmp_path: Path) -> None:
     environ = {"HOME": str(tmp_path), "PATH": str(tmp_path / "path")}
     at_home = program(tmp_path / "venv" / "bin" / "python")
     assert LM.find_command(["~/venv/bin/python", "~/x"], environ).argv == (at_home, f"{tmp_path}/x")
@@ -153,13 +151,13 @@ def test_a_configured_command_may_begin_in_the_home_directory_or_on_path(tmp_pat
     assert LM.find_command(["uv", "run"], environ).argv == (on_path, "run")
 
 
-def test_mlx_lm_that_is_not_installed_is_told_with_what_installs_it() -> None:
+def test_missing_mlx_lm_hint_says_how_to_install_it() -> None:
     with pytest.raises(Refused) as caught:
         LM.find_command([], {"PATH": "/nowhere"})
     assert caught.value.code == "engine_not_found" and "uv tool install mlx-lm" in caught.value.hint
 
 
-def test_an_engine_that_nobody_knows_is_refused_with_those_that_are_known() -> None:
+def test_unknown_engine_is_refused_with_the_known_ones() -> None:
     with pytest.raises(Refused) as caught:
         engine_named("vllm")
     assert caught.value.code == "unknown_engine" and "mlx-lm" in caught.value.why
@@ -179,8 +177,8 @@ def test_a_new_engine_is_one_new_file(tmp_path: Path) -> None:
         "print(len(ENGINES), engine_named('third-one').name)\n"
         "print(inventory.load(pathlib.Path('hosts.yaml')).host('here').settings.engine)\n"
     )
-    said = subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, text=True, timeout=60)
-    assert said.split() == ["3", "third-one", "third-one"]
+    output = subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, text=True, timeout=60)
+    assert output.split() == ["3", "third-one", "third-one"]
 
 
 class MinimalEngine(Engine):
@@ -217,14 +215,14 @@ def test_a_new_engine_defines_six_members(tmp_path: Path) -> None:
 # -- the argv -------------------------------------------------------------------------------------------------------
 
 
-def test_mlx_lm_serves_the_alias_as_a_link_in_a_folder_of_its_own() -> None:
+def test_mlx_lm_serves_the_alias() -> None:
     assert LM.argv(EngineCommand(("/bin/mlx_lm.server",), ""), serving(args=("--temp", "0"))) == (
         *("/bin/mlx_lm.server", "--model", "jerry-xl", "--host", "127.0.0.1", "--port", "8100"),
         *("--temp", "0"),
     )
 
 
-def test_the_link_points_to_the_snapshot_and_is_renewed(tmp_path: Path) -> None:
+def test_alias_link_points_to_the_current_snapshot(tmp_path: Path) -> None:
     for number in (1, 2):
         snapshot = tmp_path / f"snapshot{number}"
         snapshot.mkdir()
@@ -233,7 +231,7 @@ def test_the_link_points_to_the_snapshot_and_is_renewed(tmp_path: Path) -> None:
             assert os.readlink(tmp_path / "run" / alias) == str(snapshot)
 
 
-def test_mlx_lm_is_given_its_options_and_refuses_those_that_it_has_not(tmp_path: Path) -> None:
+def test_mlx_lm_refuses_options_that_it_does_not_have(tmp_path: Path) -> None:
     template = tmp_path / "template.jinja"
     template.write_text("{{ m }}")
     argv = LM.argv(
@@ -246,7 +244,7 @@ def test_mlx_lm_is_given_its_options_and_refuses_those_that_it_has_not(tmp_path:
     assert caught.value.code == "unsupported_option" and "tool_call_parser" in caught.value.message
 
 
-def test_mlx_openai_server_is_given_the_path_the_alias_and_the_entrys_options() -> None:
+def test_mlx_openai_server_gets_path_alias_and_options() -> None:
     argv = OPENAI.argv(
         EngineCommand(("/bin/uv", "run", "mlx-openai-server", "launch"), ""),
         serving(
@@ -274,7 +272,7 @@ def test_mlx_openai_server_is_given_the_path_the_alias_and_the_entrys_options() 
     }
 
 
-def test_a_value_replaces_a_default_flag() -> None:
+def test_option_replaces_a_default_flag() -> None:
     bare = EngineCommand(("x",), "")
     assert long_options(OPENAI.argv(bare, serving()))["--model-type"] == "lm"
     assert (
@@ -284,19 +282,19 @@ def test_a_value_replaces_a_default_flag() -> None:
 
 
 @pytest.mark.parametrize("engine", [OPENAI, LM], ids=lambda engine: engine.name)
-def test_an_argument_that_the_installed_version_does_not_mention_is_refused_with_what_was_perhaps_meant(
+def test_unknown_argument_is_refused_with_a_suggestion(
     engine: Engine,
 ) -> None:
-    told = EngineCommand(("x",), "", "1", "usage: x [--max-tokens N]\n  --max-tokens N  at most\n")
+    command = EngineCommand(("x",), "", "1", "usage: x [--max-tokens N]\n  --max-tokens N  at most\n")
     for fine in (("--max-tokens", "-1"), ("--max-tok=7",), ("free", "-q")):
-        assert engine.argv(told, serving(args=fine))[-len(fine) :] == fine
+        assert engine.argv(command, serving(args=fine))[-len(fine) :] == fine
     with pytest.raises(Refused) as caught:
-        engine.argv(told, serving(args=("--max-token", "7", "--mox-tokens", "7")))
+        engine.argv(command, serving(args=("--max-token", "7", "--mox-tokens", "7")))
     assert caught.value.code == "unknown_argument" and caught.value.hint.endswith("(did you mean --max-tokens?)")
 
 
 @pytest.mark.parametrize("engine", [OPENAI, LM], ids=lambda engine: engine.name)
-def test_code_of_the_repository_runs_only_if_the_entry_says_so(engine: Engine) -> None:
+def test_remote_code_is_not_trusted_by_default(engine: Engine) -> None:
     assert "--trust-remote-code" not in engine.argv(EngineCommand(("x",), ""), serving())
 
 
@@ -305,7 +303,7 @@ def test_code_of_the_repository_runs_only_if_the_entry_says_so(engine: Engine) -
     "word",
     ["--port", "--port=1", "--por", "--po=1", "--host", "--hos=0.0.0.0", "--trust-remote-code", "--trust", "--trust-r"],
 )
-def test_a_models_own_arguments_cannot_take_what_belongs_to_mlxops(engine: Engine, word: str) -> None:
+def test_reserved_argument_is_refused(engine: Engine, word: str) -> None:
     with pytest.raises(Refused) as caught:
         engine.argv(EngineCommand(("x",), ""), serving(args=("--fine", word)))
     assert caught.value.code == "reserved_argument"
@@ -322,7 +320,7 @@ def test_a_models_own_arguments_cannot_take_what_belongs_to_mlxops(engine: Engin
     ],
     ids=lambda each: each if isinstance(each, str) else each.name,
 )
-def test_nor_what_belongs_to_mlxops_with_this_engine(engine: Engine, word: str) -> None:
+def test_reserved_argument_of_the_engine_is_refused(engine: Engine, word: str) -> None:
     with pytest.raises(Refused):
         engine.argv(EngineCommand(("x",), ""), serving(args=(word,)))
 
@@ -333,11 +331,11 @@ def test_other_arguments_are_passed_on(word: str) -> None:
 
 
 @pytest.mark.parametrize("engine", [OPENAI, LM], ids=lambda engine: engine.name)
-def test_no_engine_downloads_by_itself(engine: Engine) -> None:
+def test_engines_run_offline(engine: Engine) -> None:
     assert engine.environment()["HF_HUB_OFFLINE"] == "1"
 
 
-# -- recognised in the process list ---------------------------------------------------------------------------------
+# -- recognising a server process ----------------------------------------------------------------------------------
 
 LM_OPTIONS = ("--model", "jerry", "--host", "0.0.0.0", "--port", "8101")
 OPENAI_OPTIONS = ("--model-path", "/hub/x", "--host", "0.0.0.0", "--port", "8101")
@@ -435,14 +433,14 @@ SERVER = ("mlx_lm.server", *LM_OPTIONS)
     ],
     ids=" ".join,
 )
-def test_what_only_carries_the_words_of_a_server_is_none(argv: tuple[str, ...]) -> None:
+def test_other_program_with_a_servers_words_is_not_recognised(argv: tuple[str, ...]) -> None:
     assert recognise(argv) is None
 
 
-def test_what_the_engines_do_by_themselves_is_known() -> None:
+def test_default_ports_and_abbreviations_are_recognised() -> None:
     assert recognise(["mlx_lm.server"]) == ("mlx-lm", DetectedServer(8080, "", "127.0.0.1"))
     assert recognise(["mlx-openai-server", "launch"]) == ("mlx-openai-server", DetectedServer(8000, "", "0.0.0.0"))
-    # Its file names the port, and --port counts for nothing.
+    # The --config file sets the port; --port is ignored.
     assert recognise(["mlx-openai-server", "launch", "--config", "x.yaml", "--port", "1"]) == (
         "mlx-openai-server", DetectedServer(None, "", None),
     )  # fmt: skip
@@ -477,24 +475,24 @@ def test_what_the_engines_do_by_themselves_is_known() -> None:
         ("sleep", *("1",) * 20, "mlx_lm.server", *LM_OPTIONS),
     ],
 )
-def test_nothing_else_is_recognised(argv: tuple[str, ...]) -> None:
+def test_other_programs_are_not_recognised(argv: tuple[str, ...]) -> None:
     assert recognise(argv) is None
 
 
-# -- what a log says ------------------------------------------------------------------------------------------------
+# -- fatal errors in a log -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("engine", [OPENAI, LM], ids=lambda engine: engine.name)
 @pytest.mark.parametrize("log", ["", "INFO starting\nINFO ready\n", "ValueError: in a request\n"])
-def test_a_log_without_a_failed_start_is_not_fatal(engine: Engine, log: str) -> None:
+def test_log_without_failed_start_has_no_fatal_error(engine: Engine, log: str) -> None:
     assert engine.fatal_error(log) is None
 
 
-def test_a_failed_start_of_a_server_that_stays_up_is_found_in_its_log() -> None:
+def test_fatal_error_is_found_in_the_log() -> None:
     log = "Exception in thread Thread-1:\nTraceback (most recent call last):\n  File x\nValueError: no weights\n"
     assert LM.fatal_error(log) == "ValueError: no weights"
-    said = OPENAI.fatal_error("INFO x\nERROR: Application startup failed. Exiting.\n")
-    assert said is not None and "startup failed" in said
+    output = OPENAI.fatal_error("INFO x\nERROR: Application startup failed. Exiting.\n")
+    assert output is not None and "startup failed" in output
 
 
 # -- the cheap probe ------------------------------------------------------------------------------------------------
@@ -513,9 +511,7 @@ def test_a_failed_start_of_a_server_that_stays_up_is_found_in_its_log() -> None:
     ],
 )
 @pytest.mark.parametrize("closes", [True, False], ids=["closes", "keeps it open"])
-def test_a_probe_is_answered_by_an_http_status_and_nothing_else(
-    answer: bytes, status: int | None, closes: bool
-) -> None:
+def test_status_is_read_only_from_http(answer: bytes, status: int | None, closes: bool) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as server:
 
         def serve() -> bytes:
@@ -534,14 +530,14 @@ def test_a_probe_is_answered_by_an_http_status_and_nothing_else(
     assert lines == [b"GET /health HTTP/1.1", f"Host: {host}:{port}".encode(), b"Connection: close", b"", b""]
 
 
-def test_nobody_who_answers_is_no_status() -> None:
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))
-        host, port = nobody.getsockname()
+def test_closed_port_has_no_status() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        host, port = unused.getsockname()
         assert get_status(host, port, "/health", 0.3) is None
 
 
-# -- answers without an end -----------------------------------------------------------------------------------------
+# -- endless answers -----------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -558,10 +554,10 @@ def answering(pieces: Iterable[bytes], pause: float = 0.0) -> Iterator[tuple[str
                         connection.sendall(piece)
                         time.sleep(pause)
                     connection.shutdown(socket.SHUT_WR)
-                    while connection.recv(65536):  # closed with unread bytes of the request, it would be a reset
+                    while connection.recv(65536):  # closing with unread bytes would reset the connection
                         pass
                 except OSError:
-                    pass  # it was hung up, as it should be
+                    pass  # the client closed the connection, as expected
 
         serving = server.submit(serve)
         yield listener.getsockname()
@@ -578,7 +574,7 @@ WITHOUT_END = [
 
 
 @pytest.mark.parametrize(("first", "then"), WITHOUT_END)
-def test_a_completion_is_waited_for_altogether_and_not_for_each_byte(first: list[bytes], then: bytes) -> None:
+def test_completion_has_a_time_limit_as_a_whole(first: list[bytes], then: bytes) -> None:
     with answering(itertools.chain(first, itertools.repeat(then, 400)), 0.05) as (host, port):
         began = time.monotonic()
         with pytest.raises((OSError, NoCompletion)):
@@ -587,7 +583,7 @@ def test_a_completion_is_waited_for_altogether_and_not_for_each_byte(first: list
 
 
 @pytest.mark.parametrize(("first", "then"), WITHOUT_END)
-def test_and_so_is_a_probe(first: list[bytes], then: bytes) -> None:
+def test_probe_has_a_time_limit_as_a_whole(first: list[bytes], then: bytes) -> None:
     with answering(itertools.chain(first, itertools.repeat(then, 400)), 0.05) as (host, port):
         began = time.monotonic()
         get_status(host, port, "/health", 0.5)
@@ -598,14 +594,14 @@ COMPLETION = b'{"choices": [{"message": {}}]}'
 
 
 @pytest.mark.parametrize("length", [b"Content-Length: 30\r\n", b"Connection: close\r\n"])
-def test_a_completion_may_come_in_pieces(length: bytes) -> None:
+def test_completion_may_arrive_in_pieces(length: bytes) -> None:
     pieces = [HEAD, length, b"\r\n", *(COMPLETION[at : at + 1] for at in range(30))]
     with answering(pieces, 0.01) as (host, port):
         assert request_completion(host, port, "jerry", 30) == {"choices": [{"message": {}}]}
 
 
 @pytest.mark.parametrize("body", [b"[" * 200_000, b"9" * 10_000, b"\xff", b'{"choices": []}', b"{}"])
-def test_another_answer_than_a_completion_is_told_as_that(body: bytes) -> None:
+def test_other_answer_than_a_completion_is_an_error(body: bytes) -> None:
     pieces = [HEAD, b"Content-Length: %d\r\n\r\n" % len(body), body]
     with answering(pieces) as (host, port), pytest.raises(NoCompletion):
         request_completion(host, port, "jerry", 10)

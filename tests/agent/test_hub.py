@@ -1,4 +1,4 @@
-"""Downloads by the real huggingface_hub from a real hub, with a server in between that misbehaves on request."""
+"""Downloads with the real huggingface_hub from a test hub, through a proxy that misbehaves on request."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.lab.world import free_port
 
 LLAMA = "tiny-org/tiny-llama"
 QUICK = DownloadTimeouts(stall=60, answer=10, tries=3, backoff=0.01, longest_wait=0.05)
-"""Patient with a slow machine, and quick to come back."""
+"""Long limits for slow machines, short pauses between tries."""
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def refused(
     with pytest.raises(MlxopsError) as caught:
         pull(cache, repo_id, revision, timeouts)
     error = caught.value
-    assert error.why and error.hint, "every error says why, and what to do"
+    assert error.why and error.hint, "each error has a reason and a hint"
     assert "\n" not in error.message + error.why + error.hint
     return error
 
@@ -72,7 +72,7 @@ def ref(cache: Path, repo_id: str, branch: str = "main") -> Path:
 
 
 def made(folder: Path, **files: bytes) -> Path:
-    """A directory with a complete tiny model, and more files."""
+    """Create a folder with these files. `__` in a name stands for a dot."""
     folder.mkdir()
     for name, content in files.items():
         (folder / name.replace("__", ".")).write_bytes(content)
@@ -88,40 +88,38 @@ def safetensors(size: int, written_by: str = "mlx") -> bytes:
 CONFIG = b'{"model_type": "qwen3", "quantization": {"group_size": 64, "bits": 4}}'
 
 
-class TestADownload:
-    def test_is_in_the_cache_as_main_and_complete(self, hub: Hub, faulty: FaultyHub, cache: Path) -> None:
+class TestDownload:
+    def test_download_is_complete_and_sets_main(self, hub: Hub, faulty: FaultyHub, cache: Path) -> None:
         snapshot = download(LLAMA, None, cache, lambda _: None, QUICK)
         assert snapshot == find(cache, LLAMA)
         assert snapshot.revision == hub.sha(LLAMA) == ref(cache, LLAMA).read_text()
         assert snapshot.path == models.repo_folder(cache, LLAMA) / "snapshots" / snapshot.revision
         assert completeness(snapshot.path) is None
 
-    def test_says_beforehand_how_much_it_is(self, hub: Hub, faulty: FaultyHub, cache: Path) -> None:
+    def test_download_announces_its_size(self, hub: Hub, faulty: FaultyHub, cache: Path) -> None:
         first = pull(cache)[0]
         assert first == Note(f"downloading {LLAMA} at {hub.sha(LLAMA)[:12]}: 278 kB in 8 files")
 
-    def test_reports_progress_that_never_goes_back_and_ends_at_the_total(
-        self, faulty: FaultyHub, cache: Path, tiny_models: Path
-    ) -> None:
+    def test_progress_grows_and_ends_at_the_total(self, faulty: FaultyHub, cache: Path, tiny_models: Path) -> None:
         total = sum(file.size for file in models.files_of(tiny_models / models.LLAMA))
         progress = [event for event in pull(cache) if isinstance(event, Progress)]
         done = [event.done for event in progress]
         assert {(event.name, event.total) for event in progress} == {("download", total)}
         assert done == sorted(set(done)) and done[-1] == total
 
-    def test_of_a_commit_moves_no_branch(self, hub: Hub, faulty: FaultyHub, cache: Path) -> None:
+    def test_download_of_a_commit_moves_no_branch(self, hub: Hub, faulty: FaultyHub, cache: Path) -> None:
         sha = hub.sha(LLAMA)
         assert download(LLAMA, sha, cache, lambda _: None, QUICK).revision == sha
         assert not ref(cache, LLAMA).parent.exists()
 
-    def test_repeated_downloads_nothing(self, faulty: FaultyHub, cache: Path) -> None:
+    def test_repeated_download_transfers_nothing(self, faulty: FaultyHub, cache: Path) -> None:
         pull(cache)
         faulty.heal()
         events = pull(cache)
         assert faulty.asked(part="/resolve/") == 0
         assert isinstance(events[0], Note) and events[0].message.endswith("278 kB of it already here")
 
-    def test_brings_only_what_an_mlx_engine_loads(
+    def test_only_files_for_mlx_engines_are_downloaded(
         self, hub: Hub, faulty: FaultyHub, cache: Path, tmp_path: Path
     ) -> None:
         files = {"config__json": CONFIG, "tokenizer__json": b"{}", "model__safetensors": safetensors(9)}
@@ -133,7 +131,7 @@ class TestADownload:
             "model.safetensors",
         }
 
-    def test_leaves_stderr_and_the_environment_alone(
+    def test_stderr_and_environment_stay_unchanged(
         self, faulty: FaultyHub, cache: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:
         before = dict(os.environ)
@@ -142,7 +140,7 @@ class TestADownload:
         assert dict(os.environ) == before
         assert capfd.readouterr() == ("", "")
 
-    def test_gives_huggingface_hub_its_own_client_back(self, faulty: FaultyHub, cache: Path) -> None:
+    def test_huggingface_hub_gets_its_own_client_back(self, faulty: FaultyHub, cache: Path) -> None:
         from huggingface_hub.utils import _http
 
         faulty.fail(refusal(404, "RepoNotFound"))
@@ -150,8 +148,8 @@ class TestADownload:
         assert _http._GLOBAL_CLIENT_FACTORY is _http.default_client_factory
 
 
-class TestWhatIsThereAlready:
-    def test_is_not_downloaded_again_after_a_failure(self, faulty: FaultyHub, cache: Path) -> None:
+class TestPresentFiles:
+    def test_complete_files_are_kept_after_a_failure(self, faulty: FaultyHub, cache: Path) -> None:
         faulty.fail(Answer(500), method="GET", part="model-00002")
         assert refused(cache).code == "hub_error"
         assert isinstance(find(cache, LLAMA), Skipped)
@@ -159,7 +157,7 @@ class TestWhatIsThereAlready:
         pull(cache)
         assert faulty.asked("GET", "/resolve/") == 1
 
-    def test_and_cut_off_is_downloaded_anew(self, faulty: FaultyHub, cache: Path) -> None:
+    def test_truncated_file_is_downloaded_again(self, faulty: FaultyHub, cache: Path) -> None:
         pull(cache)
         snapshot = find(cache, LLAMA)
         assert isinstance(snapshot, Snapshot)
@@ -170,7 +168,7 @@ class TestWhatIsThereAlready:
         assert [event.level for event in events if isinstance(event, Note)].count("warning") >= 1
         assert completeness(snapshot.path) is None
 
-    def test_stays_the_branch_until_the_newer_one_is_complete(
+    def test_branch_moves_only_when_the_new_commit_is_complete(
         self, hub: Hub, faulty: FaultyHub, cache: Path, tiny_models: Path
     ) -> None:
         old = hub.add("tiny-org/moves", tiny_models / models.QWEN)
@@ -186,7 +184,7 @@ class TestWhatIsThereAlready:
         assert ref(cache, "tiny-org/moves").read_text() == new
 
 
-class TestARefusal:
+class TestRefusal:
     @pytest.mark.parametrize(
         ("answer", "code"),
         [
@@ -206,7 +204,7 @@ class TestARefusal:
             (Answer(200, {}, b"[]"), "hub_error"),
         ],
     )
-    def test_has_its_code_and_is_not_asked_again(
+    def test_refusal_has_its_code_and_is_not_retried(
         self, faulty: FaultyHub, cache: Path, answer: Answer, code: str
     ) -> None:
         faulty.fail(answer)
@@ -217,18 +215,18 @@ class TestARefusal:
         assert not cache.exists()
 
     @pytest.mark.parametrize("code", ["GatedRepo", ""])
-    def test_for_want_of_a_token_tells_where_to_log_in(self, faulty: FaultyHub, cache: Path, code: str) -> None:
+    def test_missing_token_hint_names_the_login_command(self, faulty: FaultyHub, cache: Path, code: str) -> None:
         faulty.fail(refusal(401, code))
         hint = refused(cache).hint
         assert "hf auth login" in hint and "on the host that downloads" in hint
 
-    def test_of_the_files_alone_is_one_too(self, faulty: FaultyHub, cache: Path) -> None:
-        # As huggingface.co does for gated repositories: everybody may see the list.
+    def test_refusal_of_only_the_files_is_reported(self, faulty: FaultyHub, cache: Path) -> None:
+        # As huggingface.co does for gated repositories: the list of files is public.
         faulty.fail(refusal(403, "GatedRepo"), part="/resolve/")
         assert refused(cache).code == "gated_repo"
 
     @pytest.mark.parametrize("token", ["hf_" + "Canary0123456789", "a-mirrors-canary"])
-    def test_never_repeats_the_token_nor_the_hubs_control_characters(
+    def test_error_contains_no_token_and_no_control_characters(
         self, faulty: FaultyHub, cache: Path, monkeypatch: pytest.MonkeyPatch, token: str
     ) -> None:
         monkeypatch.setenv("HF_TOKEN", token)
@@ -239,13 +237,13 @@ class TestARefusal:
         assert len(error.why) < 300 and error.why.isprintable()
 
     @pytest.mark.parametrize(("repo_id", "revision"), [("../etc/x", None), ("org", None), (LLAMA, "../../x")])
-    def test_of_an_impossible_name_needs_no_hub(
+    def test_invalid_name_is_refused_without_the_hub(
         self, faulty: FaultyHub, cache: Path, repo_id: str, revision: str | None
     ) -> None:
         assert refused(cache, repo_id, revision).code in {"repo_not_found", "revision_not_found"}
         assert faulty.asked() == 0
 
-    def test_of_another_format_comes_before_the_download(
+    def test_other_format_is_refused_before_the_download(
         self, hub: Hub, faulty: FaultyHub, cache: Path, tmp_path: Path
     ) -> None:
         hub.add("tiny-org/torch", made(tmp_path / "torch", config__json=b"{}", pytorch_model__bin=b"x"))
@@ -253,8 +251,10 @@ class TestARefusal:
         assert isinstance(error, Refused) and error.code == "not_mlx"
         assert faulty.asked(part="/resolve/") == 0 and not cache.exists()
 
-    def test_does_not_meet_safetensors_of_torch(self, hub: Hub, faulty: FaultyHub, cache: Path, tmp_path: Path) -> None:
-        """Engines convert those while they load them; `init` alone passes over them."""
+    def test_safetensors_of_pytorch_are_downloaded(
+        self, hub: Hub, faulty: FaultyHub, cache: Path, tmp_path: Path
+    ) -> None:
+        """Engines convert them while they load them. Only `init` skips them."""
         files = {"config__json": b"{}", "tokenizer__json": b"{}", "model__safetensors": safetensors(9, "pt")}
         hub.add("tiny-org/pt", made(tmp_path / "pt", **files))
         snapshot = download("tiny-org/pt", None, cache, lambda _: None, QUICK)
@@ -263,7 +263,7 @@ class TestARefusal:
         assert found.why == "not MLX: safetensors in PyTorch's format"
 
     @pytest.mark.parametrize("name", ["adapter_config.json", "model_index.json", "params.json"])
-    def test_of_what_is_no_model_comes_before_the_download(
+    def test_repository_without_model_is_refused_before_the_download(
         self, hub: Hub, faulty: FaultyHub, cache: Path, tmp_path: Path, name: str
     ) -> None:
         repo = f"tiny-org/no-model-{name.partition('_')[0].removesuffix('.json')}"
@@ -272,7 +272,7 @@ class TestARefusal:
         assert refused(cache, repo).code == "not_mlx"
         assert faulty.asked(part="/resolve/") == 0 and not cache.exists()
 
-    def test_for_want_of_disk_space_has_the_numbers(self, faulty: FaultyHub, cache: Path) -> None:
+    def test_lack_of_disk_space_is_reported_in_bytes(self, faulty: FaultyHub, cache: Path) -> None:
         huge = {"rfilename": "model.safetensors", "size": 10**17, "blobId": "b" * 40}
         config: dict[str, Any] = {"rfilename": "config.json", "size": 5, "blobId": "c" * 40}
         info = {"id": LLAMA, "sha": "a" * 40, "siblings": [huge, config]}
@@ -282,52 +282,52 @@ class TestARefusal:
         assert "100000.0 TB to download" in error.message and error.details["needed_bytes"] == 10**17 + config["size"]
         assert faulty.asked() == 1
 
-    def test_of_the_cache_folder_is_told(self, faulty: FaultyHub, cache: Path) -> None:
+    def test_unusable_cache_folder_is_reported(self, faulty: FaultyHub, cache: Path) -> None:
         cache.parent.mkdir()
         cache.write_text("a file where a folder should be")
         assert refused(cache).code == "cache_not_writable"
 
 
-class TestAPostponement:
+class TestTemporaryFailure:
     @pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
     @pytest.mark.parametrize("part", ["/api/", "/resolve/"])
-    def test_is_waited_out(self, faulty: FaultyHub, cache: Path, status: int, part: str) -> None:
+    def test_temporary_failure_is_retried(self, faulty: FaultyHub, cache: Path, status: int, part: str) -> None:
         faulty.fail(Answer(status), part=part, times=1)
         events = pull(cache)
         assert isinstance(find(cache, LLAMA), Snapshot)
         assert [event for event in events if isinstance(event, Note) and f"answers {status}" in event.message]
 
     @pytest.mark.parametrize(("status", "code"), [(429, "rate_limited"), (500, "hub_error"), (503, "hub_error")])
-    def test_without_end_is_given_up(self, faulty: FaultyHub, cache: Path, status: int, code: str) -> None:
+    def test_retries_end(self, faulty: FaultyHub, cache: Path, status: int, code: str) -> None:
         faulty.fail(Answer(status))
         assert refused(cache).code == code
         assert faulty.asked() == QUICK.tries
 
-    def test_is_as_long_as_the_hub_says(self, faulty: FaultyHub, cache: Path) -> None:
+    def test_pause_has_the_length_that_the_hub_asks_for(self, faulty: FaultyHub, cache: Path) -> None:
         faulty.fail(Answer(429, {"Retry-After": "1"}), times=1)
         started = time.monotonic()
         pull(cache, timeouts=DownloadTimeouts(backoff=0.01, longest_wait=30))
         assert time.monotonic() - started >= 1
 
     @pytest.mark.parametrize("part", ["/api/", "/resolve/"])
-    @pytest.mark.parametrize("wish", ["86400", "-1", "Wed, 21 Oct 2015 07:28:00 GMT", "9" * 400])
-    def test_is_never_longer_than_we_like(self, faulty: FaultyHub, cache: Path, wish: str, part: str) -> None:
-        faulty.fail(Answer(429, {"Retry-After": wish}), part=part, times=1)
+    @pytest.mark.parametrize("seconds", ["86400", "-1", "Wed, 21 Oct 2015 07:28:00 GMT", "9" * 400])
+    def test_pause_has_a_maximum(self, faulty: FaultyHub, cache: Path, seconds: str, part: str) -> None:
+        faulty.fail(Answer(429, {"Retry-After": seconds}), part=part, times=1)
         started = time.monotonic()
         pull(cache)
         assert time.monotonic() - started < 20
 
 
-class TestABadLine:
-    def test_that_is_dead_is_unreachable(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class TestConnection:
+    def test_refused_connection_is_reported(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free_port()}")
         assert refused(cache).code == "hub_unreachable"
 
-    def test_that_never_answers_is_unreachable(self, faulty: FaultyHub, cache: Path) -> None:
+    def test_silent_hub_is_reported_as_unreachable(self, faulty: FaultyHub, cache: Path) -> None:
         faulty.fail(Stall())
         assert refused(cache, timeouts=DownloadTimeouts(answer=0.2, tries=2, backoff=0.01)).code == "hub_unreachable"
 
-    def test_that_huggingface_hub_may_not_use_is_unreachable(
+    def test_offline_mode_is_reported_as_unreachable(
         self, faulty: FaultyHub, cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -335,22 +335,22 @@ class TestABadLine:
         assert (error.code, faulty.asked()) == ("hub_unreachable", 0)
         assert "HF_HUB_OFFLINE" in error.why
 
-    def test_that_is_cut_is_taken_up_again(self, faulty: FaultyHub, cache: Path) -> None:
+    def test_interrupted_download_is_retried(self, faulty: FaultyHub, cache: Path) -> None:
         faulty.fail(Cut(after=1000), method="GET", part="model-00001", times=1)
         events = pull(cache)
         assert isinstance(find(cache, LLAMA), Snapshot)
         done = [event.done for event in events if isinstance(event, Progress)]
         assert done == sorted(set(done))
 
-    def test_that_stands_still_is_given_up_and_leaves_nothing_half(self, faulty: FaultyHub, cache: Path) -> None:
+    def test_stalled_download_fails_and_leaves_no_partial_files(self, faulty: FaultyHub, cache: Path) -> None:
         faulty.fail(Stall(after=1000), method="GET", part="model-00002")
         started = time.monotonic()
         error = refused(cache, timeouts=DownloadTimeouts(stall=1, backoff=0.01))
         assert error.code == "download_stalled"
-        assert time.monotonic() - started < 10, "our own deadline, not huggingface_hub's 65 s"
+        assert time.monotonic() - started < 10, "our own limit, not the 65 s of huggingface_hub"
         assert not list(cache.rglob("*.incomplete")) and not ref(cache, LLAMA).exists()
 
-    def test_that_brings_other_bytes_is_noticed_and_heals(self, faulty: FaultyHub, cache: Path) -> None:
+    def test_wrong_content_is_detected_and_downloaded_again(self, faulty: FaultyHub, cache: Path) -> None:
         faulty.fail(Lie(), method="GET", part="model-00002", times=1)
         error = refused(cache)
         assert error.code == "incomplete_download"
@@ -366,28 +366,28 @@ def answer(document: object, **headers: str) -> Answer:
 
 
 def described(sha: str, *names: str, size: object = 5) -> Answer:
-    """A repository of weights, and of other files of the same size."""
+    """Return the hub's description of a repository with weights and other files, all of the same size."""
     siblings = [
         {"rfilename": name, "size": size, "blobId": "ab" * 20} for name in ("model.safetensors", "config.json", *names)
     ]
     return answer({"id": LLAMA, "sha": sha, "siblings": siblings})
 
 
-OUR_WORDS = "found where it comes in, and not left to whatever huggingface_hub happens to check later"
+OWN_CHECK = "our own check of the answer finds it, before any check in huggingface_hub"
 
 
-class TestAHubThatLies:
+class TestHostileHub:
     @pytest.mark.parametrize(
         "hostile", ["/{victim}", "../../../{name}", "a/../../../../{name}", "./{name}", "a//{name}"]
     )
-    def test_of_names_deletes_nothing(self, faulty: FaultyHub, cache: Path, hostile: str) -> None:
+    def test_hostile_names_delete_nothing(self, faulty: FaultyHub, cache: Path, hostile: str) -> None:
         victim = cache / "registry.json"
         (models.repo_folder(cache, LLAMA) / "snapshots" / ("c" * 40)).mkdir(parents=True)
-        victim.write_text("what must not go")
+        victim.write_text("must stay")
         faulty.fail(described("c" * 40, hostile.format(victim=str(victim)[1:], name=victim.name)), part="/api/")
         error = refused(cache)
         assert (error.code, error.exit.value) == ("hub_error", 8)
-        assert victim.read_text() == "what must not go"
+        assert victim.read_text() == "must stay"
         with pytest.raises(DownloadFailed) as caught:
             verify(LLAMA, "c" * 40, cache, lambda _: None, QUICK)
         assert caught.value.code == "hub_error" and victim.exists()
@@ -397,7 +397,7 @@ class TestAHubThatLies:
         "name",
         ["", "/", "a/", "..", "a\\b", "a\0b", "a\nb", "\x1b[31m", "\ud800", "a\u2028b", "x" * 256, "ä" * 128, None, 7],
     )
-    def test_of_a_name_is_told(self, name: object) -> None:
+    def test_invalid_name_is_rejected(self, name: object) -> None:
         with pytest.raises(InvalidAnswer) as caught:
             check_name(name)
         assert str(caught.value).isprintable()
@@ -405,31 +405,31 @@ class TestAHubThatLies:
     @pytest.mark.parametrize(
         "name", [".gitattributes", "a/b.json", "..x", "-rf", "模型 1.json", "x" * 255, "at 3.04.05\u202fPM.png"]
     )
-    def test_is_not_taken_for_one_that_has_strange_files(self, name: str) -> None:
+    def test_unusual_name_is_accepted(self, name: str) -> None:
         assert check_name(name) == name
 
     @pytest.mark.parametrize("outside", ["../victim", "{tmp_path}/victim", "snapshots/../../victim"])
-    def test_could_not_even_then_delete(self, tmp_path: Path, outside: str) -> None:
-        """The victim is the test's own, whatever the path: without this wall it is gone, and nothing else."""
+    def test_path_outside_of_the_repository_is_not_removed(self, tmp_path: Path, outside: str) -> None:
+        """All paths lead to a file of this test, so a failure of the check deletes nothing else."""
         folder, victim = tmp_path / "models--a--b", tmp_path / "victim"
         (folder / "snapshots").mkdir(parents=True)
-        victim.write_text("what must not go")
+        victim.write_text("must stay")
         with pytest.raises(InvalidAnswer):
             _remove_file(folder, folder / outside.format(tmp_path=tmp_path))
         assert victim.exists()
 
     @pytest.mark.parametrize("sha", ["../../x", "c" * 39, "C" * 40, "c" * 40 + "\n"])
-    def test_of_the_commit_is_told(self, faulty: FaultyHub, cache: Path, sha: str) -> None:
+    def test_invalid_commit_is_rejected(self, faulty: FaultyHub, cache: Path, sha: str) -> None:
         faulty.fail(described(sha))
         assert refused(cache).code == "hub_error"
         assert not cache.exists()
 
-    def test_of_which_commit_was_asked_for_is_told(self, faulty: FaultyHub, cache: Path) -> None:
+    def test_other_commit_than_requested_is_rejected(self, faulty: FaultyHub, cache: Path) -> None:
         faulty.fail(described("c" * 40))
         assert refused(cache, revision="d" * 40).code == "hub_error"
 
     @pytest.mark.parametrize("size", [-5, "5", 1e400])
-    def test_of_a_size_is_told(self, faulty: FaultyHub, cache: Path, size: object) -> None:
+    def test_invalid_size_is_rejected(self, faulty: FaultyHub, cache: Path, size: object) -> None:
         faulty.fail(described("c" * 40, size=size))
         assert refused(cache).code == "hub_error"
 
@@ -445,13 +445,13 @@ class TestAHubThatLies:
             },
         ],
     )
-    def test_of_names_in_what_huggingface_hub_asks_by_itself_is_told(
+    def test_invalid_names_in_the_listing_are_rejected(
         self, hub: Hub, faulty: FaultyHub, cache: Path, entry: dict[str, object]
     ) -> None:
         faulty.fail(described(hub.sha(LLAMA)), part="/revision/")
         faulty.fail(answer([{"type": "file", "size": 5, **entry}]), part="/tree/")
         error = refused(cache)
-        assert error.code == "hub_error" and ("it names a" in error.why or "it calls the" in error.why), OUR_WORDS
+        assert error.code == "hub_error" and ("it names a" in error.why or "it calls the" in error.why), OWN_CHECK
         assert faulty.asked(part="/resolve/") == 0
 
     @pytest.mark.parametrize(
@@ -463,45 +463,43 @@ class TestAHubThatLies:
             {"ETag": '"ab"', "X_Repo_Commit": "../../../evil"},
         ],
     )
-    def test_of_what_a_file_is_called_writes_nothing_elsewhere(
+    def test_hostile_headers_write_nothing_elsewhere(
         self, hub: Hub, faulty: FaultyHub, cache: Path, headers: dict[str, str]
     ) -> None:
         faulty.fail(answer({}, **{"X_Repo_Commit": hub.sha(LLAMA), **headers}), part="/resolve/")
         error = refused(cache)
-        assert error.code == "hub_error" and ("it names a" in error.why or "it calls the" in error.why), OUR_WORDS
+        assert error.code == "hub_error" and ("it names a" in error.why or "it calls the" in error.why), OWN_CHECK
         assert not list(cache.parent.parent.rglob("*evil*"))
 
     @pytest.mark.parametrize("body", [b"[" * 200_000, b'{"sha": "\\ud800"}', b'{"siblings": 7}', b"\xff\xfe"])
     @pytest.mark.parametrize("part", ["/api/models/tiny-org/tiny-llama/revision/", "/tree/"])
-    def test_in_another_form_is_told_and_not_asked_again(
-        self, faulty: FaultyHub, cache: Path, body: bytes, part: str
-    ) -> None:
+    def test_malformed_answer_is_not_retried(self, faulty: FaultyHub, cache: Path, body: bytes, part: str) -> None:
         faulty.fail(Answer(200, {"Content-Type": "application/json"}, body), part=part)
         assert refused(cache).code == "hub_error"
         assert faulty.asked(part=part) == 1
 
-    def test_about_where_it_is_is_told_and_not_asked_again(self, faulty: FaultyHub, cache: Path) -> None:
+    def test_redirect_to_a_file_is_not_retried(self, faulty: FaultyHub, cache: Path) -> None:
         faulty.fail(Answer(302, {"Location": "file:///dev/null"}))
         assert refused(cache).code == "hub_error"
         assert faulty.asked() == 1
 
 
-class TestAnAnswerWithoutEnd:
-    def test_is_read_so_far_and_no_further(self, faulty: FaultyHub, cache: Path) -> None:
+class TestEndlessAnswer:
+    def test_answer_has_a_maximum_size(self, faulty: FaultyHub, cache: Path) -> None:
         faulty.fail(Endless(b" " * 65536), part="/api/")
         error = refused(cache)
         assert error.code == "hub_error" and "more than 67.1 MB" in error.why
-        assert faulty.sent < MAX_ANSWER_BYTES + 16 * 1024 * 1024, "the rest is what sockets hold"
+        assert faulty.sent < MAX_ANSWER_BYTES + 16 * 1024 * 1024, "the rest is in socket buffers"
 
     @pytest.mark.parametrize("fault", [Endless(b" ", 0.05), EndlessHead(0.05)], ids=["its body", "its head"])
-    def test_that_trickles_has_a_deadline(self, faulty: FaultyHub, cache: Path, fault: Endless | EndlessHead) -> None:
+    def test_slow_answer_has_a_deadline(self, faulty: FaultyHub, cache: Path, fault: Endless | EndlessHead) -> None:
         faulty.fail(fault, part="/api/")
         started = time.monotonic()
         error = refused(cache, timeouts=DownloadTimeouts(answer=0.5, tries=2, backoff=0.01))
         assert error.code in {"hub_error", "hub_unreachable"}
         assert time.monotonic() - started < 10
 
-    def test_for_a_file_ends_where_the_largest_does(self, faulty: FaultyHub, cache: Path, tiny_models: Path) -> None:
+    def test_file_has_the_largest_listed_size_as_limit(self, faulty: FaultyHub, cache: Path, tiny_models: Path) -> None:
         faulty.fail(Endless(), method="GET", part="model-00002")
         assert refused(cache).code == "hub_error"
         largest = max(file.size for file in models.files_of(tiny_models / models.LLAMA))
@@ -509,7 +507,7 @@ class TestAnAnswerWithoutEnd:
         assert max(left) <= largest and faulty.sent < largest + 16 * 1024 * 1024
         assert not list(cache.rglob("*.incomplete"))
 
-    def test_packed_is_not_unpacked(self, faulty: FaultyHub, cache: Path) -> None:
+    def test_compressed_answer_is_not_decoded(self, faulty: FaultyHub, cache: Path) -> None:
         packed = gzip.compress(bytes(200_000_000), 1)
         faulty.fail(Answer(200, {"Content-Type": "application/json", "Content-Encoding": "gzip"}, packed))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -519,7 +517,7 @@ class TestAnAnswerWithoutEnd:
 
 
 class TestProgress:
-    def test_is_reported_a_few_times_a_second(self) -> None:
+    def test_progress_is_reported_a_few_times_a_second(self) -> None:
         events: list[Event] = []
         bar = DownloadProgress(events.append, 10**6, HubClient(QUICK, None)).bars(0)(
             total=0, desc="Reconstructing", unit="B"
@@ -528,7 +526,7 @@ class TestProgress:
             bar.update(10)
         assert 1 <= len(events) <= 3
 
-    def test_of_a_repeated_try_does_not_go_back(self) -> None:
+    def test_progress_does_not_shrink_on_a_retry(self) -> None:
         events: list[Event] = []
         progress = DownloadProgress(events.append, 1000, HubClient(QUICK, None))
         first = progress.bars(0)(unit="B")
@@ -542,7 +540,7 @@ class TestProgress:
         progress.finish()
         assert [event.done for event in events if isinstance(event, Progress)] == [0, 800, 900, 1000]
 
-    def test_counts_what_is_written_not_what_is_transferred(self) -> None:
+    def test_progress_counts_written_not_received_bytes(self) -> None:
         events: list[Event] = []
         progress = DownloadProgress(events.append, 1000, HubClient(QUICK, None))
         network = progress.bars(0)(unit="B", desc="Downloading bytes")

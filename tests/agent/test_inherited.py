@@ -1,4 +1,4 @@
-"""A server begins as every program should, however rough the shell was that asked for it."""
+"""A server starts with default signals and its user's limits, even from a shell that changed them."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ os.execv(sys.argv[1], sys.argv[1:])
 
 
 def roughly(studio: Studio, *words: str) -> Completed:
-    """`mlxctl --local` from a shell that ignores signals, holds some back, and has low limits."""
+    """Run `mlxctl --local` from a shell that ignores and blocks signals and has low limits."""
     argv = [sys.executable, "-c", ROUGH, script("mlxctl"), *words, "--local"]
     return run(argv, studio.home, studio.environment)
 
 
 def signals(pid: int, which: str) -> set[int]:
-    """`which`: SigIgn (ignored) or SigBlk (held back), of proc(5)."""
+    """Return the signals of a mask in proc(5): SigIgn (ignored) or SigBlk (blocked)."""
     rows = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    # Not those that glibc keeps for itself (nptl(7)): in what posix_spawn starts, it ignores one of them.
+    # Without the signals reserved by glibc (nptl(7)): posix_spawn lets its child ignore one of them.
     return {number for number in range(1, 65) if number not in {32, 33} and int(rows[which], 16) >> (number - 1) & 1}
 
 
 def limits(pid: int) -> dict[str, tuple[str, str]]:
-    """Each limit's name and its soft and hard value."""
+    """Map each limit's name to its soft and hard value."""
     rows = Path(f"/proc/{pid}/limits").read_text().splitlines()[1:]
     return {row[:26].strip(): (row[26:47].strip(), row[47:68].strip()) for row in rows}
 
 
-def test_the_server_of_a_rough_shell_heeds_signals_and_has_the_limits_of_its_user(homelab: Homelab) -> None:
+def test_server_does_not_inherit_signals_and_limits_of_the_shell(homelab: Homelab) -> None:
     studio = with_fake(homelab).studio
     register(studio, "mine")
     roughly(studio, "load", "mine", str(studio.ports[0])).ok()
@@ -68,7 +68,7 @@ def test_the_server_of_a_rough_shell_heeds_signals_and_has_the_limits_of_its_use
     nothing_runs(studio)
 
 
-def test_a_load_from_a_rough_shell_can_be_cancelled(homelab: Homelab) -> None:
+def test_load_from_a_rough_shell_can_be_cancelled(homelab: Homelab) -> None:
     studio = with_fake(homelab).studio
     register(studio, "mine", "deaf")
     argv = [sys.executable, "-c", ROUGH, script("mlxctl"), "load", "mine", str(studio.ports[0]), "--local"]
@@ -84,14 +84,14 @@ def test_a_load_from_a_rough_shell_can_be_cancelled(homelab: Homelab) -> None:
     nothing_runs(studio)
 
 
-def test_an_engine_that_is_no_python_ignores_nothing(tmp_path: Path) -> None:
+def test_engine_without_python_ignores_no_signals(tmp_path: Path) -> None:
     system = this_system()
     env = environment(os.environ, {}, "run")
     gated = spawn(system, ["/bin/sleep", "60"], env, tmp_path, tmp_path / "log")
     try:
         gated.open()
         wait_until(lambda: (seen := system.process(gated.pid)) and "gate.py" not in " ".join(seen.argv), 10, "sleep")
-        # This process may ignore one, as whatever nohup starts; what Python adds by itself is not passed on.
+        # This process may ignore a signal, for example under nohup. Those that Python ignores are not passed on.
         assert signals(gated.pid, "SigIgn") == signals(os.getpid(), "SigIgn") - {13, 25}
     finally:
         gated.child.kill()

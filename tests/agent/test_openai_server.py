@@ -1,4 +1,4 @@
-"""mlx-openai-server in its real versions: what each is told, and that it serves under the alias."""
+"""mlx-openai-server in its real versions: the options of each, and serving under the alias."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ VERSIONS = [
 
 
 def office(lab: Homelab, program: Path) -> Studio:
-    """The lab's studio, with mlx-openai-server as its engine."""
+    """Return the lab's studio with mlx-openai-server as its engine."""
     launch = {**lab.studio.settings["launch"], "mlx-openai-server": [str(program), "launch"]}  # type: ignore[dict-item]
     lab.configure(engine="mlx-openai-server", launch=launch)
     return lab.studio
 
 
 def nothing_left(studio: Studio, port: int) -> None:
-    """No server, and after a moment no process of the command either."""
+    """Check that no server is left, and after a moment no process of the command."""
     assert not studio.listening(port)
     assert not [each for each in studio.processes() if "mlxops.agent" not in each.command]
-    wait_until(lambda: not studio.processes(), 10, "the command's own end")
+    wait_until(lambda: not studio.processes(), 10, "the end of the command's processes")
 
 
 class Stream:
-    """A completion that streams for as long as nobody stops it."""
+    """A completion that streams until it is stopped."""
 
     def __init__(self, studio: Studio, port: int, max_tokens: int) -> None:
         self.connection = http.client.HTTPConnection(studio.address, port, timeout=60)
@@ -65,15 +65,15 @@ class Stream:
         assert line, "it streams"
 
     def rest(self) -> bytes:
-        """What came until its end, whichever that was."""
+        """Return the data until the stream ends or breaks."""
         try:
             return self.response.read()
         except (OSError, http.client.HTTPException) as error:
             return getattr(error, "partial", b"")
 
     def hang_up(self) -> None:
-        """The client is gone at once, also for a thread that waits for the next token: a model may babble what cannot
-        be shown, and then nothing comes."""
+        """Close the connection at once, also for a thread that waits for a token. A model may generate only tokens that
+        are not sent, so the wait may be long."""
         self.socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
@@ -83,7 +83,7 @@ class Stream:
 
 @pytest.mark.parametrize("server", VERSIONS)
 @pytest.mark.timeout(600)
-def test_it_serves_under_the_alias_and_goes_with_its_streams(
+def test_server_has_the_alias_and_stops_with_open_streams(
     homelab: Homelab, openai_server: Path, server: tuple[str, str]
 ) -> None:
     version = server[0]
@@ -113,7 +113,7 @@ def test_it_serves_under_the_alias_and_goes_with_its_streams(
 
 @pytest.mark.parametrize("server", VERSIONS)
 @pytest.mark.timeout(600)
-def test_a_model_that_cannot_load_is_never_ready_and_leaves_nothing(
+def test_failed_load_is_never_ready_and_leaves_no_process(
     homelab: Homelab, openai_server: Path, server: tuple[str, str]
 ) -> None:
     studio, port = office(homelab, openai_server), homelab.studio.ports[0]
@@ -130,10 +130,10 @@ def test_a_model_that_cannot_load_is_never_ready_and_leaves_nothing(
 @pytest.mark.all_engines
 @pytest.mark.parametrize("server", [("1.4.2", "transformers>=5")], ids=["1.4.2 with transformers 5"])
 @pytest.mark.timeout(600)
-def test_a_server_that_is_healthy_and_completes_nothing_is_never_ready(
+def test_healthy_server_without_completions_is_never_ready(
     homelab: Homelab, openai_server: Path, server: tuple[str, str]
 ) -> None:
-    """It lists its model and answers /health with 200; every completion is a 500. That was called ready once."""
+    """It lists its model and answers /health with 200, but each completion is a 500. An old version called it ready."""
     studio, port = office(homelab, openai_server), homelab.studio.ports[0]
     studio.install(NAME, models.QWEN)
     studio.mlxctl("init").ok()
@@ -146,9 +146,7 @@ def test_a_server_that_is_healthy_and_completes_nothing_is_never_ready(
 
 
 @pytest.mark.timeout(120)
-def test_a_parser_that_the_installed_version_lacks_is_refused_before_anything_stops(
-    homelab: Homelab, openai_server: Path
-) -> None:
+def test_unknown_parser_is_refused_before_a_server_stops(homelab: Homelab, openai_server: Path) -> None:
     studio, port = office(homelab, openai_server), homelab.studio.ports[0]
     studio.install(NAME, models.QWEN)
     studio.install("tiny-org/tiny-llama", models.LLAMA)
@@ -175,7 +173,7 @@ def _by_hand(studio: Studio, name: str, **fields: object) -> None:
     studio.registry_path.write_text(json.dumps(document), encoding="utf-8")
 
 
-# -- what it is told -------------------------------------------------------------------------------------------------
+# -- options ---------------------------------------------------------------------------------------------------------
 
 HELP_1_4 = """\
   --model-path TEXT               Path to the model (required for lm,
@@ -201,31 +199,31 @@ def argv(command: EngineCommand, served: ServerSpec) -> str:
     return " ".join(ENGINE.argv(command, served))
 
 
-def test_its_help_tells_its_options_and_their_values() -> None:
+def test_options_and_values_are_read_from_the_help() -> None:
     known = known_options(HELP_1_4)
     assert known["--tool-call-parser"] == ("qwen3", "glm4_moe", "harmony")
     assert known["--model-path"] == () and "--served-model-name" not in known
 
 
 @pytest.mark.parametrize(("version", "named"), [("1.4.2", False), ("1.6.3", False), ("1.7.0", True), ("1.10.1", True)])
-def test_the_served_name_is_given_to_versions_that_take_one(tmp_path: Path, version: str, named: bool) -> None:
+def test_served_name_is_passed_to_versions_that_have_it(tmp_path: Path, version: str, named: bool) -> None:
     assert ("--served-model-name" in argv(EngineCommand(("x", "launch"), "PATH", version), serving(tmp_path))) is named
 
 
-def test_where_the_version_is_not_known_its_help_decides(tmp_path: Path) -> None:
+def test_help_decides_if_the_version_is_unknown(tmp_path: Path) -> None:
     behind_uv = EngineCommand(("uv", "run", "x", "launch"), "uv run")
     assert ENGINE.help_argv(behind_uv, serving(tmp_path)) == ("uv", "run", "x", "launch", "--help")
     known = EngineCommand(behind_uv.argv, behind_uv.source, None, HELP_1_4)
     assert "--served-model-name" not in argv(known, serving(tmp_path))
 
 
-def test_a_plain_installation_without_parsers_is_not_run_to_be_asked(tmp_path: Path) -> None:
+def test_help_is_not_read_without_need(tmp_path: Path) -> None:
     plain = EngineCommand(("x", "launch"), "PATH", "1.8.1")
     assert ENGINE.help_argv(plain, serving(tmp_path)) == ()
     assert ENGINE.help_argv(plain, serving(tmp_path, registered("reasoning_parser", "qwen3"))) != ()
 
 
-def test_fields_become_flags(tmp_path: Path) -> None:
+def test_model_options_become_flags(tmp_path: Path) -> None:
     options = (
         registered("tool_call_parser", "qwen3"),
         registered("chat_template", "/t.jinja"),
@@ -239,7 +237,7 @@ def test_fields_become_flags(tmp_path: Path) -> None:
     )
 
 
-def test_a_models_own_args_win_over_its_familys_defaults(tmp_path: Path) -> None:
+def test_models_own_args_replace_family_defaults(tmp_path: Path) -> None:
     family = Option("reasoning_parser", "qwen3", Origin.FAMILY)
     words = argv(
         EngineCommand(("x",), "PATH", "1.8.1"), serving(tmp_path, family, args=("--reasoning-parser=harmony",))
@@ -263,24 +261,24 @@ def test_a_models_own_args_win_over_its_familys_defaults(tmp_path: Path) -> None
         *("--log-file", "--log-f=x", "--no-log-file", "--trust-remote-code", "--trust"),
     ],
 )
-def test_flags_that_belong_to_mlxops_are_refused_however_they_are_written(tmp_path: Path, word: str) -> None:
+def test_reserved_flags_are_refused_in_every_form(tmp_path: Path, word: str) -> None:
     with pytest.raises(Refused, match="args contain"):
         ENGINE.argv(EngineCommand(("x",), "PATH", "1.8.1"), serving(tmp_path, args=(word, "1")))
 
 
-def test_one_that_is_only_asked_for_its_options_is_no_server() -> None:
+def test_process_that_prints_help_is_not_a_server() -> None:
     assert ENGINE.recognise(["python", "/x/mlx-openai-server", "launch", "--model-path", "/m", "--port", "8100"])
     assert ENGINE.recognise(["python", "/x/mlx-openai-server", "launch", "--help"]) is None
 
 
-def test_other_flags_pass(tmp_path: Path) -> None:
+def test_other_flags_are_passed_on(tmp_path: Path) -> None:
     assert "--max-tokens=5 --seed 1" in argv(
         EngineCommand(("x",), "PATH", "1.8.1"), serving(tmp_path, args=("--max-tokens=5", "--seed", "1"))
     )
 
 
-def test_a_server_is_ended_with_everything_it_started(homelab: Homelab, openai_server: Path) -> None:
-    """Cancelled while it loads, when it ignores being asked and its child holds the memory."""
+def test_server_is_stopped_with_its_child_processes(homelab: Homelab, openai_server: Path) -> None:
+    """Cancelled while it loads: it ignores SIGTERM, and its child holds the memory."""
     studio, port = office(homelab, openai_server), homelab.studio.ports[0]
     studio.install(NAME, models.QWEN)
     studio.mlxctl("init").ok()

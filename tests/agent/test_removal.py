@@ -1,4 +1,4 @@
-"""What `remove` deletes is what it says: in caches as they are after broken-off downloads and on strange disks."""
+"""`remove` deletes what its dry run says, also after interrupted downloads and on disks without links."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def snapshot(hub: Path, tiny_models: Path) -> Path:
     return models.install_snapshot(hub, REPO, tiny_models / models.QWEN, trees=True)
 
 
-def disk(folder: Path) -> int:
-    """Bytes of the regular files below it."""
+def bytes_below(folder: Path) -> int:
+    """Return the bytes of the regular files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
 
 
@@ -38,7 +38,7 @@ def repo_of(snapshot: Path) -> Path:
 
 
 def a_broken_off_update(snapshot: Path) -> None:
-    """`refs/main` names a commit of which nothing has come yet."""
+    """`refs/main` names a commit that has no files yet."""
     (repo_of(snapshot) / "refs" / "main").write_text(NEW)
 
 
@@ -62,7 +62,7 @@ def a_lost_blob(snapshot: Path) -> None:
     (snapshot / "tokenizer.json").resolve().unlink()
 
 
-def a_file_that_was_looked_for_and_is_not_there(snapshot: Path) -> None:
+def a_record_of_a_missing_file(snapshot: Path) -> None:
     mark = repo_of(snapshot) / ".no_exist" / snapshot.name / "adapter_config.json"
     mark.parent.mkdir(parents=True)
     mark.touch()
@@ -74,7 +74,7 @@ def an_edit_in_the_place_of_a_link(snapshot: Path) -> None:
 
 
 def no_links_at_all(snapshot: Path) -> None:
-    """As on exFAT: the snapshot holds the files themselves."""
+    """As on exFAT: the snapshot contains files instead of links."""
     for path in list(snapshot.iterdir()):
         blob = path.resolve()
         path.unlink()
@@ -93,7 +93,7 @@ STATES: list[Callable[[Path], None]] = [
     a_file_of_exfat,
     a_pull_request,
     a_lost_blob,
-    a_file_that_was_looked_for_and_is_not_there,
+    a_record_of_a_missing_file,
     an_edit_in_the_place_of_a_link,
     no_links_at_all,
     stale_locks,
@@ -101,42 +101,42 @@ STATES: list[Callable[[Path], None]] = [
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_the_only_snapshot_goes_with_its_whole_folder(hub: Path, snapshot: Path, state: Callable[[Path], None]) -> None:
+def test_last_snapshot_is_deleted_with_its_repository(hub: Path, snapshot: Path, state: Callable[[Path], None]) -> None:
     state(snapshot)
-    before = disk(hub)
-    told = delete(repo_of(snapshot), snapshot.name, dry_run=True)
-    assert disk(hub) == before and told.freed_bytes > 100_000
+    before = bytes_below(hub)
+    planned = delete(repo_of(snapshot), snapshot.name, dry_run=True)
+    assert bytes_below(hub) == before and planned.freed_bytes > 100_000
     done = delete(repo_of(snapshot), snapshot.name, dry_run=False)
-    assert done == told and (before - disk(hub), done.kept, done.own) == (done.freed_bytes, (), ())
+    assert done == planned and (before - bytes_below(hub), done.kept, done.own) == (done.freed_bytes, (), ())
     assert not repo_of(snapshot).exists() and not (hub / ".locks" / repo_of(snapshot).name).exists()
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_one_of_two_snapshots_goes_with_what_only_it_uses(
+def test_snapshot_is_deleted_with_files_that_only_it_uses(
     hub: Path, snapshot: Path, tiny_models: Path, state: Callable[[Path], None]
 ) -> None:
-    """The other one is a download that broke off: its link leads to a blob that is gone."""
+    """The other snapshot is an interrupted download: its link leads to a missing blob."""
     half = models.install_snapshot(hub, REPO, tiny_models / models.QWEN_B, sha=NEW, ref=None)
     (half / "model.safetensors").resolve().unlink()
     state(snapshot)
-    if state is not a_lost_blob:  # it is the other one's, too
+    if state is not a_lost_blob:  # both snapshots use that blob
         assert (half / "tokenizer.json").exists() or state is no_links_at_all
-    before, shared = disk(hub), {path.name for path in half.iterdir() if path.exists()}
-    told = delete(repo_of(snapshot), snapshot.name, dry_run=True)
-    assert disk(hub) == before and told.freed_bytes > 50_000, "its weights are shared with nobody"
+    before, shared = bytes_below(hub), {path.name for path in half.iterdir() if path.exists()}
+    planned = delete(repo_of(snapshot), snapshot.name, dry_run=True)
+    assert bytes_below(hub) == before and planned.freed_bytes > 50_000, "no other snapshot shares its weights"
     done = delete(repo_of(snapshot), snapshot.name, dry_run=False)
-    assert done == told and (before - disk(hub), done.kept) == (done.freed_bytes, (NEW,))
+    assert done == planned and (before - bytes_below(hub), done.kept) == (done.freed_bytes, (NEW,))
     assert not snapshot.exists() and {path.name for path in half.iterdir() if path.exists()} == shared
 
 
-def test_a_broken_off_update_goes_and_the_older_snapshot_stays(hub: Path, snapshot: Path, tiny_models: Path) -> None:
+def test_interrupted_update_is_deleted_and_older_snapshot_stays(hub: Path, snapshot: Path, tiny_models: Path) -> None:
     half = models.install_snapshot(hub, REPO, tiny_models / models.QWEN_B, sha=NEW)
     (half / "model.safetensors").resolve().unlink()
     assert delete(repo_of(snapshot), NEW, dry_run=False).kept == (snapshot.name,)
     assert isinstance(find(hub, REPO), Snapshot) and not (repo_of(snapshot) / "refs" / "main").exists()
 
 
-def test_a_folder_without_a_snapshot_goes(hub: Path) -> None:
+def test_folder_without_snapshot_is_deleted(hub: Path) -> None:
     blob = models.repo_folder(hub, REPO) / "blobs" / f"{'e' * 64}.0123abcd.incomplete"
     blob.parent.mkdir(parents=True)
     blob.write_bytes(bytes(7000))
@@ -146,7 +146,7 @@ def test_a_folder_without_a_snapshot_goes(hub: Path) -> None:
 
 @pytest.mark.parametrize("trees", [True, False])
 @pytest.mark.parametrize("rest", [True, False], ids=["beside another revision", "alone"])
-def test_what_a_person_put_there_stays_and_is_named(hub: Path, tiny_models: Path, trees: bool, rest: bool) -> None:
+def test_files_of_a_person_stay_and_are_named(hub: Path, tiny_models: Path, trees: bool, rest: bool) -> None:
     snapshot = models.install_snapshot(hub, REPO, tiny_models / models.QWEN, trees=trees)
     if rest:
         models.install_snapshot(hub, REPO, tiny_models / models.QWEN_B, sha=NEW, ref=None)
@@ -156,10 +156,10 @@ def test_what_a_person_put_there_stays_and_is_named(hub: Path, tiny_models: Path
     for path in mine:
         path.parent.mkdir(exist_ok=True)
         path.write_text("mine")
-    before = disk(hub)
-    told = delete(repo_of(snapshot), snapshot.name, dry_run=True)
+    before = bytes_below(hub)
+    planned = delete(repo_of(snapshot), snapshot.name, dry_run=True)
     done = delete(repo_of(snapshot), snapshot.name, dry_run=False)
-    assert done == told and set(done.own) == set(map(str, mine)) and before - disk(hub) == done.freed_bytes
+    assert done == planned and set(done.own) == set(map(str, mine)) and before - bytes_below(hub) == done.freed_bytes
     assert all(path.read_text() == "mine" for path in mine)
     with pytest.raises(Refused) as caught:
         delete(repo_of(snapshot), snapshot.name, dry_run=False)
@@ -167,27 +167,27 @@ def test_what_a_person_put_there_stays_and_is_named(hub: Path, tiny_models: Path
 
 
 @pytest.mark.parametrize("xet", [True, False])
-def test_what_another_repository_shares_stays(hub: Path, tiny_models: Path, xet: bool) -> None:
+def test_files_shared_with_another_repository_stay(hub: Path, tiny_models: Path, xet: bool) -> None:
     one, two = (models.install_snapshot(hub, repo, tiny_models / models.QWEN, xet=xet) for repo in (REPO, OTHER))
     for snapshot in (one, two):
-        before = disk(hub)
-        told = delete(repo_of(snapshot), snapshot.name, dry_run=True)
+        before = bytes_below(hub)
+        planned = delete(repo_of(snapshot), snapshot.name, dry_run=True)
         done = delete(repo_of(snapshot), snapshot.name, dry_run=False)
-        rewritten = 200  # the store keeps a list of who uses a file
-        assert done == told and abs(before - disk(hub) - done.freed_bytes) < rewritten
+        rewritten = 200  # the store lists the users of a file
+        assert done == planned and abs(before - bytes_below(hub) - done.freed_bytes) < rewritten
         assert isinstance(find(hub, OTHER), Snapshot) == (snapshot is one)
-    assert disk(hub) < 1000
+    assert bytes_below(hub) < 1000
 
 
-def test_a_hard_link_to_it_elsewhere_is_not_counted_as_freed(tmp_path: Path, hub: Path, snapshot: Path) -> None:
+def test_file_with_another_hard_link_is_not_counted(tmp_path: Path, hub: Path, snapshot: Path) -> None:
     os.link((snapshot / "model.safetensors").resolve(), tmp_path / "mine")
     size = (tmp_path / "mine").stat().st_size
-    before = disk(hub)
+    before = bytes_below(hub)
     assert delete(repo_of(snapshot), snapshot.name, dry_run=False).freed_bytes == before - size
     assert (tmp_path / "mine").stat().st_size == size
 
 
-def test_what_another_program_downloads_is_busy(hub: Path, snapshot: Path) -> None:
+def test_download_of_another_program_makes_delete_busy(hub: Path, snapshot: Path) -> None:
     a_half_written_blob(snapshot)
     lock = hub / ".locks" / repo_of(snapshot).name / f"{'e' * 64}.lock"
     lock.parent.mkdir(parents=True)

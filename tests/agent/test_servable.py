@@ -1,4 +1,4 @@
-"""What an engine can load is served, and what it cannot is refused before anything stops: tried with the real ones."""
+"""Models that an engine cannot load are refused before any server stops. Tried with the real engines."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WEIGHTS = "model.safetensors"
 
 
 def spoiled(tmp_path: Path, spoil: Callable[[Path], object], model: str = models.QWEN) -> Path:
-    """The directory of a tiny model that was changed."""
+    """Return the folder of a modified tiny model."""
     folder = tmp_path / "spoiled"
     shutil.copytree(models.tiny_models() / model, folder)
     spoil(folder)
@@ -70,8 +70,8 @@ def error_of_load(studio: Studio, *words: str) -> Any:
     return done.json["hosts"][0]["error"]
 
 
-class TestWeightsThatTheEngineDoesNotLoad:
-    def test_are_refused_and_the_healthy_server_stays(self, homelab: Homelab, tmp_path: Path) -> None:
+class TestUnloadableWeights:
+    def test_unloadable_weights_are_refused_and_the_server_stays(self, homelab: Homelab, tmp_path: Path) -> None:
         studio = homelab.studio
         port = studio.ports[0]
         studio.install("tiny-org/good", models.LLAMA)
@@ -99,7 +99,9 @@ class TestWeightsThatTheEngineDoesNotLoad:
             ("MODEL.safetensors", "mlx-lm"),
         ],
     )
-    def test_are_refused_by_name(self, homelab: Homelab, tmp_path: Path, name: str, engine: str) -> None:
+    def test_weights_with_other_names_are_refused(
+        self, homelab: Homelab, tmp_path: Path, name: str, engine: str
+    ) -> None:
         studio = homelab.studio
         with_engines(homelab)
         models.install_snapshot(studio.hub, REPO, spoiled(tmp_path, renamed(name)))
@@ -108,14 +110,14 @@ class TestWeightsThatTheEngineDoesNotLoad:
         assert error["code"] == "not_servable", error
 
 
-class TestAModelThatIsServedToSee:
-    """By mlx-openai-server as `multimodal`, which loads it through mlx-vlm."""
+class TestMultimodalModel:
+    """Served by mlx-openai-server as `multimodal`, which loads it with mlx-vlm."""
 
     @pytest.mark.parametrize(
         ("model_type", "known"),
         [("kimi_vl", True), ("Qwen2_VL", True), ("cohere2_vision", True), ("qwen3", False), ("idefics9", False)],
     )
-    def test_is_refused_if_its_loader_does_not_know_it(
+    def test_unknown_architecture_is_refused(
         self, homelab: Homelab, tmp_path: Path, model_type: str, known: bool
     ) -> None:
         with_engines(homelab)
@@ -129,9 +131,7 @@ class TestAModelThatIsServedToSee:
         assert error["code"] == "unknown_architecture", error
         assert error["why"].startswith(f"its model_type is {model_type!r}, which mlx-vlm "), error
 
-    def test_is_reckoned_with_full_keys_and_values_in_a_list_and_in_a_load(
-        self, homelab: Homelab, tmp_path: Path
-    ) -> None:
+    def test_memory_estimate_uses_full_keys_and_values(self, homelab: Homelab, tmp_path: Path) -> None:
         with_engines(homelab)
         studio = homelab.studio
         latent = plain("deepseek_v3", 27, 16, 16, 2048, **MLA)
@@ -146,14 +146,14 @@ class TestAModelThatIsServedToSee:
 
 
 VERDICTS = {"named weights.00", "unknown architecture", "hqq", "a shard is gone", "no tokenizer"}
-"""Some that must be among those that are refused, or nothing was tried."""
+"""Some variants that must be refused. If they are not, the test tried nothing."""
 AS_A_RULE = {"code for the model"}
-"""Refused although mlx-lm 0.31.3 loads it: it imports the repository's code unasked (CVE-2026-5843)."""
+"""Refused although mlx-lm 0.31.3 loads it, because that imports the repository's code (CVE-2026-5843)."""
 
 
 @pytest.fixture(scope="module")
 def odd(engine: Path, tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the odd variants; the file `canary` beside it has the names of those whose code ran."""
+    """Create the folder of the odd variants. The file `canary` beside it lists those whose code ran."""
     folder = tmp_path_factory.mktemp("odd") / "models"
     folder.mkdir()
     run_odd(
@@ -176,7 +176,7 @@ def run_odd(*arguments: str, python: Path, folder: Path) -> str:
 
 
 def refusal(engine: str, argv: tuple[str, ...], folder: Path) -> str | None:
-    """Why a load of this folder would be refused before anything stops; None if it would be tried."""
+    """Return why a load of this folder is refused; None if it is not."""
     entry = Model("odd", REPO)
     found = engine_named(engine)
     serving = ServerSpec(entry, "odd", folder, "127.0.0.1", 8100, folder)
@@ -195,8 +195,8 @@ def refusal(engine: str, argv: tuple[str, ...], folder: Path) -> str | None:
 
 
 @pytest.mark.parametrize("engine", ["mlx-lm", "mlx-openai-server"])
-def test_what_is_refused_is_what_the_engine_cannot_load(odd: Path, engine: str) -> None:
-    """Both ways: nothing that the real engine loads is refused, and what it does not load is refused beforehand."""
+def test_refused_models_are_those_that_the_engine_cannot_load(odd: Path, engine: str) -> None:
+    """Both directions: a model is refused if and only if the real engine cannot load it."""
     if engine == "mlx-openai-server" and not cache.has_openai_server():
         pytest.skip("it has no version for this Python")
     venv = cache.engine_venv(engine) if engine == "mlx-lm" else cache.openai_server_venv()
@@ -217,8 +217,8 @@ def test_what_is_refused_is_what_the_engine_cannot_load(odd: Path, engine: str) 
     assert ran == (AS_A_RULE if engine == "mlx-openai-server" else set()), "whose code ran, though nothing is trusted"
 
 
-class TestBeforeADownload:
-    """By the hub's listing and config.json: not a byte of the weights, and nothing of it in the cache."""
+class TestCheckBeforeDownload:
+    """The check uses the hub's list and config.json. No weights are downloaded, and the cache stays empty."""
 
     @pytest.fixture
     def studio(self, online_homelab: Homelab) -> Studio:
@@ -233,7 +233,7 @@ class TestBeforeADownload:
             ("lora", an_adapter, "not_mlx", "it is an adapter"),
         ],
     )
-    def test_is_refused_what_the_engine_cannot_serve(
+    def test_unservable_repository_is_refused(
         self,
         studio: Studio,
         hub: Hub,
@@ -251,8 +251,8 @@ class TestBeforeADownload:
         assert error["code"] == code and why in error["why"], error
         assert not models.repo_folder(studio.hub, repo).exists() and not studio.registry_path.exists()
 
-    def test_weights_in_the_format_of_pytorch_are_no_reason(self, studio: Studio, hub: Hub, tmp_path: Path) -> None:
-        """mlx-lm converts them while it loads them."""
+    def test_pytorch_weights_are_accepted(self, studio: Studio, hub: Hub, tmp_path: Path) -> None:
+        """mlx-lm converts such weights while it loads them."""
         repo, port = "tiny-org/in-pytorchs-format", studio.ports[0]
         hub.add(repo, spoiled(tmp_path, in_pytorchs_format))
         studio.mlxctl("load", "--model", repo, "--port", str(port), "--overcommit").ok()
@@ -261,8 +261,8 @@ class TestBeforeADownload:
         assert studio.mlxctl("list", "--json").ok().json["hosts"][0]["models"][0]["problems"] == []
 
 
-class TestCodeThatNobodyRuns:
-    def test_is_a_note_and_the_option_to_trust_it_is_not_passed(self, homelab: Homelab, tmp_path: Path) -> None:
+class TestUntrustedCode:
+    def test_untrusted_code_is_noted_and_not_run(self, homelab: Homelab, tmp_path: Path) -> None:
         studio, canary, port = homelab.studio, tmp_path / "canary", homelab.studio.ports[0]
 
         def with_code(at: Path) -> None:

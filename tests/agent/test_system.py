@@ -1,4 +1,4 @@
-"""Two ways of looking at one machine: /proc and psutil see the same."""
+"""/proc and psutil give the same view of a machine."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def child(stack: ExitStack, *argv: str, **how: object) -> subprocess.Popen[bytes
 
 
 def listen(stack: ExitStack, family: int, address: str, port: int = 0, *, only6: bool = False) -> int:
-    """A listener of this process; its port."""
+    """Open a listener of this process. Return its port."""
     sock = stack.enter_context(socket.socket(family))
     if family == socket.AF_INET6:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only6)
@@ -68,7 +68,7 @@ def zombie(stack: ExitStack) -> subprocess.Popen[bytes]:
 
 
 @both
-def test_a_process_is_seen_with_its_parent_group_and_command(system: System, stack: ExitStack) -> None:
+def test_process_has_its_parent_group_and_command(system: System, stack: ExitStack) -> None:
     sleeper = child(stack, "/bin/sleep", "1000", start_new_session=True)
     wait_until(lambda: (p := system.process(sleeper.pid)) is not None and "1000" in p.argv, 10, "the sleeper")
     seen = system.process(sleeper.pid)
@@ -79,7 +79,7 @@ def test_a_process_is_seen_with_its_parent_group_and_command(system: System, sta
 
 
 @both
-def test_a_process_that_is_gone_is_none(system: System, stack: ExitStack) -> None:
+def test_ended_process_returns_none(system: System, stack: ExitStack) -> None:
     gone = child(stack, "/bin/sh", "-c", ":")
     gone.wait()
     assert system.process(gone.pid) is None and gone.pid not in system.look(()).processes
@@ -87,7 +87,7 @@ def test_a_process_that_is_gone_is_none(system: System, stack: ExitStack) -> Non
 
 
 @both
-def test_the_ports_of_a_process_are_those_on_which_it_listens(system: System, stack: ExitStack) -> None:
+def test_ports_of_a_process_are_its_listening_ports(system: System, stack: ExitStack) -> None:
     with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.2", 0)) as other:
         with socket.create_connection(one.getsockname()):
             own = system.ports_of(os.getpid())
@@ -100,7 +100,7 @@ def test_the_ports_of_a_process_are_those_on_which_it_listens(system: System, st
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="network namespaces are Linux's")
-def test_the_ports_of_a_container_are_not_those_of_the_host(stack: ExitStack) -> None:
+def test_ports_of_a_container_are_hidden(stack: ExitStack) -> None:
     inside = child(stack, "unshare", "-Urn", "sleep", "1000")
     wait_until(lambda: (p := this_system().process(inside.pid)) is None or p.argv[0] == "sleep", 10, "the namespace")
     if inside.poll() is not None:
@@ -109,7 +109,7 @@ def test_the_ports_of_a_container_are_not_those_of_the_host(stack: ExitStack) ->
 
 
 @both
-def test_a_zombie_is_one_and_no_member_of_its_group(system: System, stack: ExitStack) -> None:
+def test_zombie_is_not_a_member_of_its_group(system: System, stack: ExitStack) -> None:
     dead = zombie(stack)
     seen = system.process(dead.pid)
     assert seen is not None and seen.zombie
@@ -118,7 +118,7 @@ def test_a_zombie_is_one_and_no_member_of_its_group(system: System, stack: ExitS
 
 @both
 @pytest.mark.parametrize("name", ["a) S 1 1 (b", "with space", ") (", "(((", "1 (x) Z 0", "ü\u202e"])
-def test_a_program_may_be_called_anything(system: System, stack: ExitStack, tmp_path: Path, name: str) -> None:
+def test_program_may_have_any_name(system: System, stack: ExitStack, tmp_path: Path, name: str) -> None:
     program = tmp_path / name
     shutil.copy("/bin/sleep", program)
     odd = child(stack, str(program), "1000", start_new_session=True)
@@ -129,7 +129,7 @@ def test_a_program_may_be_called_anything(system: System, stack: ExitStack, tmp_
 
 
 @both
-def test_arguments_stay_apart_whatever_is_in_them(system: System, stack: ExitStack) -> None:
+def test_arguments_with_any_characters_stay_separate(system: System, stack: ExitStack) -> None:
     words = ("a b", "", "c\nd", "$(x)", "é")
     waiting = child(stack, sys.executable, "-S", "-c", "input()", *words)
     wait_until(lambda: (p := system.process(waiting.pid)) is not None and p.argv[-1:] == ("é",), 10, "the program")
@@ -138,7 +138,7 @@ def test_arguments_stay_apart_whatever_is_in_them(system: System, stack: ExitSta
 
 
 @both
-def test_a_variable_of_another_process_is_read_and_only_that_one(system: System, stack: ExitStack) -> None:
+def test_only_the_named_variable_is_read(system: System, stack: ExitStack) -> None:
     env = {"MARK_MORE": "no", "MARK": "a=b c", "EMPTY": ""}
     waiting = child(stack, "/bin/sleep", "1000", env=env)
     wait_until(lambda: system.environment(waiting.pid, "MARK"), 10, "the program")
@@ -148,14 +148,14 @@ def test_a_variable_of_another_process_is_read_and_only_that_one(system: System,
 
 
 @both
-def test_memory_is_told_in_bytes(system: System) -> None:
+def test_memory_is_in_bytes(system: System) -> None:
     one = system.memory([os.getpid()])
     assert 10_000_000 < one < 10_000_000_000
     assert system.memory([]) == 0 and system.memory([os.getpid(), 2**22 - 1]) == pytest.approx(one, rel=0.2)
 
 
-def test_a_process_whose_command_must_not_be_seen_is_there_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On macOS those of root."""
+def test_process_with_a_hidden_command_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On macOS, the commands of root's processes are hidden."""
 
     def denied(process: psutil.Process) -> list[str]:
         raise psutil.AccessDenied(process.pid)
@@ -166,7 +166,7 @@ def test_a_process_whose_command_must_not_be_seen_is_there_all_the_same(monkeypa
 
 
 @linux
-def test_both_ways_see_the_same_processes(stack: ExitStack) -> None:
+def test_proc_and_psutil_see_the_same_processes(stack: ExitStack) -> None:
     program = "import subprocess; subprocess.Popen(['/bin/sleep', '1000']); print('up', flush=True); input()"
     parent = child(stack, sys.executable, "-S", "-c", program, stdout=subprocess.PIPE, start_new_session=True)
     stack.callback(os.killpg, parent.pid, signal.SIGKILL)
@@ -192,14 +192,14 @@ ADDRESSES = {
     "0.0.0.0": (socket.AF_INET, "0.0.0.0"),
     "::1": (socket.AF_INET6, "::1"),
     "::": (socket.AF_INET6, "::"),
-    # An IPv4 address as IPv6 writes it is that IPv4 address.
+    # An IPv4 address in IPv6 notation is that IPv4 address.
     "127.0.0.1 ": (socket.AF_INET6, "::ffff:127.0.0.1"),
 }
 
 
 @both
 @pytest.mark.parametrize("shown", ADDRESSES)
-def test_a_listener_is_seen_with_its_address_and_process(system: System, stack: ExitStack, shown: str) -> None:
+def test_listener_has_its_address_and_process(system: System, stack: ExitStack, shown: str) -> None:
     port = listen(stack, *ADDRESSES[shown])
     expected = (Listener(shown.strip(), port, frozenset({os.getpid()})),)
     assert system.look({port}).listeners == expected
@@ -207,7 +207,7 @@ def test_a_listener_is_seen_with_its_address_and_process(system: System, stack: 
 
 
 @both
-def test_what_is_connected_or_only_bound_does_not_listen(system: System, stack: ExitStack) -> None:
+def test_connected_and_bound_sockets_are_not_listeners(system: System, stack: ExitStack) -> None:
     port = listen(stack, socket.AF_INET, "127.0.0.1")
     client = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
     bound = stack.enter_context(socket.socket())
@@ -216,7 +216,7 @@ def test_what_is_connected_or_only_bound_does_not_listen(system: System, stack: 
 
 
 @both
-def test_every_process_that_shares_a_listener_is_named(system: System, stack: ExitStack) -> None:
+def test_shared_listener_names_all_its_processes(system: System, stack: ExitStack) -> None:
     sock = stack.enter_context(socket.socket())
     sock.bind(("127.0.0.1", 0))
     sock.listen()
@@ -226,7 +226,7 @@ def test_every_process_that_shares_a_listener_is_named(system: System, stack: Ex
     assert seen.pids == {os.getpid(), heir.pid}
 
 
-def test_whoever_wants_to_know_of_no_port_does_not_wait_for_the_sockets_of_every_process(
+def test_sockets_are_not_read_if_no_port_is_requested(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[int] = []
@@ -241,7 +241,7 @@ def test_whoever_wants_to_know_of_no_port_does_not_wait_for_the_sockets_of_every
 
 
 @linux
-def test_both_ways_see_the_same_listeners(stack: ExitStack) -> None:
+def test_proc_and_psutil_see_the_same_listeners(stack: ExitStack) -> None:
     ports = {listen(stack, family, address) for family, address in ADDRESSES.values()}
 
     def rows(system: System) -> set[Listener]:
@@ -252,8 +252,8 @@ def test_both_ways_see_the_same_listeners(stack: ExitStack) -> None:
 
 
 @linux
-def test_a_server_that_makes_children_while_it_is_looked_at_stays_the_only_group_on_its_port(stack: ExitStack) -> None:
-    """Between fork and exec a child holds every listener of its parent, and it may be gone a moment later."""
+def test_forking_server_stays_the_only_group_on_its_port(stack: ExitStack) -> None:
+    """Between fork and exec, a child holds all listeners of its parent. It may end a moment later."""
     code = """if True:
         import os, socket
         server = socket.create_server(("127.0.0.1", 0))
@@ -273,8 +273,8 @@ def test_a_server_that_makes_children_while_it_is_looked_at_stays_the_only_group
 
 
 @pytest.fixture(params=["kernel", "proc"])
-def told_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Who tells about sockets; where the kernel may not be asked, the system itself refuses."""
+def socket_source(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the source of sockets. For `proc`, make sock_diag fail with an error of the operating system."""
     if request.param == "proc":
         monkeypatch.setattr(sockets, "_NETLINK_SOCK_DIAG", 99)
         with pytest.raises(OSError):
@@ -284,8 +284,8 @@ def told_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @linux
 @pytest.mark.parametrize(("family", "address"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
-def test_listeners_and_connections_are_told_by_the_kernel_and_without_it(
-    stack: ExitStack, told_by: str, family: int, address: str
+def test_listeners_and_connections_are_the_same_from_both_sources(
+    stack: ExitStack, socket_source: str, family: int, address: str
 ) -> None:
     if family == socket.AF_INET6 and not socket.has_dualstack_ipv6():
         pytest.skip("this machine has no IPv6")
@@ -303,7 +303,7 @@ def test_listeners_and_connections_are_told_by_the_kernel_and_without_it(
 
 
 @linux
-def test_many_sockets_come_in_many_pieces_and_none_is_lost(stack: ExitStack) -> None:
+def test_many_sockets_are_read_in_several_messages(stack: ExitStack) -> None:
     ports = {listen(stack, socket.AF_INET, "127.0.0.1") for _ in range(500)}
     found = [each.port for each in sockets.from_kernel(socket.AF_INET, sockets.LISTENING) if each.port in ports]
     assert sorted(found) == sorted(ports)
@@ -324,20 +324,18 @@ def test_many_sockets_come_in_many_pieces_and_none_is_lost(stack: ExitStack) -> 
         ("::ffff:0.0.0.0", "127.0.0.1", True),
     ],
 )
-def test_two_addresses_cannot_share_a_port_if_they_are_one_or_one_of_them_is_every(
-    one: str, other: str, expected: bool
-) -> None:
+def test_equal_or_unspecified_addresses_collide(one: str, other: str, expected: bool) -> None:
     assert collides(one, other) is expected and collides(other, one) is expected
 
 
-def test_of_the_listeners_on_a_port_only_those_in_the_way_count() -> None:
+def test_only_colliding_listeners_count() -> None:
     here, there = Listener("127.0.0.1", 8100), Listener("127.0.0.2", 8100)
     look = Look({}, (here, there, Listener("127.0.0.1", 8101)))
     assert look.on("127.0.0.1", 8100) == (here,)
     assert look.on("0.0.0.0", 8100) == (here, there)
 
 
-def test_ancestors_end_even_where_parents_go_in_a_circle() -> None:
+def test_ancestors_end_in_a_circle_of_parents() -> None:
     def process(pid: int, ppid: int) -> Process:
         return Process(pid, ppid, pid, 0, "1", False)
 
@@ -348,9 +346,7 @@ def test_ancestors_end_even_where_parents_go_in_a_circle() -> None:
 
 
 @linux
-def test_where_the_kernel_answers_no_questions_about_sockets_its_tables_tell_the_same(
-    stack: ExitStack, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_proc_is_used_where_sock_diag_is_refused(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
     ports = {
         listen(stack, socket.AF_INET, "127.0.0.1"),
         listen(stack, socket.AF_INET, "0.0.0.0"),

@@ -1,4 +1,4 @@
-"""Which weight files make a whole: by their numbers; an index or the hub's listing counts where it speaks of them."""
+"""Weight files form a set by their numbers. An index or the hub's list counts only if it names these files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def shards(*numbers: int, of: int, form: str = "model-{:05d}-of-{:05d}.safetenso
         (shards(1, 2, of=2), [], None),
         (shards(1, of=2), [], shards(2, of=2)[0]),
         (shards(1, 3, of=3), [], shards(2, of=3)[0]),
-        # names of others
+        # names of other forms
         (shards(1, 2, of=2, form="model-{}-of-{}.safetensors"), [], None),
         (shards(1, of=2, form="model-{}-of-{}.safetensors"), [], "model-2-of-2.safetensors"),
         (shards(1, of=163, form="model-{:05d}-of-{:06d}.safetensors"), [], "model-00002-of-000163.safetensors"),
@@ -38,7 +38,7 @@ def shards(*numbers: int, of: int, form: str = "model-{:05d}-of-{:05d}.safetenso
         ),
         (shards(0, 1, of=2), [], None),
         (shards(0, of=2), [], shards(1, of=2)[0]),
-        # a listing of these files
+        # a list of these files
         (shards(1, of=2), shards(1, 2, of=2), shards(2, of=2)[0]),
         ([*shards(1, 2, of=2)], [*shards(1, 2, of=2), "model-mtp.safetensors"], "model-mtp.safetensors"),
         (
@@ -46,22 +46,22 @@ def shards(*numbers: int, of: int, form: str = "model-{:05d}-of-{:05d}.safetenso
             ["model-text.safetensors", "model-vision.safetensors"],
             "model-vision.safetensors",
         ),
-        # a listing of others, left by another conversion
+        # a list of another conversion's files
         (shards(1, 2, of=2), shards(*range(1, 11), of=10), None),
         (["model.safetensors"], shards(1, 2, of=2), None),
         (shards(1, of=2), shards(*range(1, 11), of=10), shards(2, of=2)[0]),
         (["model-mine.safetensors"], shards(1, 2, of=2), None),
-        # the rest of another conversion beside a whole
+        # files of another conversion beside a complete set
         (["model.safetensors", *shards(3, of=10)], [], None),
         ([*shards(1, 2, of=2), *shards(3, of=10)], shards(1, 2, of=2), None),
         ([*shards(1, of=2), *shards(3, of=10)], [], shards(2, of=2)[0]),
     ],
 )
-def test_a_whole_is_told_by_its_numbers(present: list[str], listed: list[str], lacking: str | None) -> None:
+def test_numbers_in_names_show_missing_weights(present: list[str], listed: list[str], lacking: str | None) -> None:
     assert missing(present, listed) == lacking
 
 
-def test_an_engine_loads_what_its_pattern_matches() -> None:
+def test_engines_load_files_that_match_their_pattern() -> None:
     names = ["model.safetensors", "adapters.safetensors", "._model.safetensors", "a/model.safetensors", "model.bin"]
     assert language_weights(names) == weights(names) == ["model.safetensors"]
     assert language_weights(names[1:]) == [] and weights(names[1:]) == ["adapters.safetensors"]
@@ -69,7 +69,7 @@ def test_an_engine_loads_what_its_pattern_matches() -> None:
 
 @pytest.mark.parametrize("trees", [False, True])
 @pytest.mark.parametrize("index", [shards(*range(1, 11), of=10), shards(1, of=1), []], ids=["more", "fewer", "none"])
-def test_a_stale_index_is_a_word_and_no_reason(tmp_path: Path, index: list[str], trees: bool) -> None:
+def test_stale_index_is_a_warning_and_not_a_problem(tmp_path: Path, index: list[str], trees: bool) -> None:
     source = model(tmp_path / "source")
     (source / "model.safetensors").unlink()
     for name in shards(1, 2, of=2):
