@@ -232,73 +232,80 @@ def open_client(timeouts: DownloadTimeouts, is_cancelled: Callable[[], bool] = l
 
 
 def _add_hooks(client: httpx2.Client, hub: HubClient) -> httpx2.Client:
+    """Add hooks to an HTTP client that apply the limits of `hub`.
+
+    Answers about the repository (metadata) have a total time limit and a fixed maximum size. File contents are limited
+    by stalls and by the size of the largest listed file.
+    """
     import httpx2
 
     api = str(httpx2.URL(f"{(hub.endpoint or 'https://huggingface.co').rstrip('/')}/api/"))
 
     class LimitedStream(httpx2.SyncByteStream):
-        def __init__(self, stream: httpx2.SyncByteStream, most: int, until: float | None) -> None:
-            self._stream, self._most, self._until = stream, most, until
+        def __init__(self, stream: httpx2.SyncByteStream, limit: int, deadline: float | None) -> None:
+            self._stream, self._limit, self._deadline = stream, limit, deadline
 
         def __iter__(self) -> Iterator[bytes]:
-            got = 0
+            received = 0
             for chunk in self._stream:
                 if hub.is_cancelled():
                     raise _Cancelled
                 hub.note_activity()
-                got += len(chunk)
-                if got > self._most:
-                    raise InvalidAnswer(f"it sends more than {amount(self._most)}, the limit for this answer")
-                if self._until is not None and time.monotonic() > self._until:
+                received += len(chunk)
+                if received > self._limit:
+                    raise InvalidAnswer(f"it sends more than {amount(self._limit)}, the limit for this answer")
+                if self._deadline is not None and time.monotonic() > self._deadline:
                     raise _AnswerTooSlow
                 yield chunk
 
         def close(self) -> None:
             self._stream.close()
 
-    def before(request: httpx2.Request) -> None:
+    def prepare_request(request: httpx2.Request) -> None:
         if hub.is_cancelled():
             raise _Cancelled
         if hub.stalled:
             raise _Stalled
         # A redirected request keeps the kind of the first request: its own address does not show the kind.
-        question = request.extensions.setdefault(
-            "mlxops.question", hub.largest is None or str(request.url).startswith(api)
+        is_metadata = request.extensions.setdefault(
+            "mlxops.metadata", hub.largest is None or str(request.url).startswith(api)
         )
-        request.extensions.setdefault("mlxops.asked", time.monotonic())
-        timeout = hub.timeouts.answer if question else hub.timeouts.stall
+        request.extensions.setdefault("mlxops.sent_at", time.monotonic())
+        timeout = hub.timeouts.answer if is_metadata else hub.timeouts.stall
         timeouts = request.extensions.get("timeout", {})
         timeouts["read"] = min(timeouts.get("read") or timeout, timeout)
         key = object()
         request.extensions["trace"] = lambda event, info: hub.handle_trace(event, info, key, timeout)
         request.headers["Accept-Encoding"] = "identity"
 
-    def after(response: httpx2.Response) -> None:
+    def check_response(response: httpx2.Response) -> None:
         if response.status_code in RETRYABLE_STATUSES:
             seconds = response.headers.get("Retry-After", "")
             raise RetryAfter(response.status_code, float(seconds) if re.fullmatch("[0-9]{1,9}", seconds) else None)
         extensions = response.request.extensions
-        question = extensions["mlxops.question"]
+        is_metadata = extensions["mlxops.metadata"]
         if isinstance(response.stream, httpx2.SyncByteStream):
-            until = extensions["mlxops.asked"] + hub.timeouts.answer if question else None
-            content = not question and response.status_code in {200, 206}
-            response.stream = LimitedStream(response.stream, (hub.largest or 0) if content else MAX_ANSWER_BYTES, until)
+            deadline = extensions["mlxops.sent_at"] + hub.timeouts.answer if is_metadata else None
+            content = not is_metadata and response.status_code in {200, 206}
+            response.stream = LimitedStream(
+                response.stream, (hub.largest or 0) if content else MAX_ANSWER_BYTES, deadline
+            )
         # We asked for no compression, and a few compressed bytes may decode to more than a disk holds. Without
         # decoding, the answer is invalid.
         if _DECODED_ENCODINGS & {
             word.strip() for word in response.headers.get("Content-Encoding", "").lower().split(",")
         }:
             del response.headers["Content-Encoding"]
-        _check_names(response, question=question)
+        _check_names(response, is_metadata=is_metadata)
 
     client.event_hooks = {
-        "request": [*client.event_hooks.get("request", []), before],
-        "response": [*client.event_hooks.get("response", []), after],
+        "request": [*client.event_hooks.get("request", []), prepare_request],
+        "response": [*client.event_hooks.get("response", []), check_response],
     }
     return client
 
 
-def _check_names(response: httpx2.Response, *, question: bool) -> None:
+def _check_names(response: httpx2.Response, *, is_metadata: bool) -> None:
     """Check every name in an answer from which huggingface_hub makes a path. Raises `InvalidAnswer`.
 
     huggingface_hub itself checks few of them (2.4, `file_download.py`, `blob_path`)."""
@@ -308,9 +315,9 @@ def _check_names(response: httpx2.Response, *, question: bool) -> None:
     for header in ("X-Linked-Etag", "ETag", "X-Xet-Hash"):
         # Stripped as in huggingface_hub. Those of answers about the repository never become a path.
         etag = response.headers.get(header, "").lstrip("W/").strip('"')
-        if not question and ("/" in etag or etag in {".", ".."}):
+        if not is_metadata and ("/" in etag or etag in {".", ".."}):
             raise InvalidAnswer(f"it calls the content of a file {printable(etag)!r}")
-    if question and response.status_code == 200 and response.request.method == "GET":
+    if is_metadata and response.status_code == 200 and response.request.method == "GET":
         # huggingface_hub requests listings by itself. A listing is a JSON list.
         try:
             answer = response.json() if response.read().lstrip().startswith(b"[") else []
@@ -379,7 +386,7 @@ class DownloadProgress:
         self._lock = threading.Lock()
         self._shown = -1
         self._next = 0.0
-        self._lately: deque[tuple[float, int]] = deque()
+        self._samples: deque[tuple[float, int]] = deque()
 
     def bars(self, base: int) -> type[_Bar]:
         """Return the class of bars for one try, at whose start `base` bytes are already on disk."""
@@ -407,10 +414,10 @@ class DownloadProgress:
 
     def _rate(self, now: float, done: int) -> int:
         """Return bytes per second over the rate window; 0 in the first second, which is too short to measure."""
-        self._lately.append((now, done))
-        while len(self._lately) > 2 and now - self._lately[0][0] > RATE_WINDOW_SECONDS:
-            self._lately.popleft()
-        since, before = self._lately[0]
+        self._samples.append((now, done))
+        while len(self._samples) > 2 and now - self._samples[0][0] > RATE_WINDOW_SECONDS:
+            self._samples.popleft()
+        since, before = self._samples[0]
         return int((done - before) / (now - since)) if now - since >= 1.0 else 0
 
 

@@ -300,15 +300,15 @@ def _drop_leftovers(folder: Path) -> None:
 def _refuse_broken_links(folder: Path, plan: DownloadPlan) -> None:
     """Raise `Refused` (link_broken) if the download would replace a person's link to a disk that is not mounted."""
     snapshot = folder / "snapshots" / plan.commit
-    found = {snapshot / file.name: broken_link_target(str(snapshot), file.name) for file in plan.files}
+    targets = {snapshot / file.name: broken_link_target(str(snapshot), file.name) for file in plan.files}
     if folder.is_symlink() and not os.path.exists(folder):  # an unreadable target counts as missing
-        found = {folder: os.readlink(folder)}
-    for link, path in found.items():
-        if path:
+        targets = {folder: os.readlink(folder)}
+    for link, target in targets.items():
+        if target:
             raise Refused(
                 "link_broken",
                 f"{plan.repo_id} is not downloaded, because that would replace a link that a person made",
-                why=f"{printable(link.name)} is a link to {printable(path)}, which does not exist",
+                why=f"{printable(link.name)} is a link to {printable(target)}, which does not exist",
                 hint=f"mount the disk that it points to, or delete the link: rm {shlex.quote(str(link))}",
             )
 
@@ -451,13 +451,13 @@ def _write_ref(folder: Path, name: str, commit: str, repo: RepoRevision) -> None
 
 def _downloaded_snapshot(hub: Path, plan: DownloadPlan) -> Snapshot:
     """Return the downloaded snapshot as the cache shows it. Raises `Refused` (not_mlx)."""
-    found = find(hub, plan.repo_id, plan.commit)
-    whole = found if isinstance(found, Snapshot) or found is None else found.whole
+    result = find(hub, plan.repo_id, plan.commit)
+    whole = result if isinstance(result, Snapshot) or result is None else result.whole
     if whole is not None:
         return whole
-    if isinstance(found, Skipped):
-        _refuse_edits(found.path, plan, found.why)
-    raise _not_mlx(plan, found.why if isinstance(found, Skipped) else "it is not in the cache after its download")
+    if isinstance(result, Skipped):
+        _refuse_edits(result.path, plan, result.why)
+    raise _not_mlx(plan, result.why if isinstance(result, Skipped) else "it is not in the cache after its download")
 
 
 def _size(path: Path) -> int | None:
