@@ -19,6 +19,7 @@ from tests.lab import cache, leaks, models, world
 from tests.lab.homelab import CHECKOUT, Homelab, LabUnavailable
 from tests.lab.hub import Hub
 from tests.lab.sshd import missing
+from tests.steps import with_fake
 
 _FOREIGN = ("HF_", "HUGGING", "XDG_", "MLXOPS_", "MLX_", "INVOKE_", "FABRIC_", "SSH_", "GIT_", "LITELLM_")
 """Variables with which the user's shell could change the outcome of a test."""
@@ -81,10 +82,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if _lab_fixtures(item):
             item.add_marker(pytest.mark.lab)
-        if any(definition.scope in ("module", "class") for definition in _fixtures(item).values()):
-            # One worker runs them all. A second worker would set up the shared fixture again.
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
     if hasattr(config, "workerinput"):
+        for item in items:
+            if any(definition.scope in ("module", "class") for definition in _fixtures(item).values()):
+                # One worker runs them all. A second worker would set up the shared fixture again.
+                item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
         # Start the long tests first, so that the workers finish at about the same time.
         items.sort(key=lambda item: item.get_closest_marker("lab") is None)
 
@@ -243,6 +245,12 @@ def make_homelab(tiny_models: Path, tmp_path: Path) -> Iterator[Callable[..., Ho
 def homelab(make_homelab: Callable[..., Homelab]) -> Homelab:
     """A Mini and one Studio, without a hub: downloads fail at once."""
     return make_homelab()
+
+
+@pytest.fixture
+def quick_engine(homelab: Homelab) -> None:
+    """Give the homelab's Studio the fake engine, for a test that starts servers and does not depend on the engine."""
+    with_fake(homelab)
 
 
 @pytest.fixture

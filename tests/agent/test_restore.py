@@ -86,6 +86,7 @@ def kill_server(lab: Homelab, port: int) -> None:
     wait_until(lambda: not lab.studio.listening(port), 30, "the port's end")
 
 
+@pytest.mark.usefixtures("quick_engine")
 def test_after_a_reboot_status_says_so_and_restore_brings_all_back(homelab: Homelab) -> None:
     first, second = two_loaded(homelab)
     reboot(homelab.studio)
@@ -114,6 +115,7 @@ def test_after_a_reboot_status_says_so_and_restore_brings_all_back(homelab: Home
     assert homelab.mini.mlxctl("restore").ok().stdout == "started nothing\n"
 
 
+@pytest.mark.usefixtures("quick_engine")
 def test_what_reconcile_cleared_after_a_reboot_comes_back_by_the_hosts_own_job(homelab: Homelab) -> None:
     first, second = two_loaded(homelab)
     reboot(homelab.studio)
@@ -159,6 +161,7 @@ def test_what_does_not_fit_or_start_keeps_nobody_else_from_starting(homelab: Hom
     assert homelab.studio.completion(second, "jerry-l")["model"] == "jerry-l"
 
 
+@pytest.mark.usefixtures("quick_engine")
 def test_the_memory_budget_is_kept(homelab: Homelab) -> None:
     """By an estimate so large that what else runs on this machine, and counts as well, makes no difference."""
     first, second = two_loaded(homelab)
@@ -180,6 +183,7 @@ def test_the_memory_budget_is_kept(homelab: Homelab) -> None:
     assert [line["port"] for line in history_of(homelab, "restore")] == [second]
 
 
+@pytest.mark.usefixtures("quick_engine")
 def test_a_server_that_crashes_again_is_left_for_a_while(homelab: Homelab) -> None:
     homelab.studio.install(QWEN, models.QWEN)
     port = homelab.studio.ports[0]
@@ -201,6 +205,7 @@ def test_a_server_that_crashes_again_is_left_for_a_while(homelab: Homelab) -> No
     end(homelab.studio.processes())
 
 
+@pytest.mark.usefixtures("quick_engine")
 def test_the_port_of_an_installed_boot_job_is_left_to_it_and_of_one_that_is_not_is_started(homelab: Homelab) -> None:
     port = homelab.studio.ports[0]
     homelab.studio.install(QWEN, models.QWEN)
@@ -248,6 +253,7 @@ def test_a_port_that_is_unloaded_meanwhile_is_left_and_the_rest_goes_on(homelab:
     assert not homelab.studio.listening(ports[which])
 
 
+@pytest.mark.usefixtures("quick_engine")
 def test_what_was_cleared_and_is_unloaded_meanwhile_does_not_come_back(homelab: Homelab) -> None:
     first, second = two_loaded(homelab)
     reboot(homelab.studio)

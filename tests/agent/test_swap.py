@@ -79,6 +79,7 @@ class TestFailure:
             assert studio.registry_path.read_bytes() == registry
             assert studio.completion(port, "jerry-xl")["choices"]
 
+    @pytest.mark.usefixtures("quick_engine")
     def test_a_move_that_fails_leaves_the_model_where_it_was(self, studio: Studio) -> None:
         first, second = studio.ports[0], studio.ports[1]
         with serving(studio, QWEN, first):
@@ -235,6 +236,7 @@ def _told(studio: Studio) -> str:
     return "".join(path.read_text(encoding="utf-8") for path in studio.state.glob("ops/*/events.jsonl"))
 
 
+@pytest.mark.usefixtures("quick_engine")
 class TestRollback:
     def test_it_goes_back_and_back_again(self, studio: Studio) -> None:
         port = studio.ports[0]

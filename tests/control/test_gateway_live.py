@@ -143,7 +143,7 @@ class Story:
         return f"{name}: {failed} of {len(near)} requests failed, longest time without an answer {gap:.2f} s"
 
 
-@pytest.mark.parametrize("driver", ["over ssh", "local"])
+@pytest.mark.parametrize("driver", ["over ssh", pytest.param("local", marks=pytest.mark.long)])
 def test_models_change_behind_an_alias_and_the_gateway_stays(
     empty: Place, engine: Path, openai_server: Path, driver: str
 ) -> None:
