@@ -73,7 +73,7 @@ TAKEN: dict[str, tuple[PortView | None, str]] = {
     "another model by hand": (PortView(8100, None, State.READY, Owner.HAND, "b", pid=7), "serves b there"),
     "an operation": (
         PortView(8100, None, State.IDLE, operation=Operation("x", "unload")),
-        "running on the port: unload",
+        "running on the port",
     ),
     "an unassigned server": (
         PortView(8100, None, State.ORPHAN, Owner.MLXOPS, "b", orphan=Orphan.UNASSIGNED),
@@ -233,8 +233,8 @@ ASSIGNED = registry(a=8100)
 
 @dataclass
 class Host:
-    """A simulated host with one server. `restore` runs every `every` seconds, or only at boot if that is None. The server
-    lives `lives` seconds and writes to its log for the first `talks` of them."""
+    """A simulated host with one server. `restore` runs every `every` seconds, or only at boot if that is None. The
+    server lives `lives` seconds and writes to its log for the first `talks` of them."""
 
     lives: float
     talks: float | None = None

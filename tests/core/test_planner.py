@@ -128,7 +128,7 @@ LOADS: dict[str, Load] = {
     "the boot job is another user's": Load(
         "boot_port", (replace(at_boot(), hand=None, answer=Health.NOT_ASKED),), registry(a=8100), port=8100
     ),
-    # Somebody else holds the port.
+    # A foreign process holds the port.
     "a foreign listener": Load("foreign_port", (foreign(),), says="pid 6000: nc -l"),
     "a foreign listener, forced": Load("foreign_port", (foreign(),), force=True),
     "a foreign listener where the registry has this model": Load("foreign_port", (foreign(),), registry(a=8103)),
