@@ -1,4 +1,4 @@
-"""How service managers name and describe the boot jobs of hosts.yaml: servers that the system itself starts. Pure.
+"""Match the boot jobs of hosts.yaml (servers that the system starts) with the output of service managers. Pure.
 
 Sources: launchctl(1), launchd.plist(5), systemctl(1), systemd.unit(5), systemd-escape(1), cgroups(7).
 """
@@ -21,14 +21,14 @@ _TRIGGERS = (".timer", ".socket", ".path")
 
 
 def unit_of(label: str) -> str:
-    """Return the systemd unit that a label means: `.service` may be omitted, and a timer stands for its service."""
+    """Return the systemd unit that a label names. `.service` may be omitted, and a timer stands for its service."""
     for trigger in _TRIGGERS:
         label = label.removesuffix(trigger)
     return label if label.endswith(UNIT_TYPES) else f"{label}.service"
 
 
 def is_unit(label: str, unit: str) -> bool:
-    """Whether a label means this unit. A template (`name@`) means all its instances; escapes may be omitted."""
+    """Whether a label names this unit. A template (`name@`) names all its instances. Escapes may be omitted."""
     if not label:
         return False
     wanted = unit_of(label).casefold()
@@ -66,7 +66,7 @@ def systemctl(verb: str, unit: str, *, user: bool) -> str:
     return f"{'systemctl --user' if user else 'sudo systemctl'} {verb} {shlex.quote(unit)}"
 
 
-# -- what service managers say ---------------------------------------------------------------------------------------
+# -- output of service managers ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -83,19 +83,19 @@ class Launched:
 
 
 def launched(text: str) -> Launched:
-    """Read `launchctl print DOMAIN/LABEL`. Only the job's own lines count: its dictionaries are indented deeper."""
+    """Read `launchctl print DOMAIN/LABEL`. Only the job's own lines count. Its dictionaries are indented deeper."""
     own = re.compile(r"^(?:\t| {1,8})(pid|state|path) = (.*)$", re.MULTILINE)
-    found: dict[str, str] = {}
+    fields: dict[str, str] = {}
     for key, value in own.findall(text):
-        found.setdefault(key, value.strip())
-    pid = found.get("pid", "")
-    return Launched(int(pid) if pid.isdecimal() else None, found.get("state", ""), found.get("path", ""))
+        fields.setdefault(key, value.strip())
+    pid = fields.get("pid", "")
+    return Launched(int(pid) if pid.isdecimal() else None, fields.get("state", ""), fields.get("path", ""))
 
 
 def is_disabled(text: str, label: str) -> bool | None:
     """Whether `launchctl print-disabled DOMAIN` lists a label as disabled; None if it does not list the label."""
-    found = re.search(rf'^\s*"{re.escape(label)}" => (\w+)', text, re.MULTILINE | re.IGNORECASE)
-    return None if found is None else found[1] in {"disabled", "true"}
+    line = re.search(rf'^\s*"{re.escape(label)}" => (\w+)', text, re.MULTILINE | re.IGNORECASE)
+    return None if line is None else line[1] in {"disabled", "true"}
 
 
 def properties(text: str) -> dict[str, str]:
@@ -118,22 +118,22 @@ def standing_of_unit(shown: Mapping[str, str]) -> Standing:
     return Standing.LOADED if load else Standing.UNKNOWN
 
 
-# -- what a command names --------------------------------------------------------------------------------------------
+# -- commands of processes --------------------------------------------------------------------------------------------
 
 SHELLS = frozenset({"sh", "bash", "zsh", "dash", "ksh", "fish", "ash", "csh", "tcsh", "nu", "login", "su"})
-"""Not `servers.SHELLS`: here `login` and `su` count, which may be given a command, too."""
+"""Differs from `servers.SHELLS`: `login` and `su` are included because they can run a command too."""
 CARRIERS = frozenset(
     {
         *("tmux", "screen", "zellij", "ssh", "sshd", "sshd-session", "mosh-server", "watch"),
         *("vi", "vim", "nvim", "emacs", "nano", "code", "less", "more", "tail", "cat", "man", "git"),
     }
 )
-"""Programs whose arguments may name a script that they do not run: a terminal multiplexer keeps the first command that
-it was given, and an editor the file that it shows."""
+"""Programs whose arguments may name a script that they do not run. A terminal multiplexer shows its first command, and
+an editor the file that it edits."""
 
 
 def words_of(argv: tuple[str, ...]) -> Iterator[str]:
-    """Yield the words of a command that may name what it runs, those of a shell's `-c` text included."""
+    """Yield the words of a command that may name the program or script that it runs, also in a shell's `-c` text."""
     program = program_of(argv)
     if program in CARRIERS:
         return
@@ -147,15 +147,15 @@ def words_of(argv: tuple[str, ...]) -> Iterator[str]:
 
 
 def words_in(text: str) -> list[str]:
-    """Return the words of a line of shell, without its operators."""
+    """Return the words of a shell command line, without operators."""
     lexer = shlex.shlex(text, posix=True, punctuation_chars=True)
     lexer.whitespace_split = True
     try:
         return list(lexer)
-    except ValueError:  # an open quote: this is not a line of shell
+    except ValueError:  # an open quote: this is not shell
         return text.split()
 
 
 def program_of(argv: tuple[str, ...]) -> str:
-    """Return a program's name, a login shell's without its dash."""
+    """Return the name of a program, without the dash of a login shell."""
     return argv[0].rstrip(": ").rpartition("/")[2].removeprefix("-").partition(":")[0] if argv else ""

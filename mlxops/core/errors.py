@@ -1,4 +1,4 @@
-"""The error tree: every way in which mlxops says no, with its exit status.
+"""The error tree, with an exit status for each class.
 
 An error has a stable `code` for programs, one line of *what* happened (`message`), one of *why*, and one of
 what to do next (`hint`). It travels from agent to control node as data, so both sides render the same thing.
@@ -29,7 +29,7 @@ class Exit(DescribedNumber):
 
 
 class MlxopsError(Exception):
-    """Anything that a user, a host or a network can cause. Never a bug in mlxops."""
+    """An error that a user, a host or a network causes. Never a bug in mlxops, except for `Bug`."""
 
     exit: Exit = Exit.REFUSED
 
@@ -50,7 +50,7 @@ class MlxopsError(Exception):
         self.details: dict[str, object] = dict(details or {})
 
     def to_wire(self) -> dict[str, object]:
-        """`{"code", "exit", "message", "why", "hint"}` and, where there are any, `details`."""
+        """Return `{"code", "exit", "message", "why", "hint"}` and, if there are any, `details`."""
         wire: dict[str, object] = {
             "code": self.code,
             "exit": int(self.exit),
@@ -99,7 +99,7 @@ class Busy(MlxopsError):
 
 
 class OutputFailed(MlxopsError):
-    """What was asked was done; its result could not be written. The status is that of sysexits.h's EX_IOERR."""
+    """The command did its work, and its result could not be written. The status is sysexits.h's EX_IOERR."""
 
     exit = Exit.OUTPUT
 
@@ -115,7 +115,7 @@ class Bug(MlxopsError):
 
 
 def bug(error: BaseException, traceback: str) -> Bug:
-    """What nobody foresaw, told as what it is."""
+    """Return the error for an unexpected exception."""
     return Bug(
         "bug",
         f"mlxops failed: {type(error).__name__}: {str(error)[:300]}",
@@ -144,7 +144,7 @@ _BY_EXIT: dict[int, type[MlxopsError]] = {
 
 
 def error_from_wire(wire: Mapping[str, object]) -> MlxopsError:
-    """The error that `to_wire` described. An unknown exit status becomes a `Bug`: it is one."""
+    """Return the error that `to_wire` described. An unknown exit status becomes a `Bug`."""
     exit_status = wire.get("exit")
     kind = _BY_EXIT.get(exit_status, Bug) if isinstance(exit_status, int) else Bug
     details = wire.get("details")
@@ -158,7 +158,7 @@ def error_from_wire(wire: Mapping[str, object]) -> MlxopsError:
 
 
 def worst(exits: list[Exit]) -> Exit:
-    """The exit status of a command that asked several hosts."""
+    """Return the exit status of a command on several hosts."""
     if Exit.BUG in exits:
         return Exit.BUG
     return max(exits, default=Exit.DONE)

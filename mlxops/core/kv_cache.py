@@ -1,7 +1,7 @@
-"""Compute what an engine keeps of a conversation, from the model's config.json. Pure.
+"""Compute the size of an engine's cache of a conversation from the model's config.json. Pure.
 
-An unknown model type, or a configuration that makes no sense, gets an upper estimate: every layer keeps full keys and
-values of every token.
+An unknown model type or an invalid configuration gets an upper estimate: every layer keeps full keys and values of
+every token.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mlxops.core.layers import HEADS, HIDDEN, LAYERS, MODEL_TYPES, MOST_LAYERS, Config, Layer, Untold, guess
+from mlxops.core.layers import HEADS, HIDDEN, LAYERS, MODEL_TYPES, MOST_LAYERS, Config, Layer, Unspecified, guess
 
 _NESTED = ("text_config", "llm_config", "language_config", "thinker_config")
-"""Where models that also see or hear keep the configuration of their language model."""
+"""Keys under which vision and audio models have the configuration of their language model."""
 HALF, SINGLE = 2, 4
-"""Bytes of a value that is kept."""
+"""Bytes of one cached value."""
 _WIDEST = 512
-"""Values of one head: no published model has more."""
+"""Values of one head. No published model has more."""
 
 
 @dataclass(frozen=True)
 class KVCache:
-    """What all layers keep."""
+    """The caches of all layers."""
 
     layers: tuple[Layer, ...]
     value_bytes: int = HALF
@@ -29,29 +29,29 @@ class KVCache:
     """False for an upper estimate."""
 
     def context_bytes(self, tokens: int) -> int:
-        """Return the bytes of keys and values, or of what the engine keeps instead, for so many tokens."""
+        """Return the bytes of keys and values, or of the engine's equivalent, for a number of tokens."""
         return sum(layer.width * min(tokens, layer.window or tokens) for layer in self.layers) * self.value_bytes
 
     @property
     def state_bytes(self) -> int:
-        """Recurrent states, in 32 bits; their size does not depend on the tokens."""
+        """The bytes of recurrent states, in 32 bits. They do not depend on the number of tokens."""
         return sum(layer.state for layer in self.layers) * 4
 
 
 def kv_cache(config: Mapping[str, object]) -> KVCache | None:
-    """Return the cache; None if the configuration does not say how many layers there are, or how wide."""
+    """Return the cache; None if the configuration lacks the number of layers or their width."""
     inner = language_model(config)
     for model_type in (config.get("model_type"), inner.get("model_type")):
         family = MODEL_TYPES.get(str(model_type)) or MODEL_TYPES.get(str(model_type).removesuffix("_text"))
         if family:
             try:
                 return KVCache(tuple(family(Config(inner))), _value_bytes(config))
-            except Untold:
+            except Unspecified:
                 break
-    return _upper(config)
+    return _upper_estimate(config)
 
 
-def _upper(config: Mapping[str, object]) -> KVCache | None:
+def _upper_estimate(config: Mapping[str, object]) -> KVCache | None:
     inner = language_model(config)
     layers, width = guess(inner, *LAYERS), _at_most(inner)
     if not layers or layers > MOST_LAYERS or not width:
@@ -60,19 +60,19 @@ def _upper(config: Mapping[str, object]) -> KVCache | None:
 
 
 def _value_bytes(config: Mapping[str, object]) -> int:
-    dtypes = [each.get(key) for each in (language_model(config), config) for key in ("dtype", "torch_dtype")]
+    dtypes = [part.get(key) for part in (language_model(config), config) for key in ("dtype", "torch_dtype")]
     return SINGLE if "float32" in dtypes else HALF
 
 
 def seeing_cache(config: Mapping[str, object]) -> KVCache | None:
-    """What mlx-vlm keeps, which serves models that also see: full keys and values where mlx-lm keeps a latent vector
-    (read in its 0.4.4: kimi_vl, mistral4, deepseek_vl_v2)."""
+    """Return the cache of a vision model. mlx-vlm serves those, and keeps full keys and values where mlx-lm keeps a
+    latent vector (read in mlx-vlm 0.4.4: kimi_vl, mistral4, deepseek_vl_v2)."""
     inner = language_model(config)
-    return kv_cache(config) if not guess(inner, "kv_lora_rank") else _upper(config)
+    return kv_cache(config) if not guess(inner, "kv_lora_rank") else _upper_estimate(config)
 
 
 def language_model(config: Mapping[str, object]) -> Mapping[str, object]:
-    """Return the part of a configuration that describes the language model, often all of it."""
+    """Return the part of a configuration that describes the language model. Often it is the whole."""
     nested = _parts(config)
     deeper = [part for outer in nested for part in _parts(outer)]
     layered = [part for part in (*deeper, *nested, config) if guess(part, *LAYERS)]
@@ -84,7 +84,7 @@ def _parts(config: Mapping[str, object]) -> list[Mapping[str, object]]:
 
 
 def _at_most(values: Mapping[str, object]) -> int:
-    """Return the values per token of a layer with full keys and values: the most that the configuration may mean."""
+    """Return the values per token of a layer with full keys and values, by the largest reading of the configuration."""
     heads, hidden = guess(values, *HEADS) or 0, guess(values, *HIDDEN) or 0
     shared = [key for key in values if key.endswith(("key_value_heads", "kv_heads", "attention_groups"))]
     dims = [key for key in values if key.endswith("head_dim") and not key.startswith(("index", "linear", "mamba"))]

@@ -1,7 +1,7 @@
-"""The rules of mlx-lm for what each layer of a model keeps of a conversation, by `model_type`. Pure.
+"""Compute by `model_type` how much each layer of a model caches of a conversation in mlx-lm. Pure.
 
-Read from the models of mlx-lm 0.32.2: what each caches (`make_cache`, and the call of `update_and_fetch`). Those of
-0.31.3, which mlx-openai-server 1.8.1 uses, never keep more.
+The rules are read from the models of mlx-lm 0.32.2 (`make_cache`, and the calls of `update_and_fetch`). The models of
+0.31.3, which mlx-openai-server 1.8.1 uses, never cache more.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 
 FULL, WINDOW, STATE, NOTHING = "*", "w", "s", "-"
-"""Kinds of layers: they attend to all tokens, or to the last ones, or are recurrent, or keep nothing. A plan is a
+"""Kinds of layers: full attention, attention to a window of the last tokens, recurrent state, and no cache. A plan is a
 string with one of these for each layer."""
 
 LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "num_transformer_layers")
@@ -24,66 +24,66 @@ MOST_LAYERS = 10_000
 
 @dataclass(frozen=True)
 class Layer:
-    """What one layer keeps."""
+    """The cache of one layer."""
 
     width: int = 0
     """Values per token."""
     window: int | None = None
-    """It keeps the last so many tokens; None: all."""
+    """Number of last tokens that it keeps; None for all."""
     state: int = 0
-    """Values that it keeps for any number of tokens."""
+    """Values of a recurrent state, the same for any number of tokens."""
 
 
-class Untold(Exception):
-    """The configuration does not say this, or its value makes no sense."""
+class Unspecified(Exception):
+    """The configuration lacks a value, or the value is invalid."""
 
 
 class Config:
-    """A configuration as an engine reads it. Null is absent; a value that makes no sense raises `Untold`."""
+    """A configuration as an engine reads it. Null counts as absent. An invalid value raises `Unspecified`."""
 
     def __init__(self, values: Mapping[str, object]) -> None:
         self.values = values
 
     def optional(self, *fields: str) -> int | None:
-        """Return the first of the fields that is set, a positive number; None if none is."""
+        """Return the first field that is set, a positive number; None if no field is set."""
         value = self._first(fields)
         if value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 < value < _MOST):
             return value
-        raise Untold
+        raise Unspecified
 
     def number(self, *fields: str, default: int | None = None) -> int:
         value = self.optional(*fields) or default
         if value is None:
-            raise Untold
+            raise Unspecified
         return value
 
     def items(self, *fields: str) -> list[object]:
-        """Return the first of the fields that is set: a list, or the letters of a string. Empty if none is."""
+        """Return the first field that is set: a list, or the letters of a string. Empty if no field is set."""
         value = self._first(fields)
         if value is None or isinstance(value, list | str):
             return list(value or ())
-        raise Untold
+        raise Unspecified
 
     def for_each_layer(self, items: Sequence[object]) -> Sequence[object]:
-        """Return the items if there is one for each layer. Raises `Untold`."""
+        """Return the items. Raises `Unspecified` unless there is one for each layer."""
         if len(items) != self.layers:
-            raise Untold
+            raise Unspecified
         return items
 
     def numbers(self, field: str) -> frozenset[int]:
-        """Return the layers' numbers in a list."""
+        """Return the layer numbers that a field lists."""
         items = self.items(field)
-        found = [each for each in items if isinstance(each, int)]
-        if len(found) != len(items):
-            raise Untold
-        return frozenset(found)
+        layers = [item for item in items if isinstance(item, int)]
+        if len(layers) != len(items):
+            raise Unspecified
+        return frozenset(layers)
 
     def inner(self, field: str) -> Config:
         """Return an object of the configuration; an empty one if it is absent."""
         value = self.values.get(field)
         if value is None or isinstance(value, Mapping):
             return Config(value or {})
-        raise Untold
+        raise Unspecified
 
     def plan(self, kind: Callable[[int], str]) -> str:
         return "".join(map(kind, range(self.layers)))
@@ -91,7 +91,7 @@ class Config:
     @property
     def layers(self) -> int:
         if (count := self.number(*LAYERS)) > MOST_LAYERS:
-            raise Untold
+            raise Unspecified
         return count
 
     @property
@@ -107,11 +107,11 @@ class Config:
 
 
 def guess(values: Mapping[str, object], *fields: str) -> int | None:
-    """Return the largest number that the fields may mean: 8, 8.0, "8", or a list with one for each layer."""
+    """Return the largest number that the fields may mean: 8, 8.0, "8", or a list with a number for each layer."""
     written = [values.get(field) for field in fields]
-    flat = [each for value in written for each in (value if isinstance(value, list) else [value])]
-    digits = [str(each).removesuffix(".0") for each in flat if isinstance(each, int | float | str) and each is not True]
-    return max((int(each) for each in digits if each.isdecimal() and len(each) < 10 and int(each)), default=None)
+    flat = [item for value in written for item in (value if isinstance(value, list) else [value])]
+    digits = [str(item).removesuffix(".0") for item in flat if isinstance(item, int | float | str) and item is not True]
+    return max((int(text) for text in digits if text.isdecimal() and len(text) < 10 and int(text)), default=None)
 
 
 # -- which layers ----------------------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ _WORDS = {
     **{"full_attention": FULL, "attention": FULL, "sliding_attention": WINDOW},
     **{"linear_attention": STATE, "mamba": STATE, "conv": STATE, "recurrent": STATE, "moe": NOTHING, "mlp": NOTHING},
 }
-"""Layers with other words attend to all tokens."""
+"""A layer type's name -> its kind. Other names mean full attention."""
 
 
 def _all(kind: str) -> _Plan:
@@ -133,7 +133,7 @@ _ALL_FULL = _all(FULL)
 
 
 def _last_of(period: int, others: str, field: str = "") -> _Plan:
-    """The last of every `period` layers attends to all tokens; `field` may set another period."""
+    """The last of every `period` layers has full attention. The configuration's `field` may set another period."""
 
     def plan(config: Config) -> str:
         every = config.number(field, default=period)
@@ -143,7 +143,7 @@ def _last_of(period: int, others: str, field: str = "") -> _Plan:
 
 
 def _words(*fields: str, missing: _Plan = _ALL_FULL, words: Mapping[str, str] = _WORDS) -> _Plan:
-    """A word for each layer; `missing`: the plan if there are no words."""
+    """A field has a name for each layer. `missing` is the plan without such a field."""
 
     def plan(config: Config) -> str:
         if not config.items(*fields):
@@ -154,7 +154,7 @@ def _words(*fields: str, missing: _Plan = _ALL_FULL, words: Mapping[str, str] = 
 
 
 def _repeated(*fields: str, words: Mapping[str, str] = _WORDS) -> _Plan:
-    """A pattern that is repeated until there are enough; without one, all layers attend to all tokens."""
+    """A field has a pattern that repeats over the layers. Without one, all layers have full attention."""
 
     def plan(config: Config) -> str:
         pattern = [words.get(str(word), FULL) for word in config.items(*fields)] or [FULL]
@@ -164,7 +164,7 @@ def _repeated(*fields: str, words: Mapping[str, str] = _WORDS) -> _Plan:
 
 
 def _listed(field: str, inside: str, outside: str) -> _Plan:
-    """The numbers of the layers that are of the kind `inside`."""
+    """A field lists the numbers of the layers of the kind `inside`. The others are of the kind `outside`."""
 
     def plan(config: Config) -> str:
         numbers = config.numbers(field)
@@ -174,24 +174,24 @@ def _listed(field: str, inside: str, outside: str) -> _Plan:
 
 
 def _owned(plan: _Plan, default: int) -> _Plan:
-    """The last layers use the keys and values of earlier ones and keep none."""
+    """The last layers reuse the keys and values of earlier layers and keep none. `default` is their number."""
 
     def owned(config: Config) -> str:
         shared = config.values.get("num_kv_shared_layers", default)
         if not isinstance(shared, int) or not 0 <= shared < config.layers:
-            raise Untold
+            raise Unspecified
         return plan(config)[: config.layers - shared]
 
     return owned
 
 
 def _nemotron_h(config: Config) -> str:
-    """A letter for each layer, or a word. Some of these configurations do not say how many layers there are."""
+    """A letter or a name for each layer. Some of these configurations lack the number of layers."""
     letters = {"M": STATE, "-": NOTHING, "E": NOTHING}
     plan = "".join(letters.get(str(each), FULL) for each in config.items("hybrid_override_pattern"))
     plan = plan or "".join(_WORDS.get(str(each), FULL) for each in config.items("layers_block_type", "layer_types"))
     if config.optional(*LAYERS) not in (None, len(plan)) or not 0 < len(plan) <= MOST_LAYERS:
-        raise Untold
+        raise Unspecified
     return plan
 
 
@@ -199,14 +199,14 @@ def _jamba(config: Config) -> str:
     def by_period(config: Config) -> str:
         period, offset = config.number("attn_layer_period"), config.values.get("attn_layer_offset")
         if not isinstance(offset, int) or not 0 <= offset < period:
-            raise Untold
+            raise Unspecified
         return config.plan(lambda at: FULL if at % period == offset else STATE)
 
     return _words("layers_block_type", missing=by_period)(config)
 
 
 def _bailing(config: Config) -> str:
-    """The last of each group attends to all tokens, and so do those that are left over."""
+    """The last layer of each group has full attention, and so have the layers after the last whole group."""
     group = config.number("layer_group_size", default=4)
     whole = config.layers // group * group
     return config.plan(lambda at: FULL if (at + 1) % group == 0 or at >= whole else STATE)
@@ -237,7 +237,7 @@ _Width = Callable[[Config, str], int]
 
 
 def _pairs(kv_heads: int | None = None, head_dim: int | None = None) -> _Width:
-    """Keys and values of each head that has its own. The numbers are the engine's defaults."""
+    """Keys and values of each key-value head. The arguments are the engine's defaults."""
 
     def width(config: Config, kind: str) -> int:
         heads = config.optional(*_KV_HEADS) or kv_heads or config.heads
@@ -250,17 +250,17 @@ _PAIRS = _pairs()
 
 
 def _latent(config: Config, kind: str) -> int:
-    """One compressed vector and its rotary part, for all heads."""
+    """One compressed vector with its rotary part, shared by all heads."""
     return config.number("kv_lora_rank") + (config.optional("qk_rope_head_dim") or 0)
 
 
 def _indexed_latent(config: Config, kind: str) -> int:
-    """The keys of the sparse attention's index are kept twice: mlx-lm passes them as values, too."""
+    """Also the keys of the sparse attention's index, twice: mlx-lm passes them as values too."""
     return _latent(config, kind) + 2 * config.number("index_head_dim", default=128)
 
 
 def _expanded(config: Config, kind: str) -> int:
-    """Full keys and values of all heads, although there is a compressed vector."""
+    """Full keys and values of all heads, although the model has a compressed vector."""
     keys = config.number("qk_nope_head_dim") + config.number("qk_rope_head_dim")
     return config.heads * (keys + (config.optional("v_head_dim") or config.number(*HIDDEN) // config.heads))
 
@@ -306,7 +306,7 @@ _STATES = (
     ("num_heads", "head_dim", "state_size"),
     ("intermediate_size", "state_size"),
 )
-"""Fields whose product is a layer's state. The few rows that a convolution keeps are not counted."""
+"""Fields whose product is the size of a layer's state. The few rows of a convolution are not counted."""
 
 
 def _state(config: Config) -> int:
@@ -314,7 +314,7 @@ def _state(config: Config) -> int:
 
 
 def _product(config: Config, *fields: str) -> int:
-    """0 if one of them is missing: a state is small beside what the other layers keep."""
+    """Return 0 if a field is missing. A state is small compared with the caches of other layers."""
     return prod(guess(config.values, field) or 0 for field in fields)
 
 
@@ -356,14 +356,14 @@ def _family(
 def _alike(width: Callable[[Config], int], caches: Callable[[Config], int] = lambda config: 1) -> _Family:
     def layers(config: Config) -> Iterable[Layer]:
         if (count := config.layers * caches(config)) > MOST_LAYERS:
-            raise Untold
+            raise Unspecified
         return [Layer(width(config))] * count
 
     return layers
 
 
 def _falcon_h1(config: Config) -> Iterable[Layer]:
-    """Attention and a recurrent state side by side in every layer."""
+    """Every layer has both attention and a recurrent state."""
     return [Layer(_pairs(2, 64)(config, FULL), state=_state(config))] * config.layers
 
 
@@ -383,12 +383,12 @@ def _openelm(config: Config) -> Iterable[Layer]:
 
 
 def _afm7(config: Config) -> Iterable[Layer]:
-    """The last layers use the keys and values of earlier ones."""
+    """The last layers reuse the keys and values of earlier layers."""
     return [Layer(_PAIRS(config, FULL))] * (config.layers - (config.optional("num_kv_reuse_layers") or 0))
 
 
 def _minimax_m3(config: Config) -> Iterable[Layer]:
-    """Keys and values, and with sparse attention the keys of its index."""
+    """Keys and values. A layer with sparse attention also keeps the keys of its index."""
     sparse, width = config.inner("sparse_attention_config"), _pairs(4, 128)(config, FULL)
     index = sparse.optional("sparse_index_dim") or config.optional("index_head_dim") or 0
     if not (sparse.optional("sparse_block_size") or config.optional("index_block_size")):

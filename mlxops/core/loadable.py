@@ -1,7 +1,7 @@
 """Decide from file names and config.json whether mlx-lm, or an engine that loads through it, can load a repository.
 
-Read in mlx_lm/utils.py (`load_model`) and tried with 0.31.3 and 0.32.2. Only what must fail is refused: the engine
-decides about the rest.
+The rules are read in mlx_lm/utils.py (`load_model`) and tested with 0.31.3 and 0.32.2. They refuse only what must
+fail. The engine decides about the rest.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _PACKED = re.compile(r"\.(scales|qweight|qzeros|weight_scale\w*|weight_packed|ab
 
 @dataclass(frozen=True)
 class Abilities:
-    """What the installed mlx-lm knows, read from its source without running it."""
+    """What the installed mlx-lm can load, read from its source without running it."""
 
     version: str
     quantizations: str
-    """The source that handles quantizations of other tools: it names each method and format that it knows."""
+    """The source that handles quantizations of other tools. It names each supported method and format."""
     modes: str
-    """The source of MLX's quantized layers: it names each mode."""
+    """The source of MLX's quantized layers. It names each mode."""
     model: str
-    """The source of the model's architecture: some architectures unpack weights themselves."""
+    """The source of the model's architecture. Some architectures unpack weights themselves."""
 
 
 def no_model(names: Collection[str]) -> str | None:
@@ -44,35 +44,36 @@ def no_model(names: Collection[str]) -> str | None:
 
 def no_tokenizer(names: Collection[str]) -> str | None:
     """Return a sentence if no file can be a tokenizer; else None."""
-    found = any(_TOKENIZERS.fullmatch(name) and name not in _NOT_ALONE for name in names)
-    return None if found else "no tokenizer (tokenizer.json, tokenizer.model, vocab.json)"
+    has_tokenizer = any(_TOKENIZERS.fullmatch(name) and name not in _NOT_ALONE for name in names)
+    return None if has_tokenizer else "no tokenizer (tokenizer.json, tokenizer.model, vocab.json)"
 
 
 def is_packed(tensors: Mapping[str, str]) -> bool:
-    """Whether weights (name -> dtype) are quantized in any way; the configuration does not matter."""
+    """Whether weights (name -> dtype) are quantized in any way, by the weights alone."""
     return any(_PACKED.search(name) or not re.fullmatch(r"B?F(16|32)", dtype) for name, dtype in tensors.items())
 
 
 def unsaid_quantization(config: Mapping[str, object], tensors: Collection[str]) -> str | None:
-    """Return why weights that MLX quantized cannot be loaded: config.json does not say how. None if they can."""
+    """Return a sentence if MLX quantized the weights and config.json does not specify how; else None. Such weights
+    cannot be loaded."""
     text = config.get("text_config")
     places = (config, text if isinstance(text, dict) else {})
-    said = any(place.get(key) for place in places for key in ("quantization", "quantization_config"))
+    specified = any(place.get(key) for place in places for key in ("quantization", "quantization_config"))
     packed = next((name for name in tensors if name.endswith(".scales") and f"{name[:-6]}biases" in tensors), None)
     return (
         f"its weights are quantized ({packed[:80]}), and its config.json does not say how"
-        if packed and not said
+        if packed and not specified
         else None
     )
 
 
 def unknown_quantization(config: Mapping[str, object], known: Abilities, *, packed: bool) -> str | None:
-    """Return why the weights cannot be unpacked; None if they can, or need not be. `packed`: whether they are packed;
-    True if that is not known yet."""
+    """Return why the weights cannot be unpacked; None if they can be, or are not packed. `packed` is True while that is
+    unknown."""
     ours = config.get("quantization")
     if ours is not None:
         if not isinstance(ours, dict):
-            return "`quantization` in its config.json is no object"
+            return "`quantization` in its config.json is not an object"
         lacking = [key for key in ("group_size", "bits") if key not in ours]
         if lacking:
             return f"`quantization` in its config.json has no {lacking[0]}"

@@ -1,4 +1,4 @@
-"""How much memory a model takes, and what would have to go to make room for it. Pure; all sizes are bytes."""
+"""Estimate the memory that a model takes, and choose the servers to stop for it. Pure. All sizes are bytes."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from mlxops.core.kv_cache import KVCache
 from mlxops.core.text import amount
 
 CONTEXT_TOKENS = 32768
-"""Tokens of context that a model is given room for, unless its entry's context_length says otherwise. Servers keep
-one such cache for each conversation; one full conversation is the allowance, not the worst case."""
+"""Tokens of context that an estimate allows for, unless the entry sets context_length. Servers keep one such cache for
+each conversation. The allowance is one full conversation, not the worst case."""
 ENGINE_BYTES = 500_000_000
 """The server program itself: interpreter, libraries, buffers."""
 UNKNOWN_SHARE = 1.0
-"""Of the weights, for the context of a model whose configuration says nothing. A model with 8 billion parameters in
-4 bits takes about as much for 32768 tokens as for its weights; larger ones take less."""
+"""Share of the weights that is allowed for the context if the configuration does not specify it. A model with 8 billion
+parameters in 4 bits takes about as much for 32768 tokens as for its weights; larger models take less."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one model takes: its weights, a stated allowance for the context, and the server itself."""
+    """The memory of one model: its weights, an allowance for the context, and the server program."""
 
     weight_bytes: int
     context_bytes: int
     context_tokens: int | None
-    """Tokens that the allowance is for; None where it is a share of the weights."""
+    """Tokens of the allowance; None if it is a share of the weights."""
     state_bytes: int = 0
-    """What recurrent layers keep for a context of any length."""
+    """The states of recurrent layers. They have the same size for any context."""
     certain: bool = True
-    """False if the configuration does not say: then `context_bytes` is an upper estimate."""
+    """False if the configuration does not specify it. Then `context_bytes` is an upper estimate."""
 
     @property
     def total(self) -> int:
@@ -53,17 +53,17 @@ class Estimate:
         }
 
 
-def estimate(weight_bytes: int, cache: KVCache | None, longest: int | None, asked: int | None = None) -> Estimate:
-    """`longest` is what the model can, `asked` what its entry sets; None where that is not known."""
+def estimate(weight_bytes: int, cache: KVCache | None, longest: int | None, limit: int | None = None) -> Estimate:
+    """`longest` is the context length that the model supports, `limit` the one that its entry sets; None if unknown."""
     if cache is None:
         return Estimate(weight_bytes, int(weight_bytes * UNKNOWN_SHARE), None, certain=False)
-    tokens = asked or min(longest or CONTEXT_TOKENS, CONTEXT_TOKENS)
+    tokens = limit or min(longest or CONTEXT_TOKENS, CONTEXT_TOKENS)
     return Estimate(weight_bytes, cache.context_bytes(tokens), tokens, cache.state_bytes, cache.certain)
 
 
 @dataclass(frozen=True)
 class Use:
-    """A server that takes memory now. `counted` is what it is reckoned with: what it holds, or is expected to."""
+    """A server that takes memory now."""
 
     port: int | None
     model: str
@@ -74,6 +74,7 @@ class Use:
 
     @property
     def counted(self) -> int:
+        """The larger of the estimate and the memory that it holds now."""
         return max(self.estimated_bytes or 0, self.resident_bytes or 0)
 
     @property
@@ -86,7 +87,7 @@ class Use:
 
     @property
     def unload(self) -> str:
-        """The command that makes it go."""
+        """The command that stops it."""
         return f"mlxctl unload {self.port}" + (" --force" if self.owner == "hand" else "")
 
     def __str__(self) -> str:
@@ -107,13 +108,14 @@ class Use:
 
 
 def smallest_room(uses: Iterable[Use], missing: int) -> tuple[Use, ...] | None:
-    """The fewest servers whose end frees `missing` bytes, and of those the ones that free least; None: none do.
+    """Return the fewest servers that free `missing` bytes when they stop, and of equally few the ones that free least.
+    None if all together do not free enough.
 
-    A host has about ten ports, so every choice is looked at.
+    All combinations are tried: a host has about ten ports.
     """
     movable = sorted((use for use in uses if use.removable and use.known), key=lambda use: -use.counted)[:16]
     for count in range(len(movable) + 1):
-        enough = [chosen for chosen in combinations(movable, count) if sum(use.counted for use in chosen) >= missing]
+        enough = [group for group in combinations(movable, count) if sum(use.counted for use in group) >= missing]
         if enough:
-            return min(enough, key=lambda chosen: sum(use.counted for use in chosen))
+            return min(enough, key=lambda group: sum(use.counted for use in group))
     return None

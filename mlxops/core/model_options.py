@@ -1,9 +1,8 @@
 """Which options a model is served with, where each comes from, and how `set` reads KEY=VALUE. Pure.
 
-An option comes from the registry entry, from the model's family, or from the host. Known families need options without
-which their answers are wrong: tool calls stay text, reasoning leaks into the answer. A family's option applies at load
-to a key that the entry does not have, is shown with its origin, and is never written. A null in the entry switches it
-off.
+An option comes from the registry entry, from the model's family, or from the host. Without the options of their family,
+some models answer wrongly: tool calls stay text, reasoning leaks into the answer. A family's option applies at load if
+the entry lacks the key. It is shown with its origin and is never written. A null in the entry switches it off.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from mlxops.core.registry import Model
 from mlxops.core.text import amount
 
 MODEL_TYPES = ("lm", "multimodal")
-"""Those of mlx-openai-server that answer a chat completion, which is what a load is proven by."""
+"""The model types of mlx-openai-server that answer a chat completion, which is the proof of a load."""
 MAX_CONTEXT = 100_000_000
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
 class Fields:
-    """What changes in an entry: values to write (None is the null that switches a default off), keys to take out."""
+    """Changes of an entry: values to write and keys to remove. A value of None switches a default off."""
 
     written: Mapping[str, object]
     removed: tuple[str, ...] = ()
@@ -71,7 +70,7 @@ def _yes_or_no(value: str) -> bool:
 
 
 def _args(value: str) -> list[str]:
-    """A JSON list, or words as a shell would split them."""
+    """Parse a JSON list, or words as a shell splits them."""
     try:
         words: object = json.loads(value) if value.lstrip().startswith("[") else shlex.split(value)
     except (ValueError, RecursionError) as error:
@@ -93,11 +92,12 @@ KEYS: Mapping[str, Callable[[str], object]] = {
     "args": _args,
 }
 WITH_DEFAULT = ("chat_template", "tool_call_parser", "reasoning_parser")
-"""Keys that a model's family may have a default for: only for these does a null mean something."""
+"""Keys for which a model's family may have a default. Only these can be null."""
 
 
 def parse(words: Sequence[str]) -> Fields:
-    """`KEY=VALUE` writes, `KEY=` takes the key out (a default applies again), `KEY=null` switches a default off.
+    """Parse the arguments of `set`. `KEY=VALUE` writes a value, `KEY=` removes the key so that a default applies again,
+    and `KEY=null` switches a default off.
 
     Raises `UsageError`: nothing_to_set, unknown_key, set_twice, bad_value.
     """
@@ -115,13 +115,13 @@ def parse(words: Sequence[str]) -> Fields:
         if not equals or key not in KEYS:
             raise UsageError(
                 "unknown_key",
-                f"{shown(word)} sets nothing that is known",
-                why=f"it is KEY=VALUE with one of the keys {', '.join(KEYS)}",
-                hint="for example: --set reasoning_parser=qwen3; take it out: --set reasoning_parser=",
+                f"{shown(word)} is not a known setting",
+                why=f"write KEY=VALUE with one of the keys {', '.join(KEYS)}",
+                hint="for example: --set reasoning_parser=qwen3; to remove it: --set reasoning_parser=",
             )
         if key in written or key in removed:
             raise UsageError(
-                "set_twice", f"{key} is set twice", why="an entry has one value for it", hint="give it once"
+                "set_twice", f"{key} is set twice", why="an entry has one value for each key", hint="set it once"
             )
         if value:
             written[key] = _value(key, value)
@@ -136,15 +136,15 @@ def _value(key: str, value: str) -> object:
     if value == "null":
         raise UsageError(
             "bad_value",
-            f"{key} has no default that null could switch off",
+            f"{key} cannot be null: it has no default to switch off",
             why=f"a model's family has defaults for {', '.join(WITH_DEFAULT)} only",
-            hint=f"take it out of the entry: --set {key}=",
+            hint=f"remove it from the entry: --set {key}=",
         )
     try:
         return KEYS[key](value)
     except ValueError as error:
         raise UsageError(
-            "bad_value", f"{shown(value)} is no value of {key}", why=str(error), hint=f"to take it out: --set {key}="
+            "bad_value", f"{shown(value)} is not a value of {key}", why=str(error), hint=f"to remove it: --set {key}="
         ) from None
 
 
@@ -163,7 +163,7 @@ Value = str | int | bool | tuple[str, ...] | None
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a model: a key of its registry entry with the value that counts. None: switched off."""
+    """One option of a model: a key of the registry entry with its effective value. None means switched off."""
 
     key: str
     value: Value
@@ -182,8 +182,8 @@ FAMILIES: Mapping[str, Mapping[str, str]] = {
     "qwen3_moe": {"tool_call_parser": "qwen3_moe", **_QWEN3},
     "gpt_oss": _HARMONY,
 }
-"""config.json's `model_type` -> options. The parsers' names are those of mlx-openai-server since 1.4; what GPT-OSS
-generates is OpenAI's harmony format, the tags of which are part of the answer unless they are parsed."""
+"""config.json's `model_type` -> options. The parsers' names are those of mlx-openai-server since 1.4. GPT-OSS generates
+OpenAI's harmony format, whose tags stay in the answer unless they are parsed."""
 
 
 def options_of(
@@ -194,23 +194,23 @@ def options_of(
     *,
     needed: Collection[str],
 ) -> tuple[Option, ...]:
-    """The options of `model` in the order in which they are shown.
+    """Return the options of `model` in the order in which they are shown.
 
-    `architecture` is config.json's `model_type`, `files` are the names in its snapshot. `needed` are the keys that
-    the engine has to be told; those that it finds out by itself get no default.
+    `architecture` is config.json's `model_type`, `files` are the names in its snapshot. `needed` are the keys that the
+    engine cannot detect by itself. Only these get a default.
     """
-    found = [Option("engine", model.engine or default_engine, _origin(model.engine is not None))]
-    given: dict[str, Value] = dict(model.options)
+    defaults = [Option("engine", model.engine or default_engine, _origin(model.engine is not None))]
+    registered: dict[str, Value] = dict(model.options)
     for key, value in FAMILIES.get(architecture or "", {}).items():
-        if key in needed and key not in given and (key != "chat_template" or value in files):
-            found.append(Option(key, value, Origin.FAMILY))
+        if key in needed and key not in registered and (key != "chat_template" or value in files):
+            defaults.append(Option(key, value, Origin.FAMILY))
     if model.context_length is not None:
-        given["context_length"] = model.context_length
+        registered["context_length"] = model.context_length
     if model.trust_remote_code:
-        given["trust_remote_code"] = True
+        registered["trust_remote_code"] = True
     if model.args:
-        given["args"] = model.args
-    return (*found, *(Option(key, value, Origin.REGISTRY) for key, value in given.items()))
+        registered["args"] = model.args
+    return (*defaults, *(Option(key, value, Origin.REGISTRY) for key, value in registered.items()))
 
 
 def _origin(registered: bool) -> Origin:
@@ -226,12 +226,12 @@ SIZE_CLASSES: Mapping[str, tuple[int, int | None]] = {
     "l": (60 * _GB, 150 * _GB),
     "xl": (120 * _GB, None),
 }
-"""The size class that a slot's name ends with -> bytes of weights that nobody would be surprised by. They overlap:
-what is large depends on the host, and a warning that is often wrong is soon not read."""
+"""The size class at the end of a slot's alias -> the usual bytes of weights, from and to. The ranges overlap and are
+wide because users ignore a warning that is often wrong."""
 
 
 def size_warning(alias: str, weight_bytes: int) -> str | None:
-    """A sentence, if the alias promises another size class than that of the model behind it."""
+    """Return a sentence if the weights do not fit the size class in the alias; else None."""
     _, dash, suffix = alias.rpartition("-")
     bounds = SIZE_CLASSES.get(suffix) if dash else None
     if bounds is None:

@@ -249,7 +249,7 @@ def _plan_on_boot(view: PortView, target: ModelRef, start: LoadPlan) -> LoadPlan
 
 
 def _serves(view: PortView) -> str:
-    return f"it serves {view.model or 'something unknown'}" if view.pid else ""
+    return f"it serves {view.model or 'an unknown model'}" if view.pid else ""
 
 
 def _plan_on_same(view: PortView, wanted: Wanted | None, start: LoadPlan, force: bool) -> LoadPlan:

@@ -1,7 +1,7 @@
-"""What was observed on a host, and the one judgement of what it means. Pure.
+"""Decide the state of a port from what was observed on the host. Pure.
 
-The agent collects `Signals` for each port; `judge` turns them into a `PortView`, the row that everybody sees and
-that the planner decides on. No signal decides alone.
+The agent collects `Signals` for each port. `judge` turns them into a `PortView`, which `status` shows and on which
+plans are made. It weighs all signals together: no single one is proof.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Owner(DescribedText):
 
 
 class Orphan(StrEnum):
-    """Why processes of ours on a port count as left over; the value is told to people."""
+    """Why processes of ours count as left over. The values are shown to people."""
 
     INTERRUPTED = "a load was interrupted before its proof"
     LEADERLESS = "the server's leader is gone, some of its processes are not"
@@ -52,44 +52,44 @@ class Orphan(StrEnum):
 
 
 class Health(StrEnum):
-    """What the cheap probe of a server brought."""
+    """The result of a server's cheap probe."""
 
     SERVING = "serving"
     LOADING = "loading"
     BROKEN = "broken"
     SILENT = "silent"
     NOT_ASKED = "not asked"
-    """The question could not even be sent, for reasons of our own, or nobody asked it."""
+    """The probe was not sent, or could not be sent because of a problem on our side."""
 
 
 class Standing(StrEnum):
-    """Whether the system starts a boot job's server; the value is shown to people."""
+    """Whether the system starts a boot job's server. The values are shown to people."""
 
     ACTIVE = "running"
-    """It runs, or is about to be started again."""
+    """It runs, or the system is about to restart it."""
     LOADED = "loaded"
-    """The service manager knows it; it does not run now."""
+    """The service manager has it; it does not run now."""
     INSTALLED = "installed"
     """Its file exists; the service manager reads it at the next boot or login."""
     DISABLED = "disabled"
-    """The service manager knows it, and does not start it."""
+    """The service manager has it and does not start it."""
     MISSING = "not installed"
     UNKNOWN = "unknown"
 
     @property
     def reserves(self) -> bool:
-        """Whether the job's port is reserved for it. An unknown standing reserves it, too."""
+        """Whether the job's port is reserved for it. If the standing is unknown, it is."""
         return self not in {Standing.DISABLED, Standing.MISSING}
 
 
 @dataclass(frozen=True)
 class JobState:
-    """What a host knows about one of its boot jobs."""
+    """One boot job of a host."""
 
     job: BootJob
     standing: Standing
     detail: str = ""
-    """For people: what the service manager says; or why the job is missing or unknown."""
+    """For people: the service manager's words, or why the job is missing or unknown."""
     stop: str = ""
     """The operator's command that stops it."""
     enable: str = ""
@@ -98,7 +98,7 @@ class JobState:
 
 @dataclass(frozen=True)
 class BootClaim:
-    """Why a server, or an idle port, is a boot job's; and the operator's command that stops the job."""
+    """Why a server or an idle port belongs to a boot job (`how`), and the operator's command that stops the job."""
 
     job: BootJob
     how: str
@@ -107,7 +107,7 @@ class BootClaim:
 
 @dataclass(frozen=True)
 class Signals:
-    """Everything that was seen about one port, before it is judged."""
+    """All observations of one port."""
 
     port: int
     alias: str | None
@@ -115,40 +115,41 @@ class Signals:
     broken_record: bool = False
     leader_proven: bool = False
     members: tuple[int, ...] = ()
-    """Living members of the recorded group that are proven ours."""
+    """The pids of living processes of the recorded group that are proven ours."""
     listening: bool = False
-    """Something listens that a server of this port would collide with."""
+    """A process listens on an address that a server of this port would collide with."""
     listener_pids: frozenset[int] = frozenset()
     unowned: bool = False
-    """A listener's process cannot be seen, and nothing says that it is another user's."""
+    """The process of a listener cannot be seen, and nothing shows that it is another user's."""
     hand: Server | None = None
-    """This user's server that listens; or if nothing listens, one that was given this port."""
+    """This user's server that listens here. If nothing listens, a server whose argv has this port."""
     portless: tuple[Server, ...] = ()
-    """Further servers of this user that were given this port and listen nowhere: an mlx_lm.server that lost its port to
-    another process keeps its model in memory."""
+    """Further servers of this user whose argv has this port and that do not listen. An mlx_lm.server that lost its port
+    to another process keeps its model in memory."""
     boot: BootClaim | None = None
-    """Why a boot job owns the server, or the idle port that the running job is about to take."""
+    """Set if a boot job owns the server, or is about to start its server on the idle port."""
     operation: Operation | None = None
     activity: str = ""
-    """What that operation is doing."""
+    """For people: the current step of the operation."""
     progress: Progress | None = None
-    """How far it is, where that is a matter of bytes."""
+    """How far the operation is, for steps that count bytes."""
     answer: Health = Health.NOT_ASKED
     busy: bool = False
-    """Somebody is connected to it, so a probe without an answer may just have to wait."""
+    """A client is connected, so an unanswered probe may only have to wait."""
     stranger: str = ""
-    """For people: what listens there, if it is not ours."""
+    """For people: the process that listens, if it is not ours."""
     memory_bytes: int | None = None
     error: str | None = None
-    """Why the port could not be looked at."""
+    """Why the port could not be observed."""
     last_words: str = ""
+    """The end of the log of a server that ended."""
     rebooted: bool = False
     """The recorded run is of an earlier boot of the host."""
 
 
 @dataclass(frozen=True)
 class PortView:
-    """One row of the status; `run` and `operation` go with it for the planner."""
+    """The judged state of a port. Plans use all of it; `to_wire` is its row of the status."""
 
     port: int
     alias: str | None
@@ -173,12 +174,12 @@ class PortView:
     orphan: Orphan | None = None
     rebooted: bool = False
     reassigned: bool = False
-    """Its server is in order, and the registry assigns the port to another model."""
+    """Our server is healthy, and the registry assigns the port to another model."""
     portless: tuple[Server, ...] = ()
     boot: BootClaim | None = None
 
     def to_wire(self) -> dict[str, object]:
-        """The row of the status document."""
+        """Return the row of the status document."""
         hidden = {"run", "server", "operation", "members", "orphan", "rebooted", "reassigned", "portless", "boot"}
         row = {key: value for key, value in asdict(self).items() if key not in hidden}
         row["log_path"] = self.run.log_path if self.run else None
@@ -188,12 +189,13 @@ class PortView:
 
     @property
     def overtaken(self) -> bool:
-        """Something seems wrong just where somebody is at work: it was probably seen half before and half after."""
+        """Whether the port looks wrong while an operation changes it. It was probably observed half before and half
+        after a change."""
         return self.operation is not None and self.state in {State.FOREIGN, State.ORPHAN, State.MISMATCH, State.FAILED}
 
     @property
     def unserved(self) -> bool:
-        """Listener, process and operation all say that nothing is there."""
+        """Whether there is neither a listener nor a process of ours nor an operation."""
         return (
             self.state in {State.IDLE, State.FAILED}
             and self.owner is None
@@ -209,34 +211,39 @@ class World:
     ports: Mapping[int, PortView] = field(default_factory=dict)
     drift: tuple[Drift, ...] = ()
     boot: tuple[JobState, ...] = ()
-    """The boot jobs of the ports that were looked at."""
+    """The boot jobs of the observed ports."""
 
 
 def judge(signals: Signals, registry: Registry) -> PortView:
-    """What the signals of one port mean. `unknown` only where they could not be had."""
+    """Return the state of a port. It is `unknown` only if a necessary signal is missing."""
     run = signals.run
     assigned = registry.on_port(signals.port)
-    ours = _ours(signals)
+    ours = _is_ours(signals)
     if signals.error is not None:
         return _view(signals, State.UNKNOWN, None, detail=signals.error)
     operation = signals.operation
     if operation is not None and operation.command == "load" and not (run and run.proven_at and ours):
-        return _loading(signals, operation)
+        return _view_of_load(signals, operation)
     if operation is not None and operation.command in {"unload", "unload-all"} and (ours or signals.hand):
-        return _view(signals, State.DRAINING, Owner.MLXOPS if ours else Owner.HAND, detail=_at_work(signals, operation))
-    # A boot job's server that was adopted before hosts.yaml named the job is the job's: the system starts it again.
+        return _view(
+            signals,
+            State.DRAINING,
+            Owner.MLXOPS if ours else Owner.HAND,
+            detail=_describe_operation(signals, operation),
+        )
+    # A server that was adopted before hosts.yaml named its boot job belongs to the job: the system restarts it.
     if run is not None and ours and not (run.adopted and signals.boot):
-        # A registry that cannot be read does not say that a server is not assigned.
-        unknown = bool(registry.unwritable) and not assigned
-        return _judge_ours(signals, run, (run.model,) if unknown else tuple(model.name for model in assigned))
+        # If the registry cannot be read, the server may be assigned: assume that it is.
+        unreadable = bool(registry.unwritable) and not assigned
+        return _judge_ours(signals, run, (run.model,) if unreadable else tuple(model.name for model in assigned))
     if signals.boot is not None:
         if signals.listening or signals.hand is not None:
-            return _stranger(signals, registry, Owner.BOOT)
+            return _judge_unrecorded(signals, registry, Owner.BOOT)
         return _view(signals, State.LOADING, Owner.BOOT, detail=f"{signals.boot.how}, and does not listen yet")
     if signals.unowned:
         return _view(signals, State.UNKNOWN, None, detail=_UNOWNED)
     if signals.hand is not None:
-        return _stranger(signals, registry, Owner.HAND)
+        return _judge_unrecorded(signals, registry, Owner.HAND)
     if signals.listening:
         return _view(signals, State.FOREIGN, Owner.FOREIGN, detail=signals.stranger)
     if signals.broken_record:
@@ -251,29 +258,31 @@ def judge(signals: Signals, registry: Registry) -> PortView:
 _UNOWNED = "something listens, and its process cannot be seen: it is just ending, or another user's"
 
 
-def _ours(signals: Signals) -> bool:
+def _is_ours(signals: Signals) -> bool:
     return signals.run is not None and (signals.leader_proven or bool(signals.members))
 
 
-def _loading(signals: Signals, operation: Operation) -> PortView:
-    return _view(signals, State.LOADING, Owner.MLXOPS, model=operation.model, detail=_at_work(signals, operation))
+def _view_of_load(signals: Signals, operation: Operation) -> PortView:
+    return _view(
+        signals, State.LOADING, Owner.MLXOPS, model=operation.model, detail=_describe_operation(signals, operation)
+    )
 
 
-def _at_work(signals: Signals, operation: Operation) -> str:
+def _describe_operation(signals: Signals, operation: Operation) -> str:
     return "; ".join(filter(None, [signals.activity, str(operation)]))
 
 
 def _judge_ours(signals: Signals, run: Run, assigned: tuple[str, ...]) -> PortView:
-    """A port where processes of ours live and no load is running."""
+    """Judge a port where processes of ours live and no load runs. `assigned` has the names of its models."""
     owner = Owner.MLXOPS
-    orphan = _orphan(signals, run, assigned)
+    orphan = _orphan_reason(signals, run, assigned)
     if orphan is not None:
         return _view(signals, State.ORPHAN, owner, orphan.value, orphan=orphan)
     if signals.unowned:
         return _view(signals, State.UNKNOWN, None, _UNOWNED)
     if not signals.listener_pids or not signals.listener_pids <= set(signals.members):
-        # A listener whose process cannot be seen is another user's: our own are always seen.
-        return _view(signals, State.MISMATCH, owner, f"somebody else listens on its port: {signals.stranger}")
+        # We can see all our own processes, so a listener without a visible process is another user's.
+        return _view(signals, State.MISMATCH, owner, f"another process listens on its port: {signals.stranger}")
     if run.model not in assigned:
         return replace(_view(signals, State.MISMATCH, owner, f"the registry says {assigned[0]}"), reassigned=True)
     match signals.answer:
@@ -291,7 +300,7 @@ def _judge_ours(signals: Signals, run: Run, assigned: tuple[str, ...]) -> PortVi
             return _view(signals, State.READY, owner)
 
 
-def _orphan(signals: Signals, run: Run, assigned: tuple[str, ...]) -> Orphan | None:
+def _orphan_reason(signals: Signals, run: Run, assigned: tuple[str, ...]) -> Orphan | None:
     if run.proven_at is None:
         return Orphan.INTERRUPTED
     if not signals.leader_proven:
@@ -301,10 +310,10 @@ def _orphan(signals: Signals, run: Run, assigned: tuple[str, ...]) -> Orphan | N
     return None if assigned else Orphan.UNASSIGNED
 
 
-def _stranger(signals: Signals, registry: Registry, owner: Owner) -> PortView:
-    """A server that we did not start: what it serves is matched with the registry by path, repo or name."""
+def _judge_unrecorded(signals: Signals, registry: Registry, owner: Owner) -> PortView:
+    """Judge a port with a server that we did not start. Its model is found in the registry by path, repo or name."""
     server = signals.hand
-    model = next((m.name for m in registry.models.values() if server and server.model in _known_as(m)), None)
+    model = next((m.name for m in registry.models.values() if server and server.model in _names_of(m)), None)
     assigned = registry.on_port(signals.port)
     if server is not None and signals.listening and signals.answer is Health.NOT_ASKED:
         return _view(signals, State.UNKNOWN, None, detail="its server could not be asked")
@@ -335,7 +344,7 @@ def _stranger(signals: Signals, registry: Registry, owner: Owner) -> PortView:
         pgid=server.pgid if server else None,
         engine=server.engine if server else None,
         memory_bytes=signals.memory_bytes,
-        detail=_told(signals, server, detail),
+        detail=_describe_server(signals, server, detail),
         run=signals.run,
         server=server,
         operation=signals.operation,
@@ -344,15 +353,15 @@ def _stranger(signals: Signals, registry: Registry, owner: Owner) -> PortView:
     )
 
 
-def _told(signals: Signals, server: Server | None, detail: str) -> str:
-    """Describe a server for people: `detail`, else what listens; and its boot job or parent."""
+def _describe_server(signals: Signals, server: Server | None, detail: str) -> str:
+    """Return `detail` or else the listener, with the boot job or the parent."""
     if signals.boot:
         return "; ".join(filter(None, [detail, signals.boot.how]))
     parent = f"its parent: {server.starter}" if server and server.starter else ""
     return detail or "; ".join(filter(None, [signals.stranger, parent]))
 
 
-def _known_as(model: Model) -> frozenset[str]:
+def _names_of(model: Model) -> frozenset[str]:
     names = (model.name, model.repo_id, model.model_id, model.cache_path)
     return frozenset(name for name in names if name)
 

@@ -1,4 +1,4 @@
-"""Who and what is at work on a host: recorded servers, running operations and detected servers. Pure."""
+"""What a host records: runs and operations; and servers without a record. Pure."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class Run:
-    """The run record: what is known of the process that was started, or adopted, for a port.
+    """The run record: the process that mlxops started or adopted for a port.
 
-    `start` and `boot_id` are the kernel's own marks (see the agent's `system`); with pid, pgid and `run_id`, which its
-    environment has, they prove that a process is the recorded one. `*_at` are wall time, for display only.
+    `start` (the process's raw start time) and `boot_id` come from the kernel, see the agent's `system`. Together with
+    pid, pgid and `run_id`, which is in the process's environment, they prove that a process is the recorded one.
+    `*_at` are wall time, for display only.
     """
 
     port: int
@@ -38,7 +39,7 @@ class Run:
 
 
 def run_from_wire(wire: Mapping[str, object]) -> Run:
-    """Raises `ValueError` for anything that `to_wire` cannot have written."""
+    """Read a run record. Raises `ValueError` for anything that `to_wire` cannot have written."""
     argv = wire.get("argv")
     if not isinstance(argv, list):
         raise ValueError("argv is not a list")
@@ -68,7 +69,7 @@ def run_from_wire(wire: Mapping[str, object]) -> Run:
 
 @dataclass(frozen=True)
 class Operation:
-    """A running operation, as the lock that it holds describes it."""
+    """A running operation, as it describes itself in the locks that it holds."""
 
     id: str
     command: str
@@ -78,14 +79,14 @@ class Operation:
     since: str = "?"
     repo: str | None = None
     reserves: int | None = None
-    """Bytes of memory that what it is about to start will take."""
+    """Bytes of memory that the server which it starts is expected to take."""
 
     def __str__(self) -> str:
         return f"{self.command} {self.model or ''}".strip() + f", started by {self.asker} at {self.since} ({self.id})"
 
 
 def operation_from_wire(wire: Mapping[str, object]) -> Operation:
-    """Raises `ValueError` for anything that a lock's holder cannot have written into it."""
+    """Read the holder of a lock. Raises `ValueError` for anything that no holder can have written."""
     texts = {key: wire.get(key) for key in ("id", "command", "asker", "since")}
     optional = {key: wire.get(key) for key in ("model", "repo")}
     if not all(isinstance(value, str) for value in texts.values()):
@@ -100,7 +101,7 @@ def operation_from_wire(wire: Mapping[str, object]) -> Operation:
 
 @dataclass(frozen=True)
 class Server:
-    """A live server that is not recorded as ours: what its argv says."""
+    """A live server without a run record. Engine, model and path are read from its argv."""
 
     pid: int
     pgid: int
@@ -109,15 +110,15 @@ class Server:
     argv: tuple[str, ...]
     start: str = ""
     path: str = ""
-    """The real path of the model that it was given, if that is a path on this host."""
+    """The real path of its model, if the model in its argv is a path on this host."""
     wrappers: tuple[int, ...] = ()
-    """The processes that only run it, such as `uv run` or a script: they end with it."""
+    """Processes that only run the server, such as `uv run` or a script. They end with it."""
     starter: str = ""
-    """For people: its parent, which goes on without it."""
+    """For people: its parent process, which does not end with it."""
 
 
 def run_of(server: Server, port: int, boot_id: str) -> Run:
-    """A server that we did not start, as a run: enough to prove its identity, and nothing else."""
+    """Return a server that we did not start as a run that can only prove its identity."""
     unknown = dict.fromkeys(("model", "alias", "repo_id", "revision", "run_id", "operation", "log_path"), "")
     return Run(
         **unknown,

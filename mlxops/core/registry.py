@@ -1,9 +1,8 @@
-"""registry.json: which model is on which port. Parsing, validation and transitions; pure.
+"""registry.json: the models and their ports. Parse, check and change the document. Pure.
 
 Version 1 is `{"version": 1, "models": {name: {repo_id, model_id, cache_path, format, port}}}`. People and other
-programs edit the file too, so reading is generous (every oddity becomes a `problem`) and writing is strict: a
-document is only ever changed key by key, everything that we do not know stays, and what is not version 1 is
-never written.
+programs edit the file too. Reading is therefore tolerant: every irregularity becomes a `problem`. Writing is strict:
+only single keys change, unknown keys stay, and a document of another version is never written.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from mlxops.core.text import utf8
 VERSION = 1
 MAX_BYTES = 16 * 1024 * 1024
 MAX_DEPTH = 100
-"""Objects and lists within each other. What was read must never be too deep to be written."""
+"""Nesting of objects and lists. It ensures that every document that was read can be written."""
 
 _TEXT_FIELDS = (
     "revision",
@@ -34,7 +33,7 @@ _TEXT_FIELDS = (
 
 @dataclass(frozen=True)
 class Model:
-    """One entry. Fields that are absent or unusable are None; why is in `problems`."""
+    """One entry. Absent and unusable fields are None. `problems` says why a field is unusable."""
 
     name: str
     repo_id: str | None = None
@@ -48,16 +47,16 @@ class Model:
     trust_remote_code: bool = False
     args: tuple[str, ...] = ()
     options: Mapping[str, str | None] = field(default_factory=dict)
-    """The optional text fields that are present; a null is kept: it switches a default off."""
+    """The optional text fields that are present, including nulls, which switch a default off."""
     problems: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Registry:
-    """A registry document: what the file says, and the typed view of it.
+    """A registry document, and the typed view of it.
 
-    `raw` is the parsed document (never mutated); `unwritable` says why the file must not be written. `missing`: there
-    is no file, and there was one, or should be one.
+    `raw` is the parsed document, which is never mutated. `unwritable` says why the file must not be written. `missing`
+    is set if the file is gone: it was there before, or it should be there.
     """
 
     raw: Mapping[str, object]
@@ -66,32 +65,32 @@ class Registry:
     missing: bool = False
 
     def on_port(self, port: int) -> tuple[Model, ...]:
-        """Every model that claims `port`; more than one only after a hand edit."""
+        """Return the models that are assigned to `port`. Only a hand edit makes them more than one."""
         return tuple(model for model in self.models.values() if model.port == port)
 
     def with_repo(self, repo_id: str) -> tuple[Model, ...]:
         return tuple(model for model in self.models.values() if model.repo_id == repo_id)
 
     def named(self, name: str) -> Model | None:
-        """The entry of that name, else one of that repository."""
+        """Return the entry of that name, else the first of that repository; None if there is neither."""
         return self.models.get(name) or next(iter(self.with_repo(name)), None)
 
     def set_fields(self, name: str, fields: Mapping[str, object]) -> Registry:
-        """The entry `name`, made if missing, with these fields; its other keys stay as they are."""
-        old = self.entry(name)
-        return self._with_entries({name: {**old, **fields}})
+        """Set these fields of the entry `name`, and create it if it is missing. Its other keys stay."""
+        return self._with_entries({name: {**self.entry(name), **fields}})
 
     def add(self, entries: Mapping[str, Mapping[str, object]]) -> Registry:
-        """All of these, whole, in one: each change by itself looks at the whole registry again."""
+        """Add or replace whole entries in one step: each single change checks the whole registry again."""
         return self._with_entries(entries)
 
     def without_fields(self, name: str, keys: Iterable[str]) -> Registry:
-        """The entry `name` without these keys."""
-        gone = frozenset(keys)
-        return self._with_entries({name: {key: value for key, value in self.entry(name).items() if key not in gone}})
+        """Remove these keys from the entry `name`."""
+        removed = frozenset(keys)
+        entry = {key: value for key, value in self.entry(name).items() if key not in removed}
+        return self._with_entries({name: entry})
 
     def assign(self, name: str, port: int) -> Registry:
-        """`port` goes to `name` and to nobody else, in one document: no state between has two owners."""
+        """Assign `port` to `name`, and clear other claims in the same document. No document has two claims."""
         entries: dict[str, dict[str, object]] = {
             other.name: {**self.entry(other.name), "port": None} for other in self.on_port(port) if other.name != name
         }
@@ -99,17 +98,17 @@ class Registry:
         return self._with_entries(entries)
 
     def clear(self, names: Iterable[str]) -> Registry:
-        """These entries lose their port."""
+        """Clear the ports of these entries."""
         return self._with_entries({name: {**self.entry(name), "port": None} for name in names})
 
     def encode(self) -> bytes:
-        """The file's content: JSON, indented by 2, with a line end. Raises `Refused` if it must not be written."""
+        """Return the file's content: JSON, indented by 2, with a line end. Raises `Refused` if `unwritable` is set."""
         if self.unwritable:
             raise refusal(self.unwritable)
         return (json.dumps(self.raw, indent=2, ensure_ascii=False) + "\n").encode()
 
     def entry(self, name: str) -> dict[str, object]:
-        """The entry as it is in the file, every key of it; empty if there is none."""
+        """Return the entry as it is in the file, with every key; empty if there is none."""
         models = self.raw.get("models")
         entry = models.get(name) if isinstance(models, dict) else None
         return dict(entry) if isinstance(entry, dict) else {}
@@ -130,18 +129,18 @@ EMPTY = Registry(raw={"version": VERSION, "models": {}}, models={})
 
 
 def parse(data: bytes | None) -> Registry:
-    """The registry in a file's content; None (no file) is an empty one. Never raises: see `unwritable`."""
+    """Parse a file's content. None (no file) is an empty registry. Never raises: see `unwritable`."""
     if data is None:
         return EMPTY
     if len(data) > MAX_BYTES:
         return _broken(f"it is larger than {MAX_BYTES} bytes")
     duplicates: list[str] = []
 
-    def pairs(items: list[tuple[str, object]]) -> dict[str, object]:
-        seen = dict(items)
-        if len(seen) != len(items):
+    def checked_object(items: list[tuple[str, object]]) -> dict[str, object]:
+        pairs = dict(items)
+        if len(pairs) != len(items):
             duplicates.append(next(key for i, (key, _) in enumerate(items) if key in dict(items[:i])))
-        return seen
+        return pairs
 
     def constant(text: str) -> object:
         raise ValueError(f"{text} is not JSON")
@@ -151,7 +150,7 @@ def parse(data: bytes | None) -> Registry:
     except ValueError as error:
         return _broken(str(error))
     try:
-        document = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+        document = json.loads(text, object_pairs_hook=checked_object, parse_constant=constant)
         # 1e999 is JSON and reads as infinity, which is not.
         json.dumps(document, allow_nan=False)
     except (ValueError, RecursionError) as error:
@@ -168,7 +167,7 @@ def _too_deep(document: object) -> bool:
     for _ in range(MAX_DEPTH):
         if not level:
             return False
-        level = [inner for each in level for inner in _inside(each)]
+        level = [inner for value in level for inner in _inside(value)]
     return bool(level)
 
 
@@ -190,7 +189,7 @@ def _why_unwritable(document: Mapping[str, object], duplicates: list[str]) -> st
     if not isinstance(models, dict):
         return "its 'models' is not an object"
     if duplicates:
-        return f"the key {shown(duplicates[0])} stands twice in one object"
+        return f"the key {shown(duplicates[0])} appears twice in one object"
     for name, entry in models.items():
         if not isinstance(entry, dict):
             return f"the entry {shown(name)} is not an object"
@@ -277,7 +276,7 @@ def _model(name: str, entry: Mapping[str, object]) -> Model:
 
 
 def _port(value: object, problems: list[str]) -> int | None:
-    """A port as it was meant: a hand-written "8100" claims 8100, and is reported."""
+    """Return the port of an entry. A hand-written "8100" counts as 8100 and is reported as a problem."""
     if value is None:
         return None
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 5:

@@ -1,4 +1,4 @@
-"""Decode bytes that should be UTF-8, and show bytes and seconds to people. Pure."""
+"""Decode UTF-8, format bytes and seconds, and remove control characters. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _TERMINAL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[@-_]|[\x00-\x08\x0b-\x1f
 
 
 class NotUTF8(ValueError):
-    """`what`: what the bytes are instead; `line`: the first bad line, 0 for all of them."""
+    """`what` completes "it ..." and says what the bytes are instead; `line` is the first bad line, 0 for all lines."""
 
     def __init__(self, what: str, line: int = 0) -> None:
         super().__init__(f"it {what}" + (f", in line {line}" if line else "") + "; save it as UTF-8")
@@ -29,12 +29,12 @@ def utf8(data: bytes) -> str:
 
 
 def _wide(data: bytes) -> str | None:
-    """Return UTF-16 or UTF-32, if the bytes look like that."""
+    """Return "UTF-16" or "UTF-32" if the bytes look like it; else None."""
     if data.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
         return "UTF-32"
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "UTF-16"
-    # Without a mark: every second byte of what is mostly ASCII is zero.
+    # Without a byte order mark: in mostly ASCII text, every second byte is zero.
     head = data[:64]
     if len(head) >= 8 and (not any(head[1::2]) or not any(head[::2])):
         return "UTF-16"
@@ -42,7 +42,7 @@ def _wide(data: bytes) -> str | None:
 
 
 def amount(size: int) -> str:
-    """Bytes, in powers of ten, as disks and hubs count."""
+    """Return a size in bytes as text, in powers of ten, as disks and hubs count."""
     value = float(size)
     for unit in ("bytes", "kB", "MB", "GB"):
         if value < 999.5:
@@ -52,7 +52,7 @@ def amount(size: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`42 s`, `7 min`, `1 h 20 min`."""
+    """Return seconds as text: `42 s`, `7 min`, `1 h 20 min`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

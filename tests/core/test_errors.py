@@ -1,4 +1,4 @@
-"""The error tree: it travels as data, and its exit statuses are a contract."""
+"""The error tree: its wire form, its exit statuses, and a reason and next step for each error."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ any_error = st.builds(
 )
 
 
-def test_the_exit_statuses_are_those_that_programs_rely_on() -> None:
-    assert {each.name: int(each) for each in Exit} == {
+def test_exit_statuses_are_fixed() -> None:
+    assert {status.name: int(status) for status in Exit} == {
         "DONE": 0,
         "BUG": 1,
         "USAGE": 2,
@@ -57,14 +57,14 @@ def test_the_exit_statuses_are_those_that_programs_rely_on() -> None:
     }
 
 
-def test_every_failing_exit_status_has_exactly_one_kind_of_error() -> None:
+def test_each_failing_exit_status_has_one_error_class() -> None:
     assert sorted(kind.exit for kind in KINDS) == sorted(set(Exit) - {Exit.DONE})
     assert set(MlxopsError.__subclasses__()) == set(KINDS)
 
 
 @given(any_error)
 @PROPERTY
-def test_an_error_comes_back_as_it_went(error: MlxopsError) -> None:
+def test_error_survives_the_wire(error: MlxopsError) -> None:
     back = error_from_wire(json.loads(json.dumps(error.to_wire())))
     assert type(back) is type(error)
     assert back.to_wire() == error.to_wire()
@@ -73,19 +73,19 @@ def test_an_error_comes_back_as_it_went(error: MlxopsError) -> None:
 
 @given(st.dictionaries(st.sampled_from(["code", "exit", "message", "why", "hint", "details"]) | st.text(), json_values))
 @PROPERTY
-def test_whatever_an_agent_calls_an_error_becomes_one(wire: dict[str, object]) -> None:
+def test_any_wire_object_becomes_an_error(wire: dict[str, object]) -> None:
     error = error_from_wire(wire)
     assert all(isinstance(text, str) for text in (error.code, error.message, error.why, error.hint))
     assert error.exit is not Exit.DONE
 
 
 @pytest.mark.parametrize("status", [0, 99, -1, "3", None, 3.5, []])
-def test_an_unknown_exit_status_is_a_bug(status: object) -> None:
+def test_unknown_exit_status_is_a_bug(status: object) -> None:
     assert isinstance(error_from_wire({"code": "x", "exit": status, "message": "m"}), Bug)
 
 
 @pytest.mark.parametrize(
-    ("each", "together"),
+    ("statuses", "worst_status"),
     [
         ([], Exit.DONE),
         ([Exit.DONE, Exit.REFUSED], Exit.REFUSED),
@@ -94,18 +94,18 @@ def test_an_unknown_exit_status_is_a_bug(status: object) -> None:
         ([Exit.INTERRUPTED, Exit.BUG, Exit.BUSY], Exit.BUG),
     ],
 )
-def test_with_several_hosts_the_largest_counts_but_a_bug_wins(each: list[Exit], together: Exit) -> None:
-    assert worst(each) is together
+def test_worst_status_is_the_largest_or_a_bug(statuses: list[Exit], worst_status: Exit) -> None:
+    assert worst(statuses) is worst_status
 
 
 PACKAGE = Path(mlxops.__file__).parent
 NAMES = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, MlxopsError)}
 
 
-def says(value: ast.expr | None) -> bool:
-    """Whether an argument is there, and in no case an empty text."""
+def has_text(value: ast.expr | None) -> bool:
+    """Whether an argument is present and cannot be an empty text."""
     if isinstance(value, ast.IfExp):
-        return says(value.body) and says(value.orelse)
+        return has_text(value.body) and has_text(value.orelse)
     return value is not None and not (isinstance(value, ast.Constant) and not value.value)
 
 
@@ -118,10 +118,10 @@ CONSTRUCTED = [
 
 
 @pytest.mark.parametrize("call", CONSTRUCTED)
-def test_every_error_says_why_and_what_to_do_next(call: ast.Call) -> None:
-    given = {each.arg: each.value for each in call.keywords}
-    assert says(given.get("why")) and says(given.get("hint")), ast.unparse(call)
+def test_error_has_a_reason_and_a_next_step(call: ast.Call) -> None:
+    arguments = {keyword.arg: keyword.value for keyword in call.keywords}
+    assert has_text(arguments.get("why")) and has_text(arguments.get("hint")), ast.unparse(call)
 
 
-def test_they_are_all_looked_at() -> None:
+def test_constructed_errors_are_collected() -> None:
     assert len(CONSTRUCTED) > 50

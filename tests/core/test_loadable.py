@@ -1,4 +1,4 @@
-"""What file names and a config.json tell of a repository before anything of it is loaded."""
+"""Decide from file names and config.json whether a repository can be loaded."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ DEEPSEEK = Abilities(OLD.version, OLD.quantizations, OLD.modes, "weight_scale_in
         (["weights.npz"], "it has no config.json"),
     ],
 )
-def test_a_repository_without_a_configuration_is_told_as_what_it_is(names: list[str], why: str | None) -> None:
-    found = no_model(names)
-    assert found is None if why is None else found is not None and found.startswith(why)
+def test_repository_without_config_is_described(names: list[str], why: str | None) -> None:
+    reason = no_model(names)
+    assert reason is None if why is None else reason is not None and reason.startswith(why)
 
 
 @pytest.mark.parametrize(
-    ("name", "found"),
+    ("name", "known"),
     [
         ("tokenizer.json", True),
         ("tokenizer.model", True),
@@ -57,8 +57,8 @@ def test_a_repository_without_a_configuration_is_told_as_what_it_is(names: list[
         ("original/tokenizer.model", False),
     ],
 )
-def test_tokenizers_of_all_families_are_known(name: str, found: bool) -> None:
-    assert (no_tokenizer([name]) is None) == found
+def test_tokenizer_files_of_all_families_are_known(name: str, known: bool) -> None:
+    assert (no_tokenizer([name]) is None) == known
 
 
 @pytest.mark.parametrize(
@@ -90,25 +90,23 @@ def test_tokenizers_of_all_families_are_known(name: str, found: bool) -> None:
         ({"quantization_config": {"quant_method": "fp8", "scale_fmt": "ue8m0"}}, False, True),
     ],
 )
-def test_a_quantization_is_refused_by_the_versions_that_do_not_know_it(
-    config: dict[str, object], old: bool, new: bool
-) -> None:
+def test_quantization_is_refused_by_versions_without_it(config: dict[str, object], old: bool, new: bool) -> None:
     assert (unknown_quantization(config, OLD, packed=True) is None) == old
     assert (unknown_quantization(config, NEW, packed=True) is None) == new
 
 
-def test_fp8_is_left_to_an_architecture_that_unpacks_it() -> None:
+def test_fp8_is_allowed_if_the_architecture_unpacks_it() -> None:
     config = {"quantization_config": {"quant_method": "fp8"}}
     assert unknown_quantization(config, OLD, packed=True) and not unknown_quantization(config, DEEPSEEK, packed=True)
 
 
-def test_a_method_is_no_matter_where_the_weights_are_not_packed() -> None:
+def test_quantization_method_is_ignored_for_unpacked_weights() -> None:
     assert unknown_quantization({"quantization_config": {"quant_method": "hqq"}}, OLD, packed=False) is None
     assert not is_packed({"a.weight": "BF16", "b.weight": "F32"})
     assert is_packed({"a.weight": "U32"}) and is_packed({"a.weight_scale_inv": "F32"})
 
 
-def test_weights_that_are_quantized_have_to_be_said_so() -> None:
+def test_quantized_weights_need_a_configuration() -> None:
     packed = ["a.weight", "a.scales", "a.biases"]
     assert unsaid_quantization({}, packed) and unsaid_quantization({"quantization": None}, packed)
     for config in ({"quantization": {"bits": 4}}, {"text_config": {"quantization_config": {"bits": 4}}}):

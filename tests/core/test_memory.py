@@ -1,4 +1,4 @@
-"""How much a model takes, and which unloads make room."""
+"""Memory estimates, and the servers whose stop makes room."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ KILO = KVCache((Layer(500),))
 """A cache of 1000 bytes per token."""
 
 
-def test_the_allowance_for_the_context_is_stated_and_bounded() -> None:
+def test_context_allowance_is_bounded_and_shown() -> None:
     assert estimate(10**9, KILO, 262144).context_tokens == CONTEXT_TOKENS
     assert estimate(10**9, KILO, 2048).context_bytes == 2048 * 1000
-    assert estimate(10**9, KILO, 262144, 131072).context_bytes == 131072 * 1000, "the entry says otherwise"
+    assert estimate(10**9, KILO, 262144, 131072).context_bytes == 131072 * 1000, "the entry sets it"
     assert str(estimate(10**9, KILO, 262144)) == "1.0 GB weights, 32.8 MB for 32768 tokens of context"
 
 
-def test_what_recurrent_layers_keep_is_reckoned_once() -> None:
+def test_recurrent_state_does_not_depend_on_the_context() -> None:
     small, large = (estimate(10**9, KVCache((Layer(state=10**6),)), 262144, tokens) for tokens in (10, 100_000))
     assert small.total == large.total == 10**9 + 4 * 10**6 + ENGINE_BYTES
     assert str(large).endswith(", 0 bytes for 100000 tokens of context, 4.0 MB for recurrent states")
 
 
-def test_an_estimate_that_may_be_too_high_says_so() -> None:
+def test_upper_estimate_is_marked() -> None:
     unsure = estimate(10**9, KVCache((Layer(500),), certain=False), 262144)
     assert "(upper estimate: how this model keeps its context is not known)" in str(unsure)
     unknown = estimate(10**9, None, 262144)
     assert unknown.context_bytes == 10**9 and "an unknown context (upper estimate" in str(unknown)
-    assert [each.to_wire()["upper_estimate"] for each in (unsure, unknown, estimate(1, KILO, 1))] == [True, True, False]
+    assert [item.to_wire()["upper_estimate"] for item in (unsure, unknown, estimate(1, KILO, 1))] == [True, True, False]
 
 
-def test_the_homelabs_two_largest_do_not_fit_together() -> None:
+def test_two_largest_models_do_not_fit_together() -> None:
     budget = 241_644 * 1024 * 1024
     xl = estimate(190 * 10**9, kv_cache(PUBLISHED["Qwen/Qwen3-235B-A22B"][0]), 262144).total
     large = estimate(95 * 10**9, kv_cache(PUBLISHED["openai/gpt-oss-120b"][0]), 131072).total
@@ -49,42 +49,42 @@ def use(port: int | None, size: int | None, owner: str = "mlxops", resident: int
     return Use(port, f"m{port}", owner, 100, size, resident)
 
 
-def test_one_that_suffices_is_better_than_two_and_the_smallest_such_is_chosen() -> None:
+def test_room_is_the_fewest_and_smallest_servers() -> None:
     uses = [use(8100, 190), use(8101, 95), use(8102, 75), use(8103, 34)]
-    assert [each.port for each in smallest_room(uses, 80) or ()] == [8101]
-    assert [each.port for each in smallest_room(uses, 30) or ()] == [8103]
-    assert [each.port for each in smallest_room(uses, 200) or ()] == [8100, 8103]
+    assert [server.port for server in smallest_room(uses, 80) or ()] == [8101]
+    assert [server.port for server in smallest_room(uses, 30) or ()] == [8103]
+    assert [server.port for server in smallest_room(uses, 200) or ()] == [8100, 8103]
 
 
-def test_taking_the_largest_first_is_not_the_smallest_set() -> None:
+def test_room_need_not_include_the_largest_server() -> None:
     uses = [use(1, 60), use(2, 50), use(3, 50)]
-    assert [each.port for each in smallest_room(uses, 100) or ()] == [2, 3]
+    assert [server.port for server in smallest_room(uses, 100) or ()] == [2, 3]
 
 
-def test_what_must_not_be_stopped_makes_no_room() -> None:
+def test_servers_that_must_not_stop_make_no_room() -> None:
     uses = [use(8100, 190, "boot"), use(9000, 190, "foreign"), use(None, 190, "hand"), use(8103, None)]
     assert smallest_room(uses, 100) is None
     assert smallest_room([*uses, use(8104, 10, "hand", resident=120)], 100) == (use(8104, 10, "hand", resident=120),)
 
 
-def test_the_command_that_makes_room_is_the_one_to_type() -> None:
+def test_unload_command_has_force_for_hand_servers() -> None:
     assert use(8101, 1).unload == "mlxctl unload 8101"
     assert use(8101, 1, "hand").unload == "mlxctl unload 8101 --force"
 
 
-def test_nothing_missing_needs_nothing_to_go() -> None:
+def test_room_for_nothing_is_empty() -> None:
     assert smallest_room([use(8100, 190)], 0) == ()
     assert estimate(0, KVCache(()), 1).total == ENGINE_BYTES
 
 
 @given(st.lists(st.integers(1, 300), max_size=8), st.integers(1, 900))
 @PROPERTY
-def test_no_smaller_set_would_do(sizes: list[int], missing: int) -> None:
+def test_room_has_no_smaller_alternative(sizes: list[int], missing: int) -> None:
     uses = [use(8100 + index, size) for index, size in enumerate(sizes)]
     room = smallest_room(uses, missing)
     if room is None:
         assert sum(sizes) < missing
         return
-    assert sum(each.counted for each in room) >= missing
+    assert sum(server.counted for server in room) >= missing
     for count in range(len(room)):
-        assert all(sum(each.counted for each in chosen) < missing for chosen in combinations(uses, count))
+        assert all(sum(server.counted for server in group) < missing for group in combinations(uses, count))

@@ -1,4 +1,4 @@
-"""(registry, world, request) -> plan or refusal, as data; and what holds for any plan at all."""
+"""Tables of situations with the plan or refusal that they lead to, and properties of all plans."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from tests.core.worlds import (
     argv,
     at_boot,
     by_hand,
-    of_somebody,
+    foreign,
     registries,
     registry,
     run,
@@ -51,7 +51,7 @@ from tests.core.worlds import (
 )
 from tests.properties import PROPERTY
 
-UNSEEN = replace(signals(), error="permission denied")
+UNKNOWN = replace(signals(), error="permission denied")
 ENDED = replace(signals(), run=run())
 INTERRUPTED = replace(serving(), run=run(proven=False))
 LEADERLESS = replace(serving(), leader_proven=False)
@@ -68,7 +68,7 @@ def wanted(name: str = "a", port: int = 8103) -> Wanted:
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked, in which situation, and what comes of it: a plan's outcome, or the code of a refusal."""
+    """A situation and a request, with the expected outcome of the plan or code of the refusal."""
 
     outcome: Outcome | str
     seen: tuple[Signals, ...] = ()
@@ -128,14 +128,14 @@ LOADS: dict[str, Load] = {
     "the boot job is another user's": Load(
         "boot_port", (replace(at_boot(), hand=None, answer=Health.NOT_ASKED),), registry(a=8100), port=8100
     ),
-    # Somebody else holds the port.
-    "a foreign listener": Load("foreign_port", (of_somebody(),), says="pid 6000: nc -l"),
-    "a foreign listener, forced": Load("foreign_port", (of_somebody(),), force=True),
-    "a foreign listener where the registry has this model": Load("foreign_port", (of_somebody(),), registry(a=8103)),
+    # A foreign process holds the port.
+    "a foreign listener": Load("foreign_port", (foreign(),), says="pid 6000: nc -l"),
+    "a foreign listener, forced": Load("foreign_port", (foreign(),), force=True),
+    "a foreign listener where the registry has this model": Load("foreign_port", (foreign(),), registry(a=8103)),
     "a foreign listener where our server ended": Load(
-        "foreign_port", (replace(of_somebody(), run=run()),), registry(a=8103), force=True
+        "foreign_port", (replace(foreign(), run=run()),), registry(a=8103), force=True
     ),
-    "what cannot be seen": Load("unknown_port", (UNSEEN,), force=True, says="permission denied"),
+    "an unknown port": Load("unknown_port", (UNKNOWN,), force=True, says="permission denied"),
     # This model is ready there.
     "this model is ready there": Load(ALREADY, (serving(),), registry(a=8103)),
     "this model is ready there, forced": Load(ALREADY, (serving(),), registry(a=8103), force=True),
@@ -220,7 +220,7 @@ LOADS: dict[str, Load] = {
         START, (serving(port=8104), serving(port=8102)), registry(a=8104), force=True, stops=(8102, 8104)
     ),
     "assigned to a port that cannot be seen": Load(
-        "unknown_port", (replace(UNSEEN, port=8104),), registry(a=8104), force=True
+        "unknown_port", (replace(UNKNOWN, port=8104),), registry(a=8104), force=True
     ),
     # What an earlier life left.
     "an assignment that nothing serves": Load(
@@ -250,7 +250,7 @@ LOADS: dict[str, Load] = {
 
 
 @pytest.mark.parametrize("situation", LOADS)
-def test_load_when_there_is(situation: str) -> None:
+def test_load_has_the_outcome_of(situation: str) -> None:
     case = LOADS[situation]
     if isinstance(case.outcome, Outcome):
         plan = case.plan()
@@ -269,7 +269,7 @@ def test_load_when_there_is(situation: str) -> None:
     assert error.message and error.why and error.hint
 
 
-def test_every_outcome_and_every_refusal_of_load_is_in_the_table() -> None:
+def test_load_table_has_every_outcome_and_refusal() -> None:
     refusals = {"alias_elsewhere", "boot_port", "foreign_port", "unknown_port", "port_in_use", "model_elsewhere"}
     assert {case.outcome for case in LOADS.values()} == {*Outcome, *refusals}
 
@@ -306,13 +306,13 @@ UNLOADS: dict[str, Unload] = {
     "the boot job between two starts": Unload(
         (replace(signals(8100), boot=CLAIM),), registry(a=8100), port=8100, refused="boot_port"
     ),
-    "somebody's listener": Unload((of_somebody(),), registry(a=8103), force=True, refused="foreign_port"),
-    "what cannot be seen": Unload((UNSEEN,), registry(a=8103), force=True, refused="unknown_port"),
+    "a foreign process": Unload((foreign(),), registry(a=8103), force=True, refused="foreign_port"),
+    "an unknown port": Unload((UNKNOWN,), registry(a=8103), force=True, refused="unknown_port"),
 }
 
 
 @pytest.mark.parametrize("situation", UNLOADS)
-def test_unload_when_there_is(situation: str) -> None:
+def test_unload_has_the_outcome_of(situation: str) -> None:
     case = UNLOADS[situation]
     seen = world(case.known, *case.seen)
     if case.refused:
@@ -326,27 +326,27 @@ def test_unload_when_there_is(situation: str) -> None:
     assert plan.changed == (case.stops or bool(case.clears))
 
 
-LOST = replace(server("b"), pid=5001, pgid=5001)
-"""A server by hand that is to listen where another one does."""
+PORTLESS_SERVER = replace(server("b"), pid=5001, pgid=5001)
+"""A server that was started by hand for a port that another process holds."""
 
 
 @pytest.mark.parametrize(
-    "there", [serving(), by_hand(), of_somebody(), at_boot(port=8103)], ids=lambda each: str(each.hand)
+    "there", [serving(), by_hand(), foreign(), at_boot(port=8103)], ids=lambda each: str(each.hand)
 )
-def test_a_server_that_lost_its_port_is_stopped_with_force_whoever_has_the_port(there: Signals) -> None:
-    seen = world(EMPTY, replace(there, portless=(LOST,)))
+def test_portless_server_is_stopped_with_force_for_every_owner(there: Signals) -> None:
+    seen = world(EMPTY, replace(there, portless=(PORTLESS_SERVER,)))
     plan = plan_unload(EMPTY, seen, 8103, force=True)
-    assert plan.portless == (LOST,) and plan.changed
+    assert plan.portless == (PORTLESS_SERVER,) and plan.changed
     owned = seen.ports[8103].owner in OURS
     assert (plan.stop is not None) == owned and bool(plan.notes) != owned
 
 
-def test_a_server_that_lost_its_port_stays_without_force_and_is_named() -> None:
-    plan = plan_unload(EMPTY, world(EMPTY, replace(serving(), portless=(LOST,))), 8103, force=False)
+def test_portless_server_stays_without_force_and_is_named() -> None:
+    plan = plan_unload(EMPTY, world(EMPTY, replace(serving(), portless=(PORTLESS_SERVER,))), 8103, force=False)
     assert plan.stop is not None and plan.portless == () and "pid 5001" in plan.notes[0] and "--force" in plan.notes[0]
 
 
-def test_the_parent_of_a_server_by_hand_is_named_wherever_it_matters() -> None:
+def test_parent_of_a_hand_server_is_named() -> None:
     parent = "pid 444: python panel.py"
     seen = replace(by_hand(), hand=replace(server(), starter=parent))
     there, known = world(EMPTY, seen), registry(a=None, b=None)
@@ -361,16 +361,16 @@ def test_the_parent_of_a_server_by_hand_is_named_wherever_it_matters() -> None:
     assert notes == [f"its parent, {parent}, is left alone, and may start it again"] * 3
 
 
-def test_a_foreign_port_names_the_command_that_frees_it() -> None:
-    there = world(EMPTY, of_somebody())
+def test_foreign_port_has_a_kill_command_in_its_hint() -> None:
+    there = world(EMPTY, foreign())
     with pytest.raises(Refused) as unload:
         plan_unload(EMPTY, there, 8103, force=True)
     with pytest.raises(Refused) as load:
-        Load("foreign_port", (of_somebody(),)).plan()
+        Load("foreign_port", (foreign(),)).plan()
     assert unload.value.hint.endswith(": kill 6000") and "on the host: kill 6000" in load.value.hint
 
 
-def test_a_server_by_hand_is_refused_with_its_pid_and_command() -> None:
+def test_hand_server_is_refused_with_pid_and_command() -> None:
     with pytest.raises(Refused) as caught:
         plan_unload(EMPTY, world(EMPTY, by_hand()), 8103, force=False)
     assert "pid 5000" in caught.value.why and "--model a" in caught.value.why
@@ -385,31 +385,29 @@ def test_a_server_by_hand_is_refused_with_its_pid_and_command() -> None:
         (registry(a=None), (by_hand(),), "org/a", 8103),
         (registry(a=None), (), "a", None),
         (EMPTY, (serving(),), "a", 8103),
-        (registry(a=None), (of_somebody(),), "a", None),
+        (registry(a=None), (foreign(),), "a", None),
     ],
 )
-def test_unload_of_a_model_finds_its_port(
-    known: Registry, seen: tuple[Signals, ...], name: str, port: int | None
-) -> None:
+def test_port_of_a_model_is_found(known: Registry, seen: tuple[Signals, ...], name: str, port: int | None) -> None:
     assert port_of(known, world(known, *seen), name) == port
 
 
-def test_unload_of_a_model_that_nobody_knows_is_refused_with_what_was_perhaps_meant() -> None:
+def test_unknown_model_is_refused_with_a_suggestion() -> None:
     known = registry(jerry_xl=None)
     with pytest.raises(Refused) as caught:
         port_of(known, world(known), "jery-xl")
     assert (caught.value.code, caught.value.why) == ("unknown_model", "did you mean jerry-xl?")
 
 
-def test_a_model_is_suggested_by_the_part_behind_its_organisation() -> None:
+def test_suggestion_ignores_the_organisation() -> None:
     known = EMPTY.set_fields("org/tiny-qwen3", {"repo_id": "org/tiny-qwen3"})
     assert unknown_model("tiny-qwen", known).why == "did you mean org/tiny-qwen3?"
 
 
-def test_unload_all_takes_ours_and_those_by_hand_and_clears_what_is_stale() -> None:
+def test_unload_all_stops_ours_and_hand_servers_and_clears_stale() -> None:
     known = registry(jerry_xl=8100, a=8101, b=8102, c=8103)
     seen = (at_boot("jerry_xl"), serving("a", 8101), by_hand("b", 8102))
-    plans = plan_unload_all(known, world(known, *seen, of_somebody(8104)))
+    plans = plan_unload_all(known, world(known, *seen, foreign(8104)))
     assert [(p.port, p.stop is not None, p.clear) for p in plans] == [
         (8100, False, ()),
         (8101, True, ("a",)),
@@ -419,18 +417,18 @@ def test_unload_all_takes_ours_and_those_by_hand_and_clears_what_is_stale() -> N
     assert "left alone" in plans[0].notes[0] and not plans[0].changed
 
 
-def test_unload_all_says_which_assignments_it_had_to_leave() -> None:
+def test_unload_all_names_the_assignments_that_it_leaves() -> None:
     known = registry(a=8103, b=8104)
-    (first, second) = plan_unload_all(known, world(known, of_somebody(), replace(UNSEEN, port=8104)))
+    (first, second) = plan_unload_all(known, world(known, foreign(), replace(UNKNOWN, port=8104)))
     assert not first.changed and "8103 is left alone" in first.notes[0]
     assert not second.changed and "could not be determined" in second.notes[0]
 
 
-def test_unload_all_has_nothing_to_do_where_nothing_is() -> None:
+def test_unload_all_is_empty_on_idle_ports() -> None:
     assert plan_unload_all(registry(a=None), world(registry(a=None))) == ()
 
 
-def test_several_refusals_become_one_that_names_them_all() -> None:
+def test_merged_refusal_names_all() -> None:
     errors: list[MlxopsError] = [Refused("a", "first", why="because"), Refused("b", "second"), Refused("c", "third")]
     merged = merge_refusals(errors)
     assert (merged.code, merged.message, merged.why) == ("a", "first", "because; second; third")
@@ -469,9 +467,9 @@ RECONCILES: dict[str, Reconcile] = {
     "another operation has an idle port": Reconcile(
         (replace(signals(), operation=Operation("o", "unload")),), keeps="idle"
     ),
-    "it cannot be seen": Reconcile((UNSEEN,), keeps="unknown"),
-    "somebody else listens": Reconcile((of_somebody(),), keeps="foreign"),
-    "somebody else listens where it ended": Reconcile((replace(of_somebody(), run=run()),), keeps="foreign"),
+    "it cannot be seen": Reconcile((UNKNOWN,), keeps="unknown"),
+    "a foreign process listens": Reconcile((foreign(),), keeps="foreign"),
+    "a foreign process listens where our server ended": Reconcile((replace(foreign(), run=run()),), keeps="foreign"),
     "ours serves without an assignment": Reconcile((serving(),), registry(a=None), keeps="without an assignment"),
     "a load was interrupted": Reconcile((INTERRUPTED,), registry(a=None), stops=(8103,)),
     "a load was interrupted after its commit": Reconcile((INTERRUPTED,), stops=(8103,), clears=("a",)),
@@ -484,7 +482,7 @@ RECONCILES: dict[str, Reconcile] = {
 
 
 @pytest.mark.parametrize("situation", RECONCILES)
-def test_reconcile_when(situation: str) -> None:
+def test_reconcile_has_the_outcome_of(situation: str) -> None:
     case = RECONCILES[situation]
     plan = plan_reconcile(case.known, world(case.known, *case.seen))
     assert tuple(plan.clear or ()) == case.clears
@@ -524,10 +522,10 @@ KNOWN = parse(
         ("org/taken", None, None, ("org/taken", "org/elsewhere", None, True, False)),
         ("new", "org/new", "v1", ("new", "org/new", "v1", False, False)),
         ("org/new", None, None, ("org/new", "org/new", None, False, False)),
-        ("broken", "org/mended", None, ("broken", "org/mended", None, True, True)),
+        ("broken", "org/repaired", None, ("broken", "org/repaired", None, True, True)),
     ],
 )
-def test_a_name_means(
+def test_name_resolves_to_a_model(
     name: str, repo: str | None, revision: str | None, expected: tuple[str, str, str | None, bool, bool]
 ) -> None:
     target = resolve(KNOWN, name, repo, revision)
@@ -537,14 +535,14 @@ def test_a_name_means(
 @pytest.mark.parametrize(
     ("name", "repo", "code", "says"),
     [
-        ("nobody", None, "unknown_model", "--repo org/name"),
+        ("missing", None, "unknown_model", "--repo org/name"),
         ("on", None, "unknown_model", "one"),
         ("org/both", None, "ambiguous_model", "left, right"),
         ("org/new", "org/other", "ambiguous_model", "two repositories"),
         ("broken", None, "entry_unusable", "repo_id is not a string"),
     ],
 )
-def test_a_name_that_means_nothing_or_too_much_is_refused(name: str, repo: str | None, code: str, says: str) -> None:
+def test_unknown_or_ambiguous_name_is_refused(name: str, repo: str | None, code: str, says: str) -> None:
     with pytest.raises(Refused) as caught:
         resolve(KNOWN, name, repo, None)
     error = caught.value
@@ -555,7 +553,7 @@ def test_a_name_that_means_nothing_or_too_much_is_refused(name: str, repo: str |
 
 
 @pytest.mark.parametrize(
-    ("name", "asked", "known", "seen", "port"),
+    ("name", "typed", "known", "seen", "port"),
     [
         ("a", "8104", registry(a=8103), (), 8104),
         ("jerry-l", None, EMPTY, (), 8101),
@@ -564,34 +562,34 @@ def test_a_name_that_means_nothing_or_too_much_is_refused(name: str, repo: str |
         ("jerry-l", "auto", EMPTY, (serving("b", 8101),), 8101),
         ("a", "auto", registry(a=8104), (), 8104),
         ("a", "auto", EMPTY, (), 8103),
-        ("a", "auto", EMPTY, (of_somebody(),), 8104),
-        ("a", "auto", EMPTY, (UNSEEN,), 8104),
+        ("a", "auto", EMPTY, (foreign(),), 8104),
+        ("a", "auto", EMPTY, (UNKNOWN,), 8104),
         ("a", "auto", EMPTY, (replace(signals(), operation=Operation("o", "load", "b", 8103)),), 8104),
         ("a", "auto", registry(b=8103), (), 8104),
         ("a", "auto", registry(a=9000), (), 8103),
     ],
 )
-def test_the_port_of_a_load_is(
-    name: str, asked: str | None, known: Registry, seen: tuple[Signals, ...], port: int
+def test_load_chooses_the_port(
+    name: str, typed: str | None, known: Registry, seen: tuple[Signals, ...], port: int
 ) -> None:
-    assert choose_port(SETTINGS, known, world(known, *seen), name, asked) == port
+    assert choose_port(SETTINGS, known, world(known, *seen), name, typed) == port
 
 
-@pytest.mark.parametrize("asked", ["8099", "8105", "abc", "", "-1", "8100 ", "0x1fa4", "８１００", "8100\n", "081000"])
-def test_a_port_that_is_none_of_this_hosts_is_a_usage_error(asked: str) -> None:
+@pytest.mark.parametrize("typed", ["8099", "8105", "abc", "", "-1", "8100 ", "0x1fa4", "８１００", "8100\n", "081000"])
+def test_bad_port_is_a_usage_error(typed: str) -> None:
     with pytest.raises(UsageError) as caught:
-        choose_port(SETTINGS, EMPTY, world(EMPTY), "a", asked)
+        choose_port(SETTINGS, EMPTY, world(EMPTY), "a", typed)
     assert caught.value.code == "bad_port"
 
 
-def test_a_load_without_any_port_is_a_usage_error_that_names_the_flag() -> None:
+def test_missing_port_is_a_usage_error_that_names_the_flag() -> None:
     with pytest.raises(UsageError) as caught:
         choose_port(SETTINGS, registry(a=9000), world(EMPTY), "a", None)
     assert caught.value.code == "port_needed" and "--port auto" in caught.value.hint
 
 
-def test_auto_never_takes_a_slot_that_has_an_alias_but_lists_the_idle_ones() -> None:
-    seen = (serving("a", 8103), serving("b", 8104), of_somebody(8101))
+def test_auto_lists_idle_slots_and_never_takes_one() -> None:
+    seen = (serving("a", 8103), serving("b", 8104), foreign(8101))
     with pytest.raises(Refused) as caught:
         choose_port(SETTINGS, EMPTY, world(EMPTY, *seen), "c", "auto")
     assert caught.value.code == "no_idle_port"
@@ -601,7 +599,7 @@ def test_auto_never_takes_a_slot_that_has_an_alias_but_lists_the_idle_ones() -> 
 # -- init -----------------------------------------------------------------------------------------------------------
 
 
-def test_init_registers_what_has_no_entry_under_its_full_repository_and_no_port() -> None:
+def test_init_registers_new_repositories_without_a_port() -> None:
     found = [("org/one", "s", "/c/one"), ("org/taken", "s", "/c/t"), ("org/new", "s", "/c/new")]
     assert init_entries(KNOWN, found) == {
         "org/new": {
@@ -614,11 +612,11 @@ def test_init_registers_what_has_no_entry_under_its_full_repository_and_no_port(
     }
 
 
-# -- whatever the world is ------------------------------------------------------------------------------------------
+# -- all worlds ------------------------------------------------------------------------------------------
 
 NEVER = {Owner.BOOT, Owner.FOREIGN, None}
 targets = st.builds(ModelRef, st.sampled_from([*MODELS, "jerry-l", "c"]), st.sampled_from(["org/a", "org/b"]))
-wishes = st.none() | st.builds(wanted, st.sampled_from(["a", "b"]), st.sampled_from(PORTS))
+wanteds = st.none() | st.builds(wanted, st.sampled_from(["a", "b"]), st.sampled_from(PORTS))
 
 
 def touchable(view: PortView) -> bool:
@@ -636,27 +634,27 @@ def planned(
         return None
 
 
-@given(registries, seen_ports, targets, st.sampled_from(PORTS), wishes, st.booleans())
+@given(registries, seen_ports, targets, st.sampled_from(PORTS), wanteds, st.booleans())
 @PROPERTY
-def test_no_load_ever_stops_what_is_foreign_booted_or_unknown(
+def test_load_never_stops_foreign_boot_or_unknown_servers(
     known: Registry, seen: tuple[Signals, ...], target: ModelRef, port: int, how: Wanted | None, force: bool
 ) -> None:
     plan = planned(known, world(known, *seen), target, port, how, force)
     assert plan is None or all(touchable(view) for view in plan.stops)
 
 
-@given(registries, seen_ports, targets, st.sampled_from(PORTS), wishes)
+@given(registries, seen_ports, targets, st.sampled_from(PORTS), wanteds)
 @PROPERTY
-def test_no_load_stops_a_server_that_is_ready_without_being_forced(
+def test_load_stops_no_ready_server_without_force(
     known: Registry, seen: tuple[Signals, ...], target: ModelRef, port: int, how: Wanted | None
 ) -> None:
     plan = planned(known, world(known, *seen), target, port, how, False)
     assert plan is None or all(view.state is not State.READY for view in plan.stops)
 
 
-@given(registries, seen_ports, targets, st.sampled_from(PORTS), wishes, st.booleans())
+@given(registries, seen_ports, targets, st.sampled_from(PORTS), wanteds, st.booleans())
 @PROPERTY
-def test_no_load_gives_a_port_the_alias_of_another_slot(
+def test_load_never_uses_the_alias_of_another_slot(
     known: Registry, seen: tuple[Signals, ...], target: ModelRef, port: int, how: Wanted | None, force: bool
 ) -> None:
     plan = planned(known, world(known, *seen), target, port, how, force)
@@ -665,9 +663,9 @@ def test_no_load_gives_a_port_the_alias_of_another_slot(
         assert plan.alias == SETTINGS.slots.get(port, target.name)
 
 
-@given(registries, seen_ports, targets, st.sampled_from(PORTS), wishes, st.booleans())
+@given(registries, seen_ports, targets, st.sampled_from(PORTS), wanteds, st.booleans())
 @PROPERTY
-def test_a_load_is_refused_or_leaves_one_model_on_the_port_and_one_port_for_the_model(
+def test_load_keeps_one_model_per_port_and_one_port_per_model(
     known: Registry, seen: tuple[Signals, ...], target: ModelRef, port: int, how: Wanted | None, force: bool
 ) -> None:
     before = world(known, *seen)
@@ -677,17 +675,17 @@ def test_a_load_is_refused_or_leaves_one_model_on_the_port_and_one_port_for_the_
     after = known.set_fields(target.name, {"repo_id": target.repo_id}).assign(target.name, port)
     assert [model.name for model in after.on_port(port)] == [target.name]
     lost = {m.name for m in known.models.values() if m.port == port} - {target.name}
-    assert set(plan.cleared) == lost, "who loses the port is told"
+    assert set(plan.cleared) == lost, "the plan names who loses the port"
     stopped = {view.port for view in plan.stops}
     left = {view.port: view.model for view in before.ports.values() if view.owner in OURS and view.port not in stopped}
     if plan.outcome is Outcome.START:
-        assert port not in left, "what was on the port goes"
-    assert target.name not in [model for at, model in left.items() if at != port], "nowhere else is it served"
+        assert port not in left, "the earlier server of the port is stopped"
+    assert target.name not in [model for at, model in left.items() if at != port], "it is served on no other port"
 
 
-@given(registries, seen_ports, targets, st.sampled_from(PORTS), wishes, st.booleans())
+@given(registries, seen_ports, targets, st.sampled_from(PORTS), wanteds, st.booleans())
 @PROPERTY
-def test_what_comes_back_after_a_failed_swap_was_stopped_by_it(
+def test_previous_server_is_stopped_by_a_forced_load(
     known: Registry, seen: tuple[Signals, ...], target: ModelRef, port: int, how: Wanted | None, force: bool
 ) -> None:
     plan = planned(known, world(known, *seen), target, port, how, force)
@@ -697,7 +695,7 @@ def test_what_comes_back_after_a_failed_swap_was_stopped_by_it(
 
 @given(registries, seen_ports, st.sampled_from(PORTS), st.booleans())
 @PROPERTY
-def test_no_unload_ever_stops_what_is_foreign_booted_or_unknown(
+def test_unload_never_stops_foreign_boot_or_unknown_servers(
     known: Registry, seen: tuple[Signals, ...], port: int, force: bool
 ) -> None:
     there = world(known, *seen)
@@ -713,7 +711,7 @@ def test_no_unload_ever_stops_what_is_foreign_booted_or_unknown(
 
 @given(registries, seen_ports)
 @PROPERTY
-def test_unload_all_touches_only_ours_and_those_by_hand(known: Registry, seen: tuple[Signals, ...]) -> None:
+def test_unload_all_stops_only_ours_and_hand_servers(known: Registry, seen: tuple[Signals, ...]) -> None:
     there = world(known, *seen)
     for plan in plan_unload_all(known, there):
         assert plan.changed or plan.notes
@@ -725,9 +723,7 @@ def test_unload_all_touches_only_ours_and_those_by_hand(known: Registry, seen: t
 
 @given(registries, seen_ports)
 @PROPERTY
-def test_reconcile_clears_only_what_nothing_serves_or_what_it_stops_first(
-    known: Registry, seen: tuple[Signals, ...]
-) -> None:
+def test_reconcile_clears_only_unserved_or_stopped_ports(known: Registry, seen: tuple[Signals, ...]) -> None:
     there = world(known, *seen)
     plan = plan_reconcile(known, there)
     stopped = {view.port for view in plan.stops}
@@ -739,9 +735,7 @@ def test_reconcile_clears_only_what_nothing_serves_or_what_it_stops_first(
 
 @given(registries, seen_ports)
 @PROPERTY
-def test_reconcile_stops_only_what_is_proven_ours_belongs_to_nothing_and_is_nobodys_work(
-    known: Registry, seen: tuple[Signals, ...]
-) -> None:
+def test_reconcile_stops_only_our_orphans_without_an_operation(known: Registry, seen: tuple[Signals, ...]) -> None:
     for view in plan_reconcile(known, world(known, *seen)).stops:
         assert view.owner is Owner.MLXOPS and view.state is State.ORPHAN
         assert view.operation is None and view.run is not None
@@ -749,14 +743,14 @@ def test_reconcile_stops_only_what_is_proven_ours_belongs_to_nothing_and_is_nobo
 
 @given(registries)
 @PROPERTY
-def test_reconciling_twice_finds_nothing_the_second_time(known: Registry) -> None:
+def test_second_reconcile_clears_nothing(known: Registry) -> None:
     after = known.clear(plan_reconcile(known, world(known)).clear or {})
     assert not plan_reconcile(after, world(after)).clear
 
 
 @given(registries, seen_ports, st.sampled_from(MODELS), st.sampled_from([None, "auto"]))
 @PROPERTY
-def test_a_port_that_is_chosen_by_itself_is_the_models_own_or_idle_and_without_an_alias(
+def test_chosen_port_is_the_models_own_or_idle_without_alias(
     known: Registry, seen: tuple[Signals, ...], name: str, asked: str | None
 ) -> None:
     there = world(known, *seen)
@@ -769,7 +763,7 @@ def test_a_port_that_is_chosen_by_itself_is_the_models_own_or_idle_and_without_a
     assert port in own or (asked == "auto" and there.ports[port].unserved and port not in SETTINGS.slots)
 
 
-def test_planning_needs_no_settings_beyond_ports_and_slots() -> None:
+def test_plan_needs_no_settings_beyond_ports_and_slots() -> None:
     plain = Settings()
     make: Callable[[], LoadPlan] = lambda: plan_load(  # noqa: E731 - read as one sentence
         plain, EMPTY, World({8100: world(EMPTY).ports[8100]}), ModelRef("a", "org/a"), 8100, wanted=None, force=False
@@ -786,7 +780,7 @@ def test_planning_needs_no_settings_beyond_ports_and_slots() -> None:
         (["jerry-xl", "other"], ("default_model",), True),
     ],
 )
-def test_a_load_is_refused_for_a_name_that_no_server_of_its_engine_would_know(
+def test_load_is_refused_if_the_gateway_sends_an_unknown_name(
     sent: list[str], also: tuple[str, ...], refused: bool
 ) -> None:
     if not refused:

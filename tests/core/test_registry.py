@@ -1,4 +1,4 @@
-"""registry.json: read generously, written strictly, changed key by key."""
+"""registry.json: tolerant reading, strict writing, changes of single keys."""
 
 from __future__ import annotations
 
@@ -98,9 +98,7 @@ changes = st.lists(
 
 @given(documents, changes)
 @PROPERTY
-def test_what_is_not_ours_to_change_survives_any_changes_and_a_round_trip(
-    document: dict[str, object], made: list[Change]
-) -> None:
+def test_unknown_keys_survive_changes_and_a_round_trip(document: dict[str, object], made: list[Change]) -> None:
     registry = parse(encoded(document))
     assert registry.unwritable is None
     for change in made:
@@ -122,9 +120,7 @@ def test_what_is_not_ours_to_change_survives_any_changes_and_a_round_trip(
 
 @given(documents, changes)
 @PROPERTY
-def test_a_change_makes_a_new_document_and_leaves_the_old_one_as_it_was(
-    document: dict[str, object], made: list[Change]
-) -> None:
+def test_change_makes_a_new_document(document: dict[str, object], made: list[Change]) -> None:
     registry = parse(encoded(document))
     untouched = copy.deepcopy(registry.raw)
     for change in made:
@@ -135,7 +131,7 @@ def test_a_change_makes_a_new_document_and_leaves_the_old_one_as_it_was(
 
 @given(documents, names, ports)
 @PROPERTY
-def test_an_assigned_port_has_exactly_one_claim(document: dict[str, object], name: str, port: int) -> None:
+def test_assigned_port_has_one_claim(document: dict[str, object], name: str, port: int) -> None:
     before = parse(encoded(document))
     after = before.assign(name, port)
     assert [model.name for model in after.on_port(port)] == [name]
@@ -146,13 +142,13 @@ def test_an_assigned_port_has_exactly_one_claim(document: dict[str, object], nam
 
 @given(documents, st.lists(names, max_size=3))
 @PROPERTY
-def test_a_cleared_entry_has_no_port_and_says_so_with_a_null(document: dict[str, object], cleared: list[str]) -> None:
+def test_cleared_entry_has_a_null_port(document: dict[str, object], cleared: list[str]) -> None:
     after = parse(encoded(document)).clear(cleared)
     written = json.loads(after.encode())["models"]
     assert all(after.models[name].port is None and written[name]["port"] is None for name in cleared)
 
 
-def test_the_file_is_indented_by_two_readable_and_ends_with_a_line_end() -> None:
+def test_encoded_file_is_indented_by_two() -> None:
     assert parse(SEED).encode() == SEED
     text = parse(encoded(FULL)).encode().decode()
     assert '\n  "note"' in text and '\n    "jerry-l"' in text and text.endswith("}\n") and "é" in text
@@ -161,7 +157,7 @@ def test_the_file_is_indented_by_two_readable_and_ends_with_a_line_end() -> None
 # -- what is read ---------------------------------------------------------------------------------------------------
 
 
-def test_the_seeds_document_with_its_placeholder_path_is_taken_as_it_is() -> None:
+def test_seed_document_is_accepted() -> None:
     registry = parse(SEED)
     model = registry.models["jerry-xl"]
     assert (registry.unwritable, model.problems) == (None, ())
@@ -170,22 +166,22 @@ def test_the_seeds_document_with_its_placeholder_path_is_taken_as_it_is() -> Non
     assert model.repo_id == model.model_id == "mlx-community/Qwen3-235B-A22B-Instruct-2507-6bit"
 
 
-def test_no_file_is_an_empty_registry() -> None:
+def test_missing_file_is_an_empty_registry() -> None:
     assert parse(None).encode() == b'{\n  "version": 1,\n  "models": {}\n}\n'
 
 
-def test_a_byte_order_mark_is_no_obstacle() -> None:
+def test_byte_order_mark_is_accepted() -> None:
     assert parse(b"\xef\xbb\xbf" + SEED).models["jerry-xl"].port == 8100
 
 
-def test_a_port_written_as_a_string_claims_its_port_and_is_reported() -> None:
+def test_port_as_a_string_counts_and_is_a_problem() -> None:
     registry = parse(models(m={"repo_id": "org/m", "port": "8101"}))
     assert [model.name for model in registry.on_port(8101)] == ["m"]
     assert registry.models["m"].problems == ("port '8101' is a string",)
     assert registry.unwritable is None
 
 
-def test_two_models_on_one_port_are_both_seen_and_both_reported() -> None:
+def test_two_models_on_one_port_are_problems() -> None:
     registry = parse(encoded(FULL))
     assert [model.name for model in registry.on_port(8101)] == ["jerry-l", "jerry-m"]
     assert registry.models["jerry-m"].problems == ("port 8101 is also claimed by 'jerry-l'",)
@@ -218,7 +214,7 @@ def test_two_models_on_one_port_are_both_seen_and_both_reported() -> None:
         ({"tool_call_parser": 1}, "tool_call_parser is not a string"),
     ],
 )
-def test_an_unusable_value_is_a_problem_and_reads_as_absent(entry: dict[str, object], problem: str) -> None:
+def test_unusable_value_is_a_problem_and_reads_as_absent(entry: dict[str, object], problem: str) -> None:
     registry = parse(models(m={"repo_id": "org/m", **entry}))
     model = registry.models["m"]
     assert registry.unwritable is None and problem in model.problems
@@ -228,20 +224,20 @@ def test_an_unusable_value_is_a_problem_and_reads_as_absent(entry: dict[str, obj
         assert getattr(model, key) == getattr(absent, key)
 
 
-def test_code_of_a_repository_is_trusted_only_by_the_word_true() -> None:
+def test_only_true_trusts_repository_code() -> None:
     values: list[object] = [1, "true", "yes", None, [], {}]
     assert not any(parse(models(m={"trust_remote_code": v})).models["m"].trust_remote_code for v in values)
     assert parse(models(m={"trust_remote_code": True})).models["m"].trust_remote_code
 
 
-def test_a_null_switches_an_option_off_and_is_not_the_same_as_its_absence() -> None:
+def test_null_option_differs_from_an_absent_one() -> None:
     entry = {"repo_id": "org/m", "chat_template": None, "reasoning_parser": "qwen3", "revision": "abc"}
     model = parse(models(m=entry)).models["m"]
     assert dict(model.options) == {"chat_template": None, "reasoning_parser": "qwen3"}
     assert (model.revision, model.problems) == ("abc", ())
 
 
-def test_the_key_of_an_entry_that_is_no_name_is_reported() -> None:
+def test_entry_key_that_is_not_a_name_is_a_problem() -> None:
     registry = parse(models(**{"../etc": {"repo_id": "org/m"}, "org/m": {"repo_id": "org/m"}}))
     assert registry.models["../etc"].problems == ("its key is not a model name",)
     assert registry.models["org/m"].problems == ()
@@ -306,24 +302,24 @@ def assert_never_written(data: bytes) -> None:
 
 
 @pytest.mark.parametrize("case", UNWRITABLE)
-def test_what_is_not_a_proper_version_1_is_never_written(case: str) -> None:
+def test_document_that_is_not_version_1_is_never_written(case: str) -> None:
     assert_never_written(UNWRITABLE[case])
 
 
 @pytest.mark.parametrize("case", UNWRITABLE)
-def test_why_a_file_is_not_written_can_be_printed_in_one_line(case: str) -> None:
+def test_unwritable_reason_is_one_printable_line(case: str) -> None:
     why = parse(UNWRITABLE[case]).unwritable
     assert why is not None and why.isprintable() and len(why) < 250
 
 
-def test_a_later_version_is_still_readable() -> None:
+def test_later_version_is_readable() -> None:
     registry = parse(b'{"version": 2, "models": {"a": {"repo_id": "org/a", "port": 8100}}, "lanes": {}}')
     assert registry.models["a"].port == 8100
     assert registry.unwritable == "its version is '2'; this mlxops writes only version 1"
 
 
 @pytest.mark.parametrize("whole", [SEED, parse(encoded(FULL)).encode()])
-def test_every_truncation_of_a_valid_file_is_read_and_never_written(whole: bytes) -> None:
+def test_truncated_file_is_never_written(whole: bytes) -> None:
     for length in range(len(whole.rstrip())):
         assert parse(whole[:length]).unwritable, whole[:length]
 
@@ -333,15 +329,13 @@ def test_every_truncation_of_a_valid_file_is_read_and_never_written(whole: bytes
 @example(b"\xff\xfe")
 @example(b'{"version": 1, "models": {"a": {"port": 1' + b"0" * 4000 + b"}}}")
 @PROPERTY
-def test_no_bytes_make_reading_fail(data: bytes) -> None:
+def test_reading_never_fails(data: bytes) -> None:
     parse(data)
 
 
 @given(st.sampled_from([SEED, encoded(FULL)]), st.data())
 @PROPERTY
-def test_a_damaged_file_never_makes_reading_fail_and_what_is_writable_stays_readable(
-    whole: bytes, data: st.DataObject
-) -> None:
+def test_damaged_file_is_read_and_stays_readable_after_writing(whole: bytes, data: st.DataObject) -> None:
     at = data.draw(st.integers(0, len(whole)))
     cut = data.draw(st.integers(0, 3))
     inserted = data.draw(st.binary(max_size=3) | st.sampled_from([b"1e999", b"NaN", b"\\ud800", b"[[[", b'""', b"{}"]))
@@ -354,7 +348,7 @@ def test_a_damaged_file_never_makes_reading_fail_and_what_is_writable_stays_read
 @given(st.integers(1, 200))
 @example(99)
 @PROPERTY
-def test_however_deep_a_file_is_what_is_taken_can_be_written_back(levels: int) -> None:
+def test_nested_document_that_is_accepted_can_be_written(levels: int) -> None:
     registry = parse(deep(levels))
     if registry.unwritable is None:
         assert parse(registry.set_fields("a", {"port": None}).encode()).unwritable is None
@@ -362,12 +356,12 @@ def test_however_deep_a_file_is_what_is_taken_can_be_written_back(levels: int) -
 
 @given(json_values)
 @PROPERTY
-def test_any_json_that_is_no_registry_is_not_written(value: object) -> None:
+def test_other_json_is_never_written(value: object) -> None:
     if not (isinstance(value, dict) and value.get("version") == 1):
         assert_never_written(encoded(value))
 
 
-def test_many_entries_come_in_one_and_leave_the_others_alone() -> None:
+def test_add_leaves_other_entries_alone() -> None:
     before = parse(b'{"version": 1, "mine": 1, "models": {"a": {"repo_id": "org/a", "port": 8100, "note": "x"}}}')
     after = before.add({f"org/m{number}": {"repo_id": f"org/m{number}", "port": None} for number in range(1000)})
     assert after.raw["mine"] == 1 and after.entry("a") == before.entry("a")

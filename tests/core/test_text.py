@@ -1,4 +1,4 @@
-"""Bytes that should be UTF-8, and are not always."""
+"""Decode bytes that should be UTF-8."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TEXT = '{"version": 1, "models": {"a": {}}}\n'
         b"a\0b",
     ],
 )
-def test_utf8_is_text_with_or_without_a_mark(data: bytes) -> None:
+def test_utf8_is_decoded_with_or_without_a_byte_order_mark(data: bytes) -> None:
     assert utf8(data).encode() == data.removeprefix(b"\xef\xbb\xbf")
 
 
@@ -36,7 +36,7 @@ def test_utf8_is_text_with_or_without_a_mark(data: bytes) -> None:
         ("name: M\u00fcller".encode("latin-1"), "is not UTF-8", 1),
     ],
 )
-def test_what_is_not_is_named(data: bytes, what: str, line: int) -> None:
+def test_other_encoding_is_named(data: bytes, what: str, line: int) -> None:
     with pytest.raises(NotUTF8) as caught:
         utf8(data)
     assert (caught.value.what, caught.value.line) == (what, line)

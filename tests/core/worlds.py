@@ -1,4 +1,4 @@
-"""Runs, signals and views for the tests of judging and planning."""
+"""Runs, signals and worlds for the tests of port states and plans."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PORTS = tuple(SETTINGS.ports)
 
 
 def registry(**ports: int | None) -> Registry:
-    """Models by name with their port; `a` is of the repository `org/a`, in revision `sha-a`."""
+    """Return a registry of models with their ports. Model `a` has the repository `org/a` at revision `sha-a`."""
     entries = {
         name.replace("_", "-"): {
             "repo_id": f"org/{name}",
@@ -66,12 +66,12 @@ def server(name: str = "a", port: int = 8103) -> Server:
 
 
 def signals(port: int = 8103) -> Signals:
-    """A port where nothing is."""
+    """Return the signals of an idle port."""
     return Signals(port, SETTINGS.slots.get(port))
 
 
 def serving(name: str = "a", port: int = 8103) -> Signals:
-    """Our server, whole and answering."""
+    """Return the signals of our healthy server."""
     return replace(
         signals(port),
         run=run(name, port),
@@ -94,8 +94,8 @@ def by_hand(name: str = "a", port: int = 8103) -> Signals:
     )
 
 
-def of_somebody(port: int = 8103) -> Signals:
-    """A listener that is neither ours nor known."""
+def foreign(port: int = 8103) -> Signals:
+    """Return the signals of a listener that is neither ours nor an engine."""
     return replace(signals(port), listening=True, listener_pids=frozenset({6000}), stranger="pid 6000: nc -l")
 
 
@@ -104,31 +104,31 @@ def at_boot(name: str = "a", port: int = 8100) -> Signals:
 
 
 def world(known: Registry, *seen: Signals) -> World:
-    """Every port of the range, idle where nothing else is said."""
-    found = {port: signals(port) for port in PORTS} | {each.port: each for each in seen}
-    return World({port: judge(each, known) for port, each in found.items()})
+    """Return all ports of the range, judged. Ports without signals are idle."""
+    observed = {port: signals(port) for port in PORTS} | {port.port: port for port in seen}
+    return World({port: judge(seen_port, known) for port, seen_port in observed.items()})
 
 
-# -- arbitrary ones -------------------------------------------------------------------------------------------------
+# -- arbitrary signals -------------------------------------------------------------------------------------------------
 
 MODELS = ("a", "b", "jerry-xl", "jerry-m")
 _pids = st.frozensets(st.sampled_from([4000, 4001, 5000, 6000]), max_size=3)
 
 
 def any_signals(port: int) -> st.SearchStrategy[Signals]:
-    """Anything that may be seen of a port: what is likely with a few things changed, or whatever."""
-    changed = st.lists(st.sampled_from([each.name for each in fields(Signals)]), max_size=2)
+    """Generate signals: likely ones with up to two fields changed, or arbitrary ones."""
+    changed = st.lists(st.sampled_from([item.name for item in fields(Signals)]), max_size=2)
     usual = st.sampled_from(
-        [serving("a", port), serving("b", port), by_hand("a", port), of_somebody(port), at_boot("a", port)]
+        [serving("a", port), serving("b", port), by_hand("a", port), foreign(port), at_boot("a", port)]
     )
 
     def change(base: Signals, other: Signals, names: list[str]) -> Signals:
         return replace(base, **{name: getattr(other, name) for name in names})
 
-    return st.builds(change, usual, _whatever(port), changed) | _whatever(port)
+    return st.builds(change, usual, _arbitrary_signals(port), changed) | _arbitrary_signals(port)
 
 
-def _whatever(port: int) -> st.SearchStrategy[Signals]:
+def _arbitrary_signals(port: int) -> st.SearchStrategy[Signals]:
     model = st.sampled_from(MODELS)
     return st.builds(
         Signals,

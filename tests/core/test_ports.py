@@ -1,4 +1,4 @@
-"""judge(): what the signals of one port mean, taken together."""
+"""The state of a port from its signals, drift, and run records."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.core.worlds import (
     any_signals,
     at_boot,
     by_hand,
-    of_somebody,
+    foreign,
     registries,
     registry,
     run,
@@ -71,7 +71,7 @@ CASES: dict[str, tuple[Signals, Registry, State, Owner | None]] = {
     "an ended server with an assignment": (replace(signals(), run=run()), A, State.FAILED, None),
     "our server, unhealthy": (replace(serving(), answer=Health.BROKEN), A, State.FAILED, Owner.MLXOPS),
     "our server, silent": (replace(serving(), answer=Health.SILENT), A, State.WEDGED, Owner.MLXOPS),
-    "our server, still loading by its own account": (
+    "our server that says that it is loading": (
         replace(serving(), answer=Health.LOADING),
         A,
         State.LOADING,
@@ -99,7 +99,7 @@ CASES: dict[str, tuple[Signals, Registry, State, Owner | None]] = {
         State.MISMATCH,
         Owner.MLXOPS,
     ),
-    "our server lives and nobody knows who listens": (
+    "our server lives and the listener has no visible process": (
         replace(serving(), listener_pids=frozenset()),
         A,
         State.MISMATCH,
@@ -151,9 +151,9 @@ CASES: dict[str, tuple[Signals, Registry, State, Owner | None]] = {
         State.READY,
         Owner.BOOT,
     ),
-    "a listener that nobody knows": (of_somebody(), EMPTY, State.FOREIGN, Owner.FOREIGN),
-    "a listener that nobody knows where a server of ours was": (
-        replace(of_somebody(), run=run(), answer=Health.SERVING),
+    "a foreign listener": (foreign(), EMPTY, State.FOREIGN, Owner.FOREIGN),
+    "a foreign listener where our server was": (
+        replace(foreign(), run=run(), answer=Health.SERVING),
         A,
         State.FOREIGN,
         Owner.FOREIGN,
@@ -164,19 +164,19 @@ CASES: dict[str, tuple[Signals, Registry, State, Owner | None]] = {
         State.FOREIGN,
         Owner.FOREIGN,
     ),
-    "it could not be looked at": (replace(serving(), error="permission denied"), A, State.UNKNOWN, None),
+    "it could not be observed": (replace(serving(), error="permission denied"), A, State.UNKNOWN, None),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_signals_mean(case: str) -> None:
+def test_signals_give_state_and_owner(case: str) -> None:
     seen, known, state, owner = CASES[case]
     view = judge(seen, known)
     assert (view.state, view.owner) == (state, owner)
     assert view.port == seen.port and view.alias == seen.alias
 
 
-def test_the_table_above_has_every_state_and_every_owner() -> None:
+def test_table_has_every_state_and_owner() -> None:
     assert {state for _, _, state, _ in CASES.values()} == set(State)
     assert {owner for _, _, _, owner in CASES.values()} == {None, *Owner}
 
@@ -189,19 +189,19 @@ def test_the_table_above_has_every_state_and_every_owner() -> None:
         (replace(serving(), listening=False), Orphan.PORTLESS),
     ],
 )
-def test_an_orphan_says_why_it_is_one(seen: Signals, orphan: Orphan) -> None:
+def test_orphan_has_a_reason(seen: Signals, orphan: Orphan) -> None:
     view = judge(seen, A)
     assert (view.orphan, view.detail) == (orphan, orphan.value)
 
 
-def test_a_failed_server_is_told_with_its_last_words() -> None:
+def test_failed_server_shows_its_last_words() -> None:
     assert "Out of memory" in judge(replace(signals(), run=run(), last_words="Out of memory"), A).detail
 
 
-def test_the_row_of_our_server_has_what_its_record_says() -> None:
+def test_row_of_our_server_shows_its_record() -> None:
     row = judge(serving(), A).to_wire()
-    told = {k: row[k] for k in ("port", "alias", "state", "owner", "model", "repo_id", "revision", "pid", "pgid")}
-    assert told == {
+    shown = {k: row[k] for k in ("port", "alias", "state", "owner", "model", "repo_id", "revision", "pid", "pgid")}
+    assert shown == {
         "port": 8103,
         "alias": None,
         "state": "ready",
@@ -216,28 +216,28 @@ def test_the_row_of_our_server_has_what_its_record_says() -> None:
 
 
 @pytest.mark.parametrize("named", ["/hub/a/sha-a", "org/a", "a"])
-def test_a_server_by_hand_is_matched_by_path_repository_or_name(named: str) -> None:
+def test_hand_server_is_matched_by_path_repository_or_name(named: str) -> None:
     seen = by_hand()
     assert seen.hand is not None
     view = judge(replace(seen, hand=replace(seen.hand, model=named)), A)
     assert (view.model, view.repo_id) == ("a", "org/a")
 
 
-# -- whatever the signals are ---------------------------------------------------------------------------------------
+# -- all signals ---------------------------------------------------------------------------------------
 
 anything = any_signals(8103)
 
 
 @given(anything, registries)
 @PROPERTY
-def test_what_could_not_be_looked_at_is_unknown_and_belongs_to_nobody(seen: Signals, known: Registry) -> None:
+def test_unobserved_port_is_unknown_without_an_owner(seen: Signals, known: Registry) -> None:
     view = judge(replace(seen, error="permission denied"), known)
     assert (view.state, view.owner, view.unserved) == (State.UNKNOWN, None, False)
 
 
 @given(anything, registries)
 @PROPERTY
-def test_a_port_without_proven_processes_of_ours_is_ours_only_while_a_load_runs(seen: Signals, known: Registry) -> None:
+def test_port_without_proven_processes_is_ours_only_during_a_load(seen: Signals, known: Registry) -> None:
     view = judge(replace(seen, leader_proven=False, members=()), known)
     loading = seen.operation is not None and seen.operation.command == "load"
     assert view.owner is not Owner.MLXOPS or (loading and view.state is State.LOADING)
@@ -245,7 +245,7 @@ def test_a_port_without_proven_processes_of_ours_is_ours_only_while_a_load_runs(
 
 @given(anything, registries)
 @PROPERTY
-def test_ready_and_ours_needs_every_signal(seen: Signals, known: Registry) -> None:
+def test_our_ready_server_needs_every_signal(seen: Signals, known: Registry) -> None:
     view = judge(seen, known)
     if view.state is State.READY and view.owner is Owner.MLXOPS:
         assert seen.run is not None and seen.run.proven_at
@@ -257,14 +257,14 @@ def test_ready_and_ours_needs_every_signal(seen: Signals, known: Registry) -> No
 
 @given(anything, registries)
 @PROPERTY
-def test_nothing_is_ready_that_does_not_listen_or_says_that_it_is_not(seen: Signals, known: Registry) -> None:
+def test_ready_server_listens_and_is_healthy(seen: Signals, known: Registry) -> None:
     if judge(seen, known).state is State.READY:
         assert seen.listening and seen.answer in {Health.SERVING, Health.NOT_ASKED}
 
 
 @given(anything, registries)
 @PROPERTY
-def test_unserved_means_that_listener_process_and_operation_all_say_absent(seen: Signals, known: Registry) -> None:
+def test_unserved_port_has_no_listener_process_or_operation(seen: Signals, known: Registry) -> None:
     if judge(seen, known).unserved:
         assert not seen.listening and seen.hand is None and seen.operation is None and seen.error is None
         assert not seen.members and not (seen.run and seen.leader_proven)
@@ -272,7 +272,7 @@ def test_unserved_means_that_listener_process_and_operation_all_say_absent(seen:
 
 @given(anything, registries)
 @PROPERTY
-def test_every_port_with_a_detail_tells_it_and_every_view_has_a_row(seen: Signals, known: Registry) -> None:
+def test_problem_state_has_a_detail(seen: Signals, known: Registry) -> None:
     view = judge(seen, known)
     assert view.to_wire()["state"] == view.state.value
     assert (view.orphan is not None) == (view.state is State.ORPHAN)
@@ -289,7 +289,7 @@ def codes(known: Registry, *seen: Signals) -> list[tuple[str, int | None, str | 
     return [(d.code, d.port, d.model) for d in find_drift(PortRange(8100, 8104), world(known, *seen).ports, known)]
 
 
-def test_where_registry_and_life_agree_there_is_no_drift() -> None:
+def test_agreement_is_no_drift() -> None:
     assert codes(A, serving()) == []
     assert codes(A, by_hand()) == []
     assert codes(EMPTY) == []
@@ -306,38 +306,38 @@ def test_where_registry_and_life_agree_there_is_no_drift() -> None:
         (A, (replace(serving(), answer=Health.BROKEN),), ("failed", 8103, "a")),
         (registry(a=None), (by_hand(),), ("unregistered_server", 8103, "a")),
         (registry(a=None, b=8100), (at_boot(),), ("boot_port_assigned", 8100, "a")),
-        (A, (of_somebody(),), ("foreign", 8103, "a")),
+        (A, (foreign(),), ("foreign", 8103, "a")),
         (A, (replace(serving(), error="permission denied"),), ("unknown", 8103, "a")),
         (registry(a=9000), (), ("port_outside_range", 9000, "a")),
         (A, (replace(serving(), run=replace(run(), alias="old"), alias="new"),), ("alias_changed", 8103, "a")),
     ],
 )
-def test_a_difference_is_drift(
+def test_difference_is_drift(
     known: Registry, seen: tuple[Signals, ...], code: tuple[str, int | None, str | None]
 ) -> None:
     assert codes(known, *seen) == [code]
 
 
 @pytest.mark.parametrize("standing", Standing)
-def test_a_boot_job_that_does_not_come_is_drift(standing: Standing) -> None:
+def test_missing_or_disabled_boot_job_is_drift(standing: Standing) -> None:
     job = BootJob(8100, "/opt/start.sh", "com.example.boot")
     state = JobState(job, standing, "said launchd", enable="sudo launchctl enable system/com.example.boot")
-    found = {each.code: each for each in find_drift(PortRange(8100, 8104), {}, EMPTY, [state])}
+    found = {drift.code: drift for drift in find_drift(PortRange(8100, 8104), {}, EMPTY, [state])}
     if standing is Standing.MISSING:
-        (told,) = [found.pop(DriftCode.BOOT_JOB_MISSING)]
-        assert told.port == 8100 and "com.example.boot" in told.message and "said launchd" in told.message
-        assert told.hint == "comment out its line (boot:) in hosts.yaml; or install the job"
+        (drift,) = [found.pop(DriftCode.BOOT_JOB_MISSING)]
+        assert drift.port == 8100 and "com.example.boot" in drift.message and "said launchd" in drift.message
+        assert drift.hint == "comment out its line (boot:) in hosts.yaml; or install the job"
     if standing is Standing.DISABLED:
-        told = found.pop(DriftCode.BOOT_JOB_DISABLED)
-        assert told.hint.endswith("or enable it: sudo launchctl enable system/com.example.boot")
+        drift = found.pop(DriftCode.BOOT_JOB_DISABLED)
+        assert drift.hint.endswith("or enable it: sudo launchctl enable system/com.example.boot")
     assert not found
 
 
-def test_what_the_boot_job_serves_need_not_be_assigned() -> None:
+def test_model_of_a_boot_job_need_not_be_assigned() -> None:
     assert codes(registry(a=None), at_boot()) == codes(registry(a=8100), at_boot()) == []
 
 
-def test_an_alias_on_another_port_is_drift_and_leads_back_to_its_own() -> None:
+def test_alias_on_another_port_is_drift() -> None:
     own = replace(signals(8101), alias="jerry-l")
     known = registry(**{"jerry-l": 8103})
     down, moved = find_drift(PortRange(8100, 8104), {8101: judge(own, known), 8103: judge(signals(8103), known)}, known)
@@ -351,30 +351,30 @@ def test_an_alias_on_another_port_is_drift_and_leads_back_to_its_own() -> None:
 UNREADABLE = replace(EMPTY, unwritable="it is not JSON")
 
 
-def test_a_registry_that_cannot_be_read_makes_no_orphan_of_a_healthy_server() -> None:
+def test_unreadable_registry_makes_no_orphan() -> None:
     view = judge(serving(), UNREADABLE)
     assert (view.state, view.owner, view.orphan) == (State.READY, Owner.MLXOPS, None)
     assert codes(UNREADABLE, serving()) == []
 
 
-def test_a_registry_that_cannot_be_written_is_to_be_mended_before_anything_else() -> None:
+def test_unwritable_registry_is_the_first_hint() -> None:
     known = replace(A, unwritable="its version is not 1")
     ill = replace(serving(), answer=Health.SILENT)
     (found,) = find_drift(PortRange(8100, 8104), world(known, ill).ports, known)
     assert found.code == "wedged" and "repair the registry" in found.hint and "unload" not in found.hint
 
 
-def test_two_claims_of_one_port_are_drift_of_both() -> None:
+def test_two_claims_of_one_port_are_drift() -> None:
     found = codes(registry(a=8103, b=8103), serving())
     assert found == [("port_claimed_twice", 8103, "a"), ("port_claimed_twice", 8103, "b")]
 
 
 @given(registries, st.tuples(*(any_signals(port) for port in PORTS)))
 @PROPERTY
-def test_every_drift_says_what_and_what_to_do(known: Registry, seen: tuple[Signals, ...]) -> None:
+def test_drift_has_a_message_and_a_hint(known: Registry, seen: tuple[Signals, ...]) -> None:
     views = world(known, *seen).ports
-    for each in find_drift(PortRange(8100, 8104), views, known):
-        assert each.message and each.hint and each.to_wire()["code"] == each.code
+    for drift in find_drift(PortRange(8100, 8104), views, known):
+        assert drift.message and drift.hint and drift.to_wire()["code"] == drift.code
 
 
 # -- run records ----------------------------------------------------------------------------------------------------
@@ -382,14 +382,14 @@ def test_every_drift_says_what_and_what_to_do(known: Registry, seen: tuple[Signa
 
 @given(st.builds(run, st.text(max_size=9), st.integers(2, 65535), proven=st.booleans()), st.booleans())
 @PROPERTY
-def test_a_run_record_comes_back_as_it_went(written: Run, adopted: bool) -> None:
+def test_run_record_survives_the_wire(written: Run, adopted: bool) -> None:
     written = replace(written, adopted=adopted)
     assert run_from_wire(written.to_wire()) == written
 
 
 @given(st.sampled_from(sorted(run().to_wire())), json_values)
 @PROPERTY
-def test_a_tampered_run_record_is_either_of_the_right_shape_or_refused(key: str, value: object) -> None:
+def test_tampered_run_record_is_valid_or_rejected(key: str, value: object) -> None:
     wire = {**run().to_wire(), key: value}
     try:
         read = run_from_wire(wire)
@@ -400,7 +400,7 @@ def test_a_tampered_run_record_is_either_of_the_right_shape_or_refused(key: str,
 
 
 @pytest.mark.parametrize("pid", [-1, 0, 1, True, "4000", 4000.0, None])
-def test_a_record_that_would_signal_more_than_one_group_is_refused(pid: object) -> None:
+def test_record_that_would_signal_other_groups_is_rejected(pid: object) -> None:
     for key in ("pid", "pgid"):
         with pytest.raises(ValueError, match="not all numbers"):
             run_from_wire({**run().to_wire(), key: pid})

@@ -1,4 +1,4 @@
-"""What a conversation takes, after config.json: published models, every model type, and configurations that are odd."""
+"""The cache of a conversation: published models, every model type, and invalid configurations."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ LLAMA = plain("llama", 80, 64, 8, 8192)
 
 
 @pytest.mark.parametrize("repo", PUBLISHED)
-def test_the_cache_of_a_published_model_is_what_one_reckons_by_hand(repo: str) -> None:
+def test_published_model_has_the_expected_cache(repo: str) -> None:
     config, values = PUBLISHED[repo]
     cache = kv_cache(config)
     assert cache is not None and cache.certain
     assert cache.context_bytes(N) == values * 2
 
 
-def test_a_latent_vector_is_kept_in_full_where_the_model_is_served_to_see() -> None:
-    """moonshotai/Kimi-VL-A3B: 27 layers, 16 heads. mlx-vlm expands what mlx-lm keeps compressed."""
+def test_vision_model_keeps_a_latent_vector_expanded() -> None:
+    """moonshotai/Kimi-VL-A3B: 27 layers, 16 heads. mlx-vlm expands the vector that mlx-lm keeps compressed."""
     kimi = nested("kimi_vl", plain("deepseek_v3", 27, 16, 16, 2048, **MLA))
     compressed, full = kv_cache(kimi), seeing_cache(kimi)
     assert compressed is not None and compressed.context_bytes(1) == 27 * (512 + 64) * 2
     assert full is not None and full.context_bytes(1) == 27 * 16 * (128 + 64 + 128) * 2 and not full.certain
 
 
-def test_other_models_keep_the_same_where_they_are_served_to_see() -> None:
+def test_vision_model_without_latent_vector_keeps_the_same() -> None:
     for repo in ("google/gemma-3-27b-it", "Qwen/Qwen2.5-VL-7B-Instruct", "deepseek-ai/DeepSeek-V2.5"):
         config, values = PUBLISHED[repo]
         cache = seeing_cache(config)
         assert cache is not None and cache.context_bytes(N) == values * 2, repo
 
 
-def test_a_window_takes_no_more_than_the_conversation() -> None:
+def test_window_is_limited_by_the_conversation() -> None:
     gemma, _ = PUBLISHED["google/gemma-3-27b-it"]
     cache = kv_cache(gemma)
     assert cache is not None
@@ -62,7 +62,7 @@ def test_a_window_takes_no_more_than_the_conversation() -> None:
         ("meta-llama/Meta-Llama-3.1-8B", 0),
     ],
 )
-def test_recurrent_layers_keep_a_state_whatever_the_context(repo: str, state: int) -> None:
+def test_recurrent_state_has_the_expected_size(repo: str, state: int) -> None:
     cache = kv_cache(PUBLISHED[repo][0])
     assert cache is not None and cache.state_bytes == state
 
@@ -79,13 +79,13 @@ def test_recurrent_layers_keep_a_state_whatever_the_context(repo: str, state: in
         LLAMA | {"text_config": "llama"},
     ],
 )
-def test_the_language_model_of_a_larger_model_is_found(config: dict[str, object]) -> None:
+def test_language_model_is_found_in_a_larger_model(config: dict[str, object]) -> None:
     cache = kv_cache(config)
     assert cache is not None and cache.certain
     assert cache.context_bytes(1) == 80 * 8 * 128 * 2 * 2
 
 
-def test_a_configuration_that_is_nested_without_end_tells_nothing() -> None:
+def test_deeply_nested_configuration_gives_no_cache() -> None:
     config: dict[str, object] = LLAMA
     for _ in range(5000):
         config = {"text_config": config}
@@ -95,9 +95,9 @@ def test_a_configuration_that_is_nested_without_end_tells_nothing() -> None:
 @pytest.mark.parametrize(
     ("field", "dtype", "size"),
     [("torch_dtype", "float32", 4), ("dtype", "float32", 4)]
-    + [("torch_dtype", each, 2) for each in ("bfloat16", "float16", None, ["float32"])],
+    + [("torch_dtype", other, 2) for other in ("bfloat16", "float16", None, ["float32"])],
 )
-def test_a_model_of_32_bits_keeps_values_of_32_bits(field: str, dtype: object, size: int) -> None:
+def test_32_bit_model_keeps_32_bit_values(field: str, dtype: object, size: int) -> None:
     for config in (LLAMA | {field: dtype}, {"model_type": "llava", "text_config": LLAMA, field: dtype}):
         cache = kv_cache(config)
         assert cache is not None and cache.context_bytes(1) == 80 * 8 * 128 * 2 * size
@@ -125,7 +125,7 @@ def test_a_model_of_32_bits_keeps_values_of_32_bits(field: str, dtype: object, s
         (LLAMA | {"model_type": "nanbeige", "num_loops": 10**8}, 80 * 8 * 128 * 2),
     ],
 )
-def test_what_cannot_be_told_is_said_to_be_so_and_estimated_high(config: dict[str, object], values: int) -> None:
+def test_unknown_configuration_gets_an_upper_estimate(config: dict[str, object], values: int) -> None:
     cache = kv_cache(config)
     assert cache is not None and not cache.certain
     assert cache.context_bytes(1) == values * 2
@@ -143,7 +143,7 @@ def test_what_cannot_be_told_is_said_to_be_so_and_estimated_high(config: dict[st
         LLAMA | {"hidden_size": None, "num_attention_heads": True},
     ],
 )
-def test_a_configuration_without_a_shape_tells_nothing(config: dict[str, object]) -> None:
+def test_configuration_without_shape_gives_no_cache(config: dict[str, object]) -> None:
     assert kv_cache(config) is None
 
 
@@ -154,11 +154,11 @@ HARMLESS = {
     "num_loops",  # the engine does not load the model
     *("sparse_attention_config", "sparse_index_dim", "sparse_block_size", "sparse_attention_freq"),  # a tenth at most
 }
-"""Fields that an odd value of may make the estimate lower."""
+"""Fields whose odd values may lower the estimate."""
 
 
 def odd_configurations(config: dict[str, object]) -> Iterator[tuple[str, dict[str, object]]]:
-    """Each field of the configuration, with each odd value in its place."""
+    """Yield (field, configuration) with each field replaced by each odd value."""
     for field, value in config.items():
         if isinstance(value, dict):
             for inner, changed in odd_configurations(value):
@@ -168,7 +168,7 @@ def odd_configurations(config: dict[str, object]) -> Iterator[tuple[str, dict[st
 
 
 @pytest.mark.parametrize("model_type", EVERY_TYPE)
-def test_a_value_that_makes_no_sense_neither_fails_nor_lowers_the_estimate(model_type: str) -> None:
+def test_odd_value_neither_fails_nor_lowers_the_estimate(model_type: str) -> None:
     cache = kv_cache(EVERY_TYPE[model_type])
     assert cache is not None
     for field, config in odd_configurations(EVERY_TYPE[model_type]):
@@ -189,11 +189,11 @@ def test_a_value_that_makes_no_sense_neither_fails_nor_lowers_the_estimate(model
     ],
     ids=["period", "numbers", "loops", "letters", "digits"],
 )
-def test_a_hostile_configuration_takes_no_time(config: Fields) -> None:
+def test_hostile_configuration_takes_little_time(config: Fields) -> None:
     began = time.monotonic()
     kv_cache(config)
     assert time.monotonic() - began < 5
 
 
-def test_every_rule_is_tried() -> None:
+def test_every_model_type_is_tested() -> None:
     assert MODEL_TYPES.keys() == EVERY_TYPE.keys() - {"gemma4_text"}
