@@ -68,9 +68,13 @@ def _recorded_fleet(folder: Path) -> Iterator[Mapping[str, Timed]]:
     with homelab(folder, studios=FLEET) as lab:
         names = [studio.name for studio in lab.studios]
         contestants: dict[str, Timed] = {"pyinfra": pyinfra(lab, names), f"{FLEET} ssh": _all_ssh(lab, names)}
-        for name, build in installed.items():
-            recording = record(lab, inv(lab, "status", build=build), build.python, build.folder / "recording")
-            hosts = hosts_file(lab, build.folder / "hosts.yaml", amount=FLEET, python=recording.player())
+        recordings = [
+            record(lab, inv(lab, "status", build=build), build.python, build.folder / "recording")
+            for build in installed.values()
+        ]
+        delay = min(recording.seconds for recording in recordings)  # the same for both builds
+        for (name, build), recording in zip(installed.items(), recordings, strict=True):
+            hosts = hosts_file(lab, build.folder / "hosts.yaml", amount=FLEET, python=recording.player(delay))
             contestants[name] = inv(lab, "status", hosts=hosts, build=build)
         yield contestants
 

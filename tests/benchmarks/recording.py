@@ -39,11 +39,11 @@ class Recording:
     answer: Path
     seconds: float
 
-    def player(self) -> list[str]:
-        """Write a program that gives the answer after the agent's delay; return its argv, for `python:`."""
+    def player(self, seconds: float) -> list[str]:
+        """Write a program that gives the answer after this delay; return its argv, for `python:`."""
         path = self.answer.with_name("player.sh")
         # A shell, because it starts in about a millisecond. It ignores the request.
-        path.write_text(f"sleep {self.seconds:.3f}\nexec cat {shlex.quote(str(self.answer))}\n", encoding="utf-8")
+        path.write_text(f"sleep {seconds:.3f}\nexec cat {shlex.quote(str(self.answer))}\n", encoding="utf-8")
         return ["/bin/sh", str(path)]
 
 

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -69,7 +70,8 @@ def hosts_file(lab: Homelab, path: Path, amount: int, **changes: object) -> Path
     """Write a hosts.yaml of the lab's first `amount` hosts, each with `changes`."""
     everything = yaml.safe_load((lab.mini.home / ".config" / "mlxops" / "hosts.yaml").read_text(encoding="utf-8"))
     hosts = {name: host | changes for name, host in list(everything["hosts"].items())[:amount]}
-    path.write_text(yaml.safe_dump({"default": "studio", "hosts": hosts}, sort_keys=False), encoding="utf-8")
+    # JSON is YAML, and has no aliases for a value that occurs twice.
+    path.write_text(json.dumps({"default": "studio", "hosts": hosts}, indent=2), encoding="utf-8")
     return path
 
 
