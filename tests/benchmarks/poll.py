@@ -13,6 +13,7 @@ import time
 from mlxops.control import inventory, render
 from mlxops.control.client import HostTarget
 from mlxops.control.watch.link import Link
+from mlxops.core.commands.status import Status
 from mlxops.core.protocol import Event
 
 POLLS = 20
@@ -22,7 +23,7 @@ def main() -> None:
     path = inventory.hosts_file(os.environ, None)
     assert path is not None
     (host,) = inventory.load(path).select(None, all_by_default=False)
-    link = Link(HostTarget(host.name, host.ssh, host.interpreter(), host.settings), "status", {}, _ignore)
+    link = Link(HostTarget(host.name, host.ssh, host.interpreter(), host.settings), Status(), _ignore)
     try:
         link.poll()  # opens the connection, and starts the agent
         began = time.perf_counter()

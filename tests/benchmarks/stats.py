@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from mlxops.control import render
+from mlxops.core.tables import table
 
 SLACK = 1.5
 """A cost may end this many times above a straight line before it counts as growing faster than the work. On a machine
@@ -199,7 +199,7 @@ def rows_table(rows: Sequence[Row]) -> str:
             [row.name, other.name, other, yardstick, row.ratio(other.name), None, Verdict.NONE.value]
             for other in row.others
         ]
-    return render.table(["ROW", "WHAT", "TOOK", "YARDSTICK", "RATIO", "AT MOST", "VERDICT"], lines)
+    return table(["ROW", "WHAT", "TOOK", "YARDSTICK", "RATIO", "AT MOST", "VERDICT"], lines)
 
 
 def growth_table(costs: Sequence[Growth]) -> str:
@@ -213,7 +213,7 @@ def growth_table(costs: Sequence[Growth]) -> str:
         ]
         for each in costs
     ]
-    return render.table(["COST", "WHAT", "MEDIANS", "EACH", "GROWS"], lines)
+    return table(["COST", "WHAT", "MEDIANS", "EACH", "GROWS"], lines)
 
 
 def _short(seconds: float) -> str:
