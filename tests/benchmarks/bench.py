@@ -1,4 +1,4 @@
-"""`inv bench`: every target against its yardstick in one run, and how each cost grows."""
+"""`inv bench`: measure every limit against its yardstick in one run, and how each cost grows."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import pytest
 
 from mlxops.control import render
 from mlxops.core.errors import MlxopsError, UsageError
-from tests.benchmarks import files, hosts, place, serving
+from tests.benchmarks import cpu, files, hosts, scene, serving
 from tests.benchmarks.contest import BenchFailed, Contest, Cost
 from tests.benchmarks.stats import Growth, Row, Verdict, growth_table, rows_table
 from tests.lab.homelab import LabUnavailable, TimedOut
 from tests.lab.hub import HubFailed
 
-CONTESTS: tuple[Contest, ...] = (*hosts.CONTESTS, *serving.CONTESTS, *files.CONTESTS)
+CONTESTS: tuple[Contest, ...] = (*hosts.CONTESTS, *cpu.CONTESTS, *serving.CONTESTS, *files.CONTESTS)
 COSTS: tuple[Cost, ...] = (*hosts.COSTS, *files.COSTS, *serving.COSTS)
-BUSY = 0.5
-"""A load of the machine above which its numbers are those of something else as well."""
+BUSY_LOAD = 0.5
+"""The load average above which other programs distort the numbers."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Report:
     def text(self) -> str:
         tables = [rows_table(self.rows)] if self.rows else []
         tables += [growth_table(self.growth)] if self.growth else []
-        about = [", ".join(f"{key} {value}" for key, value in self.machine.items()), *place.FAIR]
+        about = [", ".join(f"{key} {value}" for key, value in self.machine.items()), *scene.FAIR]
         return "\n\n".join([*tables, "\n".join(about)])
 
     def to_wire(self) -> dict[str, object]:
@@ -49,7 +49,7 @@ class Report:
             "ok": True,
             "met": self.met,
             "machine": self.machine,
-            "fair": list(place.FAIR),
+            "fair": list(scene.FAIR),
             "rows": [each.to_wire() for each in self.rows],
             "growth": [each.to_wire() for each in self.growth],
         }
@@ -59,24 +59,24 @@ def names() -> list[str]:
     return [*(contest.name for contest in CONTESTS), *(cost.name for cost in COSTS)]
 
 
-def chosen(only: str | None) -> list[str]:
-    """The rows that `--only` names, separated by commas; all without it. Raises `UsageError`."""
-    wanted = names() if only is None else [word.strip() for word in only.split(",") if word.strip()]
-    unknown = [word for word in wanted if word not in names()]
-    if unknown or not wanted:
+def rows_to_measure(only: str | None) -> list[str]:
+    """Return the rows that `--only` names, separated by commas; all rows without it. Raises `UsageError`."""
+    rows = names() if only is None else [name.strip() for name in only.split(",") if name.strip()]
+    unknown = [name for name in rows if name not in names()]
+    if unknown or not rows:
         what = f"there is no row {', '.join(unknown)}" if unknown else "--only names no row"
-        why = "nothing of that name is measured"
+        why = "every row has one of the names below"
         raise UsageError("unknown_row", what, why=why, hint=f"rows: {', '.join(names())}")
-    return wanted
+    return rows
 
 
 def run(only: str | None, *, as_json: bool) -> None:
-    """Measure, and print. Raises `MlxopsError`, `cache.BuildFailed`."""
-    wanted = chosen(only)
+    """Measure and print the report. Raises `MlxopsError`, `cache.BuildFailed`."""
+    wanted = rows_to_measure(only)
     console = render.Console(many=False)
-    machine = place.machine()
-    if place.load() > BUSY:
-        console.note(f"warning: the machine is busy (load {machine['load']}): its numbers will be of that as well")
+    machine = scene.machine()
+    if scene.load() > BUSY_LOAD:
+        console.note(f"warning: the machine is busy (load {machine['load']}), which distorts the numbers")
     with tempfile.TemporaryDirectory(prefix="mlxops-bench-") as name:
         report = _measure(Path(name), wanted, machine, console)
     render.say(json.dumps(report.to_wire(), indent=2) if as_json else report.text())
@@ -88,19 +88,19 @@ def _measure(folder: Path, wanted: Sequence[str], machine: dict[str, object], co
     for contest in CONTESTS:
         if contest.name in wanted:
             console.note(f"{contest.name}: {contest.what}")
-            with _scene(folder, contest.name) as own:
-                rows.append(contest.hold(own))
+            with _row_folder(folder, contest.name) as own:
+                rows.append(contest.measure(own))
     for cost in COSTS:
         if cost.name in wanted:
-            console.note(f"{cost.name}: how what is done for each {cost.unit} grows")
-            with _scene(folder, cost.name) as own:
+            console.note(f"{cost.name}: how the cost of one more {cost.unit} grows")
+            with _row_folder(folder, cost.name) as own:
                 growth += cost.measure(own)
     return Report(machine, tuple(rows), tuple(growth))
 
 
 @contextmanager
-def _scene(folder: Path, name: str) -> Iterator[Path]:
-    """A folder for one row, gone after it. What the lab misses or cannot do is told as one error."""
+def _row_folder(folder: Path, name: str) -> Iterator[Path]:
+    """Yield a folder that is deleted after the row. Raises one error for all that the lab lacks or cannot do."""
     try:
         with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=folder) as own:
             yield Path(own)

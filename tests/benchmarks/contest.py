@@ -1,4 +1,4 @@
-"""How things are held against each other: by turns, in one run, the first turn to warm up."""
+"""How programs are compared: by turns, in one run. The first turn warms up and does not count."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from tests.benchmarks.stats import Growth, Limit, Row, Series
 from tests.lab.homelab import Completed, run
 
 Timed = Callable[[], float]
-"""Does one thing once, and returns the seconds that count of it."""
+"""Does the work once and returns its seconds."""
 K = TypeVar("K")
-COMMAND_SECONDS = 600.0
+COMMAND_TIMEOUT = 600.0
 
 
 class BenchFailed(RuntimeError):
-    """Something that was to be timed did not do what it should: its time means nothing."""
+    """A timed program did not do its work, so its time means nothing."""
 
 
 @dataclass(frozen=True)
 class Contest:
-    """`open` sets the scene in a folder, gives what takes part by name, and clears up."""
+    """One row of the report. `open` sets up the contestants in a folder, yields them by name, and cleans up."""
 
     name: str
     what: str
@@ -34,17 +34,17 @@ class Contest:
     turns: int
     open: Callable[[Path], AbstractContextManager[Mapping[str, Timed]]]
 
-    def hold(self, folder: Path) -> Row:
+    def measure(self, folder: Path) -> Row:
         """Raises `BenchFailed`, `cache.BuildFailed`."""
-        with self.open(folder) as things:
-            taken = by_turns(things, self.turns)
-        series = tuple(Series(name, seconds) for name, seconds in taken.items())
+        with self.open(folder) as contestants:
+            seconds = by_turns(contestants, self.turns)
+        series = tuple(Series(name, values) for name, values in seconds.items())
         return Row(self.name, self.what, self.ours, self.yardstick, self.limit, series)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """`open` gives what is timed for each amount of the work, by name; all of them stand side by side."""
+    """`open` yields, by name, what is timed for each amount of work. All amounts exist side by side."""
 
     name: str
     unit: str
@@ -54,24 +54,26 @@ class Cost:
     def measure(self, folder: Path) -> list[Growth]:
         """Raises `BenchFailed`, `cache.BuildFailed`."""
         with self.open(folder) as costs:
-            flat = {(what, amount): timed for what, each in costs.items() for amount, timed in each.items()}
-            taken = by_turns(flat, self.turns)
+            flat = {(name, amount): timed for name, amounts in costs.items() for amount, timed in amounts.items()}
+            seconds = by_turns(flat, self.turns)
         return [
-            Growth(self.name, what, self.unit, tuple((n, Series(what, taken[what, n])) for n in sorted(costs[what])))
-            for what in costs
+            Growth(self.name, name, self.unit, tuple((n, Series(name, seconds[name, n])) for n in sorted(costs[name])))
+            for name in costs
         ]
 
 
-def by_turns(things: Mapping[K, Timed], turns: int) -> dict[K, tuple[float, ...]]:
-    """Each thing once a turn, another one first each time, so that what disturbs them disturbs all alike. A turn
-    more than is kept comes before: it fills caches."""
-    taken: dict[K, list[float]] = {key: [] for key in things}
+def by_turns(contestants: Mapping[K, Timed], turns: int) -> dict[K, tuple[float, ...]]:
+    """Run every contestant once a turn, each turn starting with another one, and return the seconds of each.
+
+    A disturbance then hits all of them alike. One more turn runs before those that count, to fill caches.
+    """
+    seconds: dict[K, list[float]] = {key: [] for key in contestants}
     for turn in range(turns + 1):
-        for key in _rotated(list(things), turn):
-            seconds = things[key]()
+        for key in _rotated(list(contestants), turn):
+            value = contestants[key]()
             if turn > 0:
-                taken[key].append(seconds)
-    return {key: tuple(seconds) for key, seconds in taken.items()}
+                seconds[key].append(value)
+    return {key: tuple(values) for key, values in seconds.items()}
 
 
 def _rotated(keys: Sequence[K], by: int) -> list[K]:
@@ -81,20 +83,22 @@ def _rotated(keys: Sequence[K], by: int) -> list[K]:
 
 @dataclass(frozen=True)
 class Program:
-    """A command as somebody would type it, timed from its start to its end."""
+    """A command line, timed from its start to its end."""
 
     argv: Sequence[str]
     cwd: Path
     env: Mapping[str, str]
     status: int = 0
-    """The exit status that it has to have."""
+    """The exit status that it must have."""
+    stdin: str | None = None
 
     def __call__(self) -> float:
         return self.run()[0]
 
     def run(self) -> tuple[float, Completed]:
+        """Return its seconds and what it wrote. Raises `BenchFailed`."""
         began = time.perf_counter()
-        done = run(self.argv, self.cwd, self.env, timeout=COMMAND_SECONDS)
+        done = run(self.argv, self.cwd, self.env, self.stdin, timeout=COMMAND_TIMEOUT)
         took = time.perf_counter() - began
         if done.exit != self.status:
             raise BenchFailed(f"{' '.join(self.argv)} ended with {done.exit}: {(done.stderr or done.stdout)[-600:]}")

@@ -1,4 +1,4 @@
-"""What the files of models cost: a download, a scan of the cache, a write of the registry."""
+"""The cost of files: a download, a scan of the cache, a write of the registry."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ from pathlib import Path
 from mlxops.agent.state.store import Store
 from mlxops.core.registry import Registry
 from tests.benchmarks.contest import Contest, Cost, Program, Timed
-from tests.benchmarks.place import homelab, inv, inv_local, python
+from tests.benchmarks.scene import homelab, host_environment, inv, inv_local, python
 from tests.benchmarks.stats import Limit
 from tests.lab import models
-from tests.lab.homelab import Studio, _environment, script
+from tests.lab.homelab import Studio, script
 from tests.lab.hub import Hub
 
 REPOS = 1000
 AMOUNTS = (10, 100, REPOS)
 TENSORS, FILES = 1800, 15
-"""Of one model of the cache, and the files that they are in: 70 billion parameters in 8 bits, a Studio's usual fare."""
+"""Tensors and weight files of each cached model: those of 70 billion parameters in 8 bits, common on a Studio."""
 WEIGHT_BYTES = 100_000_000
 SHARDS = 6
-"""Of the repository that is downloaded, each of `WEIGHT_BYTES`."""
-TRANSACTIONS = 20
-"""In one turn."""
+"""Weight files of the downloaded repository, each of `WEIGHT_BYTES`."""
+TRANSACTIONS_PER_TURN = 20
 SCAN = "import sys; from huggingface_hub import scan_cache_dir; scan_cache_dir(sys.argv[1])"
 
 
@@ -48,19 +47,18 @@ def _pull(folder: Path) -> Iterator[Mapping[str, Timed]]:
             ours = inv(lab, "pull", "--repo", repo)
             theirs = _hf_download(studio, repo, folder / "theirs")
             yield {
-                "hf download": lambda: _anew(folder / "theirs", theirs),
-                "inv pull": lambda: _anew(models.repo_folder(studio.hub, repo), ours),
+                "hf download": lambda: _download_again(folder / "theirs", theirs),
+                "inv pull": lambda: _download_again(models.repo_folder(studio.hub, repo), ours),
             }
 
 
 def _hf_download(studio: Studio, repo: str, cache: Path) -> Program:
-    env = _environment(studio.home, studio.folder / "tmp") | studio.env
-    # It would ask a package index whether there is a newer one of it.
-    env |= {"HF_HUB_CACHE": str(cache), "HF_HUB_DISABLE_UPDATE_CHECK": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    return Program([script("hf"), "download", repo], studio.home, env)
+    # Otherwise it asks a package index for a newer version of itself.
+    env = {"HF_HUB_CACHE": str(cache), "HF_HUB_DISABLE_UPDATE_CHECK": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return Program([script("hf"), "download", repo], studio.home, {**host_environment(studio), **env})
 
 
-def _anew(cached: Path, program: Program) -> float:
+def _download_again(cached: Path, program: Program) -> float:
     shutil.rmtree(cached, ignore_errors=True)
     return program()
 
@@ -76,11 +74,11 @@ def _init(folder: Path, *, trees: bool) -> Iterator[Mapping[str, Timed]]:
 
 
 def _fresh_init(studio: Studio) -> Timed:
-    """`inv init --local`, with all of it to be registered."""
+    """`inv init --local` with an empty registry, so that every model is registered."""
     program = inv_local(studio, "init")
 
     def run() -> float:
-        # A missing one would be missed.
+        # Not deleted: a registry that was there and is gone is an error.
         studio.registry_path.write_text('{"version": 1, "models": {}}', encoding="utf-8")
         return program()
 
@@ -89,7 +87,7 @@ def _fresh_init(studio: Studio) -> Timed:
 
 @contextmanager
 def _caches(folder: Path) -> Iterator[Mapping[str, Mapping[int, Timed]]]:
-    """A host with a cache of its own for each amount."""
+    """One host for each amount, with its own cache."""
     with homelab(folder, studios=len(AMOUNTS)) as lab:
         studios = dict(zip(AMOUNTS, lab.studios, strict=True))
         for amount, studio in studios.items():
@@ -102,8 +100,10 @@ def _caches(folder: Path) -> Iterator[Mapping[str, Mapping[int, Timed]]]:
 
 
 def fill(hub: Path, repos: int, model: Path, *, trees: bool) -> None:
-    """A cache of many models: headers as long as real ones, and hardly any weights. `trees`: with the listings that
-    huggingface_hub keeps since 1.22."""
+    """Fill a cache with models that have real headers and hardly any weights.
+
+    `trees`: with the listings that huggingface_hub keeps since 1.22.
+    """
     if not model.exists():
         tensors = [f"model.layers.{number}.self_attn.q_proj.weight" for number in range(TENSORS)]
         _write_model(model, [dict.fromkeys(tensors[number::FILES], 16) for number in range(FILES)])
@@ -112,7 +112,7 @@ def fill(hub: Path, repos: int, model: Path, *, trees: bool) -> None:
 
 
 def _write_model(folder: Path, shards: list[dict[str, int]]) -> None:
-    """The files of a quantized Qwen3 as they are on the hub. `shards`: names and bytes of tensors."""
+    """Write the files of a quantized Qwen3 as the hub has them. `shards`: {tensor: bytes} of each weight file."""
     folder.mkdir(parents=True)
     config = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "max_position_embeddings": 40960}
     config |= {"quantization": {"group_size": 64, "bits": 4}, "num_hidden_layers": 28, "num_key_value_heads": 8}
@@ -141,7 +141,7 @@ def _write_model(folder: Path, shards: list[dict[str, int]]) -> None:
 
 
 def _write_weights(path: Path, tensors: Mapping[str, int]) -> None:
-    """A safetensors file of zeros."""
+    """Write a safetensors file of zeros."""
     header: dict[str, object] = {"__metadata__": {"format": "mlx"}}
     end = 0
     for name, size in tensors.items():
@@ -157,12 +157,12 @@ def _size(tensors: Mapping[str, int]) -> int:
     return sum(tensors.values())
 
 
-# -- a transaction of the registry ----------------------------------------------------------------------------------
+# -- a registry transaction -----------------------------------------------------------------------------------------
 
 
 @contextmanager
 def _transaction(folder: Path) -> Iterator[Mapping[str, Timed]]:
-    """In this process: it is the writing that is timed, not the start of a program."""
+    """Runs in this process: the write is timed, not the start of a program."""
     hub = folder / "hub"
     hub.mkdir()
     store = Store(folder / "state", hub / "registry.json")
@@ -182,21 +182,20 @@ def _transaction(folder: Path) -> Iterator[Mapping[str, Timed]]:
         store.registry.update(change)
 
     yield {
-        "bare write": lambda: _each(lambda: _bare_write(hub / "bare.json", content)),
-        "transaction": lambda: _each(transaction),
+        "bare write": lambda: _seconds_of_one(lambda: _bare_write(hub / "bare.json", content)),
+        "transaction": lambda: _seconds_of_one(transaction),
     }
 
 
-def _each(work: Callable[[], None]) -> float:
-    """Seconds for one of many."""
+def _seconds_of_one(work: Callable[[], None]) -> float:
     began = time.perf_counter()
-    for _ in range(TRANSACTIONS):
+    for _ in range(TRANSACTIONS_PER_TURN):
         work()
-    return (time.perf_counter() - began) / TRANSACTIONS
+    return (time.perf_counter() - began) / TRANSACTIONS_PER_TURN
 
 
 def _bare_write(path: Path, content: bytes) -> None:
-    """The least that survives a loss of power: write, flush, rename, flush of the folder."""
+    """Do the least that survives a power cut: write, flush, rename, flush the folder."""
     temporary = f"{path}.tmp"
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.write(fd, content)
@@ -237,7 +236,7 @@ CONTESTS = (
     ),
     Contest(
         "init-old",
-        "the same, downloaded before 1.22: without listings",
+        "the same, cached by huggingface_hub before 1.22: no listings",
         "inv init",
         "scan_cache_dir",
         Limit({"scan_cache_dir": 0.35}),
@@ -246,7 +245,7 @@ CONTESTS = (
     ),
     Contest(
         "registry",
-        "one transaction of the registry",
+        "one registry transaction",
         "transaction",
         "bare write",
         Limit({"bare write": 1.5}),

@@ -1,4 +1,4 @@
-"""What asking hosts costs: one, many, a dead one among them."""
+"""The cost of `status`: of one host, of many, and with a dead one among them."""
 
 from __future__ import annotations
 
@@ -10,24 +10,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import yaml
-
-from mlxops.common.build import build_id
-from mlxops.control import inventory
 from tests.benchmarks.contest import BenchFailed, Contest, Cost, Program, Timed
-from tests.benchmarks.place import fabric, homelab, inv, pyinfra, ssh
+from tests.benchmarks.recording import record
+from tests.benchmarks.scene import builds, fabric, homelab, hosts_file, inv, pyinfra, ssh
 from tests.benchmarks.stats import Limit
-from tests.lab.envelopes import envelope
+from tests.lab.builds import EARLIER_COMMIT
 from tests.lab.homelab import CHECKOUT, Homelab, Studio
 
 FLEET = 32
 AMOUNTS = (1, 8, FLEET)
 DEAD_OF = 8
 CONNECT_SECONDS = 3
-"""The connect timeout in the SSH configuration while a host is dead; 10 without one."""
+"""The connect timeout in the SSH configuration for the row with a dead host; the default is 10."""
 UNREACHABLE = 5
 SSH_FAILED = 255
-LONG = 300.0
+TOGETHER_TIMEOUT = 300.0
 
 
 @contextmanager
@@ -46,20 +43,40 @@ def _poll(folder: Path) -> Iterator[Mapping[str, Timed]]:
     with homelab(folder) as lab:
         env = inv(lab).env
         program = Program([sys.executable, "-m", "tests.benchmarks.poll"], CHECKOUT, env)
-        yield {"ssh": ssh(lab), "look": lambda: float(program.run()[1].stdout)}
+        yield {"ssh": ssh(lab), "poll": lambda: float(program.run()[1].stdout)}
 
 
 @contextmanager
 def _fleet(folder: Path) -> Iterator[Mapping[str, Timed]]:
     with homelab(folder, studios=FLEET) as lab:
         names = [studio.name for studio in lab.studios]
+        recording = record(lab, inv(lab, "status"), sys.executable, folder / "recording")
+        agents = [_agent(lab, studio, recording.request) for studio in lab.studios]
         yield {
             f"{FLEET} ssh": _all_ssh(lab, names),
             "inv status": inv(lab, "status"),
             "pyinfra": pyinfra(lab, names),
-            # What is left for the control node to save: the agents of all hosts run on this one machine.
-            f"{FLEET} ssh with an agent each": lambda: _together([_agent(lab, studio) for studio in lab.studios]),
+            # The control node cannot be faster than this: the agents of all hosts run on this one machine.
+            f"{FLEET} ssh with an agent each": lambda: _together(agents),
         }
+
+
+@contextmanager
+def _recorded_fleet(folder: Path) -> Iterator[Mapping[str, Timed]]:
+    """Hosts whose agents cost nothing here: each host plays a recorded answer after the delay of a real agent."""
+    installed = dict(zip(("inv status", EARLIER_COMMIT), builds(folder), strict=True))
+    with homelab(folder, studios=FLEET) as lab:
+        names = [studio.name for studio in lab.studios]
+        contestants: dict[str, Timed] = {"pyinfra": pyinfra(lab, names), f"{FLEET} ssh": _all_ssh(lab, names)}
+        recordings = [
+            record(lab, inv(lab, "status", build=build), build.python, build.folder / "recording")
+            for build in installed.values()
+        ]
+        delay = min(recording.seconds for recording in recordings)  # the same for both builds
+        for (name, build), recording in zip(installed.items(), recordings, strict=True):
+            hosts = hosts_file(lab, build.folder / "hosts.yaml", amount=FLEET, python=recording.player(delay))
+            contestants[name] = inv(lab, "status", hosts=hosts, build=build)
+        yield contestants
 
 
 @contextmanager
@@ -83,12 +100,8 @@ def _growing(folder: Path) -> Iterator[Mapping[str, Mapping[int, Timed]]]:
         }
 
 
-def _agent(lab: Homelab, studio: Studio) -> Program:
-    """The same question to the same agent, by OpenSSH."""
-    hosts = inventory.load(lab.mini.home / ".config" / "mlxops" / "hosts.yaml").hosts
-    request = studio.folder / "request.json"
-    if not request.exists():
-        request.write_bytes(envelope("status", {}, hosts[studio.name].settings, build_id()).encode())
+def _agent(lab: Homelab, studio: Studio, request: Path) -> Program:
+    """The agent that `inv status` starts, with the same request, but over OpenSSH."""
     plain = ssh(lab, studio.name)
     line = f"exec {sys.executable} -P -m mlxops.agent < {request}"
     return Program([*plain.argv[:-1], line], plain.cwd, plain.env)
@@ -99,17 +112,12 @@ def _all_ssh(lab: Homelab, names: Sequence[str]) -> Timed:
 
 
 def _status_of(lab: Homelab, amount: int) -> Program:
-    """`inv status` with a hosts.yaml of the first `amount` hosts."""
-    everything = yaml.safe_load((lab.mini.home / ".config" / "mlxops" / "hosts.yaml").read_text(encoding="utf-8"))
-    hosts = dict(list(everything["hosts"].items())[:amount])
-    path = lab.folder / f"hosts-{amount}.yaml"
-    path.write_text(yaml.safe_dump({"default": "studio", "hosts": hosts}, sort_keys=False), encoding="utf-8")
-    made = inv(lab, "status")
-    return Program(made.argv, made.cwd, {**made.env, "MLXOPS_HOSTS_FILE": str(path)})
+    """`inv status` of the first `amount` hosts."""
+    return inv(lab, "status", hosts=hosts_file(lab, lab.folder / f"hosts-{amount}.yaml", amount))
 
 
 def _together(programs: list[Program]) -> float:
-    """Seconds until all of them have ended, all started at once."""
+    """Start all of them at once; return the seconds until all have ended."""
     null = subprocess.DEVNULL
     began = time.perf_counter()
     with ExitStack() as stack:
@@ -119,16 +127,16 @@ def _together(programs: list[Program]) -> float:
             )
             for each in programs
         ]
-        ended = [process.wait(LONG) for process in running]
+        statuses = [process.wait(TOGETHER_TIMEOUT) for process in running]
     took = time.perf_counter() - began
-    if any(ended):
-        raise BenchFailed(f"{' '.join(programs[0].argv)} and its like ended with {ended}")
+    if any(statuses):
+        raise BenchFailed(f"{' '.join(programs[0].argv)} and the others ended with {statuses}")
     return took
 
 
 @contextmanager
 def unanswered(address: str, port: int) -> Iterator[None]:
-    """A host that answers nothing at all: a listener whose queue is full, so that no further connection is taken."""
+    """A host that never answers: a listener whose queue is full, so that it takes no further connection."""
     with ExitStack() as stack:
         listener = stack.enter_context(socket.socket())
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -146,9 +154,18 @@ def unanswered(address: str, port: int) -> Iterator[None]:
 
 CONTESTS = (
     Contest("status", "inv status, one host", "inv status", "ssh", Limit({"ssh": 2.5}), 15, _one),
-    Contest("poll", "one more look on an open connection", "look", "ssh", Limit({"ssh": 0.25}), 7, _poll),
+    Contest("poll", "one more status over an open connection", "poll", "ssh", Limit({"ssh": 0.25}), 7, _poll),
     Contest(
         "fleet", f"inv status, {FLEET} hosts", "inv status", f"{FLEET} ssh", Limit({f"{FLEET} ssh": 1.0}), 5, _fleet
+    ),
+    Contest(
+        "fleet-recorded",
+        f"inv status, {FLEET} hosts that play a recorded answer",
+        "inv status",
+        "pyinfra",
+        Limit({"pyinfra": 1.0}),
+        7,
+        _recorded_fleet,
     ),
     Contest(
         "dead",

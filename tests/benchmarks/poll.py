@@ -1,4 +1,4 @@
-"""One more look at a host over a connection that is open, as `inv status --watch` takes it: prints its seconds.
+"""Print the seconds of one more status over an open connection, as `inv status --watch` takes it.
 
     python -m tests.benchmarks.poll
 
@@ -16,7 +16,7 @@ from mlxops.control.watch.link import Link
 from mlxops.core.commands.status import Status
 from mlxops.core.protocol import Event
 
-LOOKS = 20
+POLLS = 20
 
 
 def main() -> None:
@@ -27,9 +27,9 @@ def main() -> None:
     try:
         link.poll()  # opens the connection, and starts the agent
         began = time.perf_counter()
-        for _ in range(LOOKS):
+        for _ in range(POLLS):
             link.poll()
-        render.say(str((time.perf_counter() - began) / LOOKS))
+        render.say(str((time.perf_counter() - began) / POLLS))
     finally:
         link.close()
 

@@ -1,4 +1,4 @@
-"""What bringing a model up costs over what its engine costs by itself, and how the look at live ports grows."""
+"""The cost of `load` and of a swap over the engine's own start, and of `status` with live ports."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from itertools import cycle
 from pathlib import Path
 
 from tests.benchmarks.contest import BenchFailed, Contest, Cost, Timed
-from tests.benchmarks.place import homelab, inv
+from tests.benchmarks.scene import homelab, inv
 from tests.benchmarks.stats import Limit
 from tests.faults.lab import install_engine
 from tests.faults.snapshots import snapshot
@@ -25,7 +25,7 @@ LIVE = (0, 5, 10)
 
 
 def launch(engine: str) -> list[str]:
-    """The engine's program, built on demand. Raises `cache.BuildFailed`."""
+    """Return the engine's argv; build the engine on demand. Raises `cache.BuildFailed`."""
     if engine == "mlx-lm":
         return [str(cache.engine_venv("mlx-lm") / "bin" / "mlx_lm.server")]
     return [str(cache.openai_server_venv() / "bin" / "mlx-openai-server"), "launch"]
@@ -33,7 +33,7 @@ def launch(engine: str) -> list[str]:
 
 @contextmanager
 def serving(folder: Path, engine: str) -> Iterator[tuple[Homelab, list[Path]]]:
-    """A homelab with this engine and two registered models, and the folders of their snapshots."""
+    """Yield a homelab with this engine and two registered models, and the folders of their snapshots."""
     program = launch(engine)
     with homelab(folder) as lab:
         lab.configure(engine=engine, launch={engine: program})
@@ -62,7 +62,7 @@ def _load(folder: Path) -> Iterator[Mapping[str, Timed]]:
 
 @contextmanager
 def swapping(folder: Path, engine: str = "mlx-lm") -> Iterator[Mapping[str, Timed]]:
-    """How long a port is without an answer while its model is swapped; and the engine by itself."""
+    """A swap's seconds without an answer on the port, against the engine's own start."""
     with serving(folder, engine) as (lab, snapshots):
         port = str(lab.studio.ports[0])
         inv(lab, "load", "--model", ONE, "--port", port)()
@@ -70,8 +70,8 @@ def swapping(folder: Path, engine: str = "mlx-lm") -> Iterator[Mapping[str, Time
         own = cycle(snapshots)
 
         def swap() -> float:
-            words = ("load", "--model", next(turns), "--port", port, "--force", "--json")
-            seconds = inv(lab, *words).run()[1].json["hosts"][0]["result"]["downtime_seconds"]
+            arguments = ("load", "--model", next(turns), "--port", port, "--force", "--json")
+            seconds = inv(lab, *arguments).run()[1].json["hosts"][0]["result"]["downtime_seconds"]
             return float(seconds)
 
         try:
@@ -81,8 +81,7 @@ def swapping(folder: Path, engine: str = "mlx-lm") -> Iterator[Mapping[str, Time
 
 
 def bare(studio: Studio, engine: str, program: Sequence[str], snapshot: Path) -> float:
-    """Seconds from the start of the engine by itself, as a shell would start it, to its first completion; on a port
-    that nobody uses."""
+    """Start the engine as a shell would, on a free port; return the seconds to its first completion."""
     port = studio.ports[-1]
     folder = Path(tempfile.mkdtemp(dir=studio.folder))
     (folder / "bare").symlink_to(snapshot)
@@ -113,7 +112,7 @@ def bare(studio: Studio, engine: str, program: Sequence[str], snapshot: Path) ->
 
 @contextmanager
 def _live_ports(folder: Path) -> Iterator[Mapping[str, Mapping[int, Timed]]]:
-    """A host for each amount. Their engine is a fake that loads nothing: it is the ports that are looked at."""
+    """One host for each amount. The engine is a fake that loads nothing: only the look at ports is measured."""
     with homelab(folder, studios=len(LIVE)) as lab:
         for studio, amount in zip(lab.studios, LIVE, strict=True):
             program = install_engine(studio.folder / "bin")
@@ -122,8 +121,8 @@ def _live_ports(folder: Path) -> Iterator[Mapping[str, Mapping[int, Timed]]]:
                 snapshot(studio.hub, f"bench/model-{port}")
             inv(lab, "init", "--host", studio.name)()
             for port in studio.ports[:amount]:
-                words = ("--model", f"bench/model-{port}", "--port", str(port), "--host", studio.name)
-                inv(lab, "load", *words)()
+                arguments = ("--model", f"bench/model-{port}", "--port", str(port), "--host", studio.name)
+                inv(lab, "load", *arguments)()
         try:
             yield {
                 "inv status": {

@@ -1,4 +1,4 @@
-"""What measured seconds say: medians, ranges, ratios, verdicts, and how a cost grows. Pure."""
+"""Statistics of measured seconds: medians, ranges, ratios, verdicts, and how a cost grows. Pure."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from enum import Enum
 from mlxops.core.tables import table
 
 SLACK = 1.5
-"""How far above a straight line a cost may end before it counts as growing faster than the work: on a machine with
-few cores the last point is the one that suffers from everything else that runs there."""
+"""A cost may end this many times above a straight line before it counts as growing faster than the work. On a machine
+with few cores, other programs disturb the last point most."""
 
 
 class Verdict(Enum):
     MET = "met"
     MISSED = "missed"
     NONE = "-"
-    """There is no target: it is shown for comparison."""
+    """There is no limit: the row is a comparison only."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """What one thing took, in seconds: a value for each turn."""
+    """The seconds of one contestant, one value for each turn."""
 
     name: str
     seconds: tuple[float, ...]
@@ -41,7 +41,7 @@ class Series:
         return max(self.seconds)
 
     def __str__(self) -> str:
-        """`305 ms (298-340)`, in one unit that suits the median."""
+        """Return `305 ms (298-340)`: median, lowest and highest, in the unit that suits the median."""
         factor, unit, digits = _unit(self.median)
         low, middle, high = (f"{value * factor:.{digits}f}" for value in (self.low, self.median, self.high))
         return f"{middle} {unit} ({low}-{high})"
@@ -58,7 +58,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Limit:
-    """The most that something may take: so many times the medians of others, together, and so many seconds."""
+    """The most that a contestant may take: the sum of others' medians, each times a factor, and `plus` seconds."""
 
     times: Mapping[str, float]
     plus: float = 0.0
@@ -72,8 +72,29 @@ class Limit:
 
 
 @dataclass(frozen=True)
+class Ratio:
+    """One contestant against another: the median of the turns' own ratios, and their quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
+
+
+def paired_ratio(ours: Series, other: Series) -> Ratio:
+    """Compare turn by turn: what slows a whole turn down cancels out."""
+    ratios = [one / two for one, two in zip(ours.seconds, other.seconds, strict=True)]
+    if len(ratios) == 1:
+        return Ratio(ratios[0], ratios[0], ratios[0])
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return Ratio(median, low, high)
+
+
+@dataclass(frozen=True)
 class Row:
-    """One contest. `series` are all that took part; the limit is about `ours`, the ratio against `yardstick`."""
+    """One contest. `series` has all contestants. The limit is for `ours`, the ratios are against `yardstick`."""
 
     name: str
     what: str
@@ -82,38 +103,50 @@ class Row:
     limit: Limit | None
     series: tuple[Series, ...]
 
-    def of(self, name: str) -> Series:
-        return next(each for each in self.series if each.name == name)
+    def series_of(self, name: str) -> Series:
+        return next(series for series in self.series if series.name == name)
 
-    def ratio(self, name: str) -> float:
-        return self.of(name).median / self.of(self.yardstick).median
+    def ratio(self, name: str) -> Ratio:
+        return paired_ratio(self.series_of(name), self.series_of(self.yardstick))
+
+    @property
+    def limit_ratio(self) -> Ratio | None:
+        """Ours against the limit, turn by turn."""
+        if self.limit is None:
+            return None
+        turns = range(len(self.series_of(self.ours).seconds))
+        limits = (self.limit.seconds({each.name: each.seconds[turn] for each in self.series}) for turn in turns)
+        return paired_ratio(self.series_of(self.ours), Series("limit", tuple(limits)))
 
     @property
     def limit_seconds(self) -> float | None:
+        """The limit by the medians, for display."""
         return self.limit.seconds({each.name: each.median for each in self.series}) if self.limit else None
 
     @property
     def verdict(self) -> Verdict:
-        most = self.limit_seconds
-        if most is None:
+        ratio = self.limit_ratio
+        if ratio is None:
             return Verdict.NONE
-        return Verdict.MET if self.of(self.ours).median <= most else Verdict.MISSED
+        return Verdict.MET if ratio.median <= 1 else Verdict.MISSED
 
     @property
-    def beside(self) -> tuple[Series, ...]:
-        """What took part and is neither ours nor the yardstick."""
+    def others(self) -> tuple[Series, ...]:
+        """The contestants that are neither ours nor the yardstick."""
         return tuple(each for each in self.series if each.name not in (self.ours, self.yardstick))
 
     def to_wire(self) -> dict[str, object]:
-        most = self.limit_seconds
+        limit, ratio, limit_ratio = self.limit_seconds, self.ratio(self.ours), self.limit_ratio
         return {
             "row": self.name,
             "what": self.what,
             "ours": self.ours,
             "yardstick": self.yardstick,
-            "ratio": round(self.ratio(self.ours), 3),
+            "ratio": round(ratio.median, 3),
+            "ratio_quartiles": [round(ratio.low, 3), round(ratio.high, 3)],
             "limit": str(self.limit) if self.limit else None,
-            "limit_seconds": None if most is None else _rounded(most),
+            "limit_seconds": None if limit is None else _rounded(limit),
+            "limit_ratio": None if limit_ratio is None else round(limit_ratio.median, 3),
             "verdict": self.verdict.value,
             "series": [each.to_wire() for each in self.series],
         }
@@ -121,7 +154,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Growth:
-    """How one cost grows with the work: `points` are (amount of work, what it took), the least work first."""
+    """How one cost grows with the work. `points` are (amount of work, seconds), the least work first."""
 
     name: str
     what: str
@@ -131,16 +164,16 @@ class Growth:
     @property
     def per_unit(self) -> float:
         """Seconds for each further unit, from the first point to the last."""
-        (first, least), (last, most) = self.points[0], self.points[-1]
-        return (most.median - least.median) / (last - first)
+        (first, low), (last, high) = self.points[0], self.points[-1]
+        return (high.median - low.median) / (last - first)
 
     @property
     def verdict(self) -> Verdict:
-        """Whether the last point lies where the first two may lead, as far as their ranges tell, or not far above."""
-        (one, first), (two, second), (last, most) = self.points[0], self.points[1], self.points[-1]
+        """Compare the last point with the steepest line that the ranges of the first two points allow."""
+        (one, first), (two, second), (amount, last) = self.points[0], self.points[1], self.points[-1]
         slope = max(0.0, (second.high - first.low) / (two - one))
-        straight = first.median + slope * (last - one)
-        return Verdict.MET if most.median <= SLACK * straight else Verdict.MISSED
+        straight = first.median + slope * (amount - one)
+        return Verdict.MET if last.median <= SLACK * straight else Verdict.MISSED
 
     def to_wire(self) -> dict[str, object]:
         return {
@@ -154,15 +187,27 @@ class Growth:
 
 
 def rows_table(rows: Sequence[Row]) -> str:
-    """A line for each contest, and one for whatever else took part in it."""
+    """Return a table with a line for each contest, and one more for each further contestant."""
     lines: list[list[object]] = []
     for row in rows:
+<<<<<<< HEAD
         yardstick = f"{row.yardstick} {row.of(row.yardstick)}"
         most = None if row.limit is None else f"{row.limit} = {_short(row.limit_seconds or 0.0)}"
         verdict = row.verdict.value
         for what, each in ((row.what, row.of(row.ours)), *((each.name, each) for each in row.beside)):
             lines.append([row.name, what, each, yardstick, f"{row.ratio(each.name):.2f}", most, verdict])
             most, verdict = None, Verdict.NONE.value
+=======
+        yardstick = f"{row.yardstick} {row.series_of(row.yardstick)}"
+        limit = None if row.limit is None else f"{row.limit} = {_short(row.limit_seconds or 0.0)}"
+        lines.append(
+            [row.name, row.what, row.series_of(row.ours), yardstick, row.ratio(row.ours), limit, row.verdict.value]
+        )
+        lines += [
+            [row.name, other.name, other, yardstick, row.ratio(other.name), None, Verdict.NONE.value]
+            for other in row.others
+        ]
+>>>>>>> bench1
     return table(["ROW", "WHAT", "TOOK", "YARDSTICK", "RATIO", "AT MOST", "VERDICT"], lines)
 
 
@@ -186,7 +231,7 @@ def _short(seconds: float) -> str:
 
 
 def _unit(seconds: float) -> tuple[float, str, int]:
-    """(what to multiply with, the unit's name, digits after the point)"""
+    """Return (factor from seconds, the unit's name, digits after the point)."""
     size = abs(seconds)
     if size >= 1:
         return 1.0, "s", 2

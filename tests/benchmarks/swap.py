@@ -19,15 +19,15 @@ ENGINES = ("mlx-lm", "mlx-openai-server")
 
 
 def measure(engine: str, rounds: int) -> Row:
-    row = next(each for each in serving.CONTESTS if each.name == "swap")
-    row = replace(
-        row,
-        what=row.what.replace("mlx-lm", engine),
+    contest = next(contest for contest in serving.CONTESTS if contest.name == "swap")
+    contest = replace(
+        contest,
+        what=contest.what.replace("mlx-lm", engine),
         turns=rounds,
         open=lambda folder: serving.swapping(folder, engine),
     )
     with tempfile.TemporaryDirectory(prefix="mlxops-swap-") as name:
-        return row.hold(Path(name))
+        return contest.measure(Path(name))
 
 
 if __name__ == "__main__":
@@ -36,5 +36,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.swap")
     parser.add_argument("engine", nargs="?", default="mlx-lm", choices=ENGINES)
     parser.add_argument("--rounds", type=int, default=3)
-    given = parser.parse_args()
-    render.say(rows_table([measure(given.engine, given.rounds)]))
+    options = parser.parse_args()
+    render.say(rows_table([measure(options.engine, options.rounds)]))

@@ -1,4 +1,4 @@
-"""`inv bench` itself: its cheapest row, for real. How fast anything is, no test asserts."""
+"""`inv bench` itself, with its cheapest row. No test asserts a speed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tests.lab.homelab import CHECKOUT, Completed, run
 pytestmark = pytest.mark.lab
 
 
-def inv_bench(*words: str) -> Completed:
-    return run([str(Path(sysconfig.get_path("scripts")) / "inv"), "bench", *words], CHECKOUT, dict(os.environ))
+def inv_bench(*arguments: str) -> Completed:
+    return run([str(Path(sysconfig.get_path("scripts")) / "inv"), "bench", *arguments], CHECKOUT, dict(os.environ))
 
 
-def test_a_row_is_measured_against_its_yardstick_and_nothing_stays() -> None:
+def test_row_is_measured_and_leaves_no_files() -> None:
     done = inv_bench("--only", "registry", "--json").ok()
     (row,) = done.json["rows"]
     assert (row["row"], row["ours"], row["yardstick"]) == ("registry", "transaction", "bare write")
@@ -29,15 +29,15 @@ def test_a_row_is_measured_against_its_yardstick_and_nothing_stays() -> None:
     assert not list(Path(os.environ["TMPDIR"]).glob("mlxops-bench-*"))
 
 
-def test_the_table_is_for_people_and_says_what_it_depends_on() -> None:
+def test_table_names_the_machine() -> None:
     lines = inv_bench("--only", "registry").ok().stdout.splitlines()
     assert lines[0].split() == ["ROW", "WHAT", "TOOK", "YARDSTICK", "RATIO", "AT", "MOST", "VERDICT"]
-    assert lines[1].startswith("registry  one transaction of the registry  ")
+    assert lines[1].startswith("registry  one registry transaction  ")
     assert any(line.startswith("system ") and "processors" in line for line in lines)
 
 
 @pytest.mark.parametrize("only", ["registry,no-such-row", " , "])
-def test_a_row_that_is_not_there_is_usage_and_lists_those_that_are(only: str) -> None:
+def test_unknown_row_is_usage_and_lists_the_known_ones(only: str) -> None:
     done = inv_bench("--only", only, "--json")
     error = done.json["error"]
     assert (done.exit, error["code"]) == (2, "unknown_row")
