@@ -22,11 +22,12 @@ from mlxops.cli.runner import Cli
 from mlxops.control import client, render
 from mlxops.core import commands
 from mlxops.core.command import AnyRequest, Group, Request, request_type
-from mlxops.core.errors import Refused, UsageError
+from mlxops.core.errors import Bug, Refused, UsageError
 from mlxops.core.protocol import Event, LogLine, Note
 from mlxops.core.replies import HostReply
 
 if TYPE_CHECKING:
+    from mlxops.cli.overview import Entry
     from mlxops.core.commands.deploy import Deploy
     from mlxops.core.commands.gateway import Gateway
     from mlxops.core.commands.help import Help
@@ -99,7 +100,12 @@ def _confirm(cli: Cli, targets: Sequence[client.HostTarget], request: UnloadAll)
             cli.console.hear(
                 reply.host, Note("nothing is stopped, because what would be stopped cannot be shown", "warning")
             )
-            raise reply.error or Refused("no_result", f"{reply.host} sent no result")
+            raise reply.error or Bug(
+                "no_result",
+                f"{reply.host} sent no result",
+                why="the agent answered without one",
+                hint="see: mlxctl ops",
+            )
         for line in lines(reply.result).splitlines():
             cli.console.hear(reply.host, Note(line.removesuffix(" (dry run, nothing changed)")))
     sys.stderr.write("Unload all of this? [y/N] ")
@@ -281,6 +287,25 @@ def carry_out(kind: type[AnyRequest], common: Common, given: Given) -> None:
 def command_names() -> list[str]:
     """Return every command that a request declares."""
     return [module.name.replace("_", "-") for module in iter_modules(commands.__path__)]
+
+
+def overview_entries() -> list[Entry]:
+    """Return every command for the overview, in the order of the groups."""
+    from mlxops import devtasks
+    from mlxops.cli import overview
+
+    kinds = [request_type(name) for name in command_names()]
+    found = [
+        overview.Entry(kind.group.value, kind.example, (kind.__doc__ or "").strip())
+        for group in Group
+        for kind in kinds
+        if kind.group is group is not Group.HIDDEN
+    ]
+    for name, task in devtasks.TASKS.items():
+        found.append(
+            overview.Entry("develop", devtasks.EXAMPLES[name], (task.__doc__ or "").strip().partition("\n")[0])
+        )
+    return found
 
 
 def tasks(words: Iterable[str]) -> list[Task[Any]]:

@@ -20,7 +20,7 @@ from mlxops import __version__
 from mlxops.cli import options, overview
 from mlxops.common.build import PACKAGE, build_id
 from mlxops.control import render
-from mlxops.core.command import Group, UnknownCommandError, request_type
+from mlxops.core.command import UnknownCommandError, request_type
 from mlxops.core.errors import Exit as Status
 from mlxops.core.errors import OutputFailed, UsageError
 
@@ -32,27 +32,6 @@ def positional() -> dict[str, tuple[str, ...]]:
 
     found = {name: options.positions(request_type(name)) for name in command_names()}
     return {name: flags for name, flags in found.items() if flags}
-
-
-def entries() -> list[overview.Entry]:
-    """Return every command for the overview, in the order of the groups."""
-    from mlxops import devtasks
-    from mlxops.tasks import command_names
-
-    kinds = [request_type(name) for name in command_names()]
-    found = [
-        overview.Entry(kind.group.value, kind.example, (kind.__doc__ or "").strip())
-        for group in Group
-        for kind in kinds
-        if kind.group is group is not Group.HIDDEN
-    ]
-    for name, task in devtasks.TASKS.items():
-        found.append(overview.Entry("develop", devtasks.EXAMPLES[name], first_line(task)))
-    return found
-
-
-def first_line(task: Task[Any]) -> str:
-    return (task.__doc__ or "").strip().partition("\n")[0]
 
 
 def short(task: str) -> str:
@@ -72,7 +51,9 @@ class _OwnConfig(Config):
 
 class _Mlxctl(Program):
     def print_help(self) -> None:
-        print(overview.overview(entries(), shutil.get_terminal_size((120, 24)).columns))  # noqa: T201
+        from mlxops.tasks import overview_entries
+
+        print(overview.overview(overview_entries(), shutil.get_terminal_size((120, 24)).columns))  # noqa: T201
 
     def print_version(self) -> None:
         python = ".".join(map(str, sys.version_info[:3]))

@@ -190,14 +190,6 @@ def rows_table(rows: Sequence[Row]) -> str:
     """Return a table with a line for each contest, and one more for each further contestant."""
     lines: list[list[object]] = []
     for row in rows:
-<<<<<<< HEAD
-        yardstick = f"{row.yardstick} {row.of(row.yardstick)}"
-        most = None if row.limit is None else f"{row.limit} = {_short(row.limit_seconds or 0.0)}"
-        verdict = row.verdict.value
-        for what, each in ((row.what, row.of(row.ours)), *((each.name, each) for each in row.beside)):
-            lines.append([row.name, what, each, yardstick, f"{row.ratio(each.name):.2f}", most, verdict])
-            most, verdict = None, Verdict.NONE.value
-=======
         yardstick = f"{row.yardstick} {row.series_of(row.yardstick)}"
         limit = None if row.limit is None else f"{row.limit} = {_short(row.limit_seconds or 0.0)}"
         lines.append(
@@ -207,7 +199,6 @@ def rows_table(rows: Sequence[Row]) -> str:
             [row.name, other.name, other, yardstick, row.ratio(other.name), None, Verdict.NONE.value]
             for other in row.others
         ]
->>>>>>> bench1
     return table(["ROW", "WHAT", "TOOK", "YARDSTICK", "RATIO", "AT MOST", "VERDICT"], lines)
 
 
