@@ -451,7 +451,7 @@ class TestJobIs:
     def test_unknown_where_launchd_cannot_be_asked(
         self, box: Box, monkeypatch: pytest.MonkeyPatch, script: str
     ) -> None:
-        monkeypatch.setattr(managers, "LOOK_SECONDS", 0.2)
+        monkeypatch.setattr(managers, "STATUS_TIMEOUT_SECONDS", 0.2)
         box.launchctl(script)
         assert box.state().standing is Standing.UNKNOWN
 
@@ -474,7 +474,7 @@ class TestJobIs:
         (box.root / "var/spool/cron/crontabs").mkdir(parents=True)
         monkeypatch.setattr(os, "access", lambda path, mode: False)
         found = box.state(script=str(box.script))
-        assert found.standing is Standing.UNKNOWN and "no label is given" in found.detail
+        assert found.standing is Standing.UNKNOWN and "has no label for it" in found.detail
         assert box.state().standing is Standing.MISSING, "a label is what a service manager knows"
 
 
