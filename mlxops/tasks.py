@@ -308,20 +308,25 @@ def overview_entries() -> list[Entry]:
     return found
 
 
-def tasks(words: Iterable[str]) -> list[Task[Any]]:
-    """Return the tasks that a command line names, or all. To import all declarations takes ten milliseconds."""
+def tasks(words: Sequence[str]) -> list[Task[Any]]:
+    """Return the tasks that a command line names, or all.
+
+    To import only the declaration that is needed saves a tenth of the time that `status` takes.
+    """
+    bare = {word for word in words if not word.startswith("-")}
+    wanted = [name for name in command_names() if name in bare]
+    some = wanted and "--complete" not in words
+    made = _command_tasks(wanted if some else command_names())
+    if some and not bare.difference(wanted):
+        return made
     from mlxops import devtasks
 
-    names = [*command_names(), *devtasks.TASKS]
-    wanted = [name for name in names if name in words]
-    chosen = names if not wanted or "--complete" in words else wanted
-    made = []
-    for name in chosen:
-        if name in devtasks.TASKS:
-            made.append(devtasks.TASKS[name])
-        elif (kind := request_type(name)).group is not Group.HIDDEN:
-            made.append(options.task_of(kind, carry_out))
-    return made
+    return [*made, *devtasks.TASKS.values()]
 
 
-namespace = Collection(*tasks(sys.argv))
+def _command_tasks(names: Iterable[str]) -> list[Task[Any]]:
+    kinds = map(request_type, names)
+    return [options.task_of(kind, carry_out) for kind in kinds if kind.group is not Group.HIDDEN]
+
+
+namespace = Collection(*tasks(sys.argv[1:]))

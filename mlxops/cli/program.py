@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 import sys
 from collections.abc import Sequence
 from functools import cache
@@ -17,7 +16,7 @@ from invoke.program import Program
 from invoke.tasks import Task
 
 from mlxops import __version__
-from mlxops.cli import options, overview
+from mlxops.cli import options
 from mlxops.common.build import PACKAGE, build_id
 from mlxops.control import render
 from mlxops.core.command import UnknownCommandError, request_type
@@ -51,6 +50,9 @@ class _OwnConfig(Config):
 
 class _Mlxctl(Program):
     def print_help(self) -> None:
+        import shutil
+
+        from mlxops.cli import overview
         from mlxops.tasks import overview_entries
 
         print(overview.overview(overview_entries(), shutil.get_terminal_size((120, 24)).columns))  # noqa: T201
