@@ -131,7 +131,7 @@ def test_interrupted_deploy_keeps_the_old_agent_and_the_next_repairs(
     (state / "venv").symlink_to("agents/an-older-build")
 
     def kill(note: str) -> None:
-        if "making" in note:
+        if "creating the environment" in note:
             for pid in set(descendants(os.getpid())) - others:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -188,7 +188,10 @@ def test_a_broken_connection_is_an_unknown_outcome(
         monkeypatch.setenv("PATH", client.path)
         with closing(open_ssh("studio")) as transport, pytest.raises(OutcomeUnknown) as caught:
             deploy.install(
-                transport, host(), lambda note: sshd.kill_sessions() if "making" in note else None, places=HERE
+                transport,
+                host(),
+                lambda note: sshd.kill_sessions() if "creating the environment" in note else None,
+                places=HERE,
             )
     assert caught.value.exit == Exit.OUTCOME_UNKNOWN and "run deploy again" in caught.value.hint
 
@@ -326,7 +329,7 @@ def test_foreign_mlxctl_is_kept(home: Path, bare: None, monkeypatch: pytest.Monk
     link = program(home / ".local" / "bin" / "mlxctl", "echo theirs")
     notes: list[str] = []
     deploy.install(open_local(), host(), notes.append, places=HERE, options=deploy.DeployOptions(mlxctl=True))
-    assert "theirs" in link.read_text() and any("not ours" in note for note in notes)
+    assert "theirs" in link.read_text() and any("is not a link of mlxops" in note for note in notes)
 
 
 def test_wheels_make_a_package_index_unnecessary(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
