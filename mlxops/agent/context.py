@@ -17,7 +17,6 @@ from mlxops.agent.state.store import Store, utc_now
 from mlxops.common.files import describe_error
 from mlxops.core import names
 from mlxops.core.command import AnyRequest, Draining
-from mlxops.core.commands.load import Load
 from mlxops.core.errors import Busy, Interrupted, MlxopsError
 from mlxops.core.ports import PortView, World
 from mlxops.core.protocol import Event, Note, Requester
@@ -265,6 +264,8 @@ class Context:
             asked = journal.request().request if journal else None
         except (OSError, ValueError):
             return False
+        from mlxops.core.commands.load import Load
+
         request = self.request
         if not isinstance(request, Load) or not isinstance(asked, Load):
             return asked == request

@@ -17,7 +17,7 @@ from mlxops.agent import __main__ as agent
 from mlxops.agent import install
 from mlxops.agent.context import Context
 from mlxops.agent.host.system import this_system
-from mlxops.agent.operations import ops, status
+from mlxops.agent.operations import status
 from mlxops.agent.paths import host_paths
 from mlxops.agent.state import locks
 from mlxops.agent.state.locks import NoLocks
@@ -136,7 +136,7 @@ def test_readers_report_a_state_folder_without_locks(store: Store, on_flock: OnF
     result = status.run(context_of("status")[0], Status())
     assert next(row for row in result.ports if row.port == 8100).state == "unknown"
     assert "state_unreadable" in {row.code for row in result.drift}
-    assert ops.downloads(context) == []
+    assert status.downloads(context) == []
     assert not log.ended
 
 

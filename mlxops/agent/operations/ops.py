@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import time
 
 from mlxops.agent.context import Context
 from mlxops.agent.host.system import this_system
-from mlxops.agent.state.durable_files import list_matching
-from mlxops.agent.state.locks import NoLocks
 from mlxops.agent.state.operation_log import OperationLog, recent_operations
 from mlxops.agent.state.store import Store
-from mlxops.common.files import Unfit
 from mlxops.core.command import Subject
 from mlxops.core.commands.ops import OperationRow, Ops, OpsResult
 from mlxops.core.errors import Interrupted, MlxopsError, OutcomeUnknown, Refused
 from mlxops.core.protocol import Envelope, Failed
-from mlxops.core.records import Operation
 
 SHOWN = 20
 """Operations that have ended and are listed, the newest."""
@@ -36,16 +31,6 @@ def run(ctx: Context, request: Ops) -> OpsResult:
         if alive or ended <= SHOWN:
             rows.append(_row(journal, alive))
     return OpsResult(tuple(rows))
-
-
-def downloads(ctx: Context) -> list[Operation]:
-    """The operations that download now."""
-    found = []
-    for path in list_matching(ctx.store.state / "locks", "repo-"):
-        # Neither what is no file, nor a file system without locks, has a lock that an operation could hold.
-        with contextlib.suppress(Unfit, NoLocks):
-            found.append(ctx.store.holder(path.name))
-    return [operation for operation in found if operation is not None]
 
 
 def _row(journal: OperationLog, alive: bool) -> OperationRow:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from mlxops.agent.context import Context
 from mlxops.agent.operations.drift import conflicted_copies, further_drift, rebooted
-from mlxops.agent.operations.ops import downloads
+from mlxops.agent.state.durable_files import list_matching
+from mlxops.agent.state.locks import NoLocks
 from mlxops.agent.state.operation_log import operation_state
+from mlxops.common.files import Unfit
 from mlxops.core.commands.status import DriftRow, PortRow, ProbeRow, RunningRow, Status, StatusResult
 from mlxops.core.drift import Drift, DriftCode
 from mlxops.core.ports import PortView
@@ -33,6 +37,16 @@ def run(ctx: Context, request: Status) -> StatusResult:
         drift=tuple(DriftRow(each.code.value, each.port, each.model, each.message, each.hint) for each in found),
         registry=str(ctx.paths.registry),
     )
+
+
+def downloads(ctx: Context) -> list[Operation]:
+    """The operations that download now."""
+    found = []
+    for path in list_matching(ctx.store.state / "locks", "repo-"):
+        # Neither what is no file, nor a file system without locks, has a lock that an operation could hold.
+        with contextlib.suppress(Unfit, NoLocks):
+            found.append(ctx.store.holder(path.name))
+    return [operation for operation in found if operation is not None]
 
 
 def _running(ctx: Context, operation: Operation) -> RunningRow:
