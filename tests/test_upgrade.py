@@ -33,7 +33,14 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 """Runs a program of a build whose `deploy` installs no dependencies: a package index takes minutes."""
 NAMES = ("first", "second", "third", "fourth")
-READS = (("status",), ("list",), ("ops",), ("logs", "--port", "PORT"))
+READS = (
+    ("status",),
+    ("status", "--probe"),
+    ("list",),
+    ("list", "--memory"),
+    ("ops",),
+    ("logs", "--port", "PORT"),
+)
 
 
 @dataclass(frozen=True)

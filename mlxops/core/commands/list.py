@@ -29,9 +29,10 @@ class EstimateRow:
     weight_bytes: int
     context_bytes: int
     context_tokens: int | None
-    state_bytes: int
-    upper_estimate: bool
-    total_bytes: int
+    state_bytes: int = 0
+    upper_estimate: bool = False
+    """Builds up to d05bae8 send neither this nor `state_bytes`."""
+    total_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ class ListResult:
     registry: str
     unusable: str | None
     """Why the registry cannot be used; None if it can."""
-    registry_error: ErrorRow | None
+    registry_error: ErrorRow | None = None
+    """Builds up to d05bae8 do not send it."""
     memory: MemoryRow | None = omitted(None)
 
 

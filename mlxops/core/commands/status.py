@@ -20,9 +20,9 @@ class ProbeRow:
     """None: it was not asked."""
     seconds: float
     error: str | None
-    name: str | None
-    """The model name that the request had."""
-    not_asked: str | None
+    name: str | None = None
+    """The model name that the request had. Builds up to d05bae8 send neither this nor `not_asked`."""
+    not_asked: str | None = None
     """Why it was not asked."""
 
 
