@@ -11,7 +11,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from mlxops.agent.context import Context
@@ -23,6 +22,7 @@ from mlxops.agent.worker import begin
 from mlxops.common.build import build_id
 from mlxops.core.commands.restore import Restore
 from mlxops.core.errors import Exit, MlxopsError, Refused
+from mlxops.core.frozen import dataclass
 from mlxops.core.plan_restore import RestoreStep
 from mlxops.core.protocol import Done, Envelope, Event, Failed, Note, Phase, Requester
 

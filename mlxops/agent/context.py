@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import TYPE_CHECKING
 
 from mlxops.agent.host.system import System
@@ -18,6 +18,7 @@ from mlxops.common.files import describe_error
 from mlxops.core import names
 from mlxops.core.command import AnyRequest, Draining
 from mlxops.core.errors import Busy, Interrupted, MlxopsError
+from mlxops.core.frozen import dataclass
 from mlxops.core.ports import PortView, World
 from mlxops.core.protocol import Event, Note, Requester
 from mlxops.core.records import Operation

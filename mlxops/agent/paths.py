@@ -6,11 +6,11 @@ import os
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from mlxops.common import files
 from mlxops.core.errors import Refused
+from mlxops.core.frozen import dataclass
 from mlxops.core.settings import AGREED, Settings
 
 VOLUMES = ("/Volumes", "/mnt", "/media", "/run/media")

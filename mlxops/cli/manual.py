@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import dataclass
 from difflib import get_close_matches
 
 from mlxops.common.build import PACKAGE
 from mlxops.core.errors import UsageError
+from mlxops.core.frozen import dataclass
 
 DOCS = PACKAGE / "docs"
 MAX_COLUMNS = 100

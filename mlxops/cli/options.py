@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any, TypeVar
 
 from invoke.tasks import Task, task
 
 from mlxops.core.command import AnyRequest, Hosts, Option, options_of
 from mlxops.core.errors import UsageError
+from mlxops.core.frozen import dataclass
 
 R = TypeVar("R", bound=AnyRequest)
 

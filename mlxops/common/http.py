@@ -12,9 +12,9 @@ import re
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mlxops.core.frozen import dataclass
 from mlxops.core.ports import Health
 
 if TYPE_CHECKING:

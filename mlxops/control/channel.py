@@ -5,9 +5,9 @@ from __future__ import annotations
 import codecs
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
+from mlxops.core.frozen import dataclass
 from mlxops.core.protocol import MARKER, MAX_LINE, Event, Hello, decode_event
 
 NOISE_BYTES = 1024 * 1024

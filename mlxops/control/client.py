@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from mlxops.common.build import build_id
@@ -21,6 +21,7 @@ from mlxops.control.hints import aimed, aimed_event
 from mlxops.core import wire
 from mlxops.core.command import AnyRequest, Request, request_type
 from mlxops.core.errors import AgentProblem, MlxopsError, OutcomeUnknown, Unreachable
+from mlxops.core.frozen import dataclass
 from mlxops.core.protocol import Done, Envelope, Event, Failed, Hello, LogLine, Note, Reached, Requester, Started
 from mlxops.core.replies import HostReply as HostReply
 from mlxops.core.settings import Settings

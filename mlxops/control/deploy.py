@@ -14,13 +14,14 @@ import shlex
 import tarfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
 from mlxops.common.build import PACKAGE, build_id, shipped
 from mlxops.control.channel import NOISE_BYTES, ConnectionLost, Ended, ReadLimits, Transport, events
 from mlxops.control.inventory import Host
 from mlxops.core.errors import AgentProblem, OutcomeUnknown, UsageError
+from mlxops.core.frozen import dataclass
 from mlxops.core.protocol import Done, Failed, Note
 
 AGENT_DEPENDENCIES = ("huggingface_hub", "psutil")

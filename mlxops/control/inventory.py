@@ -11,7 +11,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from pathlib import Path
 
 import yaml
@@ -19,6 +19,7 @@ import yaml
 from mlxops.common.build import engines
 from mlxops.control.yaml_file import FileProblem, compose, read_text
 from mlxops.core.errors import UsageError
+from mlxops.core.frozen import dataclass
 from mlxops.core.names import is_name, shown
 from mlxops.core.settings import Settings, absolute_path, argv, read_settings, variable_name
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 
+from mlxops.core.frozen import dataclass
 from mlxops.core.ports import Standing
 
 UNIT_TYPES = (".service", ".scope")

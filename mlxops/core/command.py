@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from enum import Enum
 from functools import cache
 from importlib import import_module
@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeAlias, TypeVar, cast, get_args
 
 from mlxops.core import names, wire
+from mlxops.core.frozen import dataclass
 
 COMMANDS = "mlxops.core.commands"
 _NAME = re.compile(r"[a-z]+(-[a-z]+)*")

@@ -5,9 +5,11 @@ To add a code, add a member to `DriftCode` and make a `Drift` from it where the 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from enum import StrEnum
 from typing import Self
+
+from mlxops.core.frozen import dataclass
 
 
 class DriftCode(StrEnum):

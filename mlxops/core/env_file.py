@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from mlxops.core.frozen import dataclass
 
 _ESCAPES = dict(zip("abfnrtv", "\a\b\f\n\r\t\v", strict=True))
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from enum import StrEnum
 from urllib.parse import urlsplit
 
+from mlxops.core.frozen import dataclass
 from mlxops.core.names import shown
 from mlxops.core.ports import Owner, State
 

@@ -7,8 +7,8 @@ every token.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
+from mlxops.core.frozen import dataclass
 from mlxops.core.layers import HEADS, HIDDEN, LAYERS, MODEL_TYPES, MOST_LAYERS, Config, Layer, Unspecified, guess
 
 _NESTED = ("text_config", "llm_config", "language_config", "thinker_config")

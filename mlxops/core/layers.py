@@ -7,8 +7,9 @@ The rules are read from the models of mlx-lm 0.32.2 (`make_cache`, and the calls
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
+
+from mlxops.core.frozen import dataclass
 
 FULL, WINDOW, STATE, NOTHING = "*", "w", "s", "-"
 """Kinds of layers: full attention, attention to a window of the last tokens, recurrent state, and no cache. A plan is a

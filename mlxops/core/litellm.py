@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 from mlxops.core.errors import Refused
+from mlxops.core.frozen import dataclass
 from mlxops.core.gateway import ENVIRON, Entry, Finding, GatewayPaths, Severity, edit
 from mlxops.core.names import shown
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+
+from mlxops.core.frozen import dataclass
 
 _TOKENIZERS = re.compile(
     r"[^/]*(tokenizer[^/]*\.json|vocab[^/]*|\.model|\.tiktoken|tekken\.json|merges\.txt|tokenization[^/]*\.py)"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import combinations
 
+from mlxops.core.frozen import dataclass
 from mlxops.core.kv_cache import KVCache
 from mlxops.core.text import amount
 

@@ -11,10 +11,10 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 
 from mlxops.core.errors import UsageError
+from mlxops.core.frozen import dataclass
 from mlxops.core.names import is_revision, shown
 from mlxops.core.registry import Model
 from mlxops.core.text import amount

@@ -8,8 +8,9 @@ server that crashed at once and a server that served look the same.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
+from mlxops.core.frozen import dataclass
 from mlxops.core.names import is_model_name
 from mlxops.core.ports import JobState, Orphan, Owner, PortView, State, World
 from mlxops.core.registry import Registry

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import StrEnum
 
 from mlxops.core import refusals
 from mlxops.core.errors import Refused
+from mlxops.core.frozen import dataclass
 from mlxops.core.names import AUTO, is_model_name, is_repo_id, is_revision
 from mlxops.core.names import port as parse_port
 from mlxops.core.ports import Orphan, Owner, PortView, State, World

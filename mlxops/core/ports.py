@@ -7,11 +7,12 @@ plans are made. It weighs all signals together: no single one is proof.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, field, replace
 from enum import StrEnum
 
 from mlxops.core.described import DescribedText
 from mlxops.core.drift import Drift
+from mlxops.core.frozen import dataclass
 from mlxops.core.protocol import Progress
 from mlxops.core.records import Operation, Run, Server
 from mlxops.core.registry import Model, Registry

@@ -8,8 +8,9 @@ an unknown one mlx-lm drops its model. Agents describe their ports, as `GatewayS
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
+from mlxops.core.frozen import dataclass
 from mlxops.core.gateway import Entry, SameHost, address_of, same_base, same_name, url
 from mlxops.core.names import shown
 

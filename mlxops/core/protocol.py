@@ -14,11 +14,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from mlxops.core import wire
 from mlxops.core.command import AnyRequest, decode_request
 from mlxops.core.errors import MlxopsError, error_from_wire
+from mlxops.core.frozen import dataclass
 from mlxops.core.settings import Settings, settings_from_wire
 from mlxops.core.text import amount, duration
 

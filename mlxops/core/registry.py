@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import cast
 
 from mlxops.core.errors import Refused
+from mlxops.core.frozen import dataclass
 from mlxops.core.names import is_name, is_repo_id, shown
 from mlxops.core.text import utf8
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from mlxops.core.errors import MlxopsError, Unreachable
+from mlxops.core.frozen import dataclass
 from mlxops.core.wire import omitted
 
 R = TypeVar("R", covariant=True)

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import field, fields, replace
 from typing import Protocol, TypeVar
 
 from mlxops.core.errors import UsageError
+from mlxops.core.frozen import dataclass
 from mlxops.core.names import is_name, shown
 
 DEFAULT_ENGINE = "mlx-openai-server"

@@ -6,9 +6,10 @@ Ignore fluctuation: the memory of a running server, and progress within the same
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from mlxops.core.commands.status import DriftRow, PortRow, RunningRow, StatusResult
+from mlxops.core.frozen import dataclass
 from mlxops.core.protocol import Progress
 
 

@@ -6,9 +6,9 @@ import os
 import re
 import shlex
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 
 from mlxops.core.errors import Refused
+from mlxops.core.frozen import dataclass
 from mlxops.core.registry import Model
 
 

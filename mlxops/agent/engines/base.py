@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from mlxops.agent.engines.installation import check_executable, expand_command, find_program
 from mlxops.common import files
 from mlxops.common.http import CHAT_COMPLETIONS, probe_health
 from mlxops.core.errors import Refused
+from mlxops.core.frozen import dataclass
 from mlxops.core.model_options import Option
 from mlxops.core.ports import Health
 from mlxops.core.registry import Model

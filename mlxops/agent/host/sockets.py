@@ -12,7 +12,8 @@ import socket
 import struct
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+
+from mlxops.core.frozen import dataclass
 
 CONNECTED, LISTENING = 1, 10
 """<net/tcp_states.h>"""

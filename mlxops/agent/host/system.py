@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +22,7 @@ from typing import Protocol
 from mlxops.agent.host import sockets
 from mlxops.agent.host.sockets import Socket
 from mlxops.core.errors import Refused
+from mlxops.core.frozen import dataclass
 
 _SHORTAGE_ERRORS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
 """Errors because this process has no descriptor or memory left. They do not mean that the object is absent.

@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from mlxops.agent.hub.contents import Damaged, printable, read
 from mlxops.agent.hub.snapshot import ModelFacts, completeness, inspect, judge
 from mlxops.agent.paths import folder_closed
 from mlxops.common.files import dangles, is_folder
+from mlxops.core.frozen import dataclass
 from mlxops.core.names import is_repo_id, is_revision
 
 __all__ = [

@@ -20,7 +20,7 @@ import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 from urllib.parse import urlsplit
@@ -29,6 +29,7 @@ from weakref import WeakSet
 from mlxops.agent.hub.cache import is_commit
 from mlxops.agent.hub.contents import printable
 from mlxops.core.errors import DownloadFailed, MlxopsError, Refused
+from mlxops.core.frozen import dataclass
 from mlxops.core.protocol import Event, Note, Progress
 from mlxops.core.text import amount
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,6 +53,7 @@ from mlxops.agent.hub.snapshot import (
 from mlxops.agent.hub.weights import NOT_SERVED, is_served, is_weight, wrong_length
 from mlxops.agent.state.locks import is_locked
 from mlxops.core.errors import DownloadFailed, Refused
+from mlxops.core.frozen import dataclass
 from mlxops.core.loadable import no_model
 from mlxops.core.names import is_repo_id, is_revision
 from mlxops.core.protocol import Note, Progress

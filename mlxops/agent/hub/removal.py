@@ -14,13 +14,13 @@ import shlex
 import shutil
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from mlxops.agent.hub.cache import is_commit
 from mlxops.agent.hub.snapshot import is_downloaded
 from mlxops.agent.state.locks import is_locked
 from mlxops.core.errors import Busy, Refused
+from mlxops.core.frozen import dataclass
 
 _SHARED_STORE = "blobs"
 """The folder beside the repositories for shared files, since huggingface_hub 2 (`utils/_shared_blobs.py`)."""

@@ -13,7 +13,7 @@ import shlex
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +33,7 @@ from mlxops.agent.hub.weights import (
     wrong_length,
 )
 from mlxops.common import files as files_io
+from mlxops.core.frozen import dataclass
 from mlxops.core.kv_cache import HALF, KVCache, kv_cache, language_model, seeing_cache
 from mlxops.core.loadable import is_packed, no_model, no_tokenizer, unsaid_quantization
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from fnmatch import translate
 
 from mlxops.agent.hub.contents import Damaged, is_pointer, parse, printable
+from mlxops.core.frozen import dataclass
 
 MAX_HEADER = 100_000_000
 """The limit of the safetensors format in bytes (`safetensors`, src/tensor.rs, MAX_HEADER_SIZE)."""

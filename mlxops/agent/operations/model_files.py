@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from mlxops.agent.context import Context
 from mlxops.core.errors import Refused
+from mlxops.core.frozen import dataclass
 from mlxops.core.planner import ModelRef
 from mlxops.core.registry import Model
 

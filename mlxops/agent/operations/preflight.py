@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from mlxops.agent.context import Context, busy, memory_lock
@@ -30,6 +30,7 @@ from mlxops.core import memory, planner
 from mlxops.core.commands.list import OptionRow
 from mlxops.core.commands.load import Load
 from mlxops.core.errors import Refused
+from mlxops.core.frozen import dataclass
 from mlxops.core.loadable import no_tokenizer, unknown_quantization
 from mlxops.core.model_options import Option, options_of, size_warning
 from mlxops.core.names import shown

@@ -6,7 +6,7 @@ import contextlib
 import shlex
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from mlxops.agent.context import RESTORE, Context, TakenOut
 from mlxops.agent.operations.load import load
@@ -15,6 +15,7 @@ from mlxops.core import wire
 from mlxops.core.commands.load import Load
 from mlxops.core.commands.restore import Restore, RestoreResult, RestoreRow
 from mlxops.core.errors import Interrupted, MlxopsError, NotStarted, Refused
+from mlxops.core.frozen import dataclass
 from mlxops.core.plan_restore import (
     Now,
     Record,

@@ -3,11 +3,12 @@ an unknown name makes mlx-lm drop its model."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from mlxops.agent.engines import ENGINES
 from mlxops.agent.engines.base import ServedNames
 from mlxops.agent.engines.installation import installed_version
+from mlxops.core.frozen import dataclass
 from mlxops.core.ports import Owner, PortView
 from mlxops.core.records import Run, Server
 

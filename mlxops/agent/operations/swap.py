@@ -6,7 +6,6 @@ import contextlib
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 from mlxops.agent.context import Context
@@ -22,6 +21,7 @@ from mlxops.agent.serving.launch import Launch, deadline_for
 from mlxops.agent.serving.logs import previous_log
 from mlxops.core.commands.load import Load
 from mlxops.core.errors import Interrupted, MlxopsError, NotStarted, OutcomeUnknown
+from mlxops.core.frozen import dataclass
 from mlxops.core.planner import LoadPlan, ModelRef
 from mlxops.core.ports import Owner, PortView
 from mlxops.core.protocol import Phase

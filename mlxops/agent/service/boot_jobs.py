@@ -15,7 +15,6 @@ import stat
 import subprocess
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -42,6 +41,7 @@ from mlxops.core.boot_jobs import (
     words_of,
 )
 from mlxops.core.errors import Refused
+from mlxops.core.frozen import dataclass
 from mlxops.core.ports import BootClaim, JobState, Standing
 from mlxops.core.settings import BootJob
 

@@ -17,12 +17,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Protocol
 
 from mlxops.agent.service.managers import ABSENT, ask_manager
 from mlxops.core.errors import Refused
+from mlxops.core.frozen import dataclass
 
 LABEL = "org.mlxops.restore"
 UNIT = "mlxops-restore"

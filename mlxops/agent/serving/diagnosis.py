@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import re
 import signal
-from dataclasses import dataclass
+
+from mlxops.core.frozen import dataclass
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from mlxops.agent.state.durable_files import list_matching
 from mlxops.agent.state.locks import folder_lock
 from mlxops.common.files import open_file
 from mlxops.core.errors import Busy
+from mlxops.core.frozen import dataclass
 from mlxops.core.text import clean
 
 KEPT_LOGS = 3

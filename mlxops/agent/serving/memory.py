@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from mlxops.agent.engines.argv import long_options
@@ -18,6 +17,7 @@ from mlxops.agent.serving.observe import real_path, repo_of
 from mlxops.agent.serving.servers import ServerProcess
 from mlxops.core import memory
 from mlxops.core.errors import Refused
+from mlxops.core.frozen import dataclass
 from mlxops.core.memory import Estimate, Use
 from mlxops.core.ports import PortView, World
 from mlxops.core.records import Operation

@@ -10,7 +10,7 @@ import shlex
 import socket
 import threading
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ from mlxops.agent.state.operation_log import OperationState, operation_state
 from mlxops.agent.state.store import Store, format_utc
 from mlxops.common import files
 from mlxops.core.errors import Interrupted, MlxopsError
+from mlxops.core.frozen import dataclass
 from mlxops.core.port_drift import find_drift
 from mlxops.core.ports import BootClaim, Health, JobState, Signals, Standing, World, judge
 from mlxops.core.records import Run, Server

@@ -15,13 +15,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from mlxops.agent.host.programs import MARK
 from mlxops.agent.host.system import Look, Process, System
 from mlxops.agent.serving import servers
 from mlxops.core.errors import MlxopsError, NotStarted, Refused
+from mlxops.core.frozen import dataclass
 from mlxops.core.records import Run
 from mlxops.core.text import clean
 

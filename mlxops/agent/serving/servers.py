@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 
 from mlxops.agent.engines import recognise
 from mlxops.agent.engines.argv import program_of
 from mlxops.agent.engines.base import DetectedServer
 from mlxops.agent.host.system import Look, Process
+from mlxops.core.frozen import dataclass
 
 SHELLS = frozenset({"sh", "bash", "dash", "zsh", "ksh", "ash", "busybox", "fish", "nu", "csh", "tcsh"})
 PREFIXES = frozenset(

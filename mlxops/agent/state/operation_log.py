@@ -21,7 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from mlxops.agent.state.durable_files import flush
@@ -30,6 +30,7 @@ from mlxops.agent.state.store import state_unreadable
 from mlxops.common import files
 from mlxops.common.files import Unfit
 from mlxops.core.errors import Bug, MlxopsError, Refused
+from mlxops.core.frozen import dataclass
 from mlxops.core.protocol import (
     MAX_LINE,
     PROTOCOL,

@@ -9,12 +9,12 @@ command on that port also names it and writes its final event.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 from mlxops.agent.state.operation_log import OperationLog, find_operation, recent_operations
 from mlxops.agent.state.store import Store, state_unreadable
 from mlxops.core.drift import Drift, DriftCode
 from mlxops.core.errors import Refused
+from mlxops.core.frozen import dataclass
 from mlxops.core.protocol import Failed
 from mlxops.core.records import Operation
 

@@ -28,7 +28,6 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
 
@@ -56,6 +55,7 @@ from mlxops.agent.state.registry_file import RegistryFile
 from mlxops.common import files
 from mlxops.common.files import Unfit, describe_error
 from mlxops.core.errors import Refused
+from mlxops.core.frozen import dataclass
 from mlxops.core.records import Operation, Run, operation_from_wire, run_from_wire
 from mlxops.core.settings import Settings, settings_from_wire
 

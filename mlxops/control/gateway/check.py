@@ -9,7 +9,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from mlxops.core import wire
 from mlxops.core.commands.gateway import ServedPort, ServedPorts
 from mlxops.core.commands.load import Loading, LoadResult
 from mlxops.core.errors import MlxopsError, Refused, UsageError
+from mlxops.core.frozen import dataclass
 from mlxops.core.gateway import Entry, Finding, Port, Severity
 from mlxops.core.litellm import Config, deployed
 from mlxops.core.names import shown

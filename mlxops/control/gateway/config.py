@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -17,6 +16,7 @@ from mlxops.control.inventory import Gateway
 from mlxops.control.yaml_file import FileProblem, compose, construct, read_text
 from mlxops.core import env_file
 from mlxops.core.errors import Refused
+from mlxops.core.frozen import dataclass
 from mlxops.core.gateway import Entry, Finding, GatewayPaths, Severity
 from mlxops.core.litellm import Config, Environ, parse
 

@@ -16,7 +16,7 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from urllib.parse import quote, urlsplit
 
 from mlxops.common.http import (
@@ -26,6 +26,7 @@ from mlxops.common.http import (
     parse_completion,
     send_request,
 )
+from mlxops.core.frozen import dataclass
 from mlxops.core.gateway import SameHost, same_base, same_name
 
 SECONDS = 60.0

@@ -10,12 +10,13 @@ import shlex
 import socket
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import IO
 
 from mlxops.common.files import read_start
 from mlxops.core.errors import Unreachable, UsageError
+from mlxops.core.frozen import dataclass
 from mlxops.core.names import shown
 
 _TOKEN = re.compile(r"%(.)")

@@ -7,10 +7,10 @@ host closes the connection.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from mlxops.control.ssh import public_keys
+from mlxops.core.frozen import dataclass
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import base64
 import hmac
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from mlxops.common.files import read_start
 from mlxops.control.ssh import public_keys
+from mlxops.core.frozen import dataclass
 
 MAX_BYTES = 64 * 1024 * 1024
 

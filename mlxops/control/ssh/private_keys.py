@@ -6,12 +6,12 @@ Paramiko does not read PKCS#8, and refuses a key if the certificate beside it is
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxops.common.files import read_start
 from mlxops.control.ssh.public_keys import kind, packed
+from mlxops.core.frozen import dataclass
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey

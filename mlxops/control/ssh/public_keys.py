@@ -9,10 +9,10 @@ import base64
 import binascii
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from mlxops.common.files import read_start
+from mlxops.core.frozen import dataclass
 
 CERTIFICATE = "-cert-v01@openssh.com"
 """The suffix of certificate types."""

@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
 from typing import Generic, Self, TypeVar, cast
 
@@ -35,6 +35,7 @@ from mlxops.control.client import (
 from mlxops.core.command import Request
 from mlxops.core.commands.status import Status, StatusResult
 from mlxops.core.errors import MlxopsError
+from mlxops.core.frozen import dataclass
 from mlxops.core.protocol import AGAIN, HEARTBEAT, Done, Failed, Hello
 
 HEARTBEAT_SECONDS = 5.0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from mlxops.control.client import HostReply
 from mlxops.control.render import document_line
@@ -15,6 +15,7 @@ from mlxops.control.watch.link import Observation
 from mlxops.core import wire
 from mlxops.core.commands.status import StatusResult, show
 from mlxops.core.errors import MlxopsError
+from mlxops.core.frozen import dataclass
 from mlxops.core.status_diff import Change, changes, differ_beyond_memory
 from mlxops.core.tables import one_line
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from mlxops.core.command import Group, Hosts, Request, switch
+from mlxops.core.frozen import dataclass
 from mlxops.core.replies import ErrorRow
 
 

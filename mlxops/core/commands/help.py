@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from mlxops.core.command import Group, Request, option
+from mlxops.core.frozen import dataclass
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from mlxops.core.command import Group, Hosts, Request, switch
+from mlxops.core.frozen import dataclass
 from mlxops.core.replies import ErrorRow, HostReply
 from mlxops.core.tables import host_table, one_line, size, table
 from mlxops.core.wire import omitted

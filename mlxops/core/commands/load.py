@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from mlxops.core.command import Draining, Group, option, seconds, switch
+from mlxops.core.frozen import dataclass
 from mlxops.core.replies import HostReply
 from mlxops.core.tables import each_host, one_line
 from mlxops.core.wire import omitted

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from mlxops.core.command import Group, Hosts, Request, option
+from mlxops.core.frozen import dataclass
 from mlxops.core.protocol import Progress
 from mlxops.core.replies import HostReply
 from mlxops.core.tables import table

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from mlxops.core.command import Group, option
 from mlxops.core.commands.load import Loading
 from mlxops.core.commands.load import show as show
+from mlxops.core.frozen import dataclass
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Self
 
 from mlxops.core.command import Group, Plannable, option
 from mlxops.core.commands.list import OptionRow, shown_options
+from mlxops.core.frozen import dataclass
 from mlxops.core.replies import HostReply
 from mlxops.core.tables import each_host, one_line
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Self
 
 from mlxops.core.command import Draining, Group, option, switch
 from mlxops.core.commands.load import PortResult, plan_lines
 from mlxops.core.errors import UsageError
+from mlxops.core.frozen import dataclass
 from mlxops.core.replies import HostReply
 from mlxops.core.tables import each_host, joined, one_line
 

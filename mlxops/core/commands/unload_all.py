@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from mlxops.core.command import Group, Hosts, Plannable, switch
 from mlxops.core.commands.load import PortResult
 from mlxops.core.commands.unload import line
+from mlxops.core.frozen import dataclass
 from mlxops.core.replies import HostReply
 from mlxops.core.tables import each_host
 
