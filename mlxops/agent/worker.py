@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from mlxops.agent.agreement import confirm_agreement
 from mlxops.agent.context import Cancellation, Context
@@ -29,6 +29,9 @@ from mlxops.core import wire
 from mlxops.core.errors import Busy, Exit, MlxopsError, bug
 from mlxops.core.protocol import Done, Envelope, Event, Failed
 from mlxops.core.text import amount
+
+if TYPE_CHECKING:
+    import subprocess
 
 CANCEL_POLL_SECONDS = 0.1
 
@@ -53,6 +56,8 @@ def begin(store: Store, request: Envelope) -> tuple[OperationLog, subprocess.Pop
 
 
 def _start(journal: OperationLog, lock: int) -> subprocess.Popen[bytes]:
+    import subprocess
+
     try:
         with open(journal.folder / "stderr", "xb") as errors:
             return subprocess.Popen(

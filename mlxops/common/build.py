@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from functools import cache
 from pathlib import Path
 
 from mlxops import __version__
+
+try:
+    from _blake2 import blake2b  # hashlib would load OpenSSL, which takes as long as all hashing
+except ImportError:
+    from hashlib import blake2b
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -35,9 +39,9 @@ def engines() -> tuple[str, ...]:
 @cache
 def build_id() -> str:
     """Return `<version>+<12 hex digits>`. Equal ids mean equal version and equal shipped sources."""
-    digest = hashlib.sha256()
+    digest = blake2b(digest_size=6)
     for path in shipped():
         data = path.read_bytes()
         digest.update(f"{path.relative_to(PACKAGE).as_posix()}\0{len(data)}\0".encode())
         digest.update(data)
-    return f"{__version__}+{digest.hexdigest()[:12]}"
+    return f"{__version__}+{digest.hexdigest()}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,8 @@ def search_path(environ: Mapping[str, str]) -> str:
 
 
 def find_program(name: str, environ: Mapping[str, str]) -> str | None:
+    import shutil
+
     return shutil.which(name, path=search_path(environ))
 
 

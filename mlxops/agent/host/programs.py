@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 from collections.abc import Mapping, Sequence
 
 MARK = "MLXOPS_RUN"
@@ -27,6 +26,8 @@ def run_program(argv: Sequence[str], env: Mapping[str, str], seconds: float) -> 
 
     It runs in its own session. If it takes too long, its process group is killed.
     """
+    import subprocess
+
     try:
         child = subprocess.Popen(
             argv,

@@ -10,8 +10,6 @@ import contextlib
 import errno
 import ipaddress
 import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import field
@@ -128,6 +126,8 @@ def _normalise(text: str) -> str:
 
 def free_on_disk(path: Path) -> int:
     """Return the free bytes on the disk of `path`, which need not exist."""
+    import shutil
+
     return shutil.disk_usage(next(folder for folder in (path, *path.parents) if os.path.exists(folder))).free
 
 
@@ -361,6 +361,8 @@ class PsutilSystem:
 
     @cache  # noqa: B019 - as above; each call starts a process
     def boot_id(self) -> str:
+        import subprocess
+
         if sys.platform != "darwin":
             return LinuxSystem().boot_id()
         # kern.bootsessionuuid: a UUID for each boot (XNU, bsd/kern/kern_sysctl.c).

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -82,6 +81,8 @@ def cut(log: Path, cap: int = CAP) -> bool:
     Only output of the instant between the two is lost. Return False if the log is not that long: another
     process has truncated it, or renamed it for the next server. Raises `Busy` (logs_locked), `OSError`.
     """
+    import shutil
+
     with _logs_lock(log.parent):
         if log.lstat().st_size <= cap:
             return False

@@ -11,11 +11,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlxops.agent.host.programs import MARK
 from mlxops.agent.host.system import Look, Process, System
@@ -24,6 +24,9 @@ from mlxops.core.errors import MlxopsError, NotStarted, Refused
 from mlxops.core.frozen import dataclass
 from mlxops.core.records import Run
 from mlxops.core.text import clean
+
+if TYPE_CHECKING:
+    import subprocess
 
 GATE = Path(__file__).with_name("gate.py")
 
@@ -60,6 +63,8 @@ def spawn(system: System, argv: Sequence[str], env: Mapping[str, str], folder: P
 
     Raises `NotStarted` if the system refuses another process.
     """
+    import subprocess
+
     reader, writer = os.pipe()
     try:
         with open(log, "ab", buffering=0) as output:

@@ -16,7 +16,6 @@ import contextlib
 import errno
 import os
 import re
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -125,6 +124,8 @@ class OperationLog:
 
     def discard(self) -> None:
         """Remove the record of an operation whose worker did not start: it was not interrupted."""
+        import shutil
+
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def append(self, event: Event) -> None:
@@ -362,6 +363,8 @@ def _closing(fd: int) -> Iterator[int]:
 
 def _prune(ops: Path) -> None:
     """Make room for one more record: remove the oldest ones whose worker is not alive."""
+    import shutil
+
     folders = [ops / name for name in sorted(_list_ids(ops))]
     for folder in folders[: max(0, len(folders) - KEPT_OPERATIONS + 1)]:
         if not OperationLog(folder).alive():
