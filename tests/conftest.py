@@ -19,6 +19,8 @@ from tests.lab import cache, leaks, models, world
 from tests.lab.homelab import CHECKOUT, Homelab, LabUnavailable
 from tests.lab.hub import Hub
 from tests.lab.sshd import missing
+from tests.lab.wire import Wire
+from tests.lab.wired import wired as over_a_wire
 from tests.steps import with_fake
 
 _FOREIGN = ("HF_", "HUGGING", "XDG_", "MLXOPS_", "MLX_", "INVOKE_", "FABRIC_", "SSH_", "GIT_", "LITELLM_")
@@ -257,3 +259,18 @@ def quick_engine(homelab: Homelab) -> None:
 def online_homelab(make_homelab: Callable[..., Homelab], hub: Hub) -> Homelab:
     """A Mini and one Studio that downloads from the hub."""
     return make_homelab(hub_url=hub.url)
+
+
+@pytest.fixture
+def slow_hub(hub: Hub) -> Iterator[Wire]:
+    """A connection to the hub that is slow enough for a download to be observed. It can also be stalled."""
+    with Wire(("127.0.0.1", int(hub.url.rpartition(":")[2])), delay=0.15) as wire:
+        yield wire
+
+
+@pytest.fixture
+def wired(make_homelab: Callable[..., Homelab], slow_hub: Wire) -> Iterator[tuple[Homelab, Wire]]:
+    """A homelab that downloads from the slow hub, and the connection from its Mini to its Studio, which can be cut."""
+    lab = make_homelab(hub_url=f"http://127.0.0.1:{slow_hub.port}")
+    with over_a_wire(lab) as wire:
+        yield lab, wire

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import sysconfig
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import psutil
 
 from tests.lab import leaks, models
 from tests.lab.homelab import CHECKOUT, Completed, Homelab, Studio
+from tests.lab.run import running, script
 from tests.lab.world import Process, can_bind, listeners, wait_until
 
 WAYS = ("ssh", "local")
@@ -73,28 +73,15 @@ class Ask:
 
     @contextmanager
     def running(self, *arguments: object) -> Iterator[subprocess.Popen[str]]:
-        """The same command, started and not waited for; whoever enters it sees to its end."""
+        """Start the same command. It is killed at the end of the block."""
         words = [str(argument) for argument in arguments]
-        scripts = sysconfig.get_path("scripts")
         if self.way == "ssh":
-            argv, cwd, env = [f"{scripts}/inv", *words], CHECKOUT, self.lab.mini.env
+            argv, cwd, env = [script("inv"), *words], CHECKOUT, self.lab.mini.env
         else:
-            argv, cwd = [f"{scripts}/mlxctl", *words, "--local"], self.studio.home
+            argv, cwd = [script("mlxctl"), *words, "--local"], self.studio.home
             env = {"PATH": os.defpath, "TMPDIR": str(self.studio.folder / "tmp"), **self.studio.env}
-        with subprocess.Popen(
-            argv,
-            cwd=cwd,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        ) as process:
-            try:
-                yield process
-            finally:
-                process.kill()
+        with running(argv, cwd, env) as process:
+            yield process
 
 
 def error_of(answer: Completed) -> Any:

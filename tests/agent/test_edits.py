@@ -19,7 +19,7 @@ from mlxops.agent.hub.download import download, verify, warn_of_edits
 from mlxops.agent.hub.snapshot import edited, inspect
 from mlxops.core.errors import DownloadFailed, Refused
 from mlxops.core.protocol import Event, Note
-from tests.agent.test_hub import LLAMA, QUICK, cache, faulty  # noqa: F401
+from tests.agent.test_hub import LLAMA, QUICK
 from tests.lab import models
 from tests.lab.faultyhub import FaultyHub
 from tests.lab.homelab import Homelab, Studio
@@ -84,8 +84,8 @@ class TestEdit:
     @pytest.mark.parametrize("way", WAYS)
     def test_edit_is_kept_by_download_and_verify(
         self,
-        faulty: FaultyHub,  # noqa: F811
-        cache: Path,  # noqa: F811
+        faulty: FaultyHub,
+        cache: Path,
         way: str,
     ) -> None:
         snapshot = download(LLAMA, None, cache, lambda _: None, QUICK).path
@@ -115,8 +115,8 @@ class TestEdit:
 
     def test_warning_has_the_commands_that_restore_the_file(
         self,
-        faulty: FaultyHub,  # noqa: F811
-        cache: Path,  # noqa: F811
+        faulty: FaultyHub,
+        cache: Path,
     ) -> None:
         for way in WAYS.values():
             snapshot = download(LLAMA, None, cache, lambda _: None, QUICK)
@@ -135,8 +135,8 @@ class TestEdit:
     def test_edit_stays_in_its_snapshot_when_the_branch_moves(
         self,
         hub: Hub,
-        faulty: FaultyHub,  # noqa: F811
-        cache: Path,  # noqa: F811
+        faulty: FaultyHub,
+        cache: Path,
         tiny_models: Path,
     ) -> None:
         repo = "tiny-org/edited-and-moved"
@@ -151,8 +151,8 @@ class TestEdit:
 
     def test_edited_weights_that_match_their_header_are_kept(
         self,
-        faulty: FaultyHub,  # noqa: F811
-        cache: Path,  # noqa: F811
+        faulty: FaultyHub,
+        cache: Path,
         tiny_models: Path,
     ) -> None:
         """For example, weights that were quantized again."""
@@ -178,8 +178,8 @@ class TestEditThatLooksTruncated:
     )
     def test_edit_is_kept_with_a_warning(
         self,
-        faulty: FaultyHub,  # noqa: F811
-        cache: Path,  # noqa: F811
+        faulty: FaultyHub,
+        cache: Path,
         way: str,
         name: str,
         mine: bytes,
@@ -210,8 +210,8 @@ class TestLinkOfAPerson:
 
     def test_link_to_a_missing_disk_is_not_replaced(
         self,
-        faulty: FaultyHub,  # noqa: F811
-        cache: Path,  # noqa: F811
+        faulty: FaultyHub,
+        cache: Path,
         tmp_path: Path,
     ) -> None:
         snapshot = download(QWEN, None, cache, lambda _: None, QUICK)
@@ -252,8 +252,8 @@ class TestTruncatedFile:
     @pytest.mark.parametrize("way", WAYS)
     def test_truncated_file_is_downloaded_again(
         self,
-        faulty: FaultyHub,  # noqa: F811
-        cache: Path,  # noqa: F811
+        faulty: FaultyHub,
+        cache: Path,
         way: str,
     ) -> None:
         snapshot = download(LLAMA, None, cache, lambda _: None, QUICK).path
@@ -268,8 +268,8 @@ class TestTruncatedFile:
 
     def test_file_with_lost_bytes_is_downloaded_again(
         self,
-        faulty: FaultyHub,  # noqa: F811
-        cache: Path,  # noqa: F811
+        faulty: FaultyHub,
+        cache: Path,
     ) -> None:
         file = download(LLAMA, None, cache, lambda _: None, QUICK).path / "config.json"
         whole = file.read_bytes()
@@ -333,8 +333,8 @@ def test_config_in_another_encoding_is_reported(homelab: Homelab, content: bytes
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer_config.json", "tokenizer.json"])
 def test_git_lfs_pointer_is_named_and_downloaded_again(
-    faulty: FaultyHub,  # noqa: F811
-    cache: Path,  # noqa: F811
+    faulty: FaultyHub,
+    cache: Path,
     name: str,
 ) -> None:
     file = download(QWEN, None, cache, lambda _: None, QUICK).path / name

@@ -8,7 +8,6 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +33,6 @@ from tests.lab.world import free_port
 LLAMA = "tiny-org/tiny-llama"
 QUICK = DownloadTimeouts(stall=60, answer=10, tries=3, backoff=0.01, longest_wait=0.05)
 """Long limits for slow machines, short pauses between tries."""
-
-
-@pytest.fixture
-def faulty(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyHub]:
-    with FaultyHub(hub.url) as running:
-        monkeypatch.setenv("HF_ENDPOINT", running.url)
-        yield running
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "hf" / "hub"
 
 
 def pull(

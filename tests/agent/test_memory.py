@@ -243,7 +243,7 @@ def by_hand(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text('{"model_type": "llama"}')
     with (snapshot / "model.safetensors").open("wb") as weights:
-        weights.truncate(10 * GB)  # sparse
+        weights.truncate(GB)  # sparse
     script = tmp_path / "mlx_lm.server"
     script.write_text("import time; time.sleep(1000)\n")
     port = free_port()
@@ -260,7 +260,7 @@ def test_foreign_server_counts_as_memory_in_use(tmp_path: Path, by_hand: tuple[s
     world = observe(paths, Store(paths.state, paths.registry), EMPTY, system)
     found = next(use for use in in_use(world, system, {}) if use.pid == child.pid)
     assert (found.port, found.model, found.owner) == (port, "org/big", "hand")
-    assert found.counted >= 20 * GB, "its weights, and as much for a context of unknown length"
+    assert found.counted >= 2 * GB, "its weights, and as much for a context of unknown length"
 
 
 def test_reservation_counts_until_the_server_does(tmp_path: Path, by_hand: tuple[subprocess.Popen[bytes], int]) -> None:

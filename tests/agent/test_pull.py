@@ -16,8 +16,8 @@ from mlxops.agent.hub.removal import Deleted
 from mlxops.agent.hub.removal import delete as delete_from
 from mlxops.core.errors import DownloadFailed
 from mlxops.core.protocol import Event, Note, Progress
-from tests.agent.test_hub import LLAMA, QUICK, cache, faulty, pull  # noqa: F401
-from tests.control.test_attach import operations, slow_hub, wired  # noqa: F401
+from tests.agent.test_hub import LLAMA, QUICK, pull
+from tests.control.test_attach import operations
 from tests.lab import models
 from tests.lab.faultyhub import FaultyHub, Lie
 from tests.lab.homelab import Homelab
@@ -74,7 +74,7 @@ class TestPull:
         assert (newer["changed"], newer["revision"]) == (True, second)
         assert newer["verified_files"] == len(models.files_of(tiny_models / models.QWEN_B))
 
-    def test_is_done_once_for_two_who_ask(self, wired: tuple[Homelab, Wire], slow_hub: Wire) -> None:  # noqa: F811
+    def test_is_done_once_for_two_who_ask(self, wired: tuple[Homelab, Wire], slow_hub: Wire) -> None:
         """A pull, and a load of the same repository that comes while it runs."""
         lab, _ = wired
         with client(lab, "pull", "--repo", QWEN) as first:
@@ -94,8 +94,8 @@ class TestPull:
 
     def test_that_was_killed_leaves_nothing_behind_after_the_next_one(
         self,
-        wired: tuple[Homelab, Wire],  # noqa: F811
-        slow_hub: Wire,  # noqa: F811
+        wired: tuple[Homelab, Wire],
+        slow_hub: Wire,
     ) -> None:
         lab, _ = wired
         with client(lab, "pull", "--repo", QWEN) as process:
@@ -113,8 +113,8 @@ class TestPull:
 
     def test_that_is_cancelled_ends_at_once_and_leaves_nothing(
         self,
-        wired: tuple[Homelab, Wire],  # noqa: F811
-        slow_hub: Wire,  # noqa: F811
+        wired: tuple[Homelab, Wire],
+        slow_hub: Wire,
     ) -> None:
         lab, _ = wired
         with client(lab, "pull", "--repo", QWEN) as process:
@@ -128,8 +128,8 @@ class TestPull:
 
     def test_that_is_cancelled_leaves_what_an_earlier_one_had_completed(
         self,
-        wired: tuple[Homelab, Wire],  # noqa: F811
-        slow_hub: Wire,  # noqa: F811
+        wired: tuple[Homelab, Wire],
+        slow_hub: Wire,
     ) -> None:
         lab, _ = wired
         here = lab.studio.install(LLAMA, models.LLAMA)
@@ -155,8 +155,8 @@ class TestPull:
 class TestVerify:
     def test_finds_wrong_bytes_of_the_right_length_and_tells_the_commands_that_heal(
         self,
-        faulty: FaultyHub,  # noqa: F811
-        cache: Path,  # noqa: F811
+        faulty: FaultyHub,
+        cache: Path,
     ) -> None:
         snapshot = download(LLAMA, None, cache, lambda _: None, QUICK)
         events: list[Event] = []
@@ -183,8 +183,8 @@ class TestVerify:
 
     def test_of_damaged_weights_that_are_none_of_the_hubs_leaves_them(
         self,
-        faulty: FaultyHub,  # noqa: F811
-        cache: Path,  # noqa: F811
+        faulty: FaultyHub,
+        cache: Path,
     ) -> None:
         mine = download(LLAMA, None, cache, lambda _: None, QUICK).path / "model-mine.safetensors"
         mine.write_bytes(b"half of a copy")
@@ -194,8 +194,8 @@ class TestVerify:
 
     def test_leaves_a_running_downloads_half_files_alone(
         self,
-        faulty: FaultyHub,  # noqa: F811
-        cache: Path,  # noqa: F811
+        faulty: FaultyHub,
+        cache: Path,
     ) -> None:
         import fcntl
 
@@ -348,7 +348,7 @@ class TestRemove:
         assert studio.completion(studio.ports[0], "jerry-xl")["model"] == "jerry-xl"
 
 
-def test_a_lie_of_the_hub_is_found_by_verify(faulty: FaultyHub, cache: Path) -> None:  # noqa: F811
+def test_a_lie_of_the_hub_is_found_by_verify(faulty: FaultyHub, cache: Path) -> None:
     """Files without a structure of their own, such as a template, are only found by their hash."""
     faulty.fail(Lie(), method="GET", part="chat_template", times=1)
     snapshot = download(LLAMA, None, cache, lambda _: None, QUICK)

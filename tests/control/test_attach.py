@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,30 +27,13 @@ from mlxops.core.settings import PortRange, Settings
 from tests.lab import cache, models
 from tests.lab.envelopes import envelope
 from tests.lab.homelab import Completed, Homelab, script
-from tests.lab.hub import Hub
 from tests.lab.wire import Wire
 from tests.lab.wired import client
-from tests.lab.wired import wired as over_a_wire
 from tests.lab.world import wait_until
 from tests.steps import quiet
 
 QWEN = "tiny-org/tiny-qwen3"
 WAIT = 60.0
-
-
-@pytest.fixture
-def slow_hub(hub: Hub) -> Iterator[Wire]:
-    """The way to the hub, slow enough for a download to be seen; and it can be made to stand still."""
-    with Wire(("127.0.0.1", int(hub.url.rpartition(":")[2])), delay=0.15) as wire:
-        yield wire
-
-
-@pytest.fixture
-def wired(make_homelab: Callable[..., Homelab], slow_hub: Wire) -> Iterator[tuple[Homelab, Wire]]:
-    """A homelab whose Mini reaches the Studio over a wire that can be cut, and a hub that is slow enough to see."""
-    lab = make_homelab(hub_url=f"http://127.0.0.1:{slow_hub.port}")
-    with over_a_wire(lab) as wire:
-        yield lab, wire
 
 
 def load(lab: Homelab) -> list[str]:

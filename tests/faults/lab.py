@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +14,8 @@ from typing import Any
 import psutil
 
 from tests.faults.snapshots import MODELS, snapshot
-from tests.lab.homelab import Completed, Homelab, script
+from tests.lab.homelab import Completed, Homelab
+from tests.lab.run import running, script
 
 __all__ = ["MODELS", "QuickHost"]
 
@@ -41,31 +40,17 @@ class QuickHost:
         return self.mlxctl("status", "--json", *flags).ok().json["hosts"][0]
 
     @contextmanager
-    def start(self, *words: str) -> Iterator[subprocess.Popen[bytes]]:
-        """`mlxctl ... --local`, while it runs."""
+    def start(self, *words: str) -> Iterator[subprocess.Popen[str]]:
+        """Run `mlxctl ... --local` while the block runs."""
         with self.running(script("mlxctl"), *words, "--local") as process:
             yield process
 
     @contextmanager
-    def running(self, *argv: str) -> Iterator[subprocess.Popen[bytes]]:
-        """A program of this host, which ends with its group when the block does."""
+    def running(self, *argv: str) -> Iterator[subprocess.Popen[str]]:
+        """Run a program of this host while the block runs; nobody reads its output."""
         null = subprocess.DEVNULL
-        with subprocess.Popen(
-            argv,
-            cwd=self.studio.home,
-            env=self.studio.environment,
-            stdin=null,
-            stdout=null,
-            stderr=null,
-            start_new_session=True,
-        ) as process:
-            try:
-                yield process
-            finally:
-                try:
-                    os.killpg(process.pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
+        with running(argv, self.studio.home, self.studio.environment, stdout=null, stderr=null) as process:
+            yield process
 
     def by_hand(self, model: str, port: int, *options: str) -> str:
         """A line of shell that starts a server in the background, as somebody would."""

@@ -299,7 +299,7 @@ def _an_unload_of_a_model_that_moves(arena: Arena) -> None:
     """By its name it is unloaded where it is by then; what is in its old place stays."""
     first, second = arena.ports[0], arena.ports[1]
     _load(arena, ALPHA, first)
-    with _held_at(arena, f"{OPERATIONS}.unload._make_way", "unload", model=ALPHA) as unloaded:
+    with _held_at(arena, f"{OPERATIONS}.unload.make_way", "unload", model=ALPHA) as unloaded:
         _load(arena, ALPHA, second)
         _load(arena, BETA, first)
     assert unloaded[0].exit == 0 and unloaded[0].result, unloaded
@@ -416,7 +416,7 @@ def _a_removal_of_files_that_get_another_name(arena: Arena) -> None:
     """Whoever has begun to serve them under a name that was not there before keeps them."""
     first = arena.ports[0]
     arena.write_registry({"one": entry(ALPHA, arena.snapshots[ALPHA])})
-    with _held_at(arena, f"{OPERATIONS}.pull._nobody_works_with", "remove", model="one") as removed:
+    with _held_at(arena, f"{OPERATIONS}.remove._nobody_works_with", "remove", model="one") as removed:
         assert arena.run("load", model="new", port=str(first), repo=ALPHA).exit == 0
     assert (removed[0].exit, removed[0].error and removed[0].error.code) == (3, "in_use"), removed
     with _held_at(arena, STARTS, "load", model="third", port=str(arena.ports[1]), repo=ALPHA):

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain
-from types import TracebackType
-from typing import Self
 from urllib.parse import urlsplit
+
+from tests.lab.service import Service
 
 _PASSED_ON = ("Authorization", "Range", "User-Agent", "Accept")
 _NOT_PASSED_BACK = frozenset({"connection", "transfer-encoding", "date", "server", "keep-alive"})
@@ -95,7 +95,7 @@ class _Rule:
     times: int
 
 
-class FaultyHub:
+class FaultyHub(Service):
     """A hub in front of the one at `upstream`, on a port of its own, while it is entered."""
 
     def __init__(self, upstream: str) -> None:
@@ -126,7 +126,7 @@ class FaultyHub:
     def url(self) -> str:
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
-    def __enter__(self) -> Self:
+    def start(self) -> None:
         class Handler(_Handler):
             pass
 
@@ -135,11 +135,8 @@ class FaultyHub:
         self._server.daemon_threads = False  # so that closing waits for them
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
         self._thread.start()
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def stop(self) -> None:
         self._over.set()
         self._server.shutdown()
         self._server.server_close()

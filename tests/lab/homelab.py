@@ -16,19 +16,21 @@ import itertools
 import json
 import os
 import signal
-import subprocess
 import sys
-import sysconfig
 import urllib.request
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import yaml
 
 from tests.lab import cache, models
+from tests.lab.run import TIMEOUT
+from tests.lab.run import Completed as Completed
+from tests.lab.run import TimedOut as TimedOut
+from tests.lab.run import run as run
+from tests.lab.run import script as script
+from tests.lab.service import Service
 from tests.lab.sshd import SshClient, Sshd, keygen
 from tests.lab.world import (
     Process,
@@ -48,44 +50,12 @@ ALIASES = ("jerry-xl", "jerry-l", "jerry-m")
 PORTS = 4
 PATIENCE = 5.0
 """Seconds that the end of a lab waits for what is just about to end."""
-TIMEOUT = 120.0
-"""Seconds for one command."""
 
 _numbers = itertools.count(1)
 
 
 class LabUnavailable(Exception):
     """This machine cannot hold such a lab; the message says what to do about it."""
-
-
-class TimedOut(AssertionError):
-    """A command did not end in time; it was killed. The message has what it wrote."""
-
-
-@dataclass(frozen=True)
-class Completed:
-    """A command that ended by itself. `exit` is negative for a signal."""
-
-    argv: tuple[str, ...]
-    exit: int
-    stdout: str
-    stderr: str
-
-    @property
-    def json(self) -> Any:
-        """The one JSON document on standard output. Raises `AssertionError` when there is anything else."""
-        try:
-            return json.loads(self.stdout)
-        except ValueError as error:
-            raise AssertionError(f"standard output is not one JSON document\n{self}") from error
-
-    def ok(self) -> Self:
-        """Itself, if the exit status is 0. Raises `AssertionError` that shows all of it."""
-        assert self.exit == 0, str(self)
-        return self
-
-    def __str__(self) -> str:
-        return f"$ {' '.join(self.argv)}\n-> {self.exit}\n--- stdout\n{self.stdout}\n--- stderr\n{self.stderr}\n---"
 
 
 class Studio:
@@ -136,6 +106,8 @@ class Studio:
             "launch": {"mlx-lm": [str(cache.engine_venv("mlx-lm") / "bin" / "mlx_lm.server")]},
             "ports": f"{self.ports[0]}-{self.ports[-1]}",
             "slots": dict(self.slots),
+            # More than there is: servers of other tests, which run at the same time, count on this machine.
+            "memory": "1000 GB",
         }
 
     @property
@@ -258,7 +230,7 @@ class Mini:
         return run(argv, self.elsewhere, self.env, stdin, timeout)
 
 
-class Homelab:
+class Homelab(Service):
     """A Mini and its Studios. `hub_url` is where the Studios download from; without one they cannot."""
 
     def __init__(
@@ -320,19 +292,6 @@ class Homelab:
             problems.append(f"left behind on the Mini: {'; '.join(map(str, left))}")
         assert not problems, "\n".join(problems)
 
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
-
     def _write_hosts(self) -> None:
         hosts = {studio.name: self._entry(studio) for studio in self.studios}
         gateway = {"gateway": self._gateway} if self._gateway is not None else {}
@@ -345,50 +304,12 @@ class Homelab:
         return {key: value for key, value in entry.items() if value is not None}
 
 
-def run(
-    argv: Sequence[str],
-    cwd: Path,
-    env: Mapping[str, str],
-    stdin: str | None = None,
-    timeout: float = TIMEOUT,
-) -> Completed:
-    """Run a command to its end, and to the end of its output: a child that keeps the pipes open counts as well.
-
-    Without `stdin` it has none. Raises `TimedOut`.
-    """
-    with subprocess.Popen(
-        argv,
-        cwd=cwd,
-        env=env,
-        stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-        errors="surrogateescape",
-        start_new_session=True,
-    ) as process:
-        try:
-            stdout, stderr = process.communicate(stdin, timeout)
-        except subprocess.TimeoutExpired as late:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            said = "\n".join(part.decode("utf-8", "replace") for part in (late.stdout, late.stderr) if part)
-            raise TimedOut(f"{' '.join(argv)}: not done after {timeout:g} s; it said:\n{said}") from None
-    return Completed(tuple(argv), process.returncode, stdout, stderr)
-
-
 def _kill_group(process: Process) -> None:
     try:
         if alive(process):
             os.killpg(os.getpgid(process.pid), signal.SIGKILL)
     except ProcessLookupError:
         pass  # it has just ended
-
-
-def script(name: str) -> str:
-    """A console script of the environment that runs the tests."""
-    return str(Path(sysconfig.get_path("scripts")) / name)
 
 
 def _environment(home: Path, tmp: Path) -> dict[str, str]:

@@ -13,10 +13,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from tests.lab import cache, models
+from tests.lab.service import Service
 from tests.lab.world import end, free_port, processes_below, wait_until
 
 _START = 60.0
@@ -29,7 +28,7 @@ class HubFailed(Exception):
     """The hub did not start; the message has the end of its log."""
 
 
-class Hub:
+class Hub(Service):
     """A hub whose repositories live in `folder`; usable while it is entered or between `start` and `stop`.
 
     Repositories can be added and updated at any time.
@@ -112,15 +111,6 @@ class Hub:
             process.kill()
             process.wait()
             end(processes_below(self.folder))  # its gits, which have sessions of their own
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
 
     def _repo(self, repo_id: str) -> Path:
         return self.folder / "repos" / "models" / repo_id

@@ -22,6 +22,7 @@ import psutil
 
 from tests.lab import cache
 from tests.lab.ports import free_port
+from tests.lab.service import Service
 from tests.lab.world import end, processes_below, wait_until
 
 START = 240.0
@@ -63,7 +64,7 @@ class Identity:
     files: tuple[tuple[str, int, str], ...]
 
 
-class LiteLLM:
+class LiteLLM(Service):
     """A gateway whose files lie in `folder`; usable while it is entered.
 
     `entries` is the YAML that `inv gateway --print` gave; `env` the environment beyond the plain one, for the
@@ -119,15 +120,6 @@ class LiteLLM:
             process.kill()
             process.wait()
             end(processes_below(self.folder))
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
 
     def _launch(self, program: Path) -> None:
         self._port = free_port()

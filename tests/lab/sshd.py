@@ -19,6 +19,7 @@ from typing import NoReturn, Self
 import pytest
 
 from tests.lab.ports import free_port
+from tests.lab.service import Service
 
 START_SECONDS = 20.0
 
@@ -63,7 +64,7 @@ def certify(authority: Path, key: Path, names: str, *options: str, to: Path) -> 
     return to
 
 
-class Sshd:
+class Sshd(Service):
     """One sshd on a port that the system chose.
 
     `env` is set for every session, over what the account says: HOME, for instance. `extra` goes to the top of
@@ -216,15 +217,6 @@ class Sshd:
         )
         mount = 'mount --bind "$0" /etc/passwd && exec "$@"'
         return [program("unshare"), "-m", "sh", "-c", mount, str(passwd)]
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
 
 
 class SshClient:

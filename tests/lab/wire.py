@@ -8,8 +8,8 @@ import struct
 import threading
 import time
 from collections import deque
-from types import TracebackType
-from typing import Self
+
+from tests.lab.service import Service
 
 
 class _Side:
@@ -24,7 +24,7 @@ class _Side:
         self.shut = False
 
 
-class Wire:
+class Wire(Service):
     """Listens on `port` (system-chosen) of `address`, and passes on to `target`; without one it never answers.
 
     The switches may be thrown at any time, from any thread, and hold for open connections too.
@@ -66,15 +66,6 @@ class Wire:
         """Reset every open connection; new ones are accepted."""
         self._cut.set()
         self._wake.send(b"x")
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
 
     def _run(self) -> None:
         while not self._stopping.is_set():

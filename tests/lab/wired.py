@@ -6,7 +6,8 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tests.lab.homelab import Homelab, script
+from tests.lab.homelab import Homelab
+from tests.lab.run import running, script
 from tests.lab.wire import Wire
 
 
@@ -23,19 +24,12 @@ def wired(lab: Homelab) -> Iterator[Wire]:
 
 @contextmanager
 def client(lab: Homelab, *words: str, both: bool = False) -> Iterator[subprocess.Popen[str]]:
-    """`mlxctl` on the Mini, while it runs. `both`: what it says comes with its data, on standard output."""
-    with subprocess.Popen(
-        [script("mlxctl"), *words],
-        cwd=lab.mini.elsewhere,
-        env=lab.mini.env,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT if both else subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            yield process
-        except BaseException:
-            process.kill()  # or its end would be waited for
-            raise
+    """Run `mlxctl` on the Mini, and wait for its end if the block succeeds. `both`: its messages go to standard output,
+    too."""
+    stderr = subprocess.STDOUT if both else subprocess.PIPE
+    with running([script("mlxctl"), *words], lab.mini.elsewhere, lab.mini.env, stderr=stderr) as process:
+        yield process
+        for stream in (process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()  # it must not wait for a reader
+        process.wait()

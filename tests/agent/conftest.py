@@ -1,0 +1,25 @@
+"""Fixtures of the tests that download."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.lab.faultyhub import FaultyHub
+from tests.lab.hub import Hub
+
+
+@pytest.fixture
+def faulty(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyHub]:
+    """A server in front of the hub that misbehaves on request. Downloads of this process go through it."""
+    with FaultyHub(hub.url) as running:
+        monkeypatch.setenv("HF_ENDPOINT", running.url)
+        yield running
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    """The folder of a Hugging Face cache; it does not exist yet."""
+    return tmp_path / "hf" / "hub"
