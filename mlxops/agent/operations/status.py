@@ -13,7 +13,7 @@ from mlxops.core.records import Operation
 
 
 def run(ctx: Context, request: Status) -> StatusResult:
-    registry, world = ctx.look()
+    registry, world = ctx.registry_and_world()
     views = [view for port, view in sorted(world.ports.items()) if port in ctx.paths.settings.ports]
     found = [*rebooted(ctx, registry, world), *world.drift, *further_drift(ctx, registry, world)]
     probes: dict[int, ProbeRow] = {}
