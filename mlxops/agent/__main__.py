@@ -1,9 +1,9 @@
 """The agent: one request on standard input, events on standard output.
 
-python -P -m mlxops.agent             a request, its events; and again, as long as standard input stays open
-python -P -m mlxops.agent --build     which code this is
-python -P -m mlxops.agent --restore S   restore, without anybody who asks; S is the state folder
-python -P -m mlxops.agent --worker D L  the worker of the operation whose record is D, its lock the descriptor L
+python -P -m mlxops.agent               serve requests until standard input is closed
+python -P -m mlxops.agent --build       print this build's id
+python -P -m mlxops.agent --restore S   run `restore` at boot; S is the state folder
+python -P -m mlxops.agent --worker D L  run the worker of an operation; D is its record, L the descriptor of its lock
 """
 
 from __future__ import annotations
@@ -46,29 +46,31 @@ from mlxops.core.protocol import (
 if TYPE_CHECKING:
     from mlxops.agent.state.operation_log import OperationLog
 
-GARBAGE = 50_000
-"""Objects more than before, after which they are looked through for garbage: mostly never, and not a hundred times."""
+GC_THRESHOLD = 50_000
+"""New objects before a garbage collection. The default (700) collects about a hundred times at start-up, and frees
+nothing."""
 BEAT_SECONDS = 5.0
-"""How often an empty line says that the connection lives while there is nothing to tell."""
+"""Interval of heartbeats, which are empty lines, while there are no events."""
 STAMP = f"{sys.prefix}/installed.json"
 """Written by `install.py`."""
 MAX_REQUEST = 1024 * 1024
 AWAY_SECONDS = 15
-"""An asker that is there says so every few seconds; one whose machine or network has gone does not even hang up."""
-LOOK_SECONDS = 60
-"""Longer than any look takes that can be asked for again, and than its answer needs to be sent."""
+"""End if the control node sends no heartbeat for so long. If its machine or network fails, the connection may stay open
+without an error."""
+READ_SECONDS = 60
+"""Time limit of one repeated read, with sending its result. No repeatable command takes that long."""
 
 
 def main(argv: list[str]) -> int:
-    gc.set_threshold(GARBAGE)
+    gc.set_threshold(GC_THRESHOLD)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # not where it was closed
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # whatever PYTHONIOENCODING says
+        if isinstance(stream, TextIOWrapper):  # it is None if it was closed
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # overrides PYTHONIOENCODING
     match argv:
         case []:
             os.umask(0o077)
             _use_build()
-            return _answer()
+            return _serve_connection()
         case ["--build"]:
             _write(build_id())
             return 0
@@ -78,7 +80,7 @@ def main(argv: list[str]) -> int:
 
             status = run(Path(folder), int(lock))
             sys.stderr.flush()
-            # At once: a thread of a cancelled download may hang on a hub that says nothing.
+            # Do not wait for threads: one of a cancelled download may hang on an unresponsive hub.
             os._exit(status)
         case ["--restore", state]:
             from mlxops.agent.boot_restore import run as restore
@@ -89,18 +91,18 @@ def main(argv: list[str]) -> int:
 
 
 def _use_build() -> None:
-    """A shared lock on this build's stamp, for as long as this process lives: deploy prunes no build that is in use."""
+    """Hold a shared lock on this build's stamp until this process ends, so that deploy does not prune the build."""
     try:
         fd = os.open(STAMP, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return  # not deployed but installed in another way
     # Without locks, deploy fails before it prunes builds.
     with contextlib.suppress(NoLocks):
-        flock_within(fd, shared=True)  # a deploy that looks whether it is in use holds it for an instant
+        flock_within(fd, shared=True)  # a deploy that probes the lock holds it for an instant
 
 
-def _deployed() -> str:
-    """Who has deployed this build and when, in parentheses; empty if nobody has."""
+def _deploy_note() -> str:
+    """Return " (deployed by ... at ...)"; empty if this build was not deployed."""
     try:
         stamp = json.loads(Path(STAMP).read_text())
         return f" (deployed by {stamp['by']} at {stamp['at']})"
@@ -108,22 +110,22 @@ def _deployed() -> str:
         return ""
 
 
-def _answer() -> int:
+def _serve_connection() -> int:
     try:
         _emit(Hello(__version__, build_id()))
-        return _told(_serve)
+        return _report_errors(_serve_requests)
     except BrokenPipeError:
-        # Nobody listens any more. A worker goes on without us.
+        # The connection is closed. A worker continues without this process.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
     except KeyboardInterrupt:
         return 130
 
 
-def _told(serve: Callable[[], int]) -> int:
-    """What `serve` returns; whatever it raises is told, as the last event."""
+def _report_errors(action: Callable[[], int]) -> int:
+    """Return the exit status of `action`. If it raises an exception, emit that as the last event."""
     try:
-        return serve()
+        return action()
     except BrokenPipeError:
         raise
     except MlxopsError as error:
@@ -137,29 +139,32 @@ def _told(serve: Callable[[], int]) -> int:
         return int(failure.exit)
 
 
-def _serve() -> int:
+def _serve_requests() -> int:
     envelope = _read_request()
-    _agree_on_code(envelope)
-    status = _told(lambda: _carry_out(envelope))
-    while envelope.request.repeatable and _asked_again():
-        status = _told(lambda: _carry_out(envelope))
+    _check_build(envelope)
+    status = _report_errors(lambda: _dispatch(envelope))
+    while envelope.request.repeatable and _wait_for_repeat():
+        status = _report_errors(lambda: _dispatch(envelope))
     return status
 
 
-def _asked_again() -> bool:
-    """Wait for what the asker wants next; False when it has gone. One that is silent for too long has gone, too: then
-    the alarm ends this process, wherever it is. It only looks, so there is nothing to clean up."""
+def _wait_for_repeat() -> bool:
+    """Wait until the control node repeats its request. Return False if it closes the connection.
+
+    If it is silent for too long, the alarm ends this process. A repeatable command changes nothing, so there is nothing
+    to clean up.
+    """
     from signal import alarm
 
     line = HEARTBEAT
     while line == HEARTBEAT:
         alarm(AWAY_SECONDS)
         line = sys.stdin.buffer.readline(MAX_REQUEST)
-    alarm(LOOK_SECONDS)
+    alarm(READ_SECONDS)
     return line == AGAIN
 
 
-def _carry_out(envelope: Envelope) -> int:
+def _dispatch(envelope: Envelope) -> int:
     paths = host_paths(envelope.settings, os.environ)
     store = Store(paths.state, paths.registry)
     request = envelope.request
@@ -168,17 +173,17 @@ def _carry_out(envelope: Envelope) -> int:
         _emit(Done({"agreed": True}, request.name))
         return 0
     if envelope.agreed and (agreed := store.agreed_settings()) is not None:
-        # `--local` without a hosts.yaml: the host knows itself best.
+        # `--local` without a hosts.yaml: use the settings that the host agreed to.
         envelope = replace(envelope, settings=agreed)
         paths = host_paths(agreed, os.environ)
         store = Store(paths.state, paths.registry)
     if request.acts:
         agree(store, paths)
-        return _change(envelope, store)
+        return _run_change(envelope, store)
     check_agreement(store, paths)
     if request.name in {"follow", "cancel"}:
-        return _attach(envelope, store)
-    return _look(envelope, store, paths)
+        return _follow_or_cancel(envelope, store)
+    return _run_read(envelope, store, paths)
 
 
 def _read_request() -> Envelope:
@@ -196,14 +201,14 @@ def _read_request() -> Envelope:
         ) from None
 
 
-def _agree_on_code(envelope: Envelope) -> None:
-    """Changes are made only by the code that the asker has too; looking is allowed, and said."""
+def _check_build(envelope: Envelope) -> None:
+    """Refuse a change if the control node has another build. For a read, only warn."""
     if envelope.build == build_id():
         return
     problem = AgentProblem(
         "agent_differs",
         "the agent on the host is not this mlxops",
-        why=f"the host has {build_id()}{_deployed()}, this is {envelope.build}",
+        why=f"the host has {build_id()}{_deploy_note()}, this is {envelope.build}",
         hint="make both sides equal: inv deploy",
     )
     if envelope.request.acts or envelope.request.name in {"agree", "cancel"}:
@@ -211,7 +216,7 @@ def _agree_on_code(envelope: Envelope) -> None:
     _emit(Note(f"{problem.message}: {problem.why}; {problem.hint}", "warning"))
 
 
-def _look(envelope: Envelope, store: Store, paths: HostPaths) -> int:
+def _run_read(envelope: Envelope, store: Store, paths: HostPaths) -> int:
     from mlxops.agent.context import Context
     from mlxops.agent.host.system import this_system
     from mlxops.agent.worker import finish
@@ -230,22 +235,22 @@ def _look(envelope: Envelope, store: Store, paths: HostPaths) -> int:
     return finish(context, _emit)
 
 
-def _change(envelope: Envelope, store: Store) -> int:
-    """Start a worker and follow its record. If this request has started one before, only follow."""
+def _run_change(envelope: Envelope, store: Store) -> int:
+    """Start a worker and follow its record. If this request has started a worker before, only follow it."""
     from mlxops.agent.worker import begin
 
     journal, child = begin(store, envelope)
-    final = _follow_same(store, journal, envelope.heard)
+    final = _follow_or_attach(store, journal, envelope.heard)
     _emit(final)
     if child is not None:
-        # The result is out. The worker ends in a moment, and is the last to hold its locks.
+        # Wait, because the worker holds its locks until it ends, a moment after its result.
         child.wait()
-    return _status(final)
+    return _exit_status(final)
 
 
-def _attach(envelope: Envelope, store: Store) -> int:
+def _follow_or_cancel(envelope: Envelope, store: Store) -> int:
     """Follow a running operation from where the control node left it, or cancel it."""
-    from mlxops.agent.operations.ops import Cancelling, find
+    from mlxops.agent.operations.ops import CancelRequest, find
     from mlxops.core import wire
     from mlxops.core.commands.cancel import Cancel, CancelResult
     from mlxops.core.commands.follow import Follow
@@ -254,35 +259,37 @@ def _attach(envelope: Envelope, store: Store) -> int:
     assert isinstance(request, Follow | Cancel)
     journal = find(store, request.operation)
     if isinstance(request, Cancel):
-        final = _follow(journal, heard=sys.maxsize, meanwhile=Cancelling(journal))
+        final = _relay_events(journal, heard=sys.maxsize, on_idle=CancelRequest(journal))
         result = CancelResult(journal.id, cancelled=isinstance(final, Failed), changed=True)
         _emit(Done(wire.encode(result), request.name))
         return 0
-    final = _follow_same(store, journal, envelope.heard)
+    final = _follow_or_attach(store, journal, envelope.heard)
     _emit(final)
-    return _status(final)
+    return _exit_status(final)
 
 
-def _status(final: Done | Failed) -> int:
+def _exit_status(final: Done | Failed) -> int:
     return int(final.error.exit) if isinstance(final, Failed) else 0
 
 
-def _follow_same(store: Store, journal: OperationLog, heard: int) -> Done | Failed:
-    """Follow an operation; if it finds that the very same one runs already, follow that one."""
+def _follow_or_attach(store: Store, journal: OperationLog, heard: int) -> Done | Failed:
+    """Follow an operation. If it ends because the same request runs already, follow that operation instead."""
     from mlxops.agent.state.operation_log import find_operation
 
-    final = _follow(journal, heard)
+    final = _relay_events(journal, heard)
     if isinstance(final, Failed) and isinstance(final.error, Busy):
         other = find_operation(store.state / "ops", str(final.error.details.get("attach", "")))
         if other is not None:
             _emit(Note(f"this is running already ({other.id}); following it"))
-            return _follow(other, 0)
+            return _relay_events(other, 0)
     return final
 
 
-def _follow(journal: OperationLog, heard: int, meanwhile: Callable[[], None] = lambda: None) -> Done | Failed:
-    """Pass on the events of an operation's record; its last one is returned, not passed on. `meanwhile` is called
-    while there is nothing to tell."""
+def _relay_events(journal: OperationLog, heard: int, on_idle: Callable[[], None] = lambda: None) -> Done | Failed:
+    """Emit the events of an operation's record after the first `heard`. Return the last event without emitting it.
+
+    `on_idle` is called while there are no events.
+    """
     _emit(Started(journal.id))
     beat = _Beat()
     for event in journal.follow(heard):
@@ -292,12 +299,12 @@ def _follow(journal: OperationLog, heard: int, meanwhile: Callable[[], None] = l
             _emit(event)
         else:
             beat()
-            meanwhile()
-    raise AssertionError("a record that is followed has an end")
+            on_idle()
+    raise AssertionError("`follow` returned without a last event")
 
 
 class _Beat:
-    """Called while there is nothing to tell; every few seconds it says that the connection lives."""
+    """Call it while there are no events. It sends a heartbeat every `BEAT_SECONDS`."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
@@ -309,14 +316,14 @@ class _Beat:
 
 
 def _emit(event: Event) -> None:
-    """Raises `Refused` for what the asker would take for noise."""
+    """Raises `Refused` (result_too_long): the control node would skip a longer line as noise."""
     line = encode_event(event)
     if len(line) > MAX_LINE:
         raise Refused(
             "result_too_long",
             "the result is too long to be sent",
-            why=f"it is {len(line)} bytes, and at most {MAX_LINE} are listened to: are there too many entries?",
-            hint="what was asked was done all the same; look at the registry on the host itself",
+            why=f"it has {len(line)} bytes, and the limit is {MAX_LINE}: are there too many entries?",
+            hint="the command itself was carried out; look at the registry on the host",
         )
     _write(line)
 
@@ -328,5 +335,5 @@ def _write(line: str) -> None:
 
 if __name__ == "__main__":
     status = main(sys.argv[1:])
-    gc.freeze()  # the interpreter collects several times when it ends: a tenth of the time that a `status` takes
+    gc.freeze()  # the interpreter collects garbage several times when it ends: a tenth of a `status`'s time
     sys.exit(status)

@@ -1,4 +1,4 @@
-"""What every operation works with, and how it holds the ports that it touches."""
+"""The context of an operation: its request, the host's state, and the locks it takes."""
 
 from __future__ import annotations
 
@@ -30,72 +30,75 @@ if TYPE_CHECKING:
 
 DRAIN_SECONDS = 30.0
 RESTORE = "restore"
-"""The lock of the one restore that may run."""
-LOOKS = 4
-"""What changes that often while we look is told as it was seen last."""
+"""Name of the lock that allows one restore at a time."""
+MAX_OBSERVATIONS = 4
+"""If files change during each of so many observations, the last one counts."""
 
 
-class TakenOut(Interrupted):
-    """Of an operation on several ports, the part on this one is not wanted any more."""
+class PortExcluded(Interrupted):
+    """An `unload` excluded this port from an operation on several ports."""
 
 
 class Cancellation:
-    """Somebody's wish that the operation ends, or that it leaves a port alone: raised at once in the worker's main
-    thread while it is `open`, but never twice, because what follows is the cleaning up, and not within a `shield`."""
+    """A request to end the operation, or to exclude a port from it.
+
+    Inside `open`, the request is raised as an exception in the worker's main thread, at once. It is raised only once,
+    so that it does not interrupt the cleanup. Inside `shield` it waits for the next `check`.
+    """
 
     def __init__(self) -> None:
-        self._wished = self._raised = self._open = False
+        self._requested = self._raised = self._open = False
         self._shields = 0
-        self._part: int | None = None
-        self._taken_out = frozenset[int]()
+        self._port: int | None = None
+        self._excluded = frozenset[int]()
 
     @property
-    def wished(self) -> bool:
-        return self._wished
+    def requested(self) -> bool:
+        return self._requested
 
-    def wish(self) -> None:
-        """Called from a signal's handler."""
-        self._wished = True
+    def request(self) -> None:
+        """Request the end of the operation. Safe in a signal handler."""
+        self._requested = True
         self.check()
 
-    def take_out(self, ports: frozenset[int]) -> None:
-        """Called from a signal's handler."""
-        self._taken_out = ports
+    def exclude(self, ports: frozenset[int]) -> None:
+        """Exclude these ports from the operation. Safe in a signal handler."""
+        self._excluded = ports
         self.check()
 
     def check(self) -> None:
-        """Raises `Interrupted` (cancelled), or `TakenOut`, if there is a wish that was not heard yet."""
+        """Raise `Interrupted` (cancelled) or `PortExcluded` for a pending request."""
         if not self._open or self._raised or self._shields:
             return
-        if self._wished:
+        if self._requested:
             self._raised = True
             raise Interrupted(
                 "cancelled",
                 "the operation was cancelled",
-                why="somebody asked for it, or the host is shutting down",
+                why="it was cancelled on request, or the host is shutting down",
                 hint="mlxctl status",
             )
-        if self._part in self._taken_out:
+        if self._port in self._excluded:
             self._raised = True
-            raise TakenOut("taken_out", f"port {self._part} was taken out of the operation")
+            raise PortExcluded("taken_out", f"port {self._port} was excluded from the operation")
 
     @contextmanager
-    def part(self, port: int) -> Iterator[None]:
-        """What is in it is done for `port`, and ends alone if that is taken out."""
-        self._part = port
+    def for_port(self, port: int) -> Iterator[None]:
+        """Mark the block as work on `port`. If the port is excluded, only this block ends."""
+        self._port = port
         try:
             self.check()
             yield
-        except TakenOut:
-            # It is cleaned up by now: the next wish may be heard.
+        except PortExcluded:
+            # The block has cleaned up. The next request may be raised.
             self._raised = False
             raise
         finally:
-            self._part = None
+            self._port = None
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """While the operation runs. A wish that comes when it has its result, and only has to tell it, is too late."""
+        """Accept requests while the operation runs. Once it has a result, a request is too late."""
         self._open = True
         try:
             self.check()
@@ -105,7 +108,7 @@ class Cancellation:
 
     @contextmanager
     def shield(self) -> Iterator[None]:
-        """What is in it happens as a whole. A wish that comes meanwhile is heard at the next `check`."""
+        """Do not interrupt the block. The next `check` raises a request that arrives during it."""
         self._shields += 1
         try:
             yield
@@ -115,7 +118,7 @@ class Cancellation:
 
 @dataclass(frozen=True)
 class Context:
-    """What an operation works with. `operation` is its id; empty for reads and dry runs."""
+    """The context of an operation. `operation` is its id; empty for reads and dry runs."""
 
     request: AnyRequest
     paths: HostPaths
@@ -126,14 +129,14 @@ class Context:
     asker: Requester = field(default_factory=Requester)
     operation: str = ""
     beat: Callable[[], None] = lambda: None
-    """Says that the connection lives, now and then, while there is nothing to tell; raises if nobody listens."""
+    """Send a heartbeat while there are no events. Raises if the connection is closed."""
     cancellation: Cancellation = field(default_factory=Cancellation)
 
     def registry(self) -> Registry:
         return self.store.registry.read()
 
     def usable_registry(self) -> Registry:
-        """For a change. Raises `Refused` before anything is done if it could not be written in the end."""
+        """Return the registry for a change. Raises `Refused` if it could not be written later."""
         registry = self.store.registry
         return registry.read_usable() if self.request.dry_run else registry.check_writable()
 
@@ -155,12 +158,12 @@ class Context:
 
     @property
     def engine_environ(self) -> Mapping[str, str]:
-        """The environment in which engines are looked for and asked."""
+        """The environment for finding engines and for asking them for their options."""
         return {**self.environ, **self.paths.settings.env}
 
     @property
     def drain(self) -> float:
-        """Seconds that open requests get."""
+        """Seconds that open requests get before their server is killed."""
         seconds = self.request.drain if isinstance(self.request, Draining) else None
         return DRAIN_SECONDS if seconds is None else seconds
 
@@ -168,34 +171,37 @@ class Context:
         own = self.operation or None
         return observe(self.paths, self.store, registry, self.system, own=own, only=only, environ=self.environ)
 
-    def look(self) -> tuple[Registry, World]:
-        """The registry, and life, as they were together. A load or unload that goes on while we look changes both: what
-        was seen first then disagrees with what was read later, and that is no drift. So look again, a few times."""
-        for _ in range(LOOKS):
-            marks = self.store.file_versions()
+    def registry_and_world(self) -> tuple[Registry, World]:
+        """Return the registry and the ports as they were at one moment.
+
+        A load or unload that runs during the observation changes both. An earlier and a later reading would then differ
+        without any drift. So observe again, up to `MAX_OBSERVATIONS` times.
+        """
+        for _ in range(MAX_OBSERVATIONS):
+            versions = self.store.file_versions()
             registry = self.registry()
             world = self.observe(registry)
-            if self.store.file_versions() == marks and not any(view.overtaken for view in world.ports.values()):
+            if self.store.file_versions() == versions and not any(view.overtaken for view in world.ports.values()):
                 break
         return registry, world
 
-    def look_again(self, port: int) -> PortView:
-        """What is on a port now: a result tells what is there, not what was meant."""
+    def observe_port(self, port: int) -> PortView:
+        """Return what is on a port now. Results report this, not what was planned."""
         return self.observe(self.registry(), only=[port]).ports[port]
 
     def note(self, message: str, level: str = "info") -> None:
         self.emit(Note(message, level))
 
-    def remember(self, **what: object) -> None:
-        """The history is worth a warning, not a failure."""
+    def remember(self, **record: object) -> None:
+        """Append a record to the history. If that fails, warn; the operation has not failed."""
         try:
-            self.store.append_history(operation=self.operation, by=str(self.asker), **what)
+            self.store.append_history(operation=self.operation, by=str(self.asker), **record)
         except OSError as error:
             self.note(f"the history could not be written: {describe_error(error)}", "warning")
 
     def history(self) -> list[dict[str, object]]:
-        """What was remembered, oldest first; one that cannot be read keeps nobody from starting what the registry
-        assigns."""
+        """Return the history's records, oldest first. If it cannot be read, warn and return none: servers that the
+        registry assigns can still be started."""
         try:
             return self.store.history()
         except OSError as error:
@@ -203,7 +209,7 @@ class Context:
             return []
 
     def holder(self, port: int | None = None) -> Operation:
-        """How this operation presents itself in the locks that it holds."""
+        """Return the description of this operation for the locks that it holds."""
         subject = self.request.subject
         return Operation(
             id=self.operation,
@@ -215,37 +221,40 @@ class Context:
             repo=subject.repo,
         )
 
-    def doing(self, request: AnyRequest) -> Context:
-        """Return the same operation with another request."""
+    def with_request(self, request: AnyRequest) -> Context:
+        """Return this context with another request."""
         return replace(self, request=request)
 
     def reserved(self) -> dict[int, Operation]:
-        """Other operations that keep memory free for what they are about to start, by port."""
-        found = {}
+        """Return the other operations that reserve memory for a server they are about to start, by port."""
+        reserving = {}
         for port in self.paths.settings.ports:
-            with contextlib.suppress(OSError):  # where that cannot be told, nobody can lock anything either
-                held = self.store.holder(memory_lock(port))
-                if held is not None and held.id != self.operation:
-                    found[port] = held
-        return found
+            with contextlib.suppress(OSError):  # if a lock cannot be read, no operation can hold it either
+                holder = self.store.holder(memory_lock(port))
+                if holder is not None and holder.id != self.operation:
+                    reserving[port] = holder
+        return reserving
 
     @contextmanager
-    def locked(self, port: int, *more: str) -> Iterator[None]:
-        """The locks of a port and of whatever else; raises `Busy` naming who holds one. None for a dry run."""
+    def hold_port(self, port: int, *more: str) -> Iterator[None]:
+        """Hold the lock of a port, and `more` locks. A dry run takes none. Raises `Busy`, which names the holder."""
         with ExitStack() as stack:
             for name in (f"port-{port}", *more):
-                stack.enter_context(self.alone(name, port))
+                stack.enter_context(self.hold_lock(name, port))
             yield
 
     @contextmanager
-    def alone(self, name: str, port: int | None = None) -> Iterator[None]:
-        """One lock. Raises `Busy`; `details.attach` is then the operation to follow, if it is the very same wish."""
+    def hold_lock(self, name: str, port: int | None = None) -> Iterator[None]:
+        """Hold one lock. A dry run takes none.
+
+        Raises `Busy`. If the holder carries out the same request, `details.attach` is its id: follow that operation.
+        """
         if self.request.dry_run:
             yield
             return
         held = self.store.lock(name, self.holder(port))
         if isinstance(held, Operation):
-            raise busy(name, held, attach=self.is_wanted_too(held, port))
+            raise busy(name, held, attach=self.is_same_request(held, port))
         try:
             if held.abandoned is not None:
                 self._settle(held.abandoned)
@@ -253,55 +262,56 @@ class Context:
         finally:
             held.release()
 
-    def _settle(self, left: Operation) -> None:
-        settled = recovery.settle(self.store, left.id, left.port, by=self.operation)
+    def _settle(self, abandoned: Operation) -> None:
+        """Repair the state that an interrupted operation left."""
+        settled = recovery.settle(self.store, abandoned.id, abandoned.port, by=self.operation)
         if settled is not None:
             self.note(f"{settled}; what it left is repaired", "warning")
 
-    def is_wanted_too(self, other: Operation, port: int | None) -> bool:
-        """Whether another operation does just what this one is to do; `port` None: wherever it does it."""
+    def is_same_request(self, other: Operation, port: int | None) -> bool:
+        """Return whether another operation carries out the same request. `port` None: on any port."""
         journal = find_operation(self.store.state / "ops", other.id)
         try:
-            asked = journal.request().request if journal else None
+            theirs = journal.request().request if journal else None
         except (OSError, ValueError):
             return False
         from mlxops.core.commands.load import Load
 
         request = self.request
-        if not isinstance(request, Load) or not isinstance(asked, Load):
-            return asked == request
-        anywhere = port is None or request.port == names.AUTO
-        return other.model == request.model and (anywhere or other.port == port) and self._is_of_its_repo(other)
+        if not isinstance(request, Load) or not isinstance(theirs, Load):
+            return theirs == request
+        any_port = port is None or request.port == names.AUTO
+        return other.model == request.model and (any_port or other.port == port) and self._is_same_repo(other)
 
-    def _is_of_its_repo(self, other: Operation) -> bool:
-        """Whether the repository that is asked for, if one is, is the one that another load is about."""
-        asked = self.request.subject.repo
-        if asked is None or asked == other.repo:
+    def _is_same_repo(self, other: Operation) -> bool:
+        """Return whether another load is of the requested repository, or none is requested."""
+        wanted = self.request.subject.repo
+        if wanted is None or wanted == other.repo:
             return True
         entry = self.registry().named(other.model or "")
         if other.repo is not None or entry is None:
             return False
-        repo_id, revision = names.repo(asked)
+        repo_id, revision = names.repo(wanted)
         return entry.repo_id == repo_id and revision in (None, entry.revision)
 
 
 def model_lock(name: str) -> str:
-    """The lock of whoever starts or stops a model, or deletes its files, as model-org--name."""
+    """Return the name of the lock for starting or stopping a model, or deleting its files: model-org--name."""
     return f"model-{name.replace('/', '--')}"
 
 
 def memory_lock(port: int) -> str:
-    """The lock of whoever keeps memory free for what is about to serve on a port."""
+    """Return the name of the lock that reserves memory for the next server on a port."""
     return f"memory-{port}"
 
 
 def repo_lock(repo_id: str) -> str:
-    """The lock of whoever downloads a repository, or deletes its files."""
+    """Return the name of the lock for downloading a repository, or deleting its files."""
     return f"repo-{repo_id.replace('/', '--')}"
 
 
 def busy(lock: str, holder: Operation, *, attach: bool = False) -> Busy:
-    """`lock`: its name, as port-8100, or as `model_lock` and `repo_lock` make them."""
+    """Return the error for a lock that another operation holds. `lock`: its name, such as port-8100."""
     kind, _, name = lock.partition("-")
     held = f"holds {kind} {name.replace('--', '/')}" if name else "does the same"
     return Busy(

@@ -1,7 +1,7 @@
-"""The process that carries out one change, detached from the connection that asked for it.
+"""The worker: a process that carries out one change, detached from the connection that requested it.
 
-It holds its operation's lock for as long as it lives and writes its events into the record; whoever asked only
-follows that record. A broken connection, a closed terminal or a killed asker do not touch it.
+It holds its operation's lock until it ends, and writes its events into the operation's record. The agent of the
+connection only follows that record. So a broken connection, a closed terminal or a killed client does not stop it.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ CANCEL_POLL_SECONDS = 0.1
 
 
 def begin(store: Store, request: Envelope) -> tuple[OperationLog, subprocess.Popen[bytes] | None]:
-    """Start a worker for `request`; None if there is one for its ticket already.
+    """Start a worker for `request`. Return None for the worker if the request's ticket has one already.
 
-    Raises `Refused` when the state folder cannot be written, `Busy` (operations_locked) when others stop half way.
+    Raises `Refused` if the state folder cannot be written, and `Busy` (operations_locked) if another process keeps the
+    lock of the operations' folder.
     """
     store.create_folders()
     try:
@@ -70,21 +71,23 @@ def _start(journal: OperationLog, lock: int) -> subprocess.Popen[bytes]:
                 pass_fds=(lock,),
             )
     finally:
-        os.close(lock)  # from now on it is the worker's alone
+        os.close(lock)  # only the worker holds it now
 
 
 def _own_python() -> str:
-    """This build's interpreter by its own path: `<state>/venv` may lead to another build before the worker ends, and
-    the worker imports what it needs when it needs it."""
+    """Return this build's interpreter by its real path.
+
+    The worker imports modules late, and the link `<state>/venv` may point to another build before it ends.
+    """
     if sys.prefix == sys.base_prefix:
         return sys.executable
     return str(Path(sys.prefix).resolve() / "bin" / Path(sys.executable).name)
 
 
 def run(folder: Path, lock: int) -> int:
-    """The worker itself: `python -m mlxops.agent --worker FOLDER LOCK`. Its result is the last event of the record.
+    """Run the worker: `python -m mlxops.agent --worker FOLDER LOCK`. Its result is the last event of the record.
 
-    `lock` is the descriptor of the record's lock, held until the end; nothing that `subprocess` starts inherits it.
+    `lock` is the descriptor of the record's lock, held until the end. Child processes do not inherit it.
     """
     from mlxops.agent.host import process_setup
 
@@ -94,20 +97,20 @@ def run(folder: Path, lock: int) -> int:
     try:
         emit = journal.emitter()
     except OSError:
-        return int(Exit.REFUSED)  # nobody would hear what becomes of it, so nothing is begun
+        return int(Exit.REFUSED)  # without a record the result would be lost, so begin nothing
     cancellation = Cancellation()
 
-    def end(number: int, frame: FrameType | None) -> None:
+    def cancel(number: int, frame: FrameType | None) -> None:
         journal.clear_cancel()
-        cancellation.wish()
+        cancellation.request()
 
-    signal.signal(signal.SIGTERM, end)
-    signal.signal(signal.SIGUSR1, lambda number, frame: cancellation.take_out(journal.excluded_ports))
+    signal.signal(signal.SIGTERM, cancel)
+    signal.signal(signal.SIGUSR1, lambda number, frame: cancellation.exclude(journal.excluded_ports))
     # Not SIG_IGN, which the server would inherit.
     signal.signal(signal.SIGHUP, lambda number, frame: None)
     threading.Thread(target=_watch_for_cancel, args=(journal,), daemon=True).start()
     request = journal.request()
-    # Which hub a host downloads from is one of its settings: a session over SSH reads no profile that could name it.
+    # The hub's address is a setting of the host: an SSH session reads no profile that could set it.
     os.environ |= {key: value for key, value in request.settings.env.items() if key == "HF_ENDPOINT"}
     paths = host_paths(request.settings, os.environ)
     context = Context(
@@ -126,7 +129,7 @@ def run(folder: Path, lock: int) -> int:
 
 
 def _cut_logs(context: Context) -> None:
-    """Servers write for months: whoever changes something looks whether a log has become too big."""
+    """Cut server logs that are too big. Servers run for months, so every change checks this."""
     from mlxops.agent.serving import logs
 
     with contextlib.suppress(OSError, Busy):
@@ -136,7 +139,7 @@ def _cut_logs(context: Context) -> None:
 
 
 def finish(context: Context, emit: Callable[[Event], None]) -> int:
-    """Carry out the request of `context`; its outcome becomes one event and the exit status."""
+    """Carry out the request of `context`. Emit the outcome as the last event, and return the exit status."""
     outcome: Done | Failed
     try:
         with context.cancellation.open():
@@ -146,18 +149,21 @@ def finish(context: Context, emit: Callable[[Event], None]) -> int:
             outcome = Done(wire.encode(result), context.request.name)
     except MlxopsError as error:
         outcome = Failed(error)
-    except Exception as error:  # noqa: BLE001 - the boundary: what nobody foresaw is a bug, and is told as one
-        outcome = Failed(_told(error, context.store))
+    except Exception as error:  # noqa: BLE001 - the boundary: report unexpected exceptions, too
+        outcome = Failed(classify_error(error, context.store))
     emit(outcome)
     return int(outcome.error.exit) if isinstance(outcome, Failed) else 0
 
 
-def _told(error: Exception, store: Store) -> MlxopsError:
-    """A disk that fails where nobody looked for it is the disk's fault, a strange thing in the state folder that of
-    whoever put it there, and a host that has no descriptor left the host's; all else is ours."""
+def classify_error(error: Exception, store: Store) -> MlxopsError:
+    """Return the error to report for an unexpected exception.
+
+    Failing disks, strange files in the state folder, closed folders, and a lack of descriptors or memory are the
+    host's fault. Everything else is a bug in mlxops.
+    """
     from traceback import format_exc
 
-    elsewhere = is_hosts_fault(error) and not _is_of(error, store.state)
+    elsewhere = is_hosts_fault(error) and not _is_in(error, store.state)
     if disk_failed(error) and not elsewhere:
         return state_unwritable(store.state, error)
     if state_failed(error, store.state):
@@ -167,18 +173,21 @@ def _told(error: Exception, store: Store) -> MlxopsError:
     return shortage(error) or bug(error, format_exc())
 
 
-def _is_of(error: OSError, folder: Path) -> bool:
+def _is_in(error: OSError, folder: Path) -> bool:
     return Path(os.fsdecode(error.filename)).is_relative_to(folder)
 
 
 def _watch_for_cancel(journal: OperationLog) -> None:
-    """Turns wishes, which are files so that they need no pid, into the signals that the main thread hears. The one to
-    end each time, since whoever waits for the end asks again whether it is still heard."""
+    """Turn requests to cancel, or to exclude ports, into signals for the main thread.
+
+    Requests are files, so that they need no pid. A request to cancel is signalled each time: `ops --cancel` repeats it
+    to check that this worker still responds.
+    """
     never = threading.Event()
-    out = frozenset[int]()
+    excluded = frozenset[int]()
     while not never.wait(CANCEL_POLL_SECONDS):
         if journal.cancel_requested:
             os.kill(os.getpid(), signal.SIGTERM)
-        if journal.excluded_ports != out:
-            out = journal.excluded_ports
+        if journal.excluded_ports != excluded:
+            excluded = journal.excluded_ports
             os.kill(os.getpid(), signal.SIGUSR1)

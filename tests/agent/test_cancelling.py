@@ -1,4 +1,4 @@
-"""A worker that is to end hears that, as often as it is asked; one that hears nothing is told of, not waited for."""
+"""Cancelling: a worker acknowledges each request. If a worker does not respond, the command reports it and ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mlxops.agent.operations import ops
-from mlxops.agent.operations.ops import Cancelling
+from mlxops.agent.operations.ops import CancelRequest
 from mlxops.agent.state.operation_log import OperationLog, create, recent_operations
 from mlxops.common.build import build_id
 from mlxops.core.errors import OutcomeUnknown, Refused
@@ -41,39 +41,39 @@ def loading(ask: Ask) -> Iterator[tuple[subprocess.Popen[str], OperationLog]]:
 
 
 def pid_of(studio: Studio, word: str) -> int:
-    """Once it has got past the gate, which the operation does not wait for."""
+    """Wait for a process with `word` in its command that has passed the gate. Return its pid."""
 
-    def found() -> int:
+    def find() -> int:
         processes = studio.processes()
         return next((each.pid for each in processes if word in each.command and "gate.py" not in each.command), 0)
 
-    return wait_until(found, 10, f"a process of {word}")
+    return wait_until(find, 10, f"a process of {word}")
 
 
-def test_a_worker_that_was_stopped_is_told_of_with_what_to_do_and_ends_once_it_goes_on(ask: Ask) -> None:
+def test_stopped_worker_is_reported_and_ends_when_continued(ask: Ask) -> None:
     with loading(ask) as (process, journal):
         worker = pid_of(ask.studio, "--worker")
         os.kill(worker, signal.SIGSTOP)
         try:
             began = time.monotonic()
             answer = ask("ops", "--cancel", journal.id, "--json")
-            assert time.monotonic() - began < ops.HEARD_SECONDS + 10
+            assert time.monotonic() - began < ops.RESPONSE_SECONDS + 10
             error = error_of(answer)
             assert (answer.exit, error["code"], error["details"]["pid"]) == (7, "worker_silent", worker)
             assert f"kill -CONT {worker}" in error["hint"] and "reconcile" in error["hint"]
         finally:
             os.kill(worker, signal.SIGCONT)
-        assert finish(process).exit == 130, "what was asked for is heard then"
+        assert finish(process).exit == 130, "the request is carried out later"
     nothing_runs(ask.studio)
 
 
-def test_a_worker_that_is_cleaning_up_hears_every_time(ask: Ask) -> None:
+def test_worker_that_cleans_up_acknowledges_each_request(ask: Ask) -> None:
     with loading(ask) as (process, journal):
-        os.kill(pid_of(ask.studio, str(FAKE)), signal.SIGSTOP)  # it does not end when it is asked: that takes a while
+        os.kill(pid_of(ask.studio, str(FAKE)), signal.SIGSTOP)  # it cannot end on SIGTERM, so that the cleanup is slow
         for _ in range(2):
             assert journal.alive()
             journal.cancel()
-            wait_until(lambda: not journal.cancel_requested, 10, "the worker to hear it")
+            wait_until(lambda: not journal.cancel_requested, 10, "the worker to acknowledge it")
         assert finish(process).exit == 130
     nothing_runs(ask.studio)
 
@@ -89,44 +89,44 @@ def journal(tmp_path: Path) -> Iterator[OperationLog]:
     os.close(lock)
 
 
-def test_whoever_waits_for_a_long_end_goes_on_as_long_as_it_is_heard(
+def test_request_is_repeated_while_the_worker_acknowledges_it(
     journal: OperationLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ops, "AGAIN_SECONDS", 0.02)
-    monkeypatch.setattr(ops, "HEARD_SECONDS", 1.0)
-    heard = 0
+    monkeypatch.setattr(ops, "REPEAT_SECONDS", 0.02)
+    monkeypatch.setattr(ops, "RESPONSE_SECONDS", 1.0)
+    acknowledged = 0
     ends = threading.Event()
 
     def worker() -> None:
-        nonlocal heard
+        nonlocal acknowledged
         while not ends.wait(0.005):
             if journal.cancel_requested:
-                heard += 1
+                acknowledged += 1
                 journal.clear_cancel()
 
     thread = threading.Thread(target=worker)
     thread.start()
     try:
-        cancelling = Cancelling(journal)
+        request = CancelRequest(journal)
 
-        def enough() -> bool:
-            cancelling()
-            return heard > 20
+        def is_repeated() -> bool:
+            request()
+            return acknowledged > 20
 
-        wait_until(enough, 20, "more than one answer")
+        wait_until(is_repeated, 20, "more than 20 acknowledgements")
     finally:
         ends.set()
         thread.join()
-    with pytest.raises(OutcomeUnknown, match="does not react"):
-        wait_until(cancelling, 20, "the end of patience")
+    with pytest.raises(OutcomeUnknown, match="is not responding"):
+        wait_until(request, 20, "the error")
 
 
-def test_what_would_be_worse_half_done_is_not_asked_to_end(tmp_path: Path) -> None:
+def test_quick_change_cannot_be_cancelled(tmp_path: Path) -> None:
     folder = tmp_path / "ops"
     folder.mkdir()
     made, lock = create(folder, envelope("unload", {}, Settings(), build_id()))
     assert lock is not None
     with pytest.raises(Refused) as caught:
-        Cancelling(made)
+        CancelRequest(made)
     os.close(lock)
     assert caught.value.code == "not_cancellable" and not made.cancel_requested

@@ -14,7 +14,7 @@ import pytest
 
 from mlxops.agent.hub.cache import Skipped, Snapshot, find, scan
 from mlxops.agent.state.store import Store
-from mlxops.agent.worker import _told
+from mlxops.agent.worker import classify_error
 from mlxops.common import files
 from mlxops.core.errors import Bug, MlxopsError, Refused
 from tests.lab.homelab import Completed, Homelab, run, script
@@ -130,7 +130,7 @@ def test_closed_repository_hides_no_other(homelab: Homelab, bound: Callable[...,
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.ESTALE, errno.EIO, errno.ENOTCONN, errno.EROFS])
 def test_disk_and_permission_errors_are_not_bugs(tmp_path: Path, number: int) -> None:
     store = Store(tmp_path / "state", tmp_path / "registry.json")
-    error = _told(OSError(number, os.strerror(number), "/Volumes/X/hub"), store)
+    error = classify_error(OSError(number, os.strerror(number), "/Volumes/X/hub"), store)
     assert isinstance(error, MlxopsError) and not isinstance(error, Bug)
     assert error.exit == 3 and "/Volumes/X/hub" in error.message and os.strerror(number) in error.why and error.hint
 

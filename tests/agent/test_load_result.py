@@ -34,7 +34,7 @@ def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Conte
 
     def context(*states: State) -> Context:
         left = list(states)
-        monkeypatch.setattr(Context, "look_again", lambda self, port: view(left.pop(0) if len(left) > 1 else left[0]))
+        monkeypatch.setattr(Context, "observe_port", lambda self, port: view(left.pop(0) if len(left) > 1 else left[0]))
         settings = Settings(hub=str(tmp_path), state=str(tmp_path))
         paths = host_paths(settings, os.environ)
         store = Store(paths.state, paths.registry)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlxops.agent import __main__ as agent
-from mlxops.agent.context import LOOKS, Context
+from mlxops.agent.context import MAX_OBSERVATIONS, Context
 from mlxops.agent.host.system import Look, this_system
 from mlxops.agent.operations import status
 from mlxops.agent.paths import host_paths
@@ -88,7 +88,7 @@ def test_a_registry_that_never_rests_is_told_as_it_was_seen_last(
 ) -> None:
     assign(True)
     system = Overtaken(lambda looks: assign(True))
-    assert told(tmp_path, port, system) == ["assigned_not_served"] and system.looks == LOOKS
+    assert told(tmp_path, port, system) == ["assigned_not_served"] and system.looks == MAX_OBSERVATIONS
 
 
 def test_a_long_list_arrives(tmp_path: Path) -> None:
@@ -110,6 +110,6 @@ def test_a_result_that_nobody_would_listen_to_is_told_as_that(
         agent._emit(Done({"models": ["x" * 1000]}))
         return 0
 
-    assert agent._told(serve) == 3
+    assert agent._report_errors(serve) == 3
     (told,) = map(decode_event, capsys.readouterr().out.splitlines())
     assert isinstance(told, Failed) and told.error.code == "result_too_long"

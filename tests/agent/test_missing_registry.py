@@ -18,11 +18,12 @@ import pytest
 
 from mlxops.agent import paths
 from mlxops.agent.state.store import Store
-from mlxops.control.client import HostReply
 from mlxops.control.gateway import check
-from mlxops.control.render import list_table
+from mlxops.core.commands.gateway import ServedPorts
+from mlxops.core.commands.list import ListResult, show
 from mlxops.core.errors import Refused
 from mlxops.core.registry import Registry
+from mlxops.core.replies import ErrorRow, HostReply
 from tests.lab.homelab import Homelab, Studio
 from tests.steps import REPO, Ask, error_of, register, tree, with_fake
 
@@ -394,17 +395,17 @@ def seen(studio: Studio, port: str) -> list[dict[str, object]]:
 
 
 def test_every_reader_prints_the_registrys_error() -> None:
-    error = {"code": "registry_missing", "message": "the registry /x is not there", "why": "it is gone", "hint": "cp"}
-    answer = HostReply("studio", {"models": [], "ports": [], "registry_error": error})
-    shown = list_table([answer])
+    error = ErrorRow("registry_missing", 3, "the registry /x is not there", "it is gone", "cp")
+    shown = show([_listed(error)])
     assert "no models" not in shown and "registry_missing" in shown and "it is gone" in shown
-    (found,) = check._registry_findings(answer)
-    assert (found.code, found.hint, found.host) == (
-        "registry_missing",
-        "cp",
-        "studio",
-    ) and "it is gone" in found.message
-    assert "no models" in list_table([HostReply("studio", {"models": [], "registry_error": None})])
+    (finding,) = check._registry_findings(HostReply("studio", ServedPorts((), error)))
+    assert (finding.code, finding.hint, finding.host) == ("registry_missing", "cp", "studio")
+    assert "it is gone" in finding.message
+    assert "no models" in show([_listed(None)])
+
+
+def _listed(error: ErrorRow | None) -> HostReply[ListResult]:
+    return HostReply("studio", ListResult((), "/x", error.message if error else None, error))
 
 
 def test_registry_is_created_by_the_first_init_and_missing_later(homelab: Homelab) -> None:

@@ -241,7 +241,7 @@ def test_a_port_that_is_unloaded_meanwhile_is_left_and_the_rest_goes_on(homelab:
     with restoring(homelab, "proof: ") as process:
         unloaded = homelab.mini.mlxctl("unload", str(ports[which])).ok()
         said, talk = process.communicate(timeout=60)
-    assert f"port {ports[which]} is taken out of restore, started by " in unloaded.stderr
+    assert f"port {ports[which]} is excluded from restore, started by " in unloaded.stderr
     other = 1 - which
     assert (process.returncode, said) == (
         0,

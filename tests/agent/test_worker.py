@@ -24,7 +24,7 @@ def test_a_wish_to_end_that_comes_with_the_outcome_is_too_late(
 
     def emit(event: Event) -> None:
         told.append(event)
-        context.cancellation.wish()
+        context.cancellation.request()
 
     settings = Settings(hub=str(tmp_path / "hub"), state=str(tmp_path / "state"))
     paths = host_paths(settings, {})

@@ -1,7 +1,7 @@
-"""The commands, on the host: observe, plan, apply, look again.
+"""The commands on the host: observe, plan, apply, observe again.
 
-Each is the function `run` of a module with the command's name. It takes a `Context` and the command's request, and
-returns the command's result, or raises a `MlxopsError`. A change runs in a worker of its own, holds the lock of every
+Each command is the function `run` of the module with its name. It takes a `Context` and the command's request. It
+returns the command's result, or raises an `MlxopsError`. A change runs in its own worker. It holds the lock of every
 port that it touches, and takes the registry's lock only for the instant of a write.
 """
 

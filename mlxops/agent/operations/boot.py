@@ -17,27 +17,27 @@ from mlxops.core.ports import JobState
 def run(ctx: Context, request: Boot) -> BootResult:
     job = restore_job.make_job(ctx.paths.state, ctx.environ, request.every)
     manager = restore_job.service_manager(ctx.environ)
-    changed, told = False, list[str]()
+    changed, messages = False, list[str]()
     try:
         match request.action:
             case "install":
                 changed = not _is_installed(manager, job)
-                told = manager.install(job)
+                messages = manager.install(job)
             case "remove":
-                changed, told = manager.remove(job)
+                changed, messages = manager.remove(job)
             case _:
-                told = manager.daemon_notes(job)
+                messages = manager.daemon_notes(job)
     except OSError as error:
         raise state_unwritable(ctx.paths.state, error) from None
-    return _result(ctx, manager, job, changed=changed, told=told)
+    return _boot_result(ctx, manager, job, messages, changed=changed)
 
 
 def _is_installed(manager: ServiceManager, job: RestoreJob) -> bool:
     return all(path.exists() and path.read_bytes() == data for path, data in manager.files(job).items())
 
 
-def _result(
-    ctx: Context, manager: ServiceManager, job: RestoreJob, *, changed: bool, told: Sequence[str]
+def _boot_result(
+    ctx: Context, manager: ServiceManager, job: RestoreJob, messages: Sequence[str], *, changed: bool
 ) -> BootResult:
     files = {str(path): path.read_text(errors="replace") if path.exists() else None for path in manager.job_paths(job)}
     own = BootJobs(ctx.paths.settings.boot, ctx.system, ctx.environ)
@@ -45,7 +45,7 @@ def _result(
     rows = [_job_row(own.state(look, each)) for each in own.jobs]
     return BootResult(
         changed=changed,
-        told=tuple(told),
+        told=tuple(messages),
         state=manager.state() if any(files.values()) else "not installed",
         files=files,
         argv=tuple(job.argv),

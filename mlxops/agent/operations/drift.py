@@ -1,5 +1,7 @@
-"""What `status` tells beyond the ports themselves: servers that run with other settings than they would get now,
-entries that a hand edit spoiled, operations that were cut short, and what killed writers left."""
+"""Find drift that a port's state does not show.
+
+Examples: servers whose settings have changed, invalid registry entries, interrupted operations, leftover files.
+"""
 
 from __future__ import annotations
 
@@ -20,48 +22,49 @@ from mlxops.core.text import amount
 
 
 def further_drift(ctx: Context, registry: Registry, world: World) -> Iterator[Drift]:
+    """Yield all drift of this module, apart from `rebooted` and `conflicted_copies`."""
     with cached_lookups():
         settings = [drift for view in world.ports.values() for drift in settings_drift(ctx, registry, view)]
     yield from settings
     for view in world.ports.values():
         if view.unserved and view.run is not None and not registry.on_port(view.port):
-            message = f"{view.port}: a run record of {view.run.model} describes nothing that lives"
+            message = f"{view.port}: a run record of {view.run.model} describes no live process"
             yield Drift.of(DriftCode.LEFTOVER, view.port, view.run.model, message)
     for model in registry.models.values():
         for problem in model.problems:
-            if "also claimed" not in problem:  # told as port_claimed_twice
+            if "also claimed" not in problem:  # reported as port_claimed_twice
                 message = f"the registry entry {model.name}: {problem}"
                 yield Drift.of(DriftCode.ENTRY_PROBLEM, model.port, model.name, message, registry=ctx.paths.registry)
     yield from recovery.drift(ctx.store, ctx.paths.settings.ports)
-    yield from _too_big(ctx)
+    yield from _big_logs(ctx)
     for path in ctx.store.leftovers():
         yield Drift.of(DriftCode.LEFTOVER, None, None, f"{path} was left by a writer that was killed")
 
 
 def rebooted(ctx: Context, registry: Registry, world: World) -> Iterator[Drift]:
-    """Servers of before the host's last boot that are assigned and not back."""
-    gone = [view.port for view in world.ports.values() if view.rebooted and view.unserved]
-    down = [port for port in gone if registry.on_port(port)]
+    """Report assigned servers that ran before the host's last boot and do not run now."""
+    unserved = [view.port for view in world.ports.values() if view.rebooted and view.unserved]
+    down = [port for port in unserved if registry.on_port(port)]
     if down:
         message = f"rebooted {format_utc(ctx.system.booted_at())}; {len(down)} assignment{'s'[: len(down) != 1]} down"
         yield Drift.of(DriftCode.REBOOTED, None, None, message)
 
 
 def conflicted_copies(ctx: Context) -> Iterator[Drift]:
-    """Yield the copies that a sync service left beside the registry when two machines had written it."""
+    """Report the copies that a sync service left beside the registry because two machines had written it."""
     for copy in ctx.store.registry.conflicted_copies():
         message = f"{copy} is a conflicted copy: another machine wrote the registry too"
         yield Drift.of(DriftCode.REGISTRY_CONFLICT, None, None, message, registry=ctx.paths.registry)
 
 
-def _too_big(ctx: Context) -> Iterator[Drift]:
+def _big_logs(ctx: Context) -> Iterator[Drift]:
     for log, size in logs.too_big(ctx.store.state / "logs"):
         port = int(log.stem) if log.stem.isdecimal() else None
         yield Drift.of(DriftCode.LOG_TOO_BIG, port, None, f"{log} has {amount(size)}")
 
 
 def settings_drift(ctx: Context, registry: Registry, view: PortView) -> Iterator[Drift]:
-    """A server of ours whose argv is not what a load of its model would give it now."""
+    """Report a server of ours if a load of its model would start it with another argv now."""
     run = view.run
     if run is None or view.owner is not Owner.MLXOPS or view.state not in {State.READY, State.WEDGED}:
         return
@@ -78,26 +81,26 @@ def settings_drift(ctx: Context, registry: Registry, view: PortView) -> Iterator
         yield Drift.of(DriftCode.SETTINGS_CHANGED, view.port, run.model, message)
         return
     try:
-        expected = _expected(ctx, registry, view)
+        expected = _expected_argv(ctx, registry, view)
     except MlxopsError as error:
         message = f"{view.port}: {run.model} could not be started as it is configured now: {error.message}"
         yield Drift(DriftCode.SETTINGS_CHANGED, view.port, run.model, message, error.hint)
         return
-    found = run.argv
+    actual = run.argv
     if run.adopted and expected is not None:
-        # However it was launched by hand; what counts are the options.
-        found, expected = found[-len(expected) + 1 :], expected[1:]
-    if expected is not None and found != expected:
+        # It may have been launched in another way by hand. Compare only the options.
+        actual, expected = actual[-len(expected) + 1 :], expected[1:]
+    if expected is not None and actual != expected:
         message = (
-            f"{view.port}: {run.model} runs with other settings than it would get now: {_difference(found, expected)}"
+            f"{view.port}: {run.model} runs with other settings than it would get now: {_difference(actual, expected)}"
         )
         yield Drift.of(DriftCode.SETTINGS_CHANGED, view.port, run.model, message)
 
 
-def _expected(ctx: Context, registry: Registry, view: PortView) -> tuple[str, ...] | None:
-    """The argv that the model would be started with now; None if that cannot be told without running the engine.
+def _expected_argv(ctx: Context, registry: Registry, view: PortView) -> tuple[str, ...] | None:
+    """Return the argv with which a load would start the model now; None if only the engine itself could say that.
 
-    Raises `Refused`.
+    Raises `Refused` if it could not be started.
     """
     from mlxops.agent.engines.inspection import HelpNotKnown
     from mlxops.agent.operations.model_files import ModelFiles
@@ -116,14 +119,14 @@ def _expected(ctx: Context, registry: Registry, view: PortView) -> tuple[str, ..
         return None
 
 
-def _difference(found: tuple[str, ...], expected: tuple[str, ...]) -> str:
-    """Words that only one of them has; where there are none, the order differs."""
-    only = [
-        f"{verb} {shlex.join(words)}"
-        for verb, words in (
-            ("has", [word for word in found if word not in expected]),
-            ("lacks", [word for word in expected if word not in found]),
+def _difference(actual: tuple[str, ...], expected: tuple[str, ...]) -> str:
+    """Return the arguments that only one of them has. If there are none, the order differs."""
+    parts = [
+        f"{verb} {shlex.join(arguments)}"
+        for verb, arguments in (
+            ("has", [argument for argument in actual if argument not in expected]),
+            ("lacks", [argument for argument in expected if argument not in actual]),
         )
-        if words
+        if arguments
     ]
-    return "; ".join(only)[:400] or "the same words in another order"
+    return "; ".join(parts)[:400] or "the same arguments in another order"

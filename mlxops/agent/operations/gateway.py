@@ -13,7 +13,7 @@ from mlxops.core.replies import ErrorRow
 
 
 def run(ctx: Context, request: Gateway) -> ServedPorts:
-    registry, world = ctx.look()
+    registry, world = ctx.registry_and_world()
     views = [view for port, view in sorted(world.ports.items()) if port in ctx.paths.settings.ports]
     error = ctx.warn_if_unusable(registry)
     return ServedPorts(

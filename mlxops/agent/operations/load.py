@@ -77,7 +77,7 @@ def load(
 
         once_alone(ctx.registry())
         request = replace(request, model=model)
-        ctx = ctx.doing(request)
+        ctx = ctx.with_request(request)
         if request.dry_run and (running := _running(ctx, port, model)):
             return _dry_attach(ctx, still(), running, running.port or port, began)
         return _load_locked(ctx, request, still, port, began, launching)
@@ -87,7 +87,7 @@ def _running(ctx: Context, port: int, model: str) -> Operation | None:
     """The same load, if it is running. A dry run holds nothing: it sees what would be in its way. Raises `Busy`."""
     for name in (f"port-{port}", model_lock(model)):
         holder = ctx.store.holder(name)
-        if holder is not None and not ctx.is_wanted_too(holder, port):
+        if holder is not None and not ctx.is_same_request(holder, port):
             raise busy(name, holder)
         if holder is not None:
             return holder
@@ -118,7 +118,7 @@ def _port_alone(ctx: Context, request: Load, resolved: Callable[[], ModelRef]) -
             return planner.choose_port(ctx.paths.settings, registry, idle, model, asked), model
         except UsageError:
             # No port is given, and none is the model's: if it is loading somewhere, that is what is meant.
-            with ctx.doing(replace(request, model=model)).alone(model_lock(model)):
+            with ctx.with_request(replace(request, model=model)).hold_lock(model_lock(model)):
                 raise
 
     with ExitStack() as held:
@@ -126,8 +126,8 @@ def _port_alone(ctx: Context, request: Load, resolved: Callable[[], ModelRef]) -
             port, model = chosen()
             try:
                 with ExitStack() as locks:
-                    asking = ctx.doing(replace(request, model=model))
-                    locks.enter_context(asking.locked(port, model_lock(model)))
+                    asking = ctx.with_request(replace(request, model=model))
+                    locks.enter_context(asking.hold_port(port, model_lock(model)))
                     # What was read before the locks may be old by now: another port or name may be meant.
                     if chosen() == (port, model):
                         held.push(locks.pop_all())
@@ -167,7 +167,7 @@ def _load_locked(
         locks: list[str] = []
         while more := [name for name in _locks_of_stops(ctx, registry, plan) if name not in locks]:
             for name in more:
-                held.enter_context(ctx.alone(name, port))
+                held.enter_context(ctx.hold_lock(name, port))
             locks += more
             # What was planned before it was held may be otherwise by now.
             registry = ctx.registry()
@@ -331,7 +331,7 @@ def _adopted_run(ctx: Context, view: PortView, plan: LoadPlan, prepared: Prepare
 def _ready(ctx: Context, plan: LoadPlan) -> PortView:
     """Return the port's view once it is ready, within `READY_SECONDS`: on a busy host the cheap probe may be late."""
     deadline = time.monotonic() + READY_SECONDS
-    while (view := ctx.look_again(plan.port)).state is not State.READY:
+    while (view := ctx.observe_port(plan.port)).state is not State.READY:
         if time.monotonic() > deadline or view.owner is None:
             raise NotStarted(
                 "not_ready",
@@ -347,7 +347,7 @@ def _load_result(
     ctx: Context, plan: LoadPlan, began: float, *, changed: bool, downtime: float | None = None
 ) -> LoadResult:
     """Observe the port again and report what is there. Raises `NotStarted` if that is not a ready server."""
-    view = ctx.look_again(plan.port) if ctx.request.dry_run else _ready(ctx, plan)
+    view = ctx.observe_port(plan.port) if ctx.request.dry_run else _ready(ctx, plan)
     names = name_fields(names_of(view))
     return LoadResult(
         model=view.model or plan.target.name,

@@ -1,4 +1,4 @@
-"""Operations, seen from outside: which run and which ran, how to find one, how to end one."""
+"""`ops`: list operations. Also find one by its id, and cancel it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from mlxops.core.commands.ops import OperationRow, Ops, OpsResult
 from mlxops.core.errors import Interrupted, MlxopsError, OutcomeUnknown, Refused
 from mlxops.core.protocol import Envelope, Failed
 
-SHOWN = 20
-"""Operations that have ended and are listed, the newest."""
-AGAIN_SECONDS = 2.0
-"""How often it is made sure that a worker that was asked to end still hears."""
-HEARD_SECONDS = 10.0
-"""A worker looks ten times a second whether it is to end, and hears it between any two steps of its own."""
+LISTED_ENDED = 20
+"""How many ended operations are listed; the newest."""
+REPEAT_SECONDS = 2.0
+"""Interval at which a request to cancel is repeated, to check that the worker still responds."""
+RESPONSE_SECONDS = 10.0
+"""Limit for a worker's response to a request to cancel. It checks for one ten times a second."""
 
 
 def run(ctx: Context, request: Ops) -> OpsResult:
@@ -28,17 +28,17 @@ def run(ctx: Context, request: Ops) -> OpsResult:
     for journal in recent_operations(ctx.store.state / "ops"):
         alive = journal.alive()
         ended += not alive
-        if alive or ended <= SHOWN:
-            rows.append(_row(journal, alive))
+        if alive or ended <= LISTED_ENDED:
+            rows.append(_operation_row(journal, alive))
     return OpsResult(tuple(rows))
 
 
-def _row(journal: OperationLog, alive: bool) -> OperationRow:
-    stand = journal.state()
-    state, detail, error = "running" if alive else "interrupted", str(stand), None
-    if isinstance(stand.final, Failed):
-        state, detail, error = _failed(stand.final.error)
-    elif stand.final is not None:
+def _operation_row(journal: OperationLog, alive: bool) -> OperationRow:
+    progress = journal.state()
+    state, detail, error = "running" if alive else "interrupted", str(progress), None
+    if isinstance(progress.final, Failed):
+        state, detail, error = _failed_state(progress.final.error)
+    elif progress.final is not None:
         state, detail = "done", ""
     envelope = _envelope(journal)
     subject = envelope.request.subject if envelope else Subject()
@@ -50,19 +50,19 @@ def _row(journal: OperationLog, alive: bool) -> OperationRow:
         port=_port(subject.port),
         asker=str(envelope.asker) if envelope else None,
         since=journal.since,
-        phase=stand.phase.name if stand.phase else None,
+        phase=progress.phase.name if progress.phase else None,
         detail=detail,
         error=error,
         state=state,
-        progress=stand.progress,
+        progress=progress.progress,
         seconds=journal.seconds(alive=alive),
     )
 
 
-def _failed(error: MlxopsError) -> tuple[str, str, str | None]:
-    """Return (state, detail, code) for an end without a result.
+def _failed_state(error: MlxopsError) -> tuple[str, str, str | None]:
+    """Return (state, detail, code) for an operation that ended without a result.
 
-    A cancelled operation has not failed, and neither has one that found another operation doing the same.
+    A cancelled operation has not failed. Nor has one that ended because another operation carried out the same request.
     """
     followed = error.details.get("attach")
     if followed:
@@ -78,59 +78,62 @@ def _envelope(journal: OperationLog) -> Envelope | None:
 
 
 def _port(text: str | None) -> int | str | None:
-    """Return the port as a number, if it is one; it may have been given as `auto`, or wrongly."""
+    """Return the port as a number if it is one. A request may also hold `auto`, or an invalid port."""
     return int(text) if text and re.fullmatch(r"[0-9]{1,5}", text, re.ASCII) else text
 
 
 def find(store: Store, text: str) -> OperationLog:
-    """The operation of an id, or of the end of one. Raises `Refused` (unknown_operation)."""
-    found = [journal for journal in recent_operations(store.state / "ops") if text and journal.id.endswith(text)]
-    if len(found) == 1:
-        return found[0]
+    """Return the operation with this id, or whose id ends with it. Raises `Refused` (unknown_operation)."""
+    matches = [journal for journal in recent_operations(store.state / "ops") if text and journal.id.endswith(text)]
+    if len(matches) == 1:
+        return matches[0]
     raise Refused(
         "unknown_operation",
-        f"there is no operation {text!r} on this host" if not found else f"{text!r} is the end of several operations",
-        why="the records of the latest two hundred are kept" if not found else ", ".join(each.id for each in found),
+        f"{text!r} is the end of several operations" if matches else f"there is no operation {text!r} on this host",
+        why=", ".join(each.id for each in matches) or "the records of the latest two hundred are kept",
         hint="see: mlxctl ops",
     )
 
 
-class Cancelling:
-    """Asks an operation to end, and sees to it that this is heard: by a worker that cleans up, which may take minutes,
-    it is heard each time; by one that was stopped, or hangs in the kernel, it is not."""
+class CancelRequest:
+    """A request to cancel an operation, repeated until the operation ends.
+
+    A worker acknowledges each request, even while it cleans up, which may take minutes. A worker that was stopped, or
+    that hangs in the kernel, does not.
+    """
 
     def __init__(self, journal: OperationLog) -> None:
         """Raises `Refused` (operation_ended, not_cancellable)."""
         _refuse_uncancellable(journal)
         self._journal = journal
-        self._ask()
+        self._send()
 
     def __call__(self) -> None:
-        """While its end is waited for. Raises `OutcomeUnknown` (worker_silent)."""
-        waited = time.monotonic() - self._asked
-        if not self._journal.cancel_requested and waited > AGAIN_SECONDS:
-            self._ask()
-        elif waited > HEARD_SECONDS and self._journal.alive():
-            raise self._silent()
+        """Repeat the request if it is due. Call this while you wait. Raises `OutcomeUnknown` (worker_silent)."""
+        waited = time.monotonic() - self._sent_at
+        if not self._journal.cancel_requested and waited > REPEAT_SECONDS:
+            self._send()
+        elif waited > RESPONSE_SECONDS and self._journal.alive():
+            raise self._unresponsive()
 
-    def _ask(self) -> None:
+    def _send(self) -> None:
         self._journal.cancel()
-        self._asked = time.monotonic()
+        self._sent_at = time.monotonic()
 
-    def _silent(self) -> OutcomeUnknown:
+    def _unresponsive(self) -> OutcomeUnknown:
         pid = worker_pid(self._journal)
-        who, target = (f"pid {pid}", str(pid)) if pid else ("which cannot be found", "PID")
+        worker, target = (f"pid {pid}", str(pid)) if pid else ("which cannot be found", "PID")
         return OutcomeUnknown(
             "worker_silent",
-            f"operation {self._journal.id} was asked to end, and its worker, {who}, does not react",
-            why=f"it has heard nothing for {HEARD_SECONDS:.0f} s: it was stopped, or waits for a disk",
+            f"operation {self._journal.id} was asked to end, and its worker, {worker}, is not responding",
+            why=f"it has not responded for {RESPONSE_SECONDS:.0f} s: it was stopped, or waits for a disk",
             hint=f"on the host: kill -CONT {target}, then it ends; or kill -KILL {target}, then mlxctl reconcile",
             details={"operation": self._journal.id, "pid": pid},
         )
 
 
 def worker_pid(journal: OperationLog) -> int | None:
-    """The worker of an operation, as far as this user can see it."""
+    """Return the pid of an operation's worker; None if this user can see no such process."""
     mark = ("--worker", str(journal.folder))
     for process in this_system().look(()).processes.values():
         if mark in zip(process.argv, process.argv[1:], strict=False) and not process.zombie:
@@ -142,12 +145,12 @@ def _refuse_uncancellable(journal: OperationLog) -> None:
     envelope = _envelope(journal)
     name = envelope.request.name if envelope else None
     if not journal.alive():
-        what = f"operation {journal.id} has ended already"
-        raise Refused("operation_ended", what, why=f"it was: {name}", hint="mlxctl ops")
+        message = f"operation {journal.id} has ended already"
+        raise Refused("operation_ended", message, why=f"it was: {name}", hint="mlxctl ops")
     if envelope is None or not envelope.request.cancellable:
         raise Refused(
             "not_cancellable",
             f"{name} cannot be cancelled",
-            why="it is done in seconds, and half of it would be worse than all of it",
+            why="it takes only seconds, and a half-done change would be worse than the whole",
             hint=f"wait for it: mlxctl ops --follow {journal.id}",
         )

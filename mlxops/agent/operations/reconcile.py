@@ -21,7 +21,7 @@ def run(ctx: Context, request: Reconcile) -> ReconcileResult:
     stopped, cleared, kept = list[StoppedRow](), list[ClearedRow](), list(plan.kept)
     for port in ports:
         try:
-            with ctx.locked(port):
+            with ctx.hold_port(port):
                 now_stopped, now_cleared = _reconcile_port(ctx, port)
         except Busy as busy:
             kept.append(f"{port}: {busy.message}")

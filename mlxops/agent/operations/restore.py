@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from mlxops.agent.context import RESTORE, Context, TakenOut
+from mlxops.agent.context import RESTORE, Context, PortExcluded
 from mlxops.agent.operations.load import load
 from mlxops.agent.paths import require_folder
 from mlxops.core import wire
@@ -51,7 +51,7 @@ def run(ctx: Context, request: Restore) -> RestoreResult:
     """Start each assignment that nothing serves, in the order of the ports. One that fails does not stop the others.
 
     Raises `NotStarted` (restore_incomplete) at the end if one failed, or stays down until a person acts."""
-    with ctx.alone(RESTORE):
+    with ctx.hold_lock(RESTORE):
         plan = _plan(ctx, request, keep=not request.dry_run)
         for state in plan.gone:
             ctx.note(f"the boot job {state.job.name} of port {state.job.port} is {state.standing}: {state.detail}")
@@ -72,7 +72,7 @@ def _try_out(ctx: Context, plan: _Plan) -> RestoreResult:
     for step in plan.steps.starts:
         wanted = replace(_load_of(step), dry_run=True)
         try:
-            tried = load(ctx.doing(wanted), wanted).plan
+            tried = load(ctx.with_request(wanted), wanted).plan
         except Interrupted:
             raise
         except MlxopsError as error:
@@ -95,7 +95,7 @@ def _carry_out(ctx: Context, request: Restore, plan: _Plan) -> RestoreResult:
         try:
             if _start(ctx, request, step, afresh=step not in plan.attempts):
                 restored.append(step)
-        except (TakenOut, _NotWanted):
+        except (PortExcluded, _NotWanted):
             left.append(replace(step, why=UNLOADED, in_hand=True))
             _tell_left(ctx, left[-1])
         except Interrupted:
@@ -179,7 +179,7 @@ def _load_of(step: RestoreStep) -> Load:
 
 def _start(ctx: Context, request: Restore, step: RestoreStep, *, afresh: bool) -> bool:
     """Remembered just before its server is launched: what takes the whole host down counts as well, and what is
-    refused before does not. `afresh`: none was started in vain before. Raises what `load` raises, `TakenOut` and
+    refused before does not. `afresh`: none was started in vain before. Raises what `load` raises, `PortExcluded` and
     `_NotWanted`."""
 
     def check(registry: Registry) -> None:
@@ -198,8 +198,8 @@ def _start(ctx: Context, request: Restore, step: RestoreStep, *, afresh: bool) -
         )
 
     wanted = _load_of(step)
-    with ctx.cancellation.part(step.port):
-        return load(ctx.doing(wanted), wanted, check, remember).changed
+    with ctx.cancellation.for_port(step.port):
+        return load(ctx.with_request(wanted), wanted, check, remember).changed
 
 
 def _result(

@@ -51,7 +51,7 @@ def run(ctx: Context, request: Rollback) -> LoadResult:
         sent=request.sent,
         promised=request.promised,
     )
-    return load(ctx.doing(wanted), wanted, unchanged)
+    return load(ctx.with_request(wanted), wanted, unchanged)
 
 
 def _load_instead(registry: Registry, port: int, now: Served | None) -> str:

@@ -17,7 +17,7 @@ from mlxops.core.records import Operation
 
 
 def run(ctx: Context, request: Status) -> StatusResult:
-    registry, world = ctx.look()
+    registry, world = ctx.registry_and_world()
     views = [view for port, view in sorted(world.ports.items()) if port in ctx.paths.settings.ports]
     found = [*rebooted(ctx, registry, world), *world.drift, *further_drift(ctx, registry, world)]
     probes: dict[int, ProbeRow] = {}
@@ -40,13 +40,13 @@ def run(ctx: Context, request: Status) -> StatusResult:
 
 
 def downloads(ctx: Context) -> list[Operation]:
-    """The operations that download now."""
-    found = []
+    """Return the operations that download now."""
+    holders = []
     for path in list_matching(ctx.store.state / "locks", "repo-"):
-        # Neither what is no file, nor a file system without locks, has a lock that an operation could hold.
+        # Skip what is not a file, and file systems without locks: no operation can hold a lock there.
         with contextlib.suppress(Unfit, NoLocks):
-            found.append(ctx.store.holder(path.name))
-    return [operation for operation in found if operation is not None]
+            holders.append(ctx.store.holder(path.name))
+    return [operation for operation in holders if operation is not None]
 
 
 def _running(ctx: Context, operation: Operation) -> RunningRow:

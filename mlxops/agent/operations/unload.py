@@ -30,7 +30,7 @@ def run(ctx: Context, request: Unload) -> PortResult:
         if not ctx.request.dry_run:
             entry = ctx.registry().named(model) if model else None
             cancelled = make_way(ctx, port, entry.name if entry else model) or cancelled
-        with ctx.locked(port):
+        with ctx.hold_port(port):
             # What was read before the lock may be old by now: another model must not be stopped for one that has moved.
             if _port(ctx, request, model) == port:
                 plan = unload_port(ctx, port, force=request.force)
@@ -89,7 +89,7 @@ def make_way(ctx: Context, port: int, model: str | None) -> Operation | None:
     restore = ctx.store.holder(RESTORE)
     if restore is not None and (journal := find_operation(ctx.store.state / "ops", restore.id)):
         journal.exclude_port(port)
-        ctx.note(f"port {port} is taken out of {restore}")
+        ctx.note(f"port {port} is excluded from {restore}")
     holder = ctx.store.holder(f"port-{port}")
     journal = find_operation(ctx.store.state / "ops", holder.id) if holder and holder.command == "load" else None
     if holder is None or journal is None or model not in {None, holder.model}:
@@ -124,7 +124,7 @@ def unload_result(ctx: Context, plan: UnloadPlan, began: float) -> PortResult:
         port=port,
         alias=ctx.paths.settings.slots.get(plan.port),
         url=ctx.paths.url(plan.port) if port else None,
-        state=ctx.look_again(port).state.value if port else "idle",
+        state=ctx.observe_port(port).state.value if port else "idle",
         changed=plan.changed and not dry_run,
         seconds=round(time.monotonic() - began, 3),
         log_path=plan.stop.run.log_path if plan.stop and plan.stop.run else None,

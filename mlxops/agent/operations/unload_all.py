@@ -25,7 +25,7 @@ def run(ctx: Context, request: UnloadAll) -> UnloadAllResult:
             continue
         try:
             cancelled = None if request.dry_run else make_way(ctx, plan.port, None)
-            with ctx.locked(plan.port):
+            with ctx.hold_port(plan.port):
                 ended = with_cancelled(unload_port(ctx, plan.port, force=True), cancelled)
                 done.append(unload_result(ctx, ended, began))
         except Interrupted:
