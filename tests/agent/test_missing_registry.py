@@ -20,7 +20,7 @@ from mlxops.agent import paths
 from mlxops.agent.state.store import Store
 from mlxops.control.client import HostReply
 from mlxops.control.gateway import check
-from mlxops.control.render import list_table
+from mlxops.control.output import list_table
 from mlxops.core.errors import Refused
 from mlxops.core.registry import Registry
 from tests.lab.homelab import Homelab, Studio

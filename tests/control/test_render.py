@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mlxops.control.client import HostReply
-from mlxops.control.render import (
+from mlxops.control.output import (
     Console,
     change_lines,
     document,
