@@ -83,7 +83,7 @@ def test_value_of_another_type_is_refused_with_its_path(change: dict[str, object
 
 
 def test_required_key_must_be_there() -> None:
-    with pytest.raises(DecodeError, match="^name is missing$"):
+    with pytest.raises(DecodeError, match=r"^name is missing$"):
         decode(Outer, {"inner": None})
 
 
