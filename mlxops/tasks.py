@@ -19,7 +19,7 @@ from invoke.tasks import Task
 from mlxops.cli import options, runner
 from mlxops.cli.options import Common, Given
 from mlxops.cli.runner import Cli
-from mlxops.control import client, render
+from mlxops.control import client, output
 from mlxops.core import commands
 from mlxops.core.command import AnyRequest, Group, Request, request_type
 from mlxops.core.errors import Bug, Refused, UsageError
@@ -196,7 +196,7 @@ def logs(cli: Cli, request: Logs) -> None:
 
     def hear(host: str, event: Event) -> None:
         if isinstance(event, LogLine) and cli.common.json and request.follow:
-            render.say(render.json_line({"host": host, "line": event.text}))
+            output.say(output.json_line({"host": host, "line": event.text}))
         elif isinstance(event, LogLine) and cli.common.json:
             lines.append(event.text)
         else:

@@ -228,7 +228,7 @@ STATUS_ASKS = """
 mlxops: tasks
 mlxops.cli: runner startup
 mlxops.common: build files
-mlxops.control: channel client hints inventory local render yaml_file
+mlxops.control: channel client hints inventory local output yaml_file
 mlxops.control.ssh: config
 mlxops.core: described errors names protocol settings text
 """

@@ -13,7 +13,7 @@ from mlxops import devtasks, tasks
 from mlxops.cli import runner
 from mlxops.cli.runner import Call, LeftError
 from mlxops.control.client import HostReply, HostTarget
-from mlxops.control.render import Console
+from mlxops.control.output import Console
 from mlxops.core.errors import Exit, Interrupted, MlxopsError, Refused, UsageError
 from mlxops.core.settings import Settings
 from tests.lab.homelab import Homelab

@@ -18,7 +18,7 @@ from invoke.tasks import Task
 from mlxops import __version__
 from mlxops.cli import options
 from mlxops.common.build import PACKAGE, build_id
-from mlxops.control import render
+from mlxops.control import output
 from mlxops.core.command import UnknownCommandError, request_type
 from mlxops.core.errors import Exit as Status
 from mlxops.core.errors import OutputFailed, UsageError
@@ -95,10 +95,10 @@ def _usage(error: ParseError | Exit) -> SystemExit:
     told = UsageError("usage", str(error).rstrip("!"), why="it is not a command line of mlxctl", hint=hint)
     if "--json" in sys.argv:
         try:
-            render.say(render.error_document(next((w for w in sys.argv[1:] if not w.startswith("-")), ""), told))
+            output.say(output.error_document(next((w for w in sys.argv[1:] if not w.startswith("-")), ""), told))
         except (BrokenPipeError, OutputFailed):
-            render.discard(1)  # it is told on standard error all the same
-    render.Console(many=False).error("", told)
+            output.discard(1)  # it is told on standard error all the same
+    output.Console(many=False).error("", told)
     return SystemExit(int(Status.USAGE))
 
 
@@ -146,13 +146,13 @@ def run() -> None:
         finally:
             # Help and lists are Invoke's to print; what it could not write, it has not noticed, or has raised.
             if sys.stdout is not None:
-                render.say("", end="")
+                output.say("", end="")
     except BrokenPipeError:
-        render.discard(1)
+        output.discard(1)
         raise SystemExit(141) from None
     except OutputFailed as error:
-        render.discard(1)
-        render.Console(many=False).error("", error)
+        output.discard(1)
+        output.Console(many=False).error("", error)
         raise SystemExit(int(error.exit)) from None
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 from mlxops.cli import startup
 from mlxops.cli.options import Common
 from mlxops.cli.targets import Targets
-from mlxops.control import client, render
+from mlxops.control import client, output
 from mlxops.control.client import HostTarget
 from mlxops.control.hints import aimed, aimed_error
 from mlxops.core import names, wire
@@ -31,7 +31,7 @@ class Cli:
         self.name = name or kind.name
         self.common = common
         self.targets = Targets(self.name, common.host, common.local)
-        self.console = render.Console(many=False)
+        self.console = output.Console(many=False)
         self.replies: Sequence[HostReply[object]] = ()
         """The outcome: it decides the exit status."""
         self.one_line = False
@@ -140,12 +140,12 @@ class Cli:
         if self.common.json:
             nested = self.kind.nested if nested is None else nested
             rows = {reply.host: _json_row(reply, nested=nested) for reply in replies}
-            document = render.document_line if self.one_line else render.document
-            render.say(document(self.name, replies, rows))
+            document = output.document_line if self.one_line else output.document
+            output.say(document(self.name, replies, rows))
             return
         text = (show or self._show)(replies)
         if text:
-            render.say(text)
+            output.say(text)
 
     def _show(self, replies: Sequence[HostReply[Any]]) -> str:
         command = next((reply.command for reply in replies if reply.result is not None), self.name)
@@ -157,31 +157,31 @@ class Cli:
         """Report an error that is not of one host; return the exit status."""
         if self.common.json:
             try:
-                render.say(render.error_document(self.name, error, indent=None if self.one_line else 2))
+                output.say(output.error_document(self.name, error, indent=None if self.one_line else 2))
             except (BrokenPipeError, OutputFailed):
-                render.discard(1)  # standard error has it, too
-        render.Console(many=False).error("", error)
+                output.discard(1)  # standard error has it, too
+        output.Console(many=False).error("", error)
         self._traceback(error)
         return int(error.exit)
 
     def report_errors(self) -> None:
         """Report the error of each host on standard error."""
-        console = render.Console(many=len(self.replies) > 1)
+        console = output.Console(many=len(self.replies) > 1)
         for reply in self.replies:
             if reply.error is not None:
                 if isinstance(reply.error, OutputFailed):
-                    render.discard(1)
+                    output.discard(1)
                 console.error(reply.host, reply.error)
                 self._traceback(reply.error)
 
     def unwritten(self, error: OutputFailed) -> int:
         """Report that the result could not be written. An error of a host comes first."""
-        render.discard(1)
+        output.discard(1)
         self.report_errors()
-        failed = render.exit_of(self.replies)
+        failed = output.exit_of(self.replies)
         if failed:
             error.hint = "see: mlxctl status, mlxctl ops"
-        render.Console(many=False).error("", error)
+        output.Console(many=False).error("", error)
         return failed or error.exit
 
     def _traceback(self, error: MlxopsError) -> None:
@@ -199,10 +199,10 @@ def run(cli: Cli, body: Callable[[], None]) -> None:
     try:
         with cli.console:
             body()
-        code = render.exit_of(cli.replies)
+        code = output.exit_of(cli.replies)
         cli.report_errors()
     except BrokenPipeError:
-        render.discard(1)  # the reader of our output is gone
+        output.discard(1)  # the reader of our output is gone
         code = 141
     except OutputFailed as error:
         code = cli.unwritten(error)

@@ -41,7 +41,7 @@ def aimed_event(event: Event, flags: str) -> Event:
         case Note(message):
             return replace(event, message=aimed(message, flags))
         case Done(result):
-            return Done({key: _aimed_value(key, value, flags) for key, value in result.items()})
+            return replace(event, result={key: _aimed_value(key, value, flags) for key, value in result.items()})
         case Failed(error):
             return Failed(aimed_error(error, flags))
     return event

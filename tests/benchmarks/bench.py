@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxops.control import render
+from mlxops.control import output
 from mlxops.core.errors import MlxopsError, UsageError
 from tests.benchmarks import cpu, files, hosts, scene, serving
 from tests.benchmarks.contest import BenchFailed, Contest, Cost
@@ -44,7 +44,7 @@ class Report:
 
     def to_wire(self) -> dict[str, object]:
         return {
-            "schema": render.SCHEMA,
+            "schema": output.SCHEMA,
             "command": "bench",
             "ok": True,
             "met": self.met,
@@ -73,16 +73,16 @@ def rows_to_measure(only: str | None) -> list[str]:
 def run(only: str | None, *, as_json: bool) -> None:
     """Measure and print the report. Raises `MlxopsError`, `cache.BuildFailed`."""
     wanted = rows_to_measure(only)
-    console = render.Console(many=False)
+    console = output.Console(many=False)
     machine = scene.machine()
     if scene.load() > BUSY_LOAD:
         console.note(f"warning: the machine is busy (load {machine['load']}), which distorts the numbers")
     with tempfile.TemporaryDirectory(prefix="mlxops-bench-") as name:
         report = _measure(Path(name), wanted, machine, console)
-    render.say(json.dumps(report.to_wire(), indent=2) if as_json else report.text())
+    output.say(json.dumps(report.to_wire(), indent=2) if as_json else report.text())
 
 
-def _measure(folder: Path, wanted: Sequence[str], machine: dict[str, object], console: render.Console) -> Report:
+def _measure(folder: Path, wanted: Sequence[str], machine: dict[str, object], console: output.Console) -> Report:
     rows: list[Row] = []
     growth: list[Growth] = []
     for contest in CONTESTS:

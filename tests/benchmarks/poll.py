@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 
-from mlxops.control import inventory, render
+from mlxops.control import inventory, output
 from mlxops.control.client import HostTarget
 from mlxops.control.watch.link import Link
 from mlxops.core.commands.status import Status
@@ -29,7 +29,7 @@ def main() -> None:
         began = time.perf_counter()
         for _ in range(POLLS):
             link.poll()
-        render.say(str((time.perf_counter() - began) / POLLS))
+        output.say(str((time.perf_counter() - began) / POLLS))
     finally:
         link.close()
 

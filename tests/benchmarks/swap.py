@@ -11,7 +11,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from mlxops.control import render
+from mlxops.control import output
 from tests.benchmarks import serving
 from tests.benchmarks.stats import Row, rows_table
 
@@ -37,4 +37,4 @@ if __name__ == "__main__":
     parser.add_argument("engine", nargs="?", default="mlx-lm", choices=ENGINES)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    render.say(rows_table([measure(options.engine, options.rounds)]))
+    output.say(rows_table([measure(options.engine, options.rounds)]))

@@ -16,7 +16,7 @@ from mlxops.common.build import build_id
 from mlxops.control import client
 from mlxops.control.channel import ConnectionLost, Ended, ReadLimits
 from mlxops.control.client import HostReply, HostTarget, ask, ask_all, gateway_warning, local_python
-from mlxops.control.render import exit_of
+from mlxops.control.output import exit_of
 from mlxops.core.command import Group, decode_request, request_type
 from mlxops.core.commands.follow import Follow
 from mlxops.core.commands.load import Load

@@ -18,7 +18,7 @@ from unittest import mock
 import pytest
 import yaml
 
-from mlxops.control import render
+from mlxops.control import output
 from mlxops.control.client import HostReply, HostTarget
 from mlxops.control.gateway import check, probe
 from mlxops.control.gateway import config as gatewayfiles
@@ -622,7 +622,7 @@ class TestPassingThrough:
         assert passed.error is None, passed.result
         assert [body["model"] for body in at.bodies] == ["qwen-coder"]
         assert self.alias(passed)["alias"] == "qwen-coder"
-        assert "\nqwen-coder " in render.gateway_table([passed])
+        assert "\nqwen-coder " in output.gateway_table([passed])
 
     def test_a_wrong_name_is_not_sent(self, proxy: Callable[[Answers], _Proxy], tmp_path: Path) -> None:
         at = proxy(lambda _: (200, {}, COMPLETION))

@@ -21,7 +21,7 @@ from mlxops.control.gateway import probe
 from mlxops.control.gateway.config import GatewayConfig, key_of, read
 from mlxops.control.hints import aimed
 from mlxops.control.inventory import Gateway
-from mlxops.control.render import Console
+from mlxops.control.output import Console
 from mlxops.core import gateway as core
 from mlxops.core import probe_names as asking
 from mlxops.core import wire

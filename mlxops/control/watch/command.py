@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TextIO
 
-from mlxops.control import render
+from mlxops.control import output
 from mlxops.control.client import HostReply, HostTarget
 from mlxops.control.watch.link import Watch
 from mlxops.control.watch.view import Documents, LineView, Watched
@@ -36,7 +36,7 @@ def parse_interval(text: str | None) -> float:
 
 
 def watch_hosts(
-    targets: Sequence[HostTarget], interval: float, console: render.Console, *, json: bool, until_drift: bool
+    targets: Sequence[HostTarget], interval: float, console: output.Console, *, json: bool, until_drift: bool
 ) -> tuple[HostReply[StatusResult], ...]:
     """Show what changes until Ctrl-C (exit status 130) or SIGTERM (143). Both are normal ends: print no error.
 
@@ -81,7 +81,7 @@ def _print_lines(
     targets: Sequence[HostTarget],
     interval: float,
     watched: Watched,
-    console: render.Console,
+    console: output.Console,
     form: Documents | LineView,
     until_drift: bool,
 ) -> None:
@@ -90,7 +90,7 @@ def _print_lines(
             if observation is None:
                 continue
             for line in form.lines(observation):
-                render.say(line)
+                output.say(line)
             reply = observation.reply
             if observation.last and reply.error is not None and len(targets) > 1:
                 console.error(reply.host, reply.error)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from mlxops.control.client import HostReply
-from mlxops.control.render import document_line
+from mlxops.control.output import document_line
 from mlxops.control.watch.link import Observation
 from mlxops.core import wire
 from mlxops.core.commands.status import StatusResult, show

@@ -10,8 +10,6 @@ from mlxops.core.replies import ErrorRow, HostReply
 from mlxops.core.tables import host_table, one_line, size, table
 from mlxops.core.wire import omitted
 
-NO_MODELS = "no models are registered; what the cache holds: `mlxctl init`; or load one: `mlxctl load ORG/NAME PORT`"
-
 
 @dataclass(frozen=True)
 class OptionRow:
@@ -117,9 +115,15 @@ def show(replies: Sequence[HostReply[ListResult]]) -> str:
             about = [reply.host, row.name, row.repo_id, (row.revision or "")[:12], size(row.size_bytes)]
             rows.append([*about, row.format, row.port, shown_options(row.flags), "; ".join(row.problems)])
     if not rows:
-        return NO_MODELS
+        return _no_models("" if many else "".join(reply.flags for reply in replies))
     columns = ["HOST", "NAME", "REPO", "REVISION", "SIZE", "FORMAT", "PORT", "FLAGS", "PROBLEMS"]
     return host_table(columns, rows, many=many)
+
+
+def _no_models(flags: str) -> str:
+    """`flags`: what a command needs to go to the host that has no models."""
+    cache = f"what the cache holds: `mlxctl init{flags}`"
+    return f"no models are registered; {cache}; or load one: `mlxctl load ORG/NAME PORT{flags}`"
 
 
 def shown_options(options: Sequence[OptionRow]) -> str:

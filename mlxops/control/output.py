@@ -18,7 +18,6 @@ from mlxops.core.errors import Exit, MlxopsError, OutputFailed, worst
 from mlxops.core.protocol import Event, LogLine, Note, Phase, Progress
 from mlxops.core.replies import HostReply
 from mlxops.core.tables import harmless, one_log_line
-from mlxops.core.tables import one_line as one_line
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
