@@ -55,7 +55,7 @@ class _Value:
 
 
 @dataclass(frozen=True)
-class Config:
+class LiteLLMConfig:
     entries: tuple[Entry, ...] = ()
     """As they are written: an alias may be a pattern, such as `jerry-*`."""
     synonyms: Mapping[str, str] = field(default_factory=dict)
@@ -106,7 +106,7 @@ class Config:
         return []
 
 
-def deployed(alias: str, model: str, api_base: str | None, provider: str | None) -> Entry:
+def entry_of_deployment(alias: str, model: str, api_base: str | None, provider: str | None) -> Entry:
     """Make the entry of a deployment of the running gateway, which lists inherited values, too."""
     kind, sends = _upstream(model, provider)
     known = _PROVIDERS.get(kind or "")
@@ -236,7 +236,7 @@ def _upstream(model: str, provider: str | None) -> tuple[str | None, str | None]
 # -- reading the document -----------------------------------------------------------------------------------------
 
 
-def parse(document: object, environ: Environ, files: GatewayPaths, places: Sequence[str] = ()) -> Config:
+def parse(document: object, environ: Environ, files: GatewayPaths, places: Sequence[str] = ()) -> LiteLLMConfig:
     """Read a loaded configuration, its includes merged into it.
 
     `places`: file and line of each item of `model_list`. Raises `Refused` (bad_gateway_config) if LiteLLM would not
@@ -262,7 +262,7 @@ def parse(document: object, environ: Environ, files: GatewayPaths, places: Seque
             hint = "write it as `inv gateway --print` does"
             message = f"{where}: {read}: LiteLLM does not start with it"
             findings.append(Finding("bad_entry", None, None, Severity.FAULT, message, hint))
-    return Config(tuple(entries), reader.synonyms, tuple(findings), reader.instead, reader.certain_defaults())
+    return LiteLLMConfig(tuple(entries), reader.synonyms, tuple(findings), reader.instead, reader.certain_defaults())
 
 
 def _without_model(entry: Entry, files: GatewayPaths) -> Finding:

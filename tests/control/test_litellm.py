@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from mlxops.control.gateway import check
 from mlxops.control.gateway import config as gatewayfiles
+from mlxops.control.gateway.check import with_client_names
+from mlxops.control.gateway.ports import same_host
 from mlxops.control.inventory import Gateway
 from mlxops.core import gateway as core
 from mlxops.core.errors import Refused
-from mlxops.core.gateway import Port, Severity
+from mlxops.core.gateway import GatewayPort, Severity
 from mlxops.core.ports import Owner, State
 from tests.lab import verdicts
 from tests.lab.verdicts import CHAT, PORT
@@ -514,10 +515,10 @@ def ours(case: Case, folder: Path, port: int = 28123) -> dict[str, str | None] |
 def _sent(told: gatewayfiles.GatewayConfig, name: str, port: int) -> str | None:
     """The name that reaches the server, if nothing that we find says that it does not."""
     # A server that knows every name, at the path that all engines have.
-    here = Port("here", "127.0.0.1", port, name, State.READY, Owner.MLXOPS, "m", answers_to_any=True)
+    here = GatewayPort("here", "127.0.0.1", port, name, State.READY, Owner.MLXOPS, "m", answers_to_any=True)
     ports = [replace(here, paths=frozenset({CHAT}))]
-    entries = [entry for entry in check.under(told, ports).entries if entry.alias == name]
-    found = core.compare(entries, ports, told.files, check.same_host)
+    entries = [entry for entry in with_client_names(told, ports).entries if entry.alias == name]
+    found = core.compare(entries, ports, told.files, same_host)
     faults = [each.code for each in found if each.severity is Severity.FAULT]
     return None if faults or not entries else entries[0].certain_name
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from mlxops.core import gateway, litellm
 from mlxops.core.errors import Refused
-from mlxops.core.gateway import Entry, Finding, GatewayPaths, Port, Severity
-from mlxops.core.litellm import Config, Environ
+from mlxops.core.gateway import Entry, Finding, GatewayPaths, GatewayPort, Severity
+from mlxops.core.litellm import Environ, LiteLLMConfig
 from mlxops.core.ports import Owner, State
 from tests.properties import PROPERTY, json_values
 
@@ -34,9 +34,9 @@ def entries(*items: object, environ: Mapping[str, str] | None = None) -> tuple[E
     return config.entries
 
 
-def served(alias: str | None = "jerry-xl", port: int = 8100, **changes: Any) -> Port:
+def served(alias: str | None = "jerry-xl", port: int = 8100, **changes: Any) -> GatewayPort:
     """A port with a server of ours that is as it should be."""
-    right = Port(
+    right = GatewayPort(
         "studio",
         HOST,
         port,
@@ -51,18 +51,18 @@ def served(alias: str | None = "jerry-xl", port: int = 8100, **changes: Any) -> 
     return replace(right, **changes)
 
 
-def idle(alias: str | None, port: int, **changes: Any) -> Port:
-    return replace(Port("studio", HOST, port, alias, State.IDLE), **changes)
+def idle(alias: str | None, port: int, **changes: Any) -> GatewayPort:
+    return replace(GatewayPort("studio", HOST, port, alias, State.IDLE), **changes)
 
 
 def found(
-    items: list[dict[str, Any]], ports: list[Port], environ: Mapping[str, str] | None = None
+    items: list[dict[str, Any]], ports: list[GatewayPort], environ: Mapping[str, str] | None = None
 ) -> set[tuple[str, str]]:
     return {(f.code, f.severity.value) for f in findings(items, ports, environ)}
 
 
 def findings(
-    items: list[dict[str, Any]], ports: list[Port], environ: Mapping[str, str] | None = None
+    items: list[dict[str, Any]], ports: list[GatewayPort], environ: Mapping[str, str] | None = None
 ) -> tuple[Finding, ...]:
     return gateway.compare(entries(*items, environ=environ), ports, FILES)
 
@@ -161,7 +161,7 @@ def test_an_address_without_v1_is_right_for_some_engines(base: str, paths: Itera
         (served(), {("wrong_name", "fault")}),
     ],
 )
-def test_the_engines_own_word_for_its_model_is_a_name_of_it(port: Port, expected: set[tuple[str, str]]) -> None:
+def test_the_engines_own_word_for_its_model_is_a_name_of_it(port: GatewayPort, expected: set[tuple[str, str]]) -> None:
     assert found([item(model="openai/default_model")], [port]) == expected
 
 
@@ -318,16 +318,16 @@ def test_the_hint_is_the_one_edit() -> None:
         (served(state=State.UNKNOWN, owner=None), {("not_ready", "warning")}),
         (served(answers_to="other"), {("server_name", "fault")}),
         (served(answers_to=None, owner=Owner.HAND), set()),
-        (Port("studio", HOST, 8100, "jerry-xl"), set()),
+        (GatewayPort("studio", HOST, 8100, "jerry-xl"), set()),
     ],
 )
-def test_what_answers_behind_a_right_entry(port: Port, expected: set[tuple[str, str]]) -> None:
+def test_what_answers_behind_a_right_entry(port: GatewayPort, expected: set[tuple[str, str]]) -> None:
     assert found([item()], [port]) == expected
 
 
 def test_a_boot_jobs_server_under_another_name_is_not_to_be_loaded_over() -> None:
     (finding,) = findings([item()], [served(answers_to="other", owner=Owner.BOOT)])
-    assert finding.hint == "have the boot job start it under the name jerry-xl"
+    assert finding.hint == "let the boot job start it under the name jerry-xl"
 
 
 @pytest.mark.parametrize(
@@ -339,7 +339,7 @@ def test_a_boot_jobs_server_under_another_name_is_not_to_be_loaded_over() -> Non
         (idle(None, 8109), set()),
     ],
 )
-def test_what_the_gateway_does_not_know(port: Port, expected: set[tuple[str, str]]) -> None:
+def test_what_the_gateway_does_not_know(port: GatewayPort, expected: set[tuple[str, str]]) -> None:
     assert found([], [port]) == expected
 
 
@@ -433,7 +433,7 @@ def test_a_broken_item_is_a_fault_and_the_others_count(broken: object) -> None:
 
 
 def test_a_configuration_without_models_has_none() -> None:
-    assert litellm.parse({"general_settings": {}}, Environ(), FILES) == Config()
+    assert litellm.parse({"general_settings": {}}, Environ(), FILES) == LiteLLMConfig()
 
 
 def test_an_entry_never_holds_the_key() -> None:
@@ -471,7 +471,7 @@ _aliases = st.lists(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,12}", fullmatch=
 @PROPERTY
 def test_what_is_printed_is_what_the_check_wants(aliases: list[str], env: bool) -> None:
     ports = [served(alias, 8100 + index) for index, alias in enumerate(aliases)]
-    document, environ = (gateway.printed_env if env else gateway.printed)(ports)
+    document, environ = gateway.document_with_variables(ports) if env else (gateway.document_with_values(ports), {})
     config = litellm.parse(document, Environ(environ), FILES)
     assert not config.findings
     assert len(config.entries) == len(aliases)
@@ -479,7 +479,7 @@ def test_what_is_printed_is_what_the_check_wants(aliases: list[str], env: bool) 
 
 
 def test_the_form_with_variables_is_the_homelabs() -> None:
-    document, environ = gateway.printed_env([idle("jerry-xl", 8100)])
+    document, environ = gateway.document_with_variables([idle("jerry-xl", 8100)])
     assert document["model_list"] == [
         {
             "model_name": "jerry-xl",
@@ -499,13 +499,13 @@ def test_the_form_with_variables_is_the_homelabs() -> None:
 
 def test_no_two_slots_share_a_variable() -> None:
     ports = [idle("a-b", 8100), idle("a.b", 8101), served("a-b", 8100, host="studio2", address="studio2.local")]
-    document, environ = gateway.printed_env(ports)
+    document, environ = gateway.document_with_variables(ports)
     assert len(environ) == 9
     assert [e.sends for e in litellm.parse(document, Environ(environ), FILES).entries] == ["a-b", "a.b", "a-b"]
 
 
 def test_an_alias_that_begins_with_a_digit_has_variables_all_the_same() -> None:
-    assert set(gateway.printed_env([idle("70b", 8100)])[1]) == {
+    assert set(gateway.document_with_variables([idle("70b", 8100)])[1]) == {
         "SLOT_70B_MODEL",
         "SLOT_70B_API_BASE",
         "SLOT_70B_API_KEY",

@@ -18,7 +18,7 @@ from mlxops.control.yaml_file import FileProblem, compose, construct, read_text
 from mlxops.core import env_file
 from mlxops.core.errors import Refused
 from mlxops.core.gateway import Entry, Finding, GatewayPaths, Severity
-from mlxops.core.litellm import Config, Environ, parse
+from mlxops.core.litellm import Environ, LiteLLMConfig, parse
 
 MAX_BYTES = 512 * 1024
 MAX_FILES = 20
@@ -29,7 +29,7 @@ MAX_DEPTH = 100
 class GatewayConfig:
     """What the gateway's files say. `environ` holds secrets: it is never shown."""
 
-    config: Config
+    config: LiteLLMConfig
     entries: tuple[Entry, ...]
     """`gateway.under` puts these under the names that clients use; before that, an alias may be a pattern."""
     findings: tuple[Finding, ...]
@@ -44,7 +44,7 @@ def read(gateway: Gateway) -> GatewayConfig:
     files = GatewayPaths(gateway.config or "the gateway's configuration", gateway.env)
     environ, findings = _environ(gateway.env) if gateway.env else (Environ(dict(os.environ), whole=False), ())
     if gateway.config is None:
-        return GatewayConfig(Config(), (), findings, files, environ.values, known=False)
+        return GatewayConfig(LiteLLMConfig(), (), findings, files, environ.values, known=False)
     document, places, repeated = _merged(gateway.config)
     config = parse(document, environ, files, places)
     return GatewayConfig(config, config.entries, (*findings, *repeated, *config.findings), files, environ.values)
