@@ -1,4 +1,4 @@
-"""The gateway's files: whatever they contain is read as LiteLLM reads it, or refused with its line."""
+"""The gateway's files are read as LiteLLM reads them, or refused with the line."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ model_list:
 
     def test_named_pipe_is_refused(self, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "router.yaml")
-        with pytest.raises(Refused, match="not a regular file"):
+        with pytest.raises(Refused, match="is not a file"):
             read_files(Gateway(str(tmp_path / "router.yaml"), None, None, None))
 
     def test_reading_writes_nothing(self, tmp_path: Path) -> None:

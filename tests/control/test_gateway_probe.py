@@ -34,15 +34,15 @@ COMPLETION = json.dumps({"choices": [{"message": {"role": "assistant", "content"
 
 
 class Proxy:
-    """A gateway that answers its n-th completion request as a test wants. It notes what it was asked."""
+    """A gateway that answers its n-th completion request as a test wants, and records the requests."""
 
     def __init__(self, answers: Answers) -> None:
         self.paths: list[str] = []
         self.bodies: list[dict[str, object]] = []
         self.info = b""
-        """What it says that it does with each name; empty: nothing."""
+        """Its reply with all deployments; empty: 404."""
         self.by_id: dict[str, bytes] = {}
-        """What it says of one deployment."""
+        """Its replies with one deployment."""
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -67,10 +67,10 @@ class Proxy:
                     self.end_headers()
                     self.wfile.write(body)
                 except BrokenPipeError:
-                    pass  # nobody waited for it
+                    pass  # the client is gone
 
             def log_message(self, format: str, *args: object) -> None:
-                """Says nothing."""
+                """Log nothing."""
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
@@ -303,7 +303,7 @@ class TestProbe:
 
 
 def info(*rows: tuple[str, str, str | None]) -> bytes:
-    """What LiteLLM answers to GET /v1/model/info: (model_name, model, api_base)."""
+    """Return LiteLLM's reply to GET /v1/model/info. A row: (model_name, model, api_base)."""
     data = [
         {"model_name": name, "litellm_params": {"model": model, "api_base": base}, "model_info": {"id": name}}
         for name, model, base in rows
@@ -334,7 +334,7 @@ class TestDeployments:
             }
 
         at = proxy(lambda _: (200, {}, COMPLETION))
-        # As LiteLLM 1.109 tells of `*`, of an entry, and of the same by model_group_alias.
+        # As LiteLLM 1.109 lists `*`, an entry, and the same by model_group_alias.
         rows = [row(name, f"openai/{name}", "p/1") for name in ("gpt-4o", "o3", "ft:babbage-002")]
         rows += [row("a", "openai/jerry-xl", "2"), row("b", "openai/jerry-xl", "2")]
         at.info = json.dumps({"data": rows}).encode()
@@ -345,7 +345,7 @@ class TestDeployments:
             ("b", "openai/jerry-xl"),
             ("*", "openai/*"),
         ]
-        # Where it does not tell, nothing is made of the names.
+        # Without its reply for the id, the names are left out.
         at.by_id.clear()
         assert [deployment.alias for deployment in probe.deployments(at.url, None) or ()] == ["a", "b"]
 
@@ -369,7 +369,7 @@ class TestDeployments:
 
 
 class TestThrough:
-    """`gateway --through`, with a gateway that answers as a test wants, and an agent's answer."""
+    """`gateway --through` with a gateway that answers as a test wants."""
 
     def passed(self, config: GatewayConfig, at: Proxy, **changes: object) -> HostReply[GatewayResult]:
         gateway = Gateway("router.yaml", None, at.url, None)
