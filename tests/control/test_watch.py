@@ -563,7 +563,7 @@ class TestOnATerminal:
         with Terminal(homelab) as terminal:
             terminal.reader.until(re.escape(ENTER))
             terminal.press(b"\x03")
-            assert terminal.exit_status() == 130
+            assert terminal.exit_status() == 130, terminal.reader.text
             assert terminal.reader.text.count(ENTER) == terminal.reader.text.count(LEAVE) == 1
         gone(homelab.studio)
 
