@@ -316,7 +316,7 @@ class TestPermanentErrors:
             register(remote.studio, "mine", port=remote.port)
             reader.until("drift: mine is assigned")
             done = finish(process)
-            assert done.exit == 3 and "error: registry and life disagree in one place" in done.stderr, str(done)
+            assert done.exit == 3 and "error: 1 difference between the registry and what is running" in done.stderr, str(done)
         gone(remote.studio)
 
     @pytest.mark.parametrize(
