@@ -60,11 +60,11 @@ def load(cli: Cli, request: Loading) -> None:
     if gateway is None:
         reply = cli.change(target, request)
     else:
-        from mlxops.control.gateway import check
+        from mlxops.control.gateway import receipt
 
-        config = check.known_config(gateway, target, cli.console)
-        reply = cli.change(target, check.with_names(request, target, config))
-        reply = check.completed(reply, gateway, config, target, cli.console)
+        config = receipt.readable_config(gateway, target, cli.console)
+        reply = cli.change(target, receipt.with_names(request, target, config))
+        reply = receipt.with_receipt(reply, gateway, config, target, cli.console)
     _warn_if_unreachable(cli, reply)
     cli.show([reply])
 
@@ -211,8 +211,10 @@ def logs(cli: Cli, request: Logs) -> None:
 def gateway(cli: Cli, request: Gateway) -> None:
     if request.print or request.env:
         return _print_entries(cli, request)
-    from mlxops.control.gateway import check, table
+    from mlxops.control.gateway import table
+    from mlxops.control.gateway.check import check
     from mlxops.control.gateway.config import read as read_config
+    from mlxops.control.gateway.through import pass_through
 
     configured = cli.targets.gateway
     if configured is None or not (configured.config or (request.through and configured.url)):
@@ -224,20 +226,20 @@ def gateway(cli: Cli, request: Gateway) -> None:
         )
     config = read_config(configured)
     targets = cli.hosts()
-    replies = check.check(config, targets, cli.ask_all(targets, request))
-    cli.show(check.pass_through(configured, config, replies) if request.through else replies, table.show)
+    replies = check(config, targets, cli.ask_all(targets, request))
+    cli.show(pass_through(configured, config, replies) if request.through else replies, table.show)
 
 
 def _print_entries(cli: Cli, request: Gateway) -> None:
     """Print the entries to paste. With `--json` the same as data: `model_list`, and `environ` for the env file."""
-    from mlxops.control.gateway import check
+    from mlxops.control.gateway.entries import as_yaml, entries_to_paste
 
     if not request.print:
         why = "it is a form of what is printed; the check itself reads the env file that hosts.yaml names"
         raise UsageError("print_missing", "--env goes with --print", why=why, hint="add --print, or leave it out")
-    document, environ = check.printed(cli.hosts(), env=request.env)
+    document, environ = entries_to_paste(cli.hosts(), env=request.env)
     reply: HostReply[Mapping[str, object]] = HostReply("gateway", {**document, "environ": environ})
-    cli.show([reply], lambda replies: check.as_yaml(document, environ))
+    cli.show([reply], lambda replies: as_yaml(document, environ))
 
 
 def help_(cli: Cli, request: Help) -> None:

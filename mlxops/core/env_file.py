@@ -1,7 +1,7 @@
-"""Read the variables of an env file as sh (`set -a; . FILE`) and python-dotenv do. Pure: nothing is executed.
+"""Read the variables of an env file as sh (`set -a; . FILE`) and python-dotenv do. Pure: execute nothing.
 
-If both read the same value, it is certain. If they differ, or sh would run something, it is doubtful, because it is not
-known which of the two reads the gateway's file.
+A value is certain if both read the same one. It is doubtful if they differ or sh would run a command: which of the two
+reads the gateway's file is not known.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 @dataclass(frozen=True)
-class Trouble:
+class Problem:
     """A line that sh and python-dotenv may read differently. `why` never contains a value."""
 
     line: int
@@ -24,10 +24,10 @@ class Trouble:
 
 
 @dataclass(frozen=True)
-class Reading:
+class EnvFile:
     values: Mapping[str, str]
     doubtful: frozenset[str] = frozenset()
-    troubles: tuple[Trouble, ...] = ()
+    problems: tuple[Problem, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -35,20 +35,20 @@ class _Setting:
     line: int
     name: str
     value: str | None
-    """None: not known without running the line."""
+    """None: only running the line would show it."""
 
 
-def read(text: str) -> Reading:
-    """Read all lines that are understood, and report the others."""
-    troubles: dict[int, str] = {}
-    # systemd and ini files have such comments. sh and python-dotenv would read them as something else.
+def parse(text: str) -> EnvFile:
+    """Read the lines that are assignments, and report the others."""
+    problems: dict[int, str] = {}
+    # systemd and ini files have such comments. sh and python-dotenv would not take them as comments.
     text = re.sub(r"(?m)^[ \t]*;", "#", text)
     if text.startswith("\ufeff"):
-        troubles[1] = "a byte order mark stands before its name: save the file without one"
-    sh, dotenv = _Sh(text, troubles), _Dotenv(text)
+        problems[1] = "a byte order mark stands before its name: save the file without one"
+    sh, dotenv = _Sh(text, problems), _Dotenv(text)
     for line in dotenv.not_understood:
         if line in sh.not_understood:
-            troubles.setdefault(line, "it is not NAME=value, or its quotes do not end")
+            problems.setdefault(line, "it is not NAME=value, or its quotes do not end")
     shell, other = sh.values, dotenv.values
     doubtful = set[str]()
     for name in dict.fromkeys([*shell, *other]):
@@ -56,9 +56,9 @@ def read(text: str) -> Reading:
         if one is None or two is None or one.value is None or one.value != two.value or name in sh.borrowed:
             doubtful.add(name)
             line = (two or one or _Setting(1, name, None)).line
-            troubles.setdefault(line, _why(name, one, two, sh))
-    values = {name: each.value or "" for name, each in {**shell, **other}.items()}
-    return Reading(values, frozenset(doubtful), tuple(Trouble(*each) for each in sorted(troubles.items())))
+            problems.setdefault(line, _why(name, one, two, sh))
+    values = {name: setting.value or "" for name, setting in {**shell, **other}.items()}
+    return EnvFile(values, frozenset(doubtful), tuple(Problem(*problem) for problem in sorted(problems.items())))
 
 
 def _why(name: str, one: _Setting | None, two: _Setting | None, sh: _Sh) -> str:
@@ -70,11 +70,11 @@ def _why(name: str, one: _Setting | None, two: _Setting | None, sh: _Sh) -> str:
 
 
 class _Stop(Exception):
-    """This line's effect is not known without running it, or it is malformed."""
+    """The line is malformed, or only running it would show its effect."""
 
 
 class _Dotenv:
-    """python-dotenv's reading (the grammar of 1.2.4), with `${NAME}` and `${NAME:-default}` expanded in every value."""
+    """Read as python-dotenv does (grammar of 1.2.4). Expand `${NAME}` and `${NAME:-default}` in every value."""
 
     _NAME = re.compile(r"(?:export[^\S\r\n]+)?(?P<name>'[^']+'|(?!')[^=\#\s]+)[^\S\r\n]*")
     _EQUALS = re.compile(r"=(?P<blank>[^\S\r\n]*)")
@@ -115,7 +115,7 @@ class _Dotenv:
         if not self._text.startswith("=", self._at):
             self._check_end()
             self.not_understood.add(line)
-            self.values.pop(name, None)  # it takes the name back
+            self.values.pop(name, None)  # the name alone removes an earlier assignment
             return
         blank = self._take(self._EQUALS)["blank"]
         if self._text.startswith(("'", '"'), self._at):
@@ -141,14 +141,14 @@ class _Dotenv:
 
 
 class _Sh:
-    """What `set -a; . FILE` sets (POSIX, "Shell Command Language"), for lines that only assign."""
+    """Read as `set -a; . FILE` does (POSIX, "Shell Command Language"), for lines that only assign."""
 
-    def __init__(self, text: str, troubles: dict[int, str]) -> None:
+    def __init__(self, text: str, problems: dict[int, str]) -> None:
         self.values: dict[str, _Setting] = {}
         self.not_understood: set[int] = set()
         self.borrowed: set[str] = set()
         """Variables whose value refers to a variable that the file does not set."""
-        self._text, self._at, self._troubles = text, 0, troubles
+        self._text, self._at, self._problems = text, 0, problems
         while self._at < len(text):
             self._line()
 
@@ -173,7 +173,7 @@ class _Sh:
                 self._blanks()
             self._end()
         except _Stop:
-            # What the line sets, if anything, is not known without running it.
+            # Only running the line would show what it sets.
             self.values = before
             self.not_understood.add(line)
             self._at = self._end_of_line(begin)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, field
+from dataclasses import field
 from enum import StrEnum
 from urllib.parse import urlsplit
 
@@ -27,13 +27,16 @@ DEFAULT_NAME = "default_model"
 
 class Severity(StrEnum):
     FAULT = "fault"
-    """A request by this alias fails, or is answered by something else than the contract says."""
+    """A request by this alias fails, or the wrong server answers it."""
     WARNING = "warning"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """`alias` and `port` are None where the finding is about neither; `host` where it is about no single one."""
+    """A problem between the gateway and its servers.
+
+    `alias`, `port` and `host` are None if it is about no single one.
+    """
 
     code: str
     alias: str | None
@@ -43,13 +46,10 @@ class Finding:
     hint: str
     host: str | None = None
 
-    def to_wire(self) -> dict[str, object]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class GatewayPaths:
-    """How the gateway's files are called in messages; `env` None: the environment is not a file."""
+    """The names of the gateway's files in messages. `env` None: the environment is not a file."""
 
     config: str = "the gateway's configuration"
     env: str | None = None
@@ -57,23 +57,23 @@ class GatewayPaths:
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry of `model_list`, with everything that it inherits. Instead of the key, only whether there is one."""
+    """An entry of `model_list`, with all inherited values. Of the key it has only whether there is one."""
 
     alias: str
-    """The name that clients use; in a configuration as it is written also a pattern, such as `jerry-*`."""
+    """The name that clients use. As written in the configuration, it may also be a pattern such as `jerry-*`."""
     model: str | None
     sends: str | None
-    """The name that the server is asked for; None if LiteLLM would not ask an OpenAI-compatible server."""
+    """The name in the request to the server; None if LiteLLM would not ask an OpenAI-compatible server."""
     api_base: str | None
     has_key: bool
     default_base: str = "https://api.openai.com/v1"
     """Where LiteLLM asks without an `api_base`."""
     provider: str | None = None
-    """`custom_llm_provider`, if it is given."""
+    """`custom_llm_provider`, if it is set."""
     end: str = "/chat/completions"
-    """What is appended to the address."""
+    """The path that LiteLLM appends to the address."""
     whole_path: bool = False
-    """Nothing is appended to an address that already has this end."""
+    """LiteLLM appends nothing to an address that already has this end."""
     max_input_tokens: int | None = None
     variables: Mapping[str, str] = field(default_factory=dict, hash=False)
     """Field of `litellm_params` -> the variable that its value comes from."""
@@ -84,7 +84,7 @@ class Entry:
     where: str = "the gateway's configuration"
     """File and line, for messages."""
     places: Mapping[str, tuple[str, str]] = field(default_factory=dict, hash=False)
-    """Field -> the place and the key that its value comes from, where these are not `where` and the field's name."""
+    """Field -> the place and the key that its value comes from, if they differ from `where` and the field's name."""
     pattern: str | None = None
     """The pattern that the alias came from."""
     open_pattern: bool = False
@@ -105,18 +105,18 @@ class Entry:
 
     @property
     def certain_name(self) -> str | None:
-        """The name that the server at `address` is asked for, if that is certain."""
+        """The name in the request to the server at `address`; None if it is not certain."""
         doubt = self.unsure & {"model", "api_base"} or self.out or self.answers_itself
         return None if doubt else self.sends
 
     @property
     def path(self) -> str:
-        """The path that the server is asked for."""
-        given = urlsplit(self.api_base or "").path
+        """The path in the request to the server."""
+        base_path = urlsplit(self.api_base or "").path
         if self.whole_path:
-            given = given.rstrip("/")
-            return given if given.endswith(self.end) else given + self.end
-        return given.removesuffix("/") + self.end
+            base_path = base_path.rstrip("/")
+            return base_path if base_path.endswith(self.end) else base_path + self.end
+        return base_path.removesuffix("/") + self.end
 
     def right_model(self, name: str) -> str:
         """Return the value of `model` that makes LiteLLM send this name."""
@@ -127,8 +127,8 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Port:
-    """A port of a managed host: its slot, and what was seen there. `state` None: its host was not asked or reached."""
+class GatewayPort:
+    """A port of a managed host: its slot and its server. `state` None: its host was not asked or not reached."""
 
     host: str
     address: str
@@ -155,7 +155,7 @@ class Port:
 
     @property
     def name(self) -> str | None:
-        """What the gateway has to send for it; None while nothing without an alias is there."""
+        """The name that the gateway must send; None for a port without an alias while it has no server."""
         return self.alias or self.answers_to
 
     @property
@@ -175,13 +175,13 @@ def same_name(one: str, other: str) -> bool:
 
 
 def same_base(one: str, other: str, same_host: SameHost = same_name) -> bool:
-    """Whether two `api_base`s have the same server, port and path, with or without /v1."""
+    """Return whether two `api_base`s have the same server, port and path, with or without /v1."""
     if one.rstrip("/") == other.rstrip("/"):
         return True
-    first, second = (address_of(each) for each in (one, other))
+    first, second = address_of(one), address_of(other)
     if first is None or second is None or first[1] != second[1]:
         return False
-    paths = {urlsplit(each).path.rstrip("/").removesuffix("/v1") for each in (one, other)}
+    paths = {urlsplit(base).path.rstrip("/").removesuffix("/v1") for base in (one, other)}
     return len(paths) == 1 and same_host(first[0], second[0])
 
 
@@ -195,31 +195,31 @@ def address_of(api_base: str | None) -> tuple[str, int] | None:
     return (parts.hostname, port) if parts.hostname and port else None
 
 
-# -- what an entry has to be --------------------------------------------------------------------------------------
+# -- what entries send and promise --------------------------------------------------------------------------------
 
 
 def names_sent(entries: Iterable[Entry], address: str, same_host: SameHost = same_name) -> dict[int, tuple[str, ...]]:
     """Return, for each port of the host at `address`, the names that the gateway certainly sends there."""
     sent: dict[int, list[str]] = {}
     for entry in entries:
-        where, name = entry.address, entry.certain_name
-        if where is not None and name is not None and same_host(where[0], address):
-            sent.setdefault(where[1], []).append(name)
+        target, name = entry.address, entry.certain_name
+        if target is not None and name is not None and same_host(target[0], address):
+            sent.setdefault(target[1], []).append(name)
     return {port: tuple(dict.fromkeys(names)) for port, names in sent.items()}
 
 
 def tokens_promised(entries: Iterable[Entry], address: str, same_host: SameHost = same_name) -> dict[int, int]:
-    """Port of the host at `address` -> the most input tokens that an entry for it promises."""
+    """Return, for each port of the host at `address`, the most input tokens that an entry promises for it."""
     promised: dict[int, int] = {}
     for entry in entries:
-        where, tokens = entry.address, entry.max_input_tokens
-        if where is not None and tokens is not None and same_host(where[0], address):
-            promised[where[1]] = max(tokens, promised.get(where[1], 0))
+        target, tokens = entry.address, entry.max_input_tokens
+        if target is not None and tokens is not None and same_host(target[0], address):
+            promised[target[1]] = max(tokens, promised.get(target[1], 0))
     return promised
 
 
 def edit(entry: Entry, key: str, value: str, files: GatewayPaths) -> str:
-    """The one change to the gateway's files that gives `litellm_params.key` this value, as a sentence."""
+    """Return, as a sentence, the change to the gateway's files that gives `litellm_params.key` this value."""
     variable = entry.variables.get(key)
     if variable and files.env:
         return f"in {files.env}: {variable}={value}; then restart the gateway, once"
@@ -236,157 +236,204 @@ def url(address: str, port: int) -> str:
 # -- the comparison -----------------------------------------------------------------------------------------------
 
 
+Route = tuple[Entry, GatewayPort | None]
+"""An entry and the port that it leads to; None: no port of ours."""
+
+
 def compare(
-    entries: Sequence[Entry], ports: Sequence[Port], files: GatewayPaths, same_host: SameHost = same_name
+    entries: Sequence[Entry], ports: Sequence[GatewayPort], files: GatewayPaths, same_host: SameHost = same_name
 ) -> tuple[Finding, ...]:
-    """Everything between the gateway's entries and what answers that is not as it should be; faults first.
+    """Return every mismatch between the gateway's entries and the servers, faults first.
 
-    `entries` under names that clients use, without patterns (`litellm.Config.concrete`). `ports` are those of all
-    managed hosts: an alias may be a slot of several hosts, and is balanced between them.
+    `entries` have the names that clients use, and no patterns (`LiteLLMConfig.concrete`). `ports` are those of all
+    managed hosts: an alias may be a slot of several hosts, and is then balanced between them.
     """
-    ours = [(entry, _targets(entry, ports, same_host)) for entry in claims(entries, ports, same_host)]
-    ours = [(entry, target) for entry, target in ours if target or any(p.alias == entry.alias for p in ports)]
-    found: list[Finding] = []
-    for entry, target in ours:
-        together = [each for each in ours if each[0].alias == entry.alias]
-        found += _of_entry(entry, target, [port for port in ports if port.alias == entry.alias], together, files)
-    found += _of_groups(ours, files)
-    found += _of_patterns(ours)
-    # Where these lead is not known, and a finding already says so.
-    nowhere = {entry.alias for entry, target in ours if target is None}
+    routes = [(entry, _port_of(entry, ports, same_host)) for entry in claims(entries, ports, same_host)]
+    routes = [(entry, target) for entry, target in routes if target or any(p.alias == entry.alias for p in ports)]
+    findings: list[Finding] = []
+    for entry, target in routes:
+        same_alias = [route for route in routes if route[0].alias == entry.alias]
+        slots = [port for port in ports if port.alias == entry.alias]
+        findings += _EntryCheck(entry, target, slots, same_alias, files).findings()
+    findings += _group_findings(routes, files)
+    findings += _pattern_findings(routes)
+    # A finding already says that the destination of these is unknown.
+    unknown = {entry.alias for entry, target in routes if target is None}
     for port in ports:
-        here = [entry for entry, target in ours if target == port]
-        if here or port.alias not in nowhere:
-            found += _of_port(port, here, files)
-    unique = list(dict.fromkeys(found))
-    return tuple(sorted(unique, key=lambda each: each.severity is not Severity.FAULT))
+        leading = [entry for entry, target in routes if target == port]
+        if leading or port.alias not in unknown:
+            findings += _port_findings(port, leading)
+    unique = list(dict.fromkeys(findings))
+    return tuple(sorted(unique, key=lambda finding: finding.severity is not Severity.FAULT))
 
 
-def claims(entries: Iterable[Entry], ports: Sequence[Port], same_host: SameHost = same_name) -> tuple[Entry, ...]:
+def claims(
+    entries: Iterable[Entry], ports: Sequence[GatewayPort], same_host: SameHost = same_name
+) -> tuple[Entry, ...]:
     """Remove entries that a pattern makes for the alias of a slot if they lead to another port than this slot's.
 
-    They are not meant: a pattern `*` for one port also matches the aliases of all others.
+    They are not intended: a pattern `*` for one port also matches the aliases of all others.
     """
 
-    def claimed(entry: Entry) -> bool:
+    def intended(entry: Entry) -> bool:
         if entry.pattern is None:
             return True
-        target, where = _targets(entry, ports, same_host), entry.address
+        target, address = _port_of(entry, ports, same_host), entry.address
         if target is not None:
             return target.alias in (None, entry.alias, entry.sends)
         # It may be the slot's host by another address.
-        return where is not None and any(port.alias == entry.alias and port.port == where[1] for port in ports)
+        return address is not None and any(port.alias == entry.alias and port.port == address[1] for port in ports)
 
-    return tuple(entry for entry in entries if claimed(entry))
+    return tuple(entry for entry in entries if intended(entry))
 
 
-def _targets(entry: Entry, ports: Sequence[Port], same_host: SameHost) -> Port | None:
-    where = entry.address
-    if where is None:
+def _port_of(entry: Entry, ports: Sequence[GatewayPort], same_host: SameHost) -> GatewayPort | None:
+    address = entry.address
+    if address is None:
         return None
-    return next((port for port in ports if port.port == where[1] and same_host(where[0], port.address)), None)
+    return next((port for port in ports if port.port == address[1] and same_host(address[0], port.address)), None)
 
 
-Together = Sequence[tuple[Entry, "Port | None"]]
-"""All entries of an alias, and the ports that they lead to."""
-Say = Callable[..., Finding]
-"""(code, message, hint, certain=True) -> a finding about the entry; a fault if it is certain."""
+_DOTTED_IPV4 = re.compile(r"\d+(?:\.\d+){3}")
+"""Four numbers. LiteLLM refuses shorter forms of an IPv4 address."""
+_NUMERIC_HOST = re.compile(r"(?:0[xX][0-9a-fA-F]+|[\d.]+)")
 
 
-def _of_entry(
-    entry: Entry, target: Port | None, own: Sequence[Port], together: Together, files: GatewayPaths
-) -> Iterator[Finding]:
-    """What is wrong with one entry, whatever is behind it. `own`: the slots with its alias."""
-    slot = target if target in own or not own else own[0]
-    port, host = (slot.port, slot.host) if slot else (None, None)
-    name = (slot.name if slot else None) or entry.alias
+@dataclass(frozen=True)
+class _EntryCheck:
+    """One entry, and what it is compared with."""
 
-    def say(code: str, message: str, hint: str, certain: bool = True) -> Finding:
+    entry: Entry
+    target: GatewayPort | None
+    """The port that it leads to."""
+    slots: Sequence[GatewayPort]
+    """The slots with its alias."""
+    same_alias: Sequence[Route]
+    """All entries of its alias."""
+    files: GatewayPaths
+
+    @property
+    def slot(self) -> GatewayPort | None:
+        """The port that the entry should lead to."""
+        return self.target if self.target in self.slots or not self.slots else self.slots[0]
+
+    @property
+    def name(self) -> str:
+        """The name that the entry should send."""
+        return (self.slot.name if self.slot else None) or self.entry.alias
+
+    def finding(self, code: str, message: str, hint: str, certain: bool = True) -> Finding:
+        """Return a finding about the entry: a fault if it is certain."""
+        entry, slot = self.entry, self.slot
+        port, host = (slot.port, slot.host) if slot else (None, None)
         severity = Severity.FAULT if certain else Severity.WARNING
         return Finding(code, entry.alias, port, severity, f"{entry.alias}: {message}", hint, host)
 
-    if entry.out:
-        team = entry.out.startswith("model_info.team_id")
-        yield say("entry_not_used", entry.out, f"correct it in {entry.where}", certain=not team)
-    if entry.answers_itself:
-        hint = f"remove mock_response in {entry.where}"
-        yield say("mock_response", "LiteLLM makes the answers up, and asks no server", hint, certain=False)
-    for variable in entry.unset:
-        where = files.env or "the environment"
-        message = f"the variable {variable} has no value in {where}"
-        yield say("unset_variable", message, _value_for(entry, variable, name, slot, files), certain=bool(files.env))
-    if entry.model is not None and entry.sends is None:
-        message = f"{shown(entry.model)} is not sent to an OpenAI-compatible server"
-        yield say("not_openai", message, edit(entry, "model", entry.right_model(name), files))
-    elif not entry.has_key and "api_key" not in entry.variables:
-        hint = edit(entry, "api_key", "none", files) + " (any placeholder will do)"
-        message = f"has no api_key: LiteLLM answers 'Missing credentials'{entry.lost and f' ({entry.lost})'}"
-        yield say("missing_key", message, hint, _sure(entry, "api_key"))
-    if slot is not None:
-        yield from _of_base(entry, target, slot, say, own, together, files)
-    if target is not None:
-        yield from _of_name(entry, target, say, files)
+    def edit(self, key: str, value: str) -> str:
+        return edit(self.entry, key, value, self.files)
 
+    def sure(self, *keys: str) -> bool:
+        """Return whether the values of these fields are certain."""
+        return not self.entry.unsure & set(keys)
 
-def _sure(entry: Entry, *fields: str) -> bool:
-    return not entry.unsure & set(fields)
+    def findings(self) -> Iterator[Finding]:
+        yield from self._entry_findings()
+        if self.slot is not None:
+            yield from self._address_findings(self.slot)
+        if self.target is not None:
+            yield from self._name_findings(self.target)
 
+    def _entry_findings(self) -> Iterator[Finding]:
+        """Yield what is wrong with the entry itself, independent of any server."""
+        entry = self.entry
+        if entry.out:
+            team = entry.out.startswith("model_info.team_id")
+            yield self.finding("entry_not_used", entry.out, f"correct it in {entry.where}", certain=not team)
+        if entry.answers_itself:
+            hint = f"remove mock_response in {entry.where}"
+            yield self.finding("mock_response", "LiteLLM makes up the answers, and asks no server", hint, certain=False)
+        for variable in entry.unset:
+            message = f"the variable {variable} has no value in {self.files.env or 'the environment'}"
+            yield self.finding(
+                "unset_variable", message, self._edit_of_variable(variable), certain=bool(self.files.env)
+            )
+        if entry.model is not None and entry.sends is None:
+            message = f"{shown(entry.model)} is not sent to an OpenAI-compatible server"
+            yield self.finding("not_openai", message, self.edit("model", entry.right_model(self.name)))
+        elif not entry.has_key and "api_key" not in entry.variables:
+            hint = self.edit("api_key", "none") + " (any placeholder will do)"
+            message = f"has no api_key: LiteLLM answers 'Missing credentials'{entry.lost and f' ({entry.lost})'}"
+            yield self.finding("missing_key", message, hint, self.sure("api_key"))
 
-def _value_for(entry: Entry, variable: str, name: str, slot: Port | None, files: GatewayPaths) -> str:
-    key = next((key for key, each in entry.variables.items() if each == variable), "")
-    base = url(slot.address, slot.port) if slot else ""
-    right = {"model": entry.right_model(name), "api_base": base, "api_key": "none"}
-    return edit(entry, key, right.get(key, "..."), files)
+    def _edit_of_variable(self, variable: str) -> str:
+        key = next((key for key, name in self.entry.variables.items() if name == variable), "")
+        base = url(self.slot.address, self.slot.port) if self.slot else ""
+        right = {"model": self.entry.right_model(self.name), "api_base": base, "api_key": PLACEHOLDER_KEY}
+        return self.edit(key, right.get(key, "..."))
 
+    def _address_findings(self, slot: GatewayPort) -> Iterator[Finding]:
+        entry, target, base = self.entry, self.target, self.entry.api_base
+        right = self.edit("api_base", url(slot.address, slot.port))
+        if base is None:
+            if entry.variables.get("api_base") not in entry.unset:
+                message = f"has no api_base: LiteLLM would ask {entry.default_base}"
+                yield self.finding("no_api_base", message, right, self.sure("api_base"))
+            return
+        if problem := _address_problem(base):
+            yield self.finding("bad_api_base", f"api_base {shown(base)} {problem}", right, self.sure("api_base"))
+            return
+        if self.slots and target not in self.slots:
+            served = any(other in self.slots for _, other in self.same_alias)
+            message = f"is sent to {shown(base)}; its slot is port {slot.port} of {slot.host}"
+            hint = right
+            if target is None:
+                # Another address of the same server, such as a tunnel's or a container's, is right, too.
+                message += ". Whether that address leads to the slot is not known here"
+                hint = f"if it does not: {right}"
+            certain = target is not None and not served and self.sure("api_base")
+            yield self.finding("wrong_address", message, hint, certain)
+        if target is not None and urlsplit(base).scheme.lower() == "https":
+            message = f"api_base {shown(base)} asks for TLS, and the servers speak plain HTTP"
+            yield self.finding("bad_api_base", message, right)
+        if entry.path != CHAT and entry.sends is not None:
+            yield self._path_finding(slot, base, right)
 
-_PLAIN_HOST = re.compile(r"\d+(?:\.\d+){3}")
-"""As four numbers. LiteLLM refuses shorter forms of an IPv4 address."""
-_DIGITS = re.compile(r"(?:0[xX][0-9a-fA-F]+|[\d.]+)")
-
-
-def _of_base(
-    entry: Entry,
-    target: Port | None,
-    slot: Port,
-    say: Say,
-    own: Sequence[Port],
-    together: Together,
-    files: GatewayPaths,
-) -> Iterator[Finding]:
-    right, base = edit(entry, "api_base", url(slot.address, slot.port), files), entry.api_base
-    if base is None:
-        if entry.variables.get("api_base") not in entry.unset:
-            message = f"has no api_base: LiteLLM would ask {entry.default_base}"
-            yield say("no_api_base", message, right, _sure(entry, "api_base"))
-        return
-    if wrong := _no_url(base):
-        yield say("bad_api_base", f"api_base {shown(base)} {wrong}", right, _sure(entry, "api_base"))
-        return
-    if own and target not in own:
-        served = any(each in own for _, each in together)
-        message = f"is sent to {shown(base)}; its slot is port {slot.port} of {slot.host}"
-        if target is None:
-            message += ". Whether that leads to it is not known here"
-            right = f"if it does not: {right}"
-        # Another way to the same server, such as a tunnel or a container's address, is as good.
-        yield say("wrong_address", message, right, target is not None and not served and _sure(entry, "api_base"))
-    if target is not None and urlsplit(base).scheme.lower() == "https":
-        yield say("bad_api_base", f"api_base {shown(base)} asks for TLS, and the servers speak plain HTTP", right)
-    path = entry.path
-    if path != CHAT and entry.sends is not None:
+    def _path_finding(self, slot: GatewayPort, base: str, right: str) -> Finding:
+        """Return the finding for a path other than the one that every engine answers."""
+        path, target = self.entry.path, self.target
+        some_engines = path in SOME_ANSWER or path == f"/{CHAT}"
         answered = target is not None and path in target.paths
-        some = path in SOME_ANSWER or path == f"/{CHAT}"
-        certain = target is not None and not answered and (bool(target.paths) or not some)
-        who = "not every engine answers" if some and not certain else "the server does not answer"
-        message = f"LiteLLM asks {shown(path)} of {shown(base)}, which {who}"
+        certain = target is not None and not answered and (bool(target.paths) or not some_engines)
+        problem = "not every engine answers" if some_engines and not certain else "the server does not answer"
+        message = f"LiteLLM asks {shown(path)} of {shown(base)}, which {problem}"
+        certain = certain and self.sure("api_base")
         if path.endswith("/chat/completions"):
-            yield say("no_v1", message, right, certain and _sure(entry, "api_base"))
-        else:
-            hint = edit(entry, "model", f"openai/{slot.name or entry.alias}", files)
-            yield say("not_chat", message, hint, certain and _sure(entry, "api_base"))
+            return self.finding("no_v1", message, right, certain)
+        hint = self.edit("model", f"openai/{slot.name or self.entry.alias}")
+        return self.finding("not_chat", message, hint, certain)
+
+    def _name_findings(self, target: GatewayPort) -> Iterator[Finding]:
+        name, sends = target.name, self.entry.sends
+        if name is not None and sends is not None and sends != name:
+            right = self.edit("model", self.entry.right_model(name))
+            message = f"the gateway sends the name {shown(sends)}; port {target.port} answers to {name}"
+            if sends == DEFAULT_NAME and (sends in target.also_answers_to or target.answers_to is None):
+                message += ", and to this one only from an mlx_lm.server: mlx-openai-server does not know it"
+                yield self.finding("engine_name", message, right, certain=False)
+            elif target.answers_to_any or sends in (target.answers_to, *target.also_answers_to):
+                message = f"the gateway sends the name {shown(sends)}, which the server on port {target.port} knows. "
+                message += f"A model that mlxops loads there answers to {name}"
+                yield self.finding("other_name", message, right, certain=False)
+            else:
+                yield self.finding("wrong_name", message, right, self.sure("model", "api_base"))
+        context, promised = target.context_length, self.entry.max_input_tokens
+        if context is not None and promised is not None and promised > context:
+            message = f"the gateway promises {promised} input tokens; {target.model} takes {context}"
+            hint = f"load a model with a longer context, or lower max_input_tokens in {self.files.config}"
+            yield self.finding("context_too_small", message, hint, certain=False)
 
 
-def _no_url(base: str) -> str:
+def _address_problem(base: str) -> str:
     """Return why LiteLLM cannot use this address; empty if it can."""
     try:
         parts = urlsplit(base)
@@ -395,136 +442,120 @@ def _no_url(base: str) -> str:
         host = None
     if address_of(base) is None or host is None or parts.scheme not in {"http", "https"} or base != base.strip():
         return "is not a URL"
-    if " " in parts.netloc or (_DIGITS.fullmatch(host) and not _PLAIN_HOST.fullmatch(host)):
+    if " " in parts.netloc or (_NUMERIC_HOST.fullmatch(host) and not _DOTTED_IPV4.fullmatch(host)):
         return "is not a URL with a host that LiteLLM takes"
     if parts.username is not None:
         return "has a user in it, which LiteLLM does not send together with a key"
     return "has a '?' in it, behind which LiteLLM puts the path" if parts.query else ""
 
 
-def _of_name(entry: Entry, target: Port, say: Say, files: GatewayPaths) -> Iterator[Finding]:
-    name, sends = target.name, entry.sends
-    if name is not None and sends is not None and sends != name:
-        right = edit(entry, "model", entry.right_model(name), files)
-        message = f"the gateway sends the name {shown(sends)}; port {target.port} answers to {name}"
-        if sends == DEFAULT_NAME and (sends in target.also_answers_to or target.answers_to is None):
-            message += ", and to this one only if an mlx_lm.server is there: mlx-openai-server does not know it"
-            yield say("engine_name", message, right, certain=False)
-        elif target.answers_to_any or sends in (target.answers_to, *target.also_answers_to):
-            message = f"the gateway sends the name {shown(sends)}, which the server on port {target.port} knows. "
-            message += f"One that is loaded there answers to {name}"
-            yield say("other_name", message, right, certain=False)
-        else:
-            yield say("wrong_name", message, right, _sure(entry, "model", "api_base"))
-    context, promised = target.context_length, entry.max_input_tokens
-    if context is not None and promised is not None and promised > context:
-        message = f"the gateway promises {promised} input tokens; {target.model} takes {context}"
-        hint = f"load a model with a longer context, or lower max_input_tokens in {files.config}"
-        yield say("context_too_small", message, hint, certain=False)
-
-
-def _of_groups(ours: Together, files: GatewayPaths) -> Iterator[Finding]:
-    """Entries that are wrong only together: LiteLLM balances an alias between all that it is given."""
-    by_port: dict[Port, list[str]] = {}
-    by_alias: dict[str, dict[tuple[str, int], Port | None]] = {}
-    for entry, target in ours:
+def _group_findings(routes: Sequence[Route], files: GatewayPaths) -> Iterator[Finding]:
+    """Yield what is wrong only with several entries together: LiteLLM balances an alias between all its entries."""
+    by_port: dict[GatewayPort, list[str]] = {}
+    by_alias: dict[str, dict[tuple[str, int], GatewayPort | None]] = {}
+    for entry, target in routes:
         if target is not None and entry.pattern is None:
             by_port.setdefault(target, []).append(entry.alias)
         if entry.address is not None:
             by_alias.setdefault(entry.alias, {})[entry.address] = target
-    for port, aliases in by_port.items():
-        several = list(dict.fromkeys(aliases))
-        if len(several) > 1:
-            message = f"port {port.port} of {port.host} has several aliases: {', '.join(several)}"
+    for port, names in by_port.items():
+        aliases = list(dict.fromkeys(names))
+        if len(aliases) > 1:
+            message = f"port {port.port} of {port.host} has several aliases: {', '.join(aliases)}"
             hint = (
-                f"one port, one alias: keep {port.alias or several[0]}; a synonym is router_settings.model_group_alias"
+                f"one port, one alias: keep {port.alias or aliases[0]}; a synonym is router_settings.model_group_alias"
             )
             yield Finding("two_aliases_one_port", port.alias, port.port, Severity.WARNING, message, hint, port.host)
     for alias, addresses in by_alias.items():
         targets = list(dict.fromkeys(addresses.values()))
         if len(targets) > 1 and not all(target is not None and target.alias == alias for target in targets):
-            wrong = any(e.alias == alias and t is not None and e.sends not in _names(t) for e, t in ours)
+            wrong = any(e.alias == alias and t is not None and e.sends not in _names_of(t) for e, t in routes)
             listed = ", ".join(f"{host}:{number}" for host, number in addresses)
-            hint = f"one alias, one port: remove the other entries of {alias} from {files.config}"
             message = f"{alias} is sent to several ports, in turns: {listed}"
+            hint = f"one alias, one port: remove the other entries of {alias} from {files.config}"
             severity = Severity.FAULT if wrong else Severity.WARNING
             yield Finding("one_alias_two_ports", alias, None, severity, message, hint)
 
 
-def _names(port: Port) -> set[str | None]:
+def _names_of(port: GatewayPort) -> set[str | None]:
     return {port.name, port.answers_to, *port.also_answers_to}
 
 
-def _of_patterns(ours: Together) -> Iterator[Finding]:
-    """Warn of patterns: they send every matching name to their port, known there or not."""
-    for entry, target in ours:
+def _pattern_findings(routes: Sequence[Route]) -> Iterator[Finding]:
+    """Warn of patterns: they send every matching name to their port, whether the server knows it or not."""
+    for entry, target in routes:
         if entry.pattern is not None and target is not None and entry.open_pattern:
             message = f"{entry.pattern} sends every name that it matches to port {target.port} of {target.host}"
             if entry.health_checked:
                 message += ", and background_health_checks ask it for names that LiteLLM chooses"
-            hint = f"an mlx_lm.server drops its model for a name that it does not know; in {entry.where} name the alias"
+            hint = f"an mlx_lm.server drops its model for an unknown name; in {entry.where} name the alias"
             yield Finding("pattern", target.alias, target.port, Severity.WARNING, message, hint, target.host)
 
 
-_BROKEN = {State.FAILED, State.WEDGED, State.MISMATCH, State.ORPHAN}
-_PASSING = {State.LOADING, State.DRAINING, State.UNKNOWN}
+_BROKEN_STATES = {State.FAILED, State.WEDGED, State.MISMATCH, State.ORPHAN}
+_PASSING_STATES = {State.LOADING, State.DRAINING, State.UNKNOWN}
+"""States that change by themselves, or may."""
 
 
-def _of_port(port: Port, here: Sequence[Entry], files: GatewayPaths) -> Iterator[Finding]:
-    """What a port and its entries are to each other. `here`: the entries that lead to it."""
-    alias = port.alias or (here[0].alias if here else None)
+def _port_findings(port: GatewayPort, entries: Sequence[Entry]) -> Iterator[Finding]:
+    """Yield the mismatches between a port and the entries that lead to it."""
+    if not entries:
+        yield from _missing_entry_findings(port)
+    elif port.state is not None:
+        finding = _server_finding(port, entries)
+        if finding is not None:
+            yield finding
+
+
+def _server_finding(port: GatewayPort, entries: Sequence[Entry]) -> Finding | None:
+    """Return what is wrong with the server of a port that has entries; None if it is as it should be."""
+    alias, place = port.alias or entries[0].alias, f"port {port.port} of {port.host}"
+    load = f"mlxctl load MODEL {port.port}"
 
     def finding(severity: Severity, code: str, message: str, hint: str) -> Finding:
-        return Finding(code, alias, port.port, severity, message, hint, port.host)
+        return Finding(code, alias, port.port, severity, f"{alias}: {message}", hint, port.host)
 
-    if not here:
-        yield from _without_entry(port, finding)
-        return
-    if port.state is None:
-        return
-    where = f"port {port.port} of {port.host}"
-    load = f"mlxctl load MODEL {port.port}"
     if port.state is State.FOREIGN:
-        message = f"{alias}: {where} is answered by a process that is not ours: {port.detail}".rstrip(": ")
-        yield finding(Severity.FAULT, "foreign_server", message, "stop that process; mlxops never signals it")
-    elif port.state in _BROKEN:
-        message = f"{alias}: what is on {where} is {port.state}: {port.detail}".rstrip(": ")
-        yield finding(Severity.FAULT, "not_serving", message, f"see: mlxctl status; then {load} --force")
-    elif port.state in _PASSING:
-        message = f"{alias}: {where} is {port.state}"
-        yield finding(Severity.WARNING, "not_ready", message, "ask again in a moment: inv gateway")
-    elif not port.serves:
+        message = f"a process that is not ours answers on {place}: {port.detail}".rstrip(": ")
+        return finding(Severity.FAULT, "foreign_server", message, "stop that process; mlxops never signals it")
+    if port.state in _BROKEN_STATES:
+        message = f"the server on {place} is {port.state}: {port.detail}".rstrip(": ")
+        return finding(Severity.FAULT, "not_serving", message, f"see: mlxctl status; then {load} --force")
+    if port.state in _PASSING_STATES:
+        return finding(Severity.WARNING, "not_ready", f"{place} is {port.state}", "ask again in a moment: inv gateway")
+    if not port.serves:
         severity = Severity.FAULT if port.assigned else Severity.WARNING
-        why = "although the registry assigns it" if port.assigned else ""
-        message = f"{alias}: nothing serves {where} {why}".rstrip()
-        yield finding(
-            severity, "alias_without_server", message, f"{load}; until then the gateway answers with an error"
-        )
-    elif port.alias and port.answers_to and port.alias not in (port.answers_to, *port.also_answers_to):
-        message = f"{alias}: the server on {where} answers to {shown(port.answers_to)}, not to {port.alias}"
+        message = f"{place} has no server{', although the registry assigns a model to it' if port.assigned else ''}"
+        hint = f"{load}; until then the gateway answers with an error"
+        return finding(severity, "alias_without_server", message, hint)
+    if port.alias and port.answers_to and port.alias not in (port.answers_to, *port.also_answers_to):
+        message = f"the server on {place} answers to {shown(port.answers_to)}, not to {port.alias}"
+        fails = any(entry.sends not in (port.answers_to, *port.also_answers_to) for entry in entries)
         model = port.model if port.owner is Owner.MLXOPS and port.model else "MODEL"
-        fails = any(entry.sends not in (port.answers_to, *port.also_answers_to) for entry in here)
-        severity = Severity.FAULT if fails else Severity.WARNING
         hint = f"mlxctl load {model} {port.port} --force"
         if port.owner is Owner.BOOT:  # a load is refused there
-            hint = f"have the boot job start it under the name {port.alias}"
-        yield finding(severity, "server_name", message, hint)
+            hint = f"let the boot job start it under the name {port.alias}"
+        return finding(Severity.FAULT if fails else Severity.WARNING, "server_name", message, hint)
+    return None
 
 
-def _without_entry(port: Port, finding: Callable[[Severity, str, str, str], Finding]) -> Iterator[Finding]:
+def _missing_entry_findings(port: GatewayPort) -> Iterator[Finding]:
     paste = "paste the entry that `inv gateway --print` shows, then restart the gateway, once"
-    served = f"{port.model or 'a server'} on port {port.port} of {port.host}"
+    server = f"{port.model or 'a server'} on port {port.port} of {port.host}"
+
+    def finding(severity: Severity, code: str, message: str, hint: str) -> Finding:
+        return Finding(code, port.alias, port.port, severity, message, hint, port.host)
+
     if port.alias and port.serves:
-        message = f"the gateway has no entry for {port.alias}: nobody reaches {served} by it"
+        message = f"the gateway has no entry for {port.alias}: clients cannot reach {server} by it"
         yield finding(Severity.FAULT, "server_without_entry", message, paste)
     elif port.alias:
         message = f"the gateway has no entry for {port.alias}, port {port.port} of {port.host}"
         yield finding(Severity.WARNING, "slot_without_entry", message, paste)
     elif port.serves:
-        message = f"{served} has no alias: the gateway does not know it"
-        yield finding(
-            Severity.WARNING, "server_without_alias", message, "give the port an alias under slots in hosts.yaml"
-        )
+        message = f"{server} has no alias: the gateway does not know it"
+        hint = "give the port an alias under slots in hosts.yaml"
+        yield finding(Severity.WARNING, "server_without_alias", message, hint)
 
 
 # -- what to paste ------------------------------------------------------------------------------------------------
@@ -532,40 +563,40 @@ def _without_entry(port: Port, finding: Callable[[Severity, str, str, str], Find
 PLACEHOLDER_KEY = "none"
 
 
-def printed(ports: Sequence[Port]) -> tuple[dict[str, object], dict[str, str]]:
-    """The entries of all slots as a document for LiteLLM, every value written out; and no variables."""
-    return _document((port, _values(port)) for port in ports if port.alias), {}
+def document_with_values(ports: Sequence[GatewayPort]) -> dict[str, object]:
+    """Return the entries of all slots as a document for LiteLLM, with every value written out."""
+    return _document((port, _values(port)) for port in ports if port.alias)
 
 
-def printed_env(ports: Sequence[Port]) -> tuple[dict[str, object], dict[str, str]]:
-    """The same with every value in a variable; and those variables with their values."""
+def document_with_variables(ports: Sequence[GatewayPort]) -> tuple[dict[str, object], dict[str, str]]:
+    """Return the same with a variable for every value, and the values of these variables."""
     slots = [port for port in ports if port.alias]
     environ: dict[str, str] = {}
     rows = []
-    for port, prefix in zip(slots, _prefixes(slots), strict=True):
-        named = {key: f"{prefix}_{key.upper()}" for key in _values(port)}
-        environ |= {named[key]: value for key, value in _values(port).items()}
-        rows.append((port, {key: f"{ENVIRON}{name}" for key, name in named.items()}))
+    for port, prefix in zip(slots, _variable_prefixes(slots), strict=True):
+        variables = {key: f"{prefix}_{key.upper()}" for key in _values(port)}
+        environ |= {variables[key]: value for key, value in _values(port).items()}
+        rows.append((port, {key: f"{ENVIRON}{name}" for key, name in variables.items()}))
     return _document(rows), environ
 
 
-def _values(port: Port) -> dict[str, str]:
+def _values(port: GatewayPort) -> dict[str, str]:
     return {"model": f"openai/{port.alias}", "api_base": url(port.address, port.port), "api_key": PLACEHOLDER_KEY}
 
 
-def _document(rows: Iterable[tuple[Port, Mapping[str, str]]]) -> dict[str, object]:
+def _document(rows: Iterable[tuple[GatewayPort, Mapping[str, str]]]) -> dict[str, object]:
     return {"model_list": [{"model_name": port.alias, "litellm_params": dict(values)} for port, values in rows]}
 
 
-def _prefixes(slots: Sequence[Port]) -> list[str]:
-    """A prefix of variable names for each slot: its alias, and where two would be the same, host and port too."""
-    plain = [_variable(port.alias or "") for port in slots]
+def _variable_prefixes(slots: Sequence[GatewayPort]) -> list[str]:
+    """Return a prefix of variable names for each slot: its alias. If two are equal, add host and port."""
+    plain = [_variable_name(port.alias or "") for port in slots]
     return [
-        name if plain.count(name) == 1 else _variable(f"{port.host}_{port.alias}_{port.port}")
+        name if plain.count(name) == 1 else _variable_name(f"{port.host}_{port.alias}_{port.port}")
         for name, port in zip(plain, slots, strict=True)
     ]
 
 
-def _variable(text: str) -> str:
-    made = "".join(letter if letter.isalnum() else "_" for letter in text).upper()
-    return made if made[:1].isalpha() else f"SLOT_{made}"
+def _variable_name(text: str) -> str:
+    name = "".join(letter if letter.isalnum() else "_" for letter in text).upper()
+    return name if name[:1].isalpha() else f"SLOT_{name}"

@@ -1,4 +1,4 @@
-"""Read LiteLLM's configuration as LiteLLM does: which name it sends where, for each name that a client may use. Pure.
+"""Read LiteLLM's configuration as LiteLLM does: for each name of a client, which name it sends to which address. Pure.
 
 The reference is LiteLLM 1.109: its source (`proxy_server.load_config`, `get_llm_provider`,
 `pattern_match_deployments`) and its behaviour with the rows of `tests/control/test_litellm.py`.
@@ -22,11 +22,11 @@ _MAX_STARS = 4
 
 @dataclass(frozen=True)
 class Environ:
-    """The gateway's environment, as far as it is known. The values may be secrets: they are never shown."""
+    """The gateway's environment, as far as it is known. Never show its values: they may be secrets."""
 
     values: Mapping[str, str] = field(default_factory=dict)
     doubtful: frozenset[str] = frozenset()
-    """Variables whose value depends on the reader of the file."""
+    """Variables that sh and python-dotenv read differently."""
     whole: bool = True
     """False: the gateway may have further variables."""
 
@@ -35,7 +35,7 @@ class Environ:
 
     def first(self, names: Iterable[str]) -> _Value:
         """Return the first of these variables that is set."""
-        return next((found for name in names if (found := self.get(name)).text), _Value())
+        return next((value for name in names if (value := self.get(name)).text), _Value())
 
 
 @dataclass(frozen=True)
@@ -46,69 +46,69 @@ class _Value:
     place: tuple[str, str] | None = None
     """Where to change it, if not in the entry: the place, and the key there."""
     wrong: str = ""
-    """Why LiteLLM cannot take it."""
+    """Why LiteLLM cannot use it."""
 
     def __or__(self, other: _Value) -> _Value:
-        """Return the first that has a value, as `or` does. It is as doubtful as the ones before it."""
+        """Return the first one with a value, as `or` does. It is doubtful if one before it is doubtful."""
         if self.text is not None or (other.text is None and self.variable):
             return self
         return replace(other, sure=other.sure and self.sure)
 
 
 @dataclass(frozen=True)
-class Config:
+class LiteLLMConfig:
     entries: tuple[Entry, ...] = ()
-    """As they are written: an alias may be a pattern, such as `jerry-*`."""
+    """As written: an alias may be a pattern, such as `jerry-*`."""
     synonyms: Mapping[str, str] = field(default_factory=dict)
-    """`router_settings.model_group_alias`: name -> the model_name that is meant."""
+    """`router_settings.model_group_alias`: name -> the model_name that it stands for."""
     findings: tuple[Finding, ...] = ()
-    instead: str | None = None
-    """`general_settings.completion_model`: what LiteLLM asks for, whatever a client asks for."""
+    completion_model: str | None = None
+    """`general_settings.completion_model`: LiteLLM uses it instead of the name that a client sends."""
     defaults: Mapping[str, str] = field(default_factory=dict)
-    """`router_settings.default_litellm_params`, as far as they say what is sent where."""
+    """`router_settings.default_litellm_params`: the ones that decide on name and address."""
 
     def concrete(self, names: Iterable[str]) -> tuple[Entry, ...]:
-        """Return the entries under names that a client can use: written names, synonyms, and those of `names` that a
-        pattern matches. No alias of the result is a pattern."""
+        """Return the entries under the names that a client can use: written names, synonyms, and those of `names` that
+        a pattern matches. No alias of the result is a pattern."""
         found = [e for e in self.entries if "*" not in e.alias and e.alias not in self.synonyms]
         known = {entry.alias for entry in found}
         for name, target in self.synonyms.items():
-            found += [replace(entry, alias=name) for entry in self._meant_by(target)]
+            found += [replace(entry, alias=name) for entry in self._entries_of(target)]
         for name in dict.fromkeys(names):
             if name not in known and name not in self.synonyms:
                 found += self._matched(name)
             # `studio/*` also makes `studio/jerry-xl` a name for `jerry-xl`.
             longer = dict.fromkeys(e.alias.replace("*", name) for e in self.entries if e.alias.count("*") == 1)
-            for asked in longer:
-                if asked != name and asked not in known and asked not in self.synonyms:
-                    found += [entry for entry in self._matched(asked) if entry.sends == name]
-        if self.instead:
-            meant = self._meant_by(self.synonyms.get(self.instead, self.instead))
-            # LiteLLM also takes what an entry sends for the entry's name.
-            meant = meant or [entry for entry in self.entries if entry.model == self.instead]
-            found = [replace(entry, alias=each.alias) for each in found for entry in meant]
+            for longer_name in longer:
+                if longer_name != name and longer_name not in known and longer_name not in self.synonyms:
+                    found += [entry for entry in self._matched(longer_name) if entry.sends == name]
+        if (used := self.completion_model) is not None:
+            targets = self._entries_of(self.synonyms.get(used, used))
+            # LiteLLM also accepts an entry's `model` as its name.
+            targets = targets or [entry for entry in self.entries if entry.model == used]
+            found = [replace(target, alias=entry.alias) for entry in found for target in targets]
         return tuple(dict.fromkeys(found))
 
-    def _meant_by(self, name: str) -> list[Entry]:
+    def _entries_of(self, name: str) -> list[Entry]:
         return [entry for entry in self.entries if entry.alias == name] or self._matched(name)
 
     def _matched(self, name: str) -> list[Entry]:
         """Return the entries of the most specific pattern that matches."""
         patterns = {_regex(e.alias): e.alias for e in self.entries if 0 < e.alias.count("*") <= _MAX_STARS}
         # LiteLLM's order: the longer, then the one with more special characters; equal ones as they stand.
-        ordered = sorted(patterns, key=lambda each: (len(each), sum(map(each.count, "*+?\\^$|()"))), reverse=True)
+        ordered = sorted(patterns, key=lambda regex: (len(regex), sum(map(regex.count, "*+?\\^$|()"))), reverse=True)
         provider = "openai" if _OPENAI_MODEL.match(name) else None
-        for asked in (name, f"{provider}/{name}"):
+        for candidate in (name, f"{provider}/{name}"):
             for pattern in ordered:
                 # As in LiteLLM, a match need not reach the end of the name.
-                if matched := re.match(pattern, asked):
+                if matched := re.match(pattern, candidate):
                     same = (entry for entry in self.entries if _regex(entry.alias) == pattern)
                     return [_filled(entry, name, matched) for entry in same]
         return []
 
 
-def deployed(alias: str, model: str, api_base: str | None, provider: str | None) -> Entry:
-    """Make the entry of a deployment of the running gateway, which lists inherited values, too."""
+def entry_of_deployment(alias: str, model: str, api_base: str | None, provider: str | None) -> Entry:
+    """Return the entry of a deployment of the running gateway. The gateway reports inherited values, too."""
     kind, sends = _upstream(model, provider)
     known = _PROVIDERS.get(kind or "")
     return Entry(alias, model, sends if known else None, api_base, has_key=True, provider=provider)
@@ -119,7 +119,7 @@ def _regex(pattern: str) -> str:
 
 
 def _filled(entry: Entry, name: str, matched: re.Match[str]) -> Entry:
-    """Return a pattern's entry for one name: the stars of its model become what the pattern's stars matched."""
+    """Return a pattern's entry for one name. Replace the stars of its model with the text that its pattern matched."""
     model = entry.model or ""
     if "*" in model:
         groups = matched.groups()
@@ -145,18 +145,18 @@ def _filled(entry: Entry, name: str, matched: re.Match[str]) -> Entry:
 
 @dataclass(frozen=True)
 class _Provider:
-    """One of LiteLLM's providers that send an OpenAI-compatible request with the rest of `model` as the name."""
+    """A provider of LiteLLM that sends OpenAI-compatible requests, with the rest of `model` as the name."""
 
     keys: tuple[str, ...] = ()
-    """Variables from which it takes a key."""
+    """Variables that may hold its key."""
     bases: tuple[str, ...] = ()
-    """Variables from which it takes an address."""
+    """Variables that may hold its address."""
     keyless: bool = False
     """It needs no key: without one it sends a placeholder, or none."""
     shares: bool = True
-    """It also takes an address from OPENAI_BASE_URL and OPENAI_API_BASE."""
+    """It also uses an address in OPENAI_BASE_URL or OPENAI_API_BASE."""
     other_keys: bool = False
-    """It may take a key from variables that are not in `keys`."""
+    """Variables that are not in `keys` may hold its key, too."""
     default: str = "https://api.openai.com/v1"
     """Its address if none is set."""
     end: str = "/chat/completions"
@@ -168,7 +168,7 @@ class _Provider:
 _SHARED_BASES = ("OPENAI_BASE_URL", "OPENAI_API_BASE")
 _SHARED_KEY = "OPENAI_API_KEY"
 _OPENAI_MODEL = re.compile(r"(?:gpt-|chatgpt-|o[1-9](?:-|$)|ft:gpt-)")
-"""Names that LiteLLM takes for OpenAI's without a provider in front of them; its list changes with each version."""
+"""Names that LiteLLM treats as OpenAI's without a provider in front. Its list changes with each version."""
 
 _OWN_ADDRESS = "its own address"
 _WITHOUT_KEY = """
@@ -185,8 +185,8 @@ _WITH_KEY = """
     publicai qwen_ai_platform qwencloud refuseless reka sail sambanova sarvam scaleway scx-ai streamlake synthetic
     tencent tensormesh v0 veniceai vercel_ai_gateway volcengine wandb xiaomi_mimo xinference zai zerogpu
 """
-"""Other companies' providers that send the same request to an `api_base` of ours: all of 1.109 were tried. Providers in
-no list here use another protocol, change the name, or are unknown to LiteLLM, which ignores their entries."""
+"""Other companies' providers that send the same request to an `api_base` of ours. All of 1.109 were tried. Providers in
+neither list use another protocol, change the name, or are unknown to LiteLLM, which ignores their entries."""
 
 
 def _company(name: str, *, keyless: bool) -> _Provider:
@@ -237,7 +237,7 @@ def _upstream(model: str, provider: str | None) -> tuple[str | None, str | None]
 # -- reading the document -----------------------------------------------------------------------------------------
 
 
-def parse(document: object, environ: Environ, files: GatewayPaths, places: Sequence[str] = ()) -> Config:
+def parse(document: object, environ: Environ, files: GatewayPaths, places: Sequence[str] = ()) -> LiteLLMConfig:
     """Read a loaded configuration, its includes merged into it.
 
     `places`: file and line of each item of `model_list`. Raises `Refused` (bad_gateway_config) if LiteLLM would not
@@ -263,12 +263,13 @@ def parse(document: object, environ: Environ, files: GatewayPaths, places: Seque
             hint = "write it as `inv gateway --print` does"
             message = f"{where}: {read}: LiteLLM does not start with it"
             findings.append(Finding("bad_entry", None, None, Severity.FAULT, message, hint))
-    return Config(tuple(entries), reader.synonyms, tuple(findings), reader.instead, reader.certain_defaults())
+    return LiteLLMConfig(
+        tuple(entries), reader.synonyms, tuple(findings), reader.completion_model, reader.certain_defaults()
+    )
 
 
 def _without_model(entry: Entry, files: GatewayPaths) -> Finding:
-    """Return the finding for an entry without a model: LiteLLM does not start with it, also if it is not for a host of
-    ours."""
+    """Return the finding for an entry without a model. LiteLLM does not start with it, for any provider."""
     variable = entry.variables.get("model")
     hint = edit(entry, "model", f"openai/{entry.alias}", files)
     if variable is None:
@@ -290,7 +291,7 @@ def unusable(files: GatewayPaths, why: str) -> Refused:
 
 
 class _Reader:
-    """Reads entries together with the sections of the document that change them."""
+    """Read entries, and apply the sections of the document that change them."""
 
     def __init__(self, document: Mapping[object, object], environ: Environ, files: GatewayPaths) -> None:
         self.environ = environ
@@ -304,7 +305,7 @@ class _Reader:
         for name in ("default_litellm_params", "model_group_alias"):
             self._check_mapping(f"router_settings.{name}", router.get(name))
         general = _mapping(document.get("general_settings"))
-        self.instead = self._value(general.get("completion_model")).text
+        self.completion_model = self._value(general.get("completion_model")).text
         self.health_checks = general.get("background_health_checks") is True
         self.defaults = _mapping(router.get("default_litellm_params"))
         self.module = module
@@ -322,7 +323,7 @@ class _Reader:
             raise unusable(self.files, f"its {name} is not a mapping (key: value)")
 
     def _late(self, section: object) -> Environ:
-        """Add `environment_variables`, which LiteLLM sets after it has replaced `os.environ/...` in the document."""
+        """Add `environment_variables`. LiteLLM sets them after it has replaced `os.environ/...` in the document."""
         if not isinstance(section, dict):
             return self.environ
         added: dict[str, str] = {}
@@ -338,7 +339,7 @@ class _Reader:
             return
         if not isinstance(section, list):
             raise unusable(self.files, "its credential_list is not a list")
-        for item in reversed(section):  # the first of a name is the one that counts
+        for item in reversed(section):  # the first item of a name counts
             name = item.get("credential_name") if isinstance(item, dict) else None
             if not isinstance(item, dict) or not isinstance(name, str):
                 raise unusable(self.files, "its credential_list has an item without a credential_name")
@@ -358,7 +359,7 @@ class _Reader:
         if found.text is None:
             return replace(found, sure=self.environ.whole and found.sure)
         if found.text.strip().lower() in {"true", "false"}:
-            return replace(found, wrong=f"is {found.text} in the environment, which LiteLLM takes for a truth value")
+            return replace(found, wrong=f"is {found.text} in the environment, which LiteLLM reads as a boolean")
         return found
 
     def entry(self, item: object, where: str) -> Entry | str:
@@ -411,8 +412,8 @@ class _Reader:
             sends, path_end = sends.removeprefix("responses/"), "/responses"
         if info.get("mode") == "responses":
             path_end = "/responses"
-        asked = known or _PROVIDERS["openai"]
-        base_found, key_found = self._address(base, asked), self._key(key, asked)
+        used = known or _PROVIDERS["openai"]
+        base_found, key_found = self._address(base, used), self._key(key, used)
         wrong = next((f"{k} {v.wrong}" for k, v in (("api_base", base), ("api_key", key)) if v.wrong), "")
         fields = {"model": model, "api_base": base, "api_key": key}
         inherited = (("api_base", base_found), ("api_key", key_found))
@@ -421,24 +422,24 @@ class _Reader:
             model=text or None,
             sends=sends,
             api_base=base_found.text,
-            default_base=asked.default,
-            has_key=asked.keyless or key_found.text is not None,
+            default_base=used.default,
+            has_key=used.keyless or key_found.text is not None,
             provider=provider.text,
             end=path_end,
-            whole_path=asked.whole_path,
+            whole_path=used.whole_path,
             max_input_tokens=_tokens(info) or _tokens(params),
-            variables={name: each.variable for name, each in fields.items() if each.variable},
+            variables={name: value.variable for name, value in fields.items() if value.variable},
             unset=tuple(
                 dict.fromkeys(
-                    each.variable
-                    for each, got in ((base, base_found), (key, key_found))
-                    if each.variable and not each.text and not got.text and not (each is key and asked.keyless)
+                    own.variable
+                    for own, final in ((base, base_found), (key, key_found))
+                    if own.variable and not own.text and not final.text and not (own is key and used.keyless)
                 )
             ),
-            unsure=frozenset(name for name, each in (*fields.items(), *inherited) if not each.sure)
+            unsure=frozenset(name for name, value in (*fields.items(), *inherited) if not value.sure)
             | ({"model"} if not provider.sure or not named.sure else set()),
             where=where,
-            places={name: each.place for name, each in fields.items() if each.place},
+            places={name: value.place for name, value in fields.items() if value.place},
             lost=f"credential_list has no {shown(named.text)}" if named.text and not credential else "",
             out=wrong or self._out(info, params),
             answers_itself="mock_response" in params,

@@ -85,7 +85,7 @@ Drive = Callable[..., Completed]
 
 @dataclass(frozen=True)
 class Step:
-    """A command, and who may answer while it runs: what was there before it, and what is there after it."""
+    """A command, and the answers of the models before and after it."""
 
     name: str
     began: float
@@ -96,14 +96,14 @@ class Step:
 
 @dataclass
 class Story:
-    """Commands one after the other, and what the port says after each."""
+    """Commands one after the other, and the port's answer after each."""
 
     place: Place
     traffic: Traffic
     steps: list[Step] = field(default_factory=list)
 
     def step(self, name: str, command: Callable[[], Completed], *, serves: str | None, exit: int = 0) -> Completed:
-        """Run it, and look. `serves`: the repository that has to be there afterwards."""
+        """Run a command and check the port. `serves`: the repository that must serve afterwards."""
         before = self.steps[-1].after if self.steps else None
         began = time.monotonic()
         done = command()
@@ -111,7 +111,7 @@ class Story:
         assert done.exit == exit, str(done)
         assert self._on_port() == serves, str(done)
         self.steps.append(Step(name, began, ended, before, self.place.directly() if serves else None))
-        # At least one request that came when it was over; the last ones tell.
+        # Wait for a request that began after the command.
         wait_until(lambda: any(s.began > ended for s in self.traffic.sent[-2:]), 60, f"traffic after {name}")
         return done
 
@@ -121,19 +121,19 @@ class Story:
         return str(row["repo_id"]) if row["state"] == "ready" else None
 
     def check(self) -> None:
-        """Every answer is from the model that should answer; between the commands nothing fails."""
+        """Check that the right model gave each answer, and that no request failed between the commands."""
         assert self.traffic.sent
         for sent in self.traffic.sent:
             during = [step for step in self.steps if step.began <= sent.ended and sent.began <= step.ended]
             last = [step for step in self.steps if step.ended < sent.began]
             allowed = {text for step in during for text in (step.before, step.after)}
             allowed |= {last[-1].after if last else None} if not during else set()
-            said = sent.reply.text if sent.reply.status == 200 else None
-            where = during[0].name if during else f"after {last[-1].name}" if last else "before"
-            assert said in allowed or (during and said is None), f"{where}: {sent.reply} is none of {allowed}"
+            text = sent.reply.text if sent.reply.status == 200 else None
+            moment = during[0].name if during else f"after {last[-1].name}" if last else "before"
+            assert text in allowed or (during and text is None), f"{moment}: {sent.reply} is not in {allowed}"
 
     def cost(self, name: str) -> str:
-        """What a step cost the client: failed requests, and the longest time without an answer."""
+        """Return what a step cost the client: failed requests, and the longest time without an answer."""
         step = next(step for step in self.steps if step.name == name)
         near = [s for s in self.traffic.sent if s.ended >= step.began - 1 and s.began <= step.ended + 1]
         failed = sum(s.reply.status != 200 for s in near)
@@ -144,7 +144,7 @@ class Story:
 
 
 @pytest.mark.parametrize("driver", ["over ssh", pytest.param("local", marks=pytest.mark.long)])
-def test_models_change_behind_an_alias_and_the_gateway_stays(
+def test_gateway_keeps_running_while_models_change(
     empty: Place, engine: Path, openai_server: Path, driver: str
 ) -> None:
     lab, gateway, port = empty.lab, empty.gateway, str(empty.port)
@@ -169,9 +169,9 @@ def test_models_change_behind_an_alias_and_the_gateway_stays(
         story.step("unload", lambda: run("unload", "--port", port), serves=None)
         story.step("load again", load(QWEN), serves=QWEN)
     story.check()
-    said = {step.name: step.after for step in story.steps}
-    assert said["load"] == said["load again"] != said["swap"] == said["failed swap"] == said["rollback"]
-    assert said["engine swap"] not in {said["load"], said["swap"]}
+    answers = {step.name: step.after for step in story.steps}
+    assert answers["load"] == answers["load again"] != answers["swap"] == answers["failed swap"] == answers["rollback"]
+    assert answers["engine swap"] not in {answers["load"], answers["swap"]}
     for done in (first, swap, other):
         assert _receipt(done)["aliases"][0]["ok"], str(done)
         assert _receipt(done)["aliases"][0]["api_base"] == f"http://{lab.studio.address}:{port}/v1"
@@ -185,7 +185,7 @@ def test_models_change_behind_an_alias_and_the_gateway_stays(
 
 @contextmanager
 def _reading(stream: Stream) -> Iterator[list[bytes]]:
-    """Reads a stream to its end meanwhile; what came is there afterwards."""
+    """Read a stream to its end in another thread. The list has its bytes afterwards."""
     came: list[bytes] = []
     reader = threading.Thread(target=lambda: came.append(stream.rest()))
     reader.start()
@@ -196,7 +196,7 @@ def _reading(stream: Stream) -> Iterator[list[bytes]]:
         stream.close()
 
 
-def test_the_check_finds_nothing_to_say_of_a_served_alias(empty: Place) -> None:
+def test_served_alias_has_no_fault(empty: Place) -> None:
     empty.lab.mini.inv("load", "--model", QWEN, "--port", str(empty.port)).ok()
     done = empty.lab.mini.inv("gateway", "--through", "--json").ok()
     (host,) = done.json["hosts"]
@@ -204,11 +204,11 @@ def test_the_check_finds_nothing_to_say_of_a_served_alias(empty: Place) -> None:
     assert row["verdict"] == "ok"
     assert row["through"]["ok"]
     assert (row["sends"], row["answers_to"], row["context_length"]) == (ALIAS, ALIAS, 2048)
-    assert {each["severity"] for each in host["findings"]} == {"warning"}
+    assert {finding["severity"] for finding in host["findings"]} == {"warning"}
     assert empty.gateway.key not in done.stdout + done.stderr
 
 
-def test_an_alias_that_the_gateway_does_not_answer_for_is_a_fault(empty: Place) -> None:
+def test_alias_without_an_answer_is_a_fault(empty: Place) -> None:
     lab = empty.lab
     lab.mini.inv("load", "--model", QWEN, "--port", str(empty.port)).ok()
     done = lab.mini.inv("gateway", "--through", "--json", env={"LITELLM_MASTER_KEY": "sk-not-the-key"})
@@ -219,7 +219,7 @@ def test_an_alias_that_the_gateway_does_not_answer_for_is_a_fault(empty: Place) 
     assert "sk-not-the-key" not in done.stdout + done.stderr
 
 
-def test_every_alias_is_asked_also_where_the_gateways_files_are_elsewhere(empty: Place) -> None:
+def test_aliases_are_probed_without_the_gateways_files(empty: Place) -> None:
     lab = empty.lab
     lab.mini.inv("load", "--model", QWEN, "--port", str(empty.port)).ok()
     with _hosts(lab, f"  config: {empty.gateway.config}\n", ""):
@@ -230,13 +230,11 @@ def test_every_alias_is_asked_also_where_the_gateways_files_are_elsewhere(empty:
     assert host["findings"] == [] and refused.exit == 2, str(refused)
 
 
-def test_a_load_that_would_not_know_the_gateways_name_is_refused_before_anything_stops(
-    empty: Place, tmp_path: Path
-) -> None:
+def test_load_under_a_name_unlike_the_gateways_is_refused(empty: Place, tmp_path: Path) -> None:
     lab, port = empty.lab, str(empty.port)
     lab.mini.inv("load", "--model", QWEN, "--port", port).ok()
     before = servers(lab.studio)
-    with _told(empty, tmp_path, f"openai/{ALIAS}", "openai/other-name") as wrong:
+    with _edited_config(empty, tmp_path, f"openai/{ALIAS}", "openai/other-name") as wrong:
         done = lab.mini.inv("load", "--model", LLAMA, "--port", port, "--force", "--json")
         dry = lab.mini.inv("load", "--model", LLAMA, "--port", port, "--force", "--dry-run", "--json")
         again = lab.mini.inv("load", "--model", QWEN, "--port", port, "--json")
@@ -245,13 +243,13 @@ def test_a_load_that_would_not_know_the_gateways_name_is_refused_before_anything
     assert error["code"] == "gateway_name"
     assert error["hint"] == f"in {wrong}:2: model: openai/{ALIAS}; then restart the gateway, once"
     assert servers(lab.studio) == before
-    # What serves already is not refused for the gateway's sake.
+    # The model that serves already is not refused.
     assert (again.exit, _result(again)["changed"]) == (0, False), str(again)
 
 
-def test_a_pattern_in_the_gateways_files_keeps_no_model_from_its_slot(empty: Place, tmp_path: Path) -> None:
+def test_pattern_does_not_refuse_a_load(empty: Place, tmp_path: Path) -> None:
     lab, port = empty.lab, str(empty.port)
-    with _told(empty, tmp_path, ALIAS, "jerry-*"):
+    with _edited_config(empty, tmp_path, ALIAS, "jerry-*"):
         done = lab.mini.inv("load", "--model", QWEN, "--port", port, "--json").ok()
         checked = lab.mini.inv("gateway", "--json").ok()
     assert _receipt(done)["aliases"][0]["alias"] == ALIAS
@@ -259,7 +257,7 @@ def test_a_pattern_in_the_gateways_files_keeps_no_model_from_its_slot(empty: Pla
     assert codes == ["pattern"], str(checked)
 
 
-def test_the_engines_own_word_for_its_model_is_refused_only_where_the_engine_does_not_know_it(
+def test_default_model_is_refused_for_engines_without_it(
     empty: Place, engine: Path, openai_server: Path, tmp_path: Path
 ) -> None:
     lab, port = empty.lab, str(empty.port)
@@ -267,7 +265,7 @@ def test_the_engines_own_word_for_its_model_is_refused_only_where_the_engine_doe
     lab.configure(launch={"mlx-lm": [str(lm)], "mlx-openai-server": [str(openai_server), "launch"]})
     lab.mini.inv("init").ok()
     lab.mini.inv("set", "--model", OTHER, "--set", "engine=mlx-openai-server").ok()
-    with _told(empty, tmp_path, f"openai/{ALIAS}", "openai/default_model"):
+    with _edited_config(empty, tmp_path, f"openai/{ALIAS}", "openai/default_model"):
         done = lab.mini.inv("load", "--model", QWEN, "--port", port).ok()
         checked = lab.mini.inv("gateway", "--json").ok()
         other = lab.mini.inv("load", "--model", OTHER, "--port", port, "--force", "--dry-run", "--json")
@@ -278,7 +276,7 @@ def test_the_engines_own_word_for_its_model_is_refused_only_where_the_engine_doe
 
 
 @pytest.mark.parametrize("text", ["include: 5\n", "", "- a\n", "model_list: [7]\ncredential_list: 7\n", "a: [\n"])
-def test_a_senseless_configuration_is_a_warning_at_the_load(empty: Place, tmp_path: Path, text: str) -> None:
+def test_unreadable_configuration_is_a_warning_at_the_load(empty: Place, tmp_path: Path, text: str) -> None:
     other = tmp_path / "router.yaml"
     other.write_text(text, encoding="utf-8")
     with _hosts(empty.lab, str(empty.gateway.config), str(other)):
@@ -286,28 +284,28 @@ def test_a_senseless_configuration_is_a_warning_at_the_load(empty: Place, tmp_pa
     assert f"warning: {other}" in done.stderr and "names are not checked" in done.stderr
 
 
-def test_a_context_that_the_gateway_overstates_is_a_warning_at_the_load(empty: Place, tmp_path: Path) -> None:
-    with _told(empty, tmp_path, "api_key: none\n", "api_key: none\n  model_info: {max_input_tokens: 4096}\n"):
+def test_overstated_context_is_a_warning_at_the_load(empty: Place, tmp_path: Path) -> None:
+    with _edited_config(empty, tmp_path, "api_key: none\n", "api_key: none\n  model_info: {max_input_tokens: 4096}\n"):
         done = empty.lab.mini.inv("load", "--model", QWEN, "--port", str(empty.port)).ok()
-    said = f"warning: the gateway promises 4096 input tokens on port {empty.port}; this model takes 2048"
-    assert said in done.stderr
+    warning = f"warning: the gateway promises 4096 input tokens on port {empty.port}; this model takes 2048"
+    assert warning in done.stderr
 
 
-def test_a_receipt_that_fails_is_a_warning_with_its_details(empty: Place) -> None:
+def test_failed_receipt_is_a_warning_with_details(empty: Place) -> None:
     lab, port = empty.lab, str(empty.port)
     done = lab.mini.inv(
         *("load", "--model", QWEN, "--port", port, "--json"), env={"LITELLM_MASTER_KEY": "sk-not-the-key"}
     ).ok()
-    (passage,) = _receipt(done)["aliases"]
-    assert not passage["ok"]
-    assert passage["detail"]
+    (result,) = _receipt(done)["aliases"]
+    assert not result["ok"]
+    assert result["detail"]
     assert f"warning: no answer for {ALIAS} through" in done.stderr
     assert "sk-not-the-key" not in done.stdout + done.stderr
 
 
 @contextmanager
-def _told(place: Place, folder: Path, old: str, new: str) -> Iterator[Path]:
-    """The Mini reads another configuration than the gateway's own, which stays as it is."""
+def _edited_config(place: Place, folder: Path, old: str, new: str) -> Iterator[Path]:
+    """Let the Mini read an edited copy of the gateway's configuration."""
     other = folder / "router.yaml"
     other.write_text(place.gateway.config.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
     with _hosts(place.lab, str(place.gateway.config), str(other)):
@@ -316,7 +314,7 @@ def _told(place: Place, folder: Path, old: str, new: str) -> Iterator[Path]:
 
 @contextmanager
 def _hosts(lab: Homelab, old: str, new: str) -> Iterator[None]:
-    """The Mini's hosts.yaml says something else."""
+    """Edit the Mini's hosts.yaml for a while."""
     hosts = lab.mini.home / ".config" / "mlxops" / "hosts.yaml"
     right = hosts.read_text(encoding="utf-8")
     hosts.write_text(right.replace(old, new), encoding="utf-8")

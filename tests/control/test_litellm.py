@@ -1,6 +1,6 @@
-"""The table of what LiteLLM does with its configuration, held against our reading and against the real LiteLLM.
+"""Configurations and what LiteLLM does with them: a table, checked against our parser and against the real LiteLLM.
 
-A row says which name reaches the server at `BASE` for each name that a client asks for; None: none does.
+A row has, for each name that a client sends, the name that reaches the server at `BASE`. None: no request reaches it.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ from pathlib import Path
 
 import pytest
 
-from mlxops.control.gateway import check
 from mlxops.control.gateway import config as gatewayfiles
+from mlxops.control.gateway.check import with_client_names
+from mlxops.control.gateway.ports import same_host
 from mlxops.control.inventory import Gateway
 from mlxops.core import gateway as core
 from mlxops.core.errors import Refused
-from mlxops.core.gateway import Port, Severity
+from mlxops.core.gateway import GatewayPort, Severity
 from mlxops.core.ports import Owner, State
 from tests.lab import verdicts
 from tests.lab.verdicts import CHAT, PORT
 
 BASE = f"http://127.0.0.1:{PORT}/v1"
 B, K = f"api_base: '{BASE}'", "api_key: none"
-NOBODY = "http://127.0.0.1:9/v1"
+UNUSED = "http://127.0.0.1:9/v1"
 
 
 @dataclass(frozen=True)
@@ -155,10 +156,10 @@ CASES = {
         (f"model: litellm_proxy/n, {K}", "n"),
         OPENAI_API_BASE=BASE,
     ),
-    "the other variable of it": one(f"model: openai/n, {K}", "n", OPENAI_BASE_URL=BASE, OPENAI_API_BASE=NOBODY),
+    "the other variable of it": one(f"model: openai/n, {K}", "n", OPENAI_BASE_URL=BASE, OPENAI_API_BASE=UNUSED),
     "base_url": many(
         (f"model: openai/n, base_url: '{BASE}', {K}", "n"),
-        (f"model: openai/n, base_url: '{BASE}', api_base: '{NOBODY}', {K}", "n"),
+        (f"model: openai/n, base_url: '{BASE}', api_base: '{UNUSED}', {K}", "n"),
         (f"model: openai/n, base_url: os.environ/URL, {K}", "n"),
         (f"model: hosted_vllm/n, base_url: '{BASE}'", "n"),
         URL=BASE,
@@ -177,31 +178,31 @@ CASES = {
         HERE=BASE,
     ),
     "openai_key of the module": one(f"model: openai/n, {B}", "n", "litellm_settings: {openai_key: none}\n"),
-    "general settings are none of the models": one(
+    "general settings do not apply to models": one(
         "model: openai/n", None, f"general_settings: {{api_base: '{BASE}', api_key: none}}\n"
     ),
     "default parameters": many(
         ("model: openai/n", "n"),
-        (f"model: openai/n, api_base: '{NOBODY}', {K}", "n"),
+        (f"model: openai/n, api_base: '{UNUSED}', {K}", "n"),
         rest=f"router_settings: {{default_litellm_params: {{api_base: '{BASE}', api_key: os.environ/KEY}}}}\n",
         KEY="x",
     ),
     "default parameters go before the model, too": one(
         f"model: openai/m, {B}, {K}", "n", "router_settings: {default_litellm_params: {model: openai/n}}\n"
     ),
-    "one model for whatever is asked": Case(
+    "completion_model": Case(
         listed(A, ("b", f"model: openai/m, {B}, {K}")) + "general_settings: {completion_model: b}\n",
         {"a": "m", "b": "m"},
     ),
-    "one model for whatever is asked, in the provider's words": Case(
+    "completion_model, in the provider's words": Case(
         listed(A, ("b", f"model: openai/m, {B}, {K}")) + "general_settings: {completion_model: openai/m}\n",
         {"a": "m", "b": "m"},
     ),
-    "one model for whatever is asked, and it is not there": one(
-        f"model: openai/n, {B}, {K}", None, "general_settings: {completion_model: nobody}\n"
+    "completion_model, and it is not there": one(
+        f"model: openai/n, {B}, {K}", None, "general_settings: {completion_model: missing}\n"
     ),
     **{
-        f"a section that is none: {section}": Case(ENTRY + section + "\n", starts=False)
+        f"a section of a wrong type: {section}": Case(ENTRY + section + "\n", starts=False)
         for section in (
             "litellm_settings: x",
             "general_settings: [x]",
@@ -216,8 +217,8 @@ CASES = {
     "variables of the configuration": many(
         ("model: openai/n", "n"),
         ("model: openai/n, api_base: os.environ/XB, api_key: os.environ/XK", "n"),
-        rest=f"environment_variables: {{OPENAI_API_BASE: '{BASE}', OPENAI_API_KEY: 5, XB: '{NOBODY}', XK: x}}\n",
-        OPENAI_API_BASE=NOBODY,
+        rest=f"environment_variables: {{OPENAI_API_BASE: '{BASE}', OPENAI_API_KEY: 5, XB: '{UNUSED}', XK: x}}\n",
+        OPENAI_API_BASE=UNUSED,
     ),
     "variables of the configuration come too late for its entries": one(
         "model: openai/n, api_base: os.environ/XB, api_key: os.environ/XK",
@@ -257,11 +258,11 @@ CASES = {
         "model: openai/n, litellm_credential_name: c",
         "n",
         credential(f"{B}, {K}").replace(
-            "]\n", f", {{credential_name: c, credential_info: {{}}, credential_values: {{api_base: '{NOBODY}'}}}}]\n"
+            "]\n", f", {{credential_name: c, credential_info: {{}}, credential_values: {{api_base: '{UNUSED}'}}}}]\n"
         ),
     ),
     "a credential without its info": Case(ENTRY + credential(B, info=""), starts=False),
-    "a credential list that is none": Case(ENTRY + "credential_list: {c: {}}\n", starts=False),
+    "a credential list of a wrong type": Case(ENTRY + "credential_list: {c: {}}\n", starts=False),
     "a pattern": Case(
         listed(("jerry-*", f"model: 'openai/jerry-*', {B}, {K}")),
         {"jerry-xl": "jerry-xl", "jerry-l": "jerry-l", "other": None},
@@ -311,7 +312,7 @@ CASES = {
     ),
     "a model that is only a star": Case(listed(("*", f"model: '*', {B}, {K}")), {"jerry-xl": None}),
     "synonyms": Case(
-        ENTRY + "router_settings: {model_group_alias: {b: a, c: {model: a, hidden: true}, d: nobody, e: b}}\n",
+        ENTRY + "router_settings: {model_group_alias: {b: a, c: {model: a, hidden: true}, d: missing, e: b}}\n",
         {"a": "n", "b": "n", "c": "n", "d": None, "e": None},
     ),
     "a synonym goes before an entry": Case(
@@ -494,8 +495,8 @@ CASES = {
 }
 
 
-def ours(case: Case, folder: Path, port: int = 28123) -> dict[str, str | None] | None:
-    """Our reading of a case; None: LiteLLM does not start."""
+def parsed(case: Case, folder: Path, port: int = 28123) -> dict[str, str | None] | None:
+    """Return what our parser makes of a case; None if LiteLLM does not start with it."""
     for name, text in {"config.yaml": case.config, **case.files}.items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)
@@ -503,33 +504,33 @@ def ours(case: Case, folder: Path, port: int = 28123) -> dict[str, str | None] |
     env = folder / "gateway.env"
     env.write_text("".join(f"{name}={value}\n" for name, value in case.env.items()).replace(PORT, str(port)))
     try:
-        told = gatewayfiles.read(Gateway(str(folder / "config.yaml"), str(env), None, None))
+        config = gatewayfiles.read(Gateway(str(folder / "config.yaml"), str(env), None, None))
     except Refused:
         return None
-    if any(each.severity is Severity.FAULT for each in told.findings):
+    if any(finding.severity is Severity.FAULT for finding in config.findings):
         return None
-    return {name: _sent(told, name, port) for name in case.sends}
+    return {name: _sent(config, name, port) for name in case.sends}
 
 
-def _sent(told: gatewayfiles.GatewayConfig, name: str, port: int) -> str | None:
-    """The name that reaches the server, if nothing that we find says that it does not."""
+def _sent(config: gatewayfiles.GatewayConfig, name: str, port: int) -> str | None:
+    """Return the name that reaches the server; None if a finding says that the request fails."""
     # A server that knows every name, at the path that all engines have.
-    here = Port("here", "127.0.0.1", port, name, State.READY, Owner.MLXOPS, "m", answers_to_any=True)
+    here = GatewayPort("here", "127.0.0.1", port, name, State.READY, Owner.MLXOPS, "m", answers_to_any=True)
     ports = [replace(here, paths=frozenset({CHAT}))]
-    entries = [entry for entry in check.under(told, ports).entries if entry.alias == name]
-    found = core.compare(entries, ports, told.files, check.same_host)
-    faults = [each.code for each in found if each.severity is Severity.FAULT]
+    entries = [entry for entry in with_client_names(config, ports).entries if entry.alias == name]
+    findings = core.compare(entries, ports, config.files, same_host)
+    faults = [finding.code for finding in findings if finding.severity is Severity.FAULT]
     return None if faults or not entries else entries[0].certain_name
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_configuration_means_what_litellm_does_with_it(tmp_path: Path, name: str) -> None:
+def test_configuration_is_read_as_litellm_reads_it(tmp_path: Path, name: str) -> None:
     case = CASES[name]
-    assert ours(case, tmp_path) == (dict(case.sends) if case.starts else None)
+    assert parsed(case, tmp_path) == (dict(case.sends) if case.starts else None)
 
 
 @pytest.mark.timeout(400)
-def test_the_table_is_what_the_real_litellm_does(litellm: Path) -> None:
+def test_real_litellm_does_what_the_table_says(litellm: Path) -> None:
     rows = [{**asdict(case), "asks": list(case.sends)} for case in CASES.values()]
     done = subprocess.run(
         [litellm / "bin" / "python", "-P", verdicts.__file__],  # its folder has a litellm of its own
@@ -541,10 +542,10 @@ def test_the_table_is_what_the_real_litellm_does(litellm: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     wrong = []
-    for (name, case), said in zip(CASES.items(), json.loads(done.stdout), strict=True):
-        real = None if "start" in said else {each: _reached(*answer) for each, answer in said.items()}
+    for (name, case), verdict in zip(CASES.items(), json.loads(done.stdout), strict=True):
+        real = None if "start" in verdict else {asked: _reached(*answer) for asked, answer in verdict.items()}
         if real != (dict(case.sends) if case.starts else None):
-            wrong.append(f"{name}: {said}")
+            wrong.append(f"{name}: {verdict}")
     assert not wrong, "\n".join(wrong)
 
 

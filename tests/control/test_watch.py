@@ -1,4 +1,4 @@
-"""`status --watch` with real hosts: what happens is shown, what breaks comes back, and nothing stays behind."""
+"""`status --watch` with real hosts: it shows changes, reconnects, and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from tests.lab.world import Process, wait_until
 from tests.steps import REPO, WAYS, Ask, error_of, finish, quiet, register, tree, with_fake
 
 SOON = 20.0
-"""Seconds in which what is bound to happen must have happened, on a busy machine."""
+"""Seconds that an expected change may take on a busy machine."""
 QUICKLY = 5.0
-"""Seconds that an agent has whose asker has gone."""
+"""Seconds within which an agent must end after its client."""
 OFTEN = ("status", "--watch", "--interval", "0.1")
 
 
@@ -58,7 +58,7 @@ def wired(remote: Ask) -> Iterator[tuple[Ask, Wire]]:
 
 
 class Reader:
-    """What a command has written so far, to a pipe or a terminal; whoever reads never hangs."""
+    """Collect the output of a command from a pipe or a terminal. Never block."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -69,7 +69,7 @@ class Reader:
         try:
             while data := os.read(self._fd, 65536):
                 self.text += data.decode(errors="replace")
-        except (BlockingIOError, OSError):  # nothing new; or a terminal that nobody writes to any more
+        except (BlockingIOError, OSError):  # nothing new, or a terminal without a writer
             pass
         return self.text
 
@@ -77,18 +77,18 @@ class Reader:
         try:
             wait_until(lambda: re.search(pattern, self.read(), re.MULTILINE), SOON, pattern)
         except TimeoutError as late:
-            raise AssertionError(f"{late}; it said:\n{self.text}") from None
+            raise AssertionError(f"{late}; the output is:\n{self.text}") from None
 
 
 @contextmanager
-def watching(ask: Ask, *words: str) -> Iterator[tuple[subprocess.Popen[str], Reader]]:
-    with ask.running(*OFTEN, *words) as process:
+def watching(ask: Ask, *flags: str) -> Iterator[tuple[subprocess.Popen[str], Reader]]:
+    with ask.running(*OFTEN, *flags) as process:
         assert process.stdout is not None
         yield process, Reader(process.stdout.fileno())
 
 
 def agents(studio: Studio) -> set[Process]:
-    return {each for each in studio.processes() if "mlxops.agent" in each.command and "--worker" not in each.command}
+    return {p for p in studio.processes() if "mlxops.agent" in p.command and "--worker" not in p.command}
 
 
 def one_agent(studio: Studio) -> Process:
@@ -97,19 +97,19 @@ def one_agent(studio: Studio) -> Process:
 
 
 def gone(studio: Studio) -> None:
-    """No agent is left on the host, within seconds."""
+    """Wait until no agent is left on the host."""
     wait_until(lambda: not agents(studio), QUICKLY, "the agent's end")
 
 
 def interrupted(process: subprocess.Popen[str]) -> None:
-    """Ctrl-C is the usual end of a watch: nothing is said about it."""
+    """Press Ctrl-C. It is the normal end of a watch: no error is printed."""
     process.send_signal(signal.SIGINT)
     done = finish(process)
     assert (done.exit, done.stderr) == (130, ""), str(done)
 
 
-class TestInAPipe:
-    def test_a_load_and_an_unload_appear_as_they_happen(self, ask: Ask) -> None:
+class TestLines:
+    def test_load_and_unload_appear_as_they_happen(self, ask: Ask) -> None:
         register(ask.studio, "mine")
         with watching(ask) as (process, reader):
             reader.until(rf"^PORT.*\n{ask.port} +jerry-xl +idle")
@@ -119,24 +119,24 @@ class TestInAPipe:
             ask("unload", "--port", ask.port).ok()
             reader.until(rf"^\S+Z studio {ask.port} \w+ -> idle$")
             interrupted(process)
-            said = reader.read()
-        assert said.count("PORT") == 1, "the whole is shown once"
-        assert "\x1b" not in said
-        assert "drift" not in said and "orphan" not in said, "a look that was overtaken is no news"
+            output = reader.read()
+        assert output.count("PORT") == 1, "the table is shown once"
+        assert "\x1b" not in output
+        assert "drift" not in output and "orphan" not in output, "a poll during a change reports no drift"
         gone(ask.studio)
         quiet(ask.studio)
 
-    def test_one_agent_looks_all_the_time_over_one_connection(self, wired: tuple[Ask, Wire]) -> None:
+    def test_one_agent_serves_all_polls_over_one_connection(self, wired: tuple[Ask, Wire]) -> None:
         ask, wire = wired
         with watching(ask) as (process, reader):
             reader.until("^PORT")
             agent, passed = one_agent(ask.studio), wire.passed
-            wait_until(lambda: wire.passed > passed + 20_000, SOON, "some looks")
+            wait_until(lambda: wire.passed > passed + 20_000, SOON, "several polls")
             assert agents(ask.studio) == {agent} and wire.accepted == 1
             interrupted(process)
         gone(ask.studio)
 
-    def test_drift_appears_with_what_helps_and_goes(self, remote: Ask) -> None:
+    def test_drift_appears_with_its_hint_and_disappears(self, remote: Ask) -> None:
         register(remote.studio, "mine")
         with watching(remote) as (process, reader):
             reader.until("^PORT")
@@ -147,24 +147,24 @@ class TestInAPipe:
             interrupted(process)
         gone(remote.studio)
 
-    def test_the_agent_stays_through_an_interval_that_is_longer_than_its_patience(self, remote: Ask) -> None:
-        patient = remote.studio.folder / "python"
+    def test_heartbeats_keep_the_agent_through_a_long_interval(self, remote: Ask) -> None:
+        short = remote.studio.folder / "python"
         program = "import sys, mlxops.agent.__main__ as agent; agent.AWAY_SECONDS = 6; sys.exit(agent.main([]))"
-        patient.write_text(f"#!/bin/sh\nexec {sys.executable} -P -c '{program}'\n")
-        patient.chmod(0o755)
-        remote.lab.configure(python=[str(patient)])
+        short.write_text(f"#!/bin/sh\nexec {sys.executable} -P -c '{program}'\n")
+        short.chmod(0o755)
+        remote.lab.configure(python=[str(short)])
         with remote.running("status", "--watch", "--interval", "60", "--json") as process:
             assert process.stdout is not None
             process.stdout.readline()
-            (agent,) = (each for each in remote.studio.processes() if "AWAY_SECONDS" in each.command)
+            (agent,) = (p for p in remote.studio.processes() if "AWAY_SECONDS" in p.command)
             until = time.monotonic() + 8.0
             while time.monotonic() < until:
                 assert agent in remote.studio.processes()
-                time.sleep(0.2)  # nothing may happen meanwhile
+                time.sleep(0.2)  # it must stay for all of these seconds
             interrupted(process)
         quiet(remote.studio)
 
-    def test_looking_leaves_every_file_as_it_was(self, remote: Ask) -> None:
+    def test_watching_changes_no_file(self, remote: Ask) -> None:
         register(remote.studio, "mine")
         remote("load", "--model", "mine", "--port", remote.port).ok()
         before = tree(remote.studio.folder)
@@ -176,7 +176,7 @@ class TestInAPipe:
         gone(remote.studio)
         assert agent and tree(remote.studio.folder) == before
 
-    def test_a_reader_that_goes_away_ends_it_although_nothing_changes(self, remote: Ask) -> None:
+    def test_closed_pipe_ends_the_watch_without_a_change(self, remote: Ask) -> None:
         with remote.running(*OFTEN) as process:
             assert process.stdout is not None
             process.stdout.readline()
@@ -185,12 +185,12 @@ class TestInAPipe:
             assert process.stderr is not None and process.stderr.read() == ""
         gone(remote.studio)
 
-    def test_without_a_standard_output_it_does_not_begin(self, remote: Ask) -> None:
+    def test_missing_standard_output_ends_it_at_once(self, remote: Ask) -> None:
         line = f'exec "{script("mlxctl")}" {" ".join(OFTEN)} >&-'
         done = remote.lab.mini.run("/bin/sh", "-c", line, timeout=SOON)
         assert (done.exit, done.stderr) == (141, "")
 
-    def test_sigterm_ends_it_without_words(self, ask: Ask) -> None:
+    def test_sigterm_ends_it_without_an_error(self, ask: Ask) -> None:
         with watching(ask) as (process, reader):
             reader.until("^PORT")
             process.terminate()
@@ -200,7 +200,7 @@ class TestInAPipe:
 
 
 class TestDocuments:
-    def test_a_download_can_be_followed(self, make_homelab: Callable[..., Homelab], hub: Hub) -> None:
+    def test_download_can_be_followed(self, make_homelab: Callable[..., Homelab], hub: Hub) -> None:
         with Wire(("127.0.0.1", int(hub.url.rpartition(":")[2])), delay=0.1) as slow:
             ask = Ask(with_fake(make_homelab(hub_url=f"http://127.0.0.1:{slow.port}")), "ssh")
             with watching(ask, "--json") as (process, reader):
@@ -213,12 +213,12 @@ class TestDocuments:
         assert all(document["schema"] == 1 and document["ok"] for document in documents)
         rows = [document["hosts"][0]["ports"][0] for document in documents]
         assert rows[0]["state"] == "idle" and rows[-1]["state"] == "ready"
-        seen = [row["progress"] for row in rows if row["progress"]]
-        assert seen and all(each["name"] == "download" and each["done"] <= each["total"] for each in seen)
+        progress = [row["progress"] for row in rows if row["progress"]]
+        assert progress and all(part["name"] == "download" and part["done"] <= part["total"] for part in progress)
 
 
 class TestAwayAndBack:
-    def test_a_cut_connection_is_told_and_made_again(self, wired: tuple[Ask, Wire]) -> None:
+    def test_cut_connection_is_reported_and_made_again(self, wired: tuple[Ask, Wire]) -> None:
         ask, wire = wired
         with watching(ask) as (process, reader):
             reader.until("^PORT")
@@ -231,7 +231,7 @@ class TestAwayAndBack:
             interrupted(process)
         gone(ask.studio)
 
-    def test_a_host_that_goes_down_is_away_until_it_is_up_and_what_changed_meanwhile_is_told(self, remote: Ask) -> None:
+    def test_host_is_away_while_down_and_its_changes_follow(self, remote: Ask) -> None:
         with watching(remote) as (process, reader):
             reader.until("^PORT")
             remote.studio.sshd.stop()
@@ -244,7 +244,7 @@ class TestAwayAndBack:
             interrupted(process)
         gone(remote.studio)
 
-    def test_an_agent_that_dies_is_started_again(self, ask: Ask) -> None:
+    def test_dead_agent_is_started_again(self, ask: Ask) -> None:
         with watching(ask) as (process, reader):
             reader.until("^PORT")
             os.kill(one_agent(ask.studio).pid, signal.SIGKILL)
@@ -253,9 +253,7 @@ class TestAwayAndBack:
             interrupted(process)
         gone(ask.studio)
 
-    def test_one_host_that_is_down_from_the_start_does_not_keep_the_others_from_being_shown(
-        self, make_homelab: Callable[..., Homelab]
-    ) -> None:
+    def test_table_comes_although_one_host_is_down(self, make_homelab: Callable[..., Homelab]) -> None:
         ask = Ask(with_fake(make_homelab(studios=2)), "ssh")
         second = ask.lab.studios[1]
         second.sshd.stop()
@@ -268,17 +266,17 @@ class TestAwayAndBack:
         gone(second)
 
 
-class TestAPulledCable:
-    def test_makes_the_host_away_ends_its_agent_and_is_no_end(self, wired: tuple[Ask, Wire]) -> None:
-        """Nobody tells either side: no end of input here, no closed connection there."""
+class TestPulledCable:
+    def test_host_is_away_its_agent_ends_and_the_watch_goes_on(self, wired: tuple[Ask, Wire]) -> None:
+        """Neither side gets a signal: no end of input here, no closed connection there."""
         ask, wire = wired
         with watching(ask) as (process, reader):
             reader.until("^PORT")
             one_agent(ask.studio)
             wire.stalled = True
-            # The asker loses its patience first; while it tries to connect anew, the agent does.
+            # The client gives up first. The agent does while the client reconnects.
             reader.until("studio - away since .*: connection_lost: ")
-            wait_until(lambda: not agents(ask.studio), SOON, "the end of an agent that hears nothing")
+            wait_until(lambda: not agents(ask.studio), SOON, "the end of an agent without a client")
             wire.stalled = False
             wire.cut()
             reader.until("studio - back, was away since ")
@@ -286,20 +284,20 @@ class TestAPulledCable:
         gone(ask.studio)
 
 
-class TestWhatWatchingCannotMend:
-    def test_a_changed_host_key_ends_it_at_once(self, remote: Ask) -> None:
+class TestPermanentErrors:
+    def test_changed_host_key_ends_it_at_once(self, remote: Ask) -> None:
         remote.studio.sshd.rekey()
         done = remote(*OFTEN, timeout=SOON)
         assert done.exit == 5 and "host_key_changed" in done.stdout and "  next: " in done.stderr, str(done)
 
-    def test_a_missing_agent_ends_it_at_once(self, remote: Ask) -> None:
+    def test_missing_agent_ends_it_at_once(self, remote: Ask) -> None:
         remote.lab.configure(python=["/nowhere/bin/python"])
         done = remote(*OFTEN, "--json", timeout=SOON)
         (line,) = done.stdout.splitlines()
         assert done.exit == 6 and json.loads(line)["hosts"][0]["error"]["code"] == "agent_missing"
         assert done.stderr.endswith("next: install it: inv deploy\n")
 
-    def test_of_several_hosts_the_others_go_on(self, make_homelab: Callable[..., Homelab]) -> None:
+    def test_other_hosts_are_still_watched(self, make_homelab: Callable[..., Homelab]) -> None:
         ask = Ask(with_fake(make_homelab(studios=2)), "ssh")
         ask.lab.configure("studio2", python=["/nowhere/bin/python"])
         with watching(ask) as (process, reader):
@@ -318,33 +316,35 @@ class TestWhatWatchingCannotMend:
             register(remote.studio, "mine", port=remote.port)
             reader.until("drift: mine is assigned")
             done = finish(process)
-            assert done.exit == 3 and "error: registry and life disagree in one place" in done.stderr, str(done)
+            assert done.exit == 3 and "error: 1 difference between the registry and what is running" in done.stderr, (
+                str(done)
+            )
         gone(remote.studio)
 
     @pytest.mark.parametrize(
-        "words",
+        "flags",
         [
             *(("--watch", "--interval", value) for value in ("0", "-1", "abc", "", "1e3", "nan", "0.01", "86401")),
             ("--interval", "2"),
             ("--watch", "--probe"),
         ],
     )
-    def test_what_makes_no_sense_is_refused_before_anything_is_asked(self, homelab: Homelab, words: tuple[str]) -> None:
+    def test_invalid_flags_are_refused_before_a_connection(self, homelab: Homelab, flags: tuple[str]) -> None:
         homelab.studio.sshd.stop()
-        done = homelab.mini.mlxctl("status", *words, "--json", timeout=SOON)
+        done = homelab.mini.mlxctl("status", *flags, "--json", timeout=SOON)
         assert done.exit == 2 and error_of(done)["exit"] == 2, str(done)
-        assert "--watch" not in words or len(done.stdout.splitlines()) == 1
+        assert "--watch" not in flags or len(done.stdout.splitlines()) == 1
 
 
-class TestTheAskerIsGone:
-    def test_a_killed_client_leaves_no_agent(self, ask: Ask) -> None:
+class TestClientIsGone:
+    def test_killed_client_leaves_no_agent(self, ask: Ask) -> None:
         with watching(ask) as (process, reader):
             reader.until("^PORT")
             one_agent(ask.studio)
             process.kill()
             gone(ask.studio)
 
-    def test_a_killed_connection_leaves_no_agent(self, remote: Ask) -> None:
+    def test_killed_connection_leaves_no_agent(self, remote: Ask) -> None:
         with watching(remote) as (process, reader):
             reader.until("^PORT")
             agent = one_agent(remote.studio)
@@ -354,12 +354,12 @@ class TestTheAskerIsGone:
         gone(remote.studio)
 
 
-class TestTheAgent:
-    """What it does with its standard input, without anything in between."""
+class TestAgent:
+    """The agent alone, driven by its standard input."""
 
     @pytest.fixture
     def agent(self, homelab: Homelab) -> Iterator[subprocess.Popen[bytes]]:
-        # Patience for people who wait for tests; everything else is as it is.
+        # A short silence, so that the test is short.
         program = "import sys, mlxops.agent.__main__ as agent; agent.AWAY_SECONDS = 1; sys.exit(agent.main([]))"
         with subprocess.Popen(
             [sys.executable, "-P", "-c", program],
@@ -385,7 +385,7 @@ class TestTheAgent:
         settings = Settings(hub=str(homelab.studio.hub), state=str(homelab.studio.state))
         return envelope(command, {}, settings, build_id()).encode() + b"\n"
 
-    def test_answers_as_often_as_it_is_asked_and_ends_with_its_input(
+    def test_agent_answers_each_request_and_ends_with_its_input(
         self, homelab: Homelab, agent: subprocess.Popen[bytes]
     ) -> None:
         self.send(agent, self.request(homelab))
@@ -397,20 +397,20 @@ class TestTheAgent:
         agent.stdin.close()
         assert agent.wait(QUICKLY) == 0
 
-    def test_ends_by_itself_when_it_hears_nothing_at_all_and_not_before(
+    def test_agent_ends_after_silence_but_not_between_heartbeats(
         self, homelab: Homelab, agent: subprocess.Popen[bytes]
     ) -> None:
-        """As when a cable is pulled: nobody tells it that the connection is gone."""
+        """A pulled cable: its input does not end."""
         self.send(agent, self.request(homelab))
         assert self.answer(agent) == "done"
         until = time.monotonic() + 2.5
         while time.monotonic() < until:
             self.send(agent, HEARTBEAT)
-            time.sleep(0.2)  # the asker's own rhythm
+            time.sleep(0.2)  # the interval of the heartbeats
         assert agent.poll() is None
         assert agent.wait(QUICKLY) == -signal.SIGALRM
 
-    def test_goes_on_after_an_answer_that_was_a_refusal(self, homelab: Homelab, agent: subprocess.Popen[bytes]) -> None:
+    def test_agent_continues_after_a_refusal(self, homelab: Homelab, agent: subprocess.Popen[bytes]) -> None:
         homelab.studio.state.mkdir()
         agreed = homelab.studio.state / "host.json"
         agreed.write_text("{")
@@ -420,7 +420,7 @@ class TestTheAgent:
         self.send(agent, AGAIN)
         assert self.answer(agent) == "done"
 
-    def test_carries_out_a_change_once_whatever_follows(self, homelab: Homelab, agent: subprocess.Popen[bytes]) -> None:
+    def test_agent_never_repeats_a_change(self, homelab: Homelab, agent: subprocess.Popen[bytes]) -> None:
         self.send(agent, self.request(homelab, "init") + AGAIN)
         assert self.answer(agent) == "done"
         assert agent.wait(QUICKLY) == 0
@@ -565,7 +565,7 @@ class TestOnATerminal:
         with Terminal(homelab) as terminal:
             terminal.reader.until(re.escape(ENTER))
             terminal.press(b"\x03")
-            assert terminal.exit_status() == 130
+            assert terminal.exit_status() == 130, terminal.reader.text
             assert terminal.reader.text.count(ENTER) == terminal.reader.text.count(LEAVE) == 1
         gone(homelab.studio)
 

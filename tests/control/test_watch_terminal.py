@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,17 +10,15 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.segment import Segment
 
-from mlxops.control.client import HostReply
 from mlxops.control.watch.link import Observation
 from mlxops.control.watch.terminal import StatusView
 from mlxops.control.watch.view import Watched
-from mlxops.core.commands.status import StatusResult
+from mlxops.core.commands.status import DriftRow, PortRow, RunningRow
 from mlxops.core.tables import harmless
-from mlxops.core.wire import decode
 from tests.control.test_watch_view import IDLE, LOADING, NOON, failed, observed
 from tests.properties import PROPERTY, hostile_texts
 
-MANY = [LOADING | {"port": port, "detail": ""} for port in range(8100, 8110)]
+MANY = [replace(LOADING, port=port, detail="") for port in range(8100, 8110)]
 
 
 def drawn(*observations: Observation, width: int, height: int, hosts: tuple[str, ...] = ("studio",)) -> list[str]:
@@ -35,7 +33,8 @@ def drawn(*observations: Observation, width: int, height: int, hosts: tuple[str,
 
 
 def test_narrow_terminal_shows_details_below_the_model() -> None:
-    drift = ({"message": "qwen is assigned to 8101, but nothing serves it", "hint": "mlxctl load qwen 8101"},)
+    message = "qwen is assigned to 8101, but nothing serves it"
+    drift = (DriftRow("not_serving", 8101, "qwen", message, "mlxctl load qwen 8101"),)
     assert drawn(observed("studio", LOADING, IDLE, drift=drift), width=60, height=24) == [
         "mlxops status  08:00:00Z  every 2 s",
         "",
@@ -51,7 +50,7 @@ def test_narrow_terminal_shows_details_below_the_model() -> None:
 
 
 def test_wide_terminal_has_the_columns_of_status() -> None:
-    lines = drawn(observed("studio", LOADING | {"detail": "busy"}), width=120, height=24)
+    lines = drawn(observed("studio", replace(LOADING, detail="busy")), width=120, height=24)
     assert lines[2].split() == ["PORT", "ALIAS", "STATE", "OWNER", "MODEL", "MEMORY"]
     assert lines[3].endswith("190.0 GB  busy")
 
@@ -70,12 +69,8 @@ def test_status_from_before_a_host_went_away_is_hidden() -> None:
 
 
 def test_download_without_a_port_is_shown() -> None:
-    result = {"ports": [IDLE], "operations": [{"operation": "x1", "command": "pull", "detail": "5 GB of 9 GB"}]}
-    lines = drawn(
-        Observation(HostReply("studio", decode(StatusResult, result | {"drift": [], "registry": "/r"})), NOON),
-        width=80,
-        height=24,
-    )
+    running = RunningRow("x1", "pull", "5 GB of 9 GB")
+    lines = drawn(observed("studio", IDLE, operations=(running,)), width=80, height=24)
     assert lines[-1] == "running: pull x1: 5 GB of 9 GB"
 
 
@@ -86,8 +81,8 @@ def test_view_ends_with_the_latest_changes() -> None:
 
 
 def test_idle_ports_share_a_line_on_a_low_terminal() -> None:
-    idle = [IDLE | {"port": port} for port in (8101, 8102, 8103, 8105)]
-    assert drawn(observed("studio", LOADING | {"detail": ""}, *idle), width=60, height=6)[-1] == (
+    idle = [replace(IDLE, port=port) for port in (8101, 8102, 8103, 8105)]
+    assert drawn(observed("studio", replace(LOADING, detail=""), *idle), width=60, height=6)[-1] == (
         "4 idle: 8101-8103, 8105"
     )
 
@@ -98,7 +93,7 @@ def test_last_line_counts_the_lines_that_do_not_fit() -> None:
 
 
 def test_long_detail_is_cut() -> None:
-    lines = drawn(observed("studio", LOADING | {"detail": "word " * 10_000}), width=100, height=24)
+    lines = drawn(observed("studio", replace(LOADING, detail="word " * 10_000)), width=100, height=24)
     assert len(lines) < 24 and any(line.endswith("…") for line in lines)
 
 
@@ -112,11 +107,11 @@ def test_long_detail_is_cut() -> None:
 def test_hostile_text_fits_and_cannot_steer_the_terminal(
     texts: list[tuple[str, str, str]], message: str, width: int, height: int
 ) -> None:
-    ports: list[Mapping[str, object]] = [
-        {"port": 8100 + number, "state": state, "model": model, "detail": detail, "alias": model}
+    ports = [
+        PortRow(8100 + number, model, state, model=model, detail=detail)
         for number, (model, detail, state) in enumerate(texts)
     ]
-    drift = ({"message": message, "hint": message},)
+    drift = (DriftRow("orphan", None, None, message, message),)
     lines = drawn(observed("studio"), observed("studio", *ports, drift=drift), width=width, height=height)
     assert len(lines) <= height
     assert all(cell_len(line) <= width and line == harmless(line) for line in lines), lines

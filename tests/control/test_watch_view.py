@@ -3,34 +3,43 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 
 from hypothesis import given
 
-from mlxops.control.client import HostReply
 from mlxops.control.watch.link import Observation
 from mlxops.control.watch.view import Documents, LineView, Watched
-from mlxops.core.commands.status import StatusResult
+from mlxops.core import wire
+from mlxops.core.commands.status import DriftRow, PortRow, RunningRow, StatusResult
 from mlxops.core.errors import Refused, Unreachable
-from mlxops.core.wire import decode
+from mlxops.core.protocol import Progress
+from mlxops.core.replies import HostReply
 from tests.properties import PROPERTY, hostile_texts
 
 NOON = 1_800_000_000.0
 DOWN = Unreachable("host_down", "studio2 does not answer", why="no route", hint="is it on?")
-IDLE: dict[str, object] = {"port": 8101, "alias": None, "state": "idle", "model": None, "owner": None, "detail": ""}
-LOADING: dict[str, object] = {
-    "port": 8100,
-    "alias": "jerry-xl",
-    "state": "loading",
-    "owner": "mlxops",
-    "model": "mlx-community/Qwen3-235B-A22B-Instruct-2507-6bit",
-    "memory_bytes": 190_000_000_000,
-    "detail": "download 12.3 GB of 190 GB, 6%, 110 MB/s, 27 min left; load jerry-xl, started by me@mini (x)",
-}
+IDLE = PortRow(8101, None, "idle")
+LOADING = PortRow(
+    port=8100,
+    alias="jerry-xl",
+    state="loading",
+    owner="mlxops",
+    model="mlx-community/Qwen3-235B-A22B-Instruct-2507-6bit",
+    memory_bytes=190_000_000_000,
+    detail="download 12.3 GB of 190 GB, 6%, 110 MB/s, 27 min left; load jerry-xl, started by me@mini (x)",
+)
 
 
-def observed(host: str, *ports: object, at: float = NOON, drift: Sequence[object] = ()) -> Observation:
-    result = {"ports": list(ports), "drift": list(drift), "operations": [], "registry": "/r"}
-    return Observation(HostReply(host, decode(StatusResult, result)), at)
+def observed(
+    host: str,
+    *ports: PortRow,
+    at: float = NOON,
+    drift: Sequence[DriftRow] = (),
+    operations: Sequence[RunningRow] = (),
+) -> Observation:
+    status = StatusResult(tuple(operations), ports, tuple(drift), "/registry.json")
+    return Observation(HostReply(host, status), at)
 
 
 def failed(host: str, at: float = NOON) -> Observation:
@@ -44,7 +53,7 @@ class TestLines:
         (table,) = form.lines(observed("studio2", LOADING))
         assert [line.split()[0] for line in table.splitlines()] == ["HOST", "studio", "studio2"]
         assert form.lines(observed("studio", IDLE)) == []
-        assert form.lines(observed("studio", IDLE | {"state": "foreign", "detail": "pid 7"}, at=NOON + 2)) == [
+        assert form.lines(observed("studio", replace(IDLE, state="foreign", detail="pid 7"), at=NOON + 2)) == [
             "2027-01-15T08:00:02Z studio 8101 idle -> foreign: pid 7"
         ]
 
@@ -55,7 +64,7 @@ class TestLines:
             "2027-01-15T08:00:30Z studio2 - away since 2027-01-15T08:00:00Z: host_down: studio2 does not answer"
         ]
         assert form.lines(failed("studio2", NOON + 40)) == []
-        assert form.lines(observed("studio2", IDLE | {"state": "ready", "model": "m"}, at=NOON + 60)) == [
+        assert form.lines(observed("studio2", replace(IDLE, state="ready", model="m"), at=NOON + 60)) == [
             "2027-01-15T08:01:00Z studio2 - back, was away since 2027-01-15T08:00:00Z",
             "2027-01-15T08:01:00Z studio2 8101 idle -> ready m",
         ]
@@ -76,7 +85,7 @@ class TestLines:
     def test_hostile_text_stays_on_one_line(self, text: str) -> None:
         form = LineView(Watched(["studio"]))
         form.lines(observed("studio", IDLE))
-        for line in form.lines(observed("studio", IDLE | {"state": "ready", "model": text, "detail": text})):
+        for line in form.lines(observed("studio", replace(IDLE, state="ready", model=text, detail=text))):
             assert len(line.splitlines()) == 1 and "\x1b" not in line
 
 
@@ -86,10 +95,10 @@ class TestDocuments:
         (first,) = form.lines(observed("studio", LOADING))
         document = json.loads(first)
         assert (document["schema"], document["command"], document["ok"]) == (1, "status", True)
-        assert document["hosts"][0]["ports"] == [LOADING] and document["hosts"][0]["changes"] == []
+        assert document["hosts"][0]["ports"] == [wire.encode(LOADING)] and document["hosts"][0]["changes"] == []
         assert form.lines(observed("studio", LOADING)) == []
-        assert form.lines(observed("studio", LOADING | {"memory_bytes": 7})) == []
-        (second,) = form.lines(observed("studio", LOADING | {"state": "ready"}, at=NOON + 2))
+        assert form.lines(observed("studio", replace(LOADING, memory_bytes=7))) == []
+        (second,) = form.lines(observed("studio", replace(LOADING, state="ready"), at=NOON + 2))
         (host,) = json.loads(second)["hosts"]
         assert host["at"] == "2027-01-15T08:00:02Z" and host["away_since"] is None
         assert [change["port"] for change in host["changes"]] == [8100]
@@ -98,8 +107,7 @@ class TestDocuments:
         form = Documents(Watched(["studio"]))
 
         def progress(done: int) -> Observation:
-            fields = {"name": "download", "done": done, "total": 100, "rate": 0}
-            return observed("studio", LOADING | {"progress": fields})
+            return observed("studio", replace(LOADING, progress=Progress("download", done, 100, 0)))
 
         form.lines(progress(1))
         assert len(form.lines(progress(2))) == 1

@@ -1,4 +1,4 @@
-"""Env files, as sh and python-dotenv read them: a table, held against both."""
+"""Env files as sh and python-dotenv read them: a table, checked against both programs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mlxops.core import env_file
 from tests.properties import PROPERTY
 
 DOUBT = object()
-"""sh and python-dotenv do not agree, or it is not known what sh would do."""
+"""sh and python-dotenv read different values, or sh would run something."""
 
 FILES: list[tuple[str, dict[str, object]]] = [
     ("A=plain", {"A": "plain"}),
@@ -51,15 +51,15 @@ FILES: list[tuple[str, dict[str, object]]] = [
     ("A=a'b c'd", {"A": DOUBT}),
     ("A=1\nA", {"A": DOUBT}),
 ]
-SURE = {index: {k: v for k, v in values.items() if v is not DOUBT} for index, (_, values) in enumerate(FILES)}
+CERTAIN = {index: {k: v for k, v in values.items() if v is not DOUBT} for index, (_, values) in enumerate(FILES)}
 
 
 @pytest.mark.parametrize(("text", "expected"), FILES)
-def test_a_value_is_what_both_readers_see(text: str, expected: dict[str, object]) -> None:
-    reading = env_file.read(text)
-    seen = {name: DOUBT if name in reading.doubtful else value for name, value in reading.values.items()}
-    assert {name.lstrip("\ufeff"): value for name, value in seen.items()} == expected
-    assert bool(reading.troubles) == (DOUBT in expected.values())
+def test_value_is_certain_if_both_programs_read_it(text: str, expected: dict[str, object]) -> None:
+    parsed = env_file.parse(text)
+    values = {name: DOUBT if name in parsed.doubtful else value for name, value in parsed.values.items()}
+    assert {name.lstrip("\ufeff"): value for name, value in values.items()} == expected
+    assert bool(parsed.problems) == (DOUBT in expected.values())
 
 
 @pytest.mark.parametrize(
@@ -72,42 +72,42 @@ def test_a_value_is_what_both_readers_see(text: str, expected: dict[str, object]
         ("A=1\n\n\nC=$(id)\nB=2", 4),
     ],
 )
-def test_a_line_that_is_not_understood_is_named_and_the_others_count(text: str, line: int) -> None:
-    reading = env_file.read(text)
-    assert [trouble.line for trouble in reading.troubles] == [line]
-    assert {name: reading.values[name] for name in "AB"} == {"A": "1", "B": "2"}
-    assert not reading.doubtful & {"A", "B"}
+def test_bad_line_is_reported_and_the_others_are_read(text: str, line: int) -> None:
+    parsed = env_file.parse(text)
+    assert [problem.line for problem in parsed.problems] == [line]
+    assert {name: parsed.values[name] for name in "AB"} == {"A": "1", "B": "2"}
+    assert not parsed.doubtful & {"A", "B"}
 
 
-def test_no_trouble_has_a_value_in_it() -> None:
+def test_problem_never_contains_a_value() -> None:
     text = "SECRET one\nA=SECRET two\nB='SECRET\nC=$(SECRET)\nD=SECRET\r\n"
-    assert "SECRET" not in str(env_file.read(text).troubles)
+    assert "SECRET" not in str(env_file.parse(text).problems)
 
 
-def test_a_comment_of_an_ini_file_is_none_of_them() -> None:
-    assert env_file.read("; A=1\nB=2") == env_file.Reading({"B": "2"})
+def test_comment_of_an_ini_file_is_no_problem() -> None:
+    assert env_file.parse("; A=1\nB=2") == env_file.EnvFile({"B": "2"})
 
 
 @given(st.text(alphabet="AB=\"'\\${}:-# \n\r;~`(", max_size=30))
 @PROPERTY
-def test_no_file_breaks_the_reading(text: str) -> None:
-    env_file.read(text)
+def test_any_text_is_parsed(text: str) -> None:
+    env_file.parse(text)
 
 
-def test_sh_sees_these_values(tmp_path: Path) -> None:
-    """Of the files that run nothing."""
+def test_sh_reads_the_certain_values(tmp_path: Path) -> None:
+    """Only files that run nothing are given to sh."""
     quiet = [index for index, (text, _) in enumerate(FILES) if "touch" not in text]
     for index in quiet:
         (tmp_path / f"f{index}").write_bytes(FILES[index][0].encode())
     lines = [f"(set -a; . ./f{index} 2>&-; exec /usr/bin/env -0 >out{index})\n" for index in quiet]
     subprocess.run(["/bin/sh", "-c", "".join(lines)], cwd=tmp_path, env={"PATH": ""}, check=False)
     for index in quiet:
-        said = (tmp_path / f"out{index}").read_text().split("\0")
-        assert {f"{name}={value}" for name, value in SURE[index].items()} <= set(said), FILES[index]
+        environ = (tmp_path / f"out{index}").read_text().split("\0")
+        assert {f"{name}={value}" for name, value in CERTAIN[index].items()} <= set(environ), FILES[index]
 
 
-def test_python_dotenv_sees_these_values(litellm: Path) -> None:
-    """The one that LiteLLM itself has."""
+def test_python_dotenv_reads_the_certain_values(litellm: Path) -> None:
+    """The python-dotenv is the one of LiteLLM's own environment."""
     code = (
         "import dotenv, io, json, sys\n"
         "read = lambda text: dict(dotenv.dotenv_values(stream=io.StringIO(text, newline='')))\n"
@@ -121,5 +121,5 @@ def test_python_dotenv_sees_these_values(litellm: Path) -> None:
         text=True,
         check=True,
     )
-    for index, said in enumerate(json.loads(done.stdout)):
-        assert SURE[index].items() <= said.items(), FILES[index]
+    for index, values in enumerate(json.loads(done.stdout)):
+        assert CERTAIN[index].items() <= values.items(), FILES[index]

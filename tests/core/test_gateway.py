@@ -1,4 +1,4 @@
-"""The gateway's entries against slots and servers, as tables: entries and what is there -> findings."""
+"""The comparison of the gateway's entries with slots and servers, as tables: entries and ports -> findings."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from mlxops.core import gateway, litellm
 from mlxops.core.errors import Refused
-from mlxops.core.gateway import Entry, Finding, GatewayPaths, Port, Severity
-from mlxops.core.litellm import Config, Environ
+from mlxops.core.gateway import Entry, Finding, GatewayPaths, GatewayPort, Severity
+from mlxops.core.litellm import Environ, LiteLLMConfig
 from mlxops.core.ports import Owner, State
 from tests.properties import PROPERTY, json_values
 
@@ -22,7 +22,7 @@ HOST = "studio.local"
 
 
 def item(alias: str = "jerry-xl", port: int = 8100, **changes: Any) -> dict[str, Any]:
-    """One item of `model_list`, right unless changed; None takes a key out."""
+    """Return an item of `model_list` that is right unless changed. None removes a key."""
     params = {"model": f"openai/{alias}", "api_base": f"http://{HOST}:{port}/v1", "api_key": "none", **changes}
     return {"model_name": alias, "litellm_params": {key: value for key, value in params.items() if value is not None}}
 
@@ -34,9 +34,9 @@ def entries(*items: object, environ: Mapping[str, str] | None = None) -> tuple[E
     return config.entries
 
 
-def served(alias: str | None = "jerry-xl", port: int = 8100, **changes: Any) -> Port:
-    """A port with a server of ours that is as it should be."""
-    right = Port(
+def served(alias: str | None = "jerry-xl", port: int = 8100, **changes: Any) -> GatewayPort:
+    """Return a port with a server of ours that is as it should be."""
+    right = GatewayPort(
         "studio",
         HOST,
         port,
@@ -51,23 +51,23 @@ def served(alias: str | None = "jerry-xl", port: int = 8100, **changes: Any) -> 
     return replace(right, **changes)
 
 
-def idle(alias: str | None, port: int, **changes: Any) -> Port:
-    return replace(Port("studio", HOST, port, alias, State.IDLE), **changes)
+def idle(alias: str | None, port: int, **changes: Any) -> GatewayPort:
+    return replace(GatewayPort("studio", HOST, port, alias, State.IDLE), **changes)
 
 
 def found(
-    items: list[dict[str, Any]], ports: list[Port], environ: Mapping[str, str] | None = None
+    items: list[dict[str, Any]], ports: list[GatewayPort], environ: Mapping[str, str] | None = None
 ) -> set[tuple[str, str]]:
     return {(f.code, f.severity.value) for f in findings(items, ports, environ)}
 
 
 def findings(
-    items: list[dict[str, Any]], ports: list[Port], environ: Mapping[str, str] | None = None
+    items: list[dict[str, Any]], ports: list[GatewayPort], environ: Mapping[str, str] | None = None
 ) -> tuple[Finding, ...]:
     return gateway.compare(entries(*items, environ=environ), ports, FILES)
 
 
-def test_what_is_right_is_not_mentioned() -> None:
+def test_right_entry_has_no_findings() -> None:
     assert found([item()], [served()]) == set()
 
 
@@ -89,7 +89,7 @@ def test_what_is_right_is_not_mentioned() -> None:
         ({"api_key": "os.environ/NOT_SET"}, "unset_variable"),
     ],
 )
-def test_an_entry_that_would_not_work_is_a_fault(changes: dict[str, Any], code: str) -> None:
+def test_entry_that_does_not_work_is_a_fault(changes: dict[str, Any], code: str) -> None:
     assert (code, "fault") in found([item(**changes)], [served(), idle(None, 8101)])
 
 
@@ -97,14 +97,14 @@ def test_an_entry_that_would_not_work_is_a_fault(changes: dict[str, Any], code: 
     ("params", "code"),
     [({}, "no_model"), ({"model": ""}, "no_model"), ({"model": "os.environ/NOT_SET"}, "unset_variable")],
 )
-def test_an_entry_without_a_model_is_a_fault_whoever_it_belongs_to(params: dict[str, str], code: str) -> None:
-    document = {"model_list": [{"model_name": "somebody's", "litellm_params": params}]}
+def test_entry_without_a_model_is_a_fault_for_any_provider(params: dict[str, str], code: str) -> None:
+    document = {"model_list": [{"model_name": "cloud's", "litellm_params": params}]}
     (finding,) = litellm.parse(document, Environ(), FILES).findings
     assert (finding.code, finding.severity) == (code, Severity.FAULT)
     assert "LiteLLM does not start" in finding.message
 
 
-def test_an_entry_whose_address_has_no_value_is_not_missing_as_well() -> None:
+def test_entry_without_an_address_is_not_also_missing() -> None:
     assert found([item(api_base="os.environ/NOT_SET")], [served()]) == {("unset_variable", "fault")}
 
 
@@ -118,7 +118,7 @@ def test_an_entry_whose_address_has_no_value_is_not_missing_as_well() -> None:
         {"model": "jerry-xl", "custom_llm_provider": "openai"},
     ],
 )
-def test_other_ways_to_write_a_right_entry_are_right(changes: dict[str, Any]) -> None:
+def test_right_entry_has_several_spellings(changes: dict[str, Any]) -> None:
     assert found([item(**changes)], [served()]) == set()
 
 
@@ -134,7 +134,7 @@ def test_other_ways_to_write_a_right_entry_are_right(changes: dict[str, Any]) ->
         "http://elsewhere:8100/v1",
     ],
 )
-def test_an_address_that_may_lead_to_the_slot_is_a_warning(base: str) -> None:
+def test_address_that_may_lead_to_the_slot_is_a_warning(base: str) -> None:
     (finding,) = findings([item(api_base=base)], [served()])
     assert (finding.code, finding.severity) == ("wrong_address", Severity.WARNING)
     assert "is not known here" in finding.message
@@ -149,7 +149,7 @@ def test_an_address_that_may_lead_to_the_slot_is_a_warning(base: str) -> None:
         ((), "warning"),
     ],
 )
-def test_an_address_without_v1_is_right_for_some_engines(base: str, paths: Iterable[str], severity: str) -> None:
+def test_address_without_v1_is_right_for_some_engines(base: str, paths: Iterable[str], severity: str) -> None:
     assert found([item(api_base=base)], [served(paths=frozenset(paths))]) == {("no_v1", severity)}
 
 
@@ -161,11 +161,11 @@ def test_an_address_without_v1_is_right_for_some_engines(base: str, paths: Itera
         (served(), {("wrong_name", "fault")}),
     ],
 )
-def test_the_engines_own_word_for_its_model_is_a_name_of_it(port: Port, expected: set[tuple[str, str]]) -> None:
+def test_default_model_depends_on_the_engine(port: GatewayPort, expected: set[tuple[str, str]]) -> None:
     assert found([item(model="openai/default_model")], [port]) == expected
 
 
-def test_a_name_that_the_server_of_the_moment_knows_works() -> None:
+def test_name_that_only_the_present_server_knows_is_a_warning() -> None:
     by_hand = served(owner=Owner.HAND, answers_to="org/model")
     assert found([item(model="openai/org/model")], [by_hand]) == {("other_name", "warning"), ("server_name", "warning")}
     assert found([item(model="openai/any")], [served(answers_to=None, answers_to_any=True)]) == {
@@ -178,12 +178,12 @@ def concrete(names: Iterable[str], *items: object, **settings: object) -> tuple[
     return config.concrete(names)
 
 
-def test_of_an_entry_for_another_kind_of_server_nothing_else_is_said() -> None:
+def test_entry_for_another_kind_of_server_has_one_finding() -> None:
     entry = item(model="ollama_chat/jerry-xl", api_base=f"http://{HOST}:8100", api_key=None)
     assert found([entry], [served()]) == {("not_openai", "fault")}
 
 
-def test_a_pattern_is_never_a_name() -> None:
+def test_pattern_is_never_a_name() -> None:
     pattern = item("jerry-*", model="openai/jerry-*")
     found = concrete(["jerry-xl", "other"], pattern)
     assert [(entry.alias, entry.sends) for entry in found if entry.alias == "jerry-xl"] == [("jerry-xl", "jerry-xl")]
@@ -191,7 +191,7 @@ def test_a_pattern_is_never_a_name() -> None:
     assert gateway.names_sent(found, HOST)[8100] == ("jerry-xl",)
 
 
-def test_a_pattern_claims_the_alias_of_its_own_port_alone() -> None:
+def test_pattern_claims_only_the_alias_of_its_port() -> None:
     ports = [served(), idle("jerry-l", 8101)]
     entries = gateway.claims(concrete(["jerry-xl", "jerry-l"], item("*", model="openai/*")), ports)
     assert gateway.names_sent(entries, HOST) == {8100: ("jerry-xl",)}
@@ -200,7 +200,7 @@ def test_a_pattern_claims_the_alias_of_its_own_port_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "info", "told"),
+    ("settings", "info", "mentioned"),
     [
         ({"background_health_checks": True}, {}, True),
         ({"background_health_checks": True}, {"health_check_model": "openai/jerry-xl"}, False),
@@ -209,26 +209,26 @@ def test_a_pattern_claims_the_alias_of_its_own_port_alone() -> None:
         ({}, {}, False),
     ],
 )
-def test_health_checks_that_ask_for_other_names_are_told_with_the_pattern(
-    settings: dict[str, object], info: dict[str, object], told: bool
+def test_pattern_finding_mentions_health_checks_that_use_other_names(
+    settings: dict[str, object], info: dict[str, object], mentioned: bool
 ) -> None:
     pattern = {**item("*", model="openai/*"), "model_info": info}
     entries = concrete(["jerry-xl"], pattern, general_settings=settings)
-    (found,) = [each for each in gateway.compare(entries, [served()], FILES) if each.code == "pattern"]
-    assert ("background_health_checks" in found.message) == told
+    (finding,) = [f for f in gateway.compare(entries, [served()], FILES) if f.code == "pattern"]
+    assert ("background_health_checks" in finding.message) == mentioned
 
 
-def test_a_pattern_for_one_model_needs_no_warning() -> None:
+def test_pattern_for_one_model_needs_no_warning() -> None:
     compared = gateway.compare(concrete(["jerry-xl"], item("*", model="openai/jerry-xl")), [served()], FILES)
     assert compared == ()
 
 
-def test_a_pattern_for_somebody_elses_models_does_not_take_a_slot() -> None:
+def test_pattern_for_a_cloud_provider_does_not_take_a_slot() -> None:
     cloud = {"model_name": "*", "litellm_params": {"model": "openai/*", "api_key": "x"}}
     assert gateway.compare(concrete(["jerry-xl"], cloud, item()), [served()], FILES) == ()
 
 
-def test_a_synonym_is_a_name() -> None:
+def test_synonym_is_a_name() -> None:
     found = concrete([], item(), router_settings={"model_group_alias": {"big": "jerry-xl"}})
     assert [(entry.alias, entry.sends) for entry in found] == [("jerry-xl", "jerry-xl"), ("big", "jerry-xl")]
 
@@ -241,7 +241,7 @@ def test_a_synonym_is_a_name() -> None:
         ("XL_KEY", {"api_key": "os.environ/XL_KEY"}, set()),
     ],
 )
-def test_nothing_certain_follows_from_a_doubtful_value(name: str, params: dict[str, Any], severities: set[str]) -> None:
+def test_doubtful_value_is_never_a_fault(name: str, params: dict[str, Any], severities: set[str]) -> None:
     environ = Environ({name: "http://elsewhere:1/v1" if name == "XL_BASE" else "openai/other"}, frozenset({name}))
     config = litellm.parse({"model_list": [item(**params)]}, environ, FILES)
     compared = gateway.compare(config.concrete(["jerry-xl"]), [served()], FILES)
@@ -250,7 +250,7 @@ def test_nothing_certain_follows_from_a_doubtful_value(name: str, params: dict[s
         assert gateway.names_sent(config.entries, HOST) == {}
 
 
-def test_a_variable_is_not_missed_where_the_gateways_environment_is_not_known() -> None:
+def test_unset_variable_of_an_unknown_environment_is_a_warning() -> None:
     config = litellm.parse(
         {"model_list": [item(api_key="os.environ/KEY")]}, Environ({}, whole=False), GatewayPaths("r.yaml")
     )
@@ -269,7 +269,7 @@ def test_a_variable_is_not_missed_where_the_gateways_environment_is_not_known() 
         ),
     ],
 )
-def test_the_fix_works_when_it_is_made(params: dict[str, Any], hint: str) -> None:
+def test_suggested_edit_removes_the_fault(params: dict[str, Any], hint: str) -> None:
     ports = [served(), idle(None, 8101)]
 
     def faults(changes: dict[str, Any]) -> list[Finding]:
@@ -280,17 +280,17 @@ def test_the_fix_works_when_it_is_made(params: dict[str, Any], hint: str) -> Non
     assert faults({**params, key: value}) == []
 
 
-def test_an_entry_with_a_credential_that_is_not_there_says_so() -> None:
+def test_missing_credential_is_named() -> None:
     (finding,) = findings([item(api_key=None, litellm_credential_name="studio")], [served()])
     assert finding.code == "missing_key"
     assert "credential_list has no 'studio'" in finding.message
 
 
-def test_the_usual_key_of_openai_is_a_key() -> None:
+def test_openai_api_key_is_a_key() -> None:
     assert found([item(api_key=None)], [served()], {"OPENAI_API_KEY": "x"}) == set()
 
 
-def test_variables_are_taken_from_the_given_mapping_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_own_environment_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XL_MODEL", "openai/from-the-process")
     entry = item(model="os.environ/XL_MODEL", api_base="os.environ/XL_BASE", api_key="os.environ/XL_KEY")
     right = {"XL_MODEL": "openai/jerry-xl", "XL_BASE": f"http://{HOST}:8100/v1", "XL_KEY": "k"}
@@ -299,7 +299,7 @@ def test_variables_are_taken_from_the_given_mapping_alone(monkeypatch: pytest.Mo
     assert finding.hint == "in local.env: XL_MODEL=openai/jerry-xl; then restart the gateway, once"
 
 
-def test_the_hint_is_the_one_edit() -> None:
+def test_hint_is_the_edit() -> None:
     (finding,) = findings([item(model="openai/other")], [served()])
     assert finding.hint == "in router.yaml:2: model: openai/jerry-xl; then restart the gateway, once"
 
@@ -318,16 +318,16 @@ def test_the_hint_is_the_one_edit() -> None:
         (served(state=State.UNKNOWN, owner=None), {("not_ready", "warning")}),
         (served(answers_to="other"), {("server_name", "fault")}),
         (served(answers_to=None, owner=Owner.HAND), set()),
-        (Port("studio", HOST, 8100, "jerry-xl"), set()),
+        (GatewayPort("studio", HOST, 8100, "jerry-xl"), set()),
     ],
 )
-def test_what_answers_behind_a_right_entry(port: Port, expected: set[tuple[str, str]]) -> None:
+def test_state_of_the_server_decides_the_finding(port: GatewayPort, expected: set[tuple[str, str]]) -> None:
     assert found([item()], [port]) == expected
 
 
-def test_a_boot_jobs_server_under_another_name_is_not_to_be_loaded_over() -> None:
+def test_server_of_a_boot_job_is_renamed_in_the_job() -> None:
     (finding,) = findings([item()], [served(answers_to="other", owner=Owner.BOOT)])
-    assert finding.hint == "have the boot job start it under the name jerry-xl"
+    assert finding.hint == "let the boot job start it under the name jerry-xl"
 
 
 @pytest.mark.parametrize(
@@ -339,23 +339,23 @@ def test_a_boot_jobs_server_under_another_name_is_not_to_be_loaded_over() -> Non
         (idle(None, 8109), set()),
     ],
 )
-def test_what_the_gateway_does_not_know(port: Port, expected: set[tuple[str, str]]) -> None:
+def test_port_without_an_entry_is_reported(port: GatewayPort, expected: set[tuple[str, str]]) -> None:
     assert found([], [port]) == expected
 
 
-def test_a_port_without_an_alias_is_asked_for_by_its_models_name() -> None:
+def test_port_without_an_alias_has_its_models_name() -> None:
     right = item("mine", 8109, model="openai/tiny")
     assert found([right], [served(alias=None, port=8109)]) == set()
     assert found([item("mine", 8109)], [served(alias=None, port=8109)]) == {("wrong_name", "fault")}
 
 
 @pytest.mark.parametrize(("promised", "codes"), [(2048, set()), (2049, {("context_too_small", "warning")})])
-def test_a_context_that_is_smaller_than_promised_is_a_warning(promised: int, codes: set[tuple[str, str]]) -> None:
+def test_context_smaller_than_promised_is_a_warning(promised: int, codes: set[tuple[str, str]]) -> None:
     entry = item() | {"model_info": {"max_input_tokens": promised}}
     assert found([entry], [served()]) == codes
 
 
-def test_two_aliases_on_one_port() -> None:
+def test_two_aliases_on_one_port_are_a_warning() -> None:
     ports = [served(), idle("jerry-l", 8101)]
     both = [item(), item("jerry-l", 8100)]
     assert {("two_aliases_one_port", "warning"), ("wrong_address", "fault")} <= found(both, ports)
@@ -365,7 +365,7 @@ def test_two_aliases_on_one_port() -> None:
     assert "jerry-xl, big" in finding.message
 
 
-def test_one_alias_with_two_ports_is_balanced_between_two_models() -> None:
+def test_one_alias_on_two_ports_is_reported() -> None:
     ports = [served(), served("jerry-l", 8101)]
     assert ("one_alias_two_ports", "fault") in found([item(), item(port=8101), item("jerry-l", 8101)], ports)
     elsewhere = [item(), item(api_base="http://elsewhere:9/v1")]
@@ -375,18 +375,18 @@ def test_one_alias_with_two_ports_is_balanced_between_two_models() -> None:
     assert found([item(), item()], [served()]) == set()
 
 
-def test_an_alias_of_two_hosts_may_be_balanced_between_them() -> None:
+def test_alias_may_be_balanced_between_two_hosts() -> None:
     second = served(host="studio2", address="studio2.local")
     entry = item(api_base="http://studio2.local:8100/v1")
     assert found([item(), entry], [served(), second]) == set()
 
 
-def test_entries_for_other_peoples_models_are_left_alone() -> None:
+def test_entries_for_other_providers_are_ignored() -> None:
     other = {"model_name": "gpt", "litellm_params": {"model": "gpt-5", "api_key": "os.environ/NOT_SET"}}
     assert found([item(), other], [served()]) == set()
 
 
-def test_a_host_may_be_called_by_any_of_its_names() -> None:
+def test_any_name_of_a_host_is_recognized() -> None:
     def same(one: str, other: str) -> bool:
         return {one, other} <= {HOST, "192.0.2.7"}
 
@@ -396,7 +396,7 @@ def test_a_host_may_be_called_by_any_of_its_names() -> None:
     assert gateway.names_sent(given_by_address, HOST) == {}
 
 
-def test_faults_come_first() -> None:
+def test_faults_come_before_warnings() -> None:
     ports = [idle("jerry-m", 8102), served()]
     severities = [f.severity for f in findings([item(model="openai/other")], ports)]
     assert severities == [Severity.FAULT, Severity.WARNING]
@@ -406,7 +406,7 @@ def test_faults_come_first() -> None:
 
 
 @pytest.mark.parametrize("document", [None, [], "text", 7, {"model_list": {"a": 1}}, {"model_list": "x"}])
-def test_a_document_that_is_no_configuration_is_refused(document: object) -> None:
+def test_document_that_is_no_configuration_is_refused(document: object) -> None:
     with pytest.raises(Refused, match=r"router\.yaml"):
         litellm.parse(document, Environ(), FILES)
 
@@ -425,18 +425,18 @@ def test_a_document_that_is_no_configuration_is_refused(document: object) -> Non
         {"model_name": "a", "litellm_params": {"model": "openai/a"}, "model_info": None},
     ],
 )
-def test_a_broken_item_is_a_fault_and_the_others_count(broken: object) -> None:
+def test_broken_item_is_a_fault_and_the_others_are_read(broken: object) -> None:
     config = litellm.parse({"model_list": [broken, item()]}, Environ(), FILES, ("router.yaml:3", "router.yaml:9"))
     assert [entry.alias for entry in config.entries] == ["jerry-xl"]
     assert [(f.code, f.severity) for f in config.findings] == [("bad_entry", Severity.FAULT)]
     assert config.findings[0].message.startswith("router.yaml:3: ")
 
 
-def test_a_configuration_without_models_has_none() -> None:
-    assert litellm.parse({"general_settings": {}}, Environ(), FILES) == Config()
+def test_configuration_without_models_is_empty() -> None:
+    assert litellm.parse({"general_settings": {}}, Environ(), FILES) == LiteLLMConfig()
 
 
-def test_an_entry_never_holds_the_key() -> None:
+def test_entry_never_holds_the_key() -> None:
     (entry,) = entries(item(api_key="sk-canary"))
     assert "sk-canary" not in repr(entry)
 
@@ -445,7 +445,7 @@ def test_an_entry_never_holds_the_key() -> None:
     st.lists(json_values | st.fixed_dictionaries({"model_name": st.text(max_size=4), "litellm_params": json_values}))
 )
 @PROPERTY
-def test_no_document_breaks_the_check(items: list[object]) -> None:
+def test_any_model_list_is_checked(items: list[object]) -> None:
     config = litellm.parse({"model_list": items}, Environ(), FILES)
     gateway.compare(config.concrete(["jerry-xl", "a"]), [served(), idle("a", 8101)], FILES)
 
@@ -455,7 +455,7 @@ SECTIONS = ("credential_list", "environment_variables", "litellm_settings", "rou
 
 @given(st.fixed_dictionaries(dict.fromkeys(SECTIONS, json_values)))
 @PROPERTY
-def test_no_section_breaks_the_reading(document: dict[str, object]) -> None:
+def test_any_section_is_read_or_refused(document: dict[str, object]) -> None:
     try:
         litellm.parse(document, Environ({"A": "x"}), FILES)
     except Refused as error:
@@ -469,17 +469,17 @@ _aliases = st.lists(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,12}", fullmatch=
 
 @given(_aliases, st.booleans())
 @PROPERTY
-def test_what_is_printed_is_what_the_check_wants(aliases: list[str], env: bool) -> None:
+def test_printed_entries_pass_the_check(aliases: list[str], env: bool) -> None:
     ports = [served(alias, 8100 + index) for index, alias in enumerate(aliases)]
-    document, environ = (gateway.printed_env if env else gateway.printed)(ports)
+    document, environ = gateway.document_with_variables(ports) if env else (gateway.document_with_values(ports), {})
     config = litellm.parse(document, Environ(environ), FILES)
     assert not config.findings
     assert len(config.entries) == len(aliases)
     assert gateway.compare(config.concrete(aliases), ports, FILES) == ()
 
 
-def test_the_form_with_variables_is_the_homelabs() -> None:
-    document, environ = gateway.printed_env([idle("jerry-xl", 8100)])
+def test_printed_variables_follow_the_alias() -> None:
+    document, environ = gateway.document_with_variables([idle("jerry-xl", 8100)])
     assert document["model_list"] == [
         {
             "model_name": "jerry-xl",
@@ -497,15 +497,15 @@ def test_the_form_with_variables_is_the_homelabs() -> None:
     }
 
 
-def test_no_two_slots_share_a_variable() -> None:
+def test_slots_never_share_a_variable() -> None:
     ports = [idle("a-b", 8100), idle("a.b", 8101), served("a-b", 8100, host="studio2", address="studio2.local")]
-    document, environ = gateway.printed_env(ports)
+    document, environ = gateway.document_with_variables(ports)
     assert len(environ) == 9
     assert [e.sends for e in litellm.parse(document, Environ(environ), FILES).entries] == ["a-b", "a.b", "a-b"]
 
 
-def test_an_alias_that_begins_with_a_digit_has_variables_all_the_same() -> None:
-    assert set(gateway.printed_env([idle("70b", 8100)])[1]) == {
+def test_alias_that_begins_with_a_digit_has_valid_variables() -> None:
+    assert set(gateway.document_with_variables([idle("70b", 8100)])[1]) == {
         "SLOT_70B_MODEL",
         "SLOT_70B_API_BASE",
         "SLOT_70B_API_KEY",

@@ -1,12 +1,15 @@
-"""Which names are asked for through the gateway: only those that every server behind them is known to know."""
+"""Which names may be probed through the gateway: those that every server behind them knows."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 
 from mlxops.core import probe_names
+from mlxops.core.commands.gateway import ServedPort
 from mlxops.core.gateway import Entry, same_base
-from mlxops.core.probe_names import GatewayServer, server_of, to_ask
+from mlxops.core.probe_names import GatewayServer, plan_probes, server_of
 
 XL, L = "http://studio:8100/v1", "http://studio:8101/v1"
 
@@ -15,22 +18,22 @@ def entry(alias: str, sends: str, base: str | None = XL) -> Entry:
     return Entry(alias, f"openai/{sends}", sends, base, has_key=True)
 
 
-def ready(base: str = XL, *known: str, **how: object) -> GatewayServer:
-    return GatewayServer(base, "jerry-xl" if base == XL else "jerry-l", known=known, **how)  # type: ignore[arg-type]
+def ready(base: str = XL, *names: str, **fields: object) -> GatewayServer:
+    return GatewayServer(base, "jerry-xl" if base == XL else "jerry-l", names=names, **fields)  # type: ignore[arg-type]
 
 
 OURS = ready(XL, "jerry-xl", "default_model")
-BESIDE = GatewayServer(L, "jerry-l", ready=False, known=("jerry-l",))
+BESIDE = GatewayServer(L, "jerry-l", ready=False, names=("jerry-l",))
 
 
 @pytest.mark.parametrize(
-    ("entries", "asked"),
+    ("entries", "names"),
     [
         ([entry("jerry-xl", "jerry-xl")], {"jerry-xl"}),
-        # What clients say need not be what the server is asked for.
+        # The clients' name need not be the one that the gateway sends.
         ([entry("qwen-coder", "jerry-xl"), entry("gpt-4", "jerry-xl")], {"qwen-coder", "gpt-4"}),
         ([entry("jerry-xl", "default_model")], {"jerry-xl"}),
-        # Of another server, and of none of ours.
+        # For another server, and for a server that is not ours.
         ([entry("jerry-l", "jerry-l", L), entry("gpt", "gpt", "https://api.openai.com/v1")], set()),
         ([entry("jerry-xl", "jerry-xl", None)], set()),
         # The same name in the cloud, too: it may answer, and knows its own names.
@@ -38,9 +41,9 @@ BESIDE = GatewayServer(L, "jerry-l", ready=False, known=("jerry-l",))
         ([entry("jerry-xl", "jerry-xl"), entry("jerry-xl", "jerry-l", L)], {"jerry-xl"}),
     ],
 )
-def test_names_that_lead_to_a_server_which_knows_them_are_asked_for(entries: list[Entry], asked: set[str]) -> None:
-    plan = to_ask(entries, [OURS, BESIDE])
-    assert set(plan.names) == asked and not plan.skipped
+def test_names_that_their_server_knows_are_probed(entries: list[Entry], names: set[str]) -> None:
+    plan = plan_probes(entries, [OURS, BESIDE])
+    assert set(plan.names) == names and not plan.skipped
 
 
 @pytest.mark.parametrize(
@@ -52,17 +55,17 @@ def test_names_that_lead_to_a_server_which_knows_them_are_asked_for(entries: lis
         ([entry("jerry-*", "jerry-*")], [OURS], "many names"),
         ([entry("*", "*")], [OURS], "many names"),
         ([Entry("jerry-xl", "jerry-xl", None, XL, has_key=True)], [OURS], "not known"),
-        # By turns it would be asked of the server that does not know it.
+        # The gateway would also send it to the server that does not know it.
         ([entry("a", "jerry-xl"), entry("a", "other")], [OURS], "'other'"),
         ([entry("a", "jerry-xl"), entry("a", "jerry-xl", L)], [OURS, BESIDE], "port 8101 answers to jerry-l"),
         ([entry("a", "jerry-xl")], [ready(XL, not_asked="started without --model")], "without --model"),
         ([entry("a", "jerry-xl")], [ready(XL)], "whether port 8100 answers"),
     ],
 )
-def test_a_name_that_a_server_may_not_know_is_not_asked_for(
+def test_name_that_a_server_may_not_know_is_skipped(
     entries: list[Entry], servers: list[GatewayServer], why: str
 ) -> None:
-    plan = to_ask(entries, servers)
+    plan = plan_probes(entries, servers)
     assert why in plan.skipped[entries[0].alias]
 
 
@@ -71,30 +74,33 @@ def test_a_name_that_a_server_may_not_know_is_not_asked_for(
     [
         ready(XL, "m", any_name=True),
         ready(XL, drops=False),
-        GatewayServer(XL, None, known=("any",)),
+        GatewayServer(XL, None, names=("any",)),
     ],
     ids=["answers to any name", "loses nothing by a wrong one", "knows it"],
 )
-def test_a_server_that_a_name_cannot_harm_is_asked(server: GatewayServer) -> None:
-    assert to_ask([entry("any", "any")], [server]).skipped == {}
+def test_server_that_no_name_can_harm_is_probed(server: GatewayServer) -> None:
+    assert plan_probes([entry("any", "any")], [server]).skipped == {}
 
 
-def test_an_idle_port_beside_keeps_no_name_from_being_asked_for() -> None:
+def test_idle_port_does_not_prevent_a_probe() -> None:
     idle = GatewayServer(L, None, ready=False, idle=True)
-    plan = to_ask([entry("a", "jerry-xl"), entry("a", "x", L)], [OURS, idle])
+    plan = plan_probes([entry("a", "jerry-xl"), entry("a", "x", L)], [OURS, idle])
     assert (plan.skipped, plan.others["a"]) == ({}, (L,))
 
 
-def test_where_nothing_is_known_of_the_gateway_slots_are_asked_for_that_it_cannot_harm() -> None:
-    plan = to_ask(None, [OURS, ready(L, "jerry-l", drops=False)])
+def test_unknown_entries_leave_slots_that_no_name_can_harm() -> None:
+    plan = plan_probes(None, [OURS, ready(L, "jerry-l", drops=False)])
     assert (set(plan.names), set(plan.skipped)) == ({"jerry-xl", "jerry-l"}, {"jerry-xl"})
 
 
-def test_what_an_agent_tells_is_read_whatever_it_is() -> None:
-    told = {"answers_to": "jerry-xl", "also_answers_to": ["default_model", 7], "state": "ready", "not_asked": None}
-    found = server_of(told, XL, None)
-    assert (found.known, found.ready, found.any_name, found.drops) == (("jerry-xl", "default_model"), True, False, True)
-    assert server_of({"also_answers_to": 7, "answers_to": []}, XL, None).known == ()
+def test_server_has_the_names_that_its_agent_reported() -> None:
+    row = ServedPort(
+        *(8100, "jerry-xl", "ready", "mlxops", "tiny", "jerry-xl", ("default_model",), False, True, None),
+        *((), None, True, ""),
+    )
+    server = server_of(row, XL, None)
+    assert (server.names, server.ready, server.drops) == (("jerry-xl", "default_model"), True, True)
+    assert server_of(replace(row, answers_to=None, also_answers_to=()), XL, None).names == ()
 
 
 @pytest.mark.parametrize(
@@ -106,7 +112,7 @@ def test_what_an_agent_tells_is_read_whatever_it_is() -> None:
         ([entry("jerry-l", "jerry-l", L)], ["jerry-xl"]),
     ],
 )
-def test_a_port_is_called_what_clients_say(entries: list[Entry], names: list[str]) -> None:
+def test_names_of_a_port_are_those_of_its_clients(entries: list[Entry], names: list[str]) -> None:
     assert probe_names.names_for(entries, XL, "jerry-xl") == names
 
 
@@ -120,8 +126,8 @@ def test_a_port_is_called_what_clients_say(entries: list[Entry], names: list[str
         ([entry("a", "jerry-xl"), entry("a", "jerry-xl", L)], True),
     ],
 )
-def test_a_gateway_that_runs_with_other_entries_than_its_files_have_is_found(running: list[Entry], stale: bool) -> None:
-    assert probe_names.differ([entry("a", "jerry-xl"), entry("b", "x")], running, "a") is stale
+def test_reported_entries_that_differ_from_the_files_are_detected(running: list[Entry], stale: bool) -> None:
+    assert probe_names.entries_differ([entry("a", "jerry-xl"), entry("b", "x")], running, "a") is stale
 
 
 @pytest.mark.parametrize(
@@ -139,5 +145,5 @@ def test_a_gateway_that_runs_with_other_entries_than_its_files_have_is_found(run
         ("", "http://studio:8100/v1", False),
     ],
 )
-def test_addresses_are_compared_by_what_they_mean(one: str, other: str, same: bool) -> None:
+def test_equal_addresses_have_several_spellings(one: str, other: str, same: bool) -> None:
     assert same_base(one, other) is same_base(other, one) is same

@@ -1,7 +1,7 @@
-"""The gateway's own files: LiteLLM's configuration and its env file. Read, and never written.
+"""Read the gateway's own files: LiteLLM's configuration and its env file. Never write them.
 
-The configuration is read as LiteLLM reads it, YAML with anchors and merge keys and `include`, but with bounds: what
-is read may have been written by anybody.
+Read the configuration as LiteLLM does: YAML with anchors, merge keys and `include`. The files may be hostile, so limit
+their size, depth and number.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mlxops.core import env_file
 from mlxops.core.errors import Refused
 from mlxops.core.frozen import dataclass
 from mlxops.core.gateway import Entry, Finding, GatewayPaths, Severity
-from mlxops.core.litellm import Config, Environ, parse
+from mlxops.core.litellm import Environ, LiteLLMConfig, parse
 
 MAX_BYTES = 512 * 1024
 MAX_FILES = 20
@@ -29,29 +29,32 @@ MAX_DEPTH = 100
 class GatewayConfig:
     """What the gateway's files say. `environ` holds secrets: it is never shown."""
 
-    config: Config
+    config: LiteLLMConfig
     entries: tuple[Entry, ...]
-    """`gateway.under` puts these under the names that clients use; before that, an alias may be a pattern."""
+    """As written, an alias may be a pattern. `check.with_client_names` gives them the names that clients use."""
     findings: tuple[Finding, ...]
     files: GatewayPaths
     environ: Mapping[str, str]
     known: bool = True
-    """False: no configuration is named, so that nothing can be held against it."""
+    """False: hosts.yaml names no configuration, so there is nothing to compare."""
 
 
 def read(gateway: Gateway) -> GatewayConfig:
-    """Raises `Refused` (bad_gateway_config, bad_gateway_env) with file and line."""
+    """Read the files that hosts.yaml names.
+
+    Raises `Refused` (bad_gateway_config, bad_gateway_env) with file and line.
+    """
     files = GatewayPaths(gateway.config or "the gateway's configuration", gateway.env)
     environ, findings = _environ(gateway.env) if gateway.env else (Environ(dict(os.environ), whole=False), ())
     if gateway.config is None:
-        return GatewayConfig(Config(), (), findings, files, environ.values, known=False)
+        return GatewayConfig(LiteLLMConfig(), (), findings, files, environ.values, known=False)
     document, places, repeated = _merged(gateway.config)
     config = parse(document, environ, files, places)
     return GatewayConfig(config, config.entries, (*findings, *repeated, *config.findings), files, environ.values)
 
 
 def key_of(gateway: Gateway, environ: Mapping[str, str]) -> str | None:
-    """The key for the gateway: from the variable that `key_env` names, here or in the gateway's env file."""
+    """Return the gateway's key: the variable that `key_env` names, in our environment or else in its env file."""
     return (os.environ.get(gateway.key_env) or environ.get(gateway.key_env)) if gateway.key_env else None
 
 
@@ -60,13 +63,15 @@ def key_of(gateway: Gateway, environ: Mapping[str, str]) -> str | None:
 
 def _environ(name: str) -> tuple[Environ, tuple[Finding, ...]]:
     """Return the variables of an env file, and findings about its lines. Raises `Refused` (bad_gateway_env)."""
-    reading = env_file.read(_text(name, "bad_gateway_env"))
-    # Never the line itself: this file is where the keys are.
+    parsed = env_file.parse(_text(name, "bad_gateway_env"))
+    # Never show the line itself: this file has the keys.
     findings = tuple(
-        Finding("env_line", None, None, Severity.WARNING, f"{name}:{each.line}: {each.why}", "write it as NAME=value")
-        for each in reading.troubles
+        Finding(
+            "env_line", None, None, Severity.WARNING, f"{name}:{problem.line}: {problem.why}", "write it as NAME=value"
+        )
+        for problem in parsed.problems
     )
-    return Environ(reading.values, reading.doubtful), findings
+    return Environ(parsed.values, parsed.doubtful), findings
 
 
 def _text(name: str, code: str) -> str:
@@ -111,7 +116,7 @@ def _merged(first: str) -> tuple[object, list[str], list[Finding]]:
             raise Refused(
                 "bad_gateway_config",
                 f"{first} includes more than {MAX_FILES} files",
-                why="files that include files are followed so far and no further",
+                why="that is the limit of included files, at any depth",
                 hint="correct `include`",
             )
         if not os.path.exists(os.path.expanduser(name)):

@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
+from mlxops.control.gateway.result import AliasRow, GatewayResult, ProbedAliasRow
+from mlxops.core.gateway import Severity
 from mlxops.core.replies import HostReply
 from mlxops.core.tables import host_table, one_line
 
-
-def _rows(result: Mapping[str, object] | None, key: str) -> list[Mapping[str, object]]:
-    rows = (result or {}).get(key)
-    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+COLUMNS = ["HOST", "ALIAS", "PORT", "SENDS", "STATE", "OWNER", "MODEL", "CONTEXT", "THROUGH", "VERDICT"]
 
 
-def show(answers: Sequence[HostReply[Mapping[str, object]]]) -> str:
-    many = len(answers) > 1
-    rows: list[list[object]] = []
-    for answer in answers:
-        for row in _rows(answer.result, "aliases"):
-            passage = row.get("through")
-            through = (
-                ("ok" if passage.get("ok") else str(passage.get("code"))) + f" ({passage.get('seconds')} s)"
-                if isinstance(passage, dict)
-                else ""
-            )
-            named = (row.get(key) for key in ("port", "sends", "state", "owner", "model", "context_length"))
-            names = row.get("names")
-            alias = ", ".join(map(str, names)) if isinstance(names, list) and names else row.get("alias")
-            rows.append([answer.host, alias, *named, through, row.get("verdict")])
-    columns = ["HOST", "ALIAS", "PORT", "SENDS", "STATE", "OWNER", "MODEL", "CONTEXT", "THROUGH", "VERDICT"]
-    found = [row for answer in answers for row in _rows(answer.result, "findings")]
-    findings = [
-        f"{row.get('severity')}: {one_line(row.get('message'))}; {one_line(row.get('hint'))}"
-        for row in sorted(found, key=lambda row: row.get("severity") != "fault")
+def show(replies: Sequence[HostReply[GatewayResult]]) -> str:
+    results = [(reply.host, reply.result) for reply in replies if reply.result is not None]
+    rows = [_cells(host, row) for host, result in results for row in result.aliases]
+    findings = [finding for _, result in results for finding in result.findings]
+    lines = [
+        f"{finding.severity}: {one_line(finding.message)}; {one_line(finding.hint)}"
+        for finding in sorted(findings, key=lambda finding: finding.severity is not Severity.FAULT)
     ]
-    return "\n".join([host_table(columns, rows, many=many), *findings])
+    return "\n".join([host_table(COLUMNS, rows, many=len(replies) > 1), *lines])
+
+
+def _cells(host: str, row: AliasRow) -> list[object]:
+    alias = ", ".join(row.names) or row.alias
+    return [
+        *(host, alias, row.port, row.sends, row.state, row.owner, row.model, row.context_length),
+        *(_through(row), row.verdict),
+    ]
+
+
+def _through(row: AliasRow) -> str:
+    if not isinstance(row, ProbedAliasRow) or row.through is None:
+        return ""
+    return f"{'ok' if row.through.ok else row.through.code} ({row.through.seconds} s)"

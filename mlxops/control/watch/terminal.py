@@ -4,7 +4,8 @@ Import this module only for a terminal: rich takes about 60 ms to import.
 
 What `rich.live.Live(screen=True)` does (rich 15): each refresh moves the cursor home and overwrites every cell of the
 screen, so that nothing flickers. It does not react to SIGWINCH, SIGTSTP or SIGCONT, and its refresh thread would report
-a closed terminal with a traceback. So the main thread refreshes, and the signals are handled here.
+a closed terminal with a traceback. An exception from a signal handler in the middle of its `start` or `stop` leaves the
+terminal on the alternate screen. So the main thread refreshes, and the signals are handled here.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Self
@@ -168,6 +169,10 @@ def _ranges(ports: Sequence[int]) -> str:
     return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
+Handler = Callable[[int, FrameType | None], object] | int | None
+"""What `signal.getsignal` returns."""
+
+
 # -- the terminal -------------------------------------------------------------------------------------------------
 
 
@@ -175,12 +180,17 @@ class TerminalView:
     """Show a `StatusView` on the alternate screen, and restore the terminal on exit.
 
     After a resize, or when the user stops the process (Ctrl-Z) or continues it, call `wake`. The main loop must then
-    call `draw`. A signal handler must not draw: it may interrupt a write to the same stream.
+    call `draw`. While rich writes, delay Ctrl-C and SIGTERM until it is done.
     """
 
     def __init__(self, watched: Watched, interval: float, wake: Callable[[], None]) -> None:
         self._wake = wake
         self._stop_requested = False
+        self._writing = False
+        self._delayed: list[int] = []
+        """Signals that came while rich was writing."""
+        self._handlers: dict[int, Handler] = {}
+        """The handlers before this view."""
         # Do not let environment variables (TTY_COMPATIBLE, TTY_INTERACTIVE, JPY_...) turn the drawing off.
         self._console = Console(
             force_terminal=True,
@@ -203,7 +213,7 @@ class TerminalView:
 
         Raises `BrokenPipeError` if the terminal was closed.
         """
-        with _closed_as_broken_pipe():
+        with self._uninterrupted():
             if self._stop_requested:
                 self._stop_process()
             self._console.size = _terminal_size()  # COLUMNS and LINES may be out of date
@@ -212,11 +222,11 @@ class TerminalView:
     def __enter__(self) -> Self:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # the ellipsis is not in every encoding
-        self._handlers = {
-            number: signal.signal(number, self._on_signal) for number in (signal.SIGWINCH, signal.SIGTSTP)
-        }
+        self._replace_handlers((signal.SIGWINCH, signal.SIGTSTP), self._on_terminal_signal)
+        ending = [number for number in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(number))]
+        self._replace_handlers(ending, self._on_ending_signal)
         try:
-            with _closed_as_broken_pipe():
+            with self._uninterrupted():
                 self._live.start()
         except BaseException:
             self._restore()
@@ -229,14 +239,41 @@ class TerminalView:
         self._restore()
 
     def _restore(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        with suppress(OSError):  # the terminal is gone
-            self._live.stop()
+        with suppress(BrokenPipeError), self._uninterrupted():
+            try:
+                self._live.stop()
+            finally:
+                for number, handler in self._handlers.items():
+                    signal.signal(number, handler)
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+    @contextmanager
+    def _uninterrupted(self) -> Iterator[None]:
+        """Let rich write, then handle the delayed signals. Raises `BrokenPipeError` if the terminal was closed."""
+        self._writing = True
+        try:
+            with _closed_as_broken_pipe():
+                yield
+        finally:
+            self._writing = False
+        while self._delayed:
+            self._on_ending_signal(self._delayed.pop(0), None)
+
+    def _replace_handlers(self, numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> None:
+        for number in numbers:
+            self._handlers[number] = signal.signal(number, handler)
+
+    def _on_terminal_signal(self, number: int, frame: FrameType | None) -> None:
+        """Let the main loop redraw, or stop the process."""
         self._stop_requested |= number == signal.SIGTSTP
         self._wake()
+
+    def _on_ending_signal(self, number: int, frame: FrameType | None) -> None:
+        """Call the handler from before this view, which raises; delay that while rich writes."""
+        handler = self._handlers[number]
+        if self._writing:
+            self._delayed.append(number)
+        elif callable(handler):
+            handler(number, frame)
 
     def _stop_process(self) -> None:
         """Stop as the default action of SIGTSTP does, with the shell's screen restored."""
@@ -245,7 +282,7 @@ class TerminalView:
         signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         signal.raise_signal(signal.SIGTSTP)
         # SIGCONT continues here.
-        signal.signal(signal.SIGTSTP, self._on_signal)
+        signal.signal(signal.SIGTSTP, self._on_terminal_signal)
         self._live.start()
 
 

@@ -1,7 +1,7 @@
-"""Asking through the real LiteLLM harms no server: a real mlx-lm keeps its weights whatever the entries say.
+"""Probes through the real LiteLLM harm no server: a real mlx-lm keeps its weights with any entries.
 
-Its weights are taken away once it serves: it goes on from memory until it has to load again. The gateway has a cache, a
-fallback and a cool-down, entries under other names, a pattern, a synonym, and an entry that sends a wrong name.
+The tests move its weights away once it serves: it continues from memory until it must load again. The gateway has
+a cache, a fallback and a cool-down, entries under other names, a pattern, a synonym, and a wrong name in an entry.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from tests.control.test_gateway import COMPLETION
 from tests.control.test_gateway_live import _hosts
+from tests.control.test_gateway_probe import COMPLETION
 from tests.lab import leaks, models
 from tests.lab.homelab import Homelab, LabUnavailable
 from tests.lab.litellm import LiteLLM
@@ -34,7 +34,7 @@ model_list:
     litellm_params: {{model: openai/other-name, api_base: "http://{address}:{port}/v1", api_key: none}}
   - model_name: "jerry-*"
     litellm_params: {{model: "openai/jerry-*", api_base: "http://{address}:{port}/v1", api_key: none}}
-  # LiteLLM tells of this as of hundreds of names, one for each of OpenAI's models that it knows.
+  # LiteLLM lists this as hundreds of names, one for each of OpenAI's models that it knows.
   - model_name: "studio/*"
     litellm_params: {{model: "openai/*", api_base: "http://{address}:{port}/v1", api_key: none}}
   - model_name: spare
@@ -59,18 +59,18 @@ class Place:
         return done.json["hosts"][0]["result"]
 
     def through(self) -> tuple[int, Any]:
-        """The exit status, and what is told of the port and of all."""
+        """Return the exit status, and the row of the port with all findings."""
         done = self.lab.mini.inv("gateway", "--through", "--json")
         assert done.exit in {0, 3}, str(done)
         (host,) = done.json["hosts"]
-        row = next(each for each in host["aliases"] if each["port"] == self.port)
+        row = next(row for row in host["aliases"] if row["port"] == self.port)
         return done.exit, {**row, "findings": host["findings"]}
 
     def completions(self) -> int:
-        """How many the server was asked for in its life."""
+        """Return how many completion requests the server has had."""
         return (self.studio.state / "logs" / f"{self.port}.log").read_text().count("chat/completions HTTP")
 
-    def words(self) -> Any:
+    def completion(self) -> Any:
         return self.studio.completion(self.port, "jerry-xl")["choices"][0]["message"]
 
 
@@ -83,7 +83,7 @@ class _Spare(BaseHTTPRequestHandler):
         self.wfile.write(COMPLETION)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Says nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture(scope="module")
@@ -120,19 +120,19 @@ def place(
 
 @pytest.fixture(scope="module")
 def served(place: Place) -> Iterator[Place]:
-    """With the model loaded. Not under the eyes of the check, which refuses that because of the wrong entry."""
+    """Load the model, without the gateway in hosts.yaml: the wrong entry would refuse the load."""
     hosts = place.lab.mini.home / ".config" / "mlxops" / "hosts.yaml"
-    told = hosts.read_text(encoding="utf-8")
-    hosts.write_text(told.partition("gateway:")[0], encoding="utf-8")
+    original = hosts.read_text(encoding="utf-8")
+    hosts.write_text(original.partition("gateway:")[0], encoding="utf-8")
     try:
         place.load()
     finally:
-        hosts.write_text(told, encoding="utf-8")
+        hosts.write_text(original, encoding="utf-8")
     yield place
     place.lab.mini.inv("unload-all", "--yes").ok()
 
 
-def test_only_names_that_the_server_knows_are_asked_for_and_it_keeps_its_weights(served: Place) -> None:
+def test_probes_leave_the_server_its_weights(served: Place) -> None:
     lab, (weights,) = served.lab, _weights(served)
     weights.rename(served.studio.folder / "weights")
     try:
@@ -149,11 +149,11 @@ def test_only_names_that_the_server_knows_are_asked_for_and_it_keeps_its_weights
         assert again["changed"] is False
         assert all(each["ok"] for each in again["gateway"]["aliases"]), again
         assert "'other-name'" in again["gateway"]["skipped"]["wrong"]
-        # Nothing came from the cache: each was a completion of the server.
+        # No answer came from the cache: each probe was a completion of the server.
         asked = len(row["passages"]) + len(again["gateway"]["aliases"])
         assert served.completions() == before + asked
 
-        # The file was corrected, and the gateway not started again: it is what the gateway does that counts.
+        # After an edit without a restart, the running gateway's entries count.
         wrong = served.gateway.config
         other = wrong.with_name("corrected.yaml")
         other.write_text(wrong.read_text().replace("openai/other-name", "openai/jerry-xl"))
@@ -163,24 +163,24 @@ def test_only_names_that_the_server_knows_are_asked_for_and_it_keeps_its_weights
         assert (stale["alias"], stale["severity"]) == ("wrong", "fault")
         assert stale["hint"].startswith("restart the gateway, once")
 
-        # Where its files are elsewhere, it tells itself what it does.
+        # Without its files, the running gateway reports its entries.
         with _hosts(lab, f"  config: {wrong}\n", ""):
             _, row = served.through()
         assert "qwen-coder" in row["names"] and set(row["skipped"]) == {"wrong"}
-        assert served.words(), "it still has its weights"
+        assert served.completion(), "it still has its weights"
     finally:
         (served.studio.folder / "weights").rename(weights)
 
 
-def test_a_receipt_waits_for_the_alias_itself_while_a_fallback_answers(served: Place) -> None:
+def test_receipt_waits_for_the_alias_while_a_fallback_answers(served: Place) -> None:
     lab, port = served.lab, str(served.port)
     lab.mini.inv("unload", "--port", port).ok()
     for _ in range(2):
-        assert served.gateway.ask("qwen-coder").text == "hi", "clients get the fallback's answer meanwhile"
-    told = served.gateway.config
-    right = told.with_name("right.yaml")
-    right.write_text("\n".join(told.read_text().splitlines()[:3]))  # the first entry: nothing keeps a load from it
-    with _hosts(lab, str(told), str(right)):
+        assert served.gateway.ask("qwen-coder").text == "hi", "clients get the fallback's answer at first"
+    config = served.gateway.config
+    right = config.with_name("right.yaml")
+    right.write_text("\n".join(config.read_text().splitlines()[:3]))  # the first entry alone: it does not refuse a load
+    with _hosts(lab, str(config), str(right)):
         loaded = served.load()
     receipt = {each["alias"]: each for each in loaded["gateway"]["aliases"]}
     assert receipt["qwen-coder"]["ok"], loaded["gateway"]
