@@ -213,7 +213,7 @@ def _check_build(envelope: Envelope) -> None:
     )
     if envelope.request.acts or envelope.request.name in {"agree", "cancel"}:
         raise problem
-    _emit(Note(f"{problem.message}: {problem.why}; {problem.hint}", "warning"))
+    _emit(Note.of(f"{problem.message}: {problem.why}; {problem.marked_hint}", "warning"))
 
 
 def _run_read(envelope: Envelope, store: Store, paths: HostPaths) -> int:

@@ -102,7 +102,7 @@ def _plan(store: Store, paths: HostPaths, request: Envelope, printed: set[str]) 
         lines.append(f"there is no registry at {paths.registry}: nothing is assigned")
     for line in lines:
         if line not in printed:
-            _print(Note(line))
+            _print(Note.of(line))
     printed.update(lines)
     return plan.skipped
 

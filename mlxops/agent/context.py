@@ -190,7 +190,7 @@ class Context:
         return self.observe(self.registry(), only=[port]).ports[port]
 
     def note(self, message: str, level: str = "info") -> None:
-        self.emit(Note(message, level))
+        self.emit(Note.of(message, level))
 
     def remember(self, **record: object) -> None:
         """Append a record to the history. If that fails, warn; the operation has not failed."""

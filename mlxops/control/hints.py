@@ -1,63 +1,58 @@
-"""The commands in what is told, so that they act on the host that they are about. Pure.
+"""Aim the commands that a host suggests at this host. Pure.
 
-An agent writes `mlxctl unload 8100`: it does not know by which name the asker calls its host, nor which host a command
-without `--host` would go to.
+An agent suggests `mlxctl unload 8100`. It knows neither how the user calls its host, nor to which host a command
+without `--host` would go.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 
 from mlxops.core.errors import MlxopsError
+from mlxops.core.hints import aim, commands_from_wire, split
 from mlxops.core.protocol import Done, Event, Failed, Note
 
-TASKS = (
-    *("init", "list", "status", "load", "rollback", "unload", "unload-all", "set", "reconcile", "restore"),
-    *("pull", "remove", "gateway", "boot", "ops", "logs", "deploy"),
-)
-"""Those that ask a host."""
-TOLD = frozenset({"hint", "why"})
-"""Keys of a result's rows under which a command may stand."""
-
-_IN_IT = r"(?:(?!\bmlxctl |\binv )[^;`,()\n])*?"
-"""The rest of a command in a sentence."""
-_COMMAND = re.compile(
-    rf"(?<![\w./-])(?P<command>(?:mlxctl|inv) (?:{'|'.join(sorted(TASKS, key=len, reverse=True))}))(?![\w-])"
-    rf"(?!{_IN_IT} --(?:host|local)\b)"
-)
+TEXTS = ("hint", "why")
+"""Keys of a row beside its `commands`, in whose text the commands are."""
 
 
 def aimed(text: str, flags: str) -> str:
-    """The text with `flags` (" --host studio2", " --local", or nothing) behind the task of each command in it that
-    does not say itself where it goes."""
-    return _COMMAND.sub(lambda found: found["command"] + flags, text) if flags else text
+    """Return a text, whose commands are in backticks, with the flags (such as " --host studio2") in each command."""
+    return aim(*split(text), flags.split())[0]
 
 
 def aimed_event(event: Event, flags: str) -> Event:
-    """The same for what a host tells."""
+    """Return the event with the flags in each command that it suggests."""
+    if not flags:
+        return event
     match event:
-        case Note(message):
-            return replace(event, message=aimed(message, flags))
+        case Note(message, level, commands):
+            message, commands = aim(message, commands, flags.split())
+            return Note(message, level, commands)
         case Done(result):
-            return replace(event, result={key: _aimed_value(key, value, flags) for key, value in result.items()})
+            return replace(event, result={key: _aimed_value(value, flags) for key, value in result.items()})
         case Failed(error):
             return Failed(aimed_error(error, flags))
     return event
 
 
 def aimed_error(error: MlxopsError, flags: str) -> MlxopsError:
-    error.hint = aimed(error.hint, flags)
-    error.details = {key: _aimed_value(key, value, flags) for key, value in error.details.items()}
+    """Return the same error, changed."""
+    error.hint, error.commands = aim(error.hint, error.commands, flags.split())
+    error.details = {key: _aimed_value(value, flags) for key, value in error.details.items()}
     return error
 
 
-def _aimed_value(key: str, value: object, flags: str) -> object:
-    if isinstance(value, str):
-        return aimed(value, flags) if key in TOLD else value
-    if isinstance(value, Mapping):
-        return {inner: _aimed_value(inner, each, flags) for inner, each in value.items()}
+def _aimed_value(value: object, flags: str) -> object:
     if isinstance(value, list):
-        return [_aimed_value(key, each, flags) for each in value]
-    return value
+        return [_aimed_value(each, flags) for each in value]
+    if not isinstance(value, Mapping):
+        return value
+    row = {key: _aimed_value(each, flags) for key, each in value.items()}
+    if commands := commands_from_wire(row.get("commands")):
+        for key in TEXTS:
+            if isinstance(text := row.get(key), str):
+                row[key], after = aim(text, commands, flags.split())
+                row["commands"] = [list(command) for command in after]
+    return row

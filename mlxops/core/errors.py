@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mlxops.core.described import DescribedNumber
+from mlxops.core.hints import commands_from_wire, mark, split
 
 
 class Exit(DescribedNumber):
@@ -46,11 +47,21 @@ class MlxopsError(Exception):
         self.code = code
         self.message = message
         self.why = why
-        self.hint = hint
+        self.hint, self.commands = split(hint)
+        """The commands of the hint, which its author wrote in backticks."""
         self.details: dict[str, object] = dict(details or {})
 
+    @property
+    def marked_hint(self) -> str:
+        """The hint as an author writes it, with its commands in backticks: to make a longer hint of it."""
+        return mark(self.hint, self.commands)
+
+    def set_hint(self, hint: str) -> None:
+        """Replace the hint. Its commands are in backticks."""
+        self.hint, self.commands = split(hint)
+
     def to_wire(self) -> dict[str, object]:
-        """Return `{"code", "exit", "message", "why", "hint"}` and, if there are any, `details`."""
+        """Return `{"code", "exit", "message", "why", "hint"}` and, if there are any, `commands` and `details`."""
         wire: dict[str, object] = {
             "code": self.code,
             "exit": int(self.exit),
@@ -58,6 +69,8 @@ class MlxopsError(Exception):
             "why": self.why,
             "hint": self.hint,
         }
+        if self.commands:
+            wire["commands"] = [list(command) for command in self.commands]
         if self.details:
             wire["details"] = self.details
         return wire
@@ -148,13 +161,14 @@ def error_from_wire(wire: Mapping[str, object]) -> MlxopsError:
     exit_status = wire.get("exit")
     kind = _BY_EXIT.get(exit_status, Bug) if isinstance(exit_status, int) else Bug
     details = wire.get("details")
-    return kind(
+    error = kind(
         str(wire.get("code", "bug")),
         str(wire.get("message", "the agent reported an error without a message")),
         why=str(wire.get("why", "")),
-        hint=str(wire.get("hint", "")),
         details=details if isinstance(details, dict) else None,
     )
+    error.hint, error.commands = str(wire.get("hint", "")), commands_from_wire(wire.get("commands"))
+    return error
 
 
 def worst(exits: list[Exit]) -> Exit:

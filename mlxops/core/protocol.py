@@ -20,6 +20,7 @@ from mlxops.core import wire
 from mlxops.core.command import AnyRequest, decode_request
 from mlxops.core.errors import MlxopsError, error_from_wire
 from mlxops.core.frozen import dataclass
+from mlxops.core.hints import Commands, commands_from_wire, split
 from mlxops.core.settings import Settings, settings_from_wire
 from mlxops.core.text import amount, duration
 
@@ -155,6 +156,14 @@ class Note:
 
     message: str
     level: str = "info"
+    commands: Commands = ()
+    """The commands that the message names."""
+
+    @classmethod
+    def of(cls, text: str, level: str = "info") -> Note:
+        """Return the note of a text whose commands are in backticks."""
+        message, commands = split(text)
+        return cls(message, level, commands)
 
 
 @dataclass(frozen=True)
@@ -217,8 +226,10 @@ def encode_event(event: Event) -> str:
             body |= {"event": "line", "text": text, "mark": mark}
         case Reached(mark):
             body |= {"event": "reached", "mark": mark}
-        case Note(message, level):
+        case Note(message, level, commands):
             body |= {"event": "note", "level": level, "message": message}
+            if commands:
+                body["commands"] = [list(command) for command in commands]
         case Phase(name, message):
             body |= {"event": "phase", "name": name, "message": message}
         case Progress(name, done, total, rate):
@@ -250,7 +261,8 @@ def decode_event(line: str) -> Event | None:
         case "reached":
             return Reached(str(body.get("mark", "")))
         case "note":
-            return Note(str(body.get("message")), str(body.get("level", "info")))
+            commands = commands_from_wire(body.get("commands"))
+            return Note(str(body.get("message")), str(body.get("level", "info")), commands)
         case "phase":
             return Phase(str(body.get("name")), str(body.get("message")))
         case "progress" if _is_size(body.get("done")) and _is_size(body.get("total")):

@@ -7,6 +7,7 @@ from typing import Generic, TypeVar
 
 from mlxops.core.errors import MlxopsError, Unreachable
 from mlxops.core.frozen import dataclass
+from mlxops.core.hints import Commands
 from mlxops.core.wire import omitted
 
 R = TypeVar("R", covariant=True)
@@ -41,8 +42,12 @@ class ErrorRow:
     message: str
     why: str = ""
     hint: str = ""
+    commands: Commands = omitted(())
+    """The commands that the hint names."""
     details: dict[str, object] | None = omitted(None)
 
     @classmethod
     def of(cls, error: MlxopsError) -> ErrorRow:
-        return cls(error.code, int(error.exit), error.message, error.why, error.hint, error.details or None)
+        return cls(
+            error.code, int(error.exit), error.message, error.why, error.hint, error.commands, error.details or None
+        )

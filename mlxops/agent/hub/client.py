@@ -526,7 +526,7 @@ def with_retries(attempt: Callable[[], T], repo: RepoRevision, emit: Emit, clien
                 raise failure(problem.code, repo, problem.why, client.host) from None
             wait = min(max(pause, problem.after or 0.0), client.timeouts.longest_wait)
             pause *= 2
-            emit(Note(f"{repo}: {problem.why}; trying again in {wait:.0f} s", "warning"))
+            emit(Note.of(f"{repo}: {problem.why}; trying again in {wait:.0f} s", "warning"))
         time.sleep(wait)
         client.note_activity()  # our own pause is not a stall
     raise AssertionError("the last try returns or raises")

@@ -196,7 +196,7 @@ def warn_of_edits(snapshot: Snapshot, emit: Emit) -> None:
     """Warn of edited files in a snapshot, with the commands that restore the hub's."""
     for edit in edited(snapshot.path):
         kept = edit_notice(snapshot.path / edit.name, snapshot.repo_id, snapshot.revision)
-        emit(Note(f"{edit}: {kept}", "warning"))
+        emit(Note.of(f"{edit}: {kept}", "warning"))
 
 
 def _refuse_impossible(repo: RepoRevision) -> None:
@@ -322,7 +322,7 @@ def _drop_truncated(client: HubClient, folder: Path, plan: DownloadPlan, emit: E
             if actual is None or actual == file.size or not _is_truncated(client, plan, path, file, actual):
                 continue
             what = f"{printable(file.name)} has {actual} of {file.size} bytes in the cache"
-            emit(Note(f"{what}: downloading it again", "warning"))
+            emit(Note.of(f"{what}: downloading it again", "warning"))
             _remove_file(folder, path)
 
 
@@ -359,7 +359,7 @@ def _announce(folder: Path, plan: DownloadPlan, emit: Emit) -> None:
     missing = plan.total - _present(folder, plan)
     here = f", {amount(plan.total - missing)} of it already here" if missing < plan.total else ""
     what = f"{amount(plan.total)} in {len(plan.files)} files{here}"
-    emit(Note(f"downloading {plan.repo_id} at {plan.commit[:12]}: {what}"))
+    emit(Note.of(f"downloading {plan.repo_id} at {plan.commit[:12]}: {what}"))
     free = free_on_disk(folder)
     if missing > free:
         raise Refused(

@@ -16,6 +16,7 @@ from mlxops.core.commands.load import Load
 from mlxops.core.commands.restore import Restore, RestoreResult, RestoreRow
 from mlxops.core.errors import Interrupted, MlxopsError, NotStarted, Refused
 from mlxops.core.frozen import dataclass
+from mlxops.core.hints import split
 from mlxops.core.plan_restore import (
     Now,
     Record,
@@ -216,4 +217,5 @@ def _result(
 
 def _row(step: RestoreStep) -> RestoreRow:
     again_in = None if step.again_in is None else round(step.again_in, 3)
-    return RestoreRow(step.model, step.port, step.why, again_in)
+    why, commands = split(step.why)
+    return RestoreRow(step.model, step.port, why, commands, again_in)

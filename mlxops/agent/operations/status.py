@@ -12,6 +12,7 @@ from mlxops.agent.state.operation_log import operation_state
 from mlxops.common.files import Unfit
 from mlxops.core.commands.status import DriftRow, PortRow, ProbeRow, RunningRow, Status, StatusResult
 from mlxops.core.drift import Drift, DriftCode
+from mlxops.core.hints import split
 from mlxops.core.ports import PortView
 from mlxops.core.records import Operation
 
@@ -34,7 +35,7 @@ def run(ctx: Context, request: Status) -> StatusResult:
     return StatusResult(
         operations=tuple(_running(ctx, each) for each in downloads(ctx)),
         ports=tuple(_port_row(view, probes.get(view.port)) for view in views),
-        drift=tuple(DriftRow(each.code.value, each.port, each.model, each.message, each.hint) for each in found),
+        drift=tuple(_drift_row(each) for each in found),
         registry=str(ctx.paths.registry),
     )
 
@@ -52,6 +53,11 @@ def downloads(ctx: Context) -> list[Operation]:
 def _running(ctx: Context, operation: Operation) -> RunningRow:
     stand = operation_state(ctx.store.state / "ops", operation.id)
     return RunningRow(operation.id, operation.command, str(stand), stand.progress)
+
+
+def _drift_row(drift: Drift) -> DriftRow:
+    hint, commands = split(drift.hint)
+    return DriftRow(drift.code.value, drift.port, drift.model, drift.message, hint, commands)
 
 
 def _port_row(view: PortView, probe: ProbeRow | None) -> PortRow:

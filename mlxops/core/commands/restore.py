@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from mlxops.core.command import Group, Hosts, Plannable, switch
 from mlxops.core.frozen import dataclass
+from mlxops.core.hints import Commands
 from mlxops.core.replies import HostReply
 from mlxops.core.tables import each_host, one_line
 from mlxops.core.wire import omitted
@@ -16,6 +17,8 @@ class RestoreRow:
     model: str
     port: int
     why: str = omitted("")
+    commands: Commands = omitted(())
+    """The commands that `why` names."""
     again_in_seconds: float | None = omitted(None)
     argv: tuple[str, ...] | None = omitted(())
     """In a dry run: what would be run; None if its files would be downloaded first."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from mlxops.core.command import Group, Hosts, Request, option, switch
 from mlxops.core.frozen import dataclass
+from mlxops.core.hints import Commands
 from mlxops.core.protocol import Progress
 from mlxops.core.replies import HostReply
 from mlxops.core.tables import host_table, one_line, size
@@ -62,6 +63,8 @@ class DriftRow:
     model: str | None
     message: str
     hint: str
+    commands: Commands = omitted(())
+    """The commands that the hint names."""
 
 
 @dataclass(frozen=True)
