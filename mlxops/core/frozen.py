@@ -46,8 +46,13 @@ def _equal(self: object, other: object) -> object:
     return _compared(self) == _compared(other) if type(self) is type(other) else NotImplemented
 
 
-def _hash(self: object) -> int:
-    return hash(_compared(self))
+def _hash(self: Any) -> int:
+    kind = type(self)
+    names = kind.__dict__.get("_hashed_names")
+    if names is None:
+        names = tuple(f.name for f in dataclasses.fields(kind) if (f.compare if f.hash is None else f.hash))
+        kind._hashed_names = names
+    return hash(tuple([getattr(self, name) for name in names]))
 
 
 def _repr(self: Any) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from mlxops.control.gateway.probe import ProbeResult
+from mlxops.core.frozen import dataclass
 from mlxops.core.gateway import Finding
 from mlxops.core.ports import Owner, State
 

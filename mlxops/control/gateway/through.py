@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 
 from mlxops.control.gateway import probe
 from mlxops.control.gateway.check import FAULTS_CODE, client_entries, faults_error, with_client_names
@@ -14,6 +14,7 @@ from mlxops.control.gateway.result import AliasRow, GatewayResult, ProbedAliasRo
 from mlxops.control.inventory import Gateway
 from mlxops.core import gateway as core
 from mlxops.core.errors import Refused, UsageError
+from mlxops.core.frozen import dataclass
 from mlxops.core.gateway import Entry, Finding, GatewayPort, Severity
 from mlxops.core.litellm import LiteLLMConfig, entry_of_deployment
 from mlxops.core.names import shown
