@@ -213,7 +213,7 @@ def attempt(folder: Path) -> str | None:
 
     try:
         load(str(folder), tokenizer_config={"trust_remote_code": False})
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is what the engine says
+    except Exception as error:  # noqa: BLE001 - any exception is the engine's answer
         return f"{type(error).__name__}: {error}"[:300]
     return None
 
