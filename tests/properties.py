@@ -1,4 +1,4 @@
-"""How property tests run: the same everywhere, without files, and repeatably where nobody watches.
+"""Settings of property tests: the same everywhere, without files, and repeatable in CI.
 
 Use: `@given(...)` above `@PROPERTY`.
 """

@@ -188,7 +188,7 @@ def servers(studio: Studio) -> set[Process]:
 def tree(folder: Path) -> dict[str, object]:
     """Everything below a folder, so that any change of it shows: times, sizes, modes, links, contents.
 
-    Not the servers' own logs: whoever asks them anything makes them write.
+    Without the servers' own logs: each request to a server makes it write.
     """
     return {
         str(path.relative_to(folder)): _seen(path)

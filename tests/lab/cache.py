@@ -32,7 +32,7 @@ on loopback needs none, and the migrations of a database that the lab's gateway 
 PEER = ("pyinfra==3.10.0",)
 """What the benchmarks hold `inv status` against: another program that asks hosts over paramiko."""
 UV = ("uv==0.13.9",)
-"""Unlike pip, it can be told to install something in spite of what a package declares."""
+"""Unlike pip, it can install a release that a package's requirements exclude."""
 
 OPENAI_SERVERS = ("1.8.1", "1.7.1", "1.5.1", "1.4.2")
 """The versions of mlx-openai-server that are driven: the first is the one that every run has."""

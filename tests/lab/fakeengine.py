@@ -153,10 +153,10 @@ def main() -> int:
         case "heavy":
             hold_memory()
         case "heavy-child":
-            ready, tell = os.pipe()
+            ready, announce = os.pipe()
             if not os.fork():
                 hold_memory()
-                os.write(tell, b"\n")
+                os.write(announce, b"\n")
                 wait_for_ever()
             os.read(ready, 1)
         case "family":

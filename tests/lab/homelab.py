@@ -251,7 +251,7 @@ class Homelab(Service):
             Studio(name, folder / name, address, block, aliases) for name, address in zip(names, addresses, strict=True)
         ]
         for studio in self.studios:
-            # Port 9 is "discard", which nobody serves: a forgotten download fails at once instead of reaching out.
+            # Port 9 is "discard", and nothing listens there: a forgotten download fails at once, without the internet.
             studio.env["HF_ENDPOINT"] = hub_url or "http://127.0.0.1:9"
         self._changes: dict[str, dict[str, object]] = {}
         self._gateway: dict[str, object] | None = None

@@ -74,8 +74,10 @@ class Watch:
 
     @contextmanager
     def spare(self, folder: Path) -> Iterator[None]:
-        """While it is entered, processes that belong to `folder` may outlive a test: for a lab that several tests
-        share. Whoever enters it looks after them."""
+        """Allow processes that belong to `folder` to outlive a test: for a lab that several tests share.
+
+        The caller ends them.
+        """
         self._spared.append(folder)
         try:
             yield
@@ -110,7 +112,7 @@ def walk(folder: Path) -> Iterator[Path]:
 
 
 def become_subreaper() -> None:
-    """Make orphaned descendants children of this process, where the system can: then none of them can hide."""
+    """Make orphaned descendants children of this process, where the system can do that. Then they are all found."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
@@ -122,7 +124,7 @@ def is_subreaper() -> bool:
 
 
 def reap_orphans() -> None:
-    """Collect the orphans that have ended; nobody else waits for them.
+    """Collect the orphans that have ended. No other process waits for them.
 
     Children that this process started with `subprocess` are left alone: their objects wait for them, and would
     take a status that is gone for a success.

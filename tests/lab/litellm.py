@@ -1,6 +1,6 @@
 """A real LiteLLM proxy: the gateway of the lab, on a port that the system chose.
 
-It is started once with a configuration that nobody changes afterwards: that this is enough is what is to be shown.
+It starts once, and its configuration never changes afterwards. The tests show that this is enough.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ class Sent:
 class Traffic:
     """A client that asks for an alias again and again, one request after the other, while it is entered.
 
-    Bounded in number and time, whatever happens to the test.
+    Bounded in number and time, also if the test hangs.
     """
 
     MOST = 3000

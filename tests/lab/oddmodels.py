@@ -1,4 +1,4 @@
-"""Makes odd variants of a tiny model, and tells which of them mlx-lm can load: the truth for the tests.
+"""Make odd variants of a tiny model, and say which of them mlx-lm can load. The tests compare with that.
 
 Run by an engine's own interpreter: `python oddmodels.py make TINY FOLDER`, and `python oddmodels.py try FOLDER`, which
 prints a JSON object: the variant's name -> null, or the error. Nothing is trusted; code that runs writes a canary.
@@ -213,7 +213,7 @@ def attempt(folder: Path) -> str | None:
 
     try:
         load(str(folder), tokenizer_config={"trust_remote_code": False})
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is what the engine says
+    except Exception as error:  # noqa: BLE001 - any exception is the engine's answer
         return f"{type(error).__name__}: {error}"[:300]
     return None
 

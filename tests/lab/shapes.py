@@ -304,7 +304,7 @@ PUBLISHED: dict[str, tuple[Fields, int]] = {
         0,
     ),
 }
-"""By repository: what its config.json says, and the values that its cache has for `N` tokens, reckoned by hand."""
+"""By repository: what its config.json says, and the values that its cache has for `N` tokens, computed by hand."""
 
 
 # -- every model type of the engine ----------------------------------------------------------------------------------

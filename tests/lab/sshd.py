@@ -25,7 +25,7 @@ START_SECONDS = 20.0
 
 
 def missing(what: str) -> NoReturn:
-    """A part that a test needs is not there: a skip on somebody's machine, a failure where CI promised it."""
+    """Report that a part which a test needs is missing: skip the test, or fail it in CI, which promises every part."""
     if os.environ.get("CI") == "true":
         pytest.fail(f"{what} is missing, and CI=true promises it")
     pytest.skip(f"{what} is missing")

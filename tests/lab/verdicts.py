@@ -67,7 +67,7 @@ async def _answers(proxy: Any, config: Path, names: list[str], asked: list[tuple
     httpx: Any = importlib.import_module("httpx")
     try:
         await proxy.initialize(config=str(config))
-    except Exception as error:  # noqa: BLE001  # whatever it ends with
+    except Exception as error:  # noqa: BLE001  # any exception is the verdict
         return {"start": f"{type(error).__name__}: {error}"}
     if proxy.llm_router is not None:
         proxy.llm_router.num_retries = 0

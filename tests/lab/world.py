@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Process:
-    """A process that was alive when looked at; `started` tells it from a later one with the same pid."""
+    """A process that was alive when it was observed. `started` distinguishes it from a later one with the same pid."""
 
     pid: int
     started: float
@@ -147,7 +147,7 @@ def _seen(pid: int) -> Process | None:
 
 
 def _belonging(folder: Path) -> Callable[[int], bool]:
-    """Tells of a pid whether its process belongs to the folder."""
+    """Return a function that says whether a pid's process belongs to the folder."""
     top = os.path.realpath(folder)
     # Not that of a neighbour whose name begins in the same way.
     named = re.compile(re.escape(top) + r"(?![\w.-])")
