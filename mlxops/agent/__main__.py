@@ -27,7 +27,8 @@ from mlxops.agent.state.locks import NoLocks, flock_within
 from mlxops.agent.state.store import Store
 from mlxops.common.build import build_id
 from mlxops.common.files import is_hosts_fault
-from mlxops.core.errors import AgentProblem, Busy, MlxopsError, Refused, bug
+from mlxops.core.command import UnknownCommandError
+from mlxops.core.errors import AgentProblem, Bug, Busy, MlxopsError, Refused, bug
 from mlxops.core.protocol import (
     AGAIN,
     HEARTBEAT,
@@ -192,6 +193,13 @@ def _read_request() -> Envelope:
         if len(data) > MAX_REQUEST:
             raise ValueError("the request is too long")
         return decode_envelope(data)
+    except UnknownCommandError as error:
+        raise Bug(
+            "unknown_command",
+            f"the agent knows no command {str(error)!r}",
+            why=f"the control node has another version; the host has {build_id()}{_deployed()}",
+            hint="make both sides equal: inv deploy",
+        ) from None
     except ValueError as error:
         raise AgentProblem(
             "protocol_mismatch",
