@@ -104,7 +104,7 @@ def _confirm(cli: Cli, targets: Sequence[client.HostTarget], request: UnloadAll)
                 "no_result",
                 f"{reply.host} sent no result",
                 why="the agent answered without one",
-                hint="see: mlxctl ops",
+                hint="see: `mlxctl ops`",
             )
         for line in lines(reply.result).splitlines():
             cli.console.hear(reply.host, Note(line.removesuffix(" (dry run, nothing changed)")))
@@ -173,7 +173,7 @@ def ops(cli: Cli, request: Ops) -> None:
             "follow_or_cancel",
             "--follow and --cancel exclude each other",
             why="one waits for an operation's end, the other causes it",
-            hint=f"mlxctl ops --follow {request.follow}; or mlxctl ops --cancel {request.cancel}",
+            hint=f"`mlxctl ops --follow {request.follow}`; or `mlxctl ops --cancel {request.cancel}`",
         )
     target = cli.one_host()
     if request.cancel is not None:

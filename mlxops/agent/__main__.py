@@ -197,15 +197,15 @@ def _read_request() -> Envelope:
         raise Bug(
             "unknown_command",
             f"the agent knows no command {str(error)!r}",
-            why=f"the control node has another version; the host has {build_id()}{_deployed()}",
-            hint="make both sides equal: inv deploy",
+            why=f"the control node has another version; the host has {build_id()}{_deploy_note()}",
+            hint="make both sides equal: `inv deploy`",
         ) from None
     except ValueError as error:
         raise AgentProblem(
             "protocol_mismatch",
             "the agent does not understand the request",
             why=str(error)[:200],
-            hint="make both sides equal: inv deploy",
+            hint="make both sides equal: `inv deploy`",
         ) from None
 
 
@@ -217,7 +217,7 @@ def _check_build(envelope: Envelope) -> None:
         "agent_differs",
         "the agent on the host is not this mlxops",
         why=f"the host has {build_id()}{_deploy_note()}, this is {envelope.build}",
-        hint="make both sides equal: inv deploy",
+        hint="make both sides equal: `inv deploy`",
     )
     if envelope.request.acts or envelope.request.name in {"agree", "cancel"}:
         raise problem

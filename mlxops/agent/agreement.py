@@ -81,6 +81,6 @@ def _refuse_while_used(store: Store) -> None:
             "settings_in_use",
             "the host's agreed settings cannot be changed now",
             why=f"operation {running.id} is running with the current ones",
-            hint=f"wait for it: mlxctl ops --follow {running.id}; then again: inv deploy",
+            hint=f"wait for it: `mlxctl ops --follow {running.id}`; then again: `inv deploy`",
             details={"operation": running.id},
         )

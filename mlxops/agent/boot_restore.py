@@ -67,7 +67,7 @@ def _restore(state: Path, printed: set[str]) -> _Outcome:
             "never_agreed",
             f"the host has no agreed settings: there is no {state / 'host.json'}",
             why="they name its registry and its models",
-            hint="run inv deploy, or any change",
+            hint="run `inv deploy`, or any change",
         )
     paths = host_paths(agreed, os.environ)
     store = Store(paths.state, paths.registry)

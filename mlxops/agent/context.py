@@ -76,7 +76,7 @@ class Cancellation:
                 "cancelled",
                 "the operation was cancelled",
                 why="it was cancelled on request, or the host is shutting down",
-                hint="mlxctl status",
+                hint="`mlxctl status`",
             )
         if self._port in self._excluded:
             self._raised = True
@@ -145,7 +145,7 @@ class Context:
         if not registry.unwritable:
             return None
         error = self.store.registry.refusal(registry)
-        self.note(f"{error.message}: {error.why}; {error.hint}", "warning")
+        self.note(f"{error.message}: {error.why}; {error.marked_hint}", "warning")
         return error
 
     def engine(self, target: ModelRef) -> tuple[Engine, EngineCommand]:
@@ -318,6 +318,6 @@ def busy(lock: str, holder: Operation, *, attach: bool = False) -> Busy:
         "busy",
         f"another operation {held}: {holder}",
         why="one operation at a time on a port, and with a model",
-        hint=f"wait for it: mlxctl ops --follow {holder.id}",
+        hint=f"wait for it: `mlxctl ops --follow {holder.id}`",
         details={"operation": holder.id, "lock": lock} | ({"attach": holder.id} if attach else {}),
     )

@@ -92,7 +92,7 @@ def settings_differ(differences: Mapping[str, tuple[str, str]]) -> Refused:
         "settings_differ",
         "the request's settings differ from those that this host has agreed on",
         why=listed,
-        hint="correct hosts.yaml, or make its settings the agreed ones: inv deploy",
+        hint="correct hosts.yaml, or make its settings the agreed ones: `inv deploy`",
         details={"differences": {key: list(pair) for key, pair in differences.items()}},
     )
 

@@ -91,7 +91,7 @@ class _Mlxctl(Program):
 
 def _usage(error: ParseError | Exit) -> SystemExit:
     task = getattr(getattr(error, "context", None), "name", None)
-    hint = f"mlxctl {task} --help" if task else "mlxctl --list"
+    hint = f"`mlxctl {task} --help`" if task else "`mlxctl --list`"
     told = UsageError("usage", str(error).rstrip("!"), why="it is not a command line of mlxctl", hint=hint)
     if "--json" in sys.argv:
         try:

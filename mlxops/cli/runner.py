@@ -111,7 +111,7 @@ class Cli:
         reply = client.ask(target, Cancel(operation=operation), self.console.hear)
         if reply.error is not None:
             return reply.error
-        hint = aimed("see: mlxctl status", target.flags)
+        hint = aimed("see: `mlxctl status`", target.flags)
         if reply.result is not None and reply.result.cancelled:
             what = f"operation {operation} was cancelled; nothing half done is left"
             return Interrupted("cancelled", what, why="it was asked for after Ctrl-C", hint=hint)
@@ -123,7 +123,7 @@ class Cli:
         why, hint = "Ctrl-C was pressed before its end", "asking for the same thing again is safe"
         if self.kind.changes:
             why = "if the host had received the request already, the operation goes on there"
-            hint = "see: mlxctl ops; asking for the same thing again follows it"
+            hint = "see: `mlxctl ops`; asking for the same thing again follows it"
         as_typed = f" --host {quote(self.common.host)}" if self.common.host else ""
         hint = aimed(hint, as_typed + (" --local" if self.common.local else ""))
         return Interrupted("interrupted", "interrupted", why=why, hint=hint)
@@ -180,7 +180,7 @@ class Cli:
         self.report_errors()
         failed = output.exit_of(self.replies)
         if failed:
-            error.hint = "see: mlxctl status, mlxctl ops"
+            error.set_hint("see: `mlxctl status`, `mlxctl ops`")
         output.Console(many=False).error("", error)
         return failed or error.exit
 
@@ -253,7 +253,7 @@ def _left_running(target: HostTarget, operation: str) -> MlxopsError:
         "interrupted",
         f"operation {operation} was left running on {target.name}",
         why="it does not need this connection",
-        hint=aimed(f"mlxctl ops --follow {operation}; or --cancel {operation}", target.flags),
+        hint=aimed(f"`mlxctl ops --follow {operation}`; or --cancel {operation}", target.flags),
     )
 
 

@@ -89,7 +89,12 @@ def ask(target: HostTarget, request: Request[R], listen: Listen) -> HostReply[R]
         result = cast("R", decoded(target, kind, done.result))
     except MlxopsError as error:
         return HostReply(target.name, error=error, flags=target.flags)
-    return HostReply(target.name, result, command=done.command or request.name, flags=target.flags)
+    return HostReply(
+        target.name,
+        result,
+        command=done.command or ("" if request.name == "follow" else request.name),
+        flags=target.flags,
+    )
 
 
 def decoded(target: HostTarget, kind: type, result: Mapping[str, object]) -> object:
@@ -101,7 +106,7 @@ def decoded(target: HostTarget, kind: type, result: Mapping[str, object]) -> obj
             "protocol_mismatch",
             f"the result of {target.name} cannot be understood",
             why=str(error)[:300],
-            hint=aimed("make both sides equal: inv deploy", target.flags),
+            hint=aimed("make both sides equal: `inv deploy`", target.flags),
         ) from None
 
 
@@ -227,7 +232,7 @@ def ended_early(target: HostTarget, ended: Ended, *, greeted: bool) -> Exception
         "agent_missing",
         f"there is no mlxops agent on {target.name}",
         why=f"{' '.join(target.python)}: {words[-1] if words else f'status {ended.status}'}"[:300],
-        hint=aimed("install it: inv deploy", target.flags),
+        hint=aimed("install it: `inv deploy`", target.flags),
     )
 
 
@@ -309,7 +314,7 @@ class _Conversation:
 
     def _unknown(self, why: str) -> OutcomeUnknown:
         name = self._target.name
-        follow = f"inv ops --follow {self._operation}" if self._operation else "inv ops"
+        follow = f"`inv ops --follow {self._operation}`" if self._operation else "`inv ops`"
         return OutcomeUnknown(
             "outcome_unknown",
             f"the connection to {name} was lost; what was asked may be going on there",

@@ -194,5 +194,5 @@ def say(text: str, end: str = "\n") -> None:
             "output_unwritten",
             "the result could not be written to standard output",
             why=error.strerror or str(error),
-            hint="what was asked was done all the same; see: mlxctl status, mlxctl ops",
+            hint="what was asked was done all the same; see: `mlxctl status`, `mlxctl ops`",
         ) from None

@@ -33,12 +33,12 @@ class DriftCode(StrEnum):
     ASSIGNED_NOT_SERVED = (
         "assigned_not_served",
         "The registry assigns a model to the port, and no server runs there.",
-        "mlxctl load {model} {load_port}, or mlxctl reconcile",
+        "`mlxctl load {model} {load_port}`, or `mlxctl reconcile`",
     )
     UNREGISTERED_SERVER = (
         "unregistered_server",
         "A server that was started by hand serves a model that the registry does not assign to the port.",
-        "mlxctl unload {port} --force, then load",
+        "`mlxctl unload {port} --force`, then load",
     )
     FOREIGN = (
         "foreign",
@@ -53,7 +53,7 @@ class DriftCode(StrEnum):
     REBOOTED = (
         "rebooted",
         "The host was rebooted, and assigned models are not served since.",
-        "mlxctl restore",
+        "`mlxctl restore`",
     )
 
     # Our servers
@@ -61,37 +61,37 @@ class DriftCode(StrEnum):
     ORPHAN = (
         "orphan",
         "Processes of ours are left without their leader, their port or an assignment.",
-        "mlxctl unload {port}",
+        "`mlxctl unload {port}`",
     )
     MISMATCH = (
         "mismatch",
         "Our server serves another model than the registry says, or another process listens on its port.",
-        "mlxctl unload {port}",
+        "`mlxctl unload {port}`",
     )
     WEDGED = (
         "wedged",
         "Our server does not answer the probe, although no request is running.",
-        "mlxctl unload {port}",
+        "`mlxctl unload {port}`",
     )
     FAILED = (
         "failed",
         "Our server says that it is unhealthy.",
-        "mlxctl unload {port}",
+        "`mlxctl unload {port}`",
     )
     SETTINGS_CHANGED = (
         "settings_changed",
         "Our server runs with other files or options than a load would give it now.",
-        "mlxctl load {model} {port} --force",
+        "`mlxctl load {model} {port} --force`",
     )
     ALIAS_CHANGED = (
         "alias_changed",
         "Our server answers to another alias than hosts.yaml gives the port now.",
-        "mlxctl load {model} {port} --force",
+        "`mlxctl load {model} {port} --force`",
     )
     PROBE_FAILED = (
         "probe_failed",
         "Only with --probe: the server is ready, and returned no completion.",
-        "mlxctl logs --port {port}{reload}",
+        "`mlxctl logs --port {port}`{reload}",
     )
 
     # Entries of the registry
@@ -99,17 +99,17 @@ class DriftCode(StrEnum):
     ALIAS_ELSEWHERE = (
         "alias_elsewhere",
         "A model has the alias of one port as its name, and is assigned to another port.",
-        "mlxctl unload {port}, then load it there",
+        "`mlxctl unload {port}`, then load it there",
     )
     PORT_OUTSIDE_RANGE = (
         "port_outside_range",
         "A model is assigned to a port outside the host's range.",
-        "mlxctl reconcile",
+        "`mlxctl reconcile`",
     )
     PORT_CLAIMED_TWICE = (
         "port_claimed_twice",
         "Several models are assigned to the same port.",
-        "mlxctl unload {port}, then load the right one",
+        "`mlxctl unload {port}`, then load the right one",
     )
     ENTRY_PROBLEM = (
         "entry_problem",
@@ -140,7 +140,7 @@ class DriftCode(StrEnum):
     BOOT_PORT_ASSIGNED = (
         "boot_port_assigned",
         "A boot job serves the port, and the registry assigns another model to it.",
-        "load it elsewhere, for example: mlxctl load {assigned} {idle_port}; or make its port null in the registry",
+        "load it elsewhere, for example: `mlxctl load {assigned} {idle_port}`; or make its port null in the registry",
     )
     BOOT_JOB_MISSING = (
         "boot_job_missing",
@@ -163,17 +163,17 @@ class DriftCode(StrEnum):
     INTERRUPTED_OPERATION = (
         "interrupted_operation",
         "The worker of an operation was killed, or the host went down, before the operation had a result.",
-        "ask for it again: {command}; or clean up what it left: mlxctl reconcile",
+        "ask for it again: `{command}`; or clean up what it left: `mlxctl reconcile`",
     )
     LEFTOVER = (
         "leftover",
         "A run record or a temporary file belongs to nothing that runs.",
-        "mlxctl reconcile",
+        "`mlxctl reconcile`",
     )
     LOG_TOO_BIG = (
         "log_too_big",
         "A server's log is larger than its limit.",
-        "the next change on the host cuts it, for example: mlxctl reconcile",
+        "the next change on the host cuts it, for example: `mlxctl reconcile`",
     )
     STATE_UNREADABLE = (
         "state_unreadable",

@@ -510,7 +510,6 @@ def _port_findings(port: GatewayPort, entries: Sequence[Entry]) -> Iterator[Find
 def _server_finding(port: GatewayPort, entries: Sequence[Entry]) -> Finding | None:
     """Return what is wrong with the server of a port that has entries; None if it is as it should be."""
     alias, place = port.alias or entries[0].alias, f"port {port.port} of {port.host}"
-    load = f"mlxctl load MODEL {port.port}"
 
     def finding(severity: Severity, code: str, message: str, hint: str) -> Finding:
         return Finding(code, alias, port.port, severity, f"{alias}: {message}", hint, port.host)
@@ -520,19 +519,26 @@ def _server_finding(port: GatewayPort, entries: Sequence[Entry]) -> Finding | No
         return finding(Severity.FAULT, "foreign_server", message, "stop that process; mlxops never signals it")
     if port.state in _BROKEN_STATES:
         message = f"the server on {place} is {port.state}: {port.detail}".rstrip(": ")
-        return finding(Severity.FAULT, "not_serving", message, f"see: mlxctl status; then {load} --force")
+        return finding(
+            Severity.FAULT,
+            "not_serving",
+            message,
+            f"see: `mlxctl status`; then `mlxctl load MODEL {port.port} --force`",
+        )
     if port.state in _PASSING_STATES:
-        return finding(Severity.WARNING, "not_ready", f"{place} is {port.state}", "ask again in a moment: inv gateway")
+        return finding(
+            Severity.WARNING, "not_ready", f"{place} is {port.state}", "ask again in a moment: `inv gateway`"
+        )
     if not port.serves:
         severity = Severity.FAULT if port.assigned else Severity.WARNING
         message = f"{place} has no server{', although the registry assigns a model to it' if port.assigned else ''}"
-        hint = f"{load}; until then the gateway answers with an error"
+        hint = f"`mlxctl load MODEL {port.port}`; until then the gateway answers with an error"
         return finding(severity, "alias_without_server", message, hint)
     if port.alias and port.answers_to and port.alias not in (port.answers_to, *port.also_answers_to):
         message = f"the server on {place} answers to {shown(port.answers_to)}, not to {port.alias}"
         fails = any(entry.sends not in (port.answers_to, *port.also_answers_to) for entry in entries)
         model = port.model if port.owner is Owner.MLXOPS and port.model else "MODEL"
-        hint = f"mlxctl load {model} {port.port} --force"
+        hint = f"`mlxctl load {model} {port.port} --force`"
         if port.owner is Owner.BOOT:  # a load is refused there
             hint = f"let the boot job start it under the name {port.alias}"
         return finding(Severity.FAULT if fails else Severity.WARNING, "server_name", message, hint)

@@ -88,7 +88,7 @@ class Use:
     @property
     def unload(self) -> str:
         """The command that stops it."""
-        return f"mlxctl unload {self.port}" + (" --force" if self.owner == "hand" else "")
+        return f"`mlxctl unload {self.port}{' --force' if self.owner == 'hand' else ''}`"
 
     def __str__(self) -> str:
         size = amount(self.counted) if self.known else "of unknown size"

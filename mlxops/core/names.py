@@ -62,7 +62,7 @@ def model_name(text: str) -> str:
         "bad_name",
         f"{shown(text)} is not a model name",
         why="a name is 1-64 letters, digits, '.', '_' or '-', a letter or digit first; or a repo id org/name",
-        hint="see the registered names: mlxctl list",
+        hint="see the registered names: `mlxctl list`",
     )
 
 
@@ -87,7 +87,7 @@ def port(text: str, ports: PortRange) -> int:
             "bad_port",
             f"{shown(text)} is not a port of this host",
             why=f"its range is {ports}",
-            hint="see the slots: mlxctl status",
+            hint="see the slots: `mlxctl status`",
         )
     return number
 

@@ -171,7 +171,7 @@ def _why_port_is_taken(view: PortView | None) -> str:
         case Owner.HAND:
             return f"pid {view.pid}, which mlxops did not start, serves {view.model or 'an unknown model'} there"
         case Owner.MLXOPS:
-            return f"a server of {view.model} is there and is {view.state}: {view.detail}; mlxctl unload {view.port}"
+            return f"a server of {view.model} is there and is {view.state}: {view.detail}; `mlxctl unload {view.port}`"
     if view.state is State.UNKNOWN:
         return f"what is on the port could not be determined: {view.detail}"
     return f"a process that is not ours holds the port: {view.detail}"
@@ -197,7 +197,7 @@ def pause(step: RestoreStep, attempts: Sequence[float]) -> RestoreStep | None:
     """
     if not attempts:
         return None
-    by_hand = f"mlxctl load {step.model} {step.port}"
+    by_hand = f"`mlxctl load {step.model} {step.port}`"
     if len(attempts) >= GIVE_UP:
         why = f"it was started {len(attempts)} times and did not last; after the cause is fixed: {by_hand}"
         return RestoreStep(step.model, step.port, why)

@@ -28,7 +28,9 @@ def find_drift(
     drifts = [drift for view in views.values() for drift in _port_drift(view, registry.on_port(view.port), slots, idle)]
     if registry.unwritable:
         # All other commands that change anything are refused until the registry is repaired.
-        drifts = [replace(drift, hint="repair the registry first, then look again: mlxctl status") for drift in drifts]
+        drifts = [
+            replace(drift, hint="repair the registry first, then look again: `mlxctl status`") for drift in drifts
+        ]
     return (
         *drifts,
         *(drift for view in views.values() for drift in _portless_servers(view)),
@@ -66,7 +68,7 @@ def _port_drift(
 def _not_served(view: PortView, name: str, load_port: int) -> Drift:
     code, message = DriftCode.ASSIGNED_NOT_SERVED, f"{name} is assigned to {view.port}, but nothing serves it"
     if view.rebooted:
-        return Drift(code, view.port, name, message, "mlxctl restore")
+        return Drift(code, view.port, name, message, "`mlxctl restore`")
     return Drift.of(code, view.port, name, message, load_port=load_port)
 
 

@@ -24,7 +24,7 @@ def unknown_model(name: str, registry: Registry, port: str | None = None) -> Ref
         "unknown_model",
         f"there is no model {name!r} in the registry",
         why="did you mean " + " or ".join(close) + "?" if close else "it was neither registered nor found by init",
-        hint=f"see: mlxctl list; or register it: mlxctl load {name} {_port_words(port)} --repo org/name",
+        hint=f"see: `mlxctl list`; or register it: `mlxctl load {name} {_port_words(port)} --repo org/name`",
     )
 
 
@@ -33,7 +33,7 @@ def two_repositories(name: str, repo_id: str | None, port: str | None) -> Refuse
         "ambiguous_model",
         f"--model {name} and --repo {repo_id} are two repositories",
         why="a model that is named by its repository cannot serve another one",
-        hint=f"give it a name: mlxctl load {name.rpartition('/')[2]} {_port_words(port)} --repo {repo_id}",
+        hint=f"give it a name: `mlxctl load {name.rpartition('/')[2]} {_port_words(port)} --repo {repo_id}`",
     )
 
 
@@ -42,7 +42,7 @@ def several_entries(repo_id: str, models: Sequence[Model], port: str | None) -> 
         "ambiguous_model",
         f"several models are of {repo_id}: {', '.join(model.name for model in models)}",
         why="a repository names a model only if exactly one entry has it",
-        hint=f"name the model that you mean: mlxctl load {models[0].name} {_port_words(port)}",
+        hint=f"name the model that you mean: `mlxctl load {models[0].name} {_port_words(port)}`",
     )
 
 
@@ -51,7 +51,7 @@ def entry_without_repo(entry: Model, port: str | None) -> Refused:
         "entry_unusable",
         f"the registry entry {entry.name!r} names no repository",
         why="; ".join(entry.problems),
-        hint=f"repoint it: mlxctl load {entry.name} {_port_words(port)} --repo org/name",
+        hint=f"repoint it: `mlxctl load {entry.name} {_port_words(port)} --repo org/name`",
     )
 
 
@@ -67,7 +67,7 @@ def port_needed(name: str) -> UsageError:
         "port_needed",
         f"no port is given, and {name!r} has none of its own",
         why="it is neither the alias of a slot nor assigned to a port",
-        hint=f"let mlxops choose one: mlxctl load {name} --port auto; see the ports: mlxctl status",
+        hint=f"let mlxops choose one: `mlxctl load {name} --port auto`; see the ports: `mlxctl status`",
     )
 
 
@@ -185,7 +185,7 @@ def not_ours_elsewhere(name: str, other: PortView) -> Refused:
         "model_elsewhere",
         f"{name} is served on port {other.port} by a process that mlxops did not start",
         why="mlxops moves only its own servers",
-        hint=f"first: mlxctl unload {other.port} --force",
+        hint=f"first: `mlxctl unload {other.port} --force`",
     )
 
 
@@ -194,12 +194,12 @@ def hand_started(view: PortView, command: str, notes: Iterable[str]) -> Refused:
         "hand_started",
         f"the server on port {view.port} was started by hand",
         why="; ".join([f"pid {view.pid}: {command[:200]}", *notes]),
-        hint=f"to stop it anyway: mlxctl unload {view.port} --force",
+        hint=f"to stop it anyway: `mlxctl unload {view.port} --force`",
     )
 
 
 def _unload_command(view: PortView) -> str:
-    return f"mlxctl unload {view.port}" + (" --force" if view.owner is Owner.HAND else "")
+    return f"`mlxctl unload {view.port}{' --force' if view.owner is Owner.HAND else ''}`"
 
 
 # -- several ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import socket
 import subprocess
 import sys
@@ -162,12 +163,13 @@ def test_what_is_told_meanwhile_is_passed_on_in_order(converse: Talk) -> None:
 
 
 def test_what_a_host_tells_to_do_next_is_done_there(converse: Talk) -> None:
-    row = DriftRow("orphan", 8100, None, "left over", "mlxctl unload 8100")
+    row = DriftRow("orphan", 8100, None, "left over", "mlxctl unload 8100", (("mlxctl", "unload", "8100"),))
     done = encode_event(Done(encode(replace(RESULT, drift=(row,)))))
-    told = converse(Scripted([HELLO, encode_event(Note("see mlxctl ops")), done]))
-    assert told.heard == [("studio", Note("see mlxctl ops --host studio"))]
-    assert told.answer.result == replace(RESULT, drift=(replace(row, hint="mlxctl unload --host studio 8100"),))
-    said = Busy("busy", "m", why="w", hint="wait for it: mlxctl ops --follow op1")
+    told = converse(Scripted([HELLO, encode_event(Note.of("see `mlxctl ops`")), done]))
+    assert told.heard == [("studio", Note.of("see `mlxctl ops --host studio`"))]
+    command = ("mlxctl", "unload", "--host", "studio", "8100")
+    assert told.answer.result == replace(RESULT, drift=(replace(row, hint=shlex.join(command), commands=(command,)),))
+    said = Busy("busy", "m", why="w", hint="wait for it: `mlxctl ops --follow op1`")
     refused = problem(converse(Scripted([HELLO, encode_event(Failed(said))], Ended(75, "")), "load"))
     assert refused.hint == "wait for it: mlxctl ops --host studio --follow op1"
 

@@ -9,118 +9,91 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from invoke.parser import Parser
 
 import mlxops
 from mlxops.agent.engines.argv import check_model_args
 from mlxops.cli.program import with_flags
-from mlxops.control.hints import TASKS, aimed, aimed_error, aimed_event
+from mlxops.control.hints import aimed, aimed_error, aimed_event
 from mlxops.core import planner
-from mlxops.core.errors import MlxopsError, Refused
+from mlxops.core.errors import MlxopsError, Refused, error_from_wire
 from mlxops.core.ports import World
 from mlxops.core.protocol import Done, Failed, LogLine, Note, Phase
 from mlxops.core.registry import Model, parse
 from mlxops.core.settings import PortRange, Settings
-from mlxops.tasks import namespace
-from tests.properties import PROPERTY
+from mlxops.tasks import command_names, namespace
 
 OTHER = " --host studio2"
 
 
 @pytest.mark.parametrize(
-    ("told", "typed"),
+    ("text", "typed"),
     [
-        ("mlxctl unload 8100", "mlxctl unload --host studio2 8100"),
-        ("first: mlxctl unload 8100 --force", "first: mlxctl unload --host studio2 8100 --force"),
-        ("mlxctl unload-all", "mlxctl unload-all --host studio2"),
-        ("agree anew: inv deploy", "agree anew: inv deploy --host studio2"),
-        ("mlxctl load a 8100, or mlxctl reconcile", "mlxctl load{0} a 8100, or mlxctl reconcile{0}"),
-        ("wait: mlxctl ops --follow x; or --cancel x", "wait: mlxctl ops --host studio2 --follow x; or --cancel x"),
-        ("paste what `inv gateway --print` shows", "paste what `inv gateway{0} --print` shows"),
-        ("see `mlxctl status`", "see `mlxctl status{0}`"),
-        ("mlxctl ops", "mlxctl ops{0}"),
-        ("(sizes: mlxctl list)", "(sizes: mlxctl list{0})"),
-        # It says itself where it goes.
-        ("run `mlxctl restore --local` there", "run `mlxctl restore --local` there"),
-        ("inv deploy --host studio", "inv deploy --host studio"),
-        ("inv ops --follow x --host studio; then inv deploy", "inv ops --follow x --host studio; then inv deploy{0}"),
-        ("mlxctl status and mlxctl ops --host a", "mlxctl status{0} and mlxctl ops --host a"),
-        # No command, or none that knows a host.
-        ("inv --list; inv demo; inv test; inv bench", "inv --list; inv demo; inv test; inv bench"),
-        ("inv faults --only KIND --at 1", "inv faults --only KIND --at 1"),
-        ("mlxctl loads; mlxctl set-up", "mlxctl loads; mlxctl set-up"),
-        ("my-mlxctl load; /x/inv load", "my-mlxctl load; /x/inv load"),
+        ("`mlxctl unload 8100`", "mlxctl unload{0} 8100"),
+        ("first: `mlxctl unload 8100 --force`", "first: mlxctl unload{0} 8100 --force"),
+        ("make both sides equal: `inv deploy`", "make both sides equal: inv deploy{0}"),
+        ("`mlxctl load a 8100`, or `mlxctl reconcile`", "mlxctl load{0} a 8100, or mlxctl reconcile{0}"),
+        ("wait: `mlxctl ops --follow x`; or --cancel x", "wait: mlxctl ops{0} --follow x; or --cancel x"),
+        ("`mlxctl status` and `mlxctl status`", "mlxctl status{0} and mlxctl status{0}"),
+        ("`mlxctl set --model a --set 'args=--x y'`", "mlxctl set{0} --model a --set 'args=--x y'"),
+        ("run `mlxctl restore --local` there", "run mlxctl restore --local there"),
+        ("`inv deploy --host studio`", "inv deploy --host studio"),
+        ("`mlxctl --list`", "mlxctl --list"),
+        ("add `hub` to hosts.yaml", "add `hub` to hosts.yaml"),
+        ("mlxctl without backticks", "mlxctl without backticks"),
         ("add --force", "add --force"),
         ("", ""),
     ],
 )
-def test_a_command_goes_to_the_host_that_told_it(told: str, typed: str) -> None:
-    assert aimed(told, OTHER) == typed.format(OTHER)
-    assert aimed(told, "") == told
+def test_command_in_backticks_goes_to_the_host(text: str, typed: str) -> None:
+    assert aimed(text, OTHER) == typed.format(OTHER)
+    assert aimed(text, "") == typed.format("")
 
 
-def test_what_is_aimed_is_understood() -> None:
+def test_aimed_command_is_understood() -> None:
     values = frozenset({"--host", "--model", "--port"})
-    words = aimed("mlxctl load org/name 8100", OTHER).split()[1:]
+    words = aimed("`mlxctl load org/name 8100`", OTHER).split()[1:]
     assert with_flags(words, values) == ["load", "--host", "studio2", "--model", "org/name", "--port", "8100"]
-    words = aimed("mlxctl load org/name 8100", " --host studio2 --local").split()[1:]
+    words = aimed("`mlxctl load org/name 8100`", " --host studio2 --local").split()[1:]
     assert with_flags(words, values) == [
-        "load",
-        "--host",
-        "studio2",
-        "--local",
-        "--model",
-        "org/name",
-        "--port",
-        "8100",
+        *("load", "--host", "studio2", "--local"),
+        *("--model", "org/name", "--port", "8100"),
     ]
 
 
-def test_the_tasks_are_those_that_know_a_host() -> None:
-    knowing = {
-        name for name, task in namespace.tasks.items() if any(each.name == "host" for each in task.get_arguments())
-    }
-    assert set(TASKS) == knowing
-
-
-def test_hints_are_aimed_wherever_they_stand_and_nothing_else_is() -> None:
-    rows = [{"hint": "mlxctl restore", "message": "mlxctl restore", "port": 8100}]
-    result = {"drift": rows, "skipped": [{"why": "or now: mlxctl load"}], "url": "x", "none": None}
-    done = aimed_event(Done(result), OTHER)
-    assert isinstance(done, Done)
-    assert done.result["drift"] == [rows[0] | {"hint": "mlxctl restore --host studio2"}]
-    assert done.result["skipped"] == [{"why": "or now: mlxctl load --host studio2"}]
-    assert (done.result["url"], done.result["none"]) == ("x", None)
-    error = Refused("x", "mlxctl ops", why="mlxctl ops", hint="mlxctl ops", details={"rows": rows, "pid": 1})
+def test_commands_of_rows_errors_and_notes_are_aimed_and_nothing_else() -> None:
+    row = {"hint": "mlxctl restore", "message": "mlxctl restore", "port": 8100, "commands": [["mlxctl", "restore"]]}
+    bare = {"hint": "mlxctl restore"}
+    done = aimed_event(Done({"drift": [row, bare], "url": "x", "none": None}, "status"), OTHER)
+    assert isinstance(done, Done) and done.command == "status"
+    aimed_row = row | {"hint": f"mlxctl restore{OTHER}", "commands": [["mlxctl", "restore", "--host", "studio2"]]}
+    assert done.result == {"drift": [aimed_row, bare], "url": "x", "none": None}
+    error = Refused("x", "mlxctl ops", why="mlxctl ops", hint="`mlxctl ops`", details={"rows": [row], "pid": 1})
     failed = aimed_event(Failed(error), OTHER)
     assert isinstance(failed, Failed)
     assert (failed.error.message, failed.error.why) == ("mlxctl ops", "mlxctl ops")
-    assert failed.error.hint == "mlxctl ops --host studio2" and failed.error.details["pid"] == 1
-    assert aimed_event(Note("mlxctl ops", "warning"), OTHER) == Note("mlxctl ops --host studio2", "warning")
+    assert failed.error.hint == f"mlxctl ops{OTHER}" and failed.error.commands == (("mlxctl", "ops", *OTHER.split()),)
+    assert failed.error.details == {"rows": [aimed_row], "pid": 1}
+    note = aimed_event(Note.of("see `mlxctl ops`", "warning"), OTHER)
+    assert note == Note(f"see mlxctl ops{OTHER}", "warning", (("mlxctl", "ops", *OTHER.split()),))
     for event in (LogLine("mlxctl ops"), Phase("start", "mlxctl ops")):
         assert aimed_event(event, OTHER) == event
 
 
-@given(
-    st.lists(
-        st.sampled_from(["mlxctl", "inv", "--host", "--local", "a", "8100", ";", "`", ", or", *TASKS]), max_size=9
-    ),
-    st.sampled_from([" --host studio2", " --local", " --host studio2 --local"]),
-)
-@PROPERTY
-def test_what_is_aimed_stays_so(words: list[str], flags: str) -> None:
-    once = aimed(" ".join(words), flags)
-    assert aimed(once, flags) == once
-    assert once.replace(flags, "") == " ".join(words).replace(flags, "")
+def test_error_keeps_its_commands_over_the_wire() -> None:
+    error = Refused("x", "no", why="so", hint="first: `mlxctl unload 8100`; or `mlxctl status`")
+    wire = error.to_wire()
+    assert wire["hint"] == "first: mlxctl unload 8100; or mlxctl status"
+    assert wire["commands"] == [["mlxctl", "unload", "8100"], ["mlxctl", "status"]]
+    again = error_from_wire(wire)
+    assert again.to_wire() == wire and again.marked_hint == error.marked_hint
 
 
 # -- typed as they are ------------------------------------------------------------------------------------------------
 
 _PLACEHOLDER = re.compile(r"\b(?:mlxctl|inv) [^;()]*\b(?:PORT|MODEL|NAME|PATH|REPO)\b")
 PACKAGE = Path(mlxops.__file__).parent
-OTHERS = {PACKAGE / "core" / "gateway.py"}
+OTHERS = {PACKAGE / "core" / "gateway.py", PACKAGE / "core" / "commands" / "list.py"}
 """Where the model is anybody's choice."""
 
 
@@ -134,6 +107,36 @@ def test_no_command_that_a_host_or_a_plan_tells_has_a_placeholder_in_it() -> Non
         if _PLACEHOLDER.search(text := written(node))
     ]
     assert not found, found
+
+
+_COMMAND = re.compile(r"(?<![\w./`-])(?:mlxctl|inv) (?:" + "|".join([*command_names(), "--list"]) + r")(?![\w-])")
+NOT_HINTS = {
+    *(PACKAGE / "cli").rglob("*.py"),
+    *(PACKAGE / "core" / "commands").rglob("*.py"),
+    *(PACKAGE / "agent" / "install.py", PACKAGE / "devtasks.py"),
+}
+
+
+def test_every_command_in_a_text_is_in_backticks() -> None:
+    """Otherwise it does not travel as data, and gets no `--host`."""
+    sources = {*PACKAGE.rglob("*.py")} - NOT_HINTS
+    found = [
+        f"{path.relative_to(PACKAGE)}:{node.lineno}: {text}"
+        for path in sorted(sources)
+        for tree in [ast.parse(path.read_text(encoding="utf-8"))]
+        for ignored in [ignored_strings(tree)]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant | ast.JoinedStr) and node not in ignored
+        if _COMMAND.search(text := re.sub(r"`[^`]*`", "", written(node)))
+    ]
+    assert not found, "\n".join(found)
+
+
+def ignored_strings(tree: ast.AST) -> set[ast.AST]:
+    """Return docstrings, descriptions of fields, and the parts of f-strings, which are read as a whole."""
+    nodes = list(ast.walk(tree))
+    documentation = {node.value for node in nodes if isinstance(node, ast.Expr)}
+    return documentation | {part for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
 
 
 def written(node: ast.AST) -> str:

@@ -120,7 +120,7 @@ def _removal_command(model: Model, index: int) -> str:
     word, after = model.args[index], model.args[index + 1 : index + 2]
     count = 2 if "=" not in word and after and not after[0].startswith("-") else 1
     rest = [*model.args[:index], *model.args[index + count :]]
-    return f"mlxctl set --model {model.name} --set {shlex.quote('args=' + shlex.join(rest))}"
+    return f"`mlxctl set --model {model.name} --set {shlex.quote('args=' + shlex.join(rest))}`"
 
 
 def _suggestion(key: str, known: Collection[str]) -> str:

@@ -185,7 +185,7 @@ def _check_parsers(command: EngineCommand, spec: ServerSpec) -> None:
                 "unknown_parser",
                 f"mlx-openai-server {command.version or ''} has no {key} {name!r}".replace("  ", " "),
                 why=f"it has {', '.join(names)}",
-                hint=f"set {key} to one of those, or to none: mlxctl set --model {spec.model.name} --set {key}=null",
+                hint=f"set {key} to one of those, or to none: `mlxctl set --model {spec.model.name} --set {key}=null`",
             )
 
 

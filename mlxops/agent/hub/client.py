@@ -482,7 +482,7 @@ _MESSAGES = {
     "wrong_content": "{repo}: files in the cache differ from the hub's",
 }
 _LOGIN_HINT = "on the host that downloads, as the user that runs mlxops: hf auth login"
-_RETRY_HINT = "try again: mlxctl pull --repo {repo} (complete files are kept)"
+_RETRY_HINT = "try again: `mlxctl pull --repo {repo}` (complete files are kept)"
 _HINTS = {
     "repo_not_found": f"check the spelling; if it is private, log in {_LOGIN_HINT}",
     "revision_not_found": "see its branches, tags and commits: https://huggingface.co/{repo_id}/commits/main",
@@ -495,7 +495,7 @@ _HINTS = {
     "download_stalled": f"check the host's network; then {_RETRY_HINT}",
     "cache_not_writable": "check the owner and permissions of the cache folder",
     "incomplete_download": _RETRY_HINT,
-    "wrong_content": "download them again: mlxctl pull --repo {repo}",
+    "wrong_content": "download them again: `mlxctl pull --repo {repo}`",
 }
 
 
@@ -533,7 +533,7 @@ def with_retries(attempt: Callable[[], T], repo: RepoRevision, emit: Emit, clien
 
 
 def _disk_full(repo: RepoRevision, problem: HubError) -> Refused:
-    hint = "free disk space: mlxctl list shows the sizes; then delete models that you do not need"
+    hint = "free disk space: `mlxctl list` shows the sizes; then delete models that you do not need"
     return Refused("disk_full", f"{repo}: the disk is full", why=problem.why, hint=hint)
 
 

@@ -173,7 +173,7 @@ def _wrong_content(snapshot: Path, repo: RepoRevision, removed: list[str], kept:
     error = failure("wrong_content", repo, why[:400])
     if kept:
         files = dict.fromkeys(os.path.realpath(snapshot / name) for name in kept)
-        error.hint = f"to restore the hub's files: rm {shlex.join(files)}; mlxctl pull --repo {repo}"
+        error.set_hint(f"to restore the hub's files: rm {shlex.join(files)}; `mlxctl pull --repo {repo}`")
     return error
 
 
@@ -366,7 +366,7 @@ def _announce(folder: Path, plan: DownloadPlan, emit: Emit) -> None:
             "disk_full",
             f"{plan.repo_id} does not fit on the disk: {amount(missing)} to download, {amount(free)} free",
             why=f"the disk of {folder.parent} is {amount(missing - free)} short",
-            hint="free disk space: mlxctl list shows the sizes; then delete models that you do not need",
+            hint="free disk space: `mlxctl list` shows the sizes; then delete models that you do not need",
             details={"needed_bytes": missing, "free_bytes": free},
         )
 

@@ -248,7 +248,7 @@ def correction_hint(file: Path, repo_id: str, revision: str) -> str:
 
 def restore_commands(file: Path, repo_id: str, revision: str) -> str:
     """Return the commands that replace an edited file by the hub's. They also delete the target of a link."""
-    return f"rm {shlex.quote(os.path.realpath(file))}; mlxctl pull --repo {repo_id}@{revision}"
+    return f"rm {shlex.quote(os.path.realpath(file))}; `mlxctl pull --repo {repo_id}@{revision}`"
 
 
 def broken_link_target(folder: str, name: str) -> str | None:

@@ -84,7 +84,7 @@ def settings_drift(ctx: Context, registry: Registry, view: PortView) -> Iterator
         expected = _expected_argv(ctx, registry, view)
     except MlxopsError as error:
         message = f"{view.port}: {run.model} could not be started as it is configured now: {error.message}"
-        yield Drift(DriftCode.SETTINGS_CHANGED, view.port, run.model, message, error.hint)
+        yield Drift(DriftCode.SETTINGS_CHANGED, view.port, run.model, message, error.marked_hint)
         return
     actual = run.argv
     if run.adopted and expected is not None:

@@ -71,7 +71,7 @@ def load(
                     "changed_meanwhile",
                     f"{name} means {target.name} by now, and meant {model}",
                     why="the registry was changed a moment ago",
-                    hint="look first: mlxctl list; then try again",
+                    hint="look first: `mlxctl list`; then try again",
                 )
             return target
 
@@ -263,7 +263,7 @@ def _adopt(ctx: Context, request: Load, plan: LoadPlan, prepared: Prepared, bega
             "not_adopted",
             f"the server on port {plan.port} does not answer as {plan.alias}",
             why=str(error)[:300],
-            hint=f"replace it: mlxctl load {plan.target.name} {plan.port} --force",
+            hint=f"replace it: `mlxctl load {plan.target.name} {plan.port} --force`",
         ) from None
     with ctx.cancellation.shield():  # half of it would be a record without an assignment
         ctx.store.save_run(replace(run, proven_at=utc_now()))
@@ -300,7 +300,7 @@ def _prove_boot_job(ctx: Context, request: Load, plan: LoadPlan, view: PortView)
     if names.sure and not names.any and plan.alias not in names.known:
         what = f"its server answers to {' and '.join(map(shown, names.known))}, not to {plan.alias}"
         refused = refusals.boot_port(view, what[:300])
-        refused.hint = f"have the boot job start it under the name {plan.alias}; or, {refused.hint}"
+        refused.set_hint(f"have the boot job start it under the name {plan.alias}; or, {refused.marked_hint}")
         raise refused
     run = run_of(view.server, plan.port, ctx.system.boot_id())
     try:
@@ -337,7 +337,8 @@ def _ready(ctx: Context, plan: LoadPlan) -> PortView:
                 "not_ready",
                 f"{plan.target.name} answered on port {plan.port}, and is {view.state} a moment later",
                 why=view.detail or f"owner {view.owner}, pid {view.pid}",
-                hint=f"see mlxctl logs --port {plan.port}; then: mlxctl load {plan.target.name} {plan.port} --force",
+                hint=f"see `mlxctl logs --port {plan.port}`; "
+                f"then: `mlxctl load {plan.target.name} {plan.port} --force`",
             )
         time.sleep(0.1)
     return view

@@ -28,7 +28,7 @@ def run(ctx: Context, request: Logs) -> LogsResult:
             "no_log",
             f"port {port} has no log",
             why="nothing was started there by mlxops",
-            hint=f"mlxctl status; or wait for one: mlxctl logs {port} --follow",
+            hint=f"`mlxctl status`; or wait for one: `mlxctl logs {port} --follow`",
         ) from None
     for line in files.read(log, start):
         ctx.emit(LogLine(line.text))

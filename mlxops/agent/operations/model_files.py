@@ -39,7 +39,7 @@ def cached(ctx: Context, target: ModelRef) -> ModelFiles | None:
         if found.path.parent.name == "snapshots" and not found.why.startswith("not MLX"):
             repo = f"{target.repo_id}@{found.path.name}"
             broken = inspect(found.path).broken
-            hint = f"repair {found.path}; this downloads what was deleted there: mlxctl pull --repo {repo}"
+            hint = f"repair {found.path}; this downloads what was deleted there: `mlxctl pull --repo {repo}`"
             if broken:
                 hint = correction_hint(found.path / broken[0], target.repo_id, found.path.name)
         raise Refused("not_servable", f"{target.repo_id} cannot be served", why=found.why, hint=hint)

@@ -91,7 +91,7 @@ def find(store: Store, text: str) -> OperationLog:
         "unknown_operation",
         f"{text!r} is the end of several operations" if matches else f"there is no operation {text!r} on this host",
         why=", ".join(each.id for each in matches) or "the records of the latest two hundred are kept",
-        hint="see: mlxctl ops",
+        hint="see: `mlxctl ops`",
     )
 
 
@@ -127,7 +127,7 @@ class CancelRequest:
             "worker_silent",
             f"operation {self._journal.id} was asked to end, and its worker, {worker}, is not responding",
             why=f"it has not responded for {RESPONSE_SECONDS:.0f} s: it was stopped, or waits for a disk",
-            hint=f"on the host: kill -CONT {target}, then it ends; or kill -KILL {target}, then mlxctl reconcile",
+            hint=f"on the host: kill -CONT {target}, then it ends; or kill -KILL {target}, then `mlxctl reconcile`",
             details={"operation": self._journal.id, "pid": pid},
         )
 
@@ -146,11 +146,11 @@ def _refuse_uncancellable(journal: OperationLog) -> None:
     name = envelope.request.name if envelope else None
     if not journal.alive():
         message = f"operation {journal.id} has ended already"
-        raise Refused("operation_ended", message, why=f"it was: {name}", hint="mlxctl ops")
+        raise Refused("operation_ended", message, why=f"it was: {name}", hint="`mlxctl ops`")
     if envelope is None or not envelope.request.cancellable:
         raise Refused(
             "not_cancellable",
             f"{name} cannot be cancelled",
             why="it takes only seconds, and a half-done change would be worse than the whole",
-            hint=f"wait for it: mlxctl ops --follow {journal.id}",
+            hint=f"wait for it: `mlxctl ops --follow {journal.id}`",
         )

@@ -125,7 +125,8 @@ def _template(entry: Model, path: Path, name: str) -> Path:
             "bad_chat_template",
             f"the chat template {name!r} of {entry.name} cannot be used",
             why=f"{file}: {getattr(error, 'strerror', None) or error}",
-            hint=f"repair the file; or take it out of the entry: mlxctl set --model {entry.name} --set chat_template=",
+            hint="repair the file; or take it out of the entry: "
+            f"`mlxctl set --model {entry.name} --set chat_template=`",
         ) from None
     return file
 
@@ -169,7 +170,7 @@ def check(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
 def _check_files(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
     """Raises `Refused` (not_servable) for files that the engine cannot load."""
     repo, revision = plan.target.repo_id, prepared.files.revision
-    hint = f"compare its files with the hub's: mlxctl pull --repo {repo}@{revision} --verify"
+    hint = f"compare its files with the hub's: `mlxctl pull --repo {repo}@{revision} --verify`"
     if facts.broken:
         hint = correction_hint(prepared.files.path / facts.broken[0], repo, revision)
     if facts.problems:
@@ -205,8 +206,8 @@ def _check_code(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
             "code_would_run",
             f"loading {plan.target.repo_id} would run code of that repository",
             why="; ".join(filter(None, [pinned, *code]))[:400],
-            hint=f"read that code; then: mlxctl set --model {plan.target.name} --set trust_remote_code=true "
-            f"--set revision={prepared.files.revision}",
+            hint=f"read that code; then: `mlxctl set --model {plan.target.name} --set trust_remote_code=true "
+            f"--set revision={prepared.files.revision}`",
         )
 
 

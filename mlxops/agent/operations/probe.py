@@ -57,5 +57,5 @@ def failed(world: World, probes: Mapping[int, ProbeRow]) -> Iterator[Drift]:
         if each.ok is False:
             view = world.ports[port]
             message = f"{port} is up, and gave no completion: {each.error}"
-            reload = f"; then mlxctl load {view.model} {port} --force" if view.model else ""
+            reload = f"; then `mlxctl load {view.model} {port} --force`" if view.model else ""
             yield Drift.of(DriftCode.PROBE_FAILED, port, view.model, message, reload=reload)

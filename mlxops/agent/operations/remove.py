@@ -140,7 +140,7 @@ def _in_use(model: Model, port: int, why: str) -> Refused:
         "in_use",
         f"the files of {model.name} are in use on port {port}",
         why=why,
-        hint=f"mlxctl unload {port}; then remove it",
+        hint=f"`mlxctl unload {port}`; then remove it",
     )
 
 
@@ -159,7 +159,7 @@ def _nobody_works_with(ctx: Context, entry: Model, sharing: list[Model]) -> Iter
                     "busy",
                     f"another operation works with {entry.name}: {held}",
                     why="its files cannot be removed meanwhile",
-                    hint=f"wait for it: mlxctl ops --follow {held.id}",
+                    hint=f"wait for it: `mlxctl ops --follow {held.id}`",
                     details={"operation": held.id},
                 )
             locks.append(held)

@@ -125,7 +125,7 @@ def _raise_incomplete(
         "restore_incomplete",
         f"{len(down)} of {count} {verb}: {named}",
         why="; ".join(step.why for step in down)[:600],
-        hint=f"what serves now: mlxctl status; then for each: mlxctl load {down[0].model} {down[0].port}",
+        hint=f"what serves now: `mlxctl status`; then for each: `mlxctl load {down[0].model} {down[0].port}`",
         details=wire.encode(result),
     )
 

@@ -36,7 +36,7 @@ def run(ctx: Context, request: Rollback) -> LoadResult:
                 "changed_meanwhile",
                 f"what port {port} serves was changed a moment ago",
                 why="what it served before is something else by now",
-                hint=f"look first: mlxctl status; then, if it is still wanted: mlxctl rollback {port}",
+                hint=f"look first: `mlxctl status`; then, if it is still wanted: `mlxctl rollback {port}`",
             )
 
     wanted = Load(
@@ -57,8 +57,8 @@ def run(ctx: Context, request: Rollback) -> LoadResult:
 def _load_instead(registry: Registry, port: int, now: Served | None) -> str:
     other = next((name for name in registry.models if now is None or name != now.model), None)
     if other is None:
-        return "the models that there are: mlxctl list"
-    return f"load what you want there, for example: mlxctl load {other} {port}" + (" --force" if now else "")
+        return "the models that there are: `mlxctl list`"
+    return f"load what you want there, for example: `mlxctl load {other} {port}{' --force' if now else ''}`"
 
 
 def _past(ctx: Context, registry: Registry, port: int) -> tuple[Served | None, Served | None]:
@@ -79,7 +79,7 @@ def _refuse_elsewhere(ctx: Context, registry: Registry, port: int, before: Serve
                 "model_elsewhere",
                 f"{before.model}, which port {port} served before, is served on port {other} now",
                 why="one model, one port",
-                hint=f"move it: mlxctl load {before.model} {port} --force; or first: mlxctl unload {other}",
+                hint=f"move it: `mlxctl load {before.model} {port} --force`; or first: `mlxctl unload {other}`",
             )
 
 

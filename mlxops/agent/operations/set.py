@@ -34,7 +34,7 @@ def run(ctx: Context, request: Set) -> SetResult:
     entry = after.models[name]
     running = _runs_otherwise_on(ctx, after, name) if changed else None
     if running is not None:
-        ctx.note(f"{name} serves port {running} with its old settings until: mlxctl load {name} {running} --force")
+        ctx.note(f"{name} serves port {running} with its old settings until: `mlxctl load {name} {running} --force`")
     return SetResult(
         model=name,
         changed=changed and not request.dry_run,

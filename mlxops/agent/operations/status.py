@@ -30,7 +30,7 @@ def run(ctx: Context, request: Status) -> StatusResult:
     if registry.unwritable:
         error = ctx.store.registry.refusal(registry)
         code = DriftCode.REGISTRY_MISSING if registry.missing else DriftCode.REGISTRY_UNUSABLE
-        found.insert(0, Drift(code, None, None, f"{error.message}: {error.why}", error.hint))
+        found.insert(0, Drift(code, None, None, f"{error.message}: {error.why}", error.marked_hint))
     found += conflicted_copies(ctx)
     return StatusResult(
         operations=tuple(_running(ctx, each) for each in downloads(ctx)),

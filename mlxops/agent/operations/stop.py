@@ -48,7 +48,7 @@ def stop(ctx: Context, view: PortView, grace: float) -> float:
             "port_still_held",
             f"the server on port {view.port} is gone, and something else listens there",
             why="a process that is not ours took the port",
-            hint="mlxctl status names it",
+            hint="`mlxctl status` names it",
         )
     ctx.store.forget_run(view.port)
     _see_memory_return(ctx, available, held)
@@ -71,7 +71,7 @@ def writing_what_was_stopped(stopped: PortView | None) -> Iterator[None]:
             "registry_behind",
             f"{stopped.model or 'the server'} on port {port} was stopped, and the registry could not be written",
             why=f"{error.message}: {error.why}; restore would start what it assigns to the port",
-            hint=f"{error.hint}; then: mlxctl unload {port}",
+            hint=f"{error.marked_hint}; then: `mlxctl unload {port}`",
             details={"cause": error.code, "port": port},
         ) from None
 
@@ -99,7 +99,7 @@ def _run_of(ctx: Context, view: PortView) -> Run:
             "not_ours",
             f"what is on port {view.port} is not known well enough to be stopped",
             why=view.detail,
-            hint="look first: mlxctl status; then stop it yourself on the host",
+            hint="look first: `mlxctl status`; then stop it yourself on the host",
         )
     return run_of(server, view.port, ctx.system.boot_id())
 

@@ -102,7 +102,7 @@ def _commit(ctx: Context, plan: LoadPlan, prepared: Prepared) -> None:
             "not_committed",
             f"{name} answered on port {port}, and could not be assigned to it: {error.message}",
             why=error.why,
-            hint=error.hint,
+            hint=error.marked_hint,
             details={"cause": error.code, "port": port},
         ) from None
 
@@ -116,7 +116,7 @@ def _kept(ctx: Context, plan: LoadPlan, error: MlxopsError) -> OutcomeUnknown:
         "not_committed",
         f"{name} serves port {port}, and the registry could not be written",
         why=f"{error.message}: {error.why}; {_registered_there(ctx, port)}; {old} could not be started again",
-        hint=f"{error.hint}; then: mlxctl load {name} {port}",
+        hint=f"{error.marked_hint}; then: `mlxctl load {name} {port}`",
         details=error.details,
     )
 

@@ -50,7 +50,7 @@ def _model(request: Unload) -> str | None:
     port, model = request.port, request.model
     if (port is None) == (model is None):
         why = "neither is given" if port is None else "both are given"
-        example = "what serves where: mlxctl status" if port is None else f"mlxctl unload {port}"
+        example = "what serves where: `mlxctl status`" if port is None else f"`mlxctl unload {port}`"
         raise UsageError("port_or_model", "unload takes a port or a model", why=why, hint=example)
     return None if model is None else names.model_name(model)
 

@@ -50,9 +50,9 @@ def _pattern(code: str, regex: str, reason: str, remedy: str) -> Pattern:
     return Pattern(code, re.compile(regex, re.IGNORECASE | re.MULTILINE), reason, remedy)
 
 
-_COMPARE = "compare its files with the hub's: mlxctl pull --repo {repo_id}@{revision} --verify"
+_COMPARE = "compare its files with the hub's: `mlxctl pull --repo {repo_id}@{revision} --verify`"
 
-_SMALLER_STEPS = "mlxctl set --model {model} --set 'args=--prefill-step-size 512'; then load it again"
+_SMALLER_STEPS = "`mlxctl set --model {model} --set 'args=--prefill-step-size 512'`; then load it again"
 
 PATTERNS = (
     _pattern(
@@ -60,7 +60,7 @@ PATTERNS = (
         r"kIOGPUCommandBufferCallbackErrorOutOfMemory|insufficient memory|out of memory|std::bad_alloc|\bMemoryError\b"
         r"|unable to allocate|attempting to allocate \d+ bytes|Resource limit \(\d+\) exceeded|Cannot allocate memory",
         "the host's memory is not enough for it",
-        "make room: mlxctl status lists the servers; unload one of them, or choose a smaller model",
+        "make room: `mlxctl status` lists the servers; unload one of them, or choose a smaller model",
     ),
     _pattern(
         "gpu_busy_with_display",
@@ -78,7 +78,7 @@ PATTERNS = (
         "gpu_victim",
         r"kIOGPUCommandBufferCallbackErrorInnocentVictim|victim of GPU error",
         "the GPU was reset because of an error of another process",
-        "load it again; see what else failed: mlxctl status",
+        "load it again; see what else failed: `mlxctl status`",
     ),
     _pattern(
         "no_gpu",
@@ -126,19 +126,19 @@ PATTERNS = (
         r"contains custom code which must be executed|requires importing and running a custom module"
         r"|requires you to execute the .{1,40} file in that repo|pass trust_remote_code=True",
         "it needs code from its repository, which runs only if the registry entry trusts it",
-        "read that code; then: mlxctl set --model {model} --set trust_remote_code=true --set revision={revision}",
+        "read that code; then: `mlxctl set --model {model} --set trust_remote_code=true --set revision={revision}`",
     ),
     _pattern(
         "port_taken",
         r"address already in use|Errno 48\b|Errno 98\b|answered by \S.{0,60} this load did not start",
         "something else listens on port {port}",
-        "see what: mlxctl status; stop it, then load it again",
+        "see what: `mlxctl status`; stop it, then load it again",
     ),
     _pattern(
         "disk_full",
         r"No space left on device|Errno 28\b|Disk quota exceeded",
         "a disk of the host is full",
-        "make room on the host, for example with mlxctl remove (sizes: mlxctl list), then load it again",
+        "make room on the host, for example with `mlxctl remove` (sizes: `mlxctl list`), then load it again",
     ),
     _pattern(
         "not_permitted",
@@ -206,7 +206,7 @@ PATTERNS = (
         r"LocalEntryNotFoundError|OfflineModeIsEnabled|outgoing traffic has been disabled|in offline mode"
         r"|CERTIFICATE_VERIFY_FAILED|We couldn't connect to 'https?://",
         "the engine needs a file from the hub that is not in the cache; servers run without access to the hub",
-        "download it first: mlxctl pull --repo {repo_id}; also pull other repositories that its args name",
+        "download it first: `mlxctl pull --repo {repo_id}`; also pull other repositories that its args name",
     ),
     _pattern(
         "option_refused",
@@ -224,7 +224,7 @@ PATTERNS = (
         "killed_by_system",
         r"^zsh: killed|^Killed(?:: 9)?$|: line \d+: +\d+ Killed",
         "the system killed it, most often because memory ran out",
-        "make room: mlxctl status lists the servers; unload one of them, or choose a smaller model",
+        "make room: `mlxctl status` lists the servers; unload one of them, or choose a smaller model",
     ),
 )
 

@@ -183,7 +183,7 @@ def stop(system: System, run: Run, *, grace: float, reap: Callable[[], object] =
             "will_not_die",
             f"the server's processes are still there {time.monotonic() - began:.0f} s after SIGTERM",
             why="they were killed, but the kernel has not removed them; the usual cause is a disk or driver that hangs",
-            hint="check again: mlxctl status; if they stay, reboot the host",
+            hint="check again: `mlxctl status`; if they stay, reboot the host",
         )
     return Stopped(time.monotonic() - began, killed and not drained)
 
@@ -281,5 +281,5 @@ def _not_ours(run: Run, why: str, pids: Collection[int]) -> Refused:
         "not_ours",
         f"process group {run.pgid} on port {run.port} may not be signalled",
         why=why,
-        hint=f"nothing was signalled; on the host, as their owner: {kill}; then: mlxctl unload {run.port}",
+        hint=f"nothing was signalled; on the host, as their owner: {kill}; then: `mlxctl unload {run.port}`",
     )

@@ -274,7 +274,7 @@ class OperationLog:
             "operation_interrupted",
             f"operation {self.id} was interrupted",
             why="its worker was killed, the host went down, or its disk is full",
-            hint="see what it left: mlxctl status; then run the same command again",
+            hint="see what it left: `mlxctl status`; then run the same command again",
         )
 
 

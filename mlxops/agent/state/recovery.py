@@ -82,7 +82,7 @@ def drift(store: Store, ports: Iterable[int]) -> Iterator[Drift]:
         interrupted = list(find_interrupted(store, ports))
     except (Refused, OSError) as error:
         refused = error if isinstance(error, Refused) else state_unreadable(store.state / "ops", error)
-        yield Drift(DriftCode.STATE_UNREADABLE, None, None, f"{refused.message}: {refused.why}", refused.hint)
+        yield Drift(DriftCode.STATE_UNREADABLE, None, None, f"{refused.message}: {refused.why}", refused.marked_hint)
         return
     for each in interrupted:
         operation = each.operation

@@ -268,7 +268,7 @@ class Store:
                 "host_json_unusable",
                 f"the host's agreed settings {path} cannot be read",
                 why=str(error)[:200],
-                hint="set them again: inv deploy",
+                hint="set them again: `inv deploy`",
             ) from None
 
     def save_agreed_settings(self, settings: Settings) -> None:
@@ -361,4 +361,4 @@ def state_unreadable(path: Path, error: OSError) -> Refused:
     )
 
 
-_RELOCATE_STATE = "put the state folder on a local disk: `state` in hosts.yaml, then inv deploy"
+_RELOCATE_STATE = "put the state folder on a local disk: `state` in hosts.yaml, then `inv deploy`"

@@ -75,7 +75,7 @@ def _host_result(
         _alias_row(config, port, findings) for port in ports if port.alias or port.serves or _entries_to(config, port)
     ]
     result = GatewayResult(tuple(rows), tuple(findings))
-    return HostReply(reply.host, result, reply.error or faults_error(findings))
+    return HostReply(reply.host, result, reply.error or faults_error(findings), reply.command, reply.flags)
 
 
 def faults_error(findings: Sequence[Finding]) -> MlxopsError | None:

@@ -83,7 +83,7 @@ def _add_edit_to_hint(error: MlxopsError, config: GatewayConfig, target: HostTar
     wrong = (entry for entry in config.entries if entry.address and entry.address[1] == port and entry.sends != name)
     entry = next((e for e in wrong if e.address and same_host(e.address[0], reached_at(target))), None)
     if entry is not None:
-        error.hint = core.edit(entry, "model", entry.right_model(name), config.files)
+        error.set_hint(core.edit(entry, "model", entry.right_model(name), config.files))
 
 
 def _probe(
@@ -102,7 +102,7 @@ def _probe(
         others = slots_beside(port, reached_at(target), settings.slots, settings.ports)
         probes = read_running(gateway, config, key, (server, *others)).probe_all(RECEIPT_SECONDS)
         if not probes.plan.names:
-            why = aimed(f"{probes.gateway.why_no_name(slot, port)}; see: inv gateway", target.flags)
+            why = aimed(f"{probes.gateway.why_no_name(slot, port)}; see: `inv gateway`", target.flags)
         elif not probes.results:
             why = "; ".join(f"{alias}: {reason}" for alias, reason in probes.plan.skipped.items())
     if probes is None or not probes.plan.names:
@@ -113,7 +113,7 @@ def _probe(
 
 
 def _report(probes: Probes, gateway: Gateway, target: HostTarget, console: Console) -> None:
-    see = aimed("see: inv gateway", target.flags)
+    see = aimed("see: `inv gateway`", target.flags)
     for alias, reason in probes.plan.skipped.items():
         console.note(f"warning: {alias} is not asked for through {gateway.url}: {reason}; {see}")
     for result in probes.results:

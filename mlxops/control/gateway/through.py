@@ -11,6 +11,7 @@ from mlxops.control.gateway.config import GatewayConfig, key_of
 from mlxops.control.gateway.ports import same_host
 from mlxops.control.gateway.probe import Deployment, ProbeResult, Question
 from mlxops.control.gateway.result import AliasRow, GatewayResult, ProbedAliasRow
+from mlxops.control.hints import aimed
 from mlxops.control.inventory import Gateway
 from mlxops.core import gateway as core
 from mlxops.core.errors import Refused, UsageError
@@ -83,12 +84,12 @@ class RunningGateway:
             return f"the gateway does not accept {key} for {result.alias}; allow it, or name another: gateway.key_env"
         match result.code:
             case "fallback":
-                return "see: mlxctl status --probe; the gateway asks its own server again after a cool-down"
+                return "see: `mlxctl status --probe`; the gateway asks its own server again after a cool-down"
             case "other_deployment":
                 return "the gateway asks its deployments in turn; ask again"
             case "other_server":
                 return f"see what the running gateway has: GET {self.gateway.url}/v1/model/info"
-        return "see: mlxctl status --probe, and the gateway's log"
+        return "see: `mlxctl status --probe`, and the gateway's log"
 
 
 @dataclass(frozen=True)
@@ -176,11 +177,11 @@ def _with_probes(reply: HostReply[GatewayResult], probes: Probes) -> HostReply[G
     rows: list[AliasRow] = []
     findings = list(result.findings)
     for row in result.aliases:
-        new = list(_probe_findings(row, reply.host, probes, findings))
+        new = list(_probe_findings(row, reply.host, reply.flags, probes, findings))
         rows.append(_probed_row(row, probes, new))
         findings += new
     error = reply.error if reply.error and reply.error.code != FAULTS_CODE else faults_error(findings)
-    return HostReply(reply.host, GatewayResult(tuple(rows), tuple(findings)), error)
+    return replace(reply, result=GatewayResult(tuple(rows), tuple(findings)), error=error)
 
 
 def _names_to(row: AliasRow, probes: Probes) -> list[str]:
@@ -204,18 +205,20 @@ def _probed_row(row: AliasRow, probes: Probes, new: Sequence[Finding]) -> Probed
     return replace(probed, alias=plain[0], names=plain) if plain and probes.gateway.file_entries is None else probed
 
 
-def _probe_findings(row: AliasRow, host: str, probes: Probes, reported: Sequence[Finding]) -> Iterator[Finding]:
+def _probe_findings(
+    row: AliasRow, host: str, flags: str, probes: Probes, reported: Sequence[Finding]
+) -> Iterator[Finding]:
     names = _names_to(row, probes)
     for result in probes.results:
         if result.alias in names and not result.ok:
             message = f"{result.alias}: no answer through {probes.gateway.gateway.url}: {result.detail}"
-            hint = probes.gateway.advice(result)
+            hint = aimed(probes.gateway.advice(result), flags)
             yield Finding(f"through_{result.code}", result.alias, row.port, Severity.FAULT, message, hint, host)
     for name, why in probes.plan.skipped.items():
         if name not in names or WILDCARD in name or _cause_reported(name, reported):
             continue
         stale = probes.gateway.is_stale(name)
-        severity, hint = (Severity.FAULT, _RESTART) if stale else (Severity.WARNING, "see: inv gateway")
+        severity, hint = (Severity.FAULT, _RESTART) if stale else (Severity.WARNING, aimed("see: `inv gateway`", flags))
         yield Finding("through_not_asked", name, row.port, severity, f"{name} is not asked for: {why}", hint, host)
 
 
