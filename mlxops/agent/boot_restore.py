@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mlxops.agent.context import Context
 from mlxops.agent.host.system import this_system
-from mlxops.agent.operations.restore import look
+from mlxops.agent.operations.restore import current_plan
 from mlxops.agent.paths import HostPaths, host_paths
 from mlxops.agent.state.store import Store, utc_now
 from mlxops.agent.worker import begin
@@ -94,10 +94,11 @@ def _restore(state: Path, printed: set[str]) -> _Outcome:
 def _plan(store: Store, paths: HostPaths, request: Envelope, printed: set[str]) -> tuple[RestoreStep, ...] | None:
     """Return the skipped steps if there is nothing to start; None if there is. Raises what `restore` raises first."""
     dry_run = Restore(dry_run=True)
-    plan = look(Context(dry_run, paths, store, this_system(), _print, dict(os.environ), request.asker), dry_run)
+    context = Context(dry_run, paths, store, this_system(), _print, dict(os.environ), request.asker)
+    plan = current_plan(context, dry_run)
     if plan.starts:
         return None
-    lines = [f"{step.model} on {step.port} is left: {step.why}" for step in plan.skipped if step.again_in is None]
+    lines = [f"{step.model} on {step.port} is skipped: {step.why}" for step in plan.skipped if step.again_in is None]
     if not os.path.lexists(paths.registry):
         lines.append(f"there is no registry at {paths.registry}: nothing is assigned")
     for line in lines:

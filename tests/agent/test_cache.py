@@ -466,7 +466,7 @@ class TestHostileContents:
         with (path / "config.json").resolve().open("r+b") as file:
             file.truncate(10**12)
         reason, _ = why(hub)
-        assert "config.json is of 1000000000000 bytes" in reason
+        assert "config.json has 1000000000000 bytes" in reason
         assert inspect(path).problems
 
     def test_folder_loops_are_not_followed(self, hub: Path, source: Path) -> None:

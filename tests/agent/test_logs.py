@@ -328,7 +328,7 @@ def test_following_across_lost_connections_repeats_and_loses_no_line(homelab: Ho
     write(1)  # an agent that still follows now notices that its connection is gone
     wait_until(lambda: not homelab.studio.processes(), 30, "the end of the agents")
     assert errors.count("reconnecting") == 6 and "the operation goes on" not in errors, errors
-    assert "cut or is gone" not in errors, errors
+    assert "cut or removed" not in errors, errors
 
 
 def test_read_without_follow_is_not_resumed(homelab: Homelab) -> None:

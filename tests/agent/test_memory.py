@@ -327,14 +327,14 @@ def cached_share(path: Path) -> float:
 
 def test_weights_are_prefetched_before_anything_stops(tmp_path: Path, cold: Path) -> None:
     ctx, events = context(tmp_path, Stubborn(GB))
-    prefetch.warm(ctx, cold, "m")
+    prefetch.prefetch_weights(ctx, cold, "m")
     assert cached_share(cold / "model.safetensors") == 1.0
     assert isinstance(events[0], Phase) and events[0].name == "warm"
 
 
 def test_weights_are_not_prefetched_if_memory_is_short(tmp_path: Path, cold: Path) -> None:
     ctx, events = context(tmp_path, Stubborn(8 * 1024 * 1024))
-    prefetch.warm(ctx, cold, "m")
+    prefetch.prefetch_weights(ctx, cold, "m")
     assert cached_share(cold / "model.safetensors") < 0.5
     assert isinstance(events[0], Note) and "not read ahead" in events[0].message
 
@@ -350,10 +350,10 @@ def test_weights_are_not_prefetched_if_memory_is_short(tmp_path: Path, cold: Pat
 def test_memory_of_a_stopped_server_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, available: Iterable[int], said: bool
 ) -> None:
-    monkeypatch.setattr(stop, "RETURN_SECONDS", 0.3)
+    monkeypatch.setattr(stop, "MEMORY_SECONDS", 0.3)
     ctx, events = context(tmp_path, Stubborn(*available))
-    stop._see_memory_return(ctx, 100 * GB, 60 * GB)
-    assert [isinstance(event, Note) and "not seen to return" in event.message for event in events] == [True] * said
+    stop._check_memory_return(ctx, 100 * GB, 60 * GB)
+    assert [isinstance(event, Note) and "did not return" in event.message for event in events] == [True] * said
 
 
 def test_latent_model_served_as_multimodal_is_estimated_with_full_keys_and_values(tmp_path: Path) -> None:

@@ -172,9 +172,9 @@ class TestVerify:
         with pytest.raises(DownloadFailed) as caught:
             verify(LLAMA, snapshot.revision, cache, events.append, QUICK)
         assert caught.value.code == "wrong_content"
-        assert "ends early: config.json" in caught.value.why and not config.exists()
+        assert "truncated: config.json" in caught.value.why and not config.exists()
         assert "kept" in caught.value.why and "model-00001" in caught.value.why
-        assert weights.read_bytes() == trained, "nothing tells it from weights that somebody trained further"
+        assert weights.read_bytes() == trained, "they may be weights that a person trained further"
         repo = f"{LLAMA}@{snapshot.revision}"
         assert caught.value.hint.endswith(f": rm {weights}; mlxctl pull --repo {repo}"), caught.value.hint
         weights.unlink()

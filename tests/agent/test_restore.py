@@ -247,7 +247,7 @@ def test_a_port_that_is_unloaded_meanwhile_is_left_and_the_rest_goes_on(homelab:
         0,
         f"started {models_there[other]} on {ports[other]}; left: {models_there[which]} on {ports[which]}\n",
     ), talk
-    assert f"{models_there[which]} on {ports[which]} is left: it was unloaded meanwhile" in talk
+    assert f"{models_there[which]} on {ports[which]} is skipped: it was unloaded during the restore" in talk
     assert assigned(homelab) == {models_there[other]: ports[other], models_there[which]: None}
     assert [row["state"] for row in status(homelab)["ports"]][:2] == ["idle", "ready"][:: 1 - 2 * which]
     assert not homelab.studio.listening(ports[which])

@@ -271,7 +271,7 @@ class TestUntrustedCode:
 
         models.install_snapshot(studio.hub, REPO, spoiled(tmp_path, with_code))
         done = studio.mlxctl("load", "--model", REPO, "--port", str(port), "--overcommit").ok()
-        assert "code of the repository is not run: config.json name" in done.stderr
+        assert "the repository's code is not run: config.json name" in done.stderr
         assert words_of(studio, port, "jerry-xl") is not None and not canary.exists()
         assert not any("--trust-remote-code" in process.command for process in studio.processes())
         studio.mlxctl("unload", "--port", str(port)).ok()

@@ -192,7 +192,9 @@ def _a_move_is_no_load_of_the_port_that_it_leaves(arena: Arena) -> None:
     """Nobody who wants that one follows it, and an unload of that one does not cancel it."""
     first, second = arena.ports[0], arena.ports[1]
     _load(arena, ALPHA, first)
-    with _held_at(arena, f"{OPERATIONS}.swap.warm", "load", model=ALPHA, port=str(second), force=True) as moved:
+    with _held_at(
+        arena, f"{OPERATIONS}.swap.prefetch_weights", "load", model=ALPHA, port=str(second), force=True
+    ) as moved:
         other = arena.run("load", model=ALPHA, port=str(first))
         _busy(other)
         assert other.error and "attach" not in other.error.details, other.error
@@ -416,7 +418,7 @@ def _a_removal_of_files_that_get_another_name(arena: Arena) -> None:
     """Whoever has begun to serve them under a name that was not there before keeps them."""
     first = arena.ports[0]
     arena.write_registry({"one": entry(ALPHA, arena.snapshots[ALPHA])})
-    with _held_at(arena, f"{OPERATIONS}.remove._nobody_works_with", "remove", model="one") as removed:
+    with _held_at(arena, f"{OPERATIONS}.remove._hold_files", "remove", model="one") as removed:
         assert arena.run("load", model="new", port=str(first), repo=ALPHA).exit == 0
     assert (removed[0].exit, removed[0].error and removed[0].error.code) == (3, "in_use"), removed
     with _held_at(arena, STARTS, "load", model="third", port=str(arena.ports[1]), repo=ALPHA):

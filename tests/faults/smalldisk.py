@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mlxops.agent.operations.preflight import ROOM_BYTES
+from mlxops.agent.operations.preflight import STATE_DISK_BYTES
 from mlxops.common.build import build_id
 from tests.faults import oracle
 from tests.faults.arena import Arena
@@ -17,7 +17,7 @@ from tests.lab.envelopes import envelope
 from tests.lab.leaks import become_subreaper
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
-ROOMS = (0, 1, 2, 4, 64, 2 * ROOM_BYTES // PAGE)
+ROOMS = (0, 1, 2, 4, 64, 2 * STATE_DISK_BYTES // PAGE)
 """Pages that are free: for nothing, for a record but not the registry, for both but not for a server; and for all."""
 
 

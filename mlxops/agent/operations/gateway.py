@@ -1,4 +1,4 @@
-"""`gateway`: what the entries of a gateway have to agree with, port by port."""
+"""`gateway`: report each port, so that the control node can compare it with the gateway's entries."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _served_port(view: PortView, registry: Registry) -> ServedPort:
 
 
 def _context_length(entry: Model) -> int | None:
-    """Return the entry's own limit, else what the model's files say."""
+    """Return the entry's own limit, else that of the model's files."""
     if entry.context_length is not None or entry.cache_path is None:
         return entry.context_length
     from mlxops.agent.hub.snapshot import shape

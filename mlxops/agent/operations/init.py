@@ -1,4 +1,4 @@
-"""`init`: register what the cache holds."""
+"""`init`: register the models of the cache."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def run(ctx: Context, request: Init) -> InitResult:
     from mlxops.agent.hub.cache import scan
 
     require_folder(ctx.paths.hub)
-    there = is_folder(ctx.paths.hub)
+    cache_exists = is_folder(ctx.paths.hub)
     registry = ctx.usable_registry()
-    if not there:
+    if not cache_exists:
         ctx.note(f"there was no cache at {ctx.paths.hub}; is `hub` in hosts.yaml right?", "warning")
-    found = scan(ctx.paths.hub)
-    rows = [(each.repo_id, each.revision, str(each.path)) for each in found.snapshots]
+    contents = scan(ctx.paths.hub)
+    rows = [(each.repo_id, each.revision, str(each.path)) for each in contents.snapshots]
     new = planner.init_entries(registry, rows)
 
     def add(current: Registry) -> Registry:
@@ -33,7 +33,7 @@ def run(ctx: Context, request: Init) -> InitResult:
     return InitResult(
         added=tuple(sorted(new)),
         existing=tuple(sorted(repo_id for repo_id, _, _ in rows if repo_id not in new)),
-        skipped=tuple(SkippedRow(each.repo_id, str(each.path), each.why) for each in found.skipped),
+        skipped=tuple(SkippedRow(each.repo_id, str(each.path), each.why) for each in contents.skipped),
         changed=bool(new) and not request.dry_run,
         dry_run=request.dry_run,
         hub=str(ctx.paths.hub),

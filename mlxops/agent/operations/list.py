@@ -15,8 +15,8 @@ from mlxops.core.replies import ErrorRow
 def run(ctx: Context, request: List) -> ListResult:
     registry = ctx.registry()
     error = ctx.warn_if_unusable(registry)
-    for each in conflicted_copies(ctx):
-        ctx.note(f"{each.message}: {each.hint}", "warning")
+    for drift in conflicted_copies(ctx):
+        ctx.note(f"{drift.message}: {drift.hint}", "warning")
     return ListResult(
         models=tuple(_model_row(ctx, model, memory=request.memory) for model in registry.models.values()),
         registry=str(ctx.paths.registry),
@@ -54,18 +54,18 @@ def _model_row(ctx: Context, model: Model, *, memory: bool) -> ModelRow:
     files = registered(model)
     if files is None and model.repo_id is not None:
         try:
-            found = find(ctx.paths.hub, model.repo_id, model.revision)
-        except Refused as closed:
-            found = Skipped(model.repo_id, ctx.paths.hub, f"{closed.message}: {closed.why}", incomplete=True)
-        if found is None:
+            copy = find(ctx.paths.hub, model.repo_id, model.revision)
+        except Refused as refused:
+            copy = Skipped(model.repo_id, ctx.paths.hub, f"{refused.message}: {refused.why}", incomplete=True)
+        if copy is None:
             problems.append("its files are not in the cache; load downloads them")
-        elif isinstance(found, Snapshot):
-            files = ModelFiles(found.revision, found.path, found.size_bytes)
-            problems.append(f"cache_path is dead; its files are at {found.path}")
+        elif isinstance(copy, Snapshot):
+            files = ModelFiles(copy.revision, copy.path, copy.size_bytes)
+            problems.append(f"cache_path is dead; its files are at {copy.path}")
         else:
-            problems.append(f"its files: {found.why}")
+            problems.append(f"its files: {copy.why}")
     path = files.path if files else None
-    shaped = shape(path) if path else None
+    facts = shape(path) if path else None
     return ModelRow(
         name=model.name,
         repo_id=model.repo_id,
@@ -76,7 +76,7 @@ def _model_row(ctx: Context, model: Model, *, memory: bool) -> ModelRow:
         port=model.port,
         engine=model.engine or ctx.paths.settings.engine,
         size_bytes=files.size_bytes if files else None,
-        context_length=model.context_length or (shaped.context_length if shaped else None),
+        context_length=model.context_length or (facts.context_length if facts else None),
         flags=option_rows(ctx, model, path),
         problems=tuple(problems),
         memory=_estimate(path, model) if memory and path else None,
@@ -87,14 +87,14 @@ def _estimate(path: Path, model: Model) -> EstimateRow | None:
     from mlxops.agent.operations.preflight import served_as
     from mlxops.agent.serving.memory import estimate_of
 
-    found = estimate_of(path, model.context_length, served_as(model))
-    if found is None:
+    estimate = estimate_of(path, model.context_length, served_as(model))
+    if estimate is None:
         return None
     return EstimateRow(
-        weight_bytes=found.weight_bytes,
-        context_bytes=found.context_bytes,
-        context_tokens=found.context_tokens,
-        state_bytes=found.state_bytes,
-        upper_estimate=not found.certain,
-        total_bytes=found.total,
+        weight_bytes=estimate.weight_bytes,
+        context_bytes=estimate.context_bytes,
+        context_tokens=estimate.context_tokens,
+        state_bytes=estimate.state_bytes,
+        upper_estimate=not estimate.certain,
+        total_bytes=estimate.total,
     )

@@ -1,4 +1,4 @@
-"""`load`: from a name to a proven server behind a port."""
+"""`load`: start a model's server on a port, and prove that it answers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from mlxops.core.records import Operation, Run, run_of
 from mlxops.core.registry import Registry
 
 READY_SECONDS = 5.0
-"""How long a server that has just answered a completion may take to look ready."""
+"""Time for a server that has answered a completion to become ready."""
 
 
 def run(ctx: Context, request: Load) -> LoadResult:
@@ -48,8 +48,11 @@ def load(
     once_alone: Callable[[Registry], None] = lambda _: None,
     launching: Callable[[], None] = lambda: None,
 ) -> LoadResult:
-    """`once_alone` is called when nobody else can work on the port and the model, and may raise; `launching` when
-    everything was checked, just before the server is started."""
+    """Load a model.
+
+    `once_alone` is called once the locks of the port and the model are held; it may raise. `launching` is called after
+    all checks, just before the server is started.
+    """
     began = time.monotonic()
     name = names.model_name(request.model or "")
     repo_id, revision = names.repo(request.repo) if request.repo else (None, None)
@@ -64,12 +67,12 @@ def load(
     with _port_alone(ctx, request, resolved) as (port, model):
 
         def still() -> ModelRef:
-            """As it is registered by now: only an editor can have made it another one, whose model is not held."""
+            """Resolve the name again. Raises `Busy` if an editor has changed which model it means: that is not held."""
             target = resolved()
             if target.name != model:
                 raise Busy(
                     "changed_meanwhile",
-                    f"{name} means {target.name} by now, and meant {model}",
+                    f"{name} now means {target.name}, and meant {model}",
                     why="the registry was changed a moment ago",
                     hint="look first: `mlxctl list`; then try again",
                 )
@@ -84,7 +87,7 @@ def load(
 
 
 def _running(ctx: Context, port: int, model: str) -> Operation | None:
-    """The same load, if it is running. A dry run holds nothing: it sees what would be in its way. Raises `Busy`."""
+    """Return the same load if it is running. For a dry run, which holds no locks. Raises `Busy` for another holder."""
     for name in (f"port-{port}", model_lock(model)):
         holder = ctx.store.holder(name)
         if holder is not None and not ctx.is_same_request(holder, port):
@@ -95,8 +98,11 @@ def _running(ctx: Context, port: int, model: str) -> Operation | None:
 
 
 def _refuse_removed(ctx: Context, repo_id: str) -> None:
-    """Raises `Busy` if the repository's files are being removed. A load asks this once it holds its port; a removal
-    looks at the ports once it holds the repository: one of the two sees the other."""
+    """Raises `Busy` if the repository's files are being removed.
+
+    A load checks this after it has locked its port. A removal checks the ports after it has locked the repository. So
+    at least one of them sees the other.
+    """
     name = repo_lock(repo_id)
     holder = None if ctx.request.dry_run else ctx.store.holder(name)
     if holder is not None and holder.command == "remove":
@@ -105,8 +111,11 @@ def _refuse_removed(ctx: Context, repo_id: str) -> None:
 
 @contextmanager
 def _port_alone(ctx: Context, request: Load, resolved: Callable[[], ModelRef]) -> Iterator[tuple[int, str]]:
-    """The port and the model that are meant, both held. With `auto`, an idle port that somebody else takes in this
-    very instant is idle no more: the next one is tried. Raises `Busy`, and what `planner.choose_port` raises."""
+    """Hold the requested port and model, and yield them.
+
+    With `auto`, if another operation takes the chosen port first, try the next idle one. Raises `Busy`, and what
+    `planner.choose_port` raises.
+    """
     asked = request.port
     gone: set[int] = set()
 
@@ -117,7 +126,7 @@ def _port_alone(ctx: Context, request: Load, resolved: Callable[[], ModelRef]) -
         try:
             return planner.choose_port(ctx.paths.settings, registry, idle, model, asked), model
         except UsageError:
-            # No port is given, and none is the model's: if it is loading somewhere, that is what is meant.
+            # No port is given, and the model has none. If a load of it is running, this raises `Busy` with that load.
             with ctx.with_request(replace(request, model=model)).hold_lock(model_lock(model)):
                 raise
 
@@ -128,7 +137,7 @@ def _port_alone(ctx: Context, request: Load, resolved: Callable[[], ModelRef]) -
                 with ExitStack() as locks:
                     asking = ctx.with_request(replace(request, model=model))
                     locks.enter_context(asking.hold_port(port, model_lock(model)))
-                    # What was read before the locks may be old by now: another port or name may be meant.
+                    # The registry and the ports may have changed before the locks were taken. So choose again.
                     if chosen() == (port, model):
                         held.push(locks.pop_all())
                         break
@@ -159,7 +168,7 @@ def _load_locked(
         if ctx.request.dry_run:
             return _dry_load(ctx, plan, None, began)
         files = _download(ctx, target)
-        # A download takes hours; what was set meanwhile counts.
+        # The entry may have changed during the download, which may take hours.
         registry, target = _register(ctx, resolved(), files)
         prepared = prepare(ctx, target, port, files)
         plan = _plan(ctx, request, registry, target, port, prepared)
@@ -169,15 +178,18 @@ def _load_locked(
             for name in more:
                 held.enter_context(ctx.hold_lock(name, port))
             locks += more
-            # What was planned before it was held may be otherwise by now.
+            # The state may have changed before these locks were taken. So plan again.
             registry = ctx.registry()
             plan = _plan(ctx, request, registry, target, port, prepared)
         return _carry_out(ctx, request, held, registry, plan, prepared, began, launching)
 
 
 def _locks_of_stops(ctx: Context, registry: Registry, plan: LoadPlan) -> list[str]:
-    """What a plan stops must be nobody else's meanwhile, and its models, which may have to come back, must not be
-    started elsewhere. This load's own port and model are held already."""
+    """Return the locks of the ports and models that a plan stops, apart from this load's own.
+
+    No other operation may change these ports. And no other may start these models, because they may have to be
+    restarted here.
+    """
     if ctx.request.dry_run:
         return []
     ports = [f"port-{view.port}" for view in plan.stops if view.port != plan.port]
@@ -195,7 +207,7 @@ def _carry_out(
     began: float,
     launching: Callable[[], None],
 ) -> LoadResult:
-    """`held`: what is given back when the load is over."""
+    """Carry out the plan. `held` collects what to release at the end of the load."""
     for note in plan.notes:
         ctx.note(note)
     if plan.outcome is Outcome.START and prepared is not None:
@@ -236,7 +248,7 @@ def _download(ctx: Context, target: ModelRef) -> ModelFiles:
 
 
 def _register(ctx: Context, target: ModelRef, files: ModelFiles) -> tuple[Registry, ModelRef]:
-    """A finished download stays registered, unassigned. A repointed entry changes only with the proof."""
+    """Register a finished download, unassigned. A repointed entry does not change before the new server is proven."""
     if target.entry is not None:
         return ctx.registry(), target
 
@@ -250,7 +262,7 @@ def _register(ctx: Context, target: ModelRef, files: ModelFiles) -> tuple[Regist
 
 
 def _adopt(ctx: Context, request: Load, plan: LoadPlan, prepared: Prepared, began: float) -> LoadResult:
-    """A live server that is as wanted becomes ours: the same proof, then the record, then the assignment."""
+    """Adopt a live server that matches the request: prove it, record it, assign the port. Raises `Refused`."""
     from mlxops.agent.serving.launch import COMPLETION_SECONDS, prove
 
     view = plan.adopts
@@ -265,12 +277,12 @@ def _adopt(ctx: Context, request: Load, plan: LoadPlan, prepared: Prepared, bega
             why=str(error)[:300],
             hint=f"replace it: `mlxctl load {plan.target.name} {plan.port} --force`",
         ) from None
-    with ctx.cancellation.shield():  # half of it would be a record without an assignment
+    with ctx.cancellation.shield():  # a cancellation in between would leave a record without an assignment
         ctx.store.save_run(replace(run, proven_at=utc_now()))
         try:
             ctx.store.registry.update(lambda current: commit(current, plan, prepared.files))
         except MlxopsError:
-            # It keeps serving, as it was recorded before.
+            # The server keeps serving. Restore its previous record.
             if view.run:
                 ctx.store.save_run(view.run)
             else:
@@ -289,7 +301,7 @@ def _adopt(ctx: Context, request: Load, plan: LoadPlan, prepared: Prepared, bega
 
 
 def _prove_boot_job(ctx: Context, request: Load, plan: LoadPlan, view: PortView) -> None:
-    """The boot job's server is what was asked for only if it answers under the alias. Raises `Refused` (boot_port)."""
+    """Check that the boot job's server answers under the alias. Raises `Refused` (boot_port)."""
     from mlxops.agent.serving.launch import COMPLETION_SECONDS, prove
 
     if view.server is None:
@@ -298,16 +310,16 @@ def _prove_boot_job(ctx: Context, request: Load, plan: LoadPlan, view: PortView)
     if names.not_asked:
         raise refusals.boot_port(view, f"its server is not asked: {names.not_asked}")
     if names.sure and not names.any and plan.alias not in names.known:
-        what = f"its server answers to {' and '.join(map(shown, names.known))}, not to {plan.alias}"
-        refused = refusals.boot_port(view, what[:300])
+        why = f"its server answers to {' and '.join(map(shown, names.known))}, not to {plan.alias}"
+        refused = refusals.boot_port(view, why[:300])
         refused.set_hint(f"have the boot job start it under the name {plan.alias}; or, {refused.marked_hint}")
         raise refused
     run = run_of(view.server, plan.port, ctx.system.boot_id())
     try:
         prove(ctx.paths, plan.alias, run, ctx.system, request.timeout or COMPLETION_SECONDS)
     except (OSError, NoCompletion) as error:
-        what = f"its server does not answer as {plan.alias}: {error}"
-        raise refusals.boot_port(view, what[:300]) from None
+        why = f"its server does not answer as {plan.alias}: {error}"
+        raise refusals.boot_port(view, why[:300]) from None
 
 
 def _adopted_run(ctx: Context, view: PortView, plan: LoadPlan, prepared: Prepared) -> Run:
@@ -329,13 +341,16 @@ def _adopted_run(ctx: Context, view: PortView, plan: LoadPlan, prepared: Prepare
 
 
 def _ready(ctx: Context, plan: LoadPlan) -> PortView:
-    """Return the port's view once it is ready, within `READY_SECONDS`: on a busy host the cheap probe may be late."""
+    """Wait until the port is ready, and return its view. On a busy host, the cheap probe may need several attempts.
+
+    Raises `NotStarted` (not_ready) after `READY_SECONDS`, or if no server is left.
+    """
     deadline = time.monotonic() + READY_SECONDS
     while (view := ctx.observe_port(plan.port)).state is not State.READY:
         if time.monotonic() > deadline or view.owner is None:
             raise NotStarted(
                 "not_ready",
-                f"{plan.target.name} answered on port {plan.port}, and is {view.state} a moment later",
+                f"{plan.target.name} answered on port {plan.port}, but is {view.state} a moment later",
                 why=view.detail or f"owner {view.owner}, pid {view.pid}",
                 hint=f"see `mlxctl logs --port {plan.port}`; "
                 f"then: `mlxctl load {plan.target.name} {plan.port} --force`",

@@ -1,4 +1,4 @@
-"""`logs`: a server's log, from its end on."""
+"""`logs`: the last lines of a server's log, and new ones as they are written."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from mlxops.core.protocol import LogLine, Reached
 
 
 def run(ctx: Context, request: Logs) -> LogsResult:
-    """Each line is an event; with `follow` there is no end but that of the connection, and each comes with its mark:
-    whoever loses the connection asks again with `after`."""
+    """Emit each line as an event.
+
+    With `follow`, continue until the connection ends. Each event then has the line's mark. After a lost connection, the
+    control node repeats the request with the last mark as `after`.
+    """
     port = names.port(request.port or "", ctx.paths.settings.ports)
     log = ctx.store.log_path(port)
     if request.follow:
@@ -36,19 +39,19 @@ def run(ctx: Context, request: Logs) -> LogsResult:
 
 
 def _follow(ctx: Context, request: Logs, log: Path) -> NoReturn:
-    start = files.parse_mark(request.after or "") or _start(log, request.lines)
+    start = files.parse_mark(request.after or "") or _first_mark(log, request.lines)
     while True:
-        # Also before the first line: nothing of what comes in the meantime must be lost.
+        # Emit the mark before the first line, too, so that no line is lost if the connection breaks before one comes.
         ctx.emit(Reached(str(start)))
         try:
             for line in files.follow(log, start, ctx.beat):
                 ctx.emit(LogLine(line.text, str(line.mark)))
         except LookupError:
-            ctx.note(f"the log was cut or is gone since; what came in between may be in {log.name}.1", "warning")
+            ctx.note(f"the log was cut or removed; lines from before may be in {log.name}.1", "warning")
             start = files.START
 
 
-def _start(log: Path, count: int) -> Mark:
+def _first_mark(log: Path, count: int) -> Mark:
     try:
         return files.last_lines(log, count)
     except FileNotFoundError:

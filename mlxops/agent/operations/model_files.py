@@ -1,4 +1,4 @@
-"""The files of a model in the cache, as much of them as the operations need to know."""
+"""Find a model's files in the cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mlxops.core.registry import Model
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A complete snapshot, as much of it as a load needs to know."""
+    """A complete snapshot of a model."""
 
     revision: str
     path: Path
@@ -22,32 +22,35 @@ class ModelFiles:
 
 
 def cached(ctx: Context, target: ModelRef) -> ModelFiles | None:
-    """The target's files, if all of them are here: no network is asked. None: they have to be downloaded."""
+    """Return the target's files, without using the network. None: they have to be downloaded.
+
+    Raises `Refused` (not_servable) if the files are there but cannot be served.
+    """
     from mlxops.agent.hub.cache import Skipped, Snapshot, find
     from mlxops.agent.hub.snapshot import correction_hint, inspect
 
     if target.entry is not None and not target.repoint:
-        own = registered(target.entry)
-        if own is not None:
-            return own
-    found = find(ctx.paths.hub, target.repo_id, target.revision)
-    whole = found if isinstance(found, Snapshot) or found is None else found.whole
+        files = registered(target.entry)
+        if files is not None:
+            return files
+    copy = find(ctx.paths.hub, target.repo_id, target.revision)
+    whole = copy if isinstance(copy, Snapshot) or copy is None else copy.whole
     if whole is not None:
         return ModelFiles(whole.revision, whole.path, whole.size_bytes)
-    if isinstance(found, Skipped) and not found.incomplete:
+    if isinstance(copy, Skipped) and not copy.incomplete:
         hint = "choose a repository with MLX weights, for example of mlx-community"
-        if found.path.parent.name == "snapshots" and not found.why.startswith("not MLX"):
-            repo = f"{target.repo_id}@{found.path.name}"
-            broken = inspect(found.path).broken
-            hint = f"repair {found.path}; this downloads what was deleted there: `mlxctl pull --repo {repo}`"
+        if copy.path.parent.name == "snapshots" and not copy.why.startswith("not MLX"):
+            repo = f"{target.repo_id}@{copy.path.name}"
+            broken = inspect(copy.path).broken
+            hint = f"repair {copy.path}; this downloads what was deleted there: `mlxctl pull --repo {repo}`"
             if broken:
-                hint = correction_hint(found.path / broken[0], target.repo_id, found.path.name)
-        raise Refused("not_servable", f"{target.repo_id} cannot be served", why=found.why, hint=hint)
+                hint = correction_hint(copy.path / broken[0], target.repo_id, copy.path.name)
+        raise Refused("not_servable", f"{target.repo_id} cannot be served", why=copy.why, hint=hint)
     return None
 
 
 def registered(model: Model) -> ModelFiles | None:
-    """The entry's own cache_path, if it is a complete snapshot of the revision that the entry names."""
+    """Return the files at the entry's cache_path if they are a complete snapshot of the entry's revision."""
     from mlxops.agent.hub.snapshot import completeness
 
     if model.cache_path is None or not os.path.isabs(model.cache_path):

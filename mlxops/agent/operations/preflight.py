@@ -1,4 +1,4 @@
-"""Everything that can be known of a load before anything is stopped."""
+"""The checks of a load before it stops anything."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ from mlxops.core.records import Operation
 from mlxops.core.registry import Model, Registry
 from mlxops.core.text import amount
 
-RECKONING_SECONDS = 20.0
-"""For another load to look at the memory of everything that serves, whatever hangs."""
-ROOM_BYTES = 8 * 1024**2
-"""Free on the disk of the state folder, for a server's records and the beginning of its log."""
+MEMORY_CHECK_SECONDS = 20.0
+"""Limit of the wait for another load's memory check. That check is bounded, even if a server hangs."""
+STATE_DISK_BYTES = 8 * 1024**2
+"""Least free space on the state folder's disk, for a server's records and the start of its log."""
 
 
 _OTHER_WEIGHTS = "it has no model*.safetensors, and an engine for language models loads no other weights"
@@ -51,7 +51,7 @@ _OTHER_WEIGHTS = "it has no model*.safetensors, and an engine for language model
 
 @dataclass(frozen=True)
 class Prepared:
-    """A server that could be started now."""
+    """Everything that is needed to start a server."""
 
     engine: Engine
     command: EngineCommand
@@ -61,9 +61,10 @@ class Prepared:
 
 
 def prepare(ctx: Context, target: ModelRef, port: int, files: ModelFiles, *, ask: bool = True) -> Prepared:
-    """Raises `Refused` for an engine that is not there or does not run, and for options that it cannot be given.
+    """Find the engine for a target, and its argv.
 
-    `ask`: the engine may be run to learn its options, which takes seconds; without it, that raises `HelpNotKnown`.
+    `ask`: run the engine to learn its options if they are not known, which takes seconds. Without `ask`, raise
+    `HelpNotKnown` instead. Raises `Refused` if the engine is missing or does not run, or does not support an option.
     """
     settings = ctx.paths.settings
     entry = target.entry or Model(target.name, target.repo_id)
@@ -85,21 +86,21 @@ def prepare(ctx: Context, target: ModelRef, port: int, files: ModelFiles, *, ask
 
 
 def options(entry: Model, default_engine: str, path: Path) -> tuple[Option, ...]:
-    """The options of an entry whose files are at `path`. Raises `Refused` (unknown_engine)."""
+    """Return the options of an entry whose files are at `path`. Raises `Refused` (unknown_engine)."""
     engine = engine_named(entry.engine or default_engine)
-    return options_of(entry, default_engine, shape(path).model_type, _names(path), needed=engine.needs)
+    return options_of(entry, default_engine, shape(path).model_type, _file_names(path), needed=engine.needs)
 
 
 def option_rows(ctx: Context, entry: Model, path: Path | None = None) -> tuple[OptionRow, ...]:
     """Return the options of an entry as `list` shows them. `path`: its files, if they are here."""
     try:
-        found = options(entry, ctx.paths.settings.engine, path or Path(entry.cache_path or os.devnull))
-    except Refused:  # an engine that is not known: told when it is loaded
-        found = options_of(entry, ctx.paths.settings.engine, None, (), needed=())
-    return tuple(OptionRow(each.key, each.value, each.origin.value) for each in found)
+        rows = options(entry, ctx.paths.settings.engine, path or Path(entry.cache_path or os.devnull))
+    except Refused:  # an unknown engine, which a load would report
+        rows = options_of(entry, ctx.paths.settings.engine, None, (), needed=())
+    return tuple(OptionRow(each.key, each.value, each.origin.value) for each in rows)
 
 
-def _names(path: Path) -> frozenset[str]:
+def _file_names(path: Path) -> frozenset[str]:
     try:
         return frozenset(os.listdir(path))
     except OSError:
@@ -107,17 +108,17 @@ def _names(path: Path) -> frozenset[str]:
 
 
 def _with_template(entry: Model, options: tuple[Option, ...], path: Path) -> tuple[Option, ...]:
-    """With the chat template's path made absolute: a relative one is a file of the model's repository."""
+    """Make the chat template's path absolute. A relative one names a file of the model's repository."""
     return tuple(
-        replace(each, value=str(_template(entry, path, each.value)))
+        replace(each, value=str(_template_file(entry, path, each.value)))
         if each.key == "chat_template" and isinstance(each.value, str)
         else each
         for each in options
     )
 
 
-def _template(entry: Model, path: Path, name: str) -> Path:
-    file = path / name  # an absolute name stays what it is
+def _template_file(entry: Model, path: Path, name: str) -> Path:
+    file = path / name  # an absolute name stays as it is
     try:
         template_text(file)
     except (OSError, ValueError) as error:
@@ -134,10 +135,10 @@ def _template(entry: Model, path: Path, name: str) -> Path:
 def preflight(
     ctx: Context, request: Load, held: ExitStack, registry: Registry, plan: LoadPlan, prepared: Prepared
 ) -> tuple[str, ...]:
-    """All that can be known of the new server before an old one is stopped; returns warnings, which it also tells.
+    """Check the new server before an old one is stopped. Emit warnings, and return them.
 
-    Its memory is reserved until `held` ends. Raises `Refused`: not_servable, code_would_run, unknown_architecture,
-    does_not_fit.
+    Reserve the server's memory until `held` ends. Raises `Refused`: not_servable, code_would_run,
+    unknown_architecture, does_not_fit.
     """
     from mlxops.agent.hub.snapshot import inspect
 
@@ -147,7 +148,7 @@ def preflight(
     _reserve_memory(ctx, request, held, registry, plan, prepared, facts)
     _check_disk(ctx, plan)
     if facts.auto_map and not prepared.serving.model.trust_remote_code:
-        ctx.note(f"code of the repository is not run: {' and '.join(facts.auto_map)} name it (auto_map)")
+        ctx.note(f"the repository's code is not run: {' and '.join(facts.auto_map)} name it (auto_map)")
     warnings = tuple(_warnings(ctx, request, plan, prepared, facts))
     for warning in warnings:
         ctx.note(warning, "warning")
@@ -180,12 +181,12 @@ def _check_files(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
 
 
 def _is_language_model(prepared: Prepared) -> bool:
-    """Whether the engine loads it through mlx-lm."""
+    """Return whether the engine loads the model through mlx-lm."""
     return _served_as(prepared) == "lm"
 
 
 def _served_as(prepared: Prepared) -> str:
-    """Return the served type. Decided by the argv: the entry's own args may set it."""
+    """Return the model type that the argv sets. The entry's own args may set it, too."""
     return long_options(prepared.wanted.argv).get("--model-type", "lm")
 
 
@@ -200,7 +201,7 @@ def _check_code(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
         pinned = f"its entry trusts it without naming the commit {revision}" if entry.trust_remote_code else ""
         code = [f"config.json names model_file {model_file}"] if model_file else []
         if own_tokenizer:
-            code.append(f"its tokenizer {printable(str(tokenizer))} is code of it (tokenizer_config.json)")
+            code.append(f"its tokenizer {printable(str(tokenizer))} is code of the repository (tokenizer_config.json)")
         code += [f"{name} has an auto_map" for name in facts.auto_map] if entry.trust_remote_code else []
         raise Refused(
             "code_would_run",
@@ -212,7 +213,7 @@ def _check_code(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
 
 
 def served_as(entry: Model) -> str:
-    """The kind of model that an entry is served as, before there is an argv."""
+    """Return the model type that an entry is served as. Use this while there is no argv."""
     return long_options(entry.args).get("--model-type", str(entry.options.get("model_type") or "lm"))
 
 
@@ -238,32 +239,32 @@ def check_before_download(ctx: Context, target: ModelRef) -> Callable[[Collectio
 
 
 _LIBRARIES = {"lm": "mlx_lm", "multimodal": "mlx_vlm"}
-"""What loads the models that are served as that. Of other kinds, nothing is known before."""
+"""The library that loads models of each type. The architectures of other types are not checked."""
 
 
 def _refuse_architecture(
     repo_id: str, command: EngineCommand, engine: Engine, config: Mapping[str, object], kind: str
 ) -> None:
-    """Raises `Refused` (unknown_architecture) for one that the installed engine does not know."""
+    """Raises `Refused` (unknown_architecture) if the installed engine does not know the architecture."""
     library = _LIBRARIES.get(kind)
     if library and (why := missing_architecture(command, engine, _model_type(config), library)):
         raise Refused(
             "unknown_architecture",
-            f"{repo_id} is of an architecture that the installed engine cannot load",
+            f"{repo_id} has an architecture that the installed engine cannot load",
             why=why,
             hint="upgrade the engine on the host, or choose another model",
         )
 
 
 def _model_type(config: Mapping[str, object]) -> str | None:
-    named = config.get("model_type")
-    return named if isinstance(named, str) else None
+    value = config.get("model_type")
+    return value if isinstance(value, str) else None
 
 
 def _refuse_quantization(
     repo_id: str, command: EngineCommand, engine: Engine, config: Mapping[str, object], *, packed: bool
 ) -> None:
-    """Raises `Refused` (not_servable) for weights that the installed engine does not unpack."""
+    """Raises `Refused` (not_servable) if the installed engine cannot unpack the weights."""
     known = quantization_abilities(command, engine, _model_type(config))
     if known is not None and (why := unknown_quantization(config, known, packed=packed)):
         raise _not_servable(repo_id, f"{why} (mlx-lm {known.version})")
@@ -287,38 +288,40 @@ def _reserve_memory(
     prepared: Prepared,
     facts: ModelFacts,
 ) -> None:
-    """Until its server has it, the memory that a load was granted is kept from others: two that begin at once must not
-    both be let in where only one fits."""
+    """Check that the model fits into memory, and reserve that memory until its server uses it.
+
+    Without the reservation, two loads that begin at once could both pass the check although only one fits.
+    """
     from mlxops.agent.serving.memory import budget, check_fits, in_use
 
-    cache, asked = facts.shape.served_as(_served_as(prepared)), prepared.serving.model.context_length
-    need = memory.estimate(facts.weight_bytes, cache, facts.shape.context_length, asked)
-    with _reckoning_alone(ctx):
+    cache, context_length = facts.shape.served_as(_served_as(prepared)), prepared.serving.model.context_length
+    need = memory.estimate(facts.weight_bytes, cache, facts.shape.context_length, context_length)
+    with _memory_check_lock(ctx):
         if not request.overcommit:
             uses = in_use(ctx.observe(registry), ctx.system, ctx.reserved())
             leaving = {view.port for view in plan.stops}
             check_fits(plan.target.name, need, budget(ctx.paths), uses, leaving, list(ctx.paths.settings.ports))
         if not ctx.request.dry_run:
             holder = replace(ctx.holder(plan.port), reserves=need.total)
-            held.callback(_taken(ctx, memory_lock(plan.port), holder).release)
+            held.callback(_take_lock(ctx, memory_lock(plan.port), holder).release)
 
 
 @contextmanager
-def _reckoning_alone(ctx: Context) -> Iterator[None]:
-    """Nobody else looks at the memory and reserves some meanwhile."""
+def _memory_check_lock(ctx: Context) -> Iterator[None]:
+    """Allow one memory check with its reservation at a time."""
     if ctx.request.dry_run:
         yield
         return
-    lock = _taken(ctx, "memory", ctx.holder())
+    lock = _take_lock(ctx, "memory", ctx.holder())
     try:
         yield
     finally:
         lock.release()
 
 
-def _taken(ctx: Context, name: str, holder: Operation) -> Lock:
-    """A lock that others have for a moment only. Raises `Busy`."""
-    deadline = time.monotonic() + RECKONING_SECONDS
+def _take_lock(ctx: Context, name: str, holder: Operation) -> Lock:
+    """Wait for a lock that other operations hold only briefly. Raises `Busy`."""
+    deadline = time.monotonic() + MEMORY_CHECK_SECONDS
     while isinstance(lock := ctx.store.lock(name, holder), Operation):
         if time.monotonic() > deadline:
             raise busy(name, lock)
@@ -326,55 +329,58 @@ def _taken(ctx: Context, name: str, holder: Operation) -> Lock:
 
 
 def _check_disk(ctx: Context, plan: LoadPlan) -> None:
-    """Found full after the old server has stopped, a disk would also keep it from coming back."""
+    """Check the state folder's disk now. If it were full after the old server stopped, that could not restart either.
+
+    Raises `Refused` (does_not_fit).
+    """
     free = free_on_disk(ctx.store.state)
-    if free < ROOM_BYTES:
+    if free < STATE_DISK_BYTES:
         raise Refused(
             "does_not_fit",
             f"{plan.target.name} cannot be started: the disk of {ctx.store.state} is full",
-            why=f"{amount(free)} are free; the records and the log of a server need {amount(ROOM_BYTES)}",
+            why=f"{amount(free)} are free; the records and the log of a server need {amount(STATE_DISK_BYTES)}",
             hint="free disk space on the host, then try again",
-            details={"needed_bytes": ROOM_BYTES, "free_bytes": free},
+            details={"needed_bytes": STATE_DISK_BYTES, "free_bytes": free},
         )
 
 
 def _warnings(ctx: Context, request: Load, plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> list[str]:
     files = prepared.files
-    found = [
+    warnings = [
         f"{each}: {edit_notice(files.path / each.name, plan.target.repo_id, files.revision)}"
         for each in edited(files.path)
     ]
-    found += facts.oddities
+    warnings += facts.oddities
     size = size_warning(plan.alias, facts.weight_bytes)
     if size:
-        found.append(size)
-    named = name_warning(request, plan.alias, plan.port)
-    if named:
-        found.append(named)
-    asked = prepared.serving.model.context_length
+        warnings.append(size)
+    name = name_warning(request, plan.alias, plan.port)
+    if name:
+        warnings.append(name)
+    configured = prepared.serving.model.context_length
     longest = facts.shape.context_length
-    promised = context_warning(request, plan.port, asked or longest)
+    promised = context_warning(request, plan.port, configured or longest)
     if promised:
-        found.append(promised)
-    if asked and longest and asked > longest:
-        found.append(f"context_length {asked} is more than the model can: {longest}")
+        warnings.append(promised)
+    if configured and longest and configured > longest:
+        warnings.append(f"context_length {configured} is more than the model supports: {longest}")
     if not facts.has_chat_template and prepared.serving.text("chat_template") is None:
-        found.append(f"{plan.target.repo_id} has no chat template: the engine may refuse chat completions")
-    return found
+        warnings.append(f"{plan.target.repo_id} has no chat template: the engine may refuse chat completions")
+    return warnings
 
 
 def entry_fields(target: ModelRef, files: ModelFiles) -> dict[str, object]:
-    """What the registry says of the target once it serves; `port` apart."""
+    """Return the fields of the target's registry entry once it serves, without `port`."""
     fields = planner.entry_fields(target.repo_id, str(files.path))
     del fields["port"]
     if target.revision:
         return fields | {"revision": files.revision}
-    # A revision that stands there is of the repository that the entry had before.
+    # A revision in the entry belongs to the repository that the entry had before.
     return fields | ({"revision": None} if target.entry and target.entry.revision else {})
 
 
 def commit(registry: Registry, plan: LoadPlan, files: ModelFiles) -> Registry:
-    """The one write of a load: the model's files, and the port, which it takes from whoever had it."""
+    """Return the registry after a load: with the model's files, and with the port taken from its previous model."""
     entry = registry.models.get(plan.target.name)
     changed = entry is None or plan.target.repoint or entry.cache_path != str(files.path)
     if changed:
@@ -382,12 +388,15 @@ def commit(registry: Registry, plan: LoadPlan, files: ModelFiles) -> Registry:
     return registry.assign(plan.target.name, plan.port)
 
 
-# What the gateway's entries say about the port. The control node sends it, where it can read the gateway's
-# configuration: in the request's `sent`, as {"8100": ["jerry-xl"]}, and in `promised`, as {"8100": 131072}.
+# If the control node can read the gateway's configuration, it sends the entries' names and context lengths for each
+# port: in the request's `sent`, as {"8100": ["jerry-xl"]}, and in `promised`, as {"8100": 131072}.
 
 
 def check_name(ctx: Context, request: Load, target: ModelRef, port: int) -> None:
-    """Before anything is downloaded or stopped. Raises `Refused` (gateway_name), and engine_not_found."""
+    """Check that the engine will accept the names that the gateway sends. Call this before a download or a stop.
+
+    Raises `Refused` (gateway_name, engine_not_found).
+    """
     names = request.sent.get(str(port), ())
     if not names:
         return
@@ -399,7 +408,7 @@ def check_name(ctx: Context, request: Load, target: ModelRef, port: int) -> None
 
 
 def name_warning(request: Load, alias: str, port: int) -> str | None:
-    """Return a warning if the gateway sends a name that this engine knows beside the alias, and others may not."""
+    """Return a warning if the gateway sends another name than the alias. Other engines may not accept that name."""
     other = [name for name in request.sent.get(str(port), ()) if name != alias]
     if not other:
         return None
@@ -407,7 +416,7 @@ def name_warning(request: Load, alias: str, port: int) -> str | None:
 
 
 def context_warning(request: Load, port: int, context_length: int | None) -> str | None:
-    """A sentence, if the gateway promises more input tokens than the model that comes to this port takes."""
+    """Return a warning if the gateway promises more input tokens than the model accepts."""
     promised = request.promised.get(str(port))
     if promised is None or context_length is None or promised <= context_length:
         return None

@@ -13,31 +13,31 @@ from mlxops.core.commands.status import ProbeRow
 from mlxops.core.drift import Drift, DriftCode
 from mlxops.core.ports import PortView, State, World
 
-SECONDS = 20.0
-"""How long a completion of four tokens may take: a server that is busy with others needs longer."""
+PROBE_SECONDS = 20.0
+"""Limit of one completion of four tokens. A server that is busy with other requests needs longer."""
 
 
 def probe(ctx: Context, world: World) -> dict[int, ProbeRow]:
-    """port -> what came of it. Takes no longer than the slowest, and never much longer than `SECONDS`."""
+    """Probe all ready ports in parallel. Return the results by port, after little more than `PROBE_SECONDS` at most."""
     ready = [view for view in world.ports.values() if view.state is State.READY]
     probes: dict[int, ProbeRow] = {}
 
-    def ask(view: PortView) -> None:
-        probes[view.port] = _ask(ctx, view)
+    def store_probe(view: PortView) -> None:
+        probes[view.port] = _probe_port(ctx, view)
 
-    threads = [threading.Thread(target=ask, args=(view,), daemon=True) for view in ready]
+    threads = [threading.Thread(target=store_probe, args=(view,), daemon=True) for view in ready]
     for thread in threads:
         thread.start()
-    deadline = time.monotonic() + SECONDS + 1
+    deadline = time.monotonic() + PROBE_SECONDS + 1
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
-    error = f"no completion within {SECONDS:.0f} s"
-    late = ProbeRow(ok=False, seconds=SECONDS, error=error, name=None, not_asked=None)
+    error = f"no completion within {PROBE_SECONDS:.0f} s"
+    late = ProbeRow(ok=False, seconds=PROBE_SECONDS, error=error, name=None, not_asked=None)
     return {view.port: probes.get(view.port, late) for view in ready}
 
 
-def _ask(ctx: Context, view: PortView) -> ProbeRow:
-    """Ask under a name that the server knows, so that it neither loads nor drops a model because of us."""
+def _probe_port(ctx: Context, view: PortView) -> ProbeRow:
+    """Request a completion under a name that the server knows, so that it neither loads nor drops a model."""
     names = names_of(view)
     if names.not_asked or not names.known:
         why = names.not_asked or "its name is not known"
@@ -45,17 +45,18 @@ def _ask(ctx: Context, view: PortView) -> ProbeRow:
     began = time.monotonic()
     name, error = names.known[0], None
     try:
-        request_completion(ctx.paths.connect_host, view.port, name, SECONDS)
+        request_completion(ctx.paths.connect_host, view.port, name, PROBE_SECONDS)
     except (OSError, NoCompletion) as failure:
         error = str(failure)[:300] or type(failure).__name__
     seconds = round(time.monotonic() - began, 3)
     return ProbeRow(ok=error is None, seconds=seconds, error=error, name=name, not_asked=None)
 
 
-def failed(world: World, probes: Mapping[int, ProbeRow]) -> Iterator[Drift]:
-    for port, each in probes.items():
-        if each.ok is False:
+def failed_probes(world: World, probes: Mapping[int, ProbeRow]) -> Iterator[Drift]:
+    """Report each failed probe as drift."""
+    for port, row in probes.items():
+        if row.ok is False:
             view = world.ports[port]
-            message = f"{port} is up, and gave no completion: {each.error}"
+            message = f"{port} is up, and gave no completion: {row.error}"
             reload = f"; then `mlxctl load {view.model} {port} --force`" if view.model else ""
             yield Drift.of(DriftCode.PROBE_FAILED, port, view.model, message, reload=reload)

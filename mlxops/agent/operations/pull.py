@@ -1,4 +1,4 @@
-"""`pull`: download the files of a model, without its server. Every operation that downloads calls `fetch`."""
+"""`pull`: download the files of a model, without starting it. All operations that download call `fetch`."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
     from mlxops.agent.hub.download import FilesCheck
 
 FOLLOW_SECONDS = 0.2
-LET_GO_SECONDS = 2.0
-"""How long the threads of a download that nobody wants any more get to end."""
+THREAD_END_SECONDS = 2.0
+"""Time for the threads of a cancelled download to end."""
 T = TypeVar("T")
 
 
 def run(ctx: Context, request: Pull) -> PullResult:
-    """Bring what the hub has now into the cache; with `verify`, compare every file's content with the hub's hashes."""
+    """Download the hub's current files into the cache. With `verify`, compare each file's content with its hash."""
     from mlxops.agent.hub.download import verify, warn_of_edits
 
     began = time.monotonic()
     repo_id, revision = names.repo(request.repo or "")
     before = find(ctx.paths.hub, repo_id, revision)
     if request.dry_run:
-        here = before.revision if isinstance(before, Snapshot) else None
-        return PullResult(repo_id, here, changed=False, dry_run=True)
+        current = before.revision if isinstance(before, Snapshot) else None
+        return PullResult(repo_id, current, changed=False, dry_run=True)
     snapshot = fetch(ctx, repo_id, revision)
     verified = None
     if request.verify:
@@ -62,50 +62,53 @@ def run(ctx: Context, request: Pull) -> PullResult:
 
 
 def fetch(ctx: Context, repo_id: str, revision: str | None, check: FilesCheck | None = None) -> Snapshot:
-    """Download a repository, or follow the operation that does, and see then what is left to do: mostly nothing.
-    `check` may refuse before anything is downloaded.
+    """Download a repository. If another operation downloads it, follow that one, then download what is still missing.
 
-    Raises what `hub.download` raises, and `Refused` (folder_missing). A download that is cancelled leaves nothing of a
-    repository that was not there before, and of one that was what it had completed.
+    `check` may refuse before the download starts. If the download is cancelled, remove a repository that is new, and
+    keep the completed files of one that was in the cache before.
+
+    Raises what `hub.download` raises, and `Refused` (folder_missing).
     """
     from mlxops.agent.hub.download import download
 
     require_folder(ctx.paths.hub)
     folder = ctx.paths.hub / f"models--{repo_id.replace('/', '--')}"
     with _only_download(ctx, repo_id):
-        new, begun = not os.path.lexists(folder), _half_files(folder)
-        given_up = threading.Event()
-        downloading = _beside(
-            lambda: download(repo_id, revision, ctx.paths.hub, ctx.emit, is_cancelled=given_up.is_set, check=check)
+        new, earlier = not os.path.lexists(folder), _incomplete_files(folder)
+        cancelled = threading.Event()
+        downloading = _start_thread(
+            lambda: download(repo_id, revision, ctx.paths.hub, ctx.emit, is_cancelled=cancelled.is_set, check=check)
         )
         try:
             return downloading.result()
         except Interrupted:
-            given_up.set()
-            wait([downloading], LET_GO_SECONDS)
-            # Whole, it may be served by now.
+            cancelled.set()
+            wait([downloading], THREAD_END_SECONDS)
+            # A complete snapshot stays: a server may use it already.
             if new and not isinstance(find(ctx.paths.hub, repo_id, revision), Snapshot):
                 shutil.rmtree(folder, ignore_errors=True)
                 shutil.rmtree(folder.parent / ".locks" / folder.name, ignore_errors=True)
-            # Its threads may still hang on the hub, and hold the locks by which a download that runs is told.
-            for half in _half_files(folder) - begun:
-                half.unlink(missing_ok=True)
+            # Threads that hang on the hub still hold the files' locks, so these files would look like a live download.
+            for file in _incomplete_files(folder) - earlier:
+                file.unlink(missing_ok=True)
             raise
 
 
-def _half_files(folder: Path) -> set[Path]:
+def _incomplete_files(folder: Path) -> set[Path]:
     return set((folder / "blobs").glob("*.incomplete"))
 
 
-def _beside(work: Callable[[], T]) -> Future[T]:
-    """Do it in a thread of its own: a wait can be interrupted, a read from a hub that stands still cannot. Such a
-    thread ends with the worker."""
+def _start_thread(work: Callable[[], T]) -> Future[T]:
+    """Run `work` in its own thread.
+
+    Waiting for it can be interrupted; a read from an unresponsive hub cannot. Such a thread ends with the worker.
+    """
     future: Future[T] = Future()
 
     def run() -> None:
         try:
             future.set_result(work())
-        except BaseException as error:  # noqa: BLE001 - raised again by whoever waits
+        except BaseException as error:  # noqa: BLE001 - `result` raises it again
             future.set_exception(error)
 
     threading.Thread(target=run, name="download", daemon=True).start()
@@ -117,20 +120,20 @@ def _only_download(ctx: Context, repo_id: str) -> Iterator[None]:
     name = repo_lock(repo_id)
     while isinstance(held := ctx.store.lock(name, ctx.holder()), Operation):
         ctx.note(f"{repo_id} is being downloaded by {held}; following that")
-        _follow(ctx, name, held)
+        _relay_progress(ctx, name, held)
     try:
         yield
     finally:
         held.release()
 
 
-def _follow(ctx: Context, name: str, holder: Operation) -> None:
-    """Pass on the progress of whoever downloads, until it lets go."""
+def _relay_progress(ctx: Context, name: str, holder: Operation) -> None:
+    """Emit the progress of the operation that downloads, until it releases its lock."""
     journal = find_operation(ctx.store.state / "ops", holder.id)
-    told: Progress | None = None
+    reported: Progress | None = None
     while ctx.store.holder(name) == holder:
         progress = journal.state().progress if journal else None
-        if progress is not None and progress != told:
+        if progress is not None and progress != reported:
             ctx.emit(progress)
-            told = progress
+            reported = progress
         time.sleep(FOLLOW_SECONDS)

@@ -1,11 +1,11 @@
-"""`reconcile`: clear what nothing serves, stop what belongs to nothing."""
+"""`reconcile`: clear assignments that no server serves, and stop servers without an assignment."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from mlxops.agent.context import DRAIN_SECONDS, Context
-from mlxops.agent.operations.stop import stop, writing_what_was_stopped
+from mlxops.agent.operations.stop import report_registry_behind, stop
 from mlxops.agent.state.recovery import settle_all
 from mlxops.agent.state.store import state_unwritable
 from mlxops.core import planner, wire
@@ -43,7 +43,7 @@ def run(ctx: Context, request: Reconcile) -> ReconcileResult:
 
 
 def _reconcile_port(ctx: Context, port: int) -> tuple[list[StoppedRow], list[ClearedRow]]:
-    """Looked at once more under the port's lock: what was absent a moment ago may be loading by now."""
+    """Observe the port again under its lock, because a load may have started since, and reconcile it."""
     registry = ctx.registry()
     world = ctx.observe(registry, only=[port])
     plan = planner.plan_reconcile(registry, world)
@@ -54,26 +54,28 @@ def _reconcile_port(ctx: Context, port: int) -> tuple[list[StoppedRow], list[Cle
         for view in plan.stops:
             stop(ctx, view, DRAIN_SECONDS)
         if clear:
-            with writing_what_was_stopped(next(iter(plan.stops), None)):
+            with report_registry_behind(next(iter(plan.stops), None)):
                 ctx.store.registry.update(
                     lambda current: current.clear(m.name for m in current.on_port(port) if m.name in clear)
                 )
         if plan.forget:
             ctx.store.forget_run(port)
     stopped = [StoppedRow(view.port, view.model, view.pid, view.detail) for view in plan.stops]
-    return stopped, _rows(clear)
+    return stopped, _cleared_rows(clear)
 
 
 def _remember_cleared(ctx: Context, clear: Mapping[str, int]) -> None:
-    """Before it is done, and not to be done without: what was cleared must be found again, by `restore --cleared`, even
-    if this very operation is killed. Raises `Refused`."""
+    """Write to the history what will be cleared, first.
+
+    `restore --cleared` must find it even if this operation is killed. Raises `Refused` if it cannot be written.
+    """
     try:
         ctx.store.append_history(
-            operation=ctx.operation, by=str(ctx.asker), command="reconcile", cleared=wire.encode(_rows(clear))
+            operation=ctx.operation, by=str(ctx.asker), command="reconcile", cleared=wire.encode(_cleared_rows(clear))
         )
     except OSError as error:
         raise state_unwritable(ctx.store.state, error) from None
 
 
-def _rows(clear: Mapping[str, int]) -> list[ClearedRow]:
+def _cleared_rows(clear: Mapping[str, int]) -> list[ClearedRow]:
     return [ClearedRow(name, port) for name, port in clear.items()]

@@ -22,7 +22,7 @@ from mlxops.core.text import amount
 
 
 def run(ctx: Context, request: Remove) -> RemoveResult:
-    """Delete the files of a model's revision, registered or only pulled. Its entry stays, and so do other revisions."""
+    """Delete the files of a model's revision, registered or only pulled. Keep its entry and other revisions."""
     from mlxops.agent.hub.contents import printable
     from mlxops.agent.hub.removal import delete
     from mlxops.agent.hub.snapshot import edited
@@ -36,13 +36,13 @@ def run(ctx: Context, request: Remove) -> RemoveResult:
     if files is None:
         return RemoveResult(entry.name, changed=False, freed_bytes=0, dry_run=request.dry_run)
     sharing = _sharing(ctx, registry, entry, files)
-    with _nobody_works_with(ctx, entry, sharing):
+    with _hold_files(ctx, entry, sharing):
         registry = ctx.registry()
         sharing = _sharing(ctx, registry, entry, files)
         world = ctx.observe(registry)
         _refuse_loading(world, entry)
         _refuse_in_use(registry, world, sharing)
-        mine = [printable(each.name) for each in edited(files.path)] if files.revision else []
+        edited_names = [printable(each.name) for each in edited(files.path)] if files.revision else []
         repo, commit = (files.path.parent.parent, files.revision) if files.revision else (files.path, None)
         deleted = delete(repo, commit, dry_run=request.dry_run)
     if not request.dry_run:
@@ -51,14 +51,16 @@ def run(ctx: Context, request: Remove) -> RemoveResult:
         if other.name != entry.name:
             ctx.note(f"{other.name} has the same files", "warning")
     if deleted.linked_bytes:
-        left = f"{amount(deleted.linked_bytes)} of {files.path} lie behind links, outside of its folder"
-        ctx.note(f"{left}: the links are removed, the files are left", "warning")
-    if mine:
-        goes = "would go with them" if request.dry_run else "went with them"
-        ctx.note(f"what somebody edited there {goes}: {', '.join(mine)}"[:1000], "warning")
+        linked = f"{amount(deleted.linked_bytes)} of {files.path} lie behind links, outside of its folder"
+        ctx.note(f"{linked}: the links are removed, the files are left", "warning")
+    if edited_names:
+        verb = "would be" if request.dry_run else "were"
+        ctx.note(
+            f"files that were edited by hand {verb} deleted with them: {', '.join(edited_names)}"[:1000], "warning"
+        )
     if deleted.own:
         ctx.note(f"kept, because no download put it there: {', '.join(deleted.own)}"[:1000], "warning")
-    _tell_copies(ctx, entry, files)
+    _warn_of_copies(ctx, entry, files)
     return RemoveResult(
         model=entry.name,
         repo_id=entry.repo_id,
@@ -73,7 +75,7 @@ def run(ctx: Context, request: Remove) -> RemoveResult:
     )
 
 
-def _tell_copies(ctx: Context, entry: Model, files: ModelFiles) -> None:
+def _warn_of_copies(ctx: Context, entry: Model, files: ModelFiles) -> None:
     """Warn of copies of the model in other roots of the cache."""
     for root in roots(ctx.paths.hub):
         copy = root / f"models--{(entry.repo_id or '').replace('/', '--')}"
@@ -82,39 +84,44 @@ def _tell_copies(ctx: Context, entry: Model, files: ModelFiles) -> None:
 
 
 def _only_pulled(ctx: Context, name: str) -> Model | None:
-    """A repository of the cache that the registry does not know."""
-    here = names.is_repo_id(name) and find(ctx.paths.hub, name, None) is not None
-    return Model(name, repo_id=name) if here else None
+    """Return an entry for a repository that is in the cache but not in the registry."""
+    cached = names.is_repo_id(name) and find(ctx.paths.hub, name, None) is not None
+    return Model(name, repo_id=name) if cached else None
 
 
 def _sharing(ctx: Context, registry: Registry, entry: Model, files: ModelFiles) -> list[Model]:
-    """Every model that these files are of."""
+    """Return every model that uses these files."""
     return [entry, *(each for each in registry.models.values() if each.name != entry.name and _uses(ctx, each, files))]
 
 
 def _files(ctx: Context, entry: Model) -> ModelFiles | None:
-    """Return the entry's snapshot, complete or not; its repository's folder, with an empty revision, if that has no
-    snapshot; None if nothing of it lies in a cache of ours."""
-    own = Path(entry.cache_path) if entry.cache_path and os.path.isabs(entry.cache_path) else None
-    if own is None or not own.is_dir() or not own.name.startswith(entry.revision or ""):
-        found = find(ctx.paths.hub, entry.repo_id, entry.revision) if entry.repo_id else None
-        own = found.path if found else None
-    if own is None:
+    """Return the entry's snapshot, complete or not.
+
+    If its repository has no snapshot, return the repository's folder, with an empty revision. If neither is in one of
+    our caches, return None.
+    """
+    path = Path(entry.cache_path) if entry.cache_path and os.path.isabs(entry.cache_path) else None
+    if path is None or not path.is_dir() or not path.name.startswith(entry.revision or ""):
+        copy = find(ctx.paths.hub, entry.repo_id, entry.revision) if entry.repo_id else None
+        path = copy.path if copy else None
+    if path is None:
         return None
-    inside = roots(ctx.paths.hub)
-    if own.parent.name == "snapshots" and own.parent.parent.parent in inside:
-        return ModelFiles(own.name, own, 0)
-    return ModelFiles("", own, 0) if own.parent in inside and own.name.startswith("models--") else None
+    caches = roots(ctx.paths.hub)
+    if path.parent.name == "snapshots" and path.parent.parent.parent in caches:
+        return ModelFiles(path.name, path, 0)
+    return ModelFiles("", path, 0) if path.parent in caches and path.name.startswith("models--") else None
 
 
 def _uses(ctx: Context, model: Model, files: ModelFiles) -> bool:
-    own = _files(ctx, model)
-    return own is not None and own.path.resolve() == files.path.resolve()
+    theirs = _files(ctx, model)
+    return theirs is not None and theirs.path.resolve() == files.path.resolve()
 
 
 def _refuse_in_use(registry: Registry, world: World, models: list[Model]) -> None:
-    """Raises `Refused` (in_use) if one of the models serves, is about to, or is to come back; (unknown_port) if what
-    serves could not be determined."""
+    """Refuse to remove files that a model uses, is about to use, or uses after the next restore.
+
+    Raises `Refused`: in_use; unknown_port if a port's state could not be determined.
+    """
     for view in world.ports.values():
         if view.state is State.UNKNOWN:
             raise unknown_port(view)
@@ -127,8 +134,10 @@ def _refuse_in_use(registry: Registry, world: World, models: list[Model]) -> Non
 
 
 def _refuse_loading(world: World, entry: Model) -> None:
-    """A load under a name that is not registered yet holds none of the models that share the files, but tells its
-    repository. Raises `Refused` (in_use)."""
+    """Refuse to remove files that a load is about to serve under a new name. Raises `Refused` (in_use).
+
+    Such a load holds no lock of the models that share the files. But its operation names its repository.
+    """
     for view in world.ports.values():
         repo = (view.operation.repo or "").partition("@")[0] if view.operation else ""
         if repo and repo == entry.repo_id:
@@ -145,8 +154,8 @@ def _in_use(model: Model, port: int, why: str) -> Refused:
 
 
 @contextmanager
-def _nobody_works_with(ctx: Context, entry: Model, sharing: list[Model]) -> Iterator[None]:
-    """Nobody downloads the repository, or starts or stops one of the models that share its files. Raises `Busy`."""
+def _hold_files(ctx: Context, entry: Model, sharing: list[Model]) -> Iterator[None]:
+    """Hold the locks of the repository and of all models that share its files. Raises `Busy`."""
     if ctx.request.dry_run:
         yield
         return
@@ -158,7 +167,7 @@ def _nobody_works_with(ctx: Context, entry: Model, sharing: list[Model]) -> Iter
                 raise Busy(
                     "busy",
                     f"another operation works with {entry.name}: {held}",
-                    why="its files cannot be removed meanwhile",
+                    why="its files cannot be removed at the same time",
                     hint=f"wait for it: `mlxctl ops --follow {held.id}`",
                     details={"operation": held.id},
                 )

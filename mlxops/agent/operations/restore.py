@@ -1,4 +1,4 @@
-"""`restore`: start what the registry assigns and nothing serves; after a reboot, and when servers crash."""
+"""`restore`: start the assigned models that no server serves, after a reboot or a crash."""
 
 from __future__ import annotations
 
@@ -32,115 +32,119 @@ from mlxops.core.plan_restore import (
 from mlxops.core.ports import JobState
 from mlxops.core.registry import Registry
 
-UNLOADED = "it was unloaded meanwhile"
+UNLOADED = "it was unloaded during the restore"
 
 
 class _NotWanted(Refused):
-    """Somebody has unloaded it since the plan was made."""
+    """The assignment was removed after the plan was made."""
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _HostPlan:
+    """The plan, and what messages about it need."""
+
     steps: RestorePlan
     attempts: Mapping[RestoreStep, Sequence[float]]
-    """How many seconds ago each was started in vain, newest first."""
-    gone: tuple[JobState, ...]
-    """Boot jobs of ports to start that are disabled or not installed: they do not reserve their ports."""
+    """How many seconds ago each failed start of a step began, newest first."""
+    inactive_jobs: tuple[JobState, ...]
+    """Boot jobs of ports to start that are disabled or not installed. They do not reserve their ports."""
 
 
 def run(ctx: Context, request: Restore) -> RestoreResult:
-    """Start each assignment that nothing serves, in the order of the ports. One that fails does not stop the others.
+    """Start each assigned model that no server serves, in the order of the ports. If one fails, continue.
 
-    Raises `NotStarted` (restore_incomplete) at the end if one failed, or stays down until a person acts."""
+    Raises `NotStarted` (restore_incomplete) at the end if a start failed, or if a model stays down until a person acts.
+    """
     with ctx.hold_lock(RESTORE):
-        plan = _plan(ctx, request, keep=not request.dry_run)
-        for state in plan.gone:
+        plan = _make_plan(ctx, request, record_lasting=not request.dry_run)
+        for state in plan.inactive_jobs:
             ctx.note(f"the boot job {state.job.name} of port {state.job.port} is {state.standing}: {state.detail}")
         for step in plan.steps.skipped:
-            _tell_left(ctx, step)
-        return _try_out(ctx, plan) if request.dry_run else _carry_out(ctx, request, plan)
+            _warn_skipped(ctx, step)
+        return _dry_run(ctx, plan) if request.dry_run else _start_all(ctx, request, plan)
 
 
-def look(ctx: Context, request: Restore) -> RestorePlan:
-    """What `restore` would do now. Nothing is changed, but what is seen to last is remembered."""
-    return _plan(ctx, request, keep=True).steps
+def current_plan(ctx: Context, request: Restore) -> RestorePlan:
+    """Return what `restore` would do now. Start nothing, but record in the history which servers have lasted."""
+    return _make_plan(ctx, request, record_lasting=True).steps
 
 
-def _try_out(ctx: Context, plan: _Plan) -> RestoreResult:
-    """What would be started, and how; and what would be refused."""
+def _dry_run(ctx: Context, plan: _HostPlan) -> RestoreResult:
+    """Return the starts with their argv, and the starts that would be refused."""
     starts: list[RestoreRow] = []
     failed: list[RestoreStep] = []
     for step in plan.steps.starts:
-        wanted = replace(_load_of(step), dry_run=True)
+        request = replace(_load_request(step), dry_run=True)
         try:
-            tried = load(ctx.with_request(wanted), wanted).plan
+            planned = load(ctx.with_request(request), request).plan
         except Interrupted:
             raise
         except MlxopsError as error:
-            failed.append(_not_started(ctx, step, error))
+            failed.append(_failed_step(ctx, step, error))
             continue
-        argv = tried.argv if tried else None
-        starts.append(replace(_row(step), argv=argv))
+        argv = planned.argv if planned else None
+        starts.append(replace(_restore_row(step), argv=argv))
         ctx.note(f"{step.model} on {step.port}: {shlex.join(argv) if argv else 'its files would be downloaded first'}")
-    result = replace(_result(ctx, (), failed, plan.steps.skipped), restored=tuple(starts))
+    result = replace(_restore_result(ctx, (), failed, plan.steps.skipped), restored=tuple(starts))
     _raise_incomplete(plan, failed, plan.steps.skipped, result, "would not start")
     return result
 
 
-def _carry_out(ctx: Context, request: Restore, plan: _Plan) -> RestoreResult:
+def _start_all(ctx: Context, request: Restore, plan: _HostPlan) -> RestoreResult:
     restored: list[RestoreStep] = []
     failed: list[RestoreStep] = []
-    left = list(plan.steps.skipped)
+    skipped = list(plan.steps.skipped)
     for step in plan.steps.starts:
         ctx.cancellation.check()
         try:
-            if _start(ctx, request, step, afresh=step not in plan.attempts):
+            if _start_step(ctx, request, step, first=step not in plan.attempts):
                 restored.append(step)
         except (PortExcluded, _NotWanted):
-            left.append(replace(step, why=UNLOADED, in_hand=True))
-            _tell_left(ctx, left[-1])
+            skipped.append(replace(step, why=UNLOADED, in_hand=True))
+            _warn_skipped(ctx, skipped[-1])
         except Interrupted:
             raise
         except MlxopsError as error:
-            failed.append(_not_started(ctx, step, error))
-    result = _result(ctx, restored, failed, left)
-    _raise_incomplete(plan, failed, left, result, "did not start")
+            failed.append(_failed_step(ctx, step, error))
+    result = _restore_result(ctx, restored, failed, skipped)
+    _raise_incomplete(plan, failed, skipped, result, "did not start")
     return result
 
 
-def _not_started(ctx: Context, step: RestoreStep, error: MlxopsError) -> RestoreStep:
+def _failed_step(ctx: Context, step: RestoreStep, error: MlxopsError) -> RestoreStep:
+    """Warn of the error. Return the step with the error as its reason."""
     ctx.note(f"{step.model} on {step.port}: {error.message}: {error.why}", "warning")
     return replace(step, why=f"{error.code}: {error.message}")
 
 
 def _raise_incomplete(
-    plan: _Plan, failed: Sequence[RestoreStep], skipped: Sequence[RestoreStep], result: RestoreResult, verb: str
+    plan: _HostPlan, failed: Sequence[RestoreStep], skipped: Sequence[RestoreStep], result: RestoreResult, verb: str
 ) -> None:
     down = [*failed, *(step for step in skipped if step.stuck)]
     if not down:
         return
-    named = ", ".join(f"{step.model} on {step.port}" for step in down)
+    names = ", ".join(f"{step.model} on {step.port}" for step in down)
     count = len(plan.steps.starts) + len(down) - len(failed)
     raise NotStarted(
         "restore_incomplete",
-        f"{len(down)} of {count} {verb}: {named}",
+        f"{len(down)} of {count} {verb}: {names}",
         why="; ".join(step.why for step in down)[:600],
         hint=f"what serves now: `mlxctl status`; then for each: `mlxctl load {down[0].model} {down[0].port}`",
         details=wire.encode(result),
     )
 
 
-def _tell_left(ctx: Context, step: RestoreStep) -> None:
-    ctx.note(f"{step.model} on {step.port} is left: {step.why}", "warning")
+def _warn_skipped(ctx: Context, step: RestoreStep) -> None:
+    ctx.note(f"{step.model} on {step.port} is skipped: {step.why}", "warning")
 
 
-def _plan(ctx: Context, request: Restore, *, keep: bool) -> _Plan:
+def _make_plan(ctx: Context, request: Restore, *, record_lasting: bool) -> _HostPlan:
     registry = ctx.usable_registry()
     history = ctx.history()
     world = ctx.observe(registry)
     starts = starts_of(history)
     now = _now(ctx)
-    if keep:
+    if record_lasting:
         for step in lasting(starts, world, now):
             ctx.remember(command="lasted", model=step.model, port=step.port)
     attempts = in_vain(starts, _records(ctx, starts), now)
@@ -153,8 +157,8 @@ def _plan(ctx: Context, request: Restore, *, keep: bool) -> _Plan:
     )
     if steps.starts:
         require_folder(ctx.paths.hub)
-    gone = {state.job.port: state for state in world.boot if not state.standing.reserves}
-    return _Plan(steps, attempts, tuple(gone[step.port] for step in steps.starts if step.port in gone))
+    inactive = {state.job.port: state for state in world.boot if not state.standing.reserves}
+    return _HostPlan(steps, attempts, tuple(inactive[step.port] for step in steps.starts if step.port in inactive))
 
 
 def _now(ctx: Context) -> Now:
@@ -162,26 +166,28 @@ def _now(ctx: Context) -> Now:
 
 
 def _records(ctx: Context, steps: Iterable[RestoreStep]) -> dict[int, Record]:
-    """What is recorded of the ports of these steps; what cannot be read says nothing."""
-    found = {}
+    """Return the run records of the steps' ports. Skip records that cannot be read."""
+    records = {}
     for port in {step.port for step in steps}:
         with contextlib.suppress(OSError, ValueError):
             if run := ctx.store.run(port):
-                sign = None
+                log_changed = None
                 with contextlib.suppress(OSError):
-                    sign = ctx.store.log_path(port).stat().st_mtime
-                found[port] = Record(run.model, run.boot_id, run.proven_at is not None, sign)
-    return found
+                    log_changed = ctx.store.log_path(port).stat().st_mtime
+                records[port] = Record(run.model, run.boot_id, run.proven_at is not None, log_changed)
+    return records
 
 
-def _load_of(step: RestoreStep) -> Load:
+def _load_request(step: RestoreStep) -> Load:
     return Load(model=step.model, port=str(step.port), restore=True)
 
 
-def _start(ctx: Context, request: Restore, step: RestoreStep, *, afresh: bool) -> bool:
-    """Remembered just before its server is launched: what takes the whole host down counts as well, and what is
-    refused before does not. `afresh`: none was started in vain before. Raises what `load` raises, `PortExcluded` and
-    `_NotWanted`."""
+def _start_step(ctx: Context, request: Restore, step: RestoreStep, *, first: bool) -> bool:
+    """Load a step's model. Return whether a server was started.
+
+    Record the attempt just before the launch: a start that takes the host down counts, and one that is refused before
+    the launch does not. `first`: no earlier start failed. Raises what `load` raises, `PortExcluded`, `_NotWanted`.
+    """
 
     def check(registry: Registry) -> None:
         if not is_wanted(registry, step, cleared=request.cleared):
@@ -195,27 +201,27 @@ def _start(ctx: Context, request: Restore, step: RestoreStep, *, afresh: bool) -
             boot_id=ctx.system.boot_id(),
             wall=round(time.time(), 3),
             monotonic=round(time.monotonic(), 3),
-            afresh=afresh,
+            afresh=first,
         )
 
-    wanted = _load_of(step)
+    load_request = _load_request(step)
     with ctx.cancellation.for_port(step.port):
-        return load(ctx.with_request(wanted), wanted, check, remember).changed
+        return load(ctx.with_request(load_request), load_request, check, remember).changed
 
 
-def _result(
+def _restore_result(
     ctx: Context, restored: Sequence[RestoreStep], failed: Sequence[RestoreStep], skipped: Sequence[RestoreStep]
 ) -> RestoreResult:
     return RestoreResult(
-        restored=tuple(map(_row, restored)),
-        failed=tuple(map(_row, failed)),
-        skipped=tuple(map(_row, skipped)),
+        restored=tuple(map(_restore_row, restored)),
+        failed=tuple(map(_restore_row, failed)),
+        skipped=tuple(map(_restore_row, skipped)),
         changed=bool(restored) and not ctx.request.dry_run,
         dry_run=ctx.request.dry_run,
     )
 
 
-def _row(step: RestoreStep) -> RestoreRow:
+def _restore_row(step: RestoreStep) -> RestoreRow:
     again_in = None if step.again_in is None else round(step.again_in, 3)
     why, commands = split(step.why)
     return RestoreRow(step.model, step.port, why, commands, again_in)

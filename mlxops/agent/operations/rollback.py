@@ -1,4 +1,4 @@
-"""`rollback`: back to the model that a port served before. It is a load, of what the history says."""
+"""`rollback`: load the model that a port served before, according to the history."""
 
 from __future__ import annotations
 
@@ -17,29 +17,30 @@ from mlxops.core.registry import Registry
 def run(ctx: Context, request: Rollback) -> LoadResult:
     port = names.port(request.port or "", ctx.paths.settings.ports)
     registry = ctx.usable_registry()
-    now, before = _past(ctx, registry, port)
+    now, before = _now_and_before(ctx, registry, port)
     if before is None:
         raise Refused(
             "nothing_to_roll_back_to",
             f"it is not known that port {port} ever served {'anything else' if now else 'anything'}",
             why=f"the history of this host has no other load on it ({ctx.store.state}/history.jsonl)",
-            hint=_load_instead(registry, port, now),
+            hint=_load_hint(registry, port, now),
         )
     _refuse_elsewhere(ctx, registry, port, before)
-    repo = _repo(ctx, registry, before)
+    repo = _repo_argument(ctx, registry, before)
     ctx.note(f"port {port} served {before.model} before ({before.repo_id} at {before.revision[:12]})")
 
-    def unchanged(registry: Registry) -> None:
+    def check_unchanged(registry: Registry) -> None:
         _refuse_elsewhere(ctx, registry, port, before)
-        if _past(ctx, registry, port) != (now, before) or _repo(ctx, registry, before) != repo:
+        unchanged = _now_and_before(ctx, registry, port) == (now, before)
+        if not unchanged or _repo_argument(ctx, registry, before) != repo:
             raise Busy(
                 "changed_meanwhile",
-                f"what port {port} serves was changed a moment ago",
-                why="what it served before is something else by now",
-                hint=f"look first: `mlxctl status`; then, if it is still wanted: `mlxctl rollback {port}`",
+                f"port {port} was changed a moment ago",
+                why="a rollback would bring another model than it did then",
+                hint=f"look first: `mlxctl status`; then, if you still want it: `mlxctl rollback {port}`",
             )
 
-    wanted = Load(
+    load_request = Load(
         model=before.model,
         port=str(port),
         repo=repo,
@@ -51,18 +52,18 @@ def run(ctx: Context, request: Rollback) -> LoadResult:
         sent=request.sent,
         promised=request.promised,
     )
-    return load(ctx.with_request(wanted), wanted, unchanged)
+    return load(ctx.with_request(load_request), load_request, check_unchanged)
 
 
-def _load_instead(registry: Registry, port: int, now: Served | None) -> str:
+def _load_hint(registry: Registry, port: int, now: Served | None) -> str:
     other = next((name for name in registry.models if now is None or name != now.model), None)
     if other is None:
-        return "the models that there are: `mlxctl list`"
-    return f"load what you want there, for example: `mlxctl load {other} {port}{' --force' if now else ''}`"
+        return "the registered models: `mlxctl list`"
+    return f"load a model there, for example: `mlxctl load {other} {port}{' --force' if now else ''}`"
 
 
-def _past(ctx: Context, registry: Registry, port: int) -> tuple[Served | None, Served | None]:
-    """What the port serves, and what it served before."""
+def _now_and_before(ctx: Context, registry: Registry, port: int) -> tuple[Served | None, Served | None]:
+    """Return what the port serves, and what it served before."""
     view = ctx.observe(registry).ports[port]
     run = view.run if view.members else None
     now = Served(run.model, run.repo_id, run.revision) if run else None
@@ -72,7 +73,7 @@ def _past(ctx: Context, registry: Registry, port: int) -> tuple[Served | None, S
 
 
 def _refuse_elsewhere(ctx: Context, registry: Registry, port: int, before: Served) -> None:
-    """A rollback is of one port: another one is not emptied for it unasked."""
+    """Refuse to move the model from another port: a rollback changes only one. Raises `Refused` (model_elsewhere)."""
     for other, view in ctx.observe(registry).ports.items():
         if other != port and view.owner is not None and view.model == before.model:
             raise Refused(
@@ -83,8 +84,8 @@ def _refuse_elsewhere(ctx: Context, registry: Registry, port: int, before: Serve
             )
 
 
-def _repo(ctx: Context, registry: Registry, before: Served) -> str | None:
-    """What the name has to be repointed to; None if a load of the name as it is registered brings just that."""
+def _repo_argument(ctx: Context, registry: Registry, before: Served) -> str | None:
+    """Return the repository to repoint the name to. None: the registered entry loads exactly what served before."""
     entry = registry.models.get(before.model)
     if entry is not None and entry.repo_id == before.repo_id:
         files = cached(ctx, ModelRef(entry.name, before.repo_id, entry.revision, entry))

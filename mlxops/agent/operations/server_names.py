@@ -1,5 +1,7 @@
-"""Find the model names that a request to the live server on a port may use. No other name is ever sent: a request with
-an unknown name makes mlx-lm drop its model."""
+"""Find the model names that a request to the live server on a port may use.
+
+mlxops sends no other name: a request with an unknown name makes mlx-lm drop its model.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from mlxops.core.records import Run, Server
 
 
 def names_of(view: PortView) -> ServedNames:
-    """Return the names that the server's command shows; for our own servers the alias first, which was proven."""
+    """Return the names that follow from the server's command. For our own servers, the proven alias comes first."""
     if view.owner is None:
         return ServedNames()
     run, served = _own_run(view), _served(view)

@@ -1,4 +1,4 @@
-"""`set`: the per-model fields of the registry, checked. What a model serves with changes when it is started anew."""
+"""`set`: check and write a model's fields in the registry. A running server keeps its settings until its restart."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from mlxops.core.registry import Model, Registry
 
 
 def run(ctx: Context, request: Set) -> SetResult:
-    """Raises `Refused` for what could not be served with the new fields."""
-    wanted = model_options.parse(request.set)
+    """Raises `Refused` if the model could not be served with the new fields."""
+    fields = model_options.parse(request.set)
     registry = ctx.usable_registry()
     target = planner.resolve(registry, names.model_name(request.model or ""), None, None)
     if target.entry is None:
         raise unknown_model(target.name, registry)
     name = target.entry.name
-    after = _apply(registry, name, wanted)
+    after = _apply_fields(registry, name, fields)
     changed = after.raw != registry.raw
     if changed:
-        _check(ctx, planner.resolve(after, name, None, None), after.models[name], wanted)
+        _check_engine(ctx, planner.resolve(after, name, None, None), after.models[name], fields)
     if changed and not request.dry_run:
-        after = ctx.store.registry.update(lambda current: _apply(current, name, wanted))
-        ctx.remember(command="set", model=name, written=dict(wanted.written), removed=list(wanted.removed))
+        after = ctx.store.registry.update(lambda current: _apply_fields(current, name, fields))
+        ctx.remember(command="set", model=name, written=dict(fields.written), removed=list(fields.removed))
     entry = after.models[name]
-    running = _runs_otherwise_on(ctx, after, name) if changed else None
+    running = _outdated_server(ctx, after, name) if changed else None
     if running is not None:
         ctx.note(f"{name} serves port {running} with its old settings until: `mlxctl load {name} {running} --force`")
     return SetResult(
@@ -45,24 +45,25 @@ def run(ctx: Context, request: Set) -> SetResult:
     )
 
 
-def _apply(registry: Registry, name: str, wanted: Fields) -> Registry:
+def _apply_fields(registry: Registry, name: str, fields: Fields) -> Registry:
     if name not in registry.models:
         raise unknown_model(name, registry)
-    if wanted.written:
-        registry = registry.set_fields(name, wanted.written)
-    gone = [key for key in wanted.removed if key in registry.entry(name)]
-    return registry.without_fields(name, gone) if gone else registry
+    if fields.written:
+        registry = registry.set_fields(name, fields.written)
+    removed = [key for key in fields.removed if key in registry.entry(name)]
+    return registry.without_fields(name, removed) if removed else registry
 
 
-def _check(ctx: Context, target: ModelRef, entry: Model, wanted: Fields) -> None:
-    """As a load would: with the engine that is installed and the files that are here, as far as they are."""
+def _check_engine(ctx: Context, target: ModelRef, entry: Model, fields: Fields) -> None:
+    """Check the new fields as a load would. Without the engine or the model's files, only warn. Raises `Refused`."""
     engine_named(entry.engine or ctx.paths.settings.engine)
-    if not wanted.written:
+    if not fields.written:
         return
+    port = ctx.paths.settings.ports.first  # any port will do
     try:
         files = cached(ctx, target)
         if files is not None:
-            prepare(ctx, ModelRef(entry.name, entry.repo_id or "", files.revision, entry), _some_port(ctx), files)
+            prepare(ctx, ModelRef(entry.name, entry.repo_id or "", files.revision, entry), port, files)
             return
         why = "its files are not in the cache"
     except Interrupted:
@@ -76,12 +77,8 @@ def _check(ctx: Context, target: ModelRef, entry: Model, wanted: Fields) -> None
     ctx.note(f"not checked against an engine ({', '.join(ENGINES)}): {why}", "warning")
 
 
-def _some_port(ctx: Context) -> int:
-    return ctx.paths.settings.ports.first
-
-
-def _runs_otherwise_on(ctx: Context, registry: Registry, name: str) -> int | None:
-    """The port where the model runs with other settings than it would get now."""
+def _outdated_server(ctx: Context, registry: Registry, name: str) -> int | None:
+    """Return the port where the model runs with other settings than a load would use now."""
     for view in ctx.observe(registry).ports.values():
         if view.run is not None and view.run.model == name and any(settings_drift(ctx, registry, view)):
             return view.port

@@ -1,4 +1,4 @@
-"""`status`: what is on each port."""
+"""`status`: the state of each port, and drift."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from mlxops.core.records import Operation
 def run(ctx: Context, request: Status) -> StatusResult:
     registry, world = ctx.registry_and_world()
     views = [view for port, view in sorted(world.ports.items()) if port in ctx.paths.settings.ports]
-    found = [*rebooted(ctx, registry, world), *world.drift, *further_drift(ctx, registry, world)]
+    drift = [*rebooted(ctx, registry, world), *world.drift, *further_drift(ctx, registry, world)]
     probes: dict[int, ProbeRow] = {}
     if request.probe:
-        from mlxops.agent.operations.probe import failed, probe
+        from mlxops.agent.operations.probe import failed_probes, probe
 
         probes = probe(ctx, world)
-        found += failed(world, probes)
+        drift += failed_probes(world, probes)
     if registry.unwritable:
         error = ctx.store.registry.refusal(registry)
         code = DriftCode.REGISTRY_MISSING if registry.missing else DriftCode.REGISTRY_UNUSABLE
-        found.insert(0, Drift(code, None, None, f"{error.message}: {error.why}", error.marked_hint))
-    found += conflicted_copies(ctx)
+        drift.insert(0, Drift(code, None, None, f"{error.message}: {error.why}", error.marked_hint))
+    drift += conflicted_copies(ctx)
     return StatusResult(
-        operations=tuple(_running(ctx, each) for each in downloads(ctx)),
+        operations=tuple(_running_row(ctx, each) for each in downloads(ctx)),
         ports=tuple(_port_row(view, probes.get(view.port)) for view in views),
-        drift=tuple(_drift_row(each) for each in found),
+        drift=tuple(_drift_row(each) for each in drift),
         registry=str(ctx.paths.registry),
     )
 
@@ -50,9 +50,9 @@ def downloads(ctx: Context) -> list[Operation]:
     return [operation for operation in holders if operation is not None]
 
 
-def _running(ctx: Context, operation: Operation) -> RunningRow:
-    stand = operation_state(ctx.store.state / "ops", operation.id)
-    return RunningRow(operation.id, operation.command, str(stand), stand.progress)
+def _running_row(ctx: Context, operation: Operation) -> RunningRow:
+    state = operation_state(ctx.store.state / "ops", operation.id)
+    return RunningRow(operation.id, operation.command, str(state), state.progress)
 
 
 def _drift_row(drift: Drift) -> DriftRow:

@@ -1,4 +1,4 @@
-"""The one way in which operations stop a server."""
+"""Stop a server. All operations that stop one use this module."""
 
 from __future__ import annotations
 
@@ -16,34 +16,33 @@ from mlxops.core.records import Run, Server, run_of
 from mlxops.core.text import amount
 
 END_SECONDS = 5.0
-"""For a server without open requests to end when it is asked to."""
-RETURN_SECONDS = 10.0
-"""For the memory of a server that is gone to be seen as free: a GPU's driver gives it back a little later."""
-NOTICEABLE = 1024**3
-"""Bytes; what less comes and goes on a host all the time, so that nothing could be concluded from it."""
-
-RELEASE_SECONDS = 10.0
-"""How long the port of an ended server may stay taken."""
+"""Time for a server without open requests to end."""
+MEMORY_SECONDS = 10.0
+"""Time for the memory of an ended server to become available: a GPU's driver returns it a little later."""
+MIN_CHECKED_BYTES = 1024**3
+"""Do not check the return of less memory: a host's available memory always varies by such amounts."""
+PORT_SECONDS = 10.0
+"""Time for the port of an ended server to become free."""
 
 
 def stop(ctx: Context, view: PortView, grace: float) -> float:
-    """Stop what a plan names, prove that it is gone, that the port is free and its memory returned.
+    """Stop the server on a port. Check that it is gone, that the port is free, and that its memory returned.
 
-    Open requests get up to `grace` seconds. Returns the moment (monotonic) since which the port takes no requests.
+    Open requests get up to `grace` seconds. Return the time (monotonic) since which the port accepts no requests.
     """
-    run = _run_of(ctx, view)
+    run = _server_run(ctx, view)
     ctx.emit(Phase("stop", f"{view.model or 'a server'} on port {view.port}, pid {run.pid}"))
     available, held = ctx.system.available(), view.memory_bytes or 0
     engine = ENGINES.get(run.engine)
     drains = engine is None or engine.drains
-    left = grace if drains else _wait_for_requests(ctx, view, run, grace)
+    end_seconds = grace if drains else _wait_for_requests(ctx, view, run, grace)
     open_requests = len(_connections(ctx, run))
-    asked = time.monotonic()
-    stopped = processes.stop(ctx.system, run, grace=left)
+    stopped_at = time.monotonic()
+    stopped = processes.stop(ctx.system, run, grace=end_seconds)
     if stopped.killed:
-        what = f"{open_requests} open connections" if open_requests else "it"
-        ctx.note(f"{what} did not end within {left:.0f} s, and the server was killed", "warning")
-    if not _free(ctx, view.port):
+        subject = f"{open_requests} open connections" if open_requests else "it"
+        ctx.note(f"{subject} did not end within {end_seconds:.0f} s, and the server was killed", "warning")
+    if not _wait_until_free(ctx, view.port):
         raise MlxopsError(
             "port_still_held",
             f"the server on port {view.port} is gone, and something else listens there",
@@ -51,15 +50,15 @@ def stop(ctx: Context, view: PortView, grace: float) -> float:
             hint="`mlxctl status` names it",
         )
     ctx.store.forget_run(view.port)
-    _see_memory_return(ctx, available, held)
-    return asked
+    _check_memory_return(ctx, available, held)
+    return stopped_at
 
 
 @contextmanager
-def writing_what_was_stopped(stopped: PortView | None) -> Iterator[None]:
-    """Write the registry after `stopped` was stopped: a failed write is then no refusal, because something was changed.
+def report_registry_behind(stopped: PortView | None) -> Iterator[None]:
+    """Write the registry inside the block, after `stopped` was stopped.
 
-    Raises `OutcomeUnknown` (registry_behind).
+    If that fails, a refusal would be wrong, because the server is stopped. Raises `OutcomeUnknown` (registry_behind).
     """
     try:
         yield
@@ -77,27 +76,28 @@ def writing_what_was_stopped(stopped: PortView | None) -> Iterator[None]:
 
 
 def stop_portless(ctx: Context, server: Server, port: int) -> None:
-    """Stop a server that was started by hand for a port and does not listen on it."""
+    """Stop a server that was started by hand for a port but does not listen on it."""
     ctx.emit(Phase("stop", f"{server.model or 'a server'} for port {port}, pid {server.pid}"))
     processes.stop(ctx.system, run_of(server, port, ctx.system.boot_id()), grace=END_SECONDS)
 
 
 def shown_stop(view: PortView, *, owner: bool = False) -> str:
-    """Describe a server that is to be stopped, with the processes that only run it."""
+    """Describe a server to stop, with its wrapper processes."""
     wrappers = view.server.wrappers if view.server and view.owner is Owner.HAND else ()
-    along = f", with pid {', '.join(map(str, wrappers))}, which runs it" if wrappers else ""
-    whose = f", owner {view.owner}" if owner else ""
-    return f"{view.model or 'a server'} on {view.port}, pid {view.pid}{whose}{along}"
+    wrapper_text = f", with pid {', '.join(map(str, wrappers))}, which runs it" if wrappers else ""
+    owner_text = f", owner {view.owner}" if owner else ""
+    return f"{view.model or 'a server'} on {view.port}, pid {view.pid}{owner_text}{wrapper_text}"
 
 
-def _run_of(ctx: Context, view: PortView) -> Run:
+def _server_run(ctx: Context, view: PortView) -> Run:
+    """Return the run record of our own server; for another one, a record with what is known of it."""
     if view.owner is Owner.MLXOPS and view.run:
         return view.run
     server = view.server
     if server is None:
         raise Refused(
             "not_ours",
-            f"what is on port {view.port} is not known well enough to be stopped",
+            f"too little is known about the server on port {view.port} to stop it",
             why=view.detail,
             hint="look first: `mlxctl status`; then stop it yourself on the host",
         )
@@ -109,31 +109,31 @@ def _connections(ctx: Context, run: Run) -> frozenset[tuple[str, int]]:
 
 
 def _wait_for_requests(ctx: Context, view: PortView, run: Run, grace: float) -> float:
-    """An engine that drops its open requests when it is asked to end is asked when those of now have ended.
+    """Wait for the open requests of an engine that drops them when it gets SIGTERM.
 
-    It has one connection for each request. New ones that come meanwhile are not waited for, or it would never end.
-    Returns the seconds that it then gets to end.
+    The engine has one connection for each request. Requests that arrive later are not waited for: there might always be
+    one more. Return the seconds that the server then gets to end.
     """
-    waiting = _connections(ctx, run) if view.state is State.READY else frozenset()
-    if waiting:
-        ctx.note(f"{len(waiting)} open requests get up to {grace:.0f} s")
+    pending = _connections(ctx, run) if view.state is State.READY else frozenset()
+    if pending:
+        ctx.note(f"{len(pending)} open requests get up to {grace:.0f} s")
     deadline = time.monotonic() + grace
-    while waiting and time.monotonic() < deadline:
+    while pending and time.monotonic() < deadline:
         time.sleep(0.05)
-        waiting &= _connections(ctx, run)
-    if waiting:
-        ctx.note(f"{len(waiting)} open requests did not end within {grace:.0f} s and are cut off", "warning")
+        pending &= _connections(ctx, run)
+    if pending:
+        ctx.note(f"{len(pending)} open requests did not end within {grace:.0f} s and are cut off", "warning")
     return END_SECONDS
 
 
-def _free(ctx: Context, port: int) -> bool:
-    """Whether nobody listens on the port, or within moments nobody does any more.
+def _wait_until_free(ctx: Context, port: int) -> bool:
+    """Wait until no process listens on the port, up to `PORT_SECONDS`. Return whether it is free.
 
-    Linux calls a process a zombie once its first thread has ended; its sockets stay until the last one has, which
-    a server in the middle of an answer takes a while for. Such a listener has no owner that could be seen; one that
-    has is somebody else's, and there is nothing to wait for.
+    Linux calls a process a zombie once its first thread has ended. Its sockets stay open until the last thread ends,
+    which takes a while if the server is answering a request. Such a listener has no visible owner. A listener with an
+    owner belongs to another process: do not wait for that.
     """
-    deadline = time.monotonic() + RELEASE_SECONDS
+    deadline = time.monotonic() + PORT_SECONDS
     while listeners := ctx.system.look({port}).on(ctx.paths.settings.bind, port):
         if any(each.pids for each in listeners) or time.monotonic() > deadline:
             return False
@@ -141,13 +141,13 @@ def _free(ctx: Context, port: int) -> bool:
     return True
 
 
-def _see_memory_return(ctx: Context, before: int | None, held: int) -> None:
-    """Wait until at least half of what the server held is available again; say so if it does not come back."""
-    if before is None or held < NOTICEABLE:
+def _check_memory_return(ctx: Context, before: int | None, held: int) -> None:
+    """Wait until at least half of the server's memory is available again. If it does not return, warn."""
+    if before is None or held < MIN_CHECKED_BYTES:
         return
-    deadline = time.monotonic() + RETURN_SECONDS
+    deadline = time.monotonic() + MEMORY_SECONDS
     while (ctx.system.available() or 0) < before + held // 2:
         if time.monotonic() > deadline:
-            ctx.note(f"its {amount(held)} of memory were not seen to return within {RETURN_SECONDS:.0f} s", "warning")
+            ctx.note(f"its {amount(held)} of memory did not return within {MEMORY_SECONDS:.0f} s", "warning")
             return
         time.sleep(0.1)

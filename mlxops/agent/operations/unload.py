@@ -1,4 +1,4 @@
-"""`unload` and `unload-all`."""
+"""`unload`: stop the server on a port, or of a model, and clear its assignment."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 
 from mlxops.agent.context import RESTORE, Context, busy
-from mlxops.agent.operations.stop import shown_stop, stop, stop_portless, writing_what_was_stopped
+from mlxops.agent.operations.stop import report_registry_behind, shown_stop, stop, stop_portless
 from mlxops.agent.state.operation_log import OperationLog, find_operation
 from mlxops.core import names, planner
 from mlxops.core.commands.load import PlanRow, PortResult
@@ -21,32 +21,32 @@ CANCEL_SECONDS = 60.0
 def run(ctx: Context, request: Unload) -> PortResult:
     began = time.monotonic()
     ctx.usable_registry()
-    model = _model(request)
+    model = _requested_model(request)
     cancelled: Operation | None = None
     while True:
-        port = _port(ctx, request, model)
+        port = _current_port(ctx, request, model)
         if port is None:
             return unload_result(ctx, with_cancelled(UnloadPlan(0, model=model), cancelled), began)
         if not ctx.request.dry_run:
             entry = ctx.registry().named(model) if model else None
             cancelled = make_way(ctx, port, entry.name if entry else model) or cancelled
         with ctx.hold_port(port):
-            # What was read before the lock may be old by now: another model must not be stopped for one that has moved.
-            if _port(ctx, request, model) == port:
+            # The model may have moved before the lock was taken. Then do not stop the model that is there now.
+            if _current_port(ctx, request, model) == port:
                 plan = unload_port(ctx, port, force=request.force)
                 return unload_result(ctx, with_cancelled(plan, cancelled), began)
 
 
 def with_cancelled(plan: UnloadPlan, load: Operation | None) -> UnloadPlan:
-    """A load that was in the way and was cancelled is what was unloaded, if there was nothing else."""
+    """Return the plan with a load that was cancelled for it. If nothing else was unloaded, the load's model was."""
     if load is None or plan.changed:
         return plan
     note = f"the load of {load.model} on port {load.port} was cancelled"
     return replace(plan, port=plan.port or load.port or 0, model=load.model, cancelled=True, notes=(*plan.notes, note))
 
 
-def _model(request: Unload) -> str | None:
-    """The model that is to be unloaded, wherever it is; None: whatever is on the port."""
+def _requested_model(request: Unload) -> str | None:
+    """Return the model to unload from its current port; None: unload the given port."""
     port, model = request.port, request.model
     if (port is None) == (model is None):
         why = "neither is given" if port is None else "both are given"
@@ -55,7 +55,7 @@ def _model(request: Unload) -> str | None:
     return None if model is None else names.model_name(model)
 
 
-def _port(ctx: Context, request: Unload, model: str | None) -> int | None:
+def _current_port(ctx: Context, request: Unload, model: str | None) -> int | None:
     if model is None:
         return names.port(request.port or "", ctx.paths.settings.ports)
     registry = ctx.registry()
@@ -63,7 +63,7 @@ def _port(ctx: Context, request: Unload, model: str | None) -> int | None:
 
 
 def unload_port(ctx: Context, port: int, *, force: bool) -> UnloadPlan:
-    """Plan and apply for one port whose lock is held."""
+    """Unload one port. The caller holds its lock."""
     registry = ctx.registry()
     plan = planner.plan_unload(registry, ctx.observe(registry), port, force=force)
     if ctx.request.dry_run:
@@ -75,7 +75,7 @@ def unload_port(ctx: Context, port: int, *, force: bool) -> UnloadPlan:
     if plan.stop is None and plan.portless:
         return plan  # another process still holds the port
     ctx.store.forget_run(port)
-    with writing_what_was_stopped(plan.stop):
+    with report_registry_behind(plan.stop):
         ctx.store.registry.update(lambda current: current.clear(model.name for model in current.on_port(port)))
     if plan.changed:
         ctx.remember(command="unload", model=plan.model, port=port)
@@ -83,9 +83,11 @@ def unload_port(ctx: Context, port: int, *, force: bool) -> UnloadPlan:
 
 
 def make_way(ctx: Context, port: int, model: str | None) -> Operation | None:
-    """A load that is running on the port is asked to end, unless it is of another model than is to be unloaded, and a
-    restore to leave this one port alone; whoever is at work there cleans up after itself and gives the
-    lock back. Returns the load that was cancelled."""
+    """Cancel a load that runs on the port, and exclude the port from a running restore. Return the cancelled load.
+
+    `model`: cancel only a load of this model. Wait until the operation has cleaned up and released the port's lock.
+    Raises `Busy`.
+    """
     restore = ctx.store.holder(RESTORE)
     if restore is not None and (journal := find_operation(ctx.store.state / "ops", restore.id)):
         journal.exclude_port(port)
@@ -95,10 +97,10 @@ def make_way(ctx: Context, port: int, model: str | None) -> Operation | None:
     if holder is None or journal is None or model not in {None, holder.model}:
         return None
     if model is None and holder.port != port:
-        return None  # it is of another port, and only moves its model away from this one
+        return None  # a load for another port, which moves its model away from this one
     restoring = _is_restore(journal)
     if restoring:
-        journal.exclude_port(port)  # it may have begun since
+        journal.exclude_port(port)  # the restore may have begun after the first check
     else:
         ctx.note(f"cancelling {holder}")
         journal.cancel()

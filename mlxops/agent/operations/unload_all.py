@@ -13,7 +13,7 @@ from mlxops.core.errors import Interrupted, MlxopsError
 
 
 def run(ctx: Context, request: UnloadAll) -> UnloadAllResult:
-    """Every port on its own: one that cannot be unloaded does not keep the others."""
+    """Unload each port separately: if one fails, continue with the others. Raises the merged errors at the end."""
     began = time.monotonic()
     registry = ctx.usable_registry()
     plans = planner.plan_unload_all(registry, ctx.observe(registry))

@@ -1,4 +1,4 @@
-"""What would bring back a server that is replaced: just what served, or nothing."""
+"""The restart plan of a replaced server: with exactly the files that it served, or none."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from mlxops.agent.context import Context
 from mlxops.agent.host.system import this_system
-from mlxops.agent.operations.swap import _way_back
+from mlxops.agent.operations.swap import _plan_restart
 from mlxops.agent.paths import host_paths
 from mlxops.agent.state.store import Store
 from mlxops.core.ports import Owner, PortView, State
@@ -23,10 +23,8 @@ from tests.lab.envelopes import envelope
 
 
 @pytest.mark.parametrize("other", [False, True])
-def test_a_server_whose_entry_names_other_files_by_now_does_not_come_back_with_those(
-    tmp_path: Path, other: bool
-) -> None:
-    """It would be recorded as what it was, and serve something else."""
+def test_restart_never_uses_other_files(tmp_path: Path, other: bool) -> None:
+    """Otherwise the run record would name the old revision while the server has another one."""
     settings = Settings(hub=str(tmp_path / "hub"), state=str(tmp_path / "state"))
     paths = host_paths(settings, os.environ)
     path = snapshot(paths.hub, "org/a")
@@ -38,5 +36,5 @@ def test_a_server_whose_entry_names_other_files_by_now_does_not_come_back_with_t
     context = Context(envelope("load", {}, settings, "").request, paths, store, this_system(), lambda event: None, {})
     run = replace(sample_run("a", 8103), revision=served)
     view = PortView(8103, None, State.READY, Owner.MLXOPS, "a", run=run)
-    back = _way_back(context, store.registry.read(), view)
-    assert back is None if other else back is not None and back.revision == served
+    restart = _plan_restart(context, store.registry.read(), view)
+    assert restart is None if other else restart is not None and restart.revision == served
