@@ -197,7 +197,7 @@ def _read_request() -> Envelope:
         raise Bug(
             "unknown_command",
             f"the agent knows no command {str(error)!r}",
-            why=f"the control node has another version; the host has {build_id()}{_deployed()}",
+            why=f"the control node has another version; the host has {build_id()}{_deploy_note()}",
             hint="make both sides equal: inv deploy",
         ) from None
     except ValueError as error:
