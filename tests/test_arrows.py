@@ -217,20 +217,22 @@ mlxops
 mlxops.agent: agreement context paths worker
 mlxops.agent.engines: argv base installation
 mlxops.agent.host: programs sockets system
-mlxops.agent.operations: drift ops status
+mlxops.agent.operations: drift
 mlxops.agent.serving: logs observe processes servers
 mlxops.agent.state: durable_files locks operation_log recovery registry_file store
-mlxops.common: build files
-mlxops.core: described drift errors model_options names port_drift ports protocol records registry settings text
+mlxops.common: build files http
+mlxops.core: command described drift errors frozen model_options names port_drift ports protocol records registry
+mlxops.core: replies settings tables text wire
 """
-"""What the agent imports of mlxops for a `status` of a host where nothing runs; the engines beside, which are found."""
+"""What the agent imports of mlxops for a `status` of a host where nothing runs. Python does not list the modules that
+`import_module` names: the engines, the command and its operation."""
 STATUS_ASKS = """
 mlxops: tasks
-mlxops.cli: runner startup
+mlxops.cli: options runner startup targets
 mlxops.common: build files
 mlxops.control: channel client hints inventory local output yaml_file
 mlxops.control.ssh: config
-mlxops.core: described errors names protocol settings text
+mlxops.core: command commands described errors frozen names protocol replies settings tables text wire
 """
 """What the control node imports for it, with `--local`."""
 OVER_SSH = """

@@ -1,114 +1,180 @@
-"""One command of several hosts, and of one whose end is Ctrl-C."""
+"""One command on several hosts, Ctrl-C, confirmation, and one JSON document a line."""
 
 from __future__ import annotations
 
 import io
 import json
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 
 from mlxops import devtasks, tasks
-from mlxops.cli import runner
-from mlxops.cli.runner import Call, LeftError
-from mlxops.control.client import HostReply, HostTarget
-from mlxops.control.output import Console
-from mlxops.core.errors import Exit, Interrupted, MlxopsError, Refused, UsageError
+from mlxops.cli.options import Common
+from mlxops.cli.runner import Cli
+from mlxops.control import client
+from mlxops.control.client import HostTarget, Listen
+from mlxops.core.command import Request, request_type
+from mlxops.core.commands.cancel import Cancel, CancelResult
+from mlxops.core.commands.follow import Follow
+from mlxops.core.commands.load import PortResult
+from mlxops.core.commands.reconcile import Reconcile
+from mlxops.core.commands.restore import Restore, RestoreResult
+from mlxops.core.commands.unload_all import UnloadAll, UnloadAllResult
+from mlxops.core.errors import Exit, MlxopsError, Refused, UsageError
+from mlxops.core.protocol import Started
+from mlxops.core.replies import HostReply
 from mlxops.core.settings import Settings
+from mlxops.core.wire import decode
+from tests.lab import wired
+from tests.lab.envelopes import smallest
 from tests.lab.homelab import Homelab
-from tests.lab.wired import client
 from tests.steps import Ask, error_of, register, with_fake
 
 HOSTS = [HostTarget(name, name, (), Settings()) for name in ("a", "b", "c")]
-CALL = Call("restore", "a,b,c", local=False, json=True, debug=False)
+Change = Callable[[HostTarget], HostReply[RestoreResult]]
+Confirm = Callable[..., None]
 
 
-class TestInTurn:
-    @staticmethod
-    def run(one: Callable[[HostTarget], HostReply], targets: list[HostTarget] = HOSTS) -> tuple[HostReply, ...]:
-        return runner.in_turn(CALL, targets, Console(many=False), one)
+class TestHostsInTurn:
+    @pytest.fixture
+    def cli(self) -> Cli:
+        return Cli(request_type("restore"), Common(host="a,b,c", json=True))
 
-    def test_one_that_fails_keeps_nobody_else(self) -> None:
-        def one(target: HostTarget) -> HostReply:
+    def test_failing_host_does_not_stop_the_others(self, cli: Cli) -> None:
+        def change(target: HostTarget) -> HostReply[RestoreResult]:
             error = Refused("x", "x", why="x", hint="x") if target.name == "b" else None
-            return HostReply(target.name, {}, error)
+            return HostReply(target.name, error=error)
 
-        assert [(each.host, each.error is None) for each in self.run(one)] == [("a", True), ("b", False), ("c", True)]
+        replies = cli.each(HOSTS, change)
+        assert [(reply.host, reply.error is None) for reply in replies] == [("a", True), ("b", False), ("c", True)]
 
-    @pytest.mark.parametrize("left", [True, False])
-    def test_ctrl_c_ends_the_whole_and_tells_of_each(self, left: bool) -> None:
+    @pytest.mark.parametrize("named", [True, False], ids=["after its operation began", "before its operation began"])
+    def test_ctrl_c_skips_the_remaining_hosts(self, cli: Cli, named: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         asked = []
 
-        def one(target: HostTarget) -> HostReply:
+        def ask(target: HostTarget, request: object, listen: Listen) -> HostReply[object]:
             asked.append(target.name)
             if target.name == "a":
-                return HostReply("a", {})
-            raise LeftError(HostReply("b", error=Interrupted("left", "l"))) if left else KeyboardInterrupt
+                return HostReply("a")
+            if named:
+                listen(target.name, Started("7f3a"))
+            raise KeyboardInterrupt
 
-        first, second, third = self.run(one)
-        assert asked == ["a", "b"] and first == HostReply("a", {})
-        assert second.error is not None and second.error.code == ("left" if left else "interrupted")
+        monkeypatch.setattr(client, "ask", ask)
+        first, second, third = cli.change_each(HOSTS, Restore())
+        assert asked == ["a", "b"] and first == HostReply("a")
+        assert second.error is not None and second.error.code == "interrupted"
+        assert ("7f3a was left running on b" in second.error.message) == named
         assert third.error is not None and third.error.code == "not_asked"
         assert third.error.exit is Exit.INTERRUPTED and "--host c" in third.error.hint
 
-    def test_before_anything_was_done_it_is_the_commands_own_end(self) -> None:
-        def one(target: HostTarget) -> HostReply:
+    def test_ctrl_c_before_any_reply_ends_the_command(self, cli: Cli) -> None:
+        def change(target: HostTarget) -> HostReply[RestoreResult]:
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            self.run(one)
+            cli.each(HOSTS, change)
 
 
-class TestUnloadAllAsks:
+class TestCtrlC:
+    """Ctrl-C at a terminal, after the operation 7f3a began."""
+
     @pytest.fixture
-    def asked(self, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-        class Terminal(io.StringIO):
-            def isatty(self) -> bool:
-                return True
+    def interrupted(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Request[Any], bool], MlxopsError]:
+        def run(answer: str, request: Request[Any], cancelled: bool) -> MlxopsError:
+            def ask(target: HostTarget, request: object, listen: Listen) -> HostReply[object]:
+                if isinstance(request, Cancel):
+                    assert request.operation == "7f3a"
+                    return HostReply(target.name, CancelResult("7f3a", cancelled=cancelled, changed=True))
+                listen(target.name, Started("7f3a"))
+                raise KeyboardInterrupt
 
-        def run(said: str, **errors: Refused) -> None:
-            def ask_all(
-                targets: list[HostTarget], name: str, args: Mapping[str, object], listen: object
-            ) -> list[HostReply]:
-                assert (name, args) == ("unload-all", {"dry_run": True})
-                rows = [{"model": "m", "port": 8100, "dry_run": True, "plan": {"stops": ["m"]}}]
-                return [
-                    HostReply(each.name, None if each.name in errors else {"ports": rows}, errors.get(each.name))
-                    for each in targets
-                ]
-
-            monkeypatch.setattr(tasks, "ask_all", ask_all)
-            monkeypatch.setattr("sys.stdin", Terminal(said))
-            tasks._confirm(HOSTS[:2], Console(many=False))
+            monkeypatch.setattr(client, "ask", ask)
+            monkeypatch.setattr("sys.stdin", Terminal(answer))
+            monkeypatch.setattr("sys.stderr", Terminal())
+            cli = Cli(type(request), Common(host="a"))
+            error = cli.change(HOSTS[0], request).error
+            assert error is not None and cli.interrupted
+            return error
 
         return run
 
-    def test_once_for_all_hosts_and_lists_what_goes_on_each(
-        self, asked: Callable[..., None], capsys: pytest.CaptureFixture[str]
+    @pytest.mark.parametrize(
+        ("answer", "request_", "cancelled", "code", "message"),
+        [
+            ("c\n", Restore(), True, "cancelled", "operation 7f3a was cancelled"),
+            ("c\n", Restore(), False, "interrupted", "was done before it could be cancelled"),
+            ("c\n", Follow("7f3a"), True, "cancelled", "operation 7f3a was cancelled"),
+            ("\n", Restore(), True, "interrupted", "left running on a"),
+            ("c\n", Reconcile(), True, "interrupted", "left running on a"),
+        ],
+    )
+    def test_ctrl_c_cancels_only_what_may_be_cancelled(
+        self,
+        interrupted: Callable[[str, Request[Any], bool], MlxopsError],
+        answer: str,
+        request_: Request[Any],
+        cancelled: bool,
+        code: str,
+        message: str,
     ) -> None:
-        asked("y\n")
+        error = interrupted(answer, request_, cancelled)
+        assert error.code == code and message in error.message and error.exit is Exit.INTERRUPTED
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class TestConfirmation:
+    @pytest.fixture
+    def confirm(self, monkeypatch: pytest.MonkeyPatch) -> Confirm:
+        def run(answer: str, **errors: Refused) -> None:
+            def ask_all(
+                targets: Sequence[HostTarget], request: object, listen: Listen
+            ) -> tuple[HostReply[UnloadAllResult], ...]:
+                assert request == UnloadAll(dry_run=True)
+                port = smallest(PortResult) | {"model": "m", "port": 8100, "dry_run": True, "plan": {"stops": ["m"]}}
+                result = decode(UnloadAllResult, smallest(UnloadAllResult) | {"ports": [port]})
+                return tuple(
+                    HostReply(target.name, None if target.name in errors else result, errors.get(target.name))
+                    for target in targets
+                )
+
+            monkeypatch.setattr(client, "ask_all", ask_all)
+            monkeypatch.setattr("sys.stdin", Terminal(answer))
+            tasks._confirm(Cli(UnloadAll, Common(host="a,b")), HOSTS[:2], UnloadAll())
+
+        return run
+
+    def test_confirmation_lists_the_servers_of_each_host(
+        self, confirm: Confirm, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        confirm("y\n")
         lines = capsys.readouterr().err.splitlines()
         assert lines == ["a: m on 8100: unload", "a:   stop: m", "b: m on 8100: unload", "b:   stop: m", lines[-1]]
         assert lines[-1].strip() == "Unload all of this? [y/N]"
         with pytest.raises(UsageError, match="nothing was unloaded"):
-            asked("n\n")
+            confirm("n\n")
 
-    def test_not_where_one_cannot_be_shown(
-        self, asked: Callable[..., None], capsys: pytest.CaptureFixture[str]
+    def test_unreachable_host_prevents_the_confirmation(
+        self, confirm: Confirm, capsys: pytest.CaptureFixture[str]
     ) -> None:
         with pytest.raises(Refused, match="no"):
-            asked("y\n", b=Refused("x", "no"))
-        said = capsys.readouterr().err
-        assert "b: warning: it cannot be shown" in said and "[y/N]" not in said
+            confirm("y\n", b=Refused("x", "no"))
+        messages = capsys.readouterr().err
+        assert "b: warning: nothing is stopped" in messages and "[y/N]" not in messages
 
 
-class TestOneDocumentALine:
+class TestDocumentLines:
     @pytest.fixture
     def ask(self, homelab: Homelab) -> Ask:
         return Ask(with_fake(homelab), "ssh")
 
-    def test_of_an_operation_that_is_followed(self, ask: Ask) -> None:
+    def test_followed_operation_ends_with_one_document(self, ask: Ask) -> None:
         register(ask.studio, "mine")
         ask("load", "--model", "mine", "--port", ask.port).ok()
         (operation,) = ask.document("ops")["operations"]
@@ -118,10 +184,10 @@ class TestOneDocumentALine:
         unknown = ask("ops", "--follow", "nobody", "--json")
         assert unknown.stdout.count("\n") == 1 and error_of(unknown)["code"] == "unknown_operation"
 
-    def test_of_a_log_that_is_followed_until_it_ends(self, ask: Ask) -> None:
+    def test_followed_log_has_one_document_a_line(self, ask: Ask) -> None:
         register(ask.studio, "mine")
         ask("load", "--model", "mine", "--port", ask.port).ok()
-        with client(ask.lab, "logs", str(ask.port), "--follow", "--json") as process:
+        with wired.client(ask.lab, "logs", str(ask.port), "--follow", "--json") as process:
             assert process.stdout is not None
             lines = [process.stdout.readline()]
             process.send_signal(signal.SIGINT)
@@ -137,7 +203,7 @@ class TestOneDocumentALine:
         ask.studio.sshd.start()
 
 
-def test_the_checks_say_how_to_get_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checks_name_missing_tools_and_their_installation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MlxopsError, match="ruff, mypy, pytest") as refused:
         devtasks._checks([], types=False)

@@ -12,12 +12,12 @@ import pytest
 
 import mlxops
 from mlxops.cli import overview
-from mlxops.cli.program import entries, with_flags
+from mlxops.cli.program import with_flags
 from mlxops.common.build import build_id
-from mlxops.tasks import tasks
+from mlxops.tasks import overview_entries, tasks
 
 MLXCTL = str(Path(sysconfig.get_path("scripts")) / "mlxctl")
-ENTRIES = entries()
+ENTRIES = overview_entries()
 EXAMPLES = {entry.example.split()[1]: entry for entry in ENTRIES}
 TASKS = {task.name: task for task in tasks(())}
 

@@ -30,7 +30,10 @@ HOST = {
     Hosts.ONE: "host in hosts.yaml",
     Hosts.SEVERAL: "host or hosts in hosts.yaml, separated by commas",
     Hosts.ALL: "host or hosts in hosts.yaml, separated by commas; left out: all",
+    Hosts.NONE: "",
 }
+_HOST_FLAGS = frozenset({"host", "local"})
+"""A command that asks no host does not have them."""
 COMMON = {
     "local": "this machine itself, without SSH",
     "json": "print one JSON document",
@@ -43,14 +46,16 @@ Given = Mapping[str, Any]
 def task_of(kind: type[AnyRequest], carry_out: Callable[[type[AnyRequest], Common, Given], None]) -> Task[Any]:
     """Return the Invoke task of a command. All its arguments are flags: positionals would swallow `--help`."""
     options = options_of(kind)
+    shared = [each for each in fields(Common) if kind.hosts is not Hosts.NONE or each.name not in _HOST_FLAGS]
+    help_texts = {"host": HOST[kind.hosts]} | COMMON
 
     def body(context: object, **given: Any) -> None:
-        common = Common(**{each.name: given.pop(each.name) for each in fields(Common)})
+        common = Common(**{each.name: given.pop(each.name) for each in shared})
         carry_out(kind, common, given)
 
     parameters = [
         *(_parameter(name, _default(option, default)) for name, option, default in options),
-        *(_parameter(each.name, each.default) for each in fields(Common)),
+        *(_parameter(each.name, each.default) for each in shared),
     ]
     # Invoke reads the flags from the signature.
     signature = inspect.Signature([inspect.Parameter("c", inspect.Parameter.POSITIONAL_OR_KEYWORD), *parameters])
@@ -61,7 +66,7 @@ def task_of(kind: type[AnyRequest], carry_out: Callable[[type[AnyRequest], Commo
         positional=[],
         iterable=[name for name, _, default in options if isinstance(default, tuple)],
         auto_shortflags=False,
-        help={name: option.help for name, option, _ in options} | {"host": HOST[kind.hosts]} | COMMON,
+        help={name: option.help for name, option, _ in options} | {each.name: help_texts[each.name] for each in shared},
     )(body)
     return made
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 
 import pytest
 from hypothesis import given
@@ -36,14 +37,14 @@ ROW: dict[str, object] = {
 def result_of(command: str, parts: Mapping[str, object]) -> object:
     """Return a command's result, with `parts` and the smallest value of each other field."""
     kind = request_type(command).result
-    return decode(kind, smallest(kind) | parts)
+    return decode(kind, {**smallest(kind), **parts})
 
 
 def shown(command: str, parts: Mapping[str, object], host: str = "studio") -> str:
     return str(command_module(command).show([HostReply(host, result_of(command, parts))]))
 
 
-def status_of(*ports: object, drift: object = ()) -> StatusResult:
+def status_of(*ports: object, drift: Sequence[object] = ()) -> StatusResult:
     return decode(StatusResult, smallest(StatusResult) | {"ports": list(ports), "drift": list(drift)})
 
 
@@ -151,10 +152,10 @@ def test_dry_run_shows_the_command_quoted_for_a_shell() -> None:
 )
 @PROPERTY
 def test_text_of_a_host_cannot_steer_the_terminal(command: str, parts: dict[str, object]) -> None:
-    kind = request_type(command).result
+    keys = {each.name for each in fields(request_type(command).result)}
     for key, value in parts.items():
         try:
-            text = shown(command, {key: value} if key in kind.__dataclass_fields__ else {})
+            text = shown(command, {key: value} if key in keys else {})
         except DecodeError:
             continue
         assert not [c for c in text if unicodedata.category(c) == "Cc" and c != "\n"]

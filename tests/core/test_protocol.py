@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mlxops.core.command import UnknownCommandError, request_type
+from mlxops.core.command import Request, UnknownCommandError, request_type
 from mlxops.core.commands.boot import Boot
 from mlxops.core.commands.load import Load
 from mlxops.core.commands.logs import Logs
@@ -47,7 +49,7 @@ events: st.SearchStrategy[Event] = st.one_of(
     st.builds(Done, st.dictionaries(texts, json_values, max_size=3)),
     st.builds(Failed, any_error),
 )
-FIELDS = {
+FIELDS: Mapping[type[Request[Any]], Mapping[str, st.SearchStrategy[Any]]] = {
     Load: {
         "model": st.none() | texts,
         "port": st.none() | texts,

@@ -13,9 +13,11 @@ from mlxops.core.settings import Settings
 from mlxops.tasks import command_names
 
 
-def envelope(command: str, args: Mapping[str, object], settings: Settings, build: str, *more: Any) -> Envelope:
-    """Return the request of `command` with its settings and build; `more`: further fields of `Envelope`."""
-    return Envelope(decode_request(command, args), settings, build, *more)
+def envelope(
+    command: str, args: Mapping[str, object], settings: Settings, build: str, *more: Any, **named: Any
+) -> Envelope:
+    """Return the request of `command` with its settings and build; the rest: further fields of `Envelope`."""
+    return Envelope(decode_request(command, args), settings, build, *more, **named)
 
 
 def smallest(kind: type) -> dict[str, Any]:

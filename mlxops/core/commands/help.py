@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlxops.core.command import Group, Request, option
+from mlxops.core.command import Group, Hosts, Request, option
 from mlxops.core.frozen import dataclass
 
 
@@ -14,7 +14,7 @@ class HelpResult:
 
 
 @dataclass(frozen=True)
-class Help(Request[HelpResult], group=Group.LOOK, example="mlxctl help status"):
+class Help(Request[HelpResult], group=Group.LOOK, example="mlxctl help status", hosts=Hosts.NONE):
     """Show a page of the manual."""
 
     topic: str | None = option("page to show; left out: list the pages", position=0)
