@@ -221,8 +221,8 @@ mlxops.agent.operations: drift
 mlxops.agent.serving: logs observe processes servers
 mlxops.agent.state: durable_files locks operation_log recovery registry_file store
 mlxops.common: build files http
-mlxops.core: command described drift errors frozen model_options names port_drift ports protocol records registry
-mlxops.core: replies settings tables text wire
+mlxops.core: command described drift errors frozen hints model_options names port_drift ports protocol
+mlxops.core: records registry replies settings tables text wire
 """
 """What the agent imports of mlxops for a `status` of a host where nothing runs. Python does not list the modules that
 `import_module` names: the engines, the command and its operation."""
@@ -232,7 +232,8 @@ mlxops.cli: options runner startup targets
 mlxops.common: build files
 mlxops.control: channel client hints inventory local output yaml_file
 mlxops.control.ssh: config
-mlxops.core: command commands described errors frozen names protocol replies settings tables text wire
+mlxops.core: command commands described errors frozen hints names protocol replies settings tables
+mlxops.core: text wire
 """
 """What the control node imports for it, with `--local`."""
 OVER_SSH = """

@@ -68,8 +68,8 @@ def test_servers_that_must_not_stop_make_no_room() -> None:
 
 
 def test_unload_command_has_force_for_hand_servers() -> None:
-    assert use(8101, 1).unload == "mlxctl unload 8101"
-    assert use(8101, 1, "hand").unload == "mlxctl unload 8101 --force"
+    assert use(8101, 1).unload == "`mlxctl unload 8101`"
+    assert use(8101, 1, "hand").unload == "`mlxctl unload 8101 --force`"
 
 
 def test_room_for_nothing_is_empty() -> None:

@@ -220,12 +220,12 @@ class TestPause:
     def test_pause_grows_with_each_failed_start(self, attempts: list[float], again_in: float | None) -> None:
         skipped = pause(STEP, attempts)
         assert (skipped and skipped.again_in) == again_in
-        assert skipped is None or skipped.why.endswith("; or now: mlxctl load a 8100")
+        assert skipped is None or skipped.why.endswith("; or now: `mlxctl load a 8100`")
 
     def test_pause_is_endless_after_too_many_starts(self) -> None:
         skipped = pause(STEP, [LASTED * 1000] * GIVE_UP)
         assert skipped is not None and skipped.again_in is None
-        assert skipped.why.endswith("after the cause is fixed: mlxctl load a 8100")
+        assert skipped.why.endswith("after the cause is fixed: `mlxctl load a 8100`")
 
 
 ASSIGNED = registry(a=8100)

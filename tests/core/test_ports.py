@@ -342,7 +342,7 @@ def test_alias_on_another_port_is_drift() -> None:
     known = registry(**{"jerry-l": 8103})
     down, moved = find_drift(PortRange(8100, 8104), {8101: judge(own, known), 8103: judge(signals(8103), known)}, known)
     assert (down.code, moved.code) == ("assigned_not_served", "alias_elsewhere")
-    assert down.hint.startswith("mlxctl load jerry-l 8101,") and "alias of port 8101" in moved.message
+    assert down.hint.startswith("`mlxctl load jerry-l 8101`,") and "alias of port 8101" in moved.message
     there = registry(**{"jerry-l": 8101})
     (down,) = find_drift(PortRange(8100, 8104), {8101: judge(own, there)}, there)
     assert down.code == "assigned_not_served"

@@ -29,7 +29,7 @@ class EstimateRow:
     context_tokens: int | None
     state_bytes: int = 0
     upper_estimate: bool = False
-    """Builds up to d05bae8 send neither this nor `state_bytes`."""
+    """Builds up to 0.1.0 send neither this nor `state_bytes`."""
     total_bytes: int = 0
 
 
@@ -84,7 +84,7 @@ class ListResult:
     unusable: str | None
     """Why the registry cannot be used; None if it can."""
     registry_error: ErrorRow | None = None
-    """Builds up to d05bae8 do not send it."""
+    """Agents before 0.2.0 do not send it."""
     memory: MemoryRow | None = omitted(None)
 
 

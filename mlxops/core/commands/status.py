@@ -22,7 +22,7 @@ class ProbeRow:
     seconds: float
     error: str | None
     name: str | None = None
-    """The model name that the request had. Builds up to d05bae8 send neither this nor `not_asked`."""
+    """The model name that the request had. Builds up to 0.1.0 send neither this nor `not_asked`."""
     not_asked: str | None = None
     """Why it was not asked."""
 
