@@ -194,27 +194,27 @@ def refusal(engine: str, argv: tuple[str, ...], folder: Path) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("engine", ["mlx-lm", "mlx-openai-server"])
-def test_refused_models_are_those_that_the_engine_cannot_load(odd: Path, engine: str) -> None:
+@pytest.mark.parametrize("engine_name", ["mlx-lm", "mlx-openai-server"])
+def test_refused_models_are_those_that_the_engine_cannot_load(odd: Path, engine_name: str) -> None:
     """Both directions: a model is refused if and only if the real engine cannot load it."""
-    if engine == "mlx-openai-server" and not cache.has_openai_server():
+    if engine_name == "mlx-openai-server" and not cache.has_openai_server():
         pytest.skip("it has no version for this Python")
-    venv = cache.engine_venv(engine) if engine == "mlx-lm" else cache.openai_server_venv()
-    program = {"mlx-lm": ("mlx_lm.server",), "mlx-openai-server": ("mlx-openai-server", "launch")}[engine]
+    venv = cache.engine_venv(engine_name) if engine_name == "mlx-lm" else cache.openai_server_venv()
+    program = {"mlx-lm": ("mlx_lm.server",), "mlx-openai-server": ("mlx-openai-server", "launch")}[engine_name]
     canary = odd.with_name("canary")
     canary.unlink(missing_ok=True)
     truth: dict[str, str | None] = json.loads(run_odd("try", str(odd), python=venv, folder=odd.parent).splitlines()[-1])
     argv = (str(venv / "bin" / program[0]), *program[1:])
-    said = {name: refusal(engine, argv, odd / name) for name in truth}
+    reasons = {name: refusal(engine_name, argv, odd / name) for name in truth}
     wrong = {
-        name: (truth[name], said[name])
+        name: (truth[name], reasons[name])
         for name in truth
-        if (truth[name] is None) != (said[name] is None) and name not in AS_A_RULE
+        if (truth[name] is None) != (reasons[name] is None) and name not in AS_A_RULE
     }
     assert wrong == {}
-    assert {name for name in truth if said[name]} >= VERDICTS | AS_A_RULE and len(truth) > 50
+    assert {name for name in truth if reasons[name]} >= VERDICTS | AS_A_RULE and len(truth) > 50
     ran = set(canary.read_text().splitlines()) if canary.exists() else set()
-    assert ran == (AS_A_RULE if engine == "mlx-openai-server" else set()), "whose code ran, though nothing is trusted"
+    assert ran == (AS_A_RULE if engine_name == "mlx-openai-server" else set()), "whose code ran, though nothing is trusted"
 
 
 class TestCheckBeforeDownload:

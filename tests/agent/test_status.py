@@ -160,7 +160,7 @@ class TestOwners:
 
 class TestServerThatMisbehaves:
     @pytest.mark.parametrize(
-        ("kind", "why"), [("sick", "says of itself that it is unhealthy"), ("deep", "without a completion")]
+        ("kind", "why"), [("sick", "reports that it is unhealthy"), ("deep", "without a completion")]
     )
     def test_is_not_started(self, host: QuickHost, kind: str, why: str) -> None:
         port = host.ports[0]
