@@ -1,4 +1,4 @@
-"""A server is asked under a name that it has, or not at all: mlx-lm drops its model for any other.
+"""The names under which servers are asked: only known ones, because mlx-lm drops its model for an unknown name.
 
 Whether the real engine still has its weights is seen by taking the file away: it goes on from memory until it has to
 load again.
@@ -50,9 +50,7 @@ def names(command: str, version: str | None) -> ServedNames:
         ("mlx-openai-server launch --model-path m --model-type multimodal", "1.8.1", ("m",)),
     ],
 )
-def test_a_server_can_be_asked_by_the_names_in_its_command(
-    command: str, version: str | None, known: tuple[str, ...]
-) -> None:
+def test_names_of_a_server_follow_from_its_command(command: str, version: str | None, known: tuple[str, ...]) -> None:
     found = names(command, version)
     assert (found.known, found.not_asked) == (known, "")
 
@@ -62,7 +60,7 @@ def test_a_server_can_be_asked_by_the_names_in_its_command(
     [
         ("mlx_lm.server --port 8100", "0.32.2", "started without --model"),
         ("mlx_lm.server --model", "0.32.2", "started without --model"),
-        # Before 0.27 its two names were two models: whichever we took, a client that uses the other one pays for it.
+        # Before 0.27 its two names are two models: a request by one name drops the model of clients that use the other.
         ("mlx_lm.server --model /models/qwen", "0.26.4", "loads its model again"),
         ("mlx-openai-server launch --config models.yaml", "1.8.1", "--config file"),
         ("mlx-openai-server launch --port 8100", "1.8.1", "names no model"),
@@ -70,9 +68,7 @@ def test_a_server_can_be_asked_by_the_names_in_its_command(
         ("mlx-openai-server launch --model-path w --model-type=whisper", "1.8.1", "whisper"),
     ],
 )
-def test_a_server_whose_command_names_nothing_to_complete_is_not_asked(
-    command: str, version: str | None, why: str
-) -> None:
+def test_server_without_a_known_name_is_not_asked(command: str, version: str | None, why: str) -> None:
     assert why in names(command, version).not_asked
 
 
@@ -96,13 +92,13 @@ def view(owner: Owner, argv: str = "mlx_lm.server --model /models/qwen", *, engi
     return PortView(8100, "jerry-xl", State.READY, owner, server=server)
 
 
-def test_a_boot_jobs_server_of_an_unknown_program_is_not_asked() -> None:
+def test_unknown_program_of_a_boot_job_is_not_asked() -> None:
     """vllm-mlx, llama.cpp, Ollama or LM Studio: started by a boot job, it is ready without being recognised."""
     found = names_of(view(Owner.BOOT, engine=None))
     assert found.known == () and "not known" in found.not_asked
 
 
-def test_a_server_of_ours_is_asked_under_the_alias_that_it_was_proven_by() -> None:
+def test_own_server_is_asked_under_its_proven_alias() -> None:
     texts = dict.fromkeys(("repo_id", "revision", "run_id", "start", "boot_id", "operation", "log_path"), "")
     run = Run(
         **texts,  # type: ignore[arg-type]
@@ -120,7 +116,7 @@ def test_a_server_of_ours_is_asked_under_the_alias_that_it_was_proven_by() -> No
     assert (names_of(ours).known[0], names_of(ours).not_asked) == ("jerry-xl", "")
 
 
-# -- fakes: real processes, which say what they are asked -----------------------------------------------------------
+# -- fakes: real processes that record the names in requests --------------------------------------------------------
 
 
 @pytest.fixture
@@ -145,7 +141,7 @@ def row(document: Any, port: int) -> Any:
     return next(each for each in document["ports"] if each["port"] == port)
 
 
-def test_a_look_asks_under_the_servers_own_name_or_says_why_not(host: QuickHost) -> None:
+def test_probe_uses_a_known_name_or_says_why_not(host: QuickHost) -> None:
     own, nameless = host.ports[0], host.ports[1]
     snapshot = str(host.snapshots[MODELS[0]])
     with served(host, own, "--model", snapshot) as asked, served(host, nameless) as unasked:
@@ -161,7 +157,7 @@ def test_a_look_asks_under_the_servers_own_name_or_says_why_not(host: QuickHost)
 # -- the real engine ----------------------------------------------------------------------------------------------
 
 
-def test_neither_a_look_nor_a_load_makes_a_server_of_others_drop_its_model(homelab: Homelab, engine: Path) -> None:
+def test_foreign_server_keeps_its_model_during_probe_and_load(homelab: Homelab, engine: Path) -> None:
     lab, studio, port = homelab, homelab.studio, homelab.studio.ports[0]
     snapshot = studio.install(NAME, models.QWEN)
     studio.mlxctl("init").ok()

@@ -1,4 +1,4 @@
-"""The registry can be written when an operation begins and not when it ends: what was proven good serves on."""
+"""The registry becomes unwritable during an operation: a server that was proven keeps serving."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ def back(host: Host) -> None:
 
 
 def other(host: Host) -> str:
-    """Somebody has another program write it: there are two kinds of unwritable."""
+    """Another program writes an unsupported version. (The other case is a missing registry.)"""
     return f"cp {host.registry} {host.registry}.kept; echo '{{\"version\": 2}}' > {host.registry}"
 
 
 @pytest.mark.parametrize("spoil", [gone, other])
-def test_a_swap_that_cannot_be_written_leaves_the_old_server_serving(host: Host, spoil: Callable[[Host], str]) -> None:
+def test_swap_that_cannot_be_written_restarts_the_old_server(host: Host, spoil: Callable[[Host], str]) -> None:
     host("load", OLD, host.port).ok()
     host.spoil(spoil(host))
     failed = host("load", NEW, host.port, "--force")
@@ -83,8 +83,8 @@ def test_a_swap_that_cannot_be_written_leaves_the_old_server_serving(host: Host,
     assert not host.quick.status()["drift"]
 
 
-def test_the_old_server_comes_back_without_a_write_where_the_registry_still_names_it(host: Host) -> None:
-    """Without locks nothing can be written at all, and nothing has to be."""
+def test_restart_of_the_assigned_server_writes_nothing(host: Host) -> None:
+    """The registry still assigns the port to the old server, so no write is needed."""
     host("load", OLD, host.port).ok()
     previous = host.quick.studio.state / "registry.previous.json"
     host.spoil(f"rm -f {previous}; mkdir {previous}")
@@ -97,8 +97,8 @@ def test_the_old_server_comes_back_without_a_write_where_the_registry_still_name
     previous.rmdir()
 
 
-def test_the_new_server_stays_where_the_old_one_cannot_come_back(host: Host) -> None:
-    """The disk of the registry is the disk of the models."""
+def test_new_server_stays_if_the_old_one_cannot_restart(host: Host) -> None:
+    """The registry and the models are on the same disk, which is gone."""
     host("load", OLD, host.port).ok()
     host.spoil(gone(host), f"mv {host.quick.snapshots[OLD]} {host.quick.snapshots[OLD]}.gone")
     failed = host("load", NEW, host.port, "--force")
@@ -119,7 +119,7 @@ def test_the_new_server_stays_where_the_old_one_cannot_come_back(host: Host) -> 
     assert host.row()["state"] == "ready"
 
 
-def test_a_first_load_that_cannot_be_written_leaves_nothing(host: Host) -> None:
+def test_first_load_that_cannot_be_written_leaves_nothing(host: Host) -> None:
     host.spoil(gone(host))
     failed = host("load", NEW, host.port)
     error = error_of(failed)
@@ -128,8 +128,8 @@ def test_a_first_load_that_cannot_be_written_leaves_nothing(host: Host) -> None:
     assert not host.quick.process("--model")
 
 
-def test_an_unload_that_cannot_be_written_does_not_say_that_nothing_was_changed(homelab: Homelab) -> None:
-    """The registry goes while the server takes its time to end."""
+def test_unload_that_cannot_be_written_reports_the_stopped_server(homelab: Homelab) -> None:
+    """The registry disappears while the server is still ending."""
     ask = Ask(with_fake(homelab), "local")
     studio = homelab.studio
     register(studio, "mine", "stubborn")

@@ -1,4 +1,4 @@
-"""A server that runs otherwise than its model would be started now: said of every one that will stay as it is."""
+"""Drift between a server's settings and its registry entry."""
 
 from __future__ import annotations
 
@@ -19,14 +19,12 @@ from tests.core.worlds import registry, run
 from tests.lab.envelopes import envelope
 
 
-@pytest.mark.parametrize(("state", "told"), [(State.READY, True), (State.WEDGED, True), (State.LOADING, False)])
-def test_other_files_than_the_registry_names_are_told_of_whatever_answers_or_hangs(
-    tmp_path: Path, state: State, told: bool
-) -> None:
+@pytest.mark.parametrize(("state", "reported"), [(State.READY, True), (State.WEDGED, True), (State.LOADING, False)])
+def test_server_with_another_repository_is_drift(tmp_path: Path, state: State, reported: bool) -> None:
     settings = Settings(hub=str(tmp_path / "hub"), state=str(tmp_path / "state"))
     paths = host_paths(settings, os.environ)
     store = Store(paths.state, paths.registry)
     context = Context(envelope("status", {}, settings, "").request, paths, store, this_system(), lambda event: None, {})
     view = PortView(8103, None, state, Owner.MLXOPS, "a", run=replace(run("a", 8103), repo_id="org/before"))
-    found = further_drift(context, registry(a=8103), World({8103: view}, ()))
-    assert [each.code for each in found] == ["settings_changed"] * told
+    drift = further_drift(context, registry(a=8103), World({8103: view}, ()))
+    assert [each.code for each in drift] == ["settings_changed"] * reported

@@ -1,4 +1,4 @@
-"""A load says that it is done only of a server that is ready."""
+"""The result of a load: only a ready server is a success."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def view(state: State) -> PortView:
 
 @pytest.fixture
 def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Context]:
-    """A host on which a port is seen in one state after the other; in the last one for ever."""
+    """Return a function that makes a context whose port is observed in these states; the last one repeats."""
     monkeypatch.setattr(load, "READY_SECONDS", 0.3)
 
     def context(*states: State) -> Context:
@@ -44,7 +44,7 @@ def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Conte
 
 
 @pytest.mark.parametrize("state", [each for each in State if each is not State.READY])
-def test_any_other_state_is_a_failure(seen: Callable[..., Context], state: State) -> None:
+def test_other_state_than_ready_is_a_failure(seen: Callable[..., Context], state: State) -> None:
     with pytest.raises(NotStarted) as caught:
         load._load_result(seen(state), PLAN, 0.0, changed=True)
     error = caught.value
@@ -52,6 +52,6 @@ def test_any_other_state_is_a_failure(seen: Callable[..., Context], state: State
     assert f"is {state} a moment later" in error.message and "mlxctl load a 8103 --force" in error.hint
 
 
-def test_a_server_that_is_late_with_an_answer_is_waited_for(seen: Callable[..., Context]) -> None:
+def test_late_server_is_waited_for(seen: Callable[..., Context]) -> None:
     result = load._load_result(seen(State.WEDGED, State.UNKNOWN, State.READY), PLAN, 0.0, changed=True)
     assert result.state == "ready"

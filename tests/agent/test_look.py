@@ -1,4 +1,4 @@
-"""A look that is overtaken by a change: what was seen half before and half after is not told."""
+"""Changes during an observation: `status` never mixes the state before a change with the state after it."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from tests.lab.world import free_ports
 System = type(this_system())
 
 
-class Overtaken(System):  # type: ignore[valid-type, misc]  # whichever of the two this machine has
-    """The machine, on which something happens just after each look at its processes."""
+class ChangingSystem(System):  # type: ignore[valid-type, misc]  # the class for this platform
+    """This machine, with a change just after each observation of its processes."""
 
-    def __init__(self, happens: Callable[[int], None]) -> None:
+    def __init__(self, change: Callable[[int], None]) -> None:
         self.looks = 0
-        self._happens = happens
+        self._change = change
 
     def look(self, ports: Container[int]) -> Look:
-        found: Look = super().look(ports)
+        look: Look = super().look(ports)
         self.looks += 1
-        self._happens(self.looks)
-        return found
+        self._change(self.looks)
+        return look
 
 
 @pytest.fixture
@@ -55,8 +55,8 @@ def assign(tmp_path: Path, port: int) -> Callable[[bool], None]:
     return write
 
 
-def told(tmp_path: Path, port: int, system: Overtaken) -> list[object]:
-    """The codes of the drift that status finds."""
+def drift_codes(tmp_path: Path, port: int, system: ChangingSystem) -> list[object]:
+    """Return the codes of the drift that `status` reports."""
     settings = Settings(hub=str(tmp_path), state=str(tmp_path / "state"), ports=PortRange(port, port))
     paths = host_paths(settings, {})
     store = Store(paths.state, paths.registry)
@@ -65,33 +65,31 @@ def told(tmp_path: Path, port: int, system: Overtaken) -> list[object]:
     return [row.code for row in drift if row.code != "entry_problem"]
 
 
-def test_an_unload_that_ends_while_status_looks_is_no_drift(
-    tmp_path: Path, port: int, assign: Callable[[bool], None]
-) -> None:
-    def unloaded(looks: int) -> None:
+def test_unload_during_status_is_no_drift(tmp_path: Path, port: int, assign: Callable[[bool], None]) -> None:
+    def unload(looks: int) -> None:
         if looks == 1:
             assign(False)
 
     assign(True)
-    system = Overtaken(unloaded)
-    assert told(tmp_path, port, system) == [] and system.looks == 2
+    system = ChangingSystem(unload)
+    assert drift_codes(tmp_path, port, system) == [] and system.looks == 2
 
 
-def test_what_is_there_is_looked_at_once(tmp_path: Path, port: int, assign: Callable[[bool], None]) -> None:
+def test_unchanged_state_is_observed_once(tmp_path: Path, port: int, assign: Callable[[bool], None]) -> None:
     assign(True)
-    system = Overtaken(lambda looks: None)
-    assert told(tmp_path, port, system) == ["assigned_not_served"] and system.looks == 1
+    system = ChangingSystem(lambda looks: None)
+    assert drift_codes(tmp_path, port, system) == ["assigned_not_served"] and system.looks == 1
 
 
-def test_a_registry_that_never_rests_is_told_as_it_was_seen_last(
+def test_constantly_changing_registry_is_reported_as_last_observed(
     tmp_path: Path, port: int, assign: Callable[[bool], None]
 ) -> None:
     assign(True)
-    system = Overtaken(lambda looks: assign(True))
-    assert told(tmp_path, port, system) == ["assigned_not_served"] and system.looks == MAX_OBSERVATIONS
+    system = ChangingSystem(lambda looks: assign(True))
+    assert drift_codes(tmp_path, port, system) == ["assigned_not_served"] and system.looks == MAX_OBSERVATIONS
 
 
-def test_a_long_list_arrives(tmp_path: Path) -> None:
+def test_long_list_arrives(tmp_path: Path) -> None:
     entries = {f"org/model-{number}": {"repo_id": f"org/model-{number}"} for number in range(20_000)}
     (tmp_path / "registry.json").write_text(json.dumps({"version": 1, "models": entries}))
     settings = Settings(
@@ -101,9 +99,7 @@ def test_a_long_list_arrives(tmp_path: Path) -> None:
     assert answer.result is not None and len(answer.result.models) == 20_000, answer.error
 
 
-def test_a_result_that_nobody_would_listen_to_is_told_as_that(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_too_long_result_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(agent, "MAX_LINE", 1000)
 
     def serve() -> int:
@@ -111,5 +107,5 @@ def test_a_result_that_nobody_would_listen_to_is_told_as_that(
         return 0
 
     assert agent._report_errors(serve) == 3
-    (told,) = map(decode_event, capsys.readouterr().out.splitlines())
-    assert isinstance(told, Failed) and told.error.code == "result_too_long"
+    (event,) = map(decode_event, capsys.readouterr().out.splitlines())
+    assert isinstance(event, Failed) and event.error.code == "result_too_long"

@@ -87,23 +87,23 @@ def kill_server(lab: Homelab, port: int) -> None:
 
 
 @pytest.mark.usefixtures("quick_engine")
-def test_after_a_reboot_status_says_so_and_restore_brings_all_back(homelab: Homelab) -> None:
+def test_reboot_is_reported_and_restore_starts_all_models(homelab: Homelab) -> None:
     first, second = two_loaded(homelab)
     reboot(homelab.studio)
     host = status(homelab)
     assert [row["state"] for row in host["ports"]][:2] == ["failed", "failed"]
     assert host["ports"][0]["detail"] == "it went down with the host"
-    told = next(row for row in host["drift"] if row["code"] == "rebooted")
-    assert told["message"].startswith("rebooted 20") and told["message"].endswith("; 2 assignments down")
-    assert told["hint"] == "mlxctl restore"
+    row = next(row for row in host["drift"] if row["code"] == "rebooted")
+    assert row["message"].startswith("rebooted 20") and row["message"].endswith("; 2 assignments down")
+    assert row["hint"] == "mlxctl restore"
 
     plan = homelab.mini.mlxctl("restore", "--dry-run", "--json").ok().json["hosts"][0]["result"]
     assert [row["port"] for row in plan["restored"]] == [first, second] and plan["changed"] is False
     quiet(homelab.studio)
     assert not history_of(homelab, "restore")
     argvs = [row["argv"] for row in plan["restored"]]
-    told = homelab.mini.mlxctl("restore", "--dry-run").ok()
-    assert f"{QWEN} on {first}: {shlex.join(argvs[0])}\n" in told.stderr
+    dry_run = homelab.mini.mlxctl("restore", "--dry-run").ok()
+    assert f"{QWEN} on {first}: {shlex.join(argvs[0])}\n" in dry_run.stderr
 
     done = homelab.mini.mlxctl("restore").ok()
     assert done.stdout == f"started {QWEN} on {first}, {LLAMA} on {second}\n"
@@ -116,7 +116,7 @@ def test_after_a_reboot_status_says_so_and_restore_brings_all_back(homelab: Home
 
 
 @pytest.mark.usefixtures("quick_engine")
-def test_what_reconcile_cleared_after_a_reboot_comes_back_by_the_hosts_own_job(homelab: Homelab) -> None:
+def test_cleared_models_are_restored_by_the_hosts_own_job(homelab: Homelab) -> None:
     first, second = two_loaded(homelab)
     reboot(homelab.studio)
     homelab.mini.mlxctl("reconcile").ok()
@@ -138,7 +138,7 @@ def test_what_reconcile_cleared_after_a_reboot_comes_back_by_the_hosts_own_job(h
     assert homelab.mini.mlxctl("ops", "--json").ok().json["hosts"][0]["operations"] == rows, "no record of nothing"
 
 
-def test_what_does_not_fit_or_start_keeps_nobody_else_from_starting(homelab: Homelab) -> None:
+def test_failed_start_does_not_stop_the_others(homelab: Homelab) -> None:
     first, second = two_loaded(homelab)
     reboot(homelab.studio)
     path = homelab.studio.registry_path
@@ -162,7 +162,7 @@ def test_what_does_not_fit_or_start_keeps_nobody_else_from_starting(homelab: Hom
 
 
 @pytest.mark.usefixtures("quick_engine")
-def test_the_memory_budget_is_kept(homelab: Homelab) -> None:
+def test_memory_budget_is_kept(homelab: Homelab) -> None:
     """By an estimate so large that what else runs on this machine, and counts as well, makes no difference."""
     first, second = two_loaded(homelab)
     reboot(homelab.studio)
@@ -184,7 +184,7 @@ def test_the_memory_budget_is_kept(homelab: Homelab) -> None:
 
 
 @pytest.mark.usefixtures("quick_engine")
-def test_a_server_that_crashes_again_is_left_for_a_while(homelab: Homelab) -> None:
+def test_crashing_server_is_restarted_with_back_off(homelab: Homelab) -> None:
     homelab.studio.install(QWEN, models.QWEN)
     port = homelab.studio.ports[0]
     homelab.mini.mlxctl("load", QWEN, str(port)).ok()
@@ -206,7 +206,7 @@ def test_a_server_that_crashes_again_is_left_for_a_while(homelab: Homelab) -> No
 
 
 @pytest.mark.usefixtures("quick_engine")
-def test_the_port_of_an_installed_boot_job_is_left_to_it_and_of_one_that_is_not_is_started(homelab: Homelab) -> None:
+def test_only_installed_boot_jobs_reserve_their_ports(homelab: Homelab) -> None:
     port = homelab.studio.ports[0]
     homelab.studio.install(QWEN, models.QWEN)
     homelab.mini.mlxctl("load", QWEN, str(port)).ok()
@@ -234,7 +234,7 @@ def restoring(lab: Homelab, until: str) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["the port that it is at", "a port that is yet to come"])
-def test_a_port_that_is_unloaded_meanwhile_is_left_and_the_rest_goes_on(homelab: Homelab, which: int) -> None:
+def test_unload_during_restore_skips_only_its_port(homelab: Homelab, which: int) -> None:
     ports = two_loaded(homelab)
     reboot(homelab.studio)
     models_there = (QWEN, LLAMA)
@@ -254,7 +254,7 @@ def test_a_port_that_is_unloaded_meanwhile_is_left_and_the_rest_goes_on(homelab:
 
 
 @pytest.mark.usefixtures("quick_engine")
-def test_what_was_cleared_and_is_unloaded_meanwhile_does_not_come_back(homelab: Homelab) -> None:
+def test_cleared_model_that_is_unloaded_does_not_come_back(homelab: Homelab) -> None:
     first, second = two_loaded(homelab)
     reboot(homelab.studio)
     homelab.mini.mlxctl("reconcile").ok()
@@ -266,8 +266,8 @@ def test_what_was_cleared_and_is_unloaded_meanwhile_does_not_come_back(homelab: 
     assert assigned(homelab) == {QWEN: first, LLAMA: None}
 
 
-def test_one_restore_runs_at_a_time_and_asking_again_follows_it(homelab: Homelab) -> None:
-    """A load of one of its ports is another wish, and is told who is at work there."""
+def test_second_restore_follows_the_first(homelab: Homelab) -> None:
+    """A load on one of its ports is another request, and gets the error `busy`, which names the restore."""
     first, second = two_loaded(homelab)
     reboot(homelab.studio)
     with restoring(homelab, "proof: ") as process:
@@ -282,7 +282,7 @@ def test_one_restore_runs_at_a_time_and_asking_again_follows_it(homelab: Homelab
     assert [row["state"] for row in rows if row["command"] == "restore"] == ["followed", "done"]
 
 
-def test_a_restore_that_is_cancelled_keeps_what_it_has_started(homelab: Homelab) -> None:
+def test_cancelled_restore_keeps_the_servers_it_started(homelab: Homelab) -> None:
     first, second = two_loaded(homelab)
     reboot(homelab.studio)
     with restoring(homelab, "commit: ") as process:

@@ -214,7 +214,9 @@ def test_refused_models_are_those_that_the_engine_cannot_load(odd: Path, engine_
     assert wrong == {}
     assert {name for name in truth if reasons[name]} >= VERDICTS | AS_A_RULE and len(truth) > 50
     ran = set(canary.read_text().splitlines()) if canary.exists() else set()
-    assert ran == (AS_A_RULE if engine_name == "mlx-openai-server" else set()), "whose code ran, though nothing is trusted"
+    assert ran == (AS_A_RULE if engine_name == "mlx-openai-server" else set()), (
+        "whose code ran, though nothing is trusted"
+    )
 
 
 class TestCheckBeforeDownload:

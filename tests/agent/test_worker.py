@@ -1,4 +1,4 @@
-"""How an operation's outcome becomes its last event and its exit status, whoever wants it to end meanwhile."""
+"""An operation's outcome becomes its last event and its exit status, even if it is cancelled at that moment."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from tests.lab.envelopes import envelope
 
 
 @pytest.mark.parametrize(("command", "last", "status"), [("list", Done, 0), ("unload", Failed, 2)])
-def test_a_wish_to_end_that_comes_with_the_outcome_is_too_late(
+def test_cancel_request_after_the_outcome_is_too_late(
     command: str, last: type[Event], status: int, tmp_path: Path
 ) -> None:
-    told: list[Event] = []
+    events: list[Event] = []
 
     def emit(event: Event) -> None:
-        told.append(event)
+        events.append(event)
         context.cancellation.request()
 
     settings = Settings(hub=str(tmp_path / "hub"), state=str(tmp_path / "state"))
@@ -32,4 +32,4 @@ def test_a_wish_to_end_that_comes_with_the_outcome_is_too_late(
     store.create_folders()  # as for every worker
     context = Context(envelope(command, {}, settings, "").request, paths, store, this_system(), emit, {})
     assert finish(context, emit) == status
-    assert [type(event) for event in told] == [last]
+    assert [type(event) for event in events] == [last]
