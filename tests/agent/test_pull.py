@@ -62,9 +62,7 @@ class TestPull:
         homelab.configure(env={"HF_ENDPOINT": hub.url})
         assert result(homelab, "pull", "--repo", QWEN)["changed"] is True
 
-    def test_refreshes_and_says_whether_that_changed_anything(
-        self, online_homelab: Homelab, hub: Hub, tiny_models: Path
-    ) -> None:
+    def test_pull_reports_whether_the_files_changed(self, online_homelab: Homelab, hub: Hub, tiny_models: Path) -> None:
         first = hub.add("tiny-org/fresh", tiny_models / models.QWEN)
         assert result(online_homelab, "pull", "--repo", "tiny-org/fresh")["revision"] == first
         again = result(online_homelab, "pull", "--repo", "tiny-org/fresh")
@@ -74,8 +72,8 @@ class TestPull:
         assert (newer["changed"], newer["revision"]) == (True, second)
         assert newer["verified_files"] == len(models.files_of(tiny_models / models.QWEN_B))
 
-    def test_is_done_once_for_two_who_ask(self, wired: tuple[Homelab, Wire], slow_hub: Wire) -> None:
-        """A pull, and a load of the same repository that comes while it runs."""
+    def test_second_request_follows_the_first_download(self, wired: tuple[Homelab, Wire], slow_hub: Wire) -> None:
+        """Start a load of the same repository while a pull runs."""
         lab, _ = wired
         with client(lab, "pull", "--repo", QWEN) as first:
             assert first.stderr is not None
@@ -87,12 +85,12 @@ class TestPull:
                 assert second.stderr is not None
                 next(line for line in second.stderr if "is being downloaded by pull" in line)
                 slow_hub.stalled = False
-                said = second.stderr.read()
-                assert (first.wait(WAIT), second.wait(WAIT)) == (0, 0), said
-        assert "277.7 kB of it already here" in said or " of it already here" in said, said
+                output = second.stderr.read()
+                assert (first.wait(WAIT), second.wait(WAIT)) == (0, 0), output
+        assert "277.7 kB of it already here" in output or " of it already here" in output, output
         assert lab.studio.completion(lab.studio.ports[0], "jerry-xl")["model"] == "jerry-xl"
 
-    def test_that_was_killed_leaves_nothing_behind_after_the_next_one(
+    def test_next_pull_removes_what_a_killed_one_left(
         self,
         wired: tuple[Homelab, Wire],
         slow_hub: Wire,
@@ -111,7 +109,7 @@ class TestPull:
         assert not list(lab.studio.hub.rglob("*.incomplete"))
         assert operations(lab)[1]["state"] == "interrupted"
 
-    def test_that_is_cancelled_ends_at_once_and_leaves_nothing(
+    def test_cancelled_pull_ends_at_once_and_leaves_nothing(
         self,
         wired: tuple[Homelab, Wire],
         slow_hub: Wire,
@@ -126,7 +124,7 @@ class TestPull:
             assert process.wait(WAIT) == 130
         assert not [path for path in lab.studio.hub.rglob("*") if QWEN.partition("/")[2] in path.name]
 
-    def test_that_is_cancelled_leaves_what_an_earlier_one_had_completed(
+    def test_cancelled_pull_keeps_the_files_of_an_earlier_one(
         self,
         wired: tuple[Homelab, Wire],
         slow_hub: Wire,
@@ -148,12 +146,12 @@ class TestPull:
         assert not list(lab.studio.hub.rglob("*.incomplete"))
         assert disk(here) == before and not shard.exists()
         slow_hub.stalled = False
-        said = lab.mini.mlxctl("pull", "--repo", LLAMA).ok().stderr
-        assert "of it already here" in said and blob.is_file()
+        output = lab.mini.mlxctl("pull", "--repo", LLAMA).ok().stderr
+        assert "of it already here" in output and blob.is_file()
 
 
 class TestVerify:
-    def test_finds_wrong_bytes_of_the_right_length_and_tells_the_commands_that_heal(
+    def test_wrong_content_is_found_with_the_commands_that_repair_it(
         self,
         faulty: FaultyHub,
         cache: Path,
@@ -181,7 +179,7 @@ class TestVerify:
         download(LLAMA, snapshot.revision, cache, lambda _: None, QUICK)
         assert verify(LLAMA, snapshot.revision, cache, events.append, QUICK) == count
 
-    def test_of_damaged_weights_that_are_none_of_the_hubs_leaves_them(
+    def test_damaged_weights_that_the_hub_does_not_have_are_kept(
         self,
         faulty: FaultyHub,
         cache: Path,
@@ -192,7 +190,7 @@ class TestVerify:
             download(LLAMA, None, cache, lambda _: None, QUICK)
         assert mine.read_bytes() == b"half of a copy"
 
-    def test_leaves_a_running_downloads_half_files_alone(
+    def test_incomplete_files_of_a_running_download_are_kept(
         self,
         faulty: FaultyHub,
         cache: Path,
@@ -211,8 +209,8 @@ class TestVerify:
 
 
 class TestRemove:
-    def test_of_a_copy_with_the_same_commits_takes_only_that_copy(self, tmp_path: Path, tiny_models: Path) -> None:
-        """A repository that was duplicated on the hub has the commits of the first; whichever is found first."""
+    def test_copy_with_the_same_commits_is_removed_alone(self, tmp_path: Path, tiny_models: Path) -> None:
+        """A repository that was duplicated on the hub has the same commits as the original."""
         hub = tmp_path / "hub"
         names = [f"tiny-org/copy-{number}" for number in range(6)]
         snapshots = [models.install_snapshot(hub, name, tiny_models / models.QWEN, xet=True) for name in names]
@@ -221,7 +219,7 @@ class TestRemove:
         assert deleted.freed_bytes > 0 and deleted.kept == ()
         assert [isinstance(find(hub, name), Snapshot) for name in names] == [number != 3 for number in range(6)]
 
-    def test_frees_what_only_it_uses_and_the_dry_run_says_how_much(self, homelab: Homelab) -> None:
+    def test_dry_run_reports_the_bytes_that_a_removal_frees(self, homelab: Homelab) -> None:
         studio = homelab.studio
         studio.install(QWEN, models.QWEN, trees=True, xet=True)
         studio.install("tiny-org/copy", models.QWEN, trees=True, xet=True)  # its weights are in the shared store, too
@@ -229,10 +227,10 @@ class TestRemove:
         studio.install("tiny-org/two", models.QWEN_B, sha="c" * 40, ref=None)
         homelab.mini.mlxctl("init").ok()
         before = disk(studio.hub)
-        told = result(homelab, "remove", "--model", "tiny-org/two", "--dry-run")
-        assert disk(studio.hub) == before and told["changed"] is False
+        planned = result(homelab, "remove", "--model", "tiny-org/two", "--dry-run")
+        assert disk(studio.hub) == before and planned["changed"] is False
         done = result(homelab, "remove", "--model", "tiny-org/two")
-        assert (done["freed_bytes"], done["kept"]) == (told["freed_bytes"], ["c" * 40])
+        assert (done["freed_bytes"], done["kept"]) == (planned["freed_bytes"], ["c" * 40])
         registry = studio.registry_path.stat().st_size
         assert abs(before - disk(studio.hub) - done["freed_bytes"]) <= 64, registry
         assert not kept.exists() and (kept.parent / ("c" * 40) / "model.safetensors").is_file()
@@ -246,7 +244,7 @@ class TestRemove:
 
     @pytest.mark.parametrize("kept", [False, True], ids=["the only one", "one of two"])
     @pytest.mark.parametrize("what", ["repository", "blobs", "files"])
-    def test_counts_what_it_frees_and_leaves_what_it_only_has_links_to(
+    def test_linked_files_outside_the_cache_are_kept_and_counted(
         self, tmp_path: Path, tiny_models: Path, what: str, kept: bool
     ) -> None:
         hub, elsewhere = tmp_path / "hub", tmp_path / "elsewhere"
@@ -267,11 +265,11 @@ class TestRemove:
                 link_away(weights, elsewhere)
                 blob.unlink()
         before = disk(hub) + disk(elsewhere)
-        told = delete(snapshot, dry_run=True)
+        planned = delete(snapshot, dry_run=True)
         assert disk(hub) + disk(elsewhere) == before and snapshot.exists()
         done = delete(snapshot, dry_run=False)
         freed = before - disk(hub) - disk(elsewhere)
-        assert done == told and 0 <= freed - done.freed_bytes <= len(snapshot.name), "a branch's file is not counted"
+        assert done == planned and 0 <= freed - done.freed_bytes <= len(snapshot.name), "a branch's file is not counted"
         assert not snapshot.exists()
         if what != "repository":
             assert done.linked_bytes == (elsewhere / "weights").stat().st_size, "it is not ours to delete"
@@ -280,7 +278,7 @@ class TestRemove:
         else:
             assert done.linked_bytes == 0 and freed > 0
 
-    def test_of_a_link_to_another_repository_takes_the_link_alone(self, tmp_path: Path, tiny_models: Path) -> None:
+    def test_link_to_another_repository_is_removed_alone(self, tmp_path: Path, tiny_models: Path) -> None:
         hub = tmp_path / "hub"
         for number in range(6):
             snapshot = models.install_snapshot(hub, f"tiny-org/model-{number}", tiny_models / models.QWEN)
@@ -290,7 +288,7 @@ class TestRemove:
             assert done.freed_bytes == 0 and done.linked_bytes > 0
             assert not link.is_symlink() and isinstance(find(hub, f"tiny-org/model-{number}"), Snapshot)
 
-    def test_says_that_what_is_behind_links_was_left(self, homelab: Homelab, tmp_path: Path) -> None:
+    def test_kept_files_behind_links_are_reported(self, homelab: Homelab, tmp_path: Path) -> None:
         studio = homelab.studio
         repo = studio.install(QWEN, models.QWEN).parent.parent
         homelab.mini.mlxctl("init").ok()
@@ -300,29 +298,29 @@ class TestRemove:
         assert "freed 0 B" in done.stdout and "behind links" in done.stderr and "are left" in done.stderr
         assert not repo.is_symlink() and disk(tmp_path / repo.name) > 0
 
-    def test_of_what_was_only_pulled_frees_it_too(self, homelab: Homelab) -> None:
+    def test_unregistered_repository_can_be_removed(self, homelab: Homelab) -> None:
         repo = homelab.studio.install(QWEN, models.QWEN).parent.parent
-        told = result(homelab, "remove", "--model", QWEN, "--dry-run")
-        assert told["freed_bytes"] > 0 and repo.exists()
-        assert result(homelab, "remove", "--model", QWEN)["freed_bytes"] == told["freed_bytes"]
+        planned = result(homelab, "remove", "--model", QWEN, "--dry-run")
+        assert planned["freed_bytes"] > 0 and repo.exists()
+        assert result(homelab, "remove", "--model", QWEN)["freed_bytes"] == planned["freed_bytes"]
         assert not repo.exists() and not homelab.studio.registry_path.exists()
-        assert homelab.mini.mlxctl("remove", "--model", QWEN).exit == 3, "nobody knows it any more"
+        assert homelab.mini.mlxctl("remove", "--model", QWEN).exit == 3, "it is not in the cache any more"
 
-    def test_of_one_whose_update_broke_off_frees_it_and_names_what_stays(self, homelab: Homelab) -> None:
+    def test_interrupted_update_is_removed_except_for_own_files(self, homelab: Homelab) -> None:
         studio = homelab.studio
         snapshot = studio.install(QWEN, models.QWEN, trees=True)
         repo = snapshot.parent.parent
         (repo / "refs" / "main").write_text("d" * 40)
         (snapshot.parent / f"._{snapshot.name}").touch()
         (snapshot / "notes.txt").write_text("mine")
-        told = result(homelab, "remove", "--model", QWEN, "--dry-run")
+        planned = result(homelab, "remove", "--model", QWEN, "--dry-run")
         done = homelab.mini.mlxctl("remove", "--model", QWEN).ok()
-        assert told["freed_bytes"] > 100_000 and told["kept"] == []
+        assert planned["freed_bytes"] > 100_000 and planned["kept"] == []
         assert "freed 0 B" not in done.stdout and f"no download put it there: {snapshot / 'notes.txt'}" in done.stderr
         assert [path for path in repo.rglob("*") if path.is_file()] == [snapshot / "notes.txt"]
         assert homelab.mini.mlxctl("remove", "--model", QWEN).exit == 3, "there is nothing left that it could free"
 
-    def test_names_the_other_entries_of_the_same_files(self, homelab: Homelab) -> None:
+    def test_other_entries_of_the_same_files_are_named(self, homelab: Homelab) -> None:
         homelab.studio.install(QWEN, models.QWEN)
         for name in ("one", "two"):
             homelab.mini.mlxctl("load", name, str(homelab.studio.ports[0]), "--repo", QWEN, "--force").ok()
@@ -331,7 +329,7 @@ class TestRemove:
             done = homelab.mini.mlxctl("remove", "--model", "one", *words).ok()
             assert "two has the same files" in done.stderr
 
-    def test_is_refused_while_anything_uses_it(self, homelab: Homelab) -> None:
+    def test_files_in_use_are_not_removed(self, homelab: Homelab) -> None:
         studio = homelab.studio
         studio.install(QWEN, models.QWEN)
         homelab.mini.mlxctl("load", QWEN, str(studio.ports[0])).ok()
@@ -348,8 +346,8 @@ class TestRemove:
         assert studio.completion(studio.ports[0], "jerry-xl")["model"] == "jerry-xl"
 
 
-def test_a_lie_of_the_hub_is_found_by_verify(faulty: FaultyHub, cache: Path) -> None:
-    """Files without a structure of their own, such as a template, are only found by their hash."""
+def test_verify_finds_content_that_the_hub_changed(faulty: FaultyHub, cache: Path) -> None:
+    """Wrong content of a file without a structure, such as a template, is found only by its hash."""
     faulty.fail(Lie(), method="GET", part="chat_template", times=1)
     snapshot = download(LLAMA, None, cache, lambda _: None, QUICK)
     notes: list[Event] = []

@@ -1,4 +1,4 @@
-"""A swap: everything that can be known before the old server stops; then the new one, or the old one again."""
+"""Swaps, rollbacks and `set`: checks before the old server stops, and its restart if the new one fails."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def studio(homelab: Homelab) -> Studio:
 
 @contextmanager
 def serving(studio: Studio, name: str, port: int) -> Iterator[dict[str, Any]]:
-    """`name` on `port`; whatever is there in the end is unloaded."""
+    """Load `name` on `port`. Unload everything at the end."""
     studio.mlxctl("load", name, str(port)).ok()
     try:
         yield row(studio, port)
@@ -56,11 +56,11 @@ def result(done: Completed) -> Any:
 
 
 class TestFailure:
-    def test_the_old_server_comes_back_as_it_was_and_both_stories_are_told(self, studio: Studio) -> None:
+    def test_old_server_restarts_unchanged_and_the_error_says_so(self, studio: Studio) -> None:
         port = studio.ports[0]
         with serving(studio, QWEN, port) as before:
-            was = record(studio, port)
-            # What is set meanwhile is for its next start; what comes back is what served.
+            old_run = record(studio, port)
+            # This is for its next load. The restart uses the old argv.
             studio.mlxctl("set", "--model", QWEN, "--set", "args=--max-tokens 7").ok()
             registry = studio.registry_path.read_bytes()
 
@@ -70,17 +70,17 @@ class TestFailure:
             assert failed.exit == 4 and error["code"] == "server_did_not_start"
             assert "Missing 1 parameters" in error["why"] and f"{QWEN} serves port {port} again" in error["why"]
             assert error["details"]["previous"] == f"{QWEN} serves port {port} again"
-            # The old server writes the port's log again; what the new one said is in the one before.
+            # The old server writes to the port's log again. The new server's log was rotated.
             log = Path(error["details"]["log_path"])
             assert "Missing 1 parameters" in log.read_text() and error["hint"].endswith(str(log))
             after = row(studio, port)
             assert (after["state"], after["model"]) == ("ready", QWEN) and after["pid"] != before["pid"]
-            assert record(studio, port)["argv"] == was["argv"]
+            assert record(studio, port)["argv"] == old_run["argv"]
             assert studio.registry_path.read_bytes() == registry
             assert studio.completion(port, "jerry-xl")["choices"]
 
     @pytest.mark.usefixtures("quick_engine")
-    def test_a_move_that_fails_leaves_the_model_where_it_was(self, studio: Studio) -> None:
+    def test_failed_move_leaves_the_model_on_its_port(self, studio: Studio) -> None:
         first, second = studio.ports[0], studio.ports[1]
         with serving(studio, QWEN, first):
             failed = studio.mlxctl("load", QWEN, str(second), "--force", "--timeout", "0.05")
@@ -88,10 +88,10 @@ class TestFailure:
             assert row(studio, first)["state"] == "ready" and row(studio, second)["state"] == "idle"
             assert studio.registry()["models"][QWEN]["port"] == first
 
-    def test_if_neither_starts_nothing_is_assigned_and_nothing_is_left(self, studio: Studio) -> None:
+    def test_two_failed_starts_leave_no_assignment_and_no_process(self, studio: Studio) -> None:
         port = studio.ports[0]
         with serving(studio, QWEN, port):
-            # The old one's weights go while it serves: it was ready, and can never be again.
+            # The old server's weights are destroyed while it serves, so it cannot restart.
             snapshot = Path(studio.registry()["models"][QWEN]["cache_path"])
             thread = threading.Thread(target=_break_when_stopped, args=(studio, port, snapshot))
             thread.start()
@@ -108,9 +108,9 @@ def _break_when_stopped(studio: Studio, port: int, snapshot: Path) -> None:
 
 
 class TestBefore:
-    """What is refused with the old server untouched."""
+    """Checks that refuse a load before the old server stops."""
 
-    def test_it_is_refused_and_the_old_server_never_noticed(self, studio: Studio) -> None:
+    def test_refused_load_does_not_touch_the_old_server(self, studio: Studio) -> None:
         port = studio.ports[0]
         with serving(studio, LLAMA, port) as before:
             for spoil, code in (
@@ -126,12 +126,14 @@ class TestBefore:
             after = row(studio, port)
             assert (after["pid"], after["since"], after["state"]) == (before["pid"], before["since"], "ready")
 
-    def test_a_dry_run_refuses_what_the_load_would_refuse(self, studio: Studio) -> None:
+    def test_dry_run_refuses_what_the_load_would_refuse(self, studio: Studio) -> None:
         _spoil(studio, QWEN, "architecture")
         refused = studio.mlxctl("load", QWEN, str(studio.ports[0]), "--dry-run")
         assert refused.exit == 3 and "mlx-lm 0.32.2" in refused.stderr and "'no_such_type'" in refused.stderr
 
-    def test_what_does_not_fit_names_the_numbers_and_what_makes_room(self, studio: Studio, homelab: Homelab) -> None:
+    def test_too_big_model_is_refused_with_numbers_and_ways_to_make_room(
+        self, studio: Studio, homelab: Homelab
+    ) -> None:
         port = studio.ports[0]
         homelab.configure(memory="900MB")
         # Other tests' servers on this machine count too: here it does not matter whether this one fits.
@@ -147,7 +149,7 @@ class TestBefore:
         finally:
             studio.mlxctl("unload", str(port)).ok()
 
-    def test_a_full_disk_of_the_state_is_found_before_the_old_server_stops(self, studio: Studio) -> None:
+    def test_full_state_disk_is_found_before_the_old_server_stops(self, studio: Studio) -> None:
         port = str(studio.ports[0])
         done = _in_a_small_state(
             studio,
@@ -159,7 +161,7 @@ class TestBefore:
         assert refused["error"]["code"] == "does_not_fit" and "the disk of" in refused["error"]["message"]
         assert next(each for each in status["ports"] if each["port"] == studio.ports[0])["state"] == "ready"
 
-    def test_a_slot_whose_name_promises_another_size_is_warned_of(self, studio: Studio) -> None:
+    def test_slot_name_that_promises_another_size_is_a_warning(self, studio: Studio) -> None:
         done = studio.mlxctl("load", QWEN, str(studio.ports[0]), "--dry-run", "--json").ok()
         assert any("promises a model of class xl" in note for note in result(done)["notes"])
 
@@ -191,9 +193,9 @@ def _spoil(studio: Studio, name: str, how: str) -> None:
 
 
 class TestStreams:
-    """mlx_lm.server drops its open requests when it is asked to end; so it is asked later."""
+    """mlx_lm.server drops its open requests on SIGTERM, so mlxops waits for them first."""
 
-    def test_an_open_stream_is_waited_for(self, studio: Studio) -> None:
+    def test_open_stream_is_waited_for(self, studio: Studio) -> None:
         port = studio.ports[0]
         with serving(studio, QWEN, port) as before:
             stream = Stream(studio, port, 1_000_000)
@@ -205,7 +207,7 @@ class TestStreams:
             reader = threading.Thread(target=_read_until, args=(stream, enough))
             reader.start()
             swap.start()
-            wait_until(lambda: "1 open requests get up to 100 s" in _told(studio), 60, "the swap to wait")
+            wait_until(lambda: "1 open requests get up to 100 s" in _events(studio), 60, "the swap to wait")
             assert reader.is_alive() and row(studio, port)["pid"] == before["pid"]
             enough.set()
             stream.hang_up()
@@ -215,7 +217,7 @@ class TestStreams:
             assert ended[0].ok() and "cut off" not in ended[0].stderr
             assert row(studio, port)["model"] == LLAMA
 
-    def test_one_that_does_not_end_is_cut_off_and_that_is_said(self, studio: Studio) -> None:
+    def test_stream_that_does_not_end_is_cut_off_with_a_warning(self, studio: Studio) -> None:
         port = studio.ports[0]
         with serving(studio, QWEN, port):
             stream = Stream(studio, port, 1_000_000)
@@ -223,7 +225,7 @@ class TestStreams:
             assert "1 open requests did not end within 1 s and are cut off" in swapped.stderr
             assert b"[DONE]" not in stream.rest()
             stream.close()
-            # What was waited for, the old server still answered.
+            # The wait does not count as downtime: the old server still answered.
             assert result(swapped)["downtime_seconds"] < result(swapped)["seconds"] - 0.9
 
 
@@ -232,13 +234,13 @@ def _read_until(stream: Stream, enough: threading.Event) -> None:
         pass
 
 
-def _told(studio: Studio) -> str:
+def _events(studio: Studio) -> str:
     return "".join(path.read_text(encoding="utf-8") for path in studio.state.glob("ops/*/events.jsonl"))
 
 
 @pytest.mark.usefixtures("quick_engine")
 class TestRollback:
-    def test_it_goes_back_and_back_again(self, studio: Studio) -> None:
+    def test_rollback_can_be_repeated(self, studio: Studio) -> None:
         port = studio.ports[0]
         with serving(studio, QWEN, port):
             studio.mlxctl("load", LLAMA, str(port), "--force").ok()
@@ -248,10 +250,10 @@ class TestRollback:
             assert (back["model"], back["state"], back["changed"]) == (QWEN, "ready", True)
             assert back["downtime_seconds"] > 0 and studio.registry()["models"][LLAMA]["port"] is None
             assert studio.mlxctl("unload", str(port)).ok()
-            # An idle port gets back what it served last.
+            # An idle port gets the model that it served last.
             assert result(studio.mlxctl("rollback", "--port", str(port), "--json").ok())["model"] == QWEN
 
-    def test_another_port_is_not_emptied_for_it(self, studio: Studio) -> None:
+    def test_rollback_never_empties_another_port(self, studio: Studio) -> None:
         first, second = studio.ports[0], studio.ports[1]
         with serving(studio, QWEN, first):
             studio.mlxctl("load", LLAMA, str(first), "--force").ok()
@@ -260,7 +262,7 @@ class TestRollback:
             assert (refused.exit, refused.json["hosts"][0]["error"]["code"]) == (3, "model_elsewhere")
             assert row(studio, second)["model"] == QWEN and row(studio, first)["model"] == LLAMA
 
-    def test_a_name_that_was_repointed_is_pointed_back(self, studio: Studio) -> None:
+    def test_repointed_name_is_pointed_back(self, studio: Studio) -> None:
         port = studio.ports[0]
         studio.mlxctl("load", "mine", str(port), "--repo", QWEN).ok()
         try:
@@ -271,14 +273,14 @@ class TestRollback:
         finally:
             studio.mlxctl("unload", str(port)).ok()
 
-    def test_without_a_past_it_is_refused_with_the_reason(self, studio: Studio) -> None:
+    def test_rollback_without_history_is_refused(self, studio: Studio) -> None:
         port = studio.ports[1]
         refused = studio.mlxctl("rollback", str(port), "--json")
         assert (refused.exit, refused.json["hosts"][0]["error"]["code"]) == (3, "nothing_to_roll_back_to")
 
 
 class TestSet:
-    def test_a_changed_setting_is_drift_until_the_model_is_restarted(self, studio: Studio) -> None:
+    def test_changed_setting_is_drift_until_the_restart(self, studio: Studio) -> None:
         port = studio.ports[0]
         with serving(studio, QWEN, port):
             done = studio.mlxctl("set", "--model", QWEN, "--set", "args=--max-tokens 64", "--json").ok()
@@ -288,13 +290,13 @@ class TestSet:
             assert _drift(studio) == [] and record(studio, port)["argv"][-2:] == ["--max-tokens", "64"]
             again = studio.mlxctl("set", "--model", QWEN, "--set", "args=--max-tokens 64", "--json").ok()
             assert result(again)["changed"] is False
-            # mlx-lm is not told of it: nothing runs otherwise.
+            # mlx-lm has no option for it, so the running server is not outdated.
             context = studio.mlxctl("set", "--model", QWEN, "--set", "context_length=512", "--json").ok()
             assert result(context)["changed"] is True and result(context)["restart_needed_on"] is None
             studio.mlxctl("set", "--model", QWEN, "--set", "args=").ok()
             assert "args" not in studio.registry()["models"][QWEN]
 
-    def test_what_cannot_be_served_is_refused_and_not_written(self, studio: Studio) -> None:
+    def test_settings_that_cannot_be_served_are_not_written(self, studio: Studio) -> None:
         before = studio.registry_path.read_bytes()
         for words, exits in (
             (["context_length=big"], 2),
@@ -307,11 +309,11 @@ class TestSet:
         ):
             flags = [part for word in words for part in ("--set", word)]
             assert studio.mlxctl("set", "--model", QWEN, *flags).exit == exits, words
-        assert studio.mlxctl("set", "--model", "nobody", "--set", "engine=mlx-lm").exit == 3
+        assert studio.mlxctl("set", "--model", "unknown", "--set", "engine=mlx-lm").exit == 3
         studio.mlxctl("set", "--model", QWEN, "--set", "args=--max-tokens 9", "--dry-run").ok()
         assert studio.registry_path.read_bytes() == before
 
-    def test_a_revision_that_is_not_here_is_told_and_shown(self, studio: Studio) -> None:
+    def test_missing_revision_is_a_warning(self, studio: Studio) -> None:
         done = studio.mlxctl("set", "--model", QWEN, "--set", "revision=deadbeef").ok()
         assert "not checked" in done.stderr and "not in the cache" in done.stderr
         assert "revision deadbeef" in done.stdout
@@ -329,8 +331,8 @@ def _drift(studio: Studio) -> list[str]:
     return [each["code"] for each in studio.mlxctl("status", "--json").ok().json["hosts"][0]["drift"]]
 
 
-def test_the_template_of_an_entry_is_what_the_model_is_asked_with(studio: Studio, tmp_path: Path) -> None:
-    """mlx_lm.server wants the template's text; the entry names a file, as for mlx-openai-server."""
+def test_model_uses_the_template_of_its_entry(studio: Studio, tmp_path: Path) -> None:
+    """mlx_lm.server needs the template's text. The entry names a file, as for mlx-openai-server."""
     port = studio.ports[0]
     template = tmp_path / "own.jinja"
     template.write_text("{{ 'hello ' * 40 }}")
