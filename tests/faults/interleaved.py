@@ -1,8 +1,7 @@
-"""What another operation, or a person, does at one certain moment of an operation: `python -m tests.faults.meanwhile
-CASE`.
+"""Cases in which another operation, or a person, acts at a fixed moment of an operation.
 
-The races find such moments by chance, and readers by thinking; what was found is kept here. A process of its own,
-because the arena collects every child's status.
+Run one with `python -m tests.faults.interleaved CASE`. The random races and code reviews found these moments. Each case
+needs its own process, because the arena collects the status of every child.
 """
 
 from __future__ import annotations
@@ -32,53 +31,56 @@ from mlxops.core.errors import MlxopsError
 from tests.faults import batch, oracle
 from tests.faults.arena import Arena, Ended, entry
 
-SECONDS = 30.0
+WAIT_SECONDS = 30.0
 ALPHA, BETA, GAMMA = "org/alpha", "org/beta", "org/gamma"
 OPERATIONS = "mlxops.agent.operations"
 LOCKS = "mlxops.agent.state.locks.try_flock"
 
 
 @dataclass
-class _Moment:
-    """The first call of `called`, as module.function or module.Class.method, that fits: it waits there for `go`."""
+class _Breakpoint:
+    """A breakpoint at `function`, such as module.function or module.Class.method.
+
+    The first call that `matches` waits for `go`.
+    """
 
     arena: Arena
-    called: str
-    fits: Callable[..., bool] = lambda *given, **named: True
+    function: str
+    matches: Callable[..., bool] = lambda *args, **kwargs: True
     _made: list[Path] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        owner, attribute = _owner(self.called)
-        assert hasattr(owner, attribute), f"{self.called} does not exist"
+        owner, attribute = _owner(self.function)
+        assert hasattr(owner, attribute), f"{self.function} does not exist"
         name = f"{time.monotonic_ns()}"
         self._at, self._go = self.arena.folder / f"at-{name}", self.arena.folder / f"go-{name}"
 
     def prepare(self) -> None:
-        """In the process that is to wait."""
-        owner, name = _owner(self.called)
+        """Set the breakpoint. Call this in the process that is to wait."""
+        owner, name = _owner(self.function)
         real: Callable[..., object] = getattr(owner, name)
 
-        def wait(*given: object, **named: object) -> object:
-            if not self._at.exists() and self.fits(*given, **named):
+        def wait(*args: object, **kwargs: object) -> object:
+            if not self._at.exists() and self.matches(*args, **kwargs):
                 self._at.touch()
-                _until(self._go.exists)
-            return real(*given, **named)
+                _wait_until(self._go.exists)
+            return real(*args, **kwargs)
 
         setattr(owner, name, wait)
 
-    def come(self) -> None:
-        _until(self._at.exists)
+    def wait_until_reached(self) -> None:
+        _wait_until(self._at.exists)
 
     @property
-    def came(self) -> bool:
+    def reached(self) -> bool:
         return self._at.exists()
 
     def go(self) -> None:
         self._go.touch()
 
 
-def _owner(called: str) -> tuple[object, str]:
-    path, _, name = called.rpartition(".")
+def _owner(function: str) -> tuple[object, str]:
+    path, _, name = function.rpartition(".")
     try:
         return importlib.import_module(path), name
     except ModuleNotFoundError:
@@ -87,112 +89,112 @@ def _owner(called: str) -> tuple[object, str]:
 
 
 @contextmanager
-def _held_at(arena: Arena, called: str, name: str, **args: object) -> Iterator[list[Ended]]:
-    """While an operation stands just before a call; then it goes on, and its end is in the list."""
-    moment = _Moment(arena, called)
+def _paused_at(arena: Arena, function: str, name: str, **args: object) -> Iterator[list[Ended]]:
+    """Pause an operation just before a call, during the block. Then continue it, and append its end to the list."""
+    moment = _Breakpoint(arena, function)
     journal, pid = arena.begin(name, args, first=moment.prepare)
     ended: list[Ended] = []
     try:
-        moment.come()
+        moment.wait_until_reached()
         yield ended
     finally:
         moment.go()
         ended.append(arena.ended(journal, pid))
 
 
-def _cancelled_at(arena: Arena, called: str, name: str, *, shielded: bool = False, **args: object) -> Ended:
-    """Cancelled while it stands just before a call, which is not made then, unless it is `shielded`."""
-    moment = _Moment(arena, called)
+def _cancel_at(arena: Arena, function: str, name: str, *, shielded: bool = False, **args: object) -> Ended:
+    """Cancel an operation just before a call. The call is then made only if it is `shielded`."""
+    moment = _Breakpoint(arena, function)
     journal, pid = arena.begin(name, args, first=moment.prepare)
-    moment.come()
+    moment.wait_until_reached()
     journal.cancel()
-    _until(lambda: not journal.cancel_requested)
+    _wait_until(lambda: not journal.cancel_requested)
     if shielded:
         moment.go()
     return arena.ended(journal, pid)
 
 
-def _until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + SECONDS
+def _wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
     while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError("the other side did not come")
+            raise TimeoutError("the condition did not become true")
         time.sleep(0.001)
 
 
 # -- load and move ----------------------------------------------------------------------------------------------------
 
 
-def _a_move_finds_another_model(arena: Arena) -> None:
-    """It has planned to stop its model on the first port, which serves another one before that port is held."""
+def _case_move_finds_another_model(arena: Arena) -> None:
+    """A move plans to stop its model on the first port. Before it holds that port, another model serves there."""
     first, second = arena.ports[0], arena.ports[1]
     _load(arena, ALPHA, first)
     locks = f"{OPERATIONS}.load._locks_of_stops"
-    with _held_at(arena, locks, "load", model=ALPHA, port=str(second), force=True) as moved:
+    with _paused_at(arena, locks, "load", model=ALPHA, port=str(second), force=True) as moved:
         _unload(arena, first)
         _load(arena, BETA, first)
     assert moved[0].exit == 0, moved
     _serves(arena, {first: BETA, second: ALPHA})
 
 
-def _what_is_replaced_is_not_started_elsewhere(arena: Arena) -> None:
-    """It may have to come back, and would be served twice then."""
+def _case_replaced_model_is_not_started_elsewhere(arena: Arena) -> None:
+    """The replaced model may have to be restarted on its port, and would then be served twice."""
     first, second = arena.ports[0], arena.ports[1]
     _load(arena, ALPHA, first)
-    with _held_at(arena, STARTS, "load", model=BETA, port=str(first), force=True):
+    with _paused_at(arena, STARTS, "load", model=BETA, port=str(first), force=True):
         for force in (False, True):
             _busy(arena.run("load", model=ALPHA, port=str(second), force=force))
         _busy(arena.run("remove", model=ALPHA))
     _serves(arena, {first: BETA})
 
 
-def _an_idle_port_that_serves_by_now(arena: Arena) -> None:
-    """With `--port auto --force`, another one is taken: nothing is stopped that was not meant."""
+def _case_idle_port_is_taken(arena: Arena) -> None:
+    """`--port auto --force` takes another idle port instead of stopping the new server."""
     second = arena.ports[1]
-    with _held_at(arena, f"{OPERATIONS}.load.model_lock", "load", model=ALPHA, port="auto", force=True) as loaded:
+    with _paused_at(arena, f"{OPERATIONS}.load.model_lock", "load", model=ALPHA, port="auto", force=True) as loaded:
         _load(arena, BETA, second)
     assert loaded[0].exit == 0, loaded
     _serves(arena, {second: BETA, arena.ports[2]: ALPHA})
 
 
-def _a_model_that_moves_before_it_is_loaded_anew(arena: Arena) -> None:
-    """Without a port it is meant where it is by then, and not where another one is in its place."""
+def _case_model_moves_before_its_restart(arena: Arena) -> None:
+    """A load without a port restarts the model on its new port, and leaves the model on its old one alone."""
     first, second = arena.ports[0], arena.ports[1]
     _load(arena, ALPHA, first)
-    with _held_at(arena, f"{OPERATIONS}.load.model_lock", "load", model=ALPHA, force=True) as loaded:
+    with _paused_at(arena, f"{OPERATIONS}.load.model_lock", "load", model=ALPHA, force=True) as loaded:
         _load(arena, ALPHA, second)
         _load(arena, BETA, first)
     assert loaded[0].exit == 0, loaded
     _serves(arena, {first: BETA, second: ALPHA})
 
 
-def _a_repository_that_gets_a_name(arena: Arena) -> None:
-    """What is held is the name that is served: the same model is not started under it a second time."""
+def _case_repository_gets_a_name(arena: Arena) -> None:
+    """The load holds the lock of the new name, so the model is not started a second time under it."""
     first, second = arena.ports[0], arena.ports[1]
     arena.write_registry({})
-    before, starts = _Moment(arena, f"{OPERATIONS}.load._port_alone"), _Moment(arena, STARTS)
+    before, starts = _Breakpoint(arena, f"{OPERATIONS}.load._port_alone"), _Breakpoint(arena, STARTS)
 
     def prepare() -> None:
         before.prepare()
         starts.prepare()
 
     journal, pid = arena.begin("load", {"model": ALPHA, "port": str(first)}, first=prepare)
-    before.come()
+    before.wait_until_reached()
     assert arena.run("load", model="short", port=str(second), repo=ALPHA).exit == 0
     _unload(arena, second)
     before.go()
-    starts.come()
+    starts.wait_until_reached()
     _busy(arena.run("load", model="short", port=str(second)))
     starts.go()
     assert arena.ended(journal, pid).exit == 0
     _serves(arena, {first: "short"})
 
 
-def _a_move_is_no_load_of_the_port_that_it_leaves(arena: Arena) -> None:
-    """Nobody who wants that one follows it, and an unload of that one does not cancel it."""
+def _case_move_is_no_load_of_its_old_port(arena: Arena) -> None:
+    """A load on the old port does not follow the move, and an unload of the old port does not cancel it."""
     first, second = arena.ports[0], arena.ports[1]
     _load(arena, ALPHA, first)
-    with _held_at(
+    with _paused_at(
         arena, f"{OPERATIONS}.swap.prefetch_weights", "load", model=ALPHA, port=str(second), force=True
     ) as moved:
         other = arena.run("load", model=ALPHA, port=str(first))
@@ -203,14 +205,14 @@ def _a_move_is_no_load_of_the_port_that_it_leaves(arena: Arena) -> None:
     _serves(arena, {second: ALPHA})
 
 
-def _two_loads_where_one_fits(arena: Arena) -> None:
-    """The one that comes second is refused, though the first has not begun to take memory."""
+def _case_two_loads_where_one_fits(arena: Arena) -> None:
+    """The second load is refused, although the first server does not use its memory yet."""
     need = memory.estimate_of(arena.snapshots[ALPHA])
     assert need is not None
     arena.settings = replace(arena.settings, memory=int(need.total * 1.5))
-    # Not those of other tests on this machine.
+    # Ignore the servers of other tests on this machine.
     with mock.patch.object(memory, "servers", SimpleNamespace(find=lambda look: [])):
-        with _held_at(arena, STARTS, "load", model=ALPHA, port=str(arena.ports[0])) as loaded:
+        with _paused_at(arena, STARTS, "load", model=ALPHA, port=str(arena.ports[0])) as loaded:
             second = arena.run("load", model=BETA, port=str(arena.ports[1]))
         assert (second.exit, second.error and second.error.code) == (3, "does_not_fit"), second
         assert loaded[0].exit == 0, loaded
@@ -221,48 +223,48 @@ def _two_loads_where_one_fits(arena: Arena) -> None:
 # -- adoption ---------------------------------------------------------------------------------------------------------
 
 
-def _another_server_than_was_looked_at(arena: Arena) -> None:
-    """It answers to the same alias, and is not adopted for the one that it replaced."""
+def _case_observed_server_is_replaced(arena: Arena) -> None:
+    """The new server answers to the same alias. It is not adopted in place of the observed one."""
     first = arena.ports[0]
     pid = arena.start_by_hand(ALPHA, first)
-    with _held_at(arena, f"{OPERATIONS}.load._adopt", "load", model=ALPHA, port=str(first)) as adopted:
+    with _paused_at(arena, f"{OPERATIONS}.load._adopt", "load", model=ALPHA, port=str(first)) as adopted:
         os.kill(pid, signal.SIGKILL)
-        _until(lambda: not arena.servers())
+        _wait_until(lambda: not arena.servers())
         (arena.folder / "hand" / "slot-a").unlink()
         arena.start_by_hand(BETA, first)
     assert (adopted[0].exit, adopted[0].error and adopted[0].error.code) == (3, "not_adopted"), adopted
     assert arena.store.run(first) is None
 
 
-def _an_adoption_that_is_cancelled_late(arena: Arena) -> None:
+def _case_adoption_is_cancelled_late(arena: Arena) -> None:
     first = arena.ports[0]
     arena.start_by_hand(ALPHA, first)
-    ended = _cancelled_at(arena, f"{OPERATIONS}.load.commit", "load", shielded=True, model=ALPHA, port=str(first))
-    assert ended.exit == 0, "it was whole before the wish could be heard"
+    ended = _cancel_at(arena, f"{OPERATIONS}.load.commit", "load", shielded=True, model=ALPHA, port=str(first))
+    assert ended.exit == 0, "the adoption was complete before the request could be raised"
     _serves(arena, {first: ALPHA})
 
 
-# -- the way back -----------------------------------------------------------------------------------------------------
+# -- restart ----------------------------------------------------------------------------------------------------------
 
 
-def _a_cancellation_before_the_old_one_stops(arena: Arena) -> None:
-    """It is not taken for a way back that is not known."""
+def _case_cancelled_before_the_old_server_stops(arena: Arena) -> None:
+    """The cancellation is not mistaken for an unknown restart plan."""
     first = arena.ports[0]
     _load(arena, ALPHA, first)
-    ended = _cancelled_at(arena, f"{OPERATIONS}.swap.cached", "load", model=BETA, port=str(first), force=True)
+    ended = _cancel_at(arena, f"{OPERATIONS}.swap.cached", "load", model=BETA, port=str(first), force=True)
     assert ended.exit == 130, ended
     _serves(arena, {first: ALPHA})
 
 
-def _a_cancellation_during_a_look(arena: Arena) -> None:
-    """It is not taken for a host that cannot be looked at."""
+def _case_cancelled_during_an_observation(arena: Arena) -> None:
+    """The cancellation is not mistaken for a failed observation."""
     during = "mlxops.agent.serving.observe._hand_started"
-    ended = _cancelled_at(arena, during, "load", model=BETA, port=str(arena.ports[0]))
+    ended = _cancel_at(arena, during, "load", model=BETA, port=str(arena.ports[0]))
     assert ended.exit == 130, ended
     _serves(arena, {})
 
 
-def _a_twin_by_hand_does_not_come_back_as_ours(arena: Arena) -> None:
+def _case_second_server_by_hand_is_not_restarted_as_ours(arena: Arena) -> None:
     first, second = arena.ports[0], arena.ports[1]
     _load(arena, ALPHA, second)
     arena.start_by_hand(ALPHA, first)
@@ -272,8 +274,8 @@ def _a_twin_by_hand_does_not_come_back_as_ours(arena: Arena) -> None:
     _serves(arena, {second: ALPHA})
 
 
-def _what_cannot_be_undone_keeps_its_record(arena: Arena) -> None:
-    """Nothing is started beside it, and it stays ours."""
+def _case_server_that_cannot_be_removed_keeps_its_record(arena: Arena) -> None:
+    """No other server is started on its port, and it stays ours."""
     first = arena.ports[0]
     _load(arena, ALPHA, first)
     assert arena.run("set", model=BETA, set=["args=--fake-mute 1"]).exit == 0
@@ -297,11 +299,11 @@ def _what_cannot_be_undone_keeps_its_record(arena: Arena) -> None:
 # -- unload, restore, reconcile, rollback -----------------------------------------------------------------------------
 
 
-def _an_unload_of_a_model_that_moves(arena: Arena) -> None:
-    """By its name it is unloaded where it is by then; what is in its old place stays."""
+def _case_model_moves_before_its_unload(arena: Arena) -> None:
+    """An unload by name unloads the new port, and leaves the model on the old port alone."""
     first, second = arena.ports[0], arena.ports[1]
     _load(arena, ALPHA, first)
-    with _held_at(arena, f"{OPERATIONS}.unload.make_way", "unload", model=ALPHA) as unloaded:
+    with _paused_at(arena, f"{OPERATIONS}.unload.make_way", "unload", model=ALPHA) as unloaded:
         _load(arena, ALPHA, second)
         _load(arena, BETA, first)
     assert unloaded[0].exit == 0 and unloaded[0].result, unloaded
@@ -309,31 +311,31 @@ def _an_unload_of_a_model_that_moves(arena: Arena) -> None:
     _serves(arena, {first: BETA})
 
 
-def _an_unload_of_a_model_that_is_being_replaced(arena: Arena) -> None:
-    """Whoever wants the other one there is not cancelled for it."""
+def _case_unload_of_a_model_that_is_being_replaced(arena: Arena) -> None:
+    """The load of the other model is not cancelled."""
     first = arena.ports[0]
     _load(arena, ALPHA, first)
-    with _held_at(arena, STARTS, "load", model=BETA, port=str(first), force=True):
+    with _paused_at(arena, STARTS, "load", model=BETA, port=str(first), force=True):
         _busy(arena.run("unload", model=ALPHA))
     _serves(arena, {first: BETA})
 
 
-def _an_unload_by_either_name_of_what_is_loading(arena: Arena) -> None:
-    """It is the model that counts, and not what it was called when it was asked for."""
+def _case_unload_cancels_a_load_by_either_name(arena: Arena) -> None:
+    """The names of the two requests may differ, as long as they mean the same model."""
     first = arena.ports[0]
     arena.write_registry({"short": entry(ALPHA, arena.snapshots[ALPHA])})
     for name in ("short", ALPHA):
-        moment = _Moment(arena, STARTS)
+        moment = _Breakpoint(arena, STARTS)
         journal, pid = arena.begin("load", {"model": ALPHA, "port": str(first)}, first=moment.prepare)
-        moment.come()
+        moment.wait_until_reached()
         other, other_pid = arena.begin("unload", {"model": name})
         unloaded, loaded = arena.ended(other, other_pid), arena.ended(journal, pid)
         assert (unloaded.exit, loaded.exit) == (0, 130), (name, unloaded, loaded)
         _serves(arena, {})
 
 
-def _an_unload_that_meets_a_restore(arena: Arena) -> None:
-    """It takes its port out of it, and leaves it the others, also when it has begun just now."""
+def _case_unload_during_a_restore(arena: Arena) -> None:
+    """The unload excludes only its own port from a restore that has just begun."""
     first, second = arena.ports[0], arena.ports[1]
     _load(arena, ALPHA, first)
     _load(arena, BETA, second)
@@ -342,12 +344,12 @@ def _an_unload_that_meets_a_restore(arena: Arena) -> None:
     def asks_for_the_port(store: Store, name: str) -> bool:
         return name == f"port-{first}"
 
-    asks = _Moment(arena, "mlxops.agent.state.store.Store.holder", asks_for_the_port)
+    asks = _Breakpoint(arena, "mlxops.agent.state.store.Store.holder", asks_for_the_port)
     unload, unload_pid = arena.begin("unload", {"port": str(first)}, first=asks.prepare)
-    asks.come()
-    starts = _Moment(arena, STARTS)
+    asks.wait_until_reached()
+    starts = _Breakpoint(arena, STARTS)
     restore, restore_pid = arena.begin("restore", {}, first=starts.prepare)
-    starts.come()
+    starts.wait_until_reached()
     asks.go()
     assert arena.ended(unload, unload_pid).exit == 0
     restored = arena.ended(restore, restore_pid)
@@ -356,45 +358,45 @@ def _an_unload_that_meets_a_restore(arena: Arena) -> None:
     _serves(arena, {second: BETA})
 
 
-def _a_reconcile_that_finds_nothing_to_clear_any_more(arena: Arena) -> None:
-    """What a person has unloaded meanwhile, `restore --cleared` does not start."""
+def _case_model_is_unloaded_during_a_reconcile(arena: Arena) -> None:
+    """`restore --cleared` does not start a model that a person has unloaded."""
     first = arena.ports[0]
     _load(arena, ALPHA, first)
     _crash(arena)
-    with _held_at(arena, f"{OPERATIONS}.reconcile.settle_all", "reconcile"):
+    with _paused_at(arena, f"{OPERATIONS}.reconcile.settle_all", "reconcile"):
         _unload(arena, first)
     assert arena.run("restore", cleared=True).exit == 0
     _serves(arena, {})
 
 
-def _a_rollback_of_what_changes(arena: Arena) -> None:
-    """Back from beta is alpha; but somebody has loaded gamma meanwhile, from which back is beta."""
+def _case_port_changes_before_its_rollback(arena: Arena) -> None:
+    """A rollback from beta would load alpha. But then gamma is loaded, from which a rollback would load beta."""
     first = arena.ports[0]
     _load(arena, ALPHA, first)
     _load(arena, BETA, first)
-    with _held_at(arena, f"{OPERATIONS}.rollback.load", "rollback", port=str(first)) as back:
+    with _paused_at(arena, f"{OPERATIONS}.rollback.load", "rollback", port=str(first)) as back:
         _load(arena, GAMMA, first)
     assert (back[0].exit, back[0].error and back[0].error.code) == (75, "changed_meanwhile"), back
     _serves(arena, {first: GAMMA})
 
 
-def _a_rollback_to_what_serves_elsewhere(arena: Arena) -> None:
-    """Another port is not emptied for it, also not if it was filled a moment ago."""
+def _case_rollback_to_a_model_on_another_port(arena: Arena) -> None:
+    """A rollback empties no other port, even if the model was loaded there a moment ago."""
     first, second = arena.ports[0], arena.ports[1]
     _load(arena, ALPHA, first)
     _load(arena, BETA, first)
-    with _held_at(arena, f"{OPERATIONS}.rollback.load", "rollback", port=str(first)) as back:
+    with _paused_at(arena, f"{OPERATIONS}.rollback.load", "rollback", port=str(first)) as back:
         _load(arena, ALPHA, second)
     assert (back[0].exit, back[0].error and back[0].error.code) == (3, "model_elsewhere"), back
     _serves(arena, {first: BETA, second: ALPHA})
 
 
-def _a_rollback_to_a_name_that_is_repointed(arena: Arena) -> None:
-    """What served before comes back, and not what the name means by now."""
+def _case_rollback_to_a_name_that_is_repointed(arena: Arena) -> None:
+    """A rollback does not load the files that the name means now instead of those that served before."""
     first, second = arena.ports[0], arena.ports[1]
     for model, repo in ((ALPHA, None), (BETA, None), ("name", ALPHA), (BETA, None)):
         assert arena.run("load", model=model, port=str(first), repo=repo, force=True).exit == 0
-    with _held_at(arena, f"{OPERATIONS}.rollback.load", "rollback", port=str(first)) as back:
+    with _paused_at(arena, f"{OPERATIONS}.rollback.load", "rollback", port=str(first)) as back:
         assert arena.run("load", model="name", port=str(second), repo=GAMMA).exit == 0
         _unload(arena, second)
     assert (back[0].exit, back[0].error and back[0].error.code) == (75, "changed_meanwhile"), back
@@ -404,32 +406,32 @@ def _a_rollback_to_a_name_that_is_repointed(arena: Arena) -> None:
 # -- files and records ------------------------------------------------------------------------------------------------
 
 
-def _a_removal_of_files_that_another_name_has_too(arena: Arena) -> None:
-    """They are looked at before they are deleted; nobody can begin with them in between."""
+def _case_removal_of_shared_files(arena: Arena) -> None:
+    """No load of these files can begin between the check and the deletion."""
     arena.write_registry({name: entry(ALPHA, arena.snapshots[ALPHA]) for name in ("one", "other")})
-    with _held_at(arena, "mlxops.agent.hub.removal.delete", "remove", model="one") as removed:
+    with _paused_at(arena, "mlxops.agent.hub.removal.delete", "remove", model="one") as removed:
         _busy(arena.run("load", model="other", port=str(arena.ports[0])))
         _busy(arena.run("load", model="new", port=str(arena.ports[0]), repo=ALPHA))
     assert removed[0].exit == 0 and not arena.snapshots[ALPHA].exists(), removed
     _serves(arena, {})
 
 
-def _a_removal_of_files_that_get_another_name(arena: Arena) -> None:
-    """Whoever has begun to serve them under a name that was not there before keeps them."""
+def _case_removal_of_files_that_get_a_new_name(arena: Arena) -> None:
+    """Files that a load serves under a new name are not removed."""
     first = arena.ports[0]
     arena.write_registry({"one": entry(ALPHA, arena.snapshots[ALPHA])})
-    with _held_at(arena, f"{OPERATIONS}.remove._hold_files", "remove", model="one") as removed:
+    with _paused_at(arena, f"{OPERATIONS}.remove._hold_files", "remove", model="one") as removed:
         assert arena.run("load", model="new", port=str(first), repo=ALPHA).exit == 0
     assert (removed[0].exit, removed[0].error and removed[0].error.code) == (3, "in_use"), removed
-    with _held_at(arena, STARTS, "load", model="third", port=str(arena.ports[1]), repo=ALPHA):
+    with _paused_at(arena, STARTS, "load", model="third", port=str(arena.ports[1]), repo=ALPHA):
         _unload(arena, first)
         refused = arena.run("remove", model="one")
         assert (refused.exit, refused.error and refused.error.code) == (3, "in_use"), refused
     _serves(arena, {arena.ports[1]: "third"})
 
 
-def _a_pull_that_is_cancelled_when_all_is_there(arena: Arena) -> None:
-    """Its files may be served by then, and stay."""
+def _case_pull_is_cancelled_after_its_last_file(arena: Arena) -> None:
+    """The files stay, because a server may use them already."""
     first, path = arena.ports[0], arena.snapshots[ALPHA]
     folder, aside, there = path.parent.parent, arena.folder / "aside", arena.folder / "there"
     folder.rename(aside)
@@ -437,23 +439,23 @@ def _a_pull_that_is_cancelled_when_all_is_there(arena: Arena) -> None:
     def prepare() -> None:
         owner, name = _owner("mlxops.agent.hub.download.download")
 
-        def download(*given: object, is_cancelled: Callable[[], bool], **named: object) -> None:
+        def download(*args: object, is_cancelled: Callable[[], bool], **kwargs: object) -> None:
             shutil.copytree(aside, folder, symlinks=True)
             there.touch()
-            _until(is_cancelled)
+            _wait_until(is_cancelled)
 
         setattr(owner, name, download)
 
     journal, pid = arena.begin("pull", {"repo": ALPHA}, first=prepare)
-    _until(there.exists)
+    _wait_until(there.exists)
     assert arena.run("load", model="new", port=str(first), repo=ALPHA).exit == 0
     journal.cancel()
     assert arena.ended(journal, pid).exit == 130 and path.exists()
     _serves(arena, {first: "new"})
 
 
-def _an_operation_that_is_being_born(arena: Arena) -> None:
-    """Nobody takes it for one that was cut short, whenever they look."""
+def _case_operation_is_being_created(arena: Arena) -> None:
+    """`status` and `reconcile` never mistake it for an interrupted operation."""
     real, looked = OperationLog.hold, list[object]()
 
     def hold(journal: OperationLog) -> int:
@@ -468,36 +470,36 @@ def _an_operation_that_is_being_born(arena: Arena) -> None:
     assert looked == [[]] and loaded.error is None and loaded.exit == 0, (looked, loaded)
 
 
-def _a_log_that_is_cut_by_two(arena: Arena) -> None:
-    """Who comes second waits, and then sees that it is done: the log of the server that starts next keeps its head."""
+def _case_two_operations_cut_a_log(arena: Arena) -> None:
+    """The second one waits, then sees that the log was cut. The log of the next server keeps its first line."""
     first = arena.ports[0]
     _load(arena, ALPHA, first)
     os.truncate(arena.store.log_path(first), CAP + 1)
-    with _held_at(arena, "shutil.copyfileobj", "set", model=GAMMA, set=["context_length=100"]):
-        waits = _Moment(arena, LOCKS, partial(_is_taken, arena.store.log_path(first).parent))
+    with _paused_at(arena, "shutil.copyfileobj", "set", model=GAMMA, set=["context_length=100"]):
+        waits = _Breakpoint(arena, LOCKS, partial(_is_taken, arena.store.log_path(first).parent))
         journal, pid = arena.begin("load", {"model": BETA, "port": str(first), "force": True}, first=waits.prepare)
-        _until(lambda: waits.came or _proves(journal))
+        _wait_until(lambda: waits.reached or _proves(journal))
         waits.go()
     _has_its_head(arena, first, arena.ended(journal, pid))
 
 
-def _a_log_that_is_rotated_while_it_is_cut(arena: Arena) -> None:
-    """It was not too big yet when the load looked, and is when it wants to give it another name."""
+def _case_log_is_rotated_while_it_is_cut(arena: Arena) -> None:
+    """The log becomes too big between the load's check and its rotation."""
     first = arena.ports[0]
     _load(arena, ALPHA, first)
-    rotates = _Moment(arena, "mlxops.agent.serving.logs.rotate")
-    waits = _Moment(arena, LOCKS, partial(_is_taken, arena.store.log_path(first).parent))
+    rotates = _Breakpoint(arena, "mlxops.agent.serving.logs.rotate")
+    waits = _Breakpoint(arena, LOCKS, partial(_is_taken, arena.store.log_path(first).parent))
 
     def prepare() -> None:
         rotates.prepare()
         waits.prepare()
 
     journal, pid = arena.begin("load", {"model": BETA, "port": str(first), "force": True}, first=prepare)
-    rotates.come()
+    rotates.wait_until_reached()
     os.truncate(arena.store.log_path(first), CAP + 1)
-    with _held_at(arena, "shutil.copyfileobj", "set", model=GAMMA, set=["context_length=100"]):
+    with _paused_at(arena, "shutil.copyfileobj", "set", model=GAMMA, set=["context_length=100"]):
         rotates.go()
-        _until(lambda: waits.came or _proves(journal))
+        _wait_until(lambda: waits.reached or _proves(journal))
         waits.go()
     _has_its_head(arena, first, arena.ended(journal, pid))
 
@@ -508,30 +510,30 @@ def _has_its_head(arena: Arena, port: int, loaded: Ended) -> None:
     assert log.read_bytes().startswith(b"--- mlxops "), log.read_bytes()[:80]
 
 
-def _two_inits(arena: Arena) -> None:
-    """Each tells what it added itself."""
+def _case_two_inits(arena: Arena) -> None:
+    """Each reports only what it added itself."""
     arena.write_registry({})
-    with _held_at(arena, "mlxops.agent.state.registry_file.RegistryFile.update", "init") as second:
+    with _paused_at(arena, "mlxops.agent.state.registry_file.RegistryFile.update", "init") as second:
         one = arena.run("init")
     assert (len(_rows(one, "added")), len(_rows(second[0], "added"))) == (3, 0), (one, second)
 
 
 STARTS = f"{OPERATIONS}.swap.Launch"
 CASES: Mapping[str, Callable[[Arena], None]] = {
-    name[1:].replace("_", " "): case
+    name.removeprefix("_case_").replace("_", " "): case
     for name, case in list(globals().items())
-    if name.startswith(("_a_", "_an_", "_two_", "_what_", "_another_"))
+    if name.startswith("_case_")
 }
 
 
 def _proves(journal: OperationLog) -> bool:
-    """Whether the new server has been started."""
+    """Return whether the new server has been started."""
     lines = (journal.folder / "events.jsonl").read_text().splitlines()
     return any(json.loads(each).get("name") == "proof" for each in lines)
 
 
 def _is_taken(folder: Path, fd: int, *, shared: bool) -> bool:
-    """Whether somebody else has the lock of `folder` just now; of others it is not asked."""
+    """Return whether `fd` is `folder` and another process holds its lock."""
     return os.path.samestat(os.fstat(fd), folder.stat()) and not try_flock(fd, shared=shared)
 
 
@@ -558,7 +560,7 @@ def _busy(ended: Ended) -> None:
 def _crash(arena: Arena) -> None:
     for pid in arena.servers():
         os.kill(pid, signal.SIGKILL)
-    _until(lambda: not arena.servers())
+    _wait_until(lambda: not arena.servers())
 
 
 def _serves(arena: Arena, wanted: Mapping[int, str]) -> None:
