@@ -29,7 +29,7 @@ from mlxops.agent.state.operation_log import OperationLog
 from mlxops.agent.state.store import Store
 from mlxops.core import wire
 from mlxops.core.errors import MlxopsError
-from mlxops.core.protocol import Done, Envelope, Event, Failed, Note, Phase, Requester, decode_event
+from mlxops.core.protocol import Done, Envelope, Event, Failed, Requester, decode_event
 from mlxops.core.settings import PortRange, Settings
 from tests.faults import children
 from tests.faults.creations import Fault
@@ -67,17 +67,10 @@ class Ended:
     def error(self) -> MlxopsError | None:
         return next((event.error for event in self.events if isinstance(event, Failed)), None)
 
-    @property
-    def told(self) -> str:
-        """Everything that people would have read."""
-        notes = [event.message for event in self.events if isinstance(event, Note | Phase)]
-        error = self.error
-        return "\n".join([*notes, *([error.message, error.why, error.hint] if error else [])])
-
     def __str__(self) -> str:
         error = self.error
-        said = f"{error.code}: {error.message} ({error.why})" if error else self.words.strip()[-300:]
-        return f"exit {self.exit}" + (f": {said}" if said else "")
+        reason = f"{error.code}: {error.message} ({error.why})" if error else self.words.strip()[-300:]
+        return f"exit {self.exit}" + (f": {reason}" if reason else "")
 
 
 @dataclass
@@ -113,7 +106,7 @@ class Arena:
             memory=10**12,
         )
         self.store = Store(self.state, self.registry_path)
-        # Port 9 is "discard", which nobody serves: a strange repository is not looked for in the world outside.
+        # Port 9 is "discard", on which no server listens. So no request for an unknown repository leaves this machine.
         self.environ = {"HOME": str(self.folder), "PATH": "/usr/bin:/bin", "HF_ENDPOINT": "http://127.0.0.1:9"}
 
     # Operations
@@ -199,7 +192,7 @@ class Arena:
         return found
 
     def start_by_hand(self, model: str, port: int, *options: str, alias: str | None = None) -> int:
-        """A server that somebody started, just as mlxops would have started it; returns its pid when it listens."""
+        """Start a server by hand with the arguments that mlxops would use. Return its pid once it listens."""
         folder = self.folder / "hand"
         folder.mkdir(exist_ok=True)
         name = alias or self.settings.alias(port, model)

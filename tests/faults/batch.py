@@ -107,7 +107,7 @@ def real_arena(folder: Path) -> Arena:
 
 
 def main(kind: str, first: int, count: int, seed: int) -> None:
-    # The campaign ends it when its time is up; what it has started goes with it all the same.
+    # The campaign sends SIGTERM when the time is up. Exit normally, so that the cleanup runs.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     with trials(kind, seed) as trial:
         for number in range(first, first + count):

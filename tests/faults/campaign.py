@@ -44,7 +44,7 @@ KINDS = (
     Kind("gone", 60, 8, "registry that was there and is not, or has no locks"),
     Kind("reuse", 100, 10, "exact pid reuse"),
     Kind("bystanders", 100, 20, "server by hand beside what is none, or launched through something"),
-    Kind("names", 100, 25, "question to a server by hand, whatever its name"),
+    Kind("names", 100, 25, "probe of a hand-started server, under any name"),
     Kind("cuts", 100, 10, "connection cut, client or session killed"),
 )
 
@@ -169,10 +169,11 @@ def _unavailable(kept: State, kinds: list[Kind]) -> set[str]:
 
 
 def batch_argv(kind: str, first: int, count: int, seed: int) -> list[str]:
-    """The program of a batch, in a pid namespace of its own where that can be had: every look at all processes is then
-    a look at its own, whatever else runs on the machine, and what it leaves ends with it.
+    """Return the argv of a batch, in its own pid namespace if possible.
 
-    Not for those that need sshd, which wants its users' groups.
+    There it observes only its own processes, and all its processes end with it.
+
+    Batches with an sshd get no namespace, because sshd needs its users' groups.
     """
     from tests.faults import batch, reuse
 

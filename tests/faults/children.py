@@ -19,7 +19,7 @@ _statuses: dict[int, int] = {}
 
 
 def reap() -> None:
-    """Collect whatever has ended, orphans of killed workers among them."""
+    """Collect all children that have ended, including orphans of killed workers."""
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)

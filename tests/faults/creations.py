@@ -1,8 +1,8 @@
 """The making of a file as the place of a fault: the Nth `open` with O_CREAT of a process.
 
 strace could only count every openat(2), and most of those read /proc, as often as there are processes. The interpreter
-tells of each open before it makes it (PEP 578, event `open`), flags and all; what ends there, or fails there, never
-reached the kernel.
+raises an audit event before each open, with its flags (PEP 578, event `open`). A process that is killed or fails in the
+hook has not reached the kernel.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A server as far as mlxops can tell, up in some 30 ms: the engine of faults that need thousands of servers.
+"""A fake server that mlxops cannot distinguish from a real one. It starts in 30 ms, for thousands of trials.
 
 Run under the name `mlx_lm.server`, isolated and without site packages, which is why it uses only what is built in. It
 answers `GET /health` and chat completions. `--fake-words TEXT` writes TEXT to its log; `--fake-late S` listens S

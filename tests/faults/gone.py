@@ -18,8 +18,8 @@ Undo = Callable[[], object]
 
 
 def trial(arena: Arena, number: int, seed: int) -> tuple[str, list[str]]:
-    """No command changes, stops or starts anything meanwhile, no look takes it for empty, and all is as it was once it
-    is back."""
+    """While the disk is gone, no command changes, stops or starts anything, and none reports an empty registry. After
+    its return, everything is as before."""
     rng = random.Random(f"{seed} gone {number}")
     arena.sweep()
     arena.write_registry({name: entry(name, arena.snapshots[name]) for name in MODELS})

@@ -141,7 +141,7 @@ def _lives(pid: int) -> bool:
 
 @contextmanager
 def _running(arena: Arena, argv: Sequence[str], **options: object) -> Iterator[subprocess.Popen[bytes]]:
-    """A program of somebody, in a session of its own; it ends with the scene, and its session with it."""
+    """Run a program in its own session. At the end, stop the whole session."""
     with open(arena.folder / "scene.log", "ab") as log:
         process = subprocess.Popen(  # type: ignore[call-overload]
             argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, **options
@@ -336,7 +336,7 @@ def _away(arena: Arena, rng: random.Random, stack: ExitStack) -> Scene:
     disk.rename(away)
 
     def untouched() -> list[str]:
-        wrong = [f"made anew where the disk should be: {path}" for path in (disk, real) if os.path.lexists(path)]
+        wrong = [f"created where the disk should be: {path}" for path in (disk, real) if os.path.lexists(path)]
         return wrong + ([] if (away / "mlx" / "registry.json").read_bytes() == kept else ["the registry was written"])
 
     return Scene(spared={"the server": server}, checks=[untouched], writes=False)

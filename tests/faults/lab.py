@@ -47,13 +47,13 @@ class QuickHost:
 
     @contextmanager
     def running(self, *argv: str) -> Iterator[subprocess.Popen[str]]:
-        """Run a program of this host while the block runs; nobody reads its output."""
+        """Run a program of this host while the block runs. Discard its output."""
         null = subprocess.DEVNULL
         with running(argv, self.studio.home, self.studio.environment, stdout=null, stderr=null) as process:
             yield process
 
     def by_hand(self, model: str, port: int, *options: str) -> str:
-        """A line of shell that starts a server in the background, as somebody would."""
+        """Return a shell command that starts a server in the background, as a person would."""
         argv = [str(self.program), "--model", str(self.snapshots[model]), "--host", self.studio.address]
         return shlex.join([*argv, "--port", str(port), *options]) + " &"
 

@@ -45,7 +45,7 @@ def registry_sound(arena: Arena) -> list[str]:
 
 
 def locks_free(arena: Arena) -> list[str]:
-    """Nobody works any more, so nobody holds anything."""
+    """No operation runs, so no lock is held."""
     held = [f"port-{port}" for port in arena.ports if arena.store.holder(f"port-{port}")]
     fd = os.open(arena.hub, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -54,7 +54,7 @@ def locks_free(arena: Arena) -> list[str]:
         held.append("registry")
     finally:
         os.close(fd)
-    return [f"locks held by nobody alive: {held}"] if held else []
+    return [f"locks held without a live process: {held}"] if held else []
 
 
 def nothing_hidden(arena: Arena) -> list[str]:
@@ -97,8 +97,8 @@ def named(arena: Arena, ended: Ended) -> list[str]:
     return [f"the interrupted operation {ended.journal.id} is not named: {[row['code'] for row in drift]}"]
 
 
-def told_the_truth(arena: Arena, ended: Ended, new: bytes) -> list[str]:
-    """What was acknowledged is there."""
+def result_is_true(arena: Arena, ended: Ended, new: bytes) -> list[str]:
+    """The acknowledged change was made."""
     result = ended.result
     if result is None or ended.exit < 0:
         return []
@@ -110,7 +110,7 @@ def told_the_truth(arena: Arena, ended: Ended, new: bytes) -> list[str]:
 
 
 def no_bug(ended: Ended) -> list[str]:
-    """Whatever the system does to it, it tells in words of its own."""
+    """No fault of the system ends in a traceback: each has its own error."""
     if ended.exit == 1 or "Traceback" in ended.words:
         return [f"a bug was reported: {ended}"]
     return []

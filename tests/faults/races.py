@@ -32,9 +32,9 @@ def trial(arena: Arena, number: int, seed: int) -> tuple[str, list[str]]:
             arena.run("load", model=rng.choice(MODELS), port=str(rng.choice(list(arena.ports))))
         case 2:
             arena.start_by_hand(rng.choice(MODELS), rng.choice(list(arena.ports)))
-    wishes = [_wish(arena, rng) for _ in range(PROCESSES)]
+    requests = [_random_request(arena, rng) for _ in range(PROCESSES)]
     workers, agents, editors = [], [], []
-    for index, (command, args) in enumerate(wishes):
+    for index, (command, args) in enumerate(requests):
         if command == "edit":
             editors.append(_editor(arena, index, rng.random()))
         elif index < 2:
@@ -53,16 +53,16 @@ def trial(arena: Arena, number: int, seed: int) -> tuple[str, list[str]]:
         children.wait(pid, 30)
     wrong += oracle.registry_sound(arena) + oracle.locks_free(arena) + oracle.nothing_hidden(arena)
     wrong += _one_server_a_model(arena)
-    name = ", ".join(" ".join([command, *map(str, args.values())]) for command, args in wishes)
+    name = ", ".join(" ".join([command, *map(str, args.values())]) for command, args in requests)
     return name, wrong + strikes.emptied(arena)
 
 
 def _allowed(command: str) -> set[int]:
-    """`restore` finds its ports taken by others meanwhile, and says that it could not start everything."""
+    """Return the allowed exit statuses. Another operation may take a port of a `restore`, which then fails (4)."""
     return ALLOWED | ({4} if command == "restore" else set())
 
 
-def _wish(arena: Arena, rng: random.Random) -> tuple[str, Mapping[str, object]]:
+def _random_request(arena: Arena, rng: random.Random) -> tuple[str, Mapping[str, object]]:
     port, model = str(rng.choice(list(arena.ports))), rng.choice(MODELS)
     match rng.randrange(15):
         case 0 | 1 | 2 | 3:
@@ -106,7 +106,7 @@ def _agent(arena: Arena, index: int, command: str, args: Mapping[str, object]) -
 
 
 def _editor(arena: Arena, index: int, pause: float) -> int:
-    """What a person's editor does: reads, thinks, and saves by a rename, under nobody's lock."""
+    """Edit the registry as a person does: read it, pause, save by a rename, without a lock."""
 
     def body() -> int:
         for turn in range(3):

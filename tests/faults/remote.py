@@ -74,7 +74,7 @@ def _settled(lab: Homelab) -> list[str]:
 
 
 def _cut(lab: Homelab, wire: Wire, number: int, seed: int) -> tuple[str, int, list[str]]:
-    """A load whose connection, session or client is cut; then the same wish again."""
+    """Cut the connection, session or client of a load. Then repeat the same command."""
     rng = random.Random(f"{seed} cut {number}")
     kind = CUTS[number % len(CUTS)]
     port = str(lab.studio.ports[0])
@@ -90,7 +90,7 @@ def _cut(lab: Homelab, wire: Wire, number: int, seed: int) -> tuple[str, int, li
             timer.join()
     wire.cut_after = None
     wrong = []
-    # With the session, its whole tree of processes dies, the worker among them: that is told as what it is.
+    # Killing the session kills all its processes, including the worker. The error then says so.
     cut_short = kind == "session killed" and process.returncode == 3 and "was interrupted" in said
     if kind not in {"client killed", "Ctrl-C"} and process.returncode not in {0, 5, 7} and not cut_short:
         wrong.append(f"exit {process.returncode}: {said[-300:]}")

@@ -102,7 +102,7 @@ def _reuse(arena: Arena, rng: random.Random, number: int, naive: str) -> tuple[s
 
 KINDS = ("sleeper", "listener", "leader", "twin")
 """A process that does something else; one that listens on the port; one whose group has the recorded number; the same
-program with the very same arguments, started by somebody else."""
+program with the same arguments, not started by mlxops."""
 COMMANDS = ("unload", "reconcile", "load")
 
 
@@ -155,7 +155,7 @@ def _until_listening(arena: Arena, port: int) -> None:
 
 
 def _kill_listeners(arena: Arena, port: int) -> None:
-    """The script of the homelab's first days: whatever holds the port."""
+    """Kill every process that listens on the port, as a simple script would."""
     from mlxops.agent.host.system import this_system
 
     for listener in this_system().look({port}).on(arena.address, port):

@@ -55,9 +55,13 @@ def _full(arena: Arena) -> None:
             assert arena.registry() != before, room
         else:
             # An operation whose own record could not take its last word says that this may be why.
-            assert status == 3 and last["code"] in TOLD and TOLD[str(last["code"])] in str(last["why"]), (room, last)
+            assert (
+                status == 3
+                and last["code"] in EXPECTED_REASONS
+                and EXPECTED_REASONS[str(last["code"])] in str(last["why"])
+            ), (room, last)
             _nothing_happened(arena, before)
-            # What nobody ever worked on was not cut short: there is no record of it.
+            # An operation whose worker never ran was not interrupted, so there is no record of it.
             assert last["code"] == "operation_interrupted" or not oracle.drift_codes(arena), room
             assert all(path.stat().st_size for path in arena.state.glob("ops/*/request.json")), room
         filler.unlink()
@@ -65,7 +69,7 @@ def _full(arena: Arena) -> None:
     assert ended[0] == 3 and ended[-1] == 0, ended
 
 
-TOLD = {
+EXPECTED_REASONS = {
     "state_unwritable": "No space left",
     "registry_unwritable": "No space left",
     "does_not_fit": "are free",

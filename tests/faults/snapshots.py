@@ -1,4 +1,4 @@
-"""Models without weights: complete snapshots as far as files tell, for engines that load nothing."""
+"""Models without weights: their files look complete, for engines that load nothing."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ KILLED = (
     "flock",
     *("kill", "vfork", "clone", "clone3", "fork"),
 )
-"""Every system call by which a worker changes anything: files, locks, processes; but for the making of a file, which
-strace cannot tell from its reading (see creations.py)."""
+"""The system calls by which a worker changes files, locks and processes. The creation of a file is not among them:
+strace cannot distinguish it from reading (see creations.py)."""
 CREATION = "creation"
 FAILING = ("write", "pwrite64", "fsync", "rename", "mkdir", "symlink", "ftruncate", "unlink")
 ERRORS = ("ENOSPC", "EIO")
@@ -54,10 +54,10 @@ def _alpha(arena: Arena) -> None:
 
 
 def _edited(arena: Arena) -> None:
-    """Its settings are other ones by now: only then does a load of what serves already start it anew."""
+    """Change the settings of a served model. Only then does a load of that model restart it."""
     _alpha(arena)
     document = json.loads(arena.registry())
-    document["models"]["org/alpha"]["args"] = ["--fake-words", "anew"]
+    document["models"]["org/alpha"]["args"] = ["--fake-words", "again"]
     arena.write_registry(document["models"])
 
 
@@ -178,7 +178,7 @@ class Strikes:
         # A disk that fails in the recovery too keeps a swap from bringing the old server back.
         wrong = oracle.registry_old_or_new(arena, old, new, whole=scenario.whole and not self.errors)
         wrong += oracle.registry_sound(arena) + oracle.locks_free(arena) + oracle.nothing_hidden(arena)
-        wrong += oracle.no_bug(ended) + oracle.told_the_truth(arena, ended, new)
+        wrong += oracle.no_bug(ended) + oracle.result_is_true(arena, ended, new)
         if ended.exit < 0 and ended.events and ended.result is None and ended.error is None:
             wrong += oracle.named(arena, ended)
         if ended.exit >= 0 and ended.error is not None:
@@ -201,7 +201,7 @@ class Strikes:
         return [(m.name, m.port) for m in registry.parse(old or None).models.values() if m.port is not None]
 
     def _followed(self, scenario: Scenario, follow: str, new: bytes) -> list[str]:
-        """The next command, whichever it is, works."""
+        """Any next command works."""
         arena = self.arena
         port = str(arena.ports[0])
         match follow:

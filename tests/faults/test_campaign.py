@@ -47,7 +47,7 @@ def batch(kind: str, count: int, first: int = 0) -> Iterator[dict[str, object]]:
         ("hostile over SSH", 4),
     ],
 )
-def test_a_few_faults_of_each_kind_are_survived(kind: str, count: int) -> None:
+def test_few_faults_of_each_kind_are_survived(kind: str, count: int) -> None:
     if kind in NEEDS_STRACE and shutil.which("strace") is None:
         missing("strace (Debian and Ubuntu: apt-get install strace)")
     if kind == "reuse" and (why := reuse.available()):
@@ -59,7 +59,7 @@ def test_a_few_faults_of_each_kind_are_survived(kind: str, count: int) -> None:
     assert [row for row in rows if row["wrong"]] == []
 
 
-def test_what_people_write_instead_is_caught_by_the_same_faults() -> None:
+def test_same_faults_catch_simpler_implementations() -> None:
     if shutil.which("strace") is None:
         missing("strace (Debian and Ubuntu: apt-get install strace)")
     argv = [sys.executable, "-m", "tests.faults.controls"]
@@ -69,7 +69,7 @@ def test_what_people_write_instead_is_caught_by_the_same_faults() -> None:
     assert len(verdicts) >= 3 and set(verdicts.values()) == {"caught"}, verdicts
 
 
-def test_a_campaign_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_campaign_continues_where_it_stopped(tmp_path: Path) -> None:
     state = campaign.State(tmp_path / "state.json")
     for _ in range(2):
         campaign._batch(state, campaign.Kind("broken", 1, 2, ""), SEED, deadline=float("inf"))
@@ -78,7 +78,7 @@ def test_a_campaign_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert f"mlxops {campaign.code()}" in campaign.table(state)
 
 
-def test_what_was_tried_of_other_code_is_not_counted_and_not_lost(tmp_path: Path) -> None:
+def test_trials_of_other_code_are_kept_but_not_counted(tmp_path: Path) -> None:
     old, new = (campaign.State(tmp_path / "state.json", code) for code in ("old", "new"))
     with old.changed() as rows:
         rows["kills"] = {"tried": 7, "lost": 1}
@@ -91,7 +91,7 @@ IN_A_SMALL_PLACE = ("unshare", "-Urm", "sh", "-c", 'mount -t tmpfs -o size=32m n
 
 
 @pytest.mark.parametrize("what", ["full", "read-only"])
-def test_a_disk_that_takes_no_more_is_told_and_leaves_nothing_behind(what: str, tmp_path: Path) -> None:
+def test_full_disk_is_reported_and_leaves_nothing(what: str, tmp_path: Path) -> None:
     try:
         probe = subprocess.run([*IN_A_SMALL_PLACE, str(tmp_path), "true"], capture_output=True, check=False)
     except OSError:
@@ -104,7 +104,7 @@ def test_a_disk_that_takes_no_more_is_told_and_leaves_nothing_behind(what: str, 
 
 
 @pytest.mark.parametrize("only", ["nope", "kills,nope", ","])
-def test_a_kind_that_is_not_there_is_usage_and_lists_those_that_are(only: str, tmp_path: Path) -> None:
+def test_unknown_kind_is_a_usage_error_that_lists_the_kinds(only: str, tmp_path: Path) -> None:
     done = run([script("inv"), "faults", "--only", only, "--state", str(tmp_path / "x.json")], CHECKOUT, os.environ)
     assert done.exit == 2 and "kills" in done.stderr, str(done)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""What could not be determined is `unknown`, and nothing acts upon it."""
+"""The state `unknown`: no command acts on a port whose state could not be determined."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def left_alone(*argv: str) -> None:
     assert done.stdout == "nothing was done\n", done.stderr
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="strace and /proc are Linux's")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs strace and /proc of Linux")
 @pytest.mark.parametrize("cause", unknown.CAUSES)
-def test_a_server_that_cannot_be_seen_for_reasons_of_our_own_is_left_alone(cause: str) -> None:
+def test_server_that_mlxops_cannot_observe_is_left_alone(cause: str) -> None:
     if shutil.which("strace") is None:
         missing("strace (Debian and Ubuntu: apt-get install strace)")
     left_alone(cause)
 
 
-def test_a_listener_whose_process_cannot_be_seen_is_left_alone() -> None:
+def test_listener_of_an_invisible_process_is_left_alone() -> None:
     if why := reuse.available():
         pytest.skip(f"no process can be hidden here: {why}")
     with socket.create_server(("127.0.0.1", 0)) as server:
-        left_alone(*reuse.NAMESPACE, f"a listener of nobody\t{server.getsockname()[1]}")
+        left_alone(*reuse.NAMESPACE, f"a listener in another pid namespace\t{server.getsockname()[1]}")

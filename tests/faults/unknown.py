@@ -34,16 +34,16 @@ COMMANDS: tuple[tuple[str, Mapping[str, object]], ...] = (
 
 
 def main(cause: str) -> None:
-    if cause == "a listener of nobody":
-        _of_nobody()
+    if cause == "a listener in another pid namespace":
+        _in_another_namespace()
         return
     with batch.own_arena() as arena:
         assert arena.run("init").exit == 0
         CAUSES[cause](arena)
 
 
-def _of_nobody() -> None:
-    """In a pid namespace; the port's listener is outside. Its user is the same one, its process is not to be seen."""
+def _in_another_namespace() -> None:
+    """The port's listener is outside this pid namespace. It has the same user, but its process is not visible."""
     with batch.own_arena() as arena:
         assert arena.run("init").exit == 0
         port = int(sys.argv[2])
@@ -88,8 +88,10 @@ def _no_record(arena: Arena) -> None:
 
 
 def _no_probe(arena: Arena) -> None:
-    """The one descriptor that is left is taken by the probe of a mute server: the next one cannot be asked, and is not
-    wedged for that. One that is taken to be wedged would be started anew by a plain load."""
+    """The probe of a mute server takes the only free descriptor, so the next server cannot be probed.
+
+    That one is not wedged: a plain load would restart a wedged server.
+    """
     mute, port = arena.ports[0], arena.ports[1]
     loaded = arena.run("load", model="org/alpha", port=str(port))
     assert loaded.exit == 0, loaded
