@@ -1,4 +1,4 @@
-"""The lab itself: its parts are real, and what tests leave behind is seen."""
+"""The lab: its parts are real, and leaks of tests are found."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.lab.hub import Hub
 
 @contextmanager
 def serving(studio: Studio, snapshot: Path, alias: str) -> Iterator[subprocess.Popen[bytes]]:
-    """The bare engine on the studio's first port, serving a snapshot under an alias."""
+    """Run the bare engine on the studio's first port. It serves a snapshot under an alias."""
     folder = studio.folder / f"serving-{alias}"
     folder.mkdir()
     (folder / alias).symlink_to(snapshot)
@@ -54,7 +54,7 @@ def serving(studio: Studio, snapshot: Path, alias: str) -> Iterator[subprocess.P
 class TestModels:
     @pytest.mark.parametrize("name", [models.QWEN, models.QWEN_B, models.LLAMA])
     @pytest.mark.parametrize("layout", [{}, {"trees": True, "xet": True}], ids=["plain", "xet"])
-    def test_the_real_engine_serves_it_under_an_alias(
+    def test_real_engine_serves_a_tiny_model_under_an_alias(
         self, homelab: Homelab, name: str, layout: dict[str, bool]
     ) -> None:
         studio = homelab.studio
@@ -65,7 +65,7 @@ class TestModels:
             assert answer["choices"][0]["message"]["content"]
             assert answer["usage"]["completion_tokens"] == 4
 
-    def test_the_broken_one_is_complete_on_disk_and_never_answers(self, homelab: Homelab) -> None:
+    def test_broken_model_is_complete_on_disk_but_never_answers(self, homelab: Homelab) -> None:
         studio = homelab.studio
         snapshot = studio.install("tiny-org/broken", models.BROKEN)
         weights = (snapshot / "model.safetensors").read_bytes()
@@ -80,9 +80,7 @@ class TestModels:
             log = (studio.folder / "serving-jerry-xl" / "log").read_text()
             assert "Missing 1 parameters" in log
 
-    def test_a_cache_looks_as_huggingface_hub_would_have_left_it(
-        self, hub: Hub, tiny_models: Path, tmp_path: Path
-    ) -> None:
+    def test_cache_equals_that_of_huggingface_hub(self, hub: Hub, tiny_models: Path, tmp_path: Path) -> None:
         downloaded = tmp_path / "downloaded"
         _download(downloaded, hub, "tiny-org/tiny-llama")
         installed = tmp_path / "installed"
@@ -92,7 +90,7 @@ class TestModels:
 
 
 class TestHub:
-    def test_a_branch_and_a_commit_can_be_downloaded(self, hub: Hub, tiny_models: Path, tmp_path: Path) -> None:
+    def test_branch_and_a_commit_can_be_downloaded(self, hub: Hub, tiny_models: Path, tmp_path: Path) -> None:
         first = hub.add("tiny-org/moving", tiny_models / models.QWEN)
         second = hub.update("tiny-org/moving", tiny_models / models.QWEN_B)
         assert hub.sha("tiny-org/moving") == second != first
@@ -103,7 +101,7 @@ class TestHub:
             for file in models.files_of(tiny_models / name):
                 assert (snapshot / file.name).read_bytes() == file.path.read_bytes()
 
-    def test_the_same_contents_give_the_same_commits(self, tiny_models: Path, tmp_path: Path) -> None:
+    def test_same_contents_give_the_same_commits(self, tiny_models: Path, tmp_path: Path) -> None:
         def history(folder: Path) -> list[str]:
             hub = Hub(folder)
             return [
@@ -113,7 +111,7 @@ class TestHub:
 
         assert history(tmp_path / "one") == history(tmp_path / "two")
 
-    def test_it_knows_every_files_size(self, hub: Hub, tiny_models: Path) -> None:
+    def test_hub_knows_every_files_size(self, hub: Hub, tiny_models: Path) -> None:
         from huggingface_hub import HfApi, RepoFile
 
         tree = HfApi(endpoint=hub.url).list_repo_tree("tiny-org/tiny-llama", recursive=True)
@@ -122,7 +120,7 @@ class TestHub:
 
 
 class TestHomelab:
-    def test_the_studios_are_reached_by_plain_ssh_and_are_at_home(self, make_homelab: Callable[..., Homelab]) -> None:
+    def test_studios_are_reached_by_plain_ssh_in_their_own_homes(self, make_homelab: Callable[..., Homelab]) -> None:
         lab = make_homelab(studios=2, hub_url="http://127.0.0.1:9/hub")
         for studio in lab.studios:
             done = lab.mini.run("ssh", studio.name, "echo $HOME; echo $HF_ENDPOINT").ok()
@@ -130,7 +128,7 @@ class TestHomelab:
         assert lab.studios[0].ports == lab.studios[1].ports
         assert lab.studios[0].address != lab.studios[1].address
 
-    def test_its_hosts_file_is_a_valid_one(self, make_homelab: Callable[..., Homelab]) -> None:
+    def test_hosts_file_is_valid(self, make_homelab: Callable[..., Homelab]) -> None:
         from mlxops.control import inventory
 
         lab = make_homelab(studios=2)
@@ -143,7 +141,7 @@ class TestHomelab:
         assert found.hosts["studio2"].settings.memory == 8_000_000_000
         assert not found.hosts["studio2"].settings.launch
 
-    def test_a_stray_process_on_a_studio_is_named_and_killed(self, make_homelab: Callable[..., Homelab]) -> None:
+    def test_stray_process_on_a_studio_is_named_and_killed(self, make_homelab: Callable[..., Homelab]) -> None:
         lab = make_homelab()
         lab.mini.run("ssh", "studio", "cd ~ && exec >/dev/null 2>&1 && (sleep 1000 &)").ok()
         # The shell's child is a shell until it becomes sleep.
@@ -153,29 +151,29 @@ class TestHomelab:
             lab.studio.stop(patience=0.1)
         assert not lab.studio.processes()
 
-    def test_a_command_that_does_not_end_is_killed(self, tmp_path: Path) -> None:
+    def test_command_that_does_not_end_is_killed(self, tmp_path: Path) -> None:
         with pytest.raises(TimedOut, match="started"):
             run(["sh", "-c", "echo started; sleep 1000"], tmp_path, {"PATH": os.defpath}, timeout=0.5)
 
 
 class TestLeaks:
-    """The check that every test goes through, driven by hand."""
+    """The leak check, which runs after every test."""
 
     @pytest.fixture
     def own(self, tmp_path: Path) -> leaks.Watch:
         return leaks.Watch((tmp_path / "watched",), lab=tmp_path)
 
-    def test_nothing_is_nothing(self, own: leaks.Watch) -> None:
+    def test_no_leak_is_reported_if_there_is_none(self, own: leaks.Watch) -> None:
         assert own.leaks(own.look()) == []
 
-    def test_a_child_is_seen(self, own: leaks.Watch, tmp_path: Path) -> None:
+    def test_child_is_seen(self, own: leaks.Watch, tmp_path: Path) -> None:
         before = own.look()
         with subprocess.Popen(["sleep", "1000"], cwd=tmp_path) as child:
             assert own.leaks(before, patience=0) == [f"a process: {child.pid} (sleep 1000)"]
             child.kill()
         assert own.leaks(before) == []
 
-    def test_an_orphan_in_a_session_of_its_own_is_seen(self, own: leaks.Watch, tmp_path: Path) -> None:
+    def test_orphan_in_a_session_of_its_own_is_seen(self, own: leaks.Watch, tmp_path: Path) -> None:
         before = own.look()
         script = (
             "import subprocess; from subprocess import DEVNULL as no; "
@@ -188,7 +186,7 @@ class TestLeaks:
         world.end(own.look().processes - before.processes)
         assert own.leaks(before) == []
 
-    def test_an_orphan_that_has_ended_is_no_leak_and_no_zombie(self, own: leaks.Watch, tmp_path: Path) -> None:
+    def test_orphan_that_has_ended_is_no_leak_and_no_zombie(self, own: leaks.Watch, tmp_path: Path) -> None:
         before = own.look()
         command = ["sh", "-c", "sleep 0.05 & echo $!"]
         pid = int(subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.PIPE).stdout)
@@ -196,19 +194,19 @@ class TestLeaks:
         # It may have ended between the two halves of a look. The next look collects it.
         world.wait_until(lambda: own.leaks(before) == [] and not psutil.pid_exists(pid), 5, "its collection")
 
-    def test_the_status_of_an_own_child_is_not_taken_away(self, own: leaks.Watch) -> None:
+    def test_status_of_an_own_child_is_not_collected(self, own: leaks.Watch) -> None:
         child = subprocess.Popen(["sh", "-c", "exit 7"])
         world.wait_until(lambda: psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE, 5, "its end")
         own.look()
         assert child.wait() == 7
 
-    def test_a_listener_is_seen(self, own: leaks.Watch) -> None:
+    def test_listener_is_seen(self, own: leaks.Watch) -> None:
         before = own.look()
         with socket.create_server(("127.0.0.1", 0)) as listener:
             assert own.leaks(before, patience=0) == [f"a listener: 127.0.0.1:{listener.getsockname()[1]}"]
         assert own.leaks(before) == []
 
-    def test_a_thread_is_seen(self, own: leaks.Watch) -> None:
+    def test_thread_is_seen(self, own: leaks.Watch) -> None:
         before = own.look()
         leave = threading.Event()
         thread = threading.Thread(target=leave.wait, name="forgotten")
@@ -218,19 +216,19 @@ class TestLeaks:
         assert own.leaks(before) == []
         thread.join()
 
-    def test_a_file_is_seen(self, own: leaks.Watch, tmp_path: Path) -> None:
+    def test_file_is_seen(self, own: leaks.Watch, tmp_path: Path) -> None:
         before = own.look()
         left = tmp_path / "watched" / "deep" / "left"
         left.parent.mkdir(parents=True)
         left.touch()
         assert own.leaks(before, patience=0) == [f"a file: {left.parent}", f"a file: {left}"]
 
-    def test_what_ends_in_time_is_no_leak(self, own: leaks.Watch, tmp_path: Path) -> None:
+    def test_process_that_ends_in_time_is_no_leak(self, own: leaks.Watch, tmp_path: Path) -> None:
         before = own.look()
         with subprocess.Popen(["sleep", "0.2"], cwd=tmp_path):
             assert own.leaks(before) == []
 
-    def test_a_shared_lab_may_keep_its_processes(self, own: leaks.Watch, tmp_path: Path) -> None:
+    def test_shared_lab_may_keep_its_processes(self, own: leaks.Watch, tmp_path: Path) -> None:
         before = own.look()
         with subprocess.Popen(["sleep", "1000"], cwd=tmp_path) as child:
             with own.spare(tmp_path):
@@ -238,8 +236,8 @@ class TestLeaks:
             assert own.leaks(before, patience=0) != []
             child.kill()
 
-    def test_a_test_that_leaks_fails(self, tmp_path: Path) -> None:
-        """The whole way: a run of pytest with a test that leaves a process, and one after it that does not."""
+    def test_leaking_test_fails(self, tmp_path: Path) -> None:
+        """Run pytest with a test that leaves a process, and with a clean test after it."""
         probe = tmp_path / "test_probe.py"
         probe.write_text(
             "import subprocess\ndef test_leaks(): subprocess.Popen(['sleep', '1000'])\ndef test_is_clean(): pass\n",
@@ -254,7 +252,7 @@ class TestLeaks:
 
 
 class TestCache:
-    def test_an_interrupted_build_is_made_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_interrupted_build_is_repeated(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(cache, "cache_folder", lambda: tmp_path)
 
         def interrupted(folder: Path) -> None:
@@ -267,7 +265,7 @@ class TestCache:
         folder = cache.built("part", "1", Path.mkdir)
         assert not (folder / "half").exists()
 
-    def test_a_build_is_made_once_for_each_stamp(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_build_is_made_once_for_each_stamp(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(cache, "cache_folder", lambda: tmp_path)
         made: list[Path] = []
 
@@ -279,7 +277,7 @@ class TestCache:
             cache.built("part", stamp, build)
         assert len(made) == 2
 
-    def test_a_failed_step_says_its_last_words(self) -> None:
+    def test_failed_step_prints_its_last_output(self) -> None:
         with pytest.raises(cache.BuildFailed, match="exit status 3\nno room"):
             cache.run(["sh", "-c", "echo no room; exit 3"])
 
@@ -293,11 +291,11 @@ class TestCache:
         ],
     )
     @pytest.mark.skipif(sys.platform == "darwin", reason="the XDG directories are not macOS's")
-    def test_where_it_is(self, environ: dict[str, str], folder: str) -> None:
+    def test_cache_folder_follows_the_environment(self, environ: dict[str, str], folder: str) -> None:
         assert cache.cache_folder(environ) == Path(folder)
 
 
-def test_the_real_home_directory_is_out_of_reach() -> None:
+def test_real_home_directory_is_out_of_reach() -> None:
     from huggingface_hub import constants
 
     home = Path(os.environ["HOME"])
@@ -307,7 +305,7 @@ def test_the_real_home_directory_is_out_of_reach() -> None:
 
 
 def _download(hub_cache: Path, hub: Hub, repo_id: str, revision: str | None = None) -> Path:
-    """A download with the real client, in a process of its own: it remembers listings across cache folders."""
+    """Download with the real client, in its own process, because it keeps listings across cache folders."""
     script = "import sys, huggingface_hub as h; print(h.snapshot_download(sys.argv[1], revision=sys.argv[2] or None))"
     environment = {
         "HOME": str(hub_cache.parent),
@@ -321,7 +319,7 @@ def _download(hub_cache: Path, hub: Hub, repo_id: str, revision: str | None = No
 
 
 def _layout(hub_cache: Path) -> dict[str, object]:
-    """Every file of a cache with its content or link target, but the locks and the folder's tag."""
+    """Return every file of a cache with its content or link target, without the locks and the folder's tag."""
     return {
         str(path.relative_to(hub_cache)): path.readlink() if path.is_symlink() else path.read_bytes()
         for path in leaks.walk(hub_cache)
