@@ -75,9 +75,9 @@ def settings_drift(ctx: Context, registry: Registry, view: PortView) -> Iterator
         message = f"{view.port} serves {run.repo_id}, and the registry says {entry.repo_id}"
         yield Drift.of(DriftCode.SETTINGS_CHANGED, view.port, run.model, message)
         return
-    wanted = entry.revision or Path(entry.cache_path or run.revision).name
-    if not run.revision.startswith(wanted):
-        message = f"{view.port} serves {run.repo_id} at {run.revision[:12]}, and the registry says {wanted[:12]}"
+    revision = entry.revision or Path(entry.cache_path or run.revision).name
+    if not run.revision.startswith(revision):
+        message = f"{view.port} serves {run.repo_id} at {run.revision[:12]}, and the registry says {revision[:12]}"
         yield Drift.of(DriftCode.SETTINGS_CHANGED, view.port, run.model, message)
         return
     try:
