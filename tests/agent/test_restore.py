@@ -216,9 +216,9 @@ def test_only_installed_boot_jobs_reserve_their_ports(homelab: Homelab) -> None:
     unit.write_text("[Service]\nExecStart=/opt/mlx-launch/bin/start.sh\n")
     homelab.configure(boot={"port": port, "label": "mlx-launch", "script": "/opt/mlx-launch/bin/start.sh"})
     done = homelab.mini.mlxctl("restore").ok()
-    assert done.stdout.startswith("started nothing; left: ") and f"boot job mlx-launch: {unit} is there" in done.stderr
+    assert done.stdout.startswith("started nothing; left: ") and f"boot job mlx-launch: {unit} exists" in done.stderr
     quiet(homelab.studio)
-    assert f"boot job mlx-launch: {unit} is there" in by_the_system(homelab).stdout
+    assert f"boot job mlx-launch: {unit} exists" in by_the_system(homelab).stdout
     unit.unlink()
     done = homelab.mini.mlxctl("restore").ok()
     assert done.stdout == f"started {QWEN} on {port}\n" and "mlx-launch of port" in done.stderr
