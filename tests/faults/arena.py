@@ -1,8 +1,8 @@
-"""A managed host in a folder, for faults by the thousand: a cache, a registry, a state folder, a quick fake engine.
+"""A managed host in a folder, for thousands of faults: a cache, a registry, a state folder, a quick fake engine.
 
-Operations run as on a real host: their record is made, and a worker carries them out. The worker is a fork of the
-campaign that runs the very function which a worker's process runs, so it costs no start of an interpreter; what comes
-before it, the agent and the connection, is what the races through the agent and the cuts are for.
+Operations run as on a real host: with a record, and with a worker that carries them out. The worker is a fork of the
+campaign, so that it needs no start of an interpreter. It runs the same function as a real worker. The agent and the
+connection are not part of it: the races through the agent, and the cuts, test those.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Ended:
     exit: int
     events: tuple[Event, ...]
     words: str = ""
-    """What its worker wrote beside the events: a traceback, if anything."""
+    """What its worker wrote to standard error, such as a traceback."""
 
     @property
     def result(self) -> Mapping[str, object] | None:
@@ -120,7 +120,7 @@ class Arena:
         return Context(request.request, paths, self.store, this_system(), lambda event: None, self.environ)
 
     def look(self, name: str = "status", **args: object) -> Mapping[str, object]:
-        """A read, or a dry run, in this process."""
+        """Run a read, or a dry run, in this process."""
         ctx = self.context(name, **args)
         result: Mapping[str, object] = wire.encode(operation(name)(ctx, ctx.request))
         return result
@@ -128,7 +128,7 @@ class Arena:
     def begin(
         self, name: str, args: Mapping[str, object], *, stopped: bool = False, first: Fault = lambda: None
     ) -> tuple[OperationLog, int]:
-        """Start the worker of an operation; returns its record and its pid. `first` is done in it before all else."""
+        """Start the worker of an operation. Return its record and its pid. The worker calls `first` at its start."""
         self.store.create_folders()
         journal, lock = journals.create(self.state / "ops", self.request(name, **args))
         assert lock is not None
@@ -145,14 +145,14 @@ class Arena:
             os.close(lock)
 
     def run(self, name: str, first: Fault = lambda: None, /, **args: object) -> Ended:
-        """An operation, without a fault but for what its worker does to itself `first`."""
+        """Run an operation. Its worker calls `first` at its start, which may cause a fault."""
         journal, pid = self.begin(name, args, first=first)
         return self.ended(journal, pid)
 
     def struck(
         self, fault: Sequence[str], log: Path, name: str, first: Fault = lambda: None, /, **args: object
     ) -> Ended:
-        """An operation whose worker runs under strace with these options."""
+        """Run an operation whose worker runs under strace with these options."""
         journal, pid = self.begin(name, args, stopped=True, first=first)
         tracer = children.traced(pid, fault, log)
         ended = self.ended(journal, pid)
@@ -177,7 +177,7 @@ class Arena:
             return b""
 
     def servers(self) -> dict[int, str]:
-        """Living processes of this host's engine, gates among them: pid -> command."""
+        """Return the live processes of this host's engine, including gates: pid -> command."""
         children.reap()
         wanted = os.fsencode(self.program)
         found = {}
@@ -211,12 +211,12 @@ class Arena:
         return pid
 
     def by_path(self, model: str, port: int, *options: str) -> list[str]:
-        """The command of a server that is given its model as a path."""
+        """Return the command of a server that gets its model as a path."""
         paths = ["--host", self.address, "--port", str(port)]
         return [str(self.program), "--model", str(self.snapshots[model]), *paths, *options]
 
     def listener(self, port: int, log: Path) -> int:
-        """The process that listens on a port, once there is one. `log`: where to look if none comes."""
+        """Wait for a listener on a port. Return its pid. `log`: shown if there is none in time."""
         deadline = time.monotonic() + UP_SECONDS
         while not (found := this_system().look({port}).on(self.address, port)):
             assert time.monotonic() < deadline, f"nothing listens on {port}: {log.read_text(errors='replace')[-400:]}"
@@ -224,7 +224,7 @@ class Arena:
         return min(pid for each in found for pid in each.pids)
 
     def sweep(self) -> None:
-        """Kill every server and forget everything but the cache."""
+        """Kill every server, and delete everything except the cache."""
         for pid in self.servers():
             try:
                 os.kill(pid, signal.SIGKILL)

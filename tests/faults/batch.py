@@ -1,6 +1,6 @@
-"""Some trials of one kind, in a process of their own: `python -m tests.faults.batch KIND FIRST COUNT SEED`.
+"""Run some trials of one kind in their own process: `python -m tests.faults.batch KIND FIRST COUNT SEED`.
 
-Writes a line of JSON for each trial: {"number", "name", "cases", "wrong"}. What a batch starts ends with it.
+Write a line of JSON for each trial: {"number", "name", "cases", "wrong"}. All processes of a batch end with it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Trial = Callable[[int], tuple[str, int, list[str]]]
 
 @contextmanager
 def _folder() -> Iterator[Path]:
-    """A folder in memory where there is one: a campaign flushes files by the hundred thousand."""
+    """Return a folder in memory if possible, because a campaign flushes files a hundred thousand times."""
     where = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="mlxops-faults-", dir=where, ignore_cleanup_errors=True) as name:
         yield Path(os.path.realpath(name))
@@ -45,7 +45,7 @@ def trials(kind: str, seed: int) -> Iterator[Trial]:
 
 @contextmanager
 def own_arena(*, real: bool = False) -> Iterator[Arena]:
-    """An arena for this process, which collects every orphan from now on."""
+    """Create an arena for this process. From now on, this process collects every orphan."""
     become_subreaper()
     with _folder() as folder:
         arena = real_arena(folder) if real else Arena(folder / "host")
@@ -96,7 +96,7 @@ def _one(trial: Callable[[int], tuple[str, list[str]]]) -> Trial:
 
 
 def real_arena(folder: Path) -> Arena:
-    """With the real mlx-lm and tiny models."""
+    """Run trials with the real mlx-lm and tiny models."""
     from tests.lab import cache, models
 
     made = models.tiny_models()

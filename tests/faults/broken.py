@@ -1,4 +1,4 @@
-"""Registries that no program should have written."""
+"""Invalid registries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.faults.snapshots import MODELS
 
 
 def trial(arena: Arena, number: int, seed: int) -> tuple[str, list[str]]:
-    """Every command on one broken registry: none fails in a way of its own, none writes what it does not understand."""
+    """Run every command on one invalid registry. None may crash, and none may write an unsupported registry."""
     rng = random.Random(f"{seed} broken {number}")
     arena.sweep()
     good = {name: entry(name, arena.snapshots[name]) for name in MODELS}
@@ -49,7 +49,7 @@ def trial(arena: Arena, number: int, seed: int) -> tuple[str, list[str]]:
 
 
 def _kept(before: bytes, after: bytes) -> list[str]:
-    """Nothing that we do not own was lost: keys of the document, entries, keys of the entries."""
+    """Foreign data was kept: keys of the document, entries, keys of the entries."""
     old, new = json.loads(before.decode("utf-8-sig")), json.loads(after.decode("utf-8-sig"))
     lost = [key for key in old if key not in new]
     for name, fields in old["models"].items():

@@ -1,5 +1,7 @@
-"""Servers that people start in their own ways, beside processes that only look like one or have a part in it: every
-command that stops servers must leave those alone, and every one that does not must leave the servers alone."""
+"""Servers that people start in various ways, beside processes that only resemble or contain one.
+
+Commands that stop servers must leave such processes alone. All other commands must leave the servers alone, too.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,7 @@ def trial(arena: Arena, number: int, seed: int) -> tuple[str, list[str]]:
 
 
 def _launched(arena: Arena, prefix: str, command: str) -> tuple[str, list[str]]:
-    """A server of ours, however it was launched, is ready, and stays."""
+    """A server of ours is ready and stays, however it was launched."""
     usual, port = arena.settings, str(arena.ports[0])
     arena.settings = replace(usual, launch={"mlx-lm": (*PREFIXES[prefix], str(arena.program))})
     try:
@@ -79,7 +81,7 @@ def _launched(arena: Arena, prefix: str, command: str) -> tuple[str, list[str]]:
 
 @dataclass(frozen=True)
 class Scene:
-    """What was started: the group that it is in, and the port's server, if there is one."""
+    """Return the group of the started process, and the port's server if there is one."""
 
     group: int
     server: int | None

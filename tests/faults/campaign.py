@@ -1,4 +1,4 @@
-"""`inv faults`: fault after fault, for as long as it is given, counted in a file that the next run goes on with."""
+"""`inv faults`: cause faults for a given time. A file counts them; the next run continues from there."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ KINDS = (
 
 
 Rows = dict[str, dict[str, object]]
-"""What was tried of each kind, by its name."""
+"""The trials of each kind, by its name."""
 
 
 def code() -> str:
-    """Which code is tried and by what: the version, and digests of all of mlxops and of this folder.
+    """Return an id of the tested code: the version, and digests of all of mlxops and of this folder.
 
-    Not `build.build_id`, which leaves out the control node's side: cuts and hostile inputs go through that too.
+    `build.build_id` would not do. It leaves out the control node's side, which cuts and hostile strings also test.
     """
     parts = []
     for folder in ("mlxops", "tests/faults"):
@@ -70,9 +70,9 @@ def code() -> str:
 
 @dataclass
 class State:
-    """What has been tried of one code, in a file; several campaigns may work on one.
+    """The trials of one code, in a file that several campaigns may share.
 
-    {code: {kind: {"claimed", "tried", "lost", "seconds", "cases lost"}}}: numbers of different code are never added up.
+    {code: {kind: {"claimed", "tried", "lost", "seconds", "cases lost"}}}: counts of different code are not added.
     """
 
     path: Path
@@ -80,8 +80,10 @@ class State:
 
     @contextmanager
     def changed(self) -> Iterator[Rows]:
-        """Its rows, written when the block ends. The folder is locked, because the file is replaced: a
-        campaign that is killed leaves the old count or the new one."""
+        """Yield the rows, and write them at the end of the block.
+
+        Lock the folder, because the file is replaced. A killed campaign leaves the old counts or the new ones.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -114,7 +116,7 @@ def _number(value: object) -> float:
 
 
 def chosen(only: str | None) -> list[Kind]:
-    """The kinds that `--only` names, separated by commas; all without it. Raises `UsageError`."""
+    """Return the kinds that `--only` names, separated by commas; all if it is empty. Raises `UsageError`."""
     known = {kind.name: kind for kind in KINDS}
     wanted = list(known) if only is None else [word.strip() for word in only.split(",") if word.strip()]
     unknown = [word for word in wanted if word not in known]
@@ -125,7 +127,7 @@ def chosen(only: str | None) -> list[Kind]:
 
 
 def run(minutes: float, seed: int, state: Path | None = None, only: str | None = None) -> bool:
-    """Returns whether nothing was lost, in this run or before. Raises `UsageError`."""
+    """Return whether no trial failed, in this run or before. Raises `UsageError`."""
     kinds = chosen(only)
     kept = State(state or cache.cache_folder() / "faults.json")
     deadline = time.monotonic() + minutes * 60
@@ -146,7 +148,7 @@ def run(minutes: float, seed: int, state: Path | None = None, only: str | None =
 
 
 def _unavailable(kept: State, kinds: list[Kind]) -> set[str]:
-    """The kinds that this machine cannot cause; the table says why."""
+    """Return the kinds that this machine cannot cause. The table says why."""
     from shutil import which
 
     from tests.faults import reuse
@@ -182,7 +184,7 @@ def batch_argv(kind: str, first: int, count: int, seed: int) -> list[str]:
 
 
 def _batch(kept: State, kind: Kind, seed: int, deadline: float) -> None:
-    """A batch in a process and session of its own; what it leaves is killed with its session."""
+    """Run a batch in its own process and session. At the end, kill the whole session."""
     with kept.changed() as document:
         row = document.setdefault(kind.name, {})
         first = count(row, "claimed")
@@ -238,14 +240,14 @@ def table(kept: State) -> str:
 
 
 def _controls() -> list[str]:
-    """The naive ones must be caught by what the others survive."""
+    """Run the controls. The checks must fail for them."""
     from tests.faults import controls
 
     return [f"control: {name:<49}{'caught' if caught else 'NOT CAUGHT':>23}" for name, caught in controls.run()]
 
 
 def replay(kind: str, number: int, seed: int) -> None:
-    """One trial again, with all that it says. Raises `UsageError`."""
+    """Repeat one trial, with all its output. Raises `UsageError`."""
     chosen(kind)
     argv = batch_argv(kind, number, 1, seed)
     os.execvp(argv[0], argv)

@@ -1,6 +1,6 @@
 """Child processes of the campaign: forks of itself, strace, and the orphans that its faults make.
 
-The campaign is a process of its own in which nothing else waits for children, so every status can be collected here.
+No other code of the campaign's process waits for children, so every status can be collected here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 _PR_SET_PTRACER = 0x59616D61
-"""<linux/prctl.h>: who may trace this process, where Yama asks."""
+"""<linux/prctl.h>: which process may trace this one, under Yama."""
 _statuses: dict[int, int] = {}
 
 
@@ -31,7 +31,7 @@ def reap() -> None:
 
 
 def wait(pid: int, seconds: float) -> int:
-    """The exit status of a child, negative for a signal. Raises `TimeoutError` and kills it."""
+    """Return the exit status of a child, negative for a signal. On a timeout, kill it and raise `TimeoutError`."""
     deadline = time.monotonic() + seconds
     while True:
         reap()
@@ -44,9 +44,9 @@ def wait(pid: int, seconds: float) -> int:
 
 
 def fork(body: Callable[[], int], output: Path, *, stopped: bool = False, keep: int = 2) -> int:
-    """A fork that runs `body` in a session of its own and ends with what it returns; `stopped` until SIGCONT.
+    """Fork. The child runs `body` in its own session, and exits with its return value. `stopped`: wait for SIGCONT.
 
-    Of this process's descriptors it has only `keep`.
+    The child keeps only the descriptors in `keep`.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -102,7 +102,7 @@ def spawn(argv: Sequence[str], output: Path) -> int:
 
 
 def traced(pid: int, options: Sequence[str], log: Path) -> int:
-    """Let strace take a fork that is stopped, and let it go on; returns strace's pid. Raises `TimeoutError`."""
+    """Attach strace to a stopped fork, and continue the fork. Return strace's pid. Raises `TimeoutError`."""
     _until(lambda: _state(pid) in {"T", "t"}, "the fork to stop")
     tracer = spawn(["strace", "-qq", "-s", "65536", "-o", str(log), "-p", str(pid), *options], log.with_suffix(".err"))
     _until(lambda: _field(pid, "TracerPid") not in {"0", ""}, "strace to attach")

@@ -1,4 +1,4 @@
-"""Positive controls: what people write instead, under the same faults and the same oracle. Each must be caught."""
+"""Positive controls: simpler implementations, under the same faults and checks. Each must fail."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def run() -> Iterator[tuple[str, bool]]:
-    """(what, whether it was caught), in a process of their own."""
+    """Return (implementation, whether a check failed), each from its own process."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.faults.controls"], cwd=CHECKOUT, capture_output=True, text=True, check=False
     )

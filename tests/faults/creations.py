@@ -1,4 +1,4 @@
-"""The making of a file as the place of a fault: the Nth `open` with O_CREAT of a process.
+"""Faults at the creation of a file: the Nth `open` with O_CREAT of a process.
 
 strace could only count every openat(2), and most of those read /proc, as often as there are processes. The interpreter
 raises an audit event before each open, with its flags (PEP 578, event `open`). A process that is killed or fails in the
@@ -18,7 +18,7 @@ Fault = Callable[[], None]
 
 
 def counted(into: mmap.mmap) -> Fault:
-    """Counts this process's creations into memory that it shares, which is no system call and so no fault's place."""
+    """Count this process's creations in shared memory. That needs no system call, so no fault can hit it."""
 
     def count(number: int) -> None:
         into[:8] = number.to_bytes(8, "little")
@@ -31,7 +31,7 @@ def count_of(shared: mmap.mmap) -> int:
 
 
 def struck(number: int, error: str) -> Fault:
-    """The creation of this number kills the process, or fails with `error`, if that is not empty."""
+    """Kill the process at the creation with this number; if `error` is not empty, let the creation fail with it."""
 
     def strike(at: int) -> None:
         if at != number:

@@ -1,4 +1,4 @@
-"""Registries that were there and are not, or cannot be locked, while a server runs."""
+"""Registries that disappear, or that cannot be locked, while a server runs."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _unlockable(arena: Arena, rng: random.Random) -> Undo:
 
 
 def _without_locks(arena: Arena) -> Callable[[], None]:
-    """In the worker: flock(2) says of the registry's folder what SMB and NFS say."""
+    """In the worker, let flock(2) on the registry's folder fail as on SMB and NFS."""
 
     def fault() -> None:
         real = fcntl.flock

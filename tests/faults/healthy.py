@@ -1,6 +1,6 @@
-"""Healthy things that no command may harm: other programs, servers of others, a registry whose disk is away.
+"""Scenes that no command may harm: other programs, foreign servers, a registry whose disk is gone.
 
-A trial arranges one scene, runs one command, and checks what the scene says must still be true.
+A trial prepares one scene, runs one command, and checks the scene's conditions.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from tests.faults.snapshots import MODELS
 
 LABEL = "org.example.boot"
 ALLOWED = {0, 3, 4, 75}
-"""Done, refused, not everything could be started, busy."""
+"""Exit statuses: done, refused, not everything could be started, busy."""
 
 
 @dataclass
 class Scene:
-    """What was arranged on the arena's first port."""
+    """The situation on the arena's first port."""
 
     alive: dict[str, int] = field(default_factory=dict)
-    """Processes that every command must leave alone, by a name for people: pid."""
+    """The pids of processes that every command must leave alone, by a readable name."""
     spared: dict[str, int] = field(default_factory=dict)
-    """Processes that only a command which stops servers may end."""
+    """Processes that only commands that stop servers may end."""
     neighbours: dict[str, int] = field(default_factory=dict)
     """Processes that only `unload-all` may end."""
     ports: dict[int, tuple[str, str]] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Command:
     name: str
     args: Callable[[Arena], Mapping[str, object]] = lambda arena: {}
     stops: bool = False
-    """It is meant to stop a server of mlxops or one started by hand."""
+    """The command stops a server of mlxops, or one that was started by hand."""
     reads: bool = False
 
 
@@ -168,13 +168,13 @@ def _listener(arena: Arena, port: int) -> int:
 
 
 def _words(arena: Arena, port: int) -> list[str]:
-    """A server's command line, without the path by which the arena knows its own servers."""
+    """Return a server's command line without the path that marks the arena's own servers."""
     return ["mlx_lm.server", *arena.by_path("org/alpha", port)[1:]]
 
 
 @contextmanager
 def _carrier(arena: Arena, argv: Sequence[str], code: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A Python program whose argv is exactly this one: the interpreter takes argv[1] for its script."""
+    """Run a Python program with exactly this argv: the interpreter uses argv[1] as its script."""
     folder = arena.folder / "carriers"
     folder.mkdir(exist_ok=True)
     (folder / argv[1]).write_text(code, encoding="utf-8")
@@ -188,7 +188,7 @@ def _carrier(arena: Arena, argv: Sequence[str], code: str) -> Iterator[subproces
 
 
 def _carried_words(arena: Arena, rng: random.Random, stack: ExitStack) -> Scene:
-    """A program that only carries a server's command line: ssh, docker exec, watch, tmux."""
+    """A program with a server's command line among its arguments: ssh, docker exec, watch, tmux."""
     head, script = rng.choice([("ssh", "studio2"), ("docker", "exec"), ("watch", "pgrep"), ("tmux", "new-session")])
     argv = [head, script, *_words(arena, arena.ports[0])]
     process = stack.enter_context(_carrier(arena, argv, "import time\ntime.sleep(300)\n"))
@@ -196,7 +196,7 @@ def _carried_words(arena: Arena, rng: random.Random, stack: ExitStack) -> Scene:
 
 
 def _terminal(arena: Arena, rng: random.Random, stack: ExitStack) -> Scene:
-    """A terminal multiplexer that started the server in a session of its own, and a second window beside it."""
+    """A terminal multiplexer with the server in its own session, and with a second window."""
     code = (
         "import subprocess, sys, time\n"
         "at = sys.argv.index('mlx') + 1\n"
@@ -247,14 +247,14 @@ def _parent(arena: Arena, rng: random.Random, stack: ExitStack) -> Scene:
 
 
 def _piped(arena: Arena, rng: random.Random, stack: ExitStack) -> Scene:
-    """A server whose output goes through a pipe: the reader is in its group and not of it."""
+    """A server whose output goes through a pipe. The reader is in its group, but is not part of the server."""
     line = " ".join([*arena.by_path("org/alpha", arena.ports[0]), "|", "cat", ">", "/dev/null"])
     stack.enter_context(_running(arena, ["/bin/sh", "-c", f"{line}; true"]))
     return Scene(spared={"the server": _listener(arena, arena.ports[0])}, ports={arena.ports[0]: ("ready", "hand")})
 
 
 def _prefix(arena: Arena, rng: random.Random, stack: ExitStack) -> Scene:
-    """A launch command that replaces itself by the engine."""
+    """A launch command that replaces itself with the engine (`exec`)."""
     folder = arena.folder / "prefixes"
     folder.mkdir(exist_ok=True)
     appends = folder / "appends.sh"
@@ -285,7 +285,7 @@ def _prefix(arena: Arena, rng: random.Random, stack: ExitStack) -> Scene:
 
 
 def _booted(arena: Arena, rng: random.Random, stack: ExitStack) -> Scene:
-    """A boot job whose script ends in `exec`, as launchd starts it: only its mark says whose it is."""
+    """A boot job of launchd whose script ends in `exec`: only launchd's mark identifies the job."""
     script = arena.folder / "start.sh"
     script.write_text("#!/bin/sh\nexec " + " ".join(arena.by_path("org/alpha", arena.ports[0])) + "\n")
     script.chmod(0o755)
@@ -296,7 +296,7 @@ def _booted(arena: Arena, rng: random.Random, stack: ExitStack) -> Scene:
 
 
 def _strict(arena: Arena, rng: random.Random, stack: ExitStack) -> Scene:
-    """A server started by hand that drops its model for a name that it does not know."""
+    """A hand-started server that drops its model on a request with an unknown name."""
     asked = arena.folder / "asked"
     asked.unlink(missing_ok=True)
     if rng.random() < 0.5:
@@ -315,7 +315,7 @@ def _strict(arena: Arena, rng: random.Random, stack: ExitStack) -> Scene:
 
 
 def _away(arena: Arena, rng: random.Random, stack: ExitStack) -> Scene:
-    """A registry behind a link to a disk that is taken away, with the model that it assigns still served."""
+    """A registry behind a link to a disk that is unmounted, while its assigned model still serves."""
     disk, away = arena.folder / "disks" / "External", arena.folder / "taken"
     (disk / "mlx").mkdir(parents=True, exist_ok=True)
     real = disk / "mlx" / "registry.json"
@@ -343,7 +343,7 @@ def _away(arena: Arena, rng: random.Random, stack: ExitStack) -> Scene:
 
 
 def _lockless(arena: Arena, rng: random.Random, stack: ExitStack) -> Scene:
-    """A registry's folder on a file system that has no locks, as SMB and NFS mounts do."""
+    """A registry on a file system without locks, such as some SMB and NFS mounts."""
     arena.run("init")
     loaded = arena.run("load", model="org/alpha", port=_port(arena))
     assert loaded.exit == 0, loaded

@@ -1,5 +1,8 @@
-"""Hostile strings where a name, a port, a repository, a path or a number belongs: through the command line, and to the
-agent behind it, where no command line has looked at them first. A file shows whether anything was executed."""
+"""Hostile strings in place of names, ports, repositories, paths and numbers.
+
+They go through the command line, and also directly to the agent, without the command line's checks. A canary file shows
+whether any part was executed.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from tests.faults import children, oracle
 from tests.faults.arena import Arena
 
 _STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-"""What must not reach a terminal; tabs and ends of lines may."""
+"""Characters that must not reach a terminal. Tabs and line ends may."""
 _PLAIN = (
     *(
         "",
@@ -47,7 +50,7 @@ _PLAIN = (
 
 
 def text(rng: random.Random, canary: Path) -> str:
-    """One string; about half of them would make the canary if anything executed them."""
+    """Return one string. About half of them would create the canary if they were executed."""
     attacks = (
         f"$(touch {canary})",
         f"`touch {canary}`",
@@ -73,7 +76,7 @@ def text(rng: random.Random, canary: Path) -> str:
 
 
 def words(rng: random.Random, canary: Path, ports: Sequence[int], *, nul: bool) -> list[str]:
-    """A command line with one or more of them. `nul`: also with NUL, which no argument of a program can have."""
+    """Return a command line with one or more hostile strings. `nul`: also NUL, which no argument can contain."""
 
     def evil() -> str:
         found = text(rng, canary)
@@ -122,7 +125,7 @@ def trial(arena: Arena, number: int, seed: int) -> tuple[str, list[str]]:
 
 
 def _through_agent(arena: Arena, rng: random.Random, canary: Path) -> tuple[str, list[str]]:
-    """Straight to the operation: the agent must not rely on what the control node checked."""
+    """Call the operation directly: the agent must not rely on the control node's checks."""
     command = rng.choice(("load", "unload", "load"))
     keys = ("model", "port", "repo") if command == "load" else ("model", "port")
     args: dict[str, object] = {key: text(rng, canary) for key in keys if rng.random() < 0.7}
@@ -165,7 +168,7 @@ def _stream(path: Path) -> io.TextIOWrapper:
 
 
 def judged(line: Sequence[str], status: int, stdout: str, stderr: str) -> list[str]:
-    """What any command line must come to: a known exit, no traceback, nothing that steers a terminal, pure JSON."""
+    """Check the outcome of any command line: a known exit status, no traceback, no control characters, pure JSON."""
     wrong = [] if status in {0, 2, 3, 5, 8, 75} else [f"exit {status}: {stderr[-300:]}"]
     wrong += ["a traceback"] if "Traceback" in stderr + stdout else []
     if found := _STEERING.search(stdout + stderr):

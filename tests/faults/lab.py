@@ -1,4 +1,4 @@
-"""A Studio of the lab with the quick fake engine: the whole way of a command, and servers that are up at once."""
+"""A Studio of the lab with the quick fake engine: whole commands, and servers that start at once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class QuickHost:
         self.engine()
 
     def engine(self, *options: str) -> None:
-        """What every server that is started from now on does; see engine.py."""
+        """Set the behaviour of all servers that are started later; see engine.py."""
         self.lab.configure(launch={"mlx-lm": [str(self.program), *options]}, memory="1000 GB")
 
     def mlxctl(self, *words: str) -> Completed:
@@ -58,21 +58,21 @@ class QuickHost:
         return shlex.join([*argv, "--port", str(port), *options]) + " &"
 
     def process(self, words: str) -> psutil.Process | None:
-        """A process of this host whose command has these words."""
+        """Return a process of this host with these words in its command."""
         for seen in self.studio.processes():
             if words in seen.command:
                 return psutil.Process(seen.pid)
         return None
 
     def edit(self, model: str, **fields: object) -> None:
-        """What a person does to the registry in an editor."""
+        """Edit the registry as a person does in an editor."""
         document = json.loads(self.studio.registry_path.read_text(encoding="utf-8"))
         document["models"][model] |= fields
         self.studio.registry_path.write_text(json.dumps(document, indent=2), encoding="utf-8")
 
 
 def install_engine(folder: Path) -> Path:
-    """The fake engine as a program; returns its path."""
+    """Install the fake engine as a program. Return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     program = folder / "mlx_lm.server"
     source = Path(__file__).with_name("engine.py").read_text(encoding="utf-8")

@@ -1,5 +1,7 @@
-"""Servers that people start under all kinds of names, and every command that may ask them: none is asked under a name
-that it does not have, for which a real mlx-lm would drop its model."""
+"""Servers that people start under various names, and every command that may send them a request.
+
+No request may use a name that the server does not know: a real mlx-lm would then drop its model.
+"""
 
 from __future__ import annotations
 

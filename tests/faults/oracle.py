@@ -1,4 +1,4 @@
-"""What must be true of a host after any fault. Each check returns what is wrong, in words; nothing wrong is empty."""
+"""Checks of a host after any fault. Each returns messages; an empty list means success."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from tests.faults.arena import Arena, Ended
 
 _PORT = re.compile(r"--port (\d+)")
 GATE_SECONDS = 15.0
-"""A gate whose worker is gone ends as soon as it runs; on a crowded machine that is not at once."""
+"""Time for a gate to end after its worker was killed. On a busy machine, it may not run at once."""
 
 
 def registry_old_or_new(arena: Arena, old: bytes, new: bytes, *, whole: bool) -> list[str]:
-    """The document is one of the two; with `whole` off (several transactions) each of its entries is, or lost its port
-    with the server that it had."""
+    """The registry is the old or the new document.
+
+    Without `whole` (several transactions), each entry is the old or the new one, or has lost its port with its server.
+    """
     data = arena.registry()
     if data in (old, new):
         return []
@@ -36,7 +38,7 @@ def registry_old_or_new(arena: Arena, old: bytes, new: bytes, *, whole: bool) ->
 
 
 def registry_sound(arena: Arena) -> list[str]:
-    """It parses, and no port has two models."""
+    """The registry can be parsed, and no port has two models."""
     parsed = registries.parse(arena.registry() or None)
     if parsed.unwritable:
         return [f"the registry is broken: {parsed.unwritable}"]
@@ -58,7 +60,7 @@ def locks_free(arena: Arena) -> list[str]:
 
 
 def nothing_hidden(arena: Arena) -> list[str]:
-    """Every server that lives is on the row of its port, and no port has two."""
+    """Every live server is in its port's row of `status`, and no port has two."""
     deadline = time.monotonic() + GATE_SECONDS
     while any("gate.py" in words for words in arena.servers().values()) and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -89,7 +91,7 @@ def drift_codes(arena: Arena) -> list[str]:
 
 
 def named(arena: Arena, ended: Ended) -> list[str]:
-    """An operation that was cut short is named by the status."""
+    """`status` names an operation that was interrupted."""
     drift = arena.look()["drift"]
     assert isinstance(drift, list)
     if any(row["code"] == "interrupted_operation" and ended.journal.id in str(row["message"]) for row in drift):

@@ -1,6 +1,8 @@
-"""Power loss: the system calls of one registry transaction are recorded, and every state is built that a disk may be
-in when the power goes between any two of them. What was not flushed may be there or not, each write by itself and in
-part; names that were not flushed with their folder may be the old or the new ones."""
+"""Power loss during one registry transaction.
+
+Record its system calls. Then build every state that the disk may have if the power fails between two of them. Each
+write that was not flushed may be missing or partial. If a folder was not flushed, its names may be old or new.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ class Call:
 
 @dataclass
 class Disk:
-    """What is certain, and what is not yet."""
+    """The flushed state, and the writes that are not flushed."""
 
     content: dict[int, bytes] = field(default_factory=dict)
     pending: dict[int, list[Call]] = field(default_factory=dict)
@@ -59,7 +61,7 @@ class Disk:
                 self.changes.clear()
 
     def states(self, name: str) -> Iterator[bytes | None]:
-        """Every content that the file `name` may have after the power went; None: it is not there."""
+        """Yield every content that the file `name` may have after the power loss; None: the file is missing."""
         for kept in _subsets(self.changes):
             names = dict(self.names)
             for change in kept:
@@ -97,7 +99,7 @@ def _change(names: dict[str, int], change: Call) -> None:
 
 
 def record(log: Path, folder: Path, start: dict[str, bytes]) -> tuple[Disk, list[Call]]:
-    """The calls of a strace log that touch `folder`, and the disk before them: the files of `start`."""
+    """Return the calls of a strace log that touch `folder`, and the disk before them, with the files of `start`."""
     files = itertools.count()
     disk = Disk()
     for name, content in start.items():
@@ -143,7 +145,7 @@ def record(log: Path, folder: Path, start: dict[str, bytes]) -> tuple[Disk, list
 
 
 def crash_states(disk: Disk, calls: Sequence[Call], name: str) -> Iterator[tuple[int, bytes | None]]:
-    """(calls done, content) of each state; the last ones are those after everything was acknowledged."""
+    """Return (completed calls, content) of each state. The last states are those after the success was reported."""
     yield from ((0, content) for content in disk.states(name))
     for done, call in enumerate(calls, 1):
         disk.take(call)
@@ -151,9 +153,9 @@ def crash_states(disk: Disk, calls: Sequence[Call], name: str) -> Iterator[tuple
 
 
 def trial(arena: Arena, number: int, seed: int, writer: Writer | None = None) -> tuple[str, int, list[str]]:
-    """One transaction on a random registry: its name, its crash states, and what is wrong with them.
+    """Run one transaction on a random registry. Return its name, its crash states, and their errors.
 
-    `writer` replaces the registry's own, for the controls.
+    `writer` replaces the registry's own writer, for the controls.
     """
     rng = random.Random(f"{seed} power {number}")
     arena.sweep()
@@ -220,7 +222,7 @@ def renamed(path: Path, data: bytes) -> None:
 
 
 def flushed(path: Path, data: bytes) -> None:
-    """Nearly: but the folder is not flushed, so what was acknowledged may be lost."""
+    """Write without flushing the folder, so that a reported change may be lost."""
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb", buffering=0) as file:
         file.write(data)

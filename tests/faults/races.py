@@ -1,5 +1,7 @@
-"""Eight processes at once on three ports and three models: loads, unloads, rollbacks, init, reconcile, restore, and an
-editor's saves; before them there is nothing, a server of ours, or one by hand, which a load of its model adopts."""
+"""Eight processes at once on three ports and three models: loads, unloads, rollbacks, init, reconcile, restore, edits.
+
+Before them, there is no server, one of ours, or one that was started by hand. A load of its model adopts the latter.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ from tests.lab.envelopes import envelope
 
 PROCESSES = 8
 ALLOWED = {0, 3, 75, 130}
-"""Done, refused with a reason, busy, cancelled by an unload. Anything else is not an answer to a race."""
+"""Done, refused, busy, cancelled by an unload. No other exit status is allowed in a race."""
 
 
 def trial(arena: Arena, number: int, seed: int) -> tuple[str, list[str]]:
@@ -89,7 +91,7 @@ def _random_request(arena: Arena, rng: random.Random) -> tuple[str, Mapping[str,
 
 
 def _go(pid: int) -> None:
-    """Let a stopped fork go on, once it has stopped."""
+    """Wait until a fork has stopped, and continue it."""
     deadline = time.monotonic() + 20
     while children._state(pid) not in {"T", "t"} and time.monotonic() < deadline:
         time.sleep(0.0005)
@@ -97,7 +99,7 @@ def _go(pid: int) -> None:
 
 
 def _agent(arena: Arena, index: int, command: str, args: Mapping[str, object]) -> int:
-    """The same through a real agent with a worker of its own."""
+    """Do the same through a real agent with its own worker."""
     folder = arena.folder / f"agent{index}"
     request = envelope(command, args, arena.settings, build_id())
     folder.with_suffix(".in").write_bytes(request.encode())

@@ -1,4 +1,4 @@
-"""Faults that need the whole way: a control node, SSH, a host; with the quick fake engine behind it."""
+"""Faults that need a control node, SSH and a host, with the quick fake engine."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def trials(kind: str, folder: Path, seed: int) -> Iterator[Trial]:
 
 
 def _install(lab: Homelab) -> None:
-    """The fake engine and a model without weights, on the Studio."""
+    """Install the fake engine and a model without weights on the Studio."""
     program = install_engine(lab.studio.folder / "bin")
     for name in (MODEL, "org/beta"):
         snapshot(lab.studio.hub, name)
@@ -47,7 +47,7 @@ def _install(lab: Homelab) -> None:
 
 
 def _hostile(lab: Homelab, number: int, seed: int) -> tuple[str, int, list[str]]:
-    """Through SSH, with a canary for each side: neither the Mini's shell nor the Studio's may make it."""
+    """Send hostile strings through SSH. Neither the Mini's shell nor the Studio's may create its canary."""
     rng = random.Random(f"{seed} ssh {number}")
     canary = lab.folder / "canary"
     line = hostile.words(rng, canary, lab.studio.ports, nul=False)
@@ -62,7 +62,7 @@ def _hostile(lab: Homelab, number: int, seed: int) -> tuple[str, int, list[str]]
 
 
 def _settled(lab: Homelab) -> list[str]:
-    """What still runs on the Studio a moment after a command, though nothing was loaded."""
+    """Return the processes that still run on the Studio a moment after a command that loaded nothing."""
     deadline = time.monotonic() + 10
     while (found := lab.studio.processes()) and time.monotonic() < deadline:
         leaks.reap_orphans()

@@ -1,7 +1,7 @@
-"""Exact pid reuse: a server dies, and a stranger gets its very pid before the next command looks.
+"""Exact pid reuse: a server ends, and another process gets its pid before the next command.
 
-In a pid namespace of its own (`unshare -Urpf`, Linux), where the next pid can be chosen through
-/proc/sys/kernel/ns_last_pid. This module is also the program that runs in there.
+It runs in its own pid namespace (`unshare -Urpf`, Linux), in which /proc/sys/kernel/ns_last_pid sets the next pid. This
+module is also the program that runs there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Stop = Callable[[Arena, int], None]
 
 @cache
 def available() -> str:
-    """Why exact reuse cannot be caused here; empty if it can."""
+    """Return why exact reuse is not possible here; empty if it is."""
     try:
         command = [*NAMESPACE, "sh", "-c", "echo 5000 > /proc/sys/kernel/ns_last_pid"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
@@ -38,7 +38,7 @@ def available() -> str:
 
 
 def trial(arena: Arena, number: int, seed: int, naive: str = "") -> tuple[str, list[str]]:
-    """`naive`: the control's way of stopping, by pid or by port, in place of mlxops's own."""
+    """`naive`: stop by pid or by port, as the controls do, instead of with mlxops."""
     command = [*NAMESPACE, sys.executable, "-m", "tests.faults.reuse", str(number), str(seed), naive]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
     if done.returncode != 0:
@@ -121,7 +121,7 @@ def _become(kind: str, arena: Arena, port: int, argv: tuple[str, ...]) -> None:
 
 
 def _take_pid(pid: int, body: Callable[[], None], output: Path) -> int:
-    """A process with exactly this pid. Nothing else forks in the namespace, so the first try mostly succeeds."""
+    """Start a process with exactly this pid. Nothing else forks in the namespace, so one try mostly suffices."""
 
     def run() -> int:
         body()

@@ -1,5 +1,7 @@
-"""A host on a disk that takes no more: `python -m tests.faults.smalldisk full|read-only FOLDER`, in a mount namespace
-where FOLDER is a small tmpfs. Through the agent, as it is asked over SSH."""
+"""A host with a full or read-only disk: `python -m tests.faults.smalldisk full|read-only FOLDER`.
+
+It runs in a mount namespace in which FOLDER is a small tmpfs. Commands go to the agent as they do over SSH.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from tests.lab.leaks import become_subreaper
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 ROOMS = (0, 1, 2, 4, 64, 2 * STATE_DISK_BYTES // PAGE)
-"""Pages that are free: for nothing, for a record but not the registry, for both but not for a server; and for all."""
+"""Free pages: none; enough for a record but not for the registry; for both but not for a server; for everything."""
 
 
 def main(what: str, folder: Path) -> None:
@@ -79,7 +81,7 @@ EXPECTED_REASONS = {
 
 
 def _fill(folder: Path, room: int) -> Path:
-    """Fill the disk but for so many pages."""
+    """Fill the disk, except for so many pages."""
     filler = folder / "filler"
     with open(filler, "wb", buffering=0) as file:
         try:
@@ -112,7 +114,7 @@ def _load(arena: Arena) -> tuple[int, dict[str, object]]:
 
 
 def _ask(arena: Arena, command: str, **args: object) -> tuple[int, dict[str, object]]:
-    """The agent's exit status and its last word: the error of a failure."""
+    """Return the agent's exit status and its last event, which is the error of a failure."""
     done = subprocess.run(
         [sys.executable, "-P", "-m", "mlxops.agent"],
         input=envelope(command, args, arena.settings, build_id()).encode(),

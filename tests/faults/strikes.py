@@ -1,4 +1,4 @@
-"""Faults inside an operation: its worker killed before its Nth mutating system call, or that call failing."""
+"""Faults inside an operation: its worker is killed before its Nth mutating system call, or that call fails."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Scenario:
     whole: bool = True
     """One registry transaction: the document is the old or the new one."""
     again: int = 0
-    """The exit status of the same operation, asked for again."""
+    """The exit status of the same operation when it is repeated."""
 
 
 def _loaded(arena: Arena, model: str, port: int) -> None:
@@ -74,7 +74,7 @@ def _with_failing(arena: Arena) -> None:
 
 
 def _stale_and_orphan(arena: Arena) -> None:
-    """An assignment that nothing serves, and a server whose load was never proven."""
+    """An assignment that no server serves, and a server whose load was never proven."""
     arena.write_registry(
         {
             "org/alpha": entry("org/alpha", arena.snapshots["org/alpha"]),
@@ -121,7 +121,7 @@ FOLLOW_UPS = ("again", "reconcile", "unload", "other")
 
 @dataclass
 class Strikes:
-    """The faults of one arena, as a list that can be taken up anywhere: number N is always the same fault."""
+    """The faults of one arena, by number: N is always the same fault."""
 
     arena: Arena
     seed: int
@@ -132,7 +132,7 @@ class Strikes:
     _new: dict[str, bytes] = field(default_factory=dict)
 
     def trial(self, number: int) -> tuple[str, list[str]]:
-        """Carry out fault `number`; returns its name and what is wrong afterwards."""
+        """Carry out fault `number`. Return its name, and what is wrong afterwards."""
         scenario = self.scenarios[number % len(self.scenarios)]
         points = self._points_of(scenario)
         turn, at = divmod(number // len(self.scenarios), len(points))
@@ -148,7 +148,7 @@ class Strikes:
         return name, self._judged(scenario, old, ended, follow)
 
     def _points_of(self, scenario: Scenario) -> list[tuple[str, int]]:
-        """(system call or CREATION, its count in the worker) of all that the operation does, seen without a fault."""
+        """Run the operation without a fault. Return (system call or CREATION, its count) of each change."""
         if scenario.name not in self._points:
             self.arena.sweep()
             scenario.prepare(self.arena)
@@ -187,7 +187,7 @@ class Strikes:
         return wrong + emptied(arena)
 
     def _failed_leaves_nothing(self, scenario: Scenario, old: bytes, ended: Ended) -> list[str]:
-        """What said that it failed changed nothing that it has to answer for: no assignment without a server."""
+        """A failed operation left no assignment without a server."""
         rows = oracle.rows_by_port(self.arena)
         assigned = [m for m in _assigned(self.arena) if rows[m[1]]["state"] in {"idle", "failed"}]
         before = self._assigned_before(old)
@@ -223,7 +223,7 @@ class Strikes:
 
 
 def emptied(arena: Arena) -> list[str]:
-    """Unload everything; what is then left was lost sight of."""
+    """Unload everything, and check that nothing is left."""
     wrong = []
     for command in ("unload-all", "reconcile"):
         ended = arena.run(command)
@@ -232,7 +232,7 @@ def emptied(arena: Arena) -> list[str]:
 
 
 def mutating(log: Path) -> list[tuple[str, int]]:
-    """The system calls of a strace log that change something, each with its count among those of its name."""
+    """Return the mutating system calls of a strace log, each with its count among the calls of its name."""
     counts: dict[str, int] = {}
     points = []
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -1,8 +1,10 @@
-"""What cannot be determined, caused for real: `python -m tests.faults.unknown CAUSE`, a process of its own because it
-takes its own descriptors away, or must not see another one's processes.
+"""Real causes of the state `unknown`: `python -m tests.faults.unknown CAUSE`.
+
+It is its own process, because it uses up its own descriptors, or must not see the processes of others.
 
 Each cause hides a healthy server. `status` must call its port unknown, every command must leave the server, its record
-and the registry as they are, and when the cause is gone the server must be ready, as if nothing had been."""
+and the registry as they are. When the cause is gone, the server must be ready again.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ COMMANDS: tuple[tuple[str, Mapping[str, object]], ...] = (
     ("load", {"model": "org/beta", "force": True}),
     ("remove", {"model": "org/gamma"}),
 )
-"""Everything that stops, clears, starts or deletes; those that take a port get the one that is not to be known."""
+"""All commands that stop, clear, start or delete. If they take a port, they get the unknown one."""
 
 
 def main(cause: str) -> None:
@@ -55,15 +57,17 @@ def _in_another_namespace() -> None:
 
 
 def _move(arena: Arena, port: int) -> None:
-    """The arena's ports are where the listener outside is, and nothing else of it."""
+    """Move the arena's ports to that of the listener outside."""
     arena.address = "127.0.0.1"
     arena.ports = range(port, port + 1)
     arena.settings = replace(arena.settings, bind=arena.address, ports=PortRange(port, port), slots={port: "slot-a"})
 
 
 def _no_table(arena: Arena) -> None:
-    """No descriptor is left when the kernel is to be asked for the listeners: a worker that took none for the truth
-    would clear every assignment."""
+    """No descriptor is free for asking the kernel for the listeners.
+
+    A worker that took this for no listeners would clear every assignment.
+    """
     port = _loaded(arena)
     options = ("-e", "trace=socket", "-e", "inject=socket:error=EMFILE")
     _untouched(arena, port, lambda name, args: arena.struck(options, arena.folder / "strace", name, **args))
@@ -73,7 +77,7 @@ def _no_table(arena: Arena) -> None:
 
 
 def _no_record(arena: Arena) -> None:
-    """The record's disk fails; then it is no file at all."""
+    """First the record's disk fails; then the record is not a regular file."""
     port = _loaded(arena)
     path = arena.state / "run" / f"{port}.json"
     options = _failing(str(path), "EIO")
@@ -122,7 +126,7 @@ def _loaded(arena: Arena) -> int:
 
 
 def _failing(path: str, error: str) -> Sequence[str]:
-    """For strace: opening `path` fails."""
+    """Return strace's options that let an open of `path` fail."""
     return ("-P", path, "-e", "trace=openat", "-e", f"inject=openat:error={error}")
 
 
@@ -175,7 +179,7 @@ def _ready(arena: Arena, port: int) -> None:
 
 @contextmanager
 def _descriptors(left: int) -> Iterator[None]:
-    """This process can open so many more at once."""
+    """Let this process open only so many more files at once."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken: list[int] = []
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 8, hard))
