@@ -172,7 +172,7 @@ def _case_repository_gets_a_name(arena: Arena) -> None:
     """The load holds the lock of the new name, so the model is not started a second time under it."""
     first, second = arena.ports[0], arena.ports[1]
     arena.write_registry({})
-    before, starts = _Breakpoint(arena, f"{OPERATIONS}.load._port_alone"), _Breakpoint(arena, STARTS)
+    before, starts = _Breakpoint(arena, f"{OPERATIONS}.load._hold_port_and_model"), _Breakpoint(arena, STARTS)
 
     def prepare() -> None:
         before.prepare()

@@ -45,13 +45,13 @@ def run(ctx: Context, request: Load) -> LoadResult:
 def load(
     ctx: Context,
     request: Load,
-    once_alone: Callable[[Registry], None] = lambda _: None,
-    launching: Callable[[], None] = lambda: None,
+    check_held: Callable[[Registry], None] = lambda _: None,
+    before_launch: Callable[[], None] = lambda: None,
 ) -> LoadResult:
     """Load a model.
 
-    `once_alone` is called once the locks of the port and the model are held; it may raise. `launching` is called after
-    all checks, just before the server is started.
+    `check_held` is called once the locks of the port and the model are held; it may raise. `before_launch` is called
+    after all checks, just before the server is started.
     """
     began = time.monotonic()
     name = names.model_name(request.model or "")
@@ -61,14 +61,14 @@ def load(
     if request.port not in (None, names.AUTO):
         planner.refuse_alias_elsewhere(ctx.paths.settings, name, names.port(request.port, ctx.paths.settings.ports))
 
-    def resolved() -> ModelRef:
+    def resolve() -> ModelRef:
         return planner.resolve(ctx.registry(), name, repo_id, revision, request.port)
 
-    with _port_alone(ctx, request, resolved) as (port, model):
+    with _hold_port_and_model(ctx, request, resolve) as (port, model):
 
-        def still() -> ModelRef:
+        def resolve_again() -> ModelRef:
             """Resolve the name again. Raises `Busy` if an editor has changed which model it means: that is not held."""
-            target = resolved()
+            target = resolve()
             if target.name != model:
                 raise Busy(
                     "changed_meanwhile",
@@ -78,15 +78,15 @@ def load(
                 )
             return target
 
-        once_alone(ctx.registry())
+        check_held(ctx.registry())
         request = replace(request, model=model)
         ctx = ctx.with_request(request)
-        if request.dry_run and (running := _running(ctx, port, model)):
-            return _dry_attach(ctx, still(), running, running.port or port, began)
-        return _load_locked(ctx, request, still, port, began, launching)
+        if request.dry_run and (running := _find_running(ctx, port, model)):
+            return _dry_attach(ctx, resolve_again(), running, running.port or port, began)
+        return _load_locked(ctx, request, resolve_again, port, began, before_launch)
 
 
-def _running(ctx: Context, port: int, model: str) -> Operation | None:
+def _find_running(ctx: Context, port: int, model: str) -> Operation | None:
     """Return the same load if it is running. For a dry run, which holds no locks. Raises `Busy` for another holder."""
     for name in (f"port-{port}", model_lock(model)):
         holder = ctx.store.holder(name)
@@ -97,7 +97,7 @@ def _running(ctx: Context, port: int, model: str) -> Operation | None:
     return None
 
 
-def _refuse_removed(ctx: Context, repo_id: str) -> None:
+def _refuse_during_removal(ctx: Context, repo_id: str) -> None:
     """Raises `Busy` if the repository's files are being removed.
 
     A load checks this after it has locked its port. A removal checks the ports after it has locked the repository. So
@@ -110,21 +110,21 @@ def _refuse_removed(ctx: Context, repo_id: str) -> None:
 
 
 @contextmanager
-def _port_alone(ctx: Context, request: Load, resolved: Callable[[], ModelRef]) -> Iterator[tuple[int, str]]:
+def _hold_port_and_model(ctx: Context, request: Load, resolve: Callable[[], ModelRef]) -> Iterator[tuple[int, str]]:
     """Hold the requested port and model, and yield them.
 
     With `auto`, if another operation takes the chosen port first, try the next idle one. Raises `Busy`, and what
     `planner.choose_port` raises.
     """
-    asked = request.port
-    gone: set[int] = set()
+    requested = request.port
+    taken_ports: set[int] = set()
 
-    def chosen() -> tuple[int, str]:
-        registry, model = ctx.registry(), resolved().name
-        world = ctx.observe(registry) if asked == names.AUTO else World()
-        idle = World(ports={port: view for port, view in world.ports.items() if port not in gone})
+    def choose() -> tuple[int, str]:
+        registry, model = ctx.registry(), resolve().name
+        world = ctx.observe(registry) if requested == names.AUTO else World()
+        idle = World(ports={port: view for port, view in world.ports.items() if port not in taken_ports})
         try:
-            return planner.choose_port(ctx.paths.settings, registry, idle, model, asked), model
+            return planner.choose_port(ctx.paths.settings, registry, idle, model, requested), model
         except UsageError:
             # No port is given, and the model has none. If a load of it is running, this raises `Busy` with that load.
             with ctx.with_request(replace(request, model=model)).hold_lock(model_lock(model)):
@@ -132,36 +132,36 @@ def _port_alone(ctx: Context, request: Load, resolved: Callable[[], ModelRef]) -
 
     with ExitStack() as held:
         while True:
-            port, model = chosen()
+            port, model = choose()
             try:
                 with ExitStack() as locks:
-                    asking = ctx.with_request(replace(request, model=model))
-                    locks.enter_context(asking.hold_port(port, model_lock(model)))
+                    model_ctx = ctx.with_request(replace(request, model=model))
+                    locks.enter_context(model_ctx.hold_port(port, model_lock(model)))
                     # The registry and the ports may have changed before the locks were taken. So choose again.
-                    if chosen() == (port, model):
+                    if choose() == (port, model):
                         held.push(locks.pop_all())
                         break
             except Busy as error:
                 taken = error.details.get("lock") == f"port-{port}" and "attach" not in error.details
-                if asked != names.AUTO or not taken or port in gone:
+                if requested != names.AUTO or not taken or port in taken_ports:
                     raise
-                gone.add(port)
+                taken_ports.add(port)
         yield port, model
 
 
 def _load_locked(
     ctx: Context,
     request: Load,
-    resolved: Callable[[], ModelRef],
+    resolve: Callable[[], ModelRef],
     port: int,
     began: float,
-    launching: Callable[[], None],
+    before_launch: Callable[[], None],
 ) -> LoadResult:
-    registry, target = ctx.registry(), resolved()
-    _refuse_removed(ctx, target.repo_id)
+    registry, target = ctx.registry(), resolve()
+    _refuse_during_removal(ctx, target.repo_id)
     files = cached(ctx, target)
     prepared = prepare(ctx, target, port, files) if files else None
-    plan = _plan(ctx, request, registry, target, port, prepared)
+    plan = _make_plan(ctx, request, registry, target, port, prepared)
     if plan.outcome is not Outcome.ALREADY:
         check_name(ctx, request, target, port)
     if plan.outcome is Outcome.START and prepared is None:
@@ -169,9 +169,9 @@ def _load_locked(
             return _dry_load(ctx, plan, None, began)
         files = _download(ctx, target)
         # The entry may have changed during the download, which may take hours.
-        registry, target = _register(ctx, resolved(), files)
+        registry, target = _register(ctx, resolve(), files)
         prepared = prepare(ctx, target, port, files)
-        plan = _plan(ctx, request, registry, target, port, prepared)
+        plan = _make_plan(ctx, request, registry, target, port, prepared)
     with ExitStack() as held:
         locks: list[str] = []
         while more := [name for name in _locks_of_stops(ctx, registry, plan) if name not in locks]:
@@ -180,8 +180,8 @@ def _load_locked(
             locks += more
             # The state may have changed before these locks were taken. So plan again.
             registry = ctx.registry()
-            plan = _plan(ctx, request, registry, target, port, prepared)
-        return _carry_out(ctx, request, held, registry, plan, prepared, began, launching)
+            plan = _make_plan(ctx, request, registry, target, port, prepared)
+        return _execute_plan(ctx, request, held, registry, plan, prepared, began, before_launch)
 
 
 def _locks_of_stops(ctx: Context, registry: Registry, plan: LoadPlan) -> list[str]:
@@ -197,7 +197,7 @@ def _locks_of_stops(ctx: Context, registry: Registry, plan: LoadPlan) -> list[st
     return [*ports, *(model_lock(model) for model in models if model)]
 
 
-def _carry_out(
+def _execute_plan(
     ctx: Context,
     request: Load,
     held: ExitStack,
@@ -205,7 +205,7 @@ def _carry_out(
     plan: LoadPlan,
     prepared: Prepared | None,
     began: float,
-    launching: Callable[[], None],
+    before_launch: Callable[[], None],
 ) -> LoadResult:
     """Carry out the plan. `held` collects what to release at the end of the load."""
     for note in plan.notes:
@@ -220,12 +220,12 @@ def _carry_out(
         return _load_result(ctx, plan, began, changed=False)
     if plan.outcome is Outcome.ADOPT:
         return _adopt(ctx, request, plan, prepared, began)
-    downtime = start_in_place(ctx, request, registry, plan, prepared, launching)
+    downtime = start_in_place(ctx, request, registry, plan, prepared, before_launch)
     with ctx.cancellation.shield():  # it serves: there is nothing left to cancel
         return _load_result(ctx, plan, began, changed=True, downtime=downtime)
 
 
-def _plan(
+def _make_plan(
     ctx: Context, request: Load, registry: Registry, target: ModelRef, port: int, prepared: Prepared | None
 ) -> LoadPlan:
     return planner.plan_load(
@@ -340,7 +340,7 @@ def _adopted_run(ctx: Context, view: PortView, plan: LoadPlan, prepared: Prepare
     )
 
 
-def _ready(ctx: Context, plan: LoadPlan) -> PortView:
+def _wait_until_ready(ctx: Context, plan: LoadPlan) -> PortView:
     """Wait until the port is ready, and return its view. On a busy host, the cheap probe may need several attempts.
 
     Raises `NotStarted` (not_ready) after `READY_SECONDS`, or if no server is left.
@@ -363,7 +363,7 @@ def _load_result(
     ctx: Context, plan: LoadPlan, began: float, *, changed: bool, downtime: float | None = None
 ) -> LoadResult:
     """Observe the port again and report what is there. Raises `NotStarted` if that is not a ready server."""
-    view = ctx.observe_port(plan.port) if ctx.request.dry_run else _ready(ctx, plan)
+    view = ctx.observe_port(plan.port) if ctx.request.dry_run else _wait_until_ready(ctx, plan)
     names = name_fields(names_of(view))
     return LoadResult(
         model=view.model or plan.target.name,

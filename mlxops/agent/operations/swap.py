@@ -35,9 +35,9 @@ def start_in_place(
     registry: Registry,
     plan: LoadPlan,
     prepared: Prepared,
-    launching: Callable[[], None] = lambda: None,
+    before_launch: Callable[[], None] = lambda: None,
 ) -> float | None:
-    """Carry out a plan whose new server passed all checks. `launching` is called just before it is started.
+    """Carry out a plan whose new server passed all checks. `before_launch` is called just before it is started.
 
     The caller holds the locks of the port and the model, and of all ports and models that are stopped. Return the
     seconds for which the port did not answer; None if no server was stopped.
@@ -55,7 +55,7 @@ def start_in_place(
                 stopped_at = [stop(ctx, view, ctx.drain) for view in plan.stops]
             ctx.cancellation.check()
             ctx.emit(Phase("start", f"{prepared.engine.name} on port {plan.port}, found by {prepared.command.source}"))
-            launching()
+            before_launch()
             start.launch(dict(ctx.environ), plan.target.repo_id, prepared.files.revision, ctx.operation)
             run = start.wait(request.timeout or deadline_for(prepared.files.size_bytes), ctx.emit)
             downtime = time.monotonic() - stopped_at[0] if stopped_at else None
