@@ -11,7 +11,7 @@ import pytest
 
 from mlxops.agent.context import Context
 from mlxops.agent.host.system import this_system
-from mlxops.agent.operations.load import _port_alone
+from mlxops.agent.operations.load import _hold_port_and_model
 from mlxops.agent.paths import host_paths
 from mlxops.agent.state.operation_log import create
 from mlxops.agent.state.store import Lock, Store
@@ -71,12 +71,15 @@ def mine() -> ModelRef:
 
 def claim(ctx: Context) -> None:
     assert isinstance(ctx.request, Load)
-    with _port_alone(ctx, ctx.request, mine):
+    with _hold_port_and_model(ctx, ctx.request, mine):
         pass
 
 
 def test_auto_skips_an_idle_port_that_was_just_taken(store: Store) -> None:
-    with held(store, f"port-{FIRST}"), _port_alone(late(store), Load(model="mine", port="auto"), mine) as held_port:
+    with (
+        held(store, f"port-{FIRST}"),
+        _hold_port_and_model(late(store), Load(model="mine", port="auto"), mine) as held_port,
+    ):
         assert held_port == (SECOND, "mine")
         held_now = store.holder(f"port-{SECOND}"), store.holder("model-mine")
         assert [operation.id for operation in held_now if operation] == ["mine", "mine"]

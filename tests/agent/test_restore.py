@@ -201,7 +201,7 @@ def test_crashing_server_is_restarted_with_back_off(homelab: Homelab) -> None:
     homelab.mini.mlxctl("load", QWEN, str(port)).ok()
     kill_server(homelab, port)
     homelab.mini.mlxctl("restore").ok()
-    assert homelab.studio.completion(port, "jerry-xl")["model"] == "jerry-xl", "a person's load wipes the slate"
+    assert homelab.studio.completion(port, "jerry-xl")["model"] == "jerry-xl", "a load by a person resets the back-off"
     end(homelab.studio.processes())
 
 
@@ -226,7 +226,7 @@ def test_only_installed_boot_jobs_reserve_their_ports(homelab: Homelab) -> None:
 
 @contextmanager
 def restoring(lab: Homelab, until: str) -> Iterator[subprocess.Popen[str]]:
-    """A restore on the Mini that has just said a line that begins so."""
+    """Run a restore on the Mini. Wait for a line that starts with `until`."""
     with client(lab, "restore") as process:
         assert process.stderr is not None
         next(line for line in process.stderr if line.startswith(until))
@@ -240,14 +240,14 @@ def test_unload_during_restore_skips_only_its_port(homelab: Homelab, which: int)
     models_there = (QWEN, LLAMA)
     with restoring(homelab, "proof: ") as process:
         unloaded = homelab.mini.mlxctl("unload", str(ports[which])).ok()
-        said, talk = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=60)
     assert f"port {ports[which]} is excluded from restore, started by " in unloaded.stderr
     other = 1 - which
-    assert (process.returncode, said) == (
+    assert (process.returncode, stdout) == (
         0,
         f"started {models_there[other]} on {ports[other]}; left: {models_there[which]} on {ports[which]}\n",
-    ), talk
-    assert f"{models_there[which]} on {ports[which]} is skipped: it was unloaded during the restore" in talk
+    ), stderr
+    assert f"{models_there[which]} on {ports[which]} is skipped: it was unloaded during the restore" in stderr
     assert assigned(homelab) == {models_there[other]: ports[other], models_there[which]: None}
     assert [row["state"] for row in status(homelab)["ports"]][:2] == ["idle", "ready"][:: 1 - 2 * which]
     assert not homelab.studio.listening(ports[which])
@@ -273,11 +273,11 @@ def test_second_restore_follows_the_first(homelab: Homelab) -> None:
     with restoring(homelab, "proof: ") as process:
         load = homelab.mini.mlxctl("load", QWEN, str(first), "--json")
         again = homelab.mini.mlxctl("restore").ok()
-        said, _ = process.communicate(timeout=60)
+        stdout, _ = process.communicate(timeout=60)
     error = load.json["hosts"][0]["error"]
     assert (load.exit, error["code"]) == (75, "busy") and f"load {QWEN}, started by" in error["message"]
     assert "is running already" in again.stderr
-    assert again.stdout == said == f"started {QWEN} on {first}, {LLAMA} on {second}\n"
+    assert again.stdout == stdout == f"started {QWEN} on {first}, {LLAMA} on {second}\n"
     rows = homelab.mini.mlxctl("ops", "--json").ok().json["hosts"][0]["operations"]
     assert [row["state"] for row in rows if row["command"] == "restore"] == ["followed", "done"]
 
