@@ -133,7 +133,7 @@ def plan_lines(result: PortResult) -> str:
     plan = result.plan or PlanRow()
     place = f"port {result.port}" if result.port else f"{result.model}"
     what = f"{result.model} on {result.port}: {plan.outcome or 'unload'}"
-    # A load tells its notes while it plans.
+    # A load prints its notes while it plans.
     notes = list(result.notes) if plan.outcome is None else []
     if plan.outcome is None and not plan.stops and not plan.clears:
         if notes:

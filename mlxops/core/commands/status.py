@@ -61,7 +61,8 @@ class PortRow:
     """The id of the operation that changes the port now."""
     portless: tuple[int, ...] = ()
     """Pids of further servers that were started for this port and listen nowhere."""
-    probe: ProbeRow | None = omitted(None)
+    probe: ProbeRow | None = None
+    """With `--probe`: its completion; None if the port is not ready."""
 
 
 @dataclass(frozen=True)
