@@ -1,7 +1,7 @@
-"""What other programs rely on: codes, JSON keys, statuses, names of events and of files on a host's disk.
+"""What other programs rely on: codes, JSON keys, statuses, names of events, keys of files on a host's disk.
 
-`contract.json` is what the version before had. More is fine; a name that is gone breaks somebody's script, or a host
-whose files an earlier version wrote. To write it anew, on purpose: `python -m tests.test_contract`.
+`contract.json` has the names of the last version. New names are fine. A removed name breaks a user's script, or a host
+with files of an earlier version. To rewrite the file on purpose: `python -m tests.test_contract`.
 """
 
 from __future__ import annotations
@@ -11,17 +11,20 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import mlxops
 from mlxops.core import errors, protocol
+from mlxops.core.command import request_type
 from mlxops.core.drift import Drift, DriftCode
 from mlxops.core.errors import Exit
 from mlxops.core.ports import Owner, PortView, State
 from mlxops.core.records import Operation, Run
 from mlxops.core.registry import Model
 from mlxops.core.settings import AGREED, Settings
+from mlxops.tasks import command_names
 
 GOLDEN = Path(__file__).with_name("contract.json")
 PACKAGE = Path(mlxops.__file__).parent
@@ -32,7 +35,7 @@ KINDS = {
 
 
 def present() -> dict[str, list[str]]:
-    """What this version has, each as sorted texts."""
+    """Return the names that this version has, sorted."""
     calls = list(_calls())
     return {
         "error codes": sorted({code for kind, code in calls if kind in KINDS}),
@@ -49,11 +52,36 @@ def present() -> dict[str, list[str]]:
         "keys of host.json": sorted(Settings().to_wire()),
         "settings that hosts agree on": sorted(AGREED),
         "events and their keys": sorted(_events()),
+        "keys of results": sorted(_result_keys()),
     }
 
 
+def _result_keys() -> Iterator[str]:
+    """Yield each JSON key of each command's result, such as `status.ports.port`."""
+    for name in command_names():
+        kind = request_type(name).result
+        if is_dataclass(kind):
+            yield from _keys(name, kind)
+
+
+def _keys(path: str, kind: type) -> Iterator[str]:
+    hints = get_type_hints(kind)
+    for each in fields(kind):
+        yield f"{path}.{each.name}"
+        for inner in _dataclasses(hints[each.name]):
+            yield from _keys(f"{path}.{each.name}", inner)
+
+
+def _dataclasses(hint: Any) -> Iterator[type]:
+    """Yield the dataclasses of an annotation such as `tuple[PortRow, ...] | None`."""
+    if isinstance(hint, type) and is_dataclass(hint):
+        yield hint
+    for part in get_args(hint):
+        yield from _dataclasses(part)
+
+
 def _calls() -> Iterator[tuple[str, str]]:
-    """(the class, its literal first argument) of every call that has one."""
+    """Yield (class, literal first argument) of each call that has one."""
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_bytes())):
             if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
@@ -63,7 +91,7 @@ def _calls() -> Iterator[tuple[str, str]]:
 
 
 def _events() -> Iterator[str]:
-    """The words that say which event a line of the wire is."""
+    """Yield `event.key` of each event."""
     for event in (
         protocol.Hello("1", ""),
         protocol.Started(""),
@@ -85,23 +113,28 @@ def _literals(path: Path) -> Iterator[str]:
             yield node.value
 
 
-def test_nothing_that_other_programs_rely_on_is_gone() -> None:
+def missing() -> dict[str, list[str]]:
+    """Return the names of `contract.json` that this version does not have."""
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
     now = present()
-    # A code may have moved to where it is no longer the first argument of its class.
-    literals = {text for path in PACKAGE.rglob("*.py") for text in _literals(path)}
-    gone = {
-        what: [
-            name
-            for name in names
-            if name not in now.get(what, ()) and not (what in CODES and name.split()[0] in literals)
-        ]
-        for what, names in golden.items()
-    }
-    assert {what: names for what, names in gone.items() if names} == {}
+    return {kind: sorted(set(names) - set(now.get(kind, ()))) for kind, names in golden.items()}
+
+
+def elsewhere(kind: str, names: list[str]) -> set[str]:
+    """Return the codes that are no longer the first argument of their class, but still a text in the source."""
+    literals = {text for path in PACKAGE.rglob("*.py") for text in _literals(path)} if kind in CODES else set()
+    return {name for name in names if name.split()[0] in literals}
+
+
+def test_every_name_of_the_contract_is_there() -> None:
+    gone = {kind: set(names) - elsewhere(kind, names) for kind, names in missing().items()}
+    assert {kind: names for kind, names in gone.items() if names} == {}
 
 
 if __name__ == "__main__":
     os.chdir(Path(__file__).parents[1])
-    GOLDEN.write_text(json.dumps(present(), indent=1) + "\n", encoding="utf-8")
-    sys.stdout.write(f"{GOLDEN.name}: {sum(map(len, present().values()))} names\n")
+    contract = present()
+    for kind, names in missing().items():
+        contract[kind] = sorted({*contract.get(kind, ()), *elsewhere(kind, names)})
+    GOLDEN.write_text(json.dumps(contract, indent=1) + "\n", encoding="utf-8")
+    sys.stdout.write(f"{GOLDEN.name}: {sum(map(len, contract.values()))} names\n")

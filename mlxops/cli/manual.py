@@ -50,7 +50,7 @@ def page(topic: str) -> Page:
             "unknown_topic",
             f"the manual has no page {topic!r}",
             why=f"its pages are {', '.join(names)}",
-            hint=f"mlxctl help {nearest}" if (nearest := nearest_topic(topic)) else "mlxctl help",
+            hint=f"`mlxctl help {nearest}`" if (nearest := nearest_topic(topic)) else "`mlxctl help`",
         )
     source = (DOCS / f"{topic}.md").read_text(encoding="utf-8")
     text = _PAGE_LINK.sub(r"\1 (`mlxctl help \2`)", _COMMENT_LINE.sub("", source))

@@ -1,5 +1,7 @@
-"""What `mlxctl` runs: the same collection as `inv`, with the positional forms `load MODEL PORT` and
-`unload PORT`, usage errors that exit with 2, and none of the user's Invoke configuration."""
+"""The program `mlxctl`: the collection of `inv`, with positional forms such as `load MODEL PORT`.
+
+Usage errors exit with 2. The user's Invoke configuration is not read.
+"""
 
 from __future__ import annotations
 
@@ -34,18 +36,18 @@ def positional() -> dict[str, tuple[str, ...]]:
 
 
 def short(task: str) -> str:
-    """The positional form of a task, as its help shows it."""
+    """Return the positional form of a task for its help."""
     return " ".join(["mlxctl", task, *(flag.removeprefix("--").upper() for flag in positional()[task])])
 
 
 class _OwnConfig(Config):
-    """Reads no file: what the user set for other task suites is no business of this program."""
+    """A configuration without files and environment variables, which are for other task suites."""
 
     def __init__(self) -> None:
         super().__init__(lazy=True)
 
     def load_shell_env(self) -> None:
-        """Nor the environment."""
+        """Read nothing."""
 
 
 class _Mlxctl(Program):
@@ -83,7 +85,7 @@ class _Mlxctl(Program):
             super().parse_cleanup()
         except ParseError as error:  # --help WHAT
             raise _usage(error) from None
-        except Exit as error:  # --list WHAT; without a message it is the end of what was asked for
+        except Exit as error:  # --list WHAT; without a message the program has done its work
             if not error.message:
                 raise
             raise _usage(error) from None
@@ -92,26 +94,26 @@ class _Mlxctl(Program):
 def _usage(error: ParseError | Exit) -> SystemExit:
     task = getattr(getattr(error, "context", None), "name", None)
     hint = f"`mlxctl {task} --help`" if task else "`mlxctl --list`"
-    told = UsageError("usage", str(error).rstrip("!"), why="it is not a command line of mlxctl", hint=hint)
+    problem = UsageError("usage", str(error).rstrip("!"), why="it is not a command line of mlxctl", hint=hint)
     if "--json" in sys.argv:
         try:
-            output.say(output.error_document(next((w for w in sys.argv[1:] if not w.startswith("-")), ""), told))
+            output.say(output.error_document(next((w for w in sys.argv[1:] if not w.startswith("-")), ""), problem))
         except (BrokenPipeError, OutputFailed):
-            output.discard(1)  # it is told on standard error all the same
-    output.Console(many=False).error("", told)
+            output.discard(1)  # standard error has the error, too
+    output.Console(many=False).error("", problem)
     return SystemExit(int(Status.USAGE))
 
 
 def with_flags(words: Sequence[str], takes_value: frozenset[str]) -> list[str]:
-    """`load NAME PORT` -> `load --model NAME --port PORT`; everything else as it is.
+    """Return `load --model NAME --port PORT` for `load NAME PORT`. Other words stay as they are.
 
-    `takes_value` are the flags whose next word is their value and not a position.
+    `takes_value`: flags whose next word is their value and not a position.
     """
     flags = _flags_of(words[0]) if words else ()
     if not flags:
         return list(words)
-    given = {word.partition("=")[0] for word in words}
-    made, free = [words[0]], iter([flag for flag in flags if flag not in given])
+    typed = {word.partition("=")[0] for word in words}
+    made, free = [words[0]], iter([flag for flag in flags if flag not in typed])
     rest = iter(words[1:])
     for word in rest:
         if word.startswith("-"):
@@ -132,19 +134,19 @@ def _flags_of(command: str) -> tuple[str, ...]:
 
 
 def _arguments(task: Task[Any]) -> list[Argument]:
-    """Asked of a copy: Invoke takes the help texts out of a task when it gives its arguments."""
-    asked = copy.copy(task)
-    asked.help = dict(task.help)
-    return asked.get_arguments()
+    """Return the arguments of a copy, because `get_arguments` removes the help texts of its task."""
+    copied = copy.copy(task)
+    copied.help = dict(task.help)
+    return copied.get_arguments()
 
 
 def run() -> None:
-    """Raises `SystemExit`."""
+    """Run `mlxctl`. Raises `SystemExit`."""
     try:
         try:
             _run()
         finally:
-            # Help and lists are Invoke's to print; what it could not write, it has not noticed, or has raised.
+            # Invoke prints help and lists, and may not notice that they could not be written.
             if sys.stdout is not None:
                 output.say("", end="")
     except BrokenPipeError:

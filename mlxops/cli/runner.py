@@ -214,7 +214,7 @@ def run(cli: Cli, body: Callable[[], None]) -> None:
         from traceback import format_exc
 
         code = cli.fail(bug(error, format_exc()))
-    startup.told()
+    startup.ignore_interrupts()
     gc.freeze()  # the interpreter collects several times when it ends: a tenth of the time that a `status` takes
     if code:
         raise SystemExit(code)

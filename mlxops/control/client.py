@@ -1,4 +1,4 @@
-"""One request to one host or to many: send it, pass on what is told meanwhile, return what came of it."""
+"""Send one request to one host or to many, pass on their events, and return their replies."""
 
 from __future__ import annotations
 
@@ -32,22 +32,21 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 SILENCE_SECONDS = 30.0
-"""The agent says something every five seconds while it follows an operation, and answers a question sooner."""
+"""Limit for an agent's silence. It sends something every five seconds while it follows an operation."""
 GATEWAY_SECONDS = 3.0
 RECONNECT_SECONDS = 120.0
-"""How long a connection that broke during a change, or while a log was followed, is tried again, after the last thing
-that was heard."""
+"""How long to reconnect after the last event, if the connection broke during a change or `logs --follow`."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0
 """Seconds between two tries."""
 _SCARCE = re.compile(
     r"Too many open files|Cannot allocate memory|Resource temporarily unavailable|MemoryError|out of memory",
     re.IGNORECASE,
 )
-"""Last words of what there was no descriptor, memory or process for, as Python and shells say it."""
+"""Last messages of Python and shells that lacked a descriptor, memory or a process."""
 _NO_SHELL = re.compile(r"restricted|not available|sftp connections only", re.IGNORECASE)
-"""Last words of login shells and forced commands that run nothing."""
+"""Last messages of login shells and forced commands that run nothing."""
 PASSING = frozenset({"host_down", "connection_refused", "connection_timeout"})
-"""Reasons why a host is not reached that may pass by themselves."""
+"""Codes of unreachable hosts that may be temporary."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +58,13 @@ class HostTarget:
     python: tuple[str, ...]
     settings: Settings
     agreed: bool = False
-    """Nothing is configured here: the host's own agreed settings count."""
+    """There is no configuration here. The host uses its agreed settings."""
     flags: str = ""
-    """What a command needs to go to this host as this one does, as " --host studio2"; "" where it does by itself."""
+    """What a suggested command needs to go to this host, such as " --host studio2"; "" if it needs nothing."""
 
 
 Listen = Callable[[str, Event], None]
-"""Called with the host's name and what it tells, from the thread that asks that host."""
+"""Called with the host's name and an event, from the thread of that host."""
 
 
 def local_python() -> tuple[str, ...]:
@@ -174,7 +173,7 @@ def connect(target: HostTarget) -> Transport:
 
 
 def with_address(target: HostTarget) -> Settings:
-    """Where servers listen on every interface, the gateway's way to them is the host's name, as SSH resolves it."""
+    """Return the settings. If servers listen on every interface, set `address` to the host's name, resolved by SSH."""
     settings = target.settings
     if settings.address is not None or not _is_wildcard(settings.bind):
         return settings
@@ -182,7 +181,7 @@ def with_address(target: HostTarget) -> Settings:
 
 
 def reached_at(target: HostTarget) -> str:
-    """The host name or IP address at which the gateway reaches the host's servers. Raises `Unreachable`."""
+    """Return the host name or IP address at which the gateway reaches the servers. Raises `Unreachable`."""
     settings = target.settings
     if settings.address is not None or not _is_wildcard(settings.bind):
         return settings.address or settings.bind
@@ -207,7 +206,7 @@ def agent_argv(target: HostTarget) -> list[str]:
 
 
 def ended_early(target: HostTarget, ended: Ended, *, greeted: bool) -> Exception:
-    """The agent's end without a result. Without its first words (`greeted`) there was no agent."""
+    """Return the error for an agent that ended without a result. `greeted`: it sent its `hello`."""
     words = [line.strip() for line in ended.stderr.splitlines() if line.strip()]
     if greeted:
         return ConnectionLost(words[-1] if words else f"the agent ended with status {ended.status}")
@@ -219,7 +218,7 @@ def ended_early(target: HostTarget, ended: Ended, *, greeted: bool) -> Exception
             hint="raise the limit (ulimit -a shows it), or free what is short, then try again; nothing was asked yet",
         )
     if _NO_SHELL.search(words[-1]) if words else ended.status == 1:
-        # nologin prints its words to standard output, and false prints none; Python would have said something.
+        # nologin prints to standard output, and false prints nothing. Python would print to standard error.
         return AgentProblem(
             "no_shell",
             f"the account that ssh logs in to on {target.name} runs no commands",
@@ -237,19 +236,19 @@ def ended_early(target: HostTarget, ended: Ended, *, greeted: bool) -> Exception
 
 
 def heard(target: HostTarget, session: Session, patience: ReadLimits) -> Iterator[Event | None]:
-    """What a host tells, in terms of here: its commands go to it. None: it is there. Raises `ConnectionLost`."""
+    """Yield the events of a host, with suggested commands aimed at it. None is a heartbeat. Raises `ConnectionLost`."""
     for event in events(session, patience):
         yield event and aimed_event(event, target.flags)
 
 
 def lost(target: HostTarget, why: object) -> Unreachable:
-    """A connection that broke while something was only looked at."""
+    """Return the error for a connection that broke during a request that only reads."""
     message = f"the connection to {target.name} was lost"
     return Unreachable("connection_lost", message, why=str(why), hint="try again")
 
 
 class _Conversation:
-    """One request and what comes of it, over as many connections as that takes."""
+    """One request and its reply, over as many connections as necessary."""
 
     def __init__(self, target: HostTarget, request: AnyRequest, listen: Listen) -> None:
         self._target = target
@@ -257,16 +256,16 @@ class _Conversation:
         self._envelope = envelope_for(target, request)
         self._hello = False
         self._operation = ""
-        """The record that is followed, and how many of its events were heard."""
+        """The record that is followed. `_heard` counts its received events."""
         self._heard = 0
         self._mark = ""
-        """How far a log that is followed was read."""
+        """The position in a followed log."""
         self._news = 0.0
-        """When (monotonic) the host last told anything but who it is."""
+        """When (monotonic) the host last sent an event other than `hello` and `started`."""
 
     @property
     def _lasting(self) -> bool:
-        """It goes on without us, so that we can come back to it."""
+        """Whether the operation goes on without a connection, so that a new connection can follow it."""
         return self._envelope.request.acts or self._envelope.request.name == "follow"
 
     @property
@@ -274,8 +273,11 @@ class _Conversation:
         return self._lasting or bool(self._mark)
 
     def result(self) -> Done:
-        """Raises `MlxopsError`: what the host says, `Unreachable`, or `OutcomeUnknown` when nothing is heard of what
-        goes on there for `RECONNECT_SECONDS`."""
+        """Return the result.
+
+        Raises the host's `MlxopsError`, `Unreachable`, or `OutcomeUnknown` if the host of a running operation sends
+        nothing for `RECONNECT_SECONDS`.
+        """
         try:
             return self._over_one_connection()
         except ConnectionLost as why:
@@ -295,11 +297,11 @@ class _Conversation:
                 why = str(broken)
             except Unreachable as error:
                 why = error.message if not error.why else f"{error.message}: {error.why}"
-                # A login that was cut off looks like one that was ended for too many keys, which it was not before.
+                # A cut connection during the login looks like a refusal of too many keys.
                 if error.code not in PASSING and not error.details.get("ended"):
                     raise self._given_up(why) from None
             if self._news > news:
-                # It was there again, and broke anew: it has its time anew.
+                # The connection worked, and broke again. The time limit begins again.
                 self._say_lost(why)
                 pause, news, since = FIRST_PAUSE, self._news, time.monotonic()
             elif time.monotonic() - since > RECONNECT_SECONDS:
@@ -336,7 +338,7 @@ class _Conversation:
             transport.close()
 
     def _next_envelope(self) -> Envelope:
-        """The request itself, until the host has named its record; then the rest of that record, or of the log."""
+        """Return the request, or a request for the rest of the record or log that was already received in part."""
         if self._mark:
             from mlxops.core.commands.logs import Logs
 
@@ -376,7 +378,7 @@ class _Conversation:
 
 
 def gateway_warning(url: str, seconds: float = GATEWAY_SECONDS) -> str | None:
-    """Whether `url` (http://HOST:PORT/v1) can be connected to from here; if not, a sentence that says so."""
+    """Return a warning if `url` (http://HOST:PORT/v1) cannot be connected to from here, else None."""
     from urllib.parse import urlsplit
 
     parts = urlsplit(url)

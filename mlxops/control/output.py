@@ -1,6 +1,6 @@
-"""The one sink of output: data on standard output, talk on standard error; tables, progress, JSON.
+"""The only place that prints: data to standard output, messages and progress to standard error.
 
-Text from a host is from outside: it is escaped before a terminal sees it.
+Text from a host is not trusted. It is escaped before it is printed.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 LINE_SECONDS = 60.0
-"""How often progress is told at least, where there is no terminal to draw a bar on."""
+"""Longest time between two lines of progress without a terminal."""
 
 
 def document(command: str, answers: Sequence[HostReply[object]], per_host: Mapping[str, Mapping[str, object]]) -> str:
-    """The JSON document of a command. `per_host` holds what each host's row shows beside its name and error."""
+    """Return the JSON document of a command. `per_host`: further keys of each host's row."""
     return _json(_document(command, answers, per_host))
 
 
 def document_line(
     command: str, answers: Sequence[HostReply[object]], per_host: Mapping[str, Mapping[str, object]]
 ) -> str:
-    """The same, where there are many, one a line."""
+    """Return the same document on one line."""
     return json_line(_document(command, answers, per_host))
 
 
@@ -56,7 +56,7 @@ def _document(
 
 
 def error_document(command: str, error: MlxopsError, *, indent: int | None = 2) -> str:
-    """The JSON document of a command that came to no host. `indent` None: on one line."""
+    """Return the JSON document of an error that is not of one host. `indent` None: on one line."""
     document = {"schema": SCHEMA, "command": command, "ok": False, "hosts": [], "error": error.to_wire()}
     return _json(document) if indent else json_line(document)
 
@@ -66,7 +66,7 @@ def _json(value: object) -> str:
 
 
 def json_line(value: object) -> str:
-    """One of many documents, on one line."""
+    """Return a document on one line."""
     return json.dumps(value, ensure_ascii=True)
 
 
@@ -75,16 +75,16 @@ def exit_of(answers: Sequence[HostReply[object]]) -> Exit:
 
 
 class Console:
-    """Notes, phases, progress and errors on standard error, as they come; from several hosts at once, one line each.
+    """Print notes, phases, progress and errors to standard error. Threads of several hosts may use it at once.
 
-    On a terminal a download has a bar; elsewhere its progress is a line for every tenth, and at least every minute.
-    A log's lines are data.
+    On a terminal a download has a bar. Otherwise its progress is a line for every tenth, and at least every minute.
+    The lines of a log are data, and go to standard output.
     """
 
     def __init__(self, *, many: bool, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
         self.many = many
-        """What is told begins with its host's name."""
+        """Begin each line with its host's name."""
         self._lock = threading.Lock()
         self._tenths: dict[str, tuple[int, float]] = {}
         self._bar: Bar | None = None
@@ -100,14 +100,14 @@ class Console:
         self.close()
 
     def close(self) -> None:
-        """Take the bar away; what follows is plain lines."""
+        """Remove the progress bar. Plain lines follow."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
             self._tasks.clear()
 
     def hear(self, host: str, event: Event) -> None:
-        """What an agent tells; the callback of `client.ask`."""
+        """Print an event of a host: the callback of `client.ask`."""
         with self._lock:
             match event:
                 case Note(message, level):
@@ -124,7 +124,7 @@ class Console:
             self._line("", message)
 
     def error(self, host: str, error: MlxopsError) -> None:
-        """What, why, what next: a line each."""
+        """Print the message, the reason and the next step, a line each."""
         with self._lock:
             self._line(host, f"error: {error.message}")
             for word, text in (("why", error.why), ("next", error.hint)):
@@ -140,14 +140,14 @@ class Console:
             try:
                 print(words, file=self._stream, flush=True)
             except OSError:
-                discard(self._stream.fileno())  # nobody hears it; what is to be done is done all the same
+                discard(self._stream.fileno())  # the command goes on without messages
 
     def _progress(self, host: str, progress: Progress) -> None:
         name, done, total = progress.name, progress.done, progress.total
         if not self._terminal:
             tenth = done * 10 // total if total else 0
-            told, at = self._tenths.get(host, (-1, 0.0))
-            if tenth > told or time.monotonic() - at > LINE_SECONDS:
+            printed, at = self._tenths.get(host, (-1, 0.0))
+            if tenth > printed or time.monotonic() - at > LINE_SECONDS:
                 self._tenths[host] = (tenth, time.monotonic())
                 self._line(host, f"{name}: {progress}")
             return
@@ -175,16 +175,16 @@ class Console:
 
 
 def discard(number: int) -> None:
-    """Nothing more can be written to this descriptor; the interpreter must not complain about that at its end."""
+    """Replace a descriptor that cannot be written to, so that the interpreter reports no error at its end."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, number)
     os.close(null)
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Data, on standard output. Raises `BrokenPipeError` when nobody reads it any more, else `OutputFailed`."""
+    """Print data to standard output. Raises `BrokenPipeError` if it has no reader any more, else `OutputFailed`."""
     try:
-        if sys.stdout is None:  # Python's own way to say that it was closed before we began
+        if sys.stdout is None:  # Python sets it to None if it was closed before the start
             raise OSError("it is closed")
         print(text, end=end, flush=True)  # noqa: T201
     except BrokenPipeError:
@@ -194,5 +194,5 @@ def say(text: str, end: str = "\n") -> None:
             "output_unwritten",
             "the result could not be written to standard output",
             why=error.strerror or str(error),
-            hint="what was asked was done all the same; see: `mlxctl status`, `mlxctl ops`",
+            hint="the command was carried out; see: `mlxctl status`, `mlxctl ops`",
         ) from None

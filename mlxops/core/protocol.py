@@ -1,12 +1,11 @@
-"""What control node and agent say to each other.
+"""The protocol between control node and agent.
 
 The control node writes one request, a JSON document on one line, to the agent's standard input. The agent writes one
 event a line to its standard output: first `hello`, then any number of `note`, `phase`, `progress`, `line` and
-`reached`, and one `done` or `failed` at the end. What only looks can be asked again as long as standard input stays
-open: an `AGAIN` is the same request once more, and has its own `done` or `failed`. Every line begins with the same
-marker, so that what a login shell prints is told from what the agent says. The events of a mutating request are also
-the record that it keeps on the host: `started` names that record, and what follows it are its events, so that whoever
-loses the connection can ask for the rest.
+`reached`, and one `done` or `failed` at the end. While standard input stays open, a request that only reads can be
+repeated: `AGAIN` is the same request once more, and has its own `done` or `failed`. Every line begins with the same
+marker, which distinguishes it from the output of a login shell. The events of a change are also recorded on the host:
+`started` names that record, and its events follow. After a lost connection the control node asks for the rest of them.
 """
 
 from __future__ import annotations
@@ -28,18 +27,18 @@ PROTOCOL = 1
 MARKER = '{"mlxops":'
 TICKET = re.compile(r"[0-9a-f]{8}")
 MAX_LINE = 64 * 1024 * 1024
-"""Bytes; longer lines are not ours. The longest that is meant to pass is `list` of the largest registry that is read,
-16 MiB: of entries as mlxops writes them it makes twice as much, four times as much with every row's memory and problem.
-For one of entries that say nothing it can be more, and then the agent says so instead."""
+"""Bytes; a longer line is noise. The longest intended line is the `list` of the largest registry, 16 MiB. With entries
+as mlxops writes them, its result has twice that size; with memory and problems in each row, four times. With empty
+entries it can be longer. Then the agent sends the error result_too_long."""
 
 AGAIN = b"\n"
 HEARTBEAT = b".\n"
-"""There is nothing to ask at present, and the asker is still there."""
+"""The control node is still connected and has no request now."""
 
 
 @dataclass(frozen=True)
 class Requester:
-    """Who asks, as told by the control node; for messages and the history, never for permission."""
+    """The user who sent the request, by the control node's account. Shown to people; never a permission."""
 
     user: str = "?"
     host: str = "?"
@@ -108,7 +107,7 @@ def _ticket(value: object) -> str:
 
 
 _TOO_MUCH = 10**300
-"""No amount of anything; a little more, and it cannot be calculated with."""
+"""No real amount is that large. Larger integers cannot be converted to floats."""
 
 
 def _count(value: object) -> int:
@@ -121,7 +120,7 @@ def _is_size(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Hello:
-    """The agent's first words."""
+    """The first event of an agent."""
 
     version: str
     build: str
@@ -129,7 +128,7 @@ class Hello:
 
 @dataclass(frozen=True)
 class Started:
-    """What follows are the events of this operation's record, from the one that the asker has not heard."""
+    """The events of this operation's record follow, beginning with the first that the control node does not have."""
 
     operation: str
 
@@ -140,12 +139,12 @@ class LogLine:
 
     text: str
     mark: str = ""
-    """Of a log that is followed: asked again with it, reading goes on behind this line."""
+    """With `--follow`: the position behind this line. A request with it continues there."""
 
 
 @dataclass(frozen=True)
 class Reached:
-    """The same without a line."""
+    """A position in a followed log, without a line."""
 
     mark: str
 
@@ -176,20 +175,20 @@ class Phase:
 
 @dataclass(frozen=True)
 class Progress:
-    """Bytes done of a total; `total` 0 where it is not known."""
+    """Bytes done of a total; `total` is 0 if it is not known."""
 
     name: str
     done: int
     total: int
 
     rate: int = 0
-    """Bytes a second, lately; 0 where it is not known."""
+    """Recent bytes a second; 0 if not known."""
 
     def to_wire(self) -> dict[str, object]:
         return {"name": self.name, "done": self.done, "total": self.total, "rate": self.rate}
 
     def __str__(self) -> str:
-        """`12.3 GB of 190 GB, 6%, 110 MB/s, 27 min left`, as much of it as is known."""
+        """Return the known parts of `12.3 GB of 190 GB, 6%, 110 MB/s, 27 min left`."""
         if not self.total:
             return amount(self.done)
         parts = [f"{amount(self.done)} of {amount(self.total)}", f"{self.done * 100 // self.total}%"]
@@ -200,7 +199,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Done:
-    """The one result of a request: the command's result as JSON has it. `command` is empty from older agents."""
+    """The command's result as JSON. `command` is empty from older agents."""
 
     result: Mapping[str, object]
     command: str = ""
@@ -215,7 +214,7 @@ Event = Hello | Started | LogLine | Reached | Note | Phase | Progress | Done | F
 
 
 def encode_event(event: Event) -> str:
-    """One line, without its end. Pure ASCII: nothing in it can be a terminal's escape sequence."""
+    """Return the event as a line without its end. It is pure ASCII, so it contains no escape sequence."""
     body: dict[str, object] = {"mlxops": PROTOCOL}
     match event:
         case Hello(version, build):
@@ -242,7 +241,7 @@ def encode_event(event: Event) -> str:
 
 
 def decode_event(line: str) -> Event | None:
-    """The event of a line; None for a line that is noise, or an event of a later version that we do not know."""
+    """Return the event of a line. Return None for noise, and for an unknown event of a later version."""
     if not line.startswith(MARKER):
         return None
     try:

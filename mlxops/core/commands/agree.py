@@ -9,6 +9,7 @@ from mlxops.core.frozen import dataclass
 @dataclass(frozen=True)
 class AgreeResult:
     agreed: bool
+    """Always true: the host has recorded the settings."""
 
 
 @dataclass(frozen=True)

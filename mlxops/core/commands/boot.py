@@ -19,10 +19,15 @@ class BootJobRow:
 
     port: int
     script: str | None
+    """The program that the job starts; None if it is not known."""
     label: str | None
+    """The job's name in launchd or systemd."""
     there: bool
+    """Whether the port is reserved for the job."""
     standing: str
+    """running, loaded, installed, disabled, not installed or unknown."""
     detail: str
+    """The service manager's answer, or why the job is missing or unknown."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +36,15 @@ class BootResult:
     told: tuple[str, ...]
     """What the user should know or do."""
     state: str
+    """The service manager's state of the restore job, or `not installed`."""
     files: Mapping[str, str | None]
     """Path -> content; None: it does not exist."""
     argv: tuple[str, ...]
+    """The command that the restore job runs."""
     boot_job: BootJobRow | None
+    """The first of `boot_jobs`."""
     boot_jobs: tuple[BootJobRow, ...]
+    """The host's own jobs, as `boot_jobs` in hosts.yaml declares them."""
 
 
 @dataclass(frozen=True)

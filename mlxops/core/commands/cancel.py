@@ -13,9 +13,11 @@ from mlxops.core.tables import each_host, one_line
 @dataclass(frozen=True)
 class CancelResult:
     operation: str
+    """The id of the operation."""
     cancelled: bool
     """False: it was done before it could be cancelled."""
     changed: bool
+    """Always true."""
 
 
 @dataclass(frozen=True)

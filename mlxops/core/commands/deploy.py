@@ -14,18 +14,24 @@ from mlxops.core.wire import omitted
 @dataclass(frozen=True)
 class DeployResult:
     build: str
+    """The build that the host has now; in a dry run the build that it would have."""
     changed: bool
+    """False if the build was there already."""
     path: str
+    """The folder of the installed agent."""
     seconds: float
+    """How long it took."""
     own_build: str
     """The build of this control node."""
     python: str | None = omitted(None)
+    """The interpreter that the agent runs with."""
     pruned: tuple[str, ...] = ()
     """Older builds that were removed."""
     mlxctl: str | None = None
     """The path of the program `mlxctl` on the host, if it is installed there."""
     dry_run: bool = omitted(False)
     agreed: bool | None = omitted(None)
+    """True if the host recorded its settings."""
 
 
 @dataclass(frozen=True)

@@ -13,20 +13,30 @@ class ServedPort:
 
     port: int
     alias: str | None
+    """The slot's alias."""
     state: str
+    """One of the port states."""
     owner: str | None
+    """Who started the server."""
     model: str | None
     answers_to: str | None
     """The only model name that the server accepts; None: any, or not known."""
     also_answers_to: tuple[str, ...]
+    """Further names of the same model."""
     answers_to_any: bool
+    """The server accepts every model name."""
     drops_for_others: bool
+    """The server drops its model if a request names an unknown one."""
     not_asked: str | None
+    """Why the server must not be asked; None if it may be."""
     paths: tuple[str, ...]
     """The paths at which the server gives completions; empty if not known."""
     context_length: int | None
+    """Input tokens that the server accepts; None if not known."""
     assigned: bool
+    """The registry assigns a model to this port."""
     detail: str
+    """What is special about the state, for people."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,7 @@ class ServedPorts:
 
     ports: tuple[ServedPort, ...]
     registry_error: ErrorRow | None
+    """Why the registry cannot be read; None if it can."""
 
 
 @dataclass(frozen=True)

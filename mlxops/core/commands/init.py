@@ -14,17 +14,24 @@ from mlxops.core.tables import each_host, joined
 class SkippedRow:
     repo_id: str | None
     path: str
+    """Its folder in the cache."""
     why: str
+    """Why it is not registered."""
 
 
 @dataclass(frozen=True)
 class InitResult:
     added: tuple[str, ...]
+    """Names of new registry entries; in a dry run of entries that would be added."""
     existing: tuple[str, ...]
+    """Repositories that had an entry already."""
     skipped: tuple[SkippedRow, ...]
+    """Folders of the cache without a complete MLX model."""
     changed: bool
+    """The registry was written."""
     dry_run: bool
     hub: str
+    """The path of the cache."""
 
 
 @dataclass(frozen=True)

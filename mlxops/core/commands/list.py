@@ -26,11 +26,15 @@ class EstimateRow:
 
     weight_bytes: int
     context_bytes: int
+    """Allowance for the context."""
     context_tokens: int | None
+    """Tokens of the allowance; None if it is a share of the weights."""
     state_bytes: int = 0
+    """States of recurrent layers. They have the same size for any context."""
     upper_estimate: bool = False
     """Builds up to 0.1.0 send neither this nor `state_bytes`."""
     total_bytes: int = 0
+    """Weights, context, states and the server program."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +44,24 @@ class ModelRow:
     name: str
     repo_id: str | None
     model_id: str | None
+    """The model's name in requests to the engine."""
     revision: str | None
+    """The commit of its files."""
     cache_path: str | None
+    """The folder of its files."""
     format: str | None
     port: int | None
+    """The port to which the registry assigns it; None if none."""
     engine: str
+    """The engine that would serve it."""
     size_bytes: int | None
+    """Bytes of its files."""
     context_length: int | None
+    """Tokens that it is offered with; None if not known."""
     flags: tuple[OptionRow, ...]
+    """Its options, with the families' and the host's defaults."""
     problems: tuple[str, ...]
+    """What would keep it from being loaded, for people."""
     memory: EstimateRow | None = None
     """With `--memory`, if its files are here."""
 
@@ -58,12 +71,17 @@ class UseRow:
     """The memory of one server, in bytes. `counted_bytes`: what of it is counted against the budget."""
 
     port: int | None
+    """Null for a server outside of the port range."""
     model: str | None
     owner: str | None
+    """Who started it."""
     pid: int | None
     estimated_bytes: int | None
+    """Null if its files are not known."""
     resident_bytes: int | None
+    """What the process holds now."""
     counted_bytes: int
+    """The larger of the two."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +90,11 @@ class MemoryRow:
 
     budget_bytes: int
     budget_source: str
+    """Where the budget comes from, for people."""
     used_bytes: int
+    """The sum of what is counted for each server."""
     left_bytes: int
+    """Negative if the servers exceed the budget."""
     servers: tuple[UseRow, ...]
 
 
@@ -81,6 +102,7 @@ class MemoryRow:
 class ListResult:
     models: tuple[ModelRow, ...]
     registry: str
+    """The path of registry.json."""
     unusable: str | None
     """Why the registry cannot be used; None if it can."""
     registry_error: ErrorRow | None = None

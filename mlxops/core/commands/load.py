@@ -18,10 +18,15 @@ class PlanRow:
     """What a dry run would do."""
 
     outcome: str | None = omitted(None)
+    """already, adopt, start or attach; left out for an unload."""
     download: str | None = None
+    """The repository whose files would be downloaded first."""
     stops: tuple[str, ...] = ()
+    """Servers that would be stopped."""
     clears: tuple[str, ...] = ()
+    """Models whose assignment would be cleared."""
     argv: tuple[str, ...] | None = None
+    """The engine's command; None if the files are not here yet."""
     operation: str | None = omitted(None)
     """The running operation that would be followed."""
 
@@ -33,15 +38,24 @@ class PortResult:
     model: str | None
     port: int | None
     alias: str | None
+    """The name under which the model is served."""
     url: str | None
+    """The base URL, such as http://studio:8100/v1."""
     state: str
+    """The state of the port afterwards."""
     changed: bool
+    """False if nothing had to be done."""
     seconds: float
+    """How long it took."""
     downtime_seconds: float | None = None
+    """From the stop of the old server until the new one is ready; None if none was stopped."""
     log_path: str | None = None
+    """The server's log on the host."""
     notes: tuple[str, ...] = ()
+    """What the user should know, such as a server that was left alone."""
     dry_run: bool = omitted(False)
     plan: PlanRow | None = omitted(None)
+    """Only in a dry run."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +63,15 @@ class LoadResult(PortResult):
     """What a port serves after a load or a rollback, and under which names."""
 
     pid: int | None = None
+    """The process of the server."""
     answers_to: str | None = None
     """The only model name that the server accepts; None: any, or not known."""
     also_answers_to: tuple[str, ...] = ()
+    """Further names of the same model."""
     answers_to_any: bool = False
+    """The server accepts every model name."""
     drops_for_others: bool = False
+    """The server drops its model if a request names an unknown one."""
     not_asked: str | None = None
     """Why the server must not be asked; None if it may be."""
     gateway: Mapping[str, object] | None = omitted(None)
@@ -115,7 +133,7 @@ def plan_lines(result: PortResult) -> str:
     plan = result.plan or PlanRow()
     place = f"port {result.port}" if result.port else f"{result.model}"
     what = f"{result.model} on {result.port}: {plan.outcome or 'unload'}"
-    # A load tells its notes while it plans.
+    # A load prints its notes while it plans.
     notes = list(result.notes) if plan.outcome is None else []
     if plan.outcome is None and not plan.stops and not plan.clears:
         if notes:

@@ -14,6 +14,7 @@ from mlxops.core.wire import omitted
 class LogsResult:
     port: int
     path: str
+    """The log on the host."""
     lines: tuple[str, ...] | None = omitted(None)
     """With `--json` and without `--follow`: the lines. The agent sends them as events before."""
 

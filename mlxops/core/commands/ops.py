@@ -16,21 +16,26 @@ from mlxops.core.wire import omitted
 @dataclass(frozen=True)
 class OperationRow:
     operation: str
+    """Its id."""
     command: str | None
     model: str | None
     repo: str | None
     port: int | str | None
     """As it was asked for: a number, `auto`, or what was typed."""
     asker: str | None
+    """User and host that asked for it."""
     since: str
     """When it began, in UTC."""
     phase: str | None
+    """The phase that it is in, or was in at its end."""
     detail: str
+    """How far it is, or how it ended, for people."""
     error: str | None
     """The code of its error."""
     state: str
     """running, done, failed, cancelled, followed or interrupted."""
     progress: Progress | None = omitted(None)
+    """Only while it counts bytes."""
     seconds: float | None = None
     """How long it took, or has taken until now."""
 
@@ -38,6 +43,7 @@ class OperationRow:
 @dataclass(frozen=True)
 class OpsResult:
     operations: tuple[OperationRow, ...]
+    """The newest first."""
 
 
 @dataclass(frozen=True)

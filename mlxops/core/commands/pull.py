@@ -15,11 +15,16 @@ from mlxops.core.wire import omitted
 class PullResult:
     repo_id: str
     revision: str | None
+    """The commit of the files; in a dry run of those that are here, or None."""
     changed: bool
+    """False if this revision was here already."""
     path: str | None = omitted(None)
+    """The folder of the files."""
     size_bytes: int | None = omitted(None)
     verified_files: int | None = None
+    """Files whose content was compared with the hub; None without `--verify`."""
     seconds: float | None = omitted(None)
+    """How long it took."""
     dry_run: bool = omitted(False)
 
 

@@ -14,6 +14,7 @@ from mlxops.core.tables import each_host, joined
 class ClearedRow:
     model: str
     port: int
+    """The port to which it was assigned."""
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,15 @@ class StoppedRow:
     model: str | None
     pid: int | None
     why: str
+    """Why it belongs to nothing."""
 
 
 @dataclass(frozen=True)
 class ReconcileResult:
     cleared: tuple[ClearedRow, ...]
+    """Assignments that nothing serves."""
     stopped: tuple[StoppedRow, ...]
+    """Servers and processes that belong to nothing."""
     interrupted: tuple[str, ...]
     """Interrupted operations whose end was written."""
     leftovers: tuple[str, ...]

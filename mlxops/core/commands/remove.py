@@ -16,13 +16,16 @@ class RemoveResult:
     model: str
     changed: bool
     freed_bytes: int
+    """Bytes that the disk has back; in a dry run, would have."""
     dry_run: bool
     kept: tuple[str, ...] = ()
     """Other revisions of the repository."""
     repo_id: str | None = None
     revision: str | None = None
     path: str | None = omitted(None)
+    """The folder of the files."""
     linked_bytes: int | None = omitted(None)
+    """Bytes of files outside of the cache to which its links lead. They stay."""
     kept_files: tuple[str, ...] | None = omitted(None)
     """Files that no download put there."""
 

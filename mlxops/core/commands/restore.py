@@ -17,9 +17,11 @@ class RestoreRow:
     model: str
     port: int
     why: str = omitted("")
+    """Why it failed or was skipped."""
     commands: Commands = omitted(())
     """The commands that `why` names."""
     again_in_seconds: float | None = omitted(None)
+    """When a later restore tries it again."""
     argv: tuple[str, ...] | None = omitted(())
     """In a dry run: what would be run; None if its files would be downloaded first."""
 
@@ -27,8 +29,10 @@ class RestoreRow:
 @dataclass(frozen=True)
 class RestoreResult:
     restored: tuple[RestoreRow, ...]
+    """Started; in a dry run, would be started."""
     failed: tuple[RestoreRow, ...]
     skipped: tuple[RestoreRow, ...]
+    """Not tried, for example soon after a failure."""
     changed: bool
     dry_run: bool
 

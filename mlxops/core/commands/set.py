@@ -18,7 +18,9 @@ class SetResult:
     changed: bool
     dry_run: bool
     revision: str | None
+    """The pinned commit; None if it has none."""
     options: tuple[OptionRow, ...]
+    """The options of the model after the change."""
     restart_needed_on: int | None
     """The port where the model still runs with its old settings."""
 

@@ -33,25 +33,36 @@ class PortRow:
 
     port: int
     alias: str | None
+    """The slot's alias, or the model's name."""
     state: str
     owner: str | None = None
     model: str | None = None
     repo_id: str | None = None
     revision: str | None = None
+    """The commit of the files."""
     pid: int | None = None
     pgid: int | None = None
+    """The process group of the server."""
     engine: str | None = None
     engine_version: str | None = None
     since: str | None = None
+    """When the server was started, in UTC."""
     proven_at: str | None = None
+    """When it gave its first completion, in UTC."""
     memory_bytes: int | None = None
+    """Resident memory of the server."""
     detail: str = ""
+    """What is special about the state, for people."""
     progress: Progress | None = None
+    """Only while an operation counts bytes."""
     log_path: str | None = None
+    """The server's log on the host."""
     operation: str | None = None
+    """The id of the operation that changes the port now."""
     portless: tuple[int, ...] = ()
     """Pids of further servers that were started for this port and listen nowhere."""
-    probe: ProbeRow | None = omitted(None)
+    probe: ProbeRow | None = None
+    """With `--probe`: its completion; None if the port is not ready."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +71,12 @@ class DriftRow:
 
     code: str
     port: int | None
+    """Null if it concerns no port."""
     model: str | None
+    """Null if it concerns no model."""
     message: str
     hint: str
+    """What to do next."""
     commands: Commands = omitted(())
     """The commands that the hint names."""
 
@@ -72,14 +86,17 @@ class RunningRow:
     """A running operation that belongs to no port, such as a download."""
 
     operation: str
+    """Its id."""
     command: str
     detail: str
+    """How far it is, for people."""
     progress: Progress | None = None
 
 
 @dataclass(frozen=True)
 class StatusResult:
     operations: tuple[RunningRow, ...]
+    """Running operations that belong to no port."""
     ports: tuple[PortRow, ...]
     drift: tuple[DriftRow, ...]
     registry: str

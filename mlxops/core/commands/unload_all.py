@@ -15,7 +15,9 @@ from mlxops.core.tables import each_host
 @dataclass(frozen=True)
 class UnloadAllResult:
     ports: tuple[PortResult, ...]
+    """One result for each server."""
     changed: bool
+    """At least one server was stopped."""
     dry_run: bool
 
 
