@@ -331,4 +331,13 @@ def _command_tasks(names: Iterable[str]) -> list[Task[Any]]:
     return [options.task_of(kind, carry_out) for kind in kinds if kind.group is not Group.HIDDEN]
 
 
-namespace = Collection(*tasks(sys.argv[1:]))
+def collection(words: Sequence[str]) -> Collection:
+    """Return the collection for a command line."""
+    return Collection(*tasks(words))
+
+
+def __getattr__(name: str) -> Collection:
+    """Make `namespace`, which `inv` imports, for this process's command line."""
+    if name != "namespace":
+        raise AttributeError(name)
+    return collection(sys.argv[1:])

@@ -307,14 +307,12 @@ def test_status_asks_with_no_more_than_it_needs(tmp_path: Path) -> None:
     assert not imported & {"fabric", "paramiko", "rich", "huggingface_hub", "psutil", "cryptography"}
 
 
-@pytest.mark.parametrize(("told", "written"), [({}, True), ({"PYTHONDONTWRITEBYTECODE": "1"}, False)])
-def test_inv_leaves_bytecode_for_the_next_command_unless_it_is_told_not_to(
-    tmp_path: Path, told: dict[str, str], written: bool
-) -> None:
+@pytest.mark.parametrize(("settings", "written"), [({}, True), ({"PYTHONDONTWRITEBYTECODE": "1"}, False)])
+def test_inv_writes_bytecode_unless_python_must_not(tmp_path: Path, settings: dict[str, str], written: bool) -> None:
     """Invoke by itself keeps Python from it, and what was installed without is then compiled at every command."""
     (tmp_path / "hosts.yaml").write_text("hosts: {here: {}}\n", encoding="utf-8")
     environ = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "MLXOPS_HOSTS_FILE": str(tmp_path / "hosts.yaml")}
-    environ |= {"PYTHONPYCACHEPREFIX": str(tmp_path / "bytecode"), **told}
+    environ |= {"PYTHONPYCACHEPREFIX": str(tmp_path / "bytecode"), **settings}
     script = Path(sysconfig.get_path("scripts")) / "inv"
     argv = [sys.executable, str(script), "list", "--local"]
     subprocess.run(argv, env=environ, cwd=CHECKOUT, capture_output=True, timeout=60, check=True)

@@ -181,7 +181,7 @@ class TestDocumentLines:
         assert operation["port"] == ask.port
         followed = ask("ops", "--follow", operation["operation"], "--json").ok()
         assert followed.stdout.count("\n") == 1 and followed.json["hosts"][0]["result"]["state"] == "ready"
-        unknown = ask("ops", "--follow", "nobody", "--json")
+        unknown = ask("ops", "--follow", "unknown", "--json")
         assert unknown.stdout.count("\n") == 1 and error_of(unknown)["code"] == "unknown_operation"
 
     def test_followed_log_has_one_document_a_line(self, ask: Ask) -> None:

@@ -193,8 +193,8 @@ class TestSeveralHosts:
         for studio in lab.studios:
             with_fake(lab, studio.name)
             install(studio, REPO)
-        told = ask("init", *both).ok().stdout.splitlines()
-        assert [line.partition(" ")[0] for line in told] == ["studio2:"] * 2 + ["studio:"] * 2
+        printed = ask("init", *both).ok().stdout.splitlines()
+        assert [line.partition(" ")[0] for line in printed] == ["studio2:"] * 2 + ["studio:"] * 2
         for words in (
             ["reconcile"],
             ["restore"],
@@ -223,7 +223,7 @@ class TestSeveralHosts:
         named = ask("ops", "--json", "--host", "studio2,studio").ok()
         assert [row["host"] for row in named.json["hosts"]] == ["studio2", "studio"]
 
-    def test_a_host_that_is_down_is_told_by_a_change_too(self, remote: Ask) -> None:
+    def test_change_reports_an_unreachable_host(self, remote: Ask) -> None:
         remote.studio.sshd.stop()
         assert remote.error(5, "load", "--model", "x", "--port", remote.port)["code"] == "connection_refused"
 
@@ -272,7 +272,7 @@ class TestHostsThatDiffer:
         error = remote.error(3, "reconcile")
         assert error["code"] == "settings_differ" and f"{change}: " in error["why"]
 
-    def test_a_host_without_an_agent_is_told_how_to_get_one(self, remote: Ask) -> None:
+    def test_missing_agent_error_says_how_to_install_one(self, remote: Ask) -> None:
         remote.lab.configure(python=["/nowhere/bin/python"])
         before = tree(remote.studio.folder)
         for command in (["status"], ["load", "--model", "x", "--port", remote.port]):
@@ -403,9 +403,9 @@ class TestMlxctl:
         link.symlink_to(Path(sysconfig.get_path("scripts")) / "mlxctl")
         answer = mini.run(str(link), "status", "--json").ok()
         assert len(answer.json["hosts"][0]["ports"]) == 4
-        (mini.elsewhere / "tasks.py").write_text("raise SystemExit('somebody else')\n")
+        (mini.elsewhere / "tasks.py").write_text("raise SystemExit('another program')\n")
         (mini.elsewhere / "invoke.yaml").write_text("run: {dry: true}\n")
-        (mini.elsewhere / "json.py").write_text("raise SystemExit('somebody else')\n")
+        (mini.elsewhere / "json.py").write_text("raise SystemExit('another program')\n")
         assert mini.run(str(link), "status", "--json").ok().json == answer.json
 
     def test_a_reader_that_goes_away_is_no_bug(self, remote: Ask) -> None:
@@ -413,7 +413,7 @@ class TestMlxctl:
         answer = remote.lab.mini.run("/bin/bash", "-c", script)
         assert "Traceback" not in answer.stderr and answer.exit in (0, 141), str(answer)
 
-    def test_a_hosts_file_that_is_not_there_is_told(self, remote: Ask) -> None:
+    def test_missing_hosts_file_is_reported(self, remote: Ask) -> None:
         env = {"MLXOPS_HOSTS_FILE": str(remote.lab.mini.home / "none.yaml")}
         answer = remote.lab.mini.mlxctl("status", "--json", env=env)
         assert answer.exit == 2 and error_of(answer)["code"] == "bad_hosts_file"

@@ -52,7 +52,7 @@ class TestInit:
     def test_a_cache_that_is_not_there_is_said(self, ask: Ask) -> None:
         ask.studio.hub.rmdir()
         assert f"there was no cache at {ask.studio.hub}" in ask("init").ok().stderr
-        assert "there was no cache" not in ask("init").ok().stderr, "the registry is there by now"
+        assert "there was no cache" not in ask("init").ok().stderr, "the registry exists"
 
     def test_it_registers_what_is_complete_in_both_roots_and_says_why_not_the_rest(self, ask: Ask) -> None:
         studio = ask.studio
@@ -185,7 +185,7 @@ class TestLife:
 
 
 class TestFailure:
-    def test_a_model_that_cannot_be_loaded_is_told_and_leaves_nothing(self, ask: Ask) -> None:
+    def test_model_that_cannot_be_loaded_is_reported_and_leaves_nothing(self, ask: Ask) -> None:
         install(ask.studio, BROKEN)
         ask("init").ok()
         registry = ask.studio.registry_path.read_bytes()
@@ -215,7 +215,7 @@ class TestFailure:
 def started_by_hand(
     studio: Studio, model: str, port: int, *more: str, folder: Path
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Somebody's own server in a shell of their own."""
+    """A server that a user started in a shell."""
     program = str(cache.engine_venv("mlx-lm") / "bin" / "mlx_lm.server")
     log = (folder / "by-hand.log").open("wb")
     with (

@@ -86,8 +86,8 @@ def test_the_help_names_the_positional_forms() -> None:
     ],
 )
 def test_a_usage_error_names_the_help_of_its_task(words: str, hint: str) -> None:
-    told = mlxctl(*words.split())
-    assert told.returncode == 2 and told.stderr.endswith(f"next: {hint}\n")
+    done = mlxctl(*words.split())
+    assert done.returncode == 2 and done.stderr.endswith(f"next: {hint}\n")
 
 
 def test_a_reader_that_leaves_is_no_trouble() -> None:
@@ -96,7 +96,7 @@ def test_a_reader_that_leaves_is_no_trouble() -> None:
 
 
 @pytest.mark.parametrize("words", ["status --json", "status"])
-def test_an_output_that_cannot_be_written_is_told(words: str, tmp_path: Path) -> None:
+def test_unwritable_output_is_reported(words: str, tmp_path: Path) -> None:
     hosts = tmp_path / "hosts.yaml"
     hosts.write_text(f"hosts: {{here: {{hub: {tmp_path}/hub, state: {tmp_path}/state, ports: 1-2}}}}")
     env = {"HOME": str(tmp_path), "MLXOPS_HOSTS_FILE": str(hosts), "LC_ALL": "C.UTF-8"}
@@ -125,7 +125,7 @@ WITHOUT_OUTPUT = (
     ("status --local --json >&-", 74, "the result could not be written"),
     ("--list >/dev/full", 74, "the result could not be written"),
     ("load --help >/dev/full", 74, "the result could not be written"),
-    # Nothing was done: that counts, and is told.
+    # Nothing was done, and this is reported.
     ("load --bogus --json >/dev/full", 2, "No idea what '--bogus' is"),
     ("load --bogus --json >&-", 2, "No idea what '--bogus' is"),
     ("status --host nowhere --json >&-", 2, "there is no host 'nowhere'"),
@@ -145,7 +145,7 @@ INVOKES_OWN = ("--help", "--list", "--bogus")
         if program == "mlxctl" or not any(part in row[0] for part in INVOKES_OWN)
     ],
 )
-def test_whatever_is_printed_an_output_that_is_full_or_closed_leaves_no_traceback(
+def test_full_or_closed_output_leaves_no_traceback(
     program: str, words: str, status: int, first: str, tmp_path: Path
 ) -> None:
     if "/dev/full" in words and not Path("/dev/full").exists():
@@ -162,7 +162,7 @@ def test_whatever_is_printed_an_output_that_is_full_or_closed_leaves_no_tracebac
         ["/bin/sh", "-c", line], capture_output=True, text=True, env=env, check=False, cwd=CHECKOUT, timeout=60
     )
     with log.open("a") as more:
-        more.write("three\n")  # whoever follows it finds that nobody listens
+        more.write("three\n")  # the follower finds that its output has no reader
     assert done.returncode == status, done.stderr
     assert done.stderr.startswith(f"error: {first}"), done.stderr
     assert done.stderr.count("could not be written") <= 1
@@ -171,7 +171,7 @@ def test_whatever_is_printed_an_output_that_is_full_or_closed_leaves_no_tracebac
 
 @pytest.mark.parametrize("delay", [0.03, 0.08, 0.15, 0.25, 0.4, 0.6])
 def test_ctrl_c_is_answered_from_the_start(delay: float, tmp_path: Path) -> None:
-    """At any moment there is one document, or (after the outcome was told) the one of the outcome."""
+    """Ctrl-C at any moment leaves one document: of the interruption, or of the result if it was printed."""
     env = {"HOME": str(tmp_path), "LC_ALL": "C.UTF-8"}
     ready = "import sys, os; from mlxops import mlxctl; print(flush=True, file=sys.stderr); mlxctl.main()"
     with subprocess.Popen(

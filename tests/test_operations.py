@@ -148,7 +148,7 @@ class TestWhere:
         assert second.get("revision") != sha, "the revision is of the other repository"
         assert listener(studio, port) != pid
 
-    def test_changed_settings_are_told_and_applied_with_force(self, ask: Ask) -> None:
+    def test_changed_settings_are_reported_and_applied_with_force(self, ask: Ask) -> None:
         register(ask.studio, "mine")
         ask("load", "--model", "mine", "--port", ask.port).ok()
         pid = listener(ask.studio, ask.port)
@@ -178,7 +178,7 @@ FAILURES = {
 
 class TestServersThatDoNotStart:
     @pytest.mark.parametrize("mode", FAILURES)
-    def test_it_is_told_with_its_last_words_and_nothing_is_left(self, ask: Ask, mode: str) -> None:
+    def test_it_is_reported_with_the_end_of_its_log_and_leaves_nothing(self, ask: Ask, mode: str) -> None:
         register(ask.studio, "mine", mode)
         before = ask.studio.registry_path.read_bytes()
         answer = ask("load", "--model", "mine", "--port", ask.port, "--timeout", "1", "--json")
@@ -522,7 +522,7 @@ class TestAtTheSameTime:
 
     def test_asked_in_other_words_it_is_the_same_load(self, ask: Ask) -> None:
         go = ask.studio.folder / "go"
-        second = ask.studio.ports[1]  # nobody's slot
+        second = ask.studio.ports[1]  # not a slot
         register(ask.studio, "mine", "until", until=go)
         with ask.running("load", "--model", "mine", "--port", second) as one:
             started(ask.studio)
@@ -545,8 +545,8 @@ class TestAtTheSameTime:
             same = ask.result("load", "--model", "mine", "--port", ask.port, "--dry-run")
             assert (same["plan"]["outcome"], same["changed"]) == ("attach", False)
             for words in ([], ["--force"]):
-                wish = ["load", "--model", "two", "--port", ask.port, "--dry-run", *words]
-                assert ask.error(75, *wish)["code"] == "busy"
+                command = ["load", "--model", "two", "--port", ask.port, "--dry-run", *words]
+                assert ask.error(75, *command)["code"] == "busy"
             ask("unload", "--port", ask.port).ok()
             assert finish(load).exit == 130
 

@@ -1,4 +1,4 @@
-"""Whatever is typed or lies in a file: one clear message, the right exit status, nothing changed, nothing executed."""
+"""Wrong arguments and files: one clear message, the right exit status, nothing changed, nothing executed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HOSTILE = {
     "long": "a" * 5000,
     "empty": "",
 }
-"""None of these is a name, a repository, a port, a host or a number of seconds."""
+"""No value here is a name, a repository, a port, a host or a number of seconds."""
 
 FLAGS = {
     "--model": ["load", "--port", "{port}"],
@@ -50,13 +50,13 @@ STEERING = ("\x1b", "\x07", "\x9b", "\u202e")
 
 @pytest.fixture(scope="module")
 def lab(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory, watch: leaks.Watch) -> Iterator[Homelab]:
-    """One for all: whatever is refused changes nothing, so tests cannot disturb each other."""
+    """One lab for all tests: a refused command changes nothing, so the tests cannot disturb each other."""
     folder = tmp_path_factory.mktemp("wrong")
     try:
         with watch.spare(folder), Homelab(folder / "lab") as shared:
             with_fake(shared)
             register(shared.studio, "mine")
-            # Agreed once, so that what a request leaves behind can be told from what the first one does.
+            # Agree once, so that later requests leave no changes of a first request.
             shared.mini.mlxctl("reconcile").ok()
             yield shared
     except LabUnavailable as error:
@@ -152,8 +152,8 @@ class TestArguments:
             ["load", "mine", "{port}", "--repo", "org/name@"],
             ["load", "mine", "{port}", "--repo", "org/name@a..b"],
             ["load", "mine", "{port}", "--repo", "org/name@-x"],
-            ["load", "mine", "{port}", "--host", "studio,nobody"],
-            ["status", "--host", "nobody"],
+            ["load", "mine", "{port}", "--host", "studio,unknown"],
+            ["status", "--host", "unknown"],
             ["status", "--host", "studio,,studio"],
         ],
         ids=" ".join,
@@ -169,7 +169,7 @@ class TestArguments:
         refused(local, answer, 2)
         assert error_of(answer)["code"] == "print_missing"
 
-    @pytest.mark.parametrize("name", ["minee", "org/nobody-has-it", "jerry-l"])
+    @pytest.mark.parametrize("name", ["minee", "org/missing", "jerry-l"])
     def test_an_unknown_name_is_refused_and_leaves_the_registry_alone(self, ask: Ask, name: str) -> None:
         before = tree(ask.studio.hub)
         answer = mlxctl(ask, "unload", "--model", name, "--json")

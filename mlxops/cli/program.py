@@ -159,8 +159,9 @@ def run() -> None:
 
 
 def _run() -> None:
-    from mlxops.tasks import namespace
+    from mlxops.tasks import collection
 
+    namespace = collection(sys.argv[1:])
     takes_value = frozenset(
         name
         for task in namespace.tasks.values()

@@ -94,21 +94,21 @@ class Wire:
 
 
 @dataclass
-class Told:
+class Exchange:
     answer: HostReply[object]
     heard: list[tuple[str, Event]]
     wire: Wire
 
 
 STUDIO = HostTarget("studio", "studio", ("~/.mlxops/venv/bin/python",), Settings(), flags=" --host studio")
-Talk = Callable[..., Told]
+Converse = Callable[..., Exchange]
 
 
 @pytest.fixture
-def converse(monkeypatch: pytest.MonkeyPatch) -> Talk:
-    """Asks a host that behaves as scripted."""
+def converse(monkeypatch: pytest.MonkeyPatch) -> Converse:
+    """Send a request to a host that follows a script."""
 
-    def run(session: Scripted | Exception, command: str = "status", **args: object) -> Told:
+    def run(session: Scripted | Exception, command: str = "status", **args: object) -> Exchange:
         wire = Wire(session)
         # A change whose connection is lost is asked for once more, and given up then.
         monkeypatch.setattr(client, "RECONNECT_SECONDS", 0.0)
@@ -124,25 +124,25 @@ def converse(monkeypatch: pytest.MonkeyPatch) -> Talk:
         answer = ask(STUDIO, decode_request(command, args), lambda host, event: heard.append((host, event)))
         assert wire.closed == len(connected), "each connection is let go of, once"
         assert not isinstance(session, Scripted) or session.closed == len(connected)
-        return Told(answer, heard, wire)
+        return Exchange(answer, heard, wire)
 
     return run
 
 
-def problem(told: Told) -> MlxopsError:
-    assert told.answer.error is not None and told.answer.result is None
-    assert told.answer.error.message and told.answer.error.hint
-    return told.answer.error
+def problem(exchange: Exchange) -> MlxopsError:
+    assert exchange.answer.error is not None and exchange.answer.result is None
+    assert exchange.answer.error.message and exchange.answer.error.hint
+    return exchange.answer.error
 
 
-def test_the_result_of_a_request_is_the_answer(converse: Talk) -> None:
-    told = converse(Scripted([HELLO, DONE]))
-    assert told.answer == HostReply("studio", RESULT, command="status", flags=STUDIO.flags)
-    assert told.answer.reachable
-    assert exit_of([told.answer]) is Exit.DONE
+def test_reply_has_the_result_of_the_request(converse: Converse) -> None:
+    exchange = converse(Scripted([HELLO, DONE]))
+    assert exchange.answer == HostReply("studio", RESULT, command="status", flags=STUDIO.flags)
+    assert exchange.answer.reachable
+    assert exit_of([exchange.answer]) is Exit.DONE
 
 
-def test_the_agent_is_started_without_a_shell_and_given_the_request_as_data(converse: Talk) -> None:
+def test_agent_gets_the_request_as_data_without_a_shell(converse: Converse) -> None:
     ((argv, data),) = converse(Scripted([HELLO, DONE]), "load", model="$(id)", port="8100").wire.started
     assert argv == ["~/.mlxops/venv/bin/python", "-P", "-m", "mlxops.agent"]
     envelope = decode_envelope(data)
@@ -151,44 +151,48 @@ def test_the_agent_is_started_without_a_shell_and_given_the_request_as_data(conv
     assert envelope.asker.host == socket.gethostname()
 
 
-def test_what_a_login_shell_prints_is_passed_over(converse: Talk) -> None:
-    told = converse(Scripted([*NOISE, HELLO, *NOISE, encode_event(Note("x")), *NOISE, DONE, *NOISE]))
-    assert told.answer.result == RESULT and told.heard == [("studio", Note("x"))]
+def test_output_of_a_login_shell_is_ignored(converse: Converse) -> None:
+    exchange = converse(Scripted([*NOISE, HELLO, *NOISE, encode_event(Note("x")), *NOISE, DONE, *NOISE]))
+    assert exchange.answer.result == RESULT and exchange.heard == [("studio", Note("x"))]
 
 
-def test_what_is_told_meanwhile_is_passed_on_in_order(converse: Talk) -> None:
+def test_events_are_passed_on_in_order(converse: Converse) -> None:
     events: list[Event] = [Phase("start", "x"), Progress("w", 1, 2), Note("n", "warning")]
-    told = converse(Scripted([HELLO, *map(encode_event, events), DONE]), "load")
-    assert told.heard == [("studio", event) for event in events]
+    exchange = converse(Scripted([HELLO, *map(encode_event, events), DONE]), "load")
+    assert exchange.heard == [("studio", event) for event in events]
 
 
-def test_what_a_host_tells_to_do_next_is_done_there(converse: Talk) -> None:
+def test_suggested_commands_name_their_host(converse: Converse) -> None:
     row = DriftRow("orphan", 8100, None, "left over", "mlxctl unload 8100", (("mlxctl", "unload", "8100"),))
     done = encode_event(Done(encode(replace(RESULT, drift=(row,)))))
-    told = converse(Scripted([HELLO, encode_event(Note.of("see `mlxctl ops`")), done]))
-    assert told.heard == [("studio", Note.of("see `mlxctl ops --host studio`"))]
+    exchange = converse(Scripted([HELLO, encode_event(Note.of("see `mlxctl ops`")), done]))
+    assert exchange.heard == [("studio", Note.of("see `mlxctl ops --host studio`"))]
     command = ("mlxctl", "unload", "--host", "studio", "8100")
-    assert told.answer.result == replace(RESULT, drift=(replace(row, hint=shlex.join(command), commands=(command,)),))
+    assert exchange.answer.result == replace(
+        RESULT, drift=(replace(row, hint=shlex.join(command), commands=(command,)),)
+    )
     said = Busy("busy", "m", why="w", hint="wait for it: `mlxctl ops --follow op1`")
     refused = problem(converse(Scripted([HELLO, encode_event(Failed(said))], Ended(75, "")), "load"))
     assert refused.hint == "wait for it: mlxctl ops --host studio --follow op1"
 
 
-def test_a_refusal_of_the_agent_arrives_as_it_was_said(converse: Talk) -> None:
+def test_error_of_the_agent_arrives_unchanged(converse: Converse) -> None:
     said = Busy("busy", "another operation holds port 8100", why="w", hint="h", details={"operation": "op1"})
-    told = converse(Scripted([HELLO, encode_event(Failed(said))], Ended(75, "")), "load")
-    assert problem(told).to_wire() == said.to_wire() and type(problem(told)) is Busy
-    assert told.answer.reachable and exit_of([told.answer]) is Exit.BUSY
+    exchange = converse(Scripted([HELLO, encode_event(Failed(said))], Ended(75, "")), "load")
+    assert problem(exchange).to_wire() == said.to_wire() and type(problem(exchange)) is Busy
+    assert exchange.answer.reachable and exit_of([exchange.answer]) is Exit.BUSY
 
 
 @pytest.mark.parametrize("noise", [[], NOISE])
 @pytest.mark.parametrize("command", ["status", "load"])
-def test_without_the_agents_first_words_there_is_no_agent(converse: Talk, noise: list[str], command: str) -> None:
-    told = converse(Scripted(noise, Ended(127, "warning: x\nbash: ~/.mlxops/venv/bin/python: No such file\n")), command)
-    error = problem(told)
+def test_missing_hello_means_a_missing_agent(converse: Converse, noise: list[str], command: str) -> None:
+    exchange = converse(
+        Scripted(noise, Ended(127, "warning: x\nbash: ~/.mlxops/venv/bin/python: No such file\n")), command
+    )
+    error = problem(exchange)
     assert (error.code, error.exit) == ("agent_missing", Exit.AGENT)
     assert "No such file" in error.why and "inv deploy --host studio" in error.hint
-    assert told.answer.reachable
+    assert exchange.answer.reachable
 
 
 @pytest.mark.parametrize(
@@ -201,13 +205,13 @@ def test_without_the_agents_first_words_there_is_no_agent(converse: Talk, noise:
         "sh: fork: Cannot allocate memory",
     ],
 )
-def test_an_agent_that_there_was_no_room_for_is_not_a_missing_one(converse: Talk, said: str) -> None:
+def test_shortage_on_the_host_is_not_a_missing_agent(converse: Converse, said: str) -> None:
     error = problem(converse(Scripted([], Ended(126, f"{said}\n")), "load"))
     assert (error.code, error.exit) == ("agent_not_started", Exit.AGENT)
     assert said.splitlines()[-1] in error.why and "deploy" not in error.hint
 
 
-def test_a_shortage_of_descriptors_here_is_told_as_that(tmp_path: Path) -> None:
+def test_shortage_of_descriptors_here_is_reported(tmp_path: Path) -> None:
     few = (
         "import resource, sys; from mlxops.control.client import *; from mlxops.core.commands.status import Status;"
         "settings = Settings(state=sys.argv[1]);"
@@ -232,7 +236,7 @@ def test_an_agent_is_understood_whatever_its_environment_says_of_encodings(
     assert answer.error is None
 
 
-def test_a_silent_end_without_an_agent_names_the_status(converse: Talk) -> None:
+def test_a_silent_end_without_an_agent_names_the_status(converse: Converse) -> None:
     assert "status 126" in problem(converse(Scripted([], Ended(126, "")))).why
 
 
@@ -248,7 +252,7 @@ LOSSES: dict[str, Callable[[], Scripted | Exception]] = {
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("command", [*CHANGES, "follow"])
-def test_a_change_whose_connection_is_lost_has_an_unknown_outcome(converse: Talk, loss: str, command: str) -> None:
+def test_a_change_whose_connection_is_lost_has_an_unknown_outcome(converse: Converse, loss: str, command: str) -> None:
     error = problem(converse(LOSSES[loss](), command))
     assert (error.code, error.exit, error.why) == ("outcome_unknown", Exit.OUTCOME_UNKNOWN, "reset")
     assert "inv ops --host studio" in error.hint
@@ -257,11 +261,11 @@ def test_a_change_whose_connection_is_lost_has_an_unknown_outcome(converse: Talk
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize(("command", "args"), [*((c, {}) for c in READS), ("load", {"dry_run": True})])
 def test_a_question_whose_connection_is_lost_can_be_asked_again(
-    converse: Talk, loss: str, command: str, args: dict[str, object]
+    converse: Converse, loss: str, command: str, args: dict[str, object]
 ) -> None:
-    told = converse(LOSSES[loss](), command, **args)
-    assert (problem(told).code, problem(told).exit) == ("connection_lost", Exit.UNREACHABLE)
-    assert not told.answer.reachable
+    exchange = converse(LOSSES[loss](), command, **args)
+    assert (problem(exchange).code, problem(exchange).exit) == ("connection_lost", Exit.UNREACHABLE)
+    assert not exchange.answer.reachable
 
 
 def test_a_host_that_cannot_be_reached_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,8 +21,9 @@ from mlxops.core.ports import World
 from mlxops.core.protocol import Done, Failed, LogLine, Note, Phase
 from mlxops.core.registry import Model, parse
 from mlxops.core.settings import PortRange, Settings
-from mlxops.tasks import command_names, namespace
+from mlxops.tasks import collection, command_names
 
+ALL_TASKS = collection(())
 OTHER = " --host studio2"
 
 
@@ -182,7 +183,7 @@ def test_what_an_error_tells_to_type_is_understood_and_has_what_was_typed(case: 
     commands = typed(aimed_error(caught.value, flags).hint)
     assert commands
     for words in commands:
-        Parser(contexts=namespace.to_contexts()).parse_argv(with_flags(words, VALUES))
+        Parser(contexts=ALL_TASKS.to_contexts()).parse_argv(with_flags(words, VALUES))
 
 
 def typed(hint: str) -> list[list[str]]:
@@ -193,7 +194,7 @@ def typed(hint: str) -> list[list[str]]:
 
 
 def flags_with_values() -> frozenset[str]:
-    arguments = [each for task in namespace.tasks.values() for each in task.get_arguments()]
+    arguments = [each for task in ALL_TASKS.tasks.values() for each in task.get_arguments()]
     return frozenset(f"--{each.name}" for each in arguments if each.takes_value)
 
 

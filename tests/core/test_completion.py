@@ -9,7 +9,7 @@ import pytest
 from mlxops.common.http import completion_request, parse_completion
 
 
-def test_an_answer_with_a_message_is_one_whatever_it_says() -> None:
+def test_answer_with_any_message_is_a_completion() -> None:
     answer = {"id": "1", "choices": [{"message": {"reasoning": "hm"}}]}
     assert parse_completion(json.dumps(answer).encode()) == answer
 

@@ -71,13 +71,13 @@ class UseRow:
     """The memory of one server, in bytes. `counted_bytes`: what of it is counted against the budget."""
 
     port: int | None
-    """Null for a server outside of the port range."""
+    """None for a server outside of the port range."""
     model: str | None
     owner: str | None
     """Who started it."""
     pid: int | None
     estimated_bytes: int | None
-    """Null if its files are not known."""
+    """None if its files are not known."""
     resident_bytes: int | None
     """What the process holds now."""
     counted_bytes: int

@@ -71,9 +71,9 @@ class DriftRow:
 
     code: str
     port: int | None
-    """Null if it concerns no port."""
+    """None if it concerns no port."""
     model: str | None
-    """Null if it concerns no model."""
+    """None if it concerns no model."""
     message: str
     hint: str
     """What to do next."""
