@@ -24,7 +24,7 @@ MANNERED = re.compile(
 )
 """Words, also as parts of names with underscores. The projects that this one learns from have 0.0 to 0.5 of them in a
 thousand lines."""
-ALLOWED = 25.0
+ALLOWED = 1.0
 """In a thousand lines."""
 SKIPPED = {"contract.json", "test_words.py"}
 
