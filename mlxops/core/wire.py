@@ -99,7 +99,10 @@ def _decode(kind: Any, value: object, path: str) -> object:
         except ValueError:
             raise DecodeError(path, f"not one of {', '.join(str(each.value) for each in kind)}") from None
     if kind is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise DecodeError(path, "too large") from None
     if type(value) is not kind:
         raise DecodeError(path, f"not {_NAMES.get(kind, kind.__name__)}")
     return value

@@ -72,6 +72,7 @@ def test_whole_number_counts_as_a_number() -> None:
         ({"many": [{"number": 1}, 2]}, r"many\[1\] is not an object"),
         ({"by_port": {"x": None}}, "by_port is keyed by 'x', not by a number"),
         ({"by_port": []}, "by_port is not an object"),
+        ({"inner": {"number": 1, "share": 10**400}}, "inner.share is too large"),
         ({"colour": "blue"}, "colour is not one of red"),
         ({"flag": 1}, "flag is not true or false"),
         ({"value": []}, "value is not a text"),
