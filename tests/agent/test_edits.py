@@ -353,6 +353,6 @@ def test_remove_names_edited_files(homelab: Homelab) -> None:
     config.resolve().write_bytes(longer(config.read_bytes()))
     studio.mlxctl("init").ok()
     words = ("remove", "--model", QWEN)
-    assert "edited there would go with them: config.json" in studio.mlxctl(*words, "--dry-run").ok().stderr
+    assert "edited by hand would be deleted with them: config.json" in studio.mlxctl(*words, "--dry-run").ok().stderr
     assert config.exists()
-    assert "edited there went with them: config.json" in studio.mlxctl(*words).ok().stderr
+    assert "edited by hand were deleted with them: config.json" in studio.mlxctl(*words).ok().stderr
