@@ -102,7 +102,12 @@ def test_ports_of_a_process_are_its_listening_ports(system: System, stack: ExitS
 @pytest.mark.skipif(sys.platform != "linux", reason="network namespaces are Linux's")
 def test_ports_of_a_container_are_hidden(stack: ExitStack) -> None:
     inside = child(stack, "unshare", "-Urn", "sleep", "1000")
-    wait_until(lambda: (p := this_system().process(inside.pid)) is None or p.argv[:1] == ("sleep",), 10, "the namespace")
+
+    def begun_or_gone() -> bool:
+        process = this_system().process(inside.pid)
+        return process is None or process.argv[:1] == ("sleep",)
+
+    wait_until(begun_or_gone, 10, "the namespace")
     if inside.poll() is not None:
         missing("the right to make a network namespace (unshare -Urn)")
     assert this_system().ports_of(inside.pid) is None
