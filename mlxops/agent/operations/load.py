@@ -127,8 +127,9 @@ def _hold_port_and_model(ctx: Context, request: Load, resolve: Callable[[], Mode
             return planner.choose_port(ctx.paths.settings, registry, idle, model, requested), model
         except UsageError:
             # No port is given, and the model has none. If a load of it is running, this raises `Busy` with that load.
+            # If one has just ended, the model has a port now.
             with ctx.with_request(replace(request, model=model)).hold_lock(model_lock(model)):
-                raise
+                return planner.choose_port(ctx.paths.settings, ctx.registry(), idle, model, requested), model
 
     with ExitStack() as held:
         while True:
