@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -113,3 +114,19 @@ def test_same_load_is_followed_on_any_port(store: Store, port: str, same: bool) 
     with held(store, f"port-{FIRST}", "model-mine", by=running), pytest.raises(Busy) as caught:
         claim(late(store, port))
     assert (caught.value.details.get("attach") == log.id) is same
+
+
+def test_load_without_a_port_takes_the_port_of_one_that_just_ended(store: Store) -> None:
+    """The registry that it read first has no port for the model yet."""
+
+    class Ended(Late):
+        def registry(self) -> Registry:
+            before = super().registry()
+            store.registry.path.write_text(json.dumps({"version": 1, "models": {"mine": {"port": SECOND}}}))
+            return before
+
+    store.registry.path.write_text(json.dumps({"version": 1, "models": {"mine": {}}}))
+    ctx = late(store)
+    ended = Ended(Load(model="mine"), ctx.paths, store, ctx.system, ctx.emit, {}, operation="mine")
+    with _hold_port_and_model(ended, Load(model="mine"), mine) as held_port:
+        assert held_port == (SECOND, "mine")
