@@ -18,9 +18,10 @@ from typing import Any, get_args, get_type_hints
 import mlxops
 from mlxops.core import errors, protocol
 from mlxops.core.command import request_type
+from mlxops.core.commands.status import PortRow
 from mlxops.core.drift import Drift, DriftCode
 from mlxops.core.errors import Exit
-from mlxops.core.ports import Owner, PortView, State
+from mlxops.core.ports import Owner, State
 from mlxops.core.records import Operation, Run
 from mlxops.core.registry import Model
 from mlxops.core.settings import AGREED, Settings
@@ -44,7 +45,7 @@ def present() -> dict[str, list[str]]:
         "exit statuses": sorted(f"{each.name} {int(each)}" for each in Exit),
         "port states": sorted(State),
         "owners": sorted(Owner),
-        "keys of a port": sorted(PortView(8100, None, State.IDLE).to_wire()),
+        "keys of a port": sorted(each.name for each in fields(PortRow) if each.name != "probe"),
         "keys of a drift": sorted(each.name for each in fields(Drift)),
         "keys of a run record": sorted(each.name for each in fields(Run)),
         "keys of a lock's holder": sorted(each.name for each in fields(Operation)),

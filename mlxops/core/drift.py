@@ -5,7 +5,6 @@ To add a code, add a member to `DriftCode` and make a `Drift` from it where the 
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from enum import StrEnum
 from typing import Self
 
@@ -197,6 +196,3 @@ class Drift:
     def of(cls, code: DriftCode, port: int | None, model: str | None, message: str, **values: object) -> Drift:
         """Return the drift with the code's remedy as its hint. `values` are the remedy's further fields."""
         return cls(code, port, model, message, code.remedy.format(port=port, model=model, **values))
-
-    def to_wire(self) -> dict[str, object]:
-        return asdict(self) | {"code": self.code.value}

@@ -42,16 +42,6 @@ class Estimate:
         doubt = "" if self.certain else " (upper estimate: how this model keeps its context is not known)"
         return f"{amount(self.weight_bytes)} weights, {amount(self.context_bytes)} for {what} context{doubt}{state}"
 
-    def to_wire(self) -> dict[str, object]:
-        return {
-            "weight_bytes": self.weight_bytes,
-            "context_bytes": self.context_bytes,
-            "context_tokens": self.context_tokens,
-            "state_bytes": self.state_bytes,
-            "upper_estimate": not self.certain,
-            "total_bytes": self.total,
-        }
-
 
 def estimate(weight_bytes: int, cache: KVCache | None, longest: int | None, limit: int | None = None) -> Estimate:
     """`longest` is the context length that the model supports, `limit` the one that its entry sets; None if unknown."""
@@ -94,17 +84,6 @@ class Use:
         size = amount(self.counted) if self.known else "of unknown size"
         where = f" on {self.port}" if self.port is not None else ""
         return f"{self.model}{where} {size}" + ("" if self.owner == "mlxops" else f" ({self.owner})")
-
-    def to_wire(self) -> dict[str, object]:
-        return {
-            "port": self.port,
-            "model": self.model,
-            "owner": self.owner,
-            "pid": self.pid,
-            "estimated_bytes": self.estimated_bytes,
-            "resident_bytes": self.resident_bytes,
-            "counted_bytes": self.counted,
-        }
 
 
 def smallest_room(uses: Iterable[Use], missing: int) -> tuple[Use, ...] | None:

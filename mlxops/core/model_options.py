@@ -169,10 +169,6 @@ class Option:
     value: Value
     origin: Origin
 
-    def to_wire(self) -> dict[str, object]:
-        value = list(self.value) if isinstance(self.value, tuple) else self.value
-        return {"key": self.key, "value": value, "origin": self.origin.value}
-
 
 _QWEN3 = {"reasoning_parser": "qwen3", "chat_template": TEMPLATE}
 _HARMONY = {"tool_call_parser": "harmony", "reasoning_parser": "harmony"}

@@ -46,14 +46,6 @@ class RestoreStep:
         """Whether the port stays down until a person acts."""
         return bool(self.why) and not self.in_hand and self.again_in is None
 
-    def to_wire(self) -> dict[str, object]:
-        wire: dict[str, object] = {"model": self.model, "port": self.port}
-        if self.why:
-            wire["why"] = self.why
-        if self.again_in is not None:
-            wire["again_in_seconds"] = round(self.again_in, 3)
-        return wire
-
 
 @dataclass(frozen=True)
 class RestoreAttempt:

@@ -7,7 +7,7 @@ plans are made. It weighs all signals together: no single one is proof.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, field, replace
+from dataclasses import field, replace
 from enum import StrEnum
 
 from mlxops.core.described import DescribedText
@@ -178,15 +178,6 @@ class PortView:
     """Our server is healthy, and the registry assigns the port to another model."""
     portless: tuple[Server, ...] = ()
     boot: BootClaim | None = None
-
-    def to_wire(self) -> dict[str, object]:
-        """Return the row of the status document."""
-        hidden = {"run", "server", "operation", "members", "orphan", "rebooted", "reassigned", "portless", "boot"}
-        row = {key: value for key, value in asdict(self).items() if key not in hidden}
-        row["log_path"] = self.run.log_path if self.run else None
-        row["operation"] = self.operation.id if self.operation else None
-        row["portless"] = [each.pid for each in self.portless]
-        return row
 
     @property
     def overtaken(self) -> bool:

@@ -184,9 +184,6 @@ class Progress:
     rate: int = 0
     """Recent bytes a second; 0 if not known."""
 
-    def to_wire(self) -> dict[str, object]:
-        return {"name": self.name, "done": self.done, "total": self.total, "rate": self.rate}
-
     def __str__(self) -> str:
         """Return the known parts of `12.3 GB of 190 GB, 6%, 110 MB/s, 27 min left`."""
         if not self.total:

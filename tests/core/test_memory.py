@@ -35,7 +35,7 @@ def test_upper_estimate_is_marked() -> None:
     assert "(upper estimate: how this model keeps its context is not known)" in str(unsure)
     unknown = estimate(10**9, None, 262144)
     assert unknown.context_bytes == 10**9 and "an unknown context (upper estimate" in str(unknown)
-    assert [item.to_wire()["upper_estimate"] for item in (unsure, unknown, estimate(1, KILO, 1))] == [True, True, False]
+    assert [item.certain for item in (unsure, unknown, estimate(1, KILO, 1))] == [False, False, True]
 
 
 def test_two_largest_models_do_not_fit_together() -> None:

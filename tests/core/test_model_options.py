@@ -10,8 +10,6 @@ from mlxops.core.model_options import (
     FAMILIES,
     KEYS,
     WITH_DEFAULT,
-    Option,
-    Origin,
     options_of,
     parse,
     size_warning,
@@ -72,7 +70,6 @@ def test_option_of_the_entry_has_origin_registry() -> None:
         "trust_remote_code": (True, "registry"),
         "args": (("--seed", "1"), "registry"),
     }
-    assert Option("args", ("--a",), Origin.REGISTRY).to_wire()["value"] == ["--a"]
 
 
 def test_no_family_trusts_repository_code() -> None:

@@ -18,6 +18,7 @@ from dataclasses import replace
 import psutil  # noqa: F401 - now: nothing can be imported where no descriptor is left
 
 from mlxops.agent.host.system import LinuxSystem, PsutilSystem, System
+from mlxops.core.ports import PortView
 from mlxops.core.settings import PortRange
 from tests.faults import batch
 from tests.faults.arena import Arena, Ended, entry
@@ -103,8 +104,8 @@ def _no_probe(arena: Arena) -> None:
     seen: dict[object, object] = {}
     with _descriptors(1):
         for _ in range(20):  # which of the two probes comes first is the threads' matter
-            row = _row(arena, port, LINUX)
-            seen[row["state"]] = row["detail"]
+            view = _view(arena, port, LINUX)
+            seen[view.state] = view.detail
             if "unknown" in seen:
                 break
     assert seen.keys() <= {"unknown", "ready"} and "could not be asked" in str(seen["unknown"]), seen
@@ -161,20 +162,20 @@ def _assigned(arena: Arena, port: int | None) -> dict[str, object]:
     return entry(name, arena.snapshots[name], port)
 
 
-def _row(arena: Arena, port: int, system: System) -> Mapping[str, object]:
+def _view(arena: Arena, port: int, system: System) -> PortView:
     context = replace(arena.context("status"), system=system)
-    return context.observe(context.registry()).ports[port].to_wire()
+    return context.observe(context.registry()).ports[port]
 
 
 def _shows(arena: Arena, port: int, why: str, system: System = LINUX) -> None:
-    row = _row(arena, port, system)
-    assert (row["state"], row["owner"]) == ("unknown", None), row
-    assert why in str(row["detail"]).lower(), row
+    view = _view(arena, port, system)
+    assert (view.state, view.owner) == ("unknown", None), view
+    assert why in view.detail.lower(), view
 
 
 def _ready(arena: Arena, port: int) -> None:
-    row = _row(arena, port, LINUX)
-    assert (row["state"], row["owner"]) == ("ready", "mlxops"), row
+    view = _view(arena, port, LINUX)
+    assert (view.state, view.owner) == ("ready", "mlxops"), view
 
 
 @contextmanager
