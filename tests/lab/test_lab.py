@@ -169,8 +169,9 @@ class TestLeaks:
     def test_child_is_seen(self, own: leaks.Watch, tmp_path: Path) -> None:
         before = own.look()
         with subprocess.Popen(["sleep", "1000"], cwd=tmp_path) as child:
-            assert own.leaks(before, patience=0) == [f"a process: {child.pid} (sleep 1000)"]
+            found = own.leaks(before, patience=0)
             child.kill()
+        assert found == [f"a process: {child.pid} (sleep 1000)"]
         assert own.leaks(before) == []
 
     def test_orphan_in_a_session_of_its_own_is_seen(self, own: leaks.Watch, tmp_path: Path) -> None:

@@ -140,10 +140,21 @@ def _seen(pid: int) -> Process | None:
         with process.oneshot():
             if process.status() == psutil.STATUS_ZOMBIE:
                 return None
-            # An ending process has no arguments any more.
-            return Process(pid, process.create_time(), " ".join(process.cmdline()) or process.name())
+            return Process(pid, process.create_time(), " ".join(_arguments(process)) or process.name())
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return None
+
+
+def _arguments(process: psutil.Process, patience: float = 0.05) -> list[str]:
+    """Return the arguments. Empty for an ending process.
+
+    Popen returns when the kernel closes the child's descriptors, a moment before it sets the arguments. So if there are
+    none, look again for up to `patience` seconds.
+    """
+    deadline = time.monotonic() + patience
+    while not (arguments := process.cmdline()) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return arguments
 
 
 def _belonging(folder: Path) -> Callable[[int], bool]:
