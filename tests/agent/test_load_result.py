@@ -13,9 +13,11 @@ from mlxops.agent.host.system import this_system
 from mlxops.agent.operations import load
 from mlxops.agent.paths import host_paths
 from mlxops.agent.state.store import Store
+from mlxops.core.commands.load import Load
 from mlxops.core.errors import Exit, NotStarted
 from mlxops.core.planner import LoadPlan, ModelRef, Outcome
 from mlxops.core.ports import Owner, PortView, State
+from mlxops.core.registry import EMPTY
 from mlxops.core.settings import Settings
 from tests.lab.envelopes import envelope
 
@@ -43,15 +45,19 @@ def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Conte
     return context
 
 
+def held(ctx: Context) -> load.Held:
+    return load.Held(ctx, Load(model="a", port="8103"), PLAN.port, PLAN.target, EMPTY, began=0.0)
+
+
 @pytest.mark.parametrize("state", [each for each in State if each is not State.READY])
 def test_other_state_than_ready_is_a_failure(seen: Callable[..., Context], state: State) -> None:
     with pytest.raises(NotStarted) as caught:
-        load._load_result(seen(state), PLAN, 0.0, changed=True)
+        load._load_result(held(seen(state)), PLAN, changed=True)
     error = caught.value
     assert (error.exit, error.code, error.why) == (Exit.NOT_STARTED, "not_ready", f"it is {state}")
     assert f"is {state} a moment later" in error.message and "mlxctl load a 8103 --force" in error.hint
 
 
 def test_late_server_is_waited_for(seen: Callable[..., Context]) -> None:
-    result = load._load_result(seen(State.WEDGED, State.UNKNOWN, State.READY), PLAN, 0.0, changed=True)
+    result = load._load_result(held(seen(State.WEDGED, State.UNKNOWN, State.READY)), PLAN, changed=True)
     assert result.state == "ready"

@@ -12,13 +12,12 @@ import pytest
 
 from mlxops.agent.context import Context
 from mlxops.agent.host.system import this_system
-from mlxops.agent.operations.load import _hold_port_and_model
+from mlxops.agent.operations.load import Held, hold
 from mlxops.agent.paths import host_paths
 from mlxops.agent.state.operation_log import create
 from mlxops.agent.state.store import Lock, Store
 from mlxops.core.commands.load import Load
-from mlxops.core.errors import Busy, Refused
-from mlxops.core.planner import ModelRef
+from mlxops.core.errors import Busy, Refused, UsageError
 from mlxops.core.ports import World
 from mlxops.core.protocol import Envelope, Event
 from mlxops.core.records import Operation
@@ -28,6 +27,7 @@ from tests.core.worlds import PORTS, world
 from tests.lab.envelopes import envelope
 
 FIRST, SECOND = sorted(PORTS)[:2]
+LATE_CONTEXT = 4096
 OTHER = Operation("other", "load", "other")
 
 
@@ -42,7 +42,14 @@ class Late(Context):
 def store(tmp_path: Path) -> Store:
     made = Store(tmp_path / "state", tmp_path / "registry.json")
     made.create_folders()
+    assign(made, None)
     return made
+
+
+def assign(store: Store, port: int | None, context_length: int | None = None) -> None:
+    """Write the registry, as another operation would."""
+    entry = {"repo_id": "org/mine", "port": port, "context_length": context_length}
+    store.registry.path.write_text(json.dumps({"version": 1, "models": {"mine": entry}}))
 
 
 def late(store: Store, port: str = "auto") -> Context:
@@ -66,22 +73,15 @@ def held(store: Store, *names: str, by: Operation = OTHER) -> Iterator[None]:
             lock.release()
 
 
-def mine() -> ModelRef:
-    return ModelRef("mine", "org/mine")
-
-
-def claim(ctx: Context) -> None:
+def claim(ctx: Context) -> Held:
     assert isinstance(ctx.request, Load)
-    with _hold_port_and_model(ctx, ctx.request, mine):
-        pass
+    with hold(ctx, ctx.request) as claimed:
+        return claimed
 
 
 def test_auto_skips_an_idle_port_that_was_just_taken(store: Store) -> None:
-    with (
-        held(store, f"port-{FIRST}"),
-        _hold_port_and_model(late(store), Load(model="mine", port="auto"), mine) as held_port,
-    ):
-        assert held_port == (SECOND, "mine")
+    with held(store, f"port-{FIRST}"), hold(late(store), Load(model="mine", port="auto")) as claimed:
+        assert (claimed.port, claimed.target.name) == (SECOND, "mine")
         held_now = store.holder(f"port-{SECOND}"), store.holder("model-mine")
         assert [operation.id for operation in held_now if operation] == ["mine", "mine"]
     assert store.holder(f"port-{SECOND}") is None
@@ -116,17 +116,43 @@ def test_same_load_is_followed_on_any_port(store: Store, port: str, same: bool) 
     assert (caught.value.details.get("attach") == log.id) is same
 
 
-def test_load_without_a_port_takes_the_port_of_one_that_just_ended(store: Store) -> None:
-    """The registry that it read first has no port for the model yet."""
+class Meanwhile(Late):
+    """A context of a load without a port. Once it has read the registry, another operation assigns the model `port`."""
 
-    class Ended(Late):
-        def registry(self) -> Registry:
-            before = super().registry()
-            store.registry.path.write_text(json.dumps({"version": 1, "models": {"mine": {"port": SECOND}}}))
-            return before
+    port: int | None = None
 
-    store.registry.path.write_text(json.dumps({"version": 1, "models": {"mine": {}}}))
+    def usable_registry(self) -> Registry:
+        before = super().usable_registry()
+        assign(self.store, self.port, context_length=LATE_CONTEXT)
+        return before
+
+
+def meanwhile(store: Store, port: int | None) -> Context:
     ctx = late(store)
-    ended = Ended(Load(model="mine"), ctx.paths, store, ctx.system, ctx.emit, {}, operation="mine")
-    with _hold_port_and_model(ended, Load(model="mine"), mine) as held_port:
-        assert held_port == (SECOND, "mine")
+    made = Meanwhile(Load(model="mine"), ctx.paths, store, ctx.system, ctx.emit, {}, operation="mine")
+    object.__setattr__(made, "port", port)
+    return made
+
+
+def test_load_without_a_port_takes_the_port_of_one_that_just_ended(store: Store) -> None:
+    claimed = claim(meanwhile(store, SECOND))
+    assert (claimed.port, claimed.target.name) == (SECOND, "mine")
+
+
+def test_load_without_a_port_follows_its_model_to_another_port(store: Store) -> None:
+    assign(store, FIRST)
+    assert claim(meanwhile(store, SECOND)).port == SECOND
+
+
+def test_load_without_a_port_is_refused_if_its_model_loses_the_port(store: Store) -> None:
+    assign(store, FIRST)
+    with pytest.raises(UsageError) as caught:
+        claim(meanwhile(store, None))
+    assert caught.value.code == "port_needed"
+
+
+def test_registry_of_a_held_load_was_read_under_the_locks(store: Store) -> None:
+    assign(store, FIRST)
+    claimed = claim(meanwhile(store, FIRST))
+    assert claimed.registry.models["mine"].context_length == LATE_CONTEXT
+    assert claimed.target.entry == claimed.registry.models["mine"]

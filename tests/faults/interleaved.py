@@ -172,7 +172,7 @@ def _case_repository_gets_a_name(arena: Arena) -> None:
     """The load holds the lock of the new name, so the model is not started a second time under it."""
     first, second = arena.ports[0], arena.ports[1]
     arena.write_registry({})
-    before, starts = _Breakpoint(arena, f"{OPERATIONS}.load._hold_port_and_model"), _Breakpoint(arena, STARTS)
+    before, starts = _Breakpoint(arena, f"{OPERATIONS}.load.model_lock"), _Breakpoint(arena, STARTS)
 
     def prepare() -> None:
         before.prepare()
@@ -227,7 +227,7 @@ def _case_observed_server_is_replaced(arena: Arena) -> None:
     """The new server answers to the same alias. It is not adopted in place of the observed one."""
     first = arena.ports[0]
     pid = arena.start_by_hand(ALPHA, first)
-    with _paused_at(arena, f"{OPERATIONS}.load._adopt", "load", model=ALPHA, port=str(first)) as adopted:
+    with _paused_at(arena, f"{OPERATIONS}.load.adopt", "load", model=ALPHA, port=str(first)) as adopted:
         os.kill(pid, signal.SIGKILL)
         _wait_until(lambda: not arena.servers())
         (arena.folder / "hand" / "slot-a").unlink()
@@ -239,7 +239,7 @@ def _case_observed_server_is_replaced(arena: Arena) -> None:
 def _case_adoption_is_cancelled_late(arena: Arena) -> None:
     first = arena.ports[0]
     arena.start_by_hand(ALPHA, first)
-    ended = _cancel_at(arena, f"{OPERATIONS}.load.commit", "load", shielded=True, model=ALPHA, port=str(first))
+    ended = _cancel_at(arena, f"{OPERATIONS}.adopt.commit", "load", shielded=True, model=ALPHA, port=str(first))
     assert ended.exit == 0, "the adoption was complete before the request could be raised"
     _serves(arena, {first: ALPHA})
 
@@ -374,7 +374,7 @@ def _case_port_changes_before_its_rollback(arena: Arena) -> None:
     first = arena.ports[0]
     _load(arena, ALPHA, first)
     _load(arena, BETA, first)
-    with _paused_at(arena, f"{OPERATIONS}.rollback.load", "rollback", port=str(first)) as back:
+    with _paused_at(arena, f"{OPERATIONS}.rollback.hold", "rollback", port=str(first)) as back:
         _load(arena, GAMMA, first)
     assert (back[0].exit, back[0].error and back[0].error.code) == (75, "changed_meanwhile"), back
     _serves(arena, {first: GAMMA})
@@ -385,7 +385,7 @@ def _case_rollback_to_a_model_on_another_port(arena: Arena) -> None:
     first, second = arena.ports[0], arena.ports[1]
     _load(arena, ALPHA, first)
     _load(arena, BETA, first)
-    with _paused_at(arena, f"{OPERATIONS}.rollback.load", "rollback", port=str(first)) as back:
+    with _paused_at(arena, f"{OPERATIONS}.rollback.hold", "rollback", port=str(first)) as back:
         _load(arena, ALPHA, second)
     assert (back[0].exit, back[0].error and back[0].error.code) == (3, "model_elsewhere"), back
     _serves(arena, {first: BETA, second: ALPHA})
@@ -396,7 +396,7 @@ def _case_rollback_to_a_name_that_is_repointed(arena: Arena) -> None:
     first, second = arena.ports[0], arena.ports[1]
     for model, repo in ((ALPHA, None), (BETA, None), ("name", ALPHA), (BETA, None)):
         assert arena.run("load", model=model, port=str(first), repo=repo, force=True).exit == 0
-    with _paused_at(arena, f"{OPERATIONS}.rollback.load", "rollback", port=str(first)) as back:
+    with _paused_at(arena, f"{OPERATIONS}.rollback.hold", "rollback", port=str(first)) as back:
         assert arena.run("load", model="name", port=str(second), repo=GAMMA).exit == 0
         _unload(arena, second)
     assert (back[0].exit, back[0].error and back[0].error.code) == (75, "changed_meanwhile"), back

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from mlxops.agent.context import RESTORE, Context, PortExcluded
-from mlxops.agent.operations.load import load
+from mlxops.agent.operations.load import hold, load
 from mlxops.agent.paths import require_folder
 from mlxops.core import wire
 from mlxops.core.commands.load import Load
@@ -30,7 +30,6 @@ from mlxops.core.plan_restore import (
     starts_of,
 )
 from mlxops.core.ports import JobState
-from mlxops.core.registry import Registry
 
 UNLOADED = "it was unloaded during the restore"
 
@@ -74,9 +73,9 @@ def _dry_run(ctx: Context, plan: _HostPlan) -> RestoreResult:
     starts: list[RestoreRow] = []
     failed: list[RestoreStep] = []
     for step in plan.steps.starts:
-        request = replace(_load_request(step), dry_run=True)
         try:
-            planned = load(ctx.with_request(request), request).plan
+            with hold(ctx, replace(_load_request(step), dry_run=True)) as held:
+                planned = load(held).plan
         except Interrupted:
             raise
         except MlxopsError as error:
@@ -183,30 +182,15 @@ def _load_request(step: RestoreStep) -> Load:
 
 
 def _start_step(ctx: Context, request: Restore, step: RestoreStep, *, first: bool) -> bool:
-    """Load a step's model. Return whether a server was started.
+    """Load a step's model. Return whether a server was started. `first`: no earlier start failed.
 
-    Record the attempt just before the launch: a start that takes the host down counts, and one that is refused before
-    the launch does not. `first`: no earlier start failed. Raises what `load` raises, `PortExcluded`, `_NotWanted`.
+    Raises what `load` raises, `PortExcluded`, `_NotWanted`.
     """
-
-    def check(registry: Registry) -> None:
-        if not is_wanted(registry, step, cleared=request.cleared):
+    load_request = replace(_load_request(step), first_attempt=first)
+    with ctx.cancellation.for_port(step.port), hold(ctx, load_request) as held:
+        if not is_wanted(held.registry, step, cleared=request.cleared):
             raise _NotWanted("not_wanted", f"{step.model} is not assigned to port {step.port} any more")
-
-    def remember() -> None:
-        ctx.remember(
-            command="restore",
-            model=step.model,
-            port=step.port,
-            boot_id=ctx.system.boot_id(),
-            wall=round(time.time(), 3),
-            monotonic=round(time.monotonic(), 3),
-            afresh=first,
-        )
-
-    load_request = _load_request(step)
-    with ctx.cancellation.for_port(step.port):
-        return load(ctx.with_request(load_request), load_request, check, remember).changed
+        return load(held).changed
 
 
 def _restore_result(

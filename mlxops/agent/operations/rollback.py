@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mlxops.agent.context import Context
-from mlxops.agent.operations.load import load
+from mlxops.agent.operations.load import hold, load
 from mlxops.agent.operations.model_files import cached
 from mlxops.core import names, planner
 from mlxops.core.commands.load import Load, LoadResult
@@ -29,17 +29,6 @@ def run(ctx: Context, request: Rollback) -> LoadResult:
     repo = _repo_argument(ctx, registry, before)
     ctx.note(f"port {port} served {before.model} before ({before.repo_id} at {before.revision[:12]})")
 
-    def check_unchanged(registry: Registry) -> None:
-        _refuse_elsewhere(ctx, registry, port, before)
-        unchanged = _now_and_before(ctx, registry, port) == (now, before)
-        if not unchanged or _repo_argument(ctx, registry, before) != repo:
-            raise Busy(
-                "changed_meanwhile",
-                f"port {port} was changed a moment ago",
-                why="a rollback would bring another model than it did then",
-                hint=f"look first: `mlxctl status`; then, if you still want it: `mlxctl rollback {port}`",
-            )
-
     load_request = Load(
         model=before.model,
         port=str(port),
@@ -52,7 +41,17 @@ def run(ctx: Context, request: Rollback) -> LoadResult:
         sent=request.sent,
         promised=request.promised,
     )
-    return load(ctx.with_request(load_request), load_request, check_unchanged)
+    with hold(ctx, load_request) as held:
+        _refuse_elsewhere(ctx, held.registry, port, before)
+        unchanged = _now_and_before(ctx, held.registry, port) == (now, before)
+        if not unchanged or _repo_argument(ctx, held.registry, before) != repo:
+            raise Busy(
+                "changed_meanwhile",
+                f"port {port} was changed a moment ago",
+                why="a rollback would bring another model than it did then",
+                hint=f"look first: `mlxctl status`; then, if you still want it: `mlxctl rollback {port}`",
+            )
+        return load(held)
 
 
 def _load_hint(registry: Registry, port: int, now: Served | None) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -29,15 +28,8 @@ from mlxops.core.records import run_of
 from mlxops.core.registry import Model, Registry
 
 
-def start_in_place(
-    ctx: Context,
-    request: Load,
-    registry: Registry,
-    plan: LoadPlan,
-    prepared: Prepared,
-    before_launch: Callable[[], None] = lambda: None,
-) -> float | None:
-    """Carry out a plan whose new server passed all checks. `before_launch` is called just before it is started.
+def start_in_place(ctx: Context, request: Load, registry: Registry, plan: LoadPlan, prepared: Prepared) -> float | None:
+    """Carry out a plan whose new server passed all checks.
 
     The caller holds the locks of the port and the model, and of all ports and models that are stopped. Return the
     seconds for which the port did not answer; None if no server was stopped.
@@ -55,7 +47,8 @@ def start_in_place(
                 stopped_at = [stop(ctx, view, ctx.drain) for view in plan.stops]
             ctx.cancellation.check()
             ctx.emit(Phase("start", f"{prepared.engine.name} on port {plan.port}, found by {prepared.command.source}"))
-            before_launch()
+            if request.restore:
+                _remember_attempt(ctx, request, plan)
             start.launch(dict(ctx.environ), plan.target.repo_id, prepared.files.revision, ctx.operation)
             run = start.wait(request.timeout or deadline_for(prepared.files.size_bytes), ctx.emit)
             downtime = time.monotonic() - stopped_at[0] if stopped_at else None
@@ -86,6 +79,22 @@ def start_in_place(
             restore=request.restore,
         )
         return downtime
+
+
+def _remember_attempt(ctx: Context, request: Load, plan: LoadPlan) -> None:
+    """Record a restore's attempt in the history, just before the launch.
+
+    So a start that takes the host down counts as an attempt, and one that is refused before the launch does not.
+    """
+    ctx.remember(
+        command="restore",
+        model=plan.target.name,
+        port=plan.port,
+        boot_id=ctx.system.boot_id(),
+        wall=round(time.time(), 3),
+        monotonic=round(time.monotonic(), 3),
+        afresh=request.first_attempt,
+    )
 
 
 class _NotCommitted(NotStarted):

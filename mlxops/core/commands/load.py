@@ -111,6 +111,8 @@ class Load(
     force: bool = switch("swap what is on the port, move the model, or restart it")
     restore: bool = False
     """Part of a `restore`; noted in the history."""
+    first_attempt: bool = False
+    """Of a `restore`: no earlier start of the model failed."""
 
 
 def show(replies: Sequence[HostReply[LoadResult]]) -> str:
