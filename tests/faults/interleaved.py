@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+from mlxops.agent.hub import cache
 from mlxops.agent.serving import memory
 from mlxops.agent.serving.logs import CAP
 from mlxops.agent.state import recovery
@@ -452,6 +453,31 @@ def _case_pull_is_cancelled_after_its_last_file(arena: Arena) -> None:
     journal.cancel()
     assert arena.ended(journal, pid).exit == 130 and path.exists()
     _serves(arena, {first: "new"})
+
+
+def _case_name_is_repointed_during_its_download(arena: Arena) -> None:
+    """The downloaded files are not served as those of the repository that the name means now."""
+    first, path = arena.ports[0], arena.snapshots[ALPHA]
+    folder, aside = path.parent.parent, arena.folder / "aside"
+    arena.write_registry({"name": entry(ALPHA, path)})
+    repointed = {"name": entry(BETA, arena.snapshots[BETA])}
+    folder.rename(aside)
+
+    def prepare() -> None:
+        owner, name = _owner("mlxops.agent.hub.download.download")
+
+        def download(*args: object, **kwargs: object) -> object:
+            aside.rename(folder)
+            arena.write_registry(repointed)
+            return cache.find(arena.hub, ALPHA, None)
+
+        setattr(owner, name, download)
+
+    journal, pid = arena.begin("load", {"model": "name", "port": str(first)}, first=prepare)
+    ended = arena.ended(journal, pid)
+    assert (ended.exit, ended.error and ended.error.code) == (75, "changed_meanwhile"), ended
+    assert arena.store.registry.read().raw["models"] == repointed
+    _serves(arena, {})
 
 
 def _case_operation_is_being_created(arena: Arena) -> None:
