@@ -22,7 +22,7 @@ from mlxops.core.errors import MlxopsError, UsageError
 
 @task(positional=[], auto_shortflags=False)
 def demo(c: Context) -> None:
-    """Show the main job here, with tiny real models."""
+    """Show the main commands on this machine, with tiny real models."""
 
     def run() -> None:
         from tests.lab import demo as lab
@@ -90,7 +90,7 @@ def _checks(options: Sequence[str], *, types: bool) -> None:
     help={"only": "rows to measure, separated by commas; an unknown one lists them", "json": COMMON["json"]},
 )
 def bench(c: Context, only: str | None = None, json: bool = False) -> None:
-    """Measure mlxops against what it is made of."""
+    """Measure mlxops against the programs that it uses."""
 
     def run() -> None:
         from tests.benchmarks import bench
@@ -104,11 +104,11 @@ def bench(c: Context, only: str | None = None, json: bool = False) -> None:
     positional=[],
     auto_shortflags=False,
     help={
-        "minutes": "how long it goes on (10)",
-        "seed": "which faults: the same number gives the same ones (1)",
-        "state": "the file that counts; left out: faults.json in the test cache. The next run goes on with it",
+        "minutes": "how long to run (10)",
+        "seed": "the same number causes the same faults (1)",
+        "state": "the file with the results; default: faults.json in the test cache. The next run adds to it",
         "only": "kinds of fault, separated by commas",
-        "at": "with --only KIND: this one trial again, with all that it says",
+        "at": "with --only KIND: run only this trial, with its full output",
     },
 )
 def faults(
@@ -119,7 +119,7 @@ def faults(
     only: str | None = None,
     at: str | None = None,
 ) -> None:
-    """Cause fault after fault, and see what survives."""
+    """Cause faults, and check that mlxops survives them."""
 
     def run() -> None:
         from tests.faults import campaign
@@ -133,9 +133,9 @@ def faults(
         if not campaign.run(minutes_given, number, Path(state) if state else None, only):
             raise MlxopsError(
                 "faults_lost",
-                "some faults were not survived",
-                why="each is in the file that counts, with what was wrong",
-                hint="one of them again: inv faults --only KIND --at NUMBER",
+                "mlxops did not survive some faults",
+                why="the results file lists them, each with what went wrong",
+                hint="to run one of them again: inv faults --only KIND --at NUMBER",
             )
 
     _develop("faults", run)

@@ -92,13 +92,13 @@ def _confirm(cli: Cli, targets: Sequence[client.HostTarget], request: UnloadAll)
         raise UsageError(
             "confirmation_needed",
             f"unload-all stops every server of {', '.join(target.name for target in targets)}",
-            why="nothing is asked when standard input is not a terminal",
+            why="it needs a confirmation, and standard input is not a terminal",
             hint="add --yes; or --dry-run to see what it would stop",
         )
     for reply in cli.ask_all(targets, replace(request, dry_run=True)):
         if reply.error is not None or reply.result is None:
             cli.console.hear(
-                reply.host, Note("nothing is stopped, because what would be stopped cannot be shown", "warning")
+                reply.host, Note("nothing is stopped, because mlxops cannot show what it would stop", "warning")
             )
             raise reply.error or Bug(
                 "no_result",
@@ -124,7 +124,7 @@ def status(cli: Cli, request: Status) -> None:
         return _watch(cli, request)
     if request.interval is not None:
         why = "without --watch each host is asked once"
-        raise UsageError("watch_missing", "--interval goes with --watch", why=why, hint="add --watch")
+        raise UsageError("watch_missing", "--interval needs --watch", why=why, hint="add --watch")
     replies = cli.ask_all(cli.hosts(), request)
     cli.show(tuple(map(_refuse_drift, replies)) if request.strict else replies)
 
@@ -134,8 +134,8 @@ def _watch(cli: Cli, request: Status) -> None:
 
     cli.one_line = True
     if request.probe:
-        why = "a completion from every ready port at every look would be load, not watching"
-        raise UsageError("probe_or_watch", "--probe and --watch exclude each other", why=why, hint="leave one out")
+        why = "each poll would send a completion to every ready port, which is too much load"
+        raise UsageError("probe_or_watch", "--probe and --watch cannot be used together", why=why, hint="leave one out")
     seconds = command.parse_interval(request.interval)
     targets = cli.hosts()
     replies = command.watch_hosts(targets, seconds, cli.console, json=cli.common.json, until_drift=request.strict)
@@ -143,7 +143,7 @@ def _watch(cli: Cli, request: Status) -> None:
 
 
 def _refuse_drift(reply: HostReply[StatusResult]) -> HostReply[StatusResult]:
-    """Return the reply with an error if it names drift."""
+    """Return the reply, with an error if its status has drift."""
     if reply.result is None or not reply.result.drift:
         return reply
     count = len(reply.result.drift)
@@ -153,7 +153,7 @@ def _refuse_drift(reply: HostReply[StatusResult]) -> HostReply[StatusResult]:
         if count == 1
         else f"{count} differences between the registry and what is running",
         why=", ".join(dict.fromkeys(row.code for row in reply.result.drift)),
-        hint="each is named in the status",
+        hint="the status lists each one",
     )
     return replace(reply, error=error)
 
@@ -171,8 +171,8 @@ def ops(cli: Cli, request: Ops) -> None:
     if request.follow is not None and request.cancel is not None:
         raise UsageError(
             "follow_or_cancel",
-            "--follow and --cancel exclude each other",
-            why="one waits for an operation's end, the other causes it",
+            "--follow and --cancel cannot be used together",
+            why="--follow waits for an operation, --cancel ends it",
             hint=f"`mlxctl ops --follow {request.follow}`; or `mlxctl ops --cancel {request.cancel}`",
         )
     target = cli.one_host()
@@ -220,8 +220,8 @@ def gateway(cli: Cli, request: Gateway) -> None:
     if configured is None or not (configured.config or (request.through and configured.url)):
         raise UsageError(
             "no_gateway",
-            "hosts.yaml does not say where the gateway's configuration is",
-            why="the hosts are compared with it",
+            "hosts.yaml does not name the gateway's configuration file",
+            why="this command compares it with the hosts",
             hint="add `gateway: {config: ~/litellm/router.yaml}`; see the annotated hosts.yaml of mlxops",
         )
     config = read_config(configured)
@@ -231,12 +231,12 @@ def gateway(cli: Cli, request: Gateway) -> None:
 
 
 def _print_entries(cli: Cli, request: Gateway) -> None:
-    """Print the entries to paste. With `--json` the same as data: `model_list`, and `environ` for the env file."""
+    """Print the entries to paste. With `--json`, print them as data: `model_list`, and `environ` for the env file."""
     from mlxops.control.gateway.entries import as_yaml, entries_to_paste
 
     if not request.print:
         why = "it is a form of what is printed; the check itself reads the env file that hosts.yaml names"
-        raise UsageError("print_missing", "--env goes with --print", why=why, hint="add --print, or leave it out")
+        raise UsageError("print_missing", "--env needs --print", why=why, hint="add --print, or leave it out")
     document, environ = entries_to_paste(cli.hosts(), env=request.env)
     reply: HostReply[Mapping[str, object]] = HostReply("gateway", {**document, "environ": environ})
     cli.show([reply], lambda replies: as_yaml(document, environ))

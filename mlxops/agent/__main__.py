@@ -324,7 +324,7 @@ class _Beat:
 
 
 def _emit(event: Event) -> None:
-    """Raises `Refused` (result_too_long): the control node would skip a longer line as noise."""
+    """Write an event. Raises `Refused` (result_too_long) for a line so long that the control node would skip it."""
     line = encode_event(event)
     if len(line) > MAX_LINE:
         raise Refused(

@@ -1,7 +1,7 @@
-"""The settings on which all clients of this host must agree (`host.json`).
+"""The agreed settings: those that all control nodes of this host must share. The host saves them in `host.json`.
 
-They are read, compared and saved under one lock. So if two clients that disagree are the first ones on a fresh host,
-one of them is refused.
+They are read, compared and saved under one lock. So if the first two control nodes of a fresh host differ, one of them
+is refused.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from mlxops.core.settings import Settings
 def agree(store: Store, paths: HostPaths) -> None:
     """Before a change, check the request's settings against the agreed ones, then save them.
 
-    Settings that need no agreement take the request's values. Raises `Refused` (settings_differ, host_json_unusable,
-    state_unwritable) and `Busy` (settings_locked).
+    Other settings may differ: the request's values replace the saved ones. Raises `Refused` (settings_differ,
+    host_json_unusable, state_unwritable) and `Busy` (settings_locked).
     """
     store.create_folders()
     with store.settings_lock():
@@ -31,7 +31,7 @@ def agree(store: Store, paths: HostPaths) -> None:
 
 
 def replace_agreement(store: Store, paths: HostPaths) -> None:
-    """Replace the agreed settings by these. `deploy` requests this.
+    """Replace the agreed settings with those of the request. `deploy` asks for this.
 
     Raises `Busy` (settings_in_use) while an operation runs with different settings: it writes to the paths in them.
     """
@@ -45,9 +45,9 @@ def replace_agreement(store: Store, paths: HostPaths) -> None:
 
 
 def confirm_agreement(store: Store, paths: HostPaths) -> None:
-    """In the worker, check that its settings are still the agreed ones.
+    """In the worker, check again that the request's settings are the agreed ones. Raises what `agree` raises.
 
-    From here on its record shows a running operation, so that `replace_agreement` refuses. Raises what `agree` raises.
+    The worker's record shows a running operation, so `replace_agreement` refuses from now on.
     """
     with store.settings_lock():
         _refuse_differences(store.agreed_settings(), paths)
@@ -79,8 +79,8 @@ def _refuse_while_used(store: Store) -> None:
     if running is not None:
         raise Busy(
             "settings_in_use",
-            "the host's agreed settings cannot be changed now",
-            why=f"operation {running.id} is running with the current ones",
+            "the saved settings of the host cannot be changed now",
+            why=f"operation {running.id} is using them",
             hint=f"wait for it: `mlxctl ops --follow {running.id}`; then again: `inv deploy`",
             details={"operation": running.id},
         )

@@ -65,9 +65,9 @@ def _restore(state: Path, printed: set[str]) -> _Outcome:
     if agreed is None:
         raise Refused(
             "never_agreed",
-            f"the host has no agreed settings: there is no {state / 'host.json'}",
-            why="they name its registry and its models",
-            hint="run `inv deploy`, or any change",
+            f"the host has no saved settings: {state / 'host.json'} does not exist",
+            why="they say where its registry and its models are",
+            hint="save them: `inv deploy`",
         )
     paths = host_paths(agreed, os.environ)
     store = Store(paths.state, paths.registry)
@@ -92,7 +92,10 @@ def _restore(state: Path, printed: set[str]) -> _Outcome:
 
 
 def _plan(store: Store, paths: HostPaths, request: Envelope, printed: set[str]) -> tuple[RestoreStep, ...] | None:
-    """Return the skipped steps if there is nothing to start; None if there is. Raises what `restore` raises first."""
+    """Plan without starting anything. Return the skipped steps if there is nothing to start; None if there is.
+
+    Print each skipped step once. Raises the errors with which `restore` refuses to plan.
+    """
     dry_run = Restore(dry_run=True)
     context = Context(dry_run, paths, store, this_system(), _print, dict(os.environ), request.asker)
     plan = current_plan(context, dry_run)

@@ -108,7 +108,7 @@ class Cancellation:
 
     @contextmanager
     def shield(self) -> Iterator[None]:
-        """Do not interrupt the block. The next `check` raises a request that arrives during it."""
+        """Do not interrupt the block. If a request arrives meanwhile, the next `check` raises the exception."""
         self._shields += 1
         try:
             yield
@@ -141,7 +141,7 @@ class Context:
         return registry.read_usable() if self.request.dry_run else registry.check_writable()
 
     def warn_if_unusable(self, registry: Registry) -> MlxopsError | None:
-        """Return the error with which every change is refused, if the registry cannot be used; warn of it."""
+        """If the registry cannot be used, warn, and return the error that every change would get; else return None."""
         if not registry.unwritable:
             return None
         error = self.store.registry.refusal(registry)
@@ -317,7 +317,7 @@ def busy(lock: str, holder: Operation, *, attach: bool = False) -> Busy:
     return Busy(
         "busy",
         f"another operation {held}: {holder}",
-        why="one operation at a time on a port, and with a model",
+        why="only one operation at a time may use a port or a model",
         hint=f"wait for it: `mlxctl ops --follow {holder.id}`",
         details={"operation": holder.id, "lock": lock} | ({"attach": holder.id} if attach else {}),
     )

@@ -73,7 +73,7 @@ def _absolute(path: str, environ: Mapping[str, str]) -> Path:
 
 
 def settings_differences(agreed: HostPaths, requested: HostPaths) -> dict[str, tuple[str, str]]:
-    """Return the settings on which all control nodes must agree and do not: key -> (agreed, requested)."""
+    """Compare the settings that must be the same everywhere. Return those that differ: key -> (agreed, requested)."""
     pairs = {key: (_setting_text(agreed, key), _setting_text(requested, key)) for key in AGREED}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
@@ -87,12 +87,14 @@ def _setting_text(paths: HostPaths, key: str) -> str:
 
 def settings_differ(differences: Mapping[str, tuple[str, str]]) -> Refused:
     pairs = differences.items()
-    listed = "; ".join(f"{key}: agreed {agreed!r}, requested {requested!r}" for key, (agreed, requested) in pairs)
+    listed = "; ".join(
+        f"{key}: the host has {agreed!r}, hosts.yaml has {requested!r}" for key, (agreed, requested) in pairs
+    )
     return Refused(
         "settings_differ",
-        "the request's settings differ from those that this host has agreed on",
+        "hosts.yaml differs from the settings that this host has saved",
         why=listed,
-        hint="correct hosts.yaml, or make its settings the agreed ones: `inv deploy`",
+        hint="correct hosts.yaml; or, if it is right, save its settings on the host: `inv deploy`",
         details={"differences": {key: list(pair) for key, pair in differences.items()}},
     )
 
@@ -112,7 +114,7 @@ def require_folder(folder: Path) -> None:
         raise Refused(
             "folder_missing",
             why,
-            why="perhaps its disk is not mounted; mlxops creates no folder there, or it would fill the system's disk",
+            why="its disk may not be mounted; if mlxops created the folder, its files would fill the system's disk",
             hint=f"mount the disk, or correct hub and registry in hosts.yaml; or, to create {folder}: {create}",
         )
 

@@ -76,7 +76,7 @@ def _parameter(name: str, default: object) -> inspect.Parameter:
 
 
 def _default(option: Option, default: object) -> object:
-    """Return Invoke's default. It would convert the text of a number itself, with errors of its own."""
+    """Return the default for Invoke; None if mlxops parses the value, so that Invoke does not convert it."""
     return None if option.parse or isinstance(default, tuple) else default
 
 

@@ -120,10 +120,10 @@ class Cli:
 
     def interruption(self) -> MlxopsError:
         """Return the error for Ctrl-C before a host had named its operation."""
-        why, hint = "Ctrl-C was pressed before its end", "asking for the same thing again is safe"
+        why, hint = "Ctrl-C was pressed before its end", "it is safe to run the same command again"
         if self.kind.changes:
             why = "if the host had received the request already, the operation goes on there"
-            hint = "see: `mlxctl ops`; asking for the same thing again follows it"
+            hint = "see: `mlxctl ops`; the same command again follows the operation"
         as_typed = f" --host {quote(self.common.host)}" if self.common.host else ""
         hint = aimed(hint, as_typed + (" --local" if self.common.local else ""))
         return Interrupted("interrupted", "interrupted", why=why, hint=hint)
@@ -133,8 +133,8 @@ class Cli:
     def show(self, replies: Sequence[HostReply[R]], show: Show[R] | None = None, *, nested: bool | None = None) -> None:
         """Print the result on standard output, as text or as one JSON document.
 
-        `show`: from replies to text; by default that of the command which the replies are of. `nested`: in JSON the
-        result has a key of its own.
+        `show` turns the replies into text; by default it is the command's own. `nested`: give the result its own key in
+        the JSON document.
         """
         self.replies = replies
         if self.common.json:
@@ -226,7 +226,7 @@ def _json_row(reply: HostReply[object], *, nested: bool) -> dict[str, Any]:
 
 
 def check(target: HostTarget, request: AnyRequest) -> None:
-    """Refuse names that cannot be valid before anything is connected to. Raises `UsageError`."""
+    """Refuse invalid names and ports before any connection is made. Raises `UsageError`."""
     subject = request.subject
     try:
         if subject.model is not None:
@@ -244,7 +244,7 @@ def _not_asked(target: HostTarget) -> MlxopsError:
         "not_asked",
         f"{target.name} was not asked",
         why="it comes after the host at which Ctrl-C was pressed",
-        hint=f"ask for the same thing again, with --host {target.name}",
+        hint=f"run the same command again, with --host {target.name}",
     )
 
 

@@ -55,8 +55,8 @@ class Targets:
                 raise UsageError(
                     "no_hosts_file",
                     "there is no hosts.yaml",
-                    why="its places are MLXOPS_HOSTS_FILE, ~/.config/mlxops/hosts.yaml and, for inv, beside tasks.py",
-                    hint="write the second (the repository has an example), or use --local on the host itself",
+                    why="MLXOPS_HOSTS_FILE is not set, and ~/.config/mlxops/hosts.yaml does not exist",
+                    hint="create that file (the repository has an example), or use --local on the host itself",
                 )
             return (HostTarget("local", None, local_python(), Settings(), agreed=True, flags=" --local"),)
         hosts = self.inventory.select(name, all_by_default=all_by_default and not self.local)
@@ -64,7 +64,7 @@ class Targets:
             raise UsageError(
                 "one_host",
                 f"{self.command} takes one host",
-                why=f"{', '.join(host.name for host in hosts)} are {len(hosts)}",
+                why=f"{len(hosts)} are selected: {', '.join(host.name for host in hosts)}",
                 hint=f"name one of them: --host {hosts[0].name}",
             )
         if self.local:

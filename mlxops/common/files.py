@@ -16,7 +16,7 @@ from typing import TypeGuard
 
 
 class Unfit(OSError):
-    """The path is not a regular file, or the file is too long to be one of ours. So no process has it open as one."""
+    """The path is not a regular file, or the file is too long to be one of ours. So no process of ours uses it."""
 
 
 _NOT_FILES = frozenset({errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.ENODEV})

@@ -126,7 +126,7 @@ _LOCAL_ERRORS = {
 def get_status(host: str, port: int, path: str, timeout: float) -> int | None:
     """Return the HTTP status of a GET; None without an answer within `timeout` seconds. Raises `RequestNotSent`.
 
-    It does without http.client, because `status` calls it.
+    It does not import http.client, because that would slow down `status`.
     """
     name = f"[{host}]" if ":" in host else host
     request = f"GET {path} HTTP/1.1\r\nHost: {name}:{port}\r\nConnection: close\r\n\r\n"

@@ -57,7 +57,7 @@ class ReadLimits:
         self._bytes += count
 
     def allow_unfinished(self, line: bytes | bytearray) -> None:
-        """Restart for the beginning of a line if it is an event, which may be long and the connection slow."""
+        """Restart the limits if the unfinished line begins an event. Events can be long, and the connection slow."""
         if self.greeted and line.startswith(MARKER.encode()):
             self.restart()
 

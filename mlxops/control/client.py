@@ -58,7 +58,7 @@ class HostTarget:
     python: tuple[str, ...]
     settings: Settings
     agreed: bool = False
-    """There is no configuration here. The host uses its agreed settings."""
+    """There is no configuration here. The host uses the settings that it has saved."""
     flags: str = ""
     """What a suggested command needs to go to this host, such as " --host studio2"; "" if it needs nothing."""
 
@@ -97,7 +97,7 @@ def ask(target: HostTarget, request: Request[R], listen: Listen) -> HostReply[R]
 
 
 def decoded(target: HostTarget, kind: type, result: Mapping[str, object]) -> object:
-    """Raises `AgentProblem` for a result that is not one of the command."""
+    """Return the result as a `kind`. Raises `AgentProblem` if it is not one."""
     try:
         return wire.decode(kind, result)
     except wire.DecodeError as error:
@@ -133,9 +133,9 @@ def ask_all(targets: Sequence[HostTarget], request: Request[R], listen: Listen) 
 
 
 def deploy(target: HostTarget, listen: Listen, options: DeployOptions) -> HostReply[DeployResult]:
-    """Install this tree's agent on the host, then agree with it on the host's settings.
+    """Install this tree's agent on the host, then save the host's settings there.
 
-    A rollback to another build does not agree: that build agrees with its own control node only.
+    After a rollback to another build, do not save them: that build takes settings only from its own control node.
     """
     from mlxops.control.deploy import install
     from mlxops.control.inventory import Host
@@ -319,9 +319,9 @@ class _Conversation:
         follow = f"`inv ops --follow {self._operation}`" if self._operation else "`inv ops`"
         return OutcomeUnknown(
             "outcome_unknown",
-            f"the connection to {name} was lost; what was asked may be going on there",
+            f"the connection to {name} was lost; the command may still be running there",
             why=why,
-            hint=aimed(f"later: {follow}; asking for the same thing again is safe", self._target.flags),
+            hint=aimed(f"later: {follow}; it is safe to run the same command again", self._target.flags),
             details={"operation": self._operation} if self._operation else None,
         )
 

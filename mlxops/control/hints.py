@@ -38,7 +38,7 @@ def aimed_event(event: Event, flags: str) -> Event:
 
 
 def aimed_error(error: MlxopsError, flags: str) -> MlxopsError:
-    """Return the same error, changed."""
+    """Add the target's flags to the commands in the error. Changes and returns `error`."""
     error.hint, error.commands = aim(error.hint, error.commands, flags.split())
     error.details = {key: _aimed_value(value, flags) for key, value in error.details.items()}
     return error

@@ -72,7 +72,7 @@ class YAMLValue:
             if key.kind not in ("text", "number") or not name or not name.isprintable():
                 raise value.bad("is not a key", "a key is one line of plain text", "correct or quote the key")
             if name in entries:
-                raise value.bad("is there twice", f"the first is in line {entries[name].line}", "remove one of them")
+                raise value.bad("appears twice", f"the first is in line {entries[name].line}", "remove one of them")
             entries[name] = value
         return entries
 
@@ -107,7 +107,9 @@ class YAMLValue:
                 "remove it",
             )
         if not self.raw and not empty:
-            raise self.bad("is empty", "an empty value would be a silent default", "give it a value or remove the key")
+            raise self.bad(
+                "is empty", "an empty value would silently mean the default", "give it a value or remove the key"
+            )
         return self.raw
 
     def number(self) -> int:

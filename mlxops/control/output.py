@@ -36,7 +36,7 @@ def document(command: str, answers: Sequence[HostReply[object]], per_host: Mappi
 def document_line(
     command: str, answers: Sequence[HostReply[object]], per_host: Mapping[str, Mapping[str, object]]
 ) -> str:
-    """Return the same document on one line."""
+    """Return the JSON document of a command on one line."""
     return json_line(_document(command, answers, per_host))
 
 

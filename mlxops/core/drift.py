@@ -162,7 +162,7 @@ class DriftCode(StrEnum):
     INTERRUPTED_OPERATION = (
         "interrupted_operation",
         "The worker of an operation was killed, or the host went down, before the operation had a result.",
-        "ask for it again: `{command}`; or clean up what it left: `mlxctl reconcile`",
+        "run it again: `{command}`; or clean up what it left: `mlxctl reconcile`",
     )
     LEFTOVER = (
         "leftover",

@@ -57,7 +57,7 @@ class GatewayPaths:
 
 @dataclass(frozen=True)
 class Entry:
-    """An entry of `model_list`, with all inherited values. Of the key it has only whether there is one."""
+    """An entry of `model_list`, with all inherited values. It never holds the key, only whether there is one."""
 
     alias: str
     """The name that clients use. As written in the configuration, it may also be a pattern such as `jerry-*`."""
@@ -575,7 +575,7 @@ def document_with_values(ports: Sequence[GatewayPort]) -> dict[str, object]:
 
 
 def document_with_variables(ports: Sequence[GatewayPort]) -> tuple[dict[str, object], dict[str, str]]:
-    """Return the same with a variable for every value, and the values of these variables."""
+    """Return the document with an environment variable in place of each value, and the variables' values."""
     slots = [port for port in ports if port.alias]
     environ: dict[str, str] = {}
     rows = []

@@ -84,7 +84,7 @@ def _parts(config: Mapping[str, object]) -> list[Mapping[str, object]]:
 
 
 def _at_most(values: Mapping[str, object]) -> int:
-    """Return the values per token of a layer with full keys and values, by the largest reading of the configuration."""
+    """Return the values per token of a layer with full keys and values: the most that the configuration may mean."""
     heads, hidden = guess(values, *HEADS) or 0, guess(values, *HIDDEN) or 0
     shared = [key for key in values if key.endswith(("key_value_heads", "kv_heads", "attention_groups"))]
     dims = [key for key in values if key.endswith("head_dim") and not key.startswith(("index", "linear", "mamba"))]

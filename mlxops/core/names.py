@@ -86,7 +86,7 @@ def port(text: str, ports: PortRange) -> int:
         raise UsageError(
             "bad_port",
             f"{shown(text)} is not a port of this host",
-            why=f"its range is {ports}",
+            why=f"the host's ports are {ports}",
             hint="see the slots: `mlxctl status`",
         )
     return number

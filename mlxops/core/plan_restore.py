@@ -274,9 +274,9 @@ def _seconds_since(attempt: RestoreAttempt, now: Now) -> float:
 def _lasted(attempts: Sequence[RestoreAttempt], step: RestoreStep, record: Record | None, now: Now) -> bool:
     """Whether the server of the last attempt served long enough, judged after it is down.
 
-    The log is evidence if the server had requests. If the server ended with the host, the uptime of the host is
-    evidence: a server that crashes the host, at its start or under load, does so earlier. It is no evidence after
-    several attempts in the same boot.
+    The log shows it if the server had requests. If the server ended with the host, the host's uptime shows it, because
+    a server that crashes the host, at its start or under load, does so soon. After several attempts in one boot, the
+    uptime shows nothing.
     """
     last = attempts[-1]
     if record is None or record.model != step.model or not record.proven:

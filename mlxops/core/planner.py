@@ -278,8 +278,10 @@ def _has_files_of(run: Run, wanted: Wanted) -> bool:
 
 
 def _has_repo_of(run: Run, target: ModelRef) -> bool:
-    """Whether the run has the target's repository and revision. For targets whose files are not in the cache; if the
-    revision is a branch, it equals no commit."""
+    """Whether the run has the target's repository and revision. Use it for a target whose files are not in the cache.
+
+    If the target's revision is a branch, the answer is False: a run has a commit.
+    """
     return run.repo_id == target.repo_id and run.revision.startswith(target.revision or "")
 
 
@@ -400,8 +402,7 @@ def plan_unload_all(registry: Registry, world: World) -> tuple[UnloadPlan, ...]:
 
 
 def plan_reconcile(registry: Registry, world: World) -> ReconcilePlan:
-    """Clear assignments that nothing serves by every signal, and stop processes that are proven ours and serve
-    nothing."""
+    """Plan to clear the assignments of ports where no signal shows a server, and to stop our own leftover processes."""
     clear: dict[str, int] = {}
     stops, forget, kept = list[PortView](), list[int](), list[str]()
     for port, view in sorted(world.ports.items()):

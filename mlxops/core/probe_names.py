@@ -59,7 +59,7 @@ class GatewayServer:
 
 
 def server_of(described: ServerNames, base: str, slot: str | None, *, idle: bool = False) -> GatewayServer:
-    """Return the server at `base` as its agent described it."""
+    """Return the server at the URL `base`, with the names from its agent's answer. `slot`: the port's alias."""
     only = described.answers_to
     return GatewayServer(
         url=base,

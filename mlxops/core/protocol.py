@@ -49,14 +49,14 @@ class Requester:
 
 @dataclass(frozen=True)
 class Envelope:
-    """A request with what goes with it: the settings of its host, and the build and name of the control node."""
+    """A request with its context: the settings of its host, and the build and name of the control node."""
 
     request: AnyRequest
     settings: Settings
     build: str
     asker: Requester = field(default_factory=Requester)
     agreed: bool = False
-    """The settings are the host's own agreed ones: `--local` without a hosts.yaml."""
+    """Use the settings saved on the host instead of `settings`: `--local` without a hosts.yaml."""
     ticket: str = ""
     """Identifies the request. A second request with the same ticket follows the first one and does nothing itself."""
     heard: int = 0

@@ -120,7 +120,7 @@ class Server:
 
 
 def run_of(server: Server, port: int, boot_id: str) -> Run:
-    """Return a server that we did not start as a run that can only prove its identity."""
+    """Return a run record for a server that we did not start. It has only what proves the server's identity."""
     unknown = dict.fromkeys(("model", "alias", "repo_id", "revision", "run_id", "operation", "log_path"), "")
     return Run(
         **unknown,

@@ -31,17 +31,17 @@ def unknown_model(name: str, registry: Registry, port: str | None = None) -> Ref
 def two_repositories(name: str, repo_id: str | None, port: str | None) -> Refused:
     return Refused(
         "ambiguous_model",
-        f"--model {name} and --repo {repo_id} are two repositories",
-        why="a model that is named by its repository cannot serve another one",
-        hint=f"give it a name: `mlxctl load {name.rpartition('/')[2]} {_port_words(port)} --repo {repo_id}`",
+        f"--model {name} and --repo {repo_id} name two different repositories",
+        why="a --model of the form org/name is the repository itself",
+        hint=f"use a short name: `mlxctl load {name.rpartition('/')[2]} {_port_words(port)} --repo {repo_id}`",
     )
 
 
 def several_entries(repo_id: str, models: Sequence[Model], port: str | None) -> Refused:
     return Refused(
         "ambiguous_model",
-        f"several models are of {repo_id}: {', '.join(model.name for model in models)}",
-        why="a repository names a model only if exactly one entry has it",
+        f"several models use {repo_id}: {', '.join(model.name for model in models)}",
+        why="a repository can stand for a model only if one entry has it",
         hint=f"name the model that you mean: `mlxctl load {models[0].name} {_port_words(port)}`",
     )
 
@@ -51,7 +51,7 @@ def entry_without_repo(entry: Model, port: str | None) -> Refused:
         "entry_unusable",
         f"the registry entry {entry.name!r} names no repository",
         why="; ".join(entry.problems),
-        hint=f"repoint it: `mlxctl load {entry.name} {_port_words(port)} --repo org/name`",
+        hint=f"give it one: `mlxctl load {entry.name} {_port_words(port)} --repo org/name`",
     )
 
 
@@ -92,12 +92,12 @@ def alias_elsewhere(name: str, own: int, port: int) -> Refused:
 
 
 def gateway_name(port: int, answers_to: str, sent: Sequence[str], unknown: Iterable[str]) -> Refused:
-    """The gateway sends the names `sent`; the server would not know `unknown` of them."""
+    """The gateway sends the names `sent`. Of these, the server would not answer to `unknown`."""
     names = ", ".join(map(shown, unknown))
     return Refused(
         "gateway_name",
-        f"the gateway sends the name {names} to port {port}, and the server would not know it",
-        why=f"port {port} answers to {answers_to}, for every model and engine",
+        f"the gateway sends the name {names} to port {port}, but the server does not answer to it",
+        why=f"a server on port {port} answers to {answers_to}, whatever its model and engine",
         hint=f"in the gateway's entry for port {port}: model: openai/{answers_to}",
         details={"port": port, "answers_to": answers_to, "sent": list(sent)},
     )
@@ -166,7 +166,7 @@ def adopted_twice(name: str, other: PortView) -> Refused:
     return Refused(
         "model_elsewhere",
         f"{name} is served on port {other.port} too",
-        why="one model, one port; mlxops adopts a running server only if it is the model's only one",
+        why="mlxops serves a model on one port only, and adopts a running server only if the model has no other",
         hint=f"first: {_unload_command(other)}",
     )
 
@@ -175,7 +175,7 @@ def served_elsewhere(name: str, other: PortView) -> Refused:
     return Refused(
         "model_elsewhere",
         f"{name} is served on port {other.port}",
-        why="one model, one port",
+        why="mlxops serves a model on one port only",
         hint=f"move it: add --force; or first: {_unload_command(other)}",
     )
 

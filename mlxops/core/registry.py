@@ -91,7 +91,7 @@ class Registry:
         return self._with_entries({name: entry})
 
     def assign(self, name: str, port: int) -> Registry:
-        """Assign `port` to `name`, and clear other claims in the same document. No document has two claims."""
+        """Return a registry that assigns `port` to `name` and to no other entry."""
         entries: dict[str, dict[str, object]] = {
             other.name: {**self.entry(other.name), "port": None} for other in self.on_port(port) if other.name != name
         }

@@ -15,7 +15,7 @@ R = TypeVar("R", covariant=True)
 
 @dataclass(frozen=True)
 class HostReply(Generic[R]):
-    """The outcome of a request to one host: a result, an error, or both where an error comes with what was found."""
+    """The outcome of a request to one host: a result, an error, or both if the result is a reason for the error."""
 
     host: str
     result: R | None = None

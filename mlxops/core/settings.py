@@ -318,7 +318,7 @@ def _slots(value: Value, settings: Settings, _engines: Sequence[str]) -> dict[in
                 "use the name that the gateway sends for this port",
             )
         if alias in slots.values():
-            raise entry.bad(f"the alias {alias} is there twice", "an alias belongs to one port", "rename one of them")
+            raise entry.bad(f"the alias {alias} appears twice", "an alias belongs to one port", "rename one of them")
         slots[int(key)] = alias
     return slots
 
@@ -330,7 +330,7 @@ def _boot(value: Value, settings: Settings, _engines: Sequence[str]) -> tuple[Bo
     ports = [job.port for job in jobs]
     for port in ports:
         if ports.count(port) > 1:
-            raise value.bad(f"port {port} is there twice", "a port has one server", "remove one of the jobs")
+            raise value.bad(f"port {port} appears twice", "a port has one server", "remove one of the jobs")
     return jobs
 
 
@@ -416,7 +416,7 @@ def _ports_from(value: object, key: str) -> PortRange:
 
 
 def _boot_to_wire(jobs: Iterable[BootJob]) -> object:
-    """Write no job as null and one job as an object. Version 0.1.0 reads only those: after `deploy --rollback`, too."""
+    """Write no job as null and one job as an object: version 0.1.0 reads only those, after `deploy --rollback`."""
     written = [job.to_wire() for job in jobs]
     if len(written) < 2:
         return written[0] if written else None

@@ -538,7 +538,7 @@ def test_name_resolves_to_a_model(
         ("missing", None, "unknown_model", "--repo org/name"),
         ("on", None, "unknown_model", "one"),
         ("org/both", None, "ambiguous_model", "left, right"),
-        ("org/new", "org/other", "ambiguous_model", "two repositories"),
+        ("org/new", "org/other", "ambiguous_model", "two different repositories"),
         ("broken", None, "entry_unusable", "repo_id is not a string"),
     ],
 )

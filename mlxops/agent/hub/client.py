@@ -406,7 +406,7 @@ class DownloadProgress:
         self._emit(Progress("download", self._total, self._total))
 
     def _report(self, done: int) -> None:
-        """Emit progress that only grows, although a retry starts over. The total is left to `finish`."""
+        """Emit the progress if it has grown: a retry starts over. Only `finish` reports the end."""
         with self._lock:
             now = time.monotonic()
             if self._shown < done < self._total and now >= self._next:

@@ -307,7 +307,7 @@ def _refuse_broken_links(folder: Path, plan: DownloadPlan) -> None:
         if target:
             raise Refused(
                 "link_broken",
-                f"{plan.repo_id} is not downloaded, because that would replace a link that a person made",
+                f"{plan.repo_id} is not downloaded, because that would replace a link that somebody created by hand",
                 why=f"{printable(link.name)} is a link to {printable(target)}, which does not exist",
                 hint=f"mount the disk that it points to, or delete the link: rm {shlex.quote(str(link))}",
             )

@@ -127,7 +127,7 @@ class Shape:
     """The size when it is served as a model other than a language model."""
 
     def served_as(self, model_type: str) -> KVCache | None:
-        """Return the cache for a value of the engine's option `model_type`, `lm` or another."""
+        """Return the size of the KV cache. `model_type`: the engine's option, `lm` or another."""
         return self.cache if model_type == "lm" else self.other_cache
 
 

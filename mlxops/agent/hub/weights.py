@@ -61,8 +61,9 @@ def weights(names: Collection[str]) -> list[str]:
 def missing(present: Collection[str], listed: Collection[str]) -> str | None:
     """Return the first missing weight file; None if the `present` files include a complete set.
 
-    `listed` are the files that an index or the hub names. The list is used if it names all files of a complete set or,
-    if no set is complete, any present file. Otherwise it belongs to another conversion.
+    `listed` are the files that an index or the hub names. The list is used if it names all files of a
+    complete set. If no set is complete, it is used if it names any present file. Otherwise it is ignored, because it
+    belongs to another conversion.
     """
     here = set(present)
     lacking = [_missing_shards(members) for members in _sets(here)]

@@ -30,8 +30,8 @@ def run(ctx: Context, request: Logs) -> LogsResult:
         raise Refused(
             "no_log",
             f"port {port} has no log",
-            why="nothing was started there by mlxops",
-            hint=f"`mlxctl status`; or wait for one: `mlxctl logs {port} --follow`",
+            why="mlxops has started no server there",
+            hint=f"see the ports: `mlxctl status`; or wait for a log: `mlxctl logs {port} --follow`",
         ) from None
     for line in files.read(log, start):
         ctx.emit(LogLine(line.text))

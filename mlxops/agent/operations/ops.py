@@ -89,8 +89,8 @@ def find(store: Store, text: str) -> OperationLog:
         return matches[0]
     raise Refused(
         "unknown_operation",
-        f"{text!r} is the end of several operations" if matches else f"there is no operation {text!r} on this host",
-        why=", ".join(each.id for each in matches) or "the records of the latest two hundred are kept",
+        f"several operation ids end with {text!r}" if matches else f"there is no operation {text!r} on this host",
+        why=", ".join(each.id for each in matches) or "only the latest 200 operations are kept",
         hint="see: `mlxctl ops`",
     )
 
@@ -143,14 +143,14 @@ def worker_pid(journal: OperationLog) -> int | None:
 
 def _refuse_uncancellable(journal: OperationLog) -> None:
     envelope = _envelope(journal)
-    name = envelope.request.name if envelope else None
+    name = envelope.request.name if envelope else "an unknown command"
     if not journal.alive():
         message = f"operation {journal.id} has ended already"
-        raise Refused("operation_ended", message, why=f"it was: {name}", hint="`mlxctl ops`")
+        raise Refused("operation_ended", message, why=f"its command was: {name}", hint="`mlxctl ops`")
     if envelope is None or not envelope.request.cancellable:
         raise Refused(
             "not_cancellable",
             f"{name} cannot be cancelled",
-            why="it takes only seconds, and a half-done change would be worse than the whole",
+            why="it takes only seconds, and stopping it halfway would leave the change unfinished",
             hint=f"wait for it: `mlxctl ops --follow {journal.id}`",
         )

@@ -58,7 +58,7 @@ def prefetch_weights(ctx: Context, path: Path, name: str) -> None:
                 "unreadable_weights",
                 f"the weights of {name} cannot be read",
                 why=f"{file}: {error.strerror}",
-                hint="see to the host's disk; then delete the model's folder in the cache and load it again",
+                hint="check the host's disk; then delete the model's folder in the cache and load it again",
             ) from None
 
 

@@ -484,7 +484,7 @@ class _Managers:
 
     @cached_property
     def _unit_files(self) -> list[tuple[bool, Path]]:
-        """The unit files with the job's name, else those that run the script."""
+        """The unit files with the job's name, else those that run the script: (is it a user unit, path)."""
         unit_files = [
             (user, path)
             for user, folder in self._roots.units(self._home, self._environ.get("XDG_CONFIG_HOME", ""))

@@ -105,7 +105,7 @@ def _launchd(job: RestoreJob, label: str) -> dict[str, object]:
 
 
 def service(job: RestoreJob) -> str:
-    """Return the systemd user unit."""
+    """Return the systemd user unit of the job."""
     quoted = [_systemd_quoted(f"{key}={value}", dollar="$") for key, value in job.environ.items()]
     environment = "".join(f"Environment={text}\n" for text in quoted)
     return f"""\
@@ -127,7 +127,7 @@ WantedBy=default.target
 
 
 def timer(job: RestoreJob) -> str:
-    """Return its timer. The interval is from the end of one run to the start of the next."""
+    """Return the systemd timer unit of the job. The interval is from the end of one run to the start of the next."""
     return f"""\
 [Unit]
 Description=Bring crashed MLX servers back
@@ -184,7 +184,7 @@ class Launchd:
         pause: Callable[[], None] = lambda: time.sleep(0.25),
         tries: int = 40,
     ) -> None:
-        """launchd finishes some requests later: they are tried `tries` times, with a `pause` in between."""
+        """launchd may need time for a request: try it up to `tries` times, with a `pause` in between."""
         self._environ = environ
         self._daemons = daemons
         self._pause = pause

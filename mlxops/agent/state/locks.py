@@ -49,7 +49,7 @@ def try_flock(fd: int, *, shared: bool = False) -> bool:
 
 @contextmanager
 def add_path(path: str | Path) -> Iterator[None]:
-    """Set the path of a `NoLocks`."""
+    """Add the path to a `NoLocks` that the block raises."""
     try:
         yield
     except NoLocks as error:

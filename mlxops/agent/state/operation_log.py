@@ -207,7 +207,7 @@ class OperationLog:
             return b""
 
     def state(self) -> OperationState:
-        """Return its state, read from the end of its events."""
+        """Return the operation's state, read from its last events."""
         state = OperationState()
         for line in self._read_tail().decode(errors="replace").splitlines():
             match decode_event(line):
@@ -268,7 +268,7 @@ class OperationLog:
                     "worker_failed",
                     f"operation {self.id} ended without a result",
                     why=last.splitlines()[-1],
-                    hint=f"report it, with the file {self.folder / 'stderr'} of the host",
+                    hint=f"report this as a bug, with the file {self.folder / 'stderr'} of the host",
                 )
         return Refused(
             "operation_interrupted",
@@ -279,8 +279,8 @@ class OperationLog:
 
 
 def create(ops: Path, request: Envelope) -> tuple[OperationLog, int | None]:
-    """Create an operation's record. Return it and the lock for its worker; or if the ticket already has a record, that
-    record and None. Raises `Busy` (operations_locked), `OSError`."""
+    """Create an operation's record. Return it and the lock for its worker. If the ticket already has a
+    record, return that one and None. Raises `Busy` (operations_locked), `OSError`."""
     # Without the lock, two requests with one ticket, from two connections, could both create a record.
     with folder_lock(ops, "operations"):
         ticket = request.ticket or os.urandom(4).hex()
@@ -298,7 +298,7 @@ def create(ops: Path, request: Envelope) -> tuple[OperationLog, int | None]:
 
 
 def _write_request(log: OperationLog, request: Envelope) -> int:
-    """Create the files that a worker needs in order to report: a full disk then shows here. Return the lock."""
+    """Create the files that a worker needs to report, so that a full disk fails here. Return the lock."""
     lock = log.hold()  # first: a record that can be read and whose lock is free counts as interrupted
     try:
         fd = os.open(log.folder / "request.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

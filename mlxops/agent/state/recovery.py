@@ -42,7 +42,7 @@ class InterruptedOperation:
 def find_interrupted(store: Store, ports: Iterable[int]) -> Iterator[InterruptedOperation]:
     """Yield all interrupted operations, the newest first.
 
-    `ports`: a request may not name its port; an abandoned lock of one of these ports then does.
+    `ports`: where to look for abandoned locks. They show the port of a request that does not name one.
     """
     abandoned = [operation for port in ports if (operation := store.abandoned_by(f"port-{port}"))]
     locked_ports = {operation.id: operation.port for operation in abandoned}

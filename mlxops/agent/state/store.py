@@ -1,7 +1,7 @@
 """The state folder of a host: locks, run records, agreed settings, history. Only this code writes them.
 
 <state>/            0700
-  host.json         the settings that were last agreed on
+  host.json         the agreed settings (`agreement`)
   history.jsonl     what changed, by whom, when
   registry.previous.json  the registry before its last change (`registry_file`)
   registry.known.json     where this host has had a registry: if a file there is gone, the registry is not empty
@@ -250,13 +250,13 @@ class Store:
 
     @contextmanager
     def settings_lock(self) -> Iterator[None]:
-        """Hold from reading to writing the agreed settings. Raises `Refused` (state_unwritable) and `Busy`
+        """Lock the agreed settings from their reading to their writing. Raises `Refused` (state_unwritable) and `Busy`
         (settings_locked)."""
         with self._report_unwritable(), folder_lock(self.state, "settings"):
             yield
 
     def agreed_settings(self) -> Settings | None:
-        """Return the settings that were last agreed on; None if there are none. Raises `Refused`."""
+        """Return the agreed settings; None if none are saved. Raises `Refused` (host_json_unusable)."""
         path = self.state / "host.json"
         try:
             data = read_if_exists(path)
@@ -266,9 +266,9 @@ class Store:
         except ValueError as error:
             raise Refused(
                 "host_json_unusable",
-                f"the host's agreed settings {path} cannot be read",
+                f"the saved settings of the host, {path}, cannot be read",
                 why=str(error)[:200],
-                hint="set them again: `inv deploy`",
+                hint="save them again: `inv deploy`",
             ) from None
 
     def save_agreed_settings(self, settings: Settings) -> None:
@@ -355,7 +355,7 @@ def state_unreadable(path: Path, error: OSError) -> Refused:
     relocate = _RELOCATE_STATE if isinstance(error, NoLocks) else ""
     return Refused(
         "state_unreadable",
-        f"{path}, of the host's state, cannot be read",
+        f"the state file {path} cannot be read",
         why=describe_error(error),
         hint=relocate or files.remedy(error) or "repair it on the host, or move it away, then try again",
     )

@@ -86,7 +86,7 @@ def faults_error(findings: Sequence[Finding]) -> MlxopsError | None:
     return Refused(
         FAULTS_CODE,
         f"{count} {'fault' if count == 1 else 'faults'} between the gateway and its servers",
-        why="a request by such an alias fails, or another server answers it",
+        why="a request for such an alias fails, or reaches another server",
         hint="each is listed, with what to do",
     )
 

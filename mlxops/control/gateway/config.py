@@ -140,7 +140,10 @@ def _merged(first: str) -> tuple[object, list[str], list[Finding]]:
 
 
 def _included(document: _Document) -> list[tuple[str, _Document]]:
-    """Return its includes, with itself. Raises `Refused` (bad_gateway_config) if LiteLLM would not start."""
+    """Return the included paths, each with this document.
+
+    Raises `Refused` (bad_gateway_config) if LiteLLM would not start.
+    """
     if not isinstance(document.content, dict) or "include" not in document.content:
         return []
     listed = document.content["include"]

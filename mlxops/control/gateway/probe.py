@@ -63,7 +63,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Deployment:
-    """A deployment of the running gateway, as far as it shows it."""
+    """What the running gateway reports about one of its deployments."""
 
     alias: str
     model: str

@@ -53,7 +53,7 @@ class RunningGateway:
         return Probes(self, plan, results)
 
     def why_no_name(self, slot: str, port: int) -> str:
-        """Return why no name certainly leads to a port."""
+        """Return why it is not certain that a name leads to a port."""
         same = (e for e in self.entries or () if e.alias == slot and e.address is not None and e.address[1] == port)
         if (entry := next(same, None)) is None:
             return f"the gateway has no entry that leads to port {port}"

@@ -137,7 +137,7 @@ class Login:
             return []
 
     def _load(self, path: Path) -> bool:
-        """Read a private key; if it cannot be, note why."""
+        """Read a private key. If that fails, note why and return False."""
         if path in self._files:
             return True
         if not os.path.isfile(path) or path in self._unusable:

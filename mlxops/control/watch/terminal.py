@@ -268,7 +268,7 @@ class TerminalView:
         self._wake()
 
     def _on_ending_signal(self, number: int, frame: FrameType | None) -> None:
-        """Call the handler from before this view, which raises; delay that while rich writes."""
+        """Call the previous handler of the signal, which raises. While rich writes, only remember the signal."""
         handler = self._handlers[number]
         if self._writing:
             self._delayed.append(number)
@@ -288,7 +288,7 @@ class TerminalView:
 
 @contextmanager
 def _closed_as_broken_pipe() -> Iterator[None]:
-    """Writing to a closed terminal fails with EIO, if SIGHUP has not ended the process before."""
+    """Raise `BrokenPipeError` for any `OSError`: writing to a closed terminal fails with EIO."""
     try:
         yield
     except OSError as error:

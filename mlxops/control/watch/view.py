@@ -69,7 +69,7 @@ class ChangeEvent:
         return f"{stamp(self.at)} {self._text()}"
 
     def short(self) -> str:
-        """Return the same without the date."""
+        """Return the change as `__str__` does, with the time of day only."""
         return f"{clock(self.at)} {self._text()}"
 
     def _text(self) -> str:

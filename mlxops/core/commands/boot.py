@@ -57,12 +57,12 @@ class Boot(
 ):
     """Have the host start its models at boot."""
 
-    install: bool = switch("have the system run restore at boot", sent=False)
+    install: bool = switch("make the system run restore at boot", sent=False)
     every: int | None = option(
-        "minutes; also have it run that often, which brings crashed servers back (implies --install)",
+        "minutes; also run restore that often, to start crashed servers again (implies --install)",
         parse=whole("--every", 1, 1440),
     )
-    remove: bool = switch("have it run it no more", sent=False)
+    remove: bool = switch("stop the system from running restore", sent=False)
     show: bool = switch("show what is installed; the default", sent=False)
     action: str = "show"
     dry_run: bool = False
@@ -73,9 +73,9 @@ class Boot(
         if len(chosen) > 1:
             raise UsageError(
                 "one_action",
-                f"--{chosen[0]} and --{chosen[1]} exclude each other",
-                why="each leaves something else installed, or changes nothing",
-                hint="one after the other",
+                f"--{chosen[0]} and --{chosen[1]} cannot be used together",
+                why="each of them is another action",
+                hint="use one at a time",
             )
         action = "install" if chosen == ["every"] else chosen[0]
         return replace(self, action=action, dry_run=action == "show")

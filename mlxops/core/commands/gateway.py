@@ -9,7 +9,7 @@ from mlxops.core.replies import ErrorRow
 
 @dataclass(frozen=True)
 class ServedPort:
-    """A port of a host, as far as a gateway's entry has to agree with it."""
+    """The facts about a host's port that a gateway's entry must match."""
 
     port: int
     alias: str | None
@@ -41,7 +41,7 @@ class ServedPort:
 
 @dataclass(frozen=True)
 class ServedPorts:
-    """What the agent answers. The result that is shown is made of it and the gateway's files on the control node."""
+    """The agent's result. The control node adds the gateway's files, and makes the result that it shows."""
 
     ports: tuple[ServedPort, ...]
     registry_error: ErrorRow | None

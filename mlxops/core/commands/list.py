@@ -68,7 +68,7 @@ class ModelRow:
 
 @dataclass(frozen=True)
 class UseRow:
-    """The memory of one server, in bytes. `counted_bytes`: what of it is counted against the budget."""
+    """The memory of one server, in bytes. `counted_bytes`: the part that counts against the budget."""
 
     port: int | None
     """None for a server outside of the port range."""

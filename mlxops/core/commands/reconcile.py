@@ -50,7 +50,7 @@ class Reconcile(
     hosts=Hosts.SEVERAL,
     changes=True,
 ):
-    """Clear what nothing serves; stop what a crash left."""
+    """Clear assignments without a server; stop leftovers of a crash."""
 
 
 def show(replies: Sequence[HostReply[ReconcileResult]]) -> str:

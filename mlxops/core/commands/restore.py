@@ -46,7 +46,7 @@ class Restore(
     changes=True,
     cancellable=True,
 ):
-    """Start what is assigned and nothing serves."""
+    """Start assigned models that no server serves."""
 
     cleared: bool = switch("also what the latest reconcile has cleared")
 

@@ -18,13 +18,15 @@ class Unload(Draining[PortResult], group=Group.SERVE, example="mlxctl unload 810
     """Stop a port's server and clear its assignment."""
 
     port: str | None = option("the port to unload", position=0)
-    model: str | None = option("the model to unload, wherever it is")
-    force: bool = switch("also a server that was started by hand")
+    model: str | None = option("the model to unload, on whichever port it is")
+    force: bool = switch("also stop a server that was started by hand")
 
     def checked(self) -> Self:
         if self.port is not None and self.model is not None:
-            why = "each names what to unload, and they may name different things"
-            raise UsageError("port_or_model", "--port and --model exclude each other", why=why, hint="leave one out")
+            why = "they may name two different servers"
+            raise UsageError(
+                "port_or_model", "--port and --model cannot be used together", why=why, hint="leave one out"
+            )
         if self.port is None and self.model is None:
             raise UsageError(
                 "missing_argument",
