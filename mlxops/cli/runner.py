@@ -114,9 +114,9 @@ class Cli:
         hint = aimed("see: `mlxctl status`", target.flags)
         if reply.result is not None and reply.result.cancelled:
             what = f"operation {operation} was cancelled; nothing half done is left"
-            return Interrupted("cancelled", what, why="it was asked for after Ctrl-C", hint=hint)
+            return Interrupted("cancelled", what, why="you chose to cancel it after Ctrl-C", hint=hint)
         what = f"operation {operation} was done before it could be cancelled"
-        return Interrupted("interrupted", what, why="it was near its end when Ctrl-C was pressed", hint=hint)
+        return Interrupted("interrupted", what, why="it was almost done when Ctrl-C was pressed", hint=hint)
 
     def interruption(self) -> MlxopsError:
         """Return the error for Ctrl-C before a host had named its operation."""

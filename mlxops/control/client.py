@@ -215,7 +215,7 @@ def ended_early(target: HostTarget, ended: Ended, *, greeted: bool) -> Exception
             "agent_not_started",
             f"the mlxops agent could not be started on {target.name}",
             why=f"{' '.join(target.python)}: {words[-1]}"[:300],
-            hint="raise the limit (ulimit -a shows it), or free what is short, then try again; nothing was asked yet",
+            hint="raise the limit (see: ulimit -a) or free memory, then try again; the request was not sent",
         )
     if _NO_SHELL.search(words[-1]) if words else ended.status == 1:
         # nologin prints to standard output, and false prints nothing. Python would print to standard error.

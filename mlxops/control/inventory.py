@@ -178,7 +178,7 @@ def _url(value: YAMLValue) -> str:
 
 
 def _has_valid_port(url: str) -> bool:
-    """Return whether the URL has a port that can be used, or none."""
+    """Return whether the URL has a usable port or no port."""
     from urllib.parse import urlsplit
 
     try:

@@ -527,7 +527,7 @@ def _server_finding(port: GatewayPort, entries: Sequence[Entry]) -> Finding | No
         )
     if port.state in _PASSING_STATES:
         return finding(
-            Severity.WARNING, "not_ready", f"{place} is {port.state}", "ask again in a moment: `inv gateway`"
+            Severity.WARNING, "not_ready", f"{place} is {port.state}", "run this again in a moment: `inv gateway`"
         )
     if not port.serves:
         severity = Severity.FAULT if port.assigned else Severity.WARNING

@@ -378,8 +378,8 @@ def import_quietly() -> None:
 class DownloadProgress:
     """The progress of one download in bytes, read from the progress bars of huggingface_hub.
 
-    It creates a bar for bytes written to disk, one for bytes received and one for files, and updates them from several
-    threads (2.4, `_snapshot_download.py`).
+    The library has a bar for bytes written to disk, one for bytes received and one for files. Several threads update
+    them (2.4, `_snapshot_download.py`).
     """
 
     def __init__(self, emit: Emit, total: int, client: HubClient) -> None:

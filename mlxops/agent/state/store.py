@@ -256,7 +256,10 @@ class Store:
             yield
 
     def agreed_settings(self) -> Settings | None:
-        """Return the agreed settings; None if none are saved. Raises `Refused` (host_json_unusable)."""
+        """Return the agreed settings; None if none are saved.
+
+        Raises `Refused` (state_unreadable, host_json_unusable).
+        """
         path = self.state / "host.json"
         try:
             data = read_if_exists(path)

@@ -41,7 +41,7 @@ def _addresses(name: str) -> frozenset[str]:
 
 
 def configured_ports(target: HostTarget) -> tuple[GatewayPort, ...]:
-    """Return a host's ports by its settings. Raises `Unreachable` if its address must come from SSH and cannot."""
+    """Return a host's ports by its settings. Raises `Unreachable` if SSH does not say its address."""
     settings = target.settings
     address = reached_at(target)
     return tuple(GatewayPort(target.name, address, port, settings.slots.get(port)) for port in settings.ports)

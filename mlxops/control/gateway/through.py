@@ -74,7 +74,7 @@ class RunningGateway:
             return _RESTART
         detail = result.detail.lower()
         if result.status == 429 or "budget" in detail:
-            return "the gateway limits it, or has set the server aside after failures; ask again in a minute"
+            return "the gateway limits it, or has set the server aside after failures; run this again in a minute"
         if result.without_key:
             return f"give {result.alias} an api_key (any placeholder will do), and restart the gateway, once"
         if result.status in {401, 403} and "exception" in detail:
@@ -86,7 +86,7 @@ class RunningGateway:
             case "fallback":
                 return "see: `mlxctl status --probe`; the gateway asks its own server again after a cool-down"
             case "other_deployment":
-                return "the gateway asks its deployments in turn; ask again"
+                return "the gateway asks its deployments in turn; run this again"
             case "other_server":
                 return f"see what the running gateway has: GET {self.gateway.url}/v1/model/info"
         return "see: `mlxctl status --probe`, and the gateway's log"
@@ -132,8 +132,11 @@ def _with_defaults(deployment: Deployment, defaults: Mapping[str, str]) -> Deplo
 
 
 def _entry_of(deployment: Deployment, in_files: Sequence[Entry]) -> Entry:
-    """Return the entry of a deployment. The running gateway hides addresses from credentials and providers' defaults,
-    so take those from its files."""
+    """Return the entry of a deployment.
+
+    The running gateway does not report an address that comes from credentials or a provider's default. Take it from the
+    gateway's files.
+    """
     entry = entry_of_deployment(deployment.alias, deployment.model, deployment.api_base, deployment.provider)
     if entry.api_base is not None:
         return entry
