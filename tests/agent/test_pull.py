@@ -56,7 +56,7 @@ def worker_of(lab: Homelab) -> int:
 
 
 class TestPull:
-    def test_asks_the_hub_that_the_hosts_settings_name(self, homelab: Homelab, hub: Hub) -> None:
+    def test_pull_asks_the_hub_of_the_hosts_settings(self, homelab: Homelab, hub: Hub) -> None:
         """The session's own environment names another one."""
         assert homelab.mini.mlxctl("pull", "--repo", QWEN).exit == 8
         homelab.configure(env={"HF_ENDPOINT": hub.url})

@@ -62,7 +62,7 @@ def test_aimed_command_is_understood() -> None:
     ]
 
 
-def test_commands_of_rows_errors_and_notes_are_aimed_and_nothing_else() -> None:
+def test_only_commands_of_rows_errors_and_notes_are_aimed() -> None:
     row = {"hint": "mlxctl restore", "message": "mlxctl restore", "port": 8100, "commands": [["mlxctl", "restore"]]}
     bare = {"hint": "mlxctl restore"}
     done = aimed_event(Done({"drift": [row, bare], "url": "x", "none": None}, "status"), OTHER)
@@ -98,7 +98,7 @@ OTHERS = {PACKAGE / "core" / "gateway.py", PACKAGE / "core" / "commands" / "list
 """Where the model is anybody's choice."""
 
 
-def test_no_command_that_a_host_or_a_plan_tells_has_a_placeholder_in_it() -> None:
+def test_suggested_command_has_no_placeholder() -> None:
     """Where a value is not known, the command that shows it is told instead."""
     sources = {*(PACKAGE / "agent").rglob("*.py"), *(PACKAGE / "core").rglob("*.py")} - OTHERS
     found = [
@@ -175,7 +175,7 @@ PROVOKED: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("case", PROVOKED)
 @pytest.mark.parametrize("flags", ["", OTHER, " --local"])
-def test_what_an_error_tells_to_type_is_understood_and_has_what_was_typed(case: str, flags: str) -> None:
+def test_suggested_command_parses_and_repeats_the_arguments(case: str, flags: str) -> None:
     provoke, said = PROVOKED[case]
     with pytest.raises(MlxopsError) as caught:
         provoke()

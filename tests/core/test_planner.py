@@ -250,7 +250,7 @@ LOADS: dict[str, Load] = {
 
 
 @pytest.mark.parametrize("situation", LOADS)
-def test_load_has_the_outcome_of(situation: str) -> None:
+def test_load_has_the_expected_outcome(situation: str) -> None:
     case = LOADS[situation]
     if isinstance(case.outcome, Outcome):
         plan = case.plan()
@@ -312,7 +312,7 @@ UNLOADS: dict[str, Unload] = {
 
 
 @pytest.mark.parametrize("situation", UNLOADS)
-def test_unload_has_the_outcome_of(situation: str) -> None:
+def test_unload_has_the_expected_outcome(situation: str) -> None:
     case = UNLOADS[situation]
     seen = world(case.known, *case.seen)
     if case.refused:
@@ -482,7 +482,7 @@ RECONCILES: dict[str, Reconcile] = {
 
 
 @pytest.mark.parametrize("situation", RECONCILES)
-def test_reconcile_has_the_outcome_of(situation: str) -> None:
+def test_reconcile_has_the_expected_outcome(situation: str) -> None:
     case = RECONCILES[situation]
     plan = plan_reconcile(case.known, world(case.known, *case.seen))
     assert tuple(plan.clear or ()) == case.clears
