@@ -50,7 +50,7 @@ CONTROL_ONLY = {"fabric", "paramiko", "invoke", "yaml", "rich"}
 
 @dataclass(frozen=True)
 class Import:
-    """`module` as it is imported by `path`, in `line`; `late`: inside a function, or for type checkers only."""
+    """An import of `module` by `path`. `late`: inside a function, or only for type checkers."""
 
     path: Path
     line: int
@@ -252,7 +252,7 @@ def expected(modules: str) -> set[str]:
 
 
 def imported_by(stderr: str) -> set[str]:
-    """The modules of `python -X importtime`."""
+    """Return the modules that `python -X importtime` lists."""
     return {line.rsplit("|", 1)[1].strip() for line in stderr.splitlines() if "import time:" in line}
 
 
@@ -309,7 +309,7 @@ def test_local_status_imports_only_what_it_needs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("settings", "written"), [({}, True), ({"PYTHONDONTWRITEBYTECODE": "1"}, False)])
 def test_inv_writes_bytecode_unless_python_must_not(tmp_path: Path, settings: dict[str, str], written: bool) -> None:
-    """Invoke by itself keeps Python from it, and what was installed without is then compiled at every command."""
+    """Invoke switches bytecode off. Modules without bytecode would be compiled at every command."""
     (tmp_path / "hosts.yaml").write_text("hosts: {here: {}}\n", encoding="utf-8")
     environ = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "MLXOPS_HOSTS_FILE": str(tmp_path / "hosts.yaml")}
     environ |= {"PYTHONPYCACHEPREFIX": str(tmp_path / "bytecode"), **settings}
@@ -317,12 +317,12 @@ def test_inv_writes_bytecode_unless_python_must_not(tmp_path: Path, settings: di
     argv = [sys.executable, str(script), "list", "--local"]
     subprocess.run(argv, env=environ, cwd=CHECKOUT, capture_output=True, timeout=60, check=True)
     found = {path.name.partition(".")[0] for path in (tmp_path / "bytecode").rglob("mlxops/**/*.pyc")}
-    # The agent is another Python: what only the control node imports is `inv`'s own.
+    # The agent is another process. Only `inv` imports the module inventory.
     assert ("inventory" in found) == written
 
 
 def test_tasks_import_no_slow_package() -> None:
     program = "import sys, mlxops.tasks; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True, timeout=60)
-    # Invoke itself imports yaml where its own copy of another library is not there.
+    # Some builds of Invoke import yaml themselves.
     assert not set(done.stdout.split()) & (HEAVY - {"yaml"})

@@ -1,4 +1,4 @@
-"""Several hosts, hosts that are not as they should be, and the two ways to start a command: `inv` and `mlxctl`."""
+"""Several hosts, hosts with other settings or without an agent, and the two programs `inv` and `mlxctl`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def remote(homelab: Homelab) -> Ask:
 
 
 def hosts_yaml(lab: Homelab) -> Path:
-    """The Mini's; the studio has its own."""
+    """Return the Mini's hosts.yaml. The studio has its own."""
     return lab.mini.home / ".config" / "mlxops" / "hosts.yaml"
 
 
@@ -104,7 +104,7 @@ class TestSeveralHosts:
         assert not imported & {"rich", "huggingface_hub", "psutil"}
 
     def test_hosts_do_not_disturb_each_other(self, make_homelab: Callable[..., Homelab]) -> None:
-        """The same ports and aliases on two hosts, and neither disturbs the other."""
+        """Both hosts have the same ports and aliases."""
         lab = make_homelab(studios=2)
         first, second = lab.studios
         for studio in lab.studios:
@@ -118,7 +118,7 @@ class TestSeveralHosts:
         nothing_runs(second)
 
     def test_hint_acts_on_the_host_it_is_about(self, make_homelab: Callable[..., Homelab]) -> None:
-        """As it is given, wherever a bare command would go."""
+        """The hint is typed as shown. Without its options it would go to another host."""
         lab = make_homelab(studios=2)
         first, second = lab.studios
         port, free = second.ports[:2]
@@ -151,7 +151,7 @@ class TestSeveralHosts:
         typed(hint.partition("first: ")[2]).ok()
         assert assigned(second) == {"other": free} and listener(first, free) is not None
 
-        # On the studio itself, which is not the one that a bare --local means.
+        # On the second studio: a bare --local means another host there.
         on_it = {"MLXOPS_HOST": "studio2"}
         local = ["status", "--json", "--local"]
         assert mlxctl(*local, env=on_it).ok().json["hosts"][0]["host"] == "studio2"
@@ -160,7 +160,7 @@ class TestSeveralHosts:
         refused = mlxctl("load", "mine", str(free), "--local", "--json", env=on_it)
         assert f"mlxctl unload --local {free}" in error_of(refused)["hint"]
 
-        # What this side says itself, of one host.
+        # Errors of the control node itself.
         lab.configure("studio2", ports=f"{port}-{second.ports[-1] + 1}")
         differ = mlxctl("reconcile", "--host", "studio2", "--json")
         assert error_of(differ)["hint"].endswith("inv deploy --host studio2")
@@ -423,7 +423,7 @@ class TestMlxctl:
         assert "hosts.yaml:4: hosts.studio.hubb" in error["message"]
 
     def test_local_command_needs_no_hosts_yaml(self, homelab: Homelab) -> None:
-        """Installed without a checkout, whose hosts.yaml would count: the standard locations, the default ports."""
+        """mlxops is installed without a checkout, so no hosts.yaml is found: paths and ports have their defaults."""
         studio = homelab.studio
         (studio.home / ".config" / "mlxops" / "hosts.yaml").unlink()
         packages = studio.folder / "packages"

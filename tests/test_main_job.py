@@ -1,4 +1,4 @@
-"""The main job with real parts: a real hub, a real engine, a real SSH, and the same things on the host itself."""
+"""The main job with a real hub, engine and sshd, over SSH and on the host itself."""
 
 from __future__ import annotations
 
@@ -111,10 +111,10 @@ class TestInit:
 
 class TestWholeLife:
     def test_models_are_downloaded_served_swapped_and_unloaded(self, online: Ask, hub: Hub) -> None:
-        """The whole life of two models behind one port; each step is looked at from outside."""
+        """Two models behind one port. Each step is checked from outside."""
         ask, studio, port = online, online.studio, online.port
 
-        # From the hub to a completion under the alias.
+        # Download and serve a model.
         loaded = ask("load", "--model", REPO, "--port", port, "--json").ok()
         (host,) = loaded.json["hosts"]
         first = host["result"]
@@ -138,12 +138,12 @@ class TestWholeLife:
         assert row["pgid"] == os.getpgid(pid) and row["revision"] == hub.sha(REPO)
         assert row["memory_bytes"] > 10_000_000 and row["proven_at"]
 
-        # The same again is no change; without a port it means the present one.
+        # The same load again changes nothing. Without a port it means the current one.
         for again in (ask.result("load", "--model", REPO, "--port", port), ask.result("load", "--model", REPO)):
             assert (again["changed"], again["port"], again["state"]) == (False, port, "ready")
             assert listener(studio, port) == pid
 
-        # Another model is refused, and swapped in when that is meant.
+        # Another model needs --force.
         install(studio, OTHER)
         assert ask.error(3, "load", "--model", OTHER, "--port", port)["code"] == "port_in_use"
         assert (listener(studio, port), assigned(studio)) == (pid, {REPO: port})
@@ -155,7 +155,7 @@ class TestWholeLife:
         assert assigned(studio) == {OTHER: port}
         assert port_of(studio, REPO) is None
 
-        # It goes, wholly, and once.
+        # An unload stops the whole group. A second one changes nothing.
         pgid = ask.row()["pgid"]
         gone = ask.result("unload", "--port", port)
         assert (gone["changed"], gone["state"], gone["model"]) == (True, "idle", OTHER)
@@ -215,7 +215,7 @@ class TestFailure:
 def started_by_hand(
     studio: Studio, model: str, port: int, *more: str, folder: Path
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A server that a user started in a shell."""
+    """Start a server as a user does in a shell."""
     program = str(cache.engine_venv("mlx-lm") / "bin" / "mlx_lm.server")
     log = (folder / "by-hand.log").open("wb")
     with (
@@ -285,7 +285,7 @@ class TestHandStartedServer:
 class TestServer:
     @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
     def test_server_has_its_own_session_and_no_secret(self, make_homelab: Callable[..., Homelab], hub: Hub) -> None:
-        """A token in the agent's environment is for downloads; nothing of it or of the asker stays with the server."""
+        """A token in the agent's environment is for downloads. The server does not get it, nor open files."""
         canary = "hf_canaryCANARYcanary"
         lab = make_homelab(hub_url=hub.url)
         studio = lab.studio
@@ -318,10 +318,10 @@ class TestServer:
         pid = listener(ask.studio, ask.port)
         assert pid is not None
         running = argv_of(pid)
-        # The console script's first line puts its interpreter before it.
+        # The shebang line of the console script puts the interpreter in front.
         assert list(running[len(running) - len(plan["argv"]) :]) == plan["argv"]
         assert psutil.Process(pid).environ()["HF_HUB_OFFLINE"] == "1"
-        # It sees no other model of the host's cache, which a wrong name would make it load; and it says so properly.
+        # The server lists only its own model. A request for another one would make it load that.
         path = ask.studio.registry()["models"][REPO]["cache_path"]
         assert [each["id"] for each in models_listed(ask.studio, ask.port)["data"]] == [os.path.realpath(path)]
 
@@ -334,8 +334,7 @@ class TestServer:
 
 
 def _holds_only_its_own(studio: Studio, pid: int) -> None:
-    """Its open files are its log, /dev/null, its sockets and what the engine itself opened; no pipe, no terminal, no
-    file of mlxops' state."""
+    """Check that the server has no pipe, terminal or state file open: only its log, /dev/null, sockets, models."""
     for descriptor in Path(f"/proc/{pid}/fd").iterdir():
         target = os.readlink(descriptor)
         log = str(studio.state / "logs")

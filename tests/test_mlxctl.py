@@ -1,4 +1,4 @@
-"""The positional forms of the seed become flags; everything else stays as it was typed."""
+"""The `mlxctl` program: positional words become flags, and output errors are reported."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_unwritable_output_is_reported(words: str, tmp_path: Path) -> None:
     closed = run(">&-")
     assert closed.returncode == 74 and "  why: it is closed\n" in closed.stderr
     assert "Traceback" not in closed.stderr
-    # Without any standard error at all, what is asked is done nevertheless.
+    # A command without standard error still does its work.
     assert run("2>&-").returncode == 0 and run("2>&-").stdout
     assert run("<&-").returncode == 0
 
@@ -125,7 +125,7 @@ WITHOUT_OUTPUT = (
     ("status --local --json >&-", 74, "the result could not be written"),
     ("--list >/dev/full", 74, "the result could not be written"),
     ("load --help >/dev/full", 74, "the result could not be written"),
-    # Nothing was done, and this is reported.
+    # The command failed before it had a result.
     ("load --bogus --json >/dev/full", 2, "No idea what '--bogus' is"),
     ("load --bogus --json >&-", 2, "No idea what '--bogus' is"),
     ("status --host nowhere --json >&-", 2, "there is no host 'nowhere'"),
@@ -133,7 +133,7 @@ WITHOUT_OUTPUT = (
     ("logs --port 1 --follow --local >/dev/full", 74, "the result could not be written"),
 )
 INVOKES_OWN = ("--help", "--list", "--bogus")
-"""What `inv` answers without asking us."""
+"""Answered by Invoke itself under `inv`."""
 
 
 @pytest.mark.parametrize(

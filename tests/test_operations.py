@@ -1,4 +1,4 @@
-"""What the commands do in every situation, over SSH and locally, with an engine that misbehaves on request."""
+"""The commands in many situations, over SSH and locally, with an engine that misbehaves on request."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def ask(request: pytest.FixtureRequest, homelab: Homelab) -> Ask:
 
 
 def engines(studio: Studio) -> set[Process]:
-    """The engine's processes on this host; not what still waits at the gate to become one."""
+    """Return the engine's processes on this host, without those that still wait at the gate."""
     return {
         process for process in studio.processes() if str(FAKE) in process.command and "gate.py" not in process.command
     }
 
 
 def started(studio: Studio) -> Process:
-    """The one engine process, as soon as there is one."""
+    """Wait for the one engine process, and return it."""
     (process,) = wait_until(lambda: engines(studio), 8, "the engine's start")
     return process
 
@@ -76,7 +76,7 @@ class TestPortChoice:
         assert not engines(ask.studio)
 
     def test_model_may_be_named_like_its_predecessors_organisation(self, ask: Ask) -> None:
-        """mlx-lm is given the name as that of a link in its working directory: "tiny-org" is where the other's was."""
+        """mlx-lm gets the name as a link in its working directory. The other model's link was in `tiny-org` there."""
         port, organisation = ask.studio.ports[3], REPO.partition("/")[0]
         register(ask.studio, REPO)
         register(ask.studio, organisation)
@@ -173,7 +173,7 @@ FAILURES = {
     "broken": ("it answered 500", "loading jerry-xl"),
     "leaves": ("ended with status 0", "loading jerry-xl"),
 }
-"""Mode -> what is said of it, and the engine's last words."""
+"""Mode -> part of the message, and the engine's last words."""
 
 
 class TestServerThatDoesNotStart:
@@ -270,8 +270,8 @@ class TestStopping:
 
     @pytest.mark.parametrize("mode", ["heavy", "heavy-child"])
     def test_unload_waits_for_a_server_that_ends_slowly(self, ask: Ask, mode: str) -> None:
-        """An ending process gives back its memory before its sockets: for that long it has no argv and no environment
-        any more, and still holds the port. With hundreds of gigabytes that is seconds."""
+        """An ending process releases its memory before its sockets. Until then it has no argv and no environment,
+        and still holds the port. With hundreds of gigabytes that takes seconds."""
         register(ask.studio, "mine", mode)
         ask("load", "--model", "mine", "--port", ask.port).ok()
         pid = listener(ask.studio, ask.port) or 0
@@ -399,7 +399,7 @@ class TestHandWrittenRegistry:
 
 @contextmanager
 def foreign(studio: Studio, port: int, model: str) -> Iterator[list[str]]:
-    """A server in the test's own process that answers as if it were the model's; yields what it was asked for."""
+    """Run a server in the test's process that claims to serve the model; yield the requested paths."""
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):

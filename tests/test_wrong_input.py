@@ -50,7 +50,7 @@ STEERING = ("\x1b", "\x07", "\x9b", "\u202e")
 
 @pytest.fixture(scope="module")
 def lab(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory, watch: leaks.Watch) -> Iterator[Homelab]:
-    """One lab for all tests: a refused command changes nothing, so the tests cannot disturb each other."""
+    """One lab for all tests. A refused command changes nothing, so the tests do not disturb each other."""
     folder = tmp_path_factory.mktemp("wrong")
     try:
         with watch.spare(folder), Homelab(folder / "lab") as shared:
@@ -78,8 +78,10 @@ Typed = Callable[..., Completed]
 
 @pytest.fixture
 def typed(lab: Homelab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Typed:
-    """`mlxctl ... --local --json` on the studio, inside this process: what is wrong with a command line is found before
-    anything else is started, and there are too many of them for an interpreter each."""
+    """Run `mlxctl ... --local --json` on the studio inside this process.
+
+    A wrong command line is refused before anything starts, and an interpreter for each would take too long.
+    """
     monkeypatch.setenv("HOME", str(lab.studio.home))
     monkeypatch.chdir(lab.studio.home)
 
@@ -95,12 +97,12 @@ def typed(lab: Homelab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 def mlxctl(ask: Ask, *words: str) -> Completed:
-    """`mlxctl`, which turns every parse error into usage; `inv` keeps Invoke's own."""
+    """Run `mlxctl`. It turns every parse error into a usage error; `inv` leaves them to Invoke."""
     return ask.lab.mini.mlxctl(*words) if ask.way == "ssh" else ask.studio.mlxctl(*words)
 
 
 def refused(ask: Ask, answer: Completed, *statuses: int) -> None:
-    """It is a proper refusal: one document, three lines, and nothing in them that a terminal would obey."""
+    """Check that the answer is a refusal with one document, short lines and no terminal escapes."""
     assert answer.exit in statuses, str(answer)
     error_of(answer)
     said = answer.stdout + answer.stderr
@@ -205,7 +207,7 @@ UNUSABLE = {
 
 @pytest.fixture
 def registry(lab: Homelab) -> Iterator[Path]:
-    """The lab's registry, put back as it was afterwards."""
+    """Return the path of the lab's registry, and restore the file afterwards."""
     path = lab.studio.registry_path
     kept = path.read_bytes()
     yield path
@@ -279,7 +281,7 @@ class TestBrokenRegistry:
         assert tree(local.studio.hub) == before
 
     def test_registry_with_problems_can_be_changed(self, local: Ask, registry: Path) -> None:
-        """A byte order mark and a port as text are no reason to refuse: what is changed is changed, the rest stays."""
+        """A byte order mark or a port as text does not prevent a change. Everything else stays."""
         install(local.studio)
         strange = GOOD | {"port": "x", "note": "\u202e"}
         models = {"mine": GOOD | {"port": str(local.studio.ports[2])}, "strange": strange}

@@ -1,4 +1,4 @@
-"""Files alone: downloaded once for all who ask, checked by content, deleted without harm to what others use."""
+"""`pull`, `pull --verify` and `remove`: one download for all, checks by content, and shared files stay."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def result(lab: Homelab, *words: str) -> dict[str, Any]:
 
 
 def disk(folder: Path) -> int:
-    """Bytes of the regular files below it."""
+    """Return the bytes of the regular files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
 
 

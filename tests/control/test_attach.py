@@ -1,4 +1,4 @@
-"""An operation outlives the connection, the client and the session that asked for it, and is found again."""
+"""An operation outlives its connection, client and session, and can be found again."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def load(lab: Homelab) -> list[str]:
 
 
 def freeze(lab: Homelab, port: int) -> None:
-    """The server that is starting on the port comes no further, and cannot be quicker than what is done next."""
+    """Stop the starting server of the port with SIGSTOP, so that it is not ready before the next step."""
     pid = json.loads((lab.studio.state / "run" / f"{port}.json").read_text())["pid"]
     os.kill(pid, signal.SIGSTOP)
 
@@ -52,7 +52,7 @@ def operations(lab: Homelab) -> list[dict[str, Any]]:
 
 
 def assert_loaded_once(lab: Homelab) -> None:
-    """The end state that an undisturbed load has."""
+    """Check for the end state of an undisturbed load."""
     port = lab.studio.ports[0]
     assert lab.studio.completion(port, "jerry-xl")["model"] == "jerry-xl"
     row = lab.mini.mlxctl("status", "--json").ok().json["hosts"][0]["ports"][0]
@@ -70,8 +70,8 @@ def cut_by_killing_the_session(lab: Homelab, wire: Wire) -> None:
     lab.studio.sshd.kill_connections()
 
 
-def cut_until_it_connects_anew(cut: Callable[[Homelab, Wire], None], lab: Homelab, wire: Wire) -> None:
-    """One cut may hit nothing: a session that has been accepted and not begun."""
+def cut_until_it_reconnects(cut: Callable[[Homelab, Wire], None], lab: Homelab, wire: Wire) -> None:
+    """Repeat the cut: one cut may hit a connection that was accepted but has no session yet."""
     before = wire.accepted
 
     def connected() -> bool:
@@ -82,7 +82,7 @@ def cut_until_it_connects_anew(cut: Callable[[Homelab, Wire], None], lab: Homela
 
 
 def hold_the_engine(lab: Homelab) -> Path:
-    """A server that is started waits for this file."""
+    """Make each server wait for a file before it starts; return the file's path."""
     studio = lab.studio
     go, waiting = studio.folder / "go", studio.folder / "waiting-engine"
     engine = cache.engine_venv("mlx-lm") / "bin" / "mlx_lm.server"
@@ -106,14 +106,14 @@ class TestCutConnection:
             for line in process.stderr:
                 said.append(line)
                 if line.startswith(("download", "check", "start", "proof")):
-                    cut_until_it_connects_anew(cut, lab, wire)
+                    cut_until_it_reconnects(cut, lab, wire)
                 if line.startswith("proof"):
                     go.touch()
         text = "".join(said)
         assert process.returncode == 0, text
         assert text.count("reconnecting") >= 2, text
         for phase in ("check: ", "start: ", "proof: ", "commit: "):
-            assert text.count(f"\n{phase}") == 1, f"each step is told once\n{text}"
+            assert text.count(f"\n{phase}") == 1, f"each step is shown once\n{text}"
         assert_loaded_once(lab)
         assert [row["state"] for row in operations(lab)] == ["done"]
 
@@ -223,7 +223,7 @@ class TestCtrlC:
         assert bool(list(lab.studio.hub.glob("models--*"))) == (state == "done")
 
     def test_ctrl_c_never_offers_to_cancel_an_unload(self, homelab: Homelab) -> None:
-        """An unload that waits for an open request."""
+        """The unload waits for an open request."""
         studio = homelab.studio
         studio.install(QWEN, models.QWEN)
         port = studio.ports[0]
@@ -275,7 +275,7 @@ class TestCancel:
             assert_loaded_once(lab)
 
     def test_cancelled_load_keeps_a_finished_download(self, wired: tuple[Homelab, Wire]) -> None:
-        """An hour's work, proven and registered: it is another load's beginning."""
+        """The download may have taken an hour, and the next load needs it."""
         lab, _ = wired
         with client(lab, *load(lab)) as process:
             assert process.stderr is not None
@@ -297,7 +297,7 @@ class TestCancel:
 
 
 def on_a_terminal(lab: Homelab, words: list[str], until: str, answer: str) -> Completed:
-    """Run `mlxctl` on a terminal of its own, press Ctrl-C when it has said `until`, answer what it then asks."""
+    """Run `mlxctl` on a pseudo-terminal. Press Ctrl-C after the text `until`, and answer the question."""
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(lab.mini.elsewhere)
@@ -326,7 +326,7 @@ def on_a_terminal(lab: Homelab, words: list[str], until: str, answer: str) -> Co
 
 
 def test_state_is_the_latest_phase_and_progress(tmp_path: Path) -> None:
-    """The stand of an operation is read from the end of its record, whatever is before."""
+    """The state of an operation is read from the end of its record, however long that is."""
     (tmp_path / "events.jsonl").write_text("")
     journal = OperationLog(tmp_path)
     assert str(journal.state()) == ""
@@ -340,7 +340,7 @@ def test_state_is_the_latest_phase_and_progress(tmp_path: Path) -> None:
 
 
 def test_request_with_the_same_ticket_runs_once(homelab: Homelab) -> None:
-    """What a control node sends again because it heard no answer gets the first one's answer."""
+    """A control node that got no answer sends its request again."""
     homelab.studio.install(QWEN, models.QWEN)
     settings = homelab.studio.settings
     wire = Settings(

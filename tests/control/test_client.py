@@ -1,4 +1,4 @@
-"""One request to one host or many, over a transport of the test's own."""
+"""Requests to one host or several, over a scripted transport."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ NOISE = ["", "Last login: Mon", "\x1b[31mmotd", '{"mlxops":', "{}", "\ud83d not 
 
 @dataclass
 class Scripted:
-    """A session that says `words`, and then ends so, or breaks."""
+    """A session that sends these lines, then ends or breaks."""
 
     words: Sequence[str]
     end: Ended | ConnectionLost = field(default_factory=lambda: Ended(0, ""))
     closed: int = 0
 
     def lines(self, limits: ReadLimits) -> Iterator[str]:
-        # A host tells nothing twice: who comes back hears who it is, and what is new.
+        # The host sends nothing twice. A new connection gets the hello and what is new.
         yield from self.words[:1] if self.closed else self.words
         if isinstance(self.end, ConnectionLost):
             raise self.end
@@ -77,7 +77,7 @@ class Scripted:
 
 @dataclass
 class Wire:
-    """A transport that starts one scripted session, or cannot."""
+    """A transport that starts one scripted session, or fails."""
 
     session: Scripted | Exception
     started: list[tuple[list[str], bytes]] = field(default_factory=list)
@@ -110,7 +110,7 @@ def converse(monkeypatch: pytest.MonkeyPatch) -> Converse:
 
     def run(session: Scripted | Exception, command: str = "status", **args: object) -> Exchange:
         wire = Wire(session)
-        # A change whose connection is lost is asked for once more, and given up then.
+        # Retry a change with a lost connection once.
         monkeypatch.setattr(client, "RECONNECT_SECONDS", 0.0)
         monkeypatch.setattr(client, "FIRST_PAUSE", 0.0)
         connected: list[HostTarget] = []
@@ -122,7 +122,7 @@ def converse(monkeypatch: pytest.MonkeyPatch) -> Converse:
         monkeypatch.setattr(client, "connect", connect)
         heard: list[tuple[str, Event]] = []
         answer = ask(STUDIO, decode_request(command, args), lambda host, event: heard.append((host, event)))
-        assert wire.closed == len(connected), "each connection is let go of, once"
+        assert wire.closed == len(connected), "each connection is closed once"
         assert not isinstance(session, Scripted) or session.closed == len(connected)
         return Exchange(answer, heard, wire)
 
@@ -241,12 +241,12 @@ def test_silent_end_without_an_agent_is_reported_with_its_status(converse: Conve
 
 
 LOSSES: dict[str, Callable[[], Scripted | Exception]] = {
-    "before its first words": lambda: Scripted([], ConnectionLost("reset")),
-    "after its first words": lambda: Scripted([HELLO], ConnectionLost("reset")),
+    "before the hello": lambda: Scripted([], ConnectionLost("reset")),
+    "after the hello": lambda: Scripted([HELLO], ConnectionLost("reset")),
     "in the middle": lambda: Scripted([HELLO, encode_event(Phase("start", "x"))], ConnectionLost("reset")),
     "by an end without a result": lambda: Scripted([HELLO], Ended(-1, "reset\n")),
-    "by a result that is cut": lambda: Scripted([HELLO, DONE[:-3]], Ended(-1, "reset\n")),
-    "before it started": lambda: ConnectionLost("reset"),
+    "by a truncated result": lambda: Scripted([HELLO, DONE[:-3]], Ended(-1, "reset\n")),
+    "before the start": lambda: ConnectionLost("reset"),
 }
 
 
@@ -311,10 +311,10 @@ def hosts(count: int) -> list[HostTarget]:
 def test_hosts_are_asked_in_parallel_and_reply_in_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    everybody = threading.Barrier(8, timeout=20)
+    all_connected = threading.Barrier(8, timeout=20)
 
     def connect(target: HostTarget) -> Wire:
-        everybody.wait()  # passes only when all are here
+        all_connected.wait()  # passes only when all hosts are being connected
         return Wire(Scripted([HELLO, encode_event(Done({**ANY_RESULT, "registry": target.name}))]))
 
     monkeypatch.setattr(client, "connect", connect)
@@ -362,7 +362,7 @@ def test_exit_status_is_the_worst_of_the_replies(errors: list[MlxopsError | None
     assert exit_of([HostReply("h", {} if error is None else None, error) for error in errors]) is status
 
 
-# -- the gateway's way ----------------------------------------------------------------------------------------------
+# -- the gateway ----------------------------------------------------------------------------------------------------
 
 
 def test_unreachable_server_is_a_gateway_warning() -> None:
@@ -375,8 +375,8 @@ def test_unreachable_server_is_a_gateway_warning() -> None:
         assert gateway_warning(f"http://127.0.0.1:{port}/v1") is None
 
 
-def one_after_the_other(monkeypatch: pytest.MonkeyPatch, *sessions: Scripted) -> list[Wire]:
-    """Each connection has the next session; the last one goes on for ever."""
+def script_connections(monkeypatch: pytest.MonkeyPatch, *sessions: Scripted) -> list[Wire]:
+    """Give each connection the next session. The last session is repeated."""
     wires: list[Wire] = []
 
     def connect(target: HostTarget) -> Wire:
@@ -394,7 +394,7 @@ def broken(*events: Event, words: Sequence[str] = ()) -> Scripted:
 
 
 def test_reconnected_log_continues_after_the_last_mark(monkeypatch: pytest.MonkeyPatch) -> None:
-    wires = one_after_the_other(
+    wires = script_connections(
         monkeypatch, broken(Reached("1-0-0")), broken(LogLine("one", "1-4-a"), LogLine("two", "1-8-b")), broken()
     )
     heard: list[Event] = []
@@ -407,23 +407,23 @@ def test_reconnected_log_continues_after_the_last_mark(monkeypatch: pytest.Monke
     assert answer.error is not None and (answer.error.code, answer.error.exit) == ("connection_lost", 5)
 
 
-@pytest.mark.parametrize("beat", ["", encode_event(Note("it goes on"))])
+@pytest.mark.parametrize("beat", ["", encode_event(Note("still running"))])
 def test_sign_of_life_restarts_the_time_to_reconnect(monkeypatch: pytest.MonkeyPatch, beat: str) -> None:
     started = Started("20260101T000000-00000000")
     quiet = [broken(started, words=[beat]) for _ in range(3)]
-    wires = one_after_the_other(monkeypatch, broken(started), *quiet, Scripted([HELLO, DONE]))
+    wires = script_connections(monkeypatch, broken(started), *quiet, Scripted([HELLO, DONE]))
     assert ask(STUDIO, decode_request("init", {}), lambda host, event: None).error is None and len(wires) == 5
 
 
 def test_agent_that_ends_without_an_event_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    wires = one_after_the_other(monkeypatch, broken(Started("20260101T000000-00000000")))
+    wires = script_connections(monkeypatch, broken(Started("20260101T000000-00000000")))
     answer = ask(STUDIO, decode_request("init", {}), lambda host, event: None)
     assert answer.error is not None and answer.error.exit is Exit.OUTCOME_UNKNOWN and len(wires) == 2
 
 
 def test_noise_is_no_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
     started = Started("20260101T000000-00000000")
-    wires = one_after_the_other(monkeypatch, broken(started), *(broken(started, words=["noise"]) for _ in range(3)))
+    wires = script_connections(monkeypatch, broken(started), *(broken(started, words=["noise"]) for _ in range(3)))
     answer = ask(STUDIO, decode_request("init", {}), lambda host, event: None)
     assert answer.error is not None and answer.error.exit is Exit.OUTCOME_UNKNOWN and len(wires) == 2
 
@@ -431,10 +431,10 @@ def test_noise_is_no_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_events_of_a_followed_operation_arrive_exactly_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What was heard of the request's own record does not count for the other one."""
+    """Events of the request's own record do not count for the followed record."""
     own, other = "20260101T000000-00000000", "20260101T000000-11111111"
     begun: list[Event] = [Started(own), Phase("check", "x"), Note(f"this is running already ({other}); following it")]
-    wires = one_after_the_other(
+    wires = script_connections(
         monkeypatch,
         broken(*begun, Started(other), Phase("download", "one")),
         broken(Started(other), Phase("download", "two"), Phase("start", "three")),

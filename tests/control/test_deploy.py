@@ -200,7 +200,7 @@ def test_broken_connection_is_an_unknown_outcome(
 
 
 def older_build(home: Path, name: str) -> Path:
-    """Make an older build, to which `venv` leads now."""
+    """Make an older build, and point `venv` to it."""
     state = home / ".mlxops"
     shutil.copytree(state / "agents" / build_id(), state / "agents" / name, symlinks=True)
     stamp = state / "agents" / name / "installed.json"

@@ -1,4 +1,4 @@
-"""The commands in what a host tells, as they are typed where it is read."""
+"""Commands in texts of a host, as a user of the control node must type them."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ OTHERS = {PACKAGE / "core" / "gateway.py", PACKAGE / "core" / "commands" / "list
 
 
 def test_suggested_command_has_no_placeholder() -> None:
-    """Where a value is not known, the command that shows it is told instead."""
+    """If a value is not known, the text names the command that shows it."""
     sources = {*(PACKAGE / "agent").rglob("*.py"), *(PACKAGE / "core").rglob("*.py")} - OTHERS
     found = [
         f"{path.relative_to(PACKAGE)}: {text}"
@@ -141,7 +141,7 @@ def ignored_strings(tree: ast.AST) -> set[ast.AST]:
 
 
 def written(node: ast.AST) -> str:
-    """What a string, or one with values in it, says in the source."""
+    """Return the text of a string or f-string as it is in the source."""
     if isinstance(node, ast.JoinedStr):
         return "".join(map(written, node.values))
     if isinstance(node, ast.FormattedValue):
@@ -187,7 +187,7 @@ def test_suggested_command_parses_and_repeats_the_arguments(case: str, flags: st
 
 
 def typed(hint: str) -> list[list[str]]:
-    """The commands of a hint, as a shell splits them."""
+    """Return the commands of a hint, split as by a shell."""
     return [
         shlex.split(part.partition("mlxctl ")[2].split(" (did")[0]) for part in hint.split("; ") if "mlxctl " in part
     ]

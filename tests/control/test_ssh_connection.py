@@ -747,7 +747,7 @@ def test_end_of_a_command_is_seen_while_its_child_writes_errors(either: Transpor
 
 
 def end(session: Session) -> None:
-    """Close a session, which does not take long, and end its `sleep 600`, which close leaves alone."""
+    """Close a session, and end its `sleep 600`, which `close` leaves running."""
     started = time.monotonic()
     session.close()
     assert time.monotonic() - started < 0.5
