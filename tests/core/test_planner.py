@@ -123,10 +123,10 @@ LOADS: dict[str, Load] = {
         "boot_port", (at_boot("b"),), registry(a=None, b=8100), port=8100, force=True
     ),
     "the boot job's server is silent": Load(
-        "boot_port", (replace(at_boot("a"), answer=Health.SILENT),), registry(a=8100), port=8100
+        "boot_port", (replace(at_boot("a"), health=Health.SILENT),), registry(a=8100), port=8100
     ),
     "the boot job is another user's": Load(
-        "boot_port", (replace(at_boot(), hand=None, answer=Health.NOT_ASKED),), registry(a=8100), port=8100
+        "boot_port", (replace(at_boot(), hand=None, health=Health.NOT_ASKED),), registry(a=8100), port=8100
     ),
     # A foreign process holds the port.
     "a foreign listener": Load("foreign_port", (foreign(),), says="pid 6000: nc -l"),
@@ -186,7 +186,7 @@ LOADS: dict[str, Load] = {
     "another model by hand": Load("port_in_use", (by_hand("b"),), says="owner hand"),
     "another model by hand, forced": Load(START, (by_hand("b"),), force=True, stops=(8103,), previous=8103),
     "another model that is silent": Load(
-        "port_in_use", (replace(serving("b"), answer=Health.SILENT),), registry(a=None, b=8103), says="wedged"
+        "port_in_use", (replace(serving("b"), health=Health.SILENT),), registry(a=None, b=8103), says="wedged"
     ),
     # The model is served on another port.
     "served on another port": Load(
@@ -244,7 +244,7 @@ LOADS: dict[str, Load] = {
         START, (replace(PORTLESS, run=run("b")),), registry(a=None, b=8103), stops=(8103,), cleared=("b",)
     ),
     "this model, unhealthy": Load(
-        START, (replace(serving(), answer=Health.BROKEN),), registry(a=8103), stops=(8103,), says="restarted"
+        START, (replace(serving(), health=Health.BROKEN),), registry(a=8103), stops=(8103,), says="restarted"
     ),
 }
 
@@ -296,7 +296,7 @@ UNLOADS: dict[str, Unload] = {
     "our server": Unload((serving(),), registry(a=8103), stops=True, clears=("a",)),
     "our server without an assignment": Unload((serving(),), stops=True),
     "our server that hangs": Unload(
-        (replace(serving(), answer=Health.SILENT),), registry(a=8103), stops=True, clears=("a",)
+        (replace(serving(), health=Health.SILENT),), registry(a=8103), stops=True, clears=("a",)
     ),
     "what an interrupted load left": Unload((INTERRUPTED,), stops=True),
     "a server by hand": Unload((by_hand(),), registry(a=8103), refused="hand_started"),
@@ -457,8 +457,8 @@ RECONCILES: dict[str, Reconcile] = {
     "it is ready": Reconcile((serving(),)),
     "it is ready by hand": Reconcile((by_hand(),)),
     "the boot job serves it": Reconcile((at_boot(),), registry(a=8100)),
-    "it is silent": Reconcile((replace(serving(), answer=Health.SILENT),), keeps="wedged"),
-    "it is unhealthy": Reconcile((replace(serving(), answer=Health.BROKEN),), keeps="failed"),
+    "it is silent": Reconcile((replace(serving(), health=Health.SILENT),), keeps="wedged"),
+    "it is unhealthy": Reconcile((replace(serving(), health=Health.BROKEN),), keeps="failed"),
     "it starts by hand": Reconcile((replace(by_hand(), listening=False),), keeps="loading"),
     "it is being loaded": Reconcile((LOADING,), keeps="loading"),
     "it is being unloaded": Reconcile(
