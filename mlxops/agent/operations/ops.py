@@ -90,7 +90,7 @@ def find(store: Store, text: str) -> OperationLog:
     raise Refused(
         "unknown_operation",
         f"{text!r} is the end of several operations" if matches else f"there is no operation {text!r} on this host",
-        why=", ".join(match.id for match in matches) or "the records of the latest two hundred are kept",
+        why=", ".join(each.id for each in matches) or "the records of the latest two hundred are kept",
         hint="see: `mlxctl ops`",
     )
 
