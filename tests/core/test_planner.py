@@ -623,74 +623,80 @@ def touchable(view: PortView) -> bool:
     return view.owner not in NEVER and view.state not in {State.UNKNOWN, State.FOREIGN}
 
 
-def planned(
-    known: Registry, seen: World, target: ModelRef, port: int, how: Wanted | None, force: bool
-) -> LoadPlan | None:
-    target = replace(target, entry=known.models.get(target.name))
-    try:
-        return plan_load(SETTINGS, known, seen, target, port, wanted=how, force=force)
-    except Refused as error:
-        assert error.message and error.hint
-        return None
+@dataclass(frozen=True)
+class AnyLoad:
+    """Any request of a load in any situation."""
+
+    known: Registry
+    seen: tuple[Signals, ...]
+    target: ModelRef
+    port: int
+    wanted: Wanted | None
+    force: bool
+
+    @property
+    def before(self) -> World:
+        return world(self.known, *self.seen)
+
+    def plan(self) -> LoadPlan | None:
+        """Return the plan; None if the load is refused."""
+        target = replace(self.target, entry=self.known.models.get(self.target.name))
+        try:
+            return plan_load(SETTINGS, self.known, self.before, target, self.port, wanted=self.wanted, force=self.force)
+        except Refused as error:
+            assert error.message and error.hint
+            return None
 
 
-@given(registries, seen_ports, targets, st.sampled_from(PORTS), wanteds, st.booleans())
+any_load = st.builds(AnyLoad, registries, seen_ports, targets, st.sampled_from(PORTS), wanteds, st.booleans())
+
+
+@given(any_load)
 @PROPERTY
-def test_load_never_stops_foreign_boot_or_unknown_servers(
-    known: Registry, seen: tuple[Signals, ...], target: ModelRef, port: int, how: Wanted | None, force: bool
-) -> None:
-    plan = planned(known, world(known, *seen), target, port, how, force)
+def test_load_never_stops_foreign_boot_or_unknown_servers(load: AnyLoad) -> None:
+    plan = load.plan()
     assert plan is None or all(touchable(view) for view in plan.stops)
 
 
-@given(registries, seen_ports, targets, st.sampled_from(PORTS), wanteds)
+@given(any_load)
 @PROPERTY
-def test_load_stops_no_ready_server_without_force(
-    known: Registry, seen: tuple[Signals, ...], target: ModelRef, port: int, how: Wanted | None
-) -> None:
-    plan = planned(known, world(known, *seen), target, port, how, False)
+def test_load_stops_no_ready_server_without_force(load: AnyLoad) -> None:
+    plan = replace(load, force=False).plan()
     assert plan is None or all(view.state is not State.READY for view in plan.stops)
 
 
-@given(registries, seen_ports, targets, st.sampled_from(PORTS), wanteds, st.booleans())
+@given(any_load)
 @PROPERTY
-def test_load_never_uses_the_alias_of_another_slot(
-    known: Registry, seen: tuple[Signals, ...], target: ModelRef, port: int, how: Wanted | None, force: bool
-) -> None:
-    plan = planned(known, world(known, *seen), target, port, how, force)
-    if plan is not None:
-        assert plan.alias not in {alias for slot, alias in SETTINGS.slots.items() if slot != port}
-        assert plan.alias == SETTINGS.slots.get(port, target.name)
+def test_load_never_uses_the_alias_of_another_slot(load: AnyLoad) -> None:
+    if (plan := load.plan()) is not None:
+        assert plan.alias not in {alias for slot, alias in SETTINGS.slots.items() if slot != load.port}
+        assert plan.alias == SETTINGS.slots.get(load.port, load.target.name)
 
 
-@given(registries, seen_ports, targets, st.sampled_from(PORTS), wanteds, st.booleans())
+@given(any_load)
 @PROPERTY
-def test_load_keeps_one_model_per_port_and_one_port_per_model(
-    known: Registry, seen: tuple[Signals, ...], target: ModelRef, port: int, how: Wanted | None, force: bool
-) -> None:
-    before = world(known, *seen)
-    plan = planned(known, before, target, port, how, force)
+def test_load_keeps_one_model_per_port_and_one_port_per_model(load: AnyLoad) -> None:
+    plan, name, port = load.plan(), load.target.name, load.port
     if plan is None or plan.outcome is Outcome.ALREADY:
         return
-    after = known.set_fields(target.name, {"repo_id": target.repo_id}).assign(target.name, port)
-    assert [model.name for model in after.on_port(port)] == [target.name]
-    lost = {m.name for m in known.models.values() if m.port == port} - {target.name}
+    after = load.known.set_fields(name, {"repo_id": load.target.repo_id}).assign(name, port)
+    assert [model.name for model in after.on_port(port)] == [name]
+    lost = {m.name for m in load.known.models.values() if m.port == port} - {name}
     assert set(plan.cleared) == lost, "the plan names who loses the port"
     stopped = {view.port for view in plan.stops}
-    left = {view.port: view.model for view in before.ports.values() if view.owner in OURS and view.port not in stopped}
+    ours = [view for view in load.before.ports.values() if view.owner in OURS]
+    left = {view.port: view.model for view in ours if view.port not in stopped}
     if plan.outcome is Outcome.START:
         assert port not in left, "the earlier server of the port is stopped"
-    assert target.name not in [model for at, model in left.items() if at != port], "it is served on no other port"
+    assert name not in [model for at, model in left.items() if at != port], "it is served on no other port"
 
 
-@given(registries, seen_ports, targets, st.sampled_from(PORTS), wanteds, st.booleans())
+@given(any_load)
 @PROPERTY
-def test_previous_server_is_stopped_by_a_forced_load(
-    known: Registry, seen: tuple[Signals, ...], target: ModelRef, port: int, how: Wanted | None, force: bool
-) -> None:
-    plan = planned(known, world(known, *seen), target, port, how, force)
+def test_previous_server_is_stopped_by_a_forced_load(load: AnyLoad) -> None:
+    plan = load.plan()
     if plan is not None and plan.previous is not None:
-        assert force and plan.previous.port == port and plan.previous in plan.stops
+        assert load.force and plan.previous.port == load.port and plan.previous in plan.stops
 
 
 @given(registries, seen_ports, st.sampled_from(PORTS), st.booleans())
