@@ -17,7 +17,7 @@ from invoke.collection import Collection
 from invoke.tasks import Task
 
 from mlxops.cli import options, runner
-from mlxops.cli.options import Common, Given
+from mlxops.cli.options import Arguments, Common
 from mlxops.cli.runner import Cli
 from mlxops.control import client, output
 from mlxops.core import commands
@@ -278,12 +278,12 @@ BODIES: Mapping[str, Callable[[Cli, Any], None]] = {
 # -- the collection -----------------------------------------------------------------------------------------------
 
 
-def carry_out(kind: type[AnyRequest], common: Common, given: Given) -> None:
+def carry_out(kind: type[AnyRequest], common: Common, arguments: Arguments) -> None:
     """Run one command. Raises `SystemExit` unless all is well."""
     cli = Cli(kind, common)
     plain = change if kind.changes else read
     body: Callable[[Cli, Any], None] = BODIES.get(kind.name, plain)
-    runner.run(cli, lambda: body(cli, options.parse(kind, given)))
+    runner.run(cli, lambda: body(cli, options.parse(kind, arguments)))
 
 
 def command_names() -> list[str]:
@@ -297,17 +297,17 @@ def overview_entries() -> list[Entry]:
     from mlxops.cli import overview
 
     kinds = [request_type(name) for name in command_names()]
-    found = [
+    entries = [
         overview.Entry(kind.group.value, kind.example, (kind.__doc__ or "").strip())
         for group in Group
         for kind in kinds
         if kind.group is group is not Group.HIDDEN
     ]
     for name, task in devtasks.TASKS.items():
-        found.append(
+        entries.append(
             overview.Entry("develop", devtasks.EXAMPLES[name], (task.__doc__ or "").strip().partition("\n")[0])
         )
-    return found
+    return entries
 
 
 def tasks(words: Sequence[str]) -> list[Task[Any]]:

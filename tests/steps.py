@@ -1,4 +1,4 @@
-"""What the integration tests do and look at, in words: asking, over SSH or locally, and seeing what came of it."""
+"""Steps of the integration tests: run commands over SSH or locally, and check their effects."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _MODELS = {REPO: models.QWEN, OTHER: models.LLAMA, BROKEN: models.BROKEN}
 
 @dataclass(frozen=True)
 class Ask:
-    """Asks the lab's studio: from the Mini, or on the studio itself. The command line is the same but for --local."""
+    """Run commands for the lab's studio, from the Mini or on the studio itself with --local."""
 
     lab: Homelab
     way: str
@@ -40,7 +40,7 @@ class Ask:
 
     @property
     def port(self) -> int:
-        """The first slot's; its alias is jerry-xl."""
+        """The port of the first slot. Its alias is jerry-xl."""
         return self.lab.studio.ports[0]
 
     def __call__(self, *arguments: object, env: Mapping[str, str] | None = None, timeout: float = 60.0) -> Completed:
@@ -50,24 +50,24 @@ class Ask:
         return self.studio.mlxctl(*words, env=env, timeout=timeout)
 
     def result(self, *arguments: object) -> Any:
-        """What a change that succeeds came to."""
+        """Return the result of a change that must succeed."""
         return self.document(*arguments)["result"]
 
     def document(self, *arguments: object) -> Any:
-        """The host's row of the JSON document of a command that succeeds."""
+        """Return the host's row of the JSON document. The command must succeed."""
         answer = self(*arguments, "--json").ok()
         (host,) = answer.json["hosts"]
         assert answer.json["ok"] and host["reachable"] and host["error"] is None, str(answer)
         return host
 
     def error(self, status: int, *arguments: object, env: Mapping[str, str] | None = None) -> Any:
-        """The error of a command that fails with this exit status."""
+        """Return the error of a command that must fail with this exit status."""
         answer = self(*arguments, "--json", env=env)
         assert answer.exit == status, str(answer)
         return error_of(answer)
 
     def row(self, port: int | None = None) -> Any:
-        """What `status` says of a port (default: the first)."""
+        """Return the row of `status` for a port (default: the first)."""
         rows = self.document("status")["ports"]
         return next(row for row in rows if row["port"] == (port or self.port))
 
@@ -85,8 +85,7 @@ class Ask:
 
 
 def error_of(answer: Completed) -> Any:
-    """The one error of a JSON document: of the command, or of its host. It says what, why or what next, and its exit
-    status is the command's."""
+    """Return the error of a JSON document, and check that it is complete and has the command's exit status."""
     document = answer.json
     assert document["schema"] == 1 and document["ok"] is False, str(answer)
     error = document.get("error") or next(host["error"] for host in document["hosts"] if host["error"])
@@ -95,13 +94,13 @@ def error_of(answer: Completed) -> Any:
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 30.0) -> Completed:
-    """The end of what `Ask.running` started."""
+    """Wait for the end of a command that `Ask.running` started."""
     stdout, stderr = process.communicate(timeout=timeout)
     return Completed(tuple(map(str, process.args)), process.returncode, stdout, stderr)  # type: ignore[arg-type]
 
 
 def with_fake(lab: Homelab, host: str = "studio") -> Homelab:
-    """From now on this host of the lab has the misbehaving engine."""
+    """Make the fake engine, which can misbehave, the engine of this host."""
     lab.configure(host, launch={"mlx-lm": [sys.executable, "-I", "-S", str(FAKE)]})
     return lab
 
@@ -112,7 +111,7 @@ def install(studio: Studio, *repos: str) -> None:
 
 
 def register(studio: Studio, name: str, mode: str = "ok", *, repo: str = REPO, **how: object) -> None:
-    """A hand-written entry of a model that is in the cache; the fake engine will serve it in this mode."""
+    """Write a registry entry of a cached model. The fake engine serves it in this mode."""
     path = studio.install(repo, _MODELS[repo])
     entry = {"repo_id": repo, "model_id": repo, "cache_path": str(path), "format": "mlx", "port": None}
     document: Any = studio.registry() if studio.registry_path.exists() else {"version": 1, "models": {}}
@@ -123,24 +122,24 @@ def register(studio: Studio, name: str, mode: str = "ok", *, repo: str = REPO, *
 
 
 def port_of(studio: Studio, name: str) -> int | None:
-    """Where the registry on disk says that the model is."""
+    """Return the port of the model in the registry on disk."""
     port: int | None = studio.registry()["models"][name]["port"]
     return port
 
 
 def assigned(studio: Studio) -> dict[str, int]:
-    """The assignments that the registry on disk has."""
+    """Return the assignments of the registry on disk."""
     return {name: entry["port"] for name, entry in studio.registry()["models"].items() if entry["port"] is not None}
 
 
 def listener(studio: Studio, port: int) -> int | None:
-    """The pid of the process of this host that listens on the port."""
+    """Return the pid of the host's process that listens on the port."""
     own = {process.pid for process in studio.processes()}
     return next((pid for address, at, pid in listeners(own) if (address, at) == (studio.address, port)), None)
 
 
 def group_of(pgid: int) -> set[int]:
-    """The living members of a process group; zombies hold nothing."""
+    """Return the living members of a process group, without zombies."""
     found = set()
     for process in psutil.process_iter():
         try:
@@ -152,7 +151,7 @@ def group_of(pgid: int) -> set[int]:
 
 
 def words_of(studio: Studio, port: int, alias: str) -> str:
-    """What the model behind a port says when it is asked under the alias."""
+    """Return the text of a completion under the alias."""
     answer = studio.completion(port, alias, max_tokens=12)
     assert answer["model"] == alias
     message: str = answer["choices"][0]["message"]["content"]
@@ -165,14 +164,14 @@ def models_listed(studio: Studio, port: int) -> Any:
 
 
 def nothing_runs(studio: Studio, *ports: int) -> None:
-    """No process of this host is left, and its ports are free."""
+    """Check that no process of this host is left, and that its ports are free."""
     quiet(studio)
     for port in ports or studio.ports:
         assert can_bind(studio.address, port), f"port {port} is held"
 
 
 def quiet(studio: Studio) -> None:
-    """An SSH session's own processes end a moment after the command."""
+    """Wait until no process of this host is left. Those of an SSH session end a moment after the command."""
     try:
         wait_until(lambda: not studio.processes(), 5, "no process")
     except TimeoutError:
@@ -181,14 +180,14 @@ def quiet(studio: Studio) -> None:
 
 
 def servers(studio: Studio) -> set[Process]:
-    """What runs there but agents, which end a moment after the command."""
+    """Return the host's processes without agents, which end a moment after the command."""
     return {process for process in studio.processes() if "-m mlxops.agent" not in process.command}
 
 
 def tree(folder: Path) -> dict[str, object]:
-    """Everything below a folder, so that any change of it shows: times, sizes, modes, links, contents.
+    """Return times, modes, links and contents of everything below a folder, so that any change shows.
 
-    Without the servers' own logs: each request to a server makes it write.
+    The servers' logs are left out: each request to a server adds to them.
     """
     return {
         str(path.relative_to(folder)): _seen(path)

@@ -50,7 +50,7 @@ CONTROL_ONLY = {"fabric", "paramiko", "invoke", "yaml", "rich"}
 
 @dataclass(frozen=True)
 class Import:
-    """`module` as it is imported by `path`, in `line`; `late`: inside a function, or for type checkers only."""
+    """An import of `module` by `path`. `late`: inside a function, or only for type checkers."""
 
     path: Path
     line: int
@@ -153,7 +153,7 @@ ROOMS = {
 
 
 @pytest.mark.parametrize("part", SIDES)
-def test_a_side_of_the_package_imports_only_what_it_may(part: str) -> None:
+def test_part_of_the_package_imports_only_allowed_parts(part: str) -> None:
     paths = [PACKAGE / f"{part}.py"] if (PACKAGE / f"{part}.py").exists() else sorted((PACKAGE / part).rglob("*.py"))
     found = [each for path in paths for each in imports(path) if each.top == "mlxops"]
     allowed = [f"mlxops.{name}" for name in (*SIDES[part], "__version__")]
@@ -171,7 +171,7 @@ def test_rooms_of_the_agent_import_only_rooms_above_them() -> None:
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_a_room_of_the_agent_imports_only_what_it_may(room: str) -> None:
+def test_room_of_the_agent_imports_only_allowed_rooms(room: str) -> None:
     single = PACKAGE / "agent" / f"{room}.py"
     paths = [single] if single.exists() else sorted((PACKAGE / "agent" / room).rglob("*.py"))
     found = [each for path in paths for each in imports(path) if within(each, "mlxops.agent")]
@@ -180,12 +180,12 @@ def test_a_room_of_the_agent_imports_only_what_it_may(room: str) -> None:
     assert not wrong, listed(wrong)
 
 
-def test_the_agent_needs_nothing_of_the_control_node() -> None:
+def test_agent_imports_no_package_of_the_control_node() -> None:
     wrong = [each for each in everything_below("agent") if each.top in CONTROL_ONLY]
     assert not wrong, listed(wrong)
 
 
-def test_the_agent_needs_nothing_beyond_the_standard_library_but_for_downloads_and_macos() -> None:
+def test_agent_needs_three_packages_beyond_the_standard_library() -> None:
     others = {
         each.top
         for each in everything_below("agent")
@@ -195,19 +195,19 @@ def test_the_agent_needs_nothing_beyond_the_standard_library_but_for_downloads_a
 
 
 @pytest.mark.parametrize("package", ["agent", "cli", "common", "core", "tasks.py", "mlxctl.py"])
-def test_what_is_slow_to_import_is_imported_where_it_is_used(package: str) -> None:
+def test_slow_package_is_imported_where_it_is_used(package: str) -> None:
     paths = [PACKAGE / package] if package.endswith(".py") else sorted((PACKAGE / package).rglob("*.py"))
     wrong = [each for path in paths for each in imports(path) if each.top in HEAVY and not each.late]
     assert not wrong, listed(wrong)
 
 
-def test_the_tasks_that_inv_finds_are_a_line_or_two() -> None:
+def test_tasks_file_of_the_repository_only_imports_the_namespace() -> None:
     text = (CHECKOUT / "tasks.py").read_text()
     assert len(text.splitlines()) <= 6
     assert {each.module for each in imports(CHECKOUT / "tasks.py")} == {"mlxops.cli.startup", "mlxops.tasks.namespace"}
 
 
-def test_nothing_of_mlxops_imports_a_test() -> None:
+def test_package_imports_no_test() -> None:
     wrong = [each for path in PACKAGE.rglob("*.py") for each in imports(path) if each.top == "tests" and not each.late]
     assert not wrong, listed(wrong)
 
@@ -252,7 +252,7 @@ def expected(modules: str) -> set[str]:
 
 
 def imported_by(stderr: str) -> set[str]:
-    """The modules of `python -X importtime`."""
+    """Return the modules that `python -X importtime` lists."""
     return {line.rsplit("|", 1)[1].strip() for line in stderr.splitlines() if "import time:" in line}
 
 
@@ -287,7 +287,7 @@ def within_name(module: str) -> bool:
     return module.partition(".")[0] == "mlxops"
 
 
-def test_status_asks_with_no_more_than_it_needs(tmp_path: Path) -> None:
+def test_local_status_imports_only_what_it_needs(tmp_path: Path) -> None:
     (tmp_path / "hosts.yaml").write_text("hosts: {here: {}}\n", encoding="utf-8")
     environ = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "MLXOPS_HOSTS_FILE": str(tmp_path / "hosts.yaml")}
     script = Path(sysconfig.get_path("scripts")) / "inv"
@@ -309,7 +309,7 @@ def test_status_asks_with_no_more_than_it_needs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("settings", "written"), [({}, True), ({"PYTHONDONTWRITEBYTECODE": "1"}, False)])
 def test_inv_writes_bytecode_unless_python_must_not(tmp_path: Path, settings: dict[str, str], written: bool) -> None:
-    """Invoke by itself keeps Python from it, and what was installed without is then compiled at every command."""
+    """Invoke switches bytecode off. Modules without bytecode would be compiled at every command."""
     (tmp_path / "hosts.yaml").write_text("hosts: {here: {}}\n", encoding="utf-8")
     environ = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "MLXOPS_HOSTS_FILE": str(tmp_path / "hosts.yaml")}
     environ |= {"PYTHONPYCACHEPREFIX": str(tmp_path / "bytecode"), **settings}
@@ -317,12 +317,12 @@ def test_inv_writes_bytecode_unless_python_must_not(tmp_path: Path, settings: di
     argv = [sys.executable, str(script), "list", "--local"]
     subprocess.run(argv, env=environ, cwd=CHECKOUT, capture_output=True, timeout=60, check=True)
     found = {path.name.partition(".")[0] for path in (tmp_path / "bytecode").rglob("mlxops/**/*.pyc")}
-    # The agent is another Python: what only the control node imports is `inv`'s own.
+    # The agent is another process. Only `inv` imports the module inventory.
     assert ("inventory" in found) == written
 
 
-def test_the_control_node_imports_no_connections_for_this_machine_itself() -> None:
+def test_tasks_import_no_slow_package() -> None:
     program = "import sys, mlxops.tasks; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True, timeout=60)
-    # Invoke itself imports yaml where its own copy of another library is not there.
+    # Some builds of Invoke import yaml themselves.
     assert not set(done.stdout.split()) & (HEAVY - {"yaml"})

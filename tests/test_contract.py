@@ -127,7 +127,7 @@ def elsewhere(kind: str, names: list[str]) -> set[str]:
     return {name for name in names if name.split()[0] in literals}
 
 
-def test_every_name_of_the_contract_is_there() -> None:
+def test_recorded_names_of_the_contract_still_exist() -> None:
     gone = {kind: set(names) - elsewhere(kind, names) for kind, names in missing().items()}
     assert {kind: names for kind, names in gone.items() if names} == {}
 

@@ -1,4 +1,4 @@
-"""Several hosts, hosts that are not as they should be, and the two ways to start a command: `inv` and `mlxctl`."""
+"""Several hosts, hosts with other settings or without an agent, and the two programs `inv` and `mlxctl`."""
 
 from __future__ import annotations
 
@@ -48,14 +48,12 @@ def remote(homelab: Homelab) -> Ask:
 
 
 def hosts_yaml(lab: Homelab) -> Path:
-    """The Mini's; the studio has its own."""
+    """Return the Mini's hosts.yaml. The studio has its own."""
     return lab.mini.home / ".config" / "mlxops" / "hosts.yaml"
 
 
 class TestSeveralHosts:
-    def test_status_and_list_show_all_and_one_row_for_the_one_that_is_down(
-        self, make_homelab: Callable[..., Homelab]
-    ) -> None:
+    def test_status_and_list_show_an_unreachable_host_as_one_row(self, make_homelab: Callable[..., Homelab]) -> None:
         lab = with_fake(make_homelab(studios=3))
         ask = Ask(lab, "ssh")
         register(lab.studio, "mine")
@@ -95,7 +93,7 @@ class TestSeveralHosts:
         alone = ask("status", "--host", "studio3,studio", "--json").ok()
         assert [row["host"] for row in alone.json["hosts"]] == ["studio3", "studio"]
 
-    def test_asking_over_ssh_imports_no_more_than_it_needs(self, homelab: Homelab) -> None:
+    def test_status_over_ssh_imports_only_what_it_needs(self, homelab: Homelab) -> None:
         script = Path(sysconfig.get_path("scripts")) / "inv"
         argv = [sys.executable, "-P", "-X", "importtime", str(script), "status"]
         done = run(argv, CHECKOUT, homelab.mini.env).ok()
@@ -105,8 +103,8 @@ class TestSeveralHosts:
         assert "fabric.connection" in imported, "the list is of the right process"
         assert not imported & {"rich", "huggingface_hub", "psutil"}
 
-    def test_each_host_is_its_own(self, make_homelab: Callable[..., Homelab]) -> None:
-        """The same ports and aliases on two hosts, and neither disturbs the other."""
+    def test_hosts_do_not_disturb_each_other(self, make_homelab: Callable[..., Homelab]) -> None:
+        """Both hosts have the same ports and aliases."""
         lab = make_homelab(studios=2)
         first, second = lab.studios
         for studio in lab.studios:
@@ -119,8 +117,8 @@ class TestSeveralHosts:
         assert listener(first, first.ports[0]) is not None
         nothing_runs(second)
 
-    def test_a_hint_acts_on_the_host_that_it_is_about(self, make_homelab: Callable[..., Homelab]) -> None:
-        """As it is given, wherever a bare command would go."""
+    def test_hint_acts_on_the_host_it_is_about(self, make_homelab: Callable[..., Homelab]) -> None:
+        """The hint is typed as shown. Without its options it would go to another host."""
         lab = make_homelab(studios=2)
         first, second = lab.studios
         port, free = second.ports[:2]
@@ -153,7 +151,7 @@ class TestSeveralHosts:
         typed(hint.partition("first: ")[2]).ok()
         assert assigned(second) == {"other": free} and listener(first, free) is not None
 
-        # On the studio itself, which is not the one that a bare --local means.
+        # On the second studio: a bare --local means another host there.
         on_it = {"MLXOPS_HOST": "studio2"}
         local = ["status", "--json", "--local"]
         assert mlxctl(*local, env=on_it).ok().json["hosts"][0]["host"] == "studio2"
@@ -162,7 +160,7 @@ class TestSeveralHosts:
         refused = mlxctl("load", "mine", str(free), "--local", "--json", env=on_it)
         assert f"mlxctl unload --local {free}" in error_of(refused)["hint"]
 
-        # What this side says itself, of one host.
+        # Errors of the control node itself.
         lab.configure("studio2", ports=f"{port}-{second.ports[-1] + 1}")
         differ = mlxctl("reconcile", "--host", "studio2", "--json")
         assert error_of(differ)["hint"].endswith("inv deploy --host studio2")
@@ -171,9 +169,7 @@ class TestSeveralHosts:
             error_of(mlxctl("init", "--host", "studio2", "--json"))["hint"] == "install it: inv deploy --host studio2"
         )
 
-    def test_a_change_of_what_is_on_a_port_or_of_a_model_takes_one_host(
-        self, make_homelab: Callable[..., Homelab]
-    ) -> None:
+    def test_change_of_a_port_or_model_takes_one_host(self, make_homelab: Callable[..., Homelab]) -> None:
         ask = Ask(make_homelab(studios=2), "ssh")
         for words in (
             ["load", "--model", "x", "--port", ask.port],
@@ -186,7 +182,7 @@ class TestSeveralHosts:
             error = ask.error(2, *words, "--host", "studio,studio2")
             assert error["code"] == "one_host", words
 
-    def test_the_others_take_several_and_go_from_one_to_the_next(self, make_homelab: Callable[..., Homelab]) -> None:
+    def test_other_changes_go_from_host_to_host(self, make_homelab: Callable[..., Homelab]) -> None:
         lab = make_homelab(studios=3)
         ask = Ask(lab, "ssh")
         both = ["--host", "studio2,studio"]
@@ -217,7 +213,7 @@ class TestSeveralHosts:
         assert [(row["error"] or {}).get("code") for row in answer.json["hosts"]] == [None, "connection_refused", None]
         assert [assigned(studio) for studio in lab.studios] == [{}, {REPO: ask.port}, {}]
 
-    def test_ops_are_the_default_hosts_unless_others_are_named(self, make_homelab: Callable[..., Homelab]) -> None:
+    def test_ops_shows_the_default_host_unless_others_are_named(self, make_homelab: Callable[..., Homelab]) -> None:
         ask = Ask(make_homelab(studios=2), "ssh")
         assert [row["host"] for row in ask("ops", "--json").ok().json["hosts"]] == ["studio"]
         named = ask("ops", "--json", "--host", "studio2,studio").ok()
@@ -229,7 +225,7 @@ class TestSeveralHosts:
 
 
 class TestHostsThatDiffer:
-    def test_other_settings_than_the_hosts_are_refused_and_change_nothing(self, remote: Ask) -> None:
+    def test_different_settings_are_refused_and_change_nothing(self, remote: Ask) -> None:
         studio = remote.studio
         register(studio, "mine")
         remote("load", "--model", "mine", "--port", remote.port).ok()
@@ -256,7 +252,7 @@ class TestHostsThatDiffer:
         remote("unload", "--port", remote.port).ok()
 
     @pytest.mark.parametrize("change", ["registry", "hub", "ports", "bind"])
-    def test_each_setting_that_must_be_agreed_counts(self, remote: Ask, change: str) -> None:
+    def test_each_agreed_setting_is_compared(self, remote: Ask, change: str) -> None:
         studio = remote.studio
         remote("reconcile").ok()
         values = {
@@ -281,11 +277,11 @@ class TestHostsThatDiffer:
             assert "/nowhere/bin/python" in error["why"]
         assert tree(remote.studio.folder) == before
 
-    def test_a_python_without_mlxops_is_no_agent(self, remote: Ask) -> None:
+    def test_python_without_mlxops_is_no_agent(self, remote: Ask) -> None:
         remote.lab.configure(python=["/usr/bin/env", "python3", "-S", "-I"])
         assert remote.error(6, "status")["code"] == "agent_missing"
 
-    def test_a_server_that_the_gateway_could_not_reach_is_warned_of(self, remote: Ask) -> None:
+    def test_load_warns_if_the_gateway_cannot_reach_the_server(self, remote: Ask) -> None:
         register(remote.studio, "mine")
         remote.lab.configure(address="127.0.0.1")
         answer = remote("load", "--model", "mine", "--port", remote.port).ok()
@@ -295,7 +291,7 @@ class TestHostsThatDiffer:
 
 
 class TestInvoke:
-    def test_the_list_and_the_help_read_well(self, remote: Ask) -> None:
+    def test_list_and_help_describe_every_command(self, remote: Ask) -> None:
         for text in (remote.lab.mini.inv("--list").ok().stdout, remote.lab.mini.mlxctl("--list").ok().stdout):
             rows = {line.split()[0]: line.split(None, 1)[1] for line in text.splitlines() if line.startswith("  ")}
             assert set(SEVEN) <= rows.keys()
@@ -316,7 +312,7 @@ class TestInvoke:
         (["-R"], {}),
     )
 
-    def test_its_run_settings_change_no_outcome(self, remote: Ask) -> None:
+    def test_run_settings_of_invoke_change_no_outcome(self, remote: Ask) -> None:
         inv = remote.lab.mini.inv
         (remote.lab.mini.home / ".invoke.yaml").write_text(
             "run: {echo: true, dry: true, pty: true, warn: true, hide: both, shell: /bin/false}\n"
@@ -335,7 +331,7 @@ class TestInvoke:
 
 
 class TestMlxctl:
-    def test_every_command_of_the_seed_in_the_seeds_form(self, homelab: Homelab) -> None:
+    def test_positional_commands_work_over_ssh_and_locally(self, homelab: Homelab) -> None:
         for way in WAYS:
             ask = Ask(with_fake(homelab), way)
             mlxctl = homelab.mini.mlxctl if way == "ssh" else ask.studio.mlxctl
@@ -386,7 +382,7 @@ class TestMlxctl:
         ],
         ids=" ".join,
     )
-    def test_a_wrong_command_line_is_usage(self, remote: Ask, words: list[str]) -> None:
+    def test_wrong_command_line_is_a_usage_error(self, remote: Ask, words: list[str]) -> None:
         mlxctl = remote.lab.mini.mlxctl
         answer = mlxctl(*(word.format(port=remote.port) for word in words), "--json")
         assert answer.exit == 2, str(answer)
@@ -396,7 +392,7 @@ class TestMlxctl:
         assert (plain.exit, plain.stdout) == (2, ""), str(plain)
         assert plain.stderr.startswith("error: ") and "\n  next: " in plain.stderr
 
-    def test_it_works_through_a_link_and_from_anywhere(self, remote: Ask) -> None:
+    def test_mlxctl_works_through_a_link_and_from_any_folder(self, remote: Ask) -> None:
         mini = remote.lab.mini
         link = mini.folder / "bin" / "mlxctl"
         link.parent.mkdir()
@@ -408,7 +404,7 @@ class TestMlxctl:
         (mini.elsewhere / "json.py").write_text("raise SystemExit('another program')\n")
         assert mini.run(str(link), "status", "--json").ok().json == answer.json
 
-    def test_a_reader_that_goes_away_is_no_bug(self, remote: Ask) -> None:
+    def test_closed_pipe_leaves_no_traceback(self, remote: Ask) -> None:
         script = f"{sysconfig.get_path('scripts')}/mlxctl status | true; exit ${{PIPESTATUS[0]}}"
         answer = remote.lab.mini.run("/bin/bash", "-c", script)
         assert "Traceback" not in answer.stderr and answer.exit in (0, 141), str(answer)
@@ -419,15 +415,15 @@ class TestMlxctl:
         assert answer.exit == 2 and error_of(answer)["code"] == "bad_hosts_file"
         assert "MLXOPS_HOSTS_FILE" in answer.stderr
 
-    def test_a_broken_hosts_yaml_is_named_with_its_line(self, ask: Ask) -> None:
+    def test_broken_hosts_yaml_is_reported_with_its_line(self, ask: Ask) -> None:
         path = (ask.lab.mini.home if ask.way == "ssh" else ask.studio.home) / ".config" / "mlxops" / "hosts.yaml"
         path.write_text("default: studio\nhosts:\n  studio:\n    hubb: /x\n")
         error = ask.error(2, "status")
         assert error["code"] == "bad_hosts_file" and "hubb" in json.dumps(error)
         assert "hosts.yaml:4: hosts.studio.hubb" in error["message"]
 
-    def test_the_host_itself_needs_no_hosts_yaml(self, homelab: Homelab) -> None:
-        """Installed without a checkout, whose hosts.yaml would count: the standard locations, the default ports."""
+    def test_local_command_needs_no_hosts_yaml(self, homelab: Homelab) -> None:
+        """mlxops is installed without a checkout, so no hosts.yaml is found: paths and ports have their defaults."""
         studio = homelab.studio
         (studio.home / ".config" / "mlxops" / "hosts.yaml").unlink()
         packages = studio.folder / "packages"

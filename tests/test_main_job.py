@@ -1,4 +1,4 @@
-"""The main job with real parts: a real hub, a real engine, a real SSH, and the same things on the host itself."""
+"""The main job with a real hub, engine and sshd, over SSH and on the host itself."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def online(request: pytest.FixtureRequest, online_homelab: Homelab) -> Ask:
 
 
 class TestInit:
-    def test_a_cache_that_is_not_there_is_said(self, ask: Ask) -> None:
+    def test_missing_cache_is_reported(self, ask: Ask) -> None:
         ask.studio.hub.rmdir()
         assert f"there was no cache at {ask.studio.hub}" in ask("init").ok().stderr
         assert "there was no cache" not in ask("init").ok().stderr, "the registry exists"
 
-    def test_it_registers_what_is_complete_in_both_roots_and_says_why_not_the_rest(self, ask: Ask) -> None:
+    def test_init_registers_complete_models_and_explains_the_others(self, ask: Ask) -> None:
         studio = ask.studio
         tiny = models.tiny_models()
         paths = {
@@ -86,7 +86,7 @@ class TestInit:
             },
         }
 
-    def test_what_is_registered_stays_as_it_is(self, ask: Ask) -> None:
+    def test_registered_entries_stay_unchanged(self, ask: Ask) -> None:
         install(ask.studio)
         ask("init").ok()
         document = ask.studio.registry()
@@ -98,7 +98,7 @@ class TestInit:
         assert (result["added"], result["existing"], result["changed"]) == ([], [REPO], False)
         assert ask.studio.registry_path.read_bytes() == before
 
-    def test_list_shows_what_it_found(self, ask: Ask) -> None:
+    def test_list_shows_the_models_that_init_found(self, ask: Ask) -> None:
         path = ask.studio.install(REPO, models.QWEN)
         ask("init").ok()
         (row,) = ask.document("list")["models"]
@@ -109,12 +109,12 @@ class TestInit:
         assert REPO in ask("list").ok().stdout
 
 
-class TestLife:
-    def test_from_a_repo_that_is_not_here_to_nothing_left(self, online: Ask, hub: Hub) -> None:
-        """The whole life of two models behind one port; each step is looked at from outside."""
+class TestWholeLife:
+    def test_models_are_downloaded_served_swapped_and_unloaded(self, online: Ask, hub: Hub) -> None:
+        """Two models behind one port. Each step is checked from outside."""
         ask, studio, port = online, online.studio, online.port
 
-        # From the hub to a completion under the alias.
+        # Download and serve a model.
         loaded = ask("load", "--model", REPO, "--port", port, "--json").ok()
         (host,) = loaded.json["hosts"]
         first = host["result"]
@@ -138,12 +138,12 @@ class TestLife:
         assert row["pgid"] == os.getpgid(pid) and row["revision"] == hub.sha(REPO)
         assert row["memory_bytes"] > 10_000_000 and row["proven_at"]
 
-        # The same again is no change; without a port it means the present one.
+        # The same load again changes nothing. Without a port it means the current one.
         for again in (ask.result("load", "--model", REPO, "--port", port), ask.result("load", "--model", REPO)):
             assert (again["changed"], again["port"], again["state"]) == (False, port, "ready")
             assert listener(studio, port) == pid
 
-        # Another model is refused, and swapped in when that is meant.
+        # Another model needs --force.
         install(studio, OTHER)
         assert ask.error(3, "load", "--model", OTHER, "--port", port)["code"] == "port_in_use"
         assert (listener(studio, port), assigned(studio)) == (pid, {REPO: port})
@@ -155,7 +155,7 @@ class TestLife:
         assert assigned(studio) == {OTHER: port}
         assert port_of(studio, REPO) is None
 
-        # It goes, wholly, and once.
+        # An unload stops the whole group. A second one changes nothing.
         pgid = ask.row()["pgid"]
         gone = ask.result("unload", "--port", port)
         assert (gone["changed"], gone["state"], gone["model"]) == (True, "idle", OTHER)
@@ -196,7 +196,7 @@ class TestFailure:
         row = ask.row()
         assert (row["state"], row["owner"], row["pid"]) == ("idle", None, None)
 
-    def test_a_failed_swap_brings_the_old_model_back(self, ask: Ask) -> None:
+    def test_failed_swap_restarts_the_old_model(self, ask: Ask) -> None:
         install(ask.studio, REPO, BROKEN)
         ask("load", "--model", REPO, "--port", ask.port).ok()
         said = words_of(ask.studio, ask.port, "jerry-xl")
@@ -215,7 +215,7 @@ class TestFailure:
 def started_by_hand(
     studio: Studio, model: str, port: int, *more: str, folder: Path
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A server that a user started in a shell."""
+    """Start a server as a user does in a shell."""
     program = str(cache.engine_venv("mlx-lm") / "bin" / "mlx_lm.server")
     log = (folder / "by-hand.log").open("wb")
     with (
@@ -237,8 +237,8 @@ def started_by_hand(
             process.kill()
 
 
-class TestStartedByHand:
-    def test_one_that_is_as_ours_would_be_is_adopted(self, ask: Ask) -> None:
+class TestHandStartedServer:
+    def test_server_with_the_planned_command_is_adopted(self, ask: Ask) -> None:
         studio, port = ask.studio, ask.port
         path = studio.install(REPO, models.QWEN)
         folder = studio.folder / "by-hand"
@@ -257,7 +257,7 @@ class TestStartedByHand:
             assert process.wait(5) is not None
         assert can_bind(studio.address, port)
 
-    def test_another_is_refused_and_replaced_only_with_force(self, ask: Ask) -> None:
+    def test_other_server_is_replaced_only_with_force(self, ask: Ask) -> None:
         studio, port = ask.studio, ask.port
         path = studio.install(REPO, models.QWEN)
         with started_by_hand(studio, str(path), port, "--temp", "0.5", folder=studio.home) as process:
@@ -271,7 +271,7 @@ class TestStartedByHand:
         ask("unload", "--port", port).ok()
         nothing_runs(studio)
 
-    def test_unload_takes_it_with_force_only(self, ask: Ask) -> None:
+    def test_hand_started_server_is_unloaded_only_with_force(self, ask: Ask) -> None:
         studio, port = ask.studio, ask.port
         path = studio.install(REPO, models.QWEN)
         with started_by_hand(studio, str(path), port, folder=studio.home) as process:
@@ -284,8 +284,8 @@ class TestStartedByHand:
 
 class TestServer:
     @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-    def test_it_is_on_its_own_and_knows_no_secret(self, make_homelab: Callable[..., Homelab], hub: Hub) -> None:
-        """A token in the agent's environment is for downloads; nothing of it or of the asker stays with the server."""
+    def test_server_has_its_own_session_and_no_secret(self, make_homelab: Callable[..., Homelab], hub: Hub) -> None:
+        """A token in the agent's environment is for downloads. The server does not get it, nor open files."""
         canary = "hf_canaryCANARYcanary"
         lab = make_homelab(hub_url=hub.url)
         studio = lab.studio
@@ -311,21 +311,21 @@ class TestServer:
             if path.is_file() and not path.is_symlink():
                 assert canary.encode() not in path.read_bytes(), str(path)
 
-    def test_its_argv_and_environment_are_what_the_plan_said(self, ask: Ask) -> None:
+    def test_command_and_environment_are_those_of_the_plan(self, ask: Ask) -> None:
         install(ask.studio)
         plan = ask.result("load", "--model", REPO, "--port", ask.port, "--dry-run")["plan"]
         ask("load", "--model", REPO, "--port", ask.port).ok()
         pid = listener(ask.studio, ask.port)
         assert pid is not None
         running = argv_of(pid)
-        # The console script's first line puts its interpreter before it.
+        # The shebang line of the console script puts the interpreter in front.
         assert list(running[len(running) - len(plan["argv"]) :]) == plan["argv"]
         assert psutil.Process(pid).environ()["HF_HUB_OFFLINE"] == "1"
-        # It sees no other model of the host's cache, which a wrong name would make it load; and it says so properly.
+        # The server lists only its own model. A request for another one would make it load that.
         path = ask.studio.registry()["models"][REPO]["cache_path"]
         assert [each["id"] for each in models_listed(ask.studio, ask.port)["data"]] == [os.path.realpath(path)]
 
-    def test_it_has_its_own_files_only(self, ask: Ask) -> None:
+    def test_completion_changes_no_file(self, ask: Ask) -> None:
         install(ask.studio)
         ask("load", "--model", REPO, "--port", ask.port).ok()
         before = tree(ask.studio.folder)
@@ -334,8 +334,7 @@ class TestServer:
 
 
 def _holds_only_its_own(studio: Studio, pid: int) -> None:
-    """Its open files are its log, /dev/null, its sockets and what the engine itself opened; no pipe, no terminal, no
-    file of mlxops' state."""
+    """Check that the server has no pipe, terminal or state file open: only its log, /dev/null, sockets, models."""
     for descriptor in Path(f"/proc/{pid}/fd").iterdir():
         target = os.readlink(descriptor)
         log = str(studio.state / "logs")

@@ -76,7 +76,7 @@ def test_commands_and_flags_exist(text: str) -> None:
         assert used <= flags, span
 
 
-def test_shown_boot_lines_are_read(tmp_path: Path) -> None:
+def test_boot_examples_are_valid_settings(tmp_path: Path) -> None:
     shown = re.findall(r"boot: (\{.*\}|\[.*\])", sources()["start-script"])
     assert len(shown) == 2
     for line in shown:
@@ -107,7 +107,7 @@ def test_every_topic_is_listed_with_one_line() -> None:
         ("../setup", "setup"),
     ],
 )
-def test_nearest_topic_of_an_unknown_word(word: str, topic: str) -> None:
+def test_unknown_word_gets_the_nearest_topic(word: str, topic: str) -> None:
     with pytest.raises(UsageError) as error:
         manual.page(word)
     assert error.value.hint == f"mlxctl help {topic}".strip()

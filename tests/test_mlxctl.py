@@ -1,4 +1,4 @@
-"""The positional forms of the seed become flags; everything else stays as it was typed."""
+"""The `mlxctl` program: positional words become flags, and output errors are reported."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ VALUES = frozenset({"--model", "--port", "--repo", "--host", "--timeout"})
         ("", ""),
     ],
 )
-def test_what_is_typed_becomes(typed: str, made: str) -> None:
+def test_positional_words_become_flags(typed: str, made: str) -> None:
     assert with_flags(typed.split(), VALUES) == made.split()
 
 
-def test_a_word_is_never_taken_apart() -> None:
+def test_word_is_never_split() -> None:
     assert with_flags(["load", "a b; $(id)", "8100\n"], VALUES) == ["load", "--model", "a b; $(id)", "--port", "8100\n"]
     assert with_flags(["unload", ""], VALUES) == ["unload", "--port", ""]
 
@@ -67,13 +67,13 @@ def mlxctl(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([MLXCTL, *words], capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_the_help_of_a_task_says_what_each_flag_is_for() -> None:
+def test_help_of_a_task_explains_each_flag() -> None:
     said = mlxctl("load", "--help").stdout
     assert "registered name, or repo id" in said and "seconds from the engine's start" in said
     assert "180" in said
 
 
-def test_the_help_names_the_positional_forms() -> None:
+def test_help_names_the_positional_form() -> None:
     assert "Short: mlxctl load MODEL PORT\n" in mlxctl("load", "--help").stdout
     assert "Short" not in mlxctl("status", "--help").stdout
 
@@ -85,12 +85,12 @@ def test_the_help_names_the_positional_forms() -> None:
         *((words, "mlxctl --list") for words in ("--help --local", "--help x", "--list x")),
     ],
 )
-def test_a_usage_error_names_the_help_of_its_task(words: str, hint: str) -> None:
+def test_usage_error_names_the_help_of_its_task(words: str, hint: str) -> None:
     done = mlxctl(*words.split())
     assert done.returncode == 2 and done.stderr.endswith(f"next: {hint}\n")
 
 
-def test_a_reader_that_leaves_is_no_trouble() -> None:
+def test_closed_pipe_is_not_an_error() -> None:
     line = f'"{MLXCTL}" --help | true; "{MLXCTL}" --list | true'
     assert subprocess.run(["/bin/sh", "-c", line], capture_output=True, text=True, timeout=60, check=True).stderr == ""
 
@@ -115,7 +115,7 @@ def test_unwritable_output_is_reported(words: str, tmp_path: Path) -> None:
     closed = run(">&-")
     assert closed.returncode == 74 and "  why: it is closed\n" in closed.stderr
     assert "Traceback" not in closed.stderr
-    # Without any standard error at all, what is asked is done nevertheless.
+    # A command without standard error still does its work.
     assert run("2>&-").returncode == 0 and run("2>&-").stdout
     assert run("<&-").returncode == 0
 
@@ -125,7 +125,7 @@ WITHOUT_OUTPUT = (
     ("status --local --json >&-", 74, "the result could not be written"),
     ("--list >/dev/full", 74, "the result could not be written"),
     ("load --help >/dev/full", 74, "the result could not be written"),
-    # Nothing was done, and this is reported.
+    # The command failed before it had a result.
     ("load --bogus --json >/dev/full", 2, "No idea what '--bogus' is"),
     ("load --bogus --json >&-", 2, "No idea what '--bogus' is"),
     ("status --host nowhere --json >&-", 2, "there is no host 'nowhere'"),
@@ -133,7 +133,7 @@ WITHOUT_OUTPUT = (
     ("logs --port 1 --follow --local >/dev/full", 74, "the result could not be written"),
 )
 INVOKES_OWN = ("--help", "--list", "--bogus")
-"""What `inv` answers without asking us."""
+"""Answered by Invoke itself under `inv`."""
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_full_or_closed_output_leaves_no_traceback(
 
 
 @pytest.mark.parametrize("delay", [0.03, 0.08, 0.15, 0.25, 0.4, 0.6])
-def test_ctrl_c_is_answered_from_the_start(delay: float, tmp_path: Path) -> None:
+def test_ctrl_c_at_any_moment_leaves_one_document(delay: float, tmp_path: Path) -> None:
     """Ctrl-C at any moment leaves one document: of the interruption, or of the result if it was printed."""
     env = {"HOME": str(tmp_path), "LC_ALL": "C.UTF-8"}
     ready = "import sys, os; from mlxops import mlxctl; print(flush=True, file=sys.stderr); mlxctl.main()"
@@ -193,7 +193,7 @@ def test_ctrl_c_is_answered_from_the_start(delay: float, tmp_path: Path) -> None
     assert document["ok"] is (process.returncode == 0)
 
 
-def test_tasks_on_one_line_run_one_after_the_other_until_one_fails(tmp_path: Path) -> None:
+def test_tasks_on_one_line_run_until_one_fails(tmp_path: Path) -> None:
     hosts = tmp_path / "hosts.yaml"
     hosts.write_text(f"hosts: {{here: {{hub: {tmp_path}/hub, state: {tmp_path}/state, ports: 1-2}}}}")
     env = {"HOME": str(tmp_path), "MLXOPS_HOSTS_FILE": str(hosts), "LC_ALL": "C.UTF-8"}
@@ -212,6 +212,6 @@ def test_tasks_on_one_line_run_one_after_the_other_until_one_fails(tmp_path: Pat
     )
 )
 @PROPERTY
-def test_no_word_is_lost_and_their_order_stays(words: list[str]) -> None:
+def test_words_stay_complete_and_in_order(words: list[str]) -> None:
     rest = iter(with_flags(words, VALUES))
     assert all(word in rest for word in words)

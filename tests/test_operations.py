@@ -1,4 +1,4 @@
-"""What the commands do in every situation, over SSH and locally, with an engine that misbehaves on request."""
+"""The commands in many situations, over SSH and locally, with an engine that misbehaves on request."""
 
 from __future__ import annotations
 
@@ -47,20 +47,20 @@ def ask(request: pytest.FixtureRequest, homelab: Homelab) -> Ask:
 
 
 def engines(studio: Studio) -> set[Process]:
-    """The engine's processes on this host; not what still waits at the gate to become one."""
+    """Return the engine's processes on this host, without those that still wait at the gate."""
     return {
         process for process in studio.processes() if str(FAKE) in process.command and "gate.py" not in process.command
     }
 
 
 def started(studio: Studio) -> Process:
-    """The one engine process, as soon as there is one."""
+    """Wait for the one engine process, and return it."""
     (process,) = wait_until(lambda: engines(studio), 8, "the engine's start")
     return process
 
 
-class TestWhere:
-    def test_an_alias_without_a_port_goes_to_its_slot_and_nowhere_else(self, ask: Ask) -> None:
+class TestPortChoice:
+    def test_alias_is_loaded_only_into_its_slot(self, ask: Ask) -> None:
         register(ask.studio, "jerry-l")
         assert ask.error(3, "load", "--model", "jerry-l", "--port", ask.port, "--force")["code"] == "alias_elsewhere"
         assert ask.error(3, "load", "--model", "jerry-m", "--port", ask.port)["code"] == "alias_elsewhere", (
@@ -70,13 +70,13 @@ class TestWhere:
         assert assigned(ask.studio) == {"jerry-l": ask.studio.ports[1]}
         assert words_of(ask.studio, ask.studio.ports[1], "jerry-l")
 
-    def test_a_model_without_a_port_of_its_own_needs_one(self, ask: Ask) -> None:
+    def test_model_without_an_assigned_port_needs_one(self, ask: Ask) -> None:
         register(ask.studio, "mine")
         assert ask.error(2, "load", "--model", "mine")["code"] == "port_needed"
         assert not engines(ask.studio)
 
-    def test_a_model_may_be_named_like_the_organisation_of_the_one_before(self, ask: Ask) -> None:
-        """mlx-lm is given the name as that of a link in its working directory: "tiny-org" is where the other's was."""
+    def test_model_may_be_named_like_its_predecessors_organisation(self, ask: Ask) -> None:
+        """mlx-lm gets the name as a link in its working directory. The other model's link was in `tiny-org` there."""
         port, organisation = ask.studio.ports[3], REPO.partition("/")[0]
         register(ask.studio, REPO)
         register(ask.studio, organisation)
@@ -84,7 +84,7 @@ class TestWhere:
         assert ask.result("load", "--model", organisation, "--port", port, "--force")["changed"]
         assert words_of(ask.studio, port, organisation)
 
-    def test_auto_takes_the_idle_port_that_is_nobodys_slot(self, ask: Ask) -> None:
+    def test_auto_takes_an_idle_port_that_is_not_a_slot(self, ask: Ask) -> None:
         register(ask.studio, "mine")
         register(ask.studio, "more")
         free = ask.studio.ports[3]
@@ -98,7 +98,7 @@ class TestWhere:
         assert all(f"{port} ({alias})" in error["why"] for port, alias in ask.studio.slots.items())
         assert assigned(ask.studio) == {"mine": free}
 
-    def test_a_model_moves_with_force_only(self, ask: Ask) -> None:
+    def test_model_moves_only_with_force(self, ask: Ask) -> None:
         register(ask.studio, "mine")
         old, new = ask.studio.ports[:2]
         ask("load", "--model", "mine", "--port", old).ok()
@@ -121,7 +121,7 @@ class TestWhere:
         assert ask.error(3, "unload", "--model", "yours")["code"] == "unknown_model"
         nothing_runs(ask.studio)
 
-    def test_a_repo_id_means_the_entry_that_has_that_repo(self, ask: Ask) -> None:
+    def test_repo_id_selects_the_entry_with_that_repository(self, ask: Ask) -> None:
         register(ask.studio, "mine")
         assert ask.result("load", "--model", REPO, "--port", ask.port)["model"] == "mine"
         assert assigned(ask.studio) == {"mine": ask.port} and len(ask.studio.registry()["models"]) == 1
@@ -129,7 +129,7 @@ class TestWhere:
         error = ask.error(3, "load", "--model", REPO, "--port", ask.port)
         assert error["code"] == "ambiguous_model" and "mine" in error["message"] and "yours" in error["message"]
 
-    def test_repo_registers_a_name_and_repoints_it_with_the_proof_only(self, ask: Ask) -> None:
+    def test_repo_option_changes_an_entry_only_after_the_proof(self, ask: Ask) -> None:
         studio, port = ask.studio, ask.port
         install(studio, REPO, OTHER)
         sha = models.commit_name(models.tiny_models() / models.QWEN)
@@ -173,12 +173,12 @@ FAILURES = {
     "broken": ("it answered 500", "loading jerry-xl"),
     "leaves": ("ended with status 0", "loading jerry-xl"),
 }
-"""Mode -> what is said of it, and the engine's last words."""
+"""Mode -> part of the message, and the engine's last words."""
 
 
-class TestServersThatDoNotStart:
+class TestServerThatDoesNotStart:
     @pytest.mark.parametrize("mode", FAILURES)
-    def test_it_is_reported_with_the_end_of_its_log_and_leaves_nothing(self, ask: Ask, mode: str) -> None:
+    def test_failed_start_shows_the_logs_end_and_leaves_nothing(self, ask: Ask, mode: str) -> None:
         register(ask.studio, "mine", mode)
         before = ask.studio.registry_path.read_bytes()
         answer = ask("load", "--model", "mine", "--port", ask.port, "--timeout", "1", "--json")
@@ -193,20 +193,20 @@ class TestServersThatDoNotStart:
         assert not list((ask.studio.state / "run").glob("*.json"))
         assert [row["state"] for row in ask.document("status")["ports"]] == ["idle"] * 4
 
-    def test_an_answer_from_another_process_is_no_proof(self, ask: Ask) -> None:
+    def test_answer_of_another_process_is_no_proof(self, ask: Ask) -> None:
         register(ask.studio, "mine", "stranger")
         error = ask.error(4, "load", "--model", "mine", "--port", ask.port, "--timeout", "5")
         assert "did not start" in error["message"] and assigned(ask.studio) == {}
         nothing_runs(ask.studio)
 
-    def test_a_load_that_failed_can_be_repeated(self, ask: Ask) -> None:
+    def test_failed_load_can_be_repeated(self, ask: Ask) -> None:
         register(ask.studio, "mine", "exit1")
         ask.error(4, "load", "--model", "mine", "--port", ask.port)
         register(ask.studio, "mine")
         assert ask.result("load", "--model", "mine", "--port", ask.port)["state"] == "ready"
 
     @pytest.mark.parametrize("mode", ["exit0", "deaf"])
-    def test_a_failed_swap_brings_the_old_one_back(self, ask: Ask, mode: str) -> None:
+    def test_failed_swap_restarts_the_old_server(self, ask: Ask, mode: str) -> None:
         register(ask.studio, "old")
         register(ask.studio, "new", mode, repo=OTHER)
         ask("load", "--model", "old", "--port", ask.port).ok()
@@ -219,7 +219,7 @@ class TestServersThatDoNotStart:
         assert (row["state"], row["model"], row["pid"]) == ("ready", "old", listener(ask.studio, ask.port))
         assert words_of(ask.studio, ask.port, "jerry-xl") == f"from {row['pid']}"
 
-    def test_a_failed_move_brings_the_old_one_back(self, ask: Ask) -> None:
+    def test_failed_move_restarts_the_old_server(self, ask: Ask) -> None:
         old, new = ask.studio.ports[:2]
         register(ask.studio, "mine", only=old)
         ask("load", "--model", "mine", "--port", old).ok()
@@ -230,7 +230,7 @@ class TestServersThatDoNotStart:
         assert words_of(ask.studio, old, "jerry-xl")
         assert ask.row(old)["state"] == "ready"
 
-    def test_what_is_wrong_with_the_new_one_is_found_before_the_old_one_stops(self, ask: Ask) -> None:
+    def test_invalid_model_is_refused_before_the_old_server_stops(self, ask: Ask) -> None:
         register(ask.studio, "old")
         ask("load", "--model", "old", "--port", ask.port).ok()
         first = started(ask.studio)
@@ -251,7 +251,7 @@ class TestServersThatDoNotStart:
 
 
 class TestStopping:
-    def test_one_that_ignores_the_request_is_killed_after_the_drain(self, ask: Ask) -> None:
+    def test_server_that_ignores_sigterm_is_killed_after_the_drain(self, ask: Ask) -> None:
         register(ask.studio, "mine", "stubborn")
         ask("load", "--model", "mine", "--port", ask.port).ok()
         pid = started(ask.studio).pid
@@ -261,7 +261,7 @@ class TestStopping:
         assert not group_of(pid)
         nothing_runs(ask.studio)
 
-    def test_the_whole_group_goes(self, ask: Ask) -> None:
+    def test_unload_stops_the_whole_process_group(self, ask: Ask) -> None:
         register(ask.studio, "mine", "family")
         ask("load", "--model", "mine", "--port", ask.port).ok()
         assert len(engines(ask.studio)) == 2
@@ -269,9 +269,9 @@ class TestStopping:
         nothing_runs(ask.studio)
 
     @pytest.mark.parametrize("mode", ["heavy", "heavy-child"])
-    def test_one_that_takes_a_while_to_end_is_waited_for(self, ask: Ask, mode: str) -> None:
-        """An ending process gives back its memory before its sockets: for that long it has no argv and no environment
-        any more, and still holds the port. With hundreds of gigabytes that is seconds."""
+    def test_unload_waits_for_a_server_that_ends_slowly(self, ask: Ask, mode: str) -> None:
+        """An ending process releases its memory before its sockets. Until then it has no argv and no environment,
+        and still holds the port. With hundreds of gigabytes that takes seconds."""
         register(ask.studio, "mine", mode)
         ask("load", "--model", "mine", "--port", ask.port).ok()
         pid = listener(ask.studio, ask.port) or 0
@@ -279,7 +279,7 @@ class TestStopping:
         assert not group_of(pid) and can_bind(ask.studio.address, ask.port)
         assert assigned(ask.studio) == {}
 
-    def test_what_died_by_itself_is_only_cleared(self, ask: Ask) -> None:
+    def test_dead_server_is_only_cleared(self, ask: Ask) -> None:
         register(ask.studio, "mine")
         ask("load", "--model", "mine", "--port", ask.port).ok()
         os.kill(started(ask.studio).pid, signal.SIGKILL)
@@ -290,7 +290,7 @@ class TestStopping:
 
 
 class TestDryRun:
-    def test_every_change_shows_its_plan_and_changes_nothing(self, ask: Ask) -> None:
+    def test_dry_run_shows_the_plan_and_changes_nothing(self, ask: Ask) -> None:
         studio = ask.studio
         first, second, third, _ = studio.ports
         for name in ("one", "two", "dead"):
@@ -333,7 +333,7 @@ class TestDryRun:
         pid = listener(studio, third)
         assert pid is not None and list(argv_of(pid)) == start["argv"]
 
-    def test_before_the_first_change_it_makes_no_state(self, ask: Ask) -> None:
+    def test_dry_run_on_a_fresh_host_creates_no_state(self, ask: Ask) -> None:
         install(ask.studio)
         files = tree(ask.studio.folder)
         for command in (["init"], ["load", "--model", REPO, "--port", ask.port], ["unload-all"], ["reconcile"]):
@@ -344,7 +344,7 @@ class TestDryRun:
 
 
 class TestHandWrittenRegistry:
-    def test_the_seeds_own_is_taken_as_it_is(self, ask: Ask) -> None:
+    def test_hand_written_registry_is_served_and_keeps_unknown_keys(self, ask: Ask) -> None:
         studio = ask.studio
         path = studio.install(REPO, models.QWEN)
         other = {"repo_id": OTHER, "model_id": OTHER, "cache_path": None, "format": "mlx", "port": None, "x": [1]}
@@ -377,14 +377,14 @@ class TestHandWrittenRegistry:
         assert studio.registry()["models"]["jerry-xl"] == entry | {"cache_path": str(path), "port": None}
         assert studio.registry()["lanes"] == {"a": 1}
 
-    def test_an_assignment_that_nothing_serves_is_no_obstacle(self, ask: Ask) -> None:
+    def test_stale_assignment_does_not_prevent_a_load(self, ask: Ask) -> None:
         register(ask.studio, "stale", port=ask.port)
         register(ask.studio, "mine")
         answer = ask("load", "--model", "mine", "--port", ask.port).ok()
         assert "stale" in answer.stderr
         assert assigned(ask.studio) == {"mine": ask.port}
 
-    def test_an_edit_between_two_commands_counts(self, ask: Ask) -> None:
+    def test_edit_between_two_commands_takes_effect(self, ask: Ask) -> None:
         register(ask.studio, "mine")
         ask("load", "--model", "mine", "--port", ask.port).ok()
         document = ask.studio.registry()
@@ -399,7 +399,7 @@ class TestHandWrittenRegistry:
 
 @contextmanager
 def foreign(studio: Studio, port: int, model: str) -> Iterator[list[str]]:
-    """A server in the test's own process that answers as if it were the model's; yields what it was asked for."""
+    """Run a server in the test's process that claims to serve the model; yield the requested paths."""
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -425,8 +425,8 @@ def foreign(studio: Studio, port: int, model: str) -> Iterator[list[str]]:
         server.server_close()
 
 
-class TestForeign:
-    def test_it_is_refused_by_name_and_never_touched(self, ask: Ask) -> None:
+class TestForeignServer:
+    def test_foreign_server_is_named_and_never_stopped(self, ask: Ask) -> None:
         studio, port = ask.studio, ask.port
         register(studio, "mine", port=port)
         before = studio.registry_path.read_bytes()
@@ -448,7 +448,7 @@ class TestForeign:
         assert studio.registry_path.read_bytes() == before
         assert not engines(studio)
 
-    def test_unload_all_goes_around_it(self, ask: Ask) -> None:
+    def test_unload_all_leaves_a_foreign_server_alone(self, ask: Ask) -> None:
         studio = ask.studio
         first, second = studio.ports[:2]
         register(studio, "mine")
@@ -459,8 +459,8 @@ class TestForeign:
             assert models_listed(studio, first)
 
 
-class TestAtTheSameTime:
-    def test_two_equal_loads_are_one(self, ask: Ask) -> None:
+class TestConcurrentCommands:
+    def test_equal_loads_start_one_server(self, ask: Ask) -> None:
         go = ask.studio.folder / "go"
         register(ask.studio, "mine", "until", until=go)
         load = ["load", "--model", "mine", "--port", ask.port, "--json"]
@@ -473,7 +473,7 @@ class TestAtTheSameTime:
         assert {result["pid"] for result in results} == {listener(ask.studio, ask.port)}
         assert len(engines(ask.studio)) == 1 and assigned(ask.studio) == {"mine": ask.port}
 
-    def test_the_second_follows_the_first_while_it_loads(self, ask: Ask) -> None:
+    def test_second_load_follows_the_first(self, ask: Ask) -> None:
         go = ask.studio.folder / "go"
         register(ask.studio, "mine", "until", until=go)
         load = ["load", "--model", "mine", "--port", ask.port]
@@ -491,7 +491,7 @@ class TestAtTheSameTime:
                 assert (finish(one).exit, finish(two).exit) == (0, 0)
         assert len(engines(ask.studio)) == 1
 
-    def test_of_two_models_on_one_port_one_wins(self, ask: Ask) -> None:
+    def test_only_one_of_two_models_gets_the_port(self, ask: Ask) -> None:
         for name in ("one", "two"):
             register(ask.studio, name)
         loads = [["load", "--model", name, "--port", ask.port, "--json"] for name in ("one", "two")]
@@ -503,7 +503,7 @@ class TestAtTheSameTime:
         assert answers[loser].exit in {75, 3}
         assert len(engines(ask.studio)) == 1 and assigned(ask.studio) == {winner: ask.port}
 
-    def test_who_holds_the_port_is_named(self, ask: Ask) -> None:
+    def test_busy_error_names_the_operation_on_the_port(self, ask: Ask) -> None:
         go = ask.studio.folder / "go"
         register(ask.studio, "one", "until", until=go)
         register(ask.studio, "two")
@@ -520,7 +520,7 @@ class TestAtTheSameTime:
             assert finish(first).exit == 0
         assert assigned(ask.studio) == {"one": ask.port}
 
-    def test_asked_in_other_words_it_is_the_same_load(self, ask: Ask) -> None:
+    def test_load_with_equivalent_arguments_follows_the_first(self, ask: Ask) -> None:
         go = ask.studio.folder / "go"
         second = ask.studio.ports[1]  # not a slot
         register(ask.studio, "mine", "until", until=go)
@@ -537,7 +537,7 @@ class TestAtTheSameTime:
         assert [answer.exit for answer in answers] == [0, 0, 0], "\n".join(map(str, answers))
         assert len(engines(ask.studio)) == 1
 
-    def test_a_dry_run_sees_who_is_at_work(self, ask: Ask) -> None:
+    def test_dry_run_reports_a_running_operation(self, ask: Ask) -> None:
         register(ask.studio, "mine", "deaf")
         register(ask.studio, "two")
         with ask.running("load", "--model", "mine", "--port", ask.port) as load:
@@ -565,7 +565,7 @@ class TestAtTheSameTime:
         assert assigned(ask.studio) == {} and not list((ask.studio.state / "run").glob("*.json"))
         assert ask.row()["state"] == "idle"
 
-    def test_unload_all_cancels_a_load_too(self, ask: Ask) -> None:
+    def test_unload_all_cancels_a_load(self, ask: Ask) -> None:
         register(ask.studio, "mine", "deaf")
         register(ask.studio, "other")
         ask("load", "--model", "other", "--port", ask.studio.ports[1]).ok()
@@ -577,7 +577,7 @@ class TestAtTheSameTime:
         nothing_runs(ask.studio)
         assert assigned(ask.studio) == {}
 
-    def test_a_cancelled_swap_brings_the_old_one_back(self, ask: Ask) -> None:
+    def test_cancelled_swap_restarts_the_old_server(self, ask: Ask) -> None:
         register(ask.studio, "old")
         register(ask.studio, "new", "deaf")
         ask("load", "--model", "old", "--port", ask.port).ok()
@@ -590,7 +590,7 @@ class TestAtTheSameTime:
         assert len(engines(ask.studio)) == 1 and first not in engines(ask.studio)
         assert ask.row()["model"] == "old" and assigned(ask.studio) == {"old": ask.port}
 
-    def test_a_killed_client_does_not_stop_its_load(self, ask: Ask) -> None:
+    def test_load_continues_after_its_client_is_killed(self, ask: Ask) -> None:
         go = ask.studio.folder / "go"
         register(ask.studio, "mine", "until", until=go)
         with ask.running("load", "--model", "mine", "--port", ask.port) as client:
@@ -605,7 +605,7 @@ class TestAtTheSameTime:
 
 
 class TestReconcile:
-    def test_it_clears_what_is_dead_and_keeps_what_lives(self, ask: Ask) -> None:
+    def test_reconcile_clears_dead_assignments_and_keeps_running_servers(self, ask: Ask) -> None:
         studio = ask.studio
         first, second = studio.ports[:2]
         for name, port in (("dead", first), ("alive", second)):
@@ -634,7 +634,7 @@ class TestReconcile:
         assert studio.registry_path.read_bytes() == before
         assert ask.document("status")["drift"] == []
 
-    def test_it_stops_what_lost_its_leader(self, ask: Ask) -> None:
+    def test_reconcile_stops_a_server_without_its_leader(self, ask: Ask) -> None:
         register(ask.studio, "mine", "family")
         ask("load", "--model", "mine", "--port", ask.port).ok()
         leader = listener(ask.studio, ask.port)
@@ -650,7 +650,7 @@ class TestReconcile:
         assert assigned(ask.studio) == {}
         assert ask.result("reconcile")["changed"] is False
 
-    def test_it_stops_what_a_killed_worker_left_half_done(self, ask: Ask) -> None:
+    def test_reconcile_stops_the_server_of_a_killed_worker(self, ask: Ask) -> None:
         register(ask.studio, "mine", "deaf")
         with ask.running("load", "--model", "mine", "--port", ask.port, "--json") as load:
             started(ask.studio)
@@ -665,7 +665,7 @@ class TestReconcile:
         nothing_runs(ask.studio)
         assert ask.row()["state"] == "idle"
 
-    def test_a_load_recovers_from_what_is_left_half_done(self, ask: Ask) -> None:
+    def test_load_replaces_the_server_of_a_killed_worker(self, ask: Ask) -> None:
         register(ask.studio, "mine", "deaf")
         with ask.running("load", "--model", "mine", "--port", ask.port) as load:
             left = started(ask.studio)
@@ -686,7 +686,7 @@ def quiet_but_serving(studio: Studio) -> None:
     quiet(studio)
 
 
-def test_a_swap_whose_outcome_could_not_be_written_is_refused_with_the_old_server_untouched(homelab: Homelab) -> None:
+def test_unwritable_registry_refuses_a_swap_before_anything_stops(homelab: Homelab) -> None:
     ask = Ask(with_fake(homelab), "local")
     register(ask.studio, "mine")
     register(ask.studio, "other", repo=OTHER)

@@ -50,7 +50,7 @@ STEERING = ("\x1b", "\x07", "\x9b", "\u202e")
 
 @pytest.fixture(scope="module")
 def lab(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory, watch: leaks.Watch) -> Iterator[Homelab]:
-    """One lab for all tests: a refused command changes nothing, so the tests cannot disturb each other."""
+    """One lab for all tests. A refused command changes nothing, so the tests do not disturb each other."""
     folder = tmp_path_factory.mktemp("wrong")
     try:
         with watch.spare(folder), Homelab(folder / "lab") as shared:
@@ -78,8 +78,10 @@ Typed = Callable[..., Completed]
 
 @pytest.fixture
 def typed(lab: Homelab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Typed:
-    """`mlxctl ... --local --json` on the studio, inside this process: what is wrong with a command line is found before
-    anything else is started, and there are too many of them for an interpreter each."""
+    """Run `mlxctl ... --local --json` on the studio inside this process.
+
+    A wrong command line is refused before anything starts, and an interpreter for each would take too long.
+    """
     monkeypatch.setenv("HOME", str(lab.studio.home))
     monkeypatch.chdir(lab.studio.home)
 
@@ -95,12 +97,12 @@ def typed(lab: Homelab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 def mlxctl(ask: Ask, *words: str) -> Completed:
-    """`mlxctl`, which turns every parse error into usage; `inv` keeps Invoke's own."""
+    """Run `mlxctl`. It turns every parse error into a usage error; `inv` leaves them to Invoke."""
     return ask.lab.mini.mlxctl(*words) if ask.way == "ssh" else ask.studio.mlxctl(*words)
 
 
 def refused(ask: Ask, answer: Completed, *statuses: int) -> None:
-    """It is a proper refusal: one document, three lines, and nothing in them that a terminal would obey."""
+    """Check that the answer is a refusal with one document, short lines and no terminal escapes."""
     assert answer.exit in statuses, str(answer)
     error_of(answer)
     said = answer.stdout + answer.stderr
@@ -116,14 +118,14 @@ def refused(ask: Ask, answer: Completed, *statuses: int) -> None:
 class TestArguments:
     @pytest.mark.parametrize("kind", HOSTILE)
     @pytest.mark.parametrize("flag", FLAGS)
-    def test_hostile_text_is_usage(self, local: Ask, typed: Typed, flag: str, kind: str) -> None:
+    def test_hostile_text_is_a_usage_error(self, local: Ask, typed: Typed, flag: str, kind: str) -> None:
         before = tree(local.studio.folder)
         words = [word.format(port=local.port) for word in FLAGS[flag]]
         refused(local, typed(*words, f"{flag}={HOSTILE[kind]}"), 2)
         assert tree(local.studio.folder) == before
 
     @pytest.mark.parametrize("kind", HOSTILE)
-    def test_hostile_text_is_usage_over_ssh_and_as_a_position(self, lab: Homelab, kind: str) -> None:
+    def test_hostile_position_is_a_usage_error_over_ssh(self, lab: Homelab, kind: str) -> None:
         ask = Ask(lab, "ssh")
         before = tree(ask.studio.folder)
         refused(ask, mlxctl(ask, "load", HOSTILE[kind], str(ask.port), "--json"), 2)
@@ -158,19 +160,19 @@ class TestArguments:
         ],
         ids=" ".join,
     )
-    def test_what_is_nearly_right_is_usage(self, local: Ask, typed: Typed, words: list[str]) -> None:
+    def test_almost_valid_argument_is_a_usage_error(self, local: Ask, typed: Typed, words: list[str]) -> None:
         before = tree(local.studio.folder)
         ports = {"port": local.port, "before": local.port - 1, "after": local.studio.ports[-1] + 1}
         refused(local, typed(*(word.format(**ports) for word in words)), 2)
         assert tree(local.studio.folder) == before
 
-    def test_a_form_of_what_is_not_asked_for_is_usage(self, local: Ask, typed: Typed) -> None:
+    def test_env_without_print_is_a_usage_error(self, local: Ask, typed: Typed) -> None:
         answer = typed("gateway", "--env")
         refused(local, answer, 2)
         assert error_of(answer)["code"] == "print_missing"
 
     @pytest.mark.parametrize("name", ["minee", "org/missing", "jerry-l"])
-    def test_an_unknown_name_is_refused_and_leaves_the_registry_alone(self, ask: Ask, name: str) -> None:
+    def test_unknown_model_is_refused_and_changes_no_registry(self, ask: Ask, name: str) -> None:
         before = tree(ask.studio.hub)
         answer = mlxctl(ask, "unload", "--model", name, "--json")
         refused(ask, answer, 3)
@@ -205,7 +207,7 @@ UNUSABLE = {
 
 @pytest.fixture
 def registry(lab: Homelab) -> Iterator[Path]:
-    """The lab's registry, put back as it was afterwards."""
+    """Return the path of the lab's registry, and restore the file afterwards."""
     path = lab.studio.registry_path
     kept = path.read_bytes()
     yield path
@@ -214,7 +216,7 @@ def registry(lab: Homelab) -> Iterator[Path]:
 
 class TestBrokenRegistry:
     @pytest.mark.parametrize("kind", UNUSABLE)
-    def test_it_is_readable_as_far_as_it_goes_and_never_written(self, local: Ask, registry: Path, kind: str) -> None:
+    def test_unusable_registry_is_reported_and_never_written(self, local: Ask, registry: Path, kind: str) -> None:
         registry.write_bytes(UNUSABLE[kind])
         before = tree(local.studio.hub)
         answer = local("load", "--model", "mine", "--port", local.port, "--json")
@@ -224,7 +226,7 @@ class TestBrokenRegistry:
         assert document["drift"][0]["code"] == "registry_unusable"
         assert tree(local.studio.hub) == before
 
-    def test_no_command_writes_it(self, ask: Ask, registry: Path) -> None:
+    def test_no_command_writes_a_truncated_registry(self, ask: Ask, registry: Path) -> None:
         registry.write_bytes(UNUSABLE["half"])
         before = tree(ask.studio.hub)
         for words in (["init"], ["unload", str(ask.port)], ["unload", "--model", "mine"], ["reconcile"]):
@@ -233,7 +235,7 @@ class TestBrokenRegistry:
         assert mlxctl(ask, "list").exit == 0
         assert tree(ask.studio.hub) == before
 
-    def test_a_registry_that_is_a_folder_is_refused(self, local: Ask, registry: Path) -> None:
+    def test_registry_that_is_a_folder_is_refused(self, local: Ask, registry: Path) -> None:
         content = registry.read_bytes()
         registry.unlink()
         registry.mkdir()
@@ -245,7 +247,7 @@ class TestBrokenRegistry:
             registry.rmdir()
             registry.write_bytes(content)
 
-    def test_what_people_write_is_understood_and_listed_as_a_problem(self, local: Ask, registry: Path) -> None:
+    def test_mistakes_of_a_person_are_listed_as_problems(self, local: Ask, registry: Path) -> None:
         outside = local.studio.ports[-1] + 1
         models = {
             "text": GOOD | {"port": str(local.port)},
@@ -278,8 +280,8 @@ class TestBrokenRegistry:
             assert not [mark for mark in STEERING if mark in shown.stdout + shown.stderr]
         assert tree(local.studio.hub) == before
 
-    def test_a_reader_of_it_can_write_it_again(self, local: Ask, registry: Path) -> None:
-        """A byte order mark and a port as text are no reason to refuse: what is changed is changed, the rest stays."""
+    def test_registry_with_problems_can_be_changed(self, local: Ask, registry: Path) -> None:
+        """A byte order mark or a port as text does not prevent a change. Everything else stays."""
         install(local.studio)
         strange = GOOD | {"port": "x", "note": "\u202e"}
         models = {"mine": GOOD | {"port": str(local.studio.ports[2])}, "strange": strange}

@@ -267,7 +267,7 @@ def _follow_or_cancel(envelope: Envelope, store: Store) -> int:
     assert isinstance(request, Follow | Cancel)
     journal = find(store, request.operation)
     if isinstance(request, Cancel):
-        final = _relay_events(journal, heard=sys.maxsize, on_idle=CancelRequest(journal))
+        final = _relay_events(journal, skip=sys.maxsize, on_idle=CancelRequest(journal))
         result = CancelResult(journal.id, cancelled=isinstance(final, Failed), changed=True)
         _emit(Done(wire.encode(result), request.name))
         return 0
@@ -280,11 +280,11 @@ def _exit_status(final: Done | Failed) -> int:
     return int(final.error.exit) if isinstance(final, Failed) else 0
 
 
-def _follow_or_attach(store: Store, journal: OperationLog, heard: int) -> Done | Failed:
+def _follow_or_attach(store: Store, journal: OperationLog, skip: int) -> Done | Failed:
     """Follow an operation. If it ends because the same request runs already, follow that operation instead."""
     from mlxops.agent.state.operation_log import find_operation
 
-    final = _relay_events(journal, heard)
+    final = _relay_events(journal, skip)
     if isinstance(final, Failed) and isinstance(final.error, Busy):
         other = find_operation(store.state / "ops", str(final.error.details.get("attach", "")))
         if other is not None:
@@ -293,14 +293,14 @@ def _follow_or_attach(store: Store, journal: OperationLog, heard: int) -> Done |
     return final
 
 
-def _relay_events(journal: OperationLog, heard: int, on_idle: Callable[[], None] = lambda: None) -> Done | Failed:
-    """Emit the events of an operation's record after the first `heard`. Return the last event without emitting it.
+def _relay_events(journal: OperationLog, skip: int, on_idle: Callable[[], None] = lambda: None) -> Done | Failed:
+    """Emit the events of an operation's record after the first `skip`. Return the last event without emitting it.
 
     `on_idle` is called while there are no events.
     """
     _emit(Started(journal.id))
     beat = _Beat()
-    for event in journal.follow(heard):
+    for event in journal.follow(skip):
         if isinstance(event, Done | Failed):
             return event
         if event is not None:

@@ -181,7 +181,7 @@ class Context:
             versions = self.store.file_versions()
             registry = self.registry()
             world = self.observe(registry)
-            if self.store.file_versions() == versions and not any(view.overtaken for view in world.ports.values()):
+            if self.store.file_versions() == versions and not any(view.half_changed for view in world.ports.values()):
                 break
         return registry, world
 

@@ -70,8 +70,8 @@ def nearest_topic(word: str) -> str:
 def overview() -> str:
     """Return one line per topic."""
     pages = [page(topic) for topic in topics()]
-    width = max(len(each.topic) for each in pages)
-    return "\n".join([*(f"{each.topic:{width}}  {each.summary}" for each in pages), "", "A page: mlxctl help TOPIC"])
+    width = max(len(entry.topic) for entry in pages)
+    return "\n".join([*(f"{entry.topic:{width}}  {entry.summary}" for entry in pages), "", "A page: mlxctl help TOPIC"])
 
 
 def text_of(topic: str | None) -> str:

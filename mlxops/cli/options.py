@@ -39,19 +39,19 @@ COMMON = {
     "json": "print one JSON document",
     "debug": "print the traceback of a bug",
 }
-Given = Mapping[str, Any]
+Arguments = Mapping[str, Any]
 """What Invoke hands to a task: texts, flags and lists by field name."""
 
 
-def task_of(kind: type[AnyRequest], carry_out: Callable[[type[AnyRequest], Common, Given], None]) -> Task[Any]:
+def task_of(kind: type[AnyRequest], carry_out: Callable[[type[AnyRequest], Common, Arguments], None]) -> Task[Any]:
     """Return the Invoke task of a command. All its arguments are flags: positionals would swallow `--help`."""
     options = options_of(kind)
     shared = [each for each in fields(Common) if kind.hosts is not Hosts.NONE or each.name not in _HOST_FLAGS]
     help_texts = {"host": HOST[kind.hosts]} | COMMON
 
-    def body(context: object, **given: Any) -> None:
-        common = Common(**{each.name: given.pop(each.name) for each in shared})
-        carry_out(kind, common, given)
+    def body(context: object, **arguments: Any) -> None:
+        common = Common(**{each.name: arguments.pop(each.name) for each in shared})
+        carry_out(kind, common, arguments)
 
     parameters = [
         *(_parameter(name, _default(option, default)) for name, option, default in options),
@@ -80,11 +80,11 @@ def _default(option: Option, default: object) -> object:
     return None if option.parse or isinstance(default, tuple) else default
 
 
-def parse(kind: type[R], given: Given) -> R:
+def parse(kind: type[R], arguments: Arguments) -> R:
     """Return the request that was typed. Raises `UsageError`."""
     values = {}
     for name, option, default in options_of(kind):
-        value = given.get(name)
+        value = arguments.get(name)
         if value is None or value == []:
             if option.needed:
                 raise _missing(name, option)
@@ -108,5 +108,5 @@ def _missing(name: str, option: Option) -> UsageError:
 
 def positions(kind: type[AnyRequest]) -> tuple[str, ...]:
     """Return the flags that `mlxctl` takes without their names, in their order, such as `--model`, `--port`."""
-    found = [(option.position, f"--{name.replace('_', '-')}") for name, option, _ in options_of(kind)]
-    return tuple(flag for position, flag in sorted((p, f) for p, f in found if p is not None))
+    positioned = [(option.position, f"--{name.replace('_', '-')}") for name, option, _ in options_of(kind)]
+    return tuple(flag for position, flag in sorted((p, f) for p, f in positioned if p is not None))

@@ -31,8 +31,8 @@ def positional() -> dict[str, tuple[str, ...]]:
     """Return the commands with positional forms, and the flags that these stand for."""
     from mlxops.tasks import command_names
 
-    found = {name: options.positions(request_type(name)) for name in command_names()}
-    return {name: flags for name, flags in found.items() if flags}
+    forms = {name: options.positions(request_type(name)) for name in command_names()}
+    return {name: flags for name, flags in forms.items() if flags}
 
 
 def short(task: str) -> str:

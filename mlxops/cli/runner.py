@@ -44,10 +44,10 @@ class Cli:
     def hosts(self) -> tuple[HostTarget, ...]:
         """Return the hosts that this command goes to. Raises `UsageError`."""
         kind = self.kind.hosts
-        return self.targets.chosen(all_by_default=kind is Hosts.ALL, only_one=kind is Hosts.ONE)
+        return self.targets.select(all_by_default=kind is Hosts.ALL, only_one=kind is Hosts.ONE)
 
     def one_host(self) -> HostTarget:
-        return self.targets.chosen(only_one=True)[0]
+        return self.targets.select(only_one=True)[0]
 
     # -- asking them
 

@@ -45,7 +45,7 @@ class Targets:
         """The gateway that hosts.yaml describes."""
         return self.inventory.gateway if self.inventory else None
 
-    def chosen(self, *, all_by_default: bool = False, only_one: bool = False) -> tuple[HostTarget, ...]:
+    def select(self, *, all_by_default: bool = False, only_one: bool = False) -> tuple[HostTarget, ...]:
         """Raises `UsageError`: bad_hosts_file, no_hosts_file, unknown_host, one_host."""
         name = self.host
         if name is None and self.local:

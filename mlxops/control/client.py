@@ -235,7 +235,7 @@ def ended_early(target: HostTarget, ended: Ended, *, greeted: bool) -> Exception
     )
 
 
-def heard(target: HostTarget, session: Session, patience: ReadLimits) -> Iterator[Event | None]:
+def read_events(target: HostTarget, session: Session, patience: ReadLimits) -> Iterator[Event | None]:
     """Yield the events of a host, with suggested commands aimed at it. None is a heartbeat. Raises `ConnectionLost`."""
     for event in events(session, patience):
         yield event and aimed_event(event, target.flags)
@@ -352,7 +352,7 @@ class _Conversation:
 
     def _hear(self, session: Session) -> Done:
         self._hello = False
-        for event in heard(self._target, session, ReadLimits(SILENCE_SECONDS, NOISE_BYTES)):
+        for event in read_events(self._target, session, ReadLimits(SILENCE_SECONDS, NOISE_BYTES)):
             if self._hello and not isinstance(event, Hello | Started):
                 self._news = time.monotonic()
             match event:

@@ -118,13 +118,13 @@ def install(
     started = time.monotonic()
     build = build_id()
     try:
-        found = _search(transport, places)
-        uv = found.uv[0] if found.uv else ""
-        python = _choose(transport, host, found, uv, note)
+        search = _search(transport, places)
+        uv = search.uv[0] if search.uv else ""
+        python = _choose(transport, host, search, uv, note)
         if not options.dry_run:
             note("returning to the build before" if options.rollback else f"{build}, with {python}")
         result = _run_installer(
-            transport, host, python, options, _installer_options(options, build, uv, python in found.whole), note
+            transport, host, python, options, _installer_options(options, build, uv, python in search.whole), note
         )
     except ConnectionLost as error:
         raise OutcomeUnknown(
@@ -209,29 +209,29 @@ def _control_sources() -> list[Path]:
 
 def _search(transport: Transport, places: Sequence[str]) -> _SearchResult:
     lines, ended = _run(transport, ["/bin/sh", "-s", "--", *places], FIND.encode())
-    found = _SearchResult()
+    search = _SearchResult()
     for line in lines:
         marker, *fields = line.split("\t")
         if marker == _FOUND and len(fields) >= 2:
-            paths: list[str] | None = getattr(found, fields[0], None)
+            paths: list[str] | None = getattr(search, fields[0], None)
             if paths is not None and fields[1] not in paths:
                 paths.append(fields[1])
-    if not found.looked:
+    if not search.looked:
         raise AgentProblem(
             "no_python",
             "the host does not run a shell script",
             why=f"/bin/sh ended with {ended.status}: {_end_of_stderr(ended)}",
             hint="the account needs a login shell that runs commands",
         )
-    return found
+    return search
 
 
-def _choose(transport: Transport, host: Host, found: _SearchResult, uv: str, note: Callable[[str], None]) -> str:
+def _choose(transport: Transport, host: Host, search: _SearchResult, uv: str, note: Callable[[str], None]) -> str:
     """Return the interpreter that runs the installer, and later the agent."""
-    if found.whole:
-        return found.whole[0]
-    if uv and found.bare:
-        return found.bare[0]
+    if search.whole:
+        return search.whole[0]
+    if uv and search.bare:
+        return search.bare[0]
     if uv:
         note(f"there is no Python 3.11 or later; {uv} fetches {UV_PYTHON}")
         _, installed = _run(transport, [uv, "python", "install", UV_PYTHON], b"")
@@ -245,16 +245,16 @@ def _choose(transport: Transport, host: Host, found: _SearchResult, uv: str, not
             why=_end_of_stderr(installed) or _end_of_stderr(located),
             hint=f"run it on the host: {uv} python install {UV_PYTHON}",
         )
-    reasons = [f"looked in {', '.join(found.looked)}"]
-    reasons += [f"without venv or ensurepip: {', '.join(found.bare)}"] if found.bare else []
-    reasons += [f"older than 3.11: {', '.join(found.old)}"] if found.old else []
-    reasons += [f"does not start: {', '.join(found.broken)}"] if found.broken else []
+    reasons = [f"looked in {', '.join(search.looked)}"]
+    reasons += [f"without venv or ensurepip: {', '.join(search.bare)}"] if search.bare else []
+    reasons += [f"older than 3.11: {', '.join(search.old)}"] if search.old else []
+    reasons += [f"does not start: {', '.join(search.broken)}"] if search.broken else []
     raise AgentProblem(
         "no_python",
         f"{host.name} has no Python 3.11 or later that can make an environment, and no uv",
         why="; ".join(reasons),
         hint="apt-get install python3-venv on the host"
-        if found.bare
+        if search.bare
         else "install uv on the host, without root: curl -LsSf https://astral.sh/uv/install.sh | sh",
     )
 

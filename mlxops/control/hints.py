@@ -46,7 +46,7 @@ def aimed_error(error: MlxopsError, flags: str) -> MlxopsError:
 
 def _aimed_value(value: object, flags: str) -> object:
     if isinstance(value, list):
-        return [_aimed_value(each, flags) for each in value]
+        return [_aimed_value(item, flags) for item in value]
     if not isinstance(value, Mapping):
         return value
     row = {key: _aimed_value(each, flags) for key, each in value.items()}

@@ -40,7 +40,7 @@ def is_unit(label: str, unit: str) -> bool:
 
 
 def _unescaped(unit: str) -> str:
-    return re.sub(r"\\x([0-9a-fA-F]{2})", lambda found: chr(int(found[1], 16)), unit)
+    return re.sub(r"\\x([0-9a-fA-F]{2})", lambda match: chr(int(match[1], 16)), unit)
 
 
 def in_user_manager(units: Iterable[str], above: Iterable[tuple[str, ...]] = ()) -> bool:

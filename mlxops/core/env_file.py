@@ -104,11 +104,11 @@ class _Dotenv:
         return self._at < len(self._text)
 
     def _take(self, pattern: re.Pattern[str]) -> re.Match[str]:
-        found = pattern.match(self._text, self._at)
-        if found is None:
+        match = pattern.match(self._text, self._at)
+        if match is None:
             raise _Stop
-        self._at = found.end()
-        return found
+        self._at = match.end()
+        return match
 
     def _binding(self, line: int) -> None:
         name = self._take(self._NAME)["name"].strip("'")
@@ -133,11 +133,11 @@ class _Dotenv:
 
     def _unescaped(self, quoted: str) -> str:
         letters = r"\\([\\'])" if quoted[0] == "'" else r"""\\([\\'"abfnrtv])"""
-        return re.sub(letters, lambda found: _ESCAPES.get(found[1], found[1]), quoted[1:-1])
+        return re.sub(letters, lambda match: _ESCAPES.get(match[1], match[1]), quoted[1:-1])
 
-    def _expanded(self, found: re.Match[str]) -> str:
-        known = self.values.get(found[1])
-        return known.value if known is not None and known.value is not None else found[2] or ""
+    def _expanded(self, match: re.Match[str]) -> str:
+        known = self.values.get(match[1])
+        return known.value if known is not None and known.value is not None else match[2] or ""
 
 
 class _Sh:
@@ -160,16 +160,16 @@ class _Sh:
         try:
             self._blanks()
             self._word("export")
-            while found := _NAME.match(text, self._at):
-                if text[found.end() : found.end() + 1] != "=":
+            while match := _NAME.match(text, self._at):
+                if text[match.end() : match.end() + 1] != "=":
                     raise _Stop
-                self._at = found.end() + 1
+                self._at = match.end() + 1
                 self._unset = False
                 value = self._value()
-                self.values[found[0]] = _Setting(line, found[0], value)
-                self.borrowed.discard(found[0])
+                self.values[match[0]] = _Setting(line, match[0], value)
+                self.borrowed.discard(match[0])
                 if self._unset:
-                    self.borrowed.add(found[0])
+                    self.borrowed.add(match[0])
                 self._blanks()
             self._end()
         except _Stop:
@@ -177,8 +177,8 @@ class _Sh:
             self.values = before
             self.not_understood.add(line)
             self._at = self._end_of_line(begin)
-            for found in re.finditer(rf"(?<!\w)({_NAME.pattern})=", text[begin : self._at]):
-                self.values[found[1]] = _Setting(line, found[1], None)
+            for match in re.finditer(rf"(?<!\w)({_NAME.pattern})=", text[begin : self._at]):
+                self.values[match[1]] = _Setting(line, match[1], None)
 
     def _end_of_line(self, at: int) -> int:
         """Return the position after the newline that ends the line at `at`, neither quoted nor escaped."""
@@ -264,18 +264,18 @@ class _Sh:
     _REFERENCE = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)(?:(:?-)([^}$`\\\"']*))?\}|([A-Za-z_][A-Za-z0-9_]*)")
 
     def _expanded(self) -> str:
-        found = self._REFERENCE.match(self._text, self._at)
-        if found is None:
+        match = self._REFERENCE.match(self._text, self._at)
+        if match is None:
             following = self._text[self._at : self._at + 1]
             if following and following in "({'\"0123456789@*#?-$!":
                 raise _Stop
             return "$"
-        self._at = found.end()
-        known = self.values.get(found[1] or found[4])
+        self._at = match.end()
+        known = self.values.get(match[1] or match[4])
         if known is not None:
             if known.value is None:
                 raise _Stop
-            return known.value or (found[3] or "" if found[2] == ":-" else "")
-        if found[2] is None:
+            return known.value or (match[3] or "" if match[2] == ":-" else "")
+        if match[2] is None:
             self._unset = True
-        return found[3] or ""
+        return match[3] or ""

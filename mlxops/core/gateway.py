@@ -81,10 +81,10 @@ class Entry:
     """Variables that are needed and have no value."""
     unsure: frozenset[str] = frozenset()
     """Fields whose value is not certain: findings about them are warnings."""
-    where: str = "the gateway's configuration"
+    place: str = "the gateway's configuration"
     """File and line, for messages."""
     places: Mapping[str, tuple[str, str]] = field(default_factory=dict, hash=False)
-    """Field -> the place and the key that its value comes from, if they differ from `where` and the field's name."""
+    """Field -> the place and the key that its value comes from, if they differ from `place` and the field's name."""
     pattern: str | None = None
     """The pattern that the alias came from."""
     open_pattern: bool = False
@@ -225,7 +225,7 @@ def edit(entry: Entry, key: str, value: str, files: GatewayPaths) -> str:
         return f"in {files.env}: {variable}={value}; then restart the gateway, once"
     if variable:
         return f"in the gateway's environment: {variable}={value}; then restart the gateway, once"
-    place, spelled = entry.places.get(key, (entry.where, key))
+    place, spelled = entry.places.get(key, (entry.place, key))
     return f"in {place}: {spelled}: {value}; then restart the gateway, once"
 
 
@@ -348,9 +348,9 @@ class _EntryCheck:
         entry = self.entry
         if entry.out:
             team = entry.out.startswith("model_info.team_id")
-            yield self.finding("entry_not_used", entry.out, f"correct it in {entry.where}", certain=not team)
+            yield self.finding("entry_not_used", entry.out, f"correct it in {entry.place}", certain=not team)
         if entry.answers_itself:
-            hint = f"remove mock_response in {entry.where}"
+            hint = f"remove mock_response in {entry.place}"
             yield self.finding("mock_response", "LiteLLM makes up the answers, and asks no server", hint, certain=False)
         for variable in entry.unset:
             message = f"the variable {variable} has no value in {self.files.env or 'the environment'}"
@@ -488,7 +488,7 @@ def _pattern_findings(routes: Sequence[Route]) -> Iterator[Finding]:
             message = f"{entry.pattern} sends every name that it matches to port {target.port} of {target.host}"
             if entry.health_checked:
                 message += ", and background_health_checks ask it for names that LiteLLM chooses"
-            hint = f"an mlx_lm.server drops its model for an unknown name; in {entry.where} name the alias"
+            hint = f"an mlx_lm.server drops its model for an unknown name; in {entry.place} name the alias"
             yield Finding("pattern", target.alias, target.port, Severity.WARNING, message, hint, target.host)
 
 

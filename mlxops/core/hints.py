@@ -20,11 +20,11 @@ def split(text: str) -> tuple[str, Commands]:
     """Return the text without the backticks of its commands, and the commands."""
     commands: list[tuple[str, ...]] = []
 
-    def plain(found: re.Match[str]) -> str:
+    def plain(match: re.Match[str]) -> str:
         try:
-            commands.append(tuple(shlex.split(found[1])))
+            commands.append(tuple(shlex.split(match[1])))
         except ValueError:  # a quote in a value without quotes
-            return found[1]
+            return match[1]
         return shlex.join(commands[-1])
 
     return _MARKED.sub(plain, text), tuple(commands)
@@ -52,14 +52,14 @@ def _replaced(text: str, commands: Commands, new: Callable[[tuple[str, ...]], st
     """Replace the commands in their order. A command that the text does not have is left out."""
     done, rest = "", text
     for command in commands:
-        before, found, after = rest.partition(shlex.join(command))
-        if found:
+        before, matched, after = rest.partition(shlex.join(command))
+        if matched:
             done, rest = done + before + new(command), after
     return done + rest
 
 
 def commands_from_wire(value: object) -> Commands:
     """Return the commands of an error or a note; none if the value is not a list of lists of texts."""
-    if not isinstance(value, list) or not all(isinstance(each, list) for each in value):
+    if not isinstance(value, list) or not all(isinstance(words, list) for words in value):
         return ()
-    return tuple(tuple(map(str, each)) for each in value)
+    return tuple(tuple(map(str, words)) for words in value)

@@ -70,24 +70,24 @@ class LiteLLMConfig:
     def concrete(self, names: Iterable[str]) -> tuple[Entry, ...]:
         """Return the entries under the names that a client can use: written names, synonyms, and those of `names` that
         a pattern matches. No alias of the result is a pattern."""
-        found = [e for e in self.entries if "*" not in e.alias and e.alias not in self.synonyms]
-        known = {entry.alias for entry in found}
+        entries = [e for e in self.entries if "*" not in e.alias and e.alias not in self.synonyms]
+        known = {entry.alias for entry in entries}
         for name, target in self.synonyms.items():
-            found += [replace(entry, alias=name) for entry in self._entries_of(target)]
+            entries += [replace(entry, alias=name) for entry in self._entries_of(target)]
         for name in dict.fromkeys(names):
             if name not in known and name not in self.synonyms:
-                found += self._matched(name)
+                entries += self._matched(name)
             # `studio/*` also makes `studio/jerry-xl` a name for `jerry-xl`.
             longer = dict.fromkeys(e.alias.replace("*", name) for e in self.entries if e.alias.count("*") == 1)
             for longer_name in longer:
                 if longer_name != name and longer_name not in known and longer_name not in self.synonyms:
-                    found += [entry for entry in self._matched(longer_name) if entry.sends == name]
+                    entries += [entry for entry in self._matched(longer_name) if entry.sends == name]
         if (used := self.completion_model) is not None:
             targets = self._entries_of(self.synonyms.get(used, used))
             # LiteLLM also accepts an entry's `model` as its name.
             targets = targets or [entry for entry in self.entries if entry.model == used]
-            found = [replace(target, alias=entry.alias) for entry in found for target in targets]
-        return tuple(dict.fromkeys(found))
+            entries = [replace(target, alias=entry.alias) for entry in entries for target in targets]
+        return tuple(dict.fromkeys(entries))
 
     def _entries_of(self, name: str) -> list[Entry]:
         return [entry for entry in self.entries if entry.alias == name] or self._matched(name)
@@ -253,15 +253,15 @@ def parse(document: object, environ: Environ, files: GatewayPaths, places: Seque
     reader = _Reader(document, environ, files)
     entries, findings = [], list(reader.findings)
     for index, item in enumerate(listed or ()):
-        where = places[index] if index < len(places) else f"{files.config}, item {index + 1}"
-        read = reader.entry(item, where)
+        place = places[index] if index < len(places) else f"{files.config}, item {index + 1}"
+        read = reader.entry(item, place)
         if isinstance(read, Entry):
             entries.append(read)
             if read.model is None:
                 findings.append(_without_model(read, files))
         else:
             hint = "write it as `inv gateway --print` does"
-            message = f"{where}: {read}: LiteLLM does not start with it"
+            message = f"{place}: {read}: LiteLLM does not start with it"
             findings.append(Finding("bad_entry", None, None, Severity.FAULT, message, hint))
     return LiteLLMConfig(
         tuple(entries), reader.synonyms, tuple(findings), reader.completion_model, reader.certain_defaults()
@@ -275,8 +275,8 @@ def _without_model(entry: Entry, files: GatewayPaths) -> Finding:
     if variable is None:
         message = f"{entry.alias} has no model: LiteLLM does not start with it"
         return Finding("no_model", entry.alias, None, Severity.FAULT, message, hint)
-    where = files.env or "the environment"
-    message = f"{entry.alias}: the variable {variable} has no value in {where}: without a model LiteLLM does not start"
+    place = files.env or "the environment"
+    message = f"{entry.alias}: the variable {variable} has no value in {place}: without a model LiteLLM does not start"
     severity = Severity.WARNING if "model" in entry.unsure else Severity.FAULT
     return Finding("unset_variable", entry.alias, None, severity, message, hint)
 
@@ -314,9 +314,9 @@ class _Reader:
         self.synonyms = {**self.renamed, **_texts(_mapping(router.get("model_group_alias")))}
 
     def certain_defaults(self) -> dict[str, str]:
-        found = {key: self._value(self.defaults.get(key)) for key in ("model", "api_base", "custom_llm_provider")}
-        found["api_base"] = self._value(self.defaults.get("base_url")) | found["api_base"]
-        return {key: each.text for key, each in found.items() if each.text and each.sure}
+        values = {key: self._value(self.defaults.get(key)) for key in ("model", "api_base", "custom_llm_provider")}
+        values["api_base"] = self._value(self.defaults.get("base_url")) | values["api_base"]
+        return {key: value.text for key, value in values.items() if value.text and value.sure}
 
     def _check_mapping(self, name: str, section: object) -> None:
         if section and not isinstance(section, dict):
@@ -355,14 +355,14 @@ class _Reader:
             return _Value(wrong="is not text", place=place)
         if not raw.startswith(ENVIRON):
             return _Value(raw or None, place=place)
-        found = replace(self.environ.get(raw.replace(ENVIRON, "")), place=place)
-        if found.text is None:
-            return replace(found, sure=self.environ.whole and found.sure)
-        if found.text.strip().lower() in {"true", "false"}:
-            return replace(found, wrong=f"is {found.text} in the environment, which LiteLLM reads as a boolean")
-        return found
+        value = replace(self.environ.get(raw.replace(ENVIRON, "")), place=place)
+        if value.text is None:
+            return replace(value, sure=self.environ.whole and value.sure)
+        if value.text.strip().lower() in {"true", "false"}:
+            return replace(value, wrong=f"is {value.text} in the environment, which LiteLLM reads as a boolean")
+        return value
 
-    def entry(self, item: object, where: str) -> Entry | str:
+    def entry(self, item: object, place: str) -> Entry | str:
         """Return the entry, or why LiteLLM would not start with it."""
         if not isinstance(item, dict):
             return "is not a mapping"
@@ -383,18 +383,18 @@ class _Reader:
 
         def value(key: str, defaults: bool = True) -> _Value:
             def own(spelled: str) -> _Value:
-                return self._value(params.get(spelled), (where, spelled))
+                return self._value(params.get(spelled), (place, spelled))
 
-            found = _Value()
+            result = _Value()
             # base_url is another spelling of api_base, and takes precedence.
             spellings = ("base_url", key) if key == "api_base" else (key,)
             for spelled in spellings if defaults else ():
-                found = found | self._value(self.defaults.get(spelled), (self.default_place, spelled))
+                result = result | self._value(self.defaults.get(spelled), (self.default_place, spelled))
             for spelled in spellings:
-                found = found | own(spelled) if not found.wrong else found
+                result = result | own(spelled) if not result.wrong else result
             for spelled in spellings:
-                found = found | self._value(credential.get(spelled)) if not found.wrong else found
-            return found
+                result = result | self._value(credential.get(spelled)) if not result.wrong else result
+            return result
 
         provider = value("custom_llm_provider")
         text = self.renamed.get(model.text or "", model.text or "")
@@ -438,7 +438,7 @@ class _Reader:
             ),
             unsure=frozenset(name for name, value in (*fields.items(), *inherited) if not value.sure)
             | ({"model"} if not provider.sure or not named.sure else set()),
-            where=where,
+            place=place,
             places={name: value.place for name, value in fields.items() if value.place},
             lost=f"credential_list has no {shown(named.text)}" if named.text and not credential else "",
             out=wrong or self._out(info, params),
@@ -449,20 +449,20 @@ class _Reader:
         )
 
     def _address(self, own: _Value, provider: _Provider) -> _Value:
-        found = own | self.late.first(provider.bases)
+        address = own | self.late.first(provider.bases)
         if provider.default == _OWN_ADDRESS:
-            return found
+            return address
         if provider.default != _PROVIDERS["openai"].default:
-            return found | _Value(provider.default)
-        found = found | self._value(self.module.get("api_base"), ("litellm_settings", "api_base"))
-        return found | self.late.first(_SHARED_BASES) if provider.shares else found
+            return address | _Value(provider.default)
+        address = address | self._value(self.module.get("api_base"), ("litellm_settings", "api_base"))
+        return address | self.late.first(_SHARED_BASES) if provider.shares else address
 
     def _key(self, own: _Value, provider: _Provider) -> _Value:
-        found = own | self.late.first(provider.keys)
+        key = own | self.late.first(provider.keys)
         for name in ("api_key", "openai_key"):
-            found = found | self._value(self.module.get(name))
-        found = found | self.late.get(_SHARED_KEY)
-        return found if found.text or not provider.other_keys else replace(found, sure=False)
+            key = key | self._value(self.module.get(name))
+        key = key | self.late.get(_SHARED_KEY)
+        return key if key.text or not provider.other_keys else replace(key, sure=False)
 
     def _out(self, info: Mapping[str, object], params: Mapping[str, object]) -> str:
         """Return why LiteLLM does not use the entry; empty if it does."""
@@ -485,14 +485,14 @@ def _mapping(value: object) -> Mapping[str, object]:
 
 def _texts(section: Mapping[str, object]) -> dict[str, str]:
     """Read a mapping of names to names; a value may be `{model: NAME}`."""
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for name, value in section.items():
         target = value.get("model") if isinstance(value, dict) else value
         if isinstance(name, str) and isinstance(target, str):
-            found[name] = target
-    return found
+            texts[name] = target
+    return texts
 
 
-def _tokens(where: object) -> int | None:
-    value = where.get("max_input_tokens") if isinstance(where, dict) else None
+def _tokens(section: object) -> int | None:
+    value = section.get("max_input_tokens") if isinstance(section, dict) else None
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None

@@ -134,10 +134,10 @@ class Signals:
     """For people: the current step of the operation."""
     progress: Progress | None = None
     """How far the operation is, for steps that count bytes."""
-    answer: Health = Health.NOT_ASKED
+    health: Health = Health.NOT_ASKED
     busy: bool = False
     """A client is connected, so an unanswered probe may only have to wait."""
-    stranger: str = ""
+    other_listener: str = ""
     """For people: the process that listens, if it is not ours."""
     memory_bytes: int | None = None
     error: str | None = None
@@ -180,7 +180,7 @@ class PortView:
     boot: BootClaim | None = None
 
     @property
-    def overtaken(self) -> bool:
+    def half_changed(self) -> bool:
         """Whether the port looks wrong while an operation changes it. It was probably observed half before and half
         after a change."""
         return self.operation is not None and self.state in {State.FOREIGN, State.ORPHAN, State.MISMATCH, State.FAILED}
@@ -237,7 +237,7 @@ def judge(signals: Signals, registry: Registry) -> PortView:
     if signals.hand is not None:
         return _judge_unrecorded(signals, registry, Owner.HAND)
     if signals.listening:
-        return _view(signals, State.FOREIGN, Owner.FOREIGN, detail=signals.stranger)
+        return _view(signals, State.FOREIGN, Owner.FOREIGN, detail=signals.other_listener)
     if signals.broken_record:
         return _view(signals, State.IDLE, None, detail="its run record is unreadable; nothing serves the port")
     if run is not None and assigned:
@@ -274,10 +274,10 @@ def _judge_ours(signals: Signals, run: Run, assigned: tuple[str, ...]) -> PortVi
         return _view(signals, State.UNKNOWN, None, _UNOWNED)
     if not signals.listener_pids or not signals.listener_pids <= set(signals.members):
         # We can see all our own processes, so a listener without a visible process is another user's.
-        return _view(signals, State.MISMATCH, owner, f"another process listens on its port: {signals.stranger}")
+        return _view(signals, State.MISMATCH, owner, f"another process listens on its port: {signals.other_listener}")
     if run.model not in assigned:
         return replace(_view(signals, State.MISMATCH, owner, f"the registry says {assigned[0]}"), reassigned=True)
-    match signals.answer:
+    match signals.health:
         case Health.SILENT if signals.busy:
             return _view(signals, State.READY, owner, "busy")
         case Health.SILENT:
@@ -307,17 +307,17 @@ def _judge_unrecorded(signals: Signals, registry: Registry, owner: Owner) -> Por
     server = signals.hand
     model = next((m.name for m in registry.models.values() if server and server.model in _names_of(m)), None)
     assigned = registry.on_port(signals.port)
-    if server is not None and signals.listening and signals.answer is Health.NOT_ASKED:
+    if server is not None and signals.listening and signals.health is Health.NOT_ASKED:
         return _view(signals, State.UNKNOWN, None, detail="its server could not be asked")
-    if signals.answer is Health.SILENT and signals.busy:
+    if signals.health is Health.SILENT and signals.busy:
         state, detail = State.READY, "busy"
-    elif signals.answer is Health.SILENT:
+    elif signals.health is Health.SILENT:
         state, detail = (State.WEDGED, "no answer to the probe") if signals.listening else (State.LOADING, "")
     elif not signals.listening:
         state, detail = State.LOADING, "it does not listen yet"
-    elif signals.answer is Health.LOADING:
+    elif signals.health is Health.LOADING:
         state, detail = State.LOADING, "the server says that it is loading"
-    elif signals.answer is Health.BROKEN:
+    elif signals.health is Health.BROKEN:
         state, detail = State.FAILED, "the server says that it is unhealthy"
     elif assigned and model is not None and model not in {entry.name for entry in assigned}:
         state, detail = State.MISMATCH, f"the registry says {assigned[0].name}"
@@ -350,7 +350,7 @@ def _describe_server(signals: Signals, server: Server | None, detail: str) -> st
     if signals.boot:
         return "; ".join(filter(None, [detail, signals.boot.how]))
     parent = f"its parent: {server.starter}" if server and server.starter else ""
-    return detail or "; ".join(filter(None, [signals.stranger, parent]))
+    return detail or "; ".join(filter(None, [signals.other_listener, parent]))
 
 
 def _names_of(model: Model) -> frozenset[str]:

@@ -14,7 +14,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u2
 
 def harmless(text: object) -> str:
     """Return the text with control and direction characters escaped; tabs and line ends stay."""
-    return _CONTROL.sub(lambda found: ascii(found.group())[1:-1], str(text))
+    return _CONTROL.sub(lambda match: ascii(match.group())[1:-1], str(text))
 
 
 def one_log_line(text: object) -> str:

@@ -149,11 +149,11 @@ def _decode_object(kind: type, value: object, path: str) -> object:
     if not isinstance(value, Mapping):
         raise DecodeError(path, "not an object")
     annotations = _annotations(kind)
-    found: dict[str, object] = {}
+    arguments: dict[str, object] = {}
     for each in _sent(kind):
         at = f"{path}.{each.name}" if path else each.name
         if each.name in value:
-            found[each.name] = _decode(annotations[each.name], value[each.name], at)
+            arguments[each.name] = _decode(annotations[each.name], value[each.name], at)
         elif each.default is MISSING and each.default_factory is MISSING:
             raise DecodeError(at, "missing")
-    return kind(**found)
+    return kind(**arguments)

@@ -66,7 +66,7 @@ def last_event(process: subprocess.Popen[bytes]) -> Any:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="strace is Linux's")
-def test_one_of_two_clients_that_disagree_on_a_fresh_host_is_refused(settings: Settings, other: Settings) -> None:
+def test_only_one_of_two_disagreeing_clients_is_accepted(settings: Settings, other: Settings) -> None:
     if shutil.which("strace") is None:
         missing("strace (Debian and Ubuntu: apt-get install strace)")
     # Delay the write, so that the second client can read before the first one has written.

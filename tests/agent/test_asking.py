@@ -1,7 +1,7 @@
-"""The names under which servers are asked: only known ones, because mlx-lm drops its model for an unknown name.
+"""Servers are asked only under names that they know, because mlx-lm drops its model for an unknown name.
 
-Whether the real engine still has its weights is seen by taking the file away: it goes on from memory until it has to
-load again.
+To see whether the real engine still has its weights, a test moves the file away. The engine continues from memory until
+it must load again.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def host(homelab: Homelab) -> Iterator[QuickHost]:
 
 @contextmanager
 def served(host: QuickHost, port: int, *options: str) -> Iterator[Path]:
-    """A fake mlx_lm.server with these options, started by hand; the file in which it writes down the names."""
+    """Start a fake mlx_lm.server by hand; return the file to which it writes the requested names."""
     asked = host.studio.folder / f"asked-{port}"
     argv = [str(host.program), *options, "--host", host.studio.address, "--port", str(port), "--fake-names", str(asked)]
     with host.running(*argv):

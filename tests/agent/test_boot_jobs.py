@@ -165,14 +165,14 @@ CGROUPS: dict[str, tuple[str, str, str]] = {
 }
 
 
-class TestServerBelongsToTheJob:
+class TestServerOfTheJob:
     @pytest.mark.parametrize("case", CGROUPS)
-    def test_if_its_control_group_is_the_unit(self, box: Box, case: str) -> None:
+    def test_server_in_the_units_control_group_is_claimed(self, box: Box, case: str) -> None:
         cgroup, label, stop = CGROUPS[case]
         claim = box.claim(Seen(cgroups={SERVER: cgroup}), "/sbin/init", label=label)
         assert claim.stop == stop and "systemd" in claim.how
 
-    def test_if_its_starter_is_in_the_units_group(self, box: Box) -> None:
+    def test_server_with_a_starter_in_the_units_group_is_claimed(self, box: Box) -> None:
         """`systemd-run --scope` in a start script gives the server a group of its own."""
         groups = {SERVER: "0::/system.slice/run-r1.scope", PARENT: "0::/system.slice/mlx.service"}
         assert (
@@ -181,7 +181,7 @@ class TestServerBelongsToTheJob:
         )
 
     @pytest.mark.parametrize("label", [LABEL, "COM.Example.MLX"])
-    def test_if_launchds_mark_is_in_its_environment(self, box: Box, label: str) -> None:
+    def test_launchd_variable_identifies_the_server(self, box: Box, label: str) -> None:
         claim = box.claim(Seen(environs={SERVER: {"XPC_SERVICE_NAME": LABEL}}), "/sbin/launchd", label=label)
         assert "launchd" in claim.how
 
@@ -194,19 +194,19 @@ class TestServerBelongsToTheJob:
             (f"user/{os.getuid()}", f"launchctl bootout user/{os.getuid()}/{LABEL}"),
         ],
     )
-    def test_if_launchd_names_its_pid(self, box: Box, pid: int, domain: str, stop: str) -> None:
+    def test_pid_from_launchctl_identifies_the_server(self, box: Box, pid: int, domain: str, stop: str) -> None:
         shown = box.write("shown", LAUNCHD_PRINT.replace("PID", str(pid)))
         box.launchctl(f'[ "$2" = {domain}/{LABEL} ] && exec /bin/cat {shown}; exit 113')
         assert box.claim(Seen(), "/bin/bash", "/srv/other.sh", label=LABEL).stop == stop
 
-    def test_if_it_is_the_units_main_process_in_its_own_scope(self, box: Box) -> None:
+    def test_main_pid_of_the_unit_identifies_the_server(self, box: Box) -> None:
         """A script that ends in `exec systemd-run --scope ...`."""
         box.systemctl(f"echo Id=mlx.service; echo LoadState=loaded; echo ActiveState=active; echo MainPID={SERVER}")
         seen = Seen(cgroups={SERVER: "0::/system.slice/run-r1.scope"})
         assert box.claim(seen, "/sbin/init", label="mlx").stop == "sudo systemctl stop mlx.service"
 
     @pytest.mark.parametrize("label", ["", "com.example.wrong"], ids=["no label", "a wrong label"])
-    def test_if_the_managers_file_runs_its_script(self, box: Box, label: str) -> None:
+    def test_managers_file_that_runs_the_script_identifies_the_server(self, box: Box, label: str) -> None:
         """The script ends in exec, so nothing above the server names it."""
         box.plist("Library/LaunchDaemons", "org.job", ProgramArguments=["/bin/bash", "-lc", str(box.script)])
         box.plist("Library/LaunchDaemons", "org.job2", ProgramArguments=[str(box.script), "8101"])
@@ -219,19 +219,19 @@ class TestServerBelongsToTheJob:
         claim = box.claim(seen, "/sbin/init", script=str(box.script), label=label)
         assert claim.stop == "sudo systemctl stop any.service"
 
-    def test_but_a_unit_around_its_script_is_not_to_be_stopped(self, box: Box) -> None:
+    def test_unit_around_the_script_is_not_suggested_for_stopping(self, box: Box) -> None:
         """Stopping the unit of a login, a terminal or a container would stop everything else in it."""
         seen = Seen(cgroups={PARENT: "0::/system.slice/docker.service", SERVER: "0::/system.slice/docker.service"})
         claim = box.claim(seen, "/bin/bash", str(box.script), script=str(box.script))
         assert claim.stop == f"stop what runs {box.script}"
 
-    def test_if_supervisord_or_pm2_left_their_mark(self, box: Box) -> None:
+    def test_supervisord_and_pm2_variables_identify_the_server(self, box: Box) -> None:
         of_supervisord = Seen(environs={SERVER: {"SUPERVISOR_PROCESS_NAME": "mlx"}})
         assert box.claim(of_supervisord, "/usr/bin/supervisord", label="mlx").stop == "supervisorctl stop mlx"
         of_pm2 = Seen(environs={SERVER: {"pm_exec_path": str(box.script), "name": "mlx"}})
         assert box.claim(of_pm2, "PM2 v5.3.0: God Daemon", script=str(box.script)).stop == "pm2 stop mlx"
 
-    def test_if_systemd_names_its_invocation_where_control_groups_are_hidden(self, box: Box) -> None:
+    def test_invocation_id_identifies_the_server_without_control_groups(self, box: Box) -> None:
         box.systemctl(
             'case "$*" in *--user*) exit 1;; esac; echo Id=mlx.service; echo LoadState=loaded; echo InvocationID=abc'
         )
@@ -258,7 +258,7 @@ class TestServerBelongsToTheJob:
         ],
         ids=" ".join,
     )
-    def test_if_its_script_runs_above_it_in_any_spelling(self, box: Box, argv: tuple[str, ...]) -> None:
+    def test_script_above_the_server_is_recognised_in_any_spelling(self, box: Box, argv: tuple[str, ...]) -> None:
         (box.root / "usr").mkdir()
         link = box.root / "usr" / "begin"
         link.symlink_to(box.script)
@@ -267,7 +267,7 @@ class TestServerBelongsToTheJob:
         assert box.claim(seen, *words, script=str(box.script)) is not None
 
     @pytest.mark.parametrize("configured", ["link", "a link, and the file is gone", "trailing slash", "home", "spaces"])
-    def test_if_hosts_yaml_spells_the_script_differently(self, box: Box, configured: str) -> None:
+    def test_script_may_be_spelt_differently_in_hosts_yaml(self, box: Box, configured: str) -> None:
         script = box.write("home/bin/start all.sh", "#!/bin/sh\n") if configured in {"home", "spaces"} else box.script
         (box.root / "usr").symlink_to(box.root / "opt")
         if "gone" in configured:
@@ -281,20 +281,20 @@ class TestServerBelongsToTheJob:
         }[configured]
         assert box.claim(Seen(), "/bin/bash", str(script), script=path) is not None
 
-    def test_if_the_script_has_changed_its_folder(self, box: Box) -> None:
+    def test_relative_script_is_recognised_after_a_change_of_folder(self, box: Box) -> None:
         seen = Seen(folders={PARENT: "/"}, environs={PARENT: {"PWD": str(box.script.parent)}})
         assert box.claim(seen, "/bin/bash", "start.sh", script=str(box.script)) is not None
 
-    def test_if_its_supervisor_has_the_script_in_its_environment(self, box: Box) -> None:
+    def test_supervisor_with_the_script_in_its_environment_is_recognised(self, box: Box) -> None:
         seen = Seen(environs={PARENT: {"JOB": f"/bin/bash {box.script}"}})
         assert box.claim(seen, "/usr/bin/python3", "keeper.py", script=str(box.script)) is not None
 
     @pytest.mark.parametrize("port", [8100, 8105])
-    def test_on_any_port(self, box: Box, port: int) -> None:
+    def test_server_is_claimed_on_any_port(self, box: Box, port: int) -> None:
         assert box.claim(Seen(), "/bin/bash", str(box.script), port=port, script=str(box.script)).job.port == 8100
 
 
-class TestServerDoesNotBelongToTheJob:
+class TestOtherServer:
     @pytest.mark.parametrize(
         ("environ", "cgroup", "parent"),
         [
@@ -311,7 +311,7 @@ class TestServerDoesNotBelongToTheJob:
             ({"JOB": "SCRIPT"}, "", ("/bin/bash",)),
         ],
     )
-    def test_that_a_person_or_another_job_started(
+    def test_server_of_a_person_or_another_job_is_not_claimed(
         self, box: Box, environ: dict[str, str], cgroup: str, parent: tuple[str, ...]
     ) -> None:
         box.launchctl("exit 113")
@@ -321,9 +321,7 @@ class TestServerDoesNotBelongToTheJob:
         argv = [word.replace("SCRIPT", str(box.script)).replace("OTHER", str(other)) for word in parent]
         assert box.claim(seen, *argv) is None
 
-    def test_because_this_command_was_started_beside_the_script(
-        self, box: Box, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_variables_inherited_by_this_command_prove_nothing(self, box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
         """Variables that every process started here inherits prove nothing."""
         here = process(os.getpid(), 1, "/usr/bin/python3", "harness.py")
         seen = Seen(environs={here.pid: {"JOB": str(box.script)}})
@@ -355,9 +353,9 @@ UNIT_STATES: dict[str, tuple[dict[str, str], Standing]] = {
 }
 
 
-class TestJobIs:
+class TestJobState:
     @pytest.mark.parametrize("case", UNIT_STATES)
-    def test_as_systemd_reports(self, box: Box, case: str) -> None:
+    def test_state_is_read_from_systemctl(self, box: Box, case: str) -> None:
         shown, standing = UNIT_STATES[case]
         lines = "; ".join(f"echo {key}={value}" for key, value in {"Id": "mlx.service", **shown}.items())
         box.systemctl(f'case "$*" in *--user*) echo LoadState=not-found;; *) {lines};; esac')
@@ -366,7 +364,7 @@ class TestJobIs:
         if standing is Standing.DISABLED:
             assert found.enable.startswith("sudo systemctl ") and found.enable.endswith(" mlx.service")
 
-    def test_a_users_unit_too(self, box: Box) -> None:
+    def test_user_unit_is_found(self, box: Box) -> None:
         shown = "echo Id=mlx.service; echo LoadState=loaded; echo ActiveState=active; echo SubState=running"
         box.systemctl(f'case "$*" in *--user*) {shown};; *) echo LoadState=not-found;; esac')
         assert box.state(label="mlx").stop == "systemctl --user stop mlx.service"
@@ -376,7 +374,7 @@ class TestJobIs:
         [("state = running\n\tpid = 7", Standing.ACTIVE), ("state = spawn scheduled", Standing.ACTIVE),
          ("state = not running", Standing.LOADED), ("", Standing.LOADED)],
     )  # fmt: skip
-    def test_as_launchd_reports(self, box: Box, state: str, standing: Standing) -> None:
+    def test_state_is_read_from_launchctl(self, box: Box, state: str, standing: Standing) -> None:
         shown = box.write("shown", f"system/{LABEL} = {{\n\tactive count = 1\n\t{state}\n}}\n")
         box.launchctl(f'[ "$2" = system/{LABEL} ] && exec /bin/cat {shown}; exit 113')
         assert box.state(label=LABEL).standing is standing
@@ -390,7 +388,7 @@ class TestJobIs:
 
     @pytest.mark.parametrize("said", DISABLED)
     @pytest.mark.parametrize("folder", ["Library/LaunchDaemons", "Library/LaunchAgents", "home/Library/LaunchAgents"])
-    def test_installed_or_disabled_where_only_its_property_list_exists(self, box: Box, folder: str, said: str) -> None:
+    def test_property_list_alone_means_installed_or_disabled(self, box: Box, folder: str, said: str) -> None:
         path = box.plist(folder, LABEL)
         box.launchctl(f'case "$1" in print-disabled) {said};; *) exit 113;; esac')
         found = box.state(label=LABEL.upper())
@@ -401,14 +399,14 @@ class TestJobIs:
         else:
             assert found.stop.endswith(f"launchctl bootout {domain}/{LABEL}")
 
-    def test_found_by_its_script_where_no_label_is_given(self, box: Box) -> None:
+    def test_property_list_is_found_by_its_script(self, box: Box) -> None:
         box.launchctl("exit 113")
         box.plist("Library/LaunchDaemons", "other", ProgramArguments=["/bin/sleep", "1"])
         box.plist("Library/LaunchDaemons", LABEL, ProgramArguments=["/bin/bash", "-lc", f"exec {box.script}"])
         found = box.state(script=str(box.script))
         assert (found.standing, found.stop) == (Standing.INSTALLED, f"sudo launchctl bootout system/{LABEL}")
 
-    def test_found_in_a_unit_that_runs_its_script(self, box: Box) -> None:
+    def test_unit_is_found_by_its_script(self, box: Box) -> None:
         box.write("etc/systemd/system/mlx.service", f"[Service]\nExecStart=/usr/bin/env bash -c 'exec {box.script}'\n")
         found = box.state(script=str(box.script))
         assert found.standing is Standing.INSTALLED and found.stop == "sudo systemctl stop mlx.service"
@@ -416,22 +414,22 @@ class TestJobIs:
     @pytest.mark.parametrize(
         "path", ["etc/crontab", "etc/cron.d/mlx", "etc/rc.local", "etc/supervisor/conf.d/mlx.conf"]
     )
-    def test_installed_where_another_file_runs_its_script(self, box: Box, path: str) -> None:
+    def test_script_in_another_startup_file_means_installed(self, box: Box, path: str) -> None:
         box.write(path, f"# {box.script}\n")
         assert box.state().standing is Standing.MISSING, "a comment runs nothing"
         box.write(path, f"@reboot me {box.script} >/dev/null\n")
         found = box.state()
         assert found.standing is Standing.INSTALLED and str(box.root / path) in found.detail
 
-    def test_installed_where_this_users_crontab_runs_its_script(self, box: Box) -> None:
+    def test_script_in_the_users_crontab_means_installed(self, box: Box) -> None:
         recorder(box.root / "bin", "crontab", f"echo @reboot {box.script}")
         assert box.state().standing is Standing.INSTALLED
 
-    def test_running_while_a_supervisor_keeps_its_script_running(self, box: Box) -> None:
+    def test_running_supervisor_of_the_script_means_active(self, box: Box) -> None:
         keeper = process(PARENT, 1, "/usr/bin/python3", "keeper.py", str(box.script))
         assert box.state(keeper).standing is Standing.ACTIVE
 
-    def test_missing_where_no_manager_knows_it_and_nothing_runs_it(self, box: Box) -> None:
+    def test_unknown_label_and_unused_script_mean_missing(self, box: Box) -> None:
         box.launchctl("exit 113")
         found = box.state()
         assert found.standing is Standing.MISSING
@@ -440,7 +438,7 @@ class TestJobIs:
         assert box.state().detail.endswith(f"{box.script} is not there")
         assert box.state(script=str(box.script)).standing is Standing.MISSING
 
-    def test_missing_where_launchd_has_no_such_domain(self, box: Box) -> None:
+    def test_missing_launchd_domain_means_missing(self, box: Box) -> None:
         box.launchctl('case "$2" in system/*) exit 113;; *) exit 112;; esac')
         assert box.state().standing is Standing.MISSING
         assert [line.split()[2] for line in calls(box.root / "bin")] == [
@@ -448,29 +446,25 @@ class TestJobIs:
         ]
 
     @pytest.mark.parametrize("script", ["exit 64", "exec /bin/sleep 60"], ids=["fails", "hangs"])
-    def test_unknown_where_launchd_cannot_be_asked(
-        self, box: Box, monkeypatch: pytest.MonkeyPatch, script: str
-    ) -> None:
+    def test_failing_launchctl_means_unknown(self, box: Box, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
         monkeypatch.setattr(managers, "STATUS_TIMEOUT_SECONDS", 0.2)
         box.launchctl(script)
         assert box.state().standing is Standing.UNKNOWN
 
     @pytest.mark.parametrize("private", ["run/systemd/private", "run/user/systemd/private"])
-    def test_unknown_where_a_systemd_that_runs_does_not_answer(self, box: Box, private: str) -> None:
+    def test_unresponsive_systemd_means_unknown(self, box: Box, private: str) -> None:
         box.environ["XDG_RUNTIME_DIR"] = str(box.root / "run/user")
         box.systemctl("echo Failed to connect to bus >&2; exit 1")
         assert box.state(label="mlx").standing is Standing.MISSING, "none runs"
         box.write(f"{private}/x", "")
         assert box.state(label="mlx").standing is Standing.UNKNOWN
 
-    def test_running_where_its_unit_is_disabled_but_its_script_runs(self, box: Box) -> None:
+    def test_running_script_of_a_disabled_unit_means_active(self, box: Box) -> None:
         box.systemctl("echo LoadState=loaded; echo ActiveState=inactive; echo UnitFileState=disabled")
         assert box.state().standing is Standing.DISABLED
         assert box.state(process(PARENT, 1, "/bin/bash", str(box.script))).standing is Standing.ACTIVE
 
-    def test_unknown_where_a_crontab_that_cannot_be_read_may_run_it(
-        self, box: Box, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_unreadable_crontab_means_unknown(self, box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
         (box.root / "var/spool/cron/crontabs").mkdir(parents=True)
         monkeypatch.setattr(os, "access", lambda path, mode: False)
         found = box.state(script=str(box.script))
@@ -522,7 +516,7 @@ class TestKeptServer:
     @pytest.mark.parametrize(
         "marks", [{"XPC_SERVICE_NAME": LABEL}, {"JOB": "bash ./start.sh"}, {}], ids=["marked", "relative", "plain"]
     )
-    def test_is_the_boot_jobs_and_nothing_stops_it(self, host: QuickHost, marks: dict[str, str]) -> None:
+    def test_kept_server_is_the_boot_jobs_and_nothing_stops_it(self, host: QuickHost, marks: dict[str, str]) -> None:
         port = host.ports[0]
         with self.kept(host, **marks) as pid:
             row = host.status()["ports"][0]
@@ -540,7 +534,7 @@ class TestKeptServer:
                 assert f"launchctl bootout system/{LABEL}" in error["hint"]
             assert self.pid(host) == pid
 
-    def test_is_recognised_by_launchds_pid_alone(self, host: QuickHost) -> None:
+    def test_kept_server_is_recognised_by_launchds_pid_alone(self, host: QuickHost) -> None:
         port, shown = host.ports[0], host.studio.folder / "pid"
         recorder(
             host.studio.folder / "bin",
@@ -559,7 +553,7 @@ class TestKeptServer:
             shown.write_text(LAUNCHD_PRINT.replace("PID", str(PARENT)))
             assert host.status()["ports"][0]["owner"] == "hand", "the job is another process"
 
-    def test_keeps_its_port_while_it_is_down(self, host: QuickHost) -> None:
+    def test_kept_server_keeps_its_port_while_it_is_down(self, host: QuickHost) -> None:
         """Otherwise `load` and `restore` would take the port between two starts, and the job would keep failing."""
         host.edit(MODELS[0], port=host.ports[0])
         with host.running("env", f"JOB={self.script}", sys.executable, "-c", "import time; time.sleep(300)"):
@@ -571,7 +565,7 @@ class TestKeptServer:
             refused = host.mlxctl("load", MODELS[0], str(host.ports[0]), "--json")
             assert refused.json["hosts"][0]["error"]["code"] == "boot_port"
 
-    def test_of_a_job_that_is_not_installed_reserves_nothing(self, host: QuickHost) -> None:
+    def test_job_that_is_not_installed_reserves_no_port(self, host: QuickHost) -> None:
         host.edit(MODELS[0], port=host.ports[0])
         drift = {each["code"]: each for each in host.status()["drift"]}
         missing = drift["boot_job_missing"]
@@ -585,13 +579,13 @@ class TestKeptServer:
         host.lab.configure(boot=[])
         assert host.status()["drift"] == []
 
-    def test_started_by_hand_on_the_jobs_port_is_a_hand_started_one(self, host: QuickHost) -> None:
+    def test_hand_started_server_on_its_port_is_not_the_jobs(self, host: QuickHost) -> None:
         with host.running("/bin/sh", "-c", host.by_hand(MODELS[0], host.ports[0])[:-2]):
             wait_until(lambda: host.studio.listening(host.ports[0]), WAIT, "the server")
             assert host.status()["ports"][0]["owner"] == "hand"
             host.mlxctl("unload", str(host.ports[0]), "--force").ok()
 
-    def test_of_a_script_that_starts_several_belongs_to_the_job_on_every_port(self, host: QuickHost) -> None:
+    def test_every_server_of_the_jobs_script_belongs_to_the_job(self, host: QuickHost) -> None:
         first, second = host.ports[:2]
         lines = [host.by_hand(MODELS[0], first), host.by_hand(MODELS[1], second), "wait"]
         self.script.write_text("#!/bin/sh\n" + "\n".join(lines) + "\n")

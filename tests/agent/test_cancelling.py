@@ -33,7 +33,7 @@ def ask(homelab: Homelab) -> Ask:
 
 @contextmanager
 def loading(ask: Ask) -> Iterator[tuple[subprocess.Popen[str], OperationLog]]:
-    """A load that waits for a proof that will never come, and its record."""
+    """Start a load whose proof never comes; yield it and its record."""
     with ask.running("load", "--model", "mine", "--port", ask.port) as process:
         assert process.stderr is not None
         next(line for line in process.stderr if line.startswith("proof: "))

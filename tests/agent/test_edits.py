@@ -198,7 +198,7 @@ class TestEditThatLooksTruncated:
         assert file.read_bytes() == mine
 
 
-class TestLinkOfAPerson:
+class TestUserLink:
     def test_link_to_another_disk_is_served(self, tmp_path: Path, tiny_models: Path) -> None:
         snapshot = models.install_snapshot(tmp_path / "hub", QWEN, tiny_models / models.QWEN, trees=True)
         disk = tmp_path / "disk"

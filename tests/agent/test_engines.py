@@ -164,7 +164,7 @@ def test_unknown_engine_is_refused_with_the_known_ones() -> None:
     assert set(ENGINES) == {"mlx-lm", "mlx-openai-server"} and engine_named("mlx-lm").name == "mlx-lm"
 
 
-def test_a_new_engine_is_one_new_file(tmp_path: Path) -> None:
+def test_new_engine_is_one_new_file(tmp_path: Path) -> None:
     shutil.copytree(PACKAGE, tmp_path / "mlxops", ignore=shutil.ignore_patterns("__pycache__"))
     engines = tmp_path / "mlxops" / "agent" / "engines"
     (engines / "third_one.py").write_text(
@@ -198,7 +198,7 @@ class MinimalEngine(Engine):
         return long_options(argv).get("--model")
 
 
-def test_a_new_engine_defines_six_members(tmp_path: Path) -> None:
+def test_new_engine_defines_six_members(tmp_path: Path) -> None:
     engine = MinimalEngine()
     path = program(tmp_path / "path" / "third-one")
     assert engine.find_command([], {"PATH": str(tmp_path / "path")}) == EngineCommand((path,), "PATH")

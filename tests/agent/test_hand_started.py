@@ -122,7 +122,7 @@ def tmux(host: QuickHost, *windows: str) -> Iterator[Callable[..., list[str]]]:
 
 
 class TestTmux:
-    def test_loses_only_the_window_of_the_stopped_server(self, host: QuickHost) -> None:
+    def test_tmux_loses_only_the_window_of_the_stopped_server(self, host: QuickHost) -> None:
         first, second = host.ports[:2]
         with tmux(host, command(host, first), "sleep 1000", command(host, second, model=MODELS[1])) as ask:
             (carrier,) = map(int, ask("display-message", "-p", "#{pid}"))
@@ -138,7 +138,7 @@ class TestTmux:
             assert not alive(other)
             assert ask("list-windows", "-F", "#{pane_current_command}") == ["sleep"]
 
-    def test_without_its_server_is_not_a_server(self, host: QuickHost) -> None:
+    def test_tmux_without_its_server_is_not_a_server(self, host: QuickHost) -> None:
         port = host.ports[0]
         with tmux(host, command(host, port), "sleep 1000") as ask:
             os.kill(listener(host, port), signal.SIGINT)
@@ -182,7 +182,7 @@ def test_process_with_a_servers_words_is_not_a_server(host: QuickHost) -> None:
 
 class TestScriptThatStartsSeveral:
     @pytest.mark.parametrize("tee", ["", " | tee log >/dev/null"])
-    def test_keeps_the_other_servers(self, host: QuickHost, tee: str) -> None:
+    def test_script_keeps_its_other_servers(self, host: QuickHost, tee: str) -> None:
         ports = host.ports[:3]
         lines = [command(host, port, model=model) + f"{tee} &" for port, model in zip(ports, MODELS, strict=False)]
         with host.running("sh", "-c", "\n".join([*lines, "wait"])) as script:
@@ -199,7 +199,7 @@ class TestScriptThatStartsSeveral:
             assert not alive(pids[2])
             wait_until(lambda: script.poll() is not None, WAIT, "the script, which ends by itself")
 
-    def test_has_one_server_adopted_and_stopped(self, host: QuickHost) -> None:
+    def test_one_server_of_a_script_is_adopted_and_stopped(self, host: QuickHost) -> None:
         port, other = host.ports[:2]
         planned = result(host, "load", MODELS[0], str(port), "--dry-run")
         folder = host.studio.folder / "by-hand"
@@ -239,7 +239,7 @@ def test_wrapper_is_named_and_stopped_with_its_server(host: QuickHost) -> None:
 
 
 class TestServerWithoutItsPort:
-    def test_is_loading_and_blocks_the_port_in_its_arguments(self, host: QuickHost) -> None:
+    def test_server_without_its_port_is_loading_and_blocks_it(self, host: QuickHost) -> None:
         port = host.ports[-1]  # the only one without an alias
         with host.running("sh", "-c", "exec " + command(host, port, "--fake-late", "1000")) as server:
             assert row(host, port) == ("loading", "hand", server.pid)
@@ -248,7 +248,7 @@ class TestServerWithoutItsPort:
             assert result(host, "unload", str(port), "--force")["state"] == "idle"
             assert server.poll() == -signal.SIGTERM
 
-    def test_is_listed_counted_and_stopped_beside_the_listening_one(self, host: QuickHost) -> None:
+    def test_server_without_its_port_is_stopped_beside_the_listening_one(self, host: QuickHost) -> None:
         port = host.ports[0]
         host.mlxctl("load", MODELS[0], str(port)).ok()
         late = "exec " + command(host, port, "--fake-late", "1000", model=MODELS[1])
@@ -261,7 +261,7 @@ class TestServerWithoutItsPort:
             assert result(host, "unload", str(port), "--force")["state"] == "idle"
             assert server.poll() == -signal.SIGTERM
 
-    def test_is_stopped_while_a_foreign_listener_stays(self, host: QuickHost) -> None:
+    def test_foreign_listener_stays_when_the_server_is_stopped(self, host: QuickHost) -> None:
         port = host.ports[0]
         code = f"import socket, time; s = socket.create_server(('{host.studio.address}', {port})); time.sleep(1000)"
         late = "exec " + command(host, port, "--fake-late", "1000")

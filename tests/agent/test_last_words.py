@@ -197,14 +197,14 @@ LOGS: dict[str, tuple[str, str, str | None]] = {
 
 
 @pytest.mark.parametrize("log", LOGS)
-def test_last_line_is_the_logs_error(log: str) -> None:
+def test_last_line_is_the_error_of_the_log(log: str) -> None:
     text, words, code = LOGS[log]
     assert last_line(text) == words
     cause = explain(words, text, 1, ABOUT)
     assert (cause.code if cause else None) == code
 
 
-def test_texts_of_every_pattern_can_be_formatted() -> None:
+def test_every_pattern_fills_its_placeholders() -> None:
     for text, words, code in LOGS.values():
         if code:
             cause = explain(words, text, 1, ABOUT)

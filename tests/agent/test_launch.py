@@ -85,7 +85,7 @@ def test_launcher_that_exits_gets_a_hint(tmp_path: Path) -> None:
     assert "must run" not in failure(tmp_path, "/bin/sh", "-c", "echo no model; exit 0").hint
 
 
-def test_first_line_of_the_log_is_not_the_servers(tmp_path: Path) -> None:
+def test_first_line_of_the_log_is_not_searched_for_errors(tmp_path: Path) -> None:
     """That line has the whole command, which may contain words of an error."""
     error = failure(tmp_path, "/bin/sh", "-c", "exit 3", "ValueError: Model type qwen9 not supported.")
     assert error.why == "it wrote nothing to its log"

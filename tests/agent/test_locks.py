@@ -11,9 +11,7 @@ from mlxops.agent import __main__ as agent
 from mlxops.agent.state import locks
 
 
-def test_agent_that_starts_while_a_deploy_probes_its_lock_still_gets_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_agent_gets_its_lock_while_a_deploy_probes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stamp = tmp_path / "installed.json"
     stamp.touch()
     monkeypatch.setattr(agent, "STAMP", str(stamp))

@@ -40,7 +40,7 @@ def end_of(log: Path, count: int) -> list[str]:
 
 
 class TestLastLines:
-    def test_have_no_control_characters(self, log: Path) -> None:
+    def test_last_lines_have_no_control_characters(self, log: Path) -> None:
         log.write_bytes(b"".join(b"line %d\n" % number for number in range(200_000)) + HOSTILE + b"unfinished")
         first, hostile, last, rest = end_of(log, 3)
         assert (first, last, rest) == ("line 199999", "last", "unfinished")
@@ -48,11 +48,11 @@ class TestLastLines:
         assert all(character.isprintable() or character == "\ufffd" for character in hostile)
 
     @pytest.mark.parametrize("count", [0, 1, 2, 3, 9])
-    def test_are_at_most_the_requested_number(self, log: Path, count: int) -> None:
+    def test_last_lines_are_at_most_the_requested_number(self, log: Path, count: int) -> None:
         log.write_bytes(b"\none\ntwo\n")
         assert end_of(log, count) == ["", "one", "two"][max(0, 3 - count) :]
 
-    def test_of_a_long_log_need_one_block_of_memory(self, log: Path) -> None:
+    def test_last_lines_of_a_long_log_need_one_block(self, log: Path) -> None:
         """A reader that keeps all blocks takes minutes for a log of millions of lines."""
         log.write_bytes(b"\n" * 5_000_000)
         tracemalloc.start()
@@ -62,11 +62,11 @@ class TestLastLines:
         finally:
             tracemalloc.stop()
 
-    def test_of_an_empty_log_are_none(self, log: Path) -> None:
+    def test_empty_log_has_no_last_lines(self, log: Path) -> None:
         log.touch()
         assert end_of(log, 5) == []
 
-    def test_include_a_line_longer_than_any_buffer(self, log: Path) -> None:
+    def test_last_lines_include_a_line_longer_than_any_buffer(self, log: Path) -> None:
         log.write_bytes(b"a" * 300_000 + b"\nlast\n")
         pieces = end_of(log, 2)
         assert "".join(pieces) == "a" * 300_000 + "last"
@@ -86,7 +86,7 @@ def texts(lines: Iterator[logs.Line], count: int) -> list[str]:
 
 
 class TestFollowing:
-    def test_continues_after_rotation_and_truncation(self, log: Path) -> None:
+    def test_following_continues_after_rotation_and_truncation(self, log: Path) -> None:
         with open(log, "ab", buffering=0) as server:
             server.write(b"one\ntw")
             lines = following(log)
@@ -103,7 +103,7 @@ class TestFollowing:
             server.write(b"cut\n")
             assert texts(lines, 1) == ["cut"]
 
-    def test_misses_no_start_between_two_polls(self, log: Path) -> None:
+    def test_following_misses_no_start_between_two_polls(self, log: Path) -> None:
         log.write_bytes(b"one\n")
         lines = following(log)
         assert texts(lines, 1) == ["one"]
@@ -114,7 +114,7 @@ class TestFollowing:
             log.write_text(f"start {number}\n")
         assert texts(lines, 3) == ["last words without an end", "start 0", "start 1"]
 
-    def test_begins_before_the_log_exists(self, log: Path) -> None:
+    def test_following_begins_before_the_log_exists(self, log: Path) -> None:
         calls = 0
 
         def idle() -> None:
@@ -124,7 +124,7 @@ class TestFollowing:
 
         assert next(logs.follow(log, logs.START, idle)).text == "here" and calls == 1
 
-    def test_continues_after_each_mark(self, log: Path) -> None:
+    def test_following_continues_after_each_mark(self, log: Path) -> None:
         log.write_bytes(b"one\ntwo\n")
         marks = [logs.START, *(next(lines).mark for lines in [following(log)] for _ in range(2))]
         logs.rotate(log)
@@ -135,7 +135,7 @@ class TestFollowing:
             assert texts(following(log, parsed), 3 - count) == ["one", "two", "three"][count:]
 
     @pytest.mark.parametrize("spoil", ["cut", "other", "gone"])
-    def test_after_a_mark_whose_log_is_gone_is_an_error(self, log: Path, spoil: str) -> None:
+    def test_mark_of_a_missing_log_is_an_error(self, log: Path, spoil: str) -> None:
         log.write_bytes(b"one\ntwo\n")
         start = second_mark(log)
         match spoil:
@@ -149,7 +149,7 @@ class TestFollowing:
             next(logs.follow(log, start, lambda: None))
 
     @pytest.mark.parametrize("text", ["", "-", "1-2", "1-2-3-4", "x-1-1", "1-2-3\n", "f" * 17 + "-1-1", "\u0661-1-1"])
-    def test_rejects_an_invalid_mark(self, text: str) -> None:
+    def test_invalid_mark_is_rejected(self, text: str) -> None:
         assert logs.parse_mark(text) is None
 
 
@@ -190,7 +190,7 @@ def stuck(log: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     os.close(fd)
 
 
-def test_process_that_hangs_with_the_logs_blocks_others_for_a_limited_time(log: Path, stuck: None) -> None:
+def test_wait_for_a_hung_holder_of_the_logs_is_limited(log: Path, stuck: None) -> None:
     log.write_text("one\n")
     with pytest.raises(Busy) as caught:
         logs.cut(log, 0)

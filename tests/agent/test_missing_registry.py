@@ -367,7 +367,7 @@ def away(disk: Path) -> Iterator[None]:
         kept.rename(disk)
 
 
-def test_without_its_disk_no_command_writes_or_reports_an_empty_registry(studio: Studio) -> None:
+def test_no_command_treats_a_missing_disk_as_an_empty_registry(studio: Studio) -> None:
     port = str(studio.ports[0])
     studio.mlxctl("load", "mine", port).ok()
     registry = studio.registry_path.read_bytes()

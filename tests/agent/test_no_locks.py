@@ -219,7 +219,7 @@ def share(homelab: Homelab) -> Iterator[list[str]]:
     yield [*strace, "-e", "trace=flock", "-e", "inject=flock:error=EOPNOTSUPP"]
 
 
-def test_no_server_is_stopped_or_started_if_the_registry_has_no_locks(homelab: Homelab, share: list[str]) -> None:
+def test_registry_without_locks_keeps_servers_from_stopping_or_starting(homelab: Homelab, share: list[str]) -> None:
     studio, ask = homelab.studio, Ask(with_fake(homelab), "local")
     register(studio, "mine")
     register(studio, "other", repo=REPO)

@@ -73,33 +73,33 @@ def test_server_of_another_user_is_not_hand_started(paths: HostPaths, port: int)
 
 
 class TestPort:
-    def test_belongs_to_the_listening_server_with_any_arguments(self, paths: HostPaths, port: int) -> None:
+    def test_port_belongs_to_the_listening_server_with_any_arguments(self, paths: HostPaths, port: int) -> None:
         for argv in (engine(port + 1).argv, ("/usr/bin/mlx_lm.server",), ("mlx_lm.server", "--port", "1")):
             process = replace(engine(port), argv=argv)
             found = hand_started(paths, port, process, listening=77)
             assert found.listening is not None and found.listening.pid == 77 and not found.portless
 
-    def test_does_not_belong_to_a_server_that_listens_elsewhere(self, paths: HostPaths, port: int) -> None:
+    def test_port_does_not_belong_to_a_server_that_listens_elsewhere(self, paths: HostPaths, port: int) -> None:
         assert hand_started(paths, port, engine(port), pid77=frozenset({port + 1})) == ByHand()
 
-    def test_does_not_belong_to_a_server_whose_ports_cannot_be_seen(self, paths: HostPaths, port: int) -> None:
+    def test_port_does_not_belong_to_a_server_with_hidden_ports(self, paths: HostPaths, port: int) -> None:
         assert hand_started(paths, port, engine(port), pid77=None) == ByHand()
 
-    def test_has_a_server_that_does_not_listen_yet(self, paths: HostPaths, port: int) -> None:
+    def test_port_has_a_server_that_does_not_listen_yet(self, paths: HostPaths, port: int) -> None:
         found = hand_started(paths, port, engine(port), pid77=NOWHERE)
         assert found.listening is None and [each.pid for each in found.portless] == [77]
 
-    def test_has_a_server_that_lost_it_to_another_one(self, paths: HostPaths, port: int) -> None:
+    def test_port_has_a_server_that_lost_it_to_another(self, paths: HostPaths, port: int) -> None:
         found = hand_started(paths, port, engine(port), engine(port, 78), listening=77, pid78=NOWHERE)
         assert found.listening is not None and found.listening.pid == 77
         assert [each.pid for each in found.portless] == [78]
 
-    def test_belongs_to_the_server_whose_child_listens(self, paths: HostPaths, port: int) -> None:
+    def test_port_belongs_to_the_server_whose_child_listens(self, paths: HostPaths, port: int) -> None:
         child = replace(engine(port), pid=78, ppid=77, argv=("python", "-c", "spawn_main()"))
         found = hand_started(paths, port, engine(port), child, listening=78)
         assert found.listening is not None and found.listening.pid == 77
 
-    def test_with_a_second_listener_belongs_to_no_server(self, paths: HostPaths, port: int) -> None:
+    def test_port_with_a_second_listener_belongs_to_no_server(self, paths: HostPaths, port: int) -> None:
         both = (Listener("127.0.0.1", port, frozenset({77})), Listener("0.0.0.0", port, frozenset({99})))
         look = Look({77: engine(port), 99: Process(99, 1, 99, os.getuid(), "1", False, ("nc", "-l"))}, both)
         assert _hand_started(paths, Ports(), look, [port]) == {}

@@ -246,9 +246,7 @@ def test_alive_check_does_not_keep_a_worker_from_starting(log: OperationLog, mon
     assert not probes and log.ended
 
 
-def test_process_that_hangs_with_the_records_lock_blocks_others_for_a_limited_time(
-    ops: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wait_for_a_hung_holder_of_the_record_is_limited(ops: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "LOCK_SECONDS", 0.05)
     fd = os.open(ops, os.O_RDONLY)
     try:

@@ -35,14 +35,14 @@ def test_cache_below_the_home_directory_may_be_created(home: Path) -> None:
     assert may_create(home / ".cache" / "huggingface" / "hub")
 
 
-def test_outside_the_home_directory_the_parent_must_exist(tmp_path: Path) -> None:
+def test_cache_outside_the_home_directory_needs_its_parent(tmp_path: Path) -> None:
     assert may_create(tmp_path / "hub")
     assert not may_create(tmp_path / "disk" / "hub")
     (tmp_path / "disk").mkdir()
     assert may_create(tmp_path / "disk" / "hub")
 
 
-def test_nothing_is_created_where_disks_are_mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_on_a_missing_disk_is_not_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mount point may exist without its disk."""
     monkeypatch.setattr(paths, "VOLUMES", (str(tmp_path / "Volumes"),))
     (tmp_path / "Volumes" / "X").mkdir(parents=True)

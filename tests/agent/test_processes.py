@@ -287,7 +287,7 @@ def test_server_keeps_its_child_while_it_drains(lab: Lab, how: str, wrapper: boo
     assert group(run) == set()
 
 
-def test_child_that_outlives_its_leader_is_found_by_its_mark_and_stopped(lab: Lab) -> None:
+def test_child_that_outlives_its_leader_is_stopped_by_its_mark(lab: Lab) -> None:
     gated, run = lab.running([SH, "-c", f'{PYTHON} -S -c "$0" & exit', WAIT])
     gated.child.wait(10)
     assert not proven(run)

@@ -1,4 +1,4 @@
-"""Files alone: downloaded once for all who ask, checked by content, deleted without harm to what others use."""
+"""`pull`, `pull --verify` and `remove`: one download for all, checks by content, and shared files stay."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def result(lab: Homelab, *words: str) -> dict[str, Any]:
 
 
 def disk(folder: Path) -> int:
-    """Bytes of the regular files below it."""
+    """Return the bytes of the regular files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
 
 
@@ -56,7 +56,7 @@ def worker_of(lab: Homelab) -> int:
 
 
 class TestPull:
-    def test_asks_the_hub_that_the_hosts_settings_name(self, homelab: Homelab, hub: Hub) -> None:
+    def test_pull_asks_the_hub_of_the_hosts_settings(self, homelab: Homelab, hub: Hub) -> None:
         """The session's own environment names another one."""
         assert homelab.mini.mlxctl("pull", "--repo", QWEN).exit == 8
         homelab.configure(env={"HF_ENDPOINT": hub.url})

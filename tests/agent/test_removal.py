@@ -37,8 +37,8 @@ def repo_of(snapshot: Path) -> Path:
     return snapshot.parent.parent
 
 
-def a_broken_off_update(snapshot: Path) -> None:
-    """`refs/main` names a commit that has no files yet."""
+def an_interrupted_update(snapshot: Path) -> None:
+    """Let `refs/main` name a commit that has no files yet."""
     (repo_of(snapshot) / "refs" / "main").write_text(NEW)
 
 
@@ -74,7 +74,7 @@ def an_edit_in_the_place_of_a_link(snapshot: Path) -> None:
 
 
 def no_links_at_all(snapshot: Path) -> None:
-    """As on exFAT: the snapshot contains files instead of links."""
+    """Replace the snapshot's links by files, as on exFAT."""
     for path in list(snapshot.iterdir()):
         blob = path.resolve()
         path.unlink()
@@ -88,7 +88,7 @@ def stale_locks(snapshot: Path) -> None:
 
 
 STATES: list[Callable[[Path], None]] = [
-    a_broken_off_update,
+    an_interrupted_update,
     a_half_written_blob,
     a_file_of_exfat,
     a_pull_request,

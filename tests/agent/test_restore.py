@@ -26,7 +26,7 @@ QWEN, LLAMA = "tiny-org/tiny-qwen3", "tiny-org/tiny-llama"
 
 
 def reboot(studio: Studio) -> None:
-    """Everything that runs is gone, and what was recorded is of another boot than the present one."""
+    """Kill everything that runs, and let the records be of an earlier boot."""
     studio.sweep()
     for record in (studio.state / "run").glob("*.json"):
         run = json.loads(record.read_text())
@@ -37,8 +37,8 @@ def reboot(studio: Studio) -> None:
     history.write_text("".join(json.dumps(line) + "\n" for line in earlier))
 
 
-def with_its_time(studio: Studio, seconds: int) -> None:
-    """What was remembered is so much older."""
+def age_history(studio: Studio, seconds: int) -> None:
+    """Make the recorded times older by that much."""
     history = studio.state / "history.jsonl"
     lines = [json.loads(line) for line in history.read_text().splitlines()]
     older = [line | ({"wall": line["wall"] - seconds} if "wall" in line else {}) for line in lines]
@@ -50,8 +50,8 @@ def history_of(lab: Homelab, command: str) -> list[dict[str, Any]]:
     return [line for line in map(json.loads, lines) if line["command"] == command]
 
 
-def by_the_system(lab: Homelab) -> subprocess.CompletedProcess[str]:
-    """What the system runs at boot: no request, no asker, the settings that the host was agreed on."""
+def run_restore_job(lab: Homelab) -> subprocess.CompletedProcess[str]:
+    """Run the restore job as the system does at boot: without a request, with the agreed settings."""
     return subprocess.run(
         [sys.executable, "-P", "-m", "mlxops.agent", "--restore", str(lab.studio.state)],
         env=lab.studio.env | {"PATH": os.defpath},
@@ -127,13 +127,13 @@ def test_cleared_models_are_restored_by_the_hosts_own_job(homelab: Homelab) -> N
     assert homelab.mini.mlxctl("restore", "--cleared").ok().stdout == "started nothing\n"
 
     reboot(homelab.studio)
-    job = by_the_system(homelab)
+    job = run_restore_job(homelab)
     assert job.returncode == 0, job.stdout + job.stderr
     assert job.stdout.endswith(" restored 2\n")
     assert [row["state"] for row in status(homelab)["ports"]][:2] == ["ready", "ready"]
     rows = homelab.mini.mlxctl("ops", "--json").ok().json["hosts"][0]["operations"]
     assert rows[0]["command"] == "restore" and rows[0]["asker"].startswith("boot@")
-    idle = by_the_system(homelab)
+    idle = run_restore_job(homelab)
     assert (idle.returncode, idle.stdout) == (0, "")
     assert homelab.mini.mlxctl("ops", "--json").ok().json["hosts"][0]["operations"] == rows, "no record of nothing"
 
@@ -146,12 +146,12 @@ def test_failed_start_does_not_stop_the_others(homelab: Homelab) -> None:
     broken = homelab.studio.install("tiny-org/tiny-broken", models.BROKEN)
     registry["models"][QWEN] |= {"repo_id": "tiny-org/tiny-broken", "cache_path": str(broken)}
     path.write_text(json.dumps(registry))
-    job = by_the_system(homelab)
+    job = run_restore_job(homelab)
     assert job.returncode == 4 and f"1 of 2 did not start: {QWEN} on {first}" in job.stdout, job.stdout + job.stderr
     homelab.mini.mlxctl("unload", str(second)).ok()
     homelab.mini.mlxctl("load", LLAMA, str(second)).ok()
     reboot(homelab.studio)
-    with_its_time(homelab.studio, 3600)
+    age_history(homelab.studio, 3600)
     done = homelab.mini.mlxctl("restore", "--json")
     error = done.json["hosts"][0]["error"]
     assert (done.exit, error["code"]) == (4, "restore_incomplete")
@@ -163,7 +163,7 @@ def test_failed_start_does_not_stop_the_others(homelab: Homelab) -> None:
 
 @pytest.mark.usefixtures("quick_engine")
 def test_memory_budget_is_kept(homelab: Homelab) -> None:
-    """By an estimate so large that what else runs on this machine, and counts as well, makes no difference."""
+    """The estimate is so large that other servers of this machine make no difference."""
     first, second = two_loaded(homelab)
     reboot(homelab.studio)
     config = next(homelab.studio.hub.glob("models--tiny-org--tiny-qwen3/snapshots/*/config.json")).resolve()
@@ -218,7 +218,7 @@ def test_only_installed_boot_jobs_reserve_their_ports(homelab: Homelab) -> None:
     done = homelab.mini.mlxctl("restore").ok()
     assert done.stdout.startswith("started nothing; left: ") and f"boot job mlx-launch: {unit} exists" in done.stderr
     quiet(homelab.studio)
-    assert f"boot job mlx-launch: {unit} exists" in by_the_system(homelab).stdout
+    assert f"boot job mlx-launch: {unit} exists" in run_restore_job(homelab).stdout
     unit.unlink()
     done = homelab.mini.mlxctl("restore").ok()
     assert done.stdout == f"started {QWEN} on {port}\n" and "mlx-launch of port" in done.stderr

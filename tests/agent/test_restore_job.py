@@ -46,7 +46,7 @@ def calls(folder: Path) -> list[str]:
 
 
 class TestPropertyList:
-    def test_of_the_agent_runs_restore_and_keeps_the_servers(self, job: RestoreJob) -> None:
+    def test_agents_property_list_runs_restore_and_keeps_the_servers(self, job: RestoreJob) -> None:
         keys = plistlib.loads(restore_job.launch_agent(job))
         assert keys["ProgramArguments"] == list(job.argv)
         assert (keys["Label"], keys["RunAtLoad"], keys["AbandonProcessGroup"]) == ("org.mlxops.restore", True, True)
@@ -55,7 +55,7 @@ class TestPropertyList:
         assert keys["ProcessType"] == "Interactive", "otherwise the servers are throttled"
         assert "KeepAlive" not in keys and "UserName" not in keys
 
-    def test_of_the_daemon_runs_restore_as_the_user(self, job: RestoreJob) -> None:
+    def test_daemons_property_list_runs_restore_as_the_user(self, job: RestoreJob) -> None:
         keys = plistlib.loads(restore_job.launch_daemon(job))
         assert (keys["UserName"], keys["EnvironmentVariables"]["HOME"]) == (job.user, str(job.home))
         assert keys["EnvironmentVariables"].items() >= job.environ.items()
@@ -64,7 +64,7 @@ class TestPropertyList:
 
 
 class TestUnit:
-    def test_passes_systemd_analyze(self, job: RestoreJob, tmp_path: Path) -> None:
+    def test_unit_passes_systemd_analyze(self, job: RestoreJob, tmp_path: Path) -> None:
         if shutil.which("systemd-analyze") is None:
             missing("systemd-analyze (Debian and Ubuntu: apt-get install systemd)")
         (tmp_path / "mlxops-restore.service").write_text(restore_job.service(job))
@@ -79,14 +79,14 @@ class TestUnit:
             )
             assert done.returncode == 0 and "mlxops" not in done.stderr, done.stderr
 
-    def test_keeps_the_servers(self, job: RestoreJob) -> None:
+    def test_unit_keeps_the_servers(self, job: RestoreJob) -> None:
         assert "\nKillMode=process\n" in restore_job.service(job)
 
-    def test_quotes_specifiers_and_variables(self, job: RestoreJob) -> None:
+    def test_unit_quotes_specifiers_and_variables(self, job: RestoreJob) -> None:
         (line,) = [line for line in restore_job.service(job).splitlines() if line.startswith("ExecStart=")]
         assert '%%h $$HOME \\\\n ;&"' in line and 'a \\"b\\"' in line
 
-    def test_has_the_environment(self, job: RestoreJob) -> None:
+    def test_unit_has_the_environment(self, job: RestoreJob) -> None:
         """A `$` is not expanded there: systemd.exec(5). The test with a real systemd reads it back."""
         lines = [line for line in restore_job.service(job).splitlines() if line.startswith("Environment=")]
         assert lines == [
@@ -113,7 +113,7 @@ def test_job_has_only_variables_that_mlxops_reads_and_no_secret() -> None:
 
 
 class TestSystemd:
-    def test_installs_and_removes_the_units(self, job: RestoreJob, tmp_path: Path) -> None:
+    def test_units_are_installed_and_removed(self, job: RestoreJob, tmp_path: Path) -> None:
         bin = tmp_path / "bin"
         recorder(bin, "systemctl", 'case "$*" in *is-enabled*) echo enabled;; esac')
         manager = Systemd({"PATH": str(bin)})
@@ -134,7 +134,7 @@ class TestSystemd:
             "systemctl --user daemon-reload",
         ]
 
-    def test_without_an_interval_removes_the_timer(self, job: RestoreJob, tmp_path: Path) -> None:
+    def test_missing_interval_removes_the_timer(self, job: RestoreJob, tmp_path: Path) -> None:
         bin = tmp_path / "bin"
         recorder(bin, "systemctl")
         manager = Systemd({"PATH": str(bin)})
@@ -142,7 +142,7 @@ class TestSystemd:
         manager.install(replace(job, every=None))
         assert [path.name for path in manager.job_paths(job) if path.exists()] == ["mlxops-restore.service"]
 
-    def test_failure_is_quoted(self, job: RestoreJob, tmp_path: Path) -> None:
+    def test_failure_of_systemctl_is_quoted(self, job: RestoreJob, tmp_path: Path) -> None:
         recorder(tmp_path / "bin", "systemctl", "echo Failed to connect to bus: No medium found >&2; exit 1")
         with pytest.raises(Refused) as caught:
             Systemd({"PATH": str(tmp_path / "bin")}).install(job)
@@ -164,7 +164,7 @@ class TestSystemd:
         folder = manager.job_paths(job)[0].parent
         assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in older)
 
-    def test_removes_its_files_even_if_systemctl_fails(self, job: RestoreJob, tmp_path: Path) -> None:
+    def test_files_are_removed_even_if_systemctl_fails(self, job: RestoreJob, tmp_path: Path) -> None:
         bin = tmp_path / "bin"
         recorder(bin, "systemctl")
         manager = Systemd({"PATH": str(bin)})
@@ -199,7 +199,7 @@ class TestLaunchd:
     DOMAIN = f"gui/{os.getuid()}"
     ABSENT = 'case "$1" in print) exit 113;; bootout) exit 3;; esac'
 
-    def test_installs_and_removes_the_job_and_prints_root_commands(
+    def test_job_is_installed_and_removed_and_root_commands_printed(
         self, job: RestoreJob, mac: Launchd, tmp_path: Path
     ) -> None:
         bin = tmp_path / "bin"
@@ -223,7 +223,7 @@ class TestLaunchd:
             f"launchctl bootout {self.DOMAIN}/org.mlxops.restore",
         ]
 
-    def test_waits_until_an_older_job_has_ended(self, job: RestoreJob, mac: Launchd, tmp_path: Path) -> None:
+    def test_install_waits_until_an_older_job_has_ended(self, job: RestoreJob, mac: Launchd, tmp_path: Path) -> None:
         """bootout returns at once, the job exists for a while, and bootstrap fails with 5 for another while."""
         count = f'PATH=/usr/bin:/bin; echo x >>"{tmp_path}/$1"; n=$(wc -l <"{tmp_path}/$1")'
         recorder(
@@ -235,12 +235,12 @@ class TestLaunchd:
         assert [line.split()[1] for line in calls(tmp_path / "bin")] == ["bootout", *["print"] * 3, *["bootstrap"] * 3]
         assert "at the next login" not in notes[0]
 
-    def test_waits_for_a_limited_number_of_tries(self, job: RestoreJob, mac: Launchd, tmp_path: Path) -> None:
+    def test_install_waits_for_a_limited_number_of_tries(self, job: RestoreJob, mac: Launchd, tmp_path: Path) -> None:
         recorder(tmp_path / "bin", "launchctl", 'case "$1" in bootstrap) echo "5: I/O error" >&2; exit 5;; esac')
         assert "at the next login; now it reports: 5: I/O error" in mac.install(job)[0]
         assert len(calls(tmp_path / "bin")) == 1 + 5 + 5
 
-    def test_without_a_login_reports_when_the_job_is_loaded(
+    def test_install_without_a_login_reports_when_the_job_is_loaded(
         self, job: RestoreJob, mac: Launchd, tmp_path: Path
     ) -> None:
         recorder(
@@ -254,7 +254,7 @@ class TestLaunchd:
             mac.install(job)
         assert [path for path in mac.files(job) if path.exists()] == []
 
-    def test_reports_an_installed_daemon(self, job: RestoreJob, mac: Launchd, tmp_path: Path) -> None:
+    def test_installed_daemon_is_reported(self, job: RestoreJob, mac: Launchd, tmp_path: Path) -> None:
         recorder(tmp_path / "bin", "launchctl", self.ABSENT)
         mac.install(job)
         installed = tmp_path / "daemons" / "org.mlxops.restore.daemon.plist"

@@ -24,7 +24,7 @@ def table(text: str) -> Look:
     return Look(found)
 
 
-def test_two_servers_in_one_tmux_are_two_and_tmux_is_not_a_server() -> None:
+def test_tmux_with_two_servers_is_not_a_server() -> None:
     look = table(f"""
         10 1 10 tmux new-session -d {ENGINE}
         11 10 11 {ENGINE}
@@ -46,7 +46,7 @@ def test_server_includes_its_descendants_and_forks() -> None:
     assert (found.process.pid, sorted(found.family)) == (11, [11, 12, 13, 14])
 
 
-def test_script_that_becomes_a_server_has_the_first_server_as_a_child() -> None:
+def test_script_that_becomes_a_server_keeps_the_first_server() -> None:
     """`mlx_lm.server ... & exec mlx_lm.server ...`"""
     look = table(f"""
         11 1 11 {ENGINE}

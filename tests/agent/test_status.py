@@ -52,7 +52,7 @@ def found(host: QuickHost, words: str) -> psutil.Process:
 
 
 class TestInterruptedOperation:
-    def test_is_named_by_status_and_repaired_by_the_next_command(self, host: QuickHost) -> None:
+    def test_interrupted_operation_is_repaired_by_the_next_command(self, host: QuickHost) -> None:
         port = host.ports[0]
         host.engine("--fake-late", "100")
         with host.start("load", MODELS[0], str(port)) as asker:
@@ -68,7 +68,7 @@ class TestInterruptedOperation:
         assert "was interrupted" in again.stderr
         assert row(host, port)["state"] == "ready" and codes(host) == []
 
-    def test_of_a_swap_leaves_an_assignment_that_reconcile_clears(self, host: QuickHost) -> None:
+    def test_interrupted_swap_leaves_an_assignment_that_reconcile_clears(self, host: QuickHost) -> None:
         port = host.ports[0]
         host.mlxctl("load", MODELS[0], str(port)).ok()
         host.engine("--fake-late", "100")
@@ -87,7 +87,7 @@ class TestInterruptedOperation:
 
 
 class TestDrift:
-    def test_names_a_server_with_outdated_settings(self, host: QuickHost) -> None:
+    def test_server_with_outdated_settings_is_drift(self, host: QuickHost) -> None:
         port = str(host.ports[0])
         host.mlxctl("load", MODELS[0], port).ok()
         assert codes(host) == []
@@ -98,12 +98,12 @@ class TestDrift:
         host.mlxctl("load", MODELS[0], port, "--force").ok()
         assert host.mlxctl("status", "--strict").exit == 0
 
-    def test_names_contradictory_hand_edits(self, host: QuickHost) -> None:
+    def test_contradictory_hand_edits_are_drift(self, host: QuickHost) -> None:
         host.edit(MODELS[0], repo_id="not a repository")
         host.edit(MODELS[1], port=str(host.ports[1]))
         assert sorted(codes(host)) == ["assigned_not_served", "entry_problem", "entry_problem"]
 
-    def test_names_leftovers_that_reconcile_removes(self, host: QuickHost) -> None:
+    def test_leftovers_that_reconcile_removes_are_drift(self, host: QuickHost) -> None:
         gone = subprocess.Popen(["true"])
         gone.wait()
         beside = host.studio.hub / f".registry.json.{gone.pid}.abcd.tmp"
@@ -162,14 +162,14 @@ class TestServerThatMisbehaves:
     @pytest.mark.parametrize(
         ("kind", "why"), [("sick", "reports that it is unhealthy"), ("deep", "without a completion")]
     )
-    def test_is_not_started(self, host: QuickHost, kind: str, why: str) -> None:
+    def test_misbehaving_server_is_not_started(self, host: QuickHost, kind: str, why: str) -> None:
         port = host.ports[0]
         host.edit(MODELS[0], args=["--fake-answer", kind])
         done = host.mlxctl("load", MODELS[0], str(port), "--timeout", "20")
         assert done.exit == 4 and why in done.stderr, str(done)
         assert not host.studio.listening(port) and row(host, port)["state"] == "idle"
 
-    def test_blocks_no_longer_than_the_timeout(self, host: QuickHost) -> None:
+    def test_misbehaving_server_blocks_no_longer_than_the_timeout(self, host: QuickHost) -> None:
         """Both when it is started and when it is adopted."""
         port, other = host.ports[0], host.ports[-1]
         host.edit(MODELS[0], args=["--fake-answer", "endless"])
@@ -188,7 +188,7 @@ class TestServerThatMisbehaves:
 
 
 class TestPortState:
-    def test_is_known_within_seconds_if_every_port_hangs(self, host: QuickHost) -> None:
+    def test_state_is_known_within_seconds_if_every_port_hangs(self, host: QuickHost) -> None:
         host.lab.configure(launch={"mlx-lm": [str(host.program), "--fake-mute", "1"]})
         script = "\n".join(host.by_hand(MODELS[0], port, "--fake-mute", "1") for port in host.ports) + "\nwait\n"
         with host.running("sh", "-c", script):
@@ -200,7 +200,7 @@ class TestPortState:
         assert states == dict.fromkeys(host.ports, ("hand", "wedged"))
         assert took < 2.0 * len(host.ports), f"{took:.1f} s: the ports were asked one after the other"
 
-    def test_has_the_last_log_line_of_a_server_that_ended(self, host: QuickHost) -> None:
+    def test_ended_server_is_shown_with_its_last_log_line(self, host: QuickHost) -> None:
         port = host.ports[0]
         host.edit(MODELS[0], args=["--fake-words", "[METAL] Insufficient Memory"])
         host.mlxctl("load", MODELS[0], str(port)).ok()
@@ -210,7 +210,7 @@ class TestPortState:
         assert seen["state"] == "failed"
         assert "last sign of life 20" in seen["detail"] and "Insufficient Memory" in seen["detail"]
 
-    def test_is_proven_by_a_completion_with_probe(self, host: QuickHost) -> None:
+    def test_probe_proves_a_server_by_a_completion(self, host: QuickHost) -> None:
         port = host.ports[0]
         host.mlxctl("load", MODELS[0], str(port)).ok()
         assert row(host, port, "--probe")["probe"]["ok"] is True
@@ -219,7 +219,7 @@ class TestPortState:
         assert row(host, port, "--probe")["probe"]["ok"] is False
         assert host.mlxctl("status", "--probe", "--strict").exit == 3
 
-    def test_is_wedged_only_if_no_request_is_in_flight(self, host: QuickHost) -> None:
+    def test_server_is_wedged_only_without_a_request_in_flight(self, host: QuickHost) -> None:
         port = host.ports[0]
         host.mlxctl("load", MODELS[0], str(port)).ok()
         server = found(host, f"--port {port}")

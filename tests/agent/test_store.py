@@ -330,9 +330,7 @@ def test_history_waits_for_a_line_that_is_being_written(store: Store, monkeypatc
     assert [line["by"] for line in store.history()] == ["other", "me"]
 
 
-def test_process_that_hangs_with_the_history_blocks_others_for_a_limited_time(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wait_for_a_hung_holder_of_the_history_is_limited(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stores, "LOCK_SECONDS", 0.05)
     with open(store.state / "history.jsonl", "ab") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
@@ -469,7 +467,7 @@ os._exit(0)
 @pytest.mark.skipif(sys.platform != "linux", reason="strace is Linux's")
 @pytest.mark.parametrize("call", ["write", "fsync", "rename"])
 @pytest.mark.parametrize("fault", ["signal=SIGKILL", "error=ENOSPC", "error=EIO"])
-def test_file_is_old_or_new_when_any_write_flush_or_rename_fails(store: Store, fault: str, call: str) -> None:
+def test_failed_write_flush_or_rename_never_leaves_a_mixed_file(store: Store, fault: str, call: str) -> None:
     new = parse(CONTENT).assign("b", 8100).encode()
     changed = []
     for number in range(1, 10):

@@ -107,7 +107,7 @@ def _break_when_stopped(studio: Studio, port: int, snapshot: Path) -> None:
     (snapshot / "model.safetensors").resolve().write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
 
 
-class TestBefore:
+class TestPreflight:
     """Checks that refuse a load before the old server stops."""
 
     def test_refused_load_does_not_touch_the_old_server(self, studio: Studio) -> None:
@@ -131,9 +131,7 @@ class TestBefore:
         refused = studio.mlxctl("load", QWEN, str(studio.ports[0]), "--dry-run")
         assert refused.exit == 3 and "mlx-lm 0.32.2" in refused.stderr and "'no_such_type'" in refused.stderr
 
-    def test_too_big_model_is_refused_with_numbers_and_ways_to_make_room(
-        self, studio: Studio, homelab: Homelab
-    ) -> None:
+    def test_too_big_model_is_refused_with_ways_to_make_room(self, studio: Studio, homelab: Homelab) -> None:
         port = studio.ports[0]
         homelab.configure(memory="900MB")
         # Other tests' servers on this machine count too: here it does not matter whether this one fits.

@@ -1,4 +1,4 @@
-"""An operation outlives the connection, the client and the session that asked for it, and is found again."""
+"""An operation outlives its connection, client and session, and can be found again."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def load(lab: Homelab) -> list[str]:
 
 
 def freeze(lab: Homelab, port: int) -> None:
-    """The server that is starting on the port comes no further, and cannot be quicker than what is done next."""
+    """Stop the starting server of the port with SIGSTOP, so that it is not ready before the next step."""
     pid = json.loads((lab.studio.state / "run" / f"{port}.json").read_text())["pid"]
     os.kill(pid, signal.SIGSTOP)
 
@@ -52,7 +52,7 @@ def operations(lab: Homelab) -> list[dict[str, Any]]:
 
 
 def assert_loaded_once(lab: Homelab) -> None:
-    """The end state that an undisturbed load has."""
+    """Check for the end state of an undisturbed load."""
     port = lab.studio.ports[0]
     assert lab.studio.completion(port, "jerry-xl")["model"] == "jerry-xl"
     row = lab.mini.mlxctl("status", "--json").ok().json["hosts"][0]["ports"][0]
@@ -70,8 +70,8 @@ def cut_by_killing_the_session(lab: Homelab, wire: Wire) -> None:
     lab.studio.sshd.kill_connections()
 
 
-def cut_until_it_connects_anew(cut: Callable[[Homelab, Wire], None], lab: Homelab, wire: Wire) -> None:
-    """One cut may hit nothing: a session that has been accepted and not begun."""
+def cut_until_it_reconnects(cut: Callable[[Homelab, Wire], None], lab: Homelab, wire: Wire) -> None:
+    """Repeat the cut: one cut may hit a connection that was accepted but has no session yet."""
     before = wire.accepted
 
     def connected() -> bool:
@@ -82,7 +82,7 @@ def cut_until_it_connects_anew(cut: Callable[[Homelab, Wire], None], lab: Homela
 
 
 def hold_the_engine(lab: Homelab) -> Path:
-    """A server that is started waits for this file."""
+    """Make each server wait for a file before it starts; return the file's path."""
     studio = lab.studio
     go, waiting = studio.folder / "go", studio.folder / "waiting-engine"
     engine = cache.engine_venv("mlx-lm") / "bin" / "mlx_lm.server"
@@ -93,9 +93,9 @@ def hold_the_engine(lab: Homelab) -> Path:
     return go
 
 
-class TestACutConnection:
+class TestCutConnection:
     @pytest.mark.parametrize("cut", [cut_by_wire, cut_by_killing_the_session])
-    def test_at_every_step_of_a_load_changes_nothing_in_the_end(
+    def test_cuts_at_every_step_do_not_change_the_outcome(
         self, wired: tuple[Homelab, Wire], cut: Callable[[Homelab, Wire], None]
     ) -> None:
         lab, wire = wired
@@ -106,18 +106,18 @@ class TestACutConnection:
             for line in process.stderr:
                 said.append(line)
                 if line.startswith(("download", "check", "start", "proof")):
-                    cut_until_it_connects_anew(cut, lab, wire)
+                    cut_until_it_reconnects(cut, lab, wire)
                 if line.startswith("proof"):
                     go.touch()
         text = "".join(said)
         assert process.returncode == 0, text
         assert text.count("reconnecting") >= 2, text
         for phase in ("check: ", "start: ", "proof: ", "commit: "):
-            assert text.count(f"\n{phase}") == 1, f"each step is told once\n{text}"
+            assert text.count(f"\n{phase}") == 1, f"each step is shown once\n{text}"
         assert_loaded_once(lab)
         assert [row["state"] for row in operations(lab)] == ["done"]
 
-    def test_before_the_host_has_named_the_operation_starts_it_once(self, wired: tuple[Homelab, Wire]) -> None:
+    def test_cut_before_the_operation_is_known_starts_it_once(self, wired: tuple[Homelab, Wire]) -> None:
         lab, wire = wired
         lab.studio.install(QWEN, models.QWEN)
         # Cut at a growing number of bytes: in the handshake, at the request, at the first words.
@@ -132,7 +132,7 @@ class TestACutConnection:
         assert refused < 4, "the larger cuts came after the connection was made"
         assert_loaded_once(lab)
 
-    def test_for_good_is_an_unknown_outcome_that_says_how_to_find_it(
+    def test_lost_connection_is_an_unknown_outcome_with_a_follow_hint(
         self, wired: tuple[Homelab, Wire], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         lab, wire = wired
@@ -158,8 +158,8 @@ class TestACutConnection:
         assert_loaded_once(lab)
 
 
-class TestAKilledClient:
-    def test_leaves_the_load_running_and_asking_again_follows_it(
+class TestRunningLoad:
+    def test_repeated_request_follows_the_load_of_a_killed_client(
         self, wired: tuple[Homelab, Wire], slow_hub: Wire
     ) -> None:
         lab, _ = wired
@@ -177,7 +177,7 @@ class TestAKilledClient:
         assert "proof: " in said
         assert_loaded_once(lab)
 
-    def test_is_seen_in_status_with_phase_and_progress(self, wired: tuple[Homelab, Wire], slow_hub: Wire) -> None:
+    def test_status_shows_phase_and_progress_of_a_load(self, wired: tuple[Homelab, Wire], slow_hub: Wire) -> None:
         lab, _ = wired
         with client(lab, *load(lab)) as process:
             assert process.stderr is not None
@@ -194,7 +194,7 @@ class TestAKilledClient:
 
 
 class TestCtrlC:
-    def test_without_a_terminal_leaves_it_running_and_says_so(self, wired: tuple[Homelab, Wire]) -> None:
+    def test_ctrl_c_without_a_terminal_leaves_the_operation_running(self, wired: tuple[Homelab, Wire]) -> None:
         lab, _ = wired
         with client(lab, *load(lab)) as process:
             assert process.stderr is not None
@@ -209,7 +209,9 @@ class TestCtrlC:
         assert_loaded_once(lab)
 
     @pytest.mark.parametrize(("answer", "state"), [("c\n", "cancelled"), ("\n", "done")])
-    def test_on_a_terminal_asks_of_a_pull(self, wired: tuple[Homelab, Wire], answer: str, state: str) -> None:
+    def test_ctrl_c_on_a_terminal_offers_to_cancel_a_pull(
+        self, wired: tuple[Homelab, Wire], answer: str, state: str
+    ) -> None:
         lab, _ = wired
         done = on_a_terminal(lab, ["pull", "--repo", QWEN], "downloading", answer)
         assert done.exit == 130 and "leave it running (l) or cancel it (c)?" in done.stdout, str(done)
@@ -220,8 +222,8 @@ class TestCtrlC:
             assert operation["error"] == "cancelled"
         assert bool(list(lab.studio.hub.glob("models--*"))) == (state == "done")
 
-    def test_on_a_terminal_does_not_offer_to_cancel_what_cannot_be(self, homelab: Homelab) -> None:
-        """An unload that waits for an open request."""
+    def test_ctrl_c_never_offers_to_cancel_an_unload(self, homelab: Homelab) -> None:
+        """The unload waits for an open request."""
         studio = homelab.studio
         studio.install(QWEN, models.QWEN)
         port = studio.ports[0]
@@ -235,7 +237,9 @@ class TestCtrlC:
         assert not studio.listening(port)
 
     @pytest.mark.parametrize(("answer", "state"), [("c\n", "cancelled"), ("\n", "done")])
-    def test_on_a_terminal_asks(self, wired: tuple[Homelab, Wire], answer: str, state: str) -> None:
+    def test_ctrl_c_on_a_terminal_offers_to_cancel_a_load(
+        self, wired: tuple[Homelab, Wire], answer: str, state: str
+    ) -> None:
         lab, _ = wired
         done = on_a_terminal(lab, load(lab), "downloading", answer)
         assert done.exit == 130, str(done)
@@ -251,7 +255,7 @@ class TestCtrlC:
 
 
 class TestCancel:
-    def test_of_a_load_that_waits_for_its_proof_leaves_nothing(self, wired: tuple[Homelab, Wire]) -> None:
+    def test_cancelled_load_leaves_nothing(self, wired: tuple[Homelab, Wire]) -> None:
         lab, _ = wired
         lab.studio.install(QWEN, models.QWEN)
         with client(lab, *load(lab)) as process:
@@ -270,8 +274,8 @@ class TestCancel:
             assert code == 0
             assert_loaded_once(lab)
 
-    def test_of_a_load_keeps_the_download_that_it_had_finished(self, wired: tuple[Homelab, Wire]) -> None:
-        """An hour's work, proven and registered: it is another load's beginning."""
+    def test_cancelled_load_keeps_a_finished_download(self, wired: tuple[Homelab, Wire]) -> None:
+        """The download may have taken an hour, and the next load needs it."""
         lab, _ = wired
         with client(lab, *load(lab)) as process:
             assert process.stderr is not None
@@ -283,7 +287,7 @@ class TestCancel:
         assert (model["name"], model["port"], model["problems"]) == ("jerry-xl", None, [])
         quiet(lab.studio)
 
-    def test_of_what_has_ended_or_never_was_is_refused(self, homelab: Homelab) -> None:
+    def test_ended_or_unknown_operation_is_refused(self, homelab: Homelab) -> None:
         homelab.studio.install(QWEN, models.QWEN)
         homelab.mini.mlxctl("init").ok()
         ended = homelab.mini.mlxctl("ops", "--cancel", operations(homelab)[0]["operation"], "--json")
@@ -293,7 +297,7 @@ class TestCancel:
 
 
 def on_a_terminal(lab: Homelab, words: list[str], until: str, answer: str) -> Completed:
-    """Run `mlxctl` on a terminal of its own, press Ctrl-C when it has said `until`, answer what it then asks."""
+    """Run `mlxctl` on a pseudo-terminal. Press Ctrl-C after the text `until`, and answer the question."""
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(lab.mini.elsewhere)
@@ -321,8 +325,8 @@ def on_a_terminal(lab: Homelab, words: list[str], until: str, answer: str) -> Co
     return Completed(tuple(words), os.waitstatus_to_exitcode(status), shown.decode(errors="replace"), "")
 
 
-def test_a_record_of_this_form_is_what_is_told(tmp_path: Path) -> None:
-    """The stand of an operation is read from the end of its record, whatever is before."""
+def test_state_is_the_latest_phase_and_progress(tmp_path: Path) -> None:
+    """The state of an operation is read from the end of its record, however long that is."""
     (tmp_path / "events.jsonl").write_text("")
     journal = OperationLog(tmp_path)
     assert str(journal.state()) == ""
@@ -335,8 +339,8 @@ def test_a_record_of_this_form_is_what_is_told(tmp_path: Path) -> None:
     assert str(journal.state()) == "check: x at abc"
 
 
-def test_the_same_ticket_is_carried_out_once(homelab: Homelab) -> None:
-    """What a control node sends again because it heard no answer gets the first one's answer."""
+def test_request_with_the_same_ticket_runs_once(homelab: Homelab) -> None:
+    """A control node that got no answer sends its request again."""
     homelab.studio.install(QWEN, models.QWEN)
     settings = homelab.studio.settings
     wire = Settings(

@@ -1,4 +1,4 @@
-"""One request to one host or many, over a transport of the test's own."""
+"""Requests to one host or several, over a scripted transport."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ NOISE = ["", "Last login: Mon", "\x1b[31mmotd", '{"mlxops":', "{}", "\ud83d not 
 
 @dataclass
 class Scripted:
-    """A session that says `words`, and then ends so, or breaks."""
+    """A session that sends these lines, then ends or breaks."""
 
     words: Sequence[str]
     end: Ended | ConnectionLost = field(default_factory=lambda: Ended(0, ""))
     closed: int = 0
 
     def lines(self, limits: ReadLimits) -> Iterator[str]:
-        # A host tells nothing twice: who comes back hears who it is, and what is new.
+        # The host sends nothing twice. A new connection gets the hello and what is new.
         yield from self.words[:1] if self.closed else self.words
         if isinstance(self.end, ConnectionLost):
             raise self.end
@@ -77,7 +77,7 @@ class Scripted:
 
 @dataclass
 class Wire:
-    """A transport that starts one scripted session, or cannot."""
+    """A transport that starts one scripted session, or fails."""
 
     session: Scripted | Exception
     started: list[tuple[list[str], bytes]] = field(default_factory=list)
@@ -110,7 +110,7 @@ def converse(monkeypatch: pytest.MonkeyPatch) -> Converse:
 
     def run(session: Scripted | Exception, command: str = "status", **args: object) -> Exchange:
         wire = Wire(session)
-        # A change whose connection is lost is asked for once more, and given up then.
+        # Retry a change with a lost connection once.
         monkeypatch.setattr(client, "RECONNECT_SECONDS", 0.0)
         monkeypatch.setattr(client, "FIRST_PAUSE", 0.0)
         connected: list[HostTarget] = []
@@ -122,7 +122,7 @@ def converse(monkeypatch: pytest.MonkeyPatch) -> Converse:
         monkeypatch.setattr(client, "connect", connect)
         heard: list[tuple[str, Event]] = []
         answer = ask(STUDIO, decode_request(command, args), lambda host, event: heard.append((host, event)))
-        assert wire.closed == len(connected), "each connection is let go of, once"
+        assert wire.closed == len(connected), "each connection is closed once"
         assert not isinstance(session, Scripted) or session.closed == len(connected)
         return Exchange(answer, heard, wire)
 
@@ -225,7 +225,7 @@ def test_shortage_of_descriptors_here_is_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "ascii:strict", "cp500"])
-def test_an_agent_is_understood_whatever_its_environment_says_of_encodings(
+def test_encoding_settings_of_the_environment_change_nothing(
     encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONIOENCODING", encoding)
@@ -236,23 +236,23 @@ def test_an_agent_is_understood_whatever_its_environment_says_of_encodings(
     assert answer.error is None
 
 
-def test_a_silent_end_without_an_agent_names_the_status(converse: Converse) -> None:
+def test_silent_end_without_an_agent_is_reported_with_its_status(converse: Converse) -> None:
     assert "status 126" in problem(converse(Scripted([], Ended(126, "")))).why
 
 
 LOSSES: dict[str, Callable[[], Scripted | Exception]] = {
-    "before its first words": lambda: Scripted([], ConnectionLost("reset")),
-    "after its first words": lambda: Scripted([HELLO], ConnectionLost("reset")),
+    "before the hello": lambda: Scripted([], ConnectionLost("reset")),
+    "after the hello": lambda: Scripted([HELLO], ConnectionLost("reset")),
     "in the middle": lambda: Scripted([HELLO, encode_event(Phase("start", "x"))], ConnectionLost("reset")),
     "by an end without a result": lambda: Scripted([HELLO], Ended(-1, "reset\n")),
-    "by a result that is cut": lambda: Scripted([HELLO, DONE[:-3]], Ended(-1, "reset\n")),
-    "before it started": lambda: ConnectionLost("reset"),
+    "by a truncated result": lambda: Scripted([HELLO, DONE[:-3]], Ended(-1, "reset\n")),
+    "before the start": lambda: ConnectionLost("reset"),
 }
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("command", [*CHANGES, "follow"])
-def test_a_change_whose_connection_is_lost_has_an_unknown_outcome(converse: Converse, loss: str, command: str) -> None:
+def test_change_with_a_lost_connection_has_an_unknown_outcome(converse: Converse, loss: str, command: str) -> None:
     error = problem(converse(LOSSES[loss](), command))
     assert (error.code, error.exit, error.why) == ("outcome_unknown", Exit.OUTCOME_UNKNOWN, "reset")
     assert "inv ops --host studio" in error.hint
@@ -260,7 +260,7 @@ def test_a_change_whose_connection_is_lost_has_an_unknown_outcome(converse: Conv
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize(("command", "args"), [*((c, {}) for c in READS), ("load", {"dry_run": True})])
-def test_a_question_whose_connection_is_lost_can_be_asked_again(
+def test_read_with_a_lost_connection_can_be_repeated(
     converse: Converse, loss: str, command: str, args: dict[str, object]
 ) -> None:
     exchange = converse(LOSSES[loss](), command, **args)
@@ -268,7 +268,7 @@ def test_a_question_whose_connection_is_lost_can_be_asked_again(
     assert not exchange.answer.reachable
 
 
-def test_a_host_that_cannot_be_reached_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_host_is_returned_as_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(target: HostTarget) -> Wire:
         raise Unreachable("host_down", "no route", hint="is it on?")
 
@@ -277,7 +277,7 @@ def test_a_host_that_cannot_be_reached_is_an_answer(monkeypatch: pytest.MonkeyPa
     assert answer.error is not None and answer.error.code == "host_down" and not answer.reachable
 
 
-def test_whoever_listens_and_fails_does_not_keep_the_connection_open(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_listener_closes_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     wire = Wire(session := Scripted([HELLO, encode_event(Note("x")), DONE]))
     monkeypatch.setattr(client, "connect", lambda target: wire)
 
@@ -289,7 +289,7 @@ def test_whoever_listens_and_fails_does_not_keep_the_connection_open(monkeypatch
     assert (wire.closed, session.closed) == (1, 1)
 
 
-def test_a_server_on_every_interface_of_this_machine_is_reached_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_server_on_every_interface_has_this_machines_name(monkeypatch: pytest.MonkeyPatch) -> None:
     for bind in ("0.0.0.0", "::"):
         wire = Wire(Scripted([HELLO, DONE]))
         monkeypatch.setattr(client, "connect", lambda target, wire=wire: wire)
@@ -308,13 +308,13 @@ def hosts(count: int) -> list[HostTarget]:
     return [replace(STUDIO, name=f"host{number}") for number in range(count)]
 
 
-def test_all_hosts_are_asked_at_once_and_answer_in_the_order_in_which_they_were_named(
+def test_hosts_are_asked_in_parallel_and_reply_in_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    everybody = threading.Barrier(8, timeout=20)
+    all_connected = threading.Barrier(8, timeout=20)
 
     def connect(target: HostTarget) -> Wire:
-        everybody.wait()  # passes only when all are here
+        all_connected.wait()  # passes only when all hosts are being connected
         return Wire(Scripted([HELLO, encode_event(Done({**ANY_RESULT, "registry": target.name}))]))
 
     monkeypatch.setattr(client, "connect", connect)
@@ -322,7 +322,7 @@ def test_all_hosts_are_asked_at_once_and_answer_in_the_order_in_which_they_were_
     assert [answer.result.registry for answer in answers if answer.result] == [f"host{number}" for number in range(8)]
 
 
-def test_a_dead_host_is_one_row_and_keeps_no_other_from_answering(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_host_does_not_affect_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     def connect(target: HostTarget) -> Wire:
         if target.name == "host1":
             raise Unreachable("host_down", "no route")
@@ -338,7 +338,7 @@ def test_a_dead_host_is_one_row_and_keeps_no_other_from_answering(monkeypatch: p
     assert exit_of(answers) is Exit.UNREACHABLE
 
 
-def test_a_bug_in_one_thread_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bug_in_one_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     def connect(target: HostTarget) -> Wire:
         if target.name == "host1":
             raise RuntimeError("a bug")
@@ -358,14 +358,14 @@ def test_a_bug_in_one_thread_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> Non
         ([MlxopsError("a", "b"), Busy("a", "b"), None], Exit.BUSY),
     ],
 )
-def test_the_worst_answer_is_the_commands_exit_status(errors: list[MlxopsError | None], status: Exit) -> None:
+def test_exit_status_is_the_worst_of_the_replies(errors: list[MlxopsError | None], status: Exit) -> None:
     assert exit_of([HostReply("h", {} if error is None else None, error) for error in errors]) is status
 
 
-# -- the gateway's way ----------------------------------------------------------------------------------------------
+# -- the gateway ----------------------------------------------------------------------------------------------------
 
 
-def test_the_way_that_the_gateway_takes_is_tried() -> None:
+def test_unreachable_server_is_a_gateway_warning() -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -375,8 +375,8 @@ def test_the_way_that_the_gateway_takes_is_tried() -> None:
         assert gateway_warning(f"http://127.0.0.1:{port}/v1") is None
 
 
-def one_after_the_other(monkeypatch: pytest.MonkeyPatch, *sessions: Scripted) -> list[Wire]:
-    """Each connection has the next session; the last one goes on for ever."""
+def script_connections(monkeypatch: pytest.MonkeyPatch, *sessions: Scripted) -> list[Wire]:
+    """Give each connection the next session. The last session is repeated."""
     wires: list[Wire] = []
 
     def connect(target: HostTarget) -> Wire:
@@ -393,8 +393,8 @@ def broken(*events: Event, words: Sequence[str] = ()) -> Scripted:
     return Scripted([HELLO, *map(encode_event, events), *words], ConnectionLost("cut"))
 
 
-def test_a_log_that_is_followed_is_asked_for_from_where_it_was_heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    wires = one_after_the_other(
+def test_reconnected_log_continues_after_the_last_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    wires = script_connections(
         monkeypatch, broken(Reached("1-0-0")), broken(LogLine("one", "1-4-a"), LogLine("two", "1-8-b")), broken()
     )
     heard: list[Event] = []
@@ -407,34 +407,34 @@ def test_a_log_that_is_followed_is_asked_for_from_where_it_was_heard(monkeypatch
     assert answer.error is not None and (answer.error.code, answer.error.exit) == ("connection_lost", 5)
 
 
-@pytest.mark.parametrize("beat", ["", encode_event(Note("it goes on"))])
-def test_a_host_that_was_there_again_has_its_time_to_come_back_anew(monkeypatch: pytest.MonkeyPatch, beat: str) -> None:
+@pytest.mark.parametrize("beat", ["", encode_event(Note("still running"))])
+def test_sign_of_life_restarts_the_time_to_reconnect(monkeypatch: pytest.MonkeyPatch, beat: str) -> None:
     started = Started("20260101T000000-00000000")
     quiet = [broken(started, words=[beat]) for _ in range(3)]
-    wires = one_after_the_other(monkeypatch, broken(started), *quiet, Scripted([HELLO, DONE]))
+    wires = script_connections(monkeypatch, broken(started), *quiet, Scripted([HELLO, DONE]))
     assert ask(STUDIO, decode_request("init", {}), lambda host, event: None).error is None and len(wires) == 5
 
 
-def test_an_agent_that_ends_before_it_tells_anything_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    wires = one_after_the_other(monkeypatch, broken(Started("20260101T000000-00000000")))
+def test_agent_that_ends_without_an_event_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    wires = script_connections(monkeypatch, broken(Started("20260101T000000-00000000")))
     answer = ask(STUDIO, decode_request("init", {}), lambda host, event: None)
     assert answer.error is not None and answer.error.exit is Exit.OUTCOME_UNKNOWN and len(wires) == 2
 
 
-def test_noise_is_no_sign_that_a_host_was_there_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_noise_is_no_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
     started = Started("20260101T000000-00000000")
-    wires = one_after_the_other(monkeypatch, broken(started), *(broken(started, words=["noise"]) for _ in range(3)))
+    wires = script_connections(monkeypatch, broken(started), *(broken(started, words=["noise"]) for _ in range(3)))
     answer = ask(STUDIO, decode_request("init", {}), lambda host, event: None)
     assert answer.error is not None and answer.error.exit is Exit.OUTCOME_UNKNOWN and len(wires) == 2
 
 
-def test_of_an_operation_that_was_found_running_already_no_event_is_lost_or_told_twice(
+def test_events_of_a_followed_operation_arrive_exactly_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What was heard of the request's own record does not count for the other one."""
+    """Events of the request's own record do not count for the followed record."""
     own, other = "20260101T000000-00000000", "20260101T000000-11111111"
     begun: list[Event] = [Started(own), Phase("check", "x"), Note(f"this is running already ({other}); following it")]
-    wires = one_after_the_other(
+    wires = script_connections(
         monkeypatch,
         broken(*begun, Started(other), Phase("download", "one")),
         broken(Started(other), Phase("download", "two"), Phase("start", "three")),
@@ -452,9 +452,7 @@ def test_of_an_operation_that_was_found_running_already_no_event_is_lost_or_told
 
 
 @pytest.mark.parametrize(("ended", "tries"), [(True, 3), (False, 2)])
-def test_a_login_that_was_cut_off_is_tried_again_and_one_that_was_refused_is_not(
-    monkeypatch: pytest.MonkeyPatch, ended: bool, tries: int
-) -> None:
+def test_only_an_interrupted_login_is_retried(monkeypatch: pytest.MonkeyPatch, ended: bool, tries: int) -> None:
     sessions = [broken(Started("20260101T000000-00000000")), None, Scripted([HELLO, DONE])]
     tried: list[HostTarget] = []
 

@@ -172,14 +172,14 @@ def test_two_deploys_at_once_wait_for_each_other(home: Path, bare: None) -> None
     assert any("waiting" in note for note in notes)
 
 
-def test_pip_s_error_is_quoted(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_of_pip_is_quoted(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deploy, "requirements", lambda: ["no such requirement !!"])
     error = refusal(*HERE)
     assert error.code == "install_failed" and "no such requirement" in error.why
     assert not (home / ".mlxops" / "venv").exists()
 
 
-def test_a_broken_connection_is_an_unknown_outcome(
+def test_broken_connection_is_an_unknown_outcome(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bare: None
 ) -> None:
     with Sshd(tmp_path / "sshd", env={"HOME": str(home)}) as sshd:
@@ -200,7 +200,7 @@ def test_a_broken_connection_is_an_unknown_outcome(
 
 
 def older_build(home: Path, name: str) -> Path:
-    """Make an older build, to which `venv` leads now."""
+    """Make an older build, and point `venv` to it."""
     state = home / ".mlxops"
     shutil.copytree(state / "agents" / build_id(), state / "agents" / name, symlinks=True)
     stamp = state / "agents" / name / "installed.json"
@@ -378,7 +378,7 @@ def found(*places: str) -> list[str]:
     return deploy._search(open_local(), places).whole
 
 
-def test_the_newest_python_of_a_folder_and_the_first_folder_win(home: Path, tmp_path: Path) -> None:
+def test_newest_python_of_the_first_folder_wins(home: Path, tmp_path: Path) -> None:
     for name in ("one/python3", "one/python3.12", "two/python3.13"):
         program(tmp_path / name, "echo whole")
     assert found(str(tmp_path / "one"), str(tmp_path / "two")) == [str(tmp_path / "one" / "python3.12")]
@@ -419,7 +419,7 @@ def test_uv_installs_a_missing_python(home: Path, tmp_path: Path, bare: None) ->
     assert "venv" in calls.read_text()
 
 
-def test_uv_s_error_is_quoted(home: Path, tmp_path: Path) -> None:
+def test_error_of_uv_is_quoted(home: Path, tmp_path: Path) -> None:
     program(tmp_path / "bin" / "uv", "echo no network >&2; exit 2")
     error = refusal(tmp_path / "bin")
     assert error.code == "no_python" and "no network" in error.why
@@ -433,7 +433,7 @@ def test_equal_sources_give_equal_archives() -> None:
     assert first == deploy.archive()
 
 
-def test_agent_s_dependencies_have_the_project_s_pins() -> None:
+def test_agents_dependencies_have_the_projects_pins() -> None:
     hub, psutil = deploy.requirements()
     pins = hub.replace("-", "_").removeprefix("huggingface_hub").split(",")
     declared = (PACKAGE.parent / "pyproject.toml").read_text().splitlines()

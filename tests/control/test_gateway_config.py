@@ -21,7 +21,7 @@ class TestConfiguration:
         config = read_config(tmp_path, "# a comment\n" + ENTRY)
         (entry,) = config.entries
         assert (entry.alias, entry.sends, entry.address) == ("jerry-xl", "jerry-xl", ("127.0.0.1", 8100))
-        assert entry.where == f"{tmp_path}/router.yaml:3"
+        assert entry.place == f"{tmp_path}/router.yaml:3"
 
     def test_anchors_and_merge_keys_are_followed(self, tmp_path: Path) -> None:
         text = """\
@@ -38,7 +38,7 @@ model_list:
         (tmp_path / "more" / "models.yaml").write_text(ENTRY + "include: [../router.yaml]\n")
         config = read_config(tmp_path, "include: [more/models.yaml]\n")
         assert [entry.alias for entry in config.entries] == ["jerry-xl"]
-        assert config.entries[0].where.endswith("more/models.yaml:2")
+        assert config.entries[0].place.endswith("more/models.yaml:2")
 
     @pytest.mark.parametrize(
         ("text", "expected"),
@@ -104,7 +104,7 @@ model_list:
 
     def test_repeated_key_is_reported_and_the_last_counts(self, tmp_path: Path) -> None:
         config = read_config(tmp_path, ENTRY.replace("jerry-xl", "old") + "other: 1\n" + ENTRY)
-        assert [(entry.alias, entry.where) for entry in config.entries] == [("jerry-xl", f"{tmp_path}/router.yaml:9")]
+        assert [(entry.alias, entry.place) for entry in config.entries] == [("jerry-xl", f"{tmp_path}/router.yaml:9")]
         (finding,) = config.findings
         assert (finding.code, finding.severity) == ("repeated_key", Severity.WARNING)
         assert "router.yaml:1: this model_list is not seen by LiteLLM: the one in line 8" in finding.message

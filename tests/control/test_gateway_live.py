@@ -1,4 +1,4 @@
-"""The purpose of it all, with the real programs: models change behind the ports, and the gateway never notices.
+"""The main promise, with real programs: models change behind the ports, and the gateway never notices.
 
 One LiteLLM, started once with what `inv gateway --print` gave, for every test here.
 
@@ -43,7 +43,7 @@ class Place:
         return self.lab.studio.ports[0]
 
     def directly(self) -> str:
-        """What the server itself says to what the traffic asks."""
+        """Return the server's own answer to the request of the traffic."""
         reply = ask(f"http://{self.lab.studio.address}:{self.port}/v1", ALIAS)
         assert reply.status == 200, reply
         return reply.text
@@ -75,7 +75,7 @@ def place(
 
 @pytest.fixture
 def empty(place: Place) -> Iterator[Place]:
-    """With nothing loaded, before and after."""
+    """Unload everything after the test."""
     yield place
     place.lab.mini.inv("unload-all", "--yes").ok()
 

@@ -1,4 +1,4 @@
-"""The commands in what a host tells, as they are typed where it is read."""
+"""Commands in texts of a host, as a user of the control node must type them."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_aimed_command_is_understood() -> None:
     ]
 
 
-def test_commands_of_rows_errors_and_notes_are_aimed_and_nothing_else() -> None:
+def test_only_commands_of_rows_errors_and_notes_are_aimed() -> None:
     row = {"hint": "mlxctl restore", "message": "mlxctl restore", "port": 8100, "commands": [["mlxctl", "restore"]]}
     bare = {"hint": "mlxctl restore"}
     done = aimed_event(Done({"drift": [row, bare], "url": "x", "none": None}, "status"), OTHER)
@@ -98,8 +98,8 @@ OTHERS = {PACKAGE / "core" / "gateway.py", PACKAGE / "core" / "commands" / "list
 """Where the model is anybody's choice."""
 
 
-def test_no_command_that_a_host_or_a_plan_tells_has_a_placeholder_in_it() -> None:
-    """Where a value is not known, the command that shows it is told instead."""
+def test_suggested_command_has_no_placeholder() -> None:
+    """If a value is not known, the text names the command that shows it."""
     sources = {*(PACKAGE / "agent").rglob("*.py"), *(PACKAGE / "core").rglob("*.py")} - OTHERS
     found = [
         f"{path.relative_to(PACKAGE)}: {text}"
@@ -141,7 +141,7 @@ def ignored_strings(tree: ast.AST) -> set[ast.AST]:
 
 
 def written(node: ast.AST) -> str:
-    """What a string, or one with values in it, says in the source."""
+    """Return the text of a string or f-string as it is in the source."""
     if isinstance(node, ast.JoinedStr):
         return "".join(map(written, node.values))
     if isinstance(node, ast.FormattedValue):
@@ -175,7 +175,7 @@ PROVOKED: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("case", PROVOKED)
 @pytest.mark.parametrize("flags", ["", OTHER, " --local"])
-def test_what_an_error_tells_to_type_is_understood_and_has_what_was_typed(case: str, flags: str) -> None:
+def test_suggested_command_parses_and_repeats_the_arguments(case: str, flags: str) -> None:
     provoke, said = PROVOKED[case]
     with pytest.raises(MlxopsError) as caught:
         provoke()
@@ -187,7 +187,7 @@ def test_what_an_error_tells_to_type_is_understood_and_has_what_was_typed(case: 
 
 
 def typed(hint: str) -> list[list[str]]:
-    """The commands of a hint, as a shell splits them."""
+    """Return the commands of a hint, split as by a shell."""
     return [
         shlex.split(part.partition("mlxctl ")[2].split(" (did")[0]) for part in hint.split("; ") if "mlxctl " in part
     ]

@@ -42,7 +42,7 @@ def one(setting: str) -> str:
     return f"hosts:\n  studio:\n    {setting}\n"
 
 
-def test_the_example_describes_the_homelab() -> None:
+def test_example_describes_the_homelab() -> None:
     inventory = load(EXAMPLE)
     studio = inventory.host("studio")
     assert inventory.default == "studio"
@@ -54,7 +54,7 @@ def test_the_example_describes_the_homelab() -> None:
     assert inventory.gateway is not None and inventory.gateway.key_env == "LITELLM_MASTER_KEY"
 
 
-def test_example_s_boot_job_is_commented_out_and_correct(tmp_path: Path) -> None:
+def test_boot_job_of_the_example_is_commented_out_and_correct(tmp_path: Path) -> None:
     """If it were active, it would block its port on every host of users who copy the example."""
     shown = EXAMPLE.read_text()
     assert load(EXAMPLE).host("studio").settings.boot == ()
@@ -108,7 +108,7 @@ def test_several_hosts_need_a_default_for_a_single_host_command(tmp_path: Path) 
     assert caught.value.code == "no_default_host" and "a, b" in caught.value.why
 
 
-def test_a_host_without_settings_has_the_documented_defaults(tmp_path: Path) -> None:
+def test_host_without_settings_has_the_documented_defaults(tmp_path: Path) -> None:
     inventory = read(tmp_path, "hosts: {studio: {}}")
     host = inventory.host(inventory.default or "")
     assert host.ssh == "studio"
@@ -279,7 +279,7 @@ def test_misspelt_key_gets_a_suggestion(tmp_path: Path) -> None:
     assert refusal(tmp_path, one("regsitry: /x")).hint == "did you mean registry?"
 
 
-def test_an_address_that_bind_allows_is_accepted(tmp_path: Path) -> None:
+def test_address_that_bind_allows_is_accepted(tmp_path: Path) -> None:
     for setting in (
         "bind: 0.0.0.0\n    address: studio.local",
         "address: localhost",
@@ -318,7 +318,7 @@ def test_hosts_are_selected_by_name_once_each(tmp_path: Path) -> None:
         assert caught.value.code == "unknown_host" and "a, b, c" in caught.value.why
 
 
-def test_named_file_wins_over_the_user_s_and_the_repository_s(tmp_path: Path) -> None:
+def test_named_file_wins_over_user_and_repository_files(tmp_path: Path) -> None:
     home, beside = tmp_path / "home", tmp_path / "repo"
     users = home / ".config" / "mlxops" / "hosts.yaml"
     users.parent.mkdir(parents=True)

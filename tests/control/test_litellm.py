@@ -41,7 +41,7 @@ class Case:
 
 
 def listed(*entries: tuple[str, str]) -> str:
-    """A `model_list` of (model_name, litellm_params)."""
+    """Return a `model_list` of (model_name, litellm_params)."""
     rows = [f"- model_name: {json.dumps(name)}\n  litellm_params: {{{params}}}\n" for name, params in entries]
     return "model_list:\n" + "".join(rows)
 
@@ -51,7 +51,7 @@ def one(params: str, sends: str | None, rest: str = "", **env: str) -> Case:
 
 
 def many(*rows: tuple[str, str | None], rest: str = "", **env: str) -> Case:
-    """One configuration with an entry for each row: (litellm_params, the name that is sent)."""
+    """Return one configuration with an entry for each row: (litellm_params, the name that is sent)."""
     entries = [(f"a{index}", params) for index, (params, _) in enumerate(rows)]
     return Case(listed(*entries) + rest, {f"a{index}": sends for index, (_, sends) in enumerate(rows)}, env)
 

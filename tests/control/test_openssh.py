@@ -310,7 +310,9 @@ LOGINS = {
 
 
 @pytest.mark.parametrize("case", LOGINS)
-def test_login_ends_like_openssh_s(world: World, client: SshClient, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+def test_login_ends_like_that_of_openssh(
+    world: World, client: SshClient, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
     row = LOGINS[case]
     monkeypatch.setenv("LAB_AGENT", str(world.agent(world.beside / "ed25519").path))
     client.block("studio", world.certified, *row.lines(world))
@@ -832,7 +834,7 @@ def test_account_that_runs_no_commands_is_reported(tmp_path: Path, shell: str | 
         assert error["code"] == "no_shell" and "chsh" in error["hint"]
 
 
-def test_a_security_key_in_the_agent_logs_in(client: SshClient, tmp_path: Path) -> None:
+def test_security_key_in_the_agent_logs_in(client: SshClient, tmp_path: Path) -> None:
     token = SecurityKey()
     line = f"{SECURITY_KEY.decode()} {base64.b64encode(token.blob).decode()}"
     authorized = tmp_path / "authorized"
@@ -854,7 +856,7 @@ def test_a_security_key_in_the_agent_logs_in(client: SshClient, tmp_path: Path) 
         assert f"ssh-add {stub}" in error.hint
 
 
-def test_an_agent_that_refuses_to_sign_does_not_end_the_login(world: World, client: SshClient) -> None:
+def test_agent_that_refuses_to_sign_does_not_end_the_login(world: World, client: SshClient) -> None:
     """The user refused (ssh-add -c), the agent is locked, or the key is for other hosts (ssh-add -h)."""
     server = world.certified
     held = key_in(server.client_key)
@@ -881,7 +883,7 @@ def test_agent_signs_only_for_keys_that_the_host_accepts(world: World, client: S
         assert agent.signed == []
 
 
-def test_an_agent_that_waits_for_a_person_is_named(world: World, client: SshClient) -> None:
+def test_agent_that_waits_for_a_person_is_named(world: World, client: SshClient) -> None:
     never = threading.Event()
 
     def waits(data: bytes) -> None:
@@ -904,7 +906,7 @@ def key_in(path: Path) -> bytes:
     return base64.b64decode(public(path).split()[1])
 
 
-def test_a_passphrase_in_the_keychain_is_named(world: World, client: SshClient) -> None:
+def test_passphrase_in_the_keychain_is_named(world: World, client: SshClient) -> None:
     """Recorded: OpenSSH on macOS says `usekeychain yes`. No Keychain was available for this test."""
     wrapper = client.bin / "ssh"
     wrapper.write_text(f'{wrapper.read_text().replace("exec ", "")}test "$1" != -G || echo usekeychain yes\n')
@@ -920,9 +922,7 @@ def test_missing_algorithm_is_not_retried() -> None:
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
-def test_a_host_may_be_named_as_a_user_at_an_address_or_as_a_uri(
-    client: SshClient, tmp_path: Path, address: str
-) -> None:
+def test_host_may_be_given_as_user_at_address_or_uri(client: SshClient, tmp_path: Path, address: str) -> None:
     with Sshd(tmp_path / "server", address=address) as server:
         client.host(address, server)
         assert outcome(f"{server.user}@{address}") is None
@@ -931,7 +931,7 @@ def test_a_host_may_be_named_as_a_user_at_an_address_or_as_a_uri(
             assert outcome(f"ssh://{server.user}@{address}:{server.port}") is None
 
 
-def test_the_tokens_of_a_name_with_a_user_are_those_of_the_name(world: World, client: SshClient) -> None:
+def test_user_in_a_name_does_not_change_its_tokens(world: World, client: SshClient) -> None:
     """In `user@studio`, %n is studio."""
     known = world.folder / "of-studio"
     known.write_text(world.plain.known_hosts + "\n")
@@ -941,7 +941,7 @@ def test_the_tokens_of_a_name_with_a_user_are_those_of_the_name(world: World, cl
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_certificate_without_its_key_in_the_agent_logs_in(world: World, client: SshClient, kind: str) -> None:
+def test_certificate_without_its_key_in_the_agent_logs_in(world: World, client: SshClient, kind: str) -> None:
     """As `step ssh login` and Vault's helpers leave it there."""
     key = world.folder / f"stepped-{kind}"
     key.write_bytes((world.keys / kind).read_bytes())
@@ -956,7 +956,7 @@ def test_a_certificate_without_its_key_in_the_agent_logs_in(world: World, client
     assert same("studio")[0] == "in"
 
 
-def test_teleport_s_configuration_works(world: World, client: SshClient) -> None:
+def test_teleports_configuration_works(world: World, client: SshClient) -> None:
     """`tsh config`: RSA certificates on both sides, host certificates alone allowed, an authority file of its own."""
     folder = world.folder / "tele port"
     folder.mkdir()

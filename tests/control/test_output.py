@@ -14,15 +14,7 @@ from mlxops.core.protocol import Note, Phase, Progress
 from tests.properties import PROPERTY, hostile_texts
 
 DOWN = Unreachable("host_down", "attic does not answer", why="no route", hint="is it on?")
-ROW: dict[str, object] = {
-    "port": 8100,
-    "alias": "jerry-xl",
-    "state": "ready",
-    "owner": "mlxops",
-    "model": "qwen",
-    "memory_bytes": 190_000_000_000,
-    "detail": "",
-}
+ROW: dict[str, object] = {"port": 8100, "state": "ready"}
 
 
 # -- JSON -----------------------------------------------------------------------------------------------------------

@@ -120,18 +120,18 @@ def test_ctrl_c_while_paramiko_holds_a_lock_ends_the_connection(server: Sshd, cl
 # -- who is reached -----------------------------------------------------------------------------------------------
 
 
-def test_an_alias_is_reached_and_answers(studio: Transport) -> None:
+def test_alias_is_reached(studio: Transport) -> None:
     assert run(studio, "echo", "hello") == (["hello"], Ended(0, ""))
 
 
-def test_an_alias_in_an_included_file_is_reached(server: Sshd, client: SshClient) -> None:
+def test_alias_in_an_included_file_is_reached(server: Sshd, client: SshClient) -> None:
     client.host("inner", server)
     included = client.config.rename(client.config.with_name("included"))
     client.config.write_text(f"Include {included}\nMatch host unused\n  Port 1\n")
     assert reaches("inner")
 
 
-def test_the_user_of_user_at_name_wins(server: Sshd, client: SshClient) -> None:
+def test_user_of_user_at_name_wins(server: Sshd, client: SshClient) -> None:
     client.config.write_text("Host *\n  User missing-account\n")
     client.host("studio", server)
     assert refusal("studio").code == "authentication_failed"
@@ -140,7 +140,7 @@ def test_the_user_of_user_at_name_wins(server: Sshd, client: SshClient) -> None:
     assert reaches(f"{server.user}@studio")
 
 
-def test_a_jump_host_is_used_and_both_keys_are_checked(server: Sshd, client: SshClient, tmp_path: Path) -> None:
+def test_jump_host_is_used_and_both_keys_are_checked(server: Sshd, client: SshClient, tmp_path: Path) -> None:
     with Sshd(tmp_path / "jump", address="127.0.0.2") as jump:
         client.host("jump", jump)
         client.host("studio", server, "ProxyJump jump")
@@ -154,7 +154,7 @@ def test_a_jump_host_is_used_and_both_keys_are_checked(server: Sshd, client: Ssh
         assert error.code == "host_key_unknown" and error.message.startswith("studio")
 
 
-def test_a_chain_of_jump_hosts_is_followed(server: Sshd, client: SshClient, tmp_path: Path) -> None:
+def test_chain_of_jump_hosts_is_followed(server: Sshd, client: SshClient, tmp_path: Path) -> None:
     with Sshd(tmp_path / "one") as one, Sshd(tmp_path / "two") as two:
         client.host("one", one)
         client.host("two", two)
@@ -201,19 +201,19 @@ def test_proxy_command_with_endless_errors_ends_at_the_deadline(server: Sshd, cl
     assert time.monotonic() - started < 3
 
 
-def test_a_proxy_command_is_used(server: Sshd, client: SshClient) -> None:
+def test_proxy_command_is_used(server: Sshd, client: SshClient) -> None:
     client.host("jump", server)
     client.host("studio", server, f"ProxyCommand {client.bin}/ssh -W %h:%p jump")
     assert reaches("studio")
 
 
-def test_a_proxy_command_that_fails_is_quoted(server: Sshd, client: SshClient) -> None:
+def test_failed_proxy_command_is_quoted(server: Sshd, client: SshClient) -> None:
     client.host("studio", server, "ProxyCommand sh -c 'echo no such tunnel >&2; exit 1'")
     error = refusal("studio")
     assert error.code == "connection_refused" and "no such tunnel" in error.why
 
 
-def test_a_name_is_never_an_option_or_a_shell_command(client: SshClient, tmp_path: Path) -> None:
+def test_name_is_never_an_option_or_a_shell_command(client: SshClient, tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     client.config.write_text("Host *\n  ProxyCommand nc %h %p %n\n")
     for name in (f"-oProxyCommand=touch {canary}", f"x;touch${{IFS}}{canary}", f"$(touch {canary})", "a\nb", ""):
@@ -221,7 +221,7 @@ def test_a_name_is_never_an_option_or_a_shell_command(client: SshClient, tmp_pat
     assert not canary.exists()
 
 
-def test_invalid_configuration_is_reported_with_ssh_s_message(client: SshClient) -> None:
+def test_invalid_configuration_is_reported_with_the_message_of_ssh(client: SshClient) -> None:
     client.config.write_text("Hots studio\n")
     error = refusal("studio")
     assert (error.code, error.exit) == ("bad_ssh_config", Exit.USAGE)
@@ -368,7 +368,7 @@ def test_one_of_several_known_keys_is_enough(server: Sshd, client: SshClient) ->
     assert reaches("studio")
 
 
-def test_a_negated_pattern_wins(server: Sshd, client: SshClient) -> None:
+def test_negated_pattern_wins(server: Sshd, client: SshClient) -> None:
     client.host("studio", server, known=False)
     client.know(f"*,!*{server.address}* {server.host_key}")
     assert refusal("studio").code == "host_key_unknown"
@@ -392,7 +392,7 @@ def with_key(client: SshClient, server: Sshd, key: Path, *lines: str) -> None:
     client.config.write_text(text)
 
 
-def test_a_key_that_is_not_authorized_is_refused(server: Sshd, client: SshClient, tmp_path: Path) -> None:
+def test_unauthorized_key_is_refused(server: Sshd, client: SshClient, tmp_path: Path) -> None:
     with_key(client, server, keygen(tmp_path / "stranger"))
     error = refusal("studio")
     assert (error.code, error.exit) == ("authentication_failed", Exit.UNREACHABLE)
@@ -422,7 +422,7 @@ def agent(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("identities_only", ["yes", "no"])
-def test_an_agent_holds_an_encrypted_key(
+def test_agent_can_hold_an_encrypted_key(
     client: SshClient, tmp_path: Path, agent: Path, monkeypatch: pytest.MonkeyPatch, identities_only: str
 ) -> None:
     key = keygen(tmp_path / "open")
@@ -448,7 +448,7 @@ def test_agent_key_not_in_the_configuration_is_not_offered(
     assert reaches("studio")
 
 
-def test_a_certificate_beside_the_key_is_used(client: SshClient, tmp_path: Path) -> None:
+def test_certificate_beside_the_key_is_used(client: SshClient, tmp_path: Path) -> None:
     authority, key = keygen(tmp_path / "ca"), keygen(tmp_path / "id")
     keygen_program = program("ssh-keygen")
     with Sshd(tmp_path / "server", extra=f"TrustedUserCAKeys {authority}.pub") as sshd:
@@ -485,7 +485,7 @@ def test_closed_port_is_a_refused_connection(server: Sshd, client: SshClient) ->
     assert refusal("studio").code == "connection_refused"
 
 
-def test_a_name_without_an_address_is_a_host_that_is_down(server: Sshd, client: SshClient) -> None:
+def test_name_without_an_address_is_an_unreachable_host(server: Sshd, client: SshClient) -> None:
     client.host("studio", server, "HostName no-such-host.invalid")
     error = refusal("studio")
     assert error.code == "host_down" and "no address" in error.why
@@ -593,7 +593,7 @@ def test_argument_with_line_end_or_nul_is_refused(studio: Transport, argument: s
         studio.start(["echo", argument], b"")
 
 
-def test_a_tilde_is_the_home_directory_of_the_host(studio: Transport, server: Sshd) -> None:
+def test_tilde_is_the_home_directory_of_the_host(studio: Transport, server: Sshd) -> None:
     assert run(studio, "echo", "~/a b", "x~/y")[0] == [f"{server.env['HOME']}/a b x~/y"]
     script = Path(server.env["HOME"]) / "say it"
     script.write_text("#!/bin/sh\necho from home\n")
@@ -601,7 +601,7 @@ def test_a_tilde_is_the_home_directory_of_the_host(studio: Transport, server: Ss
     assert run(studio, "~/say it")[0] == ["from home"]
 
 
-def test_a_tilde_is_the_home_directory_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tilde_of_a_local_command_is_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert run(open_local(), "echo", "~/a b")[0] == [f"{tmp_path}/a b"]
 
@@ -634,7 +634,7 @@ def test_too_long_line_is_dropped_and_the_next_one_is_read(either: Transport, mo
     assert [line[:2] for line in lines] == ["a", "yy", "b"]
 
 
-def test_a_megabyte_goes_both_ways_at_once(either: Transport) -> None:
+def test_megabyte_goes_both_ways_at_once(either: Transport) -> None:
     sent = b"0123456789abcde\n" * 65536 * 4
     lines, ended = run(either, "cat", data=sent)
     assert ended.status == 0 and "\n".join(lines) + "\n" == sent.decode()
@@ -723,7 +723,7 @@ for text in ["welcome\\n" * 2000, hello + "\\n", *"\\n" * 10, *note, "\\n"]:
     assert heard == [Hello("0", "b"), *[None] * 10, Note("x" * 10)]
 
 
-def test_reader_s_own_time_does_not_count_as_silence(either: Transport) -> None:
+def test_time_of_the_reader_does_not_count_as_silence(either: Transport) -> None:
     code = f"import time; print({HELLO!r}, flush=True); time.sleep(0.5); print('noise', flush=True); time.sleep(0.5)"
     session = either.start([PYTHON, "-c", f"{code}; print({HELLO!r})"], b"")
     try:
@@ -747,7 +747,7 @@ def test_end_of_a_command_is_seen_while_its_child_writes_errors(either: Transpor
 
 
 def end(session: Session) -> None:
-    """Close a session, which does not take long, and end its `sleep 600`, which close leaves alone."""
+    """Close a session, and end its `sleep 600`, which `close` leaves running."""
     started = time.monotonic()
     session.close()
     assert time.monotonic() - started < 0.5
@@ -765,7 +765,7 @@ def _sleepers() -> list[int]:
     ]
 
 
-def test_the_callers_standard_input_is_not_touched(server: Sshd, client: SshClient, tmp_path: Path) -> None:
+def test_standard_input_of_the_caller_is_not_read(server: Sshd, client: SshClient, tmp_path: Path) -> None:
     client.host("studio", server)
     code = """
 import sys
@@ -835,7 +835,7 @@ CHATTY = ["sh", "-c", "while echo tick; do sleep 0.01; done"]
 
 
 @pytest.mark.parametrize("how", ["cut", "stall", "server killed"])
-def test_a_connection_that_breaks_in_the_middle_is_lost(wire: Wire, server: Sshd, how: str) -> None:
+def test_connection_that_breaks_during_a_command_is_lost(wire: Wire, server: Sshd, how: str) -> None:
     with closing(open_ssh("studio")) as opened:
         session = opened.start(CHATTY, b"")
         lines = session.lines(ReadLimits(1.0))
@@ -857,7 +857,7 @@ def test_a_connection_that_breaks_in_the_middle_is_lost(wire: Wire, server: Sshd
     server.kill_sessions()
 
 
-def test_a_connection_that_breaks_before_the_status_is_lost(wire: Wire, server: Sshd) -> None:
+def test_connection_that_breaks_before_the_status_is_lost(wire: Wire, server: Sshd) -> None:
     with closing(open_ssh("studio")) as opened:
         session = opened.start(["sh", "-c", "echo last; exec >&- 2>&-; sleep 600"], b"")
         assert list(session.lines(ReadLimits(20))) == ["last"]
@@ -869,7 +869,7 @@ def test_a_connection_that_breaks_before_the_status_is_lost(wire: Wire, server: 
         os.kill(pid, signal.SIGKILL)
 
 
-def test_a_connection_that_broke_starts_no_more_commands(wire: Wire) -> None:
+def test_broken_connection_starts_no_more_commands(wire: Wire) -> None:
     with closing(open_ssh("studio")) as opened:
         assert run(opened, "echo", "x")[0] == ["x"]
         wire.cut()

@@ -89,7 +89,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_keys_are_offered_in_openssh_s_order(name: str) -> None:
+def test_keys_are_offered_in_the_order_of_openssh(name: str) -> None:
     case = CASES[name]
     found = offers(case.files, case.certificates, case.held, identities_only=case.only, accepted=case.accepted)
     assert [(each.blob, each.signer) for each in found] == case.offered

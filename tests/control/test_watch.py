@@ -185,12 +185,12 @@ class TestLines:
             assert process.stderr is not None and process.stderr.read() == ""
         gone(remote.studio)
 
-    def test_missing_standard_output_ends_it_at_once(self, remote: Ask) -> None:
+    def test_missing_standard_output_ends_the_watch_at_once(self, remote: Ask) -> None:
         line = f'exec "{script("mlxctl")}" {" ".join(OFTEN)} >&-'
         done = remote.lab.mini.run("/bin/sh", "-c", line, timeout=SOON)
         assert (done.exit, done.stderr) == (141, "")
 
-    def test_sigterm_ends_it_without_an_error(self, ask: Ask) -> None:
+    def test_sigterm_ends_the_watch_without_an_error(self, ask: Ask) -> None:
         with watching(ask) as (process, reader):
             reader.until("^PORT")
             process.terminate()
@@ -217,7 +217,7 @@ class TestDocuments:
         assert progress and all(part["name"] == "download" and part["done"] <= part["total"] for part in progress)
 
 
-class TestAwayAndBack:
+class TestHostThatReturns:
     def test_cut_connection_is_reported_and_made_again(self, wired: tuple[Ask, Wire]) -> None:
         ask, wire = wired
         with watching(ask) as (process, reader):
@@ -267,7 +267,7 @@ class TestAwayAndBack:
 
 
 class TestPulledCable:
-    def test_host_is_away_its_agent_ends_and_the_watch_goes_on(self, wired: tuple[Ask, Wire]) -> None:
+    def test_watch_continues_after_a_stalled_network(self, wired: tuple[Ask, Wire]) -> None:
         """Neither side gets a signal: no end of input here, no closed connection there."""
         ask, wire = wired
         with watching(ask) as (process, reader):
@@ -285,12 +285,12 @@ class TestPulledCable:
 
 
 class TestPermanentErrors:
-    def test_changed_host_key_ends_it_at_once(self, remote: Ask) -> None:
+    def test_changed_host_key_ends_the_watch_at_once(self, remote: Ask) -> None:
         remote.studio.sshd.rekey()
         done = remote(*OFTEN, timeout=SOON)
         assert done.exit == 5 and "host_key_changed" in done.stdout and "  next: " in done.stderr, str(done)
 
-    def test_missing_agent_ends_it_at_once(self, remote: Ask) -> None:
+    def test_missing_agent_ends_the_watch_at_once(self, remote: Ask) -> None:
         remote.lab.configure(python=["/nowhere/bin/python"])
         done = remote(*OFTEN, "--json", timeout=SOON)
         (line,) = done.stdout.splitlines()
@@ -309,7 +309,7 @@ class TestPermanentErrors:
             assert done.exit == 130 and "inv deploy --host studio2" in done.stderr, str(done)
         gone(ask.studio)
 
-    def test_strict_ends_it_at_the_first_drift(self, remote: Ask) -> None:
+    def test_strict_ends_the_watch_at_the_first_drift(self, remote: Ask) -> None:
         register(remote.studio, "mine")
         with watching(remote, "--strict") as (process, reader):
             reader.until("^PORT")
@@ -336,7 +336,7 @@ class TestPermanentErrors:
         assert "--watch" not in flags or len(done.stdout.splitlines()) == 1
 
 
-class TestClientIsGone:
+class TestLostClient:
     def test_killed_client_leaves_no_agent(self, ask: Ask) -> None:
         with watching(ask) as (process, reader):
             reader.until("^PORT")
@@ -502,7 +502,7 @@ class Terminal:
         os.close(self.fd)
 
 
-class TestOnATerminal:
+class TestTerminal:
     def test_view_fits_60_columns_and_ctrl_c_restores_the_terminal(self, remote: Ask) -> None:
         name = "mlx-community.Qwen3-235B-A22B-Instruct-2507-6bit-and-more"
         register(remote.studio, name)

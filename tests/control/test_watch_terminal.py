@@ -55,7 +55,7 @@ def test_wide_terminal_has_the_columns_of_status() -> None:
     assert lines[3].endswith("190.0 GB  busy")
 
 
-def test_several_hosts_are_named_with_the_ones_that_are_away_or_connecting() -> None:
+def test_hosts_are_named_even_if_away_or_connecting() -> None:
     hosts = ("studio", "studio2", "studio3")
     lines = drawn(observed("studio", IDLE), failed("studio2"), hosts=hosts, width=100, height=24)
     assert "studio" in lines and "studio3: connecting" in lines

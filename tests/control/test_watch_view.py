@@ -47,7 +47,7 @@ def failed(host: str, at: float = NOON) -> Observation:
 
 
 class TestLines:
-    def test_table_comes_once_every_host_was_polled_then_a_line_per_change(self) -> None:
+    def test_table_is_followed_by_a_line_for_each_change(self) -> None:
         form = LineView(Watched(["studio", "studio2"]))
         assert form.lines(observed("studio", IDLE)) == []
         (table,) = form.lines(observed("studio2", LOADING))

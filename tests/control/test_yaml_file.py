@@ -57,7 +57,7 @@ def test_yaml_within_the_limits_is_read(text: str, value: object) -> None:
         (WIDE_LIST, 5, "more than 250000 values"),
     ],
 )
-def test_a_problem_is_reported_with_its_line(text: str, line: int, what: str) -> None:
+def test_problem_is_reported_with_its_line(text: str, line: int, what: str) -> None:
     with pytest.raises(FileProblem) as caught:
         value_of(text)
     assert (caught.value.line, caught.value.hint != "") == (line, True)
@@ -89,20 +89,20 @@ def test_any_text_is_read_or_reported(text: str) -> None:
         (b"\0" * 8, 0, "holds nothing but zero bytes"),
     ],
 )
-def test_a_file_that_is_not_short_utf8_text_is_refused(tmp_path: Path, data: bytes, line: int, what: str) -> None:
+def test_file_that_is_not_short_utf8_text_is_refused(tmp_path: Path, data: bytes, line: int, what: str) -> None:
     (tmp_path / "x.yaml").write_bytes(data)
     with pytest.raises(FileProblem, match=what) as caught:
         read_text(tmp_path / "x.yaml", 2048)
     assert caught.value.line == line
 
 
-def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+def test_byte_order_mark_is_not_part_of_the_text(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_bytes(b"\xef\xbb\xbfa: 1")
     assert read_text(tmp_path / "x.yaml", 2048) == "a: 1"
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "pipe"])
-def test_a_path_that_is_no_regular_file_is_refused(tmp_path: Path, kind: str) -> None:
+def test_path_that_is_no_regular_file_is_refused(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "x.yaml"
     if kind == "folder":
         path.mkdir()

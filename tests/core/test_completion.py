@@ -22,10 +22,10 @@ def test_answer_with_any_message_is_a_completion() -> None:
     ],
     ids=lambda body: body[:40].decode(errors="replace"),
 )
-def test_anything_else_is_none(body: bytes) -> None:
+def test_other_answer_returns_none(body: bytes) -> None:
     assert parse_completion(body) is None
 
 
-def test_it_is_asked_for_little_under_the_name_that_is_given() -> None:
+def test_request_names_the_model_and_few_tokens() -> None:
     asked = json.loads(completion_request("jerry-xl"))
     assert asked["model"] == "jerry-xl" and 0 < asked["max_tokens"] < 10 and asked["stream"] is False

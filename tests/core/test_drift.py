@@ -62,7 +62,7 @@ def test_no_module_writes_a_drift_code_as_a_literal() -> None:
     assert rows == []
 
 
-def test_each_drift_code_is_used() -> None:
+def test_every_drift_code_is_used() -> None:
     used = {
         node.attr
         for tree in TREES.values()

@@ -70,7 +70,7 @@ def test_text_special_to_shell_path_or_terminal_is_no_name(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["org/name", "mlx-community/Qwen3-235B-A22B-Instruct-2507-6bit", "_a/b_", "a.b/c.d"])
-def test_a_repository_is_an_organisation_and_a_name(text: str) -> None:
+def test_repository_is_an_organisation_and_a_name(text: str) -> None:
     assert names.is_repo_id(text) and names.model_name(text) == text
     assert names.repo(text) == (text, None)
 
@@ -106,7 +106,7 @@ def test_other_text_is_no_repository(text: str) -> None:
 
 
 @pytest.mark.parametrize("revision", ["main", "v1.0", "refs/pr/1", "0" * 40, "a_b-c"])
-def test_a_repository_may_name_a_revision(revision: str) -> None:
+def test_repository_may_name_a_revision(revision: str) -> None:
     assert names.repo(f"org/name@{revision}") == ("org/name", revision)
 
 
@@ -130,7 +130,7 @@ def test_other_text_is_refused_with_the_port_range(text: str) -> None:
 
 
 @pytest.mark.parametrize(("text", "number"), [("1", 1.0), ("0.5", 0.5), ("86400", 86400.0), ("600.125", 600.125)])
-def test_a_duration_is_a_number_of_seconds(text: str, number: float) -> None:
+def test_duration_is_a_number_of_seconds(text: str, number: float) -> None:
     assert names.seconds(text, "--timeout") == number
 
 

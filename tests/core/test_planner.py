@@ -123,10 +123,10 @@ LOADS: dict[str, Load] = {
         "boot_port", (at_boot("b"),), registry(a=None, b=8100), port=8100, force=True
     ),
     "the boot job's server is silent": Load(
-        "boot_port", (replace(at_boot("a"), answer=Health.SILENT),), registry(a=8100), port=8100
+        "boot_port", (replace(at_boot("a"), health=Health.SILENT),), registry(a=8100), port=8100
     ),
     "the boot job is another user's": Load(
-        "boot_port", (replace(at_boot(), hand=None, answer=Health.NOT_ASKED),), registry(a=8100), port=8100
+        "boot_port", (replace(at_boot(), hand=None, health=Health.NOT_ASKED),), registry(a=8100), port=8100
     ),
     # A foreign process holds the port.
     "a foreign listener": Load("foreign_port", (foreign(),), says="pid 6000: nc -l"),
@@ -186,7 +186,7 @@ LOADS: dict[str, Load] = {
     "another model by hand": Load("port_in_use", (by_hand("b"),), says="owner hand"),
     "another model by hand, forced": Load(START, (by_hand("b"),), force=True, stops=(8103,), previous=8103),
     "another model that is silent": Load(
-        "port_in_use", (replace(serving("b"), answer=Health.SILENT),), registry(a=None, b=8103), says="wedged"
+        "port_in_use", (replace(serving("b"), health=Health.SILENT),), registry(a=None, b=8103), says="wedged"
     ),
     # The model is served on another port.
     "served on another port": Load(
@@ -244,13 +244,13 @@ LOADS: dict[str, Load] = {
         START, (replace(PORTLESS, run=run("b")),), registry(a=None, b=8103), stops=(8103,), cleared=("b",)
     ),
     "this model, unhealthy": Load(
-        START, (replace(serving(), answer=Health.BROKEN),), registry(a=8103), stops=(8103,), says="restarted"
+        START, (replace(serving(), health=Health.BROKEN),), registry(a=8103), stops=(8103,), says="restarted"
     ),
 }
 
 
 @pytest.mark.parametrize("situation", LOADS)
-def test_load_has_the_outcome_of(situation: str) -> None:
+def test_load_has_the_expected_outcome(situation: str) -> None:
     case = LOADS[situation]
     if isinstance(case.outcome, Outcome):
         plan = case.plan()
@@ -296,7 +296,7 @@ UNLOADS: dict[str, Unload] = {
     "our server": Unload((serving(),), registry(a=8103), stops=True, clears=("a",)),
     "our server without an assignment": Unload((serving(),), stops=True),
     "our server that hangs": Unload(
-        (replace(serving(), answer=Health.SILENT),), registry(a=8103), stops=True, clears=("a",)
+        (replace(serving(), health=Health.SILENT),), registry(a=8103), stops=True, clears=("a",)
     ),
     "what an interrupted load left": Unload((INTERRUPTED,), stops=True),
     "a server by hand": Unload((by_hand(),), registry(a=8103), refused="hand_started"),
@@ -312,7 +312,7 @@ UNLOADS: dict[str, Unload] = {
 
 
 @pytest.mark.parametrize("situation", UNLOADS)
-def test_unload_has_the_outcome_of(situation: str) -> None:
+def test_unload_has_the_expected_outcome(situation: str) -> None:
     case = UNLOADS[situation]
     seen = world(case.known, *case.seen)
     if case.refused:
@@ -457,8 +457,8 @@ RECONCILES: dict[str, Reconcile] = {
     "it is ready": Reconcile((serving(),)),
     "it is ready by hand": Reconcile((by_hand(),)),
     "the boot job serves it": Reconcile((at_boot(),), registry(a=8100)),
-    "it is silent": Reconcile((replace(serving(), answer=Health.SILENT),), keeps="wedged"),
-    "it is unhealthy": Reconcile((replace(serving(), answer=Health.BROKEN),), keeps="failed"),
+    "it is silent": Reconcile((replace(serving(), health=Health.SILENT),), keeps="wedged"),
+    "it is unhealthy": Reconcile((replace(serving(), health=Health.BROKEN),), keeps="failed"),
     "it starts by hand": Reconcile((replace(by_hand(), listening=False),), keeps="loading"),
     "it is being loaded": Reconcile((LOADING,), keeps="loading"),
     "it is being unloaded": Reconcile(
@@ -482,7 +482,7 @@ RECONCILES: dict[str, Reconcile] = {
 
 
 @pytest.mark.parametrize("situation", RECONCILES)
-def test_reconcile_has_the_outcome_of(situation: str) -> None:
+def test_reconcile_has_the_expected_outcome(situation: str) -> None:
     case = RECONCILES[situation]
     plan = plan_reconcile(case.known, world(case.known, *case.seen))
     assert tuple(plan.clear or ()) == case.clears
@@ -623,74 +623,80 @@ def touchable(view: PortView) -> bool:
     return view.owner not in NEVER and view.state not in {State.UNKNOWN, State.FOREIGN}
 
 
-def planned(
-    known: Registry, seen: World, target: ModelRef, port: int, how: Wanted | None, force: bool
-) -> LoadPlan | None:
-    target = replace(target, entry=known.models.get(target.name))
-    try:
-        return plan_load(SETTINGS, known, seen, target, port, wanted=how, force=force)
-    except Refused as error:
-        assert error.message and error.hint
-        return None
+@dataclass(frozen=True)
+class AnyLoad:
+    """Any request of a load in any situation."""
+
+    known: Registry
+    seen: tuple[Signals, ...]
+    target: ModelRef
+    port: int
+    wanted: Wanted | None
+    force: bool
+
+    @property
+    def before(self) -> World:
+        return world(self.known, *self.seen)
+
+    def plan(self) -> LoadPlan | None:
+        """Return the plan; None if the load is refused."""
+        target = replace(self.target, entry=self.known.models.get(self.target.name))
+        try:
+            return plan_load(SETTINGS, self.known, self.before, target, self.port, wanted=self.wanted, force=self.force)
+        except Refused as error:
+            assert error.message and error.hint
+            return None
 
 
-@given(registries, seen_ports, targets, st.sampled_from(PORTS), wanteds, st.booleans())
+any_load = st.builds(AnyLoad, registries, seen_ports, targets, st.sampled_from(PORTS), wanteds, st.booleans())
+
+
+@given(any_load)
 @PROPERTY
-def test_load_never_stops_foreign_boot_or_unknown_servers(
-    known: Registry, seen: tuple[Signals, ...], target: ModelRef, port: int, how: Wanted | None, force: bool
-) -> None:
-    plan = planned(known, world(known, *seen), target, port, how, force)
+def test_load_never_stops_foreign_boot_or_unknown_servers(load: AnyLoad) -> None:
+    plan = load.plan()
     assert plan is None or all(touchable(view) for view in plan.stops)
 
 
-@given(registries, seen_ports, targets, st.sampled_from(PORTS), wanteds)
+@given(any_load)
 @PROPERTY
-def test_load_stops_no_ready_server_without_force(
-    known: Registry, seen: tuple[Signals, ...], target: ModelRef, port: int, how: Wanted | None
-) -> None:
-    plan = planned(known, world(known, *seen), target, port, how, False)
+def test_load_stops_no_ready_server_without_force(load: AnyLoad) -> None:
+    plan = replace(load, force=False).plan()
     assert plan is None or all(view.state is not State.READY for view in plan.stops)
 
 
-@given(registries, seen_ports, targets, st.sampled_from(PORTS), wanteds, st.booleans())
+@given(any_load)
 @PROPERTY
-def test_load_never_uses_the_alias_of_another_slot(
-    known: Registry, seen: tuple[Signals, ...], target: ModelRef, port: int, how: Wanted | None, force: bool
-) -> None:
-    plan = planned(known, world(known, *seen), target, port, how, force)
-    if plan is not None:
-        assert plan.alias not in {alias for slot, alias in SETTINGS.slots.items() if slot != port}
-        assert plan.alias == SETTINGS.slots.get(port, target.name)
+def test_load_never_uses_the_alias_of_another_slot(load: AnyLoad) -> None:
+    if (plan := load.plan()) is not None:
+        assert plan.alias not in {alias for slot, alias in SETTINGS.slots.items() if slot != load.port}
+        assert plan.alias == SETTINGS.slots.get(load.port, load.target.name)
 
 
-@given(registries, seen_ports, targets, st.sampled_from(PORTS), wanteds, st.booleans())
+@given(any_load)
 @PROPERTY
-def test_load_keeps_one_model_per_port_and_one_port_per_model(
-    known: Registry, seen: tuple[Signals, ...], target: ModelRef, port: int, how: Wanted | None, force: bool
-) -> None:
-    before = world(known, *seen)
-    plan = planned(known, before, target, port, how, force)
+def test_load_keeps_one_model_per_port_and_one_port_per_model(load: AnyLoad) -> None:
+    plan, name, port = load.plan(), load.target.name, load.port
     if plan is None or plan.outcome is Outcome.ALREADY:
         return
-    after = known.set_fields(target.name, {"repo_id": target.repo_id}).assign(target.name, port)
-    assert [model.name for model in after.on_port(port)] == [target.name]
-    lost = {m.name for m in known.models.values() if m.port == port} - {target.name}
+    after = load.known.set_fields(name, {"repo_id": load.target.repo_id}).assign(name, port)
+    assert [model.name for model in after.on_port(port)] == [name]
+    lost = {m.name for m in load.known.models.values() if m.port == port} - {name}
     assert set(plan.cleared) == lost, "the plan names who loses the port"
     stopped = {view.port for view in plan.stops}
-    left = {view.port: view.model for view in before.ports.values() if view.owner in OURS and view.port not in stopped}
+    ours = [view for view in load.before.ports.values() if view.owner in OURS]
+    left = {view.port: view.model for view in ours if view.port not in stopped}
     if plan.outcome is Outcome.START:
         assert port not in left, "the earlier server of the port is stopped"
-    assert target.name not in [model for at, model in left.items() if at != port], "it is served on no other port"
+    assert name not in [model for at, model in left.items() if at != port], "it is served on no other port"
 
 
-@given(registries, seen_ports, targets, st.sampled_from(PORTS), wanteds, st.booleans())
+@given(any_load)
 @PROPERTY
-def test_previous_server_is_stopped_by_a_forced_load(
-    known: Registry, seen: tuple[Signals, ...], target: ModelRef, port: int, how: Wanted | None, force: bool
-) -> None:
-    plan = planned(known, world(known, *seen), target, port, how, force)
+def test_previous_server_is_stopped_by_a_forced_load(load: AnyLoad) -> None:
+    plan = load.plan()
     if plan is not None and plan.previous is not None:
-        assert force and plan.previous.port == port and plan.previous in plan.stops
+        assert load.force and plan.previous.port == load.port and plan.previous in plan.stops
 
 
 @given(registries, seen_ports, st.sampled_from(PORTS), st.booleans())

@@ -69,15 +69,15 @@ CASES: dict[str, tuple[Signals, Registry, State, Owner | None]] = {
     ),
     "a server by hand while an unload runs": (replace(by_hand(), operation=UNLOAD), A, State.DRAINING, Owner.HAND),
     "an ended server with an assignment": (replace(signals(), run=run()), A, State.FAILED, None),
-    "our server, unhealthy": (replace(serving(), answer=Health.BROKEN), A, State.FAILED, Owner.MLXOPS),
-    "our server, silent": (replace(serving(), answer=Health.SILENT), A, State.WEDGED, Owner.MLXOPS),
+    "our server, unhealthy": (replace(serving(), health=Health.BROKEN), A, State.FAILED, Owner.MLXOPS),
+    "our server, silent": (replace(serving(), health=Health.SILENT), A, State.WEDGED, Owner.MLXOPS),
     "our server that says that it is loading": (
-        replace(serving(), answer=Health.LOADING),
+        replace(serving(), health=Health.LOADING),
         A,
         State.LOADING,
         Owner.MLXOPS,
     ),
-    "a server by hand, not asked": (replace(by_hand(), answer=Health.NOT_ASKED), A, State.UNKNOWN, None),
+    "a server by hand, not asked": (replace(by_hand(), health=Health.NOT_ASKED), A, State.UNKNOWN, None),
     "a listener whose process cannot be seen": (
         replace(signals(), listening=True, unowned=True),
         A,
@@ -91,7 +91,7 @@ CASES: dict[str, tuple[Signals, Registry, State, Owner | None]] = {
         None,
     ),
     "a listener of another user": (replace(signals(), listening=True), A, State.FOREIGN, Owner.FOREIGN),
-    "our server, not asked": (replace(serving(), answer=Health.NOT_ASKED), A, State.UNKNOWN, None),
+    "our server, not asked": (replace(serving(), health=Health.NOT_ASKED), A, State.UNKNOWN, None),
     "our server and the registry names another model": (serving(), B, State.MISMATCH, Owner.MLXOPS),
     "our server lives and another process listens": (
         replace(serving(), listener_pids=frozenset({6000})),
@@ -128,18 +128,18 @@ CASES: dict[str, tuple[Signals, Registry, State, Owner | None]] = {
         State.LOADING,
         Owner.HAND,
     ),
-    "a server by hand that is silent": (replace(by_hand(), answer=Health.SILENT), A, State.WEDGED, Owner.HAND),
-    "a server by hand that is unhealthy": (replace(by_hand(), answer=Health.BROKEN), A, State.FAILED, Owner.HAND),
+    "a server by hand that is silent": (replace(by_hand(), health=Health.SILENT), A, State.WEDGED, Owner.HAND),
+    "a server by hand that is unhealthy": (replace(by_hand(), health=Health.BROKEN), A, State.FAILED, Owner.HAND),
     "a server by hand on a port of ours that ended": (replace(by_hand(), run=run()), A, State.READY, Owner.HAND),
     "the boot job's server": (at_boot(), registry(a=8100), State.READY, Owner.BOOT),
     "the boot job's server that another user owns": (
-        replace(at_boot(), hand=None, answer=Health.NOT_ASKED),
+        replace(at_boot(), hand=None, health=Health.NOT_ASKED),
         registry(a=8100),
         State.READY,
         Owner.BOOT,
     ),
     "the boot job's server that does not listen yet": (
-        replace(at_boot(), listening=False, listener_pids=frozenset(), answer=Health.NOT_ASKED),
+        replace(at_boot(), listening=False, listener_pids=frozenset(), health=Health.NOT_ASKED),
         EMPTY,
         State.LOADING,
         Owner.BOOT,
@@ -153,7 +153,7 @@ CASES: dict[str, tuple[Signals, Registry, State, Owner | None]] = {
     ),
     "a foreign listener": (foreign(), EMPTY, State.FOREIGN, Owner.FOREIGN),
     "a foreign listener where our server was": (
-        replace(foreign(), run=run(), answer=Health.SERVING),
+        replace(foreign(), run=run(), health=Health.SERVING),
         A,
         State.FOREIGN,
         Owner.FOREIGN,
@@ -253,14 +253,14 @@ def test_our_ready_server_needs_every_signal(seen: Signals, known: Registry) -> 
         assert seen.leader_proven and seen.listening
         assert seen.listener_pids and seen.listener_pids <= set(seen.members)
         assert known.models[seen.run.model].port == 8103
-        assert seen.answer is Health.SERVING
+        assert seen.health is Health.SERVING
 
 
 @given(anything, registries)
 @PROPERTY
 def test_ready_server_listens_and_is_healthy(seen: Signals, known: Registry) -> None:
     if judge(seen, known).state is State.READY:
-        assert seen.listening and seen.answer in {Health.SERVING, Health.NOT_ASKED}
+        assert seen.listening and seen.health in {Health.SERVING, Health.NOT_ASKED}
 
 
 @given(anything, registries)
@@ -302,8 +302,8 @@ def test_agreement_is_no_drift() -> None:
         (A, (replace(signals(), run=run()),), ("assigned_not_served", 8103, "a")),
         (EMPTY, (serving(),), ("orphan", 8103, "a")),
         (B, (serving(),), ("mismatch", 8103, "a")),
-        (A, (replace(serving(), answer=Health.SILENT),), ("wedged", 8103, "a")),
-        (A, (replace(serving(), answer=Health.BROKEN),), ("failed", 8103, "a")),
+        (A, (replace(serving(), health=Health.SILENT),), ("wedged", 8103, "a")),
+        (A, (replace(serving(), health=Health.BROKEN),), ("failed", 8103, "a")),
         (registry(a=None), (by_hand(),), ("unregistered_server", 8103, "a")),
         (registry(a=None, b=8100), (at_boot(),), ("boot_port_assigned", 8100, "a")),
         (A, (foreign(),), ("foreign", 8103, "a")),
@@ -359,7 +359,7 @@ def test_unreadable_registry_makes_no_orphan() -> None:
 
 def test_unwritable_registry_is_the_first_hint() -> None:
     known = replace(A, unwritable="its version is not 1")
-    ill = replace(serving(), answer=Health.SILENT)
+    ill = replace(serving(), health=Health.SILENT)
     (found,) = find_drift(PortRange(8100, 8104), world(known, ill).ports, known)
     assert found.code == "wedged" and "repair the registry" in found.hint and "unload" not in found.hint
 

@@ -73,5 +73,5 @@ def test_port_range_includes_both_ends() -> None:
     ],
     ids=["no job", "one job"],
 )
-def test_at_most_one_boot_job_is_written_as_in_version_0_1_0(jobs: tuple[BootJob, ...], wire: object) -> None:
+def test_single_boot_job_is_written_in_the_old_form(jobs: tuple[BootJob, ...], wire: object) -> None:
     assert Settings(boot=jobs).to_wire()["boot"] == wire

@@ -79,7 +79,7 @@ def serving(name: str = "a", port: int = 8103) -> Signals:
         members=(4000, 4001),
         listening=True,
         listener_pids=frozenset({4000}),
-        answer=Health.SERVING,
+        health=Health.SERVING,
     )
 
 
@@ -89,14 +89,14 @@ def by_hand(name: str = "a", port: int = 8103) -> Signals:
         hand=server(name, port),
         listening=True,
         listener_pids=frozenset({5000}),
-        answer=Health.SERVING,
-        stranger="pid 5000",
+        health=Health.SERVING,
+        other_listener="pid 5000",
     )
 
 
 def foreign(port: int = 8103) -> Signals:
     """Return the signals of a listener that is neither ours nor an engine."""
-    return replace(signals(port), listening=True, listener_pids=frozenset({6000}), stranger="pid 6000: nc -l")
+    return replace(signals(port), listening=True, listener_pids=frozenset({6000}), other_listener="pid 6000: nc -l")
 
 
 def at_boot(name: str = "a", port: int = 8100) -> Signals:
@@ -147,8 +147,8 @@ def _arbitrary_signals(port: int) -> st.SearchStrategy[Signals]:
         | st.builds(
             Operation, id=st.just("op2"), command=st.sampled_from(["load", "unload", "unload-all", "reconcile"])
         ),
-        answer=st.sampled_from(Health),
-        stranger=st.sampled_from(["", "pid 6000: x"]),
+        health=st.sampled_from(Health),
+        other_listener=st.sampled_from(["", "pid 6000: x"]),
         error=st.none() | st.none() | st.none() | st.just("permission denied"),
         last_words=st.sampled_from(["", "Killed"]),
     )

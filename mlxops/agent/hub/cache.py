@@ -75,14 +75,14 @@ def roots(hub: Path) -> tuple[Path, ...]:
     try:
         with os.scandir(hub) as entries:
             next(entries, None)
-        found = [hub]
+        folders = [hub]
     except (FileNotFoundError, NotADirectoryError):
-        found = []
+        folders = []
     except OSError as error:
         raise folder_closed(error, hub) from None
     if hub.parent != hub and next(_repos(hub.parent), None) is not None:
-        found.append(hub.parent)
-    return tuple(found)
+        folders.append(hub.parent)
+    return tuple(folders)
 
 
 def scan(hub: Path) -> Scan:
@@ -117,14 +117,14 @@ def find(hub: Path, repo_id: str, revision: str | None = None) -> Snapshot | Ski
         dangling = dangles(root / folder)
         if not _is_folder_or_closed(root / folder) and not dangling:
             continue
-        found = (
+        candidate = (
             _best_snapshot(root, folder, repo_id)
             if revision is None or dangling
             else _find_revision(root / folder, repo_id, revision)
         )
-        if isinstance(found, Snapshot):
-            return found
-        fallback = fallback or found
+        if isinstance(candidate, Snapshot):
+            return candidate
+        fallback = fallback or candidate
     return fallback
 
 
@@ -215,12 +215,12 @@ def _commits(repo: str) -> list[str]:
     """Return the commits that have a folder, newest first. Raises `OSError` if they cannot be read."""
     try:
         with os.scandir(f"{repo}/snapshots") as entries:
-            found = [entry for entry in entries if is_commit(entry.name) and entry.is_dir()]
+            folders = [entry for entry in entries if is_commit(entry.name) and entry.is_dir()]
     except FileNotFoundError:
         return []
-    if len(found) > 1:
-        found.sort(key=lambda entry: entry.stat().st_mtime_ns, reverse=True)
-    return [entry.name for entry in found]
+    if len(folders) > 1:
+        folders.sort(key=lambda entry: entry.stat().st_mtime_ns, reverse=True)
+    return [entry.name for entry in folders]
 
 
 def _ref(repo: str, name: str) -> str | None:

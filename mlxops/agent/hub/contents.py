@@ -76,8 +76,8 @@ def parse(data: bytes, what: str) -> dict[str, object]:
             raise Damaged(f"{what} is a Git LFS pointer, not the file itself", ends_early=True) from None
         if other := _other_text(data):
             raise Damaged(f"{what}: {other}", ends_early=_json_ends_early(data)) from None
-        where = f"line {error.lineno}, column {error.colno}: {error.msg}"
-        raise Damaged(f"{what} is not JSON ({where})", ends_early=_json_ends_early(data)) from None
+        place = f"line {error.lineno}, column {error.colno}: {error.msg}"
+        raise Damaged(f"{what} is not JSON ({place})", ends_early=_json_ends_early(data)) from None
     except (ValueError, RecursionError):
         raise Damaged(f"{what} is not JSON") from None
     if not isinstance(parsed, dict):

@@ -159,7 +159,7 @@ def _is_own_file(repo: Path, path: Path) -> bool:
     folder = repo / "snapshots" / parts[1]
     beside = list(_below(folder))
     # On a disk without links, downloads create plain files.
-    plain = not any(each.is_symlink() for each in beside) and any(_is_downloaded(folder, each) for each in beside)
+    plain = not any(other.is_symlink() for other in beside) and any(_is_downloaded(folder, other) for other in beside)
     return not plain and not _is_downloaded(folder, path)
 
 

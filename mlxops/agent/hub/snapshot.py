@@ -218,17 +218,17 @@ def edited(snapshot_dir: Path) -> tuple[Edited, ...]:
         return ()
     tree = _tree(folder) or {}
     links = any(os.path.islink(f"{folder}/{name}") for name in files.sizes)
-    found = []
+    edits = []
     for name in sorted(filter(_is_model_file, files.sizes)):
         size, listed = files.sizes[name], tree.get(name)
         etag = listed.etag if listed else _blob_name(f"{folder}/{name}")
         if listed is not None and size != listed.size:
-            found.append(Edited(name, size, listed.size))
+            edits.append(Edited(name, size, listed.size))
         elif etag and contents.content_hash(f"{folder}/{name}", etag, MAX_HASHED) not in (None, etag):
-            found.append(Edited(name, size, listed.size if listed else None))
+            edits.append(Edited(name, size, listed.size if listed else None))
         elif not etag and links and not os.path.islink(f"{folder}/{name}"):
-            found.append(Edited(name, size, None))  # it replaced a link into the cache
-    return tuple(found)
+            edits.append(Edited(name, size, None))  # it replaced a link into the cache
+    return tuple(edits)
 
 
 def is_downloaded(folder: str, name: str) -> bool:
@@ -317,10 +317,10 @@ def _own_tokenizer(tokenizer: Mapping[str, object]) -> str | None:
 
 def _are_packed(folder: str, files: Listing) -> bool:
     try:
-        held = [tensors(f"{folder}/{name}") for name in weights(files.sizes)]
+        headers = [tensors(f"{folder}/{name}") for name in weights(files.sizes)]
     except (OSError, Damaged):
         return False
-    return any(is_packed({name: dtype for name, (dtype, _) in each.items()}) for each in held)
+    return any(is_packed({name: dtype for name, (dtype, _) in header.items()}) for header in headers)
 
 
 def _check_tokenizer(folder: str, files: Listing, problems: list[str], broken: list[str]) -> None:
@@ -447,14 +447,14 @@ def _tree(folder: str) -> dict[str, Listed] | None:
     files = listing.get("files")
     if listing.get("format_version") != 1 or not isinstance(files, dict):
         return None
-    found: dict[str, Listed] = {}
+    tree: dict[str, Listed] = {}
     for name, entry in files.items():
         size = (entry.get("lfs_size") or entry.get("size")) if isinstance(entry, dict) else None
         if not isinstance(size, int):
             return None
         etag = entry.get("lfs_sha256") or entry.get("blob_id")
-        found[name] = Listed(size, etag if isinstance(etag, str) else "")
-    return found
+        tree[name] = Listed(size, etag if isinstance(etag, str) else "")
+    return tree
 
 
 def _missing(folder: str, files: Listing, tree: Mapping[str, Listed] | None) -> str | None:

@@ -93,15 +93,15 @@ def leftovers(folder: str, present: Collection[str], listed: Collection[str]) ->
     """
     sets = _sets(present)
     whole = [members for members in sets if members <= set(listed)] or [
-        each for each in sets if not _missing_shards(each)
+        members for members in sets if not _missing_shards(members)
     ]
     if len(sets) < 2 or not whole:
         return None
-    found = []
+    candidates = []
     for members in whole:  # the old set is not known, so one loadable set is enough
         extra = sorted(set().union(*sets) - members)
-        found.append(Leftovers(tuple(extra), _conflict(folder, members, extra)))
-    return next((each for each in found if each.why is None), found[0])
+        candidates.append(Leftovers(tuple(extra), _conflict(folder, members, extra)))
+    return next((files for files in candidates if files.why is None), candidates[0])
 
 
 def _conflict(folder: str, whole: Collection[str], extra: Collection[str]) -> str | None:
@@ -109,14 +109,14 @@ def _conflict(folder: str, whole: Collection[str], extra: Collection[str]) -> st
     wanted: Tensors = {}
     for name in whole:
         wanted |= tensors(f"{folder}/{name}")
-    found: Tensors = {}
+    loaded: Tensors = {}
     last: dict[str, str] = {}
     for name in os.listdir(folder):  # the same order as the engine
         if name in whole or name in extra:
             held = tensors(f"{folder}/{name}")
-            found |= held
+            loaded |= held
             last |= dict.fromkeys(held, name)
-    for tensor, form in found.items():
+    for tensor, form in loaded.items():
         if wanted.get(tensor) != form:
             what = "of another shape or type" if tensor in wanted else "that the other files do not have"
             return f"{printable(last[tensor])} holds {printable(tensor)} {what}"
@@ -187,12 +187,12 @@ def header(path: str, size: int) -> tuple[str | None, int]:
 
 def tensors(path: str) -> Tensors:
     """Read the tensors of a safetensors file from its header. Raises `OSError`, `Damaged`."""
-    found: Tensors = {}
+    forms: Tensors = {}
     for name, tensor in parse(encoded_header(path, os.stat(path).st_size), "the header").items():
         if name != "__metadata__" and isinstance(tensor, dict):
             shape = tensor.get("shape")
-            found[name] = str(tensor.get("dtype")), tuple(shape) if isinstance(shape, list) else ()
-    return found
+            forms[name] = str(tensor.get("dtype")), tuple(shape) if isinstance(shape, list) else ()
+    return forms
 
 
 def header_bytes(path: str) -> int:

@@ -42,7 +42,7 @@ def _boot_result(
     files = {str(path): path.read_text(errors="replace") if path.exists() else None for path in manager.job_paths(job)}
     own = BootJobs(ctx.paths.settings.boot, ctx.system, ctx.environ)
     look = ctx.system.look(()) if own.jobs else Look()
-    rows = [_job_row(own.state(look, each)) for each in own.jobs]
+    rows = [_job_row(own.state(look, job)) for job in own.jobs]
     return BootResult(
         changed=changed,
         told=tuple(messages),

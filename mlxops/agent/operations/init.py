@@ -19,7 +19,7 @@ def run(ctx: Context, request: Init) -> InitResult:
     if not cache_exists:
         ctx.note(f"there was no cache at {ctx.paths.hub}; is `hub` in hosts.yaml right?", "warning")
     contents = scan(ctx.paths.hub)
-    rows = [(each.repo_id, each.revision, str(each.path)) for each in contents.snapshots]
+    rows = [(snapshot.repo_id, snapshot.revision, str(snapshot.path)) for snapshot in contents.snapshots]
     new = planner.init_entries(registry, rows)
 
     def add(current: Registry) -> Registry:
@@ -33,7 +33,7 @@ def run(ctx: Context, request: Init) -> InitResult:
     return InitResult(
         added=tuple(sorted(new)),
         existing=tuple(sorted(repo_id for repo_id, _, _ in rows if repo_id not in new)),
-        skipped=tuple(SkippedRow(each.repo_id, str(each.path), each.why) for each in contents.skipped),
+        skipped=tuple(SkippedRow(skipped.repo_id, str(skipped.path), skipped.why) for skipped in contents.skipped),
         changed=bool(new) and not request.dry_run,
         dry_run=request.dry_run,
         hub=str(ctx.paths.hub),

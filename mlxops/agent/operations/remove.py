@@ -42,7 +42,7 @@ def run(ctx: Context, request: Remove) -> RemoveResult:
         world = ctx.observe(registry)
         _refuse_loading(world, entry)
         _refuse_in_use(registry, world, sharing)
-        edited_names = [printable(each.name) for each in edited(files.path)] if files.revision else []
+        edited_names = [printable(file.name) for file in edited(files.path)] if files.revision else []
         repo, commit = (files.path.parent.parent, files.revision) if files.revision else (files.path, None)
         deleted = delete(repo, commit, dry_run=request.dry_run)
     if not request.dry_run:
@@ -91,7 +91,8 @@ def _only_pulled(ctx: Context, name: str) -> Model | None:
 
 def _sharing(ctx: Context, registry: Registry, entry: Model, files: ModelFiles) -> list[Model]:
     """Return every model that uses these files."""
-    return [entry, *(each for each in registry.models.values() if each.name != entry.name and _uses(ctx, each, files))]
+    others = (model for model in registry.models.values() if model.name != entry.name)
+    return [entry, *(model for model in others if _uses(ctx, model, files))]
 
 
 def _files(ctx: Context, entry: Model) -> ModelFiles | None:

@@ -33,9 +33,9 @@ def run(ctx: Context, request: Status) -> StatusResult:
         drift.insert(0, Drift(code, None, None, f"{error.message}: {error.why}", error.marked_hint))
     drift += conflicted_copies(ctx)
     return StatusResult(
-        operations=tuple(_running_row(ctx, each) for each in downloads(ctx)),
+        operations=tuple(_running_row(ctx, download) for download in downloads(ctx)),
         ports=tuple(_port_row(view, probes.get(view.port)) for view in views),
-        drift=tuple(_drift_row(each) for each in drift),
+        drift=tuple(map(_drift_row, drift)),
         registry=str(ctx.paths.registry),
     )
 
@@ -80,6 +80,6 @@ def _port_row(view: PortView, probe: ProbeRow | None) -> PortRow:
         progress=view.progress,
         log_path=view.run.log_path if view.run else None,
         operation=view.operation.id if view.operation else None,
-        portless=tuple(each.pid for each in view.portless),
+        portless=tuple(server.pid for server in view.portless),
         probe=probe,
     )

@@ -88,8 +88,8 @@ class Roots:
 
     def closed(self) -> bool:
         """Return whether there may be crontabs that this user cannot read."""
-        for each in _SPOOLS:
-            folder = self.system / each.lstrip("/")
+        for spool in _SPOOLS:
+            folder = self.system / spool.lstrip("/")
             if _exists(folder) is not False and not os.access(folder, os.R_OK | os.X_OK):
                 return True
         return False
@@ -141,7 +141,7 @@ class BootJobs:
             units = self._system.units(process.pid)
             unit = next((unit for unit in units if any(is_unit(name, unit) for name in names)), None)
             if unit:
-                user = in_user_manager(units, (each.argv for each in chain))
+                user = in_user_manager(units, (ancestor.argv for ancestor in chain))
                 stop = systemctl("stop", unit, user=user)
                 return BootClaim(job, f"systemd's {'user ' if user else ''}unit {unit} started it", stop)
             variables = self._system.variables(process.pid)
@@ -412,8 +412,8 @@ class _Managers:
             path = folder / f"{self._job.label}.plist"
             if path.exists() and same_label(self._job.label, str((keys := _keys_of(path)).get("Label", ""))):
                 return _Plist(domain, path, keys)
-        named = (each for each in self._plists if same_label(self._job.label, each.label))
-        return next(named, None) or next((each for each in self._plists if self._runs(each.keys)), None)
+        named = (plist for plist in self._plists if same_label(self._job.label, plist.label))
+        return next(named, None) or next((plist for plist in self._plists if self._runs(plist.keys)), None)
 
     def _runs(self, keys: Mapping[str, object]) -> bool:
         arguments = keys.get("ProgramArguments")
@@ -496,7 +496,7 @@ class _Managers:
     @cached_property
     def names_in_files(self) -> tuple[str, ...]:
         """The labels and units of the files that run the script."""
-        labels = [each.label for each in self._plists if self._runs(each.keys)]
+        labels = [plist.label for plist in self._plists if self._runs(plist.keys)]
         return (*labels, *(path.name for _, path in self._unit_files))
 
     def _is_run_by(self, unit: Path) -> bool:

@@ -60,7 +60,7 @@ def observe(
     signals, busy = _with_connected(system, signals, silent)
     views = {
         each.port: judge(
-            replace(each, answer=health.get(each.port, Health.NOT_ASKED), busy=each.port in busy), registry
+            replace(each, health=health.get(each.port, Health.NOT_ASKED), busy=each.port in busy), registry
         )
         for each in signals
     }
@@ -282,7 +282,7 @@ def _signals(
         operation=operation,
         activity=str(state),
         progress=state.progress,
-        stranger=_describe(look, others) if listeners and (others or not pids) else "",
+        other_listener=_describe(look, others) if listeners and (others or not pids) else "",
         memory_bytes=system.memory(members) if members else None,
         last_words=_last_words(store.log_path(port)) if run is not None and not members else "",
         rebooted=run is not None and run.boot_id != system.boot_id(),

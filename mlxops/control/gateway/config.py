@@ -105,14 +105,14 @@ def _merged(first: str) -> tuple[object, list[str], list[Finding]]:
     merged: dict[object, object] = {key: value for key, value in root.content.items() if key != "include"}
     places = [f"{first}:{line}" for line in root.items]
     findings = _repeated(root)
-    waiting, seen = _included(root), {os.path.abspath(os.path.expanduser(first))}
+    waiting, visited = _included(root), {os.path.abspath(os.path.expanduser(first))}
     while waiting:
         entry, declaring = waiting.pop(0)
         name = _included_path(entry, declaring, first)
-        if (absolute := os.path.abspath(os.path.expanduser(name))) in seen:
+        if (absolute := os.path.abspath(os.path.expanduser(name))) in visited:
             continue
-        seen.add(absolute)
-        if len(seen) > MAX_FILES:
+        visited.add(absolute)
+        if len(visited) > MAX_FILES:
             raise Refused(
                 "bad_gateway_config",
                 f"{first} includes more than {MAX_FILES} files",
@@ -147,9 +147,9 @@ def _included(document: _Document) -> list[tuple[str, _Document]]:
     if not isinstance(document.content, dict) or "include" not in document.content:
         return []
     listed = document.content["include"]
-    if not isinstance(listed, list) or not all(isinstance(each, str) for each in listed):
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
         raise _not_included(document, "'include' must be a list of file paths: LiteLLM does not start")
-    return [(each, document) for each in listed]
+    return [(name, document) for name in listed]
 
 
 def _not_included(document: _Document, why: str) -> Refused:
@@ -162,7 +162,7 @@ def _included_path(entry: str, declaring: _Document, first: str) -> str:
     """Return the path of an include: beside the file that names it, else beside the first file."""
     name = os.path.join(os.path.dirname(declaring.name), entry)
     beside = os.path.join(os.path.dirname(first), entry)
-    there, other = (os.path.exists(os.path.expanduser(each)) for each in (name, beside))
+    there, other = (os.path.exists(os.path.expanduser(path)) for path in (name, beside))
     return beside if other and not there else name
 
 
@@ -215,19 +215,19 @@ def _lines(
     return lines, items, tuple(_twice(node, _DEPTH, set()))
 
 
-def _twice(node: yaml.Node | None, depth: int, seen: set[int]) -> Iterator[tuple[str, int, int]]:
-    if node is None or not depth or id(node) in seen:
+def _twice(node: yaml.Node | None, depth: int, visited: set[int]) -> Iterator[tuple[str, int, int]]:
+    if node is None or not depth or id(node) in visited:
         return
-    seen.add(id(node))
+    visited.add(id(node))
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
-            yield from _twice(item, depth - 1, seen)
+            yield from _twice(item, depth - 1, visited)
     elif isinstance(node, yaml.MappingNode):
         last: dict[str, int] = {}
         for key, value in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 last[key.value] = key.start_mark.line + 1
-            yield from _twice(value, depth - 1, seen)
+            yield from _twice(value, depth - 1, visited)
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in last and key.start_mark.line + 1 != last[key.value]:
                 yield key.value, key.start_mark.line + 1, last[key.value]

@@ -188,7 +188,7 @@ def probe_all(
         return ()
     with ThreadPoolExecutor(max_workers=min(len(questions), 16)) as pool:
         return tuple(
-            pool.map(lambda each: probe_alias(url, key, each, same_host=same_host, seconds=seconds), questions)
+            pool.map(lambda question: probe_alias(url, key, question, same_host=same_host, seconds=seconds), questions)
         )
 
 

@@ -140,7 +140,7 @@ def _entry_of(deployment: Deployment, in_files: Sequence[Entry]) -> Entry:
     entry = entry_of_deployment(deployment.alias, deployment.model, deployment.api_base, deployment.provider)
     if entry.api_base is not None:
         return entry
-    same = (each for each in in_files if (each.alias, each.model) == (entry.alias, entry.model))
+    same = (written for written in in_files if (written.alias, written.model) == (entry.alias, entry.model))
     return next(same, entry)
 
 
@@ -198,7 +198,7 @@ def _probed_row(row: AliasRow, probes: Probes, new: Sequence[Finding]) -> Probed
     codes = [*([] if new and row.verdict == "ok" else [row.verdict]), *(finding.code for finding in new)]
     probed = ProbedAliasRow(
         **{each.name: getattr(row, each.name) for each in fields(AliasRow)},
-        through=next((each for each in results if not each.ok), next(iter(results), None)),
+        through=next((result for result in results if not result.ok), next(iter(results), None)),
         passages=results,
         skipped={name: why for name, why in probes.plan.skipped.items() if name in names},
     )

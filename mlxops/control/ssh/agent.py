@@ -33,13 +33,13 @@ class Agent:
     def keys(self) -> list[bytes]:
         """Return the public keys and certificates that it can sign for. Raises `AgentError`."""
         answer = self._ask(bytes([_REQUEST_IDENTITIES]), _IDENTITIES_ANSWER)
-        found: list[bytes] = []
+        blobs: list[bytes] = []
         rest = answer[4:]
         for _ in range(int.from_bytes(answer[:4], "big")):
             blob, rest = _field(rest)
             _comment, rest = _field(rest)
-            found.append(blob)
-        return found
+            blobs.append(blob)
+        return blobs
 
     def sign(self, blob: bytes, data: bytes, algorithm: str) -> bytes:
         """Return a signature by the key or certificate `blob`. May wait for a person. Raises `AgentError`."""

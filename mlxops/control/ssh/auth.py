@@ -117,11 +117,11 @@ class Login:
         blob = public_keys.from_file(path)
         if blob is None and self._load(path):
             blob = self._files[path].blob
-        found = [Identity(path, blob)] if blob else []
+        identities = [Identity(path, blob)] if blob else []
         beside = public_keys.from_file(path.with_name(f"{path.name}-cert"))
         if beside and not self._destination.certificates and public_keys.certificate(beside):
-            found.append(Identity(path, beside))
-        return found
+            identities.append(Identity(path, beside))
+        return identities
 
     def _held(self) -> list[bytes]:
         path = self._destination.agent

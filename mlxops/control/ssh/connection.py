@@ -79,7 +79,7 @@ def command_line(argv: Sequence[str]) -> str:
     Raises `ValueError` for arguments that no line can hold.
     """
     line = "exec " + " ".join(_quoted(argument) for argument in argv)
-    encoded = _SPECIAL.sub(lambda found: "".join(f"\\0{byte:03o}" for byte in found[0].encode()), line)
+    encoded = _SPECIAL.sub(lambda match: "".join(f"\\0{byte:03o}" for byte in match[0].encode()), line)
     if encoded == line:
         return f"exec /bin/sh -c '{line}'"  # a millisecond less on the host
     return f"exec /bin/sh -c '{_DECODE}' sh '{encoded}'"

@@ -261,4 +261,4 @@ def _accepting(destination: Destination) -> str:
     if destination.option("BatchMode"):
         wanted.append("BatchMode=no")
     wanted += [f"{option}=no" for option in list(_CARELESS)[1:] if _is_careless(destination, option)]
-    return shlex.join(["ssh", *(word for each in wanted for word in ("-o", each)), *destination.typed])
+    return shlex.join(["ssh", *(word for option_text in wanted for word in ("-o", option_text)), *destination.typed])

@@ -46,17 +46,17 @@ def offers(
     `held` are the agent's keys. `accepted` are the algorithms of PubkeyAcceptedAlgorithms; empty: all. A certificate
     without a private key is not offered.
     """
-    named = {each.blob for each in identities}
+    named = {identity.blob for identity in identities}
     usable = [blob for blob in held if blob in named]
     if not identities_only:
         usable += [blob for blob in held if blob not in named]
-    ordered = dict.fromkeys((*certificates, *usable, *(each.blob for each in identities)))
-    found: list[Offer] = []
+    ordered = dict.fromkeys((*certificates, *usable, *(identity.blob for identity in identities)))
+    offers: list[Offer] = []
     for blob in ordered:
         signer = _signer(blob, usable, identities)
         if signer is not None and _is_accepted(public_keys.kind(blob), accepted):
-            found.append(Offer(blob, signer))
-    return found
+            offers.append(Offer(blob, signer))
+    return offers
 
 
 def _signer(blob: bytes, usable: Sequence[bytes], identities: Sequence[Identity]) -> bytes | Path | None:
@@ -64,7 +64,7 @@ def _signer(blob: bytes, usable: Sequence[bytes], identities: Sequence[Identity]
     for candidate in (plain, blob):
         if candidate in usable:
             return candidate
-    return next((each.path for each in identities if public_keys.plain(each.blob) == plain), None)
+    return next((identity.path for identity in identities if public_keys.plain(identity.blob) == plain), None)
 
 
 def _is_accepted(kind: str, accepted: Sequence[str]) -> bool:

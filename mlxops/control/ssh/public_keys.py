@@ -69,8 +69,8 @@ def plain_kind(name: str) -> str:
 
 def plain(blob: bytes) -> bytes:
     """Return the key in a certificate; other keys, and bytes that are no key, unchanged."""
-    found = certificate(blob) if kind(blob).endswith(CERTIFICATE) else None
-    return found.key if found else blob
+    parsed = certificate(blob) if kind(blob).endswith(CERTIFICATE) else None
+    return parsed.key if parsed else blob
 
 
 def certificate(blob: bytes) -> Certificate | None:
@@ -163,8 +163,8 @@ def _content(path: Path) -> bytes:
 
 
 def _first_key(text: bytes) -> bytes | None:
-    found = (from_line(line.split()) for line in text.splitlines())
-    return next((blob for blob in found if blob), None)
+    blobs = (from_line(line.split()) for line in text.splitlines())
+    return next((blob for blob in blobs if blob), None)
 
 
 def _from_private(text: bytes) -> bytes | None:
@@ -192,8 +192,8 @@ def unpacked(data: bytes) -> tuple[bytes, bytes]:
 
 
 def _strings(data: bytes) -> list[bytes]:
-    found: list[bytes] = []
+    strings: list[bytes] = []
     while data:
-        each, data = unpacked(data)
-        found.append(each)
-    return found
+        string, data = unpacked(data)
+        strings.append(string)
+    return strings

@@ -28,8 +28,8 @@ from mlxops.control.client import (
     decoded,
     ended_early,
     envelope_for,
-    heard,
     lost,
+    read_events,
     with_address,
 )
 from mlxops.core.command import Request
@@ -116,7 +116,7 @@ class Link(Generic[R]):
         return self._dialogue
 
     def _read_outcome(self, dialogue: Dialogue, silence: float) -> Done | Failed:
-        for event in heard(self._target, dialogue, ReadLimits(silence, NOISE_BYTES, greeted=self._greeted)):
+        for event in read_events(self._target, dialogue, ReadLimits(silence, NOISE_BYTES, greeted=self._greeted)):
             match event:
                 case None:
                     continue

@@ -127,8 +127,8 @@ class Watched:
         before = self._states[observation.reply.host]
         after = _next_state(before, observation)
         self._states[before.host] = after
-        found = _changes(before, after) if before.known else ()
-        events = tuple(ChangeEvent(observation.at, before.host, change) for change in found)
+        changes = _changes(before, after) if before.known else ()
+        events = tuple(ChangeEvent(observation.at, before.host, change) for change in changes)
         self._recent = [*self._recent, *events][-MAX_KEPT_CHANGES:]
         return events
 

@@ -69,15 +69,15 @@ class Boot(
 
     def checked(self) -> Self:
         flags = (("every" if self.every else "install", self.install or self.every), ("remove", self.remove))
-        chosen = [name for name, on in (*flags, ("show", self.show)) if on] or ["show"]
-        if len(chosen) > 1:
+        actions = [name for name, on in (*flags, ("show", self.show)) if on] or ["show"]
+        if len(actions) > 1:
             raise UsageError(
                 "one_action",
-                f"--{chosen[0]} and --{chosen[1]} cannot be used together",
+                f"--{actions[0]} and --{actions[1]} cannot be used together",
                 why="each of them is another action",
                 hint="use one at a time",
             )
-        action = "install" if chosen == ["every"] else chosen[0]
+        action = "install" if actions == ["every"] else actions[0]
         return replace(self, action=action, dry_run=action == "show")
 
 

@@ -38,8 +38,8 @@ class DeployResult:
 class Deploy(Plannable[DeployResult], group=Group.HOST, example="mlxctl deploy", hosts=Hosts.SEVERAL, nested=True):
     """Install or upgrade the agent on a host."""
 
-    rollback: bool = switch("go back to the build that was there before")
-    wheels: str | None = option("folder with all wheels that are needed, for a host without a package index")
+    rollback: bool = switch("go back to the previous build")
+    wheels: str | None = option("folder with all needed wheels, for a host without a package index")
     mlxctl: bool = switch("also install mlxctl there, linked into ~/.local/bin")
 
 

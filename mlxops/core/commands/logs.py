@@ -23,9 +23,9 @@ class LogsResult:
 class Logs(Request[LogsResult], group=Group.LOOK, example="mlxctl logs 8100 --follow"):
     """Show a server's log."""
 
-    port: str | None = option("port whose server's log it is", position=0, needed="logs --port 8100")
-    lines: int = option("how many lines of its end (100)", default=100, parse=whole("--lines", 0, 100_000))
-    follow: bool = switch("stay, and show what comes")
+    port: str | None = option("port of the server", position=0, needed="logs --port 8100")
+    lines: int = option("number of last lines to show (100)", default=100, parse=whole("--lines", 0, 100_000))
+    follow: bool = switch("keep running and show new lines")
     after: str | None = None
     """The mark of the last line that was received over an earlier connection."""
 

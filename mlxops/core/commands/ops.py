@@ -57,7 +57,9 @@ class Ops(
     """Show running and recent operations; follow or cancel one."""
 
     follow: str | None = option("operation to follow to its end: its id, or the end of it", sent=False)
-    cancel: str | None = option("operation to end: its id, or the end of it; nothing half done stays", sent=False)
+    cancel: str | None = option(
+        "operation to cancel: its id, or the end of it; its unfinished part is undone", sent=False
+    )
 
 
 def show(replies: Sequence[HostReply[OpsResult]]) -> str:

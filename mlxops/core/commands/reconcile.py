@@ -61,7 +61,7 @@ def _lines(result: ReconcileResult) -> str:
     would = "would be " if result.dry_run else ""
     lines = [f"{row.model}: assignment to {row.port} {would}cleared" for row in result.cleared]
     lines += [f"{row.port}: {row.model}, pid {row.pid}, {would}stopped: {row.why}" for row in result.stopped]
-    lines += [f"{would}closed: {each}" for each in result.interrupted]
-    lines += [f"{would}removed: {each}" for each in result.leftovers]
-    lines += [f"left alone: {each}" for each in result.kept]
+    lines += [f"{would}closed: {text}" for text in result.interrupted]
+    lines += [f"{would}removed: {text}" for text in result.leftovers]
+    lines += [f"left alone: {text}" for text in result.kept]
     return joined(lines) or "nothing to reconcile"

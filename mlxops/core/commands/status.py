@@ -114,9 +114,9 @@ class Status(
     """Show what is on each port, on all hosts."""
 
     probe: bool = switch("also ask each ready port for one small completion")
-    strict: bool = switch("exit 3 if there is any drift; with --watch as soon as there is", sent=False)
-    watch: bool = switch("stay, and show what changes", sent=False)
-    interval: str | None = option("with --watch: seconds between two looks at a host (2)", sent=False)
+    strict: bool = switch("exit 3 if there is any drift; with --watch at the first drift", sent=False)
+    watch: bool = switch("keep running and show changes", sent=False)
+    interval: str | None = option("with --watch: seconds between two reads of a host (2)", sent=False)
 
 
 def show(replies: Sequence[HostReply[StatusResult]]) -> str:
