@@ -124,11 +124,9 @@ def faults(
     def run() -> None:
         from tests.faults import campaign
 
-        number = int(names.seconds(seed, "--seed"))
+        number = _number(seed, "--seed")
         if at is not None:
-            campaign.replay(
-                _need(only, "--only", "faults --only kills --at 12"), int(names.seconds(at, "--at")), number
-            )
+            campaign.replay(_need(only, "--only", "faults --only kills --at 12"), _number(at, "--at"), number)
         minutes_given = names.seconds(minutes, "--minutes")
         if not campaign.run(minutes_given, number, Path(state) if state else None, only):
             raise MlxopsError(
@@ -139,6 +137,16 @@ def faults(
             )
 
     _develop("faults", run)
+
+
+def _number(text: str, flag: str) -> int:
+    """Return a whole number of at most nine digits. Raises `UsageError` (bad_number)."""
+    if text.isascii() and text.isdigit() and len(text) <= 9:
+        return int(text)
+    why = "it is a whole number from 0, of at most nine digits"
+    raise UsageError(
+        "bad_number", f"{names.shown(text)} is not a number for {flag}", why=why, hint=f"for example: {flag} 12"
+    )
 
 
 def _need(value: str | None, flag: str, example: str) -> str:

@@ -129,7 +129,7 @@ WITHOUT_OUTPUT = (
     ("load --bogus --json >/dev/full", 2, "No idea what '--bogus' is"),
     ("load --bogus --json >&-", 2, "No idea what '--bogus' is"),
     ("status --host nowhere --json >&-", 2, "there is no host 'nowhere'"),
-    ("rollback --port 1 --local --json >/dev/full", 3, "it is not known that port 1"),
+    ("rollback --port 1 --local --json >/dev/full", 3, "no earlier model of port 1"),
     ("logs --port 1 --follow --local >/dev/full", 74, "the result could not be written"),
 )
 INVOKES_OWN = ("--help", "--list", "--bogus")

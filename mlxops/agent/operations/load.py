@@ -225,7 +225,7 @@ def _resolve_unchanged(held: Held, registry: Registry) -> ModelRef:
         return now
     raise Busy(
         "changed_meanwhile",
-        f"{held.request.model} now means {_shown(now)}, and meant {_shown(before)}",
+        f"{held.request.model} now means {_shown(now)}; when the load began it meant {_shown(before)}",
         why="the registry was changed a moment ago",
         hint="look first: `mlxctl list`; then try again",
     )
@@ -236,6 +236,7 @@ def _shown(target: ModelRef) -> str:
 
 
 def _register(registry: Registry, target: ModelRef, files: ModelFiles) -> Registry:
+    """Add a downloaded model to the registry, without a port. An existing entry stays as it is."""
     if target.name in registry.models:
         return registry
     return registry.set_fields(target.name, entry_fields(target, files) | {"port": None})

@@ -21,8 +21,8 @@ def run(ctx: Context, request: Rollback) -> LoadResult:
     if before is None:
         raise Refused(
             "nothing_to_roll_back_to",
-            f"it is not known that port {port} ever served {'anything else' if now else 'anything'}",
-            why=f"the history of this host has no other load on it ({ctx.store.state}/history.jsonl)",
+            f"no earlier model of port {port} is known",
+            why=f"the history ({ctx.store.state}/history.jsonl) has no other load on this port",
             hint=_load_hint(registry, port, now),
         )
     _refuse_elsewhere(ctx, registry, port, before)
@@ -48,7 +48,7 @@ def run(ctx: Context, request: Rollback) -> LoadResult:
             raise Busy(
                 "changed_meanwhile",
                 f"port {port} was changed a moment ago",
-                why="a rollback would bring another model than it did then",
+                why="a rollback would now bring back another model",
                 hint=f"look first: `mlxctl status`; then, if you still want it: `mlxctl rollback {port}`",
             )
         return load(held)
@@ -78,7 +78,7 @@ def _refuse_elsewhere(ctx: Context, registry: Registry, port: int, before: Serve
             raise Refused(
                 "model_elsewhere",
                 f"{before.model}, which port {port} served before, is served on port {other} now",
-                why="one model, one port",
+                why="mlxops serves a model on one port only",
                 hint=f"move it: `mlxctl load {before.model} {port} --force`; or first: `mlxctl unload {other}`",
             )
 
