@@ -418,7 +418,7 @@ class _EntryCheck:
             right = self.edit("model", self.entry.right_model(name))
             message = f"the gateway sends the name {shown(sends)}; port {target.port} answers to {name}"
             if sends == DEFAULT_NAME and (sends in target.also_answers_to or target.answers_to is None):
-                message += ", and to this one only from an mlx_lm.server: mlx-openai-server does not know it"
+                message += ", and to this one only while an engine serves there that knows it"
                 yield self.finding("engine_name", message, right, certain=False)
             elif target.answers_to_any or sends in (target.answers_to, *target.also_answers_to):
                 message = f"the gateway sends the name {shown(sends)}, which the server on port {target.port} knows. "
@@ -488,7 +488,7 @@ def _pattern_findings(routes: Sequence[Route]) -> Iterator[Finding]:
             message = f"{entry.pattern} sends every name that it matches to port {target.port} of {target.host}"
             if entry.health_checked:
                 message += ", and background_health_checks ask it for names that LiteLLM chooses"
-            hint = f"an mlx_lm.server drops its model for an unknown name; in {entry.place} name the alias"
+            hint = f"some engines drop their model for an unknown name; in {entry.place} name the alias"
             yield Finding("pattern", target.alias, target.port, Severity.WARNING, message, hint, target.host)
 
 

@@ -19,9 +19,11 @@ import pytest
 from mlxops.agent.engines import ENGINES, engine_named, mlx_openai_server, recognise
 from mlxops.agent.engines.argv import long_options
 from mlxops.agent.engines.base import DetectedServer, Engine, EngineCommand, ServedNames, ServerSpec
+from mlxops.agent.engines.inspection import inspect_command
 from mlxops.agent.engines.installation import find_program
 from mlxops.agent.engines.mlx_lm import MlxLm
 from mlxops.agent.engines.mlx_openai_server import MlxOpenAIServer
+from mlxops.agent.state.store import Store
 from mlxops.common.build import PACKAGE
 from mlxops.common.http import NoCompletion, get_status, request_completion
 from mlxops.core.errors import Refused
@@ -161,7 +163,7 @@ def test_unknown_engine_is_refused_with_the_known_ones() -> None:
     with pytest.raises(Refused) as caught:
         engine_named("vllm")
     assert caught.value.code == "unknown_engine" and "mlx-lm" in caught.value.why
-    assert set(ENGINES) == {"mlx-lm", "mlx-openai-server"} and engine_named("mlx-lm").name == "mlx-lm"
+    assert engine_named("mlx-lm").name == "mlx-lm"
 
 
 def test_new_engine_is_one_new_file(tmp_path: Path) -> None:
@@ -178,7 +180,7 @@ def test_new_engine_is_one_new_file(tmp_path: Path) -> None:
         "print(inventory.load(pathlib.Path('hosts.yaml')).host('here').settings.engine)\n"
     )
     output = subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, text=True, timeout=60)
-    assert output.split() == ["3", "third-one", "third-one"]
+    assert output.split() == [str(len(ENGINES) + 1), "third-one", "third-one"]
 
 
 class MinimalEngine(Engine):
@@ -210,6 +212,24 @@ def test_new_engine_defines_six_members(tmp_path: Path) -> None:
     assert engine.help_argv(EngineCommand(("x",), "PATH", "1.0"), serving(args=("--a",))) == ("x", "--help")
     assert engine.accepted_names(["x", "--model", "jerry"], None) == ServedNames(("jerry",))
     assert engine.accepted_names(["x"], None).not_asked
+
+
+def test_help_of_an_engine_is_read_again_after_an_upgrade(tmp_path: Path) -> None:
+    path = tmp_path / "bin" / "third-one"
+    program(path)
+    path.write_text('#!/bin/sh\nls "$(dirname "$0")/../lib/python3.12/site-packages"\n')
+    site = tmp_path / "lib" / "python3.12" / "site-packages"
+    (site / "third_one-1.0.dist-info").mkdir(parents=True)
+    (tmp_path / "state").mkdir()
+    store = Store(tmp_path / "state", tmp_path / "registry.json")
+
+    def inspected() -> EngineCommand:
+        command, spec = EngineCommand((str(path),), "PATH"), serving(args=("--a",))
+        return inspect_command(MinimalEngine(), command, spec, os.environ, store, keep=True)
+
+    assert (inspected().version, inspected().help) == ("1.0", "third_one-1.0.dist-info\n")
+    (site / "third_one-1.0.dist-info").rename(site / "third_one-2.0.dist-info")
+    assert (inspected().version, inspected().help) == ("2.0", "third_one-2.0.dist-info\n")
 
 
 # -- the argv -------------------------------------------------------------------------------------------------------

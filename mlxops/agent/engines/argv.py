@@ -115,6 +115,17 @@ def check_model_args(engine: str, model: Model, reserved: frozenset[str], help: 
             )
 
 
+def check_model_options(engine: str, model: Model, known: Collection[str]) -> None:
+    """Raise `Refused` (unsupported_option) if the entry sets an option that the engine does not have."""
+    if unknown := [key for key, value in model.options.items() if value is not None and key not in known]:
+        raise Refused(
+            "unsupported_option",
+            f"{engine} has no option for {', '.join(unknown)}",
+            why=f"the entry {model.name!r} sets {'it' if len(unknown) == 1 else 'them'}",
+            hint=f"remove it: `mlxctl set --model {model.name} --set {unknown[0]}=`; or set another engine for it",
+        )
+
+
 def _removal_command(model: Model, index: int) -> str:
     """Return the command that removes the argument at `index`, with its value, from a model's args."""
     word, after = model.args[index], model.args[index + 1 : index + 2]

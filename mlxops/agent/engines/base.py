@@ -1,4 +1,7 @@
-"""The base class of engines, and the types that it works with. A new engine is one new file in `engines`."""
+"""The base class of engines, and the types that it works with. A new engine is one new file in `engines`.
+
+The steps are in `mlxops/docs/development.md`.
+"""
 
 from __future__ import annotations
 
@@ -95,8 +98,11 @@ class Engine(ABC):
     """Options that only mlxops sets. They are refused in a model's `args`."""
     completion_paths: frozenset[str] = frozenset({CHAT_COMPLETIONS})
     """The URL paths at which its servers give completions."""
+    tested: str = ""
+    """The versions that the tests drive, for the manual."""
     needs: frozenset[str] = frozenset()
-    """Options of a known model family that it cannot find out by itself."""
+    """Options of a known model family that it cannot find out by itself. Their values are those of
+    `model_options.FAMILIES`, with the parsers' names of mlx-openai-server."""
     drains: bool = False
     """After SIGTERM, it finishes its open requests before it ends."""
 

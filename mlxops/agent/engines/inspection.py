@@ -89,7 +89,7 @@ def _installation_key(argv: Sequence[str]) -> str:
 
 
 def _metadata_folders(environment: Path) -> list[Path]:
-    return sorted(environment.glob("lib/python3*/site-packages/mlx*.dist-info"))
+    return sorted(environment.glob("lib/python3*/site-packages/*.dist-info"))
 
 
 def _stat(path: Path) -> os.stat_result | None:

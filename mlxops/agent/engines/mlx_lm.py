@@ -9,10 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from mlxops.agent.engines.argv import abbreviated_option, check_model_args, parse_port, program_of
+from mlxops.agent.engines.argv import abbreviated_option, check_model_args, check_model_options, parse_port, program_of
 from mlxops.agent.engines.base import DetectedServer, Engine, EngineCommand, ServedNames, ServerSpec, template_text
 from mlxops.agent.engines.installation import older_than
-from mlxops.core.errors import Refused
 
 _DEFAULT_NAME = "default_model"
 """Its name for the model that it was started with."""
@@ -28,20 +27,14 @@ _EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(?:Error|Exception): .*$", re.MULTILIN
 class MlxLm(Engine):
     name = "mlx-lm"
     program = "mlx_lm.server"
+    tested = "0.32.2"
     reserved = frozenset({"--model", "--host", "--port", "--trust-remote-code", "--adapter-path"})
     completion_paths = frozenset({"/v1/chat/completions", "/chat/completions", "/v1/completions"})  # source, 0.32.2
 
     def argv(self, command: EngineCommand, spec: ServerSpec) -> tuple[str, ...]:
         model = spec.model
         check_model_args(self.name, model, self.reserved, command.help)
-        unusable = [key for key, value in model.options.items() if value is not None and key != "chat_template"]
-        if unusable:
-            raise Refused(
-                "unsupported_option",
-                f"mlx-lm has no option for {', '.join(unusable)}",
-                why=f"the entry {model.name!r} sets it; only mlx-openai-server has this option",
-                hint="remove it from the entry, or set another engine for the entry",
-            )
+        check_model_options(self.name, model, {"chat_template"})
         template = spec.text("chat_template")
         return (
             *command.argv,

@@ -44,6 +44,7 @@ _FLAGS = {
 class MlxOpenAIServer(Engine):
     name = "mlx-openai-server"
     program = "mlx-openai-server"
+    tested = "1.8.1; with `inv test --all-engines` also 1.7.1, 1.5.1 and 1.4.2"
     reserved = frozenset(
         {
             *("--model-path", "--host", "--port", "--served-model-name", "--config"),
