@@ -5,7 +5,8 @@ which the request travels and is recorded (`wire`), and the typed object that th
 
 By convention the request of `unload-all` is the class `UnloadAll` in `mlxops/core/commands/unload_all.py`, beside its
 result and the function `show`, which renders replies as text. Its operation is `run` in
-`mlxops/agent/operations/unload_all.py`. A new command that only reads is these two files.
+`mlxops/agent/operations/unload_all.py`. A new command that only reads is these two files; the steps are in
+`mlxops/docs/development.md`.
 """
 
 from __future__ import annotations
@@ -138,6 +139,8 @@ class Request(Generic[R]):
         cls.group, cls.example, cls.hosts = group, example, hosts
         cls.changes, cls.cancellable, cls.repeatable = changes, cancellable, repeatable
         cls.nested = nested or changes
+        if group is not Group.HIDDEN and not example:
+            raise TypeError(f"{cls.__name__}: a command of the group {group.value} needs an example for the help")
         for base in getattr(cls, "__orig_bases__", ()):
             for argument in get_args(base):
                 cls.result = argument if isinstance(argument, type) else cls.result

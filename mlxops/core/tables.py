@@ -54,7 +54,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def host_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, many: bool) -> str:
-    """Return a table whose first column is the host; with one host the column is left out."""
+    """Return a table whose first column is the host; with one host the column is left out. No rows give no table."""
+    if not rows:
+        return ""
     return table(columns, rows) if many else table(columns[1:], [row[1:] for row in rows])
 
 

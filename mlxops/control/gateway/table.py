@@ -20,7 +20,7 @@ def show(replies: Sequence[HostReply[GatewayResult]]) -> str:
         f"{finding.severity}: {one_line(finding.message)}; {one_line(finding.hint)}"
         for finding in sorted(findings, key=lambda finding: finding.severity is not Severity.FAULT)
     ]
-    return "\n".join([host_table(COLUMNS, rows, many=len(replies) > 1), *lines])
+    return "\n".join(filter(None, [host_table(COLUMNS, rows, many=len(replies) > 1), *lines]))
 
 
 def _cells(host: str, row: AliasRow) -> list[object]:
