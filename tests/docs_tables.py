@@ -1,4 +1,4 @@
-"""Tables of the manual that follow from the code.
+"""Tables of the manual and the README that follow from the code.
 
 `python -m tests.docs_tables` writes them into the pages, between `<!-- generated: NAME -->` and `<!-- end -->`.
 """
@@ -17,13 +17,15 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol, Union, get_args, get_origin, get_type_hints
 
+from mlxops.agent.engines import ENGINES
 from mlxops.cli.manual import DOCS
-from mlxops.core.command import Group, request_type
+from mlxops.core.command import Group, Hosts, request_type
 from mlxops.core.drift import DriftCode
 from mlxops.core.errors import Exit
 from mlxops.core.ports import Owner, State
-from mlxops.tasks import command_names
+from mlxops.tasks import command_names, overview_entries
 
+PAGES = (Path(__file__).parents[1] / "README.md", *sorted(DOCS.glob("*.md")))
 RESULTS: Mapping[str, type] = {
     name: kind.result
     for name in command_names()
@@ -138,12 +140,43 @@ def _attribute_docs(kind: type) -> Iterator[tuple[str, str]]:
                 yield field_node.target.id, " ".join(text.value.split())
 
 
+def commands() -> str:
+    """Return the commands of `mlxctl` in their groups, as `mlxctl --help` shows them."""
+    rows: list[tuple[str, ...]] = []
+    for entry in overview_entries():
+        if entry.group == "develop":
+            continue
+        if (heading := f"**{entry.group}**") not in {first for first, _ in rows}:
+            rows.append((heading, ""))
+        rows.append((f"`{entry.example}`", entry.help.removesuffix(".")))
+    return table(("command", "what it does"), rows)
+
+
+def hosts() -> str:
+    """Return which hosts each command asks."""
+    kinds = [kind for name in command_names() if (kind := request_type(name)).group is not Group.HIDDEN]
+    rows = (
+        (", ".join(f"`{kind.name}`" for kind in kinds if kind.hosts is each), each.value)
+        for each in Hosts
+        if each is not Hosts.NONE
+    )
+    return table(("commands", "which hosts they ask"), rows)
+
+
+def engines() -> str:
+    rows = ((f"`{each.name}`", f"`{each.program}`", each.tested) for each in ENGINES.values())
+    return table(("engine", "program", "tested with"), rows)
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "states": lambda: meanings("state", State),
     "owners": lambda: meanings("owner", Owner),
     "drift": lambda: meanings("drift", DriftCode),
     "exits": lambda: meanings("exit", Exit),
     "json": lambda: json_fields(RESULTS),
+    "commands": commands,
+    "hosts": hosts,
+    "engines": engines,
 }
 
 
@@ -161,10 +194,10 @@ def names(page: str) -> list[str]:
     return [match["name"] for match in _BLOCK.finditer(page)]
 
 
-def write(folder: Path = DOCS) -> list[Path]:
+def write() -> list[Path]:
     """Return the pages that were changed."""
     changed = []
-    for path in sorted(folder.glob("*.md")):
+    for path in PAGES:
         page = path.read_text(encoding="utf-8")
         if (new := generated(page)) != page:
             path.write_text(new, encoding="utf-8")

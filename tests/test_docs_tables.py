@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from mlxops.cli.manual import DOCS
 from mlxops.core.drift import DriftCode
 from mlxops.core.ports import State
 from mlxops.core.wire import omitted
 from tests import docs_tables
 
-PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md"))}
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in docs_tables.PAGES}
 
 
 @pytest.mark.parametrize("name", PAGES)

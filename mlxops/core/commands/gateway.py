@@ -56,7 +56,7 @@ class Gateway(
     hosts=Hosts.ALL,
     repeatable=True,
 ):
-    """Check every alias, from the gateway's files to what answers."""
+    """Check every alias, from the gateway's files to the server."""
 
     through: bool = switch("also one small completion per alias through the running gateway", sent=False)
     print: bool = switch("print the entries to paste into the gateway's configuration, once; asks no host", sent=False)
