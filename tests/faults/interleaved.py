@@ -370,6 +370,18 @@ def _case_model_is_unloaded_during_a_reconcile(arena: Arena) -> None:
     _serves(arena, {})
 
 
+def _case_assignment_is_removed_by_hand_during_a_restore(arena: Arena) -> None:
+    """The restore does not start a model that is not assigned any more."""
+    first = arena.ports[0]
+    _load(arena, ALPHA, first)
+    _crash(arena)
+    with _paused_at(arena, f"{OPERATIONS}.restore.hold", "restore") as restored:
+        arena.write_registry({ALPHA: entry(ALPHA, arena.snapshots[ALPHA])})
+    assert restored[0].exit == 0 and not _rows(restored[0], "restored"), restored
+    assert [row["port"] for row in _rows(restored[0], "skipped")] == [first], restored
+    assert not arena.servers()
+
+
 def _case_port_changes_before_its_rollback(arena: Arena) -> None:
     """A rollback from beta would load alpha. But then gamma is loaded, from which a rollback would load beta."""
     first = arena.ports[0]
