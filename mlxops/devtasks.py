@@ -52,9 +52,9 @@ def test(
     _develop("test", lambda: _checks(options, types=not fast))
 
 
-WORKERS = ("-n", "logical", "--maxprocesses", "4", "--dist", "loadgroup")
-"""pytest-xdist: one worker for each processor, at most four, because the lab's programs take memory and time too.
-`loadgroup`: tests/conftest.py says which tests one worker runs together."""
+WORKERS = ("-n", str(min(4, (os.cpu_count() or 1) + 1)), "--dist", "loadgroup")
+"""pytest-xdist: one worker more than processors, because a quarter of a lab test's time is waiting; at most four,
+because the lab's programs take memory. `loadgroup`: tests/conftest.py says which tests one worker runs together."""
 
 
 def _checks(options: Sequence[str], *, types: bool) -> None:

@@ -18,10 +18,11 @@ from tests import properties as properties  # hypothesis keeps its notes outside
 from tests.lab import cache, leaks, models, world
 from tests.lab.homelab import CHECKOUT, Homelab, LabUnavailable
 from tests.lab.hub import Hub
+from tests.lab.quick import with_fake
 from tests.lab.sshd import missing
 from tests.lab.wire import Wire
 from tests.lab.wired import wired as over_a_wire
-from tests.steps import with_fake
+from tests.steps import WAYS, Ask
 
 _FOREIGN = ("HF_", "HUGGING", "XDG_", "MLXOPS_", "MLX_", "INVOKE_", "FABRIC_", "SSH_", "GIT_", "LITELLM_")
 """Variables with which the user's shell could change the outcome of a test."""
@@ -65,7 +66,7 @@ OPTIONAL_MARKS = {"all_engines": "--all-engines", "long": "--long"}
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--leak-patience", type=float, default=5.0, help="seconds that a test's processes and threads have to end"
+        "--leak-patience", type=float, default=20.0, help="seconds that a test's processes and threads have to end"
     )
     parser.addoption("--all-engines", action="store_true", help="test every supported version of mlx-openai-server")
     parser.addoption("--long", action="store_true", help="also run the tests that are marked `long`")
@@ -255,6 +256,18 @@ def quick_engine(homelab: Homelab) -> None:
     with_fake(homelab)
 
 
+@pytest.fixture(params=WAYS)
+def ask(request: pytest.FixtureRequest, homelab: Homelab) -> Ask:
+    """Asks a Studio with the fake engine: over SSH, and locally."""
+    return Ask(with_fake(homelab), request.param)
+
+
+@pytest.fixture
+def remote(homelab: Homelab) -> Ask:
+    """Asks a Studio with the fake engine over SSH."""
+    return Ask(with_fake(homelab), "ssh")
+
+
 @pytest.fixture
 def online_homelab(make_homelab: Callable[..., Homelab], hub: Hub) -> Homelab:
     """A Mini and one Studio that downloads from the hub."""
@@ -270,7 +283,8 @@ def slow_hub(hub: Hub) -> Iterator[Wire]:
 
 @pytest.fixture
 def wired(make_homelab: Callable[..., Homelab], slow_hub: Wire) -> Iterator[tuple[Homelab, Wire]]:
-    """A homelab that downloads from the slow hub, and the connection from its Mini to its Studio, which can be cut."""
-    lab = make_homelab(hub_url=f"http://127.0.0.1:{slow_hub.port}")
+    """A homelab with the fake engine that downloads from the slow hub, and the connection from its Mini to its Studio,
+    which can be cut."""
+    lab = with_fake(make_homelab(hub_url=f"http://127.0.0.1:{slow_hub.port}"))
     with over_a_wire(lab) as wire:
         yield lab, wire

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,11 +17,11 @@ import psutil
 
 from tests.lab import leaks, models
 from tests.lab.homelab import CHECKOUT, Completed, Homelab, Studio
+from tests.lab.quick import with_fake as with_fake
 from tests.lab.run import running, script
 from tests.lab.world import Process, can_bind, listeners, wait_until
 
 WAYS = ("ssh", "local")
-FAKE = Path(__file__).with_name("lab") / "fakeengine.py"
 REPO, OTHER, BROKEN = "tiny-org/tiny-qwen3", "tiny-org/tiny-llama", "tiny-org/tiny-broken"
 _MODELS = {REPO: models.QWEN, OTHER: models.LLAMA, BROKEN: models.BROKEN}
 
@@ -99,24 +98,28 @@ def finish(process: subprocess.Popen[str], timeout: float = 30.0) -> Completed:
     return Completed(tuple(map(str, process.args)), process.returncode, stdout, stderr)  # type: ignore[arg-type]
 
 
-def with_fake(lab: Homelab, host: str = "studio") -> Homelab:
-    """Make the fake engine, which can misbehave, the engine of this host."""
-    lab.configure(host, launch={"mlx-lm": [sys.executable, "-I", "-S", str(FAKE)]})
-    return lab
-
-
 def install(studio: Studio, *repos: str) -> None:
     for repo in repos or (REPO,):
         studio.install(repo, _MODELS[repo])
 
 
-def register(studio: Studio, name: str, mode: str = "ok", *, repo: str = REPO, **how: object) -> None:
-    """Write a registry entry of a cached model. The fake engine serves it in this mode."""
+BEHAVIOUR = {
+    "exit0": ("--fake-exit", "0", "--fake-words", "Application startup failed. Exiting."),
+    "exit1": ("--fake-exit", "1", "--fake-words", r"\e[31mValueError: Missing 1 parameters\e[0m\a"),
+    "stubborn": ("--fake-ignore", "term"),
+    "heavy": ("--fake-memory", "1000"),
+    "heavy-child": ("--fake-act", "family", "--fake-memory", "1000"),
+}
+"""Names for options of the fake engine (lab/engine.py); any other name is one of its acts."""
+
+
+def register(studio: Studio, name: str, behaviour: str = "ok", *, repo: str = REPO, **how: object) -> None:
+    """Write a registry entry of a cached model. The fake engine serves it with this behaviour."""
     path = studio.install(repo, _MODELS[repo])
     entry = {"repo_id": repo, "model_id": repo, "cache_path": str(path), "format": "mlx", "port": None}
     document: Any = studio.registry() if studio.registry_path.exists() else {"version": 1, "models": {}}
-    args = ["--act", mode] if mode != "ok" else []
-    args += [word for key in ("until", "only") if key in how for word in (f"--{key}", str(how.pop(key)))]
+    args = list(BEHAVIOUR.get(behaviour, ("--fake-act", behaviour))) if behaviour != "ok" else []
+    args += [word for key in ("until", "only") if key in how for word in (f"--fake-{key}", str(how.pop(key)))]
     document["models"][name] = entry | ({"args": args} if args else {}) | how
     studio.registry_path.write_text(json.dumps(document, indent=2), encoding="utf-8")
 
@@ -173,7 +176,7 @@ def nothing_runs(studio: Studio, *ports: int) -> None:
 def quiet(studio: Studio) -> None:
     """Wait until no process of this host is left. Those of an SSH session end a moment after the command."""
     try:
-        wait_until(lambda: not studio.processes(), 5, "no process")
+        wait_until(lambda: not studio.processes(), 30, "no process")
     except TimeoutError:
         left: set[Process] = studio.processes()
         raise AssertionError(f"left behind: {'; '.join(map(str, left))}") from None

@@ -37,16 +37,6 @@ from tests.test_arrows import OVER_SSH, STATUS_ASKS, expected, imported_by, with
 SEVEN = ("init", "list", "status", "load", "unload", "unload-all", "reconcile")
 
 
-@pytest.fixture(params=WAYS)
-def ask(request: pytest.FixtureRequest, homelab: Homelab) -> Ask:
-    return Ask(with_fake(homelab), request.param)
-
-
-@pytest.fixture
-def remote(homelab: Homelab) -> Ask:
-    return Ask(with_fake(homelab), "ssh")
-
-
 def hosts_yaml(lab: Homelab) -> Path:
     """Return the Mini's hosts.yaml. The studio has its own."""
     return lab.mini.home / ".config" / "mlxops" / "hosts.yaml"

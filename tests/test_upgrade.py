@@ -73,7 +73,7 @@ class ControlNode:
         return {row["port"]: (row["state"], row["model"]) for row in host["ports"] if row["state"] != "idle"}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def earlier(watch: leaks.Watch, tmp_path_factory: pytest.TempPathFactory) -> Build:
     try:
         return earlier_build(tmp_path_factory.mktemp("earlier"))
@@ -180,7 +180,7 @@ def crash(lab: Homelab, port: int) -> None:
     pid = listener(lab.studio, port)
     assert pid is not None
     os.killpg(os.getpgid(pid), signal.SIGKILL)
-    wait_until(lambda: listener(lab.studio, port) is None, 10, "the server's end")
+    wait_until(lambda: listener(lab.studio, port) is None, 30, "the server's end")
 
 
 def test_deploy_takes_over_running_servers(deployed: Homelab, old: ControlNode, new: ControlNode) -> None:

@@ -1,4 +1,4 @@
-"""Fixtures of the tests that download."""
+"""Fixtures of several files of these tests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.lab.faultyhub import FaultyHub
+from tests.lab.homelab import Homelab
 from tests.lab.hub import Hub
+from tests.lab.quick import QuickHost
 
 
 @pytest.fixture
@@ -17,6 +19,15 @@ def faulty(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyHub]:
     with FaultyHub(hub.url) as running:
         monkeypatch.setenv("HF_ENDPOINT", running.url)
         yield running
+
+
+@pytest.fixture
+def host(homelab: Homelab) -> Iterator[QuickHost]:
+    """A Studio with the fake engine and three registered models."""
+    quick = QuickHost(homelab)
+    quick.mlxctl("init").ok()
+    yield quick
+    quick.studio.sweep()
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ from mlxops.agent.engines.base import ServedNames
 from mlxops.agent.operations.server_names import names_of
 from mlxops.core.ports import Owner, PortView, State
 from mlxops.core.records import Run, Server
-from tests.faults.lab import MODELS, QuickHost
 from tests.lab import models
 from tests.lab.homelab import Homelab
+from tests.lab.quick import MODELS, QuickHost
 from tests.lab.world import wait_until
 
 NAME = "tiny-org/tiny-qwen3"
@@ -117,14 +117,6 @@ def test_own_server_is_asked_under_its_proven_alias() -> None:
 
 
 # -- fakes: real processes that record the names in requests --------------------------------------------------------
-
-
-@pytest.fixture
-def host(homelab: Homelab) -> Iterator[QuickHost]:
-    quick = QuickHost(homelab)
-    quick.mlxctl("init").ok()
-    yield quick
-    quick.studio.sweep()
 
 
 @contextmanager

@@ -19,8 +19,8 @@ from mlxops.agent.service.boot_jobs import BootJobs, Roots
 from mlxops.core.ports import Standing
 from mlxops.core.settings import BootJob
 from tests.agent.test_restore_job import calls, recorder
-from tests.faults.lab import MODELS, QuickHost
 from tests.lab.homelab import Homelab
+from tests.lab.quick import MODELS, QuickHost
 from tests.lab.world import wait_until
 
 WAIT = 60.0

@@ -21,8 +21,9 @@ from mlxops.core.errors import OutcomeUnknown, Refused
 from mlxops.core.settings import Settings
 from tests.lab.envelopes import envelope
 from tests.lab.homelab import Homelab, Studio
+from tests.lab.quick import ENGINE
 from tests.lab.world import wait_until
-from tests.steps import FAKE, Ask, error_of, finish, nothing_runs, register, with_fake
+from tests.steps import Ask, error_of, finish, nothing_runs, register, with_fake
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def pid_of(studio: Studio, word: str) -> int:
         processes = studio.processes()
         return next((each.pid for each in processes if word in each.command and "gate.py" not in each.command), 0)
 
-    return wait_until(find, 10, f"a process of {word}")
+    return wait_until(find, 30, f"a process of {word}")
 
 
 def test_stopped_worker_is_reported_and_ends_when_continued(ask: Ask) -> None:
@@ -69,11 +70,11 @@ def test_stopped_worker_is_reported_and_ends_when_continued(ask: Ask) -> None:
 
 def test_worker_that_cleans_up_acknowledges_each_request(ask: Ask) -> None:
     with loading(ask) as (process, journal):
-        os.kill(pid_of(ask.studio, str(FAKE)), signal.SIGSTOP)  # it cannot end on SIGTERM, so that the cleanup is slow
+        os.kill(pid_of(ask.studio, ENGINE), signal.SIGSTOP)  # it cannot end on SIGTERM, so that the cleanup is slow
         for _ in range(2):
             assert journal.alive()
             journal.cancel()
-            wait_until(lambda: not journal.cancel_requested, 10, "the worker to acknowledge it")
+            wait_until(lambda: not journal.cancel_requested, 30, "the worker to acknowledge it")
         assert finish(process).exit == 130
     nothing_runs(ask.studio)
 

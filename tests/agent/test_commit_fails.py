@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.faults.lab import MODELS, QuickHost
 from tests.lab.homelab import Completed, Homelab, Studio
+from tests.lab.quick import MODELS, QuickHost
 from tests.lab.world import wait_until
 from tests.steps import Ask, assigned, error_of, finish, listener, register, with_fake
 

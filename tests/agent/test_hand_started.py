@@ -17,22 +17,13 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.faults.lab import MODELS, QuickHost
 from tests.lab import models
 from tests.lab.homelab import Homelab
+from tests.lab.quick import MODELS, QuickHost
 from tests.lab.sshd import missing
 from tests.lab.world import wait_until
 
 WAIT = 30.0
-
-
-@pytest.fixture
-def host(make_homelab: Callable[..., Homelab]) -> Iterator[QuickHost]:
-    """A Studio with a fast fake engine and three registered models."""
-    quick = QuickHost(make_homelab())
-    quick.mlxctl("init").ok()
-    yield quick
-    quick.studio.sweep()
 
 
 def command(host: QuickHost, port: int, *options: str, model: str = MODELS[0]) -> str:

@@ -90,7 +90,7 @@ def test_engine_without_python_ignores_no_signals(tmp_path: Path) -> None:
     gated = spawn(system, ["/bin/sleep", "60"], env, tmp_path, tmp_path / "log")
     try:
         gated.open()
-        wait_until(lambda: (seen := system.process(gated.pid)) and "gate.py" not in " ".join(seen.argv), 10, "sleep")
+        wait_until(lambda: (seen := system.process(gated.pid)) and "gate.py" not in " ".join(seen.argv), 30, "sleep")
         # This process may ignore a signal, for example under nohup. Those that Python ignores are not passed on.
         assert signals(gated.pid, "SigIgn") == signals(os.getpid(), "SigIgn") - {13, 25}
     finally:

@@ -41,7 +41,7 @@ def nothing_left(studio: Studio, port: int) -> None:
     """Check that no server is left, and after a moment no process of the command."""
     assert not studio.listening(port)
     assert not [each for each in studio.processes() if "mlxops.agent" not in each.command]
-    wait_until(lambda: not studio.processes(), 10, "the end of the command's processes")
+    wait_until(lambda: not studio.processes(), 30, "the end of the command's processes")
 
 
 class Stream:

@@ -112,7 +112,7 @@ STUBBORN = (PYTHON, "-S", "-c", "import signal; signal.signal(signal.SIGTERM, si
 
 def test_engine_does_not_run_before_the_gate_opens(lab: Lab) -> None:
     gated, run = lab.gated([SH, "-c", "echo up > ran"])
-    wait_until(lambda: "gate.py" in " ".join(argv(gated.pid)), 10, "the gate")
+    wait_until(lambda: "gate.py" in " ".join(argv(gated.pid)), 30, "the gate")
     assert proven(run) and ours(run) == (gated.pid,), "it can be recorded, found and stopped already"
     assert not (lab.folder / "ran").exists()
     gated.open()
@@ -149,7 +149,7 @@ sys.stdin.readline()
     finally:
         starter.kill()
         starter.communicate()
-    wait_until(lambda: (found := SYSTEM.process(pid)) is None or found.zombie, 10, "the end of the gate")
+    wait_until(lambda: (found := SYSTEM.process(pid)) is None or found.zombie, 30, "the end of the gate")
     assert not (tmp_path / "ran").exists()
 
 
@@ -360,7 +360,7 @@ def test_timed_out_helper_program_leaves_no_process(tmp_path: Path, monkeypatch:
     assert programs.run_program([SH, "-c", text], {"PATH": "/usr/bin:/bin"}, 1) == (None, "")
     child = int((tmp_path / "pid").read_text())
     try:
-        wait_until(lambda: (seen := SYSTEM.process(child)) is None or seen.zombie, 5, "the end of its child")
+        wait_until(lambda: (seen := SYSTEM.process(child)) is None or seen.zombie, 30, "the end of its child")
     finally:
         with suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
@@ -409,7 +409,7 @@ def test_child_that_has_left_its_group_is_stopped_with_its_server(lab: Lab) -> N
     (child,) = [p.pid for p in SYSTEM.look(()).processes.values() if p.ppid == gated.pid]
     assert ours(run) == (gated.pid,), "it does not prove the server"
     stop(SYSTEM, run, grace=20, reap=gated.child.poll)
-    wait_until(lambda: (seen := SYSTEM.process(child)) is None or seen.zombie, 5, "the end of the child")
+    wait_until(lambda: (seen := SYSTEM.process(child)) is None or seen.zombie, 30, "the end of the child")
 
 
 def test_process_is_ours_during_exec(lab: Lab) -> None:
@@ -524,7 +524,7 @@ def test_server_in_a_foreign_group_is_stopped_alone(lab: Lab, how: str) -> None:
     script = text.format(engine=engine(lab), log=lab.folder / "log", lock=lab.folder / "lock")
     adopted_one = adopted(lab, [SH, "-c", f": ;{script}"], processes)
     adopted_one.stop()
-    wait_until(lambda: len(adopted_one.left) == left, 5, f"{left} of the group to be left")
+    wait_until(lambda: len(adopted_one.left) == left, 30, f"{left} of the group to be left")
     assert len(group(adopted_one.run)) == left, "no new server was started"
 
 

@@ -18,8 +18,8 @@ from mlxops.core.ports import Owner, PortView, State
 from mlxops.core.settings import Settings
 from tests.core.worlds import run as sample_run
 from tests.faults.arena import entry
-from tests.faults.snapshots import snapshot
 from tests.lab.envelopes import envelope
+from tests.lab.quick import snapshot
 
 
 @pytest.mark.parametrize("other", [False, True])

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from tests.control.test_attach import freeze
 from tests.lab import models
 from tests.lab.homelab import Homelab, Studio
+from tests.lab.quick import HeldEngine
 from tests.lab.wired import client
 from tests.lab.world import end, wait_until
 from tests.steps import quiet
@@ -138,13 +138,13 @@ def test_cleared_models_are_restored_by_the_hosts_own_job(homelab: Homelab) -> N
     assert homelab.mini.mlxctl("ops", "--json").ok().json["hosts"][0]["operations"] == rows, "no record of nothing"
 
 
+@pytest.mark.usefixtures("quick_engine")
 def test_failed_start_does_not_stop_the_others(homelab: Homelab) -> None:
     first, second = two_loaded(homelab)
     reboot(homelab.studio)
     path = homelab.studio.registry_path
     registry = json.loads(path.read_text())
-    broken = homelab.studio.install("tiny-org/tiny-broken", models.BROKEN)
-    registry["models"][QWEN] |= {"repo_id": "tiny-org/tiny-broken", "cache_path": str(broken)}
+    registry["models"][QWEN]["args"] = ["--fake-exit", "1"]
     path.write_text(json.dumps(registry))
     job = run_restore_job(homelab)
     assert job.returncode == 4 and f"1 of 2 did not start: {QWEN} on {first}" in job.stdout, job.stdout + job.stderr
@@ -225,21 +225,32 @@ def test_only_installed_boot_jobs_reserve_their_ports(homelab: Homelab) -> None:
 
 
 @contextmanager
-def restoring(lab: Homelab, until: str) -> Iterator[subprocess.Popen[str]]:
-    """Run a restore on the Mini. Wait for a line that starts with `until`."""
-    with client(lab, "restore") as process:
-        assert process.stderr is not None
-        next(line for line in process.stderr if line.startswith(until))
-        yield process
+def restoring(lab: Homelab, *flags: str) -> Iterator[tuple[subprocess.Popen[str], HeldEngine]]:
+    """Run a restore of two models on the Mini, whose servers are held."""
+    engine = HeldEngine(lab)
+    engine.let(*lab.studio.ports)
+    two_loaded(lab)
+    reboot(lab.studio)
+    if "--cleared" in flags:
+        lab.mini.mlxctl("reconcile").ok()
+    engine.hold(*lab.studio.ports)
+    with client(lab, "restore", *flags) as process:
+        next_proof(process)
+        yield process, engine
+
+
+def next_proof(process: subprocess.Popen[str]) -> None:
+    """Wait until the restore waits for a server."""
+    assert process.stderr is not None
+    next(line for line in process.stderr if line.startswith("proof: "))
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["the port that it is at", "a port that is yet to come"])
 def test_unload_during_restore_skips_only_its_port(homelab: Homelab, which: int) -> None:
-    ports = two_loaded(homelab)
-    reboot(homelab.studio)
-    models_there = (QWEN, LLAMA)
-    with restoring(homelab, "proof: ") as process:
+    ports, models_there = homelab.studio.ports[:2], (QWEN, LLAMA)
+    with restoring(homelab) as (process, engine):
         unloaded = homelab.mini.mlxctl("unload", str(ports[which])).ok()
+        engine.let(*homelab.studio.ports)
         stdout, stderr = process.communicate(timeout=60)
     assert f"port {ports[which]} is excluded from restore, started by " in unloaded.stderr
     other = 1 - which
@@ -253,42 +264,39 @@ def test_unload_during_restore_skips_only_its_port(homelab: Homelab, which: int)
     assert not homelab.studio.listening(ports[which])
 
 
-@pytest.mark.usefixtures("quick_engine")
 def test_cleared_model_that_is_unloaded_does_not_come_back(homelab: Homelab) -> None:
-    first, second = two_loaded(homelab)
-    reboot(homelab.studio)
-    homelab.mini.mlxctl("reconcile").ok()
-    with client(homelab, "restore", "--cleared") as process:
-        assert process.stderr is not None
-        next(line for line in process.stderr if line.startswith("proof: "))
+    first, second = homelab.studio.ports[:2]
+    with restoring(homelab, "--cleared") as (process, engine):
         homelab.mini.mlxctl("unload", str(second)).ok()
+        engine.let(*homelab.studio.ports)
         assert process.wait(60) == 0
     assert assigned(homelab) == {QWEN: first, LLAMA: None}
 
 
 def test_second_restore_follows_the_first(homelab: Homelab) -> None:
     """A load on one of its ports is another request, and gets the error `busy`, which names the restore."""
-    first, second = two_loaded(homelab)
-    reboot(homelab.studio)
-    with restoring(homelab, "proof: ") as process:
+    first, second = homelab.studio.ports[:2]
+    with restoring(homelab) as (process, engine):
         load = homelab.mini.mlxctl("load", QWEN, str(first), "--json")
-        again = homelab.mini.mlxctl("restore").ok()
+        with client(homelab, "restore") as again:
+            assert again.stderr is not None
+            heard = next(line for line in again.stderr if "is running already" in line)
+            engine.let(*homelab.studio.ports)
+            followed, _ = again.communicate(timeout=60)
         stdout, _ = process.communicate(timeout=60)
     error = load.json["hosts"][0]["error"]
     assert (load.exit, error["code"]) == (75, "busy") and f"load {QWEN}, started by" in error["message"]
-    assert "is running already" in again.stderr
-    assert again.stdout == stdout == f"started {QWEN} on {first}, {LLAMA} on {second}\n"
+    assert heard and again.returncode == 0
+    assert followed == stdout == f"started {QWEN} on {first}, {LLAMA} on {second}\n"
     rows = homelab.mini.mlxctl("ops", "--json").ok().json["hosts"][0]["operations"]
     assert [row["state"] for row in rows if row["command"] == "restore"] == ["followed", "done"]
 
 
 def test_cancelled_restore_keeps_the_servers_it_started(homelab: Homelab) -> None:
-    first, second = two_loaded(homelab)
-    reboot(homelab.studio)
-    with restoring(homelab, "commit: ") as process:
-        assert process.stderr is not None
-        next(line for line in process.stderr if line.startswith("proof: "))
-        freeze(homelab, second)
+    first, second = homelab.studio.ports[:2]
+    with restoring(homelab) as (process, engine):
+        engine.let(first)
+        next_proof(process)
         running = homelab.mini.mlxctl("ops", "--json").ok().json["hosts"][0]["operations"][0]
         homelab.mini.mlxctl("ops", "--cancel", running["operation"]).ok()
         assert process.wait(60) == 130

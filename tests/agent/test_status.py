@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,21 +20,11 @@ from mlxops.agent.serving.diagnosis import About, explain
 from mlxops.agent.state.operation_log import create
 from mlxops.core.protocol import Done, Phase
 from mlxops.core.settings import Settings
-from tests.faults.lab import MODELS, QuickHost
 from tests.lab.envelopes import envelope
-from tests.lab.homelab import Homelab
+from tests.lab.quick import MODELS, QuickHost
 from tests.lab.world import wait_until
 
 WAIT = 60.0
-
-
-@pytest.fixture
-def host(make_homelab: Callable[..., Homelab]) -> Iterator[QuickHost]:
-    """A Studio with a fast fake engine and three registered models."""
-    quick = QuickHost(make_homelab())
-    quick.mlxctl("init").ok()
-    yield quick
-    quick.studio.sweep()
 
 
 def row(host: QuickHost, port: int, *flags: str) -> dict[str, Any]:
@@ -164,7 +153,7 @@ class TestServerThatMisbehaves:
     )
     def test_misbehaving_server_is_not_started(self, host: QuickHost, kind: str, why: str) -> None:
         port = host.ports[0]
-        host.edit(MODELS[0], args=["--fake-answer", kind])
+        host.edit(MODELS[0], args=["--fake-act", kind])
         done = host.mlxctl("load", MODELS[0], str(port), "--timeout", "20")
         assert done.exit == 4 and why in done.stderr, str(done)
         assert not host.studio.listening(port) and row(host, port)["state"] == "idle"
@@ -172,7 +161,7 @@ class TestServerThatMisbehaves:
     def test_misbehaving_server_blocks_no_longer_than_the_timeout(self, host: QuickHost) -> None:
         """Both when it is started and when it is adopted."""
         port, other = host.ports[0], host.ports[-1]
-        host.edit(MODELS[0], args=["--fake-answer", "endless"])
+        host.edit(MODELS[0], args=["--fake-act", "endless"])
         began = time.monotonic()
         done = host.mlxctl("load", MODELS[0], str(other), "--timeout", "2")
         assert done.exit == 4 and "did not answer within 2 s" in done.stderr, str(done)
@@ -189,8 +178,8 @@ class TestServerThatMisbehaves:
 
 class TestPortState:
     def test_state_is_known_within_seconds_if_every_port_hangs(self, host: QuickHost) -> None:
-        host.lab.configure(launch={"mlx-lm": [str(host.program), "--fake-mute", "1"]})
-        script = "\n".join(host.by_hand(MODELS[0], port, "--fake-mute", "1") for port in host.ports) + "\nwait\n"
+        host.lab.configure(launch={"mlx-lm": [str(host.program), "--fake-act", "mute"]})
+        script = "\n".join(host.by_hand(MODELS[0], port, "--fake-act", "mute") for port in host.ports) + "\nwait\n"
         with host.running("sh", "-c", script):
             for port in host.ports:
                 wait_until(partial(host.studio.listening, port), WAIT, "the servers")

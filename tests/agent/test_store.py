@@ -795,4 +795,4 @@ def test_holder_waits_until_the_lock_names_its_holder(store: Store) -> None:
 def test_update_leaves_only_the_registry_file_in_its_folder(store: Store) -> None:
     RegistryFile(store.registry.path, store.state / "registry.previous.json").update(move)
     assert os.listdir(store.registry.path.parent) == ["registry.json"]
-    wait_until(lambda: not leftovers(store.state), 1, "the end of temporary files")
+    wait_until(lambda: not leftovers(store.state), 10, "the end of temporary files")

@@ -16,6 +16,7 @@ import pytest
 from tests.agent.test_openai_server import Stream
 from tests.lab import models
 from tests.lab.homelab import Completed, Homelab, Studio, run, script
+from tests.lab.quick import ENGINE, HeldEngine
 from tests.lab.sshd import missing
 from tests.lab.world import wait_until
 
@@ -79,32 +80,27 @@ class TestFailure:
             assert studio.registry_path.read_bytes() == registry
             assert studio.completion(port, "jerry-xl")["choices"]
 
-    @pytest.mark.usefixtures("quick_engine")
-    def test_failed_move_leaves_the_model_on_its_port(self, studio: Studio) -> None:
+    def test_failed_move_leaves_the_model_on_its_port(self, studio: Studio, homelab: Homelab) -> None:
         first, second = studio.ports[0], studio.ports[1]
+        HeldEngine(homelab).let(first)
         with serving(studio, QWEN, first):
-            failed = studio.mlxctl("load", QWEN, str(second), "--force", "--timeout", "0.05")
+            failed = studio.mlxctl("load", QWEN, str(second), "--force", "--timeout", "1")
             assert failed.exit == 4 and f"{QWEN} serves port {first} again" in failed.stderr
             assert row(studio, first)["state"] == "ready" and row(studio, second)["state"] == "idle"
             assert studio.registry()["models"][QWEN]["port"] == first
 
+    @pytest.mark.usefixtures("quick_engine")
     def test_two_failed_starts_leave_no_assignment_and_no_process(self, studio: Studio) -> None:
         port = studio.ports[0]
         with serving(studio, QWEN, port):
-            # The old server's weights are destroyed while it serves, so it cannot restart.
-            snapshot = Path(studio.registry()["models"][QWEN]["cache_path"])
-            thread = threading.Thread(target=_break_when_stopped, args=(studio, port, snapshot))
-            thread.start()
-            failed = studio.mlxctl("load", BROKEN, str(port), "--force")
-            thread.join()
+            # The engine is broken while the old server serves, so neither server starts.
+            program = Path(record(studio, port)["argv"][0])
+            assert program.name == ENGINE
+            program.write_text("#!/bin/sh\nexit 1\n")
+            failed = studio.mlxctl("load", LLAMA, str(port), "--force")
             assert failed.exit == 4 and f"{QWEN} did not come back to port {port} either" in failed.stderr
             assert row(studio, port)["state"] == "idle"
             assert all(entry["port"] is None for entry in studio.registry()["models"].values())
-
-
-def _break_when_stopped(studio: Studio, port: int, snapshot: Path) -> None:
-    wait_until(lambda: not studio.listening(port), 30, "the old server's end")
-    (snapshot / "model.safetensors").resolve().write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
 
 
 class TestPreflight:
@@ -147,6 +143,7 @@ class TestPreflight:
         finally:
             studio.mlxctl("unload", str(port)).ok()
 
+    @pytest.mark.usefixtures("quick_engine")
     def test_full_state_disk_is_found_before_the_old_server_stops(self, studio: Studio) -> None:
         port = str(studio.ports[0])
         done = _in_a_small_state(
@@ -190,6 +187,7 @@ def _spoil(studio: Studio, name: str, how: str) -> None:
     studio.registry_path.write_text(json.dumps(document))
 
 
+@pytest.mark.usefixtures("quick_engine")
 class TestStreams:
     """mlx_lm.server drops its open requests on SIGTERM, so mlxops waits for them first."""
 
@@ -278,6 +276,7 @@ class TestRollback:
 
 
 class TestSet:
+    @pytest.mark.usefixtures("quick_engine")
     def test_changed_setting_is_drift_until_the_restart(self, studio: Studio) -> None:
         port = studio.ports[0]
         with serving(studio, QWEN, port):

@@ -60,7 +60,7 @@ def listen(stack: ExitStack, family: int, address: str, port: int = 0, *, only6:
 
 def zombie(stack: ExitStack) -> subprocess.Popen[bytes]:
     process = child(stack, "/bin/sh", "-c", "exit 3")
-    wait_until(lambda: (seen := this_system().process(process.pid)) is not None and seen.zombie, 10, "a zombie")
+    wait_until(lambda: (seen := this_system().process(process.pid)) is not None and seen.zombie, 30, "a zombie")
     return process
 
 
@@ -70,7 +70,7 @@ def zombie(stack: ExitStack) -> subprocess.Popen[bytes]:
 @both
 def test_process_has_its_parent_group_and_command(system: System, stack: ExitStack) -> None:
     sleeper = child(stack, "/bin/sleep", "1000", start_new_session=True)
-    wait_until(lambda: (p := system.process(sleeper.pid)) is not None and "1000" in p.argv, 10, "the sleeper")
+    wait_until(lambda: (p := system.process(sleeper.pid)) is not None and "1000" in p.argv, 30, "the sleeper")
     seen = system.process(sleeper.pid)
     assert seen is not None
     assert (seen.pid, seen.ppid, seen.pgid, seen.uid) == (sleeper.pid, os.getpid(), sleeper.pid, os.getuid())
@@ -107,7 +107,7 @@ def test_ports_of_a_container_are_hidden(stack: ExitStack) -> None:
         process = this_system().process(inside.pid)
         return process is None or process.argv[:1] == ("sleep",)
 
-    wait_until(begun_or_gone, 10, "the namespace")
+    wait_until(begun_or_gone, 30, "the namespace")
     if inside.poll() is not None:
         missing("the right to make a network namespace (unshare -Urn)")
     assert this_system().ports_of(inside.pid) is None
@@ -127,7 +127,7 @@ def test_program_may_have_any_name(system: System, stack: ExitStack, tmp_path: P
     program = tmp_path / name
     shutil.copy("/bin/sleep", program)
     odd = child(stack, str(program), "1000", start_new_session=True)
-    wait_until(lambda: (p := system.process(odd.pid)) is not None and p.argv[:1] == (str(program),), 10, "the program")
+    wait_until(lambda: (p := system.process(odd.pid)) is not None and p.argv[:1] == (str(program),), 30, "the program")
     seen = system.process(odd.pid)
     assert seen is not None
     assert (seen.ppid, seen.pgid, seen.zombie) == (os.getpid(), odd.pid, False)
@@ -137,7 +137,7 @@ def test_program_may_have_any_name(system: System, stack: ExitStack, tmp_path: P
 def test_arguments_with_any_characters_stay_separate(system: System, stack: ExitStack) -> None:
     words = ("a b", "", "c\nd", "$(x)", "é")
     waiting = child(stack, sys.executable, "-S", "-c", "input()", *words)
-    wait_until(lambda: (p := system.process(waiting.pid)) is not None and p.argv[-1:] == ("é",), 10, "the program")
+    wait_until(lambda: (p := system.process(waiting.pid)) is not None and p.argv[-1:] == ("é",), 30, "the program")
     seen = system.process(waiting.pid)
     assert seen is not None and seen.argv[-5:] == words
 
@@ -146,7 +146,7 @@ def test_arguments_with_any_characters_stay_separate(system: System, stack: Exit
 def test_only_the_named_variable_is_read(system: System, stack: ExitStack) -> None:
     env = {"MARK_MORE": "no", "MARK": "a=b c", "EMPTY": ""}
     waiting = child(stack, "/bin/sleep", "1000", env=env)
-    wait_until(lambda: system.environment(waiting.pid, "MARK"), 10, "the program")
+    wait_until(lambda: system.environment(waiting.pid, "MARK"), 30, "the program")
     assert system.environment(waiting.pid, "MARK") == "a=b c"
     assert system.environment(waiting.pid, "EMPTY") == ""
     assert system.environment(waiting.pid, "MAR") is None and system.environment(waiting.pid, "OTHER") is None

@@ -15,10 +15,9 @@ from pathlib import Path
 from tests.benchmarks.contest import BenchFailed, Contest, Cost, Timed
 from tests.benchmarks.scene import homelab, inv
 from tests.benchmarks.stats import Limit
-from tests.faults.lab import install_engine
-from tests.faults.snapshots import snapshot
 from tests.lab import cache, models
 from tests.lab.homelab import Homelab, Studio
+from tests.lab.quick import snapshot, with_fake
 
 ONE, OTHER = "bench/one", "bench/other"
 LIVE = (0, 5, 10)
@@ -115,8 +114,7 @@ def _live_ports(folder: Path) -> Iterator[Mapping[str, Mapping[int, Timed]]]:
     """One host for each amount. The engine is a fake that loads nothing: only the look at ports is measured."""
     with homelab(folder, studios=len(LIVE)) as lab:
         for studio, amount in zip(lab.studios, LIVE, strict=True):
-            program = install_engine(studio.folder / "bin")
-            lab.configure(studio.name, launch={"mlx-lm": [str(program)]}, memory="1000 GB")
+            with_fake(lab, studio.name)
             for port in studio.ports[:amount]:
                 snapshot(studio.hub, f"bench/model-{port}")
             inv(lab, "init", "--host", studio.name)()

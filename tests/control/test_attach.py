@@ -24,9 +24,10 @@ from mlxops.core.commands.load import Load
 from mlxops.core.errors import Exit
 from mlxops.core.protocol import Event, Phase, Progress
 from mlxops.core.settings import PortRange, Settings
-from tests.lab import cache, models
+from tests.lab import models
 from tests.lab.envelopes import envelope
 from tests.lab.homelab import Completed, Homelab, script
+from tests.lab.quick import HeldEngine
 from tests.lab.wire import Wire
 from tests.lab.wired import client
 from tests.lab.world import wait_until
@@ -38,12 +39,6 @@ WAIT = 60.0
 
 def load(lab: Homelab) -> list[str]:
     return ["load", "jerry-xl", str(lab.studio.ports[0]), "--repo", QWEN]
-
-
-def freeze(lab: Homelab, port: int) -> None:
-    """Stop the starting server of the port with SIGSTOP, so that it is not ready before the next step."""
-    pid = json.loads((lab.studio.state / "run" / f"{port}.json").read_text())["pid"]
-    os.kill(pid, signal.SIGSTOP)
 
 
 def operations(lab: Homelab) -> list[dict[str, Any]]:
@@ -81,25 +76,13 @@ def cut_until_it_reconnects(cut: Callable[[Homelab, Wire], None], lab: Homelab, 
     wait_until(connected, WAIT, "another connection")
 
 
-def hold_the_engine(lab: Homelab) -> Path:
-    """Make each server wait for a file before it starts; return the file's path."""
-    studio = lab.studio
-    go, waiting = studio.folder / "go", studio.folder / "waiting-engine"
-    engine = cache.engine_venv("mlx-lm") / "bin" / "mlx_lm.server"
-    held = f'case "$*" in *--port*) while [ ! -e {go} ]; do sleep 0.05; done;; esac'
-    waiting.write_text(f'#!/bin/sh\n{held}\nexec {engine} "$@"\n')
-    waiting.chmod(0o755)
-    lab.configure(launch={"mlx-lm": [str(waiting)]})
-    return go
-
-
 class TestCutConnection:
     @pytest.mark.parametrize("cut", [cut_by_wire, cut_by_killing_the_session])
     def test_cuts_at_every_step_do_not_change_the_outcome(
         self, wired: tuple[Homelab, Wire], cut: Callable[[Homelab, Wire], None]
     ) -> None:
         lab, wire = wired
-        go = hold_the_engine(lab)
+        engine = HeldEngine(lab)
         said: list[str] = []
         with client(lab, *load(lab)) as process:
             assert process.stderr is not None
@@ -108,7 +91,7 @@ class TestCutConnection:
                 if line.startswith(("download", "check", "start", "proof")):
                     cut_until_it_reconnects(cut, lab, wire)
                 if line.startswith("proof"):
-                    go.touch()
+                    engine.let(*lab.studio.ports)
         text = "".join(said)
         assert process.returncode == 0, text
         assert text.count("reconnecting") >= 2, text
@@ -222,6 +205,7 @@ class TestCtrlC:
             assert operation["error"] == "cancelled"
         assert bool(list(lab.studio.hub.glob("models--*"))) == (state == "done")
 
+    @pytest.mark.usefixtures("quick_engine")
     def test_ctrl_c_never_offers_to_cancel_an_unload(self, homelab: Homelab) -> None:
         """The unload waits for an open request."""
         studio = homelab.studio
@@ -257,30 +241,27 @@ class TestCtrlC:
 class TestCancel:
     def test_cancelled_load_leaves_nothing(self, wired: tuple[Homelab, Wire]) -> None:
         lab, _ = wired
+        HeldEngine(lab)
         lab.studio.install(QWEN, models.QWEN)
         with client(lab, *load(lab)) as process:
             assert process.stderr is not None
             next(line for line in process.stderr if line.startswith("proof: "))
             operation = operations(lab)[0]["operation"]
-            cancelled = lab.mini.mlxctl("ops", "--cancel", operation[-8:])
+            cancelled = lab.mini.mlxctl("ops", "--cancel", operation[-8:]).ok()
             said = process.stderr.read()
-            code = process.wait(WAIT)
-        if cancelled.exit == 0 and "nothing half done is left" in cancelled.stdout:
-            assert (code, operations(lab)[0]["error"]) == (130, "cancelled"), said
-            quiet(lab.studio)
-            assert lab.mini.mlxctl("list", "--json").ok().json["hosts"][0]["models"] == []
-        else:
-            # The tiny model was quicker than us; that must then be a whole load.
-            assert code == 0
-            assert_loaded_once(lab)
+            assert process.wait(WAIT) == 130, said
+        assert "nothing half done is left" in cancelled.stdout
+        assert operations(lab)[0]["error"] == "cancelled"
+        quiet(lab.studio)
+        assert lab.mini.mlxctl("list", "--json").ok().json["hosts"][0]["models"] == []
 
     def test_cancelled_load_keeps_a_finished_download(self, wired: tuple[Homelab, Wire]) -> None:
         """The download may have taken an hour, and the next load needs it."""
         lab, _ = wired
+        HeldEngine(lab)
         with client(lab, *load(lab)) as process:
             assert process.stderr is not None
             next(line for line in process.stderr if line.startswith("proof: "))
-            freeze(lab, lab.studio.ports[0])
             lab.mini.mlxctl("ops", "--cancel", operations(lab)[0]["operation"]).ok()
             assert process.wait(WAIT) == 130
         (model,) = lab.mini.mlxctl("list", "--json").ok().json["hosts"][0]["models"]

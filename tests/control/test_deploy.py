@@ -24,8 +24,8 @@ from mlxops.core.errors import AgentProblem, Exit, MlxopsError, OutcomeUnknown, 
 from mlxops.core.settings import Settings
 from tests.lab import models
 from tests.lab.homelab import Homelab
-from tests.lab.sshd import SshClient, Sshd, descendants
-from tests.lab.world import wait_until
+from tests.lab.sshd import SshClient, Sshd
+from tests.lab.world import descendants, wait_until
 from tests.steps import nothing_runs, servers
 
 pytestmark = pytest.mark.lab
@@ -95,7 +95,7 @@ def test_fresh_host_gets_a_complete_agent_over_ssh(tmp_path: Path, monkeypatch: 
     assert str(first["python"]).startswith(sys.version.split()[0])
     assert any("huggingface_hub" in note for note in notes)
     assert (again["changed"], again["path"]) == (False, first["path"])
-    assert isinstance(again["seconds"], float) and again["seconds"] < 5
+    assert float(str(again["seconds"])) < float(str(first["seconds"])), "nothing is installed again"
     assert build_of(home) == build_id()
     assert stat.S_IMODE(state.stat().st_mode) == 0o700
     assert not [path for path in state.iterdir() if not path.is_symlink() and path.stat().st_mode & 0o077]
@@ -120,7 +120,7 @@ def test_interrupted_deploy_keeps_the_old_agent_and_the_next_repairs(
     # A killed process leaves its temporary files.
     (tmp_path / "tmp").mkdir(exist_ok=True)
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
-    others = set(descendants(os.getpid()))
+    others = descendants()
     deploy.install(open_local(), host(), quiet, places=HERE)
     state = home / ".mlxops"
     old = state / "agents" / "an-older-build"
@@ -132,9 +132,9 @@ def test_interrupted_deploy_keeps_the_old_agent_and_the_next_repairs(
 
     def kill(note: str) -> None:
         if "creating the environment" in note:
-            for pid in set(descendants(os.getpid())) - others:
+            for process in descendants() - others:
                 with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+                    os.kill(process.pid, signal.SIGKILL)
 
     with pytest.raises(MlxopsError):
         deploy.install(open_local(), host(), kill, places=HERE)
@@ -273,7 +273,7 @@ def test_deploys_of_two_control_nodes_keep_servers_and_are_reported(
     assert (refused.exit, error["code"], error["why"]) == (6, "agent_differs", who)
 
     deploy.install(open_local(), host(), quiet, places=HERE)
-    wait_until(lambda: studio.processes() == {server}, 10, "nothing but the server, which serves through a deploy")
+    wait_until(lambda: studio.processes() == {server}, 30, "nothing but the server, which serves through a deploy")
     assert studio.completion(port, "jerry-xl")["model"] == "jerry-xl"
     document = homelab.mini.mlxctl("status", "--json").ok().json["hosts"][0]
     assert (document["ports"][0]["state"], document["drift"]) == ("ready", [])

@@ -23,6 +23,7 @@ from tests.agent.test_openai_server import Stream
 from tests.lab import leaks, models
 from tests.lab.homelab import Completed, Homelab, LabUnavailable
 from tests.lab.litellm import LiteLLM, Traffic, ask
+from tests.lab.quick import install_engine, with_fake
 from tests.lab.sshd import missing
 from tests.lab.world import wait_until
 from tests.steps import servers
@@ -74,8 +75,18 @@ def place(
 
 
 @pytest.fixture
-def empty(place: Place) -> Iterator[Place]:
-    """Unload everything after the test."""
+def empty(place: Place, engine: Path, openai_server: Path) -> Iterator[Place]:
+    """With the real engines and nothing loaded, before and after."""
+    lm = engine / "bin" / "mlx_lm.server"
+    place.lab.configure(launch={"mlx-lm": [str(lm)], "mlx-openai-server": [str(openai_server), "launch"]})
+    yield place
+    place.lab.mini.inv("unload-all", "--yes").ok()
+
+
+@pytest.fixture
+def quick(place: Place) -> Iterator[Place]:
+    """The same with the fake engine, where it does not matter what the model says."""
+    with_fake(place.lab)
     yield place
     place.lab.mini.inv("unload-all", "--yes").ok()
 
@@ -144,13 +155,9 @@ class Story:
 
 
 @pytest.mark.parametrize("driver", ["over ssh", pytest.param("local", marks=pytest.mark.long)])
-def test_gateway_keeps_running_while_models_change(
-    empty: Place, engine: Path, openai_server: Path, driver: str
-) -> None:
+def test_gateway_keeps_running_while_models_change(empty: Place, driver: str) -> None:
     lab, gateway, port = empty.lab, empty.gateway, str(empty.port)
     run: Drive = lab.mini.inv if driver == "over ssh" else lab.studio.mlxctl
-    lm = engine / "bin" / "mlx_lm.server"
-    lab.configure(launch={"mlx-lm": [str(lm)], "mlx-openai-server": [str(openai_server), "launch"]})
     run("init").ok()
     run("set", "--model", OTHER, "--set", "engine=mlx-openai-server").ok()
     identity = gateway.identity()
@@ -208,9 +215,9 @@ def test_served_alias_has_no_fault(empty: Place) -> None:
     assert empty.gateway.key not in done.stdout + done.stderr
 
 
-def test_alias_without_an_answer_is_a_fault(empty: Place) -> None:
-    lab = empty.lab
-    lab.mini.inv("load", "--model", QWEN, "--port", str(empty.port)).ok()
+def test_alias_without_an_answer_is_a_fault(quick: Place) -> None:
+    lab = quick.lab
+    lab.mini.inv("load", "--model", QWEN, "--port", str(quick.port)).ok()
     done = lab.mini.inv("gateway", "--through", "--json", env={"LITELLM_MASTER_KEY": "sk-not-the-key"})
     assert done.exit == 3, str(done)
     (finding,) = [f for f in done.json["hosts"][0]["findings"] if f["severity"] == "fault"]
@@ -219,10 +226,10 @@ def test_alias_without_an_answer_is_a_fault(empty: Place) -> None:
     assert "sk-not-the-key" not in done.stdout + done.stderr
 
 
-def test_aliases_are_probed_without_the_gateways_files(empty: Place) -> None:
-    lab = empty.lab
-    lab.mini.inv("load", "--model", QWEN, "--port", str(empty.port)).ok()
-    with _hosts(lab, f"  config: {empty.gateway.config}\n", ""):
+def test_aliases_are_probed_without_the_gateways_files(quick: Place) -> None:
+    lab = quick.lab
+    lab.mini.inv("load", "--model", QWEN, "--port", str(quick.port)).ok()
+    with _hosts(lab, f"  config: {quick.gateway.config}\n", ""):
         done = lab.mini.inv("gateway", "--through", "--json").ok()
         refused = lab.mini.inv("gateway")
     (host,) = done.json["hosts"]
@@ -230,11 +237,11 @@ def test_aliases_are_probed_without_the_gateways_files(empty: Place) -> None:
     assert host["findings"] == [] and refused.exit == 2, str(refused)
 
 
-def test_load_under_a_name_unlike_the_gateways_is_refused(empty: Place, tmp_path: Path) -> None:
-    lab, port = empty.lab, str(empty.port)
+def test_load_under_a_name_unlike_the_gateways_is_refused(quick: Place, tmp_path: Path) -> None:
+    lab, port = quick.lab, str(quick.port)
     lab.mini.inv("load", "--model", QWEN, "--port", port).ok()
     before = servers(lab.studio)
-    with _edited_config(empty, tmp_path, f"openai/{ALIAS}", "openai/other-name") as wrong:
+    with _edited_config(quick, tmp_path, f"openai/{ALIAS}", "openai/other-name") as wrong:
         done = lab.mini.inv("load", "--model", LLAMA, "--port", port, "--force", "--json")
         dry = lab.mini.inv("load", "--model", LLAMA, "--port", port, "--force", "--dry-run", "--json")
         again = lab.mini.inv("load", "--model", QWEN, "--port", port, "--json")
@@ -247,52 +254,50 @@ def test_load_under_a_name_unlike_the_gateways_is_refused(empty: Place, tmp_path
     assert (again.exit, _result(again)["changed"]) == (0, False), str(again)
 
 
-def test_pattern_does_not_refuse_a_load(empty: Place, tmp_path: Path) -> None:
-    lab, port = empty.lab, str(empty.port)
-    with _edited_config(empty, tmp_path, ALIAS, "jerry-*"):
+def test_pattern_does_not_refuse_a_load(quick: Place, tmp_path: Path) -> None:
+    lab, port = quick.lab, str(quick.port)
+    with _edited_config(quick, tmp_path, ALIAS, "jerry-*"):
         done = lab.mini.inv("load", "--model", QWEN, "--port", port, "--json").ok()
         checked = lab.mini.inv("gateway", "--json").ok()
     assert _receipt(done)["aliases"][0]["alias"] == ALIAS
-    codes = [f["code"] for f in checked.json["hosts"][0]["findings"] if f["port"] == empty.port]
+    codes = [f["code"] for f in checked.json["hosts"][0]["findings"] if f["port"] == quick.port]
     assert codes == ["pattern"], str(checked)
 
 
-def test_default_model_is_refused_for_engines_without_it(
-    empty: Place, engine: Path, openai_server: Path, tmp_path: Path
-) -> None:
-    lab, port = empty.lab, str(empty.port)
-    lm = engine / "bin" / "mlx_lm.server"
-    lab.configure(launch={"mlx-lm": [str(lm)], "mlx-openai-server": [str(openai_server), "launch"]})
+def test_default_model_is_refused_for_engines_without_it(quick: Place, openai_server: Path, tmp_path: Path) -> None:
+    lab, port = quick.lab, str(quick.port)
+    fake = install_engine(lab.studio.folder / "bin")
+    lab.configure(launch={"mlx-lm": [str(fake)], "mlx-openai-server": [str(openai_server), "launch"]})
     lab.mini.inv("init").ok()
     lab.mini.inv("set", "--model", OTHER, "--set", "engine=mlx-openai-server").ok()
-    with _edited_config(empty, tmp_path, f"openai/{ALIAS}", "openai/default_model"):
+    with _edited_config(quick, tmp_path, f"openai/{ALIAS}", "openai/default_model"):
         done = lab.mini.inv("load", "--model", QWEN, "--port", port).ok()
         checked = lab.mini.inv("gateway", "--json").ok()
         other = lab.mini.inv("load", "--model", OTHER, "--port", port, "--force", "--dry-run", "--json")
     assert "warning: the gateway sends the name 'default_model'" in done.stderr
-    codes = [f["code"] for f in checked.json["hosts"][0]["findings"] if f["port"] == empty.port]
+    codes = [f["code"] for f in checked.json["hosts"][0]["findings"] if f["port"] == quick.port]
     assert codes == ["engine_name"], str(checked)
     assert (other.exit, other.json["hosts"][0]["error"]["code"]) == (3, "gateway_name"), str(other)
 
 
 @pytest.mark.parametrize("text", ["include: 5\n", "", "- a\n", "model_list: [7]\ncredential_list: 7\n", "a: [\n"])
-def test_unreadable_configuration_is_a_warning_at_the_load(empty: Place, tmp_path: Path, text: str) -> None:
+def test_unreadable_configuration_is_a_warning_at_the_load(quick: Place, tmp_path: Path, text: str) -> None:
     other = tmp_path / "router.yaml"
     other.write_text(text, encoding="utf-8")
-    with _hosts(empty.lab, str(empty.gateway.config), str(other)):
-        done = empty.lab.mini.inv("load", "--model", QWEN, "--port", str(empty.port), "--dry-run").ok()
+    with _hosts(quick.lab, str(quick.gateway.config), str(other)):
+        done = quick.lab.mini.inv("load", "--model", QWEN, "--port", str(quick.port), "--dry-run").ok()
     assert f"warning: {other}" in done.stderr and "names are not checked" in done.stderr
 
 
-def test_overstated_context_is_a_warning_at_the_load(empty: Place, tmp_path: Path) -> None:
-    with _edited_config(empty, tmp_path, "api_key: none\n", "api_key: none\n  model_info: {max_input_tokens: 4096}\n"):
-        done = empty.lab.mini.inv("load", "--model", QWEN, "--port", str(empty.port)).ok()
-    warning = f"warning: the gateway promises 4096 input tokens on port {empty.port}; this model takes 2048"
+def test_overstated_context_is_a_warning_at_the_load(quick: Place, tmp_path: Path) -> None:
+    with _edited_config(quick, tmp_path, "api_key: none\n", "api_key: none\n  model_info: {max_input_tokens: 4096}\n"):
+        done = quick.lab.mini.inv("load", "--model", QWEN, "--port", str(quick.port)).ok()
+    warning = f"warning: the gateway promises 4096 input tokens on port {quick.port}; this model takes 2048"
     assert warning in done.stderr
 
 
-def test_failed_receipt_is_a_warning_with_details(empty: Place) -> None:
-    lab, port = empty.lab, str(empty.port)
+def test_failed_receipt_is_a_warning_with_details(quick: Place) -> None:
+    lab, port = quick.lab, str(quick.port)
     done = lab.mini.inv(
         *("load", "--model", QWEN, "--port", port, "--json"), env={"LITELLM_MASTER_KEY": "sk-not-the-key"}
     ).ok()

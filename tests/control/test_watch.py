@@ -26,8 +26,9 @@ from tests.lab.envelopes import envelope
 from tests.lab.homelab import Homelab, Studio, script
 from tests.lab.hub import Hub
 from tests.lab.wire import Wire
+from tests.lab.wired import wired as over_a_wire
 from tests.lab.world import Process, wait_until
-from tests.steps import REPO, WAYS, Ask, error_of, finish, quiet, register, tree, with_fake
+from tests.steps import REPO, Ask, error_of, finish, quiet, register, tree, with_fake
 
 SOON = 20.0
 """Seconds that an expected change may take on a busy machine."""
@@ -36,24 +37,10 @@ QUICKLY = 5.0
 OFTEN = ("status", "--watch", "--interval", "0.1")
 
 
-@pytest.fixture(params=WAYS)
-def ask(request: pytest.FixtureRequest, homelab: Homelab) -> Ask:
-    return Ask(with_fake(homelab), request.param)
-
-
-@pytest.fixture
-def remote(homelab: Homelab) -> Ask:
-    return Ask(with_fake(homelab), "ssh")
-
-
 @pytest.fixture
 def wired(remote: Ask) -> Iterator[tuple[Ask, Wire]]:
     """The Mini reaches the studio over a wire that can be cut."""
-    sshd = remote.studio.sshd
-    with Wire((sshd.address, sshd.port)) as wire:
-        remote.lab.mini.ssh.host("wired", sshd, f"HostName {wire.address}", f"Port {wire.port}")
-        remote.lab.mini.ssh.know(f"[{wire.address}]:{wire.port} {sshd.host_key}")
-        remote.lab.configure(ssh="wired")
+    with over_a_wire(remote.lab) as wire:
         yield remote, wire
 
 

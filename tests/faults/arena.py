@@ -12,7 +12,6 @@ import json
 import os
 import pkgutil
 import shutil
-import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,10 +32,9 @@ from mlxops.core.protocol import Done, Envelope, Event, Failed, Requester, decod
 from mlxops.core.settings import PortRange, Settings
 from tests.faults import children
 from tests.faults.creations import Fault
-from tests.faults.lab import install_engine
-from tests.faults.snapshots import MODELS, snapshot
 from tests.lab.envelopes import envelope
-from tests.lab.homelab import _addresses as loopback_addresses
+from tests.lab.homelab import loopback_addresses
+from tests.lab.quick import MODELS, install_engine, snapshot
 from tests.lab.world import free_ports
 
 for _module in pkgutil.walk_packages(mlxops.agent.__path__, "mlxops.agent."):
@@ -218,21 +216,15 @@ class Arena:
     def listener(self, port: int, log: Path) -> int:
         """Wait for a listener on a port. Return its pid. `log`: shown if there is none in time."""
         deadline = time.monotonic() + UP_SECONDS
-        while not (found := this_system().look({port}).on(self.address, port)):
+        while not (pids := [p for each in this_system().look({port}).on(self.address, port) for p in each.pids]):
             assert time.monotonic() < deadline, f"nothing listens on {port}: {log.read_text(errors='replace')[-400:]}"
             time.sleep(0.005)
-        return min(pid for each in found for pid in each.pids)
+        return min(pids)
 
     def sweep(self) -> None:
         """Kill every server, and delete everything except the cache."""
-        for pid in self.servers():
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        deadline = time.monotonic() + 20
-        while self.servers() and time.monotonic() < deadline:
-            time.sleep(0.002)
+        while servers := self.servers():
+            children.end(servers)
         shutil.rmtree(self.state, ignore_errors=True)
         for path in self.hub.iterdir():
             if path.is_file():

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from tests.faults import broken, bystanders, children, gone, healthy, hostile, names, power, races, reuse, strikes
 from tests.faults.arena import Arena
-from tests.faults.snapshots import MODELS
 from tests.lab.leaks import become_subreaper
+from tests.lab.quick import MODELS
 
 Trial = Callable[[int], tuple[str, int, list[str]]]
 

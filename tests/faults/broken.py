@@ -9,7 +9,7 @@ from collections.abc import Callable
 from mlxops.core import registry as registries
 from tests.faults import oracle
 from tests.faults.arena import Arena, entry
-from tests.faults.snapshots import MODELS
+from tests.lab.quick import MODELS
 
 
 def trial(arena: Arena, number: int, seed: int) -> tuple[str, list[str]]:

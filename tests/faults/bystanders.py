@@ -17,7 +17,7 @@ from mlxops.agent.host.system import this_system
 from mlxops.agent.serving import servers
 from tests.faults import children
 from tests.faults.arena import Arena
-from tests.faults.snapshots import MODELS
+from tests.lab.quick import MODELS
 
 SERVER, NEIGHBOUR = MODELS[0], MODELS[1]
 

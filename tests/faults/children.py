@@ -10,8 +10,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+
+from tests.lab.world import wait_until
 
 _PR_SET_PTRACER = 0x59616D61
 """<linux/prctl.h>: which process may trace this one, under Yama."""
@@ -103,19 +105,31 @@ def spawn(argv: Sequence[str], output: Path) -> int:
 
 def traced(pid: int, options: Sequence[str], log: Path) -> int:
     """Attach strace to a stopped fork, and continue the fork. Return strace's pid. Raises `TimeoutError`."""
-    _until(lambda: _state(pid) in {"T", "t"}, "the fork to stop")
+    until_stopped(pid)
     tracer = spawn(["strace", "-qq", "-s", "65536", "-o", str(log), "-p", str(pid), *options], log.with_suffix(".err"))
-    _until(lambda: _field(pid, "TracerPid") not in {"0", ""}, "strace to attach")
+    wait_until(lambda: _field(pid, "TracerPid") not in {"0", ""}, 20, "strace to attach")
     os.kill(pid, signal.SIGCONT)
     return tracer
 
 
-def _until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"waited for {what}")
-        time.sleep(0.0005)
+def until_stopped(pid: int) -> None:
+    """Wait until a fork has stopped itself."""
+    wait_until(lambda: _state(pid) in {"T", "t"}, 20, "the fork to stop")
+
+
+def end(pids: Iterable[int]) -> None:
+    """Kill processes, and wait for their end. A process that is ending has no arguments, and may still listen."""
+    doomed = list(pids)
+    for pid in doomed:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    wait_until(lambda: not any(map(lives, doomed)), 20, f"the end of {doomed}")
+
+
+def lives(pid: int) -> bool:
+    return _state(pid) not in {"", "Z", "X"}
 
 
 def _field(pid: int, key: str) -> str:

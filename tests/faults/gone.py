@@ -12,7 +12,7 @@ from pathlib import Path
 from mlxops.agent.state import locks
 from tests.faults import oracle
 from tests.faults.arena import Arena, entry
-from tests.faults.snapshots import MODELS
+from tests.lab.quick import MODELS
 
 Undo = Callable[[], object]
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from mlxops.core.errors import MlxopsError
 from mlxops.core.settings import BootJob
 from tests.faults import children, oracle
 from tests.faults.arena import UP_SECONDS, Arena, Ended
-from tests.faults.snapshots import MODELS
+from tests.lab.quick import MODELS
 
 LABEL = "org.example.boot"
 ALLOWED = {0, 3, 4, 75}
@@ -110,7 +110,7 @@ def _tried(arena: Arena, scene: Scene, command: Command, args: Mapping[str, obje
     children.reap()
     protected = scene.alive | ({} if command.stops else scene.spared)
     protected |= {} if command.name == "unload-all" else scene.neighbours
-    wrong += [f"{who} ({pid}) was ended" for who, pid in protected.items() if not _lives(pid)]
+    wrong += [f"{who} ({pid}) was ended" for who, pid in protected.items() if not children.lives(pid)]
     if not scene.writes and arena.registry() != before:
         wrong.append("the registry was written")
     return wrong + [each for check in scene.checks for each in check()]
@@ -132,10 +132,6 @@ def _truth(command: str, ended: Ended) -> list[str]:
     return []
 
 
-def _lives(pid: int) -> bool:
-    return children._state(pid) not in {"", "Z", "X"}
-
-
 # Parts of a scene
 
 
@@ -154,13 +150,12 @@ def _running(arena: Arena, argv: Sequence[str], **options: object) -> Iterator[s
 
 
 def _end_session(session: int) -> None:
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                if os.getsid(int(name)) == session:
-                    os.kill(int(name), signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(ProcessLookupError):
+            if os.getsid(int(name)) == session:
+                found.append(int(name))
+    children.end(found)
 
 
 def _listener(arena: Arena, port: int) -> int:
@@ -258,7 +253,7 @@ def _prefix(arena: Arena, rng: random.Random, stack: ExitStack) -> Scene:
     folder = arena.folder / "prefixes"
     folder.mkdir(exist_ok=True)
     appends = folder / "appends.sh"
-    appends.write_text('#!/bin/sh\nexec "$@" --fake-answer ok\n', encoding="utf-8")
+    appends.write_text('#!/bin/sh\nexec "$@" --fake-act ok\n', encoding="utf-8")
     poetry = folder / "poetry"
     poetry.write_text('#!/bin/sh\nshift\nexec "$@"\n', encoding="utf-8")
     for path in (appends, poetry):

@@ -31,6 +31,7 @@ from mlxops.agent.state.store import Store
 from mlxops.core.errors import MlxopsError
 from tests.faults import batch, oracle
 from tests.faults.arena import Arena, Ended, entry
+from tests.lab.world import wait_until
 
 WAIT_SECONDS = 30.0
 ALPHA, BETA, GAMMA = "org/alpha", "org/beta", "org/gamma"
@@ -116,11 +117,7 @@ def _cancel_at(arena: Arena, function: str, name: str, *, shielded: bool = False
 
 
 def _wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError("the condition did not become true")
-        time.sleep(0.001)
+    wait_until(condition, WAIT_SECONDS, "the condition")
 
 
 # -- load and move ----------------------------------------------------------------------------------------------------
@@ -279,7 +276,7 @@ def _case_server_that_cannot_be_removed_keeps_its_record(arena: Arena) -> None:
     """No other server is started on its port, and it stays ours."""
     first = arena.ports[0]
     _load(arena, ALPHA, first)
-    assert arena.run("set", model=BETA, set=["args=--fake-mute 1"]).exit == 0
+    assert arena.run("set", model=BETA, set=["args=--fake-act mute"]).exit == 0
 
     def prepare() -> None:
         owner, name = _owner("mlxops.agent.serving.launch.Launch.abort")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.faults import children
 from tests.faults.arena import Arena, entry
-from tests.faults.snapshots import MODELS
+from tests.lab.quick import MODELS
 
 SNAPSHOT = "{snapshot}"
 STARTED = {

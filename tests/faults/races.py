@@ -17,8 +17,8 @@ from pathlib import Path
 from mlxops.common.build import build_id
 from tests.faults import children, oracle, strikes
 from tests.faults.arena import Arena
-from tests.faults.snapshots import MODELS
 from tests.lab.envelopes import envelope
+from tests.lab.quick import MODELS
 
 PROCESSES = 8
 ALLOWED = {0, 3, 75, 130}
@@ -92,9 +92,7 @@ def _random_request(arena: Arena, rng: random.Random) -> tuple[str, Mapping[str,
 
 def _go(pid: int) -> None:
     """Wait until a fork has stopped, and continue it."""
-    deadline = time.monotonic() + 20
-    while children._state(pid) not in {"T", "t"} and time.monotonic() < deadline:
-        time.sleep(0.0005)
+    children.until_stopped(pid)
     os.kill(pid, signal.SIGCONT)
 
 

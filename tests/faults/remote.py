@@ -13,10 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.faults import hostile
-from tests.faults.lab import install_engine
-from tests.faults.snapshots import snapshot
 from tests.lab import leaks
 from tests.lab.homelab import Homelab
+from tests.lab.quick import snapshot, with_fake
 from tests.lab.wire import Wire
 from tests.lab.wired import client, wired
 
@@ -40,10 +39,9 @@ def trials(kind: str, folder: Path, seed: int) -> Iterator[Trial]:
 
 def _install(lab: Homelab) -> None:
     """Install the fake engine and a model without weights on the Studio."""
-    program = install_engine(lab.studio.folder / "bin")
     for name in (MODEL, "org/beta"):
         snapshot(lab.studio.hub, name)
-    lab.configure(launch={"mlx-lm": [str(program), "--fake-late", "0.4"]}, memory="1000 GB")
+    with_fake(lab, "studio", "--fake-late", "0.4")
 
 
 def _hostile(lab: Homelab, number: int, seed: int) -> tuple[str, int, list[str]]:

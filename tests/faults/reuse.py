@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tests.faults import children
 from tests.faults.arena import Arena
+from tests.lab.world import listening, wait_until
 
 NAMESPACE = ("unshare", "-Urpf", "--mount-proc")
 _LAST_PID = Path("/proc/sys/kernel/ns_last_pid")
@@ -73,7 +74,7 @@ def _reuse(arena: Arena, rng: random.Random, number: int, naive: str) -> tuple[s
     children.wait(run.pid, 20)
     stranger = _take_pid(run.pid, lambda: _become(kind, arena, port, run.argv), arena.folder / "stranger")
     if kind in {"listener", "twin"}:
-        _until_listening(arena, port)
+        wait_until(lambda: listening(arena.address, port), 20, "the stranger's listener")
     name = f"{kind} with pid {stranger}, then {naive or command}"
     if naive == "by pid":
         os.kill(run.pid, signal.SIGTERM)
@@ -89,13 +90,13 @@ def _reuse(arena: Arena, rng: random.Random, number: int, naive: str) -> tuple[s
         ended = arena.run(command)
     time.sleep(0.05)
     children.reap()
-    wrong = [] if _lives(stranger) else ["the stranger was killed"]
+    wrong = [] if children.lives(stranger) else ["the stranger was killed"]
     if ended is not None and ended.exit not in {0, 3}:
         wrong.append(f"{command}: {ended}")
     row = next(row for row in _rows(arena) if row["port"] == port)
-    if _lives(stranger) and row["owner"] == "mlxops" and row["pid"] == stranger:
+    if children.lives(stranger) and row["owner"] == "mlxops" and row["pid"] == stranger:
         wrong.append(f"the stranger is called ours: {row['state']}")
-    if _lives(stranger):
+    if children.lives(stranger):
         os.kill(stranger, signal.SIGKILL)
     return name, wrong
 
@@ -141,17 +142,6 @@ def _rows(arena: Arena) -> list[dict[str, object]]:
     rows = arena.look()["ports"]
     assert isinstance(rows, list)
     return rows
-
-
-def _lives(pid: int) -> bool:
-    return children._state(pid) not in {"", "Z", "X"}
-
-
-def _until_listening(arena: Arena, port: int) -> None:
-    deadline = time.monotonic() + 20
-    while not arena.context("status").system.look({port}).on(arena.address, port):
-        assert time.monotonic() < deadline, "the stranger does not listen"
-        time.sleep(0.01)
 
 
 def _kill_listeners(arena: Arena, port: int) -> None:

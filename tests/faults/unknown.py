@@ -100,7 +100,7 @@ def _no_probe(arena: Arena) -> None:
     mute, port = arena.ports[0], arena.ports[1]
     loaded = arena.run("load", model="org/alpha", port=str(port))
     assert loaded.exit == 0, loaded
-    arena.start_by_hand("org/beta", mute, "--fake-mute", "1")
+    arena.start_by_hand("org/beta", mute, "--fake-act", "mute")
     seen: dict[object, object] = {}
     with _descriptors(1):
         for _ in range(20):  # which of the two probes comes first is the threads' matter

@@ -48,7 +48,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 ALIASES = ("jerry-xl", "jerry-l", "jerry-m")
 """The slots' aliases; ports after these have none."""
 PORTS = 4
-PATIENCE = 5.0
+PATIENCE = 20.0
 """Seconds that the end of a lab waits for what is just about to end."""
 
 _numbers = itertools.count(1)
@@ -244,7 +244,7 @@ class Homelab(Service):
     ) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        addresses = _addresses(studios)
+        addresses = loopback_addresses(studios)
         block = free_ports(addresses, ports)
         names = ["studio", *(f"studio{number}" for number in range(2, studios + 1))]
         self.studios = [
@@ -325,7 +325,7 @@ def _environment(home: Path, tmp: Path) -> dict[str, str]:
     }
 
 
-def _addresses(count: int) -> list[str]:
+def loopback_addresses(count: int) -> list[str]:
     """Loopback addresses for `count` hosts, of which no two labs that run at the same time have one in common.
 
     Linux has all of 127/8. macOS has 127.0.0.1 and what the administrator added: enough for one host.

@@ -13,13 +13,13 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import NoReturn, Self
+from typing import NoReturn
 
 import pytest
 
 from tests.lab.ports import free_port
 from tests.lab.service import Service
+from tests.lab.world import descendants, wait_until, with_variable
 
 START_SECONDS = 20.0
 
@@ -133,7 +133,7 @@ class Sshd(Service):
             return
         if process.poll() is None:
             process.send_signal(signal.SIGSTOP)  # no new sessions while the old ones are counted
-        children = {*descendants(process.pid), *_with_environment("=".join(self._mark))}
+        children = {*{below.pid for below in descendants(process.pid)}, *with_variable(*self._mark)}
         process.kill()
         process.wait()
         for pid in children:
@@ -147,15 +147,14 @@ class Sshd(Service):
 
     def kill_sessions(self) -> None:
         """SIGKILL to everything below the listener: connections break off, the listener goes on."""
-        for pid in descendants(self.pid):
-            _kill(pid)
+        for process in descendants(self.pid):
+            _kill(process.pid)
 
     def kill_connections(self) -> None:
         """SIGKILL to the processes that hold the connections, and not to what runs in them."""
-        for pid in descendants(self.pid):
-            listing = subprocess.run(["ps", "-o", "comm=", "-p", str(pid)], capture_output=True, text=True, check=False)
-            if "sshd" in listing.stdout:
-                _kill(pid)
+        for process in descendants(self.pid):
+            if "sshd" in process.command.split()[0]:  # it names itself after its session
+                _kill(process.pid)
 
     def _start_on(self, port: int) -> bool:
         config = self.folder / "sshd_config"
@@ -276,21 +275,6 @@ class SshClient:
         return f"{self.bin}:{os.environ.get('PATH', '')}"
 
 
-def descendants(pid: int) -> list[int]:
-    """The processes below `pid`, parents first."""
-    listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], check=True, capture_output=True, text=True).stdout
-    pairs = [(int(child), int(parent)) for child, parent in (line.split() for line in listing.splitlines())]
-    found = [pid]
-    for parent in found:
-        found += [child for child, above in pairs if above == parent]
-    return found[1:]
-
-
-def _with_environment(text: str) -> list[int]:
-    listing = subprocess.run(["ps", "axeww", "-o", "pid=,args="], check=True, capture_output=True).stdout
-    return [int(line.split()[0]) for line in listing.splitlines() if text.encode() in line]
-
-
 def _kill(pid: int) -> None:
     try:
         os.kill(pid, signal.SIGKILL)
@@ -298,7 +282,7 @@ def _kill(pid: int) -> None:
         pass  # it ended by itself
 
 
-class SshAgent:
+class SshAgent(Service):
     """A real ssh-agent of its own."""
 
     def __init__(self) -> None:
@@ -321,18 +305,12 @@ class SshAgent:
         argv = [program("ssh-add"), *words]
         subprocess.run(argv, env=environ, check=True, stdin=subprocess.DEVNULL, capture_output=True)
 
-    def __enter__(self) -> Self:
+    def start(self) -> None:
         argv = [program("ssh-agent"), "-D", "-a", str(self.path)]
         self._process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + START_SECONDS
-        while not self.path.exists():
-            assert time.monotonic() < deadline, "ssh-agent does not start"
-            time.sleep(0.005)
-        return self
+        wait_until(self.path.exists, START_SECONDS, "ssh-agent's socket")
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def stop(self) -> None:
         if self._process is not None:
             self._process.terminate()
             self._process.wait()

@@ -146,7 +146,7 @@ class TestHomelab:
         lab.mini.run("ssh", "studio", "cd ~ && exec >/dev/null 2>&1 && (sleep 1000 &)").ok()
         # The shell's child is a shell until it becomes sleep.
         studio = lab.studio
-        world.wait_until(lambda: {each.command for each in studio.processes()} == {"sleep 1000"}, 10, "sleep to run")
+        world.wait_until(lambda: {each.command for each in studio.processes()} == {"sleep 1000"}, 30, "sleep to run")
         with pytest.raises(AssertionError, match=r"left behind on studio: .*sleep 1000"):
             lab.studio.stop(patience=0.1)
         assert not lab.studio.processes()
@@ -193,11 +193,11 @@ class TestLeaks:
         pid = int(subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.PIPE).stdout)
         assert own.leaks(before) == []
         # It may have ended between the two halves of a look. The next look collects it.
-        world.wait_until(lambda: own.leaks(before) == [] and not psutil.pid_exists(pid), 5, "its collection")
+        world.wait_until(lambda: own.leaks(before) == [] and not psutil.pid_exists(pid), 30, "its collection")
 
     def test_status_of_an_own_child_is_not_collected(self, own: leaks.Watch) -> None:
         child = subprocess.Popen(["sh", "-c", "exit 7"])
-        world.wait_until(lambda: psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE, 5, "its end")
+        world.wait_until(lambda: psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE, 30, "its end")
         own.look()
         assert child.wait() == 7
 
