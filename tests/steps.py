@@ -106,7 +106,7 @@ def install(studio: Studio, *repos: str) -> None:
 BEHAVIOUR = {
     "exit0": ("--fake-exit", "0", "--fake-words", "Application startup failed. Exiting."),
     "exit1": ("--fake-exit", "1", "--fake-words", r"\e[31mValueError: Missing 1 parameters\e[0m\a"),
-    "stubborn": ("--fake-ignore", "term"),
+    "stubborn": ("--fake-ignore", "int,term"),
     "heavy": ("--fake-memory", "1000"),
     "heavy-child": ("--fake-act", "family", "--fake-memory", "1000"),
 }
