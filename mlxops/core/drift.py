@@ -93,6 +93,12 @@ class DriftCode(StrEnum):
         "`mlxctl logs --port {port}`{reload}",
     )
 
+    DANGEROUS_SETTING = (
+        "dangerous_setting",
+        "A server runs with a variable in its environment that can take the host down.",
+        "take it out of env in hosts.yaml; then `mlxctl unload {port}` and load the model again",
+    )
+
     # Entries of the registry
 
     ALIAS_ELSEWHERE = (

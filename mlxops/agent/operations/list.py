@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from mlxops.agent.context import Context
 from mlxops.agent.operations.drift import conflicted_copies
-from mlxops.core.commands.list import EstimateRow, List, ListResult, MemoryRow, ModelRow, UseRow
+from mlxops.core.commands.list import EstimateRow, List, ListResult, MemoryRow, ModelRow, OptionRow, UseRow
 from mlxops.core.errors import Refused
+from mlxops.core.model_options import Origin
 from mlxops.core.registry import Model, Registry
 from mlxops.core.replies import ErrorRow
 
@@ -38,7 +41,16 @@ def _memory(ctx: Context, registry: Registry) -> MemoryRow:
         used_bytes=used,
         left_bytes=limit.size - used,
         servers=tuple(
-            UseRow(use.port, use.model, use.owner, use.pid, use.estimated_bytes, use.resident_bytes, use.counted)
+            UseRow(
+                port=use.port,
+                model=use.model,
+                owner=use.owner,
+                pid=use.pid,
+                estimated_bytes=use.estimated_bytes,
+                resident_bytes=use.resident_bytes,
+                counted_bytes=use.counted,
+                limit_bytes=use.limit_bytes,
+            )
             for use in uses
         ),
     )
@@ -77,10 +89,21 @@ def _model_row(ctx: Context, model: Model, *, memory: bool) -> ModelRow:
         engine=model.engine or ctx.paths.settings.engine,
         size_bytes=files.size_bytes if files else None,
         context_length=model.context_length or (facts.context_length if facts else None),
-        flags=option_rows(ctx, model, path),
+        flags=(*option_rows(ctx, model, path), *_budget_rows(ctx, model)),
         problems=tuple(problems),
         memory=_estimate(path, model) if memory and path else None,
     )
+
+
+def _budget_rows(ctx: Context, model: Model) -> Iterator[OptionRow]:
+    """Yield the limits that the model's server got at its load."""
+    run = None
+    with contextlib.suppress(OSError, ValueError):
+        run = ctx.store.run(model.port) if model.port is not None else None
+    if run is None or run.model != model.name or run.boot_id != ctx.system.boot_id():
+        return
+    for option, value in zip(run.budget[::2], run.budget[1::2], strict=False):
+        yield OptionRow(option.removeprefix("--").replace("-", "_"), int(value), Origin.BUDGET.value)
 
 
 def _estimate(path: Path, model: Model) -> EstimateRow | None:

@@ -8,7 +8,9 @@ import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
+from mlxops.agent.engines import ENGINES
 from mlxops.agent.engines.argv import long_options
+from mlxops.agent.engines.installation import installed_version
 from mlxops.agent.host.system import System
 from mlxops.agent.hub.snapshot import shape, weight_files
 from mlxops.agent.paths import HostPaths
@@ -16,6 +18,7 @@ from mlxops.agent.serving import servers
 from mlxops.agent.serving.observe import real_path, repo_of
 from mlxops.agent.serving.servers import ServerProcess
 from mlxops.core import memory
+from mlxops.core.budget import Limits, limited
 from mlxops.core.errors import Refused
 from mlxops.core.frozen import dataclass
 from mlxops.core.memory import Estimate, Use
@@ -109,6 +112,10 @@ def _use(world: World, system: System, server: ServerProcess, view: PortView | N
     flags = long_options(process.argv)
     context, model_type = flags.get("--context-length", ""), flags.get("--model-type", "lm")
     expected = estimate_of(Path(path), int(context) if context.isdecimal() else None, model_type) if path else None
+    engine = ENGINES[server.engine]
+    version = view.run.engine_version if view and view.run else installed_version(process.argv, engine.distribution)
+    own = engine.read_limits(process.argv)
+    cached = engine.keeps_caches_in_memory(version)
     owner = "hand" if process.uid == os.getuid() else "foreign"
     return Use(
         port=view.port if view else _server_port(world, system, server),
@@ -117,6 +124,8 @@ def _use(world: World, system: System, server: ServerProcess, view: PortView | N
         pid=process.pid,
         estimated_bytes=expected.total if expected else None,
         resident_bytes=system.memory(server.family) or None,
+        limit_bytes=limited(expected, own, cached=cached).total if expected and own != Limits() else None,
+        unbounded=model_type == "lm" and engine.is_unbounded(process.argv, version),
     )
 
 

@@ -13,7 +13,7 @@ from mlxops.core.wire import omitted
 
 @dataclass(frozen=True)
 class OptionRow:
-    """An option of a model. `origin`: registry, family or settings."""
+    """An option of a model. `origin`: registry, family, settings, or budget (a limit that its load chose)."""
 
     key: str
     value: str | int | bool | tuple[str, ...] | None
@@ -82,6 +82,8 @@ class UseRow:
     """What the process holds now."""
     counted_bytes: int
     """The larger of the two."""
+    limit_bytes: int | None = None
+    """What it may take if it uses the limits of its command to the full; None if it has none."""
 
 
 @dataclass(frozen=True)
