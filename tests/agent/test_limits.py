@@ -11,6 +11,14 @@ from typing import Any
 
 import pytest
 
+from mlxops.agent.engines import engine_named
+from mlxops.agent.engines.base import ServerSpec
+from mlxops.agent.operations.limits import awaited
+from mlxops.agent.serving.memory import estimate_of
+from mlxops.core.memory import Use
+from mlxops.core.model_options import Option, Origin
+from mlxops.core.planner import LoadPlan, ModelRef, Outcome
+from mlxops.core.registry import Model, parse
 from tests.agent.test_openai_server import office
 from tests.lab import cache, models
 from tests.lab.homelab import Homelab, Studio
@@ -112,6 +120,9 @@ def test_mlx_lm_gets_limits_that_are_never_drift(homelab: Homelab, studio: Studi
     told = studio.mlxctl("load", QWEN, str(first)).ok().stderr
     assert "no limits of its memory are set: the installed mlx-lm is not known to have any" in told
     assert record(studio, first)["budget"] == [] and drift(studio) == []
+    studio.mlxctl("unload", str(second)).ok()
+    warned = next(note for note in ready(studio, LLAMA, str(second))["notes"] if "no limit of the contexts" in note)
+    assert f"{QWEN} on {first}" in warned and f"{LLAMA} on {second}" in warned
     studio.mlxctl("unload-all", "--yes").ok()
 
 
@@ -137,6 +148,82 @@ def test_mlx_openai_server_gets_limits_beside_those_of_its_entry(homelab: Homela
     assert kept, "a kept context is a file"
     assert drift(studio) == []
     studio.mlxctl("unload", str(port)).ok()
+
+
+# -- without a real engine -------------------------------------------------------------------------------------------
+
+
+def spec(*options: Option, **fields: object) -> ServerSpec:
+    model = Model("jerry", "org/jerry", **fields)  # type: ignore[arg-type]  # as each test says
+    return ServerSpec(model, "jerry-xl", Path("/hub/sha"), "127.0.0.1", 8100, Path("/run"), options)
+
+
+LM = ("--decode-concurrency", "--prompt-concurrency", "--prompt-cache-bytes")
+OPENAI = ("--decode-concurrency", "--prompt-concurrency", "--max-bytes")
+
+
+@pytest.mark.parametrize(
+    ("engine", "serving", "added"),
+    [
+        ("mlx-lm", spec(), LM),
+        ("mlx-lm", spec(args=("--max-tokens", "5")), LM),
+        ("mlx-lm", spec(args=("--decode-concurrency=4",)), LM[1:]),
+        ("mlx-lm", spec(args=("--prompt-cache-b", "4GB")), LM[:2]),
+        ("mlx-lm", spec(args=("--de", "4", "--prompt-co", "2")), LM[2:]),
+        ("mlx-openai-server", spec(), OPENAI),
+        ("mlx-openai-server", spec(args=("--max-bytes", "7")), OPENAI[:2]),
+        ("mlx-openai-server", spec(Option("model_type", "multimodal", Origin.REGISTRY)), OPENAI[:2]),
+        ("mlx-openai-server", spec(args=("--model-type", "multimodal")), OPENAI[:2]),
+        ("mlx-openai-server", spec(args=("--model-type", "whisper")), ()),
+    ],
+)
+def test_load_adds_only_options_that_the_entry_leaves_open(
+    engine: str, serving: ServerSpec, added: tuple[str, ...]
+) -> None:
+    assert engine_named(engine).limit_options(serving).all == added
+
+
+@pytest.mark.parametrize(
+    ("engine", "version", "arguments", "unbounded"),
+    [
+        ("mlx-lm", "0.32.2", (), True),
+        ("mlx-lm", "0.32.2", ("--decode-concurrency", "4"), True),
+        ("mlx-lm", "0.32.2", ("--prompt-cache-bytes", "4GB"), False),
+        ("mlx-lm", None, ("--prompt-cache-b=4000",), False),
+        ("mlx-openai-server", "1.7.1", (), True),
+        ("mlx-openai-server", "1.7.1", ("--max-bytes", "4000"), False),
+        ("mlx-openai-server", "1.8.1", ("--max-bytes", "4000"), True),
+        ("mlx-openai-server", "1.8.1", ("--decode-concurrency", "4"), False),
+        ("mlx-openai-server", None, ("--decode-concurrency", "4"), False),
+    ],
+)
+def test_server_is_unbounded_if_nothing_limits_its_contexts(
+    engine: str, version: str | None, arguments: tuple[str, ...], unbounded: bool
+) -> None:
+    assert engine_named(engine).is_unbounded(("x", "--model", "m", *arguments), version) == unbounded
+
+
+def test_limits_leave_room_for_assigned_models_that_do_not_serve(tmp_path: Path) -> None:
+    """After a reboot, `restore` loads one after the other."""
+    entries = {}
+    for name, port in (("a", 8103), ("b", 8104), ("c", 8102), ("d", None)):
+        path = models.install_snapshot(tmp_path, f"org/{name}", models.tiny_models() / models.QWEN)
+        entries[name] = {"repo_id": f"org/{name}", "cache_path": str(path), "port": port}
+    known = parse(json.dumps({"version": 1, "models": entries}).encode())
+    plan = LoadPlan(ModelRef("a", "org/a", None, known.models["a"]), 8103, "a", Outcome.START)
+    one = estimate_of(Path(str(entries["b"]["cache_path"])))
+    assert one is not None
+    serving = Use(8102, "c", "mlxops", 10, one.total, None)
+    assert awaited(known, plan, []) == 2 * one.total, "b and c, but not what is loaded, and not what has no port"
+    assert awaited(known, plan, [serving]) == one.total
+
+
+@pytest.mark.usefixtures("quick_engine")
+def test_engine_behind_an_unknown_program_gets_no_limits(studio: Studio) -> None:
+    port = studio.ports[0]
+    told = studio.mlxctl("load", QWEN, str(port)).ok().stderr
+    assert "no limits of its memory are set: the installed mlx-lm is not known to have any" in told
+    studio.mlxctl("unload-all", "--yes").ok()
 
 
 @pytest.mark.usefixtures("quick_engine")

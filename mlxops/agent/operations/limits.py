@@ -46,7 +46,7 @@ def give(
 
     `options`: those of `installed_options`. `need`: its estimate. `staying`: the other servers. `size`: the budget.
     """
-    spare = size - sum(use.possible for use in staying) - _awaited(registry, plan, staying) - need.total
+    spare = size - sum(use.possible for use in staying) - awaited(registry, plan, staying) - need.total
     prepared = replace(prepared, budget=_choose(options, prepared, need, spare))
     most = budget.limited(need, _limits(prepared), cached=_keeps_caches(prepared))
     ctx.note(_describe(prepared, most))
@@ -60,7 +60,7 @@ def _choose(options: LimitOptions, prepared: Prepared, need: Estimate, spare: in
     return options.words(budget.choose(need, spare, own, cached=_keeps_caches(prepared)))
 
 
-def _awaited(registry: Registry, plan: LoadPlan, staying: Sequence[Use]) -> int:
+def awaited(registry: Registry, plan: LoadPlan, staying: Sequence[Use]) -> int:
     """Return the bytes that the assigned models need that do not serve. After a reboot, the first must leave room."""
     taken = {plan.port, *(use.port for use in staying)}
     models = [each for each in registry.models.values() if each.port not in taken and each.name != plan.target.name]
