@@ -9,8 +9,8 @@ from mlxops.agent.operations.preflight import Prepared, commit
 from mlxops.agent.operations.server_names import names_of
 from mlxops.agent.state.store import utc_now
 from mlxops.common.http import NoCompletion
-from mlxops.core.budget import limits_at_end
 from mlxops.core import refusals
+from mlxops.core.budget import limits_at_end
 from mlxops.core.commands.load import Load
 from mlxops.core.errors import MlxopsError, Refused
 from mlxops.core.names import shown
