@@ -159,7 +159,7 @@ class Engine(ABC):
 
     def read_limits(self, argv: Sequence[str]) -> Limits:
         """Return the limits that a command sets."""
-        given = long_options(argv)
+        given = {key: value for key, value in long_options(argv).items() if len(key) > len("--d")}
         options = self.limits.all
         return self.limits.read({each: given[key] for key in given for each in options if each.startswith(key)})
 
