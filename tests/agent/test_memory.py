@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from mlxops.agent.context import Context
+from mlxops.agent.host.darwin import default_gpu_limit
+from mlxops.agent.host.memory import HostMemory
 from mlxops.agent.host.system import LinuxSystem, System, this_system
 from mlxops.agent.operations import prefetch, stop
 from mlxops.agent.paths import HostPaths, host_paths
@@ -35,11 +37,9 @@ from tests.lab.world import free_port
 
 GB = 10**9
 
-STUDIO_256 = {"iogpu.wired_limit_mb": "241644\n", "hw.memsize": "274877906944\n"}
-"""`sysctl -n` on the homelab's Mac Studio, 256 GB, with its raised limit."""
-FRESH_MAC = {"iogpu.wired_limit_mb": "0\n", "hw.memsize": "274877906944\n"}
-OLD_MAC = {"iogpu.wired_limit_mb": "", "hw.memsize": "68719476736\n"}
-"""Before macOS 14: `unknown oid`, on standard error."""
+STUDIO_256 = HostMemory(274877906944, gpu_limit=241_644 * 1024 * 1024, gpu_limit_set=True)
+"""The homelab's Mac Studio, 256 GB, with its raised limit."""
+FRESH_MAC = HostMemory(274877906944, gpu_limit=default_gpu_limit(274877906944))
 
 
 def here(tmp_path: Path, **settings: object) -> HostPaths:
@@ -48,22 +48,22 @@ def here(tmp_path: Path, **settings: object) -> HostPaths:
 
 
 @pytest.mark.parametrize(
-    ("printed", "size", "source"),
+    ("host", "size", "source"),
     [
         (STUDIO_256, 241_644 * 1024 * 1024, "iogpu.wired_limit_mb"),
-        (FRESH_MAC, 206_158_430_208, "three quarters of RAM"),
-        (OLD_MAC, 51_539_607_552, "three quarters of RAM"),
+        (FRESH_MAC, 206_158_430_208, "the GPU's default limit"),
+        (HostMemory(100), 90, "nine tenths of RAM"),
     ],
 )
-def test_budget_on_macos_is_the_gpus_wired_limit(
-    tmp_path: Path, printed: dict[str, str], size: int, source: str
+def test_budget_is_the_gpus_wired_limit_or_a_share_of_ram(
+    tmp_path: Path, host: HostMemory, size: int, source: str
 ) -> None:
-    found = budget(here(tmp_path), printed.__getitem__)
+    found = budget(here(tmp_path), host)
     assert found.size == size and found.source.startswith(source)
 
 
 def test_memory_setting_overrides_the_system(tmp_path: Path) -> None:
-    found = budget(here(tmp_path, memory=186 * GB), STUDIO_256.__getitem__)
+    found = budget(here(tmp_path, memory=186 * GB), STUDIO_256)
     assert (found.size, found.source) == (186 * GB, "memory in hosts.yaml")
     assert 0 < budget(here(tmp_path)).size < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 
 from mlxops.agent.host.memory import HostMemory
@@ -63,23 +63,37 @@ def decode_footprint(usage: bytes) -> int:
     return int(RUSAGE.unpack(usage)[_PHYS_FOOTPRINT])
 
 
-def host_memory() -> HostMemory:
-    return decode_host_memory(_sysctl, _vm_statistics())
+def host_memory(pids: Iterable[int]) -> HostMemory:
+    """`pids`: all processes."""
+    return decode_host_memory(_sysctl, _vm_statistics(), _held(pids))
 
 
-def decode_host_memory(sysctl: Sysctl, statistics: bytes | None) -> HostMemory:
-    """`statistics`: a vm_statistics64; None if the kernel did not return one."""
+def unexplained(pids: Iterable[int]) -> int | None:
+    """Return how much more is in use than `pids`, all processes, hold; None if not known."""
+    in_use = decode_host_memory(_sysctl, _vm_statistics(), 0).in_use
+    return None if in_use is None else in_use - _held(pids)
+
+
+def _held(pids: Iterable[int]) -> int:
+    """Return what processes hold together. Those of other users count as nothing."""
+    return sum(footprint(pid) or 0 for pid in pids)
+
+
+def decode_host_memory(sysctl: Sysctl, statistics: bytes | None, held: int) -> HostMemory:
+    """`statistics`: a vm_statistics64; None if the kernel did not return one. `held`: by all visible processes."""
     total, page = _number(sysctl("hw.memsize")) or 0, _number(sysctl("hw.pagesize")) or 0
     pages = VM_STATISTICS.unpack(statistics) if statistics else None
+    wired = pages[_WIRED] * page if pages else None
     limit = (_number(sysctl("iogpu.wired_limit_mb")) or 0) * MIB
     swap_total, swap_used = _swap(sysctl("vm.swapusage"))
     return HostMemory(
         total,
         # Compressed memory counts with its full size, as in the footprints of its processes.
         in_use=(pages[_WIRED] + pages[_INTERNAL] + pages[_COMPRESSED]) * page if pages else None,
-        wired=pages[_WIRED] * page if pages else None,
+        wired=wired,
+        unexplained_wired=None if wired is None else max(0, wired - held),
         gpu_limit=limit or default_gpu_limit(total),
-        gpu_limit_raised=limit > default_gpu_limit(total),
+        gpu_limit_set=limit > 0,
         pressure=PRESSURE.get(_number(sysctl("kern.memorystatus_vm_pressure_level")) or 0),
         swap_total=swap_total,
         swap_used=swap_used,

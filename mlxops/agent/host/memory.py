@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,9 +18,11 @@ class HostMemory:
     """What cannot be had without swapping or ending a process."""
     wired: int | None = None
     """macOS: memory that cannot be swapped. The GPU's buffers are part of it."""
+    unexplained_wired: int | None = None
+    """macOS: how much more is wired than all visible processes hold."""
     gpu_limit: int | None = None
     """macOS: the most that the GPU may wire."""
-    gpu_limit_raised: bool = False
+    gpu_limit_set: bool = False
     """An administrator set the limit. It is forgotten at a reboot."""
     pressure: str | None = None
     """macOS: normal, warning or critical."""
@@ -58,10 +59,3 @@ def _stalled_percent(text: str) -> float:
     """Return avg10 of the line `some` (Documentation/accounting/psi.rst)."""
     some = next(line for line in text.splitlines() if line.startswith("some "))
     return float(some.split()[1].removeprefix("avg10="))
-
-
-def resident(statm: bytes) -> tuple[int, int]:
-    """Return the resident bytes of /proc/PID/statm, and how many of them may be shared: files and shared memory."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    fields = statm.split()
-    return int(fields[1]) * page, int(fields[2]) * page

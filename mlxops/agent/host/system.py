@@ -15,13 +15,15 @@ from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import field
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from mlxops.agent.host import sockets
-from mlxops.agent.host.memory import HostMemory, kilobytes, linux_memory, resident
 from mlxops.agent.host.sockets import Socket
 from mlxops.core.errors import Refused
 from mlxops.core.frozen import dataclass
+
+if TYPE_CHECKING:
+    from mlxops.agent.host.memory import HostMemory
 
 _SHORTAGE_ERRORS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
 """Errors because this process has no descriptor or memory left. They do not mean that the object is absent.
@@ -323,7 +325,7 @@ class LinuxSystem:
         private, shared = 0, 0
         for pid in pids:
             try:
-                whole, common = resident(_read(f"{self.root}/{pid}/statm"))
+                whole, common = _resident(_read(f"{self.root}/{pid}/statm"))
             except PermissionError:
                 return None
             except (OSError, IndexError):
@@ -336,6 +338,8 @@ class LinuxSystem:
         # The kernel walks every page: 40 ms for each GB. A single process shares next to nothing.
         if held is None or len(pids) < 2 or held > MAX_WALKED_BYTES:
             return held
+        from mlxops.agent.host.memory import kilobytes
+
         total = 0
         for pid in pids:
             try:
@@ -347,6 +351,8 @@ class LinuxSystem:
         return total
 
     def host_memory(self) -> HostMemory:
+        from mlxops.agent.host.memory import linux_memory
+
         return linux_memory(self.root)
 
     def unexplained(self, pids: Collection[int]) -> int | None:
@@ -359,6 +365,8 @@ class LinuxSystem:
         return in_use - private - shared
 
     def _status(self, pid: int) -> Mapping[str, int]:
+        from mlxops.agent.host.memory import kilobytes
+
         try:
             return kilobytes(os.fsdecode(_read(f"{self.root}/{pid}/status")))
         except OSError as error:
@@ -545,15 +553,14 @@ class PsutilSystem:
             return LinuxSystem().host_memory()
         from mlxops.agent.host import darwin
 
-        return darwin.host_memory()
+        return darwin.host_memory(_all_pids())
 
     def unexplained(self, pids: Collection[int]) -> int | None:
         if sys.platform != "darwin":
             return LinuxSystem().unexplained(pids)
         from mlxops.agent.host import darwin
 
-        in_use = self.host_memory().in_use
-        return None if in_use is None else in_use - sum(darwin.footprint(pid) or 0 for pid in _all_pids())
+        return darwin.unexplained(_all_pids())
 
     def available(self) -> int | None:
         import psutil
@@ -593,3 +600,10 @@ def _read(path: str) -> bytes:
         return b"".join(parts)
     finally:
         os.close(descriptor)
+
+
+def _resident(statm: bytes) -> tuple[int, int]:
+    """Return the resident bytes of /proc/PID/statm, and how many of them may be shared: files and shared memory."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    fields = statm.split()
+    return int(fields[1]) * page, int(fields[2]) * page

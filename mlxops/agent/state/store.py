@@ -241,18 +241,22 @@ class Store:
 
     # Stranded memory
 
+    @property
+    def stranded_path(self) -> Path:
+        return self.state / "stranded.json"
+
     def stranded(self, boot_id: str) -> Stranded | None:
         """Return the record of memory stranded since this boot; None if there is none.
 
         Raises `ValueError` if the file is damaged, `OSError` if it cannot be read.
         """
-        data = read_if_exists(self.state / "stranded.json")
+        data = read_if_exists(self.stranded_path)
         record = None if data is None else stranded_from_wire(parse_object(data))
         return record if record and record.boot_id == boot_id else None
 
     def save_stranded(self, record: Stranded) -> None:
         with self._report_unwritable():
-            write_durably(self.state / "stranded.json", json.dumps(record.to_wire()).encode())
+            write_durably(self.stranded_path, json.dumps(record.to_wire()).encode())
 
     # The engines' --help
 
