@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from mlxops.core.frozen import dataclass
@@ -47,6 +48,39 @@ def linux_memory(root: Path) -> HostMemory:
         swap_total=swap,
         swap_used=None if swap is None or swap_free is None else swap - swap_free,
     )
+
+
+def linux_unexplained(root: Path, pids: Iterable[int]) -> int | None:
+    """Return the bytes in use that are neither private memory of a process nor shared memory of `pids`.
+
+    The kernel counts private memory for all processes together (AnonPages), so a process that starts or ends during
+    this changes nothing. None if the kernel does not say. Raises `OSError`.
+    """
+    fields = kilobytes((root / "meminfo").read_text())
+    available, private = fields.get("MemAvailable"), fields.get("AnonPages")
+    if available is None or private is None:
+        return None
+    shared = max((_shared(root, pid) for pid in pids), default=0)
+    return fields["MemTotal"] - available - _free_in_lists(root) - private - shared
+
+
+def _free_in_lists(root: Path) -> int:
+    """Return the free bytes in the processors' own lists (/proc/zoneinfo, `count` of the pagesets).
+
+    They may be hundreds of megabytes just after a process has ended, and are not part of MemAvailable.
+    """
+    try:
+        lines = (line.split() for line in (root / "zoneinfo").read_text().splitlines())
+    except OSError:
+        return 0
+    return sum(int(words[1]) for words in lines if words[:1] == ["count:"]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _shared(root: Path, pid: int) -> int:
+    """Return the shared memory that a process uses, without files; 0 if it has ended."""
+    with contextlib.suppress(OSError):
+        return kilobytes((root / str(pid) / "status").read_text(errors="replace")).get("RssShmem", 0)
+    return 0
 
 
 def kilobytes(text: str) -> Mapping[str, int]:

@@ -356,22 +356,9 @@ class LinuxSystem:
         return linux_memory(self.root)
 
     def unexplained(self, pids: Collection[int]) -> int | None:
-        in_use = self.host_memory().in_use
-        if in_use is None:
-            return None
-        rows = {pid: self._status(pid) for pid in self._pids()}
-        private = sum(row.get("RssAnon", 0) for row in rows.values())
-        shared = max((rows[pid].get("RssShmem", 0) for pid in pids if pid in rows), default=0)
-        return in_use - private - shared
+        from mlxops.agent.host.memory import linux_unexplained
 
-    def _status(self, pid: int) -> Mapping[str, int]:
-        from mlxops.agent.host.memory import kilobytes
-
-        try:
-            return kilobytes(os.fsdecode(_read(f"{self.root}/{pid}/status")))
-        except OSError as error:
-            _check_shortage(error)
-            return {}
+        return linux_unexplained(self.root, pids)
 
     def available(self) -> int | None:
         for line in _read(f"{self.root}/meminfo").decode().splitlines():

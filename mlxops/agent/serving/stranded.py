@@ -2,7 +2,8 @@
 
 On macOS, a process that ends too early can leave wired memory that belongs to no process. It is claimed only from two
 looks, before and after a stop. Each look counts the memory in use that no visible process explains: if that is more
-after the stop than before, the difference is stranded. So a server that starts or grows in between does not count.
+after the stop than before, the difference is stranded. A server that starts or grows in between does not matter. What a
+living server keeps to use it again is part of what it holds.
 
 Processes of other users may be invisible, and then their growth looks the same. The claim is therefore compared with
 every later look, and shrinks when that memory is available again.
