@@ -1,4 +1,4 @@
-"""The memory of a host: budget, use, prefetch, and memory that a stopped server returns."""
+"""The memory of a host: budget, use and prefetch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import mmap
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from mlxops.agent.context import Context
 from mlxops.agent.host.darwin import default_gpu_limit
 from mlxops.agent.host.memory import HostMemory
 from mlxops.agent.host.system import LinuxSystem, System, this_system
-from mlxops.agent.operations import prefetch, stop
+from mlxops.agent.operations import prefetch
 from mlxops.agent.paths import HostPaths, host_paths
 from mlxops.agent.serving.memory import Budget, budget, check_fits, estimate_of, in_use
 from mlxops.agent.serving.observe import observe
@@ -337,23 +337,6 @@ def test_weights_are_not_prefetched_if_memory_is_short(tmp_path: Path, cold: Pat
     prefetch.prefetch_weights(ctx, cold, "m")
     assert cached_share(cold / "model.safetensors") < 0.5
     assert isinstance(events[0], Note) and "not read ahead" in events[0].message
-
-
-# -- memory comes back ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("available", "said"),
-    [((100 * GB, 100 * GB, 140 * GB), False), ((100 * GB, 101 * GB), True)],
-    ids=["a little later", "not at all"],
-)
-def test_memory_of_a_stopped_server_is_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, available: Iterable[int], said: bool
-) -> None:
-    monkeypatch.setattr(stop, "MEMORY_SECONDS", 0.3)
-    ctx, events = context(tmp_path, Stubborn(*available))
-    stop._check_memory_return(ctx, 100 * GB, 60 * GB)
-    assert [isinstance(event, Note) and "did not return" in event.message for event in events] == [True] * said
 
 
 def test_latent_model_served_as_multimodal_is_estimated_with_full_keys_and_values(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def still_missing(store: Store, system: System) -> Stranded | None:
     if record is None or now is None:
         return None
     size = min(record.size, now - record.baseline)
-    return replace(record, size=size) if size >= record.size * MIN_SHARE else None
+    return replace(record, size=size) if size >= MIN_BYTES else None
 
 
 def _read(store: Store, system: System) -> Stranded | None:
