@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from mlxops.agent.context import Context
-from mlxops.agent.host.system import LinuxSystem, this_system
+from mlxops.agent.host.memory import kilobytes
+from mlxops.agent.host.system import LinuxSystem
 from mlxops.agent.operations import list as list_operation
 from mlxops.agent.operations import status
 from mlxops.agent.operations.stop import stop as stop_server
@@ -42,6 +43,20 @@ GB = 10**9
 SIZE = 192 * MB
 NOISE = 64 * MB
 """What other programs of this machine may take or free during a test."""
+
+SHARED = Path("/dev/shm")
+OWN = f"mlxops-test-{os.getpid()}"
+
+
+class Alone(LinuxSystem):
+    """This machine without the shared memory of other programs: other tests may use it at the same time."""
+
+    def unexplained(self, pids: Collection[int]) -> int | None:
+        found = super().unexplained(pids)
+        shared = kilobytes((self.root / "meminfo").read_text())["Shmem"]
+        own = sum(path.stat().st_blocks * 512 for path in SHARED.glob(f"{OWN}*"))
+        return None if found is None else found - shared + own
+
 
 HOLDER = """
 import mmap, os, sys
@@ -81,7 +96,7 @@ def hold() -> Iterator[Hold]:
 @pytest.fixture
 def leftover() -> Iterator[Path]:
     """A file in memory that outlives the process which fills it."""
-    path = Path(f"/dev/shm/mlxops-test-{os.getpid()}")
+    path = SHARED / OWN
     yield path
     path.unlink(missing_ok=True)
 
@@ -98,7 +113,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
 def stop(store: Store, child: subprocess.Popen[str], *, meanwhile: Callable[[], object] = lambda: None) -> list[str]:
     """Kill a process as a stop does. Return the warnings."""
     notes: list[str] = []
-    system = this_system()
+    system = Alone()
     with expect_return(
         store, system, port=8100, model="m", pids=[child.pid], note=lambda text, level: notes.append(text)
     ):
@@ -111,11 +126,11 @@ def stop(store: Store, child: subprocess.Popen[str], *, meanwhile: Callable[[], 
 def test_memory_that_stays_behind_is_stranded_until_it_returns(store: Store, hold: Hold, leftover: Path) -> None:
     (note,) = stop(store, hold(str(leftover)))
     assert "of memory did not return within" in note and "only a reboot returns it" in note
-    found = still_missing(store, this_system())
+    found = still_missing(store, Alone())
     assert found is not None and (found.port, found.model) == (8100, "m")
     assert found.size == pytest.approx(SIZE, abs=NOISE)
     leftover.unlink()
-    assert still_missing(store, this_system()) is None
+    assert still_missing(store, Alone()) is None
 
 
 def test_memory_that_returns_is_not_stranded(store: Store, hold: Hold, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,13 +150,13 @@ def test_second_stop_adds_only_what_is_still_missing(store: Store, hold: Hold, l
     try:
         stop(store, hold(str(leftover)))
         stop(store, hold(str(other)))
-        both = still_missing(store, this_system())
+        both = still_missing(store, Alone())
         assert both is not None and both.size == pytest.approx(2 * SIZE, abs=2 * NOISE)
         leftover.unlink()
-        one = still_missing(store, this_system())
+        one = still_missing(store, Alone())
         assert one is not None and one.size == pytest.approx(SIZE, abs=NOISE)
         stop(store, hold(str(leftover)))
-        again = still_missing(store, this_system())
+        again = still_missing(store, Alone())
         assert again is not None and again.size == pytest.approx(2 * SIZE, abs=2 * NOISE)
     finally:
         other.unlink(missing_ok=True)
@@ -151,16 +166,16 @@ def test_stop_that_fails_claims_nothing(store: Store, hold: Hold, leftover: Path
     child = hold(str(leftover))
     with (
         pytest.raises(Refused),
-        expect_return(store, this_system(), port=8100, model="m", pids=[child.pid], note=lambda text, level: None),
+        expect_return(store, Alone(), port=8100, model="m", pids=[child.pid], note=lambda text, level: None),
     ):
         raise Refused("not_ours", "it is not signalled")
     assert not store.stranded_path.exists()
 
 
-class Blind(LinuxSystem):
+class Blind(Alone):
     """A system that cannot measure the memory in use."""
 
-    def unexplained(self, pids: object) -> int | None:
+    def unexplained(self, pids: Collection[int]) -> int | None:
         return None
 
 
@@ -169,13 +184,13 @@ def test_nothing_is_claimed_or_refused_if_memory_cannot_be_measured(store: Store
     with expect_return(store, Blind(), port=8100, model="m", pids=[child.pid], note=print):
         child.kill()
     assert not store.stranded_path.exists()
-    store.save_stranded(Stranded(this_system().boot_id(), GB, 0, 8100, "m", "now"))
+    store.save_stranded(Stranded(Alone().boot_id(), GB, 0, 8100, "m", "now"))
     assert still_missing(store, Blind()) is None
 
 
 def test_record_of_an_earlier_boot_is_ignored(store: Store) -> None:
     store.save_stranded(Stranded("another boot", GB, -(10**15), 8100, "m", "now"))
-    assert still_missing(store, this_system()) is None
+    assert still_missing(store, Alone()) is None
 
 
 def test_time_to_return_grows_with_the_size() -> None:
@@ -197,7 +212,7 @@ def test_stopping_a_server_records_what_it_leaves_behind(tmp_path: Path, store: 
     argv = (sys.executable, "-S", "-c", HOLDER, str(leftover), str(SIZE))
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as child:
         assert child.stdout is not None and child.stdout.readline() == b"holds\n"
-        process = this_system().process(child.pid)
+        process = Alone().process(child.pid)
         assert process is not None
         server = Server(child.pid, process.pgid, "mlx-lm", "m", argv, process.start)
         view = PortView(free_port(), None, State.READY, Owner.HAND, "m", pid=child.pid, server=server)
@@ -205,7 +220,7 @@ def test_stopping_a_server_records_what_it_leaves_behind(tmp_path: Path, store: 
         reaper.start()
         stop_server(context(tmp_path, store, "unload"), view, grace=10)
         reaper.join()
-    found = still_missing(store, this_system())
+    found = still_missing(store, Alone())
     assert found is not None and (found.port, found.model) == (view.port, "m")
     assert found.size == pytest.approx(SIZE, abs=NOISE)
 
@@ -219,13 +234,13 @@ def context(tmp_path: Path, store: Store, command: str) -> Context:
     )
     paths = host_paths(settings, {"HOME": str(tmp_path)})
     request = envelope(command, {}, settings, "").request
-    return Context(request, paths, store, this_system(), lambda event: None, {})
+    return Context(request, paths, store, Alone(), lambda event: None, {})
 
 
 @pytest.fixture
 def record(store: Store) -> Stranded:
     """A record of 100 GB that are still missing: the baseline is that much below what no process explains now."""
-    system = this_system()
+    system = Alone()
     now = system.unexplained(())
     assert now is not None
     made = Stranded(system.boot_id(), 100 * GB, now - 101 * GB, 8101, "big", "2026-01-02T03:04:05Z")
@@ -271,7 +286,7 @@ def test_damaged_record_is_drift_and_refuses_nothing(tmp_path: Path, store: Stor
 def test_stop_after_a_damaged_record_writes_a_new_one(store: Store, hold: Hold, leftover: Path) -> None:
     store.stranded_path.write_text("{")
     stop(store, hold(str(leftover)))
-    found = still_missing(store, this_system())
+    found = still_missing(store, Alone())
     assert found is not None and replace(found, size=0, baseline=0, stopped_at="") == Stranded(
-        this_system().boot_id(), 0, 0, 8100, "m", ""
+        Alone().boot_id(), 0, 0, 8100, "m", ""
     )
