@@ -205,7 +205,7 @@ class World:
     boot: tuple[JobState, ...] = ()
     """The boot jobs of the observed ports."""
     stranded: Stranded | None = None
-    """Memory that stopped servers did not return; None if there is none, or if it cannot be told."""
+    """Memory that stopped servers did not return; None if there is none, or if that is not known."""
 
 
 def judge(signals: Signals, registry: Registry) -> PortView:

@@ -47,7 +47,7 @@ VM_STATISTICS64 = (
 
 
 def usage(**members: int) -> bytes:
-    """Build a rusage_info_v4. A member that is not given has a number that tells it apart."""
+    """Build a rusage_info_v4. A member that is not given has its own number."""
     numbers = [members.pop(name, index + 1) for index, name in enumerate(RUSAGE_INFO_V4)]
     assert not members
     return bytes(range(16)) + b"".join(number.to_bytes(8, "little") for number in numbers)
@@ -85,7 +85,7 @@ def test_host_memory_is_read_from_the_kernels_structures() -> None:
     assert (memory.pressure, memory.swap_total, memory.swap_used) == ("normal", 2048 * MIB, 1020 * MIB)
 
 
-def test_what_a_mac_does_not_tell_is_none() -> None:
+def test_missing_values_are_none() -> None:
     memory = darwin.decode_host_memory({"hw.memsize": STUDIO_256["hw.memsize"]}.get, None, held=0)
     assert (memory.in_use, memory.wired, memory.unexplained_wired, memory.swap_used) == (None, None, None, None)
     assert memory.pressure is None and memory.gpu_limit == 192 * GIB and not memory.gpu_limit_set
@@ -178,7 +178,7 @@ def libsystem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 
 @pytest.mark.usefixtures("libsystem")
-def test_footprint_tells_hidden_and_ended_processes_apart() -> None:
+def test_footprint_is_none_for_hidden_and_0_for_ended_processes() -> None:
     assert [darwin.footprint(pid) for pid in (1, 2, 3)] == [None, 148 * GIB, 0]
 
 

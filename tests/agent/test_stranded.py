@@ -110,14 +110,14 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     return made
 
 
-def stop(store: Store, child: subprocess.Popen[str], *, meanwhile: Callable[[], object] = lambda: None) -> list[str]:
+def stop(store: Store, child: subprocess.Popen[str], *, between: Callable[[], object] = lambda: None) -> list[str]:
     """Kill a process as a stop does. Return the warnings."""
     notes: list[str] = []
     system = Alone()
     with expect_return(
         store, system, port=8100, model="m", pids=[child.pid], note=lambda text, level: notes.append(text)
     ):
-        meanwhile()
+        between()
         child.kill()
         child.wait()
     return notes
@@ -141,8 +141,8 @@ def test_memory_that_returns_is_not_stranded(store: Store, hold: Hold, monkeypat
     assert not store.stranded_path.exists()
 
 
-def test_memory_that_another_process_takes_meanwhile_is_not_stranded(store: Store, hold: Hold) -> None:
-    assert stop(store, hold("private"), meanwhile=lambda: hold("private")) == []
+def test_memory_that_another_process_takes_is_not_stranded(store: Store, hold: Hold) -> None:
+    assert stop(store, hold("private"), between=lambda: hold("private")) == []
 
 
 def test_second_stop_adds_only_what_is_still_missing(store: Store, hold: Hold, leftover: Path) -> None:

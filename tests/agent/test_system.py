@@ -454,7 +454,7 @@ def test_memory_of_a_linux_host_is_read_from_its_files(tmp_path: Path) -> None:
     assert linux_unexplained(tmp_path, ()) == (263753480 - 58120124 - 198000000) * 1024 - 1000 * mmap.PAGESIZE
 
 
-def test_what_an_old_kernel_does_not_tell_is_none(tmp_path: Path) -> None:
+def test_figures_that_an_old_kernel_lacks_are_none(tmp_path: Path) -> None:
     (tmp_path / "meminfo").write_text("MemTotal:  100 kB\n")
     memory = linux_memory(tmp_path)
     assert (memory.total, memory.in_use, memory.swap_used) == (102400, None, None)

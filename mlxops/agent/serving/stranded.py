@@ -82,7 +82,7 @@ def _wait(system: System, before: int, held: int) -> int:
 
 
 def _unexplained(system: System, pids: Collection[int] = ()) -> int | None:
-    """Return the memory in use that no process explains; None if that cannot be told now."""
+    """Return the memory in use that no process explains; None if that is not known now."""
     try:
         return system.unexplained(pids)
     except (Refused, OSError):
@@ -94,12 +94,12 @@ def _record(store: Store, system: System, before: int, missing: int, port: int, 
     earlier = _read(store, system)
     still = max(0, min(earlier.size, before - earlier.baseline)) if earlier else 0
     record = Stranded(system.boot_id(), missing + still, before - still, port, model, utc_now())
-    with contextlib.suppress(Refused):  # the warning is given all the same, and the server is stopped
+    with contextlib.suppress(Refused):  # the server is stopped, and the warning is given
         store.save_stranded(record)
 
 
 def still_missing(store: Store, system: System) -> Stranded | None:
-    """Return what is stranded now; None if nothing is, or if it cannot be told."""
+    """Return what is stranded now; None if nothing is, or if that is not known."""
     record = _read(store, system)
     now = _unexplained(system) if record else None
     if record is None or now is None:

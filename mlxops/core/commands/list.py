@@ -222,11 +222,11 @@ def _memory(reply: HostReply[ListResult], *, many: bool) -> str:
 
 def _budget(memory: MemoryRow) -> str:
     parts = {"held": memory.held_bytes, "reserved": memory.reserved_bytes, "stranded": memory.stranded_bytes}
-    told = [f"{name} {size(number)}" for name, number in parts.items() if number]
+    shown = [f"{name} {size(number)}" for name, number in parts.items() if number]
     return ", ".join(
         [
             f"budget {size(memory.budget_bytes)} ({one_line(memory.budget_source)})",
-            f"in use {size(memory.used_bytes)}" + (f" ({', '.join(told)})" if told else ""),
+            f"in use {size(memory.used_bytes)}" + (f" ({', '.join(shown)})" if shown else ""),
             f"left {size(memory.left_bytes)}",
         ]
     )
