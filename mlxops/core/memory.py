@@ -59,9 +59,13 @@ def estimate(weight_bytes: int, cache: KVCache | None, longest: int | None, limi
     return Estimate(weight_bytes, cache.context_bytes(tokens), tokens, cache.state_bytes, cache.certain)
 
 
+STRANDED = "stranded"
+"""The owner of memory that belongs to no process and did not return when its server was stopped."""
+
+
 @dataclass(frozen=True)
 class Use:
-    """A server that takes memory now."""
+    """A server that takes memory now, or will in a moment; or stranded memory."""
 
     port: int | None
     model: str
@@ -99,6 +103,8 @@ class Use:
 
     def __str__(self) -> str:
         size = amount(self.counted) if self.known else "of unknown size"
+        if self.owner == STRANDED:
+            return f"{size} of stranded memory, which only a reboot returns"
         where = f" on {self.port}" if self.port is not None else ""
         return f"{self.model}{where} {size}" + ("" if self.owner == "mlxops" else f" ({self.owner})")
 

@@ -1,4 +1,4 @@
-"""What a host records: runs and operations; and servers without a record. Pure."""
+"""What a host records: runs, operations and stranded memory; and servers without a record. Pure."""
 
 from __future__ import annotations
 
@@ -148,3 +148,33 @@ def run_of(server: Server, port: int, boot_id: str) -> Run:
         adopted=True,
         budget=(),
     )
+
+
+@dataclass(frozen=True)
+class Stranded:
+    """Memory that did not return when servers were stopped since the last boot. All sizes are bytes."""
+
+    boot_id: str
+    size: int
+    """What was missing, over all such stops."""
+    baseline: int
+    """What no process explained before the first of them."""
+    port: int
+    """The port of the last of them."""
+    model: str
+    stopped_at: str
+    """Wall time, for display only."""
+
+    def to_wire(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def stranded_from_wire(wire: Mapping[str, object]) -> Stranded:
+    """Read the record of stranded memory. Raises `ValueError` for anything that `to_wire` cannot have written."""
+    texts = {key: wire.get(key) for key in ("boot_id", "model", "stopped_at")}
+    numbers = {key: wire.get(key) for key in ("size", "baseline", "port")}
+    if not all(isinstance(value, str) for value in texts.values()):
+        raise ValueError("a text is missing")
+    if not all(type(value) is int for value in numbers.values()):
+        raise ValueError("size, baseline and port are not all numbers")
+    return Stranded(**texts, **numbers)  # type: ignore[arg-type]

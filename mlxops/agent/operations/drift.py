@@ -14,6 +14,7 @@ from mlxops.agent.engines.installation import cached_lookups
 from mlxops.agent.serving import logs
 from mlxops.agent.state import recovery
 from mlxops.agent.state.store import format_utc
+from mlxops.common.files import describe_error
 from mlxops.core.dangers import FAST_SYNCH, FAST_SYNCH_WHY, is_set
 from mlxops.core.drift import Drift, DriftCode
 from mlxops.core.errors import MlxopsError
@@ -40,6 +41,7 @@ def further_drift(ctx: Context, registry: Registry, world: World) -> Iterator[Dr
                 yield Drift.of(DriftCode.ENTRY_PROBLEM, model.port, model.name, message, registry=ctx.paths.registry)
     yield from recovery.drift(ctx.store, ctx.paths.settings.ports)
     yield from _big_logs(ctx)
+    yield from _stranded(ctx, world)
     for path in ctx.store.leftovers():
         yield Drift.of(DriftCode.LEFTOVER, None, None, f"{path} was left by a writer that was killed")
 
@@ -78,6 +80,23 @@ def _big_logs(ctx: Context) -> Iterator[Drift]:
     for log, size in logs.too_big(ctx.store.state / "logs"):
         port = int(log.stem) if log.stem.isdecimal() else None
         yield Drift.of(DriftCode.LOG_TOO_BIG, port, None, f"{log} has {amount(size)}")
+
+
+def _stranded(ctx: Context, world: World) -> Iterator[Drift]:
+    """Report memory that stopped servers did not return, or that its record cannot be read."""
+    if record := world.stranded:
+        message = (
+            f"{amount(record.size)} of memory did not return; {record.model} on {record.port} was stopped last, at "
+            f"{record.stopped_at}"
+        )
+        yield Drift.of(DriftCode.MEMORY_STRANDED, None, None, message)
+        return
+    try:
+        ctx.store.stranded("")
+    except (OSError, ValueError) as error:
+        path = ctx.store.stranded_path
+        why = describe_error(error) if isinstance(error, OSError) else str(error)[:200]
+        yield Drift.of(DriftCode.STATE_UNREADABLE, None, None, f"{path} cannot be read: {why}")
 
 
 def settings_drift(ctx: Context, registry: Registry, view: PortView) -> Iterator[Drift]:

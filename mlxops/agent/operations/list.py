@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlxops.agent.context import Context
+from mlxops.agent.host.memory import HostMemory
 from mlxops.agent.operations.drift import conflicted_copies
-from mlxops.core.commands.list import EstimateRow, List, ListResult, MemoryRow, ModelRow, OptionRow, UseRow
+from mlxops.core.commands.list import EstimateRow, HostRow, List, ListResult, MemoryRow, ModelRow, OptionRow, UseRow
 from mlxops.core.errors import Refused
 from mlxops.core.model_options import Origin
 from mlxops.core.registry import Model, Registry
@@ -31,10 +32,13 @@ def run(ctx: Context, request: List) -> ListResult:
 
 def _memory(ctx: Context, registry: Registry) -> MemoryRow:
     from mlxops.agent.serving.memory import budget, in_use
+    from mlxops.core.memory import STRANDED
 
-    limit = budget(ctx.paths)
+    host = ctx.system.host_memory()
+    limit = budget(ctx.paths, host)
     uses = in_use(ctx.observe(registry), ctx.system, ctx.reserved())
     used = sum(use.counted for use in uses)
+    sums = {kind: sum(use.counted for use in uses if use.owner == kind) for kind in ("loading", STRANDED)}
     return MemoryRow(
         budget_bytes=limit.size,
         budget_source=limit.source,
@@ -53,6 +57,25 @@ def _memory(ctx: Context, registry: Registry) -> MemoryRow:
             )
             for use in uses
         ),
+        held_bytes=sum(use.resident_bytes or 0 for use in uses if use.owner not in sums),
+        reserved_bytes=sums["loading"],
+        stranded_bytes=sums[STRANDED],
+        host=_host_row(host),
+    )
+
+
+def _host_row(host: HostMemory) -> HostRow:
+    return HostRow(
+        total_bytes=host.total,
+        in_use_bytes=host.in_use,
+        wired_bytes=host.wired,
+        unexplained_bytes=host.unexplained_wired,
+        gpu_limit_bytes=host.gpu_limit,
+        gpu_limit_set=host.gpu_limit_set,
+        pressure=host.pressure,
+        stalled_percent=host.stalled_percent,
+        swap_total_bytes=host.swap_total,
+        swap_used_bytes=host.swap_used,
     )
 
 
