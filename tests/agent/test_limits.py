@@ -13,7 +13,8 @@ import pytest
 
 from mlxops.agent.engines import engine_named
 from mlxops.agent.engines.base import ServerSpec
-from mlxops.agent.operations.limits import awaited
+from mlxops.agent.host.memory import HostMemory
+from mlxops.agent.operations.limits import awaited, raised_wired_limit
 from mlxops.agent.serving.memory import estimate_of
 from mlxops.core.memory import Use
 from mlxops.core.model_options import Option, Origin
@@ -216,6 +217,17 @@ def test_limits_leave_room_for_assigned_models_that_do_not_serve(tmp_path: Path)
     serving = Use(8102, "c", "mlxops", 10, one.total, None)
     assert awaited(known, plan, []) == 2 * one.total, "b and c, but not what is loaded, and not what has no port"
     assert awaited(known, plan, [serving]) == one.total
+
+
+@pytest.mark.parametrize(
+    ("limit", "is_set", "named"),
+    [(None, False, False), (98304, False, False), (98304, True, False), (120000, True, True)],
+)
+def test_wired_limit_of_a_mac_is_named_if_it_is_raised(limit: int | None, is_set: bool, named: bool) -> None:
+    memory = HostMemory(128 * 1024**3, gpu_limit=limit and limit * 1024**2, gpu_limit_set=is_set)
+    danger = raised_wired_limit(memory)
+    assert (danger is not None) == named
+    assert danger is None or "leaves 11.6 GB of 137 GB for the system" in danger.message
 
 
 @pytest.mark.usefixtures("quick_engine")

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 
 from mlxops.agent.context import Context
 from mlxops.agent.engines.inspection import optional_help
+from mlxops.agent.host.memory import HostMemory
 from mlxops.agent.serving.memory import estimate_of
 from mlxops.core import budget, dangers
 from mlxops.core.budget import LimitOptions, Limits
+from mlxops.core.dangers import Danger
 from mlxops.core.memory import Estimate, Use
 from mlxops.core.planner import LoadPlan
 from mlxops.core.registry import Model, Registry
@@ -99,10 +101,20 @@ def _warnings(
     where = "env in hosts.yaml" if dangers.FAST_SYNCH in own else "the environment of mlxops on the host"
     found = [
         dangers.metal_fast_synch({**ctx.environ, **own}, where),
+        raised_wired_limit(ctx.system.host_memory()),
         dangers.unbounded_servers([*staying, new]) if growing else None,
         dangers.limits_over_budget([*staying, new], size),
     ]
     return [str(danger) for danger in found if danger]
+
+
+def raised_wired_limit(memory: HostMemory) -> Danger | None:
+    """Judge the GPU's wired limit of a Mac, if an administrator set it."""
+    if not memory.gpu_limit_set:
+        return None
+    from mlxops.agent.host.darwin import default_gpu_limit
+
+    return dangers.wired_limit(memory.gpu_limit, default_gpu_limit(memory.total), memory.total)
 
 
 def _limits(prepared: Prepared) -> Limits:

@@ -204,10 +204,7 @@ def _memory(reply: HostReply[ListResult], *, many: bool) -> str:
     if reply.result is None or reply.result.memory is None:
         return "\n".join(title)
     memory = reply.result.memory
-    serving = [
-        [use.port, use.model, use.owner, *map(size, (use.estimated_bytes, use.resident_bytes, use.counted_bytes))]
-        for use in memory.servers
-    ]
+    serving = [[use.port, use.model, use.owner, *map(size, _sizes(use))] for use in memory.servers]
     models = [_need(row, memory.left_bytes) for row in reply.result.models]
     return "\n".join(
         [
@@ -215,11 +212,15 @@ def _memory(reply: HostReply[ListResult], *, many: bool) -> str:
             _budget(memory),
             *([_host(memory.host)] if memory.host else []),
             "",
-            table(["PORT", "SERVES", "OWNER", "ESTIMATE", "MEMORY", "COUNTED"], serving),
+            table(["PORT", "SERVES", "OWNER", "ESTIMATE", "MEMORY", "COUNTED", "LIMIT"], serving),
             "",
             table(["MODEL", "PORT", "WEIGHTS", "CONTEXT", "TOKENS", "NEEDS", "FITS NOW"], models),
         ]
     )
+
+
+def _sizes(use: UseRow) -> tuple[int | None, ...]:
+    return (use.estimated_bytes, use.resident_bytes, use.counted_bytes, use.limit_bytes)
 
 
 def _budget(memory: MemoryRow) -> str:
