@@ -221,7 +221,7 @@ mlxops.agent.operations: drift
 mlxops.agent.serving: logs observe processes servers
 mlxops.agent.state: durable_files locks operation_log recovery registry_file store
 mlxops.common: build files http
-mlxops.core: command described drift errors frozen hints model_options names port_drift ports protocol
+mlxops.core: budget command dangers described drift errors frozen hints model_options names port_drift ports protocol
 mlxops.core: records registry replies settings tables text wire
 """
 """What the agent imports of mlxops for a `status` of a host where nothing runs. Python does not list the modules that

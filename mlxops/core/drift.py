@@ -93,6 +93,12 @@ class DriftCode(StrEnum):
         "`mlxctl logs --port {port}`{reload}",
     )
 
+    DANGEROUS_SETTING = (
+        "dangerous_setting",
+        "A server runs with a variable in its environment that can take the host down.",
+        "take it out of env in hosts.yaml; then `mlxctl unload {port}` and load the model again",
+    )
+
     # Entries of the registry
 
     ALIAS_ELSEWHERE = (
@@ -174,9 +180,14 @@ class DriftCode(StrEnum):
         "A server's log is larger than its limit.",
         "the next change on the host cuts it, for example: `mlxctl reconcile`",
     )
+    MEMORY_STRANDED = (
+        "memory_stranded",
+        "Memory that a stopped server held did not return, and no process has it.",
+        "only a reboot returns it; what is left: `mlxctl list --memory`",
+    )
     STATE_UNREADABLE = (
         "state_unreadable",
-        "The records of operations in the state folder cannot be read.",
+        "The records in the state folder cannot be read.",
         "repair it on the host, or move it away, then try again",
     )
 

@@ -31,16 +31,24 @@ class Estimate:
     """The states of recurrent layers. They have the same size for any context."""
     certain: bool = True
     """False if the configuration does not specify it. Then `context_bytes` is an upper estimate."""
+    contexts: int = 1
+    """Requests that are answered at once, each with its context and states."""
+    cache_bytes: int = 0
+    """Contexts that are kept for later requests."""
 
     @property
     def total(self) -> int:
-        return self.weight_bytes + self.context_bytes + self.state_bytes + ENGINE_BYTES
+        contexts = (self.context_bytes + self.state_bytes) * self.contexts
+        return self.weight_bytes + contexts + self.cache_bytes + ENGINE_BYTES
 
     def __str__(self) -> str:
         what = f"{self.context_tokens} tokens of" if self.context_tokens else "an unknown"
         state = f", {amount(self.state_bytes)} for recurrent states" if self.state_bytes else ""
         doubt = "" if self.certain else " (upper estimate: how this model keeps its context is not known)"
-        return f"{amount(self.weight_bytes)} weights, {amount(self.context_bytes)} for {what} context{doubt}{state}"
+        times = f", times {self.contexts} requests" if self.contexts > 1 else ""
+        cache = f", {amount(self.cache_bytes)} for kept contexts" if self.cache_bytes else ""
+        context = f"{amount(self.context_bytes)} for {what} context{doubt}{state}{times}{cache}"
+        return f"{amount(self.weight_bytes)} weights, {context}"
 
 
 def estimate(weight_bytes: int, cache: KVCache | None, longest: int | None, limit: int | None = None) -> Estimate:
@@ -51,9 +59,13 @@ def estimate(weight_bytes: int, cache: KVCache | None, longest: int | None, limi
     return Estimate(weight_bytes, cache.context_bytes(tokens), tokens, cache.state_bytes, cache.certain)
 
 
+STRANDED = "stranded"
+"""The owner of memory that belongs to no process and did not return when its server was stopped."""
+
+
 @dataclass(frozen=True)
 class Use:
-    """A server that takes memory now."""
+    """A server that takes memory now, or will in a moment; or stranded memory."""
 
     port: int | None
     model: str
@@ -61,6 +73,15 @@ class Use:
     pid: int | None
     estimated_bytes: int | None
     resident_bytes: int | None
+    limit_bytes: int | None = None
+    """What it needs if it uses the limits of its command to the full; None if that sets no limits."""
+    unbounded: bool = False
+    """It is an engine's server, and no option limits how many contexts it keeps in memory."""
+
+    @property
+    def possible(self) -> int:
+        """What it may take, as far as that is known."""
+        return max(self.counted, self.limit_bytes or 0)
 
     @property
     def counted(self) -> int:
@@ -82,6 +103,8 @@ class Use:
 
     def __str__(self) -> str:
         size = amount(self.counted) if self.known else "of unknown size"
+        if self.owner == STRANDED:
+            return f"{size} of stranded memory, which only a reboot returns"
         where = f" on {self.port}" if self.port is not None else ""
         return f"{self.model}{where} {size}" + ("" if self.owner == "mlxops" else f" ({self.owner})")
 

@@ -1,8 +1,9 @@
 """Which options a model is served with, where each comes from, and how `set` reads KEY=VALUE. Pure.
 
-An option comes from the registry entry, from the model's family, or from the host. Without the options of their family,
-some models answer wrongly: tool calls stay text, reasoning leaks into the answer. A family's option applies at load if
-the entry lacks the key. It is shown with its origin and is never written. A null in the entry switches it off.
+An option comes from the registry entry, from the model's family, from the host, or from the memory that was left at
+the load. Without the options of their family, some models answer wrongly: tool calls stay text, reasoning leaks into
+the answer. A family's option applies at load if the entry lacks the key. It is shown with its origin and is never
+written. A null in the entry switches it off.
 """
 
 from __future__ import annotations
@@ -156,6 +157,8 @@ class Origin(StrEnum):
     REGISTRY = "registry"
     FAMILY = "family"
     SETTINGS = "settings"
+    BUDGET = "budget"
+    """Chosen by the load from the memory that was left."""
 
 
 Value = str | int | bool | tuple[str, ...] | None

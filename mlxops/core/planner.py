@@ -11,6 +11,7 @@ from dataclasses import replace
 from enum import StrEnum
 
 from mlxops.core import refusals
+from mlxops.core.budget import without_limits
 from mlxops.core.errors import Refused
 from mlxops.core.frozen import dataclass
 from mlxops.core.names import AUTO, is_model_name, is_repo_id, is_revision
@@ -43,6 +44,8 @@ class Wanted:
     argv: tuple[str, ...]
     path: str = ""
     """The real path of the snapshot."""
+    limits: tuple[str, ...] = ()
+    """The options that a load adds to `argv` from the memory that is left. They are not compared."""
 
 
 class Outcome(StrEnum):
@@ -258,7 +261,7 @@ def _plan_on_same(view: PortView, wanted: Wanted | None, start: LoadPlan, force:
     run = view.run
     assert run is not None
     same_files = _has_repo_of(run, start.target) if wanted is None else _has_files_of(run, wanted)
-    as_wanted = same_files and (wanted is None or (run.engine, run.argv) == (wanted.engine, wanted.argv))
+    as_wanted = same_files and (wanted is None or (run.engine, run.settings) == (wanted.engine, wanted.argv))
     if view.state is State.READY and not force:
         if not same_files:
             raise refusals.serves_other_files(view.port, run)
@@ -290,7 +293,7 @@ def _is_as_wanted(server: Server, wanted: Wanted | None) -> bool:
     differ."""
     if wanted is None or (server.engine, server.path) != (wanted.engine, wanted.path):
         return False
-    argv, tail = server.argv, wanted.argv[1:]
+    argv, tail = without_limits(server.argv, wanted.limits), wanted.argv[1:]
     return argv[len(argv) - len(tail) :] == tail
 
 

@@ -14,7 +14,7 @@ from mlxops.core.described import DescribedText
 from mlxops.core.drift import Drift
 from mlxops.core.frozen import dataclass
 from mlxops.core.protocol import Progress
-from mlxops.core.records import Operation, Run, Server
+from mlxops.core.records import Operation, Run, Server, Stranded
 from mlxops.core.registry import Model, Registry
 from mlxops.core.settings import BootJob
 
@@ -204,6 +204,8 @@ class World:
     drift: tuple[Drift, ...] = ()
     boot: tuple[JobState, ...] = ()
     """The boot jobs of the observed ports."""
+    stranded: Stranded | None = None
+    """Memory that stopped servers did not return; None if there is none, or if that is not known."""
 
 
 def judge(signals: Signals, registry: Registry) -> PortView:

@@ -1,4 +1,4 @@
-"""What a host records: runs and operations; and servers without a record. Pure."""
+"""What a host records: runs, operations and stranded memory; and servers without a record. Pure."""
 
 from __future__ import annotations
 
@@ -35,9 +35,18 @@ class Run:
     proven_at: str | None = None
     engine_version: str | None = None
     adopted: bool = False
+    budget: tuple[str, ...] = ()
+    """The last words of `argv`: the limits that were chosen from the memory that was left. Builds up to 0.2.0 record
+    none."""
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """The argv without the limits of the budget. A load would choose other limits each time."""
+        count = len(self.budget)
+        return self.argv[:-count] if count and self.argv[-count:] == self.budget else self.argv
 
     def to_wire(self) -> dict[str, object]:
-        return {**asdict(self), "argv": list(self.argv)}
+        return {**asdict(self), "argv": list(self.argv), "budget": list(self.budget)}
 
 
 def run_from_wire(wire: Mapping[str, object]) -> Run:
@@ -60,12 +69,16 @@ def run_from_wire(wire: Mapping[str, object]) -> Run:
         raise ValueError("a text is missing")
     if not all(value is None or isinstance(value, str) for value in optional.values()):
         raise ValueError("proven_at or engine_version is not a text")
+    budget = wire.get("budget", [])
+    if not isinstance(budget, list) or not all(isinstance(word, str) for word in budget):
+        raise ValueError("budget is not a list of words")
     return Run(
         **numbers,  # type: ignore[arg-type]
         **texts,  # type: ignore[arg-type]
         **optional,  # type: ignore[arg-type]
         argv=tuple(str(word) for word in argv),
         adopted=wire.get("adopted") is True,
+        budget=tuple(budget),
     )
 
 
@@ -133,4 +146,35 @@ def run_of(server: Server, port: int, boot_id: str) -> Run:
         boot_id=boot_id,
         started_at="",
         adopted=True,
+        budget=(),
     )
+
+
+@dataclass(frozen=True)
+class Stranded:
+    """Memory that did not return when servers were stopped since the last boot. All sizes are bytes."""
+
+    boot_id: str
+    size: int
+    """What was missing, over all such stops."""
+    baseline: int
+    """What no process explained before the first of them."""
+    port: int
+    """The port of the last of them."""
+    model: str
+    stopped_at: str
+    """Wall time, for display only."""
+
+    def to_wire(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def stranded_from_wire(wire: Mapping[str, object]) -> Stranded:
+    """Read the record of stranded memory. Raises `ValueError` for anything that `to_wire` cannot have written."""
+    texts = {key: wire.get(key) for key in ("boot_id", "model", "stopped_at")}
+    numbers = {key: wire.get(key) for key in ("size", "baseline", "port")}
+    if not all(isinstance(value, str) for value in texts.values()):
+        raise ValueError("a text is missing")
+    if not all(type(value) is int for value in numbers.values()):
+        raise ValueError("size, baseline and port are not all numbers")
+    return Stranded(**texts, **numbers)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The memory of a host: budget, use, prefetch, and memory that a stopped server returns."""
+"""The memory of a host: budget, use and prefetch."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ import mmap
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mlxops.agent.context import Context
+from mlxops.agent.host.darwin import default_gpu_limit
+from mlxops.agent.host.memory import HostMemory
 from mlxops.agent.host.system import LinuxSystem, System, this_system
-from mlxops.agent.operations import prefetch, stop
+from mlxops.agent.operations import prefetch
 from mlxops.agent.paths import HostPaths, host_paths
 from mlxops.agent.serving.memory import Budget, budget, check_fits, estimate_of, in_use
 from mlxops.agent.serving.observe import observe
@@ -35,11 +37,9 @@ from tests.lab.world import free_port
 
 GB = 10**9
 
-STUDIO_256 = {"iogpu.wired_limit_mb": "241644\n", "hw.memsize": "274877906944\n"}
-"""`sysctl -n` on the homelab's Mac Studio, 256 GB, with its raised limit."""
-FRESH_MAC = {"iogpu.wired_limit_mb": "0\n", "hw.memsize": "274877906944\n"}
-OLD_MAC = {"iogpu.wired_limit_mb": "", "hw.memsize": "68719476736\n"}
-"""Before macOS 14: `unknown oid`, on standard error."""
+STUDIO_256 = HostMemory(274877906944, gpu_limit=241_644 * 1024 * 1024, gpu_limit_set=True)
+"""The homelab's Mac Studio, 256 GB, with its raised limit."""
+FRESH_MAC = HostMemory(274877906944, gpu_limit=default_gpu_limit(274877906944))
 
 
 def here(tmp_path: Path, **settings: object) -> HostPaths:
@@ -48,22 +48,22 @@ def here(tmp_path: Path, **settings: object) -> HostPaths:
 
 
 @pytest.mark.parametrize(
-    ("printed", "size", "source"),
+    ("host", "size", "source"),
     [
         (STUDIO_256, 241_644 * 1024 * 1024, "iogpu.wired_limit_mb"),
-        (FRESH_MAC, 206_158_430_208, "three quarters of RAM"),
-        (OLD_MAC, 51_539_607_552, "three quarters of RAM"),
+        (FRESH_MAC, 206_158_430_208, "the GPU's default limit"),
+        (HostMemory(100), 90, "nine tenths of RAM"),
     ],
 )
-def test_budget_on_macos_is_the_gpus_wired_limit(
-    tmp_path: Path, printed: dict[str, str], size: int, source: str
+def test_budget_is_the_gpus_wired_limit_or_a_share_of_ram(
+    tmp_path: Path, host: HostMemory, size: int, source: str
 ) -> None:
-    found = budget(here(tmp_path), printed.__getitem__)
+    found = budget(here(tmp_path), host)
     assert found.size == size and found.source.startswith(source)
 
 
 def test_memory_setting_overrides_the_system(tmp_path: Path) -> None:
-    found = budget(here(tmp_path, memory=186 * GB), STUDIO_256.__getitem__)
+    found = budget(here(tmp_path, memory=186 * GB), STUDIO_256)
     assert (found.size, found.source) == (186 * GB, "memory in hosts.yaml")
     assert 0 < budget(here(tmp_path)).size < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
@@ -337,23 +337,6 @@ def test_weights_are_not_prefetched_if_memory_is_short(tmp_path: Path, cold: Pat
     prefetch.prefetch_weights(ctx, cold, "m")
     assert cached_share(cold / "model.safetensors") < 0.5
     assert isinstance(events[0], Note) and "not read ahead" in events[0].message
-
-
-# -- memory comes back ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("available", "said"),
-    [((100 * GB, 100 * GB, 140 * GB), False), ((100 * GB, 101 * GB), True)],
-    ids=["a little later", "not at all"],
-)
-def test_memory_of_a_stopped_server_is_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, available: Iterable[int], said: bool
-) -> None:
-    monkeypatch.setattr(stop, "MEMORY_SECONDS", 0.3)
-    ctx, events = context(tmp_path, Stubborn(*available))
-    stop._check_memory_return(ctx, 100 * GB, 60 * GB)
-    assert [isinstance(event, Note) and "did not return" in event.message for event in events] == [True] * said
 
 
 def test_latent_model_served_as_multimodal_is_estimated_with_full_keys_and_values(tmp_path: Path) -> None:

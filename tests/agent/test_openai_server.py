@@ -163,7 +163,7 @@ def test_unknown_parser_is_refused_before_a_server_stops(homelab: Homelab, opena
         assert each.exit == 3 and "has no tool_call_parser 'nonsense'" in each.stderr and "qwen3_moe" in each.stderr
     after = studio.mlxctl("status", "--json").ok().json["hosts"][0]["ports"][0]
     assert (after["pid"], after["state"]) == (before["pid"], "ready")
-    assert len(list((studio.state / "engines").iterdir())) == 1, "asked once, and remembered"
+    assert len(list((studio.state / "engines").iterdir())) == 2, "each engine is asked once, and remembered"
     studio.mlxctl("unload", str(port)).ok()
 
 

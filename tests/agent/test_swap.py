@@ -77,6 +77,7 @@ class TestFailure:
             after = row(studio, port)
             assert (after["state"], after["model"]) == ("ready", QWEN) and after["pid"] != before["pid"]
             assert record(studio, port)["argv"] == old_run["argv"]
+            assert record(studio, port)["budget"] == old_run["budget"] != []
             assert studio.registry_path.read_bytes() == registry
             assert studio.completion(port, "jerry-xl")["choices"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ import psutil
 import pytest
 
 from mlxops.agent.host import sockets
+from mlxops.agent.host.memory import linux_memory, linux_unexplained
 from mlxops.agent.host.system import LinuxSystem, Listener, Look, Process, PsutilSystem, System, collides, this_system
 from tests.lab.sshd import missing
 from tests.lab.world import wait_until
@@ -155,7 +157,7 @@ def test_only_the_named_variable_is_read(system: System, stack: ExitStack) -> No
 @both
 def test_memory_is_in_bytes(system: System) -> None:
     one = system.memory([os.getpid()])
-    assert 10_000_000 < one < 10_000_000_000
+    assert one is not None and 10_000_000 < one < 10_000_000_000
     assert system.memory([]) == 0 and system.memory([os.getpid(), 2**22 - 1]) == pytest.approx(one, rel=0.2)
 
 
@@ -368,3 +370,92 @@ def test_proc_is_used_where_sock_diag_is_refused(stack: ExitStack, monkeypatch: 
     monkeypatch.setattr("mlxops.agent.host.sockets.from_kernel", refused)
     assert len(asked) == len(ports) and all(each.pids == {os.getpid()} for each in asked)
     assert set(LinuxSystem().look(ports).listeners) == set(asked)
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+FAMILY = """
+import mmap, os, sys
+size = int(sys.argv[1])
+with open(sys.argv[2], "rb") as file:
+    weights = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+private = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+for at in range(0, size, mmap.PAGESIZE):
+    private[at] = 1
+child = os.fork()
+own = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+for at in range(0, size, mmap.PAGESIZE):
+    own[at] = 1
+for at in range(0, len(weights), mmap.PAGESIZE):
+    weights[at]
+os.write(1, b"%d\\n" % os.getpid())
+sys.stdin.read()
+"""
+"""Two processes: each reads the same weights and has `size` bytes of its own; `size` more are from before the fork."""
+
+
+@linux
+def test_memory_of_a_family_counts_what_it_shares_once(stack: ExitStack, tmp_path: Path) -> None:
+    size = 40 * 1024 * 1024
+    weights = tmp_path / "weights"
+    weights.write_bytes(os.urandom(size))
+    parent = child(stack, sys.executable, "-IS", "-c", FAMILY, str(size), str(weights), stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    pids = [int(parent.stdout.readline()) for _ in range(2)]
+    system = LinuxSystem()
+    single = [system.memory([pid]) or 0 for pid in pids]
+    assert all(each == pytest.approx(3 * size, rel=0.15) for each in single)
+    # Weights once; the pages from before the fork look private to each process.
+    assert system.memory(pids) == pytest.approx(5 * size, rel=0.15)
+    # The kernel knows which of them are still shared.
+    assert system.shared_memory(pids) == pytest.approx(4 * size, rel=0.15)
+    assert system.shared_memory(pids[:1]) == single[0]
+
+
+@linux
+def test_large_family_is_not_walked_page_by_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlxops.agent.host.system.MAX_WALKED_BYTES", 1)
+    pids = [os.getpid(), os.getppid()]
+    assert LinuxSystem().shared_memory(pids) == LinuxSystem().memory(pids)
+
+
+@both
+def test_host_memory_is_the_machines(system: System) -> None:
+    memory = system.host_memory()
+    assert memory.total == psutil.virtual_memory().total and memory.in_use is not None
+    assert 0 < memory.in_use < memory.total and memory.swap_total == psutil.swap_memory().total
+    assert memory.stalled_percent is None or 0 <= memory.stalled_percent <= 100
+    unexplained = system.unexplained(())
+    assert unexplained is not None and unexplained < memory.in_use
+
+
+MEMINFO = """MemTotal:       263753480 kB
+MemFree:         1936520 kB
+MemAvailable:   58120124 kB
+AnonPages:     198000000 kB
+SwapTotal:       8388604 kB
+SwapFree:        8000000 kB
+HugePages_Total:       0
+"""
+
+
+def test_memory_of_a_linux_host_is_read_from_its_files(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text(MEMINFO)
+    memory = linux_memory(tmp_path)
+    assert (memory.total, memory.in_use) == (263753480 * 1024, (263753480 - 58120124) * 1024)
+    assert (memory.swap_total, memory.swap_used, memory.stalled_percent) == (8388604 * 1024, 388604 * 1024, None)
+    assert linux_unexplained(tmp_path, ()) == (263753480 - 58120124 - 198000000) * 1024
+    (tmp_path / "pressure").mkdir()
+    (tmp_path / "pressure" / "memory").write_text(
+        "some avg10=12.34 avg60=1.00 avg300=0.10 total=24207815\nfull avg10=1.00 avg60=0.00 avg300=0.00 total=2133\n"
+    )
+    (tmp_path / "zoneinfo").write_text("Node 0\n  pagesets\n    cpu: 0\n              count:    1000\n")
+    assert linux_memory(tmp_path).stalled_percent == 12.34
+    assert linux_unexplained(tmp_path, ()) == (263753480 - 58120124 - 198000000) * 1024 - 1000 * mmap.PAGESIZE
+
+
+def test_figures_that_an_old_kernel_lacks_are_none(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal:  100 kB\n")
+    memory = linux_memory(tmp_path)
+    assert (memory.total, memory.in_use, memory.swap_used) == (102400, None, None)
+    assert linux_unexplained(tmp_path, ()) is None

@@ -60,7 +60,18 @@ LOADING = replace(signals(), operation=Operation("op2", "load", "b", 8103))
 
 
 def wanted(name: str = "a", port: int = 8103) -> Wanted:
-    return Wanted(f"org/{name}", f"sha-{name}", "mlx-lm", argv(name, port))
+    return Wanted(f"org/{name}", f"sha-{name}", "mlx-lm", argv(name, port), limits=("--decode-concurrency",))
+
+
+BUDGET = ("--decode-concurrency", "4")
+
+
+def limited(seen: Signals) -> Signals:
+    """Return the signals of a server that was started with limits of its budget."""
+    if seen.run is not None:
+        return replace(seen, run=replace(seen.run, argv=(*seen.run.argv, *BUDGET), budget=BUDGET))
+    assert seen.hand is not None
+    return replace(seen, hand=replace(seen.hand, argv=(*seen.hand.argv, *BUDGET)))
 
 
 # -- load -----------------------------------------------------------------------------------------------------------
@@ -163,6 +174,16 @@ LOADS: dict[str, Load] = {
     ),
     "this model by hand, as we would start it": Load(ADOPT, (by_hand(),), registry(a=None), says="adopted"),
     "this model by hand, as we would start it, and registered": Load(ADOPT, (by_hand(),), registry(a=8103)),
+    "this model with limits of its budget, which another load would choose differently": Load(
+        ALREADY, (limited(serving()),), registry(a=8103), force=True
+    ),
+    "this model with limits of its budget, and other settings, forced": Load(
+        START, (limited(serving()),), registry(a=8103), wanted=OTHER_ARGV, force=True, stops=(8103,), previous=8103
+    ),
+    "this model by hand, with limits of a budget": Load(ADOPT, (limited(by_hand()),), registry(a=8103)),
+    "this model by hand, with limits that its entry sets, too": Load(
+        "port_in_use", (limited(by_hand()),), registry(a=8103), wanted=replace(wanted(), limits=())
+    ),
     "this model by hand with other settings": Load("port_in_use", (by_hand(),), registry(a=8103), wanted=OTHER_ARGV),
     "this model by hand with other settings, forced": Load(
         START, (by_hand(),), registry(a=8103), wanted=OTHER_ARGV, force=True, stops=(8103,), previous=8103

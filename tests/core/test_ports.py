@@ -404,3 +404,21 @@ def test_record_that_would_signal_other_groups_is_rejected(pid: object) -> None:
     for key in ("pid", "pgid"):
         with pytest.raises(ValueError, match="not all numbers"):
             run_from_wire({**run().to_wire(), key: pid})
+
+
+@pytest.mark.parametrize("budget", [7, "--decode-concurrency", [1], None])
+def test_run_with_a_budget_that_is_no_list_of_words_is_rejected(budget: object) -> None:
+    with pytest.raises(ValueError, match="budget"):
+        run_from_wire({**run().to_wire(), "budget": budget})
+
+
+def test_run_of_an_earlier_build_has_no_budget() -> None:
+    wire = run().to_wire()
+    del wire["budget"]
+    assert run_from_wire(wire) == run() and run().settings == run().argv
+
+
+def test_settings_of_a_run_are_its_command_without_the_budget() -> None:
+    limited = replace(run(), argv=(*run().argv, "--x", "4"), budget=("--x", "4"))
+    assert limited.settings == run().argv
+    assert replace(limited, budget=("--y", "4")).settings == limited.argv, "the record does not match"

@@ -5,13 +5,16 @@ The steps are in `mlxops/docs/development.md`.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mlxops.agent.engines.argv import long_options
 from mlxops.agent.engines.installation import check_executable, expand_command, find_program
 from mlxops.common import files
 from mlxops.common.http import CHAT_COMPLETIONS, probe_health
+from mlxops.core.budget import LimitOptions, Limits
 from mlxops.core.errors import Refused
 from mlxops.core.frozen import dataclass
 from mlxops.core.model_options import Option
@@ -103,6 +106,8 @@ class Engine(ABC):
     needs: frozenset[str] = frozenset()
     """Options of a known model family that it cannot find out by itself. Their values are those of
     `model_options.FAMILIES`, with the parsers' names of mlx-openai-server."""
+    limits: LimitOptions = LimitOptions()
+    """Its options that limit how far it grows beyond its weights."""
     drains: bool = False
     """After SIGTERM, it finishes its open requests before it ends."""
 
@@ -145,6 +150,29 @@ class Engine(ABC):
         """Return the argv that prints the engine's help if `argv` needs that text; else an empty tuple."""
         # Only for a plain installation: another program configured in `launch` may not have --help.
         return (*command.argv, "--help") if spec.model.args and command.version else ()
+
+    def limit_options(self, spec: ServerSpec) -> LimitOptions:
+        """Return the options that a load may add to this server's command. What the model's own `args` set stays."""
+        # argparse accepts abbreviations.
+        own = [word.partition("=")[0] for word in spec.model.args if re.match("--[a-z]", word)]
+        return self.limits.only({each for each in self.limits.all if not any(map(each.startswith, own))})
+
+    def read_limits(self, argv: Sequence[str]) -> Limits:
+        """Return the limits that a command sets."""
+        given = {key: value for key, value in long_options(argv).items() if len(key) > len("--d")}
+        options = self.limits.all
+        return self.limits.read({each: given[key] for key in given for each in options if each.startswith(key)})
+
+    def keeps_caches_in_memory(self, version: str | None) -> bool:
+        """Return whether the contexts that it keeps for later requests stay in memory."""
+        return True
+
+    def is_unbounded(self, argv: Sequence[str], version: str | None) -> bool:
+        """Return whether nothing limits how many contexts a server with this command keeps in memory."""
+        if not self.limits.all:
+            return True
+        limits = self.read_limits(argv)
+        return limits.cache_bytes is None if self.keeps_caches_in_memory(version) else limits.requests is None
 
     def prepare_folder(self, spec: ServerSpec) -> None:
         """Create the files that a server needs in its folder before it starts."""

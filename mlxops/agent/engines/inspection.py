@@ -44,21 +44,39 @@ def inspect_command(
     command = replace(command, version=version_in(site, engine.distribution))
     argv = engine.help_argv(command, spec)
     if argv:
-        key = _installation_key(argv)
-        text = store.engine_help(key)
-        if text is None:
-            if environ is None:
-                raise HelpNotKnown
-            text = _read_help(engine, argv, environ)
-            if keep:
-                store.keep_engine_help(key, text)
-        command = replace(command, help=text)
+        command = replace(command, help=_help(engine, argv, environ, store, keep=keep))
     if site is None:
         # A launcher may update its environment before it runs the engine. So this version is only for information;
         # `help_argv` above did not see it.
         site = site_packages(command.argv, engine.distribution)
         command = replace(command, version=version_in(site, engine.distribution))
     return command
+
+
+def optional_help(
+    engine: Engine, command: EngineCommand, environ: Mapping[str, str], store: Store, *, keep: bool
+) -> str | None:
+    """Return the engine's help text; None if it cannot be had. For what a load can do without."""
+    # Another program configured in `launch` may not have --help.
+    if command.help is not None or site_packages(command.argv[:1], engine.distribution) is None:
+        return command.help
+    try:
+        return _help(engine, (*command.argv, "--help"), environ, store, keep=keep)
+    except Refused:
+        return None
+
+
+def _help(engine: Engine, argv: Sequence[str], environ: Mapping[str, str] | None, store: Store, *, keep: bool) -> str:
+    """Return the stored help text, or run the engine for it. Raises `Refused` (engine_broken), `HelpNotKnown`."""
+    key = _installation_key(argv)
+    text = store.engine_help(key)
+    if text is None:
+        if environ is None:
+            raise HelpNotKnown
+        text = _read_help(engine, argv, environ)
+        if keep:
+            store.keep_engine_help(key, text)
+    return text
 
 
 def _read_help(engine: Engine, argv: Sequence[str], environ: Mapping[str, str]) -> str:

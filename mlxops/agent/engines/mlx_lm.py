@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from mlxops.agent.engines.argv import abbreviated_option, check_model_args, check_model_options, parse_port, program_of
 from mlxops.agent.engines.base import DetectedServer, Engine, EngineCommand, ServedNames, ServerSpec, template_text
 from mlxops.agent.engines.installation import older_than
+from mlxops.core.budget import LimitOptions
 
 _DEFAULT_NAME = "default_model"
 """Its name for the model that it was started with."""
@@ -30,6 +31,9 @@ class MlxLm(Engine):
     tested = "0.32.2"
     reserved = frozenset({"--model", "--host", "--port", "--trust-remote-code", "--adapter-path"})
     completion_paths = frozenset({"/v1/chat/completions", "/chat/completions", "/v1/completions"})  # source, 0.32.2
+    # Source of 0.31.3 and 0.32.2. Each request that joins the others trims the kept contexts to --prompt-cache-bytes
+    # less the contexts of open requests. At least --prompt-concurrency requests are answered at once.
+    limits = LimitOptions("--decode-concurrency", "--prompt-concurrency", "--prompt-cache-bytes")
 
     def argv(self, command: EngineCommand, spec: ServerSpec) -> tuple[str, ...]:
         model = spec.model

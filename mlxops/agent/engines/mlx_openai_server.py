@@ -20,6 +20,7 @@ from mlxops.agent.engines.base import (
     configured_command,
 )
 from mlxops.agent.engines.installation import find_program, older_than, split_command
+from mlxops.core.budget import LimitOptions
 from mlxops.core.errors import Refused
 
 _EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(?:Error|Exception): .*(?:\n(?![A-Z]|\s*$).*)?", re.MULTILINE)
@@ -30,6 +31,9 @@ HOMEBREW_UV = "/opt/homebrew/bin/uv"
 
 _NAME_OPTION_SINCE = (1, 7)
 _ONE_NAME_SINCE = (1, 8)
+_CACHES_ON_DISK_SINCE = (1, 8)
+"""It writes the contexts that it keeps to files in its temporary folder, and `--max-bytes` limits those files (tried
+with 1.8.1: with a limit of 100000 bytes, the sixth file of 18.6 kB replaced the first)."""
 _CHAT_TYPES = frozenset({"lm", "multimodal"})
 """The values of `--model-type` that give chat completions. The others are embeddings, whisper and images."""
 _PARSERS = ("tool_call_parser", "reasoning_parser")
@@ -52,6 +56,7 @@ class MlxOpenAIServer(Engine):
         }
     )
     completion_paths = frozenset({"/v1/chat/completions", "/v1/responses"})  # source, 1.8.1
+    limits = LimitOptions("--decode-concurrency", "--prompt-concurrency", "--max-bytes")
     needs = frozenset({"tool_call_parser", "reasoning_parser", "chat_template"})
     drains = True
 
@@ -105,6 +110,16 @@ class MlxOpenAIServer(Engine):
             *(("--trust-remote-code",) if model.trust_remote_code else ()),
             *model.args,
         )
+
+    def limit_options(self, spec: ServerSpec) -> LimitOptions:
+        options = super().limit_options(spec)
+        kind = long_options(spec.model.args).get("--model-type") or spec.text("model_type") or "lm"
+        if kind not in _CHAT_TYPES:
+            return LimitOptions()
+        return options if kind == "lm" else options.only({options.requests, options.prompts})
+
+    def keeps_caches_in_memory(self, version: str | None) -> bool:
+        return older_than(_CACHES_ON_DISK_SINCE, version)
 
     def recognise(self, argv: Sequence[str]) -> DetectedServer | None:
         if not _is_server(argv):

@@ -11,16 +11,19 @@ import errno
 import ipaddress
 import os
 import sys
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import field
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from mlxops.agent.host import sockets
 from mlxops.agent.host.sockets import Socket
 from mlxops.core.errors import Refused
 from mlxops.core.frozen import dataclass
+
+if TYPE_CHECKING:
+    from mlxops.agent.host.memory import HostMemory
 
 _SHORTAGE_ERRORS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
 """Errors because this process has no descriptor or memory left. They do not mean that the object is absent.
@@ -167,8 +170,25 @@ class System(Protocol):
     def folder(self, pid: int) -> str | None:
         """Return a process's working directory; None if it is gone or hidden."""
 
-    def memory(self, pids: Iterable[int]) -> int:
-        """Return the resident bytes of these processes together. Shared pages count several times."""
+    def memory(self, pids: Collection[int]) -> int | None:
+        """Return the bytes that these processes hold together; None if one of them is hidden.
+
+        Linux: resident memory, of which files and shared memory count once. macOS: the physical footprint, of which
+        the GPU's buffers are part. Resident size lacks them.
+        """
+
+    def shared_memory(self, pids: Collection[int]) -> int | None:
+        """Return the same, with everything that processes share divided among them. Slow on Linux."""
+
+    def host_memory(self) -> HostMemory:
+        """Return the host's memory."""
+
+    def unexplained(self, pids: Collection[int]) -> int | None:
+        """Return the bytes in use that no visible process explains; None if not known.
+
+        `pids`: processes whose shared memory counts as explained. That of other processes does not: several of them
+        may hold the same.
+        """
 
     def available(self) -> int | None:
         """Return the bytes that a new program can use without swapping; None if not known."""
@@ -191,6 +211,10 @@ def units_in(cgroup: str) -> tuple[str, ...]:
 @cache
 def this_system() -> System:
     return LinuxSystem() if sys.platform == "linux" else PsutilSystem()
+
+
+MAX_WALKED_BYTES = 8_000_000_000
+"""The largest server whose shared pages are divided among its processes, which takes a third of a second."""
 
 
 class LinuxSystem:
@@ -297,14 +321,44 @@ class LinuxSystem:
         except OSError:
             return None
 
-    def memory(self, pids: Iterable[int]) -> int:
+    def memory(self, pids: Collection[int]) -> int | None:
+        private, shared = 0, 0
+        for pid in pids:
+            try:
+                whole, common = _resident(_read(f"{self.root}/{pid}/statm"))
+            except PermissionError:
+                return None
+            except (OSError, IndexError):
+                continue  # it has ended
+            private, shared = private + whole - common, max(shared, common)
+        return private + shared
+
+    def shared_memory(self, pids: Collection[int]) -> int | None:
+        held = self.memory(pids)
+        # The kernel walks every page: 40 ms for each GB. A single process shares next to nothing.
+        if held is None or len(pids) < 2 or held > MAX_WALKED_BYTES:
+            return held
+        from mlxops.agent.host.memory import kilobytes
+
         total = 0
         for pid in pids:
             try:
-                total += int(_read(f"{self.root}/{pid}/statm").split()[1]) * os.sysconf("SC_PAGE_SIZE")
-            except (OSError, IndexError):
+                total += kilobytes(_read(f"{self.root}/{pid}/smaps_rollup").decode())["Pss"]
+            except PermissionError:
+                return held
+            except (OSError, KeyError):
                 continue
         return total
+
+    def host_memory(self) -> HostMemory:
+        from mlxops.agent.host.memory import linux_memory
+
+        return linux_memory(self.root)
+
+    def unexplained(self, pids: Collection[int]) -> int | None:
+        from mlxops.agent.host.memory import linux_unexplained
+
+        return linux_unexplained(self.root, pids)
 
     def available(self) -> int | None:
         for line in _read(f"{self.root}/meminfo").decode().splitlines():
@@ -470,16 +524,30 @@ class PsutilSystem:
         except (psutil.Error, OSError):
             return None
 
-    def memory(self, pids: Iterable[int]) -> int:
-        import psutil
+    def memory(self, pids: Collection[int]) -> int | None:
+        if sys.platform != "darwin":
+            return LinuxSystem().memory(pids)
+        from mlxops.agent.host import darwin
 
-        total = 0
-        for pid in pids:
-            try:
-                total += psutil.Process(pid).memory_info().rss
-            except (psutil.Error, OSError):
-                continue
-        return total
+        sizes = [darwin.footprint(pid) for pid in pids]
+        return None if None in sizes else sum(size or 0 for size in sizes)
+
+    def shared_memory(self, pids: Collection[int]) -> int | None:
+        return self.memory(pids) if sys.platform == "darwin" else LinuxSystem().shared_memory(pids)
+
+    def host_memory(self) -> HostMemory:
+        if sys.platform != "darwin":
+            return LinuxSystem().host_memory()
+        from mlxops.agent.host import darwin
+
+        return darwin.host_memory(_all_pids())
+
+    def unexplained(self, pids: Collection[int]) -> int | None:
+        if sys.platform != "darwin":
+            return LinuxSystem().unexplained(pids)
+        from mlxops.agent.host import darwin
+
+        return darwin.unexplained(_all_pids())
 
     def available(self) -> int | None:
         import psutil
@@ -519,3 +587,10 @@ def _read(path: str) -> bytes:
         return b"".join(parts)
     finally:
         os.close(descriptor)
+
+
+def _resident(statm: bytes) -> tuple[int, int]:
+    """Return the resident bytes of /proc/PID/statm, and how many of them may be shared: files and shared memory."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    fields = statm.split()
+    return int(fields[1]) * page, int(fields[2]) * page

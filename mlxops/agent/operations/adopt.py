@@ -10,6 +10,7 @@ from mlxops.agent.operations.server_names import names_of
 from mlxops.agent.state.store import utc_now
 from mlxops.common.http import NoCompletion
 from mlxops.core import refusals
+from mlxops.core.budget import limits_at_end
 from mlxops.core.commands.load import Load
 from mlxops.core.errors import MlxopsError, Refused
 from mlxops.core.names import shown
@@ -93,4 +94,5 @@ def _adopted_run(ctx: Context, view: PortView, plan: LoadPlan, prepared: Prepare
         operation=ctx.operation,
         log_path=str(ctx.store.log_path(plan.port)),
         started_at=utc_now(),
+        budget=limits_at_end(server.argv, prepared.wanted.limits),
     )

@@ -14,6 +14,8 @@ from mlxops.agent.engines.installation import cached_lookups
 from mlxops.agent.serving import logs
 from mlxops.agent.state import recovery
 from mlxops.agent.state.store import format_utc
+from mlxops.common.files import describe_error
+from mlxops.core.dangers import FAST_SYNCH, FAST_SYNCH_WHY, is_set
 from mlxops.core.drift import Drift, DriftCode
 from mlxops.core.errors import MlxopsError
 from mlxops.core.ports import Owner, PortView, State, World
@@ -27,6 +29,8 @@ def further_drift(ctx: Context, registry: Registry, world: World) -> Iterator[Dr
         settings = [drift for view in world.ports.values() for drift in settings_drift(ctx, registry, view)]
     yield from settings
     for view in world.ports.values():
+        yield from _dangerous_setting(ctx, view)
+    for view in world.ports.values():
         if view.unserved and view.run is not None and not registry.on_port(view.port):
             message = f"{view.port}: a run record of {view.run.model} describes no live process"
             yield Drift.of(DriftCode.LEFTOVER, view.port, view.run.model, message)
@@ -37,8 +41,23 @@ def further_drift(ctx: Context, registry: Registry, world: World) -> Iterator[Dr
                 yield Drift.of(DriftCode.ENTRY_PROBLEM, model.port, model.name, message, registry=ctx.paths.registry)
     yield from recovery.drift(ctx.store, ctx.paths.settings.ports)
     yield from _big_logs(ctx)
+    yield from _stranded(ctx, world)
     for path in ctx.store.leftovers():
         yield Drift.of(DriftCode.LEFTOVER, None, None, f"{path} was left by a writer that was killed")
+
+
+def _dangerous_setting(ctx: Context, view: PortView) -> Iterator[Drift]:
+    """Report a server of ours, or one that was started by hand or at boot, whose environment is dangerous."""
+    if view.pid is None or view.owner not in {Owner.MLXOPS, Owner.HAND, Owner.BOOT}:
+        return
+    if not is_set(ctx.system.environment(view.pid, FAST_SYNCH)):
+        return
+    code = DriftCode.DANGEROUS_SETTING
+    message = f"{view.port}: {FAST_SYNCH} is set in its environment: {FAST_SYNCH_WHY}"
+    if view.owner is Owner.MLXOPS:
+        yield Drift.of(code, view.port, view.model, message)
+    else:
+        yield Drift(code, view.port, view.model, message, "take it out of what starts the server, and restart it there")
 
 
 def rebooted(ctx: Context, registry: Registry, world: World) -> Iterator[Drift]:
@@ -61,6 +80,23 @@ def _big_logs(ctx: Context) -> Iterator[Drift]:
     for log, size in logs.too_big(ctx.store.state / "logs"):
         port = int(log.stem) if log.stem.isdecimal() else None
         yield Drift.of(DriftCode.LOG_TOO_BIG, port, None, f"{log} has {amount(size)}")
+
+
+def _stranded(ctx: Context, world: World) -> Iterator[Drift]:
+    """Report memory that stopped servers did not return, or that its record cannot be read."""
+    if record := world.stranded:
+        message = (
+            f"{amount(record.size)} of memory did not return; {record.model} on {record.port} was stopped last, at "
+            f"{record.stopped_at}"
+        )
+        yield Drift.of(DriftCode.MEMORY_STRANDED, None, None, message)
+        return
+    try:
+        ctx.store.stranded("")
+    except (OSError, ValueError) as error:
+        path = ctx.store.stranded_path
+        why = describe_error(error) if isinstance(error, OSError) else str(error)[:200]
+        yield Drift.of(DriftCode.STATE_UNREADABLE, None, None, f"{path} cannot be read: {why}")
 
 
 def settings_drift(ctx: Context, registry: Registry, view: PortView) -> Iterator[Drift]:
@@ -86,7 +122,7 @@ def settings_drift(ctx: Context, registry: Registry, view: PortView) -> Iterator
         message = f"{view.port}: {run.model} could not be started as it is configured now: {error.message}"
         yield Drift(DriftCode.SETTINGS_CHANGED, view.port, run.model, message, error.marked_hint)
         return
-    actual = run.argv
+    actual = run.settings
     if run.adopted and expected is not None:
         # It may have been launched in another way by hand. Compare only the options.
         actual, expected = actual[-len(expected) + 1 :], expected[1:]

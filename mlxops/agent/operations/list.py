@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from mlxops.agent.context import Context
+from mlxops.agent.host.memory import HostMemory
 from mlxops.agent.operations.drift import conflicted_copies
-from mlxops.core.commands.list import EstimateRow, List, ListResult, MemoryRow, ModelRow, UseRow
+from mlxops.core.commands.list import EstimateRow, HostRow, List, ListResult, MemoryRow, ModelRow, OptionRow, UseRow
 from mlxops.core.errors import Refused
+from mlxops.core.model_options import Origin
 from mlxops.core.registry import Model, Registry
 from mlxops.core.replies import ErrorRow
 
@@ -28,19 +32,50 @@ def run(ctx: Context, request: List) -> ListResult:
 
 def _memory(ctx: Context, registry: Registry) -> MemoryRow:
     from mlxops.agent.serving.memory import budget, in_use
+    from mlxops.core.memory import STRANDED
 
-    limit = budget(ctx.paths)
+    host = ctx.system.host_memory()
+    limit = budget(ctx.paths, host)
     uses = in_use(ctx.observe(registry), ctx.system, ctx.reserved())
     used = sum(use.counted for use in uses)
+    sums = {kind: sum(use.counted for use in uses if use.owner == kind) for kind in ("loading", STRANDED)}
     return MemoryRow(
         budget_bytes=limit.size,
         budget_source=limit.source,
         used_bytes=used,
         left_bytes=limit.size - used,
         servers=tuple(
-            UseRow(use.port, use.model, use.owner, use.pid, use.estimated_bytes, use.resident_bytes, use.counted)
+            UseRow(
+                port=use.port,
+                model=use.model,
+                owner=use.owner,
+                pid=use.pid,
+                estimated_bytes=use.estimated_bytes,
+                resident_bytes=use.resident_bytes,
+                counted_bytes=use.counted,
+                limit_bytes=use.limit_bytes,
+            )
             for use in uses
         ),
+        held_bytes=sum(use.resident_bytes or 0 for use in uses if use.owner not in sums),
+        reserved_bytes=sums["loading"],
+        stranded_bytes=sums[STRANDED],
+        host=_host_row(host),
+    )
+
+
+def _host_row(host: HostMemory) -> HostRow:
+    return HostRow(
+        total_bytes=host.total,
+        in_use_bytes=host.in_use,
+        wired_bytes=host.wired,
+        unexplained_bytes=host.unexplained_wired,
+        gpu_limit_bytes=host.gpu_limit,
+        gpu_limit_set=host.gpu_limit_set,
+        pressure=host.pressure,
+        stalled_percent=host.stalled_percent,
+        swap_total_bytes=host.swap_total,
+        swap_used_bytes=host.swap_used,
     )
 
 
@@ -77,10 +112,21 @@ def _model_row(ctx: Context, model: Model, *, memory: bool) -> ModelRow:
         engine=model.engine or ctx.paths.settings.engine,
         size_bytes=files.size_bytes if files else None,
         context_length=model.context_length or (facts.context_length if facts else None),
-        flags=option_rows(ctx, model, path),
+        flags=(*option_rows(ctx, model, path), *_budget_rows(ctx, model)),
         problems=tuple(problems),
         memory=_estimate(path, model) if memory and path else None,
     )
+
+
+def _budget_rows(ctx: Context, model: Model) -> Iterator[OptionRow]:
+    """Yield the limits that the model's server got at its load."""
+    run = None
+    with contextlib.suppress(OSError, ValueError):
+        run = ctx.store.run(model.port) if model.port is not None else None
+    if run is None or run.model != model.name or run.boot_id != ctx.system.boot_id():
+        return
+    for option, value in zip(run.budget[::2], run.budget[1::2], strict=False):
+        yield OptionRow(option.removeprefix("--").replace("-", "_"), int(value), Origin.BUDGET.value)
 
 
 def _estimate(path: Path, model: Model) -> EstimateRow | None:

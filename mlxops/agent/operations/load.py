@@ -79,7 +79,7 @@ def load(held: Held) -> LoadResult:
             ctx.note(note)
         plan = final
         if plan.outcome is Outcome.START and prepared is not None:
-            warnings = preflight(ctx, request, reserved, held.registry, plan, prepared)
+            prepared, warnings = preflight(ctx, request, reserved, held.registry, plan, prepared)
             plan = replace(plan, notes=(*plan.notes, *warnings))
         if request.dry_run:
             return _dry_load(held, plan, prepared)
@@ -333,6 +333,6 @@ def _dry_load(held: Held, plan: LoadPlan, prepared: Prepared | None) -> LoadResu
             download=plan.target.repo_id if downloads else None,
             stops=tuple(shown_stop(view) for view in plan.stops),
             clears=tuple(plan.cleared),
-            argv=tuple(prepared.wanted.argv) if prepared else None,
+            argv=prepared.argv if prepared else None,
         ),
     )

@@ -58,6 +58,12 @@ class Prepared:
     serving: ServerSpec
     files: ModelFiles
     wanted: Wanted
+    budget: tuple[str, ...] = ()
+    """The limits that `preflight` chose, as the last words of the argv."""
+
+    @property
+    def argv(self) -> tuple[str, ...]:
+        return (*self.wanted.argv, *self.budget)
 
 
 def prepare(ctx: Context, target: ModelRef, port: int, files: ModelFiles, *, ask: bool = True) -> Prepared:
@@ -82,7 +88,9 @@ def prepare(ctx: Context, target: ModelRef, port: int, files: ModelFiles, *, ask
     command = inspect_command(engine, command, serving, inquire, ctx.store, keep=not ctx.request.dry_run)
     argv = engine.argv(command, serving)
     real = os.path.realpath(files.path)
-    return Prepared(engine, command, serving, files, Wanted(target.repo_id, files.revision, engine.name, argv, real))
+    limits = engine.limit_options(serving).all
+    wanted = Wanted(target.repo_id, files.revision, engine.name, argv, real, limits)
+    return Prepared(engine, command, serving, files, wanted)
 
 
 def options(entry: Model, default_engine: str, path: Path) -> tuple[Option, ...]:
@@ -134,8 +142,8 @@ def _template_file(entry: Model, path: Path, name: str) -> Path:
 
 def preflight(
     ctx: Context, request: Load, held: ExitStack, registry: Registry, plan: LoadPlan, prepared: Prepared
-) -> tuple[str, ...]:
-    """Check the new server before an old one is stopped. Emit warnings, and return them.
+) -> tuple[Prepared, tuple[str, ...]]:
+    """Check the new server before an old one is stopped. Emit warnings; return them, and the server with its limits.
 
     Reserve the server's memory until `held` ends. Raises `Refused`: not_servable, code_would_run,
     unknown_architecture, does_not_fit.
@@ -145,14 +153,14 @@ def preflight(
     ctx.emit(Phase("check", f"{plan.target.repo_id} at {prepared.files.revision[:12]}"))
     facts = inspect(prepared.files.path)
     check(plan, prepared, facts)
-    _reserve_memory(ctx, request, held, registry, plan, prepared, facts)
+    prepared, memory_warnings = _reserve_memory(ctx, request, held, registry, plan, prepared, facts)
     _check_disk(ctx, plan)
     if facts.auto_map and not prepared.serving.model.trust_remote_code:
         ctx.note(f"the repository's code is not run: {' and '.join(facts.auto_map)} name it (auto_map)")
-    warnings = tuple(_warnings(ctx, request, plan, prepared, facts))
+    warnings = (*_warnings(ctx, request, plan, prepared, facts), *memory_warnings)
     for warning in warnings:
         ctx.note(warning, "warning")
-    return warnings
+    return prepared, warnings
 
 
 def check(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
@@ -287,23 +295,28 @@ def _reserve_memory(
     plan: LoadPlan,
     prepared: Prepared,
     facts: ModelFacts,
-) -> None:
-    """Check that the model fits into memory, and reserve that memory until its server uses it.
+) -> tuple[Prepared, list[str]]:
+    """Check that the model fits into memory with one context, and reserve that memory until its server uses it.
 
-    Without the reservation, two loads that begin at once could both pass the check although only one fits.
+    Return the server with limits chosen from what is left, and warnings. Without the reservation, two loads that begin
+    at once could both pass the check although only one fits.
     """
+    from mlxops.agent.operations import limits
     from mlxops.agent.serving.memory import budget, check_fits, in_use
 
     cache, context_length = facts.shape.served_as(_served_as(prepared)), prepared.serving.model.context_length
     need = memory.estimate(facts.weight_bytes, cache, facts.shape.context_length, context_length)
+    options, size = limits.installed_options(ctx, prepared), budget(ctx.paths)
     with _memory_check_lock(ctx):
+        uses = in_use(ctx.observe(registry), ctx.system, ctx.reserved())
+        leaving = {view.port for view in plan.stops}
         if not request.overcommit:
-            uses = in_use(ctx.observe(registry), ctx.system, ctx.reserved())
-            leaving = {view.port for view in plan.stops}
-            check_fits(plan.target.name, need, budget(ctx.paths), uses, leaving, list(ctx.paths.settings.ports))
+            check_fits(plan.target.name, need, size, uses, leaving, list(ctx.paths.settings.ports))
         if not ctx.request.dry_run:
             holder = replace(ctx.holder(plan.port), reserves=need.total)
             held.callback(_take_lock(ctx, memory_lock(plan.port), holder).release)
+    staying = [use for use in uses if use.port not in leaving]
+    return limits.give(ctx, registry, plan, prepared, options, need, staying, size.size)
 
 
 @contextmanager

@@ -9,18 +9,14 @@ from contextlib import contextmanager
 from mlxops.agent.context import Context
 from mlxops.agent.engines import ENGINES
 from mlxops.agent.serving import processes
+from mlxops.agent.serving.stranded import expect_return
 from mlxops.core.errors import MlxopsError, OutcomeUnknown, Refused
 from mlxops.core.ports import Owner, PortView, State
 from mlxops.core.protocol import Phase
 from mlxops.core.records import Run, Server, run_of
-from mlxops.core.text import amount
 
 END_SECONDS = 5.0
 """Time for a server without open requests to end."""
-MEMORY_SECONDS = 10.0
-"""Time for the memory of an ended server to become available: a GPU's driver returns it a little later."""
-MIN_CHECKED_BYTES = 1024**3
-"""Do not check the return of less memory: a host's available memory always varies by such amounts."""
 PORT_SECONDS = 10.0
 """Time for the port of an ended server to become free."""
 
@@ -32,7 +28,12 @@ def stop(ctx: Context, view: PortView, grace: float) -> float:
     """
     run = _server_run(ctx, view)
     ctx.emit(Phase("stop", f"{view.model or 'a server'} on port {view.port}, pid {run.pid}"))
-    available, held = ctx.system.available(), view.memory_bytes or 0
+    pids = processes.members(ctx.system, ctx.system.look(()), run)
+    with expect_return(ctx.store, ctx.system, port=view.port, model=view.model, pids=pids, note=ctx.note):
+        return _stop(ctx, view, run, grace)
+
+
+def _stop(ctx: Context, view: PortView, run: Run, grace: float) -> float:
     engine = ENGINES.get(run.engine)
     drains = engine is None or engine.drains
     end_seconds = grace if drains else _wait_for_requests(ctx, view, run, grace)
@@ -50,7 +51,6 @@ def stop(ctx: Context, view: PortView, grace: float) -> float:
             hint="`mlxctl status` names it",
         )
     ctx.store.forget_run(view.port)
-    _check_memory_return(ctx, available, held)
     return stopped_at
 
 
@@ -139,15 +139,3 @@ def _wait_until_free(ctx: Context, port: int) -> bool:
             return False
         time.sleep(0.05)
     return True
-
-
-def _check_memory_return(ctx: Context, before: int | None, held: int) -> None:
-    """Wait until at least half of the server's memory is available again. If it does not return, warn."""
-    if before is None or held < MIN_CHECKED_BYTES:
-        return
-    deadline = time.monotonic() + MEMORY_SECONDS
-    while (ctx.system.available() or 0) < before + held // 2:
-        if time.monotonic() > deadline:
-            ctx.note(f"its {amount(held)} of memory did not return within {MEMORY_SECONDS:.0f} s", "warning")
-            return
-        time.sleep(0.1)

@@ -41,7 +41,16 @@ def start_in_place(ctx: Context, request: Load, registry: Registry, plan: LoadPl
         serving = [(view, _plan_restart(ctx, registry, view)) for view in plan.stops if view.orphan is None]
         if plan.stops:
             prefetch_weights(ctx, prepared.files.path, plan.target.name)
-        start = Launch(ctx.paths, ctx.store, ctx.system, prepared.engine, prepared.command, prepared.serving)
+        start = Launch(
+            ctx.paths,
+            ctx.store,
+            ctx.system,
+            prepared.engine,
+            prepared.command,
+            prepared.serving,
+            argv=prepared.argv,
+            budget=prepared.budget,
+        )
         try:
             with ctx.cancellation.shield():
                 stopped_at = [stop(ctx, view, ctx.drain) for view in plan.stops]
@@ -202,7 +211,7 @@ def _plan_as_recorded(ctx: Context, view: PortView, entry: Model) -> RestartPlan
     serving = ServerSpec(entry, run.alias, files.path, ctx.paths.settings.bind, view.port, folder)
     command = EngineCommand(run.argv, "its run record", run.engine_version)
     engine = engine_named(run.engine)
-    start = Launch(ctx.paths, ctx.store, ctx.system, engine, command, serving, argv=run.argv)
+    start = Launch(ctx.paths, ctx.store, ctx.system, engine, command, serving, argv=run.argv, budget=run.budget)
     return RestartPlan(run.model, start, run.repo_id, run.revision, files.size_bytes)
 
 

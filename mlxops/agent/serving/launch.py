@@ -105,8 +105,10 @@ class Launch:
         serving: ServerSpec,
         *,
         argv: tuple[str, ...] | None = None,
+        budget: tuple[str, ...] = (),
     ) -> None:
-        """`argv`: the command of a previous server that is to be started again unchanged."""
+        """`argv`: the whole command, such as that of a previous server that is to be started again unchanged.
+        `budget`: its last words, which set the limits that the budget gave."""
         self.paths = paths
         self.store = store
         self.system = system
@@ -114,6 +116,7 @@ class Launch:
         self.command = command
         self.serving = serving
         self.argv = engine.argv(command, serving) if argv is None else argv
+        self.budget = budget
         self.log = store.log_path(serving.port)
         self._process: PendingProcess | None = None
         self._run: Run | None = None
@@ -153,6 +156,7 @@ class Launch:
             log_path=str(self.log),
             started_at=utc_now(),
             engine_version=self.command.version,
+            budget=self.budget,
         )
         try:
             self.store.save_run(self._run)

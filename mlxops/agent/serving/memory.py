@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from mlxops.agent.engines import ENGINES
 from mlxops.agent.engines.argv import long_options
-from mlxops.agent.host.system import System
+from mlxops.agent.engines.installation import installed_version
+from mlxops.agent.host.memory import HostMemory
+from mlxops.agent.host.system import System, this_system
 from mlxops.agent.hub.snapshot import shape, weight_files
 from mlxops.agent.paths import HostPaths
 from mlxops.agent.serving import servers
 from mlxops.agent.serving.observe import real_path, repo_of
 from mlxops.agent.serving.servers import ServerProcess
 from mlxops.core import memory
+from mlxops.core.budget import Limits, limited
 from mlxops.core.errors import Refused
 from mlxops.core.frozen import dataclass
 from mlxops.core.memory import Estimate, Use
@@ -23,8 +25,6 @@ from mlxops.core.ports import PortView, World
 from mlxops.core.records import Operation
 from mlxops.core.text import amount
 
-GPU_SHARE = 0.75
-"""The default of macOS for the memory that the GPU may wire: about three quarters of RAM."""
 LINUX_SHARE = 0.9
 
 
@@ -36,34 +36,15 @@ class Budget:
     source: str
 
 
-def budget(paths: HostPaths, sysctl: Callable[[str], str] | None = None) -> Budget:
-    """Return the host's memory budget. `sysctl` returns a kernel variable as macOS prints it; default: the real one."""
+def budget(paths: HostPaths, host: HostMemory | None = None) -> Budget:
+    """Return the host's memory budget. `host`: its memory; default: that of this machine."""
     if paths.settings.memory is not None:
         return Budget(paths.settings.memory, "memory in hosts.yaml")
-    if sysctl is not None or sys.platform == "darwin":
-        return _mac_budget(sysctl or _sysctl)
-    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Budget(int(size * LINUX_SHARE), "nine tenths of RAM")
-
-
-def _mac_budget(sysctl: Callable[[str], str]) -> Budget:
-    # 0 is the default and means a share of RAM. The variable exists since macOS 14.
-    wired = _parse_number(sysctl("iogpu.wired_limit_mb")) * 1024 * 1024
-    if wired:
-        return Budget(wired, "iogpu.wired_limit_mb")
-    return Budget(
-        int(_parse_number(sysctl("hw.memsize")) * GPU_SHARE), "three quarters of RAM, the GPU's default limit"
-    )
-
-
-def _parse_number(text: str) -> int:
-    return int(text.strip()) if text.strip().isdecimal() else 0
-
-
-def _sysctl(name: str) -> str:
-    command = ["/usr/sbin/sysctl", "-n", name]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    return done.stdout if done.returncode == 0 else ""
+    host = host or this_system().host_memory()
+    if host.gpu_limit is None:
+        return Budget(int(host.total * LINUX_SHARE), "nine tenths of RAM")
+    source = "iogpu.wired_limit_mb" if host.gpu_limit_set else "the GPU's default limit, a share of RAM"
+    return Budget(host.gpu_limit, source)
 
 
 def estimate_of(path: Path, context_length: int | None = None, model_type: str = "lm") -> Estimate | None:
@@ -82,8 +63,8 @@ def in_use(world: World, system: System, reserved: Mapping[int, Operation]) -> t
     """Return the memory use of every MLX server of this machine: managed, started by hand, by boot or by other users,
     on any port.
 
-    Also list unrecognised processes that listen on our ports, with unknown size: not every system shows other users'
-    processes. `reserved`: the memory of servers that are about to start, by port.
+    Also list stranded memory, and unrecognised processes that listen on our ports, with unknown size: not every system
+    shows other users' processes. `reserved`: the memory of servers that are about to start, by port.
     """
     look = system.look(())
     uses, ports_seen = [], set()
@@ -95,6 +76,8 @@ def in_use(world: World, system: System, reserved: Mapping[int, Operation]) -> t
         if view.owner is not None and view.pid is not None and view.port not in ports_seen:
             size = view.memory_bytes
             uses.append(Use(view.port, view.model or "unknown", view.owner.value, view.pid, None, size))
+    if stranded := world.stranded:
+        uses.append(Use(None, stranded.model, memory.STRANDED, None, None, stranded.size))
     for port, operation in reserved.items():
         more = (operation.reserves or 0) - sum(use.counted for use in uses if use.port == port)
         if more > 0:
@@ -109,6 +92,10 @@ def _use(world: World, system: System, server: ServerProcess, view: PortView | N
     flags = long_options(process.argv)
     context, model_type = flags.get("--context-length", ""), flags.get("--model-type", "lm")
     expected = estimate_of(Path(path), int(context) if context.isdecimal() else None, model_type) if path else None
+    engine = ENGINES[server.engine]
+    version = view.run.engine_version if view and view.run else installed_version(process.argv, engine.distribution)
+    own = engine.read_limits(process.argv)
+    cached = engine.keeps_caches_in_memory(version)
     owner = "hand" if process.uid == os.getuid() else "foreign"
     return Use(
         port=view.port if view else _server_port(world, system, server),
@@ -116,7 +103,9 @@ def _use(world: World, system: System, server: ServerProcess, view: PortView | N
         owner=view.owner.value if view and view.owner else owner,
         pid=process.pid,
         estimated_bytes=expected.total if expected else None,
-        resident_bytes=system.memory(server.family) or None,
+        resident_bytes=system.shared_memory(server.family) or None,
+        limit_bytes=limited(expected, own, cached=cached).total if expected and own != Limits() else None,
+        unbounded=model_type == "lm" and engine.is_unbounded(process.argv, version),
     )
 
 
@@ -142,12 +131,13 @@ def check_fits(
     if missing <= 0:
         return
     room = memory.smallest_room((use for use in staying if use.port in ports), missing)
+    stranded = any(use.owner == memory.STRANDED for use in staying)
     raise Refused(
         "does_not_fit",
         f"{name} does not fit in memory: it needs about {amount(need.total)}, and {amount(max(0, limit.size - used))} "
         f"of {amount(limit.size)} are left",
         why=f"{need}; serving already: {'; '.join(map(str, staying)) or 'nothing'}; budget: {limit.source}",
-        hint=_make_room(room),
+        hint=_make_room(room, stranded=stranded),
         details={
             "need_bytes": need.total,
             "used_bytes": used,
@@ -158,7 +148,8 @@ def check_fits(
     )
 
 
-def _make_room(room: tuple[Use, ...] | None) -> str:
-    if room is None:
-        return "no unload would make enough room; choose a smaller model, or take the risk: --overcommit"
-    return f"make room: {'; '.join(use.unload for use in room)}; or take the risk: --overcommit"
+def _make_room(room: tuple[Use, ...] | None, *, stranded: bool) -> str:
+    if room is not None:
+        return f"make room: {'; '.join(use.unload for use in room)}; or take the risk: --overcommit"
+    reboot = "reboot the host, " if stranded else ""
+    return f"no unload would make enough room; {reboot}choose a smaller model, or take the risk: --overcommit"

@@ -26,7 +26,7 @@ from mlxops.core.errors import Interrupted, MlxopsError
 from mlxops.core.frozen import dataclass
 from mlxops.core.port_drift import find_drift
 from mlxops.core.ports import BootClaim, Health, JobState, Signals, Standing, World, judge
-from mlxops.core.records import Run, Server
+from mlxops.core.records import Run, Server, Stranded
 from mlxops.core.registry import Registry
 from mlxops.core.text import clean
 
@@ -64,7 +64,16 @@ def observe(
         )
         for each in signals
     }
-    return World(views, find_drift(paths.settings.ports, views, registry, states), states)
+    stranded = _stranded(store, system) if only is None else None
+    return World(views, find_drift(paths.settings.ports, views, registry, states), states, stranded)
+
+
+def _stranded(store: Store, system: System) -> Stranded | None:
+    if not store.stranded_path.exists():
+        return None
+    from mlxops.agent.serving.stranded import still_missing
+
+    return still_missing(store, system)
 
 
 def _all_signals(
@@ -283,10 +292,19 @@ def _signals(
         activity=str(state),
         progress=state.progress,
         other_listener=_describe(look, others) if listeners and (others or not pids) else "",
-        memory_bytes=system.memory(members) if members else None,
+        memory_bytes=system.memory(members or _unrecorded(look, hand=server, claim=claim, listening=pids)) or None,
         last_words=_last_words(store.log_path(port)) if run is not None and not members else "",
         rebooted=run is not None and run.boot_id != system.boot_id(),
     )
+
+
+def _unrecorded(
+    look: Look, *, hand: Server | None, claim: BootClaim | None, listening: Collection[int]
+) -> tuple[int, ...]:
+    """Return the processes of a server that mlxops did not start."""
+    if hand is not None:
+        return servers.family(look, hand.pid)
+    return tuple(listening) if claim else ()
 
 
 def _run_record(store: Store, port: int) -> tuple[Run | None, bool]:

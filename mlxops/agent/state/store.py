@@ -4,6 +4,7 @@
   host.json         the agreed settings (`agreement`)
   history.jsonl     what changed, by whom, when
   registry.previous.json  the registry before its last change (`registry_file`)
+  stranded.json     memory that stopped servers did not return, since the last boot
   registry.known.json     where this host has had a registry: if a file there is gone, the registry is not empty
   locks/            one file per port or model; the flock decides, the content names the holder
   run/<port>.json   the run record; run/<port>/ is the server's working directory
@@ -56,7 +57,14 @@ from mlxops.common import files
 from mlxops.common.files import Unfit, describe_error
 from mlxops.core.errors import Refused
 from mlxops.core.frozen import dataclass
-from mlxops.core.records import Operation, Run, operation_from_wire, run_from_wire
+from mlxops.core.records import (
+    Operation,
+    Run,
+    Stranded,
+    operation_from_wire,
+    run_from_wire,
+    stranded_from_wire,
+)
 from mlxops.core.settings import Settings, settings_from_wire
 
 HISTORY_BYTES = 4 * 1024 * 1024
@@ -230,6 +238,25 @@ class Store:
 
     def log_path(self, port: int) -> Path:
         return self.state / "logs" / f"{port}.log"
+
+    # Stranded memory
+
+    @property
+    def stranded_path(self) -> Path:
+        return self.state / "stranded.json"
+
+    def stranded(self, boot_id: str) -> Stranded | None:
+        """Return the record of memory stranded since this boot; None if there is none.
+
+        Raises `ValueError` if the file is damaged, `OSError` if it cannot be read.
+        """
+        data = read_if_exists(self.stranded_path)
+        record = None if data is None else stranded_from_wire(parse_object(data))
+        return record if record and record.boot_id == boot_id else None
+
+    def save_stranded(self, record: Stranded) -> None:
+        with self._report_unwritable():
+            write_durably(self.stranded_path, json.dumps(record.to_wire()).encode())
 
     # The engines' --help
 

@@ -13,7 +13,7 @@ from mlxops.core.wire import omitted
 
 @dataclass(frozen=True)
 class OptionRow:
-    """An option of a model. `origin`: registry, family or settings."""
+    """An option of a model. `origin`: registry, family, settings, or budget (a limit that its load chose)."""
 
     key: str
     value: str | int | bool | tuple[str, ...] | None
@@ -74,14 +74,39 @@ class UseRow:
     """None for a server outside of the port range."""
     model: str | None
     owner: str | None
-    """Who started it."""
+    """Who started it; `loading` for memory reserved for a load; `stranded` for memory that no process has."""
     pid: int | None
     estimated_bytes: int | None
     """None if its files are not known."""
     resident_bytes: int | None
-    """What the process holds now."""
+    """What its processes hold now; None if that is hidden, as on macOS for another user's."""
     counted_bytes: int
     """The larger of the two."""
+    limit_bytes: int | None = None
+    """What it may take if it uses the limits of its command to the full; None if it has none."""
+
+
+@dataclass(frozen=True)
+class HostRow:
+    """The memory of a host, in bytes."""
+
+    total_bytes: int
+    in_use_bytes: int | None
+    """What cannot be had without swapping or ending a process; None if not known."""
+    wired_bytes: int | None
+    """macOS: what cannot be swapped, the GPU's buffers among it."""
+    unexplained_bytes: int | None
+    """macOS: how much more is wired than all visible processes hold. The kernel's own few GB are part of it."""
+    gpu_limit_bytes: int | None
+    """macOS: the most that the GPU may wire."""
+    gpu_limit_set: bool
+    """An administrator set that limit (iogpu.wired_limit_mb)."""
+    pressure: str | None
+    """macOS: normal, warning or critical."""
+    stalled_percent: float | None
+    """Linux: the share of the last 10 s in which a process waited for memory."""
+    swap_total_bytes: int | None
+    swap_used_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -96,6 +121,14 @@ class MemoryRow:
     left_bytes: int
     """Negative if the servers exceed the budget."""
     servers: tuple[UseRow, ...]
+    held_bytes: int = 0
+    """What the servers hold now, as far as it is known."""
+    reserved_bytes: int = 0
+    """What is reserved for servers that are about to start."""
+    stranded_bytes: int = 0
+    """What stopped servers did not return. Only a reboot returns it."""
+    host: HostRow | None = None
+    """Builds up to 0.2.0 send neither this nor the three before."""
 
 
 @dataclass(frozen=True)
@@ -171,22 +204,51 @@ def _memory(reply: HostReply[ListResult], *, many: bool) -> str:
     if reply.result is None or reply.result.memory is None:
         return "\n".join(title)
     memory = reply.result.memory
-    serving = [
-        [use.port, use.model, use.owner, *map(size, (use.estimated_bytes, use.resident_bytes, use.counted_bytes))]
-        for use in memory.servers
-    ]
+    serving = [[use.port, use.model, use.owner, *map(size, _sizes(use))] for use in memory.servers]
     models = [_need(row, memory.left_bytes) for row in reply.result.models]
-    budget = f"budget {size(memory.budget_bytes)} ({one_line(memory.budget_source)})"
     return "\n".join(
         [
             *title,
-            f"{budget}, in use {size(memory.used_bytes)}, left {size(memory.left_bytes)}",
+            _budget(memory),
+            *([_host(memory.host)] if memory.host else []),
             "",
-            table(["PORT", "SERVES", "OWNER", "ESTIMATE", "RESIDENT", "COUNTED"], serving),
+            table(["PORT", "SERVES", "OWNER", "ESTIMATE", "MEMORY", "COUNTED", "LIMIT"], serving),
             "",
             table(["MODEL", "PORT", "WEIGHTS", "CONTEXT", "TOKENS", "NEEDS", "FITS NOW"], models),
         ]
     )
+
+
+def _sizes(use: UseRow) -> tuple[int | None, ...]:
+    return (use.estimated_bytes, use.resident_bytes, use.counted_bytes, use.limit_bytes)
+
+
+def _budget(memory: MemoryRow) -> str:
+    parts = {"held": memory.held_bytes, "reserved": memory.reserved_bytes, "stranded": memory.stranded_bytes}
+    shown = [f"{name} {size(number)}" for name, number in parts.items() if number]
+    return ", ".join(
+        [
+            f"budget {size(memory.budget_bytes)} ({one_line(memory.budget_source)})",
+            f"in use {size(memory.used_bytes)}" + (f" ({', '.join(shown)})" if shown else ""),
+            f"left {size(memory.left_bytes)}",
+        ]
+    )
+
+
+def _host(host: HostRow) -> str:
+    """Return the line about the host, without what is not known."""
+    kind = "set" if host.gpu_limit_set else "default"
+    parts = [
+        f"host {size(host.total_bytes)}",
+        f"in use {size(host.in_use_bytes)}" if host.in_use_bytes is not None else "",
+        f"wired {size(host.wired_bytes)}" if host.wired_bytes is not None else "",
+        f"of it no process explains {size(host.unexplained_bytes)}" if host.unexplained_bytes is not None else "",
+        f"GPU limit {size(host.gpu_limit_bytes)} ({kind})" if host.gpu_limit_bytes is not None else "",
+        f"pressure {one_line(host.pressure)}" if host.pressure else "",
+        f"waiting for memory {host.stalled_percent:.0f} % of the last 10 s" if host.stalled_percent else "",
+        f"swap {size(host.swap_used_bytes)} of {size(host.swap_total_bytes)}" if host.swap_total_bytes else "",
+    ]
+    return ", ".join(filter(None, parts))
 
 
 def _need(row: ModelRow, left: int) -> list[object]:

@@ -50,7 +50,7 @@ class PortRow:
     proven_at: str | None = None
     """When it gave its first completion, in UTC."""
     memory_bytes: int | None = None
-    """Resident memory of the server."""
+    """What all processes of the server hold; null if there is none, or if it is hidden."""
     detail: str = ""
     """What is special about the state, for people."""
     progress: Progress | None = None

@@ -1,0 +1,115 @@
+"""Stranded memory: what a stopped server held and the host does not get back before a reboot.
+
+On macOS, a process that ends too early can leave wired memory that belongs to no process. It is claimed only from two
+looks, before and after a stop. Each look counts the memory in use that no visible process explains: if that is more
+after the stop than before, the difference is stranded. A server that starts or grows in between does not matter. What a
+living server keeps to use it again is part of what it holds.
+
+Processes of other users may be invisible, and then their growth looks the same. The claim is therefore compared with
+every later look, and shrinks when that memory is available again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from mlxops.agent.host.system import System
+from mlxops.agent.state.store import Store, utc_now
+from mlxops.core.errors import Refused
+from mlxops.core.records import Stranded
+from mlxops.core.text import amount
+
+MIN_BYTES = 1024**3
+"""Less is not claimed: the memory in use always varies by such amounts."""
+MIN_SHARE = 0.1
+"""Share of what the server held that is not claimed either."""
+RETURN_SECONDS = 10.0
+BYTES_PER_SECOND = 4e9
+"""A GPU's driver returns memory a little later: `RETURN_SECONDS`, and a second for each 4 GB."""
+
+
+@contextmanager
+def expect_return(
+    store: Store,
+    system: System,
+    *,
+    port: int,
+    model: str | None,
+    pids: Collection[int],
+    note: Callable[[str, str], None],
+) -> Iterator[None]:
+    """Stop a server inside the block, and wait until its memory is available again. Record what does not return.
+
+    `pids`: all processes of the server. `note` gets a warning and its level. If the block raises, the server may still
+    hold its memory, so nothing is claimed. Nothing is claimed either if the memory cannot be measured.
+    """
+    held = system.memory(pids)
+    before = _unexplained(system, pids) if held is not None and held >= MIN_BYTES else None
+    yield
+    if held is None or before is None:
+        return
+    if missing := _wait(system, before, held):
+        _record(store, system, before, missing, port, model or "a server")
+        note(
+            f"{amount(missing)} of its {amount(held)} of memory did not return within {return_seconds(held):.0f} s; "
+            "if it stays away, only a reboot returns it",
+            "warning",
+        )
+
+
+def return_seconds(held: int) -> float:
+    """Return how long the memory of an ended server may take to become available."""
+    return RETURN_SECONDS + held / BYTES_PER_SECOND
+
+
+def _wait(system: System, before: int, held: int) -> int:
+    """Wait until the server's memory is available. Return the bytes that are missing after that time; 0 if none."""
+    deadline = time.monotonic() + return_seconds(held)
+    pause = 0.05
+    while True:
+        now = _unexplained(system)
+        missing = 0 if now is None else min(now - before, held)
+        if missing < max(MIN_BYTES, held * MIN_SHARE):
+            return 0
+        if time.monotonic() > deadline:
+            return missing
+        time.sleep(pause)
+        pause = min(pause * 1.5, 1.0)
+
+
+def _unexplained(system: System, pids: Collection[int] = ()) -> int | None:
+    """Return the memory in use that no process explains; None if that is not known now."""
+    try:
+        return system.unexplained(pids)
+    except (Refused, OSError):
+        return None
+
+
+def _record(store: Store, system: System, before: int, missing: int, port: int, model: str) -> None:
+    """Add the missing memory to what earlier stops have stranded and is still missing."""
+    earlier = _read(store, system)
+    still = max(0, min(earlier.size, before - earlier.baseline)) if earlier else 0
+    record = Stranded(system.boot_id(), missing + still, before - still, port, model, utc_now())
+    with contextlib.suppress(Refused):  # the server is stopped, and the warning is given
+        store.save_stranded(record)
+
+
+def still_missing(store: Store, system: System) -> Stranded | None:
+    """Return what is stranded now; None if nothing is, or if that is not known."""
+    record = _read(store, system)
+    now = _unexplained(system) if record else None
+    if record is None or now is None:
+        return None
+    size = min(record.size, now - record.baseline)
+    return replace(record, size=size) if size >= MIN_BYTES else None
+
+
+def _read(store: Store, system: System) -> Stranded | None:
+    try:
+        return store.stranded(system.boot_id())
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,105 @@
+"""Name the settings that can take a host down: the GPU, the wired limit, engines without limits. Pure.
+
+Each danger has a stable id. `load` shows them as warnings; other commands may use the same functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from mlxops.core.frozen import dataclass
+from mlxops.core.text import amount
+
+if TYPE_CHECKING:
+    from mlxops.core.memory import Use
+
+FAST_SYNCH = "MLX_METAL_FAST_SYNCH"
+"""A variable of MLX. It has wedged GPUs also on single Macs (MLX issues 3142 and 3830), and MLX removed it from its
+examples (pull request 4005)."""
+FAST_SYNCH_WHY = "it can wedge the GPU until the host is rebooted"
+
+
+@dataclass(frozen=True)
+class Danger:
+    """A setting that can take the host down. `id` is stable."""
+
+    id: str
+    message: str
+    hint: str
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.hint}"
+
+
+def is_set(value: str | None) -> bool:
+    """Return whether MLX takes a variable with this value as switched on."""
+    return (value or "0").strip() not in ("", "0")
+
+
+def metal_fast_synch(environ: Mapping[str, str], where: str) -> Danger | None:
+    """Judge the environment of a server. `where`: what sets it, for people, such as `env in hosts.yaml`."""
+    if not is_set(environ.get(FAST_SYNCH)):
+        return None
+    return Danger(
+        "metal_fast_synch",
+        f"{FAST_SYNCH} is set ({where}): {FAST_SYNCH_WHY}",
+        "take it out, then load the models again",
+    )
+
+
+def wired_limit(limit: int | None, default: int, memory: int) -> Danger | None:
+    """Judge the GPU's wired limit. `default` is Apple's for this Mac, `memory` its RAM; None: the limit is not known.
+
+    A limit of 0 is the default.
+    """
+    if not limit or limit <= default:
+        return None
+    return Danger(
+        "wired_limit_high",
+        f"the GPU's wired limit is raised to {amount(limit)}: that leaves {amount(max(0, memory - limit))} of "
+        f"{amount(memory)} for the system, and Apple's default leaves {amount(memory - default)}",
+        "lower it on the host (sudo sysctl iogpu.wired_limit_mb=0 is the default), or give the servers less: "
+        "memory in hosts.yaml",
+    )
+
+
+def unbounded_servers(uses: Iterable[Use]) -> Danger | None:
+    """Judge the servers of a host: two that both grow without a bound take each other's memory."""
+    growing = [use for use in uses if use.unbounded]
+    if len(growing) < 2:
+        return None
+    return Danger(
+        "unbounded_servers",
+        f"{_names(growing)} have no limit of the contexts that they keep: together they can exhaust the memory",
+        f"a load sets the limits that the installed engine has{_again(growing)}",
+    )
+
+
+def limits_over_budget(uses: Iterable[Use], size: int) -> Danger | None:
+    """Judge the limits of a host's servers against its memory budget (`size`).
+
+    A load is not refused for it: a model that fits with one context is loaded, and each server counts with what it
+    needs and holds, not with what it may take. One that fits only with `--overcommit` has its own message.
+    """
+    uses = list(uses)
+    limited = [use for use in uses if use.limit_bytes]
+    allowed = sum(use.possible for use in uses)
+    if allowed <= size or not limited:
+        return None
+    return Danger(
+        "limits_over_budget",
+        f"the limits of {_names(limited)} allow {amount(allowed)} together with the other servers, and the budget is "
+        f"{amount(size)}",
+        f"a load chooses new limits from what is left{_again(sorted(limited, key=lambda use: -use.possible))}",
+    )
+
+
+def _names(uses: Iterable[Use]) -> str:
+    return " and ".join(f"{use.model} on {use.port}" if use.port is not None else use.model for use in uses)
+
+
+def _again(uses: Iterable[Use]) -> str:
+    """Return the command that gives the first server of ours new limits, if there is one."""
+    ours = next((use for use in uses if use.owner == "mlxops" and use.port is not None and use.pid is not None), None)
+    return f": `mlxctl unload {ours.port}`, then `mlxctl load {ours.model} {ours.port}`" if ours else ""
