@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 from mlxops.agent.host.system import System
 from mlxops.agent.paths import HostPaths
+from mlxops.agent.serving.ending import Terms, kill_limit
 from mlxops.agent.serving.observe import observe
 from mlxops.agent.state import recovery
 from mlxops.agent.state.operation_log import find_operation
 from mlxops.agent.state.store import Store, utc_now
 from mlxops.common.files import describe_error
 from mlxops.core import names
-from mlxops.core.command import AnyRequest, Draining
+from mlxops.core.command import AnyRequest, Draining, Stopping
 from mlxops.core.errors import Busy, Interrupted, MlxopsError
 from mlxops.core.frozen import dataclass
 from mlxops.core.ports import PortView, World
@@ -163,9 +164,14 @@ class Context:
 
     @property
     def drain(self) -> float:
-        """Seconds that open requests get before their server is killed."""
+        """Seconds that open requests get before they are cut off."""
         seconds = self.request.drain if isinstance(self.request, Draining) else None
         return DRAIN_SECONDS if seconds is None else seconds
+
+    def terms(self, drain: float | None = None) -> Terms:
+        """Return what a stop may do. `drain`: see `Terms`."""
+        kill = isinstance(self.request, Stopping) and self.request.kill
+        return Terms(self.request.name, None if kill else kill_limit(self.paths.settings), drain)
 
     def observe(self, registry: Registry, *, only: Iterable[int] | None = None) -> World:
         own = self.operation or None

@@ -46,6 +46,8 @@ def _port_drift(
     port, names = view.port, [model.name for model in assigned]
     if view.unserved:
         yield from (_not_served(view, name, slots.get(name, port)) for name in names)
+    elif view.ending:
+        yield Drift.of(DriftCode.STILL_ENDING, port, view.model, f"{port}: {view.detail}")
     elif view.owner is Owner.MLXOPS and view.state in _SERVER_DRIFT:
         yield Drift.of(_SERVER_DRIFT[view.state], port, view.model, f"{port}: {view.detail}")
     elif view.owner is Owner.BOOT and view.state is not State.LOADING and names and view.model not in names:

@@ -35,9 +35,16 @@ class Run:
     proven_at: str | None = None
     engine_version: str | None = None
     adopted: bool = False
+    stopped_by: str | None = None
+    """The command that began to stop it, and gave up before its processes had ended."""
+    stopping_since: str | None = None
+    """When that command gave up."""
 
     def to_wire(self) -> dict[str, object]:
         return {**asdict(self), "argv": list(self.argv)}
+
+
+_OPTIONAL_TEXTS = ("proven_at", "engine_version", "stopped_by", "stopping_since")
 
 
 def run_from_wire(wire: Mapping[str, object]) -> Run:
@@ -53,13 +60,13 @@ def run_from_wire(wire: Mapping[str, object]) -> Run:
             *("operation", "log_path", "started_at"),
         )
     }
-    optional = {key: wire.get(key) for key in ("proven_at", "engine_version")}
+    optional = {key: wire.get(key) for key in _OPTIONAL_TEXTS}
     if not all(type(value) is int and value > 1 for value in numbers.values()):
         raise ValueError("port, pid and pgid are not all numbers")
     if not all(isinstance(value, str) for value in texts.values()):
         raise ValueError("a text is missing")
     if not all(value is None or isinstance(value, str) for value in optional.values()):
-        raise ValueError("proven_at or engine_version is not a text")
+        raise ValueError(f"one of {', '.join(_OPTIONAL_TEXTS)} is not a text")
     return Run(
         **numbers,  # type: ignore[arg-type]
         **texts,  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ import os
 import signal
 import socketserver
 import sys
+import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -28,7 +29,7 @@ MODES = {
     "exit1": "ends with status 1",
     "broken": "is healthy, and answers every completion with 500",
     "stranger": "has a process of another session answer on its port",
-    "stubborn": "serves, and ignores SIGTERM",
+    "stubborn": "serves, and ignores SIGTERM and SIGINT",
     "leaves": "ends, and leaves a child in its group that serves",
     "family": "serves, with a child in its group",
     "heavy": "serves, with a gigabyte of memory that the system takes a while to get back when it ends",
@@ -100,11 +101,24 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(0.05)
 
 
-def hold_memory() -> None:
+def hold_memory(size: int = HEAVY) -> None:
     """Touch every page, so that all of it is there."""
-    memory = mmap.mmap(-1, HEAVY)
-    memory[:: mmap.PAGESIZE] = b"\1" * -(-HEAVY // mmap.PAGESIZE)
+    memory = mmap.mmap(-1, size)
+    memory[:: mmap.PAGESIZE] = b"\1" * -(-size // mmap.PAGESIZE)
     held.append(memory)
+
+
+def handle_signals(options: argparse.Namespace) -> None:
+    if options.linger:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: threading.Thread(target=end_after, args=(options.linger,)).start())
+    for name in filter(None, options.ignore.split(",")):
+        signal.signal(signal.Signals[f"SIG{name.upper()}"], signal.SIG_IGN)
+
+
+def end_after(seconds: float) -> None:
+    time.sleep(seconds)
+    os._exit(0)
 
 
 def wait_for_ever() -> None:
@@ -122,6 +136,9 @@ def main() -> int:
     parser.add_argument("--act", choices=MODES, default="ok")
     parser.add_argument("--until", type=Path)
     parser.add_argument("--only", type=int, help="it ends at once on any other port")
+    parser.add_argument("--fake-memory", dest="memory", type=int, default=0, help="MB of real memory that it holds")
+    parser.add_argument("--fake-ignore", dest="ignore", default="", help="int, term or both: signals that it ignores")
+    parser.add_argument("--fake-linger", dest="linger", type=float, default=0, help="seconds from a signal to its end")
     parser.add_argument("--model", required=True)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8080)
@@ -129,6 +146,9 @@ def main() -> int:
     print("loading", options.model, flush=True)  # noqa: T201
     if options.only not in (None, options.port):
         return 1
+    handle_signals(options)
+    if options.memory:
+        hold_memory(options.memory * 1_000_000)
     match options.act:
         case "until":
             while not options.until.exists():
@@ -146,7 +166,8 @@ def main() -> int:
                 wait_for_ever()
             os.setsid()
         case "stubborn":
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)
         case "leaves":
             if os.fork():
                 return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -98,7 +99,10 @@ class Engine(ABC):
     needs: frozenset[str] = frozenset()
     """Options of a known model family that it cannot find out by itself."""
     drains: bool = False
-    """After SIGTERM, it finishes its open requests before it ends."""
+    """After the first stop signal, it finishes its open requests before it ends."""
+    stop_signals: tuple[signal.Signals, ...] = (signal.SIGTERM,)
+    """The signals that end it, in order; the next one if it has not ended. They go to the server itself, never to its
+    children."""
 
     @property
     def distribution(self) -> str:

@@ -7,6 +7,7 @@ weights and try to load that name. So it runs in a folder where the alias is a l
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Mapping, Sequence
 
 from mlxops.agent.engines.argv import abbreviated_option, check_model_args, parse_port, program_of
@@ -30,6 +31,8 @@ class MlxLm(Engine):
     program = "mlx_lm.server"
     reserved = frozenset({"--model", "--host", "--port", "--trust-remote-code", "--adapter-path"})
     completion_paths = frozenset({"/v1/chat/completions", "/chat/completions", "/v1/completions"})  # source, 0.32.2
+    # It cleans up on SIGINT only. Open streams are cut at once, and it often ends with SIGABRT then (0.32.2).
+    stop_signals = (signal.SIGINT, signal.SIGTERM)
 
     def argv(self, command: EngineCommand, spec: ServerSpec) -> tuple[str, ...]:
         model = spec.model
