@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from mlxops.agent.host.system import System
 from mlxops.agent.paths import HostPaths
-from mlxops.agent.serving.ending import Terms, kill_limit
 from mlxops.agent.serving.observe import observe
 from mlxops.agent.state import recovery
 from mlxops.agent.state.operation_log import find_operation
@@ -168,10 +167,10 @@ class Context:
         seconds = self.request.drain if isinstance(self.request, Draining) else None
         return DRAIN_SECONDS if seconds is None else seconds
 
-    def terms(self, drain: float | None = None) -> Terms:
-        """Return what a stop may do. `drain`: see `Terms`."""
-        kill = isinstance(self.request, Stopping) and self.request.kill
-        return Terms(self.request.name, None if kill else kill_limit(self.paths.settings), drain)
+    @property
+    def kill(self) -> bool:
+        """Whether a server may be killed, whatever memory it holds."""
+        return isinstance(self.request, Stopping) and self.request.kill
 
     def observe(self, registry: Registry, *, only: Iterable[int] | None = None) -> World:
         own = self.operation or None

@@ -10,7 +10,7 @@ from dataclasses import replace
 from mlxops.agent.context import Context
 from mlxops.agent.engines import ENGINES
 from mlxops.agent.serving import processes
-from mlxops.agent.serving.ending import end
+from mlxops.agent.serving.ending import Terms, end, kill_limit
 from mlxops.core.errors import MlxopsError, OutcomeUnknown, Refused
 from mlxops.core.ports import Owner, PortView, State
 from mlxops.core.protocol import Phase
@@ -36,7 +36,7 @@ def stop(ctx: Context, view: PortView) -> float:
     available, held = ctx.system.available(), view.memory_bytes or 0
     drain = _drain(ctx, view, run)
     stopped_at = time.monotonic()
-    ended = end(ctx.system, run, ctx.terms(drain), store=ctx.store, emit=ctx.emit)
+    ended = end(ctx.system, run, stop_terms(ctx, drain), store=ctx.store, emit=ctx.emit)
     if ended.killed:
         ctx.note(f"it did not end within {ended.seconds:.0f} s, and was killed", "warning")
     if not _wait_until_free(ctx, view.port):
@@ -49,6 +49,11 @@ def stop(ctx: Context, view: PortView) -> float:
     ctx.store.forget_run(view.port)
     _check_memory_return(ctx, available, held)
     return stopped_at
+
+
+def stop_terms(ctx: Context, drain: float | None = None) -> Terms:
+    """Return what a stop by this operation may do. `drain`: see `Terms`."""
+    return Terms(ctx.request.name, None if ctx.kill else kill_limit(ctx.paths.settings), drain)
 
 
 @contextmanager
@@ -75,7 +80,7 @@ def report_registry_behind(stopped: PortView | None) -> Iterator[None]:
 def stop_portless(ctx: Context, server: Server, port: int) -> None:
     """Stop a server that was started by hand for a port but does not listen on it. The port is another one's."""
     ctx.emit(Phase("stop", f"{server.model or 'a server'} for port {port}, pid {server.pid}"))
-    end(ctx.system, run_of(server, port, ctx.system.boot_id()), ctx.terms(), emit=ctx.emit)
+    end(ctx.system, run_of(server, port, ctx.system.boot_id()), stop_terms(ctx), emit=ctx.emit)
 
 
 def shown_stop(view: PortView, *, owner: bool = False) -> str:

@@ -15,7 +15,7 @@ from mlxops.agent.hub.snapshot import completeness
 from mlxops.agent.operations.model_files import cached
 from mlxops.agent.operations.prefetch import prefetch_weights
 from mlxops.agent.operations.preflight import Prepared, commit, prepare
-from mlxops.agent.operations.stop import stop
+from mlxops.agent.operations.stop import stop, stop_terms
 from mlxops.agent.serving import processes
 from mlxops.agent.serving.ending import STILL_ENDING
 from mlxops.agent.serving.launch import Launch, deadline_for
@@ -187,7 +187,7 @@ def _abort(ctx: Context, start: Launch) -> str:
     If it cannot be undone, its record stays. That is only a warning, so that it does not hide the original error.
     """
     try:
-        start.abort(ctx.terms(), ctx.emit)
+        start.abort(stop_terms(ctx), ctx.emit)
     except (MlxopsError, OSError) as error:
         start.detach()
         hint = f"; {error.marked_hint}" if isinstance(error, MlxopsError) else ""
