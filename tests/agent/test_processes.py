@@ -599,6 +599,7 @@ def test_process_that_reuses_a_pid_is_not_signalled(lab: Lab, monkeypatch: pytes
 def test_process_that_survives_sigkill_is_reported(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel may fail to remove a process; here the signals are dropped."""
     _, run = lab.running(SERVE)
+    monkeypatch.setattr(ending, "KILL_SECONDS", 0.05)
     monkeypatch.setattr(os, "killpg", lambda pgid, number: None)
     with pytest.raises(Exception, match="still there") as caught:
         stop(SYSTEM, run, grace=0.05)

@@ -33,6 +33,8 @@ END_SECONDS = 30.0
 """Time to end after the last signal, for a server that holds nothing."""
 BYTES_PER_SECOND = 4e9
 """How fast a server releases its memory at least."""
+KILL_SECONDS = 30.0
+"""Time for the kernel to remove a killed server that holds nothing."""
 LEFTOVER_SECONDS = 2.0
 """Time for a server's children and the processes above it to end by themselves after it."""
 SHOW_SECONDS = 1.0
@@ -100,7 +102,7 @@ def end(
     if terms.kill_limit is not None and held > terms.kill_limit:
         raise _still_ending(run, terms, held, store)
     killed = signaller.send(signal.SIGKILL)
-    if not waiting.ended(end_seconds(held)):
+    if not waiting.ended(KILL_SECONDS + held / BYTES_PER_SECOND):
         raise _will_not_die(time.monotonic() - began)
     return Ended(time.monotonic() - began, killed)
 
