@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -29,11 +30,13 @@ from mlxops.core.ports import PortView, State
 from mlxops.core.protocol import Event, Phase, Progress
 from mlxops.core.records import Run
 from mlxops.core.settings import NO_LIMIT, PortRange, Settings
-from tests.lab import models
+from tests.agent.test_openai_server import Stream
+from tests.lab import cache, models
 from tests.lab.envelopes import envelope
+from tests.lab.homelab import Homelab
 from tests.lab.ports import free_ports
 from tests.lab.world import wait_until
-from tests.steps import FAKE, REPO
+from tests.steps import FAKE, REPO, Ask, assigned, register, with_fake
 
 MB = 1_000_000
 HEAVY = ["--fake-memory", "300"]
@@ -128,7 +131,7 @@ def is_draining(host: Host, pid: int) -> None:
     assert [drift.code for drift in world.drift if drift.port == host.first] == ["still_ending"]
 
 
-PATHS = {
+PATHS: dict[str, tuple[str, dict[str, object]]] = {
     "unload": ("unload", {"port": "{first}"}),
     "unload of the model": ("unload", {"model": "mine"}),
     "unload-all": ("unload-all", {}),
@@ -173,7 +176,11 @@ def test_swap_says_which_model_is_where(host: Host) -> None:
 
 
 def test_load_and_reconcile_wait_for_a_server_that_ends(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    for finish in (lambda: host("load", model="next", port=str(host.first)), lambda: host("reconcile")):
+    finishes: list[tuple[str, dict[str, object]]] = [
+        ("load", {"model": "next", "port": str(host.first)}),
+        ("reconcile", {}),
+    ]
+    for command, args in finishes:
         host.register(mine=[*HEAVY, "--fake-linger", "2"], next=[])
         host("load", model="mine", port=str(host.first))
         pid = host.run().pid
@@ -181,7 +188,7 @@ def test_load_and_reconcile_wait_for_a_server_that_ends(host: Host, monkeypatch:
             host("unload", port=str(host.first))
         with monkeypatch.context() as patch:
             patch.setattr(ending, "END_SECONDS", 30.0)
-            finish()
+            host(command, **args)
         assert not alive(pid)
         host("unload-all")
     assert host.assigned == {}
@@ -291,3 +298,59 @@ def test_record_of_an_earlier_build_is_read(host: Host) -> None:
 
 def self_record(host: Host) -> Path:
     return host.paths.state / "run" / f"{host.first}.json"
+
+
+# -- over SSH, with the real times ----------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(300)
+def test_command_line_names_the_next_command(homelab: Homelab) -> None:
+    ask = Ask(with_fake(homelab), "ssh")
+    homelab.configure(launch={"mlx-lm": [sys.executable, "-I", "-S", str(FAKE)]}, kill_limit="100MB")
+    register(ask.studio, "mine", args=STUBBORN)
+    ask("load", "--model", "mine", "--port", ask.port).ok()
+    pid = ask.row()["pid"]
+    stopped = ask("unload", "--port", ask.port, timeout=120)
+    again = f"mlxctl reconcile; or kill it: mlxctl unload {ask.port} --kill"
+    assert stopped.exit == 75 and f"next: when it has ended: {again}" in stopped.stderr
+    assert f"ending: mine on port {ask.port} holds 3" in stopped.stderr
+    row = ask.row()
+    assert (row["state"], row["owner"], row["pid"], row["model"]) == ("draining", "mlxops", pid, "mine")
+    assert row["memory_bytes"] > 300 * MB and row["detail"].startswith("unload gave up waiting for its end")
+    assert assigned(ask.studio) == {"mine": ask.port}
+    os.kill(pid, signal.SIGKILL)
+    ask("reconcile").ok()
+    assert assigned(ask.studio) == {} and ask.row()["state"] == "idle"
+
+
+# -- the real mlx-lm ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["in its own session", "started with &"])
+@pytest.mark.timeout(300)
+def test_mlx_lm_ends_by_sigint_under_a_stream(homelab: Homelab, background: bool) -> None:
+    studio, port = homelab.studio, homelab.studio.ports[0]
+    folder = studio.folder / "by-hand"
+    folder.mkdir()
+    (folder / "jerry-xl").symlink_to(studio.install(REPO, models.QWEN))
+    program = str(cache.engine_venv("mlx-lm") / "bin" / "mlx_lm.server")
+    # A shell makes what it starts with & ignore SIGINT, unless it is interactive.
+    ignore = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+    prefix = [sys.executable, "-c", ignore] if background else []
+    argv = [*prefix, program, "--model", "jerry-xl", "--host", studio.address, "--port", str(port)]
+    env = {"HOME": str(studio.home), "PATH": os.defpath, "HF_HUB_OFFLINE": "1"}
+    with (
+        (folder / "log").open("wb") as log,
+        subprocess.Popen(argv, cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True) as server,
+    ):
+        try:
+            wait_until(lambda: studio.listening(port), 60, "the engine's port")
+            stream = Stream(studio, port, 1_000_000)
+            unloaded = studio.mlxctl("unload", str(port), "--force", "--drain", "0.5").ok()
+            stream.close()
+            status = server.wait(10)
+        finally:
+            server.kill()
+    assert "are cut off" in unloaded.stderr and "killed" not in unloaded.stderr
+    # After SIGINT it ends by itself, or with SIGABRT while it cleans up.
+    assert status == -signal.SIGTERM if background else status in {0, -signal.SIGABRT, -signal.SIGINT}
