@@ -23,7 +23,8 @@ LASTED = 2 * 3600.0
 LONGEST_UPTIME = 1e10
 """Seconds, about three hundred years. Times in the history beyond it are invalid, such as integers too long for
 arithmetic."""
-UNLOADS = frozenset({"unload", "unload-all"})
+CLEARING = frozenset({"unload", "unload-all", "reconcile"})
+"""Commands that clear the assignment of the server that they stop."""
 FIRST_PAUSE = 120.0
 """Seconds before a server is restarted, doubled each time: 2, 4, 8 and 16 minutes. Then `GIVE_UP` is reached."""
 
@@ -173,16 +174,16 @@ def _why_port_is_taken(view: PortView | None) -> str:
 
 
 def _was_unloaded(view: PortView, step: RestoreStep) -> bool:
-    """Whether the step's server ended after an unload had given up waiting for that."""
+    """Whether the step's server ended after a command that would have cleared the step had given up waiting for it."""
     run = view.run
-    return view.unserved and run is not None and run.model == step.model and run.stopped_by in UNLOADS
+    return view.unserved and run is not None and run.model == step.model and run.stopped_by in CLEARING
 
 
 def _why_unloaded(view: PortView | None, step: RestoreStep) -> str:
-    if view is None or not _was_unloaded(view, step):
+    if view is None or view.run is None or not _was_unloaded(view, step):
         return ""
     load = f"`mlxctl load {step.model} {step.port}`"
-    return f"an unload gave up waiting for its end, and it has ended since: `mlxctl reconcile`; or start it: {load}"
+    return f"{view.run.stopped_by} gave up waiting for its end, and it has ended since: `mlxctl reconcile`; or {load}"
 
 
 def _why_not_allowed(

@@ -62,7 +62,7 @@ def _port_drift(
         message = f"{names[0]} is assigned to {port}, but a process that is not ours holds the port"
         kill = f": kill {view.pid}" if view.pid is not None else ""
         yield Drift.of(DriftCode.FOREIGN, port, names[0], message, kill=kill)
-    if view.run and view.owner is Owner.MLXOPS and view.alias and view.run.alias != view.alias:
+    if view.run and view.owner is Owner.MLXOPS and not view.ending and view.alias and view.run.alias != view.alias:
         message = f"{port} serves under {view.run.alias}, but its slot is {view.alias}"
         yield Drift.of(DriftCode.ALIAS_CHANGED, port, view.model, message)
 

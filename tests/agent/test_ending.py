@@ -277,6 +277,23 @@ def test_restore_does_not_start_what_an_unload_stopped(host: Host) -> None:
     assert host.assigned == {} and host.view().run is None
 
 
+def test_server_started_by_hand_is_recorded_until_it_ends(host: Host, tmp_path: Path) -> None:
+    program = tmp_path / "mlx_lm.server"
+    program.write_text(f"#!{sys.executable} -IS\n{FAKE.read_text(encoding='utf-8')}")
+    program.chmod(0o755)
+    argv = [str(program), *STUBBORN, "--model", "mine", "--port", str(host.first)]
+    with subprocess.Popen(argv, start_new_session=True, stdout=subprocess.DEVNULL) as server:
+        try:
+            wait_until(lambda: host.view().state is State.READY, 30, "the server")
+            with pytest.raises(Busy):
+                host("unload", port=str(host.first), force=True)
+            is_draining(host, server.pid)
+            host("unload", port=str(host.first), kill=True)
+            assert server.wait(10) == -signal.SIGKILL and host.view().state is State.IDLE
+        finally:
+            server.kill()
+
+
 def test_restore_of_an_interrupted_load_does_not_kill(host: Host) -> None:
     pid = serve(host)
     host.store.save_run(replace(host.run(), proven_at=None))

@@ -113,6 +113,8 @@ def _stop_all(ctx: Context, request: Load, plan: LoadPlan) -> list[float]:
     try:
         return [stop(ctx, view) for view in plan.stops]
     except Busy as error:
+        if error.code != STILL_ENDING:
+            raise
         repo, force = f" --repo {request.repo}" if request.repo else "", " --force" if request.force else ""
         again = f"mlxctl load {plan.target.name} {plan.port}{repo}{force}"
         error.why = f"{error.why}; {plan.target.name} was not started"

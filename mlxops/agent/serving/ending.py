@@ -12,7 +12,7 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from mlxops.agent.engines import ENGINES
@@ -76,6 +76,11 @@ def kill_limit(settings: Settings) -> int | None:
     return MAC_KILL_LIMIT if sys.platform == "darwin" else None
 
 
+def held_bytes(system: System, pids: Iterable[int]) -> int:
+    """Return the memory that a server's processes hold together."""
+    return system.memory(pids)
+
+
 def end(
     system: System,
     run: Run,
@@ -98,7 +103,7 @@ def end(
     waiting = _Waiting(system, signaller, run, emit)
     if _ask(signaller, run, terms, waiting) and _end_rest(signaller, waiting):
         return Ended(time.monotonic() - began, killed=False)
-    held = waiting.held = max(waiting.held, system.memory(signaller.alive))
+    held = waiting.held = max(waiting.held, held_bytes(system, signaller.alive))
     if terms.kill_limit is not None and held > terms.kill_limit:
         raise _still_ending(run, terms, held, store)
     killed = signaller.send(signal.SIGKILL)
@@ -143,7 +148,7 @@ class _Waiting:
     """Waits for a server's end, and shows how long that may take and what it has released."""
 
     def __init__(self, system: System, signaller: Signaller, run: Run, emit: Callable[[Event], object]) -> None:
-        self.held = system.memory(signaller.alive)
+        self.held = held_bytes(system, signaller.alive)
         """What it held when the stop began."""
         self._system = system
         self._signaller = signaller
@@ -169,7 +174,7 @@ class _Waiting:
         if self._left:
             self._emit(Phase("ending", self._left))
             self._left = ""
-        released = self.held - self._system.memory(self._signaller.alive)
+        released = self.held - held_bytes(self._system, self._signaller.alive)
         if released > self._released + self.held // 100:
             self._released = released
             self._emit(Progress("ending", released, self.held))
