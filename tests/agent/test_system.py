@@ -163,7 +163,7 @@ def test_memory_is_in_bytes(system: System) -> None:
 @both
 def test_ignored_signals_are_seen(stack: ExitStack, system: System) -> None:
     program = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); print('up', flush=True); input()"
-    waiting = child(stack, sys.executable, "-S", "-c", program, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    waiting = child(stack, sys.executable, "-S", "-c", program, stdout=subprocess.PIPE)
     assert waiting.stdout is not None and waiting.stdout.readline()
     ignored = [system.ignores(waiting.pid, number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     assert ignored == [True, False, False]
