@@ -248,16 +248,6 @@ class TestServerThatDoesNotStart:
 
 
 class TestStopping:
-    def test_server_that_ignores_sigterm_is_killed_after_the_drain(self, ask: Ask) -> None:
-        register(ask.studio, "mine", "stubborn")
-        ask("load", "--model", "mine", "--port", ask.port).ok()
-        pid = started(ask.studio).pid
-        answer = ask("unload", "--port", ask.port, "--drain", "0.5", "--json").ok()
-        assert answer.json["hosts"][0]["result"]["seconds"] >= 0.5
-        assert "killed" in answer.stderr
-        assert not group_of(pid)
-        nothing_runs(ask.studio)
-
     def test_unload_stops_the_whole_process_group(self, ask: Ask) -> None:
         register(ask.studio, "mine", "family")
         ask("load", "--model", "mine", "--port", ask.port).ok()

@@ -31,7 +31,10 @@ RETRY_LIMIT_SECONDS = 20 * 60.0
 starts of a server is shorter."""
 RETRY_SECONDS = 60.0
 RETRYABLE_CODES = frozenset(
-    {"folder_missing", "registry_missing", "busy", "settings_locked", "registry_locked", "hub_unreachable", "hub_error"}
+    {
+        *("folder_missing", "registry_missing", "busy", "settings_locked", "registry_locked", "hub_unreachable"),
+        *("hub_error", "still_ending"),
+    }
 )
 """Errors of a host that has just booted: disks are mounted late, and the network comes up late."""
 

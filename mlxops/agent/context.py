@@ -16,7 +16,7 @@ from mlxops.agent.state.operation_log import find_operation
 from mlxops.agent.state.store import Store, utc_now
 from mlxops.common.files import describe_error
 from mlxops.core import names
-from mlxops.core.command import AnyRequest, Draining
+from mlxops.core.command import AnyRequest, Draining, Stopping
 from mlxops.core.errors import Busy, Interrupted, MlxopsError
 from mlxops.core.frozen import dataclass
 from mlxops.core.ports import PortView, World
@@ -163,9 +163,14 @@ class Context:
 
     @property
     def drain(self) -> float:
-        """Seconds that open requests get before their server is killed."""
+        """Seconds that open requests get before they are cut off."""
         seconds = self.request.drain if isinstance(self.request, Draining) else None
         return DRAIN_SECONDS if seconds is None else seconds
+
+    @property
+    def kill(self) -> bool:
+        """Whether a server may be killed, whatever memory it holds."""
+        return isinstance(self.request, Stopping) and self.request.kill
 
     def observe(self, registry: Registry, *, only: Iterable[int] | None = None) -> World:
         own = self.operation or None

@@ -170,11 +170,18 @@ class Plannable(Request[R]):
 
 
 @dataclass(frozen=True)
-class Draining(Plannable[R]):
+class Stopping(Plannable[R]):
     """A change that may stop a server."""
 
+    kill: bool = switch("kill a server that does not end, even one that holds more memory than kill_limit")
+
+
+@dataclass(frozen=True)
+class Draining(Stopping[R]):
+    """A change that may stop a server which is in use."""
+
     drain: float | None = option(
-        "seconds that open requests get before the server is killed (30)", parse=seconds("--drain", zero=True)
+        "seconds that open requests get before they are cut off (30)", parse=seconds("--drain", zero=True)
     )
 
 

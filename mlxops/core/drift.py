@@ -77,6 +77,11 @@ class DriftCode(StrEnum):
         "Our server says that it is unhealthy.",
         "`mlxctl unload {port}`",
     )
+    STILL_ENDING = (
+        "still_ending",
+        "A stop gave up waiting for the end of the server, which still holds memory.",
+        "`mlxctl reconcile`; or kill it: `mlxctl unload {port} --kill`",
+    )
     SETTINGS_CHANGED = (
         "settings_changed",
         "Our server runs with other files or options than a load would give it now.",

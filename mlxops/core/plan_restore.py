@@ -23,6 +23,8 @@ LASTED = 2 * 3600.0
 LONGEST_UPTIME = 1e10
 """Seconds, about three hundred years. Times in the history beyond it are invalid, such as integers too long for
 arithmetic."""
+CLEARING = frozenset({"unload", "unload-all", "reconcile"})
+"""Commands that clear the assignment of the server that they stop."""
 FIRST_PAUSE = 120.0
 """Seconds before a server is restarted, doubled each time: 2, 4, 8 and 16 minutes. Then `GIVE_UP` is reached."""
 
@@ -106,7 +108,7 @@ def plan_restore(
         if view is not None and _is_served(view, step):
             continue
         job = reserved.get(step.port)
-        why = _why_port_is_taken(view) or _why_not_allowed(step, wanted, job, slots)
+        why = _why_port_is_taken(view) or _why_unloaded(view, step) or _why_not_allowed(step, wanted, job, slots)
         skip = (
             RestoreStep(step.model, step.port, why, in_hand=job is not None or _is_in_hand(view, step))
             if why
@@ -145,7 +147,7 @@ def _is_in_hand(view: PortView | None, step: RestoreStep) -> bool:
     if view is None:
         return False
     loads = view.state is State.LOADING and view.model == step.model
-    return loads or view.operation is not None or view.owner is Owner.BOOT
+    return loads or view.ending or _was_unloaded(view, step) or view.operation is not None or view.owner is Owner.BOOT
 
 
 def _why_port_is_taken(view: PortView | None) -> str:
@@ -154,6 +156,8 @@ def _why_port_is_taken(view: PortView | None) -> str:
         return "the port is outside this host's range"
     if _is_down(view):
         return ""
+    if view.ending:
+        return f"{view.model or 'its server'} has not ended yet: {view.detail}; `mlxctl reconcile`"
     if view.operation is not None:
         return f"another operation is running on the port: {view.operation}"
     match view.owner:
@@ -167,6 +171,19 @@ def _why_port_is_taken(view: PortView | None) -> str:
     if view.state is State.UNKNOWN:
         return f"what is on the port could not be determined: {view.detail}"
     return f"a process that is not ours holds the port: {view.detail}"
+
+
+def _was_unloaded(view: PortView, step: RestoreStep) -> bool:
+    """Whether the step's server ended after a command that would have cleared the step had given up waiting for it."""
+    run = view.run
+    return view.unserved and run is not None and run.model == step.model and run.stopped_by in CLEARING
+
+
+def _why_unloaded(view: PortView | None, step: RestoreStep) -> str:
+    if view is None or view.run is None or not _was_unloaded(view, step):
+        return ""
+    load = f"`mlxctl load {step.model} {step.port}`"
+    return f"{view.run.stopped_by} gave up waiting for its end, and it has ended since: `mlxctl reconcile`; or {load}"
 
 
 def _why_not_allowed(

@@ -215,7 +215,7 @@ def _refuse_second_server(old: PortView, target: ModelRef, outcome: Outcome, for
         raise refusals.unknown_port(old)
     if outcome is Outcome.ADOPT:
         raise refusals.adopted_twice(target.name, old)
-    if old.state not in {State.ORPHAN, State.FAILED} and not force:
+    if old.state not in {State.ORPHAN, State.FAILED} and not old.ending and not force:
         raise refusals.served_elsewhere(target.name, old)
     if old.owner is not Owner.MLXOPS:
         raise refusals.not_ours_elsewhere(target.name, old)
@@ -234,6 +234,8 @@ def _plan_for_port(
         raise refusals.foreign_port(view, after=", then try again")
     if view.owner is None:
         return start
+    if view.ending:
+        return replace(start, stops=(view,), notes=(f"{port}: {view.model or 'its server'} has not ended yet",))
     if view.owner is Owner.MLXOPS and view.run is not None and view.run.model == target.name:
         return _plan_on_same(view, wanted, start, force)
     if view.owner is Owner.HAND and view.server is not None and _is_as_wanted(view.server, wanted):
@@ -416,7 +418,7 @@ def plan_reconcile(registry: Registry, world: World) -> ReconcilePlan:
                 forget.append(port)
         elif view.orphan is Orphan.UNASSIGNED:
             kept.append(f"{port}: serves {view.model} without an assignment; load or unload it")
-        elif view.orphan is not None and view.operation is None:
+        elif view.ending or (view.orphan is not None and view.operation is None):
             stops.append(view)
             clear |= {model.name: port for model in claims}
         elif claims and view.state is not State.READY:

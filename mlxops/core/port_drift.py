@@ -46,6 +46,8 @@ def _port_drift(
     port, names = view.port, [model.name for model in assigned]
     if view.unserved:
         yield from (_not_served(view, name, slots.get(name, port)) for name in names)
+    elif view.ending:
+        yield Drift.of(DriftCode.STILL_ENDING, port, view.model, f"{port}: {view.detail}")
     elif view.owner is Owner.MLXOPS and view.state in _SERVER_DRIFT:
         yield Drift.of(_SERVER_DRIFT[view.state], port, view.model, f"{port}: {view.detail}")
     elif view.owner is Owner.BOOT and view.state is not State.LOADING and names and view.model not in names:
@@ -60,7 +62,7 @@ def _port_drift(
         message = f"{names[0]} is assigned to {port}, but a process that is not ours holds the port"
         kill = f": kill {view.pid}" if view.pid is not None else ""
         yield Drift.of(DriftCode.FOREIGN, port, names[0], message, kill=kill)
-    if view.run and view.owner is Owner.MLXOPS and view.alias and view.run.alias != view.alias:
+    if view.run and view.owner is Owner.MLXOPS and not view.ending and view.alias and view.run.alias != view.alias:
         message = f"{port} serves under {view.run.alias}, but its slot is {view.alias}"
         yield Drift.of(DriftCode.ALIAS_CHANGED, port, view.model, message)
 

@@ -25,7 +25,7 @@ class State(DescribedText):
     IDLE = "idle", "Nothing runs on the port."
     LOADING = "loading", "An operation starts a server here, or a server runs that does not serve yet."
     READY = "ready", "The server is the one that was proven at load, it listens, and it answers the probe."
-    DRAINING = "draining", "An operation stops the server here."
+    DRAINING = "draining", "An operation stops the server here, or gave up waiting for its end."
     FAILED = "failed", "The server ended or is unhealthy; the detail says why."
     WEDGED = "wedged", "The server does not answer the probe, although no request is running."
     MISMATCH = "mismatch", "The server serves another model than the registry says, or another process listens here."
@@ -186,6 +186,11 @@ class PortView:
         return self.operation is not None and self.state in {State.FOREIGN, State.ORPHAN, State.MISMATCH, State.FAILED}
 
     @property
+    def ending(self) -> bool:
+        """Whether a stop gave up waiting for the server's end. It still holds the port and memory."""
+        return self.state is State.DRAINING and self.operation is None
+
+    @property
     def unserved(self) -> bool:
         """Whether there is neither a listener nor a process of ours nor an operation."""
         return (
@@ -269,6 +274,8 @@ def _describe_operation(signals: Signals, operation: Operation) -> str:
 def _judge_ours(signals: Signals, run: Run, assigned: tuple[str, ...]) -> PortView:
     """Judge a port where processes of ours live and no load runs. `assigned` has the names of its models."""
     owner = Owner.MLXOPS
+    if run.stopped_by is not None:
+        return _view(signals, State.DRAINING, owner, _describe_ending(signals, run))
     orphan = _orphan_reason(signals, run, assigned)
     if orphan is not None:
         return _view(signals, State.ORPHAN, owner, orphan.value, orphan=orphan)
@@ -292,6 +299,12 @@ def _judge_ours(signals: Signals, run: Run, assigned: tuple[str, ...]) -> PortVi
             return _view(signals, State.UNKNOWN, None, detail="its server could not be asked")
         case Health.SERVING:
             return _view(signals, State.READY, owner)
+
+
+def _describe_ending(signals: Signals, run: Run) -> str:
+    if signals.operation is not None:
+        return _describe_operation(signals, signals.operation)
+    return f"{run.stopped_by} gave up waiting for its end at {run.stopping_since}"
 
 
 def _orphan_reason(signals: Signals, run: Run, assigned: tuple[str, ...]) -> Orphan | None:

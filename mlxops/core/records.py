@@ -38,6 +38,10 @@ class Run:
     budget: tuple[str, ...] = ()
     """The last words of `argv`: the limits that were chosen from the memory that was left. Builds up to 0.2.0 record
     none."""
+    stopped_by: str | None = None
+    """The command that began to stop it, and gave up before its processes had ended."""
+    stopping_since: str | None = None
+    """When that command gave up."""
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -47,6 +51,9 @@ class Run:
 
     def to_wire(self) -> dict[str, object]:
         return {**asdict(self), "argv": list(self.argv), "budget": list(self.budget)}
+
+
+_OPTIONAL_TEXTS = ("proven_at", "engine_version", "stopped_by", "stopping_since")
 
 
 def run_from_wire(wire: Mapping[str, object]) -> Run:
@@ -62,13 +69,13 @@ def run_from_wire(wire: Mapping[str, object]) -> Run:
             *("operation", "log_path", "started_at"),
         )
     }
-    optional = {key: wire.get(key) for key in ("proven_at", "engine_version")}
+    optional = {key: wire.get(key) for key in _OPTIONAL_TEXTS}
     if not all(type(value) is int and value > 1 for value in numbers.values()):
         raise ValueError("port, pid and pgid are not all numbers")
     if not all(isinstance(value, str) for value in texts.values()):
         raise ValueError("a text is missing")
     if not all(value is None or isinstance(value, str) for value in optional.values()):
-        raise ValueError("proven_at or engine_version is not a text")
+        raise ValueError(f"one of {', '.join(_OPTIONAL_TEXTS)} is not a text")
     budget = wire.get("budget", [])
     if not isinstance(budget, list) or not all(isinstance(word, str) for word in budget):
         raise ValueError("budget is not a list of words")

@@ -25,6 +25,9 @@ MAX_PORTS = 100
 MIN_MEMORY = 1_000_000
 """Bytes. A smaller number is probably gigabytes without the unit."""
 
+NO_LIMIT = 0
+"""The value of a limit that is switched off (`none`)."""
+
 T = TypeVar("T")
 
 
@@ -354,15 +357,24 @@ def _boot_job(value: Value, ports: PortRange) -> BootJob:
 
 def _memory(value: Value) -> int | None:
     """Return bytes; None for `auto`."""
+    return None if value.kind == "text" and value.text() == "auto" else _size(value, "memory", "auto")
+
+
+def _kill_limit(value: Value) -> int:
+    """Return bytes; `NO_LIMIT` for `none`."""
+    return NO_LIMIT if value.kind == "text" and value.text() == "none" else _size(value, "kill_limit", "none")
+
+
+def _size(value: Value, key: str, word: str) -> int:
+    """Return bytes. `word`: what the key may be instead, for the message."""
     if value.kind == "number":
         size = value.number()
-    elif (text := value.text()) == "auto":
-        return None
     else:
+        text = value.text()
         matched = re.fullmatch(r"([1-9][0-9]{0,6}(?:\.[0-9]{1,3})?) ?([MGT])(i?)B", text)
         if matched is None:
             raise value.bad(
-                f"{shown(text)} is not a size", "it is auto, 200GB, 186GiB or bytes", "for example: memory: 200GB"
+                f"{shown(text)} is not a size", f"it is {word}, 200GB, 186GiB or bytes", f"for example: {key}: 200GB"
             )
         base = 1024 if matched[3] else 1000
         size = round(float(matched[1]) * base ** {"M": 2, "G": 3, "T": 4}[matched[2]])
@@ -471,6 +483,8 @@ class Settings:
     boot: tuple[BootJob, ...] = field(default=(), metadata=dependent_setting(_boot, BOOT))
     memory: int | None = field(default=None, metadata=setting(_memory, OPTIONAL_INTEGER))
     """Bytes for all servers together; None: the agent decides."""
+    kill_limit: int | None = field(default=None, metadata=setting(_kill_limit, OPTIONAL_INTEGER))
+    """A server that holds more bytes is killed only with `--kill`; None: the agent decides."""
 
     def alias(self, port: int, model: str) -> str:
         """Return the name under which `model` is served on `port`: the slot's alias, else its own name."""

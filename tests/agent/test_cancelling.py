@@ -21,14 +21,13 @@ from mlxops.core.errors import OutcomeUnknown, Refused
 from mlxops.core.settings import Settings
 from tests.lab.envelopes import envelope
 from tests.lab.homelab import Homelab, Studio
-from tests.lab.quick import ENGINE
 from tests.lab.world import wait_until
 from tests.steps import Ask, error_of, finish, nothing_runs, register, with_fake
 
 
 @pytest.fixture
 def ask(homelab: Homelab) -> Ask:
-    register(homelab.studio, "mine", "deaf")
+    register(homelab.studio, "mine", args=["--fake-act", "deaf", "--fake-linger", "3"])
     return Ask(with_fake(homelab), "local")
 
 
@@ -69,8 +68,8 @@ def test_stopped_worker_is_reported_and_ends_when_continued(ask: Ask) -> None:
 
 
 def test_worker_that_cleans_up_acknowledges_each_request(ask: Ask) -> None:
+    """The server takes seconds to end."""
     with loading(ask) as (process, journal):
-        os.kill(pid_of(ask.studio, ENGINE), signal.SIGSTOP)  # it cannot end on SIGTERM, so that the cleanup is slow
         for _ in range(2):
             assert journal.alive()
             journal.cancel()

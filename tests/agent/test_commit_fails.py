@@ -132,7 +132,7 @@ def test_unload_that_cannot_be_written_reports_the_stopped_server(homelab: Homel
     """The registry disappears while the server is still ending."""
     ask = Ask(with_fake(homelab), "local")
     studio = homelab.studio
-    register(studio, "mine", "stubborn")
+    register(studio, "mine", args=["--fake-linger", "5"])
     ask.result("load", "--model", "mine", "--port", ask.port)
     kept = studio.registry_path.with_name("kept")
     with ask.running("unload", "--port", ask.port, "--json") as unloading:

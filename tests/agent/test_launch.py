@@ -15,6 +15,7 @@ from mlxops.agent.engines.mlx_lm import MlxLm
 from mlxops.agent.host.system import Listener, Look, System, this_system
 from mlxops.agent.paths import host_paths
 from mlxops.agent.serving import launch
+from mlxops.agent.serving.ending import Terms
 from mlxops.agent.state.store import Store
 from mlxops.common.http import NoCompletion
 from mlxops.core.errors import NotStarted
@@ -75,7 +76,7 @@ def failure(tmp_path: Path, *argv: str) -> NotStarted:
     started.launch({}, "org/a", "1", "op")
     with pytest.raises(NotStarted) as caught:
         started.wait(30, lambda event: None)
-    started.abort()
+    started.abort(Terms("load"))
     assert shlex.quote(argv[-1]) in started.log.read_text()
     return caught.value
 

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,10 +18,12 @@ import pytest
 from mlxops.agent.host import programs
 from mlxops.agent.host.programs import MARK, environment
 from mlxops.agent.host.system import Look, Process, System, this_system
-from mlxops.agent.serving import processes
-from mlxops.agent.serving.processes import PendingProcess, leader, members, spawn, stop
+from mlxops.agent.serving import ending
+from mlxops.agent.serving.ending import Ended, Terms
+from mlxops.agent.serving.processes import PendingProcess, Signaller, leader, members, spawn
 from mlxops.agent.serving.servers import find_servers
 from mlxops.core.errors import NotStarted, Refused
+from mlxops.core.protocol import Event, Note
 from mlxops.core.records import Run
 from tests.core.worlds import run as sample_run
 from tests.lab.world import wait_until
@@ -103,8 +105,16 @@ def proven(run: Run) -> bool:
 
 
 WAIT = "import signal, sys; sys.stdout.write('up'); sys.stdout.flush(); signal.pause()"
+IGNORE = "import signal; [signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM)]; "
 SERVE = (PYTHON, "-S", "-c", WAIT)
-STUBBORN = (PYTHON, "-S", "-c", "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + WAIT)
+STUBBORN = (PYTHON, "-S", "-c", IGNORE + WAIT)
+
+
+def stop(system: System, run: Run, *, grace: float, reap: Callable[[], object] = lambda: None) -> Ended:
+    """End a server that gets `grace` seconds after the last signal."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ending, "END_SECONDS", grace)
+        return ending.end(system, run, Terms("unload"), reap=reap)
 
 
 # -- the gate -------------------------------------------------------------------------------------------------------
@@ -235,11 +245,50 @@ def test_both_streams_are_appended_to_a_private_log(lab: Lab) -> None:
 # -- stopping -------------------------------------------------------------------------------------------------------
 
 
-def test_server_that_ends_on_sigterm_is_not_killed(lab: Lab) -> None:
-    gated, run = lab.running(SERVE)
-    stopped = stop(SYSTEM, run, grace=20, reap=gated.child.poll)
-    assert not stopped.killed and gated.child.wait(10) == -signal.SIGTERM
+IGNORES_INT = (PYTHON, "-S", "-c", "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); " + WAIT)
+HANDLES_INT = (PYTHON, "-S", "-c", "import signal; signal.signal(signal.SIGINT, lambda *_: None)\nwhile True: " + WAIT)
+ENDS_BY = {
+    "mlx-lm by SIGINT": ("mlx-lm", SERVE, signal.SIGINT),
+    "mlx-lm that a shell started with &": ("mlx-lm", IGNORES_INT, signal.SIGTERM),
+    "mlx-lm that does not end at SIGINT": ("mlx-lm", HANDLES_INT, signal.SIGTERM),
+    "mlx-openai-server": ("mlx-openai-server", SERVE, signal.SIGTERM),
+    "an unknown engine": ("other", SERVE, signal.SIGTERM),
+}
+
+
+@pytest.mark.parametrize("case", ENDS_BY)
+def test_server_gets_the_signals_of_its_engine(lab: Lab, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    monkeypatch.setattr(ending, "SIGNAL_SECONDS", 0.3)
+    engine, command, number = ENDS_BY[case]
+    gated, run = lab.running(command)
+    stopped = stop(SYSTEM, replace(run, engine=engine), grace=20, reap=gated.child.poll)
+    assert not stopped.killed and gated.child.wait(10) == -number
     assert not group(run)
+
+
+def test_server_that_was_asked_before_is_not_interrupted_again(lab: Lab) -> None:
+    gated, run = lab.running(SERVE)
+    stop(SYSTEM, replace(run, stopped_by="unload", stopping_since="now"), grace=20, reap=gated.child.poll)
+    assert gated.child.wait(10) == -signal.SIGTERM
+
+
+def test_program_above_the_server_gets_no_sigint(lab: Lab) -> None:
+    """uv passes it on, and two of them interrupt the server's cleanup."""
+    code = f"import subprocess; raise SystemExit(subprocess.run([{engine(lab)!r}, '--port', '8103']).returncode & 127)"
+    gated, run = lab.running((PYTHON, "-S", "-c", code))
+    stop(SYSTEM, run, grace=20, reap=gated.child.poll)
+    assert gated.child.wait(10) == -signal.SIGINT & 127, "it ended by itself, after the server"
+
+
+def test_open_requests_are_cut_after_the_drain(lab: Lab) -> None:
+    """As uvicorn: SIGTERM ends it when its requests have ended, SIGINT after that at once."""
+    code = "import signal; signal.signal(signal.SIGTERM, lambda *_: None)\nwhile True: " + WAIT
+    gated, run = lab.running((PYTHON, "-S", "-c", code))
+    events: list[Event] = []
+    run = replace(run, engine="mlx-openai-server")
+    ended = ending.end(SYSTEM, run, Terms("unload", drain=0.2), emit=events.append, reap=gated.child.poll)
+    assert not ended.killed and gated.child.wait(10) == -signal.SIGINT
+    assert events == [Note("open requests did not end within 0.2 s and are cut off", "warning")]
 
 
 def test_server_that_ignores_sigterm_is_killed(lab: Lab) -> None:
@@ -282,7 +331,8 @@ def test_server_keeps_its_child_while_it_drains(lab: Lab, how: str, wrapper: boo
     _, run = lab.running((SH, "-c", '"$0" "$@"; exit', *own) if wrapper else own)
     wait_until(lambda: lab.log.endswith("\n"), 20, "its port")
     # A grace beyond the time limit of a test: what the server leaves is not waited for that long.
-    stopped = stop(SYSTEM, replace(run, port=int(lab.log.split()[1])), grace=300, reap=lab.started[0].child.poll)
+    run = replace(run, port=int(lab.log.split()[1]), engine="mlx-openai-server")
+    stopped = stop(SYSTEM, run, grace=300, reap=lab.started[0].child.poll)
     assert "its child is None" in lab.log and not stopped.killed
     assert group(run) == set()
 
@@ -335,7 +385,7 @@ def test_exiting_child_that_has_lost_its_mark_is_still_ours(monkeypatch: pytest.
     monkeypatch.setattr(os, "killpg", lambda pgid, number: sent.append((pgid, number)))
     run = sample_run()
     system = Fading(run, 2**22 - 1, 2**22 - 2)
-    stopping = processes._Stopping(cast(System, system), run, lambda: None)
+    stopping = Signaller(cast(System, system), run, lambda: None)
     assert stopping.send(signal.SIGTERM)
     system.marked.pop()
     assert stopping.send(signal.SIGKILL)
@@ -541,7 +591,7 @@ def test_process_that_reuses_a_pid_is_not_signalled(lab: Lab, monkeypatch: pytes
     look = SYSTEM.look(())
     monkeypatch.setattr(type(SYSTEM), "look", lambda self, ports: look)
     monkeypatch.setattr(type(SYSTEM), "process", lambda self, pid: replace(look.processes[pid], start="1"))
-    processes._Stopping(SYSTEM, other, lambda: None).send(signal.SIGTERM)
+    Signaller(SYSTEM, other, lambda: None).send(signal.SIGTERM)
     monkeypatch.undo()
     assert group(run) == {run.pid}
 
@@ -549,7 +599,7 @@ def test_process_that_reuses_a_pid_is_not_signalled(lab: Lab, monkeypatch: pytes
 def test_process_that_survives_sigkill_is_reported(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel may fail to remove a process; here the signals are dropped."""
     _, run = lab.running(SERVE)
-    monkeypatch.setattr(processes, "KILL_SECONDS", 0.05)
+    monkeypatch.setattr(ending, "KILL_SECONDS", 0.05)
     monkeypatch.setattr(os, "killpg", lambda pgid, number: None)
     with pytest.raises(Exception, match="still there") as caught:
         stop(SYSTEM, run, grace=0.05)

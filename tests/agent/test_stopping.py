@@ -55,7 +55,7 @@ def test_stop_waits_until_the_port_is_free(tmp_path: Path) -> None:
         try:
             wait_until(lambda: listening("127.0.0.1", port), 30, "the server")
             context, view = _context(tmp_path, port), _view(child.pid, port, argv)
-            stop(context, view, grace=10)
+            stop(context, view)
             assert not listening("127.0.0.1", port)
         finally:
             child.kill()
@@ -69,8 +69,8 @@ def test_stop_does_not_wait_for_new_requests(tmp_path: Path, monkeypatch: pytest
     open_now = iter([{("there", 1), ("there", 2)}, {("there", 2), ("there", 3)}])
     monkeypatch.setattr(stopping, "_connections", lambda ctx, run: frozenset(next(open_now, {("there", 3)})))
     view = PortView(8103, None, State.READY, Owner.MLXOPS, "x", run=run())
-    stopping._wait_for_requests(context, view, run(), grace=1)
-    assert events == [Note("2 open requests get up to 1 s")]
+    assert stopping._drain(context, view, run()) is None
+    assert events == [Note("2 open requests get up to 30 s")]
 
 
 def _context(folder: Path, port: int) -> Context:

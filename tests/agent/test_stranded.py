@@ -218,7 +218,7 @@ def test_stopping_a_server_records_what_it_leaves_behind(tmp_path: Path, store: 
         view = PortView(free_port(), None, State.READY, Owner.HAND, "m", pid=child.pid, server=server)
         reaper = threading.Thread(target=child.wait)
         reaper.start()
-        stop_server(context(tmp_path, store, "unload"), view, grace=10)
+        stop_server(context(tmp_path, store, "unload"), view)
         reaper.join()
     found = still_missing(store, Alone())
     assert found is not None and (found.port, found.model) == (view.port, "m")

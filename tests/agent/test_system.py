@@ -161,6 +161,17 @@ def test_memory_is_in_bytes(system: System) -> None:
     assert system.memory([]) == 0 and system.memory([os.getpid(), 2**22 - 1]) == pytest.approx(one, rel=0.2)
 
 
+@linux
+@both
+def test_ignored_signals_are_seen(stack: ExitStack, system: System) -> None:
+    program = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); print('up', flush=True); input()"
+    waiting = child(stack, sys.executable, "-S", "-c", program, stdout=subprocess.PIPE)
+    assert waiting.stdout is not None and waiting.stdout.readline()
+    ignored = [system.ignores(waiting.pid, number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    assert ignored == [True, False, False]
+    assert not system.ignores(2**22 - 1, signal.SIGINT)
+
+
 def test_process_with_a_hidden_command_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     """On macOS, the commands of root's processes are hidden."""
 

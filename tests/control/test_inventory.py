@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mlxops.control.inventory import Inventory, hosts_file, load
 from mlxops.core.errors import Exit, UsageError
-from mlxops.core.settings import BootJob, PortRange, Settings
+from mlxops.core.settings import NO_LIMIT, BootJob, PortRange, Settings
 
 EXAMPLE = Path(__file__).parents[2] / "hosts.yaml"
 
@@ -145,6 +145,11 @@ hosts:
     assert host.settings.memory == 1_610_612_736
 
 
+@pytest.mark.parametrize(("text", "limit"), [("none", NO_LIMIT), ("64GB", 64 * 10**9), ("100000000", 10**8)])
+def test_kill_limit_is_none_or_a_size(tmp_path: Path, text: str, limit: int) -> None:
+    assert read(tmp_path, one(f"kill_limit: {text}")).host("studio").settings.kill_limit == limit
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [
@@ -214,6 +219,7 @@ def test_launch_can_be_set_for_each_engine(tmp_path: Path) -> None:
         ("env: {HF_TOKEN: hf_x}", "does not belong here"),
         ('env: {A: "x\\ny"}', "has a character that cannot be shown"),
         ("memory: lots", "is not a size"),
+        ("kill_limit: auto", "is not a size"),
         ("memory: 200", "200 bytes are too few for a model"),
         ("memory: 1e9", "is not a size"),
         ("memory: 3:20", "is not a plain decimal number"),

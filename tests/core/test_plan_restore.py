@@ -27,6 +27,7 @@ from mlxops.core.ports import JobState, Orphan, Owner, PortView, Standing, State
 from mlxops.core.records import Operation
 from mlxops.core.registry import Registry, parse
 from mlxops.core.settings import BootJob
+from tests.core.worlds import run
 
 HOUR = 3600.0
 
@@ -62,6 +63,7 @@ def test_served_assignment_is_neither_started_nor_skipped(owner: Owner) -> None:
     assert plan(registry(a=8100), world(PortView(8100, None, State.READY, owner, "a"))) == RestorePlan()
 
 
+UNLOADED = replace(run("a", 8100), stopped_by="unload", stopping_since="now")
 TAKEN: dict[str, tuple[PortView | None, str]] = {
     "a foreign process": (
         PortView(8100, None, State.FOREIGN, Owner.FOREIGN, detail="pid 6: nc"),
@@ -71,6 +73,8 @@ TAKEN: dict[str, tuple[PortView | None, str]] = {
     "a server that hangs": (PortView(8100, None, State.WEDGED, Owner.MLXOPS, "a"), "is wedged"),
     "a server that loads": (PortView(8100, None, State.LOADING, Owner.HAND, "a", pid=7), "pid 7"),
     "another model by hand": (PortView(8100, None, State.READY, Owner.HAND, "b", pid=7), "serves b there"),
+    "a server that a stop did not wait for": (PortView(8100, None, State.DRAINING, Owner.MLXOPS, "a"), "not ended yet"),
+    "a server that ended after its unload": (PortView(8100, None, State.FAILED, run=UNLOADED), "unload gave up"),
     "an operation": (
         PortView(8100, None, State.IDLE, operation=Operation("x", "unload")),
         "running on the port",
@@ -100,6 +104,8 @@ def test_skipped_step_is_stuck_unless_the_port_changes_by_itself(case: str) -> N
     in_hand = {
         "a server that loads",
         "an operation",
+        "a server that a stop did not wait for",
+        "a server that ended after its unload",
         "the boot job with another model",
         "the boot job between two runs",
     }

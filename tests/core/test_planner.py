@@ -39,6 +39,7 @@ from tests.core.worlds import (
     argv,
     at_boot,
     by_hand,
+    ending,
     foreign,
     registries,
     registry,
@@ -209,6 +210,12 @@ LOADS: dict[str, Load] = {
     "another model that is silent": Load(
         "port_in_use", (replace(serving("b"), health=Health.SILENT),), registry(a=None, b=8103), says="wedged"
     ),
+    # A stop did not wait for the server's end.
+    "another model that has not ended": Load(
+        START, (ending("b"),), registry(a=None, b=8103), stops=(8103,), cleared=("b",), says="has not ended yet"
+    ),
+    "this model has not ended": Load(START, (ending(),), registry(a=8103), stops=(8103,)),
+    "this model has not ended on another port": Load(START, (ending(port=8104),), registry(a=8104), stops=(8104,)),
     # The model is served on another port.
     "served on another port": Load(
         "model_elsewhere", (serving(port=8104),), registry(a=8104), says="served on port 8104"
@@ -484,6 +491,10 @@ RECONCILES: dict[str, Reconcile] = {
     "it is being loaded": Reconcile((LOADING,), keeps="loading"),
     "it is being unloaded": Reconcile(
         (replace(serving(), operation=Operation("o", "unload", port=8103)),), keeps="draining"
+    ),
+    "an unload did not wait for its end": Reconcile((ending(),), clears=("a",), stops=(8103,)),
+    "an unload did not wait for its end, and another one runs": Reconcile(
+        (replace(ending(), operation=Operation("o", "unload", port=8103)),), keeps="draining"
     ),
     "another operation has an idle port": Reconcile(
         (replace(signals(), operation=Operation("o", "unload")),), keeps="idle"
@@ -762,9 +773,9 @@ def test_reconcile_clears_only_unserved_or_stopped_ports(known: Registry, seen: 
 
 @given(registries, seen_ports)
 @PROPERTY
-def test_reconcile_stops_only_our_orphans_without_an_operation(known: Registry, seen: tuple[Signals, ...]) -> None:
+def test_reconcile_stops_only_orphans_and_ending_servers_of_ours(known: Registry, seen: tuple[Signals, ...]) -> None:
     for view in plan_reconcile(known, world(known, *seen)).stops:
-        assert view.owner is Owner.MLXOPS and view.state is State.ORPHAN
+        assert view.owner is Owner.MLXOPS and (view.state is State.ORPHAN or view.ending)
         assert view.operation is None and view.run is not None
 
 

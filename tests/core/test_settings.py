@@ -26,6 +26,7 @@ settings = st.builds(
     slots=st.dictionaries(st.integers(1, 65535), st.text(), max_size=3),
     boot=st.lists(st.builds(BootJob, st.integers(1, 65535), st.text(), st.text())).map(tuple),
     memory=st.none() | st.integers(1),
+    kill_limit=st.none() | st.integers(0),
 )
 
 

@@ -115,11 +115,24 @@ MODELS = ("a", "b", "jerry-xl", "jerry-m")
 _pids = st.frozensets(st.sampled_from([4000, 4001, 5000, 6000]), max_size=3)
 
 
+def ending(name: str = "a", port: int = 8103) -> Signals:
+    """Return the signals of our server that an unload did not wait for."""
+    seen = serving(name, port)
+    return replace(seen, run=replace(run(name, port), stopped_by="unload", stopping_since="2026-01-01T01:00:00Z"))
+
+
 def any_signals(port: int) -> st.SearchStrategy[Signals]:
     """Generate signals: likely ones with up to two fields changed, or arbitrary ones."""
     changed = st.lists(st.sampled_from([item.name for item in fields(Signals)]), max_size=2)
     usual = st.sampled_from(
-        [serving("a", port), serving("b", port), by_hand("a", port), foreign(port), at_boot("a", port)]
+        [
+            serving("a", port),
+            serving("b", port),
+            ending("a", port),
+            by_hand("a", port),
+            foreign(port),
+            at_boot("a", port),
+        ]
     )
 
     def change(base: Signals, other: Signals, names: list[str]) -> Signals:

@@ -6,6 +6,7 @@ The steps are in `mlxops/docs/development.md`.
 from __future__ import annotations
 
 import re
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -109,7 +110,10 @@ class Engine(ABC):
     limits: LimitOptions = LimitOptions()
     """Its options that limit how far it grows beyond its weights."""
     drains: bool = False
-    """After SIGTERM, it finishes its open requests before it ends."""
+    """After the first stop signal, it finishes its open requests before it ends."""
+    stop_signals: tuple[signal.Signals, ...] = (signal.SIGTERM,)
+    """The signals that end it, in order; the next one if it has not ended. They go to the server itself, never to its
+    children."""
 
     @property
     def distribution(self) -> str:

@@ -7,6 +7,7 @@ weights and try to load that name. So it runs in a folder where the alias is a l
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Mapping, Sequence
 
 from mlxops.agent.engines.argv import abbreviated_option, check_model_args, check_model_options, parse_port, program_of
@@ -34,6 +35,8 @@ class MlxLm(Engine):
     # Source of 0.31.3 and 0.32.2. Each request that joins the others trims the kept contexts to --prompt-cache-bytes
     # less the contexts of open requests. At least --prompt-concurrency requests are answered at once.
     limits = LimitOptions("--decode-concurrency", "--prompt-concurrency", "--prompt-cache-bytes")
+    # It cleans up on SIGINT only. Open streams are cut at once, and it often ends with SIGABRT then (0.32.2).
+    stop_signals = (signal.SIGINT, signal.SIGTERM)
 
     def argv(self, command: EngineCommand, spec: ServerSpec) -> tuple[str, ...]:
         model = spec.model

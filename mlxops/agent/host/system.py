@@ -193,6 +193,9 @@ class System(Protocol):
     def available(self) -> int | None:
         """Return the bytes that a new program can use without swapping; None if not known."""
 
+    def ignores(self, pid: int, number: int) -> bool:
+        """Return whether a process ignores a signal; False if that is not known."""
+
     def connections(self, port: int, pids: Iterable[int]) -> frozenset[tuple[str, int]]:
         """Return the remote ends of the TCP connections to `port`, which these processes serve."""
 
@@ -366,6 +369,15 @@ class LinuxSystem:
             if key == "MemAvailable":
                 return int(value.split()[0]) * 1024
         return None
+
+    def ignores(self, pid: int, number: int) -> bool:
+        try:
+            status = _read(f"{self.root}/{pid}/status")
+        except OSError as error:
+            _check_shortage(error)
+            return False
+        mask = next((line.split()[1] for line in status.splitlines() if line.startswith(b"SigIgn:")), b"0")
+        return bool(int(mask, 16) >> (number - 1) & 1)
 
     def connections(self, port: int, pids: Iterable[int]) -> frozenset[tuple[str, int]]:
         return frozenset(
@@ -553,6 +565,10 @@ class PsutilSystem:
         import psutil
 
         return int(psutil.virtual_memory().available)
+
+    def ignores(self, pid: int, number: int) -> bool:
+        # psutil does not show it.
+        return LinuxSystem().ignores(pid, number) if sys.platform == "linux" else False
 
     def connections(self, port: int, pids: Iterable[int]) -> frozenset[tuple[str, int]]:
         import psutil

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mlxops.agent.context import DRAIN_SECONDS, Context
+from mlxops.agent.context import Context
 from mlxops.agent.operations.stop import report_registry_behind, stop
+from mlxops.agent.serving.ending import STILL_ENDING
 from mlxops.agent.state.recovery import settle_all
 from mlxops.agent.state.store import state_unwritable
 from mlxops.core import planner, wire
 from mlxops.core.commands.reconcile import ClearedRow, Reconcile, ReconcileResult, StoppedRow
-from mlxops.core.errors import Busy
+from mlxops.core.errors import Busy, MlxopsError
+from mlxops.core.refusals import merge_refusals
 
 
 def run(ctx: Context, request: Reconcile) -> ReconcileResult:
@@ -19,19 +21,22 @@ def run(ctx: Context, request: Reconcile) -> ReconcileResult:
     ports = sorted({*(plan.clear or {}).values(), *plan.forget, *(view.port for view in plan.stops)})
     interrupted = settle_all(ctx.store, ctx.paths.settings.ports, by=ctx.operation, dry_run=ctx.request.dry_run)
     stopped, cleared, kept = list[StoppedRow](), list[ClearedRow](), list(plan.kept)
+    still_ending: list[MlxopsError] = []
     for port in ports:
         try:
             with ctx.hold_port(port):
                 now_stopped, now_cleared = _reconcile_port(ctx, port)
         except Busy as busy:
             kept.append(f"{port}: {busy.message}")
+            if busy.code == STILL_ENDING:
+                still_ending.append(busy)
             continue
         stopped += now_stopped
         cleared += now_cleared
     if stopped and not ctx.request.dry_run:
         ctx.remember(command="reconcile", stopped=wire.encode(stopped))
     leftovers = ctx.store.leftovers() if ctx.request.dry_run else ctx.store.remove_leftovers()
-    return ReconcileResult(
+    result = ReconcileResult(
         cleared=tuple(cleared),
         stopped=tuple(stopped),
         interrupted=tuple(interrupted),
@@ -40,6 +45,11 @@ def run(ctx: Context, request: Reconcile) -> ReconcileResult:
         changed=bool(stopped or cleared or interrupted or leftovers) and not request.dry_run,
         dry_run=request.dry_run,
     )
+    if still_ending:
+        error = merge_refusals(still_ending)
+        error.details |= wire.encode(result)
+        raise error
+    return result
 
 
 def _reconcile_port(ctx: Context, port: int) -> tuple[list[StoppedRow], list[ClearedRow]]:
@@ -52,7 +62,7 @@ def _reconcile_port(ctx: Context, port: int) -> tuple[list[StoppedRow], list[Cle
         if clear:
             _remember_cleared(ctx, clear)
         for view in plan.stops:
-            stop(ctx, view, DRAIN_SECONDS)
+            stop(ctx, view)
         if clear:
             with report_registry_behind(next(iter(plan.stops), None)):
                 ctx.store.registry.update(

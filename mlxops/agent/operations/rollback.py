@@ -37,6 +37,7 @@ def run(ctx: Context, request: Rollback) -> LoadResult:
         timeout=request.timeout,
         overcommit=request.overcommit,
         drain=request.drain,
+        kill=request.kill,
         dry_run=request.dry_run,
         sent=request.sent,
         promised=request.promised,

@@ -5,44 +5,41 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from mlxops.agent.context import Context
 from mlxops.agent.engines import ENGINES
 from mlxops.agent.serving import processes
+from mlxops.agent.serving.ending import Terms, end, kill_limit
 from mlxops.agent.serving.stranded import expect_return
 from mlxops.core.errors import MlxopsError, OutcomeUnknown, Refused
 from mlxops.core.ports import Owner, PortView, State
 from mlxops.core.protocol import Phase
 from mlxops.core.records import Run, Server, run_of
 
-END_SECONDS = 5.0
-"""Time for a server without open requests to end."""
 PORT_SECONDS = 10.0
 """Time for the port of an ended server to become free."""
 
 
-def stop(ctx: Context, view: PortView, grace: float) -> float:
+def stop(ctx: Context, view: PortView) -> float:
     """Stop the server on a port. Check that it is gone, that the port is free, and that its memory returned.
 
-    Open requests get up to `grace` seconds. Return the time (monotonic) since which the port accepts no requests.
+    Open requests get the time of `--drain`. Return the time (monotonic) since which the port accepts no requests.
+    Raises what `end` raises; `Busy` (still_ending): its record stays, and the port is `draining`.
     """
     run = _server_run(ctx, view)
     ctx.emit(Phase("stop", f"{view.model or 'a server'} on port {view.port}, pid {run.pid}"))
     pids = processes.members(ctx.system, ctx.system.look(()), run)
     with expect_return(ctx.store, ctx.system, port=view.port, model=view.model, pids=pids, note=ctx.note):
-        return _stop(ctx, view, run, grace)
+        return _stop(ctx, view, run)
 
 
-def _stop(ctx: Context, view: PortView, run: Run, grace: float) -> float:
-    engine = ENGINES.get(run.engine)
-    drains = engine is None or engine.drains
-    end_seconds = grace if drains else _wait_for_requests(ctx, view, run, grace)
-    open_requests = len(_connections(ctx, run))
+def _stop(ctx: Context, view: PortView, run: Run) -> float:
+    drain = _drain(ctx, view, run)
     stopped_at = time.monotonic()
-    stopped = processes.stop(ctx.system, run, grace=end_seconds)
-    if stopped.killed:
-        subject = f"{open_requests} open connections" if open_requests else "it"
-        ctx.note(f"{subject} did not end within {end_seconds:.0f} s, and the server was killed", "warning")
+    ended = end(ctx.system, run, stop_terms(ctx, drain), store=ctx.store, emit=ctx.emit)
+    if ended.killed:
+        ctx.note(f"it did not end within {ended.seconds:.0f} s, and was killed", "warning")
     if not _wait_until_free(ctx, view.port):
         raise MlxopsError(
             "port_still_held",
@@ -52,6 +49,11 @@ def _stop(ctx: Context, view: PortView, run: Run, grace: float) -> float:
         )
     ctx.store.forget_run(view.port)
     return stopped_at
+
+
+def stop_terms(ctx: Context, drain: float | None = None) -> Terms:
+    """Return what a stop by this operation may do. `drain`: see `Terms`."""
+    return Terms(ctx.request.name, None if ctx.kill else kill_limit(ctx.paths.settings), drain)
 
 
 @contextmanager
@@ -76,9 +78,9 @@ def report_registry_behind(stopped: PortView | None) -> Iterator[None]:
 
 
 def stop_portless(ctx: Context, server: Server, port: int) -> None:
-    """Stop a server that was started by hand for a port but does not listen on it."""
+    """Stop a server that was started by hand for a port but does not listen on it. The port is another one's."""
     ctx.emit(Phase("stop", f"{server.model or 'a server'} for port {port}, pid {server.pid}"))
-    processes.stop(ctx.system, run_of(server, port, ctx.system.boot_id()), grace=END_SECONDS)
+    end(ctx.system, run_of(server, port, ctx.system.boot_id()), stop_terms(ctx), emit=ctx.emit)
 
 
 def shown_stop(view: PortView, *, owner: bool = False) -> str:
@@ -101,29 +103,33 @@ def _server_run(ctx: Context, view: PortView) -> Run:
             why=view.detail,
             hint="look first: `mlxctl status`; then stop it yourself on the host",
         )
-    return run_of(server, view.port, ctx.system.boot_id())
+    return replace(run_of(server, view.port, ctx.system.boot_id()), model=view.model or "")
 
 
 def _connections(ctx: Context, run: Run) -> frozenset[tuple[str, int]]:
     return ctx.system.connections(run.port, processes.members(ctx.system, ctx.system.look(()), run))
 
 
-def _wait_for_requests(ctx: Context, view: PortView, run: Run, grace: float) -> float:
-    """Wait for the open requests of an engine that drops them when it gets SIGTERM.
+def _drain(ctx: Context, view: PortView, run: Run) -> float | None:
+    """Give the open requests of a server their time. Return the seconds in which the server finishes them itself.
 
-    The engine has one connection for each request. Requests that arrive later are not waited for: there might always be
-    one more. Return the seconds that the server then gets to end.
+    An engine that does not drain drops them at its first signal, so they are waited for here. It has one connection for
+    each request. Requests that arrive later are not waited for: there might always be one more.
     """
     pending = _connections(ctx, run) if view.state is State.READY else frozenset()
-    if pending:
-        ctx.note(f"{len(pending)} open requests get up to {grace:.0f} s")
-    deadline = time.monotonic() + grace
+    if not pending:
+        return None
+    ctx.note(f"{len(pending)} open requests get up to {ctx.drain:.0f} s")
+    engine = ENGINES.get(run.engine)
+    if engine is None or engine.drains:
+        return ctx.drain
+    deadline = time.monotonic() + ctx.drain
     while pending and time.monotonic() < deadline:
         time.sleep(0.05)
         pending &= _connections(ctx, run)
     if pending:
-        ctx.note(f"{len(pending)} open requests did not end within {grace:.0f} s and are cut off", "warning")
-    return END_SECONDS
+        ctx.note(f"{len(pending)} open requests did not end within {ctx.drain:.0f} s and are cut off", "warning")
+    return None
 
 
 def _wait_until_free(ctx: Context, port: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,12 +15,13 @@ from mlxops.agent.hub.snapshot import completeness
 from mlxops.agent.operations.model_files import cached
 from mlxops.agent.operations.prefetch import prefetch_weights
 from mlxops.agent.operations.preflight import Prepared, commit, prepare
-from mlxops.agent.operations.stop import stop
+from mlxops.agent.operations.stop import stop, stop_terms
 from mlxops.agent.serving import processes
+from mlxops.agent.serving.ending import STILL_ENDING
 from mlxops.agent.serving.launch import Launch, deadline_for
 from mlxops.agent.serving.logs import previous_log
 from mlxops.core.commands.load import Load
-from mlxops.core.errors import Interrupted, MlxopsError, NotStarted, OutcomeUnknown
+from mlxops.core.errors import Busy, Interrupted, MlxopsError, NotStarted, OutcomeUnknown
 from mlxops.core.frozen import dataclass
 from mlxops.core.planner import LoadPlan, ModelRef
 from mlxops.core.ports import Owner, PortView
@@ -38,7 +40,8 @@ def start_in_place(ctx: Context, request: Load, registry: Registry, plan: LoadPl
     cannot be written and an old server cannot be restarted, the new server stays.
     """
     with ExitStack() as stack:
-        serving = [(view, _plan_restart(ctx, registry, view)) for view in plan.stops if view.orphan is None]
+        stops = [view for view in plan.stops if view.orphan is None and not view.ending]
+        serving = [(view, _plan_restart(ctx, registry, view)) for view in stops]
         if plan.stops:
             prefetch_weights(ctx, prepared.files.path, plan.target.name)
         start = Launch(
@@ -53,7 +56,7 @@ def start_in_place(ctx: Context, request: Load, registry: Registry, plan: LoadPl
         )
         try:
             with ctx.cancellation.shield():
-                stopped_at = [stop(ctx, view, ctx.drain) for view in plan.stops]
+                stopped_at = _stop_all(ctx, request, plan)
             ctx.cancellation.check()
             ctx.emit(Phase("start", f"{prepared.engine.name} on port {plan.port}, found by {prepared.command.source}"))
             if request.restore:
@@ -73,9 +76,14 @@ def start_in_place(ctx: Context, request: Load, registry: Registry, plan: LoadPl
                 if isinstance(error, _NotCommitted) and serving and not restartable:
                     start.detach()
                     raise _uncommitted(ctx, plan, error) from None
-                removed = _abort(ctx, start)
+                left = _abort(ctx, start)
                 # If processes of the new server remain, its record stays, and no other server is started on its port.
-                _recover(ctx, [each for each in serving if removed or each[0].port != plan.port], error)
+                taken = {plan.port} if left else _port_still_ending(error)
+                waiting = [
+                    f"{view.model} is not started again there" for view, _ in serving if left and view.port in taken
+                ]
+                _add_outcomes(error, [left, *waiting])
+                _recover(ctx, [each for each in serving if each[0].port not in taken], error)
             raise
         start.detach()
         ctx.remember(
@@ -104,6 +112,29 @@ def _remember_attempt(ctx: Context, request: Load, plan: LoadPlan) -> None:
         monotonic=round(time.monotonic(), 3),
         afresh=request.first_attempt,
     )
+
+
+def _stop_all(ctx: Context, request: Load, plan: LoadPlan) -> list[float]:
+    """Stop the servers of a plan; return when each stopped to accept requests. Raises what `stop` raises.
+
+    If one has not ended, say that the new one was not started, and how to go on.
+    """
+    try:
+        return [stop(ctx, view) for view in plan.stops]
+    except Busy as error:
+        if error.code != STILL_ENDING:
+            raise
+        repo, force = f" --repo {request.repo}" if request.repo else "", " --force" if request.force else ""
+        again = f"mlxctl load {plan.target.name} {plan.port}{repo}{force}"
+        error.why = f"{error.why}; {plan.target.name} was not started"
+        error.set_hint(f"when it has ended: `{again}`; or kill it: `{again} --kill`")
+        raise
+
+
+def _port_still_ending(error: BaseException) -> set[object]:
+    """Return the port whose server was to be stopped and has not ended. It is not started again."""
+    still_ending = isinstance(error, MlxopsError) and error.code == STILL_ENDING
+    return {error.details.get("port")} if isinstance(error, MlxopsError) and still_ending else set()
 
 
 class _NotCommitted(NotStarted):
@@ -161,17 +192,25 @@ def _can_restart(restart: RestartPlan | None) -> bool:
         return False
 
 
-def _abort(ctx: Context, start: Launch) -> bool:
-    """Undo a start. Return whether nothing of it is left.
+def _abort(ctx: Context, start: Launch) -> str:
+    """Undo a start. Return what is left of it; empty if nothing is.
 
     If it cannot be undone, its record stays. That is only a warning, so that it does not hide the original error.
     """
     try:
-        start.abort()
+        start.abort(stop_terms(ctx), ctx.emit)
     except (MlxopsError, OSError) as error:
-        ctx.note(f"the new server could not be removed: {error}", "warning")
-        return False
-    return True
+        start.detach()
+        hint = f"; {error.marked_hint}" if isinstance(error, MlxopsError) else ""
+        ctx.note(f"the new server could not be removed: {error}{hint}", "warning")
+        return f"it could not be removed: {error}"
+    return ""
+
+
+def _add_outcomes(error: BaseException, outcomes: Iterable[str]) -> None:
+    """Add what became of the servers to an error's reason."""
+    if isinstance(error, MlxopsError):
+        error.why = "; ".join(filter(None, [error.why, *outcomes]))
 
 
 @dataclass(frozen=True)
@@ -239,7 +278,7 @@ def _recover(ctx: Context, serving: list[tuple[PortView, RestartPlan | None]], e
             error.hint = error.hint.replace(str(log), str(previous_log(log)))
             error.details["log_path"] = str(previous_log(log))
         error.details["previous"] = "; ".join(outcomes)
-        error.why = "; ".join(filter(None, [error.why, *outcomes]))
+    _add_outcomes(error, outcomes)
 
 
 def _inode(path: Path | None) -> int | None:
@@ -264,9 +303,10 @@ def _restart(ctx: Context, view: PortView, restart: RestartPlan | None) -> str:
         restart.start.launch(dict(ctx.environ), restart.repo_id, restart.revision, ctx.operation)
         ctx.store.save_run(restart.start.wait(deadline_for(restart.size_bytes), ctx.emit))
     except (MlxopsError, OSError) as error:
-        _abort(ctx, restart.start)
+        left = _abort(ctx, restart.start)
         _clear_port(ctx, view.port)
-        return f"{restart.name} did not come back to port {view.port} either: {error}"
+        outcome = f"{restart.name} did not come back to port {view.port} either: {error}"
+        return f"{outcome}; {left}" if left else outcome
     restart.start.detach()
     return f"{restart.name} serves port {view.port} again{_assign_again(ctx, restart.name, view.port)}"
 

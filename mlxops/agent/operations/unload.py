@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from mlxops.agent.context import RESTORE, Context, busy
 from mlxops.agent.operations.stop import report_registry_behind, shown_stop, stop, stop_portless
+from mlxops.agent.serving.ending import end_seconds
 from mlxops.agent.state.operation_log import OperationLog, find_operation
 from mlxops.core import names, planner
 from mlxops.core.commands.load import PlanRow, PortResult
@@ -16,6 +17,7 @@ from mlxops.core.planner import UnloadPlan
 from mlxops.core.records import Operation
 
 CANCEL_SECONDS = 60.0
+"""Time for a cancelled load to end, besides the time to end of its server."""
 
 
 def run(ctx: Context, request: Unload) -> PortResult:
@@ -69,7 +71,7 @@ def unload_port(ctx: Context, port: int, *, force: bool) -> UnloadPlan:
     if ctx.request.dry_run:
         return plan
     if plan.stop is not None:
-        stop(ctx, plan.stop, ctx.drain)
+        stop(ctx, plan.stop)
     for server in plan.portless:
         stop_portless(ctx, server, port)
     if plan.stop is None and plan.portless:
@@ -104,7 +106,7 @@ def make_way(ctx: Context, port: int, model: str | None) -> Operation | None:
     else:
         ctx.note(f"cancelling {holder}")
         journal.cancel()
-    deadline = time.monotonic() + CANCEL_SECONDS
+    deadline = time.monotonic() + CANCEL_SECONDS + end_seconds(ctx.observe_port(port).memory_bytes or 0)
     while ctx.store.holder(f"port-{port}") == holder:
         if time.monotonic() > deadline:
             raise busy(f"port-{port}", holder)

@@ -27,6 +27,7 @@ from mlxops.agent.hub.cache import is_commit
 from mlxops.agent.paths import HostPaths
 from mlxops.agent.serving import logs, processes
 from mlxops.agent.serving.diagnosis import About, explain
+from mlxops.agent.serving.ending import Terms, end
 from mlxops.agent.serving.last_words import last_line
 from mlxops.agent.serving.processes import PendingProcess
 from mlxops.agent.state.store import Store, state_unwritable, utc_now
@@ -216,13 +217,13 @@ class Launch:
         self._health_checked = time.monotonic()
         return self.engine.health(self.paths.connect_host, self.serving.port, 1.0) is Health.BROKEN
 
-    def abort(self) -> None:
-        """Stop it and remove its record."""
+    def abort(self, terms: Terms, emit: Callable[[Event], object] = lambda event: None) -> None:
+        """Stop it and remove its record. Raises what `end` raises; then its record stays."""
         run, process = self._run, self._process
         if run is None or process is None:
             return
         child = process.child
-        processes.stop(self.system, run, grace=1.0, reap=child.poll)
+        end(self.system, run, terms, store=self.store, emit=emit, reap=child.poll)
         child.wait()
         self.store.forget_run(run.port)
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from mlxops.agent.host.programs import MARK
 from mlxops.agent.host.system import Look, Process, System
 from mlxops.agent.serving import servers
-from mlxops.core.errors import MlxopsError, NotStarted, Refused
+from mlxops.core.errors import NotStarted, Refused
 from mlxops.core.frozen import dataclass
 from mlxops.core.records import Run
 from mlxops.core.text import clean
@@ -148,101 +148,102 @@ def _marked_outside_group(system: System, look: Look, run: Run) -> set[int]:
     return {pid for pid in others if pid not in own and _has_mark(system, pid, run)}
 
 
-@dataclass(frozen=True)
-class Stopped:
-    seconds: float
-    killed: bool
-    """It did not end after SIGTERM and was killed."""
-
-
-LEFTOVER_SECONDS = 2.0
-"""How long processes that remain after the server has ended may take to react to SIGTERM."""
-KILL_SECONDS = 30.0
-"""How long the kernel may take to remove a killed group: returning hundreds of GB of memory takes a while."""
-
-
-def stop(system: System, run: Run, *, grace: float, reap: Callable[[], object] = lambda: None) -> Stopped:
-    """Stop the recorded server: SIGTERM, wait up to `grace` seconds, SIGKILL. Prove that no process is left.
-
-    First signal the listener and the processes above it (a shell, uv). Spare its children, because it needs them to
-    finish open requests: the child of mlx-openai-server that holds the weights dies of SIGTERM, and open requests then
-    hang. Signal the processes that outlive it next.
-
-    `reap` collects zombies that are this process's own children. Raises `Refused` (not_ours) and signals nothing if the
-    group has a process that is not proven ours; `MlxopsError` (will_not_die) if a process survives SIGKILL.
-    """
-    began = time.monotonic()
-    stopping = _Stopping(system, run, reap)
-    stopping.send(signal.SIGTERM, spare_children=True)
-    drained = stopping.ended(grace, signalled_only=True)
-    if drained:
-        stopping.send(signal.SIGTERM)
-    killed = not (drained and stopping.ended(LEFTOVER_SECONDS)) and stopping.send(signal.SIGKILL)
-    if not stopping.ended(KILL_SECONDS):
-        raise MlxopsError(
-            "will_not_die",
-            f"the server's processes are still there {time.monotonic() - began:.0f} s after SIGTERM",
-            why="they were killed, but the kernel has not removed them; the usual cause is a disk or driver that hangs",
-            hint="check again: `mlxctl status`; if they stay, reboot the host",
-        )
-    return Stopped(time.monotonic() - began, killed and not drained)
-
-
-class _Stopping:
+class Signaller:
     """Signals one recorded group and remembers which processes it signalled.
+
+    `reap` collects zombies that are this process's own children.
 
     An exiting process loses its arguments and its environment, which prove its identity, before its memory and its
     sockets. It is therefore waited for by the pid and start time at which it was proven ours.
     """
 
-    def __init__(self, system: System, run: Run, reap: Callable[[], object]) -> None:
+    def __init__(self, system: System, run: Run, reap: Callable[[], object] = lambda: None) -> None:
         self._system = system
         self._run = run
         self._reap = reap
         self._known: dict[int, str] = {}
         self._signalled: set[int] = set()
 
-    def send(self, number: signal.Signals, *, spare_children: bool = False) -> bool:
-        """Signal the processes that are proven ours; return False if none is alive.
+    @property
+    def alive(self) -> tuple[int, ...]:
+        """The living processes that are proven ours, and those that were when they were first signalled."""
+        look = self._system.look(())
+        return tuple(sorted({*members(self._system, look, self._run), *self._living(look)}))
+
+    def send(self, number: signal.Signals) -> bool:
+        """Signal every process that is proven ours; return False if none is alive.
 
         Signal a group that we created as a whole, and only if every process in it is ours. In any other group, signal
-        each process by itself.
+        each process by itself. Raises `Refused` (not_ours), and signals nothing, if the group has a process that is not
+        proven ours.
         """
+        look, ours = self._prove()
+        self._send(look, dict.fromkeys(ours, number))
+        return bool(ours)
+
+    def ask(self, number: signal.Signals) -> bool:
+        """Ask the server itself to end; return False if no process is alive.
+
+        Spare its children, because it needs them to finish open requests and to clean up. The processes above it, such
+        as a shell or uv, end with it: only SIGTERM also goes to them, because uv passes SIGINT on, and two of these
+        interrupt the cleanup. A shell gets SIGTERM in any case: its script may start the server again.
+
+        Raises `Refused` (not_ours) as `send` does.
+        """
+        look, ours = self._prove()
+        server = _server(look, self._run, ours)
+        above = {up.pid for pid in server for up in look.ancestors(pid)} & ours - server
+        shells = {pid for pid in above if servers.is_shell(look.processes[pid].argv)}
+        told = above if number is signal.SIGTERM else shells
+        self._send(look, dict.fromkeys(told, signal.SIGTERM) | dict.fromkeys(server, number))
+        return bool(server)
+
+    def ignores(self, number: signal.Signals) -> bool:
+        """Return whether the server itself ignores the signal, as one that a shell started with `&` ignores SIGINT."""
+        look = self._system.look({self._run.port})
+        server = _server(look, self._run, members(self._system, look, self._run))
+        return bool(server) and all(self._system.ignores(pid, number) for pid in server)
+
+    def _prove(self) -> tuple[Look, set[int]]:
+        """Return the processes that may be signalled. Raises `Refused` (not_ours)."""
         look = self._system.look({self._run.port})
         # Search for them once; later their start times identify them.
         outside = set() if self._known else _marked_outside_group(self._system, look, self._run)
         ours = {*members(self._system, look, self._run), *outside, *self._living(look)}
-        if not ours:
-            return False
         group = {process.pid for process in look.group(self._run.pgid)}
-        strangers = set() if self._run.adopted else group - ours
+        strangers = set() if self._run.adopted or not ours else group - ours
         self._known |= {pid: look.processes[pid].start for pid in ours}
         if strangers:
             names = ", ".join(f"{pid} ({_program(look.processes[pid])})" for pid in sorted(strangers))
             raise _not_ours(self._run, f"in it are processes that are not proven ours: {names}", strangers)
-        spared = _children_of_the_server(look, self._run.port, ours) if spare_children else set()
-        self._signalled = ours - spared
+        return look, ours
+
+    def _send(self, look: Look, numbers: Mapping[int, signal.Signals]) -> None:
+        self._signalled = set(numbers)
+        group = {process.pid for process in look.group(self._run.pgid)}
         try:
-            if self._signalled == group and not self._run.adopted:
+            if self._signalled == group and not self._run.adopted and len({*numbers.values()}) == 1:
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(self._run.pgid, number)
+                    os.killpg(self._run.pgid, next(iter(numbers.values())))
             else:
-                self._send_each(look, number)
+                self._send_each(look, numbers)
         except PermissionError:
             raise _not_ours(self._run, "the system reports that it is another user's", self._signalled) from None
-        return True
 
-    def _send_each(self, look: Look, number: signal.Signals) -> None:
+    def _send_each(self, look: Look, numbers: Mapping[int, signal.Signals]) -> None:
         """Signal each process, parents first: a shell that runs a server in a loop must not start the next one. Check
         the start time again just before, in case another process has got the pid."""
-        for pid in sorted(self._signalled, key=lambda pid: (len(list(look.ancestors(pid))), pid)):
+        for pid in sorted(numbers, key=lambda pid: (len(list(look.ancestors(pid))), pid)):
             process = self._system.process(pid)
             if process is not None and process.start == self._known[pid]:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, number)
+                    os.kill(pid, numbers[pid])
 
-    def ended(self, seconds: float, *, signalled_only: bool = False) -> bool:
-        """Wait up to `seconds`; return whether no process of the group, or no signalled one, is alive."""
+    def ended(self, seconds: float, *, signalled_only: bool = False, tick: Callable[[], object] = lambda: None) -> bool:
+        """Wait up to `seconds`; return whether no process of the group, or no signalled one, is alive.
+
+        `tick` is called while it waits.
+        """
         deadline = time.monotonic() + seconds
         pause = 0.01
         while True:
@@ -255,6 +256,7 @@ class _Stopping:
                     return True
             if time.monotonic() > deadline:
                 return False
+            tick()
             # Most processes end at once. For one that drains, observing four times a second is enough.
             time.sleep(pause)
             pause = min(pause * 1.5, 0.25)
@@ -264,10 +266,13 @@ class _Stopping:
         return {pid for pid, process in known if process and process.start == self._known[pid] and not process.zombie}
 
 
-def _children_of_the_server(look: Look, port: int, ours: Collection[int]) -> set[int]:
-    """Return the descendants of the listeners in `ours` that do not listen themselves."""
-    listening = {pid for each in look.listeners if each.port == port for pid in each.pids} & set(ours)
-    return {pid for pid in set(ours) - listening if any(up.pid in listening for up in look.ancestors(pid))}
+def _server(look: Look, run: Run, ours: Collection[int]) -> set[int]:
+    """Return the processes of `ours` that are the server itself: the listeners, else the engine's program, else the
+    leader. If it is gone, all are left over."""
+    listening = {pid for each in look.listeners if each.port == run.port for pid in each.pids}
+    engines = {each.process.pid for each in servers.find_servers(look)}
+    candidates = (found & set(ours) for found in (listening, engines, {run.pid}))
+    return next(filter(None, candidates), set(ours))
 
 
 def _program(process: Process) -> str:

@@ -125,6 +125,10 @@ def is_wrapper(argv: Sequence[str]) -> bool:
     return runs.name in PREFIXES or (runs.name in RUNNERS and bool(_RUN & set(runs.arguments[:6])))
 
 
+def is_shell(argv: Sequence[str]) -> bool:
+    return bool(argv) and _name(argv) in SHELLS
+
+
 def _name(argv: Sequence[str]) -> str:
     """Return the name of a process's own program, without a login shell's hyphen."""
     return os.path.basename(argv[0]).lstrip("-")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mlxops.core.command import Group, Hosts, Plannable
+from mlxops.core.command import Group, Hosts, Stopping
 from mlxops.core.frozen import dataclass
 from mlxops.core.replies import HostReply
 from mlxops.core.tables import each_host, joined
@@ -44,7 +44,7 @@ class ReconcileResult:
 
 @dataclass(frozen=True)
 class Reconcile(
-    Plannable[ReconcileResult],
+    Stopping[ReconcileResult],
     group=Group.SERVE,
     example="mlxctl reconcile --dry-run",
     hosts=Hosts.SEVERAL,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mlxops.core.command import Group, Hosts, Plannable, switch
+from mlxops.core.command import Group, Hosts, Stopping, switch
 from mlxops.core.commands.load import PortResult
 from mlxops.core.commands.unload import line
 from mlxops.core.frozen import dataclass
@@ -23,7 +23,7 @@ class UnloadAllResult:
 
 @dataclass(frozen=True)
 class UnloadAll(
-    Plannable[UnloadAllResult],
+    Stopping[UnloadAllResult],
     group=Group.SERVE,
     example="mlxctl unload-all --dry-run",
     hosts=Hosts.SEVERAL,

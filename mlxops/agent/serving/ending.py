@@ -1,0 +1,221 @@
+"""End a server. Every path that stops one ends it here: a stop, a swap, a failed load, a cancelled one.
+
+The server gets the signals that its engine prefers, then time for its size: if a process is killed while it holds
+hundreds of gigabytes, a Mac may not get them back before its next reboot. So a server that holds more than the host's
+`kill_limit` is never killed without `--kill`. If it has not ended in time, the stop ends with `still_ending`: the
+server stays recorded, its port is `draining`, and a later stop, load or reconcile finishes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from mlxops.agent.engines import ENGINES
+from mlxops.agent.engines.base import Engine
+from mlxops.agent.host.system import System
+from mlxops.agent.serving.processes import Signaller
+from mlxops.agent.state.store import Store, utc_now
+from mlxops.core.errors import Busy, MlxopsError
+from mlxops.core.frozen import dataclass
+from mlxops.core.protocol import Event, Note, Phase, Progress
+from mlxops.core.records import Run
+from mlxops.core.settings import NO_LIMIT, Settings
+from mlxops.core.text import amount
+
+SIGNAL_SECONDS = 10.0
+"""Time to end after a signal before the next one is sent."""
+END_SECONDS = 30.0
+"""Time to end after the last signal, for a server that holds nothing."""
+BYTES_PER_SECOND = 4e9
+"""How fast a server releases its memory at least."""
+KILL_SECONDS = 30.0
+"""Time for the kernel to remove a killed server that holds nothing."""
+LEFTOVER_SECONDS = 2.0
+"""Time for a server's children and the processes above it to end by themselves after it."""
+SHOW_SECONDS = 1.0
+QUIET_SECONDS = 2.0
+"""A server that ends this fast needs no message."""
+STILL_ENDING = "still_ending"
+"""The code of the error for a server that has not ended in time and is not killed."""
+MAC_KILL_LIMIT = 64_000_000_000
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a stop may do."""
+
+    command: str
+    """The command that stops the server, for its record."""
+    kill_limit: int | None = None
+    """Bytes. A server that holds more is not killed; None: any server may be."""
+    drain: float | None = None
+    """Seconds for the open requests of an engine that finishes them after the first signal; None: it has none."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    seconds: float
+    killed: bool
+    """It did not end after the signals and was killed."""
+
+
+def end_seconds(held: int | None) -> float:
+    """Return the time to end after the last signal for a server that holds so many bytes; None: not known."""
+    return END_SECONDS + (held or 0) / BYTES_PER_SECOND
+
+
+def kill_limit(settings: Settings) -> int | None:
+    """Return the bytes above which a server of this host is not killed; None for no limit."""
+    if settings.kill_limit is not None:
+        return None if settings.kill_limit == NO_LIMIT else settings.kill_limit
+    return MAC_KILL_LIMIT if sys.platform == "darwin" else None
+
+
+def may_kill(limit: int | None, held: int | None) -> bool:
+    """Return whether a server that holds so much may be killed. If that is not known, only without a limit."""
+    return limit is None or (held is not None and held <= limit)
+
+
+def end(
+    system: System,
+    run: Run,
+    terms: Terms,
+    *,
+    store: Store | None = None,
+    emit: Callable[[Event], object] = lambda event: None,
+    reap: Callable[[], object] = lambda: None,
+) -> Ended:
+    """End the recorded server. Prove that no process of it is left.
+
+    `store`: where the record is kept if it has not ended; None for a server whose port is another one's. `reap`
+    collects zombies that are this process's own children.
+
+    Raises `Busy` (still_ending) if it holds more than the limit and has not ended; `Refused` (not_ours), and signals
+    nothing, if its group has a process that is not proven ours; `MlxopsError` (will_not_die) if it survives SIGKILL.
+    """
+    began = time.monotonic()
+    signaller = Signaller(system, run, reap)
+    waiting = _Waiting(system, signaller, run, emit)
+    if _ask(signaller, run, terms, waiting) and _end_rest(signaller, waiting):
+        return Ended(time.monotonic() - began, killed=False)
+    waiting.measure()
+    if not may_kill(terms.kill_limit, waiting.held):
+        raise _still_ending(run, terms, waiting.held, store)
+    killed = signaller.send(signal.SIGKILL)
+    if not waiting.ended(KILL_SECONDS + (waiting.held or 0) / BYTES_PER_SECOND):
+        raise _will_not_die(time.monotonic() - began)
+    return Ended(time.monotonic() - began, killed)
+
+
+def _ask(signaller: Signaller, run: Run, terms: Terms, waiting: _Waiting) -> bool:
+    """Send the server the signals of its engine until it has ended. Return whether it has."""
+    *earlier, last = _steps(ENGINES.get(run.engine), run, terms, waiting.held)
+    for number, seconds in earlier:
+        if not signaller.ignores(number):
+            if not signaller.ask(number) or waiting.ended(seconds, signalled_only=True):
+                return True
+            if terms.drain is not None:
+                waiting.note(f"open requests did not end within {terms.drain:.4g} s and are cut off")
+    return not signaller.ask(last[0]) or waiting.ended(last[1], signalled_only=True)
+
+
+def _steps(engine: Engine | None, run: Run, terms: Terms, held: int | None) -> list[tuple[signal.Signals, float]]:
+    """Return the signals for a server, and how long each may take.
+
+    One that was asked before is only reminded: a second SIGINT interrupts its cleanup.
+    """
+    signals = engine.stop_signals if engine and run.stopping_since is None else (signal.SIGTERM,)
+    waits = [SIGNAL_SECONDS] * (len(signals) - 1) + [end_seconds(held)]
+    if terms.drain is not None:
+        waits[0] = terms.drain if len(signals) > 1 else max(terms.drain, waits[0])
+    return list(zip(signals, waits, strict=True))
+
+
+def _end_rest(signaller: Signaller, waiting: _Waiting) -> bool:
+    """End the processes that outlive the server. Return whether none is left."""
+    if waiting.ended(LEFTOVER_SECONDS):
+        return True
+    signaller.send(signal.SIGTERM)
+    return waiting.ended(end_seconds(waiting.held))
+
+
+class _Waiting:
+    """Waits for a server's end, and shows how long that may take and what it has released."""
+
+    def __init__(self, system: System, signaller: Signaller, run: Run, emit: Callable[[Event], object]) -> None:
+        self.held: int | None = None
+        """The most that it held so far; None if that is not known."""
+        self._system = system
+        self._signaller = signaller
+        self._name = f"{run.model or 'the server'} on port {run.port}"
+        self._emit = emit
+        self._released = 0
+        self._show_at = 0.0
+        self._left = ""
+        self.measure()
+
+    def measure(self) -> int | None:
+        """Return what it holds now; None if that is not known."""
+        now = self._system.memory(self._signaller.alive)
+        self.held = max((size for size in (self.held, now) if size is not None), default=None)
+        return now
+
+    def note(self, message: str) -> None:
+        self._emit(Note.of(message, "warning"))
+
+    def ended(self, seconds: float, *, signalled_only: bool = False) -> bool:
+        """Wait up to `seconds`; return whether the server, or the processes that were signalled, have ended."""
+        self._show_at = time.monotonic() + QUIET_SECONDS
+        self._left = f"{self._name} holds {_shown(self.held)}, and may take {seconds:.0f} s to end"
+        return self._signaller.ended(seconds, signalled_only=signalled_only, tick=self._show)
+
+    def _show(self) -> None:
+        if time.monotonic() < self._show_at:
+            return
+        self._show_at = time.monotonic() + SHOW_SECONDS
+        if self._left:
+            self._emit(Phase("ending", self._left))
+            self._left = ""
+        now = self.measure()
+        if self.held is None or now is None:
+            return
+        released = self.held - now
+        if released > self._released + self.held // 100:
+            self._released = released
+            self._emit(Progress("ending", released, self.held))
+
+
+def _still_ending(run: Run, terms: Terms, held: int | None, store: Store | None) -> Busy:
+    """Keep the server's record, and return the error."""
+    assert terms.kill_limit is not None
+    if store is not None:
+        # If it cannot be written, the record that is there still says that these processes are ours.
+        with contextlib.suppress(OSError, MlxopsError):
+            store.save_run(replace(run, stopped_by=terms.command, stopping_since=run.stopping_since or utc_now()))
+    force = " --force" if store is None else ""
+    return Busy(
+        STILL_ENDING,
+        f"{run.model or 'the server'} on port {run.port}, pid {run.pid}, has not ended yet and holds {_shown(held)}",
+        why=f"a server with more than {amount(terms.kill_limit)} (kill_limit) is not killed: its memory may then be "
+        "lost until the next reboot",
+        hint=f"when it has ended: `mlxctl reconcile`; or kill it: `mlxctl unload {run.port}{force} --kill`",
+        details={"port": run.port, "model": run.model or None, "pid": run.pid, "held_bytes": held},
+    )
+
+
+def _shown(held: int | None) -> str:
+    return "an unknown amount of memory" if held is None else amount(held)
+
+
+def _will_not_die(seconds: float) -> MlxopsError:
+    return MlxopsError(
+        "will_not_die",
+        f"the server's processes are still there {seconds:.0f} s after they were asked to end",
+        why="they were killed, but the kernel has not removed them; the usual cause is a disk or driver that hangs",
+        hint="check again: `mlxctl status`; if they stay, reboot the host",
+    )

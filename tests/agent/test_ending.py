@@ -1,0 +1,373 @@
+"""Servers that hold much memory and take long to end: every path that stops one, with and without `--kill`.
+
+The operations run in this process, with real servers and shorter times. A server holds 300 MB, the limit is 100 MB.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from mlxops.agent.context import Context
+from mlxops.agent.host.system import this_system
+from mlxops.agent.operations import operation
+from mlxops.agent.paths import host_paths
+from mlxops.agent.serving import ending
+from mlxops.agent.state.store import Store
+from mlxops.core import wire
+from mlxops.core.errors import Busy, Interrupted, MlxopsError, NotStarted
+from mlxops.core.ports import PortView, State
+from mlxops.core.protocol import Event, Phase, Progress
+from mlxops.core.records import Run
+from mlxops.core.settings import NO_LIMIT, PortRange, Settings
+from tests.agent.test_openai_server import Stream
+from tests.lab import cache, models
+from tests.lab.envelopes import envelope
+from tests.lab.homelab import Homelab
+from tests.lab.ports import free_ports
+from tests.lab.quick import ENGINE, install_engine
+from tests.lab.world import wait_until
+from tests.steps import REPO, Ask, assigned, register, with_fake
+
+MB = 1_000_000
+HEAVY = ["--fake-memory", "300"]
+STUBBORN = [*HEAVY, "--fake-ignore", "int,term"]
+
+
+class Host:
+    """A managed host in a folder, whose operations run in this process."""
+
+    def __init__(self, folder: Path, ports: range) -> None:
+        self.first, self.second = ports[0], ports[1]
+        self.hub = folder / "hub"
+        self.events: list[Event] = []
+        self.settings = Settings(
+            hub=str(self.hub),
+            state=str(folder / "state"),
+            engine="mlx-lm",
+            launch={"mlx-lm": (str(install_engine(folder / "bin")),)},
+            ports=PortRange(ports[0], ports[-1]),
+            memory=10**12,
+            kill_limit=100 * MB,
+        )
+        self.snapshot = models.install_snapshot(self.hub, REPO, models.tiny_models() / models.QWEN)
+        self.paths = host_paths(self.settings, {"HOME": str(folder)})
+        self.store = Store(self.paths.state, self.paths.registry)
+        self.store.create_folders()
+
+    def register(self, **args: list[str]) -> None:
+        entry = {"repo_id": REPO, "model_id": REPO, "cache_path": str(self.snapshot), "format": "mlx", "port": None}
+        entries = {name: entry | {"args": words} for name, words in args.items()}
+        self.paths.registry.write_text(json.dumps({"version": 1, "models": entries}), encoding="utf-8")
+
+    def context(self, command: str, args: dict[str, object]) -> Context:
+        paths = replace(self.paths, settings=self.settings)
+        request = envelope(command, args, self.settings, "").request
+        return Context(request, paths, self.store, this_system(), self.events.append, {}, operation=f"op-{command}")
+
+    def __call__(self, command: str, **args: object) -> Any:
+        ctx = self.context(command, args)
+        return operation(command)(ctx, ctx.request)
+
+    def view(self, port: int | None = None) -> PortView:
+        return self.context("status", {}).observe_port(port or self.first)
+
+    def run(self) -> Run:
+        run = self.store.run(self.first)
+        assert run is not None
+        return run
+
+    @property
+    def assigned(self) -> dict[str, int]:
+        return {name: model.port for name, model in self.store.registry.read().models.items() if model.port}
+
+    def end(self) -> None:
+        """Kill the servers that are left, and collect those that have ended: they are this process's children."""
+        for each in [
+            each for each in psutil.Process().children() if is_zombie(each) or ENGINE in " ".join(each.cmdline())
+        ]:
+            each.kill()
+            os.waitpid(each.pid, 0)
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    for name in ("SIGNAL_SECONDS", "END_SECONDS", "LEFTOVER_SECONDS"):
+        monkeypatch.setattr(ending, name, 0.3)
+    made = Host(tmp_path, free_ports(["127.0.0.1"], 2))
+    yield made
+    made.end()
+
+
+def is_zombie(process: psutil.Process) -> bool:
+    return process.status() == psutil.STATUS_ZOMBIE
+
+
+def serve(host: Host) -> int:
+    """Load the stubborn server `mine` on the first port; `next` is an ordinary one. Return its pid."""
+    host.register(mine=STUBBORN, next=[])
+    host("load", model="mine", port=str(host.first))
+    return host.run().pid
+
+
+def alive(pid: int) -> bool:
+    found = this_system().process(pid)
+    return found is not None and not found.zombie
+
+
+def is_draining(host: Host, pid: int) -> None:
+    """The server lives, is recorded, and its port is `draining` with what it holds."""
+    view = host.view()
+    assert alive(pid) and (view.state, view.pid, view.model) == (State.DRAINING, pid, "mine")
+    assert (view.memory_bytes or 0) > 300 * MB
+    world = host.context("status", {}).registry_and_world()[1]
+    assert [drift.code for drift in world.drift if drift.port == host.first] == ["still_ending"]
+
+
+PATHS: dict[str, tuple[str, dict[str, object]]] = {
+    "unload": ("unload", {"port": "{first}"}),
+    "unload of the model": ("unload", {"model": "mine"}),
+    "unload-all": ("unload-all", {}),
+    "swap": ("load", {"model": "next", "port": "{first}", "force": True}),
+    "move": ("load", {"model": "mine", "port": "{second}", "force": True}),
+    "reconcile": ("reconcile", {}),
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_server_above_the_limit_is_killed_only_on_request(host: Host, path: str) -> None:
+    command, words = PATHS[path]
+    ports = {"first": host.first, "second": host.second}
+    args = {key: word.format(**ports) if isinstance(word, str) else word for key, word in words.items()}
+    pid = serve(host)
+    if path == "reconcile":
+        host.store.save_run(replace(host.run(), proven_at=None))  # a load that was killed
+    with pytest.raises(Busy) as caught:
+        host(command, **args)
+    error = caught.value
+    assert (error.code, int(error.exit)) == ("still_ending", 75) and "--kill" in error.hint
+    assert error.details["port"] == host.first and error.details["pid"] == pid
+    assert host.run().stopped_by == command
+    assert host.assigned == {"mine": host.first}
+    is_draining(host, pid)
+
+    host(command, **args, kill=True)
+    assert not alive(pid)
+    after = {"swap": {"next": host.first}, "move": {"mine": host.second}}
+    assert host.assigned == after.get(path, {})
+    assert host.view().state is (State.READY if path == "swap" else State.IDLE)
+    assert host.view().run is None or path == "swap"
+
+
+def test_swap_says_which_model_is_where(host: Host) -> None:
+    serve(host)
+    with pytest.raises(Busy) as caught:
+        host("load", model="next", port=str(host.first), force=True)
+    assert caught.value.message.startswith(f"mine on port {host.first}, pid {host.run().pid}, has not ended yet")
+    assert caught.value.why.endswith("; next was not started")
+    assert f"mlxctl load next {host.first} --force" in caught.value.hint
+
+
+def test_load_and_reconcile_wait_for_a_server_that_ends(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    finishes: list[tuple[str, dict[str, object]]] = [
+        ("load", {"model": "next", "port": str(host.first)}),
+        ("reconcile", {}),
+    ]
+    for command, args in finishes:
+        host.register(mine=[*HEAVY, "--fake-linger", "2"], next=[])
+        host("load", model="mine", port=str(host.first))
+        pid = host.run().pid
+        with pytest.raises(Busy):
+            host("unload", port=str(host.first))
+        with monkeypatch.context() as patch:
+            patch.setattr(ending, "END_SECONDS", 30.0)
+            host(command, **args)
+        assert not alive(pid)
+        host("unload-all")
+    assert host.assigned == {}
+
+
+def test_time_and_released_memory_are_shown(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ending, "END_SECONDS", 30.0)
+    monkeypatch.setattr(ending, "QUIET_SECONDS", 0.1)
+    host.register(mine=[*HEAVY, "--fake-linger", "1"])
+    host("load", model="mine", port=str(host.first))
+    assert host("unload", port=str(host.first)).changed
+    shown = [event for event in host.events if isinstance(event, Phase | Progress) and event.name == "ending"]
+    assert isinstance(shown[0], Phase) and "holds 3" in shown[0].message and "s to end" in shown[0].message
+
+
+@pytest.mark.parametrize("limit", [NO_LIMIT, 10**9])
+def test_server_below_the_limit_is_killed(host: Host, limit: int) -> None:
+    host.settings = replace(host.settings, kill_limit=limit)
+    pid = serve(host)
+    assert host("unload", port=str(host.first)).changed and not alive(pid)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the default of Linux")
+def test_there_is_no_limit_on_linux_by_default() -> None:
+    assert ending.kill_limit(Settings()) is None
+
+
+def test_more_memory_gets_more_time() -> None:
+    assert [ending.end_seconds(size * 10**9) for size in (0, 4, 400)] == [30, 31, 130]
+
+
+@pytest.mark.parametrize("old", [True, False], ids=["a swap", "a first load"])
+def test_failed_load_names_the_server_that_is_left(host: Host, old: bool) -> None:
+    host.register(mine=[*STUBBORN, "--fake-act", "broken"], next=[])
+    if old:
+        host("load", model="next", port=str(host.first))
+    with pytest.raises(NotStarted) as caught:
+        host("load", model="mine", port=str(host.first), force=True)
+    pid = host.run().pid
+    assert f"mine on port {host.first}, pid {pid}, has not ended yet" in caught.value.why
+    assert ("next is not started again there" in caught.value.why) is old
+    is_draining(host, pid)
+    host("reconcile", kill=True)
+    assert not alive(pid) and host.view().state is State.IDLE and host.view().run is None
+
+
+def test_cancelled_load_leaves_what_has_not_ended_recorded(host: Host) -> None:
+    host.register(mine=[*STUBBORN, "--fake-act", "deaf"])
+    ctx = host.context("load", {"model": "mine", "port": str(host.first)})
+
+    def cancel(event: Event) -> None:
+        if isinstance(event, Phase) and event.name == "proof":
+            holds = lambda: (host.view().memory_bytes or 0) > 300 * MB  # noqa: E731
+            wait_until(holds, 30, "its memory")
+            ctx.cancellation.request()
+
+    ctx = replace(ctx, emit=cancel)
+    with pytest.raises(Interrupted) as caught, ctx.cancellation.open():
+        operation("load")(ctx, ctx.request)
+    assert "has not ended yet" in caught.value.why
+    is_draining(host, host.run().pid)
+
+
+def test_restore_waits_for_a_draining_port(host: Host) -> None:
+    pid = serve(host)
+    with pytest.raises(Busy):
+        host("load", model="next", port=str(host.first), force=True)
+    (skipped,) = host("restore").skipped
+    assert "has not ended yet" in skipped.why and skipped.commands == (("mlxctl", "reconcile"),)
+    assert alive(pid)
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not alive(pid), 10, "its end")
+    (restored,) = host("restore").restored
+    assert (restored.model, host.view().state) == ("mine", State.READY)
+
+
+def test_restore_does_not_start_what_an_unload_stopped(host: Host) -> None:
+    pid = serve(host)
+    with pytest.raises(Busy):
+        host("unload", port=str(host.first))
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not alive(pid), 10, "its end")
+    result = host("restore")
+    assert not result.restored and "unload gave up" in result.skipped[0].why
+    host("reconcile")
+    assert host.assigned == {} and host.view().run is None
+
+
+def test_server_started_by_hand_is_recorded_until_it_ends(host: Host, tmp_path: Path) -> None:
+    argv = [str(install_engine(tmp_path)), *STUBBORN, "--model", "mine", "--port", str(host.first)]
+    with subprocess.Popen(argv, start_new_session=True, stdout=subprocess.DEVNULL) as server:
+        try:
+            wait_until(lambda: host.view().state is State.READY, 30, "the server")
+            with pytest.raises(Busy):
+                host("unload", port=str(host.first), force=True)
+            is_draining(host, server.pid)
+            host("unload", port=str(host.first), kill=True)
+            assert server.wait(10) == -signal.SIGKILL and host.view().state is State.IDLE
+        finally:
+            server.kill()
+
+
+def test_restore_of_an_interrupted_load_does_not_kill(host: Host) -> None:
+    pid = serve(host)
+    host.store.save_run(replace(host.run(), proven_at=None))
+    with pytest.raises(MlxopsError) as caught:
+        host("restore")
+    assert caught.value.code == "restore_incomplete" and "still_ending" in caught.value.why
+    is_draining(host, pid)
+
+
+def test_record_of_an_earlier_build_is_read(host: Host) -> None:
+    serve(host)
+    written: Any = wire.encode(host.run().to_wire())
+    for key in ("stopped_by", "stopping_since"):
+        written.pop(key)
+    path = self_record(host)
+    path.write_text(json.dumps(written))
+    assert host.run().stopped_by is None and host.view().state is State.READY
+
+
+def self_record(host: Host) -> Path:
+    return host.paths.state / "run" / f"{host.first}.json"
+
+
+# -- over SSH, with the real times ----------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(300)
+def test_command_line_names_the_next_command(homelab: Homelab) -> None:
+    ask = Ask(with_fake(homelab), "ssh")
+    homelab.configure(kill_limit="100MB")
+    register(ask.studio, "mine", args=STUBBORN)
+    ask("load", "--model", "mine", "--port", ask.port).ok()
+    pid = ask.row()["pid"]
+    stopped = ask("unload", "--port", ask.port, timeout=120)
+    again = f"mlxctl reconcile; or kill it: mlxctl unload {ask.port} --kill"
+    assert stopped.exit == 75 and f"next: when it has ended: {again}" in stopped.stderr
+    assert f"ending: mine on port {ask.port} holds 3" in stopped.stderr
+    row = ask.row()
+    assert (row["state"], row["owner"], row["pid"], row["model"]) == ("draining", "mlxops", pid, "mine")
+    assert row["memory_bytes"] > 300 * MB and row["detail"].startswith("unload gave up waiting for its end")
+    assert assigned(ask.studio) == {"mine": ask.port}
+    os.kill(pid, signal.SIGKILL)
+    ask("reconcile").ok()
+    assert assigned(ask.studio) == {} and ask.row()["state"] == "idle"
+
+
+# -- the real mlx-lm ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["in its own session", "started with &"])
+@pytest.mark.timeout(300)
+def test_mlx_lm_ends_by_sigint_under_a_stream(homelab: Homelab, background: bool) -> None:
+    studio, port = homelab.studio, homelab.studio.ports[0]
+    folder = studio.folder / "by-hand"
+    folder.mkdir()
+    (folder / "jerry-xl").symlink_to(studio.install(REPO, models.QWEN))
+    program = str(cache.engine_venv("mlx-lm") / "bin" / "mlx_lm.server")
+    # A shell makes what it starts with & ignore SIGINT, unless it is interactive.
+    ignore = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+    prefix = [sys.executable, "-c", ignore] if background else []
+    argv = [*prefix, program, "--model", "jerry-xl", "--host", studio.address, "--port", str(port)]
+    env = {"HOME": str(studio.home), "PATH": os.defpath, "HF_HUB_OFFLINE": "1"}
+    with (
+        (folder / "log").open("wb") as log,
+        subprocess.Popen(argv, cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True) as server,
+    ):
+        try:
+            wait_until(lambda: studio.listening(port), 60, "the engine's port")
+            stream = Stream(studio, port, 1_000_000)
+            unloaded = studio.mlxctl("unload", str(port), "--force", "--drain", "0.5").ok()
+            stream.close()
+            status = server.wait(10)
+        finally:
+            server.kill()
+    assert "are cut off" in unloaded.stderr and "killed" not in unloaded.stderr
+    # After SIGINT it ends by itself, or with SIGABRT while it cleans up.
+    assert status == -signal.SIGTERM if background else status in {0, -signal.SIGABRT, -signal.SIGINT}
