@@ -420,14 +420,14 @@ def test_memory_of_a_family_counts_what_it_shares_once(stack: ExitStack, tmp_pat
     assert system.memory(pids) == pytest.approx(5 * size, rel=0.15)
     # The kernel knows which of them are still shared.
     assert system.shared_memory(pids) == pytest.approx(4 * size, rel=0.15)
-    assert system.shared_memory(pids[:1]) == single[0]
+    assert system.shared_memory(pids[:1]) == pytest.approx(single[0], rel=0.01)
 
 
 @linux
 def test_large_family_is_not_walked_page_by_page(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlxops.agent.host.system.MAX_WALKED_BYTES", 1)
     pids = [os.getpid(), os.getppid()]
-    assert LinuxSystem().shared_memory(pids) == LinuxSystem().memory(pids)
+    assert LinuxSystem().shared_memory(pids) == pytest.approx(LinuxSystem().memory(pids), rel=0.01)
 
 
 @both
