@@ -223,7 +223,7 @@ def _address(value: Value, settings: Settings, _engines: Sequence[str]) -> str:
             "it is a host name or an IP address, without scheme and port",
             "for example: studio.local",
         )
-    if _is_loopback(settings.bind) and not _is_loopback(text):
+    if is_loopback(settings.bind) and not is_loopback(text):
         raise value.bad(
             f"{text} cannot be reached while the servers listen on {settings.bind}",
             "bind is a loopback address (127.0.0.1 by default)",
@@ -242,7 +242,8 @@ def _is_ip(text: str) -> bool:
     return True
 
 
-def _is_loopback(text: str) -> bool:
+def is_loopback(text: str) -> bool:
+    """Return whether a name or an IP address means this machine only."""
     import ipaddress
 
     return ipaddress.ip_address(text).is_loopback if _is_ip(text) else text.lower().rstrip(".") == "localhost"
@@ -373,6 +374,15 @@ def _memory(value: Value) -> int | None:
     return size
 
 
+def _exposure(value: Value) -> str:
+    text = value.text()
+    if text != "accepted":
+        raise value.bad(
+            f"{shown(text)} is not `accepted`", "it is the only value", "write `exposure: accepted`, or remove the key"
+        )
+    return text
+
+
 # -- JSON forms ---------------------------------------------------------------------------------------------------
 
 
@@ -471,6 +481,8 @@ class Settings:
     boot: tuple[BootJob, ...] = field(default=(), metadata=dependent_setting(_boot, BOOT))
     memory: int | None = field(default=None, metadata=setting(_memory, OPTIONAL_INTEGER))
     """Bytes for all servers together; None: the agent decides."""
+    exposure: str | None = field(default=None, metadata=setting(_exposure, OPTIONAL_TEXT))
+    """`accepted`: the operator knows that other machines reach the servers; `doctor` does not warn of it."""
 
     def alias(self, port: int, model: str) -> str:
         """Return the name under which `model` is served on `port`: the slot's alias, else its own name."""
