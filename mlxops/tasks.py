@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from mlxops.core.commands.load import Loading, LoadResult
     from mlxops.core.commands.logs import Logs
     from mlxops.core.commands.ops import Ops
+    from mlxops.core.commands.setup import Setup
     from mlxops.core.commands.status import Status, StatusResult
     from mlxops.core.commands.unload_all import UnloadAll
 
@@ -283,6 +284,12 @@ def deploy(cli: Cli, request: Deploy) -> None:
     cli.show(cli.each(cli.hosts(), lambda target: client.deploy(target, cli.console.hear, wanted)))
 
 
+def setup(cli: Cli, request: Setup) -> None:
+    from mlxops.control.setup import look_at
+
+    cli.show([look_at(request.ssh)])
+
+
 BODIES: Mapping[str, Callable[[Cli, Any], None]] = {
     "load": load,
     "rollback": load,
@@ -295,6 +302,7 @@ BODIES: Mapping[str, Callable[[Cli, Any], None]] = {
     "doctor": doctor,
     "help": help_,
     "deploy": deploy,
+    "setup": setup,
 }
 
 
