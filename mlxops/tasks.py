@@ -247,9 +247,10 @@ def _print_entries(cli: Cli, request: Gateway) -> None:
 def doctor(cli: Cli, request: Doctor) -> None:
     """A hosts.yaml that cannot be used is a finding: this machine is examined all the same."""
     from mlxops.cli.targets import checkout
-    from mlxops.control.doctor import command
-    from mlxops.control.doctor.report import write
+    from mlxops.control.doctor import command, report
 
+    if request.report is not None:
+        report.check(Path(request.report))
     targets: Sequence[client.HostTarget] = ()
     inventory, problem = None, None
     try:
@@ -261,7 +262,7 @@ def doctor(cli: Cli, request: Doctor) -> None:
     request = replace(request, trials=request.report is not None)
     replies = command.examine(inventory, problem, targets, request)
     if request.report is not None:
-        write(Path(request.report), replies, cli.console.note, demo=checkout() if cli.common.local else None)
+        report.write(Path(request.report), replies, cli.console.note, demo=checkout() if cli.common.local else None)
     cli.show(tuple(map(command.refuse_errors, replies)) if request.strict else replies)
 
 

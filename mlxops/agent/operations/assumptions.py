@@ -80,7 +80,7 @@ def redacted(text: str) -> str:
     text = clean(text)
     for name in {getpass.getuser(), socket.gethostname(), socket.gethostname().partition(".")[0]} - {""}:
         text = re.sub(rf"(?<![\w-]){re.escape(name)}(?![\w-])", "NAME", text)
-    return re.sub(r"/(?:Users|home|private/var/folders|var/folders|tmp)/[^\s:'\"]*", "PATH", text)[:300]
+    return re.sub(r"/(?:Users|home|private/var/folders|var/folders|tmp)/[^\s:;,'\"]*", "PATH", text)[:300]
 
 
 # -- programs of its own ------------------------------------------------------------------------------------------

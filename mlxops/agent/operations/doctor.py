@@ -322,7 +322,7 @@ def _exposure(ctx: Context) -> Iterator[Finding]:
     if open_ports:
         addresses = ", ".join(sorted({each.address for each in listeners if each.port in open_ports}))
         ports = ", ".join(map(str, open_ports))
-        yield Finding.of(FindingCode.EXPOSED, f"{ports} answer without a key on {addresses}")
+        yield Finding.of(FindingCode.EXPOSED, f"servers answer without a key on {addresses}: {ports}")
     elif not is_loopback(settings.bind):
         yield Finding.of(FindingCode.BIND_OPEN, f"`bind` in hosts.yaml is {settings.bind}")
 

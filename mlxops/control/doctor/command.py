@@ -15,12 +15,12 @@ from mlxops.common.parallel import reason, within
 from mlxops.control import client
 from mlxops.control.client import HostTarget
 from mlxops.control.doctor import connection, gateway, node
-from mlxops.control.hints import aimed
 from mlxops.control.inventory import Gateway, Inventory
 from mlxops.core.commands.doctor import CONTROL_NODE, Doctor, DoctorResult, FindingRow
 from mlxops.core.doctor.findings import Finding, FindingCode, Level, worst_first
 from mlxops.core.errors import Bug, MlxopsError, Refused, Unreachable
 from mlxops.core.frozen import dataclass
+from mlxops.core.hints import aim
 from mlxops.core.protocol import Event
 from mlxops.core.replies import HostReply
 
@@ -99,9 +99,17 @@ def _made(checks: Mapping[str, Callable[[], Sequence[Finding]]]) -> list[Finding
     return findings
 
 
-def _result(findings: Sequence[Finding], checks: Sequence[str], facts: Mapping[str, str]) -> DoctorResult:
-    rows = tuple(FindingRow.of(each) for each in worst_first(findings))
+def _result(
+    findings: Sequence[Finding], checks: Sequence[str], facts: Mapping[str, str], flags: str = ""
+) -> DoctorResult:
+    """`flags`: what a suggested command needs to go to the host."""
+    rows = tuple(_aimed(FindingRow.of(each), flags) for each in worst_first(findings))
     return DoctorResult(rows, tuple(checks), facts, build_id(), time.time())
+
+
+def _aimed(row: FindingRow, flags: str) -> FindingRow:
+    hint, commands = aim(row.hint, row.commands, flags.split())
+    return replace(row, hint=hint, commands=commands)
 
 
 # -- a host -------------------------------------------------------------------------------------------------------
@@ -134,7 +142,7 @@ def _host_reply(target: HostTarget, outcome: tuple[Answer, list[Finding]] | Exce
     seen = ["connection", *(["ssh options"] if target.ssh is not None else [])]
     if error is not None:
         findings.append(_because(_code_of(error), error))
-    own = _result([*findings, *_compared(target, answer)], seen, {})
+    own = _result([*findings, *_compared(answer)], seen, {}, target.flags)
     if result is not None:
         rows = sorted((*own.findings, *result.findings), key=lambda row: Level(row.severity).rank)
         own = replace(result, findings=tuple(rows), checks=(*seen, *result.checks))
@@ -157,15 +165,14 @@ def _because(code: FindingCode, error: MlxopsError) -> Finding:
     return Finding(code, code.level, f"{error.message}{why}", error.marked_hint or code.remedy)
 
 
-def _compared(target: HostTarget, answer: Answer) -> list[Finding]:
+def _compared(answer: Answer) -> list[Finding]:
     """Compare build and clock of the agent with those of this machine."""
     result, findings = answer.reply.result, list[Finding]()
     if result is None:
         return findings
     if result.build != build_id():
         message = f"the host has {result.build}, and this is {build_id()}"
-        hint = aimed(FindingCode.AGENT_DIFFERS.remedy, target.flags)
-        findings.append(Finding(FindingCode.AGENT_DIFFERS, Level.ERROR, message, hint))
+        findings.append(Finding.of(FindingCode.AGENT_DIFFERS, message))
     if result.clock is not None:
         # The agent read its clock between these two moments.
         seconds = max(answer.asked - result.clock, result.clock - answer.answered)

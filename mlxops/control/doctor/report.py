@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -18,6 +19,16 @@ DEMO_SECONDS = 1200.0
 _PATHS = re.compile(r"\s*\(/[^)]*\)|/(?:Users|home|root|private|var|tmp|opt)/[^\s:'\"]*")
 
 
+def check(path: Path) -> None:
+    """Raises `UsageError` (report_unwritable) if the file cannot be written: the trials take half a minute."""
+    if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise _unwritable(path, "it is a folder, or this account may not write there")
+
+
+def _unwritable(path: Path, why: str) -> UsageError:
+    return UsageError("report_unwritable", f"{path} cannot be written", why=why, hint="name another file")
+
+
 def write(
     path: Path, replies: Sequence[HostReply[DoctorResult]], note: Callable[[str], None], *, demo: Path | None
 ) -> None:
@@ -31,9 +42,7 @@ def write(
     try:
         path.write_text("\n\n".join(texts), encoding="utf-8")
     except OSError as error:
-        raise UsageError(
-            "report_unwritable", f"{path} cannot be written", why=error.strerror or str(error), hint="name another file"
-        ) from None
+        raise _unwritable(path, error.strerror or str(error)) from None
     note(f"the report is in {path}; read it before you send it")
 
 

@@ -49,7 +49,7 @@ class Setup(
         default="",
         position=0,
         parse=_destination,
-        needed="`mlxctl setup studio`",
+        needed="setup studio",
         sent=False,
     )
 

@@ -59,7 +59,7 @@ class FindingCode(StrEnum):
     PYTHON_UNTESTED = (
         "python_untested",
         Level.WARNING,
-        "mlxops runs with a version of Python with which it was not tested.",
+        "This mlxops runs with a version of Python with which it was not tested.",
         "install it with Python 3.11, 3.12 or 3.13",
     )
     LIBRARY_DIFFERS = (
