@@ -177,14 +177,14 @@ def _ports(facts: HostFacts) -> list[Part]:
     return [Part(tuple(comments), "ports", str(ports))]
 
 
-_TOLD = ("--model", "--model-path", "--served-model-name", "--host", "--port")
+_SHOWN = ("--model", "--model-path", "--served-model-name", "--host", "--port")
 
 
 def _described(line: str) -> str:
     """Return the program and the options that matter here. Others may hold a secret."""
     words = _words(line)
     program = next((word for word in words if word.rpartition("/")[2] in PROGRAMS.values()), "a server")
-    pairs = [(option, value) for option, value in pairwise(words) if option in _TOLD]
+    pairs = [(option, value) for option, value in pairwise(words) if option in _SHOWN]
     return " ".join([program, *(f"{option} {value}" for option, value in pairs)])
 
 

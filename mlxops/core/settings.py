@@ -210,7 +210,7 @@ def _bind(value: Value) -> str:
         raise value.bad(
             f"{shown(text)} is not an IP address",
             "servers listen on an address, not on a name",
-            "0.0.0.0 is every interface, 127.0.0.1 this machine only",
+            "an address of the host; 0.0.0.0 is every interface, 127.0.0.1 this machine only",
         )
     return text
 
@@ -227,7 +227,7 @@ def _address(value: Value, settings: Settings, _engines: Sequence[str]) -> str:
         raise value.bad(
             f"{text} cannot be reached while the servers listen on {settings.bind}",
             "bind is a loopback address (127.0.0.1 by default)",
-            "add `bind: 0.0.0.0`, or remove address",
+            "set `bind` to an address that the gateway reaches, or remove address",
         )
     return text
 

@@ -70,7 +70,7 @@ def _tried(ctx: Context, assumption: Assumption, trying: Trying) -> Trial:
         verdict, detail = Verdict.PASS, trying(ctx)
     except Untried as missing:
         verdict, detail = Verdict.UNTRIED, str(missing)
-    except Exception as error:  # noqa: BLE001 - whatever goes wrong on an unknown system belongs in the report
+    except Exception as error:  # noqa: BLE001 - any failure on an unknown system belongs in the report
         verdict, detail = Verdict.FAIL, f"{type(error).__name__}: {error}"
     return Trial(assumption.value, verdict, redacted(detail))
 
@@ -307,7 +307,7 @@ def _launchctl_disabled(ctx: Context) -> str:
 def _launchctl_gui(ctx: Context) -> str:
     status = _launchctl(ctx, "print", f"gui/{os.getuid()}").returncode
     assert status in (0, NO_DOMAIN), f"it ended with {status}"
-    return "somebody is logged in" if status == 0 else "nobody is logged in"
+    return "a user is logged in" if status == 0 else "no user is logged in"
 
 
 # -- stopping -----------------------------------------------------------------------------------------------------

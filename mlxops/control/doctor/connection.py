@@ -25,7 +25,7 @@ IGNORED = {
 }
 """Option -> the values (`*`: any) that mlxops does not follow, and what to do instead."""
 _HARMLESS = {"sendenv": ("LANG", "LC_", "COLORTERM", "NO_COLOR"), "gssapiauthentication": ()}
-"""Values that systems set for everybody."""
+"""Values that systems set for all users."""
 RESOLVE_SECONDS = 10.0
 
 

@@ -95,8 +95,10 @@ def _summary(replies: Sequence[HostReply[DoctorResult]]) -> str:
     results = [reply.result for reply in replies if reply.result is not None]
     counts = [sum(row.severity == level for result in results for row in result.findings) for level in Level]
     checks = sum(len(result.checks) for result in results)
-    parts = [f"{count} {_PLURAL[level]}" for level, count in zip(Level, counts, strict=True) if count]
+    parts = [_counted(count, level) for level, count in zip(Level, counts, strict=True) if count]
     return f"{checks} checks: {', '.join(parts) or 'nothing found'}"
 
 
-_PLURAL = {Level.ERROR: "errors", Level.WARNING: "warnings", Level.UNKNOWN: "unknown", Level.INFO: "notes"}
+def _counted(count: int, level: Level) -> str:
+    word = "note" if level is Level.INFO else level.value
+    return f"{count} {word}{'s' if count > 1 and level is not Level.UNKNOWN else ''}"

@@ -24,7 +24,10 @@ class Assumption(DescribedText):
 
     PROCESS_SEEN = "process.seen", "A child is in the process table with its parent, group and user."
     PROCESS_ARGV = "process.argv", "The arguments of a process are read exactly, with spaces and accents."
-    PROCESS_START = "process.start", "The raw start time of a process does not change, and tells two processes apart."
+    PROCESS_START = (
+        "process.start",
+        "The raw start time of a process does not change, and differs between two processes.",
+    )
     PROCESS_ENVIRONMENT = "process.environment", "A variable of another process of this user can be read."
     PROCESS_FOLDER = "process.folder", "The working directory of a process can be read."
     PROCESS_GROUP = "process.group", "A process in a session of its own leads its group; its child is in it."
@@ -46,7 +49,7 @@ class Assumption(DescribedText):
     LAUNCHCTL_ABSENT = "launchctl.absent", "launchctl print ends with 113 for a job that does not exist."
     LAUNCHCTL_PRINT = "launchctl.print", "launchctl print shows state and path of a job of the system."
     LAUNCHCTL_DISABLED = "launchctl.disabled", "launchctl print-disabled lists labels as enabled or disabled."
-    LAUNCHCTL_GUI = "launchctl.gui", "The domain gui/UID exists: somebody is logged in at the screen."
+    LAUNCHCTL_GUI = "launchctl.gui", "launchctl print gui/UID says whether a user is logged in at the screen."
     STOP_INT = "stop.int", "A Python program ends at SIGINT."
     STOP_BACKGROUND = "stop.background", "A program that a shell started with & ignores SIGINT, and ends at SIGTERM."
     STOP_KILL = "stop.kill", "After SIGKILL to its group, a process with 1 GB is gone within seconds."

@@ -116,7 +116,7 @@ class FindingCode(StrEnum):
     HOST_LOCKED = (
         "host_locked",
         Level.ERROR,
-        "The Mac waits for somebody to unlock its disk (FileVault).",
+        "The Mac waits until its disk is unlocked (FileVault).",
         "unlock it",
     )
     CLOCK_DIFFERS = (
@@ -272,7 +272,7 @@ class FindingCode(StrEnum):
     INODES_LOW = (
         "inodes_low",
         Level.WARNING,
-        "A file system has nearly no inodes left: it can hold few more files, whatever space is free.",
+        "A file system has nearly no inodes left: it can hold few more files, however much space is free.",
         "delete small files on it; df -i {path} shows the number",
     )
     CACHE_LITTER = (
@@ -368,8 +368,8 @@ class FindingCode(StrEnum):
     FILEVAULT = (
         "filevault",
         Level.WARNING,
-        "FileVault is on: after a reboot, nothing starts until somebody unlocks the disk.",
-        "for a planned reboot: sudo fdesetup authrestart; for reboots without anybody: sudo fdesetup disable",
+        "FileVault is on: after a reboot, nothing starts until a person unlocks the disk.",
+        "for a planned reboot: sudo fdesetup authrestart; for unattended reboots: sudo fdesetup disable",
     )
     NO_RESTART = (
         "no_restart",
@@ -380,7 +380,7 @@ class FindingCode(StrEnum):
     SLEEPS = (
         "sleeps",
         Level.WARNING,
-        "The Mac goes to sleep when nobody uses it, with its servers.",
+        "The Mac goes to sleep when it is not used, with its servers.",
         "sudo pmset -a sleep 0",
     )
 

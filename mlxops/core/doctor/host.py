@@ -51,7 +51,7 @@ class Memory:
 
     total: int | None = None
     wired_limit: int | None = None
-    """The GPU's limit, if somebody set one (macOS)."""
+    """The GPU's limit, if one is set (macOS)."""
     pressure: Level | None = None
     """WARNING or ERROR; INFO is normal."""
     swapped: int | None = None
@@ -110,7 +110,7 @@ def linux_memory(meminfo: str) -> tuple[int | None, int | None]:
 def power_findings(pmset: str, fdesetup: str, *, unattended: bool) -> Iterator[Finding]:
     """Read `pmset -g` and `fdesetup status`; "" if the system has no such program.
 
-    `unattended`: something is to start at boot, so nobody may be there to unlock the disk.
+    `unattended`: something is to start at boot, so there may be no person to unlock the disk.
     """
     if re.search(r"^FileVault is On", fdesetup, re.MULTILINE):
         level = FindingCode.FILEVAULT.level if unattended else Level.INFO
