@@ -37,6 +37,12 @@ model_list:
     litellm_params: {{model: openai/other, api_base: "http://{address}:{next}/v1", api_key: os.environ/KEY}}
 general_settings: {{background_health_checks: true, master_key: os.environ/KEY}}
 """
+HEALTHY = """\
+model_list:
+  - model_name: jerry-xl
+    litellm_params: {{model: openai/jerry-xl, api_base: "http://{address}:{port}/v1", api_key: os.environ/KEY}}
+router_settings: {{num_retries: 60, retry_after: 1, disable_cooldowns: true}}
+"""
 
 
 def found(answer: Completed) -> dict[str, list[Any]]:
@@ -52,6 +58,10 @@ def test_healthy_lab_has_nothing_above_info_and_is_left_as_it_was(homelab: Homel
     homelab.studio.install(REPO, models.QWEN)
     ask = Ask(homelab, "ssh")
     ask("load", "--model", REPO, "--port", ask.port).ok()
+    folder = homelab.mini.home
+    (folder / "router.yaml").write_text(HEALTHY.format(address=homelab.studio.address, port=ask.port))
+    (folder / "env").write_text(f"KEY={SECRET}\n")
+    homelab.configure_gateway(config=str(folder / "router.yaml"), env=str(folder / "env"), key_env="KEY")
     before = tree(homelab.studio.folder)
     answer = homelab.mini.mlxctl("doctor", "--strict", "--json").ok()
     assert tree(homelab.studio.folder) == before
@@ -60,6 +70,7 @@ def test_healthy_lab_has_nothing_above_info_and_is_left_as_it_was(homelab: Homel
     assert {row["severity"] for rows in findings.values() for row in rows} <= {"info"}, findings
     (_, studio) = answer.json["hosts"]
     assert studio["reachable"] and studio["error"] is None and studio["facts"]["mlx-lm"].startswith("0.")
+    assert "gateway" in answer.json["hosts"][0]["checks"] and SECRET not in answer.stdout + answer.stderr
     assert {"engines", "ports", "memory", "boot", "power", "panics and jetsam", "ssh options"} <= set(studio["checks"])
     assert homelab.studio.mlxctl("doctor", "--strict").ok().stdout.startswith("control node: mlxops ")
     assert "0 errors" not in homelab.mini.inv("doctor", "--host", "studio").ok().stdout

@@ -75,6 +75,7 @@ def jetsam_report(victim: str = "python3.12", reason: str = "vm-compressor-space
         "memoryStatus": {"compressorSize": 541951, "pageSize": 16384, "memoryPages": {"free": 4275, "wired": 154002}},
         "largestProcess": victim,
         "processes": [
+            {"name": "python3.11", "pid": 300, "states": ["daemon"], "rpages": 900},
             {"name": "WindowServer", "pid": 151, "states": ["daemon"], "rpages": 51200},
             {"name": victim, "pid": 9021, "states": ["frontmost"], "rpages": 1572864, "reason": reason},
         ],

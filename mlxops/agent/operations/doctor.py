@@ -80,10 +80,18 @@ def _facts(ctx: Context) -> dict[str, str]:
         "mlxops": build_id(),
         "python": f"{platform.python_version()} ({sys.executable})",
         "system": health.system_name(),
+        "budget": _budget(ctx),
     }
     for name, outcome in within(CHECK_SECONDS, {name: _version(ctx, name) for name in _engines_used(ctx)}).items():
         facts[name] = "not found" if isinstance(outcome, Exception) else outcome
     return facts
+
+
+def _budget(ctx: Context) -> str:
+    from mlxops.agent.serving.memory import budget
+
+    limit = budget(ctx.paths)
+    return f"{amount(limit.size)} ({limit.source})"
 
 
 # -- interpreter, agreement, engines ------------------------------------------------------------------------------
