@@ -126,11 +126,15 @@ def _hub(facts: HostFacts) -> list[Part]:
         return [Part((f"No models were found. The default is {DEFAULT_HUB}.", "hub: ~/models/hub"))]
     first, *others = sorted(facts.hubs, key=lambda path: (-facts.hubs[path], path))
     hub = short(first, facts.home)
-    found = [Part((f"{facts.hubs[first]} models.",), "hub", hub)]
-    found += [Part((f"hub: {short(path, facts.home)}   # {facts.hubs[path]} models, too",)) for path in others]
+    found = [Part((f"It has {_models(facts.hubs[first])}.",), "hub", hub)]
+    found += [Part((f"hub: {short(path, facts.home)}   # {_models(facts.hubs[path])}, too",)) for path in others]
     near = [path for path in facts.registries if path.rpartition("/")[0] in (first, first.rpartition("/")[0])]
     registry = next((short(path, facts.home) for path in near if path != f"{first}/registry.json"), "")
     return [*found, *([Part((), "registry", registry)] if registry and f"{first}/registry.json" not in near else [])]
+
+
+def _models(count: int) -> str:
+    return f"{count} model{'s'[: count != 1]}"
 
 
 def _python(facts: HostFacts) -> list[Part]:

@@ -244,6 +244,16 @@ def test_unusable_hosts_file_is_a_finding(homelab: Homelab) -> None:
     assert homelab.mini.mlxctl("doctor", "--strict").exit == 3
 
 
+def test_gateway_on_another_machine_is_no_fault(homelab: Homelab) -> None:
+    url = f"http://127.0.0.1:{free_port('127.0.0.1')}"
+    homelab.configure_gateway(config="/no/such/router.yaml", url=url)
+    (row,) = found(homelab.mini.mlxctl("doctor", "--json").ok())[CONTROL_NODE]
+    assert (row["code"], row["severity"]) == ("gateway_absent", "info")
+    homelab.configure_gateway(url=url)
+    (row,) = found(homelab.mini.mlxctl("doctor", "--json").ok())[CONTROL_NODE]
+    assert (row["code"], row["severity"]) == ("gateway_down", "error")
+
+
 def test_host_without_agent_is_a_finding(homelab: Homelab) -> None:
     homelab.configure(python=["/no/such/python"])
     answer = homelab.mini.mlxctl("doctor", "--json").ok()

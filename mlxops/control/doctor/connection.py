@@ -24,8 +24,10 @@ IGNORED = {
     "Tunnel": ("yes true point-to-point ethernet", "mlxops opens no tunnel"),
 }
 """Option -> the values (`*`: any) that mlxops does not follow, and what to do instead."""
-_HARMLESS = {"sendenv": ("LANG", "LC_", "COLORTERM", "NO_COLOR"), "gssapiauthentication": ()}
-"""Values that systems set for all users."""
+_HARMLESS = {"sendenv": ("LANG", "LC_", "COLORTERM", "NO_COLOR")}
+"""Values that users set for their own shells."""
+SYSTEM_FILES = "(/etc/ssh/"
+"""Systems set such options for all users. Debian sets GSSAPIAuthentication."""
 RESOLVE_SECONDS = 10.0
 
 
@@ -37,10 +39,15 @@ def option_findings(ssh_name: str) -> list[Finding]:
         destination = resolve(ssh_name, RESOLVE_SECONDS)
     except MlxopsError:
         return []
-    return [
-        Finding.of(FindingCode.SSH_OPTION_IGNORED, f"{describe_option(destination, option)} is set", instead=instead)
+    places = {
+        describe_option(destination, option): instead
         for option, (values, instead) in IGNORED.items()
         if _is_set(destination, option, values)
+    }
+    return [
+        Finding.of(FindingCode.SSH_OPTION_IGNORED, f"{place} is set", instead=instead)
+        for place, instead in places.items()
+        if SYSTEM_FILES not in place
     ]
 
 

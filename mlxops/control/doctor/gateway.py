@@ -27,11 +27,13 @@ _IDLE = "alias_without_server"
 
 
 def findings(gateway: Gateway, targets: Sequence[HostTarget]) -> list[Finding]:
+    """A gateway with neither its files nor its URL here runs on another machine: that is no fault."""
     found = _running(gateway)
     absent = [name for name in (gateway.config, gateway.env) if name and not os.path.exists(os.path.expanduser(name))]
     if absent:
-        message = f"{', '.join(absent)}: there is no such file on this machine"
-        return [*found, Finding.of(FindingCode.GATEWAY_ABSENT, message)]
+        message = f"there is no {', '.join(absent)} on this machine"
+        message += f", and nothing answers at {gateway.url}" if found else ""
+        return [Finding.of(FindingCode.GATEWAY_ABSENT, message)]
     try:
         config = read(gateway)
     except Refused as error:

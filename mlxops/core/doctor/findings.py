@@ -405,7 +405,7 @@ class FindingCode(StrEnum):
     GATEWAY_ABSENT = (
         "gateway_absent",
         Level.INFO,
-        "The gateway's files, which hosts.yaml names, are not on this machine.",
+        "The gateway's files, which hosts.yaml names, are not on this machine, so nothing of it was checked.",
         "run doctor where the gateway runs, or correct `gateway` in hosts.yaml",
     )
     GATEWAY_UNUSABLE = (
