@@ -29,12 +29,14 @@ from mlxops.core.replies import HostReply
 if TYPE_CHECKING:
     from mlxops.cli.overview import Entry
     from mlxops.core.commands.deploy import Deploy
+    from mlxops.core.commands.doctor import Doctor
     from mlxops.core.commands.gateway import Gateway
     from mlxops.core.commands.help import Help
     from mlxops.core.commands.list import List
     from mlxops.core.commands.load import Loading, LoadResult
     from mlxops.core.commands.logs import Logs
     from mlxops.core.commands.ops import Ops
+    from mlxops.core.commands.setup import Setup
     from mlxops.core.commands.status import Status, StatusResult
     from mlxops.core.commands.unload_all import UnloadAll
 
@@ -242,6 +244,28 @@ def _print_entries(cli: Cli, request: Gateway) -> None:
     cli.show([reply], lambda replies: as_yaml(document, environ))
 
 
+def doctor(cli: Cli, request: Doctor) -> None:
+    """A hosts.yaml that cannot be used is a finding: this machine is examined all the same."""
+    from mlxops.cli.targets import checkout
+    from mlxops.control.doctor import command, report
+
+    if request.report is not None:
+        report.check(Path(request.report))
+    targets: Sequence[client.HostTarget] = ()
+    inventory, problem = None, None
+    try:
+        inventory, targets = cli.targets.inventory, cli.hosts()
+    except UsageError as error:
+        if error.code not in {"bad_hosts_file", "no_hosts_file"}:
+            raise
+        problem = error
+    request = replace(request, trials=request.report is not None)
+    replies = command.examine(inventory, problem, targets, request)
+    if request.report is not None:
+        report.write(Path(request.report), replies, cli.console.note, demo=checkout() if cli.common.local else None)
+    cli.show(tuple(map(command.refuse_errors, replies)) if request.strict else replies)
+
+
 def help_(cli: Cli, request: Help) -> None:
     from mlxops.cli import manual
     from mlxops.core.commands.help import HelpResult
@@ -261,6 +285,12 @@ def deploy(cli: Cli, request: Deploy) -> None:
     cli.show(cli.each(cli.hosts(), lambda target: client.deploy(target, cli.console.hear, wanted)))
 
 
+def setup(cli: Cli, request: Setup) -> None:
+    from mlxops.control.setup import look_at
+
+    cli.show([look_at(request.ssh)])
+
+
 BODIES: Mapping[str, Callable[[Cli, Any], None]] = {
     "load": load,
     "rollback": load,
@@ -270,8 +300,10 @@ BODIES: Mapping[str, Callable[[Cli, Any], None]] = {
     "ops": ops,
     "logs": logs,
     "gateway": gateway,
+    "doctor": doctor,
     "help": help_,
     "deploy": deploy,
+    "setup": setup,
 }
 
 

@@ -20,6 +20,8 @@ from typing import Any, Protocol, Union, get_args, get_origin, get_type_hints
 from mlxops.agent.engines import ENGINES
 from mlxops.cli.manual import DOCS
 from mlxops.core.command import Group, Hosts, request_type
+from mlxops.core.doctor.assumptions import Assumption
+from mlxops.core.doctor.findings import FindingCode, Level
 from mlxops.core.drift import DriftCode
 from mlxops.core.errors import Exit
 from mlxops.core.ports import Owner, State
@@ -56,6 +58,17 @@ class Described(Protocol):
 def meanings(heading: str, members: Iterable[Described]) -> str:
     """Return a table of the members of an enum and what each means."""
     return table((heading, "meaning"), ((f"`{each.value}`", each.meaning) for each in members))
+
+
+def findings(codes: Iterable[FindingCode]) -> str:
+    """Return the table of what `doctor` can report."""
+    rows = ((f"`{each.value}`", each.level.value, each.meaning, _shown(each.remedy)) for each in codes)
+    return table(("finding", "severity", "meaning", "what to do"), rows)
+
+
+def _shown(remedy: str) -> str:
+    """Return a remedy with its fields as words: `{path}` becomes PATH."""
+    return re.sub(r"\{([a-z]+)\}", lambda match: match[1].upper(), remedy).replace("{{", "{").replace("}}", "}")
 
 
 def table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
@@ -172,6 +185,9 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "states": lambda: meanings("state", State),
     "owners": lambda: meanings("owner", Owner),
     "drift": lambda: meanings("drift", DriftCode),
+    "levels": lambda: meanings("severity", Level),
+    "findings": lambda: findings(FindingCode),
+    "trials": lambda: meanings("id", Assumption),
     "exits": lambda: meanings("exit", Exit),
     "json": lambda: json_fields(RESULTS),
     "commands": commands,

@@ -76,7 +76,7 @@ _START_INSTALLER = "import sys; exec(compile(sys.stdin.buffer.read(int(sys.argv[
 
 
 @dataclass
-class _SearchResult:
+class SearchResult:
     """Folders, Python interpreters and uv programs on the host, in the order of the search."""
 
     looked: list[str] = field(default_factory=list)
@@ -118,7 +118,7 @@ def install(
     started = time.monotonic()
     build = build_id()
     try:
-        search = _search(transport, places)
+        search = find_interpreters(transport, places)
         uv = search.uv[0] if search.uv else ""
         python = _choose(transport, host, search, uv, note)
         if not options.dry_run:
@@ -207,9 +207,10 @@ def _control_sources() -> list[Path]:
     ]
 
 
-def _search(transport: Transport, places: Sequence[str]) -> _SearchResult:
-    lines, ended = _run(transport, ["/bin/sh", "-s", "--", *places], FIND.encode())
-    search = _SearchResult()
+def find_interpreters(transport: Transport, places: Sequence[str]) -> SearchResult:
+    """Find Python and uv on a host. Raises `AgentProblem` (no_python) if it runs no shell script."""
+    lines, ended = run_program(transport, ["/bin/sh", "-s", "--", *places], FIND.encode())
+    search = SearchResult()
     for line in lines:
         marker, *fields = line.split("\t")
         if marker == _FOUND and len(fields) >= 2:
@@ -226,7 +227,7 @@ def _search(transport: Transport, places: Sequence[str]) -> _SearchResult:
     return search
 
 
-def _choose(transport: Transport, host: Host, search: _SearchResult, uv: str, note: Callable[[str], None]) -> str:
+def _choose(transport: Transport, host: Host, search: SearchResult, uv: str, note: Callable[[str], None]) -> str:
     """Return the interpreter that runs the installer, and later the agent."""
     if search.whole:
         return search.whole[0]
@@ -234,8 +235,8 @@ def _choose(transport: Transport, host: Host, search: _SearchResult, uv: str, no
         return search.bare[0]
     if uv:
         note(f"there is no Python 3.11 or later; {uv} fetches {UV_PYTHON}")
-        _, installed = _run(transport, [uv, "python", "install", UV_PYTHON], b"")
-        lines, located = _run(transport, [uv, "python", "find", "--no-project", UV_PYTHON], b"")
+        _, installed = run_program(transport, [uv, "python", "install", UV_PYTHON], b"")
+        lines, located = run_program(transport, [uv, "python", "find", "--no-project", UV_PYTHON], b"")
         paths = [line for line in lines if line.startswith("/")]
         if installed.status == 0 and located.status == 0 and paths:
             return paths[-1]
@@ -290,7 +291,8 @@ def _run_installer(
     )
 
 
-def _run(transport: Transport, argv: Sequence[str], data: bytes) -> tuple[list[str], Ended]:
+def run_program(transport: Transport, argv: Sequence[str], data: bytes) -> tuple[list[str], Ended]:
+    """Run a program on a host. Return its output and its end. Raises `ConnectionLost`."""
     session = transport.start(argv, data)
     try:
         return list(session.lines(ReadLimits(SILENCE_SECONDS, NOISE_BYTES))), session.wait(30.0)

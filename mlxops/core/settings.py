@@ -213,7 +213,7 @@ def _bind(value: Value) -> str:
         raise value.bad(
             f"{shown(text)} is not an IP address",
             "servers listen on an address, not on a name",
-            "0.0.0.0 is every interface, 127.0.0.1 this machine only",
+            "an address of the host; 0.0.0.0 is every interface, 127.0.0.1 this machine only",
         )
     return text
 
@@ -226,11 +226,11 @@ def _address(value: Value, settings: Settings, _engines: Sequence[str]) -> str:
             "it is a host name or an IP address, without scheme and port",
             "for example: studio.local",
         )
-    if _is_loopback(settings.bind) and not _is_loopback(text):
+    if is_loopback(settings.bind) and not is_loopback(text):
         raise value.bad(
             f"{text} cannot be reached while the servers listen on {settings.bind}",
             "bind is a loopback address (127.0.0.1 by default)",
-            "add `bind: 0.0.0.0`, or remove address",
+            "set `bind` to an address that the gateway reaches, or remove address",
         )
     return text
 
@@ -245,7 +245,8 @@ def _is_ip(text: str) -> bool:
     return True
 
 
-def _is_loopback(text: str) -> bool:
+def is_loopback(text: str) -> bool:
+    """Return whether a name or an IP address means this machine only."""
     import ipaddress
 
     return ipaddress.ip_address(text).is_loopback if _is_ip(text) else text.lower().rstrip(".") == "localhost"
@@ -385,6 +386,15 @@ def _size(value: Value, key: str, word: str) -> int:
     return size
 
 
+def _exposure(value: Value) -> str:
+    text = value.text()
+    if text != "accepted":
+        raise value.bad(
+            f"{shown(text)} is not `accepted`", "it is the only value", "write `exposure: accepted`, or remove the key"
+        )
+    return text
+
+
 # -- JSON forms ---------------------------------------------------------------------------------------------------
 
 
@@ -485,6 +495,8 @@ class Settings:
     """Bytes for all servers together; None: the agent decides."""
     kill_limit: int | None = field(default=None, metadata=setting(_kill_limit, OPTIONAL_INTEGER))
     """A server that holds more bytes is killed only with `--kill`; None: the agent decides."""
+    exposure: str | None = field(default=None, metadata=setting(_exposure, OPTIONAL_TEXT))
+    """`accepted`: the operator knows that other machines reach the servers; `doctor` does not warn of it."""
 
     def alias(self, port: int, model: str) -> str:
         """Return the name under which `model` is served on `port`: the slot's alias, else its own name."""

@@ -375,7 +375,7 @@ def test_python_without_venv_is_distinguished_from_no_python(home: Path, tmp_pat
 
 
 def found(*places: str) -> list[str]:
-    return deploy._search(open_local(), places).whole
+    return deploy.find_interpreters(open_local(), places).whole
 
 
 def test_newest_python_of_the_first_folder_wins(home: Path, tmp_path: Path) -> None:

@@ -50,8 +50,15 @@ def test_example_describes_the_homelab() -> None:
     assert studio.settings.ports == PortRange(8100, 8109)
     assert studio.settings.slots[8100] == "jerry-xl" and len(studio.settings.slots) == 10
     assert studio.settings.boot == ()
-    assert (studio.settings.bind, studio.settings.address) == ("0.0.0.0", "studio.local")
+    assert (studio.settings.bind, studio.settings.address) == ("127.0.0.1", None)
     assert inventory.gateway is not None and inventory.gateway.key_env == "LITELLM_MASTER_KEY"
+
+
+def test_address_of_the_example_is_commented_out_and_correct(tmp_path: Path) -> None:
+    """If it were active, the servers of users who copy the example would answer every machine."""
+    shown = EXAMPLE.read_text().replace("    # bind: 192.", "    bind: 192.").replace("    # address:", "    address:")
+    settings = read(tmp_path, shown.replace("    # exposure:", "    exposure:")).host("studio").settings
+    assert (settings.bind, settings.address, settings.exposure) == ("192.168.1.20", "studio.local", "accepted")
 
 
 def test_boot_job_of_the_example_is_commented_out_and_correct(tmp_path: Path) -> None:

@@ -77,11 +77,12 @@ def site_packages(argv: Sequence[str], distribution: str) -> Path | None:
     project that a launcher gets as argument.
     """
     key = (tuple(argv[:6]), distribution)
-    if _lookups is None:
+    lookups = _lookups  # another thread may end the cache
+    if lookups is None:
         return _find_site_packages(*key)
-    if key not in _lookups:
-        _lookups[key] = _find_site_packages(*key)
-    return _lookups[key]
+    if key not in lookups:
+        lookups[key] = _find_site_packages(*key)
+    return lookups[key]
 
 
 _lookups: dict[tuple[tuple[str, ...], str], Path | None] | None = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import getpass
 import os
 import plistlib
+import re
 import shlex
 import subprocess
 import sys
@@ -319,7 +320,7 @@ class Systemd:
                     if name.name not in had:
                         self._disable(name)
                 raise
-        if Path("/var/lib/systemd/linger", job.user).exists():
+        if self.lingers(job):
             return []
         return [
             "it runs when this user logs in, and the servers end with the last session; to run it at boot:",
@@ -361,6 +362,10 @@ class Systemd:
     def daemon_notes(self, job: RestoreJob) -> list[str]:
         return []
 
+    def lingers(self, job: RestoreJob) -> bool:
+        """Return whether systemd runs the user's jobs without a login."""
+        return Path("/var/lib/systemd/linger", job.user).exists()
+
     def _folder(self, job: RestoreJob) -> Path:
         config = self._environ.get("XDG_CONFIG_HOME", "")
         return (Path(config) if config.startswith("/") else job.home / ".config") / "systemd" / "user"
@@ -374,6 +379,18 @@ class Systemd:
                 why=_last_line(done),
                 hint="check whether this user's systemd runs: systemctl --user status",
             )
+
+
+def installed_program(file: Path) -> str | None:
+    """Return the program that an installed job runs; None if its file does not say. Raises `OSError`."""
+    data = file.read_bytes()
+    if file.suffix == ".plist":
+        try:
+            return str(plistlib.loads(data)["ProgramArguments"][0])
+        except (plistlib.InvalidFileException, ValueError, LookupError, TypeError):
+            return None
+    found = re.search(r'^ExecStart="((?:[^"\\]|\\.)*)"', data.decode(errors="replace"), re.MULTILINE)
+    return re.sub(r"\\(.)", r"\1", found[1]).replace("%%", "%").replace("$$", "$") if found else None
 
 
 def service_manager(environ: Mapping[str, str]) -> ServiceManager:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import field
 from pathlib import Path
 
 import yaml
@@ -35,6 +36,8 @@ class GatewayConfig:
     findings: tuple[Finding, ...]
     files: GatewayPaths
     environ: Mapping[str, str]
+    document: Mapping[object, object] = field(default_factory=dict)
+    """The configuration, its includes merged into it. It may hold secrets: it is never shown."""
     known: bool = True
     """False: hosts.yaml names no configuration, so there is nothing to compare."""
 
@@ -50,7 +53,9 @@ def read(gateway: Gateway) -> GatewayConfig:
         return GatewayConfig(LiteLLMConfig(), (), findings, files, environ.values, known=False)
     document, places, repeated = _merged(gateway.config)
     config = parse(document, environ, files, places)
-    return GatewayConfig(config, config.entries, (*findings, *repeated, *config.findings), files, environ.values)
+    all_findings = (*findings, *repeated, *config.findings)
+    merged = document if isinstance(document, dict) else {}
+    return GatewayConfig(config, config.entries, all_findings, files, environ.values, merged)
 
 
 def key_of(gateway: Gateway, environ: Mapping[str, str]) -> str | None:

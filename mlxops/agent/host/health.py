@@ -1,0 +1,120 @@
+"""Look at the system's health: memory pressure, swap, power settings, reports of panics. Changes nothing.
+
+A program or file that this system does not have is no fault: on Linux there is no pmset, on macOS no /proc.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from mlxops.agent.host.programs import run_program
+from mlxops.common import files
+from mlxops.core.doctor import host
+from mlxops.core.doctor.host import Memory
+
+PROGRAM_SECONDS = 5.0
+REPORT_DAYS = 7
+MAX_REPORTS = 50
+MAX_REPORT_BYTES = 16 * 1024 * 1024
+"""A jetsam report has one row a process: some 300 kB."""
+SYSTEM_FOLDERS = ("/usr/bin", "/bin", "/usr/sbin", "/sbin")
+Sysctl = Callable[[str], str]
+
+
+def sysctl(name: str) -> str:
+    """Return a kernel variable as macOS prints it; "" if it has none of that name."""
+    command = ["/usr/sbin/sysctl", "-n", name]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def memory(read: Sysctl = sysctl, proc: Path = Path("/proc")) -> Memory:
+    return mac_memory(read) if sys.platform == "darwin" else linux_memory(proc)
+
+
+def mac_memory(read: Sysctl) -> Memory:
+    total, limit = read("hw.memsize"), read("iogpu.wired_limit_mb")
+    return Memory(
+        total=int(total) if total.isdecimal() else None,
+        wired_limit=int(limit) * 1024 * 1024 if limit.isdecimal() else None,
+        pressure=host.mac_pressure(read("kern.memorystatus_vm_pressure_level")),
+        swapped=host.mac_swapped(read("vm.swapusage")),
+    )
+
+
+def linux_memory(proc: Path) -> Memory:
+    total, swapped = host.linux_memory(_text(proc / "meminfo"))
+    return Memory(total=total, pressure=host.linux_pressure(_text(proc / "pressure" / "memory")), swapped=swapped)
+
+
+def _text(path: Path) -> str:
+    try:
+        return files.read_start(path, 65536).decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def output_of(environ: Mapping[str, str], program: str, *arguments: str) -> str:
+    """Return what a program of the system prints; "" if there is none. Raises `TimeoutError`, `OSError`."""
+    import shutil
+
+    path = shutil.which(program, path=os.pathsep.join((environ.get("PATH", ""), *SYSTEM_FOLDERS)))
+    if path is None:
+        return ""
+    status, output = run_program([path, *arguments], environ, PROGRAM_SECONDS)
+    if status is None:
+        raise TimeoutError(f"{program} did not answer within {PROGRAM_SECONDS:.0f} s")
+    if status != 0:
+        raise OSError(f"{program} ended with {status}: {output.strip()[-200:]}")
+    return output
+
+
+def recent_reports(folders: tuple[Path, ...]) -> Iterator[Path]:
+    """Yield the newest reports of the last days in macOS's folders. Raises `OSError` for one that must not be read."""
+    since = time.time() - REPORT_DAYS * 86400
+    found: list[tuple[float, Path]] = []
+    for folder in folders:
+        try:
+            names = os.listdir(folder)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        for name in names:
+            if re.match(r"(?:panic-|JetsamEvent-|Kernel).*\.(?:ips|panic)$", name):
+                changed = os.stat(folder / name).st_mtime
+                found += [(changed, folder / name)] if changed > since else []
+    yield from (path for _, path in sorted(found, reverse=True)[:MAX_REPORTS])
+
+
+def report_folders(environ: Mapping[str, str]) -> tuple[Path, ...]:
+    home = environ.get("HOME")
+    own = (Path(home, "Library/Logs/DiagnosticReports"),) if home else ()
+    return (Path("/Library/Logs/DiagnosticReports"), *own)
+
+
+def read_report(path: Path) -> str:
+    """Raises `OSError`."""
+    return files.read(path, MAX_REPORT_BYTES).decode(errors="replace")
+
+
+def system_name() -> str:
+    """Return system, version and processor, such as `macOS 26.4 arm64`."""
+    if sys.platform == "darwin":
+        return f"macOS {platform.mac_ver()[0]} {platform.machine()}"
+    return f"{platform.system()} {platform.release()} {platform.machine()}"
+
+
+def is_translated(read: Sysctl = sysctl) -> bool:
+    """Return whether this process runs on Rosetta."""
+    return sys.platform == "darwin" and read("sysctl.proc_translated") == "1"
+
+
+def macos_version() -> tuple[int, ...]:
+    """Return macOS's version; () on another system."""
+    return tuple(int(part) for part in platform.mac_ver()[0].split(".") if part.isdecimal())

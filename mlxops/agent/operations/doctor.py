@@ -1,0 +1,403 @@
+"""`doctor` on the host: observe, and judge. Changes nothing.
+
+Each check observes one thing and yields findings. All run at once, each within a time limit. A check that fails is a
+finding itself, and does not keep the others from being made.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from mlxops.agent.context import Context
+from mlxops.agent.engines import engine_named
+from mlxops.agent.engines.installation import site_packages, version_in
+from mlxops.agent.host import health
+from mlxops.agent.paths import missing_folder, settings_differ, settings_differences
+from mlxops.agent.state.locks import NoLocks, is_locked, try_flock
+from mlxops.common.build import build_id
+from mlxops.common.parallel import reason, within
+from mlxops.core.commands.doctor import Doctor, DoctorResult, FindingRow
+from mlxops.core.doctor import engines
+from mlxops.core.doctor.assumptions import Trial
+from mlxops.core.doctor.findings import Finding, FindingCode, Level, worst_first
+from mlxops.core.doctor.host import Disk, disk_findings, memory_findings, power_findings
+from mlxops.core.doctor.incidents import incident
+from mlxops.core.errors import MlxopsError, Refused
+from mlxops.core.text import amount
+
+CHECK_SECONDS = 12.0
+"""Less than the control node's limit for an agent's silence."""
+TESTED_PYTHONS = ((3, 11), (3, 12), (3, 13))
+FAST_SYNCH = "MLX_METAL_FAST_SYNCH"
+Check = Callable[[Context], Iterator[Finding]]
+
+
+def run(ctx: Context, request: Doctor) -> DoctorResult:
+    outcomes = within(CHECK_SECONDS, {name: _checking(ctx, check) for name, check in CHECKS.items()})
+    findings: list[Finding] = []
+    for name, outcome in outcomes.items():
+        findings += [_not_made(name, outcome)] if isinstance(outcome, Exception) else outcome
+    trials: tuple[Trial, ...] = ()
+    if request.trials:
+        from mlxops.agent.operations.assumptions import try_all
+
+        trials = try_all(ctx)
+    return DoctorResult(
+        findings=tuple(FindingRow.of(each) for each in worst_first(findings)),
+        checks=tuple(CHECKS),
+        facts=_facts(ctx),
+        build=build_id(),
+        clock=time.time(),
+        trials=trials,
+    )
+
+
+def _checking(ctx: Context, check: Check) -> Callable[[], list[Finding]]:
+    return lambda: list(check(ctx))
+
+
+def _not_made(name: str, error: Exception) -> Finding:
+    hint = error.marked_hint if isinstance(error, MlxopsError) else ""
+    finding = Finding.of(FindingCode.NOT_CHECKED, f"{name} could not be checked: {reason(error)}")
+    return Finding(finding.code, finding.level, finding.message, hint or finding.hint)
+
+
+def _because(code: FindingCode, error: MlxopsError) -> Finding:
+    """Return the finding for an error that a change would be refused with."""
+    why = f": {error.why}" if error.why else ""
+    return Finding(code, code.level, f"{error.message}{why}", error.marked_hint or code.remedy)
+
+
+def _facts(ctx: Context) -> dict[str, str]:
+    facts = {
+        "mlxops": build_id(),
+        "python": f"{platform.python_version()} ({sys.executable})",
+        "system": health.system_name(),
+        "budget": _budget(ctx),
+    }
+    for name, outcome in within(CHECK_SECONDS, {name: _version(ctx, name) for name in _engines_used(ctx)}).items():
+        facts[name] = "not found" if isinstance(outcome, Exception) else outcome
+    return facts
+
+
+def _budget(ctx: Context) -> str:
+    from mlxops.agent.serving.memory import budget
+
+    limit = budget(ctx.paths)
+    return f"{amount(limit.size)} ({limit.source})"
+
+
+# -- interpreter, agreement, engines ------------------------------------------------------------------------------
+
+
+def _interpreter(ctx: Context) -> Iterator[Finding]:
+    if sys.version_info[:2] not in TESTED_PYTHONS:
+        yield Finding.of(FindingCode.PYTHON_UNTESTED, f"the agent runs with Python {platform.python_version()}")
+    if health.is_translated():
+        yield Finding.of(FindingCode.INTERPRETER_TRANSLATED, f"{sys.executable} runs translated from Intel")
+    if (0,) < health.macos_version() < (14,):
+        yield Finding.of(FindingCode.MACOS_OLD, f"this is {health.system_name()}")
+
+
+def _agreement(ctx: Context) -> Iterator[Finding]:
+    from mlxops.agent.paths import host_paths
+
+    try:
+        agreed = ctx.store.agreed_settings()
+    except Refused as error:
+        yield _because(FindingCode.AGREEMENT_UNUSABLE, error)
+        return
+    if agreed is None:
+        yield Finding.of(FindingCode.NOT_AGREED, f"there is no {ctx.store.state / 'host.json'} yet")
+    elif differences := settings_differences(host_paths(agreed, ctx.environ), ctx.paths):
+        yield _because(FindingCode.SETTINGS_DIFFER, settings_differ(differences))
+
+
+def _engines_used(ctx: Context) -> list[str]:
+    """Return the engines that hosts.yaml and the registry name."""
+    names = [ctx.paths.settings.engine]
+    try:
+        names += [model.engine for model in ctx.registry().models.values() if model.engine]
+    except (OSError, MlxopsError):
+        pass  # another check reports it
+    return list(dict.fromkeys(names))
+
+
+def _version(ctx: Context, name: str) -> Callable[[], str]:
+    def version() -> str:
+        engine = engine_named(name)
+        command = engine.find_command(ctx.paths.settings.launch.get(name, ()), ctx.engine_environ)
+        return version_in(site_packages(command.argv, engine.distribution), engine.distribution) or "of unknown version"
+
+    return version
+
+
+def _engines(ctx: Context) -> Iterator[Finding]:
+    for name in _engines_used(ctx):
+        try:
+            engine = engine_named(name)
+            command = engine.find_command(ctx.paths.settings.launch.get(name, ()), ctx.engine_environ)
+        except Refused as error:
+            yield _because(FindingCode.ENGINE_MISSING, error)
+            continue
+        site = site_packages(command.argv, engine.distribution)
+        if version_in(site, engine.distribution) is None:
+            message = f"the version of {name} cannot be read from {command.argv[0]}"
+            yield Finding.of(FindingCode.ENGINE_VERSION_UNKNOWN, message, engine=name)
+        packages = (*engines.PACKAGES, engine.distribution)
+        found = {package: version for package in packages if (version := version_in(site, package))}
+        yield from engines.engine_findings(name, found)
+    if FAST_SYNCH in ctx.paths.settings.env:
+        message = f"hosts.yaml sets {FAST_SYNCH} for the servers"
+        yield Finding.of(FindingCode.FAST_SYNCH, message, where="`env` in hosts.yaml")
+
+
+# -- files --------------------------------------------------------------------------------------------------------
+
+
+def _files(ctx: Context) -> Iterator[Finding]:
+    hub, state = ctx.paths.hub, ctx.paths.state
+    yield from _hub(hub)
+    registry = ctx.registry()
+    if registry.unwritable:
+        yield _because(FindingCode.REGISTRY_UNUSABLE, ctx.store.registry.refusal(registry))
+    if os.path.lexists(state):
+        yield from _state(state)
+    for folder in {ctx.paths.registry.parent, state}:
+        if folder.is_dir() and not _has_locks(folder):
+            yield Finding.of(FindingCode.NO_LOCKS, f"the file system of {folder} has no locks")
+
+
+def _hub(hub: Path) -> Iterator[Finding]:
+    try:
+        missing = missing_folder(hub)
+    except Refused as error:
+        yield _because(FindingCode.HUB_CLOSED, error)
+        return
+    if missing is not None:
+        yield Finding.of(FindingCode.HUB_MISSING, missing)
+    elif hub.is_dir() and not os.access(hub, os.W_OK | os.X_OK):
+        yield Finding.of(FindingCode.HUB_READ_ONLY, f"{hub} is not writable", path=shlex.quote(str(hub)))
+
+
+def _state(state: Path) -> Iterator[Finding]:
+    path = shlex.quote(str(state))
+    if not state.is_dir():
+        yield Finding.of(FindingCode.STATE_UNWRITABLE, f"{state} is not a folder", path=path)
+        return
+    closed = [folder for folder in (state, *state.iterdir()) if folder.is_dir() and not os.access(folder, os.W_OK)]
+    if closed:
+        message = f"{', '.join(map(str, sorted(closed)))} cannot be written to"
+        yield Finding.of(FindingCode.STATE_UNWRITABLE, message, path=path)
+    mode = state.stat().st_mode & 0o777
+    if mode & 0o077:
+        yield Finding.of(FindingCode.STATE_OPEN, f"{state} is open to other users (mode {mode:o})", path=path)
+
+
+def _has_locks(folder: Path) -> bool:
+    """Try a shared lock on the folder for an instant, as every reader of a lock does."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try_flock(descriptor, shared=True)
+        return True
+    except NoLocks:
+        return False
+    finally:
+        os.close(descriptor)
+
+
+def _disks(ctx: Context) -> Iterator[Finding]:
+    seen = set()
+    for what, folder in (("the models", ctx.paths.hub), ("the state folder", ctx.paths.state)):
+        there = next(each for each in (folder, *folder.parents) if os.path.exists(each))
+        if (device := there.stat().st_dev) not in seen:
+            seen.add(device)
+            figures = os.statvfs(there)
+            inodes = figures.f_favail if figures.f_files else None
+            yield from disk_findings(Disk(what, str(there), figures.f_bavail * figures.f_frsize, inodes))
+
+
+def _cache(ctx: Context) -> Iterator[Finding]:
+    from mlxops.agent.hub.cache import roots, scan
+    from mlxops.agent.operations.status import downloads
+
+    running = {operation.repo for operation in downloads(ctx)}
+    for root in roots(ctx.paths.hub):
+        for blobs in sorted(root.glob("models--*/blobs")):
+            yield from _litter(root, blobs)
+    for skipped in scan(ctx.paths.hub).skipped:
+        if skipped.incomplete and skipped.repo_id not in running:
+            message, path = f"{skipped.repo_id}: {skipped.why}", shlex.quote(str(skipped.path))
+            yield Finding.of(FindingCode.CACHE_INCOMPLETE, message, repo=skipped.repo_id, path=path)
+
+
+def _litter(root: Path, blobs: Path) -> Iterator[Finding]:
+    """Report the parts that interrupted downloads left. A running download, by any program, locks its parts."""
+    folder = blobs.parent.name
+    parts = [
+        part
+        for part in sorted(blobs.glob("*.incomplete"))
+        if not is_locked(root / ".locks" / folder / f"{part.name.partition('.')[0]}.lock")
+    ]
+    if parts:
+        repo = folder.removeprefix("models--").replace("--", "/")
+        size = sum(part.stat().st_size for part in parts)
+        message = f"interrupted downloads of {repo} left {len(parts)} parts, {amount(size)}"
+        files = f"{shlex.quote(str(blobs))}/*.incomplete"
+        yield Finding.of(FindingCode.CACHE_LITTER, message, repo=repo, files=files)
+
+
+# -- memory -------------------------------------------------------------------------------------------------------
+
+
+def _memory(ctx: Context) -> Iterator[Finding]:
+    from mlxops.agent.serving.memory import budget
+
+    limit = budget(ctx.paths)
+    yield from memory_findings(health.memory(), limit.size, configured=ctx.paths.settings.memory is not None)
+
+
+def _incidents(ctx: Context) -> Iterator[Finding]:
+    for path in health.recent_reports(health.report_folders(ctx.environ)):
+        try:
+            finding = incident(path.name, health.read_report(path))
+        except ValueError as error:
+            finding = Finding.of(FindingCode.NOT_CHECKED, f"the report {path} cannot be read: {error}")
+        if finding is not None:
+            yield finding
+
+
+# -- ports --------------------------------------------------------------------------------------------------------
+
+_DRIFT_ERRORS = frozenset({"assigned_not_served", "foreign", "mismatch", "wedged", "failed", "rebooted"})
+"""Drift because of which requests fail now."""
+_OWN_CODES = {"memory_stranded": FindingCode.MEMORY_STRANDED}
+"""Drift that is a finding of its own."""
+_REPORTED = frozenset({"registry_unusable", "registry_missing"})
+"""Drift that the check of files reports."""
+
+
+def _ports(ctx: Context) -> Iterator[Finding]:
+    from mlxops.agent.operations import status
+    from mlxops.core.commands.status import Status
+    from mlxops.core.hints import mark
+
+    result = status.run(ctx, Status())
+    for row in result.drift:
+        code = _OWN_CODES.get(row.code, FindingCode.DRIFT)
+        level = Level.ERROR if row.code in _DRIFT_ERRORS else code.level
+        if row.code not in _REPORTED:
+            yield Finding(code, level, f"{row.code}: {row.message}", mark(row.hint, row.commands), row.port)
+    yield from _servers(ctx)
+
+
+def _servers(ctx: Context) -> Iterator[Finding]:
+    from mlxops.agent.serving.memory import budget, in_use
+    from mlxops.agent.serving.servers import find_servers
+
+    world = ctx.observe(ctx.registry())
+    uses, limit = in_use(world, ctx.system, ctx.reserved()), budget(ctx.paths)
+    used = sum(use.counted for use in uses)
+    removable = [use for use in uses if use.removable]
+    if used > limit.size and removable:
+        largest = max(removable, key=lambda use: use.counted)
+        message = f"the servers need {amount(used)}, and the budget is {amount(limit.size)} ({limit.source})"
+        yield Finding.of(FindingCode.OVERCOMMITTED, message, port=largest.port)
+    for server in find_servers(ctx.system.look(())):
+        pid = server.process.pid
+        if FAST_SYNCH not in ctx.paths.settings.env and ctx.system.environment(pid, FAST_SYNCH) is not None:
+            message = f"{FAST_SYNCH} is set for pid {pid}, a server"
+            yield Finding.of(FindingCode.FAST_SYNCH, message, where="what starts it")
+
+
+def _exposure(ctx: Context) -> Iterator[Finding]:
+    settings = ctx.paths.settings
+    if settings.exposure is not None:
+        return
+    from mlxops.core.settings import is_loopback
+
+    listeners = [each for each in ctx.system.look(settings.ports).listeners if not is_loopback(each.address)]
+    probes = {f"{each.address} {each.port}": _answering(each.address, each.port) for each in listeners}
+    outcomes = within(CHECK_SECONDS - 2, probes)
+    open_ports = sorted({each.port for each in listeners if outcomes[f"{each.address} {each.port}"] is True})
+    if open_ports:
+        addresses = ", ".join(sorted({each.address for each in listeners if each.port in open_ports}))
+        ports = ", ".join(map(str, open_ports))
+        yield Finding.of(FindingCode.EXPOSED, f"servers answer without a key on {addresses}: {ports}")
+    elif not is_loopback(settings.bind):
+        yield Finding.of(FindingCode.BIND_OPEN, f"`bind` in hosts.yaml is {settings.bind}")
+
+
+def _answering(address: str, port: int) -> Callable[[], bool]:
+    """Ask for the list of models, which makes no server load or drop anything."""
+    from mlxops.common.http import NotHttp, send_request
+
+    def answers() -> bool:
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
+        try:
+            return send_request("http", host, port, "GET", "/v1/models", timeout=3.0).status == 200
+        except (OSError, NotHttp):
+            return False
+
+    return answers
+
+
+# -- boot and power -----------------------------------------------------------------------------------------------
+
+
+def _boot(ctx: Context) -> Iterator[Finding]:
+    from mlxops.agent.service import restore_job
+
+    job = restore_job.make_job(ctx.paths.state, ctx.environ, None)
+    manager = restore_job.service_manager(ctx.environ)
+    daemon = manager.daemon_notes(job)
+    installed = [path for path in manager.job_paths(job) if path.exists()]
+    if not installed:
+        return
+    program = restore_job.installed_program(installed[0])
+    if program is not None and not os.access(program, os.X_OK):
+        yield Finding.of(FindingCode.RESTORE_JOB_BROKEN, f"{installed[0]} runs {program}, which is not there")
+    state = manager.state()
+    if state in {"not loaded", "disabled", "masked"} and not daemon:
+        yield Finding.of(FindingCode.RESTORE_JOB_OFF, f"the restore job is installed, and {state}")
+    elif state.startswith("unknown"):
+        yield Finding.of(FindingCode.NOT_CHECKED, f"whether the restore job runs is {state}")
+    if isinstance(manager, restore_job.Launchd) and not daemon:
+        yield Finding.of(FindingCode.RESTORE_NEEDS_LOGIN, f"{installed[0]} is a LaunchAgent, which starts at a login")
+    if isinstance(manager, restore_job.Systemd) and not manager.lingers(job):
+        message = f"systemd starts the jobs of {job.user} at a login (no lingering)"
+        yield Finding.of(FindingCode.NO_LINGERING, message, user=shlex.quote(getpass.getuser()))
+
+
+def _power(ctx: Context) -> Iterator[Finding]:
+    from mlxops.agent.service import restore_job
+
+    job = restore_job.make_job(ctx.paths.state, ctx.environ, None)
+    jobs = any(path.exists() for path in restore_job.service_manager(ctx.environ).job_paths(job))
+    unattended = jobs or bool(ctx.paths.settings.boot)
+    pmset = health.output_of(ctx.environ, "pmset", "-g")
+    filevault = health.output_of(ctx.environ, "fdesetup", "status")
+    yield from power_findings(pmset, filevault, unattended=unattended)
+
+
+CHECKS: dict[str, Check] = {
+    "interpreter": _interpreter,
+    "agreement": _agreement,
+    "engines": _engines,
+    "files": _files,
+    "disks": _disks,
+    "cache": _cache,
+    "memory": _memory,
+    "panics and jetsam": _incidents,
+    "ports": _ports,
+    "exposure": _exposure,
+    "boot": _boot,
+    "power": _power,
+}

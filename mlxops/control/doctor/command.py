@@ -1,0 +1,198 @@
+"""`doctor`: examine this machine and every host at once, and join what each side found.
+
+What this side sees of a host (its ssh options, its key, its clock, its agent's build) and what the agent found there
+are findings of that host. What concerns this machine or the gateway is in the row of the control node.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from mlxops.common.build import build_id
+from mlxops.common.parallel import reason, within
+from mlxops.control import client
+from mlxops.control.client import HostTarget
+from mlxops.control.doctor import connection, gateway, node
+from mlxops.control.inventory import Gateway, Inventory
+from mlxops.core.commands.doctor import CONTROL_NODE, Doctor, DoctorResult, FindingRow
+from mlxops.core.doctor.findings import Finding, FindingCode, Level, worst_first
+from mlxops.core.errors import Bug, MlxopsError, Refused, Unreachable
+from mlxops.core.frozen import dataclass
+from mlxops.core.hints import aim
+from mlxops.core.protocol import Event
+from mlxops.core.replies import HostReply
+
+HOST_SECONDS = 60.0
+"""The agent has a limit of its own. This one is for a connection that hangs."""
+TRIAL_SECONDS = 300.0
+CLOCK_SECONDS = 30.0
+"""A smaller difference does no harm."""
+_OWN_CODES = {
+    "host_key_unknown": FindingCode.HOST_KEY_UNKNOWN,
+    "host_key_changed": FindingCode.HOST_KEY_CHANGED,
+    "authentication_failed": FindingCode.LOGIN_REFUSED,
+    "host_locked": FindingCode.HOST_LOCKED,
+    "bad_ssh_config": FindingCode.SSH_CONFIG_BAD,
+    "no_ssh": FindingCode.SSH_MISSING,
+    "agent_missing": FindingCode.AGENT_MISSING,
+    "no_shell": FindingCode.AGENT_MISSING,
+    "agent_not_started": FindingCode.AGENT_MISSING,
+    "unknown_command": FindingCode.AGENT_DIFFERS,
+}
+"""Code of an error -> that of the finding."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A host's reply, and when (seconds since 1970) it was asked and had answered."""
+
+    reply: HostReply[DoctorResult]
+    asked: float
+    answered: float
+
+
+def examine(
+    inventory: Inventory | None, problem: MlxopsError | None, targets: Sequence[HostTarget], request: Doctor
+) -> tuple[HostReply[DoctorResult], ...]:
+    """Return the row of the control node, then one for each host.
+
+    `problem`: why hosts.yaml cannot be used; then there are no targets.
+    """
+    configured = inventory.gateway if inventory else None
+    hosts = within(
+        TRIAL_SECONDS if request.trials else HOST_SECONDS,
+        {target.name: _examining(target, request) for target in targets},
+    )
+    return (
+        _control_node(inventory, problem, configured, targets),
+        *(_host_reply(target, hosts[target.name]) for target in targets),
+    )
+
+
+# -- this machine -------------------------------------------------------------------------------------------------
+
+
+def _control_node(
+    inventory: Inventory | None, problem: MlxopsError | None, configured: Gateway | None, targets: Sequence[HostTarget]
+) -> HostReply[DoctorResult]:
+    checks = dict(node.CHECKS)
+    if inventory is not None:
+        checks["hosts.yaml"] = lambda: node.hosts_file(inventory.path)
+    if configured is not None:
+        checks["gateway"] = lambda: gateway.findings(configured, targets)
+    findings = [_because(FindingCode.HOSTS_FILE_BAD, problem)] if problem else []
+    findings += _made(checks)
+    result = _result(findings, (*checks, *(["hosts.yaml"] if problem else [])), node.facts())
+    return HostReply(CONTROL_NODE, result, command=Doctor.name)
+
+
+def _made(checks: Mapping[str, Callable[[], Sequence[Finding]]]) -> list[Finding]:
+    """Make the checks at once. One that fails is a finding."""
+    findings: list[Finding] = []
+    for name, outcome in within(HOST_SECONDS, checks).items():
+        if isinstance(outcome, Exception):
+            findings.append(Finding.of(FindingCode.NOT_CHECKED, f"{name} could not be checked: {reason(outcome)}"))
+        else:
+            findings += outcome
+    return findings
+
+
+def _result(
+    findings: Sequence[Finding], checks: Sequence[str], facts: Mapping[str, str], flags: str = ""
+) -> DoctorResult:
+    """`flags`: what a suggested command needs to go to the host."""
+    rows = tuple(_aimed(FindingRow.of(each), flags) for each in worst_first(findings))
+    return DoctorResult(rows, tuple(checks), facts, build_id(), time.time())
+
+
+def _aimed(row: FindingRow, flags: str) -> FindingRow:
+    hint, commands = aim(row.hint, row.commands, flags.split())
+    return replace(row, hint=hint, commands=commands)
+
+
+# -- a host -------------------------------------------------------------------------------------------------------
+
+
+def _silent(host: str, event: Event) -> None:
+    """The agent's warnings are findings, too."""
+
+
+def _examining(target: HostTarget, request: Doctor) -> Callable[[], tuple[Answer, list[Finding]]]:
+    def examining() -> tuple[Answer, list[Finding]]:
+        checks: dict[str, Callable[[], Sequence[Finding]]] = {}
+        if target.ssh is not None:
+            name = target.ssh
+            checks["ssh options"] = lambda: connection.option_findings(name)
+        asked = time.time()
+        reply = client.ask(target, request, _silent)
+        return Answer(reply, asked, time.time()), _made(checks)
+
+    return examining
+
+
+def _host_reply(target: HostTarget, outcome: tuple[Answer, list[Finding]] | Exception) -> HostReply[DoctorResult]:
+    """Join both sides. An unreachable host keeps its error, which also decides the exit status."""
+    if isinstance(outcome, Exception):
+        finding = Finding.of(FindingCode.NOT_CHECKED, f"{target.name} could not be examined: {reason(outcome)}")
+        return HostReply(target.name, _result([finding], (), {}), None, Doctor.name, target.flags)
+    answer, findings = outcome
+    error, result = answer.reply.error, answer.reply.result
+    seen = ["connection", *(["ssh options"] if target.ssh is not None else [])]
+    if error is not None:
+        findings.append(_because(_code_of(error), error))
+    own = _result([*findings, *_compared(answer)], seen, {}, target.flags)
+    if result is not None:
+        rows = sorted((*own.findings, *result.findings), key=lambda row: Level(row.severity).rank)
+        own = replace(result, findings=tuple(rows), checks=(*seen, *result.checks))
+    fatal = error if isinstance(error, Unreachable) or (isinstance(error, Bug) and _is_bug(error)) else None
+    return HostReply(target.name, own, fatal, Doctor.name, target.flags)
+
+
+def _is_bug(error: Bug) -> bool:
+    """An older agent's answer to a command that it does not know has this class, too."""
+    return error.code == "bug"
+
+
+def _code_of(error: MlxopsError) -> FindingCode:
+    other = FindingCode.HOST_UNREACHABLE if isinstance(error, Unreachable) else FindingCode.AGENT_FAILED
+    return _OWN_CODES.get(error.code, other)
+
+
+def _because(code: FindingCode, error: MlxopsError) -> Finding:
+    why = f": {error.why}" if error.why else ""
+    return Finding(code, code.level, f"{error.message}{why}", error.marked_hint or code.remedy)
+
+
+def _compared(answer: Answer) -> list[Finding]:
+    """Compare build and clock of the agent with those of this machine."""
+    result, findings = answer.reply.result, list[Finding]()
+    if result is None:
+        return findings
+    if result.build != build_id():
+        message = f"the host has {result.build}, and this is {build_id()}"
+        findings.append(Finding.of(FindingCode.AGENT_DIFFERS, message))
+    if result.clock is not None:
+        # The agent read its clock between these two moments.
+        seconds = max(answer.asked - result.clock, result.clock - answer.answered)
+        if seconds > CLOCK_SECONDS:
+            order = "behind" if result.clock < answer.asked else "ahead of"
+            message = f"the host's clock is {seconds:.0f} s {order} this machine's"
+            findings.append(Finding.of(FindingCode.CLOCK_DIFFERS, message))
+    return findings
+
+
+def refuse_errors(reply: HostReply[DoctorResult]) -> HostReply[DoctorResult]:
+    """Return the reply with an error if any finding is one (`--strict`)."""
+    rows = reply.result.findings if reply.result else ()
+    codes = [row.code for row in rows if row.severity == Level.ERROR]
+    if reply.error is not None or not codes:
+        return reply
+    error = Refused(
+        "doctor_errors",
+        f"{len(codes)} of the findings {'is an error' if len(codes) == 1 else 'are errors'}",
+        why=", ".join(dict.fromkeys(codes)),
+        hint="each is listed, with its fix",
+    )
+    return replace(reply, error=error)

@@ -1,0 +1,123 @@
+"""Judge a host's disks, memory and power settings. Pure: from what was observed to findings.
+
+The formats of macOS are those of pmset(1), fdesetup(8) and sysctl(8). Tests have recorded output. They were not run on
+macOS.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from mlxops.core.doctor.findings import Finding, FindingCode, Level
+from mlxops.core.frozen import dataclass
+from mlxops.core.text import amount
+
+FULL_BYTES, LOW_BYTES = 500_000_000, 5_000_000_000
+FEW_INODES = 10_000
+SWAP_SHARE = 0.1
+"""Share of RAM in swap from which servers are slow."""
+SYSTEM_BYTES = 8_000_000_000
+"""What macOS needs beside the GPU's memory. Its default leaves a quarter of RAM."""
+GPU_SHARE = 0.75
+STALLED_PERCENT = 40.0
+"""Share of a minute in which all processes waited for memory (PSI, "full")."""
+
+
+@dataclass(frozen=True)
+class Disk:
+    """The file system of one of our folders. `inodes` None: it makes them as needed, as APFS does."""
+
+    what: str
+    path: str
+    free_bytes: int
+    free_inodes: int | None = None
+
+
+def disk_findings(disk: Disk) -> Iterator[Finding]:
+    free = f"{amount(disk.free_bytes)} are free on the disk of {disk.what} ({disk.path})"
+    if disk.free_bytes < FULL_BYTES:
+        yield Finding.of(FindingCode.DISK_FULL, free)
+    elif disk.free_bytes < LOW_BYTES:
+        yield Finding.of(FindingCode.DISK_LOW, free)
+    if disk.free_inodes is not None and disk.free_inodes < FEW_INODES:
+        message = f"{disk.free_inodes} files more fit on the disk of {disk.what} ({disk.path})"
+        yield Finding.of(FindingCode.INODES_LOW, message, path=disk.path)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The memory of a host in bytes. None: not known."""
+
+    total: int | None = None
+    wired_limit: int | None = None
+    """The GPU's limit, if one is set (macOS)."""
+    pressure: Level | None = None
+    """WARNING or ERROR; INFO is normal."""
+    swapped: int | None = None
+
+
+def memory_findings(memory: Memory, budget: int, *, configured: bool) -> Iterator[Finding]:
+    """`configured`: hosts.yaml sets the budget."""
+    total = memory.total
+    if configured and total is not None and budget > total:
+        message = f"`memory` in hosts.yaml is {amount(budget)}, and the host has {amount(total)}"
+        yield Finding.of(FindingCode.BUDGET_HIGH, message)
+    if total is not None and memory.wired_limit and memory.wired_limit > most_wired(total):
+        message = (
+            f"iogpu.wired_limit_mb lets the GPU wire {amount(memory.wired_limit)} of {amount(total)}; "
+            f"more than {amount(most_wired(total))} leaves too little for the system"
+        )
+        yield Finding.of(FindingCode.WIRED_LIMIT_HIGH, message)
+    if memory.pressure in (Level.WARNING, Level.ERROR):
+        message = "the system reports a critical shortage of memory"
+        if memory.pressure is Level.WARNING:
+            message = "the system reports that memory is short"
+        yield Finding.of(FindingCode.MEMORY_PRESSURE, message, level=memory.pressure)
+    if memory.swapped and total and memory.swapped > total * SWAP_SHARE:
+        yield Finding.of(FindingCode.SWAP_USED, f"{amount(memory.swapped)} are swapped out")
+
+
+def most_wired(total: int) -> int:
+    """Return the highest limit for the GPU that leaves the system enough."""
+    return max(int(total * GPU_SHARE), total - SYSTEM_BYTES)
+
+
+def mac_pressure(text: str) -> Level | None:
+    """Read kern.memorystatus_vm_pressure_level: 1, 2 and 4 are DISPATCH_MEMORYPRESSURE_NORMAL, _WARN and _CRITICAL."""
+    return {"1": Level.INFO, "2": Level.WARNING, "4": Level.ERROR}.get(text.strip())
+
+
+def mac_swapped(text: str) -> int | None:
+    """Read vm.swapusage: `total = 2048.00M  used = 1234.50M  free = 813.50M  (encrypted)`."""
+    found = re.search(r"used = ([0-9]+(?:\.[0-9]+)?)([KMGT]?)", text)
+    return None if found is None else int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
+
+
+def linux_pressure(text: str) -> Level | None:
+    """Read /proc/pressure/memory (PSI)."""
+    found = re.search(r"^full .*avg60=([0-9.]+)", text, re.MULTILINE)
+    return None if found is None else Level.WARNING if float(found[1]) > STALLED_PERCENT else Level.INFO
+
+
+def linux_memory(meminfo: str) -> tuple[int | None, int | None]:
+    """Read /proc/meminfo. Return the total and the swapped bytes."""
+    sizes = {key: int(size) * 1024 for key, size in re.findall(r"^(\w+): +(\d+) kB", meminfo, re.MULTILINE)}
+    swapped = sizes["SwapTotal"] - sizes["SwapFree"] if {"SwapTotal", "SwapFree"} <= sizes.keys() else None
+    return sizes.get("MemTotal"), swapped
+
+
+def power_findings(pmset: str, fdesetup: str, *, unattended: bool) -> Iterator[Finding]:
+    """Read `pmset -g` and `fdesetup status`; "" if the system has no such program.
+
+    `unattended`: something is to start at boot, so there may be no person to unlock the disk.
+    """
+    if re.search(r"^FileVault is On", fdesetup, re.MULTILINE):
+        level = FindingCode.FILEVAULT.level if unattended else Level.INFO
+        message = "FileVault is on: after a reboot or a power failure the host waits for a password"
+        yield Finding.of(FindingCode.FILEVAULT, message, level=level)
+    settings = dict(re.findall(r"^ *([a-z]+) +(\d+)", pmset, re.MULTILINE))
+    if settings.get("autorestart") == "0":
+        yield Finding.of(FindingCode.NO_RESTART, "the host does not start again after a power failure (autorestart 0)")
+    if settings.get("sleep", "0") != "0":
+        yield Finding.of(FindingCode.SLEEPS, f"the host sleeps after {settings['sleep']} minutes without a user")

@@ -1,0 +1,245 @@
+"""The checks of `doctor` on a host: each on a host that is healthy but for one thing."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from mlxops.agent.context import Context
+from mlxops.agent.host.system import this_system
+from mlxops.agent.operations import doctor
+from mlxops.agent.paths import host_paths
+from mlxops.agent.service import restore_job
+from mlxops.agent.service.restore_job import Launchd
+from mlxops.agent.state.store import Store
+from mlxops.common.parallel import reason, within
+from mlxops.core.commands.doctor import Doctor
+from mlxops.core.errors import Refused
+from mlxops.core.settings import PortRange, Settings
+from tests.lab.world import free_ports
+
+Change = Callable[[Path], Mapping[str, object] | None]
+"""Break the host in this folder; return settings that are different, if any."""
+
+
+def host(folder: Path, **changes: object) -> Context:
+    """A host with an empty registry and an engine of known version."""
+    site = folder / "engine" / "lib" / "python3.11" / "site-packages"
+    (site / "mlx_lm-0.32.2.dist-info").mkdir(parents=True, exist_ok=True)
+    engine = program(folder / "engine" / "bin" / "mlx_lm.server")
+    (folder / "hub").mkdir(exist_ok=True)
+    ports = free_ports(["127.0.0.1"], 2)
+    plain = Settings(
+        hub=str(folder / "hub"),
+        state=str(folder / "state"),
+        engine="mlx-lm",
+        launch={"mlx-lm": (str(engine),)},
+        ports=PortRange(ports[0], ports[1]),
+    )
+    settings = replace(plain, **changes)  # type: ignore[arg-type]  # fields of Settings
+    own = {"HOME": str(folder), "PATH": str(folder / "bin")}
+    paths = host_paths(settings, own)
+    return Context(Doctor(), paths, Store(paths.state, paths.registry), this_system(), lambda event: None, own)
+
+
+def program(path: Path, script: str = "exit 0") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def found(ctx: Context) -> dict[str, str]:
+    """The codes of the findings, with their levels, without what this machine itself may have."""
+    rows = doctor.run(ctx, Doctor()).findings
+    return {row.code: row.severity for row in rows if row.code not in {"not_agreed", "memory_pressure", "swap_used"}}
+
+
+def registry(folder: Path, text: str) -> None:
+    (folder / "hub").mkdir(exist_ok=True)
+    (folder / "hub" / "registry.json").write_text(text)
+
+
+def write(folder: Path, name: str, text: str) -> None:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(text)
+
+
+def models(**entry: object) -> str:
+    plain = {"repo_id": "org/m", "model_id": "org/m", "cache_path": None, "format": "mlx", "port": None}
+    return json.dumps({"version": 1, "models": {"m": plain | entry}})
+
+
+BROKEN: Mapping[str, tuple[Change, dict[str, str]]] = {
+    "nothing": (lambda folder: None, {}),
+    "hub on a disk that is gone": (
+        lambda folder: {"hub": "/mnt/no-such-disk/hub"},
+        {"hub_missing": "error", "registry_unusable": "error"},
+    ),
+    "hub is a dangling link": (
+        lambda folder: {"hub": str(_link(folder / "linked", folder / "gone"))},
+        {"hub_missing": "error", "registry_unusable": "error"},
+    ),
+    "registry cut off": (lambda folder: registry(folder, '{"version": 1, "mod'), {"registry_unusable": "error"}),
+    "host.json cut off": (
+        lambda folder: write(folder, "state/host.json", "{"),
+        {"agreement_unusable": "error", "state_open": "warning"},
+    ),
+    "state is a file": (
+        lambda folder: write(folder, "state", "not a folder"),
+        {"state_unwritable": "error", "agreement_unusable": "error", "drift": "warning"},
+    ),
+    "state open to others": (lambda folder: (folder / "state").mkdir(mode=0o755), {"state_open": "warning"}),
+    "engine is gone": (lambda folder: {"launch": {"mlx-lm": ("/gone/mlx_lm.server",)}}, {"engine_missing": "error"}),
+    "unknown engine in the registry": (
+        lambda folder: registry(folder, models(engine="vllm")),
+        {"engine_missing": "error"},
+    ),
+    "engine without a version": (
+        lambda folder: {"launch": {"mlx-lm": (str(program(folder / "x" / "mlx_lm.server")),)}},
+        {"engine_version_unknown": "info"},
+    ),
+    "FAST_SYNCH": (lambda folder: {"env": {"MLX_METAL_FAST_SYNCH": "1"}}, {"fast_synch": "warning"}),
+    "bind": (lambda folder: {"bind": "0.0.0.0"}, {"bind_open": "info"}),
+    "bind, accepted": (lambda folder: {"bind": "0.0.0.0", "exposure": "accepted"}, {}),
+    "budget above RAM": (lambda folder: {"memory": 10**15}, {"budget_high": "info"}),
+    "pmset fails": (lambda folder: _as_none(program(folder / "bin" / "pmset", "exit 9")), {"not_checked": "unknown"}),
+}
+
+
+def _link(path: Path, target: Path) -> Path:
+    path.symlink_to(target)
+    return path
+
+
+def _as_none(path: Path) -> None:
+    """The value of a change that changes no setting."""
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_one_fault_is_one_finding(case: str, tmp_path: Path) -> None:
+    change, wanted = BROKEN[case]
+    changes = change(tmp_path)
+    assert found(host(tmp_path, **(changes or {}))) == wanted
+
+
+def test_checks_that_fail_or_hang_do_not_keep_the_others_from_being_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never = threading.Event()
+
+    def hang(ctx: Context) -> list[object]:
+        never.wait(30)
+        return []
+
+    def fail(ctx: Context) -> list[object]:
+        raise Refused("not_seen", "the processes could not be read", why="no memory", hint="`mlxctl status`")
+
+    monkeypatch.setattr(doctor, "CHECK_SECONDS", 1.0)
+    monkeypatch.setattr(doctor, "CHECKS", {"hanging": hang, "failing": fail, "files": doctor.CHECKS["files"]})
+    started = time.monotonic()
+    rows = doctor.run(host(tmp_path, hub="/mnt/no-such-disk/hub"), Doctor()).findings
+    never.set()
+    assert time.monotonic() - started < 10
+    assert [(row.code, row.severity) for row in rows] == [
+        ("hub_missing", "error"),
+        ("registry_unusable", "error"),
+        ("not_checked", "unknown"),
+        ("not_checked", "unknown"),
+    ]
+    assert "hanging could not be checked: it took longer than 1 s" in rows[2].message
+    assert "no memory" in rows[3].message and rows[3].commands == (("mlxctl", "status"),)
+
+
+def test_outcome_of_a_call_is_its_value_or_its_exception() -> None:
+    outcomes = within(5, {"one": lambda: 1, "zero": lambda: 1 // 0})
+    assert outcomes["one"] == 1 and isinstance(outcomes["zero"], ZeroDivisionError)
+    assert reason(ZeroDivisionError("a\nb")) == "ZeroDivisionError: a b"
+
+
+class _Locked(BaseHTTPRequestHandler):
+    """A server that wants a key."""
+
+    status = 401
+
+    def do_GET(self) -> None:
+        self.send_response(self.status)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+class _Open(_Locked):
+    status = 200
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="another address of this machine is needed")
+@pytest.mark.parametrize(
+    ("address", "handler", "exposed"),
+    [("0.0.0.0", _Open, True), ("0.0.0.0", _Locked, False), ("127.0.0.1", _Open, False)],
+)
+def test_port_that_answers_others_without_a_key_is_exposed(
+    tmp_path: Path, address: str, handler: type[_Locked], exposed: bool
+) -> None:
+    ctx = host(tmp_path)
+    with HTTPServer((address, ctx.paths.settings.ports.first), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        codes = found(ctx)
+        server.shutdown()
+    assert ("exposed" in codes) == exposed
+
+
+def test_silent_listener_is_not_exposed(tmp_path: Path) -> None:
+    ctx = host(tmp_path)
+    with socket.create_server(("0.0.0.0", ctx.paths.settings.ports.first)):
+        assert "exposed" not in found(ctx)
+
+
+# -- launchd ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("launchctl", "interpreter", "wanted"),
+    [
+        ("exit 0", sys.executable, {"restore_needs_login": "warning"}),
+        ("exit 113", sys.executable, {"restore_needs_login": "warning", "restore_job_off": "warning"}),
+        ("exit 0", "/gone/python", {"restore_needs_login": "warning", "restore_job_broken": "error"}),
+        ("echo no >&2; exit 9", sys.executable, {"restore_needs_login": "warning", "not_checked": "unknown"}),
+    ],
+)
+def test_restore_job_of_launchd_is_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launchctl: str, interpreter: str, wanted: dict[str, str]
+) -> None:
+    ctx = host(tmp_path)
+    program(tmp_path / "bin" / "launchctl", launchctl)
+    manager = Launchd(ctx.environ, daemons=tmp_path / "daemons")
+    monkeypatch.setattr(restore_job, "service_manager", lambda environ: manager)
+    job = replace(restore_job.make_job(ctx.paths.state, ctx.environ, None), argv=(interpreter, "-m", "mlxops.agent"))
+    (plist,) = manager.job_paths(job)
+    plist.parent.mkdir(parents=True)
+    plist.write_bytes(restore_job.launch_agent(job))
+    assert found(ctx) == wanted
+
+
+def test_program_of_an_installed_job_is_read(tmp_path: Path) -> None:
+    path = tmp_path / 'a "b" %h $HOME \\n' / "python"
+    job = replace(restore_job.make_job(tmp_path, {"HOME": str(tmp_path)}, None), argv=(str(path), "-P"))
+    (tmp_path / "x.plist").write_bytes(restore_job.launch_agent(job))
+    (tmp_path / "x.service").write_text(restore_job.service(job))
+    assert restore_job.installed_program(tmp_path / "x.plist") == str(path)
+    assert restore_job.installed_program(tmp_path / "x.service") == str(path)
+    for name in ("y.plist", "y.service"):
+        (tmp_path / name).write_text("something else")
+        assert restore_job.installed_program(tmp_path / name) is None
+    assert os.listdir(tmp_path)
