@@ -14,8 +14,6 @@ import pytest
 from mlxops.agent.host import health
 from mlxops.agent.operations import assumptions
 from mlxops.core.doctor.assumptions import Assumption
-from mlxops.core.doctor.findings import Level
-from mlxops.core.doctor.host import Memory
 from tests.lab import macos
 from tests.lab.homelab import Homelab
 
@@ -54,24 +52,6 @@ def test_names_are_taken_out() -> None:
 
 
 # -- what is read of the system -----------------------------------------------------------------------------------
-
-SYSCTL = {
-    "hw.memsize": "549755813888",
-    "iogpu.wired_limit_mb": "0",
-    "kern.memorystatus_vm_pressure_level": "2",
-    "vm.swapusage": macos.SWAPUSAGE,
-}
-
-
-def test_memory_of_a_mac_is_read_from_sysctl() -> None:
-    memory = health.mac_memory(SYSCTL.__getitem__)
-    assert memory == Memory(512 * 1024**3, 0, Level.WARNING, 1_294_467_072)
-    assert health.mac_memory(lambda name: "") == Memory()
-
-
-def test_memory_of_linux_is_read_from_proc(tmp_path: Path) -> None:
-    assert health.linux_memory(tmp_path) == Memory()
-    assert sys.platform != "linux" or (health.memory().total or 0) > 0
 
 
 def test_program_that_is_not_there_says_nothing(tmp_path: Path) -> None:

@@ -88,27 +88,18 @@ def test_memory_that_is_short_is_named(memory: Memory, budget: int, configured: 
 
 
 @pytest.mark.parametrize(
-    ("text", "level"), [("1", Level.INFO), ("2\n", Level.WARNING), ("4", Level.ERROR), ("", None), ("x", None)]
+    ("macos", "stalled", "level"),
+    [
+        ("normal", None, Level.INFO),
+        ("warning", None, Level.WARNING),
+        ("critical", None, Level.ERROR),
+        (None, 0.5, Level.INFO),
+        (None, 90.0, Level.WARNING),
+        (None, None, None),
+    ],
 )
-def test_pressure_of_macos_is_read(text: str, level: Level | None) -> None:
-    assert host.mac_pressure(text) is level
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [(macos.SWAPUSAGE, 1_294_467_072), ("total = 0.00M  used = 0.00M", 0), ("", None), ("?", None)]
-)
-def test_swap_of_macos_is_read(text: str, size: int | None) -> None:
-    assert host.mac_swapped(text) == size
-
-
-def test_memory_of_linux_is_read() -> None:
-    meminfo = "MemTotal:       24684116 kB\nSwapTotal:       2097148 kB\nSwapFree:        1000000 kB\n"
-    assert host.linux_memory(meminfo) == (24684116 * 1024, 1097148 * 1024)
-    assert host.linux_memory("") == (None, None)
-    some = "some avg10=0.00 avg60=90.00 avg300=0.00 total=1\n"
-    assert host.linux_pressure(some + "full avg10=0.00 avg60=50.10 avg300=0.00 total=1\n") is Level.WARNING
-    assert host.linux_pressure(some + "full avg10=0.00 avg60=0.10 avg300=0.00 total=1\n") is Level.INFO
-    assert host.linux_pressure("") is None
+def test_pressure_has_a_level(macos: str | None, stalled: float | None, level: Level | None) -> None:
+    assert host.pressure_level(macos, stalled) is level
 
 
 @pytest.mark.parametrize(

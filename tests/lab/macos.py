@@ -26,7 +26,6 @@ PMSET_SERVER = PMSET.replace("autorestart          0", "autorestart          1")
     "sleep                10 (sleep prevented by sharingd, powerd, bluetoothd)", "sleep                0"
 )
 FILEVAULT_ON, FILEVAULT_OFF = "FileVault is On.\n", "FileVault is Off.\n"
-SWAPUSAGE = "total = 2048.00M  used = 1234.50M  free = 813.50M  (encrypted)"
 PANIC = """\
 panic(cpu 10 caller 0xfffffe00448ba69c): "completeMemory() prepare count underflow" @IOGPUMemory.cpp:550
 Debugger message: panic

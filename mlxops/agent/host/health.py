@@ -1,6 +1,6 @@
-"""Look at the system's health: memory pressure, swap, power settings, reports of panics. Changes nothing.
+"""Look at the system's health: power settings, reports of panics. Changes nothing.
 
-A program or file that this system does not have is no fault: on Linux there is no pmset, on macOS no /proc.
+A program or file that this system does not have is no fault: on Linux there is no pmset.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from pathlib import Path
 
 from mlxops.agent.host.programs import run_program
 from mlxops.common import files
-from mlxops.core.doctor import host
-from mlxops.core.doctor.host import Memory
 
 PROGRAM_SECONDS = 5.0
 REPORT_DAYS = 7
@@ -33,32 +31,6 @@ def sysctl(name: str) -> str:
     command = ["/usr/sbin/sysctl", "-n", name]
     done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def memory(read: Sysctl = sysctl, proc: Path = Path("/proc")) -> Memory:
-    return mac_memory(read) if sys.platform == "darwin" else linux_memory(proc)
-
-
-def mac_memory(read: Sysctl) -> Memory:
-    total, limit = read("hw.memsize"), read("iogpu.wired_limit_mb")
-    return Memory(
-        total=int(total) if total.isdecimal() else None,
-        wired_limit=int(limit) * 1024 * 1024 if limit.isdecimal() else None,
-        pressure=host.mac_pressure(read("kern.memorystatus_vm_pressure_level")),
-        swapped=host.mac_swapped(read("vm.swapusage")),
-    )
-
-
-def linux_memory(proc: Path) -> Memory:
-    total, swapped = host.linux_memory(_text(proc / "meminfo"))
-    return Memory(total=total, pressure=host.linux_pressure(_text(proc / "pressure" / "memory")), swapped=swapped)
-
-
-def _text(path: Path) -> str:
-    try:
-        return files.read_start(path, 65536).decode(errors="replace")
-    except OSError:
-        return ""
 
 
 def output_of(environ: Mapping[str, str], program: str, *arguments: str) -> str:

@@ -23,11 +23,11 @@ from pathlib import Path
 
 from mlxops.agent.context import Context
 from mlxops.agent.host import health
+from mlxops.agent.host.memory import HostMemory
 from mlxops.agent.host.programs import MARK
 from mlxops.agent.service.managers import ABSENT, NO_DOMAIN, ask_manager, which
 from mlxops.agent.state.locks import flock_within
 from mlxops.core import boot_jobs
-from mlxops.core.doctor import host
 from mlxops.core.doctor.assumptions import Assumption, Trial, Verdict
 from mlxops.core.doctor.incidents import incident
 from mlxops.core.text import amount, clean
@@ -231,18 +231,15 @@ def _connection_seen(ctx: Context) -> str:
 def _memory_resident(ctx: Context) -> str:
     with _child(_HOLD, str(TOUCHED)) as (pid, _):
         held = ctx.system.memory([pid])
+    assert held is not None, "it is hidden"
     assert held > TOUCHED * TOLERANCE, f"{amount(held)} of {amount(TOUCHED)}"
     return f"{amount(held)} for {amount(TOUCHED)} touched"
 
 
 def _memory_footprint(ctx: Context) -> str:
-    footprint = getattr(ctx.system, "footprint", None)
-    if footprint is None:
-        raise Untried("this build reads resident memory only")
-    with _child(_HOLD, str(TOUCHED)) as (pid, _):
-        held = footprint(pid)
-    assert held is not None and held > TOUCHED * TOLERANCE, f"{held} of {TOUCHED} bytes"
-    return f"{amount(held)} for {amount(TOUCHED)} touched"
+    if sys.platform != "darwin":
+        raise Untried("this is not a Mac")
+    return _memory_resident(ctx)
 
 
 def _memory_available(ctx: Context) -> str:
@@ -263,13 +260,13 @@ def _memory_returned(ctx: Context) -> str:
     return f"{amount(HEAVY)} in {took:.2f} s"
 
 
-def _sysctl(name: str, fits: Callable[[str], object]) -> Trying:
+def _host_memory(read: Callable[[HostMemory], object]) -> Trying:
     def trying(ctx: Context) -> str:
         if sys.platform != "darwin":
             raise Untried("this is not a Mac")
-        text = health.sysctl(name)
-        assert fits(text), f"it is {text!r}"
-        return text
+        value = read(ctx.system.host_memory())
+        assert value is not None, "it cannot be read"
+        return str(value)
 
     return trying
 
@@ -452,10 +449,10 @@ TRIALS: dict[Assumption, Trying] = {
     Assumption.MEMORY_FOOTPRINT: _memory_footprint,
     Assumption.MEMORY_AVAILABLE: _memory_available,
     Assumption.MEMORY_RETURNED: _memory_returned,
-    Assumption.SYSCTL_MEMSIZE: _sysctl("hw.memsize", str.isdecimal),
-    Assumption.SYSCTL_WIRED_LIMIT: _sysctl("iogpu.wired_limit_mb", str.isdecimal),
-    Assumption.SYSCTL_PRESSURE: _sysctl("kern.memorystatus_vm_pressure_level", host.mac_pressure),
-    Assumption.SYSCTL_SWAP: _sysctl("vm.swapusage", lambda text: host.mac_swapped(text) is not None),
+    Assumption.SYSCTL_MEMSIZE: _host_memory(lambda memory: memory.total or None),
+    Assumption.SYSCTL_WIRED_LIMIT: _host_memory(lambda memory: memory.gpu_limit),
+    Assumption.SYSCTL_PRESSURE: _host_memory(lambda memory: memory.pressure),
+    Assumption.SYSCTL_SWAP: _host_memory(lambda memory: memory.swap_used),
     Assumption.LAUNCHCTL_ABSENT: _launchctl_absent,
     Assumption.LAUNCHCTL_PRINT: _launchctl_print,
     Assumption.LAUNCHCTL_DISABLED: _launchctl_disabled,

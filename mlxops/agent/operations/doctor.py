@@ -27,7 +27,7 @@ from mlxops.core.commands.doctor import Doctor, DoctorResult, FindingRow
 from mlxops.core.doctor import engines
 from mlxops.core.doctor.assumptions import Trial
 from mlxops.core.doctor.findings import Finding, FindingCode, Level, worst_first
-from mlxops.core.doctor.host import Disk, disk_findings, memory_findings, power_findings
+from mlxops.core.doctor.host import Disk, Memory, disk_findings, memory_findings, power_findings, pressure_level
 from mlxops.core.doctor.incidents import incident
 from mlxops.core.errors import MlxopsError, Refused
 from mlxops.core.text import amount
@@ -261,7 +261,14 @@ def _memory(ctx: Context) -> Iterator[Finding]:
     from mlxops.agent.serving.memory import budget
 
     limit = budget(ctx.paths)
-    yield from memory_findings(health.memory(), limit.size, configured=ctx.paths.settings.memory is not None)
+    seen = ctx.system.host_memory()
+    memory = Memory(
+        total=seen.total or None,
+        wired_limit=seen.gpu_limit if seen.gpu_limit_set else None,
+        pressure=pressure_level(seen.pressure, seen.stalled_percent),
+        swapped=seen.swap_used,
+    )
+    yield from memory_findings(memory, limit.size, configured=ctx.paths.settings.memory is not None)
 
 
 def _incidents(ctx: Context) -> Iterator[Finding]:

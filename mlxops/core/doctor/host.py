@@ -1,6 +1,6 @@
 """Judge a host's disks, memory and power settings. Pure: from what was observed to findings.
 
-The formats of macOS are those of pmset(1), fdesetup(8) and sysctl(8). Tests have recorded output. They were not run on
+The formats of macOS are those of pmset(1) and fdesetup(8). Tests have recorded output. They were not run on
 macOS.
 """
 
@@ -20,8 +20,8 @@ SWAP_SHARE = 0.1
 SYSTEM_BYTES = 8_000_000_000
 """What macOS needs beside the GPU's memory. Its default leaves a quarter of RAM."""
 GPU_SHARE = 0.75
-STALLED_PERCENT = 40.0
-"""Share of a minute in which all processes waited for memory (PSI, "full")."""
+STALLED_PERCENT = 60.0
+"""Share of the last seconds in which a process waited for memory (PSI, "some")."""
 
 
 @dataclass(frozen=True)
@@ -83,28 +83,11 @@ def most_wired(total: int) -> int:
     return max(int(total * GPU_SHARE), total - SYSTEM_BYTES)
 
 
-def mac_pressure(text: str) -> Level | None:
-    """Read kern.memorystatus_vm_pressure_level: 1, 2 and 4 are DISPATCH_MEMORYPRESSURE_NORMAL, _WARN and _CRITICAL."""
-    return {"1": Level.INFO, "2": Level.WARNING, "4": Level.ERROR}.get(text.strip())
-
-
-def mac_swapped(text: str) -> int | None:
-    """Read vm.swapusage: `total = 2048.00M  used = 1234.50M  free = 813.50M  (encrypted)`."""
-    found = re.search(r"used = ([0-9]+(?:\.[0-9]+)?)([KMGT]?)", text)
-    return None if found is None else int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
-
-
-def linux_pressure(text: str) -> Level | None:
-    """Read /proc/pressure/memory (PSI)."""
-    found = re.search(r"^full .*avg60=([0-9.]+)", text, re.MULTILINE)
-    return None if found is None else Level.WARNING if float(found[1]) > STALLED_PERCENT else Level.INFO
-
-
-def linux_memory(meminfo: str) -> tuple[int | None, int | None]:
-    """Read /proc/meminfo. Return the total and the swapped bytes."""
-    sizes = {key: int(size) * 1024 for key, size in re.findall(r"^(\w+): +(\d+) kB", meminfo, re.MULTILINE)}
-    swapped = sizes["SwapTotal"] - sizes["SwapFree"] if {"SwapTotal", "SwapFree"} <= sizes.keys() else None
-    return sizes.get("MemTotal"), swapped
+def pressure_level(macos: str | None, stalled_percent: float | None) -> Level | None:
+    """`macos`: normal, warning or critical. `stalled_percent`: Linux's share of time lost to a lack of memory."""
+    if stalled_percent is not None:
+        return Level.WARNING if stalled_percent > STALLED_PERCENT else Level.INFO
+    return {"normal": Level.INFO, "warning": Level.WARNING, "critical": Level.ERROR}.get(macos or "")
 
 
 def power_findings(pmset: str, fdesetup: str, *, unattended: bool) -> Iterator[Finding]:
