@@ -30,11 +30,12 @@ from mlxops.agent.serving.diagnosis import About, explain
 from mlxops.agent.serving.ending import Terms, end
 from mlxops.agent.serving.last_words import last_line
 from mlxops.agent.serving.processes import PendingProcess
+from mlxops.agent.serving.stranded import expect_return
 from mlxops.agent.state.store import Store, state_unwritable, utc_now
 from mlxops.common.http import NoCompletion, request_completion
 from mlxops.core.errors import MlxopsError, NotStarted
 from mlxops.core.ports import Health
-from mlxops.core.protocol import Event, Phase
+from mlxops.core.protocol import Event, Note, Phase
 from mlxops.core.records import Run
 from mlxops.core.text import clean
 
@@ -223,9 +224,15 @@ class Launch:
         if run is None or process is None:
             return
         child = process.child
-        end(self.system, run, terms, store=self.store, emit=emit, reap=child.poll)
-        child.wait()
-        self.store.forget_run(run.port)
+        pids = processes.members(self.system, self.system.look(()), run)
+
+        def note(text: str, level: str) -> None:
+            emit(Note.of(text, level))
+
+        with expect_return(self.store, self.system, port=run.port, model=run.model, pids=pids, note=note):
+            end(self.system, run, terms, store=self.store, emit=emit, reap=child.poll)
+            child.wait()
+            self.store.forget_run(run.port)
 
     def detach(self) -> None:
         """Let the server outlive this process."""
