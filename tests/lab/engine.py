@@ -186,12 +186,12 @@ def main() -> None:
         raise SystemExit(int(status))
     if ACT not in ACTS:
         raise SystemExit(f"unknown act {ACT}: {', '.join(ACTS)}")
-    if ACT == "deaf":
-        wait_for_ever()
     if ACT == "family":
         start_child()
     else:
         hold_memory()
+    if ACT == "deaf":
+        wait_for_ever()
     if ACT in {"stranger", "leaves"} and os.fork():
         if ACT == "leaves":
             raise SystemExit(0)
