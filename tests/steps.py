@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,8 @@ from tests.lab.world import Process, can_bind, listeners, wait_until
 
 WAYS = ("ssh", "local")
 REPO, OTHER, BROKEN = "tiny-org/tiny-qwen3", "tiny-org/tiny-llama", "tiny-org/tiny-broken"
+ENDED_BY_SIGINT = {0, -signal.SIGINT, -signal.SIGABRT}
+"""How a real mlx_lm.server ends: by itself, or with SIGABRT while it cleans up."""
 _MODELS = {REPO: models.QWEN, OTHER: models.LLAMA, BROKEN: models.BROKEN}
 
 

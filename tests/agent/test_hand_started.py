@@ -22,6 +22,7 @@ from tests.lab.homelab import Homelab
 from tests.lab.quick import MODELS, QuickHost
 from tests.lab.sshd import missing
 from tests.lab.world import wait_until
+from tests.steps import ENDED_BY_SIGINT
 
 WAIT = 30.0
 
@@ -237,7 +238,7 @@ class TestServerWithoutItsPort:
             assert error(host, 3, "load", MODELS[1], str(port))["code"] == "port_in_use"
             assert error(host, 3, "load", MODELS[1], "auto")["code"] == "no_idle_port"
             assert result(host, "unload", str(port), "--force")["state"] == "idle"
-            assert server.poll() == -signal.SIGTERM
+            assert server.poll() == -signal.SIGINT
 
     def test_server_without_its_port_is_stopped_beside_the_listening_one(self, host: QuickHost) -> None:
         port = host.ports[0]
@@ -250,7 +251,7 @@ class TestServerWithoutItsPort:
             assert {port: len(uses) for port, uses in memory(host).items()} == {port: 1, None: 1}
             assert "--force" in result(host, "unload", str(port), "--dry-run")["notes"][0]
             assert result(host, "unload", str(port), "--force")["state"] == "idle"
-            assert server.poll() == -signal.SIGTERM
+            assert server.poll() == -signal.SIGINT
 
     def test_foreign_listener_stays_when_the_server_is_stopped(self, host: QuickHost) -> None:
         port = host.ports[0]
@@ -263,7 +264,7 @@ class TestServerWithoutItsPort:
             assert refused["hint"].endswith(f"kill {stranger.pid}")
             done = result(host, "unload", str(port), "--force")
             assert (done["state"], done["changed"]) == ("foreign", True) and str(stranger.pid) in done["notes"][0]
-            assert server.poll() == -signal.SIGTERM and stranger.poll() is None
+            assert server.poll() == -signal.SIGINT and stranger.poll() is None
 
 
 def test_listening_port_counts_and_not_the_one_in_the_arguments(host: QuickHost) -> None:
@@ -283,7 +284,7 @@ def test_listening_port_counts_and_not_the_one_in_the_arguments(host: QuickHost)
         assert result(host, "load", MODELS[1], str(said))["state"] == "ready"
         assert server.poll() is None
         assert result(host, "unload", str(real), "--force")["state"] == "idle"
-        assert server.poll() == -signal.SIGTERM
+        assert server.poll() == -signal.SIGINT
 
 
 PREFIXES = {
@@ -346,4 +347,4 @@ def test_real_server_without_its_port_is_reported_with_its_memory(engine: Path, 
         assert [row["portless"] for row in found["ports"] if row["state"] == "ready"] == [[second.pid]]
         assert f"kill {second.pid}" in " ".join(each["hint"] for each in found["drift"])
         studio.mlxctl("unload", port, "--force").ok()
-        assert (first.wait(10), second.wait(10)) == (-signal.SIGTERM, -signal.SIGTERM)
+        assert {first.wait(10), second.wait(10)} <= ENDED_BY_SIGINT

@@ -190,7 +190,7 @@ def _spoil(studio: Studio, name: str, how: str) -> None:
 
 @pytest.mark.usefixtures("quick_engine")
 class TestStreams:
-    """mlx_lm.server drops its open requests on SIGTERM, so mlxops waits for them first."""
+    """mlx_lm.server drops its open requests on SIGINT, so mlxops waits for them first."""
 
     def test_open_stream_is_waited_for(self, studio: Studio) -> None:
         port = studio.ports[0]
