@@ -27,8 +27,12 @@ def within(seconds: float, calls: Mapping[str, Callable[[], T]]) -> dict[str, T 
         outcomes.setdefault(name, value)
 
     threads = [threading.Thread(target=run, args=item, name=item[0], daemon=True) for item in calls.items()]
-    for thread in threads:
-        thread.start()
+    for thread in list(threads):
+        try:
+            thread.start()
+        except RuntimeError as error:  # the host has no room for another thread
+            outcomes[thread.name] = error
+            threads.remove(thread)
     deadline = time.monotonic() + seconds
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))

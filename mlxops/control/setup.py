@@ -7,7 +7,9 @@ nothing. It arrives on standard input; no value becomes part of its text.
 from __future__ import annotations
 
 import plistlib
+import re
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 
 from mlxops.control.channel import ConnectionLost, Transport
 from mlxops.control.client import lost
@@ -162,16 +164,26 @@ def _boot_files(transport: Transport, rows: Sequence[tuple[str, str]]) -> tuple[
 def _boot_file(path: str, text: str) -> BootFile:
     name = path.rpartition("/")[2]
     if name.endswith(".service"):
-        command = text.partition("ExecStart=")[2].split()
-        script = command[0].lstrip('@-:+!"').rstrip('"') if command else ""
-        return BootFile(path, name.removesuffix(".service"), script if script.startswith("/") else "", text)
+        command = text.partition("ExecStart=")[2].lstrip("@-:+! ")
+        # The lines of the unit are joined. The next one is a key or a section.
+        arguments = takewhile(lambda word: not re.match(r"[A-Z]\w*=|\[", word), host_entry.split_command(command))
+        return BootFile(path, name.removesuffix(".service"), _script([*arguments]), text)
     keys = _plist(text)
     argv = keys.get("ProgramArguments")
     first = argv if isinstance(argv, list) else [keys.get("Program")]
-    script = next((word for word in first if isinstance(word, str) and word.startswith("/") and _is_script(word)), "")
+    given = [word for word in first if isinstance(word, str)]
     # A server's own command has its port in further arguments.
-    words = " ".join(word for word in first if isinstance(word, str))
-    return BootFile(path, str(keys.get("Label", name.removesuffix(".plist"))), script, f"{words} {text}")
+    words = " ".join(given)
+    return BootFile(path, str(keys.get("Label", name.removesuffix(".plist"))), _script(given), f"{words} {text}")
+
+
+def _script(arguments: Sequence[str]) -> str:
+    """Return the path of the script that a job runs; "" if it runs none.
+
+    An argument may be a command line, as after `bash -c`. Only its first word counts: the others may be secrets.
+    """
+    programs = [line[0] for line in map(host_entry.split_command, arguments) if line]
+    return next((word for word in programs if word.startswith("/") and _is_script(word)), "")
 
 
 def _is_script(word: str) -> bool:
@@ -181,7 +193,7 @@ def _is_script(word: str) -> bool:
 def _plist(text: str) -> Mapping[str, object]:
     try:
         found = plistlib.loads(text.encode())
-    except (plistlib.InvalidFileException, ValueError):
+    except Exception:  # noqa: BLE001 - for a file that is cut off, plistlib raises expat's errors and AttributeError
         return {}
     return found if isinstance(found, dict) else {}
 

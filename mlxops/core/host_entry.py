@@ -153,7 +153,7 @@ def _python(facts: HostFacts) -> list[Part]:
 
 
 def _engine(facts: HostFacts) -> list[Part]:
-    words = [word for line in facts.servers for word in _words(line)]
+    words = [word for line in facts.servers for word in split_command(line)]
     paths = [*facts.programs, *(word for word in words if word.startswith("/"))]
     found = {engine: [path for path in paths if path.endswith(f"/{name}")] for engine, name in PROGRAMS.items()}
     usable = [engine for engine in PROGRAMS if found[engine] or (engine == DEFAULT_ENGINE and facts.project)]
@@ -186,7 +186,7 @@ _SHOWN = ("--model", "--model-path", "--served-model-name", "--host", "--port")
 
 def _described(line: str) -> str:
     """Return the program and the options that matter here. Others may hold a secret."""
-    words = _words(line)
+    words = split_command(line)
     program = next((word for word in words if word.rpartition("/")[2] in PROGRAMS.values()), "a server")
     pairs = [(option, value) for option, value in pairwise(words) if option in _SHOWN]
     return " ".join([program, *(f"{option} {value}" for option, value in pairs)])
@@ -214,7 +214,8 @@ def _flow(job: Mapping[str, str]) -> str:
     return ", ".join(f"{key}: {value}" for key, value in job.items())
 
 
-def _words(line: str) -> list[str]:
+def split_command(line: str) -> list[str]:
+    """Split a command line as a shell does; at spaces if its quotes are not closed."""
     try:
         return shlex.split(line)
     except ValueError:

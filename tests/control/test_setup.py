@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import plistlib
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from mlxops.control import inventory
+from mlxops.control import inventory, setup
 from mlxops.control.setup import LOOK, as_yaml
 from mlxops.core import host_entry
 from mlxops.core.host_entry import BootFile, HostFacts
@@ -90,6 +91,33 @@ def test_unknown_things_are_comments_and_the_entry_loads(facts: HostFacts, words
 )
 def test_entry_is_named_after_its_host(ssh: str, name: str) -> None:
     assert host_entry.entry_name(ssh) == name
+
+
+def plist(*arguments: str) -> str:
+    return plistlib.dumps({"Label": "com.example.mlx", "ProgramArguments": list(arguments)}).decode()
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "script"),
+    [
+        ("/a/x.plist", plist("/bin/bash", "/opt/start.sh"), "/opt/start.sh"),
+        ("/a/x.plist", plist("/bin/sh", "-c", "/opt/start.sh --api-key sk-1 --port 8100"), "/opt/start.sh"),
+        ("/a/x.plist", plist("/bin/sh", "-c", "exec /opt/start.sh 'unclosed"), ""),
+        ("/a/x.plist", plist("/bin/bash", "/opt/start.sh")[:300], ""),
+        ("/a/x.plist", plist("/bin/bash", "/opt/start.sh").replace("<array>", "<date>x</date><array>"), ""),
+        ("/a/x.plist", "bplist00\x00\x01", ""),
+        ("/a/mlx.service", "[Service] ExecStart=-/opt/start.sh --api-key sk-1 Restart=always", "/opt/start.sh"),
+        (
+            "/a/mlx.service",
+            "[Service] ExecStart=/bin/bash -c '/opt/start.sh --api-key sk-1' [Install]",
+            "/opt/start.sh",
+        ),
+        ("/a/mlx.service", "[Service] ExecStart=/bin/bash Environment=X=/opt/other", ""),
+        ("/a/mlx.service", "[Service] ExecStart=", ""),
+    ],
+)
+def test_script_of_a_boot_job_is_a_path_without_arguments(path: str, text: str, script: str) -> None:
+    assert setup._boot_file(path, text).script == script
 
 
 def test_setup_of_the_labs_studio_prints_an_entry_that_works(homelab: Homelab, tmp_path: Path) -> None:

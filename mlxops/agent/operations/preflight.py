@@ -338,6 +338,7 @@ def _take_lock(ctx: Context, name: str, holder: Operation) -> Lock:
     while isinstance(lock := ctx.store.lock(name, holder), Operation):
         if time.monotonic() > deadline:
             raise busy(name, lock)
+        time.sleep(0.02)
     return lock
 
 

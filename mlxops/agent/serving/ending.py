@@ -20,7 +20,7 @@ from mlxops.agent.engines.base import Engine
 from mlxops.agent.host.system import System
 from mlxops.agent.serving.processes import Signaller
 from mlxops.agent.state.store import Store, utc_now
-from mlxops.core.errors import Busy, MlxopsError
+from mlxops.core.errors import Busy, MlxopsError, Refused
 from mlxops.core.frozen import dataclass
 from mlxops.core.protocol import Event, Note, Phase, Progress
 from mlxops.core.records import Run
@@ -103,9 +103,9 @@ def end(
     waiting = _Waiting(system, signaller, run, emit)
     if _ask(signaller, run, terms, waiting) and _end_rest(signaller, waiting):
         return Ended(time.monotonic() - began, killed=False)
-    waiting.measure()
+    held = waiting.measure()
     if not may_kill(terms.kill_limit, waiting.held):
-        raise _still_ending(run, terms, waiting.held, store)
+        raise _still_ending(run, terms, held, store)
     killed = signaller.send(signal.SIGKILL)
     if not waiting.ended(KILL_SECONDS + (waiting.held or 0) / BYTES_PER_SECOND):
         raise _will_not_die(time.monotonic() - began)
@@ -161,7 +161,10 @@ class _Waiting:
 
     def measure(self) -> int | None:
         """Return what it holds now; None if that is not known."""
-        now = self._system.memory(self._signaller.alive)
+        try:
+            now = self._system.memory(self._signaller.alive)
+        except Refused:  # the processes cannot be observed for a moment: do not stop half way
+            return None
         self.held = max((size for size in (self.held, now) if size is not None), default=None)
         return now
 
