@@ -245,7 +245,7 @@ def _print_entries(cli: Cli, request: Gateway) -> None:
 
 
 def doctor(cli: Cli, request: Doctor) -> None:
-    """A hosts.yaml that cannot be used is a finding: this machine is examined all the same."""
+    """A hosts.yaml that cannot be used is a finding: this machine is still examined."""
     from mlxops.cli.targets import checkout
     from mlxops.control.doctor import command, report
 

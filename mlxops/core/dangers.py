@@ -65,7 +65,7 @@ def wired_limit(limit: int | None, default: int, memory: int) -> Danger | None:
 
 
 def unbounded_servers(uses: Iterable[Use]) -> Danger | None:
-    """Judge the servers of a host: two that both grow without a bound take each other's memory."""
+    """Judge the servers of a host: two that both grow without a bound compete for the same memory."""
     growing = [use for use in uses if use.unbounded]
     if len(growing) < 2:
         return None

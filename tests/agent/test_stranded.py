@@ -115,7 +115,12 @@ def stop(store: Store, child: subprocess.Popen[str], *, between: Callable[[], ob
     notes: list[str] = []
     system = Alone()
     with expect_return(
-        store, system, port=8100, model="m", pids=[child.pid], note=lambda text, level: notes.append(text)
+        store,
+        system,
+        port=8100,
+        model="m",
+        pids=[child.pid],
+        note=lambda text, level: notes.append(text) if level == "warning" else None,
     ):
         between()
         child.kill()

@@ -20,6 +20,7 @@ from mlxops.core.loadable import Abilities
 
 HELP_TIMEOUT_SECONDS = 120.0
 """An engine imports all its packages before it prints its help, which takes a while from a cold disk."""
+OPTIONAL_HELP_SECONDS = 30.0
 
 
 class HelpNotKnown(Exception):
@@ -61,28 +62,34 @@ def optional_help(
     if command.help is not None or site_packages(command.argv[:1], engine.distribution) is None:
         return command.help
     try:
-        return _help(engine, (*command.argv, "--help"), environ, store, keep=keep)
+        return _help(engine, (*command.argv, "--help"), environ, store, keep=keep, seconds=OPTIONAL_HELP_SECONDS)
     except Refused:
         return None
 
 
-def _help(engine: Engine, argv: Sequence[str], environ: Mapping[str, str] | None, store: Store, *, keep: bool) -> str:
+def _help(
+    engine: Engine,
+    argv: Sequence[str],
+    environ: Mapping[str, str] | None,
+    store: Store,
+    *,
+    keep: bool,
+    seconds: float = HELP_TIMEOUT_SECONDS,
+) -> str:
     """Return the stored help text, or run the engine for it. Raises `Refused` (engine_broken), `HelpNotKnown`."""
     key = _installation_key(argv)
     text = store.engine_help(key)
     if text is None:
         if environ is None:
             raise HelpNotKnown
-        text = _read_help(engine, argv, environ)
+        text = _read_help(engine, argv, environ, seconds)
         if keep:
             store.keep_engine_help(key, text)
     return text
 
 
-def _read_help(engine: Engine, argv: Sequence[str], environ: Mapping[str, str]) -> str:
-    status, output = programs.run_program(
-        argv, programs.environment(environ, engine.environment(), ""), HELP_TIMEOUT_SECONDS
-    )
+def _read_help(engine: Engine, argv: Sequence[str], environ: Mapping[str, str], seconds: float) -> str:
+    status, output = programs.run_program(argv, programs.environment(environ, engine.environment(), ""), seconds)
     if status == 0:
         return output
     last = next((line.strip() for line in reversed(output.splitlines()) if line.strip()), "no output")

@@ -1,9 +1,9 @@
 """Stranded memory: what a stopped server held and the host does not get back before a reboot.
 
-On macOS, a process that ends too early can leave wired memory that belongs to no process. It is claimed only from two
-looks, before and after a stop. Each look counts the memory in use that no visible process explains: if that is more
-after the stop than before, the difference is stranded. A server that starts or grows in between does not matter. What a
-living server keeps to use it again is part of what it holds.
+On macOS, a process that ends too early can leave wired memory that belongs to no process. It is claimed only by
+comparing two measurements, before and after a stop. Each one counts the memory in use that no visible process explains:
+if that is more after the stop than before, the difference is stranded. A server that starts or grows in between does
+not matter. What a living server keeps to use it again is part of what it holds.
 
 Processes of other users may be invisible, and then their growth looks the same. The claim is therefore compared with
 every later look, and shrinks when that memory is available again.
@@ -28,6 +28,7 @@ MIN_BYTES = 1024**3
 MIN_SHARE = 0.1
 """Share of what the server held that is not claimed either."""
 RETURN_SECONDS = 10.0
+QUIET_SECONDS = 2.0
 BYTES_PER_SECOND = 4e9
 """A GPU's driver returns memory a little later: `RETURN_SECONDS`, and a second for each 4 GB."""
 
@@ -52,7 +53,7 @@ def expect_return(
     yield
     if held is None or before is None:
         return
-    if missing := _wait(system, before, held):
+    if missing := _wait(system, before, held, note):
         _record(store, system, before, missing, port, model or "a server")
         note(
             f"{amount(missing)} of its {amount(held)} of memory did not return within {return_seconds(held):.0f} s; "
@@ -66,9 +67,11 @@ def return_seconds(held: int) -> float:
     return RETURN_SECONDS + held / BYTES_PER_SECOND
 
 
-def _wait(system: System, before: int, held: int) -> int:
+def _wait(system: System, before: int, held: int, note: Callable[[str, str], None]) -> int:
     """Wait until the server's memory is available. Return the bytes that are missing after that time; 0 if none."""
-    deadline = time.monotonic() + return_seconds(held)
+    began = time.monotonic()
+    deadline = began + return_seconds(held)
+    said = False
     pause = 0.05
     while True:
         now = _unexplained(system)
@@ -77,6 +80,9 @@ def _wait(system: System, before: int, held: int) -> int:
             return 0
         if time.monotonic() > deadline:
             return missing
+        if not said and time.monotonic() > began + QUIET_SECONDS:
+            said = True
+            note(f"waiting up to {return_seconds(held):.0f} s for {amount(missing)} of memory to return", "info")
         time.sleep(pause)
         pause = min(pause * 1.5, 1.0)
 
