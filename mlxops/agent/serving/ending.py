@@ -127,7 +127,7 @@ def _ask(signaller: Signaller, run: Run, terms: Terms, waiting: _Waiting) -> boo
 def _steps(engine: Engine | None, run: Run, terms: Terms, held: int | None) -> list[tuple[signal.Signals, float]]:
     """Return the signals for a server, and how long each may take.
 
-    One that was asked before is only reminded: a second SIGINT interrupts its cleanup.
+    A server that was asked before gets only SIGTERM: a second SIGINT interrupts its cleanup.
     """
     signals = engine.stop_signals if engine and run.stopping_since is None else (signal.SIGTERM,)
     waits = [SIGNAL_SECONDS] * (len(signals) - 1) + [end_seconds(held)]

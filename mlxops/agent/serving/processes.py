@@ -194,8 +194,8 @@ class Signaller:
         server = _server(look, self._run, ours)
         above = {up.pid for pid in server for up in look.ancestors(pid)} & ours - server
         shells = {pid for pid in above if servers.is_shell(look.processes[pid].argv)}
-        told = above if number is signal.SIGTERM else shells
-        self._send(look, dict.fromkeys(told, signal.SIGTERM) | dict.fromkeys(server, number))
+        above_too = above if number is signal.SIGTERM else shells
+        self._send(look, dict.fromkeys(above_too, signal.SIGTERM) | dict.fromkeys(server, number))
         return bool(server)
 
     def ignores(self, number: signal.Signals) -> bool:

@@ -21,7 +21,7 @@ class Fault:
     before: Version
     what: str
     with_package: tuple[str, Version] | None = None
-    """It also takes this package, from this version on."""
+    """The fault appears only together with this package, from this version on."""
 
 
 FAULTS = (

@@ -1,4 +1,4 @@
-"""Judge how LiteLLM's configuration bears a swap, and whether its health checks reach the servers. Pure."""
+"""Check whether LiteLLM's retries outlast a swap, and whether its health checks reach the servers. Pure."""
 
 from __future__ import annotations
 
