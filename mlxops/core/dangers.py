@@ -1,6 +1,6 @@
 """Name the settings that can take a host down: the GPU, the wired limit, engines without limits. Pure.
 
-Each danger has a stable id. `load` shows them as warnings; other commands may use the same functions.
+The id of each is its code in doctor's table of findings. `load` warns of them, `doctor` reports them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FAST_SYNCH_WHY = "it can wedge the GPU until the host is rebooted"
 
 @dataclass(frozen=True)
 class Danger:
-    """A setting that can take the host down. `id` is stable."""
+    """A setting that can take the host down. `id`: one of `FindingCode`."""
 
     id: str
     message: str
@@ -44,7 +44,7 @@ def metal_fast_synch(environ: Mapping[str, str], where: str) -> Danger | None:
     return Danger(
         "metal_fast_synch",
         f"{FAST_SYNCH} is set ({where}): {FAST_SYNCH_WHY}",
-        "take it out, then load the models again",
+        "take it out, then load the models again with --force",
     )
 
 

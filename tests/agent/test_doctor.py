@@ -8,7 +8,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -16,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from mlxops.agent.context import Context
-from mlxops.agent.host.system import this_system
+from mlxops.agent.host.memory import HostMemory
+from mlxops.agent.host.system import LinuxSystem, this_system
 from mlxops.agent.operations import doctor
 from mlxops.agent.paths import host_paths
 from mlxops.agent.service import restore_job
@@ -25,11 +27,20 @@ from mlxops.agent.state.store import Store
 from mlxops.common.parallel import reason, within
 from mlxops.core.commands.doctor import Doctor
 from mlxops.core.errors import Refused
+from mlxops.core.records import Stranded
 from mlxops.core.settings import PortRange, Settings
-from tests.lab.world import free_ports
+from tests.lab import models as tiny
+from tests.lab.run import running
+from tests.lab.world import free_ports, wait_until
+
+GB = 10**9
 
 Change = Callable[[Path], Mapping[str, object] | None]
 """Break the host in this folder; return settings that are different, if any."""
+
+
+OF_THIS_MACHINE = {"not_agreed", "memory_pressure", "swap_used", "unbounded_servers"}
+"""Servers of other tests, which run at the same time, count too."""
 
 
 def host(folder: Path, **changes: object) -> Context:
@@ -62,7 +73,7 @@ def program(path: Path, script: str = "exit 0") -> Path:
 def found(ctx: Context) -> dict[str, str]:
     """The codes of the findings, with their levels, without what this machine itself may have."""
     rows = doctor.run(ctx, Doctor()).findings
-    return {row.code: row.severity for row in rows if row.code not in {"not_agreed", "memory_pressure", "swap_used"}}
+    return {row.code: row.severity for row in rows if row.code not in OF_THIS_MACHINE}
 
 
 def registry(folder: Path, text: str) -> None:
@@ -109,7 +120,8 @@ BROKEN: Mapping[str, tuple[Change, dict[str, str]]] = {
         lambda folder: {"launch": {"mlx-lm": (str(program(folder / "x" / "mlx_lm.server")),)}},
         {"engine_version_unknown": "info"},
     ),
-    "FAST_SYNCH": (lambda folder: {"env": {"MLX_METAL_FAST_SYNCH": "1"}}, {"fast_synch": "warning"}),
+    "FAST_SYNCH": (lambda folder: {"env": {"MLX_METAL_FAST_SYNCH": "1"}}, {"metal_fast_synch": "warning"}),
+    "FAST_SYNCH, switched off": (lambda folder: {"env": {"MLX_METAL_FAST_SYNCH": "0"}}, {}),
     "bind": (lambda folder: {"bind": "0.0.0.0"}, {"bind_open": "info"}),
     "bind, accepted": (lambda folder: {"bind": "0.0.0.0", "exposure": "accepted"}, {}),
     "budget above RAM": (lambda folder: {"memory": 10**15}, {"budget_high": "info"}),
@@ -131,6 +143,70 @@ def test_one_fault_is_one_finding(case: str, tmp_path: Path) -> None:
     change, wanted = BROKEN[case]
     changes = change(tmp_path)
     assert found(host(tmp_path, **(changes or {}))) == wanted
+
+
+class Raised(LinuxSystem):
+    """A Mac of 128 GB whose administrator raised the GPU's limit, as far as memory goes."""
+
+    def host_memory(self) -> HostMemory:
+        return HostMemory(128 * 1024**3, gpu_limit=120_000 * 1024**2, gpu_limit_set=True)
+
+
+def test_raised_wired_limit_is_found(tmp_path: Path) -> None:
+    assert found(replace(host(tmp_path), system=Raised())) == {"wired_limit_high": "warning"}
+
+
+def test_stranded_memory_is_found_once(tmp_path: Path) -> None:
+    ctx = host(tmp_path)
+    ctx.store.create_folders()
+    ctx.store.save_stranded(Stranded(ctx.system.boot_id(), 100 * GB, -(10**15), 8101, "big", "2026-01-02T03:04:05Z"))
+    (row,) = [row for row in doctor.run(ctx, Doctor()).findings if "100 GB" in row.message]
+    assert (row.code, row.severity) == ("memory_stranded", "error")
+    assert row.message.startswith("100 GB of memory did not return; big on 8101 was stopped last")
+    assert row.hint.startswith("only a reboot returns it") and row.commands == (("mlxctl", "list", "--memory"),)
+
+
+@contextmanager
+def engine(ctx: Context, port: int, *options: str, model: str = "m", **environ: str) -> Iterator[None]:
+    """Run a program that looks like the engine and listens on a port."""
+    path = Path(ctx.paths.settings.launch["mlx-lm"][0])
+    path.write_text(f"#!{sys.executable}\n{LISTENER}")
+    with running([str(path), "--model", model, "--port", str(port), *options], path.parent, environ):
+        wait_until(lambda: any(each.port == port for each in ctx.system.look((port,)).listeners), 10, "the listener")
+        yield
+
+
+LISTENER = """\
+import socket, sys, time
+server = socket.create_server(("127.0.0.1", int(sys.argv[4])))
+time.sleep(600)
+"""
+
+
+def test_servers_that_both_grow_without_a_bound_are_found(tmp_path: Path) -> None:
+    ctx = host(tmp_path)
+    first, second = ctx.paths.settings.ports
+    with engine(ctx, first), engine(ctx, second):
+        (row,) = [row for row in doctor.run(ctx, Doctor()).findings if row.code == "unbounded_servers"]
+    assert row.severity == "warning" and f"m on {first}" in row.message and f"m on {second}" in row.message
+
+
+def test_limits_beyond_the_budget_are_found(tmp_path: Path) -> None:
+    snapshot = tiny.install_snapshot(tmp_path, "org/m", tiny.tiny_models() / tiny.QWEN)
+    ctx = host(tmp_path, memory=10_000 * GB)
+    port = ctx.paths.settings.ports.first
+    with engine(ctx, port, "--prompt-cache-bytes", str(20_000 * GB), model=str(snapshot)):
+        codes = found(ctx)
+    assert codes["limits_over_budget"] == "warning" and "overcommitted" not in codes
+
+
+def test_server_with_fast_synch_is_found_once(tmp_path: Path) -> None:
+    ctx = host(tmp_path)
+    port = ctx.paths.settings.ports.first
+    with engine(ctx, port, MLX_METAL_FAST_SYNCH="1"):
+        rows = [row for row in doctor.run(ctx, Doctor()).findings if "FAST_SYNCH" in row.message]
+    assert [(row.code, row.severity, row.port) for row in rows] == [("metal_fast_synch", "warning", port)]
+    assert rows[0].message.startswith("MLX_METAL_FAST_SYNCH is set in its environment: it can wedge the GPU")
 
 
 def test_checks_that_fail_or_hang_do_not_keep_the_others_from_being_made(
@@ -186,18 +262,23 @@ class _Open(_Locked):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="another address of this machine is needed")
 @pytest.mark.parametrize(
-    ("address", "handler", "exposed"),
-    [("0.0.0.0", _Open, True), ("0.0.0.0", _Locked, False), ("127.0.0.1", _Open, False)],
+    ("address", "handler", "accepted", "severity"),
+    [
+        ("0.0.0.0", _Open, None, "warning"),
+        ("0.0.0.0", _Open, "accepted", None),
+        ("0.0.0.0", _Locked, None, None),
+        ("127.0.0.1", _Open, None, None),
+    ],
 )
 def test_port_that_answers_others_without_a_key_is_exposed(
-    tmp_path: Path, address: str, handler: type[_Locked], exposed: bool
+    tmp_path: Path, address: str, handler: type[_Locked], accepted: str | None, severity: str | None
 ) -> None:
-    ctx = host(tmp_path)
+    ctx = host(tmp_path, exposure=accepted)
     with HTTPServer((address, ctx.paths.settings.ports.first), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         codes = found(ctx)
         server.shutdown()
-    assert ("exposed" in codes) == exposed
+    assert codes.get("exposed") == severity
 
 
 def test_silent_listener_is_not_exposed(tmp_path: Path) -> None:

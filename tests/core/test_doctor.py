@@ -65,7 +65,7 @@ def test_disk_without_room_is_named(free: int, inodes: int | None, found: list[s
     assert codes(disk_findings(Disk("the models", "/models", free, inodes))) == found
 
 
-CALM = Memory(total=512 * GB, wired_limit=0, pressure=Level.INFO, swapped=0)
+CALM = Memory(total=512 * GB, pressure=Level.INFO, swapped=0)
 
 
 @pytest.mark.parametrize(
@@ -75,9 +75,6 @@ CALM = Memory(total=512 * GB, wired_limit=0, pressure=Level.INFO, swapped=0)
         (Memory(), 380 * GB, True, []),
         (CALM, 600 * GB, True, ["budget_high info"]),
         (CALM, 600 * GB, False, []),
-        (replace(CALM, wired_limit=500 * GB), GB, False, []),
-        (replace(CALM, wired_limit=508 * GB), GB, False, ["wired_limit_high warning"]),
-        (replace(CALM, total=16 * GB, wired_limit=14 * GB), GB, False, ["wired_limit_high warning"]),
         (replace(CALM, pressure=Level.WARNING), GB, False, ["memory_pressure warning"]),
         (replace(CALM, pressure=Level.ERROR), GB, False, ["memory_pressure error"]),
         (replace(CALM, swapped=60 * GB), GB, False, ["swap_used warning"]),

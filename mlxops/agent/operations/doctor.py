@@ -23,7 +23,9 @@ from mlxops.agent.paths import missing_folder, settings_differ, settings_differe
 from mlxops.agent.state.locks import NoLocks, is_locked, try_flock
 from mlxops.common.build import build_id
 from mlxops.common.parallel import reason, within
+from mlxops.core import dangers
 from mlxops.core.commands.doctor import Doctor, DoctorResult, FindingRow
+from mlxops.core.dangers import Danger
 from mlxops.core.doctor import engines
 from mlxops.core.doctor.assumptions import Trial
 from mlxops.core.doctor.findings import Finding, FindingCode, Level, worst_first
@@ -35,7 +37,6 @@ from mlxops.core.text import amount
 CHECK_SECONDS = 12.0
 """Less than the control node's limit for an agent's silence."""
 TESTED_PYTHONS = ((3, 11), (3, 12), (3, 13))
-FAST_SYNCH = "MLX_METAL_FAST_SYNCH"
 Check = Callable[[Context], Iterator[Finding]]
 
 
@@ -154,9 +155,6 @@ def _engines(ctx: Context) -> Iterator[Finding]:
         packages = (*engines.PACKAGES, engine.distribution)
         found = {package: version for package in packages if (version := version_in(site, package))}
         yield from engines.engine_findings(name, found)
-    if FAST_SYNCH in ctx.paths.settings.env:
-        message = f"hosts.yaml sets {FAST_SYNCH} for the servers"
-        yield Finding.of(FindingCode.FAST_SYNCH, message, where="`env` in hosts.yaml")
 
 
 # -- files --------------------------------------------------------------------------------------------------------
@@ -264,11 +262,21 @@ def _memory(ctx: Context) -> Iterator[Finding]:
     seen = ctx.system.host_memory()
     memory = Memory(
         total=seen.total or None,
-        wired_limit=seen.gpu_limit if seen.gpu_limit_set else None,
         pressure=pressure_level(seen.pressure, seen.stalled_percent),
         swapped=seen.swap_used,
     )
     yield from memory_findings(memory, limit.size, configured=ctx.paths.settings.memory is not None)
+
+
+def _dangers(ctx: Context) -> Iterator[Finding]:
+    from mlxops.agent.operations.limits import host_dangers
+
+    return map(_dangerous, host_dangers(ctx))
+
+
+def _dangerous(danger: Danger) -> Finding:
+    code = FindingCode(danger.id)
+    return Finding(code, code.level, danger.message, danger.hint)
 
 
 def _incidents(ctx: Context) -> Iterator[Finding]:
@@ -285,7 +293,7 @@ def _incidents(ctx: Context) -> Iterator[Finding]:
 
 _DRIFT_ERRORS = frozenset({"assigned_not_served", "foreign", "mismatch", "wedged", "failed", "rebooted"})
 """Drift because of which requests fail now."""
-_OWN_CODES = {"memory_stranded": FindingCode.MEMORY_STRANDED}
+_OWN_CODES = {"memory_stranded": FindingCode.MEMORY_STRANDED, "dangerous_setting": FindingCode.METAL_FAST_SYNCH}
 """Drift that is a finding of its own."""
 _REPORTED = frozenset({"registry_unusable", "registry_missing"})
 """Drift that the check of files reports."""
@@ -300,14 +308,15 @@ def _ports(ctx: Context) -> Iterator[Finding]:
     for row in result.drift:
         code = _OWN_CODES.get(row.code, FindingCode.DRIFT)
         level = Level.ERROR if row.code in _DRIFT_ERRORS else code.level
+        what = f"{row.code}: " if code is FindingCode.DRIFT else ""
         if row.code not in _REPORTED:
-            yield Finding(code, level, f"{row.code}: {row.message}", mark(row.hint, row.commands), row.port)
+            message = what + row.message.removeprefix(f"{row.port}: ")
+            yield Finding(code, level, message, mark(row.hint, row.commands), row.port)
     yield from _servers(ctx)
 
 
 def _servers(ctx: Context) -> Iterator[Finding]:
     from mlxops.agent.serving.memory import budget, in_use
-    from mlxops.agent.serving.servers import find_servers
 
     world = ctx.observe(ctx.registry())
     uses, limit = in_use(world, ctx.system, ctx.reserved()), budget(ctx.paths)
@@ -317,11 +326,10 @@ def _servers(ctx: Context) -> Iterator[Finding]:
         largest = max(removable, key=lambda use: use.counted)
         message = f"the servers need {amount(used)}, and the budget is {amount(limit.size)} ({limit.source})"
         yield Finding.of(FindingCode.OVERCOMMITTED, message, port=largest.port)
-    for server in find_servers(ctx.system.look(())):
-        pid = server.process.pid
-        if FAST_SYNCH not in ctx.paths.settings.env and ctx.system.environment(pid, FAST_SYNCH) is not None:
-            message = f"{FAST_SYNCH} is set for pid {pid}, a server"
-            yield Finding.of(FindingCode.FAST_SYNCH, message, where="what starts it")
+    elif danger := dangers.limits_over_budget(uses, limit.size):
+        yield _dangerous(danger)
+    if danger := dangers.unbounded_servers(uses):
+        yield _dangerous(danger)
 
 
 def _exposure(ctx: Context) -> Iterator[Finding]:
@@ -402,6 +410,7 @@ CHECKS: dict[str, Check] = {
     "disks": _disks,
     "cache": _cache,
     "memory": _memory,
+    "dangerous settings": _dangers,
     "panics and jetsam": _incidents,
     "ports": _ports,
     "exposure": _exposure,

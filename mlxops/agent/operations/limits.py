@@ -97,15 +97,20 @@ def _warnings(
     """Return what may exhaust the memory or wedge the GPU of the host. `size`: its budget."""
     growing = prepared.engine.is_unbounded(prepared.argv, prepared.command.version)
     new = Use(plan.port, plan.target.name, "mlxops", None, most.total, None, unbounded=growing)
-    own = ctx.paths.settings.env
-    where = "env in hosts.yaml" if dangers.FAST_SYNCH in own else "the environment of mlxops on the host"
     found = [
-        dangers.metal_fast_synch({**ctx.environ, **own}, where),
-        raised_wired_limit(ctx.system.host_memory()),
+        *host_dangers(ctx),
         dangers.unbounded_servers([*staying, new]) if growing else None,
         dangers.limits_over_budget([*staying, new], size),
     ]
     return [str(danger) for danger in found if danger]
+
+
+def host_dangers(ctx: Context) -> list[Danger]:
+    """Judge what servers get from the host: their environment, and the GPU's wired limit."""
+    ours = dangers.FAST_SYNCH in ctx.paths.settings.env
+    where = "env in hosts.yaml" if ours else "the environment of mlxops on the host"
+    found = dangers.metal_fast_synch(ctx.engine_environ, where), raised_wired_limit(ctx.system.host_memory())
+    return [danger for danger in found if danger]
 
 
 def raised_wired_limit(memory: HostMemory) -> Danger | None:

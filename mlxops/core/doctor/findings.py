@@ -206,11 +206,11 @@ class FindingCode(StrEnum):
         "The engine starts, and fails at every completion, because of the library that it was installed with.",
         "update the engine, or install transformers<5 beside it",
     )
-    FAST_SYNCH = (
-        "fast_synch",
+    METAL_FAST_SYNCH = (
+        "metal_fast_synch",
         Level.WARNING,
-        "MLX_METAL_FAST_SYNCH is set for the servers: it can hang the GPU until a reboot (mlx #3142).",
-        "remove it from {where}, then load the models again with --force",
+        "MLX_METAL_FAST_SYNCH is set for the servers: it can wedge the GPU until the host is rebooted (mlx #3142).",
+        "take it out of `env` in hosts.yaml, or of what starts the server; then load the models again with --force",
     )
 
     # Files and disks
@@ -299,14 +299,26 @@ class FindingCode(StrEnum):
     WIRED_LIMIT_HIGH = (
         "wired_limit_high",
         Level.WARNING,
-        "The GPU may wire so much memory that too little is left for the system: Macs have panicked.",
-        "sudo sysctl iogpu.wired_limit_mb=0 sets it back to the default",
+        "The GPU's wired limit is raised above Apple's default: little is left for the system, and Macs have panicked.",
+        "sudo sysctl iogpu.wired_limit_mb=0 is the default; or give the servers less: `memory` in hosts.yaml",
     )
     OVERCOMMITTED = (
         "overcommitted",
         Level.WARNING,
         "The running servers need more memory than the budget.",
         "stop one: `mlxctl unload {port}`",
+    )
+    UNBOUNDED_SERVERS = (
+        "unbounded_servers",
+        Level.WARNING,
+        "Two servers have no limit of the contexts that they keep: together they can exhaust the memory.",
+        "load one again: a load sets the limits that the installed engine has",
+    )
+    LIMITS_OVER_BUDGET = (
+        "limits_over_budget",
+        Level.WARNING,
+        "The limits of the servers allow more memory together than the budget.",
+        "load one again: a load chooses new limits from what is left",
     )
     MEMORY_PRESSURE = (
         "memory_pressure",

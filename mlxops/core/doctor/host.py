@@ -17,9 +17,6 @@ FULL_BYTES, LOW_BYTES = 500_000_000, 5_000_000_000
 FEW_INODES = 10_000
 SWAP_SHARE = 0.1
 """Share of RAM in swap from which servers are slow."""
-SYSTEM_BYTES = 8_000_000_000
-"""What macOS needs beside the GPU's memory. Its default leaves a quarter of RAM."""
-GPU_SHARE = 0.75
 STALLED_PERCENT = 60.0
 """Share of the last seconds in which a process waited for memory (PSI, "some")."""
 
@@ -50,8 +47,6 @@ class Memory:
     """The memory of a host in bytes. None: not known."""
 
     total: int | None = None
-    wired_limit: int | None = None
-    """The GPU's limit, if one is set (macOS)."""
     pressure: Level | None = None
     """WARNING or ERROR; INFO is normal."""
     swapped: int | None = None
@@ -63,12 +58,6 @@ def memory_findings(memory: Memory, budget: int, *, configured: bool) -> Iterato
     if configured and total is not None and budget > total:
         message = f"`memory` in hosts.yaml is {amount(budget)}, and the host has {amount(total)}"
         yield Finding.of(FindingCode.BUDGET_HIGH, message)
-    if total is not None and memory.wired_limit and memory.wired_limit > most_wired(total):
-        message = (
-            f"iogpu.wired_limit_mb lets the GPU wire {amount(memory.wired_limit)} of {amount(total)}; "
-            f"more than {amount(most_wired(total))} leaves too little for the system"
-        )
-        yield Finding.of(FindingCode.WIRED_LIMIT_HIGH, message)
     if memory.pressure in (Level.WARNING, Level.ERROR):
         message = "the system reports a critical shortage of memory"
         if memory.pressure is Level.WARNING:
@@ -76,11 +65,6 @@ def memory_findings(memory: Memory, budget: int, *, configured: bool) -> Iterato
         yield Finding.of(FindingCode.MEMORY_PRESSURE, message, level=memory.pressure)
     if memory.swapped and total and memory.swapped > total * SWAP_SHARE:
         yield Finding.of(FindingCode.SWAP_USED, f"{amount(memory.swapped)} are swapped out")
-
-
-def most_wired(total: int) -> int:
-    """Return the highest limit for the GPU that leaves the system enough."""
-    return max(int(total * GPU_SHARE), total - SYSTEM_BYTES)
 
 
 def pressure_level(macos: str | None, stalled_percent: float | None) -> Level | None:
