@@ -1,6 +1,6 @@
 """Name the settings that can take a host down: the GPU, the wired limit, engines without limits. Pure.
 
-The id of each is its code in doctor's table of findings. `load` warns of them, `doctor` reports them.
+Each is a finding: `load` warns of it, `doctor` reports it.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from mlxops.core.frozen import dataclass
 from mlxops.core.text import amount
 
 if TYPE_CHECKING:
+    from mlxops.core.doctor.findings import Finding
     from mlxops.core.memory import Use
 
 FAST_SYNCH = "MLX_METAL_FAST_SYNCH"
@@ -20,63 +20,45 @@ examples (pull request 4005)."""
 FAST_SYNCH_WHY = "it can wedge the GPU until the host is rebooted"
 
 
-@dataclass(frozen=True)
-class Danger:
-    """A setting that can take the host down. `id`: one of `FindingCode`."""
-
-    id: str
-    message: str
-    hint: str
-
-    def __str__(self) -> str:
-        return f"{self.message}; {self.hint}"
-
-
 def is_set(value: str | None) -> bool:
     """Return whether MLX takes a variable with this value as switched on."""
     return (value or "0").strip() not in ("", "0")
 
 
-def metal_fast_synch(environ: Mapping[str, str], where: str) -> Danger | None:
+def metal_fast_synch(environ: Mapping[str, str], where: str) -> Finding | None:
     """Judge the environment of a server. `where`: what sets it, for people, such as `env in hosts.yaml`."""
     if not is_set(environ.get(FAST_SYNCH)):
         return None
-    return Danger(
-        "metal_fast_synch",
-        f"{FAST_SYNCH} is set ({where}): {FAST_SYNCH_WHY}",
-        "take it out, then load the models again with --force",
-    )
+    return _finding("metal_fast_synch", f"{FAST_SYNCH} is set ({where}): {FAST_SYNCH_WHY}")
 
 
-def wired_limit(limit: int | None, default: int, memory: int) -> Danger | None:
+def wired_limit(limit: int | None, default: int, memory: int) -> Finding | None:
     """Judge the GPU's wired limit. `default` is Apple's for this Mac, `memory` its RAM; None: the limit is not known.
 
     A limit of 0 is the default.
     """
     if not limit or limit <= default:
         return None
-    return Danger(
+    return _finding(
         "wired_limit_high",
         f"the GPU's wired limit is raised to {amount(limit)}: that leaves {amount(max(0, memory - limit))} of "
         f"{amount(memory)} for the system, and Apple's default leaves {amount(memory - default)}",
-        "lower it on the host (sudo sysctl iogpu.wired_limit_mb=0 is the default), or give the servers less: "
-        "memory in hosts.yaml",
     )
 
 
-def unbounded_servers(uses: Iterable[Use]) -> Danger | None:
+def unbounded_servers(uses: Iterable[Use]) -> Finding | None:
     """Judge the servers of a host: two that both grow without a bound compete for the same memory."""
     growing = [use for use in uses if use.unbounded]
     if len(growing) < 2:
         return None
-    return Danger(
+    return _finding(
         "unbounded_servers",
         f"{_names(growing)} have no limit of the contexts that they keep: together they can exhaust the memory",
-        f"a load sets the limits that the installed engine has{_again(growing)}",
+        _again(growing),
     )
 
 
-def limits_over_budget(uses: Iterable[Use], size: int) -> Danger | None:
+def limits_over_budget(uses: Iterable[Use], size: int) -> Finding | None:
     """Judge the limits of a host's servers against its memory budget (`size`).
 
     A load is not refused for it: a model that fits with one context is loaded, and each server counts with what it
@@ -87,12 +69,19 @@ def limits_over_budget(uses: Iterable[Use], size: int) -> Danger | None:
     allowed = sum(use.possible for use in uses)
     if allowed <= size or not limited:
         return None
-    return Danger(
+    return _finding(
         "limits_over_budget",
         f"the limits of {_names(limited)} allow {amount(allowed)} together with the other servers, and the budget is "
         f"{amount(size)}",
-        f"a load chooses new limits from what is left{_again(sorted(limited, key=lambda use: -use.possible))}",
+        _again(sorted(limited, key=lambda use: -use.possible)),
     )
+
+
+def _finding(code: str, message: str, commands: str = "") -> Finding:
+    from mlxops.core.doctor.findings import Finding, FindingCode  # imported here: most loads find nothing
+
+    found = FindingCode(code)
+    return Finding(found, found.level, message, found.remedy + commands)
 
 
 def _names(uses: Iterable[Use]) -> str:

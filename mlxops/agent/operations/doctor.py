@@ -12,20 +12,20 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from mlxops.agent.context import Context
 from mlxops.agent.engines import engine_named
 from mlxops.agent.engines.installation import site_packages, version_in
 from mlxops.agent.host import health
+from mlxops.agent.operations.limits import host_dangers
 from mlxops.agent.paths import missing_folder, settings_differ, settings_differences
 from mlxops.agent.state.locks import NoLocks, is_locked, try_flock
 from mlxops.common.build import build_id
 from mlxops.common.parallel import reason, within
 from mlxops.core import dangers
 from mlxops.core.commands.doctor import Doctor, DoctorResult, FindingRow
-from mlxops.core.dangers import Danger
 from mlxops.core.doctor import engines
 from mlxops.core.doctor.assumptions import Trial
 from mlxops.core.doctor.findings import Finding, FindingCode, Level, worst_first
@@ -37,7 +37,7 @@ from mlxops.core.text import amount
 CHECK_SECONDS = 12.0
 """Less than the control node's limit for an agent's silence."""
 TESTED_PYTHONS = ((3, 11), (3, 12), (3, 13))
-Check = Callable[[Context], Iterator[Finding]]
+Check = Callable[[Context], Iterable[Finding]]
 
 
 def run(ctx: Context, request: Doctor) -> DoctorResult:
@@ -268,17 +268,6 @@ def _memory(ctx: Context) -> Iterator[Finding]:
     yield from memory_findings(memory, limit.size, configured=ctx.paths.settings.memory is not None)
 
 
-def _dangers(ctx: Context) -> Iterator[Finding]:
-    from mlxops.agent.operations.limits import host_dangers
-
-    return map(_dangerous, host_dangers(ctx))
-
-
-def _dangerous(danger: Danger) -> Finding:
-    code = FindingCode(danger.id)
-    return Finding(code, code.level, danger.message, danger.hint)
-
-
 def _incidents(ctx: Context) -> Iterator[Finding]:
     for path in health.recent_reports(health.report_folders(ctx.environ)):
         try:
@@ -327,9 +316,9 @@ def _servers(ctx: Context) -> Iterator[Finding]:
         message = f"the servers need {amount(used)}, and the budget is {amount(limit.size)} ({limit.source})"
         yield Finding.of(FindingCode.OVERCOMMITTED, message, port=largest.port)
     elif danger := dangers.limits_over_budget(uses, limit.size):
-        yield _dangerous(danger)
+        yield danger
     if danger := dangers.unbounded_servers(uses):
-        yield _dangerous(danger)
+        yield danger
 
 
 def _exposure(ctx: Context) -> Iterator[Finding]:
@@ -410,7 +399,7 @@ CHECKS: dict[str, Check] = {
     "disks": _disks,
     "cache": _cache,
     "memory": _memory,
-    "dangerous settings": _dangers,
+    "dangerous settings": host_dangers,
     "panics and jetsam": _incidents,
     "ports": _ports,
     "exposure": _exposure,

@@ -14,7 +14,6 @@ from mlxops.agent.host.memory import HostMemory
 from mlxops.agent.serving.memory import estimate_of
 from mlxops.core import budget, dangers
 from mlxops.core.budget import LimitOptions, Limits
-from mlxops.core.dangers import Danger
 from mlxops.core.memory import Estimate, Use
 from mlxops.core.planner import LoadPlan
 from mlxops.core.registry import Model, Registry
@@ -22,6 +21,7 @@ from mlxops.core.text import amount
 
 if TYPE_CHECKING:
     from mlxops.agent.operations.preflight import Prepared
+    from mlxops.core.doctor.findings import Finding
 
 
 def installed_options(ctx: Context, prepared: Prepared) -> LimitOptions:
@@ -102,10 +102,10 @@ def _warnings(
         dangers.unbounded_servers([*staying, new]) if growing else None,
         dangers.limits_over_budget([*staying, new], size),
     ]
-    return [str(danger) for danger in found if danger]
+    return [f"{danger.message}; {danger.hint}" for danger in found if danger]
 
 
-def host_dangers(ctx: Context) -> list[Danger]:
+def host_dangers(ctx: Context) -> list[Finding]:
     """Judge what servers get from the host: their environment, and the GPU's wired limit."""
     ours = dangers.FAST_SYNCH in ctx.paths.settings.env
     where = "env in hosts.yaml" if ours else "the environment of mlxops on the host"
@@ -113,7 +113,7 @@ def host_dangers(ctx: Context) -> list[Danger]:
     return [danger for danger in found if danger]
 
 
-def raised_wired_limit(memory: HostMemory) -> Danger | None:
+def raised_wired_limit(memory: HostMemory) -> Finding | None:
     """Judge the GPU's wired limit of a Mac, if an administrator set it."""
     if not memory.gpu_limit_set:
         return None

@@ -300,7 +300,7 @@ class FindingCode(StrEnum):
         "wired_limit_high",
         Level.WARNING,
         "The GPU's wired limit is raised above Apple's default: little is left for the system, and Macs have panicked.",
-        "sudo sysctl iogpu.wired_limit_mb=0 is the default; or give the servers less: `memory` in hosts.yaml",
+        "lower it (sudo sysctl iogpu.wired_limit_mb=0 is the default), or set a smaller `memory` in hosts.yaml",
     )
     OVERCOMMITTED = (
         "overcommitted",
@@ -312,13 +312,13 @@ class FindingCode(StrEnum):
         "unbounded_servers",
         Level.WARNING,
         "Two servers have no limit of the contexts that they keep: together they can exhaust the memory.",
-        "load one again: a load sets the limits that the installed engine has",
+        "a load sets the limits that the installed engine has",
     )
     LIMITS_OVER_BUDGET = (
         "limits_over_budget",
         Level.WARNING,
         "The limits of the servers allow more memory together than the budget.",
-        "load one again: a load chooses new limits from what is left",
+        "a load chooses new limits from what is left",
     )
     MEMORY_PRESSURE = (
         "memory_pressure",
