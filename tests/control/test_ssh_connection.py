@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from mlxops.control.ssh import known_hosts
 from mlxops.control.ssh.connection import command_line, open_local, open_ssh
 from mlxops.core.errors import Exit, MlxopsError
 from mlxops.core.protocol import Hello, Note, encode_event
+from tests.lab import world
 from tests.lab.sshd import SshAgent, SshClient, Sshd, keygen, program, public
 from tests.lab.wire import Wire
 from tests.lab.world import descendants, wait_until
@@ -190,8 +190,7 @@ def test_process_left_by_a_match_exec_does_not_block(server: Sshd, client: SshCl
     try:
         assert reaches("studio") and time.monotonic() - started < 60
     finally:
-        for pid in _sleepers():
-            os.kill(pid, signal.SIGKILL)
+        world.end(_sleepers())
 
 
 def test_proxy_command_with_endless_errors_ends_at_the_deadline(server: Sshd, client: SshClient) -> None:
@@ -744,12 +743,11 @@ def end(session: Session) -> None:
     started = time.monotonic()
     session.close()
     assert time.monotonic() - started < 5
-    for pid in _sleepers():
-        os.kill(pid, signal.SIGKILL)
+    world.end(_sleepers())
 
 
-def _sleepers() -> list[int]:
-    return [process.pid for process in descendants() if process.command.endswith("sleep 600")]
+def _sleepers() -> list[world.Process]:
+    return [process for process in descendants() if process.command.endswith("sleep 600")]
 
 
 def test_standard_input_of_the_caller_is_not_read(server: Sshd, client: SshClient, tmp_path: Path) -> None:
@@ -852,8 +850,8 @@ def test_connection_that_breaks_before_the_status_is_lost(wire: Wire, server: Ss
         with pytest.raises(ConnectionLost):
             session.wait(20)
         session.close()
-    for pid in _sleepers():
-        os.kill(pid, signal.SIGKILL)
+    # Its parent, sshd, ends too. While it does, a walk through the processes may miss it.
+    world.end(wait_until(_sleepers, 30, "the command that sshd leaves"))
 
 
 def test_broken_connection_starts_no_more_commands(wire: Wire) -> None:

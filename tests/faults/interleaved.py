@@ -281,7 +281,7 @@ def _case_server_that_cannot_be_removed_keeps_its_record(arena: Arena) -> None:
     def prepare() -> None:
         owner, name = _owner("mlxops.agent.serving.launch.Launch.abort")
 
-        def abort(start: object) -> None:
+        def abort(start: object, *args: object) -> None:
             raise MlxopsError("will_not_die", "it is still there")
 
         setattr(owner, name, abort)

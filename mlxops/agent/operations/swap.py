@@ -125,9 +125,9 @@ def _stop_all(ctx: Context, request: Load, plan: LoadPlan) -> list[float]:
         if error.code != STILL_ENDING:
             raise
         repo, force = f" --repo {request.repo}" if request.repo else "", " --force" if request.force else ""
-        again = f"mlxctl load {plan.target.name} {plan.port}{repo}{force}"
+        again = f"{plan.target.name} {plan.port}{repo}{force}"
         error.why = f"{error.why}; {plan.target.name} was not started"
-        error.set_hint(f"when it has ended: `{again}`; or kill it: `{again} --kill`")
+        error.set_hint(f"when it has ended: `mlxctl load {again}`; or kill it: `mlxctl load {again} --kill`")
         raise
 
 

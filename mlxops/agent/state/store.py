@@ -81,6 +81,11 @@ def format_utc(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
+HOLDER_SECONDS = 2.0
+"""How long the holder of a lock may take to write its name. Usually that is an instant."""
+UNKNOWN_HOLDER = Operation(id="?", command="?")
+
+
 @dataclass(frozen=True)
 class Lock:
     """A held lock. It ends with this process at the latest; no child inherits it."""
@@ -94,6 +99,19 @@ class Lock:
         with contextlib.suppress(OSError):
             os.ftruncate(self.fd, 0)
         os.close(self.fd)
+
+
+def _is_free(path: Path) -> bool:
+    """Try a shared lock and release it at once. Raises `OSError`."""
+    try:
+        fd = files.open_file(path)
+    except FileNotFoundError:
+        return True
+    try:
+        with add_path(path):
+            return try_flock(fd, shared=True)
+    finally:
+        os.close(fd)
 
 
 class Store:
@@ -141,11 +159,17 @@ class Store:
     def lock(self, name: str, holder: Operation) -> Lock | Operation:
         """Take the lock `name` (port-8100, model-x). Return it, or the operation that holds it."""
         path = self.state / "locks" / name
-        with self._report_unwritable():
-            fd = files.open_file(path, os.O_RDWR | os.O_CREAT)
-            taken = take_or_close(fd, path)
-        if not taken:
-            return self._wait_for_holder(path)
+        deadline = time.monotonic() + HOLDER_SECONDS
+        while True:
+            with self._report_unwritable():
+                fd = files.open_file(path, os.O_RDWR | os.O_CREAT)
+                taken = take_or_close(fd, path)
+            if taken:
+                break
+            # If it has no name, it was just taken, or just released.
+            if (other := self._read_holder(path)) or time.monotonic() > deadline:
+                return other or UNKNOWN_HOLDER
+            time.sleep(0.005)
         abandoned = self._read_holder(path)
         try:
             with self._report_unwritable():
@@ -162,30 +186,18 @@ class Store:
         Raises `OSError` if that cannot be found out.
         """
         path = self.state / "locks" / name
-        try:
-            fd = files.open_file(path)
-        except FileNotFoundError:
-            return None
-        try:
-            with add_path(path):
-                free = try_flock(fd, shared=True)
-        finally:
-            os.close(fd)
-        return None if free else self._wait_for_holder(path)
+        deadline = time.monotonic() + HOLDER_SECONDS
+        while not _is_free(path):
+            # If it has no name, it was just taken, or just released.
+            if (holder := self._read_holder(path)) or time.monotonic() > deadline:
+                return holder or UNKNOWN_HOLDER
+            time.sleep(0.005)
+        return None
 
     def abandoned_by(self, name: str) -> Operation | None:
         """Return the operation that had the lock `name` and did not release it; None if the lock is held now."""
         operation = self._read_holder(self.state / "locks" / name)
         return None if operation is None or self.holder(name) else operation
-
-    def _wait_for_holder(self, path: Path) -> Operation:
-        # The holder writes its name an instant after it has taken the lock: read again for a moment.
-        for _ in range(20):
-            holder = self._read_holder(path)
-            if holder is not None:
-                return holder
-            time.sleep(0.005)
-        return Operation(id="?", command="?")
 
     def _read_holder(self, path: Path) -> Operation | None:
         """Return the operation that a lock's file names, held or not. Releasing the lock empties the file."""

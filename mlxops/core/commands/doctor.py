@@ -63,7 +63,7 @@ class Doctor(
     example="mlxctl doctor",
     hosts=Hosts.ALL,
 ):
-    """Find what is wrong on this machine and on each host, with its fix."""
+    """Find what is wrong on this machine and on each host."""
 
     strict: bool = switch("exit 3 if any finding is an error", sent=False)
     report: str | None = option(
