@@ -17,9 +17,12 @@ from mlxops.core.doctor.assumptions import Assumption
 from tests.lab import macos
 from tests.lab.homelab import Homelab
 
-ON_A_MAC_ONLY = {"memory.footprint", "files.flush", "reports.readable", "demo"}
+ON_A_MAC_ONLY = {
+    *("memory.footprint", "memory.statistics", "memory.wired", "memory.unexplained_wired", "gpu.default_limit"),
+    *("files.flush", "reports.readable", "demo"),
+}
 """Beside everything about sysctl, launchctl and power."""
-LONGER_ON_A_BUSY_MACHINE = {"memory.returned"}
+LONGER_ON_A_BUSY_MACHINE = {"memory.returned", "memory.in_use", "memory.unexplained"}
 
 
 def test_every_assumption_has_a_trial() -> None:

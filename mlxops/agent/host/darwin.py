@@ -65,12 +65,12 @@ def decode_footprint(usage: bytes) -> int:
 
 def host_memory(pids: Iterable[int]) -> HostMemory:
     """`pids`: all processes."""
-    return decode_host_memory(_sysctl, _vm_statistics(), _held(pids))
+    return decode_host_memory(_sysctl, vm_statistics(), _held(pids))
 
 
 def unexplained(pids: Iterable[int]) -> int | None:
     """Return how much more is in use than `pids`, all processes, hold; None if not known."""
-    in_use = decode_host_memory(_sysctl, _vm_statistics(), 0).in_use
+    in_use = decode_host_memory(_sysctl, vm_statistics(), 0).in_use
     return None if in_use is None else in_use - _held(pids)
 
 
@@ -82,14 +82,13 @@ def _held(pids: Iterable[int]) -> int:
 def decode_host_memory(sysctl: Sysctl, statistics: bytes | None, held: int) -> HostMemory:
     """`statistics`: a vm_statistics64; None if the kernel did not return one. `held`: by all visible processes."""
     total, page = _number(sysctl("hw.memsize")) or 0, _number(sysctl("hw.pagesize")) or 0
-    pages = VM_STATISTICS.unpack(statistics) if statistics else None
-    wired = pages[_WIRED] * page if pages else None
+    wired, internal, compressed = page_bytes(statistics, page) if statistics else (None, 0, 0)
     limit = (_number(sysctl("iogpu.wired_limit_mb")) or 0) * MIB
     swap_total, swap_used = _swap(sysctl("vm.swapusage"))
     return HostMemory(
         total,
         # Compressed memory counts with its full size, as in the footprints of its processes.
-        in_use=(pages[_WIRED] + pages[_INTERNAL] + pages[_COMPRESSED]) * page if pages else None,
+        in_use=None if wired is None else wired + internal + compressed,
         wired=wired,
         unexplained_wired=None if wired is None else max(0, wired - held),
         gpu_limit=limit or default_gpu_limit(total),
@@ -98,6 +97,12 @@ def decode_host_memory(sysctl: Sysctl, statistics: bytes | None, held: int) -> H
         swap_total=swap_total,
         swap_used=swap_used,
     )
+
+
+def page_bytes(statistics: bytes, page: int) -> tuple[int, int, int]:
+    """Return the wired, internal and compressed bytes of a vm_statistics64. `page`: the size of a page."""
+    pages = VM_STATISTICS.unpack(statistics)
+    return pages[_WIRED] * page, pages[_INTERNAL] * page, pages[_COMPRESSED] * page
 
 
 def default_gpu_limit(total: int) -> int:
@@ -128,7 +133,7 @@ def _sysctl(name: str) -> bytes | None:
     return None if failed else buffer.raw[: size.value]
 
 
-def _vm_statistics() -> bytes | None:
+def vm_statistics() -> bytes | None:
     """Return the kernel's vm_statistics64 (host_statistics64; sizes are counted in 32-bit words)."""
     library = _library()
     library.mach_host_self.restype = ctypes.c_uint

@@ -47,6 +47,26 @@ _LISTEN = (
     "import socket, time; s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1], flush=True)\n"
     "held = [s.accept() for _ in range(1)]; time.sleep(600)"
 )
+_SERVE = (
+    "import http.server, mmap, sys; size = int(sys.argv[1]); held = mmap.mmap(-1, size)\n"
+    "held[::4096] = b'x' * len(range(0, size, 4096))\n"
+    "server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), http.server.BaseHTTPRequestHandler)\n"
+    "print(server.server_address[1], flush=True)\n"
+    "try: server.serve_forever()\n"
+    "except KeyboardInterrupt: server.server_close()"
+)
+"""Ends as mlx-lm does: at SIGINT it closes its socket, at SIGTERM it just ends."""
+_IGNORE = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + _SLEEP
+_METAL = (
+    "from ctypes import CDLL, CFUNCTYPE, c_char_p, c_uint64, c_void_p\n"
+    "frameworks = '/System/Library/Frameworks/{0}.framework/{0}'\n"
+    "graphics, metal = (CDLL(frameworks.format(name)) for name in ('CoreGraphics', 'Metal'))\n"
+    "objc = CDLL('/usr/lib/libobjc.A.dylib')\n"
+    "selector = CFUNCTYPE(c_void_p, c_char_p)(('sel_registerName', objc))(b'recommendedMaxWorkingSetSize')\n"
+    "device = CFUNCTYPE(c_void_p)(('MTLCreateSystemDefaultDevice', metal))()\n"
+    "print(CFUNCTYPE(c_uint64, c_void_p, c_void_p)(('objc_msgSend', objc))(device, selector), flush=True)"
+)
+"""Asks Metal in a process of its own: a wrong call into its library would end the agent."""
 _FORK = "import os, time\nif os.fork(): print('up', flush=True)\ntime.sleep(600)"
 Trying = Callable[[Context], str]
 
@@ -94,6 +114,7 @@ def _child(code: str, *arguments: str, env: Mapping[str, str] = {}, cwd: str = "
         argv,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
         env={"PATH": os.defpath, **env},
         cwd=cwd,
         start_new_session=True,
@@ -260,6 +281,78 @@ def _memory_returned(ctx: Context) -> str:
     return f"{amount(HEAVY)} in {took:.2f} s"
 
 
+def _memory_in_use(ctx: Context) -> str:
+    before = ctx.system.host_memory()
+    if before.in_use is None or before.total - before.in_use < 3 * HEAVY:
+        raise Untried("there is too little free memory for it")
+    wanted = before.in_use + HEAVY / 2  # other programs take and return memory, too
+    with _child(_HOLD, str(HEAVY)):
+        _until(lambda: (ctx.system.host_memory().in_use or 0) > wanted, f"{amount(HEAVY)} more", RETURN_SECONDS)
+    return f"{amount(before.in_use)} before {amount(HEAVY)} were touched"
+
+
+def _memory_unexplained(ctx: Context) -> str:
+    """Every claim of stranded memory compares two of these figures."""
+    before = ctx.system.unexplained(())
+    free = ctx.system.available()
+    if before is None or free is None or free < 3 * HEAVY:
+        raise Untried("it is not known" if before is None else "there is too little free memory for it")
+    with _child(_HOLD, str(HEAVY)) as (pid, _):
+        during = _change(ctx, before, [pid])
+    after = _change(ctx, before, [])
+    return f"{amount(before)}; changes by {during / 1e6:.0f} MB while it runs, by {after / 1e6:.0f} MB after it"
+
+
+def _change(ctx: Context, before: int, pids: list[int]) -> int:
+    """Wait until less than half of what the process touched is unexplained. Return the change."""
+    seen = [0]
+
+    def is_explained() -> bool:
+        seen[0] = (ctx.system.unexplained(pids) or 0) - before
+        return abs(seen[0]) < HEAVY / 2
+
+    _until(is_explained, f"until {amount(HEAVY)} of a process are explained", RETURN_SECONDS)
+    return seen[0]
+
+
+def _memory_statistics(ctx: Context) -> str:
+    if sys.platform != "darwin":
+        raise Untried("this is not a Mac")
+    from mlxops.agent.host import darwin
+
+    statistics = darwin.vm_statistics()
+    assert statistics is not None, "host_statistics64 failed"
+    sizes = darwin.page_bytes(statistics, os.sysconf("SC_PAGE_SIZE"))
+    assert all(sizes[:2]), "nothing is wired, or nothing is internal"
+    names = ("wired", "internal", "compressed")
+    return ", ".join(f"{name} {amount(size)}" for name, size in zip(names, sizes, strict=True))
+
+
+def _memory_wired(ctx: Context) -> str:
+    if sys.platform != "darwin":
+        raise Untried("this is not a Mac")
+    memory = ctx.system.host_memory()
+    assert memory.wired is not None, "it cannot be read"
+    assert 0 < memory.wired < memory.total, f"{amount(memory.wired)} of {amount(memory.total)}"
+    return f"{amount(memory.wired)} of {amount(memory.total)}"
+
+
+def _gpu_default(ctx: Context) -> str:
+    if sys.platform != "darwin":
+        raise Untried("this is not a Mac")
+    from mlxops.agent.host import darwin
+
+    memory = ctx.system.host_memory()
+    if memory.gpu_limit_set:
+        raise Untried("a limit is set (iogpu.wired_limit_mb)")
+    with _child(_METAL) as (_, line):
+        assert line.isdecimal() and int(line), "Metal did not say"
+    expected, found = darwin.default_gpu_limit(memory.total), int(line)
+    figures = f"Metal allows {amount(found)}, the code takes {amount(expected)}, of {amount(memory.total)}"
+    assert found > expected * 0.99, figures
+    return figures
+
+
 def _host_memory(read: Callable[[HostMemory], object]) -> Trying:
     def trying(ctx: Context) -> str:
         if sys.platform != "darwin":
@@ -319,6 +412,32 @@ def _ends_at(ctx: Context, signal_number: int, *arguments: str) -> str:
 
 def _stop_int(ctx: Context) -> str:
     return _ends_at(ctx, signal.SIGINT)
+
+
+def _stop_ignored(ctx: Context) -> str:
+    with _child(_IGNORE) as (deaf, _), _child(_SLEEP) as (other, _):
+        if sys.platform != "darwin":
+            _equal((ctx.system.ignores(deaf, signal.SIGINT), ctx.system.ignores(other, signal.SIGINT)), (True, False))
+            return "it is seen"
+        _equal(ctx.system.ignores(deaf, signal.SIGINT), False)
+        shown = subprocess.run(
+            ["/bin/ps", "-o", "sigignore=", "-p", str(deaf)], capture_output=True, text=True, timeout=5, check=False
+        ).stdout.strip()
+    # A figure with the bit of SIGINT means that the code could see it.
+    mask = int(shown, 16) if re.fullmatch(r"(0x)?[0-9a-fA-F]+", shown) else 0
+    assert not mask >> (signal.SIGINT - 1) & 1, f"ps shows it: {shown}"
+    return f"ps shows {shown or 'nothing'}"
+
+
+def _stop_server(signal_number: int) -> Trying:
+    def trying(ctx: Context) -> str:
+        with _child(_SERVE, str(HEAVY)) as (pid, port), socket.create_connection(("127.0.0.1", int(port)), 5):
+            _until(lambda: int(port) in ctx.system.connected({int(port)}), "the connection")
+            os.kill(pid, signal_number)
+            took = _until(lambda: not ctx.system.look(()).group(pid), "its end")
+        return f"{took:.2f} s"
+
+    return trying
 
 
 def _stop_kill(ctx: Context) -> str:
@@ -449,6 +568,12 @@ TRIALS: dict[Assumption, Trying] = {
     Assumption.MEMORY_FOOTPRINT: _memory_footprint,
     Assumption.MEMORY_AVAILABLE: _memory_available,
     Assumption.MEMORY_RETURNED: _memory_returned,
+    Assumption.MEMORY_STATISTICS: _memory_statistics,
+    Assumption.MEMORY_IN_USE: _memory_in_use,
+    Assumption.MEMORY_WIRED: _memory_wired,
+    Assumption.MEMORY_UNEXPLAINED_WIRED: _host_memory(lambda memory: memory.unexplained_wired),
+    Assumption.MEMORY_UNEXPLAINED: _memory_unexplained,
+    Assumption.GPU_DEFAULT: _gpu_default,
     Assumption.SYSCTL_MEMSIZE: _host_memory(lambda memory: memory.total or None),
     Assumption.SYSCTL_WIRED_LIMIT: _host_memory(lambda memory: memory.gpu_limit),
     Assumption.SYSCTL_PRESSURE: _host_memory(lambda memory: memory.pressure),
@@ -459,6 +584,9 @@ TRIALS: dict[Assumption, Trying] = {
     Assumption.LAUNCHCTL_GUI: _launchctl_gui,
     Assumption.STOP_INT: _stop_int,
     Assumption.STOP_BACKGROUND: _stop_background,
+    Assumption.STOP_IGNORED: _stop_ignored,
+    Assumption.STOP_SERVER_INT: _stop_server(signal.SIGINT),
+    Assumption.STOP_SERVER_TERM: _stop_server(signal.SIGTERM),
     Assumption.STOP_KILL: _stop_kill,
     Assumption.FILES_FLUSH: _files_flush,
     Assumption.FILES_LOCK: _files_lock,

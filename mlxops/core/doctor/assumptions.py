@@ -42,6 +42,18 @@ class Assumption(DescribedText):
     MEMORY_RESIDENT = "memory.resident", "The resident memory of a process grows by what it touches."
     MEMORY_FOOTPRINT = "memory.footprint", "The physical footprint of a process grows by what it touches."
     MEMORY_AVAILABLE = "memory.available", "The memory that is available to new programs is known."
+    MEMORY_STATISTICS = "memory.statistics", "host_statistics64 counts wired, internal and compressed pages."
+    MEMORY_IN_USE = "memory.in_use", "The memory that the host has in use grows by what a process touches."
+    MEMORY_WIRED = "memory.wired", "The wired memory is read, and is less than the host has."
+    MEMORY_UNEXPLAINED_WIRED = "memory.unexplained_wired", "How much is wired that no process holds is known."
+    MEMORY_UNEXPLAINED = (
+        "memory.unexplained",
+        "The memory in use that no process explains is the same before, during and after a process with 1 GB.",
+    )
+    GPU_DEFAULT = (
+        "gpu.default_limit",
+        "Apple's default limit for the GPU is at least what the code takes it for (Metal).",
+    )
     SYSCTL_MEMSIZE = "sysctl.memsize", "The size of the memory is read (hw.memsize)."
     SYSCTL_WIRED_LIMIT = "sysctl.wired_limit", "The GPU's limit is read (iogpu.wired_limit_mb)."
     SYSCTL_PRESSURE = "sysctl.pressure", "The memory pressure is read (kern.memorystatus_vm_pressure_level)."
@@ -52,6 +64,12 @@ class Assumption(DescribedText):
     LAUNCHCTL_GUI = "launchctl.gui", "launchctl print gui/UID says whether a user is logged in at the screen."
     STOP_INT = "stop.int", "A Python program ends at SIGINT."
     STOP_BACKGROUND = "stop.background", "A program that a shell started with & ignores SIGINT, and ends at SIGTERM."
+    STOP_IGNORED = (
+        "stop.ignored",
+        "Whether a process ignores a signal is seen on Linux, and not on macOS, where a stop waits before SIGTERM.",
+    )
+    STOP_SERVER_INT = "stop.server_int", "A server with 1 GB, threads and an open connection ends at SIGINT."
+    STOP_SERVER_TERM = "stop.server_term", "The same server ends at SIGTERM."
     STOP_KILL = "stop.kill", "After SIGKILL to its group, a process with 1 GB is gone within seconds."
     MEMORY_RETURNED = "memory.returned", "The memory of an ended process is available again within seconds."
     FILES_FLUSH = "files.flush", "F_FULLFSYNC works, and takes this long."
