@@ -77,6 +77,8 @@ class Use:
     """What it needs if it uses the limits of its command to the full; None if that sets no limits."""
     unbounded: bool = False
     """It is an engine's server, and no option limits how many contexts it keeps in memory."""
+    limit: Estimate | None = None
+    """The parts of `limit_bytes`, if they are known."""
 
     @property
     def possible(self) -> int:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -285,6 +287,35 @@ def test_silent_listener_is_not_exposed(tmp_path: Path) -> None:
     ctx = host(tmp_path)
     with socket.create_server(("0.0.0.0", ctx.paths.settings.ports.first)):
         assert "exposed" not in found(ctx)
+
+
+HAND_STARTED = """\
+import socket, time
+server = socket.create_server(("127.0.0.1", 0))
+print(server.getsockname()[1], flush=True)
+time.sleep(600)
+"""
+
+
+def test_port_of_a_server_outside_of_the_range_is_asked_too(tmp_path: Path) -> None:
+    ctx = host(tmp_path)
+    server = tmp_path / "mlx_lm.server"
+    server.write_text(HAND_STARTED)
+    argv = [sys.executable, str(server), "--model", "m", "--port", "1"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        port = int(process.stdout.readline())
+        ports = doctor.served_ports(ctx)
+        process.kill()
+    assert ports >= {port, *ctx.paths.settings.ports} and 1 not in ports
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="another file system is needed")
+def test_disk_of_a_registry_elsewhere_is_judged(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        ctx = host(tmp_path, registry=f"{folder}/registry.json")
+        found = {disk.what: disk.path for disk in doctor.disks(ctx.paths)}
+    assert found == {"the models": str(tmp_path / "hub"), "the registry": folder}
 
 
 # -- launchd ------------------------------------------------------------------------------------------------------

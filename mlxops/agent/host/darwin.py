@@ -92,6 +92,7 @@ def decode_host_memory(sysctl: Sysctl, statistics: bytes | None, held: int) -> H
         wired=wired,
         unexplained_wired=None if wired is None else max(0, wired - held),
         gpu_limit=limit or default_gpu_limit(total),
+        gpu_limit_default=default_gpu_limit(total),
         gpu_limit_set=limit > 0,
         pressure=PRESSURE.get(_number(sysctl("kern.memorystatus_vm_pressure_level")) or 0),
         swap_total=swap_total,

@@ -23,6 +23,8 @@ class HostMemory:
     """macOS: how much more is wired than all visible processes hold."""
     gpu_limit: int | None = None
     """macOS: the most that the GPU may wire."""
+    gpu_limit_default: int | None = None
+    """macOS: the limit that holds while none is set."""
     gpu_limit_set: bool = False
     """An administrator set the limit. It is forgotten at a reboot."""
     pressure: str | None = None

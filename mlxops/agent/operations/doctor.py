@@ -12,7 +12,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from mlxops.agent.context import Context
@@ -20,7 +20,7 @@ from mlxops.agent.engines import engine_named
 from mlxops.agent.engines.installation import site_packages, version_in
 from mlxops.agent.host import health
 from mlxops.agent.operations.limits import host_dangers
-from mlxops.agent.paths import missing_folder, settings_differ, settings_differences
+from mlxops.agent.paths import HostPaths, missing_folder, settings_differ, settings_differences
 from mlxops.agent.state.locks import NoLocks, is_locked, try_flock
 from mlxops.common.build import build_id
 from mlxops.common.parallel import reason, within
@@ -31,6 +31,7 @@ from mlxops.core.doctor.assumptions import Trial
 from mlxops.core.doctor.findings import Finding, FindingCode, Level, worst_first
 from mlxops.core.doctor.host import Disk, Memory, disk_findings, memory_findings, power_findings, pressure_level
 from mlxops.core.doctor.incidents import incident
+from mlxops.core.drift import DriftCode
 from mlxops.core.errors import MlxopsError, Refused
 from mlxops.core.text import amount
 
@@ -212,14 +213,21 @@ def _has_locks(folder: Path) -> bool:
 
 
 def _disks(ctx: Context) -> Iterator[Finding]:
+    for disk in disks(ctx.paths):
+        yield from disk_findings(disk)
+
+
+def disks(paths: HostPaths) -> Iterator[Disk]:
+    """Yield the file systems of our folders, each once."""
+    folders = {"the models": paths.hub, "the state folder": paths.state, "the registry": paths.registry.parent}
     seen = set()
-    for what, folder in (("the models", ctx.paths.hub), ("the state folder", ctx.paths.state)):
+    for what, folder in folders.items():
         there = next(each for each in (folder, *folder.parents) if os.path.exists(each))
         if (device := there.stat().st_dev) not in seen:
             seen.add(device)
             figures = os.statvfs(there)
             inodes = figures.f_favail if figures.f_files else None
-            yield from disk_findings(Disk(what, str(there), figures.f_bavail * figures.f_frsize, inodes))
+            yield Disk(what, str(there), figures.f_bavail * figures.f_frsize, inodes)
 
 
 def _cache(ctx: Context) -> Iterator[Finding]:
@@ -280,11 +288,19 @@ def _incidents(ctx: Context) -> Iterator[Finding]:
 
 # -- ports --------------------------------------------------------------------------------------------------------
 
-_DRIFT_ERRORS = frozenset({"assigned_not_served", "foreign", "mismatch", "wedged", "failed", "rebooted"})
+_DRIFT_ERRORS = frozenset(
+    {
+        *(DriftCode.ASSIGNED_NOT_SERVED, DriftCode.FOREIGN, DriftCode.MISMATCH, DriftCode.WEDGED, DriftCode.FAILED),
+        DriftCode.REBOOTED,
+    }
+)
 """Drift because of which requests fail now."""
-_OWN_CODES = {"memory_stranded": FindingCode.MEMORY_STRANDED, "dangerous_setting": FindingCode.METAL_FAST_SYNCH}
+_OWN_CODES: Mapping[str, FindingCode] = {
+    DriftCode.MEMORY_STRANDED: FindingCode.MEMORY_STRANDED,
+    DriftCode.DANGEROUS_SETTING: FindingCode.METAL_FAST_SYNCH,
+}
 """Drift that is a finding of its own."""
-_REPORTED = frozenset({"registry_unusable", "registry_missing"})
+_REPORTED = frozenset({DriftCode.REGISTRY_UNUSABLE, DriftCode.REGISTRY_MISSING})
 """Drift that the check of files reports."""
 
 
@@ -327,7 +343,7 @@ def _exposure(ctx: Context) -> Iterator[Finding]:
         return
     from mlxops.core.settings import is_loopback
 
-    listeners = [each for each in ctx.system.look(settings.ports).listeners if not is_loopback(each.address)]
+    listeners = [each for each in ctx.system.look(served_ports(ctx)).listeners if not is_loopback(each.address)]
     probes = {f"{each.address} {each.port}": _answering(each.address, each.port) for each in listeners}
     outcomes = within(CHECK_SECONDS - 2, probes)
     open_ports = sorted({each.port for each in listeners if outcomes[f"{each.address} {each.port}"] is True})
@@ -337,6 +353,18 @@ def _exposure(ctx: Context) -> Iterator[Finding]:
         yield Finding.of(FindingCode.EXPOSED, f"servers answer without a key on {addresses}: {ports}")
     elif not is_loopback(settings.bind):
         yield Finding.of(FindingCode.BIND_OPEN, f"`bind` in hosts.yaml is {settings.bind}")
+
+
+def served_ports(ctx: Context) -> frozenset[int]:
+    """Return the ports of hosts.yaml, and those of the servers that somebody started elsewhere."""
+    from mlxops.agent.serving.servers import find_servers
+
+    found = set(ctx.paths.settings.ports)
+    for server in find_servers(ctx.system.look(())):
+        listening = {port for pid in server.family for port in ctx.system.ports_of(pid) or ()}
+        # Another user's ports may be hidden. Then its arguments say where it listens.
+        found |= listening or {port for port in [server.detected.port] if port is not None}
+    return frozenset(found)
 
 
 def _answering(address: str, port: int) -> Callable[[], bool]:

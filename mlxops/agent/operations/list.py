@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlxops.agent.context import Context
 from mlxops.agent.host.memory import HostMemory
@@ -14,6 +15,9 @@ from mlxops.core.errors import Refused
 from mlxops.core.model_options import Origin
 from mlxops.core.registry import Model, Registry
 from mlxops.core.replies import ErrorRow
+
+if TYPE_CHECKING:
+    from mlxops.core.memory import Estimate
 
 
 def run(ctx: Context, request: List) -> ListResult:
@@ -54,6 +58,7 @@ def _memory(ctx: Context, registry: Registry) -> MemoryRow:
                 resident_bytes=use.resident_bytes,
                 counted_bytes=use.counted,
                 limit_bytes=use.limit_bytes,
+                limit=_parts(use.limit) if use.limit else None,
             )
             for use in uses
         ),
@@ -71,6 +76,7 @@ def _host_row(host: HostMemory) -> HostRow:
         wired_bytes=host.wired,
         unexplained_bytes=host.unexplained_wired,
         gpu_limit_bytes=host.gpu_limit,
+        gpu_limit_default_bytes=host.gpu_limit_default,
         gpu_limit_set=host.gpu_limit_set,
         pressure=host.pressure,
         stalled_percent=host.stalled_percent,
@@ -134,8 +140,12 @@ def _estimate(path: Path, model: Model) -> EstimateRow | None:
     from mlxops.agent.serving.memory import estimate_of
 
     estimate = estimate_of(path, model.context_length, served_as(model))
-    if estimate is None:
-        return None
+    return _parts(estimate) if estimate else None
+
+
+def _parts(estimate: Estimate) -> EstimateRow:
+    from mlxops.core.memory import ENGINE_BYTES
+
     return EstimateRow(
         weight_bytes=estimate.weight_bytes,
         context_bytes=estimate.context_bytes,
@@ -143,4 +153,7 @@ def _estimate(path: Path, model: Model) -> EstimateRow | None:
         state_bytes=estimate.state_bytes,
         upper_estimate=not estimate.certain,
         total_bytes=estimate.total,
+        contexts=estimate.contexts,
+        cache_bytes=estimate.cache_bytes,
+        server_bytes=ENGINE_BYTES,
     )

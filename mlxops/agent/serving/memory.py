@@ -96,6 +96,7 @@ def _use(world: World, system: System, server: ServerProcess, view: PortView | N
     version = view.run.engine_version if view and view.run else installed_version(process.argv, engine.distribution)
     own = engine.read_limits(process.argv)
     cached = engine.keeps_caches_in_memory(version)
+    most = limited(expected, own, cached=cached) if expected and own != Limits() else None
     owner = "hand" if process.uid == os.getuid() else "foreign"
     return Use(
         port=view.port if view else _server_port(world, system, server),
@@ -104,7 +105,8 @@ def _use(world: World, system: System, server: ServerProcess, view: PortView | N
         pid=process.pid,
         estimated_bytes=expected.total if expected else None,
         resident_bytes=system.shared_memory(server.family) or None,
-        limit_bytes=limited(expected, own, cached=cached).total if expected and own != Limits() else None,
+        limit_bytes=most.total if most else None,
+        limit=most,
         unbounded=model_type == "lm" and engine.is_unbounded(process.argv, version),
     )
 

@@ -34,7 +34,13 @@ class EstimateRow:
     upper_estimate: bool = False
     """Builds up to 0.1.0 send neither this nor `state_bytes`."""
     total_bytes: int = 0
-    """Weights, context, states and the server program."""
+    """Weights, contexts with their states, kept contexts and the server program."""
+    contexts: int = 1
+    """Requests that are answered at once, each with its context and states."""
+    cache_bytes: int = 0
+    """Contexts that are kept for later requests."""
+    server_bytes: int = 0
+    """The server program. Builds up to 0.2.0 send neither this nor the two before."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,9 @@ class UseRow:
     counted_bytes: int
     """The larger of the two."""
     limit_bytes: int | None = None
-    """What it may take if it uses the limits of its command to the full; None if it has none."""
+    """What it may take if it uses the limits of its command to the full; None if it has none. Not a reservation."""
+    limit: EstimateRow | None = None
+    """The parts of `limit_bytes`. Builds up to 0.2.0 do not send it."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,8 @@ class HostRow:
     """Linux: the share of the last 10 s in which a process waited for memory."""
     swap_total_bytes: int | None
     swap_used_bytes: int | None
+    gpu_limit_default_bytes: int | None = None
+    """macOS: the limit that holds while none is set, as far as it is known. Builds up to 0.2.0 do not send it."""
 
 
 @dataclass(frozen=True)
@@ -224,20 +234,24 @@ def _sizes(use: UseRow) -> tuple[int | None, ...]:
 
 
 def _budget(memory: MemoryRow) -> str:
-    parts = {"held": memory.held_bytes, "reserved": memory.reserved_bytes, "stranded": memory.stranded_bytes}
-    shown = [f"{name} {size(number)}" for name, number in parts.items() if number]
     return ", ".join(
         [
             f"budget {size(memory.budget_bytes)} ({one_line(memory.budget_source)})",
-            f"in use {size(memory.used_bytes)}" + (f" ({', '.join(shown)})" if shown else ""),
-            f"left {size(memory.left_bytes)}",
+            f"counted {size(memory.used_bytes)}",
+            f"held {size(memory.held_bytes)}",
+            f"reserved {size(memory.reserved_bytes)}",
+            *([f"stranded {size(memory.stranded_bytes)}"] if memory.stranded_bytes else []),
+            f"free {size(memory.left_bytes)}",
         ]
     )
 
 
 def _host(host: HostRow) -> str:
     """Return the line about the host, without what is not known."""
-    kind = "set" if host.gpu_limit_set else "default"
+    kind = "default"
+    if host.gpu_limit_set:
+        usual = host.gpu_limit_default_bytes
+        kind = "set" + (f"; the default is {size(usual)}" if usual is not None else "")
     parts = [
         f"host {size(host.total_bytes)}",
         f"in use {size(host.in_use_bytes)}" if host.in_use_bytes is not None else "",

@@ -402,8 +402,9 @@ class FindingCode(StrEnum):
         "exposed",
         Level.WARNING,
         "Servers answer without a key on an address that other machines may reach.",
-        "set `bind` to 127.0.0.1 or to an address in a private network or VPN, and let the firewall admit only the "
-        "gateway (`mlxctl help doctor`); if that is done: `exposure: accepted` in hosts.yaml",
+        "set `bind` to 127.0.0.1 or to an address in a private network or VPN (of a server that a person started, its "
+        "`--host`), and let the firewall admit only the gateway (`mlxctl help doctor`); if that is done: "
+        "`exposure: accepted` in hosts.yaml",
     )
     BIND_OPEN = (
         "bind_open",
