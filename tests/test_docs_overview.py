@@ -70,7 +70,7 @@ def test_options_of_invoke_without_meaning_are_hidden() -> None:
 
 
 def test_help_of_a_command_names_its_positions() -> None:
-    assert "Short: mlxctl load MODEL PORT\n" in mlxctl("load", "--help")
+    assert "Usage: mlxctl load MODEL PORT [options]\n" in mlxctl("load", "--help")
 
 
 def test_version_names_build_python_and_place() -> None:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlxops import devtasks
 from mlxops.cli.program import with_flags
 from tests.lab.homelab import CHECKOUT
 from tests.properties import PROPERTY
@@ -73,9 +74,24 @@ def test_help_of_a_task_explains_each_flag() -> None:
     assert "180" in said
 
 
-def test_help_names_the_positional_form() -> None:
-    assert "Short: mlxctl load MODEL PORT\n" in mlxctl("load", "--help").stdout
-    assert "Short" not in mlxctl("status", "--help").stdout
+@pytest.mark.parametrize(
+    ("command", "usage", "example"),
+    [
+        ("load", "mlxctl load MODEL PORT [options]", "mlxctl load jerry-xl 8100"),
+        ("list", "mlxctl list [options]", "mlxctl list --memory"),
+        ("bench", "mlxctl bench [options]", devtasks.EXAMPLES["bench"]),
+    ],
+)
+def test_help_of_a_task_begins_with_its_usage_and_an_example(command: str, usage: str, example: str) -> None:
+    lines = mlxctl(command, "--help").stdout.splitlines()
+    assert lines[0] == f"Usage: {usage}" and lines[1] == "" and lines[2].endswith(".")
+    assert lines.index(f"Example: {example}") < lines.index("Options:")
+    assert not [line for line in lines if "core-opts" in line or "Docstring" in line]
+
+
+def test_help_of_a_task_without_options_shows_none() -> None:
+    lines = mlxctl("demo", "--help").stdout.splitlines()
+    assert lines[0] == "Usage: mlxctl demo" and "Example: inv demo" in lines and "Options:" not in lines
 
 
 @pytest.mark.parametrize(

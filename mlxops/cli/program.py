@@ -6,9 +6,9 @@ Usage errors exit with 2. The user's Invoke configuration is not read.
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 from invoke.config import Config
@@ -26,18 +26,15 @@ from mlxops.core.errors import Exit as Status
 from mlxops.core.errors import OutputFailed, UsageError
 
 
-@cache
-def positional() -> dict[str, tuple[str, ...]]:
-    """Return the commands with positional forms, and the flags that these stand for."""
-    from mlxops.tasks import command_names
-
-    forms = {name: options.positions(request_type(name)) for name in command_names()}
-    return {name: flags for name, flags in forms.items() if flags}
+def positional_form(command: str) -> str:
+    """Return how a command is typed, such as `mlxctl load MODEL PORT`."""
+    return " ".join(["mlxctl", command, *(flag.removeprefix("--").upper() for flag in _flags_of(command))])
 
 
-def short(task: str) -> str:
-    """Return the positional form of a task for its help."""
-    return " ".join(["mlxctl", task, *(flag.removeprefix("--").upper() for flag in positional()[task])])
+def _example(command: str) -> str:
+    from mlxops import devtasks
+
+    return devtasks.EXAMPLES.get(command) or request_type(command).example
 
 
 class _OwnConfig(Config):
@@ -64,9 +61,13 @@ class _Mlxctl(Program):
         print(f"mlxctl {__version__} (build {build_id()}, Python {python}, {PACKAGE})")  # noqa: T201
 
     def print_task_help(self, name: str) -> None:
-        super().print_task_help(name)
-        if name in positional():
-            print(f"Short: {short(name)}\n")  # noqa: T201
+        rows = self.parser.contexts[name].help_tuples()
+        usage = " ".join([positional_form(name), *(["[options]"] if rows else [])])
+        docstring = inspect.getdoc(self.collection[name]) or ""
+        print(f"Usage: {usage}\n\n{docstring}\n\nExample: {_example(name)}\n")  # noqa: T201
+        if rows:
+            print("Options:")  # noqa: T201
+            self.print_columns(rows)
 
     def parse_core(self, argv: list[str] | None) -> None:
         try:
