@@ -25,14 +25,16 @@ DEFAULT_NAME = "default_model"
 """mlx_lm.server's name for the model that it was started with."""
 
 
-class Severity(StrEnum):
+class Impact(StrEnum):
+    """What a mismatch does to requests."""
+
     FAULT = "fault"
     """A request by this alias fails, or the wrong server answers it."""
     WARNING = "warning"
 
 
 @dataclass(frozen=True)
-class Finding:
+class Mismatch:
     """A problem between the gateway and its servers.
 
     `alias`, `port` and `host` are None if it is about no single one.
@@ -41,7 +43,7 @@ class Finding:
     code: str
     alias: str | None
     port: int | None
-    severity: Severity
+    severity: Impact
     message: str
     hint: str
     host: str | None = None
@@ -242,7 +244,7 @@ Route = tuple[Entry, GatewayPort | None]
 
 def compare(
     entries: Sequence[Entry], ports: Sequence[GatewayPort], files: GatewayPaths, same_host: SameHost = same_name
-) -> tuple[Finding, ...]:
+) -> tuple[Mismatch, ...]:
     """Return every mismatch between the gateway's entries and the servers, faults first.
 
     `entries` have the names that clients use, and no patterns (`LiteLLMConfig.concrete`). `ports` are those of all
@@ -250,7 +252,7 @@ def compare(
     """
     routes = [(entry, _port_of(entry, ports, same_host)) for entry in claims(entries, ports, same_host)]
     routes = [(entry, target) for entry, target in routes if target or any(p.alias == entry.alias for p in ports)]
-    findings: list[Finding] = []
+    findings: list[Mismatch] = []
     for entry, target in routes:
         same_alias = [route for route in routes if route[0].alias == entry.alias]
         slots = [port for port in ports if port.alias == entry.alias]
@@ -264,7 +266,7 @@ def compare(
         if leading or port.alias not in unknown:
             findings += _port_findings(port, leading)
     unique = list(dict.fromkeys(findings))
-    return tuple(sorted(unique, key=lambda finding: finding.severity is not Severity.FAULT))
+    return tuple(sorted(unique, key=lambda finding: finding.severity is not Impact.FAULT))
 
 
 def claims(
@@ -322,12 +324,12 @@ class _EntryCheck:
         """The name that the entry should send."""
         return (self.slot.name if self.slot else None) or self.entry.alias
 
-    def finding(self, code: str, message: str, hint: str, certain: bool = True) -> Finding:
+    def finding(self, code: str, message: str, hint: str, certain: bool = True) -> Mismatch:
         """Return a finding about the entry: a fault if it is certain."""
         entry, slot = self.entry, self.slot
         port, host = (slot.port, slot.host) if slot else (None, None)
-        severity = Severity.FAULT if certain else Severity.WARNING
-        return Finding(code, entry.alias, port, severity, f"{entry.alias}: {message}", hint, host)
+        severity = Impact.FAULT if certain else Impact.WARNING
+        return Mismatch(code, entry.alias, port, severity, f"{entry.alias}: {message}", hint, host)
 
     def edit(self, key: str, value: str) -> str:
         return edit(self.entry, key, value, self.files)
@@ -336,14 +338,14 @@ class _EntryCheck:
         """Return whether the values of these fields are certain."""
         return not self.entry.unsure & set(keys)
 
-    def findings(self) -> Iterator[Finding]:
+    def findings(self) -> Iterator[Mismatch]:
         yield from self._entry_findings()
         if self.slot is not None:
             yield from self._address_findings(self.slot)
         if self.target is not None:
             yield from self._name_findings(self.target)
 
-    def _entry_findings(self) -> Iterator[Finding]:
+    def _entry_findings(self) -> Iterator[Mismatch]:
         """Yield what is wrong with the entry itself, independent of any server."""
         entry = self.entry
         if entry.out:
@@ -371,7 +373,7 @@ class _EntryCheck:
         right = {"model": self.entry.right_model(self.name), "api_base": base, "api_key": PLACEHOLDER_KEY}
         return self.edit(key, right.get(key, "..."))
 
-    def _address_findings(self, slot: GatewayPort) -> Iterator[Finding]:
+    def _address_findings(self, slot: GatewayPort) -> Iterator[Mismatch]:
         entry, target, base = self.entry, self.target, self.entry.api_base
         right = self.edit("api_base", url(slot.address, slot.port))
         if base is None:
@@ -398,7 +400,7 @@ class _EntryCheck:
         if entry.path != CHAT and entry.sends is not None:
             yield self._path_finding(slot, base, right)
 
-    def _path_finding(self, slot: GatewayPort, base: str, right: str) -> Finding:
+    def _path_finding(self, slot: GatewayPort, base: str, right: str) -> Mismatch:
         """Return the finding for a path other than the one that every engine answers."""
         path, target = self.entry.path, self.target
         some_engines = path in SOME_ANSWER or path == f"/{CHAT}"
@@ -412,7 +414,7 @@ class _EntryCheck:
         hint = self.edit("model", f"openai/{slot.name or self.entry.alias}")
         return self.finding("not_chat", message, hint, certain)
 
-    def _name_findings(self, target: GatewayPort) -> Iterator[Finding]:
+    def _name_findings(self, target: GatewayPort) -> Iterator[Mismatch]:
         name, sends = target.name, self.entry.sends
         if name is not None and sends is not None and sends != name:
             right = self.edit("model", self.entry.right_model(name))
@@ -449,7 +451,7 @@ def _address_problem(base: str) -> str:
     return "has a '?' in it, behind which LiteLLM puts the path" if parts.query else ""
 
 
-def _group_findings(routes: Sequence[Route], files: GatewayPaths) -> Iterator[Finding]:
+def _group_findings(routes: Sequence[Route], files: GatewayPaths) -> Iterator[Mismatch]:
     """Yield what is wrong only with several entries together: LiteLLM balances an alias between all its entries."""
     by_port: dict[GatewayPort, list[str]] = {}
     by_alias: dict[str, dict[tuple[str, int], GatewayPort | None]] = {}
@@ -465,7 +467,7 @@ def _group_findings(routes: Sequence[Route], files: GatewayPaths) -> Iterator[Fi
             hint = (
                 f"one port, one alias: keep {port.alias or aliases[0]}; a synonym is router_settings.model_group_alias"
             )
-            yield Finding("two_aliases_one_port", port.alias, port.port, Severity.WARNING, message, hint, port.host)
+            yield Mismatch("two_aliases_one_port", port.alias, port.port, Impact.WARNING, message, hint, port.host)
     for alias, addresses in by_alias.items():
         targets = list(dict.fromkeys(addresses.values()))
         if len(targets) > 1 and not all(target is not None and target.alias == alias for target in targets):
@@ -473,15 +475,15 @@ def _group_findings(routes: Sequence[Route], files: GatewayPaths) -> Iterator[Fi
             listed = ", ".join(f"{host}:{number}" for host, number in addresses)
             message = f"{alias} is sent to several ports, in turns: {listed}"
             hint = f"one alias, one port: remove the other entries of {alias} from {files.config}"
-            severity = Severity.FAULT if wrong else Severity.WARNING
-            yield Finding("one_alias_two_ports", alias, None, severity, message, hint)
+            severity = Impact.FAULT if wrong else Impact.WARNING
+            yield Mismatch("one_alias_two_ports", alias, None, severity, message, hint)
 
 
 def _names_of(port: GatewayPort) -> set[str | None]:
     return {port.name, port.answers_to, *port.also_answers_to}
 
 
-def _pattern_findings(routes: Sequence[Route]) -> Iterator[Finding]:
+def _pattern_findings(routes: Sequence[Route]) -> Iterator[Mismatch]:
     """Warn of patterns: they send every matching name to their port, whether the server knows it or not."""
     for entry, target in routes:
         if entry.pattern is not None and target is not None and entry.open_pattern:
@@ -489,7 +491,7 @@ def _pattern_findings(routes: Sequence[Route]) -> Iterator[Finding]:
             if entry.health_checked:
                 message += ", and background_health_checks ask it for names that LiteLLM chooses"
             hint = f"some engines drop their model for an unknown name; in {entry.place} name the alias"
-            yield Finding("pattern", target.alias, target.port, Severity.WARNING, message, hint, target.host)
+            yield Mismatch("pattern", target.alias, target.port, Impact.WARNING, message, hint, target.host)
 
 
 _BROKEN_STATES = {State.FAILED, State.WEDGED, State.MISMATCH, State.ORPHAN}
@@ -497,7 +499,7 @@ _PASSING_STATES = {State.LOADING, State.DRAINING, State.UNKNOWN}
 """States that change by themselves, or may."""
 
 
-def _port_findings(port: GatewayPort, entries: Sequence[Entry]) -> Iterator[Finding]:
+def _port_findings(port: GatewayPort, entries: Sequence[Entry]) -> Iterator[Mismatch]:
     """Yield the mismatches between a port and the entries that lead to it."""
     if not entries:
         yield from _missing_entry_findings(port)
@@ -507,30 +509,33 @@ def _port_findings(port: GatewayPort, entries: Sequence[Entry]) -> Iterator[Find
             yield finding
 
 
-def _server_finding(port: GatewayPort, entries: Sequence[Entry]) -> Finding | None:
+def _server_finding(port: GatewayPort, entries: Sequence[Entry]) -> Mismatch | None:
     """Return what is wrong with the server of a port that has entries; None if it is as it should be."""
     alias, place = port.alias or entries[0].alias, f"port {port.port} of {port.host}"
 
-    def finding(severity: Severity, code: str, message: str, hint: str) -> Finding:
-        return Finding(code, alias, port.port, severity, f"{alias}: {message}", hint, port.host)
+    def finding(severity: Impact, code: str, message: str, hint: str) -> Mismatch:
+        return Mismatch(code, alias, port.port, severity, f"{alias}: {message}", hint, port.host)
 
     if port.state is State.FOREIGN:
         message = f"a process that is not ours answers on {place}: {port.detail}".rstrip(": ")
-        return finding(Severity.FAULT, "foreign_server", message, "stop that process; mlxops never signals it")
+        return finding(Impact.FAULT, "foreign_server", message, "stop that process; mlxops never signals it")
     if port.state in _BROKEN_STATES:
         message = f"the server on {place} is {port.state}: {port.detail}".rstrip(": ")
         return finding(
-            Severity.FAULT,
+            Impact.FAULT,
             "not_serving",
             message,
             f"see: `mlxctl status`; then `mlxctl load MODEL {port.port} --force`",
         )
     if port.state in _PASSING_STATES:
         return finding(
-            Severity.WARNING, "not_ready", f"{place} is {port.state}", "run this again in a moment: `inv gateway`"
+            Impact.WARNING,
+            "not_ready",
+            f"{place} is {port.state}",
+            "run this again in a moment: `inv gateway`",
         )
     if not port.serves:
-        severity = Severity.FAULT if port.assigned else Severity.WARNING
+        severity = Impact.FAULT if port.assigned else Impact.WARNING
         message = f"{place} has no server{', although the registry assigns a model to it' if port.assigned else ''}"
         hint = f"`mlxctl load MODEL {port.port}`; until then the gateway answers with an error"
         return finding(severity, "alias_without_server", message, hint)
@@ -541,27 +546,27 @@ def _server_finding(port: GatewayPort, entries: Sequence[Entry]) -> Finding | No
         hint = f"`mlxctl load {model} {port.port} --force`"
         if port.owner is Owner.BOOT:  # a load is refused there
             hint = f"let the boot job start it under the name {port.alias}"
-        return finding(Severity.FAULT if fails else Severity.WARNING, "server_name", message, hint)
+        return finding(Impact.FAULT if fails else Impact.WARNING, "server_name", message, hint)
     return None
 
 
-def _missing_entry_findings(port: GatewayPort) -> Iterator[Finding]:
+def _missing_entry_findings(port: GatewayPort) -> Iterator[Mismatch]:
     paste = "paste the entry that `inv gateway --print` shows, then restart the gateway, once"
     server = f"{port.model or 'a server'} on port {port.port} of {port.host}"
 
-    def finding(severity: Severity, code: str, message: str, hint: str) -> Finding:
-        return Finding(code, port.alias, port.port, severity, message, hint, port.host)
+    def finding(severity: Impact, code: str, message: str, hint: str) -> Mismatch:
+        return Mismatch(code, port.alias, port.port, severity, message, hint, port.host)
 
     if port.alias and port.serves:
         message = f"the gateway has no entry for {port.alias}: clients cannot reach {server} by it"
-        yield finding(Severity.FAULT, "server_without_entry", message, paste)
+        yield finding(Impact.FAULT, "server_without_entry", message, paste)
     elif port.alias:
         message = f"the gateway has no entry for {port.alias}, port {port.port} of {port.host}"
-        yield finding(Severity.WARNING, "slot_without_entry", message, paste)
+        yield finding(Impact.WARNING, "slot_without_entry", message, paste)
     elif port.serves:
         message = f"{server} has no alias: the gateway does not know it"
         hint = "give the port an alias under slots in hosts.yaml"
-        yield finding(Severity.WARNING, "server_without_alias", message, hint)
+        yield finding(Impact.WARNING, "server_without_alias", message, hint)
 
 
 # -- what to paste ------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from dataclasses import field, replace
 
 from mlxops.core.errors import Refused
 from mlxops.core.frozen import dataclass
-from mlxops.core.gateway import ENVIRON, Entry, Finding, GatewayPaths, Severity, edit
+from mlxops.core.gateway import ENVIRON, Entry, GatewayPaths, Impact, Mismatch, edit
 from mlxops.core.names import shown
 
 _MAX_ENTRIES = 10_000
@@ -61,7 +61,7 @@ class LiteLLMConfig:
     """As written: an alias may be a pattern, such as `jerry-*`."""
     synonyms: Mapping[str, str] = field(default_factory=dict)
     """`router_settings.model_group_alias`: name -> the model_name that it stands for."""
-    findings: tuple[Finding, ...] = ()
+    findings: tuple[Mismatch, ...] = ()
     completion_model: str | None = None
     """`general_settings.completion_model`: LiteLLM uses it instead of the name that a client sends."""
     defaults: Mapping[str, str] = field(default_factory=dict)
@@ -262,23 +262,23 @@ def parse(document: object, environ: Environ, files: GatewayPaths, places: Seque
         else:
             hint = "write it as `inv gateway --print` does"
             message = f"{place}: {read}: LiteLLM does not start with it"
-            findings.append(Finding("bad_entry", None, None, Severity.FAULT, message, hint))
+            findings.append(Mismatch("bad_entry", None, None, Impact.FAULT, message, hint))
     return LiteLLMConfig(
         tuple(entries), reader.synonyms, tuple(findings), reader.completion_model, reader.certain_defaults()
     )
 
 
-def _without_model(entry: Entry, files: GatewayPaths) -> Finding:
+def _without_model(entry: Entry, files: GatewayPaths) -> Mismatch:
     """Return the finding for an entry without a model. LiteLLM does not start with it, for any provider."""
     variable = entry.variables.get("model")
     hint = edit(entry, "model", f"openai/{entry.alias}", files)
     if variable is None:
         message = f"{entry.alias} has no model: LiteLLM does not start with it"
-        return Finding("no_model", entry.alias, None, Severity.FAULT, message, hint)
+        return Mismatch("no_model", entry.alias, None, Impact.FAULT, message, hint)
     place = files.env or "the environment"
     message = f"{entry.alias}: the variable {variable} has no value in {place}: without a model LiteLLM does not start"
-    severity = Severity.WARNING if "model" in entry.unsure else Severity.FAULT
-    return Finding("unset_variable", entry.alias, None, severity, message, hint)
+    severity = Impact.WARNING if "model" in entry.unsure else Impact.FAULT
+    return Mismatch("unset_variable", entry.alias, None, severity, message, hint)
 
 
 def unusable(files: GatewayPaths, why: str) -> Refused:
@@ -297,7 +297,7 @@ class _Reader:
         self.environ = environ
         self.files = files
         self.default_place = f"router_settings.default_litellm_params of {files.config}"
-        self.findings: list[Finding] = []
+        self.findings: list[Mismatch] = []
         self.late = self._late(document.get("environment_variables"))
         router, module = _mapping(document.get("router_settings")), _mapping(document.get("litellm_settings"))
         for name in ("litellm_settings", "general_settings", "environment_variables"):

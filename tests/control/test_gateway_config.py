@@ -12,7 +12,7 @@ from mlxops.control.gateway.config import key_of
 from mlxops.control.gateway.config import read as read_files
 from mlxops.control.inventory import Gateway
 from mlxops.core.errors import Refused
-from mlxops.core.gateway import Severity
+from mlxops.core.gateway import Impact
 from tests.control.gatewayfiles import ENTRY, read_config
 
 
@@ -106,7 +106,7 @@ model_list:
         config = read_config(tmp_path, ENTRY.replace("jerry-xl", "old") + "other: 1\n" + ENTRY)
         assert [(entry.alias, entry.place) for entry in config.entries] == [("jerry-xl", f"{tmp_path}/router.yaml:9")]
         (finding,) = config.findings
-        assert (finding.code, finding.severity) == ("repeated_key", Severity.WARNING)
+        assert (finding.code, finding.severity) == ("repeated_key", Impact.WARNING)
         assert "router.yaml:1: this model_list is not seen by LiteLLM: the one in line 8" in finding.message
 
     def test_key_that_overrides_a_merged_one_is_not_repeated(self, tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ class TestEnvFile:
         text = ENTRY.replace("openai/jerry-xl", "os.environ/XL").replace("key: none", "key: os.environ/XL_KEY")
         config = read_config(tmp_path, text, f"XL=openai/jerry-xl\n{line}\nXL_KEY=none\n")
         (finding,) = config.findings
-        assert (finding.code, finding.severity) == ("env_line", Severity.WARNING)
+        assert (finding.code, finding.severity) == ("env_line", Impact.WARNING)
         assert finding.message.startswith(f"{tmp_path}/local.env:2: ")
         assert "SECRET" not in str(finding)
         assert [(entry.sends, entry.has_key) for entry in config.entries] == [("jerry-xl", True)]

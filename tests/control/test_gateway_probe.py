@@ -24,7 +24,7 @@ from mlxops.control.gateway.result import GatewayResult, ProbedAliasRow
 from mlxops.control.gateway.through import RunningGateway, pass_through
 from mlxops.control.inventory import Gateway
 from mlxops.core import wire
-from mlxops.core.gateway import Severity
+from mlxops.core.gateway import Impact
 from mlxops.core.replies import HostReply
 from tests.control.gatewayfiles import ENTRY, read_config, served, target
 from tests.lab.ports import free_port
@@ -380,7 +380,7 @@ class TestThrough:
 
     def faults(self, reply: HostReply[GatewayResult]) -> list[tuple[str, str]]:
         assert reply.result is not None
-        return [(f.code, f.hint) for f in reply.result.findings if f.severity is Severity.FAULT]
+        return [(f.code, f.hint) for f in reply.result.findings if f.severity is Impact.FAULT]
 
     def row(self, reply: HostReply[GatewayResult]) -> ProbedAliasRow:
         assert reply.result is not None

@@ -20,7 +20,7 @@ from mlxops.control.gateway.ports import same_host
 from mlxops.control.inventory import Gateway
 from mlxops.core import gateway as core
 from mlxops.core.errors import Refused
-from mlxops.core.gateway import GatewayPort, Severity
+from mlxops.core.gateway import GatewayPort, Impact
 from mlxops.core.ports import Owner, State
 from tests.lab import verdicts
 from tests.lab.verdicts import CHAT, PORT
@@ -507,7 +507,7 @@ def parsed(case: Case, folder: Path, port: int = 28123) -> dict[str, str | None]
         config = gatewayfiles.read(Gateway(str(folder / "config.yaml"), str(env), None, None))
     except Refused:
         return None
-    if any(finding.severity is Severity.FAULT for finding in config.findings):
+    if any(finding.severity is Impact.FAULT for finding in config.findings):
         return None
     return {name: _sent(config, name, port) for name in case.sends}
 
@@ -519,7 +519,7 @@ def _sent(config: gatewayfiles.GatewayConfig, name: str, port: int) -> str | Non
     ports = [replace(here, paths=frozenset({CHAT}))]
     entries = [entry for entry in with_client_names(config, ports).entries if entry.alias == name]
     findings = core.compare(entries, ports, config.files, same_host)
-    faults = [finding.code for finding in findings if finding.severity is Severity.FAULT]
+    faults = [finding.code for finding in findings if finding.severity is Impact.FAULT]
     return None if faults or not entries else entries[0].certain_name
 
 

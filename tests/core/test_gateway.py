@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mlxops.core import gateway, litellm
 from mlxops.core.errors import Refused
-from mlxops.core.gateway import Entry, Finding, GatewayPaths, GatewayPort, Severity
+from mlxops.core.gateway import Entry, GatewayPaths, GatewayPort, Impact, Mismatch
 from mlxops.core.litellm import Environ, LiteLLMConfig
 from mlxops.core.ports import Owner, State
 from tests.properties import PROPERTY, json_values
@@ -63,7 +63,7 @@ def found(
 
 def findings(
     items: list[dict[str, Any]], ports: list[GatewayPort], environ: Mapping[str, str] | None = None
-) -> tuple[Finding, ...]:
+) -> tuple[Mismatch, ...]:
     return gateway.compare(entries(*items, environ=environ), ports, FILES)
 
 
@@ -100,7 +100,7 @@ def test_entry_that_does_not_work_is_a_fault(changes: dict[str, Any], code: str)
 def test_entry_without_a_model_is_a_fault_for_any_provider(params: dict[str, str], code: str) -> None:
     document = {"model_list": [{"model_name": "cloud's", "litellm_params": params}]}
     (finding,) = litellm.parse(document, Environ(), FILES).findings
-    assert (finding.code, finding.severity) == (code, Severity.FAULT)
+    assert (finding.code, finding.severity) == (code, Impact.FAULT)
     assert "LiteLLM does not start" in finding.message
 
 
@@ -136,7 +136,7 @@ def test_right_entry_has_several_spellings(changes: dict[str, Any]) -> None:
 )
 def test_address_that_may_lead_to_the_slot_is_a_warning(base: str) -> None:
     (finding,) = findings([item(api_base=base)], [served()])
-    assert (finding.code, finding.severity) == ("wrong_address", Severity.WARNING)
+    assert (finding.code, finding.severity) == ("wrong_address", Impact.WARNING)
     assert "is not known here" in finding.message
 
 
@@ -272,8 +272,8 @@ def test_unset_variable_of_an_unknown_environment_is_a_warning() -> None:
 def test_suggested_edit_removes_the_fault(params: dict[str, Any], hint: str) -> None:
     ports = [served(), idle(None, 8101)]
 
-    def faults(changes: dict[str, Any]) -> list[Finding]:
-        return [finding for finding in findings([item(**changes)], ports) if finding.severity is Severity.FAULT]
+    def faults(changes: dict[str, Any]) -> list[Mismatch]:
+        return [finding for finding in findings([item(**changes)], ports) if finding.severity is Impact.FAULT]
 
     assert any(finding.hint.startswith(hint) for finding in faults(params))
     key, _, value = hint.rstrip(";").partition(": ")[2].partition(": ")
@@ -361,7 +361,7 @@ def test_two_aliases_on_one_port_are_a_warning() -> None:
     assert {("two_aliases_one_port", "warning"), ("wrong_address", "fault")} <= found(both, ports)
     synonym = item("big", 8100, model="openai/jerry-xl")
     (finding,) = findings([item(), synonym], [served()])
-    assert (finding.code, finding.severity) == ("two_aliases_one_port", Severity.WARNING)
+    assert (finding.code, finding.severity) == ("two_aliases_one_port", Impact.WARNING)
     assert "jerry-xl, big" in finding.message
 
 
@@ -399,7 +399,7 @@ def test_any_name_of_a_host_is_recognized() -> None:
 def test_faults_come_before_warnings() -> None:
     ports = [idle("jerry-m", 8102), served()]
     severities = [f.severity for f in findings([item(model="openai/other")], ports)]
-    assert severities == [Severity.FAULT, Severity.WARNING]
+    assert severities == [Impact.FAULT, Impact.WARNING]
 
 
 # -- documents ----------------------------------------------------------------------------------------------------
@@ -428,7 +428,7 @@ def test_document_that_is_no_configuration_is_refused(document: object) -> None:
 def test_broken_item_is_a_fault_and_the_others_are_read(broken: object) -> None:
     config = litellm.parse({"model_list": [broken, item()]}, Environ(), FILES, ("router.yaml:3", "router.yaml:9"))
     assert [entry.alias for entry in config.entries] == ["jerry-xl"]
-    assert [(f.code, f.severity) for f in config.findings] == [("bad_entry", Severity.FAULT)]
+    assert [(f.code, f.severity) for f in config.findings] == [("bad_entry", Impact.FAULT)]
     assert config.findings[0].message.startswith("router.yaml:3: ")
 
 

@@ -16,8 +16,7 @@ from mlxops.core.commands.gateway import Gateway as GatewayRequest
 from mlxops.core.doctor.findings import Finding, FindingCode
 from mlxops.core.doctor.gateway import health_check_findings, swap_findings
 from mlxops.core.errors import Refused
-from mlxops.core.gateway import Finding as GatewayFinding
-from mlxops.core.gateway import Severity
+from mlxops.core.gateway import Impact, Mismatch
 
 ANSWER_SECONDS = 5.0
 ALIVE = "/health/liveliness"
@@ -68,6 +67,6 @@ def _entries(config: GatewayConfig, targets: Sequence[HostTarget]) -> list[Findi
     return [*found, *health_check_findings(checked, name)]
 
 
-def _as_finding(finding: GatewayFinding) -> Finding:
-    code = FindingCode.GATEWAY_FAULT if finding.severity is Severity.FAULT else FindingCode.GATEWAY_DOUBT
+def _as_finding(finding: Mismatch) -> Finding:
+    code = FindingCode.GATEWAY_FAULT if finding.severity is Impact.FAULT else FindingCode.GATEWAY_DOUBT
     return Finding(code, code.level, f"{finding.code}: {finding.message}", finding.hint, finding.port)

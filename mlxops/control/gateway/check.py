@@ -13,7 +13,7 @@ from mlxops.control.hints import aimed
 from mlxops.core import gateway as core
 from mlxops.core.commands.gateway import ServedPorts
 from mlxops.core.errors import MlxopsError, Refused
-from mlxops.core.gateway import Entry, Finding, GatewayPort, Severity
+from mlxops.core.gateway import Entry, GatewayPort, Impact, Mismatch
 from mlxops.core.litellm import LiteLLMConfig
 from mlxops.core.probe_names import names_for
 from mlxops.core.replies import HostReply
@@ -60,16 +60,19 @@ def check(
     )
 
 
-def _registry_findings(reply: HostReply[ServedPorts]) -> Iterator[Finding]:
+def _registry_findings(reply: HostReply[ServedPorts]) -> Iterator[Mismatch]:
     """Report a registry that cannot be read: the assignments of its host's ports are unknown."""
     error = reply.result.registry_error if reply.result else None
     if error is not None:
         message = f"{error.message}: {error.why}"
-        yield Finding(error.code, None, None, Severity.WARNING, message, error.hint, reply.host)
+        yield Mismatch(error.code, None, None, Impact.WARNING, message, error.hint, reply.host)
 
 
 def _host_result(
-    config: GatewayConfig, reply: HostReply[ServedPorts], ports: Sequence[GatewayPort], findings: Sequence[Finding]
+    config: GatewayConfig,
+    reply: HostReply[ServedPorts],
+    ports: Sequence[GatewayPort],
+    findings: Sequence[Mismatch],
 ) -> HostReply[GatewayResult]:
     rows = [
         _alias_row(config, port, findings) for port in ports if port.alias or port.serves or _entries_to(config, port)
@@ -78,9 +81,9 @@ def _host_result(
     return HostReply(reply.host, result, reply.error or faults_error(findings), reply.command, reply.flags)
 
 
-def faults_error(findings: Sequence[Finding]) -> MlxopsError | None:
+def faults_error(findings: Sequence[Mismatch]) -> MlxopsError | None:
     """Return the error of a check with these findings; None if no finding is a fault."""
-    count = sum(finding.severity is Severity.FAULT for finding in findings)
+    count = sum(finding.severity is Impact.FAULT for finding in findings)
     if not count:
         return None
     return Refused(
@@ -99,10 +102,10 @@ def _entries_to(config: GatewayConfig, port: GatewayPort) -> list[Entry]:
     ]
 
 
-def _alias_row(config: GatewayConfig, port: GatewayPort, findings: Sequence[Finding]) -> AliasRow:
+def _alias_row(config: GatewayConfig, port: GatewayPort, findings: Sequence[Mismatch]) -> AliasRow:
     entries = _entries_to(config, port)
     about = [f for f in findings if f.port == port.port or (f.alias and f.alias == port.alias)]
-    faults = [finding.code for finding in about if finding.severity is Severity.FAULT]
+    faults = [finding.code for finding in about if finding.severity is Impact.FAULT]
     url = core.url(port.address, port.port)
     names = names_for(config.entries, url, port.alias, same_host)
     return AliasRow(

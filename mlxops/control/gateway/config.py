@@ -18,7 +18,7 @@ from mlxops.control.yaml_file import FileProblem, compose, construct, read_text
 from mlxops.core import env_file
 from mlxops.core.errors import Refused
 from mlxops.core.frozen import dataclass
-from mlxops.core.gateway import Entry, Finding, GatewayPaths, Severity
+from mlxops.core.gateway import Entry, GatewayPaths, Impact, Mismatch
 from mlxops.core.litellm import Environ, LiteLLMConfig, parse
 
 MAX_BYTES = 512 * 1024
@@ -33,7 +33,7 @@ class GatewayConfig:
     config: LiteLLMConfig
     entries: tuple[Entry, ...]
     """As written, an alias may be a pattern. `check.with_client_names` gives them the names that clients use."""
-    findings: tuple[Finding, ...]
+    findings: tuple[Mismatch, ...]
     files: GatewayPaths
     environ: Mapping[str, str]
     document: Mapping[object, object] = field(default_factory=dict)
@@ -66,13 +66,18 @@ def key_of(gateway: Gateway, environ: Mapping[str, str]) -> str | None:
 # -- files --------------------------------------------------------------------------------------------------------
 
 
-def _environ(name: str) -> tuple[Environ, tuple[Finding, ...]]:
+def _environ(name: str) -> tuple[Environ, tuple[Mismatch, ...]]:
     """Return the variables of an env file, and findings about its lines. Raises `Refused` (bad_gateway_env)."""
     parsed = env_file.parse(_text(name, "bad_gateway_env"))
     # Never show the line itself: this file has the keys.
     findings = tuple(
-        Finding(
-            "env_line", None, None, Severity.WARNING, f"{name}:{problem.line}: {problem.why}", "write it as NAME=value"
+        Mismatch(
+            "env_line",
+            None,
+            None,
+            Impact.WARNING,
+            f"{name}:{problem.line}: {problem.why}",
+            "write it as NAME=value",
         )
         for problem in parsed.problems
     )
@@ -99,7 +104,7 @@ class _Document:
     """Repeated keys: (key, line of one that does not count, line of the one that counts)."""
 
 
-def _merged(first: str) -> tuple[object, list[str], list[Finding]]:
+def _merged(first: str) -> tuple[object, list[str], list[Mismatch]]:
     """Merge the configuration and its includes as LiteLLM does: join lists, replace everything else.
 
     Return it, file and line of each item of its `model_list`, and the findings.
@@ -171,13 +176,13 @@ def _included_path(entry: str, declaring: _Document, first: str) -> str:
     return beside if other and not there else name
 
 
-def _repeated(document: _Document) -> list[Finding]:
+def _repeated(document: _Document) -> list[Mismatch]:
     return [
-        Finding(
+        Mismatch(
             "repeated_key",
             None,
             None,
-            Severity.WARNING,
+            Impact.WARNING,
             f"{document.name}:{line}: this {key} is not seen by LiteLLM: the one in line {last} is in force",
             f"remove it, or move what it has to line {last}",
         )

@@ -7,7 +7,7 @@ from dataclasses import field
 
 from mlxops.control.gateway.probe import ProbeResult
 from mlxops.core.frozen import dataclass
-from mlxops.core.gateway import Finding
+from mlxops.core.gateway import Mismatch
 from mlxops.core.ports import Owner, State
 
 
@@ -51,7 +51,7 @@ class ProbedAliasRow(AliasRow):
 @dataclass(frozen=True)
 class GatewayResult:
     aliases: tuple[AliasRow, ...]
-    findings: tuple[Finding, ...]
+    findings: tuple[Mismatch, ...]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mlxops.control.gateway.result import AliasRow, GatewayResult, ProbedAliasRow
-from mlxops.core.gateway import Severity
+from mlxops.core.gateway import Impact
 from mlxops.core.replies import HostReply
 from mlxops.core.tables import host_table, one_line
 
@@ -18,7 +18,7 @@ def show(replies: Sequence[HostReply[GatewayResult]]) -> str:
     findings = [finding for _, result in results for finding in result.findings]
     lines = [
         f"{finding.severity}: {one_line(finding.message)}; {one_line(finding.hint)}"
-        for finding in sorted(findings, key=lambda finding: finding.severity is not Severity.FAULT)
+        for finding in sorted(findings, key=lambda finding: finding.severity is not Impact.FAULT)
     ]
     return "\n".join(filter(None, [host_table(COLUMNS, rows, many=len(replies) > 1), *lines]))
 

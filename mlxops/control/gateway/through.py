@@ -16,7 +16,7 @@ from mlxops.control.inventory import Gateway
 from mlxops.core import gateway as core
 from mlxops.core.errors import Refused, UsageError
 from mlxops.core.frozen import dataclass
-from mlxops.core.gateway import Entry, Finding, GatewayPort, Severity
+from mlxops.core.gateway import Entry, GatewayPort, Impact, Mismatch
 from mlxops.core.litellm import LiteLLMConfig, entry_of_deployment
 from mlxops.core.names import shown
 from mlxops.core.probe_names import WILDCARD, GatewayServer, ProbePlan, entries_differ, plan_probes, server_of
@@ -192,7 +192,7 @@ def _names_to(row: AliasRow, probes: Probes) -> list[str]:
     return [name for name, urls in probes.plan.names.items() if row.url in urls]
 
 
-def _probed_row(row: AliasRow, probes: Probes, new: Sequence[Finding]) -> ProbedAliasRow:
+def _probed_row(row: AliasRow, probes: Probes, new: Sequence[Mismatch]) -> ProbedAliasRow:
     names = _names_to(row, probes)
     results = tuple(result for result in probes.results if result.alias in names)
     codes = [*([] if new and row.verdict == "ok" else [row.verdict]), *(finding.code for finding in new)]
@@ -209,23 +209,23 @@ def _probed_row(row: AliasRow, probes: Probes, new: Sequence[Finding]) -> Probed
 
 
 def _probe_findings(
-    row: AliasRow, host: str, flags: str, probes: Probes, reported: Sequence[Finding]
-) -> Iterator[Finding]:
+    row: AliasRow, host: str, flags: str, probes: Probes, reported: Sequence[Mismatch]
+) -> Iterator[Mismatch]:
     names = _names_to(row, probes)
     for result in probes.results:
         if result.alias in names and not result.ok:
             message = f"{result.alias}: no answer through {probes.gateway.gateway.url}: {result.detail}"
             hint = aimed(probes.gateway.advice(result), flags)
-            yield Finding(f"through_{result.code}", result.alias, row.port, Severity.FAULT, message, hint, host)
+            yield Mismatch(f"through_{result.code}", result.alias, row.port, Impact.FAULT, message, hint, host)
     for name, why in probes.plan.skipped.items():
         if name not in names or WILDCARD in name or _cause_reported(name, reported):
             continue
         stale = probes.gateway.is_stale(name)
-        severity, hint = (Severity.FAULT, _RESTART) if stale else (Severity.WARNING, aimed("see: `inv gateway`", flags))
-        yield Finding("through_not_asked", name, row.port, severity, f"{name} is not asked for: {why}", hint, host)
+        severity, hint = (Impact.FAULT, _RESTART) if stale else (Impact.WARNING, aimed("see: `inv gateway`", flags))
+        yield Mismatch("through_not_asked", name, row.port, severity, f"{name} is not asked for: {why}", hint, host)
 
 
-def _cause_reported(name: str, reported: Sequence[Finding]) -> bool:
+def _cause_reported(name: str, reported: Sequence[Mismatch]) -> bool:
     """Return whether the check has already reported why a name is skipped."""
-    codes = {finding.code for finding in reported if finding.alias == name and finding.severity is Severity.FAULT}
+    codes = {finding.code for finding in reported if finding.alias == name and finding.severity is Impact.FAULT}
     return bool(codes & {"wrong_name", "server_name"})
