@@ -20,7 +20,8 @@ from mlxops.agent.paths import HostPaths, host_paths
 from mlxops.agent.state.store import Store, utc_now
 from mlxops.agent.worker import begin
 from mlxops.common.build import build_id
-from mlxops.core.commands.restore import Restore
+from mlxops.core import wire
+from mlxops.core.commands.restore import Restore, RestoreResult
 from mlxops.core.errors import Exit, MlxopsError, Refused
 from mlxops.core.frozen import dataclass
 from mlxops.core.plan_restore import RestoreStep
@@ -115,9 +116,16 @@ def _plan(store: Store, paths: HostPaths, request: Envelope, printed: set[str]) 
 
 
 def _is_retryable(error: MlxopsError) -> bool:
-    rows = error.details.get("failed")
-    reasons = [str(row.get("why")) for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    reasons = [row.why for row in _result(error.details).failed]
     return any(code.partition(":")[0] in RETRYABLE_CODES for code in [error.code, *reasons])
+
+
+def _result(value: object) -> RestoreResult:
+    """Decode the result of a restore, which is in the details of `restore_incomplete`, too. Other details have none."""
+    try:
+        return wire.decode(RestoreResult, value)
+    except wire.DecodeError:
+        return RestoreResult((), (), (), changed=False, dry_run=False)
 
 
 def _print(event: Event) -> None:
@@ -127,8 +135,7 @@ def _print(event: Event) -> None:
         case Phase(name, message):
             text = f"{name}: {message}"
         case Done(result):
-            rows = result.get("restored")
-            text = f"restored {len(rows) if isinstance(rows, list) else 0}"
+            text = f"restored {len(_result(result).restored)}"
         case Failed(error):
             text = f"error: {error.message}; {error.why}; {error.hint}"
         case _:

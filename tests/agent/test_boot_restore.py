@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,6 +36,15 @@ class Clock:
         if self.then and self.now >= self.then[0]:
             self.then[1]()
             self.then = None
+
+
+@pytest.fixture(autouse=True)
+def _umask() -> Iterator[None]:
+    """The job sets the umask of its own process, which is this one here."""
+    before = os.umask(0o022)
+    os.umask(before)
+    yield
+    os.umask(before)
 
 
 @pytest.fixture
