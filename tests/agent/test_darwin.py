@@ -186,7 +186,7 @@ def test_footprint_is_none_for_hidden_and_0_for_ended_processes() -> None:
 def test_host_memory_is_read_by_the_calls() -> None:
     assert darwin.host_memory([1, 2, 3]) == darwin.decode_host_memory(STUDIO_256.get, SERVING, held=148 * GIB)
     assert darwin.unexplained([1, 2, 3]) == 32 * GIB + 64 * PAGE
-    assert darwin._sysctl("no.such.variable") is None
+    assert darwin.sysctl("no.such.variable") is None
 
 
 @pytest.mark.skipif(sys.platform != "darwin", reason="needs a Mac")

@@ -65,12 +65,12 @@ def decode_footprint(usage: bytes) -> int:
 
 def host_memory(pids: Iterable[int]) -> HostMemory:
     """`pids`: all processes."""
-    return decode_host_memory(_sysctl, vm_statistics(), _held(pids))
+    return decode_host_memory(sysctl, vm_statistics(), _held(pids))
 
 
 def unexplained(pids: Iterable[int]) -> int | None:
     """Return how much more is in use than `pids`, all processes, hold; None if not known."""
-    in_use = decode_host_memory(_sysctl, vm_statistics(), 0).in_use
+    in_use = decode_host_memory(sysctl, vm_statistics(), 0).in_use
     return None if in_use is None else in_use - _held(pids)
 
 
@@ -81,9 +81,9 @@ def _held(pids: Iterable[int]) -> int:
 
 def decode_host_memory(sysctl: Sysctl, statistics: bytes | None, held: int) -> HostMemory:
     """`statistics`: a vm_statistics64; None if the kernel did not return one. `held`: by all visible processes."""
-    total, page = _number(sysctl("hw.memsize")) or 0, _number(sysctl("hw.pagesize")) or 0
+    total, page = number(sysctl("hw.memsize")) or 0, number(sysctl("hw.pagesize")) or 0
     wired, internal, compressed = page_bytes(statistics, page) if statistics else (None, 0, 0)
-    limit = (_number(sysctl("iogpu.wired_limit_mb")) or 0) * MIB
+    limit = (number(sysctl("iogpu.wired_limit_mb")) or 0) * MIB
     swap_total, swap_used = _swap(sysctl("vm.swapusage"))
     return HostMemory(
         total,
@@ -94,7 +94,7 @@ def decode_host_memory(sysctl: Sysctl, statistics: bytes | None, held: int) -> H
         gpu_limit=limit or default_gpu_limit(total),
         gpu_limit_default=default_gpu_limit(total),
         gpu_limit_set=limit > 0,
-        pressure=PRESSURE.get(_number(sysctl("kern.memorystatus_vm_pressure_level")) or 0),
+        pressure=PRESSURE.get(number(sysctl("kern.memorystatus_vm_pressure_level")) or 0),
         swap_total=swap_total,
         swap_used=swap_used,
     )
@@ -116,7 +116,7 @@ def default_gpu_limit(total: int) -> int:
     return total * 2 // 3 if total <= SMALL_MAC else total * 3 // 4
 
 
-def _number(value: bytes | None) -> int | None:
+def number(value: bytes | None) -> int | None:
     return int.from_bytes(value, "little") if value else None
 
 
@@ -127,7 +127,7 @@ def _swap(value: bytes | None) -> tuple[int | None, int | None]:
     return total, used
 
 
-def _sysctl(name: str) -> bytes | None:
+def sysctl(name: str) -> bytes | None:
     """Read a kernel variable (sysctlbyname(3)) of up to 64 bytes."""
     buffer, size = ctypes.create_string_buffer(64), ctypes.c_size_t(64)
     failed = _library().sysctlbyname(name.encode(), buffer, ctypes.byref(size), None, ctypes.c_size_t(0))

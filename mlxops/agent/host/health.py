@@ -8,10 +8,9 @@ from __future__ import annotations
 import os
 import platform
 import re
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mlxops.agent.host.programs import run_program
@@ -23,14 +22,6 @@ MAX_REPORTS = 50
 MAX_REPORT_BYTES = 16 * 1024 * 1024
 """A jetsam report has one row a process: some 300 kB."""
 SYSTEM_FOLDERS = ("/usr/bin", "/bin", "/usr/sbin", "/sbin")
-Sysctl = Callable[[str], str]
-
-
-def sysctl(name: str) -> str:
-    """Return a kernel variable as macOS prints it; "" if it has none of that name."""
-    command = ["/usr/sbin/sysctl", "-n", name]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def output_of(environ: Mapping[str, str], program: str, *arguments: str) -> str:
@@ -82,9 +73,13 @@ def system_name() -> str:
     return f"{platform.system()} {platform.release()} {platform.machine()}"
 
 
-def is_translated(read: Sysctl = sysctl) -> bool:
+def is_translated() -> bool:
     """Return whether this process runs on Rosetta."""
-    return sys.platform == "darwin" and read("sysctl.proc_translated") == "1"
+    if sys.platform != "darwin":
+        return False
+    from mlxops.agent.host import darwin
+
+    return darwin.number(darwin.sysctl("sysctl.proc_translated")) == 1
 
 
 def macos_version() -> tuple[int, ...]:

@@ -29,7 +29,15 @@ from mlxops.core.commands.doctor import Doctor, DoctorResult, FindingRow
 from mlxops.core.doctor import engines
 from mlxops.core.doctor.assumptions import Trial
 from mlxops.core.doctor.findings import Finding, FindingCode, Level, worst_first
-from mlxops.core.doctor.host import Disk, Memory, disk_findings, memory_findings, power_findings, pressure_level
+from mlxops.core.doctor.host import (
+    TESTED_PYTHONS,
+    Disk,
+    Memory,
+    disk_findings,
+    memory_findings,
+    power_findings,
+    pressure_level,
+)
 from mlxops.core.doctor.incidents import incident
 from mlxops.core.drift import DriftCode
 from mlxops.core.errors import MlxopsError, Refused
@@ -37,7 +45,6 @@ from mlxops.core.text import amount
 
 CHECK_SECONDS = 12.0
 """Less than the control node's limit for an agent's silence."""
-TESTED_PYTHONS = ((3, 11), (3, 12), (3, 13))
 Check = Callable[[Context], Iterable[Finding]]
 
 

@@ -28,7 +28,7 @@ from mlxops.core.frozen import dataclass
 
 LABEL = "org.mlxops.restore"
 UNIT = "mlxops-restore"
-STILL_ENDING = 5
+OLD_JOB_ENDING = 5
 """Exit status of `launchctl bootstrap` ("Input/output error") while an older job with that label is ending."""
 DAEMONS = Path("/Library/LaunchDaemons")
 JOB_VARIABLES = (
@@ -221,7 +221,7 @@ class Launchd:
     def _bootstrap(self, plist: Path) -> subprocess.CompletedProcess[str]:
         for _ in range(self._tries - 1):
             done = self._run("bootstrap", self._domain, str(plist))
-            if done.returncode != STILL_ENDING:
+            if done.returncode != OLD_JOB_ENDING:
                 return done
             self._pause()
         return self._run("bootstrap", self._domain, str(plist))

@@ -14,8 +14,8 @@ from pathlib import Path
 from mlxops.common.build import build_id
 from mlxops.core.doctor.engines import parse_version
 from mlxops.core.doctor.findings import Finding, FindingCode
+from mlxops.core.doctor.host import TESTED_PYTHONS
 
-TESTED_PYTHONS = ((3, 11), (3, 12), (3, 13))
 _REQUIREMENT = re.compile(r"([A-Za-z0-9_.-]+)(?:\[[^\]]*\])?\s*([^;]*)")
 _BOUND = re.compile(r"(>=|<=|==|!=|~=|<|>)\s*([0-9][0-9.]*)")
 

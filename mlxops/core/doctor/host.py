@@ -13,6 +13,7 @@ from mlxops.core.doctor.findings import Finding, FindingCode, Level
 from mlxops.core.frozen import dataclass
 from mlxops.core.text import amount
 
+TESTED_PYTHONS = ((3, 11), (3, 12), (3, 13))
 FULL_BYTES, LOW_BYTES = 500_000_000, 5_000_000_000
 FEW_INODES = 10_000
 SWAP_SHARE = 0.1
