@@ -342,6 +342,13 @@ def overview_entries() -> list[Entry]:
     return entries
 
 
+def example(command: str) -> str:
+    """Return the example of a command for its help."""
+    from mlxops import devtasks
+
+    return devtasks.EXAMPLES.get(command) or request_type(command).example
+
+
 def tasks(words: Sequence[str]) -> list[Task[Any]]:
     """Return the tasks that a command line names, or all.
 

@@ -31,12 +31,6 @@ def positional_form(command: str) -> str:
     return " ".join(["mlxctl", command, *(flag.removeprefix("--").upper() for flag in _flags_of(command))])
 
 
-def _example(command: str) -> str:
-    from mlxops import devtasks
-
-    return devtasks.EXAMPLES.get(command) or request_type(command).example
-
-
 class _OwnConfig(Config):
     """A configuration without files and environment variables, which are for other task suites."""
 
@@ -61,10 +55,12 @@ class _Mlxctl(Program):
         print(f"mlxctl {__version__} (build {build_id()}, Python {python}, {PACKAGE})")  # noqa: T201
 
     def print_task_help(self, name: str) -> None:
+        from mlxops.tasks import example
+
         rows = self.parser.contexts[name].help_tuples()
         usage = " ".join([positional_form(name), *(["[options]"] if rows else [])])
         docstring = inspect.getdoc(self.collection[name]) or ""
-        print(f"Usage: {usage}\n\n{docstring}\n\nExample: {_example(name)}\n")  # noqa: T201
+        print(f"Usage: {usage}\n\n{docstring}\n\nExample: {example(name)}\n")  # noqa: T201
         if rows:
             print("Options:")  # noqa: T201
             self.print_columns(rows)
