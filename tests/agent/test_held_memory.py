@@ -35,6 +35,10 @@ def loaded(studio: Studio, port: int) -> tuple[dict[str, Any], dict[str, Any], l
     memory = studio.mlxctl("list", "--memory", "--json").ok().json["hosts"][0]["memory"]
     (server,) = [each for each in memory["servers"] if each["port"] == port]
     assert memory["held_bytes"] >= server["resident_bytes"] and memory["host"]["in_use_bytes"] > 0
+    if limit := server["limit"]:
+        contexts = limit["contexts"] * (limit["context_bytes"] + limit["state_bytes"])
+        parts = limit["weight_bytes"] + contexts + limit["cache_bytes"] + limit["server_bytes"]
+        assert parts == limit["total_bytes"] == server["limit_bytes"]
     pids = [process.pid for process in studio.processes() if os.getpgid(process.pid) == row["pgid"]]
     assert row["pid"] in pids
     return row, server, pids
@@ -43,6 +47,7 @@ def loaded(studio: Studio, port: int) -> tuple[dict[str, Any], dict[str, Any], l
 @pytest.mark.timeout(600)
 def test_memory_of_mlx_lm_is_what_the_kernel_says(homelab: Homelab, engine: Path) -> None:
     row, server, pids = loaded(homelab.studio, homelab.studio.ports[0])
+    assert server["limit"]["contexts"] == 32 and server["limit"]["cache_bytes"] > 0
     pss = kernel_bytes(pids, "Pss")
     assert row["memory_bytes"] == pytest.approx(pss, abs=LIBRARIES)
     assert server["resident_bytes"] == pytest.approx(pss, abs=LIBRARIES)

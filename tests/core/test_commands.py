@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mlxops.core.command import command_module, request_type
 from mlxops.core.commands import list as list_command
 from mlxops.core.commands import status
-from mlxops.core.commands.list import EstimateRow, ListResult, MemoryRow, ModelRow
+from mlxops.core.commands.list import EstimateRow, HostRow, ListResult, MemoryRow, ModelRow
 from mlxops.core.commands.load import PortResult
 from mlxops.core.commands.status import StatusResult
 from mlxops.core.errors import Unreachable
@@ -217,6 +217,18 @@ def test_upper_estimate_is_marked() -> None:
     *_, known, unknown = list_command.show_memory([HostReply("studio", result)]).splitlines()
     assert known.split() == ["known", "-", "1.0", "GB", "500.0", "MB", "32768", "2.0", "GB", "yes"]
     assert unknown.split() == ["unknown", "-", "1.0", "GB", "up", "to", "500.0", "MB", "32768", "2.0", "GB", "yes"]
+
+
+def test_memory_shows_the_budget_in_parts_and_the_default_of_a_set_limit() -> None:
+    gb = 10**9
+    limit = {"gpu_limit_bytes": 230 * gb, "gpu_limit_set": True, "gpu_limit_default_bytes": 192 * gb}
+    memory = smallest(MemoryRow) | {"budget_bytes": 230 * gb, "budget_source": "test", "used_bytes": 100 * gb}
+    memory |= {"held_bytes": 60 * gb, "reserved_bytes": 40 * gb, "left_bytes": 130 * gb}
+    memory |= {"host": smallest(HostRow) | {"total_bytes": 256 * gb} | limit}
+    result = decode(ListResult, smallest(ListResult) | {"memory": memory})
+    budget, host, *_ = list_command.show_memory([HostReply("studio", result)]).splitlines()
+    assert budget == "budget 230.0 GB (test), counted 100.0 GB, held 60.0 GB, reserved 40.0 GB, free 130.0 GB"
+    assert "GPU limit 230.0 GB (set; the default is 192.0 GB)" in host
 
 
 @pytest.mark.parametrize(
