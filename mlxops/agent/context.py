@@ -271,7 +271,7 @@ class Context:
         """Repair the state that an interrupted operation left."""
         settled = recovery.settle(self.store, abandoned.id, abandoned.port, by=self.operation)
         if settled is not None:
-            self.note(f"{settled}; what it left is repaired", "warning")
+            self.note(f"{settled}; this operation takes over what it left", "warning")
 
     def is_same_request(self, other: Operation, port: int | None) -> bool:
         """Return whether another operation carries out the same request. `port` None: on any port."""

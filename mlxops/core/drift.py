@@ -79,7 +79,7 @@ class DriftCode(StrEnum):
     )
     STILL_ENDING = (
         "still_ending",
-        "A stop gave up waiting for the end of the server, which still holds memory.",
+        "A stop of the server gave up or was interrupted, and the server has not ended.",
         "`mlxctl reconcile`; or kill it: `mlxctl unload {port} --kill`",
     )
     SETTINGS_CHANGED = (

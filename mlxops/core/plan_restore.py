@@ -174,7 +174,7 @@ def _why_port_is_taken(view: PortView | None) -> str:
 
 
 def _was_unloaded(view: PortView, step: RestoreStep) -> bool:
-    """Whether the step's server ended after a command that would have cleared the step had given up waiting for it."""
+    """Whether the step's server ended after a command that would have cleared the step had begun to stop it."""
     run = view.run
     return view.unserved and run is not None and run.model == step.model and run.stopped_by in CLEARING
 
@@ -183,7 +183,7 @@ def _why_unloaded(view: PortView | None, step: RestoreStep) -> str:
     if view is None or view.run is None or not _was_unloaded(view, step):
         return ""
     load = f"`mlxctl load {step.model} {step.port}`"
-    return f"{view.run.stopped_by} gave up waiting for its end, and it has ended since: `mlxctl reconcile`; or {load}"
+    return f"{view.run.stopped_by} began to stop it, and it has ended since: `mlxctl reconcile`; or {load}"
 
 
 def _why_not_allowed(

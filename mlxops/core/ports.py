@@ -25,7 +25,7 @@ class State(DescribedText):
     IDLE = "idle", "Nothing runs on the port."
     LOADING = "loading", "An operation starts a server here, or a server runs that does not serve yet."
     READY = "ready", "The server is the one that was proven at load, it listens, and it answers the probe."
-    DRAINING = "draining", "An operation stops the server here, or gave up waiting for its end."
+    DRAINING = "draining", "An operation stops the server here, or began to, and gave up or was interrupted."
     FAILED = "failed", "The server ended or is unhealthy; the detail says why."
     WEDGED = "wedged", "The server does not answer the probe, although no request is running."
     MISMATCH = "mismatch", "The server serves another model than the registry says, or another process listens here."
@@ -187,7 +187,7 @@ class PortView:
 
     @property
     def ending(self) -> bool:
-        """Whether a stop gave up waiting for the server's end. It still holds the port and memory."""
+        """Whether a stop began and gave up or was interrupted. The server still holds the port and memory."""
         return self.state is State.DRAINING and self.operation is None
 
     @property
@@ -304,7 +304,7 @@ def _judge_ours(signals: Signals, run: Run, assigned: tuple[str, ...]) -> PortVi
 def _describe_ending(signals: Signals, run: Run) -> str:
     if signals.operation is not None:
         return _describe_operation(signals, signals.operation)
-    return f"{run.stopped_by} gave up waiting for its end at {run.stopping_since}"
+    return f"{run.stopped_by} began to stop it at {run.stopping_since}, and gave up or was interrupted"
 
 
 def _orphan_reason(signals: Signals, run: Run, assigned: tuple[str, ...]) -> Orphan | None:

@@ -39,9 +39,13 @@ class Run:
     """The last words of `argv`: the limits that were chosen from the memory that was left. Builds up to 0.2.0 record
     none."""
     stopped_by: str | None = None
-    """The command that began to stop it, and gave up before its processes had ended."""
+    """The command that began to stop it. It may have given up, or may have been killed, before the server ended."""
     stopping_since: str | None = None
-    """When that command gave up."""
+    """When its first stop began."""
+    held_bytes: int | None = None
+    """What it held just before that; None if that is not known, or if no memory is looked for after its end."""
+    unexplained_bytes: int | None = None
+    """What the host had in use then that no process explained."""
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -54,6 +58,7 @@ class Run:
 
 
 _OPTIONAL_TEXTS = ("proven_at", "engine_version", "stopped_by", "stopping_since")
+_OPTIONAL_NUMBERS = ("held_bytes", "unexplained_bytes")
 
 
 def run_from_wire(wire: Mapping[str, object]) -> Run:
@@ -76,6 +81,9 @@ def run_from_wire(wire: Mapping[str, object]) -> Run:
         raise ValueError("a text is missing")
     if not all(value is None or isinstance(value, str) for value in optional.values()):
         raise ValueError(f"one of {', '.join(_OPTIONAL_TEXTS)} is not a text")
+    sizes = {key: wire.get(key) for key in _OPTIONAL_NUMBERS}
+    if not all(value is None or type(value) is int for value in sizes.values()):
+        raise ValueError(f"one of {', '.join(_OPTIONAL_NUMBERS)} is not a number")
     budget = wire.get("budget", [])
     if not isinstance(budget, list) or not all(isinstance(word, str) for word in budget):
         raise ValueError("budget is not a list of words")
@@ -83,6 +91,7 @@ def run_from_wire(wire: Mapping[str, object]) -> Run:
         **numbers,  # type: ignore[arg-type]
         **texts,  # type: ignore[arg-type]
         **optional,  # type: ignore[arg-type]
+        **sizes,  # type: ignore[arg-type]
         argv=tuple(str(word) for word in argv),
         adopted=wire.get("adopted") is True,
         budget=tuple(budget),
@@ -154,6 +163,8 @@ def run_of(server: Server, port: int, boot_id: str) -> Run:
         started_at="",
         adopted=True,
         budget=(),
+        held_bytes=None,
+        unexplained_bytes=None,
     )
 
 

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +38,7 @@ from tests.lab.homelab import Homelab
 from tests.lab.ports import free_ports
 from tests.lab.quick import ENGINE, install_engine
 from tests.lab.world import wait_until
-from tests.steps import ENDED_BY_SIGINT, REPO, Ask, assigned, register, with_fake
+from tests.steps import ENDED_BY_SIGINT, REPO, Ask, assigned, finish, register, with_fake
 
 MB = 1_000_000
 HEAVY = ["--fake-memory", "300"]
@@ -116,7 +117,7 @@ def is_zombie(process: psutil.Process) -> bool:
 def serve(host: Host) -> int:
     """Load the stubborn server `mine` on the first port; `next` is an ordinary one. Return its pid."""
     host.register(mine=STUBBORN, next=[])
-    host("load", model="mine", port=str(host.first))
+    host("load", model="mine", port=str(host.first), force=True)
     return host.run().pid
 
 
@@ -140,6 +141,7 @@ PATHS: dict[str, tuple[str, dict[str, object]]] = {
     "unload-all": ("unload-all", {}),
     "swap": ("load", {"model": "next", "port": "{first}", "force": True}),
     "move": ("load", {"model": "mine", "port": "{second}", "force": True}),
+    "rollback": ("rollback", {"port": "{first}"}),
     "reconcile": ("reconcile", {}),
 }
 
@@ -149,6 +151,9 @@ def test_server_above_the_limit_is_killed_only_on_request(host: Host, path: str)
     command, words = PATHS[path]
     ports = {"first": host.first, "second": host.second}
     args = {key: word.format(**ports) if isinstance(word, str) else word for key, word in words.items()}
+    if path == "rollback":
+        host.register(mine=STUBBORN, next=[])
+        host("load", model="next", port=str(host.first))
     pid = serve(host)
     if path == "reconcile":
         host.store.save_run(replace(host.run(), proven_at=None))  # a load that was killed
@@ -157,16 +162,17 @@ def test_server_above_the_limit_is_killed_only_on_request(host: Host, path: str)
     error = caught.value
     assert (error.code, int(error.exit)) == ("still_ending", 75) and "--kill" in error.hint
     assert error.details["port"] == host.first and error.details["pid"] == pid
-    assert host.run().stopped_by == command
+    assert host.run().stopped_by == {"rollback": "load"}.get(command, command)
     assert host.assigned == {"mine": host.first}
     is_draining(host, pid)
 
     host(command, **args, kill=True)
     assert not alive(pid)
-    after = {"swap": {"next": host.first}, "move": {"mine": host.second}}
-    assert host.assigned == after.get(path, {})
-    assert host.view().state is (State.READY if path == "swap" else State.IDLE)
-    assert host.view().run is None or path == "swap"
+    replaces = path in {"swap", "rollback"}
+    after = {"next": host.first} if replaces else {"mine": host.second} if path == "move" else {}
+    assert host.assigned == after
+    assert host.view().state is (State.READY if replaces else State.IDLE)
+    assert replaces or host.view().run is None
 
 
 def test_swap_says_which_model_is_where(host: Host) -> None:
@@ -223,6 +229,13 @@ def test_more_memory_gets_more_time() -> None:
     assert [ending.end_seconds(size * 10**9) for size in (0, 4, 400)] == [30, 31, 130]
 
 
+def nothing_is_left(host: Host) -> None:
+    view = host.view()
+    assert view.state is State.IDLE and view.run is None and not view.members
+    world = host.context("status", {}).registry_and_world()[1]
+    assert [drift for drift in world.drift if drift.code == "still_ending"] == []
+
+
 @pytest.mark.parametrize("old", [True, False], ids=["a swap", "a first load"])
 def test_failed_load_names_the_server_that_is_left(host: Host, old: bool) -> None:
     host.register(mine=[*STUBBORN, "--fake-act", "broken"], next=[])
@@ -238,9 +251,32 @@ def test_failed_load_names_the_server_that_is_left(host: Host, old: bool) -> Non
     assert not alive(pid) and host.view().state is State.IDLE and host.view().run is None
 
 
-def test_cancelled_load_leaves_what_has_not_ended_recorded(host: Host) -> None:
+def test_failed_load_kills_its_server_on_request(host: Host) -> None:
+    host.register(mine=[*STUBBORN, "--fake-act", "broken"])
+    with pytest.raises(NotStarted) as caught:
+        host("load", model="mine", port=str(host.first), kill=True)
+    assert "has not ended" not in caught.value.why
+    nothing_is_left(host)
+
+
+@pytest.mark.parametrize("kill", [False, True])
+def test_failed_load_of_a_restore_obeys_the_limit(host: Host, kill: bool) -> None:
+    host.register(mine=[*STUBBORN, "--fake-act", "broken"])
+    host.store.registry.update(lambda registry: registry.assign("mine", host.first))
+    with pytest.raises(NotStarted) as caught:
+        host("restore", kill=kill)
+    assert caught.value.code == "restore_incomplete"
+    assert host.assigned == {"mine": host.first}
+    if kill:
+        assert host.view().owner is None and not host.view().members
+    else:
+        is_draining(host, host.run().pid)
+
+
+@pytest.mark.parametrize("kill", [False, True])
+def test_cancelled_load_leaves_what_has_not_ended_recorded(host: Host, kill: bool) -> None:
     host.register(mine=[*STUBBORN, "--fake-act", "deaf"])
-    ctx = host.context("load", {"model": "mine", "port": str(host.first)})
+    ctx = host.context("load", {"model": "mine", "port": str(host.first), "kill": kill})
 
     def cancel(event: Event) -> None:
         if isinstance(event, Phase) and event.name == "proof":
@@ -251,8 +287,11 @@ def test_cancelled_load_leaves_what_has_not_ended_recorded(host: Host) -> None:
     ctx = replace(ctx, emit=cancel)
     with pytest.raises(Interrupted) as caught, ctx.cancellation.open():
         operation("load")(ctx, ctx.request)
-    assert "has not ended yet" in caught.value.why
-    is_draining(host, host.run().pid)
+    assert ("has not ended yet" in caught.value.why) is not kill
+    if kill:
+        nothing_is_left(host)
+    else:
+        is_draining(host, host.run().pid)
 
 
 def test_restore_waits_for_a_draining_port(host: Host) -> None:
@@ -275,7 +314,7 @@ def test_restore_does_not_start_what_an_unload_stopped(host: Host) -> None:
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not alive(pid), 10, "its end")
     result = host("restore")
-    assert not result.restored and "unload gave up" in result.skipped[0].why
+    assert not result.restored and "unload began to stop it" in result.skipped[0].why
     host("reconcile")
     assert host.assigned == {} and host.view().run is None
 
@@ -294,13 +333,76 @@ def test_server_started_by_hand_is_recorded_until_it_ends(host: Host, tmp_path: 
             server.kill()
 
 
-def test_restore_of_an_interrupted_load_does_not_kill(host: Host) -> None:
+def test_restore_of_an_interrupted_load_kills_only_on_request(host: Host) -> None:
     pid = serve(host)
-    host.store.save_run(replace(host.run(), proven_at=None))
+    interrupted = replace(host.run(), proven_at=None)
+    host.store.save_run(interrupted)
     with pytest.raises(MlxopsError) as caught:
         host("restore")
     assert caught.value.code == "restore_incomplete" and "still_ending" in caught.value.why
     is_draining(host, pid)
+    host.store.save_run(interrupted)
+    assert [row.model for row in host("restore", kill=True).restored] == ["mine"] and not alive(pid)
+
+
+def test_unload_of_a_portless_server_above_the_limit_clears_the_port(host: Host, tmp_path: Path) -> None:
+    """It is stopped after the port's own server, and has no record: the port must not be started again."""
+    host.register(next=[])
+    host("load", model="next", port=str(host.first))
+    argv = [str(install_engine(tmp_path / "bin")), *STUBBORN, "--fake-act", "deaf", "--model", "mine"]
+    argv += ["--host", host.settings.bind, "--port", str(host.first)]
+    with subprocess.Popen(argv, start_new_session=True, stdout=subprocess.DEVNULL) as server:
+        try:
+            wait_until(lambda: (this_system().memory([server.pid]) or 0) > 300 * MB, 30, "its memory")
+            wait_until(lambda: [each.pid for each in host.view().portless] == [server.pid], 30, "the server")
+            with pytest.raises(Busy) as caught:
+                host("unload", port=str(host.first), force=True)
+            assert caught.value.details["pid"] == server.pid
+            again = f"mlxctl unload {host.first} --force"
+            assert caught.value.hint == f"wait for it again: {again}; or kill it: {again} --kill"
+            assert host.assigned == {} and host.store.run(host.first) is None and alive(server.pid)
+            assert host.store.history()[-1]["command"] == "unload"
+            host("unload", port=str(host.first), force=True, kill=True)
+            assert server.wait(10) == -signal.SIGKILL
+            nothing_is_left(host)
+        finally:
+            server.kill()
+
+
+class _WorkerKilled(BaseException):
+    pass
+
+
+def test_stop_whose_worker_is_killed_is_recorded(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ending, "QUIET_SECONDS", 0.0)
+    pid = serve(host)
+
+    def kill_worker(event: Event) -> None:
+        if isinstance(event, Phase) and event.name == "ending":
+            raise _WorkerKilled
+
+    ctx = replace(host.context("unload", {"port": str(host.first)}), emit=kill_worker)
+    with pytest.raises(_WorkerKilled):
+        operation("unload")(ctx, ctx.request)
+    assert (host.run().stopped_by, host.run().pid) == ("unload", pid) and host.run().stopping_since
+    is_draining(host, pid)
+    assert not host("restore").restored
+    host("unload", port=str(host.first), kill=True)
+    nothing_is_left(host)
+
+
+@pytest.mark.parametrize("command", ["unload", "reconcile", "load"])
+def test_stop_whose_worker_was_killed_before_the_signal_is_finished(host: Host, command: str) -> None:
+    """The server serves on, and its record says that it is being stopped."""
+    host.register(mine=[], next=[])
+    host("load", model="mine", port=str(host.first))
+    pid = host.run().pid
+    host.store.save_run(replace(host.run(), stopped_by="unload", stopping_since="2026-01-01T00:00:00Z"))
+    assert host.view().state is State.DRAINING
+    port = str(host.first)
+    args: dict[str, dict[str, object]] = {"unload": {"port": port}, "load": {"model": "next", "port": port}}
+    host(command, **args.get(command, {}))
+    assert not alive(pid) and host.assigned == ({"next": host.first} if command == "load" else {})
 
 
 def test_record_of_an_earlier_build_is_read(host: Host) -> None:
@@ -333,10 +435,34 @@ def test_command_line_names_the_next_command(homelab: Homelab) -> None:
     assert f"ending: mine on port {ask.port} holds 3" in stopped.stderr
     row = ask.row()
     assert (row["state"], row["owner"], row["pid"], row["model"]) == ("draining", "mlxops", pid, "mine")
-    assert row["memory_bytes"] > 300 * MB and row["detail"].startswith("unload gave up waiting for its end")
+    assert row["memory_bytes"] > 300 * MB and row["detail"].startswith("unload began to stop it at")
     assert assigned(ask.studio) == {"mine": ask.port}
     os.kill(pid, signal.SIGKILL)
     ask("reconcile").ok()
+    assert assigned(ask.studio) == {} and ask.row()["state"] == "idle"
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_server_that_takes_twenty_seconds_gets_them(homelab: Homelab) -> None:
+    ask = Ask(with_fake(homelab), "ssh")
+    homelab.configure(kill_limit="100MB")
+    slow = [*HEAVY, "--fake-linger", "20"]
+    register(ask.studio, "mine", args=slow)
+    register(ask.studio, "deaf", args=[*slow, "--fake-act", "deaf"])
+    ask("load", "--model", "mine", "--port", ask.port).ok()
+    began = time.monotonic()
+    stopped = ask("unload", "--port", ask.port, timeout=120).ok()
+    assert time.monotonic() - began > 20 and "killed" not in stopped.stderr
+    assert assigned(ask.studio) == {} and ask.row()["state"] == "idle"
+
+    with ask.running("load", "--model", "deaf", "--port", ask.port) as load:
+        assert load.stderr is not None
+        next(line for line in load.stderr if line.startswith("proof: "))
+        wait_until(lambda: (ask.row()["memory_bytes"] or 0) > 300 * MB, 30, "its memory")
+        began = time.monotonic()
+        ask("unload", "--port", ask.port, timeout=120).ok()
+        assert time.monotonic() - began > 20 and finish(load).exit == 130
     assert assigned(ask.studio) == {} and ask.row()["state"] == "idle"
 
 

@@ -27,7 +27,7 @@ from tests.lab.world import listening, wait_until
 
 LINGERS = """
 import ctypes, os, platform, signal, socket, sys, threading, time
-signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 listener = socket.create_server(("127.0.0.1", int(sys.argv[1])))
 asked = threading.Event()
 def last():
@@ -35,12 +35,12 @@ def last():
     time.sleep(float(sys.argv[2]))
     os._exit(0)
 threading.Thread(target=last).start()
-signal.sigwait([signal.SIGTERM])
+signal.sigwait([signal.SIGINT])
 asked.set()
 exit_of_one_thread = {"x86_64": 60, "aarch64": 93}[platform.machine()]
 ctypes.CDLL(None).syscall(exit_of_one_thread, 0)
 """
-"""A server whose main thread ends on SIGTERM, and whose other thread ends seconds later. Until then the port is open,
+"""A server whose main thread ends on SIGINT, and whose other thread ends seconds later. Until then the port is open,
 while the process looks like a zombie."""
 
 

@@ -7,10 +7,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -18,7 +19,8 @@ from mlxops.agent.context import Context
 from mlxops.agent.host.memory import kilobytes
 from mlxops.agent.host.system import LinuxSystem
 from mlxops.agent.operations import list as list_operation
-from mlxops.agent.operations import status
+from mlxops.agent.operations import operation, status
+from mlxops.agent.operations.stop import look_for_memory
 from mlxops.agent.operations.stop import stop as stop_server
 from mlxops.agent.paths import host_paths
 from mlxops.agent.serving import stranded
@@ -27,10 +29,11 @@ from mlxops.agent.serving.stranded import expect_return, still_missing
 from mlxops.agent.state.store import Store
 from mlxops.core.commands.list import List
 from mlxops.core.commands.status import Status
-from mlxops.core.errors import Refused
+from mlxops.core.errors import Busy, Refused
 from mlxops.core.memory import Estimate
 from mlxops.core.ports import Owner, PortView, State
-from mlxops.core.records import Server, Stranded, stranded_from_wire
+from mlxops.core.protocol import Event
+from mlxops.core.records import Run, Server, Stranded, run_of, stranded_from_wire
 from mlxops.core.registry import EMPTY
 from mlxops.core.settings import PortRange, Settings
 from tests.lab.envelopes import envelope
@@ -110,18 +113,18 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     return made
 
 
+def record_of(child: subprocess.Popen[str]) -> Run:
+    process = Alone().process(child.pid)
+    assert process is not None
+    server = Server(child.pid, process.pgid, "mlx-lm", "m", process.argv, process.start)
+    return replace(run_of(server, 8100, Alone().boot_id()), model="m")
+
+
 def stop(store: Store, child: subprocess.Popen[str], *, between: Callable[[], object] = lambda: None) -> list[str]:
     """Kill a process as a stop does. Return the warnings."""
     notes: list[str] = []
-    system = Alone()
-    with expect_return(
-        store,
-        system,
-        port=8100,
-        model="m",
-        pids=[child.pid],
-        note=lambda text, level: notes.append(text) if level == "warning" else None,
-    ):
+    keep = lambda text, level: notes.append(text) if level == "warning" else None  # noqa: E731
+    with expect_return(store, Alone(), record_of(child), keep):
         between()
         child.kill()
         child.wait()
@@ -171,10 +174,51 @@ def test_stop_that_fails_claims_nothing(store: Store, hold: Hold, leftover: Path
     child = hold(str(leftover))
     with (
         pytest.raises(Refused),
-        expect_return(store, Alone(), port=8100, model="m", pids=[child.pid], note=lambda text, level: None),
+        expect_return(store, Alone(), record_of(child), lambda text, level: None),
     ):
         raise Refused("not_ours", "it is not signalled")
     assert not store.stranded_path.exists()
+
+
+@pytest.mark.parametrize("command", ["unload", "reconcile"])
+def test_server_that_ends_after_its_stop_gave_up_is_looked_for(
+    tmp_path: Path, store: Store, hold: Hold, leftover: Path, command: str
+) -> None:
+    child = hold(str(leftover))
+    run = replace(record_of(child), port=2)
+    with pytest.raises(Busy), expect_return(store, Alone(), run, lambda text, level: None) as seen:
+        store.save_run(replace(seen, stopped_by="unload", stopping_since="now"))
+        raise Busy("still_ending", "it has not ended yet")
+    child.kill()
+    child.wait()
+    events: list[Event] = []
+    args = {"port": "2"} if command == "unload" else {}
+    ctx = replace(context(tmp_path, store, command, args), emit=events.append, operation="op")
+    operation(command)(ctx, ctx.request)
+    assert "of memory did not return within" in str(events)
+    found = still_missing(store, Alone())
+    assert found is not None and (found.port, found.model) == (2, "m") and store.run(2) is None
+    assert found.size == pytest.approx(SIZE, abs=NOISE)
+
+
+def test_memory_is_looked_for_once(tmp_path: Path, store: Store, hold: Hold, leftover: Path) -> None:
+    child = hold(str(leftover))
+    with expect_return(store, Alone(), replace(record_of(child), port=2), print) as seen:
+        store.save_run(seen)
+        child.kill()
+        child.wait()
+        leftover.unlink()
+    events: list[Event] = []
+    ctx = replace(context(tmp_path, store, "unload", {}), emit=events.append)
+    look_for_memory(ctx, 2)
+    assert events == [] and store.run(2) == replace(seen, held_bytes=None, unexplained_bytes=None)
+
+
+def test_second_stop_keeps_the_look_of_the_first(store: Store, hold: Hold) -> None:
+    run = replace(record_of(hold("private")), held_bytes=300 * GB, unexplained_bytes=-5)
+    with pytest.raises(Busy), expect_return(store, Alone(), run, print) as seen:
+        assert seen == run
+        raise Busy("still_ending", "it has not ended yet")
 
 
 class Blind(Alone):
@@ -186,7 +230,7 @@ class Blind(Alone):
 
 def test_nothing_is_claimed_or_refused_if_memory_cannot_be_measured(store: Store, hold: Hold, leftover: Path) -> None:
     child = hold(str(leftover))
-    with expect_return(store, Blind(), port=8100, model="m", pids=[child.pid], note=print):
+    with expect_return(store, Blind(), record_of(child), print):
         child.kill()
     assert not store.stranded_path.exists()
     store.save_stranded(Stranded(Alone().boot_id(), GB, 0, 8100, "m", "now"))
@@ -233,12 +277,12 @@ def test_stopping_a_server_records_what_it_leaves_behind(tmp_path: Path, store: 
 # -- where it shows ---------------------------------------------------------------------------------------------------
 
 
-def context(tmp_path: Path, store: Store, command: str) -> Context:
+def context(tmp_path: Path, store: Store, command: str, args: Mapping[str, object] = MappingProxyType({})) -> Context:
     settings = Settings(
         state=str(store.state), registry=str(store.registry.path), hub=str(tmp_path), ports=PortRange(1, 2)
     )
     paths = host_paths(settings, {"HOME": str(tmp_path)})
-    request = envelope(command, {}, settings, "").request
+    request = envelope(command, dict(args), settings, "").request
     return Context(request, paths, store, Alone(), lambda event: None, {})
 
 

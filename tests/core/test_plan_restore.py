@@ -74,7 +74,10 @@ TAKEN: dict[str, tuple[PortView | None, str]] = {
     "a server that loads": (PortView(8100, None, State.LOADING, Owner.HAND, "a", pid=7), "pid 7"),
     "another model by hand": (PortView(8100, None, State.READY, Owner.HAND, "b", pid=7), "serves b there"),
     "a server that a stop did not wait for": (PortView(8100, None, State.DRAINING, Owner.MLXOPS, "a"), "not ended yet"),
-    "a server that ended after its unload": (PortView(8100, None, State.FAILED, run=UNLOADED), "unload gave up"),
+    "a server that ended after its unload": (
+        PortView(8100, None, State.FAILED, run=UNLOADED),
+        "unload began to stop it",
+    ),
     "an operation": (
         PortView(8100, None, State.IDLE, operation=Operation("x", "unload")),
         "running on the port",

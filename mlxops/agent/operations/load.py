@@ -19,7 +19,7 @@ from mlxops.agent.operations.preflight import (
     prepare,
 )
 from mlxops.agent.operations.server_names import name_fields, names_of
-from mlxops.agent.operations.stop import shown_stop
+from mlxops.agent.operations.stop import look_for_memory, shown_stop
 from mlxops.agent.operations.swap import start_in_place
 from mlxops.agent.paths import require_folder
 from mlxops.core import names, planner
@@ -79,6 +79,8 @@ def load(held: Held) -> LoadResult:
             ctx.note(note)
         plan = final
         if plan.outcome is Outcome.START and prepared is not None:
+            if not request.dry_run:
+                look_for_memory(ctx, port)
             prepared, warnings = preflight(ctx, request, reserved, held.registry, plan, prepared)
             plan = replace(plan, notes=(*plan.notes, *warnings))
         if request.dry_run:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mlxops.agent.context import Context
-from mlxops.agent.operations.stop import report_registry_behind, stop
+from mlxops.agent.operations.stop import look_for_memory, report_registry_behind, stop
 from mlxops.agent.serving.ending import STILL_ENDING
 from mlxops.agent.state.recovery import settle_all
 from mlxops.agent.state.store import state_unwritable
@@ -69,6 +69,7 @@ def _reconcile_port(ctx: Context, port: int) -> tuple[list[StoppedRow], list[Cle
                     lambda current: current.clear(m.name for m in current.on_port(port) if m.name in clear)
                 )
         if plan.forget:
+            look_for_memory(ctx, port)
             ctx.store.forget_run(port)
     stopped = [StoppedRow(view.port, view.model, view.pid, view.detail) for view in plan.stops]
     return stopped, _cleared_rows(clear)

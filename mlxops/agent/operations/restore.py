@@ -60,7 +60,7 @@ def run(ctx: Context, request: Restore) -> RestoreResult:
             ctx.note(f"the boot job {state.job.name} of port {state.job.port} is {state.standing}: {state.detail}")
         for step in plan.steps.skipped:
             _warn_skipped(ctx, step)
-        return _dry_run(ctx, plan) if request.dry_run else _start_all(ctx, request, plan)
+        return _dry_run(ctx, request, plan) if request.dry_run else _start_all(ctx, request, plan)
 
 
 def current_plan(ctx: Context, request: Restore) -> RestorePlan:
@@ -68,13 +68,13 @@ def current_plan(ctx: Context, request: Restore) -> RestorePlan:
     return _make_plan(ctx, request, record_lasting=True).steps
 
 
-def _dry_run(ctx: Context, plan: _HostPlan) -> RestoreResult:
+def _dry_run(ctx: Context, request: Restore, plan: _HostPlan) -> RestoreResult:
     """Return the starts with their argv, and the starts that would be refused."""
     starts: list[RestoreRow] = []
     failed: list[RestoreStep] = []
     for step in plan.steps.starts:
         try:
-            with hold(ctx, replace(_load_request(step), dry_run=True)) as held:
+            with hold(ctx, replace(_load_request(request, step), dry_run=True)) as held:
                 planned = load(held).plan
         except Interrupted:
             raise
@@ -177,8 +177,8 @@ def _records(ctx: Context, steps: Iterable[RestoreStep]) -> dict[int, Record]:
     return records
 
 
-def _load_request(step: RestoreStep) -> Load:
-    return Load(model=step.model, port=str(step.port), restore=True)
+def _load_request(request: Restore, step: RestoreStep) -> Load:
+    return Load(model=step.model, port=str(step.port), restore=True, kill=request.kill)
 
 
 def _start_step(ctx: Context, request: Restore, step: RestoreStep, *, first: bool) -> bool:
@@ -186,7 +186,7 @@ def _start_step(ctx: Context, request: Restore, step: RestoreStep, *, first: boo
 
     Raises what `load` raises, `PortExcluded`, `_NotWanted`.
     """
-    load_request = replace(_load_request(step), first_attempt=first)
+    load_request = replace(_load_request(request, step), first_attempt=first)
     with ctx.cancellation.for_port(step.port), hold(ctx, load_request) as held:
         if not is_wanted(held.registry, step, cleared=request.cleared):
             raise _NotWanted("not_wanted", f"{step.model} is not assigned to port {step.port} any more")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from mlxops.agent.context import Context
 from mlxops.agent.engines import ENGINES
 from mlxops.agent.serving import processes
 from mlxops.agent.serving.ending import Terms, end, kill_limit
-from mlxops.agent.serving.stranded import expect_return
+from mlxops.agent.serving.stranded import expect_return, look_again
 from mlxops.core.errors import MlxopsError, OutcomeUnknown, Refused
 from mlxops.core.ports import Owner, PortView, State
 from mlxops.core.protocol import Phase
@@ -29,9 +30,8 @@ def stop(ctx: Context, view: PortView) -> float:
     """
     run = _server_run(ctx, view)
     ctx.emit(Phase("stop", f"{view.model or 'a server'} on port {view.port}, pid {run.pid}"))
-    pids = processes.members(ctx.system, ctx.system.look(()), run)
-    with expect_return(ctx.store, ctx.system, port=view.port, model=view.model, pids=pids, note=ctx.note):
-        return _stop(ctx, view, run)
+    with expect_return(ctx.store, ctx.system, run, ctx.note) as seen:
+        return _stop(ctx, view, seen)
 
 
 def _stop(ctx: Context, view: PortView, run: Run) -> float:
@@ -78,9 +78,25 @@ def report_registry_behind(stopped: PortView | None) -> Iterator[None]:
 
 
 def stop_portless(ctx: Context, server: Server, port: int) -> None:
-    """Stop a server that was started by hand for a port but does not listen on it. The port is another one's."""
+    """Stop a server that was started by hand for a port but does not listen on it. The port is another one's.
+
+    Raises what `end` raises; after `Busy` (still_ending) no record names it, but `status` still sees it.
+    """
     ctx.emit(Phase("stop", f"{server.model or 'a server'} for port {port}, pid {server.pid}"))
-    end(ctx.system, run_of(server, port, ctx.system.boot_id()), stop_terms(ctx), emit=ctx.emit)
+    run = replace(run_of(server, port, ctx.system.boot_id()), model=server.model)
+    with expect_return(ctx.store, ctx.system, run, ctx.note):
+        end(ctx.system, run, stop_terms(ctx), emit=ctx.emit)
+
+
+def look_for_memory(ctx: Context, port: int) -> None:
+    """Look for the memory of a server that ended after its stop had given up, or after the stop's worker was killed."""
+    run = None
+    with contextlib.suppress(OSError, ValueError):
+        run = ctx.store.run(port)
+    if run is None or run.held_bytes is None or processes.members(ctx.system, ctx.system.look(()), run):
+        return
+    look_again(ctx.store, ctx.system, run, ctx.note)
+    ctx.store.save_run(replace(run, held_bytes=None, unexplained_bytes=None))  # once is enough
 
 
 def shown_stop(view: PortView, *, owner: bool = False) -> str:

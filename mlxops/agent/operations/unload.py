@@ -6,8 +6,9 @@ import time
 from dataclasses import replace
 
 from mlxops.agent.context import RESTORE, Context, busy
-from mlxops.agent.operations.stop import report_registry_behind, shown_stop, stop, stop_portless
-from mlxops.agent.serving.ending import end_seconds
+from mlxops.agent.operations.stop import look_for_memory, report_registry_behind, shown_stop, stop, stop_portless
+from mlxops.agent.serving.ending import longest_seconds
+from mlxops.agent.serving.stranded import return_seconds
 from mlxops.agent.state.operation_log import OperationLog, find_operation
 from mlxops.core import names, planner
 from mlxops.core.commands.load import PlanRow, PortResult
@@ -17,7 +18,7 @@ from mlxops.core.planner import UnloadPlan
 from mlxops.core.records import Operation
 
 CANCEL_SECONDS = 60.0
-"""Time for a cancelled load to end, besides the time to end of its server."""
+"""Time for a cancelled load to end, besides the time to stop a server."""
 
 
 def run(ctx: Context, request: Unload) -> PortResult:
@@ -65,23 +66,32 @@ def _current_port(ctx: Context, request: Unload, model: str | None) -> int | Non
 
 
 def unload_port(ctx: Context, port: int, *, force: bool) -> UnloadPlan:
-    """Unload one port. The caller holds its lock."""
+    """Unload one port. The caller holds its lock.
+
+    The assignment is cleared before the portless servers are stopped: they may take long, or not end at all.
+    """
     registry = ctx.registry()
     plan = planner.plan_unload(registry, ctx.observe(registry), port, force=force)
     if ctx.request.dry_run:
         return plan
     if plan.stop is not None:
         stop(ctx, plan.stop)
+    if plan.stop is not None or not plan.portless:  # else another process still holds the port
+        _clear(ctx, plan)
     for server in plan.portless:
         stop_portless(ctx, server, port)
-    if plan.stop is None and plan.portless:
-        return plan  # another process still holds the port
+    return plan
+
+
+def _clear(ctx: Context, plan: UnloadPlan) -> None:
+    """Clear what the host records of a port that is free now."""
+    port = plan.port
+    look_for_memory(ctx, port)
     ctx.store.forget_run(port)
     with report_registry_behind(plan.stop):
         ctx.store.registry.update(lambda current: current.clear(model.name for model in current.on_port(port)))
     if plan.changed:
         ctx.remember(command="unload", model=plan.model, port=port)
-    return plan
 
 
 def make_way(ctx: Context, port: int, model: str | None) -> Operation | None:
@@ -106,12 +116,19 @@ def make_way(ctx: Context, port: int, model: str | None) -> Operation | None:
     else:
         ctx.note(f"cancelling {holder}")
         journal.cancel()
-    deadline = time.monotonic() + CANCEL_SECONDS + end_seconds(ctx.observe_port(port).memory_bytes or 0)
+    deadline = time.monotonic() + _cancel_seconds(ctx, port)
     while ctx.store.holder(f"port-{port}") == holder:
         if time.monotonic() > deadline:
             raise busy(f"port-{port}", holder)
         time.sleep(0.02)
     return None if restoring else holder
+
+
+def _cancel_seconds(ctx: Context, port: int) -> float:
+    """Return how long a cancelled load on a port may take to end. Its server may still grow to its estimate."""
+    load = ctx.reserved().get(port)
+    held = max(ctx.observe_port(port).memory_bytes or 0, (load.reserves if load else None) or 0)
+    return CANCEL_SECONDS + longest_seconds(held) + return_seconds(held)
 
 
 def _is_restore(journal: OperationLog) -> bool:

@@ -4,6 +4,9 @@ The server gets the signals that its engine prefers, then time for its size: if 
 hundreds of gigabytes, a Mac may not get them back before its next reboot. So a server that holds more than the host's
 `kill_limit` is never killed without `--kill`. If it has not ended in time, the stop ends with `still_ending`: the
 server stays recorded, its port is `draining`, and a later stop, load or reconcile finishes it.
+
+The record says that the server is being stopped before its first signal. So the port is `draining` also if the worker
+is killed meanwhile, and the next stop does not interrupt the server's cleanup.
 """
 
 from __future__ import annotations
@@ -69,6 +72,12 @@ def end_seconds(held: int | None) -> float:
     return END_SECONDS + (held or 0) / BYTES_PER_SECOND
 
 
+def longest_seconds(held: int | None) -> float:
+    """Return how long `end` may take for a server without open requests that holds so many bytes."""
+    kill = KILL_SECONDS + (held or 0) / BYTES_PER_SECOND
+    return SIGNAL_SECONDS + end_seconds(held) + LEFTOVER_SECONDS + end_seconds(held) + kill
+
+
 def kill_limit(settings: Settings) -> int | None:
     """Return the bytes above which a server of this host is not killed; None for no limit."""
     if settings.kill_limit is not None:
@@ -92,8 +101,8 @@ def end(
 ) -> Ended:
     """End the recorded server. Prove that no process of it is left.
 
-    `store`: where the record is kept if it has not ended; None for a server whose port is another one's. `reap`
-    collects zombies that are this process's own children.
+    `store`: where the record of the stop is kept; None for a server whose port is another one's. `reap` collects
+    zombies that are this process's own children.
 
     Raises `Busy` (still_ending) if it holds more than the limit and has not ended; `Refused` (not_ours), and signals
     nothing, if its group has a process that is not proven ours; `MlxopsError` (will_not_die) if it survives SIGKILL.
@@ -101,11 +110,13 @@ def end(
     began = time.monotonic()
     signaller = Signaller(system, run, reap)
     waiting = _Waiting(system, signaller, run, emit)
+    if store is not None and signaller.prove():
+        _record_stop(store, run, terms)
     if _ask(signaller, run, terms, waiting) and _end_rest(signaller, waiting):
         return Ended(time.monotonic() - began, killed=False)
     held = waiting.measure()
     if not may_kill(terms.kill_limit, waiting.held):
-        raise _still_ending(run, terms, held, store)
+        raise _still_ending(run, terms.kill_limit, held, recorded=store is not None)
     killed = signaller.send(signal.SIGKILL)
     if not waiting.ended(KILL_SECONDS + (waiting.held or 0) / BYTES_PER_SECOND):
         raise _will_not_die(time.monotonic() - began)
@@ -193,20 +204,23 @@ class _Waiting:
             self._emit(Progress("ending", released, self.held))
 
 
-def _still_ending(run: Run, terms: Terms, held: int | None, store: Store | None) -> Busy:
-    """Keep the server's record, and return the error."""
-    assert terms.kill_limit is not None
-    if store is not None:
-        # If it cannot be written, the record that is there still says that these processes are ours.
-        with contextlib.suppress(OSError, MlxopsError):
-            store.save_run(replace(run, stopped_by=terms.command, stopping_since=run.stopping_since or utc_now()))
-    force = " --force" if store is None else ""
+def _record_stop(store: Store, run: Run, terms: Terms) -> None:
+    # If it cannot be written, the record that is there still says that these processes are ours.
+    with contextlib.suppress(OSError, MlxopsError):
+        store.save_run(replace(run, stopped_by=terms.command, stopping_since=run.stopping_since or utc_now()))
+
+
+def _still_ending(run: Run, limit: int | None, held: int | None, *, recorded: bool) -> Busy:
+    """Return the error. `recorded`: the server has the port's record, so that `reconcile` can finish the stop."""
+    assert limit is not None
+    again = f"mlxctl unload {run.port}{'' if recorded else ' --force'}"
+    finish = "when it has ended: `mlxctl reconcile`" if recorded else f"wait for it again: `{again}`"
     return Busy(
         STILL_ENDING,
         f"{run.model or 'the server'} on port {run.port}, pid {run.pid}, has not ended yet and holds {_shown(held)}",
-        why=f"a server with more than {amount(terms.kill_limit)} (kill_limit) is not killed: its memory may then be "
+        why=f"a server with more than {amount(limit)} (kill_limit) is not killed: its memory may then be "
         "lost until the next reboot",
-        hint=f"when it has ended: `mlxctl reconcile`; or kill it: `mlxctl unload {run.port}{force} --kill`",
+        hint=f"{finish}; or kill it: `{again} --kill`",
         details={"port": run.port, "model": run.model or None, "pid": run.pid, "held_bytes": held},
     )
 

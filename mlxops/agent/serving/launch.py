@@ -224,13 +224,12 @@ class Launch:
         if run is None or process is None:
             return
         child = process.child
-        pids = processes.members(self.system, self.system.look(()), run)
 
         def note(text: str, level: str) -> None:
             emit(Note.of(text, level))
 
-        with expect_return(self.store, self.system, port=run.port, model=run.model, pids=pids, note=note):
-            end(self.system, run, terms, store=self.store, emit=emit, reap=child.poll)
+        with expect_return(self.store, self.system, run, note) as seen:
+            end(self.system, seen, terms, store=self.store, emit=emit, reap=child.poll)
             child.wait()
             self.store.forget_run(run.port)
 

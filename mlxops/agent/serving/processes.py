@@ -170,6 +170,10 @@ class Signaller:
         look = self._system.look(())
         return tuple(sorted({*members(self._system, look, self._run), *self._living(look)}))
 
+    def prove(self) -> bool:
+        """Return whether a process is alive that may be signalled. Raises `Refused` (not_ours) as `send` does."""
+        return bool(self._prove()[1])
+
     def send(self, number: signal.Signals) -> bool:
         """Signal every process that is proven ours; return False if none is alive.
 

@@ -18,9 +18,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from mlxops.agent.host.system import System
+from mlxops.agent.serving import processes
 from mlxops.agent.state.store import Store, utc_now
 from mlxops.core.errors import Refused
-from mlxops.core.records import Stranded
+from mlxops.core.records import Run, Stranded
 from mlxops.core.text import amount
 
 MIN_BYTES = 1024**3
@@ -34,27 +35,40 @@ BYTES_PER_SECOND = 4e9
 
 
 @contextmanager
-def expect_return(
-    store: Store,
-    system: System,
-    *,
-    port: int,
-    model: str | None,
-    pids: Collection[int],
-    note: Callable[[str, str], None],
-) -> Iterator[None]:
+def expect_return(store: Store, system: System, run: Run, note: Callable[[str, str], None]) -> Iterator[Run]:
     """Stop a server inside the block, and wait until its memory is available again. Record what does not return.
 
-    `pids`: all processes of the server. `note` gets a warning and its level. If the block raises, the server may still
-    hold its memory, so nothing is claimed. Nothing is claimed either if the memory cannot be measured.
+    Yield its run record with the look before the stop. If the block raises, the server may still hold its memory, so
+    nothing is claimed; the look in the record is for whoever finds that it has ended.
     """
+    seen = _with_look(system, run)
+    yield seen
+    look_again(store, system, seen, note)
+
+
+def _with_look(system: System, run: Run) -> Run:
+    """Return the run record with a look at the memory, unless it has one: the server may have released some since.
+
+    Add none if that cannot be measured, or if the server holds too little.
+    """
+    if run.held_bytes is not None:
+        return run
+    pids = processes.members(system, system.look(()), run)
     held = system.memory(pids)
     before = _unexplained(system, pids) if held is not None and held >= MIN_BYTES else None
-    yield
-    if held is None or before is None:
+    return run if before is None else replace(run, held_bytes=held, unexplained_bytes=before)
+
+
+def look_again(store: Store, system: System, run: Run, note: Callable[[str, str], None]) -> None:
+    """Compare with the look before the stop of a server that has ended. Wait for its memory; record what is missing.
+
+    `note` gets a message and its level. Nothing is claimed without an earlier look in this boot of the host.
+    """
+    held, before = run.held_bytes, run.unexplained_bytes
+    if held is None or before is None or run.boot_id != system.boot_id():
         return
     if missing := _wait(system, before, held, note):
-        _record(store, system, before, missing, port, model or "a server")
+        _record(store, system, before, missing, run.port, run.model or "a server")
         note(
             f"{amount(missing)} of its {amount(held)} of memory did not return within {return_seconds(held):.0f} s; "
             "if it stays away, only a reboot returns it",

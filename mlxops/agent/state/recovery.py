@@ -121,6 +121,6 @@ def _write_final_event(interrupted: InterruptedOperation, by: str) -> None:
         "operation_interrupted",
         f"{interrupted}",
         why="its worker was killed, or the host went down",
-        hint=f"what it left was cleaned up by {by}",
+        hint=f"{by} took over what it left",
     )
     interrupted.log.append(Failed(error))

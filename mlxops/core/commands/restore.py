@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mlxops.core.command import Group, Hosts, Plannable, switch
+from mlxops.core.command import Group, Hosts, Stopping, switch
 from mlxops.core.frozen import dataclass
 from mlxops.core.hints import Commands
 from mlxops.core.replies import HostReply
@@ -39,7 +39,7 @@ class RestoreResult:
 
 @dataclass(frozen=True)
 class Restore(
-    Plannable[RestoreResult],
+    Stopping[RestoreResult],
     group=Group.SERVE,
     example="mlxctl restore",
     hosts=Hosts.SEVERAL,
