@@ -213,14 +213,14 @@ def _record_stop(store: Store, run: Run, terms: Terms) -> None:
 def _still_ending(run: Run, limit: int | None, held: int | None, *, recorded: bool) -> Busy:
     """Return the error. `recorded`: the server has the port's record, so that `reconcile` can finish the stop."""
     assert limit is not None
-    again = f"mlxctl unload {run.port}{'' if recorded else ' --force'}"
-    finish = "when it has ended: `mlxctl reconcile`" if recorded else f"wait for it again: `{again}`"
+    again = f"{run.port}{'' if recorded else ' --force'}"
+    finish = "when it has ended: `mlxctl reconcile`" if recorded else f"wait for it again: `mlxctl unload {again}`"
     return Busy(
         STILL_ENDING,
         f"{run.model or 'the server'} on port {run.port}, pid {run.pid}, has not ended yet and holds {_shown(held)}",
         why=f"a server with more than {amount(limit)} (kill_limit) is not killed: its memory may then be "
         "lost until the next reboot",
-        hint=f"{finish}; or kill it: `{again} --kill`",
+        hint=f"{finish}; or kill it: `mlxctl unload {again} --kill`",
         details={"port": run.port, "model": run.model or None, "pid": run.pid, "held_bytes": held},
     )
 
