@@ -153,10 +153,11 @@ class TestSeveralHosts:
         # Errors of the control node itself.
         lab.configure("studio2", ports=f"{port}-{second.ports[-1] + 1}")
         differ = mlxctl("reconcile", "--host", "studio2", "--json")
-        assert error_of(differ)["hint"].endswith("inv deploy --host studio2")
+        assert error_of(differ)["hint"].endswith("mlxctl deploy --host studio2")
         lab.configure("studio2", python=["/nowhere/bin/python"])
         assert (
-            error_of(mlxctl("init", "--host", "studio2", "--json"))["hint"] == "install it: inv deploy --host studio2"
+            error_of(mlxctl("init", "--host", "studio2", "--json"))["hint"]
+            == "install it: mlxctl deploy --host studio2"
         )
 
     def test_change_of_a_port_or_model_takes_one_host(self, make_homelab: Callable[..., Homelab]) -> None:
@@ -263,7 +264,7 @@ class TestHostsThatDiffer:
         before = tree(remote.studio.folder)
         for command in (["status"], ["load", "--model", "x", "--port", remote.port]):
             error = remote.error(6, *command)
-            assert error["code"] == "agent_missing" and error["hint"] == "install it: inv deploy"
+            assert error["code"] == "agent_missing" and error["hint"] == "install it: mlxctl deploy"
             assert "/nowhere/bin/python" in error["why"]
         assert tree(remote.studio.folder) == before
 

@@ -199,14 +199,14 @@ def _read_request() -> Envelope:
             "unknown_command",
             f"the agent knows no command {str(error)!r}",
             why=f"the control node has another version; the host has {build_id()}{_deploy_note()}",
-            hint="make both sides equal: `inv deploy`",
+            hint="make both sides equal: `mlxctl deploy`",
         ) from None
     except ValueError as error:
         raise AgentProblem(
             "protocol_mismatch",
             "the agent does not understand the request",
             why=str(error)[:200],
-            hint="make both sides equal: `inv deploy`",
+            hint="make both sides equal: `mlxctl deploy`",
         ) from None
 
 
@@ -218,7 +218,7 @@ def _check_build(envelope: Envelope) -> None:
         "agent_differs",
         "the agent on the host is not this mlxops",
         why=f"the host has {build_id()}{_deploy_note()}, this is {envelope.build}",
-        hint="make both sides equal: `inv deploy`",
+        hint="make both sides equal: `mlxctl deploy`",
     )
     if envelope.request.acts or envelope.request.name in {"agree", "cancel"}:
         raise problem

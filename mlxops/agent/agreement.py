@@ -81,6 +81,6 @@ def _refuse_while_used(store: Store) -> None:
             "settings_in_use",
             "the saved settings of the host cannot be changed now",
             why=f"operation {running.id} is using them",
-            hint=f"wait for it: `mlxctl ops --follow {running.id}`; then again: `inv deploy`",
+            hint=f"wait for it: `mlxctl ops --follow {running.id}`; then again: `mlxctl deploy`",
             details={"operation": running.id},
         )

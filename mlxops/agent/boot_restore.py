@@ -71,7 +71,7 @@ def _restore(state: Path, printed: set[str]) -> _Outcome:
             "never_agreed",
             f"the host has no saved settings: {state / 'host.json'} does not exist",
             why="they say where its registry and its models are",
-            hint="save them: `inv deploy`",
+            hint="save them: `mlxctl deploy`",
         )
     paths = host_paths(agreed, os.environ)
     store = Store(paths.state, paths.registry)

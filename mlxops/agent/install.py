@@ -224,7 +224,7 @@ def wait_for_lock(lock: int) -> None:
             raise ProblemError(
                 "the state folder cannot be locked",
                 f"its file system has no locks (flock: {error.strerror})",
-                "put the state folder on a local disk: `state` in hosts.yaml, then inv deploy",
+                "put the state folder on a local disk: `state` in hosts.yaml, then mlxctl deploy",
             ) from None
 
 

@@ -94,7 +94,7 @@ def settings_differ(differences: Mapping[str, tuple[str, str]]) -> Refused:
         "settings_differ",
         "hosts.yaml differs from the settings that this host has saved",
         why=listed,
-        hint="correct hosts.yaml; or, if it is right, save its settings on the host: `inv deploy`",
+        hint="correct hosts.yaml; or, if it is right, save its settings on the host: `mlxctl deploy`",
         details={"differences": {key: list(pair) for key, pair in differences.items()}},
     )
 

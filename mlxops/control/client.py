@@ -105,7 +105,7 @@ def decoded(target: HostTarget, kind: type, result: Mapping[str, object]) -> obj
             "protocol_mismatch",
             f"the result of {target.name} cannot be understood",
             why=str(error)[:300],
-            hint=aimed("make both sides equal: `inv deploy`", target.flags),
+            hint=aimed("make both sides equal: `mlxctl deploy`", target.flags),
         ) from None
 
 
@@ -231,7 +231,7 @@ def ended_early(target: HostTarget, ended: Ended, *, greeted: bool) -> Exception
         "agent_missing",
         f"there is no mlxops agent on {target.name}",
         why=f"{' '.join(target.python)}: {words[-1] if words else f'status {ended.status}'}"[:300],
-        hint=aimed("install it: `inv deploy`", target.flags),
+        hint=aimed("install it: `mlxctl deploy`", target.flags),
     )
 
 

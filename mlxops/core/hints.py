@@ -42,8 +42,13 @@ def aim(text: str, commands: Iterable[Sequence[str]], flags: Sequence[str]) -> t
     return _replaced(text, before, lambda command: shlex.join(after[command])), tuple(after[each] for each in before)
 
 
+HOSTLESS = frozenset({"help", "setup"})
+"""Commands that ask no host, and so take no `--host`."""
+
+
 def _with_flags(command: tuple[str, ...], flags: Sequence[str]) -> tuple[str, ...]:
-    if len(command) < 2 or command[1].startswith("-") or {"--host", "--local"}.intersection(command):
+    hostless = len(command) < 2 or command[1] in HOSTLESS
+    if hostless or command[1].startswith("-") or {"--host", "--local"}.intersection(command):
         return command
     return (*command[:2], *flags, *command[2:])
 

@@ -191,7 +191,7 @@ def test_missing_hello_means_a_missing_agent(converse: Converse, noise: list[str
     )
     error = problem(exchange)
     assert (error.code, error.exit) == ("agent_missing", Exit.AGENT)
-    assert "No such file" in error.why and "inv deploy --host studio" in error.hint
+    assert "No such file" in error.why and "mlxctl deploy --host studio" in error.hint
     assert exchange.answer.reachable
 
 

@@ -266,7 +266,8 @@ def test_deploys_of_two_control_nodes_keep_servers_and_are_reported(
     assert status.json["hosts"][0]["ports"][0]["state"] == "ready"
     who = f"the host has {theirs} (deployed by chris@mini2 at 2026-01-02T03:04:05Z), this is {build_id()}"
     assert (
-        f"warning: the agent on the host is not this mlxops: {who}; make both sides equal: inv deploy" in status.stderr
+        f"warning: the agent on the host is not this mlxops: {who}; make both sides equal: mlxctl deploy"
+        in status.stderr
     )
     refused = homelab.mini.mlxctl("unload", str(port), "--json")
     error = refused.json["hosts"][0]["error"]

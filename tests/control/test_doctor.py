@@ -188,7 +188,7 @@ WRONG = {
         "gateway_retries": "num_retries: 60, retry_after: 1, disable_cooldowns: true",
     },
     "studio": {
-        "settings_differ": "inv deploy",
+        "settings_differ": "mlxctl deploy",
         "engine_missing": "install it there",
         "engine_runs_code": "update it",
         "engine_drops_layers": "mlx-lm 0.32.2",
@@ -265,7 +265,7 @@ def test_host_without_agent_is_a_finding(homelab: Homelab) -> None:
     homelab.configure(python=["/no/such/python"])
     answer = homelab.mini.mlxctl("doctor", "--json").ok()
     (row,) = found(answer)["studio"]
-    assert (row["code"], row["severity"], row["hint"]) == ("agent_missing", "error", "install it: inv deploy")
+    assert (row["code"], row["severity"], row["hint"]) == ("agent_missing", "error", "install it: mlxctl deploy")
 
 
 # -- both sides compared ------------------------------------------------------------------------------------------
@@ -327,6 +327,19 @@ def test_check_that_fails_is_unknown_with_its_reason() -> None:
 )
 def test_library_of_another_version_is_named(requirement: str, installed: str | None, problem: str) -> None:
     assert node.library_problem(requirement, lambda name: installed) == problem
+
+
+@pytest.mark.parametrize(
+    ("requirement", "needed"),
+    [
+        ("rich", True),
+        (f"psutil>=6; sys_platform == '{sys.platform}'", True),
+        ("psutil>=6; sys_platform == 'another'", False),
+        ('pytest; extra == "dev"', False),
+    ],
+)
+def test_library_of_another_system_is_not_needed(requirement: str, needed: bool) -> None:
+    assert node._is_for_this_system(requirement) is needed
 
 
 def test_options_that_ssh_itself_sets_are_not_named(homelab: Homelab, monkeypatch: pytest.MonkeyPatch) -> None:

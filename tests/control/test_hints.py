@@ -16,7 +16,9 @@ from mlxops.agent.engines.argv import check_model_args
 from mlxops.cli.program import with_flags
 from mlxops.control.hints import aimed, aimed_error, aimed_event
 from mlxops.core import planner
+from mlxops.core.command import Hosts, request_type
 from mlxops.core.errors import MlxopsError, Refused, error_from_wire
+from mlxops.core.hints import HOSTLESS
 from mlxops.core.ports import World
 from mlxops.core.protocol import Done, Failed, LogLine, Note, Phase
 from mlxops.core.registry import Model, parse
@@ -40,6 +42,7 @@ OTHER = " --host studio2"
         ("run `mlxctl restore --local` there", "run mlxctl restore --local there"),
         ("`inv deploy --host studio`", "inv deploy --host studio"),
         ("`mlxctl --list`", "mlxctl --list"),
+        ("see `mlxctl help doctor`, or `mlxctl setup studio`", "see mlxctl help doctor, or mlxctl setup studio"),
         ("add `hub` to hosts.yaml", "add `hub` to hosts.yaml"),
         ("mlxctl without backticks", "mlxctl without backticks"),
         ("add --force", "add --force"),
@@ -199,3 +202,8 @@ def flags_with_values() -> frozenset[str]:
 
 
 VALUES = flags_with_values()
+
+
+def test_hostless_commands_are_those_that_declare_it() -> None:
+    kinds = [request_type(name) for name in command_names()]
+    assert {kind.name for kind in kinds if kind.hosts is Hosts.NONE} == HOSTLESS

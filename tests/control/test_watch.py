@@ -282,7 +282,7 @@ class TestPermanentErrors:
         done = remote(*OFTEN, "--json", timeout=SOON)
         (line,) = done.stdout.splitlines()
         assert done.exit == 6 and json.loads(line)["hosts"][0]["error"]["code"] == "agent_missing"
-        assert done.stderr.endswith("next: install it: inv deploy\n")
+        assert done.stderr.endswith("next: install it: mlxctl deploy\n")
 
     def test_other_hosts_are_still_watched(self, make_homelab: Callable[..., Homelab]) -> None:
         ask = Ask(with_fake(make_homelab(studios=2)), "ssh")
@@ -293,7 +293,7 @@ class TestPermanentErrors:
             reader.until(f"studio {ask.port} drift: ")
             process.send_signal(signal.SIGINT)
             done = finish(process)
-            assert done.exit == 130 and "inv deploy --host studio2" in done.stderr, str(done)
+            assert done.exit == 130 and "mlxctl deploy --host studio2" in done.stderr, str(done)
         gone(ask.studio)
 
     def test_strict_ends_the_watch_at_the_first_drift(self, remote: Ask) -> None:

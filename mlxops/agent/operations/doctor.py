@@ -333,7 +333,7 @@ def _servers(ctx: Context) -> Iterator[Finding]:
     world = ctx.observe(ctx.registry())
     uses, limit = in_use(world, ctx.system, ctx.reserved()), budget(ctx.paths)
     used = sum(use.counted for use in uses)
-    removable = [use for use in uses if use.removable]
+    removable = [use for use in uses if use.removable and use.port in ctx.paths.settings.ports]
     if used > limit.size and removable:
         largest = max(removable, key=lambda use: use.counted)
         message = f"the servers need {amount(used)}, and the budget is {amount(limit.size)} ({limit.source})"

@@ -266,6 +266,6 @@ def _report_unwritable(path: Path) -> Iterator[None]:
             f"the registry cannot be written: {path}",
             why=error.strerror or str(error),
             hint=write_remedy(
-                error, path, "put the registry on a local disk: `registry` in hosts.yaml, then `inv deploy`"
+                error, path, "put the registry on a local disk: `registry` in hosts.yaml, then `mlxctl deploy`"
             ),
         ) from None

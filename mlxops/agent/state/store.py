@@ -310,7 +310,7 @@ class Store:
                 "host_json_unusable",
                 f"the saved settings of the host, {path}, cannot be read",
                 why=str(error)[:200],
-                hint="save them again: `inv deploy`",
+                hint="save them again: `mlxctl deploy`",
             ) from None
 
     def save_agreed_settings(self, settings: Settings) -> None:
@@ -403,4 +403,4 @@ def state_unreadable(path: Path, error: OSError) -> Refused:
     )
 
 
-_RELOCATE_STATE = "put the state folder on a local disk: `state` in hosts.yaml, then `inv deploy`"
+_RELOCATE_STATE = "put the state folder on a local disk: `state` in hosts.yaml, then `mlxctl deploy`"

@@ -35,10 +35,18 @@ def _python() -> list[Finding]:
 
 
 def _libraries() -> list[Finding]:
-    lines = [line for line in requires("mlxops") or () if "extra ==" not in line]
+    lines = [line for line in requires("mlxops") or () if _is_for_this_system(line)]
     return [
         Finding.of(FindingCode.LIBRARY_DIFFERS, problem) for line in lines if (problem := library_problem(line, _found))
     ]
+
+
+def _is_for_this_system(requirement: str) -> bool:
+    """Return whether a requirement is no extra's and for this system. Its only other marker is sys_platform."""
+    _, _, marker = requirement.partition(";")
+    return "extra" not in marker and (
+        "sys_platform" not in marker or re.search(rf"['\"]{sys.platform}['\"]", marker) is not None
+    )
 
 
 def _found(name: str) -> str | None:

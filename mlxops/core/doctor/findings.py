@@ -66,7 +66,7 @@ class FindingCode(StrEnum):
         "library_differs",
         Level.ERROR,
         "A library that mlxops needs is missing or has a version that it does not work with.",
-        "install mlxops again, in its clone: pip install .",
+        "install mlxops again as its README says, in its own virtual environment",
     )
     SSH_MISSING = (
         "ssh_missing",
@@ -129,37 +129,37 @@ class FindingCode(StrEnum):
         "agent_missing",
         Level.ERROR,
         "There is no mlxops agent on the host, or it cannot be started.",
-        "`inv deploy`",
+        "`mlxctl deploy`",
     )
     AGENT_DIFFERS = (
         "agent_differs",
         Level.ERROR,
         "The agent is another build than this mlxops, so changes are refused.",
-        "make both sides equal: `inv deploy`",
+        "make both sides equal: `mlxctl deploy`",
     )
     AGENT_FAILED = (
         "agent_failed",
         Level.ERROR,
         "The agent was asked, and failed or was not understood.",
-        "make both sides equal: `inv deploy`",
+        "make both sides equal: `mlxctl deploy`",
     )
     SETTINGS_DIFFER = (
         "settings_differ",
         Level.ERROR,
         "The host agreed on other settings than hosts.yaml has, so changes are refused.",
-        "correct hosts.yaml, or make its settings the agreed ones: `inv deploy`",
+        "correct hosts.yaml, or make its settings the agreed ones: `mlxctl deploy`",
     )
     AGREEMENT_UNUSABLE = (
         "agreement_unusable",
         Level.ERROR,
         "The settings that the host agreed on (host.json) cannot be read.",
-        "`inv deploy`",
+        "`mlxctl deploy`",
     )
     NOT_AGREED = (
         "not_agreed",
         Level.INFO,
         "The host has not agreed on settings yet: another control node could choose others.",
-        "`inv deploy`, or the first change, agrees",
+        "`mlxctl deploy`, or the first change, agrees",
     )
 
     # The system and the engines
@@ -168,7 +168,7 @@ class FindingCode(StrEnum):
         "interpreter_translated",
         Level.WARNING,
         "The agent's Python is built for Intel and runs translated (Rosetta).",
-        "install a Python for arm64, then `inv deploy`",
+        "install a Python for arm64, then `mlxctl deploy`",
     )
     MACOS_OLD = (
         "macos_old",
@@ -210,7 +210,7 @@ class FindingCode(StrEnum):
         "metal_fast_synch",
         Level.WARNING,
         "MLX_METAL_FAST_SYNCH is set for the servers: it can wedge the GPU until the host is rebooted (mlx #3142).",
-        "take it out of `env` in hosts.yaml, or of what starts the server; then load the models again with --force",
+        "take it out of `env` in hosts.yaml, or of what starts the server; then unload and load each model",
     )
 
     # Files and disks
@@ -306,7 +306,7 @@ class FindingCode(StrEnum):
         "overcommitted",
         Level.WARNING,
         "The running servers need more memory than the budget.",
-        "stop one: `mlxctl unload {port}`",
+        "stop one: `mlxctl unload {port} --force`",
     )
     UNBOUNDED_SERVERS = (
         "unbounded_servers",
