@@ -102,7 +102,7 @@ def _missing(name: str, option: Option) -> UsageError:
         "missing_argument",
         f"--{name} is needed",
         why="there is no default for it",
-        hint=f"for example: {option.needed}",
+        hint=f"for example: `mlxctl {option.needed}`",
     )
 
 

@@ -108,7 +108,7 @@ class Load(
     )
     port: str | None = option("port, or auto; left out: the model's own slot, else its present port", position=1)
     repo: str | None = option("org/name[@revision] to register or repoint the name to")
-    force: bool = switch("swap what is on the port, move the model, or restart it")
+    force: bool = switch("swap what is on the port, move the model, or restart a server whose settings changed")
     restore: bool = False
     """Part of a `restore`; noted in the history."""
     first_attempt: bool = False

@@ -32,7 +32,7 @@ class Unload(Draining[PortResult], group=Group.SERVE, example="mlxctl unload 810
                 "missing_argument",
                 "either --port or --model is needed",
                 why="there is no default for it",
-                hint="for example: unload --port 8100",
+                hint="for example: `mlxctl unload --port 8100`",
             )
         return self
 
