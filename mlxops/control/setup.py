@@ -9,7 +9,7 @@ from __future__ import annotations
 import plistlib
 import re
 from collections.abc import Mapping, Sequence
-from itertools import takewhile
+from itertools import pairwise, takewhile
 
 from mlxops.control.channel import ConnectionLost, Transport
 from mlxops.control.client import lost
@@ -59,7 +59,7 @@ ps -A -ww -o args= 2>/dev/null | while read -r line; do
 done
 for file in /Library/LaunchDaemons/*.plist /Library/LaunchAgents/*.plist "$HOME"/Library/LaunchAgents/*.plist \
     /etc/systemd/system/*.service "$HOME"/.config/systemd/user/*.service; do
-    [ -r "$file" ] && grep -q -i mlx -- "$file" && say "job $file" "$(one_line "$file")"
+    [ -f "$file" ] && [ -r "$file" ] && grep -q -i mlx -- "$file" && say "job $file" "$(one_line "$file")"
 done
 exit 0
 """
@@ -174,7 +174,12 @@ def _boot_file(path: str, text: str) -> BootFile:
     given = [word for word in first if isinstance(word, str)]
     # A server's own command has its port in further arguments.
     words = " ".join(given)
-    return BootFile(path, str(keys.get("Label", name.removesuffix(".plist"))), _script(given), f"{words} {text}")
+    return BootFile(
+        path,
+        label if isinstance(label := keys.get("Label"), str) else name.removesuffix(".plist"),
+        _script(given),
+        f"{words} {text}",
+    )
 
 
 def _script(arguments: Sequence[str]) -> str:
@@ -182,8 +187,14 @@ def _script(arguments: Sequence[str]) -> str:
 
     An argument may be a command line, as after `bash -c`. Only its first word counts: the others may be secrets.
     """
-    programs = [line[0] for line in map(host_entry.split_command, arguments) if line]
+    command = [*takewhile(lambda word: word not in {"-m", "--"}, arguments)]
+    values = {after for option, after in pairwise(command) if option.startswith("-") and option not in _SHELL_COMMANDS}
+    programs = [line[0] for word in command if word not in values and (line := host_entry.split_command(word))]
     return next((word for word in programs if word.startswith("/") and _is_script(word)), "")
+
+
+_SHELL_COMMANDS = frozenset({"-c", "-lc", "-ic", "-lic"})
+"""Options of a shell whose value is a command line. The value of another option is no script."""
 
 
 def _is_script(word: str) -> bool:

@@ -382,7 +382,9 @@ class _EntryCheck:
                 yield self.finding("no_api_base", message, right, self.sure("api_base"))
             return
         if problem := _address_problem(base):
-            yield self.finding("bad_api_base", f"api_base {shown(base)} {problem}", right, self.sure("api_base"))
+            yield self.finding(
+                "bad_api_base", f"api_base {shown(_without_user(base))} {problem}", right, self.sure("api_base")
+            )
             return
         if self.slots and target not in self.slots:
             served = any(other in self.slots for _, other in self.same_alias)
@@ -395,7 +397,7 @@ class _EntryCheck:
             certain = target is not None and not served and self.sure("api_base")
             yield self.finding("wrong_address", message, hint, certain)
         if target is not None and urlsplit(base).scheme.lower() == "https":
-            message = f"api_base {shown(base)} asks for TLS, and the servers speak plain HTTP"
+            message = f"api_base {shown(_without_user(base))} asks for TLS, and the servers speak plain HTTP"
             yield self.finding("bad_api_base", message, right)
         if entry.path != CHAT and entry.sends is not None:
             yield self._path_finding(slot, base, right)
@@ -449,6 +451,11 @@ def _address_problem(base: str) -> str:
     if parts.username is not None:
         return "has a user in it, which LiteLLM does not send together with a key"
     return "has a '?' in it, behind which LiteLLM puts the path" if parts.query else ""
+
+
+def _without_user(url: str) -> str:
+    """Return a URL without its user and password: they may be secret."""
+    return re.sub(r"//[^/\s]*@", "//...@", url)
 
 
 def _group_findings(routes: Sequence[Route], files: GatewayPaths) -> Iterator[Mismatch]:

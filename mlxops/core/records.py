@@ -42,6 +42,8 @@ class Run:
     """The command that began to stop it. It may have given up, or may have been killed, before the server ended."""
     stopping_since: str | None = None
     """When its first stop began."""
+    stopping: tuple[tuple[int, str], ...] = ()
+    """Pid and start of each process that its first stop had to end: its leader may end long before the others."""
     held_bytes: int | None = None
     """What it held just before that; None if that is not known, or if no memory is looked for after its end."""
     unexplained_bytes: int | None = None
@@ -54,7 +56,12 @@ class Run:
         return self.argv[:-count] if count and self.argv[-count:] == self.budget else self.argv
 
     def to_wire(self) -> dict[str, object]:
-        return {**asdict(self), "argv": list(self.argv), "budget": list(self.budget)}
+        return {
+            **asdict(self),
+            "argv": list(self.argv),
+            "budget": list(self.budget),
+            "stopping": [list(each) for each in self.stopping],
+        }
 
 
 _OPTIONAL_TEXTS = ("proven_at", "engine_version", "stopped_by", "stopping_since")
@@ -82,8 +89,11 @@ def run_from_wire(wire: Mapping[str, object]) -> Run:
     if not all(value is None or isinstance(value, str) for value in optional.values()):
         raise ValueError(f"one of {', '.join(_OPTIONAL_TEXTS)} is not a text")
     sizes = {key: wire.get(key) for key in _OPTIONAL_NUMBERS}
-    if not all(value is None or type(value) is int for value in sizes.values()):
+    if not all(value is None or (type(value) is int and 0 <= value < 2**63) for value in sizes.values()):
         raise ValueError(f"one of {', '.join(_OPTIONAL_NUMBERS)} is not a number")
+    stopping = wire.get("stopping", [])
+    if not isinstance(stopping, list) or not all(_is_process(each) for each in stopping):
+        raise ValueError("stopping is not a list of processes")
     budget = wire.get("budget", [])
     if not isinstance(budget, list) or not all(isinstance(word, str) for word in budget):
         raise ValueError("budget is not a list of words")
@@ -95,7 +105,12 @@ def run_from_wire(wire: Mapping[str, object]) -> Run:
         argv=tuple(str(word) for word in argv),
         adopted=wire.get("adopted") is True,
         budget=tuple(budget),
+        stopping=tuple((pid, start) for pid, start in stopping),
     )
+
+
+def _is_process(value: object) -> bool:
+    return isinstance(value, list) and [type(each) for each in value] == [int, str]
 
 
 @dataclass(frozen=True)
@@ -163,6 +178,7 @@ def run_of(server: Server, port: int, boot_id: str) -> Run:
         started_at="",
         adopted=True,
         budget=(),
+        stopping=(),
         held_bytes=None,
         unexplained_bytes=None,
     )

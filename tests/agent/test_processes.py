@@ -22,9 +22,10 @@ from mlxops.agent.serving import ending
 from mlxops.agent.serving.ending import Ended, Terms
 from mlxops.agent.serving.processes import PendingProcess, Signaller, leader, members, spawn
 from mlxops.agent.serving.servers import find_servers
-from mlxops.core.errors import NotStarted, Refused
+from mlxops.agent.state.store import Store
+from mlxops.core.errors import Busy, NotStarted, Refused
 from mlxops.core.protocol import Event, Note
-from mlxops.core.records import Run
+from mlxops.core.records import Run, run_from_wire
 from tests.core.worlds import run as sample_run
 from tests.lab.world import wait_until
 
@@ -604,3 +605,27 @@ def test_process_that_survives_sigkill_is_reported(lab: Lab, monkeypatch: pytest
     with pytest.raises(Exception, match="still there") as caught:
         stop(SYSTEM, run, grace=0.05)
     assert getattr(caught.value, "code", "") == "will_not_die"
+
+
+@pytest.mark.parametrize("adopted", [True, False])
+def test_child_of_a_server_that_has_ended_stays_ours_until_it_ends(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adopted: bool
+) -> None:
+    """The leader ends at once. The stop gives up, because the child ignores it and may not be killed."""
+    for name in ("SIGNAL_SECONDS", "END_SECONDS", "LEFTOVER_SECONDS"):
+        monkeypatch.setattr(ending, name, 0.2)
+    child = "import os, time; os.setsid(); os.environ.clear(); print('up', flush=True); time.sleep(600)"
+    script = f"trap '' INT TERM; {PYTHON} -c \"{child}\" & trap - INT TERM; exec sleep 600"
+    gated, run = lab.running([SH, "-c", script])
+    if adopted:
+        run = replace(run, adopted=True, run_id="")
+    store = Store(tmp_path / "state", tmp_path / "registry.json")
+    store.create_folders()
+    with pytest.raises(Busy):
+        ending.end(SYSTEM, run, Terms("unload", 0), store=store, reap=gated.child.poll)
+    recorded = store.run(run.port)
+    assert recorded is not None
+    (left,) = members(SYSTEM, SYSTEM.look(()), recorded)
+    assert left != gated.pid and run_from_wire(json.loads(json.dumps(recorded.to_wire()))) == recorded
+    assert ending.end(SYSTEM, recorded, Terms("unload", None), reap=gated.child.poll).killed
+    assert not members(SYSTEM, SYSTEM.look(()), recorded)

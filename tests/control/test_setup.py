@@ -114,6 +114,9 @@ def plist(*arguments: str) -> str:
         ),
         ("/a/mlx.service", "[Service] ExecStart=/bin/bash Environment=X=/opt/other", ""),
         ("/a/mlx.service", "[Service] ExecStart=", ""),
+        ("/a/mlx.service", "[Service] ExecStart=/usr/bin/python3 -m mlx_lm.server --model /srv/m --api-key /sk", ""),
+        ("/a/mlx.service", "[Service] ExecStart=/opt/start.sh --model /srv/m", "/opt/start.sh"),
+        ("/a/x.plist", plist("/usr/bin/env", "python3", "--api-key", "/sk"), ""),
     ],
 )
 def test_script_of_a_boot_job_is_a_path_without_arguments(path: str, text: str, script: str) -> None:

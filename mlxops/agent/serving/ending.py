@@ -110,8 +110,8 @@ def end(
     began = time.monotonic()
     signaller = Signaller(system, run, reap)
     waiting = _Waiting(system, signaller, run, emit)
-    if store is not None and signaller.prove():
-        _record_stop(store, run, terms)
+    if store is not None and (stopping := signaller.prove()):
+        _record_stop(store, replace(run, stopping=stopping), terms)
     if _ask(signaller, run, terms, waiting) and _end_rest(signaller, waiting):
         return Ended(time.monotonic() - began, killed=False)
     held = waiting.measure()

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -122,17 +122,25 @@ def members(system: System, look: Look, run: Run) -> tuple[int, ...]:
     """Return the living processes of a run that are proven ours.
 
     In a group that we created, every process is ours. The group of an adopted server may contain more, such as other
-    servers of the same script: there only the server is ours, with its descendants and wrappers.
+    servers of the same script: there only the server is ours, with its descendants and wrappers. Once it is being
+    stopped, the processes that were ours then stay ours, also after their leader has ended.
     """
     if run.boot_id != system.boot_id():
         return ()
+    stopping = {pid for pid, start in run.stopping if _is_alive(look.processes.get(pid), start)}
+    return tuple(sorted({*_proven(system, look, run), *stopping}))
+
+
+def _proven(system: System, look: Look, run: Run) -> Iterable[int]:
     proven = leader(system, look.processes, run)
     if run.adopted:
         return (*servers.wrappers(look, run.pid), *servers.family(look, run.pid)) if proven else ()
     group = look.group(run.pgid)
-    if proven:
-        return tuple(sorted(p.pid for p in group))
-    return tuple(sorted(p.pid for p in group if _has_mark(system, p.pid, run)))
+    return [p.pid for p in group if proven or _has_mark(system, p.pid, run)]
+
+
+def _is_alive(process: Process | None, start: str) -> bool:
+    return process is not None and not process.zombie and process.start == start
 
 
 def _has_mark(system: System, pid: int, run: Run) -> bool:
@@ -170,9 +178,10 @@ class Signaller:
         look = self._system.look(())
         return tuple(sorted({*members(self._system, look, self._run), *self._living(look)}))
 
-    def prove(self) -> bool:
-        """Return whether a process is alive that may be signalled. Raises `Refused` (not_ours) as `send` does."""
-        return bool(self._prove()[1])
+    def prove(self) -> tuple[tuple[int, str], ...]:
+        """Return pid and start of each process that may be signalled. Raises `Refused` (not_ours) as `send` does."""
+        look, ours = self._prove()
+        return tuple((pid, look.processes[pid].start) for pid in sorted(ours))
 
     def send(self, number: signal.Signals) -> bool:
         """Signal every process that is proven ours; return False if none is alive.
