@@ -120,7 +120,7 @@ def test_other_build_may_read_but_not_change(
     for read in READS:
         arguments = [str(port) if word == "PORT" else word for word in read]
         done = theirs(*arguments, "--json").ok()
-        assert warning in done.stderr and "mlxctl deploy" in done.stderr, str(done)
+        assert warning in done.stderr and " deploy" in done.stderr, str(done)
         reply, expected = (json.loads(each.stdout) for each in (done, ours(*arguments, "--json").ok()))
         assert_same_keys(reply, expected)
         assert warning in theirs(*arguments).ok().stderr
@@ -132,7 +132,7 @@ def test_other_build_may_read_but_not_change(
         done = theirs(*change, "--json")
         error = done.json["hosts"][0]["error"]
         assert (done.exit, error["code"]) == (6, "agent_differs"), str(done)
-        assert f"the host has {ours.build}" in error["why"] and "mlxctl deploy" in error["hint"]
+        assert f"the host has {ours.build}" in error["why"] and " deploy" in error["hint"]
     assert servers(lab.studio) == {server} and assigned(lab.studio) == {"first": port}
     ours.result("unload", port)
     nothing_runs(lab.studio)
