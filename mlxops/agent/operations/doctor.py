@@ -334,11 +334,11 @@ def _servers(ctx: Context) -> Iterator[Finding]:
     uses, limit = in_use(world, ctx.system, ctx.reserved()), budget(ctx.paths)
     used = sum(use.counted for use in uses)
     removable = [use for use in uses if use.removable and use.port in ctx.paths.settings.ports]
-    if used > limit.size and removable:
+    if removable and used > limit.size:
         largest = max(removable, key=lambda use: use.counted)
         message = f"the servers need {amount(used)}, and the budget is {amount(limit.size)} ({limit.source})"
         yield Finding.of(FindingCode.OVERCOMMITTED, message, port=largest.port)
-    elif danger := dangers.limits_over_budget(uses, limit.size):
+    elif used <= limit.size and (danger := dangers.limits_over_budget(uses, limit.size)):
         yield danger
     if danger := dangers.unbounded_servers(uses):
         yield danger
