@@ -108,7 +108,7 @@ class Cancellation:
 
     @contextmanager
     def shield(self) -> Iterator[None]:
-        """Do not interrupt the block. If a request arrives meanwhile, the next `check` raises the exception."""
+        """Do not interrupt the block. The next `check` raises the exception of a request that arrived in it."""
         self._shields += 1
         try:
             yield

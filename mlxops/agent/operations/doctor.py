@@ -363,7 +363,7 @@ def _exposure(ctx: Context) -> Iterator[Finding]:
 
 
 def served_ports(ctx: Context) -> frozenset[int]:
-    """Return the ports of hosts.yaml, and those of the servers that somebody started elsewhere."""
+    """Return the ports of hosts.yaml, and those of the servers that run on other ports."""
     from mlxops.agent.serving.servers import find_servers
 
     found = set(ctx.paths.settings.ports)

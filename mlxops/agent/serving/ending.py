@@ -6,7 +6,7 @@ hundreds of gigabytes, a Mac may not get them back before its next reboot. So a 
 server stays recorded, its port is `draining`, and a later stop, load or reconcile finishes it.
 
 The record says that the server is being stopped before its first signal. So the port is `draining` also if the worker
-is killed meanwhile, and the next stop does not interrupt the server's cleanup.
+is killed during the stop, and the next stop does not interrupt the server's cleanup.
 """
 
 from __future__ import annotations

@@ -127,11 +127,11 @@ def members(system: System, look: Look, run: Run) -> tuple[int, ...]:
     """
     if run.boot_id != system.boot_id():
         return ()
-    stopping = {pid for pid, start in run.stopping if _is_alive(look.processes.get(pid), start)}
-    return tuple(sorted({*_proven(system, look, run), *stopping}))
+    return tuple(sorted({*_proven(system, look, run), *_alive(look, run.stopping)}))
 
 
 def _proven(system: System, look: Look, run: Run) -> Iterable[int]:
+    """Return the living processes that the leader or the mark of the run proves ours."""
     proven = leader(system, look.processes, run)
     if run.adopted:
         return (*servers.wrappers(look, run.pid), *servers.family(look, run.pid)) if proven else ()
@@ -139,8 +139,10 @@ def _proven(system: System, look: Look, run: Run) -> Iterable[int]:
     return [p.pid for p in group if proven or _has_mark(system, p.pid, run)]
 
 
-def _is_alive(process: Process | None, start: str) -> bool:
-    return process is not None and not process.zombie and process.start == start
+def _alive(look: Look, known: Iterable[tuple[int, str]]) -> set[int]:
+    """Return the pids of the processes (pid and start) that are still alive."""
+    processes = ((pid, start, look.processes.get(pid)) for pid, start in known)
+    return {pid for pid, start, process in processes if process and process.start == start and not process.zombie}
 
 
 def _has_mark(system: System, pid: int, run: Run) -> bool:
@@ -275,8 +277,7 @@ class Signaller:
             pause = min(pause * 1.5, 0.25)
 
     def _living(self, look: Look) -> set[int]:
-        known = ((pid, look.processes.get(pid)) for pid in self._known)
-        return {pid for pid, process in known if process and process.start == self._known[pid] and not process.zombie}
+        return _alive(look, self._known.items())
 
 
 def _server(look: Look, run: Run, ours: Collection[int]) -> set[int]:

@@ -39,7 +39,7 @@ def expect_return(store: Store, system: System, run: Run, note: Callable[[str, s
     """Stop a server inside the block, and wait until its memory is available again. Record what does not return.
 
     Yield its run record with the look before the stop. If the block raises, the server may still hold its memory, so
-    nothing is claimed; the look in the record is for whoever finds that it has ended.
+    nothing is claimed; the look in the record is for the operation that finds that it has ended.
     """
     seen = _with_look(system, run)
     yield seen
