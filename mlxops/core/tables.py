@@ -14,7 +14,10 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u2
 
 def harmless(text: object) -> str:
     """Return the text with control and direction characters escaped; tabs and line ends stay."""
-    return _CONTROL.sub(lambda match: ascii(match.group())[1:-1], str(text))
+    text = str(text)
+    if text.isprintable():  # a fifth of the time, for nearly every cell of a table
+        return text
+    return _CONTROL.sub(lambda match: ascii(match.group())[1:-1], text)
 
 
 def one_log_line(text: object) -> str:

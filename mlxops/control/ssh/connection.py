@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import IO, TYPE_CHECKING
 
 from mlxops.control.channel import ConnectionLost, Dialogue, Ended, LineBuffer, ReadLimits, Session, Tail, Transport
@@ -223,7 +224,6 @@ class _Path:
         """Run the SSH handshake, from the version strings to the end of the authentication."""
         import fabric
         import paramiko
-        from paramiko.config import SSHConfig
 
         _silence_paramiko()
         known = host_keys.known_keys(destination, self.deadline)
@@ -234,7 +234,7 @@ class _Path:
             destination.hostname,
             user=destination.user,
             port=destination.port,
-            config=fabric.Config(lazy=True, ssh_config=SSHConfig()),
+            config=_empty_config(),
             gateway=False,
             forward_agent=False,
             connect_kwargs={
@@ -294,6 +294,15 @@ class _Path:
             watchdog.join()
         if expired.is_set():
             raise destination.timeout("it accepted the connection and then did not answer")
+
+
+@cache
+def _empty_config() -> fabric.Config:
+    """Return the configuration of all connections; to make one takes a millisecond."""
+    import fabric
+    from paramiko.config import SSHConfig
+
+    return fabric.Config(lazy=True, ssh_config=SSHConfig())
 
 
 class _PromptSocket(socket.socket):

@@ -6,6 +6,7 @@ import base64
 import hmac
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from mlxops.common.files import read_start
 from mlxops.control.ssh import public_keys
@@ -100,22 +101,29 @@ def _known(lines: Iterator[_Line], hostname: str, port: int, alias: str | None) 
     elsewhere: list[KnownKey] = []
     authorities: list[KnownKey] = []
     revoked: set[bytes] = set()
-    for marker, patterns, key in lines:
-        own = _matches(patterns, name)
-        other = not own and name != plain and _matches(patterns, plain)
-        if not own and not other:
+    for line in lines:
+        own = _matches(line.patterns, name)
+        other = not own and name != plain and _matches(line.patterns, plain)
+        key = _key_of(line) if own or other else None
+        if key is None:
             continue
-        if marker == "@revoked":
+        if line.marker == "@revoked":
             revoked.add(public_keys.plain(key.blob))
-        elif marker == "@cert-authority":
+        elif line.marker == "@cert-authority":
             authorities.append(key)
-        elif not marker:
+        elif not line.marker:
             (keys if own else elsewhere).append(key)
     return HostKeys(name, tuple(keys), tuple(elsewhere), frozenset(revoked), tuple(authorities), (plain,))
 
 
-_Line = tuple[str, list[str], KnownKey]
-"""Marker, patterns and key."""
+class _Line(NamedTuple):
+    marker: str
+    patterns: list[str]
+    kind: str
+    encoded: str
+    """The key in base64."""
+    file: Path
+    number: int
 
 
 def _lines(files: Sequence[Path]) -> Iterator[_Line]:
@@ -133,11 +141,16 @@ def _lines_of(text: str, file: Path) -> Iterator[_Line]:
         marker = fields.pop(0) if fields and fields[0].startswith("@") else ""
         if len(fields) < 3 or fields[0].startswith("#"):
             continue
-        try:
-            blob = base64.b64decode(fields[2], validate=True)
-        except ValueError:
-            continue
-        yield marker, fields[0].split(","), KnownKey(fields[1], blob, file, number)
+        yield _Line(marker, fields[0].split(","), fields[1], fields[2], file, number)
+
+
+def _key_of(line: _Line) -> KnownKey | None:
+    """Return the line's key; None if it cannot be decoded."""
+    try:
+        blob = base64.b64decode(line.encoded, validate=True)
+    except ValueError:
+        return None
+    return KnownKey(line.kind, blob, line.file, line.number)
 
 
 def _matches(patterns: Sequence[str], name: str) -> bool:
@@ -166,6 +179,8 @@ def _glob_matches(pattern: str, name: str) -> bool:
 
     Not a regular expression: with many stars one takes exponential time.
     """
+    if "*" not in pattern and "?" not in pattern:
+        return pattern == name
     at = here = began = 0
     star = -1
     while here < len(name):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from mlxops.control.ssh import host_keys
 from mlxops.control.ssh.config import Destination, describe_option
@@ -39,28 +40,8 @@ class Negotiation:
 
     def transport(self, sock: socket.socket, **options: object) -> paramiko.Transport:
         """Make the transport; Paramiko's client calls this. Raises `Unreachable` no_common_algorithm."""
-        import paramiko
-
-        offered, destination = self._offered, self._destination
-        curve = paramiko.Transport._kex_info.get("curve25519-sha256@libssh.org")  # type: ignore[attr-defined]
-
-        class Transport(paramiko.Transport):
-            if curve is not None:
-                # One exchange, two names (RFC 8731); Paramiko knows the older one.
-                _kex_info = {**paramiko.Transport._kex_info, _CURVE: curve}  # type: ignore[attr-defined]
-                _preferred_kex = (_CURVE, *paramiko.Transport._preferred_kex)  # type: ignore[attr-defined]
-            host_key_algorithms: tuple[str, ...] = ()
-
-            @property
-            def preferred_keys(self) -> tuple[str, ...]:
-                return self.host_key_algorithms
-
-            def _really_parse_kex_init(self, *arguments: object, **named: object) -> dict[str, list[str]]:
-                parsed: dict[str, list[str]] = super()._really_parse_kex_init(*arguments, **named)  # type: ignore[misc]
-                offered.update({key: list(value) for key, value in parsed.items() if isinstance(value, list)})
-                return parsed
-
-        transport = Transport(sock)
+        transport, destination = _transport_class()(sock), self._destination
+        transport.offered = self._offered
         security = transport.get_security_options()
         self._has = {
             "KexAlgorithms": security.kex,
@@ -76,7 +57,8 @@ class Negotiation:
         )
         if not transport.host_key_algorithms:
             raise self._forbidden("HostKeyAlgorithms")
-        return transport
+        made: paramiko.Transport = transport
+        return made
 
     def failed(self, message: str) -> Unreachable:
         """Return the error for Paramiko's message that the two sides have no algorithm in common."""
@@ -115,6 +97,36 @@ class Negotiation:
 
     def _error(self, why: str, hint: str) -> Unreachable:
         return self._destination.unreachable("no_common_algorithm", why, hint)
+
+
+@cache
+def _transport_class() -> Any:
+    """Return Paramiko's transport with a settable order of host key algorithms, `host_key_algorithms`.
+
+    It notes in `offered` the algorithms that the host offers.
+    """
+    import paramiko
+
+    curve = paramiko.Transport._kex_info.get("curve25519-sha256@libssh.org")  # type: ignore[attr-defined]
+
+    class Transport(paramiko.Transport):
+        if curve is not None:
+            # One exchange, two names (RFC 8731); Paramiko knows the older one.
+            _kex_info = {**paramiko.Transport._kex_info, _CURVE: curve}  # type: ignore[attr-defined]
+            _preferred_kex = (_CURVE, *paramiko.Transport._preferred_kex)  # type: ignore[attr-defined]
+        host_key_algorithms: tuple[str, ...] = ()
+        offered: dict[str, list[str]]
+
+        @property
+        def preferred_keys(self) -> tuple[str, ...]:
+            return self.host_key_algorithms
+
+        def _really_parse_kex_init(self, *arguments: object, **named: object) -> dict[str, list[str]]:
+            parsed: dict[str, list[str]] = super()._really_parse_kex_init(*arguments, **named)  # type: ignore[misc]
+            self.offered.update({key: list(value) for key, value in parsed.items() if isinstance(value, list)})
+            return parsed
+
+    return Transport
 
 
 def _listed(names: Sequence[str]) -> str:
