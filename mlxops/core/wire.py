@@ -11,10 +11,10 @@ A class with its own JSON form has two methods: `to_wire(self)`, and the static 
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields, is_dataclass
 from enum import Enum
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
@@ -28,6 +28,11 @@ class DecodeError(ValueError):
     def __init__(self, path: str, problem: str) -> None:
         super().__init__(f"{path or 'the value'} is {problem}")
         self.path, self.problem = path, problem
+
+    def within(self, outer: str) -> DecodeError:
+        """Return the error of the whole of which the value is a part; `outer` is the name of that part."""
+        dot = "." if outer and self.path and not self.path.startswith("[") else ""
+        return DecodeError(f"{outer}{dot}{self.path}", self.problem)
 
 
 def omitted(default: T, help: str = "") -> T:
@@ -66,94 +71,138 @@ def _sent(kind: Any) -> tuple[Field[Any], ...]:
     return tuple(each for each in fields(kind) if not each.metadata.get(_LOCAL))
 
 
-@cache
-def _annotations(kind: type) -> Mapping[str, Any]:
-    return get_type_hints(kind)
-
-
 def decode(kind: type[T], value: object, path: str = "") -> T:
     """Return `value` as a `kind`. Raises `DecodeError`."""
-    return cast(T, _decode(kind, value, path))
+    try:
+        return cast(T, _decoder(cast(Any, kind))(value))
+    except DecodeError as error:
+        raise error.within(path) from None
 
 
-def _decode(kind: Any, value: object, path: str) -> object:
+_Decoder = Callable[[Any], object]
+"""Return the decoded value, or raise `DecodeError`."""
+
+
+@cache
+def _decoder(kind: Any) -> _Decoder:
+    """Return the decoder of a type. A host sends thousands of values of a few types, so each type is examined once."""
     if kind is object or kind is Any:
-        return value
+        return lambda value: value
     origin = get_origin(kind)
     if origin is Union or origin is types.UnionType:
-        return _decode_union(kind, value, path)
+        return _union_decoder(get_args(kind))
     if origin is not None:
-        return _decode_container(origin, get_args(kind), value, path)
+        is_mapping = issubclass(origin, Mapping)
+        return _mapping_decoder(*get_args(kind)) if is_mapping else _list_decoder(origin, get_args(kind)[0])
     if hasattr(kind, "from_wire"):
-        try:
-            return kind.from_wire(value)
-        except DecodeError:
-            raise
-        except ValueError as error:
-            raise DecodeError(path, f"not valid: {error}") from None
+        return partial(_from_wire, kind)
     if is_dataclass(kind):
-        return _decode_object(cast(type, kind), value, path)
-    if issubclass(kind, Enum):
-        try:
-            return kind(value)
-        except ValueError:
-            raise DecodeError(path, f"not one of {', '.join(str(each.value) for each in kind)}") from None
-    if kind is float and type(value) is int:
-        try:
-            return float(value)
-        except OverflowError:
-            raise DecodeError(path, "too large") from None
-    if type(value) is not kind:
-        raise DecodeError(path, f"not {_NAMES.get(kind, kind.__name__)}")
-    return value
+        return _object_decoder(cast(type, kind))
+    return partial(_enum if issubclass(kind, Enum) else _scalar, kind)
+
+
+def _from_wire(kind: Any, value: object) -> object:
+    try:
+        return kind.from_wire(value)
+    except DecodeError:
+        raise
+    except ValueError as error:
+        raise DecodeError("", f"not valid: {error}") from None
+
+
+def _enum(kind: type[Enum], value: object) -> object:
+    try:
+        return kind(value)
+    except ValueError:
+        raise DecodeError("", f"not one of {', '.join(str(each.value) for each in kind)}") from None
 
 
 _NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", types.NoneType: "null"}
 
 
-def _decode_union(kind: Any, value: object, path: str) -> object:
-    choices = get_args(kind)
-    if value is None and types.NoneType in choices:
-        return None
-    problems = []
-    for choice in choices:
-        if choice is types.NoneType:
-            continue
+def _scalar(kind: type, value: object) -> object:
+    if kind is float and type(value) is int:
         try:
-            return _decode(choice, value, path)
-        except DecodeError as error:
-            problems.append(error)
-    raise problems[0]
+            return float(value)
+        except OverflowError:
+            raise DecodeError("", "too large") from None
+    if type(value) is not kind:
+        raise DecodeError("", f"not {_NAMES.get(kind, kind.__name__)}")
+    return value
 
 
-def _decode_container(origin: Any, arguments: tuple[Any, ...], value: object, path: str) -> object:
-    if issubclass(origin, Mapping):
+def _union_decoder(kinds: Sequence[Any]) -> _Decoder:
+    choices = [_decoder(kind) for kind in kinds if kind is not types.NoneType]
+    may_be_none = types.NoneType in kinds
+
+    def decode_union(value: object) -> object:
+        if value is None and may_be_none:
+            return None
+        problems = []
+        for choice in choices:
+            try:
+                return choice(value)
+            except DecodeError as error:
+                problems.append(error)
+        raise problems[0]
+
+    return decode_union
+
+
+def _mapping_decoder(key_kind: Any, value_kind: Any) -> _Decoder:
+    part_decoder = _decoder(value_kind)
+
+    def decode_mapping(value: object) -> object:
         if not isinstance(value, dict):
-            raise DecodeError(path, "not an object")
-        key_kind, value_kind = arguments
-        return {_key(key_kind, key, path): _decode(value_kind, part, f"{path}.{key}") for key, part in value.items()}
-    if not isinstance(value, list):
-        raise DecodeError(path, "not a list")
-    return origin(_decode(arguments[0], part, f"{path}[{index}]") for index, part in enumerate(value))
+            raise DecodeError("", "not an object")
+        return {_key(key_kind, key): _part(part_decoder, part, key) for key, part in value.items()}
+
+    return decode_mapping
 
 
-def _key(kind: Any, key: str, path: str) -> object:
+def _list_decoder(origin: Any, kind: Any) -> _Decoder:
+    part_decoder = _decoder(kind)
+
+    def decode_list(value: object) -> object:
+        if not isinstance(value, list):
+            raise DecodeError("", "not a list")
+        return origin(_part(part_decoder, part, index) for index, part in enumerate(value))
+
+    return decode_list
+
+
+def _object_decoder(kind: type) -> _Decoder:
+    annotations = get_type_hints(kind)
+    keys = [(each.name, _decoder(annotations[each.name]), _is_required(each)) for each in _sent(kind)]
+
+    def decode_object(value: object) -> object:
+        if not isinstance(value, Mapping):
+            raise DecodeError("", "not an object")
+        arguments: dict[str, object] = {}
+        for name, part_decoder, required in keys:
+            if name in value:
+                arguments[name] = _part(part_decoder, value[name], name)
+            elif required:
+                raise DecodeError(name, "missing")
+        return kind(**arguments)
+
+    return decode_object
+
+
+def _is_required(each: Field[Any]) -> bool:
+    return each.default is MISSING and each.default_factory is MISSING
+
+
+def _part(decoder: _Decoder, value: object, at: str | int) -> object:
+    try:
+        return decoder(value)
+    except DecodeError as error:
+        raise error.within(f"[{at}]" if isinstance(at, int) else at) from None
+
+
+def _key(kind: Any, key: str) -> object:
     if kind is not int:
         return key
     if not key.isdecimal():
-        raise DecodeError(path, f"keyed by {key!r}, not by a number")
+        raise DecodeError("", f"keyed by {key!r}, not by a number")
     return int(key)
-
-
-def _decode_object(kind: type, value: object, path: str) -> object:
-    if not isinstance(value, Mapping):
-        raise DecodeError(path, "not an object")
-    annotations = _annotations(kind)
-    arguments: dict[str, object] = {}
-    for each in _sent(kind):
-        at = f"{path}.{each.name}" if path else each.name
-        if each.name in value:
-            arguments[each.name] = _decode(annotations[each.name], value[each.name], at)
-        elif each.default is MISSING and each.default_factory is MISSING:
-            raise DecodeError(at, "missing")
-    return kind(**arguments)
