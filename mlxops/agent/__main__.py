@@ -27,7 +27,7 @@ from mlxops.agent.state.locks import NoLocks, flock_within
 from mlxops.agent.state.store import Store
 from mlxops.common.build import build_id
 from mlxops.common.files import is_hosts_fault
-from mlxops.core.command import UnknownCommandError
+from mlxops.core.command import Stopping, UnknownCommandError
 from mlxops.core.errors import AgentProblem, Bug, Busy, MlxopsError, Refused, bug
 from mlxops.core.protocol import (
     AGAIN,
@@ -43,6 +43,7 @@ from mlxops.core.protocol import (
     decode_envelope,
     encode_event,
 )
+from mlxops.core.settings import Settings
 
 if TYPE_CHECKING:
     from mlxops.agent.state.operation_log import OperationLog
@@ -179,13 +180,26 @@ def _dispatch(envelope: Envelope) -> int:
         paths = host_paths(agreed, os.environ)
         store = Store(paths.state, paths.registry)
     if request.acts:
-        agree(store, paths)
-        return _run_change(envelope, store)
+        return _run_change(_with_kill_limit(envelope, agree(store, paths)), store)
     if request.name != "doctor":  # it reports a disagreement as one of its findings
         check_agreement(store, paths)
     if request.name in {"follow", "cancel"}:
         return _follow_or_cancel(envelope, store)
     return _run_read(envelope, store, paths)
+
+
+def _with_kill_limit(envelope: Envelope, agreed: Settings) -> Envelope:
+    """Return the request with the settings that hold. Say so if the host's own kill_limit is the stricter one."""
+    if (
+        agreed.kill_limit
+        and agreed.kill_limit != envelope.settings.kill_limit
+        and isinstance(envelope.request, Stopping)
+    ):
+        from mlxops.core.text import amount
+
+        text = f"kill_limit is {amount(agreed.kill_limit)}: the host has saved it, and hosts.yaml has no stricter one"
+        _emit(Note.of(f"{text}; to save that of hosts.yaml: `mlxctl deploy`"))
+    return replace(envelope, settings=agreed)
 
 
 def _read_request() -> Envelope:

@@ -8,26 +8,32 @@ from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import replace
 
 from mlxops.agent.paths import HostPaths, host_paths, settings_differ, settings_differences
 from mlxops.agent.state.operation_log import recent_operations
 from mlxops.agent.state.store import Store
 from mlxops.core.errors import Busy, Refused
-from mlxops.core.settings import Settings
+from mlxops.core.settings import Settings, stricter_kill_limit
 
 
-def agree(store: Store, paths: HostPaths) -> None:
-    """Before a change, check the request's settings against the agreed ones, then save them.
+def agree(store: Store, paths: HostPaths) -> Settings:
+    """Before a change, check the request's settings against the agreed ones, then save them. Return them.
 
-    Other settings may differ: the request's values replace the saved ones. Raises `Refused` (settings_differ,
-    host_json_unusable, state_unwritable) and `Busy` (settings_locked).
+    Other settings may differ: the request's values replace the saved ones. Only the stricter `kill_limit` stays: one
+    control node must not lift the limit that protects the host. `replace_agreement` lifts it.
+
+    Raises `Refused` (settings_differ, host_json_unusable, state_unwritable) and `Busy` (settings_locked).
     """
     store.create_folders()
     with store.settings_lock():
         agreed = store.agreed_settings()
         _refuse_differences(agreed, paths)
-        if agreed != paths.settings:
-            store.save_agreed_settings(paths.settings)
+        limit = stricter_kill_limit(agreed.kill_limit if agreed else None, paths.settings.kill_limit)
+        settings = replace(paths.settings, kill_limit=limit)
+        if agreed != settings:
+            store.save_agreed_settings(settings)
+        return settings
 
 
 def replace_agreement(store: Store, paths: HostPaths) -> None:

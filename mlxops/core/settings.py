@@ -165,6 +165,12 @@ def _declared() -> dict[str, Setting]:
     return {each.name: each.metadata["setting"] for each in fields(Settings)}
 
 
+def stricter_kill_limit(one: int | None, other: int | None) -> int | None:
+    """Return the smaller of two limits; None if neither is given."""
+    given = [limit for limit in (one, other) if limit is not None]
+    return min((limit for limit in given if limit != NO_LIMIT), default=NO_LIMIT if given else None)
+
+
 # -- checks of hosts.yaml -----------------------------------------------------------------------------------------
 
 

@@ -15,13 +15,13 @@ import pytest
 
 from mlxops.agent.agreement import agree, replace_agreement
 from mlxops.agent.paths import host_paths
-from mlxops.agent.state.operation_log import create
+from mlxops.agent.state.operation_log import create, recent_operations
 from mlxops.agent.state.store import Store
 from mlxops.agent.worker import begin
 from mlxops.common.build import build_id
 from mlxops.core.errors import Busy, Refused
 from mlxops.core.protocol import Failed
-from mlxops.core.settings import BootJob, Settings
+from mlxops.core.settings import NO_LIMIT, BootJob, Settings
 from tests.lab.envelopes import envelope
 from tests.lab.sshd import missing
 
@@ -85,6 +85,39 @@ def test_settings_that_need_no_agreement_take_the_latest_values(settings: Settin
     changed = replace(settings, address="studio.local", env={"A": "1"}, boot=(BootJob(8100, "/opt/start.sh"),))
     agree(store, host_paths(changed, {}))
     assert store.agreed_settings() == changed
+
+
+@pytest.mark.parametrize(
+    ("saved", "asked", "holds"),
+    [
+        (None, None, None),
+        (None, 2, 2),
+        (2, None, 2),
+        (2, 1, 1),
+        (1, 2, 1),
+        (1, NO_LIMIT, 1),
+        (NO_LIMIT, 1, 1),
+        (NO_LIMIT, None, NO_LIMIT),
+    ],
+)
+def test_stricter_kill_limit_stays_until_a_deploy(
+    settings: Settings, store: Store, saved: int | None, asked: int | None, holds: int | None
+) -> None:
+    agree(store, host_paths(replace(settings, kill_limit=saved), {}))
+    requested = host_paths(replace(settings, kill_limit=asked), {})
+    assert agree(store, requested).kill_limit == holds
+    assert agree(store, requested) == store.agreed_settings()
+    replace_agreement(store, requested)
+    assert agree(store, requested).kill_limit == asked
+
+
+def test_change_gets_the_stricter_kill_limit_of_the_host(settings: Settings, store: Store) -> None:
+    for limit in (10**9, 10**12):
+        process = agent(replace(settings, kill_limit=limit), "reconcile")
+        output, _ = process.communicate(timeout=60)
+        request = recent_operations(store.state / "ops")[0].request()
+        assert request.settings.kill_limit == 10**9
+        assert (b"kill_limit is 1.0 GB: the host has saved it" in output) is (limit != 10**9), output
 
 
 def test_worker_stops_if_the_agreed_settings_have_changed(settings: Settings, other: Settings, store: Store) -> None:
