@@ -104,6 +104,8 @@ class ReconcilePlan:
     """Ports whose run record describes no living process."""
     kept: tuple[str, ...] = ()
     """A sentence for each port that is left alone, with the reason."""
+    again: Mapping[str, int] | None = None
+    """Model name -> port of those that lost their server to a load that did not start another one there."""
 
 
 def resolve(
@@ -409,9 +411,16 @@ def plan_unload_all(registry: Registry, world: World) -> tuple[UnloadPlan, ...]:
 def plan_reconcile(registry: Registry, world: World) -> ReconcilePlan:
     """Plan to clear the assignments of ports where no signal shows a server, and to stop our own leftover processes."""
     clear: dict[str, int] = {}
+    again: dict[str, int] = {}
     stops, forget, kept = list[PortView](), list[int](), list[str]()
     for port, view in sorted(world.ports.items()):
         claims = registry.on_port(port)
+        names = [model.name for model in claims]
+        if names and (loser := _stopped_by_load(view)):
+            again |= dict.fromkeys(names, port)
+            if loser.model not in names:  # a failed load left it: it never had the port
+                kept.append(f"{port}: {', '.join(names)} stays assigned, and nothing serves it")
+                claims = ()
         if view.unserved:
             clear |= {model.name: port for model in claims}
             if view.run is not None:
@@ -423,7 +432,13 @@ def plan_reconcile(registry: Registry, world: World) -> ReconcilePlan:
             clear |= {model.name: port for model in claims}
         elif claims and view.state is not State.READY:
             kept.append(f"{port}: {view.state}; {view.detail}".rstrip("; "))
-    return ReconcilePlan(tuple(stops), clear, tuple(forget), tuple(kept))
+    return ReconcilePlan(tuple(stops), clear, tuple(forget), tuple(kept), again)
+
+
+def _stopped_by_load(view: PortView) -> Run | None:
+    """Return the run of a server that no unload but another command stopped, and that has ended or is about to."""
+    run = view.run if view.ending or view.unserved else None
+    return run if run and run.stopped_by not in {None, "unload", "unload-all"} else None
 
 
 def init_entries(registry: Registry, snapshots: Iterable[tuple[str, str, str]]) -> dict[str, dict[str, object]]:

@@ -28,7 +28,7 @@ from mlxops.agent.state.store import Store
 from mlxops.core import wire
 from mlxops.core.errors import Busy, Interrupted, MlxopsError, NotStarted
 from mlxops.core.ports import PortView, State
-from mlxops.core.protocol import Event, Phase, Progress
+from mlxops.core.protocol import Event, Note, Phase, Progress
 from mlxops.core.records import Run
 from mlxops.core.settings import NO_LIMIT, PortRange, Settings
 from tests.agent.test_openai_server import Stream
@@ -124,6 +124,10 @@ def serve(host: Host) -> int:
 def alive(pid: int) -> bool:
     found = this_system().process(pid)
     return found is not None and not found.zombie
+
+
+def notes(host: Host) -> list[str]:
+    return [event.message for event in host.events if isinstance(event, Note)]
 
 
 def is_draining(host: Host, pid: int) -> None:
@@ -249,6 +253,28 @@ def test_failed_load_names_the_server_that_is_left(host: Host, old: bool) -> Non
     is_draining(host, pid)
     host("reconcile", kill=True)
     assert not alive(pid) and host.view().state is State.IDLE and host.view().run is None
+
+
+def test_reconcile_after_a_failed_swap_keeps_the_old_model(host: Host) -> None:
+    """The new server has not ended: the port was never its own."""
+    host.register(mine=[*STUBBORN, "--fake-act", "broken"], next=[])
+    host("load", model="next", port=str(host.first))
+    with pytest.raises(NotStarted):
+        host("load", model="mine", port=str(host.first), force=True)
+    host("reconcile", kill=True)
+    assert host.assigned == {"next": host.first} and host.view().run is None
+    assert f"to serve next on port {host.first} again: mlxctl load next {host.first}" in notes(host)
+
+
+def test_reconcile_after_a_swap_that_did_not_happen_says_how_to_get_the_old_model_back(host: Host) -> None:
+    pid = serve(host)
+    with pytest.raises(Busy):
+        host("load", model="next", port=str(host.first), force=True)
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not alive(pid), 10, "its end")
+    host("reconcile")
+    assert host.assigned == {}
+    assert f"to serve mine on port {host.first} again: mlxctl load mine {host.first}" in notes(host)
 
 
 def test_failed_load_kills_its_server_on_request(host: Host) -> None:

@@ -475,6 +475,11 @@ class Reconcile:
     keeps: str = ""
 
 
+def stopped_by(command: str, seen: Signals) -> Signals:
+    assert seen.run is not None
+    return replace(seen, run=replace(seen.run, stopped_by=command))
+
+
 RECONCILES: dict[str, Reconcile] = {
     "nothing serves it": Reconcile(clears=("a",)),
     "nothing serves two": Reconcile(known=registry(a=8103, b=8103), clears=("a", "b")),
@@ -496,6 +501,17 @@ RECONCILES: dict[str, Reconcile] = {
     "an unload did not wait for its end, and another one runs": Reconcile(
         (replace(ending(), operation=Operation("o", "unload", port=8103)),), keeps="draining"
     ),
+    "a failed load of another model did not wait for its end": Reconcile(
+        (stopped_by("load", ending("b")),), stops=(8103,), keeps="a stays assigned"
+    ),
+    "the server of a failed load of another model has ended": Reconcile(
+        (replace(ENDED, run=replace(run("b"), stopped_by="load")),), forgets=(8103,), keeps="a stays assigned"
+    ),
+    "a reconcile did not wait for the end of another model": Reconcile(
+        (stopped_by("reconcile", ending("b")),), stops=(8103,), keeps="a stays assigned"
+    ),
+    "an unload of another model did not wait for its end": Reconcile((ending("b"),), clears=("a",), stops=(8103,)),
+    "a swap did not wait for its end": Reconcile((stopped_by("load", ending()),), clears=("a",), stops=(8103,)),
     "another operation has an idle port": Reconcile(
         (replace(signals(), operation=Operation("o", "unload")),), keeps="idle"
     ),

@@ -71,6 +71,8 @@ def _reconcile_port(ctx: Context, port: int) -> tuple[list[StoppedRow], list[Cle
         if plan.forget:
             look_for_memory(ctx, port)
             ctx.store.forget_run(port)
+        for name in [name for name, at in (plan.again or {}).items() if at == port]:
+            ctx.note(f"to serve {name} on port {port} again: `mlxctl load {name} {port}`")
     stopped = [StoppedRow(view.port, view.model, view.pid, view.detail) for view in plan.stops]
     return stopped, _cleared_rows(clear)
 

@@ -76,7 +76,7 @@ def start_in_place(ctx: Context, request: Load, registry: Registry, plan: LoadPl
                 if isinstance(error, _NotCommitted) and serving and not restartable:
                     start.detach()
                     raise _uncommitted(ctx, plan, error) from None
-                left = _abort(ctx, start)
+                left = _abort(ctx, start, error)
                 # If processes of the new server remain, its record stays, and no other server is started on its port.
                 taken = {plan.port} if left else _port_still_ending(error)
                 waiting = [
@@ -192,10 +192,11 @@ def _can_restart(restart: RestartPlan | None) -> bool:
         return False
 
 
-def _abort(ctx: Context, start: Launch) -> str:
+def _abort(ctx: Context, start: Launch, cause: BaseException) -> str:
     """Undo a start. Return what is left of it; empty if nothing is.
 
-    If it cannot be undone, its record stays. That is only a warning, so that it does not hide the original error.
+    If it cannot be undone, its record stays. That is only a warning, so that it does not hide `cause`, which gets the
+    error as `details.left`.
     """
     try:
         start.abort(stop_terms(ctx), ctx.emit)
@@ -203,6 +204,8 @@ def _abort(ctx: Context, start: Launch) -> str:
         start.detach()
         hint = f"; {error.marked_hint}" if isinstance(error, MlxopsError) else ""
         ctx.note(f"the new server could not be removed: {error}{hint}", "warning")
+        if isinstance(error, MlxopsError) and isinstance(cause, MlxopsError):
+            cause.details["left"] = error.to_wire()
         return f"it could not be removed: {error}"
     return ""
 
@@ -303,7 +306,7 @@ def _restart(ctx: Context, view: PortView, restart: RestartPlan | None) -> str:
         restart.start.launch(dict(ctx.environ), restart.repo_id, restart.revision, ctx.operation)
         ctx.store.save_run(restart.start.wait(deadline_for(restart.size_bytes), ctx.emit))
     except (MlxopsError, OSError) as error:
-        left = _abort(ctx, restart.start)
+        left = _abort(ctx, restart.start, error)
         _clear_port(ctx, view.port)
         outcome = f"{restart.name} did not come back to port {view.port} either: {error}"
         return f"{outcome}; {left}" if left else outcome
