@@ -28,7 +28,7 @@ from mlxops.agent.state.store import Store
 from mlxops.common.build import build_id
 from mlxops.common.files import is_hosts_fault
 from mlxops.core.command import Stopping, UnknownCommandError
-from mlxops.core.errors import AgentProblem, Bug, Busy, MlxopsError, Refused, bug
+from mlxops.core.errors import AgentProblem, Bug, Busy, Interrupted, MlxopsError, Refused, bug, error_from_wire
 from mlxops.core.protocol import (
     AGAIN,
     HEARTBEAT,
@@ -274,8 +274,7 @@ def _run_change(envelope: Envelope, store: Store) -> int:
 def _follow_or_cancel(envelope: Envelope, store: Store) -> int:
     """Follow a running operation from where the control node left it, or cancel it."""
     from mlxops.agent.operations.ops import CancelRequest, find
-    from mlxops.core import wire
-    from mlxops.core.commands.cancel import Cancel, CancelResult
+    from mlxops.core.commands.cancel import Cancel
     from mlxops.core.commands.follow import Follow
 
     request = envelope.request
@@ -283,12 +282,28 @@ def _follow_or_cancel(envelope: Envelope, store: Store) -> int:
     journal = find(store, request.operation)
     if isinstance(request, Cancel):
         final = _relay_events(journal, skip=sys.maxsize, on_idle=CancelRequest(journal))
-        result = CancelResult(journal.id, cancelled=isinstance(final, Failed), changed=True)
-        _emit(Done(wire.encode(result), request.name))
-        return 0
+        final = _cancel_outcome(journal.id, final)
+        _emit(final)
+        return _exit_status(final)
     final = _follow_or_attach(store, journal, envelope.heard)
     _emit(final)
     return _exit_status(final)
+
+
+def _cancel_outcome(operation: str, final: Done | Failed) -> Done | Failed:
+    """Return the result of a request to cancel: an error if the operation ended with another one, or left something."""
+    from mlxops.core import wire
+    from mlxops.core.commands.cancel import Cancel, CancelResult
+
+    error = final.error if isinstance(final, Failed) else None
+    left = error.details.get("left") if isinstance(error, Interrupted) else None
+    if error is None or (isinstance(error, Interrupted) and left is None):
+        outcome = str(error.details.get("previous", "")) if error else ""
+        result = CancelResult(operation, cancelled=error is not None, changed=True, outcome=outcome)
+        return Done(wire.encode(result), Cancel.name)
+    error = error_from_wire(left) if isinstance(left, dict) else error
+    error.why = f"{error.why}; with this, operation {operation} ended when it was cancelled".removeprefix("; ")
+    return Failed(error)
 
 
 def _exit_status(final: Done | Failed) -> int:

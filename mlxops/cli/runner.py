@@ -113,7 +113,7 @@ class Cli:
             return reply.error
         hint = aimed("see: `mlxctl status`", target.flags)
         if reply.result is not None and reply.result.cancelled:
-            what = f"operation {operation} was cancelled; nothing half done is left"
+            what = f"operation {operation} was cancelled; {reply.result.outcome or 'nothing half done is left'}"
             return Interrupted("cancelled", what, why="you chose to cancel it after Ctrl-C", hint=hint)
         what = f"operation {operation} was done before it could be cancelled"
         return Interrupted("interrupted", what, why="it was almost done when Ctrl-C was pressed", hint=hint)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +18,11 @@ from mlxops.agent.operations import ops
 from mlxops.agent.operations.ops import CancelRequest
 from mlxops.agent.state.operation_log import OperationLog, create, recent_operations
 from mlxops.common.build import build_id
-from mlxops.core.errors import OutcomeUnknown, Refused
+from mlxops.core import wire
+from mlxops.core.commands.cancel import CancelResult, show
+from mlxops.core.errors import Busy, Interrupted, MlxopsError, NotStarted, OutcomeUnknown, Refused, error_from_wire
+from mlxops.core.protocol import Done, Failed, decode_event
+from mlxops.core.replies import HostReply
 from mlxops.core.settings import Settings
 from tests.lab.envelopes import envelope
 from tests.lab.homelab import Homelab, Studio
@@ -130,3 +135,60 @@ def test_quick_change_cannot_be_cancelled(tmp_path: Path) -> None:
         CancelRequest(made)
     os.close(lock)
     assert caught.value.code == "not_cancellable" and not made.cancel_requested
+
+
+def with_details(error: MlxopsError, **details: object) -> MlxopsError:
+    changed = error_from_wire(error.to_wire())
+    changed.details |= details
+    return changed
+
+
+STILL_ENDING = Busy("still_ending", "mine has not ended yet", why="it holds much", hint="later: `mlxctl reconcile`")
+CANCELLED = Interrupted("cancelled", "it was cancelled", why="on request", hint="`mlxctl status`")
+CANCEL_OUTCOMES: dict[str, tuple[Done | Failed, int, str]] = {
+    "done": (Done({}), 0, "was done before it could be cancelled"),
+    "cancelled": (Failed(CANCELLED), 0, "was cancelled; nothing half done is left"),
+    "cancelled, the old server is back": (
+        Failed(with_details(CANCELLED, previous="old serves port 8100 again")),
+        0,
+        "was cancelled; old serves port 8100 again",
+    ),
+    "another error": (Failed(STILL_ENDING), 75, "it holds much; with this, operation"),
+    "cancelled, a server is left": (
+        Failed(with_details(CANCELLED, left=STILL_ENDING.to_wire())),
+        75,
+        "it holds much; with this, operation",
+    ),
+    "an error and a server is left": (
+        Failed(with_details(NotStarted("server_did_not_start", "no", why="it broke"), left=STILL_ENDING.to_wire())),
+        4,
+        "it broke; with this, operation",
+    ),
+}
+
+
+@pytest.mark.parametrize("ending", CANCEL_OUTCOMES)
+def test_cancel_says_how_the_operation_ended(tmp_path: Path, ending: str) -> None:
+    final, status, says = CANCEL_OUTCOMES[ending]
+    settings = Settings(state=str(tmp_path), hub=str(tmp_path), registry=str(tmp_path / "registry.json"))
+    (tmp_path / "ops").mkdir()
+    made, lock = create(tmp_path / "ops", envelope("load", {}, settings, build_id()))
+    assert lock is not None
+    agent = subprocess.Popen(
+        [sys.executable, "-P", "-m", "mlxops.agent"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with agent:
+        assert agent.stdin is not None and agent.stdout is not None
+        agent.stdin.write(envelope("cancel", {"operation": made.id}, settings, build_id()).encode() + b"\n")
+        agent.stdin.close()
+        wait_until(lambda: made.cancel_requested, 30, "the request to cancel")
+        made.emitter()(final)
+        os.close(lock)
+        last = decode_event(agent.stdout.read().decode().splitlines()[-1])
+    assert agent.returncode == status
+    if isinstance(last, Failed):
+        assert f"{says} {made.id} ended" in last.error.why and int(last.error.exit) == status
+    else:
+        assert isinstance(last, Done)
+        text = show([HostReply("studio", result=wire.decode(CancelResult, last.result))])
+        assert text.endswith(f"operation {made.id} {says}")

@@ -317,6 +317,8 @@ def test_cancelled_load_leaves_what_has_not_ended_recorded(host: Host, kill: boo
     if kill:
         nothing_is_left(host)
     else:
+        left: Any = caught.value.details["left"]
+        assert left["code"] == "still_ending" and left["details"]["pid"] == host.run().pid
         is_draining(host, host.run().pid)
 
 

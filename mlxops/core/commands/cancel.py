@@ -18,6 +18,8 @@ class CancelResult:
     """False: it was done before it could be cancelled."""
     changed: bool
     """Always true."""
+    outcome: str = ""
+    """What became of the server that the operation had replaced, for people."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ def show(replies: Sequence[HostReply[CancelResult]]) -> str:
 
 
 def _line(result: CancelResult) -> str:
-    cancelled = "was cancelled; nothing half done is left"
+    cancelled = f"was cancelled; {result.outcome or 'nothing half done is left'}"
     return one_line(f"operation {result.operation} {cancelled if result.cancelled else _LATE}")
 
 
