@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from mlxops.agent.paths import host_paths
 from mlxops.agent.serving import ending
 from mlxops.agent.state.store import Store
 from mlxops.core import wire
-from mlxops.core.errors import Busy, Interrupted, MlxopsError, NotStarted
+from mlxops.core.errors import Busy, Interrupted, MlxopsError, NotStarted, Refused
 from mlxops.core.ports import PortView, State
 from mlxops.core.protocol import Event, Note, Phase, Progress
 from mlxops.core.records import Run
@@ -431,6 +433,42 @@ def test_stop_whose_worker_was_killed_before_the_signal_is_finished(host: Host, 
     args: dict[str, dict[str, object]] = {"unload": {"port": port}, "load": {"model": "next", "port": port}}
     host(command, **args.get(command, {}))
     assert not alive(pid) and host.assigned == ({"next": host.first} if command == "load" else {})
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Let each write to a file fail in this process."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_stop_that_cannot_be_recorded_does_not_begin_above_the_limit(host: Host) -> None:
+    pid = serve(host)
+    with pytest.raises(Refused) as caught, full_disk():
+        ending.end(this_system(), host.run(), ending.Terms("unload", 100 * MB), store=host.store)
+    assert caught.value.code == "state_unwritable" and "does not begin" in caught.value.why
+    assert alive(pid) and host.view().state is State.READY and host.run().stopped_by is None
+
+
+@pytest.mark.parametrize("limit", [None, 10**9])
+def test_stop_that_cannot_be_recorded_warns_below_the_limit(host: Host, limit: int | None) -> None:
+    pid = serve(host)
+    with full_disk():
+        ending.end(this_system(), host.run(), ending.Terms("unload", limit), store=host.store, emit=host.events.append)
+    assert not alive(pid) and any("the stop could not be recorded" in note for note in notes(host))
+
+
+@pytest.mark.parametrize("known", [{"proven_at": None}, {"stopping_since": "2026-01-01T00:00:00Z"}])
+def test_stop_that_is_known_already_goes_on_without_a_record(host: Host, known: dict[str, Any]) -> None:
+    pid = serve(host)
+    with full_disk(), pytest.raises(Busy):
+        run = replace(host.run(), **known)
+        ending.end(this_system(), run, ending.Terms("load", 100 * MB), store=host.store, emit=host.events.append)
+    assert alive(pid) and any("the stop could not be recorded" in note for note in notes(host))
 
 
 def test_record_of_an_earlier_build_is_read(host: Host) -> None:

@@ -11,7 +11,6 @@ is killed during the stop, and the next stop does not interrupt the server's cle
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import sys
 import time
@@ -104,14 +103,15 @@ def end(
     `store`: where the record of the stop is kept; None for a server whose port is another one's. `reap` collects
     zombies that are this process's own children.
 
-    Raises `Busy` (still_ending) if it holds more than the limit and has not ended; `Refused` (not_ours), and signals
-    nothing, if its group has a process that is not proven ours; `MlxopsError` (will_not_die) if it survives SIGKILL.
+    Raises `Busy` (still_ending) if it holds more than the limit and has not ended; `Refused`, and signals nothing, if
+    its group has a process that is not proven ours (not_ours), or if it may outlive this stop and that cannot be
+    recorded (state_unwritable); `MlxopsError` (will_not_die) if it survives SIGKILL.
     """
     began = time.monotonic()
     signaller = Signaller(system, run, reap)
     waiting = _Waiting(system, signaller, run, emit)
     if store is not None and (stopping := signaller.prove()):
-        _record_stop(store, replace(run, stopping=stopping), terms)
+        _record_stop(store, replace(run, stopping=stopping), terms, waiting)
     if _ask(signaller, run, terms, waiting) and _end_rest(signaller, waiting):
         return Ended(time.monotonic() - began, killed=False)
     held = waiting.measure()
@@ -204,10 +204,22 @@ class _Waiting:
             self._emit(Progress("ending", released, self.held))
 
 
-def _record_stop(store: Store, run: Run, terms: Terms) -> None:
-    # If it cannot be written, the record that is there still says that these processes are ours.
-    with contextlib.suppress(OSError, MlxopsError):
+def _record_stop(store: Store, run: Run, terms: Terms, waiting: _Waiting) -> None:
+    """Record that the server is being stopped. Raises `Refused` (state_unwritable) if the server may not be killed:
+    without the record, a later command would take one that has not ended for a serving one."""
+    try:
         store.save_run(replace(run, stopped_by=terms.command, stopping_since=run.stopping_since or utc_now()))
+    except (OSError, MlxopsError) as error:
+        why = f"{error.message}: {error.why}" if isinstance(error, MlxopsError) else str(error)
+        if isinstance(error, Refused) and not may_kill(terms.kill_limit, waiting.held) and not _is_known(run):
+            error.why = f"{error.why}; without its record, the stop of a server that may not be killed does not begin"
+            raise
+        waiting.note(f"the stop could not be recorded: {why}")
+
+
+def _is_known(run: Run) -> bool:
+    """Return whether its record already says that the server is to be stopped, or that its load did not end."""
+    return run.stopping_since is not None or (run.proven_at is None and not run.adopted)
 
 
 def _still_ending(run: Run, limit: int | None, held: int | None, *, recorded: bool) -> Busy:
