@@ -169,8 +169,10 @@ def _ssh_name(value: YAMLValue) -> str:
 def _url(value: YAMLValue) -> str:
     text = value.text()
     if not re.fullmatch(r"https?://[^\s/@?#]+(/[^\s@?#]*)?", text) or not _has_valid_port(text):
+        from mlxops.core.redaction import redact
+
         raise value.bad(
-            f"{shown(text)} is not a URL of a gateway",
+            f"{shown(redact(text))} is not a URL of a gateway",
             "it is http:// or https://, host and port, without user or password",
             "for example: http://127.0.0.1:4000",
         )

@@ -13,16 +13,15 @@ from enum import StrEnum
 from urllib.parse import urlsplit
 
 from mlxops.core.frozen import dataclass
-from mlxops.core.names import shown
+from mlxops.core.names import DEFAULT_MODEL, shown
 from mlxops.core.ports import Owner, State
+from mlxops.core.redaction import redact
 
 ENVIRON = "os.environ/"
 CHAT = "/v1/chat/completions"
 """The path that every engine answers."""
 SOME_ANSWER = frozenset({"/chat/completions", "/v1/completions", "/v1/responses"})
 """Paths that some engines answer, and others do not."""
-DEFAULT_NAME = "default_model"
-"""mlx_lm.server's name for the model that it was started with."""
 
 
 class Impact(StrEnum):
@@ -360,7 +359,7 @@ class _EntryCheck:
                 "unset_variable", message, self._edit_of_variable(variable), certain=bool(self.files.env)
             )
         if entry.model is not None and entry.sends is None:
-            message = f"{shown(entry.model)} is not sent to an OpenAI-compatible server"
+            message = f"{shown(redact(entry.model))} is not sent to an OpenAI-compatible server"
             yield self.finding("not_openai", message, self.edit("model", entry.right_model(self.name)))
         elif not entry.has_key and "api_key" not in entry.variables:
             hint = self.edit("api_key", "none") + " (any placeholder will do)"
@@ -383,12 +382,12 @@ class _EntryCheck:
             return
         if problem := _address_problem(base):
             yield self.finding(
-                "bad_api_base", f"api_base {shown(_without_user(base))} {problem}", right, self.sure("api_base")
+                "bad_api_base", f"api_base {shown(redact(base))} {problem}", right, self.sure("api_base")
             )
             return
         if self.slots and target not in self.slots:
             served = any(other in self.slots for _, other in self.same_alias)
-            message = f"is sent to {shown(base)}; its slot is port {slot.port} of {slot.host}"
+            message = f"is sent to {shown(redact(base))}; its slot is port {slot.port} of {slot.host}"
             hint = right
             if target is None:
                 # Another address of the same server, such as a tunnel's or a container's, is right, too.
@@ -397,7 +396,7 @@ class _EntryCheck:
             certain = target is not None and not served and self.sure("api_base")
             yield self.finding("wrong_address", message, hint, certain)
         if target is not None and urlsplit(base).scheme.lower() == "https":
-            message = f"api_base {shown(_without_user(base))} asks for TLS, and the servers speak plain HTTP"
+            message = f"api_base {shown(redact(base))} asks for TLS, and the servers speak plain HTTP"
             yield self.finding("bad_api_base", message, right)
         if entry.path != CHAT and entry.sends is not None:
             yield self._path_finding(slot, base, right)
@@ -409,7 +408,7 @@ class _EntryCheck:
         answered = target is not None and path in target.paths
         certain = target is not None and not answered and (bool(target.paths) or not some_engines)
         problem = "not every engine answers" if some_engines and not certain else "the server does not answer"
-        message = f"LiteLLM asks {shown(path)} of {shown(base)}, which {problem}"
+        message = f"LiteLLM asks {shown(path)} of {shown(redact(base))}, which {problem}"
         certain = certain and self.sure("api_base")
         if path.endswith("/chat/completions"):
             return self.finding("no_v1", message, right, certain)
@@ -421,7 +420,7 @@ class _EntryCheck:
         if name is not None and sends is not None and sends != name:
             right = self.edit("model", self.entry.right_model(name))
             message = f"the gateway sends the name {shown(sends)}; port {target.port} answers to {name}"
-            if sends == DEFAULT_NAME and (sends in target.also_answers_to or target.answers_to is None):
+            if sends == DEFAULT_MODEL and (sends in target.also_answers_to or target.answers_to is None):
                 message += ", and to this one only while an engine serves there that knows it"
                 yield self.finding("engine_name", message, right, certain=False)
             elif target.answers_to_any or sends in (target.answers_to, *target.also_answers_to):
@@ -451,11 +450,6 @@ def _address_problem(base: str) -> str:
     if parts.username is not None:
         return "has a user in it, which LiteLLM does not send together with a key"
     return "has a '?' in it, behind which LiteLLM puts the path" if parts.query else ""
-
-
-def _without_user(url: str) -> str:
-    """Return a URL without its user and password: they may be secret."""
-    return re.sub(r"//[^/\s]*@", "//...@", url)
 
 
 def _group_findings(routes: Sequence[Route], files: GatewayPaths) -> Iterator[Mismatch]:
@@ -547,7 +541,7 @@ def _server_finding(port: GatewayPort, entries: Sequence[Entry]) -> Mismatch | N
         hint = f"`mlxctl load MODEL {port.port}`; until then the gateway answers with an error"
         return finding(severity, "alias_without_server", message, hint)
     if port.alias and port.answers_to and port.alias not in (port.answers_to, *port.also_answers_to):
-        message = f"the server on {place} answers to {shown(port.answers_to)}, not to {port.alias}"
+        message = f"the server on {place} answers to {shown(redact(port.answers_to))}, not to {port.alias}"
         fails = any(entry.sends not in (port.answers_to, *port.also_answers_to) for entry in entries)
         model = port.model if port.owner is Owner.MLXOPS and port.model else "MODEL"
         hint = f"`mlxctl load {model} {port.port} --force`"

@@ -13,6 +13,7 @@ from itertools import pairwise
 
 from mlxops.core.frozen import dataclass
 from mlxops.core.names import is_name
+from mlxops.core.redaction import redact
 from mlxops.core.settings import DEFAULT_ENGINE, MAX_PORTS, PortRange, Settings, is_loopback
 from mlxops.core.text import amount
 
@@ -189,7 +190,7 @@ def _described(line: str) -> str:
     words = split_command(line)
     program = next((word for word in words if word.rpartition("/")[2] in PROGRAMS.values()), "a server")
     pairs = [(option, value) for option, value in pairwise(words) if option in _SHOWN]
-    return " ".join([program, *(f"{option} {value}" for option, value in pairs)])
+    return " ".join([program, *(f"{option} {redact(value)}" for option, value in pairs)])
 
 
 def _server_ports(line: str) -> list[int]:

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from mlxops.core.settings import PortRange
 
 AUTO = "auto"
+DEFAULT_MODEL = "default_model"
+"""mlx_lm.server's own name for the model that it was started with."""
 
 # Compiled at the first use: compiling all of them takes a millisecond, at every start.
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"

@@ -5,7 +5,6 @@ A plan is a value: `--dry-run` shows it, an operation executes it. A plan that i
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
@@ -18,6 +17,7 @@ from mlxops.core.names import AUTO, is_model_name, is_repo_id, is_revision
 from mlxops.core.names import port as parse_port
 from mlxops.core.ports import Orphan, Owner, PortView, State, World
 from mlxops.core.records import Run, Server
+from mlxops.core.redaction import command_line
 from mlxops.core.registry import Model, Registry
 from mlxops.core.settings import Settings
 
@@ -331,7 +331,7 @@ def plan_unload(registry: Registry, world: World, port: int, *, force: bool) -> 
     if view.owner is Owner.FOREIGN:
         raise refusals.foreign_port(view)
     if view.owner is Owner.HAND and not force:
-        raise refusals.hand_started(view, shlex.join(view.server.argv if view.server else ()), _parent_note(view))
+        raise refusals.hand_started(view, command_line(view.server.argv if view.server else ()), _parent_note(view))
     notes = [*_parent_note(view)]
     if view.portless and not force:
         pids = ", ".join(str(server.pid) for server in view.portless)

@@ -21,13 +21,16 @@ import pytest
 from mlxops.agent.context import Context
 from mlxops.agent.host.memory import HostMemory
 from mlxops.agent.host.system import LinuxSystem, this_system
-from mlxops.agent.operations import doctor
+from mlxops.agent.operations import doctor, status
 from mlxops.agent.paths import host_paths
 from mlxops.agent.service import restore_job
 from mlxops.agent.service.restore_job import Launchd
+from mlxops.agent.serving.memory import in_use
 from mlxops.agent.state.store import Store
 from mlxops.common.parallel import reason, within
+from mlxops.core import planner
 from mlxops.core.commands.doctor import Doctor
+from mlxops.core.commands.status import Status
 from mlxops.core.errors import Refused
 from mlxops.core.records import Stranded
 from mlxops.core.settings import PortRange, Settings
@@ -36,6 +39,7 @@ from tests.lab.run import running
 from tests.lab.world import free_ports, wait_until
 
 GB = 10**9
+SECRET = "s3cr3t-Value"
 
 Change = Callable[[Path], Mapping[str, object] | None]
 """Break the host in this folder; return settings that are different, if any."""
@@ -210,6 +214,26 @@ def test_server_with_fast_synch_is_found_once(tmp_path: Path) -> None:
         rows = [row for row in doctor.run(ctx, Doctor()).findings if "FAST_SYNCH" in row.message]
     assert [(row.code, row.severity, row.port) for row in rows] == [("metal_fast_synch", "warning", port)]
     assert rows[0].message.startswith("MLX_METAL_FAST_SYNCH is set in its environment: it can wedge the GPU")
+
+
+def test_secrets_of_servers_that_others_started_are_shown_nowhere(tmp_path: Path) -> None:
+    ctx = host(tmp_path)
+    first, second = ctx.paths.settings.ports
+    secrets = ("--api-key", f"{SECRET}-1", "--header", f"Authorization: Bearer {SECRET}-2", f"HF_TOKEN={SECRET}-3")
+    write(tmp_path, "x.py", LISTENER.replace("argv[4]", "argv[1]"))
+    stranger = [sys.executable, "x.py", str(second), *secrets]
+    with running(stranger, tmp_path, {}), engine(ctx, first, *secrets, model=f"http://me:{SECRET}-4@host/m"):
+        wait_until(lambda: any(each.port == second for each in ctx.system.look((second,)).listeners), 10, "listener")
+        state = status.run(ctx, Status())
+        assert {row.owner for row in state.ports} == {"hand", "foreign"}, state
+        world, refusals = ctx.observe(ctx.registry()), []
+        for port in (first, second):
+            with pytest.raises(Refused) as refused:
+                planner.plan_unload(ctx.registry(), world, port, force=False)
+            refusals.append(refused.value.to_wire())
+        text = repr((state, doctor.run(ctx, Doctor()), refusals, in_use(world, ctx.system, {})))
+    assert text.count("--api-key ...") >= 3 and "http://...@host/m" in text
+    assert SECRET not in text
 
 
 def test_checks_that_fail_or_hang_do_not_keep_the_others_from_being_made(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import plistlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,13 @@ def test_entry_of_a_mac_has_what_was_found(tmp_path: Path) -> None:
     assert [(job.port, job.label, job.script) for job in settings.boot] == [(8100, "com.bebop.mlx", "/opt/start.sh")]
     assert "sk-1" not in text and "--model-path /m --port 8100" in text
     assert "deploy would use /opt/homebrew/bin/python3.12" in text
+
+
+def test_password_in_the_address_of_a_model_is_not_printed(tmp_path: Path) -> None:
+    _, text = entry(
+        "studio", replace(MAC, servers=("mlx_lm.server --model http://me:sk-2@host/m --port 8100",)), tmp_path
+    )
+    assert "sk-2" not in text and "--model http://...@host/m --port 8100" in text
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from mlxops.agent.host import programs
 from mlxops.agent.state.store import Store
 from mlxops.core.errors import Refused
 from mlxops.core.loadable import Abilities
+from mlxops.core.redaction import command_line, redact
 
 HELP_TIMEOUT_SECONDS = 120.0
 """An engine imports all its packages before it prints its help, which takes a while from a cold disk."""
@@ -96,8 +97,8 @@ def _read_help(engine: Engine, argv: Sequence[str], environ: Mapping[str, str], 
     raise Refused(
         "engine_broken",
         f"the engine {engine.name} does not run: it could not print its options",
-        why=f"{'it took too long' if status is None else f'status {status}'}: {last[:300]}",
-        hint=f"repair its installation on the host; try there: {' '.join(argv)}",
+        why=f"{'it took too long' if status is None else f'status {status}'}: {redact(last)[:300]}",
+        hint=f"repair its installation on the host; try there: {command_line(argv)}",
     )
 
 

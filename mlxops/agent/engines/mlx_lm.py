@@ -14,9 +14,8 @@ from mlxops.agent.engines.argv import abbreviated_option, check_model_args, chec
 from mlxops.agent.engines.base import DetectedServer, Engine, EngineCommand, ServedNames, ServerSpec, template_text
 from mlxops.agent.engines.installation import older_than
 from mlxops.core.budget import LimitOptions
+from mlxops.core.names import DEFAULT_MODEL
 
-_DEFAULT_NAME = "default_model"
-"""Its name for the model that it was started with."""
 _ONE_MODEL_SINCE = (0, 27)
 """Older versions took the model's name and `default_model` for two models. Each request loaded the one that it named
 (source of 0.20.6 to 0.26.4; 0.27.1 to 0.32.2 take them for one)."""
@@ -79,7 +78,7 @@ class MlxLm(Engine):
         return abbreviated_option(argv, "--model", len("--mo"))
 
     def further_names(self, version: str | None) -> tuple[str, ...]:
-        return () if older_than(_ONE_MODEL_SINCE, version) else (_DEFAULT_NAME,)
+        return () if older_than(_ONE_MODEL_SINCE, version) else (DEFAULT_MODEL,)
 
     def accepted_names(self, argv: Sequence[str], version: str | None) -> ServedNames:
         name = self.served_name(argv)
@@ -91,7 +90,7 @@ class MlxLm(Engine):
             )
         if abbreviated_option(argv, "--adapter-path", len("--ad")):
             # A request with the model's own name would load it again, without the adapter.
-            return ServedNames((_DEFAULT_NAME,))
+            return ServedNames((DEFAULT_MODEL,))
         return super().accepted_names(argv, version)
 
     # GET /health is 200 also while it loads, and 503 once its generation thread has died.

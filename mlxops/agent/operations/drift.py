@@ -6,7 +6,7 @@ Examples: servers whose settings have changed, invalid registry entries, interru
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mlxops.agent.context import Context
@@ -160,9 +160,16 @@ def _difference(actual: tuple[str, ...], expected: tuple[str, ...]) -> str:
     parts = [
         f"{verb} {shlex.join(arguments)}"
         for verb, arguments in (
-            ("has", [argument for argument in actual if argument not in expected]),
-            ("lacks", [argument for argument in expected if argument not in actual]),
+            ("has", _only_in(actual, expected)),
+            ("lacks", _only_in(expected, actual)),
         )
         if arguments
     ]
     return "; ".join(parts)[:400] or "the same arguments in another order"
+
+
+def _only_in(argv: Sequence[str], other: Sequence[str]) -> list[str]:
+    """Return the arguments that the other command lacks, without the secrets in them."""
+    from mlxops.core.redaction import redact_argv
+
+    return [shown for word, shown in zip(argv, redact_argv(argv), strict=True) if word not in other]

@@ -30,6 +30,7 @@ from mlxops.core.planner import LoadPlan, ModelRef, Outcome
 from mlxops.core.ports import PortView, State, World
 from mlxops.core.protocol import Phase
 from mlxops.core.records import Operation
+from mlxops.core.redaction import redact_argv
 from mlxops.core.registry import Registry
 
 READY_SECONDS = 5.0
@@ -335,6 +336,6 @@ def _dry_load(held: Held, plan: LoadPlan, prepared: Prepared | None) -> LoadResu
             download=plan.target.repo_id if downloads else None,
             stops=tuple(shown_stop(view) for view in plan.stops),
             clears=tuple(plan.cleared),
-            argv=prepared.argv if prepared else None,
+            argv=redact_argv(prepared.argv) if prepared else None,
         ),
     )

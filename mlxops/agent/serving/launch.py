@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import shlex
 import signal
 import socket
 import subprocess
@@ -37,6 +36,7 @@ from mlxops.core.errors import MlxopsError, NotStarted
 from mlxops.core.ports import Health
 from mlxops.core.protocol import Event, Note, Phase
 from mlxops.core.records import Run
+from mlxops.core.redaction import command_line, redact
 from mlxops.core.text import clean
 
 CONNECT_RETRY_SECONDS = 0.02
@@ -245,7 +245,7 @@ class Launch:
         version = self.command.version or "of unknown version"
         with open(self.log, "ab") as file:
             os.chmod(self.log, 0o600)
-            file.write(f"--- mlxops {utc_now()} {self.engine.name} {version}: {shlex.join(self.argv)}\n".encode())
+            file.write(f"--- mlxops {utc_now()} {self.engine.name} {version}: {command_line(self.argv)}\n".encode())
             self._log_from = file.seek(0, os.SEEK_END)
 
     def _read_own_log(self) -> str:
@@ -260,7 +260,7 @@ class Launch:
     def _error(self, problem: str, status: int | None = None) -> NotStarted:
         log = self._read_own_log()
         last_words = self.engine.fatal_error(log) or last_line(log)
-        last = f"its last words: {last_words.strip()[:400]}" if last_words else "it wrote nothing to its log"
+        last = f"its last words: {redact(last_words.strip())[:400]}" if last_words else "it wrote nothing to its log"
         serving = self.serving
         about = About(
             serving.model.name, serving.model.repo_id or "", serving.port, self.command.argv[0], _revision(serving)

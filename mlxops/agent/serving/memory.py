@@ -23,6 +23,7 @@ from mlxops.core.frozen import dataclass
 from mlxops.core.memory import Estimate, Use
 from mlxops.core.ports import PortView, World
 from mlxops.core.records import Operation
+from mlxops.core.redaction import redact
 from mlxops.core.text import amount
 
 LINUX_SHARE = 0.9
@@ -100,7 +101,7 @@ def _use(world: World, system: System, server: ServerProcess, view: PortView | N
     owner = "hand" if process.uid == os.getuid() else "foreign"
     return Use(
         port=view.port if view else _server_port(world, system, server),
-        model=(view.model if view else None) or repo_of(path) or detected.model or "unknown",
+        model=(view.model if view else None) or repo_of(path) or redact(detected.model) or "unknown",
         owner=view.owner.value if view and view.owner else owner,
         pid=process.pid,
         estimated_bytes=expected.total if expected else None,

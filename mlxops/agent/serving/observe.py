@@ -6,7 +6,6 @@ import contextlib
 import ipaddress
 import os
 import re
-import shlex
 import socket
 import threading
 from collections.abc import Collection, Iterable, Mapping
@@ -210,6 +209,8 @@ def _listens_nowhere(system: System, server: ServerProcess) -> bool:
 
 
 def _server(system: System, look: Look, server: ServerProcess) -> Server:
+    from mlxops.core.redaction import redact
+
     process = server.process
     path = real_path(system.folder(process.pid), server.detected.model)
     starter = servers.starter(look, process.pid)
@@ -217,7 +218,7 @@ def _server(system: System, look: Look, server: ServerProcess) -> Server:
         process.pid,
         process.pgid,
         server.engine,
-        repo_of(path) or server.detected.model,
+        repo_of(path) or redact(server.detected.model),
         process.argv,
         process.start,
         path=path,
@@ -335,10 +336,10 @@ def _boot_claim(
 
 
 def _describe(look: Look, pids: Iterable[int]) -> str:
+    from mlxops.core.redaction import command_line
+
     descriptions = [
-        f"pid {pid}: {clean(shlex.join(look.processes[pid].argv))[:160]}"
-        for pid in sorted(pids)
-        if pid in look.processes
+        f"pid {pid}: {command_line(look.processes[pid].argv)[:160]}" for pid in sorted(pids) if pid in look.processes
     ]
     return "; ".join(descriptions) or "another user's process"
 
@@ -367,8 +368,9 @@ def _probe_health(paths: HostPaths, signals: list[Signals]) -> dict[int, Health]
 def _last_words(log: Path) -> str:
     """Return when a server last wrote to its log, and what: the only evidence of how it ended."""
     from mlxops.agent.serving.last_words import last_line  # its patterns take 2 ms to compile
+    from mlxops.core.redaction import redact
 
-    line = last_line(tail(log))
+    line = redact(last_line(tail(log)))
     try:
         when = format_utc(log.stat().st_mtime)
     except OSError:

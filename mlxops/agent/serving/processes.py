@@ -291,7 +291,10 @@ def _server(look: Look, run: Run, ours: Collection[int]) -> set[int]:
 
 def _program(process: Process) -> str:
     """Return a short form of a process's command."""
-    return clean(" ".join(Path(word).name if word.startswith("/") else word for word in process.argv[:4]))[:60] or "?"
+    from mlxops.core.redaction import redact_argv
+
+    words = redact_argv(process.argv)[:4]
+    return clean(" ".join(Path(word).name if word.startswith("/") else word for word in words))[:60] or "?"
 
 
 def _not_ours(run: Run, why: str, pids: Collection[int]) -> Refused:

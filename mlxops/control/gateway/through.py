@@ -20,6 +20,7 @@ from mlxops.core.gateway import Entry, GatewayPort, Impact, Mismatch
 from mlxops.core.litellm import LiteLLMConfig, entry_of_deployment
 from mlxops.core.names import shown
 from mlxops.core.probe_names import WILDCARD, GatewayServer, ProbePlan, entries_differ, plan_probes, server_of
+from mlxops.core.redaction import redact
 from mlxops.core.replies import HostReply
 
 _RESTART = "restart the gateway, once: it runs with other entries than its files have now"
@@ -57,7 +58,7 @@ class RunningGateway:
         same = (e for e in self.entries or () if e.alias == slot and e.address is not None and e.address[1] == port)
         if (entry := next(same, None)) is None:
             return f"the gateway has no entry that leads to port {port}"
-        base = shown(entry.api_base or "")
+        base = shown(redact(entry.api_base or ""))
         return f"the gateway sends {slot} to {base}; whether that is port {port} is not known on this machine"
 
     def is_stale(self, alias: str) -> bool:

@@ -1,0 +1,63 @@
+"""Take secrets out of command lines and texts before anybody sees them. Pure.
+
+What a person or another program typed may hold an API key, a token or a password. What is shown, sent or logged goes
+through here. What decides, such as recognising a server by its argv, keeps the real words.
+
+It takes out too much rather than too little: the value after a name that sounds secret, whatever it is.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+
+from mlxops.core.text import clean
+
+HIDDEN = "..."
+_SECRET = (
+    r"(?:token|secret|passw(?:or)?d|passphrase|credentials?|authorization|bearer|cookie|api[-_]?keys?|hf[-_]?key"
+    r"|(?<![a-z0-9])(?:auth|keys?|pass|pwd)|(?<=[a-z])(?-i:Auth|Key))(?:[-_]?\d{1,3})?(?![\w-])"
+)
+"""The end of a secret's name. Not of `--max-tokens`, whose value is a number, nor of `--ssl-keyfile`, a path."""
+_SETTING = rf"(\W{{0,3}}[\w.-]*{_SECRET}\s*[=:]\s*)(?=\S).*"
+"""A whole word: `HF_TOKEN=x`, `--api-key=x`, `Authorization: Bearer x`."""
+_OPTION = rf"-[\w.-]*{_SECRET}"
+_NEXT_OPTION = r"--[a-z][a-z0-9-]+(?:=.*)?"
+_VALUE = r"""(?:"[^"]*"?|'[^']*'?|[^\s"',;&}\])]+)"""
+_INSIDE: tuple[tuple[str, str], ...] = (
+    (r"(\w://)(?:[^\s/]{0,300}|[^\s/:]{0,100}:\S{0,300})@", rf"\1{HIDDEN}@"),
+    (r"\b(bearer|basic|digest|negotiate)\s{1,9}[\w.~+/=-]{4,}", rf"\1 {HIDDEN}"),
+    (rf"(?<![\w.-])(-[\w.-]{{0,60}}{_SECRET}\s{{1,9}})(?!{_NEXT_OPTION}){_VALUE}", rf"\1{HIDDEN}"),
+    (rf"({_SECRET}[\"'\]]{{0,3}}\s{{0,9}}[=:]\s{{0,9}}){_VALUE}", rf"\1{HIDDEN}"),
+    (r"\b(hf_|sk-|gh[pousr]_|github_pat_|glpat-|xox[a-z]-|AKIA|eyJ)[\w.-]{8,}", rf"\1{HIDDEN}"),
+)
+"""Pattern -> replacement, within a longer text. The last one: tokens that are known by how they begin. All lengths are
+bounded, so that no text takes long."""
+
+
+def redact(text: str) -> str:
+    """Return a text without the secrets in it: passwords in URLs, headers, settings of a secret name, known tokens."""
+    for pattern, replacement in _INSIDE:
+        text = re.sub(pattern, replacement, text, flags=re.IGNORECASE)
+    return text
+
+
+def redact_argv(argv: Sequence[str]) -> tuple[str, ...]:
+    """Return as many words, each without its secrets. The word after an option of a secret name is its value."""
+    shown, after_option = [], False
+    for word in argv:
+        hidden = after_option and not re.fullmatch(_NEXT_OPTION, word)
+        shown.append(HIDDEN if hidden else _redact_word(word))
+        after_option = not hidden and re.fullmatch(_OPTION, word, re.IGNORECASE) is not None
+    return tuple(shown)
+
+
+def _redact_word(word: str) -> str:
+    setting = re.fullmatch(_SETTING, word, re.IGNORECASE | re.DOTALL)
+    return f"{setting[1]}{HIDDEN}" if setting else redact(word)
+
+
+def command_line(argv: Sequence[str]) -> str:
+    """Return a command for people: on one line, without secrets and control characters."""
+    return shlex.join(redact_argv([clean(word) for word in argv]))
