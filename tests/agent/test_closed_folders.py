@@ -139,3 +139,15 @@ def test_macos_permission_errors_get_their_own_hint(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("sys.platform", "darwin")
     hint = files.remedy(OSError(errno.EPERM, "Operation not permitted", "/Volumes/My Models/hub"))
     assert hint is not None and "full disk access" in hint and "chflags nouchg '/Volumes/My Models/hub'" in hint
+
+
+def test_doctor_names_a_closed_state_folder_and_what_else_is_wrong(
+    homelab: Homelab, bound: Callable[..., Completed]
+) -> None:
+    homelab.studio.state.mkdir(mode=0o700, exist_ok=True)
+    for mode, wanted in ((0o311, {"state_open", "state_unwritable"}), (0o000, {"state_unwritable"})):
+        with closed(homelab.studio.state, mode):
+            rows = bound("doctor").json["hosts"][1]["findings"]
+        about = [row for row in rows if row["code"].startswith("state_")]
+        assert {row["code"] for row in about} == wanted, rows
+        assert any("may not read and change" in row["message"] for row in about)

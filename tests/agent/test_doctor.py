@@ -31,9 +31,11 @@ from mlxops.common.parallel import reason, within
 from mlxops.core import planner
 from mlxops.core.commands.doctor import Doctor
 from mlxops.core.commands.status import Status
+from mlxops.core.doctor.findings import Finding, FindingCode
 from mlxops.core.errors import Refused
 from mlxops.core.records import Stranded
 from mlxops.core.settings import PortRange, Settings
+from tests.lab import macos
 from tests.lab import models as tiny
 from tests.lab.run import running
 from tests.lab.world import free_ports, wait_until
@@ -241,11 +243,12 @@ def test_checks_that_fail_or_hang_do_not_keep_the_others_from_being_made(
 ) -> None:
     never = threading.Event()
 
-    def hang(ctx: Context) -> list[object]:
+    def hang(ctx: Context) -> Iterator[Finding]:
+        yield Finding.of(FindingCode.EXPOSED, "it answers")
         never.wait(30)
-        return []
 
-    def fail(ctx: Context) -> list[object]:
+    def fail(ctx: Context) -> Iterator[Finding]:
+        yield Finding.of(FindingCode.SLEEPS, "it sleeps")
         raise Refused("not_seen", "the processes could not be read", why="no memory", hint="`mlxctl status`")
 
     monkeypatch.setattr(doctor, "CHECK_SECONDS", 1.0)
@@ -257,11 +260,35 @@ def test_checks_that_fail_or_hang_do_not_keep_the_others_from_being_made(
     assert [(row.code, row.severity) for row in rows] == [
         ("hub_missing", "error"),
         ("registry_unusable", "error"),
+        ("sleeps", "warning"),
+        ("exposed", "warning"),
         ("not_checked", "unknown"),
         ("not_checked", "unknown"),
     ]
-    assert "hanging could not be checked: it took longer than 1 s" in rows[2].message
-    assert "no memory" in rows[3].message and rows[3].commands == (("mlxctl", "status"),)
+    assert "hanging could not be checked: it took longer than 1 s" in rows[4].message
+    assert "no memory" in rows[5].message and rows[5].commands == (("mlxctl", "status"),)
+
+
+@pytest.mark.parametrize("name", ["facts", *doctor.CHECKS])
+def test_no_failure_ends_the_doctor(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: object) -> list[Finding]:
+        raise RecursionError("too deep")
+
+    if name == "facts":
+        monkeypatch.setattr(doctor, "_budget", fail)
+        result = doctor.run(host(tmp_path), Doctor())
+        assert result.facts["budget"] == "not known (RecursionError: too deep)" and result.facts["mlx-lm"] == "0.32.2"
+        return
+    monkeypatch.setitem(doctor.CHECKS, name, fail)
+    (row,) = [row for row in doctor.run(host(tmp_path), Doctor()).findings if row.code == "not_checked"]
+    assert row.message == f"{name} could not be checked: RecursionError: too deep"
+
+
+def test_report_that_cannot_be_read_does_not_hide_the_others(tmp_path: Path) -> None:
+    deep = '{"bug_type": "298"}\n' + "[" * 100_000
+    write(tmp_path, "Library/Logs/DiagnosticReports/JetsamEvent-2026-11-25-230000.ips", deep)
+    write(tmp_path, "Library/Logs/DiagnosticReports/JetsamEvent-2026-11-25-220000.ips", macos.jetsam_report())
+    assert found(host(tmp_path)) == {"not_checked": "unknown", "killed_for_memory": "warning"}
 
 
 def test_outcome_of_a_call_is_its_value_or_its_exception() -> None:

@@ -1,7 +1,7 @@
 """`doctor` on the host: observe, and judge. Changes nothing.
 
 Each check observes one thing and yields findings. All run at once, each within a time limit. A check that fails is a
-finding itself, and does not keep the others from being made.
+finding itself, beside what it had found, and does not keep the others from being made.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 from mlxops.agent.context import Context
@@ -22,6 +23,7 @@ from mlxops.agent.host import health
 from mlxops.agent.operations.limits import host_dangers
 from mlxops.agent.paths import HostPaths, missing_folder, settings_differ, settings_differences
 from mlxops.agent.state.locks import NoLocks, is_locked, try_flock
+from mlxops.common import checks
 from mlxops.common.build import build_id
 from mlxops.common.parallel import reason, within
 from mlxops.core import dangers
@@ -49,10 +51,8 @@ Check = Callable[[Context], Iterable[Finding]]
 
 
 def run(ctx: Context, request: Doctor) -> DoctorResult:
-    outcomes = within(CHECK_SECONDS, {name: _checking(ctx, check) for name, check in CHECKS.items()})
-    findings: list[Finding] = []
-    for name, outcome in outcomes.items():
-        findings += [_not_made(name, outcome)] if isinstance(outcome, Exception) else outcome
+    findings = checks.make(CHECK_SECONDS, {name: partial(check, ctx) for name, check in CHECKS.items()})
+    ctx.beat()
     trials: tuple[Trial, ...] = ()
     if request.trials:
         from mlxops.agent.operations.assumptions import try_all
@@ -68,32 +68,23 @@ def run(ctx: Context, request: Doctor) -> DoctorResult:
     )
 
 
-def _checking(ctx: Context, check: Check) -> Callable[[], list[Finding]]:
-    return lambda: list(check(ctx))
-
-
-def _not_made(name: str, error: Exception) -> Finding:
-    hint = error.marked_hint if isinstance(error, MlxopsError) else ""
-    finding = Finding.of(FindingCode.NOT_CHECKED, f"{name} could not be checked: {reason(error)}")
-    return Finding(finding.code, finding.level, finding.message, hint or finding.hint)
-
-
-def _because(code: FindingCode, error: MlxopsError) -> Finding:
-    """Return the finding for an error that a change would be refused with."""
-    why = f": {error.why}" if error.why else ""
-    return Finding(code, code.level, f"{error.message}{why}", error.marked_hint or code.remedy)
-
-
 def _facts(ctx: Context) -> dict[str, str]:
-    facts = {
-        "mlxops": build_id(),
-        "python": f"{platform.python_version()} ({sys.executable})",
-        "system": health.system_name(),
-        "budget": _budget(ctx),
+    used = within(CHECK_SECONDS, {"engines": partial(_engines_used, ctx)})["engines"]
+    ctx.beat()
+    facts: dict[str, Callable[[], str]] = {
+        "mlxops": build_id,
+        "python": lambda: f"{platform.python_version()} ({sys.executable})",
+        "system": health.system_name,
+        "budget": partial(_budget, ctx),
+        **{name: _version(ctx, name) for name in ([] if isinstance(used, Exception) else used)},
     }
-    for name, outcome in within(CHECK_SECONDS, {name: _version(ctx, name) for name in _engines_used(ctx)}).items():
-        facts[name] = "not found" if isinstance(outcome, Exception) else outcome
-    return facts
+    return {name: _fact(outcome) for name, outcome in within(CHECK_SECONDS, facts).items()}
+
+
+def _fact(outcome: str | Exception) -> str:
+    if isinstance(outcome, Exception):
+        return "not found" if isinstance(outcome, Refused) else f"not known ({reason(outcome)})"
+    return outcome
 
 
 def _budget(ctx: Context) -> str:
@@ -121,12 +112,12 @@ def _agreement(ctx: Context) -> Iterator[Finding]:
     try:
         agreed = ctx.store.agreed_settings()
     except Refused as error:
-        yield _because(FindingCode.AGREEMENT_UNUSABLE, error)
+        yield Finding.because(FindingCode.AGREEMENT_UNUSABLE, error)
         return
     if agreed is None:
         yield Finding.of(FindingCode.NOT_AGREED, f"there is no {ctx.store.state / 'host.json'} yet")
     elif differences := settings_differences(host_paths(agreed, ctx.environ), ctx.paths):
-        yield _because(FindingCode.SETTINGS_DIFFER, settings_differ(differences))
+        yield Finding.because(FindingCode.SETTINGS_DIFFER, settings_differ(differences))
 
 
 def _engines_used(ctx: Context) -> list[str]:
@@ -154,7 +145,7 @@ def _engines(ctx: Context) -> Iterator[Finding]:
             engine = engine_named(name)
             command = engine.find_command(ctx.paths.settings.launch.get(name, ()), ctx.engine_environ)
         except Refused as error:
-            yield _because(FindingCode.ENGINE_MISSING, error)
+            yield Finding.because(FindingCode.ENGINE_MISSING, error)
             continue
         site = site_packages(command.argv, engine.distribution)
         if version_in(site, engine.distribution) is None:
@@ -169,14 +160,14 @@ def _engines(ctx: Context) -> Iterator[Finding]:
 
 
 def _files(ctx: Context) -> Iterator[Finding]:
-    hub, state = ctx.paths.hub, ctx.paths.state
-    yield from _hub(hub)
+    yield from _hub(ctx.paths.hub)
     registry = ctx.registry()
     if registry.unwritable:
-        yield _because(FindingCode.REGISTRY_UNUSABLE, ctx.store.registry.refusal(registry))
-    if os.path.lexists(state):
-        yield from _state(state)
-    for folder in {ctx.paths.registry.parent, state}:
+        yield Finding.because(FindingCode.REGISTRY_UNUSABLE, ctx.store.registry.refusal(registry))
+
+
+def _locks(ctx: Context) -> Iterator[Finding]:
+    for folder in dict.fromkeys((ctx.paths.registry.parent, ctx.paths.state)):
         if folder.is_dir() and not _has_locks(folder):
             yield Finding.of(FindingCode.NO_LOCKS, f"the file system of {folder} has no locks")
 
@@ -185,7 +176,7 @@ def _hub(hub: Path) -> Iterator[Finding]:
     try:
         missing = missing_folder(hub)
     except Refused as error:
-        yield _because(FindingCode.HUB_CLOSED, error)
+        yield Finding.because(FindingCode.HUB_CLOSED, error)
         return
     if missing is not None:
         yield Finding.of(FindingCode.HUB_MISSING, missing)
@@ -193,18 +184,28 @@ def _hub(hub: Path) -> Iterator[Finding]:
         yield Finding.of(FindingCode.HUB_READ_ONLY, f"{hub} is not writable", path=shlex.quote(str(hub)))
 
 
-def _state(state: Path) -> Iterator[Finding]:
+def _state(ctx: Context) -> Iterator[Finding]:
+    state = ctx.paths.state
     path = shlex.quote(str(state))
+    if not os.path.lexists(state):
+        return
     if not state.is_dir():
         yield Finding.of(FindingCode.STATE_UNWRITABLE, f"{state} is not a folder", path=path)
         return
-    closed = [folder for folder in (state, *state.iterdir()) if folder.is_dir() and not os.access(folder, os.W_OK)]
-    if closed:
-        message = f"{', '.join(map(str, sorted(closed)))} cannot be written to"
-        yield Finding.of(FindingCode.STATE_UNWRITABLE, message, path=path)
     mode = state.stat().st_mode & 0o777
     if mode & 0o077:
         yield Finding.of(FindingCode.STATE_OPEN, f"{state} is open to other users (mode {mode:o})", path=path)
+    closed = [folder for folder in (state, *_folders_in(state)) if not os.access(folder, os.R_OK | os.W_OK | os.X_OK)]
+    if closed:
+        message = f"this account may not read and change {', '.join(map(str, sorted(closed)))}"
+        yield Finding.of(FindingCode.STATE_UNWRITABLE, message, path=path)
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    """Return the folders in a folder that may be read; none of one that may not."""
+    if not os.access(folder, os.R_OK | os.X_OK):
+        return []
+    return [each for each in folder.iterdir() if each.is_dir()]
 
 
 def _has_locks(folder: Path) -> bool:
@@ -287,8 +288,8 @@ def _incidents(ctx: Context) -> Iterator[Finding]:
     for path in health.recent_reports(health.report_folders(ctx.environ)):
         try:
             finding = incident(path.name, health.read_report(path))
-        except ValueError as error:
-            finding = Finding.of(FindingCode.NOT_CHECKED, f"the report {path} cannot be read: {error}")
+        except (OSError, ValueError, RecursionError) as error:
+            finding = checks.not_made(f"the report {path}", error)
         if finding is not None:
             yield finding
 
@@ -431,6 +432,8 @@ CHECKS: dict[str, Check] = {
     "agreement": _agreement,
     "engines": _engines,
     "files": _files,
+    "state folder": _state,
+    "locks": _locks,
     "disks": _disks,
     "cache": _cache,
     "memory": _memory,

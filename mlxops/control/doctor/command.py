@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from mlxops.common.build import build_id
-from mlxops.common.parallel import reason, within
+from mlxops.common.checks import Check, make, not_made
+from mlxops.common.parallel import within
 from mlxops.control import client
 from mlxops.control.client import HostTarget
 from mlxops.control.doctor import connection, gateway, node
@@ -77,26 +78,15 @@ def examine(
 def _control_node(
     inventory: Inventory | None, problem: MlxopsError | None, configured: Gateway | None, targets: Sequence[HostTarget]
 ) -> HostReply[DoctorResult]:
-    checks = dict(node.CHECKS)
+    checks: dict[str, Check] = dict(node.CHECKS)
     if inventory is not None:
         checks["hosts.yaml"] = lambda: node.hosts_file(inventory.path)
     if configured is not None:
         checks["gateway"] = lambda: gateway.findings(configured, targets)
-    findings = [_because(FindingCode.HOSTS_FILE_BAD, problem)] if problem else []
-    findings += _made(checks)
+    findings = [Finding.because(FindingCode.HOSTS_FILE_BAD, problem)] if problem else []
+    findings += make(HOST_SECONDS, checks)
     result = _result(findings, (*checks, *(["hosts.yaml"] if problem else [])), node.facts())
     return HostReply(CONTROL_NODE, result, command=Doctor.name)
-
-
-def _made(checks: Mapping[str, Callable[[], Sequence[Finding]]]) -> list[Finding]:
-    """Make the checks at once. One that fails is a finding."""
-    findings: list[Finding] = []
-    for name, outcome in within(HOST_SECONDS, checks).items():
-        if isinstance(outcome, Exception):
-            findings.append(Finding.of(FindingCode.NOT_CHECKED, f"{name} could not be checked: {reason(outcome)}"))
-        else:
-            findings += outcome
-    return findings
 
 
 def _result(
@@ -121,13 +111,13 @@ def _silent(host: str, event: Event) -> None:
 
 def _examining(target: HostTarget, request: Doctor) -> Callable[[], tuple[Answer, list[Finding]]]:
     def examining() -> tuple[Answer, list[Finding]]:
-        checks: dict[str, Callable[[], Sequence[Finding]]] = {}
+        checks: dict[str, Check] = {}
         if target.ssh is not None:
             name = target.ssh
             checks["ssh options"] = lambda: connection.option_findings(name)
         asked = time.time()
         reply = client.ask(target, request, _silent)
-        return Answer(reply, asked, time.time()), _made(checks)
+        return Answer(reply, asked, time.time()), make(HOST_SECONDS, checks)
 
     return examining
 
@@ -135,16 +125,16 @@ def _examining(target: HostTarget, request: Doctor) -> Callable[[], tuple[Answer
 def _host_reply(target: HostTarget, outcome: tuple[Answer, list[Finding]] | Exception) -> HostReply[DoctorResult]:
     """Join both sides. An unreachable host keeps its error, which also decides the exit status."""
     if isinstance(outcome, Exception):
-        finding = Finding.of(FindingCode.NOT_CHECKED, f"{target.name} could not be examined: {reason(outcome)}")
+        finding = not_made(target.name, outcome)
         return HostReply(target.name, _result([finding], (), {}), None, Doctor.name, target.flags)
     answer, findings = outcome
     error, result = answer.reply.error, answer.reply.result
     seen = ["connection", *(["ssh options"] if target.ssh is not None else [])]
     if error is not None:
-        findings.append(_because(_code_of(error), error))
+        findings.append(Finding.because(_code_of(error), error))
     own = _result([*findings, *_compared(answer)], seen, {}, target.flags)
     if result is not None:
-        rows = sorted((*own.findings, *result.findings), key=lambda row: Level(row.severity).rank)
+        rows = sorted((*own.findings, *result.findings), key=lambda row: Level.rank_of(row.severity))
         own = replace(result, findings=tuple(rows), checks=(*seen, *result.checks))
     fatal = error if isinstance(error, Unreachable) or (isinstance(error, Bug) and _is_bug(error)) else None
     return HostReply(target.name, own, fatal, Doctor.name, target.flags)
@@ -158,11 +148,6 @@ def _is_bug(error: Bug) -> bool:
 def _code_of(error: MlxopsError) -> FindingCode:
     other = FindingCode.HOST_UNREACHABLE if isinstance(error, Unreachable) else FindingCode.AGENT_FAILED
     return _OWN_CODES.get(error.code, other)
-
-
-def _because(code: FindingCode, error: MlxopsError) -> Finding:
-    why = f": {error.why}" if error.why else ""
-    return Finding(code, code.level, f"{error.message}{why}", error.marked_hint or code.remedy)
 
 
 def _compared(answer: Answer) -> list[Finding]:

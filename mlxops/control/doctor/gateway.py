@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from urllib.parse import urlsplit
 
 from mlxops.common.http import NotHttp, send_request
@@ -25,26 +25,28 @@ _IDLE = "alias_without_server"
 """An alias behind which nothing is loaded. That is no fault."""
 
 
-def findings(gateway: Gateway, targets: Sequence[HostTarget]) -> list[Finding]:
+def findings(gateway: Gateway, targets: Sequence[HostTarget]) -> Iterator[Finding]:
     """A gateway with neither its files nor its URL here runs on another machine: that is no fault."""
-    found = _running(gateway)
+    down = _not_running(gateway)
     absent = [name for name in (gateway.config, gateway.env) if name and not os.path.exists(os.path.expanduser(name))]
     if absent:
         message = f"there is no {', '.join(absent)} on this machine"
-        message += f", and nothing answers at {gateway.url}" if found else ""
-        return [Finding.of(FindingCode.GATEWAY_ABSENT, message)]
+        message += f", and nothing answers at {gateway.url}" if down else ""
+        yield Finding.of(FindingCode.GATEWAY_ABSENT, message)
+        return
+    yield from down
     try:
         config = read(gateway)
     except Refused as error:
-        code = FindingCode.GATEWAY_UNUSABLE
-        return [*found, Finding(code, code.level, f"{error.message}: {error.why}", error.marked_hint or code.remedy)]
+        yield Finding.because(FindingCode.GATEWAY_UNUSABLE, error)
+        return
     if gateway.key_env and not key_of(gateway, config.environ):
         message = f"{gateway.key_env}, which `key_env` in hosts.yaml names, has no value"
-        found.append(Finding.of(FindingCode.GATEWAY_KEY_MISSING, message, name=gateway.key_env))
-    return [*found, *_entries(config, targets)]
+        yield Finding.of(FindingCode.GATEWAY_KEY_MISSING, message, name=gateway.key_env)
+    yield from _entries(config, targets)
 
 
-def _running(gateway: Gateway) -> list[Finding]:
+def _not_running(gateway: Gateway) -> list[Finding]:
     if gateway.url is None:
         return []
     parts = urlsplit(gateway.url)
@@ -56,15 +58,15 @@ def _running(gateway: Gateway) -> list[Finding]:
     return []
 
 
-def _entries(config: GatewayConfig, targets: Sequence[HostTarget]) -> list[Finding]:
+def _entries(config: GatewayConfig, targets: Sequence[HostTarget]) -> Iterator[Finding]:
     replies = client.ask_all(targets, GatewayRequest(), lambda host, event: None)
     results = [reply.result for reply in check(config, targets, replies) if reply.result is not None]
-    found = [_as_finding(each) for result in results for each in result.findings if each.code != _IDLE]
+    yield from (_as_finding(each) for result in results for each in result.findings if each.code != _IDLE)
     aliases = {name for result in results for row in result.aliases if row.sends for name in row.names}
     name = config.files.config
-    found += swap_findings(config.document, aliases, name)
+    yield from swap_findings(config.document, aliases, name)
     checked = [entry.alias for entry in config.entries if entry.health_checked and entry.alias in aliases]
-    return [*found, *health_check_findings(checked, name)]
+    yield from health_check_findings(checked, name)
 
 
 def _as_finding(finding: Mismatch) -> Finding:

@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import Self
 
 from mlxops.core.described import DescribedText
+from mlxops.core.errors import MlxopsError
 from mlxops.core.frozen import dataclass
 
 
@@ -24,6 +25,11 @@ class Level(DescribedText):
     @property
     def rank(self) -> int:
         return list(Level).index(self)
+
+    @classmethod
+    def rank_of(cls, text: str) -> int:
+        """Return the rank of a level as sent. One that only another build knows comes last."""
+        return next((each.rank for each in cls if each == text), len(cls))
 
 
 class FindingCode(StrEnum):
@@ -500,6 +506,12 @@ class Finding:
     ) -> Finding:
         """Return the finding with the code's remedy as its hint. `values` are the remedy's fields."""
         return cls(code, level or code.level, message, code.remedy.format(port=port, **values), port)
+
+    @classmethod
+    def because(cls, code: FindingCode, error: MlxopsError) -> Self:
+        """Return the finding for an error that a command would be refused with."""
+        why = f": {error.why}" if error.why else ""
+        return cls(code, code.level, f"{error.message}{why}", error.marked_hint or code.remedy)
 
 
 def worst_first(findings: Iterable[Finding]) -> tuple[Finding, ...]:

@@ -10,6 +10,7 @@ DEFAULT_RETRIES = 2
 SWAP_SECONDS = 30.0
 """A large model takes at least so long from the stop of the old server to the first answer of the new one."""
 _LONGEST_PAUSE = 8.0
+_MOST = 1e9
 
 
 def retry_seconds(retries: int, least: float = 0.0) -> float:
@@ -25,9 +26,10 @@ def swap_findings(document: Mapping[object, object], aliases: Collection[str], c
     entries = [item for item in listed if isinstance(item, dict)] if isinstance(listed, list) else []
     wrong: dict[str, list[str]] = {}
     for entry in entries:
-        if entry.get("model_name") in aliases:
+        name = entry.get("model_name")
+        if isinstance(name, str) and name in aliases:
             why = _gives_up(_mapping(entry.get("litellm_params")), router, module)
-            wrong.setdefault(why, []).append(str(entry["model_name"]))
+            wrong.setdefault(why, []).append(name)
     for why, names in wrong.items():
         if why:
             yield Finding.of(FindingCode.GATEWAY_RETRIES, f"{', '.join(dict.fromkeys(names))}: {why}", config=config)
@@ -61,4 +63,6 @@ def _mapping(value: object) -> Mapping[object, object]:
 
 
 def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    """Return a number of the configuration; None for anything else, such as `.nan`, and for one beyond all sense."""
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _MOST
+    return float(value) if usable and isinstance(value, int | float) else None
