@@ -20,6 +20,7 @@ from mlxops.core.errors import Refused
 from mlxops.core.frozen import dataclass
 from mlxops.core.gateway import Entry, GatewayPaths, Impact, Mismatch
 from mlxops.core.litellm import Environ, LiteLLMConfig, parse
+from mlxops.core.redaction import redact
 
 MAX_BYTES = 512 * 1024
 MAX_FILES = 20
@@ -130,12 +131,12 @@ def _merged(first: str) -> tuple[object, list[str], list[Mismatch]]:
                 hint="correct `include`",
             )
         if not os.path.exists(os.path.expanduser(name)):
-            why = f"the included file {name} is not there: LiteLLM does not start"
+            why = f"the included file {redact(name)} is not there: LiteLLM does not start"
             raise _not_included(declaring, why)
         document = _load(name)
         content = {} if document.content is None else document.content
         if not isinstance(content, dict):
-            raise _not_included(declaring, f"the included file {name} is not a mapping: LiteLLM does not start")
+            raise _not_included(declaring, f"the included file {redact(name)} is not a mapping: LiteLLM does not start")
         findings += _repeated(document)
         for key, value in content.items():
             if key == "include":
