@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
@@ -11,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -26,14 +27,14 @@ from mlxops.agent.paths import host_paths
 from mlxops.agent.service import restore_job
 from mlxops.agent.service.restore_job import Launchd
 from mlxops.agent.serving.memory import in_use
-from mlxops.agent.state.store import Store
+from mlxops.agent.state.store import Lock, Store
 from mlxops.common.parallel import reason, within
 from mlxops.core import planner
 from mlxops.core.commands.doctor import Doctor
 from mlxops.core.commands.status import Status
 from mlxops.core.doctor.findings import Finding, FindingCode
 from mlxops.core.errors import Refused
-from mlxops.core.records import Stranded
+from mlxops.core.records import Operation, Stranded
 from mlxops.core.settings import PortRange, Settings
 from tests.lab import macos
 from tests.lab import models as tiny
@@ -295,6 +296,68 @@ def test_outcome_of_a_call_is_its_value_or_its_exception() -> None:
     outcomes = within(5, {"one": lambda: 1, "zero": lambda: 1 // 0})
     assert outcomes["one"] == 1 and isinstance(outcomes["zero"], ZeroDivisionError)
     assert reason(ZeroDivisionError("a\nb")) == "ZeroDivisionError: a b"
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """As huggingface_hub does."""
+    path.parent.mkdir(parents=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def pulled(ctx: Context, part: Path) -> Iterator[None]:
+    """Hold the lock of a pull, which has not opened a part again."""
+    ctx.store.create_folders()
+    held = ctx.store.lock(f"repo-{part.parent.parent.name}", Operation("1", "pull", repo="org/m"))
+    assert isinstance(held, Lock)
+    yield
+    held.release()
+
+
+@contextmanager
+def opened(ctx: Context, part: Path) -> Iterator[None]:
+    with open(part):
+        yield
+
+
+@contextmanager
+def changed(ctx: Context, part: Path) -> Iterator[None]:
+    part.touch()
+    yield
+
+
+@contextmanager
+def between_two_files(ctx: Context, part: Path) -> Iterator[None]:
+    part.parent.touch()
+    yield
+
+
+DOWNLOADS: Mapping[str, tuple[Callable[[Context, Path], AbstractContextManager[None]], set[str]]] = {
+    "ended": (lambda ctx, part: nullcontext(), {"cache_litter", "cache_incomplete"}),
+    "open": (opened, set()),
+    "changed": (changed, set()),
+    "between two files": (between_two_files, set()),
+    "locked": (lambda ctx, part: locked(ctx.paths.hub / ".locks" / "models--org--m" / "abc.lock"), set()),
+    "a pull of ours": (pulled, set()),
+}
+
+
+@pytest.mark.parametrize("case", DOWNLOADS)
+def test_parts_of_a_running_download_are_not_named(case: str, tmp_path: Path) -> None:
+    ctx = host(tmp_path)
+    blobs = ctx.paths.hub / "models--org--m" / "blobs"
+    part = blobs / "abc.0123abcd.incomplete"
+    write(blobs, part.name, "half")
+    for path in (part, blobs):
+        os.utime(path, (time.time() - 2 * doctor.QUIET_SECONDS,) * 2)
+    holding, wanted = DOWNLOADS[case]
+    with holding(ctx, part):
+        rows = [row for row in doctor.run(ctx, Doctor()).findings if row.code.startswith("cache_")]
+    assert {row.code for row in rows} == wanted
+    assert all(row.hint.endswith((f"rm {part}", f"rm -r {blobs.parent}")) for row in rows)
 
 
 class _Locked(BaseHTTPRequestHandler):

@@ -320,6 +320,17 @@ def test_listeners_and_connections_are_the_same_from_both_sources(
     assert LinuxSystem().connections(port, []) == {(address, own)} and LinuxSystem().connected({port}) == {port}
 
 
+@both
+def test_open_files_are_seen_through_links(system: System, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    paths = [tmp_path / "link" / name for name in ("open", "closed", "gone")]
+    paths[1].touch()
+    with open(paths[0], "w"):
+        assert system.opened(paths) == {paths[0]}
+    assert system.opened(paths) == system.opened([]) == frozenset()
+
+
 @linux
 def test_many_sockets_are_read_in_several_messages(stack: ExitStack) -> None:
     ports = {listen(stack, socket.AF_INET, "127.0.0.1") for _ in range(500)}

@@ -119,6 +119,8 @@ def break_the_host(studio: Studio) -> dict[str, object]:
     blobs = studio.hub / "models--tiny-org--half" / "blobs"
     blobs.mkdir(parents=True)
     (blobs / "abc.0123abcd.incomplete").write_bytes(b"half")
+    for path in (blobs / "abc.0123abcd.incomplete", blobs):
+        os.utime(path, macos.long_ago())
     reports = studio.home / "Library" / "Logs" / "DiagnosticReports"
     reports.mkdir(parents=True)
     (reports / "panic-full-2026-11-25-094312.0002.panic").write_text(macos.panic_report())

@@ -170,6 +170,9 @@ class System(Protocol):
     def folder(self, pid: int) -> str | None:
         """Return a process's working directory; None if it is gone or hidden."""
 
+    def opened(self, paths: Collection[Path]) -> frozenset[Path]:
+        """Return those of the files that a process has open, as far as processes are visible."""
+
     def memory(self, pids: Collection[int]) -> int | None:
         """Return the bytes that these processes hold together; None if one of them is hidden.
 
@@ -259,7 +262,7 @@ class LinuxSystem:
         # harmless, and not as a port without a process.
         listening = self._listening(ports)
         processes = {p.pid: p for p in map(self.process, self._pids()) if p is not None}
-        owners = self._owners({socket.inode for socket in listening}) if listening else {}
+        owners = self._socket_owners({socket.inode for socket in listening}) if listening else {}
         # A child that a server forked in between also holds its listener. Read it too, unless it has ended.
         later = map(self.process, set().union(*owners.values()) - processes.keys())
         processes |= {p.pid: p for p in later if p is not None}
@@ -323,6 +326,10 @@ class LinuxSystem:
             return os.readlink(f"{self.root}/{pid}/cwd")
         except OSError:
             return None
+
+    def opened(self, paths: Collection[Path]) -> frozenset[Path]:
+        wanted = {os.path.realpath(path): path for path in paths}
+        return frozenset(wanted[name] for name in (self._owners(wanted.keys()) if wanted else ()))
 
     def memory(self, pids: Collection[int]) -> int | None:
         private, shared = 0, 0
@@ -404,16 +411,20 @@ class LinuxSystem:
         except OSError as error:
             raise _not_seen(error) from None
 
-    def _owners(self, inodes: set[str]) -> dict[str, set[int]]:
-        wanted = {f"socket:[{inode}]": inode for inode in inodes}
+    def _socket_owners(self, inodes: Collection[str]) -> dict[str, set[int]]:
+        owners = self._owners({f"socket:[{inode}]" for inode in inodes})
+        return {name.removeprefix("socket:[").removesuffix("]"): pids for name, pids in owners.items()}
+
+    def _owners(self, names: Collection[str]) -> dict[str, set[int]]:
+        """Return the processes that have a file open, for each of these names in /proc/PID/fd that one has."""
         owners: dict[str, set[int]] = {}
         for pid in self._pids():
             folder = f"{self.root}/{pid}/fd"
             try:
                 for name in os.listdir(folder):
-                    inode = wanted.get(os.readlink(f"{folder}/{name}"))
-                    if inode is not None:
-                        owners.setdefault(inode, set()).add(pid)
+                    target = os.readlink(f"{folder}/{name}")
+                    if target in names:
+                        owners.setdefault(target, set()).add(pid)
             except OSError as error:
                 _check_shortage(error)
                 continue  # it has ended, or is hidden
@@ -535,6 +546,20 @@ class PsutilSystem:
             return psutil.Process(pid).cwd()
         except (psutil.Error, OSError):
             return None
+
+    def opened(self, paths: Collection[Path]) -> frozenset[Path]:
+        import psutil
+
+        wanted = {os.path.realpath(path): path for path in paths}
+        found: set[Path] = set()
+        for pid in _all_pids() if wanted else ():
+            try:
+                names = {file.path for file in psutil.Process(pid).open_files()}
+            except (psutil.Error, OSError) as error:
+                _check_shortage(error)
+                continue
+            found |= {wanted[name] for name in names & wanted.keys()}
+        return frozenset(found)
 
     def memory(self, pids: Collection[int]) -> int | None:
         if sys.platform != "darwin":

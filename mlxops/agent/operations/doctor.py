@@ -12,7 +12,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -47,6 +47,9 @@ from mlxops.core.text import amount
 
 CHECK_SECONDS = 12.0
 """Less than the control node's limit for an agent's silence."""
+QUIET_SECONDS = 3600.0
+"""A download whose files did not change for so long has ended, unless one of them is open or locked."""
+MOST_NAMED = 20
 Check = Callable[[Context], Iterable[Finding]]
 
 
@@ -243,29 +246,47 @@ def _cache(ctx: Context) -> Iterator[Finding]:
     from mlxops.agent.operations.status import downloads
 
     running = {operation.repo for operation in downloads(ctx)}
-    for root in roots(ctx.paths.hub):
-        for blobs in sorted(root.glob("models--*/blobs")):
-            yield from _litter(root, blobs)
+    parts = {repo: _parts(repo) for root in roots(ctx.paths.hub) for repo in sorted(root.glob("models--*"))}
+    opened = ctx.system.opened([part for each in parts.values() for part in each])
+    busy = set()
+    for repo, each in parts.items():
+        if _repo_id(repo) in running or opened & set(each) or any(map(_may_go_on, each)) or _is_recent(repo / "blobs"):
+            busy.add(repo)
+        elif each:
+            yield _litter(repo, each)
     for skipped in scan(ctx.paths.hub).skipped:
-        if skipped.incomplete and skipped.repo_id not in running:
+        if skipped.incomplete and skipped.path not in busy:
             message, path = f"{skipped.repo_id}: {skipped.why}", shlex.quote(str(skipped.path))
             yield Finding.of(FindingCode.CACHE_INCOMPLETE, message, repo=skipped.repo_id, path=path)
 
 
-def _litter(root: Path, blobs: Path) -> Iterator[Finding]:
-    """Report the parts that interrupted downloads left. A running download, by any program, locks its parts."""
-    folder = blobs.parent.name
-    parts = [
-        part
-        for part in sorted(blobs.glob("*.incomplete"))
-        if not is_locked(root / ".locks" / folder / f"{part.name.partition('.')[0]}.lock")
-    ]
-    if parts:
-        repo = folder.removeprefix("models--").replace("--", "/")
-        size = sum(part.stat().st_size for part in parts)
-        message = f"interrupted downloads of {repo} left {len(parts)} parts, {amount(size)}"
-        files = f"{shlex.quote(str(blobs))}/*.incomplete"
-        yield Finding.of(FindingCode.CACHE_LITTER, message, repo=repo, files=files)
+def _repo_id(repo: Path) -> str:
+    return repo.name.removeprefix("models--").replace("--", "/")
+
+
+def _parts(repo: Path) -> list[Path]:
+    return sorted((repo / "blobs").glob("*.incomplete"))
+
+
+def _may_go_on(part: Path) -> bool:
+    """Return whether a download, by any program of huggingface_hub's, may still write a part."""
+    lock = part.parents[2] / ".locks" / part.parents[1].name / f"{part.name.partition('.')[0]}.lock"
+    return _is_recent(part) or is_locked(lock)
+
+
+def _is_recent(path: Path) -> bool:
+    try:
+        return time.time() - path.stat().st_mtime < QUIET_SECONDS
+    except FileNotFoundError:
+        return False
+
+
+def _litter(repo: Path, parts: Sequence[Path]) -> Finding:
+    size = sum(part.stat().st_size for part in parts)
+    message = f"interrupted downloads of {_repo_id(repo)} left {len(parts)} parts, {amount(size)}"
+    # The names, and no pattern: a download that starts later makes parts of its own.
+    files = " ".join(shlex.quote(str(part)) for part in parts[:MOST_NAMED])
+    return Finding.of(FindingCode.CACHE_LITTER, message, repo=_repo_id(repo), files=files)
 
 
 # -- memory -------------------------------------------------------------------------------------------------------
