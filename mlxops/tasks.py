@@ -260,9 +260,12 @@ def doctor(cli: Cli, request: Doctor) -> None:
             raise
         problem = error
     request = replace(request, trials=request.report is not None)
-    replies = command.examine(inventory, problem, targets, request)
+    cli.console.many = len(targets) > 1
     if request.report is not None:
-        report.write(Path(request.report), replies, cli.console.note, demo=checkout() if cli.common.local else None)
+        cli.console.note("trying what mlxops assumes about macOS; it takes about a minute")
+    replies = command.examine(inventory, problem, targets, request, cli.console)
+    if request.report is not None:
+        report.write(Path(request.report), replies, cli.console.note, local=cli.common.local, clone=checkout())
     cli.show(tuple(map(command.refuse_errors, replies)) if request.strict else replies)
 
 

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import getpass
+import os
 import re
 import socket
+import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
+from mlxops.agent.context import Context
 from mlxops.agent.host import health
+from mlxops.agent.host.system import this_system
 from mlxops.agent.operations import assumptions
+from mlxops.common.anonymous import anonymous
 from mlxops.core.doctor.assumptions import Assumption
 from tests.lab import macos
 from tests.lab.homelab import Homelab
+from tests.lab.world import wait_until
 
 ON_A_MAC_ONLY = {
     *("memory.footprint", "memory.statistics", "memory.wired", "memory.unexplained_wired", "gpu.default_limit"),
@@ -50,8 +59,78 @@ def test_report_that_cannot_be_written_is_an_error_before_the_trials(homelab: Ho
 
 def test_names_are_taken_out() -> None:
     me, host = getpass.getuser(), socket.gethostname()
-    text = assumptions.redacted(f"{me}@{host}: /Users/{me}/a/b: no, /home/x/y\x1b[31m; 3 files")
-    assert text == "NAME@NAME: PATH: no, PATH; 3 files"
+    text = anonymous(
+        f"{me}@{host}: /Users/{me}/a/b: no, (/home/x/y)\x1b[31m; 10.1.2.3 and 127.0.0.1; HF_TOKEN=x 3 files"
+    )
+    assert text == "NAME@NAME: PATH: no, (PATH); ADDRESS and 127.0.0.1; HF_TOKEN=... 3 files"
+
+
+def test_names_of_an_account_without_an_entry_are_taken_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(getpass, "getuser", lambda: dict[str, str]()["uid"])
+    assert anonymous(f"on {socket.gethostname()}") == "on NAME"
+
+
+# -- trials that go wrong ---------------------------------------------------------------------------------------------
+
+CONTEXT = cast("Context", SimpleNamespace(emit=lambda event: None, beat=lambda: None))
+
+
+def tried(trying: assumptions.Trying) -> tuple[str, str]:
+    verdict, detail = assumptions._within_time(CONTEXT, trying)
+    return str(verdict), detail
+
+
+def test_failure_of_a_trial_is_its_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tried(lambda ctx: f"{1 // 0}") == ("FAIL", "ZeroDivisionError: integer division or modulo by zero")
+    monkeypatch.setattr(socket, "gethostname", lambda: f"{1 // 0}")
+    assert tried(lambda ctx: "fine") == ("FAIL", "ZeroDivisionError")
+
+
+def test_trial_that_hangs_is_left_and_heartbeats_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    never, beats = threading.Event(), []
+    monkeypatch.setattr(assumptions, "TRIAL_SECONDS", 1.2)
+    ctx = cast("Context", SimpleNamespace(beat=lambda: beats.append(1)))
+    verdict, detail = assumptions._within_time(ctx, lambda ctx: str(never.wait(30)))
+    never.set()
+    assert (verdict, detail) == ("FAIL", "it took longer than 1 s") and len(beats) >= 2
+
+
+PRINTS = "import os, time; os.write(1, {!r}); time.sleep(600)"
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        (PRINTS.format(b""), "no line within 2 s"),
+        (PRINTS.format(b"half a line"), "no line within 2 s"),
+        ("import sys; sys.exit(3)", "it ended with 3"),
+        ("import os\nwhile True: os.write(1, b'x' * 4096)", "its output has no end"),
+        ("import os, time\nif os.fork(): os._exit(0)\ntime.sleep(600)", "no line within 2 s"),
+    ],
+)
+def test_child_that_does_not_say_its_line_is_ended(code: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assumptions, "START_SECONDS", 2.0)
+    ended: list[subprocess.Popen[bytes]] = []
+    end = assumptions._end
+
+    def ending(process: subprocess.Popen[bytes]) -> None:
+        ended.append(process)
+        end(process)
+
+    monkeypatch.setattr(assumptions, "_end", ending)
+    with pytest.raises(AssertionError, match=why), assumptions._child(code):
+        pass
+    (process,) = ended
+    assert process.returncode is not None
+    wait_until(lambda: not this_system().look(()).group(process.pid), 5, "the end of its group")
+
+
+def test_ending_a_program_forgives_a_group_that_may_not_be_signalled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(pgid: int, number: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "killpg", refused)
+    assumptions._end(subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE))
 
 
 # -- what is read of the system -----------------------------------------------------------------------------------
@@ -75,8 +154,6 @@ def reports(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_old_and_other_reports_are_passed_over(reports: Path, tmp_path: Path) -> None:
-    import os
-
     for name in ("JetsamEvent-2026-11-25-220357.ips", "panic-full-1.panic", "python3-2026.ips", "JetsamEvent-old.ips"):
         (reports / name).write_text("x")
     os.utime(reports / "JetsamEvent-old.ips", macos.long_ago())

@@ -7,18 +7,19 @@ thing. Run on Linux by the tests; made for macOS.
 
 from __future__ import annotations
 
-import getpass
 import os
 import re
+import select
 import shlex
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mlxops.agent.context import Context
@@ -27,14 +28,20 @@ from mlxops.agent.host.memory import HostMemory
 from mlxops.agent.host.programs import MARK
 from mlxops.agent.service.managers import ABSENT, NO_DOMAIN, ask_manager, which
 from mlxops.agent.state.locks import flock_within
+from mlxops.common.anonymous import anonymous
 from mlxops.core import boot_jobs
 from mlxops.core.doctor.assumptions import Assumption, Trial, Verdict
 from mlxops.core.doctor.incidents import incident
-from mlxops.core.text import amount, clean
+from mlxops.core.protocol import Phase
+from mlxops.core.text import amount
 
 WAIT_SECONDS = 10.0
+START_SECONDS = 20.0
+"""For a program to touch 1 GB on a busy machine."""
 RETURN_SECONDS = 25.0
-"""Less than the control node's limit for an agent's silence. A virtual machine may take ten seconds."""
+"""A virtual machine may take ten seconds."""
+TRIAL_SECONDS = 90.0
+MAX_OUTPUT = 100_000
 TOUCHED = 200_000_000
 HEAVY = 1_000_000_000
 TOLERANCE = 0.8
@@ -76,31 +83,45 @@ class Untried(Exception):
 
 
 def try_all(ctx: Context) -> tuple[Trial, ...]:
-    """Make the trials, one after the other: they measure memory and time."""
-    trials = []
-    for assumption in Assumption:
-        ctx.beat()
+    """Make the trials, one after the other: they measure memory and time. Say which kind of thing is tried."""
+    trials, kind = [], ""
+    for number, assumption in enumerate(Assumption, 1):
+        if kind != (kind := assumption.value.partition(".")[0]):
+            ctx.emit(Phase("trial", f"{kind} ({number} of {len(Assumption)})"))
         trying = TRIALS.get(assumption)
-        trials.append(_tried(ctx, assumption, trying) if trying else Trial(assumption.value, Verdict.UNTRIED, ""))
+        verdict, detail = _within_time(ctx, trying) if trying else (Verdict.UNTRIED, "")
+        trials.append(Trial(assumption.value, verdict, detail))
     return tuple(trials)
 
 
-def _tried(ctx: Context, assumption: Assumption, trying: Trying) -> Trial:
+def _within_time(ctx: Context, trying: Trying) -> tuple[Verdict, str]:
+    """Make a trial in a thread, and send heartbeats meanwhile. One that hangs keeps its thread until the agent ends."""
+    outcome: list[tuple[Verdict, str]] = []
+    thread = threading.Thread(target=lambda: outcome.append(_outcome(ctx, trying)), daemon=True)
+    thread.start()
+    deadline = time.monotonic() + TRIAL_SECONDS
+    while thread.is_alive() and time.monotonic() < deadline:
+        thread.join(0.5)
+        ctx.beat()
+    return outcome[0] if outcome else (Verdict.FAIL, f"it took longer than {TRIAL_SECONDS:.0f} s")
+
+
+def _outcome(ctx: Context, trying: Trying) -> tuple[Verdict, str]:
+    """Return the verdict, and the details without names. Any failure on an unknown system belongs in the report."""
     try:
-        verdict, detail = Verdict.PASS, trying(ctx)
+        verdict, detail = _tried(ctx, trying)
+        return verdict, anonymous(detail)
+    except Exception as error:  # noqa: BLE001 - a detail that may have names is not sent
+        return Verdict.FAIL, type(error).__name__
+
+
+def _tried(ctx: Context, trying: Trying) -> tuple[Verdict, str]:
+    try:
+        return Verdict.PASS, trying(ctx)
     except Untried as missing:
-        verdict, detail = Verdict.UNTRIED, str(missing)
-    except Exception as error:  # noqa: BLE001 - any failure on an unknown system belongs in the report
-        verdict, detail = Verdict.FAIL, f"{type(error).__name__}: {error}"
-    return Trial(assumption.value, verdict, redacted(detail))
-
-
-def redacted(text: str) -> str:
-    """Return the text without names of users, machines and folders."""
-    text = clean(text)
-    for name in {getpass.getuser(), socket.gethostname(), socket.gethostname().partition(".")[0]} - {""}:
-        text = re.sub(rf"(?<![\w-]){re.escape(name)}(?![\w-])", "NAME", text)
-    return re.sub(r"/(?:Users|home|private/var/folders|var/folders|tmp)/[^\s:;,'\"]*", "PATH", text)[:300]
+        return Verdict.UNTRIED, str(missing)
+    except Exception as error:  # noqa: BLE001 - as above
+        return Verdict.FAIL, f"{type(error).__name__}: {error}"
 
 
 # -- programs of its own ------------------------------------------------------------------------------------------
@@ -118,15 +139,33 @@ def _child(code: str, *arguments: str, env: Mapping[str, str] = {}, cwd: str = "
         env={"PATH": os.defpath, **env},
         cwd=cwd,
         start_new_session=True,
-        text=True,
     )
     try:
-        assert process.stdout is not None
-        yield process.pid, process.stdout.readline().strip()
+        yield process.pid, _first_lines(process, 1)[0]
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        _end(process)
+
+
+def _first_lines(process: subprocess.Popen[bytes], count: int) -> list[str]:
+    """Return the first lines of a program's output. Raises `AssertionError` if they do not come, or are endless."""
+    assert process.stdout is not None
+    deadline, text = time.monotonic() + START_SECONDS, b""
+    while text.count(b"\n") < count:
+        ready, _, _ = select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))
+        assert ready, f"it printed no line within {START_SECONDS:.0f} s"
+        more = os.read(process.stdout.fileno(), 4096)
+        assert more, f"it ended with {process.wait(WAIT_SECONDS)}"
+        text += more
+        assert len(text) < MAX_OUTPUT, "its output has no end"
+    return [line.decode(errors="replace").strip() for line in text.split(b"\n")[:count]]
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill the group of a program, also after the program itself has ended, and wait for the program."""
+    with process:
+        if process.returncode is None:  # until it is waited for, no other group has its number
+            with suppress(ProcessLookupError, PermissionError):  # of a group of zombies, macOS says the second
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def _until(condition: Callable[[], object], what: str, seconds: float = WAIT_SECONDS) -> float:
@@ -447,29 +486,22 @@ def _stop_kill(ctx: Context) -> str:
 def _stop_background(ctx: Context) -> str:
     script = f"{shlex.join([sys.executable, '-I', '-S', '-c', _SLEEP])} & echo $!"
     argv = ["/bin/sh", "-c", script]
-    shell = subprocess.Popen(argv, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, start_new_session=True, text=True)
-    assert shell.stdout is not None
-    lines = {shell.stdout.readline().strip(), shell.stdout.readline().strip()}
-    (pid,) = (int(line) for line in lines if line.isdecimal())
+    shell = subprocess.Popen(argv, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, start_new_session=True)
     try:
-        os.kill(pid, signal.SIGINT)
-        time.sleep(0.3)
-        seen = ctx.system.process(pid)
-        assert seen is not None and not seen.zombie, "it ended at SIGINT"
-        os.kill(pid, signal.SIGTERM)
-        took = _until(lambda: (left := ctx.system.process(pid)) is None or left.zombie, "its end at SIGTERM")
+        return _signalled(ctx, shell)
     finally:
-        if not shell.poll():
-            _kill_group(shell.pid)
-        shell.communicate()
+        _end(shell)
+
+
+def _signalled(ctx: Context, shell: subprocess.Popen[bytes]) -> str:
+    (pid,) = (int(line) for line in _first_lines(shell, 2) if line.isdecimal())
+    os.kill(pid, signal.SIGINT)
+    time.sleep(0.3)
+    seen = ctx.system.process(pid)
+    assert seen is not None and not seen.zombie, "it ended at SIGINT"
+    os.kill(pid, signal.SIGTERM)
+    took = _until(lambda: (left := ctx.system.process(pid)) is None or left.zombie, "its end at SIGTERM")
     return f"{took:.2f} s after SIGTERM"
-
-
-def _kill_group(pgid: int) -> None:
-    try:
-        os.killpg(pgid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # all have ended
 
 
 # -- files --------------------------------------------------------------------------------------------------------

@@ -6,28 +6,33 @@ are findings of that host. What concerns this machine or the gateway is in the r
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from mlxops.common.build import build_id
 from mlxops.common.checks import Check, make, not_made
 from mlxops.common.parallel import within
 from mlxops.control import client
-from mlxops.control.client import HostTarget
+from mlxops.control.client import HostTarget, Listen
 from mlxops.control.doctor import connection, gateway, node
 from mlxops.control.inventory import Gateway, Inventory
+from mlxops.control.output import Console
 from mlxops.core.commands.doctor import CONTROL_NODE, Doctor, DoctorResult, FindingRow
 from mlxops.core.doctor.findings import Finding, FindingCode, Level, worst_first
 from mlxops.core.errors import Bug, MlxopsError, Refused, Unreachable
 from mlxops.core.frozen import dataclass
 from mlxops.core.hints import aim
-from mlxops.core.protocol import Event
+from mlxops.core.protocol import Phase
 from mlxops.core.replies import HostReply
 
 HOST_SECONDS = 60.0
 """The agent has a limit of its own. This one is for a connection that hangs."""
-TRIAL_SECONDS = 300.0
+TRIAL_SECONDS = 900.0
+LONG_SECONDS = 5.0
+"""After this time people want to know what is waited for."""
 CLOCK_SECONDS = 30.0
 """A smaller difference does no harm."""
 _OWN_CODES = {
@@ -55,17 +60,22 @@ class Answer:
 
 
 def examine(
-    inventory: Inventory | None, problem: MlxopsError | None, targets: Sequence[HostTarget], request: Doctor
+    inventory: Inventory | None,
+    problem: MlxopsError | None,
+    targets: Sequence[HostTarget],
+    request: Doctor,
+    console: Console,
 ) -> tuple[HostReply[DoctorResult], ...]:
     """Return the row of the control node, then one for each host.
 
-    `problem`: why hosts.yaml cannot be used; then there are no targets.
+    `problem`: why hosts.yaml cannot be used; then there are no targets. On the console: what takes long.
     """
     configured = inventory.gateway if inventory else None
-    hosts = within(
-        TRIAL_SECONDS if request.trials else HOST_SECONDS,
-        {target.name: _examining(target, request) for target in targets},
-    )
+    seconds = TRIAL_SECONDS if request.trials else HOST_SECONDS
+    with _telling(console, targets, seconds) as answered:
+        hosts = within(
+            seconds, {target.name: _examining(target, request, console.hear, answered) for target in targets}
+        )
     return (
         _control_node(inventory, problem, configured, targets),
         *(_host_reply(target, hosts[target.name]) for target in targets),
@@ -105,18 +115,40 @@ def _aimed(row: FindingRow, flags: str) -> FindingRow:
 # -- a host -------------------------------------------------------------------------------------------------------
 
 
-def _silent(host: str, event: Event) -> None:
-    """The agent's warnings are findings, too."""
+@contextmanager
+def _telling(console: Console, targets: Sequence[HostTarget], seconds: float) -> Iterator[Callable[[str], None]]:
+    """Say after a while which hosts have not answered. Yield what is called with the name of one that has."""
+    waiting = {target.name for target in targets}
+
+    def tell() -> None:
+        if waiting:
+            console.note(f"waiting for {', '.join(sorted(waiting))}, at most {seconds:.0f} s")
+
+    timer = threading.Timer(LONG_SECONDS, tell)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield waiting.discard
+    finally:
+        timer.cancel()
 
 
-def _examining(target: HostTarget, request: Doctor) -> Callable[[], tuple[Answer, list[Finding]]]:
+def _only_phases(hear: Listen) -> Listen:
+    """The agent's warnings are findings, too: they are not shown twice."""
+    return lambda host, event: hear(host, event) if isinstance(event, Phase) else None
+
+
+def _examining(
+    target: HostTarget, request: Doctor, hear: Listen, answered: Callable[[str], None]
+) -> Callable[[], tuple[Answer, list[Finding]]]:
     def examining() -> tuple[Answer, list[Finding]]:
         checks: dict[str, Check] = {}
         if target.ssh is not None:
             name = target.ssh
             checks["ssh options"] = lambda: connection.option_findings(name)
         asked = time.time()
-        reply = client.ask(target, request, _silent)
+        reply = client.ask(target, request, _only_phases(hear))
+        answered(target.name)
         return Answer(reply, asked, time.time()), make(HOST_SECONDS, checks)
 
     return examining

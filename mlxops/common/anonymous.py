@@ -1,0 +1,30 @@
+"""Take the names of people, machines and folders, and secrets, out of a text that its reader will publish."""
+
+from __future__ import annotations
+
+import getpass
+import re
+import socket
+
+from mlxops.core.redaction import redact
+from mlxops.core.text import clean
+
+_FOLDERS = r"/(?:Users|home|root|private|Volumes|var|tmp|opt|mnt|srv)/[^\s:;,'\"()]*"
+_ADDRESS = r"(?<![\w.])(?:(?!127\.)\d{1,3}(?:\.\d{1,3}){3})(?![\w.])"
+
+
+def anonymous(text: str, length: int = 300) -> str:
+    """Return the beginning of a text, without control characters and whatever names somebody."""
+    text = redact(clean(text))
+    for name in _names():
+        text = re.sub(rf"(?<![\w-]){re.escape(name)}(?![\w-])", "NAME", text)
+    return re.sub(_ADDRESS, "ADDRESS", re.sub(_FOLDERS, "PATH", text))[:length]
+
+
+def _names() -> set[str]:
+    names = {socket.gethostname(), socket.gethostname().partition(".")[0]}
+    try:
+        names.add(getpass.getuser())
+    except (OSError, KeyError):  # an account without an entry, as in a container
+        pass
+    return names - {""}
