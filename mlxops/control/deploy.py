@@ -207,9 +207,9 @@ def _control_sources() -> list[Path]:
     ]
 
 
-def find_interpreters(transport: Transport, places: Sequence[str]) -> SearchResult:
-    """Find Python and uv on a host. Raises `AgentProblem` (no_python) if it runs no shell script."""
-    lines, ended = run_program(transport, ["/bin/sh", "-s", "--", *places], FIND.encode())
+def find_interpreters(transport: Transport, places: Sequence[str], seconds: float = SILENCE_SECONDS) -> SearchResult:
+    """Find Python and uv on a host. Raises `AgentProblem` (no_python) if it runs no shell script, `TooSlow`."""
+    lines, ended = run_program(transport, ["/bin/sh", "-s", "--", *places], FIND.encode(), seconds)
     search = SearchResult()
     for line in lines:
         marker, *fields = line.split("\t")
@@ -291,11 +291,19 @@ def _run_installer(
     )
 
 
-def run_program(transport: Transport, argv: Sequence[str], data: bytes) -> tuple[list[str], Ended]:
-    """Run a program on a host. Return its output and its end. Raises `ConnectionLost`."""
-    session = transport.start(argv, data)
+class TooSlow(ConnectionLost):
+    """The program did not end within its time."""
+
+
+def run_program(
+    transport: Transport, argv: Sequence[str], data: bytes, seconds: float = SILENCE_SECONDS
+) -> tuple[list[str], Ended]:
+    """Run a program on a host. Return its output and its end. Raises `ConnectionLost`, `TooSlow`."""
+    session, limits = transport.start(argv, data), ReadLimits(seconds, NOISE_BYTES)
     try:
-        return list(session.lines(ReadLimits(SILENCE_SECONDS, NOISE_BYTES))), session.wait(30.0)
+        return list(session.lines(limits)), session.wait(30.0)
+    except ConnectionLost as lost:
+        raise (TooSlow(str(lost)) if limits.left == 0.0 else lost) from None
     finally:
         session.close()
 

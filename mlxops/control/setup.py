@@ -1,19 +1,21 @@
 """`setup`: look at a host over SSH, without an agent there, and write its entry for hosts.yaml.
 
-One shell script prints what there is, a line for each thing. It starts no program of mlxops or of an engine and writes
-nothing. It arrives on standard input; no value becomes part of its text.
+Shell scripts print what there is, a line for each thing. They start no program of mlxops or of an engine and write
+nothing. They arrive on standard input; no value becomes part of their text. Each has a time limit and says at what it
+looks: the folder of a dead network volume does not answer.
 """
 
 from __future__ import annotations
 
 import plistlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise, takewhile
 
-from mlxops.control.channel import ConnectionLost, Transport
+from mlxops.control.channel import ConnectionLost, ReadLimits, Transport
 from mlxops.control.client import lost
-from mlxops.control.deploy import SEARCH_FOLDERS, find_interpreters, run_program
+from mlxops.control.deploy import SEARCH_FOLDERS, TooSlow, find_interpreters
 from mlxops.control.ssh.config import resolve
 from mlxops.control.ssh.connection import open_ssh
 from mlxops.core import host_entry
@@ -27,48 +29,80 @@ _FOUND = "mlxops-setup"
 _OWN = "mlxops"
 """Jobs with this word in their name are mlxops' own."""
 
-LOOK = r"""
+LOOK_SECONDS = 15.0
+"""For one look. A folder of a dead network volume does not answer at all, and a stuck program cannot be killed."""
+MAX_SLOW = 4
+"""Stuck looks, each of which keeps a session of the host's sshd, which allows ten."""
+MAX_PLACES = 400
+
+_SAY = r"""
 say() { printf 'mlxops-setup\t%s\t%s\n' "$1" "$2"; }
-one_line() { head -c 4000 -- "$1" 2>/dev/null | tr '\n\t' '  '; }
+"""
+LOOK = rf"""{_SAY}
+one_line() {{ head -c 4000 -- "$1" 2>/dev/null | tr '\n\t' '  '; }}
+say at "the system"
 say home "$HOME"
 say system "$(uname -s) $(uname -m)"
 say connection "$SSH_CONNECTION"
 if [ -r /proc/meminfo ]; then say memory_kb "$(sed -n 's/^MemTotal: *\([0-9]*\) kB/\1/p' /proc/meminfo)"
 else say memory "$(/usr/sbin/sysctl -n hw.memsize 2>/dev/null)"
     say wired_limit "$(/usr/sbin/sysctl -n iogpu.wired_limit_mb 2>/dev/null)"; fi
+say at "the usual folders of programs"
 [ -x "$HOME/.mlxops/venv/bin/python" ] && say agent yes
 [ -d /opt/mlx-launch ] && say project yes
 for folder in /opt/homebrew/bin /usr/local/bin /usr/bin "$HOME/.local/bin" "$HOME/bin" "$HOME/.venv/bin" \
-    "$HOME"/*/.venv/bin "$HOME"/*/venv/bin "$HOME"/.local/share/uv/tools/*/bin /opt/*/.venv/bin /opt/*/bin; do
+    "$HOME"/.local/share/uv/tools/*/bin; do
     for name in mlx-openai-server mlx_lm.server; do [ -x "$folder/$name" ] && say program "$folder/$name"; done
 done
-for hub in "$HF_HUB_CACHE" "$HF_HOME/hub" "$HOME/.cache/huggingface/hub" "$HOME"/hub "$HOME"/*/hub "$HOME"/*/*/hub \
-    /Volumes/*/hub /Volumes/*/*/hub /Volumes/*/*/*/hub /mnt/*/hub /srv/*/hub /opt/*/hub; do
-    [ -d "$hub" ] || continue
-    count=0
-    for model in "$hub"/models--*; do [ -d "$model" ] && count=$((count + 1)); done
-    [ "$count" -gt 0 ] && say hub "$count $hub"
-    for folder in "$hub" "${hub%/*}"; do
-        [ -f "$folder/registry.json" ] && say registry "$folder/registry.json"
-    done
-done
+say at "the running servers"
 ps -A -ww -o args= 2>/dev/null | while read -r line; do
     case "$line" in
         *mlx_lm.server*--port*|*mlx_lm/server.py*|*mlx-openai-server*launch*--*) say server "$line" ;;
     esac
 done
+say at "the boot jobs"
 for file in /Library/LaunchDaemons/*.plist /Library/LaunchAgents/*.plist "$HOME"/Library/LaunchAgents/*.plist \
     /etc/systemd/system/*.service "$HOME"/.config/systemd/user/*.service; do
     [ -f "$file" ] && [ -r "$file" ] && grep -q -i mlx -- "$file" && say "job $file" "$(one_line "$file")"
 done
+say at "the names of folders"
+for place in "$HF_HUB_CACHE" "$HF_HOME/hub" "$HOME/.cache/huggingface/hub" "$HOME"/* /Volumes/* /mnt/* /srv/* /opt/*
+do say place "$place"; done
+say at ""
 exit 0
 """
-READ_SCRIPTS = r"""
-for file in "$@"; do
-    [ -f "$file" ] && printf 'mlxops-setup\t%s\t%s\n' "$file" "$(head -c 4000 -- "$file" 2>/dev/null | tr '\n\t' '  ')"
+"""Looks where nothing but the home directory can be a network volume. The folders in its last lines may be; they are
+only named, which does not touch them."""
+LOOK_IN_PLACES = rf"""{_SAY}
+for place in "$@"; do
+    say at "$place"
+    [ -L "$place" ] && [ "$(cd -- "$place" && pwd -P)" = / ] && continue
+    for folder in "$place"/.venv/bin "$place"/venv/bin "$place"/bin; do
+        for name in mlx-openai-server mlx_lm.server; do [ -x "$folder/$name" ] && say program "$folder/$name"; done
+    done
+    for hub in "$place" "$place"/hub "$place"/*/hub "$place"/*/*/hub; do
+        [ -d "$hub" ] || continue
+        count=0
+        for model in "$hub"/models--*; do [ -d "$model" ] && count=$((count + 1)); done
+        [ "$count" -gt 0 ] && say hub "$count $hub"
+        [ "$hub" = "$place" ] && [ "$count" = 0 ] && continue
+        for folder in "$hub" "${{hub%/*}}"; do
+            [ -f "$folder/registry.json" ] && say registry "$folder/registry.json"
+        done
+    done
 done
+say at ""
 exit 0
 """
+READ_SCRIPTS = rf"""{_SAY}
+for file in "$@"; do
+    say at "$file"
+    [ -f "$file" ] && say "$file" "$(head -c 4000 -- "$file" 2>/dev/null | tr '\n\t' '  ')"
+done
+say at ""
+exit 0
+"""
+Rows = list[tuple[str, str]]
 
 
 def look_at(ssh: str) -> HostReply[SetupResult]:
@@ -91,39 +125,98 @@ def _facts(ssh: str, name: str) -> HostFacts:
     destination = resolve(ssh, RESOLVE_SECONDS)
     transport = open_ssh(ssh)
     try:
-        found = _rows(transport, LOOK)
-        python = _python(transport)
-        files = _boot_files(transport, found)
+        facts = _everything(transport)
     except ConnectionLost as why:
         raise lost(HostTarget(name, ssh, (), Settings()), why) from None
     finally:
         transport.close()
     between = bool(destination.jumps or destination.proxy_command)
-    return _read(found, python, files, between=between)
+    return replace(facts, address="") if between else facts
 
 
-def _rows(transport: Transport, script: str, *arguments: str) -> list[tuple[str, str]]:
-    """Return what a script says. Raises `AgentProblem` (no_shell) if it does not run."""
-    lines, ended = run_program(transport, ["/bin/sh", "-s", "--", *arguments], script.encode())
-    rows = [(parts[1], parts[2]) for line in lines if len(parts := line.split("\t")) == 3 and parts[0] == _FOUND]
-    if not rows and not arguments:
+def _everything(transport: Transport) -> HostFacts:
+    """Raises `AgentProblem` (no_shell), `ConnectionLost`."""
+    found, stuck = _look(transport, LOOK)
+    missing = [f"{stuck} and what is looked for after that"] if stuck else []
+    more, slow = look_in_places(transport, [place for place in _all(found, "place") if _is_place(place)])
+    files, unread = _boot_files(transport, found)
+    python, searched = _python(transport)
+    missing += [*slow, *unread, *([] if searched else ["the interpreters"])]
+    return _read([*found, *more], python, files, tuple(missing))
+
+
+def _is_place(text: str) -> bool:
+    """Return whether this is the name of a folder, and not what is left of an unset variable or an empty folder."""
+    return text not in ("", "/hub") and not text.endswith("/*")
+
+
+def look_in_places(transport: Transport, places: Sequence[str]) -> tuple[Rows, list[str]]:
+    """Look for models and engines in folders. Return what was found, and the folders that could not be looked at.
+
+    If one does not answer, go on after it. Raises `ConnectionLost`.
+    """
+    rows: Rows = []
+    slow: list[str] = []
+    left, beyond = list(places[:MAX_PLACES]), list(places[MAX_PLACES:])
+    while left and len(slow) < MAX_SLOW:
+        found, stuck = _look(transport, LOOK_IN_PLACES, *left)
+        rows += found
+        if not stuck:
+            left = []
+        elif stuck in left:
+            slow.append(stuck)
+            left = left[left.index(stuck) + 1 :]
+        else:
+            break
+    return rows, [*slow, *left, *beyond]
+
+
+def _look(transport: Transport, script: str, *arguments: str) -> tuple[Rows, str]:
+    """Return what a script says, and at what it got stuck; "" if it came to its end.
+
+    Raises `AgentProblem` (no_shell) if it does not run, `ConnectionLost`.
+    """
+    session = transport.start(["/bin/sh", "-s", "--", *arguments], script.encode())
+    limits = ReadLimits(LOOK_SECONDS)
+    rows: Rows = []
+    try:
+        for row in _said(session.lines(limits)):
+            rows.append(row)
+        status = session.wait(LOOK_SECONDS).status
+    except ConnectionLost:
+        if not limits.over:
+            raise
+        status = None
+    finally:
+        session.close()
+    at = next((value for key, value in reversed(rows) if key == "at"), None)
+    if at is None:
         raise AgentProblem(
             "no_shell",
             "the account runs no shell script",
-            why=f"/bin/sh ended with status {ended.status}",
+            why=f"/bin/sh ended with status {status}" if status is not None else "/bin/sh did not answer",
             hint="give it a login shell that runs commands",
         )
-    return [(key, value) for key, value in rows if value.isprintable()]
+    return [row for row in rows if row[0] != "at"], at
 
 
-def _python(transport: Transport) -> str:
-    found = find_interpreters(transport, SEARCH_FOLDERS)
-    return next(iter([*found.whole, *found.uv]), "")
+def _said(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
+    for line in lines:
+        parts = line.split("\t")
+        if len(parts) == 3 and parts[0] == _FOUND and parts[2].isprintable():
+            yield parts[1], parts[2]
 
 
-def _read(
-    rows: Sequence[tuple[str, str]], python: str, boot_files: tuple[BootFile, ...], *, between: bool
-) -> HostFacts:
+def _python(transport: Transport) -> tuple[str, bool]:
+    """Return the interpreter that deploy would use, and whether all were looked at."""
+    try:
+        found = find_interpreters(transport, SEARCH_FOLDERS, LOOK_SECONDS)
+    except TooSlow:
+        return "", False
+    return next(iter([*found.whole, *found.uv]), ""), True
+
+
+def _read(rows: Rows, python: str, boot_files: tuple[BootFile, ...], missing: tuple[str, ...]) -> HostFacts:
     one = dict(rows)
     connection = one.get("connection", "").split()
     hubs = [value.partition(" ") for key, value in rows if key == "hub"]
@@ -131,7 +224,7 @@ def _read(
     return HostFacts(
         home=one.get("home", ""),
         system=one.get("system", "").replace("Darwin", "macOS"),
-        address=connection[2] if len(connection) == 4 and not between else "",
+        address=connection[2] if len(connection) == 4 else "",
         python=python,
         programs=_all(rows, "program"),
         project="project" in one,
@@ -142,6 +235,7 @@ def _read(
         memory=int(kilobytes) * 1024 if kilobytes.isdecimal() else int(size) if size.isdecimal() else None,
         wired_limit_mb=int(limit) if limit.isdecimal() else None,
         agent="agent" in one,
+        missing=missing,
     )
 
 
@@ -152,13 +246,16 @@ def _all(rows: Sequence[tuple[str, str]], key: str) -> tuple[str, ...]:
 # -- boot jobs ----------------------------------------------------------------------------------------------------
 
 
-def _boot_files(transport: Transport, rows: Sequence[tuple[str, str]]) -> tuple[BootFile, ...]:
+def _boot_files(transport: Transport, rows: Rows) -> tuple[tuple[BootFile, ...], list[str]]:
+    """Return the boot jobs, each with the text of its script, and the scripts that could not be read."""
     files = [_boot_file(key[4:], text) for key, text in rows if key.startswith("job ") and _OWN not in key]
     scripts = sorted({file.script for file in files if file.script})
-    texts = dict(_rows(transport, READ_SCRIPTS, *scripts)) if scripts else {}
-    return tuple(
+    read, stuck = _look(transport, READ_SCRIPTS, *scripts) if scripts else ([], "")
+    texts = dict(read)
+    with_scripts = [
         BootFile(file.path, file.label, file.script, f"{file.text} {texts.get(file.script, '')}") for file in files
-    )
+    ]
+    return tuple(with_scripts), [stuck] if stuck else []
 
 
 def _boot_file(path: str, text: str) -> BootFile:

@@ -21,6 +21,8 @@ PROGRAMS = {"mlx-openai-server": "mlx-openai-server", "mlx-lm": "mlx_lm.server"}
 """Engine -> its program."""
 FOUND_BY_ITSELF = ("/opt/homebrew/bin", "/usr/local/bin", "/usr/bin", "/bin", "~/.local/bin", "~/bin")
 """The folders in which the agent looks for an engine."""
+MOST_NAMED = 10
+"""Lines about what was not looked at."""
 DEFAULT_HUB = "~/.cache/huggingface/hub"
 _PORT = re.compile(r"--port[= ]\"?(\d+)|PORT=\"?(\d+)")
 
@@ -61,6 +63,8 @@ class HostFacts:
     wired_limit_mb: int | None = None
     agent: bool = False
     """An agent is installed already."""
+    missing: tuple[str, ...] = ()
+    """What could not be looked at: folders that did not answer, and others."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ def parts(ssh: str, facts: HostFacts) -> list[Part]:
     """Return the entry's lines, in the order of the annotated hosts.yaml."""
     return [
         Part((f"{facts.system or 'system: unknown'}, {_memory(facts)}",)),
+        *_missing(facts),
         Part((), "ssh", ssh),
         *_address(facts),
         *_hub(facts),
@@ -98,6 +103,16 @@ def _memory(facts: HostFacts) -> str:
         return "memory: unknown"
     limit = f", GPU limit {facts.wired_limit_mb} MB" if facts.wired_limit_mb else ""
     return f"{amount(facts.memory)} of memory{limit}; mlxops uses the host's own limit unless `memory` is set"
+
+
+def _missing(facts: HostFacts) -> list[Part]:
+    if not facts.missing:
+        return []
+    return [
+        Part(("Not looked at, because it, or what was before it, did not answer, as a network volume that is gone:",)),
+        Part(tuple(f"  {short(each, facts.home)}" for each in facts.missing[:MOST_NAMED])),
+        *([Part((f"  and {more} more",))] if (more := len(facts.missing) - MOST_NAMED) > 0 else []),
+    ]
 
 
 def _address(facts: HostFacts) -> list[Part]:

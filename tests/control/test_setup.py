@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import plistlib
+import shutil
+import signal
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +18,14 @@ import pytest
 import yaml
 
 from mlxops.control import inventory, setup
-from mlxops.control.setup import LOOK, as_yaml
+from mlxops.control.channel import Session, Transport
+from mlxops.control.local import LocalTransport
+from mlxops.control.setup import as_yaml
 from mlxops.core import host_entry
 from mlxops.core.host_entry import BootFile, HostFacts
 from tests.lab import models
 from tests.lab.homelab import Homelab
+from tests.lab.sshd import missing
 from tests.steps import REPO, tree
 
 GB = 1_000_000_000
@@ -176,5 +186,98 @@ def test_setup_without_a_host_fails_with_a_reason(homelab: Homelab, words: tuple
     assert answer.exit == status and "error: " in answer.stderr and "Traceback" not in answer.stderr
 
 
-def test_script_has_no_value_in_it() -> None:
-    assert "{" not in LOOK.replace("${hub%/*}", "").replace("say() {", "").replace("one_line() {", "")
+# -- what does not answer ---------------------------------------------------------------------------------------------
+
+
+class Slow(LocalTransport):
+    """This machine, on which looking at some paths takes a minute, as on a network volume that is gone."""
+
+    def __init__(self, *paths: Path) -> None:
+        delay = ["strace", "-f", "-qq", "-e", "inject=all:delay_enter=60s", "-o", "/dev/null"]
+        self._before = [*delay, *(word for path in paths for word in ("-P", str(path)))] if paths else []
+        self.sessions: list[Session] = []
+
+    def start(self, argv: Sequence[str], data: bytes) -> Session:
+        self.sessions.append(super().start([*self._before, *argv], data))
+        return self.sessions[-1]
+
+    def end(self) -> None:
+        """Kill what hangs, with its children."""
+        for session in self.sessions:
+            with suppress(ProcessLookupError):
+                os.killpg(session._process.pid, signal.SIGKILL)  # type: ignore[attr-defined]
+        for thread in threading.enumerate():
+            if thread.name == "reap":
+                thread.join(10)
+
+
+@pytest.fixture
+def slow() -> Iterator[Callable[..., Slow]]:
+    with ExitStack() as stack:
+
+        def make(*paths: Path) -> Slow:
+            transport = Slow(*paths)
+            stack.callback(transport.end)
+            return transport
+
+        yield make
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> list[Path]:
+    if shutil.which("strace") is None:
+        missing("strace")
+    found = [tmp_path / name for name in ("one", "two $(touch canary) ' *", "three", "four")]
+    for place in found:
+        (place / "x" / "hub" / "models--org--m").mkdir(parents=True)
+    return found
+
+
+def look_in(transport: Transport, places: Sequence[Path]) -> tuple[list[str], list[str]]:
+    rows, left = setup.look_in_places(transport, [str(place) for place in places])
+    return [value for key, value in rows if key == "hub"], left
+
+
+def test_folders_that_answer_are_all_looked_at(places: list[Path], tmp_path: Path) -> None:
+    assert look_in(LocalTransport(), places) == ([f"1 {place}/x/hub" for place in places], [])
+    assert not [*tmp_path.rglob("canary")] and not Path("canary").exists()
+
+
+def test_folder_that_does_not_answer_is_named_and_the_others_are_looked_at(
+    places: list[Path], slow: Callable[..., Slow], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup, "LOOK_SECONDS", 3.0)
+    started = time.monotonic()
+    hubs, left = look_in(slow(places[1]), places)
+    assert (hubs, left) == ([f"1 {place}/x/hub" for place in places if place != places[1]], [str(places[1])])
+    assert time.monotonic() - started < 30
+
+
+def test_many_folders_that_do_not_answer_end_the_look(
+    places: list[Path], slow: Callable[..., Slow], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup, "LOOK_SECONDS", 2.0)
+    monkeypatch.setattr(setup, "MAX_SLOW", 2)
+    hubs, left = look_in(slow(*places[:3]), places)
+    assert (hubs, left) == ([], [str(place) for place in places])
+
+
+def test_what_was_not_looked_at_is_in_the_entry(tmp_path: Path) -> None:
+    _, text = entry("studio", replace(MAC, missing=("/Volumes/nas", *["/x"] * 10)), tmp_path)
+    assert "#   /Volumes/nas\n" in text and "#   and 1 more\n" in text
+
+
+def test_program_that_hangs_does_not_hide_what_was_found(
+    homelab: Homelab, slow: Callable[..., Slow], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`ps` hangs. What is looked for after it is named."""
+    program = homelab.studio.folder / "programs" / "ps"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("HOME", str(homelab.studio.home))
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(setup, "LOOK_SECONDS", 5.0)
+    facts = setup._everything(slow())
+    assert facts.missing == ("the running servers and what is looked for after that",)
+    assert facts.memory and facts.python
