@@ -22,7 +22,7 @@ from mlxops.core.errors import MlxopsError, UsageError
 
 @task(positional=[], auto_shortflags=False)
 def demo(c: Context) -> None:
-    """Show the main commands on this machine, with tiny real models."""
+    """Show the main commands on this machine, with small real models."""
 
     def run() -> None:
         from tests.lab import demo as lab

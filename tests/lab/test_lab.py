@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from tests.lab import cache, leaks, models, world
+from tests.lab.demo import QUESTION
 from tests.lab.homelab import Homelab, Studio, TimedOut, run
 from tests.lab.hub import Hub
 
@@ -64,6 +65,14 @@ class TestModels:
             assert answer["model"] == "jerry-xl"
             assert answer["choices"][0]["message"]["content"]
             assert answer["usage"]["completion_tokens"] == 4
+
+    def test_talking_model_answers_a_question(self, homelab: Homelab, talking_model: Path) -> None:
+        studio = homelab.studio
+        snapshot = models.install_snapshot(studio.hub, "tiny-org/talks", talking_model)
+        with serving(studio, snapshot, "jerry-xl"):
+            answer = studio.completion(studio.ports[0], "jerry-xl", prompt=QUESTION, max_tokens=12)
+            assert "Paris" in answer["choices"][0]["message"]["content"]
+            assert answer["choices"][0]["finish_reason"] == "stop"
 
     def test_broken_model_is_complete_on_disk_but_never_answers(self, homelab: Homelab) -> None:
         studio = homelab.studio
