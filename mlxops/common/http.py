@@ -1,4 +1,4 @@
-"""HTTP within a time limit: one request, a GET's status, a health probe, and a small chat completion.
+"""HTTP within a time limit: one request, a stream, a GET's status, a health probe, and a small chat completion.
 
 http.client is imported where it is used: with TLS and mail it takes longer to import than all probes of a `status`.
 """
@@ -11,7 +11,8 @@ import json
 import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from mlxops.core.frozen import dataclass
@@ -60,6 +61,29 @@ def send_request(
 
     Raises `OSError` if there is no answer, `NotHttp`, and `ValueError` for a header that cannot be sent.
     """
+    with open_response(scheme, host, port, method, path, body, headers, timeout=timeout) as response:
+        data = response.read(limit)
+        return HttpReply(response.status, data, {name.lower(): value for name, value in response.getheaders()})
+
+
+@contextmanager
+def open_response(
+    scheme: str,
+    host: str,
+    port: int | None,
+    method: str,
+    path: str,
+    body: bytes | None = None,
+    headers: Mapping[str, str] | None = None,
+    *,
+    timeout: float,
+) -> Iterator[HTTPResponse]:
+    """Send one request, and read its response in the block, such as a stream with `read1`. The connection is closed at
+    the end of the block. Reads raise `TimeoutError` after `timeout` seconds.
+
+    Raises `OSError` if there is no answer, `NotHttp`, also if the body ends too early, and `ValueError` for a header
+    that cannot be sent.
+    """
     import http.client
 
     kind = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
@@ -67,9 +91,8 @@ def send_request(
     connection.response_class = _response_class(time.monotonic() + timeout)
     try:
         connection.request(method, path, body, dict(headers or {}))
-        response = connection.getresponse()
-        data = response.read(limit)
-        return HttpReply(response.status, data, {name.lower(): value for name, value in response.getheaders()})
+        with connection.getresponse() as response:
+            yield response
     except http.client.HTTPException as error:
         raise NotHttp(type(error).__name__) from None
     finally:
@@ -109,6 +132,26 @@ def _response_class(deadline: float) -> type[HTTPResponse]:
             self.fp = io.BufferedReader(_DeadlineReader(sock, deadline))
 
     return DeadlineResponse
+
+
+def stream_completion(host: str, port: int, body: bytes, timeout: float) -> Generator[tuple[float, bytes]]:
+    """Request a streamed chat completion. Yield each line with the time (monotonic) when it came.
+
+    Raises `OSError`, also after `timeout` seconds, and `NoCompletion`, also for more than `MAX_RESPONSE_BYTES`.
+    """
+    headers = {"Content-Type": "application/json", "Connection": "close"}
+    try:
+        with open_response("http", host, port, "POST", CHAT_COMPLETIONS, body, headers, timeout=timeout) as response:
+            if response.status != 200:
+                raise NoCompletion(f"it answered {response.status}: {response.read(300).decode(errors='replace')}")
+            left = MAX_RESPONSE_BYTES
+            while line := response.readline(left):
+                yield time.monotonic(), line
+                left -= len(line)
+                if left <= 0:
+                    raise NoCompletion(f"it sent more than {MAX_RESPONSE_BYTES} bytes")
+    except NotHttp as error:
+        raise NoCompletion(f"it does not speak HTTP: {error}") from None
 
 
 _LOCAL_ERRORS = {

@@ -13,6 +13,8 @@ healthy and completes nothing. Other options are ignored.
     --fake-until FILE    listen as soon as FILE is there; `{port}` in its name is the port
     --fake-only PORT     end with status 1 on any other port
     --fake-exit STATUS   end instead of listening
+    --fake-rate NUMBER   stream the tokens that are asked for, so many a second, then the usage; a prompt that is new is
+                         read a hundred times as fast
     --fake-names FILE    add the model of each request to FILE, a line each
     --fake-memory MB     hold so much real memory; with the act `family`, its child does
     --fake-ignore NAMES  ignore these signals: `int` (as does a server that a shell started with `&`), `term`, or both,
@@ -51,6 +53,8 @@ ACT = option("--fake-act", "ok")
 MODEL = option("--model")
 """The only model that it completes with. Without one it takes every name."""
 held: list[bytes] = []
+prompts: set[str] = set()
+"""The messages that it has answered with --fake-rate."""
 
 
 def respond(connection: socket.socket) -> None:
@@ -60,6 +64,8 @@ def respond(connection: socket.socket) -> None:
         return
     status, answer = "200 OK", '{"status":"ok"}'
     if asked.startswith(b"POST"):
+        if '"stream":true' in body and (rate := float(option("--fake-rate", "0"))):
+            return stream_at(connection, body, rate)
         if ACT == "endless" or '"stream":true' in body:
             stream(connection)
         status, answer = completion(asked_model(body))
@@ -114,6 +120,24 @@ def stream(connection: socket.socket) -> None:
     while True:
         connection.sendall(part)
         time.sleep(0.05)
+
+
+def stream_at(connection: socket.socket, body: str, rate: float) -> None:
+    """Send as many tokens as the request asks for, at this rate, and what an engine counts."""
+    messages = body.partition('"messages":')[2].partition("]")[0]
+    tokens = int(body.partition('"max_tokens":')[2].partition(",")[0])
+    prompt = len(messages) // 4
+    cached = prompt - 1 if messages in prompts else 0
+    prompts.add(messages)
+    connection.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n: a comment\n\n")
+    connection.sendall(b'data: {"choices": [{"delta": {"role": "assistant"}}]}\n\n')
+    time.sleep((prompt - cached) / rate / 100)
+    for number in range(tokens):
+        time.sleep(1 / rate if number else 0)
+        connection.sendall(b'data: {"choices": [{"delta": {"content": "word "}}]}\n\n')
+    counts = f'"prompt_tokens": {prompt}, "completion_tokens": {tokens}'
+    usage = f'{{{counts}, "prompt_tokens_details": {{"cached_tokens": {cached}}}}}'
+    connection.sendall(f'data: {{"choices": [], "usage": {usage}}}\n\ndata: [DONE]\n\n'.encode())
 
 
 def serve() -> None:
