@@ -7,9 +7,8 @@ to every cache at first (cold), and is then sent once more (warm). The figures o
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
-from statistics import median
 from typing import NamedTuple
 
 from mlxops.core.frozen import dataclass
@@ -86,15 +85,24 @@ def cases(streams: int) -> list[tuple[Case, Case]]:
     ]
 
 
-def prompt_text(prompt: Prompt, seed: str) -> str:
+def prompt_text(prompt: Prompt, seed: int) -> str:
     """Return a prompt that begins with its seed, so that no cache has it."""
-    from random import Random
-
     task = "Write a long story about a lighthouse. Do not stop early."
-    if prompt is Prompt.SHORT:
-        return f"{seed}: {task}"
-    words = " ".join(Random(seed).choices(_WORDS.split(), k=LONG_WORDS))
-    return f"{seed}: {words}. {task}"
+    words = f"{' '.join(_words(seed))}. " if prompt is Prompt.LONG else ""
+    return f"{seed:08x}: {words}{task}"
+
+
+def _words(seed: int) -> Iterator[str]:
+    words = _WORDS.split()
+    for _ in range(LONG_WORDS):
+        seed = (1103515245 * seed + 12345) % 2**31  # the example generator of ISO C
+        yield words[(seed >> 16) % len(words)]
+
+
+def median(values: Iterable[float]) -> float:
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 
 
 # -- one answer

@@ -22,6 +22,7 @@ from mlxops.core.measuring import (
     cases,
     figures,
     last_comparable,
+    median,
     prompt_text,
     read_answer,
     verdict,
@@ -117,8 +118,14 @@ def test_round_repeats_each_cold_prompt_and_skips_one_of_two_equal_halves() -> N
 
 @pytest.mark.parametrize("prompt", Prompt)
 def test_prompt_depends_on_its_seed_alone_and_begins_with_it(prompt: Prompt) -> None:
-    first, second = prompt_text(prompt, "a1"), prompt_text(prompt, "b2")
-    assert first == prompt_text(prompt, "a1") and first.startswith("a1: ") and second.startswith("b2: ")
+    first, second = prompt_text(prompt, 1), prompt_text(prompt, 2)
+    assert first == prompt_text(prompt, 1) and first.startswith("00000001: ") and second.startswith("00000002: ")
+    assert len(first.split()) > (512 if prompt is Prompt.LONG else 5)
+
+
+@pytest.mark.parametrize(("values", "middle"), [([3], 3), ([3, 1], 2), ([9, 1, 2], 2), ([4, 1, 2, 9], 3)])
+def test_median_is_the_middle(values: list[float], middle: float) -> None:
+    assert median(values) == middle
 
 
 def spread(median: float, width: float = 0.0, rounds: int = 5) -> Spread:

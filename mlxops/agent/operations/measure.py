@@ -14,7 +14,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
-from statistics import median
 
 from mlxops.agent.context import Context
 from mlxops.agent.engines.argv import program_of
@@ -37,6 +36,7 @@ from mlxops.core.measuring import (
     cases,
     figures,
     last_comparable,
+    median,
     prompt_text,
     read_answer,
     verdict,
@@ -298,8 +298,8 @@ class _Run:
         raise outcome
 
 
-def _seed() -> str:
-    return os.urandom(4).hex()
+def _seed() -> int:
+    return int.from_bytes(os.urandom(4))
 
 
 def _reason(error: Exception) -> str:
