@@ -139,7 +139,7 @@ def test_port_in_use_does_not_hold_up_the_others(host: QuickHost, port: int) -> 
     host.mlxctl("load", MODELS[1], str(host.ports[1])).ok()
     with open_request(host, port):
         used, free = measured(host, "--rounds", "1", "--streams", "1")
-    assert "1 open requests" in used["not_measured"] and used["figures"] == []
+    assert "open requests: 1" in used["not_measured"] and used["figures"] == []
     assert free["not_measured"] is None and free["figures"]
 
 

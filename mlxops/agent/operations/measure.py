@@ -175,13 +175,13 @@ def _wait_until_quiet(ctx: Context, request: Measure, view: PortView) -> bool:
     clients = _clients(ctx, view)
     if not clients or request.force:
         return bool(clients)
-    ctx.note(f"port {view.port} has {clients} open requests; waiting up to {QUIET_SECONDS:.0f} s for their end")
+    ctx.note(f"port {view.port} is in use; waiting up to {QUIET_SECONDS:.0f} s for the end of open requests: {clients}")
     deadline = time.monotonic() + QUIET_SECONDS
     while clients := _clients(ctx, view):
         if time.monotonic() > deadline:
             raise Busy(
                 "open_requests",
-                f"port {view.port} is in use: {clients} open requests",
+                f"port {view.port} is in use; open requests: {clients}",
                 why="a measurement would slow them down, and they would spoil it",
                 hint=f"try again later, or measure with them: `mlxctl measure {view.port} --force`",
             )
@@ -243,7 +243,7 @@ class _Run:
                 f"the server on port {self._view.port} gave no answer that can be measured",
                 why=next(iter(self.failed.values()), f"none was complete within {request.seconds:.0f} s"),
                 hint=f"ask it: `mlxctl status --probe`; or give it more time: `mlxctl measure {self._view.port} "
-                f"--seconds {request.seconds * 2:.0f}`",
+                f"--seconds {min(2 * request.seconds + 1, 86400):.0f}`",
             )
 
     def _round(self, streams: int) -> None:
