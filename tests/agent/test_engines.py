@@ -186,7 +186,7 @@ def test_new_engine_defines_six_members(tmp_path: Path) -> None:
     with pytest.raises(Refused) as caught:
         engine.find_command([], {"PATH": "/nowhere"})
     assert "uv tool install third-one" in caught.value.hint
-    assert engine.distribution == "third_one" and not engine.drains and engine.needs == frozenset()
+    assert engine.distribution == "third_one" and not engine.finishes_requests([path]) and engine.needs == frozenset()
     assert engine.environment() == {"HF_HUB_OFFLINE": "1"} and engine.fatal_error("ValueError: x") is None
     assert engine.help_argv(EngineCommand(("x",), "PATH", "1.0"), serving(args=("--a",))) == ("x", "--help")
     assert engine.accepted_names(["x", "--model", "jerry"], None) == ServedNames(("jerry",))

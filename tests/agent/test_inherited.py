@@ -87,9 +87,9 @@ def test_load_from_a_rough_shell_can_be_cancelled(homelab: Homelab) -> None:
 def test_engine_without_python_ignores_no_signals(tmp_path: Path) -> None:
     system = this_system()
     env = environment(os.environ, {}, "run")
-    gated = spawn(system, ["/bin/sleep", "60"], env, tmp_path, tmp_path / "log")
+    gated = spawn(system, ["/bin/sleep", "60"], env, tmp_path / "log")
     try:
-        gated.open()
+        gated.open(tmp_path)
         wait_until(lambda: (seen := system.process(gated.pid)) and "gate.py" not in " ".join(seen.argv), 30, "sleep")
         # This process may ignore a signal, for example under nohup. Those that Python ignores are not passed on.
         assert signals(gated.pid, "SigIgn") == signals(os.getpid(), "SigIgn") - {13, 25}

@@ -55,14 +55,14 @@ class Lab:
 
     def gated(self, argv: Sequence[str], extra: Mapping[str, str] | None = None) -> tuple[PendingProcess, Run]:
         env = environment(os.environ, extra or {}, f"run-{len(self.started)}-{os.getpid()}")
-        gated = spawn(SYSTEM, argv, env, self.folder, self.folder / "log")
+        gated = spawn(SYSTEM, argv, env, self.folder / "log")
         self.started.append(gated)
         return gated, record(gated, argv, env[MARK])
 
     def running(self, argv: Sequence[str], extra: Mapping[str, str] | None = None) -> tuple[PendingProcess, Run]:
         """Start a server and wait until it has written `up` to its log."""
         gated, run = self.gated(argv, extra)
-        gated.open()
+        gated.open(self.folder)
         wait_until(lambda: self.log.startswith("up"), 20, f"{argv} to say that it is up")
         return gated, run
 
@@ -126,7 +126,7 @@ def test_engine_does_not_run_before_the_gate_opens(lab: Lab) -> None:
     wait_until(lambda: "gate.py" in " ".join(argv(gated.pid)), 30, "the gate")
     assert proven(run) and ours(run) == (gated.pid,), "it can be recorded, found and stopped already"
     assert not (lab.folder / "ran").exists()
-    gated.open()
+    gated.open(lab.folder)
     assert gated.child.wait(10) == 0
     assert (lab.folder / "ran").exists()
 
@@ -139,7 +139,7 @@ def argv(pid: int) -> tuple[str, ...]:
 def test_abandoned_start_never_runs_the_engine(lab: Lab) -> None:
     gated, run = lab.gated([SH, "-c", "echo up > ran"])
     gated.abandon()
-    assert gated.child.returncode == 0
+    assert gated.child.returncode is not None
     assert not (lab.folder / "ran").exists() and not group(run)
 
 
@@ -150,7 +150,7 @@ from pathlib import Path
 from mlxops.agent.serving.processes import spawn
 from mlxops.agent.host.system import this_system
 folder = Path({str(tmp_path)!r})
-print(spawn(this_system(), ["/bin/sh", "-c", "echo > ran"], {{}}, folder, folder / "log").pid, flush=True)
+print(spawn(this_system(), ["/bin/sh", "-c", "echo > ran"], {{}}, folder / "log").pid, flush=True)
 sys.stdin.readline()
 """
     starter = subprocess.Popen([PYTHON, "-P", "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -166,7 +166,7 @@ sys.stdin.readline()
 
 def test_program_that_cannot_run_is_reported_in_the_log(lab: Lab) -> None:
     gated, _ = lab.gated(["/no/such/engine"])
-    gated.open()
+    gated.open(lab.folder)
     assert gated.child.wait(10) == 127
     assert "cannot run '/no/such/engine': No such file" in lab.log
 
@@ -174,7 +174,7 @@ def test_program_that_cannot_run_is_reported_in_the_log(lab: Lab) -> None:
 def test_failed_spawn_leaves_no_descriptor_open(lab: Lab) -> None:
     before = os.listdir("/dev/fd")
     with pytest.raises(NotStarted) as caught:
-        spawn(SYSTEM, SERVE, {}, lab.folder, lab.folder / "missing" / "log")
+        spawn(SYSTEM, SERVE, {}, lab.folder / "missing" / "log")
     assert caught.value.code == "spawn_failed" and caught.value.why
     assert len(os.listdir("/dev/fd")) == len(before)
 
@@ -206,7 +206,7 @@ def test_server_environment_is_built_and_has_no_token(lab: Lab, monkeypatch: pyt
         monkeypatch.setenv(name, "canary")
     extra = {"HF_HUB_OFFLINE": "1", "MINE": "a b", "HF_TOKEN": "canary", "my_token": "canary"}
     gated, run = lab.gated([PYTHON, "-S", "-c", DUMP_STATE], extra)
-    gated.open()
+    gated.open(lab.folder)
     assert gated.child.wait(20) == 0
     env = dumped(lab)["env"]
     assert isinstance(env, dict)
@@ -222,7 +222,7 @@ def test_server_inherits_no_descriptor_and_no_session(lab: Lab) -> None:
     os.set_inheritable(writer, True)
     try:
         gated, _ = lab.gated([PYTHON, "-S", "-c", DUMP_STATE])
-        gated.open()
+        gated.open(lab.folder)
         assert gated.child.wait(20) == 0
     finally:
         os.close(reader)
@@ -237,7 +237,7 @@ def test_server_inherits_no_descriptor_and_no_session(lab: Lab) -> None:
 def test_both_streams_are_appended_to_a_private_log(lab: Lab) -> None:
     (lab.folder / "log").write_text("before\n")
     gated, _ = lab.gated([SH, "-c", "echo out; echo err >&2"])
-    gated.open()
+    gated.open(lab.folder)
     gated.child.wait(10)
     assert lab.log == "before\nout\nerr\n"
     assert (lab.folder / "log").stat().st_mode & 0o777 == 0o600
@@ -494,9 +494,9 @@ def test_process_without_a_mark_does_not_match_a_record_without_one(lab: Lab) ->
 
 
 def lab_without_mark(lab: Lab) -> PendingProcess:
-    gated = spawn(SYSTEM, SERVE, {MARK: ""}, lab.folder, lab.folder / "log")
+    gated = spawn(SYSTEM, SERVE, {MARK: ""}, lab.folder / "log")
     lab.started.append(gated)
-    gated.open()
+    gated.open(lab.folder)
     wait_until(lambda: lab.log == "up", 20, "the server")
     return gated
 

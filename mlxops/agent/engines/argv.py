@@ -59,6 +59,17 @@ _PYTHON_OPTIONS_WITH_VALUE = {"-W", "-X", "--check-hash-based-pycs"}
 """Python's own options whose value may be the next word (`python --help`)."""
 
 
+START_FILE = "mlxops_start.py"
+"""It runs a program after the modules of that program were imported."""
+_START_WORDS = 4
+"""Words before the program: Python, the file, its descriptor, the modules."""
+
+
+def is_preloaded(argv: Sequence[str]) -> bool:
+    """Return whether a process with this argv is a program that mlxops started with the start file."""
+    return len(argv) > _START_WORDS and os.path.basename(argv[1]) == START_FILE
+
+
 def program_of(argv: Sequence[str]) -> RunningProgram | None:
     """Return the program that a process with this argv runs: its first word, or the script or module of a Python.
 
@@ -66,6 +77,8 @@ def program_of(argv: Sequence[str]) -> RunningProgram | None:
     """
     if not argv or not argv[0]:
         return None
+    if is_preloaded(argv):
+        return program_of(argv[_START_WORDS:])
     if not _PYTHON.fullmatch(os.path.basename(argv[0])):
         return RunningProgram(argv[0], "", tuple(argv[1:]))
     words = iter(enumerate(argv[1:], 2))

@@ -109,11 +109,13 @@ class Engine(ABC):
     `model_options.FAMILIES`, with the parsers' names of mlx-openai-server."""
     limits: LimitOptions = LimitOptions()
     """Its options that limit how far it grows beyond its weights."""
-    drains: bool = False
-    """After the first stop signal, it finishes its open requests before it ends."""
+    preload: tuple[str, ...] = ()
+    """The Python modules that its program imports. They are imported before the server in its place is stopped."""
     stop_signals: tuple[signal.Signals, ...] = (signal.SIGTERM,)
     """The signals that end it, in order; the next one if it has not ended. They go to the server itself, never to its
     children."""
+    cut_signals: tuple[signal.Signals, ...] = ()
+    """The signals that end a server which has not finished its open requests in time after the first stop signal."""
 
     @property
     def distribution(self) -> str:
@@ -177,6 +179,10 @@ class Engine(ABC):
             return True
         limits = self.read_limits(argv)
         return limits.cache_bytes is None if self.keeps_caches_in_memory(version) else limits.requests is None
+
+    def finishes_requests(self, argv: Sequence[str]) -> bool:
+        """Return whether a server process with this argv finishes its open requests after the first stop signal."""
+        return bool(self.cut_signals)
 
     def prepare_folder(self, spec: ServerSpec) -> None:
         """Create the files that a server needs in its folder before it starts."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from mlxops.common import files
 from mlxops.core.errors import Refused
 
 USUAL_FOLDERS = ("/opt/homebrew/bin", "/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin", "/sbin")
@@ -63,6 +64,19 @@ def check_executable(program: str, source: str) -> None:
             why=f"it is configured in {source}",
             hint="correct the path, or install the program there",
         )
+
+
+_SHEBANG = re.compile(rb"#!(/\S*python[\d.]*)\s*\n|#!/bin/sh\n'''exec' ['\"]?(/[^'\"\n]*python[\d.]*)['\"]? ")
+"""The first lines of a Python script. Installers use the second form if the path is long or has spaces."""
+
+
+def interpreter_of(program: str) -> str | None:
+    """Return the Python that runs a script; None if the file is none, or the interpreter is looked up on PATH."""
+    try:
+        match = _SHEBANG.match(files.read_start(program, 4096))
+    except OSError:
+        return None
+    return os.fsdecode(match[1] or match[2]) if match else None
 
 
 def installed_version(argv: Sequence[str], distribution: str) -> str | None:

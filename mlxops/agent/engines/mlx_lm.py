@@ -10,7 +10,14 @@ import re
 import signal
 from collections.abc import Mapping, Sequence
 
-from mlxops.agent.engines.argv import abbreviated_option, check_model_args, check_model_options, parse_port, program_of
+from mlxops.agent.engines.argv import (
+    abbreviated_option,
+    check_model_args,
+    check_model_options,
+    is_preloaded,
+    parse_port,
+    program_of,
+)
 from mlxops.agent.engines.base import DetectedServer, Engine, EngineCommand, ServedNames, ServerSpec, template_text
 from mlxops.agent.engines.installation import older_than
 from mlxops.core.budget import LimitOptions
@@ -34,8 +41,11 @@ class MlxLm(Engine):
     # Source of 0.31.3 and 0.32.2. Each request that joins the others trims the kept contexts to --prompt-cache-bytes
     # less the contexts of open requests. At least --prompt-concurrency requests are answered at once.
     limits = LimitOptions("--decode-concurrency", "--prompt-concurrency", "--prompt-cache-bytes")
-    # It cleans up on SIGINT only. Open streams are cut at once, and it often ends with SIGABRT then (0.32.2).
+    preload = ("mlx_lm.server",)
+    # It cleans up on SIGINT only. Open streams are cut at once, and it often ends with SIGABRT then (0.32.2). Started
+    # with the start file, it finishes them at the first SIGINT, and cuts them at the second.
     stop_signals = (signal.SIGINT, signal.SIGTERM)
+    cut_signals = stop_signals
 
     def argv(self, command: EngineCommand, spec: ServerSpec) -> tuple[str, ...]:
         model = spec.model
@@ -50,6 +60,9 @@ class MlxLm(Engine):
             *(("--trust-remote-code",) if model.trust_remote_code else ()),
             *model.args,
         )
+
+    def finishes_requests(self, argv: Sequence[str]) -> bool:
+        return is_preloaded(argv)
 
     def prepare_folder(self, spec: ServerSpec) -> None:
         link = spec.folder / spec.alias

@@ -59,9 +59,10 @@ class MlxOpenAIServer(Engine):
     completion_paths = frozenset({"/v1/chat/completions", "/v1/responses"})  # source, 1.8.1
     limits = LimitOptions("--decode-concurrency", "--prompt-concurrency", "--max-bytes")
     needs = frozenset({"tool_call_parser", "reasoning_parser", "chat_template"})
-    drains = True
+    preload = ("app.cli", "app.main")
     # SIGINT after SIGTERM cuts the open requests (uvicorn's handle_exit; tried with 1.8.1).
     stop_signals = (signal.SIGTERM, signal.SIGINT)
+    cut_signals = (signal.SIGINT,)
 
     def find_command(self, launch: Sequence[str], environ: Mapping[str, str]) -> EngineCommand:
         # This order is what users of the engine's own start script expect.

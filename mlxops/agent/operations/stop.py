@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from mlxops.agent.context import Context
-from mlxops.agent.engines import ENGINES
 from mlxops.agent.serving import processes
 from mlxops.agent.serving.ending import Terms, end, kill_limit
 from mlxops.agent.serving.stranded import expect_return, look_again
@@ -136,8 +135,7 @@ def _drain(ctx: Context, view: PortView, run: Run) -> float | None:
     if not pending:
         return None
     ctx.note(f"{len(pending)} open requests get up to {ctx.drain:.0f} s")
-    engine = ENGINES.get(run.engine)
-    if engine is None or engine.drains:
+    if processes.finishes_requests(ctx.system, run):
         return ctx.drain
     deadline = time.monotonic() + ctx.drain
     while pending and time.monotonic() < deadline:

@@ -42,8 +42,6 @@ def start_in_place(ctx: Context, request: Load, registry: Registry, plan: LoadPl
     with ExitStack() as stack:
         stops = [view for view in plan.stops if view.orphan is None and not view.ending]
         serving = [(view, _plan_restart(ctx, registry, view)) for view in stops]
-        if plan.stops:
-            prefetch_weights(ctx, prepared.files.path, plan.target.name)
         start = Launch(
             ctx.paths,
             ctx.store,
@@ -55,13 +53,16 @@ def start_in_place(ctx: Context, request: Load, registry: Registry, plan: LoadPl
             budget=prepared.budget,
         )
         try:
+            if plan.stops:
+                prefetch_weights(ctx, prepared.files.path, plan.target.name)
+                start.preload(ctx.environ, ctx.cancellation.check)
             with ctx.cancellation.shield():
                 stopped_at = _stop_all(ctx, request, plan)
             ctx.cancellation.check()
             ctx.emit(Phase("start", f"{prepared.engine.name} on port {plan.port}, found by {prepared.command.source}"))
             if request.restore:
                 _remember_attempt(ctx, request, plan)
-            start.launch(dict(ctx.environ), plan.target.repo_id, prepared.files.revision, ctx.operation)
+            start.launch(ctx.environ, plan.target.repo_id, prepared.files.revision, ctx.operation)
             run = start.wait(request.timeout or deadline_for(prepared.files.size_bytes), ctx.emit)
             downtime = time.monotonic() - stopped_at[0] if stopped_at else None
             # Do not cancel from here on: finishing is faster than undoing, and half of it would leave an assignment
@@ -303,7 +304,7 @@ def _restart(ctx: Context, view: PortView, restart: RestartPlan | None) -> str:
         return f"the old server of {view.model} could not be started again"
     ctx.emit(Phase("restart", f"{restart.name} comes back to port {view.port}"))
     try:
-        restart.start.launch(dict(ctx.environ), restart.repo_id, restart.revision, ctx.operation)
+        restart.start.launch(ctx.environ, restart.repo_id, restart.revision, ctx.operation)
         ctx.store.save_run(restart.start.wait(deadline_for(restart.size_bytes), ctx.emit))
     except (MlxopsError, OSError) as error:
         left = _abort(ctx, restart.start, error)

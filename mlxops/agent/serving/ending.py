@@ -126,11 +126,11 @@ def end(
 def _ask(signaller: Signaller, run: Run, terms: Terms, waiting: _Waiting) -> bool:
     """Send the server the signals of its engine until it has ended. Return whether it has."""
     *earlier, last = _steps(ENGINES.get(run.engine), run, terms, waiting.held)
-    for number, seconds in earlier:
+    for step, (number, seconds) in enumerate(earlier):
         if not signaller.ignores(number):
             if not signaller.ask(number) or waiting.ended(seconds, signalled_only=True):
                 return True
-            if terms.drain is not None:
+            if terms.drain is not None and step == 0:
                 waiting.note(f"open requests did not end within {terms.drain:.4g} s and are cut off")
     return not signaller.ask(last[0]) or waiting.ended(last[1], signalled_only=True)
 
@@ -140,11 +140,14 @@ def _steps(engine: Engine | None, run: Run, terms: Terms, held: int | None) -> l
 
     A server that was asked before gets only SIGTERM: a second SIGINT interrupts its cleanup.
     """
-    signals = engine.stop_signals if engine and run.stopping_since is None else (signal.SIGTERM,)
-    waits = [SIGNAL_SECONDS] * (len(signals) - 1) + [end_seconds(held)]
-    if terms.drain is not None:
-        waits[0] = terms.drain if len(signals) > 1 else max(terms.drain, waits[0])
-    return list(zip(signals, waits, strict=True))
+    if engine is None or run.stopping_since is not None:
+        return [(signal.SIGTERM, max(terms.drain or 0.0, end_seconds(held)))]
+    if terms.drain is None:
+        signals, first = engine.stop_signals, SIGNAL_SECONDS
+    else:
+        signals, first = (engine.stop_signals[0], *engine.cut_signals), terms.drain
+    waits = [first, *[SIGNAL_SECONDS] * (len(signals) - 2), end_seconds(held)]
+    return list(zip(signals, waits[-len(signals) :], strict=True))
 
 
 def _end_rest(signaller: Signaller, waiting: _Waiting) -> bool:

@@ -1,8 +1,8 @@
 """Make a new server process wait until it has been recorded; then it becomes the engine.
 
-Run as `python -I -S gate.py <fd> ARGV...`. A newline on the pipe `fd` means that the record of this process is on
-disk: exec ARGV. End of file means that the parent is gone: exit, so that nothing unrecorded runs. Import little: every
-load runs this.
+Run as `python -I -S gate.py FD ARGV...`, where FD is a socket. A path with a NUL means that the record of this
+process is on disk: exec ARGV in that folder. End of file means that the parent is gone: exit, so that nothing
+unrecorded runs. Import little: every load runs this.
 """
 
 import _signal  # type: ignore[import-not-found]  # the C part of `signal`: the rest takes 3 ms to import
@@ -11,10 +11,15 @@ import sys
 
 
 def main() -> None:
-    pipe = int(sys.argv[1])
-    if os.read(pipe, 1) != b"\n":
-        raise SystemExit(0)
-    os.close(pipe)
+    gate = int(sys.argv[1])
+    folder = b""
+    while not folder.endswith(b"\0"):
+        more = os.read(gate, 4096)
+        if not more:
+            raise SystemExit(0)
+        folder += more
+    os.close(gate)
+    os.chdir(folder[:-1])
     # Python ignores these signals, and exec(2) keeps ignored signals ignored.
     for number in (_signal.SIGPIPE, _signal.SIGXFSZ):
         _signal.signal(number, _signal.SIG_DFL)

@@ -15,11 +15,12 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from mlxops.agent.engines import ENGINES
 from mlxops.agent.engines.base import Engine, EngineCommand, ServerSpec
+from mlxops.agent.engines.installation import interpreter_of
 from mlxops.agent.host import programs
 from mlxops.agent.host.system import System
 from mlxops.agent.hub.cache import is_commit
@@ -50,6 +51,8 @@ UNSEEN_SECONDS = 0.5
 """How long a listener without a visible process may belong to a process that is just ending."""
 HEALTH_SECONDS = 1.0
 """The interval of health probes of a loading server. Each one adds a line to its log."""
+PRELOAD_SECONDS = 120.0
+"""How long a load waits for a program's imports before it stops the old server. They take 1 to 10 s."""
 COMPLETION_SECONDS = 30.0
 """How long a running server may take for one small completion, unless the load's own deadline is later."""
 
@@ -95,7 +98,10 @@ def _check_listener(paths: HostPaths, run: Run, system: System) -> None:
 
 
 class Launch:
-    """One server being started. Use it once: `launch`, then `wait`. `abort` undoes everything."""
+    """One server being started. Use it once: `launch`, then `wait`. `abort` undoes everything.
+
+    `preload` may come first, while another server still has the port.
+    """
 
     def __init__(
         self,
@@ -120,27 +126,64 @@ class Launch:
         self.argv = engine.argv(command, serving) if argv is None else argv
         self.budget = budget
         self.log = store.log_path(serving.port)
+        self._log = self.log.with_suffix(".starting")
+        """Where it writes until it has the port: `log` may still be another server's."""
+        self._run_id = ""
         self._process: PendingProcess | None = None
         self._run: Run | None = None
         self._log_from = 0
         self._health_checked = self._log_checked = 0.0
         """When its health was last probed, and its log last read (monotonic)."""
 
-    def launch(self, environ: dict[str, str], repo_id: str, revision: str, operation: str) -> Run:
+    def preload(self, environ: Mapping[str, str], check: Callable[[], None]) -> None:
+        """Start its process behind the gate, and wait while it imports its modules. Nothing of the port changes.
+
+        It does nothing for a program that is not a Python script. `check` is called often, and may raise. Raises
+        `NotStarted` if the process ends: then the program cannot run.
+        """
+        if not self._preloaded:
+            return
+        try:
+            self._spawn(environ)
+        except OSError as error:
+            raise state_unwritable(self.store.state, error) from None
+        process = self._process
+        assert process is not None
+        deadline = time.monotonic() + PRELOAD_SECONDS
+        while not process.ready(LOG_CHECK_SECONDS) and time.monotonic() < deadline:
+            check()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            status = process.child.wait(0)
+            raise self._error(f"the server ended with {_exit_text(status)} before it loaded the model", status)
+
+    @property
+    def _preloaded(self) -> tuple[str, ...]:
+        """The Python that runs the program, and the modules to import; empty if it is not known."""
+        python = interpreter_of(self.argv[0]) if self.engine.preload and self.command.version else None
+        return (python, *self.engine.preload) if python else ()
+
+    def _spawn(self, environ: Mapping[str, str]) -> None:
+        self._run_id = secrets.token_hex(8)
+        self._write_first_line()
+        env = programs.environment(environ, {**self.engine.environment(), **self.paths.settings.env}, self._run_id)
+        self._process = processes.spawn(self.system, self.argv, env, self._log, self._preloaded)
+
+    def launch(self, environ: Mapping[str, str], repo_id: str, revision: str, operation: str) -> Run:
         """Start it behind the gate, record it durably, open the gate. Raises `NotStarted`, `Refused`."""
         try:
             return self._launch(environ, repo_id, revision, operation)
         except OSError as error:
             raise state_unwritable(self.store.state, error) from None
 
-    def _launch(self, environ: dict[str, str], repo_id: str, revision: str, operation: str) -> Run:
-        run_id = secrets.token_hex(8)
+    def _launch(self, environ: Mapping[str, str], repo_id: str, revision: str, operation: str) -> Run:
+        if self._process is None:
+            self._spawn(environ)
+        assert self._process is not None
         self.store.new_run_folder(self.serving.port)
         self.engine.prepare_folder(self.serving)
-        self._start_log()
-        extra = {**self.engine.environment(), **self.paths.settings.env}
-        env = programs.environment(environ, extra, run_id)
-        self._process = processes.spawn(self.system, self.argv, env, self.serving.folder, self.log)
+        logs.rotate(self.log)
+        self._log.rename(self.log)
+        self._log = self.log
         self._run = Run(
             port=self.serving.port,
             model=self.serving.model.name,
@@ -149,7 +192,7 @@ class Launch:
             revision=revision,
             engine=self.engine.name,
             argv=self.argv,
-            run_id=run_id,
+            run_id=self._run_id,
             pid=self._process.pid,
             pgid=self._process.pid,
             start=self._process.start,
@@ -169,7 +212,7 @@ class Launch:
             with contextlib.suppress(MlxopsError):
                 self.store.forget_run(self.serving.port)
             raise
-        self._process.open()
+        self._process.open(self.serving.folder)
         return self._run
 
     def wait(self, timeout: float, emit: Callable[[Event], None]) -> Run:
@@ -221,6 +264,11 @@ class Launch:
     def abort(self, terms: Terms, emit: Callable[[Event], object] = lambda event: None) -> None:
         """Stop it and remove its record. Raises what `end` raises; then its record stays."""
         run, process = self._run, self._process
+        if process is not None and run is None:
+            if process.child.poll() is None:
+                self._log.unlink(missing_ok=True)
+            process.abandon()
+            self._process = None
         if run is None or process is None:
             return
         child = process.child
@@ -239,18 +287,18 @@ class Launch:
             # Popen warns in its finaliser if the child is still running.
             self._process.child.returncode = 0
 
-    def _start_log(self) -> None:
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        logs.rotate(self.log)
+    def _write_first_line(self) -> None:
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        self._log.unlink(missing_ok=True)  # of a load that was killed
         version = self.command.version or "of unknown version"
-        with open(self.log, "ab") as file:
-            os.chmod(self.log, 0o600)
+        with open(self._log, "ab") as file:
+            os.chmod(self._log, 0o600)
             file.write(f"--- mlxops {utc_now()} {self.engine.name} {version}: {command_line(self.argv)}\n".encode())
             self._log_from = file.seek(0, os.SEEK_END)
 
     def _read_own_log(self) -> str:
         try:
-            with open(self.log, "rb") as file:
+            with open(self._log, "rb") as file:
                 size = file.seek(0, os.SEEK_END)
                 file.seek(max(self._log_from, size - 65536))
                 return "\n".join(clean(line) for line in file.read().decode(errors="replace").splitlines())
@@ -266,7 +314,7 @@ class Launch:
             serving.model.name, serving.model.repo_id or "", serving.port, self.command.argv[0], _revision(serving)
         )
         cause = explain(f"{last_words}\n{problem}", log, status, about)
-        see = f"read its log on the host: {self.log}"
+        see = f"read its log on the host: {self._log}"
         if status == 0 and not last_words:
             stay = f"its launcher ({self.command.source}) must run until the server ends: no setsid, no & at the end"
             see = f"{stay}; {see}"
@@ -274,11 +322,11 @@ class Launch:
             "server_did_not_start",
             f"{serving.model.name} did not start on port {serving.port}: {problem}",
             why=f"{cause.reason}; {last}" if cause else last,
-            hint=f"{cause.help}; its log on the host: {self.log}" if cause else see,
+            hint=f"{cause.help}; its log on the host: {self._log}" if cause else see,
             details={
                 "cause": cause.code if cause else None,
                 "port": serving.port,
-                "log_path": str(self.log),
+                "log_path": str(self._log),
                 "last_lines": log.splitlines()[-20:],
             },
         )

@@ -1,9 +1,9 @@
 """Server processes: the only code that starts, identifies and signals them.
 
-A server is started behind a gate (`gate.py`): its process waits in a session and group of its own until its record is
-written, then becomes the engine. A process is signalled only if its identity is proven: boot, raw start time and group
-match the record, and the run's mark is in its environment, which children inherit. If the leader is gone, each member
-must have the mark.
+A server is started behind a gate (`gate.py` or `mlxops_start.py`): its process waits in a session and group of its own
+until its record is written, then becomes the engine. A process is signalled only if its identity is proven: boot, raw
+start time and group match the record, and the run's mark is in its environment, which children inherit. If the leader
+is gone, each member must have the mark.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlxops.agent.engines import ENGINES
+from mlxops.agent.engines.argv import START_FILE
 from mlxops.agent.host.programs import MARK
 from mlxops.agent.host.system import Look, Process, System
 from mlxops.agent.serving import servers
@@ -26,61 +28,80 @@ from mlxops.core.records import Run
 from mlxops.core.text import clean
 
 if TYPE_CHECKING:
+    import socket
     import subprocess
 
 GATE = Path(__file__).with_name("gate.py")
+PRELOADING_GATE = Path(__file__).with_name(START_FILE)
 
 
 @dataclass
 class PendingProcess:
-    """A process that waits at the gate. `open` lets it become the engine; `abandon` ends it."""
+    """A process that waits to become the engine. `open` lets it; `abandon` ends it."""
 
     child: subprocess.Popen[bytes]
-    pipe: int | None
+    gate: socket.socket | None
     start: str
 
     @property
     def pid(self) -> int:
         return self.child.pid
 
-    def open(self) -> None:
-        assert self.pipe is not None
-        os.write(self.pipe, b"\n")
+    def ready(self, seconds: float) -> bool:
+        """Wait up to `seconds`; return whether it has done what it can do before it is opened, or has ended."""
+        import select
+
+        assert self.gate is not None
+        return bool(select.select([self.gate], [], [], seconds)[0])
+
+    def open(self, folder: Path) -> None:
+        """Let it become the engine, with this working directory."""
+        assert self.gate is not None
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has ended; the caller observes that
+            self.gate.sendall(os.fsencode(folder) + b"\0")
         self._shut()
 
     def abandon(self) -> None:
         self._shut()
+        self.child.terminate()  # it is not the engine yet, and may be importing
         self.child.wait()
 
     def _shut(self) -> None:
-        if self.pipe is not None:
-            os.close(self.pipe)
-            self.pipe = None
+        if self.gate is not None:
+            self.gate.close()
+            self.gate = None
 
 
-def spawn(system: System, argv: Sequence[str], env: Mapping[str, str], folder: Path, log: Path) -> PendingProcess:
+def spawn(
+    system: System, argv: Sequence[str], env: Mapping[str, str], log: Path, preload: Sequence[str] = ()
+) -> PendingProcess:
     """Start `argv` behind the gate, as leader of a new session, both streams appended to `log`.
 
+    `preload`: the Python that runs the program `argv[0]`, and the modules to import before the gate is opened.
     Raises `NotStarted` if the system refuses another process.
     """
+    import socket
     import subprocess
 
-    reader, writer = os.pipe()
+    ours, theirs = socket.socketpair()
+    fd = str(theirs.fileno())
+    python, *modules = preload or (sys.executable,)
+    gate = [python, str(PRELOADING_GATE), fd, ",".join(modules)] if preload else [python, "-I", "-S", str(GATE), fd]
     try:
         with open(log, "ab", buffering=0) as output:
             os.chmod(log, 0o600)
             child = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(GATE), str(reader), *argv],
+                [*gate, *argv],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                cwd=folder,
+                cwd="/",
                 env=dict(env),
                 start_new_session=True,
-                pass_fds=(reader,),
+                pass_fds=(theirs.fileno(),),
             )
     except OSError as error:
-        os.close(writer)
+        ours.close()
         raise NotStarted(
             "spawn_failed",
             "the server's process could not be started",
@@ -88,10 +109,10 @@ def spawn(system: System, argv: Sequence[str], env: Mapping[str, str], folder: P
             hint="see the host's process and file limits, and its disk",
         ) from None
     finally:
-        os.close(reader)
+        theirs.close()
     process = system.process(child.pid)
     if process is None:
-        os.close(writer)
+        ours.close()
         child.wait()
         raise NotStarted(
             "spawn_failed",
@@ -99,7 +120,7 @@ def spawn(system: System, argv: Sequence[str], env: Mapping[str, str], folder: P
             why="it was gone before it could be observed; the usual cause is a kill for lack of memory",
             hint="try again; if it fails again, see the host's system log",
         )
-    return PendingProcess(child, writer, process.start)
+    return PendingProcess(child, ours, process.start)
 
 
 def leader(system: System, processes: Mapping[int, Process], run: Run) -> Process | None:
@@ -287,6 +308,14 @@ def _server(look: Look, run: Run, ours: Collection[int]) -> set[int]:
     engines = {each.process.pid for each in servers.find_servers(look)}
     candidates = (found & set(ours) for found in (listening, engines, {run.pid}))
     return next(filter(None, candidates), set(ours))
+
+
+def finishes_requests(system: System, run: Run) -> bool:
+    """Return whether the server finishes its open requests after its engine's first stop signal."""
+    engine = ENGINES.get(run.engine)
+    look = system.look(())
+    argvs = [look.processes[pid].argv for pid in members(system, look, run)]
+    return engine is None or any(map(engine.finishes_requests, argvs))
 
 
 def _program(process: Process) -> str:

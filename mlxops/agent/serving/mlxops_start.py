@@ -1,0 +1,115 @@
+"""Start an engine's program after its modules were imported, and let a server of `http.server` finish its requests.
+
+The engine's own Python (3.9 or later) runs it as `python mlxops_start.py FD MODULES SCRIPT ARGV...`. FD is a socket,
+MODULES are separated by commas. It imports the modules, sends a newline, and waits. The answer is the folder to work
+in, with a NUL: then it runs SCRIPT as if Python had run it. End of file means that mlxops is gone: exit, so that
+nothing unrecorded runs.
+
+A server made of `http.server`, such as mlx_lm.server, gets a new meaning of SIGINT: it stops to accept connections,
+finishes the open requests, and then cleans up as at Ctrl-C. A second SIGINT cuts the requests.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+sys.path[0] = os.path.dirname(sys.argv[3])  # as if SCRIPT was run; this file's own folder has other modules
+
+import contextlib  # noqa: E402
+import http.server  # noqa: E402
+import importlib  # noqa: E402
+import runpy  # noqa: E402
+import selectors  # noqa: E402
+import signal  # noqa: E402
+import socket  # noqa: E402
+import threading  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class FinishingServer(http.server.ThreadingHTTPServer):
+    """Replaces ThreadingHTTPServer, which cuts its open requests when it ends."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        self._open = 0
+        self._changed = threading.Condition()
+        super().__init__(*arguments, **named)
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Serve until SIGINT. Raises KeyboardInterrupt when no request is open any more."""
+        interrupted: list[int] = []
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        with selectors.DefaultSelector() as selector, reader, writer:
+            selector.register(self, selectors.EVENT_READ)
+            selector.register(reader, selectors.EVENT_READ)
+            wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+            signal.signal(signal.SIGINT, lambda number, frame: interrupted.append(number))
+            while not interrupted:
+                self._handle_ready(_ready(selector, None), reader)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            for _ in range(self.request_queue_size):  # connections that the kernel has accepted already
+                self._handle_ready(_ready(selector, 0), reader)
+            signal.set_wakeup_fd(wakeup)
+        self.server_close()
+        with self._changed:
+            self._changed.wait_for(lambda: self._open == 0)
+        raise KeyboardInterrupt
+
+    def shutdown(self) -> None:
+        """Do nothing: `serve_forever` has ended, or the process is about to."""
+
+    def _handle_ready(self, ready: Iterable[object], reader: socket.socket) -> None:
+        for each in ready:
+            if each is reader:
+                reader.recv(4096)
+            else:
+                self._handle_request_noblock()  # type: ignore[attr-defined]  # not in typeshed
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._changed:
+            self._open += 1
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            with self._changed:
+                self._open -= 1
+                self._changed.notify_all()
+
+
+def _ready(selector: selectors.BaseSelector, timeout: float | None) -> list[object]:
+    return [key.fileobj for key, _ in selector.select(timeout)]
+
+
+def _received(gate: socket.socket) -> bytes:
+    """Return the folder that is sent. Raises `SystemExit` at the end of file."""
+    data = b""
+    while not data.endswith(b"\0"):
+        more = gate.recv(4096)
+        if not more:
+            raise SystemExit(0)
+        data += more
+    return data[:-1]
+
+
+def main() -> None:
+    fd, modules, script, *arguments = sys.argv[1:]
+    http.server.ThreadingHTTPServer = FinishingServer  # type: ignore[misc]
+    for module in filter(None, modules.split(",")):
+        importlib.import_module(module)
+    with socket.socket(fileno=int(fd)) as gate:
+        with contextlib.suppress(OSError):  # nobody waits for this, and the folder may be there already
+            gate.sendall(b"\n")
+        os.chdir(_received(gate))
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
