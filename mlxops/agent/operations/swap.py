@@ -55,7 +55,7 @@ def start_in_place(ctx: Context, request: Load, registry: Registry, plan: LoadPl
         try:
             if plan.stops:
                 prefetch_weights(ctx, prepared.files.path, plan.target.name)
-                start.preload(ctx.environ, ctx.cancellation.check)
+                start.preload(ctx.environ, ctx.cancellation.check, ctx.emit)
             with ctx.cancellation.shield():
                 stopped_at = _stop_all(ctx, request, plan)
             ctx.cancellation.check()

@@ -135,7 +135,7 @@ class Launch:
         self._health_checked = self._log_checked = 0.0
         """When its health was last probed, and its log last read (monotonic)."""
 
-    def preload(self, environ: Mapping[str, str], check: Callable[[], None]) -> None:
+    def preload(self, environ: Mapping[str, str], check: Callable[[], None], emit: Callable[[Event], None]) -> None:
         """Start its process behind the gate, and wait while it imports its modules. Nothing of the port changes.
 
         It does nothing for a program that is not a Python script. `check` is called often, and may raise. Raises
@@ -143,6 +143,7 @@ class Launch:
         """
         if not self._preloaded:
             return
+        emit(Phase("warm", f"importing {self.engine.name}"))
         try:
             self._spawn(environ)
         except OSError as error:
