@@ -104,6 +104,36 @@ def bench(c: Context, only: str | None = None, json: bool = False) -> None:
     positional=[],
     auto_shortflags=False,
     help={
+        "engine": "fake (a fake mlx-lm, the default) or mlx-lm (with a change to mlx-openai-server)",
+        "seconds": "how much longer each server takes to start (20)",
+        "hold": "the seconds that a request may wait (60)",
+    },
+)
+def lost(c: Context, engine: str = "fake", seconds: str = "20", hold: str = "60") -> None:
+    """Count what clients of the gateway lose while models change."""
+
+    def run() -> None:
+        from tests.benchmarks import lost
+
+        if engine not in lost.ENGINES:
+            why = f"there are {', '.join(lost.ENGINES)}"
+            hint = "for example: inv lost --engine mlx-lm"
+            raise UsageError("unknown_engine", f"there is no engine {names.shown(engine)}", why=why, hint=hint)
+        if not lost.run(engine, _number(seconds, "--seconds"), _number(hold, "--hold")):
+            raise MlxopsError(
+                "requests_lost",
+                "clients lost requests, or a generation was run twice",
+                why="the table says in which change",
+                hint="the notes above it have the errors that clients got",
+            )
+
+    _develop("lost", run)
+
+
+@task(
+    positional=[],
+    auto_shortflags=False,
+    help={
         "minutes": "how long to run (10)",
         "seed": "the same number causes the same faults (1)",
         "state": "the file with the results; default: faults.json in the test cache. The next run adds to it",
@@ -186,10 +216,11 @@ def _develop(name: str, run: Callable[[], None], *, json: bool = False) -> None:
         raise SystemExit(cli.fail(failed)) from None
 
 
-TASKS: Mapping[str, Task[Any]] = {"demo": demo, "test": test, "bench": bench, "faults": faults}
+TASKS: Mapping[str, Task[Any]] = {"demo": demo, "test": test, "bench": bench, "lost": lost, "faults": faults}
 EXAMPLES = {
     "demo": "inv demo",
     "test": "inv test --fast",
     "bench": "inv bench --only status",
+    "lost": "inv lost --engine mlx-lm",
     "faults": "inv faults --minutes 10",
 }
