@@ -233,15 +233,18 @@ def gateway(cli: Cli, request: Gateway) -> None:
 
 
 def _print_entries(cli: Cli, request: Gateway) -> None:
-    """Print the entries to paste. With `--json`, print them as data: `model_list`, and `environ` for the env file."""
+    """Print the entries to paste. With `--json`, print them as data: `model_list`, `router_settings` if an alias has a
+    hold, `environ` for the env file, and `notes`."""
+    from mlxops.control.gateway.config import retry_settings
     from mlxops.control.gateway.entries import as_yaml, entries_to_paste
 
     if not request.print:
         why = "it is a form of what is printed; the check itself reads the env file that hosts.yaml names"
         raise UsageError("print_missing", "--env needs --print", why=why, hint="add --print, or leave it out")
-    document, environ = entries_to_paste(cli.hosts(), env=request.env)
-    reply: HostReply[Mapping[str, object]] = HostReply("gateway", {**document, "environ": environ})
-    cli.show([reply], lambda replies: as_yaml(document, environ))
+    printed = entries_to_paste(cli.hosts(), retry_settings(cli.targets.gateway), env=request.env)
+    document = {**printed.document, "environ": printed.environ, "notes": printed.notes}
+    reply: HostReply[Mapping[str, object]] = HostReply("gateway", document)
+    cli.show([reply], lambda replies: as_yaml(printed))
 
 
 def doctor(cli: Cli, request: Doctor) -> None:

@@ -21,7 +21,7 @@ from mlxops.control.yaml_file import FileProblem, compose, read_text
 from mlxops.core.errors import UsageError
 from mlxops.core.frozen import dataclass
 from mlxops.core.names import is_name, shown
-from mlxops.core.settings import Settings, absolute_path, argv, read_settings, variable_name
+from mlxops.core.settings import Settings, absolute_path, argv, read_settings, settings_keys, variable_name
 
 MAX_BYTES = 1024 * 1024
 MAX_DEPTH = 16
@@ -340,7 +340,7 @@ def _host(name: str, value: YAMLValue) -> Host:
     if not is_name(name):
         raise value.bad("is not a host name", "a name is 1-64 letters, digits, '.', '_' or '-'", "rename the host")
     checks = _checks(Host)
-    entries = value.entries((*checks, *(each.name for each in fields(Settings))))
+    entries = value.entries((*checks, *settings_keys()))
     own = {"ssh": name, "python": None} | {key: check(entries[key]) for key, check in checks.items() if key in entries}
     settings = read_settings(entries, engines())
     return Host(name=name, settings=settings, **own)  # type: ignore[arg-type]  # a check returns its field's type

@@ -98,6 +98,10 @@ class Entry:
     """LiteLLM makes up the answers and asks no server (`mock_response`)."""
     health_checked: bool = False
     """LiteLLM's own health checks ask for a name of their choice."""
+    num_retries: int | None = None
+    """The entry's own; None: that of the router."""
+    cooldown: bool = True
+    """LiteLLM sets its server aside after some failures, if the router has that, too."""
 
     @property
     def address(self) -> tuple[str, int] | None:
@@ -153,6 +157,10 @@ class GatewayPort:
     context_length: int | None = None
     assigned: bool = False
     detail: str = ""
+    hold: int | None = None
+    """The seconds that a request may wait for a server, by hosts.yaml; None: it says nothing."""
+    swap_seconds: float | None = None
+    """The longest that a swap left it without a server; None: there was none."""
 
     @property
     def name(self) -> str | None:
@@ -249,7 +257,7 @@ def compare(
     `entries` have the names that clients use, and no patterns (`LiteLLMConfig.concrete`). `ports` are those of all
     managed hosts: an alias may be a slot of several hosts, and is then balanced between them.
     """
-    routes = [(entry, _port_of(entry, ports, same_host)) for entry in claims(entries, ports, same_host)]
+    routes = [(entry, port_of(entry, ports, same_host)) for entry in claims(entries, ports, same_host)]
     routes = [(entry, target) for entry, target in routes if target or any(p.alias == entry.alias for p in ports)]
     findings: list[Mismatch] = []
     for entry, target in routes:
@@ -279,7 +287,7 @@ def claims(
     def intended(entry: Entry) -> bool:
         if entry.pattern is None:
             return True
-        target, address = _port_of(entry, ports, same_host), entry.address
+        target, address = port_of(entry, ports, same_host), entry.address
         if target is not None:
             return target.alias in (None, entry.alias, entry.sends)
         # It may be the slot's host by another address.
@@ -288,7 +296,8 @@ def claims(
     return tuple(entry for entry in entries if intended(entry))
 
 
-def _port_of(entry: Entry, ports: Sequence[GatewayPort], same_host: SameHost) -> GatewayPort | None:
+def port_of(entry: Entry, ports: Sequence[GatewayPort], same_host: SameHost) -> GatewayPort | None:
+    """Return the port that an entry leads to; None: none of these."""
     address = entry.address
     if address is None:
         return None
@@ -573,6 +582,8 @@ def _missing_entry_findings(port: GatewayPort) -> Iterator[Mismatch]:
 # -- what to paste ------------------------------------------------------------------------------------------------
 
 PLACEHOLDER_KEY = "none"
+MODEL_INFO = {"mode": "chat", "disable_background_health_check": True}
+"""LiteLLM's background health checks send completions: they would keep a server busy, and delay its stop."""
 
 
 def document_with_values(ports: Sequence[GatewayPort]) -> dict[str, object]:
@@ -597,7 +608,11 @@ def _values(port: GatewayPort) -> dict[str, str]:
 
 
 def _document(rows: Iterable[tuple[GatewayPort, Mapping[str, str]]]) -> dict[str, object]:
-    return {"model_list": [{"model_name": port.alias, "litellm_params": dict(values)} for port, values in rows]}
+    model_list = [
+        {"model_name": port.alias, "litellm_params": dict(values), "model_info": dict(MODEL_INFO)}
+        for port, values in rows
+    ]
+    return {"model_list": model_list}
 
 
 def _variable_prefixes(slots: Sequence[GatewayPort]) -> list[str]:

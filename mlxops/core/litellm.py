@@ -13,6 +13,7 @@ from dataclasses import field, replace
 from mlxops.core.errors import Refused
 from mlxops.core.frozen import dataclass
 from mlxops.core.gateway import ENVIRON, Entry, GatewayPaths, Impact, Mismatch, edit
+from mlxops.core.hold import RetrySettings, number, read_retries
 from mlxops.core.names import shown
 
 _MAX_ENTRIES = 10_000
@@ -66,6 +67,7 @@ class LiteLLMConfig:
     """`general_settings.completion_model`: LiteLLM uses it instead of the name that a client sends."""
     defaults: Mapping[str, str] = field(default_factory=dict)
     """`router_settings.default_litellm_params`: the ones that decide on name and address."""
+    retry: RetrySettings = RetrySettings()
 
     def concrete(self, names: Iterable[str]) -> tuple[Entry, ...]:
         """Return the entries under the names that a client can use: written names, synonyms, and those of `names` that
@@ -264,7 +266,12 @@ def parse(document: object, environ: Environ, files: GatewayPaths, places: Seque
             message = f"{place}: {read}: LiteLLM does not start with it"
             findings.append(Mismatch("bad_entry", None, None, Impact.FAULT, message, hint))
     return LiteLLMConfig(
-        tuple(entries), reader.synonyms, tuple(findings), reader.completion_model, reader.certain_defaults()
+        tuple(entries),
+        reader.synonyms,
+        tuple(findings),
+        reader.completion_model,
+        reader.certain_defaults(),
+        read_retries(document),
     )
 
 
@@ -446,6 +453,8 @@ class _Reader:
             health_checked=self.health_checks
             and not info.get("health_check_model")
             and info.get("disable_background_health_check") is not True,
+            num_retries=number(params.get("num_retries")),
+            cooldown=number(params.get("cooldown_time")) != 0,
         )
 
     def _address(self, own: _Value, provider: _Provider) -> _Value:

@@ -346,6 +346,12 @@ def _parent_note(view: PortView) -> tuple[str, ...]:
     return (f"its parent, {view.server.starter}, is left alone, and may start it again",)
 
 
+SWAPS = 10
+"""The latest swaps of a port that count: earlier ones may have been of other models."""
+LONGEST_SWAP = 86_400.0
+"""Seconds. More is not a time that a swap took."""
+
+
 @dataclass(frozen=True)
 class Served:
     """A model that a port serves, or served."""
@@ -372,6 +378,21 @@ def served_before(history: Sequence[Mapping[str, object]], port: int, now: Serve
         if served != now and is_model_name(model) and is_repo_id(repo_id) and is_revision(revision):
             return served
     return None
+
+
+def swap_seconds(history: Iterable[Mapping[str, object]]) -> dict[int, float]:
+    """Return port -> the longest time that one of its latest `SWAPS` swaps left it without a server.
+
+    `history` is oldest first. Loads into an idle port do not count, nor those of a version that did not note the time.
+    """
+    swaps: dict[int, list[float]] = {}
+    for line in history:
+        port, seconds = line.get("port"), line.get("downtime_seconds")
+        if line.get("command") != "load" or type(port) is not int or not isinstance(seconds, int | float):
+            continue
+        if 0 <= seconds < LONGEST_SWAP:
+            swaps[port] = [*swaps.get(port, []), float(seconds)][-SWAPS:]
+    return {port: max(each) for port, each in swaps.items()}
 
 
 def port_of(registry: Registry, world: World, name: str) -> int | None:

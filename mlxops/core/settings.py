@@ -22,6 +22,8 @@ DEFAULT_ENGINE = "mlx-openai-server"
 AGREED = ("registry", "hub", "ports", "slots", "bind")
 """The settings on which all control nodes of a host must agree: others would write other files, or use other ports."""
 MAX_PORTS = 100
+MAX_HOLD = 3600
+"""Seconds."""
 MIN_MEMORY = 1_000_000
 """Bytes. A smaller number is probably gigabytes without the unit."""
 
@@ -67,6 +69,17 @@ class BootJob:
         return {"port": self.port, "script": self.script, "label": self.label}
 
 
+@dataclass(frozen=True)
+class SlotOptions:
+    """What `slots` says about a port beside its alias. Hosts and control nodes need not agree on it.
+
+    To add an option, add a field here and its check to `SLOT_CHECKS`.
+    """
+
+    hold: int | None = None
+    """The seconds that a request may wait for a swap; None: the file does not say."""
+
+
 class Value(Protocol):
     """A value of hosts.yaml. It knows its place: file, line and key.
 
@@ -110,8 +123,10 @@ class Setting:
         read: Callable[[object, str], T],
         *,
         dependent: bool,
+        key: str | None = None,
     ) -> None:
         self.check = check
+        self.key = key
         self.write: Callable[..., object] = write
         self.read: Callable[[object, str], object] = read
         self.dependent = dependent
@@ -131,12 +146,14 @@ def setting(
 def dependent_setting(
     check: Callable[[Value, Settings, Sequence[str]], T],
     form: tuple[Callable[[T], object], Callable[[object, str], T]],
+    key: str | None = None,
 ) -> dict[str, Setting]:
     """Declare a setting whose check needs other settings, or the names of the engines.
 
     Dependent settings are read after all the others, in the order of the fields. Their checks get what was read before.
+    `key`: its key in hosts.yaml, if that is another field's.
     """
-    return {"setting": Setting(check, *form, dependent=True)}
+    return {"setting": Setting(check, *form, dependent=True, key=key)}
 
 
 def read_settings(entries: Mapping[str, Value], engines: Sequence[str]) -> Settings:
@@ -144,10 +161,10 @@ def read_settings(entries: Mapping[str, Value], engines: Sequence[str]) -> Setti
 
     Raises `UsageError` (bad_hosts_file).
     """
-    declared = {name: one for name, one in _declared().items() if name in entries}
+    declared = {name: one for name, one in _declared().items() if (one.key or name) in entries}
     settings = Settings()
     for name in sorted(declared, key=lambda name: declared[name].dependent):
-        value = declared[name].check(entries[name], settings, engines)
+        value = declared[name].check(entries[declared[name].key or name], settings, engines)
         settings = replace(settings, **{name: value})  # type: ignore[arg-type]  # the check returns the field's type
     return settings
 
@@ -159,6 +176,11 @@ def settings_from_wire(wire: Mapping[str, object]) -> Settings:
     """
     values = {name: one.read(wire.get(name), name) for name, one in _declared().items()}
     return Settings(**values)  # type: ignore[arg-type]  # `read` returns the field's type
+
+
+def settings_keys() -> tuple[str, ...]:
+    """Return the keys of a host in hosts.yaml that are settings."""
+    return tuple(dict.fromkeys(one.key or name for name, one in _declared().items()))
 
 
 def _declared() -> dict[str, Setting]:
@@ -320,17 +342,51 @@ def _slots(value: Value, settings: Settings, _engines: Sequence[str]) -> dict[in
             raise entry.bad(
                 "is outside the host's ports", f"they are {settings.ports}", "correct the port, or extend `ports`"
             )
-        alias = entry.text()
-        if not is_name(alias):
-            raise entry.bad(
-                f"{shown(alias)} is not an alias",
-                "an alias is 1-64 letters, digits, '.', '_' or '-', a letter or digit first",
-                "use the name that the gateway sends for this port",
-            )
+        alias = _alias(entry)
         if alias in slots.values():
             raise entry.bad(f"the alias {alias} appears twice", "an alias belongs to one port", "rename one of them")
         slots[int(key)] = alias
     return slots
+
+
+def _alias(value: Value) -> str:
+    """Read the alias of a slot: text, or `alias` in a mapping."""
+    if value.kind == "mapping":
+        entries = value.entries(("alias", *SLOT_CHECKS))
+        if "alias" not in entries:
+            raise value.bad("alias is missing", "a slot is a port with an alias", "for example: {alias: jerry-xl}")
+        value = entries["alias"]
+    alias = value.text()
+    if not is_name(alias):
+        raise value.bad(
+            f"{shown(alias)} is not an alias",
+            "an alias is 1-64 letters, digits, '.', '_' or '-', a letter or digit first",
+            "use the name that the gateway sends for this port",
+        )
+    return alias
+
+
+def _slot_options(value: Value, _settings: Settings, _engines: Sequence[str]) -> dict[int, SlotOptions]:
+    """Read what the slots have beside their aliases; `_slots` has checked the ports and the keys."""
+    mappings = {int(port): entry.mapping() for port, entry in value.mapping().items() if entry.kind == "mapping"}
+    options = {
+        port: {key: check(entries[key]) for key, check in SLOT_CHECKS.items() if key in entries}
+        for port, entries in mappings.items()
+    }
+    return {port: SlotOptions(**given) for port, given in options.items() if given}  # type: ignore[arg-type]
+
+
+def _hold(value: Value) -> int:
+    seconds = value.number()
+    if seconds > MAX_HOLD:
+        raise value.bad(
+            f"{seconds} seconds are too long", f"the limit is {MAX_HOLD}", "use the length of a swap, for example 60"
+        )
+    return seconds
+
+
+SLOT_CHECKS: Mapping[str, Callable[[Value], object]] = {"hold": _hold}
+"""The keys of a slot beside `alias`."""
 
 
 def _boot(value: Value, settings: Settings, _engines: Sequence[str]) -> tuple[BootJob, ...]:
@@ -461,6 +517,20 @@ def _boot_job_from(job: Mapping[str, object], key: str) -> BootJob:
     return BootJob(_integer_from(job.get("port"), key), str(job.get("script", "")), str(job.get("label", "")))
 
 
+def _slot_options_to_wire(slots: Mapping[int, SlotOptions]) -> object:
+    return {str(port): {"hold": options.hold} for port, options in slots.items()}
+
+
+def _slot_options_from(value: object, key: str) -> dict[int, SlotOptions]:
+    """Read the options of all slots; none if another version wrote the settings."""
+    slots = {} if value is None else _object_from(value, key)
+    return {int(port): _options_from(_object_from(options, key), key) for port, options in slots.items()}
+
+
+def _options_from(options: Mapping[str, object], key: str) -> SlotOptions:
+    return SlotOptions(hold=_optional(_integer_from)(options.get("hold"), key))
+
+
 TEXT = (_same, _text_from)
 OPTIONAL_TEXT = (_same, _optional(_text_from))
 OPTIONAL_INTEGER = (_same, _optional(_integer_from))
@@ -479,6 +549,7 @@ SLOTS = (
     lambda slots: {str(port): alias for port, alias in slots.items()},
     lambda value, key: {int(port): str(alias) for port, alias in _object_from(value, key).items()},
 )
+SLOT_OPTIONS = (_slot_options_to_wire, _slot_options_from)
 BOOT = (_boot_to_wire, _boot_from)
 
 
@@ -496,6 +567,10 @@ class Settings:
     env: Mapping[str, str] = field(default_factory=dict, metadata=setting(_env, TEXTS))
     ports: PortRange = field(default=PortRange(8100, 8109), metadata=setting(_ports, PORTS))
     slots: Mapping[int, str] = field(default_factory=dict, metadata=dependent_setting(_slots, SLOTS))
+    slot_options: Mapping[int, SlotOptions] = field(
+        default_factory=dict, metadata=dependent_setting(_slot_options, SLOT_OPTIONS, key="slots")
+    )
+    """Port -> what `slots` says about it beside its alias."""
     boot: tuple[BootJob, ...] = field(default=(), metadata=dependent_setting(_boot, BOOT))
     memory: int | None = field(default=None, metadata=setting(_memory, OPTIONAL_INTEGER))
     """Bytes for all servers together; None: the agent decides."""
@@ -507,6 +582,10 @@ class Settings:
     def alias(self, port: int, model: str) -> str:
         """Return the name under which `model` is served on `port`: the slot's alias, else its own name."""
         return self.slots.get(port, model)
+
+    def hold(self, port: int) -> int | None:
+        """Return the seconds that a request to this port's alias may wait for a swap; None: not said."""
+        return self.slot_options.get(port, SlotOptions()).hold
 
     def slot_of(self, name: str) -> int | None:
         """Return the port whose alias is `name`."""

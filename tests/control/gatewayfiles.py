@@ -12,7 +12,7 @@ from mlxops.control.gateway.config import read as read_files
 from mlxops.control.inventory import Gateway
 from mlxops.core.commands.gateway import ServedPort, ServedPorts
 from mlxops.core.replies import HostReply
-from mlxops.core.settings import PortRange, Settings
+from mlxops.core.settings import PortRange, Settings, SlotOptions
 
 ENTRY = """\
 model_list:
@@ -50,7 +50,12 @@ def read_config(folder: Path, text: str | bytes, env: str | None = None) -> Gate
 
 
 def target() -> HostTarget:
-    settings = Settings(address="127.0.0.1", ports=PortRange(8100, 8101), slots={8100: "jerry-xl"})
+    settings = Settings(
+        address="127.0.0.1",
+        ports=PortRange(8100, 8101),
+        slots={8100: "jerry-xl"},
+        slot_options={8100: SlotOptions(hold=0)},
+    )
     return HostTarget("studio", None, ("python",), settings)
 
 

@@ -189,7 +189,7 @@ WRONG = {
         "gateway_fault": "model: openai/jerry-l",
         "gateway_doubt": "inv gateway --host studio2 --print",
         "gateway_health_checks": "background_health_checks: false",
-        "gateway_retries": "num_retries: 60, retry_after: 1, disable_cooldowns: true",
+        "gateway_retries": "InternalServerErrorRetries: 11",
     },
     "studio": {
         "settings_differ": "mlxctl deploy",

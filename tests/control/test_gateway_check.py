@@ -12,6 +12,7 @@ from mlxops.control.client import HostTarget
 from mlxops.control.gateway.check import check
 from mlxops.control.gateway.entries import as_yaml, entries_to_paste
 from mlxops.core.errors import Refused, Unreachable
+from mlxops.core.hold import RetrySettings
 from mlxops.core.replies import HostReply
 from mlxops.core.settings import Settings
 from tests.control.gatewayfiles import ENTRY, read_config, served, target
@@ -65,9 +66,9 @@ class TestCheck:
 
     def test_printed_yaml_has_only_a_model_list(self) -> None:
         for env in (False, True):
-            text = as_yaml(*entries_to_paste([target()], env=env))
+            text = as_yaml(entries_to_paste([target()], RetrySettings(), env=env))
             assert list(yaml.safe_load(text)) == ["model_list"]
 
     def test_host_without_slots_has_nothing_to_print(self) -> None:
         with pytest.raises(Refused, match="nothing to print"):
-            entries_to_paste([HostTarget("studio", None, (), Settings())], env=False)
+            entries_to_paste([HostTarget("studio", None, (), Settings())], RetrySettings(), env=False)

@@ -6,16 +6,16 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlxops.agent.paths import host_paths, settings_differences
 from mlxops.control.inventory import Inventory, hosts_file, load
 from mlxops.core.errors import Exit, UsageError
-from mlxops.core.settings import NO_LIMIT, BootJob, PortRange, Settings
+from mlxops.core.settings import NO_LIMIT, BootJob, PortRange, settings_keys
 
 EXAMPLE = Path(__file__).parents[2] / "hosts.yaml"
 
@@ -97,13 +97,13 @@ def test_commented_defaults_of_the_example_are_true(tmp_path: Path) -> None:
     assert explicit.host("studio").python == plain.host("studio").interpreter()
 
 
-@pytest.mark.parametrize("key", ["ssh", "python", *(each.name for each in fields(Settings))])
+@pytest.mark.parametrize("key", ["ssh", "python", *settings_keys()])
 def test_every_setting_is_in_the_example(key: str) -> None:
     assert re.search(rf"^    (# )?{key}:( |$)", EXAMPLE.read_text(), re.MULTILINE)
 
 
 def test_every_host_key_is_named_when_a_key_is_unknown(tmp_path: Path) -> None:
-    known = ["ssh", "python", *(each.name for each in fields(Settings))]
+    known = ["ssh", "python", *settings_keys()]
     assert refusal(tmp_path, one("unheard_of: 1")).why == f"known here: {', '.join(known)}"
 
 
@@ -171,6 +171,22 @@ def test_memory_is_auto_or_a_size(tmp_path: Path, text: str, size: int | None) -
     assert read(tmp_path, one(f"memory: {text}")).host("studio").settings.memory == size
 
 
+def test_slot_is_an_alias_or_a_mapping_with_one(tmp_path: Path) -> None:
+    text = "slots: {8100: {alias: a, hold: 60}, 8101: b, 8102: {alias: c, hold: 0}, 8103: {alias: d}}"
+    settings = read(tmp_path, one(text)).host("studio").settings
+    assert settings.slots == {8100: "a", 8101: "b", 8102: "c", 8103: "d"}
+    assert [settings.hold(port) for port in range(8100, 8105)] == [60, None, 0, None, None]
+
+
+def test_hold_is_not_agreed_on(tmp_path: Path) -> None:
+    paths = [
+        host_paths(read(tmp_path, one(f"slots: {{8100: {slot}}}")).host("studio").settings, {"HOME": str(tmp_path)})
+        for slot in ("a", "{alias: a, hold: 60}", "{alias: b}")
+    ]
+    assert settings_differences(paths[0], paths[1]) == {}
+    assert list(settings_differences(paths[0], paths[2])) == ["slots"]
+
+
 def test_launch_can_be_set_for_each_engine(tmp_path: Path) -> None:
     host = read(tmp_path, one("launch: {mlx-lm: [mlx_lm.server], mlx-openai-server: []}")).host("studio")
     assert host.settings.launch == {"mlx-lm": ("mlx_lm.server",)}
@@ -195,6 +211,16 @@ def test_launch_can_be_set_for_each_engine(tmp_path: Path) -> None:
         ("slots: {8100: 123}", "hosts.studio.slots.8100: '123' is a number"),
         ("slots: {08100: a}", "is not a port"),
         ("slots: [a]", "hosts.studio.slots: is a list"),
+        ("slots: {8100: {hold: 60}}", "hosts.studio.slots.8100: alias is missing"),
+        ("slots: {8100: {alias: a b}}", "is not an alias"),
+        ("slots: {8100: {alias: a}, 8101: a}", "the alias a appears twice"),
+        ("slots: {8100: {alias: a, holt: 60}}", "hosts.yaml:3: hosts.studio.slots.8100.holt: unknown key"),
+        ("slots: {8100: {alias: a, hold: 60 s}}", "hosts.studio.slots.8100.hold: '60 s' is text"),
+        ("slots: {8100: {alias: a, hold: true}}", "hosts.studio.slots.8100.hold"),
+        ("slots: {8100: {alias: a, hold: 1.5}}", "hosts.studio.slots.8100.hold"),
+        ("slots: {8100: {alias: a, hold: -1}}", "-1 is not a plain decimal number"),
+        ("slots: {8100: {alias: a, hold: 3601}}", "3601 seconds are too long"),
+        ("slots: {8100: {alias: a, hold: }}", "hosts.studio.slots.8100.hold: has no value"),
         ("slots:", "hosts.studio.slots: has no value"),
         ("bind: studio.local", "is not an IP address"),
         ("bind: 0", "'0' is a number"),

@@ -6,7 +6,6 @@ import re
 import string
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
@@ -15,7 +14,7 @@ from mlxops.core.doctor import host
 from mlxops.core.doctor.assumptions import Assumption, Trial, report_text
 from mlxops.core.doctor.engines import engine_findings, parse_version
 from mlxops.core.doctor.findings import Finding, FindingCode, Level, worst_first
-from mlxops.core.doctor.gateway import health_check_findings, retry_seconds, swap_findings
+from mlxops.core.doctor.gateway import health_check_findings
 from mlxops.core.doctor.host import Disk, Memory, disk_findings, memory_findings, power_findings
 from mlxops.core.doctor.incidents import incident
 from mlxops.core.replies import HostReply
@@ -168,39 +167,6 @@ def test_version_is_its_numbers(text: str, numbers: tuple[int, ...]) -> None:
 
 
 # -- the gateway --------------------------------------------------------------------------------------------------
-
-GOOD: dict[str, Any] = {"num_retries": 60, "retry_after": 1, "disable_cooldowns": True}
-
-
-@pytest.mark.parametrize(
-    ("params", "router", "module", "lost"),
-    [
-        ({}, GOOD, {}, False),
-        ({}, {}, {}, True),
-        ({"num_retries": 40, "cooldown_time": 0}, {}, {}, False),
-        ({"num_retries": 40}, {}, {}, True),
-        ({"num_retries": 1}, GOOD, {}, True),
-        ({}, {"disable_cooldowns": True}, {"num_retries": 12}, False),
-        ({}, {"num_retries": "os.environ/RETRIES", "disable_cooldowns": True}, {}, True),
-    ],
-)
-def test_gateway_that_gives_up_in_a_swap_is_named(
-    params: dict[str, Any], router: dict[str, Any], module: dict[str, Any], lost: bool
-) -> None:
-    entry = {"model_name": "jerry-xl", "litellm_params": params}
-    other = {"model_name": "gpt", "litellm_params": {}}
-    document: dict[object, object] = {
-        "model_list": [entry, other],
-        "router_settings": router,
-        "litellm_settings": module,
-    }
-    found = list(swap_findings(document, {"jerry-xl"}, "router.yaml"))
-    assert bool(found) == lost and all("gpt" not in each.message for each in found)
-    assert list(swap_findings({"model_list": "?"}, {"jerry-xl"}, "router.yaml")) == []
-
-
-def test_retries_last_as_measured() -> None:
-    assert (retry_seconds(2), retry_seconds(5), retry_seconds(60, 1.0) > 400) == (1.5, 15.5, True)
 
 
 def test_health_checks_that_reach_servers_are_named() -> None:

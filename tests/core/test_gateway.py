@@ -488,6 +488,7 @@ def test_printed_variables_follow_the_alias() -> None:
                 "api_base": "os.environ/JERRY_XL_API_BASE",
                 "api_key": "os.environ/JERRY_XL_API_KEY",
             },
+            "model_info": {"mode": "chat", "disable_background_health_check": True},
         }
     ]
     assert environ == {

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxops.core.settings import BootJob, PortRange, Settings, settings_from_wire
+from mlxops.core.settings import BootJob, PortRange, Settings, SlotOptions, settings_from_wire
 from tests.properties import PROPERTY, json_values
 
 ranges = st.tuples(st.integers(1, 65535), st.integers(1, 65535)).map(lambda pair: PortRange(min(pair), max(pair)))
@@ -24,6 +24,9 @@ settings = st.builds(
     env=st.dictionaries(st.text(), st.text(), max_size=2),
     ports=ranges,
     slots=st.dictionaries(st.integers(1, 65535), st.text(), max_size=3),
+    slot_options=st.dictionaries(
+        st.integers(1, 65535), st.builds(SlotOptions, hold=st.none() | st.integers()), max_size=3
+    ),
     boot=st.lists(st.builds(BootJob, st.integers(1, 65535), st.text(), st.text())).map(tuple),
     memory=st.none() | st.integers(1),
     kill_limit=st.none() | st.integers(0),
@@ -52,6 +55,12 @@ def test_settings_without_a_required_key_are_refused(key: str) -> None:
     del wire[key]
     with pytest.raises(ValueError, match=key):
         settings_from_wire(wire)
+
+
+def test_settings_of_a_version_without_slot_options_are_read() -> None:
+    wire = Settings(slots={8100: "jerry-xl"}, slot_options={8100: SlotOptions(hold=60)}).to_wire()
+    del wire["slot_options"]
+    assert settings_from_wire(wire) == Settings(slots={8100: "jerry-xl"})
 
 
 def test_slot_serves_under_its_alias_and_other_ports_under_the_model() -> None:

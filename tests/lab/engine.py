@@ -16,6 +16,10 @@ healthy and completes nothing. Other options are ignored.
     --fake-rate NUMBER   stream the tokens that are asked for, so many a second, then the usage; a prompt that is new is
                          read a hundred times as fast
     --fake-names FILE    add the model of each request to FILE, a line each
+    --fake-answers FILE  add the prompt of each completion to FILE when it has all of the answer, a line each
+    --fake-status STATUS answer each completion with this status
+    --fake-slow SECONDS  take so long for each completion
+    --fake-parts NUMBER  a stream has so many parts; without it, it has no end
     --fake-memory MB     hold so much real memory; with the act `family`, its child does
     --fake-ignore NAMES  ignore these signals: `int` (as does a server that a shell started with `&`), `term`, or both,
                          separated by a comma
@@ -52,6 +56,7 @@ def option(name: str, default: str = "") -> str:
 ACT = option("--fake-act", "ok")
 MODEL = option("--model")
 """The only model that it completes with. Without one it takes every name."""
+PARTS = int(option("--fake-parts", "0"))
 held: list[bytes] = []
 prompts: set[str] = set()
 """The messages that it has answered with --fake-rate."""
@@ -66,9 +71,14 @@ def respond(connection: socket.socket) -> None:
     if asked.startswith(b"POST"):
         if '"stream":true' in body and (rate := float(option("--fake-rate", "0"))):
             return stream_at(connection, body, rate)
-        if ACT == "endless" or '"stream":true' in body:
+        if ACT == "endless" or ('"stream":true' in body and not PARTS):
             stream(connection)
         status, answer = completion(asked_model(body))
+        time.sleep(float(option("--fake-slow", "0")))
+        if status == "200 OK" and '"stream":true' in body:
+            return stream_parts(connection, prompt_of(body))
+        if status == "200 OK":
+            note("--fake-answers", prompt_of(body))
     elif asked.startswith(b"GET /v1/models "):
         answer = f'{{"object":"list","data":[{{"id":"{MODEL}"}}]}}'
     elif ACT == "sick":
@@ -94,16 +104,27 @@ def request(connection: socket.socket) -> tuple[bytes, str]:
 
 def asked_model(body: str) -> str:
     model = body.partition('"model":"')[2].partition('"')[0]
-    if file := option("--fake-names"):
-        with open(file, "a", encoding="utf-8") as names:
-            names.write(model + "\n")
+    note("--fake-names", model)
     return model
+
+
+def prompt_of(body: str) -> str:
+    return body.partition('"content":"')[2].partition('"')[0]
+
+
+def note(name: str, line: str) -> None:
+    """Add a line to the file that an option names, if it is given."""
+    if file := option(name):
+        with open(file, "a", encoding="utf-8") as lines:
+            lines.write(line + "\n")
 
 
 def completion(model: str) -> tuple[str, str]:
     """Return the status and the body of an answer to a completion of this model."""
     if ACT == "broken" or os.path.exists("broken"):
         return "500 Broken", '{"error":"BatchEncoding has no attribute input_ids"}'
+    if status := option("--fake-status"):
+        return f"{status} Refused", '{"error":{"message":"no"}}'
     if MODEL and model not in (MODEL, "default_model"):
         return "404 Not Found", f'{{"error":"no model {model}"}}'
     if ACT == "deep":
@@ -138,6 +159,21 @@ def stream_at(connection: socket.socket, body: str, rate: float) -> None:
     counts = f'"prompt_tokens": {prompt}, "completion_tokens": {tokens}'
     usage = f'{{{counts}, "prompt_tokens_details": {{"cached_tokens": {cached}}}}}'
     connection.sendall(f'data: {{"choices": [], "usage": {usage}}}\n\ndata: [DONE]\n\n'.encode())
+
+
+def stream_parts(connection: socket.socket, prompt: str) -> None:
+    """Send a stream that ends."""
+    connection.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: text/event-stream\r\n\r\n")
+    for number in range(PARTS):
+        connection.sendall(part(f'"delta":{{"content":"{number} "}}'))
+        time.sleep(0.05)
+    connection.sendall(part('"delta":{},"finish_reason":"stop"'))
+    note("--fake-answers", prompt)
+    connection.sendall(b"data: [DONE]\n\n")
+
+
+def part(choice: str) -> bytes:
+    return f'data: {{"id":"1","object":"chat.completion.chunk","choices":[{{"index":0,{choice}}}]}}\n\n'.encode()
 
 
 def serve() -> None:

@@ -105,7 +105,8 @@ class Studio:
             "engine": "mlx-lm",
             "launch": {"mlx-lm": [str(cache.engine_venv("mlx-lm") / "bin" / "mlx_lm.server")]},
             "ports": f"{self.ports[0]}-{self.ports[-1]}",
-            "slots": dict(self.slots),
+            # Without a hold, `gateway` would warn of every alias.
+            "slots": {port: {"alias": alias, "hold": 0} for port, alias in self.slots.items()},
             # More than there is: servers of other tests, which run at the same time, count on this machine.
             "memory": "1000 GB",
         }

@@ -7,6 +7,7 @@ from pathlib import Path
 from mlxops.agent.context import Context
 from mlxops.agent.operations.server_names import name_fields, names_of, paths_of
 from mlxops.core.commands.gateway import Gateway, ServedPort, ServedPorts
+from mlxops.core.planner import swap_seconds
 from mlxops.core.ports import PortView
 from mlxops.core.registry import Model, Registry
 from mlxops.core.replies import ErrorRow
@@ -16,13 +17,14 @@ def run(ctx: Context, request: Gateway) -> ServedPorts:
     registry, world = ctx.registry_and_world()
     views = [view for port, view in sorted(world.ports.items()) if port in ctx.paths.settings.ports]
     error = ctx.warn_if_unusable(registry)
+    swaps = swap_seconds(ctx.history())
     return ServedPorts(
-        ports=tuple(_served_port(view, registry) for view in views),
+        ports=tuple(_served_port(view, registry, swaps.get(view.port)) for view in views),
         registry_error=ErrorRow.of(error) if error else None,
     )
 
 
-def _served_port(view: PortView, registry: Registry) -> ServedPort:
+def _served_port(view: PortView, registry: Registry, swap: float | None) -> ServedPort:
     entry = registry.models.get(view.model or "")
     names = name_fields(names_of(view))
     return ServedPort(
@@ -40,6 +42,7 @@ def _served_port(view: PortView, registry: Registry) -> ServedPort:
         context_length=_context_length(entry) if entry and view.owner else None,
         assigned=bool(registry.on_port(view.port)),
         detail=view.detail,
+        swap_seconds=swap,
     )
 
 

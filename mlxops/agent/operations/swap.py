@@ -95,6 +95,7 @@ def start_in_place(ctx: Context, request: Load, registry: Registry, plan: LoadPl
             revision=prepared.files.revision,
             replaced=plan.previous.model if plan.previous else None,
             restore=request.restore,
+            downtime_seconds=None if downtime is None else round(downtime, 3),
         )
         return downtime
 

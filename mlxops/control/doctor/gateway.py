@@ -14,9 +14,10 @@ from mlxops.control.gateway.config import GatewayConfig, key_of, read
 from mlxops.control.inventory import Gateway
 from mlxops.core.commands.gateway import Gateway as GatewayRequest
 from mlxops.core.doctor.findings import Finding, FindingCode
-from mlxops.core.doctor.gateway import health_check_findings, swap_findings
+from mlxops.core.doctor.gateway import health_check_findings
 from mlxops.core.errors import Refused
 from mlxops.core.gateway import Impact, Mismatch
+from mlxops.core.hold import SWAP_LOSES
 
 ANSWER_SECONDS = 5.0
 ALIVE = "/health/liveliness"
@@ -64,11 +65,12 @@ def _entries(config: GatewayConfig, targets: Sequence[HostTarget]) -> Iterator[F
     yield from (_as_finding(each) for result in results for each in result.findings if each.code != _IDLE)
     aliases = {name for result in results for row in result.aliases if row.sends for name in row.names}
     name = config.files.config
-    yield from swap_findings(config.document, aliases, name)
     checked = [entry.alias for entry in config.entries if entry.health_checked and entry.alias in aliases]
     yield from health_check_findings(checked, name)
 
 
 def _as_finding(finding: Mismatch) -> Finding:
     code = FindingCode.GATEWAY_FAULT if finding.severity is Impact.FAULT else FindingCode.GATEWAY_DOUBT
+    if finding.code == SWAP_LOSES:
+        return Finding(FindingCode.GATEWAY_RETRIES, FindingCode.GATEWAY_RETRIES.level, finding.message, finding.hint)
     return Finding(code, code.level, f"{finding.code}: {finding.message}", finding.hint, finding.port)

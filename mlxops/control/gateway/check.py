@@ -11,6 +11,7 @@ from mlxops.control.gateway.ports import configured_ports, observed_ports, same_
 from mlxops.control.gateway.result import AliasRow, GatewayResult
 from mlxops.control.hints import aimed
 from mlxops.core import gateway as core
+from mlxops.core import hold
 from mlxops.core.commands.gateway import ServedPorts
 from mlxops.core.errors import MlxopsError, Refused
 from mlxops.core.gateway import Entry, GatewayPort, Impact, Mismatch
@@ -47,11 +48,12 @@ def check(
     all_ports = [port for host_ports in ports.values() for port in host_ports]
     config = with_client_names(config, all_ports)
     compared = core.compare(config.entries, all_ports, config.files, same_host) if config.known else ()
+    swaps = hold.findings(config.entries, all_ports, config.config.retry, config.files, same_host)
     registry_findings = [finding for reply in replies for finding in _registry_findings(reply)]
     flags = {target.name: target.flags for target in targets}
     findings = [
         replace(finding, hint=aimed(finding.hint, flags.get(finding.host or "", "")))
-        for finding in (*config.findings, *compared, *registry_findings)
+        for finding in (*config.findings, *compared, *swaps, *registry_findings)
     ]
     first = replies[0].host if replies else None
     return tuple(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import field
 from pathlib import Path
 
 import yaml
@@ -19,6 +18,7 @@ from mlxops.core import env_file
 from mlxops.core.errors import Refused
 from mlxops.core.frozen import dataclass
 from mlxops.core.gateway import Entry, GatewayPaths, Impact, Mismatch
+from mlxops.core.hold import RetrySettings
 from mlxops.core.litellm import Environ, LiteLLMConfig, parse
 from mlxops.core.redaction import redact
 
@@ -37,8 +37,6 @@ class GatewayConfig:
     findings: tuple[Mismatch, ...]
     files: GatewayPaths
     environ: Mapping[str, str]
-    document: Mapping[object, object] = field(default_factory=dict)
-    """The configuration, its includes merged into it. It may hold secrets: it is never shown."""
     known: bool = True
     """False: hosts.yaml names no configuration, so there is nothing to compare."""
 
@@ -55,8 +53,17 @@ def read(gateway: Gateway) -> GatewayConfig:
     document, places, repeated = _merged(gateway.config)
     config = parse(document, environ, files, places)
     all_findings = (*findings, *repeated, *config.findings)
-    merged = document if isinstance(document, dict) else {}
-    return GatewayConfig(config, config.entries, all_findings, files, environ.values, merged)
+    return GatewayConfig(config, config.entries, all_findings, files, environ.values)
+
+
+def retry_settings(gateway: Gateway | None) -> RetrySettings:
+    """Return what the gateway's configuration says about retries; LiteLLM's defaults if it cannot be read here."""
+    if gateway is None or gateway.config is None:
+        return RetrySettings()
+    try:
+        return read(gateway).config.retry
+    except Refused:
+        return RetrySettings()
 
 
 def key_of(gateway: Gateway, environ: Mapping[str, str]) -> str | None:

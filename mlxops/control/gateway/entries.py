@@ -1,4 +1,4 @@
-"""`gateway --print`: the entries to paste into the gateway's configuration."""
+"""`gateway --print`: the entries to paste into the gateway's configuration, and the settings of those that wait."""
 
 from __future__ import annotations
 
@@ -9,11 +9,24 @@ import yaml
 from mlxops.control.client import HostTarget
 from mlxops.control.gateway.ports import configured_ports
 from mlxops.core import gateway as core
+from mlxops.core import hold
 from mlxops.core.errors import Refused
+from mlxops.core.frozen import dataclass
+from mlxops.core.hold import RetrySettings
 
 
-def entries_to_paste(targets: Sequence[HostTarget], *, env: bool) -> tuple[dict[str, object], dict[str, str]]:
-    """Return the document to paste and the variables that it refers to. Raises `Refused` (no_slots)."""
+@dataclass(frozen=True)
+class Printed:
+    document: Mapping[str, object]
+    """`model_list`, and `router_settings` if an alias has a hold."""
+    environ: Mapping[str, str]
+    """The variables that the document refers to."""
+    notes: tuple[str, ...] = ()
+    """What a person must know who pastes it."""
+
+
+def entries_to_paste(targets: Sequence[HostTarget], retry: RetrySettings, *, env: bool) -> Printed:
+    """Return what to paste. `retry`: what the gateway's configuration says today. Raises `Refused` (no_slots)."""
     ports = [port for target in targets for port in configured_ports(target)]
     if not any(port.alias for port in ports):
         raise Refused(
@@ -22,12 +35,26 @@ def entries_to_paste(targets: Sequence[HostTarget], *, env: bool) -> tuple[dict[
             why="hosts.yaml gives the host no slots",
             hint="add them, for example: slots: {8100: jerry-xl}",
         )
-    return core.document_with_variables(ports) if env else (core.document_with_values(ports), {})
+    document, environ = core.document_with_variables(ports) if env else (core.document_with_values(ports), {})
+    return Printed(hold.with_settings(document, ports, retry), environ, tuple(hold.notes(ports, retry)))
 
 
-def as_yaml(document: Mapping[str, object], environ: Mapping[str, str]) -> str:
-    """Return YAML with nothing but `model_list`; the lines for the env file follow as comments."""
-    text = str(yaml.safe_dump(dict(document), sort_keys=False, default_flow_style=False, width=200)).rstrip("\n")
-    if not environ:
-        return text
-    return "\n".join([text, "# For the gateway's env file:", *(f"# {name}={value}" for name, value in environ.items())])
+def as_yaml(printed: Printed) -> str:
+    """Return YAML. The notes and the lines for the env file follow as comments."""
+    lines = [_dump({"model_list": printed.document["model_list"]})]
+    if settings := printed.document.get("router_settings"):
+        lines += [*(f"# {line}" for line in _MERGE), _dump({"router_settings": settings})]
+    lines += [f"# {note}" for note in printed.notes]
+    if printed.environ:
+        lines += ["# For the gateway's env file:", *(f"# {name}={value}" for name, value in printed.environ.items())]
+    return "\n".join(lines)
+
+
+_MERGE = (
+    "A configuration has router_settings once: if yours has them, add model_group_retry_policy there,",
+    "or the second one hides the first.",
+)
+
+
+def _dump(document: Mapping[str, object]) -> str:
+    return str(yaml.safe_dump(dict(document), sort_keys=False, default_flow_style=False, width=200)).rstrip("\n")

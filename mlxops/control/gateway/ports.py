@@ -44,7 +44,10 @@ def configured_ports(target: HostTarget) -> tuple[GatewayPort, ...]:
     """Return a host's ports by its settings. Raises `Unreachable` if SSH does not say its address."""
     settings = target.settings
     address = reached_at(target)
-    return tuple(GatewayPort(target.name, address, port, settings.slots.get(port)) for port in settings.ports)
+    return tuple(
+        GatewayPort(target.name, address, port, settings.slots.get(port), hold=settings.hold(port))
+        for port in settings.ports
+    )
 
 
 def observed_ports(ports: Sequence[GatewayPort], observed: ServedPorts | None) -> tuple[GatewayPort, ...]:
@@ -72,4 +75,6 @@ def _observed_port(port: GatewayPort, row: ServedPort) -> GatewayPort:
         context_length=row.context_length,
         assigned=row.assigned,
         detail=row.detail,
+        hold=port.hold,
+        swap_seconds=row.swap_seconds,
     )

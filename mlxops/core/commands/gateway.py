@@ -37,6 +37,8 @@ class ServedPort:
     """The registry assigns a model to this port."""
     detail: str
     """What is special about the state, for people."""
+    swap_seconds: float | None = None
+    """The longest time that one of its latest swaps left the port without a server; None: it has had none."""
 
 
 @dataclass(frozen=True)

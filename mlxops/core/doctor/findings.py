@@ -469,8 +469,8 @@ class FindingCode(StrEnum):
         "gateway_retries",
         Level.WARNING,
         "The gateway gives up before a swap is over, so requests are lost.",
-        "in {config}: router_settings: {{num_retries: 60, retry_after: 1, disable_cooldowns: true}}; then restart the "
-        "gateway, once",
+        "give the port a hold in hosts.yaml, and paste what `mlxctl gateway --print` shows; then restart the gateway, "
+        "once",
     )
 
     # Both sides

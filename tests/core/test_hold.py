@@ -1,0 +1,261 @@
+"""How long LiteLLM lets a request wait, what a configuration says about it, and what is printed for it.
+
+`tests/control/test_hold_live.py` compares the numbers with a real LiteLLM.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlxops.core import gateway, hold, litellm
+from mlxops.core.gateway import GatewayPaths, GatewayPort, Mismatch
+from mlxops.core.hold import RetrySettings, retries_for, seconds_until_error, seconds_until_last
+from mlxops.core.litellm import Environ
+from mlxops.core.planner import swap_seconds
+from mlxops.core.ports import Owner, State
+from mlxops.core.settings import MAX_HOLD
+from tests.properties import PROPERTY, json_values
+
+FILES = GatewayPaths("router.yaml", "local.env")
+HOST = "studio.local"
+
+
+def item(alias: str = "jerry-xl", port: int = 8100, **params: Any) -> dict[str, Any]:
+    base = f"http://{HOST}:{port}/v1"
+    return {"model_name": alias, "litellm_params": {"model": "openai/x", "api_base": base, "api_key": "none", **params}}
+
+
+def port(number: int = 8100, alias: str | None = "jerry-xl", **changes: Any) -> GatewayPort:
+    facts: dict[str, Any] = {"state": State.READY, "owner": Owner.MLXOPS} | changes
+    return GatewayPort("studio", facts.pop("address", HOST), number, alias, **facts)
+
+
+def findings(document: dict[str, Any], *ports: GatewayPort) -> tuple[Mismatch, ...]:
+    config = litellm.parse(document, Environ(), FILES)
+    aliases = [each.alias for each in ports if each.alias]
+    return hold.findings(config.concrete(aliases), ports, config.retry, FILES)
+
+
+def codes(document: dict[str, Any], *ports: GatewayPort) -> list[str]:
+    return [each.code for each in findings(document, *ports)]
+
+
+# -- the schedule -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seconds", "retries"), [(0, 0), (1, 4), (7, 4), (8, 5), (15, 5), (16, 6), (60, 11), (120, 19), (3600, 454)]
+)
+def test_hold_becomes_the_fewest_retries_that_reach_it(seconds: int, retries: int) -> None:
+    assert retries_for(seconds) == retries
+
+
+@given(st.integers(1, MAX_HOLD))
+def test_last_retry_comes_after_the_hold_and_not_a_pause_too_late(seconds: int) -> None:
+    retries = retries_for(seconds)
+    assert seconds_until_last(retries) >= seconds
+    assert retries == 4 or seconds_until_last(retries - 1) < seconds
+    assert seconds_until_last(retries) + 8 <= seconds_until_error(retries) <= seconds_until_last(retries) * 1.1 + 12
+
+
+def test_pauses_are_those_of_litellm() -> None:
+    assert [seconds_until_last(retries) for retries in range(7)] == [0, 0.5, 1.5, 3.5, 7.5, 15.5, 23.5]
+    assert seconds_until_last(3, least=1.0) == 4.0
+    assert seconds_until_last(10**9) > 10_000
+
+
+# -- what a configuration says ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("document", "retries"),
+    [
+        ({}, 2),
+        ({"litellm_settings": {"num_retries": 7}}, 7),
+        ({"litellm_settings": {"num_retries": 7}, "router_settings": {"num_retries": 5}}, 5),
+        ({"router_settings": {"num_retries": "os.environ/RETRIES"}}, 2),
+        ({"router_settings": {"retry_policy": {"InternalServerErrorRetries": 9}}}, 9),
+        ({"router_settings": {"retry_policy": {"TimeoutErrorRetries": 9}}}, 2),
+        ({"router_settings": {"model_group_retry_policy": {"jerry-xl": {"DefaultRetries": 8}}}}, 8),
+        ({"router_settings": {"model_group_retry_policy": {"other": {"DefaultRetries": 8}}}}, 2),
+        (
+            {
+                "router_settings": {
+                    "retry_policy": {"DefaultRetries": 9},
+                    "model_group_retry_policy": {"jerry-xl": {"NotFoundErrorRetries": 4}},
+                }
+            },
+            2,
+        ),
+    ],
+)
+def test_retries_of_a_refused_connection_are_found(document: dict[str, Any], retries: int) -> None:
+    config = litellm.parse({"model_list": [item()], **document}, Environ(), FILES)
+    assert config.retry.retries_of(config.entries[0]) == retries
+
+
+def test_policy_beats_the_entry_and_the_entry_the_router() -> None:
+    document = {"model_list": [item(num_retries="12")], "router_settings": {"num_retries": 5}}
+    config = litellm.parse(document, Environ(), FILES)
+    assert config.retry.retries_of(config.entries[0]) == 12
+    document["router_settings"] = {"retry_policy": {"InternalServerErrorRetries": 1}}
+    config = litellm.parse(document, Environ(), FILES)
+    assert config.retry.retries_of(config.entries[0]) == 1
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"router_settings": {"fallbacks": [{"jerry-xl": ["gpt"]}]}},
+        {"litellm_settings": {"fallbacks": [{"other": ["x"]}, {"jerry-xl": ["gpt"]}]}},
+        {"router_settings": {"fallbacks": [{"*": ["gpt"]}]}},
+        {"litellm_settings": {"default_fallbacks": ["gpt"]}},
+    ],
+)
+def test_fallbacks_of_an_alias_are_found(document: dict[str, Any]) -> None:
+    assert hold.read_retries(document).has_fallback("jerry-xl")
+    assert not hold.read_retries({"router_settings": {"fallbacks": [{"jerry-l": ["gpt"]}]}}).has_fallback("jerry-xl")
+
+
+@given(st.fixed_dictionaries({"router_settings": json_values, "litellm_settings": json_values}))
+@PROPERTY
+def test_any_settings_are_read(document: dict[str, object]) -> None:
+    assert isinstance(hold.read_retries(document), RetrySettings)
+
+
+# -- the check ----------------------------------------------------------------------------------------------------
+
+LOSES, DELAYS = ["swap_loses_requests"], ["hold_delays_fallback"]
+POLICY: dict[str, Any] = {"router_settings": {"model_group_retry_policy": {"jerry-xl": hold.policy(60)}}}
+PASTED = {"model_list": [item(cooldown_time=0)], **POLICY}
+
+
+@pytest.mark.parametrize(
+    ("document", "state", "found"),
+    [
+        ({"model_list": [item()]}, port(), LOSES),
+        ({"model_list": [item()]}, port(hold=60), LOSES),
+        ({"model_list": [item()]}, port(hold=0), []),
+        ({"model_list": [item()]}, port(swap_seconds=1.2), LOSES),
+        ({"model_list": [item(cooldown_time=0)]}, port(swap_seconds=1.2), []),
+        ({"model_list": [item()]}, port(state=None), []),
+        ({"model_list": [item()]}, port(alias=None), []),
+        ({"model_list": [item()]}, port(state=State.IDLE, owner=None), LOSES),
+        (PASTED, port(hold=60), []),
+        (PASTED, port(), []),
+        (PASTED, port(hold=60, swap_seconds=100.0), LOSES),
+        ({"model_list": [item()], **POLICY}, port(hold=60), LOSES),
+        ({"model_list": [item()], "router_settings": {"num_retries": 60, "disable_cooldowns": True}}, port(), []),
+        ({"model_list": [item(num_retries=40, cooldown_time=0)]}, port(), []),
+        ({"model_list": [item(), item()]}, port(), []),
+        ({"model_list": [item(mock_response="hi")]}, port(), []),
+        ({"model_list": [item()], "litellm_settings": {"default_fallbacks": ["gpt"]}}, port(), []),
+        ({"model_list": [item()], "litellm_settings": {"default_fallbacks": ["gpt"]}}, port(hold=60), []),
+        ({**PASTED, "litellm_settings": {"fallbacks": [{"jerry-xl": ["gpt"]}]}}, port(hold=60), DELAYS),
+    ],
+    ids=[
+        *("defaults", "hold that is not pasted", "loss accepted", "short swaps and cooldowns", "short swaps"),
+        *("host not reached", "no slot", "idle", "pasted", "pasted earlier", "pasted, too short", "cooldown forgotten"),
+        *(
+            "settings of the router",
+            "settings of the entry",
+            "several entries",
+            "mock",
+            "fallback",
+            "fallback and hold",
+        ),
+        "hold before the fallback",
+    ],
+)
+def test_alias_that_would_lose_requests_is_named(
+    document: dict[str, Any], state: GatewayPort, found: list[str]
+) -> None:
+    assert codes(document, state) == found
+
+
+def test_other_providers_are_left_alone() -> None:
+    other = {"model_name": "gpt", "litellm_params": {"model": "openai/gpt-4o", "api_key": "x"}}
+    assert codes({"model_list": [item(cooldown_time=0), other], **POLICY}, port()) == []
+
+
+def test_synonym_needs_a_policy_of_its_own() -> None:
+    document = {**PASTED, "router_settings": {**POLICY["router_settings"], "model_group_alias": {"best": "jerry-xl"}}}
+    (found,) = findings(document, port(hold=60))
+    assert found.alias == "best" and "model_group_retry_policy: {best: " in found.hint
+
+
+@pytest.mark.parametrize(
+    ("state", "hint"),
+    [
+        (
+            port(),
+            "in hosts.yaml: slots: {8100: {alias: jerry-xl, hold: 60}} (hold: 0 accepts the loss); in router.yaml: ",
+        ),
+        (port(hold=60), "in router.yaml: router_settings: {model_group_retry_policy: {jerry-xl: "),
+        (port(swap_seconds=100.0), "in hosts.yaml: slots: {8100: {alias: jerry-xl, hold: 130}}"),
+        (port(hold=60, swap_seconds=100.0), "in hosts.yaml: slots: {8100: {alias: jerry-xl, hold: 130}}"),
+    ],
+)
+def test_warning_has_the_edit(state: GatewayPort, hint: str) -> None:
+    (found,) = findings({"model_list": [item()]}, state)
+    assert found.hint.startswith(hint) and "cooldown_time: 0; then restart the gateway, once" in found.hint
+    assert (found.port, found.host, found.severity) == (8100, "studio", "warning")
+
+
+@pytest.mark.parametrize(("swap", "text"), [(None, "30 s or more with a large model"), (41.4, "41 s")])
+def test_warning_says_how_long_a_swap_takes(swap: float | None, text: str) -> None:
+    (found,) = findings({"model_list": [item()]}, port(swap_seconds=swap))
+    assert found.message.endswith(f"LiteLLM retries them for 2 s, and a swap takes {text}")
+
+
+# -- what to paste ------------------------------------------------------------------------------------------------
+
+
+def printed(*ports: GatewayPort, fallbacks: frozenset[str] = frozenset()) -> dict[str, Any]:
+    return hold.with_settings(gateway.document_with_values(ports), ports, RetrySettings(fallbacks=fallbacks))
+
+
+def test_hold_touches_its_own_alias_only() -> None:
+    held, plain = port(hold=60), port(8101, "jerry-l")
+    document = printed(held, plain)
+    assert document["router_settings"] == {
+        "model_group_retry_policy": {"jerry-xl": {"InternalServerErrorRetries": 11, "NotFoundErrorRetries": 11}}
+    }
+    first, second = document["model_list"]
+    assert first["litellm_params"]["cooldown_time"] == 0
+    assert second == printed(plain)["model_list"][0] and "cooldown_time" not in second["litellm_params"]
+
+
+@pytest.mark.parametrize("ports", [[port()], [port(hold=0)], [port(hold=60), port(hold=60, address="b")]])
+def test_without_a_hold_nothing_but_the_entries_is_printed(ports: list[GatewayPort]) -> None:
+    assert list(printed(*ports)) == ["model_list"]
+
+
+def test_alias_with_a_fallback_keeps_it_fast() -> None:
+    fallbacks = frozenset({"jerry-xl"})
+    assert list(printed(port(hold=60), fallbacks=fallbacks)) == ["model_list"]
+    first = next(hold.notes([port(hold=60)], RetrySettings(fallbacks=fallbacks)))
+    assert first == "jerry-xl: no hold, because it has a fallback."
+
+
+@given(st.integers(1, MAX_HOLD))
+@PROPERTY
+def test_what_is_printed_passes_the_check(seconds: int) -> None:
+    slot = port(hold=seconds, swap_seconds=float(seconds))
+    assert findings(printed(slot), slot) == ()
+
+
+# -- the history --------------------------------------------------------------------------------------------------
+
+
+def test_longest_of_the_latest_swaps_counts() -> None:
+    def swap(number: int, seconds: object, command: str = "load") -> dict[str, object]:
+        return {"command": command, "port": number, "downtime_seconds": seconds}
+
+    latest = [swap(8100, seconds) for seconds in (5, 41.5, *range(1, 9))]
+    history = [swap(8100, 900.0), *latest, swap(8101, None), swap(8102, 7), swap(8102, -1), swap(8102, "x")]
+    assert swap_seconds([*history, swap(8103, 3, "restore"), {"command": "load"}]) == {8100: 41.5, 8102: 7.0}
