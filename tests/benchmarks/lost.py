@@ -168,19 +168,20 @@ def open_place(folder: Path, engine: str, seconds: float, hold: int) -> Iterator
 
 def _engine(lab: Homelab, engine: str, seconds: float, answers: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
     """Install the models and the engine. Return `launch` and `env` for hosts.yaml."""
-    folder = lab.studio.folder / "bin"
     if engine == "fake":
         for repo in (FIRST, SECOND, BROKEN):
             snapshot(lab.studio.hub, repo)
         options = ["--fake-late", str(seconds), "--fake-answers", str(answers)]
         options += ["--fake-slow", "0.5", "--fake-parts", "20"]  # a stream takes one second more
-        return {"mlx-lm": [str(install_engine(folder)), *options]}, {}
+        return {"mlx-lm": [str(install_engine(lab.studio.folder / "bin")), *options]}, {}
     for repo, model in ((FIRST, models.QWEN), (SECOND, models.LLAMA), (BROKEN, models.BROKEN)):
         lab.studio.install(repo, model)
-    folder.mkdir(parents=True)
-    program = folder / "mlx_lm.server"
+    installed, folder = cache.engine_venv("mlx-lm"), lab.studio.folder / "engine"
+    program = folder / "bin" / "mlx_lm.server"
+    program.parent.mkdir(parents=True)
+    (folder / "lib").symlink_to(installed / "lib")  # its version is found there
     source = Path(__file__).parents[1] / "lab" / "slowengine.py"
-    program.write_text(f"#!{cache.engine_venv('mlx-lm') / 'bin' / 'python'}\n{source.read_text(encoding='utf-8')}")
+    program.write_text(f"#!{installed / 'bin' / 'python'}\n{source.read_text(encoding='utf-8')}")
     program.chmod(0o755)
     other = [str(cache.openai_server_venv() / "bin" / "mlx-openai-server"), "launch"]
     variables = {"SLOW_ENGINE_SECONDS": str(seconds), "SLOW_ENGINE_ANSWERS": str(answers)}

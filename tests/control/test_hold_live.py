@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mlxops.control.client import HostTarget
 from mlxops.control.gateway.entries import as_yaml, entries_to_paste
@@ -36,15 +37,15 @@ DEFAULTS = {400: 1, 401: 1, 403: 3, 404: 1, 408: 3, 409: 3, 422: 1, 429: 3, 500:
 """Status of a server -> how often LiteLLM asks it for one request without any settings."""
 WITH_HOLD = DEFAULTS | {500: RETRIES + 1, 404: RETRIES + 1}
 """500 is what a refused connection is for LiteLLM, 404 what mlx-lm answers when it could not load its model."""
-BACK = 5.0
+BACK = 6.0
 """Seconds until the servers are back that are back."""
+SPREAD = 0.1
+"""Seconds between two requests: more than forty at once would wait for the processor."""
 SLOW = 12.0
 """Seconds of a generation: longer than the hold."""
-FALLBACKS = """
-litellm_settings:
-  fallbacks:
-  - with-fallback: [held-ok]
-"""
+FALLBACKS = [{"with-fallback": ["held-ok"]}]
+ORDERED = {"ordered-one-down": ("held-down", "held-ok"), "ordered-both-down": ("held-down", "plain-down")}
+"""Alias -> the aliases whose servers are its first and its second: two hosts in an order."""
 STATUSES = [f"{kind}-{status}" for kind in ("held", "plain") for status in DEFAULTS]
 ALIASES = [
     *("held-down", "held-down-streamed", "held-back", "held-back-streamed", "held-slow", "held-lost"),
@@ -86,6 +87,11 @@ class Measured:
     asked: dict[str, int]
     """Alias -> how many requests its server got."""
 
+    @property
+    def slack(self) -> float:
+        """Seconds that a request may take besides LiteLLM's pauses: a few times what one takes that does not wait."""
+        return 2 + 4 * self.outcomes["held-ok"].seconds
+
 
 def ask(gateway: LiteLLM, alias: str, *, streamed: bool = False) -> Outcome:
     message = {"role": "user", "content": f"{alias} {time.time()}"}
@@ -103,14 +109,26 @@ def ask(gateway: LiteLLM, alias: str, *, streamed: bool = False) -> Outcome:
 
 
 def printed(ports: dict[str, int]) -> tuple[str, dict[str, str]]:
-    """Return what `gateway --print --env` prints, and the variables. An alias that begins with `plain` has no hold."""
+    """Return what `gateway --print --env` prints, what a user has beside it, and the variables.
+
+    An alias that begins with `plain` has no hold.
+    """
     holds = {port: SlotOptions(hold=HOLD) for alias, port in ports.items() if not alias.startswith("plain")}
     numbers = sorted(ports.values())
     slots = {port: alias for alias, port in ports.items()}
     settings = Settings(address="127.0.0.1", ports=PortRange(numbers[0], numbers[-1]), slots=slots, slot_options=holds)
-    own = read_retries({"litellm_settings": {"fallbacks": [{"with-fallback": ["held-ok"]}]}})
-    entries = entries_to_paste([HostTarget("studio", None, (), settings)], own, env=True)
-    return as_yaml(entries), dict(entries.environ)
+    own = {"fallbacks": FALLBACKS}
+    entries = entries_to_paste(
+        [HostTarget("studio", None, (), settings)], read_retries({"litellm_settings": own}), env=True
+    )
+    document = yaml.safe_load(as_yaml(entries))
+    bases = {alias: {"api_base": f"http://127.0.0.1:{port}/v1", "api_key": "none"} for alias, port in ports.items()}
+    document["model_list"] += [
+        {"model_name": alias, "litellm_params": {"model": "openai/x", "order": order + 1, **bases[server]}}
+        for alias, servers in ORDERED.items()
+        for order, server in enumerate(servers)
+    ]
+    return yaml.safe_dump({**document, "litellm_settings": own}), dict(entries.environ)
 
 
 @pytest.fixture(scope="module")
@@ -129,10 +147,15 @@ def measured(litellm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         engines["held-lost"].start("--fake-slow", "60")
         engines["held-cut-streamed"].start("--fake-parts", "1000")
         engines["held-ok"].start()
-        gateway = running.enter_context(LiteLLM(folder / "litellm", text + FALLBACKS, environ))
-        pool = running.enter_context(ThreadPoolExecutor(len(ALIASES)))
-        asked = {alias: pool.submit(ask, gateway, alias, streamed=alias.endswith("-streamed")) for alias in ALIASES}
-        time.sleep(BACK)
+        gateway = running.enter_context(LiteLLM(folder / "litellm", text, environ))
+        ask(gateway, "held-ok")  # the first one takes seconds
+        everybody = [*ALIASES, *ORDERED]
+        pool = running.enter_context(ThreadPoolExecutor(len(everybody)))
+        asked = {}
+        for alias in everybody:
+            asked[alias] = pool.submit(ask, gateway, alias, streamed=alias.endswith("-streamed"))
+            time.sleep(SPREAD)
+        time.sleep(BACK - SPREAD * len(everybody))
         for alias in ("held-back", "held-back-streamed", "held-lost", "held-cut-streamed"):
             engines[alias].stop()
             engines[alias].start()
@@ -145,14 +168,14 @@ def test_request_waits_for_its_hold_and_not_much_longer(measured: Measured, alia
     outcome = measured.outcomes[alias]
     sys.stderr.write(f"{alias}: hold {HOLD} s, {RETRIES} retries, error after {outcome.seconds:.1f} s\n")
     assert outcome.status == 500 and "Connection error" in outcome.body
-    assert seconds_until_last(RETRIES + 1) <= outcome.seconds <= seconds_until_error(RETRIES) + 2
+    assert seconds_until_last(RETRIES + 1) <= outcome.seconds <= seconds_until_error(RETRIES) + measured.slack
 
 
 @pytest.mark.parametrize("alias", ["held-back", "held-back-streamed"])
 def test_request_is_answered_when_its_server_is_back(measured: Measured, alias: str) -> None:
     outcome = measured.outcomes[alias]
     assert outcome.status == 200, outcome
-    assert BACK <= outcome.seconds < seconds_until_last(RETRIES) + 0.75 * RETRIES + 2
+    assert BACK - 1 <= outcome.seconds < seconds_until_last(RETRIES) + 0.75 * RETRIES + measured.slack
     assert measured.asked[alias] == 1
 
 
@@ -181,9 +204,15 @@ def test_server_that_answers_errors_is_not_asked_more_than_by_default(measured: 
 
 def test_other_aliases_fail_as_fast_as_before(measured: Measured) -> None:
     outcome = measured.outcomes["plain-down"]
-    assert outcome.status == 500 and seconds_until_last(3) <= outcome.seconds <= seconds_until_error(2) + 2
+    assert outcome.status == 500 and seconds_until_last(3) <= outcome.seconds <= seconds_until_error(2) + measured.slack
 
 
 def test_fallback_answers_as_fast_as_before(measured: Measured) -> None:
     outcome = measured.outcomes["with-fallback"]
-    assert outcome.status == 200 and outcome.seconds <= seconds_until_error(2) + 2
+    assert outcome.status == 200 and outcome.seconds <= seconds_until_error(2) + measured.slack
+
+
+def test_second_of_two_hosts_answers_at_once_and_nothing_waits_for_both(measured: Measured) -> None:
+    one_down, both_down = (measured.outcomes[alias] for alias in ORDERED)
+    assert one_down.status == 200 and one_down.seconds < measured.slack
+    assert both_down.status == 500 and both_down.seconds < measured.slack
