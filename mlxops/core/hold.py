@@ -147,12 +147,12 @@ def findings(
     """Return a warning for each alias whose requests would be lost in a swap of its port, with the edit.
 
     Silent about a port whose hold is 0 in hosts.yaml: that is a decision. Silent about an alias with several entries:
-    LiteLLM asks another one instead of waiting. Silent about a host that was not reached: its swaps are not known.
+    LiteLLM asks another one instead of waiting.
     """
     aliases = [entry.alias for entry in entries]
     used = [entry for entry in entries if aliases.count(entry.alias) == 1 and not (entry.out or entry.answers_itself)]
     routes = [(entry, port_of(entry, ports, same_host)) for entry in used]
-    checks = [_SwapCheck(entry, port, retry, files) for entry, port in routes if port and port.alias and port.state]
+    checks = [_SwapCheck(entry, port, retry, files) for entry, port in routes if port and port.alias]
     return tuple(finding for check in checks if (finding := check.finding()))
 
 

@@ -142,7 +142,7 @@ PASTED = {"model_list": [item(cooldown_time=0)], **POLICY}
         ({"model_list": [item()]}, port(hold=0), []),
         ({"model_list": [item()]}, port(swap_seconds=1.2), LOSES),
         ({"model_list": [item(cooldown_time=0)]}, port(swap_seconds=1.2), []),
-        ({"model_list": [item()]}, port(state=None), []),
+        ({"model_list": [item()]}, port(state=None), LOSES),
         ({"model_list": [item()]}, port(alias=None), []),
         ({"model_list": [item()]}, port(state=State.IDLE, owner=None), LOSES),
         (PASTED, port(hold=60), []),
