@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.lab.quick import MODELS, QuickHost
+from tests.lab.quick import MODELS, QuickHost, install_engine
 from tests.lab.run import running, script
 from tests.lab.world import wait_until
 
@@ -111,6 +111,14 @@ def test_other_run_is_not_compared(host: QuickHost, port: int, change: dict[str,
     assert measured(host, port, "--rounds", "1", "--streams", "1")[0]["compared_with"] is None
 
 
+def test_engine_in_another_place_is_compared(host: QuickHost, port: int) -> None:
+    measured(host, port, "--rounds", "1", "--streams", "1")
+    program = install_engine(host.studio.folder / "elsewhere")
+    host.lab.configure("studio", launch={"mlx-lm": [str(program), "--fake-rate", str(RATE)]})
+    host.mlxctl("load", MODELS[0], str(port), "--force").ok()
+    assert measured(host, port, "--rounds", "1", "--streams", "1")[0]["compared_with"]
+
+
 def test_ports_that_are_ready_are_measured_one_after_the_other(host: QuickHost, port: int) -> None:
     host.mlxctl("load", MODELS[1], str(host.ports[1])).ok()
     done = host.mlxctl("measure", "--rounds", "1", "--streams", "1").ok()
@@ -133,6 +141,16 @@ def test_port_with_an_open_request_is_refused_unless_forced(host: QuickHost, por
         assert row["shared"] is True
     (row,) = measured(host, port, "--rounds", "3", "--streams", "1")
     assert row["shared"] is False and row["compared_with"] is None
+
+
+def test_client_that_comes_later_is_noticed(host: QuickHost, port: int) -> None:
+    argv = [script("mlxctl"), "measure", str(port), "--rounds", "100", "--seconds", "8", "--local", "--json"]
+    with running(argv, host.studio.home, host.studio.environment) as process:
+        wait_until(lambda: clients(host, port), WAIT, "its requests")
+        with open_request(host, port):
+            stdout, _ = process.communicate(timeout=WAIT)
+    (row,) = json.loads(stdout)["hosts"][0]["ports"]
+    assert row["figures"] and row["shared"] is True
 
 
 def test_port_in_use_does_not_hold_up_the_others(host: QuickHost, port: int) -> None:
@@ -169,13 +187,17 @@ def test_server_that_counts_no_tokens_is_refused(host: QuickHost) -> None:
 
 
 @pytest.mark.parametrize("way", ["local", "ssh"])
-def test_ctrl_c_ends_the_requests(host: QuickHost, port: int, way: str) -> None:
-    words = ["measure", str(port), "--rounds", "100", "--seconds", "600"]
+def test_ctrl_c_ends_the_requests(host: QuickHost, way: str) -> None:
+    port = host.ports[0]
+    host.engine("--fake-rate", "0.5")  # an answer takes two minutes
+    host.mlxctl("load", MODELS[0], str(port)).ok()
+    words = ["measure", str(port), "--seconds", "600"]
     if way == "local":
         argv, folder, env = [script("mlxctl"), *words, "--local"], host.studio.home, host.studio.environment
     else:
         argv, folder, env = [script("mlxctl"), *words], host.lab.mini.home, host.lab.mini.env
     with running(argv, folder, env) as process:
+        assert process.stderr and next(line for line in process.stderr if "round 1" in line)
         wait_until(lambda: clients(host, port), WAIT, "its requests")
         process.send_signal(signal.SIGINT)
         assert process.wait(WAIT) == 130
