@@ -11,7 +11,7 @@ import json
 import re
 import socket
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -132,26 +132,6 @@ def _response_class(deadline: float) -> type[HTTPResponse]:
             self.fp = io.BufferedReader(_DeadlineReader(sock, deadline))
 
     return DeadlineResponse
-
-
-def stream_completion(host: str, port: int, body: bytes, timeout: float) -> Generator[tuple[float, bytes]]:
-    """Request a streamed chat completion. Yield each line with the time (monotonic) when it came.
-
-    Raises `OSError`, also after `timeout` seconds, and `NoCompletion`, also for more than `MAX_RESPONSE_BYTES`.
-    """
-    headers = {"Content-Type": "application/json", "Connection": "close"}
-    try:
-        with open_response("http", host, port, "POST", CHAT_COMPLETIONS, body, headers, timeout=timeout) as response:
-            if response.status != 200:
-                raise NoCompletion(f"it answered {response.status}: {response.read(300).decode(errors='replace')}")
-            left = MAX_RESPONSE_BYTES
-            while line := response.readline(left):
-                yield time.monotonic(), line
-                left -= len(line)
-                if left <= 0:
-                    raise NoCompletion(f"it sent more than {MAX_RESPONSE_BYTES} bytes")
-    except NotHttp as error:
-        raise NoCompletion(f"it does not speak HTTP: {error}") from None
 
 
 _LOCAL_ERRORS = {

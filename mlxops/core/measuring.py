@@ -7,7 +7,7 @@ to every cache at first (cold), and is then sent once more (warm). The figures o
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -62,7 +62,7 @@ class Metric(StrEnum):
 
 
 class Case(NamedTuple):
-    """One group of requests in a round."""
+    """A kind of group of requests that are sent at once."""
 
     prompt: Prompt
     cache: Cache
@@ -76,13 +76,23 @@ class Case(NamedTuple):
         return f"{self.cache} {self.prompt} prompt, {self.streams} stream{'s' if self.streams > 1 else ''}"
 
 
-def cases(streams: int) -> list[tuple[Case, Case]]:
-    """Return the groups of a round: for each cold one the warm one that repeats its prompts."""
-    return [
-        (Case(prompt, Cache.COLD, count), Case(prompt, Cache.WARM, count))
-        for count in sorted({1, streams})
-        for prompt in Prompt
-    ]
+class Step(NamedTuple):
+    """One group of requests."""
+
+    round: int
+    """From 1."""
+    case: Case
+    prompts: tuple[str, ...]
+
+
+def steps(rounds: int, streams: int, seed: Callable[[], int]) -> Iterator[Step]:
+    """Yield the groups of a run: each cold one, and then the same prompts again."""
+    for number in range(1, rounds + 1):
+        for count in sorted({1, streams}):
+            for prompt in Prompt:
+                prompts = tuple(prompt_text(prompt, seed()) for _ in range(count))
+                for cache in Cache:
+                    yield Step(number, Case(prompt, cache, count), prompts)
 
 
 def prompt_text(prompt: Prompt, seed: int) -> str:
@@ -209,6 +219,28 @@ class Spread:
     def relative(self) -> float:
         """The distance between the lowest and the highest value, as a share of the median."""
         return (self.high - self.low) / self.median
+
+
+class Tally:
+    """What a run has shown so far."""
+
+    def __init__(self) -> None:
+        self.values: dict[tuple[Case, Metric], list[float]] = {}
+        self.answers: dict[Case, list[Answer]] = {}
+        self._failed: dict[Case, str] = {}
+
+    def add(self, case: Case, answers: Sequence[Answer]) -> None:
+        self.answers.setdefault(case, []).extend(answers)
+        for metric, value in figures(case, answers).items():
+            self.values.setdefault((case, metric), []).append(value)
+
+    def fail(self, case: Case, why: str) -> None:
+        self._failed[case] = why
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Each case without any answer, with the reason."""
+        return tuple(f"{case}: {why}" for case, why in self._failed.items() if case not in self.answers)
 
 
 class Verdict(StrEnum):

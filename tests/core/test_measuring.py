@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import count
 from random import Random
 
 import pytest
@@ -19,12 +20,12 @@ from mlxops.core.measuring import (
     Prompt,
     Spread,
     Verdict,
-    cases,
     figures,
     last_comparable,
     median,
     prompt_text,
     read_answer,
+    steps,
     verdict,
 )
 from tests.properties import PROPERTY, json_values
@@ -106,14 +107,19 @@ def test_figures_follow_from_times_and_counts(case: Case, answers: list[Answer],
     assert figures(case, answers) == expected
 
 
-def test_round_repeats_each_cold_prompt_and_skips_one_of_two_equal_halves() -> None:
-    assert [(str(cold), warm.cache.value) for cold, warm in cases(4)] == [
-        ("cold short prompt, 1 stream", "warm"),
-        ("cold long prompt, 1 stream", "warm"),
-        ("cold short prompt, 4 streams", "warm"),
-        ("cold long prompt, 4 streams", "warm"),
+def test_round_repeats_each_cold_prompt_and_the_next_has_new_ones() -> None:
+    seeds = count()
+    found = list(steps(2, 4, lambda: next(seeds)))
+    assert [(each.round, str(each.case)) for each in found[:8]] == [
+        (1, f"{cache} {prompt} prompt, {streams}")
+        for streams in ("1 stream", "4 streams")
+        for prompt in ("short", "long")
+        for cache in ("cold", "warm")
     ]
-    assert len(cases(1)) == 2
+    assert [each.round for each in found[8:]] == [2] * 8
+    assert all(cold.prompts == warm.prompts for cold, warm in zip(found[::2], found[1::2], strict=True))
+    assert len({prompt for each in found for prompt in each.prompts}) == 2 * 2 * (1 + 4)
+    assert len(list(steps(1, 1, lambda: 1))) == 4, "one stream is measured once"
 
 
 @pytest.mark.parametrize("prompt", Prompt)

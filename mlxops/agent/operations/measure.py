@@ -6,52 +6,25 @@ It takes no lock and changes nothing but the history. A swap is not held up: it 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import threading
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 
 from mlxops.agent.context import Context
 from mlxops.agent.engines.argv import program_of
 from mlxops.agent.operations.server_names import names_of
-from mlxops.common.http import NoCompletion, stream_completion
+from mlxops.common.speed import NO_ANSWER, ChatServer, TimeUp, ask_at_once, fresh_seed, reason
 from mlxops.core import names, wire
-from mlxops.core.commands.measure import FigureRow, Measure, MeasuredPort, MeasureResult
+from mlxops.core.commands.measure import Measure, MeasuredPort, MeasureResult, figure_rows
 from mlxops.core.errors import Busy, MlxopsError, Refused
-from mlxops.core.measuring import (
-    METHOD,
-    WARM_TOKENS,
-    Answer,
-    Case,
-    Earlier,
-    Metric,
-    NotMeasurable,
-    Prompt,
-    Spread,
-    Verdict,
-    cases,
-    figures,
-    last_comparable,
-    median,
-    prompt_text,
-    read_answer,
-    verdict,
-)
+from mlxops.core.measuring import METHOD, WARM_TOKENS, Prompt, Tally, last_comparable, prompt_text, steps
 from mlxops.core.ports import Owner, PortView, State, World
 from mlxops.core.protocol import Phase
 
 QUIET_SECONDS = 6.0
 """How long to wait for the connections of other clients. uvicorn keeps an idle one for 5 s."""
 POLL_SECONDS = 0.1
-_NO_ANSWER = (OSError, NoCompletion, NotMeasurable)
-
-
-class _TimeUp(Exception):
-    """The time for this port is over."""
 
 
 def run(ctx: Context, request: Measure) -> MeasureResult:
@@ -117,14 +90,13 @@ def _settings_hash(view: PortView) -> str:
 def _measure(ctx: Context, request: Measure, view: PortView) -> MeasuredPort:
     """Raises `Refused` (cannot_be_asked, no_answer), and `Busy` (open_requests, changed_meanwhile)."""
     began = time.monotonic()
-    row = replace(_described(view), shared=_wait_until_quiet(ctx, request, view))
-    measured = _Run(ctx, view, _known_name(view), began + request.seconds)
-    measured.rounds(request)
+    used = _wait_until_quiet(ctx, request, view)
+    tally, joined = _rounds(ctx, request, view, began + request.seconds)
     row = replace(
-        row,
+        _described(view),
         seconds=round(time.monotonic() - began, 3),
-        shared=row.shared or measured.shared,
-        missing=tuple(f"{case}: {why}" for case, why in measured.failed.items() if case not in measured.answers),
+        shared=used or joined,
+        missing=tally.missing,
     )
     same: Mapping[str, object] = {
         **{key: getattr(row, key) for key in ("port", "model", "repo_id", "revision", "engine", "settings")},
@@ -133,7 +105,7 @@ def _measure(ctx: Context, request: Measure, view: PortView) -> MeasuredPort:
     before = last_comparable(ctx.history(), same)
     row = replace(
         row,
-        figures=tuple(_figure_rows(measured, before, shared=row.shared)),
+        figures=figure_rows(tally, before.spreads if before else {}, unsure=row.shared),
         compared_with=before.at if before else None,
         engine_version_before=before.engine_version if before else None,
     )
@@ -211,147 +183,43 @@ def _identity(view: PortView) -> tuple[object, ...]:
 # -- the rounds
 
 
-class _Run:
-    """The rounds of one port: what was measured, and what could not be."""
+def _rounds(ctx: Context, request: Measure, view: PortView, deadline: float) -> tuple[Tally, bool]:
+    """Return what the rounds showed, and whether other clients used the server.
 
-    def __init__(self, ctx: Context, view: PortView, name: str, deadline: float) -> None:
-        self._ctx, self._view, self._name, self._deadline = ctx, view, name, deadline
-        self.values: dict[tuple[Case, Metric], list[float]] = defaultdict(list)
-        self.answers: dict[Case, list[Answer]] = defaultdict(list)
-        self.failed: dict[Case, str] = {}
-        """Case -> why its last failed group failed. The next round tries it again."""
-        self.shared = False
-
-    def rounds(self, request: Measure) -> None:
-        """Raises `Refused` (no_answer) if there is no figure at all, and `Busy` (changed_meanwhile)."""
-        seconds = 0.0
-        try:
-            with suppress(*_NO_ANSWER):  # not measured: the first request may compile kernels
-                self._ask([prompt_text(Prompt.SHORT, _seed())], WARM_TOKENS)
-            for number in range(1, request.rounds + 1):
-                took = f" ({seconds:.0f} s each)" if seconds else ""
-                self._ctx.emit(Phase("measure", f"port {self._view.port}, round {number} of {request.rounds}{took}"))
-                began = time.monotonic()
-                self._round(request.streams)
-                seconds = time.monotonic() - began
-        except _TimeUp:
-            self._ctx.note(f"port {self._view.port}: the {request.seconds:.0f} s of --seconds are over")
-        _check_same(self._ctx, self._view)
-        if not self.values:
-            raise Refused(
-                "no_answer",
-                f"the server on port {self._view.port} gave no answer that can be measured",
-                why=next(iter(self.failed.values()), f"none was complete within {request.seconds:.0f} s"),
-                hint=f"ask it: `mlxctl status --probe`; or give it more time: `mlxctl measure {self._view.port} "
-                f"--seconds {min(2 * request.seconds + 1, 86400):.0f}`",
-            )
-
-    def _round(self, streams: int) -> None:
-        for cold, warm in cases(streams):
-            prompts = [prompt_text(cold.prompt, _seed()) for _ in range(cold.streams)]
-            for case in (cold, warm):
-                self._measure_case(case, prompts)
-        _check_same(self._ctx, self._view)
-
-    def _measure_case(self, case: Case, prompts: Sequence[str]) -> None:
-        try:
-            answers = self._ask(prompts, case.tokens)
-        except _NO_ANSWER as error:
-            _check_same(self._ctx, self._view)
-            self.failed[case] = _reason(error)
-            return
-        self.shared = self.shared or bool(_clients(self._ctx, self._view))
-        self.answers[case] += answers
-        for metric, value in figures(case, answers).items():
-            self.values[case, metric].append(value)
-
-    def _ask(self, prompts: Sequence[str], tokens: int) -> list[Answer]:
-        """Send all prompts at once, and wait for the answers. Raises `_TimeUp`, or what one of them raised."""
-        began = time.monotonic()
-        left = self._deadline - began
-        if left <= 0:
-            raise _TimeUp
-        outcomes: dict[int, Answer | Exception] = {}
-
-        def ask(index: int, prompt: str) -> None:
-            body = _body(self._name, prompt, tokens)
+    Raises `Refused` (cannot_be_asked, no_answer), and `Busy` (changed_meanwhile).
+    """
+    server = ChatServer("http", ctx.paths.connect_host, view.port, _known_name(view))
+    tally, shared, number, began = Tally(), False, 0, time.monotonic()
+    try:
+        with suppress(*NO_ANSWER):  # not measured: the first request may compile kernels
+            ask_at_once(server, [prompt_text(Prompt.SHORT, fresh_seed())], WARM_TOKENS, deadline, ctx.beat)
+        for step in steps(request.rounds, request.streams, fresh_seed):
+            if step.round > number:
+                number, began = step.round, _announce(ctx, request, view, step.round, began)
+                _check_same(ctx, view)
             try:
-                with closing(stream_completion(self._ctx.paths.connect_host, self._view.port, body, left)) as lines:
-                    outcomes[index] = read_answer((at - began, line) for at, line in lines)
-            except Exception as error:  # noqa: BLE001 - carried to the main thread, which raises it
-                outcomes[index] = error
-
-        threads = [threading.Thread(target=ask, args=each, daemon=True) for each in enumerate(prompts)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            while thread.is_alive():
-                thread.join(POLL_SECONDS)
-                self._ctx.beat()
-        return [self._checked(outcome) for outcome in outcomes.values()]
-
-    def _checked(self, outcome: Answer | Exception) -> Answer:
-        if isinstance(outcome, Answer):
-            return outcome
-        if isinstance(outcome, TimeoutError) and time.monotonic() >= self._deadline:
-            raise _TimeUp
-        raise outcome
-
-
-def _seed() -> int:
-    return int.from_bytes(os.urandom(4))
-
-
-def _reason(error: Exception) -> str:
-    return f"it {error}" if isinstance(error, NotMeasurable) else str(error)[:300] or type(error).__name__
-
-
-def _body(name: str, prompt: str, tokens: int) -> bytes:
-    return json.dumps(
-        {
-            "model": name,
-            "messages": [{"role": "user", "content": prompt}],
-            "max_tokens": tokens,
-            "temperature": 0,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-    ).encode()
-
-
-# -- the rows
-
-
-def _figure_rows(measured: _Run, before: Earlier | None, *, shared: bool) -> Iterable[FigureRow]:
-    for (case, metric), values in measured.values.items():
-        now, answers = Spread.of(values), measured.answers[case]
-        row = FigureRow(
-            prompt=case.prompt.value,
-            cache=case.cache.value,
-            streams=case.streams,
-            metric=metric.value,
-            unit=metric.unit,
-            median=now.median,
-            low=now.low,
-            high=now.high,
-            rounds=now.rounds,
-            prompt_tokens=int(median(each.prompt_tokens for each in answers)),
-            cached_tokens=_cached(answers),
-            completion_tokens=int(median(each.completion_tokens for each in answers)),
+                tally.add(step.case, ask_at_once(server, step.prompts, step.case.tokens, deadline, ctx.beat))
+            except NO_ANSWER as error:
+                _check_same(ctx, view)
+                tally.fail(step.case, reason(error))
+            shared = shared or bool(_clients(ctx, view))
+    except TimeUp:
+        ctx.note(f"port {view.port}: the {request.seconds:.0f} s of --seconds are over")
+    _check_same(ctx, view)
+    if not tally.values:
+        raise Refused(
+            "no_answer",
+            f"the server on port {view.port} gave no answer that can be measured",
+            why=next(iter(tally.missing), f"none was complete within {request.seconds:.0f} s"),
+            hint=f"ask it: `mlxctl status --probe`; or give it more time: `mlxctl measure {view.port} "
+            f"--seconds {min(2 * request.seconds + 1, 86400):.0f}`",
         )
-        earlier = before.spreads.get((row.prompt, row.cache, row.streams, row.metric)) if before else None
-        if earlier is not None:
-            row = replace(
-                row,
-                before=earlier.median,
-                before_low=earlier.low,
-                before_high=earlier.high,
-                ratio=round(now.median / earlier.median, 3),
-                verdict=Verdict.UNSURE.value if shared else verdict(metric, now, earlier).value,
-            )
-        yield row
+    return tally, shared
 
 
-def _cached(answers: Sequence[Answer]) -> int | None:
-    counts = [each.cached_tokens for each in answers if each.cached_tokens is not None]
-    return int(median(counts)) if counts else None
+def _announce(ctx: Context, request: Measure, view: PortView, number: int, began: float) -> float:
+    """Say which round begins, and how long the one before took, which began at `began`. Return the time."""
+    now = time.monotonic()
+    took = f" ({now - began:.0f} s each)" if number > 1 else ""
+    ctx.emit(Phase("measure", f"port {view.port}, round {number} of {request.rounds}{took}"))
+    return now

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mlxops.core.command import Group, Hosts, Request, option, seconds, switch, whole
 from mlxops.core.frozen import dataclass
+from mlxops.core.measuring import Case, Key, Metric, Spread, Tally, Verdict, median, verdict
 from mlxops.core.replies import HostReply
 from mlxops.core.tables import host_table, one_line
 
@@ -93,6 +94,39 @@ class Measure(Request[MeasureResult], group=Group.LOOK, example="mlxctl measure 
         "seconds after which a port is done, also within a round (300)", default=300.0, parse=seconds("--seconds")
     )
     force: bool = switch("measure also a port with open requests; the figures are not compared")
+
+
+def figure_rows(tally: Tally, before: Mapping[Key, Spread], *, unsure: bool) -> tuple[FigureRow, ...]:
+    """Return the figures of a run, beside those of another run. `unsure`: the comparison shows nothing."""
+    return tuple(_row(case, metric, values, tally, before, unsure) for (case, metric), values in tally.values.items())
+
+
+def _row(
+    case: Case, metric: Metric, values: Sequence[float], tally: Tally, before: Mapping[Key, Spread], unsure: bool
+) -> FigureRow:
+    now, answers = Spread.of(values), tally.answers[case]
+    earlier = before.get((case.prompt.value, case.cache.value, case.streams, metric.value))
+    cached = [each.cached_tokens for each in answers if each.cached_tokens is not None]
+    compared = Verdict.UNSURE if unsure else verdict(metric, now, earlier) if earlier else None
+    return FigureRow(
+        prompt=case.prompt.value,
+        cache=case.cache.value,
+        streams=case.streams,
+        metric=metric.value,
+        unit=metric.unit,
+        median=now.median,
+        low=now.low,
+        high=now.high,
+        rounds=now.rounds,
+        prompt_tokens=int(median(each.prompt_tokens for each in answers)),
+        cached_tokens=int(median(cached)) if cached else None,
+        completion_tokens=int(median(each.completion_tokens for each in answers)),
+        before=earlier.median if earlier else None,
+        before_low=earlier.low if earlier else None,
+        before_high=earlier.high if earlier else None,
+        ratio=round(now.median / earlier.median, 3) if earlier else None,
+        verdict=compared.value if earlier and compared else None,
+    )
 
 
 def show(replies: Sequence[HostReply[MeasureResult]]) -> str:
