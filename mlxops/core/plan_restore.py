@@ -256,7 +256,7 @@ def starts_of(history: Iterable[Mapping[str, object]]) -> dict[RestoreStep, list
                 # "afresh": no earlier attempt counted as failed when this one was made.
                 before = [] if line.get("afresh") is True else attempts.get(step, [])
                 attempts[step] = [*before, attempt]
-        elif command == "lasted" or (command in {"load", "unload"} and line.get("restore") is not True):
+        elif command == "lasted" or (command in ("load", "unload") and line.get("restore") is not True):
             attempts.pop(step, None)
     return attempts
 

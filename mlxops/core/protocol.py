@@ -115,7 +115,7 @@ def _count(value: object) -> int:
 
 
 def _is_size(value: object) -> bool:
-    return isinstance(value, int) and abs(value) < _TOO_MUCH
+    return type(value) is int and abs(value) < _TOO_MUCH
 
 
 @dataclass(frozen=True)

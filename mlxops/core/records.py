@@ -82,14 +82,14 @@ def run_from_wire(wire: Mapping[str, object]) -> Run:
         )
     }
     optional = {key: wire.get(key) for key in _OPTIONAL_TEXTS}
-    if not all(type(value) is int and value > 1 for value in numbers.values()):
+    if not all(_is_number(value, 2) for value in numbers.values()):
         raise ValueError("port, pid and pgid are not all numbers")
     if not all(isinstance(value, str) for value in texts.values()):
         raise ValueError("a text is missing")
     if not all(value is None or isinstance(value, str) for value in optional.values()):
         raise ValueError(f"one of {', '.join(_OPTIONAL_TEXTS)} is not a text")
     sizes = {key: wire.get(key) for key in _OPTIONAL_NUMBERS}
-    if not all(value is None or (type(value) is int and 0 <= value < 2**63) for value in sizes.values()):
+    if not all(value is None or _is_number(value, 0) for value in sizes.values()):
         raise ValueError(f"one of {', '.join(_OPTIONAL_NUMBERS)} is not a number")
     stopping = wire.get("stopping", [])
     if not isinstance(stopping, list) or not all(_is_process(each) for each in stopping):
@@ -110,7 +110,12 @@ def run_from_wire(wire: Mapping[str, object]) -> Run:
 
 
 def _is_process(value: object) -> bool:
-    return isinstance(value, list) and [type(each) for each in value] == [int, str]
+    return isinstance(value, list) and [type(each) for each in value] == [int, str] and _is_number(value[0], 2)
+
+
+def _is_number(value: object, least: int = -(2**63)) -> bool:
+    """Return whether a value is an integer of 64 bits. Python reads larger ones, and cannot convert them to floats."""
+    return type(value) is int and least <= value < 2**63
 
 
 @dataclass(frozen=True)
@@ -140,7 +145,7 @@ def operation_from_wire(wire: Mapping[str, object]) -> Operation:
     if not all(value is None or isinstance(value, str) for value in optional.values()):
         raise ValueError("model or repo is not a text")
     numbers = {key: wire.get(key) for key in ("port", "reserves")}
-    if not all(value is None or type(value) is int for value in numbers.values()):
+    if not all(value is None or _is_number(value, 0) for value in numbers.values()):
         raise ValueError("port or reserves is not a number")
     return Operation(**texts, **optional, **numbers)  # type: ignore[arg-type]
 
@@ -209,6 +214,6 @@ def stranded_from_wire(wire: Mapping[str, object]) -> Stranded:
     numbers = {key: wire.get(key) for key in ("size", "baseline", "port")}
     if not all(isinstance(value, str) for value in texts.values()):
         raise ValueError("a text is missing")
-    if not all(type(value) is int for value in numbers.values()):
+    if not all(map(_is_number, numbers.values())):
         raise ValueError("size, baseline and port are not all numbers")
     return Stranded(**texts, **numbers)  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from typing import cast
 from mlxops.core.errors import Refused
 from mlxops.core.frozen import dataclass
 from mlxops.core.names import is_name, is_repo_id, shown
-from mlxops.core.text import utf8
+from mlxops.core.text import is_argument, utf8
 
 VERSION = 1
 MAX_BYTES = 16 * 1024 * 1024
@@ -233,7 +233,7 @@ def _model(name: str, entry: Mapping[str, object]) -> Model:
 
     def text(key: str) -> str | None:
         value = entry.get(key)
-        if value is None or (isinstance(value, str) and "\0" not in value):
+        if value is None or (isinstance(value, str) and is_argument(value)):
             return value
         problems.append(f"{key} is not a string")
         return None
@@ -247,11 +247,11 @@ def _model(name: str, entry: Mapping[str, object]) -> Model:
         problems.append(f"repo_id {shown(repo_id)} is not org/name")
         repo_id = None
     args = entry.get("args", [])
-    if not isinstance(args, list) or not all(isinstance(arg, str) and "\0" not in arg for arg in args):
+    if not isinstance(args, list) or not all(isinstance(arg, str) and is_argument(arg) for arg in args):
         problems.append("args is not a list of strings")
         args = []
     context = entry.get("context_length")
-    if context is not None and (not isinstance(context, int) or isinstance(context, bool) or context < 1):
+    if context is not None and (type(context) is not int or not 0 < context < 2**63):
         problems.append("context_length is not a positive integer")
         context = None
     trust = entry.get("trust_remote_code", False)

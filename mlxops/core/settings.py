@@ -17,6 +17,7 @@ from typing import Protocol, TypeVar
 from mlxops.core.errors import UsageError
 from mlxops.core.frozen import dataclass
 from mlxops.core.names import is_name, shown
+from mlxops.core.text import is_argument
 
 DEFAULT_ENGINE = "mlx-openai-server"
 AGREED = ("registry", "hub", "ports", "slots", "bind")
@@ -465,13 +466,20 @@ def _same(value: T) -> T:
 
 
 def _text_from(value: object, key: str) -> str:
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not is_argument(value):
         raise ValueError(f"{key}: not a string")
     return value
 
 
+def _bind_from(value: object, key: str) -> str:
+    text = _text_from(value, key)
+    if not _is_ip(text):
+        raise ValueError(f"{key}: not an IP address")
+    return text
+
+
 def _integer_from(value: object, key: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
+    if type(value) is not int or abs(value) >= 2**63:
         raise ValueError(f"{key}: not an integer")
     return value
 
@@ -496,7 +504,10 @@ def _ports_from(value: object, key: str) -> PortRange:
     pair = _list_from(value, key)
     if len(pair) != 2:
         raise ValueError(f"{key}: not a pair")
-    return PortRange(_integer_from(pair[0], key), _integer_from(pair[1], key))
+    first, last = (_integer_from(port, key) for port in pair)
+    if not (1 <= first <= last <= 65535 and last - first < MAX_PORTS):
+        raise ValueError(f"{key}: not a range of at most {MAX_PORTS} ports")
+    return PortRange(first, last)
 
 
 def _boot_to_wire(jobs: Iterable[BootJob]) -> object:
@@ -558,7 +569,7 @@ class Settings:
     """One managed host's settings, with the defaults that hosts.yaml documents."""
 
     address: str | None = field(default=None, metadata=dependent_setting(_address, OPTIONAL_TEXT))
-    bind: str = field(default="127.0.0.1", metadata=setting(_bind, TEXT))
+    bind: str = field(default="127.0.0.1", metadata=setting(_bind, (_same, _bind_from)))
     hub: str | None = field(default=None, metadata=setting(absolute_path, OPTIONAL_TEXT))
     registry: str | None = field(default=None, metadata=setting(absolute_path, OPTIONAL_TEXT))
     state: str = field(default="~/.mlxops", metadata=setting(absolute_path, TEXT))

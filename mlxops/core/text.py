@@ -41,6 +41,11 @@ def _wide(data: bytes) -> str | None:
     return None
 
 
+def is_argument(text: str) -> bool:
+    """Return whether a program can be given the text as an argument or a path. JSON can hold others."""
+    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def amount(size: int) -> str:
     """Return a size in bytes as text, in powers of ten, as disks and hubs count."""
     value = float(size)

@@ -247,7 +247,17 @@ def test_time_to_return_grows_with_the_size() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"size": "1"}, {"size": True}, {"port": None}, {"model": 5}, {"boot_id": None}, {"stopped_at": []}]
+    "change",
+    [
+        {"size": "1"},
+        {"size": True},
+        {"size": 10**400},
+        {"baseline": -(2**63) - 1},
+        {"port": None},
+        {"model": 5},
+        {"boot_id": None},
+        {"stopped_at": []},
+    ],
 )
 def test_record_with_a_wrong_field_is_refused(change: dict[str, object]) -> None:
     record = Stranded("boot", 5, -6, 8100, "m", "now")

@@ -11,25 +11,26 @@ from hypothesis import strategies as st
 from mlxops.core.settings import BootJob, PortRange, Settings, SlotOptions, settings_from_wire
 from tests.properties import PROPERTY, json_values
 
-ranges = st.tuples(st.integers(1, 65535), st.integers(1, 65535)).map(lambda pair: PortRange(min(pair), max(pair)))
+texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"))
+ranges = st.tuples(st.integers(1, 65535), st.integers(0, 99)).map(lambda it: PortRange(it[0], min(sum(it), 65535)))
 settings = st.builds(
     Settings,
-    address=st.none() | st.text(),
-    bind=st.text(),
-    hub=st.none() | st.text(),
-    registry=st.none() | st.text(),
-    state=st.text(),
-    engine=st.text(),
-    launch=st.dictionaries(st.text(), st.lists(st.text(), max_size=3).map(tuple), max_size=2),
-    env=st.dictionaries(st.text(), st.text(), max_size=2),
+    address=st.none() | texts,
+    bind=st.ip_addresses().map(str),
+    hub=st.none() | texts,
+    registry=st.none() | texts,
+    state=texts,
+    engine=texts,
+    launch=st.dictionaries(texts, st.lists(texts, max_size=3).map(tuple), max_size=2),
+    env=st.dictionaries(texts, texts, max_size=2),
     ports=ranges,
-    slots=st.dictionaries(st.integers(1, 65535), st.text(), max_size=3),
+    slots=st.dictionaries(st.integers(1, 65535), texts, max_size=3),
     slot_options=st.dictionaries(
         st.integers(1, 65535), st.builds(SlotOptions, hold=st.none() | st.integers()), max_size=3
     ),
-    boot=st.lists(st.builds(BootJob, st.integers(1, 65535), st.text(), st.text())).map(tuple),
-    memory=st.none() | st.integers(1),
-    kill_limit=st.none() | st.integers(0),
+    boot=st.lists(st.builds(BootJob, st.integers(1, 65535), texts, texts)).map(tuple),
+    memory=st.none() | st.integers(1, 2**62),
+    kill_limit=st.none() | st.integers(0, 2**62),
 )
 
 

@@ -131,8 +131,9 @@ def _budget_rows(ctx: Context, model: Model) -> Iterator[OptionRow]:
         run = ctx.store.run(model.port) if model.port is not None else None
     if run is None or run.model != model.name or run.boot_id != ctx.system.boot_id():
         return
-    for option, value in zip(run.budget[::2], run.budget[1::2], strict=False):
-        yield OptionRow(option.removeprefix("--").replace("-", "_"), int(value), Origin.BUDGET.value)
+    for option, word in zip(run.budget[::2], run.budget[1::2], strict=False):
+        value = int(word) if word.isdecimal() and len(word) < 19 else word
+        yield OptionRow(option.removeprefix("--").replace("-", "_"), value, Origin.BUDGET.value)
 
 
 def _estimate(path: Path, model: Model) -> EstimateRow | None:
