@@ -14,9 +14,16 @@ CONTEXT_TOKENS = 32768
 each conversation. The allowance is one full conversation, not the worst case."""
 ENGINE_BYTES = 500_000_000
 """The server program itself: interpreter, libraries, buffers."""
+RELEASE_BYTES_PER_SECOND = 4e9
+"""How fast a server that ends releases its memory at least."""
 UNKNOWN_SHARE = 1.0
 """Share of the weights that is allowed for the context if the configuration does not specify it. A model with 8 billion
 parameters in 4 bits takes about as much for 32768 tokens as for its weights; larger models take less."""
+
+
+def release_seconds(held: int | None) -> float:
+    """Return how long a server that holds so many bytes takes to release them; None: not known."""
+    return (held or 0) / RELEASE_BYTES_PER_SECOND
 
 
 @dataclass(frozen=True)

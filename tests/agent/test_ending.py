@@ -24,8 +24,10 @@ import pytest
 from mlxops.agent.context import Context
 from mlxops.agent.host.system import this_system
 from mlxops.agent.operations import operation
+from mlxops.agent.operations.unload import CANCEL_SECONDS, cancel_seconds
 from mlxops.agent.paths import host_paths
 from mlxops.agent.serving import ending
+from mlxops.agent.serving.stranded import return_seconds
 from mlxops.agent.state.store import Store
 from mlxops.core import wire
 from mlxops.core.errors import Busy, Interrupted, MlxopsError, NotStarted, Refused
@@ -397,6 +399,24 @@ def test_unload_of_a_portless_server_above_the_limit_clears_the_port(host: Host,
             nothing_is_left(host)
         finally:
             server.kill()
+
+
+@pytest.mark.parametrize(
+    ("port", "model", "restarts"), [(0, "next", True), (0, "mine", True), (1, "mine", True), (1, "next", False)]
+)
+def test_unload_waits_until_a_cancelled_swap_has_restarted_the_old_server(
+    host: Host, port: int, model: str, restarts: bool
+) -> None:
+    """`mine` is assigned to the first port. A load of it elsewhere moves it."""
+    host.register(mine=[], next=[])
+    host.store.registry.update(lambda registry: registry.assign("mine", host.first))
+    weights = host.snapshot / "large.safetensors"
+    with weights.open("wb") as file:
+        file.truncate(80 * 10**9)
+    ctx = host.context("unload", {"port": str(host.first)})
+    time_alone = CANCEL_SECONDS + ending.longest_seconds(0) + return_seconds(0)
+    seconds = cancel_seconds(ctx, (host.first, host.second)[port], model) - time_alone
+    assert seconds == pytest.approx(780 if restarts else 0, abs=1)
 
 
 class _WorkerKilled(BaseException):

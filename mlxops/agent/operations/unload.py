@@ -18,7 +18,7 @@ from mlxops.core.planner import UnloadPlan
 from mlxops.core.records import Operation
 
 CANCEL_SECONDS = 60.0
-"""Time for a cancelled load to end, besides the time to stop a server."""
+"""Time for a cancelled load to end, besides the time to stop its server and to start the old one again."""
 
 
 def run(ctx: Context, request: Unload) -> PortResult:
@@ -116,7 +116,7 @@ def make_way(ctx: Context, port: int, model: str | None) -> Operation | None:
     else:
         ctx.note(f"cancelling {holder}")
         journal.cancel()
-    deadline = time.monotonic() + _cancel_seconds(ctx, port)
+    deadline = time.monotonic() + cancel_seconds(ctx, port, holder.model)
     while ctx.store.holder(f"port-{port}") == holder:
         if time.monotonic() > deadline:
             raise busy(f"port-{port}", holder)
@@ -124,11 +124,20 @@ def make_way(ctx: Context, port: int, model: str | None) -> Operation | None:
     return None if restoring else holder
 
 
-def _cancel_seconds(ctx: Context, port: int) -> float:
-    """Return how long a cancelled load on a port may take to end. Its server may still grow to its estimate."""
+def cancel_seconds(ctx: Context, port: int, model: str | None) -> float:
+    """Return how long a cancelled load of a model on a port may take to end. Its server may still grow to its estimate.
+
+    A swap or a move starts the old server again.
+    """
+    from mlxops.agent.operations.model_files import registered
+    from mlxops.agent.serving.launch import deadline_for
+
     load = ctx.reserved().get(port)
     held = max(ctx.observe_port(port).memory_bytes or 0, (load.reserves if load else None) or 0)
-    return CANCEL_SECONDS + longest_seconds(held) + return_seconds(held)
+    assigned = [each for each in ctx.registry().models.values() if each.port is not None]
+    files = [registered(each) for each in assigned if each.port == port or each.name == model]
+    restart = max((deadline_for(each.size_bytes if each else 0) for each in files), default=0.0)
+    return CANCEL_SECONDS + longest_seconds(held) + return_seconds(held) + restart
 
 
 def _is_restore(journal: OperationLog) -> bool:

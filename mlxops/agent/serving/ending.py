@@ -24,6 +24,7 @@ from mlxops.agent.serving.processes import Signaller
 from mlxops.agent.state.store import Store, utc_now
 from mlxops.core.errors import Busy, MlxopsError, Refused
 from mlxops.core.frozen import dataclass
+from mlxops.core.memory import release_seconds
 from mlxops.core.protocol import Event, Note, Phase, Progress
 from mlxops.core.records import Run
 from mlxops.core.settings import NO_LIMIT, Settings
@@ -33,8 +34,6 @@ SIGNAL_SECONDS = 10.0
 """Time to end after a signal before the next one is sent."""
 END_SECONDS = 30.0
 """Time to end after the last signal, for a server that holds nothing."""
-BYTES_PER_SECOND = 4e9
-"""How fast a server releases its memory at least."""
 KILL_SECONDS = 30.0
 """Time for the kernel to remove a killed server that holds nothing."""
 LEFTOVER_SECONDS = 2.0
@@ -68,12 +67,12 @@ class Ended:
 
 def end_seconds(held: int | None) -> float:
     """Return the time to end after the last signal for a server that holds so many bytes; None: not known."""
-    return END_SECONDS + (held or 0) / BYTES_PER_SECOND
+    return END_SECONDS + release_seconds(held)
 
 
 def longest_seconds(held: int | None) -> float:
     """Return how long `end` may take for a server without open requests that holds so many bytes."""
-    kill = KILL_SECONDS + (held or 0) / BYTES_PER_SECOND
+    kill = KILL_SECONDS + release_seconds(held)
     return SIGNAL_SECONDS + end_seconds(held) + LEFTOVER_SECONDS + end_seconds(held) + kill
 
 
@@ -118,7 +117,7 @@ def end(
     if not may_kill(terms.kill_limit, waiting.held):
         raise _still_ending(run, terms.kill_limit, held, recorded=store is not None)
     killed = signaller.send(signal.SIGKILL)
-    if not waiting.ended(KILL_SECONDS + (waiting.held or 0) / BYTES_PER_SECOND):
+    if not waiting.ended(KILL_SECONDS + release_seconds(waiting.held)):
         raise _will_not_die(time.monotonic() - began)
     return Ended(time.monotonic() - began, killed)
 

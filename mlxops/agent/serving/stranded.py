@@ -21,6 +21,7 @@ from mlxops.agent.host.system import System
 from mlxops.agent.serving import processes
 from mlxops.agent.state.store import Store, utc_now
 from mlxops.core.errors import Refused
+from mlxops.core.memory import release_seconds
 from mlxops.core.records import Run, Stranded
 from mlxops.core.text import amount
 
@@ -29,9 +30,8 @@ MIN_BYTES = 1024**3
 MIN_SHARE = 0.1
 """Share of what the server held that is not claimed either."""
 RETURN_SECONDS = 10.0
+"""A GPU's driver returns memory a little later: after this, and a second for each 4 GB."""
 QUIET_SECONDS = 2.0
-BYTES_PER_SECOND = 4e9
-"""A GPU's driver returns memory a little later: `RETURN_SECONDS`, and a second for each 4 GB."""
 
 
 @contextmanager
@@ -78,7 +78,7 @@ def look_again(store: Store, system: System, run: Run, note: Callable[[str, str]
 
 def return_seconds(held: int) -> float:
     """Return how long the memory of an ended server may take to become available."""
-    return RETURN_SECONDS + held / BYTES_PER_SECOND
+    return RETURN_SECONDS + release_seconds(held)
 
 
 def _wait(system: System, before: int, held: int, note: Callable[[str, str], None]) -> int:
