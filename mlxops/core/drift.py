@@ -80,7 +80,7 @@ class DriftCode(StrEnum):
     STILL_ENDING = (
         "still_ending",
         "A stop of the server gave up or was interrupted, and the server has not ended.",
-        "`mlxctl reconcile`; or kill it: `mlxctl unload {port} --kill`",
+        "when it has ended: `mlxctl reconcile`; or kill it: `mlxctl unload {port} --kill`",
     )
     SETTINGS_CHANGED = (
         "settings_changed",

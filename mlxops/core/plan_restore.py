@@ -157,7 +157,7 @@ def _why_port_is_taken(view: PortView | None) -> str:
     if _is_down(view):
         return ""
     if view.ending:
-        return f"{view.model or 'its server'} has not ended yet: {view.detail}; `mlxctl reconcile`"
+        return f"{view.model or 'its server'} has not ended yet: {view.detail}; when it has ended: `mlxctl reconcile`"
     if view.operation is not None:
         return f"another operation is running on the port: {view.operation}"
     match view.owner:

@@ -409,7 +409,9 @@ def port_of(registry: Registry, world: World, name: str) -> int | None:
         if view.owner in {Owner.MLXOPS, Owner.HAND} and view.model == known_as:
             return view.port
     if entry is None:
-        raise refusals.unknown_model(name, registry)
+        unknown = refusals.unknown_model(name, registry)
+        unknown.set_hint("what serves where: `mlxctl status`; what is registered: `mlxctl list`")
+        raise unknown
     return None
 
 

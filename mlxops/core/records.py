@@ -44,6 +44,8 @@ class Run:
     """When its first stop began."""
     stopping: tuple[tuple[int, str], ...] = ()
     """Pid and start of each process that its first stop had to end: its leader may end long before the others."""
+    overdue: bool = False
+    """A stop has given it all the time that its size needs, and it had not ended."""
     held_bytes: int | None = None
     """What it held just before that; None if that is not known, or if no memory is looked for after its end."""
     unexplained_bytes: int | None = None
@@ -104,6 +106,7 @@ def run_from_wire(wire: Mapping[str, object]) -> Run:
         **sizes,  # type: ignore[arg-type]
         argv=tuple(str(word) for word in argv),
         adopted=wire.get("adopted") is True,
+        overdue=wire.get("overdue") is True,
         budget=tuple(budget),
         stopping=tuple((pid, start) for pid, start in stopping),
     )
@@ -182,6 +185,7 @@ def run_of(server: Server, port: int, boot_id: str) -> Run:
         boot_id=boot_id,
         started_at="",
         adopted=True,
+        overdue=False,
         budget=(),
         stopping=(),
         held_bytes=None,

@@ -221,6 +221,35 @@ def test_time_and_released_memory_are_shown(host: Host, monkeypatch: pytest.Monk
     assert isinstance(shown[0], Phase) and "holds 3" in shown[0].message and "s to end" in shown[0].message
 
 
+def test_shown_time_is_that_of_all_signals(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """mlx-lm gets SIGINT, and SIGTERM if it has not ended."""
+    monkeypatch.setattr(ending, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(ending, "SIGNAL_SECONDS", 1.0)
+    monkeypatch.setattr(ending, "END_SECONDS", 3.0)
+    host.register(mine=["--fake-linger", "30"])
+    host("load", model="mine", port=str(host.first))
+    host("unload", port=str(host.first), kill=True)
+    texts = [event.message for event in host.events if isinstance(event, Phase) and event.name == "ending"]
+    assert [text.partition(", and ")[2] for text in texts[:2]] == ["may take 4 s to end", "may take 3 s to end"]
+
+
+@pytest.mark.parametrize("gave_up", [True, False])
+def test_server_that_has_had_its_time_is_killed_soon(
+    host: Host, monkeypatch: pytest.MonkeyPatch, gave_up: bool
+) -> None:
+    """One whose stop was interrupted has not: it gets all of it."""
+    pid = serve(host)
+    with pytest.raises(Busy):
+        host("unload", port=str(host.first))
+    assert host.run().overdue
+    host.store.save_run(replace(host.run(), overdue=gave_up))
+    monkeypatch.setattr(ending, "END_SECONDS", 3.0)
+    monkeypatch.setattr(ending, "GRACE_SECONDS", 0.1)
+    began = time.monotonic()
+    host("unload", port=str(host.first), kill=True)
+    assert not alive(pid) and (time.monotonic() - began < 3) is gave_up
+
+
 @pytest.mark.parametrize("limit", [NO_LIMIT, 10**9])
 def test_server_below_the_limit_is_killed(host: Host, limit: int) -> None:
     host.settings = replace(host.settings, kill_limit=limit)

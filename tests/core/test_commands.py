@@ -16,7 +16,8 @@ from mlxops.core.commands import status
 from mlxops.core.commands.list import EstimateRow, HostRow, ListResult, MemoryRow, ModelRow
 from mlxops.core.commands.load import PortResult
 from mlxops.core.commands.status import StatusResult
-from mlxops.core.errors import Unreachable
+from mlxops.core.commands.unload import Unload
+from mlxops.core.errors import Unreachable, UsageError
 from mlxops.core.replies import HostReply
 from mlxops.core.wire import DecodeError, decode
 from tests.lab.envelopes import smallest
@@ -199,6 +200,13 @@ def test_unload_shows_its_notes(result: dict[str, object], lines: list[str]) -> 
     port = smallest(PortResult) | result
     assert shown("unload", port).splitlines() == lines
     assert shown("unload-all", {"ports": [port]}).splitlines() == lines
+
+
+@pytest.mark.parametrize("name", ["jerry-xl", "org/name"])
+def test_unload_of_a_name_suggests_the_model(name: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Unload(port=name).checked()
+    assert (caught.value.code, caught.value.commands) == ("bad_port", (("mlxctl", "unload", "--model", name),))
 
 
 def test_dry_run_of_an_unload_names_the_stale_assignment() -> None:

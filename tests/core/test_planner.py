@@ -425,6 +425,7 @@ def test_unknown_model_is_refused_with_a_suggestion() -> None:
     with pytest.raises(Refused) as caught:
         port_of(known, world(known), "jery-xl")
     assert (caught.value.code, caught.value.why) == ("unknown_model", "did you mean jerry-xl?")
+    assert "load" not in caught.value.hint, "an unload does not suggest to register it"
 
 
 def test_suggestion_ignores_the_organisation() -> None:

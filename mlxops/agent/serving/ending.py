@@ -11,6 +11,7 @@ is killed during the stop, and the next stop does not interrupt the server's cle
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import time
@@ -34,6 +35,8 @@ SIGNAL_SECONDS = 10.0
 """Time to end after a signal before the next one is sent."""
 END_SECONDS = 30.0
 """Time to end after the last signal, for a server that holds nothing."""
+GRACE_SECONDS = 5.0
+"""Time to end before the kill, for a server that has had all the time of an earlier stop."""
 KILL_SECONDS = 30.0
 """Time for the kernel to remove a killed server that holds nothing."""
 LEFTOVER_SECONDS = 2.0
@@ -109,12 +112,18 @@ def end(
     began = time.monotonic()
     signaller = Signaller(system, run, reap)
     waiting = _Waiting(system, signaller, run, emit)
+    recorded = None
     if store is not None and (stopping := signaller.prove()):
-        _record_stop(store, replace(run, stopping=stopping), terms, waiting)
+        since = run.stopping_since or utc_now()
+        recorded = replace(run, stopping=stopping, stopped_by=terms.command, stopping_since=since)
+        _record_stop(store, recorded, run, terms, waiting)
     if _ask(signaller, run, terms, waiting) and _end_rest(signaller, waiting):
         return Ended(time.monotonic() - began, killed=False)
     held = waiting.measure()
     if not may_kill(terms.kill_limit, waiting.held):
+        if store is not None and recorded is not None:
+            with contextlib.suppress(OSError, MlxopsError):  # then a later stop gives it the whole time again
+                store.save_run(replace(recorded, overdue=True))
         raise _still_ending(run, terms.kill_limit, held, recorded=store is not None)
     killed = signaller.send(signal.SIGKILL)
     if not waiting.ended(KILL_SECONDS + release_seconds(waiting.held)):
@@ -124,10 +133,11 @@ def end(
 
 def _ask(signaller: Signaller, run: Run, terms: Terms, waiting: _Waiting) -> bool:
     """Send the server the signals of its engine until it has ended. Return whether it has."""
-    *earlier, last = _steps(ENGINES.get(run.engine), run, terms, waiting.held)
+    *earlier, last = steps = _steps(ENGINES.get(run.engine), run, terms, waiting.held)
     for step, (number, seconds) in enumerate(earlier):
         if not signaller.ignores(number):
-            if not signaller.ask(number) or waiting.ended(seconds, signalled_only=True):
+            longest = sum(wait for _, wait in steps[step:])
+            if not signaller.ask(number) or waiting.ended(seconds, longest, signalled_only=True):
                 return True
             if terms.drain is not None and step == 0:
                 waiting.note(f"open requests did not end within {terms.drain:.4g} s and are cut off")
@@ -137,8 +147,11 @@ def _ask(signaller: Signaller, run: Run, terms: Terms, waiting: _Waiting) -> boo
 def _steps(engine: Engine | None, run: Run, terms: Terms, held: int | None) -> list[tuple[signal.Signals, float]]:
     """Return the signals for a server, and how long each may take.
 
-    A server that was asked before gets only SIGTERM: a second SIGINT interrupts its cleanup.
+    A server that was asked before gets only SIGTERM: a second SIGINT interrupts its cleanup. One that has had its time
+    and may be killed now gets a short one.
     """
+    if run.overdue and terms.kill_limit is None:
+        return [(signal.SIGTERM, GRACE_SECONDS)]
     if engine is None or run.stopping_since is not None:
         return [(signal.SIGTERM, max(terms.drain or 0.0, end_seconds(held)))]
     if terms.drain is None:
@@ -184,10 +197,13 @@ class _Waiting:
     def note(self, message: str) -> None:
         self._emit(Note.of(message, "warning"))
 
-    def ended(self, seconds: float, *, signalled_only: bool = False) -> bool:
-        """Wait up to `seconds`; return whether the server, or the processes that were signalled, have ended."""
+    def ended(self, seconds: float, longest: float = 0.0, *, signalled_only: bool = False) -> bool:
+        """Wait up to `seconds`; return whether the server, or the processes that were signalled, have ended.
+
+        `longest`: the time until the server is killed or given up, if more than one wait follows.
+        """
         self._show_at = time.monotonic() + QUIET_SECONDS
-        self._left = f"{self._name} holds {_shown(self.held)}, and may take {seconds:.0f} s to end"
+        self._left = f"{self._name} holds {_shown(self.held)}, and may take {max(seconds, longest):.0f} s to end"
         return self._signaller.ended(seconds, signalled_only=signalled_only, tick=self._show)
 
     def _show(self) -> None:
@@ -206,14 +222,14 @@ class _Waiting:
             self._emit(Progress("ending", released, self.held))
 
 
-def _record_stop(store: Store, run: Run, terms: Terms, waiting: _Waiting) -> None:
+def _record_stop(store: Store, recorded: Run, before: Run, terms: Terms, waiting: _Waiting) -> None:
     """Record that the server is being stopped. Raises `Refused` (state_unwritable) if the server may not be killed:
     without the record, a later command would take one that has not ended for a serving one."""
     try:
-        store.save_run(replace(run, stopped_by=terms.command, stopping_since=run.stopping_since or utc_now()))
+        store.save_run(recorded)
     except (OSError, MlxopsError) as error:
         why = f"{error.message}: {error.why}" if isinstance(error, MlxopsError) else str(error)
-        if isinstance(error, Refused) and not may_kill(terms.kill_limit, waiting.held) and not _is_known(run):
+        if isinstance(error, Refused) and not may_kill(terms.kill_limit, waiting.held) and not _is_known(before):
             error.why = f"{error.why}; without its record, the stop of a server that may not be killed does not begin"
             raise
         waiting.note(f"the stop could not be recorded: {why}")

@@ -9,6 +9,7 @@ from mlxops.core.command import Draining, Group, option, switch
 from mlxops.core.commands.load import PortResult, plan_lines
 from mlxops.core.errors import UsageError
 from mlxops.core.frozen import dataclass
+from mlxops.core.names import is_model_name, shown
 from mlxops.core.replies import HostReply
 from mlxops.core.tables import each_host, joined, one_line
 
@@ -33,6 +34,13 @@ class Unload(Draining[PortResult], group=Group.SERVE, example="mlxctl unload 810
                 "either --port or --model is needed",
                 why="there is no default for it",
                 hint="for example: `mlxctl unload --port 8100`",
+            )
+        if self.port is not None and not self.port.isdecimal() and is_model_name(self.port):
+            raise UsageError(
+                "bad_port",
+                f"{shown(self.port)} is not a port",
+                why="without a flag, unload takes a port",
+                hint=f"for the port of a model: `mlxctl unload --model {self.port}`",
             )
         return self
 
