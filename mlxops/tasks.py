@@ -294,7 +294,13 @@ def deploy(cli: Cli, request: Deploy) -> None:
 def setup(cli: Cli, request: Setup) -> None:
     from mlxops.control.setup import look_at
 
-    cli.show([look_at(request.ssh)])
+    reply = look_at(request.ssh)
+    cli.show([reply])
+    if reply.error is None:
+        told = (
+            f"put it into ~/.config/mlxops/hosts.yaml and read its comments; then `mlxctl deploy --host {reply.host}`"
+        )
+        cli.console.hear("", Note.of(told))
 
 
 BODIES: Mapping[str, Callable[[Cli, Any], None]] = {

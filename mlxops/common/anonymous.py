@@ -9,7 +9,8 @@ import socket
 from mlxops.core.redaction import redact
 from mlxops.core.text import clean
 
-_FOLDERS = r"/(?:Users|home|root|private|Volumes|var|tmp|opt|mnt|srv)/[^\s:;,'\"()]*"
+_PATH = r"(?<![\w.])/(?!(?:System|usr|bin|sbin|dev|proc|sys)/)[^\s:;,'\"()]+"
+"""Not those of the system, which are the same everywhere."""
 _ADDRESS = r"(?<![\w.])(?:(?!127\.)\d{1,3}(?:\.\d{1,3}){3})(?![\w.])"
 
 
@@ -18,7 +19,7 @@ def anonymous(text: str, length: int = 300) -> str:
     text = redact(clean(text))
     for name in _names():
         text = re.sub(rf"(?<![\w-]){re.escape(name)}(?![\w-])", "NAME", text)
-    return re.sub(_ADDRESS, "ADDRESS", re.sub(_FOLDERS, "PATH", text))[:length]
+    return re.sub(_ADDRESS, "ADDRESS", re.sub(_PATH, "PATH", text))[:length]
 
 
 def _names() -> set[str]:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from mlxops.core.doctor.findings import Finding
     from mlxops.core.memory import Use
 
+MOST_NAMED = 5
+"""Servers in one message."""
 FAST_SYNCH = "MLX_METAL_FAST_SYNCH"
 """A variable of MLX. It has wedged GPUs also on single Macs (MLX issues 3142 and 3830), and MLX removed it from its
 examples (pull request 4005)."""
@@ -85,7 +87,9 @@ def _finding(code: str, message: str, commands: str = "") -> Finding:
 
 
 def _names(uses: Iterable[Use]) -> str:
-    return " and ".join(f"{use.model} on {use.port}" if use.port is not None else use.model for use in uses)
+    names = [f"{use.model} on {use.port}" if use.port is not None else use.model for use in uses]
+    more = [f"{len(names) - MOST_NAMED} more"] if len(names) > MOST_NAMED else []
+    return " and ".join([*names[:MOST_NAMED], *more])
 
 
 def _again(uses: Iterable[Use]) -> str:

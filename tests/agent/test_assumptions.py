@@ -60,9 +60,10 @@ def test_report_that_cannot_be_written_is_an_error_before_the_trials(homelab: Ho
 def test_names_are_taken_out() -> None:
     me, host = getpass.getuser(), socket.gethostname()
     text = anonymous(
-        f"{me}@{host}: /Users/{me}/a/b: no, (/home/x/y)\x1b[31m; 10.1.2.3 and 127.0.0.1; HF_TOKEN=x 3 files"
+        f"{me}@{host}: /Users/{me}/a/b: no, (/home/x/y)\x1b[31m; /srv/z /System/L 10.1.2.3 and 127.0.0.1; "
+        "HF_TOKEN=x 3 files"
     )
-    assert text == "NAME@NAME: PATH: no, (PATH); ADDRESS and 127.0.0.1; HF_TOKEN=... 3 files"
+    assert text == "NAME@NAME: PATH: no, (PATH); PATH /System/L ADDRESS and 127.0.0.1; HF_TOKEN=... 3 files"
 
 
 def test_names_of_an_account_without_an_entry_are_taken_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxops.agent.engines import engine_named, mlx_openai_server, recognise
+from mlxops.agent.engines import ENGINES, engine_named, mlx_openai_server, recognise
 from mlxops.agent.engines.argv import long_options
 from mlxops.agent.engines.base import DetectedServer, Engine, EngineCommand, ServedNames, ServerSpec
 from mlxops.agent.engines.inspection import inspect_command
@@ -604,3 +604,17 @@ def test_other_answer_than_a_completion_is_an_error(body: bytes) -> None:
     pieces = [HEAD, b"Content-Length: %d\r\n\r\n" % len(body), body]
     with answering(pieces) as (host, port), pytest.raises(NoCompletion):
         request_completion(host, port, "jerry", 10)
+
+
+@pytest.mark.parametrize(
+    ("engine", "argv", "kind", "context"),
+    [
+        ("mlx-lm", "mlx_lm.server --model m --model-type whisper --context-length 10", "lm", None),
+        ("mlx-openai-server", "mlx-openai-server launch --model-path m", "lm", None),
+        ("mlx-openai-server", "x launch --model-path m --model-type whisper --context-length 10", "whisper", 10),
+        ("mlx-openai-server", "x launch --model-path m --context-length=²", "lm", None),
+    ],
+)
+def test_engine_says_what_its_command_serves(engine: str, argv: str, kind: str, context: int | None) -> None:
+    words = argv.split()
+    assert (ENGINES[engine].model_type(words), ENGINES[engine].context_length(words)) == (kind, context)

@@ -56,6 +56,11 @@ def test_two_servers_without_a_bound_are_dangerous() -> None:
     assert danger.hint.endswith("`mlxctl unload 2`, then `mlxctl load m2 2`"), "not the one that was started by hand"
 
 
+def test_many_servers_are_counted_and_not_all_named() -> None:
+    danger = unbounded_servers([use(port, unbounded=True) for port in range(30)])
+    assert danger is not None and "m4 on 4 and 25 more have no limit" in danger.message and "m5" not in danger.message
+
+
 def test_limits_are_compared_with_the_budget() -> None:
     assert limits_over_budget([use(1), use(2)], 60 * GB) is None, "none of them has limits"
     assert limits_over_budget([use(1, limit=70 * GB), use(2)], 120 * GB) is None

@@ -169,6 +169,14 @@ class Engine(ABC):
         options = self.limits.all
         return self.limits.read({each: given[key] for key in given for each in options if each.startswith(key)})
 
+    def model_type(self, argv: Sequence[str]) -> str:
+        """Return the kind of model that a command serves: `lm` for a language model, as most engines serve only."""
+        return "lm"
+
+    def context_length(self, argv: Sequence[str]) -> int | None:
+        """Return the tokens of one context that a command sets; None if it sets none."""
+        return None
+
     def keeps_caches_in_memory(self, version: str | None) -> bool:
         """Return whether the contexts that it keeps for later requests stay in memory."""
         return True

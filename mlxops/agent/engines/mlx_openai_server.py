@@ -122,6 +122,13 @@ class MlxOpenAIServer(Engine):
             return LimitOptions()
         return options if kind == "lm" else options.only({options.requests, options.prompts})
 
+    def model_type(self, argv: Sequence[str]) -> str:
+        return long_options(argv).get("--model-type", "lm")
+
+    def context_length(self, argv: Sequence[str]) -> int | None:
+        text = long_options(argv).get("--context-length", "")
+        return int(text) if text.isascii() and text.isdecimal() else None
+
     def keeps_caches_in_memory(self, version: str | None) -> bool:
         return older_than(_CACHES_ON_DISK_SINCE, version)
 
@@ -146,7 +153,7 @@ class MlxOpenAIServer(Engine):
         options = long_options(argv)
         if options.get("--config"):
             return ServedNames(drops=False, not_asked="the names that it serves are in its --config file")
-        kind, name = options.get("--model-type", "lm"), self.served_name(argv)
+        kind, name = self.model_type(argv), self.served_name(argv)
         if not name:
             return ServedNames(drops=False, not_asked="its name is not known: its command names no model")
         return ServedNames(

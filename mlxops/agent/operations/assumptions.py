@@ -86,9 +86,9 @@ def try_all(ctx: Context) -> tuple[Trial, ...]:
     """Make the trials, one after the other: they measure memory and time. Say which kind of thing is tried."""
     trials, kind = [], ""
     for number, assumption in enumerate(Assumption, 1):
-        if kind != (kind := assumption.value.partition(".")[0]):
-            ctx.emit(Phase("trial", f"{kind} ({number} of {len(Assumption)})"))
         trying = TRIALS.get(assumption)
+        if trying and kind != (kind := assumption.value.partition(".")[0]):
+            ctx.emit(Phase("trial", f"{kind} ({number} of {len(TRIALS)})"))
         verdict, detail = _within_time(ctx, trying) if trying else (Verdict.UNTRIED, "")
         trials.append(Trial(assumption.value, verdict, detail))
     return tuple(trials)

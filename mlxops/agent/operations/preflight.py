@@ -195,7 +195,7 @@ def _is_language_model(prepared: Prepared) -> bool:
 
 def _served_as(prepared: Prepared) -> str:
     """Return the model type that the argv sets. The entry's own args may set it, too."""
-    return long_options(prepared.wanted.argv).get("--model-type", "lm")
+    return prepared.engine.model_type(prepared.wanted.argv)
 
 
 def _check_code(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:

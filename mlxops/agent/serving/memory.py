@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from mlxops.agent.engines import ENGINES
-from mlxops.agent.engines.argv import long_options
 from mlxops.agent.engines.installation import installed_version
 from mlxops.agent.host.memory import HostMemory
 from mlxops.agent.host.system import System, this_system
@@ -90,10 +89,9 @@ def _use(world: World, system: System, server: ServerProcess, view: PortView | N
     """Describe a server's memory. `view`: the managed port that it serves, if any."""
     process, detected = server.process, server.detected
     path = real_path(system.folder(process.pid), detected.model)
-    flags = long_options(process.argv)
-    context, model_type = flags.get("--context-length", ""), flags.get("--model-type", "lm")
-    expected = estimate_of(Path(path), int(context) if context.isdecimal() else None, model_type) if path else None
     engine = ENGINES[server.engine]
+    model_type = engine.model_type(process.argv)
+    expected = estimate_of(Path(path), engine.context_length(process.argv), model_type) if path else None
     version = view.run.engine_version if view and view.run else installed_version(process.argv, engine.distribution)
     own = engine.read_limits(process.argv)
     cached = engine.keeps_caches_in_memory(version)

@@ -72,7 +72,7 @@ def examine(
     """
     configured = inventory.gateway if inventory else None
     seconds = TRIAL_SECONDS if request.trials else HOST_SECONDS
-    with _telling(console, targets, seconds) as answered:
+    with _telling(console, () if request.trials else targets, seconds) as answered:
         hosts = within(
             seconds, {target.name: _examining(target, request, console.hear, answered) for target in targets}
         )
@@ -117,7 +117,10 @@ def _aimed(row: FindingRow, flags: str) -> FindingRow:
 
 @contextmanager
 def _telling(console: Console, targets: Sequence[HostTarget], seconds: float) -> Iterator[Callable[[str], None]]:
-    """Say after a while which hosts have not answered. Yield what is called with the name of one that has."""
+    """Say after a while which hosts have not answered. Yield what is called with the name of one that has.
+
+    `targets`: the hosts that say nothing meanwhile.
+    """
     waiting = {target.name for target in targets}
 
     def tell() -> None:

@@ -422,7 +422,7 @@ def _addresses(destination: Destination, deadline: float) -> list[_Address]:
         raise destination.unreachable(
             "host_down",
             f"its name has no address: {reason}",
-            "correct `ssh:` in hosts.yaml, or HostName in the ssh configuration",
+            "correct the name (`ssh` in hosts.yaml), or HostName in the ssh configuration",
         )
     return addresses
 
