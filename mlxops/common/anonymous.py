@@ -1,4 +1,4 @@
-"""Take the names of people, machines and folders, and secrets, out of a text that its reader will publish."""
+"""Take names of users, machines and folders, addresses and secrets out of a text for a public report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ADDRESS = r"(?<![\w.])(?:(?!127\.)\d{1,3}(?:\.\d{1,3}){3})(?![\w.])"
 
 
 def anonymous(text: str, length: int = 300) -> str:
-    """Return the beginning of a text, without control characters and whatever names somebody."""
+    """Return the beginning of a text, without names, addresses, secrets and control characters."""
     text = redact(clean(text))
     for name in _names():
         text = re.sub(rf"(?<![\w-]){re.escape(name)}(?![\w-])", "NAME", text)

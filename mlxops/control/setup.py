@@ -36,8 +36,14 @@ MAX_SLOW = 4
 MAX_PLACES = 400
 
 _SAY = r"""
-say() { printf 'mlxops-setup\t%s\t%s\n' "$1" "$2"; }
+new_line='
+'
+say() {
+    case "$1$2" in *"$new_line"*) return ;; esac
+    printf 'mlxops-setup\t%s\t%s\n' "$1" "$2"
+}
 """
+"""A name with a line break could pass for other facts."""
 LOOK = rf"""{_SAY}
 one_line() {{ head -c 4000 -- "$1" 2>/dev/null | tr '\n\t' '  '; }}
 say at "the system"
@@ -77,9 +83,11 @@ LOOK_IN_PLACES = rf"""{_SAY}
 for place in "$@"; do
     say at "$place"
     [ -L "$place" ] && [ "$(cd -- "$place" && pwd -P)" = / ] && continue
-    for folder in "$place"/.venv/bin "$place"/venv/bin "$place"/bin; do
-        for name in mlx-openai-server mlx_lm.server; do [ -x "$folder/$name" ] && say program "$folder/$name"; done
-    done
+    case "$place" in "$HOME"/*|/opt/*)
+        for folder in "$place"/.venv/bin "$place"/venv/bin "$place"/bin; do
+            for name in mlx-openai-server mlx_lm.server; do [ -x "$folder/$name" ] && say program "$folder/$name"; done
+        done ;;
+    esac
     for hub in "$place" "$place"/hub "$place"/*/hub "$place"/*/*/hub; do
         [ -d "$hub" ] || continue
         count=0

@@ -1,9 +1,9 @@
-"""Take secrets out of command lines and texts before anybody sees them. Pure.
+"""Take secrets out of command lines and texts before they are shown. Pure.
 
-What a person or another program typed may hold an API key, a token or a password. What is shown, sent or logged goes
-through here. What decides, such as recognising a server by its argv, keeps the real words.
+The command of a server may have an API key, a token or a password. What is shown, sent or logged goes through here.
+Code that decides by the words, such as the recognition of a server, gets the real ones.
 
-It takes out too much rather than too little: the value after a name that sounds secret, whatever it is.
+It hides rather too much than too little: every value after a name that may be a secret's.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from mlxops.core.text import clean
 
 HIDDEN = "..."
 _SECRET = (
-    r"(?:token|secret|passw(?:or)?d|passphrase|credentials?|authorization|bearer|cookie|api[-_]?keys?|hf[-_]?key"
-    r"|(?<![a-z0-9])(?:auth|keys?|pass|pwd)|(?<=[a-z])(?-i:Auth|Key))(?:[-_]?\d{1,3})?(?![\w-])"
+    r"(?:token|secret|passw(?:or)?d|passphrase|credentials?|authorization|bearer|cookie"
+    r"|(?:api|hf|access|private|master|secret|auth|signing|encryption)[-_]?keys?"
+    r"|(?<![a-z0-9])(?:auth|keys?|pass|pwd?)|(?<=[a-z])(?-i:Auth|Key))(?:[-_]?\d{1,3})?(?![\w-])"
 )
 """The end of a secret's name. Not of `--max-tokens`, whose value is a number, nor of `--ssl-keyfile`, a path."""
 _SETTING = rf"(\W{{0,3}}[\w.-]*{_SECRET}\s*[=:]\s*)(?=\S).*"
 """A whole word: `HF_TOKEN=x`, `--api-key=x`, `Authorization: Bearer x`."""
 _OPTION = rf"-[\w.-]*{_SECRET}"
 _NEXT_OPTION = r"--[a-z][a-z0-9-]+(?:=.*)?"
-_VALUE = r"""(?:"[^"]*"?|'[^']*'?|[^\s"',;&}\])]+)"""
+_VALUE = r"""\\{0,3}(?:"[^"]*"?|'[^']*'?|[^\s"',;&}\])]+)"""
 _INSIDE: tuple[tuple[str, str], ...] = (
     (r"(\w://)(?:[^\s/]{0,300}|[^\s/:]{0,100}:\S{0,300})@", rf"\1{HIDDEN}@"),
     (r"\b(bearer|basic|digest|negotiate)\s{1,9}[\w.~+/=-]{4,}", rf"\1 {HIDDEN}"),
     (rf"(?<![\w.-])(-[\w.-]{{0,60}}{_SECRET}\s{{1,9}})(?!{_NEXT_OPTION}){_VALUE}", rf"\1{HIDDEN}"),
-    (rf"({_SECRET}[\"'\]]{{0,3}}\s{{0,9}}[=:]\s{{0,9}}){_VALUE}", rf"\1{HIDDEN}"),
+    (rf"({_SECRET}[\"'\]\\]{{0,4}}\s{{0,9}}[=:]\s{{0,9}}){_VALUE}", rf"\1{HIDDEN}"),
     (r"\b(hf_|sk-|gh[pousr]_|github_pat_|glpat-|xox[a-z]-|AKIA|eyJ)[\w.-]{8,}", rf"\1{HIDDEN}"),
 )
 """Pattern -> replacement, within a longer text. The last one: tokens that are known by how they begin. All lengths are

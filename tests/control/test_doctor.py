@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -17,8 +18,9 @@ from mlxops.common.build import build_id
 from mlxops.control.client import HostTarget
 from mlxops.control.doctor import command, connection, node
 from mlxops.control.doctor.command import Answer
+from mlxops.control.output import Console
 from mlxops.core.commands.doctor import CONTROL_NODE, Doctor, DoctorResult
-from mlxops.core.doctor.findings import FindingCode, Level
+from mlxops.core.doctor.findings import Finding, FindingCode, Level
 from mlxops.core.errors import AgentProblem, Bug, MlxopsError, Refused, Unreachable
 from mlxops.core.replies import HostReply
 from mlxops.core.settings import Settings
@@ -282,7 +284,7 @@ def judged(
     result: DoctorResult | None = RESULT, error: MlxopsError | None = None, asked: float = 999.0
 ) -> HostReply[DoctorResult]:
     answer = Answer(HostReply("studio", result, error), asked, asked + 2)
-    return command._host_reply(TARGET, (answer, []))
+    return command._host_reply(TARGET, answer, [])
 
 
 @pytest.mark.parametrize(
@@ -313,10 +315,24 @@ def test_agreeing_clocks_and_builds_are_no_finding() -> None:
 
 
 def test_check_that_fails_is_unknown_with_its_reason() -> None:
-    reply = command._host_reply(TARGET, TimeoutError("it took longer than 60 s"))
+    ours = Finding.of(FindingCode.SSH_OPTION_IGNORED, "Tunnel is set", instead="mlxops opens no tunnel")
+    reply = command._host_reply(TARGET, TimeoutError("it took longer than 60 s"), [ours])
     assert reply.result is not None and reply.error is None
-    (row,) = reply.result.findings
+    row, other = reply.result.findings
     assert (row.code, row.severity) == ("not_checked", Level.UNKNOWN) and "longer than 60 s" in row.message
+    assert other.code == "ssh_option_ignored"
+    own = command._own_reply(TimeoutError("it took longer than 60 s"))
+    assert own.result is not None and [row.code for row in own.result.findings] == ["not_checked"]
+
+
+def test_host_that_takes_long_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "LONG_SECONDS", 0.01)
+    stream = io.StringIO()
+    other = replace(TARGET, name="studio2")
+    with command._naming_late(Console(many=True, stream=stream), [TARGET, other], 60) as answered:
+        answered("studio")
+        wait_until(stream.getvalue, 10, "the note")
+    assert stream.getvalue() == "waiting for studio2, at most 60 s\n"
 
 
 @pytest.mark.parametrize(

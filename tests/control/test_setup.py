@@ -243,6 +243,11 @@ def test_folders_that_answer_are_all_looked_at(places: list[Path], tmp_path: Pat
     assert not [*tmp_path.rglob("canary")] and not Path("canary").exists()
 
 
+def test_name_with_a_line_break_is_no_other_fact(tmp_path: Path) -> None:
+    (tmp_path / "x\nmlxops-setup\thub\t9 " / "evil" / "hub" / "models--org--m").mkdir(parents=True)
+    assert look_in(LocalTransport(), [tmp_path]) == ([], [])
+
+
 def test_folder_that_does_not_answer_is_named_and_the_others_are_looked_at(
     places: list[Path], slow: Callable[..., Slow], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -95,7 +95,7 @@ def try_all(ctx: Context) -> tuple[Trial, ...]:
 
 
 def _within_time(ctx: Context, trying: Trying) -> tuple[Verdict, str]:
-    """Make a trial in a thread, and send heartbeats meanwhile. One that hangs keeps its thread until the agent ends."""
+    """Make a trial in a thread, and send heartbeats. One that hangs keeps its thread until the agent ends."""
     outcome: list[tuple[Verdict, str]] = []
     thread = threading.Thread(target=lambda: outcome.append(_outcome(ctx, trying)), daemon=True)
     thread.start()

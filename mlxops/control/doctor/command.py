@@ -72,13 +72,18 @@ def examine(
     """
     configured = inventory.gateway if inventory else None
     seconds = TRIAL_SECONDS if request.trials else HOST_SECONDS
-    with _telling(console, () if request.trials else targets, seconds) as answered:
-        hosts = within(
-            seconds, {target.name: _examining(target, request, console.hear, answered) for target in targets}
-        )
+    found: dict[str, list[Finding]] = {target.name: [] for target in targets}
+    calls: dict[str, Callable[[], DoctorResult | Answer]] = {
+        CONTROL_NODE: lambda: _control_node(inventory, problem, configured, targets)
+    }
+    with _naming_late(console, () if request.trials else targets, seconds) as answered:
+        calls |= {
+            target.name: _examining(target, request, console.hear, answered, found[target.name]) for target in targets
+        }
+        outcomes = within(seconds, calls)
     return (
-        _control_node(inventory, problem, configured, targets),
-        *(_host_reply(target, hosts[target.name]) for target in targets),
+        _own_reply(outcomes[CONTROL_NODE]),
+        *(_host_reply(target, outcomes[target.name], found[target.name]) for target in targets),
     )
 
 
@@ -87,7 +92,7 @@ def examine(
 
 def _control_node(
     inventory: Inventory | None, problem: MlxopsError | None, configured: Gateway | None, targets: Sequence[HostTarget]
-) -> HostReply[DoctorResult]:
+) -> DoctorResult:
     checks: dict[str, Check] = dict(node.CHECKS)
     if inventory is not None:
         checks["hosts.yaml"] = lambda: node.hosts_file(inventory.path)
@@ -95,8 +100,14 @@ def _control_node(
         checks["gateway"] = lambda: gateway.findings(configured, targets)
     findings = [Finding.because(FindingCode.HOSTS_FILE_BAD, problem)] if problem else []
     findings += make(HOST_SECONDS, checks)
-    result = _result(findings, (*checks, *(["hosts.yaml"] if problem else [])), node.facts())
-    return HostReply(CONTROL_NODE, result, command=Doctor.name)
+    return _result(findings, (*checks, *(["hosts.yaml"] if problem else [])), node.facts())
+
+
+def _own_reply(outcome: DoctorResult | Answer | Exception) -> HostReply[DoctorResult]:
+    if isinstance(outcome, Exception):
+        outcome = _result([not_made("this machine", outcome)], (), {})
+    assert isinstance(outcome, DoctorResult)
+    return HostReply(CONTROL_NODE, outcome, command=Doctor.name)
 
 
 def _result(
@@ -116,18 +127,18 @@ def _aimed(row: FindingRow, flags: str) -> FindingRow:
 
 
 @contextmanager
-def _telling(console: Console, targets: Sequence[HostTarget], seconds: float) -> Iterator[Callable[[str], None]]:
+def _naming_late(console: Console, targets: Sequence[HostTarget], seconds: float) -> Iterator[Callable[[str], None]]:
     """Say after a while which hosts have not answered. Yield what is called with the name of one that has.
 
-    `targets`: the hosts that say nothing meanwhile.
+    `targets`: the hosts that say nothing themselves.
     """
     waiting = {target.name for target in targets}
 
-    def tell() -> None:
+    def note() -> None:
         if waiting:
             console.note(f"waiting for {', '.join(sorted(waiting))}, at most {seconds:.0f} s")
 
-    timer = threading.Timer(LONG_SECONDS, tell)
+    timer = threading.Timer(LONG_SECONDS, note)
     timer.daemon = True
     timer.start()
     try:
@@ -142,27 +153,36 @@ def _only_phases(hear: Listen) -> Listen:
 
 
 def _examining(
-    target: HostTarget, request: Doctor, hear: Listen, answered: Callable[[str], None]
-) -> Callable[[], tuple[Answer, list[Finding]]]:
-    def examining() -> tuple[Answer, list[Finding]]:
+    target: HostTarget, request: Doctor, hear: Listen, answered: Callable[[str], None], found: list[Finding]
+) -> Callable[[], Answer]:
+    """`found`: gets what this side finds before the host answers, if it does."""
+
+    def examining() -> Answer:
         checks: dict[str, Check] = {}
         if target.ssh is not None:
             name = target.ssh
             checks["ssh options"] = lambda: connection.option_findings(name)
+        found.extend(make(HOST_SECONDS, checks))
         asked = time.time()
         reply = client.ask(target, request, _only_phases(hear))
         answered(target.name)
-        return Answer(reply, asked, time.time()), make(HOST_SECONDS, checks)
+        return Answer(reply, asked, time.time())
 
     return examining
 
 
-def _host_reply(target: HostTarget, outcome: tuple[Answer, list[Finding]] | Exception) -> HostReply[DoctorResult]:
-    """Join both sides. An unreachable host keeps its error, which also decides the exit status."""
-    if isinstance(outcome, Exception):
-        finding = not_made(target.name, outcome)
-        return HostReply(target.name, _result([finding], (), {}), None, Doctor.name, target.flags)
-    answer, findings = outcome
+def _host_reply(
+    target: HostTarget, answer: DoctorResult | Answer | Exception, found: Sequence[Finding]
+) -> HostReply[DoctorResult]:
+    """Join both sides. An unreachable host keeps its error, which also decides the exit status.
+
+    `found`: what this side found.
+    """
+    findings = list(found)
+    if isinstance(answer, Exception):
+        findings.append(not_made(target.name, answer))
+        return HostReply(target.name, _result(findings, (), {}), None, Doctor.name, target.flags)
+    assert isinstance(answer, Answer)
     error, result = answer.reply.error, answer.reply.result
     seen = ["connection", *(["ssh options"] if target.ssh is not None else [])]
     if error is not None:
