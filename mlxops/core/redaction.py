@@ -15,10 +15,13 @@ from collections.abc import Sequence
 from mlxops.core.text import clean
 
 HIDDEN = "..."
-_SECRET = (
-    r"(?:token|secret|passw(?:or)?d|passphrase|credentials?|authorization|bearer|cookie"
+_CERTAIN = (
+    r"secret|passw(?:or)?d|passphrase|authorization|cookie|(?:hf|access|auth|bearer|api)[-_]?token"
     r"|(?:api|hf|access|private|master|secret|auth|signing|encryption)[-_]?keys?"
-    r"|(?<![a-z0-9])(?:auth|keys?|pass|pwd?)|(?<=[a-z])(?-i:Auth|Key))(?:[-_]?\d{1,3})?(?![\w-])"
+)
+_END = r"(?:[-_]?\d{1,3})?(?![\w-])"
+_SECRET = (
+    rf"(?:{_CERTAIN}|token|credentials?|bearer|(?<![a-z0-9])(?:auth|keys?|pass|pwd?)|(?<=[a-z])(?-i:Auth|Key)){_END}"
 )
 """The end of a secret's name. Not of `--max-tokens`, whose value is a number, nor of `--ssl-keyfile`, a path."""
 _SETTING = rf"(\W{{0,3}}[\w.-]*{_SECRET}\s*[=:]\s*)(?=\S).*"
@@ -26,11 +29,14 @@ _SETTING = rf"(\W{{0,3}}[\w.-]*{_SECRET}\s*[=:]\s*)(?=\S).*"
 _OPTION = rf"-[\w.-]*{_SECRET}"
 _NEXT_OPTION = r"--[a-z][a-z0-9-]+(?:=.*)?"
 _VALUE = r"""\\{0,3}(?:"[^"]*"?|'[^']*'?|[^\s"',;&}\])]+)"""
+_SCHEME = r"(?:(?:basic|digest|negotiate|bearer)\s{1,9})?"
 _INSIDE: tuple[tuple[str, str], ...] = (
     (r"(\w://)(?:[^\s/]{0,300}|[^\s/:]{0,100}:\S{0,300})@", rf"\1{HIDDEN}@"),
-    (r"\b(bearer|basic|digest|negotiate)\s{1,9}[\w.~+/=-]{4,}", rf"\1 {HIDDEN}"),
+    (r"\b(bearer)\s{1,9}[\w.~+/=-]{4,}", rf"\1 {HIDDEN}"),
     (rf"(?<![\w.-])(-[\w.-]{{0,60}}{_SECRET}\s{{1,9}})(?!{_NEXT_OPTION}){_VALUE}", rf"\1{HIDDEN}"),
-    (rf"({_SECRET}[\"'\]\\]{{0,4}}\s{{0,9}}[=:]\s{{0,9}}){_VALUE}", rf"\1{HIDDEN}"),
+    (rf"({_SECRET}[\"'\]\\]{{0,4}}\s{{0,9}}=\s{{0,9}}){_VALUE}", rf"\1{HIDDEN}"),
+    # In a message, "missing key: lm_head" is no secret.
+    (rf"((?:{_SECRET}[\"'\\]{{1,4}}|(?:{_CERTAIN}){_END})\s{{0,9}}:\s{{0,9}}){_SCHEME}{_VALUE}", rf"\1{HIDDEN}"),
     (r"\b(hf_|sk-|gh[pousr]_|github_pat_|glpat-|xox[a-z]-|AKIA|eyJ)[\w.-]{8,}", rf"\1{HIDDEN}"),
 )
 """Pattern -> replacement, within a longer text. The last one: tokens that are known by how they begin. All lengths are

@@ -81,7 +81,23 @@ def test_control_characters_do_not_hide_a_secret() -> None:
 
 def test_text_of_another_program_is_redacted() -> None:
     text = redact(f"401 for http://me:{SECRET}@host/v1 with Authorization: Bearer {SECRET}")
-    assert text == "401 for http://...@host/v1 with Authorization: ... ..."
+    assert text == "401 for http://...@host/v1 with Authorization: ..."
+    assert redact("Proxy-Authorization: Basic dTpw, x") == "Proxy-Authorization: ..., x"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "ValueError: Missing key: lm_head.weight",
+        "KeyError: 'token'",
+        "Basic training takes 5 steps",
+        "Unexpected token: <unk>",
+        "mlx_lm.server: error: unrecognized arguments: --max-tokens 5",
+        "Expected keys: ['model', 'layers'] in http://127.0.0.1:8100/v1",
+    ],
+)
+def test_message_of_an_engine_stays(line: str) -> None:
+    assert redact(line) == line
 
 
 def test_long_words_take_no_time() -> None:
