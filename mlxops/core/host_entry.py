@@ -189,7 +189,7 @@ def _ports(facts: HostFacts) -> list[Part]:
     running = sorted({port for line in facts.servers for port in _server_ports(line)})
     running = [port for port in running if port < running[0] + MAX_PORTS - 10]
     outside = [port for port in running if port not in default]
-    comments = [f"A server runs now: {_described(line)}" for line in facts.servers]
+    comments = [f"A server runs now: {each}" for each in dict.fromkeys(map(_described, facts.servers))]
     if not outside:
         aliases = "Give each port the name that the gateway sends, for example: slots: {8100: jerry-xl}"
         return [Part((*comments, f"ports: {default}", aliases))]

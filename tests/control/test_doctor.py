@@ -205,7 +205,7 @@ WRONG = {
         "budget_high": "leave `memory` out",
         "panicked": "update macOS",
         "killed_for_memory": "mlxctl list --memory",
-        "not_checked": "run doctor again",
+        "not_checked": "if its time is that of a crash",
         "restore_job_broken": "mlxctl boot --install",
         "restore_job_off": "mlxctl boot --install",
         "no_lingering": "sudo loginctl enable-linger ",

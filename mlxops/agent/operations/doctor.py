@@ -283,7 +283,9 @@ def _is_recent(path: Path) -> bool:
 
 def _litter(repo: Path, parts: Sequence[Path]) -> Finding:
     size = sum(part.stat().st_size for part in parts)
-    message = f"interrupted downloads of {_repo_id(repo)} left {len(parts)} parts, {amount(size)}"
+    message = (
+        f"interrupted downloads of {_repo_id(repo)} left {len(parts)} part{'s'[: len(parts) != 1]}, {amount(size)}"
+    )
     # The names, and no pattern: a download that starts later makes parts of its own.
     files = " ".join(shlex.quote(str(part)) for part in parts[:MOST_NAMED])
     return Finding.of(FindingCode.CACHE_LITTER, message, repo=_repo_id(repo), files=files)
@@ -310,7 +312,9 @@ def _incidents(ctx: Context) -> Iterator[Finding]:
         try:
             finding = incident(path.name, health.read_report(path))
         except (OSError, ValueError, RecursionError) as error:
-            finding = checks.not_made(f"the report {path}", error)
+            message = f"{path} is not in the form of macOS's reports: {reason(error)}"
+            hint = "read it, if its time is that of a crash; if not, leave it: doctor forgets reports after a week"
+            finding = Finding(FindingCode.NOT_CHECKED, FindingCode.NOT_CHECKED.level, message, hint)
         if finding is not None:
             yield finding
 

@@ -12,6 +12,7 @@ from mlxops.control.client import HostTarget
 from mlxops.control.gateway.check import check
 from mlxops.control.gateway.config import GatewayConfig, key_of, read
 from mlxops.control.inventory import Gateway
+from mlxops.control.ssh.config import error_text
 from mlxops.core.commands.gateway import Gateway as GatewayRequest
 from mlxops.core.doctor.findings import Finding, FindingCode
 from mlxops.core.doctor.gateway import health_check_findings
@@ -55,7 +56,7 @@ def _not_running(gateway: Gateway) -> list[Finding]:
     try:
         send_request(parts.scheme, parts.hostname or "", parts.port, "GET", path, timeout=ANSWER_SECONDS)
     except (OSError, NotHttp, ValueError) as error:
-        return [Finding.of(FindingCode.GATEWAY_DOWN, f"{gateway.url} does not answer: {error}")]
+        return [Finding.of(FindingCode.GATEWAY_DOWN, f"{gateway.url} does not answer: {error_text(error)}")]
     return []
 
 
