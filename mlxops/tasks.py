@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from invoke.collection import Collection
 from invoke.tasks import Task
@@ -28,6 +28,7 @@ from mlxops.core.replies import HostReply
 
 if TYPE_CHECKING:
     from mlxops.cli.overview import Entry
+    from mlxops.control import inventory
     from mlxops.core.commands.deploy import Deploy
     from mlxops.core.commands.doctor import Doctor
     from mlxops.core.commands.gateway import Gateway
@@ -36,11 +37,13 @@ if TYPE_CHECKING:
     from mlxops.core.commands.load import Loading, LoadResult
     from mlxops.core.commands.logs import Logs
     from mlxops.core.commands.ops import Ops
+    from mlxops.core.commands.probe import Probe, ProbeResult
     from mlxops.core.commands.setup import Setup
     from mlxops.core.commands.status import Status, StatusResult
     from mlxops.core.commands.unload_all import UnloadAll
 
 R = TypeVar("R")
+Replies: TypeAlias = tuple[HostReply[R], ...]
 
 
 def read(cli: Cli, request: Request[Any]) -> None:
@@ -232,6 +235,53 @@ def gateway(cli: Cli, request: Gateway) -> None:
     cli.show(pass_through(configured, config, replies) if request.through else replies, table.show)
 
 
+def probe(cli: Cli, request: Probe) -> None:
+    """A check that failed is an error, so that scripts see it."""
+    if request.through and request.last:
+        why = "the verdicts that are kept are those of the servers themselves"
+        raise UsageError(
+            "through_or_last", "--through and --last cannot be used together", why=why, hint="leave one out"
+        )
+    configured = cli.targets.gateway if request.through else None
+    if request.through and configured is None:
+        why, hint = "--through asks the running gateway", "add `gateway: {url: http://127.0.0.1:4000}`"
+        raise UsageError("no_gateway", "hosts.yaml does not name the gateway", why=why, hint=hint)
+    targets = cli.hosts()
+    replies = cli.ask_all(targets, replace(request, last=request.last or request.through))
+    if configured is not None:
+        replies = _check_through(cli, configured, targets, replies)
+    cli.show(tuple(map(_refuse_failures, replies)))
+
+
+def _check_through(
+    cli: Cli, configured: inventory.Gateway, targets: Sequence[client.HostTarget], ports: Replies[ProbeResult]
+) -> Replies[ProbeResult]:
+    from mlxops.control.gateway.check import check
+    from mlxops.control.gateway.config import read as read_config
+    from mlxops.control.gateway.conformance import check_through
+    from mlxops.core.commands.gateway import Gateway
+
+    config = read_config(configured)
+    return check_through(configured, config, check(config, targets, cli.ask_all(targets, Gateway())), ports)
+
+
+def _refuse_failures(reply: HostReply[ProbeResult]) -> HostReply[ProbeResult]:
+    """Return the reply, with an error if a check failed."""
+    from mlxops.control.hints import aimed_error
+    from mlxops.core.commands.probe import CHECK_FAILED, failures
+
+    failed = failures(reply.result) if reply.result and not reply.error else []
+    if not failed:
+        return reply
+    error = Refused(
+        CHECK_FAILED,
+        "1 check failed" if len(failed) == 1 else f"{len(failed)} checks failed",
+        why=", ".join(f"{check} on {port}" for port, check in failed),
+        hint=f"the table says why; see also: `mlxctl logs --port {failed[0][0]}`",
+    )
+    return replace(reply, error=aimed_error(error, reply.flags))
+
+
 def _print_entries(cli: Cli, request: Gateway) -> None:
     """Print the entries to paste. With `--json`, print them as data: `model_list`, `router_settings` if an alias has a
     hold, `environ` for the env file, and `notes`."""
@@ -312,6 +362,7 @@ BODIES: Mapping[str, Callable[[Cli, Any], None]] = {
     "ops": ops,
     "logs": logs,
     "gateway": gateway,
+    "probe": probe,
     "doctor": doctor,
     "help": help_,
     "deploy": deploy,

@@ -285,6 +285,8 @@ class Context:
         request = self.request
         if not isinstance(request, Load) or not isinstance(theirs, Load):
             return theirs == request
+        if not set(request.require) <= set(theirs.require):
+            return False
         any_port = port is None or request.port == names.AUTO
         return other.model == request.model and (any_port or other.port == port) and self._is_same_repo(other)
 

@@ -21,8 +21,14 @@ from mlxops.core.ports import Health
 if TYPE_CHECKING:
     from http.client import HTTPResponse
 
+    from mlxops.core.completion import Completion
+
 MAX_RESPONSE_BYTES = 1024 * 1024
 CHAT_COMPLETIONS = "/v1/chat/completions"
+FEW_TOKENS = 4
+MORE_TOKENS = 256
+"""The limit of a second completion if the first has no text. Its few tokens may have been markup that the engine takes
+out, such as `<|channel|>analysis<|message|>`."""
 
 
 class RequestNotSent(Exception):
@@ -195,7 +201,7 @@ def completion_request(model: str, number: int | None = None, fields: Mapping[st
     body = {
         "model": model,
         "messages": [{"role": "user", "content": "Say hi." if number is None else f"{number}: say hi."}],
-        "max_tokens": 4,
+        "max_tokens": FEW_TOKENS,
         "temperature": 0,
         "stream": False,
         **(fields or {}),
@@ -212,13 +218,28 @@ def parse_completion(body: bytes) -> dict[str, object] | None:
         return None
 
 
-def request_completion(host: str, port: int, model: str, timeout: float) -> dict[str, object]:
-    """Return a small chat completion of a server, received within `timeout` seconds.
+def request_completion(host: str, port: int, model: str, timeout: float) -> Completion:
+    """Return a small chat completion of a server, received within `timeout` seconds. At least one token was generated,
+    by its usage and by its text, and it has a finish reason.
 
     Raises `OSError` if there is no answer, and `NoCompletion`.
     """
+    from mlxops.core.completion import lacking
+
+    deadline = time.monotonic() + timeout
+    completion = _request_completion(host, port, model, FEW_TOKENS, timeout)
+    if not completion.text and (completion.tokens or 0) >= FEW_TOKENS:
+        completion = _request_completion(host, port, model, MORE_TOKENS, max(0.1, deadline - time.monotonic()))
+    if problem := lacking(completion):
+        raise NoCompletion(f"it answered 200 with an empty completion: {problem}")
+    return completion
+
+
+def _request_completion(host: str, port: int, model: str, tokens: int, timeout: float) -> Completion:
+    from mlxops.core.completion import NotCompletion, parse
+
     headers = {"Content-Type": "application/json"}
-    body = completion_request(model)
+    body = completion_request(model, fields={"max_tokens": tokens})
     try:
         reply = send_request("http", host, port, "POST", CHAT_COMPLETIONS, body, headers, timeout=timeout)
     except NotHttp as error:
@@ -226,7 +247,7 @@ def request_completion(host: str, port: int, model: str, timeout: float) -> dict
     start = reply.body[:300].decode(errors="replace")
     if reply.status != 200:
         raise NoCompletion(f"it answered {reply.status}: {start}")
-    completion = parse_completion(reply.body)
-    if completion is None:
-        raise NoCompletion(f"it answered 200 without a completion: {start}")
-    return completion
+    try:
+        return parse(reply.body)
+    except NotCompletion:
+        raise NoCompletion(f"it answered 200 without a completion: {start}") from None

@@ -97,6 +97,11 @@ class DriftCode(StrEnum):
         "Only with --probe: the server is ready, and returned no completion.",
         "`mlxctl logs --port {port}`{reload}",
     )
+    CONFORMANCE_LOST = (
+        "conformance_lost",
+        "A check of the last `probe` got worse than it was for the same model, revision, engine and version.",
+        "see: `mlxctl probe --port {port} --last`, and `mlxctl logs --port {port}`",
+    )
 
     DANGEROUS_SETTING = (
         "dangerous_setting",

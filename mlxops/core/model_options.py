@@ -81,6 +81,15 @@ def _args(value: str) -> list[str]:
     return words
 
 
+def _checks(value: str) -> list[str]:
+    from mlxops.core.conformance import PROMISES, parse_checks
+
+    try:
+        return list(parse_checks(value, "--set checks=", PROMISES))
+    except UsageError as error:
+        raise ValueError(f"{error.message}; {error.why}") from None
+
+
 KEYS: Mapping[str, Callable[[str], object]] = {
     "revision": _revision,
     "engine": _word,
@@ -91,8 +100,9 @@ KEYS: Mapping[str, Callable[[str], object]] = {
     "context_length": _tokens,
     "trust_remote_code": _yes_or_no,
     "args": _args,
+    "checks": _checks,
 }
-WITH_DEFAULT = ("chat_template", "tool_call_parser", "reasoning_parser")
+WITH_DEFAULT = ("chat_template", "tool_call_parser", "reasoning_parser", "checks")
 """Keys for which a model's family may have a default. Only these can be null."""
 
 
@@ -209,6 +219,8 @@ def options_of(
         registered["trust_remote_code"] = True
     if model.args:
         registered["args"] = model.args
+    if model.checks is not None:
+        registered["checks"] = model.checks or None
     return (*defaults, *(Option(key, value, Origin.REGISTRY) for key, value in registered.items()))
 
 

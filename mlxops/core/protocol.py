@@ -167,7 +167,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Phase:
-    """An operation enters a phase: resolve, download, check, stop, ending, start, proof, commit."""
+    """An operation enters a phase: resolve, download, check, stop, ending, start, proof, checks, commit."""
 
     name: str
     message: str

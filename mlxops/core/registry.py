@@ -47,6 +47,8 @@ class Model:
     context_length: int | None = None
     trust_remote_code: bool = False
     args: tuple[str, ...] = ()
+    checks: tuple[str, ...] | None = None
+    """What the model promises, such as `tools` (see `conformance`). None: its family decides; empty: nothing."""
     options: Mapping[str, str | None] = field(default_factory=dict)
     """The optional text fields that are present, including nulls, which switch a default off."""
     problems: tuple[str, ...] = ()
@@ -258,6 +260,7 @@ def _model(name: str, entry: Mapping[str, object]) -> Model:
     if not isinstance(trust, bool):
         problems.append("trust_remote_code is not true or false")
         trust = False
+    checks = _checks(entry, problems)
     fields = {key: text(key) for key in _TEXT_FIELDS if key in entry}
     return Model(
         name=name,
@@ -271,9 +274,19 @@ def _model(name: str, entry: Mapping[str, object]) -> Model:
         context_length=context,
         trust_remote_code=trust,
         args=tuple(args),
+        checks=checks,
         options=fields,
         problems=tuple(problems),
     )
+
+
+def _checks(entry: Mapping[str, object], problems: list[str]) -> tuple[str, ...] | None:
+    """Return what an entry promises. A null promises nothing."""
+    checks = entry.get("checks", [])
+    if checks is not None and not (isinstance(checks, list) and all(isinstance(each, str) for each in checks)):
+        problems.append("checks is not a list of strings")
+        return None
+    return tuple(checks or ()) if "checks" in entry else None
 
 
 def _port(value: object, problems: list[str]) -> int | None:

@@ -22,6 +22,7 @@ from mlxops.agent.engines.mlx_lm import MlxLm
 from mlxops.agent.engines.mlx_openai_server import MlxOpenAIServer
 from mlxops.agent.state.store import Store
 from mlxops.common.http import NoCompletion, get_status, request_completion
+from mlxops.core.completion import Completion
 from mlxops.core.errors import Refused
 from mlxops.core.model_options import options_of
 from mlxops.core.registry import Model
@@ -589,14 +590,16 @@ def test_probe_has_a_time_limit_as_a_whole(first: list[bytes], then: bytes) -> N
         assert time.monotonic() - began < 5
 
 
-COMPLETION = b'{"choices": [{"message": {}}]}'
+COMPLETION = (
+    b'{"choices": [{"message": {"content": "hi"}, "finish_reason": "stop"}], "usage": {"completion_tokens": 1}}'
+)
 
 
-@pytest.mark.parametrize("length", [b"Content-Length: 30\r\n", b"Connection: close\r\n"])
+@pytest.mark.parametrize("length", [b"Content-Length: %d\r\n" % len(COMPLETION), b"Connection: close\r\n"])
 def test_completion_may_arrive_in_pieces(length: bytes) -> None:
-    pieces = [HEAD, length, b"\r\n", *(COMPLETION[at : at + 1] for at in range(30))]
+    pieces = [HEAD, length, b"\r\n", *(COMPLETION[at : at + 1] for at in range(len(COMPLETION)))]
     with answering(pieces, 0.01) as (host, port):
-        assert request_completion(host, port, "jerry", 30) == {"choices": [{"message": {}}]}
+        assert request_completion(host, port, "jerry", 30) == Completion("hi", finish_reason="stop", tokens=1)
 
 
 @pytest.mark.parametrize("body", [b"[" * 200_000, b"9" * 10_000, b"\xff", b'{"choices": []}', b"{}"])

@@ -4,11 +4,13 @@
 
 A real process with a real listener, for thousands of trials, and for what a real engine does rarely. Installed by
 tests/lab/quick.py under the engine's name, isolated and without site packages, which is why it imports so little. It
-answers `GET /health`, `GET /v1/models` and chat completions. While there is a file `broken` in its folder, it is
-healthy and completes nothing. Other options are ignored.
+answers `GET /health`, `GET /v1/models` and chat completions, those of `probe` as a good model would. While there is a
+file `broken` in its folder, it is healthy and completes nothing.
+Other options are ignored.
 
     --fake-act ACT       what it does, see ACTS
     --fake-words TEXT    write TEXT to its log at the start; \\e in it is ESC, and \\a is BEL
+    --fake-flaw FLAW     how its completions are flawed, see FLAWS; a file `flaw` in its folder comes first
     --fake-late SECONDS  listen so much later
     --fake-until FILE    listen as soon as FILE is there; `{port}` in its name is the port
     --fake-only PORT     end with status 1 on any other port
@@ -27,6 +29,7 @@ healthy and completes nothing. Other options are ignored.
 """
 
 import _thread
+import json
 import os
 import signal
 import socket
@@ -45,6 +48,32 @@ ACTS = {
     "leaves": "ends, and leaves a child in its group that serves",
     "family": "serves, with a child in its group",
 }
+FLAWS = {
+    "empty": "its answers are empty, and its usage counts no token",
+    "hidden": "its first tokens have no text",
+    "wordy": "it generates more tokens than it is asked for",
+    "no-reason": "it gives no finish reason",
+    "no-done": "its streams do not end with [DONE]",
+    "no-usage": "its streams have no usage",
+    "comment": "its streams have a comment in the event of a chunk",
+    "error": "its streams have an error in them",
+    "cut": "its streams end in the middle",
+    "deaf-system": "it does not follow a system prompt",
+    "no-system": "it refuses a system prompt",
+    "no-call": "it calls no tool",
+    "bad-call": "the arguments of its tool calls are not JSON",
+    "other-call": "its tool calls do not fit the schema",
+    "no-turn": "it does not take a tool's result",
+    "think": "its reasoning leaks into the answer",
+    "no-think": "it does not reason",
+    "markup": "it leaves a token of its template in an answer",
+    "no-json": "it does not follow a JSON schema",
+    "one-at-a-time": "it answers nothing else while it streams",
+    "left": "it answers nothing after a client has left a stream",
+    "busy": "it answers 429",
+    "mute": "it does not answer",
+}
+state = {"streams": 0, "left": False}
 
 
 def option(name: str, default: str = "") -> str:
@@ -71,9 +100,11 @@ def respond(connection: socket.socket) -> None:
     if asked.startswith(b"POST"):
         if '"stream":true' in body and (rate := float(option("--fake-rate", "0"))):
             return stream_at(connection, body, rate)
+        if '"stream_options":' in body and not PARTS:
+            return stream_completion(connection, body)
         if ACT == "endless" or ('"stream":true' in body and not PARTS):
             stream(connection)
-        status, answer = completion(asked_model(body))
+        status, answer = completion(asked_model(body), body)
         time.sleep(float(option("--fake-slow", "0")))
         if status == "200 OK" and '"stream":true' in body:
             return stream_parts(connection, prompt_of(body))
@@ -119,8 +150,13 @@ def note(name: str, line: str) -> None:
             lines.write(line + "\n")
 
 
-def completion(model: str) -> tuple[str, str]:
+def completion(model: str, body: str) -> tuple[str, str]:
     """Return the status and the body of an answer to a completion of this model."""
+    flaw = flawed(body)
+    if flaw == "mute":
+        wait_for_ever()
+    if flaw == "busy":
+        return "429 Busy", '{"error":"the queue is full"}'
     if ACT == "broken" or os.path.exists("broken"):
         return "500 Broken", '{"error":"BatchEncoding has no attribute input_ids"}'
     if status := option("--fake-status"):
@@ -129,9 +165,89 @@ def completion(model: str) -> tuple[str, str]:
         return "404 Not Found", f'{{"error":"no model {model}"}}'
     if ACT == "deep":
         return "200 OK", "[" * 200_000
-    message = f'{{"role":"assistant","content":"from {os.getpid()}"}}'
-    choices = f'[{{"index":0,"message":{message}}}]'
-    return "200 OK", f'{{"id":"1","object":"chat.completion","model":"{model}","choices":{choices}}}'
+    status, message, finish, tokens = said(body, flaw)
+    choices = [{"index": 0, "message": {"role": "assistant", **message}, "finish_reason": finish}]
+    usage = {"prompt_tokens": 9, "completion_tokens": tokens, "total_tokens": 9 + tokens}
+    answer = {"id": "1", "object": "chat.completion", "model": model, "choices": choices, "usage": usage}
+    return status, json.dumps(answer)
+
+
+def flawed(body: str) -> str:
+    """Return the flaw with which a request is answered; empty for none."""
+    try:
+        with open("flaw", encoding="utf-8") as file:
+            flaw = file.read()
+    except OSError:
+        flaw = option("--fake-flaw")
+    if flaw and flaw not in FLAWS:
+        raise SystemExit(f"unknown flaw {flaw}")
+    hit = {"one-at-a-time": state["streams"] > 0, "left": state["left"]}.get(flaw, flaw)
+    return flaw if hit else ""
+
+
+def said(body: str, flaw: str) -> tuple[str, dict[str, object], str | None, int]:
+    """Return status, message, finish reason and tokens of the answer to a request, as `probe` sends it."""
+    limit = int(body.partition('"max_tokens":')[2].partition(",")[0].rstrip("}") or 16)
+    if flaw in {"one-at-a-time", "left"}:
+        return "500 Broken", {"content": None}, None, 0
+    if "Countfrom1" in body:
+        tokens = {"empty": 0, "wordy": limit + 6}.get(flaw, limit)
+        return "200 OK", {"content": "1," * tokens}, "length", tokens
+    if "17+25" in body:
+        answer: dict[str, object] = {"reasoning": "7 and 5 make 12.", "content": "42"}
+        if limit < 20:
+            return "200 OK", {"reasoning": "7 and 5", "content": None}, "length", limit
+        if flaw in {"think", "no-think"}:
+            answer = {"content": "<think>7 and 5</think>42" if flaw == "think" else "42"}
+        return "200 OK", answer, None if flaw == "no-reason" else "stop", 11
+    if "BANANA" in body:
+        text = {"markup": "BANANA<|im_end|>", "deaf-system": "Paris"}.get(flaw, "BANANA")
+        return "500 No system" if flaw == "no-system" else "200 OK", {"content": text}, "stop", 3
+    if '"role":"tool"' in body:
+        return "500 No turn" if flaw == "no-turn" else "200 OK", {"content": "It is 23 degrees."}, "stop", 6
+    if '"tools":' in body and flaw != "no-call":
+        arguments = {"bad-call": "{city: Paris", "other-call": '{"town": "Paris"}'}.get(flaw, '{"city": "Paris"}')
+        call = {"id": "call_1", "type": "function", "function": {"name": "get_temperature", "arguments": arguments}}
+        return "200 OK", {"content": None, "tool_calls": [call]}, "tool_calls", 12
+    if '"response_format":' in body:
+        return "200 OK", {"content": "Paris" if flaw == "no-json" else '{"capital": "Paris"}'}, "stop", 6
+    if flaw == "empty":
+        return "200 OK", {"content": ""}, "stop", 0
+    if flaw == "hidden" and limit < 20:
+        return "200 OK", {"content": None}, "length", limit
+    return "200 OK", {"content": f"from {os.getpid()}"}, "stop", 4
+
+
+def stream_completion(connection: socket.socket, body: str) -> None:
+    """Stream an answer in chunks until its end, or until the client goes away."""
+    flaw = flawed(body)
+    finish, tokens = said(body, flaw)[2:]
+    parts = [{"choices": [{"index": 0, "delta": {"content": "1,"}}]}] * tokens
+    ends = [{"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]}]
+    usage = [{"choices": [], "usage": {"completion_tokens": tokens}}] if flaw != "no-usage" else []
+    errors = [{"error": {"message": "broken"}}] if flaw == "error" else []
+    connection.sendall(
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+    )
+    state["streams"] += 1
+    state["left"] = tokens > 500  # the client that asks for so much leaves
+    try:
+        send_chunk(connection, b": begins\n" if flaw == "comment" else b": begins\n\n")
+        for number, event in enumerate([*parts, *errors, *ends, *usage]):
+            if flaw == "cut" and number > tokens // 2:
+                return
+            send_chunk(connection, f"data: {json.dumps(event)}\n\n".encode())
+            time.sleep(0.002)
+        if flaw != "no-done":
+            send_chunk(connection, b"data: [DONE]\n\n")
+        connection.sendall(b"0\r\n\r\n")
+    finally:
+        time.sleep(0.2 if flaw == "one-at-a-time" else 0)
+        state["streams"] -= 1
+
+
+def send_chunk(connection: socket.socket, data: bytes) -> None:
+    connection.sendall(b"%x\r\n%s\r\n" % (len(data), data))
 
 
 def stream(connection: socket.socket) -> None:

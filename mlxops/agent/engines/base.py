@@ -111,6 +111,8 @@ class Engine(ABC):
     """Its options that limit how far it grows beyond its weights."""
     preload: tuple[str, ...] = ()
     """The Python modules that its program imports. They are imported before the server in its place is stopped."""
+    json_schema: bool = False
+    """It follows a JSON schema that a request gives (`response_format`)."""
     stop_signals: tuple[signal.Signals, ...] = (signal.SIGTERM,)
     """The signals that end it, in order; the next one if it has not ended. They go to the server itself, never to its
     children."""

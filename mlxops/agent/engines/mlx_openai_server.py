@@ -60,6 +60,7 @@ class MlxOpenAIServer(Engine):
     limits = LimitOptions("--decode-concurrency", "--prompt-concurrency", "--max-bytes")
     needs = frozenset({"tool_call_parser", "reasoning_parser", "chat_template"})
     preload = ("app.cli", "app.main")
+    json_schema = True
     # SIGINT after SIGTERM cuts the open requests (uvicorn's handle_exit; tried with 1.8.1).
     stop_signals = (signal.SIGTERM, signal.SIGINT)
     cut_signals = (signal.SIGINT,)

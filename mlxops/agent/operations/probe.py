@@ -1,62 +1,173 @@
-"""`status --probe`: one small completion from every ready port, all at once."""
+"""`probe`: send the requests of each check to the ready ports, and keep the verdicts."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from mlxops.agent.context import Context
+from mlxops.agent.engines import ENGINES
+from mlxops.agent.engines.base import Engine
 from mlxops.agent.operations.server_names import names_of
-from mlxops.common.http import NoCompletion, request_completion
-from mlxops.core.commands.status import ProbeRow
-from mlxops.core.drift import Drift, DriftCode
-from mlxops.core.ports import PortView, State, World
+from mlxops.agent.operations.verdicts import kept, last_verdicts
+from mlxops.agent.state.store import utc_now
+from mlxops.common.conformance import LIMITS, ChatServer, run_checks
+from mlxops.core import conformance, names
+from mlxops.core.commands.load import Load
+from mlxops.core.commands.probe import CHECK_FAILED, CheckedPort, Probe, ProbeResult, VerdictRow
+from mlxops.core.conformance import Check, Mark, Verdict
+from mlxops.core.errors import MlxopsError, NotStarted
+from mlxops.core.frozen import dataclass
+from mlxops.core.ports import Owner, PortView, State
+from mlxops.core.protocol import Phase
+from mlxops.core.records import Run
+from mlxops.core.registry import Model, Registry
 
-PROBE_SECONDS = 20.0
-"""Limit of one completion of four tokens. A server that is busy with other requests needs longer."""
+LATE_SECONDS = LIMITS.total + LIMITS.answer + 10
+"""When the checks of a port have ended at the latest: the last one may begin just before its limit."""
 
 
-def probe(ctx: Context, world: World) -> dict[int, ProbeRow]:
-    """Probe all ready ports in parallel. Return the results by port, after little more than `PROBE_SECONDS` at most."""
-    ready = [view for view in world.ports.values() if view.state is State.READY]
-    probes: dict[int, ProbeRow] = {}
+def run(ctx: Context, request: Probe) -> ProbeResult:
+    registry, world = ctx.registry_and_world()
+    only = names.port(request.port, ctx.paths.settings.ports) if request.port else None
+    views = [
+        view
+        for port, view in sorted(world.ports.items())
+        if port in ctx.paths.settings.ports and (port == only if only else view.state is State.READY)
+    ]
+    rows = [_row(ctx, registry, view) for view in views]
+    if request.last:
+        return ProbeResult(tuple(_with_record(ctx, row, view) for row, view in zip(rows, views, strict=True)))
+    found = _check_all(ctx, [row for row in rows if row.not_asked is None])
+    return ProbeResult(
+        tuple(
+            _checked(ctx, row, view, found[row.port]) if row.port in found else row
+            for row, view in zip(rows, views, strict=True)
+        )
+    )
 
-    def store_probe(view: PortView) -> None:
-        probes[view.port] = _probe_port(ctx, view)
 
-    threads = [threading.Thread(target=store_probe, args=(view,), daemon=True) for view in ready]
+def _row(ctx: Context, registry: Registry, view: PortView) -> CheckedPort:
+    """Return the row of a port before its checks."""
+    served = names_of(view)
+    reason = served.not_asked or ("" if served.known else "its name is not known")
+    if view.state is not State.READY:
+        reason = f"the port is {view.state}"
+    engine = ENGINES.get(view.engine or "")
+    return CheckedPort(
+        port=view.port,
+        alias=view.alias,
+        model=view.model,
+        name=served.known[0] if served.known else None,
+        engine=view.engine,
+        engine_version=view.engine_version,
+        promised=promised(registry.models.get(view.model or "")),
+        json_schema=engine is not None and engine.json_schema,
+        not_asked=reason or None,
+    )
+
+
+def promised(entry: Model | None) -> tuple[str, ...]:
+    """Return what an entry promises, else what its family can do."""
+    if entry is None or entry.checks is not None or entry.cache_path is None:
+        return (entry.checks or ()) if entry is not None else ()
+    from mlxops.agent.hub.snapshot import shape
+
+    return tuple(conformance.FAMILIES.get(shape(Path(entry.cache_path)).model_type or "", ()))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The verdicts of one server, without what is promised."""
+
+    verdicts: tuple[Verdict, ...]
+    seconds: float
+
+
+def _check_all(ctx: Context, rows: Sequence[CheckedPort]) -> dict[int, _Found]:
+    """Check all servers in parallel, and send heartbeats. Return what was found by port."""
+    found: dict[int, _Found] = {}
+
+    def check(row: CheckedPort) -> None:
+        began = time.monotonic()
+        verdicts = check_server(ctx, row.port, str(row.name), json_schema=row.json_schema)
+        found[row.port] = _Found(verdicts, round(time.monotonic() - began, 1))
+
+    threads = [threading.Thread(target=check, args=(row,), daemon=True) for row in rows]
     for thread in threads:
         thread.start()
-    deadline = time.monotonic() + PROBE_SECONDS + 1
+    deadline = time.monotonic() + LATE_SECONDS
     for thread in threads:
-        thread.join(max(0.0, deadline - time.monotonic()))
-    error = f"no completion within {PROBE_SECONDS:.0f} s"
-    late = ProbeRow(ok=False, seconds=PROBE_SECONDS, error=error, name=None, not_asked=None)
-    return {view.port: probes.get(view.port, late) for view in ready}
+        while thread.is_alive() and time.monotonic() < deadline:
+            ctx.beat()
+            thread.join(0.5)
+    late = tuple(Verdict(check, Mark.SKIP, f"the checks did not end within {LATE_SECONDS:.0f} s") for check in Check)
+    return {row.port: found.get(row.port, _Found(late, LATE_SECONDS)) for row in rows}
 
 
-def _probe_port(ctx: Context, view: PortView) -> ProbeRow:
-    """Request a completion under a name that the server knows, so that it neither loads nor drops a model."""
-    names = names_of(view)
-    if names.not_asked or not names.known:
-        why = names.not_asked or "its name is not known"
-        return ProbeRow(ok=None, seconds=0.0, error=None, name=None, not_asked=why)
-    began = time.monotonic()
-    name, error = names.known[0], None
+def _checked(ctx: Context, row: CheckedPort, view: PortView, found: _Found) -> CheckedPort:
+    """Return the row with its verdicts, and keep them if the server is ours."""
+    run = view.run if view.owner is Owner.MLXOPS else None
+    if run is not None and not _still_serves(ctx, run):
+        return replace(row, not_asked="the server was stopped or replaced during the checks")
+    verdicts = conformance.with_promises(found.verdicts, row.promised)
+    row = replace(row, checked_at=utc_now(), seconds=found.seconds, verdicts=tuple(map(VerdictRow.of, verdicts)))
+    return row if run is None else kept(ctx, row, run, found.verdicts)
+
+
+def check_server(
+    ctx: Context, port: int, name: str, wanted: Collection[Check] = tuple(Check), *, json_schema: bool
+) -> tuple[Verdict, ...]:
+    """Make the checks of a server on this host."""
+
+    def is_busy() -> bool:
+        try:
+            return bool(ctx.system.connected({port}))
+        except MlxopsError:
+            return False
+
+    server = ChatServer("http", ctx.paths.connect_host, port, name)
+    return run_checks(server, wanted, json_schema=json_schema, is_busy=is_busy)
+
+
+def check_required(ctx: Context, request: Load, port: int, name: str, engine: Engine | None) -> None:
+    """Make the checks that a load requires. Raises `NotStarted` (check_failed) if one does not pass."""
+    wanted = [Check(each) for each in request.require]
+    if not wanted:
+        return
+    ctx.emit(Phase("checks", f"{', '.join(wanted)}, as {name}"))
+    verdicts = check_server(ctx, port, name, wanted, json_schema=engine is not None and engine.json_schema)
+    failed = [each for each in verdicts if each.mark is not Mark.PASS]
+    if failed:
+        raise NotStarted(
+            CHECK_FAILED,
+            f"{request.model} answers on port {port}, and does not pass: {', '.join(each.check for each in failed)}",
+            why="; ".join(f"{each.check}: {each.detail}" for each in failed),
+            hint=f"see its log: `mlxctl logs --port {port}`; or load it without --require, then: `mlxctl probe {port}`",
+            details={"port": port, "checks": conformance.marks(verdicts)},
+        )
+
+
+def _still_serves(ctx: Context, run: Run) -> bool:
     try:
-        request_completion(ctx.paths.connect_host, view.port, name, PROBE_SECONDS)
-    except (OSError, NoCompletion) as failure:
-        error = str(failure)[:300] or type(failure).__name__
-    seconds = round(time.monotonic() - began, 3)
-    return ProbeRow(ok=error is None, seconds=seconds, error=error, name=name, not_asked=None)
+        now = ctx.store.run(run.port)
+    except (OSError, ValueError):
+        return False
+    return now is not None and now.stopped_by is None and (now.pid, now.start) == (run.pid, run.start)
 
 
-def failed_probes(world: World, probes: Mapping[int, ProbeRow]) -> Iterator[Drift]:
-    """Report each failed probe as drift."""
-    for port, row in probes.items():
-        if row.ok is False:
-            view = world.ports[port]
-            message = f"{port} is up, and gave no completion: {row.error}"
-            reload = f"; then `mlxctl load {view.model} {port} --force`" if view.model else ""
-            yield Drift.of(DriftCode.PROBE_FAILED, port, view.model, message, reload=reload)
+def _with_record(ctx: Context, row: CheckedPort, view: PortView) -> CheckedPort:
+    record = last_verdicts(ctx.store, view.run) if view.run is not None else None
+    if record is None:
+        return replace(row, not_asked=row.not_asked or "it was not checked since it started")
+    return replace(
+        row,
+        name=record.name,
+        checked_at=record.at,
+        seconds=record.seconds,
+        verdicts=record.verdicts,
+        lost=record.lost,
+    )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from mlxops.agent.context import Context
 from mlxops.agent.operations.drift import conflicted_copies, further_drift, rebooted
@@ -13,8 +15,11 @@ from mlxops.common.files import Unfit
 from mlxops.core.commands.status import DriftRow, PortRow, ProbeRow, RunningRow, Status, StatusResult
 from mlxops.core.drift import Drift, DriftCode
 from mlxops.core.hints import split
-from mlxops.core.ports import PortView
+from mlxops.core.ports import Owner, PortView
 from mlxops.core.records import Operation
+
+if TYPE_CHECKING:
+    from mlxops.agent.operations.verdicts import VerdictRecord
 
 
 def run(ctx: Context, request: Status) -> StatusResult:
@@ -23,7 +28,7 @@ def run(ctx: Context, request: Status) -> StatusResult:
     drift = [*rebooted(ctx, registry, world), *world.drift, *further_drift(ctx, registry, world)]
     probes: dict[int, ProbeRow] = {}
     if request.probe:
-        from mlxops.agent.operations.probe import failed_probes, probe
+        from mlxops.agent.operations.completions import failed_probes, probe
 
         probes = probe(ctx, world)
         drift += failed_probes(world, probes)
@@ -31,10 +36,15 @@ def run(ctx: Context, request: Status) -> StatusResult:
         error = ctx.store.registry.refusal(registry)
         code = DriftCode.REGISTRY_MISSING if registry.missing else DriftCode.REGISTRY_UNUSABLE
         drift.insert(0, Drift(code, None, None, f"{error.message}: {error.why}", error.marked_hint))
+    checked = _last_verdicts(ctx, views)
+    if checked:
+        from mlxops.agent.operations.verdicts import lost_checks
+
+        drift += lost_checks(views, checked)
     drift += conflicted_copies(ctx)
     return StatusResult(
         operations=tuple(_running_row(ctx, download) for download in downloads(ctx)),
-        ports=tuple(_port_row(view, probes.get(view.port)) for view in views),
+        ports=tuple(_port_row(view, probes.get(view.port), checked.get(view.port)) for view in views),
         drift=tuple(map(_drift_row, drift)),
         registry=str(ctx.paths.registry),
     )
@@ -60,7 +70,17 @@ def _drift_row(drift: Drift) -> DriftRow:
     return DriftRow(drift.code.value, drift.port, drift.model, drift.message, hint, commands)
 
 
-def _port_row(view: PortView, probe: ProbeRow | None) -> PortRow:
+def _last_verdicts(ctx: Context, views: Sequence[PortView]) -> Mapping[int, VerdictRecord]:
+    """Return what the last `probe` of each live server found, by port."""
+    runs = [view.run for view in views if view.run is not None and view.owner is Owner.MLXOPS]
+    if not any(ctx.store.verdicts(run.port) for run in runs):
+        return {}
+    from mlxops.agent.operations.verdicts import last_verdicts
+
+    return {run.port: record for run in runs if (record := last_verdicts(ctx.store, run))}
+
+
+def _port_row(view: PortView, probe: ProbeRow | None, checked: VerdictRecord | None) -> PortRow:
     return PortRow(
         port=view.port,
         alias=view.alias,
@@ -82,4 +102,5 @@ def _port_row(view: PortView, probe: ProbeRow | None) -> PortRow:
         operation=view.operation.id if view.operation else None,
         portless=tuple(server.pid for server in view.portless),
         probe=probe,
+        checks=checked.worst if checked else None,
     )

@@ -65,6 +65,10 @@ def start_in_place(ctx: Context, request: Load, registry: Registry, plan: LoadPl
             start.launch(ctx.environ, plan.target.repo_id, prepared.files.revision, ctx.operation)
             run = start.wait(request.timeout or deadline_for(prepared.files.size_bytes), ctx.emit)
             downtime = time.monotonic() - stopped_at[0] if stopped_at else None
+            if request.require:
+                from mlxops.agent.operations.probe import check_required
+
+                check_required(ctx, request, plan.port, plan.alias, prepared.engine)
             # Do not cancel from here on: finishing is faster than undoing, and half of it would leave an assignment
             # without a server.
             stack.enter_context(ctx.cancellation.shield())

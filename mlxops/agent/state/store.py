@@ -7,7 +7,7 @@
   stranded.json     memory that stopped servers did not return, since the last boot
   registry.known.json     where this host has had a registry: if a file there is gone, the registry is not empty
   locks/            one file per port or model; the flock decides, the content names the holder
-  run/<port>.json   the run record; run/<port>/ is the server's working directory
+  run/<port>.json   the run record; run/<port>/ is the server's working directory, and has the verdicts of `probe`
   engines/<key>     the `--help` of an installed engine
 
 Other modules write there:
@@ -27,7 +27,7 @@ import errno
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeGuard
@@ -232,6 +232,23 @@ class Store:
     def forget_run(self, port: int) -> None:
         with self._report_unwritable():
             (self.state / "run" / f"{port}.json").unlink(missing_ok=True)
+
+    def verdicts(self, port: int) -> dict[str, object] | None:
+        """Return what the last `probe` of a port found; None if there is nothing that can be read."""
+        try:
+            return parse_object(files.read(self._verdicts_path(port), MAX_FILE_BYTES))
+        except (OSError, ValueError):
+            return None
+
+    def keep_verdicts(self, port: int, record: Mapping[str, object]) -> None:
+        """Keep what a `probe` found, in the server's folder, so that the next server of the port does not have it."""
+        with self._report_unwritable():
+            path = self._verdicts_path(port)
+            path.parent.mkdir(mode=0o700, exist_ok=True)  # an adopted server has no folder
+            write_durably(path, json.dumps(record).encode())
+
+    def _verdicts_path(self, port: int) -> Path:
+        return self.run_folder(port) / ".verdicts.json"  # no alias begins with a dot
 
     def run_folder(self, port: int) -> Path:
         """Return the working directory of the port's server."""

@@ -45,7 +45,7 @@ _SET_ASIDE_MESSAGES = ("no deployments available", "in cooldown", "all_deploymen
 """LiteLLM's messages while it does not use a deployment because an earlier request failed."""
 _NO_KEY_MESSAGE = "missing credentials"
 """LiteLLM's message, with a 500, for an entry without a key."""
-_LITELLM_FIELDS: Mapping[str, object] = {"cache": {"no-cache": True, "no-store": True}, "disable_fallbacks": True}
+LITELLM_FIELDS: Mapping[str, object] = {"cache": {"no-cache": True, "no-store": True}, "disable_fallbacks": True}
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ def _request_completion(gateway: _Gateway, question: Question, timeout: float) -
         return reply
 
     try:
-        reply = send(_LITELLM_FIELDS)
+        reply = send(LITELLM_FIELDS)
         if reply is not None and _refuses_fields(reply):
             reply = send({})
     except ValueError:

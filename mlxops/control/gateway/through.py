@@ -153,6 +153,18 @@ def pass_through(
 ) -> tuple[HostReply[GatewayResult], ...]:
     """Probe each name whose ready server knows what the gateway sends. A failure is a fault.
 
+    Raises what `required_key` raises.
+    """
+    key = required_key(gateway, config)
+    rows = [row for reply in replies if reply.result for row in reply.result.aliases]
+    servers = [server_of(row, row.url, row.slot, idle=row.owner is None) for row in rows]
+    probes = read_running(gateway, config, key, servers).probe_all(probe.ALIAS_SECONDS)
+    return tuple(_with_probes(reply, probes) for reply in replies)
+
+
+def required_key(gateway: Gateway, config: GatewayConfig) -> str | None:
+    """Return the key for the gateway; None if it needs none.
+
     Raises `UsageError` (no_gateway_url) and `Refused` (no_gateway_key).
     """
     if gateway.url is None:
@@ -170,10 +182,7 @@ def pass_through(
             why="it is neither in the environment nor in the gateway's env file",
             hint=f"export {gateway.key_env}=..., for this command alone",
         )
-    rows = [row for reply in replies if reply.result for row in reply.result.aliases]
-    servers = [server_of(row, row.url, row.slot, idle=row.owner is None) for row in rows]
-    probes = read_running(gateway, config, key, servers).probe_all(probe.ALIAS_SECONDS)
-    return tuple(_with_probes(reply, probes) for reply in replies)
+    return key
 
 
 def _with_probes(reply: HostReply[GatewayResult], probes: Probes) -> HostReply[GatewayResult]:

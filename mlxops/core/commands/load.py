@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import field
+from dataclasses import field, replace
+from typing import Self
 
 from mlxops.core.command import Draining, Group, option, seconds, switch
 from mlxops.core.frozen import dataclass
@@ -109,10 +110,21 @@ class Load(
     port: str | None = option("port, or auto; left out: the model's own slot, else its present port", position=1)
     repo: str | None = option("org/name[@revision] to register or repoint the name to")
     force: bool = switch("swap what is on the port, move the model, or restart a server whose settings changed")
+    require: tuple[str, ...] = option(
+        "checks that the server must pass (see `probe`), else the load is undone; for example tools,stream",
+        default=(),
+    )
     restore: bool = False
     """Part of a `restore`; noted in the history."""
     first_attempt: bool = False
     """Of a `restore`: no earlier start of the model failed."""
+
+    def checked(self) -> Self:
+        if not self.require:
+            return self
+        from mlxops.core.conformance import parse_checks
+
+        return replace(self, require=parse_checks(",".join(self.require), "--require"))
 
 
 def show(replies: Sequence[HostReply[LoadResult]]) -> str:

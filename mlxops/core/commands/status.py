@@ -63,6 +63,8 @@ class PortRow:
     """Pids of further servers that were started for this port and listen nowhere."""
     probe: ProbeRow | None = None
     """With `--probe`: its completion; None if the port is not ready."""
+    checks: str | None = None
+    """The worst verdict of the server's last `probe`: pass, warn or fail; None if it was not checked."""
 
 
 @dataclass(frozen=True)
@@ -144,8 +146,9 @@ def show(replies: Sequence[HostReply[StatusResult]]) -> str:
 
 
 def _detail(row: PortRow) -> str:
-    """Return a port's detail, with the outcome of its probe."""
-    return "; ".join(filter(None, [row.detail, _probe(row, row.probe) if row.probe else ""]))
+    """Return a port's detail, with the outcomes of its checks and its probe."""
+    checks = f"checks: {row.checks}" if row.checks else ""
+    return "; ".join(filter(None, [row.detail, checks, _probe(row, row.probe) if row.probe else ""]))
 
 
 def _probe(row: PortRow, probe: ProbeRow) -> str:
