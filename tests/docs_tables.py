@@ -20,6 +20,7 @@ from typing import Any, Protocol, Union, get_args, get_origin, get_type_hints
 from mlxops.agent.engines import ENGINES
 from mlxops.cli.manual import DOCS
 from mlxops.core.command import Group, Hosts, request_type
+from mlxops.core.conformance import Check, Mark
 from mlxops.core.doctor.assumptions import Assumption
 from mlxops.core.doctor.findings import FindingCode, Level
 from mlxops.core.drift import DriftCode
@@ -185,6 +186,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "states": lambda: meanings("state", State),
     "owners": lambda: meanings("owner", Owner),
     "drift": lambda: meanings("drift", DriftCode),
+    "checks": lambda: meanings("check", Check),
+    "marks": lambda: meanings("verdict", Mark),
     "levels": lambda: meanings("severity", Level),
     "findings": lambda: findings(FindingCode),
     "trials": lambda: meanings("id", Assumption),

@@ -18,7 +18,7 @@ class Exit(DescribedNumber):
     DONE = 0, "The command did what it says."
     BUG = 1, "mlxops has a bug; --debug shows the traceback."
     USAGE = 2, "The command line or a setting is wrong."
-    REFUSED = 3, "The state of the host does not allow it, or --strict found drift or faults."
+    REFUSED = 3, "The state of the host does not allow it, a check failed, or --strict found drift or faults."
     NOT_STARTED = 4, "The server did not start."
     UNREACHABLE = 5, "The host cannot be reached."
     AGENT = 6, "The agent is missing on the host, has another version, or could not be started."

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxops.common.checks import ChatServer, TimeLimits, run_checks
+from mlxops.common.conformance import ChatServer, TimeLimits, run_checks
 from mlxops.core.conformance import Check, Mark, Verdict
 from tests.lab.ports import free_port, listening
 from tests.lab.quick import install_engine
