@@ -106,11 +106,13 @@ def test_set_parses_each_key_with_its_type() -> None:
         *("revision=main", "engine=mlx-lm", "model_type=multimodal", "chat_template=/a b/t.jinja"),
         *("tool_call_parser=qwen3_moe", "reasoning_parser=harmony", "context_length=32768", "trust_remote_code=true"),
         'args=--max-tokens 512 --stop "a b"',
+        "checks=tools,reasoning",
     ]
     written = parse(words).written
     assert written.keys() == KEYS.keys()
     assert written["context_length"] == 32768 and written["trust_remote_code"] is True
     assert written["args"] == ["--max-tokens", "512", "--stop", "a b"]
+    assert written["checks"] == ["tools", "reasoning"]
     assert parse(['args=["--a", "b c"]']).written == {"args": ["--a", "b c"]}
 
 
@@ -165,7 +167,7 @@ def test_set_rejects_no_key_and_a_repeated_key() -> None:
 
 @pytest.mark.parametrize("key", KEYS)
 def test_set_key_is_read_back_without_a_problem(key: str) -> None:
-    values = {"context_length": "1", "trust_remote_code": "false", "args": "--a", "model_type": "lm"}
+    values = {"context_length": "1", "trust_remote_code": "false", "args": "--a", "model_type": "lm", "checks": "tools"}
     before = registry.parse(b'{"version": 1, "models": {"m": {"repo_id": "org/m", "x": 1}}}')
     written = before.set_fields("m", parse([f"{key}={values.get(key, 'abc')}"]).written)
     assert written.models["m"].problems == ()
