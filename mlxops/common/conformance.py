@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from http.client import HTTPResponse
 
 PAUSE_SECONDS = 0.5
+FIRST_BYTES = 65536
 _STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
 
 
@@ -141,7 +142,7 @@ class _Session:
                 server.scheme, server.host, server.port, "POST", self._path, body, self._headers, timeout=self._timeout
             ) as response:
                 yield (reading := _Reading(response))
-        except (OSError, NotHttp) as error:
+        except (OSError, NotHttp, ValueError) as error:
             self._streaming = False
             raise self._no_answer(_problem(error)) from None
         finally:
@@ -157,7 +158,7 @@ class _Session:
             reply = send_request(
                 server.scheme, server.host, server.port, "POST", self._path, body, self._headers, timeout=self._timeout
             )
-        except (OSError, NotHttp) as error:
+        except (OSError, NotHttp, ValueError) as error:
             return Answer(None, problem=_problem(error))
         return Answer(reply.status, reply.body, reply.headers.get("content-type", ""))
 
@@ -201,8 +202,8 @@ class _Reading:
         self.ended = self.late = False
 
     def first_chunk(self) -> None:
-        """Read until there is a part of an answer, or until the end."""
-        while not self.ended and not conformance.has_chunk(self._data):
+        """Read until there is a part of an answer, or until the end. Do not look for it in what is long."""
+        while not self.ended and len(self._data) < FIRST_BYTES and not conformance.has_chunk(self._data):
             self._read()
 
     def rest(self) -> Answer:
@@ -233,6 +234,8 @@ class _Reading:
 def _problem(error: Exception) -> str:
     if isinstance(error, NotHttp):
         return f"it does not speak HTTP: {error}"
+    if isinstance(error, ValueError):
+        return "the key has characters that no HTTP header can hold"  # the exception's text has the key
     return "no complete answer in time" if isinstance(error, TimeoutError) else str(error)[:200]
 
 

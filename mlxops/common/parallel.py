@@ -12,9 +12,15 @@ from mlxops.core.errors import MlxopsError
 T = TypeVar("T")
 
 
-def within(seconds: float, calls: Mapping[str, Callable[[], T]]) -> dict[str, T | Exception]:
+BEAT_SECONDS = 0.5
+
+
+def within(
+    seconds: float, calls: Mapping[str, Callable[[], T]], beat: Callable[[], None] = lambda: None
+) -> dict[str, T | Exception]:
     """Return each call's value, or the exception that it raised. A call that takes longer is a `TimeoutError`.
 
+    `beat` is called every `BEAT_SECONDS` in between, in this thread. What it raises ends the wait.
     A call that hangs, for example on a network disk, keeps its thread until this process ends.
     """
     outcomes: dict[str, T | Exception] = {}
@@ -35,7 +41,9 @@ def within(seconds: float, calls: Mapping[str, Callable[[], T]]) -> dict[str, T 
             threads.remove(thread)
     deadline = time.monotonic() + seconds
     for thread in threads:
-        thread.join(max(0.0, deadline - time.monotonic()))
+        while thread.is_alive() and (left := deadline - time.monotonic()) > 0:
+            thread.join(min(left, BEAT_SECONDS))
+            beat()
     late = {name: TimeoutError(f"it took longer than {seconds:.0f} s") for name in calls}
     return {name: outcomes.setdefault(name, late[name]) for name in calls}
 

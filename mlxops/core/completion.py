@@ -10,7 +10,8 @@ from dataclasses import field
 from mlxops.core.frozen import dataclass
 
 DONE = "[DONE]"
-_BLANK_LINES = re.compile(r"(?:\r\n|\r|\n){2,}")
+_LINE_END = re.compile(r"\r\n?")
+_BLANK_LINES = re.compile(r"\n{2,}")
 
 
 class NotCompletion(ValueError):
@@ -83,7 +84,7 @@ class Stream:
 
 def parse_stream(data: bytes) -> Stream:
     """Parse the body of a streamed completion. Never raises: what does not fit is a problem."""
-    text = data.decode(errors="replace")
+    text = _LINE_END.sub("\n", data.decode(errors="replace"))
     problems: list[str] = []
     chunks: list[Mapping[str, object]] = []
     done, comments = False, 0

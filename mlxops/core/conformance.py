@@ -214,7 +214,7 @@ def _completion(answer: Answer) -> Completion:
 
 def has_chunk(data: bytes) -> bool:
     """Return whether the beginning of a stream has a part of an answer."""
-    return parse_stream(data[: data.rfind(b"\n\n") + 2]).chunks > 0
+    return parse_stream(data).chunks > 0
 
 
 def _start(body: bytes) -> str:
@@ -287,7 +287,7 @@ def _stream_problem(answer: Answer) -> str:
         return answer.problem or f"it answered {answer.status}: {_start(answer.body)}"
     if not answer.content_type.startswith("text/event-stream"):
         return f"its content type is {answer.content_type[:80]!r}, not text/event-stream"
-    return "; ".join(filter(None, [*stream.problems, answer.problem, *_missing_in(stream)]))
+    return "; ".join(filter(None, [*stream.problems[:3], answer.problem, *_missing_in(stream)]))
 
 
 def _missing_in(stream: Stream) -> Iterable[str]:

@@ -139,6 +139,16 @@ def test_running_server_that_fails_a_required_check_stays(remote: Ask) -> None:
     assert remote.row()["state"] == "ready"
 
 
+def test_required_check_uses_the_name_that_the_server_knows(remote: Ask, tmp_path: Path) -> None:
+    names = tmp_path / "names"
+    loaded(remote, args=["--fake-names", str(names)])
+    remote.lab.configure(slots={remote.port: "other-alias"})
+    (remote.studio.state / "host.json").unlink()  # the next change agrees on the new alias
+    answer = remote("load", "--model", "jerry", "--port", remote.port, "--require", "tools").ok()
+    assert "checks: tools, as jerry-xl" in answer.stderr
+    assert set(names.read_text().split()) == {"jerry-xl"}
+
+
 # -- the proof --------------------------------------------------------------------------------------------------------
 
 

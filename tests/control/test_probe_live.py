@@ -25,6 +25,10 @@ pytestmark = pytest.mark.timeout(600)
 
 OF_THE_SERVER = ("tokens", "stream", "parallel", "cancel")
 """Checks that a server passes whatever its model says. A random model may even say markup."""
+SHARED = """\
+  - model_name: shared
+    litellm_params: {{model: openai/default_model, api_base: "http://{address}:{port}/v1", api_key: none}}
+"""
 QWEN, LLAMA = f"tiny-org/{models.QWEN}", f"tiny-org/{models.LLAMA}"
 
 
@@ -54,7 +58,8 @@ def lab(
         register(made.studio, "good")
         load(made, "good", others[1])
         entries = made.mini.inv("gateway", "--print").ok().stdout
-        with LiteLLM(folder / "litellm", entries) as gateway:
+        both = "".join(SHARED.format(address=made.studio.address, port=port) for port in (lm, others[1]))
+        with LiteLLM(folder / "litellm", entries + both) as gateway:
             (gateway.folder / "local.env").write_text(f"LITELLM_MASTER_KEY={gateway.key}\n", encoding="utf-8")
             made.configure_gateway(
                 config=str(gateway.config),
@@ -90,6 +95,25 @@ def test_real_engines_have_their_verdicts(lab: Homelab, way: str) -> None:
     assert ports[lab.studio.ports[0]]["length"] == "pass", "mlx-lm says when an answer is cut"
 
 
+def test_name_of_several_servers_is_not_asked_for(lab: Homelab) -> None:
+    rows = through(lab).json["hosts"][0]["ports"]
+    (shared,) = (row for row in rows if row["name"] == "shared")
+    assert "several servers" in shared["not_asked"] and not shared["verdicts"]
+
+
+def test_key_that_the_gateway_refuses_is_not_shown(lab: Homelab) -> None:
+    done = through(lab, LITELLM_MASTER_KEY="sk-wrong-4f1c77")
+    assert done.exit == 3 and "it answered 401" in done.stdout
+    assert "4f1c77" not in done.stdout + done.stderr
+
+
+def through(lab: Homelab, **env: str) -> Completed:
+    """Check one port through the gateway."""
+    return lab.mini.inv("probe", "--through", "--json", "--port", str(lab.studio.ports[2]), env=env, timeout=500)
+
+
 def by_port(done: Completed) -> dict[int, dict[str, Any]]:
     rows = done.json["hosts"][0]["ports"]
-    return {row["port"]: {each["check"]: each["verdict"] for each in row["verdicts"]} for row in rows}
+    return {
+        row["port"]: {each["check"]: each["verdict"] for each in row["verdicts"]} for row in rows if row["verdicts"]
+    }

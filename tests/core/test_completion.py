@@ -106,6 +106,10 @@ def test_stream_is_put_together() -> None:
     [
         (b": keepalive 1/2\n\n" + events(chunk(content="a")), ""),
         (events(chunk(content="a")).replace(b"\n", b"\r\n"), ""),
+        (
+            (b": keepalive\n" + events(chunk(content="a"))).replace(b"\n", b"\r\n"),
+            "a comment shares an event with data",
+        ),
         (b": keepalive\n" + events(chunk(content="a")), "a comment shares an event with data"),
         (events({"error": {"message": "broken"}}), "an event is not a chunk"),
         (events([1]), "an event is not a JSON object"),

@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from mlxops.agent.context import Context, busy, model_lock, repo_lock
-from mlxops.agent.engines import ENGINES
 from mlxops.agent.operations.adopt import adopt, prove_boot_job
 from mlxops.agent.operations.model_files import ModelFiles, cached
 from mlxops.agent.operations.preflight import (
@@ -90,7 +89,9 @@ def load(held: Held) -> LoadResult:
         if plan.proves is not None:
             prove_boot_job(ctx, request, plan, plan.proves)
         if request.require and plan.outcome is not Outcome.START:
-            _check_served(held, plan)
+            from mlxops.agent.operations.probe import check_serving
+
+            check_serving(ctx, request, ctx.observe_port(port))
         if plan.outcome is Outcome.ALREADY or prepared is None:
             return _load_result(held, plan, changed=False)
         if plan.outcome is Outcome.ADOPT:
@@ -293,17 +294,6 @@ def _wait_until_ready(ctx: Context, plan: LoadPlan) -> PortView:
             )
         time.sleep(0.1)
     return view
-
-
-def _check_served(held: Held, plan: LoadPlan) -> None:
-    """Make the required checks of a server that was there before the load, and is left as it is.
-
-    Raises `NotStarted` (check_failed).
-    """
-    from mlxops.agent.operations.probe import check_required
-
-    view = held.ctx.observe_port(plan.port)
-    check_required(held.ctx, held.request, plan.port, plan.alias, ENGINES.get(view.engine or ""))
 
 
 def _load_result(held: Held, plan: LoadPlan, *, changed: bool, downtime: float | None = None) -> LoadResult:

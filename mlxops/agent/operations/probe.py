@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from mlxops.agent.context import Context
@@ -15,11 +15,12 @@ from mlxops.agent.operations.server_names import names_of
 from mlxops.agent.operations.verdicts import kept, last_verdicts
 from mlxops.agent.state.store import utc_now
 from mlxops.common.conformance import LIMITS, ChatServer, run_checks
+from mlxops.common.parallel import within
 from mlxops.core import conformance, names
 from mlxops.core.commands.load import Load
 from mlxops.core.commands.probe import CHECK_FAILED, CheckedPort, Probe, ProbeResult, VerdictRow
 from mlxops.core.conformance import Check, Mark, Verdict
-from mlxops.core.errors import MlxopsError, NotStarted
+from mlxops.core.errors import MlxopsError, NotStarted, Refused
 from mlxops.core.frozen import dataclass
 from mlxops.core.ports import Owner, PortView, State
 from mlxops.core.protocol import Phase
@@ -89,23 +90,25 @@ class _Found:
 
 def _check_all(ctx: Context, rows: Sequence[CheckedPort]) -> dict[int, _Found]:
     """Check all servers in parallel, and send heartbeats. Return what was found by port."""
-    found: dict[int, _Found] = {}
+    if not rows:
+        return {}
 
-    def check(row: CheckedPort) -> None:
+    def check(row: CheckedPort) -> _Found:
         began = time.monotonic()
         verdicts = check_server(ctx, row.port, str(row.name), json_schema=row.json_schema)
-        found[row.port] = _Found(verdicts, round(time.monotonic() - began, 1))
+        return _Found(verdicts, round(time.monotonic() - began, 1))
 
-    threads = [threading.Thread(target=check, args=(row,), daemon=True) for row in rows]
-    for thread in threads:
-        thread.start()
-    deadline = time.monotonic() + LATE_SECONDS
-    for thread in threads:
-        while thread.is_alive() and time.monotonic() < deadline:
-            ctx.beat()
-            thread.join(0.5)
-    late = tuple(Verdict(check, Mark.SKIP, f"the checks did not end within {LATE_SECONDS:.0f} s") for check in Check)
-    return {row.port: found.get(row.port, _Found(late, LATE_SECONDS)) for row in rows}
+    ctx.emit(Phase("checks", ", ".join(f"{row.name} on {row.port}" for row in rows)))
+    outcomes = within(LATE_SECONDS, {str(row.port): partial(check, row) for row in rows}, ctx.beat)
+    return {int(port): _found(outcome) for port, outcome in outcomes.items()}
+
+
+def _found(outcome: _Found | Exception) -> _Found:
+    if isinstance(outcome, TimeoutError):
+        return _Found(tuple(Verdict(check, Mark.SKIP, str(outcome)) for check in Check), LATE_SECONDS)
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
 def _checked(ctx: Context, row: CheckedPort, view: PortView, found: _Found) -> CheckedPort:
@@ -149,6 +152,23 @@ def check_required(ctx: Context, request: Load, port: int, name: str, engine: En
             hint=f"see its log: `mlxctl logs --port {port}`; or load it without --require, then: `mlxctl probe {port}`",
             details={"port": port, "checks": conformance.marks(verdicts)},
         )
+
+
+def check_serving(ctx: Context, request: Load, view: PortView) -> None:
+    """Make the checks that a load requires of a server that was there before, and stays as it is.
+
+    Raises `NotStarted` (check_failed) and `Refused` (not_checkable).
+    """
+    served = names_of(view)
+    if request.require and (served.not_asked or not served.known):
+        raise Refused(
+            "not_checkable",
+            f"the server on port {view.port} cannot be checked",
+            why=served.not_asked or "its name is not known",
+            hint="load it without --require; or replace it, with --force",
+        )
+    if request.require:
+        check_required(ctx, request, view.port, served.known[0], ENGINES.get(view.engine or ""))
 
 
 def _still_serves(ctx: Context, run: Run) -> bool:

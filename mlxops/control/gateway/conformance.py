@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from urllib.parse import urlsplit
 
-from mlxops.common.conformance import ChatServer, run_checks
+from mlxops.common.conformance import LIMITS, ChatServer, run_checks
+from mlxops.common.parallel import within
 from mlxops.control.gateway.config import GatewayConfig
 from mlxops.control.gateway.ports import same_host
 from mlxops.control.gateway.probe import LITELLM_FIELDS
@@ -22,8 +23,6 @@ from mlxops.core.ports import State
 from mlxops.core.probe_names import WILDCARD, ProbePlan, plan_probes, server_of
 from mlxops.core.replies import HostReply
 
-MAX_NAMES_AT_ONCE = 8
-
 
 @dataclass(frozen=True)
 class _Route:
@@ -36,6 +35,12 @@ class _Route:
     def names(self, row: AliasRow) -> list[str]:
         """Return the names that lead to a row's port."""
         return [name for name, urls in self.plan.names.items() if row.url in urls and WILDCARD not in name]
+
+    def why_not(self, name: str) -> str | None:
+        """Return why a name is not asked for; None if it is."""
+        if len(self.plan.names[name]) > 1 or self.plan.others.get(name):
+            return "the gateway sends it to several servers, so it is not known which one would answer"
+        return self.plan.skipped.get(name)
 
 
 def check_through(
@@ -53,19 +58,30 @@ def check_through(
     servers = [server_of(row, row.url, row.slot, idle=row.owner is None) for row in rows]
     running = read_running(gateway, config, key, servers)
     route = _Route(running, plan_probes(running.entries, running.servers, same_host), key)
-    planned = [
-        (reply.host, row)
-        for reply, asked in zip(ports, aliases, strict=True)
-        for row in _rows(route, reply.result, asked.result)
-    ]
-    with ThreadPoolExecutor(max_workers=MAX_NAMES_AT_ONCE) as pool:
-        checked = list(pool.map(lambda each: (each[0], _checked(route, each[1])), planned))
+    planned = {
+        reply.host: _rows(route, reply.result, asked.result) for reply, asked in zip(ports, aliases, strict=True)
+    }
+    to_ask = {_id(host, row): row for host, rows in planned.items() for row in rows if row.not_asked is None}
+    outcomes = within(2 * LIMITS.total, {each: partial(_checked, route, row) for each, row in to_ask.items()})
+
+    def checked(host: str, row: CheckedPort) -> CheckedPort:
+        outcome = outcomes.get(_id(host, row), row)
+        if isinstance(outcome, TimeoutError):
+            return replace(row, not_asked=str(outcome))
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
     return tuple(
-        replace(reply, result=ProbeResult(tuple(row for host, row in checked if host == reply.host)))
+        replace(reply, result=ProbeResult(tuple(checked(reply.host, row) for row in planned[reply.host])))
         if reply.result is not None
         else reply
         for reply in ports
     )
+
+
+def _id(host: str, row: CheckedPort) -> str:
+    return f"{host} {row.port} {row.name}"
 
 
 def _rows(route: _Route, ports: ProbeResult | None, aliases: GatewayResult | None) -> list[CheckedPort]:
@@ -78,15 +94,13 @@ def _rows(route: _Route, ports: ProbeResult | None, aliases: GatewayResult | Non
         if alias is None or alias.state is not State.READY:
             rows.append(replace(blank, not_asked=f"the port is {alias.state if alias else 'not known'}"))
         elif names := route.names(alias):
-            rows += [replace(blank, name=name, not_asked=route.plan.skipped.get(name)) for name in names]
+            rows += [replace(blank, name=name, not_asked=route.why_not(name)) for name in names]
         else:
             rows.append(replace(blank, not_asked=route.gateway.why_no_name(port.alias or "it", port.port)))
     return rows
 
 
 def _checked(route: _Route, row: CheckedPort) -> CheckedPort:
-    if row.not_asked is not None:
-        return row
     parts = urlsplit(route.gateway.gateway.url or "")
     server = ChatServer(
         parts.scheme,
@@ -99,9 +113,11 @@ def _checked(route: _Route, row: CheckedPort) -> CheckedPort:
     )
     began = time.monotonic()
     verdicts = conformance.with_promises(run_checks(server, json_schema=row.json_schema), row.promised)
+    # LiteLLM repeats a key that it does not accept.
+    shown = (replace(each, detail=each.detail.replace(route.key or "\0", "[key]")) for each in verdicts)
     return replace(
         row,
-        verdicts=tuple(map(VerdictRow.of, verdicts)),
+        verdicts=tuple(map(VerdictRow.of, shown)),
         seconds=round(time.monotonic() - began, 1),
         checked_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )
