@@ -27,7 +27,7 @@ class Check(DescribedText):
     JSON = "json", "With a JSON schema the answer is JSON that fits it. Only for engines that have it."
     PARALLEL = "parallel", "A second request is answered while the first one streams, and both are complete."
     CANCEL = "cancel", "The server answers after a client has left a stream."
-    MARKUP = "markup", "No answer has markup of a chat template in it, such as `<think>` or `<|channel|>`."
+    MARKUP = "markup", "No answer has markup of a chat template in it, such as `<think>` or `[INST]`."
 
 
 class Mark(DescribedText):
