@@ -58,8 +58,8 @@ class _Busy(Exception):
     """The server does not answer because it is busy. The message says what was waited for."""
 
 
-class _Silent(Exception):
-    """The server does not answer, and nothing shows that it is busy."""
+class _Refusing(Exception):
+    """The server does not answer, and nothing shows that it is busy, or it refuses a plain request."""
 
 
 def run_checks(
@@ -88,9 +88,9 @@ def run_checks(
         except _Busy as busy:
             stopped = str(busy)
             verdicts += [Verdict(check, Mark.SKIP, stopped) for check in asked]
-        except _Silent as silent:
-            verdicts += [Verdict(check, Mark.FAIL, str(silent)) for check in asked]
-            stopped = f"not asked: {silent}"
+        except _Refusing as refusing:
+            verdicts += [Verdict(check, Mark.FAIL, str(refusing)) for check in asked]
+            stopped = f"not asked: {refusing}"
     verdicts.append(conformance.judge_markup(session.answers))
     by_check = {verdict.check: verdict for verdict in verdicts}
     return tuple(by_check[check] for check in Check if check in wanted)
@@ -119,7 +119,7 @@ class _Session:
         return self._deadline - time.monotonic()
 
     def ask(self, check: Check, messages: Messages, limit: int, **fields: object) -> Answer:
-        """Return the answer to one request. Wait while the server is busy. Raises `_Busy`, `_Silent`."""
+        """Return the answer to one request. Wait while the server is busy. Raises `_Busy`, `_Refusing`."""
         body = self._body(messages, limit, {"stream": False, **fields})
         while True:
             answer = self._ask_once(body)
@@ -134,7 +134,7 @@ class _Session:
 
     @contextmanager
     def stream(self, check: Check, messages: Messages, limit: int) -> Iterator[_Reading]:
-        """Open a stream, and close it at the end of the block. Raises `_Silent`."""
+        """Open a stream, and close it at the end of the block. Raises `_Refusing`."""
         server, body = self._server, self._body(messages, limit, _STREAMED)
         self._streaming = True
         try:
@@ -178,10 +178,10 @@ class _Session:
     def _timeout(self) -> float:
         return max(1.0, min(self.limits.answer, self.seconds_left))
 
-    def _no_answer(self, problem: str) -> _Busy | _Silent:
+    def _no_answer(self, problem: str) -> _Busy | _Refusing:
         if not self._streaming and self._is_busy():
             return _Busy(f"the server is busy with other requests: {problem}")
-        return _Silent(problem)
+        return _Refusing(problem)
 
     def _wait(self, why: str) -> None:
         """Wait a moment for a busy server. Raises `_Busy` once the limit is reached."""
@@ -244,6 +244,8 @@ def _problem(error: Exception) -> str:
 
 def _check_count(session: _Session) -> Iterator[Verdict]:
     answer = session.ask(Check.TOKENS, conformance.COUNT, FEW)
+    if why := conformance.refusal(answer):
+        raise _Refusing(why)
     yield conformance.judge_tokens(answer)
     yield conformance.judge_length(answer, FEW)
 

@@ -200,12 +200,15 @@ class _Wrong(Exception):
     """An answer that cannot be judged further. The message describes it."""
 
 
+def refusal(answer: Answer) -> str:
+    """Return why an answer is missing or refused, as a clause; empty if it is neither."""
+    return answer.problem or ("" if answer.status == 200 else f"it answered {answer.status}: {_start(answer.body)}")
+
+
 def _completion(answer: Answer) -> Completion:
     """Return the completion in an answer. Raises `_Wrong`."""
-    if answer.problem:
-        raise _Wrong(answer.problem)
-    if answer.status != 200:
-        raise _Wrong(f"it answered {answer.status}: {_start(answer.body)}")
+    if why := refusal(answer):
+        raise _Wrong(why)
     try:
         return parse(answer.body)
     except NotCompletion as error:

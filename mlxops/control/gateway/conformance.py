@@ -18,6 +18,7 @@ from mlxops.control.gateway.through import RunningGateway, read_running, require
 from mlxops.control.inventory import Gateway
 from mlxops.core import conformance
 from mlxops.core.commands.probe import CheckedPort, ProbeResult, VerdictRow
+from mlxops.core.conformance import Verdict
 from mlxops.core.frozen import dataclass
 from mlxops.core.ports import State
 from mlxops.core.probe_names import WILDCARD, ProbePlan, plan_probes, server_of
@@ -113,11 +114,16 @@ def _checked(route: _Route, row: CheckedPort) -> CheckedPort:
     )
     began = time.monotonic()
     verdicts = conformance.with_promises(run_checks(server, json_schema=row.json_schema), row.promised)
-    # LiteLLM repeats a key that it does not accept.
-    shown = (replace(each, detail=each.detail.replace(route.key or "\0", "[key]")) for each in verdicts)
     return replace(
         row,
-        verdicts=tuple(map(VerdictRow.of, shown)),
+        verdicts=tuple(map(VerdictRow.of, without_key(verdicts, route.key))),
         seconds=round(time.monotonic() - began, 1),
         checked_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )
+
+
+def without_key(verdicts: Sequence[Verdict], key: str | None) -> tuple[Verdict, ...]:
+    """Remove the key from the details: LiteLLM repeats one that it does not accept."""
+    if not key:
+        return tuple(verdicts)
+    return tuple(replace(each, detail=each.detail.replace(key, "[key]")) for each in verdicts)
