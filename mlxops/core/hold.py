@@ -3,7 +3,8 @@
 The reference is LiteLLM 1.109: its source (`async_function_with_retries`, `calculate_retry_after`,
 `get_num_retries_from_retry_policy`) and its behaviour in `tests/control/test_hold_live.py`. A refused connection, and
 one that ends before the first byte, are an `InternalServerError` for it. So is a server's own status 500, and only
-that: all other errors are other classes, and keep their own number of retries.
+that: all other errors are other classes, and keep their own number of retries. Because of that 500, no port has a hold
+unless hosts.yaml gives it one.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from dataclasses import field
 
 from mlxops.core.frozen import dataclass
 from mlxops.core.gateway import Entry, GatewayPaths, GatewayPort, Impact, Mismatch, SameHost, port_of, same_name
+from mlxops.core.settings import MAX_HOLD
 
 DEFAULT_RETRIES = 2
-DEFAULT_HOLD = 0
-"""Seconds. LiteLLM cannot separate a refused connection from a server's own 500, so a hold must be asked for."""
 SUGGESTED_HOLD = 60
 SWAP_SECONDS = 30.0
 """The length of a swap on a port that has had none: a large model takes at least so long."""
+TWO_LOADS = 2
+"""A swap that fails takes the time of two: of the model that does not load, and of the one that comes back."""
 SWAP_LOSES = "swap_loses_requests"
 HOLD_DELAYS = "hold_delays_fallback"
 
@@ -47,7 +49,7 @@ def seconds_until_error(retries: int) -> float:
 
 
 def _pause(done: int, least: float) -> float:
-    """Return the pause after so many retries, without what LiteLLM adds to it."""
+    """Return the pause after this many retries, without what LiteLLM adds to it."""
     return min(max(_FIRST_PAUSE * float(1 << min(done, 8)), least), _LONGEST_PAUSE)
 
 
@@ -196,7 +198,7 @@ class _SwapCheck:
         """Return, as a sentence, the edits that make requests outlast a swap."""
         hold, first = self.port.hold or 0, ""
         if hold < self.swap:
-            hold = max(SUGGESTED_HOLD, math.ceil(self.swap * 1.25 / 10) * 10)
+            hold = min(max(SUGGESTED_HOLD, math.ceil(self.swap * TWO_LOADS / 10) * 10), MAX_HOLD)
             slot = f"slots: {{{self.port.port}: {{alias: {self.port.alias}, hold: {hold}}}}}"
             first = f"in hosts.yaml: {slot} (hold: 0 accepts the loss); "
         rules = ", ".join(f"{key}: {value}" for key, value in policy(hold).items())

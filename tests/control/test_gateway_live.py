@@ -290,7 +290,7 @@ def test_unreadable_configuration_is_a_warning_at_the_load(quick: Place, tmp_pat
 
 
 def test_overstated_context_is_a_warning_at_the_load(quick: Place, tmp_path: Path) -> None:
-    with _edited_config(quick, tmp_path, "api_key: none\n", "api_key: none\n  model_info: {max_input_tokens: 4096}\n"):
+    with _edited_config(quick, tmp_path, "mode: chat\n", "mode: chat\n    max_input_tokens: 4096\n"):
         done = quick.lab.mini.inv("load", "--model", QWEN, "--port", str(quick.port)).ok()
     warning = f"warning: the gateway promises 4096 input tokens on port {quick.port}; this model takes 2048"
     assert warning in done.stderr

@@ -196,8 +196,9 @@ def test_synonym_needs_a_policy_of_its_own() -> None:
             "in hosts.yaml: slots: {8100: {alias: jerry-xl, hold: 60}} (hold: 0 accepts the loss); in router.yaml: ",
         ),
         (port(hold=60), "in router.yaml: router_settings: {model_group_retry_policy: {jerry-xl: "),
-        (port(swap_seconds=100.0), "in hosts.yaml: slots: {8100: {alias: jerry-xl, hold: 130}}"),
-        (port(hold=60, swap_seconds=100.0), "in hosts.yaml: slots: {8100: {alias: jerry-xl, hold: 130}}"),
+        (port(swap_seconds=100.0), "in hosts.yaml: slots: {8100: {alias: jerry-xl, hold: 200}}"),
+        (port(swap_seconds=9000.0), "in hosts.yaml: slots: {8100: {alias: jerry-xl, hold: 3600}}"),
+        (port(hold=60, swap_seconds=100.0), "in hosts.yaml: slots: {8100: {alias: jerry-xl, hold: 200}}"),
     ],
 )
 def test_warning_has_the_edit(state: GatewayPort, hint: str) -> None:
