@@ -41,7 +41,7 @@ ALIAS = ALIASES[0]
 FIRST, SECOND, BROKEN = "lost/first", "lost/second", "lost/broken"
 ENGINES = ("fake", "mlx-lm")
 CLIENTS, STREAMING = 4, 2
-TOKENS = 300
+TOKENS = 900
 """A generation takes one or two seconds, so that every change meets some."""
 PATIENCE = 200.0
 """Seconds that a client waits for an answer."""
