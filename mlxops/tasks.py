@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from mlxops.core.commands.list import List
     from mlxops.core.commands.load import Loading, LoadResult
     from mlxops.core.commands.logs import Logs
+    from mlxops.core.commands.measure import Measure
     from mlxops.core.commands.ops import Ops
     from mlxops.core.commands.probe import Probe, ProbeResult
     from mlxops.core.commands.setup import Setup
@@ -235,6 +236,14 @@ def gateway(cli: Cli, request: Gateway) -> None:
     cli.show(pass_through(configured, config, replies) if request.through else replies, table.show)
 
 
+def _running_gateway(cli: Cli) -> inventory.Gateway:
+    """Return the gateway that `--through` asks. Raises `UsageError` (no_gateway)."""
+    if cli.targets.gateway is None:
+        why, hint = "--through asks the running gateway", "add `gateway: {url: http://127.0.0.1:4000}`"
+        raise UsageError("no_gateway", "hosts.yaml does not name the gateway", why=why, hint=hint)
+    return cli.targets.gateway
+
+
 def probe(cli: Cli, request: Probe) -> None:
     """A check that failed is an error, so that scripts see it."""
     if request.through and request.last:
@@ -242,10 +251,7 @@ def probe(cli: Cli, request: Probe) -> None:
         raise UsageError(
             "through_or_last", "--through and --last cannot be used together", why=why, hint="leave one out"
         )
-    configured = cli.targets.gateway if request.through else None
-    if request.through and configured is None:
-        why, hint = "--through asks the running gateway", "add `gateway: {url: http://127.0.0.1:4000}`"
-        raise UsageError("no_gateway", "hosts.yaml does not name the gateway", why=why, hint=hint)
+    configured = _running_gateway(cli) if request.through else None
     targets = cli.hosts()
     replies = cli.ask_all(targets, replace(request, last=request.last or request.through))
     if configured is not None:
@@ -280,6 +286,29 @@ def _refuse_failures(reply: HostReply[ProbeResult]) -> HostReply[ProbeResult]:
         hint=f"the table says why; see also: `mlxctl logs --port {failed[0][0]}`",
     )
     return replace(reply, error=aimed_error(error, reply.flags))
+
+
+def measure(cli: Cli, request: Measure) -> None:
+    """Measure the servers themselves; with `--through`, then through the gateway."""
+    if not request.through:
+        return read(cli, request)
+    from mlxops.control.gateway import speed
+    from mlxops.control.gateway.check import check
+    from mlxops.control.gateway.config import read as read_config
+    from mlxops.core.commands.gateway import Gateway
+    from mlxops.core.commands.status import Status
+
+    configured = _running_gateway(cli)
+    targets = cli.hosts()
+    config = read_config(configured)
+    aliases = check(config, targets, cli.ask_all(targets, Gateway()))
+    route = speed.route(configured, config, aliases)
+    direct = cli.ask_all(targets, request)
+    before = cli.ask_all(targets, Status())
+    pairs = zip(aliases, direct, strict=True)
+    through = [speed.measured_through(route, request, known, reply, cli.console.note) for known, reply in pairs]
+    after = cli.ask_all(targets, Status())
+    cli.show([speed.without_changed(*each) for each in zip(through, before, after, strict=True)])
 
 
 def _print_entries(cli: Cli, request: Gateway) -> None:
@@ -363,6 +392,7 @@ BODIES: Mapping[str, Callable[[Cli, Any], None]] = {
     "logs": logs,
     "gateway": gateway,
     "probe": probe,
+    "measure": measure,
     "doctor": doctor,
     "help": help_,
     "deploy": deploy,

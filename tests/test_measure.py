@@ -30,13 +30,10 @@ def check(lab: Homelab, streams: int) -> None:
             else:
                 assert figure["cached_tokens"] < figure["prompt_tokens"] / 2
         metrics = [each["metric"] for each in row["figures"]]
-        assert [metrics.count(each) for each in ("first_token", "prefill", "decode")] == [
-            4 * streams,
-            streams,
-            2 * streams,
-        ]
+        # A random model may say characters of many tokens, which shows no rate.
+        assert (metrics.count("first_token"), metrics.count("prefill")) == (4 * streams, streams)
     assert first["compared_with"] is None and second["compared_with"]
-    assert all(each["before"] and each["verdict"] for each in second["figures"])
+    assert {each["verdict"] for each in second["figures"] if each["before"]} == {"unsure"}, "one round is too few"
     assert studio.completion(port, "jerry-xl")["model"] == "jerry-xl"
     asks[0]("unload", "--port", port).ok()
 

@@ -18,6 +18,8 @@ METHOD = 1
 COLD_TOKENS = 64
 WARM_TOKENS = 2
 """Tokens to generate. A warm request only shows the time to the first one."""
+TOKENS_PER_PIECE = 4
+"""Servers send a piece of text for each token, or for a few."""
 LONG_WORDS = 512
 NOISE = 0.1
 """A smaller difference is never a warning."""
@@ -128,8 +130,15 @@ class Answer:
     """When its last text came."""
     prompt_tokens: int
     completion_tokens: int
+    pieces: int
+    """Events with text."""
     cached_tokens: int | None = None
     """Prompt tokens that the server had in its cache; None if it does not say."""
+
+    @property
+    def held_back(self) -> bool:
+        """Whether so little text came that its times show no rate, such as a character of many tokens."""
+        return self.pieces * TOKENS_PER_PIECE < self.completion_tokens
 
 
 def read_answer(lines: Iterable[tuple[float, bytes]]) -> Answer:
@@ -151,7 +160,7 @@ def read_answer(lines: Iterable[tuple[float, bytes]]) -> Answer:
         raise NotMeasurable("does not count the tokens of a streamed answer")
     details = usage.get("prompt_tokens_details")
     cached = _count(details, "cached_tokens") if isinstance(details, dict) else None
-    return Answer(times[0], times[-1], prompt, completion, cached)
+    return Answer(times[0], times[-1], prompt, completion, len(times), cached)
 
 
 def _chunk(line: bytes) -> Mapping[str, object]:
@@ -196,7 +205,7 @@ def figures(case: Case, answers: Sequence[Answer]) -> dict[Metric, float]:
         found[Metric.PREFILL] = read / max(each.first for each in answers)
     generated = sum(each.completion_tokens - 1 for each in answers)
     seconds = max(each.last for each in answers) - min(each.first for each in answers)
-    if generated > 0 and seconds > 0:
+    if generated > 0 and seconds > 0 and not any(each.held_back for each in answers):
         found[Metric.DECODE] = generated / seconds
     return {metric: value for metric, value in found.items() if value > 0}
 

@@ -62,7 +62,7 @@ MLX_OPENAI_SERVER = [
 
 @pytest.mark.parametrize("lines", [MLX_LM, MLX_OPENAI_SERVER])
 def test_answer_is_timed_from_its_text_and_counted_by_its_usage(lines: list[tuple[float, bytes]]) -> None:
-    assert read_answer(lines) == Answer(0.5, 0.9, prompt_tokens=38, completion_tokens=6, cached_tokens=30)
+    assert read_answer(lines) == Answer(0.5, 0.9, prompt_tokens=38, completion_tokens=6, pieces=2, cached_tokens=30)
 
 
 @pytest.mark.parametrize("key", ["reasoning", "reasoning_content", "tool_calls"])
@@ -90,15 +90,16 @@ def test_stream_that_shows_no_speed_is_not_measurable(lines: list[bytes], why: s
 @pytest.mark.parametrize(
     ("case", "answers", "expected"),
     [
-        (COLD, [Answer(0.5, 2.5, 38, 21)], {Metric.FIRST_TOKEN: 0.5, Metric.DECODE: 10}),
-        (COLD, [Answer(0.5, 0.5, 38, 1)], {Metric.FIRST_TOKEN: 0.5}),
-        (COLD._replace(cache=Cache.WARM), [Answer(0.1, 0.2, 38, 2, 37)], {Metric.FIRST_TOKEN: 0.1}),
-        (LONG, [Answer(2, 4, 1000, 21, 200)], {Metric.FIRST_TOKEN: 2, Metric.PREFILL: 400, Metric.DECODE: 10}),
-        (LONG, [Answer(2, 4, 1000, 21)], {Metric.FIRST_TOKEN: 2, Metric.PREFILL: 500, Metric.DECODE: 10}),
+        (COLD, [Answer(0.5, 2.5, 38, 21, 6)], {Metric.FIRST_TOKEN: 0.5, Metric.DECODE: 10}),
+        (COLD, [Answer(0.5, 0.5, 38, 1, 1)], {Metric.FIRST_TOKEN: 0.5}),
+        (COLD, [Answer(0.5, 2.5, 38, 21, 5)], {Metric.FIRST_TOKEN: 0.5}),
+        (COLD._replace(cache=Cache.WARM), [Answer(0.1, 0.2, 38, 2, 2, 37)], {Metric.FIRST_TOKEN: 0.1}),
+        (LONG, [Answer(2, 4, 1000, 21, 21, 200)], {Metric.FIRST_TOKEN: 2, Metric.PREFILL: 400, Metric.DECODE: 10}),
+        (LONG, [Answer(2, 4, 1000, 21, 21)], {Metric.FIRST_TOKEN: 2, Metric.PREFILL: 500, Metric.DECODE: 10}),
         # All streams together: 1800 tokens in 3 s; 40 tokens from second 1 to 6.
         (
             LONG._replace(streams=2),
-            [Answer(1, 5, 1000, 21, 100), Answer(3, 6, 1000, 21, 100)],
+            [Answer(1, 5, 1000, 21, 21, 100), Answer(3, 6, 1000, 21, 21, 100)],
             {Metric.FIRST_TOKEN: 2, Metric.PREFILL: 600, Metric.DECODE: 8},
         ),
     ],

@@ -74,6 +74,9 @@ class MeasuredPort:
     """What could not be measured, and why."""
     not_measured: str | None
     """Why the port was not measured; null if it was."""
+    through: str | None = None
+    """With `--through`: the gateway that was asked. `before` is then the server itself, in the same run. Null if the
+    server was asked directly."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,9 @@ class Measure(Request[MeasureResult], group=Group.LOOK, example="mlxctl measure 
     rounds: int = option("rounds; figures are medians over them (5)", default=5, parse=whole("--rounds", 1, 100))
     seconds: float = option(
         "seconds after which a port is done, also within a round (300)", default=300.0, parse=seconds("--seconds")
+    )
+    through: bool = switch(
+        "then the same through the running gateway, compared with the servers themselves", sent=False
     )
     force: bool = switch("measure also a port with open requests; the figures are not compared")
 
@@ -135,7 +141,7 @@ def show(replies: Sequence[HostReply[MeasureResult]]) -> str:
     ports = [(f"{host}: " if many else "", each) for host, result in results for each in result.ports]
     columns = ["HOST", "PORT", "PROMPT", "CACHE", "STREAMS", "WHAT", "NOW", "BEFORE", "RATIO", "VERDICT"]
     rows = [
-        [host, each.port, row.prompt, row.cache, row.streams, row.metric.replace("_", " "), *_cells(row)]
+        [host, _name(each), row.prompt, row.cache, row.streams, row.metric.replace("_", " "), *_cells(row)]
         for host, result in results
         for each in result.ports
         for row in each.figures
@@ -161,17 +167,24 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def _name(port: MeasuredPort) -> str:
+    return f"{port.port} through" if port.through else str(port.port)
+
+
 def _head(port: MeasuredPort) -> str:
+    name = f"{_name(port)} {port.through}" if port.through else _name(port)
     if port.not_measured is not None:
-        return f"{port.port}: not measured: {port.not_measured}"
+        return f"{name}: not measured: {port.not_measured}"
     model = f"{port.model or 'a server'}" + (f" at {port.revision[:12]}" if port.revision else "")
     rounds = max((row.rounds for row in port.figures), default=0)
     engine = " ".join(filter(None, [port.engine, port.engine_version]))
     took = f"{rounds} round{'s' if rounds != 1 else ''} in {port.seconds:.0f} s"
-    return f"{port.port}: {model}, {engine}, {took}; {_compared(port)}"
+    return f"{name}: {model}, {engine}, {took}; {_compared(port)}"
 
 
 def _compared(port: MeasuredPort) -> str:
+    if port.through:
+        return "before: the server itself"
     if port.compared_with is None:
         return "no earlier run with this model, revision, engine and settings"
     version = port.engine_version_before
@@ -180,15 +193,16 @@ def _compared(port: MeasuredPort) -> str:
 
 
 def _notes(port: MeasuredPort) -> list[str]:
-    notes = [f"{port.port}: not measured: {each}" for each in port.missing]
-    if port.shared:
+    notes = [f"{_name(port)}: not measured: {each}" for each in port.missing]
+    if port.shared and not port.through:
         notes.append(
             f"{port.port}: other clients used the server during the run; later runs are not compared with this one"
         )
     slower = [row for row in port.figures if row.verdict == "slower"]
     if slower:
         notes.append(
-            f"WARN: {port.port}: {len(slower)} of {len(port.figures)} figures are slower than before, by more than 10% "
-            "and more than the spreads of both runs together"
+            f"WARN: {_name(port)}: {len(slower)} of {len(port.figures)} figures are slower than "
+            f"{'those of the server itself' if port.through else 'before'}, by more than 10% and more than the spreads "
+            "of both runs together"
         )
     return notes
