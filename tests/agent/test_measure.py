@@ -215,3 +215,8 @@ def clients(host: QuickHost, port: int) -> bool:
         except psutil.NoSuchProcess:
             continue
     return False
+
+
+def test_through_needs_a_gateway(host: QuickHost) -> None:
+    done = host.mlxctl("measure", "--through", "--json")
+    assert done.exit == 2 and done.json["error"]["code"] == "no_gateway"

@@ -8,6 +8,7 @@ One LiteLLM, started once with what `inv gateway --print` gave, for every test h
 from __future__ import annotations
 
 import itertools
+import json
 import sys
 import threading
 import time
@@ -335,3 +336,29 @@ def _result(done: Completed) -> Any:
 
 def _receipt(done: Completed) -> Any:
     return _result(done)["gateway"]
+
+
+@pytest.mark.parametrize("engine_name", ["mlx-lm", pytest.param("mlx-openai-server", marks=pytest.mark.long)])
+def test_speed_through_the_gateway_is_compared_with_that_of_the_server(empty: Place, engine_name: str) -> None:
+    lab, port = empty.lab, str(empty.port)
+    lab.mini.inv("init").ok()
+    lab.mini.inv("set", "--model", QWEN, "--set", f"engine={engine_name}").ok()
+    try:
+        lab.mini.inv("load", "--model", QWEN, "--port", port, timeout=300).ok()
+        done = lab.mini.inv("measure", "--through", "--rounds", "1", "--streams", "1", "--json", timeout=300).ok()
+    finally:
+        lab.mini.inv("set", "--model", QWEN, "--set", "engine=").ok()
+    direct, through = done.json["hosts"][0]["ports"]
+    assert (direct["through"], through["through"]) == (None, empty.gateway.url)
+    assert direct["engine"] == through["engine"] == engine_name
+    assert direct["not_measured"] is through["not_measured"] is None and not through["missing"]
+    before = {(each["prompt"], each["cache"], each["metric"]): each for each in direct["figures"]}
+    for figure in through["figures"]:
+        same = before.get((figure["prompt"], figure["cache"], figure["metric"]))
+        assert figure["before"] == (same and same["median"])
+        assert same is None or figure["prompt_tokens"] == pytest.approx(same["prompt_tokens"], rel=0.1)
+    answer = f"measure: {ALIAS} through {empty.gateway.url}, round 1 of 1"
+    assert answer in done.stderr
+    history = [json.loads(line) for line in (lab.studio.state / "history.jsonl").read_text().splitlines()]
+    recorded = [each for each in history if each["command"] == "measure" and each["engine"] == engine_name]
+    assert len(recorded) == 1, "only the server itself is recorded"
