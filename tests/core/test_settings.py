@@ -26,7 +26,7 @@ settings = st.builds(
     ports=ranges,
     slots=st.dictionaries(st.integers(1, 65535), texts, max_size=3),
     slot_options=st.dictionaries(
-        st.integers(1, 65535), st.builds(SlotOptions, hold=st.none() | st.integers()), max_size=3
+        st.integers(1, 65535), st.builds(SlotOptions, hold=st.none() | st.integers(0, 2**62)), max_size=3
     ),
     boot=st.lists(st.builds(BootJob, st.integers(1, 65535), texts, texts)).map(tuple),
     memory=st.none() | st.integers(1, 2**62),
