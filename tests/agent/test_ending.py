@@ -394,6 +394,22 @@ def test_server_started_by_hand_is_recorded_until_it_ends(host: Host, tmp_path: 
             server.kill()
 
 
+@pytest.mark.parametrize("limits", [(), ("--decode-concurrency", "4", "--prompt-cache-bytes", "1000000")])
+def test_server_started_by_hand_comes_back_with_its_limits(host: Host, tmp_path: Path, limits: tuple[str, ...]) -> None:
+    host.register(mine=["--fake-act", "broken"], next=[])
+    argv = [str(install_engine(tmp_path / "bin")), "--model", "next", "--port", str(host.first), *limits]
+    with subprocess.Popen(argv, start_new_session=True, stdout=subprocess.DEVNULL) as server:
+        try:
+            wait_until(lambda: host.view().state is State.READY, 30, "the server")
+            with pytest.raises(NotStarted) as caught:
+                host("load", model="mine", port=str(host.first), force=True)
+        finally:
+            server.kill()
+    assert host.run().model == "next" and host.run().budget == limits
+    again = f"next serves port {host.first} again" + ("" if limits else ", as before without limits of its memory")
+    assert caught.value.details["previous"] == again
+
+
 def test_restore_of_an_interrupted_load_kills_only_on_request(host: Host) -> None:
     pid = serve(host)
     interrupted = replace(host.run(), proven_at=None)

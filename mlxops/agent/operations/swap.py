@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from mlxops.agent.context import Context
@@ -20,6 +21,7 @@ from mlxops.agent.serving import processes
 from mlxops.agent.serving.ending import STILL_ENDING
 from mlxops.agent.serving.launch import Launch, deadline_for
 from mlxops.agent.serving.logs import previous_log
+from mlxops.core.budget import Limits
 from mlxops.core.commands.load import Load
 from mlxops.core.errors import Busy, Interrupted, MlxopsError, NotStarted, OutcomeUnknown
 from mlxops.core.frozen import dataclass
@@ -264,13 +266,18 @@ def _plan_as_recorded(ctx: Context, view: PortView, entry: Model) -> RestartPlan
 
 
 def _plan_as_load(ctx: Context, view: PortView, entry: Model) -> RestartPlan | None:
-    """Plan the restart of a server that was started by hand, as a load would start it."""
+    """Plan the restart of a server that was started by hand: as a load would start it, with the limits that it had."""
     target = ModelRef(entry.name, entry.repo_id or "", entry.revision, entry)
     files = cached(ctx, target)
     if files is None or entry.port not in {None, view.port}:
         return None  # assigned to another port: mlxops must not serve it on two
     old = prepare(ctx, target, view.port, files)
-    start = Launch(ctx.paths, ctx.store, ctx.system, old.engine, old.command, old.serving)
+    if view.server is not None and view.server.engine == old.engine.name:
+        options = old.engine.limit_options(old.serving)
+        old = replace(old, budget=options.words(old.engine.read_limits(view.server.argv)))
+    start = Launch(
+        ctx.paths, ctx.store, ctx.system, old.engine, old.command, old.serving, argv=old.argv, budget=old.budget
+    )
     return RestartPlan(entry.name, start, target.repo_id, files.revision, files.size_bytes)
 
 
@@ -317,7 +324,14 @@ def _restart(ctx: Context, view: PortView, restart: RestartPlan | None) -> str:
         outcome = f"{restart.name} did not come back to port {view.port} either: {error}"
         return f"{outcome}; {left}" if left else outcome
     restart.start.detach()
-    return f"{restart.name} serves port {view.port} again{_assign_again(ctx, restart.name, view.port)}"
+    again = f"{restart.name} serves port {view.port} again{_without_limits(restart.start)}"
+    return f"{again}{_assign_again(ctx, restart.name, view.port)}"
+
+
+def _without_limits(start: Launch) -> str:
+    """Return what to add to the message if the restarted server has no limits, although its engine has such options."""
+    has_none = start.engine.limits.all and start.engine.read_limits(start.argv) == Limits()
+    return ", as before without limits of its memory" if has_none else ""
 
 
 def _assign_again(ctx: Context, name: str, port: int) -> str:
