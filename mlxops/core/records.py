@@ -50,6 +50,8 @@ class Run:
     """What it held just before that; None if that is not known, or if no memory is looked for after its end."""
     unexplained_bytes: int | None = None
     """What the host had in use then that no process explained."""
+    slept_seconds: int | None = None
+    """How long the host had slept then, since its boot."""
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -67,7 +69,7 @@ class Run:
 
 
 _OPTIONAL_TEXTS = ("proven_at", "engine_version", "stopped_by", "stopping_since")
-_OPTIONAL_NUMBERS = ("held_bytes", "unexplained_bytes")
+_OPTIONAL_NUMBERS = ("held_bytes", "unexplained_bytes", "slept_seconds")
 
 
 def run_from_wire(wire: Mapping[str, object]) -> Run:
@@ -190,6 +192,7 @@ def run_of(server: Server, port: int, boot_id: str) -> Run:
         stopping=(),
         held_bytes=None,
         unexplained_bytes=None,
+        slept_seconds=None,
     )
 
 

@@ -61,6 +61,16 @@ class Alone(LinuxSystem):
         return None if found is None else found - shared + own
 
 
+class Sleepy(Alone):
+    """A machine that has slept an hour more at each look."""
+
+    slept = 0.0
+
+    def slept_seconds(self) -> float:
+        self.slept += 3600
+        return self.slept
+
+
 HOLDER = """
 import mmap, os, sys
 kind, size = sys.argv[1], int(sys.argv[2])
@@ -235,6 +245,13 @@ def test_nothing_is_claimed_or_refused_if_memory_cannot_be_measured(store: Store
     assert not store.stranded_path.exists()
     store.save_stranded(Stranded(Alone().boot_id(), GB, 0, 8100, "m", "now"))
     assert still_missing(store, Blind()) is None
+
+
+def test_nothing_is_claimed_if_the_host_has_slept(store: Store, hold: Hold, leftover: Path) -> None:
+    child = hold(str(leftover))
+    with expect_return(store, Sleepy(), record_of(child), print) as seen:
+        child.kill()
+    assert seen.slept_seconds == 3600 and not store.stranded_path.exists()
 
 
 def test_record_of_an_earlier_boot_is_ignored(store: Store) -> None:

@@ -481,3 +481,17 @@ def test_figures_that_an_old_kernel_lacks_are_none(tmp_path: Path) -> None:
     memory = linux_memory(tmp_path)
     assert (memory.total, memory.in_use, memory.swap_used) == (102400, None, None)
     assert linux_unexplained(tmp_path, ()) is None
+
+
+@linux
+def test_time_asleep_is_what_one_clock_counts_alone() -> None:
+    """A time namespace moves the clock that goes on while the machine sleeps."""
+    code = (
+        "from mlxops.agent.host.system import *; print(LinuxSystem().slept_seconds(), PsutilSystem().slept_seconds())"
+    )
+    argv = ["unshare", "-UrT", "--boottime", "3600", "--fork", sys.executable, "-c", code]
+    answer = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if answer.returncode != 0:
+        missing("the right to make a time namespace (unshare -UrT)")
+    own = this_system().slept_seconds()
+    assert [float(word) - own for word in answer.stdout.split()] == pytest.approx([3600, 3600], abs=1)

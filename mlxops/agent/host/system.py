@@ -11,6 +11,7 @@ import errno
 import ipaddress
 import os
 import sys
+import time
 from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import field
 from functools import cache, cached_property
@@ -134,6 +135,15 @@ def free_on_disk(path: Path) -> int:
     return shutil.disk_usage(next(folder for folder in (path, *path.parents) if os.path.exists(folder))).free
 
 
+def slept_seconds() -> float:
+    """Return the difference of the two monotonic clocks of which only one counts while the machine sleeps."""
+    if sys.platform == "darwin":  # clock_gettime(3): CLOCK_MONOTONIC_RAW increments while the system is asleep
+        return time.clock_gettime(time.CLOCK_MONOTONIC_RAW) - time.clock_gettime(time.CLOCK_UPTIME_RAW)
+    if sys.platform == "linux":
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)
+    return 0.0
+
+
 class System(Protocol):
     """The operating system. Methods raise `Refused` (not_seen) if this process lacks the means to look."""
 
@@ -145,6 +155,9 @@ class System(Protocol):
 
     def booted_at(self) -> float:
         """Return the time of the boot in seconds since the epoch, for display."""
+
+    def slept_seconds(self) -> float:
+        """Return how long this boot has slept."""
 
     def look(self, ports: Container[int]) -> Look:
         """Return all processes, and the listeners on `ports`."""
@@ -236,6 +249,9 @@ class LinuxSystem:
     def booted_at(self) -> float:
         lines = (self.root / "stat").read_text().splitlines()
         return float(next(line.split()[1] for line in lines if line.startswith("btime ")))
+
+    def slept_seconds(self) -> float:
+        return slept_seconds()
 
     def process(self, pid: int) -> Process | None:
         try:
@@ -450,6 +466,9 @@ class PsutilSystem:
         import psutil
 
         return psutil.boot_time()
+
+    def slept_seconds(self) -> float:
+        return slept_seconds()
 
     def process(self, pid: int) -> Process | None:
         import psutil

@@ -56,18 +56,26 @@ def _with_look(system: System, run: Run) -> Run:
     pids = processes.members(system, system.look(()), run)
     held = system.memory(pids)
     before = _unexplained(system, pids) if held is not None and held >= MIN_BYTES else None
-    return run if before is None else replace(run, held_bytes=held, unexplained_bytes=before)
+    if before is None:
+        return run
+    return replace(run, held_bytes=held, unexplained_bytes=before, slept_seconds=round(system.slept_seconds()))
+
+
+def _has_slept(system: System, run: Run) -> bool:
+    """Return whether the host has slept since the look of the record: what it had in use then says little now."""
+    return system.slept_seconds() - (run.slept_seconds or 0) > 1.0
 
 
 def look_again(store: Store, system: System, run: Run, note: Callable[[str, str], None]) -> None:
     """Compare with the look before the stop of a server that has ended. Wait for its memory; record what is missing.
 
-    `note` gets a message and its level. Nothing is claimed without an earlier look in this boot of the host.
+    `note` gets a message and its level. Nothing is claimed without an earlier look in this boot of the host,
+    or if the host has slept since.
     """
     held, before = run.held_bytes, run.unexplained_bytes
-    if held is None or before is None or run.boot_id != system.boot_id():
+    if held is None or before is None or run.boot_id != system.boot_id() or _has_slept(system, run):
         return
-    if missing := _wait(system, before, held, note):
+    if (missing := _wait(system, before, held, note)) and not _has_slept(system, run):
         _record(store, system, before, missing, run.port, run.model or "a server")
         note(
             f"{amount(missing)} of its {amount(held)} of memory did not return within {return_seconds(held):.0f} s; "
