@@ -100,7 +100,7 @@ def _section(title: str, kind: type, inner: dict[str, type]) -> str:
 def _about(kind: type) -> list[str]:
     """Return the first paragraph of the docstring, unless `dataclass` made it."""
     doc = kind.__dict__.get("__doc__") or ""
-    return [] if not doc or doc.startswith(f"{kind.__name__}(") else [_in_json(doc.partition("\n\n")[0])]
+    return [] if doc.partition("(")[0] in ("", kind.__name__) else [_in_json(doc.partition("\n\n")[0])]
 
 
 def _type(each: Field[Any], hints: Mapping[str, Any], inner: dict[str, type]) -> str:

@@ -89,6 +89,11 @@ def test_mlx_lm_gets_limits_that_are_never_drift(homelab: Homelab, studio: Studi
     installed = Installation(tmp_path / "engine")
     homelab.configure(launch={"mlx-lm": [str(installed.program)]})
 
+    memory = ready(studio, QWEN, str(first), "--dry-run")["plan"]["memory"]
+    contexts = memory["contexts"] * (memory["context_bytes"] + memory["state_bytes"])
+    assert memory["contexts"] == 32 and memory["weight_bytes"] > 0
+    assert memory["total_bytes"] == memory["weight_bytes"] + contexts + memory["cache_bytes"] + memory["server_bytes"]
+
     told = studio.mlxctl("load", QWEN, str(first)).ok().stderr
 
     assert "limits: 32 requests at once, 22.0 MB of contexts; it may take up to" in told

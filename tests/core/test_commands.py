@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mlxops.core.command import command_module, request_type
 from mlxops.core.commands import list as list_command
 from mlxops.core.commands import status
-from mlxops.core.commands.list import EstimateRow, HostRow, ListResult, MemoryRow, ModelRow
+from mlxops.core.commands.list import EstimateRow, HostRow, ListResult, MemoryRow, ModelRow, OptionRow
 from mlxops.core.commands.load import PortResult
 from mlxops.core.commands.status import StatusResult
 from mlxops.core.commands.unload import Unload
@@ -81,6 +81,13 @@ def test_list_shows_models_with_short_revisions_and_problems() -> None:
         "NAME  REPO      REVISION      SIZE    FORMAT  PORT  FLAGS                     PROBLEMS",
         "qwen  org/qwen  0123456789ab  1.5 MB  mlx     8100  engine=mlx-lm (registry)  no cache; claimed twice",
     ]
+
+
+def test_options_share_their_origin_and_limits_are_short() -> None:
+    limits = {"decode_concurrency": 4, "prompt_cache_bytes": 2_147_483_648}
+    options = [OptionRow("engine", "mlx-lm", "registry"), *(OptionRow(*each, "budget") for each in limits.items())]
+    text = "engine=mlx-lm (registry), decode_concurrency=4, prompt_cache_bytes=2.1GB (budget)"
+    assert list_command.shown_options([*options, OptionRow("model_type", "lm", "settings")]) == text
 
 
 LOADED = {

@@ -51,6 +51,7 @@ def give(
     spare = size - sum(use.possible for use in staying) - awaited(registry, plan, staying) - need.total
     prepared = replace(prepared, budget=_choose(options, prepared, need, spare))
     most = budget.limited(need, _limits(prepared), cached=_keeps_caches(prepared))
+    prepared = replace(prepared, estimate=most)
     ctx.note(_describe(prepared, most))
     return prepared, _warnings(ctx, plan, prepared, most, staying, size)
 

@@ -58,7 +58,7 @@ def _memory(ctx: Context, registry: Registry) -> MemoryRow:
                 resident_bytes=use.resident_bytes,
                 counted_bytes=use.counted,
                 limit_bytes=use.limit_bytes,
-                limit=_parts(use.limit) if use.limit else None,
+                limit=estimate_row(use.limit) if use.limit else None,
             )
             for use in uses
         ),
@@ -141,10 +141,11 @@ def _estimate(path: Path, model: Model) -> EstimateRow | None:
     from mlxops.agent.serving.memory import estimate_of
 
     estimate = estimate_of(path, model.context_length, served_as(model))
-    return _parts(estimate) if estimate else None
+    return estimate_row(estimate) if estimate else None
 
 
-def _parts(estimate: Estimate) -> EstimateRow:
+def estimate_row(estimate: Estimate) -> EstimateRow:
+    """Return the parts of an estimate."""
     from mlxops.core.memory import ENGINE_BYTES
 
     return EstimateRow(

@@ -75,13 +75,19 @@ def load(held: Held) -> LoadResult:
             held, files = _download(held)
             prepared = prepare(ctx, held.target, port, files)
             plan = _make_plan(held, prepared)
-    with _hold_stops(held, plan, prepared) as (held, final), ExitStack() as reserved:
-        for note in final.notes:
+    with _hold_stops(held, plan, prepared) as (held, plan):
+        return _carry_out(held, plan, prepared)
+
+
+def _carry_out(held: Held, plan: LoadPlan, prepared: Prepared | None) -> LoadResult:
+    """Carry out a plan, or show it in a dry run. What it stops is held."""
+    ctx, request = held.ctx, held.request
+    with ExitStack() as reserved:
+        for note in plan.notes:
             ctx.note(note)
-        plan = final
         if plan.outcome is Outcome.START and prepared is not None:
             if not request.dry_run:
-                look_for_memory(ctx, port)
+                look_for_memory(ctx, plan.port)
             prepared, warnings = preflight(ctx, request, reserved, held.registry, plan, prepared)
             plan = replace(plan, notes=(*plan.notes, *warnings))
         if request.dry_run:
@@ -330,6 +336,8 @@ def _dry_attach(held: Held, running: Operation) -> LoadResult:
 
 
 def _dry_load(held: Held, plan: LoadPlan, prepared: Prepared | None) -> LoadResult:
+    from mlxops.agent.operations.list import estimate_row
+
     downloads = prepared is None and plan.outcome is not Outcome.ALREADY
     return replace(
         _load_result(held, plan, changed=False),
@@ -341,5 +349,6 @@ def _dry_load(held: Held, plan: LoadPlan, prepared: Prepared | None) -> LoadResu
             stops=tuple(shown_stop(view) for view in plan.stops),
             clears=tuple(plan.cleared),
             argv=redact_argv(prepared.argv) if prepared else None,
+            memory=estimate_row(prepared.estimate) if prepared and prepared.estimate else None,
         ),
     )

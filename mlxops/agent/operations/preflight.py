@@ -60,6 +60,8 @@ class Prepared:
     wanted: Wanted
     budget: tuple[str, ...] = ()
     """The limits that `preflight` chose, as the last words of the argv."""
+    estimate: memory.Estimate | None = None
+    """The memory that the server may take with these limits, if `preflight` has estimated it."""
 
     @property
     def argv(self) -> tuple[str, ...]:

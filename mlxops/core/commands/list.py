@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 from mlxops.core.command import Group, Hosts, Request, switch
 from mlxops.core.frozen import dataclass
@@ -192,13 +193,16 @@ def _no_models(flags: str) -> str:
 
 
 def shown_options(options: Sequence[OptionRow]) -> str:
-    """Return `key=value (origin)` of each, without the host's own defaults, which are the same for all."""
-    return ", ".join(f"{row.key}={_value(row)} ({row.origin})" for row in options if row.origin != "settings")
+    """Return `key=value, key=value (origin)`, without the host's own defaults, which are the same for all."""
+    groups = groupby((row for row in options if row.origin != "settings"), lambda row: row.origin)
+    return ", ".join(f"{', '.join(f'{row.key}={_value(row)}' for row in rows)} ({origin})" for origin, rows in groups)
 
 
 def _value(row: OptionRow) -> str:
     if isinstance(row.value, tuple):
         return " ".join(row.value)
+    if row.origin == "budget" and row.key.endswith("bytes") and isinstance(row.value, int):
+        return size(row.value).replace(" ", "")
     return "null" if row.value is None else str(row.value)
 
 

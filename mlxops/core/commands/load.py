@@ -8,6 +8,7 @@ from dataclasses import field, replace
 from typing import Self
 
 from mlxops.core.command import Draining, Group, option, seconds, switch
+from mlxops.core.commands.list import EstimateRow
 from mlxops.core.frozen import dataclass
 from mlxops.core.replies import HostReply
 from mlxops.core.tables import each_host, one_line
@@ -28,6 +29,8 @@ class PlanRow:
     """Models whose assignment would be cleared."""
     argv: tuple[str, ...] | None = None
     """The engine's command; None if the files are not here yet."""
+    memory: EstimateRow | None = omitted(None)
+    """The parts of what its server may take; left out if none would be started. Builds up to 0.3.0 do not send it."""
     operation: str | None = omitted(None)
     """The running operation that would be followed."""
 
