@@ -97,7 +97,7 @@ def _carry_out(held: Held, plan: LoadPlan, prepared: Prepared | None) -> LoadRes
         if request.require and plan.outcome is not Outcome.START:
             from mlxops.agent.operations.probe import check_serving
 
-            check_serving(ctx, request, ctx.observe_port(port))
+            check_serving(ctx, request, ctx.observe_port(plan.port))
         if plan.outcome is Outcome.ALREADY or prepared is None:
             return _load_result(held, plan, changed=False)
         if plan.outcome is Outcome.ADOPT:
