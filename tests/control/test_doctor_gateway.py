@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from mlxops.control.doctor import gateway
 from mlxops.control.inventory import Gateway
 from mlxops.core.commands.doctor import DoctorResult, FindingRow, show
 from mlxops.core.replies import HostReply
+from mlxops.core.settings import SlotOptions
 from tests.control.gatewayfiles import served, target
 
 VALUES = (
@@ -24,6 +26,7 @@ ENTRY = (
     "model_list: [{model_name: jerry-xl, litellm_params: {model: openai/jerry-xl, "
     "api_base: 'http://127.0.0.1:8100/v1', api_key: x, %s}, model_info: {a: 1, %s}}]\n"
 )
+WITH_HOLD = replace(target(), settings=replace(target().settings, slot_options={8100: SlotOptions(hold=60)}))
 PLAIN = ENTRY % ("b: 1", "b: 1")
 
 
@@ -43,9 +46,9 @@ def places() -> Iterator[str]:
     for section, keys in {
         "router_settings": (
             *("num_retries", "retry_after", "cooldown_time", "disable_cooldowns", "default_litellm_params"),
-            "model_group_alias",
+            *("model_group_alias", "retry_policy", "model_group_retry_policy", "fallbacks", "default_fallbacks"),
         ),
-        "litellm_settings": ("num_retries", "model_alias_map"),
+        "litellm_settings": ("num_retries", "model_alias_map", "fallbacks"),
         "general_settings": ("background_health_checks", "completion_model"),
         "environment_variables": ("OPENAI_API_BASE",),
     }.items():
@@ -60,7 +63,7 @@ def test_value_of_an_odd_type_ends_no_check(text: str, tmp_path: Path, monkeypat
     path = tmp_path / "router.yaml"
     for value in VALUES:
         path.write_text(text.replace("VALUE", value))
-        rows = tuple(map(FindingRow.of, gateway.findings(Gateway(config=str(path)), [target()])))
+        rows = tuple(map(FindingRow.of, gateway.findings(Gateway(config=str(path)), [WITH_HOLD])))
         shown = show([HostReply("control node", DoctorResult(rows, ("gateway",)))])
         assert "me:pw" not in shown or "model_name: VALUE" in text, (value, shown)
         shown.encode()
@@ -69,5 +72,5 @@ def test_value_of_an_odd_type_ends_no_check(text: str, tmp_path: Path, monkeypat
 def test_healthy_gateway_has_no_finding_but_its_retries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "ask_all", lambda targets, request, listen: [served() for _ in targets])
     (tmp_path / "router.yaml").write_text(PLAIN)
-    (found,) = gateway.findings(Gateway(config=str(tmp_path / "router.yaml")), [target()])
+    (found,) = gateway.findings(Gateway(config=str(tmp_path / "router.yaml")), [WITH_HOLD])
     assert found.code == "gateway_retries"
