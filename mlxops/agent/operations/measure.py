@@ -126,7 +126,7 @@ def _known_name(view: PortView) -> str:
         "cannot_be_asked",
         f"the server on port {view.port} must not be asked",
         why=served.not_asked or "its name is not known",
-        hint=f"if it was started by hand, load its model: `mlxctl load MODEL {view.port} --force`",
+        hint="if it was started by hand, `mlxctl list` names the models that can be loaded in its place",
     )
 
 
