@@ -9,6 +9,7 @@ import time
 import urllib.error
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from tests.lab.quick import snapshot, with_fake
 
 ONE, OTHER = "bench/one", "bench/other"
 LIVE = (0, 5, 10)
+ENGINES = ("mlx-lm", "mlx-openai-server")
 
 
 def launch(engine: str) -> list[str]:
@@ -60,7 +62,7 @@ def _load(folder: Path) -> Iterator[Mapping[str, Timed]]:
 
 
 @contextmanager
-def swapping(folder: Path, engine: str = "mlx-lm") -> Iterator[Mapping[str, Timed]]:
+def swapping(folder: Path, engine: str) -> Iterator[Mapping[str, Timed]]:
     """A swap's seconds without an answer on the port, against the engine's own start."""
     with serving(folder, engine) as (lab, snapshots):
         port = str(lab.studio.ports[0])
@@ -143,6 +145,17 @@ CONTESTS = (
         5,
         _load,
     ),
-    Contest("swap", "a port's seconds without an answer in a swap, mlx-lm", "swap", "engine", None, 3, swapping),
+    *(
+        Contest(
+            f"swap-{engine}",
+            f"a port's seconds without an answer in a swap, {engine}",
+            "swap",
+            "engine",
+            Limit({"engine": 1.0}),
+            3,
+            partial(swapping, engine=engine),
+        )
+        for engine in ENGINES
+    ),
 )
 COSTS = (Cost("ports", "live port", 7, _live_ports),)

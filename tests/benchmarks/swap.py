@@ -1,4 +1,4 @@
-"""The row `swap` of `inv bench`, for either engine.
+"""The rows `swap-ENGINE` of `inv bench`.
 
     python -m tests.benchmarks.swap [mlx-lm | mlx-openai-server] [--rounds N]
 
@@ -15,17 +15,10 @@ from mlxops.control import output
 from tests.benchmarks import serving
 from tests.benchmarks.stats import Row, rows_table
 
-ENGINES = ("mlx-lm", "mlx-openai-server")
-
 
 def measure(engine: str, rounds: int) -> Row:
-    contest = next(contest for contest in serving.CONTESTS if contest.name == "swap")
-    contest = replace(
-        contest,
-        what=contest.what.replace("mlx-lm", engine),
-        turns=rounds,
-        open=lambda folder: serving.swapping(folder, engine),
-    )
+    contest = next(contest for contest in serving.CONTESTS if contest.name == f"swap-{engine}")
+    contest = replace(contest, turns=rounds)
     with tempfile.TemporaryDirectory(prefix="mlxops-swap-") as name:
         return contest.measure(Path(name))
 
@@ -34,7 +27,7 @@ if __name__ == "__main__":
     import argparse
 
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.swap")
-    parser.add_argument("engine", nargs="?", default="mlx-lm", choices=ENGINES)
+    parser.add_argument("engine", nargs="?", default="mlx-lm", choices=serving.ENGINES)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     output.say(rows_table([measure(options.engine, options.rounds)]))
