@@ -33,12 +33,19 @@ def launch(engine: str) -> list[str]:
 
 
 @contextmanager
-def serving(folder: Path, engine: str) -> Iterator[tuple[Homelab, list[Path]]]:
-    """Yield a homelab with this engine and two registered models, and the folders of their snapshots."""
+def serving(folder: Path, engine: str, gigabytes: float = 0) -> Iterator[tuple[Homelab, list[Path]]]:
+    """Yield a homelab with this engine and two registered models, and the folders of their snapshots.
+
+    `gigabytes`: the size of each model; 0 for the tiny ones.
+    """
     program = launch(engine)
+    tiny = models.tiny_models()
+    made = models.big_models(folder, gigabytes) if gigabytes else (tiny / models.QWEN, tiny / models.QWEN_B)
     with homelab(folder) as lab:
         lab.configure(engine=engine, launch={engine: program})
-        snapshots = [lab.studio.install(ONE, models.QWEN), lab.studio.install(OTHER, models.QWEN_B)]
+        snapshots = [
+            models.install_snapshot(lab.studio.hub, repo, model) for repo, model in zip((ONE, OTHER), made, strict=True)
+        ]
         inv(lab, "init")()
         yield lab, snapshots
 
@@ -62,9 +69,9 @@ def _load(folder: Path) -> Iterator[Mapping[str, Timed]]:
 
 
 @contextmanager
-def swapping(folder: Path, engine: str) -> Iterator[Mapping[str, Timed]]:
+def swapping(folder: Path, engine: str, gigabytes: float = 0) -> Iterator[Mapping[str, Timed]]:
     """A swap's seconds without an answer on the port, against the engine's own start."""
-    with serving(folder, engine) as (lab, snapshots):
+    with serving(folder, engine, gigabytes) as (lab, snapshots):
         port = str(lab.studio.ports[0])
         inv(lab, "load", "--model", ONE, "--port", port)()
         turns = cycle((OTHER, ONE))

@@ -36,6 +36,13 @@ def tiny_models() -> Path:
     return cache.built(f"models-{cache.PYTHON}", _stamp(_SCRIPT), build)
 
 
+def big_models(folder: Path, gigabytes: float) -> tuple[Path, Path]:
+    """Make two models with random weights of this size, for one measurement. Raises `cache.BuildFailed`."""
+    python = cache.engine_venv("mlx-lm") / "bin" / "python"
+    cache.run([str(python), str(_SCRIPT.with_name("bigmodel.py")), str(folder), str(gigabytes)])
+    return folder / "big-one", folder / "big-other"
+
+
 def talking_model() -> Path:
     """The folder that holds the directory of the model that talks. Raises `cache.BuildFailed`."""
 
