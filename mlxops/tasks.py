@@ -23,6 +23,7 @@ from mlxops.control import client, output
 from mlxops.core import commands
 from mlxops.core.command import AnyRequest, Group, Request, request_type
 from mlxops.core.errors import Bug, Refused, UsageError
+from mlxops.core.hints import mark
 from mlxops.core.protocol import Event, LogLine, Note
 from mlxops.core.replies import HostReply
 
@@ -131,8 +132,17 @@ def status(cli: Cli, request: Status) -> None:
     if request.interval is not None:
         why = "without --watch each host is asked once"
         raise UsageError("watch_missing", "--interval needs --watch", why=why, hint="add --watch")
-    replies = cli.ask_all(cli.hosts(), request)
+    replies = tuple(map(_refuse_disagreement, cli.ask_all(cli.hosts(), request)))
     cli.show(tuple(map(_refuse_drift, replies)) if request.strict else replies)
+
+
+def _refuse_disagreement(reply: HostReply[StatusResult]) -> HostReply[StatusResult]:
+    """Return the reply, with the error that every change of the host gets if its settings differ from hosts.yaml."""
+    drift = reply.result.drift if reply.result else ()
+    for row in (each for each in drift if each.code == "settings_differ"):
+        message, _, why = row.message.partition(": ")
+        return replace(reply, error=Refused(row.code, message, why=why, hint=mark(row.hint, row.commands)))
+    return reply
 
 
 def _watch(cli: Cli, request: Status) -> None:

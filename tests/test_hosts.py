@@ -237,6 +237,18 @@ class TestHostsThatDiffer:
             error = remote.error(3, *command)
             assert error["code"] == "settings_differ" and "deploy" in error["hint"]
             assert "jerry-l" in error["why"] and "renamed" in error["why"]
+        status = remote("status", "--json")
+        (host,) = status.json["hosts"]
+        assert status.exit == 3 and host["error"]["code"] == "settings_differ"
+        assert "deploy" in host["error"]["hint"] and "jerry-l" in host["error"]["why"]
+        assert [row["code"] for row in host["drift"]] == ["settings_differ"]
+        rows = {row["port"]: row for row in host["ports"]}
+        assert rows[remote.port]["state"] == "ready" and rows[studio.ports[1]]["alias"] == "jerry-l", (
+            "as the host has it"
+        )
+        for read in (["list"], ["ops"], ["logs", "--port", remote.port]):
+            assert "hosts.yaml differs from the settings" in remote(*read).ok().stderr
+        assert remote.error(3, "unload", "--port", remote.port, "--dry-run")["code"] == "settings_differ"
         assert tree(studio.folder) == quiet_before and listener(studio, remote.port) == pid
         studio.mlxctl("status").ok()
         path.write_text(original)

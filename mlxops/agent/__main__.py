@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxops import __version__
-from mlxops.agent.agreement import agree, check_agreement, replace_agreement
-from mlxops.agent.paths import HostPaths, folder_closed, host_paths
+from mlxops.agent.agreement import agree, check_agreement, replace_agreement, saved_paths
+from mlxops.agent.paths import HostPaths, folder_closed, host_paths, settings_differ
 from mlxops.agent.state.locks import NoLocks, flock_within
 from mlxops.agent.state.store import Store
 from mlxops.common.build import build_id
@@ -181,8 +181,14 @@ def _dispatch(envelope: Envelope) -> int:
         store = Store(paths.state, paths.registry)
     if request.acts:
         return _run_change(_with_kill_limit(envelope, agree(store, paths)), store)
-    if request.name != "doctor":  # it reports a disagreement as one of its findings
+    if request.changes:  # a dry run is refused as the change would be
         check_agreement(store, paths)
+    elif request.name != "doctor":  # it reports a disagreement as one of its findings
+        paths = saved_paths(store, paths)
+        store = Store(paths.state, paths.registry)
+        if paths.differences and request.name != "status":  # it reports them as drift
+            problem = settings_differ(paths.differences)
+            _emit(Note.of(f"{problem.message}: {problem.why}; {problem.marked_hint}", "warning"))
     if request.name in {"follow", "cancel"}:
         return _follow_or_cancel(envelope, store)
     return _run_read(envelope, store, paths)

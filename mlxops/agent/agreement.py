@@ -14,7 +14,7 @@ from mlxops.agent.paths import HostPaths, host_paths, settings_differ, settings_
 from mlxops.agent.state.operation_log import recent_operations
 from mlxops.agent.state.store import Store
 from mlxops.core.errors import Busy, Refused
-from mlxops.core.settings import Settings, stricter_kill_limit
+from mlxops.core.settings import AGREED, Settings, stricter_kill_limit
 
 
 def agree(store: Store, paths: HostPaths) -> Settings:
@@ -60,8 +60,21 @@ def confirm_agreement(store: Store, paths: HostPaths) -> None:
 
 
 def check_agreement(store: Store, paths: HostPaths) -> None:
-    """Before a read, check the settings without the lock. Raises `Refused` (settings_differ, host_json_unusable)."""
+    """Before the dry run of a change, check the settings as `agree` does, without the lock."""
     _refuse_differences(store.agreed_settings(), paths)
+
+
+def saved_paths(store: Store, paths: HostPaths) -> HostPaths:
+    """For a read, return the paths with the saved settings, which say what the host has, and what differs from them.
+
+    Raises `Refused` (host_json_unusable).
+    """
+    agreed = store.agreed_settings()
+    differences = _differences(agreed, paths)
+    if agreed is None or not differences:
+        return paths
+    saved = replace(paths.settings, **{key: getattr(agreed, key) for key in AGREED})
+    return replace(host_paths(saved, os.environ), differences=differences)
 
 
 def _refuse_differences(agreed: Settings | None, paths: HostPaths) -> None:

@@ -6,9 +6,11 @@ import os
 import re
 import shlex
 from collections.abc import Mapping
+from dataclasses import field
 from pathlib import Path
 
 from mlxops.common import files
+from mlxops.core.drift import DriftCode
 from mlxops.core.errors import Refused
 from mlxops.core.frozen import dataclass
 from mlxops.core.settings import AGREED, Settings
@@ -23,6 +25,8 @@ class HostPaths:
     hub: Path
     registry: Path
     state: Path
+    differences: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """For a read: the saved settings that the request has otherwise, key -> (saved, requested)."""
 
     @property
     def connect_host(self) -> str:
@@ -94,7 +98,7 @@ def settings_differ(differences: Mapping[str, tuple[str, str]]) -> Refused:
         "settings_differ",
         "hosts.yaml differs from the settings that this host has saved",
         why=listed,
-        hint="correct hosts.yaml; or, if it is right, save its settings on the host: `mlxctl deploy`",
+        hint=DriftCode.SETTINGS_DIFFER.remedy,
         details={"differences": {key: list(pair) for key, pair in differences.items()}},
     )
 

@@ -150,6 +150,14 @@ class DriftCode(StrEnum):
         "compare it with {registry}, then move it away; no sync service should have a registry",
     )
 
+    # hosts.yaml
+
+    SETTINGS_DIFFER = (
+        "settings_differ",
+        "hosts.yaml differs from the settings that the host has saved, so every change is refused.",
+        "correct hosts.yaml; or, if it is right, save its settings on the host: `mlxctl deploy`",
+    )
+
     # Boot jobs and servers started by hand
 
     BOOT_PORT_ASSIGNED = (

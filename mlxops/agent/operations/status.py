@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mlxops.agent.context import Context
 from mlxops.agent.operations.drift import conflicted_copies, further_drift, rebooted
+from mlxops.agent.paths import settings_differ
 from mlxops.agent.state.durable_files import list_matching
 from mlxops.agent.state.locks import NoLocks
 from mlxops.agent.state.operation_log import operation_state
@@ -41,6 +42,9 @@ def run(ctx: Context, request: Status) -> StatusResult:
         from mlxops.agent.operations.verdicts import lost_checks
 
         drift += lost_checks(views, checked)
+    if ctx.paths.differences:
+        error = settings_differ(ctx.paths.differences)
+        drift.insert(0, Drift.of(DriftCode.SETTINGS_DIFFER, None, None, f"{error.message}: {error.why}"))
     drift += conflicted_copies(ctx)
     return StatusResult(
         operations=tuple(_running_row(ctx, download) for download in downloads(ctx)),
