@@ -547,12 +547,13 @@ OPTIONAL_TEXT = (_same, _optional(_text_from))
 OPTIONAL_INTEGER = (_same, _optional(_integer_from))
 TEXTS = (
     dict[str, str],
-    lambda value, key: {name: str(text) for name, text in _object_from(value, key).items()},
+    lambda value, key: {name: _text_from(str(text), key) for name, text in _object_from(value, key).items()},
 )
 ARGVS = (
     lambda argvs: {engine: list(argv) for engine, argv in argvs.items()},
     lambda value, key: {
-        engine: tuple(map(str, _list_from(argv, key))) for engine, argv in _object_from(value, key).items()
+        engine: tuple(_text_from(str(word), key) for word in _list_from(argv, key))
+        for engine, argv in _object_from(value, key).items()
     },
 )
 PORTS = (lambda ports: [ports.first, ports.last], _ports_from)

@@ -86,3 +86,11 @@ def test_port_range_includes_both_ends() -> None:
 )
 def test_single_boot_job_is_written_in_the_old_form(jobs: tuple[BootJob, ...], wire: object) -> None:
     assert Settings(boot=jobs).to_wire()["boot"] == wire
+
+
+@pytest.mark.parametrize(
+    "odd", [{"env": {"A": "\0"}}, {"launch": {"mlx-lm": ["/bin/\ud800"]}}, {"hub": "/\0"}, {"memory": 10**400}]
+)
+def test_settings_that_no_program_takes_are_refused(odd: dict[str, object]) -> None:
+    with pytest.raises(ValueError):
+        settings_from_wire({**Settings().to_wire(), **odd})
