@@ -14,6 +14,7 @@ from mlxops.core.frozen import dataclass
 from mlxops.core.measuring import Answer, NotMeasurable, read_answer
 
 POLL_SECONDS = 0.1
+MAX_ERROR_BYTES = 10_000
 NO_ANSWER = (OSError, NoCompletion, NotMeasurable)
 """What `ask_at_once` raises for a server that gives no answer, or one that cannot be measured."""
 
@@ -77,7 +78,8 @@ def _stream(server: ChatServer, body: bytes, timeout: float) -> Generator[tuple[
     try:
         with open_response(*request, timeout=timeout) as response:
             if response.status != 200:
-                raise NoCompletion(f"it answered {response.status}: {response.read(300).decode(errors='replace')}")
+                text = response.read(MAX_ERROR_BYTES).decode(errors="replace")
+                raise NoCompletion(f"it answered {response.status}: {' '.join(text.split())}")
             left = MAX_RESPONSE_BYTES
             while line := response.readline(left):
                 yield time.monotonic(), line
@@ -86,6 +88,9 @@ def _stream(server: ChatServer, body: bytes, timeout: float) -> Generator[tuple[
                     raise NoCompletion(f"it sent more than {MAX_RESPONSE_BYTES} bytes")
     except NotHttp as error:
         raise NoCompletion(f"it does not speak HTTP: {error}") from None
+    except ValueError:
+        # A key that no header can hold. The exception's text would show it.
+        raise NoCompletion("the key has characters that no HTTP header can hold") from None
 
 
 def _checked(outcome: Answer | Exception, deadline: float) -> Answer:
@@ -114,6 +119,7 @@ def fresh_seed() -> int:
     return int.from_bytes(os.urandom(4), "big")
 
 
-def reason(error: Exception) -> str:
-    """Return why there is no answer, for people."""
-    return f"it {error}" if isinstance(error, NotMeasurable) else str(error)[:300] or type(error).__name__
+def reason(error: Exception, key: str | None = None) -> str:
+    """Return why there is no answer, for people, without the key: LiteLLM repeats one that it does not accept."""
+    text = f"it {error}" if isinstance(error, NotMeasurable) else str(error) or type(error).__name__
+    return (text.replace(key, "[key]") if key else text)[:300]

@@ -362,3 +362,14 @@ def test_speed_through_the_gateway_is_compared_with_that_of_the_server(empty: Pl
     history = [json.loads(line) for line in (lab.studio.state / "history.jsonl").read_text().splitlines()]
     recorded = [each for each in history if each["command"] == "measure" and each["engine"] == engine_name]
     assert len(recorded) == 1, "only the server itself is recorded"
+
+
+def test_key_that_the_gateway_refuses_is_not_shown_by_a_measure(quick: Place) -> None:
+    with_fake(quick.lab, "studio", "--fake-rate", "400")
+    quick.lab.mini.inv("init").ok()
+    quick.lab.mini.inv("load", "--model", QWEN, "--port", str(quick.port)).ok()
+    words = ("measure", "--through", "--rounds", "1", "--streams", "1")
+    for key, why in (("sk-wrong-4f1c77", "it answered 4"), ("sk-wrong-4f1c77\u2713", "no HTTP header can hold")):
+        done = quick.lab.mini.inv(*words, env={"LITELLM_MASTER_KEY": key}).ok()
+        assert why in done.stdout
+        assert "4f1c77" not in done.stdout + done.stderr

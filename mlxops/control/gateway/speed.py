@@ -99,7 +99,7 @@ def _through(
     if name is None:
         return replace(row, not_measured=why)
     began = time.monotonic()
-    tally = _rounds(way.server(name), request, f"{name} through {row.through}", say)
+    tally = _rounds(way, name, request, say)
     return replace(
         row,
         seconds=round(time.monotonic() - began, 3),
@@ -109,19 +109,20 @@ def _through(
     )
 
 
-def _rounds(server: ChatServer, request: Measure, what: str, say: Callable[[str], None]) -> Tally:
+def _rounds(way: Route, name: str, request: Measure, say: Callable[[str], None]) -> Tally:
     tally, number, deadline = Tally(), 0, time.monotonic() + request.seconds
+    server, url = way.server(name), way.gateway.gateway.url
     with suppress(TimeUp):
         with suppress(*NO_ANSWER):  # not measured: the gateway may connect to its server first
             ask_at_once(server, [prompt_text(Prompt.SHORT, fresh_seed())], WARM_TOKENS, deadline)
         for step in steps(request.rounds, request.streams, fresh_seed):
             if step.round > number:
                 number = step.round
-                say(f"measure: {what}, round {number} of {request.rounds}")
+                say(f"measure: {name} through {url}, round {number} of {request.rounds}")
             try:
                 tally.add(step.case, ask_at_once(server, step.prompts, step.case.tokens, deadline))
             except NO_ANSWER as error:
-                tally.fail(step.case, reason(error))
+                tally.fail(step.case, reason(error, way.gateway.key))
     return tally
 
 
