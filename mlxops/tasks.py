@@ -30,6 +30,8 @@ from mlxops.core.replies import HostReply
 if TYPE_CHECKING:
     from mlxops.cli.overview import Entry
     from mlxops.control import inventory
+    from mlxops.control.gateway.result import GatewayResult
+    from mlxops.control.gateway.route import Route
     from mlxops.core.commands.deploy import Deploy
     from mlxops.core.commands.doctor import Doctor
     from mlxops.core.commands.gateway import Gateway
@@ -265,20 +267,24 @@ def probe(cli: Cli, request: Probe) -> None:
     targets = cli.hosts()
     replies = cli.ask_all(targets, replace(request, last=request.last or request.through))
     if configured is not None:
-        replies = _check_through(cli, configured, targets, replies)
+        from mlxops.control.gateway.conformance import check_through
+
+        replies = check_through(*_route(cli, configured, targets), replies)
     cli.show(tuple(map(_refuse_failures, replies)))
 
 
-def _check_through(
-    cli: Cli, configured: inventory.Gateway, targets: Sequence[client.HostTarget], ports: Replies[ProbeResult]
-) -> Replies[ProbeResult]:
+def _route(
+    cli: Cli, configured: inventory.Gateway, targets: Sequence[client.HostTarget]
+) -> tuple[Route, Replies[GatewayResult]]:
+    """Return the running gateway with its names, and the result of `gateway` that they were compared with."""
     from mlxops.control.gateway.check import check
     from mlxops.control.gateway.config import read as read_config
-    from mlxops.control.gateway.conformance import check_through
+    from mlxops.control.gateway.route import read_route
     from mlxops.core.commands.gateway import Gateway
 
     config = read_config(configured)
-    return check_through(configured, config, check(config, targets, cli.ask_all(targets, Gateway())), ports)
+    aliases = check(config, targets, cli.ask_all(targets, Gateway()))
+    return read_route(configured, config, aliases), aliases
 
 
 def _refuse_failures(reply: HostReply[ProbeResult]) -> HostReply[ProbeResult]:
@@ -303,16 +309,10 @@ def measure(cli: Cli, request: Measure) -> None:
     if not request.through:
         return read(cli, request)
     from mlxops.control.gateway import speed
-    from mlxops.control.gateway.check import check
-    from mlxops.control.gateway.config import read as read_config
-    from mlxops.core.commands.gateway import Gateway
     from mlxops.core.commands.status import Status
 
-    configured = _running_gateway(cli)
     targets = cli.hosts()
-    config = read_config(configured)
-    aliases = check(config, targets, cli.ask_all(targets, Gateway()))
-    route = speed.route(configured, config, aliases)
+    route, aliases = _route(cli, _running_gateway(cli), targets)
     direct = cli.ask_all(targets, request)
     before = cli.ask_all(targets, Status())
     pairs = zip(aliases, direct, strict=True)

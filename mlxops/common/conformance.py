@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from mlxops.common.http import CHAT_COMPLETIONS, MAX_RESPONSE_BYTES, NotHttp, open_response, send_request
+from mlxops.common.http import CHAT_COMPLETIONS, MAX_RESPONSE_BYTES, ChatServer, NotHttp, open_response, send_request
 from mlxops.core import conformance
 from mlxops.core.conformance import FEW, MANY, SOME, Answer, Check, Mark, Messages, Verdict
 from mlxops.core.frozen import dataclass
@@ -22,21 +22,6 @@ if TYPE_CHECKING:
 PAUSE_SECONDS = 0.5
 FIRST_BYTES = 65536
 _STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
-
-
-@dataclass(frozen=True)
-class ChatServer:
-    """Where to send requests, and the model name that they have."""
-
-    scheme: str
-    host: str
-    port: int | None
-    model: str
-    base: str = ""
-    """The path before `/v1`."""
-    headers: Mapping[str, str] | None = None
-    fields: Mapping[str, object] | None = None
-    """Added to each request's body."""
 
 
 @dataclass(frozen=True)

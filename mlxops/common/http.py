@@ -44,6 +44,21 @@ class NoCompletion(Exception):
 
 
 @dataclass(frozen=True)
+class ChatServer:
+    """Where to send requests, and the model name that they have."""
+
+    scheme: str
+    host: str
+    port: int | None
+    model: str
+    base: str = ""
+    """The path before `/v1`."""
+    headers: Mapping[str, str] | None = None
+    fields: Mapping[str, object] | None = None
+    """Added to each request's body."""
+
+
+@dataclass(frozen=True)
 class HttpReply:
     status: int
     body: bytes

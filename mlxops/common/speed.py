@@ -6,11 +6,10 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 
-from mlxops.common.http import CHAT_COMPLETIONS, MAX_RESPONSE_BYTES, NoCompletion, NotHttp, open_response
-from mlxops.core.frozen import dataclass
+from mlxops.common.http import CHAT_COMPLETIONS, MAX_RESPONSE_BYTES, ChatServer, NoCompletion, NotHttp, open_response
 from mlxops.core.measuring import Answer, NotMeasurable, read_answer
 
 POLL_SECONDS = 0.1
@@ -21,21 +20,6 @@ NO_ANSWER = (OSError, NoCompletion, NotMeasurable)
 
 class TimeUp(Exception):
     """The deadline has passed."""
-
-
-@dataclass(frozen=True)
-class ChatServer:
-    """Where to send requests, and the model name that they have."""
-
-    scheme: str
-    host: str
-    port: int | None
-    model: str
-    base: str = ""
-    """The path before `/v1`."""
-    headers: Mapping[str, str] | None = None
-    fields: Mapping[str, object] | None = None
-    """Added to each request's body."""
 
 
 def ask_at_once(

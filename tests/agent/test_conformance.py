@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mlxops.common.conformance import ChatServer, TimeLimits, run_checks
+from mlxops.common.conformance import TimeLimits, run_checks
+from mlxops.common.http import ChatServer
 from mlxops.core.conformance import Check, Mark, Verdict
 from tests.lab.ports import free_port, listening
 from tests.lab.quick import install_engine

@@ -8,7 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from mlxops.common.conformance import ChatServer, run_checks
+from mlxops.common.conformance import run_checks
+from mlxops.common.http import ChatServer
 from mlxops.control.gateway.conformance import without_key
 from mlxops.core.conformance import Mark
 

@@ -14,7 +14,8 @@ from dataclasses import replace
 from mlxops.agent.context import Context
 from mlxops.agent.engines.argv import program_of
 from mlxops.agent.operations.server_names import names_of
-from mlxops.common.speed import NO_ANSWER, ChatServer, TimeUp, ask_at_once, fresh_seed, reason
+from mlxops.common.http import ChatServer
+from mlxops.common.speed import NO_ANSWER, TimeUp, ask_at_once, fresh_seed, reason
 from mlxops.core import names, wire
 from mlxops.core.commands.measure import Measure, MeasuredPort, MeasureResult, figure_rows
 from mlxops.core.errors import Busy, MlxopsError, Refused

@@ -14,7 +14,8 @@ from mlxops.agent.engines.base import Engine
 from mlxops.agent.operations.server_names import names_of
 from mlxops.agent.operations.verdicts import kept, last_verdicts
 from mlxops.agent.state.store import utc_now
-from mlxops.common.conformance import LIMITS, ChatServer, run_checks
+from mlxops.common.conformance import LIMITS, run_checks
+from mlxops.common.http import ChatServer
 from mlxops.common.parallel import within
 from mlxops.core import conformance, names
 from mlxops.core.commands.load import Load

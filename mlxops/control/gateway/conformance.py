@@ -6,59 +6,27 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from urllib.parse import urlsplit
 
-from mlxops.common.conformance import LIMITS, ChatServer, run_checks
+from mlxops.common.conformance import LIMITS, run_checks
 from mlxops.common.parallel import within
-from mlxops.control.gateway.config import GatewayConfig
-from mlxops.control.gateway.ports import same_host
-from mlxops.control.gateway.probe import LITELLM_FIELDS
-from mlxops.control.gateway.result import AliasRow, GatewayResult
-from mlxops.control.gateway.through import RunningGateway, read_running, required_key
-from mlxops.control.inventory import Gateway
+from mlxops.control.gateway.result import GatewayResult
+from mlxops.control.gateway.route import Route
 from mlxops.core import conformance
 from mlxops.core.commands.probe import CheckedPort, ProbeResult, VerdictRow
 from mlxops.core.conformance import Verdict
-from mlxops.core.frozen import dataclass
 from mlxops.core.ports import State
-from mlxops.core.probe_names import WILDCARD, ProbePlan, plan_probes, server_of
 from mlxops.core.replies import HostReply
 
 
-@dataclass(frozen=True)
-class _Route:
-    """The running gateway, and the names that may be asked through it."""
-
-    gateway: RunningGateway
-    plan: ProbePlan
-    key: str | None
-
-    def names(self, row: AliasRow) -> list[str]:
-        """Return the names that lead to a row's port."""
-        return [name for name, urls in self.plan.names.items() if row.url in urls and WILDCARD not in name]
-
-    def why_not(self, name: str) -> str | None:
-        """Return why a name is not asked for; None if it is."""
-        if len(self.plan.names[name]) > 1 or self.plan.others.get(name):
-            return "the gateway sends it to several servers, so it is not known which one would answer"
-        return self.plan.skipped.get(name)
-
-
 def check_through(
-    gateway: Gateway,
-    config: GatewayConfig,
+    route: Route,
     aliases: Sequence[HostReply[GatewayResult]],
     ports: Sequence[HostReply[ProbeResult]],
 ) -> tuple[HostReply[ProbeResult], ...]:
     """Check each name that leads to a ready port. `aliases`: the result of `gateway`; `ports`: what to check.
 
-    A name is left out if a request by it could make a server drop its model. Raises what `required_key` raises.
+    A name is left out if a request by it could make a server drop its model.
     """
-    key = required_key(gateway, config)
-    rows = [row for reply in aliases if reply.result for row in reply.result.aliases]
-    servers = [server_of(row, row.url, row.slot, idle=row.owner is None) for row in rows]
-    running = read_running(gateway, config, key, servers)
-    route = _Route(running, plan_probes(running.entries, running.servers, same_host), key)
     planned = {
         reply.host: _rows(route, reply.result, asked.result) for reply, asked in zip(ports, aliases, strict=True)
     }
@@ -85,12 +53,12 @@ def _id(host: str, row: CheckedPort) -> str:
     return f"{host} {row.port} {row.name}"
 
 
-def _rows(route: _Route, ports: ProbeResult | None, aliases: GatewayResult | None) -> list[CheckedPort]:
+def _rows(route: Route, ports: ProbeResult | None, aliases: GatewayResult | None) -> list[CheckedPort]:
     """Return a row for each name that leads to one of these ports."""
     by_port = {row.port: row for row in aliases.aliases} if aliases else {}
     rows: list[CheckedPort] = []
     for port in ports.ports if ports else ():
-        blank = replace(port, verdicts=(), lost=(), checked_at=None, through=route.gateway.gateway.url)
+        blank = replace(port, verdicts=(), lost=(), checked_at=None, through=route.url)
         alias = by_port.get(port.port)
         if alias is None or alias.state is not State.READY:
             rows.append(replace(blank, not_asked=f"the port is {alias.state if alias else 'not known'}"))
@@ -101,22 +69,14 @@ def _rows(route: _Route, ports: ProbeResult | None, aliases: GatewayResult | Non
     return rows
 
 
-def _checked(route: _Route, row: CheckedPort) -> CheckedPort:
-    parts = urlsplit(route.gateway.gateway.url or "")
-    server = ChatServer(
-        parts.scheme,
-        parts.hostname or "",
-        parts.port,
-        str(row.name),
-        base=parts.path.rstrip("/").removesuffix("/v1"),
-        headers={"Authorization": f"Bearer {route.key}"} if route.key else None,
-        fields=LITELLM_FIELDS,
-    )
+def _checked(route: Route, row: CheckedPort) -> CheckedPort:
     began = time.monotonic()
-    verdicts = conformance.with_promises(run_checks(server, json_schema=row.json_schema), row.promised)
+    verdicts = conformance.with_promises(
+        run_checks(route.server(str(row.name)), json_schema=row.json_schema), row.promised
+    )
     return replace(
         row,
-        verdicts=tuple(map(VerdictRow.of, without_key(verdicts, route.key))),
+        verdicts=tuple(map(VerdictRow.of, without_key(verdicts, route.gateway.key))),
         seconds=round(time.monotonic() - began, 1),
         checked_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )

@@ -3,66 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from urllib.parse import urlsplit
 
-from mlxops.common.speed import NO_ANSWER, ChatServer, TimeUp, ask_at_once, fresh_seed, reason
-from mlxops.control.gateway.config import GatewayConfig
-from mlxops.control.gateway.ports import same_host
-from mlxops.control.gateway.probe import LITELLM_FIELDS
+from mlxops.common.speed import NO_ANSWER, TimeUp, ask_at_once, fresh_seed, reason
 from mlxops.control.gateway.result import AliasRow, GatewayResult
-from mlxops.control.gateway.through import RunningGateway, read_running, required_key
-from mlxops.control.inventory import Gateway
+from mlxops.control.gateway.route import Route
 from mlxops.core.commands.measure import Measure, MeasuredPort, MeasureResult, figure_rows
 from mlxops.core.commands.status import StatusResult
-from mlxops.core.frozen import dataclass
 from mlxops.core.measuring import WARM_TOKENS, Key, Prompt, Spread, Tally, prompt_text, steps
 from mlxops.core.ports import State
-from mlxops.core.probe_names import WILDCARD, ProbePlan, plan_probes, server_of
 from mlxops.core.replies import HostReply
-
-
-@dataclass(frozen=True)
-class Route:
-    """The running gateway, and which of its names may be asked."""
-
-    gateway: RunningGateway
-    plan: ProbePlan
-
-    def name_for(self, row: AliasRow, port: MeasuredPort) -> tuple[str | None, str]:
-        """Return a name that leads to this port alone; else None, and why there is none."""
-        names = [name for name, urls in self.plan.names.items() if row.url in urls and WILDCARD not in name]
-        why = self.gateway.why_no_name(port.alias or "it", port.port)
-        for name in names:
-            alone = len(self.plan.names[name]) == 1 and not self.plan.others.get(name)
-            why = self.plan.skipped.get(name) or ("" if alone else f"{name} also leads elsewhere")
-            if not why:
-                return name, ""
-        return None, why
-
-    def server(self, name: str) -> ChatServer:
-        parts = urlsplit(self.gateway.gateway.url or "")
-        key = self.gateway.key
-        return ChatServer(
-            parts.scheme,
-            parts.hostname or "",
-            parts.port,
-            name,
-            base=parts.path.rstrip("/").removesuffix("/v1"),
-            headers={"Authorization": f"Bearer {key}"} if key else None,
-            fields=LITELLM_FIELDS,
-        )
-
-
-def route(gateway: Gateway, config: GatewayConfig, aliases: Sequence[HostReply[GatewayResult]]) -> Route:
-    """Ask the running gateway for its names. Raises what `required_key` raises."""
-    key = required_key(gateway, config)
-    rows = [row for reply in aliases if reply.result for row in reply.result.aliases]
-    servers = [server_of(row, row.url, row.slot, idle=row.owner is None) for row in rows]
-    running = read_running(gateway, config, key, servers)
-    return Route(running, plan_probes(running.entries, running.servers, same_host))
 
 
 def measured_through(
@@ -87,7 +39,7 @@ def _through(
 ) -> MeasuredPort:
     row = replace(
         port,
-        through=way.gateway.gateway.url,
+        through=way.url,
         figures=(),
         missing=(),
         compared_with=None,
@@ -95,8 +47,10 @@ def _through(
     )
     if alias is None:
         return replace(row, not_measured="the port is not among those of the gateway's check")
-    name, why = way.name_for(alias, port)
+    reasons = {name: way.why_not(name) for name in way.names(alias)}
+    name = next((name for name, why in reasons.items() if why is None), None)
     if name is None:
+        why = next(filter(None, reasons.values()), None) or way.gateway.why_no_name(port.alias or "it", port.port)
         return replace(row, not_measured=why)
     began = time.monotonic()
     tally = _rounds(way, name, request, say)
@@ -111,14 +65,14 @@ def _through(
 
 def _rounds(way: Route, name: str, request: Measure, say: Callable[[str], None]) -> Tally:
     tally, number, deadline = Tally(), 0, time.monotonic() + request.seconds
-    server, url = way.server(name), way.gateway.gateway.url
+    server = way.server(name)
     with suppress(TimeUp):
         with suppress(*NO_ANSWER):  # not measured: the gateway may connect to its server first
             ask_at_once(server, [prompt_text(Prompt.SHORT, fresh_seed())], WARM_TOKENS, deadline)
         for step in steps(request.rounds, request.streams, fresh_seed):
             if step.round > number:
                 number = step.round
-                say(f"measure: {name} through {url}, round {number} of {request.rounds}")
+                say(f"measure: {name} through {way.url}, round {number} of {request.rounds}")
             try:
                 tally.add(step.case, ask_at_once(server, step.prompts, step.case.tokens, deadline))
             except NO_ANSWER as error:
