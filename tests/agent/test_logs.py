@@ -172,6 +172,20 @@ def test_three_earlier_logs_are_kept(log: Path) -> None:
     }
 
 
+def test_new_log_becomes_current_and_the_old_one_stays_readable(log: Path) -> None:
+    log.write_text("old")
+    new = log.with_suffix(".starting")
+    with new.open("a") as server:
+        server.write("begun, ")
+        server.flush()
+        logs.make_current(new, log)
+        server.write("goes on")
+    assert {path.name: path.read_text() for path in log.parent.iterdir()} == {
+        "8100.log": "begun, goes on",
+        "8100.log.1": "old",
+    }
+
+
 def test_log_that_is_renamed_during_the_check_is_not_too_big(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log.touch()
     os.truncate(log, logs.CAP + 1)

@@ -182,8 +182,7 @@ class Launch:
         assert self._process is not None
         self.store.new_run_folder(self.serving.port)
         self.engine.prepare_folder(self.serving)
-        logs.rotate(self.log)
-        self._log.rename(self.log)
+        logs.make_current(self._log, self.log)
         self._log = self.log
         self._run = Run(
             port=self.serving.port,

@@ -38,11 +38,16 @@ FOLLOW_POLL_SECONDS = 0.1
 _MARK = re.compile(r"[0-9a-f]{1,16}-[0-9a-f]{1,16}-[0-9a-f]{1,8}")
 
 
-def rotate(log: Path) -> None:
-    """Rename the logs to make room for a new one. Raises `OSError`.
+def make_current(new: Path, log: Path) -> None:
+    """Rotate the logs, and rename `new` to `log`. Raises `OSError`."""
+    rotate(log)
+    if log.exists():  # the lock was not released in time; a server that starts is worth more than the log before
+        log.replace(previous_log(log))
+    new.rename(log)
 
-    If the lock is not released in time, do nothing: the new server then appends to the old log, and still starts.
-    """
+
+def rotate(log: Path) -> None:
+    """Rename the logs to make room for a new one. Raises `OSError`. If the lock is not released in time, do nothing."""
     with contextlib.suppress(Busy), _logs_lock(log.parent):
         for number in range(KEPT_LOGS, 0, -1):
             older = _numbered(log, number)
