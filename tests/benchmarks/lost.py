@@ -150,6 +150,12 @@ class Place:
     def load(self, repo: str, *flags: str) -> Completed:
         return self.lab.mini.inv("load", "--model", repo, "--port", self.port, *flags)
 
+    def last_downtime(self) -> float:
+        """Return the seconds for which the port had no server in the last swap."""
+        lines = (self.lab.studio.state / "history.jsonl").read_text(encoding="utf-8").splitlines()
+        loads = [seconds for line in lines if (seconds := json.loads(line).get("downtime_seconds")) is not None]
+        return float(loads[-1])
+
 
 @contextmanager
 def open_place(folder: Path, engine: str, seconds: float, hold: int) -> Iterator[Place]:

@@ -13,6 +13,7 @@ from functools import partial
 from itertools import cycle
 from pathlib import Path
 
+from tests.benchmarks import lost
 from tests.benchmarks.contest import BenchFailed, Contest, Cost, Timed
 from tests.benchmarks.scene import homelab, inv
 from tests.benchmarks.stats import Limit
@@ -23,6 +24,8 @@ from tests.lab.quick import snapshot, with_fake
 ONE, OTHER = "bench/one", "bench/other"
 LIVE = (0, 5, 10)
 ENGINES = ("mlx-lm", "mlx-openai-server")
+HELD_START_SECONDS = 5.0
+"""How much longer the servers of the row `hold` take to start."""
 
 
 def launch(engine: str) -> list[str]:
@@ -86,6 +89,26 @@ def swapping(folder: Path, engine: str, gigabytes: float = 0) -> Iterator[Mappin
             yield {"engine": lambda: bare(lab.studio, engine, launch(engine), next(own)), "swap": swap}
         finally:
             inv(lab, "unload", "--port", port)()
+
+
+@contextmanager
+def _holding(folder: Path) -> Iterator[Mapping[str, Timed]]:
+    """The longest wait of a client in a swap behind a real gateway, against the port's seconds without an answer."""
+    with lost.open_place(folder, "mlx-lm", HELD_START_SECONDS, hold=60) as place:
+        place.load(lost.FIRST).ok()
+        changes = cycle(("swap", "rollback"))
+        waiting: dict[str, list[float]] = {"downtime": [], "longest wait": []}
+
+        def next_of(name: str) -> float:
+            if not waiting[name]:
+                row = lost.measure(place, next(changes))
+                if row.lost or row.twice:
+                    raise BenchFailed(f"{row.lost} requests were lost, and {row.twice} generations were run twice")
+                waiting["longest wait"].append(row.longest)
+                waiting["downtime"].append(place.last_downtime())
+            return waiting[name].pop(0)
+
+        yield {name: partial(next_of, name) for name in waiting}
 
 
 def bare(studio: Studio, engine: str, program: Sequence[str], snapshot: Path) -> float:
@@ -163,6 +186,15 @@ CONTESTS = (
             partial(swapping, engine=engine),
         )
         for engine in ENGINES
+    ),
+    Contest(
+        "hold",
+        "the longest wait of four clients in a swap, hold: 60; none lost, none run twice",
+        "longest wait",
+        "downtime",
+        Limit({"downtime": 1.0}, plus=10.0),
+        3,
+        _holding,
     ),
 )
 COSTS = (Cost("ports", "live port", 7, _live_ports),)
