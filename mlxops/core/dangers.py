@@ -50,7 +50,7 @@ def wired_limit(limit: int | None, default: int, memory: int) -> Finding | None:
 
 def unbounded_servers(uses: Iterable[Use]) -> Finding | None:
     """Judge the servers of a host: two that both grow without a bound compete for the same memory."""
-    growing = [use for use in uses if use.unbounded]
+    growing = sorted((use for use in uses if use.unbounded), key=lambda use: use.owner != "mlxops")
     if len(growing) < 2:
         return None
     return _finding(

@@ -181,8 +181,32 @@ def test_idle_server_ends_at_once(engine: Engine) -> None:
     assert engine.process.child.wait(20) == 0
 
 
+def test_connection_without_a_request_is_not_waited_for(engine: Engine) -> None:
+    port = engine.serve()
+    with socket.create_connection(("127.0.0.1", port), 5):
+        response = engine.ask(port, "first")
+        engine.interrupt()
+        wait_until(lambda: refuses(port), 20, "the listener to close")
+        assert engine.process.child.poll() is None
+        engine.finish("first")
+        assert response.read() == b"done"
+        assert engine.process.child.wait(20) == 0
+
+
+def test_module_that_this_version_does_not_have_is_left_out(tmp_path: Path) -> None:
+    preload = (sys.executable, "no_such_module", "json.no_such_part")
+    process = spawn(SYSTEM, [str(script(tmp_path))], {"FOLDER": str(tmp_path)}, tmp_path / "log", preload)
+    try:
+        Engine(tmp_path, process).serve()
+    finally:
+        process.child.kill()
+        process.child.wait()
+
+
 def test_program_that_cannot_import_its_modules_ends_before_the_gate_opens(tmp_path: Path) -> None:
-    process = spawn(SYSTEM, [str(script(tmp_path))], {}, tmp_path / "log", (sys.executable, "no_such_module"))
+    path = script(tmp_path)
+    (path.parent / "broken_module.py").write_text("import no_such_module")
+    process = spawn(SYSTEM, [str(path)], {}, tmp_path / "log", (sys.executable, "broken_module"))
     assert process.ready(20) and process.child.wait(20) == 1
     process.open(tmp_path)
     assert "No module named 'no_such_module'" in (tmp_path / "log").read_text()

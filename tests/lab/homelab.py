@@ -105,8 +105,7 @@ class Studio:
             "engine": "mlx-lm",
             "launch": {"mlx-lm": [str(cache.engine_venv("mlx-lm") / "bin" / "mlx_lm.server")]},
             "ports": f"{self.ports[0]}-{self.ports[-1]}",
-            # Without a hold, `gateway` would warn of every alias.
-            "slots": {port: {"alias": alias, "hold": 0} for port, alias in self.slots.items()},
+            "slots": dict(self.slots),
             # More than there is: servers of other tests, which run at the same time, count on this machine.
             "memory": "1000 GB",
         }
@@ -304,6 +303,9 @@ class Homelab(Service):
 
     def _entry(self, studio: Studio) -> dict[str, object]:
         entry = studio.settings | self._changes.get(studio.name, {})
+        if self._gateway is not None and entry.get("slots") == studio.slots:
+            # Without a hold, `gateway` would warn of every alias. Builds up to 0.3.0 know only aliases.
+            entry["slots"] = {port: {"alias": alias, "hold": 0} for port, alias in studio.slots.items()}
         return {key: value for key, value in entry.items() if value is not None}
 
 

@@ -49,7 +49,9 @@ def kept(ctx: Context, row: CheckedPort, run: Run, verdicts: Sequence[Verdict]) 
         ctx.store.keep_verdicts(run.port, wire.encode(record))
     except MlxopsError as error:
         ctx.note(f"the verdicts could not be kept: {error.message}: {error.why}", "warning")
-    ctx.remember(command="probe", **_key(run), model=run.model, port=run.port, checks=now)
+    ctx.remember(
+        command="probe", **_key(run), engine_version=run.engine_version, model=run.model, port=run.port, checks=now
+    )
     return row
 
 
@@ -59,7 +61,6 @@ def _key(run: Run) -> dict[str, object]:
         "repo_id": run.repo_id,
         "revision": run.revision,
         "engine": run.engine,
-        "engine_version": run.engine_version,
     }
 
 

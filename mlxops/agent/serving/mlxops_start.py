@@ -14,17 +14,18 @@ from __future__ import annotations
 import os
 import sys
 
-sys.path[0] = os.path.dirname(sys.argv[3])  # as if SCRIPT was run; this file's own folder has other modules
+if __name__ == "__main__":
+    sys.path[0] = os.path.dirname(sys.argv[3])  # as if SCRIPT was run; this file's own folder has other modules
 
-import contextlib  # noqa: E402
-import http.server  # noqa: E402
-import importlib  # noqa: E402
-import runpy  # noqa: E402
-import selectors  # noqa: E402
-import signal  # noqa: E402
-import socket  # noqa: E402
-import threading  # noqa: E402
-from typing import TYPE_CHECKING, Any  # noqa: E402
+import contextlib
+import http.server
+import importlib
+import runpy
+import selectors
+import signal
+import socket
+import threading
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -70,21 +71,45 @@ class FinishingServer(http.server.ThreadingHTTPServer):
                 self._handle_request_noblock()  # type: ignore[attr-defined]  # not in typeshed
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        with self._changed:
-            self._open += 1
+        self._count(1)
         super().process_request(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
+            self._wait_for_request(request)
             super().process_request_thread(request, client_address)
         finally:
-            with self._changed:
-                self._open -= 1
-                self._changed.notify_all()
+            self._count(-1)
+
+    def _wait_for_request(self, connection: socket.socket) -> None:
+        """Wait until the client sends something. Until then the connection does not count as an open request."""
+        with contextlib.suppress(OSError):
+            try:
+                connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                self._count(-1)
+                try:
+                    connection.recv(1, socket.MSG_PEEK)
+                finally:
+                    self._count(1)
+
+    def _count(self, change: int) -> None:
+        with self._changed:
+            self._open += change
+            self._changed.notify_all()
 
 
 def _ready(selector: selectors.BaseSelector, timeout: float | None) -> list[object]:
     return [key.fileobj for key, _ in selector.select(timeout)]
+
+
+def _import(module: str) -> None:
+    """Import a module. If this version of the program does not have it, go on: it imports what it needs itself."""
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise
 
 
 def _received(gate: socket.socket) -> bytes:
@@ -101,8 +126,8 @@ def _received(gate: socket.socket) -> bytes:
 def main() -> None:
     fd, modules, script, *arguments = sys.argv[1:]
     http.server.ThreadingHTTPServer = FinishingServer  # type: ignore[misc]
-    for module in filter(None, modules.split(",")):
-        importlib.import_module(module)
+    for module in modules.split(","):
+        _import(module)
     with socket.socket(fileno=int(fd)) as gate:
         with contextlib.suppress(OSError):  # nobody waits for this, and the folder may be there already
             gate.sendall(b"\n")
