@@ -11,6 +11,7 @@ from contextlib import closing
 
 from mlxops.common.http import CHAT_COMPLETIONS, MAX_RESPONSE_BYTES, ChatServer, NoCompletion, NotHttp, open_response
 from mlxops.core.measuring import Answer, NotMeasurable, read_answer
+from mlxops.core.redaction import without_key
 
 POLL_SECONDS = 0.1
 MAX_ERROR_BYTES = 10_000
@@ -106,4 +107,4 @@ def fresh_seed() -> int:
 def reason(error: Exception, key: str | None = None) -> str:
     """Return why there is no answer, for people, without the key: LiteLLM repeats one that it does not accept."""
     text = f"it {error}" if isinstance(error, NotMeasurable) else str(error) or type(error).__name__
-    return (text.replace(key, "[key]") if key else text)[:300]
+    return without_key(text, key)[:300]

@@ -15,6 +15,9 @@ from collections.abc import Sequence
 from mlxops.core.text import clean
 
 HIDDEN = "..."
+KEY = "[key]"
+KEY_BEGIN = 4
+"""The first letters of a key that may be shown: `sk-` and one more are no secret."""
 _CERTAIN = (
     r"secret|passw(?:or)?d|passphrase|authorization|cookie|(?:hf|access|auth|bearer|api)[-_]?token"
     r"|(?:api|hf|access|private|master|secret|auth|signing|encryption)[-_]?keys?"
@@ -48,6 +51,15 @@ def redact(text: str) -> str:
     for pattern, replacement in _INSIDE:
         text = re.sub(pattern, replacement, text, flags=re.IGNORECASE)
     return text
+
+
+def without_key(text: str, key: str | None) -> str:
+    """Return a text without a known key, also if the end of the text cuts it off: LiteLLM repeats a refused one."""
+    if not key:
+        return text
+    text = text.replace(key, KEY)
+    cut = next((size for size in range(len(key) - 1, KEY_BEGIN - 1, -1) if text.endswith(key[:size])), 0)
+    return text[:-cut] + KEY if cut else text
 
 
 def redact_argv(argv: Sequence[str]) -> tuple[str, ...]:

@@ -123,6 +123,15 @@ def test_swap_whose_server_fails_a_required_check_is_undone(ask: Ask) -> None:
     assert ask.result(*words, "--require", "stream")["changed"]
 
 
+def test_check_that_the_engine_cannot_pass_is_refused_before_anything_is_stopped(ask: Ask) -> None:
+    loaded(ask)
+    register(ask.studio, "other")
+    before = ask.row()["pid"]
+    error = ask.error(3, "load", "--model", "other", "--port", ask.port, "--force", "--require", "tools,json")
+    assert error["code"] == "not_checkable" and "mlx-lm does not follow a JSON schema" in error["message"]
+    assert ask.row()["pid"] == before and assigned(ask.studio) == {"jerry": ask.port}
+
+
 def test_load_that_fails_a_required_check_leaves_nothing(remote: Ask) -> None:
     register(remote.studio, "jerry", args=["--fake-flaw", "no-done"])
     error = remote.error(4, "load", "--model", "jerry", "--port", remote.port, "--require", "stream")

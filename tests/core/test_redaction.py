@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from mlxops.core.redaction import command_line, redact, redact_argv
+from mlxops.core.redaction import command_line, redact, redact_argv, without_key
 
 SECRET = "s3cr3t-Value"
 
@@ -105,3 +105,21 @@ def test_long_words_take_no_time() -> None:
     for word in ("a" * 100_000, "-" * 100_000, "key=" * 20_000, "://" * 30_000, "a.-" * 30_000, "token " * 20_000):
         redact_argv([word, f"--{word}"])
     assert time.monotonic() - started < 5
+
+
+KEY_TEXTS = [
+    ("no such key: sk-12345678!", "no such key: [key]!"),
+    ("no such key: sk-1234", "no such key: [key]"),
+    ("no such key: sk-", "no such key: sk-"),
+    ("sk-12345678 and sk-1234567", "[key] and [key]"),
+    ("sk-1234 is the begin of another", "sk-1234 is the begin of another"),
+]
+
+
+@pytest.mark.parametrize(("text", "shown"), KEY_TEXTS)
+def test_known_key_is_removed_also_where_the_text_is_cut(text: str, shown: str) -> None:
+    assert without_key(text, "sk-12345678") == shown
+
+
+def test_text_stays_without_a_known_key() -> None:
+    assert without_key("x", None) == without_key("x", "") == "x"

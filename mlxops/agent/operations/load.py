@@ -86,6 +86,10 @@ def _carry_out(held: Held, plan: LoadPlan, prepared: Prepared | None) -> LoadRes
         for note in plan.notes:
             ctx.note(note)
         if plan.outcome is Outcome.START and prepared is not None:
+            if request.require:
+                from mlxops.agent.operations.probe import refuse_impossible
+
+                refuse_impossible(request, prepared.engine)
             if not request.dry_run:
                 look_for_memory(ctx, plan.port)
             prepared, warnings = preflight(ctx, request, reserved, held.registry, plan, prepared)

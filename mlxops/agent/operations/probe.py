@@ -137,6 +137,17 @@ def check_server(
     return run_checks(server, wanted, json_schema=json_schema, is_busy=is_busy)
 
 
+def refuse_impossible(request: Load, engine: Engine) -> None:
+    """Raises `Refused` (not_checkable) if a load requires what the engine does not have; nothing is stopped yet."""
+    if Check.JSON in request.require and not engine.json_schema:
+        raise Refused(
+            "not_checkable",
+            f"{engine.name} does not follow a JSON schema, so --require {Check.JSON} cannot pass",
+            why="it ignores `response_format`",
+            hint=f"leave {Check.JSON} out of --require, or serve the model with another engine",
+        )
+
+
 def check_required(ctx: Context, request: Load, port: int, name: str, engine: Engine | None) -> None:
     """Make the checks that a load requires. Raises `NotStarted` (check_failed) if one does not pass."""
     wanted = [Check(each) for each in request.require]

@@ -13,8 +13,8 @@ from mlxops.control.gateway.result import GatewayResult
 from mlxops.control.gateway.route import Route
 from mlxops.core import conformance
 from mlxops.core.commands.probe import CheckedPort, ProbeResult, VerdictRow
-from mlxops.core.conformance import Verdict
 from mlxops.core.ports import State
+from mlxops.core.redaction import without_key
 from mlxops.core.replies import HostReply
 
 
@@ -76,14 +76,9 @@ def _checked(route: Route, row: CheckedPort) -> CheckedPort:
     )
     return replace(
         row,
-        verdicts=tuple(map(VerdictRow.of, without_key(verdicts, route.gateway.key))),
+        verdicts=tuple(
+            VerdictRow.of(replace(each, detail=without_key(each.detail, route.gateway.key))) for each in verdicts
+        ),
         seconds=round(time.monotonic() - began, 1),
         checked_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )
-
-
-def without_key(verdicts: Sequence[Verdict], key: str | None) -> tuple[Verdict, ...]:
-    """Remove the key from the details: LiteLLM repeats one that it does not accept."""
-    if not key:
-        return tuple(verdicts)
-    return tuple(replace(each, detail=each.detail.replace(key, "[key]")) for each in verdicts)

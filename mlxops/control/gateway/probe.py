@@ -28,6 +28,7 @@ from mlxops.common.http import (
 )
 from mlxops.core.frozen import dataclass
 from mlxops.core.gateway import SameHost, same_base, same_name
+from mlxops.core.redaction import without_key
 
 ALIAS_SECONDS = 60.0
 """How long an alias is probed: several times the five seconds of LiteLLM's cool-down, and a slow first answer."""
@@ -278,7 +279,7 @@ def _request_completion(gateway: _Gateway, question: Question, timeout: float) -
     if reply is None:
         return ProbeResult(alias, "gateway_down", 0, 0, detail=f"no answer from {gateway.url}")
     if reply.status != 200 or parse_completion(reply.body) is None:
-        message = _without_key(_message(reply.body), key)
+        message = without_key(_message(reply.body), key)
         return ProbeResult(alias, "no_completion", 0, 0, reply.status, detail=f"it answered {reply.status}: {message}")
     return _judge(gateway, question, reply)
 
@@ -354,8 +355,3 @@ def _error_message(body: bytes) -> str | None:
         return str(json.loads(body)["error"]["message"])
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
-
-
-def _without_key(text: str, key: str | None) -> str:
-    """Remove the key: LiteLLM repeats one that it does not accept."""
-    return text.replace(key, "[key]") if key else text
