@@ -51,7 +51,7 @@ def test_two_servers_without_a_bound_are_dangerous() -> None:
     assert unbounded_servers([use(1), use(2, unbounded=True), use(3)]) is None
     danger = unbounded_servers([use(1, unbounded=True, owner="hand"), use(2, unbounded=True), use(3)])
     assert (
-        danger is not None and danger.code == "unbounded_servers" and danger.message.startswith("m1 on 1 and m2 on 2")
+        danger is not None and danger.code == "unbounded_servers" and danger.message.startswith("m2 on 2 and m1 on 1")
     )
     assert danger.hint.endswith("`mlxctl unload 2`, then `mlxctl load m2 2`"), "not the one that was started by hand"
 
