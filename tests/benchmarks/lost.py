@@ -276,7 +276,8 @@ class Row:
 
 def measure(place: Place, change: str) -> Row:
     """Make a change while the clients ask. Return what it cost them."""
-    with Clients(place.gateway, change.replace(" ", "-")) as clients:
+    # A second measurement of the same change needs other prompts: answers are counted by prompt.
+    with Clients(place.gateway, f"{change.replace(' ', '-')}-{time.monotonic_ns()}") as clients:
         time.sleep(WARM)
         began = time.monotonic()
         CHANGES[change](place)
