@@ -122,6 +122,10 @@ def ask_all(targets: Sequence[HostTarget], request: Request[R], listen: Listen) 
         except BaseException as error:  # noqa: BLE001 - carried to the main thread, which is the boundary
             broken.append(error)
 
+    if any(target.ssh for target in targets):
+        from mlxops.control.ssh.connection import import_libraries
+
+        import_libraries()
     threads = [threading.Thread(target=one, args=row, daemon=True) for row in enumerate(targets)]
     for thread in threads:
         thread.start()

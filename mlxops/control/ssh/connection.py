@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import ipaddress
 import os
 import re
@@ -63,6 +64,12 @@ def open_ssh(ssh_name: str, *, connect_timeout: float = 10.0) -> Transport:
     except BaseException:
         path.close()
         raise
+
+
+def import_libraries() -> None:
+    """Import what connections need, before many threads do: they would wait for each other at every import."""
+    for name in ("fabric", "paramiko", "paramiko.config", "logging", "subprocess", "tempfile"):
+        importlib.import_module(name)
 
 
 def open_local() -> Transport:
