@@ -129,7 +129,7 @@ def main() -> None:
     for module in modules.split(","):
         _import(module)
     with socket.socket(fileno=int(fd)) as gate:
-        with contextlib.suppress(OSError):  # nobody waits for this, and the folder may be there already
+        with contextlib.suppress(OSError):  # the gate may be open already, and then mlxops has closed it
             gate.sendall(b"\n")
         os.chdir(_received(gate))
     sys.argv = [script, *arguments]
