@@ -32,16 +32,18 @@ from tests.steps import Ask, error_of, finish, nothing_runs, register, with_fake
 
 @pytest.fixture
 def ask(homelab: Homelab) -> Ask:
-    register(homelab.studio, "mine", args=["--fake-act", "deaf", "--fake-linger", "3"])
+    register(homelab.studio, "mine", args=["--fake-act", "mute", "--fake-linger", "3"])
     return Ask(with_fake(homelab), "local")
 
 
 @contextmanager
 def loading(ask: Ask) -> Iterator[tuple[subprocess.Popen[str], OperationLog]]:
-    """Start a load whose proof never comes; yield it and its record."""
+    """Start a load whose proof never comes, and whose server takes seconds to end; yield it and its record."""
     with ask.running("load", "--model", "mine", "--port", ask.port) as process:
         assert process.stderr is not None
         next(line for line in process.stderr if line.startswith("proof: "))
+        # Before it listens, the server may not handle signals yet, and ends at once.
+        wait_until(lambda: ask.studio.listening(ask.port), 30, "the server")
         yield process, recent_operations(ask.studio.state / "ops")[0]
 
 

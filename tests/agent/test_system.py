@@ -190,6 +190,8 @@ def test_proc_and_psutil_see_the_same_processes(stack: ExitStack) -> None:
     stack.callback(os.killpg, parent.pid, signal.SIGKILL)
     assert parent.stdout is not None and parent.stdout.readline()
     dead = zombie(stack)
+    # A process has no command for a moment after its exec, which ends the parent's wait.
+    wait_until(lambda: all(process.argv for process in LinuxSystem().look(()).group(parent.pid)), 30, "the commands")
 
     def rows(look: Look) -> dict[int, tuple[object, ...]]:
         wanted = {os.getpid(), dead.pid, *(process.pid for process in look.group(parent.pid))}

@@ -850,8 +850,9 @@ def test_connection_that_breaks_before_the_status_is_lost(wire: Wire, server: Ss
         with pytest.raises(ConnectionLost):
             session.wait(20)
         session.close()
-    # Its parent, sshd, ends too. While it does, a walk through the processes may miss it.
-    world.end(wait_until(_sleepers, 30, "the command that sshd leaves"))
+    # Its parent, sshd, ends too. While it does, a walk through the processes may miss the shell or its child.
+    wait_until(lambda: any(each.command == "sleep 600" for each in _sleepers()), 30, "the command that sshd leaves")
+    world.end(_sleepers())
 
 
 def test_broken_connection_starts_no_more_commands(wire: Wire) -> None:

@@ -181,7 +181,8 @@ def flawed(body: str) -> str:
         flaw = option("--fake-flaw")
     if flaw and flaw not in FLAWS:
         raise SystemExit(f"unknown flaw {flaw}")
-    hit = {"one-at-a-time": state["streams"] > 0, "left": state["left"]}.get(flaw, flaw)
+    left = state["left"] and '"stream":true' not in body
+    hit = {"one-at-a-time": state["streams"] > 0, "left": left}.get(flaw, flaw)
     return flaw if hit else ""
 
 
