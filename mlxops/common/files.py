@@ -61,9 +61,13 @@ def read_start(path: str | Path, size: int) -> bytes:
 
     Files of /proc, whose size is unknown, are read as well.
     """
-    if os.path.realpath(path) == os.devnull:
-        return b""
-    with open(open_file(path), "rb") as stream:
+    try:
+        descriptor = open_file(path)
+    except Unfit:
+        if os.path.realpath(path) == os.devnull:
+            return b""
+        raise
+    with open(descriptor, "rb") as stream:
         return stream.read(size)
 
 

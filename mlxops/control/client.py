@@ -126,6 +126,7 @@ def ask_all(targets: Sequence[HostTarget], request: Request[R], listen: Listen) 
         from mlxops.control.ssh.connection import import_libraries
 
         import_libraries()
+    build_id()  # Cached. Threads that come at the same time would all compute it.
     threads = [threading.Thread(target=one, args=row, daemon=True) for row in enumerate(targets)]
     for thread in threads:
         thread.start()

@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 
 from mlxops.common.build import engines
-from mlxops.control.yaml_file import FileProblem, compose, read_text
+from mlxops.control.yaml_file import FileProblem, NotFast, compose, compose_fast, read_text
 from mlxops.core.errors import UsageError
 from mlxops.core.frozen import dataclass
 from mlxops.core.names import is_name, shown
@@ -299,7 +299,26 @@ def _is_present(path: Path) -> bool:
 
 def load(path: Path) -> Inventory:
     """Raises `UsageError` (bad_hosts_file) if the file cannot be read or has a wrong setting."""
-    top = YAMLValue(path.name, "", 1, _compose(path))
+    try:
+        text = read_text(path, MAX_BYTES, allow_pipe=True)
+        try:
+            return _inventory(path, compose_fast(text, max_depth=MAX_DEPTH))
+        except (NotFast, FileProblem, UsageError, yaml.YAMLError):
+            return _inventory(path, compose(text, max_depth=MAX_DEPTH, aliases=False))
+    except FileProblem as problem:
+        raise UsageError(
+            "bad_hosts_file",
+            f"{problem.place(path.name)}: {problem.what}",
+            why=f"it was read as YAML from {path}",
+            hint=problem.hint,
+        ) from problem
+
+
+def _inventory(path: Path, root: yaml.Node | None) -> Inventory:
+    """Raises `UsageError`, and `FileProblem` if there is no document."""
+    if root is None:
+        raise FileProblem("is empty", _SEE_EXAMPLE)
+    top = YAMLValue(path.name, "", 1, root)
     entries = top.entries(("default", "hosts", "gateway"))
     if "hosts" not in entries or not entries["hosts"].mapping():
         raise top.bad("no hosts", "there is nothing to manage", f"add a host: {_SEE_EXAMPLE}")
@@ -310,21 +329,6 @@ def load(path: Path) -> Inventory:
         hosts=hosts,
         gateway=_gateway(entries["gateway"]) if "gateway" in entries else None,
     )
-
-
-def _compose(path: Path) -> yaml.Node:
-    try:
-        node = compose(read_text(path, MAX_BYTES, allow_pipe=True), max_depth=MAX_DEPTH, aliases=False)
-        if node is None:
-            raise FileProblem("is empty", _SEE_EXAMPLE)
-        return node
-    except FileProblem as problem:
-        raise UsageError(
-            "bad_hosts_file",
-            f"{problem.place(path.name)}: {problem.what}",
-            why=f"it was read as YAML from {path}",
-            hint=problem.hint,
-        ) from problem
 
 
 def _default(value: YAMLValue | None, hosts: Mapping[str, Host]) -> str | None:

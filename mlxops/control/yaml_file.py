@@ -7,9 +7,12 @@ an integer as text.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import yaml
+from yaml.composer import Composer
+from yaml.resolver import Resolver
 
 from mlxops.common.files import read_start
 from mlxops.core.text import NotUTF8, utf8
@@ -104,21 +107,38 @@ def _marked(error: yaml.MarkedYAMLError) -> FileProblem:
     return FileProblem(what, hint, mark.line + 1 if mark else 0)
 
 
-class _Loader(yaml.SafeLoader):
+def compose_fast(text: str, *, max_depth: int) -> yaml.Node | None:
+    """Like `compose` without aliases, twenty times as fast.
+
+    Raises `yaml.YAMLError`, `NotFast` and `FileProblem`. Call `compose` then: it may read the text, and its problems
+    have the right lines. libyaml counts other line ends, and accepts a few texts more, such as {a?b: c}.
+    """
+    if not yaml.__with_libyaml__ or _NOT_PLAIN.search(text):
+        raise NotFast
+    loader = _FastLoader(text)
+    loader.max_depth = max_depth
+    return loader.get_single_node()
+
+
+class NotFast(Exception):
+    """A text with characters that libyaml and PyYAML treat differently, or a PyYAML without libyaml."""
+
+
+_NOT_PLAIN = re.compile(r"[^\n -~]")
+
+
+class _Limits(Composer):
     """Count nodes and levels while composing. An alias counts as all the nodes of its anchor."""
 
     max_depth = 0
     aliases = False
     depth = 0
     nodes = 0
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.sizes: dict[str, int] = {}
-        """Anchor -> number of its nodes. An anchor that is still being composed has none."""
+    sizes: dict[str, int]
+    """Anchor -> number of its nodes. An anchor that is still being composed has none."""
 
     def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
-        event: yaml.Event = self.peek_event()  # type: ignore[no-untyped-call]
+        event: yaml.Event = self.peek_event()  # type: ignore[attr-defined]  # of the parser
         anchor: str | None = getattr(event, "anchor", None)
         if anchor is not None and not self.aliases:
             raise _problem(event, "anchors and aliases are not used here", "write the value out where it is needed")
@@ -144,11 +164,28 @@ class _Loader(yaml.SafeLoader):
             raise _problem(alias, f"the anchor {anchor} contains itself", "remove that alias")
         return 1  # PyYAML reports an unknown anchor itself
 
+
+class _Loader(_Limits, yaml.SafeLoader):
+    def __init__(self, text: str) -> None:
+        yaml.SafeLoader.__init__(self, text)
+        self.sizes = {}
+
     def construct_integer(self, node: yaml.ScalarNode) -> object:
         return node.value if len(node.value) > MAX_INTEGER_DIGITS else self.construct_yaml_int(node)
 
 
 _Loader.add_constructor(_INTEGER, _Loader.construct_integer)
+
+
+class _FastLoader(_Limits, Resolver):
+    """Compose the events of libyaml."""
+
+    def __init__(self, text: str) -> None:
+        Composer.__init__(self)
+        Resolver.__init__(self)
+        self.sizes = {}
+        events = yaml.CSafeLoader(text)
+        self.check_event, self.get_event, self.peek_event = events.check_event, events.get_event, events.peek_event
 
 
 def _problem(event: yaml.Event, what: str, hint: str) -> FileProblem:

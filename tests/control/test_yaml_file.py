@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxops.control.yaml_file import FileProblem, compose, construct, read_text
+from mlxops.control.yaml_file import FileProblem, NotFast, compose, compose_fast, construct, read_text
+from tests.lab.homelab import CHECKOUT
 from tests.properties import PROPERTY
 
 WIDE_MERGE = "\n".join(
@@ -110,3 +111,21 @@ def test_path_that_is_no_regular_file_is_refused(tmp_path: Path, kind: str) -> N
         os.mkfifo(path)
     with pytest.raises(FileProblem, match="cannot be read"):
         read_text(path, 2048, allow_pipe=True)
+
+
+def test_fast_reading_is_equal() -> None:
+    text = (CHECKOUT / "hosts.yaml").read_text(encoding="utf-8")
+    fast, slow = compose_fast(text, max_depth=16), compose(text, max_depth=16, aliases=False)
+    assert fast is not None and slow is not None and construct(fast) == construct(slow)
+
+
+@pytest.mark.parametrize("text", ["a: \u00fc\n", "a:\tb\n", "a: 1\r\nb: 2\n", "a: \u2028b\n"])
+def test_text_that_libyaml_may_read_differently_is_not_read_fast(text: str) -> None:
+    with pytest.raises(NotFast):
+        compose_fast(text, max_depth=16)
+
+
+@pytest.mark.parametrize("text", ["a: " + "[" * 100, "a: &a 1\nb: *a\n"])
+def test_fast_reading_has_the_same_limits(text: str) -> None:
+    with pytest.raises(FileProblem):
+        compose_fast(text, max_depth=16)
