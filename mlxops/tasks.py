@@ -324,13 +324,13 @@ def measure(cli: Cli, request: Measure) -> None:
 def _print_entries(cli: Cli, request: Gateway) -> None:
     """Print the entries to paste. With `--json`, print them as data: `model_list`, `router_settings` if an alias has a
     hold, `environ` for the env file, and `notes`."""
-    from mlxops.control.gateway.config import retry_settings
+    from mlxops.control.gateway.config import read_if_possible
     from mlxops.control.gateway.entries import as_yaml, entries_to_paste
 
     if not request.print:
         why = "it is a form of what is printed; the check itself reads the env file that hosts.yaml names"
         raise UsageError("print_missing", "--env needs --print", why=why, hint="add --print, or leave it out")
-    printed = entries_to_paste(cli.hosts(), retry_settings(cli.targets.gateway), env=request.env)
+    printed = entries_to_paste(cli.hosts(), *read_if_possible(cli.targets.gateway), env=request.env)
     document = {**printed.document, "environ": printed.environ, "notes": printed.notes}
     reply: HostReply[Mapping[str, object]] = HostReply("gateway", document)
     cli.show([reply], lambda replies: as_yaml(printed))

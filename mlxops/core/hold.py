@@ -211,15 +211,15 @@ class _SwapCheck:
 
 
 def with_settings(
-    document: Mapping[str, object], ports: Sequence[GatewayPort], fallbacks: RetrySettings
+    document: Mapping[str, object], ports: Sequence[GatewayPort], holds: Mapping[str, int]
 ) -> dict[str, object]:
-    """Add to the printed entries the settings of the aliases whose requests are to wait."""
-    holds = holds_of(ports, fallbacks)
+    """Add to the printed entries the settings of the names whose requests are to wait (`holds_of`)."""
     if not holds:
         return dict(document)
     listed = document["model_list"]
     assert isinstance(listed, list)
-    entries = [_without_cooldown(entry) if entry["model_name"] in holds else entry for entry in listed]
+    held = {port.alias for port in ports if port.alias in holds}
+    entries = [_without_cooldown(entry) if entry["model_name"] in held else entry for entry in listed]
     policies = {alias: policy(hold) for alias, hold in holds.items()}
     return {**document, "model_list": entries, "router_settings": {"model_group_retry_policy": policies}}
 
@@ -228,26 +228,44 @@ def _without_cooldown(entry: Mapping[str, Mapping[str, object]]) -> dict[str, ob
     return {**entry, "litellm_params": {**entry["litellm_params"], "cooldown_time": 0}}
 
 
-def holds_of(ports: Iterable[GatewayPort], retry: RetrySettings) -> dict[str, int]:
-    """Return alias -> hold. Left out are aliases of several ports, between which LiteLLM does not pause, and those with
-    a fallback, which would answer later."""
+def holds_of(
+    ports: Iterable[GatewayPort], retry: RetrySettings, other_names: Mapping[str, str] | None = None
+) -> dict[str, int]:
+    """Return name of clients -> hold: for the aliases, and for the names that stand for them.
+
+    Left out are aliases of several ports, between which LiteLLM does not pause, and names with a fallback, which would
+    answer later.
+    """
     slots = [port for port in ports if port.alias]
     aliases = [port.alias for port in slots]
-    return {
-        port.alias: port.hold
-        for port in slots
-        if port.alias and port.hold and aliases.count(port.alias) == 1 and not retry.has_fallback(port.alias)
-    }
+    own = {port.alias: port.hold for port in slots if port.alias and port.hold and aliases.count(port.alias) == 1}
+    names = dict(zip(own, own, strict=True)) | dict(other_names or {})
+    return {name: own[alias] for name, alias in names.items() if alias in own and not retry.has_fallback(name)}
 
 
-def notes(ports: Sequence[GatewayPort], retry: RetrySettings) -> Iterator[str]:
+def other_names(
+    entries: Iterable[Entry], synonyms: Mapping[str, str], ports: Sequence[GatewayPort], same_host: SameHost = same_name
+) -> dict[str, str]:
+    """Return the other names that clients can use for a slot -> its alias.
+
+    LiteLLM looks for the retry policy of the name that the client used. `synonyms`: see `LiteLLMConfig`. `entries` have
+    the names that clients use; those of an alias are replaced by what is pasted.
+    """
+    aliases = {port.alias for port in ports}
+    routes: dict[str, list[GatewayPort | None]] = {}
+    for entry in entries:
+        if entry.alias not in aliases:
+            routes.setdefault(entry.alias, []).append(port_of(entry, ports, same_host))
+    found = {name: each[0].alias for name, each in routes.items() if len(each) == 1 and each[0] and each[0].alias}
+    return found | {name: alias for name, alias in synonyms.items() if alias in aliases}
+
+
+def notes(ports: Sequence[GatewayPort], retry: RetrySettings, holds: Mapping[str, int]) -> Iterator[str]:
     """Yield what the printed settings do, and why an alias with a hold has none."""
-    holds = holds_of(ports, retry)
-    for alias, seconds in holds.items():
+    for name, seconds in holds.items():
         retries = retries_for(seconds)
         last, error = seconds_until_last(retries), seconds_until_error(retries)
-        yield f"{alias}: a request waits {last:.0f} s for a server; without one, its error comes by {error:.0f} s."
+        yield f"{name}: a request waits {last:.0f} s for a server; without one, its error comes by {error:.0f} s."
     for alias in dict.fromkeys(port.alias for port in ports if port.alias and port.hold and port.alias not in holds):
         why = "it has a fallback" if retry.has_fallback(alias) else "it has several ports, between which nothing waits"
         yield f"{alias}: no hold, because {why}."
-    yield "For clients that ask LiteLLM for the context: add max_input_tokens to model_info. `mlxctl gateway` shows it."

@@ -9,6 +9,7 @@ Needs no pytest.
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -56,6 +57,8 @@ class Outcome(StrEnum):
     CUT = "cut"
     """A stream that ended early, after its first token."""
     LOST = "lost"
+    """An error, or an answer without a token: LiteLLM ends a stream that was cut before its first token as if the model
+    had nothing to say."""
 
 
 @dataclass(frozen=True)
@@ -97,29 +100,52 @@ class Clients(Service):
     def _ask_on(self, number: int) -> None:
         while not self._stop.is_set():
             prompt = f"{self._name}-{number}-{len(self._sent[number])}"
-            self._sent[number].append(ask(self._gateway, prompt, streamed=number < STREAMING))
+            self._sent[number].append(ask(self._gateway.url, self._gateway.key, prompt, streamed=number < STREAMING))
             self._stop.wait(0.05)
 
 
-def ask(gateway: LiteLLM, prompt: str, *, streamed: bool) -> Sent:
+def ask(url: str, key: str, prompt: str, *, streamed: bool) -> Sent:
     messages = [{"role": "user", "content": prompt}]
-    body = json.dumps({"model": ALIAS, "messages": messages, "max_tokens": TOKENS, "stream": streamed}).encode()
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {gateway.key}"}
-    request = urllib.request.Request(f"{gateway.url}/v1/chat/completions", body, headers)
+    asked = {"model": ALIAS, "messages": messages, "max_tokens": TOKENS, "stream": streamed}
+    body = json.dumps(asked | ({"stream_options": {"include_usage": True}} if streamed else {})).encode()
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    request = urllib.request.Request(f"{url}/v1/chat/completions", body, headers)
     began = time.monotonic()
     text = ""
     try:
         with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
             for line in answer:
                 text += line.decode()
-        whole = '"error"' not in text and ("[DONE]" in text if streamed else '"choices"' in text)
     except urllib.error.HTTPError as error:
         with error:
-            text, whole = f"{error.code} {error.read().decode(errors='replace')}", False
-    except (OSError, ValueError) as error:
-        text, whole = f"{text}{error!r}", False
-    outcome = Outcome.ANSWERED if whole else Outcome.CUT if '"content"' in text and streamed else Outcome.LOST
-    return Sent(prompt, outcome, began, time.monotonic() - began, "" if whole else _message(text))
+            text = f"{error.code} {error.read().decode(errors='replace')}"
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        text = f"{text}{error!r}"
+    outcome = outcome_of(text, streamed=streamed)
+    return Sent(prompt, outcome, began, time.monotonic() - began, "" if outcome is Outcome.ANSWERED else _message(text))
+
+
+def outcome_of(text: str, *, streamed: bool) -> Outcome:
+    """Judge what a client received: the lines of a stream, else the body, and the error that ended it."""
+    lines = text.splitlines() if streamed else [text]
+    parts = [part for line in lines if (part := _json_object(line.removeprefix("data: ")))]
+    if not any(map(_has_token, parts)):
+        return Outcome.LOST
+    ended = not streamed or any(line == "data: [DONE]" for line in lines)
+    return Outcome.ANSWERED if ended and not any("error" in part for part in parts) else Outcome.CUT
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        read = json.loads(text)
+    except ValueError:
+        return {}
+    return read if isinstance(read, dict) else {}
+
+
+def _has_token(part: dict[str, Any]) -> bool:
+    said = [choice.get("delta") or choice.get("message") or {} for choice in part.get("choices") or ()]
+    return any(each.get(key) for each in said for key in ("content", "reasoning_content", "reasoning", "tool_calls"))
 
 
 def _message(text: str) -> str:

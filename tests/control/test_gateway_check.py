@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from mlxops.control.client import HostTarget
 from mlxops.control.gateway.check import check
+from mlxops.control.gateway.config import read_if_possible
 from mlxops.control.gateway.entries import as_yaml, entries_to_paste
+from mlxops.control.inventory import Gateway
 from mlxops.core.errors import Refused, Unreachable
-from mlxops.core.hold import RetrySettings
+from mlxops.core.litellm import LiteLLMConfig
 from mlxops.core.replies import HostReply
-from mlxops.core.settings import Settings
+from mlxops.core.settings import Settings, SlotOptions
 from tests.control.gatewayfiles import ENTRY, read_config, served, target
 
 
@@ -64,11 +67,85 @@ class TestCheck:
         hints = [finding.hint for finding in reply.result.findings]
         assert hints[0].startswith("mlxctl load --host studio MODEL 8100;")
 
-    def test_printed_yaml_has_only_a_model_list(self) -> None:
+
+class TestPrinted:
+    def test_without_a_hold_there_is_only_a_model_list(self) -> None:
         for env in (False, True):
-            text = as_yaml(entries_to_paste([target()], RetrySettings(), env=env))
+            text = as_yaml(entries_to_paste([target()], LiteLLMConfig(), env=env))
             assert list(yaml.safe_load(text)) == ["model_list"]
 
     def test_host_without_slots_has_nothing_to_print(self) -> None:
         with pytest.raises(Refused, match="nothing to print"):
-            entries_to_paste([HostTarget("studio", None, (), Settings())], RetrySettings(), env=False)
+            entries_to_paste([HostTarget("studio", None, (), Settings())], LiteLLMConfig(), env=False)
+
+    @pytest.mark.parametrize(
+        ("settings", "names"),
+        [
+            ("", ["jerry-xl"]),
+            ("router_settings: {model_group_alias: {best: jerry-xl, other: gpt}}", ["jerry-xl", "best"]),
+            ("router_settings: {model_group_alias: {best: {model: jerry-xl, hidden: true}}}", ["jerry-xl", "best"]),
+            ("litellm_settings: {model_alias_map: {best: jerry-xl}}", ["jerry-xl", "best"]),
+            ("router_settings: {model_group_alias: {best: jerry-xl}, fallbacks: [{best: [gpt]}]}", ["jerry-xl"]),
+            ("router_settings: {model_group_alias: {best: jerry-xl}, fallbacks: [{jerry-xl: [gpt]}]}", ["best"]),
+        ],
+        ids=["none", "synonym", "hidden synonym", "module", "fallback of the synonym", "fallback of the alias"],
+    )
+    def test_each_name_of_a_client_gets_the_policy(self, tmp_path: Path, settings: str, names: list[str]) -> None:
+        document = printed(tmp_path, ENTRY + settings + "\n")
+        assert list(document["router_settings"]["model_group_retry_policy"]) == names
+
+    @pytest.mark.parametrize(
+        ("entries", "names"),
+        [
+            ("", ["jerry-xl", "best"]),
+            (ENTRY.replace("model_name: jerry-xl", "model_name: mine"), ["jerry-xl", "mine", "best"]),
+            (ENTRY.replace("model_name: jerry-xl", "model_name: studio/*"), ["jerry-xl", "studio/jerry-xl", "best"]),
+            (2 * ENTRY.replace("model_name: jerry-xl", "model_name: mine"), ["jerry-xl", "best"]),
+            (ENTRY.replace("model_name: jerry-xl", "model_name: mine").replace(":8100", ":9"), ["jerry-xl", "best"]),
+        ],
+        ids=["entry not pasted yet", "own entry", "pattern", "two entries", "other server"],
+    )
+    def test_entries_of_other_names_are_considered(self, tmp_path: Path, entries: str, names: list[str]) -> None:
+        first, *others = entries.split("model_list:\n")
+        text = "model_list:\n" + "".join(others) if others else first
+        document = printed(tmp_path, text + "router_settings: {model_group_alias: {best: jerry-xl}}\n")
+        assert list(document["router_settings"]["model_group_retry_policy"]) == names
+
+    @pytest.mark.parametrize(
+        ("text", "why"),
+        [
+            ("a: [", "cannot be read as YAML"),
+            ("[]", "is not a configuration that LiteLLM starts with"),
+            ("include: [no.yaml]", "cannot be included"),
+            (None, "router.yaml"),
+        ],
+    )
+    def test_files_that_cannot_be_read_are_named(self, tmp_path: Path, text: str | None, why: str) -> None:
+        if text is not None:
+            (tmp_path / "router.yaml").write_text(text)
+        config, not_known = read_if_possible(Gateway(str(tmp_path / "router.yaml"), None, None, "KEY"))
+        text = as_yaml(entries_to_paste([held()], config, not_known, env=False))
+        (note,) = (line for line in text.splitlines() if line.startswith("#") and "compare them yourself" in line)
+        assert why in note
+        assert "router_settings" in yaml.safe_load(text)
+
+    def test_configuration_that_hosts_yaml_does_not_name_is_said(self) -> None:
+        notes = entries_to_paste([held()], *read_if_possible(None), env=False).notes
+        assert notes[0].startswith("hosts.yaml does not name the gateway's configuration. ")
+        assert entries_to_paste([target()], *read_if_possible(None), env=False).notes == ()
+
+    def test_note_stays_a_comment(self) -> None:
+        text = as_yaml(entries_to_paste([held()], LiteLLMConfig(), "a\nmodel_list: []", env=False))
+        assert yaml.safe_load(text)["model_list"]
+
+
+def held() -> HostTarget:
+    return replace(target(), settings=replace(target().settings, slot_options={8100: SlotOptions(hold=60)}))
+
+
+def printed(folder: Path, text: str) -> dict[str, Any]:
+    """Return what is printed beside a configuration of the gateway."""
+    entries = entries_to_paste([held()], read_config(folder, text).config, env=False)
+    document = yaml.safe_load(as_yaml(entries))
+    assert isinstance(document, dict)
+    return document

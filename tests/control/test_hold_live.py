@@ -24,6 +24,7 @@ import yaml
 from mlxops.control.client import HostTarget
 from mlxops.control.gateway.entries import as_yaml, entries_to_paste
 from mlxops.core.hold import read_retries, retries_for, seconds_until_error, seconds_until_last
+from mlxops.core.litellm import LiteLLMConfig
 from mlxops.core.settings import PortRange, Settings, SlotOptions
 from tests.lab.litellm import LiteLLM
 from tests.lab.ports import free_ports
@@ -44,6 +45,7 @@ SPREAD = 0.1
 SLOW = 12.0
 """Seconds of a generation: longer than the hold."""
 FALLBACKS = [{"with-fallback": ["held-ok"]}]
+SYNONYMS = {"named-down": "held-down"}
 ORDERED = {"ordered-one-down": ("held-down", "held-ok"), "ordered-both-down": ("held-down", "plain-down")}
 """Alias -> the aliases whose servers are its first and its second: two hosts in an order."""
 STATUSES = [f"{kind}-{status}" for kind in ("held", "plain") for status in DEFAULTS]
@@ -118,9 +120,8 @@ def printed(ports: dict[str, int]) -> tuple[str, dict[str, str]]:
     slots = {port: alias for alias, port in ports.items()}
     settings = Settings(address="127.0.0.1", ports=PortRange(numbers[0], numbers[-1]), slots=slots, slot_options=holds)
     own = {"fallbacks": FALLBACKS}
-    entries = entries_to_paste(
-        [HostTarget("studio", None, (), settings)], read_retries({"litellm_settings": own}), env=True
-    )
+    today = LiteLLMConfig(synonyms=SYNONYMS, retry=read_retries({"litellm_settings": own}))
+    entries = entries_to_paste([HostTarget("studio", None, (), settings)], today, env=True)
     document = yaml.safe_load(as_yaml(entries))
     bases = {alias: {"api_base": f"http://127.0.0.1:{port}/v1", "api_key": "none"} for alias, port in ports.items()}
     document["model_list"] += [
@@ -128,6 +129,7 @@ def printed(ports: dict[str, int]) -> tuple[str, dict[str, str]]:
         for alias, servers in ORDERED.items()
         for order, server in enumerate(servers)
     ]
+    document["router_settings"]["model_group_alias"] = SYNONYMS
     return yaml.safe_dump({**document, "litellm_settings": own}), dict(entries.environ)
 
 
@@ -149,7 +151,7 @@ def measured(litellm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         engines["held-ok"].start()
         gateway = running.enter_context(LiteLLM(folder / "litellm", text, environ))
         ask(gateway, "held-ok")  # the first one takes seconds
-        everybody = [*ALIASES, *ORDERED]
+        everybody = [*ALIASES, *ORDERED, *SYNONYMS]
         pool = running.enter_context(ThreadPoolExecutor(len(everybody)))
         asked = {}
         for alias in everybody:
@@ -163,7 +165,7 @@ def measured(litellm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield Measured(outcomes, {alias: engine.asked for alias, engine in engines.items()})
 
 
-@pytest.mark.parametrize("alias", ["held-down", "held-down-streamed"])
+@pytest.mark.parametrize("alias", ["held-down", "held-down-streamed", *SYNONYMS])
 def test_request_waits_for_its_hold_and_not_much_longer(measured: Measured, alias: str) -> None:
     outcome = measured.outcomes[alias]
     sys.stderr.write(f"{alias}: hold {HOLD} s, {RETRIES} retries, error after {outcome.seconds:.1f} s\n")

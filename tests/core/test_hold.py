@@ -217,7 +217,8 @@ def test_warning_says_how_long_a_swap_takes(swap: float | None, text: str) -> No
 
 
 def printed(*ports: GatewayPort, fallbacks: frozenset[str] = frozenset()) -> dict[str, Any]:
-    return hold.with_settings(gateway.document_with_values(ports), ports, RetrySettings(fallbacks=fallbacks))
+    holds = hold.holds_of(ports, RetrySettings(fallbacks=fallbacks))
+    return hold.with_settings(gateway.document_with_values(ports), ports, holds)
 
 
 def test_hold_touches_its_own_alias_only() -> None:
@@ -239,7 +240,7 @@ def test_without_a_hold_nothing_but_the_entries_is_printed(ports: list[GatewayPo
 def test_alias_with_a_fallback_keeps_it_fast() -> None:
     fallbacks = frozenset({"jerry-xl"})
     assert list(printed(port(hold=60), fallbacks=fallbacks)) == ["model_list"]
-    first = next(hold.notes([port(hold=60)], RetrySettings(fallbacks=fallbacks)))
+    first = next(hold.notes([port(hold=60)], RetrySettings(fallbacks=fallbacks), {}))
     assert first == "jerry-xl: no hold, because it has a fallback."
 
 

@@ -18,7 +18,6 @@ from mlxops.core import env_file
 from mlxops.core.errors import Refused
 from mlxops.core.frozen import dataclass
 from mlxops.core.gateway import Entry, GatewayPaths, Impact, Mismatch
-from mlxops.core.hold import RetrySettings
 from mlxops.core.litellm import Environ, LiteLLMConfig, parse
 from mlxops.core.redaction import redact
 
@@ -56,14 +55,14 @@ def read(gateway: Gateway) -> GatewayConfig:
     return GatewayConfig(config, config.entries, all_findings, files, environ.values)
 
 
-def retry_settings(gateway: Gateway | None) -> RetrySettings:
-    """Return what the gateway's configuration says about retries; LiteLLM's defaults if it cannot be read here."""
+def read_if_possible(gateway: Gateway | None) -> tuple[LiteLLMConfig, str]:
+    """Return what the gateway's files say today, and why they are not known; "" if they are."""
     if gateway is None or gateway.config is None:
-        return RetrySettings()
+        return LiteLLMConfig(), "hosts.yaml does not name the gateway's configuration"
     try:
-        return read(gateway).config.retry
-    except Refused:
-        return RetrySettings()
+        return read(gateway).config, ""
+    except Refused as error:
+        return LiteLLMConfig(), f"{error.message}: {error.why}"
 
 
 def key_of(gateway: Gateway, environ: Mapping[str, str]) -> str | None:

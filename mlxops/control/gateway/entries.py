@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 import yaml
 
 from mlxops.control.client import HostTarget
-from mlxops.control.gateway.ports import configured_ports
+from mlxops.control.gateway.check import client_entries
+from mlxops.control.gateway.ports import configured_ports, same_host
 from mlxops.core import gateway as core
 from mlxops.core import hold
 from mlxops.core.errors import Refused
 from mlxops.core.frozen import dataclass
-from mlxops.core.hold import RetrySettings
+from mlxops.core.gateway import GatewayPort
+from mlxops.core.litellm import LiteLLMConfig
+from mlxops.core.tables import one_line
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,11 @@ class Printed:
     """What a person must know who pastes it."""
 
 
-def entries_to_paste(targets: Sequence[HostTarget], retry: RetrySettings, *, env: bool) -> Printed:
-    """Return what to paste. `retry`: what the gateway's configuration says today. Raises `Refused` (no_slots)."""
+def entries_to_paste(targets: Sequence[HostTarget], today: LiteLLMConfig, not_known: str = "", *, env: bool) -> Printed:
+    """Return what to paste. Raises `Refused` (no_slots).
+
+    `today`: what the gateway's files say; `not_known`: why they are not known.
+    """
     ports = [port for target in targets for port in configured_ports(target)]
     if not any(port.alias for port in ports):
         raise Refused(
@@ -36,7 +42,17 @@ def entries_to_paste(targets: Sequence[HostTarget], retry: RetrySettings, *, env
             hint="add them, for example: slots: {8100: jerry-xl}",
         )
     document, environ = core.document_with_variables(ports) if env else (core.document_with_values(ports), {})
-    return Printed(hold.with_settings(document, ports, retry), environ, tuple(hold.notes(ports, retry)))
+    names = hold.other_names(client_entries(today, ports), today.synonyms, ports, same_host)
+    holds = hold.holds_of(ports, today.retry, names)
+    notes = hold.notes(ports, today.retry, holds)
+    return Printed(hold.with_settings(document, ports, holds), environ, (*_unknown(not_known, ports), *notes))
+
+
+def _unknown(why: str, ports: Sequence[GatewayPort]) -> tuple[str, ...]:
+    """Return what a hold does not consider if the gateway's files are not known."""
+    if not why or not any(port.alias and port.hold for port in ports):
+        return ()
+    return (f"{why}. So fallbacks and other names of these aliases are not known here: compare them yourself.",)
 
 
 def as_yaml(printed: Printed) -> str:
@@ -44,7 +60,7 @@ def as_yaml(printed: Printed) -> str:
     lines = [_dump({"model_list": printed.document["model_list"]})]
     if settings := printed.document.get("router_settings"):
         lines += [*(f"# {line}" for line in _MERGE), _dump({"router_settings": settings})]
-    lines += [f"# {note}" for note in printed.notes]
+    lines += [f"# {one_line(note)}" for note in printed.notes]
     if printed.environ:
         lines += ["# For the gateway's env file:", *(f"# {name}={value}" for name, value in printed.environ.items())]
     return "\n".join(lines)
