@@ -297,18 +297,23 @@ def _follow_or_cancel(envelope: Envelope, store: Store) -> int:
 
 
 def _cancel_outcome(operation: str, final: Done | Failed) -> Done | Failed:
-    """Return the result of a request to cancel: an error if the operation ended with another one, or left something."""
+    """Return the result of a request to cancel.
+
+    It is an error if the operation ended with another one, left something, or did not get the old server back.
+    """
     from mlxops.core import wire
     from mlxops.core.commands.cancel import Cancel, CancelResult
 
     error = final.error if isinstance(final, Failed) else None
-    left = error.details.get("left") if isinstance(error, Interrupted) else None
-    if error is None or (isinstance(error, Interrupted) and left is None):
-        outcome = str(error.details.get("previous", "")) if error else ""
+    details = error.details if isinstance(error, Interrupted) else {}
+    outcome = str(details.get("previous", ""))
+    worse = details.get("left") or details.get("not_restarted")
+    if error is None or (isinstance(error, Interrupted) and worse is None):
         result = CancelResult(operation, cancelled=error is not None, changed=True, outcome=outcome)
         return Done(wire.encode(result), Cancel.name)
-    error = error_from_wire(left) if isinstance(left, dict) else error
-    error.why = f"{error.why}; with this, operation {operation} ended when it was cancelled".removeprefix("; ")
+    error = error_from_wire(worse) if isinstance(worse, dict) else error
+    ended = f"with this, operation {operation} ended when it was cancelled"
+    error.why = "; ".join(filter(None, [error.why, outcome, ended]))
     return Failed(error)
 
 

@@ -206,8 +206,10 @@ def _unload_command(view: PortView) -> str:
 
 
 def merge_refusals(errors: Sequence[MlxopsError]) -> MlxopsError:
-    """Merge errors into the first one with the largest exit status, and name the others in it."""
+    """Merge errors into the first one with the largest exit status, and name the others in it (`details.others`)."""
     first, *others = sorted(errors, key=lambda error: -error.exit)
     if others:
         first.why = "; ".join(filter(None, [first.why, *(error.message for error in others)]))
+        first.set_hint("; ".join(dict.fromkeys(filter(None, (error.marked_hint for error in (first, *others))))))
+        first.details["others"] = [error.to_wire() for error in others]
     return first

@@ -147,6 +147,7 @@ def with_details(error: MlxopsError, **details: object) -> MlxopsError:
 
 STILL_ENDING = Busy("still_ending", "mine has not ended yet", why="it holds much", hint="later: `mlxctl reconcile`")
 CANCELLED = Interrupted("cancelled", "it was cancelled", why="on request", hint="`mlxctl status`")
+NO_RESTART = NotStarted("server_did_not_start", "old did not start", why="it broke", hint="`mlxctl status`")
 CANCEL_OUTCOMES: dict[str, tuple[Done | Failed, int, str]] = {
     "done": (Done({}), 0, "was done before it could be cancelled"),
     "cancelled": (Failed(CANCELLED), 0, "was cancelled; nothing half done is left"),
@@ -154,6 +155,16 @@ CANCEL_OUTCOMES: dict[str, tuple[Done | Failed, int, str]] = {
         Failed(with_details(CANCELLED, previous="old serves port 8100 again")),
         0,
         "was cancelled; old serves port 8100 again",
+    ),
+    "cancelled, the old server is not back": (
+        Failed(with_details(CANCELLED, previous="old did not come back", not_restarted=NO_RESTART.to_wire())),
+        4,
+        "it broke; old did not come back; with this, operation",
+    ),
+    "cancelled, the old server is not back and left": (
+        Failed(with_details(CANCELLED, not_restarted=NO_RESTART.to_wire(), left=STILL_ENDING.to_wire())),
+        75,
+        "it holds much; with this, operation",
     ),
     "another error": (Failed(STILL_ENDING), 75, "it holds much; with this, operation"),
     "cancelled, a server is left": (

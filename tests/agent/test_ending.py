@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,10 +24,11 @@ import pytest
 from mlxops.agent.context import Context
 from mlxops.agent.host.system import this_system
 from mlxops.agent.operations import operation
-from mlxops.agent.operations.unload import CANCEL_SECONDS, cancel_seconds
+from mlxops.agent.operations.unload import CANCEL_SECONDS, cancel_seconds, drain_of
 from mlxops.agent.paths import host_paths
 from mlxops.agent.serving import ending
 from mlxops.agent.serving.stranded import return_seconds
+from mlxops.agent.state.operation_log import create
 from mlxops.agent.state.store import Store
 from mlxops.core import wire
 from mlxops.core.errors import Busy, Interrupted, MlxopsError, NotStarted, Refused
@@ -355,6 +356,89 @@ def test_cancelled_load_leaves_what_has_not_ended_recorded(host: Host, kill: boo
         is_draining(host, host.run().pid)
 
 
+def interrupted(ctx: Context, phase: str, port: int, first: Callable[[], object] = lambda: None) -> Any:
+    """Run a command that is cancelled in a phase of a port, after `first`. Return the details of its error."""
+
+    def cancel(event: Event) -> None:
+        in_phase = isinstance(event, Phase) and event.name == phase
+        if in_phase and (str(port) in str(event) or (phase == "proof" and ctx.store.run(port))):
+            first()
+            ctx.cancellation.request()
+
+    ctx = replace(ctx, emit=cancel)
+    with pytest.raises(Interrupted) as caught, ctx.cancellation.open():
+        operation(ctx.request.name)(ctx, ctx.request)
+    return caught.value.details
+
+
+@pytest.mark.parametrize("command", ["restore", "unload-all", "reconcile"])
+def test_cancelled_change_of_several_ports_names_what_an_earlier_step_left(host: Host, command: str) -> None:
+    if command == "restore":
+        host.register(mine=[*STUBBORN, "--fake-act", "broken"], next=["--fake-act", "deaf"])
+        host.store.registry.update(lambda each: each.assign("mine", host.first).assign("next", host.second))
+    else:
+        serve(host)
+        host("load", model="next", port=str(host.second))
+    if command == "reconcile":
+        for port in (host.first, host.second):
+            run = host.store.run(port)
+            assert run is not None
+            host.store.save_run(replace(run, proven_at=None))  # loads that were killed
+    phase = "proof" if command == "restore" else "stop"
+    left = interrupted(host.context(command, {}), phase, host.second)["left"]
+    assert (left["code"], left["details"]["port"]) == ("still_ending", host.first)
+    assert left["details"]["pid"] == host.run().pid
+    is_draining(host, host.run().pid)
+
+
+def test_cancelled_restore_does_not_name_what_has_ended_since(host: Host) -> None:
+    host.register(mine=[*STUBBORN, "--fake-act", "broken"], next=["--fake-act", "deaf"])
+    host.store.registry.update(lambda each: each.assign("mine", host.first).assign("next", host.second))
+
+    def end() -> None:
+        os.kill(host.run().pid, signal.SIGKILL)
+        wait_until(lambda: not alive(host.run().pid), 10, "its end")
+
+    assert "left" not in interrupted(host.context("restore", {}), "proof", host.second, end)
+
+
+RESTARTS: dict[str, tuple[list[str], dict[str, str]]] = {
+    "it fails and is left": (
+        [*STUBBORN, "--fake-act", "broken"],
+        {"left": "still_ending", "not_restarted": "server_did_not_start"},
+    ),
+    "it fails": (["--fake-act", "broken"], {"not_restarted": "server_did_not_start"}),
+    "it serves": ([], {}),
+}
+"""How the old server behaves when it is started again -> the errors that the cancelled swap names, and their codes."""
+
+
+@pytest.mark.parametrize("restart", RESTARTS)
+def test_cancelled_swap_names_what_became_of_the_old_server(host: Host, restart: str) -> None:
+    words, named = RESTARTS[restart]
+    host.register(mine=[], next=["--fake-act", "deaf"])
+    host("load", model="mine", port=str(host.first))
+    host.store.save_run(replace(host.run(), argv=(*host.run().argv, *words)))
+    swap = host.context("load", {"model": "next", "port": str(host.first), "force": True})
+    details = interrupted(swap, "proof", host.first)
+    assert {key: details[key]["code"] for key in ("left", "not_restarted") if key in details} == named
+    if "left" in named:
+        assert details["left"]["details"]["pid"] == host.run().pid
+        is_draining(host, host.run().pid)
+    assert ("did not come back" in details["previous"]) is bool(named)
+    assert host.assigned == ({} if named else {"mine": host.first})
+
+
+def test_incomplete_restore_names_what_is_left(host: Host) -> None:
+    host.register(mine=[*STUBBORN, "--fake-act", "broken"], next=[])
+    host.store.registry.update(lambda each: each.assign("mine", host.first).assign("next", host.second))
+    with pytest.raises(NotStarted) as caught:
+        host("restore")
+    left: Any = caught.value.details["left"]
+    assert (left["code"], left["exit"], left["details"]["port"]) == ("still_ending", 75, host.first)
+    assert [row["model"] for row in caught.value.to_wire()["details"]["restored"]] == ["next"]  # type: ignore[index]
+
+
 def test_restore_waits_for_a_draining_port(host: Host) -> None:
     pid = serve(host)
     with pytest.raises(Busy):
@@ -459,9 +543,20 @@ def test_unload_waits_until_a_cancelled_swap_has_restarted_the_old_server(
     with weights.open("wb") as file:
         file.truncate(80 * 10**9)
     ctx = host.context("unload", {"port": str(host.first)})
-    time_alone = CANCEL_SECONDS + ending.longest_seconds(0) + return_seconds(0)
-    seconds = cancel_seconds(ctx, (host.first, host.second)[port], model) - time_alone
+    stop = 500 + ending.longest_seconds(0) + return_seconds(0)
+    stops = 2 if (port, model) == (1, "mine") else 1
+    seconds = cancel_seconds(ctx, (host.first, host.second)[port], model, 500) - CANCEL_SECONDS - stops * stop
     assert seconds == pytest.approx(780 if restarts else 0, abs=1)
+
+
+def test_unload_counts_the_drain_of_the_load_that_it_cancels(host: Host) -> None:
+    ops = host.paths.state / "ops"
+    for drain, seconds in ((None, 30.0), (600, 600.0), (0, 0.0)):
+        args: dict[str, object] = {"model": "mine", "port": "8100"} | ({} if drain is None else {"drain": drain})
+        journal, lock = create(ops, envelope("load", args, host.settings, ""))
+        assert lock is not None
+        os.close(lock)
+        assert drain_of(journal) == seconds
 
 
 class _WorkerKilled(BaseException):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mlxops.agent.context import Context
-from mlxops.agent.operations.stop import look_for_memory, report_registry_behind, stop
+from mlxops.agent.operations.stop import look_for_memory, name_left, report_registry_behind, stop
 from mlxops.agent.serving.ending import STILL_ENDING
 from mlxops.agent.state.recovery import settle_all
 from mlxops.agent.state.store import state_unwritable
 from mlxops.core import planner, wire
 from mlxops.core.commands.reconcile import ClearedRow, Reconcile, ReconcileResult, StoppedRow
-from mlxops.core.errors import Busy, MlxopsError
+from mlxops.core.errors import Busy, Interrupted, MlxopsError
 from mlxops.core.refusals import merge_refusals
 
 
@@ -21,18 +21,21 @@ def run(ctx: Context, request: Reconcile) -> ReconcileResult:
     ports = sorted({*(plan.clear or {}).values(), *plan.forget, *(view.port for view in plan.stops)})
     interrupted = settle_all(ctx.store, ctx.paths.settings.ports, by=ctx.operation, dry_run=ctx.request.dry_run)
     stopped, cleared, kept = list[StoppedRow](), list[ClearedRow](), list(plan.kept)
-    still_ending: list[MlxopsError] = []
-    for port in ports:
-        try:
-            with ctx.hold_port(port):
-                now_stopped, now_cleared = _reconcile_port(ctx, port)
-        except Busy as busy:
-            kept.append(f"{port}: {busy.message}")
-            if busy.code == STILL_ENDING:
-                still_ending.append(busy)
-            continue
-        stopped += now_stopped
-        cleared += now_cleared
+    errors: list[MlxopsError] = []
+    with name_left(ctx, errors):
+        for port in ports:
+            try:
+                with ctx.hold_port(port):
+                    now_stopped, now_cleared = _reconcile_port(ctx, port)
+            except Interrupted:
+                raise
+            except MlxopsError as error:
+                kept.append(f"{port}: {error.message}")
+                if not isinstance(error, Busy) or error.code == STILL_ENDING:
+                    errors.append(error)
+                continue
+            stopped += now_stopped
+            cleared += now_cleared
     if stopped and not ctx.request.dry_run:
         ctx.remember(command="reconcile", stopped=wire.encode(stopped))
     leftovers = ctx.store.leftovers() if ctx.request.dry_run else ctx.store.remove_leftovers()
@@ -45,10 +48,10 @@ def run(ctx: Context, request: Reconcile) -> ReconcileResult:
         changed=bool(stopped or cleared or interrupted or leftovers) and not request.dry_run,
         dry_run=request.dry_run,
     )
-    if still_ending:
-        error = merge_refusals(still_ending)
-        error.details |= wire.encode(result)
-        raise error
+    if errors:
+        merged = merge_refusals(errors)
+        merged.details |= wire.encode(result)
+        raise merged
     return result
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from mlxops.agent.context import RESTORE, Context, PortExcluded
 from mlxops.agent.operations.load import hold, load
+from mlxops.agent.operations.stop import add_left, name_left
 from mlxops.agent.paths import require_folder
 from mlxops.core import wire
 from mlxops.core.commands.load import Load
@@ -92,21 +93,24 @@ def _dry_run(ctx: Context, request: Restore, plan: _HostPlan) -> RestoreResult:
 def _start_all(ctx: Context, request: Restore, plan: _HostPlan) -> RestoreResult:
     restored: list[RestoreStep] = []
     failed: list[RestoreStep] = []
+    errors: list[MlxopsError] = []
     skipped = list(plan.steps.skipped)
-    for step in plan.steps.starts:
-        ctx.cancellation.check()
-        try:
-            if _start_step(ctx, request, step, first=step not in plan.attempts):
-                restored.append(step)
-        except (PortExcluded, _NotWanted):
-            skipped.append(replace(step, why=UNLOADED, in_hand=True))
-            _warn_skipped(ctx, skipped[-1])
-        except Interrupted:
-            raise
-        except MlxopsError as error:
-            failed.append(_failed_step(ctx, step, error))
+    with name_left(ctx, errors):
+        for step in plan.steps.starts:
+            ctx.cancellation.check()
+            try:
+                if _start_step(ctx, request, step, first=step not in plan.attempts):
+                    restored.append(step)
+            except (PortExcluded, _NotWanted):
+                skipped.append(replace(step, why=UNLOADED, in_hand=True))
+                _warn_skipped(ctx, skipped[-1])
+            except Interrupted:
+                raise
+            except MlxopsError as error:
+                failed.append(_failed_step(ctx, step, error))
+                errors.append(error)
     result = _restore_result(ctx, restored, failed, skipped)
-    _raise_incomplete(plan, failed, skipped, result, "did not start")
+    _raise_incomplete(plan, failed, skipped, result, "did not start", errors)
     return result
 
 
@@ -117,20 +121,28 @@ def _failed_step(ctx: Context, step: RestoreStep, error: MlxopsError) -> Restore
 
 
 def _raise_incomplete(
-    plan: _HostPlan, failed: Sequence[RestoreStep], skipped: Sequence[RestoreStep], result: RestoreResult, verb: str
+    plan: _HostPlan,
+    failed: Sequence[RestoreStep],
+    skipped: Sequence[RestoreStep],
+    result: RestoreResult,
+    verb: str,
+    errors: Sequence[MlxopsError] = (),
 ) -> None:
+    """Raise `NotStarted` (restore_incomplete) if models are down. `errors`: of the failed starts."""
     down = [*failed, *(step for step in skipped if step.stuck)]
     if not down:
         return
     names = ", ".join(f"{step.model} on {step.port}" for step in down)
     count = len(plan.steps.starts) + len(down) - len(failed)
-    raise NotStarted(
+    incomplete = NotStarted(
         "restore_incomplete",
         f"{len(down)} of {count} {verb}: {names}",
         why="; ".join(step.why for step in down)[:600],
         hint=f"what serves now: `mlxctl status`; then for each: `mlxctl load {down[0].model} {down[0].port}`",
         details=wire.encode(result),
     )
+    add_left(incomplete, errors)
+    raise incomplete
 
 
 def _warn_skipped(ctx: Context, step: RestoreStep) -> None:

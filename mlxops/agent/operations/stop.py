@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
 from mlxops.agent.context import Context
 from mlxops.agent.serving import processes
-from mlxops.agent.serving.ending import Terms, end, kill_limit
+from mlxops.agent.serving.ending import STILL_ENDING, Terms, end, kill_limit
 from mlxops.agent.serving.stranded import expect_return, look_again
-from mlxops.core.errors import MlxopsError, OutcomeUnknown, Refused
+from mlxops.core.errors import Interrupted, MlxopsError, OutcomeUnknown, Refused, error_from_wire
 from mlxops.core.ports import Owner, PortView, State
 from mlxops.core.protocol import Phase
 from mlxops.core.records import Run, Server, run_of
+from mlxops.core.refusals import merge_refusals
 
 PORT_SECONDS = 10.0
 """Time for the port of an ended server to become free."""
@@ -53,6 +54,43 @@ def _stop(ctx: Context, view: PortView, run: Run) -> float:
 def stop_terms(ctx: Context, drain: float | None = None) -> Terms:
     """Return what a stop by this operation may do. `drain`: see `Terms`."""
     return Terms(ctx.request.name, None if ctx.kill else kill_limit(ctx.paths.settings), drain)
+
+
+def add_left(error: MlxopsError, others: Iterable[MlxopsError]) -> None:
+    """Name in `details.left` of an error what is left of the steps that failed with `others`."""
+    left = [each for other in others for each in left_by(other)]
+    if left:
+        error.details["left"] = merge_refusals([*_left_in(error), *left]).to_wire()
+
+
+def left_by(error: MlxopsError) -> list[MlxopsError]:
+    """Return the errors about the servers that are left of a step which failed with `error`."""
+    own = [error_from_wire(error.to_wire())] if error.code == STILL_ENDING else []
+    return [*own, *_left_in(error)]
+
+
+def _left_in(error: MlxopsError) -> list[MlxopsError]:
+    left = error.details.get("left")
+    return [error_from_wire(left)] if isinstance(left, dict) else []
+
+
+@contextmanager
+def name_left(ctx: Context, failed: Sequence[MlxopsError]) -> Iterator[None]:
+    """Carry out several steps in the block, which adds the error of each step to `failed`.
+
+    If it is interrupted, name in its error the servers that have still not ended.
+    """
+    try:
+        yield
+    except Interrupted as error:
+        add_left(error, [each for step in failed for each in left_by(step) if _is_left(ctx, each)])
+        raise
+
+
+def _is_left(ctx: Context, error: MlxopsError) -> bool:
+    pid = error.details.get("pid")
+    process = ctx.system.process(pid) if isinstance(pid, int) else None
+    return not isinstance(pid, int) or (process is not None and not process.zombie)
 
 
 @contextmanager

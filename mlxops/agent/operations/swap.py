@@ -16,7 +16,7 @@ from mlxops.agent.hub.snapshot import completeness
 from mlxops.agent.operations.model_files import cached
 from mlxops.agent.operations.prefetch import prefetch_weights
 from mlxops.agent.operations.preflight import Prepared, commit, prepare
-from mlxops.agent.operations.stop import stop, stop_terms
+from mlxops.agent.operations.stop import add_left, stop, stop_terms
 from mlxops.agent.serving import processes
 from mlxops.agent.serving.ending import STILL_ENDING
 from mlxops.agent.serving.launch import Launch, deadline_for
@@ -29,6 +29,7 @@ from mlxops.core.planner import LoadPlan, ModelRef
 from mlxops.core.ports import Owner, PortView
 from mlxops.core.protocol import Phase
 from mlxops.core.records import run_of
+from mlxops.core.refusals import merge_refusals
 from mlxops.core.registry import Model, Registry
 
 
@@ -89,8 +90,8 @@ def start_in_place(ctx: Context, request: Load, registry: Registry, plan: LoadPl
                 waiting = [
                     f"{view.model} is not started again there" for view, _ in serving if left and view.port in taken
                 ]
-                _add_outcomes(error, [left, *waiting])
-                _recover(ctx, [each for each in serving if each[0].port not in taken], error)
+                _add_outcomes(error, [left])
+                _recover(ctx, [each for each in serving if each[0].port not in taken], waiting, error)
             raise
         start.detach()
         ctx.remember(
@@ -281,13 +282,23 @@ def _plan_as_load(ctx: Context, view: PortView, entry: Model) -> RestartPlan | N
     return RestartPlan(entry.name, start, target.repo_id, files.revision, files.size_bytes)
 
 
-def _recover(ctx: Context, serving: list[tuple[PortView, RestartPlan | None]], error: BaseException) -> None:
-    """Start the old servers again after a failed swap or move. Add the outcome to `error`."""
+def _recover(
+    ctx: Context, serving: list[tuple[PortView, RestartPlan | None]], waiting: Iterable[str], error: BaseException
+) -> None:
+    """Start the old servers again after a failed swap or move. Add the outcome to `error`.
+
+    `waiting`: what became of those that cannot be started.
+    """
     log = Path(str(error.details.get("log_path"))) if isinstance(error, MlxopsError) else None
     inode = _inode(log)
-    outcomes = [outcome for view, restart in serving if (outcome := _restart(ctx, view, restart))]
+    results = [result for view, restart in serving if (result := _restart(ctx, view, restart))]
+    outcomes = [*waiting, *(outcome for outcome, _ in results)]
     for outcome in outcomes:
         ctx.note(outcome, "warning")
+    failures = [failure for _, failure in results if failure]
+    if failures and isinstance(error, MlxopsError):
+        add_left(error, failures)
+        error.details["not_restarted"] = merge_refusals(failures).to_wire()
     if outcomes and isinstance(error, MlxopsError):
         if log and inode is not None and _inode(log) != inode == _inode(previous_log(log)):
             # The old server writes to this path again. The new server's log was rotated.
@@ -304,28 +315,39 @@ def _inode(path: Path | None) -> int | None:
         return None
 
 
-def _restart(ctx: Context, view: PortView, restart: RestartPlan | None) -> str:
-    """Start a stopped server again. Return the outcome for the message; empty if the server was not stopped."""
+def _restart(ctx: Context, view: PortView, restart: RestartPlan | None) -> tuple[str, MlxopsError | None] | None:
+    """Start a stopped server again. Return the outcome for the message, and the error if it does not serve.
+
+    Return None if the server was not stopped.
+    """
     run = view.run if view.owner is Owner.MLXOPS else None
     if run is None and view.server is not None:
         run = run_of(view.server, view.port, ctx.system.boot_id())
     if run is not None and processes.members(ctx.system, ctx.system.look(()), run):
-        return ""
+        return None
     if restart is None:
         _clear_port(ctx, view.port)
-        return f"the old server of {view.model} could not be started again"
+        outcome = f"the old server of {view.model} could not be started again"
+        return outcome, _not_restarted(view, outcome, "too little is known about it, or its files are gone")
     ctx.emit(Phase("restart", f"{restart.name} comes back to port {view.port}"))
     try:
         restart.start.launch(ctx.environ, restart.repo_id, restart.revision, ctx.operation)
         ctx.store.save_run(restart.start.wait(deadline_for(restart.size_bytes), ctx.emit))
     except (MlxopsError, OSError) as error:
-        left = _abort(ctx, restart.start, error)
-        _clear_port(ctx, view.port)
         outcome = f"{restart.name} did not come back to port {view.port} either: {error}"
-        return f"{outcome}; {left}" if left else outcome
+        failure = error if isinstance(error, MlxopsError) else _not_restarted(view, outcome, str(error))
+        left = _abort(ctx, restart.start, failure)
+        _clear_port(ctx, view.port)
+        return f"{outcome}; {left}" if left else outcome, failure
     restart.start.detach()
     again = f"{restart.name} serves port {view.port} again{_without_limits(restart.start)}"
-    return f"{again}{_assign_again(ctx, restart.name, view.port)}"
+    return f"{again}{_assign_again(ctx, restart.name, view.port)}", None
+
+
+def _not_restarted(view: PortView, outcome: str, why: str) -> NotStarted:
+    return NotStarted(
+        "not_restarted", outcome, why=why, hint="what serves now: `mlxctl status`", details={"port": view.port}
+    )
 
 
 def _without_limits(start: Launch) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from mlxops.agent.context import RESTORE, Context, busy
+from mlxops.agent.context import DRAIN_SECONDS, RESTORE, Context, busy
 from mlxops.agent.operations.stop import look_for_memory, report_registry_behind, shown_stop, stop, stop_portless
 from mlxops.agent.serving.ending import longest_seconds
 from mlxops.agent.serving.stranded import return_seconds
 from mlxops.agent.state.operation_log import OperationLog, find_operation
 from mlxops.core import names, planner
+from mlxops.core.command import Draining
 from mlxops.core.commands.load import PlanRow, PortResult
 from mlxops.core.commands.unload import Unload
 from mlxops.core.errors import UsageError
@@ -116,7 +117,7 @@ def make_way(ctx: Context, port: int, model: str | None) -> Operation | None:
     else:
         ctx.note(f"cancelling {holder}")
         journal.cancel()
-    deadline = time.monotonic() + cancel_seconds(ctx, port, holder.model)
+    deadline = time.monotonic() + cancel_seconds(ctx, port, holder.model, drain_of(journal))
     while ctx.store.holder(f"port-{port}") == holder:
         if time.monotonic() > deadline:
             raise busy(f"port-{port}", holder)
@@ -124,20 +125,34 @@ def make_way(ctx: Context, port: int, model: str | None) -> Operation | None:
     return None if restoring else holder
 
 
-def cancel_seconds(ctx: Context, port: int, model: str | None) -> float:
+def drain_of(journal: OperationLog) -> float:
+    """Return the seconds that an operation gives to open requests before it cuts them off."""
+    try:
+        request = journal.request().request
+    except (OSError, ValueError):
+        return DRAIN_SECONDS
+    drain = request.drain if isinstance(request, Draining) else None
+    return DRAIN_SECONDS if drain is None else drain
+
+
+def cancel_seconds(ctx: Context, port: int, model: str | None, drain: float = DRAIN_SECONDS) -> float:
     """Return how long a cancelled load of a model on a port may take to end. Its server may still grow to its estimate.
 
-    A swap or a move starts the old server again.
+    A swap or a move stops the old servers, which cannot be interrupted, and starts them again. Each has `drain` seconds
+    for its open requests.
     """
     from mlxops.agent.operations.model_files import registered
     from mlxops.agent.serving.launch import deadline_for
 
     load = ctx.reserved().get(port)
-    held = max(ctx.observe_port(port).memory_bytes or 0, (load.reserves if load else None) or 0)
-    assigned = [each for each in ctx.registry().models.values() if each.port is not None]
-    files = [registered(each) for each in assigned if each.port == port or each.name == model]
-    restart = max((deadline_for(each.size_bytes if each else 0) for each in files), default=0.0)
-    return CANCEL_SECONDS + longest_seconds(held) + return_seconds(held) + restart
+    models = ctx.registry().models.values()
+    old = [each for each in models if each.port is not None and (each.port == port or each.name == model)]
+    ports = {port, *(each.port for each in old if each.port in ctx.paths.settings.ports)}
+    held = {at: ctx.observe_port(at).memory_bytes or 0 for at in ports if at is not None}
+    held[port] = max(held[port], (load.reserves if load else None) or 0)
+    stops = sum(drain + longest_seconds(size) + return_seconds(size) for size in held.values())
+    files = [registered(each) for each in old]
+    return CANCEL_SECONDS + stops + sum(deadline_for(each.size_bytes if each else 0) for each in files)
 
 
 def _is_restore(journal: OperationLog) -> bool:
