@@ -20,9 +20,10 @@ from mlxops.cli import options, runner
 from mlxops.cli.options import Arguments, Common
 from mlxops.cli.runner import Cli
 from mlxops.control import client, output
+from mlxops.control.hints import aimed
 from mlxops.core import commands
 from mlxops.core.command import AnyRequest, Group, Request, request_type
-from mlxops.core.errors import Bug, Refused, UsageError
+from mlxops.core.errors import Bug, Refused, StillRunning, UsageError
 from mlxops.core.hints import mark
 from mlxops.core.protocol import Event, LogLine, Note
 from mlxops.core.replies import HostReply
@@ -183,6 +184,9 @@ def list_(cli: Cli, request: List) -> None:
 
 
 def ops(cli: Cli, request: Ops) -> None:
+    if request.timeout is not None and request.follow is None:
+        why = "nothing else of this command takes long"
+        raise UsageError("follow_missing", "--timeout needs --follow", why=why, hint="add --follow ID")
     if request.follow is None and request.cancel is None:
         return read(cli, request)
     cli.one_line = request.follow is not None
@@ -201,8 +205,22 @@ def ops(cli: Cli, request: Ops) -> None:
     else:
         from mlxops.core.commands.follow import Follow
 
-        follow = Follow(operation=str(request.follow))
-        cli.show(cli.each([target], lambda target: cli.change(target, follow)), nested=True)
+        follow = Follow(operation=str(request.follow), timeout=request.timeout)
+        cli.show([*map(_refuse_running, cli.each([target], lambda target: cli.change(target, follow)))], nested=True)
+
+
+def _refuse_running(reply: HostReply[Any]) -> HostReply[Any]:
+    """Return the reply, with an error if it is the row of an operation that goes on."""
+    if reply.command != "ops" or reply.result is None:
+        return reply
+    (row,) = reply.result.operations
+    error = StillRunning(
+        "still_running",
+        f"operation {row.operation} still runs",
+        why=f"it is at {row.detail}" if row.detail else "it did not end within --timeout",
+        hint=aimed(f"wait on: `mlxctl ops --follow {row.operation}`", reply.flags),
+    )
+    return replace(reply, error=error)
 
 
 def logs(cli: Cli, request: Logs) -> None:

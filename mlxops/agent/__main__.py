@@ -291,7 +291,8 @@ def _follow_or_cancel(envelope: Envelope, store: Store) -> int:
         final = _cancel_outcome(journal.id, final)
         _emit(final)
         return _exit_status(final)
-    final = _follow_or_attach(store, journal, envelope.heard)
+    until = None if request.timeout is None else time.monotonic() + request.timeout
+    final = _follow_or_attach(store, journal, envelope.heard, until)
     _emit(final)
     return _exit_status(final)
 
@@ -321,23 +322,26 @@ def _exit_status(final: Done | Failed) -> int:
     return int(final.error.exit) if isinstance(final, Failed) else 0
 
 
-def _follow_or_attach(store: Store, journal: OperationLog, skip: int) -> Done | Failed:
+def _follow_or_attach(store: Store, journal: OperationLog, skip: int, until: float | None = None) -> Done | Failed:
     """Follow an operation. If it ends because the same request runs already, follow that operation instead."""
     from mlxops.agent.state.operation_log import find_operation
 
-    final = _relay_events(journal, skip)
+    final = _relay_events(journal, skip, until=until)
     if isinstance(final, Failed) and isinstance(final.error, Busy):
         other = find_operation(store.state / "ops", str(final.error.details.get("attach", "")))
         if other is not None:
             _emit(Note(f"this is running already ({other.id}); following it"))
-            return _relay_events(other, 0)
+            return _relay_events(other, 0, until=until)
     return final
 
 
-def _relay_events(journal: OperationLog, skip: int, on_idle: Callable[[], None] = lambda: None) -> Done | Failed:
+def _relay_events(
+    journal: OperationLog, skip: int, on_idle: Callable[[], None] = lambda: None, until: float | None = None
+) -> Done | Failed:
     """Emit the events of an operation's record after the first `skip`. Return the last event without emitting it.
 
-    `on_idle` is called while there are no events.
+    `on_idle` is called while there are no events. After the monotonic time `until`, return the operation's row of
+    `ops` instead.
     """
     _emit(Started(journal.id))
     beat = _Beat()
@@ -349,6 +353,10 @@ def _relay_events(journal: OperationLog, skip: int, on_idle: Callable[[], None] 
         else:
             beat()
             on_idle()
+            if until is not None and time.monotonic() >= until:
+                from mlxops.agent.operations.ops import row_of
+
+                return row_of(journal)
     raise AssertionError("`follow` returned without a last event")
 
 

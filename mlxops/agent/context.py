@@ -285,7 +285,7 @@ class Context:
         request = self.request
         if not isinstance(request, Load) or not isinstance(theirs, Load):
             return theirs == request
-        if not set(request.require) <= set(theirs.require):
+        if not set(request.require) <= set(theirs.require) or request.expect not in (None, theirs.expect):
             return False
         any_port = port is None or request.port == names.AUTO
         return other.model == request.model and (any_port or other.port == port) and self._is_same_repo(other)

@@ -18,12 +18,13 @@ R = TypeVar("R", bound=AnyRequest)
 
 @dataclass(frozen=True)
 class Common:
-    """The flags that every command has."""
+    """The flags that are not part of a request. `_has` says which command has which."""
 
     host: str | None = None
     local: bool = False
     json: bool = False
     debug: bool = False
+    detach: bool = False
 
 
 HOST = {
@@ -32,12 +33,20 @@ HOST = {
     Hosts.ALL: "host or hosts in hosts.yaml, separated by commas; left out: all",
     Hosts.NONE: "",
 }
-_HOST_FLAGS = frozenset({"host", "local"})
-"""A command that asks no host does not have them."""
+
+
+def _has(kind: type[AnyRequest], flag: str) -> bool:
+    """Return whether a command has a common flag."""
+    if flag in {"host", "local"}:
+        return kind.hosts is not Hosts.NONE
+    return flag != "detach" or kind.changes
+
+
 COMMON = {
     "local": "this machine itself, without SSH",
     "json": "print one JSON document",
     "debug": "print the traceback of a bug",
+    "detach": "print the id of the operation and leave it running; see `ops --follow`",
 }
 Arguments = Mapping[str, Any]
 """What Invoke hands to a task: texts, flags and lists by field name."""
@@ -46,7 +55,7 @@ Arguments = Mapping[str, Any]
 def task_of(kind: type[AnyRequest], carry_out: Callable[[type[AnyRequest], Common, Arguments], None]) -> Task[Any]:
     """Return the Invoke task of a command. All its arguments are flags: positionals would swallow `--help`."""
     options = options_of(kind)
-    shared = [each for each in fields(Common) if kind.hosts is not Hosts.NONE or each.name not in _HOST_FLAGS]
+    shared = [each for each in fields(Common) if _has(kind, each.name)]
     help_texts = {"host": HOST[kind.hosts]} | COMMON
 
     def body(context: object, **arguments: Any) -> None:

@@ -17,7 +17,7 @@ from mlxops.control.hints import aimed, aimed_error
 from mlxops.core import names, wire
 from mlxops.core.command import AnyRequest, Hosts, Request, command_module
 from mlxops.core.errors import Exit, Interrupted, MlxopsError, OutputFailed, UsageError, bug
-from mlxops.core.protocol import Event, Started
+from mlxops.core.protocol import Event, Note, Started
 from mlxops.core.replies import HostReply, Show
 
 R = TypeVar("R")
@@ -60,6 +60,9 @@ class Cli:
 
         After Ctrl-C the reply says what became of the operation. Before the operation has begun, Ctrl-C is raised.
         """
+        if self.common.detach and not request.acts:
+            why = "nothing is changed, so there is no operation to leave running"
+            raise UsageError("nothing_to_detach", "--detach needs a change", why=why, hint="leave --detach out")
         operation = ""
 
         def hear(host: str, event: Event) -> None:
@@ -69,7 +72,9 @@ class Cli:
             self.console.hear(host, event)
 
         try:
-            return client.ask(target, request, hear)
+            if not self.common.detach:
+                return client.ask(target, request, hear)
+            return self._told(client.start(target, request, hear))
         except KeyboardInterrupt:
             if not operation:
                 raise
@@ -79,6 +84,13 @@ class Cli:
         if may_end and _wants_cancel(operation):
             return HostReply(target.name, error=self._cancel(target, operation))
         return HostReply(target.name, error=_left_running(target, operation))
+
+    def _told(self, reply: HostReply[R]) -> HostReply[R]:
+        """Say how to follow an operation that was started."""
+        if reply.operation:
+            told = aimed(f"it was started; wait for it: `mlxctl ops --follow {reply.operation}`", reply.flags)
+            self.console.hear(reply.host, Note(told))
+        return reply
 
     def change_each(self, targets: Sequence[HostTarget], request: Request[R]) -> tuple[HostReply[R], ...]:
         """Ask for the same change on one host after the other."""
@@ -143,7 +155,7 @@ class Cli:
             document = output.document_line if self.one_line else output.document
             output.say(document(self.name, replies, rows))
             return
-        text = (show or self._show)(replies)
+        text = started(replies) if self.common.detach else (show or self._show)(replies)
         if text:
             output.say(text)
 
@@ -222,7 +234,14 @@ def run(cli: Cli, body: Callable[[], None]) -> None:
 
 def _json_row(reply: HostReply[object], *, nested: bool) -> dict[str, Any]:
     result = wire.encode(reply.result)
-    return {"result": result} if nested else (result or {})
+    row = {"result": result} if nested else (result or {})
+    return row | ({"operation": reply.operation} if reply.operation else {})
+
+
+def started(replies: Sequence[HostReply[object]]) -> str:
+    """Return the ids of operations that were started, each behind its host's name if there are several hosts."""
+    many = len(replies) > 1
+    return "\n".join(f"{each.host}: {each.operation}" if many else each.operation for each in replies if each.operation)
 
 
 def check(target: HostTarget, request: AnyRequest) -> None:

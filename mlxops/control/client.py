@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import ipaddress
+import math
 import os
 import re
 import shlex
@@ -22,7 +23,19 @@ from mlxops.core import wire
 from mlxops.core.command import AnyRequest, Request, request_type
 from mlxops.core.errors import AgentProblem, MlxopsError, OutcomeUnknown, Unreachable
 from mlxops.core.frozen import dataclass
-from mlxops.core.protocol import Done, Envelope, Event, Failed, Hello, LogLine, Note, Reached, Requester, Started
+from mlxops.core.protocol import (
+    Done,
+    Envelope,
+    Event,
+    Failed,
+    Hello,
+    LogLine,
+    Note,
+    Reached,
+    Requester,
+    Started,
+    short_name,
+)
 from mlxops.core.replies import HostReply as HostReply
 from mlxops.core.settings import Settings
 
@@ -76,13 +89,24 @@ def this_asker() -> Requester:
         user = getpass.getuser()
     except (OSError, KeyError):
         user = "?"
-    return Requester(user, socket.gethostname())
+    return Requester(user, socket.gethostname(), short_name(os.environ.get("MLXOPS_BY", "")))
 
 
 def ask(target: HostTarget, request: Request[R], listen: Listen) -> HostReply[R]:
     """Send one request to one host. An error of the host or the network is part of the reply."""
+    return _reply(target, request, _Conversation(target, request, listen))
+
+
+def start(target: HostTarget, request: Request[R], listen: Listen) -> HostReply[R]:
+    """Ask one host for a change, and return once the host has named the operation."""
+    return _reply(target, request, _Conversation(target, request, listen, detach=True))
+
+
+def _reply(target: HostTarget, request: Request[R], conversation: _Conversation) -> HostReply[R]:
     try:
-        done = _Conversation(target, request, listen).result()
+        done = conversation.result()
+        if isinstance(done, Started):
+            return HostReply(target.name, flags=target.flags, operation=done.operation)
         followed = done.command not in ("", request.name)
         kind = request_type(done.command).result if followed else request.result
         result = cast("R", decoded(target, kind, done.result))
@@ -252,13 +276,25 @@ def lost(target: HostTarget, why: object) -> Unreachable:
     return Unreachable("connection_lost", message, why=str(why), hint="try again")
 
 
+def _deadline_of(request: AnyRequest) -> float | None:
+    """Return when (monotonic) to stop following an operation; None: at its end."""
+    if request.name != "follow":
+        return None
+    from mlxops.core.commands.follow import Follow
+
+    assert isinstance(request, Follow)
+    return None if request.timeout is None else time.monotonic() + request.timeout
+
+
 class _Conversation:
     """One request and its reply, over as many connections as necessary."""
 
-    def __init__(self, target: HostTarget, request: AnyRequest, listen: Listen) -> None:
+    def __init__(self, target: HostTarget, request: AnyRequest, listen: Listen, *, detach: bool = False) -> None:
         self._target = target
         self._listen = listen
+        self._detach = detach
         self._envelope = envelope_for(target, request)
+        self._deadline = _deadline_of(request)
         self._hello = False
         self._operation = ""
         """The record that is followed. `_heard` counts its received events."""
@@ -277,8 +313,8 @@ class _Conversation:
     def _resumable(self) -> bool:
         return self._lasting or bool(self._mark)
 
-    def result(self) -> Done:
-        """Return the result.
+    def result(self) -> Done | Started:
+        """Return the result; after `detach` the operation that was started.
 
         Raises the host's `MlxopsError`, `Unreachable`, or `OutcomeUnknown` if the host of a running operation sends
         nothing for `RECONNECT_SECONDS`.
@@ -290,7 +326,7 @@ class _Conversation:
                 raise lost(self._target, why) from None
             return self._attached_again(str(why))
 
-    def _attached_again(self, why: str) -> Done:
+    def _attached_again(self, why: str) -> Done | Started:
         self._say_lost(why)
         pause, news, since = FIRST_PAUSE, self._news, time.monotonic()
         while True:
@@ -309,7 +345,7 @@ class _Conversation:
                 # The connection worked, and broke again. The time limit begins again.
                 self._say_lost(why)
                 pause, news, since = FIRST_PAUSE, self._news, time.monotonic()
-            elif time.monotonic() - since > RECONNECT_SECONDS:
+            elif time.monotonic() > min(since + RECONNECT_SECONDS, self._deadline or math.inf):
                 raise self._given_up(why)
 
     def _say_lost(self, why: str) -> None:
@@ -330,7 +366,7 @@ class _Conversation:
             details={"operation": self._operation} if self._operation else None,
         )
 
-    def _over_one_connection(self) -> Done:
+    def _over_one_connection(self) -> Done | Started:
         transport = connect(self._target)
         try:
             envelope = replace(self._next_envelope(), settings=with_address(self._target))
@@ -353,9 +389,10 @@ class _Conversation:
             return self._envelope
         from mlxops.core.commands.follow import Follow
 
-        return replace(self._envelope, request=Follow(operation=self._operation), heard=self._heard)
+        left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        return replace(self._envelope, request=Follow(operation=self._operation, timeout=left), heard=self._heard)
 
-    def _hear(self, session: Session) -> Done:
+    def _hear(self, session: Session) -> Done | Started:
         self._hello = False
         for event in read_events(self._target, session, ReadLimits(SILENCE_SECONDS, NOISE_BYTES)):
             if self._hello and not isinstance(event, Hello | Started):
@@ -373,6 +410,8 @@ class _Conversation:
                     if operation != self._operation:
                         self._operation, self._heard = operation, 0
                     self._listen(self._target.name, started)
+                    if self._detach:
+                        return started
                 case Reached(mark):
                     self._mark = mark
                 case _:

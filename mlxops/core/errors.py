@@ -24,6 +24,7 @@ class Exit(DescribedNumber):
     AGENT = 6, "The agent is missing on the host, has another version, or could not be started."
     OUTCOME_UNKNOWN = 7, "The outcome is unknown: the connection was lost, or the worker does not respond."
     DOWNLOAD = 8, "The download failed."
+    STILL_RUNNING = 9, "The time of --timeout is up, and the operation goes on."
     OUTPUT = 74, "The result could not be written to standard output."
     BUSY = 75, "The host is busy or changed during the command, or a server has not ended yet."
     INTERRUPTED = 130, "The command was interrupted, for example with Ctrl-C."
@@ -107,6 +108,10 @@ class DownloadFailed(MlxopsError):
     exit = Exit.DOWNLOAD
 
 
+class StillRunning(MlxopsError):
+    exit = Exit.STILL_RUNNING
+
+
 class Busy(MlxopsError):
     exit = Exit.BUSY
 
@@ -149,6 +154,7 @@ _BY_EXIT: dict[int, type[MlxopsError]] = {
         AgentProblem,
         OutcomeUnknown,
         DownloadFailed,
+        StillRunning,
         Busy,
         Interrupted,
         Bug,

@@ -166,15 +166,20 @@ def plan_load(
     *,
     wanted: Wanted | None,
     force: bool,
+    expect: str | None = None,
 ) -> LoadPlan:
     """Return the plan to load `target` on `port`. `wanted` is None if the files are not in the cache yet.
 
-    Raises `Refused`: alias_elsewhere, boot_port, foreign_port, unknown_port, port_in_use, model_elsewhere.
+    `expect`: the model that the port must hold, unless there is nothing to do.
+    Raises `Refused`: alias_elsewhere, boot_port, foreign_port, unknown_port, unexpected_model, port_in_use,
+    model_elsewhere.
     """
     view = world.ports[port]
     alias = settings.alias(port, target.name)
     refuse_alias_elsewhere(settings, target.name, port)
     plan = _plan_for_port(view, target, port, alias, wanted, force)
+    if expect is not None and plan.outcome is not Outcome.ALREADY:
+        _refuse_unexpected(expect, registry, view, target)
     stops = [*plan.stops]
     if plan.outcome is not Outcome.ALREADY:
         for old in _elsewhere(world, target, port):
@@ -208,6 +213,14 @@ def refuse_alias_elsewhere(settings: Settings, name: str, port: int) -> None:
     own = settings.slot_of(name)
     if own is not None and own != port:
         raise refusals.alias_elsewhere(name, own, port)
+
+
+def _refuse_unexpected(expect: str, registry: Registry, view: PortView, target: ModelRef) -> None:
+    """Raises `Refused` (unexpected_model) unless the port serves the model, or is assigned to it and serves none."""
+    names = [view.model] if view.model else [model.name for model in registry.on_port(view.port)]
+    entry = registry.named(expect)
+    if not {expect, entry.name if entry else expect}.intersection(names):
+        raise refusals.unexpected_model(expect, names, view, target.name)
 
 
 def _refuse_second_server(old: PortView, target: ModelRef, outcome: Outcome, force: bool) -> None:

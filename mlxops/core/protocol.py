@@ -21,6 +21,7 @@ from mlxops.core.errors import MlxopsError, error_from_wire
 from mlxops.core.frozen import dataclass
 from mlxops.core.hints import Commands, commands_from_wire, split
 from mlxops.core.settings import Settings, settings_from_wire
+from mlxops.core.tables import one_line
 from mlxops.core.text import amount, duration
 
 PROTOCOL = 1
@@ -42,9 +43,30 @@ class Requester:
 
     user: str = "?"
     host: str = "?"
+    by: str = ""
+    """Who or what asked, as `MLXOPS_BY` said there: the name of an agent or a job."""
 
     def __str__(self) -> str:
-        return f"{self.user}@{self.host}"
+        return f"{self.user}@{self.host}" + (f" ({self.by})" if self.by else "")
+
+    def to_wire(self) -> dict[str, str]:
+        return {"user": self.user, "host": self.host} | ({"by": self.by} if self.by else {})
+
+    @staticmethod
+    def from_wire(value: object) -> Requester:
+        parts = value if isinstance(value, dict) else {}
+        by = parts.get("by")
+        name = short_name(by) if isinstance(by, str) else ""
+        return Requester(str(parts.get("user", "?")), str(parts.get("host", "?")), name)
+
+
+MAX_NAME = 64
+"""Characters of `MLXOPS_BY` that are recorded."""
+
+
+def short_name(text: str) -> str:
+    """Return a name that comes from outside on one line, bounded, with its control characters escaped."""
+    return one_line(text[:MAX_NAME])[:MAX_NAME]
 
 
 @dataclass(frozen=True)
@@ -70,7 +92,7 @@ class Envelope:
                 "args": wire.encode(self.request),
                 "settings": self.settings.to_wire(),
                 "build": self.build,
-                "asker": {"user": self.asker.user, "host": self.asker.host},
+                "asker": self.asker.to_wire(),
                 "agreed": self.agreed,
                 "ticket": self.ticket,
                 "heard": self.heard,
@@ -87,15 +109,14 @@ def decode_envelope(data: bytes) -> Envelope:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(body, dict) or body.get("mlxops") != PROTOCOL:
         raise ValueError(f"not a request of protocol {PROTOCOL}")
-    command, args, settings, asker = (body.get(key) for key in ("command", "args", "settings", "asker"))
+    command, args, settings = (body.get(key) for key in ("command", "args", "settings"))
     if not isinstance(command, str) or not isinstance(args, dict) or not isinstance(settings, dict):
         raise ValueError("a request has a command, args and settings")
-    asker = asker if isinstance(asker, dict) else {}
     return Envelope(
         request=decode_request(command, args),
         settings=settings_from_wire(settings),
         build=str(body.get("build", "")),
-        asker=Requester(str(asker.get("user", "?")), str(asker.get("host", "?"))),
+        asker=Requester.from_wire(body.get("asker")),
         agreed=body.get("agreed") is True,
         ticket=_ticket(body.get("ticket")),
         heard=_count(body.get("heard")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from shlex import quote
 
 from mlxops.core.errors import MlxopsError, Refused, UsageError
 from mlxops.core.names import AUTO, shown
@@ -150,6 +151,19 @@ def port_in_use(view: PortView) -> Refused:
         f"port {view.port} serves {view.model or 'another model'}",
         why=f"it is {view.state}, owner {view.owner}, pid {view.pid}",
         hint=f"swap it: add --force; or first: {_unload_command(view)}",
+    )
+
+
+def unexpected_model(expect: str, held: Sequence[str], view: PortView, wanted: str) -> Refused:
+    """`held`: the models that the port has instead."""
+    names = " and ".join(map(shown, held)) or "no model"
+    again = f" --force --expect {quote(held[0])}" if held else ""
+    return Refused(
+        "unexpected_model",
+        f"port {view.port} holds {names}, not {shown(expect)}",
+        why="somebody changed it since, or --expect names another model than was there",
+        hint=f"look again: `mlxctl status`; then: `mlxctl load {wanted} {view.port}{again}`",
+        details={"port": view.port, "expected": expect, "held": list(held)},
     )
 
 

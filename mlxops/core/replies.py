@@ -15,7 +15,10 @@ R = TypeVar("R", covariant=True)
 
 @dataclass(frozen=True)
 class HostReply(Generic[R]):
-    """The outcome of a request to one host: a result, an error, or both if the result is a reason for the error."""
+    """The outcome of a request to one host: a result, an error, or both if the result is a reason for the error.
+
+    With `--detach` it is the operation that was started, and neither of them.
+    """
 
     host: str
     result: R | None = None
@@ -24,6 +27,8 @@ class HostReply(Generic[R]):
     """The command that the result is of: with `follow` that of the operation; empty if an older agent did not say."""
     flags: str = ""
     """What a suggested command needs to go to this host, such as " --host studio2"."""
+    operation: str = ""
+    """The id of an operation that was only started."""
 
     @property
     def reachable(self) -> bool:

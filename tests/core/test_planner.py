@@ -95,12 +95,20 @@ class Load:
     previous: int | None = None
     cleared: tuple[str, ...] = ()
     says: str = ""
+    expect: str | None = None
 
     def plan(self) -> LoadPlan:
         target = resolve(self.known, self.model, self.repo, self.revision)
         how = wanted(self.model, self.port) if isinstance(self.wanted, str) else self.wanted
         return plan_load(
-            SETTINGS, self.known, world(self.known, *self.seen), target, self.port, wanted=how, force=self.force
+            SETTINGS,
+            self.known,
+            world(self.known, *self.seen),
+            target,
+            self.port,
+            wanted=how,
+            force=self.force,
+            expect=self.expect,
         )
 
 
@@ -205,6 +213,37 @@ LOADS: dict[str, Load] = {
     "another model of ours, forced": Load(
         START, (serving("b"),), registry(a=None, b=8103), force=True, stops=(8103,), previous=8103, cleared=("b",)
     ),
+    "the expected model is swapped": Load(
+        START,
+        (serving("b"),),
+        registry(a=None, b=8103),
+        force=True,
+        expect="b",
+        stops=(8103,),
+        previous=8103,
+        cleared=("b",),
+    ),
+    "the expected model, by its repository": Load(
+        START,
+        (serving("b"),),
+        registry(a=None, b=8103),
+        force=True,
+        expect="org/b",
+        stops=(8103,),
+        previous=8103,
+        cleared=("b",),
+    ),
+    "another model than expected": Load(
+        "unexpected_model", (serving("b"),), registry(a=None, b=8103), force=True, expect="c", says="holds 'b', not 'c'"
+    ),
+    "nothing where a model is expected": Load("unexpected_model", force=True, expect="b", says="no model, not 'b'"),
+    "the expected model is only assigned": Load(
+        START, known=registry(a=None, b=8103), force=True, expect="b", cleared=("b",)
+    ),
+    "a port in use, with the expected model but not forced": Load(
+        "port_in_use", (serving("b"),), registry(a=None, b=8103), expect="b"
+    ),
+    "nothing to do, whatever is expected": Load(ALREADY, (serving(),), registry(a=8103), force=True, expect="b"),
     "another model by hand": Load("port_in_use", (by_hand("b"),), says="owner hand"),
     "another model by hand, forced": Load(START, (by_hand("b"),), force=True, stops=(8103,), previous=8103),
     "another model that is silent": Load(
@@ -299,6 +338,7 @@ def test_load_has_the_expected_outcome(situation: str) -> None:
 
 def test_load_table_has_every_outcome_and_refusal() -> None:
     refusals = {"alias_elsewhere", "boot_port", "foreign_port", "unknown_port", "port_in_use", "model_elsewhere"}
+    refusals |= {"unexpected_model"}
     assert {case.outcome for case in LOADS.values()} == {*Outcome, *refusals}
 
 

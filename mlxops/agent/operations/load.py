@@ -212,6 +212,7 @@ def _make_plan(held: Held, prepared: Prepared | None) -> LoadPlan:
         held.port,
         wanted=prepared.wanted if prepared else None,
         force=held.request.force,
+        expect=held.request.expect,
     )
 
 

@@ -9,10 +9,11 @@ from mlxops.agent.context import Context
 from mlxops.agent.host.system import this_system
 from mlxops.agent.state.operation_log import OperationLog, recent_operations
 from mlxops.agent.state.store import Store
+from mlxops.core import wire
 from mlxops.core.command import Subject
 from mlxops.core.commands.ops import OperationRow, Ops, OpsResult
 from mlxops.core.errors import Interrupted, MlxopsError, OutcomeUnknown, Refused
-from mlxops.core.protocol import Envelope, Failed
+from mlxops.core.protocol import Done, Envelope, Failed
 
 LISTED_ENDED = 20
 """How many ended operations are listed; the newest."""
@@ -31,6 +32,11 @@ def run(ctx: Context, request: Ops) -> OpsResult:
         if alive or ended <= LISTED_ENDED:
             rows.append(_operation_row(journal, alive))
     return OpsResult(tuple(rows))
+
+
+def row_of(journal: OperationLog) -> Done:
+    """Return the result of `ops` for one operation."""
+    return Done(wire.encode(OpsResult((_operation_row(journal, journal.alive()),))), Ops.name)
 
 
 def _operation_row(journal: OperationLog, alive: bool) -> OperationRow:

@@ -10,6 +10,7 @@ from typing import Self
 from mlxops.core.command import Draining, Group, option, seconds, switch
 from mlxops.core.commands.list import EstimateRow
 from mlxops.core.frozen import dataclass
+from mlxops.core.names import model_name
 from mlxops.core.replies import HostReply
 from mlxops.core.tables import each_host, one_line
 from mlxops.core.wire import omitted
@@ -113,6 +114,7 @@ class Load(
     port: str | None = option("port, or auto; left out: the model's own slot, else its present port", position=1)
     repo: str | None = option("org/name[@revision] to register or repoint the name to")
     force: bool = switch("swap what is on the port, move the model, or restart a server whose settings changed")
+    expect: str | None = option("the model that the port must hold by then; with another one, or none, it is refused")
     require: tuple[str, ...] = option(
         "checks that the server must pass (see `probe`), else the load is undone; for example tools,stream",
         default=(),
@@ -123,6 +125,8 @@ class Load(
     """Of a `restore`: no earlier start of the model failed."""
 
     def checked(self) -> Self:
+        if self.expect is not None:
+            model_name(self.expect)
         if not self.require:
             return self
         from mlxops.core.conformance import parse_checks

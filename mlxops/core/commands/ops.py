@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mlxops.core.command import Group, Hosts, Request, option
+from mlxops.core.command import Group, Hosts, Request, option, seconds
 from mlxops.core.frozen import dataclass
 from mlxops.core.protocol import Progress
 from mlxops.core.replies import HostReply
@@ -23,7 +23,7 @@ class OperationRow:
     port: int | str | None
     """As it was asked for: a number, `auto`, or what was typed."""
     asker: str | None
-    """User and host that asked for it."""
+    """User and host that asked for it, and in parentheses what `MLXOPS_BY` said there."""
     since: str
     """When it began, in UTC."""
     phase: str | None
@@ -57,6 +57,11 @@ class Ops(
     """Show running and recent operations; follow or cancel one."""
 
     follow: str | None = option("operation to follow to its end: its id, or the end of it", sent=False)
+    timeout: float | None = option(
+        "with --follow: seconds until it stops following (exit status 9); the operation goes on",
+        parse=seconds("--timeout", zero=True),
+        sent=False,
+    )
     cancel: str | None = option(
         "operation to cancel: its id, or the end of it; its unfinished part is undone", sent=False
     )
@@ -65,7 +70,7 @@ class Ops(
 def show(replies: Sequence[HostReply[OpsResult]]) -> str:
     rows: list[list[object]] = []
     for reply in replies:
-        if reply.error is not None:
+        if reply.error is not None and reply.result is None:
             rows.append([reply.host, "", "", "", "", "", "", "", reply.error.code, reply.error.message])
         for row in reply.result.operations if reply.result else ():
             took = "-" if row.seconds is None else duration(row.seconds)
