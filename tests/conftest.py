@@ -87,7 +87,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.lab)
     if hasattr(config, "workerinput"):
         for item in items:
-            if any(definition.scope in ("module", "class") for definition in _fixtures(item).values()):
+            shared = any(definition.scope in ("module", "class") for definition in _fixtures(item).values())
+            if shared and item.get_closest_marker("xdist_group") is None:  # two names would make a third group
                 # One worker runs them all. A second worker would set up the shared fixture again.
                 item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
         # Start the long tests first, so that the workers finish at about the same time.

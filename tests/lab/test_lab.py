@@ -22,6 +22,18 @@ from tests.lab.homelab import Homelab, Studio, TimedOut, run
 from tests.lab.hub import Hub
 
 
+@pytest.fixture(scope="module")
+def shared() -> None:
+    """A fixture that only one worker may set up."""
+
+
+def test_tests_that_share_a_fixture_run_in_one_worker(shared: None, request: pytest.FixtureRequest) -> None:
+    """pytest-xdist groups tests by the end of their ids, and sets it in a field that pytest 9.2 does not have."""
+    if not getattr(request.config.option, "loadgroup", False):
+        pytest.skip("not run by a worker of `--dist loadgroup`")
+    assert request.node.nodeid.endswith("@tests/lab/test_lab.py"), "pip install -e '.[dev]'"
+
+
 @contextmanager
 def serving(studio: Studio, snapshot: Path, alias: str) -> Iterator[subprocess.Popen[bytes]]:
     """Run the bare engine on the studio's first port. It serves a snapshot under an alias."""
