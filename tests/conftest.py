@@ -161,13 +161,13 @@ def _nothing_left_by_the_test(watch: leaks.Watch, pytestconfig: pytest.Config) -
 
 
 def _checked(watch: leaks.Watch, who: str, config: pytest.Config) -> Generator[None]:
-    before = watch.look()
+    before = watch.process_table()
     yield
     # A command that runs inside this process ignores SIGINT at its end. The next test's programs would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if found := watch.leaks(before, config.getoption("--leak-patience")):
         # One failure, not one for each test that follows.
-        world.end(watch.look().processes - before.processes)
+        world.end(watch.process_table().processes - before.processes)
         pytest.fail(f"{who} left behind {'; '.join(found)}", pytrace=False)
 
 

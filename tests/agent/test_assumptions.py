@@ -123,7 +123,7 @@ def test_child_that_does_not_say_its_line_is_ended(code: str, why: str, monkeypa
         pass
     (process,) = ended
     assert process.returncode is not None
-    wait_until(lambda: not this_system().look(()).group(process.pid), 5, "the end of its group")
+    wait_until(lambda: not this_system().process_table(()).group(process.pid), 5, "the end of its group")
 
 
 def test_ending_a_program_forgives_a_group_that_may_not_be_signalled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from mlxops.agent.host.system import LinuxSystem, Look, Process, units_in
+from mlxops.agent.host.system import LinuxSystem, Process, ProcessTable, units_in
 from mlxops.agent.service import managers
 from mlxops.agent.service.boot_jobs import BootJobs, Roots
 from mlxops.core.ports import Standing
@@ -103,12 +103,12 @@ class Box:
         return BootJobs((given,), system, self.environ, Roots(self.root))
 
     def claim(self, system: Seen, *parent: str, port: int = 8100, **job: str) -> Any:
-        look = Look({PARENT: process(PARENT, 1, *parent), SERVER: process(SERVER, PARENT, *ENGINE)})
-        return self.jobs(system, **job).claim(look, port, [SERVER])
+        table = ProcessTable({PARENT: process(PARENT, 1, *parent), SERVER: process(SERVER, PARENT, *ENGINE)})
+        return self.jobs(system, **job).claim(table, port, [SERVER])
 
     def state(self, *others: Process, **job: str) -> Any:
         jobs = self.jobs(Seen(), **job)
-        return jobs.state(Look({each.pid: each for each in others}), jobs.jobs[0])
+        return jobs.state(ProcessTable({each.pid: each for each in others}), jobs.jobs[0])
 
     def launchctl(self, script: str) -> None:
         recorder(self.root / "bin", "launchctl", script)
@@ -325,8 +325,8 @@ class TestOtherServer:
         """Variables that every process started here inherits prove nothing."""
         here = process(os.getpid(), 1, "/usr/bin/python3", "harness.py")
         seen = Seen(environs={here.pid: {"JOB": str(box.script)}})
-        look = Look({here.pid: here, SERVER: process(SERVER, here.pid, *ENGINE)})
-        assert box.jobs(seen, script=str(box.script)).claim(look, 8100, [SERVER]) is None
+        table = ProcessTable({here.pid: here, SERVER: process(SERVER, here.pid, *ENGINE)})
+        assert box.jobs(seen, script=str(box.script)).claim(table, 8100, [SERVER]) is None
 
 
 UNIT_STATES: dict[str, tuple[dict[str, str], Standing]] = {

@@ -104,9 +104,9 @@ def refuse(number: int) -> Callable[..., Any]:
 
 def test_unreadable_hub_is_not_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "scandir", refuse(errno.EACCES))
-    for look in (lambda: scan(tmp_path), lambda: find(tmp_path, REPO)):
+    for table in (lambda: scan(tmp_path), lambda: find(tmp_path, REPO)):
         with pytest.raises(Refused) as caught:
-            look()
+            table()
         assert caught.value.code == "folder_closed" and str(tmp_path) in caught.value.message
 
 

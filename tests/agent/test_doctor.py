@@ -182,7 +182,9 @@ def engine(ctx: Context, port: int, *options: str, model: str = "m", **environ: 
     path = Path(ctx.paths.settings.launch["mlx-lm"][0])
     path.write_text(f"#!{sys.executable}\n{LISTENER}")
     with running([str(path), "--model", model, "--port", str(port), *options], path.parent, environ):
-        wait_until(lambda: any(each.port == port for each in ctx.system.look((port,)).listeners), 10, "the listener")
+        wait_until(
+            lambda: any(each.port == port for each in ctx.system.process_table((port,)).listeners), 10, "the listener"
+        )
         yield
 
 
@@ -226,7 +228,9 @@ def test_secrets_of_servers_that_others_started_are_shown_nowhere(tmp_path: Path
     write(tmp_path, "x.py", LISTENER.replace("argv[4]", "argv[1]"))
     stranger = [sys.executable, "x.py", str(second), *secrets]
     with running(stranger, tmp_path, {}), engine(ctx, first, *secrets, model=f"http://me:{SECRET}-4@host/m"):
-        wait_until(lambda: any(each.port == second for each in ctx.system.look((second,)).listeners), 10, "listener")
+        wait_until(
+            lambda: any(each.port == second for each in ctx.system.process_table((second,)).listeners), 10, "listener"
+        )
         state = status.run(ctx, Status())
         assert {row.owner for row in state.ports} == {"hand", "foreign"}, state
         world, refusals = ctx.observe(ctx.registry()), []

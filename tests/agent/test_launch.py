@@ -12,7 +12,7 @@ import pytest
 
 from mlxops.agent.engines.base import EngineCommand, ServerSpec
 from mlxops.agent.engines.mlx_lm import MlxLm
-from mlxops.agent.host.system import Listener, Look, System, this_system
+from mlxops.agent.host.system import Listener, ProcessTable, System, this_system
 from mlxops.agent.paths import host_paths
 from mlxops.agent.serving import launch
 from mlxops.agent.serving.ending import Terms
@@ -24,13 +24,13 @@ from mlxops.core.settings import Settings
 from tests.core.worlds import run
 
 RUN = run(port=8103)
-WITHOUT_PROCESS = Look(listeners=(Listener("127.0.0.1", RUN.port),))
+WITHOUT_PROCESS = ProcessTable(listeners=(Listener("127.0.0.1", RUN.port),))
 
 
 class ScriptedSystem:
     """Returns the given observations one after the other, then the last one again and again."""
 
-    def __init__(self, *looks: Look) -> None:
+    def __init__(self, *looks: ProcessTable) -> None:
         self._looks = list(looks)
 
     def boot_id(self) -> str:
@@ -39,18 +39,18 @@ class ScriptedSystem:
     def environment(self, pid: int, key: str) -> str | None:
         return None
 
-    def look(self, ports: Container[int]) -> Look:
+    def process_table(self, ports: Container[int]) -> ProcessTable:
         return self._looks.pop(0) if len(self._looks) > 1 else self._looks[0]
 
 
-def prove(tmp_path: Path, *looks: Look) -> None:
+def prove(tmp_path: Path, *looks: ProcessTable) -> None:
     paths = host_paths(Settings(hub=str(tmp_path), state=str(tmp_path)), os.environ)
     launch.prove(paths, RUN.alias, RUN, cast(System, ScriptedSystem(*looks)), 1.0)
 
 
 def test_listener_whose_process_is_just_ending_is_not_foreign(tmp_path: Path) -> None:
     with pytest.raises(ConnectionRefusedError, match="nothing listens on 8103 yet"):
-        prove(tmp_path, WITHOUT_PROCESS, Look())
+        prove(tmp_path, WITHOUT_PROCESS, ProcessTable())
 
 
 def test_listener_whose_process_stays_invisible_is_foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +60,7 @@ def test_listener_whose_process_stays_invisible_is_foreign(tmp_path: Path, monke
 
 
 def test_foreign_listener_is_reported_at_once_and_gets_no_request(tmp_path: Path) -> None:
-    other = Look(listeners=(Listener("127.0.0.1", RUN.port, frozenset({77})),))
+    other = ProcessTable(listeners=(Listener("127.0.0.1", RUN.port, frozenset({77})),))
     with pytest.raises(NoCompletion, match="pid 77"):
         prove(tmp_path, other)
 

@@ -10,7 +10,7 @@ import pytest
 
 from mlxops.agent import __main__ as agent
 from mlxops.agent.context import MAX_OBSERVATIONS, Context
-from mlxops.agent.host.system import Look, this_system
+from mlxops.agent.host.system import ProcessTable, this_system
 from mlxops.agent.operations import status
 from mlxops.agent.paths import host_paths
 from mlxops.agent.state.store import Store
@@ -32,11 +32,11 @@ class ChangingSystem(System):  # type: ignore[valid-type, misc]  # the class for
         self.looks = 0
         self._change = change
 
-    def look(self, ports: Container[int]) -> Look:
-        look: Look = super().look(ports)
+    def process_table(self, ports: Container[int]) -> ProcessTable:
+        table: ProcessTable = super().process_table(ports)
         self.looks += 1
         self._change(self.looks)
-        return look
+        return table
 
 
 @pytest.fixture

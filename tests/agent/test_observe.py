@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxops.agent.host.system import LinuxSystem, Listener, Look, Process, PsutilSystem, this_system
+from mlxops.agent.host.system import LinuxSystem, Listener, Process, ProcessTable, PsutilSystem, this_system
 from mlxops.agent.paths import HostPaths
 from mlxops.agent.serving.observe import ByHand, _hand_started, observe
 from mlxops.agent.state.store import Lock, Store
@@ -57,8 +57,8 @@ def hand_started(
     paths: HostPaths, port: int, *processes: Process, listening: int = 0, **ports: frozenset[int] | None
 ) -> ByHand:
     listeners = (Listener("127.0.0.1", port, frozenset({listening})),) if listening else ()
-    look = Look({each.pid: each for each in processes}, listeners)
-    return _hand_started(paths, Ports(**ports), look, [port]).get(port, ByHand())
+    table = ProcessTable({each.pid: each for each in processes}, listeners)
+    return _hand_started(paths, Ports(**ports), table, [port]).get(port, ByHand())
 
 
 NOWHERE: frozenset[int] = frozenset()
@@ -101,8 +101,8 @@ class TestPort:
 
     def test_port_with_a_second_listener_belongs_to_no_server(self, paths: HostPaths, port: int) -> None:
         both = (Listener("127.0.0.1", port, frozenset({77})), Listener("0.0.0.0", port, frozenset({99})))
-        look = Look({77: engine(port), 99: Process(99, 1, 99, os.getuid(), "1", False, ("nc", "-l"))}, both)
-        assert _hand_started(paths, Ports(), look, [port]) == {}
+        table = ProcessTable({77: engine(port), 99: Process(99, 1, 99, os.getuid(), "1", False, ("nc", "-l"))}, both)
+        assert _hand_started(paths, Ports(), table, [port]) == {}
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import pytest
 
 from mlxops.agent.host import programs
 from mlxops.agent.host.programs import MARK, environment
-from mlxops.agent.host.system import Look, Process, System, this_system
+from mlxops.agent.host.system import Process, ProcessTable, System, this_system
 from mlxops.agent.serving import ending
 from mlxops.agent.serving.ending import Ended, Terms
 from mlxops.agent.serving.processes import PendingProcess, Signaller, leader, members, spawn
@@ -94,15 +94,15 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
 
 
 def group(run: Run) -> set[int]:
-    return {process.pid for process in SYSTEM.look(()).group(run.pgid)}
+    return {process.pid for process in SYSTEM.process_table(()).group(run.pgid)}
 
 
 def ours(run: Run) -> tuple[int, ...]:
-    return members(SYSTEM, SYSTEM.look(()), run)
+    return members(SYSTEM, SYSTEM.process_table(()), run)
 
 
 def proven(run: Run) -> bool:
-    return leader(SYSTEM, SYSTEM.look(()).processes, run) is not None
+    return leader(SYSTEM, SYSTEM.process_table(()).processes, run) is not None
 
 
 WAIT = "import signal, sys; sys.stdout.write('up'); sys.stdout.flush(); signal.pause()"
@@ -377,8 +377,8 @@ class Fading:
     def environment(self, pid: int, key: str) -> str | None:
         return self._run.run_id if pid in self.marked else None
 
-    def look(self, ports: Container[int]) -> Look:
-        return Look(self.processes)
+    def process_table(self, ports: Container[int]) -> ProcessTable:
+        return ProcessTable(self.processes)
 
 
 def test_exiting_child_that_has_lost_its_mark_is_still_ours(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -457,7 +457,7 @@ def test_process_without_a_mark_is_identified_by_its_start_time(lab: Lab, prefix
 def test_child_that_has_left_its_group_is_stopped_with_its_server(lab: Lab) -> None:
     code = f"import subprocess, signal; subprocess.Popen({list(SERVE)!r}, start_new_session=True); signal.pause()"
     gated, run = lab.running((PYTHON, "-S", "-c", code))
-    (child,) = [p.pid for p in SYSTEM.look(()).processes.values() if p.ppid == gated.pid]
+    (child,) = [p.pid for p in SYSTEM.process_table(()).processes.values() if p.ppid == gated.pid]
     assert ours(run) == (gated.pid,), "it does not prove the server"
     stop(SYSTEM, run, grace=20, reap=gated.child.poll)
     wait_until(lambda: (seen := SYSTEM.process(child)) is None or seen.zombie, 30, "the end of the child")
@@ -466,7 +466,7 @@ def test_child_that_has_left_its_group_is_stopped_with_its_server(lab: Lab) -> N
 def test_process_is_ours_during_exec(lab: Lab) -> None:
     """The kernel then shows no arguments. That must not make a living server look gone."""
     gated, run = lab.running(SERVE)
-    observed = SYSTEM.look(()).processes
+    observed = SYSTEM.process_table(()).processes
     between = {**observed, gated.pid: replace(observed[gated.pid], argv=())}
     assert leader(SYSTEM, between, run) is not None
     assert leader(SYSTEM, between, replace(run, start="1")) is None
@@ -545,7 +545,9 @@ def adopted(lab: Lab, argv: Sequence[str], processes: int) -> Adopted:
     starter, run = lab.running(argv)
     wait_until(lambda: len(group(run)) == processes, 20, "its group")
     (server,) = (
-        each for each in find_servers(SYSTEM.look(())) if each.process.pgid == run.pgid and each.detected.port == 8103
+        each
+        for each in find_servers(SYSTEM.process_table(()))
+        if each.process.pgid == run.pgid and each.detected.port == 8103
     )
     own = replace(run, run_id="", adopted=True, pid=server.process.pid, start=server.process.start)
     return Adopted(own, frozenset(group(run)), starter)
@@ -589,9 +591,9 @@ def test_program_with_other_work_that_started_a_server_stays(lab: Lab) -> None:
 def test_process_that_reuses_a_pid_is_not_signalled(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     _, run = lab.running(SERVE)
     other = replace(run, run_id="", adopted=True)
-    look = SYSTEM.look(())
-    monkeypatch.setattr(type(SYSTEM), "look", lambda self, ports: look)
-    monkeypatch.setattr(type(SYSTEM), "process", lambda self, pid: replace(look.processes[pid], start="1"))
+    table = SYSTEM.process_table(())
+    monkeypatch.setattr(type(SYSTEM), "process_table", lambda self, ports: table)
+    monkeypatch.setattr(type(SYSTEM), "process", lambda self, pid: replace(table.processes[pid], start="1"))
     Signaller(SYSTEM, other, lambda: None).send(signal.SIGTERM)
     monkeypatch.undo()
     assert group(run) == {run.pid}
@@ -625,7 +627,7 @@ def test_child_of_a_server_that_has_ended_stays_ours_until_it_ends(
         ending.end(SYSTEM, run, Terms("unload", 0), store=store, reap=gated.child.poll)
     recorded = store.run(run.port)
     assert recorded is not None
-    (left,) = members(SYSTEM, SYSTEM.look(()), recorded)
+    (left,) = members(SYSTEM, SYSTEM.process_table(()), recorded)
     assert left != gated.pid and run_from_wire(json.loads(json.dumps(recorded.to_wire()))) == recorded
     assert ending.end(SYSTEM, recorded, Terms("unload", None), reap=gated.child.poll).killed
-    assert not members(SYSTEM, SYSTEM.look(()), recorded)
+    assert not members(SYSTEM, SYSTEM.process_table(()), recorded)

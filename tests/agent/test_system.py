@@ -18,7 +18,16 @@ import pytest
 
 from mlxops.agent.host import sockets
 from mlxops.agent.host.memory import linux_memory, linux_unexplained
-from mlxops.agent.host.system import LinuxSystem, Listener, Look, Process, PsutilSystem, System, collides, this_system
+from mlxops.agent.host.system import (
+    LinuxSystem,
+    Listener,
+    Process,
+    ProcessTable,
+    PsutilSystem,
+    System,
+    collides,
+    this_system,
+)
 from tests.lab.sshd import missing
 from tests.lab.world import wait_until
 
@@ -77,14 +86,14 @@ def test_process_has_its_parent_group_and_command(system: System, stack: ExitSta
     assert seen is not None
     assert (seen.pid, seen.ppid, seen.pgid, seen.uid) == (sleeper.pid, os.getpid(), sleeper.pid, os.getuid())
     assert seen.argv == ("/bin/sleep", "1000") and not seen.zombie
-    assert system.look(()).processes[sleeper.pid] == seen, "its start time does not move between two looks"
+    assert system.process_table(()).processes[sleeper.pid] == seen, "its start time does not move between two looks"
 
 
 @both
 def test_ended_process_returns_none(system: System, stack: ExitStack) -> None:
     gone = child(stack, "/bin/sh", "-c", ":")
     gone.wait()
-    assert system.process(gone.pid) is None and gone.pid not in system.look(()).processes
+    assert system.process(gone.pid) is None and gone.pid not in system.process_table(()).processes
     assert system.environment(gone.pid, "PATH") is None and system.memory([gone.pid]) == 0
 
 
@@ -120,7 +129,7 @@ def test_zombie_is_not_a_member_of_its_group(system: System, stack: ExitStack) -
     dead = zombie(stack)
     seen = system.process(dead.pid)
     assert seen is not None and seen.zombie
-    assert dead.pid not in {process.pid for process in system.look(()).group(seen.pgid)}
+    assert dead.pid not in {process.pid for process in system.process_table(()).group(seen.pgid)}
 
 
 @both
@@ -191,17 +200,19 @@ def test_proc_and_psutil_see_the_same_processes(stack: ExitStack) -> None:
     assert parent.stdout is not None and parent.stdout.readline()
     dead = zombie(stack)
     # A process has no command for a moment after its exec, which ends the parent's wait.
-    wait_until(lambda: all(process.argv for process in LinuxSystem().look(()).group(parent.pid)), 30, "the commands")
+    wait_until(
+        lambda: all(process.argv for process in LinuxSystem().process_table(()).group(parent.pid)), 30, "the commands"
+    )
 
-    def rows(look: Look) -> dict[int, tuple[object, ...]]:
-        wanted = {os.getpid(), dead.pid, *(process.pid for process in look.group(parent.pid))}
-        return {pid: plain(look.processes[pid]) for pid in wanted}
+    def rows(table: ProcessTable) -> dict[int, tuple[object, ...]]:
+        wanted = {os.getpid(), dead.pid, *(process.pid for process in table.group(parent.pid))}
+        return {pid: plain(table.processes[pid]) for pid in wanted}
 
     def plain(p: Process) -> tuple[object, ...]:
         return p.ppid, p.pgid, p.uid, p.zombie, p.argv
 
-    seen = rows(LinuxSystem().look(()))
-    assert len(seen) == 4 and rows(PsutilSystem().look(())) == seen
+    seen = rows(LinuxSystem().process_table(()))
+    assert len(seen) == 4 and rows(PsutilSystem().process_table(())) == seen
     assert LinuxSystem().boot_id() == PsutilSystem().boot_id() != ""
 
 
@@ -222,8 +233,8 @@ ADDRESSES = {
 def test_listener_has_its_address_and_process(system: System, stack: ExitStack, shown: str) -> None:
     port = listen(stack, *ADDRESSES[shown])
     expected = (Listener(shown.strip(), port, frozenset({os.getpid()})),)
-    assert system.look({port}).listeners == expected
-    assert system.look({port + 1}).listeners == () and system.look(()).listeners == ()
+    assert system.process_table({port}).listeners == expected
+    assert system.process_table({port + 1}).listeners == () and system.process_table(()).listeners == ()
 
 
 @both
@@ -232,7 +243,7 @@ def test_connected_and_bound_sockets_are_not_listeners(system: System, stack: Ex
     client = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
     bound = stack.enter_context(socket.socket())
     bound.bind(("127.0.0.1", 0))
-    assert system.look({client.getsockname()[1], bound.getsockname()[1]}).listeners == ()
+    assert system.process_table({client.getsockname()[1], bound.getsockname()[1]}).listeners == ()
 
 
 @both
@@ -242,7 +253,7 @@ def test_shared_listener_names_all_its_processes(system: System, stack: ExitStac
     sock.listen()
     port = sock.getsockname()[1]
     heir = child(stack, "/bin/sleep", "1000", pass_fds=(sock.fileno(),))
-    (seen,) = system.look({port}).listeners
+    (seen,) = system.process_table({port}).listeners
     assert seen.pids == {os.getpid(), heir.pid}
 
 
@@ -256,8 +267,8 @@ def test_sockets_are_not_read_if_no_port_is_requested(
         return []
 
     monkeypatch.setattr(psutil.Process, "net_connections", sockets_of)
-    assert os.getpid() in PsutilSystem().look(frozenset()).processes and not asked
-    assert PsutilSystem().look({1}).listeners == () and os.getpid() in asked
+    assert os.getpid() in PsutilSystem().process_table(frozenset()).processes and not asked
+    assert PsutilSystem().process_table({1}).listeners == () and os.getpid() in asked
 
 
 @linux
@@ -265,7 +276,7 @@ def test_proc_and_psutil_see_the_same_listeners(stack: ExitStack) -> None:
     ports = {listen(stack, family, address) for family, address in ADDRESSES.values()}
 
     def rows(system: System) -> set[Listener]:
-        return set(system.look(ports).listeners)
+        return set(system.process_table(ports).listeners)
 
     assert rows(LinuxSystem()) == rows(PsutilSystem())
     assert len(rows(LinuxSystem())) == 5
@@ -287,9 +298,9 @@ def test_forking_server_stays_the_only_group_on_its_port(stack: ExitStack) -> No
     assert busy.stdout is not None
     port = int(busy.stdout.readline())
     for _ in range(60):
-        look = LinuxSystem().look({port})
-        (listener,) = look.on("127.0.0.1", port)
-        assert busy.pid in listener.pids <= {process.pid for process in look.group(busy.pid)}
+        table = LinuxSystem().process_table({port})
+        (listener,) = table.on("127.0.0.1", port)
+        assert busy.pid in listener.pids <= {process.pid for process in table.group(busy.pid)}
 
 
 @pytest.fixture(params=["kernel", "proc"])
@@ -362,19 +373,19 @@ def test_equal_or_unspecified_addresses_collide(one: str, other: str, expected: 
 
 def test_only_colliding_listeners_count() -> None:
     here, there = Listener("127.0.0.1", 8100), Listener("127.0.0.2", 8100)
-    look = Look({}, (here, there, Listener("127.0.0.1", 8101)))
-    assert look.on("127.0.0.1", 8100) == (here,)
-    assert look.on("0.0.0.0", 8100) == (here, there)
+    table = ProcessTable({}, (here, there, Listener("127.0.0.1", 8101)))
+    assert table.on("127.0.0.1", 8100) == (here,)
+    assert table.on("0.0.0.0", 8100) == (here, there)
 
 
 def test_ancestors_end_in_a_circle_of_parents() -> None:
     def process(pid: int, ppid: int) -> Process:
         return Process(pid, ppid, pid, 0, "1", False)
 
-    look = Look({2: process(2, 3), 3: process(3, 2), 4: process(4, 99)})
-    assert [p.pid for p in look.ancestors(2)] == [2, 3]
-    assert [p.pid for p in look.ancestors(4)] == [4]
-    assert list(look.ancestors(77)) == []
+    table = ProcessTable({2: process(2, 3), 3: process(3, 2), 4: process(4, 99)})
+    assert [p.pid for p in table.ancestors(2)] == [2, 3]
+    assert [p.pid for p in table.ancestors(4)] == [4]
+    assert list(table.ancestors(77)) == []
 
 
 @linux
@@ -386,14 +397,14 @@ def test_proc_is_used_where_sock_diag_is_refused(stack: ExitStack, monkeypatch: 
         listen(stack, socket.AF_INET6, "::"),
         listen(stack, socket.AF_INET6, "::ffff:127.0.0.1"),
     }
-    asked = LinuxSystem().look(ports).listeners
+    asked = LinuxSystem().process_table(ports).listeners
 
     def refused(family: int, state: int) -> list[tuple[str, int, str]]:
         raise OSError("no such protocol")
 
     monkeypatch.setattr("mlxops.agent.host.sockets.from_kernel", refused)
     assert len(asked) == len(ports) and all(each.pids == {os.getpid()} for each in asked)
-    assert set(LinuxSystem().look(ports).listeners) == set(asked)
+    assert set(LinuxSystem().process_table(ports).listeners) == set(asked)
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------

@@ -216,7 +216,9 @@ class Arena:
     def listener(self, port: int, log: Path) -> int:
         """Wait for a listener on a port. Return its pid. `log`: shown if there is none in time."""
         deadline = time.monotonic() + UP_SECONDS
-        while not (pids := [p for each in this_system().look({port}).on(self.address, port) for p in each.pids]):
+        while not (
+            pids := [p for each in this_system().process_table({port}).on(self.address, port) for p in each.pids]
+        ):
             assert time.monotonic() < deadline, f"nothing listens on {port}: {log.read_text(errors='replace')[-400:]}"
             time.sleep(0.005)
         return min(pids)

@@ -88,7 +88,7 @@ class Scene:
 
     def living(self) -> set[int]:
         children.reap()
-        return {process.pid for process in this_system().look(()).group(self.group)}
+        return {process.pid for process in this_system().process_table(()).group(self.group)}
 
 
 def _by_hand(arena: Arena, how: str, command: str) -> tuple[str, list[str]]:
@@ -134,10 +134,13 @@ def _start(arena: Arena, how: str) -> Scene:
     for port in ports:
         arena.listener(port, carriers / "output")
     found = {
-        each.process.argv[-len(words) :]: each.process.pid for each in servers.find_servers(this_system().look(()))
+        each.process.argv[-len(words) :]: each.process.pid
+        for each in servers.find_servers(this_system().process_table(()))
     }
     return Scene(group, found.get(tuple(words)))
 
 
 def _pids(program: str) -> set[int]:
-    return {process.pid for process in this_system().look(()).processes.values() if process.argv[:1] == (program,)}
+    return {
+        process.pid for process in this_system().process_table(()).processes.values() if process.argv[:1] == (program,)
+    }

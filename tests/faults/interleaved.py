@@ -209,7 +209,7 @@ def _case_two_loads_where_one_fits(arena: Arena) -> None:
     assert need is not None
     arena.settings = replace(arena.settings, memory=int(need.total * 1.5))
     # Ignore the servers of other tests on this machine.
-    with mock.patch.object(memory, "servers", SimpleNamespace(find_servers=lambda look: [])):
+    with mock.patch.object(memory, "servers", SimpleNamespace(find_servers=lambda table: [])):
         with _paused_at(arena, STARTS, "load", model=ALPHA, port=str(arena.ports[0])) as loaded:
             second = arena.run("load", model=BETA, port=str(arena.ports[1]))
         assert (second.exit, second.error and second.error.code) == (3, "does_not_fit"), second

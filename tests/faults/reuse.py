@@ -148,7 +148,7 @@ def _kill_listeners(arena: Arena, port: int) -> None:
     """Kill every process that listens on the port, as a simple script would."""
     from mlxops.agent.host.system import this_system
 
-    for listener in this_system().look({port}).on(arena.address, port):
+    for listener in this_system().process_table({port}).on(arena.address, port):
         for pid in listener.pids:
             os.kill(pid, signal.SIGTERM)
 

@@ -46,7 +46,7 @@ class Watch:
     lab: Path | None = None
     _spared: list[Path] = field(default_factory=list)
 
-    def look(self) -> World:
+    def process_table(self) -> World:
         reap_orphans()
         processes = descendants()
         if self.lab is not None and not is_subreaper():
@@ -66,7 +66,7 @@ class Watch:
         deadline = time.monotonic() + patience
         pause = 0.005
         while True:
-            found = describe(before, self.look())
+            found = describe(before, self.process_table())
             if not found or time.monotonic() > deadline:
                 return found
             time.sleep(pause)

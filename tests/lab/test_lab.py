@@ -185,10 +185,10 @@ class TestLeaks:
         return leaks.Watch((tmp_path / "watched",), lab=tmp_path)
 
     def test_no_leak_is_reported_if_there_is_none(self, own: leaks.Watch) -> None:
-        assert own.leaks(own.look()) == []
+        assert own.leaks(own.process_table()) == []
 
     def test_child_is_seen(self, own: leaks.Watch, tmp_path: Path) -> None:
-        before = own.look()
+        before = own.process_table()
         with subprocess.Popen(["sleep", "1000"], cwd=tmp_path) as child:
             found = own.leaks(before, patience=0)
             child.kill()
@@ -196,7 +196,7 @@ class TestLeaks:
         assert own.leaks(before) == []
 
     def test_orphan_in_a_session_of_its_own_is_seen(self, own: leaks.Watch, tmp_path: Path) -> None:
-        before = own.look()
+        before = own.process_table()
         script = (
             "import subprocess; from subprocess import DEVNULL as no; "
             "print(subprocess.Popen(['sleep', '1000'], start_new_session=True, stdout=no, stderr=no).pid)"
@@ -205,11 +205,11 @@ class TestLeaks:
             [sys.executable, "-c", script], cwd=tmp_path, check=True, capture_output=True, text=True
         ).stdout.strip()
         assert own.leaks(before, patience=0) == [f"a process: {pid} (sleep 1000)"]
-        world.end(own.look().processes - before.processes)
+        world.end(own.process_table().processes - before.processes)
         assert own.leaks(before) == []
 
     def test_orphan_that_has_ended_is_no_leak_and_no_zombie(self, own: leaks.Watch, tmp_path: Path) -> None:
-        before = own.look()
+        before = own.process_table()
         command = ["sh", "-c", "sleep 0.05 & echo $!"]
         pid = int(subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.PIPE).stdout)
         assert own.leaks(before) == []
@@ -219,17 +219,17 @@ class TestLeaks:
     def test_status_of_an_own_child_is_not_collected(self, own: leaks.Watch) -> None:
         child = subprocess.Popen(["sh", "-c", "exit 7"])
         world.wait_until(lambda: psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE, 30, "its end")
-        own.look()
+        own.process_table()
         assert child.wait() == 7
 
     def test_listener_is_seen(self, own: leaks.Watch) -> None:
-        before = own.look()
+        before = own.process_table()
         with socket.create_server(("127.0.0.1", 0)) as listener:
             assert own.leaks(before, patience=0) == [f"a listener: 127.0.0.1:{listener.getsockname()[1]}"]
         assert own.leaks(before) == []
 
     def test_thread_is_seen(self, own: leaks.Watch) -> None:
-        before = own.look()
+        before = own.process_table()
         leave = threading.Event()
         thread = threading.Thread(target=leave.wait, name="forgotten")
         thread.start()
@@ -239,19 +239,19 @@ class TestLeaks:
         thread.join()
 
     def test_file_is_seen(self, own: leaks.Watch, tmp_path: Path) -> None:
-        before = own.look()
+        before = own.process_table()
         left = tmp_path / "watched" / "deep" / "left"
         left.parent.mkdir(parents=True)
         left.touch()
         assert own.leaks(before, patience=0) == [f"a file: {left.parent}", f"a file: {left}"]
 
     def test_process_that_ends_in_time_is_no_leak(self, own: leaks.Watch, tmp_path: Path) -> None:
-        before = own.look()
+        before = own.process_table()
         with subprocess.Popen(["sleep", "0.2"], cwd=tmp_path):
             assert own.leaks(before) == []
 
     def test_shared_lab_may_keep_its_processes(self, own: leaks.Watch, tmp_path: Path) -> None:
-        before = own.look()
+        before = own.process_table()
         with subprocess.Popen(["sleep", "1000"], cwd=tmp_path) as child:
             with own.spare(tmp_path):
                 assert own.leaks(before, patience=0) == []

@@ -81,7 +81,7 @@ class Listener:
 
 
 @dataclass(frozen=True)
-class Look:
+class ProcessTable:
     """The processes and listeners of the host at one moment."""
 
     processes: Mapping[int, Process] = field(default_factory=dict)
@@ -159,7 +159,7 @@ class System(Protocol):
     def slept_seconds(self) -> float:
         """Return how long this boot has slept."""
 
-    def look(self, ports: Container[int]) -> Look:
+    def process_table(self, ports: Container[int]) -> ProcessTable:
         """Return all processes, and the listeners on `ports`."""
 
     def connected(self, ports: Container[int]) -> frozenset[int]:
@@ -273,7 +273,7 @@ class LinuxSystem:
             argv=tuple(os.fsdecode(arg) for arg in argv.rstrip(b"\0").split(b"\0")) if argv else (),
         )
 
-    def look(self, ports: Container[int]) -> Look:
+    def process_table(self, ports: Container[int]) -> ProcessTable:
         # Listeners first: a server that starts in between then appears as a process without a port, which is
         # harmless, and not as a port without a process.
         listening = self._listening(ports)
@@ -288,7 +288,7 @@ class LinuxSystem:
             # Either it was closed while its owner was searched for, or its owner is hidden.
             still_open = {socket.inode for socket in self._listening(ports)}
             listening = [socket for socket in listening if socket.inode in owners or socket.inode in still_open]
-        return Look(
+        return ProcessTable(
             processes,
             tuple(
                 Listener(_normalise(socket.address), socket.port, frozenset(owners.get(socket.inode, ())), socket.uid)
@@ -498,7 +498,7 @@ class PsutilSystem:
             return None
         return frozenset(connection.laddr.port for connection in connections if connection.status == psutil.CONN_LISTEN)
 
-    def look(self, ports: Container[int]) -> Look:
+    def process_table(self, ports: Container[int]) -> ProcessTable:
         import psutil
 
         found: dict[tuple[str, int], set[int]] = {}
@@ -517,7 +517,7 @@ class PsutilSystem:
             except (psutil.Error, OSError) as error:
                 _check_shortage(error)
                 continue
-        return Look(
+        return ProcessTable(
             processes,
             tuple(Listener(address, port, frozenset(pids)) for (address, port), pids in found.items()),
         )

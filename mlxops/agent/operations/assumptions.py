@@ -186,7 +186,7 @@ def _equal(found: object, wanted: object) -> None:
 
 def _process_seen(ctx: Context) -> str:
     with _child(_SLEEP) as (pid, _):
-        seen = ctx.system.look(()).processes[pid]
+        seen = ctx.system.process_table(()).processes[pid]
         _equal((seen.ppid, seen.uid, seen.zombie), (os.getpid(), os.getuid(), False))
     return ""
 
@@ -224,7 +224,7 @@ def _process_folder(ctx: Context) -> str:
 
 def _process_group(ctx: Context) -> str:
     with _child(_FORK) as (pid, _):
-        _until(lambda: len(ctx.system.look(()).group(pid)) == 2, "a group of two")
+        _until(lambda: len(ctx.system.process_table(()).group(pid)) == 2, "a group of two")
     return ""
 
 
@@ -261,7 +261,7 @@ def _boot_time(ctx: Context) -> str:
 
 def _listener_seen(ctx: Context) -> str:
     with _child(_LISTEN) as (pid, port):
-        (found,) = ctx.system.look({int(port)}).listeners
+        (found,) = ctx.system.process_table({int(port)}).listeners
         _equal((found.address, found.pids), ("127.0.0.1", frozenset({pid})))
     return "" if ctx.system.sees_all_listeners else "of this user's processes only"
 
@@ -275,7 +275,7 @@ def _listener_ports(ctx: Context) -> str:
 def _listener_gone(ctx: Context) -> str:
     with _child(_LISTEN) as (_, port):
         pass
-    return f"{_until(lambda: not ctx.system.look({int(port)}).listeners, 'the end of the listener'):.2f} s"
+    return f"{_until(lambda: not ctx.system.process_table({int(port)}).listeners, 'the end of the listener'):.2f} s"
 
 
 def _connection_seen(ctx: Context) -> str:
@@ -445,7 +445,7 @@ def _launchctl_gui(ctx: Context) -> str:
 def _ends_at(ctx: Context, signal_number: int, *arguments: str) -> str:
     with _child(*(arguments or (_SLEEP,))) as (pid, _):
         os.killpg(pid, signal_number)
-        took = _until(lambda: not ctx.system.look(()).group(pid), "its end")
+        took = _until(lambda: not ctx.system.process_table(()).group(pid), "its end")
     return f"{took:.2f} s"
 
 
@@ -473,7 +473,7 @@ def _stop_server(signal_number: int) -> Trying:
         with _child(_SERVE, str(HEAVY)) as (pid, port), socket.create_connection(("127.0.0.1", int(port)), 5):
             _until(lambda: int(port) in ctx.system.connected({int(port)}), "the connection")
             os.kill(pid, signal_number)
-            took = _until(lambda: not ctx.system.look(()).group(pid), "its end")
+            took = _until(lambda: not ctx.system.process_table(()).group(pid), "its end")
         return f"{took:.2f} s"
 
     return trying

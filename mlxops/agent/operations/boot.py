@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mlxops.agent.context import Context
-from mlxops.agent.host.system import Look
+from mlxops.agent.host.system import ProcessTable
 from mlxops.agent.service import restore_job
 from mlxops.agent.service.boot_jobs import BootJobs
 from mlxops.agent.service.restore_job import RestoreJob, ServiceManager
@@ -41,8 +41,8 @@ def _boot_result(
 ) -> BootResult:
     files = {str(path): path.read_text(errors="replace") if path.exists() else None for path in manager.job_paths(job)}
     own = BootJobs(ctx.paths.settings.boot, ctx.system, ctx.environ)
-    look = ctx.system.look(()) if own.jobs else Look()
-    rows = [_job_row(own.state(look, job)) for job in own.jobs]
+    table = ctx.system.process_table(()) if own.jobs else ProcessTable()
+    rows = [_job_row(own.state(table, job)) for job in own.jobs]
     return BootResult(
         changed=changed,
         told=tuple(messages),

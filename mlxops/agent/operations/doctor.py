@@ -376,7 +376,9 @@ def _exposure(ctx: Context) -> Iterator[Finding]:
         return
     from mlxops.core.settings import is_loopback
 
-    listeners = [each for each in ctx.system.look(served_ports(ctx)).listeners if not is_loopback(each.address)]
+    listeners = [
+        each for each in ctx.system.process_table(served_ports(ctx)).listeners if not is_loopback(each.address)
+    ]
     probes = {f"{each.address} {each.port}": _answering(each.address, each.port) for each in listeners}
     outcomes = within(CHECK_SECONDS - 2, probes)
     open_ports = sorted({each.port for each in listeners if outcomes[f"{each.address} {each.port}"] is True})
@@ -393,7 +395,7 @@ def served_ports(ctx: Context) -> frozenset[int]:
     from mlxops.agent.serving.servers import find_servers
 
     found = set(ctx.paths.settings.ports)
-    for server in find_servers(ctx.system.look(())):
+    for server in find_servers(ctx.system.process_table(())):
         listening = {port for pid in server.family for port in ctx.system.ports_of(pid) or ()}
         # Another user's ports may be hidden. Then its arguments say where it listens.
         found |= listening or {port for port in [server.detected.port] if port is not None}

@@ -141,7 +141,7 @@ class CancelRequest:
 def worker_pid(journal: OperationLog) -> int | None:
     """Return the pid of an operation's worker; None if this user can see no such process."""
     mark = ("--worker", str(journal.folder))
-    for process in this_system().look(()).processes.values():
+    for process in this_system().process_table(()).processes.values():
         if mark in zip(process.argv, process.argv[1:], strict=False) and not process.zombie:
             return process.pid
     return None

@@ -130,7 +130,7 @@ def look_for_memory(ctx: Context, port: int) -> None:
     run = None
     with contextlib.suppress(OSError, ValueError):
         run = ctx.store.run(port)
-    if run is None or run.held_bytes is None or processes.members(ctx.system, ctx.system.look(()), run):
+    if run is None or run.held_bytes is None or processes.members(ctx.system, ctx.system.process_table(()), run):
         return
     look_again(ctx.store, ctx.system, run, ctx.note)
     ctx.store.save_run(replace(run, held_bytes=None, unexplained_bytes=None))  # once is enough
@@ -160,7 +160,7 @@ def _server_run(ctx: Context, view: PortView) -> Run:
 
 
 def _connections(ctx: Context, run: Run) -> frozenset[tuple[str, int]]:
-    return ctx.system.connections(run.port, processes.members(ctx.system, ctx.system.look(()), run))
+    return ctx.system.connections(run.port, processes.members(ctx.system, ctx.system.process_table(()), run))
 
 
 def _drain(ctx: Context, view: PortView, run: Run) -> float | None:
@@ -192,7 +192,7 @@ def _wait_until_free(ctx: Context, port: int) -> bool:
     owner belongs to another process: do not wait for that.
     """
     deadline = time.monotonic() + PORT_SECONDS
-    while listeners := ctx.system.look({port}).on(ctx.paths.settings.bind, port):
+    while listeners := ctx.system.process_table({port}).on(ctx.paths.settings.bind, port):
         if any(each.pids for each in listeners) or time.monotonic() > deadline:
             return False
         time.sleep(0.05)

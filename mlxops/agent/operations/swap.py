@@ -323,7 +323,7 @@ def _restart(ctx: Context, view: PortView, restart: RestartPlan | None) -> tuple
     run = view.run if view.owner is Owner.MLXOPS else None
     if run is None and view.server is not None:
         run = run_of(view.server, view.port, ctx.system.boot_id())
-    if run is not None and processes.members(ctx.system, ctx.system.look(()), run):
+    if run is not None and processes.members(ctx.system, ctx.system.process_table(()), run):
         return None
     if restart is None:
         _clear_port(ctx, view.port)

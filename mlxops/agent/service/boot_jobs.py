@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
-from mlxops.agent.host.system import Look, Process, System
+from mlxops.agent.host.system import Process, ProcessTable, System
 from mlxops.agent.service import managers as service_managers
 from mlxops.agent.service.managers import ABSENT, NO_DOMAIN, which
 from mlxops.common import files
@@ -109,15 +109,15 @@ class BootJobs:
 
     # -- the owner of a server -----------------------------------------------------------------------------------
 
-    def claim(self, look: Look, port: int, pids: Collection[int]) -> BootClaim | None:
+    def claim(self, table: ProcessTable, port: int, pids: Collection[int]) -> BootClaim | None:
         """Return the boot job to which one of these processes belongs: the port's own job first, then any other.
 
         A script that starts several servers owns all of them, also those on ports that hosts.yaml does not name for it.
         """
-        chains = [list(look.ancestors(pid)) for pid in sorted(pids)]
+        chains = [list(table.ancestors(pid)) for pid in sorted(pids)]
         for job in sorted(self.jobs, key=lambda each: each.port != port):
             for chain in chains:
-                claim = self._by_marks(job, [job.label], chain) or self._by_script(job, look, chain)
+                claim = self._by_marks(job, [job.label], chain) or self._by_script(job, table, chain)
                 # The slower ways come last.
                 claim = claim or self._by_marks(job, self._managers[job].names_in_files, chain)
                 claim = claim or self._by_query(job, chain, port)
@@ -125,9 +125,9 @@ class BootJobs:
                     return claim
         return None
 
-    def unseen(self, look: Look, port: int) -> BootClaim | None:
+    def unseen(self, table: ProcessTable, port: int) -> BootClaim | None:
         """Return the boot job of a port whose listener belongs to another user and cannot be seen by this one."""
-        state = next((self.state(look, job) for job in self.jobs if job.port == port), None)
+        state = next((self.state(table, job) for job in self.jobs if job.port == port), None)
         if state is None or not state.standing.reserves:
             return None
         return BootClaim(state.job, f"another user's process listens; boot job: {state.detail}", self._stop(state))
@@ -153,12 +153,12 @@ class BootJobs:
                 return BootClaim(job, f"supervisord's program {program} started it", f"supervisorctl stop {program}")
         return None
 
-    def _by_script(self, job: BootJob, look: Look, chain: list[Process]) -> BootClaim | None:
+    def _by_script(self, job: BootJob, table: ProcessTable, chain: list[Process]) -> BootClaim | None:
         if not job.script or not chain:
             return None
         script = _Script(job.script, self._environ)
         for process in chain:
-            if script.is_named_by(words_of(process.argv), self._folders(look, process)):
+            if script.is_named_by(words_of(process.argv), self._folders(table, process)):
                 how = f"{job.script} runs above it (pid {process.pid})"
                 return BootClaim(job, how, self._stop_by_file(job, chain))
         # pm2 sets pm_exec_path. Other process supervisors often have the script in some variable.
@@ -222,21 +222,21 @@ class BootJobs:
             process = self._system.process(process.ppid) if process.ppid > 0 else None
         return frozenset(pids)
 
-    def _folders(self, look: Look, process: Process) -> list[str]:
+    def _folders(self, table: ProcessTable, process: Process) -> list[str]:
         """Return the folders that a relative path in its command may refer to: a process may change its folder."""
-        parent = self._system.folder(process.ppid) if process.ppid in look.processes else None
+        parent = self._system.folder(process.ppid) if process.ppid in table.processes else None
         initial = self._system.variables(process.pid).get("PWD")
         return [folder for folder in (self._system.folder(process.pid), initial, parent) if folder]
 
     # -- the state of a job --------------------------------------------------------------------------------------
 
-    def state(self, look: Look, job: BootJob) -> JobState:
+    def state(self, table: ProcessTable, job: BootJob) -> JobState:
         """Return whether the system will start the job, as far as can be seen without root."""
         managers = self._managers[job]
         known = managers.state()
         if known is not None and known.standing not in {Standing.UNKNOWN, Standing.DISABLED}:
             return known
-        runner = self._runner(look, job)
+        runner = self._runner(table, job)
         if runner is not None:
             return JobState(job, Standing.ACTIVE, f"pid {runner.pid} runs {job.script}", managers.stop())
         source = self._source(job)
@@ -244,16 +244,16 @@ class BootJobs:
             return JobState(job, Standing.INSTALLED, f"{source} runs {job.script}", f"take it out of {source}")
         return known or self._absent(job)
 
-    def _runner(self, look: Look, job: BootJob) -> Process | None:
+    def _runner(self, table: ProcessTable, job: BootJob) -> Process | None:
         """Return a living process that runs the script, or keeps it running."""
         if not job.script:
             return None
         script = _Script(job.script, self._environ)
-        for process in look.processes.values():
+        for process in table.processes.values():
             if process.zombie or process.pid in self._own:
                 continue
             if any(map(script.may_be_in, process.argv)):
-                if script.is_named_by(words_of(process.argv), self._folders(look, process)):
+                if script.is_named_by(words_of(process.argv), self._folders(table, process)):
                     return process
             elif self._carries(script, process):
                 return process

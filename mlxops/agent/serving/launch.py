@@ -83,12 +83,12 @@ def _check_listener(paths: HostPaths, run: Run, system: System) -> None:
     """Check that every listener on the port belongs to the run. Raises `NoCompletion`, `ConnectionRefusedError`."""
     deadline = time.monotonic() + UNSEEN_SECONDS
     while True:
-        look = system.look(frozenset([run.port]))
-        listeners = look.on(paths.settings.bind, run.port)
+        table = system.process_table(frozenset([run.port]))
+        listeners = table.on(paths.settings.bind, run.port)
         if all(each.pids for each in listeners) or time.monotonic() > deadline:
             break
         time.sleep(CONNECT_RETRY_SECONDS)
-    ours = set(processes.members(system, look, run))
+    ours = set(processes.members(system, table, run))
     if not listeners:
         raise ConnectionRefusedError(f"nothing listens on {run.port} yet")
     if not all(each.pids and each.pids <= ours for each in listeners):
@@ -241,8 +241,8 @@ class Launch:
 
     def _check_leader_stays(self, run: Run, process: PendingProcess) -> None:
         """If another process of the group listens, give the leader a moment to end. Raises `NotStarted` if it does."""
-        look = self.system.look(frozenset([run.port]))
-        if any(run.pid in each.pids for each in look.on(self.paths.settings.bind, run.port)):
+        table = self.system.process_table(frozenset([run.port]))
+        if any(run.pid in each.pids for each in table.on(self.paths.settings.bind, run.port)):
             return
         try:
             status = process.child.wait(LEADER_STAY_SECONDS)

@@ -66,9 +66,9 @@ def in_use(world: World, system: System, reserved: Mapping[int, Operation]) -> t
     Also list stranded memory, and unrecognised processes that listen on our ports, with unknown size: not every system
     shows other users' processes. `reserved`: the memory of servers that are about to start, by port.
     """
-    look = system.look(())
+    table = system.process_table(())
     uses, ports_seen = [], set()
-    for server in servers.find_servers(look):
+    for server in servers.find_servers(table):
         view = next((v for v in world.ports.values() if {v.pid, *v.members} & set(server.family)), None)
         uses.append(_use(world, system, server, view))
         ports_seen |= {view.port} if view else set()

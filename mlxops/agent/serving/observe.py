@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxops.agent.engines import ENGINES
-from mlxops.agent.host.system import Listener, Look, System, collides
+from mlxops.agent.host.system import Listener, ProcessTable, System, collides
 from mlxops.agent.paths import HostPaths
 from mlxops.agent.serving import processes, servers
 from mlxops.agent.serving.servers import ServerProcess
@@ -83,8 +83,8 @@ def _all_signals(
     If the host or a port cannot be observed, the signals have an error: the port may be in use.
     """
     try:
-        look, unsure = _with_unseen(system, system.look(frozenset(ports)), paths, ports)
-        hand = _hand_started(paths, system, look, ports)
+        table, unsure = _with_unseen(system, system.process_table(frozenset(ports)), paths, ports)
+        hand = _hand_started(paths, system, table, ports)
     except Interrupted:
         raise
     except MlxopsError as error:
@@ -92,7 +92,7 @@ def _all_signals(
     signals = []
     for port in ports:
         try:
-            observed = _signals(paths, store, system, look, hand, port, own, jobs)
+            observed = _signals(paths, store, system, table, hand, port, own, jobs)
         except Interrupted:
             raise
         except MlxopsError as error:
@@ -100,7 +100,7 @@ def _all_signals(
         except OSError as error:
             observed = _unknown(paths, port, f"{error.filename or 'its state'} cannot be read: {error.strerror}")
         signals.append(_unknown(paths, port, unsure[port]) if port in unsure else observed)
-    return _with_boot_jobs(jobs, look, signals) if jobs else (signals, ())
+    return _with_boot_jobs(jobs, table, signals) if jobs else (signals, ())
 
 
 def _boot_jobs(paths: HostPaths, system: System, environ: Mapping[str, str]) -> BootJobs | None:
@@ -111,7 +111,9 @@ def _boot_jobs(paths: HostPaths, system: System, environ: Mapping[str, str]) -> 
     return BootJobs(paths.settings.boot, system, environ)
 
 
-def _with_boot_jobs(jobs: BootJobs, look: Look, signals: list[Signals]) -> tuple[list[Signals], tuple[JobState, ...]]:
+def _with_boot_jobs(
+    jobs: BootJobs, table: ProcessTable, signals: list[Signals]
+) -> tuple[list[Signals], tuple[JobState, ...]]:
     """Add a claim to each idle port that a running job is about to take, and return the state of the jobs.
 
     A job that already serves, on any port, takes no idle port. Service managers are asked only about the other jobs.
@@ -119,7 +121,9 @@ def _with_boot_jobs(jobs: BootJobs, look: Look, signals: list[Signals]) -> tuple
     serving = {each.boot.job: each.boot for each in signals if each.boot}
     ports = {each.port for each in signals}
     states = tuple(
-        JobState(job, Standing.ACTIVE, serving[job].how, serving[job].stop) if job in serving else jobs.state(look, job)
+        JobState(job, Standing.ACTIVE, serving[job].how, serving[job].stop)
+        if job in serving
+        else jobs.state(table, job)
         for job in jobs.jobs
         if job.port in ports
     )
@@ -149,14 +153,16 @@ def _with_connected(system: System, signals: list[Signals], silent: set[int]) ->
         return [replace(each, error=why) if each.port in silent else each for each in signals], frozenset()
 
 
-def _with_unseen(system: System, look: Look, paths: HostPaths, ports: Iterable[int]) -> tuple[Look, Mapping[int, str]]:
+def _with_unseen(
+    system: System, table: ProcessTable, paths: HostPaths, ports: Iterable[int]
+) -> tuple[ProcessTable, Mapping[int, str]]:
     """Where other users' listeners are invisible, add those that accept a connect. Only a refused connect means that
     there is none. Also return the ports for which that could not be found out, with the reason."""
     if system.sees_all_listeners:
-        return look, {}
+        return table, {}
     unseen, unsure = [], {}
     for port in ports:
-        if look.on(paths.settings.bind, port):
+        if table.on(paths.settings.bind, port):
             continue
         try:
             with socket.create_connection((paths.connect_host, port), 0.5):
@@ -165,7 +171,7 @@ def _with_unseen(system: System, look: Look, paths: HostPaths, ports: Iterable[i
             continue
         except OSError as error:
             unsure[port] = f"cannot find out whether anything listens: {error.strerror or error}"
-    return replace(look, listeners=(*look.listeners, *unseen)), unsure
+    return replace(table, listeners=(*table.listeners, *unseen)), unsure
 
 
 @dataclass(frozen=True)
@@ -185,20 +191,20 @@ class ByHand:
         return ByHand(listening, tuple(each for each in self.portless if each.pid not in pids))
 
 
-def _hand_started(paths: HostPaths, system: System, look: Look, ports: Iterable[int]) -> Mapping[int, ByHand]:
+def _hand_started(paths: HostPaths, system: System, table: ProcessTable, ports: Iterable[int]) -> Mapping[int, ByHand]:
     """Return this user's servers by port: the port on which they listen, else the port in their arguments."""
-    mine = [each for each in servers.find_servers(look) if each.process.uid == os.getuid()]
-    silent = [each for each in mine if not any(set(each.family) & listener.pids for listener in look.listeners)]
+    mine = [each for each in servers.find_servers(table) if each.process.uid == os.getuid()]
+    silent = [each for each in mine if not any(set(each.family) & listener.pids for listener in table.listeners)]
     by_port: dict[int, ByHand] = {}
     for port in ports:
-        pids = {pid for each in look.on(paths.settings.bind, port) for pid in each.pids}
+        pids = {pid for each in table.on(paths.settings.bind, port) for pid in each.pids}
         owner = next((each for each in mine if pids and pids <= set(each.family)), None)
         intended = [each for each in silent if each.detected.port == port and _same_address(each.detected.host, paths)]
         portless = [each for each in intended if _listens_nowhere(system, each)]
         if owner or portless:
             by_port[port] = ByHand(
-                _server(system, look, owner) if owner else None,
-                tuple(_server(system, look, each) for each in portless),
+                _server(system, table, owner) if owner else None,
+                tuple(_server(system, table, each) for each in portless),
             )
     return by_port
 
@@ -208,12 +214,12 @@ def _listens_nowhere(system: System, server: ServerProcess) -> bool:
     return all(system.ports_of(pid) == frozenset() for pid in server.family)
 
 
-def _server(system: System, look: Look, server: ServerProcess) -> Server:
+def _server(system: System, table: ProcessTable, server: ServerProcess) -> Server:
     from mlxops.core.redaction import redact
 
     process = server.process
     path = real_path(system.folder(process.pid), server.detected.model)
-    starter = servers.starter(look, process.pid)
+    starter = servers.starter(table, process.pid)
     return Server(
         process.pid,
         process.pgid,
@@ -222,8 +228,8 @@ def _server(system: System, look: Look, server: ServerProcess) -> Server:
         process.argv,
         process.start,
         path=path,
-        wrappers=servers.wrappers(look, process.pid),
-        starter=_describe(look, [starter.pid]) if starter else "",
+        wrappers=servers.wrappers(table, process.pid),
+        starter=_describe(table, [starter.pid]) if starter else "",
     )
 
 
@@ -251,7 +257,7 @@ def _signals(
     paths: HostPaths,
     store: Store,
     system: System,
-    look: Look,
+    table: ProcessTable,
     hand: Mapping[int, ByHand],
     port: int,
     own: str | None,
@@ -263,13 +269,13 @@ def _signals(
     holder = holder or store.holder(f"port-{port}")
     operation = None if holder is None or holder.id == own else holder
     state = operation_state(store.state / "ops", operation.id) if operation else OperationState()
-    listeners = look.on(paths.settings.bind, port)
+    listeners = table.on(paths.settings.bind, port)
     pids = frozenset(pid for each in listeners for pid in each.pids)
     unowned = any(not each.pids and each.uid in (None, os.getuid()) for each in listeners)
-    members = processes.members(system, look, run) if run else ()
+    members = processes.members(system, table, run) if run else ()
     others = pids - set(members)
     by_hand = hand.get(port, ByHand())
-    claim = _boot_claim(jobs, look, port, listeners, run, members, by_hand.first) if jobs else None
+    claim = _boot_claim(jobs, table, port, listeners, run, members, by_hand.first) if jobs else None
     if claim is None:
         by_hand = by_hand.without(members)
     portless = by_hand.portless
@@ -281,7 +287,7 @@ def _signals(
         alias=paths.settings.slots.get(port),
         run=run,
         broken_record=broken,
-        leader_proven=run is not None and processes.leader(system, look.processes, run) is not None,
+        leader_proven=run is not None and processes.leader(system, table.processes, run) is not None,
         members=members,
         listening=bool(listeners),
         listener_pids=pids,
@@ -292,19 +298,19 @@ def _signals(
         operation=operation,
         activity=str(state),
         progress=state.progress,
-        other_listener=_describe(look, others) if listeners and (others or not pids) else "",
-        memory_bytes=system.memory(members or _unrecorded(look, hand=server, claim=claim, listening=pids)) or None,
+        other_listener=_describe(table, others) if listeners and (others or not pids) else "",
+        memory_bytes=system.memory(members or _unrecorded(table, hand=server, claim=claim, listening=pids)) or None,
         last_words=_last_words(store.log_path(port)) if run is not None and not members else "",
         rebooted=run is not None and run.boot_id != system.boot_id(),
     )
 
 
 def _unrecorded(
-    look: Look, *, hand: Server | None, claim: BootClaim | None, listening: Collection[int]
+    table: ProcessTable, *, hand: Server | None, claim: BootClaim | None, listening: Collection[int]
 ) -> tuple[int, ...]:
     """Return the processes of a server that mlxops did not start."""
     if hand is not None:
-        return servers.family(look, hand.pid)
+        return servers.family(table, hand.pid)
     return tuple(listening) if claim else ()
 
 
@@ -318,7 +324,7 @@ def _run_record(store: Store, port: int) -> tuple[Run | None, bool]:
 
 def _boot_claim(
     jobs: BootJobs,
-    look: Look,
+    table: ProcessTable,
     port: int,
     listeners: tuple[Listener, ...],
     run: Run | None,
@@ -331,15 +337,15 @@ def _boot_claim(
         return None
     # If this user's listener has no process, the process is just ending; it is not the boot job's.
     if listeners and not pids and all(each.uid != os.getuid() for each in listeners):
-        return jobs.unseen(look, port)
-    return jobs.claim(look, port, pids)
+        return jobs.unseen(table, port)
+    return jobs.claim(table, port, pids)
 
 
-def _describe(look: Look, pids: Iterable[int]) -> str:
+def _describe(table: ProcessTable, pids: Iterable[int]) -> str:
     from mlxops.core.redaction import command_line
 
     descriptions = [
-        f"pid {pid}: {command_line(look.processes[pid].argv)[:160]}" for pid in sorted(pids) if pid in look.processes
+        f"pid {pid}: {command_line(table.processes[pid].argv)[:160]}" for pid in sorted(pids) if pid in table.processes
     ]
     return "; ".join(descriptions) or "another user's process"
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from mlxops.agent.engines import ENGINES
 from mlxops.agent.engines.argv import START_FILE
 from mlxops.agent.host.programs import MARK
-from mlxops.agent.host.system import Look, Process, System
+from mlxops.agent.host.system import Process, ProcessTable, System
 from mlxops.agent.serving import servers
 from mlxops.core.errors import NotStarted, Refused
 from mlxops.core.frozen import dataclass
@@ -139,7 +139,7 @@ def leader(system: System, processes: Mapping[int, Process], run: Run) -> Proces
     return None
 
 
-def members(system: System, look: Look, run: Run) -> tuple[int, ...]:
+def members(system: System, table: ProcessTable, run: Run) -> tuple[int, ...]:
     """Return the living processes of a run that are proven ours.
 
     In a group that we created, every process is ours. The group of an adopted server may contain more, such as other
@@ -148,21 +148,21 @@ def members(system: System, look: Look, run: Run) -> tuple[int, ...]:
     """
     if run.boot_id != system.boot_id():
         return ()
-    return tuple(sorted({*_proven(system, look, run), *_alive(look, run.stopping)}))
+    return tuple(sorted({*_proven(system, table, run), *_alive(table, run.stopping)}))
 
 
-def _proven(system: System, look: Look, run: Run) -> Iterable[int]:
+def _proven(system: System, table: ProcessTable, run: Run) -> Iterable[int]:
     """Return the living processes that the leader or the mark of the run proves ours."""
-    proven = leader(system, look.processes, run)
+    proven = leader(system, table.processes, run)
     if run.adopted:
-        return (*servers.wrappers(look, run.pid), *servers.family(look, run.pid)) if proven else ()
-    group = look.group(run.pgid)
+        return (*servers.wrappers(table, run.pid), *servers.family(table, run.pid)) if proven else ()
+    group = table.group(run.pgid)
     return [p.pid for p in group if proven or _has_mark(system, p.pid, run)]
 
 
-def _alive(look: Look, known: Iterable[tuple[int, str]]) -> set[int]:
+def _alive(table: ProcessTable, known: Iterable[tuple[int, str]]) -> set[int]:
     """Return the pids of the processes (pid and start) that are still alive."""
-    processes = ((pid, start, look.processes.get(pid)) for pid, start in known)
+    processes = ((pid, start, table.processes.get(pid)) for pid, start in known)
     return {pid for pid, start, process in processes if process and process.start == start and not process.zombie}
 
 
@@ -170,12 +170,12 @@ def _has_mark(system: System, pid: int, run: Run) -> bool:
     return bool(run.run_id) and system.environment(pid, MARK) == run.run_id
 
 
-def _marked_outside_group(system: System, look: Look, run: Run) -> set[int]:
+def _marked_outside_group(system: System, table: ProcessTable, run: Run) -> set[int]:
     """Return processes that the server started and that left its group: their environment has the run's mark."""
     if run.adopted or run.boot_id != system.boot_id():
         return set()
-    own = {process.pid for process in look.ancestors(os.getpid())}
-    others = [p.pid for p in look.processes.values() if p.pgid != run.pgid and p.uid == os.getuid() and not p.zombie]
+    own = {process.pid for process in table.ancestors(os.getpid())}
+    others = [p.pid for p in table.processes.values() if p.pgid != run.pgid and p.uid == os.getuid() and not p.zombie]
     return {pid for pid in others if pid not in own and _has_mark(system, pid, run)}
 
 
@@ -198,13 +198,13 @@ class Signaller:
     @property
     def alive(self) -> tuple[int, ...]:
         """The living processes that are proven ours, and those that were when they were first signalled."""
-        look = self._system.look(())
-        return tuple(sorted({*members(self._system, look, self._run), *self._living(look)}))
+        table = self._system.process_table(())
+        return tuple(sorted({*members(self._system, table, self._run), *self._living(table)}))
 
     def prove(self) -> tuple[tuple[int, str], ...]:
         """Return pid and start of each process that may be signalled. Raises `Refused` (not_ours) as `send` does."""
-        look, ours = self._prove()
-        return tuple((pid, look.processes[pid].start) for pid in sorted(ours))
+        table, ours = self._prove()
+        return tuple((pid, table.processes[pid].start) for pid in sorted(ours))
 
     def send(self, number: signal.Signals) -> bool:
         """Signal every process that is proven ours; return False if none is alive.
@@ -213,8 +213,8 @@ class Signaller:
         each process by itself. Raises `Refused` (not_ours), and signals nothing, if the group has a process that is not
         proven ours.
         """
-        look, ours = self._prove()
-        self._send(look, dict.fromkeys(ours, number))
+        table, ours = self._prove()
+        self._send(table, dict.fromkeys(ours, number))
         return bool(ours)
 
     def ask(self, number: signal.Signals) -> bool:
@@ -226,50 +226,50 @@ class Signaller:
 
         Raises `Refused` (not_ours) as `send` does.
         """
-        look, ours = self._prove()
-        server = _server(look, self._run, ours)
-        above = {up.pid for pid in server for up in look.ancestors(pid)} & ours - server
-        shells = {pid for pid in above if servers.is_shell(look.processes[pid].argv)}
+        table, ours = self._prove()
+        server = _server(table, self._run, ours)
+        above = {up.pid for pid in server for up in table.ancestors(pid)} & ours - server
+        shells = {pid for pid in above if servers.is_shell(table.processes[pid].argv)}
         above_too = above if number is signal.SIGTERM else shells
-        self._send(look, dict.fromkeys(above_too, signal.SIGTERM) | dict.fromkeys(server, number))
+        self._send(table, dict.fromkeys(above_too, signal.SIGTERM) | dict.fromkeys(server, number))
         return bool(server)
 
     def ignores(self, number: signal.Signals) -> bool:
         """Return whether the server itself ignores the signal, as one that a shell started with `&` ignores SIGINT."""
-        look = self._system.look({self._run.port})
-        server = _server(look, self._run, members(self._system, look, self._run))
+        table = self._system.process_table({self._run.port})
+        server = _server(table, self._run, members(self._system, table, self._run))
         return bool(server) and all(self._system.ignores(pid, number) for pid in server)
 
-    def _prove(self) -> tuple[Look, set[int]]:
+    def _prove(self) -> tuple[ProcessTable, set[int]]:
         """Return the processes that may be signalled. Raises `Refused` (not_ours)."""
-        look = self._system.look({self._run.port})
+        table = self._system.process_table({self._run.port})
         # Search for them once; later their start times identify them.
-        outside = set() if self._known else _marked_outside_group(self._system, look, self._run)
-        ours = {*members(self._system, look, self._run), *outside, *self._living(look)}
-        group = {process.pid for process in look.group(self._run.pgid)}
+        outside = set() if self._known else _marked_outside_group(self._system, table, self._run)
+        ours = {*members(self._system, table, self._run), *outside, *self._living(table)}
+        group = {process.pid for process in table.group(self._run.pgid)}
         strangers = set() if self._run.adopted or not ours else group - ours
-        self._known |= {pid: look.processes[pid].start for pid in ours}
+        self._known |= {pid: table.processes[pid].start for pid in ours}
         if strangers:
-            names = ", ".join(f"{pid} ({_program(look.processes[pid])})" for pid in sorted(strangers))
+            names = ", ".join(f"{pid} ({_program(table.processes[pid])})" for pid in sorted(strangers))
             raise _not_ours(self._run, f"in it are processes that are not proven ours: {names}", strangers)
-        return look, ours
+        return table, ours
 
-    def _send(self, look: Look, numbers: Mapping[int, signal.Signals]) -> None:
+    def _send(self, table: ProcessTable, numbers: Mapping[int, signal.Signals]) -> None:
         self._signalled = set(numbers)
-        group = {process.pid for process in look.group(self._run.pgid)}
+        group = {process.pid for process in table.group(self._run.pgid)}
         try:
             if self._signalled == group and not self._run.adopted and len({*numbers.values()}) == 1:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self._run.pgid, next(iter(numbers.values())))
             else:
-                self._send_each(look, numbers)
+                self._send_each(table, numbers)
         except PermissionError:
             raise _not_ours(self._run, "the system reports that it is another user's", self._signalled) from None
 
-    def _send_each(self, look: Look, numbers: Mapping[int, signal.Signals]) -> None:
+    def _send_each(self, table: ProcessTable, numbers: Mapping[int, signal.Signals]) -> None:
         """Signal each process, parents first: a shell that runs a server in a loop must not start the next one. Check
         the start time again just before, in case another process has got the pid."""
-        for pid in sorted(numbers, key=lambda pid: (len(list(look.ancestors(pid))), pid)):
+        for pid in sorted(numbers, key=lambda pid: (len(list(table.ancestors(pid))), pid)):
             process = self._system.process(pid)
             if process is not None and process.start == self._known[pid]:
                 with contextlib.suppress(ProcessLookupError):
@@ -286,9 +286,11 @@ class Signaller:
             self._reap()
             # If the processes cannot be observed for a moment, try again: do not stop half way.
             with contextlib.suppress(Refused):
-                look = self._system.look(())
-                alive = self._living(look)
-                if not (alive & self._signalled if signalled_only else alive or members(self._system, look, self._run)):
+                table = self._system.process_table(())
+                alive = self._living(table)
+                if not (
+                    alive & self._signalled if signalled_only else alive or members(self._system, table, self._run)
+                ):
                     return True
             if time.monotonic() > deadline:
                 return False
@@ -297,15 +299,15 @@ class Signaller:
             time.sleep(pause)
             pause = min(pause * 1.5, 0.25)
 
-    def _living(self, look: Look) -> set[int]:
-        return _alive(look, self._known.items())
+    def _living(self, table: ProcessTable) -> set[int]:
+        return _alive(table, self._known.items())
 
 
-def _server(look: Look, run: Run, ours: Collection[int]) -> set[int]:
+def _server(table: ProcessTable, run: Run, ours: Collection[int]) -> set[int]:
     """Return the processes of `ours` that are the server itself: the listeners, else the engine's program, else the
     leader. If it is gone, all are left over."""
-    listening = {pid for each in look.listeners if each.port == run.port for pid in each.pids}
-    engines = {each.process.pid for each in servers.find_servers(look)}
+    listening = {pid for each in table.listeners if each.port == run.port for pid in each.pids}
+    engines = {each.process.pid for each in servers.find_servers(table)}
     candidates = (found & set(ours) for found in (listening, engines, {run.pid}))
     return next(filter(None, candidates), set(ours))
 
@@ -313,8 +315,8 @@ def _server(look: Look, run: Run, ours: Collection[int]) -> set[int]:
 def finishes_requests(system: System, run: Run) -> bool:
     """Return whether the server finishes its open requests after its engine's first stop signal."""
     engine = ENGINES.get(run.engine)
-    look = system.look(())
-    argvs = [look.processes[pid].argv for pid in members(system, look, run)]
+    table = system.process_table(())
+    argvs = [table.processes[pid].argv for pid in members(system, table, run)]
     return engine is None or any(map(engine.finishes_requests, argvs))
 
 

@@ -1,4 +1,4 @@
-"""Decide which processes are servers, and which other processes belong to each. Pure: works on one `Look`.
+"""Decide which processes are servers, and which other processes belong to each. Pure: works on one process table.
 
 A server is a process that runs an engine's program, with all its descendants. Words in an argv are not enough: tmux, an
 ssh client or a notebook may have them too. A parent that only waits for the server, such as `uv run` or a shell with a
@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 from mlxops.agent.engines import recognise
 from mlxops.agent.engines.argv import program_of
 from mlxops.agent.engines.base import DetectedServer
-from mlxops.agent.host.system import Look, Process
+from mlxops.agent.host.system import Process, ProcessTable
 from mlxops.core.frozen import dataclass
 
 SHELLS = frozenset({"sh", "bash", "dash", "zsh", "ksh", "ash", "busybox", "fish", "nu", "csh", "tcsh"})
@@ -50,62 +50,62 @@ class ServerProcess:
     """Its process and all its descendants, without other servers."""
 
 
-def find_servers(look: Look) -> list[ServerProcess]:
+def find_servers(table: ProcessTable) -> list[ServerProcess]:
     """Return the servers of all users. A fork of a server, which has the same argv, is part of that server."""
-    recognised = {p.pid: pair for p in look.processes.values() if not p.zombie and (pair := recognise(p.argv))}
-    roots = {pid for pid in recognised if not _is_fork(look, pid)}
+    recognised = {p.pid: pair for p in table.processes.values() if not p.zombie and (pair := recognise(p.argv))}
+    roots = {pid for pid in recognised if not _is_fork(table, pid)}
     return [
-        ServerProcess(look.processes[pid], *recognised[pid], _descendants(look, pid, roots)) for pid in sorted(roots)
+        ServerProcess(table.processes[pid], *recognised[pid], _descendants(table, pid, roots)) for pid in sorted(roots)
     ]
 
 
-def _is_fork(look: Look, pid: int) -> bool:
-    parent = look.processes.get(look.processes[pid].ppid)
-    return parent is not None and not parent.zombie and parent.argv == look.processes[pid].argv
+def _is_fork(table: ProcessTable, pid: int) -> bool:
+    parent = table.processes.get(table.processes[pid].ppid)
+    return parent is not None and not parent.zombie and parent.argv == table.processes[pid].argv
 
 
-def family(look: Look, pid: int) -> tuple[int, ...]:
+def family(table: ProcessTable, pid: int) -> tuple[int, ...]:
     """Return a process and all its descendants, without other servers."""
-    if not recognise(look.processes[pid].argv):
-        return _descendants(look, pid, ())  # adopted, and its argv has changed: a server below it is the same server
-    others = {p.pid for p in look.processes.values() if recognise(p.argv) and not _is_fork(look, p.pid)}
-    return _descendants(look, pid, others)
+    if not recognise(table.processes[pid].argv):
+        return _descendants(table, pid, ())  # adopted, and its argv has changed: a server below it is the same server
+    others = {p.pid for p in table.processes.values() if recognise(p.argv) and not _is_fork(table, p.pid)}
+    return _descendants(table, pid, others)
 
 
-def _descendants(look: Look, pid: int, others: Collection[int]) -> tuple[int, ...]:
+def _descendants(table: ProcessTable, pid: int, others: Collection[int]) -> tuple[int, ...]:
     pids = [pid]
     for each in pids:
-        pids += [child for child in look.children.get(each, ()) if child not in others and child not in pids]
+        pids += [child for child in table.children.get(each, ()) if child not in others and child not in pids]
     return tuple(pids)
 
 
-def wrappers(look: Look, pid: int) -> tuple[int, ...]:
+def wrappers(table: ProcessTable, pid: int) -> tuple[int, ...]:
     """Return the ancestors that only run this process, outermost first.
 
     Each has the same process group and user, runs a program that does nothing else, and has no other child.
     """
     pids: list[int] = []
-    current = look.processes[pid]
+    current = table.processes[pid]
     while True:
-        parent = look.processes.get(current.ppid)
+        parent = table.processes.get(current.ppid)
         if (
             parent is None
             or parent.pid <= 1
             or parent.zombie
             or (parent.pgid, parent.uid) != (current.pgid, current.uid)
             or not is_wrapper(parent.argv)
-            or look.children.get(parent.pid, ()) != (current.pid,)
+            or table.children.get(parent.pid, ()) != (current.pid,)
         ):
             return tuple(reversed(pids))
         pids.append(parent.pid)
         current = parent
 
 
-def starter(look: Look, pid: int) -> Process | None:
+def starter(table: ProcessTable, pid: int) -> Process | None:
     """Return the parent of a server and its wrappers, which outlives it; None for an init process or an interactive
     shell."""
-    top = next(iter(wrappers(look, pid)), pid)
-    parent = look.processes.get(look.processes[top].ppid)
+    top = next(iter(wrappers(table, pid)), pid)
+    parent = table.processes.get(table.processes[top].ppid)
     if parent is None or parent.pid <= 1 or parent.zombie or not parent.argv:
         return None
     name = _name(parent.argv)

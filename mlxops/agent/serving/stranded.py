@@ -53,7 +53,7 @@ def _with_look(system: System, run: Run) -> Run:
     """
     if run.held_bytes is not None:
         return run
-    pids = processes.members(system, system.look(()), run)
+    pids = processes.members(system, system.process_table(()), run)
     held = system.memory(pids)
     before = _unexplained(system, pids) if held is not None and held >= MIN_BYTES else None
     if before is None:
