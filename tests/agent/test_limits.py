@@ -12,14 +12,17 @@ from typing import Any
 import pytest
 
 from mlxops.agent.engines import engine_named
-from mlxops.agent.engines.base import ServerSpec
+from mlxops.agent.engines.base import EngineCommand, ServerSpec
 from mlxops.agent.host.memory import HostMemory
 from mlxops.agent.operations.limits import awaited, raised_wired_limit
+from mlxops.agent.operations.model_files import ModelFiles
+from mlxops.agent.operations.preflight import Prepared, expected_context, expected_type
 from mlxops.agent.serving.memory import estimate_of
 from mlxops.core.memory import Use
 from mlxops.core.model_options import Option, Origin
-from mlxops.core.planner import LoadPlan, ModelRef, Outcome
+from mlxops.core.planner import LoadPlan, ModelRef, Outcome, Wanted
 from mlxops.core.registry import Model, parse
+from mlxops.core.settings import Settings
 from tests.agent.test_openai_server import office
 from tests.lab import cache, models
 from tests.lab.homelab import Homelab, Studio
@@ -209,6 +212,40 @@ def test_server_is_unbounded_if_nothing_limits_its_contexts(
     assert engine_named(engine).is_unbounded(("x", "--model", "m", *arguments), version) == unbounded
 
 
+@pytest.mark.parametrize(
+    ("engine", "launch", "fields", "expected"),
+    [
+        ("mlx-openai-server", (), {}, ("lm", None)),
+        ("mlx-openai-server", (), {"options": {"model_type": "multimodal"}}, ("multimodal", None)),
+        ("mlx-openai-server", ("--model-type", "multimodal", "--context-length", "9"), {}, ("lm", 9)),
+        ("mlx-openai-server", ("--model-type", "multimodal"), {"options": {"model_type": None}}, ("multimodal", None)),
+        ("mlx-openai-server", ("--context-length", "9"), {"context_length": 7}, ("lm", 7)),
+        ("mlx-openai-server", (), {"context_length": 7, "args": ("--context-length=5",)}, ("lm", 5)),
+        ("mlx-openai-server", (), {"args": ("--model-type", "embeddings")}, ("embeddings", None)),
+        ("mlx-lm", ("--model-type", "multimodal"), {"context_length": 7}, ("lm", 7)),
+        ("unknown", (), {"context_length": 7}, ("lm", 7)),
+    ],
+)
+def test_launch_and_args_decide_what_is_estimated(
+    engine: str, launch: tuple[str, ...], fields: dict[str, Any], expected: tuple[str, int | None]
+) -> None:
+    settings, entry = Settings(engine=engine, launch={engine: ("server", *launch)}), Model("m", "org/m", **fields)
+    assert (expected_type(settings, entry), expected_context(settings, entry)) == expected
+
+
+def test_estimate_of_a_load_counts_the_context_length_of_its_args() -> None:
+    for engine, words, tokens in (
+        ("mlx-openai-server", ("--context-length", "131072"), 131072),
+        ("mlx-openai-server", (), 9),
+        ("mlx-lm", (), 9),
+    ):
+        made = engine_named(engine)
+        command, files = EngineCommand(("server",), "PATH"), ModelFiles("1" * 40, Path("/m"), 1)
+        wanted = Wanted("org/m", "1" * 40, engine, ("server", "--model", "m", *words), "/m")
+        prepared = Prepared(made, command, spec(context_length=9), files, wanted)
+        assert prepared.context_length == tokens
+
+
 def test_limits_leave_room_for_assigned_models_that_do_not_serve(tmp_path: Path) -> None:
     """After a reboot, `restore` loads one after the other."""
     entries = {}
@@ -219,9 +256,12 @@ def test_limits_leave_room_for_assigned_models_that_do_not_serve(tmp_path: Path)
     plan = LoadPlan(ModelRef("a", "org/a", None, known.models["a"]), 8103, "a", Outcome.START)
     one = estimate_of(Path(str(entries["b"]["cache_path"])))
     assert one is not None
+    settings = Settings()
     serving = Use(8102, "c", "mlxops", 10, one.total, None)
-    assert awaited(known, plan, []) == 2 * one.total, "b and c, but not what is loaded, and not what has no port"
-    assert awaited(known, plan, [serving]) == one.total
+    assert awaited(settings, known, plan, []) == 2 * one.total, (
+        "b and c, but not what is loaded, and not what has no port"
+    )
+    assert awaited(settings, known, plan, [serving]) == one.total
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ class Shape:
     other_cache: KVCache | None
     """The size when it is served as a model other than a language model."""
 
-    def served_as(self, model_type: str) -> KVCache | None:
+    def cache_of(self, model_type: str) -> KVCache | None:
         """Return the size of the KV cache. `model_type`: the engine's option, `lm` or another."""
         return self.cache if model_type == "lm" else self.other_cache
 

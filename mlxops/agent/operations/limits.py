@@ -17,6 +17,7 @@ from mlxops.core.budget import LimitOptions, Limits
 from mlxops.core.memory import Estimate, Use
 from mlxops.core.planner import LoadPlan
 from mlxops.core.registry import Model, Registry
+from mlxops.core.settings import Settings
 from mlxops.core.text import amount
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ def give(
 
     `options`: those of `installed_options`. `need`: its estimate. `staying`: the other servers. `size`: the budget.
     """
-    spare = size - sum(use.possible for use in staying) - awaited(registry, plan, staying) - need.total
+    later = awaited(ctx.paths.settings, registry, plan, staying)
+    spare = size - sum(use.possible for use in staying) - later - need.total
     prepared = replace(prepared, budget=_choose(options, prepared, need, spare))
     most = budget.limited(need, _limits(prepared), cached=_keeps_caches(prepared))
     prepared = replace(prepared, estimate=most)
@@ -63,19 +65,20 @@ def _choose(options: LimitOptions, prepared: Prepared, need: Estimate, spare: in
     return options.words(budget.choose(need, spare, own, cached=_keeps_caches(prepared)))
 
 
-def awaited(registry: Registry, plan: LoadPlan, staying: Sequence[Use]) -> int:
+def awaited(settings: Settings, registry: Registry, plan: LoadPlan, staying: Sequence[Use]) -> int:
     """Return the bytes that the assigned models need that do not serve. After a reboot, the first must leave room."""
     taken = {plan.port, *(use.port for use in staying)}
     models = [each for each in registry.models.values() if each.port not in taken and each.name != plan.target.name]
-    return sum(_needs(model) for model in models if model.port is not None)
+    return sum(_needs(settings, model) for model in models if model.port is not None)
 
 
-def _needs(model: Model) -> int:
-    from mlxops.agent.operations.preflight import served_as
+def _needs(settings: Settings, model: Model) -> int:
+    from mlxops.agent.operations.preflight import expected_context, expected_type
 
     if model.cache_path is None:
         return 0
-    expected = estimate_of(Path(model.cache_path), model.context_length, served_as(model))
+    context, kind = expected_context(settings, model), expected_type(settings, model)
+    expected = estimate_of(Path(model.cache_path), context, kind)
     return expected.total if expected else 0
 
 

@@ -120,7 +120,7 @@ def _model_row(ctx: Context, model: Model, *, memory: bool) -> ModelRow:
         context_length=model.context_length or (facts.context_length if facts else None),
         flags=(*option_rows(ctx, model, path), *_budget_rows(ctx, model)),
         problems=tuple(problems),
-        memory=_estimate(path, model) if memory and path else None,
+        memory=_estimate(ctx, path, model) if memory and path else None,
     )
 
 
@@ -136,11 +136,12 @@ def _budget_rows(ctx: Context, model: Model) -> Iterator[OptionRow]:
         yield OptionRow(option.removeprefix("--").replace("-", "_"), value, Origin.BUDGET.value)
 
 
-def _estimate(path: Path, model: Model) -> EstimateRow | None:
-    from mlxops.agent.operations.preflight import served_as
+def _estimate(ctx: Context, path: Path, model: Model) -> EstimateRow | None:
+    from mlxops.agent.operations.preflight import expected_context, expected_type
     from mlxops.agent.serving.memory import estimate_of
 
-    estimate = estimate_of(path, model.context_length, served_as(model))
+    settings = ctx.paths.settings
+    estimate = estimate_of(path, expected_context(settings, model), expected_type(settings, model))
     return estimate_row(estimate) if estimate else None
 
 

@@ -10,8 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mlxops.agent.context import Context, busy, memory_lock
-from mlxops.agent.engines import engine_named
-from mlxops.agent.engines.argv import long_options
+from mlxops.agent.engines import ENGINES, engine_named
 from mlxops.agent.engines.base import Engine, EngineCommand, ServerSpec, template_text
 from mlxops.agent.engines.inspection import (
     inspect_command,
@@ -38,6 +37,7 @@ from mlxops.core.planner import LoadPlan, ModelRef, Wanted
 from mlxops.core.protocol import Phase
 from mlxops.core.records import Operation
 from mlxops.core.registry import Model, Registry
+from mlxops.core.settings import Settings
 from mlxops.core.text import amount
 
 MEMORY_CHECK_SECONDS = 20.0
@@ -66,6 +66,11 @@ class Prepared:
     @property
     def argv(self) -> tuple[str, ...]:
         return (*self.wanted.argv, *self.budget)
+
+    @property
+    def context_length(self) -> int | None:
+        """The context length that its argv sets, else that of its entry; None if nothing sets it."""
+        return self.engine.context_length(self.wanted.argv) or self.serving.model.context_length
 
 
 def prepare(ctx: Context, target: ModelRef, port: int, files: ModelFiles, *, ask: bool = True) -> Prepared:
@@ -173,7 +178,7 @@ def check(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
     _check_files(plan, prepared, facts)
     _check_code(plan, prepared, facts)
     repo_id, command, engine = plan.target.repo_id, prepared.command, prepared.engine
-    _refuse_architecture(repo_id, command, engine, facts.config, _served_as(prepared))
+    _refuse_architecture(repo_id, command, engine, facts.config, _model_type_of(prepared))
     if _is_language_model(prepared):
         _refuse_quantization(repo_id, command, engine, facts.config, packed=facts.packed)
 
@@ -192,10 +197,10 @@ def _check_files(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
 
 def _is_language_model(prepared: Prepared) -> bool:
     """Return whether the engine loads the model through mlx-lm."""
-    return _served_as(prepared) == "lm"
+    return _model_type_of(prepared) == "lm"
 
 
-def _served_as(prepared: Prepared) -> str:
+def _model_type_of(prepared: Prepared) -> str:
     """Return the model type that the argv sets. The entry's own args may set it, too."""
     return prepared.engine.model_type(prepared.wanted.argv)
 
@@ -222,9 +227,28 @@ def _check_code(plan: LoadPlan, prepared: Prepared, facts: ModelFacts) -> None:
         )
 
 
-def served_as(entry: Model) -> str:
-    """Return the model type that an entry is served as. Use this while there is no argv."""
-    return long_options(entry.args).get("--model-type", str(entry.options.get("model_type") or "lm"))
+def expected_type(settings: Settings, entry: Model) -> str:
+    """Return the model type as which an entry would be served. Use this while there is no argv."""
+    engine = ENGINES.get(entry.engine or settings.engine)
+    return engine.model_type(_expected_words(settings, entry)) if engine else "lm"
+
+
+def expected_context(settings: Settings, entry: Model) -> int | None:
+    """Return the context length with which an entry would be served; None if nothing sets it."""
+    engine = ENGINES.get(entry.engine or settings.engine)
+    words = _expected_words(settings, entry)
+    return (engine.context_length(words) if engine else None) or entry.context_length
+
+
+def _expected_words(settings: Settings, entry: Model) -> tuple[str, ...]:
+    """Return the options of a command: those of `launch` in hosts.yaml, then those of the entry, which hold."""
+    kind = entry.options.get("model_type", "lm")
+    return (
+        *settings.launch.get(entry.engine or settings.engine, ()),
+        *(("--model-type", kind) if kind else ()),
+        *(("--context-length", str(entry.context_length)) if entry.context_length else ()),
+        *entry.args,
+    )
 
 
 def check_before_download(ctx: Context, target: ModelRef) -> Callable[[Collection[str], Mapping[str, object]], None]:
@@ -234,7 +258,7 @@ def check_before_download(ctx: Context, target: ModelRef) -> Callable[[Collectio
     """
     entry = target.entry or Model(target.name, target.repo_id)
     engine, command = ctx.engine(target)
-    kind = served_as(entry)
+    kind = expected_type(ctx.paths.settings, entry)
 
     def check(names: Collection[str], config: Mapping[str, object]) -> None:
         why = None if language_weights(names) else _OTHER_WEIGHTS
@@ -306,8 +330,8 @@ def _reserve_memory(
     from mlxops.agent.operations import limits
     from mlxops.agent.serving.memory import budget, check_fits, in_use
 
-    cache, context_length = facts.shape.served_as(_served_as(prepared)), prepared.serving.model.context_length
-    need = memory.estimate(facts.weight_bytes, cache, facts.shape.context_length, context_length)
+    cache = facts.shape.cache_of(_model_type_of(prepared))
+    need = memory.estimate(facts.weight_bytes, cache, facts.shape.context_length, prepared.context_length)
     options, size = limits.installed_options(ctx, prepared), budget(ctx.paths)
     with _memory_check_lock(ctx):
         uses = in_use(ctx.observe(registry), ctx.system, ctx.reserved())
@@ -373,7 +397,7 @@ def _warnings(ctx: Context, request: Load, plan: LoadPlan, prepared: Prepared, f
     name = name_warning(request, plan.alias, plan.port)
     if name:
         warnings.append(name)
-    configured = prepared.serving.model.context_length
+    configured = prepared.context_length
     longest = facts.shape.context_length
     promised = context_warning(request, plan.port, configured or longest)
     if promised:

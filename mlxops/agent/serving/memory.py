@@ -56,7 +56,7 @@ def estimate_of(path: Path, context_length: int | None = None, model_type: str =
     if not weights:
         return None
     shaped = shape(path)
-    return memory.estimate(weights, shaped.served_as(model_type), shaped.context_length, context_length)
+    return memory.estimate(weights, shaped.cache_of(model_type), shaped.context_length, context_length)
 
 
 def in_use(world: World, system: System, reserved: Mapping[int, Operation]) -> tuple[Use, ...]:
