@@ -375,7 +375,10 @@ def doctor(cli: Cli, request: Doctor) -> None:
         cli.console.note("trying what mlxops assumes about macOS; it takes about a minute")
     replies = command.examine(inventory, problem, targets, request, cli.console)
     if request.report is not None:
-        report.write(Path(request.report), replies, cli.console.note, local=cli.common.local, clone=checkout())
+        try:
+            report.write(Path(request.report), replies, cli.console.note, local=cli.common.local, clone=checkout())
+        except Refused as error:  # the findings, which are shown all the same, say why
+            replies = (replace(replies[0], error=error), *replies[1:])
     cli.show(tuple(map(command.refuse_errors, replies)) if request.strict else replies)
 
 

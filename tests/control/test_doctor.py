@@ -255,6 +255,8 @@ def test_unusable_hosts_file_is_a_finding(homelab: Homelab) -> None:
     (row,) = [row for row in found(answer)[CONTROL_NODE] if row["severity"] == "error"]
     assert row["code"] == "hosts_file_bad" and "hosts.yaml:1" in row["message"]
     assert homelab.mini.mlxctl("doctor", "--strict").exit == 3
+    report = homelab.mini.mlxctl("doctor", "--report", str(homelab.mini.home / "report"))
+    assert report.exit == 3 and "hosts_file_bad" in report.stdout and "was not written" in report.stderr
 
 
 def test_gateway_on_another_machine_is_no_fault(homelab: Homelab) -> None:

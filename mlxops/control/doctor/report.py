@@ -15,7 +15,7 @@ from pathlib import Path
 from mlxops.common.anonymous import anonymous
 from mlxops.core.commands.doctor import CONTROL_NODE, DoctorResult
 from mlxops.core.doctor.assumptions import Assumption, Trial, Verdict, report_text
-from mlxops.core.errors import UsageError
+from mlxops.core.errors import Refused, UsageError
 from mlxops.core.replies import HostReply
 
 DEMO_SECONDS = 1200.0
@@ -45,12 +45,16 @@ def write(
 ) -> None:
     """Write what was tried, and try the demo if the host is this machine (`local`) and there is a clone to run it in.
 
-    Raises `UsageError` (report_unwritable).
+    Raises `Refused` (nothing_tried) if no host could be tried, and `UsageError` (report_unwritable).
     """
     results = [reply.result for reply in replies if reply.result is not None and reply.result.trials]
     if not results:
-        note("no host could be tried, so there is no report; the findings say why")
-        return
+        raise Refused(
+            "nothing_tried",
+            f"no host could be tried, so {path} was not written",
+            why="the findings say why",
+            hint="correct what they name, then try again",
+        )
     own = [row for reply in replies if reply.host == CONTROL_NODE and reply.result for row in reply.result.findings]
     here = {f"{row.severity} {row.code} (control node)" for row in own}
     demo = _demo(clone, note, local=local)
