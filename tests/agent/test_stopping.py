@@ -15,6 +15,7 @@ from mlxops.agent.host.system import this_system
 from mlxops.agent.operations import stop as stopping
 from mlxops.agent.operations.stop import stop
 from mlxops.agent.paths import HostPaths
+from mlxops.agent.serving import processes
 from mlxops.agent.state.store import Store
 from mlxops.core.ports import Owner, PortView, State
 from mlxops.core.protocol import Event, Note
@@ -71,6 +72,31 @@ def test_stop_does_not_wait_for_new_requests(tmp_path: Path, monkeypatch: pytest
     view = PortView(8103, None, State.READY, Owner.MLXOPS, "x", run=run())
     assert stopping._drain(context, view, run()) is None
     assert events == [Note("2 open requests get up to 30 s")]
+
+
+@pytest.mark.parametrize(
+    ("requests", "drain", "seconds", "told"),
+    [
+        (2, None, 30, ["2 open requests get up to 30 s"]),
+        (2, 0.0, 0, ["2 open requests get up to 0 s"]),
+        (0, None, 30, []),
+        (0, 100.0, 100, []),
+        (0, 0.0, 10, []),
+    ],
+    ids=["open", "open, cut", "none seen", "none seen, long", "none seen, cut"],
+)
+def test_server_gets_the_drain_for_requests_that_come_before_the_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, requests: int, drain: float | None, seconds: int, told: list[str]
+) -> None:
+    events: list[Event] = []
+    request = envelope("unload", {"drain": drain}, Settings(), "").request
+    context = replace(_context(tmp_path, 8103), emit=events.append, request=request)
+    connections = frozenset(("there", number) for number in range(requests))
+    monkeypatch.setattr(stopping, "_connections", lambda ctx, run: connections)
+    monkeypatch.setattr(processes, "finishes_requests", lambda system, run: True)
+    view = PortView(8103, None, State.READY, Owner.MLXOPS, "x", run=run())
+    assert stopping._drain(context, view, run()) == seconds
+    assert events == [Note(each) for each in told]
 
 
 def _context(folder: Path, port: int) -> Context:

@@ -66,16 +66,30 @@ def check_executable(program: str, source: str) -> None:
         )
 
 
-_SHEBANG = re.compile(rb"#!(/\S*python[\d.]*)\s*\n|#!/bin/sh\n'''exec' ['\"]?(/[^'\"\n]*python[\d.]*)['\"]? ")
-"""The first lines of a Python script. Installers use the second form if the path is long or has spaces."""
+_SHEBANG = re.compile(
+    rb"#!(/\S*python[\d.]*)\s*\n|#!/bin/sh\n'''exec' ['\"]?(/[^'\"\n]*python[\d.]*)['\"]? "
+    rb"|#!\s*(?:/usr)?/bin/env\s+(python[\d.]*)\s*\n"
+)
+"""The first lines of a Python script. Installers use the second form if the path is long or has spaces. The third form
+looks the interpreter up on PATH."""
+_PYTHON = re.compile(r"python[\d.]*")
 
 
-def interpreter_of(program: str) -> str | None:
-    """Return the Python that runs a script; None if the file is none, or the interpreter is looked up on PATH."""
+def interpreter_of(argv: Sequence[str], path: str) -> str | None:
+    """Return the Python that runs a command: a script's, or the first word of `python -m`; else None.
+
+    `path`: the PATH that the command will have.
+    """
+    if list(argv[1:2]) == ["-m"]:
+        return argv[0] if len(argv) > 2 and _PYTHON.fullmatch(os.path.basename(argv[0])) else None
     try:
-        match = _SHEBANG.match(files.read_start(program, 4096))
+        match = _SHEBANG.match(files.read_start(argv[0], 4096))
     except OSError:
         return None
+    if match and match[3]:
+        import shutil
+
+        return shutil.which(os.fsdecode(match[3]), path=path)
     return os.fsdecode(match[1] or match[2]) if match else None
 
 

@@ -20,6 +20,8 @@ from mlxops.core.refusals import merge_refusals
 
 PORT_SECONDS = 10.0
 """Time for the port of an ended server to become free."""
+IDLE_SECONDS = 10.0
+"""Time to end for a server without open requests, also with `--drain 0`."""
 
 
 def stop(ctx: Context, view: PortView) -> float:
@@ -169,12 +171,14 @@ def _drain(ctx: Context, view: PortView, run: Run) -> float | None:
     An engine that does not drain drops them at its first signal, so they are waited for here. It has one connection for
     each request. Requests that arrive later are not waited for: there might always be one more.
     """
-    pending = _connections(ctx, run) if view.state is State.READY else frozenset()
-    if not pending:
+    if view.state is not State.READY:
         return None
-    ctx.note(f"{len(pending)} open requests get up to {ctx.drain:.0f} s")
+    pending = _connections(ctx, run)
+    if pending:
+        ctx.note(f"{len(pending)} open requests get up to {ctx.drain:.0f} s")
     if processes.finishes_requests(ctx.system, run):
-        return ctx.drain
+        # A request may also come between this look and the signal.
+        return ctx.drain if pending else max(ctx.drain, IDLE_SECONDS)
     deadline = time.monotonic() + ctx.drain
     while pending and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -138,10 +138,10 @@ class Launch:
     def preload(self, environ: Mapping[str, str], check: Callable[[], None], emit: Callable[[Event], None]) -> None:
         """Start its process behind the gate, and wait while it imports its modules. Nothing of the port changes.
 
-        It does nothing for a program that is not a Python script. `check` is called often, and may raise. Raises
+        It does nothing if the Python of the program is not known. `check` is called often, and may raise. Raises
         `NotStarted` if the process ends: then the program cannot run.
         """
-        if not self._preloaded:
+        if not self._preloading(self._environment(environ)):
             return
         emit(Phase("warm", f"importing {self.engine.name}"))
         try:
@@ -157,17 +157,20 @@ class Launch:
             status = process.child.wait(0)
             raise self._error(f"the server ended with {_exit_text(status)} before it loaded the model", status)
 
-    @property
-    def _preloaded(self) -> tuple[str, ...]:
-        """The Python that runs the program, and the modules to import; empty if it is not known."""
-        python = interpreter_of(self.argv[0]) if self.engine.preload and self.command.version else None
+    def _preloading(self, env: Mapping[str, str]) -> tuple[str, ...]:
+        """Return the Python that runs the program, and the modules to import; nothing if it is not known."""
+        known = self.engine.preload and self.command.version
+        python = interpreter_of(self.argv, env["PATH"]) if known else None
         return (python, *self.engine.preload) if python else ()
+
+    def _environment(self, environ: Mapping[str, str]) -> dict[str, str]:
+        return programs.environment(environ, {**self.engine.environment(), **self.paths.settings.env}, self._run_id)
 
     def _spawn(self, environ: Mapping[str, str]) -> None:
         self._run_id = secrets.token_hex(8)
         self._write_first_line()
-        env = programs.environment(environ, {**self.engine.environment(), **self.paths.settings.env}, self._run_id)
-        self._process = processes.spawn(self.system, self.argv, env, self._log, self._preloaded)
+        env = self._environment(environ)
+        self._process = processes.spawn(self.system, self.argv, env, self._log, self._preloading(env))
 
     def launch(self, environ: Mapping[str, str], repo_id: str, revision: str, operation: str) -> Run:
         """Start it behind the gate, record it durably, open the gate. Raises `NotStarted`, `Refused`."""
