@@ -344,11 +344,14 @@ def _print_entries(cli: Cli, request: Gateway) -> None:
     hold, `environ` for the env file, and `notes`."""
     from mlxops.control.gateway.config import read_if_possible
     from mlxops.control.gateway.entries import as_yaml, entries_to_paste
+    from mlxops.core.commands.gateway import Gateway
 
     if not request.print:
         why = "it is a form of what is printed; the check itself reads the env file that hosts.yaml names"
         raise UsageError("print_missing", "--env needs --print", why=why, hint="add --print, or leave it out")
-    printed = entries_to_paste(cli.hosts(), *read_if_possible(cli.targets.gateway), env=request.env)
+    config, not_known = read_if_possible(cli.targets.gateway)
+    targets = cli.hosts()
+    printed = entries_to_paste(targets, cli.ask_all(targets, Gateway()), config, not_known, env=request.env)
     document = {**printed.document, "environ": printed.environ, "notes": printed.notes}
     reply: HostReply[Mapping[str, object]] = HostReply("gateway", document)
     cli.show([reply], lambda replies: as_yaml(printed))

@@ -161,6 +161,8 @@ class GatewayPort:
     """The seconds that a request may wait for a server, by hosts.yaml; None: it says nothing."""
     swap_seconds: float | None = None
     """The longest that a swap left it without a server; None: there was none."""
+    smallest_context: int | None = None
+    """The smallest context of the models that it has, or had lately; None: not known."""
 
     @property
     def name(self) -> str | None:
@@ -582,7 +584,7 @@ def _missing_entry_findings(port: GatewayPort) -> Iterator[Mismatch]:
 # -- what to paste ------------------------------------------------------------------------------------------------
 
 PLACEHOLDER_KEY = "none"
-MODEL_INFO = {"mode": "chat", "disable_background_health_check": True}
+MODEL_INFO: Mapping[str, object] = {"mode": "chat", "disable_background_health_check": True}
 """LiteLLM's background health checks send completions: they would keep a server busy, and delay its stop."""
 
 
@@ -608,11 +610,27 @@ def _values(port: GatewayPort) -> dict[str, str]:
 
 
 def _document(rows: Iterable[tuple[GatewayPort, Mapping[str, str]]]) -> dict[str, object]:
+    listed = [(port, dict(values)) for port, values in rows]
+    promised = promised_contexts(port for port, _ in listed)
     model_list = [
-        {"model_name": port.alias, "litellm_params": dict(values), "model_info": dict(MODEL_INFO)}
-        for port, values in rows
+        {"model_name": port.alias, "litellm_params": values, "model_info": _model_info(promised.get(port.alias or ""))}
+        for port, values in listed
     ]
     return {"model_list": model_list}
+
+
+def _model_info(tokens: int | None) -> dict[str, object]:
+    return {**MODEL_INFO} if tokens is None else {**MODEL_INFO, "max_input_tokens": tokens}
+
+
+def promised_contexts(ports: Iterable[GatewayPort]) -> dict[str, int]:
+    """Return alias -> the input tokens that its entries promise: the smallest context, so that it is true after a
+    swap."""
+    promised: dict[str, int] = {}
+    for port in ports:
+        if port.alias and port.smallest_context is not None:
+            promised[port.alias] = min(port.smallest_context, promised.get(port.alias, port.smallest_context))
+    return promised
 
 
 def _variable_prefixes(slots: Sequence[GatewayPort]) -> list[str]:

@@ -408,6 +408,16 @@ def swap_seconds(history: Iterable[Mapping[str, object]]) -> dict[int, float]:
     return {port: max(each) for port, each in swaps.items()}
 
 
+def recent_models(history: Iterable[Mapping[str, object]]) -> dict[int, tuple[str, ...]]:
+    """Return port -> the models of its latest `SWAPS` loads. `history` is oldest first."""
+    models: dict[int, tuple[str, ...]] = {}
+    for line in history:
+        port, model = line.get("port"), line.get("model")
+        if type(port) is int and isinstance(model, str):
+            models[port] = (*models.get(port, ()), model)[-SWAPS:]
+    return models
+
+
 def port_of(registry: Registry, world: World, name: str) -> int | None:
     """Return the port for `unload --model NAME`: the assigned one, else that of a server of the model; None if it has
     neither.

@@ -14,6 +14,7 @@ from mlxops.control.gateway.check import check
 from mlxops.control.gateway.config import read_if_possible
 from mlxops.control.gateway.entries import as_yaml, entries_to_paste
 from mlxops.control.inventory import Gateway
+from mlxops.core.commands.gateway import ServedPorts
 from mlxops.core.errors import Refused, Unreachable
 from mlxops.core.litellm import LiteLLMConfig
 from mlxops.core.replies import HostReply
@@ -71,12 +72,12 @@ class TestCheck:
 class TestPrinted:
     def test_without_a_hold_there_is_only_a_model_list(self) -> None:
         for env in (False, True):
-            text = as_yaml(entries_to_paste([target()], LiteLLMConfig(), env=env))
+            text = as_yaml(entries_to_paste([target()], [served()], LiteLLMConfig(), env=env))
             assert list(yaml.safe_load(text)) == ["model_list"]
 
     def test_host_without_slots_has_nothing_to_print(self) -> None:
         with pytest.raises(Refused, match="nothing to print"):
-            entries_to_paste([HostTarget("studio", None, (), Settings())], LiteLLMConfig(), env=False)
+            entries_to_paste([HostTarget("studio", None, (), Settings())], [], LiteLLMConfig(), env=False)
 
     @pytest.mark.parametrize(
         ("settings", "names"),
@@ -124,18 +125,49 @@ class TestPrinted:
         if text is not None:
             (tmp_path / "router.yaml").write_text(text)
         config, not_known = read_if_possible(Gateway(str(tmp_path / "router.yaml"), None, None, "KEY"))
-        text = as_yaml(entries_to_paste([held()], config, not_known, env=False))
+        text = as_yaml(entries_to_paste([held()], [served()], config, not_known, env=False))
         (note,) = (line for line in text.splitlines() if line.startswith("#") and "compare them yourself" in line)
         assert why in note
         assert "router_settings" in yaml.safe_load(text)
 
     def test_configuration_that_hosts_yaml_does_not_name_is_said(self) -> None:
-        notes = entries_to_paste([held()], *read_if_possible(None), env=False).notes
+        notes = entries_to_paste([held()], [served()], *read_if_possible(None), env=False).notes
         assert notes[0].startswith("hosts.yaml does not name the gateway's configuration. ")
-        assert entries_to_paste([target()], *read_if_possible(None), env=False).notes == ()
+        notes = entries_to_paste([target()], [served()], *read_if_possible(None), env=False).notes
+        assert not any("hosts.yaml" in note for note in notes)
+
+    @pytest.mark.parametrize(
+        ("reply", "tokens", "note"),
+        [
+            (served(smallest_context=2048), 2048, "the smallest context of the alias's latest models"),
+            (served(), None, "jerry-xl: no max_input_tokens, because no model on its port has a known context."),
+            (
+                HostReply("studio", error=Unreachable("host_down", "studio is down")),
+                None,
+                "jerry-xl: no max_input_tokens, because studio did not answer.",
+            ),
+        ],
+        ids=["known", "not known", "host down"],
+    )
+    @pytest.mark.parametrize("env", [False, True])
+    def test_context_is_promised_where_it_is_known(
+        self, reply: HostReply[ServedPorts], tokens: int | None, note: str, env: bool
+    ) -> None:
+        text = as_yaml(entries_to_paste([target()], [reply], LiteLLMConfig(), env=env))
+        (entry,) = yaml.safe_load(text)["model_list"]
+        assert entry["model_info"].get("max_input_tokens") == tokens
+        assert note in text
+
+    def test_alias_of_two_hosts_promises_the_smaller_context(self) -> None:
+        targets = [target(), replace(target(), name="other")]
+        replies = [served(smallest_context=4096), replace(served(smallest_context=2048), host="other")]
+        document = entries_to_paste(targets, replies, LiteLLMConfig(), env=False).document
+        listed = document["model_list"]
+        assert isinstance(listed, list)
+        assert [entry["model_info"]["max_input_tokens"] for entry in listed] == [2048, 2048]
 
     def test_note_stays_a_comment(self) -> None:
-        text = as_yaml(entries_to_paste([held()], LiteLLMConfig(), "a\nmodel_list: []", env=False))
+        text = as_yaml(entries_to_paste([held()], [served()], LiteLLMConfig(), "a\nmodel_list: []", env=False))
         assert yaml.safe_load(text)["model_list"]
 
 
@@ -145,7 +177,7 @@ def held() -> HostTarget:
 
 def printed(folder: Path, text: str) -> dict[str, Any]:
     """Return what is printed beside a configuration of the gateway."""
-    entries = entries_to_paste([held()], read_config(folder, text).config, env=False)
+    entries = entries_to_paste([held()], [served()], read_config(folder, text).config, env=False)
     document = yaml.safe_load(as_yaml(entries))
     assert isinstance(document, dict)
     return document

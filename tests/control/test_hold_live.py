@@ -121,7 +121,7 @@ def printed(ports: dict[str, int]) -> tuple[str, dict[str, str]]:
     settings = Settings(address="127.0.0.1", ports=PortRange(numbers[0], numbers[-1]), slots=slots, slot_options=holds)
     own = {"fallbacks": FALLBACKS}
     today = LiteLLMConfig(synonyms=SYNONYMS, retry=read_retries({"litellm_settings": own}))
-    entries = entries_to_paste([HostTarget("studio", None, (), settings)], today, env=True)
+    entries = entries_to_paste([HostTarget("studio", None, (), settings)], [], today, env=True)
     document = yaml.safe_load(as_yaml(entries))
     bases = {alias: {"api_base": f"http://127.0.0.1:{port}/v1", "api_key": "none"} for alias, port in ports.items()}
     document["model_list"] += [

@@ -15,7 +15,7 @@ from mlxops.core import gateway, hold, litellm
 from mlxops.core.gateway import GatewayPaths, GatewayPort, Mismatch
 from mlxops.core.hold import RetrySettings, retries_for, seconds_until_error, seconds_until_last
 from mlxops.core.litellm import Environ
-from mlxops.core.planner import swap_seconds
+from mlxops.core.planner import recent_models, swap_seconds
 from mlxops.core.ports import Owner, State
 from mlxops.core.settings import MAX_HOLD
 from tests.properties import PROPERTY, json_values
@@ -261,3 +261,14 @@ def test_longest_of_the_latest_swaps_counts() -> None:
     latest = [swap(8100, seconds) for seconds in (5, 41.5, *range(1, 9))]
     history = [swap(8100, 900.0), *latest, swap(8101, None), swap(8102, 7), swap(8102, -1), swap(8102, "x")]
     assert swap_seconds([*history, swap(8103, 3, "restore"), {"command": "load"}]) == {8100: 41.5, 8102: 7.0}
+
+
+def test_latest_models_of_a_port_are_found() -> None:
+    lines: list[dict[str, object]] = [{"port": 8100, "model": str(number)} for number in range(12)]
+    odd: list[dict[str, object]] = [
+        {"port": "8101", "model": "x"},
+        {"port": 8101, "model": None},
+        {"port": True, "model": "x"},
+        {},
+    ]
+    assert recent_models([*lines, *odd]) == {8100: tuple(map(str, range(2, 12)))}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from mlxops.agent.context import Context
 from mlxops.agent.operations.server_names import name_fields, names_of, paths_of
 from mlxops.core.commands.gateway import Gateway, ServedPort, ServedPorts
-from mlxops.core.planner import swap_seconds
+from mlxops.core.planner import recent_models, swap_seconds
 from mlxops.core.ports import PortView
 from mlxops.core.registry import Model, Registry
 from mlxops.core.replies import ErrorRow
@@ -17,14 +18,15 @@ def run(ctx: Context, request: Gateway) -> ServedPorts:
     registry, world = ctx.registry_and_world()
     views = [view for port, view in sorted(world.ports.items()) if port in ctx.paths.settings.ports]
     error = ctx.warn_if_unusable(registry)
-    swaps = swap_seconds(ctx.history())
+    history = ctx.history()
+    swaps, recent = swap_seconds(history), recent_models(history)
     return ServedPorts(
-        ports=tuple(_served_port(view, registry, swaps.get(view.port)) for view in views),
+        ports=tuple(_served_port(view, registry, swaps.get(view.port), recent.get(view.port, ())) for view in views),
         registry_error=ErrorRow.of(error) if error else None,
     )
 
 
-def _served_port(view: PortView, registry: Registry, swap: float | None) -> ServedPort:
+def _served_port(view: PortView, registry: Registry, swap: float | None, recent: Sequence[str]) -> ServedPort:
     entry = registry.models.get(view.model or "")
     names = name_fields(names_of(view))
     return ServedPort(
@@ -43,7 +45,15 @@ def _served_port(view: PortView, registry: Registry, swap: float | None) -> Serv
         assigned=bool(registry.on_port(view.port)),
         detail=view.detail,
         swap_seconds=swap,
+        smallest_context=_smallest_context(view, registry, recent),
     )
+
+
+def _smallest_context(view: PortView, registry: Registry, recent: Sequence[str]) -> int | None:
+    assigned = [model.name for model in registry.on_port(view.port)]
+    entries = [registry.models.get(name) for name in {view.model, *assigned, *recent} if name]
+    contexts = [context for entry in entries if entry and (context := _context_length(entry))]
+    return min(contexts, default=None)
 
 
 def _context_length(entry: Model) -> int | None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import yaml
 
 from mlxops.control.client import HostTarget
 from mlxops.control.gateway.check import client_entries
-from mlxops.control.gateway.ports import configured_ports, same_host
+from mlxops.control.gateway.ports import configured_ports, observed_ports, same_host
 from mlxops.core import gateway as core
 from mlxops.core import hold
+from mlxops.core.commands.gateway import ServedPorts
 from mlxops.core.errors import Refused
 from mlxops.core.frozen import dataclass
 from mlxops.core.gateway import GatewayPort
 from mlxops.core.litellm import LiteLLMConfig
+from mlxops.core.replies import HostReply
 from mlxops.core.tables import one_line
 
 
@@ -28,12 +30,21 @@ class Printed:
     """What a person must know who pastes it."""
 
 
-def entries_to_paste(targets: Sequence[HostTarget], today: LiteLLMConfig, not_known: str = "", *, env: bool) -> Printed:
+def entries_to_paste(
+    targets: Sequence[HostTarget],
+    replies: Sequence[HostReply[ServedPorts]],
+    today: LiteLLMConfig,
+    not_known: str = "",
+    *,
+    env: bool,
+) -> Printed:
     """Return what to paste. Raises `Refused` (no_slots).
 
-    `today`: what the gateway's files say; `not_known`: why they are not known.
+    `replies`: only the contexts come from them; a host may be down. `today`: what the gateway's files say; `not_known`:
+    why they are not known.
     """
-    ports = [port for target in targets for port in configured_ports(target)]
+    answered = {reply.host: reply.result for reply in replies}
+    ports = [port for target in targets for port in observed_ports(configured_ports(target), answered.get(target.name))]
     if not any(port.alias for port in ports):
         raise Refused(
             "no_slots",
@@ -44,8 +55,20 @@ def entries_to_paste(targets: Sequence[HostTarget], today: LiteLLMConfig, not_kn
     document, environ = core.document_with_variables(ports) if env else (core.document_with_values(ports), {})
     names = hold.other_names(client_entries(today, ports), today.synonyms, ports, same_host)
     holds = hold.holds_of(ports, today.retry, names)
-    notes = hold.notes(ports, today.retry, holds)
-    return Printed(hold.with_settings(document, ports, holds), environ, (*_unknown(not_known, ports), *notes))
+    notes = (*_unknown(not_known, ports), *hold.notes(ports, today.retry, holds), *_contexts(ports))
+    return Printed(hold.with_settings(document, ports, holds), environ, notes)
+
+
+def _contexts(ports: Sequence[GatewayPort]) -> Iterator[str]:
+    """Yield what `max_input_tokens` means, and why an alias has none."""
+    slots = [port for port in ports if port.alias]
+    promised = core.promised_contexts(slots)
+    if promised:
+        yield "max_input_tokens: the smallest context of the alias's latest models. `load` warns of one with less."
+    for port in slots:
+        if port.alias not in promised:
+            why = f"{port.host} did not answer" if port.state is None else "no model on its port has a known context"
+            yield f"{port.alias}: no max_input_tokens, because {why}."
 
 
 def _unknown(why: str, ports: Sequence[GatewayPort]) -> tuple[str, ...]:

@@ -77,4 +77,5 @@ def _observed_port(port: GatewayPort, row: ServedPort) -> GatewayPort:
         detail=row.detail,
         hold=port.hold,
         swap_seconds=row.swap_seconds,
+        smallest_context=row.smallest_context,
     )

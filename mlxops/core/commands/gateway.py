@@ -39,6 +39,8 @@ class ServedPort:
     """What is special about the state, for people."""
     swap_seconds: float | None = None
     """The longest time that one of its latest swaps left the port without a server; None: it has had none."""
+    smallest_context: int | None = None
+    """The smallest context of the models that the port serves, has assigned, or had lately; None if not known."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Gateway(
     """Check every alias, from the gateway's files to the server."""
 
     through: bool = switch("also one small completion per alias through the running gateway", sent=False)
-    print: bool = switch("print the entries to paste into the gateway's configuration, once; asks no host", sent=False)
+    print: bool = switch("print the entries to paste into the gateway's configuration, once", sent=False)
     env: bool = switch(
         "with --print: values as os.environ/NAME, and the lines for the env file as comments", sent=False
     )
