@@ -634,12 +634,14 @@ def promised_contexts(ports: Iterable[GatewayPort]) -> dict[str, int]:
 
 
 def _variable_prefixes(slots: Sequence[GatewayPort]) -> list[str]:
-    """Return a prefix of variable names for each slot: its alias. If two are equal, add host and port."""
+    """Return a prefix of variable names for each slot: its alias. If two are equal, add host and port; if they still
+    are, as those of the hosts studio-1 and studio_1, also a number."""
     plain = [_variable_name(port.alias or "") for port in slots]
-    return [
+    longer = [
         name if plain.count(name) == 1 else _variable_name(f"{port.host}_{port.alias}_{port.port}")
         for name, port in zip(plain, slots, strict=True)
     ]
+    return [name if longer.count(name) == 1 else f"{name}_{number}" for number, name in enumerate(longer, 1)]
 
 
 def _variable_name(text: str) -> str:

@@ -498,11 +498,22 @@ def test_printed_variables_follow_the_alias() -> None:
     }
 
 
-def test_slots_never_share_a_variable() -> None:
-    ports = [idle("a-b", 8100), idle("a.b", 8101), served("a-b", 8100, host="studio2", address="studio2.local")]
+@pytest.mark.parametrize(
+    "ports",
+    [
+        [idle("a-b", 8100), idle("a.b", 8101), served("a-b", 8100, host="studio2", address="studio2.local")],
+        [served("a", 8100, host="studio-2", address="x"), served("a", 8100, host="studio_2", address="y")],
+        [idle("a", 8100), idle("A", 8101), idle("studio_a_8100", 8102)],
+    ],
+    ids=["aliases", "hosts", "an alias as a longer name"],
+)
+def test_slots_never_share_a_variable(ports: list[GatewayPort]) -> None:
     document, environ = gateway.document_with_variables(ports)
-    assert len(environ) == 9
-    assert [e.sends for e in litellm.parse(document, Environ(environ), FILES).entries] == ["a-b", "a.b", "a-b"]
+    assert len(environ) == 3 * len(ports)
+    entries = litellm.parse(document, Environ(environ), FILES).entries
+    assert [(each.sends, each.address) for each in entries] == [
+        (port.alias, (port.address, port.port)) for port in ports
+    ]
 
 
 def test_alias_that_begins_with_a_digit_has_valid_variables() -> None:
