@@ -87,10 +87,6 @@ class ProbePlan:
     """Name that leads to a ready server -> why it must not be probed."""
 
 
-Routes = Sequence[tuple[Entry, GatewayServer | None]]
-"""The entries of one name, and the servers that they lead to."""
-
-
 def plan_probes(
     entries: Sequence[Entry] | None, servers: Sequence[GatewayServer], same_host: SameHost = same_name
 ) -> ProbePlan:
@@ -142,8 +138,8 @@ def _server_at(entry: Entry, servers: Iterable[GatewayServer], same_host: SameHo
     return None
 
 
-def _why_skipped(alias: str, routes: Routes) -> str:
-    """Return why a name must not be probed; empty if it may be."""
+def _why_skipped(alias: str, routes: Iterable[tuple[Entry, GatewayServer | None]]) -> str:
+    """Return why a name must not be probed; empty if it may be. `routes`: its entries, and where they lead."""
     if WILDCARD in alias:
         return "it stands for many names"
     for entry, server in routes:

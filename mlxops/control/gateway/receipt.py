@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from mlxops.control.client import HostTarget, reached_at
 from mlxops.control.gateway.check import with_client_names
 from mlxops.control.gateway.config import GatewayConfig, key_of, read
 from mlxops.control.gateway.ports import configured_ports, same_host
+from mlxops.control.gateway.probe import ProbeResult
 from mlxops.control.gateway.result import Receipt
-from mlxops.control.gateway.through import Probes, read_running
+from mlxops.control.gateway.through import RunningGateway, read_running
 from mlxops.control.hints import aimed
 from mlxops.control.inventory import Gateway
 from mlxops.control.output import Console
@@ -93,32 +95,35 @@ def _probe(
     if gateway.url is None:
         return Receipt(False, "no url of the gateway is configured")
     key = key_of(gateway, config.environ if config is not None else {})
-    probes, why = None, None
+    running: RunningGateway | None = None
+    results: tuple[ProbeResult, ...] = ()
+    why = None
     if gateway.key_env and not key:
         why = f"{gateway.key_env} is set neither here nor in the gateway's env file"
     elif result.port is not None:
         port, slot, settings = result.port, str(result.alias), target.settings
         server = server_of(result, str(result.url), slot)
         others = slots_beside(port, reached_at(target), settings.slots, settings.ports)
-        probes = read_running(gateway, config, key, (server, *others)).probe_all(RECEIPT_SECONDS)
-        if not probes.plan.names:
-            why = aimed(f"{probes.gateway.why_no_name(slot, port)}; see: `inv gateway`", target.flags)
-        elif not probes.results:
-            why = "; ".join(f"{alias}: {reason}" for alias, reason in probes.plan.skipped.items())
-    if probes is None or not probes.plan.names:
+        running = read_running(gateway, config, key, (server, *others))
+        results = running.probe_all(RECEIPT_SECONDS)
+        if not running.plan.names:
+            why = aimed(f"{running.why_no_name(slot, port)}; see: `inv gateway`", target.flags)
+        elif not results:
+            why = "; ".join(f"{alias}: {reason}" for alias, reason in running.plan.skipped.items())
+    if running is None or not running.plan.names:
         console.note(f"gateway: not asked: {why}")
         return Receipt(False, why)
-    _report(probes, gateway, target, console)
-    return Receipt(bool(probes.results), why, probes.results, probes.plan.skipped)
+    _report(running, results, target, console)
+    return Receipt(bool(results), why, results, running.plan.skipped)
 
 
-def _report(probes: Probes, gateway: Gateway, target: HostTarget, console: Console) -> None:
-    see = aimed("see: `inv gateway`", target.flags)
-    for alias, reason in probes.plan.skipped.items():
+def _report(running: RunningGateway, results: Sequence[ProbeResult], target: HostTarget, console: Console) -> None:
+    see, gateway = aimed("see: `inv gateway`", target.flags), running.gateway
+    for alias, reason in running.plan.skipped.items():
         console.note(f"warning: {alias} is not asked for through {gateway.url}: {reason}; {see}")
-    for result in probes.results:
+    for result in results:
         if result.ok:
             console.note(f"gateway: {result.alias} answers through {gateway.url} ({result.seconds:.1f} s)")
         else:
-            advice = aimed(probes.gateway.advice(result), target.flags)
+            advice = aimed(running.advice(result), target.flags)
             console.note(f"warning: no answer for {result.alias} through {gateway.url}: {result.detail}; {advice}")

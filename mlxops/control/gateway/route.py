@@ -7,20 +7,24 @@ from urllib.parse import urlsplit
 
 from mlxops.common.http import ChatServer
 from mlxops.control.gateway.config import GatewayConfig
-from mlxops.control.gateway.ports import same_host
 from mlxops.control.gateway.probe import LITELLM_FIELDS
 from mlxops.control.gateway.result import AliasRow, GatewayResult
 from mlxops.control.gateway.through import RunningGateway, read_running, required_key
 from mlxops.control.inventory import Gateway
 from mlxops.core.frozen import dataclass
-from mlxops.core.probe_names import WILDCARD, ProbePlan, plan_probes, server_of
+from mlxops.core.probe_names import WILDCARD, ProbePlan, server_of
 from mlxops.core.replies import HostReply
 
 
 @dataclass(frozen=True)
 class Route:
+    """What asks for the gateway's names."""
+
     gateway: RunningGateway
-    plan: ProbePlan
+
+    @property
+    def plan(self) -> ProbePlan:
+        return self.gateway.plan
 
     @property
     def url(self) -> str:
@@ -28,7 +32,7 @@ class Route:
 
     def names(self, row: AliasRow) -> list[str]:
         """Return the names that lead to a row's port."""
-        return [name for name, urls in self.plan.names.items() if row.url in urls and WILDCARD not in name]
+        return [name for name in self.gateway.names_to(row.url) if WILDCARD not in name]
 
     def why_not(self, name: str) -> str | None:
         """Return why a name is not asked for; None if it is."""
@@ -55,5 +59,4 @@ def read_route(gateway: Gateway, config: GatewayConfig, aliases: Sequence[HostRe
     key = required_key(gateway, config)
     rows = [row for reply in aliases if reply.result for row in reply.result.aliases]
     servers = [server_of(row, row.url, row.slot, idle=row.owner is None) for row in rows]
-    running = read_running(gateway, config, key, servers)
-    return Route(running, plan_probes(running.entries, running.servers, same_host))
+    return Route(read_running(gateway, config, key, servers))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import cached_property
 
 from mlxops.control.gateway import probe
 from mlxops.control.gateway.check import FAULTS_CODE, client_entries, faults_error, with_client_names
@@ -42,16 +43,23 @@ class RunningGateway:
     def entries(self) -> tuple[Entry, ...] | None:
         return self.file_entries if self.reported_entries is None else self.reported_entries
 
-    def probe_all(self, seconds: float) -> Probes:
+    @cached_property
+    def plan(self) -> ProbePlan:
+        """Which names lead to which servers, and which of them may be asked for."""
+        return plan_probes(self.entries, self.servers, same_host)
+
+    def probe_all(self, seconds: float) -> tuple[ProbeResult, ...]:
         """Probe every name that can be probed without harm, each for up to `seconds`."""
-        plan = plan_probes(self.entries, self.servers, same_host)
         questions = [
-            Question(alias, plan.bases.get(alias, ()), plan.others.get(alias, ()))
-            for alias in plan.names
-            if alias not in plan.skipped
+            Question(alias, self.plan.bases.get(alias, ()), self.plan.others.get(alias, ()))
+            for alias in self.plan.names
+            if alias not in self.plan.skipped
         ]
-        results = probe.probe_all(self.gateway.url or "", self.key, questions, seconds, same_host)
-        return Probes(self, plan, results)
+        return probe.probe_all(self.gateway.url or "", self.key, questions, seconds, same_host)
+
+    def names_to(self, url: str) -> list[str]:
+        """Return the names that lead to the server at this URL. Some may stand for many names (`WILDCARD`)."""
+        return [name for name, urls in self.plan.names.items() if url in urls]
 
     def why_no_name(self, slot: str, port: int) -> str:
         """Return why it is not certain that a name leads to a port."""
@@ -91,15 +99,6 @@ class RunningGateway:
             case "other_server":
                 return f"see what the running gateway has: GET {self.gateway.url}/v1/model/info"
         return "see: `mlxctl status --probe`, and the gateway's log"
-
-
-@dataclass(frozen=True)
-class Probes:
-    """The probes that were sent through the gateway, and their results."""
-
-    gateway: RunningGateway
-    plan: ProbePlan
-    results: tuple[ProbeResult, ...]
 
 
 def read_running(
@@ -158,8 +157,9 @@ def pass_through(
     key = required_key(gateway, config)
     rows = [row for reply in replies if reply.result for row in reply.result.aliases]
     servers = [server_of(row, row.url, row.slot, idle=row.owner is None) for row in rows]
-    probes = read_running(gateway, config, key, servers).probe_all(probe.ALIAS_SECONDS)
-    return tuple(_with_probes(reply, probes) for reply in replies)
+    running = read_running(gateway, config, key, servers)
+    results = running.probe_all(probe.ALIAS_SECONDS)
+    return tuple(_with_probes(reply, running, results) for reply in replies)
 
 
 def required_key(gateway: Gateway, config: GatewayConfig) -> str | None:
@@ -185,54 +185,70 @@ def required_key(gateway: Gateway, config: GatewayConfig) -> str | None:
     return key
 
 
-def _with_probes(reply: HostReply[GatewayResult], probes: Probes) -> HostReply[GatewayResult]:
+def _with_probes(
+    reply: HostReply[GatewayResult], running: RunningGateway, probes: Sequence[ProbeResult]
+) -> HostReply[GatewayResult]:
     result = reply.result or GatewayResult((), ())
     rows: list[AliasRow] = []
     findings = list(result.findings)
     for row in result.aliases:
-        new = list(_probe_findings(row, reply.host, reply.flags, probes, findings))
-        rows.append(_probed_row(row, probes, new))
+        names = running.names_to(row.url)
+        results = [each for each in probes if each.alias in names]
+        skipped = {name: why for name, why in running.plan.skipped.items() if name in names}
+        new = [*_failures(row, reply, running, results), *_not_asked(row, reply, running, skipped, findings)]
+        rows.append(_probed_row(row, running, names, results, skipped, new))
         findings += new
     error = reply.error if reply.error and reply.error.code != FAULTS_CODE else faults_error(findings)
     return replace(reply, result=GatewayResult(tuple(rows), tuple(findings)), error=error)
 
 
-def _names_to(row: AliasRow, probes: Probes) -> list[str]:
-    """Return the names that lead to a row's port."""
-    return [name for name, urls in probes.plan.names.items() if row.url in urls]
-
-
-def _probed_row(row: AliasRow, probes: Probes, new: Sequence[Mismatch]) -> ProbedAliasRow:
-    names = _names_to(row, probes)
-    results = tuple(result for result in probes.results if result.alias in names)
+def _probed_row(
+    row: AliasRow,
+    running: RunningGateway,
+    names: Sequence[str],
+    results: Sequence[ProbeResult],
+    skipped: Mapping[str, str],
+    new: Sequence[Mismatch],
+) -> ProbedAliasRow:
     codes = [*([] if new and row.verdict == "ok" else [row.verdict]), *(finding.code for finding in new)]
     probed = ProbedAliasRow(
         **{each.name: getattr(row, each.name) for each in fields(AliasRow)},
         through=next((result for result in results if not result.ok), next(iter(results), None)),
-        passages=results,
-        skipped={name: why for name, why in probes.plan.skipped.items() if name in names},
+        passages=tuple(results),
+        skipped=skipped,
     )
     probed = replace(probed, verdict=", ".join(codes))
     plain = tuple(name for name in names if WILDCARD not in name)
     # Only the running gateway knows the names if its files cannot be read here.
-    return replace(probed, alias=plain[0], names=plain) if plain and probes.gateway.file_entries is None else probed
+    return replace(probed, alias=plain[0], names=plain) if plain and running.file_entries is None else probed
 
 
-def _probe_findings(
-    row: AliasRow, host: str, flags: str, probes: Probes, reported: Sequence[Mismatch]
+def _failures(
+    row: AliasRow, reply: HostReply[GatewayResult], running: RunningGateway, results: Sequence[ProbeResult]
 ) -> Iterator[Mismatch]:
-    names = _names_to(row, probes)
-    for result in probes.results:
-        if result.alias in names and not result.ok:
-            message = f"{result.alias}: no answer through {probes.gateway.gateway.url}: {result.detail}"
-            hint = aimed(probes.gateway.advice(result), flags)
-            yield Mismatch(f"through_{result.code}", result.alias, row.port, Impact.FAULT, message, hint, host)
-    for name, why in probes.plan.skipped.items():
-        if name not in names or WILDCARD in name or _cause_reported(name, reported):
+    for result in results:
+        if not result.ok:
+            message = f"{result.alias}: no answer through {running.gateway.url}: {result.detail}"
+            hint = aimed(running.advice(result), reply.flags)
+            yield Mismatch(f"through_{result.code}", result.alias, row.port, Impact.FAULT, message, hint, reply.host)
+
+
+def _not_asked(
+    row: AliasRow,
+    reply: HostReply[GatewayResult],
+    running: RunningGateway,
+    skipped: Mapping[str, str],
+    reported: Sequence[Mismatch],
+) -> Iterator[Mismatch]:
+    for name, why in skipped.items():
+        if WILDCARD in name or _cause_reported(name, reported):
             continue
-        stale = probes.gateway.is_stale(name)
-        severity, hint = (Impact.FAULT, _RESTART) if stale else (Impact.WARNING, aimed("see: `inv gateway`", flags))
-        yield Mismatch("through_not_asked", name, row.port, severity, f"{name} is not asked for: {why}", hint, host)
+        stale = running.is_stale(name)
+        severity, hint = (
+            (Impact.FAULT, _RESTART) if stale else (Impact.WARNING, aimed("see: `inv gateway`", reply.flags))
+        )
+        message = f"{name} is not asked for: {why}"
+        yield Mismatch("through_not_asked", name, row.port, severity, message, hint, reply.host)
 
 
 def _cause_reported(name: str, reported: Sequence[Mismatch]) -> bool:
