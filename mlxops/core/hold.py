@@ -148,14 +148,19 @@ def findings(
 ) -> tuple[Mismatch, ...]:
     """Return a warning for each alias whose requests would be lost in a swap of its port, with the edit.
 
-    Silent about a port whose hold is 0 in hosts.yaml: that is a decision. Silent about an alias with several entries:
-    LiteLLM asks another one instead of waiting.
+    Silent about a port whose hold is 0 in hosts.yaml: that is a decision. Silent about an alias of several
+    servers: LiteLLM asks another one instead of waiting.
     """
-    aliases = [entry.alias for entry in entries]
-    used = [entry for entry in entries if aliases.count(entry.alias) == 1 and not (entry.out or entry.answers_itself)]
+    used = [entry for entry in entries if not (entry.out or entry.answers_itself)]
     routes = [(entry, port_of(entry, ports, same_host)) for entry in used]
-    checks = [_SwapCheck(entry, port, retry, files) for entry, port in routes if port and port.alias]
-    return tuple(finding for check in checks if (finding := check.finding()))
+    found = []
+    for alias in dict.fromkeys(entry.alias for entry in used):
+        same = [(entry, port) for entry, port in routes if entry.alias == alias]
+        entry, port = same[0]
+        if port and port.alias and all(other == port for _, other in same):
+            check = _SwapCheck(entry, port, retry, files, tuple(entry.place for entry, _ in same))
+            found.append(check.finding())
+    return tuple(filter(None, found))
 
 
 @dataclass(frozen=True)
@@ -164,6 +169,8 @@ class _SwapCheck:
     port: GatewayPort
     retry: RetrySettings
     files: GatewayPaths
+    places: tuple[str, ...]
+    """The places of all entries of its alias. They lead to this port, too."""
 
     @property
     def swap(self) -> float:
@@ -175,6 +182,13 @@ class _SwapCheck:
             return self._delay(lasts) if self.port.hold and lasts > seconds_until_last(DEFAULT_RETRIES) else None
         if self.port.hold == 0:
             return None
+        if len(self.places) > 1:
+            message = (
+                f"in a swap of port {self.port.port} requests are lost: LiteLLM does not wait between several entries"
+            )
+            return self._warning(
+                SWAP_LOSES, message, f"keep one of {', '.join(self.places)}; then restart the gateway, once"
+            )
         if lasts < self.swap:
             length = f"{self.swap:.0f} s" + (" or more with a large model" if self.port.swap_seconds is None else "")
             message = f"in a swap of port {self.port.port} requests are lost: LiteLLM retries them for {lasts:.0f} s"

@@ -151,7 +151,9 @@ PASTED = {"model_list": [item(cooldown_time=0)], **POLICY}
         ({"model_list": [item()], **POLICY}, port(hold=60), LOSES),
         ({"model_list": [item()], "router_settings": {"num_retries": 60, "disable_cooldowns": True}}, port(), []),
         ({"model_list": [item(num_retries=40, cooldown_time=0)]}, port(), []),
-        ({"model_list": [item(), item()]}, port(), []),
+        ({"model_list": [item(), item(port=8101)]}, port(), []),
+        ({"model_list": [item(), item(cooldown_time=0)], **POLICY}, port(hold=60), LOSES),
+        ({"model_list": [item(), item()]}, port(hold=0), []),
         ({"model_list": [item(mock_response="hi")]}, port(), []),
         ({"model_list": [item()], "litellm_settings": {"default_fallbacks": ["gpt"]}}, port(), []),
         ({"model_list": [item()], "litellm_settings": {"default_fallbacks": ["gpt"]}}, port(hold=60), []),
@@ -163,7 +165,9 @@ PASTED = {"model_list": [item(cooldown_time=0)], **POLICY}
         *(
             "settings of the router",
             "settings of the entry",
-            "several entries",
+            "several servers",
+            "pasted beside the old entry",
+            "several entries, loss accepted",
             "mock",
             "fallback",
             "fallback and hold",
@@ -205,6 +209,11 @@ def test_warning_has_the_edit(state: GatewayPort, hint: str) -> None:
     (found,) = findings({"model_list": [item()]}, state)
     assert found.hint.startswith(hint) and "cooldown_time: 0; then restart the gateway, once" in found.hint
     assert (found.port, found.host, found.severity) == (8100, "studio", "warning")
+
+
+def test_entries_that_keep_litellm_from_waiting_are_named() -> None:
+    (found,) = findings({"model_list": [item(), item(cooldown_time=0)], **POLICY}, port(hold=60))
+    assert found.hint == "keep one of router.yaml, item 1, router.yaml, item 2; then restart the gateway, once"
 
 
 @pytest.mark.parametrize(("swap", "text"), [(None, "30 s or more with a large model"), (41.4, "41 s")])
