@@ -207,8 +207,16 @@ class Context:
     def history(self) -> list[dict[str, object]]:
         """Return the history's records, oldest first. If it cannot be read, warn and return none: servers that the
         registry assigns can still be started."""
+        return self._read(self.store.history)
+
+    def findings(self, command: str) -> list[dict[str, object]]:
+        """Return what earlier runs of `measure` or `probe` noted, oldest first; none, with a warning, if it cannot be
+        read."""
+        return self._read(lambda: self.store.findings(command))
+
+    def _read(self, records: Callable[[], list[dict[str, object]]]) -> list[dict[str, object]]:
         try:
-            return self.store.history()
+            return records()
         except OSError as error:
             self.note(f"the history could not be read: {describe_error(error)}", "warning")
             return []

@@ -54,6 +54,8 @@ class Verdict:
     check: Check
     mark: Mark
     detail: str = ""
+    busy: bool = False
+    """It was skipped because the server was busy with the requests of others."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,12 @@ def parse_checks(text: str, flag: str, allowed: Collection[Check] = tuple(Check)
 def marks(verdicts: Iterable[Verdict]) -> dict[str, str]:
     """Return check -> mark, as files keep them."""
     return {each.check.value: each.mark.value for each in verdicts}
+
+
+def position(check: str) -> int:
+    """Return the place of a check in the list of checks. One of another version comes last."""
+    names = [each.value for each in Check]
+    return names.index(check) if check in names else len(names)
 
 
 _WORSE = (Mark.PASS.value, Mark.WARN.value, Mark.FAIL.value)
@@ -415,8 +423,11 @@ def judge_json(answer: Answer, limit: int) -> Verdict:
     return Verdict(check, Mark.PASS)
 
 
-def judge_parallel(first: Answer, second: Answer) -> Verdict:
-    """`first`: the whole stream. `second`: the answer to a request that was sent while it began."""
+def judge_parallel(first: Answer, first_seconds: float, second: Answer, second_seconds: float) -> Verdict:
+    """`first`: the whole stream. `second`: the answer to a request that was sent when the stream had begun.
+
+    The seconds are from the second request on, until the end of the stream and until the answer.
+    """
     check = Check.PARALLEL
     if problem := _stream_problem(first):
         return Verdict(check, Mark.FAIL, f"the first stream: {problem}")
@@ -426,7 +437,14 @@ def judge_parallel(first: Answer, second: Answer) -> Verdict:
         return Verdict(check, Mark.FAIL, f"the second request: {wrong}")
     if not completion.tokens:
         return Verdict(check, Mark.FAIL, "the second request: the answer is empty")
-    return Verdict(check, Mark.PASS)
+    after = second_seconds - first_seconds
+    if after <= 0:
+        return Verdict(check, Mark.PASS)
+    # A short answer takes less time than the rest of the stream, unless the stream ended almost at once.
+    if first_seconds < after:
+        return Verdict(check, Mark.SKIP, "the first stream ended too early to tell")
+    waited = f"the second request waited {first_seconds:.1f} s, until the first stream had ended"
+    return Verdict(check, Mark.WARN, f"{waited}: the server answers one request at a time")
 
 
 def judge_cancel(after: Answer) -> Verdict:

@@ -359,6 +359,8 @@ def _parent_note(view: PortView) -> tuple[str, ...]:
     return (f"its parent, {view.server.starter}, is left alone, and may start it again",)
 
 
+SWAP_UNDONE = "swap_undone"
+"""The command of the history's line about a failed swap whose old server came back."""
 SWAPS = 10
 """The latest swaps of a port that count: earlier ones may have been of other models."""
 LONGEST_SWAP = 86_400.0
@@ -396,12 +398,17 @@ def served_before(history: Sequence[Mapping[str, object]], port: int, now: Serve
 def swap_seconds(history: Iterable[Mapping[str, object]]) -> dict[int, float]:
     """Return port -> the longest time that one of its latest `SWAPS` swaps left it without a server.
 
-    `history` is oldest first. Loads into an idle port do not count, nor those of a version that did not note the time.
+    `history` is oldest first. Failed swaps count if the old server came back. Loads into an idle port do not count, nor
+    those of a version that did not note the time.
     """
     swaps: dict[int, list[float]] = {}
     for line in history:
         port, seconds = line.get("port"), line.get("downtime_seconds")
-        if line.get("command") != "load" or type(port) is not int or not isinstance(seconds, int | float):
+        if (
+            line.get("command") not in ("load", SWAP_UNDONE)
+            or type(port) is not int
+            or not isinstance(seconds, int | float)
+        ):
             continue
         if 0 <= seconds < LONGEST_SWAP:
             swaps[port] = [*swaps.get(port, []), float(seconds)][-SWAPS:]

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import socket
+import threading
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
-from mlxops.common.conformance import TimeLimits, run_checks
+from mlxops.agent.host.system import this_system
+from mlxops.common.chat import TimeLimits
+from mlxops.common.conformance import run_checks
 from mlxops.common.http import ChatServer
 from mlxops.core.conformance import Check, Mark, Verdict
 from tests.lab.ports import free_port, listening
@@ -16,31 +21,47 @@ from tests.lab.quick import install_engine
 from tests.lab.run import running
 from tests.lab.world import wait_until
 
-SHORT = TimeLimits(answer=2.0, busy=0.3, total=60.0)
+SHORT = TimeLimits(answer=2.0, busy=2.0, total=60.0)
 
 
 class Server:
     """The fake engine, with a flaw that can be changed while it runs."""
 
-    def __init__(self, folder: Path, port: int) -> None:
-        self._folder, self.port = folder, port
+    def __init__(self, folder: Path, port: int, pid: int) -> None:
+        self._folder, self.port, self._pids = folder, port, (pid,)
 
-    def check(self, flaw: str = "", *wanted: Check, busy: bool = False) -> dict[Check, Verdict]:
-        (self._folder / "flaw").unlink(missing_ok=True)
+    def check(self, flaw: str = "", *wanted: Check) -> dict[Check, Verdict]:
+        self.without_flaw()
         if flaw:
             (self._folder / "flaw").write_text(flaw, encoding="utf-8")
         server = ChatServer("http", "127.0.0.1", self.port, "m")
-        found = run_checks(server, wanted or tuple(Check), json_schema=True, is_busy=lambda: busy, limits=SHORT)
+        found = run_checks(
+            server, wanted or tuple(Check), json_schema=True, connections=self._connections, limits=SHORT
+        )
         return {verdict.check: verdict for verdict in found}
+
+    def without_flaw(self) -> None:
+        (self._folder / "flaw").unlink(missing_ok=True)
+
+    def _connections(self) -> int:
+        return len(this_system().connections(self.port, self._pids))
+
+    @contextmanager
+    def others(self, number: int) -> Iterator[None]:
+        """Have other clients connected while the block runs."""
+        with ExitStack() as stack:
+            for _ in range(number):
+                stack.enter_context(socket.create_connection(("127.0.0.1", self.port)))
+            yield
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder, port = tmp_path_factory.mktemp("checks"), free_port()
     argv = [str(install_engine(folder)), "--model", "m", "--host", "127.0.0.1", "--port", str(port)]
-    with running(argv, folder, {"PATH": os.defpath}):
+    with running(argv, folder, {"PATH": os.defpath}) as process:
         wait_until(lambda: listening("127.0.0.1", port), 30, "the engine's port")
-        yield Server(folder, port)
+        yield Server(folder, port, process.pid)
 
 
 def test_good_server_passes_every_check(server: Server) -> None:
@@ -59,7 +80,7 @@ def test_good_server_passes_every_check(server: Server) -> None:
         ("no-usage", Check.STREAM, Mark.FAIL, "no chunk has the usage that was asked for"),
         ("comment", Check.STREAM, Mark.FAIL, "a comment shares an event with data"),
         ("error", Check.STREAM, Mark.FAIL, "an event is not a chunk"),
-        ("cut", Check.STREAM, Mark.FAIL, "the stream was cut"),
+        ("cut", Check.STREAM, Mark.FAIL, "the answer was cut"),
         ("deaf-system", Check.SYSTEM, Mark.WARN, "the model answered 'Paris'"),
         ("no-system", Check.SYSTEM, Mark.WARN, "it answered 500"),
         ("no-call", Check.TOOLS, Mark.WARN, "the model called no tool"),
@@ -71,6 +92,9 @@ def test_good_server_passes_every_check(server: Server) -> None:
         ("markup", Check.MARKUP, Mark.FAIL, "an answer of the check system has <|im_end|>"),
         ("no-json", Check.JSON, Mark.FAIL, "the answer is not JSON: 'Paris'"),
         ("one-at-a-time", Check.PARALLEL, Mark.FAIL, "the second request: it answered 500"),
+        ("silent-beside", Check.PARALLEL, Mark.FAIL, "no complete answer in time"),
+        ("serial", Check.PARALLEL, Mark.WARN, "until the first stream had ended: the server answers one request"),
+        ("busy-beside", Check.PARALLEL, Mark.WARN, "until the first stream had ended: the server answers one request"),
         ("left", Check.CANCEL, Mark.FAIL, "after a client has left a stream: it answered 500"),
     ],
 )
@@ -90,11 +114,26 @@ def test_busy_server_is_skipped_after_a_bounded_wait(server: Server) -> None:
     assert "the server is busy: it answered 429" in found[Check.TOKENS].detail
 
 
-@pytest.mark.parametrize(("busy", "mark"), [(False, Mark.FAIL), (True, Mark.SKIP)])
-def test_silent_server_is_broken_unless_others_use_it(server: Server, busy: bool, mark: Mark) -> None:
-    found = server.check("mute", busy=busy)
+@pytest.mark.parametrize(("others", "mark"), [(0, Mark.FAIL), (1, Mark.SKIP)])
+def test_silent_server_is_broken_unless_others_use_it(server: Server, others: int, mark: Mark) -> None:
+    with server.others(others):
+        found = server.check("mute")
     assert found[Check.TOKENS].mark is mark and "no complete answer in time" in found[Check.TOKENS].detail
     assert {found[check].mark for check in Check if check not in (Check.TOKENS, Check.LENGTH)} == {Mark.SKIP}
+
+
+@pytest.mark.parametrize("flaw", ["silent-beside", "serial", "busy-beside"])
+def test_second_request_to_a_server_that_others_use_is_skipped(server: Server, flaw: str) -> None:
+    with server.others(1):
+        verdict = server.check(flaw, Check.PARALLEL)[Check.PARALLEL]
+    assert (verdict.mark, verdict.busy) == (Mark.SKIP, True) and "busy with other requests" in verdict.detail, verdict
+
+
+def test_stream_is_not_refused_by_a_server_that_is_busy_for_a_moment(server: Server) -> None:
+    timer = threading.Timer(0.2, server.without_flaw)
+    timer.start()
+    assert server.check("busy", Check.STREAM)[Check.STREAM].mark is Mark.PASS
+    timer.join()
 
 
 def test_server_that_is_gone_fails() -> None:

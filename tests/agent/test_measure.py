@@ -37,15 +37,18 @@ def port(host: QuickHost) -> int:
     return host.ports[0]
 
 
+RUNS = "measure.jsonl"
+
+
 def measured(host: QuickHost, *words: object) -> Any:
     """Return the ports' rows."""
     return host.mlxctl("measure", *map(str, words), "--json").ok().json["hosts"][0]["ports"]
 
 
 def recorded(host: QuickHost) -> list[Any]:
-    """Return the runs in the history."""
-    lines = map(json.loads, (host.studio.state / "history.jsonl").read_text(encoding="utf-8").splitlines())
-    return [line for line in lines if line["command"] == "measure"]
+    """Return the recorded runs."""
+    runs = host.studio.state / RUNS
+    return [json.loads(line) for line in runs.read_text(encoding="utf-8").splitlines()] if runs.exists() else []
 
 
 @contextmanager
@@ -90,13 +93,14 @@ def test_run_is_recorded_and_compared_with_the_next_one(host: QuickHost, port: i
 
 def test_slower_server_is_a_warning(host: QuickHost, port: int) -> None:
     measured(host, port, "--rounds", "3", "--streams", "1")
-    history = host.studio.state / "history.jsonl"
     (line,) = recorded(host)
     for row in line["rows"]:  # as if it had been ten times as fast
         faster = 0.1 if row["metric"] == "first_token" else 10
         row |= {key: row[key] * faster for key in ("median", "low", "high")}
     line["engine_version"] = "0.1"
-    history.write_text(json.dumps(line) + "\n", encoding="utf-8")
+    (host.studio.state / RUNS).unlink()
+    with open(host.studio.state / "history.jsonl", "a", encoding="utf-8") as history:  # as an older build did
+        history.write(json.dumps(line) + "\n")
     done = host.mlxctl("measure", str(port), "--rounds", "3", "--streams", "1").ok()
     assert f"before: {line['at']}, with mlx-lm 0.1" in done.stdout
     assert "WARN slower" in done.stdout and f"WARN: {port}: " in done.stdout
@@ -107,7 +111,7 @@ def test_slower_server_is_a_warning(host: QuickHost, port: int) -> None:
 def test_other_run_is_not_compared(host: QuickHost, port: int, change: dict[str, object]) -> None:
     measured(host, port, "--rounds", "1", "--streams", "1")
     (line,) = recorded(host)
-    (host.studio.state / "history.jsonl").write_text(json.dumps(line | change) + "\n", encoding="utf-8")
+    (host.studio.state / RUNS).write_text(json.dumps(line | change) + "\n", encoding="utf-8")
     assert measured(host, port, "--rounds", "1", "--streams", "1")[0]["compared_with"] is None
 
 

@@ -347,6 +347,19 @@ def test_history_returns_the_whole_lines_of_a_long_files_end(store: Store, monke
         assert [entry["n"] for entry in store.history()] == expected
 
 
+def test_findings_do_not_push_the_loads_out_of_the_history(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    (store.state / "history.jsonl").write_text('{"command": "measure", "n": 0}\n')  # an older build wrote it there
+    store.append_history(command="load", n=1)
+    monkeypatch.setattr(stores, "HISTORY_BYTES", 1000)
+    for number in range(2, 50):
+        store.append_history(command="measure", n=number, rows="x" * 100)
+        store.append_history(command="probe", n=number)
+    assert [entry["n"] for entry in store.history()] == [0, 1]
+    found = [entry["n"] for entry in store.findings("measure")]
+    assert found[0] == 0 and found[-1] == 49 and len(found) < 10
+    assert {entry["command"] for entry in store.findings("probe")} == {"probe"}
+
+
 # -- disk errors ---------------------------------------------------------------------------------------------------
 
 

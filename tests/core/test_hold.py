@@ -269,7 +269,8 @@ def test_longest_of_the_latest_swaps_counts() -> None:
 
     latest = [swap(8100, seconds) for seconds in (5, 41.5, *range(1, 9))]
     history = [swap(8100, 900.0), *latest, swap(8101, None), swap(8102, 7), swap(8102, -1), swap(8102, "x")]
-    assert swap_seconds([*history, swap(8103, 3, "restore"), {"command": "load"}]) == {8100: 41.5, 8102: 7.0}
+    history += [swap(8104, 2), swap(8104, 8, "swap_undone")]
+    assert swap_seconds([*history, swap(8103, 3, "restore"), {"command": "load"}]) == {8100: 41.5, 8102: 7.0, 8104: 8.0}
 
 
 def test_latest_models_of_a_port_are_found() -> None:

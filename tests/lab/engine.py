@@ -69,6 +69,9 @@ FLAWS = {
     "markup": "it leaves a token of its template in an answer",
     "no-json": "it does not follow a JSON schema",
     "one-at-a-time": "it answers nothing else while it streams",
+    "serial": "a request waits until the one before has its answer",
+    "silent-beside": "it does not answer while it streams",
+    "busy-beside": "it answers 429 while it streams",
     "left": "it answers nothing after a client has left a stream",
     "busy": "it answers 429",
     "mute": "it does not answer",
@@ -87,6 +90,7 @@ MODEL = option("--model")
 """The only model that it completes with. Without one it takes every name."""
 PARTS = int(option("--fake-parts", "0"))
 held: list[bytes] = []
+one_at_a_time = _thread.allocate_lock()
 prompts: set[str] = set()
 """The messages that it has answered with --fake-rate."""
 
@@ -101,9 +105,13 @@ def respond(connection: socket.socket) -> None:
         if '"stream":true' in body and (rate := float(option("--fake-rate", "0"))):
             return stream_at(connection, body, rate)
         if '"stream_options":' in body and not PARTS:
-            return stream_completion(connection, body)
+            with one_at_a_time if flawed(body) == "serial" else connection:
+                return stream_completion(connection, body)
         if ACT == "endless" or ('"stream":true' in body and not PARTS):
             stream(connection)
+        if flawed(body) == "serial":
+            with one_at_a_time:
+                time.sleep(0.05)
         status, answer = completion(asked_model(body), body)
         time.sleep(float(option("--fake-slow", "0")))
         if status == "200 OK" and '"stream":true' in body:
@@ -153,9 +161,9 @@ def note(name: str, line: str) -> None:
 def completion(model: str, body: str) -> tuple[str, str]:
     """Return the status and the body of an answer to a completion of this model."""
     flaw = flawed(body)
-    if flaw == "mute":
+    if flaw in {"mute", "silent-beside"}:
         wait_for_ever()
-    if flaw == "busy":
+    if flaw in {"busy", "busy-beside"}:
         return "429 Busy", '{"error":"the queue is full"}'
     if ACT == "broken" or os.path.exists("broken"):
         return "500 Broken", '{"error":"BatchEncoding has no attribute input_ids"}'
@@ -182,7 +190,8 @@ def flawed(body: str) -> str:
     if flaw and flaw not in FLAWS:
         raise SystemExit(f"unknown flaw {flaw}")
     left = state["left"] and '"stream":true' not in body
-    hit = {"one-at-a-time": state["streams"] > 0, "left": left}.get(flaw, flaw)
+    beside = state["streams"] > 0
+    hit = {"one-at-a-time": beside, "silent-beside": beside, "busy-beside": beside, "left": left}.get(flaw, flaw)
     return flaw if hit else ""
 
 

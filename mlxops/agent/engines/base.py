@@ -194,6 +194,10 @@ class Engine(ABC):
         """Return whether a server process with this argv finishes its open requests after the first stop signal."""
         return bool(self.cut_signals)
 
+    def says_length(self, version: str | None) -> bool:
+        """Return whether an answer that `max_tokens` cut has the finish reason `length`. An unknown version does."""
+        return True
+
     def prepare_folder(self, spec: ServerSpec) -> None:
         """Create the files that a server needs in its folder before it starts."""
         return

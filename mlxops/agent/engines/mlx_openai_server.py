@@ -35,6 +35,8 @@ _ONE_NAME_SINCE = (1, 8)
 _CACHES_ON_DISK_SINCE = (1, 8)
 """It writes the contexts that it keeps to files in its temporary folder, and `--max-bytes` limits those files (tried
 with 1.8.1: with a limit of 100000 bytes, the sixth file of 18.6 kB replaced the first)."""
+_NO_LENGTH_UNTIL = (1, 8, 1)
+"""The last version that was seen to give every answer without a tool call the finish reason `stop`."""
 _CHAT_TYPES = frozenset({"lm", "multimodal"})
 """The values of `--model-type` that give chat completions. The others are embeddings, whisper and images."""
 _PARSERS = ("tool_call_parser", "reasoning_parser")
@@ -129,6 +131,10 @@ class MlxOpenAIServer(Engine):
     def context_length(self, argv: Sequence[str]) -> int | None:
         text = long_options(argv).get("--context-length", "")
         return int(text) if text.isascii() and text.isdecimal() else None
+
+    def says_length(self, version: str | None) -> bool:
+        numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", version or "")
+        return numbers is None or tuple(map(int, numbers.groups())) > _NO_LENGTH_UNTIL
 
     def keeps_caches_in_memory(self, version: str | None) -> bool:
         return older_than(_CACHES_ON_DISK_SINCE, version)

@@ -87,9 +87,9 @@ def _carry_out(held: Held, plan: LoadPlan, prepared: Prepared | None) -> LoadRes
             ctx.note(note)
         if plan.outcome is Outcome.START and prepared is not None:
             if request.require:
-                from mlxops.agent.operations.probe import refuse_impossible
+                from mlxops.agent.operations.required import refuse_impossible
 
-                refuse_impossible(request, prepared.engine)
+                refuse_impossible(request, prepared.engine, prepared.command.version)
             if not request.dry_run:
                 look_for_memory(ctx, plan.port)
             prepared, warnings = preflight(ctx, request, reserved, held.registry, plan, prepared)
@@ -99,7 +99,7 @@ def _carry_out(held: Held, plan: LoadPlan, prepared: Prepared | None) -> LoadRes
         if plan.proves is not None:
             prove_boot_job(ctx, request, plan, plan.proves)
         if request.require and plan.outcome is not Outcome.START:
-            from mlxops.agent.operations.probe import check_serving
+            from mlxops.agent.operations.required import check_serving
 
             check_serving(ctx, request, ctx.observe_port(plan.port))
         if plan.outcome is Outcome.ALREADY or prepared is None:

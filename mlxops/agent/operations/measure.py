@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from mlxops.agent.context import Context
 from mlxops.agent.engines.argv import program_of
+from mlxops.agent.operations.clients import clients, identity
 from mlxops.agent.operations.server_names import names_of
 from mlxops.common.http import ChatServer
 from mlxops.common.speed import NO_ANSWER, TimeUp, ask_at_once, fresh_seed, reason
@@ -103,7 +104,7 @@ def _measure(ctx: Context, request: Measure, view: PortView) -> MeasuredPort:
         **{key: getattr(row, key) for key in ("port", "model", "repo_id", "revision", "engine", "settings")},
         "method": METHOD,
     }
-    before = last_comparable(ctx.history(), same)
+    before = last_comparable(ctx.findings("measure"), same)
     row = replace(
         row,
         figures=figure_rows(tally, before.spreads if before else {}, unsure=row.shared),
@@ -134,27 +135,21 @@ def _known_name(view: PortView) -> str:
 # -- other clients, and other servers
 
 
-def _clients(ctx: Context, view: PortView) -> int:
-    """Count the connections to the server. Each has an open request, or had one a moment ago."""
-    pids = view.members or ((view.server.pid,) if view.server else ())
-    return len(ctx.system.connections(view.port, pids))
-
-
 def _wait_until_quiet(ctx: Context, request: Measure, view: PortView) -> bool:
     """Wait until no client is connected. With `--force` do not wait. Return whether one is.
 
     Raises `Busy` (open_requests).
     """
-    clients = _clients(ctx, view)
-    if not clients or request.force:
-        return bool(clients)
-    ctx.note(f"port {view.port} is in use; waiting up to {QUIET_SECONDS:.0f} s for the end of open requests: {clients}")
+    number = clients(ctx, view)
+    if not number or request.force:
+        return bool(number)
+    ctx.note(f"port {view.port} is in use; waiting up to {QUIET_SECONDS:.0f} s for the end of open requests: {number}")
     deadline = time.monotonic() + QUIET_SECONDS
-    while clients := _clients(ctx, view):
+    while number := clients(ctx, view):
         if time.monotonic() > deadline:
             raise Busy(
                 "open_requests",
-                f"port {view.port} is in use; open requests: {clients}",
+                f"port {view.port} is in use; open requests: {number}",
                 why="a measurement would slow them down, and they would spoil it",
                 hint=f"try again later, or measure with them: `mlxctl measure {view.port} --force`",
             )
@@ -166,7 +161,7 @@ def _wait_until_quiet(ctx: Context, request: Measure, view: PortView) -> bool:
 def _check_same(ctx: Context, view: PortView) -> None:
     """Check that the server is still the one that is measured. Raises `Busy` (changed_meanwhile)."""
     now = ctx.observe_port(view.port)
-    if now.state is State.READY and _identity(now) == _identity(view):
+    if now.state is State.READY and identity(now) == identity(view):
         return
     raise Busy(
         "changed_meanwhile",
@@ -174,11 +169,6 @@ def _check_same(ctx: Context, view: PortView) -> None:
         why=f"it was swapped, restarted or stopped: the port is {now.state}; the run is void and is not recorded",
         hint=f"look: `mlxctl status`; then again: `mlxctl measure {view.port}`",
     )
-
-
-def _identity(view: PortView) -> tuple[object, ...]:
-    process = (view.run if view.owner is Owner.MLXOPS else None) or view.server
-    return view.owner, view.model, view.pid, process.start if process else None
 
 
 # -- the rounds
@@ -203,7 +193,7 @@ def _rounds(ctx: Context, request: Measure, view: PortView, deadline: float) -> 
             except NO_ANSWER as error:
                 _check_same(ctx, view)
                 tally.fail(step.case, reason(error))
-            shared = shared or bool(_clients(ctx, view))
+            shared = shared or bool(clients(ctx, view))
     except TimeUp:
         ctx.note(f"port {view.port}: the {request.seconds:.0f} s of --seconds are over")
     _check_same(ctx, view)

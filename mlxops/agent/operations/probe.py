@@ -10,22 +10,21 @@ from pathlib import Path
 
 from mlxops.agent.context import Context
 from mlxops.agent.engines import ENGINES
-from mlxops.agent.engines.base import Engine
+from mlxops.agent.operations.clients import clients, identity
 from mlxops.agent.operations.server_names import names_of
-from mlxops.agent.operations.verdicts import kept, last_verdicts
+from mlxops.agent.operations.verdicts import VerdictRecord, keep, last_verdicts
 from mlxops.agent.state.store import utc_now
-from mlxops.common.conformance import LIMITS, run_checks
+from mlxops.common.chat import LIMITS
+from mlxops.common.conformance import run_checks
 from mlxops.common.http import ChatServer
 from mlxops.common.parallel import within
 from mlxops.core import conformance, names
-from mlxops.core.commands.load import Load
-from mlxops.core.commands.probe import CHECK_FAILED, CheckedPort, Probe, ProbeResult, VerdictRow
+from mlxops.core.commands.probe import CheckedPort, Probe, ProbeResult, VerdictRow
 from mlxops.core.conformance import Check, Mark, Verdict
-from mlxops.core.errors import MlxopsError, NotStarted, Refused
+from mlxops.core.errors import MlxopsError
 from mlxops.core.frozen import dataclass
 from mlxops.core.ports import Owner, PortView, State
 from mlxops.core.protocol import Phase
-from mlxops.core.records import Run
 from mlxops.core.registry import Model, Registry
 
 LATE_SECONDS = LIMITS.total + LIMITS.answer + 10
@@ -42,7 +41,7 @@ def run(ctx: Context, request: Probe) -> ProbeResult:
     ]
     rows = [_row(ctx, registry, view) for view in views]
     if request.last:
-        return ProbeResult(tuple(_with_record(ctx, row, view) for row, view in zip(rows, views, strict=True)))
+        return ProbeResult(tuple(_last(ctx, row, view) for row, view in zip(rows, views, strict=True)))
     found = _check_all(ctx, [row for row in rows if row.not_asked is None])
     return ProbeResult(
         tuple(
@@ -67,6 +66,9 @@ def _row(ctx: Context, registry: Registry, view: PortView) -> CheckedPort:
         engine=view.engine,
         engine_version=view.engine_version,
         promised=promised(registry.models.get(view.model or "")),
+        pid=view.pid,
+        since=view.since,
+        clients=_clients(ctx, view),
         json_schema=engine is not None and engine.json_schema,
         not_asked=reason or None,
     )
@@ -114,12 +116,14 @@ def _found(outcome: _Found | Exception) -> _Found:
 
 def _checked(ctx: Context, row: CheckedPort, view: PortView, found: _Found) -> CheckedPort:
     """Return the row with its verdicts, and keep them if the server is ours."""
-    run = view.run if view.owner is Owner.MLXOPS else None
-    if run is not None and not _still_serves(ctx, run):
+    if _replaced(ctx, view):
         return replace(row, not_asked="the server was stopped or replaced during the checks")
+    run = view.run if view.owner is Owner.MLXOPS else None
+    if run is not None:
+        record = keep(ctx, run, str(row.name), found.verdicts, row.promised, found.seconds)
+        return _with_record(row, record)
     verdicts = conformance.with_promises(found.verdicts, row.promised)
-    row = replace(row, checked_at=utc_now(), seconds=found.seconds, verdicts=tuple(map(VerdictRow.of, verdicts)))
-    return row if run is None else kept(ctx, row, run, found.verdicts)
+    return replace(row, checked_at=utc_now(), seconds=found.seconds, verdicts=tuple(map(VerdictRow.of, verdicts)))
 
 
 def check_server(
@@ -127,74 +131,39 @@ def check_server(
 ) -> tuple[Verdict, ...]:
     """Make the checks of a server on this host."""
 
-    def is_busy() -> bool:
-        try:
-            return bool(ctx.system.connected({port}))
-        except MlxopsError:
-            return False
-
     server = ChatServer("http", ctx.paths.connect_host, port, name)
-    return run_checks(server, wanted, json_schema=json_schema, is_busy=is_busy)
+    return run_checks(
+        server, wanted, json_schema=json_schema, connections=lambda: _clients(ctx, ctx.observe_port(port))
+    )
 
 
-def refuse_impossible(request: Load, engine: Engine) -> None:
-    """Raises `Refused` (not_checkable) if a load requires what the engine does not have; nothing is stopped yet."""
-    if Check.JSON in request.require and not engine.json_schema:
-        raise Refused(
-            "not_checkable",
-            f"{engine.name} does not follow a JSON schema, so --require {Check.JSON} cannot pass",
-            why="it ignores `response_format`",
-            hint=f"leave {Check.JSON} out of --require, or serve the model with another engine",
-        )
-
-
-def check_required(ctx: Context, request: Load, port: int, name: str, engine: Engine | None) -> None:
-    """Make the checks that a load requires. Raises `NotStarted` (check_failed) if one does not pass."""
-    wanted = [Check(each) for each in request.require]
-    if not wanted:
-        return
-    ctx.emit(Phase("checks", f"{', '.join(wanted)}, as {name}"))
-    verdicts = check_server(ctx, port, name, wanted, json_schema=engine is not None and engine.json_schema)
-    failed = [each for each in verdicts if each.mark is not Mark.PASS]
-    if failed:
-        raise NotStarted(
-            CHECK_FAILED,
-            f"{request.model} answers on port {port}, and does not pass: {', '.join(each.check for each in failed)}",
-            why="; ".join(f"{each.check}: {each.detail}" for each in failed),
-            hint=f"see its log: `mlxctl logs --port {port}`; or load it without --require, then: `mlxctl probe {port}`",
-            details={"port": port, "checks": conformance.marks(verdicts)},
-        )
-
-
-def check_serving(ctx: Context, request: Load, view: PortView) -> None:
-    """Make the checks that a load requires of a server that was there before, and stays as it is.
-
-    Raises `NotStarted` (check_failed) and `Refused` (not_checkable).
-    """
-    served = names_of(view)
-    if request.require and (served.not_asked or not served.known):
-        raise Refused(
-            "not_checkable",
-            f"the server on port {view.port} cannot be checked",
-            why=served.not_asked or "its name is not known",
-            hint="load it without --require; or replace it, with --force",
-        )
-    if request.require:
-        check_required(ctx, request, view.port, served.known[0], ENGINES.get(view.engine or ""))
-
-
-def _still_serves(ctx: Context, run: Run) -> bool:
+def _clients(ctx: Context, view: PortView) -> int:
     try:
-        now = ctx.store.run(run.port)
+        return clients(ctx, view)
+    except MlxopsError:
+        return 0  # the host does not show connections
+
+
+def _replaced(ctx: Context, view: PortView) -> bool:
+    """Return whether a server was stopped, or another one is in its place. One that died has failed its checks."""
+    if view.owner is not Owner.MLXOPS or view.run is None:
+        now = ctx.observe_port(view.port)
+        return now.pid is not None and identity(now) != identity(view)
+    try:
+        run = ctx.store.run(view.port)
     except (OSError, ValueError):
-        return False
-    return now is not None and now.stopped_by is None and (now.pid, now.start) == (run.pid, run.start)
+        return True
+    return run is None or run.stopped_by is not None or (run.pid, run.start) != (view.run.pid, view.run.start)
 
 
-def _with_record(ctx: Context, row: CheckedPort, view: PortView) -> CheckedPort:
+def _last(ctx: Context, row: CheckedPort, view: PortView) -> CheckedPort:
     record = last_verdicts(ctx.store, view.run) if view.run is not None else None
     if record is None:
         return replace(row, not_asked=row.not_asked or "it was not checked since it started")
+    return _with_record(row, record)
+
+
+def _with_record(row: CheckedPort, record: VerdictRecord) -> CheckedPort:
     return replace(
         row,
         name=record.name,

@@ -25,7 +25,7 @@ from mlxops.core.budget import Limits
 from mlxops.core.commands.load import Load
 from mlxops.core.errors import Busy, Interrupted, MlxopsError, NotStarted, OutcomeUnknown
 from mlxops.core.frozen import dataclass
-from mlxops.core.planner import LoadPlan, ModelRef
+from mlxops.core.planner import SWAP_UNDONE, LoadPlan, ModelRef
 from mlxops.core.ports import Owner, PortView
 from mlxops.core.protocol import Phase
 from mlxops.core.records import run_of
@@ -37,7 +37,7 @@ def start_in_place(ctx: Context, request: Load, registry: Registry, plan: LoadPl
     """Carry out a plan whose new server passed all checks.
 
     The caller holds the locks of the port and the model, and of all ports and models that are stopped. Return the
-    seconds for which the port did not answer; None if no server was stopped.
+    seconds for which the port did not answer; None if none of its servers was stopped.
 
     If anything fails, start the stopped servers again, and make the registry match. One exception: if only the registry
     cannot be written and an old server cannot be restarted, the new server stays.
@@ -55,23 +55,24 @@ def start_in_place(ctx: Context, request: Load, registry: Registry, plan: LoadPl
             argv=prepared.argv,
             budget=prepared.budget,
         )
+        outages = _Outages()
         try:
             if plan.stops:
                 prefetch_weights(ctx, prepared.files.path, plan.target.name)
                 start.preload(ctx.environ, ctx.cancellation.check, ctx.emit)
             with ctx.cancellation.shield():
-                stopped_at = _stop_all(ctx, request, plan)
+                _stop_all(ctx, request, plan, outages)
             ctx.cancellation.check()
             ctx.emit(Phase("start", f"{prepared.engine.name} on port {plan.port}, found by {prepared.command.source}"))
             if request.restore:
                 _remember_attempt(ctx, request, plan)
             start.launch(ctx.environ, plan.target.repo_id, prepared.files.revision, ctx.operation)
             run = start.wait(request.timeout or deadline_for(prepared.files.size_bytes), ctx.emit)
-            downtime = time.monotonic() - stopped_at[0] if stopped_at else None
+            outages.end(plan.port)
             if request.require:
-                from mlxops.agent.operations.probe import check_required
+                from mlxops.agent.operations.required import check_started
 
-                check_required(ctx, request, plan.port, plan.alias, prepared.engine)
+                check_started(ctx, request, run, prepared.engine)
             # Do not cancel from here on: finishing is faster than undoing, and half of it would leave an assignment
             # without a server.
             stack.enter_context(ctx.cancellation.shield())
@@ -80,6 +81,8 @@ def start_in_place(ctx: Context, request: Load, registry: Registry, plan: LoadPl
             _commit(ctx, plan, prepared)
         except BaseException as error:
             with ctx.cancellation.shield():
+                if outages.longest(plan.port) is not None:
+                    outages.begin(plan.port)  # the new server had been ready
                 restartable = all(_can_restart(restart) for _, restart in serving)
                 if isinstance(error, _NotCommitted) and serving and not restartable:
                     start.detach()
@@ -91,9 +94,11 @@ def start_in_place(ctx: Context, request: Load, registry: Registry, plan: LoadPl
                     f"{view.model} is not started again there" for view, _ in serving if left and view.port in taken
                 ]
                 _add_outcomes(error, [left])
-                _recover(ctx, [each for each in serving if each[0].port not in taken], waiting, error)
+                _recover(ctx, [each for each in serving if each[0].port not in taken], waiting, error, outages)
+                _remember_undone(ctx, plan, outages)
             raise
         start.detach()
+        downtime = outages.longest(plan.port)
         ctx.remember(
             command="load",
             model=plan.target.name,
@@ -123,13 +128,50 @@ def _remember_attempt(ctx: Context, request: Load, plan: LoadPlan) -> None:
     )
 
 
-def _stop_all(ctx: Context, request: Load, plan: LoadPlan) -> list[float]:
-    """Stop the servers of a plan; return when each stopped to accept requests. Raises what `stop` raises.
+class _Outages:
+    """How long each port was without a server."""
+
+    def __init__(self) -> None:
+        self._began: dict[int, float] = {}
+        self._longest: dict[int, float] = {}
+
+    def begin(self, port: int, at: float | None = None) -> None:
+        """`at`: monotonic time; None: now."""
+        self._began.setdefault(port, time.monotonic() if at is None else at)
+
+    def end(self, port: int) -> None:
+        """Note that a server answers on the port. Do nothing if the port was not without one."""
+        if port in self._began:
+            seconds = time.monotonic() - self._began.pop(port)
+            self._longest[port] = max(seconds, self._longest.get(port, 0.0))
+
+    def longest(self, port: int) -> float | None:
+        """Return the seconds of the longest outage that has ended; None if the port still is without a server."""
+        return None if port in self._began else self._longest.get(port)
+
+
+def _remember_undone(ctx: Context, plan: LoadPlan, outages: _Outages) -> None:
+    """Record the downtime of each port whose old server came back."""
+    for view in plan.stops:
+        downtime = outages.longest(view.port)
+        if downtime is not None:
+            ctx.remember(
+                command=SWAP_UNDONE,
+                model=plan.target.name,
+                port=view.port,
+                restored=view.model,
+                downtime_seconds=round(downtime, 3),
+            )
+
+
+def _stop_all(ctx: Context, request: Load, plan: LoadPlan, outages: _Outages) -> None:
+    """Stop the servers of a plan. Raises what `stop` raises.
 
     If one has not ended, say that the new one was not started, and how to go on.
     """
     try:
-        return [stop(ctx, view) for view in plan.stops]
+        for view in plan.stops:
+            outages.begin(view.port, stop(ctx, view))
     except Busy as error:
         if error.code != STILL_ENDING:
             raise
@@ -283,7 +325,11 @@ def _plan_as_load(ctx: Context, view: PortView, entry: Model) -> RestartPlan | N
 
 
 def _recover(
-    ctx: Context, serving: list[tuple[PortView, RestartPlan | None]], waiting: Iterable[str], error: BaseException
+    ctx: Context,
+    serving: list[tuple[PortView, RestartPlan | None]],
+    waiting: Iterable[str],
+    error: BaseException,
+    outages: _Outages,
 ) -> None:
     """Start the old servers again after a failed swap or move. Add the outcome to `error`.
 
@@ -291,7 +337,7 @@ def _recover(
     """
     log = Path(str(error.details.get("log_path"))) if isinstance(error, MlxopsError) else None
     inode = _inode(log)
-    results = [result for view, restart in serving if (result := _restart(ctx, view, restart))]
+    results = [result for view, restart in serving if (result := _restart(ctx, view, restart, outages))]
     outcomes = [*waiting, *(outcome for outcome, _ in results)]
     for outcome in outcomes:
         ctx.note(outcome, "warning")
@@ -315,7 +361,9 @@ def _inode(path: Path | None) -> int | None:
         return None
 
 
-def _restart(ctx: Context, view: PortView, restart: RestartPlan | None) -> tuple[str, MlxopsError | None] | None:
+def _restart(
+    ctx: Context, view: PortView, restart: RestartPlan | None, outages: _Outages
+) -> tuple[str, MlxopsError | None] | None:
     """Start a stopped server again. Return the outcome for the message, and the error if it does not serve.
 
     Return None if the server was not stopped.
@@ -339,6 +387,7 @@ def _restart(ctx: Context, view: PortView, restart: RestartPlan | None) -> tuple
         left = _abort(ctx, restart.start, failure)
         _clear_port(ctx, view.port)
         return f"{outcome}; {left}" if left else outcome, failure
+    outages.end(view.port)
     restart.start.detach()
     again = f"{restart.name} serves port {view.port} again{_without_limits(restart.start)}"
     return f"{again}{_assign_again(ctx, restart.name, view.port)}", None

@@ -1,14 +1,14 @@
-"""The verdicts of the last `probe` of each server: kept in its folder, and compared with those in the history."""
+"""The last verdicts of each server, from `probe` and `load --require`: kept in its folder, and compared with earlier
+ones of the same model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from mlxops.agent.context import Context
-from mlxops.agent.state.store import Store
+from mlxops.agent.state.store import Store, utc_now
 from mlxops.core import conformance, wire
-from mlxops.core.commands.probe import CheckedPort, VerdictRow
+from mlxops.core.commands.probe import VerdictRow
 from mlxops.core.conformance import Verdict
 from mlxops.core.drift import Drift, DriftCode
 from mlxops.core.errors import MlxopsError
@@ -19,7 +19,7 @@ from mlxops.core.records import Run
 
 @dataclass(frozen=True)
 class VerdictRecord:
-    """What is kept of the last `probe` of a server."""
+    """What is kept of the last checks of a server."""
 
     run_id: str
     pid: int
@@ -35,15 +35,27 @@ class VerdictRecord:
         return conformance.overall(row.verdict for row in self.verdicts)
 
 
-def kept(ctx: Context, row: CheckedPort, run: Run, verdicts: Sequence[Verdict]) -> CheckedPort:
-    """Keep the verdicts of a row, and return the row with what got worse.
+def keep(
+    ctx: Context, run: Run, name: str, verdicts: Sequence[Verdict], promised: Collection[str], seconds: float
+) -> VerdictRecord:
+    """Keep the verdicts of a server, and return the record, with what got worse.
 
-    `verdicts`: without what is promised, because an edited promise is no change of the model.
+    Checks that were not made now keep the verdict that this server has. The history gets the verdicts without what is
+    promised, because an edited promise is no change of the model.
     """
     now = conformance.marks(verdicts)
-    row = replace(row, lost=conformance.lost(_best_before(ctx, run), now))
+    earlier = last_verdicts(ctx.store, run)
+    rows = [row for row in earlier.verdicts if row.check not in now] if earlier else []
+    rows += map(VerdictRow.of, conformance.with_promises(verdicts, promised))
+    lost = [check for check in earlier.lost if check not in now] if earlier else []
     record = VerdictRecord(
-        run.run_id, run.pid, row.checked_at or "", row.seconds, row.name or "", row.verdicts, row.lost
+        run_id=run.run_id,
+        pid=run.pid,
+        at=utc_now(),
+        seconds=seconds,
+        name=name,
+        verdicts=tuple(sorted(rows, key=lambda row: conformance.position(row.check))),
+        lost=(*lost, *conformance.lost(_best_before(ctx, run), now)),
     )
     try:
         ctx.store.keep_verdicts(run.port, wire.encode(record))
@@ -52,7 +64,7 @@ def kept(ctx: Context, row: CheckedPort, run: Run, verdicts: Sequence[Verdict]) 
     ctx.remember(
         command="probe", **_key(run), engine_version=run.engine_version, model=run.model, port=run.port, checks=now
     )
-    return row
+    return record
 
 
 def _key(run: Run) -> dict[str, object]:
@@ -69,8 +81,8 @@ def _best_before(ctx: Context, run: Run) -> dict[str, str]:
     key = _key(run)
     return conformance.best(
         {str(check): str(mark) for check, mark in checks.items()}
-        for record in ctx.history()
-        if record.get("command") == "probe" and all(record.get(name) == value for name, value in key.items())
+        for record in ctx.findings("probe")
+        if all(record.get(name) == value for name, value in key.items())
         if isinstance(checks := record.get("checks"), dict)
     )
 

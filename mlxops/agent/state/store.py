@@ -3,6 +3,7 @@
 <state>/            0700
   host.json         the agreed settings (`agreement`)
   history.jsonl     what changed, by whom, when
+  measure.jsonl, probe.jsonl  what `measure` and `probe` found; older builds wrote that into the history
   registry.previous.json  the registry before its last change (`registry_file`)
   stranded.json     memory that stopped servers did not return, since the last boot
   registry.known.json     where this host has had a registry: if a file there is gone, the registry is not empty
@@ -68,7 +69,9 @@ from mlxops.core.records import (
 from mlxops.core.settings import Settings, settings_from_wire
 
 HISTORY_BYTES = 4 * 1024 * 1024
-"""How much of the history's end is read: some twenty thousand changes."""
+"""How much of the history's end is read: some twenty thousand changes. The same for each file of findings."""
+FINDINGS = frozenset({"measure", "probe"})
+"""Commands whose lines go into a file of their own. They would push the loads out of what is read of the history."""
 
 
 def utc_now() -> str:
@@ -341,8 +344,16 @@ class Store:
 
         Raises `OSError`.
         """
+        return self._entries("history.jsonl")
+
+    def findings(self, command: str) -> list[dict[str, object]]:
+        """Return what earlier runs of `measure` or `probe` noted, oldest first. Raises `OSError`."""
+        older = [entry for entry in self.history() if entry.get("command") == command]
+        return [*older, *self._entries(f"{command}.jsonl")]
+
+    def _entries(self, name: str) -> list[dict[str, object]]:
         try:
-            data = files.read_end(self.state / "history.jsonl", HISTORY_BYTES)
+            data = files.read_end(self.state / name, HISTORY_BYTES)
         except FileNotFoundError:
             return []
         entries = []
@@ -353,9 +364,14 @@ class Store:
         return entries
 
     def append_history(self, **entry: object) -> None:
-        """Append a line to the history, in one write(2). Raises `OSError`."""
+        """Append a line to the history, or to the file of its command (`FINDINGS`). Raises `OSError`."""
+        command = entry.get("command")
+        self._append(f"{command}.jsonl" if command in FINDINGS else "history.jsonl", entry)
+
+    def _append(self, name: str, entry: Mapping[str, object]) -> None:
+        """Append a line to a file, in one write(2). Raises `OSError`."""
         line = (json.dumps({"at": utc_now(), **entry}) + "\n").encode()
-        fd = files.open_file(self.state / "history.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        fd = files.open_file(self.state / name, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         try:
             # A full disk may have cut off the last line. Start a new line after it, or this entry is lost too. Without
             # the lock, a line that another process is writing would look the same.

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from mlxops.common.conformance import LIMITS, run_checks
+from mlxops.common.chat import LIMITS
+from mlxops.common.conformance import run_checks
 from mlxops.common.parallel import within
 from mlxops.control.gateway.result import GatewayResult
 from mlxops.control.gateway.route import Route

@@ -53,7 +53,7 @@ class PortResult:
     seconds: float
     """How long it took."""
     downtime_seconds: float | None = None
-    """From the stop of the old server until the new one is ready; None if none was stopped."""
+    """From the stop of the port's old server until the new one is ready; None if the port had none."""
     log_path: str | None = None
     """The server's log on the host."""
     notes: tuple[str, ...] = ()

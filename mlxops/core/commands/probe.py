@@ -53,6 +53,12 @@ class CheckedPort:
     """The URL of the gateway, if the requests went through it."""
     not_asked: str | None = None
     """Why it was not checked."""
+    pid: int | None = None
+    """The process of the server."""
+    since: str | None = None
+    """When the server started, in UTC."""
+    clients: int = 0
+    """Connections to the server when the row was made, such as those of open requests."""
 
 
 @dataclass(frozen=True)
