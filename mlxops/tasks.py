@@ -283,11 +283,12 @@ def probe(cli: Cli, request: Probe) -> None:
         )
     configured = _running_gateway(cli) if request.through else None
     targets = cli.hosts()
-    replies = cli.ask_all(targets, replace(request, last=request.last or request.through))
+    sent = replace(request, last=request.last or request.through)
+    replies = cli.ask_all(targets, sent)
     if configured is not None:
         from mlxops.control.gateway.conformance import check_through
 
-        replies = check_through(*_route(cli, configured, targets), replies)
+        replies = check_through(*_route(cli, configured, targets), replies, lambda: cli.ask_all(targets, sent))
     cli.show(tuple(map(_refuse_failures, replies)))
 
 

@@ -281,12 +281,19 @@ def _model(name: str, entry: Mapping[str, object]) -> Model:
 
 
 def _checks(entry: Mapping[str, object], problems: list[str]) -> tuple[str, ...] | None:
-    """Return what an entry promises. A null promises nothing."""
+    """Return what an entry promises. A null promises nothing. An unknown name is a problem, and left out."""
     checks = entry.get("checks", [])
     if checks is not None and not (isinstance(checks, list) and all(isinstance(each, str) for each in checks)):
         problems.append("checks is not a list of strings")
         return None
-    return tuple(checks or ()) if "checks" in entry else None
+    if not checks:
+        return () if "checks" in entry else None
+    from mlxops.core.conformance import PROMISES
+
+    known = [str(each) for each in PROMISES]
+    if unknown := [each for each in checks if each not in known]:
+        problems.append(f"checks has {shown(unknown[0])}, which is none of {', '.join(known)}, and is ignored")
+    return tuple(each for each in checks if each in known)
 
 
 def _port(value: object, problems: list[str]) -> int | None:

@@ -224,6 +224,13 @@ def test_unusable_value_is_a_problem_and_reads_as_absent(entry: dict[str, object
         assert getattr(model, key) == getattr(absent, key)
 
 
+def test_unknown_promise_is_a_problem_and_the_others_count() -> None:
+    model = parse(models(m={"repo_id": "org/m", "checks": ["tool", "reasoning", "stream"]})).models["m"]
+    assert model.checks == ("reasoning",)
+    (problem,) = model.problems
+    assert problem.startswith("checks has 'tool', which is none of tools, reasoning, system, json")
+
+
 def test_only_true_trusts_repository_code() -> None:
     values: list[object] = [1, "true", "yes", None, [], {}]
     assert not any(parse(models(m={"trust_remote_code": v})).models["m"].trust_remote_code for v in values)

@@ -21,7 +21,7 @@ from tests.lab import cache, models
 from tests.lab.ports import free_ports
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
-QUESTION = "What is the capital of France?"
+QUESTION, ANSWER = "What is the capital of France?", "Paris"
 
 
 class DemoFailed(RuntimeError):
@@ -55,7 +55,7 @@ def _story(env: dict[str, str], port: int, first: str, second: str) -> None:
     _inv(env, "status", "--local")
     _ask(port, "demo-s")
     _inv(env, "load", "--local", "--model", f"mlx-community/{second}", "--port", str(port), "--force")
-    _ask(port, "demo-s")
+    _ask(port, "demo-s", ANSWER if second == models.TALKING else "")
     _inv(env, "unload", "--local", "--port", str(port))
     _inv(env, "status", "--local")
 
@@ -99,8 +99,11 @@ def _inv(env: dict[str, str], *words: str) -> None:
     sys.stdout.write("\n")
 
 
-def _ask(port: int, alias: str) -> None:
-    """A client's view: the port and the alias stay, what answers changes."""
+def _ask(port: int, alias: str, word: str = "") -> None:
+    """A client's view: the port and the alias stay, what answers changes. The answer must have this word.
+
+    Raises `DemoFailed`.
+    """
     url = f"http://127.0.0.1:{port}/v1/chat/completions"
     messages = [{"role": "user", "content": QUESTION}]
     body = {"model": alias, "messages": messages, "max_tokens": 12, "temperature": 0}
@@ -109,3 +112,6 @@ def _ask(port: int, alias: str) -> None:
     with urllib.request.urlopen(request, timeout=60) as response:
         answer = json.load(response)
     sys.stdout.write(json.dumps({key: answer[key] for key in ("model", "choices")}) + "\n\n")
+    content = answer["choices"][0]["message"]["content"] or ""
+    if word not in content:
+        raise DemoFailed(f"the model that talks did not say {word}: {content!r}")

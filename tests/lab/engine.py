@@ -74,9 +74,11 @@ FLAWS = {
     "busy-beside": "it answers 429 while it streams",
     "left": "it answers nothing after a client has left a stream",
     "busy": "it answers 429",
+    "busy-later": "it answers 429 once it has answered the proof",
+    "busy-twice": "it answers 429 twice once it has answered the proof",
     "mute": "it does not answer",
 }
-state = {"streams": 0, "left": False}
+state = {"streams": 0, "left": False, "refused": 0}
 
 
 def option(name: str, default: str = "") -> str:
@@ -102,17 +104,21 @@ def respond(connection: socket.socket) -> None:
         return
     status, answer = "200 OK", '{"status":"ok"}'
     if asked.startswith(b"POST"):
+        flaw = flawed(body)
+        if flaw.startswith("busy"):
+            state["refused"] += 1
+            return reply(connection, "429 Busy", '{"error":"the queue is full"}')
         if '"stream":true' in body and (rate := float(option("--fake-rate", "0"))):
             return stream_at(connection, body, rate)
         if '"stream_options":' in body and not PARTS:
-            with one_at_a_time if flawed(body) == "serial" else connection:
-                return stream_completion(connection, body)
+            with one_at_a_time if flaw == "serial" else connection:
+                return stream_completion(connection, body, flaw)
         if ACT == "endless" or ('"stream":true' in body and not PARTS):
             stream(connection)
-        if flawed(body) == "serial":
+        if flaw == "serial":
             with one_at_a_time:
                 time.sleep(0.05)
-        status, answer = completion(asked_model(body), body)
+        status, answer = completion(asked_model(body), body, flaw)
         time.sleep(float(option("--fake-slow", "0")))
         if status == "200 OK" and '"stream":true' in body:
             return stream_parts(connection, prompt_of(body))
@@ -122,6 +128,10 @@ def respond(connection: socket.socket) -> None:
         answer = f'{{"object":"list","data":[{{"id":"{MODEL}"}}]}}'
     elif ACT == "sick":
         status = "503 Service Unavailable"
+    reply(connection, status, answer)
+
+
+def reply(connection: socket.socket, status: str, answer: str) -> None:
     head = f"HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {len(answer)}\r\n\r\n"
     connection.sendall((head + answer).encode())
 
@@ -158,13 +168,10 @@ def note(name: str, line: str) -> None:
             lines.write(line + "\n")
 
 
-def completion(model: str, body: str) -> tuple[str, str]:
+def completion(model: str, body: str, flaw: str) -> tuple[str, str]:
     """Return the status and the body of an answer to a completion of this model."""
-    flaw = flawed(body)
     if flaw in {"mute", "silent-beside"}:
         wait_for_ever()
-    if flaw in {"busy", "busy-beside"}:
-        return "429 Busy", '{"error":"the queue is full"}'
     if ACT == "broken" or os.path.exists("broken"):
         return "500 Broken", '{"error":"BatchEncoding has no attribute input_ids"}'
     if status := option("--fake-status"):
@@ -191,8 +198,16 @@ def flawed(body: str) -> str:
         raise SystemExit(f"unknown flaw {flaw}")
     left = state["left"] and '"stream":true' not in body
     beside = state["streams"] > 0
-    hit = {"one-at-a-time": beside, "silent-beside": beside, "busy-beside": beside, "left": left}.get(flaw, flaw)
-    return flaw if hit else ""
+    later = "Sayhi" not in body
+    hits = {
+        "one-at-a-time": beside,
+        "silent-beside": beside,
+        "busy-beside": beside,
+        "busy-later": later,
+        "busy-twice": later and state["refused"] < 2,
+        "left": left,
+    }
+    return flaw if hits.get(flaw, True) else ""
 
 
 def said(body: str, flaw: str) -> tuple[str, dict[str, object], str | None, int]:
@@ -228,9 +243,8 @@ def said(body: str, flaw: str) -> tuple[str, dict[str, object], str | None, int]
     return "200 OK", {"content": f"from {os.getpid()}"}, "stop", 4
 
 
-def stream_completion(connection: socket.socket, body: str) -> None:
+def stream_completion(connection: socket.socket, body: str, flaw: str) -> None:
     """Stream an answer in chunks until its end, or until the client goes away."""
-    flaw = flawed(body)
     finish, tokens = said(body, flaw)[2:]
     parts = [{"choices": [{"index": 0, "delta": {"content": "1,"}}]}] * tokens
     ends = [{"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]}]

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import cast
 
 import pytest
 
 from tests.lab import cache, demo, models
+from tests.lab.ports import free_port, listening
+from tests.lab.quick import install_engine
+from tests.lab.run import running
+from tests.lab.world import wait_until
+
+
+def test_model_that_talks_has_to_say_the_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    port = free_port()
+    argv = [str(install_engine(tmp_path)), "--model", "m", "--host", "127.0.0.1", "--port", str(port)]
+    with running(argv, tmp_path, {"PATH": os.defpath}):
+        wait_until(lambda: listening("127.0.0.1", port), 30, "the engine's port")
+        demo._ask(port, "m", "from ")
+        with pytest.raises(demo.DemoFailed, match="did not say Paris: 'from "):
+            demo._ask(port, "m", demo.ANSWER)
+    assert demo.QUESTION in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("engine", "tiny_models")

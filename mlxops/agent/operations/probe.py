@@ -14,7 +14,7 @@ from mlxops.agent.operations.clients import clients, identity
 from mlxops.agent.operations.server_names import names_of
 from mlxops.agent.operations.verdicts import VerdictRecord, keep, last_verdicts
 from mlxops.agent.state.store import utc_now
-from mlxops.common.chat import LIMITS
+from mlxops.common.chat import LIMITS, TimeLimits
 from mlxops.common.conformance import run_checks
 from mlxops.common.http import ChatServer
 from mlxops.common.parallel import within
@@ -127,14 +127,21 @@ def _checked(ctx: Context, row: CheckedPort, view: PortView, found: _Found) -> C
 
 
 def check_server(
-    ctx: Context, port: int, name: str, wanted: Collection[Check] = tuple(Check), *, json_schema: bool
+    ctx: Context,
+    port: int,
+    name: str,
+    wanted: Collection[Check] = tuple(Check),
+    *,
+    json_schema: bool,
+    limits: TimeLimits = LIMITS,
 ) -> tuple[Verdict, ...]:
     """Make the checks of a server on this host."""
-
     server = ChatServer("http", ctx.paths.connect_host, port, name)
-    return run_checks(
-        server, wanted, json_schema=json_schema, connections=lambda: _clients(ctx, ctx.observe_port(port))
-    )
+
+    def connections() -> int:
+        return _clients(ctx, ctx.observe_port(port))
+
+    return run_checks(server, wanted, json_schema=json_schema, connections=connections, limits=limits)
 
 
 def _clients(ctx: Context, view: PortView) -> int:

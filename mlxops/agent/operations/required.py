@@ -11,6 +11,7 @@ from mlxops.agent.engines.base import Engine
 from mlxops.agent.operations.probe import check_server, promised
 from mlxops.agent.operations.server_names import names_of
 from mlxops.agent.operations.verdicts import keep
+from mlxops.common.chat import TimeLimits
 from mlxops.core import conformance
 from mlxops.core.commands.load import Load
 from mlxops.core.commands.probe import CHECK_FAILED
@@ -20,6 +21,7 @@ from mlxops.core.ports import Owner, PortView
 from mlxops.core.protocol import Phase
 from mlxops.core.records import Run
 
+LIMITS = TimeLimits(busy=10.0)
 BUSY_SECONDS = 120.0
 """How long checks are tried again while the server is busy with the requests of clients."""
 PAUSE_SECONDS = 1.0
@@ -80,7 +82,8 @@ def _check(ctx: Context, request: Load, port: int, name: str, engine: Engine | N
     began = time.monotonic()
 
     def make(checks: Collection[Check]) -> Sequence[Verdict]:
-        return check_server(ctx, port, name, checks, json_schema=engine is not None and engine.json_schema)
+        json_schema = engine is not None and engine.json_schema
+        return check_server(ctx, port, name, checks, json_schema=json_schema, limits=LIMITS)
 
     verdicts = patient(make, wanted, ctx.note)
     if run is not None:
@@ -98,7 +101,7 @@ def _check(ctx: Context, request: Load, port: int, name: str, engine: Engine | N
     if busy := [each for each in verdicts if each.busy]:
         ctx.note(
             f"not checked: {', '.join(each.check for each in busy)}: {busy[0].detail}; {request.model} serves on; "
-            f"check it when it is less busy: mlxctl probe {port}",
+            f"check it when it is less busy: `mlxctl probe {port}`",
             "warning",
         )
 

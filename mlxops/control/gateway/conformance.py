@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from mlxops.common.chat import LIMITS
+from mlxops.common.chat import LIMITS, TimeLimits
 from mlxops.common.conformance import run_checks
 from mlxops.common.parallel import within
 from mlxops.control.gateway.result import GatewayResult
@@ -18,36 +19,68 @@ from mlxops.core.ports import State
 from mlxops.core.redaction import without_key
 from mlxops.core.replies import HostReply
 
+Looks = Sequence[HostReply[ProbeResult]]
+"""What the hosts say about their servers, as `probe --last`."""
+
 
 def check_through(
     route: Route,
     aliases: Sequence[HostReply[GatewayResult]],
-    ports: Sequence[HostReply[ProbeResult]],
+    ports: Looks,
+    look: Callable[[], Looks],
+    limits: TimeLimits = LIMITS,
 ) -> tuple[HostReply[ProbeResult], ...]:
     """Check each name that leads to a ready port. `aliases`: the result of `gateway`; `ports`: what to check.
 
-    A name is left out if a request by it could make a server drop its model.
+    A name is left out if a request by it could make a server drop its model. `look` asks the hosts again: where a
+    server seems busy, and at the end, because a server that was replaced has no verdicts.
     """
     planned = {
         reply.host: _rows(route, reply.result, asked.result) for reply, asked in zip(ports, aliases, strict=True)
     }
-    to_ask = {_id(host, row): row for host, rows in planned.items() for row in rows if row.not_asked is None}
-    outcomes = within(2 * LIMITS.total, {each: partial(_checked, route, row) for each, row in to_ask.items()})
+    to_ask = {_id(host, row): (host, row) for host, rows in planned.items() for row in rows if row.not_asked is None}
+    one_look = threading.Lock()
 
     def checked(host: str, row: CheckedPort) -> CheckedPort:
-        outcome = outcomes.get(_id(host, row), row)
-        if isinstance(outcome, TimeoutError):
-            return replace(row, not_asked=str(outcome))
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
+        def connections() -> int:
+            with one_look:
+                now = _server(look(), host, row.port)
+            # The gateway may still hold the connection of the request that was given up.
+            return max(row.clients, now.clients - 1 if now else 0)
+
+        return _checked(route, row, connections, limits)
+
+    seconds = limits.total + limits.answer + 10
+    outcomes = within(seconds, {each: partial(checked, *asked) for each, asked in to_ask.items()})
+    after = look() if to_ask else ()
+
+    def outcome(host: str, row: CheckedPort) -> CheckedPort:
+        found = outcomes.get(_id(host, row), row)
+        if isinstance(found, TimeoutError):
+            return replace(row, not_asked=str(found))
+        if isinstance(found, Exception):
+            raise found
+        return found if found.not_asked else _if_unchanged(found, _server(after, host, row.port))
 
     return tuple(
-        replace(reply, result=ProbeResult(tuple(checked(reply.host, row) for row in planned[reply.host])))
+        replace(reply, result=ProbeResult(tuple(outcome(reply.host, row) for row in planned[reply.host])))
         if reply.result is not None
         else reply
         for reply in ports
     )
+
+
+def _server(looks: Looks, host: str, port: int) -> CheckedPort | None:
+    rows = [row for reply in looks if reply.host == host and reply.result for row in reply.result.ports]
+    return next((row for row in rows if row.port == port), None)
+
+
+def _if_unchanged(row: CheckedPort, now: CheckedPort | None) -> CheckedPort:
+    """Return the row, without verdicts if they may be those of two servers."""
+    if now is not None and (now.pid, now.since) == (row.pid, row.since):
+        return row
+    why = "the server was stopped, restarted or replaced during the checks"
+    return replace(row, verdicts=(), checked_at=None, seconds=0.0, not_asked=why)
 
 
 def _id(host: str, row: CheckedPort) -> str:
@@ -70,11 +103,11 @@ def _rows(route: Route, ports: ProbeResult | None, aliases: GatewayResult | None
     return rows
 
 
-def _checked(route: Route, row: CheckedPort) -> CheckedPort:
+def _checked(route: Route, row: CheckedPort, connections: Callable[[], int], limits: TimeLimits) -> CheckedPort:
     began = time.monotonic()
-    verdicts = conformance.with_promises(
-        run_checks(route.server(str(row.name)), json_schema=row.json_schema), row.promised
-    )
+    server = route.server(str(row.name))
+    found = run_checks(server, json_schema=row.json_schema, connections=connections, limits=limits)
+    verdicts = conformance.with_promises(found, row.promised)
     return replace(
         row,
         verdicts=tuple(
