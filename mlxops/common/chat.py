@@ -152,10 +152,14 @@ class Reading:
     def status(self) -> int:
         return self._response.status
 
-    def first_chunk(self) -> None:
-        """Read a stream until there is a part of an answer, or until the end. Do not look for it in what is long."""
+    def first_chunk(self) -> Answer:
+        """Read a stream until there is a part of an answer, or until the end. Return what was read.
+
+        Do not look for the part in what is long.
+        """
         while not self.ended and len(self._data) < FIRST_BYTES and not conformance.has_chunk(self._data):
             self._read()
+        return self.answer
 
     def rest(self) -> Answer:
         while not self.ended:
@@ -185,6 +189,8 @@ class Reading:
 
 
 def _problem(error: Exception) -> str:
+    if str(error) == "RemoteDisconnected":
+        return "it closed the connection without an answer"
     if isinstance(error, NotHttp):
         return f"it does not speak HTTP: {error}"
     if isinstance(error, ValueError):

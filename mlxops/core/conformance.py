@@ -228,6 +228,11 @@ def has_chunk(data: bytes) -> bool:
     return parse_stream(data).chunks > 0
 
 
+def has_end(data: bytes) -> bool:
+    """Return whether the beginning of a stream has all of it."""
+    return parse_stream(data).done
+
+
 def _start(body: bytes) -> str:
     return " ".join(body[:200].decode(errors="replace").split())
 
@@ -447,8 +452,12 @@ def judge_parallel(first: Answer, first_seconds: float, second: Answer, second_s
     return Verdict(check, Mark.WARN, f"{waited}: the server answers one request at a time")
 
 
-def judge_cancel(after: Answer) -> Verdict:
-    """`after`: the answer to a request that was sent after a client had left."""
+def judge_cancel(left: Answer, after: Answer) -> Verdict:
+    """`left`: what a client read of a stream before it left. `after`: the answer to a request that was sent then."""
+    if problem := refusal(left):
+        return Verdict(Check.CANCEL, Mark.FAIL, f"the stream that a client would leave: {problem}")
+    if has_end(left.body):
+        return Verdict(Check.CANCEL, Mark.SKIP, "the stream came in one piece, so a client cannot leave it")
     try:
         completion = _completion(after)
     except _Wrong as wrong:

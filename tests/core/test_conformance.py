@@ -22,6 +22,15 @@ def called(arguments: str, name: str = conformance.TOOL, finish: str = "tool_cal
     return answer(None, finish=finish, tool_calls=[call])
 
 
+_PART = b'data: {"choices": [{"delta": {"content": "hi"}, "finish_reason": %s}]}\n\n'
+BEGUN = Answer(200, _PART % b"null", "text/event-stream")
+WHOLE = Answer(
+    200,
+    _PART % b'"stop"' + b'data: {"choices": [], "usage": {"completion_tokens": 1}}\n\ndata: [DONE]\n\n',
+    "text/event-stream",
+)
+
+
 @pytest.mark.parametrize(
     ("verdict", "mark", "words"),
     [
@@ -47,7 +56,14 @@ def called(arguments: str, name: str = conformance.TOOL, finish: str = "tool_cal
         (conformance.judge_reasoning(answer("hm</think>42", reasoning="hm"), 9), Mark.FAIL, "leaks"),
         (conformance.judge_json(answer('{"capital": 1}'), 9), Mark.FAIL, "does not fit"),
         (conformance.judge_json(answer('{"capital": "P', tokens=9), 9), Mark.WARN, "not complete within 9"),
-        (conformance.judge_cancel(answer(tokens=0)), Mark.FAIL, "the answer is empty"),
+        (conformance.judge_cancel(BEGUN, answer(tokens=0)), Mark.FAIL, "the answer is empty"),
+        (conformance.judge_cancel(Answer(400, b"too long"), answer()), Mark.FAIL, "would leave: it answered 400"),
+        (conformance.judge_cancel(WHOLE, answer()), Mark.SKIP, "came in one piece"),
+        (conformance.judge_cancel(BEGUN, answer()), Mark.PASS, ""),
+        (conformance.judge_parallel(WHOLE, 9.0, answer(), 3.0), Mark.PASS, ""),
+        (conformance.judge_parallel(WHOLE, 9.0, answer(), 9.5), Mark.WARN, "waited 9.0 s, until the first stream had"),
+        (conformance.judge_parallel(WHOLE, 0.1, answer(), 9.5), Mark.SKIP, "ended too early to tell"),
+        (conformance.judge_parallel(BEGUN, 9.0, answer(), 3.0), Mark.FAIL, "the first stream: no chunk has a finish"),
     ],
 )
 def test_answer_has_its_verdict(verdict: Verdict, mark: Mark, words: str) -> None:
