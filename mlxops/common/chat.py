@@ -152,6 +152,11 @@ class Reading:
     def status(self) -> int:
         return self._response.status
 
+    def first_bytes(self) -> Answer:
+        """Read what comes first, such as a comment. Return it."""
+        self._read()
+        return self.answer
+
     def first_chunk(self) -> Answer:
         """Read a stream until there is a part of an answer, or until the end. Return what was read.
 
