@@ -43,7 +43,9 @@ if TYPE_CHECKING:
     from mlxops.core.commands.measure import Measure
     from mlxops.core.commands.ops import Ops
     from mlxops.core.commands.probe import Probe, ProbeResult
+    from mlxops.core.commands.schema import Schema
     from mlxops.core.commands.setup import Setup
+    from mlxops.core.commands.skill import Skill
     from mlxops.core.commands.status import Status, StatusResult
     from mlxops.core.commands.unload_all import UnloadAll
 
@@ -394,6 +396,25 @@ def help_(cli: Cli, request: Help) -> None:
     cli.show([reply], lambda replies: manual.shown(request.topic))
 
 
+def schema(cli: Cli, request: Schema) -> None:
+    import json
+
+    from mlxops.cli.schema import schema
+    from mlxops.core.commands.schema import SchemaResult
+
+    document = schema(request.command)
+    reply = HostReply("schema", SchemaResult(request.command, document))
+    cli.show([reply], lambda replies: json.dumps(document, indent=2))
+
+
+def skill(cli: Cli, request: Skill) -> None:
+    from mlxops.cli import manual
+    from mlxops.core.commands.skill import SkillResult
+
+    text = manual.skill()
+    cli.show([HostReply("manual", SkillResult(text))], lambda replies: text)
+
+
 # -- host ---------------------------------------------------------------------------------------------------------
 
 
@@ -430,6 +451,8 @@ BODIES: Mapping[str, Callable[[Cli, Any], None]] = {
     "measure": measure,
     "doctor": doctor,
     "help": help_,
+    "schema": schema,
+    "skill": skill,
     "deploy": deploy,
     "setup": setup,
 }

@@ -5,20 +5,19 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 import re
 import sys
-import textwrap
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol, Union, get_args, get_origin, get_type_hints
 
 from mlxops.agent.engines import ENGINES
+from mlxops.cli.field_docs import field_docs
 from mlxops.cli.manual import DOCS
+from mlxops.cli.program import positional_form
 from mlxops.core.command import Group, Hosts, request_type
 from mlxops.core.conformance import Check, Mark
 from mlxops.core.doctor.assumptions import Assumption
@@ -92,7 +91,7 @@ def json_fields(results: Mapping[str, type]) -> str:
 def _section(title: str, kind: type, inner: dict[str, type]) -> str:
     """Return the table of a dataclass. Adds the dataclasses that its fields name to `inner`."""
     hints = get_type_hints(kind)
-    helps = attribute_docs(kind)
+    helps = field_docs(kind)
     rows = ((f"`{each.name}`", _type(each, hints, inner), _help(each, helps)) for each in fields(kind))
     return "\n\n".join([f"### {title}", *_about(kind), table(("field", "type", "meaning"), rows)])
 
@@ -109,7 +108,7 @@ def _type(each: Field[Any], hints: Mapping[str, Any], inner: dict[str, type]) ->
 
 
 def _help(each: Field[Any], helps: Mapping[str, str]) -> str:
-    return _in_json(str(each.metadata.get("help") or helps.get(each.name, "")))
+    return _in_json(helps.get(each.name, ""))
 
 
 def _in_json(text: str) -> str:
@@ -135,25 +134,6 @@ def json_type(annotation: Any, inner: dict[str, type]) -> str:
     return "object"
 
 
-def attribute_docs(kind: type) -> dict[str, str]:
-    """Return field -> the string under it in the source, of the class and its bases."""
-    docs: dict[str, str] = {}
-    for base in reversed(kind.__mro__):
-        if is_dataclass(base):
-            docs |= dict(_attribute_docs(base))
-    return docs
-
-
-def _attribute_docs(kind: type) -> Iterator[tuple[str, str]]:
-    (node,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-    assert isinstance(node, ast.ClassDef)
-    for field_node, doc in zip(node.body, node.body[1:], strict=False):
-        if isinstance(field_node, ast.AnnAssign) and isinstance(field_node.target, ast.Name):
-            text = doc.value if isinstance(doc, ast.Expr) else None
-            if isinstance(text, ast.Constant) and isinstance(text.value, str):
-                yield field_node.target.id, " ".join(text.value.split())
-
-
 def commands() -> str:
     """Return the commands of `mlxctl` in their groups, as `mlxctl --help` shows them."""
     rows: list[tuple[str, ...]] = []
@@ -163,6 +143,16 @@ def commands() -> str:
         if (heading := f"**{entry.group}**") not in {first for first, _ in rows}:
             rows.append((heading, ""))
         rows.append((f"`{entry.example}`", entry.help.removesuffix(".")))
+    return table(("command", "what it does"), rows)
+
+
+SIX = ("status", "list", "load", "ops", "probe", "unload")
+"""The commands that an agent needs."""
+
+
+def six() -> str:
+    """Return what an agent types, and what it does."""
+    rows = ((f"`{positional_form(name)}`", (request_type(name).__doc__ or "").strip()) for name in SIX)
     return table(("command", "what it does"), rows)
 
 
@@ -195,6 +185,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "json": lambda: json_fields(RESULTS),
     "commands": commands,
     "hosts": hosts,
+    "six": six,
     "engines": engines,
 }
 

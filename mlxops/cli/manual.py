@@ -11,6 +11,7 @@ from mlxops.core.errors import UsageError
 from mlxops.core.frozen import dataclass
 
 DOCS = PACKAGE / "docs"
+SKILL = "Operate MLX model servers with mlxctl. See what runs, load, swap and unload models, and check them."
 MAX_COLUMNS = 100
 """Wider lines are hard to read."""
 _COMMENT_LINE = re.compile(r"^<!--.*-->\n", re.MULTILINE)
@@ -55,6 +56,12 @@ def page(topic: str) -> Page:
     source = (DOCS / f"{topic}.md").read_text(encoding="utf-8")
     text = _PAGE_LINK.sub(r"\1 (`mlxctl help \2`)", _COMMENT_LINE.sub("", source))
     return Page(topic, _SECTION_LINK.sub(r"\1", text))
+
+
+def skill() -> str:
+    """Return the page `skill` with the head that agents look for."""
+    text = page("skill").text.rstrip("\n")
+    return f"---\nname: mlxops\ndescription: {SKILL}\n---\n\n{text}"
 
 
 def nearest_topic(word: str) -> str:

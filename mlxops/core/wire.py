@@ -5,7 +5,7 @@ follow their annotations. A key that the dataclass does not have is ignored, bec
 missing key takes the field's default. Everything else that does not fit is a `DecodeError` with the path of the value.
 
 A class with its own JSON form has two methods: `to_wire(self)`, and the static `from_wire(value)`, which may raise
-`ValueError`.
+`ValueError`. Keys that are no fields are in its `FURTHER_KEYS`, with their types, for the JSON Schema.
 """
 
 from __future__ import annotations

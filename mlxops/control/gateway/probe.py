@@ -17,6 +17,7 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
+from typing import ClassVar
 from urllib.parse import quote, urlsplit
 
 from mlxops.common.http import (
@@ -80,6 +81,7 @@ class ProbeResult:
     in turn), other_server (a wrong one).
     """
 
+    FURTHER_KEYS: ClassVar[Mapping[str, type]] = {"ok": bool}
     alias: str
     code: str
     seconds: float

@@ -50,7 +50,7 @@ class ProbedAliasRow(AliasRow):
 
 @dataclass(frozen=True)
 class GatewayResult:
-    aliases: tuple[AliasRow, ...]
+    aliases: tuple[AliasRow | ProbedAliasRow, ...]
     findings: tuple[Mismatch, ...]
 
 
