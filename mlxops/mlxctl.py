@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from mlxops.cli import startup
+import sys
 
 
 def main() -> None:
     """Raises `SystemExit`."""
+    if sys.argv[1:2] == ["__complete"]:  # at each press of the tabulator key: import as little as possible
+        from mlxops.cli.complete import main as complete
+
+        raise SystemExit(complete(sys.argv[2:]))
+    from mlxops.cli import startup
+
     startup.prepare()
     from mlxops.cli.program import run
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from mlxops.control import inventory
     from mlxops.control.gateway.result import GatewayResult
     from mlxops.control.gateway.route import Route
+    from mlxops.core.commands.completion import Completion
     from mlxops.core.commands.deploy import Deploy
     from mlxops.core.commands.doctor import Doctor
     from mlxops.core.commands.gateway import Gateway
@@ -438,6 +439,14 @@ def setup(cli: Cli, request: Setup) -> None:
         cli.console.hear("", Note.of(told))
 
 
+def completion(cli: Cli, request: Completion) -> None:
+    from mlxops.cli.completion import SCRIPTS
+    from mlxops.core.commands.completion import CompletionResult
+
+    script = SCRIPTS[request.shell].rstrip("\n")
+    cli.show([HostReply("completion", CompletionResult(request.shell, script))], lambda replies: script)
+
+
 BODIES: Mapping[str, Callable[[Cli, Any], None]] = {
     "load": load,
     "rollback": load,
@@ -455,6 +464,7 @@ BODIES: Mapping[str, Callable[[Cli, Any], None]] = {
     "skill": skill,
     "deploy": deploy,
     "setup": setup,
+    "completion": completion,
 }
 
 

@@ -26,6 +26,7 @@ from mlxops.core.drift import DriftCode
 from mlxops.core.errors import Exit
 from mlxops.core.ports import Owner, State
 from mlxops.tasks import command_names, overview_entries
+from tests import completion_words
 
 PAGES = (Path(__file__).parents[1] / "README.md", *sorted(DOCS.glob("*.md")))
 RESULTS: Mapping[str, type] = {
@@ -207,9 +208,10 @@ def names(page: str) -> list[str]:
 def write() -> list[Path]:
     """Return the pages that were changed."""
     changed = []
-    for path in PAGES:
+    for path in (*PAGES, completion_words.PATH):
         page = path.read_text(encoding="utf-8")
-        if (new := generated(page)) != page:
+        new = completion_words.generated() if path == completion_words.PATH else generated(page)
+        if new != page:
             path.write_text(new, encoding="utf-8")
             changed.append(path)
     return changed

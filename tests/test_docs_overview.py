@@ -65,7 +65,7 @@ def test_overview_fits_its_columns(columns: int, longest: int) -> None:
 
 def test_options_of_invoke_without_meaning_are_hidden() -> None:
     shown = set(re.findall(r"--[a-z-]+", "\n".join(option for option, _ in overview.PROGRAM_OPTIONS)))
-    assert shown == {"--help", "--list", "--version", "--print-completion-script"}
+    assert shown == {"--help", "--list", "--version"}
     assert not {"--pty", "--echo", "--warn-only", "--config", "--write-pyc"} & set(re.findall(r"--[a-z-]+", mlxctl()))
 
 

@@ -24,7 +24,6 @@ PROGRAM_OPTIONS = (
     ("COMMAND --help", "the options of a command"),
     ("--list", "the commands without groups"),
     ("--version", "version, build, Python and place"),
-    ("--print-completion-script SHELL", "tab completion for bash, zsh or fish"),
 )
 """Invoke has more of its own. They configure shell commands, and mlxctl runs none."""
 _INDENT = "  "

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from shlex import quote
 from typing import Any, TypeVar, cast
 
@@ -36,6 +38,8 @@ class Cli:
         """The outcome: it decides the exit status."""
         self.one_line = False
         """With `--json` there may be several documents, each on a line of its own."""
+        self.began: dict[str, tuple[str, str]] = {}
+        """Host -> the operation that this command began there, and its command."""
         self.interrupted = False
         """Ctrl-C was pressed while a change was carried out. No further host is asked."""
 
@@ -69,6 +73,7 @@ class Cli:
             nonlocal operation
             if isinstance(event, Started):
                 operation = event.operation
+                self.began[target.name] = (operation, request.name)
             self.console.hear(host, event)
 
         try:
@@ -186,6 +191,18 @@ class Cli:
                 console.error(reply.host, reply.error)
                 self._traceback(reply.error)
 
+    def remember(self) -> None:
+        """Remember names for tab completion, if it is used."""
+        from mlxops.cli.complete import folder
+
+        if not os.path.isdir(folder()):
+            return
+        from mlxops.cli.remember import remember
+
+        inventory = self.targets.__dict__.get("inventory")
+        with suppress(OSError):
+            remember(inventory.hosts if inventory else {}, self.replies, self.began)
+
     def unwritten(self, error: OutputFailed) -> int:
         """Report that the result could not be written. An error of a host comes first."""
         output.discard(1)
@@ -213,6 +230,7 @@ def run(cli: Cli, body: Callable[[], None]) -> None:
             body()
         code = output.exit_of(cli.replies)
         cli.report_errors()
+        cli.remember()
     except BrokenPipeError:
         output.discard(1)  # the reader of our output is gone
         code = 141

@@ -42,7 +42,7 @@ def aim(text: str, commands: Iterable[Sequence[str]], flags: Sequence[str]) -> t
     return _replaced(text, before, lambda command: shlex.join(after[command])), tuple(after[each] for each in before)
 
 
-HOSTLESS = frozenset({"help", "schema", "setup", "skill"})
+HOSTLESS = frozenset({"completion", "help", "schema", "setup", "skill"})
 """Commands that ask no host, and so take no `--host`."""
 
 

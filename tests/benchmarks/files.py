@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -215,7 +216,33 @@ def _flush(fd: int) -> None:
         fcntl.fcntl(fd, full)
 
 
+# -- tab completion -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _complete(folder: Path) -> Iterator[Mapping[str, Timed]]:
+    """Two hosts with twenty models each are remembered."""
+    names = folder / "mlxops" / "names"
+    names.parent.mkdir()
+    rows = [f"model\t{host}\torg/model-{number}\ton 8100" for host in ("studio", "studio2") for number in range(20)]
+    names.write_text("\n".join(rows), encoding="utf-8")
+    env = {"XDG_CACHE_HOME": str(folder), "PATH": os.environ["PATH"]}
+    yield {
+        "python -c pass": Program([sys.executable, "-c", "pass"], folder, env),
+        "mlxctl __complete": Program([script("mlxctl"), "__complete", "zsh", "load", ""], folder, env),
+    }
+
+
 CONTESTS = (
+    Contest(
+        "complete",
+        "tab completion of a model's name",
+        "mlxctl __complete",
+        "python -c pass",
+        Limit({"python -c pass": 3}),
+        25,
+        _complete,
+    ),
     Contest(
         "pull",
         f"inv pull, {SHARDS * WEIGHT_BYTES // 1_000_000} MB, the same hub",
