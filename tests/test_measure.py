@@ -1,26 +1,20 @@
-"""`measure` with the real engines, over SSH and on the host itself."""
+"""`measure` with the real mlx-lm, over SSH and on the host itself."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
-import pytest
-
-from tests.agent.test_openai_server import office
 from tests.lab.homelab import Homelab
 from tests.steps import REPO, WAYS, Ask, install
 
 
-def check(lab: Homelab, streams: int) -> None:
-    """Measure a server both ways. The second run is compared with the first."""
-    asks = [Ask(lab, way) for way in WAYS]
-    studio, port = lab.studio, lab.studio.ports[0]
-    install(studio)
-    asks[0]("init").ok()
-    asks[0]("load", "--model", REPO, "--port", port, timeout=300).ok()
+def measured(asks: Sequence[Ask], streams: int) -> list[Any]:
+    """Measure the first port in each of these ways. Return its rows, whose figures are checked."""
+    studio, port = asks[0].studio, asks[0].port
     words = ("measure", "--port", port, "--rounds", 1, "--streams", streams)
-    first, second = (ask.document(*words)["ports"][0] for ask in asks)
-    for row in (first, second):
+    rows = [ask.document(*words)["ports"][0] for ask in asks]
+    for row in rows:
         assert row["missing"] == [] and row["not_measured"] is None and not row["shared"]
         for figure in row["figures"]:
             assert figure["rounds"] == 1
@@ -32,17 +26,17 @@ def check(lab: Homelab, streams: int) -> None:
         metrics = [each["metric"] for each in row["figures"]]
         # A random model may say characters of many tokens, which shows no rate.
         assert (metrics.count("first_token"), metrics.count("prefill")) == (4 * streams, streams)
-    assert first["compared_with"] is None and second["compared_with"]
-    assert {each["verdict"] for each in second["figures"] if each["before"]} == {"unsure"}, "one round is too few"
+    assert rows[0]["compared_with"] is None
     assert studio.completion(port, "jerry-xl")["model"] == "jerry-xl"
-    asks[0]("unload", "--port", port).ok()
+    return rows
 
 
-def test_mlx_lm_is_measured(homelab: Homelab) -> None:
-    check(homelab, streams=2)
-
-
-@pytest.mark.timeout(600)
-def test_mlx_openai_server_is_measured(homelab: Homelab, openai_server: Path) -> None:
-    office(homelab, openai_server)
-    check(homelab, streams=1)
+def test_mlx_lm_is_measured_and_compared_with_the_run_before(homelab: Homelab) -> None:
+    asks = [Ask(homelab, way) for way in WAYS]
+    install(homelab.studio)
+    asks[0]("init").ok()
+    asks[0]("load", "--model", REPO, "--port", asks[0].port, timeout=300).ok()
+    _, second = measured(asks, streams=2)
+    assert second["compared_with"]
+    assert {each["verdict"] for each in second["figures"] if each["before"]} == {"unsure"}, "one round is too few"
+    asks[0]("unload", "--port", asks[0].port).ok()

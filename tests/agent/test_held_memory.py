@@ -1,4 +1,4 @@
-"""What real engines hold, as `status` and `list --memory` show it, against what the kernel says."""
+"""What a real mlx-lm holds, as `status` and `list --memory` show it, against what the kernel says."""
 
 from __future__ import annotations
 
@@ -25,11 +25,8 @@ def kernel_bytes(pids: list[int], field: str) -> int:
     return sum(int(words[1]) * 1024 for words in lines if words[0] == f"{field}:")
 
 
-def loaded(studio: Studio, port: int) -> tuple[dict[str, Any], dict[str, Any], list[int]]:
-    """Load a model. Return its port in `status`, its server in `list --memory`, and its processes."""
-    studio.install(NAME, models.QWEN)
-    studio.mlxctl("init").ok()
-    studio.mlxctl("load", NAME, str(port), timeout=300).ok()
+def held(studio: Studio, port: int) -> tuple[dict[str, Any], dict[str, Any], list[int]]:
+    """Return a served port in `status`, its server in `list --memory`, and its processes."""
     studio.completion(port, "jerry-xl")
     row = studio.mlxctl("status", "--json").ok().json["hosts"][0]["ports"][0]
     memory = studio.mlxctl("list", "--memory", "--json").ok().json["hosts"][0]["memory"]
@@ -46,21 +43,12 @@ def loaded(studio: Studio, port: int) -> tuple[dict[str, Any], dict[str, Any], l
 
 @pytest.mark.timeout(600)
 def test_memory_of_mlx_lm_is_what_the_kernel_says(homelab: Homelab, engine: Path) -> None:
-    row, server, pids = loaded(homelab.studio, homelab.studio.ports[0])
+    studio, port = homelab.studio, homelab.studio.ports[0]
+    studio.install(NAME, models.QWEN)
+    studio.mlxctl("init").ok()
+    studio.mlxctl("load", NAME, str(port), timeout=300).ok()
+    row, server, pids = held(studio, port)
     assert server["limit"]["contexts"] == 32 and server["limit"]["cache_bytes"] > 0
     pss = kernel_bytes(pids, "Pss")
     assert row["memory_bytes"] == pytest.approx(pss, abs=LIBRARIES)
     assert server["resident_bytes"] == pytest.approx(pss, abs=LIBRARIES)
-
-
-@pytest.mark.timeout(600)
-def test_memory_of_mlx_openai_server_counts_what_its_processes_share_once(
-    homelab: Homelab, openai_server: Path
-) -> None:
-    launch = {**homelab.studio.settings["launch"], "mlx-openai-server": [str(openai_server), "launch"]}  # type: ignore[dict-item]
-    homelab.configure(engine="mlx-openai-server", launch=launch)
-    row, server, pids = loaded(homelab.studio, homelab.studio.ports[0])
-    pss, rss = kernel_bytes(pids, "Pss"), kernel_bytes(pids, "Rss")
-    assert len(pids) > 1
-    assert server["resident_bytes"] == pytest.approx(pss, rel=0.05)
-    assert row["memory_bytes"] == pytest.approx(pss, abs=LIBRARIES) and row["memory_bytes"] < rss

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from mlxops.core.model_options import Option, Origin
 from mlxops.core.planner import LoadPlan, ModelRef, Outcome, Wanted
 from mlxops.core.registry import Model, parse
 from mlxops.core.settings import Settings
-from tests.agent.test_openai_server import office
 from tests.lab import cache, models
 from tests.lab.homelab import Homelab, Studio
 
@@ -133,30 +131,6 @@ def test_mlx_lm_gets_limits_that_are_never_drift(homelab: Homelab, studio: Studi
     warned = next(note for note in ready(studio, LLAMA, str(second))["notes"] if "no limit of the contexts" in note)
     assert f"{QWEN} on {first}" in warned and f"{LLAMA} on {second}" in warned
     studio.mlxctl("unload-all", "--yes").ok()
-
-
-@pytest.mark.timeout(300)
-def test_mlx_openai_server_gets_limits_beside_those_of_its_entry(homelab: Homelab, openai_server: Path) -> None:
-    studio, port = office(homelab, openai_server), homelab.studio.ports[0]
-    studio.install(QWEN, models.QWEN)
-    studio.mlxctl("init").ok()
-    studio.mlxctl("set", "--model", QWEN, "--set", "args=--decode-concurrency 3").ok()
-
-    told = studio.mlxctl("load", QWEN, str(port), timeout=300).ok().stderr
-
-    run = record(studio, port)
-    # 3 contexts, and 10 that it keeps by default: those are files, and no memory.
-    assert run["budget"] == ["--prompt-concurrency", "3", "--max-bytes", str(13 * 524288)]
-    assert run["argv"][-6:] == ["--decode-concurrency", "3", *run["budget"]]
-    assert "limits: 3 requests at once, 6.8 MB of contexts (those that are kept are files)" in told
-    with urllib.request.urlopen(f"http://{studio.address}:{port}/v1/queue/stats", timeout=30) as answer:
-        stats = json.load(answer)["queue_stats"]["batch_stats"]
-    studio.completion(port, "jerry-xl")
-    assert (stats["completion_batch_size"], stats["prefill_batch_size"]) == (3, 3)
-    kept = list((studio.folder / "tmp").glob("mlx-openai-prompt-cache-*/*.pkl"))
-    assert kept, "a kept context is a file"
-    assert drift(studio) == []
-    studio.mlxctl("unload", str(port)).ok()
 
 
 # -- without a real engine -------------------------------------------------------------------------------------------

@@ -27,6 +27,8 @@ from tests.lab.world import end, processes_below, wait_until
 
 START = 240.0
 """Seconds; on a quiet machine it takes 25."""
+PAUSE = 0.1
+"""Seconds between two requests of the traffic. Without a pause it takes the processor from what it watches."""
 KEY = "sk-lab-5c1d3a"
 _SETTINGS = f"""
 general_settings:
@@ -211,7 +213,7 @@ class Traffic:
             began = time.monotonic()
             reply = self._gateway.ask(self._alias)
             self.sent.append(Sent(began, time.monotonic(), reply))
-            self._stop.wait(0.02)
+            self._stop.wait(PAUSE)
 
     def __enter__(self) -> Self:
         self._thread.start()
