@@ -40,6 +40,8 @@ from tests.steps import (
 
 @pytest.fixture(params=WAYS)
 def ask(request: pytest.FixtureRequest, homelab: Homelab) -> Ask:
+    """Ask a Studio with the real engine. Where servers start, one way is enough: TestWholeLife does it both ways, and
+    tests/test_operations.py does it both ways with the fake engine."""
     return Ask(homelab, request.param)
 
 
@@ -185,6 +187,7 @@ class TestWholeLife:
         assert ask.result("unload-all", "--yes")["changed"] is False
 
 
+@pytest.mark.parametrize("ask", ["ssh"], indirect=True)
 class TestFailure:
     def test_model_that_cannot_be_loaded_is_reported_and_leaves_nothing(self, ask: Ask) -> None:
         install(ask.studio, BROKEN)
@@ -238,6 +241,7 @@ def started_by_hand(
             process.kill()
 
 
+@pytest.mark.parametrize("ask", ["ssh"], indirect=True)
 class TestHandStartedServer:
     def test_server_with_the_planned_command_is_adopted(self, ask: Ask) -> None:
         studio, port = ask.studio, ask.port
@@ -312,6 +316,7 @@ class TestServer:
             if path.is_file() and not path.is_symlink():
                 assert canary.encode() not in path.read_bytes(), str(path)
 
+    @pytest.mark.parametrize("ask", ["ssh"], indirect=True)
     def test_command_and_environment_are_those_of_the_plan(self, ask: Ask) -> None:
         install(ask.studio)
         plan = ask.result("load", "--model", REPO, "--port", ask.port, "--dry-run")["plan"]
@@ -326,6 +331,7 @@ class TestServer:
         path = ask.studio.registry()["models"][REPO]["cache_path"]
         assert [each["id"] for each in models_listed(ask.studio, ask.port)["data"]] == [os.path.realpath(path)]
 
+    @pytest.mark.parametrize("ask", ["ssh"], indirect=True)
     def test_completion_changes_no_file(self, ask: Ask) -> None:
         install(ask.studio)
         ask("load", "--model", REPO, "--port", ask.port).ok()
