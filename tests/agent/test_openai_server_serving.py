@@ -40,8 +40,8 @@ def served(tiny_models: Path, watch: leaks.Watch, tmp_path_factory: pytest.TempP
         studio.install(REPO, models.QWEN)
         studio.mlxctl("init").ok()
         studio.mlxctl("set", "--model", REPO, "--set", "args=--decode-concurrency 3").ok()
-        told = studio.mlxctl("load", REPO, str(studio.ports[0]), timeout=300).ok().stderr
-        assert "limits: 3 requests at once, 6.8 MB of contexts (those that are kept are files)" in told
+        loaded = studio.mlxctl("load", REPO, str(studio.ports[0]), timeout=300).ok()
+        assert "limits: 3 requests at once, 6.8 MB of contexts (those that are kept are files)" in loaded.stderr
         yield Ask(lab, "ssh")
         studio.mlxctl("unload", str(studio.ports[0])).ok()
 
