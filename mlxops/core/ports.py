@@ -391,7 +391,9 @@ def _view(
         model=model or (run.model if run else None),
         repo_id=run.repo_id if run else None,
         revision=run.revision if run else None,
-        pid=run.pid if run else (signals.hand.pid if signals.hand else min(signals.listener_pids, default=None)),
+        pid=run.pid_among(signals.members)
+        if run
+        else (signals.hand.pid if signals.hand else min(signals.listener_pids, default=None)),
         pgid=run.pgid if run else None,
         engine=run.engine if run else None,
         engine_version=run.engine_version if run else None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 
 from mlxops.core.frozen import dataclass
@@ -58,6 +58,10 @@ class Run:
         """The argv without the limits of the budget. A load would choose other limits each time."""
         count = len(self.budget)
         return self.argv[:-count] if count and self.argv[-count:] == self.budget else self.argv
+
+    def pid_among(self, members: Collection[int]) -> int:
+        """Return the pid to show: the leader's, but that of another member if only the leader has ended."""
+        return self.pid if self.pid in members or not members else min(members)
 
     def to_wire(self) -> dict[str, object]:
         return {

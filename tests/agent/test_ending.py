@@ -24,6 +24,7 @@ import pytest
 from mlxops.agent.context import Context
 from mlxops.agent.host.system import this_system
 from mlxops.agent.operations import operation
+from mlxops.agent.operations.stop import _is_left
 from mlxops.agent.operations.unload import CANCEL_SECONDS, cancel_seconds, drain_of
 from mlxops.agent.paths import host_paths
 from mlxops.agent.serving import ending
@@ -182,6 +183,20 @@ def test_server_above_the_limit_is_killed_only_on_request(host: Host, path: str)
     assert host.assigned == after
     assert host.view().state is (State.READY if replaces else State.IDLE)
     assert replaces or host.view().run is None
+
+
+def test_process_that_outlives_its_leader_is_named(host: Host) -> None:
+    host.register(mine=[*HEAVY, "--fake-act", "family", "--fake-ignore", "term"])
+    host("load", model="mine", port=str(host.first))
+    with pytest.raises(Busy) as caught:
+        host("unload", port=str(host.first))
+    child: Any = caught.value.details["pid"]
+    assert child != host.run().pid and not alive(host.run().pid)
+    is_draining(host, child)
+    assert _is_left(host.context("unload-all", {}), caught.value)
+    host("unload", port=str(host.first), kill=True)
+    assert not _is_left(host.context("unload-all", {}), caught.value)
+    nothing_is_left(host)
 
 
 def test_swap_says_which_model_is_where(host: Host) -> None:

@@ -90,9 +90,12 @@ def name_left(ctx: Context, failed: Sequence[MlxopsError]) -> Iterator[None]:
 
 
 def _is_left(ctx: Context, error: MlxopsError) -> bool:
-    pid = error.details.get("pid")
+    """Return whether the server of the error, or a process that has outlived it, is still there."""
+    pid, port = error.details.get("pid"), error.details.get("port")
     process = ctx.system.process(pid) if isinstance(pid, int) else None
-    return not isinstance(pid, int) or (process is not None and not process.zombie)
+    if not isinstance(pid, int) or (process is not None and not process.zombie):
+        return True
+    return isinstance(port, int) and bool(ctx.observe_port(port).members)
 
 
 @contextmanager

@@ -124,7 +124,8 @@ def end(
         if store is not None and recorded is not None:
             with contextlib.suppress(OSError, MlxopsError):  # then a later stop gives it the whole time again
                 store.save_run(replace(recorded, overdue=True))
-        raise _still_ending(run, terms.kill_limit, held, recorded=store is not None)
+        pid = run.pid_among(signaller.alive)
+        raise _still_ending(run, pid, terms.kill_limit, held, recorded=store is not None)
     killed = signaller.send(signal.SIGKILL)
     if not waiting.ended(KILL_SECONDS + release_seconds(waiting.held)):
         raise _will_not_die(time.monotonic() - began)
@@ -240,18 +241,21 @@ def _is_known(run: Run) -> bool:
     return run.stopping_since is not None or (run.proven_at is None and not run.adopted)
 
 
-def _still_ending(run: Run, limit: int | None, held: int | None, *, recorded: bool) -> Busy:
-    """Return the error. `recorded`: the server has the port's record, so that `reconcile` can finish the stop."""
+def _still_ending(run: Run, pid: int, limit: int | None, held: int | None, *, recorded: bool) -> Busy:
+    """Return the error. `pid`: of a process that is still there.
+
+    `recorded`: the server has the port's record, so that `reconcile` can finish the stop.
+    """
     assert limit is not None
     again = f"{run.port}{'' if recorded else ' --force'}"
     finish = "when it has ended: `mlxctl reconcile`" if recorded else f"wait for it again: `mlxctl unload {again}`"
     return Busy(
         STILL_ENDING,
-        f"{run.model or 'the server'} on port {run.port}, pid {run.pid}, has not ended yet and holds {_shown(held)}",
+        f"{run.model or 'the server'} on port {run.port}, pid {pid}, has not ended yet and holds {_shown(held)}",
         why=f"a server with more than {amount(limit)} (kill_limit) is not killed: its memory may then be "
         "lost until the next reboot",
         hint=f"{finish}; or kill it: `mlxctl unload {again} --kill`",
-        details={"port": run.port, "model": run.model or None, "pid": run.pid, "held_bytes": held},
+        details={"port": run.port, "model": run.model or None, "pid": pid, "held_bytes": held},
     )
 
 
