@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from mlxops.agent.host.system import this_system
-from mlxops.common.chat import TimeLimits
+from mlxops.common.chat import ChatClient, TimeLimits
 from mlxops.common.conformance import run_checks
 from mlxops.common.http import ChatServer
-from mlxops.core.conformance import Check, Mark, Verdict
+from mlxops.core.conformance import COUNT, Check, Mark, Verdict
 from tests.lab.ports import free_port, listening
 from tests.lab.quick import install_engine
 from tests.lab.run import running
@@ -34,15 +34,13 @@ class Server:
         if flaw:
             (self._folder / "flaw").write_text(flaw, encoding="utf-8")
         server = ChatServer("http", "127.0.0.1", self.port, "m")
-        found = run_checks(
-            server, wanted or tuple(Check), json_schema=True, connections=self._connections, limits=SHORT
-        )
+        found = run_checks(server, wanted or tuple(Check), json_schema=True, connections=self.connections, limits=SHORT)
         return {verdict.check: verdict for verdict in found}
 
     def without_flaw(self) -> None:
         (self._folder / "flaw").unlink(missing_ok=True)
 
-    def _connections(self) -> int:
+    def connections(self) -> int:
         return len(this_system().connections(self.port, self._pids))
 
     @contextmanager
@@ -130,6 +128,16 @@ def test_second_request_to_a_server_that_others_use_is_skipped(server: Server, f
 
 def test_stream_is_not_refused_by_a_server_that_is_busy_for_a_moment(server: Server) -> None:
     assert server.check("busy-twice", Check.STREAM)[Check.STREAM].mark is Mark.PASS
+
+
+def test_own_stream_is_not_another_client(server: Server) -> None:
+    server.without_flaw()
+    client = ChatClient(ChatServer("http", "127.0.0.1", server.port, "m"), server.connections, SHORT)
+    with client.stream(COUNT, 512) as reading:
+        reading.first_chunk()
+        assert server.connections() == 1 and not client.has_others()
+        with server.others(1):
+            assert client.has_others()
 
 
 def test_server_that_is_gone_fails() -> None:
