@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import sys
 
+from mlxops.cli import names_folder
 from mlxops.cli.words import COMMANDS
 
 FILES = ":files"
@@ -25,20 +26,14 @@ Candidates = list[tuple[str, str]]
 """Each with its meaning."""
 
 
-def folder() -> str:
-    """Return the folder of the names. If it exists, commands write them there."""
-    cache = os.environ.get("XDG_CACHE_HOME") or ""
-    return os.path.join(cache if os.path.isabs(cache) else os.path.expanduser("~/.cache"), "mlxops")
-
-
 def names_file() -> str:
-    return os.path.join(folder(), "names")
+    return os.path.join(names_folder(), "names")
 
 
 def main(argv: list[str]) -> int:
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape", newline="\n")  # type: ignore[union-attr]
     try:
-        os.makedirs(folder(), 0o700, exist_ok=True)  # from now on, commands remember names
+        os.makedirs(names_folder(), 0o700, exist_ok=True)  # from now on, commands remember names
     except OSError:
         pass
     match argv:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from shlex import quote
 from typing import Any, TypeVar, cast
 
-from mlxops.cli import startup
+from mlxops.cli import names_folder, startup
 from mlxops.cli.options import Common
 from mlxops.cli.targets import Targets
 from mlxops.control import client, output
@@ -193,9 +193,7 @@ class Cli:
 
     def remember(self) -> None:
         """Remember names for tab completion, if it is used."""
-        from mlxops.cli.complete import folder
-
-        if not os.path.isdir(folder()):
+        if not os.path.isdir(names_folder()):
             return
         from mlxops.cli.remember import remember
 
