@@ -48,7 +48,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], dict[str, tuple[str, str]]]] = (
  'gateway': ("Check every alias, from the gateway's files to the server",
              (),
              {'--through': ('', 'also one small completion per alias through the running gateway'),
-              '--print': ('', "print the entries to paste into the gateway's configuration, once; asks no host"),
+              '--print': ('', "print the entries to paste into the gateway's configuration, once"),
               '--env': ('', 'with --print: values as os.environ/NAME, and the lines for the env file as comments'),
               '--host': (',@host', 'host or hosts in hosts.yaml, separated by commas; left out: all'),
               '--local': ('', 'this machine itself, without SSH'),
