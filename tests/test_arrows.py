@@ -147,8 +147,13 @@ ROOMS = {
     "operations": {"paths", "host", "state", "hub", "service", "engines", "serving", "context"},
     "worker": {"paths", "host", "state", "serving", "agreement", "context", "operations"},
     "boot_restore": {"paths", "host", "state", "context", "operations", "worker"},
+    "keeper": {"paths", "host", "state"},
+    "keeper_pass": {"paths", "host", "state", "serving", "context", "operations", "boot_restore"},
     "install": set(),
-    "__main__": {"paths", "host", "state", "agreement", "context", "operations", "worker", "boot_restore"},
+    "__main__": {
+        *("paths", "host", "state", "agreement", "context", "operations", "worker", "boot_restore"),
+        *("keeper", "keeper_pass"),
+    },
 }
 """What each room of the agent may import of the agent. A room only names rooms above it, so there is no circle."""
 

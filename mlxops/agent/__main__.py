@@ -3,6 +3,9 @@
 python -P -m mlxops.agent               serve requests until standard input is closed
 python -P -m mlxops.agent --build       print this build's id
 python -P -m mlxops.agent --restore S   run `restore` at boot; S is the state folder
+python -P -m mlxops.agent --keeper S    run the keeper
+python -P -m mlxops.agent --keeper-pass S A [DEATH]
+                                        run a pass of the keeper; A is the descriptor for its answer
 python -P -m mlxops.agent --worker D L  run the worker of an operation; D is its record, L the descriptor of its lock
 """
 
@@ -88,6 +91,16 @@ def main(argv: list[str]) -> int:
             from mlxops.agent.boot_restore import run as restore
 
             return restore(Path(state))
+        case ["--keeper", state]:
+            _use_build()
+            from mlxops.agent.keeper import run as keep
+
+            keep(Path(state))
+        case ["--keeper-pass", state, answer, *death]:
+            _use_build()
+            from mlxops.agent.keeper_pass import run as keep_once
+
+            return keep_once(Path(state), int(answer), *death)
     sys.stderr.write("mlxops.agent is run by mlxops, not by hand\n")
     return 2
 

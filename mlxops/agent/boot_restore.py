@@ -56,7 +56,7 @@ def run(state: Path, pause: Callable[[float], None] = time.sleep, clock: Callabl
         try:
             outcome = _restore(state, printed)
         except MlxopsError as error:
-            _print(Failed(error))
+            print_event(Failed(error))
             outcome = _Outcome(int(error.exit), RETRY_SECONDS if error.code in RETRYABLE_CODES else None)
         if outcome.retry_in is None or clock() + outcome.retry_in > deadline:
             return outcome.status
@@ -65,6 +65,22 @@ def run(state: Path, pause: Callable[[float], None] = time.sleep, clock: Callabl
 
 def _restore(state: Path, printed: set[str]) -> _Outcome:
     """Try once. `printed` collects the lines that are not to be printed again by the next try."""
+    paths = saved_host(state)
+    store = Store(paths.state, paths.registry)
+    request = restore_request(paths, Restore(), "boot")
+    skipped = _plan(store, paths, request, printed)
+    if skipped is not None:
+        pauses = (step.again_in for step in skipped if step.again_in is not None)
+        status = Exit.NOT_STARTED if any(step.stuck for step in skipped) else Exit.DONE
+        return _Outcome(int(status), min(pauses, default=None))
+    error = carry_out(store, request)
+    if error is None:
+        return _Outcome(0)
+    return _Outcome(int(error.exit), RETRY_SECONDS if is_retryable(error) else None)
+
+
+def saved_host(state: Path) -> HostPaths:
+    """Return the paths of the settings that the host last agreed on. Raises `Refused` (never_agreed)."""
     agreed = Store(state, state / "no-registry-yet").agreed_settings()
     if agreed is None:
         raise Refused(
@@ -73,26 +89,24 @@ def _restore(state: Path, printed: set[str]) -> _Outcome:
             why="they say where its registry and its models are",
             hint="save them: `mlxctl deploy`",
         )
-    paths = host_paths(agreed, os.environ)
-    store = Store(paths.state, paths.registry)
-    requester = Requester("boot", socket.gethostname())
-    request = Envelope(Restore(), agreed, build_id(), requester, agreed=True)
-    skipped = _plan(store, paths, request, printed)
-    if skipped is not None:
-        pauses = (step.again_in for step in skipped if step.again_in is not None)
-        status = Exit.NOT_STARTED if any(step.stuck for step in skipped) else Exit.DONE
-        return _Outcome(int(status), min(pauses, default=None))
+    return host_paths(agreed, os.environ)
+
+
+def restore_request(paths: HostPaths, request: Restore, asker: str) -> Envelope:
+    return Envelope(request, paths.settings, build_id(), Requester(asker, socket.gethostname()), agreed=True)
+
+
+def carry_out(store: Store, request: Envelope) -> MlxopsError | None:
+    """Run a restore in a worker, and print its events. Return its error; None if it has none."""
     log, child = begin(store, request)
     final: Event | None = None
     for event in log.follow():
         if event is not None:
-            _print(event)
+            print_event(event)
             final = event
     if child is not None:
         child.wait()
-    if not isinstance(final, Failed):
-        return _Outcome(0)
-    return _Outcome(int(final.error.exit), RETRY_SECONDS if _is_retryable(final.error) else None)
+    return final.error if isinstance(final, Failed) else None
 
 
 def _plan(store: Store, paths: HostPaths, request: Envelope, printed: set[str]) -> tuple[RestoreStep, ...] | None:
@@ -101,7 +115,7 @@ def _plan(store: Store, paths: HostPaths, request: Envelope, printed: set[str]) 
     Print each skipped step once. Raises the errors with which `restore` refuses to plan.
     """
     dry_run = Restore(dry_run=True)
-    context = Context(dry_run, paths, store, this_system(), _print, dict(os.environ), request.asker)
+    context = Context(dry_run, paths, store, this_system(), print_event, dict(os.environ), request.asker)
     plan = current_plan(context, dry_run)
     if plan.starts:
         return None
@@ -110,12 +124,12 @@ def _plan(store: Store, paths: HostPaths, request: Envelope, printed: set[str]) 
         lines.append(f"there is no registry at {paths.registry}: nothing is assigned")
     for line in lines:
         if line not in printed:
-            _print(Note.of(line))
+            print_event(Note.of(line))
     printed.update(lines)
     return plan.skipped
 
 
-def _is_retryable(error: MlxopsError) -> bool:
+def is_retryable(error: MlxopsError) -> bool:
     reasons = [row.why for row in _result(error.details).failed]
     return any(code.partition(":")[0] in RETRYABLE_CODES for code in [error.code, *reasons])
 
@@ -128,7 +142,7 @@ def _result(value: object) -> RestoreResult:
         return RestoreResult((), (), (), changed=False, dry_run=False)
 
 
-def _print(event: Event) -> None:
+def print_event(event: Event) -> None:
     match event:
         case Note(message):
             text = message

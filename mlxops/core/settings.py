@@ -25,6 +25,7 @@ AGREED = ("registry", "hub", "ports", "slots", "bind")
 MAX_PORTS = 100
 MAX_HOLD = 3600
 """Seconds."""
+KEEP = ("off", "notice", "restart")
 MIN_MEMORY = 1_000_000
 """Bytes. A smaller number is probably gigabytes without the unit."""
 
@@ -79,6 +80,8 @@ class SlotOptions:
 
     hold: int | None = None
     """The seconds that a request may wait for a swap; None: the file does not say."""
+    keep: str | None = None
+    """What the keeper does for the port's server, one of `KEEP`; None: the file does not say."""
 
 
 class Value(Protocol):
@@ -386,7 +389,14 @@ def _hold(value: Value) -> int:
     return seconds
 
 
-SLOT_CHECKS: Mapping[str, Callable[[Value], object]] = {"hold": _hold}
+def _keep(value: Value) -> str:
+    text = value.raw  # YAML reads a bare `off` as false
+    if text not in KEEP:
+        raise value.bad(f"{shown(text)} is no way to keep a server", f"known: {', '.join(KEEP)}", "use one of those")
+    return text
+
+
+SLOT_CHECKS: Mapping[str, Callable[[Value], object]] = {"hold": _hold, "keep": _keep}
 """The keys of a slot beside `alias`."""
 
 
@@ -529,7 +539,7 @@ def _boot_job_from(job: Mapping[str, object], key: str) -> BootJob:
 
 
 def _slot_options_to_wire(slots: Mapping[int, SlotOptions]) -> object:
-    return {str(port): {"hold": options.hold} for port, options in slots.items()}
+    return {str(port): {"hold": options.hold, "keep": options.keep} for port, options in slots.items()}
 
 
 def _slot_options_from(value: object, key: str) -> dict[int, SlotOptions]:
@@ -539,7 +549,8 @@ def _slot_options_from(value: object, key: str) -> dict[int, SlotOptions]:
 
 
 def _options_from(options: Mapping[str, object], key: str) -> SlotOptions:
-    return SlotOptions(hold=_optional(_integer_from)(options.get("hold"), key))
+    keep = _optional(_text_from)(options.get("keep"), key)
+    return SlotOptions(hold=_optional(_integer_from)(options.get("hold"), key), keep=keep)
 
 
 TEXT = (_same, _text_from)
@@ -598,6 +609,10 @@ class Settings:
     def hold(self, port: int) -> int | None:
         """Return the seconds that a request to this port's alias may wait for a swap; None: not said."""
         return self.slot_options.get(port, SlotOptions()).hold
+
+    def keep(self, port: int) -> str:
+        """Return what the keeper does for this port's server: one of `KEEP`."""
+        return self.slot_options.get(port, SlotOptions()).keep or "notice"
 
     def slot_of(self, name: str) -> int | None:
         """Return the port whose alias is `name`."""

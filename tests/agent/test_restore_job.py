@@ -32,6 +32,12 @@ def job(tmp_path: Path) -> RestoreJob:
     return RestoreJob(argv, state / "logs" / "restore.log", tmp_path / "home", USER, 5, environ)
 
 
+@pytest.fixture
+def keeper(job: RestoreJob) -> RestoreJob:
+    """The same job with a keeper instead of the timer."""
+    return replace(job, argv=(*job.argv[:4], "--keeper", job.argv[-1]), every=None, keep=True)
+
+
 def recorder(folder: Path, name: str, script: str = "exit 0") -> Path:
     """Create a stand-in for a program, which appends its arguments to `calls`."""
     folder.mkdir(exist_ok=True)
@@ -63,11 +69,25 @@ class TestPropertyList:
         assert keys["AbandonProcessGroup"] is True
 
 
+    def test_keeper_is_started_again_whenever_it_ends(self, keeper: RestoreJob) -> None:
+        for plist in (restore_job.launch_agent(keeper), restore_job.launch_daemon(keeper)):
+            keys = plistlib.loads(plist)
+            assert (keys["KeepAlive"], keys["RunAtLoad"], keys["AbandonProcessGroup"]) == (True, True, True)
+            assert keys["ProgramArguments"] == list(keeper.argv) and "StartInterval" not in keys
+
+
 class TestUnit:
-    def test_unit_passes_systemd_analyze(self, job: RestoreJob, tmp_path: Path) -> None:
+    def test_keepers_unit_runs_all_the_time_and_keeps_the_servers(self, keeper: RestoreJob) -> None:
+        unit = restore_job.service(keeper)
+        assert "\nType=exec\nRestart=always\n" in unit and "\nKillMode=process\n" in unit and "oneshot" not in unit
+
+    @pytest.mark.parametrize("kept", [False, True])
+    def test_unit_passes_systemd_analyze(
+        self, job: RestoreJob, keeper: RestoreJob, tmp_path: Path, kept: bool
+    ) -> None:
         if shutil.which("systemd-analyze") is None:
             missing("systemd-analyze (Debian and Ubuntu: apt-get install systemd)")
-        (tmp_path / "mlxops-restore.service").write_text(restore_job.service(job))
+        (tmp_path / "mlxops-restore.service").write_text(restore_job.service(keeper if kept else job))
         (tmp_path / "mlxops-restore.timer").write_text(restore_job.timer(job))
         for unit in ("mlxops-restore.service", "mlxops-restore.timer"):
             done = subprocess.run(
@@ -141,6 +161,34 @@ class TestSystemd:
         manager.install(job)
         manager.install(replace(job, every=None))
         assert [path.name for path in manager.job_paths(job) if path.exists()] == ["mlxops-restore.service"]
+
+    def test_keeper_replaces_the_timer_and_is_replaced_by_it(
+        self, job: RestoreJob, keeper: RestoreJob, tmp_path: Path
+    ) -> None:
+        bin = tmp_path / "bin"
+        recorder(bin, "systemctl")
+        manager = Systemd({"PATH": str(bin)})
+        kinds = []
+        for each in (job, keeper, job, keeper):
+            manager.install(each)
+            kinds.append(restore_job.kind_of(manager.job_paths(each)))
+        manager.install(replace(job, every=None))
+        assert [*kinds, restore_job.kind_of(manager.job_paths(job))] == ["timer", "keeper", "timer", "keeper", "boot"]
+        manager.install(keeper)
+        manager.remove(keeper)
+        assert restore_job.kind_of(manager.job_paths(job)) is None
+        reload, enable = "daemon-reload", "enable mlxops-restore.service"
+        timer, untimed = "enable --now mlxops-restore.timer", "disable --now mlxops-restore.timer"
+        start, stop = "restart mlxops-restore.service", "stop mlxops-restore.service"
+        assert [line.removeprefix("systemctl --user ") for line in calls(bin)] == [
+            *(reload, enable, timer),
+            *(reload, enable, untimed, reload, start),
+            *(reload, enable, timer, stop),
+            *(reload, enable, untimed, reload, start),
+            *(reload, enable, stop),
+            *(reload, enable, start),
+            *("disable --now mlxops-restore.service", reload),
+        ]
 
     def test_failure_of_systemctl_is_quoted(self, job: RestoreJob, tmp_path: Path) -> None:
         recorder(tmp_path / "bin", "systemctl", "echo Failed to connect to bus: No medium found >&2; exit 1")
@@ -307,7 +355,10 @@ def test_boot_command_installs_shows_and_removes_the_job(make_homelab: Callable[
     assert run("--every", "5")["changed"] is True
     result = run()
     assert result["state"] == "enabled" and isinstance(result["files"], dict) and all(result["files"].values())
-    assert run("--every", "5")["changed"] is False
+    assert run("--every", "5")["changed"] is False and run()["installed"] == "timer"
+    kept = run("--keep")
+    assert (kept["changed"], kept["installed"], kept["keeper"]) == (True, "keeper", None)
+    assert "restore at boot: enabled, a keeper\nkeeper: not running\n" in lab.studio.mlxctl("boot").ok().stdout
     assert run("--remove")["changed"] is True
     assert run("--show")["state"] == "not installed"
     refused = lab.studio.mlxctl("boot", "--install", "--remove", "--json")

@@ -55,7 +55,9 @@ def run(ctx: Context, request: Restore) -> RestoreResult:
 
     Raises `NotStarted` (restore_incomplete) at the end if a start failed, or if a model stays down until a person acts.
     """
-    with ctx.hold_lock(RESTORE):
+    # The locks of its ports are enough for one that the keeper has asked for: a server that died does not wait for
+    # another model, which may load for minutes.
+    with contextlib.nullcontext() if request.ports else ctx.hold_lock(RESTORE):
         plan = _make_plan(ctx, request, record_lasting=not request.dry_run)
         for state in plan.inactive_jobs:
             ctx.note(f"the boot job {state.job.name} of port {state.job.port} is {state.standing}: {state.detail}")
@@ -166,10 +168,16 @@ def _make_plan(ctx: Context, request: Restore, *, record_lasting: bool) -> _Host
         cleared=last_cleared(history) if request.cleared else (),
         attempts=attempts,
     )
+    if request.ports:
+        steps = RestorePlan(*(_on(request.ports, each) for each in (steps.starts, steps.skipped)))
     if steps.starts:
         require_folder(ctx.paths.hub)
     inactive = {state.job.port: state for state in world.boot if not state.standing.reserves}
     return _HostPlan(steps, attempts, tuple(inactive[step.port] for step in steps.starts if step.port in inactive))
+
+
+def _on(ports: Sequence[int], steps: Iterable[RestoreStep]) -> tuple[RestoreStep, ...]:
+    return tuple(step for step in steps if step.port in ports)
 
 
 def _now(ctx: Context) -> Now:

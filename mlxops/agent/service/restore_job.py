@@ -28,6 +28,10 @@ from mlxops.core.frozen import dataclass
 
 LABEL = "org.mlxops.restore"
 UNIT = "mlxops-restore"
+KEEPER = "--keeper"
+"""The argument with which the agent is the keeper."""
+RESTART_SECONDS = 10
+"""After so long, the system starts a keeper again that has ended."""
 OLD_JOB_ENDING = 5
 """Exit status of `launchctl bootstrap` ("Input/output error") while an older job with that label is ending."""
 DAEMONS = Path("/Library/LaunchDaemons")
@@ -54,16 +58,25 @@ class RestoreJob:
     every: int | None = None
     """The interval in minutes; None: only at boot."""
     environ: Mapping[str, str] = field(default_factory=dict)
+    keep: bool = False
+    """The command is the keeper, which runs all the time."""
 
 
-def make_job(state: Path, environ: Mapping[str, str], every: int | None) -> RestoreJob:
+def make_job(state: Path, environ: Mapping[str, str], every: int | None, *, keep: bool = False) -> RestoreJob:
     """Return the job of this agent. It uses the link `<state>/venv`, so a deploy does not have to change the job."""
     linked = state / "venv" / "bin" / "python"
     is_linked = Path(sys.prefix).resolve() == (state / "venv").resolve()
-    argv = (str(linked) if is_linked else sys.executable, "-P", "-m", "mlxops.agent", "--restore", str(state))
+    argv = (
+        str(linked) if is_linked else sys.executable,
+        "-P",
+        "-m",
+        "mlxops.agent",
+        KEEPER if keep else "--restore",
+        str(state),
+    )
     home = environ.get("HOME") or str(Path.home())
     return RestoreJob(
-        argv, state / "logs" / "restore.log", Path(home), getpass.getuser(), every, job_environment(environ)
+        argv, state / "logs" / "restore.log", Path(home), getpass.getuser(), every, job_environment(environ), keep
     )
 
 
@@ -102,6 +115,9 @@ def _launchd(job: RestoreJob, label: str) -> dict[str, object]:
         "StandardOutPath": str(job.log),
         "StandardErrorPath": str(job.log),
     }
+    if job.keep:
+        # Started again whenever it ends, but not more often than that: launchd's default is 10 s.
+        return keys | {"KeepAlive": True, "ThrottleInterval": RESTART_SECONDS}
     return keys | ({"StartInterval": job.every * 60} if job.every else {})
 
 
@@ -114,7 +130,7 @@ def service(job: RestoreJob) -> str:
 Description=Start the MLX servers that the registry of mlxops assigns
 
 [Service]
-Type=oneshot
+{_KEPT if job.keep else "Type=oneshot"}
 {environment}ExecStart={" ".join(map(_systemd_quoted, job.argv))}
 # The servers outlive the command that starts them.
 KillMode=process
@@ -125,6 +141,12 @@ StandardError=inherit
 [Install]
 WantedBy=default.target
 """
+
+
+_KEPT = f"""\
+Type=exec
+Restart=always
+RestartSec={RESTART_SECONDS}"""
 
 
 def timer(job: RestoreJob) -> str:
@@ -304,6 +326,7 @@ class Systemd:
 
     def install(self, job: RestoreJob) -> list[str]:
         old = self._folder(job) / f"{UNIT}.timer"
+        kept = kind_of(self.job_paths(job)) == "keeper"
         had = {path.name for path in self.job_paths(job) if path.exists()}
         with _writing(self.files(job)):
             try:
@@ -315,10 +338,14 @@ class Systemd:
                     self._systemctl("disable", "--now", f"{UNIT}.timer")
                     old.unlink()
                     self._systemctl("daemon-reload")
+                if job.keep:
+                    self._systemctl("restart", f"{UNIT}.service")
+                elif kept:
+                    self._systemctl("stop", f"{UNIT}.service")
             except BaseException:
                 for name in self.files(job):
                     if name.name not in had:
-                        self._disable(name)
+                        self._disable(name, now=name.suffix == ".timer")
                 raise
         if self.lingers(job):
             return []
@@ -330,7 +357,8 @@ class Systemd:
     def remove(self, job: RestoreJob) -> tuple[bool, list[str]]:
         """Remove the files even if systemctl fails: without them systemd runs nothing after its next start."""
         units = [path for path in self.job_paths(job) if path.exists()]
-        notes = [note for unit in units if (note := self._disable(unit))]
+        kept = kind_of(units) == "keeper"
+        notes = [note for unit in units if (note := self._disable(unit, now=kept or unit.suffix == ".timer"))]
         for unit in units:
             unit.unlink()
         if units:
@@ -338,11 +366,11 @@ class Systemd:
                 self._systemctl("daemon-reload")
         return bool(units), notes[:1]
 
-    def _disable(self, unit: Path) -> str:
-        """Stop and disable a unit. Return a note if systemctl fails, else an empty string."""
+    def _disable(self, unit: Path, *, now: bool) -> str:
+        """Disable a unit, and stop it (`now`). Return a note if systemctl fails, else an empty string."""
         note = ""
         try:
-            self._systemctl("disable", *(["--now"] if unit.suffix == ".timer" else []), unit.name)
+            self._systemctl("disable", *(["--now"] if now else []), unit.name)
         except Refused as error:
             note = f"systemctl failed, so systemd keeps the job until this user's systemd ends: {error.why}"
         target = "timers" if unit.suffix == ".timer" else "default"
@@ -391,6 +419,19 @@ def installed_program(file: Path) -> str | None:
             return None
     found = re.search(r'^ExecStart="((?:[^"\\]|\\.)*)"', data.decode(errors="replace"), re.MULTILINE)
     return re.sub(r"\\(.)", r"\1", found[1]).replace("%%", "%").replace("$$", "$") if found else None
+
+
+def kind_of(paths: Sequence[Path]) -> str | None:
+    """Return what the installed job is: `keeper`, `timer` or `boot`; None if none of its files exists.
+
+    Raises `OSError`.
+    """
+    texts = [path.read_bytes() for path in paths if path.exists()]
+    if not texts:
+        return None
+    if any(KEEPER.encode() in text for text in texts):
+        return "keeper"
+    return "timer" if len(texts) > 1 or b"StartInterval" in texts[0] else "boot"
 
 
 def service_manager(environ: Mapping[str, str]) -> ServiceManager:

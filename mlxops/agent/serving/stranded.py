@@ -75,7 +75,7 @@ def look_again(store: Store, system: System, run: Run, note: Callable[[str, str]
     held, before = run.held_bytes, run.unexplained_bytes
     if held is None or before is None or run.boot_id != system.boot_id() or _has_slept(system, run):
         return
-    if (missing := _wait(system, before, held, note)) and not _has_slept(system, run):
+    if (missing := wait_for_return(system, before, held, note)) and not _has_slept(system, run):
         _record(store, system, before, missing, run.port, run.model or "a server")
         note(
             f"{amount(missing)} of its {amount(held)} of memory did not return within {return_seconds(held):.0f} s; "
@@ -89,7 +89,7 @@ def return_seconds(held: int) -> float:
     return RETURN_SECONDS + release_seconds(held)
 
 
-def _wait(system: System, before: int, held: int, note: Callable[[str, str], None]) -> int:
+def wait_for_return(system: System, before: int, held: int, note: Callable[[str, str], None]) -> int:
     """Wait until the server's memory is available. Return the bytes that are missing after that time; 0 if none."""
     began = time.monotonic()
     deadline = began + return_seconds(held)

@@ -86,6 +86,8 @@ def format_utc(seconds: float) -> str:
 
 HOLDER_SECONDS = 2.0
 """How long the holder of a lock may take to write its name. Usually that is an instant."""
+KEEPER = "keeper"
+"""Name of the lock that the running keeper holds."""
 UNKNOWN_HOLDER = Operation(id="?", command="?")
 
 

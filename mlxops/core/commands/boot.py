@@ -45,13 +45,17 @@ class BootResult:
     """The first of `boot_jobs`."""
     boot_jobs: tuple[BootJobRow, ...]
     """The host's own jobs, as `boot_jobs` in hosts.yaml declares them."""
+    installed: str | None = None
+    """What the restore job is: `keeper`, `timer` or `boot` (only at boot); None if there is none."""
+    keeper: str | None = None
+    """The running keeper; None if none runs."""
 
 
 @dataclass(frozen=True)
 class Boot(
     Request[BootResult],
     group=Group.HOST,
-    example="mlxctl boot --install --every 5",
+    example="mlxctl boot --install --keep",
     hosts=Hosts.SEVERAL,
     changes=True,
 ):
@@ -62,14 +66,17 @@ class Boot(
         "minutes; also run restore that often, to start crashed servers again (implies --install)",
         parse=whole("--every", 1, 1440),
     )
+    keep: bool = switch("have a keeper run, which starts a server again as soon as it has ended (implies --install)")
     remove: bool = switch("stop the system from running restore", sent=False)
     show: bool = switch("show what is installed; the default", sent=False)
     action: str = "show"
     dry_run: bool = False
 
     def checked(self) -> Self:
-        flags = (("every" if self.every else "install", self.install or self.every), ("remove", self.remove))
-        actions = [name for name, on in (*flags, ("show", self.show)) if on] or ["show"]
+        given = (("every", self.every), ("keep", self.keep), ("remove", self.remove), ("show", self.show))
+        actions = [name for name, on in given if on] or ["install" if self.install else "show"]
+        if self.install and actions[0] in {"remove", "show"}:
+            actions = ["install", *actions]
         if len(actions) > 1:
             raise UsageError(
                 "one_action",
@@ -77,7 +84,7 @@ class Boot(
                 why="each of them is another action",
                 hint="use one at a time",
             )
-        action = "install" if actions == ["every"] else actions[0]
+        action = "install" if actions[0] in {"every", "keep"} else actions[0]
         return replace(self, action=action, dry_run=action == "show")
 
 
@@ -86,7 +93,10 @@ def show(replies: Sequence[HostReply[BootResult]]) -> str:
 
 
 def _lines(result: BootResult) -> str:
-    lines = [f"restore at boot: {one_line(result.state)}"]
+    what = {"keeper": ", a keeper", "timer": ", with a timer"}.get(result.installed or "", "")
+    lines = [f"restore at boot: {one_line(result.state)}{what}"]
+    if result.installed == "keeper" or result.keeper:
+        lines.append(f"keeper: {one_line(result.keeper or 'not running')}")
     lines += [f"{'' if text else 'not '}there: {one_line(path)}" for path, text in result.files.items()]
     for job in result.boot_jobs:
         what = f"the host's own boot job {job.label or job.script} of port {job.port}"

@@ -49,6 +49,8 @@ class Restore(
     """Start assigned models that no server serves."""
 
     cleared: bool = switch("also what the latest reconcile has cleared")
+    ports: tuple[int, ...] = ()
+    """Only these ports; empty: all. The keeper asks for them. Such a restore may run beside another one."""
 
 
 def show(replies: Sequence[HostReply[RestoreResult]]) -> str:

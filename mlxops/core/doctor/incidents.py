@@ -55,6 +55,16 @@ def _killed(name: str, when: str, body: Mapping[str, object]) -> Finding | None:
     return Finding.of(FindingCode.KILLED_FOR_MEMORY, message)
 
 
+def killed_pids(text: str) -> frozenset[int]:
+    """Return the processes that a jetsam report names as killed. Raises `ValueError` for a file that is no report."""
+    head, _, body = text.partition("\n")
+    if str(_object(head).get("bug_type", "")) != JETSAM:
+        return frozenset()
+    processes = _object(body).get("processes")
+    rows = [row for row in processes if isinstance(row, dict)] if isinstance(processes, list) else []
+    return frozenset(row["pid"] for row in rows if "reason" in row and type(row.get("pid")) is int)
+
+
 def _object(text: str) -> Mapping[str, object]:
     value = json.loads(text)
     if not isinstance(value, dict):

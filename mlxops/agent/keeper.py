@@ -1,0 +1,325 @@
+"""The keeper: a small process that waits for the end of the host's servers, and has them restarted.
+
+It decides nothing. When a server ends, or when the records change, it starts a pass (`keeper_pass`): a process that
+plans as `restore` does, and begins one. So the keeper itself stays small, and the servers are not its children.
+
+One keeper acts for each state folder; a second one waits until the first one ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import field, replace
+from pathlib import Path
+from typing import NoReturn
+
+from mlxops import __version__
+from mlxops.agent.host import oom
+from mlxops.agent.host.exits import Exits, process_exits
+from mlxops.agent.host.system import System, this_system
+from mlxops.agent.paths import host_paths
+from mlxops.agent.state.store import KEEPER, Lock, Store, utc_now
+from mlxops.common.build import PACKAGE
+from mlxops.core.deaths import Death
+from mlxops.core.errors import MlxopsError
+from mlxops.core.frozen import dataclass
+from mlxops.core.records import Operation, Run
+
+TICK_SECONDS = 1.0
+"""How soon it notices a new run record, which costs one stat(2)."""
+LOOK_SECONDS = 30.0
+SAMPLE_SECONDS = 300.0
+"""How often it measures the memory of the servers."""
+LEAST_HELD = 1024**3
+"""The memory of a smaller server is not waited for."""
+REVIEW_SECONDS = 3600.0
+"""How often it plans without a reason: that records which servers have lasted."""
+SOON = 2.0
+"""Seconds until the next pass after a change: an operation changes several files."""
+MAX_ANSWER = 65536
+
+Versions = frozenset[tuple[str, int, int]]
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A server that is waited for."""
+
+    run: Run
+    counter: Path | None
+    kills: int | None
+    """The count of kills in `counter` at the last look."""
+    held: int | None = None
+    unexplained: int | None = None
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A running pass. `answer`: the pipe from which its result is read."""
+
+    answer: int
+    port: int | None
+    """The port of the dead server for which it runs; None: it plans for all ports."""
+
+
+def run(state: Path) -> NoReturn:
+    """Run until a signal ends the process. Stopping it ends no server."""
+    os.umask(0o077)
+    store = Store(state, state / "no-registry-yet")
+    store.create_folders()
+    lock = _only_keeper(store)
+    _say(f"the keeper {__version__} runs")
+    try:
+        Keeper(state, this_system(), process_exits()).run()
+    finally:
+        lock.release()
+
+
+def _only_keeper(store: Store) -> Lock:
+    """Wait until this is the only keeper of the state folder."""
+    said = False
+    while True:
+        holder = Operation(f"pid {os.getpid()}", KEEPER, asker=f"{KEEPER}@{socket.gethostname()}", since=utc_now())
+        taken = store.lock(KEEPER, holder)
+        if isinstance(taken, Lock):
+            return taken
+        if not said:
+            _say(f"another keeper runs: {taken.id} since {taken.since}; waiting until it ends")
+            said = True
+        time.sleep(LOOK_SECONDS)
+
+
+@dataclass
+class Keeper:
+    state: Path
+    system: System
+    exits: Exits
+    servers: dict[int, Watched] = field(default_factory=dict)
+    passes: dict[int, Pass] = field(default_factory=dict)
+    """The running passes, by pid."""
+    gone: dict[int, tuple[int, str]] = field(default_factory=dict)
+    """Pid and start of the last server of a port that was found dead."""
+    due: float = 0.0
+    """When to plan for all ports; a monotonic time."""
+
+    def run(self) -> NoReturn:
+        build, folder, versions = build_signs(self.state), 0, Versions()
+        look_at = sample_at = 0.0
+        self.watch_servers(first=True)
+        while True:
+            changed = _changed_at(self.state / "run")
+            if changed != folder:
+                folder = changed
+                self.watch_servers()
+            now = time.monotonic()
+            if now >= look_at:
+                look_at = now + LOOK_SECONDS
+                self.count_kills()
+                self._reap()
+                if (signs := build_signs(self.state)) != build:
+                    build = signs
+                    renew(self.state)
+                found = self.versions()
+                if found != versions:
+                    versions = found
+                    self.due = min(self.due, now + SOON)
+            if now >= sample_at and self.servers:
+                sample_at = now + SAMPLE_SECONDS
+                self.sample()
+            if now >= self.due and not any(each.port is None for each in self.passes.values()):
+                self.due = now + REVIEW_SECONDS
+                self.begin_pass(None)
+            for pid in self.exits.wait(TICK_SECONDS):
+                self.ended(pid)
+
+    def ended(self, pid: int) -> None:
+        if pid in self.passes:
+            self.end_pass(pid)
+            return
+        port = next((port for port, each in self.servers.items() if each.run.pid == pid), None)
+        if port is not None:
+            self.bury(self.servers.pop(port))
+
+    def bury(self, watched: Watched) -> None:
+        """Have a server restarted that has ended."""
+        self.gone[watched.run.port] = watched.run.pid, watched.run.start
+        self.begin_pass(self._death(watched))
+
+    def _death(self, watched: Watched) -> Death:
+        now = oom.kills(watched.counter)
+        killed = now is not None and watched.kills is not None and now > watched.kills
+        run = watched.run
+        return Death(run.port, run.pid, run.run_id, time.time(), watched.held, watched.unexplained, killed)
+
+    # The servers
+
+    def watch_servers(self, *, first: bool = False) -> None:
+        """Wait for the servers of all run records. `first`: the keeper has just begun."""
+        store = Store(self.state, self.state / "no-registry-yet")
+        boot_id = self.system.boot_id()
+        for port in _ports(self.state / "run"):
+            run = None
+            with contextlib.suppress(OSError, ValueError):
+                run = store.run(port)
+            before = self.servers.get(port)
+            if before and (run is None or (run.pid, run.start) != (before.run.pid, before.run.start)):
+                self.exits.forget(before.run.pid)
+                del self.servers[port]
+                before = None
+            if run is None or before or run.boot_id != boot_id or self.gone.get(port) == (run.pid, run.start):
+                continue
+            if not self._watch(run):
+                self._found_dead(run, first=first)
+
+    def _found_dead(self, run: Run, *, first: bool) -> None:
+        """Look after a server that ended before it was watched. At the start, that is the matter of the first pass."""
+        if first:
+            self.gone[run.port] = run.pid, run.start
+        else:
+            self.bury(Watched(run, None, None))
+
+    def _watch(self, run: Run) -> bool:
+        """Wait for a server; return False if it has ended already."""
+        if not self.exits.watch(run.pid):
+            return False
+        # Read its start only now: from here on, the pid cannot become another process's unnoticed.
+        process = self.system.process(run.pid)
+        if process is None or process.zombie or process.start != run.start:
+            self.exits.forget(run.pid)
+            return False
+        counter = oom.counter_of(run.pid)
+        self.servers[run.port] = Watched(run, counter, oom.kills(counter))
+        return True
+
+    def count_kills(self) -> None:
+        for port, watched in self.servers.items():
+            self.servers[port] = replace(watched, kills=oom.kills(watched.counter))
+
+    def sample(self) -> None:
+        """Measure the memory of the servers. It is waited for after their death."""
+        with contextlib.suppress(MlxopsError, OSError):
+            look = self.system.look(())
+            for port, watched in self.servers.items():
+                run = watched.run
+                pids = [run.pid] if run.adopted else [process.pid for process in look.group(run.pgid)]
+                held = self.system.memory(pids)
+                unexplained = self.system.unexplained(pids) if held is not None and held >= LEAST_HELD else None
+                self.servers[port] = replace(watched, held=held, unexplained=unexplained)
+
+    def versions(self) -> Versions:
+        """Return what changes when the registry, a run record or the agreed settings change."""
+        try:
+            settings = Store(self.state, self.state / "no-registry-yet").agreed_settings()
+            if settings is None:
+                return frozenset()
+            paths = host_paths(settings, os.environ)
+            return Store(paths.state, paths.registry).file_versions()
+        except (MlxopsError, OSError):
+            return frozenset()
+
+    # Passes
+
+    def begin_pass(self, death: Death | None) -> None:
+        """Start a pass for a dead server; for all ports without one."""
+        answer, theirs = os.pipe()
+        words = ["--keeper-pass", str(self.state), str(theirs), *([death.to_text()] if death else [])]
+        argv = [own_python(), "-P", "-m", "mlxops.agent", *words]
+        try:
+            os.set_inheritable(theirs, True)
+            pid = os.posix_spawn(argv[0], argv, os.environ, setpgroup=0)
+        except OSError as error:
+            os.close(answer)
+            _say(f"a pass could not be started: {error}")
+            self.due = min(self.due, time.monotonic() + LOOK_SECONDS)
+            return
+        finally:
+            os.close(theirs)
+        self.passes[pid] = Pass(answer, death.port if death else None)
+        if not self.exits.watch(pid):
+            self.end_pass(pid)
+
+    def _reap(self) -> None:
+        """Collect the passes of the build before this one, which became this process's children by `renew`."""
+        with contextlib.suppress(ChildProcessError):
+            while not self.passes and os.waitpid(-1, os.WNOHANG) != (0, 0):
+                pass
+
+    def end_pass(self, pid: int) -> None:
+        ended = self.passes.pop(pid)
+        os.waitpid(pid, 0)
+        try:
+            again_in = json.loads(os.read(ended.answer, MAX_ANSWER))["again_in"]
+        except (ValueError, LookupError, TypeError):
+            again_in = LOOK_SECONDS  # it was killed
+        finally:
+            os.close(ended.answer)
+        if isinstance(again_in, int | float):
+            self.due = min(self.due, time.monotonic() + again_in)
+
+
+def own_python() -> str:
+    """Return this build's interpreter by its real path: `<state>/venv` may be another build soon."""
+    if sys.prefix == sys.base_prefix:
+        return sys.executable
+    return str(Path(sys.prefix).resolve() / "bin" / Path(sys.executable).name)
+
+
+def build_signs(state: Path) -> tuple[object, ...]:
+    """Return what changes when another build is installed: by `deploy`, or over this one."""
+    link: str | None = None
+    with contextlib.suppress(OSError):
+        link = os.readlink(state / "venv")
+    try:
+        status = os.stat(PACKAGE / "__init__.py")
+    except OSError:
+        return (link, None)
+    return (link, status.st_ino, status.st_mtime_ns)
+
+
+def renew(state: Path) -> None:
+    """Become the keeper of the build that is installed now. Stay what this is if that build has none."""
+    linked = state / "venv" / "bin" / "python"
+    was_linked = os.path.realpath(sys.prefix).startswith(os.path.realpath(state / "agents") + os.sep)
+    python = str(linked) if was_linked and linked.exists() else sys.executable
+    if not _has_keeper(python):
+        _say("the build that is installed now has no keeper: this one goes on")
+        return
+    _say("another build is installed: starting again with it")
+    sys.stdout.flush()
+    os.execv(python, [python, "-P", "-m", "mlxops.agent", "--keeper", str(state)])
+
+
+def _has_keeper(python: str) -> bool:
+    module = "import importlib.util, sys; sys.exit(importlib.util.find_spec('mlxops.agent.keeper') is None)"
+    try:
+        pid = os.posix_spawn(python, [python, "-P", "-c", module], os.environ)
+    except OSError:
+        return False
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def _ports(folder: Path) -> Sequence[int]:
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return ()
+    stems = (name.removesuffix(".json") for name in names if name.endswith(".json"))
+    return [int(stem) for stem in stems if stem.isdecimal()]
+
+
+def _changed_at(folder: Path) -> int:
+    try:
+        return os.stat(folder).st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{utc_now()} {text}\n")
+    sys.stdout.flush()
