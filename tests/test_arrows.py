@@ -147,7 +147,8 @@ ROOMS = {
     "operations": {"paths", "host", "state", "hub", "service", "engines", "serving", "context"},
     "worker": {"paths", "host", "state", "serving", "agreement", "context", "operations"},
     "boot_restore": {"paths", "host", "state", "context", "operations", "worker"},
-    "keeper": {"paths", "host", "state"},
+    "rounds": {"host"},
+    "keeper": {"paths", "host", "state", "rounds"},
     "keeper_pass": {"paths", "host", "state", "serving", "context", "operations", "boot_restore"},
     "install": set(),
     "__main__": {

@@ -20,16 +20,18 @@ from pathlib import Path
 from typing import NoReturn
 
 from mlxops import __version__
+from mlxops.agent import rounds
 from mlxops.agent.host import oom
 from mlxops.agent.host.exits import Exits, process_exits
 from mlxops.agent.host.system import System, this_system
-from mlxops.agent.paths import host_paths
+from mlxops.agent.paths import HostPaths, host_paths
 from mlxops.agent.state.store import KEEPER, Lock, Store, utc_now
 from mlxops.common.build import PACKAGE
-from mlxops.core.deaths import Death
+from mlxops.core.deaths import Death, Wedged
 from mlxops.core.errors import MlxopsError
 from mlxops.core.frozen import dataclass
 from mlxops.core.records import Operation, Run
+from mlxops.core.wedged import Answer, failures, is_told
 
 TICK_SECONDS = 1.0
 """How soon it notices a new run record, which costs one stat(2)."""
@@ -38,6 +40,10 @@ SAMPLE_SECONDS = 300.0
 """How often it measures the memory of the servers."""
 LEAST_HELD = 1024**3
 """The memory of a smaller server is not waited for."""
+ROUND_SECONDS = 120.0
+"""How often each server is asked for a token."""
+NEXT_SECONDS = 30.0
+"""The same while one of them completes nothing."""
 REVIEW_SECONDS = 3600.0
 """How often it plans without a reason: that records which servers have lasted."""
 SOON = 2.0
@@ -107,10 +113,15 @@ class Keeper:
     """Pid and start of the last server of a port that was found dead."""
     due: float = 0.0
     """When to plan for all ports; a monotonic time."""
+    round: rounds.Round | None = None
+    """The running round of completions."""
+    failures: dict[int, int] = field(default_factory=dict)
+    """In how many rounds in a row the server of a port completed nothing."""
 
     def run(self) -> NoReturn:
         build, folder, versions = build_signs(self.state), 0, Versions()
         look_at = sample_at = 0.0
+        round_at = time.monotonic() + ROUND_SECONDS
         self.watch_servers(first=True)
         while True:
             changed = _changed_at(self.state / "run")
@@ -132,11 +143,46 @@ class Keeper:
             if now >= sample_at and self.servers:
                 sample_at = now + SAMPLE_SECONDS
                 self.sample()
+            if self.round is not None and self.round.over:
+                self.judge(self.round)
+                self.round = None
+                round_at = now + (NEXT_SECONDS if any(self.failures.values()) else ROUND_SECONDS)
+            if now >= round_at and self.round is None:
+                self.round = self.begin_round()
             if now >= self.due and not any(each.port is None for each in self.passes.values()):
                 self.due = now + REVIEW_SECONDS
                 self.begin_pass(None)
             for pid in self.exits.wait(TICK_SECONDS):
                 self.ended(pid)
+
+    # Completions
+
+    def begin_round(self) -> rounds.Round | None:
+        """Ask each server of ours that has completed something before. Servers that a person started are not asked."""
+        paths = self.paths()
+        if paths is None:
+            return None
+        runs = [each.run for each in self.servers.values()]
+        asked = [run for run in runs if run.proven_at and not run.adopted and not run.stopped_by]
+        return rounds.begin(
+            self.system, paths.connect_host, [run for run in asked if paths.settings.keep(run.port) != "off"]
+        )
+
+    def judge(self, ended: rounds.Round) -> None:
+        store = self.store()
+        answered = {port for port, asked in ended.results.items() if asked.answer is Answer.ANSWERED}
+        for port, asked in ended.results.items():
+            before = self.failures.get(port, 0)
+            failed = failures(before, asked, another_answered=bool(answered - {port}))
+            self.failures[port] = failed
+            watched = self.servers.get(port)
+            if watched is None:
+                self.failures[port] = 0
+            elif is_told(failed, in_use=asked.in_use):
+                self.begin_pass(Wedged(port, watched.run.pid, watched.run.start))
+            elif port in answered and store.silence(watched.run):
+                with contextlib.suppress(MlxopsError):
+                    store.note_silence(watched.run, None)
 
     def ended(self, pid: int) -> None:
         if pid in self.passes:
@@ -161,13 +207,16 @@ class Keeper:
 
     def watch_servers(self, *, first: bool = False) -> None:
         """Wait for the servers of all run records. `first`: the keeper has just begun."""
-        store = Store(self.state, self.state / "no-registry-yet")
+        store = self.store()
         boot_id = self.system.boot_id()
         for port in _ports(self.state / "run"):
             run = None
             with contextlib.suppress(OSError, ValueError):
                 run = store.run(port)
             before = self.servers.get(port)
+            if before and run and (run.pid, run.start) == (before.run.pid, before.run.start):
+                self.servers[port] = replace(before, run=run)  # it may be proven now
+                continue
             if before and (run is None or (run.pid, run.start) != (before.run.pid, before.run.start)):
                 self.exits.forget(before.run.pid)
                 del self.servers[port]
@@ -214,21 +263,29 @@ class Keeper:
 
     def versions(self) -> Versions:
         """Return what changes when the registry, a run record or the agreed settings change."""
+        paths = self.paths()
         try:
-            settings = Store(self.state, self.state / "no-registry-yet").agreed_settings()
-            if settings is None:
-                return frozenset()
-            paths = host_paths(settings, os.environ)
-            return Store(paths.state, paths.registry).file_versions()
-        except (MlxopsError, OSError):
+            return Store(paths.state, paths.registry).file_versions() if paths else frozenset()
+        except OSError:
             return frozenset()
+
+    def store(self) -> Store:
+        """Return the state folder, for what needs no registry."""
+        return Store(self.state, self.state / "no-registry-yet")
+
+    def paths(self) -> HostPaths | None:
+        """Return the paths of the settings that the host last agreed on; None if there are none."""
+        with contextlib.suppress(MlxopsError):
+            settings = self.store().agreed_settings()
+            return host_paths(settings, os.environ) if settings else None
+        return None
 
     # Passes
 
-    def begin_pass(self, death: Death | None) -> None:
-        """Start a pass for a dead server; for all ports without one."""
+    def begin_pass(self, about: Death | Wedged | None) -> None:
+        """Start a pass for a dead or a wedged server; for all ports without one."""
         answer, theirs = os.pipe()
-        words = ["--keeper-pass", str(self.state), str(theirs), *([death.to_text()] if death else [])]
+        words = ["--keeper-pass", str(self.state), str(theirs), *([about.to_text()] if about else [])]
         argv = [own_python(), "-P", "-m", "mlxops.agent", *words]
         try:
             os.set_inheritable(theirs, True)
@@ -240,7 +297,7 @@ class Keeper:
             return
         finally:
             os.close(theirs)
-        self.passes[pid] = Pass(answer, death.port if death else None)
+        self.passes[pid] = Pass(answer, about.port if about else None)
         if not self.exits.watch(pid):
             self.end_pass(pid)
 

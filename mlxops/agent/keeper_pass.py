@@ -18,17 +18,18 @@ from mlxops.agent.context import RESTORE, Context
 from mlxops.agent.host import health, oom
 from mlxops.agent.host.system import this_system
 from mlxops.agent.operations import restore
-from mlxops.agent.state.store import Store
+from mlxops.agent.state.store import Store, utc_now
 from mlxops.common.files import is_hosts_fault
 from mlxops.core import wire
 from mlxops.core.commands.restore import Restore, RestoreResult
-from mlxops.core.deaths import Cause, Death, cause_of, death_from_text, memory_deaths
+from mlxops.core.deaths import Cause, Death, Wedged, cause_of, from_text, memory_deaths
 from mlxops.core.doctor.incidents import killed_pids
 from mlxops.core.errors import MlxopsError, NotStarted
 from mlxops.core.frozen import dataclass
+from mlxops.core.hints import split
 from mlxops.core.plan_restore import RestorePlan, RestoreStep
 from mlxops.core.protocol import Event, Failed, Note
-from mlxops.core.records import Run
+from mlxops.core.records import Run, Silence
 
 ASKER = "keeper"
 RETRY_SECONDS = 60.0
@@ -43,12 +44,15 @@ REPORT_SECONDS = 120.0
 """A report of macOS that is older than the death by more than this is about another one."""
 
 
-def run(state: Path, answer: int, death: str = "") -> int:
-    """Run a pass. Write to the descriptor `answer` when the next one is due: `{"again_in": seconds or null}`."""
+def run(state: Path, answer: int, about: str = "") -> int:
+    """Run a pass: about a dead or a wedged server, else about all ports.
+
+    Write to the descriptor `answer` when the next one is due: `{"again_in": seconds or null}`.
+    """
     os.umask(0o077)
     os.set_inheritable(answer, False)
     try:
-        again_in = _Host.of(state).look_after(death_from_text(death) if death else None)
+        again_in = _Host.of(state).look_after(from_text(about) if about else None)
     except MlxopsError as error:
         print_event(Failed(error))
         again_in = RETRY_SECONDS
@@ -74,14 +78,17 @@ class _Host:
         store = Store(paths.state, paths.registry)
         return cls(Context(request.request, paths, store, this_system(), _quiet, dict(os.environ), request.asker))
 
-    def look_after(self, death: Death | None) -> float | None:
+    def look_after(self, about: Death | Wedged | None) -> float | None:
         """Start what is down. Return when to look again; None: when something changes."""
-        if death is None:
+        steps: tuple[RestoreStep, ...] = ()
+        if isinstance(about, Wedged):
+            self._after_silence(about)
+        elif about is None:
             if self.ctx.store.holder(RESTORE) is not None:  # it starts the others in its own order
                 return RETRY_SECONDS
             steps = self._not_refused(self._allowed(self._plan().starts))
         else:
-            steps = self._after_death(death)
+            steps = self._after_death(about)
         if steps:
             _say(f"starting {', '.join(f'{step.model} on {step.port}' for step in steps)}")
             ports = tuple(step.port for step in steps)
@@ -140,6 +147,33 @@ class _Host:
     def _is_busy(self, port: int) -> bool:
         """Return whether an operation has the port. It may be killed, and then changes nothing that can be seen."""
         return self.ctx.store.holder(f"port-{port}") is not None
+
+    # A wedged server
+
+    def _after_silence(self, wedged: Wedged) -> None:
+        """Restart a wedged server, or note for `status` that it is wedged and why it stays."""
+        run = self._run(wedged.port)
+        if run is None or (run.pid, run.start) != (wedged.pid, wedged.start) or self._is_busy(wedged.port):
+            return  # it was stopped, or is being stopped
+        known = self.ctx.store.silence(run)
+        stays = self._why_it_stays(run)
+        self.ctx.store.note_silence(run, Silence(known.since if known else utc_now(), stays))
+        if known is None:
+            _say(f"{run.model} on {run.port} (pid {run.pid}) completes nothing{f': {stays}' if stays else ''}")
+        if known is None or not stays:
+            self.ctx.remember(command="wedged", model=run.model, port=run.port, restarted=not stays)
+        if not stays:
+            request = Restore(ports=(run.port,), wedged=f"{run.pid} {run.start}")
+            carry_out(self.ctx.store, restore_request(self.ctx.paths, request, ASKER))
+
+    def _why_it_stays(self, run: Run) -> str:
+        """Return why a wedged server is not restarted; empty if it is."""
+        if self.ctx.paths.settings.keep(run.port) != "restart":
+            return "hosts.yaml does not say `keep: restart` for its slot"
+        if run.model not in {model.name for model in self.ctx.registry().on_port(run.port)}:
+            return "the registry does not assign it"
+        paused = restore.pause_of(self.ctx, RestoreStep(run.model, run.port))
+        return split(paused.why)[0] if paused else ""
 
     # A dead server
 

@@ -1,4 +1,4 @@
-"""The end of a server that nobody stopped: what the keeper knew of it, and what it died of. Pure."""
+"""Servers that died or are wedged: what the keeper tells a pass about them, and what they died of. Pure."""
 
 from __future__ import annotations
 
@@ -30,8 +30,21 @@ class Death:
         return json.dumps(asdict(self))
 
 
-def death_from_text(text: str) -> Death:
-    return Death(**json.loads(text))
+@dataclass(frozen=True)
+class Wedged:
+    """A server that lives, and completes nothing. Pid and start identify it."""
+
+    port: int
+    pid: int
+    start: str
+
+    def to_text(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def from_text(text: str) -> Death | Wedged:
+    fields = json.loads(text)
+    return Death(**fields) if "run_id" in fields else Wedged(**fields)
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,11 @@ class DriftCode(StrEnum):
         "Only with --probe: the server is ready, and returned no completion.",
         "`mlxctl logs --port {port}`{reload}",
     )
+    NO_COMPLETION = (
+        "no_completion",
+        "The keeper got no completion from our server several times in a row, and it was not busy with others.",
+        "`mlxctl load {model} {port} --force`, or `keep: restart` for the slot in hosts.yaml",
+    )
     CONFORMANCE_LOST = (
         "conformance_lost",
         "A check of the last `probe` got worse than it was for the same model, revision, engine and version.",

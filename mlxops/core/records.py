@@ -201,6 +201,16 @@ def run_of(server: Server, port: int, boot_id: str) -> Run:
 
 
 @dataclass(frozen=True)
+class Silence:
+    """A live server that completes nothing, as the keeper has found."""
+
+    since: str
+    """When it was found; wall time, for display only."""
+    stays: str = ""
+    """Why the keeper does not restart it."""
+
+
+@dataclass(frozen=True)
 class Stranded:
     """Memory that did not return when servers were stopped since the last boot. All sizes are bytes."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,8 +13,12 @@ from typing import Any
 
 import pytest
 
+from mlxops.agent import rounds
+from mlxops.agent.host.system import this_system
 from mlxops.agent.state.store import KEEPER, Store
+from mlxops.core.deaths import Wedged
 from mlxops.core.records import Run
+from mlxops.core.wedged import Answer, Asked
 from tests.lab.quick import MODELS, QuickHost
 from tests.lab.world import wait_until
 
@@ -59,6 +64,21 @@ class KeptHost:
     def is_healed(self, dead: Run) -> bool:
         now = self.store.run(dead.port)
         return now is not None and now.pid != dead.pid and now.proven_at is not None
+
+    def keep(self, port: int, how: str) -> None:
+        """Set `keep` of a slot, and let the host save it with the next change."""
+        slots = self.host.studio.settings["slots"]
+        assert isinstance(slots, dict)
+        self.host.lab.configure(slots=slots | {port: {"alias": slots[port], "keep": how}})
+        self.host.mlxctl("reconcile").ok()
+
+    def silence(self, run: Run) -> list[dict[str, Any]]:
+        """Do what the keeper does when it has found a wedged server. Return the drift after it."""
+        about = Wedged(run.port, run.pid, run.start).to_text()
+        argv = [sys.executable, "-P", "-m", "mlxops.agent", "--keeper-pass", str(self.store.state), "1", about]
+        done = subprocess.run(argv, env=self.host.studio.environment, capture_output=True, text=True, check=True)
+        assert done.stdout.endswith('{"again_in": null}'), done.stdout + done.stderr
+        return [row for row in self.host.status()["drift"] if row["code"] == "no_completion"]
 
     def deaths(self) -> list[dict[str, Any]]:
         return [line for line in self.store.history() if line.get("command") == "died"]
@@ -123,13 +143,59 @@ def test_second_keeper_waits_and_a_killed_one_leaves_the_servers(kept: KeptHost)
 
 def test_server_that_died_before_the_keeper_began_is_started(kept: KeptHost) -> None:
     run, off = kept.load(ALPHA, kept.ports[0]), kept.load(BETA, kept.ports[1])
-    slots = kept.host.studio.settings["slots"]
-    assert isinstance(slots, dict)
-    kept.host.lab.configure(slots=slots | {off.port: {"alias": slots[off.port], "keep": "off"}})
-    kept.host.mlxctl("reconcile").ok()  # the host gets the settings of the next change
+    kept.keep(off.port, "off")
     kill(run)
     kill(off)
     with kept.keeper():
         wait_until(lambda: kept.is_healed(run), HEALED_SECONDS, "another server")
         wait_until(lambda: kept.said("restored 1"), 10, "the end of the restore")
     assert kept.run(off.port).pid == off.pid, "keep: off leaves it down"
+
+
+def test_round_tells_silent_servers_from_others(kept: KeptHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounds, "ANSWER_SECONDS", 1.0)
+    mute, well = kept.load(ALPHA, kept.ports[0]), kept.load(BETA, kept.ports[1])
+    (kept.store.run_folder(mute.port) / "flaw").write_text("mute")
+
+    def asked() -> dict[int, Asked]:
+        begun = rounds.begin(this_system(), kept.host.studio.address, [mute, well])
+        wait_until(lambda: begun.over, 10, "the end of the round")
+        return begun.results
+
+    found = asked()
+    assert found[well.port].answer is Answer.ANSWERED
+    assert (found[mute.port].answer, found[mute.port].in_use) == (Answer.SILENT, False)
+    assert (found[mute.port].share or 0) < 0.5
+    with socket.create_connection((kept.host.studio.address, mute.port)):
+        assert asked()[mute.port].in_use, "another client is connected"
+    kill(mute)
+    wait_until(lambda: not kept.host.studio.listening(mute.port), 10, "its end")
+    assert asked()[mute.port] == Asked(Answer.UNKNOWN)
+
+
+@pytest.mark.parametrize(
+    ("data", "answer"),
+    [
+        (b"", Answer.SILENT),
+        (b"HTTP/1.1 200 OK\r\n\r\n", Answer.SILENT),
+        (b"HTTP/1.1 200 OK\r\n\r\n: keepalive 5/900\n\n", Answer.PROGRESS),
+        (b"HTTP/1.1 200 OK\r\n\r\ndata: {}\n\n", Answer.ANSWERED),
+        (b"HTTP/1.1 429 Busy\r\n\r\n", Answer.ANSWERED),
+    ],
+)
+def test_headers_alone_are_no_answer(data: bytes, answer: Answer) -> None:
+    assert rounds.judge(data) is answer
+
+
+def test_wedged_server_is_restarted_only_if_its_slot_says_so(kept: KeptHost) -> None:
+    run = kept.load(ALPHA, kept.ports[0])
+    (drift,) = kept.silence(run)
+    assert "does not say `keep: restart`" in drift["message"] and kept.run(run.port) == run
+    kept.keep(run.port, "restart")
+    assert kept.silence(run) == []
+    again = kept.run(run.port)
+    assert again.pid != run.pid and kept.host.studio.listening(run.port)
+    (drift,) = kept.silence(again)
+    assert "the next try may be in 2 min" in drift["message"] and kept.run(run.port) == again
+    assert [line["restarted"] for line in kept.store.history() if line["command"] == "wedged"] == [False, True, False]
+    assert kept.silence(run)[0]["message"] == drift["message"], "another server has its port: it is left alone"

@@ -68,7 +68,6 @@ class TestPropertyList:
         assert keys["Label"] != plistlib.loads(restore_job.launch_agent(job))["Label"]
         assert keys["AbandonProcessGroup"] is True
 
-
     def test_keeper_is_started_again_whenever_it_ends(self, keeper: RestoreJob) -> None:
         for plist in (restore_job.launch_agent(keeper), restore_job.launch_daemon(keeper)):
             keys = plistlib.loads(plist)
@@ -82,9 +81,7 @@ class TestUnit:
         assert "\nType=exec\nRestart=always\n" in unit and "\nKillMode=process\n" in unit and "oneshot" not in unit
 
     @pytest.mark.parametrize("kept", [False, True])
-    def test_unit_passes_systemd_analyze(
-        self, job: RestoreJob, keeper: RestoreJob, tmp_path: Path, kept: bool
-    ) -> None:
+    def test_unit_passes_systemd_analyze(self, job: RestoreJob, keeper: RestoreJob, tmp_path: Path, kept: bool) -> None:
         if shutil.which("systemd-analyze") is None:
             missing("systemd-analyze (Debian and Ubuntu: apt-get install systemd)")
         (tmp_path / "mlxops-restore.service").write_text(restore_job.service(keeper if kept else job))

@@ -215,6 +215,9 @@ class System(Protocol):
     def connections(self, port: int, pids: Iterable[int]) -> frozenset[tuple[str, int]]:
         """Return the remote ends of the TCP connections to `port`, which these processes serve."""
 
+    def cpu_seconds(self, pids: Iterable[int]) -> float | None:
+        """Return the processor time that these processes have used; None if one of them has ended or is hidden."""
+
 
 _UNITS = (".service", ".scope")
 
@@ -408,6 +411,18 @@ class LinuxSystem:
             for socket in self._sockets(sockets.CONNECTED)
             if socket.port == port
         )
+
+    def cpu_seconds(self, pids: Iterable[int]) -> float | None:
+        ticks = 0
+        for pid in pids:
+            try:
+                stat = _read(f"{self.root}/{pid}/stat")
+            except OSError as error:
+                _check_shortage(error)
+                return None
+            fields = stat[stat.rindex(b")") + 2 :].split()
+            ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
 
     def _pids(self) -> Iterable[int]:
         try:
@@ -626,6 +641,16 @@ class PsutilSystem:
             except (psutil.Error, OSError):
                 continue
         return frozenset(found)
+
+    def cpu_seconds(self, pids: Iterable[int]) -> float | None:
+        import psutil
+
+        try:
+            times = [psutil.Process(pid).cpu_times() for pid in pids]
+        except (psutil.Error, OSError) as error:
+            _check_shortage(error)
+            return None
+        return float(sum(each.user + each.system for each in times))
 
 
 def _all_pids() -> list[int]:

@@ -76,6 +76,15 @@ def conflicted_copies(ctx: Context) -> Iterator[Drift]:
         yield Drift.of(DriftCode.REGISTRY_CONFLICT, None, None, message, registry=ctx.paths.registry)
 
 
+def silent_servers(ctx: Context, views: Sequence[PortView]) -> Iterator[Drift]:
+    """Report our servers from which the keeper got no completion."""
+    for view in views:
+        if view.run is not None and view.owner is Owner.MLXOPS and (silence := ctx.store.silence(view.run)):
+            stays = f"; it is not restarted: {silence.stays}" if silence.stays else ""
+            message = f"{view.port}: {view.model} completes nothing since {silence.since}{stays}"
+            yield Drift.of(DriftCode.NO_COMPLETION, view.port, view.model, message)
+
+
 def _big_logs(ctx: Context) -> Iterator[Drift]:
     for log, size in logs.too_big(ctx.store.state / "logs"):
         port = int(log.stem) if log.stem.isdecimal() else None

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from mlxops.agent.context import RESTORE, Context, PortExcluded
 from mlxops.agent.operations.load import hold, load
-from mlxops.agent.operations.stop import add_left, name_left
+from mlxops.agent.operations.stop import add_left, name_left, stop
 from mlxops.agent.paths import require_folder
 from mlxops.core import wire
 from mlxops.core.commands.load import Load
@@ -27,10 +27,11 @@ from mlxops.core.plan_restore import (
     is_wanted,
     last_cleared,
     lasting,
+    pause,
     plan_restore,
     starts_of,
 )
-from mlxops.core.ports import JobState
+from mlxops.core.ports import JobState, Owner
 
 UNLOADED = "it was unloaded during the restore"
 
@@ -57,6 +58,8 @@ def run(ctx: Context, request: Restore) -> RestoreResult:
     """
     # The locks of its ports are enough for one that the keeper has asked for: a server that died does not wait for
     # another model, which may load for minutes.
+    if request.wedged:
+        _stop_wedged(ctx, request)
     with contextlib.nullcontext() if request.ports else ctx.hold_lock(RESTORE):
         plan = _make_plan(ctx, request, record_lasting=not request.dry_run)
         for state in plan.inactive_jobs:
@@ -64,6 +67,24 @@ def run(ctx: Context, request: Restore) -> RestoreResult:
         for step in plan.steps.skipped:
             _warn_skipped(ctx, step)
         return _dry_run(ctx, request, plan) if request.dry_run else _start_all(ctx, request, plan)
+
+
+def _stop_wedged(ctx: Context, request: Restore) -> None:
+    """Stop a server of ours that completes nothing. It stays assigned, so that it is started next. Raises what `stop`
+    raises."""
+    port = request.ports[0]
+    with ctx.hold_port(port):
+        view = ctx.observe_port(port)
+        run = view.run
+        if run is None or view.owner is not Owner.MLXOPS or run.adopted or f"{run.pid} {run.start}" != request.wedged:
+            raise Refused("not_wedged", f"port {port} has another server now, or none", why="it has changed meanwhile")
+        stop(ctx, view)
+
+
+def pause_of(ctx: Context, step: RestoreStep) -> RestoreStep | None:
+    """Return the reason not to start a step now, because its last starts did not last; None if there is none."""
+    starts = starts_of(ctx.history())
+    return pause(step, in_vain(starts, _records(ctx, starts), _now(ctx)).get(step, ()))
 
 
 def current_plan(ctx: Context, request: Restore) -> RestorePlan:

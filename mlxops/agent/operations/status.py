@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from mlxops.agent.context import Context
-from mlxops.agent.operations.drift import conflicted_copies, further_drift, rebooted
+from mlxops.agent.operations.drift import conflicted_copies, further_drift, rebooted, silent_servers
 from mlxops.agent.paths import settings_differ
 from mlxops.agent.state.durable_files import list_matching
 from mlxops.agent.state.locks import NoLocks
 from mlxops.agent.state.operation_log import operation_state
+from mlxops.agent.state.store import KEEPER
 from mlxops.common.files import Unfit
 from mlxops.core.commands.status import DriftRow, PortRow, ProbeRow, RunningRow, Status, StatusResult
 from mlxops.core.drift import Drift, DriftCode
@@ -46,12 +47,21 @@ def run(ctx: Context, request: Status) -> StatusResult:
         error = settings_differ(ctx.paths.differences)
         drift.insert(0, Drift.of(DriftCode.SETTINGS_DIFFER, None, None, f"{error.message}: {error.why}"))
     drift += conflicted_copies(ctx)
+    drift += silent_servers(ctx, views)
     return StatusResult(
         operations=tuple(_running_row(ctx, download) for download in downloads(ctx)),
         ports=tuple(_port_row(view, probes.get(view.port), checked.get(view.port)) for view in views),
         drift=tuple(map(_drift_row, drift)),
         registry=str(ctx.paths.registry),
+        keeper=_keeper(ctx),
     )
+
+
+def _keeper(ctx: Context) -> str | None:
+    with contextlib.suppress(OSError):
+        if holder := ctx.store.holder(KEEPER):
+            return f"{holder.id}, since {holder.since}"
+    return None
 
 
 def downloads(ctx: Context) -> list[Operation]:

@@ -61,6 +61,7 @@ from mlxops.core.frozen import dataclass
 from mlxops.core.records import (
     Operation,
     Run,
+    Silence,
     Stranded,
     operation_from_wire,
     run_from_wire,
@@ -251,6 +252,31 @@ class Store:
             path = self._verdicts_path(port)
             path.parent.mkdir(mode=0o700, exist_ok=True)  # an adopted server has no folder
             write_durably(path, json.dumps(record).encode())
+
+    def silence(self, run: Run) -> Silence | None:
+        """Return since when this very server completes nothing, as the keeper has noted; None if it does."""
+        try:
+            found = parse_object(files.read(self._silence_path(run.port), MAX_FILE_BYTES))
+        except (OSError, ValueError):
+            return None
+        since, stays = found.get("since"), found.get("stays")
+        if (found.get("pid"), found.get("start")) != (run.pid, run.start) or not isinstance(since, str):
+            return None
+        return Silence(since, stays if isinstance(stays, str) else "")
+
+    def note_silence(self, run: Run, silence: Silence | None) -> None:
+        """Note it in the server's folder; None: it completes again. Raises `Refused` (state_unwritable)."""
+        path = self._silence_path(run.port)
+        with self._report_unwritable():
+            if silence is None:
+                path.unlink(missing_ok=True)
+                return
+            record = {"pid": run.pid, "start": run.start, "since": silence.since, "stays": silence.stays}
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            write_durably(path, json.dumps(record).encode())
+
+    def _silence_path(self, port: int) -> Path:
+        return self.run_folder(port) / ".silence.json"
 
     def _verdicts_path(self, port: int) -> Path:
         return self.run_folder(port) / ".verdicts.json"  # no alias begins with a dot

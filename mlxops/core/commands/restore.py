@@ -51,6 +51,8 @@ class Restore(
     cleared: bool = switch("also what the latest reconcile has cleared")
     ports: tuple[int, ...] = ()
     """Only these ports; empty: all. The keeper asks for them. Such a restore may run beside another one."""
+    wedged: str = ""
+    """Pid and start of a server on the first of `ports`. It completes nothing, and is stopped before."""
 
 
 def show(replies: Sequence[HostReply[RestoreResult]]) -> str:

@@ -103,6 +103,8 @@ class StatusResult:
     drift: tuple[DriftRow, ...]
     registry: str
     """The path of registry.json."""
+    keeper: str | None = None
+    """The running keeper; None if none runs."""
 
 
 @dataclass(frozen=True)
