@@ -61,5 +61,5 @@ def is_told(failed: int, *, in_use: bool) -> bool:
     return is_wedged(failed, in_use=in_use) and (failed - _limit(in_use)) % AGAIN == 0
 
 
-def _limit(in_use: bool) -> int:  # noqa: FBT001
+def _limit(in_use: bool) -> int:
     return FAILURES_IN_USE if in_use else FAILURES
