@@ -247,8 +247,10 @@ class Keeper:
         return True
 
     def count_kills(self) -> None:
+        """Read the counts of kills again. A server may have been moved to another group."""
         for port, watched in self.servers.items():
-            self.servers[port] = replace(watched, kills=oom.kills(watched.counter))
+            counter = oom.counter_of(watched.run.pid)
+            self.servers[port] = replace(watched, counter=counter, kills=oom.kills(counter))
 
     def sample(self) -> None:
         """Measure the memory of the servers. It is waited for after their death."""

@@ -13,13 +13,13 @@ import pytest
 
 from mlxops.control import output
 from mlxops.core.errors import MlxopsError, UsageError
-from tests.benchmarks import cpu, files, hosts, scene, serving
+from tests.benchmarks import cpu, files, hosts, keeper, scene, serving
 from tests.benchmarks.contest import BenchFailed, Contest, Cost
 from tests.benchmarks.stats import Growth, Row, Verdict, growth_table, rows_table
 from tests.lab.homelab import LabUnavailable, TimedOut
 from tests.lab.hub import HubFailed
 
-CONTESTS: tuple[Contest, ...] = (*hosts.CONTESTS, *cpu.CONTESTS, *serving.CONTESTS, *files.CONTESTS)
+CONTESTS: tuple[Contest, ...] = (*hosts.CONTESTS, *cpu.CONTESTS, *serving.CONTESTS, *files.CONTESTS, *keeper.CONTESTS)
 COSTS: tuple[Cost, ...] = (*hosts.COSTS, *files.COSTS, *serving.COSTS)
 BUSY_LOAD = 0.5
 """The load average above which other programs distort the numbers."""

@@ -15,7 +15,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.faults import broken, bystanders, children, gone, healthy, hostile, names, power, races, reuse, strikes
+from tests.faults import (
+    broken,
+    bystanders,
+    children,
+    gone,
+    healthy,
+    hostile,
+    keeper,
+    names,
+    power,
+    races,
+    reuse,
+    strikes,
+)
 from tests.faults.arena import Arena
 from tests.lab.leaks import become_subreaper
 from tests.lab.quick import MODELS
@@ -80,6 +93,8 @@ def _of(kind: str, arena: Arena, seed: int) -> Trial:
             return _one(lambda number: bystanders.trial(arena, number, seed))
         case "names":
             return _one(lambda number: names.trial(arena, number, seed))
+        case "keeper":
+            return _one(lambda number: keeper.trial(arena, number, seed))
         case "reuse":
             return _one(lambda number: reuse.trial(arena, number, seed))
         case "power":

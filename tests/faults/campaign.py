@@ -45,6 +45,7 @@ KINDS = (
     Kind("reuse", 100, 10, "exact pid reuse"),
     Kind("bystanders", 100, 20, "server by hand beside what is none, or launched through something"),
     Kind("names", 100, 25, "probe of a hand-started server, under any name"),
+    Kind("keeper", 60, 6, "server or keeper killed, beside a load, an unload, a restore or another keeper"),
     Kind("cuts", 100, 10, "connection cut, client or session killed"),
 )
 

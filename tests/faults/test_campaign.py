@@ -43,6 +43,7 @@ def batch(kind: str, count: int, first: int = 0) -> Iterator[dict[str, object]]:
         ("bystanders", 14),
         ("names", 10),
         ("healthy", 110),
+        ("keeper", 6),
         ("cuts", 2),
         ("hostile over SSH", 4),
     ],
