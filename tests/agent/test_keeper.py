@@ -9,12 +9,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mlxops.agent import rounds
 from mlxops.agent.host.system import this_system
+from mlxops.agent.keeper import renew
 from mlxops.agent.state.store import KEEPER, Store
 from mlxops.core.deaths import Wedged
 from mlxops.core.records import Run
@@ -23,6 +25,7 @@ from tests.lab.quick import MODELS, QuickHost
 from tests.lab.world import wait_until
 
 ALPHA, BETA = MODELS[:2]
+AGENT = ("-P", "-m", "mlxops.agent")
 HEALED_SECONDS = 15.0
 """Usually one second; the tests share the machine."""
 
@@ -37,9 +40,9 @@ class KeptHost:
         self.log = host.studio.folder / "keeper.log"
 
     @contextmanager
-    def keeper(self) -> Iterator[subprocess.Popen[bytes]]:
-        """Run a keeper until the end of the block. Yield it once it acts."""
-        argv = [sys.executable, "-P", "-m", "mlxops.agent", "--keeper", str(self.store.state)]
+    def keeper(self, *argv: str) -> Iterator[subprocess.Popen[bytes]]:
+        """Run a keeper until the end of the block. `argv`: how it is started, if not as usual."""
+        argv = argv or (sys.executable, *AGENT, "--keeper", str(self.store.state))
         with open(self.log, "ab") as log:
             process = subprocess.Popen(argv, env=self.host.studio.environment, stdout=log, stderr=log)
         try:
@@ -75,7 +78,7 @@ class KeptHost:
     def silence(self, run: Run) -> list[dict[str, Any]]:
         """Do what the keeper does when it has found a wedged server. Return the drift after it."""
         about = Wedged(run.port, run.pid, run.start).to_text()
-        argv = [sys.executable, "-P", "-m", "mlxops.agent", "--keeper-pass", str(self.store.state), "1", about]
+        argv = [sys.executable, *AGENT, "--keeper-pass", str(self.store.state), "1", about]
         done = subprocess.run(argv, env=self.host.studio.environment, capture_output=True, text=True, check=True)
         assert done.stdout.endswith('{"again_in": null}'), done.stdout + done.stderr
         return [row for row in self.host.status()["drift"] if row["code"] == "no_completion"]
@@ -150,6 +153,47 @@ def test_server_that_died_before_the_keeper_began_is_started(kept: KeptHost) -> 
         wait_until(lambda: kept.is_healed(run), HEALED_SECONDS, "another server")
         wait_until(lambda: kept.said("restored 1"), 10, "the end of the restore")
     assert kept.run(off.port).pid == off.pid, "keep: off leaves it down"
+
+
+def build(kept: KeptHost, name: str) -> Path:
+    """Install what looks like a deployed agent, and let `venv` link to it."""
+    home, own = kept.store.state / "agents" / name, Path(sys.prefix)
+    (home / "bin").mkdir(parents=True)
+    (home / "bin" / "python").symlink_to(Path(sys.executable).resolve())
+    (home / "pyvenv.cfg").write_text((own / "pyvenv.cfg").read_text())
+    (home / "lib").symlink_to(own / "lib")
+    (kept.store.state / "venv").unlink(missing_ok=True)
+    (kept.store.state / "venv").symlink_to(home)
+    return home
+
+
+QUICK = "import sys, pathlib; from mlxops.agent import keeper; keeper.LOOK_SECONDS = 0.2; keeper.run(pathlib.Path(%r))"
+
+
+def test_keeper_starts_again_with_a_new_build(kept: KeptHost) -> None:
+    run = kept.load(ALPHA, kept.ports[0])
+    build(kept, "one")
+    python = str(kept.store.state / "venv" / "bin" / "python")
+    with kept.keeper(python, "-c", QUICK % str(kept.store.state)) as keeper:
+        wait_until(lambda: kept.acts(keeper), 20, "the keeper")
+        build(kept, "two")
+        wait_until(lambda: kept.log.read_text().count("the keeper 0") == 2, 20, "the same process with the new build")
+        words = this_system().process(keeper.pid)
+        assert words is not None and words.argv == (python, *AGENT, "--keeper", str(kept.store.state))
+        wait_until(lambda: kept.acts(keeper), 20, "its lock")
+        kill(run)
+        wait_until(lambda: kept.is_healed(run), HEALED_SECONDS, "another server")
+
+
+def test_keeper_stays_if_the_new_build_has_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "agents").mkdir()
+    older = tmp_path / "python"
+    older.write_text("#!/bin/sh\nexit 1\n")
+    older.chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", str(older))
+        renew(tmp_path)
+    assert "has no keeper: this one goes on" in capsys.readouterr().out
 
 
 def test_round_tells_silent_servers_from_others(kept: KeptHost, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,21 @@ kill -0 "$(pid)" && [ "$(pid)" != "$FIRST" ] && echo "another server"
 systemctl --user list-unit-files | grep -c mlxops
 "$MLXCTL" unload "$PORT" --local >&2 && echo unloaded
 """
+KEEP = """
+pid() { sed -n 's/.*"pid": \\([0-9]*\\),.*/\\1/p' "$HOME/.mlxops/run/$PORT.json"; }
+main() { systemctl --user show -p MainPID --value mlxops-restore.service; }
+"$MLXCTL" load org/model "$PORT" --local >&2 && FIRST=$(pid)
+"$MLXCTL" boot --every 5 --local >&2 && "$MLXCTL" boot --install --keep --local >&2
+echo "timer $(systemctl --user is-active mlxops-restore.timer), service $(systemctl --user is-active mlxops-restore)"
+KEEPER=$(main); kill -9 "$FIRST"
+for try in $(seq 300); do "$MLXCTL" status --local | grep -q "ready" && break; sleep 0.2; done
+SECOND=$(pid); [ "$SECOND" != "$FIRST" ] && kill -0 "$SECOND" && echo "another server"
+systemctl --user restart mlxops-restore.service
+[ "$(main)" != "$KEEPER" ] && kill -0 "$SECOND" && echo "another keeper"
+"$MLXCTL" boot --remove --local >&2
+kill -0 "$SECOND" && echo "the same server, service $(systemctl --user is-active mlxops-restore.service)"
+"$MLXCTL" unload "$PORT" --local >&2 && echo unloaded
+"""
 END = """
 kill $MANAGER; wait $MANAGER
 echo $$ >/sys/fs/cgroup/cgroup.procs; find "$GROUP" -depth -type d -exec rmdir {} +
@@ -111,6 +126,17 @@ def test_restored_server_outlives_the_service(tmp_path: Path, tiny_models: Path)
         "another server",
         "status ready",
         "0",
+        "unloaded",
+    ]
+
+
+def test_keeper_replaces_the_timer_and_leaves_the_servers(tmp_path: Path, tiny_models: Path) -> None:
+    home, port = set_up_host(tmp_path, tiny_models)
+    assert run_in_manager(home, port, KEEP) == [
+        "timer inactive, service active",
+        "another server",
+        "another keeper",
+        "the same server, service inactive",
         "unloaded",
     ]
 

@@ -172,10 +172,11 @@ def test_memory_is_auto_or_a_size(tmp_path: Path, text: str, size: int | None) -
 
 
 def test_slot_is_an_alias_or_a_mapping_with_one(tmp_path: Path) -> None:
-    text = "slots: {8100: {alias: a, hold: 60}, 8101: b, 8102: {alias: c, hold: 0}, 8103: {alias: d}}"
+    text = "slots: {8100: {alias: a, hold: 60}, 8101: b, 8102: {alias: c, hold: 0}, 8103: {alias: d, keep: off}}"
     settings = read(tmp_path, one(text)).host("studio").settings
     assert settings.slots == {8100: "a", 8101: "b", 8102: "c", 8103: "d"}
     assert [settings.hold(port) for port in range(8100, 8105)] == [60, None, 0, None, None]
+    assert [settings.keep(port) for port in (8102, 8103)] == ["notice", "off"]
 
 
 def test_hold_is_not_agreed_on(tmp_path: Path) -> None:
@@ -213,6 +214,8 @@ def test_launch_can_be_set_for_each_engine(tmp_path: Path) -> None:
         ("slots: [a]", "hosts.studio.slots: is a list"),
         ("slots: {8100: {hold: 60}}", "hosts.studio.slots.8100: alias is missing"),
         ("slots: {8100: {alias: a b}}", "is not an alias"),
+        ("slots: {8100: {alias: a, keep: yes}}", "hosts.studio.slots.8100.keep: 'yes' is no way to keep a server"),
+        ("slots: {8100: {alias: a, keep: [off]}}", "hosts.studio.slots.8100.keep"),
         ("slots: {8100: {alias: a}, 8101: a}", "the alias a appears twice"),
         ("slots: {8100: {alias: a, holt: 60}}", "hosts.yaml:3: hosts.studio.slots.8100.holt: unknown key"),
         ("slots: {8100: {alias: a, hold: 60 s}}", "hosts.studio.slots.8100.hold: '60 s' is text"),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxops.core.settings import BootJob, PortRange, Settings, SlotOptions, settings_from_wire
+from mlxops.core.settings import KEEP, BootJob, PortRange, Settings, SlotOptions, settings_from_wire
 from tests.properties import PROPERTY, json_values
 
 texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"))
@@ -26,7 +26,9 @@ settings = st.builds(
     ports=ranges,
     slots=st.dictionaries(st.integers(1, 65535), texts, max_size=3),
     slot_options=st.dictionaries(
-        st.integers(1, 65535), st.builds(SlotOptions, hold=st.none() | st.integers(0, 2**62)), max_size=3
+        st.integers(1, 65535),
+        st.builds(SlotOptions, hold=st.none() | st.integers(0, 2**62), keep=st.none() | st.sampled_from(KEEP)),
+        max_size=3,
     ),
     boot=st.lists(st.builds(BootJob, st.integers(1, 65535), texts, texts)).map(tuple),
     memory=st.none() | st.integers(1, 2**62),
@@ -56,6 +58,14 @@ def test_settings_without_a_required_key_are_refused(key: str) -> None:
     del wire[key]
     with pytest.raises(ValueError, match=key):
         settings_from_wire(wire)
+
+
+def test_keep_of_a_slot_is_read_back_and_notice_without_it() -> None:
+    settings = Settings(slot_options={8100: SlotOptions(keep="off"), 8101: SlotOptions(hold=60)})
+    again = settings_from_wire(settings.to_wire())
+    assert again == settings and [again.keep(port) for port in (8100, 8101, 8102)] == ["off", "notice", "notice"]
+    earlier = settings.to_wire() | {"slot_options": {"8100": {"hold": 60}}}  # of a version without `keep`
+    assert settings_from_wire(earlier).slot_options == {8100: SlotOptions(hold=60)}
 
 
 def test_settings_of_a_version_without_slot_options_are_read() -> None:

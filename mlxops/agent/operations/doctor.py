@@ -23,6 +23,7 @@ from mlxops.agent.host import health
 from mlxops.agent.operations.limits import host_dangers
 from mlxops.agent.paths import HostPaths, missing_folder, settings_differ, settings_differences
 from mlxops.agent.state.locks import NoLocks, is_locked, try_flock
+from mlxops.agent.state.store import KEEPER
 from mlxops.common import checks
 from mlxops.common.build import build_id
 from mlxops.common.parallel import reason, within
@@ -431,6 +432,12 @@ def _boot(ctx: Context) -> Iterator[Finding]:
     program = restore_job.installed_program(installed[0])
     if program is not None and not os.access(program, os.X_OK):
         yield Finding.of(FindingCode.RESTORE_JOB_BROKEN, f"{installed[0]} runs {program}, which is not there")
+    kind = restore_job.kind_of(installed)
+    if kind == "keeper" and ctx.store.holder(KEEPER) is None:
+        message = f"{installed[0]} runs a keeper, and none is running"
+        yield Finding.of(FindingCode.KEEPER_NOT_RUNNING, message, log=shlex.quote(str(job.log)))
+    elif kind == "timer":
+        yield Finding.of(FindingCode.RESTORE_TIMER, f"{installed[-1]} starts servers again that have ended")
     state = manager.state()
     if state in {"not loaded", "disabled", "masked"} and not daemon:
         yield Finding.of(FindingCode.RESTORE_JOB_OFF, f"the restore job is installed, and {state}")

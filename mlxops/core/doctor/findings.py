@@ -371,6 +371,18 @@ class FindingCode(StrEnum):
         "The job that starts the models at boot runs a program that is gone.",
         "`mlxctl boot --install`",
     )
+    KEEPER_NOT_RUNNING = (
+        "keeper_not_running",
+        Level.WARNING,
+        "The keeper is installed, and does not run: servers that end stay down.",
+        "`mlxctl boot --install --keep`; its log on the host: {log}",
+    )
+    RESTORE_TIMER = (
+        "restore_timer",
+        Level.INFO,
+        "A timer starts servers again that have ended, minutes later.",
+        "a keeper does that in seconds: `mlxctl boot --install --keep`",
+    )
     RESTORE_NEEDS_LOGIN = (
         "restore_needs_login",
         Level.WARNING,
