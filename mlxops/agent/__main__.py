@@ -95,7 +95,7 @@ def main(argv: list[str]) -> int:
             _use_build()
             from mlxops.agent.keeper import run as keep
 
-            keep(Path(state))
+            return keep(Path(state))
         case ["--keeper-pass", state, answer, *death]:
             _use_build()
             from mlxops.agent.keeper_pass import run as keep_once

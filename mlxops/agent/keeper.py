@@ -28,7 +28,7 @@ from mlxops.agent.paths import HostPaths, host_paths
 from mlxops.agent.state.store import KEEPER, Lock, Store, utc_now
 from mlxops.common.build import PACKAGE
 from mlxops.core.deaths import Death, Wedged
-from mlxops.core.errors import MlxopsError
+from mlxops.core.errors import Exit, MlxopsError
 from mlxops.core.frozen import dataclass
 from mlxops.core.records import Operation, Run
 from mlxops.core.wedged import Answer, failures, is_told
@@ -74,9 +74,23 @@ class Pass:
     """The port of the dead server for which it runs; None: it plans for all ports."""
 
 
-def run(state: Path) -> NoReturn:
-    """Run until a signal ends the process. Stopping it ends no server."""
+def run(state: Path) -> int:
+    """Run until a signal ends the process. Stopping it ends no server.
+
+    Return if the host does not allow it to run. The system starts it again.
+    """
     os.umask(0o077)
+    try:
+        _run(state)
+    except MlxopsError as error:
+        _say(f"error: {error.message}; {error.why}; {error.hint}")
+        return int(error.exit)
+    except OSError as error:  # such as a kernel without pidfd_open, or no descriptors left
+        _say(f"error: the keeper cannot run: {error}")
+        return int(Exit.REFUSED)
+
+
+def _run(state: Path) -> NoReturn:
     store = Store(state, state / "no-registry-yet")
     store.create_folders()
     lock = _only_keeper(store)
@@ -149,7 +163,8 @@ class Keeper:
                 round_at = now + (NEXT_SECONDS if any(self.failures.values()) else ROUND_SECONDS)
             if now >= round_at and self.round is None:
                 self.round = self.begin_round()
-            if now >= self.due and not any(each.port is None for each in self.passes.values()):
+            # A pass for one port may be waiting for memory, and one for all ports would start it at once.
+            if now >= self.due and not self.passes:
                 self.due = now + REVIEW_SECONDS
                 self.begin_pass(None)
             for pid in self.exits.wait(TICK_SECONDS):
