@@ -39,7 +39,7 @@ STUCK_SECONDS = 300.0
 BUSY_SECONDS = 10.0
 ENDING_SECONDS = 5.0
 """How long the processes and the port of a dead server may take to disappear."""
-SEEN_SECONDS = 0.1
+SEEN_SECONDS = 0.2
 REPORT_SECONDS = 120.0
 """A report of macOS that is older than the death by more than this is about another one."""
 
@@ -193,7 +193,8 @@ class _Host:
         return self._allowed((step,))
 
     def _settled(self, port: int) -> tuple[RestoreStep | None, bool]:
-        """Plan until the port of a dead server is free. Return its step, and whether it may be started now.
+        """Plan until nothing of a dead server or of an operation is on its port. Return its step, and whether it may be
+        started now.
 
         No step: it is not assigned any more, or another operation has the port.
         """
@@ -204,16 +205,15 @@ class _Host:
             if start is not None:
                 return start, True
             skipped = next((step for step in plan.skipped if step.port == port), None)
-            if skipped is None or skipped.in_hand:
+            if skipped is None:
                 return None, False
             if skipped.again_in is not None or time.monotonic() > deadline:
-                return skipped, False
+                return None if skipped.in_hand else skipped, False
             time.sleep(SEEN_SECONDS)
 
     def _record(self, step: RestoreStep, death: Death) -> None:
         cause = self._cause(death)
         why = f"; {step.why}" if step.why else ""
-        _say(f"{step.model} on {step.port} (pid {death.pid}) ended: {cause}{why}")
         self.ctx.remember(
             command="died",
             model=step.model,
@@ -222,6 +222,7 @@ class _Host:
             evidence=cause.evidence,
             held_bytes=death.held,
         )
+        _say(f"{step.model} on {step.port} (pid {death.pid}) ended: {cause}{why}")
 
     def _cause(self, death: Death) -> Cause:
         return cause_of(death, last_words=self._memory_words(death.port), jetsam=_jetsam(death, self.ctx.environ))

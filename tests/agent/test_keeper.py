@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from mlxops.agent import rounds
@@ -54,6 +55,13 @@ class KeptHost:
     def acts(self, process: subprocess.Popen[bytes]) -> bool:
         holder = self.store.holder(KEEPER)
         return holder is not None and holder.id == f"pid {process.pid}"
+
+    def wait_for_keeper(self, process: subprocess.Popen[bytes]) -> None:
+        """Wait until the keeper acts and its first pass is over: that would restart a dead server, too."""
+        wait_until(lambda: self.acts(process), 20, "the keeper")
+        children = psutil.Process(process.pid).children
+        wait_until(children, 20, "its first pass")
+        wait_until(lambda: not children(), 20, "the end of its first pass")
 
     def run(self, port: int) -> Run:
         found = self.store.run(port)
@@ -103,7 +111,7 @@ def test_killed_server_is_started_again_and_its_death_recorded(kept: KeptHost) -
     port = kept.ports[0]
     run = kept.load(ALPHA, port)
     with kept.keeper() as keeper:
-        wait_until(lambda: kept.acts(keeper), 20, "the keeper")
+        kept.wait_for_keeper(keeper)
         kill(run)
         wait_until(lambda: kept.is_healed(run), HEALED_SECONDS, "another server")
         again = kept.run(port)
@@ -118,7 +126,7 @@ def test_killed_server_is_started_again_and_its_death_recorded(kept: KeptHost) -
 def test_unload_beside_a_keeper_is_not_undone(kept: KeptHost) -> None:
     run, other = kept.load(ALPHA, kept.ports[0]), kept.load(BETA, kept.ports[1])
     with kept.keeper() as keeper:
-        wait_until(lambda: kept.acts(keeper), 20, "the keeper")
+        kept.wait_for_keeper(keeper)
         kept.host.mlxctl("unload", str(run.port)).ok()
         kill(other)
         wait_until(lambda: kept.is_healed(other), HEALED_SECONDS, "the other server")
