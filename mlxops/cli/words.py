@@ -13,6 +13,8 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], dict[str, tuple[str, str]]]] = (
           {'--install': ('', 'make the system run restore at boot'),
            '--every': ('?',
                        'minutes; also run restore that often, to start crashed servers again (implies --install)'),
+           '--keep': ('',
+                      'have a keeper run, which starts a server again as soon as it has ended (implies --install)'),
            '--remove': ('', 'stop the system from running restore'),
            '--show': ('', 'show what is installed; the default'),
            '--host': (',@host', 'host or hosts in hosts.yaml, separated by commas'),

@@ -60,7 +60,7 @@ class Cause:
 def cause_of(death: Death, *, last_words: str | None, jetsam: str | None) -> Cause:
     """`last_words`: the last line of its log, if that says that memory ran out. `jetsam`: macOS's report that names it.
 
-    A signal is no evidence: whoever may end a process can send SIGKILL.
+    A signal is no evidence: any process of the same user can send SIGKILL.
     """
     if jetsam:
         return Cause(MEMORY, f"macOS killed it ({jetsam})")

@@ -108,7 +108,7 @@ def respond(connection: socket.socket) -> None:
         if flaw.startswith("busy"):
             state["refused"] += 1
             return reply(connection, "429 Busy", '{"error":"the queue is full"}')
-        if '"stream":true' in body and flawed(body) == "mute":
+        if '"stream":true' in body and flaw == "mute":
             wait_for_ever()
         if '"stream":true' in body and (rate := float(option("--fake-rate", "0"))):
             return stream_at(connection, body, rate)
