@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from mlxops.core.commands.ops import Ops
     from mlxops.core.commands.probe import Probe, ProbeResult
     from mlxops.core.commands.schema import Schema
+    from mlxops.core.commands.serve import Serve
     from mlxops.core.commands.setup import Setup
     from mlxops.core.commands.skill import Skill
     from mlxops.core.commands.status import Status, StatusResult
@@ -389,6 +390,21 @@ def doctor(cli: Cli, request: Doctor) -> None:
     cli.show(tuple(map(command.refuse_errors, replies)) if request.strict else replies)
 
 
+def serve(cli: Cli, request: Serve) -> None:
+    from mlxops.cli.targets import Targets
+    from mlxops.control.serve import command
+    from mlxops.core.commands.serve import ServeResult
+
+    if request.print is not None:
+        return cli.show([HostReply("serve", ServeResult(command.packaged(request.print)))])
+    inventory = cli.targets.inventory
+
+    def find() -> tuple[client.HostTarget, ...]:
+        return Targets(cli.name, cli.common.host, cli.common.local).select(all_by_default=True)
+
+    command.serve(request, find, inventory.path if inventory else None, cli.console.note)
+
+
 def help_(cli: Cli, request: Help) -> None:
     from mlxops.cli import manual
     from mlxops.core.commands.help import HelpResult
@@ -454,6 +470,7 @@ BODIES: Mapping[str, Callable[[Cli, Any], None]] = {
     "status": status,
     "list": list_,
     "ops": ops,
+    "serve": serve,
     "logs": logs,
     "gateway": gateway,
     "probe": probe,

@@ -301,11 +301,31 @@ def last_comparable(history: Sequence[Mapping[str, object]], same: Mapping[str, 
             continue
         if any(entry.get(key) != value for key, value in same.items()):
             continue
-        rows, version = entry.get("rows"), entry.get("engine_version")
-        spreads = dict(filter(None, map(_spread, rows if isinstance(rows, list) else ())))
+        spreads, version = _spreads(entry), entry.get("engine_version")
         if spreads:
             return Earlier(str(entry.get("at")), version if isinstance(version, str) else None, spreads)
     return None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A recorded figure of a run: its median over the rounds."""
+
+    prompt: str
+    cache: str
+    streams: int
+    metric: str
+    median: float
+
+
+def figures_of(entry: Mapping[str, object]) -> tuple[Figure, ...]:
+    """Return the figures of a history line of `measure`, without those that it cannot have written."""
+    return tuple(Figure(*key, spread.median) for key, spread in _spreads(entry).items())
+
+
+def _spreads(entry: Mapping[str, object]) -> dict[Key, Spread]:
+    rows = entry.get("rows")
+    return dict(filter(None, map(_spread, rows if isinstance(rows, list) else ())))
 
 
 def _spread(row: object) -> tuple[Key, Spread] | None:

@@ -13,7 +13,7 @@ from rich.segment import Segment
 from mlxops.control.watch.link import Observation
 from mlxops.control.watch.terminal import StatusView
 from mlxops.control.watch.view import Watched
-from mlxops.core.commands.status import DriftRow, PortRow, RunningRow
+from mlxops.core.commands.status import DriftRow, PortRow, RunningRow, StatusResult
 from mlxops.core.tables import harmless
 from tests.control.test_watch_view import IDLE, LOADING, NOON, failed, observed
 from tests.properties import PROPERTY, hostile_texts
@@ -21,7 +21,9 @@ from tests.properties import PROPERTY, hostile_texts
 MANY = [replace(LOADING, port=port, detail="") for port in range(8100, 8110)]
 
 
-def drawn(*observations: Observation, width: int, height: int, hosts: tuple[str, ...] = ("studio",)) -> list[str]:
+def drawn(
+    *observations: Observation[StatusResult], width: int, height: int, hosts: tuple[str, ...] = ("studio",)
+) -> list[str]:
     """Return the lines of the view, without the spaces at their ends."""
     watched = Watched(hosts)
     for observation in observations:

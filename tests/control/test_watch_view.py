@@ -37,12 +37,12 @@ def observed(
     at: float = NOON,
     drift: Sequence[DriftRow] = (),
     operations: Sequence[RunningRow] = (),
-) -> Observation:
+) -> Observation[StatusResult]:
     status = StatusResult(tuple(operations), ports, tuple(drift), "/registry.json")
     return Observation(HostReply(host, status), at)
 
 
-def failed(host: str, at: float = NOON) -> Observation:
+def failed(host: str, at: float = NOON) -> Observation[StatusResult]:
     return Observation(HostReply(host, error=DOWN), at)
 
 
@@ -106,7 +106,7 @@ class TestDocuments:
     def test_every_byte_of_a_download_brings_a_document(self) -> None:
         form = Documents(Watched(["studio"]))
 
-        def progress(done: int) -> Observation:
+        def progress(done: int) -> Observation[StatusResult]:
             return observed("studio", replace(LOADING, progress=Progress("download", done, 100, 0)))
 
         form.lines(progress(1))

@@ -13,7 +13,8 @@ from mlxops.agent.operations.drift import conflicted_copies
 from mlxops.core.commands.list import EstimateRow, HostRow, List, ListResult, MemoryRow, ModelRow, OptionRow, UseRow
 from mlxops.core.errors import Refused
 from mlxops.core.model_options import Origin
-from mlxops.core.registry import Model, Registry
+from mlxops.core.ports import World
+from mlxops.core.registry import Model
 from mlxops.core.replies import ErrorRow
 
 if TYPE_CHECKING:
@@ -30,17 +31,18 @@ def run(ctx: Context, request: List) -> ListResult:
         registry=str(ctx.paths.registry),
         unusable=registry.unwritable,
         registry_error=ErrorRow.of(error) if error else None,
-        memory=_memory(ctx, registry) if request.memory else None,
+        memory=memory_row(ctx, ctx.observe(registry)) if request.memory else None,
     )
 
 
-def _memory(ctx: Context, registry: Registry) -> MemoryRow:
+def memory_row(ctx: Context, world: World) -> MemoryRow:
+    """Return the budget of the host and what its servers take of it."""
     from mlxops.agent.serving.memory import budget, in_use
     from mlxops.core.memory import STRANDED
 
     host = ctx.system.host_memory()
     limit = budget(ctx.paths, host)
-    uses = in_use(ctx.observe(registry), ctx.system, ctx.reserved())
+    uses = in_use(world, ctx.system, ctx.reserved())
     used = sum(use.counted for use in uses)
     sums = {kind: sum(use.counted for use in uses if use.owner == kind) for kind in ("loading", STRANDED)}
     return MemoryRow(

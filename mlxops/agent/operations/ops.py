@@ -65,6 +65,14 @@ def _operation_row(journal: OperationLog, alive: bool) -> OperationRow:
     )
 
 
+def outcome_of(journal: OperationLog) -> str:
+    """Return how an operation whose worker has ended came out: a state of `ops`, other than running."""
+    final = journal.state().final
+    if isinstance(final, Failed):
+        return _failed_state(final.error)[0]
+    return "interrupted" if final is None else "done"
+
+
 def _failed_state(error: MlxopsError) -> tuple[str, str, str | None]:
     """Return (state, detail, code) for an operation that ended without a result.
 

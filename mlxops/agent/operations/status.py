@@ -17,15 +17,20 @@ from mlxops.common.files import Unfit
 from mlxops.core.commands.status import DriftRow, PortRow, ProbeRow, RunningRow, Status, StatusResult
 from mlxops.core.drift import Drift, DriftCode
 from mlxops.core.hints import split
-from mlxops.core.ports import Owner, PortView
+from mlxops.core.ports import Owner, PortView, World
 from mlxops.core.records import Operation
+from mlxops.core.registry import Registry
 
 if TYPE_CHECKING:
     from mlxops.agent.operations.verdicts import VerdictRecord
 
 
 def run(ctx: Context, request: Status) -> StatusResult:
-    registry, world = ctx.registry_and_world()
+    return look(ctx, request, *ctx.registry_and_world())
+
+
+def look(ctx: Context, request: Status, registry: Registry, world: World) -> StatusResult:
+    """Return the status of ports that were observed already."""
     views = [view for port, view in sorted(world.ports.items()) if port in ctx.paths.settings.ports]
     drift = [*rebooted(ctx, registry, world), *world.drift, *further_drift(ctx, registry, world)]
     probes: dict[int, ProbeRow] = {}

@@ -17,7 +17,7 @@ from mlxops.control.client import HostReply, HostTarget
 from mlxops.control.watch.link import Watch
 from mlxops.control.watch.view import Documents, LineView, Watched
 from mlxops.core import names
-from mlxops.core.commands.status import StatusResult
+from mlxops.core.commands.status import Status, StatusResult
 from mlxops.core.errors import Exit, UsageError
 from mlxops.core.protocol import Event, Note
 
@@ -85,7 +85,7 @@ def _print_lines(
     form: Documents | LineView,
     until_drift: bool,
 ) -> None:
-    with Watch(targets, interval, console.hear) as watch:
+    with Watch(targets, Status(), interval, console.hear) as watch:
         for observation in watch:
             if observation is None:
                 continue
@@ -117,7 +117,7 @@ def _show_on_terminal(targets: Sequence[HostTarget], interval: float, watched: W
         if isinstance(event, Note):
             watched.set_note(host, event.message)
 
-    watch = Watch(targets, interval, take_note)
+    watch = Watch(targets, Status(), interval, take_note)
     with TerminalView(watched, interval, watch.wake) as view, watch:
         view.draw()  # before the first reply it shows which hosts are being connected to
         for observation in watch:

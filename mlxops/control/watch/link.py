@@ -33,7 +33,6 @@ from mlxops.control.client import (
     with_address,
 )
 from mlxops.core.command import Request
-from mlxops.core.commands.status import Status, StatusResult
 from mlxops.core.errors import MlxopsError
 from mlxops.core.frozen import dataclass
 from mlxops.core.protocol import AGAIN, HEARTBEAT, Done, Failed, Hello
@@ -130,25 +129,26 @@ class Link(Generic[R]):
 
 
 @dataclass(frozen=True)
-class Observation:
+class Observation(Generic[R]):
     """The outcome of one poll of one host. `at` is wall time in seconds, for display."""
 
-    reply: HostReply[StatusResult]
+    reply: HostReply[R]
     at: float
     last: bool = False
     """The host is not polled again: its error needs a user's action."""
 
 
-class Watch:
-    """Poll every target each `interval` seconds. Iterate over it for the observations.
+class Watch(Generic[R]):
+    """Repeat a request to every target each `interval` seconds. Iterate over it for the observations.
 
     The iteration ends by itself only when no host is left that may recover. A call of `wake` yields None.
     """
 
-    def __init__(self, targets: Sequence[HostTarget], interval: float, listen: Listen) -> None:
+    def __init__(self, targets: Sequence[HostTarget], request: Request[R], interval: float, listen: Listen) -> None:
+        self._request = request
         self._interval = interval
         self._polled_hosts = len(targets)
-        self._queue: queue.SimpleQueue[Observation | BaseException | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Observation[R] | BaseException | None] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._threads = [
             threading.Thread(target=self._run_thread, args=(target, listen), name=f"watch {target.name}", daemon=True)
@@ -172,7 +172,7 @@ class Watch:
         """Let the iteration yield None once. A signal handler may call this."""
         self._queue.put(None)
 
-    def __iter__(self) -> Iterator[Observation | None]:
+    def __iter__(self) -> Iterator[Observation[R] | None]:
         while self._polled_hosts:
             item = self._queue.get()
             if isinstance(item, BaseException):
@@ -182,7 +182,7 @@ class Watch:
             yield item
 
     def _run_thread(self, target: HostTarget, listen: Listen) -> None:
-        link = Link(target, Status(), listen)
+        link = Link(target, self._request, listen)
         try:
             self._poll_until_closed(link, target)
         except BaseException as error:  # noqa: BLE001 - the main thread raises it
@@ -190,7 +190,7 @@ class Watch:
         finally:
             link.close()
 
-    def _poll_until_closed(self, link: Link[StatusResult], target: HostTarget) -> None:
+    def _poll_until_closed(self, link: Link[R], target: HostTarget) -> None:
         pause, retryable = FIRST_PAUSE, RETRYABLE_CODES
         while not self._closing.is_set():
             began = time.monotonic()
@@ -206,14 +206,14 @@ class Watch:
                 self._closing.wait(pause)
                 pause = min(pause * 2, LONGEST_PAUSE)
 
-    def _wait(self, link: Link[StatusResult], until: float) -> None:
+    def _wait(self, link: Link[R], until: float) -> None:
         """Wait for the time of the next poll, and send heartbeats in between."""
         while (left := until - time.monotonic()) > 0 and not self._closing.wait(min(left, HEARTBEAT_SECONDS)):
             if left > HEARTBEAT_SECONDS:
                 link.send_heartbeat()
 
 
-def _poll(link: Link[StatusResult], target: HostTarget) -> HostReply[StatusResult]:
+def _poll(link: Link[R], target: HostTarget) -> HostReply[R]:
     try:
         return HostReply(target.name, link.poll())
     except MlxopsError as error:

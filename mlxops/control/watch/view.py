@@ -121,7 +121,7 @@ class Watched:
     def set_note(self, host: str, text: str) -> None:
         self._states[host] = replace(self._states[host], note=text)
 
-    def update(self, observation: Observation) -> tuple[ChangeEvent, ...]:
+    def update(self, observation: Observation[StatusResult]) -> tuple[ChangeEvent, ...]:
         """Take in an observation and return what changed. The first observation of a host is no change."""
         self.last_observed = observation.at
         before = self._states[observation.reply.host]
@@ -133,7 +133,7 @@ class Watched:
         return events
 
 
-def _next_state(before: HostState, observation: Observation) -> HostState:
+def _next_state(before: HostState, observation: Observation[StatusResult]) -> HostState:
     reply = observation.reply
     if reply.error is None:
         return replace(
@@ -161,7 +161,7 @@ class Documents:
     def __init__(self, watched: Watched) -> None:
         self._watched = watched
 
-    def lines(self, observation: Observation) -> list[str]:
+    def lines(self, observation: Observation[StatusResult]) -> list[str]:
         host = observation.reply.host
         before = self._watched.state_of(host)
         events = self._watched.update(observation)
@@ -192,7 +192,7 @@ class LineView:
         self._watched = watched
         self._table_shown = False
 
-    def lines(self, observation: Observation) -> list[str]:
+    def lines(self, observation: Observation[StatusResult]) -> list[str]:
         events = self._watched.update(observation)
         if self._table_shown:
             return list(map(str, events))
