@@ -17,8 +17,9 @@ from mlxops.control.serve.hosts import Hosts
 from mlxops.core.commands.serve import Address
 from tests.lab.world import wait_until
 
-HOST = "Host: localhost\r\n"
+HOST = "Host: localhost\r\nConnection: close\r\n"
 GET = f"GET /metrics HTTP/1.1\r\n{HOST}"
+KEPT = "GET /metrics HTTP/1.1\r\nHost: localhost\r\n"
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Served:
             return received(sock)
 
     def works(self) -> bool:
-        return self.ask(f"{GET}Connection: close\r\n\r\n").startswith("HTTP/1.1 200")
+        return self.ask(f"{GET}\r\n").startswith("HTTP/1.1 200")
 
 
 def received(sock: socket.socket) -> str:
@@ -144,13 +145,13 @@ def test_long_head_is_refused(served: Served, request_text: str) -> None:
 
 
 def test_answer_is_closed_to_other_sites_and_caches(served: Served) -> None:
-    head = served.ask(f"{GET}Connection: close\r\n\r\n").partition("\r\n\r\n")[0].lower()
+    head = served.ask(f"{GET}\r\n").partition("\r\n\r\n")[0].lower()
     for name, value in web.HEADERS:
         assert f"{name}: {value}".lower() in head
     assert "access-control" not in head and "server:" not in head
 
 
-@pytest.mark.parametrize("start", ["", "GET /met", GET, f"{GET}X-Slow: ", f"{GET}\r\n"], ids=range(5))
+@pytest.mark.parametrize("start", ["", "GET /met", KEPT, f"{KEPT}X-Slow: ", f"{KEPT}\r\n"], ids=range(5))
 def test_slow_client_is_closed(served: Served, start: str) -> None:
     """The last one has its answer, and then sends nothing."""
     with served.send(start) as sock:
@@ -158,7 +159,7 @@ def test_slow_client_is_closed(served: Served, start: str) -> None:
 
 
 def test_client_that_drips_is_closed(served: Served) -> None:
-    with served.send(GET) as sock:
+    with served.send(KEPT) as sock:
         sock.settimeout(0.05)
         for _ in range(200):
             try:
@@ -182,7 +183,7 @@ def test_client_that_does_not_read_is_closed(served: Served) -> None:
 def _refuses(sock: socket.socket) -> bool:
     """Send more requests. Return whether the connection is closed."""
     try:
-        sock.sendall(f"{GET}\r\n".encode() * 500)
+        sock.sendall(f"{KEPT}\r\n".encode() * 500)
     except TimeoutError:
         return False
     except ConnectionError:
@@ -200,7 +201,7 @@ def test_connections_beyond_the_limit_are_closed_and_the_others_served(served: S
 
 
 def test_garbage_behind_a_request_ends_the_connection(served: Served) -> None:
-    assert served.ask(f"{GET}\r\n\x00\x00\r\n\r\n").count("HTTP/1.1 200") <= 1
+    assert served.ask(f"{KEPT}\r\n\x00\x00\r\n\r\n").count("HTTP/1.1 200") <= 1
 
 
 def test_failing_request_is_answered_without_its_traceback(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,6 +210,6 @@ def test_failing_request_is_answered_without_its_traceback(served: Served, monke
 
     with monkeypatch.context() as broken:
         broken.setattr(Exposition, "render", fail)
-        answer = served.ask(f"{GET}Connection: close\r\n\r\n")
+        answer = served.ask(f"{GET}\r\n")
     assert answer.startswith("HTTP/1.1 500 ") and "secret" not in answer
     assert served.said == ["a request failed: RuntimeError: secret"]
