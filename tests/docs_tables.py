@@ -24,6 +24,7 @@ from mlxops.core.doctor.assumptions import Assumption
 from mlxops.core.doctor.findings import FindingCode, Level
 from mlxops.core.drift import DriftCode
 from mlxops.core.errors import Exit
+from mlxops.core.metrics import FAMILIES
 from mlxops.core.ports import Owner, State
 from mlxops.tasks import command_names, overview_entries
 from tests import completion_words
@@ -59,6 +60,12 @@ class Described(Protocol):
 def meanings(heading: str, members: Iterable[Described]) -> str:
     """Return a table of the members of an enum and what each means."""
     return table((heading, "meaning"), ((f"`{each.value}`", each.meaning) for each in members))
+
+
+def metrics() -> str:
+    """Return the table of what `serve` exports."""
+    rows = ((f"`{each.name}`", ", ".join(each.labels), each.help) for each in FAMILIES)
+    return table(("metric", "labels", "meaning"), rows)
 
 
 def findings(codes: Iterable[FindingCode]) -> str:
@@ -177,6 +184,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "states": lambda: meanings("state", State),
     "owners": lambda: meanings("owner", Owner),
     "drift": lambda: meanings("drift", DriftCode),
+    "metrics": metrics,
     "checks": lambda: meanings("check", Check),
     "marks": lambda: meanings("verdict", Mark),
     "levels": lambda: meanings("severity", Level),

@@ -44,8 +44,10 @@ PURE = {
 PURE_PARTS = ("urllib.parse", "importlib.import_module")
 """Those of packages that otherwise do more."""
 
-HEAVY = {"huggingface_hub", "fabric", "paramiko", "yaml", "rich", "psutil"}
-CONTROL_ONLY = {"fabric", "paramiko", "invoke", "yaml", "rich"}
+SERVE_ONLY = {"starlette", "uvicorn", "prometheus_client", "h11"}
+"""The packages of the extra `serve`. Everything else works without them."""
+HEAVY = {"huggingface_hub", "fabric", "paramiko", "yaml", "rich", "psutil", *SERVE_ONLY}
+CONTROL_ONLY = {"fabric", "paramiko", "invoke", "yaml", "rich", *SERVE_ONLY}
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,13 @@ def test_room_of_the_agent_imports_only_allowed_rooms(room: str) -> None:
 def test_agent_imports_no_package_of_the_control_node() -> None:
     wrong = [each for each in everything_below("agent") if each.top in CONTROL_ONLY]
     assert not wrong, listed(wrong)
+
+
+def test_packages_of_serve_are_imported_there_only() -> None:
+    serve = PACKAGE / "control" / "serve"
+    found = [each for path in PACKAGE.rglob("*.py") for each in imports(path) if each.top in SERVE_ONLY]
+    wrong = [each for each in found if serve not in each.path.parents]
+    assert {each.top for each in found} == SERVE_ONLY and not wrong, listed(wrong)
 
 
 def test_agent_needs_three_packages_beyond_the_standard_library() -> None:

@@ -16,11 +16,11 @@ from mlxops.core.model_options import Option, Origin
 from mlxops.core.registry import Model
 from mlxops.tasks import BODIES, command_names
 
-NOT_TYPED = {"agree", "cancel", "follow"}
-"""Commands that mlxops itself asks for. The agent's main module carries them out."""
+NOT_TYPED = {"agree", "cancel", "follow", "observe"}
+"""Commands that mlxops itself asks for. The agent's main module carries them out, or an operation."""
 TYPED = sorted({*command_names()} - NOT_TYPED)
-ON_A_HOST = [name for name in TYPED if request_type(name).hosts is not Hosts.NONE and name != "deploy"]
-"""Commands with an operation. `deploy` installs the agent, so it cannot need one."""
+ON_A_HOST = [name for name in TYPED if request_type(name).hosts is not Hosts.NONE and name not in {"deploy", "serve"}]
+"""Commands with an operation. `deploy` installs the agent, so it cannot need one. `serve` asks for `observe`."""
 
 
 @pytest.mark.parametrize("name", TYPED)

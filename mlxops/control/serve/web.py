@@ -26,7 +26,7 @@ READ_SECONDS = 20.0
 """One is closed that takes nothing of its response for so long."""
 GRACE_SECONDS = 1
 """How long open requests get at the end."""
-TICK_SECONDS = 5
+TICK_SECONDS = 2
 HEADERS = [
     ("X-Content-Type-Options", "nosniff"),
     ("Cross-Origin-Resource-Policy", "same-origin"),
