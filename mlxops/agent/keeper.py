@@ -270,10 +270,10 @@ class Keeper:
     def sample(self) -> None:
         """Measure the memory of the servers. It is waited for after their death."""
         with contextlib.suppress(MlxopsError, OSError):
-            look = self.system.look(())
+            table = self.system.process_table(())
             for port, watched in self.servers.items():
                 run = watched.run
-                pids = [run.pid] if run.adopted else [process.pid for process in look.group(run.pgid)]
+                pids = [run.pid] if run.adopted else [process.pid for process in table.group(run.pgid)]
                 held = self.system.memory(pids)
                 unexplained = self.system.unexplained(pids) if held is not None and held >= LEAST_HELD else None
                 self.servers[port] = replace(watched, held=held, unexplained=unexplained)

@@ -51,7 +51,7 @@ def begin(system: System, host: str, runs: Sequence[Run]) -> Round:
 
 def _ask(system: System, host: str, run: Run) -> Asked:
     try:
-        pids = [process.pid for process in system.look(()).group(run.pgid)]
+        pids = [process.pid for process in system.process_table(()).group(run.pgid)]
         used, began = system.cpu_seconds(pids), time.monotonic()
         with socket.create_connection((host, run.port), ANSWER_SECONDS) as connection:
             answer = _complete(connection, host, run.alias, began + ANSWER_SECONDS)

@@ -82,7 +82,7 @@ def prometheus(binary: str, folder: Path, scrape: dict[str, object], rules: Path
             stderr=out.fileno(),
         ),
     ):
-        port = wait_until(
-            lambda: re.search(r"Listening on.*address=127\.0\.0\.1:([0-9]+)", log.read_text()), START, "its port"
-        )[1]
+        (port, *_) = wait_until(
+            lambda: re.findall(r"Listening on.*address=127\.0\.0\.1:([0-9]+)", log.read_text()), START, "its port"
+        )
         yield Prometheus(f"http://127.0.0.1:{port}")
