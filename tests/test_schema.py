@@ -79,10 +79,7 @@ def test_wrong_document_is_found(document: object) -> None:
 
 def test_fields_have_their_meaning() -> None:
     port = schema("load")["$defs"]["LoadResult"]["properties"]
-    assert port["downtime_seconds"] == {
-        "type": ["number", "null"],
-        "description": "From the stop of the old server until the new one is ready; null if none was stopped.",
-    }
+    assert port["log_path"] == {"type": ["string", "null"], "description": "The server's log on the host."}
 
 
 def test_request_has_a_schema_too() -> None:
@@ -149,6 +146,7 @@ class TestDocuments:
             "gateway",
             "gateway --print --env",
             "doctor",
+            "serve --print alerts",
             f"unload --port {port} --dry-run",
             f"unload --port {port}",
             "unload-all --yes --dry-run",
