@@ -396,7 +396,7 @@ def serve(cli: Cli, request: Serve) -> None:
     from mlxops.core.commands.serve import ServeResult
 
     if request.print is not None:
-        return cli.show([HostReply("serve", ServeResult(command.packaged(request.print)))])
+        return cli.show([HostReply("serve", ServeResult(command.packaged(request.print)), command="serve")])
     inventory = cli.targets.inventory
 
     def find() -> tuple[client.HostTarget, ...]:

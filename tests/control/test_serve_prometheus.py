@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from mlxops.control.serve.command import packaged
+from mlxops.core.commands.serve import FILES
 from mlxops.core.metrics import FAMILIES
 from tests.lab.prometheus import program, prometheus, promtool
-from tests.lab.run import running, script
+from tests.lab.run import run, running, script
 from tests.lab.world import wait_until
 
 RULE_TESTS = Path(__file__).with_name("alerts_test.yml")
@@ -43,6 +44,21 @@ def serving(folder: Path, *flags: str) -> Iterator[tuple[str, subprocess.Popen[s
     with running(argv, folder, env) as process:
         assert process.stderr is not None
         yield process.stderr.readline().split()[1], process
+
+
+def test_packaged_files_are_printed(tmp_path: Path) -> None:
+    with serving(tmp_path) as (url, _):
+        for name in FILES:
+            assert asked(tmp_path, "--print", name) == (0, packaged(name), "")
+        status, _, error = asked(tmp_path, "--address", url.split("/")[2])
+    assert status == 3 and "cannot be listened on" in error and "Traceback" not in error
+
+
+def asked(folder: Path, *flags: str) -> tuple[int, str, str]:
+    """Run `mlxctl serve` with flags with which it ends."""
+    env = {"HOME": str(folder), "PATH": "/usr/bin:/bin", "MLXOPS_HOSTS_FILE": str(folder / "hosts.yaml")}
+    done = run([script("mlxctl"), "serve", "--local", *flags], folder, env)
+    return done.exit, done.stdout, done.stderr
 
 
 def test_metrics_are_clean(tmp_path: Path) -> None:

@@ -123,10 +123,10 @@ def read_token(path: Path) -> bytes:
     if found.st_uid != os.getuid():
         raise _bad_token(path, "it belongs to another user", "make a file of your own")
     if stat.S_IMODE(found.st_mode) & 0o077:
-        raise _bad_token(path, "other users can read or write it", f"chmod 600 {path}")
+        raise _bad_token(path, "other users can read or write it", f"if it holds the token: chmod 600 {path}")
     if not SHORTEST_TOKEN <= len(token) <= MAX_TOKEN_BYTES or not re.fullmatch(rb"[!-~]+", token):
         why = f"a token is one word of {SHORTEST_TOKEN} or more characters"
-        raise _bad_token(path, why, f"(umask 077; openssl rand -hex 32 > {path})")
+        raise _bad_token(path, why, "make one: (umask 077; openssl rand -hex 32 > FILE)")
     return token
 
 

@@ -107,4 +107,4 @@ class Serve(Request[ServeResult], group=Group.LOOK, example="mlxctl serve", host
 
 
 def show(replies: Sequence[HostReply[ServeResult]]) -> str:
-    return "\n".join(reply.result.text for reply in replies if reply.result)
+    return "\n".join(reply.result.text.rstrip("\n") for reply in replies if reply.result)
