@@ -81,6 +81,27 @@ def read_end(path: str | Path, size: int) -> bytes:
         os.close(descriptor)
 
 
+def write_privately(path: Path, data: bytes) -> None:
+    """Write a file that only its user may read. Its old content stays if the write fails. Raises `OSError`.
+
+    What cannot be replaced is written to: a link, a device such as /dev/stdout, a file in a closed folder.
+    """
+    import tempfile
+
+    is_new = not os.path.lexists(path)
+    if path.is_symlink() or not (is_new or path.is_file()) or not os.access(path.parent, os.W_OK):
+        path.write_bytes(data)
+        return
+    fd, new = tempfile.mkstemp(prefix=".mlxops-", dir=path.parent)
+    try:
+        with open(fd, "wb") as file:
+            file.write(data)
+        os.replace(new, path)
+    except BaseException:
+        os.unlink(new)
+        raise
+
+
 def is_folder(path: str | Path) -> bool:
     """Return whether the path is a folder. Raises `OSError` if the system does not say: a folder above it is closed to
     this account, or its file system does not respond. (`Path.is_dir` raises or returns False: it depends on Python's

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import pwd
 import re
 import socket
 import subprocess
@@ -64,6 +65,35 @@ def test_names_are_taken_out() -> None:
         "HF_TOKEN=x 3 files"
     )
     assert text == "NAME@NAME: PATH: no, (PATH); PATH /System/L ADDRESS and 127.0.0.1; HF_TOKEN=... 3 files"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("Permission denied: '/Volumes/Jane Doe/x y'", "Permission denied: 'PATH'"),
+        ('"/Volumes/Jane\'s Disk/hub"', '"PATH"'),
+        ("3.12 (/Volumes/My Disk/bin/python)", "3.12 (PATH)"),
+        ("not known (/Volumes/My Disk: closed)", "not known (PATH: closed)"),
+        ("/Volumes/My Disk/models/hub is gone", "PATH is gone"),
+        ("/System/Volumes/Data/Users/jane/x", "PATH"),
+        ("fe80::1%en0, 2001:db8::7; ::1 at 12:30:45", "ADDRESS, ADDRESS; ::1 at 12:30:45"),
+        ("at 10.1.2.3. aa:bb:cc:dd:ee:ff", "at ADDRESS. ADDRESS"),
+        ("ssh jane@office python@3.12", "ssh NAME@NAME python@3.12"),
+        ("janes-mac.local. (host='proxy', port=1) pypi.example.com", "NAME. (host='NAME', port=1) NAME"),
+        ("found ('127.0.0.1', frozenset({12})), io.mlxops.no-such-job", None),
+    ],
+)
+def test_names_and_addresses_of_others_are_taken_out(text: str, shown: str | None) -> None:
+    assert anonymous(text) == (shown or text)
+
+
+def test_own_names_are_taken_out_in_every_spelling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "Janes-Mac.fritz.box")
+    account = pwd.struct_passwd(("jdoe", "x", 0, 0, "Jane Doe,,,", "/Users/jane.d", "/bin/zsh"))
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: account)
+    assert (
+        anonymous("janes-mac JDOE_x Doe, Jane of jane.d; Janes-Mac.fritz.box") == "NAME NAME_x NAME, NAME of NAME; NAME"
+    )
 
 
 def test_names_of_an_account_without_an_entry_are_taken_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from mlxops.common import files
 from mlxops.control.doctor import report
 from mlxops.core.commands.doctor import CONTROL_NODE, DoctorResult, FindingRow
 from mlxops.core.doctor.assumptions import Trial
@@ -26,6 +29,7 @@ from tests.lab.world import wait_until
         ("gone/report.txt", "there is no folder {}/gone", "create that folder"),
         (".", "it is a folder", "name a file in it"),
         ("file/report.txt", "there is no folder {}/file", "another file"),
+        ("n" * 300, "File name too long", "another file"),
     ],
 )
 def test_path_that_cannot_be_written_says_why(name: str, why: str, step: str, tmp_path: Path) -> None:
@@ -50,6 +54,42 @@ def test_report_has_the_findings_of_both_sides_and_no_places(tmp_path: Path) -> 
     assert findings == ["warning hosts_file_writable (control node)", "warning sleeps"]
     assert "UNTRIED  demo" in text and "it needs --local" in text and "/home/me" not in text
     assert notes == [f"the report is in {tmp_path / 'report'}; read it before you send it"]
+
+
+def test_report_is_for_its_user_only_and_has_nothing_of_what_it_replaces(tmp_path: Path) -> None:
+    path = tmp_path / "report"
+    path.write_text("old" * 10_000)
+    path.chmod(0o644)
+    tried = result(trials=(Trial("boot.id", "FAIL", "at '/Users/jane doe/x', by an older agent"),))
+    report.write(path, [HostReply("studio", tried)], lambda note: None, local=False, clone=None)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert not re.search("old{2}|jane|doe/", path.read_text())
+
+
+@pytest.mark.parametrize("before", ["old", None])
+def test_report_without_room_leaves_what_was_there(before: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "report"
+    if before is not None:
+        path.write_text(before)
+    program = (
+        "import resource, sys; from pathlib import Path; from mlxops.common import files\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))\n"
+        "files.write_privately(Path(sys.argv[1]), b'x' * 1000)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=False)
+    assert "File too large" in done.stderr
+    assert {each.name: each.read_text() for each in tmp_path.iterdir()} == ({"report": before} if before else {})
+
+
+def test_link_and_pipe_are_written_to_and_stay(tmp_path: Path) -> None:
+    link, pipe = tmp_path / "link", tmp_path / "pipe"
+    link.symlink_to("target")
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    for path in (link, pipe):
+        files.write_privately(path, b"x")
+    assert link.is_symlink() and link.read_text() == "x" and pipe.is_fifo() and os.read(reader, 9) == b"x"
+    os.close(reader)
 
 
 def test_host_that_was_not_tried_makes_no_report(tmp_path: Path) -> None:

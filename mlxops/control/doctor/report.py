@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from mlxops.common import files
 from mlxops.common.anonymous import anonymous
 from mlxops.core.commands.doctor import CONTROL_NODE, DoctorResult
 from mlxops.core.doctor.assumptions import Assumption, Trial, Verdict, report_text
@@ -28,11 +29,15 @@ Say = Callable[[str], None]
 def check(path: Path) -> None:
     """Raises `UsageError` (report_unwritable) if the file cannot be written: the trials take a minute."""
     folder = path.absolute().parent
-    if path.is_dir():
-        raise _unwritable(path, "it is a folder", "name a file in it")
-    if not folder.is_dir():
-        raise _unwritable(path, f"there is no folder {folder}", "create that folder, or name another file")
-    if not os.access(path if path.exists() else folder, os.W_OK):
+    try:
+        if files.is_folder(path):
+            raise _unwritable(path, "it is a folder", "name a file in it")
+        if not files.is_folder(folder):
+            raise _unwritable(path, f"there is no folder {folder}", "create that folder, or name another file")
+        there = path.exists()
+    except OSError as error:
+        raise _unwritable(path, error.strerror or str(error), "name another file") from None
+    if not os.access(path if there else folder, os.W_OK):
         raise _unwritable(path, "this account may not write there", "name another file")
 
 
@@ -60,7 +65,7 @@ def write(
     demo = _demo(clone, note, local=local)
     texts = [_text(replace(result, trials=(*result.trials, demo)), here) for result in results]
     try:
-        path.write_text("\n\n".join(texts), encoding="utf-8")
+        files.write_privately(path, "\n\n".join(texts).encode())
     except OSError as error:
         raise _unwritable(path, error.strerror or str(error), "name another file") from None
     note(f"the report is in {path}; read it before you send it")
@@ -68,11 +73,13 @@ def write(
 
 def _text(result: DoctorResult, here: set[str]) -> str:
     found = {f"{row.severity} {row.code}" for row in result.findings}
-    return report_text(_without_places(result.facts), result.trials, found | here)
+    # The host has taken its own names out of the trials; an older agent leaves some.
+    trials = [replace(trial, detail=anonymous(trial.detail)) for trial in result.trials]
+    return report_text(_without_places(result.facts), trials, found | here)
 
 
 def _without_places(facts: Mapping[str, str]) -> dict[str, str]:
-    return {key: anonymous(value) for key, value in facts.items()}
+    return {anonymous(key): anonymous(value) for key, value in facts.items()}
 
 
 # -- the demo -----------------------------------------------------------------------------------------------------
